@@ -1,0 +1,117 @@
+# make              ./run
+# make demo         builds it and asks the model that ships a question
+# make check        builds and runs all tests; installs libcheck if it is missing
+# make check-debug  the same under AddressSanitizer and UBSan
+# make check-bits   the same logits from every compiler, level and machine at hand
+# make debug        build/debug/run, with the sanitizers
+# make lib          build/liblfm2.a and build/liblfm2.so
+# make install      DESTDIR= PREFIX=/usr/local
+# make clean
+
+CC      ?= cc
+CFLAGS  ?= -O3
+PREFIX  ?= /usr/local
+VERSION := $(shell sed -n 's/.*LFM2_VERSION "\(.*\)"/\1/p' lfm2.h)
+
+# Same bits everywhere: nothing is fused that is not written so, and floats keep
+# their own precision.
+MACHINE := $(shell $(CC) -dumpmachine 2>/dev/null)
+EXACT   := -ffp-contract=off
+ifneq ($(filter i%86-%,$(MACHINE)),)
+EXACT   += -msse2 -mfpmath=sse
+endif
+ifneq ($(filter s390%,$(MACHINE)),)
+EXACT   += -fexcess-precision=fast
+endif
+WARN    := -Wall -Wextra -pedantic -Wshadow
+FLAGS   := -std=c11 $(EXACT) $(WARN) -pthread -MMD -MP
+LIBS    := -lm -pthread
+
+run: build/run.o build/lfm2.o
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+build/%.o: %.c | build
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -c -o $@ $<
+
+build build/pic build/debug build/test build/debug/test:
+	mkdir -p $@
+
+# ----------------------------------------------------------------- the library
+
+lib: build/liblfm2.a build/liblfm2.so
+
+build/liblfm2.a: build/lfm2.o
+	$(AR) rcs $@ $^
+
+build/pic/lfm2.o: lfm2.c | build/pic
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -fPIC -c -o $@ $<
+
+build/liblfm2.so: build/pic/lfm2.o
+	$(CC) $(CFLAGS) $(LDFLAGS) -shared -Wl,-soname,liblfm2.so.0 -o $@ $^ $(LIBS)
+
+build/lfm2.pc: Makefile lfm2.h | build
+	printf '%s\n' 'prefix=$(PREFIX)' 'Name: lfm2' \
+	    'Description: LFM2 language models on the CPU' \
+	    'Version: $(VERSION)' 'Cflags: -I$${prefix}/include' \
+	    'Libs: -L$${prefix}/lib -llfm2' 'Libs.private: $(LIBS)' > $@
+
+install: run lib build/lfm2.pc
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include \
+	    $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	install -m 755 run $(DESTDIR)$(PREFIX)/bin/lfm2
+	install -m 644 lfm2.h $(DESTDIR)$(PREFIX)/include/
+	install -m 644 build/liblfm2.a $(DESTDIR)$(PREFIX)/lib/
+	install -m 755 build/liblfm2.so $(DESTDIR)$(PREFIX)/lib/liblfm2.so.0
+	ln -sf liblfm2.so.0 $(DESTDIR)$(PREFIX)/lib/liblfm2.so
+	install -m 644 build/lfm2.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
+
+# -------------------------------------------------------------------- the demo
+
+demo: run
+	./run test/tiny.gguf --temp 0 "What is a short convolution?"
+
+# ------------------------------------------------------------------- the tests
+
+SUITES  := $(basename $(notdir $(wildcard test/check_*.c)))
+SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+
+build/debug/%.o: %.c | build/debug
+	$(CC) $(CPPFLAGS) $(SANITIZE) $(FLAGS) -c -o $@ $<
+
+build/debug/run: build/debug/run.o build/debug/lfm2.o
+	$(CC) $(SANITIZE) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+debug: build/debug/run
+
+# One program for each suite.  The suites include lfm2.c to reach all of it.
+HELPERS := test/main.c test/util.c test/reference.c
+CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
+
+build/test/%: test/%.c $(HELPERS) test/util.h test/reference.h lfm2.c lfm2.h \
+              | build/test have-check
+	$(CC) $(CPPFLAGS) -O2 -std=c11 $(EXACT) -Wall -Wextra -pthread -DSUITE=$(*:check_%=%_suite) \
+	    -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
+
+build/debug/test/%: test/%.c $(HELPERS) test/util.h test/reference.h lfm2.c \
+                    lfm2.h | build/debug/test have-check
+	$(CC) $(CPPFLAGS) $(SANITIZE) -std=c11 $(EXACT) -Wall -Wextra -pthread \
+	    -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
+
+have-check:
+	@CC="$(CC)" sh scripts/install_check.sh
+
+check: run lib $(SUITES:%=build/test/%)
+	@sh test/all.sh build/test ./run
+
+check-debug: build/debug/run $(SUITES:%=build/debug/test/%)
+	@sh test/all.sh build/debug/test build/debug/run
+
+check-bits:
+	@sh test/bits.sh
+
+clean:
+	rm -rf build run
+
+-include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
+
+.PHONY: demo lib install debug have-check check check-debug check-bits clean

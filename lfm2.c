@@ -1,0 +1,5068 @@
+/* lfm2.c - Liquid AI's LFM2 language models in one C file.
+ *
+ * Opens a GGUF file of architecture `lfm2` (dense) or `lfm2moe` (mixture of
+ * experts), maps it read-only, and offers one operation: append tokens to
+ * sequences and give the logits of what could come next.  The interface is in
+ * lfm2.h.  Nothing else is needed: C11, libc, and POSIX threads if wanted.
+ *
+ * One block of the model.  Every layer is this; only the operator differs:
+ *
+ *      x ──┬── rms_norm(attn_norm) ── short_conv or attention ──(+)──┐
+ *          └─────────────────────────────────────────────────────┘   │
+ *      ┌─────────────────────────────────────────────────────────────┘
+ *      └─┬── rms_norm(ffn_norm) ── ffn or moe ──(+)── x of the next layer
+ *        └───────────────────────────────────────┘
+ *
+ * Before the first block x is a row of token_embd; after the last one it is
+ * normed once more and multiplied with token_embd again: the logits.
+ *
+ * The file, in the order it is meant to be read:
+ *
+ *   I    The model       data; what the machine provides; small blocks;
+ *                        the two operators that mix time; feed-forward; forward
+ *   II   The machine     exact arithmetic; worker threads; weight formats;
+ *                        matrix products
+ *   III  The file        reading bytes; GGUF; configuration; binding tensors
+ *   IV   The state       memory of a context; sequences: trim, copy, save, load
+ *   V    Words           tokenizer; chat; sampler; Unicode classes
+ *
+ * Conventions.  Matrices are row-major; [rows][cols] beside a pointer is its
+ * shape.  x is the residual stream, h the branch beside it, il a layer, t a row
+ * (one token of one sequence), n_* a count.  Weights carry their GGUF names.
+ *
+ * The arithmetic contract.  The logits are the same bits on every CPU, with
+ * every compiler, thread count, batch size, neighbour and cut of the prompt:
+ *
+ *   - IEEE binary32, round to nearest even, nothing flushed to zero.  Only what
+ *     is written fma_f32() is fused.  exp, sin and cos are our own.
+ *   - A matrix product rounds its input once per 32 columns to int8 with one
+ *     float scale; integer dots are exact; their scaled values are added in
+ *     ascending order of the columns by one chain of fma_f32().  Weights in
+ *     F32, F16, BF16 and every norm use 16 chains (column mod 16) and one fixed
+ *     tree instead.
+ *   - Attention works in chunks of 256 absolute positions, merged in ascending
+ *     order.  Masked positions are skipped, never added as zero.
+ *   - Experts are chosen with ties to the lower index, weighted in the order of
+ *     choice, and accumulated in ascending index.
+ *
+ * Every output element is computed by one thread in one order, so how the work
+ * is divided cannot show.
+ *
+ * To port: a C11 compiler with IEEE floats evaluated in their own precision is
+ * enough, in any byte order and word size.  LFM2_NO_THREADS leaves out
+ * pthreads, LFM2_NO_MMAP leaves out mmap. */
+
+#define _POSIX_C_SOURCE 200809L
+
+#include "lfm2.h"
+
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifndef LFM2_NO_MMAP
+#include <sys/mman.h>
+#endif
+#ifndef LFM2_NO_THREADS
+#include <pthread.h>
+#endif
+
+#if FLT_EVAL_METHOD != 0
+#error "floats must keep their own precision (i386: -msse2 -mfpmath=sse)"
+#endif
+
+/* =========================================================================
+ * Part I.  The model
+ * =========================================================================
+ *
+ * ------------------------------------------------------------------ 1. Data
+ *
+ * What the file holds (model, layers, tensors: never written), what a
+ * conversation needs (sequences), and what one forward pass works with
+ * (context). */
+
+/* A weight matrix as it lies in the file: [rows][cols], each row a whole number
+ * of blocks of its format.  Expert tensors hold n_expert such matrices one
+ * after the other. */
+struct tensor {
+    const struct format *fmt;
+    int rows, cols;
+    const uint8_t *data;
+};
+
+struct layer {
+    const float *attn_norm;               /* [n_embd], before the operator   */
+    const float *ffn_norm;                /* [n_embd], before the FFN        */
+
+    /* a short convolution ... */
+    struct tensor shortconv_in_proj;      /* [3 n_embd][n_embd]: rows b,c,x  */
+    const float *shortconv_conv;          /* [l_cache][n_embd], newest last  */
+    struct tensor shortconv_out_proj;     /* [n_embd][n_embd]                */
+
+    /* ... or attention */
+    struct tensor attn_q;                 /* [n_head    head_dim][n_embd]    */
+    struct tensor attn_k, attn_v;         /* [n_head_kv head_dim][n_embd]    */
+    struct tensor attn_output;            /* [n_embd][n_head head_dim]       */
+    const float *attn_q_norm;             /* [head_dim], shared by all heads */
+    const float *attn_k_norm;             /* [head_dim]                      */
+
+    /* a dense feed-forward network ... */
+    struct tensor ffn_gate, ffn_up;       /* [n_ff][n_embd]                  */
+    struct tensor ffn_down;               /* [n_embd][n_ff]                  */
+
+    /* ... or a mixture of experts */
+    struct tensor ffn_gate_inp;           /* [n_expert][n_embd], the router  */
+    const float *exp_probs_b;             /* [n_expert], only for choosing   */
+    struct tensor ffn_gate_exps;          /* n_expert x [n_ff_expert][n_embd]*/
+    struct tensor ffn_up_exps;            /* the same                        */
+    struct tensor ffn_down_exps;          /* n_expert x [n_embd][n_ff_expert]*/
+
+    int i_kind;                           /* layers of its kind below it     */
+};
+
+#define MAX_WARNING 16
+
+struct lfm2_model {
+    lfm2_config cfg;
+    const char *arch;                     /* "lfm2" or "lfm2moe"             */
+    struct file *file;                    /* NULL: the caller's memory       */
+    struct gguf *gguf;
+    struct layer *layer;                  /* [n_layer]                       */
+    struct tensor token_embd;             /* [n_vocab][n_embd]               */
+    struct tensor output;                 /* the same, if it is tied         */
+    const float *output_norm;             /* [n_embd]; see bind_model()      */
+    float *floats;                        /* norms, taps, biases, converted  */
+    double rope_root;                     /* rope_freq_base^(2/head_dim)     */
+    int n_attn, n_conv;                   /* layers of either kind           */
+    int n_warning;
+    char warning[MAX_WARNING][252];
+};
+
+/* A sequence: everything the model remembers of a text.
+ *
+ * The KV cache holds, for each attention layer and each kv head, K in tiles of
+ * 64 positions with the positions innermost, [tile][head_dim][64], so that the
+ * scores of a tile are sums of contiguous rows, then V as [n_ctx][head_dim].
+ *
+ * The memory of a short convolution is the last l_cache-1 columns of its gated
+ * input u.  It cannot be run backwards, so a copy is kept at every multiple of
+ * seq_step tokens: trimming a sequence is going back to one of them. */
+struct seq {
+    int len;                              /* tokens                          */
+    int start;                            /* length before a running forward */
+    uint8_t *kv;
+    float *conv;                          /* [n_conv][l_cache-1][n_embd]     */
+    float *conv_start;                    /* the same, as it was at `start`  */
+    float *marks;                         /* [n_ctx/seq_step] of the same    */
+};
+
+/* A piece of a span: n rows of the batch, which continue one sequence. */
+struct piece { int seq, pos, row, n; };
+
+/* The input of a matrix product: n rows as floats, and the same rounded to
+ * groups of 32 columns, x ~ d q.  sum holds the sums of q over 16 columns, for
+ * the formats whose weights have a minimum. */
+struct input {
+    int n, cols;
+    const float *f;                       /* [n][cols]                       */
+    int8_t *q;                            /* [n][cols]                       */
+    float *d;                             /* [n][groups]                     */
+    int16_t *sum;                         /* [n][groups][2]                  */
+};
+
+struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
+
+struct lfm2_context {
+    const struct lfm2_model *model;
+    lfm2_params par;
+    struct pool *pool;
+    atomic_int cancel;
+    void *memory;                         /* everything below points into it */
+    int seq_step;
+    struct seq *seq;                      /* [n_seq]                         */
+
+    /* one pass: at most n_batch rows, cut from the spans in order */
+    int n_rows, n_pieces, n_wanted;
+    struct piece *piece;                  /* [n_seq]                         */
+    int32_t *token;                       /* [n_rows]                        */
+    uint8_t *wanted;                      /* [n_rows], 1: give its logits    */
+    float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
+
+    float *x;                             /* [n_rows][n_embd] residual       */
+    float *h, *y;                         /* the same: into and out of what
+                                             is added to x                   */
+    float *bcx;                           /* [n_rows][3][n_embd]             */
+    float *q;                             /* [n_rows][n_head][head_dim]      */
+    float *k, *v;                         /* [n_rows][n_head_kv][head_dim]   */
+    float *gate, *up;                     /* [n_rows][n_ff] and of experts   */
+    struct input in;                      /* of n_embd columns               */
+    struct input in_wide;                 /* of the widest FFN               */
+
+    /* experts */
+    float *score;                         /* [n_rows][n_expert]              */
+    int *chosen;                          /* [n_rows][n_expert_used]         */
+    float *weight;                        /* [n_rows][n_expert_used]         */
+    int *slot;                            /* rows*used, grouped by expert    */
+    int *slot_end;                        /* [n_expert+1] bounds of groups   */
+    struct input in_expert;               /* the rows one expert works on    */
+    float *in_expert_f;                   /* [n_rows][n_embd]                */
+
+    float *logits;                        /* [n_logits][n_vocab]             */
+    int n_logits;                         /* rows that are there             */
+    int n_spans;
+    int *span_logits;                     /* [n_seq+1] first row of a span   */
+    struct candidate *candidates;         /* [n_vocab]                       */
+    struct scratch *scratch;              /* [n_threads]                     */
+};
+
+/* ------------------------------------------ 2. What the machine provides
+ *
+ * Enough to read Part I; the definitions are in Part II. */
+
+static float fma_f32(float a, float b, float c);    /* a*b+c, rounded once   */
+static float exp_f32(float x);
+static void  sin_cos(double a, float *s, float *c);
+static float dot_f32(const float *a, const float *b, int n);
+static float f16_to_f32(uint16_t h);
+static uint16_t f32_to_f16(float f);
+
+/* Run fn on the items 0 .. n-1, divided among the threads. */
+typedef void work_fn(struct lfm2_context *ctx, void *job, int thread,
+                     int first, int last);
+static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job, int n);
+
+/* Row r of w as floats: out[w->cols]. */
+static void get_row(float *out, const struct tensor *w, int r);
+
+/* Make the n rows of x, [n][cols], the input of matrix products. */
+static void load_input(struct lfm2_context *ctx, struct input *in,
+                       const float *x, int n, int cols);
+
+/* y = in w^T: y[in->n][w->rows], which is none of the rows of `in`. */
+static void matmul(struct lfm2_context *ctx, float *y, const struct tensor *w,
+                   const struct input *in);
+
+/* The e-th matrix of an expert tensor. */
+static struct tensor expert(const struct tensor *w, int e);
+
+/* Fill in err, if there is one, and return code. */
+static int fail(lfm2_error *err, int code, const char *fmt, ...);
+
+/* Pass an error on to the caller. */
+#define TRY(call)               \
+    do {                        \
+        int code_ = (call);     \
+        if (code_ < 0)          \
+            return code_;       \
+    } while (0)
+
+/* --------------------------------------------------------- 3. Small blocks */
+
+/* y = x / sqrt(mean(x^2) + eps) * w, row by row.  y may be x. */
+static void rms_norm(float *y, const float *x, const float *w, int rows, int n,
+                     float eps)
+{
+    for (int r = 0; r < rows; r++, x += n, y += n) {
+        float scale = 1.0f / sqrtf(dot_f32(x, x, n) / (float)n + eps);
+        for (int i = 0; i < n; i++)
+            y[i] = x[i] * scale * w[i];
+    }
+}
+
+static void add(float *x, const float *y, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] += y[i];
+}
+
+static float sigmoid(float x)
+{
+    return 1.0f / (1.0f + exp_f32(-x));
+}
+
+/* SwiGLU: gate = silu(gate) * up, where silu(x) = x sigmoid(x). */
+static void swiglu(float *gate, const float *up, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        gate[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+}
+
+/* Rotary position embedding.  Of a head, dimensions i and i + head_dim/2 are a
+ * point in the plane (the "NEOX" pairing), turned by pos * base^(-2i/head_dim).
+ * turn[head_dim/2][2] holds the cosines and sines for this position. */
+static void rope(float *head, const float *turn, int head_dim)
+{
+    int half = head_dim / 2;
+
+    for (int i = 0; i < half; i++) {
+        float c = turn[2 * i], s = turn[2 * i + 1];
+        float a = head[i], b = head[i + half];
+        head[i]        = fma_f32(a, c, -(b * s));
+        head[i + half] = fma_f32(b, c, a * s);
+    }
+}
+
+/* ------------------------------------------ 4. The operators that mix time
+ *
+ * Everything else in the model looks at one token alone.  These two carry
+ * something from token to token, so they work sequence by sequence. */
+
+/* One step of a short convolution, for the channels first .. last-1:
+ *
+ *     u    = b * x                               gate on the way in
+ *     v    = w[0] u[-2] + w[1] u[-1] + w[2] u    per channel, causal
+ *     y    = c * v                               gate on the way out
+ *
+ * win[l_cache-1][n] holds the earlier u, oldest first, and moves on by one. */
+static void conv_step(float *y, float *win, const float *w, const float *bcx,
+                      int n, int l_cache, int first, int last)
+{
+    const float *b = bcx, *c = bcx + n, *x = bcx + 2 * n;
+
+    for (int i = first; i < last; i++) {
+        float u = b[i] * x[i];
+        float v = w[i] * win[i];
+        for (int k = 1; k < l_cache - 1; k++) {
+            v = fma_f32(w[(size_t)k * n + i], win[(size_t)k * n + i], v);
+            win[(size_t)(k - 1) * n + i] = win[(size_t)k * n + i];
+        }
+        v = fma_f32(w[(size_t)(l_cache - 1) * n + i], u, v);
+        win[(size_t)(l_cache - 2) * n + i] = u;
+        y[i] = c[i] * v;
+    }
+}
+
+/* The conv memory of a sequence after `pos` tokens, if it is kept: a copy of
+ * all layers, [n_conv][l_cache-1][n_embd].  NULL for other positions. */
+static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
+                        int pos)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    size_t size = (size_t)ctx->model->n_conv * (c->l_cache - 1) * c->n_embd;
+
+    if (pos == 0 || pos % ctx->seq_step != 0)
+        return NULL;
+    return s->marks + (size_t)(pos / ctx->seq_step - 1) * size;
+}
+
+struct conv_job { const struct layer *l; };
+
+static void conv_work(struct lfm2_context *ctx, void *arg, int thread,
+                      int first, int last)
+{
+    const struct layer *l = ((struct conv_job *)arg)->l;
+    const int n = ctx->model->cfg.n_embd, l_cache = ctx->model->cfg.l_cache;
+    const size_t at = (size_t)l->i_kind * (l_cache - 1) * n;
+
+    (void)thread;
+    for (int i = 0; i < ctx->n_pieces; i++) {
+        const struct piece *p = &ctx->piece[i];
+        struct seq *s = &ctx->seq[p->seq];
+        float *win = s->conv + at;                     /* [l_cache-1][n] */
+
+        for (int t = 0; t < p->n; t++) {
+            size_t row = (size_t)(p->row + t);
+            conv_step(ctx->h + row * n, win, l->shortconv_conv,
+                      ctx->bcx + row * 3 * n, n, l_cache, first, last);
+            float *mark = conv_mark(ctx, s, p->pos + t + 1);
+            for (int k = 0; mark && k < l_cache - 1; k++)
+                memcpy(mark + at + (size_t)k * n + first,
+                       win + (size_t)k * n + first,
+                       (size_t)(last - first) * sizeof *win);
+        }
+    }
+}
+
+/* The short convolution, LFM2's own way to mix time.  For each token
+ *
+ *     b, c, x = in_proj h                          three vectors of n_embd
+ *     y       = out_proj (c * conv(b * x))
+ *
+ * with a convolution of l_cache = 3 taps per channel: the whole memory of the
+ * layer is the last two columns of b * x, however long the text. */
+static void short_conv(struct lfm2_context *ctx, const struct layer *l)
+{
+    const int n = ctx->model->cfg.n_embd;
+    struct conv_job job = { l };
+
+    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, n);
+    matmul(ctx, ctx->bcx, &l->shortconv_in_proj, &ctx->in);
+    parallel(ctx, conv_work, &job, n);
+    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, n);
+    matmul(ctx, ctx->y, &l->shortconv_out_proj, &ctx->in);
+}
+
+/* Attention looks at positions in chunks of CHUNK, which decide how sums are
+ * associated, and reads K in tiles of TILE positions. */
+enum { TILE = 64, CHUNK = 256, MAX_HEAD_DIM = 256 };
+
+/* The cache of one kv head in one layer. */
+struct kv_head {
+    uint8_t *k;                           /* [n_ctx/TILE][head_dim][TILE]    */
+    uint8_t *v;                           /* [n_ctx][head_dim]               */
+    int f16, head_dim;
+};
+
+static size_t kv_head_elements(const struct lfm2_context *ctx)
+{
+    size_t tiles = ((size_t)ctx->par.n_ctx + TILE - 1) / TILE;
+    return tiles * TILE * (size_t)ctx->model->cfg.head_dim;
+}
+
+static struct kv_head kv_head_at(const struct lfm2_context *ctx,
+                                 const struct seq *s, int i_attn, int head)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    int f16 = ctx->par.kv_type == LFM2_KV_F16;
+    size_t bytes = kv_head_elements(ctx) * (f16 ? 2 : 4);
+    uint8_t *k = s->kv + 2 * bytes * ((size_t)i_attn * c->n_head_kv + head);
+
+    return (struct kv_head){ k, k + bytes, f16, c->head_dim };
+}
+
+static void kv_set(uint8_t *cache, int f16, size_t i, float value)
+{
+    if (f16)
+        ((uint16_t *)(void *)cache)[i] = f32_to_f16(value);
+    else
+        ((float *)(void *)cache)[i] = value;
+}
+
+static float kv_get(const uint8_t *cache, int f16, size_t i)
+{
+    return f16 ? f16_to_f32(((const uint16_t *)(const void *)cache)[i])
+               : ((const float *)(const void *)cache)[i];
+}
+
+/* Where element d of the key at position pos lies. */
+static size_t k_index(int pos, int d, int head_dim)
+{
+    return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
+}
+
+static void kv_store(const struct kv_head *kv, int pos, const float *k,
+                     const float *v)
+{
+    for (int d = 0; d < kv->head_dim; d++) {
+        kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
+        kv_set(kv->v, kv->f16, (size_t)pos * kv->head_dim + d, v[d]);
+    }
+}
+
+/* What attention has gathered for one query: exp-weighted values relative to
+ * the largest score so far. */
+struct gathered {
+    float max, sum;
+    float o[MAX_HEAD_DIM];                /* [head_dim]                      */
+};
+
+/* s[p] = q . k[p] for the CHUNK positions from `pos` on; those past the end of
+ * the sequence are computed too and never looked at. */
+static void chunk_scores(float s[CHUNK], const float *q,
+                         const struct kv_head *kv, int pos, int n)
+{
+    const int hd = kv->head_dim;
+
+    memset(s, 0, CHUNK * sizeof *s);
+    for (int tile = 0; tile * TILE < n; tile++, s += TILE)
+        for (int d = 0; d < hd; d++) {
+            size_t k = k_index(pos + tile * TILE, d, hd);
+            for (int p = 0; p < TILE; p++)
+                s[p] = fma_f32(q[d], kv_get(kv->k, kv->f16, k + p), s[p]);
+        }
+}
+
+/* The sum of 16 chains, always in this order. */
+static float sum_16(float a[16])
+{
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            a[i] += a[i + half];
+    return a[0];
+}
+
+/* One chunk: scores, their maximum, p = exp(s - max), and o = sum p v. */
+static void attend_chunk(struct gathered *g, const float *q,
+                         const struct kv_head *kv, int pos, int n)
+{
+    const int hd = kv->head_dim;
+    float s[CHUNK], lane[16] = { 0 };
+
+    chunk_scores(s, q, kv, pos, n);
+    g->max = -INFINITY;
+    for (int p = 0; p < n; p++)
+        g->max = s[p] > g->max ? s[p] : g->max;
+    memset(g->o, 0, sizeof g->o);
+    for (int p = 0; p < n; p++) {
+        float e = exp_f32(s[p] - g->max);
+        size_t v = (size_t)(pos + p) * hd;
+        lane[p % 16] += e;
+        for (int d = 0; d < hd; d++)
+            g->o[d] = fma_f32(e, kv_get(kv->v, kv->f16, v + d), g->o[d]);
+    }
+    g->sum = sum_16(lane);
+}
+
+/* Add a later chunk to what is gathered, relative to the larger maximum. */
+static void merge_chunk(struct gathered *a, const struct gathered *b, int hd)
+{
+    float max = b->max > a->max ? b->max : a->max;
+    float wa = exp_f32(a->max - max), wb = exp_f32(b->max - max);
+
+    a->max = max;
+    a->sum = fma_f32(b->sum, wb, a->sum * wa);
+    for (int d = 0; d < hd; d++)
+        a->o[d] = fma_f32(b->o[d], wb, a->o[d] * wa);
+}
+
+/* out = softmax(q k^T) v over the first n positions.  out may be q. */
+static void attend(float *out, const float *q, const struct kv_head *kv, int n)
+{
+    struct gathered all, part;
+
+    attend_chunk(&all, q, kv, 0, n < CHUNK ? n : CHUNK);
+    for (int pos = CHUNK; pos < n; pos += CHUNK) {
+        attend_chunk(&part, q, kv, pos, n - pos < CHUNK ? n - pos : CHUNK);
+        merge_chunk(&all, &part, kv->head_dim);
+    }
+    for (int d = 0; d < kv->head_dim; d++)
+        out[d] = all.o[d] / all.sum;
+}
+
+/* One row and one kv head, with the query heads that share it: norm, rotate,
+ * remember, look back.  q becomes the result. */
+static void attend_group(struct lfm2_context *ctx, const struct layer *l,
+                         const struct kv_head *kv, int head, size_t row,
+                         int pos)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
+    const float *turn = ctx->rope + row * hd;
+    float *q = ctx->q + (row * c->n_head + (size_t)head * group) * hd;
+    float *k = ctx->k + (row * c->n_head_kv + head) * hd;
+    float *v = ctx->v + (row * c->n_head_kv + head) * hd;
+    const float scale = 1.0f / sqrtf((float)hd);
+
+    rms_norm(k, k, l->attn_k_norm, 1, hd, c->norm_rms_eps);
+    rope(k, turn, hd);
+    kv_store(kv, pos, k, v);
+    rms_norm(q, q, l->attn_q_norm, group, hd, c->norm_rms_eps);
+    for (int g = 0; g < group; g++, q += hd) {
+        rope(q, turn, hd);
+        for (int d = 0; d < hd; d++)
+            q[d] *= scale;
+        attend(q, q, kv, pos + 1);
+    }
+}
+
+static void attention_work(struct lfm2_context *ctx, void *arg, int thread,
+                           int first, int last)
+{
+    const struct layer *l = arg;
+    const int n_head_kv = ctx->model->cfg.n_head_kv;
+
+    (void)thread;
+    for (int job = first; job < last; job++) {
+        const struct piece *p = &ctx->piece[job / n_head_kv];
+        const int head = job % n_head_kv;
+        const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq], l->i_kind,
+                                             head);
+
+        for (int t = 0; t < p->n; t++)
+            attend_group(ctx, l, &kv, head, (size_t)(p->row + t), p->pos + t);
+    }
+}
+
+/* Grouped-query attention: q, k, v from h; q and k normed per head before they
+ * are rotated; each kv head serves a group of query heads. */
+static void attention(struct lfm2_context *ctx, const struct layer *l)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+
+    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, c->n_embd);
+    matmul(ctx, ctx->q, &l->attn_q, &ctx->in);
+    matmul(ctx, ctx->k, &l->attn_k, &ctx->in);
+    matmul(ctx, ctx->v, &l->attn_v, &ctx->in);
+    parallel(ctx, attention_work, (void *)l, ctx->n_pieces * c->n_head_kv);
+    load_input(ctx, &ctx->in_wide, ctx->q, ctx->n_rows,
+               c->n_head * c->head_dim);
+    matmul(ctx, ctx->y, &l->attn_output, &ctx->in_wide);
+}
+
+/* --------------------------------------------------------- 5. Feed-forward */
+
+/* y = down (silu(gate x) * (up x)), the three matrices of one network. */
+static void gated_network(struct lfm2_context *ctx, float *y,
+                          const struct input *x, const struct tensor *gate,
+                          const struct tensor *up, const struct tensor *down)
+{
+    matmul(ctx, ctx->gate, gate, x);
+    matmul(ctx, ctx->up, up, x);
+    swiglu(ctx->gate, ctx->up, (size_t)x->n * gate->rows);
+    load_input(ctx, &ctx->in_wide, ctx->gate, x->n, gate->rows);
+    matmul(ctx, y, down, &ctx->in_wide);
+}
+
+static void ffn(struct lfm2_context *ctx, const struct layer *l)
+{
+    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, ctx->model->cfg.n_embd);
+    gated_network(ctx, ctx->y, &ctx->in, &l->ffn_gate, &l->ffn_up,
+                  &l->ffn_down);
+}
+
+/* Choose the experts of one row:
+ *
+ *     s      = sigmoid(router x)
+ *     chosen = the n_expert_used largest of s + exp_probs_b, lower index first
+ *     weight = s[chosen] / (sum of s[chosen] + 1e-6)
+ *
+ * The bias balances the load in training; it chooses and does not weigh. */
+static void route(const lfm2_config *c, const float *bias, float *score,
+                  int *chosen, float *weight)
+{
+    float sum = 0;
+
+    for (int e = 0; e < c->n_expert; e++)
+        score[e] = sigmoid(score[e]);
+    for (int i = 0; i < c->n_expert_used; i++) {
+        int best = -1;
+        for (int e = 0; e < c->n_expert; e++) {
+            int taken = 0;
+            for (int j = 0; j < i; j++)
+                taken |= chosen[j] == e;
+            if (!taken &&
+                (best < 0 || score[e] + bias[e] > score[best] + bias[best]))
+                best = e;
+        }
+        chosen[i] = best;
+        weight[i] = score[best];
+        sum += score[best];
+    }
+    for (int i = 0; i < c->n_expert_used; i++)
+        weight[i] = weight[i] / (sum + 1e-6f) * c->expert_weights_scale;
+}
+
+/* Sort the slots (row, i-th choice) by expert, rows ascending: the slots of
+ * expert e are slot[slot_end[e]] .. slot[slot_end[e+1]-1]. */
+static void group_by_expert(struct lfm2_context *ctx)
+{
+    const int n_expert = ctx->model->cfg.n_expert;
+    const int n = ctx->n_rows * ctx->model->cfg.n_expert_used;
+    int *end = ctx->slot_end;
+
+    memset(end, 0, ((size_t)n_expert + 1) * sizeof *end);
+    for (int i = 0; i < n; i++)
+        end[ctx->chosen[i] + 1]++;
+    for (int e = 0; e < n_expert; e++)
+        end[e + 1] += end[e];
+    for (int i = n - 1; i >= 0; i--)
+        ctx->slot[--end[ctx->chosen[i] + 1]] = i;
+    memmove(end, end + 1, (size_t)n_expert * sizeof *end);
+    end[n_expert] = n;
+}
+
+/* The rows of the given slots become the input of an expert. */
+static void gather_rows(struct lfm2_context *ctx, const int *slot, int n)
+{
+    const struct input *from = &ctx->in;
+    struct input *to = &ctx->in_expert;
+    const size_t cols = (size_t)from->cols, groups = cols / 32;
+    const int used = ctx->model->cfg.n_expert_used;
+
+    to->n = n;
+    to->cols = from->cols;
+    to->f = ctx->in_expert_f;
+    for (size_t i = 0; i < (size_t)n; i++) {
+        size_t r = (size_t)(slot[i] / used);
+        memcpy(ctx->in_expert_f + i * cols, from->f + r * cols,
+               cols * sizeof *from->f);
+        memcpy(to->q + i * cols, from->q + r * cols, cols);
+        memcpy(to->d + i * groups, from->d + r * groups,
+               groups * sizeof *to->d);
+        memcpy(to->sum + i * groups * 2, from->sum + r * groups * 2,
+               groups * 2 * sizeof *to->sum);
+    }
+}
+
+/* Mixture of experts: y = sum over the chosen e, ascending, of
+ * weight[e] * expert_e(h).  The rows are regrouped so that the weights of an
+ * expert are read once for all the rows that chose it. */
+static void moe(struct lfm2_context *ctx, const struct layer *l)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const size_t n = (size_t)c->n_embd;
+
+    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, c->n_embd);
+    matmul(ctx, ctx->score, &l->ffn_gate_inp, &ctx->in);
+    for (int r = 0; r < ctx->n_rows; r++)
+        route(c, l->exp_probs_b, ctx->score + (size_t)r * c->n_expert,
+              ctx->chosen + (size_t)r * c->n_expert_used,
+              ctx->weight + (size_t)r * c->n_expert_used);
+    group_by_expert(ctx);
+
+    memset(ctx->y, 0, (size_t)ctx->n_rows * n * sizeof *ctx->y);
+    for (int e = 0; e < c->n_expert; e++) {
+        const int *slot = ctx->slot + ctx->slot_end[e];
+        const int n_slots = ctx->slot_end[e + 1] - ctx->slot_end[e];
+        struct tensor gate = expert(&l->ffn_gate_exps, e);
+        struct tensor up = expert(&l->ffn_up_exps, e);
+        struct tensor down = expert(&l->ffn_down_exps, e);
+
+        if (n_slots == 0)
+            continue;
+        gather_rows(ctx, slot, n_slots);
+        gated_network(ctx, ctx->bcx, &ctx->in_expert, &gate, &up, &down);
+        for (int i = 0; i < n_slots; i++) {
+            float *y = ctx->y + (size_t)(slot[i] / c->n_expert_used) * n;
+            const float *out = ctx->bcx + (size_t)i * n;
+            for (size_t j = 0; j < n; j++)
+                y[j] = fma_f32(ctx->weight[slot[i]], out[j], y[j]);
+        }
+    }
+}
+
+/* -------------------------------------------------------------- 6. Forward */
+
+/* x = the embeddings of the tokens; rope = the turns of their positions. */
+static void embed(struct lfm2_context *ctx)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+
+    for (int i = 0; i < ctx->n_pieces; i++) {
+        const struct piece *p = &ctx->piece[i];
+        for (int t = p->row; t < p->row + p->n; t++) {
+            double freq = 1;
+            float *turn = ctx->rope + (size_t)t * c->head_dim;
+
+            get_row(ctx->x + (size_t)t * c->n_embd, &ctx->model->token_embd,
+                    ctx->token[t]);
+            for (int d = 0; d < c->head_dim / 2; d++, turn += 2) {
+                sin_cos((p->pos + t - p->row) * freq, &turn[1], &turn[0]);
+                freq /= ctx->model->rope_root;
+            }
+        }
+    }
+}
+
+/* The logits of the rows that are wanted, behind those of earlier passes. */
+static void output(struct lfm2_context *ctx)
+{
+    const struct lfm2_model *m = ctx->model;
+    const size_t n = (size_t)m->cfg.n_embd;
+    int n_out = 0;
+
+    for (int t = 0; t < ctx->n_rows; t++)
+        if (ctx->wanted[t])
+            memmove(ctx->h + n * (size_t)n_out++, ctx->x + n * (size_t)t,
+                    n * sizeof *ctx->h);
+    if (n_out == 0)
+        return;
+    rms_norm(ctx->h, ctx->h, m->output_norm, n_out, m->cfg.n_embd,
+             m->cfg.norm_rms_eps);
+    load_input(ctx, &ctx->in, ctx->h, n_out, m->cfg.n_embd);
+    matmul(ctx, ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab,
+           &m->output, &ctx->in);
+    ctx->n_logits += n_out;
+}
+
+/* The model.  Row t of x is one token of one sequence.  Only short_conv() and
+ * attention() look outside a row, and they do it piece by piece; everything
+ * else sees n_rows independent vectors, whoever they belong to. */
+static int forward(struct lfm2_context *ctx)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const size_t size = (size_t)ctx->n_rows * c->n_embd;
+    float *x = ctx->x, *h = ctx->h, *y = ctx->y;       /* [n_rows][n_embd] */
+
+    embed(ctx);
+    for (int il = 0; il < c->n_layer; il++) {
+        const struct layer *l = &ctx->model->layer[il];
+
+        if (atomic_load(&ctx->cancel))
+            return LFM2_ECANCELLED;
+        rms_norm(h, x, l->attn_norm, ctx->n_rows, c->n_embd, c->norm_rms_eps);
+        if (c->is_attn[il])
+            attention(ctx, l);
+        else
+            short_conv(ctx, l);
+        add(x, y, size);
+
+        rms_norm(h, x, l->ffn_norm, ctx->n_rows, c->n_embd, c->norm_rms_eps);
+        if (il < c->n_layer_dense)
+            ffn(ctx, l);
+        else
+            moe(ctx, l);
+        add(x, y, size);
+    }
+    output(ctx);
+    return LFM2_OK;
+}
+
+static int check_span(const struct lfm2_context *ctx, const lfm2_span *spans,
+                      int i, lfm2_error *err)
+{
+    const lfm2_span *s = &spans[i];
+    const int n_vocab = ctx->model->cfg.n_vocab;
+
+    if (s->seq < 0 || s->seq >= ctx->par.n_seq)
+        return fail(err, LFM2_EARG, "span %d: sequence %d, expected 0 to %d", i,
+                    s->seq, ctx->par.n_seq - 1);
+    for (int j = 0; j < i; j++)
+        if (spans[j].seq == s->seq)
+            return fail(err, LFM2_EARG, "spans %d and %d: both for sequence %d",
+                        j, i, s->seq);
+    if (s->n_tokens < 1 || !s->tokens)
+        return fail(err, LFM2_EARG, "span %d: %d tokens, expected 1 or more", i,
+                    s->tokens ? s->n_tokens : 0);
+    if (s->n_logits < 0 || s->n_logits > s->n_tokens)
+        return fail(err, LFM2_EARG, "span %d: logits of %d rows, expected 0 to "
+                    "its %d tokens", i, s->n_logits, s->n_tokens);
+    for (int t = 0; t < s->n_tokens; t++)
+        if (s->tokens[t] < 0 || s->tokens[t] >= n_vocab)
+            return fail(err, LFM2_EARG, "span %d: token %d is %ld, expected 0 "
+                        "to %d", i, t, (long)s->tokens[t], n_vocab - 1);
+    if (s->n_tokens > ctx->par.n_ctx - ctx->seq[s->seq].len)
+        return fail(err, LFM2_EFULL, "sequence %d: %d tokens and %d more, "
+                    "expected at most %d (n_ctx)", s->seq,
+                    ctx->seq[s->seq].len, s->n_tokens, ctx->par.n_ctx);
+    return LFM2_OK;
+}
+
+static int check_spans(const struct lfm2_context *ctx, const lfm2_span *spans,
+                       int n_spans, lfm2_error *err)
+{
+    int64_t n_logits = 0;
+
+    if (!spans || n_spans < 1 || n_spans > ctx->par.n_seq)
+        return fail(err, LFM2_EARG, "%d spans, expected 1 to %d (n_seq)",
+                    spans ? n_spans : 0, ctx->par.n_seq);
+    for (int i = 0; i < n_spans; i++) {
+        TRY(check_span(ctx, spans, i, err));
+        n_logits += spans[i].n_logits;
+    }
+    if (n_logits > ctx->par.n_logits)
+        return fail(err, LFM2_EARG, "logits of %lld rows, expected at most %d "
+                    "(n_logits)", (long long)n_logits, ctx->par.n_logits);
+    return LFM2_OK;
+}
+
+/* Cut the next pass, at most n_batch rows, from what is left of the spans. */
+static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
+                      int n_spans)
+{
+    ctx->n_rows = ctx->n_pieces = 0;
+    for (int i = 0; i < n_spans && ctx->n_rows < ctx->par.n_batch; i++) {
+        const lfm2_span *span = &spans[i];
+        const struct seq *s = &ctx->seq[span->seq];
+        const int done = s->len - s->start;
+        int n = span->n_tokens - done;
+
+        if (n == 0)
+            continue;
+        if (n > ctx->par.n_batch - ctx->n_rows)
+            n = ctx->par.n_batch - ctx->n_rows;
+        ctx->piece[ctx->n_pieces++] =
+            (struct piece){ span->seq, s->len, ctx->n_rows, n };
+        for (int t = done; t < done + n; t++, ctx->n_rows++) {
+            ctx->token[ctx->n_rows] = span->tokens[t];
+            ctx->wanted[ctx->n_rows] = t >= span->n_tokens - span->n_logits;
+        }
+    }
+}
+
+/* Remember where the sequences stand, in case the call must be undone. */
+static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                        int n_spans)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    size_t size = (size_t)ctx->model->n_conv * (c->l_cache - 1) * c->n_embd;
+
+    ctx->n_logits = 0;
+    ctx->n_spans = n_spans;
+    ctx->span_logits[0] = 0;
+    for (int i = 0; i < n_spans; i++) {
+        struct seq *s = &ctx->seq[spans[i].seq];
+        s->start = s->len;
+        memcpy(s->conv_start, s->conv, size * sizeof *s->conv);
+        ctx->span_logits[i + 1] = ctx->span_logits[i] + spans[i].n_logits;
+    }
+}
+
+static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                       int n_spans)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    size_t size = (size_t)ctx->model->n_conv * (c->l_cache - 1) * c->n_embd;
+
+    ctx->n_spans = 0;
+    for (int i = 0; i < n_spans; i++) {
+        struct seq *s = &ctx->seq[spans[i].seq];
+        s->len = s->start;
+        memcpy(s->conv, s->conv_start, size * sizeof *s->conv);
+    }
+}
+
+int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
+                 lfm2_error *err)
+{
+    TRY(check_spans(ctx, spans, n_spans, err));
+    begin_spans(ctx, spans, n_spans);
+    for (;;) {
+        next_pass(ctx, spans, n_spans);
+        if (ctx->n_rows == 0)
+            return LFM2_OK;
+        if (forward(ctx) != LFM2_OK) {
+            undo_spans(ctx, spans, n_spans);
+            atomic_store(&ctx->cancel, 0);
+            return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
+        }
+        for (int i = 0; i < ctx->n_pieces; i++)
+            ctx->seq[ctx->piece[i].seq].len += ctx->piece[i].n;
+    }
+}
+
+float *lfm2_logits(lfm2_context *ctx, int span, int row)
+{
+    if (span < 0 || span >= ctx->n_spans || row < 0 ||
+        row >= ctx->span_logits[span + 1] - ctx->span_logits[span])
+        return NULL;
+    return ctx->logits +
+           (size_t)(ctx->span_logits[span] + row) * ctx->model->cfg.n_vocab;
+}
+
+void lfm2_cancel(lfm2_context *ctx)
+{
+    atomic_store(&ctx->cancel, 1);
+}
+
+/* =========================================================================
+ * Part II.  The machine
+ * =========================================================================
+ *
+ * ------------------------------------------------------ 7. Exact arithmetic
+ *
+ * Every function here gives the same bits everywhere: it uses nothing but IEEE
+ * addition, multiplication, division and conversion, and integer operations. */
+
+static uint32_t bits_of(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, sizeof u);
+    return u;
+}
+
+static float float_of(uint32_t u)
+{
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+/* a*b+c rounded once.  The product of two floats is exact in double.  The sum
+ * is not, and rounding it a second time could go the wrong way, so it is first
+ * rounded to odd: if it is inexact, its last bit becomes 1, and what is left to
+ * round is never a tie. */
+static inline float fma_f32(float a, float b, float c)
+{
+#ifdef FP_FAST_FMAF
+    return fmaf(a, b, c);
+#else
+    double p = (double)a * b, s = p + c;
+    double t = s - p, err = (p - (s - t)) + (c - t);   /* p + c = s + err */
+    uint64_t u;
+
+    memcpy(&u, &s, sizeof u);
+    if ((err < 0 || err > 0) && (u & 1) == 0)
+        u += (err > 0) == (s > 0) ? 1 : (uint64_t)-1;
+    memcpy(&s, &u, sizeof s);
+    return (float)s;
+#endif
+}
+
+/* 1.5 * 2^23: floats near it have units of 1, so adding it rounds. */
+#define ROUND_MAGIC 12582912.0f
+
+/* e^x = 2^n e^r with n = rint(x / ln 2), |r| <= ln(2)/2, and a polynomial for
+ * e^r; ln 2 is split so that n times its upper part is exact.  Below -87 the
+ * result is 0, above 88 it is e^88. */
+static float exp_f32(float x)
+{
+    if (x != x)
+        return x;
+    if (x < -87.0f)
+        return 0;
+    if (x > 88.0f)
+        x = 88.0f;
+    float t = fma_f32(x, 1.44269504f, ROUND_MAGIC), n = t - ROUND_MAGIC;
+    float r = fma_f32(n, -0.693145752f, x);
+    r = fma_f32(n, -1.42860677e-6f, r);
+    float p = 1.0f / 5040;
+    p = fma_f32(p, r, 1.0f / 720);
+    p = fma_f32(p, r, 1.0f / 120);
+    p = fma_f32(p, r, 1.0f / 24);
+    p = fma_f32(p, r, 1.0f / 6);
+    p = fma_f32(p, r, 0.5f);
+    p = fma_f32(p, r, 1.0f);
+    p = fma_f32(p, r, 1.0f);
+    return float_of(bits_of(p) + (bits_of(t) << 23));
+}
+
+/* Sine and cosine of an angle up to some 10^6, in double.  The angle is reduced
+ * by multiples of pi/2, split in three so that the products are exact; then the
+ * Taylor series in nested form, 1 - z/(2*3) (1 - z/(4*5) (1 - ...)). */
+static void sin_cos(double a, float *s, float *c)
+{
+    double n = a * 0.63661977236758134308 + 6755399441055744.0;
+    uint64_t quadrant;
+
+    memcpy(&quadrant, &n, sizeof quadrant);
+    n -= 6755399441055744.0;                           /* 1.5 * 2^52 */
+    double r = a - n * 1.57079632673412561417;
+    r -= n * 6.07710050630396597660e-11;
+    r -= n * 2.02226624879595063154e-21;
+    double z = r * r, sine = 1, cosine = 1;
+    for (int k = 18; k >= 2; k -= 2) {
+        sine = 1 - sine * z / (k * (k + 1));
+        cosine = 1 - cosine * z / (k * (k - 1));
+    }
+    sine *= r;
+    double turned[4] = { sine, cosine, -sine, -cosine };
+    *s = (float)turned[quadrant & 3];
+    *c = (float)turned[(quadrant + 1) & 3];
+}
+
+/* base^(1/n) by Newton's method, from above, where it falls until found. */
+static double nth_root(double base, int n)
+{
+    double r = 1 + (base - 1) / n;
+
+    for (;;) {
+        double power = 1;
+        for (int i = 1; i < n; i++)
+            power *= r;
+        double next = r - (r - base / power) / n;
+        if (!(next < r))
+            return r;
+        r = next;
+    }
+}
+
+/* A dot product in 16 chains and one tree. */
+static float dot_f32(const float *a, const float *b, int n)
+{
+    float chain[16] = { 0 };
+    int i = 0;
+
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++)
+            chain[j] = fma_f32(a[i + j], b[i + j], chain[j]);
+    for (; i < n; i++)
+        chain[i % 16] = fma_f32(a[i], b[i], chain[i % 16]);
+    return sum_16(chain);
+}
+
+/* binary16: 1 sign, 5 exponent, 10 mantissa bits.  Shifted into a float's place
+ * the exponent is 112 too small, subnormals included; infinities and NaN are
+ * then put right. */
+static float f16_to_f32(uint16_t h)
+{
+    uint32_t a = (uint32_t)(h & 0x7fff) << 13;
+    uint32_t u = bits_of(float_of(a) * 0x1p112f);
+
+    if (a >= 0x0f800000)
+        u |= 0x7f800000;
+    return float_of(u | (uint32_t)(h & 0x8000) << 16);
+}
+
+/* Rounded to nearest even; too large becomes infinity.  Adding 0.5, whose units
+ * are those of a subnormal binary16, rounds the small ones. */
+static uint16_t f32_to_f16(float f)
+{
+    uint32_t u = bits_of(f), a = u & 0x7fffffff;
+    uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
+
+    if (a > 0x7f800000)
+        return sign | 0x7e00;
+    if (a >= 0x477ff000)
+        return sign | 0x7c00;
+    if (a < 0x38800000)
+        a = bits_of(float_of(a) + 0.5f) - bits_of(0.5f);
+    else
+        a = (a - (112u << 23) + 0xfff + (a >> 13 & 1)) >> 13;
+    return sign | (uint16_t)a;
+}
+
+static float bf16_to_f32(uint16_t b)
+{
+    return float_of((uint32_t)b << 16);
+}
+
+/* --------------------------------------------------------- 8. Worker threads
+ *
+ * A context owns n_threads - 1 workers; the caller is the last one.  Each takes
+ * its fixed share of a job, so nobody asks who computes what. */
+
+struct pool {
+    int n_threads;
+#ifndef LFM2_NO_THREADS
+    struct worker { struct pool *pool; pthread_t thread; int id; } *worker;
+    pthread_mutex_t lock;
+    pthread_cond_t start, done;
+    int round, running, quit;
+    struct lfm2_context *ctx;
+    work_fn *fn;
+    void *job;
+    int n;
+#endif
+};
+
+static int share(int n, int thread, int n_threads)
+{
+    return (int)((int64_t)n * thread / n_threads);
+}
+
+#ifdef LFM2_NO_THREADS
+
+static int usable_cpus(void)
+{
+    return 1;
+}
+
+static int pool_open(struct pool **out, int n_threads)
+{
+    (void)n_threads;
+    *out = calloc(1, sizeof **out);
+    if (!*out)
+        return LFM2_ENOMEM;
+    (*out)->n_threads = 1;
+    return LFM2_OK;
+}
+
+static void pool_close(struct pool *p)
+{
+    free(p);
+}
+
+static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job, int n)
+{
+    fn(ctx, job, 0, 0, n);
+}
+
+#else
+
+static int usable_cpus(void)
+{
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > 64 ? 64 : (int)n;
+}
+
+static void *worker_main(void *arg)
+{
+    struct worker *w = arg;
+    struct pool *p = w->pool;
+
+    pthread_mutex_lock(&p->lock);
+    for (int seen = 0;; seen = p->round) {
+        while (p->round == seen && !p->quit)
+            pthread_cond_wait(&p->start, &p->lock);
+        if (p->quit)
+            break;
+        pthread_mutex_unlock(&p->lock);
+        p->fn(p->ctx, p->job, w->id, share(p->n, w->id, p->n_threads),
+              share(p->n, w->id + 1, p->n_threads));
+        pthread_mutex_lock(&p->lock);
+        if (--p->running == 0)
+            pthread_cond_signal(&p->done);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}
+
+static void pool_close(struct pool *p)
+{
+    if (!p)
+        return;
+    pthread_mutex_lock(&p->lock);
+    p->quit = 1;
+    pthread_cond_broadcast(&p->start);
+    pthread_mutex_unlock(&p->lock);
+    for (int i = 1; i < p->n_threads; i++)
+        pthread_join(p->worker[i].thread, NULL);
+    pthread_cond_destroy(&p->done);
+    pthread_cond_destroy(&p->start);
+    pthread_mutex_destroy(&p->lock);
+    free(p->worker);
+    free(p);
+}
+
+/* Fewer threads than asked for, if the system gives no more. */
+static int pool_open(struct pool **out, int n_threads)
+{
+    struct pool *p = calloc(1, sizeof *p);
+
+    if (!p || !(p->worker = calloc((size_t)n_threads, sizeof *p->worker))) {
+        free(p);
+        return LFM2_ENOMEM;
+    }
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->start, NULL);
+    pthread_cond_init(&p->done, NULL);
+    pthread_mutex_lock(&p->lock);
+    for (p->n_threads = 1; p->n_threads < n_threads; p->n_threads++) {
+        struct worker *w = &p->worker[p->n_threads];
+        w->pool = p;
+        w->id = p->n_threads;
+        if (pthread_create(&w->thread, NULL, worker_main, w) != 0)
+            break;
+    }
+    pthread_mutex_unlock(&p->lock);
+    *out = p;
+    return LFM2_OK;
+}
+
+static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job, int n)
+{
+    struct pool *p = ctx->pool;
+
+    if (p->n_threads == 1) {
+        fn(ctx, job, 0, 0, n);
+        return;
+    }
+    pthread_mutex_lock(&p->lock);
+    p->ctx = ctx;
+    p->fn = fn;
+    p->job = job;
+    p->n = n;
+    p->running = p->n_threads - 1;
+    p->round++;
+    pthread_cond_broadcast(&p->start);
+    pthread_mutex_unlock(&p->lock);
+    fn(ctx, job, 0, 0, share(n, 1, p->n_threads));
+    pthread_mutex_lock(&p->lock);
+    while (p->running > 0)
+        pthread_cond_wait(&p->done, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+}
+
+#endif
+
+/* --------------------------------------------------------- 9. Weight formats
+ *
+ * A row of weights is a sequence of blocks.  Whatever the format, 32 columns of
+ * it are unpacked to one common form,
+ *
+ *     weight = d q - m        q: an integer of 8 bits,
+ *                             d, m: one for the 32, or one for each 16
+ *
+ * in which d and m are exact in float.  (Where one d serves all 32, d[1] and
+ * m[1] are not set.)  In the drawings f16 is a binary16 number, uN an unsigned
+ * integer, everything little-endian; lo and hi are the nibbles of a byte. */
+
+struct group {
+    int8_t *q;                            /* [32]                            */
+    float *d, *m;                         /* [2]                             */
+};
+
+static uint16_t load_le16(const uint8_t *p)
+{
+    return (uint16_t)(p[0] | p[1] << 8);
+}
+
+static uint32_t load_le32(const uint8_t *p)
+{
+    return load_le16(p) | (uint32_t)load_le16(p + 2) << 16;
+}
+
+static uint64_t load_le64(const uint8_t *p)
+{
+    return load_le32(p) | (uint64_t)load_le32(p + 4) << 32;
+}
+
+static float load_f16(const uint8_t *p)
+{
+    return f16_to_f32(load_le16(p));
+}
+
+static float load_f32(const uint8_t *p)
+{
+    return float_of(load_le32(p));
+}
+
+/* 16 bytes of nibbles: columns 0..15 are the low ones, 16..31 the high ones. */
+static void unpack_nibbles(int8_t *q, const uint8_t *b, int offset)
+{
+    for (int i = 0; i < 16; i++) {
+        q[i] = (int8_t)((b[i] & 15) - offset);
+        q[i + 16] = (int8_t)((b[i] >> 4) - offset);
+    }
+}
+
+/* Q4_0, 32 columns in 18 bytes.       weight = d (q - 8)
+ *
+ *     | f16 d | 16 x u8: lo = q[i], hi = q[i+16] |                          */
+static void unpack_q4_0(const struct group *o, const uint8_t *b, int i)
+{
+    (void)i;
+    o->d[0] = load_f16(b);
+    unpack_nibbles(o->q, b + 2, 8);
+}
+
+/* Q4_1, 32 columns in 20 bytes.       weight = d q + m
+ *
+ *     | f16 d | f16 m | 16 x u8: lo = q[i], hi = q[i+16] |                  */
+static void unpack_q4_1(const struct group *o, const uint8_t *b, int i)
+{
+    (void)i;
+    o->d[0] = load_f16(b);
+    o->m[0] = -load_f16(b + 2);
+    unpack_nibbles(o->q, b + 4, 0);
+}
+
+/* Bit i of a 32-bit word is bit 4 of q[i]. */
+static void add_fifth_bits(int8_t *q, const uint8_t *b)
+{
+    uint32_t high = load_le32(b);
+
+    for (int i = 0; i < 32; i++)
+        q[i] = (int8_t)(q[i] + (int)(high >> i & 1) * 16);
+}
+
+/* Q5_0, 32 columns in 22 bytes.       weight = d (q - 16)
+ *
+ *     | f16 d | u32: bit i = bit 4 of q[i] | 16 x u8: bits 0-3, as in Q4_0 | */
+static void unpack_q5_0(const struct group *o, const uint8_t *b, int i)
+{
+    (void)i;
+    o->d[0] = load_f16(b);
+    unpack_nibbles(o->q, b + 6, 16);
+    add_fifth_bits(o->q, b + 2);
+}
+
+/* Q5_1, 32 columns in 24 bytes.       weight = d q + m
+ *
+ *     | f16 d | f16 m | u32 and 16 x u8 as in Q5_0 |                        */
+static void unpack_q5_1(const struct group *o, const uint8_t *b, int i)
+{
+    (void)i;
+    o->d[0] = load_f16(b);
+    o->m[0] = -load_f16(b + 2);
+    unpack_nibbles(o->q, b + 8, 0);
+    add_fifth_bits(o->q, b + 4);
+}
+
+static int8_t signed_byte(uint8_t b)
+{
+    return (int8_t)(b < 128 ? b : b - 256);
+}
+
+/* Q8_0, 32 columns in 34 bytes.       weight = d q
+ *
+ *     | f16 d | 32 x i8: q[i] |                                             */
+static void unpack_q8_0(const struct group *o, const uint8_t *b, int i)
+{
+    (void)i;
+    o->d[0] = load_f16(b);
+    for (int k = 0; k < 32; k++)
+        o->q[k] = signed_byte(b[2 + k]);
+}
+
+/* The K formats: 256 columns in a block, which are 8 groups of 32.
+ *
+ * Q2_K, 84 bytes.                     weight = d s q - dmin m, s, m per 16
+ *
+ *     | 16 x u8: lo = s[j], hi = m[j] | 64 x u8: 2-bit q | f16 d | f16 dmin |
+ *
+ * 32 bytes of q hold four groups, one in each pair of bits. */
+static void unpack_q2_k(const struct group *o, const uint8_t *b, int i)
+{
+    const uint8_t *q = b + 16 + i / 4 * 32;
+    const float d = load_f16(b + 80), dmin = load_f16(b + 82);
+
+    for (int k = 0; k < 2; k++) {
+        o->d[k] = d * (float)(b[2 * i + k] & 15);
+        o->m[k] = dmin * (float)(b[2 * i + k] >> 4);
+    }
+    for (int k = 0; k < 32; k++)
+        o->q[k] = (int8_t)(q[k] >> i % 4 * 2 & 3);
+}
+
+/* Q3_K, 110 bytes.                    weight = d (s - 32) (q - 4), s per 16
+ *
+ *     | 32 x u8: bit i = bit 2 of q in group i | 64 x u8: bits 0, 1 of q |
+ *     | 12 x u8: s of 6 bits | f16 d |
+ *
+ * s[j]: 4 bits in byte j of 8 (low nibbles for j < 8, then high ones), 2 bits
+ * in one of the last 4 bytes. */
+static void unpack_q3_k(const struct group *o, const uint8_t *b, int i)
+{
+    const uint8_t *q = b + 32 + i / 4 * 32, *s = b + 96;
+    const float d = load_f16(b + 108);
+
+    for (int j = 2 * i; j < 2 * i + 2; j++) {
+        int low = j < 8 ? s[j] & 15 : s[j - 8] >> 4;
+        int high = s[8 + j % 4] >> j / 4 * 2 & 3;
+        o->d[j % 2] = d * (float)((low | high << 4) - 32);
+    }
+    for (int k = 0; k < 32; k++)
+        o->q[k] = (int8_t)((q[k] >> i % 4 * 2 & 3) + (b[k] >> i & 1) * 4 - 4);
+}
+
+/* The 6-bit scale and minimum of group i, out of the 12 bytes that Q4_K and
+ * Q5_K share:
+ *
+ *     byte 0..3    s[0..3] in bits 0-5, bits 4, 5 of s[4..7] in bits 6, 7
+ *     byte 4..7    m[0..3] in bits 0-5, bits 4, 5 of m[4..7] in bits 6, 7
+ *     byte 8..11   lo = low bits of s[4..7], hi = low bits of m[4..7]       */
+static void unpack_scale_min(const struct group *o, const uint8_t *b, int i)
+{
+    const uint8_t *s = b + 4;
+    int scale, min;
+
+    if (i < 4) {
+        scale = s[i] & 63;
+        min = s[i + 4] & 63;
+    } else {
+        scale = (s[i + 4] & 15) | s[i - 4] >> 6 << 4;
+        min = s[i + 4] >> 4 | s[i] >> 6 << 4;
+    }
+    o->d[0] = load_f16(b) * (float)scale;
+    o->m[0] = load_f16(b + 2) * (float)min;
+}
+
+/* Q4_K, 144 bytes.                    weight = d s q - dmin m, s, m per 32
+ *
+ *     | f16 d | f16 dmin | 12 x u8: s, m of 6 bits | 128 x u8: 4-bit q |
+ *
+ * 32 bytes of q hold two groups: the low nibbles, then the high ones. */
+static void unpack_q4_k(const struct group *o, const uint8_t *b, int i)
+{
+    const uint8_t *q = b + 16 + i / 2 * 32;
+
+    unpack_scale_min(o, b, i);
+    for (int k = 0; k < 32; k++)
+        o->q[k] = (int8_t)(q[k] >> i % 2 * 4 & 15);
+}
+
+/* Q5_K, 176 bytes.                    weight = d s q - dmin m, s, m per 32
+ *
+ *     | f16 d | f16 dmin | 12 x u8: s, m of 6 bits |
+ *     | 32 x u8: bit i = bit 4 of q in group i | 128 x u8: bits 0-3 of q |  */
+static void unpack_q5_k(const struct group *o, const uint8_t *b, int i)
+{
+    const uint8_t *q = b + 48 + i / 2 * 32;
+
+    unpack_scale_min(o, b, i);
+    for (int k = 0; k < 32; k++)
+        o->q[k] = (int8_t)((q[k] >> i % 2 * 4 & 15) |
+                           (b[16 + k] >> i & 1) << 4);
+}
+
+/* Q6_K, 210 bytes.                    weight = d s (q - 32), s per 16
+ *
+ *     | 128 x u8: bits 0-3 of q | 64 x u8: bits 4, 5 | 16 x i8: s | f16 d |
+ *
+ * Half a block is 64 bytes of nibbles, groups 0 and 1 low, 2 and 3 high, and 32
+ * bytes of upper bits with a pair of them for each of its four groups. */
+static void unpack_q6_k(const struct group *o, const uint8_t *b, int i)
+{
+    const uint8_t *low = b + i / 4 * 64 + i % 2 * 32;
+    const uint8_t *high = b + 128 + i / 4 * 32;
+    const float d = load_f16(b + 208);
+
+    for (int k = 0; k < 2; k++)
+        o->d[k] = d * (float)signed_byte(b[192 + 2 * i + k]);
+    for (int k = 0; k < 32; k++)
+        o->q[k] = (int8_t)(((low[k] >> i % 4 / 2 * 4 & 15) |
+                            (high[k] >> i % 4 * 2 & 3) << 4) - 32);
+}
+
+/* The 16 values of the non-linear 4-bit formats. */
+static const int8_t iq4_value[16] = {
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
+};
+
+static void unpack_iq4(int8_t *q, const uint8_t *b)
+{
+    unpack_nibbles(q, b, 0);
+    for (int i = 0; i < 32; i++)
+        q[i] = iq4_value[q[i]];
+}
+
+/* IQ4_NL, 32 columns in 18 bytes.     weight = d value[q]
+ *
+ *     | f16 d | 16 x u8: lo = q[i], hi = q[i+16] |                          */
+static void unpack_iq4_nl(const struct group *o, const uint8_t *b, int i)
+{
+    (void)i;
+    o->d[0] = load_f16(b);
+    unpack_iq4(o->q, b + 2);
+}
+
+/* IQ4_XS, 256 columns in 136 bytes.   weight = d (s - 32) value[q], s per 32
+ *
+ *     | f16 d | 8 x 2 bits: upper s | 8 x 4 bits: lower s |
+ *     | 8 groups of 16 x u8: lo = q[i], hi = q[i+16] |                      */
+static void unpack_iq4_xs(const struct group *o, const uint8_t *b, int i)
+{
+    int high = load_le16(b + 2) >> 2 * i & 3;
+    int low = b[4 + i / 2] >> i % 2 * 4 & 15;
+
+    o->d[0] = load_f16(b) * (float)((low | high << 4) - 32);
+    unpack_iq4(o->q, b + 8 + 16 * i);
+}
+
+static void floats_f32(float *out, const uint8_t *b, int n)
+{
+    for (int i = 0; i < n; i++)
+        out[i] = load_f32(b + 4 * (size_t)i);
+}
+
+static void floats_f16(float *out, const uint8_t *b, int n)
+{
+    for (int i = 0; i < n; i++)
+        out[i] = load_f16(b + 2 * (size_t)i);
+}
+
+static void floats_bf16(float *out, const uint8_t *b, int n)
+{
+    for (int i = 0; i < n; i++)
+        out[i] = bf16_to_f32(load_le16(b + 2 * (size_t)i));
+}
+
+/* All formats.  `id` is GGUF's number.  A format is either unpacked in groups
+ * of 32 columns or read as floats. */
+struct format {
+    const char *name;
+    int id;
+    int block, bytes;                     /* columns and bytes of a block    */
+    int per_16;                           /* d and m for 16 columns, not 32  */
+    int has_min;
+    void (*unpack)(const struct group *o, const uint8_t *block, int i);
+    void (*floats)(float *out, const uint8_t *row, int n);
+};
+
+static const struct format formats[] = {
+    { "F32",      0,   1,   4, 0, 0, NULL, floats_f32 },
+    { "F16",      1,   1,   2, 0, 0, NULL, floats_f16 },
+    { "BF16",    30,   1,   2, 0, 0, NULL, floats_bf16 },
+    { "Q4_0",     2,  32,  18, 0, 0, unpack_q4_0, NULL },
+    { "Q4_1",     3,  32,  20, 0, 1, unpack_q4_1, NULL },
+    { "Q5_0",     6,  32,  22, 0, 0, unpack_q5_0, NULL },
+    { "Q5_1",     7,  32,  24, 0, 1, unpack_q5_1, NULL },
+    { "Q8_0",     8,  32,  34, 0, 0, unpack_q8_0, NULL },
+    { "Q2_K",    10, 256,  84, 1, 1, unpack_q2_k, NULL },
+    { "Q3_K",    11, 256, 110, 1, 0, unpack_q3_k, NULL },
+    { "Q4_K",    12, 256, 144, 0, 1, unpack_q4_k, NULL },
+    { "Q5_K",    13, 256, 176, 0, 1, unpack_q5_k, NULL },
+    { "Q6_K",    14, 256, 210, 1, 0, unpack_q6_k, NULL },
+    { "IQ4_NL",  20,  32,  18, 0, 0, unpack_iq4_nl, NULL },
+    { "IQ4_XS",  23, 256, 136, 0, 0, unpack_iq4_xs, NULL },
+};
+
+/* Formats that are known by name only, so that a refusal can say it. */
+static const struct { int id; const char *name; } other_formats[] = {
+    { 4, "Q4_2" }, { 5, "Q4_3" }, { 9, "Q8_1" }, { 15, "Q8_K" },
+    { 16, "IQ2_XXS" }, { 17, "IQ2_XS" }, { 18, "IQ3_XXS" }, { 19, "IQ1_S" },
+    { 21, "IQ3_S" }, { 22, "IQ2_S" }, { 24, "I8" }, { 25, "I16" },
+    { 26, "I32" }, { 27, "I64" }, { 28, "F64" }, { 29, "IQ1_M" },
+    { 31, "repacked Q4_0_4_4" }, { 32, "repacked Q4_0_4_8" },
+    { 33, "repacked Q4_0_8_8" }, { 34, "TQ1_0" }, { 35, "TQ2_0" },
+    { 36, "repacked IQ4_NL_4_4" }, { 37, "repacked IQ4_NL_4_8" },
+    { 38, "repacked IQ4_NL_8_8" }, { 39, "MXFP4" }, { 40, "NVFP4" },
+};
+
+#define COUNT(array) (sizeof (array) / sizeof *(array))
+
+static const struct format *format_find(uint32_t id)
+{
+    for (size_t i = 0; i < COUNT(formats); i++)
+        if ((uint32_t)formats[i].id == id)
+            return &formats[i];
+    return NULL;
+}
+
+static const char *format_name(uint32_t id)
+{
+    const struct format *f = format_find(id);
+
+    for (size_t i = 0; !f && i < COUNT(other_formats); i++)
+        if ((uint32_t)other_formats[i].id == id)
+            return other_formats[i].name;
+    return f ? f->name : "of unknown number";
+}
+
+static size_t row_bytes(const struct tensor *w)
+{
+    return (size_t)(w->cols / w->fmt->block) * (size_t)w->fmt->bytes;
+}
+
+static struct tensor expert(const struct tensor *w, int e)
+{
+    struct tensor one = *w;
+
+    one.data += (size_t)e * (size_t)w->rows * row_bytes(w);
+    return one;
+}
+
+static void get_row(float *out, const struct tensor *w, int r)
+{
+    const struct format *f = w->fmt;
+    const uint8_t *row = w->data + (size_t)r * row_bytes(w);
+    int8_t q[32];
+    float d[2], m[2] = { 0, 0 };
+    const struct group g = { q, d, m };
+
+    if (f->floats) {
+        f->floats(out, row, w->cols);
+        return;
+    }
+    for (int c = 0; c < w->cols; c += 32, out += 32) {
+        f->unpack(&g, row + (size_t)(c / f->block) * (size_t)f->bytes,
+                  c % f->block / 32);
+        for (int i = 0; i < 32; i++) {
+            int k = f->per_16 ? i / 16 : 0;
+            out[i] = fma_f32(d[k], (float)q[i], -m[k]);
+        }
+    }
+}
+
+/* ------------------------------------------------------- 10. Matrix products
+ *
+ * y = x w^T.  Each thread computes a range of rows of w, that is of columns of
+ * y: it brings one row into the common form and multiplies it with every row of
+ * the input, so weights are read once however many tokens there are. */
+
+/* One row of weights, unpacked; a thread has one. */
+struct scratch {
+    int8_t *q;                            /* [cols]                          */
+    float *d, *m;                         /* [groups][2]                     */
+    float *f;                             /* [cols], for float formats       */
+};
+
+/* Round 32 columns to d q with q in -127 .. 127, and add q up by halves.  A
+ * group that is not finite gets d = NaN, which every product then shows; one
+ * too small to divide by (below 2^-100) is 0. */
+static void quantize_group(int8_t *q, float *d, int16_t sum[2], const float *x)
+{
+    uint32_t top = 0;
+
+    for (int i = 0; i < 32; i++) {
+        uint32_t a = bits_of(x[i]) & 0x7fffffff;
+        top = a > top ? a : top;
+    }
+    const float amax = float_of(top);
+    const float inverse = amax >= 0x1p-100f && amax <= FLT_MAX ? 127 / amax : 0;
+    sum[0] = sum[1] = 0;
+    *d = amax <= FLT_MAX ? amax / 127 : NAN;
+    for (int i = 0; i < 32; i++) {
+        float r = inverse > 0 ? x[i] * inverse + ROUND_MAGIC : ROUND_MAGIC;
+        q[i] = (int8_t)(r - ROUND_MAGIC);
+        sum[i / 16] = (int16_t)(sum[i / 16] + q[i]);
+    }
+}
+
+static void quantize_work(struct lfm2_context *ctx, void *arg, int thread,
+                          int first, int last)
+{
+    const struct input *in = arg;
+    const size_t groups = (size_t)in->cols / 32;
+
+    (void)ctx;
+    (void)thread;
+    for (size_t r = (size_t)first; r < (size_t)last; r++)
+        for (size_t g = 0; g < groups; g++) {
+            size_t i = r * groups + g, at = r * (size_t)in->cols + g * 32;
+            quantize_group(in->q + at, in->d + i, in->sum + 2 * i, in->f + at);
+        }
+}
+
+static void load_input(struct lfm2_context *ctx, struct input *in,
+                       const float *x, int n, int cols)
+{
+    in->f = x;
+    in->n = n;
+    in->cols = cols;
+    parallel(ctx, quantize_work, in, n);
+}
+
+static void unpack_row(const struct scratch *s, const struct tensor *w,
+                       const uint8_t *row)
+{
+    const struct format *f = w->fmt;
+
+    for (int c = 0; c < w->cols; c += 32) {
+        const struct group g = { s->q + c, s->d + c / 16, s->m + c / 16 };
+        f->unpack(&g, row + (size_t)(c / f->block) * (size_t)f->bytes,
+                  c % f->block / 32);
+    }
+}
+
+static int dot_16(const int8_t *a, const int8_t *b)
+{
+    int sum = 0;
+
+    for (int i = 0; i < 16; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+/* One output: the groups in ascending order, one accumulator.
+ *
+ *     d for 32:   acc += (d dx) dot            - m (dx sum)
+ *     d for 16:   acc += dx (d0 dot0 + d1 dot1) - dx (m0 sum0 + m1 sum1)    */
+static float dot_row(const struct scratch *w, const struct format *f,
+                     const struct input *in, int t)
+{
+    const size_t groups = (size_t)in->cols / 32;
+    const int8_t *x = in->q + (size_t)t * (size_t)in->cols;
+    const float *dx = in->d + (size_t)t * groups;
+    const int16_t *sum = in->sum + 2 * (size_t)t * groups;
+    float acc = 0;
+
+    for (size_t g = 0; g < groups; g++, sum += 2) {
+        const float *d = w->d + 2 * g, *m = w->m + 2 * g;
+        int dot0 = dot_16(w->q + 32 * g, x + 32 * g);
+        int dot1 = dot_16(w->q + 32 * g + 16, x + 32 * g + 16);
+
+        if (!f->per_16) {
+            acc = fma_f32(d[0] * dx[g], (float)(dot0 + dot1), acc);
+            if (f->has_min)
+                acc = fma_f32(-m[0], dx[g] * (float)(sum[0] + sum[1]), acc);
+        } else {
+            float u = fma_f32(d[1], (float)dot1, d[0] * (float)dot0);
+            acc = fma_f32(dx[g], u, acc);
+            if (f->has_min) {
+                float v = fma_f32(m[1], (float)sum[1], m[0] * (float)sum[0]);
+                acc = fma_f32(-dx[g], v, acc);
+            }
+        }
+    }
+    return acc;
+}
+
+struct matmul_job {
+    float *y;                             /* [in->n][w->rows]                */
+    const struct tensor *w;
+    const struct input *in;
+};
+
+static void matmul_work(struct lfm2_context *ctx, void *arg, int thread,
+                        int first, int last)
+{
+    const struct matmul_job *job = arg;
+    const struct tensor *w = job->w;
+    const struct input *in = job->in;
+    const struct scratch *s = &ctx->scratch[thread];
+
+    for (int r = first; r < last; r++) {
+        const uint8_t *row = w->data + (size_t)r * row_bytes(w);
+        float *y = job->y + r;
+
+        if (w->fmt->floats)
+            w->fmt->floats(s->f, row, w->cols);
+        else
+            unpack_row(s, w, row);
+        for (int t = 0; t < in->n; t++, y += w->rows)
+            *y = w->fmt->floats
+                     ? dot_f32(s->f, in->f + (size_t)t * (size_t)in->cols,
+                               w->cols)
+                     : dot_row(s, w->fmt, in, t);
+    }
+}
+
+static void matmul(struct lfm2_context *ctx, float *y, const struct tensor *w,
+                   const struct input *in)
+{
+    struct matmul_job job = { y, w, in };
+
+    parallel(ctx, matmul_work, &job, w->rows);
+}
+
+/* =========================================================================
+ * Part III.  The file
+ * =========================================================================
+ *
+ * --------------------------------------------------------- 11. Reading bytes
+ *
+ * A file is hostile until checked.  All of its bytes pass through one cursor,
+ * which compares every length with what remains before it moves. */
+
+static int fail(lfm2_error *err, int code, const char *fmt, ...)
+{
+    if (err) {
+        va_list args;
+        va_start(args, fmt);
+        err->code = code;
+        vsnprintf(err->msg, sizeof err->msg, fmt, args);
+        va_end(args);
+    }
+    return code;
+}
+
+struct cursor { const uint8_t *at, *end; };
+
+struct str { const char *s; size_t n; };
+
+/* The next n bytes, or NULL if fewer remain. */
+static const uint8_t *take(struct cursor *c, uint64_t n)
+{
+    const uint8_t *p = c->at;
+
+    if (n > (uint64_t)(c->end - c->at))
+        return NULL;
+    c->at += n;
+    return p;
+}
+
+static int take_u32(struct cursor *c, uint32_t *out)
+{
+    const uint8_t *p = take(c, 4);
+    if (p)
+        *out = load_le32(p);
+    return p ? 0 : -1;
+}
+
+static int take_u64(struct cursor *c, uint64_t *out)
+{
+    const uint8_t *p = take(c, 8);
+    if (p)
+        *out = load_le64(p);
+    return p ? 0 : -1;
+}
+
+/* A string: its length as u64, then its bytes. */
+static int take_string(struct cursor *c, struct str *out)
+{
+    struct cursor start = *c;
+    uint64_t n;
+    const uint8_t *p = NULL;
+
+    if (take_u64(c, &n) == 0)
+        p = take(c, n);
+    if (!p) {
+        *c = start;
+        return -1;
+    }
+    *out = (struct str){ (const char *)p, (size_t)n };
+    return 0;
+}
+
+static int str_is(struct str s, const char *text)
+{
+    return s.n == strlen(text) && memcmp(s.s, text, s.n) == 0;
+}
+
+static int str_starts(struct str s, const char *text)
+{
+    size_t n = strlen(text);
+    return s.n >= n && memcmp(s.s, text, n) == 0;
+}
+
+/* Text of a file that goes into a message: its first bytes, made printable. */
+struct shown { char s[49]; };
+
+static struct shown show(struct str s)
+{
+    struct shown out;
+    size_t n = s.n < 48 ? s.n : 48;
+
+    for (size_t i = 0; i < n; i++)
+        out.s[i] = s.s[i] >= ' ' && s.s[i] <= '~' ? s.s[i] : '?';
+    out.s[n] = '\0';
+    return out;
+}
+
+/* A file in memory: mapped, or read into a buffer of its own. */
+struct file { const uint8_t *data; size_t size; int how; };
+
+static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
+{
+    uint8_t *buf = malloc(f->size);
+    size_t done = 0;
+
+    if (!buf)
+        return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
+                    f->size);
+    while (done < f->size) {
+        ssize_t n = read(fd, buf + done, f->size - done);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0) {
+            int why = errno;
+            free(buf);
+            return fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
+                        n < 0 ? strerror(why) : "it ends", done, f->size);
+        }
+        done += (size_t)n;
+    }
+    f->data = buf;
+    return LFM2_OK;
+}
+
+static int file_load(struct file *f, int fd, const char *path, int load,
+                     lfm2_error *err)
+{
+    struct stat st;
+
+    if (fstat(fd, &st) != 0)
+        return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
+                    S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
+    if (st.st_size < 1 || (uintmax_t)st.st_size > SIZE_MAX / 2)
+        return fail(err, LFM2_EFORMAT, "%s: %lld bytes, expected a GGUF file",
+                    path, (long long)st.st_size);
+    f->size = (size_t)st.st_size;
+    f->how = load;
+#ifndef LFM2_NO_MMAP
+    if (load == LFM2_LOAD_MAP) {
+        void *map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
+        if (map == MAP_FAILED)
+            return fail(err, LFM2_EIO, "%s: cannot map its %zu bytes: %s", path,
+                        f->size, strerror(errno));
+        f->data = map;
+        return LFM2_OK;
+    }
+#endif
+    return file_read(f, fd, path, err);
+}
+
+static int file_open(struct file *f, const char *path, int load,
+                     lfm2_error *err)
+{
+    int fd, code;
+
+    *f = (struct file){ 0 };
+    if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
+        return fail(err, LFM2_EARG, "no path, or a way to load it that is not "
+                    "LFM2_LOAD_MAP or LFM2_LOAD_READ");
+    fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0)
+        return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
+    code = file_load(f, fd, path, load, err);
+    close(fd);
+    return code;
+}
+
+static void file_close(struct file *f)
+{
+#ifndef LFM2_NO_MMAP
+    if (f->data && f->how == LFM2_LOAD_MAP) {
+        munmap((void *)f->data, f->size);
+        return;
+    }
+#endif
+    free((void *)f->data);
+}
+
+/* ------------------------------------------------------------------ 12. GGUF
+ *
+ *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv
+ *     n_kv x      | string key | u32 type | value |
+ *     n_tensors x | string name | u32 n_dims | n_dims x u64 | u32 type
+ *                 | u64 offset |
+ *     padding to general.alignment, then the data; offsets count from here
+ *
+ * Here the file is walked once and every statement it makes is held against its
+ * size; later parts look up what they need. */
+
+enum {
+    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32,
+    GGUF_BOOL, GGUF_STRING, GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64,
+    GGUF_N_TYPES
+};
+
+/* More than any LFM2 file has, and little enough to compare all with all. */
+enum { MAX_KV = 4096, MAX_TENSOR = 8192, MAX_KEY = 256, MAX_NAME = 63 };
+
+struct gguf_kv {
+    char key[MAX_KEY + 1];
+    uint32_t type;                        /* GGUF_...                        */
+    uint32_t elem;                        /* of an array, else the type      */
+    uint64_t n;                           /* elements of an array, else 1    */
+    const uint8_t *value;                 /* the first element               */
+    size_t size;                          /* bytes of all elements           */
+};
+
+struct gguf_tensor {
+    char name[MAX_NAME + 1];
+    const struct format *fmt;
+    int n_dims;
+    uint64_t dims[4];                     /* fastest first; 1 beyond n_dims  */
+    uint64_t offset, bytes;
+    int bound;                            /* some part of the model uses it  */
+};
+
+struct gguf {
+    const uint8_t *bytes;
+    size_t size;                          /* of the whole file               */
+    const uint8_t *data;                  /* where tensor offsets count from */
+    int n_kv, n_tensors;
+    struct gguf_kv *kv;
+    struct gguf_tensor *tensor;
+};
+
+static const uint8_t gguf_type_size[GGUF_N_TYPES] = {
+    1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8
+};
+
+static const char *const gguf_type_name[GGUF_N_TYPES] = {
+    "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
+    "u64", "i64", "f64"
+};
+
+static void gguf_free(struct gguf *g)
+{
+    free(g->kv);
+    free(g->tensor);
+    g->kv = NULL;
+    g->tensor = NULL;
+}
+
+static const struct gguf_kv *gguf_find(const struct gguf *g, const char *key)
+{
+    for (int i = 0; i < g->n_kv; i++)
+        if (strcmp(g->kv[i].key, key) == 0)
+            return &g->kv[i];
+    return NULL;
+}
+
+static struct gguf_tensor *gguf_tensor_find(const struct gguf *g,
+                                            const char *name)
+{
+    for (int i = 0; i < g->n_tensors; i++)
+        if (strcmp(g->tensor[i].name, name) == 0)
+            return &g->tensor[i];
+    return NULL;
+}
+
+/* Move past the n elements of a value. */
+static int skip_elements(struct cursor *c, struct gguf_kv *kv, lfm2_error *err)
+{
+    const char *key = kv->key;
+    const uint64_t left = (uint64_t)(c->end - c->at);
+    struct str s;
+
+    kv->value = c->at;
+    if (kv->elem == GGUF_STRING) {
+        if (kv->n > left / 8)
+            return fail(err, LFM2_EFORMAT, "%s: %llu strings, but the file has "
+                        "%llu bytes left", key, (unsigned long long)kv->n,
+                        (unsigned long long)left);
+        for (uint64_t i = 0; i < kv->n; i++)
+            if (take_string(c, &s) != 0)
+                return fail(err, LFM2_EFORMAT, "%s: string %llu runs past the "
+                            "end of the file", key, (unsigned long long)i);
+    } else {
+        if (kv->n > left / gguf_type_size[kv->elem])
+            return fail(err, LFM2_EFORMAT, "%s: %llu values of type %s, but "
+                        "the file has %llu bytes left", key,
+                        (unsigned long long)kv->n, gguf_type_name[kv->elem],
+                        (unsigned long long)left);
+        take(c, kv->n * gguf_type_size[kv->elem]);
+    }
+    kv->size = (size_t)(c->at - kv->value);
+    for (size_t i = 0; kv->elem == GGUF_BOOL && i < kv->size; i++)
+        if (kv->value[i] > 1)
+            return fail(err, LFM2_EFORMAT, "%s: a bool of value %d, expected 0 "
+                        "or 1", key, kv->value[i]);
+    return LFM2_OK;
+}
+
+/* Keys and tensor names become C strings: printable ASCII, 1 to max bytes. */
+static int take_name(struct cursor *c, char *out, int max, const char *what,
+                     int number, lfm2_error *err)
+{
+    struct str name;
+
+    if (take_string(c, &name) != 0)
+        return fail(err, LFM2_EFORMAT, "the name of %s %d runs past the end of "
+                    "the file", what, number);
+    if (name.n < 1 || name.n > (size_t)max)
+        return fail(err, LFM2_EFORMAT, "the name of %s %d: %zu bytes, expected "
+                    "1 to %d", what, number, name.n, max);
+    for (size_t i = 0; i < name.n; i++)
+        if (name.s[i] < ' ' || name.s[i] > '~')
+            return fail(err, LFM2_EFORMAT, "the name of %s %d, \"%s\": byte "
+                        "0x%02x, expected printable ASCII", what, number,
+                        show(name).s, (unsigned char)name.s[i]);
+    memcpy(out, name.s, name.n);
+    out[name.n] = '\0';
+    return LFM2_OK;
+}
+
+static int parse_kv(struct gguf *g, struct cursor *c, lfm2_error *err)
+{
+    struct gguf_kv *kv = &g->kv[g->n_kv];
+
+    TRY(take_name(c, kv->key, MAX_KEY, "metadata key", g->n_kv, err));
+    if (gguf_find(g, kv->key))
+        return fail(err, LFM2_EFORMAT, "metadata key %s: found twice, expected "
+                    "once", kv->key);
+    kv->n = 1;
+    if (take_u32(c, &kv->type) != 0)
+        return fail(err, LFM2_EFORMAT, "%s: the file ends before its value",
+                    kv->key);
+    kv->elem = kv->type;
+    if (kv->type == GGUF_ARRAY &&
+        (take_u32(c, &kv->elem) != 0 || take_u64(c, &kv->n) != 0))
+        return fail(err, LFM2_EFORMAT, "%s: the file ends before its array",
+                    kv->key);
+    if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
+        return fail(err, LFM2_EFORMAT, "%s: %s type %lu, expected a known one "
+                    "that is no nested array", kv->key,
+                    kv->type == GGUF_ARRAY ? "element" : "value",
+                    (unsigned long)kv->elem);
+    return skip_elements(c, kv, err);
+}
+
+/* Integers may be stored in any width; what matters is the value. */
+static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
+{
+    const uint8_t *p = kv->value + i * gguf_type_size[kv->elem];
+
+    switch (kv->elem) {
+    case GGUF_U8:  *out = p[0]; return 0;
+    case GGUF_I8:  *out = signed_byte(p[0]); return 0;
+    case GGUF_U16: *out = load_le16(p); return 0;
+    case GGUF_I16: *out = (int64_t)load_le16(p) - (p[1] > 127 ? 65536 : 0);
+                   return 0;
+    case GGUF_U32: *out = load_le32(p); return 0;
+    case GGUF_I32: *out = (int64_t)load_le32(p) -
+                          (p[3] > 127 ? (int64_t)1 << 32 : 0);
+                   return 0;
+    case GGUF_U64:
+    case GGUF_I64:
+        if (load_le64(p) > INT64_MAX)
+            return -1;
+        *out = (int64_t)load_le64(p);
+        return 0;
+    default:
+        return -1;
+    }
+}
+
+/* 1: *out is the value; 0: the key is absent and *out as it was; else the
+ * error that the value has another type or is no u32. */
+static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out,
+                    lfm2_error *err)
+{
+    const struct gguf_kv *kv = gguf_find(g, key);
+    int64_t value;
+
+    if (!kv)
+        return 0;
+    if (kv->type == GGUF_ARRAY || kv_integer(kv, 0, &value) != 0)
+        return fail(err, LFM2_EFORMAT, "%s: of type %s, expected an integer",
+                    key, gguf_type_name[kv->type]);
+    if (value < 0 || value > UINT32_MAX)
+        return fail(err, LFM2_EFORMAT, "%s: %lld, expected 0 to 4294967295",
+                    key, (long long)value);
+    *out = (uint32_t)value;
+    return 1;
+}
+
+static int gguf_bool(const struct gguf *g, const char *key, int *out,
+                     lfm2_error *err)
+{
+    const struct gguf_kv *kv = gguf_find(g, key);
+
+    if (!kv)
+        return 0;
+    if (kv->type != GGUF_BOOL)
+        return fail(err, LFM2_EFORMAT, "%s: of type %s, expected a bool", key,
+                    gguf_type_name[kv->type]);
+    *out = kv->value[0];
+    return 1;
+}
+
+static int gguf_f32(const struct gguf *g, const char *key, float *out,
+                    lfm2_error *err)
+{
+    const struct gguf_kv *kv = gguf_find(g, key);
+
+    if (!kv)
+        return 0;
+    if (kv->type != GGUF_F32)
+        return fail(err, LFM2_EFORMAT, "%s: of type %s, expected f32", key,
+                    gguf_type_name[kv->type]);
+    *out = load_f32(kv->value);
+    return 1;
+}
+
+static int gguf_string(const struct gguf *g, const char *key, struct str *out)
+{
+    const struct gguf_kv *kv = gguf_find(g, key);
+
+    if (!kv || kv->type != GGUF_STRING)
+        return 0;
+    struct cursor c = { kv->value, kv->value + kv->size };
+    return take_string(&c, out) == 0;
+}
+
+/* The format and byte size of a tensor, if its shape is possible at all. */
+static int size_tensor(struct gguf_tensor *t, uint32_t type, lfm2_error *err)
+{
+    uint64_t elements = 1;
+
+    t->fmt = format_find(type);
+    if (!t->fmt)
+        return fail(err, LFM2_EUNSUPPORTED, "%s: weight type %s (%lu), "
+                    "expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, "
+                    "Q2_K to Q6_K, IQ4_NL or IQ4_XS", t->name,
+                    format_name(type), (unsigned long)type);
+    for (int d = 0; d < t->n_dims; d++) {
+        if (t->dims[d] < 1 || t->dims[d] > INT32_MAX ||
+            elements > (UINT64_MAX >> 8) / t->dims[d])
+            return fail(err, LFM2_EFORMAT, "%s: dimension %d is %llu, expected "
+                        "1 to %d and a product below 2^56", t->name, d,
+                        (unsigned long long)t->dims[d], INT32_MAX);
+        elements *= t->dims[d];
+    }
+    if (t->dims[0] % (uint64_t)t->fmt->block != 0)
+        return fail(err, LFM2_EFORMAT, "%s: rows of %llu columns, expected a "
+                    "multiple of %d for %s", t->name,
+                    (unsigned long long)t->dims[0], t->fmt->block,
+                    t->fmt->name);
+    t->bytes = elements / (uint64_t)t->fmt->block * (uint64_t)t->fmt->bytes;
+    return LFM2_OK;
+}
+
+static int parse_tensor(struct gguf *g, struct cursor *c, lfm2_error *err)
+{
+    struct gguf_tensor *t = &g->tensor[g->n_tensors];
+    uint32_t n_dims, type;
+
+    TRY(take_name(c, t->name, MAX_NAME, "tensor", g->n_tensors, err));
+    if (gguf_tensor_find(g, t->name))
+        return fail(err, LFM2_EFORMAT, "tensor %s: found twice, expected once",
+                    t->name);
+    if (take_u32(c, &n_dims) != 0)
+        return fail(err, LFM2_EFORMAT, "%s: the file ends before its shape",
+                    t->name);
+    if (n_dims < 1 || n_dims > 4)
+        return fail(err, LFM2_EFORMAT, "%s: %lu dimensions, expected 1 to 4",
+                    t->name, (unsigned long)n_dims);
+    t->n_dims = (int)n_dims;
+    for (int d = 0; d < 4; d++) {
+        t->dims[d] = 1;
+        if (d < t->n_dims && take_u64(c, &t->dims[d]) != 0)
+            return fail(err, LFM2_EFORMAT, "%s: the file ends before its "
+                        "shape", t->name);
+    }
+    if (take_u32(c, &type) != 0 || take_u64(c, &t->offset) != 0)
+        return fail(err, LFM2_EFORMAT, "%s: the file ends before its offset",
+                    t->name);
+    return size_tensor(t, type, err);
+}
+
+/* Tensors lie inside the data, aligned, and do not overlap. */
+static int check_places(struct gguf *g, uint32_t alignment, lfm2_error *err)
+{
+    const uint64_t size = (uint64_t)(g->bytes + g->size - g->data);
+
+    for (int i = 0; i < g->n_tensors; i++) {
+        const struct gguf_tensor *t = &g->tensor[i];
+        if (t->offset % alignment != 0)
+            return fail(err, LFM2_EFORMAT, "%s: offset %llu, expected a "
+                        "multiple of %lu", t->name,
+                        (unsigned long long)t->offset,
+                        (unsigned long)alignment);
+        if (t->offset > size || t->bytes > size - t->offset)
+            return fail(err, LFM2_EFORMAT, "%s: %llu bytes at offset %llu, but "
+                        "the file has %llu bytes of data", t->name,
+                        (unsigned long long)t->bytes,
+                        (unsigned long long)t->offset,
+                        (unsigned long long)size);
+        for (int j = 0; j < i; j++) {
+            const struct gguf_tensor *o = &g->tensor[j];
+            if (t->offset < o->offset + o->bytes &&
+                o->offset < t->offset + t->bytes)
+                return fail(err, LFM2_EFORMAT, "%s: overlaps %s", t->name,
+                            o->name);
+        }
+    }
+    return LFM2_OK;
+}
+
+static int parse_header(struct gguf *g, struct cursor *c, lfm2_error *err)
+{
+    const uint8_t *magic = take(c, 4);
+    uint32_t version;
+    uint64_t n_tensors, n_kv;
+
+    if (!magic || (memcmp(magic, "GGUF", 4) != 0 &&
+                   memcmp(magic, "FUGG", 4) != 0))
+        return fail(err, LFM2_EFORMAT, "no GGUF file: it begins with \"%s\", "
+                    "expected \"GGUF\"",
+                    show((struct str){ (const char *)g->bytes,
+                                       g->size < 4 ? g->size : 4 }).s);
+    if (take_u32(c, &version) != 0 || take_u64(c, &n_tensors) != 0 ||
+        take_u64(c, &n_kv) != 0)
+        return fail(err, LFM2_EFORMAT, "the file has %zu bytes, expected a "
+                    "GGUF header of 24", g->size);
+    if (magic[0] == 'F' || (version > 0 && (version & 0xffff) == 0))
+        return fail(err, LFM2_EUNSUPPORTED, "a big-endian GGUF file, expected "
+                    "the usual little-endian one");
+    if (version != 2 && version != 3)
+        return fail(err, LFM2_EUNSUPPORTED, "GGUF version %lu, expected 2 or 3",
+                    (unsigned long)version);
+    if (n_tensors > MAX_TENSOR || n_kv > MAX_KV)
+        return fail(err, LFM2_EFORMAT, "%llu tensors and %llu metadata keys, "
+                    "expected at most %d and %d",
+                    (unsigned long long)n_tensors, (unsigned long long)n_kv,
+                    MAX_TENSOR, MAX_KV);
+    if (n_tensors * 33 + n_kv * 14 > (uint64_t)(c->end - c->at))
+        return fail(err, LFM2_EFORMAT, "%llu tensors and %llu metadata keys do "
+                    "not fit in %zu bytes", (unsigned long long)n_tensors,
+                    (unsigned long long)n_kv, g->size);
+    g->kv = calloc((size_t)n_kv + 1, sizeof *g->kv);
+    g->tensor = calloc((size_t)n_tensors + 1, sizeof *g->tensor);
+    if (!g->kv || !g->tensor)
+        return fail(err, LFM2_ENOMEM, "no memory for the index of the file");
+    g->n_kv = (int)n_kv;
+    g->n_tensors = (int)n_tensors;
+    return LFM2_OK;
+}
+
+/* n_kv and n_tensors count up again as each entry is found to be good. */
+static int parse_body(struct gguf *g, struct cursor *c, lfm2_error *err)
+{
+    const int n_kv = g->n_kv, n_tensors = g->n_tensors;
+    uint32_t alignment = 32;
+
+    for (g->n_kv = g->n_tensors = 0; g->n_kv < n_kv; g->n_kv++)
+        TRY(parse_kv(g, c, err));
+    TRY(gguf_u32(g, "general.alignment", &alignment, err));
+    if (alignment < 8 || alignment > 65536 || (alignment & (alignment - 1)))
+        return fail(err, LFM2_EFORMAT, "general.alignment: %lu, expected a "
+                    "power of two from 8 to 65536", (unsigned long)alignment);
+    for (; g->n_tensors < n_tensors; g->n_tensors++)
+        TRY(parse_tensor(g, c, err));
+    size_t past = (size_t)(c->at - g->bytes) % alignment;
+    g->data = take(c, past ? alignment - past : 0) ? c->at : c->end;
+    return check_places(g, alignment, err);
+}
+
+static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
+                      lfm2_error *err)
+{
+    struct cursor c = { data, data + size };
+    int code;
+
+    *g = (struct gguf){ .bytes = data, .size = size };
+    code = parse_header(g, &c, err);
+    if (code == LFM2_OK)
+        code = parse_body(g, &c, err);
+    if (code != LFM2_OK)
+        gguf_free(g);
+    return code;
+}
+
+/* --------------------------------------------------------- 13. Configuration
+ *
+ * What the metadata says of the model, held against ranges and, where a tensor
+ * knows better, corrected by its shape.  A key that would change the arithmetic
+ * in a way this program does not know is an error, never ignored. */
+
+static void warn(struct lfm2_model *m, const char *fmt, ...)
+{
+    va_list args;
+
+    if (m->n_warning == MAX_WARNING)
+        return;
+    va_start(args, fmt);
+    vsnprintf(m->warning[m->n_warning++], sizeof m->warning[0], fmt, args);
+    va_end(args);
+}
+
+/* The key "<architecture>.<name>". */
+static const struct gguf_kv *arch_find(const struct lfm2_model *m,
+                                       const char *name)
+{
+    char key[MAX_KEY + 1];
+
+    snprintf(key, sizeof key, "%s.%s", m->arch, name);
+    return gguf_find(m->gguf, key);
+}
+
+static int missing(const struct lfm2_model *m, const char *name,
+                   lfm2_error *err)
+{
+    return fail(err, LFM2_EFORMAT, "%s.%s: missing, expected in every %s file",
+                m->arch, name, m->arch);
+}
+
+/* The one value of an integer, or of an array whose elements other than 0 all
+ * agree (0 stands for layers it does not concern). */
+static int kv_count(const struct gguf_kv *kv, int64_t *out, lfm2_error *err)
+{
+    *out = 0;
+    for (uint64_t i = 0; i < kv->n; i++) {
+        int64_t value;
+        if (kv_integer(kv, i, &value) != 0)
+            return fail(err, LFM2_EFORMAT, "%s: of type %s, expected integers",
+                        kv->key, gguf_type_name[kv->elem]);
+        if (*out != 0 && value != 0 && value != *out)
+            return fail(err, LFM2_EUNSUPPORTED, "%s: both %lld and %lld, "
+                        "expected one value in all layers", kv->key,
+                        (long long)*out, (long long)value);
+        *out = value != 0 ? value : *out;
+    }
+    return LFM2_OK;
+}
+
+enum { OPTIONAL, REQUIRED };
+
+static int read_count(const struct lfm2_model *m, const char *name, int need,
+                      int min, int max, int *out, lfm2_error *err)
+{
+    const struct gguf_kv *kv = arch_find(m, name);
+    int64_t value;
+
+    if (!kv)
+        return need == REQUIRED ? missing(m, name, err) : LFM2_OK;
+    TRY(kv_count(kv, &value, err));
+    if (value < min || value > max)
+        return fail(err, LFM2_EFORMAT, "%s: %lld, expected %d to %d", kv->key,
+                    (long long)value, min, max);
+    *out = (int)value;
+    return LFM2_OK;
+}
+
+static int read_float(const struct lfm2_model *m, const char *name, int need,
+                      float min, float max, float *out, lfm2_error *err)
+{
+    const struct gguf_kv *kv = arch_find(m, name);
+
+    if (!kv)
+        return need == REQUIRED ? missing(m, name, err) : LFM2_OK;
+    TRY(gguf_f32(m->gguf, kv->key, out, err));
+    if (!(*out >= min && *out <= max))
+        return fail(err, LFM2_EFORMAT, "%s: %g, expected %g to %g", kv->key,
+                    (double)*out, (double)min, (double)max);
+    return LFM2_OK;
+}
+
+static int read_architecture(struct lfm2_model *m, lfm2_error *err)
+{
+    struct str arch;
+    uint32_t parts = 1;
+
+    if (!gguf_string(m->gguf, "general.architecture", &arch))
+        return fail(err, LFM2_EFORMAT, "general.architecture: missing, "
+                    "expected lfm2 or lfm2moe");
+    m->arch = str_is(arch, "lfm2") ? "lfm2"
+            : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
+    if (!m->arch)
+        return fail(err, LFM2_EUNSUPPORTED, "general.architecture: %s%s, "
+                    "expected lfm2 or lfm2moe", show(arch).s,
+                    str_starts(arch, "lfm3") ? " (the next generation, which "
+                    "computes differently)"
+                    : str_is(arch, "lfm2-bidir") ? " (a bidirectional encoder)"
+                    : str_is(arch, "clip") ? " (the image or audio part of a "
+                    "model; open its text part)" : "");
+    TRY(gguf_u32(m->gguf, "split.count", &parts, err));
+    if (parts > 1)
+        return fail(err, LFM2_EUNSUPPORTED, "split.count: one part of %lu, "
+                    "expected a whole model; join the parts first",
+                    (unsigned long)parts);
+    return LFM2_OK;
+}
+
+/* The keys below the architecture that are understood.  NEEDS_x: understood
+ * only with that value, because any other means another arithmetic. */
+enum { ANY_VALUE, NEEDS_0, NEEDS_1, NEEDS_NONE };
+
+static const struct { const char *name; int value; } known_key[] = {
+    { "block_count", ANY_VALUE },
+    { "context_length", ANY_VALUE },
+    { "embedding_length", ANY_VALUE },
+    { "feed_forward_length", ANY_VALUE },
+    { "vocab_size", ANY_VALUE },
+    { "attention.head_count", ANY_VALUE },
+    { "attention.head_count_kv", ANY_VALUE },
+    { "attention.key_length", ANY_VALUE },
+    { "attention.value_length", ANY_VALUE },
+    { "attention.layer_norm_rms_epsilon", ANY_VALUE },
+    { "attention.sliding_window", NEEDS_0 },
+    { "attention.causal", NEEDS_1 },
+    { "pooling_type", NEEDS_0 },
+    { "rope.freq_base", ANY_VALUE },
+    { "rope.dimension_count", ANY_VALUE },
+    { "rope.scaling.type", NEEDS_NONE },
+    { "rope.scaling.factor", NEEDS_1 },
+    { "rope.scaling.original_context_length", ANY_VALUE },
+    { "rope.scaling.finetuned", ANY_VALUE },
+    { "shortconv.l_cache", ANY_VALUE },
+    { "expert_count", ANY_VALUE },
+    { "expert_used_count", ANY_VALUE },
+    { "expert_feed_forward_length", ANY_VALUE },
+    { "expert_gating_func", ANY_VALUE },
+    { "expert_shared_count", NEEDS_0 },
+    { "expert_group_count", NEEDS_0 },
+    { "expert_group_used_count", NEEDS_0 },
+    { "expert_weights_scale", ANY_VALUE },
+    { "expert_weights_norm", NEEDS_1 },
+    { "leading_dense_block_count", ANY_VALUE },
+};
+
+static int has_value(const struct gguf_kv *kv, int needed)
+{
+    int64_t i;
+    struct cursor c = { kv->value, kv->value + kv->size };
+    struct str s;
+
+    if (needed == ANY_VALUE)
+        return 1;
+    if (kv->type == GGUF_STRING)
+        return needed == NEEDS_NONE && take_string(&c, &s) == 0 &&
+               str_is(s, "none");
+    if (kv->type == GGUF_F32)
+        return load_f32(kv->value) == (float)(needed == NEEDS_1);
+    if (kv->type == GGUF_BOOL)
+        return kv->value[0] == (needed == NEEDS_1);
+    return kv->type != GGUF_ARRAY && kv_integer(kv, 0, &i) == 0 &&
+           i == (needed == NEEDS_1);
+}
+
+/* One key "<architecture>.<name>". */
+static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
+                     const char *name, lfm2_error *err)
+{
+    static const char *const needed[] = {
+        "", "0 (off)", "1 (true)", "\"none\""
+    };
+
+    for (size_t i = 0; i < COUNT(known_key); i++) {
+        if (strcmp(known_key[i].name, name) != 0)
+            continue;
+        if (has_value(kv, known_key[i].value))
+            return LFM2_OK;
+        return fail(err, LFM2_EUNSUPPORTED, "%s: set to what changes the "
+                    "arithmetic of this model, expected %s or no such key",
+                    kv->key, needed[known_key[i].value]);
+    }
+    if (strstr(name, "attention.") || strstr(name, "rope.") ||
+        strstr(name, "shortconv.") || strstr(name, "expert") ||
+        strstr(name, "scale") || strstr(name, "softcap"))
+        return fail(err, LFM2_EUNSUPPORTED, "%s: an unknown key that may "
+                    "change the arithmetic, expected none; the model is newer "
+                    "than this program or of another kind", kv->key);
+    warn(m, "%s: an unknown key, ignored", kv->key);
+    return LFM2_OK;
+}
+
+static int check_keys(struct lfm2_model *m, lfm2_error *err)
+{
+    const size_t n = strlen(m->arch);
+
+    for (int i = 0; i < m->gguf->n_kv; i++) {
+        const struct gguf_kv *kv = &m->gguf->kv[i];
+        if (strncmp(kv->key, m->arch, n) == 0 && kv->key[n] == '.')
+            TRY(check_key(m, kv, kv->key + n + 1, err));
+    }
+    return LFM2_OK;
+}
+
+/* Which layers attend: those whose entry in head_count_kv is not 0. */
+static int read_layer_kinds(struct lfm2_model *m, lfm2_error *err)
+{
+    lfm2_config *c = &m->cfg;
+    const struct gguf_kv *kv = arch_find(m, "attention.head_count_kv");
+
+    if (kv && kv->type == GGUF_ARRAY && kv->n != (uint64_t)c->n_layer)
+        return fail(err, LFM2_EFORMAT, "%s: %llu entries, expected one for "
+                    "each of %d blocks", kv->key, (unsigned long long)kv->n,
+                    c->n_layer);
+    for (int il = 0; il < c->n_layer; il++) {
+        int64_t heads = c->n_head_kv;
+        if (kv && kv->type == GGUF_ARRAY)
+            kv_integer(kv, (uint64_t)il, &heads);
+        c->is_attn[il] = heads != 0;
+        m->n_attn += c->is_attn[il];
+        m->n_conv += !c->is_attn[il];
+    }
+    if (m->n_attn > 0 && c->n_head % c->n_head_kv != 0)
+        return fail(err, LFM2_EFORMAT, "%s.attention.head_count: %d, expected "
+                    "a multiple of the %d kv heads", m->arch, c->n_head,
+                    c->n_head_kv);
+    return LFM2_OK;
+}
+
+static int read_heads(struct lfm2_model *m, lfm2_error *err)
+{
+    lfm2_config *c = &m->cfg;
+
+    TRY(read_count(m, "attention.head_count", REQUIRED, 1, 1024, &c->n_head,
+                   err));
+    c->n_head_kv = c->n_head;
+    TRY(read_count(m, "attention.head_count_kv", OPTIONAL, 0, c->n_head,
+                   &c->n_head_kv, err));
+    TRY(read_layer_kinds(m, err));
+    TRY(read_count(m, "attention.key_length", OPTIONAL, 2, MAX_HEAD_DIM,
+                   &c->head_dim, err));
+    if (c->head_dim == 0 && c->n_embd % c->n_head != 0)
+        return fail(err, LFM2_EFORMAT, "%s.embedding_length: %d, expected a "
+                    "multiple of the %d heads", m->arch, c->n_embd, c->n_head);
+    if (c->head_dim == 0)
+        c->head_dim = c->n_embd / c->n_head;
+    if (c->head_dim < 2 || c->head_dim > MAX_HEAD_DIM || c->head_dim % 2 != 0)
+        return fail(err, LFM2_EFORMAT, "heads of %d dimensions, expected an "
+                    "even number up to %d", c->head_dim, MAX_HEAD_DIM);
+    int same = c->head_dim;
+    TRY(read_count(m, "attention.value_length", OPTIONAL, same, same, &same,
+                   err));
+    return read_count(m, "rope.dimension_count", OPTIONAL, same, same, &same,
+                      err);
+}
+
+static int read_experts(struct lfm2_model *m, lfm2_error *err)
+{
+    lfm2_config *c = &m->cfg;
+    int gating = 0;
+
+    c->n_layer_dense = c->n_layer;
+    c->expert_weights_scale = 1;
+    if (strcmp(m->arch, "lfm2") == 0)
+        return LFM2_OK;
+    c->n_layer_dense = 0;
+    TRY(read_count(m, "leading_dense_block_count", OPTIONAL, 0, c->n_layer,
+                   &c->n_layer_dense, err));
+    TRY(read_count(m, "expert_count", REQUIRED, 1, 256, &c->n_expert, err));
+    TRY(read_count(m, "expert_used_count", REQUIRED, 1, c->n_expert,
+                   &c->n_expert_used, err));
+    TRY(read_count(m, "expert_gating_func", REQUIRED, 0, 255, &gating, err));
+    if (gating != 2)
+        return fail(err, LFM2_EUNSUPPORTED, "%s.expert_gating_func: %d, "
+                    "expected 2 (sigmoid)", m->arch, gating);
+    TRY(read_float(m, "expert_weights_scale", OPTIONAL, 0, 1e4f,
+                   &c->expert_weights_scale, err));
+    if (c->expert_weights_scale == 0)
+        c->expert_weights_scale = 1;      /* 0 is how some files say "none" */
+    return LFM2_OK;
+}
+
+static int read_config(struct lfm2_model *m, lfm2_error *err)
+{
+    lfm2_config *c = &m->cfg;
+
+    TRY(read_architecture(m, err));
+    TRY(check_keys(m, err));
+    TRY(read_count(m, "block_count", REQUIRED, 1, LFM2_MAX_LAYER, &c->n_layer,
+                   err));
+    TRY(read_count(m, "context_length", REQUIRED, 1, INT32_MAX,
+                   &c->n_ctx_train, err));
+    TRY(read_count(m, "embedding_length", REQUIRED, 1, 1 << 20, &c->n_embd,
+                   err));
+    TRY(read_count(m, "shortconv.l_cache", REQUIRED, 2, 8, &c->l_cache, err));
+    TRY(read_float(m, "attention.layer_norm_rms_epsilon", REQUIRED, 1e-12f,
+                   0.1f, &c->norm_rms_eps, err));
+    c->rope_freq_base = 10000;
+    TRY(read_float(m, "rope.freq_base", OPTIONAL, 1, 1e12f,
+                   &c->rope_freq_base, err));
+    if (!arch_find(m, "rope.freq_base"))
+        warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
+    TRY(read_heads(m, err));
+    return read_experts(m, err);
+}
+
+/* ------------------------------------------------------- 14. Binding tensors
+ *
+ * Every tensor name stands in one table, with its shape and the layers it
+ * belongs to.  After binding there are only pointers of known shape. */
+
+static int find_tensor(const struct lfm2_model *m, const char *name,
+                       struct gguf_tensor **out, lfm2_error *err)
+{
+    *out = gguf_tensor_find(m->gguf, name);
+    if (!*out)
+        return fail(err, LFM2_EFORMAT, "%s: no such tensor in the file, "
+                    "expected in this model", name);
+    (*out)->bound = 1;
+    return LFM2_OK;
+}
+
+static int check_shape(const struct gguf_tensor *t, int cols, int rows,
+                       int depth, lfm2_error *err)
+{
+    const uint64_t *d = t->dims;
+
+    if (d[0] == (uint64_t)cols && d[1] == (uint64_t)rows &&
+        d[2] == (uint64_t)depth && d[3] == 1)
+        return LFM2_OK;
+    return fail(err, LFM2_EFORMAT, "%s: shape %llu x %llu x %llu, expected "
+                "%d x %d x %d", t->name, (unsigned long long)d[0],
+                (unsigned long long)d[1], (unsigned long long)d[2], cols, rows,
+                depth);
+}
+
+static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
+                       int rows, int depth, struct tensor *out,
+                       lfm2_error *err)
+{
+    struct gguf_tensor *t;
+
+    TRY(find_tensor(m, name, &t, err));
+    TRY(check_shape(t, cols, rows, depth, err));
+    *out = (struct tensor){ t->fmt, rows, cols, m->gguf->data + t->offset };
+    return LFM2_OK;
+}
+
+/* Norms, taps and biases are few and used often: they become host floats,
+ * [rows][cols] turned to [cols][rows], from *pool on. */
+static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
+                       int rows, float **pool, const float **out,
+                       lfm2_error *err)
+{
+    struct tensor w;
+    float row[MAX_HEAD_DIM];
+
+    TRY(bind_matrix(m, name, cols, rows, 1, &w, err));
+    if (!w.fmt->floats)
+        return fail(err, LFM2_EUNSUPPORTED, "%s: weight type %s, expected F32, "
+                    "F16 or BF16", name, w.fmt->name);
+    *out = *pool;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c += MAX_HEAD_DIM) {
+            int n = cols - c < MAX_HEAD_DIM ? cols - c : MAX_HEAD_DIM;
+            w.fmt->floats(row, w.data + (size_t)r * row_bytes(&w) +
+                          (size_t)c * (size_t)w.fmt->bytes, n);
+            for (int i = 0; i < n; i++) {
+                if (!(fabsf(row[i]) <= FLT_MAX))
+                    return fail(err, LFM2_EFORMAT, "%s: element %d of row %d "
+                                "is %g, expected a finite number", name, c + i,
+                                r, (double)row[i]);
+                (*pool)[(size_t)(c + i) * rows + r] = row[i];
+            }
+        }
+    *pool += (size_t)rows * cols;
+    return LFM2_OK;
+}
+
+/* The sizes a shape is made of, and the layers a tensor can be in. */
+enum { ONE, EMBD, EMBD_3, HEADS, HEADS_KV, HEAD, TAPS, FF, FF_EXP, EXPERTS,
+       N_SIZES };
+enum { IN_ALL, IN_CONV, IN_ATTN, IN_DENSE, IN_MOE };
+
+static const struct binding {
+    const char *name;                     /* after "blk.<layer>."            */
+    int where, floats, cols, rows, depth;
+    size_t field;                         /* in struct layer                 */
+} bindings[] = {
+#define FIELD(f) offsetof(struct layer, f)
+    { "attn_norm.weight", IN_ALL, 1, EMBD, ONE, ONE, FIELD(attn_norm) },
+    { "ffn_norm.weight", IN_ALL, 1, EMBD, ONE, ONE, FIELD(ffn_norm) },
+    { "shortconv.in_proj.weight", IN_CONV, 0, EMBD, EMBD_3, ONE,
+      FIELD(shortconv_in_proj) },
+    { "shortconv.conv.weight", IN_CONV, 1, TAPS, EMBD, ONE,
+      FIELD(shortconv_conv) },
+    { "shortconv.out_proj.weight", IN_CONV, 0, EMBD, EMBD, ONE,
+      FIELD(shortconv_out_proj) },
+    { "attn_q.weight", IN_ATTN, 0, EMBD, HEADS, ONE, FIELD(attn_q) },
+    { "attn_k.weight", IN_ATTN, 0, EMBD, HEADS_KV, ONE, FIELD(attn_k) },
+    { "attn_v.weight", IN_ATTN, 0, EMBD, HEADS_KV, ONE, FIELD(attn_v) },
+    { "attn_output.weight", IN_ATTN, 0, HEADS, EMBD, ONE, FIELD(attn_output) },
+    { "attn_q_norm.weight", IN_ATTN, 1, HEAD, ONE, ONE, FIELD(attn_q_norm) },
+    { "attn_k_norm.weight", IN_ATTN, 1, HEAD, ONE, ONE, FIELD(attn_k_norm) },
+    { "ffn_gate.weight", IN_DENSE, 0, EMBD, FF, ONE, FIELD(ffn_gate) },
+    { "ffn_up.weight", IN_DENSE, 0, EMBD, FF, ONE, FIELD(ffn_up) },
+    { "ffn_down.weight", IN_DENSE, 0, FF, EMBD, ONE, FIELD(ffn_down) },
+    { "ffn_gate_inp.weight", IN_MOE, 0, EMBD, EXPERTS, ONE,
+      FIELD(ffn_gate_inp) },
+    { "exp_probs_b.bias", IN_MOE, 1, EXPERTS, ONE, ONE, FIELD(exp_probs_b) },
+    { "ffn_gate_exps.weight", IN_MOE, 0, EMBD, FF_EXP, EXPERTS,
+      FIELD(ffn_gate_exps) },
+    { "ffn_up_exps.weight", IN_MOE, 0, EMBD, FF_EXP, EXPERTS,
+      FIELD(ffn_up_exps) },
+    { "ffn_down_exps.weight", IN_MOE, 0, FF_EXP, EMBD, EXPERTS,
+      FIELD(ffn_down_exps) },
+#undef FIELD
+};
+
+static int is_in_layer(const lfm2_config *c, int il, int where)
+{
+    switch (where) {
+    case IN_CONV:  return !c->is_attn[il];
+    case IN_ATTN:  return c->is_attn[il];
+    case IN_DENSE: return il < c->n_layer_dense;
+    case IN_MOE:   return il >= c->n_layer_dense;
+    default:       return 1;
+    }
+}
+
+/* Files converted with fused projections: the rows of q, then k, then v. */
+static int bind_qkv(const struct lfm2_model *m, struct layer *l, int il,
+                    const int size[N_SIZES], lfm2_error *err)
+{
+    char name[MAX_NAME + 1];
+    struct tensor all;
+    const int q = size[HEADS], kv = size[HEADS_KV];
+
+    snprintf(name, sizeof name, "blk.%d.attn_qkv.weight", il);
+    if (!gguf_tensor_find(m->gguf, name))
+        return LFM2_OK;
+    TRY(bind_matrix(m, name, size[EMBD], q + 2 * kv, 1, &all, err));
+    l->attn_q = l->attn_k = l->attn_v = all;
+    l->attn_q.rows = q;
+    l->attn_k.rows = l->attn_v.rows = kv;
+    l->attn_k.data += (size_t)q * row_bytes(&all);
+    l->attn_v.data += (size_t)(q + kv) * row_bytes(&all);
+    return LFM2_OK;
+}
+
+static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
+                      float **pool, lfm2_error *err)
+{
+    struct layer *l = &m->layer[il];
+    char name[MAX_NAME + 1];
+
+    if (m->cfg.is_attn[il])
+        TRY(bind_qkv(m, l, il, size, err));
+    for (size_t i = 0; i < COUNT(bindings); i++) {
+        const struct binding *b = &bindings[i];
+        void *field = (char *)l + b->field;
+
+        if (!is_in_layer(&m->cfg, il, b->where))
+            continue;
+        snprintf(name, sizeof name, "blk.%d.%s", il, b->name);
+        if (b->floats)
+            TRY(bind_floats(m, name, size[b->cols], size[b->rows], pool, field,
+                            err));
+        else if (!((struct tensor *)field)->data)     /* not from attn_qkv */
+            TRY(bind_matrix(m, name, size[b->cols], size[b->rows],
+                            size[b->depth], field, err));
+    }
+    if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
+        return fail(err, LFM2_EUNSUPPORTED, "blk.%d.ffn_gate_inp.weight: "
+                    "weight type %s, expected F32, F16 or BF16 (a rounded "
+                    "router chooses other experts)", il,
+                    l->ffn_gate_inp.fmt->name);
+    return LFM2_OK;
+}
+
+/* The rows of a tensor: a width that a key may get wrong but a shape cannot. */
+static int read_width(struct lfm2_model *m, const char *name, const char *key,
+                      int *out, lfm2_error *err)
+{
+    struct gguf_tensor *t;
+    const struct gguf_kv *kv = arch_find(m, key);
+    int64_t said;
+
+    TRY(find_tensor(m, name, &t, err));
+    *out = (int)t->dims[1];
+    if (kv && kv_count(kv, &said, NULL) == LFM2_OK && said != *out)
+        warn(m, "%s: %lld, but %s has %d rows; the tensor is right", kv->key,
+             (long long)said, name, *out);
+    return LFM2_OK;
+}
+
+static int read_widths(struct lfm2_model *m, lfm2_error *err)
+{
+    lfm2_config *c = &m->cfg;
+    const struct gguf_kv *tokens = gguf_find(m->gguf, "tokenizer.ggml.tokens");
+    char name[MAX_NAME + 1];
+
+    TRY(read_width(m, "token_embd.weight", "vocab_size", &c->n_vocab, err));
+    if (tokens && tokens->n > (uint64_t)c->n_vocab)
+        return fail(err, LFM2_EFORMAT, "tokenizer.ggml.tokens: %llu tokens, "
+                    "expected at most the %d rows of token_embd.weight",
+                    (unsigned long long)tokens->n, c->n_vocab);
+    if (tokens && tokens->n < (uint64_t)c->n_vocab)
+        warn(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
+             "token_embd.weight", (unsigned long long)tokens->n, c->n_vocab);
+    if (c->n_layer_dense > 0)
+        TRY(read_width(m, "blk.0.ffn_gate.weight", "feed_forward_length",
+                       &c->n_ff, err));
+    snprintf(name, sizeof name, "blk.%d.ffn_gate_exps.weight",
+             c->n_layer_dense);
+    if (c->n_layer_dense < c->n_layer)
+        TRY(read_width(m, name, "expert_feed_forward_length", &c->n_ff_expert,
+                       err));
+    return LFM2_OK;
+}
+
+/* Tensors nobody asked for: in a block they mean that the model computes
+ * something else; elsewhere they are baggage. */
+static int check_unbound(struct lfm2_model *m, lfm2_error *err)
+{
+    for (int i = 0; i < m->gguf->n_tensors; i++) {
+        const struct gguf_tensor *t = &m->gguf->tensor[i];
+        if (t->bound)
+            continue;
+        if (strncmp(t->name, "blk.", 4) == 0 ||
+            strncmp(t->name, "rope_", 5) == 0 ||
+            strncmp(t->name, "dense_", 6) == 0 ||
+            strncmp(t->name, "output.", 7) == 0)
+            return fail(err, LFM2_EUNSUPPORTED, "%s: a tensor that %s does not "
+                        "have; the model is of another kind", t->name,
+                        m->arch);
+        warn(m, "%s: an unknown tensor, ignored", t->name);
+    }
+    return LFM2_OK;
+}
+
+/* The norm before the logits is called token_embd_norm in most files, after the
+ * official embedding_norm, and output_norm in others.  It is the last one all
+ * the same; nothing is normed after the embedding. */
+static int bind_ends(struct lfm2_model *m, float **pool, lfm2_error *err)
+{
+    const lfm2_config *c = &m->cfg;
+    const char *norm = gguf_tensor_find(m->gguf, "output_norm.weight")
+                           ? "output_norm.weight" : "token_embd_norm.weight";
+
+    TRY(bind_matrix(m, "token_embd.weight", c->n_embd, c->n_vocab, 1,
+                    &m->token_embd, err));
+    m->output = m->token_embd;
+    if (gguf_tensor_find(m->gguf, "output.weight"))
+        TRY(bind_matrix(m, "output.weight", c->n_embd, c->n_vocab, 1,
+                        &m->output, err));
+    return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm, err);
+}
+
+static int bind_model(struct lfm2_model *m, lfm2_error *err)
+{
+    const lfm2_config *c = &m->cfg;
+    int n_conv = 0, n_attn = 0;
+
+    TRY(read_widths(m, err));
+    const int size[N_SIZES] = {
+        [ONE] = 1, [EMBD] = c->n_embd, [EMBD_3] = 3 * c->n_embd,
+        [HEADS] = c->n_head * c->head_dim,
+        [HEADS_KV] = c->n_head_kv * c->head_dim,
+        [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
+        [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
+    };
+    const size_t per_layer = (size_t)c->n_embd * (size_t)(c->l_cache + 2) +
+                             2 * (size_t)c->head_dim + (size_t)c->n_expert;
+    float *pool = calloc(per_layer * (size_t)c->n_layer + (size_t)c->n_embd,
+                         sizeof *pool);
+    m->floats = pool;
+    m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
+    if (!m->floats || !m->layer)
+        return fail(err, LFM2_ENOMEM, "no memory for %d layers", c->n_layer);
+    TRY(bind_ends(m, &pool, err));
+    for (int il = 0; il < c->n_layer; il++) {
+        m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
+        TRY(bind_layer(m, il, size, &pool, err));
+    }
+    m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
+    return check_unbound(m, err);
+}
+
+/* ------------------------------------------------------- 15. Open and close */
+
+/* The model and what it points to, in one piece; the model is first. */
+struct opened {
+    struct lfm2_model model;
+    struct file file;
+    struct gguf gguf;
+};
+
+const char *lfm2_version(void)
+{
+    return LFM2_VERSION;
+}
+
+void lfm2_model_close(lfm2_model *m)
+{
+    if (!m)
+        return;
+    if (m->file)
+        file_close(m->file);
+    gguf_free(m->gguf);
+    free(m->layer);
+    free(m->floats);
+    free(m);
+}
+
+/* Takes over an open file, or NULL for memory of the caller. */
+static int open_model(lfm2_model **out, struct file *file, const uint8_t *data,
+                      size_t size, lfm2_error *err)
+{
+    struct opened *o = calloc(1, sizeof *o);
+    int code;
+
+    if (!o) {
+        if (file)
+            file_close(file);
+        return fail(err, LFM2_ENOMEM, "no memory to open a model");
+    }
+    o->model.gguf = &o->gguf;
+    if (file) {
+        o->file = *file;
+        o->model.file = &o->file;
+    }
+    code = gguf_parse(&o->gguf, data, size, err);
+    if (code == LFM2_OK)
+        code = read_config(&o->model, err);
+    if (code == LFM2_OK)
+        code = bind_model(&o->model, err);
+    if (code != LFM2_OK) {
+        lfm2_model_close(&o->model);
+        return code;
+    }
+    *out = &o->model;
+    return LFM2_OK;
+}
+
+int lfm2_model_open(lfm2_model **out, const char *path, int load,
+                    lfm2_error *err)
+{
+    struct file file;
+
+    *out = NULL;
+    TRY(file_open(&file, path, load, err));
+    return open_model(out, &file, file.data, file.size, err);
+}
+
+int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
+                           lfm2_error *err)
+{
+    *out = NULL;
+    if (!data)
+        return fail(err, LFM2_EARG, "no data to open");
+    return open_model(out, NULL, data, size, err);
+}
+
+const lfm2_config *lfm2_model_config(const lfm2_model *m)
+{
+    return &m->cfg;
+}
+
+const char *lfm2_model_warning(const lfm2_model *m, int i)
+{
+    return i >= 0 && i < m->n_warning ? m->warning[i] : NULL;
+}
+
+int lfm2_model_tensor(const lfm2_model *m, int i, lfm2_tensor_info *out)
+{
+    const struct gguf_tensor *t;
+
+    if (i < 0 || i >= m->gguf->n_tensors)
+        return LFM2_EARG;
+    t = &m->gguf->tensor[i];
+    *out = (lfm2_tensor_info){
+        .name = t->name, .type = t->fmt->name, .n_dims = t->n_dims,
+        .n_bytes = t->bytes, .data = m->gguf->data + t->offset
+    };
+    memcpy(out->dims, t->dims, sizeof out->dims);
+    return LFM2_OK;
+}
+
+const char *lfm2_model_string(const lfm2_model *m, const char *key,
+                              size_t *len)
+{
+    struct str s;
+
+    if (!gguf_string(m->gguf, key, &s))
+        return NULL;
+    *len = s.n;
+    return s.s;
+}
+
+const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
+{
+    const struct gguf_kv *kv;
+    struct str s;
+    int64_t value = 0;
+
+    if (i < 0 || i >= m->gguf->n_kv)
+        return NULL;
+    kv = &m->gguf->kv[i];
+    if (kv->type == GGUF_ARRAY)
+        snprintf(buf, cap, "[%llu x %s]", (unsigned long long)kv->n,
+                 gguf_type_name[kv->elem]);
+    else if (gguf_string(m->gguf, kv->key, &s))
+        snprintf(buf, cap, "%s%s", show(s).s, s.n > 48 ? "..." : "");
+    else if (kv->type == GGUF_F32)
+        snprintf(buf, cap, "%g", (double)load_f32(kv->value));
+    else if (kv->type == GGUF_BOOL)
+        snprintf(buf, cap, "%s", kv->value[0] ? "true" : "false");
+    else if (kv_integer(kv, 0, &value) == 0)
+        snprintf(buf, cap, "%lld", (long long)value);
+    else
+        snprintf(buf, cap, "(%s)", gguf_type_name[kv->type]);
+    return kv->key;
+}
+
+void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
+{
+    *total = *active = 0;
+    for (int i = 0; i < m->gguf->n_tensors; i++) {
+        const struct gguf_tensor *t = &m->gguf->tensor[i];
+        uint64_t n = t->dims[0] * t->dims[1] * t->dims[2] * t->dims[3];
+
+        if (!t->bound)
+            continue;
+        *total += n;
+        *active += strstr(t->name, "_exps.") && m->cfg.n_expert > 0
+            ? n / (uint64_t)m->cfg.n_expert * (uint64_t)m->cfg.n_expert_used
+            : n;
+    }
+}
+
+/* =========================================================================
+ * Part IV.  The state
+ * =========================================================================
+ *
+ * ----------------------------------------------- 16. The memory of a context
+ *
+ * One layout function hands out all of it.  Run without memory it only counts,
+ * so the size foretold and the size reserved cannot differ. */
+
+struct arena { uint8_t *base; uint64_t used; };
+
+static void *carve(struct arena *a, uint64_t n, size_t size)
+{
+    uint64_t at = (a->used + 63) / 64 * 64;
+
+    a->used = at + n * size;
+    return a->base ? a->base + at : NULL;
+}
+
+static void carve_input(struct arena *a, struct input *in, uint64_t rows,
+                        uint64_t cols)
+{
+    in->q = carve(a, rows * cols, sizeof *in->q);
+    in->d = carve(a, rows * (cols / 32), sizeof *in->d);
+    in->sum = carve(a, rows * (cols / 32) * 2, sizeof *in->sum);
+}
+
+static uint64_t conv_elements(const struct lfm2_model *m)
+{
+    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
+           (uint64_t)m->cfg.n_embd;
+}
+
+static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
+{
+    return 2 * (uint64_t)m->n_attn * (uint64_t)m->cfg.n_head_kv *
+           (uint64_t)m->cfg.head_dim * (kv_type == LFM2_KV_F16 ? 2 : 4);
+}
+
+/* The conv state is kept every 64 tokens, or more rarely where it would take
+ * more than a tenth of what the KV cache takes. */
+static int seq_step(const struct lfm2_model *m, int kv_type)
+{
+    uint64_t mark = conv_elements(m) * sizeof(float);
+    uint64_t kv = kv_bytes_per_token(m, kv_type);
+
+    return mark * 10 <= kv * 64 ? 64 : mark * 10 <= kv * 128 ? 128 : 256;
+}
+
+static void carve_sequences(struct arena *a, struct lfm2_context *ctx)
+{
+    const struct lfm2_model *m = ctx->model;
+    const lfm2_params *p = &ctx->par;
+    const uint64_t positions = ((uint64_t)p->n_ctx + TILE - 1) / TILE * TILE;
+    const uint64_t conv = conv_elements(m);
+
+    ctx->seq = carve(a, (uint64_t)p->n_seq, sizeof *ctx->seq);
+    for (int i = 0; i < p->n_seq; i++) {
+        struct seq s = { 0 };
+        s.kv = carve(a, positions * kv_bytes_per_token(m, p->kv_type), 1);
+        s.conv = carve(a, conv, sizeof *s.conv);
+        s.conv_start = carve(a, conv, sizeof *s.conv_start);
+        s.marks = carve(a, (uint64_t)(p->n_ctx / ctx->seq_step) * conv,
+                        sizeof *s.marks);
+        if (a->base)
+            ctx->seq[i] = s;
+    }
+}
+
+static uint64_t larger(uint64_t a, uint64_t b)
+{
+    return a > b ? a : b;
+}
+
+static void carve_pass(struct arena *a, struct lfm2_context *ctx)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const uint64_t rows = (uint64_t)ctx->par.n_batch;
+    const uint64_t n = (uint64_t)c->n_embd, used = (uint64_t)c->n_expert_used;
+    const uint64_t hd = (uint64_t)c->head_dim;
+    const uint64_t q = (uint64_t)c->n_head * hd;
+    const uint64_t kv = (uint64_t)c->n_head_kv * hd;
+    const uint64_t ff = larger((uint64_t)c->n_ff, (uint64_t)c->n_ff_expert);
+    const int has_moe = c->n_layer_dense < c->n_layer;
+
+    ctx->piece = carve(a, (uint64_t)ctx->par.n_seq, sizeof *ctx->piece);
+    ctx->token = carve(a, rows, sizeof *ctx->token);
+    ctx->wanted = carve(a, rows, sizeof *ctx->wanted);
+    ctx->rope = carve(a, rows * hd, sizeof *ctx->rope);
+    ctx->x = carve(a, rows * n, sizeof *ctx->x);
+    ctx->h = carve(a, rows * n, sizeof *ctx->h);
+    ctx->y = carve(a, rows * n, sizeof *ctx->y);
+    ctx->bcx = carve(a, rows * n * 3, sizeof *ctx->bcx);
+    ctx->q = carve(a, rows * q, sizeof *ctx->q);
+    ctx->k = carve(a, rows * kv, sizeof *ctx->k);
+    ctx->v = carve(a, rows * kv, sizeof *ctx->v);
+    ctx->gate = carve(a, rows * ff, sizeof *ctx->gate);
+    ctx->up = carve(a, rows * ff, sizeof *ctx->up);
+    carve_input(a, &ctx->in, rows, n);
+    carve_input(a, &ctx->in_wide, rows, larger(ff, q));
+    if (!has_moe)
+        return;
+    ctx->score = carve(a, rows * (uint64_t)c->n_expert, sizeof *ctx->score);
+    ctx->chosen = carve(a, rows * used, sizeof *ctx->chosen);
+    ctx->weight = carve(a, rows * used, sizeof *ctx->weight);
+    ctx->slot = carve(a, rows * used, sizeof *ctx->slot);
+    ctx->slot_end = carve(a, (uint64_t)c->n_expert + 1, sizeof *ctx->slot_end);
+    carve_input(a, &ctx->in_expert, rows, n);
+    ctx->in_expert_f = carve(a, rows * n, sizeof *ctx->in_expert_f);
+}
+
+static void carve_rest(struct arena *a, struct lfm2_context *ctx)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const uint64_t cols = larger(larger((uint64_t)c->n_ff, (uint64_t)c->n_embd),
+                                 larger((uint64_t)c->n_ff_expert,
+                                        (uint64_t)c->n_head *
+                                        (uint64_t)c->head_dim));
+
+    ctx->logits = carve(a, (uint64_t)ctx->par.n_logits * (uint64_t)c->n_vocab,
+                        sizeof *ctx->logits);
+    ctx->span_logits = carve(a, (uint64_t)ctx->par.n_seq + 1,
+                             sizeof *ctx->span_logits);
+    ctx->candidates = carve(a, (uint64_t)c->n_vocab, sizeof *ctx->candidates);
+    ctx->scratch = carve(a, (uint64_t)ctx->par.n_threads, sizeof *ctx->scratch);
+    for (int i = 0; i < ctx->par.n_threads; i++) {
+        struct scratch s;
+        s.q = carve(a, cols, sizeof *s.q);
+        s.d = carve(a, cols / 16, sizeof *s.d);
+        s.m = carve(a, cols / 16, sizeof *s.m);
+        s.f = carve(a, cols, sizeof *s.f);
+        if (a->base)
+            ctx->scratch[i] = s;
+    }
+}
+
+/* Set every pointer of ctx into memory at `base`; how much there is. */
+static uint64_t lay_out(struct lfm2_context *ctx, void *base)
+{
+    struct arena a = { base, 0 };
+
+    carve_sequences(&a, ctx);
+    carve_pass(&a, ctx);
+    carve_rest(&a, ctx);
+    return a.used;
+}
+
+lfm2_params lfm2_default_params(const lfm2_model *m)
+{
+    return (lfm2_params){
+        .n_ctx = m->cfg.n_ctx_train < 4096 ? m->cfg.n_ctx_train : 4096,
+        .n_seq = 1, .n_batch = 512, .n_logits = 1, .n_threads = 0,
+        .kv_type = LFM2_KV_F16, .isa = LFM2_ISA_AUTO
+    };
+}
+
+static int check_range(const char *name, int value, int min, int max,
+                       lfm2_error *err)
+{
+    if (value >= min && value <= max)
+        return LFM2_OK;
+    return fail(err, LFM2_EARG, "%s: %d, expected %d to %d", name, value, min,
+                max);
+}
+
+/* Check the parameters and fill in what was left to choose. */
+static int resolve_params(lfm2_params *p, lfm2_error *err)
+{
+    TRY(check_range("n_ctx", p->n_ctx, 1, 1 << 24, err));
+    TRY(check_range("n_seq", p->n_seq, 1, 4096, err));
+    TRY(check_range("n_batch", p->n_batch, 1, 1 << 16, err));
+    TRY(check_range("n_logits", p->n_logits, 0, 1 << 20, err));
+    TRY(check_range("n_threads", p->n_threads, 0, 1024, err));
+    TRY(check_range("kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32, err));
+    if (p->isa != LFM2_ISA_AUTO && p->isa != LFM2_ISA_SCALAR)
+        return fail(err, LFM2_EARG, "isa: %d, expected auto or scalar, which "
+                    "is all this version has", p->isa);
+    p->isa = LFM2_ISA_SCALAR;
+    if (p->n_threads == 0)
+        p->n_threads = usable_cpus();
+    if (p->n_batch > (int64_t)p->n_ctx * p->n_seq)
+        p->n_batch = p->n_ctx * p->n_seq;
+    return LFM2_OK;
+}
+
+uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
+{
+    struct lfm2_context ctx = { .model = m, .par = *p };
+
+    if (resolve_params(&ctx.par, NULL) != LFM2_OK)
+        return 0;
+    ctx.seq_step = seq_step(m, p->kv_type);
+    return lay_out(&ctx, NULL);
+}
+
+void lfm2_context_close(lfm2_context *ctx)
+{
+    if (!ctx)
+        return;
+    pool_close(ctx->pool);
+    free(ctx->memory);
+    free(ctx);
+}
+
+int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
+                      const lfm2_params *p, lfm2_error *err)
+{
+    lfm2_params par = *p;
+    struct lfm2_context *ctx;
+    uint64_t size;
+
+    *out = NULL;
+    TRY(resolve_params(&par, err));
+    ctx = calloc(1, sizeof *ctx);
+    if (!ctx || pool_open(&ctx->pool, par.n_threads) != LFM2_OK) {
+        free(ctx);
+        return fail(err, LFM2_ENOMEM, "no memory for a context");
+    }
+    ctx->model = m;
+    ctx->par = par;
+    ctx->par.n_threads = ctx->pool->n_threads;
+    ctx->seq_step = seq_step(m, par.kv_type);
+    size = lay_out(ctx, NULL);
+    ctx->memory = size < SIZE_MAX - 64 ? calloc(1, (size_t)size + 64) : NULL;
+    if (!ctx->memory) {
+        lfm2_context_close(ctx);
+        return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
+                    "(n_ctx %d, n_seq %d, n_batch %d)",
+                    (unsigned long long)size, par.n_ctx, par.n_seq,
+                    par.n_batch);
+    }
+    lay_out(ctx, (uint8_t *)ctx->memory + 64 - (uintptr_t)ctx->memory % 64);
+    *out = ctx;
+    return LFM2_OK;
+}
+
+lfm2_params lfm2_context_params(const lfm2_context *ctx)
+{
+    return ctx->par;
+}
+
+/* ------------------------------------------------------------ 17. Sequences */
+
+static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
+{
+    return seq >= 0 && seq < ctx->par.n_seq ? &ctx->seq[seq] : NULL;
+}
+
+int lfm2_seq_len(const lfm2_context *ctx, int seq)
+{
+    const struct seq *s = find_seq(ctx, seq);
+    return s ? s->len : LFM2_EARG;
+}
+
+int lfm2_seq_step(const lfm2_context *ctx)
+{
+    return ctx->seq_step;
+}
+
+int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
+{
+    struct seq *s = find_seq(ctx, seq);
+    const size_t size = (size_t)conv_elements(ctx->model) * sizeof(float);
+
+    if (!s || len < 0)
+        return LFM2_EARG;
+    if (len >= s->len)
+        return s->len;
+    s->len = len - len % ctx->seq_step;
+    if (s->len == 0)
+        memset(s->conv, 0, size);
+    else
+        memcpy(s->conv, conv_mark(ctx, s, s->len), size);
+    return s->len;
+}
+
+/* The cache of a kv head up to `len` is K in whole tiles and V in rows. */
+static void copy_kv(struct lfm2_context *ctx, struct seq *dst,
+                    const struct seq *src)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const size_t e = ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
+    const size_t row = (size_t)c->head_dim * e;
+    const size_t tiles = ((size_t)src->len + TILE - 1) / TILE;
+
+    for (int i = 0; i < ctx->model->n_attn; i++)
+        for (int head = 0; head < c->n_head_kv; head++) {
+            struct kv_head to = kv_head_at(ctx, dst, i, head);
+            struct kv_head from = kv_head_at(ctx, src, i, head);
+            memcpy(to.k, from.k, tiles * TILE * row);
+            memcpy(to.v, from.v, (size_t)src->len * row);
+        }
+}
+
+int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
+{
+    struct seq *to = find_seq(ctx, dst);
+    const struct seq *from = find_seq(ctx, src);
+    const size_t size = (size_t)conv_elements(ctx->model);
+
+    if (!to || !from)
+        return fail(err, LFM2_EARG, "copy of sequence %d to %d, expected 0 to "
+                    "%d", src, dst, ctx->par.n_seq - 1);
+    if (to == from)
+        return LFM2_OK;
+    copy_kv(ctx, to, from);
+    memcpy(to->conv, from->conv, size * sizeof *to->conv);
+    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step) * size *
+           sizeof *to->marks);
+    to->len = from->len;
+    return LFM2_OK;
+}
+
+/* A saved sequence, all little-endian:
+ *
+ *     "LFM2SEQ1" | u64 fingerprint of the model | u32 kv_type | u32 len
+ *     conv: f32 [n_conv][l_cache-1][n_embd]
+ *     marks: f32 [len/seq_step] of the same
+ *     for each attention layer and kv head: K [len][head_dim], then V, as
+ *         f16 or f32
+ *     u64 hash of all before
+ *
+ * Nothing in it depends on n_ctx, on how the cache is laid out or on the
+ * machine. */
+
+enum { STATE_HEAD = 24 };
+
+static uint64_t hash_bytes(uint64_t h, const uint8_t *p, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        h = (h ^ p[i]) * 0x100000001b3u;              /* FNV-1a */
+    return h;
+}
+
+static const uint64_t HASH_START = 0xcbf29ce484222325u;
+
+/* Tells one model from another: all metadata and shapes, and the first bytes of
+ * every tensor. */
+static uint64_t fingerprint(const struct lfm2_model *m)
+{
+    const struct gguf *g = m->gguf;
+    uint64_t h = hash_bytes(HASH_START, g->bytes, (size_t)(g->data - g->bytes));
+
+    for (int i = 0; i < g->n_tensors; i++) {
+        const struct gguf_tensor *t = &g->tensor[i];
+        h = hash_bytes(h, g->data + t->offset, t->bytes < 64 ? t->bytes : 64);
+    }
+    return h;
+}
+
+/* Where the bytes of a state go to or come from: one of the two is set, and the
+ * same walk saves and loads. */
+struct stream { uint8_t *to; const uint8_t *from; };
+
+static uint64_t move_bits(struct stream *s, uint64_t value, int bytes)
+{
+    uint64_t read = 0;
+
+    for (int i = 0; i < bytes; i++)
+        if (s->to)
+            *s->to++ = (uint8_t)(value >> 8 * i);
+        else
+            read |= (uint64_t)*s->from++ << 8 * i;
+    return s->to ? value : read;
+}
+
+static void move_floats(struct stream *s, float *f, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        f[i] = float_of((uint32_t)move_bits(s, bits_of(f[i]), 4));
+}
+
+static void move_cached(struct stream *s, uint8_t *cache, int f16, size_t i)
+{
+    uint16_t *half = (uint16_t *)(void *)cache + i;
+
+    if (f16)
+        *half = (uint16_t)move_bits(s, *half, 2);
+    else
+        move_floats(s, (float *)(void *)cache + i, 1);
+}
+
+static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
+                       struct stream *s)
+{
+    const size_t conv = (size_t)conv_elements(ctx->model);
+    const int n_head_kv = ctx->model->cfg.n_head_kv;
+
+    move_floats(s, q->conv, conv);
+    move_floats(s, q->marks, conv * (size_t)(len / ctx->seq_step));
+    for (int i = 0; i < ctx->model->n_attn * n_head_kv; i++) {
+        struct kv_head kv = kv_head_at(ctx, q, i / n_head_kv, i % n_head_kv);
+        for (int pos = 0; pos < len; pos++)
+            for (int d = 0; d < kv.head_dim; d++)
+                move_cached(s, kv.k, kv.f16, k_index(pos, d, kv.head_dim));
+        for (size_t e = 0; e < (size_t)len * (size_t)kv.head_dim; e++)
+            move_cached(s, kv.v, kv.f16, e);
+    }
+}
+
+static uint64_t state_size(const struct lfm2_context *ctx, int len)
+{
+    uint64_t columns = conv_elements(ctx->model) *
+                       (uint64_t)(1 + len / ctx->seq_step);
+    return STATE_HEAD + columns * 4 + (uint64_t)len *
+           kv_bytes_per_token(ctx->model, ctx->par.kv_type) + 8;
+}
+
+uint64_t lfm2_seq_state_size(const lfm2_context *ctx, int seq)
+{
+    const struct seq *s = find_seq(ctx, seq);
+    return s ? state_size(ctx, s->len) : 0;
+}
+
+int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
+                  lfm2_error *err)
+{
+    struct seq *q = find_seq(ctx, seq);
+    struct stream s = { buf, NULL };
+    uint64_t need;
+
+    if (!q || !buf)
+        return fail(err, LFM2_EARG, "save of sequence %d, expected 0 to %d and "
+                    "a buffer", seq, ctx->par.n_seq - 1);
+    need = state_size(ctx, q->len);
+    if (size < need)
+        return fail(err, LFM2_EARG, "a buffer of %llu bytes, expected %llu",
+                    (unsigned long long)size, (unsigned long long)need);
+    memcpy(buf, "LFM2SEQ1", 8);
+    s.to += 8;
+    move_bits(&s, fingerprint(ctx->model), 8);
+    move_bits(&s, (uint64_t)ctx->par.kv_type, 4);
+    move_bits(&s, (uint64_t)q->len, 4);
+    move_state(ctx, q, q->len, &s);
+    move_bits(&s, hash_bytes(HASH_START, buf, (size_t)need - 8), 8);
+    return LFM2_OK;
+}
+
+/* The length of the sequence in a state, or why it cannot be loaded. */
+static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
+                       uint64_t size, lfm2_error *err)
+{
+    uint32_t len;
+
+    if (size < STATE_HEAD + 8 || size > SIZE_MAX ||
+        memcmp(buf, "LFM2SEQ1", 8) != 0)
+        return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
+                    "expected \"LFM2SEQ1\" at their beginning",
+                    (unsigned long long)size);
+    if (hash_bytes(HASH_START, buf, (size_t)size - 8) !=
+        load_le64(buf + size - 8))
+        return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
+                    "cut: its checksum does not match its %llu bytes",
+                    (unsigned long long)size);
+    if (load_le64(buf + 8) != fingerprint(ctx->model))
+        return fail(err, LFM2_EFORMAT, "a sequence saved with another model");
+    if (load_le32(buf + 16) != (uint32_t)ctx->par.kv_type)
+        return fail(err, LFM2_EFORMAT, "a sequence saved with kv_type %lu, "
+                    "expected %d", (unsigned long)load_le32(buf + 16),
+                    ctx->par.kv_type);
+    len = load_le32(buf + 20);
+    if (len > (uint32_t)ctx->par.n_ctx)
+        return fail(err, LFM2_EFULL, "a saved sequence of %lu tokens, expected "
+                    "at most %d (n_ctx)", (unsigned long)len, ctx->par.n_ctx);
+    if (size != state_size(ctx, (int)len))
+        return fail(err, LFM2_EFORMAT, "a saved sequence of %lu tokens in %llu "
+                    "bytes, expected %llu", (unsigned long)len,
+                    (unsigned long long)size,
+                    (unsigned long long)state_size(ctx, (int)len));
+    return (int)len;
+}
+
+int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
+                  lfm2_error *err)
+{
+    struct seq *q = find_seq(ctx, seq);
+    struct stream s = { NULL, (const uint8_t *)buf + STATE_HEAD };
+    int len;
+
+    if (!q || !buf)
+        return fail(err, LFM2_EARG, "load of sequence %d, expected 0 to %d and "
+                    "a buffer", seq, ctx->par.n_seq - 1);
+    len = check_state(ctx, buf, size, err);
+    if (len < 0)
+        return len;
+    move_state(ctx, q, len, &s);
+    q->len = len;
+    return LFM2_OK;
+}
+
+/* =========================================================================
+ * Part V.  Words
+ * =========================================================================
+ *
+ * --------------------------------------------------------- 18. The vocabulary
+ *
+ * Byte-level byte pair encoding.  A token is a string of bytes.  Text is cut
+ * into pieces, roughly words; a piece begins as single bytes, and neighbours
+ * are merged, always the pair that stands first in the list of merges.  That
+ * list may lead through strings that are no tokens.  Tokens and these strings
+ * together are called symbols here; ids from n_vocab up are never given out.
+ * Control tokens stand outside of all this: no text can become one. */
+
+enum {                                    /* as in tokenizer.ggml.token_type */
+    TOKEN_NORMAL = 1,                     /* text in the byte alphabet       */
+    TOKEN_UNKNOWN = 2,
+    TOKEN_CONTROL = 3,                    /* a marker, literal               */
+    TOKEN_USER_DEFINED = 4,               /* literal, cut out of any text    */
+    TOKEN_UNUSED = 5,
+    TOKEN_BYTE = 6
+};
+
+enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20 };
+
+#define NO_RANK UINT32_MAX
+
+struct merge { int32_t left, right, result; };
+
+struct symbol_slot { uint32_t hash, id_1; };        /* id + 1, or 0: free    */
+
+/* A token that is looked for before text is cut into pieces. */
+struct special { const uint8_t *s; uint32_t n; int32_t id; };
+
+struct lfm2_tokenizer {
+    int n_vocab, n_symbols;
+    uint8_t *text;                        /* symbol i is the bytes start[i]  */
+    uint32_t *start;                      /* to start[i+1] of text           */
+    uint8_t *type;                        /* [n_vocab] TOKEN_...             */
+
+    /* Bytes to symbol and pair to rank: open addressing, a power of two of
+     * slots, at most half of them taken. */
+    struct symbol_slot *slot;
+    uint32_t n_slots, n_taken;
+    struct merge *merge;                  /* [n_merges]; the index is the    */
+    uint32_t n_merges;                    /* rank, the lowest comes first    */
+    uint32_t *merge_slot;                 /* rank + 1, or 0: free            */
+    uint32_t n_merge_slots;
+
+    struct special *special;              /* sorted by their bytes; those    */
+    int special_at[257];                  /* that begin with b are at        */
+                                          /* special_at[b] to [b+1]          */
+    int32_t byte[256];                    /* the token of a single byte      */
+    int32_t bos, eos, eot, im_start, im_end;        /* -1: there is none     */
+    int add_bos;
+    uint8_t *classes;                     /* [MAX_CLASSED], see class_at()   */
+};
+
+static uint8_t *make_classes(void);       /* on the last page                */
+
+static const uint8_t *symbol_bytes(const lfm2_tokenizer *t, int32_t id)
+{
+    return t->text + t->start[id];
+}
+
+static uint32_t symbol_len(const lfm2_tokenizer *t, int32_t id)
+{
+    return t->start[id + 1] - t->start[id];
+}
+
+static uint32_t symbol_hash(const uint8_t *s, size_t n)
+{
+    const uint64_t h = hash_bytes(HASH_START, s, n);
+    return (uint32_t)(h ^ h >> 32);
+}
+
+/* The slot that holds s[n], or the free one where it belongs. */
+static struct symbol_slot *symbol_slot(const lfm2_tokenizer *t,
+                                       const uint8_t *s, size_t n,
+                                       uint32_t hash)
+{
+    for (uint32_t i = hash;; i++) {
+        struct symbol_slot *slot = &t->slot[i & (t->n_slots - 1)];
+        const int32_t id = (int32_t)slot->id_1 - 1;
+        if (id < 0 || (slot->hash == hash && symbol_len(t, id) == n &&
+                       memcmp(symbol_bytes(t, id), s, n) == 0))
+            return slot;
+    }
+}
+
+/* The symbol with these bytes that text can become, or -1. */
+static int32_t find_symbol(const lfm2_tokenizer *t, const uint8_t *s, size_t n)
+{
+    return (int32_t)symbol_slot(t, s, n, symbol_hash(s, n))->id_1 - 1;
+}
+
+static int grow_slots(lfm2_tokenizer *t)
+{
+    const uint32_t n = t->n_slots ? 2 * t->n_slots : 1024;
+    struct symbol_slot *slot = calloc(n, sizeof *slot);
+
+    if (!slot)
+        return -1;
+    for (uint32_t i = 0; i < t->n_slots; i++) {
+        uint32_t to = t->slot[i].hash;
+        while (slot[to & (n - 1)].id_1)
+            to++;
+        slot[to & (n - 1)] = t->slot[i];
+    }
+    free(t->slot);
+    t->slot = slot;
+    t->n_slots = n;
+    return 0;
+}
+
+/* Control tokens, unused and unknown ones are not made from text. */
+static int is_from_text(int type)
+{
+    return type == TOKEN_NORMAL || type == TOKEN_USER_DEFINED ||
+           type == TOKEN_BYTE;
+}
+
+/* The next symbol; there is room for its bytes.  Returns its id, or -1 without
+ * memory.  If text can become it, its bytes lead to it, or to an earlier symbol
+ * that has the same. */
+static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
+                          int type)
+{
+    const int32_t id = t->n_symbols;
+
+    if (2 * t->n_taken >= t->n_slots && grow_slots(t) != 0)
+        return -1;
+    if (is_from_text(type) && n > 0) {
+        const uint32_t hash = symbol_hash(s, n);
+        struct symbol_slot *slot = symbol_slot(t, s, n, hash);
+        if (!slot->id_1) {
+            *slot = (struct symbol_slot){ hash, (uint32_t)id + 1 };
+            t->n_taken++;
+        }
+    }
+    memcpy(t->text + t->start[id], s, n);
+    t->start[id + 1] = t->start[id] + (uint32_t)n;
+    t->n_symbols++;
+    return id;
+}
+
+static int32_t find_or_add(lfm2_tokenizer *t, const uint8_t *s, size_t n)
+{
+    const int32_t id = find_symbol(t, s, n);
+    return id >= 0 ? id : add_symbol(t, s, n, TOKEN_NORMAL);
+}
+
+/* The slot of the merge of a pair, or the free one where it belongs. */
+static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
+                            int32_t right)
+{
+    const uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+    const uint64_t hash = pair * 0x9e3779b97f4a7c15u >> 32;
+
+    for (uint32_t i = (uint32_t)hash;; i++) {
+        uint32_t *slot = &t->merge_slot[i & (t->n_merge_slots - 1)];
+        if (*slot == 0 || (t->merge[*slot - 1].left == left &&
+                           t->merge[*slot - 1].right == right))
+            return slot;
+    }
+}
+
+/* A free slot holds 0, and 0 - 1 is NO_RANK. */
+static uint32_t merge_rank(const lfm2_tokenizer *t, int32_t left, int32_t right)
+{
+    return *merge_slot(t, left, right) - 1;
+}
+
+/* The next merge in order of rank.  A pair that comes again keeps its rank. */
+static void add_merge(lfm2_tokenizer *t, struct merge m)
+{
+    uint32_t *slot = merge_slot(t, m.left, m.right);
+
+    t->merge[t->n_merges++] = m;
+    if (*slot == 0)
+        *slot = t->n_merges;
+}
+
+static int compare_special(const void *a, const void *b)
+{
+    const struct special *x = a, *y = b;
+    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
+
+    if (order != 0)
+        return order;
+    if (x->n != y->n)
+        return x->n < y->n ? -1 : 1;
+    return x->id < y->id ? -1 : 1;
+}
+
+static void sort_specials(lfm2_tokenizer *t)
+{
+    int n = 0;
+
+    for (int32_t id = 0; id < t->n_vocab; id++)
+        if ((t->type[id] == TOKEN_CONTROL ||
+             t->type[id] == TOKEN_USER_DEFINED) && symbol_len(t, id) > 0)
+            t->special[n++] = (struct special){ symbol_bytes(t, id),
+                                                symbol_len(t, id), id };
+    qsort(t->special, (size_t)n, sizeof *t->special, compare_special);
+    for (int i = 0; i < n; i++)
+        t->special_at[t->special[i].s[0] + 1] = i + 1;
+    for (int b = 0; b < 256; b++)
+        if (t->special_at[b + 1] < t->special_at[b])
+            t->special_at[b + 1] = t->special_at[b];
+}
+
+/* ------------------------------------------------- 19. Reading a vocabulary
+ *
+ * In a GGUF, tokens and merges are text in which every byte is written as a
+ * printable character: those that are printable in Latin-1 as themselves, the
+ * 68 others as U+0100 and following, in order.  A space becomes U+0120 that
+ * way, so the one space in a merge parts its two sides.  Control and
+ * user-defined tokens are literal. */
+
+/* What either kind of file says. */
+struct tables {
+    struct gguf_kv tokens, types, merges; /* types.n is 0 if there are none  */
+    uint32_t bos, eos;                    /* UINT32_MAX if there is none     */
+    int add_bos;
+};
+
+/* The byte that a character of that alphabet stands for, or -1. */
+static int byte_of(uint32_t c)
+{
+    if ((c > 32 && c < 127) || (c > 160 && c < 256 && c != 173))
+        return (int)c;
+    if (c >= 256 && c < 256 + 33)                     /* 0 to 32             */
+        return (int)c - 256;
+    if (c >= 256 + 33 && c < 256 + 67)                /* 127 to 160          */
+        return (int)c - 256 - 33 + 127;
+    return c == 256 + 67 ? 173 : -1;
+}
+
+/* And the character for a byte. */
+static uint32_t char_of(uint8_t b)
+{
+    return b <= 32 ? 256u + b : b >= 127 && b <= 160 ? 256u + 33 + b - 127 :
+           b == 173 ? 256u + 67 : b;
+}
+
+static int is_mapped(int type)
+{
+    return type == TOKEN_NORMAL || type == TOKEN_BYTE;
+}
+
+/* Write the bytes that a text stands for and return how many.  Text that is not
+ * in the alphabet stands for itself. */
+static size_t unmap(uint8_t *out, struct str text, int64_t type)
+{
+    const uint8_t *s = (const uint8_t *)text.s;
+    size_t n = 0, i = 0;
+
+    while (i < text.n && is_mapped((int)type)) {
+        uint32_t c = s[i++];
+        if (c >= 0xc2 && c < 0xe0 && i < text.n && (s[i] & 0xc0) == 0x80)
+            c = (c & 0x1f) << 6 | (s[i++] & 0x3fu);
+        else if (c >= 0x80)
+            c = 0;
+        const int b = byte_of(c);
+        if (b < 0)
+            break;
+        out[n++] = (uint8_t)b;
+        if (i == text.n)
+            return n;
+    }
+    memcpy(out, s, text.n);
+    return text.n;
+}
+
+/* Room for all that the tables may lead to: a merge may add its left side, its
+ * right side and both together. */
+static int reserve(lfm2_tokenizer *t, const struct tables *f)
+{
+    const uint64_t n_text = f->tokens.size + 2 * (uint64_t)f->merges.size;
+    const uint64_t n_symbols = f->tokens.n + 3 * f->merges.n;
+
+    if (n_text > INT32_MAX)
+        return -1;
+    t->n_merge_slots = 2;
+    while (t->n_merge_slots < 2 * f->merges.n)
+        t->n_merge_slots *= 2;
+    t->text = malloc((size_t)n_text + 1);
+    t->start = malloc((size_t)(n_symbols + 1) * sizeof *t->start);
+    t->type = malloc((size_t)f->tokens.n);
+    t->merge = malloc((size_t)(f->merges.n + 1) * sizeof *t->merge);
+    t->merge_slot = calloc(t->n_merge_slots, sizeof *t->merge_slot);
+    t->special = malloc((size_t)f->tokens.n * sizeof *t->special);
+    t->classes = make_classes();
+    if (!t->text || !t->start || !t->type || !t->merge || !t->merge_slot ||
+        !t->special || !t->classes)
+        return -1;
+    t->start[0] = 0;
+    return 0;
+}
+
+/* Give back what was not needed of it. */
+static void trim(lfm2_tokenizer *t)
+{
+    const size_t n = (size_t)t->n_symbols;
+    void *text = realloc(t->text, t->start[n] + 1);
+    void *start = realloc(t->start, (n + 1) * sizeof *t->start);
+
+    t->text = text ? text : t->text;
+    t->start = start ? start : t->start;
+}
+
+static int add_tokens(lfm2_tokenizer *t, const struct tables *f,
+                      uint8_t *scratch, lfm2_error *err)
+{
+    struct cursor c = { f->tokens.value, f->tokens.value + f->tokens.size };
+    struct str s;
+
+    t->n_vocab = (int)f->tokens.n;
+    for (int i = 0; i < t->n_vocab && take_string(&c, &s) == 0; i++) {
+        int64_t type = TOKEN_NORMAL;
+        if (f->types.n)
+            kv_integer(&f->types, (uint64_t)i, &type);
+        if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
+            return fail(err, LFM2_EFORMAT, "token %d: of type %lld, expected "
+                        "%d to %d", i, (long long)type, TOKEN_NORMAL,
+                        TOKEN_BYTE);
+        if (s.n > MAX_TOKEN)
+            return fail(err, LFM2_EFORMAT, "token %d: %zu bytes, expected at "
+                        "most %d", i, s.n, MAX_TOKEN);
+        const size_t n = unmap(scratch, s, type);
+        t->type[i] = (uint8_t)type;
+        if (add_symbol(t, scratch, n, t->type[i]) < 0)
+            return fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    }
+    return LFM2_OK;
+}
+
+/* "left right" to the ids of left, right and both together. */
+static int add_merge_text(lfm2_tokenizer *t, uint32_t i, struct str s,
+                          uint8_t *scratch, lfm2_error *err)
+{
+    const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
+    struct str left, right;
+    struct merge m;
+
+    if (s.n > MAX_TOKEN)
+        return fail(err, LFM2_EFORMAT, "merge %lu: %zu bytes, expected at most "
+                    "%d", (unsigned long)i, s.n, MAX_TOKEN);
+    if (!space || space == s.s || space + 1 == end ||
+        memchr(space + 1, ' ', (size_t)(end - space) - 1))
+        return fail(err, LFM2_EFORMAT, "merge %lu: \"%s\", expected two parts "
+                    "with one space between them", (unsigned long)i, show(s).s);
+    left = (struct str){ s.s, (size_t)(space - s.s) };
+    right = (struct str){ space + 1, (size_t)(end - space) - 1 };
+    const size_t n = unmap(scratch, left, TOKEN_NORMAL);
+    const size_t k = unmap(scratch + n, right, TOKEN_NORMAL);
+    m.left = find_or_add(t, scratch, n);
+    m.right = find_or_add(t, scratch + n, k);
+    m.result = find_or_add(t, scratch, n + k);
+    if (m.left < 0 || m.right < 0 || m.result < 0)
+        return fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    add_merge(t, m);
+    return LFM2_OK;
+}
+
+static int add_merges(lfm2_tokenizer *t, const struct tables *f,
+                      uint8_t *scratch, lfm2_error *err)
+{
+    struct cursor c = { f->merges.value, f->merges.value + f->merges.size };
+    struct str s;
+
+    for (uint32_t i = 0; i < f->merges.n && take_string(&c, &s) == 0; i++)
+        TRY(add_merge_text(t, i, s, scratch, err));
+    return LFM2_OK;
+}
+
+static int check_tables(const struct tables *f, lfm2_error *err)
+{
+    if (f->tokens.n < 1 || f->tokens.n > MAX_VOCAB)
+        return fail(err, LFM2_EFORMAT, "the vocabulary: %llu tokens, expected "
+                    "1 to %d", (unsigned long long)f->tokens.n, MAX_VOCAB);
+    if (f->types.n && f->types.n != f->tokens.n)
+        return fail(err, LFM2_EFORMAT, "the vocabulary: %llu token types, "
+                    "expected %llu, one for each token",
+                    (unsigned long long)f->types.n,
+                    (unsigned long long)f->tokens.n);
+    if (f->merges.n > MAX_MERGE)
+        return fail(err, LFM2_EFORMAT, "the vocabulary: %llu merges, expected "
+                    "at most %d", (unsigned long long)f->merges.n, MAX_MERGE);
+    if (f->bos != UINT32_MAX && f->bos >= f->tokens.n)
+        return fail(err, LFM2_EFORMAT, "the BOS token: id %lu, expected one "
+                    "below %llu", (unsigned long)f->bos,
+                    (unsigned long long)f->tokens.n);
+    if (f->eos != UINT32_MAX && f->eos >= f->tokens.n)
+        return fail(err, LFM2_EFORMAT, "the EOS token: id %lu, expected one "
+                    "below %llu", (unsigned long)f->eos,
+                    (unsigned long long)f->tokens.n);
+    return LFM2_OK;
+}
+
+/* What encoding and chatting look up. */
+static int find_named(lfm2_tokenizer *t, const struct tables *f,
+                      lfm2_error *err)
+{
+    for (int b = 0; b < 256; b++) {
+        const uint8_t c = (uint8_t)b;
+        t->byte[b] = find_symbol(t, &c, 1);
+        if (t->byte[b] < 0 || t->byte[b] >= t->n_vocab)
+            return fail(err, LFM2_EFORMAT, "the vocabulary: no token for the "
+                        "single byte 0x%02x, expected all 256", c);
+    }
+    sort_specials(t);
+    t->bos = f->bos == UINT32_MAX ? -1 : (int32_t)f->bos;
+    t->eos = f->eos == UINT32_MAX ? -1 : (int32_t)f->eos;
+    t->add_bos = f->add_bos;
+    t->im_start = lfm2_token_id(t, "<|im_start|>");
+    t->im_end = lfm2_token_id(t, "<|im_end|>");
+    t->eot = lfm2_token_id(t, "<|endoftext|>");
+    return LFM2_OK;
+}
+
+static int build_vocab(lfm2_tokenizer *t, const struct tables *f,
+                       lfm2_error *err)
+{
+    uint8_t *scratch = malloc(MAX_TOKEN);
+    int code = LFM2_OK;
+
+    if (!scratch || reserve(t, f) != 0)
+        code = fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    if (code == LFM2_OK)
+        code = add_tokens(t, f, scratch, err);
+    if (code == LFM2_OK)
+        code = add_merges(t, f, scratch, err);
+    free(scratch);
+    TRY(code);
+    trim(t);
+    return find_named(t, f, err);
+}
+
+static int check_kind(const struct gguf *g, lfm2_error *err)
+{
+    struct str model, arch, pre = { "", 0 };
+
+    if (!gguf_string(g, "tokenizer.ggml.model", &model))
+        return fail(err, LFM2_EFORMAT, "tokenizer.ggml.model: no such string, "
+                    "expected \"gpt2\"; if the vocabulary was stripped from "
+                    "this file, a tokenizer.bin can stand in for it");
+    if (!str_is(model, "gpt2"))
+        return fail(err, LFM2_EUNSUPPORTED, "tokenizer.ggml.model: \"%s\", "
+                    "expected \"gpt2\", a byte-level BPE", show(model).s);
+    /* An LFM2 model can only mean one thing, whatever it calls it. */
+    if (gguf_string(g, "general.architecture", &arch) &&
+        (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
+        return LFM2_OK;
+    if (gguf_string(g, "tokenizer.ggml.pre", &pre) &&
+        (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
+        return LFM2_OK;
+    return fail(err, LFM2_EUNSUPPORTED, "tokenizer.ggml.pre: \"%s\", expected "
+                "\"lfm2\" or \"llama-bpe\"", show(pre).s);
+}
+
+/* *out stays empty if the key is absent but not required. */
+static int find_array(const struct gguf *g, const char *key, int strings,
+                      struct gguf_kv *out, lfm2_error *err)
+{
+    const struct gguf_kv *kv = gguf_find(g, key);
+    const char *what = strings ? "strings" : "i32";
+
+    if (!kv && !strings)
+        return LFM2_OK;
+    if (!kv)
+        return fail(err, LFM2_EFORMAT, "%s: absent, expected an array of %s",
+                    key, what);
+    if (kv->type != GGUF_ARRAY ||
+        (strings ? kv->elem != GGUF_STRING
+                 : kv->elem != GGUF_I32 && kv->elem != GGUF_U32))
+        return fail(err, LFM2_EFORMAT, "%s: %s %s, expected an array of %s",
+                    key, kv->type == GGUF_ARRAY ? "an array of" : "one",
+                    gguf_type_name[kv->elem], what);
+    *out = *kv;
+    return LFM2_OK;
+}
+
+static int find_gguf_tables(struct tables *f, const struct gguf *g,
+                            lfm2_error *err)
+{
+    TRY(check_kind(g, err));
+    TRY(find_array(g, "tokenizer.ggml.tokens", 1, &f->tokens, err));
+    TRY(find_array(g, "tokenizer.ggml.token_type", 0, &f->types, err));
+    TRY(find_array(g, "tokenizer.ggml.merges", 1, &f->merges, err));
+    TRY(gguf_u32(g, "tokenizer.ggml.bos_token_id", &f->bos, err));
+    TRY(gguf_u32(g, "tokenizer.ggml.eos_token_id", &f->eos, err));
+    TRY(gguf_bool(g, "tokenizer.ggml.add_bos_token", &f->add_bos, err));
+    return LFM2_OK;
+}
+
+/* tokenizer.bin holds the same tables and nothing else:
+ *
+ *     "LFM2TOK1" | u32 bos | u32 eos | u32 add_bos | u32 n_tokens
+ *     | u32 n_merges |                        bos, eos: 2^32-1 if none
+ *     n_tokens x u8 type
+ *     n_tokens x | u64 length | text |        mapped and literal as in a GGUF
+ *     n_merges x | u64 length | "left right" |
+ *     u64 FNV-1a hash of all before */
+
+enum { BIN_HEAD = 28, BIN_HASH = 8 };
+
+static int find_bin_tables(struct tables *f, const uint8_t *data, size_t size,
+                           lfm2_error *err)
+{
+    struct cursor c = { data + 8, data + size - BIN_HASH };
+    uint32_t head[5];
+
+    if (data[7] != '1')
+        return fail(err, LFM2_EUNSUPPORTED, "tokenizer.bin: version 0x%02x, "
+                    "expected 0x31", data[7]);
+    if (size < BIN_HEAD + BIN_HASH ||
+        hash_bytes(HASH_START, data, size - BIN_HASH) != load_le64(c.end))
+        return fail(err, LFM2_EFORMAT, "tokenizer.bin: %zu bytes that do not "
+                    "match their checksum, expected the file as it was written",
+                    size);
+    for (int i = 0; i < 5; i++)
+        take_u32(&c, &head[i]);
+    f->bos = head[0];
+    f->eos = head[1];
+    f->add_bos = head[2] != 0;
+    f->types = (struct gguf_kv){ "token types", GGUF_ARRAY, GGUF_U8, head[3],
+                                 NULL, 0 };
+    f->tokens = (struct gguf_kv){ "tokens", GGUF_ARRAY, GGUF_STRING, head[3],
+                                  NULL, 0 };
+    f->merges = (struct gguf_kv){ "merges", GGUF_ARRAY, GGUF_STRING, head[4],
+                                  NULL, 0 };
+    TRY(skip_elements(&c, &f->types, err));
+    TRY(skip_elements(&c, &f->tokens, err));
+    TRY(skip_elements(&c, &f->merges, err));
+    if (c.at != c.end)
+        return fail(err, LFM2_EFORMAT, "tokenizer.bin: %zu bytes after the "
+                    "merges, expected none", (size_t)(c.end - c.at));
+    return LFM2_OK;
+}
+
+struct writer { uint8_t *out; size_t cap, n; uint64_t hash; };
+
+/* Like snprintf: counts everything, writes what there is room for. */
+static void put(struct writer *w, const void *p, size_t n)
+{
+    if (w->n < w->cap)
+        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
+    w->n += n;
+    w->hash = hash_bytes(w->hash, p, n);
+}
+
+static void put_int(struct writer *w, uint64_t v, int bytes)
+{
+    for (; bytes > 0; bytes--, v >>= 8)
+        put(w, &(uint8_t){ (uint8_t)v }, 1);
+}
+
+/* The bytes of a symbol in the byte alphabet. */
+static void put_mapped(struct writer *w, const lfm2_tokenizer *t, int32_t id)
+{
+    for (uint32_t i = 0; i < symbol_len(t, id); i++) {
+        const uint32_t c = char_of(symbol_bytes(t, id)[i]);
+        if (c >= 0x80)
+            put_int(w, 0xc0 | c >> 6, 1);
+        put_int(w, c < 0x80 ? c : 0x80 | (c & 0x3f), 1);
+    }
+}
+
+/* How many bytes that takes. */
+static uint64_t mapped_len(const lfm2_tokenizer *t, int32_t id)
+{
+    uint64_t n = 0;
+
+    for (uint32_t i = 0; i < symbol_len(t, id); i++)
+        n += char_of(symbol_bytes(t, id)[i]) < 0x80 ? 1 : 2;
+    return n;
+}
+
+size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
+{
+    struct writer w = { buf, buf ? cap : 0, 0, HASH_START };
+    const uint32_t head[5] = {
+        (uint32_t)t->bos, (uint32_t)t->eos, (uint32_t)t->add_bos,
+        (uint32_t)t->n_vocab, t->n_merges
+    };
+
+    put(&w, "LFM2TOK1", 8);
+    for (int i = 0; i < 5; i++)
+        put_int(&w, head[i], 4);
+    put(&w, t->type, (size_t)t->n_vocab);
+    for (int32_t id = 0; id < t->n_vocab; id++)
+        if (is_mapped(t->type[id])) {
+            put_int(&w, mapped_len(t, id), 8);
+            put_mapped(&w, t, id);
+        } else {
+            put_int(&w, symbol_len(t, id), 8);
+            put(&w, symbol_bytes(t, id), symbol_len(t, id));
+        }
+    for (uint32_t i = 0; i < t->n_merges; i++) {
+        const struct merge m = t->merge[i];
+        put_int(&w, mapped_len(t, m.left) + 1 + mapped_len(t, m.right), 8);
+        put_mapped(&w, t, m.left);
+        put_int(&w, ' ', 1);
+        put_mapped(&w, t, m.right);
+    }
+    put_int(&w, w.hash, 8);
+    return w.n;
+}
+
+void lfm2_tokenizer_close(lfm2_tokenizer *t)
+{
+    if (!t)
+        return;
+    free(t->text);
+    free(t->start);
+    free(t->type);
+    free(t->slot);
+    free(t->merge);
+    free(t->merge_slot);
+    free(t->special);
+    free(t->classes);
+    free(t);
+}
+
+static int find_tables(struct tables *f, const uint8_t *data, size_t size,
+                       lfm2_error *err)
+{
+    struct gguf g;
+    int code;
+
+    if (size >= 8 && memcmp(data, "LFM2TOK", 7) == 0)
+        code = find_bin_tables(f, data, size, err);
+    else {
+        TRY(gguf_parse(&g, data, size, err));
+        code = find_gguf_tables(f, &g, err);
+        gguf_free(&g);
+    }
+    TRY(code);
+    return check_tables(f, err);
+}
+
+int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
+                               size_t size, lfm2_error *err)
+{
+    struct tables f = { .bos = UINT32_MAX, .eos = UINT32_MAX, .add_bos = 1 };
+    lfm2_tokenizer *t;
+    int code;
+
+    *out = NULL;
+    if (!data)
+        return fail(err, LFM2_EARG, "no data to open");
+    TRY(find_tables(&f, data, size, err));
+    if (!(t = calloc(1, sizeof *t)))
+        return fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    code = build_vocab(t, &f, err);
+    if (code == LFM2_OK)
+        *out = t;
+    else
+        lfm2_tokenizer_close(t);
+    return code;
+}
+
+int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
+                        lfm2_error *err)
+{
+    struct file file;
+    int code;
+
+    *out = NULL;
+    TRY(file_open(&file, path, LFM2_LOAD_MAP, err));
+    code = lfm2_tokenizer_open_memory(out, file.data, file.size, err);
+    file_close(&file);
+    return code;
+}
+
+/* ------------------------------------------------------ 20. Text to tokens
+ *
+ * First the special tokens are cut out, then what lies between is cut into
+ * pieces, then each piece becomes tokens.  All three are linear in the text, or
+ * n log n for the last: a page of one letter is no trap. */
+
+/* The character that starts at p, of which n bytes (1 or more) are there: its
+ * length; 0 if more bytes could complete it; -1 if it is none.  Overlong forms,
+ * surrogates and values above U+10FFFF are none. */
+static int utf8_length(const uint8_t *p, size_t n)
+{
+    const uint8_t c = p[0];
+    const int len = c < 0x80 ? 1 : c < 0xc2 ? -1 : c < 0xe0 ? 2 :
+                    c < 0xf0 ? 3 : c < 0xf5 ? 4 : -1;
+    uint8_t min = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+    uint8_t max = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+
+    for (int i = 1; i < len; i++, min = 0x80, max = 0xbf) {
+        if ((size_t)i == n)
+            return 0;
+        if (p[i] < min || p[i] > max)
+            return -1;
+    }
+    return len;
+}
+
+enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CLASS_END };
+enum { MAX_CLASSED = 0x32400 };           /* from here on all are OTHER      */
+
+/* The class of the character at p, and its length; CLASS_END at the end.  A
+ * byte that is part of no character counts as one of class OTHER. */
+static int class_at(const lfm2_tokenizer *t, const uint8_t *p,
+                    const uint8_t *end, int *len)
+{
+    uint32_t c;
+    int n;
+
+    *len = p < end;
+    if (p == end)
+        return CLASS_END;
+    if (*p < 0x80)
+        return t->classes[*p];
+    n = utf8_length(p, (size_t)(end - p));
+    if (n <= 0)
+        return CLASS_OTHER;
+    *len = n;
+    c = *p & (0x7fu >> n);
+    for (int i = 1; i < n; i++)
+        c = c << 6 | (p[i] & 0x3fu);
+    return c < MAX_CLASSED ? t->classes[c] : CLASS_OTHER;
+}
+
+/* Past all that is of this class, but at most max characters. */
+static const uint8_t *skip(const lfm2_tokenizer *t, const uint8_t *p,
+                           const uint8_t *end, int class, size_t max)
+{
+    for (int len; max > 0 && class_at(t, p, end, &len) == class; max--)
+        p += len;
+    return p;
+}
+
+/* The length of 's 't 're 've 'm 'll 'd at p, in either case, or 0. */
+static int contraction(const uint8_t *p, const uint8_t *end)
+{
+    const uint8_t a = end - p > 1 ? p[1] | 0x20 : 0;
+    const uint8_t b = end - p > 2 ? p[2] | 0x20 : 0;
+
+    if (*p != '\'')
+        return 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd')
+        return 2;
+    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') ||
+           (a == 'l' && b == 'l') ? 3 : 0;
+}
+
+static int is_newline(const uint8_t *p, const uint8_t *end)
+{
+    return p < end && (*p == '\r' || *p == '\n');
+}
+
+/* The end of a piece that is nothing but space: `\s*[\r\n]+`, that is all up to
+ * the last line break; else `\s+(?!\S)`, which leaves the last character to a
+ * word that follows; else `\s+`. */
+static const uint8_t *space_end(const lfm2_tokenizer *t, const uint8_t *p,
+                                const uint8_t *end)
+{
+    const uint8_t *q = p, *last = p, *line = NULL;
+
+    for (int len; class_at(t, q, end, &len) == CLASS_SPACE; q += len) {
+        last = q;
+        if (is_newline(q, end))
+            line = q + 1;
+    }
+    if (line)
+        return line;
+    return q < end && last > p ? last : q;
+}
+
+/* The end of the piece that begins at p < end.  In the words of a regular
+ * expression, the first of these that fits:
+ *
+ *     (?i:'s|'t|'re|'ve|'m|'ll|'d)
+ *     [^\r\n\p{L}\p{N}]?\p{L}+
+ *     \p{N}{1,3}
+ *      ?[^\s\p{L}\p{N}]+[\r\n]*
+ *     \s*[\r\n]+|\s+(?!\S)|\s+                                              */
+static const uint8_t *piece_end(const lfm2_tokenizer *t, const uint8_t *p,
+                                const uint8_t *end)
+{
+    int len, next_len;
+    const int class = class_at(t, p, end, &len);
+    const int next = class_at(t, p + len, end, &next_len);
+
+    if (contraction(p, end) > 0)
+        return p + contraction(p, end);
+    if (class == CLASS_LETTER ||
+        (class != CLASS_NUMBER && next == CLASS_LETTER && !is_newline(p, end)))
+        return skip(t, p + len, end, CLASS_LETTER, SIZE_MAX);
+    if (class == CLASS_NUMBER)
+        return skip(t, p, end, CLASS_NUMBER, 3);
+    if (class == CLASS_OTHER || (*p == ' ' && next == CLASS_OTHER)) {
+        p = skip(t, p + len, end, CLASS_OTHER, SIZE_MAX);
+        while (is_newline(p, end))
+            p++;
+        return p;
+    }
+    return space_end(t, p, end);
+}
+
+/* Where tokens go: counts all, writes what there is room for. */
+struct tokens { int32_t *out; int cap, n; };
+
+static void emit(struct tokens *o, int32_t id)
+{
+    if (o->n < o->cap)
+        o->out[o->n] = id;
+    o->n++;
+}
+
+/* A piece of n bytes on its way to tokens.  A symbol is known by the index of
+ * its first byte; its id stands at its first byte and at its last, so that both
+ * neighbours can be reached.  rank[i] is that of merging symbol i with the one
+ * after it.  The best of all, the leftmost if several, is found by a knockout
+ * tournament: node v plays the winners of nodes 2v and 2v+1, node n+i is byte i,
+ * and node 1 is the final. */
+struct bpe {
+    int32_t *id;                          /* [n]                             */
+    uint32_t *rank;                       /* [n]                             */
+    uint32_t *winner;                     /* [n], from 1                     */
+    uint32_t n;
+    uint32_t *memory;
+    size_t cap;
+};
+
+static void play(struct bpe *b, uint32_t node)
+{
+    const uint32_t left = 2 * node, right = left + 1;
+    const uint32_t x = left < b->n ? b->winner[left] : left - b->n;
+    const uint32_t y = right < b->n ? b->winner[right] : right - b->n;
+
+    b->winner[node] = b->rank[x] < b->rank[y] ||
+                      (b->rank[x] == b->rank[y] && x < y) ? x : y;
+}
+
+/* The rank of merging symbol i with the next one. */
+static uint32_t rank_at(const lfm2_tokenizer *t, const struct bpe *b,
+                        uint32_t i)
+{
+    const uint32_t next = i + symbol_len(t, b->id[i]);
+
+    return next < b->n ? merge_rank(t, b->id[i], b->id[next]) : NO_RANK;
+}
+
+/* Play the matches of i again.  Where another won as it did before, nothing
+ * changes further up. */
+static void set_rank(struct bpe *b, uint32_t i, uint32_t rank)
+{
+    b->rank[i] = rank;
+    for (uint32_t node = (i + b->n) / 2; node > 0; node /= 2) {
+        const uint32_t before = b->winner[node];
+        play(b, node);
+        if (b->winner[node] == before && before != i)
+            return;
+    }
+}
+
+/* Every byte of the piece a symbol, every pair ranked. */
+static int start_merging(const lfm2_tokenizer *t, struct bpe *b,
+                         const uint8_t *s, uint32_t n)
+{
+    if (3 * (size_t)n > b->cap) {
+        free(b->memory);
+        b->cap = 3 * (size_t)(n < 256 ? 256 : n);
+        b->memory = b->cap <= SIZE_MAX / 4 ? malloc(4 * b->cap) : NULL;
+        if (!b->memory) {
+            b->cap = 0;
+            return LFM2_ENOMEM;
+        }
+    }
+    b->n = n;
+    b->rank = b->memory;
+    b->winner = b->rank + n;
+    b->id = (int32_t *)(b->winner + n);
+    for (uint32_t i = 0; i < n; i++)
+        b->id[i] = t->byte[s[i]];
+    for (uint32_t i = 0; i < n; i++)
+        b->rank[i] = rank_at(t, b, i);
+    for (uint32_t node = n - 1; node > 0; node--)
+        play(b, node);
+    return LFM2_OK;
+}
+
+static void merge_all(const lfm2_tokenizer *t, struct bpe *b)
+{
+    for (;;) {
+        const uint32_t i = b->winner[1];
+        if (b->rank[i] == NO_RANK)
+            return;
+        const struct merge *m = &t->merge[b->rank[i]];
+        const uint32_t right = i + symbol_len(t, m->left);
+        b->id[i] = m->result;
+        b->id[i + symbol_len(t, m->result) - 1] = m->result;
+        set_rank(b, right, NO_RANK);
+        set_rank(b, i, rank_at(t, b, i));
+        if (i > 0) {
+            const uint32_t left = i - symbol_len(t, b->id[i - 1]);
+            set_rank(b, left, rank_at(t, b, left));
+        }
+    }
+}
+
+/* A piece that is a token as a whole becomes that token, even where merging
+ * would not get there (so does llama.cpp with these vocabularies). */
+static int encode_piece(const lfm2_tokenizer *t, struct tokens *o,
+                        struct bpe *b, const uint8_t *s, uint32_t n)
+{
+    const int32_t whole = find_symbol(t, s, n);
+
+    if (whole >= 0 && whole < t->n_vocab) {
+        emit(o, whole);
+        return LFM2_OK;
+    }
+    if (start_merging(t, b, s, n) != LFM2_OK)
+        return LFM2_ENOMEM;
+    merge_all(t, b);
+    for (uint32_t i = 0, len; i < n; i += len) {
+        len = symbol_len(t, b->id[i]);
+        if (b->id[i] < t->n_vocab)
+            emit(o, b->id[i]);
+        else                              /* a step on a way not gone to end */
+            for (uint32_t k = 0; k < len; k++)
+                emit(o, t->byte[s[i + k]]);
+    }
+    return LFM2_OK;
+}
+
+/* The first special from lo to hi whose byte d is c or more. */
+static int special_bound(const lfm2_tokenizer *t, int lo, int hi, uint32_t d,
+                         int c)
+{
+    while (lo < hi) {
+        const int mid = lo + (hi - lo) / 2;
+        if (t->special[mid].s[d] < c)
+            lo = mid + 1;
+        else
+            hi = mid;
+    }
+    return lo;
+}
+
+/* The longest special token that stands at p < end, and its length; or -1. */
+static int32_t special_at(const lfm2_tokenizer *t, const uint8_t *p,
+                          const uint8_t *end, int control, uint32_t *len)
+{
+    int lo = t->special_at[*p], hi = t->special_at[*p + 1];
+    int32_t found = -1;
+
+    *len = 0;
+    for (uint32_t d = 1; lo < hi; d++) {
+        /* All from lo to hi agree with p in d bytes, the shortest first. */
+        for (; lo < hi && t->special[lo].n == d; lo++)
+            if (*len < d && (control || t->type[t->special[lo].id] ==
+                                        TOKEN_USER_DEFINED)) {
+                found = t->special[lo].id;
+                *len = d;
+            }
+        if (p + d == end)
+            break;
+        lo = special_bound(t, lo, hi, d, p[d]);
+        hi = special_bound(t, lo, hi, d, p[d] + 1);
+    }
+    return found;
+}
+
+static int encode_plain(const lfm2_tokenizer *t, struct tokens *o,
+                        struct bpe *b, const uint8_t *p, const uint8_t *end)
+{
+    while (p < end) {
+        const uint8_t *next = piece_end(t, p, end);
+        TRY(encode_piece(t, o, b, p, (uint32_t)(next - p)));
+        p = next;
+    }
+    return LFM2_OK;
+}
+
+/* Cut out the special tokens from left to right, the longest at each place, and
+ * encode what is between them.  (llama.cpp takes the longest anywhere first,
+ * which is the same unless two of them overlap in the text.) */
+static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
+                       const uint8_t *text, size_t len, int control)
+{
+    const uint8_t *p = text, *from = text, *end = text + len;
+    struct bpe b = { 0 };
+    int code = LFM2_OK;
+
+    while (p < end && code == LFM2_OK) {
+        uint32_t n;
+        const int32_t id = special_at(t, p, end, control, &n);
+        if (id < 0) {
+            p++;
+            continue;
+        }
+        code = encode_plain(t, o, &b, from, p);
+        emit(o, id);
+        from = p += n;
+    }
+    if (code == LFM2_OK)
+        code = encode_plain(t, o, &b, from, end);
+    free(b.memory);
+    return code;
+}
+
+enum { MAX_ENCODE = 1 << 30 };            /* bytes of text in one call       */
+
+int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
+                int flags, int32_t *out, int cap)
+{
+    struct tokens o = { out, out ? cap : 0, 0 };
+
+    if (len > MAX_ENCODE || (!text && len > 0))
+        return LFM2_EARG;
+    if ((flags & LFM2_ENCODE_BOS) && t->bos >= 0)
+        emit(&o, t->bos);
+    if (len > 0)
+        TRY(encode_text(t, &o, (const uint8_t *)text, len,
+                        flags & LFM2_ENCODE_SPECIAL));
+    return o.n;
+}
+
+/* ---------------------------------------------------------- 21. Conversations
+ *
+ *     <|startoftext|>
+ *     <|im_start|>role\ncontent<|im_end|>\n       for each message
+ *     <|im_start|>assistant\n                     if an answer is to follow
+ *
+ * Role and content are one text, for the line break may be in one piece with
+ * what follows. */
+
+static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
+                       const lfm2_message *msg)
+{
+    const size_t n_role = strlen(msg->role), n = strlen(msg->content);
+    uint8_t *text = malloc(n_role + 1 + n);
+    int code;
+
+    if (!text)
+        return LFM2_ENOMEM;
+    memcpy(text, msg->role, n_role);
+    text[n_role] = '\n';
+    memcpy(text + n_role + 1, msg->content, n);
+    emit(o, t->im_start);
+    code = encode_text(t, o, text, n_role + 1 + n, 0);
+    emit(o, t->im_end);
+    free(text);
+    TRY(code);
+    return encode_text(t, o, (const uint8_t *)"\n", 1, 0);
+}
+
+int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
+              int generate, int32_t *out, int cap)
+{
+    const char opening[] = "assistant\n";
+    struct tokens o = { out, out ? cap : 0, 0 };
+    size_t room = MAX_ENCODE;
+
+    if (t->im_start < 0 || t->im_end < 0 || n_msgs < 0)
+        return LFM2_EARG;
+    for (int i = 0; i < n_msgs; i++) {
+        if (!msgs[i].role || !msgs[i].content)
+            return LFM2_EARG;
+        const size_t n_role = strlen(msgs[i].role), n = strlen(msgs[i].content);
+        if (n_role > room || n > room - n_role || room - n_role - n < 4)
+            return LFM2_EARG;
+        room -= n_role + n + 4;           /* as many as tokens around them   */
+    }
+    if (t->bos >= 0)
+        emit(&o, t->bos);
+    for (int i = 0; i < n_msgs; i++)
+        TRY(encode_turn(t, &o, &msgs[i]));
+    if (generate) {
+        emit(&o, t->im_start);
+        TRY(encode_text(t, &o, (const uint8_t *)opening, strlen(opening), 0));
+    }
+    return o.n;
+}
+
+int lfm2_n_vocab(const lfm2_tokenizer *t)
+{
+    return t->n_vocab;
+}
+
+int32_t lfm2_bos(const lfm2_tokenizer *t)
+{
+    return t->bos;
+}
+
+int lfm2_add_bos(const lfm2_tokenizer *t)
+{
+    return t->add_bos && t->bos >= 0;
+}
+
+int lfm2_is_eog(const lfm2_tokenizer *t, int32_t token)
+{
+    return token >= 0 &&
+           (token == t->eos || token == t->im_end || token == t->eot);
+}
+
+const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
+                             int special, int *len)
+{
+    *len = 0;
+    if (token < 0 || token >= t->n_vocab ||
+        (!special && !is_from_text(t->type[token])))
+        return "";
+    *len = (int)symbol_len(t, token);
+    return (const char *)symbol_bytes(t, token);
+}
+
+/* Markers first: should another token have the same bytes, they are meant. */
+int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
+{
+    const uint8_t *s = (const uint8_t *)text;
+    const size_t n = strlen(text);
+    uint32_t len = 0;
+
+    if (n > 0) {
+        const int32_t id = special_at(t, s, s + n, 1, &len);
+        if (id >= 0 && len == n)
+            return id;
+    }
+    for (int32_t id = 0; id < t->n_vocab; id++)
+        if (symbol_len(t, id) == n && memcmp(symbol_bytes(t, id), s, n) == 0)
+            return id;
+    return -1;
+}
+
+size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
+{
+    size_t n = 0;
+
+    for (size_t i = 0; i < len; i++) {
+        u->held[u->n_held++] = (unsigned char)bytes[i];
+        while (u->n_held > 0) {
+            int k = utf8_length(u->held, (size_t)u->n_held);
+            if (k == 0)
+                break;
+            k = k < 0 ? 1 : k;
+            memcpy(out + n, u->held, (size_t)k);
+            n += (size_t)k;
+            u->n_held -= k;
+            memmove(u->held, u->held + k, (size_t)u->n_held);
+        }
+    }
+    if (len == 0) {
+        memcpy(out, u->held, (size_t)u->n_held);
+        n = (size_t)u->n_held;
+        u->n_held = 0;
+    }
+    return n;
+}
+
+/* --------------------------------------------------------------- 22. Sampling
+ *
+ * The candidates are a list of (logit, id), sorted as far as top-k and top-p
+ * need it: likeliest first, ties to the lower id, so that the order is unique.
+ * Probabilities are e^(logit - highest), not yet divided by their sum.  Every
+ * sum runs in the order of the list, or of the ids where nothing was sorted. */
+
+static int comes_before(struct candidate a, struct candidate b)
+{
+    return a.p > b.p || (a.p == b.p && a.id < b.id);
+}
+
+/* c[n] is a heap with the last in order on top, but for c[i], which may have to
+ * go down. */
+static void sift_down(struct candidate *c, int n, int i)
+{
+    const struct candidate moved = c[i];
+
+    for (int child = 2 * i + 1; child < n; child = 2 * i + 1) {
+        if (child + 1 < n && comes_before(c[child], c[child + 1]))
+            child++;
+        if (!comes_before(moved, c[child]))
+            break;
+        c[i] = c[child];
+        i = child;
+    }
+    c[i] = moved;
+}
+
+static void swap_candidates(struct candidate *a, struct candidate *b)
+{
+    const struct candidate was = *a;
+    *a = *b;
+    *b = was;
+}
+
+/* Bring the first k of c[n] to the front and in order. */
+static void sort_first(struct candidate *c, int n, int k)
+{
+    for (int i = k / 2; i-- > 0;)
+        sift_down(c, k, i);
+    for (int i = k; i < n; i++)
+        if (comes_before(c[i], c[0])) {
+            swap_candidates(&c[i], &c[0]);
+            sift_down(c, k, 0);
+        }
+    for (int i = k; i-- > 1;) {
+        swap_candidates(&c[i], &c[0]);
+        sift_down(c, i, 0);
+    }
+}
+
+/* The index of the highest logit, the first of several; -1 if there is none or
+ * one is NaN or +inf. */
+static int32_t highest(const float *logits, int n)
+{
+    int32_t best = -1;
+
+    for (int32_t id = 0; id < n; id++) {
+        if (!(logits[id] <= FLT_MAX))
+            return -1;
+        if (logits[id] >= -FLT_MAX && (best < 0 || logits[id] > logits[best]))
+            best = id;
+    }
+    return best;
+}
+
+/* Push down what the recent tokens would repeat, each token once.  An id in
+ * `mark` says that a token has still to be done. */
+static void penalise(const lfm2_sampler *s, struct candidate *mark,
+                     float *logits, int n_vocab, const int32_t *history, int n)
+{
+    const float penalty = s->repeat_penalty;
+    const int first = n - (n < s->repeat_last_n ? n : s->repeat_last_n);
+
+    if (!history || n <= 0 || s->repeat_last_n <= 0 ||
+        !(penalty > 0 && penalty <= FLT_MAX))
+        return;
+    for (int i = first; i < n; i++)
+        if (history[i] >= 0 && history[i] < n_vocab)
+            mark[history[i]].id = 1;
+    for (int i = first; i < n; i++) {
+        const int32_t id = history[i];
+        if (id < 0 || id >= n_vocab || !mark[id].id)
+            continue;
+        mark[id].id = 0;
+        if (logits[id] < -FLT_MAX)        /* ruled out by the caller         */
+            continue;
+        float l = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+        logits[id] = l > FLT_MAX ? FLT_MAX : l < -FLT_MAX ? -FLT_MAX : l;
+    }
+}
+
+/* The lowest x with e^x >= p, so that probabilities need not be computed to be
+ * compared. */
+static float log_of(float p)
+{
+    float low = -88, high = 0;
+
+    for (int i = 0; i < 40; i++) {
+        const float mid = (low + high) / 2;
+        if (exp_f32(mid) < p)
+            low = mid;
+        else
+            high = mid;
+    }
+    return high;
+}
+
+/* How many of the first candidates it takes to hold `mass`.  The first `sorted`
+ * are in order; more are put in order as needed. */
+static int nucleus(struct candidate *c, int n, int sorted, float max,
+                   double mass)
+{
+    double sum = 0;
+    int kept = 0;
+
+    while (kept < n && (kept == 0 || sum < mass)) {
+        if (kept == sorted) {
+            const int more = n - sorted < sorted + 256 ? n - sorted
+                                                       : sorted + 256;
+            sort_first(c + sorted, n - sorted, more);
+            sorted += more;
+        }
+        sum += exp_f32(c[kept++].p - max);
+    }
+    return kept;
+}
+
+/* Leave in c what top-k, top-p and min-p leave over, at least one: the highest
+ * logit is first in order and always stays. */
+static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
+                             const float *logits, int n_vocab, float max)
+{
+    const int by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p < 1;
+    const float least = s->min_p > 0 ? log_of(s->min_p) : -INFINITY;
+    double sum = 0;
+    int n = 0;
+
+    /* min-p keeps the front of the same order as the others do, so it may come
+     * first, unless top-p is to see all that top-k leaves. */
+    for (int32_t id = 0; id < n_vocab; id++)
+        if (logits[id] >= -FLT_MAX &&
+            ((by_k && by_p) || logits[id] - max >= least))
+            c[n++] = (struct candidate){ logits[id], id };
+    if (by_k) {
+        const int k = n < s->top_k ? n : s->top_k;
+        sort_first(c, n, k);
+        n = k;
+    }
+    if (!by_p)
+        return n;
+    for (int i = 0; i < (by_k ? n : n_vocab); i++)
+        sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
+    n = nucleus(c, n, by_k ? n : 0, max, s->top_p * sum);
+    while (n > 1 && c[n - 1].p - max < least)
+        n--;
+    return n;
+}
+
+/* SplitMix64 (Steele, Lea, Flood 2014), as a number in [0, 1). */
+static double random_next(uint64_t *state)
+{
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;      /* 2^53 */
+}
+
+/* One of c[n] with probability e^((logit - max) / temperature). */
+static int32_t draw(struct candidate *c, int n, float max, float temperature,
+                    double u)
+{
+    double sum = 0, passed = 0;
+    int32_t last = c[0].id;
+
+    for (int i = 0; i < n; i++) {
+        const float x = (c[i].p - max) / temperature;
+        c[i].p = x <= 0 ? exp_f32(x) : 0;           /* or 0 for inf / inf    */
+        sum += c[i].p;
+    }
+    for (int i = 0; i < n; i++) {
+        if (c[i].p > 0)
+            last = c[i].id;
+        passed += c[i].p;
+        if (passed > u * sum)
+            break;
+    }
+    return last;
+}
+
+int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                    const int32_t *history, int n_history)
+{
+    const int n_vocab = ctx->model->cfg.n_vocab;
+    int32_t best;
+    double u;
+
+    if (highest(logits, n_vocab) < 0)
+        return LFM2_ENAN;
+    penalise(s, ctx->candidates, logits, n_vocab, history, n_history);
+    best = highest(logits, n_vocab);
+    u = random_next(&s->rng);
+    if (!(s->temperature > 0))
+        return best;
+    const int n = choose_candidates(s, ctx->candidates, logits, n_vocab,
+                                    logits[best]);
+    return draw(ctx->candidates, n, logits[best], s->temperature, u);
+}
+
+/* --------------------------------------------------------- 23. Unicode classes
+ *
+ * Letters (categories L*), numbers (N*) and white space, as lists of gaps and
+ * lengths: skip so many code points, the next so many are of the class, ... */
+
+/* Made by scripts/make_unicode.py from Unicode 15.0. */
+static const uint16_t letter_runs[] = {
+    65,26,6,26,47,1,10,1,4,1,5,23,1,31,1,458,4,12,14,5,7,1,1,1,129,5,1,2,2,4,1,
+    1,6,1,1,3,1,1,1,20,1,83,1,139,8,166,1,38,2,1,6,41,71,27,4,4,45,43,35,2,1,99,
+    1,1,15,2,7,2,10,3,2,1,16,1,1,30,29,89,11,1,24,33,9,2,4,1,5,22,4,1,9,1,3,1,
+    23,25,7,11,5,24,1,6,17,42,58,54,3,1,18,1,7,10,15,16,4,8,2,2,2,22,1,7,1,1,3,
+    4,3,1,16,1,13,2,1,3,14,2,10,1,8,6,4,2,2,22,1,7,1,2,1,2,1,2,31,4,1,1,19,3,16,
+    9,1,3,1,22,1,7,1,2,1,5,3,1,18,1,15,2,23,1,11,8,2,2,2,22,1,7,1,2,1,5,3,1,30,
+    2,1,3,15,1,17,1,1,6,3,3,1,4,3,2,1,1,1,2,3,2,3,3,3,12,22,1,52,8,1,3,1,23,1,
+    16,3,1,26,3,2,1,2,2,30,1,4,8,1,3,1,23,1,10,1,5,3,1,31,2,1,2,15,2,17,9,1,3,1,
+    41,2,1,16,1,5,3,8,3,24,6,5,18,3,24,1,9,1,1,2,7,58,48,1,2,12,7,58,2,1,1,1,5,
+    1,24,1,1,1,10,1,2,9,1,2,5,1,1,21,4,32,1,63,8,1,36,27,5,115,43,20,1,16,6,4,4,
+    3,1,3,2,7,3,4,13,12,1,17,38,1,1,5,1,2,43,1,333,1,4,2,7,1,1,1,4,2,41,1,4,2,
+    33,1,4,2,7,1,1,1,4,2,15,1,57,1,4,2,67,37,16,16,86,2,6,3,620,2,17,1,26,5,75,
+    6,8,7,18,13,19,14,18,14,13,1,3,15,52,35,1,4,1,67,89,7,5,2,34,1,1,5,70,10,31,
+    49,30,2,5,11,44,4,26,54,23,9,53,82,1,93,47,17,8,54,30,13,2,10,44,26,36,41,3,
+    10,36,2,9,7,43,2,3,41,4,1,6,1,2,3,1,5,192,64,278,2,6,2,38,2,6,2,8,1,1,1,1,1,
+    1,1,31,2,53,1,7,1,1,3,3,1,7,3,4,2,6,4,13,5,3,1,7,116,1,13,1,16,13,101,1,4,1,
+    2,10,1,1,3,5,6,1,1,1,1,1,1,4,1,11,2,4,5,5,4,1,52,2,2683,229,6,4,3,2,12,38,1,
+    1,5,1,2,56,7,1,16,23,9,7,1,7,1,7,1,7,1,7,1,7,1,7,1,7,80,1,469,2,42,5,5,2,4,
+    86,6,3,1,90,1,4,5,43,1,94,17,32,48,16,512,6592,64,22157,67,46,2,269,3,16,10,
+    2,20,47,16,31,2,70,49,9,2,103,2,64,5,2,1,1,1,5,24,16,1,3,1,4,1,23,29,52,14,
+    50,62,6,3,1,1,2,11,28,10,23,25,29,7,47,28,1,16,5,1,10,10,5,1,41,23,3,1,8,20,
+    23,3,1,3,50,1,1,3,2,2,5,2,1,1,1,24,3,2,11,7,3,12,6,2,6,2,6,9,7,1,7,1,43,1,
+    14,6,115,29,11172,12,23,4,49,8452,366,2,106,38,7,12,5,5,1,1,10,1,13,1,5,1,1,
+    1,2,1,2,1,108,33,363,18,64,2,54,40,12,116,5,1,135,36,26,6,26,11,89,3,6,2,6,
+    2,6,2,3,35,12,1,26,1,19,1,2,1,15,2,14,34,123,389,29,3,49,47,32,13,20,1,8,6,
+    38,10,30,2,36,4,8,48,158,18,36,4,36,4,40,8,52,12,11,1,15,1,7,1,2,1,11,1,15,
+    1,7,1,2,67,311,9,22,10,8,24,6,1,42,1,9,69,6,2,1,1,44,1,2,3,1,2,23,10,23,9,
+    31,65,19,1,2,10,22,10,26,70,56,6,2,64,1,15,4,1,3,1,29,42,29,3,29,35,8,1,28,
+    27,54,10,22,10,19,13,18,110,73,55,51,13,51,13,36,348,42,6,2,78,29,10,1,8,22,
+    42,18,46,21,27,23,12,53,57,2,2,1,13,45,32,25,26,36,29,1,2,1,8,35,3,1,12,48,
+    14,4,21,1,1,1,35,18,1,25,19,2,63,7,1,1,1,4,1,15,1,10,7,47,38,8,2,2,2,22,1,7,
+    1,2,1,5,3,1,18,1,12,5,158,53,18,4,20,3,30,48,20,2,1,1,184,47,41,4,36,48,20,
+    1,59,43,13,1,71,27,37,7,185,44,116,64,31,8,2,1,2,8,1,2,1,24,15,1,1,1,94,8,2,
+    39,16,1,1,1,28,1,10,40,7,1,21,1,11,46,19,1,18,73,263,9,1,37,17,1,49,30,112,
+    7,1,2,1,38,21,1,25,6,1,2,1,32,14,1,327,19,15,1,1,13,1,34,124,1,79,922,230,
+    196,2636,97,15,1072,17,6,4025,583,8633,569,7,31,17,79,17,30,18,48,16,4,31,
+    21,5,19,688,64,128,75,5,1,66,13,64,2,1,1,28,6136,8,1238,42,9,8935,4,1,7,1,2,
+    1,291,15,1,29,3,2,1,14,4,8,396,2308,107,5,13,3,9,7,10,5990,85,1,71,1,2,2,1,
+    2,2,2,4,1,12,1,1,1,7,1,65,1,4,2,8,1,7,1,28,1,4,1,5,1,1,3,7,1,340,2,25,1,25,
+    1,31,1,25,1,31,1,25,1,31,1,25,1,31,1,25,1,8,1844,31,6,6,261,62,146,45,10,7,
+    16,1,321,30,18,44,484,28,756,7,1,4,1,2,1,15,1,197,59,68,7,1,1204,4,1,27,1,2,
+    1,1,2,1,1,10,1,4,1,1,1,1,6,1,4,1,1,1,1,1,1,3,1,2,1,1,2,1,1,1,1,1,1,1,1,1,1,
+    2,1,1,2,4,1,7,1,4,1,4,1,1,1,10,1,17,5,3,1,5,1,17,4420,42720,32,4154,6,222,2,
+    5762,14,7473,3103,542,1506,4939,5,4192,
+};
+
+static const uint16_t number_runs[] = {
+    48,10,120,2,5,1,2,3,1441,10,134,10,198,10,412,10,118,10,4,6,108,10,118,10,
+    118,10,2,6,110,13,115,10,8,7,103,10,104,7,7,19,109,10,96,10,118,10,70,20,
+    268,10,70,10,719,20,881,3,239,10,6,10,22,10,300,10,128,11,165,10,6,10,182,
+    10,86,10,134,10,6,10,1046,1,3,6,6,10,198,51,2,5,726,60,78,22,630,30,1385,1,
+    777,1,25,9,14,3,343,4,138,10,30,8,1,15,32,10,39,15,29536,10,188,10,320,6,
+    154,10,38,10,198,10,22,10,86,10,406,10,21270,10,493,45,12,57,17,2,341,27,36,
+    4,29,1,8,1,134,5,202,10,942,8,25,7,39,9,75,5,22,6,160,2,2,16,2,46,64,9,52,2,
+    30,3,75,5,104,8,24,8,41,7,330,6,48,10,294,31,158,10,42,4,112,7,134,30,128,
+    10,60,10,144,10,7,20,251,10,342,10,118,10,374,10,102,10,102,12,420,19,93,10,
+    758,29,227,10,70,10,422,10,102,21,1067,111,17905,10,86,10,134,10,1,7,798,23,
+    25641,20,12,20,108,25,1109,50,2368,10,422,10,502,10,973,9,128,10,791,59,1,3,
+    1,4,76,45,1,15,962,13,2787,10,
+};
+
+static const uint16_t space_runs[] = {
+    9,5,18,1,100,1,26,1,5599,1,2431,11,29,2,5,1,47,1,4000,1,
+};
+/* End of what scripts/make_unicode.py made. */
+
+static void mark_class(uint8_t *classes, const uint16_t *runs, size_t n,
+                       uint8_t class)
+{
+    uint32_t c = 0;
+
+    for (size_t i = 0; i + 1 < n; i += 2) {
+        c += runs[i];
+        for (uint32_t end = c + runs[i + 1]; c < end; c++)
+            if (c < MAX_CLASSED)
+                classes[c] = class;
+    }
+}
+
+static uint8_t *make_classes(void)
+{
+    uint8_t *classes = calloc(MAX_CLASSED, 1);
+
+    if (!classes)
+        return NULL;
+    mark_class(classes, letter_runs, COUNT(letter_runs), CLASS_LETTER);
+    mark_class(classes, number_runs, COUNT(number_runs), CLASS_NUMBER);
+    mark_class(classes, space_runs, COUNT(space_runs), CLASS_SPACE);
+    return classes;
+}

@@ -1,0 +1,287 @@
+/* lfm2.h - inference for Liquid AI's LFM2 and LFM2.5 language models.
+ *
+ * Three objects and one operation:
+ *
+ *   lfm2_model      the weights: a GGUF file, mapped read-only.  Never changes
+ *                   after it is opened, so contexts and threads may share it.
+ *   lfm2_context    everything that changes: the sequences (KV cache and conv
+ *                   state) and the scratch memory.
+ *   lfm2_tokenizer  text to token ids and back.  Never changes either.
+ *
+ *   lfm2_forward()  appends tokens to sequences.  Reading a prompt, generating
+ *                   one token, and serving many users are this same call with
+ *                   one long span, one span of one token, or many spans.
+ *
+ * Errors     A function that can fail returns LFM2_OK (0), or a negative LFM2_E
+ *            code and, if `err` is not NULL, a sentence in it that names the
+ *            thing, what was found and what was expected.  Nothing here prints,
+ *            exits, or touches a global.  A failed call changes nothing.
+ * Memory     What an _open function returns is released by the matching _close,
+ *            which accepts NULL.  Pointers handed out are borrowed: each says
+ *            until when.  lfm2_forward() and lfm2_sample() never allocate.
+ * Threads    One context, one caller at a time; models and tokenizers may be
+ *            shared.  The logits of a token are the same bits whatever the
+ *            thread count, the batch size, the neighbours in the batch, the way
+ *            its prompt was cut, the compiler and the CPU.
+ */
+#ifndef LFM2_H
+#define LFM2_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LFM2_VERSION "0.1.0"
+
+const char *lfm2_version(void);
+
+/* ------------------------------------------------------------------ errors */
+
+enum {
+    LFM2_OK           =  0,
+    LFM2_EARG         = -1,   /* the caller's mistake                        */
+    LFM2_EIO          = -2,   /* open, read, stat or mmap failed             */
+    LFM2_EFORMAT      = -3,   /* truncated or contradictory file             */
+    LFM2_EUNSUPPORTED = -4,   /* a good file, for another engine             */
+    LFM2_ENOMEM       = -5,
+    LFM2_EFULL        = -6,   /* the sequence would exceed n_ctx             */
+    LFM2_ECANCELLED   = -7,   /* lfm2_cancel() was called                    */
+    LFM2_ENAN         = -8    /* logits that are not finite                  */
+};
+
+typedef struct {
+    int  code;                /* LFM2_OK or LFM2_E...                        */
+    char msg[252];            /* one sentence, NUL-terminated                */
+} lfm2_error;
+
+/* ------------------------------------------------------------------- model */
+
+#define LFM2_MAX_LAYER 128
+
+typedef struct {
+    int   n_layer;                        /* blocks                          */
+    int   n_embd;                         /* width of the residual stream    */
+    int   n_head, n_head_kv, head_dim;    /* GQA: n_head / n_head_kv share   */
+    int   n_ff;                           /* hidden width of a dense FFN     */
+    int   n_vocab, n_ctx_train;
+    int   l_cache;                        /* taps of a short conv, 3 in LFM2 */
+    int   n_expert, n_expert_used;        /* 0 when the model has no MoE     */
+    int   n_ff_expert, n_layer_dense;     /* first n_layer_dense are not MoE */
+    float rope_freq_base, norm_rms_eps;
+    float expert_weights_scale;           /* 1 unless the file says other    */
+    uint8_t is_attn[LFM2_MAX_LAYER];      /* 1: attention, 0: short conv     */
+} lfm2_config;
+
+typedef struct lfm2_model lfm2_model;
+
+/* How the file reaches memory.  MAP: shared read-only mapping, the page cache
+ * is the only copy.  READ: read into memory of its own (no mmap needed). */
+enum { LFM2_LOAD_MAP = 0, LFM2_LOAD_READ = 1 };
+
+int  lfm2_model_open(lfm2_model **out, const char *path, int load,
+                     lfm2_error *err);
+
+/* The same, for a file already in memory: flash, an initrd, a unikernel.
+ * `data` is borrowed until lfm2_model_close(); it needs no alignment. */
+int  lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
+                            lfm2_error *err);
+void lfm2_model_close(lfm2_model *m);
+
+/* Borrowed until lfm2_model_close(). */
+const lfm2_config *lfm2_model_config(const lfm2_model *m);
+
+/* What the file said that was not quite right but could be tolerated, one
+ * sentence each, numbered from 0; NULL past the last. */
+const char *lfm2_model_warning(const lfm2_model *m, int i);
+
+typedef struct {
+    const char    *name;                  /* borrowed until model close      */
+    const char    *type;                  /* "Q4_K", "F32", ...              */
+    int            n_dims;
+    uint64_t       dims[4];               /* GGUF order, fastest first       */
+    uint64_t       n_bytes;
+    const uint8_t *data;                  /* as it lies in the file          */
+} lfm2_tensor_info;
+
+/* The i-th tensor of the file, from 0.  LFM2_EARG past the last. */
+int  lfm2_model_tensor(const lfm2_model *m, int i, lfm2_tensor_info *out);
+
+/* Metadata.  A string value: its bytes (not NUL-terminated) and length; NULL
+ * if the key is absent or no string.  Borrowed until lfm2_model_close(). */
+const char *lfm2_model_string(const lfm2_model *m, const char *key,
+                              size_t *len);
+
+/* The i-th key, from 0, NUL-terminated, and its value written as text (arrays
+ * by type and length, long strings cut) into buf[cap].  NULL past the last. */
+const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap);
+
+/* Parameters in the whole file, and those that take part in one token: all but
+ * the experts that were not chosen.  A tied embedding counts once. */
+void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active);
+
+/* ----------------------------------------------------------------- context */
+
+enum { LFM2_ISA_AUTO, LFM2_ISA_SCALAR, LFM2_ISA_AVX2, LFM2_ISA_AVX512 };
+enum { LFM2_KV_F16, LFM2_KV_F32 };
+
+typedef struct {
+    int n_ctx;        /* longest sequence, in tokens                         */
+    int n_seq;        /* how many sequences                                  */
+    int n_batch;      /* tokens worked on at once; changes memory, no bit    */
+    int n_logits;     /* most rows of logits one lfm2_forward() may ask for  */
+    int n_threads;    /* 0: one per usable CPU; 1: none is ever created      */
+    int kv_type;      /* LFM2_KV_*                                           */
+    int isa;          /* LFM2_ISA_*; one that is not to be had is LFM2_EARG  */
+} lfm2_params;
+
+typedef struct lfm2_context lfm2_context;
+
+/* n_ctx 4096 or what the model was trained for, one sequence, batch 512, one
+ * row of logits, all usable CPUs, KV in f16, the best ISA. */
+lfm2_params lfm2_default_params(const lfm2_model *m);
+
+/* The bytes lfm2_context_open() will reserve, 0 for unusable parameters.  Pages
+ * of a KV cache are not touched before the sequence grows into them. */
+uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p);
+
+/* `m` must outlive the context. */
+int  lfm2_context_open(lfm2_context **out, const lfm2_model *m,
+                       const lfm2_params *p, lfm2_error *err);
+void lfm2_context_close(lfm2_context *ctx);
+
+/* The parameters in force: AUTO and 0 replaced by what was chosen. */
+lfm2_params lfm2_context_params(const lfm2_context *ctx);
+
+/* ----------------------------------------------------------------- forward */
+
+typedef struct {
+    int            seq;        /* append to this sequence, 0 .. n_seq-1      */
+    const int32_t *tokens;     /* [n_tokens], each 0 .. n_vocab-1            */
+    int            n_tokens;   /* 1 or more; may exceed n_batch              */
+    int            n_logits;   /* wanted for the last n_logits of them       */
+} lfm2_span;
+
+/* Append every span to its sequence.  A sequence appears at most once.  Errors:
+ * LFM2_EARG (an id, a count, a sequence), LFM2_EFULL, LFM2_ECANCELLED; after
+ * any of them all sequences are as they were. */
+int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
+                 lfm2_error *err);
+
+/* Logits of the last successful forward: span `span`, its `row`-th wanted token
+ * (0 is the earliest).  [n_vocab] floats, valid until the next lfm2_forward();
+ * the caller may edit them before sampling (masks, biases, grammars).  NULL if
+ * there is no such row. */
+float *lfm2_logits(lfm2_context *ctx, int span, int row);
+
+/* Make a running lfm2_forward(), or else the next one, return LFM2_ECANCELLED.
+ * Safe from any thread and from a signal handler. */
+void lfm2_cancel(lfm2_context *ctx);
+
+/* --------------------------------------------------------------- sequences */
+
+int  lfm2_seq_len(const lfm2_context *ctx, int seq);
+
+/* Shortening is exact but granular: the conv state is kept at every multiple of
+ * this many tokens (64, 128 or 256, by model). */
+int  lfm2_seq_step(const lfm2_context *ctx);
+
+/* Keep at most the first `len` tokens.  Returns how many were kept: all of them
+ * if there were no more, else `len` rounded down to a multiple of
+ * lfm2_seq_step(); the caller feeds the rest again.  LFM2_EARG if seq or len is
+ * out of range. */
+int  lfm2_seq_trim(lfm2_context *ctx, int seq, int len);
+
+/* Make `dst` equal to `src`: fork a conversation, share a system prompt. */
+int  lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err);
+
+/* Save and restore.  The bytes are the same on every machine, and good for the
+ * same model and KV type only; loading checks that, a checksum, and every
+ * length before it changes anything.  The sequence fits if n_ctx allows. */
+uint64_t lfm2_seq_state_size(const lfm2_context *ctx, int seq);
+int      lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf,
+                       uint64_t size, lfm2_error *err);
+int      lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf,
+                       uint64_t size, lfm2_error *err);
+
+/* --------------------------------------------------------------- tokenizer */
+
+typedef struct lfm2_tokenizer lfm2_tokenizer;
+
+/* From a GGUF (with or without tensors) or a tokenizer.bin; the magic number
+ * decides.  The tokenizer keeps nothing of the file. */
+int  lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
+                         lfm2_error *err);
+int  lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
+                                size_t size, lfm2_error *err);
+void lfm2_tokenizer_close(lfm2_tokenizer *t);
+
+/* Write tokenizer.bin into buf[cap]; returns the bytes it takes, like
+ * snprintf. */
+size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap);
+
+int     lfm2_n_vocab(const lfm2_tokenizer *t);
+int32_t lfm2_bos(const lfm2_tokenizer *t);        /* -1 if there is none     */
+int     lfm2_add_bos(const lfm2_tokenizer *t);    /* the model wants a BOS   */
+int     lfm2_is_eog(const lfm2_tokenizer *t, int32_t token);  /* ends a turn */
+
+/* Text in, token ids out: returns how many there are and writes no more than
+ * `cap`, like snprintf; len + 1 is always enough.  Text is only ever text:
+ * "<|im_end|>" typed by a user becomes ordinary tokens, unless SPECIAL asks for
+ * control tokens to be recognised.  Negative: LFM2_ENOMEM or LFM2_EARG (more
+ * than 1 GiB). */
+enum { LFM2_ENCODE_BOS = 1, LFM2_ENCODE_SPECIAL = 2 };
+
+int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
+                int flags, int32_t *out, int cap);
+
+/* A conversation in the LFM2 chat format, BOS first, markers as control tokens,
+ * role and content as plain text.  With `generate`, the opening of the
+ * assistant's turn follows.  Returns as lfm2_encode(); LFM2_EARG also if the
+ * vocabulary lacks <|im_start|> or <|im_end|>. */
+typedef struct { const char *role, *content; } lfm2_message;
+
+int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
+              int generate, int32_t *out, int cap);
+
+/* The bytes of a token, maybe part of a character; borrowed from `t`.  A
+ * control token has none unless `special`; an id out of range has none. */
+const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
+                             int special, int *len);
+/* The id of a token by its exact literal text, e.g. "<|im_end|>"; or -1. */
+int32_t     lfm2_token_id(const lfm2_tokenizer *t, const char *text);
+
+/* Streams of characters out of bytes that arrive token by token: what completes
+ * a character comes out, an unfinished one is held back (at most 3 bytes).
+ * Returns how many bytes are in out[], which must hold len + 3.  Bytes that can
+ * never become a character pass as they are.  len 0 flushes what is held. */
+typedef struct { unsigned char held[4]; int n_held; } lfm2_utf8;
+
+size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out);
+
+/* ----------------------------------------------------------------- sampler */
+
+typedef struct {
+    float    temperature;      /* 0: greedy, ties to the lowest id           */
+    int      top_k;            /* 0: off                                     */
+    float    top_p, min_p;     /* 1 and 0: off                               */
+    float    repeat_penalty;   /* 1: off                                     */
+    int      repeat_last_n;    /* how much of the history it looks at        */
+    uint64_t rng;              /* the seed; advances with every sample       */
+} lfm2_sampler;
+
+/* Sample from logits [n_vocab]; `history` (may be NULL) holds all tokens so
+ * far, newest last.  Order: penalty, top-k, top-p, min-p, temperature, draw.
+ * The random numbers are SplitMix64 and the arithmetic is the engine's own, so
+ * a seed means the same text everywhere.  Penalised logits are changed in
+ * place.  Returns a token, or LFM2_ENAN when a logit is NaN or +inf or none is
+ * finite. */
+int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                    const int32_t *history, int n_history);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,49 @@
+#!/bin/sh
+# Run every suite and script of tests, print what they print, add up.
+#     test/all.sh DIRECTORY-OF-SUITES RUN
+# RUN is the program that the scripts test.
+set -u
+
+suites=$1
+export RUN="$2"
+total=0 failed=0 skipped=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# The last line that has all of the named numbers decides; without one, the test
+# has failed.
+count() {
+    name=$1 status=$2
+    cat "$log"
+    skips=$(grep -c '^skipped:' "$log")
+    n=$(sed -n 's/.*Checks: \([0-9]*\), Failures.*/\1/p
+                s/^\([0-9]*\) passed, \([0-9]*\) failed.*/\1/p' "$log" | tail -1)
+    bad=$(sed -n 's/.*Failures: \([0-9]*\), Errors: \([0-9]*\).*/\1 + \2/p
+                  s/^\([0-9]*\) passed, \([0-9]*\) failed.*/\2/p' "$log" |
+          tail -1)
+    bad=$((${bad:-0}))
+    case $(tail -1 "$log") in
+        *" passed, "*) n=$((${n:-0} + bad)) ;;
+    esac
+    if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then
+        echo "FAIL: $name ended with status $status"
+        bad=1 n=$((${n:-0} + 1))
+    fi
+    total=$((total + ${n:-0})) failed=$((failed + bad))
+    skipped=$((skipped + skips))
+}
+
+for suite in "$suites"/check_*; do
+    case $suite in *.d) continue ;; esac
+    echo "== $suite"
+    "$suite" >"$log" 2>&1
+    count "$suite" $?
+done
+for script in test/check_*.sh; do
+    echo "== $script"
+    sh "$script" >"$log" 2>&1
+    count "$script" $?
+done
+echo
+echo "$((total - failed)) passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]
