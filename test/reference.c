@@ -204,7 +204,7 @@ void ref_weights(uint32_t type, const uint8_t *p, size_t n, double *out)
                              (int)(i % columns));
 }
 
-/* ------------------------------------------------------------------ the file */
+/* ----------------------------------------------------------------- the file */
 
 struct model {
     const uint8_t *kv, *tensors, *data;
@@ -339,7 +339,7 @@ int ref_n_vocab(const uint8_t *file)
     return find(&m, "token_embd.weight").rows;
 }
 
-/* ---------------------------------------------------------------- the blocks */
+/* --------------------------------------------------------------- the blocks */
 
 static double *new_doubles(size_t n)
 {

@@ -1,0 +1,85 @@
+#!/bin/sh
+# The same logits, byte for byte, from every compiler, level and machine that is
+# at hand: builds run.c in each way, reads the shipped model's golden tokens and
+# a few random models in other formats, and compares the files of logits.
+#     test/bits.sh
+set -u
+
+dir=build/bits
+shared=${LFM2_SHARED:-../shared}
+mkdir -p "$dir"
+passed=0 failed=0
+
+# compile NAME COMPILER FLAGS...: the program is $dir/NAME.
+compile() {
+    name=$1 cc=$2
+    shift 2
+    "$cc" -std=c11 -ffp-contract=off -pthread "$@" -o "$dir/$name" \
+        run.c lfm2.c -lm 2>"$dir/$name.log" && return
+    cat "$dir/$name.log"
+    false
+}
+
+# logits NAME [EMULATOR]: all of them in $dir/NAME.logits.
+logits() {
+    name=$1
+    shift
+    "$@" "$dir/$name" -q test/tiny.gguf --ids test/tiny.ids --logits - \
+        >"$dir/$name.logits" || return 1
+    for m in dense-Q4_0 dense-Q2_K dense-Q6_K dense-IQ4_XS dense-F16 \
+        moe-Q4_K_M small_moe-F32; do
+        [ -e "$shared/golden/$m.gguf" ] || continue
+        "$@" "$dir/$name" -q "$shared/golden/$m.gguf" -b 33 \
+            --ids "$shared/golden/tokens.i32" --logits - \
+            >>"$dir/$name.logits" || return 1
+    done
+}
+
+report() {
+    if [ "$1" = ok ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+    fi
+    printf '%-6s %s\n' "$1" "$2"
+}
+
+# try NAME EMULATOR COMPILER FLAGS...
+try() {
+    name=$1 emulator=$2
+    shift 2
+    if ! command -v "$1" >/dev/null; then
+        echo "skipped: $name, $1 is not installed"
+    elif [ -n "$emulator" ] && ! command -v "$emulator" >/dev/null; then
+        echo "skipped: $name, $emulator is not installed"
+    elif compile "$name" "$@" && logits "$name" $emulator &&
+        cmp "$dir/reference.logits" "$dir/$name.logits"; then
+        report ok "$name"
+    else
+        report FAIL "$name"
+    fi
+}
+
+[ -e "$shared/golden" ] || echo "skipped: $shared/golden is not there"
+compile reference "${CC:-cc}" -O2 && logits reference || exit 1
+for cc in gcc clang; do
+    for level in 0 1 2 3; do
+        try "$cc-O$level" "" "$cc" "-O$level"
+    done
+done
+case $(uname -m) in
+x86_64)
+    if grep -qw fma /proc/cpuinfo 2>/dev/null; then
+        try gcc-fma "" gcc -O3 -mavx2 -mfma
+        try clang-fma "" clang -O3 -mavx2 -mfma
+    fi
+    try musl "" musl-gcc -O2 -static
+    ;;
+esac
+try no-threads-no-mmap "" "${CC:-cc}" -O2 -DLFM2_NO_THREADS -DLFM2_NO_MMAP
+try aarch64 qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static
+try s390x-big-endian qemu-s390x s390x-linux-gnu-gcc -O2 -static \
+    -fexcess-precision=fast
+echo "logits: $(cksum <"$dir/reference.logits")"
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

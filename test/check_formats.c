@@ -1,0 +1,252 @@
+/* Weight formats: every bit of every block means what the reference says it
+ * means, and a matrix product is the sum it claims to be. */
+#include "../lfm2.c"
+
+#include "reference.h"
+#include "util.h"
+
+#include <check.h>
+
+/* The same number, or neither is finite. */
+static int same_value(float a, double b)
+{
+    float f = (float)b;
+    return a == f || (!(fabsf(a) <= FLT_MAX) && !(fabsf(f) <= FLT_MAX));
+}
+
+/* Row 0 of a tensor at p, as the engine reads it and as the reference does. */
+static void expect_row(int type, const uint8_t *p, int cols, const char *what)
+{
+    const struct tensor w = { format_find((uint32_t)type), 1, cols, p };
+    float *row = malloc((size_t)cols * sizeof *row);
+    double *exact = malloc((size_t)cols * sizeof *exact);
+
+    ck_assert(row && exact);
+    get_row(row, &w, 0);
+    ref_weights((uint32_t)type, p, (size_t)cols, exact);
+    for (int i = 0; i < cols; i++)
+        EXPECT_MSG(same_value(row[i], exact[i]), "%s, %s: weight %d is %a, "
+                   "expected %a", weight_type_name(type), what, i,
+                   (double)row[i], exact[i]);
+    free(row);
+    free(exact);
+}
+
+START_TEST(the_table_agrees_with_the_reference)
+{
+    ck_assert_int_eq((int)COUNT(formats), N_WEIGHT_TYPES);
+    for (int i = 0; i < N_WEIGHT_TYPES; i++) {
+        const uint32_t id = (uint32_t)weight_types[i];
+        const struct format *f = format_find(id);
+        ck_assert(f != NULL);
+        ck_assert_str_eq(f->name, weight_type_name(weight_types[i]));
+        ck_assert_int_eq(f->block, ref_block_columns(id));
+        ck_assert_int_eq(f->bytes, ref_block_bytes(id));
+        ck_assert((f->floats != NULL) != (f->unpack != NULL));
+    }
+}
+END_TEST
+
+START_TEST(other_types_have_a_name_and_no_reader)
+{
+    for (uint32_t id = 0; id < 64; id++) {
+        int known = 0;
+        for (int i = 0; i < N_WEIGHT_TYPES; i++)
+            known |= (uint32_t)weight_types[i] == id;
+        ck_assert((format_find(id) != NULL) == known);
+        ck_assert(strlen(format_name(id)) > 1);
+    }
+    ck_assert_str_eq(format_name(4), "Q4_2");
+    ck_assert_str_eq(format_name(31), "repacked Q4_0_4_4");
+    ck_assert(format_find(UINT32_MAX) == NULL);
+}
+END_TEST
+
+START_TEST(random_blocks_mean_what_the_reference_says)
+{
+    const int type = weight_types[_i], block = weight_type_block(type);
+    uint64_t rng = 1;
+
+    for (int n = 1; n <= 40; n++) {
+        const int cols = n * (block < 32 ? 32 : block);
+        struct bytes b = random_weights(type, cols, 1, &rng);
+        expect_row(type, b.p, cols, "a random row");
+        free(b.p);
+    }
+}
+END_TEST
+
+/* Blocks of random bytes: any scale, infinities and NaN among them.  A weight
+ * that the engine rounds once and the reference twice may differ in the last
+ * place, so only its size is compared. */
+START_TEST(blocks_of_noise_are_read_alike)
+{
+    const int type = weight_types[_i];
+    const int cols = weight_type_block(type) < 32 ? 32
+                                                  : weight_type_block(type);
+    const struct format *f = format_find((uint32_t)type);
+    const size_t size = (size_t)(cols / f->block * f->bytes);
+    uint8_t *b = malloc(size);
+    float row[256];
+    double exact[256];
+    uint64_t rng = 2;
+
+    ck_assert(b != NULL);
+    for (int round = 0; round < 3000; round++) {
+        const struct tensor w = { f, 1, cols, b };
+        for (size_t i = 0; i < size; i++)
+            b[i] = (uint8_t)random_u32(&rng);
+        get_row(row, &w, 0);
+        ref_weights((uint32_t)type, b, (size_t)cols, exact);
+        for (int i = 0; i < cols; i++) {
+            if (!(fabs(exact[i]) <= FLT_MAX))
+                EXPECT(!(fabsf(row[i]) <= FLT_MAX));
+            else
+                EXPECT(fabs((double)row[i] - exact[i]) <=
+                       fabs(exact[i]) * 0x1p-23);
+        }
+    }
+    free(b);
+}
+END_TEST
+
+/* A block with scale and minimum 1 and all else 0; then with each of its bits
+ * turned over.  Two formats that differ in one shift differ here. */
+START_TEST(every_single_bit_has_its_meaning)
+{
+    const int type = weight_types[_i];
+    const struct format *f = format_find((uint32_t)type);
+    const int cols = f->block < 32 ? 32 : f->block;
+    const int at = type == 10 ? 80 : type == 11 ? 108 : type == 14 ? 208 : 0;
+    const size_t size = (size_t)(cols / f->block * f->bytes);
+    uint8_t *b = calloc(size, 1);
+    char what[32];
+
+    ck_assert(b != NULL);
+    for (int k = 0; f->block > 1 && k <= f->has_min; k++)
+        b[at + 2 * k + 1] = 0x3c;                     /* 1.0 as binary16 */
+    expect_row(type, b, cols, "an empty block");
+    for (size_t bit = 0; bit < 8 * size; bit++) {
+        snprintf(what, sizeof what, "bit %zu turned", bit);
+        b[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        expect_row(type, b, cols, what);
+        b[bit / 8] ^= (uint8_t)(1 << bit % 8);
+    }
+    free(b);
+}
+END_TEST
+
+START_TEST(rows_and_experts_are_found_where_they_lie)
+{
+    enum { COLS = 256, ROWS = 3, DEPTH = 4 };
+    const int type = weight_types[_i];
+    uint64_t rng = 3;
+    struct bytes b = random_weights(type, COLS, ROWS * DEPTH, &rng);
+    const struct tensor all = { format_find((uint32_t)type), ROWS, COLS, b.p };
+    const size_t row_size = b.n / (ROWS * DEPTH);
+    float row[COLS];
+    double exact[COLS];
+
+    ck_assert(row_bytes(&all) == row_size);
+    for (int e = 0; e < DEPTH; e++)
+        for (int r = 0; r < ROWS; r++) {
+            const struct tensor one = expert(&all, e);
+            get_row(row, &one, r);
+            ref_weights((uint32_t)type,
+                        b.p + (size_t)(e * ROWS + r) * row_size, COLS, exact);
+            for (int i = 0; i < COLS; i++)
+                EXPECT(same_value(row[i], exact[i]));
+        }
+    free(b.p);
+}
+END_TEST
+
+/* ---------------------------------------------------------- matrix products */
+
+enum { PRODUCT_COLS = 512, PRODUCT_ROWS = 7, PRODUCT_TOKENS = 5 };
+
+/* What the engine multiplies: for float weights the input itself, else the
+ * input as it was rounded. */
+static double input_at(const struct input *in, const struct format *f, int t,
+                       int c)
+{
+    const size_t i = (size_t)t * PRODUCT_COLS + (size_t)c;
+    return f->floats ? (double)in->f[i] : (double)in->d[i / 32] * in->q[i];
+}
+
+static void expect_product(const struct tensor *w, const struct input *in,
+                           const float *y)
+{
+    double *exact = malloc(PRODUCT_COLS * sizeof *exact);
+
+    ck_assert(exact != NULL);
+    for (int r = 0; r < PRODUCT_ROWS; r++) {
+        ref_weights((uint32_t)w->fmt->id, w->data + (size_t)r * row_bytes(w),
+                    PRODUCT_COLS, exact);
+        for (int t = 0; t < PRODUCT_TOKENS; t++) {
+            double sum = 0, size = 0;
+            for (int c = 0; c < PRODUCT_COLS; c++) {
+                double term = exact[c] * input_at(in, w->fmt, t, c);
+                sum += term;
+                size += fabs(term);
+            }
+            EXPECT_MSG(fabs(y[t * PRODUCT_ROWS + r] - sum) < 1e-5 * size,
+                       "%s: %g, expected %g", w->fmt->name,
+                       (double)y[t * PRODUCT_ROWS + r], sum);
+        }
+    }
+    free(exact);
+}
+
+START_TEST(a_product_is_the_sum_of_its_terms)
+{
+    const int type = weight_types[_i];
+    const struct tiny t = { .type = 2, .n_embd = 256 };     /* n_ff 512 */
+    struct bytes file = tiny_model(&t), b;
+    const lfm2_params p = { .n_ctx = 8, .n_seq = 1, .n_batch = 8,
+                            .n_threads = 2 };
+    float x[PRODUCT_TOKENS * PRODUCT_COLS], y[PRODUCT_TOKENS * PRODUCT_ROWS];
+    lfm2_model *m;
+    lfm2_context *ctx;
+    uint64_t rng = 4;
+
+    ck_assert(lfm2_model_open_memory(&m, file.p, file.n, NULL) == LFM2_OK);
+    ck_assert(lfm2_context_open(&ctx, m, &p, NULL) == LFM2_OK);
+    ck_assert_int_eq(m->cfg.n_ff, PRODUCT_COLS);
+    for (int round = 0; round < 20; round++) {
+        for (size_t i = 0; i < COUNT(x); i++)
+            x[i] = random_float(&rng) + 0.5f;         /* sums that matter */
+        b = random_weights(type, PRODUCT_COLS, PRODUCT_ROWS, &rng);
+        const struct tensor w = { format_find((uint32_t)type), PRODUCT_ROWS,
+                                  PRODUCT_COLS, b.p };
+        load_input(ctx, &ctx->in_wide, x, PRODUCT_TOKENS, PRODUCT_COLS);
+        matmul(ctx, y, &w, &ctx->in_wide);
+        expect_product(&w, &ctx->in_wide, y);
+        free(b.p);
+    }
+    lfm2_context_close(ctx);
+    lfm2_model_close(m);
+    free(file.p);
+}
+END_TEST
+
+Suite *formats_suite(void)
+{
+    Suite *s = suite_create("formats");
+    TCase *c = tcase_create("formats");
+
+    tcase_set_timeout(c, 120);
+    tcase_add_test(c, the_table_agrees_with_the_reference);
+    tcase_add_test(c, other_types_have_a_name_and_no_reader);
+    tcase_add_loop_test(c, random_blocks_mean_what_the_reference_says, 0,
+                        N_WEIGHT_TYPES);
+    tcase_add_loop_test(c, blocks_of_noise_are_read_alike, 0, N_WEIGHT_TYPES);
+    tcase_add_loop_test(c, every_single_bit_has_its_meaning, 0,
+                        N_WEIGHT_TYPES);
+    tcase_add_loop_test(c, rows_and_experts_are_found_where_they_lie, 0,
+                        N_WEIGHT_TYPES);
+    tcase_add_loop_test(c, a_product_is_the_sum_of_its_terms, 0,
+                        N_WEIGHT_TYPES);
+    suite_add_tcase(s, c);
+    return s;
+}

@@ -1,0 +1,350 @@
+/* Reading vocabularies: good, unusual, bad and damaged ones, from both kinds of
+ * file, and without memory. */
+#define _POSIX_C_SOURCE 200809L
+#include <stdlib.h>
+
+/* All memory the library asks for comes from here, so that it can be refused:
+ * the allocation number fail_at from now fails, counted from 1. */
+static int fail_at;
+
+static int refuse(void)
+{
+    return fail_at > 0 && --fail_at == 0;
+}
+
+static void *test_malloc(size_t n)
+{
+    return refuse() ? NULL : malloc(n);
+}
+
+static void *test_calloc(size_t n, size_t size)
+{
+    return refuse() ? NULL : calloc(n, size);
+}
+
+#define malloc test_malloc
+#define calloc test_calloc
+#include "../lfm2.c"
+#undef malloc
+#undef calloc
+
+#include <check.h>
+
+#include "vocab.h"
+
+/* --------------------------------------------------------- bad vocabularies */
+
+static char too_long[MAX_TOKEN + 3];
+
+#define KEY(name) "tokenizer.ggml." name
+
+static const struct { struct change x; int code; const char *says; } bad[] = {
+    { { .drop = KEY("model") }, LFM2_EFORMAT, "model: no such string, expected "
+      "\"gpt2\"" },
+    { { .scalar = KEY("model") }, LFM2_EFORMAT, "model: no such string" },
+    { { .model = "llama" }, LFM2_EUNSUPPORTED, "model: \"llama\", expected "
+      "\"gpt2\"" },
+    { { .pre = "qwen2", .arch = "llama" }, LFM2_EUNSUPPORTED,
+      "pre: \"qwen2\", expected \"lfm2\" or \"llama-bpe\"" },
+    { { .drop = KEY("pre"), .arch = "llama" }, LFM2_EUNSUPPORTED,
+      "pre: \"\", expected" },
+    { { .drop = KEY("tokens") }, LFM2_EFORMAT, "tokens: absent, expected an "
+      "array of strings" },
+    { { .scalar = KEY("tokens") }, LFM2_EFORMAT, "tokens: one u32, expected an "
+      "array of strings" },
+    { { .floats = KEY("tokens") }, LFM2_EFORMAT, "tokens: an array of f32, "
+      "expected an array of strings" },
+    { { .n_tokens = -1 }, LFM2_EFORMAT, "0 tokens, expected 1 to 1000000" },
+    { { .n_tokens = MAX_VOCAB + 1 }, LFM2_EFORMAT, "1000001 tokens, expected 1 "
+      "to 1000000" },
+    { { .scalar = KEY("token_type") }, LFM2_EFORMAT, "token_type: one u32, "
+      "expected an array of i32" },
+    { { .floats = KEY("token_type") }, LFM2_EFORMAT, "token_type: an array of "
+      "f32, expected an array of i32" },
+    { { .n_types = 1, .type = 1 }, LFM2_EFORMAT, "274 token types, expected "
+      "273" },
+    { { .token = "t", .type = 0 }, LFM2_EFORMAT, "token 273: of type 0, "
+      "expected 1 to 6" },
+    { { .token = "t", .type = 7 }, LFM2_EFORMAT, "of type 7, expected 1 to 6" },
+    { { .token = "t", .type = -1 }, LFM2_EFORMAT, "of type -1" },
+    { { .token = too_long, .type = 1 }, LFM2_EFORMAT, "token 273: 1048578 "
+      "bytes, expected at most 1048576" },
+    { { .drop = KEY("merges") }, LFM2_EFORMAT, "merges: absent, expected an "
+      "array of strings" },
+    { { .scalar = KEY("merges") }, LFM2_EFORMAT, "merges: one u32" },
+    { { .floats = KEY("merges") }, LFM2_EFORMAT, "merges: an array of f32" },
+    { { .merge = "" }, LFM2_EFORMAT, "merge 9: \"\", expected two parts with "
+      "one space between them" },
+    { { .merge = "ab" }, LFM2_EFORMAT, "merge 9: \"ab\"" },
+    { { .merge = " b" }, LFM2_EFORMAT, "merge 9: \" b\"" },
+    { { .merge = "a " }, LFM2_EFORMAT, "merge 9: \"a \"" },
+    { { .merge = "a  b" }, LFM2_EFORMAT, "merge 9: \"a  b\"" },
+    { { .merge = "a b c" }, LFM2_EFORMAT, "merge 9: \"a b c\"" },
+    { { .merge = too_long }, LFM2_EFORMAT, "merge 9: 1048578 bytes, expected "
+      "at most 1048576" },
+    { { .bos = N_BASE }, LFM2_EFORMAT, "the BOS token: id 273, expected one "
+      "below 273" },
+    { { .eos = 0xfffffffe }, LFM2_EFORMAT, "the EOS token: id 4294967294, "
+      "expected one below 273" },
+    { { .floats = KEY("bos_token_id") }, LFM2_EFORMAT, "expected an integer" },
+    { { .scalar = KEY("add_bos_token") }, LFM2_EFORMAT, "expected a bool" },
+    { { .no_byte = 1 }, LFM2_EFORMAT, "no token for the single byte 0x00, "
+      "expected all 256" },
+    { { .no_byte = 1 + 'A' }, LFM2_EFORMAT, "single byte 0x41" },
+    { { .no_byte = 256 }, LFM2_EFORMAT, "single byte 0xff" },
+};
+
+START_TEST(bad_vocabularies_are_refused)
+{
+    lfm2_tokenizer *t = NULL;
+    lfm2_error err = { 0 };
+    size_t n;
+    uint8_t *data;
+
+    memset(too_long, 'x', sizeof too_long - 1);
+    data = make_gguf(&bad[_i].x, &n);
+    ck_assert_int_eq(lfm2_tokenizer_open_memory(&t, data, n, &err),
+                     bad[_i].code);
+    ck_assert_int_eq(err.code, bad[_i].code);
+    ck_assert_msg(strstr(err.msg, bad[_i].says), "%s", err.msg);
+    ck_assert_ptr_null(t);
+    free(data);
+}
+END_TEST
+
+START_TEST(other_files_are_refused)
+{
+    lfm2_tokenizer *t;
+    lfm2_error err;
+
+    ck_assert_int_eq(lfm2_tokenizer_open_memory(&t, NULL, 9, &err), LFM2_EARG);
+    ck_assert_int_eq(lfm2_tokenizer_open_memory(&t, "", 0, &err), LFM2_EFORMAT);
+    ck_assert_int_eq(lfm2_tokenizer_open_memory(&t, "text, text", 10, NULL),
+                     LFM2_EFORMAT);
+    ck_assert_int_eq(lfm2_tokenizer_open(&t, "test/none", &err), LFM2_EIO);
+    ck_assert_ptr_null(t);
+    lfm2_tokenizer_close(NULL);
+}
+END_TEST
+
+START_TEST(unusual_vocabularies_are_read)
+{
+    static const struct { struct change x; int32_t bos; int add_bos; } row[] = {
+        { { .drop = KEY("pre") }, 259, 1 },
+        { { .pre = "default", .arch = "lfm2moe" }, 259, 1 },
+        { { .pre = "llama-bpe", .arch = "llama" }, 259, 1 },
+        { { .drop = "general.architecture" }, 259, 1 },
+        { { .drop = KEY("bos_token_id") }, -1, 0 },
+        { { .drop = KEY("eos_token_id") }, 259, 1 },
+        { { .drop = KEY("add_bos_token") }, 259, 1 },
+        { { .no_add_bos = 1 }, 259, 0 },
+        { { .u32_types = 1 }, 259, 1 },
+        { { .drop = KEY("token_type") }, 259, 1 },
+        { { .token = "ab", .type = 1 }, 259, 1 },             /* a second ab */
+        { { .token = "<a>", .type = TOKEN_USER_DEFINED }, 259, 1 },
+        { { .token = "", .type = 1 }, 259, 1 },
+        { { .token = "", .type = TOKEN_USER_DEFINED }, 259, 1 },
+        { { .token = "\xe4\xb8\xad", .type = 1 }, 259, 1 },   /* not mapped  */
+    };
+
+    for (size_t i = 0; i < COUNT(row); i++) {
+        lfm2_tokenizer *t = open_words(&row[i].x);
+        ck_assert_int_eq(lfm2_n_vocab(t), N_BASE + !!row[i].x.token);
+        ck_assert_int_eq(lfm2_bos(t), row[i].bos);
+        ck_assert_int_eq(lfm2_add_bos(t), row[i].add_bos);
+        int32_t id[2];                    /* of two tokens, the first counts */
+        ck_assert(lfm2_encode(t, "ab", 2, 0, id, 2) == 1 && id[0] == 265);
+        ck_assert_int_eq(lfm2_token_id(t, "ab"), 265);
+        if (t->type[263] == TOKEN_USER_DEFINED)
+            ck_assert(lfm2_encode(t, "<a>", 3, 0, id, 2) == 1 && id[0] == 263);
+        ck_assert_str_eq(split(t, "abxx1\xe4\xb8\xad", 0),
+                         row[i].x.token && row[i].x.token[0] == '\xe4'
+                         ? "ab/x/x/1/\xe4\xb8\xad" : "ab/x/x/1/\xe4/\xb8/\xad");
+        lfm2_tokenizer_close(t);
+    }
+}
+END_TEST
+
+/* ------------------------------------------------------------ tokenizer.bin */
+
+static uint8_t *export(const lfm2_tokenizer *t, size_t *n)
+{
+    uint8_t *bin;
+
+    *n = lfm2_tokenizer_export(t, NULL, 0);
+    bin = malloc(*n + 1);
+    ck_assert_ptr_nonnull(bin);
+    bin[*n] = 0xee;
+    ck_assert_uint_eq(lfm2_tokenizer_export(t, bin, *n), *n);
+    ck_assert_uint_eq(bin[*n], 0xee);
+    return bin;
+}
+
+START_TEST(an_exported_vocabulary_is_the_same)
+{
+    static const struct change changes[] = {
+        { 0 }, { .drop = KEY("bos_token_id") }, { .no_add_bos = 1 },
+        { .token = "\xe4\xb8\xad", .type = 1 }, { .token = "", .type = 1 },
+        { .merge = "\xe4\xb8 \xad" }, { .drop = KEY("token_type") },
+    };
+
+    for (size_t i = 0; i < COUNT(changes); i++) {
+        lfm2_tokenizer *t = open_words(&changes[i]), *u;
+        lfm2_error err = { 0 };
+        size_t n, k;
+        uint8_t *bin = export(t, &n), *again, small[40];
+        ck_assert_msg(lfm2_tokenizer_open_memory(&u, bin, n, &err) == LFM2_OK,
+                      "%s", err.msg);
+        again = export(u, &k);
+        ck_assert(n == k && memcmp(bin, again, n) == 0);
+        ck_assert(lfm2_n_vocab(t) == lfm2_n_vocab(u));
+        ck_assert(t->bos == u->bos && t->eos == u->eos);
+        ck_assert(t->im_start == u->im_start && t->add_bos == u->add_bos);
+        ck_assert(t->n_symbols == u->n_symbols);
+        ck_assert(memcmp(t->text, u->text, t->start[t->n_symbols]) == 0);
+        ck_assert(memcmp(t->type, u->type, (size_t)t->n_vocab) == 0);
+        memset(small, 7, sizeof small);
+        ck_assert_uint_eq(lfm2_tokenizer_export(t, small, 39), n);
+        ck_assert(memcmp(small, bin, 39) == 0 && small[39] == 7);
+        free(bin);
+        free(again);
+        lfm2_tokenizer_close(t);
+        lfm2_tokenizer_close(u);
+    }
+}
+END_TEST
+
+START_TEST(a_damaged_export_is_refused)
+{
+    lfm2_tokenizer *t = open_words(&good), *u;
+    lfm2_error err = { 0 };
+    size_t n;
+    uint8_t *bin = export(t, &n);
+
+    for (size_t i = 0; i < n; i++) {
+        bin[i] ^= 0x10;
+        ck_assert_int_lt(lfm2_tokenizer_open_memory(&u, bin, n, NULL), 0);
+        bin[i] ^= 0x10;
+        ck_assert_int_lt(lfm2_tokenizer_open_memory(&u, bin, i, NULL), 0);
+    }
+    bin[n / 2]++;
+    lfm2_tokenizer_open_memory(&u, bin, n, &err);
+    ck_assert_msg(strstr(err.msg, "match their checksum"), "%s", err.msg);
+    bin[7] = '2';
+    lfm2_tokenizer_open_memory(&u, bin, n, &err);
+    ck_assert_msg(strstr(err.msg, "0x32, expected 0x31"), "%s", err.msg);
+    free(bin);
+    lfm2_tokenizer_close(t);
+}
+END_TEST
+
+/* ------------------------------------------------------------------- damage */
+
+/* Open it; if that works, nothing that it is used for may go wrong. */
+static int use(const uint8_t *data, size_t n)
+{
+    static const char text[] = "aaab <|im_end|> xyz abcabc qrs \xe4\xb8\xad 12";
+    uint8_t *exact = malloc(n ? n : 1);   /* so that a sanitizer sees its end */
+    int32_t ids[256];
+    lfm2_tokenizer *t;
+    int len;
+
+    memcpy(exact, data, n);
+    if (lfm2_tokenizer_open_memory(&t, exact, n, NULL) != LFM2_OK) {
+        free(exact);
+        return 0;
+    }
+    free(exact);
+    const int k = lfm2_encode(t, text, sizeof text - 1,
+                              LFM2_ENCODE_BOS | LFM2_ENCODE_SPECIAL, ids, 256);
+    ck_assert(k >= 0 && k <= 256);
+    for (int i = 0; i < k; i++)
+        lfm2_token_bytes(t, ids[i], 1, &len);
+    lfm2_tokenizer_export(t, NULL, 0);
+    lfm2_tokenizer_close(t);
+    return 1;
+}
+
+static uint64_t next(uint64_t *state)
+{
+    return *state = *state * 6364136223846793005u + 1442695040888963407u;
+}
+
+START_TEST(damaged_vocabularies_do_no_harm)
+{
+    size_t n_gguf, n_bin;
+    uint8_t *gguf = make_gguf(&good, &n_gguf), *bin, damaged[8192];
+    lfm2_tokenizer *t = open_words(&good);
+    uint64_t rng = 1;
+    int opened = 0;
+
+    bin = export(t, &n_bin);
+    ck_assert(n_gguf < sizeof damaged && n_bin < sizeof damaged);
+    for (size_t n = 0; n < n_gguf; n++)
+        ck_assert_int_eq(use(gguf, n), 0);
+    for (int i = 0; i < 20000; i++) {
+        const size_t n = i % 2 ? n_gguf : n_bin;
+        memcpy(damaged, i % 2 ? gguf : bin, n);
+        for (uint64_t k = next(&rng) >> 62; k < 4; k++)
+            damaged[(next(&rng) >> 33) % n] = (uint8_t)(next(&rng) >> 56);
+        if (i % 2 == 0)                   /* with a checksum that is right   */
+            for (uint64_t k = 0, h = hash_bytes(HASH_START, damaged, n - 8);
+                 k < 8; k++)
+                damaged[n - 8 + k] = (uint8_t)(h >> 8 * k);
+        opened += use(damaged, n);
+    }
+    ck_assert_int_gt(opened, 100);
+    free(gguf);
+    free(bin);
+    lfm2_tokenizer_close(t);
+}
+END_TEST
+
+START_TEST(every_allocation_may_fail)
+{
+    static const char text[] = "aaaaaaaaab xyzxyz";
+    const lfm2_message msg = { "user", text };
+    lfm2_tokenizer *t = NULL;
+    lfm2_error err;
+    size_t n;
+    uint8_t *data = make_gguf(&good, &n);
+    int32_t ids[64];
+    int i, code = LFM2_ENOMEM;
+
+    for (i = 1; code != LFM2_OK; i++) {
+        fail_at = i;
+        code = lfm2_tokenizer_open_memory(&t, data, n, &err);
+        ck_assert(code == LFM2_OK || (code == LFM2_ENOMEM && !t));
+        ck_assert(code == LFM2_OK || err.code == code);
+    }
+    ck_assert_int_gt(i, 10);
+    fail_at = 1;
+    ck_assert_int_eq(lfm2_encode(t, text, strlen(text), 0, ids, 64),
+                     LFM2_ENOMEM);
+    for (i = 1, code = LFM2_ENOMEM; code == LFM2_ENOMEM; i++) {
+        fail_at = i;
+        code = lfm2_chat(t, &msg, 1, 1, ids, 64);
+    }
+    ck_assert(code > 0 && i == 5);        /* the turn and two mergings       */
+    fail_at = 0;
+    free(data);
+    lfm2_tokenizer_close(t);
+}
+END_TEST
+
+Suite *vocab_suite(void)
+{
+    Suite *s = suite_create("vocabularies");
+    TCase *c = tcase_create("vocabularies");
+
+    tcase_set_timeout(c, 120);
+    tcase_add_loop_test(c, bad_vocabularies_are_refused, 0, COUNT(bad));
+    tcase_add_test(c, other_files_are_refused);
+    tcase_add_test(c, unusual_vocabularies_are_read);
+    tcase_add_test(c, an_exported_vocabulary_is_the_same);
+    tcase_add_test(c, a_damaged_export_is_refused);
+    tcase_add_test(c, damaged_vocabularies_do_no_harm);
+    tcase_add_test(c, every_allocation_may_fail);
+    suite_add_tcase(s, c);
+    return s;
+}
