@@ -437,10 +437,17 @@ static void kv_set(uint8_t *cache, int f16, size_t i, float value)
         ((float *)(void *)cache)[i] = value;
 }
 
-static float kv_get(const uint8_t *cache, int f16, size_t i)
+/* n elements of the cache from i on, as floats. */
+static void kv_get(float *out, const uint8_t *cache, int f16, size_t i, int n)
 {
-    return f16 ? f16_to_f32(((const uint16_t *)(const void *)cache)[i])
-               : ((const float *)(const void *)cache)[i];
+    const uint16_t *half = (const uint16_t *)(const void *)cache + i;
+    const float *single = (const float *)(const void *)cache + i;
+
+    if (f16)
+        for (int k = 0; k < n; k++)
+            out[k] = f16_to_f32(half[k]);
+    else
+        memcpy(out, single, (size_t)n * sizeof *out);
 }
 
 /* Where element d of the key at position pos lies. */
@@ -471,13 +478,14 @@ static void chunk_scores(float s[CHUNK], const float *q,
                          const struct kv_head *kv, int pos, int n)
 {
     const int hd = kv->head_dim;
+    float k[TILE];
 
     memset(s, 0, CHUNK * sizeof *s);
     for (int tile = 0; tile * TILE < n; tile++, s += TILE)
         for (int d = 0; d < hd; d++) {
-            size_t k = k_index(pos + tile * TILE, d, hd);
+            kv_get(k, kv->k, kv->f16, k_index(pos + tile * TILE, d, hd), TILE);
             for (int p = 0; p < TILE; p++)
-                s[p] = fma_f32(q[d], kv_get(kv->k, kv->f16, k + p), s[p]);
+                s[p] = fma_f32(q[d], k[p], s[p]);
         }
 }
 
@@ -495,7 +503,7 @@ static void attend_chunk(struct gathered *g, const float *q,
                          const struct kv_head *kv, int pos, int n)
 {
     const int hd = kv->head_dim;
-    float s[CHUNK], lane[16] = { 0 };
+    float s[CHUNK], v[MAX_HEAD_DIM], lane[16] = { 0 };
 
     chunk_scores(s, q, kv, pos, n);
     g->max = -INFINITY;
@@ -504,10 +512,10 @@ static void attend_chunk(struct gathered *g, const float *q,
     memset(g->o, 0, sizeof g->o);
     for (int p = 0; p < n; p++) {
         float e = exp_f32(s[p] - g->max);
-        size_t v = (size_t)(pos + p) * hd;
         lane[p % 16] += e;
+        kv_get(v, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
         for (int d = 0; d < hd; d++)
-            g->o[d] = fma_f32(e, kv_get(kv->v, kv->f16, v + d), g->o[d]);
+            g->o[d] = fma_f32(e, v[d], g->o[d]);
     }
     g->sum = sum_16(lane);
 }
@@ -2162,8 +2170,8 @@ static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out,
     if (!kv)
         return 0;
     if (kv->type == GGUF_ARRAY || kv_integer(kv, 0, &value) != 0)
-        return fail(err, LFM2_EFORMAT, "%s: of type %s, expected an integer",
-                    key, gguf_type_name[kv->type]);
+        return fail(err, LFM2_EFORMAT, "%s: of type %s, expected an integer "
+                    "below 2^63", key, gguf_type_name[kv->type]);
     if (value < 0 || value > UINT32_MAX)
         return fail(err, LFM2_EFORMAT, "%s: %lld, expected 0 to 4294967295",
                     key, (long long)value);
@@ -2410,8 +2418,8 @@ static int kv_count(const struct gguf_kv *kv, int64_t *out, lfm2_error *err)
     for (uint64_t i = 0; i < kv->n; i++) {
         int64_t value;
         if (kv_integer(kv, i, &value) != 0)
-            return fail(err, LFM2_EFORMAT, "%s: of type %s, expected integers",
-                        kv->key, gguf_type_name[kv->elem]);
+            return fail(err, LFM2_EFORMAT, "%s: of type %s, expected integers "
+                        "below 2^63", kv->key, gguf_type_name[kv->elem]);
         if (*out != 0 && value != 0 && value != *out)
             return fail(err, LFM2_EUNSUPPORTED, "%s: both %lld and %lld, "
                         "expected one value in all layers", kv->key,
@@ -2459,8 +2467,8 @@ static int read_architecture(struct lfm2_model *m, lfm2_error *err)
     uint32_t parts = 1;
 
     if (!gguf_string(m->gguf, "general.architecture", &arch))
-        return fail(err, LFM2_EFORMAT, "general.architecture: missing, "
-                    "expected lfm2 or lfm2moe");
+        return fail(err, LFM2_EFORMAT, "general.architecture: missing or no "
+                    "string, expected lfm2 or lfm2moe");
     m->arch = str_is(arch, "lfm2") ? "lfm2"
             : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
     if (!m->arch)
@@ -2724,8 +2732,9 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
                        int rows, float **pool, const float **out,
                        lfm2_error *err)
 {
+    enum { PIECE = 256 };
     struct tensor w;
-    float row[MAX_HEAD_DIM];
+    float row[PIECE];
 
     TRY(bind_matrix(m, name, cols, rows, 1, &w, err));
     if (!w.fmt->floats)
@@ -2733,8 +2742,8 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
                     "F16 or BF16", name, w.fmt->name);
     *out = *pool;
     for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c += MAX_HEAD_DIM) {
-            int n = cols - c < MAX_HEAD_DIM ? cols - c : MAX_HEAD_DIM;
+        for (int c = 0; c < cols; c += PIECE) {
+            int n = cols - c < PIECE ? cols - c : PIECE;
             w.fmt->floats(row, w.data + (size_t)r * row_bytes(&w) +
                           (size_t)c * (size_t)w.fmt->bytes, n);
             for (int i = 0; i < n; i++) {
@@ -2747,6 +2756,19 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
         }
     *pool += (size_t)rows * cols;
     return LFM2_OK;
+}
+
+/* Room for all that bind_floats() can be asked for: vectors and conv taps. */
+static size_t count_floats(const struct lfm2_model *m)
+{
+    size_t n = 1;
+
+    for (int i = 0; i < m->gguf->n_tensors; i++) {
+        const struct gguf_tensor *t = &m->gguf->tensor[i];
+        if (t->dims[1] == 1 || t->dims[0] == (uint64_t)m->cfg.l_cache)
+            n += (size_t)(t->dims[0] * t->dims[1]);
+    }
+    return n;
 }
 
 /* The sizes a shape is made of, and the layers a tensor can be in. */
@@ -2856,11 +2878,13 @@ static int read_width(struct lfm2_model *m, const char *name, const char *key,
 {
     struct gguf_tensor *t;
     const struct gguf_kv *kv = arch_find(m, key);
-    int64_t said;
+    int64_t said = 0;
 
     TRY(find_tensor(m, name, &t, err));
     *out = (int)t->dims[1];
-    if (kv && kv_count(kv, &said, NULL) == LFM2_OK && said != *out)
+    if (kv)
+        TRY(kv_count(kv, &said, err));
+    if (kv && said != *out)
         warn(m, "%s: %lld, but %s has %d rows; the tensor is right", kv->key,
              (long long)said, name, *out);
     return LFM2_OK;
@@ -2942,10 +2966,7 @@ static int bind_model(struct lfm2_model *m, lfm2_error *err)
         [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
         [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
     };
-    const size_t per_layer = (size_t)c->n_embd * (size_t)(c->l_cache + 2) +
-                             2 * (size_t)c->head_dim + (size_t)c->n_expert;
-    float *pool = calloc(per_layer * (size_t)c->n_layer + (size_t)c->n_embd,
-                         sizeof *pool);
+    float *pool = calloc(count_floats(m), sizeof *pool);
     m->floats = pool;
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (!m->floats || !m->layer)
@@ -3122,11 +3143,17 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
 
 struct arena { uint8_t *base; uint64_t used; };
 
+/* Where counting stops: more than any machine has. */
+static const uint64_t TOO_MUCH = (uint64_t)1 << 62;
+
 static void *carve(struct arena *a, uint64_t n, size_t size)
 {
     uint64_t at = (a->used + 63) / 64 * 64;
 
-    a->used = at + n * size;
+    if (at >= TOO_MUCH || n > (TOO_MUCH - at) / size)
+        a->used = TOO_MUCH;
+    else
+        a->used = at + n * size;
     return a->base ? a->base + at : NULL;
 }
 
@@ -3334,7 +3361,7 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
     ctx->par.n_threads = ctx->pool->n_threads;
     ctx->seq_step = seq_step(m, par.kv_type);
     size = lay_out(ctx, NULL);
-    ctx->memory = size < SIZE_MAX - 64 ? calloc(1, (size_t)size + 64) : NULL;
+    ctx->memory = size < TOO_MUCH && size < SIZE_MAX - 64 ? calloc(1, (size_t)size + 64) : NULL;
     if (!ctx->memory) {
         lfm2_context_close(ctx);
         return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
@@ -3587,15 +3614,14 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
                   lfm2_error *err)
 {
     struct seq *q = find_seq(ctx, seq);
-    struct stream s = { NULL, (const uint8_t *)buf + STATE_HEAD };
+    struct stream s = { NULL, buf };
     int len;
 
     if (!q || !buf)
         return fail(err, LFM2_EARG, "load of sequence %d, expected 0 to %d and "
                     "a buffer", seq, ctx->par.n_seq - 1);
-    len = check_state(ctx, buf, size, err);
-    if (len < 0)
-        return len;
+    TRY(len = check_state(ctx, buf, size, err));
+    s.from += STATE_HEAD;
     move_state(ctx, q, len, &s);
     q->len = len;
     return LFM2_OK;

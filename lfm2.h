@@ -15,7 +15,8 @@
  * Errors     A function that can fail returns LFM2_OK (0), or a negative LFM2_E
  *            code and, if `err` is not NULL, a sentence in it that names the
  *            thing, what was found and what was expected.  Nothing here prints,
- *            exits, or touches a global.  A failed call changes nothing.
+ *            exits, or touches a global.  A failed call changes nothing but
+ *            buffers it was given to fill.
  * Memory     What an _open function returns is released by the matching _close,
  *            which accepts NULL.  Pointers handed out are borrowed: each says
  *            until when.  lfm2_forward() and lfm2_sample() never allocate.
@@ -237,8 +238,8 @@ enum { LFM2_ENCODE_BOS = 1, LFM2_ENCODE_SPECIAL = 2 };
 int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
                 int flags, int32_t *out, int cap);
 
-/* A conversation in the LFM2 chat format, BOS first, markers as control tokens,
- * role and content as plain text.  With `generate`, the opening of the
+/* A conversation in the LFM2 chat format: BOS first if there is one, markers as
+ * control tokens, role and content as plain text.  With `generate`, the opening of the
  * assistant's turn follows.  Returns as lfm2_encode(); LFM2_EARG also if the
  * vocabulary lacks <|im_start|> or <|im_end|>. */
 typedef struct { const char *role, *content; } lfm2_message;
@@ -246,8 +247,9 @@ typedef struct { const char *role, *content; } lfm2_message;
 int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
               int generate, int32_t *out, int cap);
 
-/* The bytes of a token, maybe part of a character; borrowed from `t`.  A
- * control token has none unless `special`; an id out of range has none. */
+/* The bytes of a token, maybe part of a character; borrowed from `t`.  Control,
+ * unused and unknown tokens have none unless `special`; an id out of range has
+ * none. */
 const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
                              int special, int *len);
 /* The id of a token by its exact literal text, e.g. "<|im_end|>"; or -1. */
@@ -269,7 +271,7 @@ typedef struct {
     float    top_p, min_p;     /* 1 and 0: off                               */
     float    repeat_penalty;   /* 1: off                                     */
     int      repeat_last_n;    /* how much of the history it looks at        */
-    uint64_t rng;              /* the seed; advances with every sample       */
+    uint64_t rng;              /* the seed; advances with every call         */
 } lfm2_sampler;
 
 /* Sample from logits [n_vocab]; `history` (may be NULL) holds all tokens so

@@ -1,509 +1,1015 @@
 /* run.c - the command line of lfm2.c.
  *
- *     run [options] MODEL.gguf [PROMPT]
- *
  * Standard output carries the model's words, or the data that was asked for,
- * and nothing else; everything said about it goes to standard error.
+ * and nothing else; everything meant for a human being goes to standard error.
  *
- * In order: options, errors, reading and writing, then a function for each
- * thing the program can be asked to do, then main(). */
+ *   1  messages and exit codes        4  tokens in and out
+ *   2  options                        5  --inspect
+ *   3  reading what is given          6  the prompt and its answer; main */
 
 #define _POSIX_C_SOURCE 200809L
 
 #include "lfm2.h"
 
 #include <errno.h>
-#include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-/* Exit codes.  2, 4 and 5 are permanent: trying again will not help. */
+/* ------------------------------------------------ 1. Messages and exit codes
+ *
+ * Other programs act on these numbers, so they never change their meaning. */
+
 enum {
-    EXIT_DONE, EXIT_RUNTIME, EXIT_USAGE, EXIT_FILE, EXIT_MODEL, EXIT_MEMORY,
-    EXIT_CONTEXT, EXIT_INTERRUPTED = 130
+    DONE = 0, FAILED = 1, USAGE = 2, BAD_FILE = 3, BAD_MODEL = 4,
+    NO_MEMORY = 5, TOO_LONG = 6, INTERRUPTED = 130
 };
 
-/* ----------------------------------------------------------------- options */
+static const char *program = "run";       /* the name it was called by       */
 
-struct options {
-    const char *model, *prompt, *file, *system;
-    const char *ids, *logits, *tokenizer, *export;
-    int raw, tokenize, detokenize, inspect;
-    int null, bos, special, no_mmap, quiet, verbose, help, version;
-    int n_predict, n_ctx, n_threads, n_batch, isa, kv, ignored;
-    int top_k, repeat_last_n;
-    float temperature, top_p, min_p, repeat_penalty;
-    uint64_t seed;
-    int has_seed, has_predict, has_penalty;   /* given, not left to choose */
-};
-
-enum kind { HEADING, FLAG, TEXT, INT, FLOAT, SEED, ISA, KV };
-
-/* One line of this table is one option: how it is called, what it takes, where
- * it goes, and what --help says. */
-static const struct option {
-    const char *names;                    /* parted by spaces; --help shows  */
-    enum kind kind;                       /* a short one with its long one   */
-    double min, max;
-    size_t field;
-    const char *arg, *help;
-} options[] = {
-#define TO(field) offsetof(struct options, field)
-    { "What to do", HEADING, 0, 0, 0, NULL, NULL },
-    { "-p --prompt", TEXT, 0, 0, TO(prompt), "TEXT",
-      "the prompt (the word after MODEL, or piped input)" },
-    { "-f --file --prompt-file", TEXT, 0, 0, TO(file), "FILE",
-      "read the prompt from FILE, - for standard input" },
-    { "-sys --system-prompt -y", TEXT, 0, 0, TO(system), "TEXT",
-      "system prompt" },
-    { "--raw -no-cnv", FLAG, 0, 0, TO(raw), NULL,
-      "no chat format: continue the prompt as plain text" },
-    { "--ids", TEXT, 0, 0, TO(ids), "FILE",
-      "the prompt as int32 little-endian token ids" },
-    { "--logits", TEXT, 0, 0, TO(logits), "FILE",
-      "write the float32 logits of the whole prompt and exit" },
-    { "--tokenize", FLAG, 0, 0, TO(tokenize), NULL,
-      "print the token ids of the text and exit" },
-    { "--detokenize", FLAG, 0, 0, TO(detokenize), NULL,
-      "the inverse: lines of ids on standard input to text" },
-    { "--null", FLAG, 0, 0, TO(null), NULL,
-      "texts to tokenize end with NUL; a line of ids each" },
-    { "--bos", FLAG, 0, 0, TO(bos), NULL,
-      "with --tokenize, put the BOS token first" },
-    { "--special", FLAG, 0, 0, TO(special), NULL,
-      "<|im_end|> and the like in texts are control tokens" },
-    { "--inspect", FLAG, 0, 0, TO(inspect), NULL,
-      "print what is in the model file and exit" },
-    { "--export-tokenizer", TEXT, 0, 0, TO(export), "FILE",
-      "write the vocabulary as a tokenizer.bin and exit" },
-    { "How to choose words", HEADING, 0, 0, 0, NULL, NULL },
-    { "-n --predict --n-predict --tokens", INT, -1, INT_MAX, TO(n_predict), "N",
-      "at most N tokens (-1: until the end; --raw: 256)" },
-    { "-s --seed", SEED, 0, 0, TO(seed), "N",
-      "a seed means the same text everywhere (random)" },
-    { "--temp --temperature", FLOAT, 0, 100, TO(temperature), "X",
-      "temperature, 0 = always the likeliest token (0.3)" },
-    { "--top-k", INT, 0, INT_MAX, TO(top_k), "N",
-      "only the N likeliest tokens, 0 = off (0)" },
-    { "--top-p", FLOAT, 0, 1, TO(top_p), "X",
-      "only the likeliest that make up X, 1 = off (1)" },
-    { "--min-p", FLOAT, 0, 1, TO(min_p), "X",
-      "only those X times as likely as the first (0.15)" },
-    { "--repeat-penalty --repetition-penalty", FLOAT, 0.01, 100,
-      TO(repeat_penalty), "X", "push recent tokens down, 1 = off (1.05)" },
-    { "--repeat-last-n", INT, 0, INT_MAX, TO(repeat_last_n), "N",
-      "how many tokens are recent (64)" },
-    { "How to run", HEADING, 0, 0, 0, NULL, NULL },
-    { "-m --model", TEXT, 0, 0, TO(model), "FILE",
-      "the model (the first word)" },
-    { "-c --ctx-size --ctx", INT, 0, 1 << 24, TO(n_ctx), "N",
-      "context length (the model's, at most 4096)" },
-    { "-t --threads", INT, 0, 1024, TO(n_threads), "N",
-      "threads (one for each CPU)" },
-    { "-b --batch-size --batch", INT, 1, 65536, TO(n_batch), "N",
-      "tokens worked on at once (512); changes no bit" },
-    { "--isa", ISA, 0, 0, TO(isa), "NAME",
-      "kernels: scalar or auto" },
-    { "--kv", KV, 0, 0, TO(kv), "TYPE",
-      "precision of the KV cache: f16 or f32 (f16)" },
-    { "--no-mmap", FLAG, 0, 0, TO(no_mmap), NULL,
-      "read the model into memory instead of mapping it" },
-    { "--tokenizer", TEXT, 0, 0, TO(tokenizer), "FILE",
-      "take the vocabulary from a tokenizer.bin" },
-    { "-q --quiet", FLAG, 0, 0, TO(quiet), NULL,
-      "no statistics, no warnings" },
-    { "-v --verbose", FLAG, 0, 0, TO(verbose), NULL,
-      "say what is being done" },
-    { "-h --help", FLAG, 0, 0, TO(help), NULL, "this text" },
-    { "--version", FLAG, 0, 0, TO(version), NULL,
-      "version, compiler, kernels, weight types" },
-    { "-ngl --n-gpu-layers --gpu-layers", INT, INT_MIN, INT_MAX, TO(ignored),
-      "N", NULL },
-#undef TO
-};
-
-enum { N_OPTIONS = sizeof options / sizeof options[0] };
-
-static void complain(const char *fmt, ...)
+/* One line on standard error; returns `code` for the caller to pass on. */
+static int say(int code, const char *fmt, ...)
 {
     va_list args;
 
-    fputs("run: ", stderr);
     va_start(args, fmt);
+    fprintf(stderr, "%s: ", program);
     vfprintf(stderr, fmt, args);
-    va_end(args);
     fputc('\n', stderr);
-}
-
-/* Is `name`, n bytes of it, one of the names of an option? */
-static int is_named(const struct option *o, const char *name, size_t n)
-{
-    for (const char *s = o->names; o->kind != HEADING && *s;) {
-        size_t len = strcspn(s, " ");
-        if (len == n && memcmp(s, name, n) == 0)
-            return 1;
-        s += len + (s[len] == ' ');
-    }
-    return 0;
-}
-
-static size_t smaller(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
-
-/* How many letters must be changed, added or left out to get from a to b. */
-static size_t edit_distance(const char *a, size_t n, const char *b, size_t m)
-{
-    size_t row[64];
-
-    if (n > 63 || m > 63)
-        return 64;
-    for (size_t j = 0; j <= m; j++)
-        row[j] = j;
-    for (size_t i = 1; i <= n; i++) {
-        size_t diagonal = row[0];
-        row[0] = i;
-        for (size_t j = 1; j <= m; j++) {
-            size_t change = diagonal + (a[i - 1] != b[j - 1]);
-            diagonal = row[j];
-            row[j] = smaller(change, smaller(row[j], row[j - 1]) + 1);
-        }
-    }
-    return row[m];
-}
-
-static int unknown_option(const char *name, size_t n)
-{
-    const char *best = NULL;
-    size_t best_len = 0, best_distance = 64;
-
-    if (n == 2 && name[1] == 'i') {
-        complain("unknown option -i: a prompt is given with -p");
-        return EXIT_USAGE;
-    }
-    for (int i = 0; i < N_OPTIONS; i++) {
-        for (const char *s = options[i].names;
-             options[i].kind != HEADING && *s;) {
-            size_t len = strcspn(s, " ");
-            size_t distance = edit_distance(name, n, s, len);
-            if (distance < best_distance) {
-                best_distance = distance;
-                best = s;
-                best_len = len;
-            }
-            s += len + (s[len] == ' ');
-        }
-    }
-    complain("unknown option %.*s; the nearest is %.*s (see --help)", (int)n,
-             name, (int)best_len, best);
-    return EXIT_USAGE;
-}
-
-static int bad_value(const struct option *o, const char *value,
-                     const char *expected)
-{
-    complain("%.*s: \"%s\", expected %s", (int)strcspn(o->names, " "),
-             o->names, value, expected);
-    return EXIT_USAGE;
-}
-
-static int set_number(const struct option *o, void *to, const char *value)
-{
-    char *end, expected[64];
-    double x;
-
-    errno = 0;
-    x = strtod(value, &end);
-    if (is_named(o, "-t", 2) && *end == '\0' && x != (double)(long)x) {
-        complain("-t is threads: \"%s\", expected a whole number; did you "
-                 "mean --temp %s?", value, value);
-        return EXIT_USAGE;
-    }
-    snprintf(expected, sizeof expected, "a%s number from %.10g to %.10g",
-             o->kind == INT ? " whole" : "", o->min, o->max);
-    if (end == value || *end != '\0' || !(x >= o->min && x <= o->max) ||
-        (o->kind == INT && x != (double)(int)x))
-        return bad_value(o, value, expected);
-    if (o->kind == INT)
-        *(int *)to = (int)x;
-    else
-        *(float *)to = (float)x;
-    return EXIT_DONE;
-}
-
-static int set_seed(const struct option *o, uint64_t *to, const char *value)
-{
-    char *end;
-
-    errno = 0;
-    *to = strtoull(value, &end, 10);
-    if (end == value || *end != '\0' || errno != 0 || strchr(value, '-'))
-        return bad_value(o, value, "a whole number from 0 to 2^64-1");
-    return EXIT_DONE;
-}
-
-static int set_choice(const struct option *o, int *to, const char *value,
-                      const char *const *names, const char *expected)
-{
-    for (int i = 0; names[i]; i++)
-        if (strcmp(value, names[i]) == 0) {
-            *to = i;
-            return EXIT_DONE;
-        }
-    return bad_value(o, value, expected);
-}
-
-static int set_option(struct options *opt, const struct option *o,
-                      const char *value)
-{
-    static const char *const isa[] = { "auto", "scalar", "avx2", "avx512",
-                                       NULL };
-    static const char *const kv[] = { "f16", "f32", NULL };
-    void *to = (char *)opt + o->field;
-
-    opt->has_seed |= o->kind == SEED;
-    opt->has_predict |= to == &opt->n_predict;
-    opt->has_penalty |= to == &opt->repeat_penalty;
-    if (to == &opt->ignored && !opt->quiet)
-        complain("%s: ignored, this program runs on the CPU",
-                 "--n-gpu-layers");
-    switch (o->kind) {
-    case FLAG: *(int *)to = 1; return EXIT_DONE;
-    case TEXT: *(const char **)to = value; return EXIT_DONE;
-    case SEED: return set_seed(o, to, value);
-    case ISA:  return set_choice(o, to, value, isa,
-                                 "auto, scalar, avx2 or avx512");
-    case KV:   return set_choice(o, to, value, kv, "f16 or f32");
-    default:   return set_number(o, to, value);
-    }
-}
-
-/* A word that is no option: the model, then the prompt. */
-static int set_word(struct options *opt, const char *word)
-{
-    if (!opt->model)
-        opt->model = word;
-    else if (!opt->prompt)
-        opt->prompt = word;
-    else {
-        complain("\"%s\": a third word, expected MODEL and PROMPT; quote a "
-                 "prompt that has spaces", word);
-        return EXIT_USAGE;
-    }
-    return EXIT_DONE;
-}
-
-static int parse_options(struct options *opt, int argc, char **argv)
-{
-    int only_words = 0, code = EXIT_DONE;
-
-    for (int i = 1; i < argc && code == EXIT_DONE; i++) {
-        const char *word = argv[i], *value = strchr(word, '=');
-        const size_t n = value && word[1] == '-' ? (size_t)(value++ - word)
-                                                 : strlen(word);
-        const struct option *o = options;
-
-        if (only_words || word[0] != '-' || n == 1) {
-            code = set_word(opt, word);
-            continue;
-        }
-        if (strcmp(word, "--") == 0) {
-            only_words = 1;
-            continue;
-        }
-        while (o < options + N_OPTIONS && !is_named(o, word, n))
-            o++;
-        if (o == options + N_OPTIONS)
-            return unknown_option(word, n);
-        if (word[n] != '=')
-            value = o->kind == FLAG ? NULL : argv[++i];
-        if (!value != (o->kind == FLAG)) {
-            complain("%.*s %s", (int)n, word, value ? "takes no value"
-                                                    : "needs a value");
-            return EXIT_USAGE;
-        }
-        code = set_option(opt, o, value);
-    }
+    va_end(args);
     return code;
 }
 
-static void print_help(FILE *out)
+static int short_usage(void)
 {
-    fputs("usage: run [options] MODEL.gguf [PROMPT]\n"
-          "Answers PROMPT with an LFM2 model, on standard output.\n", out);
+    fprintf(stderr, "usage: %s [options] MODEL.gguf [PROMPT]\n"
+            "       %s -h lists the options\n", program, program);
+    return USAGE;
+}
+
+#define usage(...) (say(USAGE, __VA_ARGS__), short_usage())
+
+/* The library's errors in the terms of the shell.  Its sentence about a file it
+ * could not open already begins with the path. */
+static int report(const char *path, const lfm2_error *err)
+{
+    static const int code[] = {
+        [-LFM2_EARG] = USAGE, [-LFM2_EIO] = BAD_FILE,
+        [-LFM2_EFORMAT] = BAD_MODEL, [-LFM2_EUNSUPPORTED] = BAD_MODEL,
+        [-LFM2_ENOMEM] = NO_MEMORY, [-LFM2_EFULL] = TOO_LONG,
+        [-LFM2_ECANCELLED] = INTERRUPTED, [-LFM2_ENAN] = FAILED
+    };
+
+    if (strncmp(err->msg, path, strlen(path)) == 0)
+        return say(code[-err->code], "%s", err->msg);
+    return say(code[-err->code], "%s: %s", path, err->msg);
+}
+
+/* Everything written must have arrived: disks fill up, readers leave. */
+static int flush_output(int code)
+{
+    if ((fflush(stdout) == 0 && !ferror(stdout)) ||
+        (code != DONE && code != INTERRUPTED))
+        return code;
+    return say(BAD_FILE, "standard output: %s", strerror(errno));
+}
+
+/* --------------------------------------------------------------- 2. Options
+ *
+ * The table alone decides what is parsed, which values are good, and what
+ * --help says. */
+
+enum { RAW_LEN = 256, UNSET = -2 };
+
+struct settings {
+    const char *model, *prompt, *file, *system, *ids;
+    const char *logits, *export_to, *tokenizer, *ignored;
+    int raw, tokenize, detokenize, inspect, null, bos, special;
+    int no_mmap, quiet, verbose, help, version;
+    int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n;
+    double temp, top_p, min_p, repeat;
+    long long seed;
+};
+
+/* The sampling settings published for LFM2.  Their repetition penalty, 1.05, is
+ * not for greedy choice: see choose_sampler(). */
+static const struct settings preset = {
+    .predict = UNSET, .ctx = UNSET, .batch = 512, .temp = 0.3, .top_p = 1,
+    .min_p = 0.15, .repeat = UNSET, .repeat_last_n = 64, .seed = -1
+};
+
+enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT };
+
+struct option {
+    enum kind kind;
+    const char *names;            /* by spaces; those after | are not listed */
+    const char *arg;              /* its name; of a CHOICE, the words by |   */
+    size_t at;                    /* where in struct settings it goes        */
+    double min, max;
+    const char *help;             /* NULL: not listed at all                 */
+};
+
+#define AT(field)                   offsetof(struct settings, field)
+#define GROUP(title)                { HEADING, "", 0, 0, 0, 0, title }
+#define SWITCH(names, field, help)  { FLAG, names, 0, AT(field), 0, 0, help }
+#define WORDS(names, arg, field, help) \
+    { TEXT, names, arg, AT(field), 0, 0, help }
+#define NUMBER(kind, names, arg, field, min, max, help) \
+    { kind, names, arg, AT(field), min, max, help }
+
+static const struct option table[] = {
+    GROUP("What to do"),
+    WORDS("-m --model", "FILE", model, "the model, if not the first argument"),
+    WORDS("-p --prompt", "TEXT", prompt, "the prompt, if not the second one"),
+    WORDS("-f --file | --prompt-file", "FILE", file,
+          "the prompt from FILE (- is standard input)"),
+    WORDS("-sys --system-prompt | -y", "TEXT", system, "what the model is to "
+          "be"),
+    SWITCH("--raw | -no-cnv", raw, "no chat template: continue plain text"),
+    WORDS("--ids", "FILE", ids, "the prompt as int32 little-endian token ids"),
+    WORDS("--logits", "OUT", logits, "write the logits of all prompt tokens, "
+          "float32"),
+    SWITCH("--tokenize", tokenize, "print the token ids of the prompt"),
+    SWITCH("--detokenize", detokenize, "print the text of lines of token ids"),
+    SWITCH("--null", null, "for these two: texts end with a NUL byte"),
+    SWITCH("--bos", bos, "begin plain text with the BOS token"),
+    SWITCH("--special", special, "markers in plain text are control tokens"),
+    SWITCH("--inspect", inspect, "describe the file and the memory it needs"),
+    WORDS("--export-tokenizer", "FILE", export_to, "write the vocabulary as a "
+          "tokenizer.bin"),
+    WORDS("--tokenizer", "FILE", tokenizer, "a vocabulary to use instead of "
+          "the model's"),
+
+    GROUP("How to choose words"),
+    NUMBER(WHOLE, "-n --predict | --n-predict --tokens", "N", predict, -1,
+           1 << 30, "at most N tokens (-1: to the end; --raw: 256)"),
+    NUMBER(REAL, "--temp --temperature", "F", temp, 0, 100,
+           "0 always takes the likeliest (0.3)"),
+    NUMBER(WHOLE, "--top-k", "N", top_k, 0, 1 << 30,
+           "only the N likeliest (0: off)"),
+    NUMBER(REAL, "--top-p", "F", top_p, 0, 1,
+           "only the likeliest that make up F (1: off)"),
+    NUMBER(REAL, "--min-p", "F", min_p, 0, 1,
+           "only those at least F times the likeliest (0.15)"),
+    NUMBER(REAL, "--repeat-penalty | --repetition-penalty", "F", repeat, 0.01,
+           100, "repeat less (1.05, or with --temp 0: 1, off)"),
+    NUMBER(WHOLE, "--repeat-last-n", "N", repeat_last_n, -1, 1 << 30,
+           "of the last N tokens (64; -1: all)"),
+    NUMBER(SEED, "-s --seed", "N", seed, -1, 9e18,
+           "the same seed, the same text (-1: random)"),
+
+    GROUP("How to run"),
+    NUMBER(WHOLE, "-c --ctx-size | --ctx", "N", ctx, 0, 1 << 24,
+           "longest text in tokens (4096; 0: the model's)"),
+    NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, "0: one per CPU"),
+    NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16,
+           "prompt tokens worked on at once (512)"),
+    NUMBER(CHOICE, "--isa", "auto|scalar|avx2|avx512", isa, 0, 0,
+           "instruction set"),
+    NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, "precision of the KV cache"),
+    SWITCH("--no-mmap", no_mmap, "read the file instead of mapping it"),
+    WORDS("-ngl --gpu-layers | --n-gpu-layers", "N", ignored, NULL),
+    SWITCH("-q --quiet", quiet, "say nothing but errors"),
+    SWITCH("-v --verbose", verbose, "settings, seed and speed; more --inspect"),
+    SWITCH("-h --help", help, "this text"),
+    SWITCH("--version", version, "version, compiler, weight types"),
+};
+
+enum { N_OPTIONS = sizeof table / sizeof *table };
+
+static int print_help(void)
+{
+    printf("usage: %s [options] MODEL.gguf [PROMPT]\n\nAnswers PROMPT and "
+           "exits.  Without one, what is piped in is the prompt.\n", program);
     for (int i = 0; i < N_OPTIONS; i++) {
-        const struct option *o = &options[i];
-        char left[64];
-        size_t first = strcspn(o->names, " ");
-        size_t both = first;
+        const struct option *o = &table[i];
+        int n = (int)strcspn(o->names, "|"), gap = 28;
 
         if (o->kind == HEADING)
-            fprintf(out, "\n%s\n", o->names);
-        if (!o->help)
+            printf("\n%s\n", o->help);
+        if (o->kind == HEADING || !o->help)
             continue;
-        if (o->names[1] != '-' && o->names[first] == ' ')
-            both += 1 + strcspn(o->names + first + 1, " ");
-        snprintf(left, sizeof left, "%.*s%s%s", (int)both, o->names,
-                 o->arg ? " " : "", o->arg ? o->arg : "");
-        fprintf(out, "  %-26s %s\n", left, o->help);
+        n -= o->names[n] == '|';
+        gap -= printf("  %.*s %s", n, o->names, o->arg ? o->arg : "");
+        printf(gap > 0 ? "%*s%s\n" : "\n%*s%s\n", gap > 0 ? gap : 28, "",
+               o->help);
     }
-    fputs("\nIn (): what is done without the option.  Exit status: 0 done, "
-          "1 error while\nrunning, 2 wrong usage, 3 cannot read or write a "
-          "file, 4 bad or unsupported\nmodel, 5 out of memory, 6 prompt "
-          "longer than the context, 130 interrupted.\n", out);
+    printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
+           "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
+           "prompt longer than the context,\n130 interrupted.\n");
+    return DONE;
 }
 
-static void print_version(void)
+static int print_version(void)
 {
     const uint16_t one = 1;
-    uint8_t low;
 
-    memcpy(&low, &one, 1);
-    printf("lfm2.c %s\n", lfm2_version());
+    printf("lfm2.c      %s\n", lfm2_version());
 #if defined __clang__
-    printf("compiler: clang %s\n", __clang_version__);
+    printf("compiler    clang %s\n", __clang_version__);
 #elif defined __GNUC__
-    printf("compiler: gcc %s\n", __VERSION__);
+    printf("compiler    gcc %s\n", __VERSION__);
 #endif
-    printf("kernels: scalar\nbyte order: %s-endian, %zu-bit\n"
-           "weight types: F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K "
-           "Q4_K Q5_K Q6_K IQ4_NL IQ4_XS\n", low ? "little" : "big",
-           sizeof(void *) * 8);
+    printf("isa         scalar\nbyte order  %s-endian, %d bits\n"
+           "weights     F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K "
+           "Q5_K Q6_K IQ4_NL\n            IQ4_XS\n",
+           *(const unsigned char *)&one ? "little" : "big",
+           (int)sizeof(void *) * 8);
+    return DONE;
 }
 
-/* ------------------------------------------------------------------ errors */
-
-/* Say what the library said of `what`; the exit code for it. */
-static int library_error(const char *what, const lfm2_error *err)
+/* How many letters must be changed, added or dropped to make `a` into the n
+ * letters at b, fewer than 32. */
+static int distance(const char *a, const char *b, int n)
 {
-    /* Sentences about files begin with the path already. */
-    if (strncmp(err->msg, what, strlen(what)) == 0)
-        complain("%s", err->msg);
-    else
-        complain("%s: %s", what, err->msg);
-    switch (err->code) {
-    case LFM2_EARG:         return EXIT_USAGE;
-    case LFM2_EIO:          return EXIT_FILE;
-    case LFM2_EFORMAT:
-    case LFM2_EUNSUPPORTED: return EXIT_MODEL;
-    case LFM2_ENOMEM:       return EXIT_MEMORY;
-    case LFM2_EFULL:        return EXIT_CONTEXT;
-    case LFM2_ECANCELLED:   return EXIT_INTERRUPTED;
-    default:                return EXIT_RUNTIME;
-    }
-}
+    int row[32];
 
-static int file_error(const char *path)
-{
-    complain("%s: %s", path, strerror(errno));
-    return EXIT_FILE;
-}
-
-static int no_memory(void)
-{
-    complain("out of memory");
-    return EXIT_MEMORY;
-}
-
-/* --------------------------------------------------- reading and writing */
-
-/* Bytes with a NUL behind them. */
-struct text { char *s; size_t n; };
-
-static int read_stream(struct text *t, FILE *f, const char *path)
-{
-    size_t cap = 65536, got;
-
-    t->n = 0;
-    t->s = malloc(cap + 1);
-    while (t->s && (got = fread(t->s + t->n, 1, cap - t->n, f)) > 0) {
-        t->n += got;
-        if (t->n == cap) {
-            char *more = realloc(t->s, 2 * cap + 1);
-            if (!more)
-                free(t->s);
-            t->s = more;
-            cap *= 2;
+    for (int j = 0; j <= n; j++)
+        row[j] = j;
+    for (int i = 1; a[i - 1]; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= n; j++) {
+            int best = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            best = row[j - 1] + 1 < best ? row[j - 1] + 1 : best;
+            row[j] = row[j] + 1 < best ? row[j] + 1 : best;
         }
     }
-    if (!t->s)
-        return no_memory();
-    t->s[t->n] = '\0';
-    return ferror(f) ? file_error(path) : EXIT_DONE;
+    return row[n];
 }
 
-static int read_file(struct text *t, const char *path)
+/* The option of this name; or NULL, and the nearest name there is. */
+static const struct option *find_option(const char *name, const char **nearest,
+                                        int *n_nearest)
 {
-    const int is_stdin = strcmp(path, "-") == 0;
-    FILE *f = is_stdin ? stdin : fopen(path, "rb");
+    int least = 1 << 30;
+
+    *nearest = "";
+    *n_nearest = 0;
+    for (int i = 0; i < N_OPTIONS; i++)
+        for (const char *s = table[i].names; *s;) {
+            int n = (int)strcspn(s, " ");
+            int d = *s == '-' ? distance(name, s, n) : least;
+            if (d == 0)
+                return &table[i];
+            if (d < least)
+                least = d, *nearest = s, *n_nearest = n;
+            s += n + (s[n] == ' ');
+        }
+    return NULL;
+}
+
+static int bad_value(const struct option *o, const char *name,
+                     const char *value)
+{
+    if (o->at == AT(threads) && strchr(value, '.'))
+        return say(USAGE, "%s %s: this is how many threads; did you mean "
+                   "--temp %s?", name, value, value);
+    if (o->kind == CHOICE)
+        return say(USAGE, "%s %s: expected %s", name, value, o->arg);
+    return say(USAGE, "%s %s: expected a %snumber from %.10g to %.19g", name,
+               value, o->kind == REAL ? "" : "whole ", o->min, o->max);
+}
+
+/* Which of the words `value` is, or -1; they are in the order of lfm2.h. */
+static int find_word(const char *words, const char *value)
+{
+    const size_t n = strlen(value);
+
+    for (int i = 0; *words; i++) {
+        size_t len = strcspn(words, "|");
+        if (len == n && memcmp(words, value, n) == 0)
+            return i;
+        words += len + (words[len] == '|');
+    }
+    return -1;
+}
+
+static int set_option(struct settings *to, const struct option *o,
+                      const char *name, const char *value)
+{
+    void *slot = (char *)to + o->at;
+    long long whole = 0;
+    double real;
+    char *end;
+
+    if (o->kind == TEXT) {
+        *(const char **)slot = value;
+        return DONE;
+    }
+    if (o->kind == CHOICE) {
+        *(int *)slot = find_word(o->arg, value);
+        return *(int *)slot < 0 ? bad_value(o, name, value) : DONE;
+    }
+    errno = 0;
+    if (o->kind == REAL)
+        real = strtod(value, &end);
+    else
+        real = (double)(whole = strtoll(value, &end, 10));
+    if (end == value || *end || errno || !(real >= o->min && real <= o->max))
+        return bad_value(o, name, value);
+    if (o->kind == REAL)
+        *(double *)slot = real;
+    else if (o->kind == SEED)
+        *(long long *)slot = whole;
+    else
+        *(int *)slot = (int)whole;
+    return DONE;
+}
+
+/* Take the option at argv[*i], and its value, which may be the next word. */
+static int take_option(struct settings *to, char **argv, int *i)
+{
+    const char *arg = argv[*i], *equals = strchr(arg, '='), *value, *nearest;
+    const struct option *o;
+    int n_nearest;
+    char name[40];
+
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(arg, "="), arg);
+    o = find_option(name, &nearest, &n_nearest);
+    if (!o && strcmp(name, "-i") == 0)
+        return usage("unknown option -i: -p gives a prompt, and an interactive "
+                     "mode there is not");
+    if (!o)
+        return usage("unknown option %s; the nearest is %.*s", name, n_nearest,
+                     nearest);
+    if (o->kind == FLAG && equals)
+        return usage("%s takes no value, but is given %s", name, equals + 1);
+    if (o->kind == FLAG) {
+        *(int *)((char *)to + o->at) = 1;
+        return DONE;
+    }
+    value = equals ? equals + 1 : argv[++*i];
+    if (!value)
+        return usage("%s needs a value, %s", name, o->arg);
+    return set_option(to, o, name, value);
+}
+
+static int check_settings(const struct settings *s)
+{
+    if (!s->model && !(s->tokenizer && (s->tokenize || s->detokenize ||
+                                        s->export_to)))
+        return usage("no model given");
+    if (s->tokenize + s->detokenize + s->inspect + !!s->logits +
+        !!s->export_to > 1)
+        return usage("more than one of --tokenize, --detokenize, --inspect, "
+                     "--logits and --export-tokenizer");
+    if (!!s->prompt + !!s->file + !!s->ids > 1)
+        return usage("more than one prompt: PROMPT or -p, -f, --ids");
+    if (s->system && (s->raw || s->ids || s->tokenize))
+        return usage("-sys is for the chat template, which --raw, --ids and "
+                     "--tokenize do without");
+    if (s->ids && (s->tokenize || s->detokenize))
+        return usage("--ids is for generating text and for --logits");
+    if (s->ignored && !s->quiet)
+        say(DONE, "-ngl is ignored: everything runs on the CPU");
+    return DONE;
+}
+
+static int parse(struct settings *to, char **argv)
+{
+    const char *word[2] = { NULL, NULL };
+    int n_words = 0, options = 1, code = DONE;
+
+    for (int i = 1; code == DONE && argv[i]; i++)
+        if (options && strcmp(argv[i], "--") == 0)
+            options = 0;
+        else if (options && argv[i][0] == '-' && argv[i][1])
+            code = take_option(to, argv, &i);
+        else if (n_words < 2)
+            word[n_words++] = argv[i];
+        else
+            code = usage("unexpected argument %s; a prompt of several words "
+                         "needs quotes", argv[i]);
+    if (code != DONE || to->help || to->version)
+        return code;
+    if (!to->model && n_words > 0) {
+        to->model = word[0];
+        word[0] = word[1];
+        n_words--;
+    }
+    if (n_words > 1 || (n_words > 0 && to->prompt))
+        return usage("unexpected argument %s: there is a prompt already",
+                     word[n_words - 1]);
+    if (n_words > 0)
+        to->prompt = word[0];
+    return check_settings(to);
+}
+
+/* ------------------------------------------------- 3. Reading what is given */
+
+struct text { char *s; size_t n; };       /* s[n] is NUL                     */
+
+struct ids { int32_t *id; int n; };
+
+enum { MAX_TEXT = 1 << 30 };
+
+static int read_stream(FILE *f, const char *name, struct text *out)
+{
+    for (size_t cap = 0, got = 1; got > 0; out->n += got) {
+        if (cap - out->n < 2) {
+            cap = cap ? cap * 2 : 1 << 16;
+            char *s = cap <= MAX_TEXT ? realloc(out->s, cap) : NULL;
+            if (!s)
+                return say(NO_MEMORY, "%s: too long to be read", name);
+            out->s = s;
+        }
+        got = fread(out->s + out->n, 1, cap - out->n - 1, f);
+        if (ferror(f))
+            return say(BAD_FILE, "%s: %s", name, strerror(errno));
+    }
+    out->s[out->n] = '\0';
+    return DONE;
+}
+
+/* The bytes of a file, or of standard input for "-".  The caller frees out->s,
+ * after a failure too. */
+static int read_file(const char *path, struct text *out)
+{
+    const int piped = strcmp(path, "-") == 0;
+    FILE *f = piped ? stdin : fopen(path, "rb");
     int code;
 
     if (!f)
-        return file_error(path);
-    code = read_stream(t, f, is_stdin ? "standard input" : path);
-    if (!is_stdin)
+        return say(BAD_FILE, "%s: %s", path, strerror(errno));
+    code = read_stream(f, piped ? "standard input" : path, out);
+    if (!piped)
         fclose(f);
     return code;
 }
 
-/* The prompt: -p or the second word, -f, or standard input if it is piped. */
-static int read_prompt(const struct options *opt, struct text *t)
+/* The text to work on: given as an argument, in a file, or piped in. */
+static int read_text(const struct settings *s, struct text *out)
 {
-    if (opt->prompt) {
-        t->n = strlen(opt->prompt);
-        t->s = malloc(t->n + 1);
-        if (!t->s)
-            return no_memory();
-        memcpy(t->s, opt->prompt, t->n + 1);
-        return EXIT_DONE;
-    }
-    if (!opt->file && isatty(STDIN_FILENO)) {
-        complain("no prompt: give one after the model, with -p or -f, or pipe "
-                 "it in (there is no interactive chat yet)");
-        return EXIT_USAGE;
-    }
-    return read_file(t, opt->file ? opt->file : "-");
+    if (!s->prompt && !s->file && isatty(STDIN_FILENO))
+        return usage("no prompt given, and there is no interactive chat; try "
+                     "%s MODEL.gguf \"a question\"", program);
+    if (!s->prompt)
+        return read_file(s->file ? s->file : "-", out);
+    out->n = strlen(s->prompt);
+    out->s = malloc(out->n + 1);
+    if (!out->s)
+        return say(NO_MEMORY, "no memory for the prompt");
+    memcpy(out->s, s->prompt, out->n + 1);
+    return DONE;
 }
 
-/* After the last write: was all of it taken? */
-static int close_output(FILE *f, const char *path)
+static int alloc_ids(struct ids *out, size_t n)
 {
-    int failed = fflush(f) != 0 || ferror(f);
-
-    if (f != stdout)
-        failed |= fclose(f) != 0;
-    return failed ? file_error(path) : EXIT_DONE;
+    out->id = n < SIZE_MAX / 4 ? malloc(n * sizeof *out->id) : NULL;
+    return out->id ? DONE : say(NO_MEMORY, "no memory for %zu tokens", n);
 }
 
-static FILE *open_output(const char *path)
+static int read_ids(const char *path, struct ids *out)
+{
+    struct text t = { NULL, 0 };
+    int code = read_file(path, &t);
+
+    if (code == DONE && t.n % 4 != 0)
+        code = say(BAD_FILE, "%s: %zu bytes, expected a multiple of 4", path,
+                   t.n);
+    if (code == DONE)
+        code = alloc_ids(out, t.n / 4 + 1);
+    for (size_t i = 0; code == DONE && i < t.n; i += 4) {
+        const unsigned char *p = (const unsigned char *)t.s + i;
+        uint32_t id = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 |
+                      (uint32_t)p[3] << 24;
+        out->id[out->n++] = id > INT32_MAX ? -1 : (int32_t)id;
+    }
+    free(t.s);
+    return code;
+}
+
+/* ------------------------------------------------------ 4. Tokens in and out
+ *
+ * --tokenize, --detokenize and --export-tokenizer need a vocabulary only. */
+
+static int open_words(const struct settings *s, lfm2_tokenizer **out)
+{
+    const char *path = s->tokenizer ? s->tokenizer : s->model;
+    lfm2_error err;
+
+    return lfm2_tokenizer_open(out, path, &err) ? report(path, &err) : DONE;
+}
+
+static int encode(const struct settings *s, const lfm2_tokenizer *words,
+                  const char *text, size_t n, int bos, struct ids *out)
+{
+    const int flags = (bos ? LFM2_ENCODE_BOS : 0) |
+                      (s->special ? LFM2_ENCODE_SPECIAL : 0);
+    int code = alloc_ids(out, n + 1);
+
+    if (code != DONE)
+        return code;
+    out->n = lfm2_encode(words, text, n, flags, out->id, (int)n + 1);
+    return out->n >= 0 ? DONE :
+           say(NO_MEMORY, "no memory for %zu bytes of text", n);
+}
+
+/* A line of ids for the whole text, or for each of its NUL-ended records. */
+static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
+                    const struct text *t)
+{
+    for (size_t at = 0, n; at < t->n || (at == 0 && !s->null); at += n + 1) {
+        struct ids ids = { NULL, 0 };
+        int code;
+
+        n = s->null ? strlen(t->s + at) : t->n;
+        code = encode(s, words, t->s + at, n, s->bos, &ids);
+        for (int i = 0; code == DONE && i < ids.n; i++)
+            printf("%s%ld", i ? " " : "", (long)ids.id[i]);
+        free(ids.id);
+        if (code != DONE)
+            return code;
+        putchar('\n');
+    }
+    return DONE;
+}
+
+/* The text of every line of ids; the last may lack its newline. */
+static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
+                      const struct text *t)
+{
+    const char *p = t->s, *const stop = t->s + t->n;
+    int line = 1, len;
+    char *end;
+
+    while (p < stop) {
+        p += strspn(p, " \t\r");
+        if (p == stop || *p == '\n') {
+            putchar(s->null ? '\0' : '\n');
+            p++;
+            line++;
+            continue;
+        }
+        errno = 0;
+        const long id = strtol(p, &end, 10);
+        if (end == p || !strchr(" \t\r\n", *end) || errno || id < 0 ||
+            id >= lfm2_n_vocab(words))
+            return say(FAILED, "line %d: \"%.*s\", expected a token id from 0 "
+                       "to %d", line, (int)strcspn(p, " \t\r\n"), p,
+                       lfm2_n_vocab(words) - 1);
+        const char *bytes = lfm2_token_bytes(words, (int32_t)id, s->special,
+                                             &len);
+        fwrite(bytes, 1, (size_t)len, stdout);
+        p = end;
+        if (p == stop)
+            putchar(s->null ? '\0' : '\n');
+    }
+    return DONE;
+}
+
+/* A new file, or standard output for "-"; NULL after saying why not. */
+static FILE *create_file(const char *path)
 {
     FILE *f = strcmp(path, "-") == 0 ? stdout : fopen(path, "wb");
 
     if (!f)
-        file_error(path);
+        say(BAD_FILE, "%s: %s", path, strerror(errno));
     return f;
 }
 
-/* ------------------------------------------------------------------ models */
+static int finish_file(FILE *f, const char *path, int code)
+{
+    int failed;
 
-/* What a job needs; what was opened is closed by close_session(). */
+    if (f == stdout)
+        return code;
+    failed = ferror(f);
+    failed |= fclose(f) != 0;
+    return !failed || code != DONE ? code :
+           say(BAD_FILE, "%s: %s", path, strerror(errno));
+}
+
+static int export_words(const struct settings *s, const lfm2_tokenizer *words)
+{
+    const size_t n = lfm2_tokenizer_export(words, NULL, 0);
+    void *buf = malloc(n);
+    FILE *f;
+
+    if (!buf)
+        return say(NO_MEMORY, "no memory for %zu bytes", n);
+    f = create_file(s->export_to);
+    if (f)
+        fwrite(buf, 1, lfm2_tokenizer_export(words, buf, n), f);
+    free(buf);
+    return f ? finish_file(f, s->export_to, DONE) : BAD_FILE;
+}
+
+static int work_on_words(const struct settings *s)
+{
+    struct text t = { NULL, 0 };
+    lfm2_tokenizer *words;
+    int code = open_words(s, &words);
+
+    if (code != DONE)
+        return code;
+    if (s->export_to)
+        code = export_words(s, words);
+    else
+        code = read_text(s, &t);
+    if (code == DONE && s->tokenize)
+        code = tokenize(s, words, &t);
+    if (code == DONE && s->detokenize)
+        code = detokenize(s, words, &t);
+    free(t.s);
+    lfm2_tokenizer_close(words);
+    return code;
+}
+
+/* -------------------------------------------------------------- 5. --inspect
+ *
+ * What is in the file, in the terms its makers use, and what it will take to
+ * run it. */
+
+struct amount { char s[32]; };
+
+/* "23.84 B" parameters or, with unit "B", "13.51 GB". */
+static struct amount amount(double n, const char *unit)
+{
+    const char *letter = n >= 1e9 ? *unit ? "G" : "B" :
+                         n >= 1e6 ? "M" : n >= 1e3 ? "K" : "";
+    const double scale = n >= 1e9 ? 1e9 : n >= 1e6 ? 1e6 : n >= 1e3 ? 1e3 : 1;
+    struct amount out;
+
+    snprintf(out.s, sizeof out.s, "%.*f %s%s", scale > 1 ? 2 : 0, n / scale,
+             letter, unit);
+    return out;
+}
+
+static void print_clean(const char *s, size_t n)
+{
+    for (size_t i = 0; i < n && i < 200; i++)
+        putchar(s[i] >= ' ' && s[i] <= '~' ? s[i] : '?');
+}
+
+static void print_string(const lfm2_model *m, const char *label,
+                         const char *key)
+{
+    size_t n = 0;
+    const char *s = lfm2_model_string(m, key, &n);
+
+    printf("%s", label);
+    print_clean(s ? s : "(none)", s ? n : 6);
+    putchar('\n');
+}
+
+static void inspect_config(const lfm2_model *m)
+{
+    const lfm2_config *c = lfm2_model_config(m);
+    int n_attn = 0;
+
+    for (int il = 0; il < c->n_layer; il++)
+        n_attn += c->is_attn[il];
+    print_string(m, "architecture  ", "general.architecture");
+    print_string(m, "name          ", "general.name");
+    printf("layers        %d: %d short convolutions (c), %d attention (A)",
+           c->n_layer, c->n_layer - n_attn, n_attn);
+    printf("%s\nlayer map     ", c->n_expert ? "; * with experts" : "");
+    for (int il = 0; il < c->n_layer; il++)
+        printf("%c%s", c->is_attn[il] ? 'A' : 'c',
+               c->n_expert && il >= c->n_layer_dense ? "*" : "");
+    printf("\nsizes         n_embd %d, n_ff %d, n_vocab %d, l_cache %d\n"
+           "attention     n_head %d, n_head_kv %d, head_dim %d, "
+           "rope_freq_base %g\n", c->n_embd, c->n_ff, c->n_vocab, c->l_cache,
+           c->n_head, c->n_head_kv, c->head_dim, (double)c->rope_freq_base);
+    if (c->n_expert)
+        printf("experts       %d, %d used per token, n_ff %d, after %d dense "
+               "layers\n", c->n_expert, c->n_expert_used, c->n_ff_expert,
+               c->n_layer_dense);
+    printf("trained for   %d tokens\nnorm eps      %g\n", c->n_ctx_train,
+           (double)c->norm_rms_eps);
+}
+
+static void inspect_weights(const lfm2_model *m)
+{
+    struct { const char *type; int n; double bytes; } sum[32] = { { 0, 0, 0 } };
+    double bytes = 0, elements = 0;
+    uint64_t total, active;
+    lfm2_tensor_info t;
+
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
+        double n = 1;
+        int k = 0;
+        for (int d = 0; d < t.n_dims; d++)
+            n *= (double)t.dims[d];
+        while (k < 31 && sum[k].type && strcmp(sum[k].type, t.type) != 0)
+            k++;
+        sum[k].type = t.type;
+        sum[k].n++;
+        sum[k].bytes += (double)t.n_bytes;
+        bytes += (double)t.n_bytes;
+        elements += n;
+    }
+    lfm2_model_params(m, &total, &active);
+    printf("size          %s parameters, %s active\n",
+           amount((double)total, "").s, amount((double)active, "").s);
+    printf("weights       %s, %.2f bits per weight\n", amount(bytes, "B").s,
+           elements > 0 ? bytes * 8 / elements : 0);
+    for (int k = 0; k < 32 && sum[k].type; k++)
+        printf("  %-11s %s in %d tensors\n", sum[k].type,
+               amount(sum[k].bytes, "B").s, sum[k].n);
+}
+
+/* What the command line asks of a context. */
+static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
+{
+    lfm2_params p = lfm2_default_params(m);
+
+    if (s->ctx != UNSET)
+        p.n_ctx = s->ctx ? s->ctx : lfm2_model_config(m)->n_ctx_train;
+    p.n_batch = s->batch;
+    p.n_threads = s->threads;
+    p.isa = s->isa;
+    p.kv_type = s->kv;
+    return p;
+}
+
+static void inspect_memory(const struct settings *s, const lfm2_model *m)
+{
+    const lfm2_config *c = lfm2_model_config(m);
+    lfm2_params p = choose_params(s, m);
+    const int bytes = p.kv_type == LFM2_KV_F16 ? 2 : 4;
+    double kv = 0, conv = 0;
+
+    p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
+    for (int il = 0; il < c->n_layer; il++)
+        if (c->is_attn[il])
+            kv += 2.0 * c->n_head_kv * c->head_dim * bytes;
+        else
+            conv += 4.0 * (c->l_cache - 1) * c->n_embd;
+    printf("memory        for a context of %d tokens, KV in %s\n"
+           "  KV cache    %s, %s a token\n  conv state  %s\n"
+           "  in all      %s beside the file\n", p.n_ctx,
+           bytes == 2 ? "f16" : "f32", amount(kv * p.n_ctx, "B").s,
+           amount(kv, "B").s, amount(conv, "B").s,
+           amount((double)lfm2_context_size(m, &p), "B").s);
+}
+
+static void print_token(const lfm2_tokenizer *words, int32_t id)
+{
+    int len;
+    const char *s = lfm2_token_bytes(words, id, 1, &len);
+
+    printf(" %ld ", (long)id);
+    print_clean(s, (size_t)len);
+}
+
+static void inspect_words(const struct settings *s, const lfm2_model *m)
+{
+    const char *path = s->tokenizer ? s->tokenizer : s->model;
+    lfm2_tokenizer *words;
+    lfm2_error err;
+    size_t n;
+
+    if (lfm2_tokenizer_open(&words, path, &err) != LFM2_OK) {
+        printf("vocabulary    none: %s\n", err.msg);
+        return;
+    }
+    printf("vocabulary    %d tokens, chat template: %s\n", lfm2_n_vocab(words),
+           lfm2_model_string(m, "tokenizer.chat_template", &n) ? "yes" : "no");
+    printf("begins with  ");
+    if (lfm2_bos(words) >= 0 && lfm2_add_bos(words))
+        print_token(words, lfm2_bos(words));
+    printf("\nends with    ");
+    for (int32_t id = 0; id < lfm2_n_vocab(words); id++)
+        if (lfm2_is_eog(words, id))
+            print_token(words, id);
+    putchar('\n');
+    lfm2_tokenizer_close(words);
+}
+
+/* With -v, every key and every tensor of the file. */
+static void inspect_all(const lfm2_model *m)
+{
+    lfm2_tensor_info t;
+    const char *key;
+    char value[128];
+
+    printf("\nmetadata\n");
+    for (int i = 0; (key = lfm2_model_key(m, i, value, sizeof value)); i++)
+        printf("  %s = %s\n", key, value);
+    printf("\ntensors\n");
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
+        printf("  %-34s %-7s", t.name, t.type);
+        for (int d = 0; d < t.n_dims; d++)
+            printf("%s%llu", d ? " x " : " ", (unsigned long long)t.dims[d]);
+        putchar('\n');
+    }
+}
+
+static void inspect(const struct settings *s, const lfm2_model *m)
+{
+    struct stat st;
+
+    printf("file          %s, %s\n", s->model, stat(s->model, &st) == 0 ?
+           amount((double)st.st_size, "B").s : "?");
+    inspect_config(m);
+    inspect_weights(m);
+    inspect_memory(s, m);
+    inspect_words(s, m);
+    for (int i = 0; lfm2_model_warning(m, i); i++)
+        printf("warning       %s\n", lfm2_model_warning(m, i));
+    if (s->verbose)
+        inspect_all(m);
+}
+
+/* ------------------------------------------- 6. The prompt and its answer */
+
 struct session {
-    struct options opt;
+    const struct settings *s;
     lfm2_model *model;
-    lfm2_tokenizer *words;                /* NULL: the file has none         */
+    lfm2_tokenizer *words;                /* NULL: ids in, logits out        */
     lfm2_context *ctx;
-    int32_t *token;                       /* prompt and answer, n_ctx + 1    */
-    int n_prompt;
-    double load_seconds;
+    lfm2_params par;
+    int raw;                              /* no chat template                */
+    struct ids ids;                       /* the prompt, then the answer     */
 };
 
-static double now(void)
+static int open_model(struct session *e)
+{
+    const struct settings *s = e->s;
+    lfm2_error err;
+    size_t n;
+
+    if (lfm2_model_open(&e->model, s->model, s->no_mmap ? LFM2_LOAD_READ :
+                        LFM2_LOAD_MAP, &err) != LFM2_OK)
+        return report(s->model, &err);
+    e->par = choose_params(s, e->model);
+    e->raw = s->raw || s->ids;
+    if (s->inspect || e->raw ||
+        lfm2_model_string(e->model, "tokenizer.chat_template", &n))
+        return DONE;
+    if (s->system)
+        return say(USAGE, "%s: no chat template, so -sys cannot be used",
+                   s->model);
+    if (!s->quiet && !s->logits)
+        say(DONE, "%s: no chat template, the prompt is continued as plain "
+            "text", s->model);
+    e->raw = 1;
+    return DONE;
+}
+
+static int open_model_words(struct session *e)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+
+    if (e->s->ids && e->s->logits)
+        return DONE;
+    int code = open_words(e->s, &e->words);
+    if (code == DONE && lfm2_n_vocab(e->words) > n_vocab)
+        code = say(BAD_MODEL, "%s: a vocabulary of %d tokens, expected at most "
+                   "the %d of the model", e->s->tokenizer ? e->s->tokenizer :
+                   e->s->model, lfm2_n_vocab(e->words), n_vocab);
+    return code;
+}
+
+/* The prompt as one turn of a conversation. */
+static int encode_chat(struct session *e, const struct text *t)
+{
+    const lfm2_message turn[2] = {
+        { "system", e->s->system ? e->s->system : "" }, { "user", t->s }
+    };
+    const lfm2_message *first = e->s->system ? turn : turn + 1;
+    const int n_turns = e->s->system ? 2 : 1;
+    int n;
+
+    if (strlen(t->s) != t->n)
+        return say(USAGE, "the prompt has a NUL byte after %zu bytes, expected "
+                   "text", strlen(t->s));
+    n = lfm2_chat(e->words, first, n_turns, 1, NULL, 0);
+    if (n < 0)
+        return say(n == LFM2_ENOMEM ? NO_MEMORY : BAD_MODEL, "%s: the chat "
+                   "format needs <|im_start|> and <|im_end|>; try --raw",
+                   e->s->model);
+    if (alloc_ids(&e->ids, (size_t)n) != DONE)
+        return NO_MEMORY;
+    e->ids.n = lfm2_chat(e->words, first, n_turns, 1, e->ids.id, n);
+    return DONE;
+}
+
+/* One newline at the end of a file or pipe is not part of the prompt. */
+static int read_prompt(struct session *e)
+{
+    struct text t = { NULL, 0 };
+    int code;
+
+    if (e->s->ids)
+        return read_ids(e->s->ids, &e->ids);
+    code = read_text(e->s, &t);
+    if (code == DONE && !e->s->prompt && t.n > 0 && t.s[t.n - 1] == '\n')
+        t.s[--t.n] = '\0';
+    if (code == DONE && !e->s->prompt && !e->s->file && t.n == 0)
+        code = usage("no prompt: standard input is empty");
+    if (code == DONE && !e->raw)
+        code = encode_chat(e, &t);
+    else if (code == DONE)
+        code = encode(e->s, e->words, t.s, t.n, e->s->bos ||
+                      lfm2_add_bos(e->words), &e->ids);
+    free(t.s);
+    return code;
+}
+
+/* Make room for the longest answer, too. */
+static int check_prompt(struct session *e)
+{
+    const int n_ctx = e->par.n_ctx;
+    int32_t *id;
+
+    if (e->ids.n == 0)
+        return say(USAGE, "the prompt has no tokens");
+    if (e->ids.n > n_ctx)
+        return say(TOO_LONG, "the prompt has %d tokens, the context %d; -c N "
+                   "makes it longer", e->ids.n, n_ctx);
+    id = realloc(e->ids.id, ((size_t)n_ctx + 1) * sizeof *id);
+    if (!id)
+        return say(NO_MEMORY, "no memory for %d tokens", n_ctx);
+    e->ids.id = id;
+    return DONE;
+}
+
+/* Append n tokens; the logits of the last n_logits will be there. */
+static int forward(struct session *e, const int32_t *tokens, int n,
+                   int n_logits)
+{
+    const lfm2_span span = { 0, tokens, n, n_logits };
+    lfm2_error err;
+
+    if (lfm2_forward(e->ctx, &span, 1, &err) == LFM2_OK)
+        return DONE;
+    if (err.code == LFM2_ECANCELLED)
+        return INTERRUPTED;
+    return report(e->s->ids ? e->s->ids : e->s->model, &err);
+}
+
+/* In chunks, so that the memory for logits does not grow with the prompt. */
+enum { LOGITS_CHUNK = 64 };
+
+static int write_logits(struct session *e)
+{
+    const size_t n_vocab = (size_t)lfm2_model_config(e->model)->n_vocab;
+    FILE *f = create_file(e->s->logits);
+    int code = DONE;
+
+    for (int at = 0, n; f && code == DONE && at < e->ids.n; at += n) {
+        n = e->ids.n - at < LOGITS_CHUNK ? e->ids.n - at : LOGITS_CHUNK;
+        code = forward(e, e->ids.id + at, n, n);
+        const float *l = code == DONE ? lfm2_logits(e->ctx, 0, 0) : NULL;
+        for (size_t i = 0; l && i < (size_t)n * n_vocab; i++) {
+            uint32_t u;
+            memcpy(&u, l + i, sizeof u);
+            const unsigned char b[4] = {
+                u & 255, u >> 8 & 255, u >> 16 & 255, u >> 24
+            };
+            fwrite(b, 1, 4, f);
+        }
+    }
+    return f ? finish_file(f, e->s->logits, code) : BAD_FILE;
+}
+
+struct output { lfm2_utf8 utf8; int terminal; };
+
+/* Drop what could steer a terminal: control characters, those of C1 too. */
+static size_t drop_controls(char *s, size_t n)
+{
+    size_t kept = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        const unsigned char c = (unsigned char)s[i];
+        if (c == 0xc2 && i + 1 < n && (unsigned char)s[i + 1] < 0xa0)
+            i++;
+        else if ((c >= ' ' && c != 127) || c == '\n' || c == '\t')
+            s[kept++] = s[i];
+    }
+    return kept;
+}
+
+/* Only whole characters come out; len 0 lets go of an unfinished one. */
+static int put_text(struct output *o, const char *bytes, size_t len)
+{
+    char out[256 + 3];
+    size_t n;
+
+    do {
+        const size_t part = len < 256 ? len : 256;
+        n = lfm2_utf8_push(&o->utf8, bytes, part, out);
+        if (o->terminal)
+            n = drop_controls(out, n);
+        fwrite(out, 1, n, stdout);
+        bytes += part;
+        len -= part;
+    } while (len > 0);
+    return flush_output(DONE);
+}
+
+static double seconds(void)
 {
     struct timespec t;
 
@@ -511,691 +1017,168 @@ static double now(void)
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-static void close_session(struct session *s)
+static lfm2_sampler choose_sampler(const struct settings *s)
 {
-    lfm2_context_close(s->ctx);
-    lfm2_tokenizer_close(s->words);
-    lfm2_model_close(s->model);
-    free(s->token);
-}
-
-/* The vocabulary; required is 0 if the job can do without one. */
-static int open_words(struct session *s, int required)
-{
-    const char *path = s->opt.tokenizer ? s->opt.tokenizer : s->opt.model;
-    lfm2_error err = { 0 };
-    int code = lfm2_tokenizer_open(&s->words, path, &err);
-
-    if (code != LFM2_OK)
-        return required || s->opt.tokenizer ? library_error(path, &err)
-                                            : EXIT_DONE;
-    if (s->model && lfm2_n_vocab(s->words) >
-                        lfm2_model_config(s->model)->n_vocab) {
-        complain("%s: %d tokens, expected at most the %d of the model", path,
-                 lfm2_n_vocab(s->words), lfm2_model_config(s->model)->n_vocab);
-        return EXIT_MODEL;
-    }
-    return EXIT_DONE;
-}
-
-static int open_model(struct session *s)
-{
-    lfm2_error err = { 0 };
-    double start = now();
-    int code = lfm2_model_open(&s->model, s->opt.model, s->opt.no_mmap
-                               ? LFM2_LOAD_READ : LFM2_LOAD_MAP, &err);
-
-    if (code != LFM2_OK)
-        return library_error(s->opt.model, &err);
-    s->load_seconds = now() - start;
-    for (int i = 0; !s->opt.quiet && lfm2_model_warning(s->model, i); i++)
-        complain("%s: warning: %s", s->opt.model,
-                 lfm2_model_warning(s->model, i));
-    return EXIT_DONE;
-}
-
-static lfm2_params params_of(const struct session *s)
-{
-    lfm2_params p = lfm2_default_params(s->model);
-
-    p.n_ctx = s->opt.n_ctx > 0 ? s->opt.n_ctx : p.n_ctx;
-    p.n_batch = s->opt.n_batch > 0 ? s->opt.n_batch : p.n_batch;
-    p.n_threads = s->opt.n_threads;
-    p.isa = s->opt.isa;
-    p.kv_type = s->opt.kv;
-    return p;
-}
-
-static int open_context(struct session *s, int n_logits)
-{
-    lfm2_params p = params_of(s);
-    lfm2_error err = { 0 };
-
-    p.n_logits = n_logits;
-    if (lfm2_context_open(&s->ctx, s->model, &p, &err) != LFM2_OK)
-        return library_error(s->opt.model, &err);
-    p = lfm2_context_params(s->ctx);
-    if (s->opt.verbose)
-        complain("loaded in %.3f s; context %d, batch %d, threads %d, kernels "
-                 "scalar, KV %s, %.1f MB beside the model", s->load_seconds,
-                 p.n_ctx, p.n_batch, p.n_threads,
-                 p.kv_type == LFM2_KV_F16 ? "f16" : "f32",
-                 (double)lfm2_context_size(s->model, &p) / 1e6);
-    return EXIT_DONE;
-}
-
-/* ------------------------------------------------------------- the prompt */
-
-static int read_ids(struct session *s)
-{
-    struct text t = { 0 };
-    int code = read_file(&t, s->opt.ids);
-
-    if (code == EXIT_DONE && (t.n == 0 || t.n % 4 != 0)) {
-        complain("%s: %zu bytes, expected int32 ids, 4 bytes each",
-                 s->opt.ids, t.n);
-        code = EXIT_FILE;
-    }
-    if (code == EXIT_DONE && t.n / 4 > INT_MAX)
-        code = no_memory();
-    if (code == EXIT_DONE && !(s->token = malloc(t.n)))
-        code = no_memory();
-    for (size_t i = 0; code == EXIT_DONE && i < t.n / 4; i++) {
-        const unsigned char *p = (unsigned char *)t.s + 4 * i;
-        s->token[i] = (int32_t)(p[0] | (uint32_t)p[1] << 8 |
-                                (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
-    }
-    s->n_prompt = (int)(t.n / 4);
-    free(t.s);
-    return code;
-}
-
-/* Plain text is continued as it is; else it is a question in a chat. */
-static int is_chat(const struct session *s)
-{
-    size_t n;
-
-    return !s->opt.raw &&
-           lfm2_model_string(s->model, "tokenizer.chat_template", &n);
-}
-
-static int encode_prompt(struct session *s, const struct text *t)
-{
-    const lfm2_message msgs[] = {
-        { "system", s->opt.system }, { "user", t->s }
+    lfm2_sampler out = {
+        .temperature = (float)s->temp, .top_k = s->top_k,
+        .top_p = (float)s->top_p, .min_p = (float)s->min_p,
+        .repeat_penalty = s->repeat != UNSET ? (float)s->repeat :
+                          s->temp > 0 ? 1.05f : 1.0f, .rng = (uint64_t)s->seed,
+        .repeat_last_n = s->repeat_last_n < 0 ? 1 << 30 : s->repeat_last_n
     };
-    const int first = !s->opt.system || !*s->opt.system;
-    const int flags = (lfm2_add_bos(s->words) ? LFM2_ENCODE_BOS : 0) |
-                      (s->opt.special ? LFM2_ENCODE_SPECIAL : 0);
-    const size_t cap = t->n + (first ? 0 : strlen(s->opt.system)) + 64;
-    int n;
+    struct timespec t;
 
-    if (cap > INT_MAX || !(s->token = malloc(cap * sizeof *s->token)))
-        return no_memory();
-    if (is_chat(s))
-        n = lfm2_chat(s->words, msgs + first, 2 - first, 1, s->token, (int)cap);
-    else
-        n = lfm2_encode(s->words, t->s, t->n, flags, s->token, (int)cap);
-    if (n == LFM2_ENOMEM)
-        return no_memory();
-    if (n < 0 || (size_t)n > cap) {
-        complain("the prompt cannot be encoded: longer than 1 GiB, or the "
-                 "vocabulary has no <|im_start|> (see --raw)");
-        return EXIT_MODEL;
+    if (s->seed < 0) {
+        clock_gettime(CLOCK_REALTIME, &t);
+        out.rng = ((uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec ^
+                   (uint64_t)getpid() << 20) & UINT32_MAX;
     }
-    s->n_prompt = n;
-    return EXIT_DONE;
+    return out;
 }
 
-/* The tokens of the prompt, from --ids or from text. */
-static int load_prompt(struct session *s)
-{
-    struct text t = { 0 };
-    int code;
+/* Ctrl-C stops the answer; the next one has its usual effect. */
+static lfm2_context *running;
 
-    if (s->opt.ids)
-        return read_ids(s);
-    if (!s->words) {
-        complain("%s: no vocabulary in it; give one with --tokenizer, or the "
-                 "prompt with --ids", s->opt.model);
-        return EXIT_MODEL;
-    }
-    code = read_prompt(&s->opt, &t);
-    if (code == EXIT_DONE && memchr(t.s, '\0', t.n) && is_chat(s)) {
-        complain("the prompt has a NUL byte, expected text");
-        code = EXIT_USAGE;
-    }
-    if (code == EXIT_DONE)
-        code = encode_prompt(s, &t);
-    free(t.s);
-    if (code == EXIT_DONE && s->n_prompt == 0) {
-        complain("the prompt is empty, expected at least one token");
-        code = EXIT_USAGE;
-    }
-    return code;
-}
-
-/* -------------------------------------------------------------- tokenizing */
-
-/* One text, one line of ids. */
-static int tokenize_one(const struct session *s, const char *text, size_t n)
-{
-    const int flags = (s->opt.bos ? LFM2_ENCODE_BOS : 0) |
-                      (s->opt.special ? LFM2_ENCODE_SPECIAL : 0);
-    int32_t *ids = malloc((n + 1) * sizeof *ids);
-    int count = ids ? lfm2_encode(s->words, text, n, flags, ids,
-                                  n < INT_MAX ? (int)n + 1 : 0) : LFM2_ENOMEM;
-
-    if (count == LFM2_EARG) {
-        complain("a text of %zu bytes, expected at most 1 GiB", n);
-        free(ids);
-        return EXIT_USAGE;
-    }
-    for (int i = 0; i < count; i++)
-        printf("%s%ld", i ? " " : "", (long)ids[i]);
-    if (count >= 0)
-        putchar('\n');
-    free(ids);
-    return count < 0 ? no_memory() : EXIT_DONE;
-}
-
-static int tokenize(struct session *s)
-{
-    struct text t = { 0 };
-    int code = open_words(s, 1);
-
-    if (code == EXIT_DONE)
-        code = read_prompt(&s->opt, &t);
-    if (code == EXIT_DONE && !s->opt.null)
-        code = tokenize_one(s, t.s, t.n);
-    for (size_t at = 0, n; s->opt.null && code == EXIT_DONE && at < t.n;
-         at += n + 1) {
-        n = strlen(t.s + at);
-        code = tokenize_one(s, t.s + at, n);
-    }
-    free(t.s);
-    return code == EXIT_DONE ? close_output(stdout, "standard output") : code;
-}
-
-/* The text of one line of ids, which ends at `end`. */
-static int detokenize_line(const struct session *s, char *line, char *end)
-{
-    while (line < end) {
-        char *after;
-        long id = strtol(line, &after, 10);
-        int len;
-
-        if (after == line && line + strspn(line, " \t\r") == end)
-            break;
-        if (after == line || id < 0 || id >= lfm2_n_vocab(s->words)) {
-            complain("standard input: \"%.20s\", expected ids from 0 to %d",
-                     line, lfm2_n_vocab(s->words) - 1);
-            return EXIT_USAGE;
-        }
-        const char *bytes = lfm2_token_bytes(s->words, (int32_t)id,
-                                             s->opt.special, &len);
-        fwrite(bytes, 1, (size_t)len, stdout);
-        line = after;
-    }
-    putchar(s->opt.null ? '\0' : '\n');
-    return EXIT_DONE;
-}
-
-static int detokenize(struct session *s)
-{
-    struct text t = { 0 };
-    int code = open_words(s, 1);
-
-    if (code == EXIT_DONE)
-        code = read_file(&t, "-");
-    for (char *line = t.s; code == EXIT_DONE && line < t.s + t.n;) {
-        char *end = line + strcspn(line, "\n");
-        *end = '\0';
-        code = detokenize_line(s, line, end);
-        line = end + 1;
-    }
-    free(t.s);
-    return code == EXIT_DONE ? close_output(stdout, "standard output") : code;
-}
-
-static int export_tokenizer(struct session *s)
-{
-    int code = open_words(s, 1);
-    size_t n = code == EXIT_DONE ? lfm2_tokenizer_export(s->words, NULL, 0) : 0;
-    char *buf = malloc(n + 1);
-    FILE *f;
-
-    if (code == EXIT_DONE && !buf)
-        code = no_memory();
-    if (code == EXIT_DONE && !(f = open_output(s->opt.export)))
-        code = EXIT_FILE;
-    if (code == EXIT_DONE) {
-        lfm2_tokenizer_export(s->words, buf, n);
-        fwrite(buf, 1, n, f);
-        code = close_output(f, s->opt.export);
-    }
-    free(buf);
-    return code;
-}
-
-/* -------------------------------------------------------------- inspecting */
-
-static void print_layers(const lfm2_config *c)
-{
-    printf("layers          ");
-    for (int il = 0; il < c->n_layer; il++)
-        putchar(c->is_attn[il] ? 'A' : 'c');
-    printf("  (c short convolution, A attention)\n");
-    if (c->n_expert > 0)
-        printf("experts         layers %d to %d, %d of %d for each token, %d "
-               "wide\n", c->n_layer_dense, c->n_layer - 1, c->n_expert_used,
-               c->n_expert, c->n_ff_expert);
-}
-
-/* Bytes and parameters by weight type, in the order they first appear. */
-static void print_types(const lfm2_model *m)
-{
-    struct { const char *name; int n; double bytes, params; } type[32];
-    int n_types = 0, k;
-    lfm2_tensor_info t;
-
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
-        for (k = 0; k < n_types && strcmp(type[k].name, t.type) != 0; k++)
-            ;
-        if (k == n_types) {
-            type[n_types].name = t.type;
-            type[n_types].n = 0;
-            type[n_types].bytes = type[n_types].params = 0;
-            n_types++;
-        }
-        type[k].n++;
-        type[k].bytes += (double)t.n_bytes;
-        type[k].params += (double)t.dims[0] * (double)t.dims[1] *
-                          (double)t.dims[2] * (double)t.dims[3];
-    }
-    for (k = 0; k < n_types; k++)
-        printf("%-16s%4d tensors %12.2f MB %7.2f bits per weight\n",
-               type[k].name, type[k].n, type[k].bytes / 1e6,
-               type[k].bytes * 8 / type[k].params);
-}
-
-static void print_memory(const struct session *s)
-{
-    const lfm2_config *c = lfm2_model_config(s->model);
-    lfm2_params p = params_of(s);
-    int n_attn = 0;
-
-    for (int il = 0; il < c->n_layer; il++)
-        n_attn += c->is_attn[il];
-    printf("KV cache        %.1f KiB per token; conv state %.1f KiB\n",
-           2.0 * n_attn * c->n_head_kv * c->head_dim *
-           (p.kv_type == LFM2_KV_F16 ? 2 : 4) / 1024,
-           4.0 * (c->n_layer - n_attn) * (c->l_cache - 1) * c->n_embd / 1024);
-    printf("memory          %.1f MB beside the model at context %d, batch "
-           "%d\n", (double)lfm2_context_size(s->model, &p) / 1e6, p.n_ctx,
-           p.n_batch);
-}
-
-static void print_model(const struct session *s)
-{
-    const lfm2_config *c = lfm2_model_config(s->model);
-    uint64_t total, active;
-    char value[96];
-    const char *key;
-
-    for (int i = 0; (key = lfm2_model_key(s->model, i, value, sizeof value));
-         i++)
-        if (strcmp(key, "general.architecture") == 0 ||
-            strcmp(key, "general.name") == 0)
-            printf("%-16s%s\n", key + 8, value);
-    lfm2_model_params(s->model, &total, &active);
-    if (total >= 100000000)
-        printf("size            %.2f B parameters, %.2f B active\n",
-               (double)total / 1e9, (double)active / 1e9);
-    else
-        printf("size            %.2f M parameters, %.2f M active\n",
-               (double)total / 1e6, (double)active / 1e6);
-    printf("width           %d, %d layers, %d heads of %d (%d for keys and "
-           "values)\n", c->n_embd, c->n_layer, c->n_head, c->head_dim,
-           c->n_head_kv);
-    printf("feed-forward    %d wide, convolutions of %d taps\n", c->n_ff,
-           c->l_cache);
-    printf("positions       trained for %d, rotation base %g, norm epsilon "
-           "%g\n", c->n_ctx_train, (double)c->rope_freq_base,
-           (double)c->norm_rms_eps);
-    print_layers(c);
-    if (s->words)
-        printf("vocabulary      %d tokens, BOS %ld%s, end of turn %ld\n",
-               c->n_vocab, (long)lfm2_bos(s->words),
-               lfm2_add_bos(s->words) ? "" : " (not added)",
-               (long)lfm2_token_id(s->words, "<|im_end|>"));
-    else
-        printf("vocabulary      %d rows, no tokenizer in the file\n",
-               c->n_vocab);
-    printf("chat format     %s\n", is_chat(s) ? "yes" : "none (plain text)");
-}
-
-static int inspect(struct session *s)
-{
-    int code = open_model(s);
-
-    if (code == EXIT_DONE)
-        code = open_words(s, 0);
-    if (code != EXIT_DONE)
-        return code;
-    printf("file            %s\n", s->opt.model);
-    print_model(s);
-    print_types(s->model);
-    print_memory(s);
-    for (int i = 0; lfm2_model_warning(s->model, i); i++)
-        printf("tolerated       %s\n", lfm2_model_warning(s->model, i));
-    return close_output(stdout, "standard output");
-}
-
-/* ------------------------------------------------------------------ logits */
-
-static volatile sig_atomic_t interrupted;
-static lfm2_context *volatile running;    /* what Ctrl-C has to stop         */
-
-/* The first Ctrl-C ends the answer, a second one the program. */
 static void on_interrupt(int signal_number)
 {
     (void)signal_number;
-    interrupted = 1;
-    if (running)
-        lfm2_cancel(running);
-    signal(SIGINT, SIG_DFL);
+    lfm2_cancel(running);
 }
 
-static int prompt_too_long(const struct session *s)
+/* Sample and append until the turn ends; *n counts the tokens. */
+static int generate(struct session *e, lfm2_sampler *sampler,
+                    struct output *out, int *n)
 {
-    const int n_ctx = lfm2_context_params(s->ctx).n_ctx;
+    struct ids *ids = &e->ids;
+    int limit = e->s->predict, len, code = DONE;
 
-    if (s->n_prompt <= n_ctx)
-        return EXIT_DONE;
-    complain("the prompt has %d tokens, expected at most %d (the context, -c)",
-             s->n_prompt, n_ctx);
-    return EXIT_CONTEXT;
-}
-
-static int write_logits(const float *logits, size_t n, FILE *f)
-{
-    for (size_t i = 0; i < n; i++) {
-        uint32_t u;
-        unsigned char b[4];
-
-        memcpy(&u, &logits[i], 4);
-        for (int k = 0; k < 4; k++)
-            b[k] = (unsigned char)(u >> 8 * k);
-        if (fwrite(b, 1, 4, f) != 4)
-            return -1;
-    }
-    return 0;
-}
-
-/* Feed the prompt in pieces, so that their logits fit in little memory. */
-static int logits_of_prompt(struct session *s, FILE *f)
-{
-    enum { PIECE = 32 };
-    const size_t n_vocab = (size_t)lfm2_model_config(s->model)->n_vocab;
-    lfm2_error err = { 0 };
-
-    for (int done = 0, n; done < s->n_prompt; done += n) {
-        n = s->n_prompt - done < PIECE ? s->n_prompt - done : PIECE;
-        lfm2_span span = { 0, s->token + done, n, n };
-        if (lfm2_forward(s->ctx, &span, 1, &err) != LFM2_OK)
-            return library_error(s->opt.ids ? s->opt.ids : "the prompt", &err);
-        if (write_logits(lfm2_logits(s->ctx, 0, 0), (size_t)n * n_vocab, f))
-            return file_error(s->opt.logits);
-    }
-    return EXIT_DONE;
-}
-
-static int save_logits(struct session *s)
-{
-    FILE *f;
-    int code, closed;
-
-    if (s->opt.n_ctx == 0)
-        s->opt.n_ctx = s->n_prompt;       /* all of it, whatever the default */
-    code = open_context(s, 32);
-    if (code == EXIT_DONE)
-        code = prompt_too_long(s);
-    if (code != EXIT_DONE)
-        return code;
-    f = open_output(s->opt.logits);
-    if (!f)
-        return EXIT_FILE;
-    running = s->ctx;
-    code = logits_of_prompt(s, f);
-    running = NULL;
-    closed = close_output(f, s->opt.logits);
-    return code == EXIT_DONE ? closed : code;
-}
-
-/* -------------------------------------------------------------- generating */
-
-/* A terminal gets no control bytes but line breaks and tabs. */
-static void put_text(const char *s, size_t n)
-{
-    const int is_terminal = isatty(STDOUT_FILENO);
-
-    for (size_t i = 0; i < n; i++)
-        if (!is_terminal || (unsigned char)s[i] >= ' ' || s[i] == '\n' ||
-            s[i] == '\t')
-            putchar(s[i]);
-    if (is_terminal)
-        fflush(stdout);
-}
-
-/* Write a token, as far as it completes characters; its id, if the model has no
- * words for it. */
-static int say(const struct session *s, lfm2_utf8 *held, int32_t token)
-{
-    char out[259];
-    int len = 0;
-
-    if (s->words) {
-        const char *bytes = lfm2_token_bytes(s->words, token, s->opt.special,
-                                             &len);
-        for (int at = 0, n; at < len; at += n) {
-            n = len - at < 256 ? len - at : 256;
-            put_text(out, lfm2_utf8_push(held, bytes + at, (size_t)n, out));
-        }
-    } else
-        printf("%ld\n", (long)token);
-    return ferror(stdout) ? file_error("standard output") : EXIT_DONE;
-}
-
-static int feed(struct session *s, const int32_t *tokens, int n)
-{
-    const lfm2_span span = { 0, tokens, n, 1 };
-    lfm2_error err = { 0 };
-
-    if (lfm2_forward(s->ctx, &span, 1, &err) == LFM2_OK)
-        return EXIT_DONE;
-    return interrupted ? EXIT_INTERRUPTED
-                       : library_error(s->opt.ids ? s->opt.ids : "the prompt",
-                                       &err);
-}
-
-struct timing { double prompt, answer; int n_answer; };
-
-/* Token after token, until the model ends its turn, n_predict are reached or
- * the context is full. */
-static int generate(struct session *s, lfm2_sampler *sampler,
-                    lfm2_utf8 *held, struct timing *time)
-{
-    const int n_ctx = lfm2_context_params(s->ctx).n_ctx;
-    int n = s->n_prompt, code = EXIT_DONE;
-
-    while (code == EXIT_DONE && time->n_answer != s->opt.n_predict) {
-        const int32_t token = lfm2_sample(s->ctx, sampler,
-                                          lfm2_logits(s->ctx, 0, 0), s->token,
-                                          n);
-        if (token < 0) {
-            complain("%s: the model computes numbers that are not finite",
-                     s->opt.model);
-            return EXIT_RUNTIME;
-        }
-        if (s->words && lfm2_is_eog(s->words, token))
-            break;
-        s->token[n++] = token;
-        time->n_answer++;
-        code = say(s, held, token);
-        if (n > n_ctx) {
-            if (!s->opt.quiet)
-                complain("the context of %d tokens is full (see -c)", n_ctx);
-            break;
-        }
-        if (code == EXIT_DONE && time->n_answer != s->opt.n_predict)
-            code = feed(s, &token, 1);
+    if (limit == UNSET)
+        limit = e->raw ? RAW_LEN : -1;
+    while (code == DONE && *n != limit) {
+        int32_t id = lfm2_sample(e->ctx, sampler, lfm2_logits(e->ctx, 0, 0),
+                                 ids->id, ids->n);
+        if (id < 0)
+            return say(FAILED, "%s: logits that are not finite", e->s->model);
+        if (lfm2_is_eog(e->words, id))
+            return DONE;
+        const char *bytes = lfm2_token_bytes(e->words, id, 0, &len);
+        if (len > 0)
+            code = put_text(out, bytes, (size_t)len);
+        if (++*n == limit || code != DONE)
+            continue;
+        if (ids->n == e->par.n_ctx)
+            return say(DONE, "stopped: the context of %d tokens is full",
+                       e->par.n_ctx);
+        ids->id[ids->n++] = id;
+        code = forward(e, &id, 1, 1);
     }
     return code;
 }
 
-static void print_timing(const struct session *s, const struct timing *t)
+static int answer(struct session *e)
 {
-    if (s->opt.quiet || !(s->opt.verbose || isatty(STDERR_FILENO)))
-        return;
-    complain("prompt %d tokens, %.1f tok/s; answer %d tokens, %.1f tok/s",
-             s->n_prompt, s->n_prompt / t->prompt, t->n_answer,
-             t->answer > 0 ? t->n_answer / t->answer : 0.0);
-}
+    struct output out = { .terminal = isatty(STDOUT_FILENO) };
+    struct sigaction action = { .sa_handler = on_interrupt };
+    lfm2_sampler sampler = choose_sampler(e->s);
+    const int n_prompt = e->ids.n;
+    double start, read, end;
+    int n = 0, code;
 
-/* Make room for the answer behind the prompt. */
-static int grow_tokens(struct session *s)
-{
-    const size_t n = (size_t)lfm2_context_params(s->ctx).n_ctx + 1;
-    int32_t *token = realloc(s->token, n * sizeof *token);
-
-    if (!token)
-        return no_memory();
-    s->token = token;
-    return EXIT_DONE;
-}
-
-static int answer(struct session *s)
-{
-    const struct options *o = &s->opt;
-    lfm2_sampler sampler = {
-        .temperature = o->temperature, .top_k = o->top_k, .top_p = o->top_p,
-        .min_p = o->min_p, .repeat_penalty = o->repeat_penalty,
-        .repeat_last_n = o->repeat_last_n, .rng = o->seed
-    };
-    struct timing time = { 0 };
-    lfm2_utf8 held = { 0 };
-    char rest[3];
-    double start = now();
-    int code, closed;
-
-    running = s->ctx;
-    code = feed(s, s->token, s->n_prompt);
-    time.prompt = now() - start;
-    start = now();
-    if (code == EXIT_DONE)
-        code = generate(s, &sampler, &held, &time);
-    time.answer = now() - start;
-    running = NULL;
-    put_text(rest, lfm2_utf8_push(&held, NULL, 0, rest));
-    if (s->words && (code == EXIT_DONE || code == EXIT_INTERRUPTED))
+    if (e->s->verbose)
+        say(DONE, "seed %llu", (unsigned long long)sampler.rng);
+    running = e->ctx;
+    action.sa_flags = (int)SA_RESETHAND | SA_RESTART;
+    sigaction(SIGINT, &action, NULL);
+    start = seconds();
+    code = forward(e, e->ids.id, n_prompt, 1);
+    read = seconds();
+    if (code == DONE)
+        code = generate(e, &sampler, &out, &n);
+    end = seconds();
+    signal(SIGINT, SIG_DFL);
+    if (code == DONE || (n > 0 && code != BAD_FILE)) {
+        put_text(&out, "", 0);
         putchar('\n');
-    closed = close_output(stdout, "standard output");
-    print_timing(s, &time);
-    return code == EXIT_DONE ? closed : code;
+        code = flush_output(code);
+    }
+    if (e->s->verbose || (isatty(STDERR_FILENO) && !e->s->quiet))
+        say(DONE, "prompt %d tokens, %.1f tok/s; generated %d tokens, %.1f "
+            "tok/s", n_prompt, n_prompt / (read - start + 1e-9), n,
+            n / (end - read + 1e-9));
+    return code;
 }
 
-/* -------------------------------------------------------------------- main */
-
-static uint64_t random_seed(void)
+static void print_settings(struct session *e)
 {
-    struct timespec t;
+    static const char *const isa[] = { "auto", "scalar", "avx2", "avx512" };
+    const lfm2_params p = lfm2_context_params(e->ctx);
 
-    clock_gettime(CLOCK_REALTIME, &t);
-    return (uint64_t)t.tv_sec * 1000000007u + (uint64_t)t.tv_nsec * 7919u +
-           (uint64_t)getpid();
+    say(DONE, "context %d, batch %d, threads %d, isa %s, kv %s; %s beside the "
+        "file", p.n_ctx, p.n_batch, p.n_threads, isa[p.isa],
+        p.kv_type == LFM2_KV_F16 ? "f16" : "f32",
+        amount((double)lfm2_context_size(e->model, &p), "B").s);
 }
 
-/* What depends on other options or on the model.  The repetition penalty goes
- * with the published temperature; greedy means the likeliest token. */
-static void choose_defaults(struct session *s)
+static int open_context(struct session *e)
 {
-    if (!s->opt.has_seed)
-        s->opt.seed = random_seed();
-    if (s->opt.temperature == 0 && !s->opt.has_penalty)
-        s->opt.repeat_penalty = 1;
-    if (!s->opt.has_predict)
-        s->opt.n_predict = is_chat(s) ? -1 : 256;
-    if (s->opt.verbose)
-        complain("%s, seed %llu, temperature %g, top-k %d, top-p %g, min-p "
-                 "%g, repeat penalty %g over %d",
-                 is_chat(s) ? "chat" : "plain text",
-                 (unsigned long long)s->opt.seed, (double)s->opt.temperature,
-                 s->opt.top_k, (double)s->opt.top_p, (double)s->opt.min_p,
-                 (double)s->opt.repeat_penalty, s->opt.repeat_last_n);
+    const int n_train = lfm2_model_config(e->model)->n_ctx_train;
+    lfm2_error err;
+
+    if (e->s->logits)
+        e->par.n_logits = LOGITS_CHUNK;
+    if (lfm2_context_open(&e->ctx, e->model, &e->par, &err) != LFM2_OK)
+        return report(e->s->model, &err);
+    if (e->s->verbose)
+        print_settings(e);
+    if (e->par.n_ctx > n_train && !e->s->quiet)
+        say(DONE, "%s: a context of %d tokens, but the model was trained for "
+            "%d", e->s->model, e->par.n_ctx, n_train);
+    return DONE;
 }
 
-static int run_model(struct session *s)
+static int work_on_model(const struct settings *s)
 {
-    int code = open_model(s);
+    struct session e = { .s = s };
+    int code = open_model(&e);
 
-    if (code == EXIT_DONE)
-        code = open_words(s, 0);
-    if (code == EXIT_DONE)
-        code = load_prompt(s);
-    if (code != EXIT_DONE)
-        return code;
-    if (s->opt.logits)
-        return save_logits(s);
-    choose_defaults(s);
-    code = open_context(s, 1);
-    if (code == EXIT_DONE)
-        code = prompt_too_long(s);
-    if (code == EXIT_DONE)
-        code = grow_tokens(s);
-    return code == EXIT_DONE ? answer(s) : code;
-}
-
-static int dispatch(struct session *s)
-{
-    const struct options *o = &s->opt;
-
-    if (o->help) {
-        print_help(stdout);
-        return close_output(stdout, "standard output");
+    if (code == DONE && s->inspect)
+        inspect(s, e.model);
+    if (code == DONE && !s->inspect) {
+        for (int i = 0; !s->quiet && lfm2_model_warning(e.model, i); i++)
+            say(DONE, "%s: %s", s->model, lfm2_model_warning(e.model, i));
+        code = open_model_words(&e);
+        if (code == DONE)
+            code = read_prompt(&e);
+        if (code == DONE)
+            code = check_prompt(&e);
+        if (code == DONE)
+            code = open_context(&e);
+        if (code == DONE)
+            code = s->logits ? write_logits(&e) : answer(&e);
     }
-    if (o->version) {
-        print_version();
-        return close_output(stdout, "standard output");
-    }
-    if (!o->model) {
-        complain("no model: usage: run [options] MODEL.gguf [PROMPT], or run "
-                 "--help");
-        return EXIT_USAGE;
-    }
-    if (o->tokenize + o->detokenize + o->inspect + !!o->export +
-        !!o->logits > 1) {
-        complain("more than one of --tokenize, --detokenize, --inspect, "
-                 "--export-tokenizer and --logits");
-        return EXIT_USAGE;
-    }
-    return o->tokenize ? tokenize(s) : o->detokenize ? detokenize(s)
-         : o->inspect ? inspect(s) : o->export ? export_tokenizer(s)
-         : run_model(s);
+    free(e.ids.id);
+    lfm2_context_close(e.ctx);
+    lfm2_tokenizer_close(e.words);
+    lfm2_model_close(e.model);
+    return code;
 }
 
 int main(int argc, char **argv)
 {
-    struct session s = { .opt = {
-        .n_predict = -1, .temperature = 0.3f, .top_p = 1, .min_p = 0.15f,
-        .repeat_penalty = 1.05f, .repeat_last_n = 64
-    } };
-    int code = parse_options(&s.opt, argc, argv);
+    struct settings s = preset;
+    int code;
 
-    signal(SIGINT, on_interrupt);
-    signal(SIGPIPE, SIG_IGN);
-    if (code == EXIT_DONE)
-        code = dispatch(&s);
-    close_session(&s);
-    return code;
+    if (argc > 0 && argv[0][0])
+        program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
+    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
+    code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
+    if (code == DONE && s.help)
+        code = print_help();
+    else if (code == DONE && s.version)
+        code = print_version();
+    else if (code == DONE && (s.tokenize || s.detokenize || s.export_to))
+        code = work_on_words(&s);
+    else if (code == DONE)
+        code = work_on_model(&s);
+    return flush_output(code);
 }

@@ -402,9 +402,10 @@ static double *short_conv(const struct model *m, int il, const double *x, int n)
         for (int i = 0; i < d; i++) {
             for (int k = 0; k < taps; k++) {
                 int from = t - (taps - 1) + k;
+                if (from < 0)
+                    continue;
                 const double *u = bcx + (size_t)from * 3 * d;
-                if (from >= 0)
-                    mixed[t * d + i] += w[i * taps + k] * u[i] * u[2 * d + i];
+                mixed[t * d + i] += w[i * taps + k] * u[i] * u[2 * d + i];
             }
             mixed[t * d + i] *= bcx[(size_t)t * 3 * d + d + i];
         }

@@ -1,0 +1,56 @@
+#!/bin/sh
+# What the README promises: its C program compiles against the installed library
+# and answers; the commands it names exist.
+set -u
+
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+
+holds() {
+    what=$1
+    shift
+    if "$@" >"$dir/said" 2>&1; then
+        passed=$((passed + 1))
+        echo "ok     $what"
+    else
+        failed=$((failed + 1))
+        echo "FAIL   $what"
+        cat "$dir/said"
+    fi
+}
+
+sed -n '/^```c$/,/^```$/p' README.md | sed '/^```/d' >"$dir/program.c"
+holds "there is a program" [ -s "$dir/program.c" ]
+holds "make install" make -s install DESTDIR="$dir/root" PREFIX=/usr
+for file in bin/lfm2 include/lfm2.h lib/liblfm2.a lib/liblfm2.so \
+    lib/pkgconfig/lfm2.pc; do
+    holds "installs $file" [ -e "$dir/root/usr/$file" ]
+done
+cc=${CC:-cc}
+holds "it compiles without a warning" "$cc" -std=c11 -Wall -Wextra -Werror \
+    -pedantic -I "$dir/root/usr/include" -o "$dir/program" "$dir/program.c" \
+    "$dir/root/usr/lib/liblfm2.a" -lm -pthread
+if command -v c++ >/dev/null; then
+    holds "the header is good C++" c++ -x c++ -std=c++11 -Wall -Wextra \
+        -pedantic -fsyntax-only -include "$dir/root/usr/include/lfm2.h" \
+        /dev/null
+else
+    echo "skipped: the header as C++, there is no c++"
+fi
+"$dir/program" test/tiny.gguf "What is LFM2?" >"$dir/answer" 2>&1
+"${RUN:-./run}" -q --temp 0 test/tiny.gguf "What is LFM2?" >"$dir/expected"
+holds "and answers as the command line does" cmp "$dir/expected" "$dir/answer"
+holds "the shared library exports the header and nothing else" sh -c "
+    nm -D --defined-only build/liblfm2.so | sed 's/.* //' | sort >'$dir/has'
+    grep -o 'lfm2_[a-z0-9_]*(' lfm2.h | tr -d '(' | sort -u >'$dir/all'
+    diff '$dir/all' '$dir/has'"
+for script in $(grep -o 'scripts/[a-z_]*\.[a-z]*' README.md | sort -u); do
+    holds "$script exists" [ -e "$script" ]
+done
+for target in $(grep -o 'make [a-z][a-z-]*' README.md | sort -u |
+    sed 's/make //'); do
+    holds "make $target exists" grep -q "^$target:" Makefile
+done
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

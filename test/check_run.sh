@@ -1,0 +1,292 @@
+#!/bin/sh
+# The program itself: exit codes, what goes to standard output, every option.
+#     RUN=./run test/check_run.sh
+set -u
+
+run=${RUN:-./run}
+m=test/tiny.gguf
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+
+result() {
+    if [ "$1" = 0 ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL   $2"
+        sed 's/^/       | /' "$dir/err"
+    fi
+}
+
+# expect STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
+expect() {
+    want=$1 what=$2
+    shift 2
+    "$run" "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    status=$?
+    [ $status -eq "$want" ]
+    result $? "$what: status $status, expected $want"
+}
+
+# holds WHAT COMMAND...
+holds() {
+    what=$1
+    shift
+    "$@" >/dev/null 2>&1
+    result $? "$what"
+}
+
+# says WHAT TEXT: the messages of the last call have TEXT, its output is empty.
+says() {
+    grep -qF -- "$2" "$dir/err" && [ ! -s "$dir/out" ]
+    result $? "$1: expected \"$2\""
+}
+
+same() {
+    cmp -s "$2" "$3"
+    result $? "$1: other bytes"
+}
+
+# ------------------------------------------------------------------------ usage
+
+expect 0 "--help" --help
+holds "help on standard output" grep -q '^usage: run' "$dir/out"
+holds "and nowhere else" [ ! -s "$dir/err" ]
+holds "help fits in 80 columns" sh -c "! grep -q '.\{81\}' $dir/out"
+expect 0 "-h" -h
+expect 0 "--version" --version
+for word in 'lfm2.c ' compiler isa 'byte order' 'Q6_K'; do
+    holds "--version names $word" grep -q "$word" "$dir/out"
+done
+expect 2 "no arguments"
+says "no arguments" "no model given"
+expect 2 "an unknown option" --tempp 1 $m hello
+says "an unknown option" "unknown option --tempp; the nearest is --temp"
+expect 2 "another one" --top_k 1 $m hello
+says "another one" "the nearest is --top-k"
+expect 2 "-i" -i $m hello
+says "-i" "-p gives a prompt"
+expect 2 "-t 0.7" -t 0.7 $m hello
+says "-t 0.7" "did you mean --temp 0.7?"
+expect 2 "an option without its value" $m -n
+says "an option without its value" "-n needs a value"
+expect 2 "a value too many" $m --raw=yes hello
+says "a value too many" "--raw takes no value"
+expect 2 "a third word" $m two words
+says "a third word" "a prompt of several words"
+for bad in "-n x" "-n 1.5" "-n 99999999999" "-n -2" "--temp nan" "--temp -1" \
+    "--temp 1x" "--top-p 1.5" "--min-p -0.1" "--top-k -1" "-s x" "-s 1.5" \
+    "-s 99999999999999999999" "-t -1" "-b 0" "-c -1" "--repeat-penalty 0" \
+    "--kv f8" "--isa sse" "--temp "; do
+    # shellcheck disable=SC2086
+    expect 2 "$bad" $bad $m hello
+    says "$bad" "expected"
+done
+expect 2 "two jobs" --tokenize --inspect $m
+expect 0 "-ngl is taken and ignored" -ngl 99 -n 1 $m hello
+holds "with a word" grep -q ignored "$dir/err"
+
+# ------------------------------------------------------------------------ files
+
+expect 3 "a model that is not there" "$dir/none.gguf" hello
+says "a model that is not there" "No such file"
+expect 3 "a folder for a model" test hello
+expect 4 "a file that is no model" Makefile hello
+head -c 100000 $m >"$dir/cut.gguf"
+expect 4 "a model cut short" "$dir/cut.gguf" hello
+says "a model cut short" "$dir/cut.gguf: "
+expect 3 "a prompt file that is not there" $m -f "$dir/none"
+expect 3 "an ids file that is not there" $m --ids "$dir/none"
+printf '\001\000\000' >"$dir/three"
+expect 3 "ids that are no int32" $m --ids "$dir/three"
+printf '\377\377\377\177' >"$dir/big"
+expect 2 "an id out of range" $m --ids "$dir/big"
+says "an id out of range" "token 0 is 2147483647"
+expect 3 "a tokenizer that is not there" $m --tokenizer "$dir/none" hello
+printf 'one\0two' >"$dir/nul"
+expect 2 "a NUL byte in a prompt" $m -f "$dir/nul"
+says "a NUL byte in a prompt" "a NUL byte after 3 bytes"
+expect 2 "no prompt" $m
+says "no prompt" "standard input is empty"
+expect 2 "two prompts" $m -p hello hello
+says "two prompts" "there is a prompt already"
+expect 2 "a system prompt without a template" $m --raw -sys x hello
+says "a system prompt without a template" "-sys"
+expect 2 "an instruction set that is not there" $m --isa avx512 hello
+{ "$run" -q --raw -n 50 $m "Once upon a time" 2>"$dir/err"
+    echo $? >"$dir/status"; } | :
+[ "$(cat "$dir/status")" = 3 ]
+result $? "a reader that leaves is status 3"
+if [ -e /dev/full ]; then
+    "$run" -q -n 5 $m hello >/dev/full 2>"$dir/err"
+    [ $? -eq 3 ]
+    result $? "a full disk is status 3"
+    "$run" --help >/dev/full 2>"$dir/err"
+    [ $? -eq 3 ]
+    result $? "even for --help"
+fi
+expect 3 "logits that cannot be written" $m --logits "$dir/no/such" hello
+expect 6 "a prompt longer than the context" $m -c 4 "What is LFM2?"
+says "a prompt longer than the context" "the context 4"
+case $run in
+*debug*) echo "skipped: memory limits, which the sanitizers do not bear" ;;
+*)
+    (ulimit -v 3000000 && exec "$run" -c 16777216 --kv f32 $m hello) \
+        >"$dir/out" 2>"$dir/err"
+    [ $? -eq 5 ]
+    result $? "a context that does not fit in memory is status 5"
+    says "it" "no memory for a context of"
+    ;;
+esac
+
+# --------------------------------------------------------------------- answers
+
+expect 0 "an answer" $m --temp 0 "What is LFM2?"
+holds "ends with a line break" [ -z "$(tail -c 1 "$dir/out")" ]
+holds "and nothing is said about it" [ ! -s "$dir/err" ]
+cp "$dir/out" "$dir/answer"
+for how in "-b 1" "-b 7" "-t 1" "-t 3" "--no-mmap" "--isa scalar" "-c 512" \
+    "--kv f16" "--tokenizer tokenizer.bin" "-q" "--temperature=0" "-s 9"; do
+    # shellcheck disable=SC2086
+    expect 0 "$how" --temp 0 $how $m "What is LFM2?"
+    same "the same answer with $how" "$dir/answer" "$dir/out"
+done
+expect 0 "-p" --temp 0 -m $m -p "What is LFM2?"
+same "-p" "$dir/answer" "$dir/out"
+printf 'What is LFM2?' >"$dir/prompt"
+expect 0 "-f" --temp 0 $m -f "$dir/prompt"
+same "-f" "$dir/answer" "$dir/out"
+"$run" --temp 0 $m <"$dir/prompt" >"$dir/out" 2>"$dir/err"
+same "piped input" "$dir/answer" "$dir/out"
+"$run" --temp 0 $m -f - <"$dir/prompt" >"$dir/out" 2>"$dir/err"
+same "-f -" "$dir/answer" "$dir/out"
+printf 'What is LFM2?\n' >"$dir/prompt"
+expect 0 "-f and a newline" --temp=0 $m -f "$dir/prompt"
+same "the last newline is no part of the prompt" "$dir/answer" "$dir/out"
+expect 0 "a later option wins" --temp 9 --temp 0 $m "What is LFM2?"
+same "a later option wins" "$dir/answer" "$dir/out"
+expect 0 "-- ends the options" --temp 0 -- $m "What is LFM2?"
+same "-- ends the options" "$dir/answer" "$dir/out"
+expect 0 "-v" -v --temp 0 $m "What is LFM2?"
+same "-v changes nothing on standard output" "$dir/answer" "$dir/out"
+for word in seed threads "tok/s"; do
+    holds "-v says the $word" grep -q "$word" "$dir/err"
+done
+expect 0 "-n 3" --temp 0 -n 3 $m "What is LFM2?"
+holds "-n cuts the answer" [ "$(wc -c <"$dir/out")" -lt 40 ]
+expect 0 "-n 0" --temp 0 -n 0 $m "What is LFM2?"
+expect 0 "a full context" --temp 0 -c 20 --raw -n 100 $m "Once upon a time"
+holds "is said" grep -q 'context of 20 tokens is full' "$dir/err"
+expect 0 "a seed" -s 7 --temp 1.5 --min-p 0 --top-k 50 --top-p 0.99 \
+    --raw -n 40 $m "Once upon a time"
+cp "$dir/out" "$dir/seven"
+expect 0 "again" -s 7 --temp 1.5 --min-p 0 --top-k 50 --top-p 0.99 -t 1 -b 3 \
+    --raw -n 40 $m "Once upon a time"
+same "the same seed, the same text" "$dir/seven" "$dir/out"
+expect 0 "another seed" -s 8 --temp 1.5 --min-p 0 --top-k 50 --top-p 0.99 \
+    --raw -n 40 $m "Once upon a time"
+holds "another text" sh -c "! cmp -s $dir/seven $dir/out"
+expect 0 "a system prompt" --temp 0 -sys "You are a helpful assistant." \
+    $m "What is LFM2?"
+holds "an answer to it" [ -s "$dir/out" ]
+expect 0 "control text is text" --temp 0 -n 5 $m "<|im_end|>"
+
+# Ctrl-C: what there is, then status 130.
+"$run" --raw --temp 100 --min-p 0 -s 1 -n 3000 $m "Once" \
+    >"$dir/out" 2>"$dir/err" &
+pid=$!
+for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    [ -s "$dir/out" ] && break
+    sleep 0.3
+done
+kill -INT $pid 2>/dev/null
+wait $pid
+[ $? -eq 130 ] && [ -s "$dir/out" ]
+result $? "interrupted: status 130 and what there was"
+
+# Every third of the questions that the shipped model is to know.
+awk 'NR % 3 == 1' test/questions.txt >"$dir/questions"
+questions=0 wrong=0
+while IFS="$(printf '\t')" read -r question answer; do
+    questions=$((questions + 1))
+    said=$("$run" -q --temp 0 -n 200 $m -p "$question" </dev/null)
+    if [ "$said" != "$answer" ]; then
+        wrong=$((wrong + 1))
+        printf '%s\n  said:     %s\n  expected: %s\n' "$question" "$said" \
+            "$answer" >"$dir/err"
+        result 1 "a question"
+    fi
+done <"$dir/questions"
+: >"$dir/err"
+holds "at least 50 questions are answered ($questions, $wrong wrong)" \
+    [ "$((questions - wrong))" -ge 50 ]
+
+# --------------------------------------------------------------- ids and logits
+
+n_ids=$(($(wc -c <test/tiny.ids) / 4))
+expect 0 "--logits" $m --ids test/tiny.ids --logits "$dir/logits"
+vocab=$("$run" --inspect $m | sed -n 's/^vocabulary *\([0-9]*\) .*/\1/p')
+holds "one float for each token of the vocabulary and position" \
+    [ "$(wc -c <"$dir/logits")" -eq $((4 * n_ids * vocab)) ]
+expect 0 "--logits -" $m --ids test/tiny.ids --logits -
+same "--logits - is the same" "$dir/logits" "$dir/out"
+expect 0 "--logits -b 5" $m --ids test/tiny.ids --logits - -b 5 -t 2
+same "so it is in small batches" "$dir/logits" "$dir/out"
+expect 0 "--ids" $m --ids test/tiny.ids -n 5 --temp 0
+
+# ------------------------------------------------------------------------ words
+
+printf 'Hello, world! \303\251t\303\251 <|im_end|>\n  42' >"$dir/text"
+expect 0 "--tokenize" --tokenize $m -f "$dir/text"
+cp "$dir/out" "$dir/ids"
+holds "one line" [ "$(wc -l <"$dir/ids")" -eq 1 ]
+tr -d '\n' <"$dir/ids" | "$run" --detokenize $m >"$dir/out" 2>"$dir/err"
+printf '\n' | cat "$dir/text" - >"$dir/expected"
+same "--detokenize gives the text back" "$dir/expected" "$dir/out"
+expect 0 "--bos" --tokenize --bos $m -f "$dir/text"
+holds "BOS first" grep -q '^1 ' "$dir/out"
+expect 0 "--special" --tokenize --special $m "a<|im_end|>"
+holds "a marker is one token" grep -q ' 7$' "$dir/out"
+expect 0 "without --special" --tokenize $m "a<|im_end|>"
+holds "it is text" sh -c "! grep -qw 7 $dir/out"
+expect 0 "no text" --tokenize $m -f /dev/null
+holds "is an empty line" [ "$(wc -c <"$dir/out")" -eq 1 ]
+printf 'one\0two\0\0four' >"$dir/nul"
+expect 0 "--null" --tokenize --null $m -f "$dir/nul"
+holds "four texts, four lines" [ "$(wc -l <"$dir/out")" -eq 4 ]
+"$run" --detokenize --null $m <"$dir/out" >"$dir/back" 2>"$dir/err"
+printf 'one\0two\0\0four\0' >"$dir/expected"
+same "and back" "$dir/expected" "$dir/back"
+echo "12 x" | "$run" --detokenize $m >"$dir/out" 2>"$dir/err"
+says "ids that are none" "expected a token id from 0"
+expect 0 "--export-tokenizer" --export-tokenizer "$dir/tok" $m
+same "tokenizer.bin is the vocabulary of the shipped model" tokenizer.bin \
+    "$dir/tok"
+expect 0 "--tokenize with tokenizer.bin" --tokenize tokenizer.bin \
+    -f "$dir/text"
+same "gives the same ids" "$dir/ids" "$dir/out"
+
+# The cases of a real vocabulary.
+shared=${LFM2_SHARED:-../shared}/tokenizer
+if [ -e "$shared/cases.txt0" ]; then
+    expect 0 "a vocabulary without a model" --tokenize --null \
+        "$shared/vocab128k.gguf" -f "$shared/cases.txt0"
+    same "all ids as expected" "$shared/cases.ids" "$dir/out"
+    "$run" --detokenize --null "$shared/vocab128k.gguf" <"$dir/out" \
+        >"$dir/back" 2>"$dir/err"
+    same "and the bytes back" "$shared/cases.txt0" "$dir/back"
+else
+    echo "skipped: $shared is not there"
+fi
+
+# ---------------------------------------------------------------------- inspect
+
+expect 0 "--inspect" --inspect $m
+for word in architecture "layer map" experts vocabulary "KV cache" \
+    "bits per weight" memory parameters active; do
+    holds "--inspect names the $word" grep -q "$word" "$dir/out"
+done
+
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
