@@ -3361,7 +3361,8 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
     ctx->par.n_threads = ctx->pool->n_threads;
     ctx->seq_step = seq_step(m, par.kv_type);
     size = lay_out(ctx, NULL);
-    ctx->memory = size < TOO_MUCH && size < SIZE_MAX - 64 ? calloc(1, (size_t)size + 64) : NULL;
+    if (size < TOO_MUCH && size < SIZE_MAX - 64)
+        ctx->memory = calloc(1, (size_t)size + 64);
     if (!ctx->memory) {
         lfm2_context_close(ctx);
         return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
@@ -4446,8 +4447,8 @@ static void emit(struct tokens *o, int32_t id)
  * its first byte; its id stands at its first byte and at its last, so that both
  * neighbours can be reached.  rank[i] is that of merging symbol i with the one
  * after it.  The best of all, the leftmost if several, is found by a knockout
- * tournament: node v plays the winners of nodes 2v and 2v+1, node n+i is byte i,
- * and node 1 is the final. */
+ * tournament: node v plays the winners of nodes 2v and 2v+1, node n+i is byte
+ * i, and node 1 is the final. */
 struct bpe {
     int32_t *id;                          /* [n]                             */
     uint32_t *rank;                       /* [n]                             */

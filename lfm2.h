@@ -239,9 +239,9 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
                 int flags, int32_t *out, int cap);
 
 /* A conversation in the LFM2 chat format: BOS first if there is one, markers as
- * control tokens, role and content as plain text.  With `generate`, the opening of the
- * assistant's turn follows.  Returns as lfm2_encode(); LFM2_EARG also if the
- * vocabulary lacks <|im_start|> or <|im_end|>. */
+ * control tokens, role and content as plain text.  With `generate`, the opening
+ * of the assistant's turn follows.  Returns as lfm2_encode(); LFM2_EARG also if
+ * the vocabulary lacks <|im_start|> or <|im_end|>. */
 typedef struct { const char *role, *content; } lfm2_message;
 
 int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
