@@ -15,12 +15,12 @@ VERSION := $(shell sed -n 's/.*LFM2_VERSION "\(.*\)"/\1/p' lfm2.h)
 
 # Same bits everywhere: nothing is fused that is not written so, and floats keep
 # their own precision.
-MACHINE := $(shell $(CC) -dumpmachine 2>/dev/null)
+MACHINE := $(shell $(CC) $(CFLAGS) -dM -E -x c /dev/null 2>/dev/null)
 EXACT   := -ffp-contract=off
-ifneq ($(filter i%86-%,$(MACHINE)),)
+ifneq ($(filter __i386__,$(MACHINE)),)
 EXACT   += -msse2 -mfpmath=sse
 endif
-ifneq ($(filter s390%,$(MACHINE)),)
+ifneq ($(filter __s390__,$(MACHINE)),)
 EXACT   += -fexcess-precision=fast
 endif
 WARN    := -Wall -Wextra -pedantic -Wshadow
@@ -46,8 +46,10 @@ build/liblfm2.a: build/lfm2.o
 build/pic/lfm2.o: lfm2.c | build/pic
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -fPIC -c -o $@ $<
 
+SONAME  := $(if $(filter Darwin,$(shell uname)),,-Wl,-soname,liblfm2.so.0)
+
 build/liblfm2.so: build/pic/lfm2.o
-	$(CC) $(CFLAGS) $(LDFLAGS) -shared -Wl,-soname,liblfm2.so.0 -o $@ $^ $(LIBS)
+	$(CC) $(CFLAGS) $(LDFLAGS) -shared $(SONAME) -o $@ $^ $(LIBS)
 
 build/lfm2.pc: Makefile lfm2.h | build
 	printf '%s\n' 'prefix=$(PREFIX)' 'Name: lfm2' \
@@ -87,12 +89,12 @@ debug: build/debug/run
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
 
-build/test/%: test/%.c $(HELPERS) test/util.h test/reference.h lfm2.c lfm2.h \
+build/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
               | build/test have-check
 	$(CC) $(CPPFLAGS) -O2 -std=c11 $(EXACT) -Wall -Wextra -pthread -DSUITE=$(*:check_%=%_suite) \
 	    -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
 
-build/debug/test/%: test/%.c $(HELPERS) test/util.h test/reference.h lfm2.c \
+build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
                     lfm2.h | build/debug/test have-check
 	$(CC) $(CPPFLAGS) $(SANITIZE) -std=c11 $(EXACT) -Wall -Wextra -pthread \
 	    -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(CHECK) $(LIBS)

@@ -75,7 +75,9 @@ fi
     { say "$url: not to be had, or without a checksum"; exit 3; }
 mkdir -p "$folder"
 say "$url"
-curl -fL --retry 5 --retry-delay 1 -C - -o "$target.part" "$url" || {
+# 416: the part has all the bytes there are, or more; the checksum will tell.
+status=$(curl -fL --retry 5 --retry-delay 1 -C - -o "$target.part" \
+    -w '%{http_code}' "$url") || [ "$status" = 416 ] || {
     say "$url: interrupted; the same command goes on where it stopped"
     exit 3
 }

@@ -66,6 +66,13 @@ head -c 60000 "$good" >"$file.part"
 expect 0 "a cut one goes on" 350m q4_0 "$dir/out"
 holds "where it stopped" grep -q 'Q4_0.gguf 60000' "$dir/port.log"
 holds "and has the right bytes" cmp -s "$good" "$file"
+mv "$file" "$file.part"
+expect 0 "one that only lacked its name" 350m q4_0 "$dir/out"
+holds "has it now" cmp -s "$good" "$file"
+rm "$file"
+cat "$good" "$good" >"$file.part"
+expect 4 "a part that is no beginning of it is refused" 350m q4_0 "$dir/out"
+holds "and deleted" [ ! -e "$file.part" ]
 expect 0 "a checksum from a file" 350m f16 "$dir/out"
 expect 4 "a wrong checksum is refused" 350m q8_0 "$dir/out"
 holds "and nothing is kept" [ ! -e "$dir/out/LFM2-350M-Q8_0.gguf" ]

@@ -34,6 +34,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         etag = hashlib.sha256(data).hexdigest()
         asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked.group(1)) if asked else 0
+        if asked and start >= len(data):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(data)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         self.send_response(206 if asked else 200)
         if "350M-Q8_0" in path:
             etag = etag[::-1]
