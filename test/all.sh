@@ -7,14 +7,28 @@ set -u
 suites=$1
 export RUN="$2"
 total=0 failed=0 skipped=0
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+
+# lane COMMAND...: one after the other, each with its output and status in $dir.
+lane() {
+    for test in "$@"; do
+        log=$dir/$(basename "$test")
+        case $test in
+        *.sh) sh "$test" ;;
+        *) "$test" ;;
+        esac >"$log.log" 2>&1
+        echo $? >"$log.status"
+        { echo "== $test"; cat "$log.log"; } >"$log.shown"
+        cat "$log.shown"
+    done
+}
 
 # The last line that has all of the named numbers decides; without one, the test
 # has failed.
 count() {
-    name=$1 status=$2
-    cat "$log"
+    name=$(basename "$1") log=$dir/$(basename "$1").log
+    status=$(cat "$dir/$name.status")
     skips=$(grep -c '^skipped:' "$log")
     n=$(sed -n 's/.*Checks: \([0-9]*\), Failures.*/\1/p
                 s/^\([0-9]*\) passed, \([0-9]*\) failed.*/\1/p' "$log" | tail -1)
@@ -33,16 +47,13 @@ count() {
     skipped=$((skipped + skips))
 }
 
-for suite in "$suites"/check_*; do
-    case $suite in *.d) continue ;; esac
-    echo "== $suite"
-    "$suite" >"$log" 2>&1
-    count "$suite" $?
-done
-for script in test/check_*.sh; do
-    echo "== $script"
-    sh "$script" >"$log" 2>&1
-    count "$script" $?
+# The suites and the scripts side by side: two CPUs are half the wait.
+lane $(ls "$suites"/check_* | grep -v '\.d$') &
+lane test/check_*.sh
+wait
+for test in "$suites"/check_* test/check_*.sh; do
+    case $test in *.d) continue ;; esac
+    count "$test"
 done
 echo
 echo "$((total - failed)) passed, $failed failed, $skipped skipped"
