@@ -2502,6 +2502,8 @@ static const struct { const char *name; int value; } known_key[] = {
     { "attention.key_length", ANY_VALUE },
     { "attention.value_length", ANY_VALUE },
     { "attention.layer_norm_rms_epsilon", ANY_VALUE },
+    { "attention.layer_norm_epsilon", ANY_VALUE },
+    { "attention.recurrent_layers", ANY_VALUE },
     { "attention.sliding_window", NEEDS_0 },
     { "attention.causal", NEEDS_1 },
     { "pooling_type", NEEDS_0 },

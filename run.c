@@ -1085,7 +1085,11 @@ static int answer(struct session *e)
     int n = 0, code;
 
     if (e->s->verbose)
-        say(DONE, "seed %llu", (unsigned long long)sampler.rng);
+        say(DONE, "seed %llu, temperature %g, top-k %d, top-p %g, min-p %g, "
+            "repeat penalty %g over %d", (unsigned long long)sampler.rng,
+            (double)sampler.temperature, sampler.top_k, (double)sampler.top_p,
+            (double)sampler.min_p, (double)sampler.repeat_penalty,
+            sampler.repeat_last_n);
     running = e->ctx;
     action.sa_flags = (int)SA_RESETHAND | SA_RESTART;
     sigaction(SIGINT, &action, NULL);

@@ -170,7 +170,7 @@ expect 0 "-- ends the options" --temp 0 -- $m "What is LFM2?"
 same "-- ends the options" "$dir/answer" "$dir/out"
 expect 0 "-v" -v --temp 0 $m "What is LFM2?"
 same "-v changes nothing on standard output" "$dir/answer" "$dir/out"
-for word in seed threads "tok/s"; do
+for word in seed temperature min-p threads "tok/s"; do
     holds "-v says the $word" grep -q "$word" "$dir/err"
 done
 expect 0 "-n 3" --temp 0 -n 3 $m "What is LFM2?"
