@@ -857,18 +857,24 @@ static int open_model(struct session *e)
     return DONE;
 }
 
+/* A model may have spare rows behind its own vocabulary; a vocabulary from
+ * elsewhere that is shorter is another model's. */
 static int open_model_words(struct session *e)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    int code, n;
 
     if (e->s->ids && e->s->logits)
         return DONE;
-    int code = open_words(e->s, &e->words);
-    if (code == DONE && lfm2_n_vocab(e->words) > n_vocab)
-        code = say(BAD_MODEL, "%s: a vocabulary of %d tokens, expected at most "
-                   "the %d of the model", e->s->tokenizer ? e->s->tokenizer :
-                   e->s->model, lfm2_n_vocab(e->words), n_vocab);
-    return code;
+    code = open_words(e->s, &e->words);
+    if (code != DONE)
+        return code;
+    n = lfm2_n_vocab(e->words);
+    if (n > n_vocab || (n < n_vocab && e->s->tokenizer))
+        return say(BAD_MODEL, "%s: a vocabulary of %d tokens, expected the %d "
+                   "of the model", e->s->tokenizer ? e->s->tokenizer :
+                   e->s->model, n, n_vocab);
+    return DONE;
 }
 
 /* The prompt as one turn of a conversation. */

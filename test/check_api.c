@@ -437,8 +437,6 @@ START_TEST(the_reference_gives_the_golden_logits)
     struct bytes ids, gguf, exact;
 
     snprintf(name, sizeof name, "golden/%s.gguf", golden[_i]);
-    if (!shared_file(name))
-        return;
     gguf = load_file(shared_file(name));
     snprintf(name, sizeof name, "golden/%s.logits.f32", golden[_i]);
     exact = load_file(shared_file(name));
@@ -486,8 +484,9 @@ Suite *api_suite(void)
     tcase_add_test(c, logits_stay_until_the_next_good_forward);
     tcase_add_test(c, more_rows_than_reserved_are_refused);
     tcase_add_test(c, cancelled_anywhere_all_sequences_are_as_they_were);
-    tcase_add_loop_test(c, the_reference_gives_the_golden_logits, 0,
-                        (int)COUNT(golden));
+    if (shared_file("golden/tokens.i32"))
+        tcase_add_loop_test(c, the_reference_gives_the_golden_logits, 0,
+                            (int)COUNT(golden));
     suite_add_tcase(s, c);
     return s;
 }

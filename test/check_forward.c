@@ -215,8 +215,6 @@ static struct distance from_golden(const char *name, int kv_type)
     struct bytes file, ids, logits;
 
     snprintf(path, sizeof path, "golden/%s.gguf", name);
-    if (!shared_file(path))
-        return (struct distance){ -1, -1 };
     file = load_file(shared_file(path));
     snprintf(path, sizeof path, "golden/%s.logits.f32", name);
     logits = load_file(shared_file(path));
@@ -522,9 +520,11 @@ Suite *forward_suite(void)
                         2 * N_WEIGHT_TYPES);
     tcase_add_loop_test(c, a_half_precision_cache_is_nearly_as_good, 0, 2);
     tcase_add_loop_test(c, every_form_of_file_computes_the_same, 0, 8);
-    tcase_add_loop_test(c, golden_models_are_as_near_as_the_peer_or_nearer, 0,
-                        (int)COUNT(golden));
-    tcase_add_loop_test(c, golden_floats_are_exact_but_for_rounding, 0, 2);
+    if (shared_file("golden/tokens.i32")) {
+        tcase_add_loop_test(c, golden_models_are_as_near_as_the_peer_or_nearer,
+                            0, (int)COUNT(golden));
+        tcase_add_loop_test(c, golden_floats_are_exact_but_for_rounding, 0, 2);
+    }
     tcase_add_test(c, the_shipped_model_computes_what_its_training_script_does);
     tcase_add_loop_test(c, token_by_token_is_the_same_as_all_at_once, 0,
                         N_KINDS);
