@@ -2996,6 +2996,11 @@ const char *lfm2_version(void)
     return LFM2_VERSION;
 }
 
+const char *lfm2_weight_type(int i)
+{
+    return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
+}
+
 void lfm2_model_close(lfm2_model *m)
 {
     if (!m)
@@ -3305,6 +3310,11 @@ static int check_range(const char *name, int value, int min, int max,
                 max);
 }
 
+int lfm2_isa_available(int isa)
+{
+    return isa == LFM2_ISA_AUTO || isa == LFM2_ISA_SCALAR;
+}
+
 /* Check the parameters and fill in what was left to choose. */
 static int resolve_params(lfm2_params *p, lfm2_error *err)
 {
@@ -3314,7 +3324,7 @@ static int resolve_params(lfm2_params *p, lfm2_error *err)
     TRY(check_range("n_logits", p->n_logits, 0, 1 << 20, err));
     TRY(check_range("n_threads", p->n_threads, 0, 1024, err));
     TRY(check_range("kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32, err));
-    if (p->isa != LFM2_ISA_AUTO && p->isa != LFM2_ISA_SCALAR)
+    if (!lfm2_isa_available(p->isa))
         return fail(err, LFM2_EARG, "isa: %d, expected auto or scalar, which "
                     "is all this version has", p->isa);
     p->isa = LFM2_ISA_SCALAR;

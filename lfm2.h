@@ -39,6 +39,10 @@ extern "C" {
 
 const char *lfm2_version(void);
 
+/* The i-th weight type that can be read, "Q4_K" and so on, from 0; NULL past
+ * the last. */
+const char *lfm2_weight_type(int i);
+
 /* ------------------------------------------------------------------ errors */
 
 enum {
@@ -127,6 +131,9 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active);
 
 enum { LFM2_ISA_AUTO, LFM2_ISA_SCALAR, LFM2_ISA_AVX2, LFM2_ISA_AVX512 };
 enum { LFM2_KV_F16, LFM2_KV_F32 };
+
+/* 1 if this build on this CPU has the kernels of LFM2_ISA_x, else 0. */
+int lfm2_isa_available(int isa);
 
 typedef struct {
     int n_ctx;        /* longest sequence, in tokens                         */

@@ -206,9 +206,13 @@ static int print_help(void)
     return DONE;
 }
 
+/* In the order of LFM2_ISA_... */
+static const char *const isa_name[] = { "auto", "scalar", "avx2", "avx512" };
+
 static int print_version(void)
 {
     const uint16_t one = 1;
+    const char *type;
 
     printf("lfm2.c      %s\n", lfm2_version());
 #if defined __clang__
@@ -216,11 +220,16 @@ static int print_version(void)
 #elif defined __GNUC__
     printf("compiler    gcc %s\n", __VERSION__);
 #endif
-    printf("isa         scalar\nbyte order  %s-endian, %d bits\n"
-           "weights     F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K "
-           "Q5_K Q6_K IQ4_NL\n            IQ4_XS\n",
+    printf("isa        ");
+    for (int i = LFM2_ISA_SCALAR; i <= LFM2_ISA_AVX512; i++)
+        if (lfm2_isa_available(i))
+            printf(" %s", isa_name[i]);
+    printf("\nbyte order  %s-endian, %d bits\nweights    ",
            *(const unsigned char *)&one ? "little" : "big",
            (int)sizeof(void *) * 8);
+    for (int i = 0; (type = lfm2_weight_type(i)); i++)
+        printf(" %s", type);
+    putchar('\n');
     return DONE;
 }
 
@@ -1120,11 +1129,10 @@ static int answer(struct session *e)
 
 static void print_settings(struct session *e)
 {
-    static const char *const isa[] = { "auto", "scalar", "avx2", "avx512" };
     const lfm2_params p = lfm2_context_params(e->ctx);
 
     say(DONE, "context %d, batch %d, threads %d, isa %s, kv %s; %s beside the "
-        "file", p.n_ctx, p.n_batch, p.n_threads, isa[p.isa],
+        "file", p.n_ctx, p.n_batch, p.n_threads, isa_name[p.isa],
         p.kv_type == LFM2_KV_F16 ? "f16" : "f32",
         amount((double)lfm2_context_size(e->model, &p), "B").s);
 }

@@ -88,6 +88,27 @@ END_TEST
 
 /* --------------------------------------------------------------- parameters */
 
+/* What is said to be there is what contexts and files accept. */
+START_TEST(kernels_and_weight_types_are_listed)
+{
+    int n = 0;
+
+    ck_assert(lfm2_isa_available(LFM2_ISA_AUTO));
+    ck_assert(lfm2_isa_available(LFM2_ISA_SCALAR));
+    ck_assert(!lfm2_isa_available(-1) && !lfm2_isa_available(99));
+    while (lfm2_weight_type(n)) {
+        int known = 0;
+        for (int i = 0; i < N_WEIGHT_TYPES; i++)
+            known += strcmp(lfm2_weight_type(n),
+                            weight_type_name(weight_types[i])) == 0;
+        ck_assert_int_eq(known, 1);
+        n++;
+    }
+    ck_assert_int_eq(n, N_WEIGHT_TYPES);
+    ck_assert(!lfm2_weight_type(-1));
+}
+END_TEST
+
 START_TEST(default_parameters_open)
 {
     lfm2_params p = lfm2_default_params(model), q;
@@ -471,6 +492,7 @@ Suite *api_suite(void)
     tcase_add_test(c, errors_are_optional);
     tcase_add_test(c, a_long_name_is_cut_and_ended_in_the_sentence);
     tcase_add_test(c, the_version_is_that_of_the_header);
+    tcase_add_test(c, kernels_and_weight_types_are_listed);
     tcase_add_test(c, default_parameters_open);
     tcase_add_loop_test(c, parameters_out_of_range_are_named, 0,
                         (int)COUNT(bad_param));
