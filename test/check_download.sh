@@ -1,16 +1,11 @@
 #!/bin/sh
 # scripts/download.sh against a file server on this machine.
-set -u
+. test/lib.sh
 
-if ! command -v python3 >/dev/null || ! command -v curl >/dev/null; then
-    echo "skipped: the download test needs python3 and curl"
-    echo "0 passed, 0 failed"
-    exit 0
-fi
-dir=$(mktemp -d)
-passed=0 failed=0
+command -v curl >/dev/null || skip "the downloader, which needs curl"
+needs_python http.server "the downloader"
 mkdir "$dir/files" "$dir/out"
-python3 test/serve.py "$dir/files" "$dir/port" &
+"$python" test/serve.py "$dir/files" "$dir/port" &
 server=$!
 trap 'kill $server 2>/dev/null; rm -rf "$dir"' EXIT
 for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
@@ -31,28 +26,9 @@ expect() {
     want=$1 what=$2
     shift 2
     sh scripts/download.sh "$@" >"$dir/said" 2>&1
-    got=$?
-    if [ $got -eq "$want" ]; then
-        passed=$((passed + 1))
-        echo "ok     $what"
-    else
-        failed=$((failed + 1))
-        echo "FAIL   $what: status $got, expected $want"
-        cat "$dir/said"
-    fi
-}
-
-# holds WHAT COMMAND...
-holds() {
-    what=$1
-    shift
-    if "$@"; then
-        passed=$((passed + 1))
-        echo "ok     $what"
-    else
-        failed=$((failed + 1))
-        echo "FAIL   $what"
-    fi
+    status=$?
+    [ $status -eq "$want" ]
+    result $? "$what: status $status, expected $want"
 }
 
 file=$dir/out/LFM2-350M-Q4_0.gguf
@@ -79,10 +55,10 @@ holds "and nothing is kept" [ ! -e "$dir/out/LFM2-350M-Q8_0.gguf" ]
 holds "not even a part" [ ! -e "$dir/out/LFM2-350M-Q8_0.gguf.part" ]
 expect 3 "a file the server does not have" 1.2b q4_0 "$dir/out"
 expect 2 "an unknown name" 9b q4_0
-holds "lists the known ones" grep -q '24b-a2b' "$dir/said"
+cp "$dir/said" "$dir/names"
+holds "lists the known ones" grep -q '24b-a2b' "$dir/names"
 expect 2 "an unknown quant" 350m q9
 expect 2 "no arguments"
 LFM2_MIRROR=http://127.0.0.1:1
 expect 3 "a server that is not there" 350m q4_0 "$dir/none"
-echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+finish

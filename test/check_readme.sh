@@ -1,24 +1,7 @@
 #!/bin/sh
 # What the README promises: its C program compiles against the installed library
 # and answers; the commands it names exist.
-set -u
-
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-
-holds() {
-    what=$1
-    shift
-    if "$@" >"$dir/said" 2>&1; then
-        passed=$((passed + 1))
-        echo "ok     $what"
-    else
-        failed=$((failed + 1))
-        echo "FAIL   $what"
-        cat "$dir/said"
-    fi
-}
+. test/lib.sh
 
 sed -n '/^```c$/,/^```$/p' README.md | sed '/^```/d' >"$dir/program.c"
 holds "there is a program" [ -s "$dir/program.c" ]
@@ -39,7 +22,7 @@ else
     echo "skipped: the header as C++, there is no c++"
 fi
 "$dir/program" test/tiny.gguf "What is LFM2?" >"$dir/answer" 2>&1
-"${RUN:-./run}" -q --temp 0 test/tiny.gguf "What is LFM2?" >"$dir/expected"
+"$run" -q --temp 0 test/tiny.gguf "What is LFM2?" >"$dir/expected"
 holds "and answers as the command line does" cmp "$dir/expected" "$dir/answer"
 holds "the shared library exports the header and nothing else" sh -c "
     nm -D --defined-only build/liblfm2.so | sed 's/.* //' | sort >'$dir/has'
@@ -52,5 +35,4 @@ for target in $(grep -o 'make [a-z][a-z-]*' README.md | sort -u |
     sed 's/make //'); do
     holds "make $target exists" grep -q "^$target:" Makefile
 done
-echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+finish

@@ -1,23 +1,9 @@
 #!/bin/sh
 # The program itself: exit codes, what goes to standard output, every option.
 #     RUN=./run test/check_run.sh
-set -u
+. test/lib.sh
 
-run=${RUN:-./run}
 m=test/tiny.gguf
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-
-result() {
-    if [ "$1" = 0 ]; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL   $2"
-        sed 's/^/       | /' "$dir/err"
-    fi
-}
 
 # expect STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
 expect() {
@@ -27,14 +13,6 @@ expect() {
     status=$?
     [ $status -eq "$want" ]
     result $? "$what: status $status, expected $want"
-}
-
-# holds WHAT COMMAND...
-holds() {
-    what=$1
-    shift
-    "$@" >/dev/null 2>&1
-    result $? "$what"
 }
 
 # says WHAT TEXT: the messages of the last call have TEXT, its output is empty.
@@ -292,5 +270,4 @@ for word in architecture "layer map" experts vocabulary "KV cache" \
     holds "--inspect names the $word" grep -q "$word" "$dir/out"
 done
 
-echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+finish

@@ -1,36 +1,13 @@
 #!/bin/sh
 # The Python beside the program: it reads the shipped model, computes the same
 # logits from the equations, and its tables are those in lfm2.c.
-set -u
+. test/lib.sh
 
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-python=python3
-[ -x /usr/bin/python3 ] && python=/usr/bin/python3
-if ! $python -c 'import numpy' 2>/dev/null; then
-    echo "skipped: the tests of scripts/ need python3 and numpy"
-    echo "0 passed, 0 failed"
-    exit 0
-fi
-export PYTHONDONTWRITEBYTECODE=1
-
-holds() {
-    what=$1
-    shift
-    if "$@" >"$dir/said" 2>&1; then
-        passed=$((passed + 1))
-        echo "ok     $what"
-    else
-        failed=$((failed + 1))
-        echo "FAIL   $what"
-        cat "$dir/said"
-    fi
-}
+needs_python numpy "the tests of scripts/"
 
 # close A B BOUND: the largest difference of two files of float32.
 close() {
-    $python - "$@" <<'END'
+    "$python" - "$@" <<'END'
 import sys
 import numpy as np
 a, b = (np.fromfile(f, "<f4") for f in sys.argv[1:3])
@@ -42,16 +19,15 @@ END
 
 holds "gguf.py shows the tensors of the shipped model" sh -c \
     "$python scripts/gguf.py show test/tiny.gguf | grep -q ffn_gate_exps"
-holds "reference.py computes its logits" $python scripts/reference.py \
+holds "reference.py computes its logits" "$python" scripts/reference.py \
     test/tiny.gguf test/tiny.ids "$dir/logits"
 holds "which are those of the training script" \
     close test/tiny.logits "$dir/logits" 1e-4
-holds "corpus.py prints its numbers" $python scripts/corpus.py
+holds "corpus.py prints its numbers" "$python" scripts/corpus.py
 if head -1 /usr/share/unicode/PropList.txt 2>/dev/null | grep -q 15.0; then
     holds "the Unicode tables in lfm2.c are the generated ones" \
-        $python scripts/make_unicode.py --check lfm2.c
+        "$python" scripts/make_unicode.py --check lfm2.c
 else
     echo "skipped: the Unicode tables, there is no Unicode 15.0 here"
 fi
-echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+finish

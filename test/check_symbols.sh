@@ -2,11 +2,7 @@
 # What the library may not do, read off its object file: print, exit, assert,
 # keep writable globals, call functions whose results differ between machines,
 # or export a name that lfm2.h does not declare.
-set -u
-
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
+. test/lib.sh
 
 # Say what is wrong, if there are lines in the file.
 none() {
@@ -19,9 +15,7 @@ none() {
 }
 
 if ! command -v nm >/dev/null || ! command -v size >/dev/null; then
-    echo "skipped: nm and size are not there"
-    echo "0 passed, 0 failed"
-    exit 0
+    skip "the symbols of the library, which need nm and size"
 fi
 ${CC:-cc} -O2 -std=c11 -ffp-contract=off -pthread -c -o "$dir/lfm2.o" lfm2.c ||
     exit 1
@@ -62,5 +56,4 @@ none "exported but not in lfm2.h" extra
 comm -13 "$dir/given" "$dir/declared" >"$dir/missing"
 none "in lfm2.h but not defined" missing
 
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+finish

@@ -2,36 +2,10 @@
 # scripts/make_synthetic.py: whole models have the published numbers of
 # parameters and bytes, a few layers of one open and run, and a file of the
 # shape of the largest is described as it should be.
-set -u
+. test/lib.sh
 
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
-run=${RUN:-./run}
+needs_python numpy "the synthetic models"
 script=scripts/make_synthetic.py
-python=
-for p in python3 /usr/bin/python3; do
-    [ -n "$python" ] || ! "$p" -c 'import numpy' 2>/dev/null || python=$p
-done
-if [ -z "$python" ]; then
-    echo "skipped: the synthetic models need python3 and numpy"
-    echo "0 passed, 0 failed"
-    exit 0
-fi
-export PYTHONDONTWRITEBYTECODE=1
-
-# WHAT COMMAND...: the command succeeds; what it prints is kept in "said".
-holds() {
-    what=$1
-    shift
-    if "$@" >"$dir/said" 2>&1; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAIL: $what"
-        cat "$dir/said"
-    fi
-}
 
 # MODEL QUANT PARAMETERS TENSORS BYTES, without writing the file.
 shape() {
@@ -106,5 +80,4 @@ case $(uname -s)-$(uname -m) in
         ;;
     *)  echo "skipped: files with holes need a 64-bit Linux" ;;
 esac
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+finish

@@ -1,0 +1,55 @@
+# What the test scripts share: sourced first, from the root of the checkout.
+#
+#     . test/lib.sh
+#     needs_python numpy "the tests of scripts/"      (or skip, and say so)
+#     holds "two and two" [ $((2 + 2)) = 4 ]
+#     finish
+#
+# $dir is a temporary folder, gone at the end; $run the program under test.
+set -u
+
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+run=${RUN:-./run}
+export PYTHONDONTWRITEBYTECODE=1
+
+# skip WHAT: nothing can be tested here.
+skip() {
+    echo "skipped: $1"
+    finish
+}
+
+# needs_python MODULE WHAT: $python is one that has the module.
+needs_python() {
+    for python in python3 /usr/bin/python3; do
+        "$python" -c "import $1" 2>/dev/null && return
+    done
+    skip "$2, which needs python3 with $1"
+}
+
+# result STATUS WHAT: count a test; if it failed, show what was said, by the
+# command of holds() and by the program, in $dir/err.
+result() {
+    if [ "$1" = 0 ]; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAIL   $2"
+        cat "$dir/said" "$dir/err" 2>/dev/null | sed 's/^/       | /'
+    fi
+}
+
+# holds WHAT COMMAND...: the command succeeds.
+holds() {
+    what=$1
+    shift
+    "$@" >"$dir/said" 2>&1
+    result $? "$what"
+}
+
+finish() {
+    echo "$passed passed, $failed failed"
+    [ "$failed" = 0 ]
+    exit $?
+}
