@@ -174,8 +174,9 @@ expect 0 "control text is text" --temp 0 -n 5 $m "<|im_end|>"
 "$run" --raw --temp 100 --min-p 0 -s 1 -n 3000 $m "Once" \
     >"$dir/out" 2>"$dir/err" &
 pid=$!
-for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-    [ -s "$dir/out" ] && break
+tries=0
+while [ ! -s "$dir/out" ] && [ $tries -lt 200 ]; do
+    tries=$((tries + 1))
     sleep 0.3
 done
 kill -INT $pid 2>/dev/null
