@@ -341,25 +341,28 @@ static void conv_step(float *y, float *win, const float *w, const float *bcx,
     }
 }
 
-/* The conv memory of a sequence after `pos` tokens, if it is kept: a copy of
- * all layers, [n_conv][l_cache-1][n_embd].  NULL for other positions. */
+/* The conv memory of all layers: [n_conv][l_cache-1][n_embd]. */
+static uint64_t conv_elements(const struct lfm2_model *m)
+{
+    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
+           (uint64_t)m->cfg.n_embd;
+}
+
+/* A copy of that memory as it was after `pos` tokens, if it is kept; NULL for
+ * other positions. */
 static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
                         int pos)
 {
-    const lfm2_config *c = &ctx->model->cfg;
-    size_t size = (size_t)ctx->model->n_conv * (c->l_cache - 1) * c->n_embd;
-
     if (pos == 0 || pos % ctx->seq_step != 0)
         return NULL;
-    return s->marks + (size_t)(pos / ctx->seq_step - 1) * size;
+    return s->marks + (size_t)(pos / ctx->seq_step - 1) *
+                      (size_t)conv_elements(ctx->model);
 }
-
-struct conv_job { const struct layer *l; };
 
 static void conv_work(struct lfm2_context *ctx, void *arg, int thread,
                       int first, int last)
 {
-    const struct layer *l = ((struct conv_job *)arg)->l;
+    const struct layer *l = arg;
     const int n = ctx->model->cfg.n_embd, l_cache = ctx->model->cfg.l_cache;
     const size_t at = (size_t)l->i_kind * (l_cache - 1) * n;
 
@@ -392,11 +395,10 @@ static void conv_work(struct lfm2_context *ctx, void *arg, int thread,
 static void short_conv(struct lfm2_context *ctx, const struct layer *l)
 {
     const int n = ctx->model->cfg.n_embd;
-    struct conv_job job = { l };
 
     load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, n);
     matmul(ctx, ctx->bcx, &l->shortconv_in_proj, &ctx->in);
-    parallel(ctx, conv_work, &job, n);
+    parallel(ctx, conv_work, (void *)l, n);
     load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, n);
     matmul(ctx, ctx->y, &l->shortconv_out_proj, &ctx->in);
 }
@@ -891,8 +893,7 @@ static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
 static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
                         int n_spans)
 {
-    const lfm2_config *c = &ctx->model->cfg;
-    size_t size = (size_t)ctx->model->n_conv * (c->l_cache - 1) * c->n_embd;
+    const size_t size = (size_t)conv_elements(ctx->model);
 
     ctx->n_logits = 0;
     ctx->n_spans = n_spans;
@@ -908,8 +909,7 @@ static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
 static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
                        int n_spans)
 {
-    const lfm2_config *c = &ctx->model->cfg;
-    size_t size = (size_t)ctx->model->n_conv * (c->l_cache - 1) * c->n_embd;
+    const size_t size = (size_t)conv_elements(ctx->model);
 
     ctx->n_spans = 0;
     for (int i = 0; i < n_spans; i++) {
@@ -3170,12 +3170,6 @@ static void carve_input(struct arena *a, struct input *in, uint64_t rows,
     in->q = carve(a, rows * cols, sizeof *in->q);
     in->d = carve(a, rows * (cols / 32), sizeof *in->d);
     in->sum = carve(a, rows * (cols / 32) * 2, sizeof *in->sum);
-}
-
-static uint64_t conv_elements(const struct lfm2_model *m)
-{
-    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
-           (uint64_t)m->cfg.n_embd;
 }
 
 static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
