@@ -2884,9 +2884,10 @@ static int read_width(struct lfm2_model *m, const char *name, const char *key,
 
     TRY(find_tensor(m, name, &t, err));
     *out = (int)t->dims[1];
-    if (kv)
-        TRY(kv_count(kv, &said, err));
-    if (kv && said != *out)
+    if (kv && kv_count(kv, &said, NULL) != LFM2_OK)
+        warn(m, "%s: no single integer, but %s has %d rows; the tensor is "
+             "right", kv->key, name, *out);
+    else if (kv && said != *out)
         warn(m, "%s: %lld, but %s has %d rows; the tensor is right", kv->key,
              (long long)said, name, *out);
     return LFM2_OK;

@@ -89,6 +89,9 @@ tolerated[] = {
       "lfm2moe.expert_feed_forward_length: 99, but", 1 },
     { { SET, "lfm2.vocab_size", T_U32, 65536, 0, 0 },
       "lfm2.vocab_size: 65536, but token_embd.weight has 264 rows", 0 },
+    { { SET_STRING, "lfm2.feed_forward_length", 0, 0, "128", 0 },
+      "lfm2.feed_forward_length: no single integer, but blk.0.ffn_gate.weight "
+      "has 128 rows; the tensor is right", 0 },
     { { DROP, "lfm2.vocab_size", 0, 0, 0, 0 }, NULL, 0 },
     { { DROP, "lfm2.feed_forward_length", 0, 0, 0, 0 }, NULL, 0 },
     { { DROP, "general.name", 0, 0, 0, 0 }, NULL, 0 },
