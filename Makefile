@@ -6,6 +6,10 @@
 # make debug        build/debug/run, with the sanitizers
 # make lib          build/liblfm2.a and build/liblfm2.so
 # make install      DESTDIR= PREFIX=/usr/local
+# make bench        models of the real shapes with random weights, and their speed;
+#                   BENCH_MODELS="350m:q4_0 1.2b:q4_0" names them (needs numpy),
+#                   BENCH="-p 512 -n 128" sets options of ./run --bench, and
+#                   LLAMA_BENCH=/path/to/llama-bench adds a comparison
 # make clean
 
 CC      ?= cc
@@ -33,7 +37,7 @@ run: build/run.o build/lfm2.o
 build/%.o: %.c | build
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -c -o $@ $<
 
-build build/pic build/debug build/test build/debug/test:
+build build/pic build/debug build/test build/debug/test build/bench:
 	mkdir -p $@
 
 # ----------------------------------------------------------------- the library
@@ -111,9 +115,30 @@ check-debug: build/debug/run $(SUITES:%=build/debug/test/%)
 check-bits:
 	@sh test/bits.sh
 
+# ------------------------------------------------------------------- the speed
+
+# NAME:QUANT, as in scripts/make_synthetic.py, becomes build/bench/NAME-QUANT.gguf.
+BENCH_MODELS ?= 350m:q4_0 1.2b:q4_0
+BENCH_FILES  := $(patsubst %,build/bench/%.gguf,$(subst :,-,$(BENCH_MODELS)))
+
+build/bench/%.gguf: | build/bench
+	@for python in python3 /usr/bin/python3; do \
+	    $$python -c 'import numpy' 2>/dev/null || continue; \
+	    name='$*'; \
+	    exec $$python scripts/make_synthetic.py "$${name%-*}" "$${name##*-}" $@; \
+	done; \
+	echo "make bench: writing $@ needs python3 with numpy" >&2; exit 1
+
+bench: run $(BENCH_FILES)
+	@for file in $(BENCH_FILES); do \
+	    ./run --bench $$file $(BENCH) && echo || exit; \
+	done
+	@[ -z "$(LLAMA_BENCH)" ] || \
+	    scripts/compare_llama.sh "$(LLAMA_BENCH)" $(BENCH_FILES)
+
 clean:
 	rm -rf build run
 
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
-.PHONY: demo lib install debug have-check check check-debug check-bits clean
+.PHONY: demo lib install debug have-check check check-debug check-bits bench clean

@@ -52,6 +52,8 @@
  * enough, in any byte order and word size.  LFM2_NO_THREADS leaves out
  * pthreads, LFM2_NO_MMAP leaves out mmap. */
 
+#ifndef KERNELS                           /* see section 12                  */
+
 #define _POSIX_C_SOURCE 200809L
 
 #include "lfm2.h"
@@ -74,6 +76,12 @@
 #endif
 #ifndef LFM2_NO_THREADS
 #include <pthread.h>
+#endif
+
+#if defined __x86_64__ && defined __GNUC__ && !defined LFM2_NO_SIMD
+#define LFM2_X86
+#include <cpuid.h>
+#include <immintrin.h>
 #endif
 
 #if FLT_EVAL_METHOD != 0
@@ -168,15 +176,22 @@ struct seq {
 /* A piece of a span: n rows of the batch, which continue one sequence. */
 struct piece { int seq, pos, row, n; };
 
-/* The input of a matrix product: n rows as floats, and the same rounded to
- * groups of 32 columns, x ~ d q.  sum holds the sums of q over 16 columns, for
- * the formats whose weights have a minimum. */
+/* 32 columns of a row, rounded: x ~ d q.  sum holds the sums of q over 16
+ * columns each, and s is d times both, for weights that have a minimum or are
+ * stored with an offset. */
+struct rounded {
+    int8_t q[32];
+    float d, s;
+    int16_t sum[2];
+};
+
+/* The input of matrix products: n rows as they are, for weights in floats, and
+ * rounded, for all others.  Row i is row[i] of the memory, if there is `row`. */
 struct input {
     int n, cols;
-    const float *f;                       /* [n][cols]                       */
-    int8_t *q;                            /* [n][cols]                       */
-    float *d;                             /* [n][groups]                     */
-    int16_t *sum;                         /* [n][groups][2]                  */
+    const int *row;                       /* [n], or NULL: row i is row i    */
+    float *f;                             /* [rows][cols]                    */
+    struct rounded *q;                    /* [rows][cols/32]                 */
 };
 
 struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
@@ -185,6 +200,7 @@ struct lfm2_context {
     const struct lfm2_model *model;
     lfm2_params par;
     struct pool *pool;
+    const struct isa *isa;                /* the kernels for this CPU        */
     atomic_int cancel;
     void *memory;                         /* everything below points into it */
     int seq_step;
@@ -193,28 +209,28 @@ struct lfm2_context {
     /* one pass: at most n_batch rows, cut from the spans in order */
     int n_rows, n_pieces, n_wanted;
     struct piece *piece;                  /* [n_seq]                         */
-    int32_t *token;                       /* [n_rows]                        */
+    int32_t *token, *position;            /* [n_rows]                        */
     uint8_t *wanted;                      /* [n_rows], 1: give its logits    */
     float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
 
     float *x;                             /* [n_rows][n_embd] residual       */
-    float *h, *y;                         /* the same: into and out of what
-                                             is added to x                   */
-    float *bcx;                           /* [n_rows][3][n_embd]             */
-    float *q;                             /* [n_rows][n_head][head_dim]      */
+    float *q;                             /* [n_rows][n_head][head_dim], the
+                                             memory of mixed.f               */
     float *k, *v;                         /* [n_rows][n_head_kv][head_dim]   */
-    float *gate, *up;                     /* [n_rows][n_ff] and of experts   */
-    struct input in;                      /* of n_embd columns               */
-    struct input in_wide;                 /* of the widest FFN               */
+    struct input in;                      /* [n_rows][n_embd], x normed      */
+    struct input mixed;                   /* [n_rows][n_embd] or of all the
+                                             heads: what an operator gives   */
+    struct input hidden;                  /* [n_rows][n_ff], and of experts
+                                             [slots][n_ff_expert]            */
 
-    /* experts */
+    /* experts; a slot is one choice of one row */
     float *score;                         /* [n_rows][n_expert]              */
     int *chosen;                          /* [n_rows][n_expert_used]         */
     float *weight;                        /* [n_rows][n_expert_used]         */
     int *slot;                            /* rows*used, grouped by expert    */
+    int *slot_row;                        /* the row of each                 */
     int *slot_end;                        /* [n_expert+1] bounds of groups   */
-    struct input in_expert;               /* the rows one expert works on    */
-    float *in_expert_f;                   /* [n_rows][n_embd]                */
+    int *active, n_active;                /* experts that somebody chose     */
 
     float *logits;                        /* [n_logits][n_vocab]             */
     int n_logits;                         /* rows that are there             */
@@ -235,21 +251,88 @@ static float dot_f32(const float *a, const float *b, int n);
 static float f16_to_f32(uint16_t h);
 static uint16_t f32_to_f16(float f);
 
-/* Run fn on the items 0 .. n-1, divided among the threads. */
-typedef void work_fn(struct lfm2_context *ctx, void *job, int thread,
-                     int first, int last);
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job, int n);
+enum { UNIT = 32 };                       /* columns rounded together        */
+
+struct gathered;
+struct kv_head;
+
+/* What a thread works with. */
+struct scratch {
+    float *out[3];                        /* [n_batch][UNIT], of product()   */
+    struct gathered *gathered;            /* see attend_rows()               */
+
+    /* rows of weights, unpacked: here one row, in section 12 a panel */
+    uint8_t *q;                           /* [cols][panel rows]              */
+    float *d, *m;                         /* [groups][2][panel rows]         */
+    float *f;                             /* [cols], for float formats       */
+};
+
+/* What an instruction set brings; see sections 10 to 12. */
+struct isa {
+    int panel_rows;
+    float (*dot)(const float *a, const float *b, int n);
+    void (*quantize)(struct rounded *to, const float *x);
+    void (*swiglu)(float *gate, const float *up, int n);
+    void (*add_scaled)(float *y, float a, const float *x, int n);
+    void (*rope)(float *head, const float *turn, int head_dim);
+    void (*conv_step)(float *y, float *win, const float *w, const float *b,
+                      const float *c, const float *x, int l_cache, size_t n);
+    void (*attend_chunk)(struct gathered *g, const float *q, int n_q,
+                         const struct kv_head *kv, int pos, int n);
+    void (*product)(float *out, const struct tensor *w, int first, int n_rows,
+                    const struct input *in, const struct scratch *s,
+                    const uint8_t *next);
+    int64_t (*exercise)(int *sum);        /* see lfm2_exercise()             */
+};
+
+/* Run fn on every thread of the context, numbered from 0. */
+typedef void work_fn(struct lfm2_context *ctx, void *job, int thread);
+static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job);
+
+/* The share of n things that falls to a thread: first .. last-1. */
+struct range { int first, last; };
+static struct range share(const struct lfm2_context *ctx, int n, int thread);
 
 /* Row r of w as floats: out[w->cols]. */
 static void get_row(float *out, const struct tensor *w, int r);
 
-/* Make the n rows of x, [n][cols], the input of matrix products. */
-static void load_input(struct lfm2_context *ctx, struct input *in,
-                       const float *x, int n, int cols);
+/* in = the n rows of x, [n][cols]. */
+static void load_input(struct lfm2_context *ctx, struct input *in, float *x,
+                       int n, int cols);
 
-/* y = in w^T: y[in->n][w->rows], which is none of the rows of `in`. */
+/* in = rms_norm of ctx->x. */
+static void load_normed(struct lfm2_context *ctx, const float *norm);
+
+/* Group g of a row becomes x, [32]. */
+static void set_group(const struct lfm2_context *ctx, struct input *in, int row,
+                      int g, const float *x);
+
+/* Products come in units of 32 rows of w, the outputs that make one group of
+ * the next input.  The result, [in->n][32], is the thread's buffer number `to`.
+ * `next` is what the thread will read next, to be fetched meanwhile. */
+static int n_units(const struct tensor *w);
+static const uint8_t *unit_data(const struct tensor *w, int u);
+static const uint8_t *share_data(const struct lfm2_context *ctx,
+                                 const struct tensor *w, int thread);
+static float *product(struct lfm2_context *ctx, int thread, int to,
+                      const struct tensor *w, int u, const struct input *in,
+                      const uint8_t *next);
+
+/* Unit u of all rows of y, [n][w->rows], becomes `unit`, [n][UNIT], or is
+ * increased by it. */
+static void put_unit(float *y, const struct tensor *w, int u, const float *unit,
+                     int n, int add);
+
+/* y = in w^T, [in->n][w->rows], or y += in w^T. */
 static void matmul(struct lfm2_context *ctx, float *y, const struct tensor *w,
                    const struct input *in);
+static void matmul_add(struct lfm2_context *ctx, float *y,
+                       const struct tensor *w, const struct input *in);
+
+/* A thread's part of matmul(); it will go on with the matrix `next`. */
+static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
+                         const struct tensor *w, const struct input *in,
+                         const struct tensor *next);
 
 /* The e-th matrix of an expert tensor. */
 static struct tensor expert(const struct tensor *w, int e);
@@ -265,23 +348,19 @@ static int fail(lfm2_error *err, int code, const char *fmt, ...);
             return code_;       \
     } while (0)
 
-/* --------------------------------------------------------- 3. Small blocks */
+/* --------------------------------------------------------- 3. Small blocks
+ *
+ * In plain C, which is what they mean.  Those that matter for speed are called
+ * through ctx->isa, the kernels for this CPU, which give the same bits. */
 
-/* y = x / sqrt(mean(x^2) + eps) * w, row by row.  y may be x. */
-static void rms_norm(float *y, const float *x, const float *w, int rows, int n,
-                     float eps)
+/* y = x / sqrt(mean(x^2) + eps) * w.  y may be x. */
+static void rms_norm(const struct isa *isa, float *y, const float *x,
+                     const float *w, int n, float eps)
 {
-    for (int r = 0; r < rows; r++, x += n, y += n) {
-        float scale = 1.0f / sqrtf(dot_f32(x, x, n) / (float)n + eps);
-        for (int i = 0; i < n; i++)
-            y[i] = x[i] * scale * w[i];
-    }
-}
+    float scale = 1.0f / sqrtf(isa->dot(x, x, n) / (float)n + eps);
 
-static void add(float *x, const float *y, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        x[i] += y[i];
+    for (int i = 0; i < n; i++)
+        y[i] = x[i] * scale * w[i];
 }
 
 static float sigmoid(float x)
@@ -290,24 +369,31 @@ static float sigmoid(float x)
 }
 
 /* SwiGLU: gate = silu(gate) * up, where silu(x) = x sigmoid(x). */
-static void swiglu(float *gate, const float *up, size_t n)
+static void swiglu(float *gate, const float *up, int n)
 {
-    for (size_t i = 0; i < n; i++)
+    for (int i = 0; i < n; i++)
         gate[i] = gate[i] / (1.0f + exp_f32(-gate[i])) * up[i];
+}
+
+/* y += a x */
+static void add_scaled(float *y, float a, const float *x, int n)
+{
+    for (int i = 0; i < n; i++)
+        y[i] = fma_f32(a, x[i], y[i]);
 }
 
 /* Rotary position embedding.  Of a head, dimensions i and i + head_dim/2 are a
  * point in the plane (the "NEOX" pairing), turned by pos * base^(-2i/head_dim).
- * turn[head_dim/2][2] holds the cosines and sines for this position. */
+ * turn holds the cosines for this position, [head_dim/2], then the sines. */
 static void rope(float *head, const float *turn, int head_dim)
 {
-    int half = head_dim / 2;
+    const int half = head_dim / 2;
+    const float *c = turn, *s = turn + half;
 
     for (int i = 0; i < half; i++) {
-        float c = turn[2 * i], s = turn[2 * i + 1];
         float a = head[i], b = head[i + half];
-        head[i]        = fma_f32(a, c, -(b * s));
-        head[i + half] = fma_f32(b, c, a * s);
+        head[i]        = fma_f32(a, c[i], -(b * s[i]));
+        head[i + half] = fma_f32(b, c[i], a * s[i]);
     }
 }
 
@@ -316,27 +402,28 @@ static void rope(float *head, const float *turn, int head_dim)
  * Everything else in the model looks at one token alone.  These two carry
  * something from token to token, so they work sequence by sequence. */
 
-/* One step of a short convolution, for the channels first .. last-1:
+/* One step of a short convolution, for one unit of channels:
  *
  *     u    = b * x                               gate on the way in
  *     v    = w[0] u[-2] + w[1] u[-1] + w[2] u    per channel, causal
  *     y    = c * v                               gate on the way out
  *
- * win[l_cache-1][n] holds the earlier u, oldest first, and moves on by one. */
-static void conv_step(float *y, float *win, const float *w, const float *bcx,
-                      int n, int l_cache, int first, int last)
+ * y may be c.  win[l_cache-1] holds the earlier u, oldest first, and moves on
+ * by one; its rows, and those of w, are n apart. */
+static void conv_step(float *y, float *win, const float *w, const float *b,
+                      const float *c, const float *x, int l_cache, size_t n)
 {
-    const float *b = bcx, *c = bcx + n, *x = bcx + 2 * n;
+    const size_t last = (size_t)l_cache - 1;
 
-    for (int i = first; i < last; i++) {
+    for (size_t i = 0; i < UNIT; i++) {
         float u = b[i] * x[i];
         float v = w[i] * win[i];
-        for (int k = 1; k < l_cache - 1; k++) {
-            v = fma_f32(w[(size_t)k * n + i], win[(size_t)k * n + i], v);
-            win[(size_t)(k - 1) * n + i] = win[(size_t)k * n + i];
+        for (size_t k = 1; k < last; k++) {
+            v = fma_f32(w[k * n + i], win[k * n + i], v);
+            win[(k - 1) * n + i] = win[k * n + i];
         }
-        v = fma_f32(w[(size_t)(l_cache - 1) * n + i], u, v);
-        win[(size_t)(l_cache - 2) * n + i] = u;
+        v = fma_f32(w[last * n + i], u, v);
+        win[(last - 1) * n + i] = u;
         y[i] = c[i] * v;
     }
 }
@@ -359,29 +446,48 @@ static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
                       (size_t)conv_elements(ctx->model);
 }
 
-static void conv_work(struct lfm2_context *ctx, void *arg, int thread,
-                      int first, int last)
+/* The channels of unit u, all rows: b, c and x are [n_rows][UNIT], and the
+ * result becomes that group of the next input. */
+static void conv_unit(struct lfm2_context *ctx, const struct layer *l, int u,
+                      const float *b, float *c, const float *x)
 {
-    const struct layer *l = arg;
-    const int n = ctx->model->cfg.n_embd, l_cache = ctx->model->cfg.l_cache;
-    const size_t at = (size_t)l->i_kind * (l_cache - 1) * n;
+    const lfm2_config *cfg = &ctx->model->cfg;
+    const size_t n = (size_t)cfg->n_embd, first = (size_t)u * UNIT;
+    const size_t at = (size_t)l->i_kind * (size_t)(cfg->l_cache - 1) * n + first;
 
-    (void)thread;
     for (int i = 0; i < ctx->n_pieces; i++) {
         const struct piece *p = &ctx->piece[i];
-        struct seq *s = &ctx->seq[p->seq];
-        float *win = s->conv + at;                     /* [l_cache-1][n] */
+        float *win = ctx->seq[p->seq].conv + at;
+        size_t row = (size_t)p->row * UNIT;
 
-        for (int t = 0; t < p->n; t++) {
-            size_t row = (size_t)(p->row + t);
-            conv_step(ctx->h + row * n, win, l->shortconv_conv,
-                      ctx->bcx + row * 3 * n, n, l_cache, first, last);
-            float *mark = conv_mark(ctx, s, p->pos + t + 1);
-            for (int k = 0; mark && k < l_cache - 1; k++)
-                memcpy(mark + at + (size_t)k * n + first,
-                       win + (size_t)k * n + first,
-                       (size_t)(last - first) * sizeof *win);
+        for (int t = 0; t < p->n; t++, row += UNIT) {
+            ctx->isa->conv_step(c + row, win, l->shortconv_conv + first,
+                                b + row, c + row, x + row, cfg->l_cache, n);
+            set_group(ctx, &ctx->mixed, p->row + t, u, c + row);
+            float *mark = conv_mark(ctx, &ctx->seq[p->seq], p->pos + t + 1);
+            for (size_t k = 0; mark && k + 1 < (size_t)cfg->l_cache; k++)
+                memcpy(mark + at + k * n, win + k * n, UNIT * sizeof *win);
         }
+    }
+}
+
+/* A thread computes the same channels of b, c and x, so it can go on alone. */
+static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct layer *l = arg;
+    const struct tensor *w = &l->shortconv_in_proj;
+    const int n = ctx->model->cfg.n_embd / UNIT;
+    const struct range r = share(ctx, n, thread);
+
+    for (int u = r.first; u < r.last; u++) {
+        const uint8_t *next = u + 1 < r.last
+            ? unit_data(w, u + 1) : unit_data(&l->shortconv_out_proj, r.first);
+        float *b = product(ctx, thread, 0, w, u, &ctx->in,
+                           unit_data(w, n + u));
+        float *c = product(ctx, thread, 1, w, n + u, &ctx->in,
+                           unit_data(w, 2 * n + u));
+        float *x = product(ctx, thread, 2, w, 2 * n + u, &ctx->in, next);
+        conv_unit(ctx, l, u, b, c, x);
     }
 }
 
@@ -394,13 +500,10 @@ static void conv_work(struct lfm2_context *ctx, void *arg, int thread,
  * layer is the last two columns of b * x, however long the text. */
 static void short_conv(struct lfm2_context *ctx, const struct layer *l)
 {
-    const int n = ctx->model->cfg.n_embd;
-
-    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, n);
-    matmul(ctx, ctx->bcx, &l->shortconv_in_proj, &ctx->in);
-    parallel(ctx, conv_work, (void *)l, n);
-    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, n);
-    matmul(ctx, ctx->y, &l->shortconv_out_proj, &ctx->in);
+    ctx->mixed.n = ctx->n_rows;
+    ctx->mixed.cols = ctx->model->cfg.n_embd;
+    parallel(ctx, conv_work, (void *)l);
+    matmul_add(ctx, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
 }
 
 /* Attention looks at positions in chunks of CHUNK, which decide how sums are
@@ -500,30 +603,36 @@ static float sum_16(float a[16])
     return a[0];
 }
 
-/* One chunk: scores, their maximum, p = exp(s - max), and o = sum p v. */
-static void attend_chunk(struct gathered *g, const float *q,
+/* One chunk: scores, their maximum, p = exp(s - max), and o = sum p v; for each
+ * of the n_q queries that share a kv head, [n_q][head_dim]. */
+static void attend_chunk(struct gathered *g, const float *q, int n_q,
                          const struct kv_head *kv, int pos, int n)
 {
     const int hd = kv->head_dim;
-    float s[CHUNK], v[MAX_HEAD_DIM], lane[16] = { 0 };
+    float s[CHUNK], v[MAX_HEAD_DIM];
 
-    chunk_scores(s, q, kv, pos, n);
-    g->max = -INFINITY;
-    for (int p = 0; p < n; p++)
-        g->max = s[p] > g->max ? s[p] : g->max;
-    memset(g->o, 0, sizeof g->o);
-    for (int p = 0; p < n; p++) {
-        float e = exp_f32(s[p] - g->max);
-        lane[p % 16] += e;
-        kv_get(v, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
-        for (int d = 0; d < hd; d++)
-            g->o[d] = fma_f32(e, v[d], g->o[d]);
+    for (; n_q > 0; n_q--, g++, q += hd) {
+        float lane[16] = { 0 };
+
+        chunk_scores(s, q, kv, pos, n);
+        g->max = -INFINITY;
+        for (int p = 0; p < n; p++)
+            g->max = s[p] > g->max ? s[p] : g->max;
+        memset(g->o, 0, sizeof g->o);
+        for (int p = 0; p < n; p++) {
+            float e = exp_f32(s[p] - g->max);
+            lane[p % 16] += e;
+            kv_get(v, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
+            for (int d = 0; d < hd; d++)
+                g->o[d] = fma_f32(e, v[d], g->o[d]);
+        }
+        g->sum = sum_16(lane);
     }
-    g->sum = sum_16(lane);
 }
 
 /* Add a later chunk to what is gathered, relative to the larger maximum. */
-static void merge_chunk(struct gathered *a, const struct gathered *b, int hd)
+static void merge_chunk(const struct isa *isa, struct gathered *a,
+                        const struct gathered *b, int hd)
 {
     float max = b->max > a->max ? b->max : a->max;
     float wa = exp_f32(a->max - max), wb = exp_f32(b->max - max);
@@ -531,65 +640,119 @@ static void merge_chunk(struct gathered *a, const struct gathered *b, int hd)
     a->max = max;
     a->sum = fma_f32(b->sum, wb, a->sum * wa);
     for (int d = 0; d < hd; d++)
-        a->o[d] = fma_f32(b->o[d], wb, a->o[d] * wa);
+        a->o[d] = a->o[d] * wa;
+    isa->add_scaled(a->o, wb, b->o, hd);
 }
 
-/* out = softmax(q k^T) v over the first n positions.  out may be q. */
-static void attend(float *out, const float *q, const struct kv_head *kv, int n)
-{
-    struct gathered all, part;
-
-    attend_chunk(&all, q, kv, 0, n < CHUNK ? n : CHUNK);
-    for (int pos = CHUNK; pos < n; pos += CHUNK) {
-        attend_chunk(&part, q, kv, pos, n - pos < CHUNK ? n - pos : CHUNK);
-        merge_chunk(&all, &part, kv->head_dim);
-    }
-    for (int d = 0; d < kv->head_dim; d++)
-        out[d] = all.o[d] / all.sum;
-}
-
-/* One row and one kv head, with the query heads that share it: norm, rotate,
- * remember, look back.  q becomes the result. */
-static void attend_group(struct lfm2_context *ctx, const struct layer *l,
-                         const struct kv_head *kv, int head, size_t row,
-                         int pos)
+/* Norm and rotate the heads of a row that share kv head `head`; remember k and
+ * v. */
+static void prepare_group(struct lfm2_context *ctx, const struct layer *l,
+                          const struct kv_head *kv, int head, int row, int pos)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
-    const float *turn = ctx->rope + row * hd;
-    float *q = ctx->q + (row * c->n_head + (size_t)head * group) * hd;
-    float *k = ctx->k + (row * c->n_head_kv + head) * hd;
-    float *v = ctx->v + (row * c->n_head_kv + head) * hd;
+    const float *turn = ctx->rope + (size_t)row * hd;
+    const size_t i = (size_t)row * c->n_head_kv + head;
     const float scale = 1.0f / sqrtf((float)hd);
+    float *k = ctx->k + i * hd, *q = ctx->q + i * group * hd;
 
-    rms_norm(k, k, l->attn_k_norm, 1, hd, c->norm_rms_eps);
-    rope(k, turn, hd);
-    kv_store(kv, pos, k, v);
-    rms_norm(q, q, l->attn_q_norm, group, hd, c->norm_rms_eps);
+    rms_norm(ctx->isa, k, k, l->attn_k_norm, hd, c->norm_rms_eps);
+    ctx->isa->rope(k, turn, hd);
+    kv_store(kv, pos, k, ctx->v + i * hd);
     for (int g = 0; g < group; g++, q += hd) {
-        rope(q, turn, hd);
+        rms_norm(ctx->isa, q, q, l->attn_q_norm, hd, c->norm_rms_eps);
+        ctx->isa->rope(q, turn, hd);
         for (int d = 0; d < hd; d++)
             q[d] *= scale;
-        attend(q, q, kv, pos + 1);
     }
 }
 
-static void attention_work(struct lfm2_context *ctx, void *arg, int thread,
-                           int first, int last)
+static void prepare_work(struct lfm2_context *ctx, void *arg, int thread)
 {
     const struct layer *l = arg;
     const int n_head_kv = ctx->model->cfg.n_head_kv;
+    const struct range r = share(ctx, ctx->n_pieces * n_head_kv, thread);
 
-    (void)thread;
-    for (int job = first; job < last; job++) {
-        const struct piece *p = &ctx->piece[job / n_head_kv];
-        const int head = job % n_head_kv;
+    for (int i = r.first; i < r.last; i++) {
+        const struct piece *p = &ctx->piece[i / n_head_kv];
+        const int head = i % n_head_kv;
         const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq], l->i_kind,
                                              head);
 
         for (int t = 0; t < p->n; t++)
-            attend_group(ctx, l, &kv, head, (size_t)(p->row + t), p->pos + t);
+            prepare_group(ctx, l, &kv, head, p->row + t, p->pos + t);
     }
+}
+
+/* How many rows look back together. */
+static int rows_together(const lfm2_config *c)
+{
+    const int group = c->n_head / c->n_head_kv;
+    return group < 32 ? 32 / group : 1;
+}
+
+/* out = softmax(q k^T) v for n rows of a piece, from its row `first` on, and
+ * the query heads of one kv head.  q becomes the result.  The rows take turns
+ * in each chunk, so that it is read from memory once. */
+static void attend_rows(struct lfm2_context *ctx, struct gathered *all,
+                        const struct piece *p, const struct kv_head *kv,
+                        int head, int first, int n)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
+    const int end = p->pos + first + n;
+    const size_t row = (size_t)c->n_head * hd;
+    float *q = ctx->q + (size_t)(p->row + first) * row +
+               (size_t)head * group * hd;
+    struct gathered *part = all + n * group;
+
+    for (int pos = 0; pos < end; pos += CHUNK)
+        for (int t = 0; t < n; t++) {
+            int seen = end - n + t + 1 - pos;
+            struct gathered *g = pos == 0 ? all + t * group : part;
+
+            if (seen <= 0)
+                continue;
+            ctx->isa->attend_chunk(g, q + (size_t)t * row, group, kv, pos,
+                                   seen < CHUNK ? seen : CHUNK);
+            for (int i = 0; pos > 0 && i < group; i++)
+                merge_chunk(ctx->isa, all + t * group + i, part + i, hd);
+        }
+    for (int i = 0; i < n * group; i++)
+        for (int d = 0; d < hd; d++)
+            q[(size_t)(i / group) * row + (size_t)(i % group) * hd + d] =
+                all[i].o[d] / all[i].sum;
+}
+
+/* Later rows see more, so the threads take turns. */
+static void attend_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct layer *l = arg;
+    const lfm2_config *c = &ctx->model->cfg;
+    const int most = rows_together(c);
+    int turn = 0;
+
+    for (int i = 0; i < ctx->n_pieces; i++) {
+        const struct piece *p = &ctx->piece[i];
+        for (int first = 0; first < p->n; first += most)
+            for (int head = 0; head < c->n_head_kv; head++) {
+                const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq],
+                                                     l->i_kind, head);
+                if (turn++ % ctx->par.n_threads == thread)
+                    attend_rows(ctx, ctx->scratch[thread].gathered, p, &kv,
+                                head, first,
+                                p->n - first < most ? p->n - first : most);
+            }
+    }
+}
+
+static void qkv_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct layer *l = arg;
+
+    matmul_share(ctx, thread, ctx->q, &l->attn_q, &ctx->in, &l->attn_k);
+    matmul_share(ctx, thread, ctx->k, &l->attn_k, &ctx->in, &l->attn_v);
+    matmul_share(ctx, thread, ctx->v, &l->attn_v, &ctx->in, &l->attn_output);
 }
 
 /* Grouped-query attention: q, k, v from h; q and k normed per head before they
@@ -598,35 +761,49 @@ static void attention(struct lfm2_context *ctx, const struct layer *l)
 {
     const lfm2_config *c = &ctx->model->cfg;
 
-    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, c->n_embd);
-    matmul(ctx, ctx->q, &l->attn_q, &ctx->in);
-    matmul(ctx, ctx->k, &l->attn_k, &ctx->in);
-    matmul(ctx, ctx->v, &l->attn_v, &ctx->in);
-    parallel(ctx, attention_work, (void *)l, ctx->n_pieces * c->n_head_kv);
-    load_input(ctx, &ctx->in_wide, ctx->q, ctx->n_rows,
-               c->n_head * c->head_dim);
-    matmul(ctx, ctx->y, &l->attn_output, &ctx->in_wide);
+    parallel(ctx, qkv_work, (void *)l);
+    parallel(ctx, prepare_work, (void *)l);
+    parallel(ctx, attend_work, (void *)l);
+    load_input(ctx, &ctx->mixed, ctx->q, ctx->n_rows, c->n_head * c->head_dim);
+    matmul_add(ctx, ctx->x, &l->attn_output, &ctx->mixed);
 }
 
 /* --------------------------------------------------------- 5. Feed-forward */
 
-/* y = down (silu(gate x) * (up x)), the three matrices of one network. */
-static void gated_network(struct lfm2_context *ctx, float *y,
-                          const struct input *x, const struct tensor *gate,
-                          const struct tensor *up, const struct tensor *down)
+/* Unit u of silu(gate x) * (up x) becomes group u of the rows of the hidden
+ * layer from `first` on. */
+static void gated_unit(struct lfm2_context *ctx, int thread,
+                       const struct tensor *gate, const struct tensor *up,
+                       int u, const struct input *x, int first,
+                       const uint8_t *next)
 {
-    matmul(ctx, ctx->gate, gate, x);
-    matmul(ctx, ctx->up, up, x);
-    swiglu(ctx->gate, ctx->up, (size_t)x->n * gate->rows);
-    load_input(ctx, &ctx->in_wide, ctx->gate, x->n, gate->rows);
-    matmul(ctx, y, down, &ctx->in_wide);
+    float *g = product(ctx, thread, 0, gate, u, x, unit_data(up, u));
+    float *h = product(ctx, thread, 1, up, u, x, next);
+
+    ctx->isa->swiglu(g, h, x->n * UNIT);
+    for (int t = 0; t < x->n; t++)
+        set_group(ctx, &ctx->hidden, first + t, u, g + (size_t)t * UNIT);
 }
 
+static void hidden_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct layer *l = arg;
+    const struct range r = share(ctx, n_units(&l->ffn_gate), thread);
+
+    for (int u = r.first; u < r.last; u++)
+        gated_unit(ctx, thread, &l->ffn_gate, &l->ffn_up, u, &ctx->in,
+                   0, u + 1 < r.last
+                   ? unit_data(&l->ffn_gate, u + 1)
+                   : share_data(ctx, &l->ffn_down, thread));
+}
+
+/* The dense network: x += down (silu(gate h) * (up h)). */
 static void ffn(struct lfm2_context *ctx, const struct layer *l)
 {
-    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, ctx->model->cfg.n_embd);
-    gated_network(ctx, ctx->y, &ctx->in, &l->ffn_gate, &l->ffn_up,
-                  &l->ffn_down);
+    ctx->hidden.n = ctx->n_rows;
+    ctx->hidden.cols = l->ffn_gate.rows;
+    parallel(ctx, hidden_work, (void *)l);
+    matmul_add(ctx, ctx->x, &l->ffn_down, &ctx->hidden);
 }
 
 /* Choose the experts of one row:
@@ -661,8 +838,8 @@ static void route(const lfm2_config *c, const float *bias, float *score,
         weight[i] = weight[i] / (sum + 1e-6f) * c->expert_weights_scale;
 }
 
-/* Sort the slots (row, i-th choice) by expert, rows ascending: the slots of
- * expert e are slot[slot_end[e]] .. slot[slot_end[e+1]-1]. */
+/* Sort the slots (row, i-th choice) by expert, rows ascending: those of expert
+ * e are slot[slot_end[e]] .. slot[slot_end[e+1]-1]. */
 static void group_by_expert(struct lfm2_context *ctx)
 {
     const int n_expert = ctx->model->cfg.n_expert;
@@ -674,92 +851,138 @@ static void group_by_expert(struct lfm2_context *ctx)
         end[ctx->chosen[i] + 1]++;
     for (int e = 0; e < n_expert; e++)
         end[e + 1] += end[e];
-    for (int i = n - 1; i >= 0; i--)
-        ctx->slot[--end[ctx->chosen[i] + 1]] = i;
+    for (int i = n - 1; i >= 0; i--) {
+        int s = --end[ctx->chosen[i] + 1];
+        ctx->slot[s] = i;
+        ctx->slot_row[s] = i / ctx->model->cfg.n_expert_used;
+    }
     memmove(end, end + 1, (size_t)n_expert * sizeof *end);
     end[n_expert] = n;
+    ctx->n_active = 0;
+    for (int e = 0; e < n_expert; e++)
+        if (end[e] < end[e + 1])
+            ctx->active[ctx->n_active++] = e;
 }
 
-/* The rows of the given slots become the input of an expert. */
-static void gather_rows(struct lfm2_context *ctx, const int *slot, int n)
+/* Some rows of an input that lie one after the other. */
+static struct input rows_of(const struct input *in, struct range r)
 {
-    const struct input *from = &ctx->in;
-    struct input *to = &ctx->in_expert;
-    const size_t cols = (size_t)from->cols, groups = cols / 32;
-    const int used = ctx->model->cfg.n_expert_used;
+    struct input some = *in;
 
-    to->n = n;
-    to->cols = from->cols;
-    to->f = ctx->in_expert_f;
-    for (size_t i = 0; i < (size_t)n; i++) {
-        size_t r = (size_t)(slot[i] / used);
-        memcpy(ctx->in_expert_f + i * cols, from->f + r * cols,
-               cols * sizeof *from->f);
-        memcpy(to->q + i * cols, from->q + r * cols, cols);
-        memcpy(to->d + i * groups, from->d + r * groups,
-               groups * sizeof *to->d);
-        memcpy(to->sum + i * groups * 2, from->sum + r * groups * 2,
-               groups * 2 * sizeof *to->sum);
+    some.n = r.last - r.first;
+    some.q += (size_t)r.first * (size_t)(in->cols / 32);
+    if (some.f)
+        some.f += (size_t)r.first * (size_t)in->cols;
+    return some;
+}
+
+static struct range slots_of(const struct lfm2_context *ctx, int e)
+{
+    return (struct range){ ctx->slot_end[e], ctx->slot_end[e + 1] };
+}
+
+/* Where a thread goes after expert number i of those in use: to unit u of the
+ * matrix `w` of the next one. */
+static const uint8_t *next_expert(const struct lfm2_context *ctx,
+                                  const struct tensor *w, int i, int u)
+{
+    if (i + 1 == ctx->n_active)
+        return NULL;
+    const struct tensor next = expert(w, ctx->active[i + 1]);
+    return unit_data(&next, u);
+}
+
+/* The hidden layer of every slot, expert by expert, so that the weights of an
+ * expert are read once for all the rows that chose it. */
+static void hidden_experts_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct layer *l = arg;
+    const struct range r = share(ctx, n_units(&l->ffn_gate_exps), thread);
+
+    for (int i = 0; i < ctx->n_active; i++) {
+        const struct range slots = slots_of(ctx, ctx->active[i]);
+        const struct tensor gate = expert(&l->ffn_gate_exps, ctx->active[i]);
+        const struct tensor up = expert(&l->ffn_up_exps, ctx->active[i]);
+        struct input in = ctx->in;
+
+        in.row = ctx->slot_row + slots.first;
+        in.n = slots.last - slots.first;
+        for (int u = r.first; u < r.last; u++)
+            gated_unit(ctx, thread, &gate, &up, u, &in, slots.first,
+                       u + 1 < r.last
+                       ? unit_data(&gate, u + 1)
+                       : next_expert(ctx, &l->ffn_gate_exps, i, r.first));
     }
 }
 
-/* Mixture of experts: y = sum over the chosen e, ascending, of
- * weight[e] * expert_e(h).  The rows are regrouped so that the weights of an
- * expert are read once for all the rows that chose it. */
+/* x += sum over the chosen e, ascending, of weight[e] * down_e h. */
+static void experts_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct layer *l = arg;
+    const struct tensor *w = &l->ffn_down_exps;
+    const struct range r = share(ctx, n_units(w), thread);
+    float *y = ctx->scratch[thread].out[1];            /* [n_rows][UNIT] */
+
+    for (int u = r.first; u < r.last; u++) {
+        memset(y, 0, (size_t)ctx->n_rows * UNIT * sizeof *y);
+        for (int i = 0; i < ctx->n_active; i++) {
+            const struct range slots = slots_of(ctx, ctx->active[i]);
+            const struct tensor down = expert(w, ctx->active[i]);
+            const struct input in = rows_of(&ctx->hidden, slots);
+            const float *out = product(ctx, thread, 0, &down, u, &in,
+                                       next_expert(ctx, w, i, u));
+
+            for (int s = slots.first; s < slots.last; s++, out += UNIT)
+                ctx->isa->add_scaled(y + (size_t)ctx->slot_row[s] * UNIT,
+                                     ctx->weight[ctx->slot[s]], out, UNIT);
+        }
+        put_unit(ctx->x, w, u, y, ctx->n_rows, 1);
+    }
+}
+
+static void route_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct layer *l = arg;
+    const lfm2_config *c = &ctx->model->cfg;
+    const struct range r = share(ctx, ctx->n_rows, thread);
+
+    for (size_t t = (size_t)r.first; t < (size_t)r.last; t++)
+        route(c, l->exp_probs_b, ctx->score + t * (size_t)c->n_expert,
+              ctx->chosen + t * (size_t)c->n_expert_used,
+              ctx->weight + t * (size_t)c->n_expert_used);
+}
+
+/* Mixture of experts: each row is sent to the few networks the router chooses
+ * for it. */
 static void moe(struct lfm2_context *ctx, const struct layer *l)
 {
-    const lfm2_config *c = &ctx->model->cfg;
-    const size_t n = (size_t)c->n_embd;
-
-    load_input(ctx, &ctx->in, ctx->h, ctx->n_rows, c->n_embd);
     matmul(ctx, ctx->score, &l->ffn_gate_inp, &ctx->in);
-    for (int r = 0; r < ctx->n_rows; r++)
-        route(c, l->exp_probs_b, ctx->score + (size_t)r * c->n_expert,
-              ctx->chosen + (size_t)r * c->n_expert_used,
-              ctx->weight + (size_t)r * c->n_expert_used);
+    parallel(ctx, route_work, (void *)l);
     group_by_expert(ctx);
-
-    memset(ctx->y, 0, (size_t)ctx->n_rows * n * sizeof *ctx->y);
-    for (int e = 0; e < c->n_expert; e++) {
-        const int *slot = ctx->slot + ctx->slot_end[e];
-        const int n_slots = ctx->slot_end[e + 1] - ctx->slot_end[e];
-        struct tensor gate = expert(&l->ffn_gate_exps, e);
-        struct tensor up = expert(&l->ffn_up_exps, e);
-        struct tensor down = expert(&l->ffn_down_exps, e);
-
-        if (n_slots == 0)
-            continue;
-        gather_rows(ctx, slot, n_slots);
-        gated_network(ctx, ctx->bcx, &ctx->in_expert, &gate, &up, &down);
-        for (int i = 0; i < n_slots; i++) {
-            float *y = ctx->y + (size_t)(slot[i] / c->n_expert_used) * n;
-            const float *out = ctx->bcx + (size_t)i * n;
-            for (size_t j = 0; j < n; j++)
-                y[j] = fma_f32(ctx->weight[slot[i]], out[j], y[j]);
-        }
-    }
+    ctx->hidden.n = ctx->slot_end[ctx->model->cfg.n_expert];
+    ctx->hidden.cols = l->ffn_gate_exps.rows;
+    parallel(ctx, hidden_experts_work, (void *)l);
+    parallel(ctx, experts_work, (void *)l);
 }
 
 /* -------------------------------------------------------------- 6. Forward */
 
 /* x = the embeddings of the tokens; rope = the turns of their positions. */
-static void embed(struct lfm2_context *ctx)
+static void embed_work(struct lfm2_context *ctx, void *arg, int thread)
 {
     const lfm2_config *c = &ctx->model->cfg;
+    const int half = c->head_dim / 2;
+    const struct range r = share(ctx, ctx->n_rows, thread);
 
-    for (int i = 0; i < ctx->n_pieces; i++) {
-        const struct piece *p = &ctx->piece[i];
-        for (int t = p->row; t < p->row + p->n; t++) {
-            double freq = 1;
-            float *turn = ctx->rope + (size_t)t * c->head_dim;
+    (void)arg;
+    for (int t = r.first; t < r.last; t++) {
+        float *turn = ctx->rope + (size_t)t * c->head_dim;
+        double freq = 1;
 
-            get_row(ctx->x + (size_t)t * c->n_embd, &ctx->model->token_embd,
-                    ctx->token[t]);
-            for (int d = 0; d < c->head_dim / 2; d++, turn += 2) {
-                sin_cos((p->pos + t - p->row) * freq, &turn[1], &turn[0]);
-                freq /= ctx->model->rope_root;
-            }
-        }
+        get_row(ctx->x + (size_t)t * c->n_embd, &ctx->model->token_embd,
+                ctx->token[t]);
+        for (int i = 0; i < half; i++, freq /= ctx->model->rope_root)
+            sin_cos(ctx->position[t] * freq, &turn[half + i], &turn[i]);
     }
 }
 
@@ -772,13 +995,12 @@ static void output(struct lfm2_context *ctx)
 
     for (int t = 0; t < ctx->n_rows; t++)
         if (ctx->wanted[t])
-            memmove(ctx->h + n * (size_t)n_out++, ctx->x + n * (size_t)t,
-                    n * sizeof *ctx->h);
+            memmove(ctx->x + n * (size_t)n_out++, ctx->x + n * (size_t)t,
+                    n * sizeof *ctx->x);
     if (n_out == 0)
         return;
-    rms_norm(ctx->h, ctx->h, m->output_norm, n_out, m->cfg.n_embd,
-             m->cfg.norm_rms_eps);
-    load_input(ctx, &ctx->in, ctx->h, n_out, m->cfg.n_embd);
+    ctx->n_rows = n_out;
+    load_normed(ctx, m->output_norm);
     matmul(ctx, ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab,
            &m->output, &ctx->in);
     ctx->n_logits += n_out;
@@ -790,28 +1012,24 @@ static void output(struct lfm2_context *ctx)
 static int forward(struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const size_t size = (size_t)ctx->n_rows * c->n_embd;
-    float *x = ctx->x, *h = ctx->h, *y = ctx->y;       /* [n_rows][n_embd] */
 
-    embed(ctx);
+    parallel(ctx, embed_work, NULL);
     for (int il = 0; il < c->n_layer; il++) {
         const struct layer *l = &ctx->model->layer[il];
 
         if (atomic_load(&ctx->cancel))
             return LFM2_ECANCELLED;
-        rms_norm(h, x, l->attn_norm, ctx->n_rows, c->n_embd, c->norm_rms_eps);
+        load_normed(ctx, l->attn_norm);
         if (c->is_attn[il])
-            attention(ctx, l);
+            attention(ctx, l);                         /* x += ... */
         else
             short_conv(ctx, l);
-        add(x, y, size);
 
-        rms_norm(h, x, l->ffn_norm, ctx->n_rows, c->n_embd, c->norm_rms_eps);
+        load_normed(ctx, l->ffn_norm);
         if (il < c->n_layer_dense)
             ffn(ctx, l);
         else
             moe(ctx, l);
-        add(x, y, size);
     }
     output(ctx);
     return LFM2_OK;
@@ -884,6 +1102,7 @@ static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
             (struct piece){ span->seq, s->len, ctx->n_rows, n };
         for (int t = done; t < done + n; t++, ctx->n_rows++) {
             ctx->token[ctx->n_rows] = span->tokens[t];
+            ctx->position[ctx->n_rows] = s->start + t;
             ctx->wanted[ctx->n_rows] = t >= span->n_tokens - span->n_logits;
         }
     }
@@ -1116,27 +1335,36 @@ static float bf16_to_f32(uint16_t b)
 
 /* --------------------------------------------------------- 8. Worker threads
  *
- * A context owns n_threads - 1 workers; the caller is the last one.  Each takes
- * its fixed share of a job, so nobody asks who computes what. */
+ * A context owns n_threads - 1 workers; the caller is thread 0.  A job is one
+ * function that every thread calls with its number; each takes its fixed share,
+ * so nobody asks who computes what.  Jobs are short, some 50 microseconds, so
+ * both sides wait for each other in a loop before they go to sleep. */
+
+static struct range share(const struct lfm2_context *ctx, int n, int thread)
+{
+    const int64_t t = thread, of = ctx->par.n_threads;
+    return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
+}
+
+/* Some 20 to 50 microseconds. */
+enum { SPINS = 1000 };
 
 struct pool {
     int n_threads;
 #ifndef LFM2_NO_THREADS
+    int spins;                            /* before going to sleep           */
     struct worker { struct pool *pool; pthread_t thread; int id; } *worker;
-    pthread_mutex_t lock;
-    pthread_cond_t start, done;
-    int round, running, quit;
-    struct lfm2_context *ctx;
+    struct lfm2_context *ctx;             /* the job                         */
     work_fn *fn;
     void *job;
-    int n;
+    int quit;
+    atomic_uint round;                    /* jobs so far                     */
+    atomic_uint running;                  /* workers that are not done       */
+    atomic_uint asleep;                   /* threads on `changed`            */
+    pthread_mutex_t lock;
+    pthread_cond_t changed;               /* round, or running has become 0  */
 #endif
 };
-
-static int share(int n, int thread, int n_threads)
-{
-    return (int)((int64_t)n * thread / n_threads);
-}
 
 #ifdef LFM2_NO_THREADS
 
@@ -1160,59 +1388,182 @@ static void pool_close(struct pool *p)
     free(p);
 }
 
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job, int n)
+static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job)
 {
-    fn(ctx, job, 0, 0, n);
+    fn(ctx, job, 0);
 }
 
 #else
 
+#ifdef __linux__
+
+/* The CPUs a control group may use, from its cpu.max: "quota period" or "max
+ * period"; rounded up, 0 if there is no limit to be found. */
+static int cpu_max(const char *path)
+{
+    FILE *f = fopen(path, "r");
+    long quota, period;
+    int n = 0;
+
+    if (!f)
+        return 0;
+    if (fscanf(f, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0)
+        n = (int)((quota + period - 1) / period);
+    fclose(f);
+    return n;
+}
+
+/* The least cpu.max on the way from this process's group to the root. */
+static int cgroup_cpus(int n)
+{
+    static const char root[] = "/sys/fs/cgroup";
+    char line[512], path[sizeof root + sizeof line + sizeof "/cpu.max"];
+    FILE *f = fopen("/proc/self/cgroup", "r");
+    size_t len = 0;
+
+    while (f && len == 0 && fgets(line, sizeof line, f))
+        if (strncmp(line, "0::/", 4) == 0)
+            len = strcspn(line, "\n");
+    if (f)
+        fclose(f);
+    for (; len >= 3; len--) {
+        if (len > 3 && line[len] != '/' && line[len] != '\n')
+            continue;
+        snprintf(path, sizeof path, "%s%.*s/cpu.max", root, (int)len - 3,
+                 line + 3);
+        int most = cpu_max(path);
+        n = most > 0 && most < n ? most : n;
+    }
+    return n;
+}
+
+/* The CPUs this process may run on: the bits of a mask in hexadecimal. */
+static int allowed_cpus(void)
+{
+    static const char hex[] = "0123456789abcdef";
+    char line[1024];
+    FILE *f = fopen("/proc/self/status", "r");
+    int n = 0;
+
+    while (f && n == 0 && fgets(line, sizeof line, f))
+        if (strncmp(line, "Cpus_allowed:", 13) == 0)
+            for (const char *c = line + 13; *c; c++) {
+                const char *digit = strchr(hex, *c);
+                n += digit ? "0112122312232334"[digit - hex] - '0' : 0;
+            }
+    if (f)
+        fclose(f);
+    return n;
+}
+
+#else
+
+static int allowed_cpus(void)
+{
+    return 0;
+}
+
+static int cgroup_cpus(int n)
+{
+    return n;
+}
+
+#endif
+
 static int usable_cpus(void)
 {
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > 64 ? 64 : (int)n;
+    int n = allowed_cpus();
+
+    n = cgroup_cpus(n > 0 ? n : (int)sysconf(_SC_NPROCESSORS_ONLN));
+    return n < 1 ? 1 : n > 64 ? 64 : n;
+}
+
+/* Ask for the cache line at p; no harm is done if there is none. */
+static void prefetch(const void *p)
+{
+#ifdef __GNUC__
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+}
+
+/* Tell the CPU that this is a waiting loop. */
+static void relax(void)
+{
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Wait until *what is `value`, or until it is not. */
+static void wait_until(struct pool *p, atomic_uint *what, int is,
+                       unsigned value)
+{
+    for (int i = 0; i < p->spins; i++) {
+        if ((atomic_load(what) == value) == is)
+            return;
+        relax();
+    }
+    pthread_mutex_lock(&p->lock);
+    atomic_fetch_add(&p->asleep, 1);
+    while ((atomic_load(what) == value) != is)
+        pthread_cond_wait(&p->changed, &p->lock);
+    atomic_fetch_sub(&p->asleep, 1);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Who sleeps has counted himself before he looked a last time: either he saw
+ * the change, or he is seen here. */
+static void wake(struct pool *p)
+{
+    if (atomic_load(&p->asleep) == 0)
+        return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_broadcast(&p->changed);
+    pthread_mutex_unlock(&p->lock);
 }
 
 static void *worker_main(void *arg)
 {
-    struct worker *w = arg;
+    const struct worker *w = arg;
     struct pool *p = w->pool;
 
-    pthread_mutex_lock(&p->lock);
-    for (int seen = 0;; seen = p->round) {
-        while (p->round == seen && !p->quit)
-            pthread_cond_wait(&p->start, &p->lock);
+    for (unsigned seen = 0;; seen++) {
+        wait_until(p, &p->round, 0, seen);
         if (p->quit)
-            break;
-        pthread_mutex_unlock(&p->lock);
-        p->fn(p->ctx, p->job, w->id, share(p->n, w->id, p->n_threads),
-              share(p->n, w->id + 1, p->n_threads));
-        pthread_mutex_lock(&p->lock);
-        if (--p->running == 0)
-            pthread_cond_signal(&p->done);
+            return NULL;
+        p->fn(p->ctx, p->job, w->id);
+        if (atomic_fetch_sub(&p->running, 1) == 1)
+            wake(p);
     }
-    pthread_mutex_unlock(&p->lock);
-    return NULL;
+}
+
+static void start_round(struct pool *p)
+{
+    atomic_store(&p->running, (unsigned)p->n_threads - 1);
+    atomic_fetch_add(&p->round, 1);
+    wake(p);
 }
 
 static void pool_close(struct pool *p)
 {
     if (!p)
         return;
-    pthread_mutex_lock(&p->lock);
     p->quit = 1;
-    pthread_cond_broadcast(&p->start);
-    pthread_mutex_unlock(&p->lock);
+    start_round(p);
     for (int i = 1; i < p->n_threads; i++)
         pthread_join(p->worker[i].thread, NULL);
-    pthread_cond_destroy(&p->done);
-    pthread_cond_destroy(&p->start);
+    pthread_cond_destroy(&p->changed);
     pthread_mutex_destroy(&p->lock);
     free(p->worker);
     free(p);
 }
 
-/* Fewer threads than asked for, if the system gives no more. */
+/* Fewer threads than asked for, if the system gives no more.  Waiting in a loop
+ * is no use when the one waited for needs this CPU. */
 static int pool_open(struct pool **out, int n_threads)
 {
     struct pool *p = calloc(1, sizeof *p);
@@ -1221,10 +1572,9 @@ static int pool_open(struct pool **out, int n_threads)
         free(p);
         return LFM2_ENOMEM;
     }
+    p->spins = n_threads <= usable_cpus() ? SPINS : 0;
     pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->start, NULL);
-    pthread_cond_init(&p->done, NULL);
-    pthread_mutex_lock(&p->lock);
+    pthread_cond_init(&p->changed, NULL);
     for (p->n_threads = 1; p->n_threads < n_threads; p->n_threads++) {
         struct worker *w = &p->worker[p->n_threads];
         w->pool = p;
@@ -1232,33 +1582,24 @@ static int pool_open(struct pool **out, int n_threads)
         if (pthread_create(&w->thread, NULL, worker_main, w) != 0)
             break;
     }
-    pthread_mutex_unlock(&p->lock);
     *out = p;
     return LFM2_OK;
 }
 
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job, int n)
+static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job)
 {
     struct pool *p = ctx->pool;
 
     if (p->n_threads == 1) {
-        fn(ctx, job, 0, 0, n);
+        fn(ctx, job, 0);
         return;
     }
-    pthread_mutex_lock(&p->lock);
     p->ctx = ctx;
     p->fn = fn;
     p->job = job;
-    p->n = n;
-    p->running = p->n_threads - 1;
-    p->round++;
-    pthread_cond_broadcast(&p->start);
-    pthread_mutex_unlock(&p->lock);
-    fn(ctx, job, 0, 0, share(n, 1, p->n_threads));
-    pthread_mutex_lock(&p->lock);
-    while (p->running > 0)
-        pthread_cond_wait(&p->done, &p->lock);
-    pthread_mutex_unlock(&p->lock);
+    start_round(p);
+    fn(ctx, job, 0);
+    wait_until(p, &p->running, 1, 0);
 }
 
 #endif
@@ -1608,6 +1949,12 @@ static const char *format_name(uint32_t id)
     return f ? f->name : "of unknown number";
 }
 
+/* The bytes of g groups of a row. */
+static size_t row_part(const struct tensor *w, int g)
+{
+    return (size_t)(g * 32 / w->fmt->block) * (size_t)w->fmt->bytes;
+}
+
 static size_t row_bytes(const struct tensor *w)
 {
     return (size_t)(w->cols / w->fmt->block) * (size_t)w->fmt->bytes;
@@ -1645,21 +1992,14 @@ static void get_row(float *out, const struct tensor *w, int r)
 
 /* ------------------------------------------------------- 10. Matrix products
  *
- * y = x w^T.  Each thread computes a range of rows of w, that is of columns of
- * y: it brings one row into the common form and multiplies it with every row of
- * the input, so weights are read once however many tokens there are. */
+ * y = x w^T, computed in units of 32 rows of w, which are 32 columns of y.  The
+ * code of this section is the meaning of it; sections 11 and 12 give the same
+ * bits with vectors. */
 
-/* One row of weights, unpacked; a thread has one. */
-struct scratch {
-    int8_t *q;                            /* [cols]                          */
-    float *d, *m;                         /* [groups][2]                     */
-    float *f;                             /* [cols], for float formats       */
-};
-
-/* Round 32 columns to d q with q in -127 .. 127, and add q up by halves.  A
- * group that is not finite gets d = NaN, which every product then shows; one
- * too small to divide by (below 2^-100) is 0. */
-static void quantize_group(int8_t *q, float *d, int16_t sum[2], const float *x)
+/* Round 32 columns to d q with q in -127 .. 127.  A group that is not finite
+ * gets d = NaN, which every product then shows; one too small to divide by
+ * (below 2^-100) is 0. */
+static void quantize(struct rounded *to, const float *x)
 {
     uint32_t top = 0;
 
@@ -1669,37 +2009,72 @@ static void quantize_group(int8_t *q, float *d, int16_t sum[2], const float *x)
     }
     const float amax = float_of(top);
     const float inverse = amax >= 0x1p-100f && amax <= FLT_MAX ? 127 / amax : 0;
-    sum[0] = sum[1] = 0;
-    *d = amax <= FLT_MAX ? amax / 127 : NAN;
+    to->sum[0] = to->sum[1] = 0;
+    to->d = amax <= FLT_MAX ? amax / 127 : NAN;
     for (int i = 0; i < 32; i++) {
         float r = inverse > 0 ? x[i] * inverse + ROUND_MAGIC : ROUND_MAGIC;
-        q[i] = (int8_t)(r - ROUND_MAGIC);
-        sum[i / 16] = (int16_t)(sum[i / 16] + q[i]);
+        to->q[i] = (int8_t)(r - ROUND_MAGIC);
+        to->sum[i / 16] = (int16_t)(to->sum[i / 16] + to->q[i]);
     }
+    to->s = to->d * (float)(to->sum[0] + to->sum[1]);
 }
 
-static void quantize_work(struct lfm2_context *ctx, void *arg, int thread,
-                          int first, int last)
+static void set_group(const struct lfm2_context *ctx, struct input *in, int row,
+                      int g, const float *x)
 {
-    const struct input *in = arg;
+    const size_t i = (size_t)row * (size_t)(in->cols / 32) + (size_t)g;
+
+    ctx->isa->quantize(&in->q[i], x);
+    if (in->f)
+        memcpy(in->f + i * 32, x, 32 * sizeof *x);
+}
+
+/* Round row t of in->f. */
+static void round_row(const struct lfm2_context *ctx, struct input *in,
+                      size_t t)
+{
     const size_t groups = (size_t)in->cols / 32;
 
-    (void)ctx;
-    (void)thread;
-    for (size_t r = (size_t)first; r < (size_t)last; r++)
-        for (size_t g = 0; g < groups; g++) {
-            size_t i = r * groups + g, at = r * (size_t)in->cols + g * 32;
-            quantize_group(in->q + at, in->d + i, in->sum + 2 * i, in->f + at);
-        }
+    for (size_t i = t * groups; i < (t + 1) * groups; i++)
+        ctx->isa->quantize(&in->q[i], in->f + i * 32);
 }
 
-static void load_input(struct lfm2_context *ctx, struct input *in,
-                       const float *x, int n, int cols)
+static void round_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    struct input *in = arg;
+    const struct range r = share(ctx, in->n, thread);
+
+    for (int t = r.first; t < r.last; t++)
+        round_row(ctx, in, (size_t)t);
+}
+
+static void load_input(struct lfm2_context *ctx, struct input *in, float *x,
+                       int n, int cols)
 {
     in->f = x;
     in->n = n;
     in->cols = cols;
-    parallel(ctx, quantize_work, in, n);
+    parallel(ctx, round_work, in);
+}
+
+static void norm_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const size_t n = (size_t)c->n_embd;
+    const struct range r = share(ctx, ctx->n_rows, thread);
+
+    for (size_t t = (size_t)r.first; t < (size_t)r.last; t++) {
+        rms_norm(ctx->isa, ctx->in.f + t * n, ctx->x + t * n, arg, c->n_embd,
+                 c->norm_rms_eps);
+        round_row(ctx, &ctx->in, t);
+    }
+}
+
+static void load_normed(struct lfm2_context *ctx, const float *norm)
+{
+    ctx->in.n = ctx->n_rows;
+    ctx->in.cols = ctx->model->cfg.n_embd;
+    parallel(ctx, norm_work, (void *)norm);
 }
 
 static void unpack_row(const struct scratch *s, const struct tensor *w,
@@ -1708,7 +2083,8 @@ static void unpack_row(const struct scratch *s, const struct tensor *w,
     const struct format *f = w->fmt;
 
     for (int c = 0; c < w->cols; c += 32) {
-        const struct group g = { s->q + c, s->d + c / 16, s->m + c / 16 };
+        const struct group g = { (int8_t *)s->q + c, s->d + c / 16,
+                                 s->m + c / 16 };
         f->unpack(&g, row + (size_t)(c / f->block) * (size_t)f->bytes,
                   c % f->block / 32);
     }
@@ -1728,71 +2104,1454 @@ static int dot_16(const int8_t *a, const int8_t *b)
  *     d for 32:   acc += (d dx) dot            - m (dx sum)
  *     d for 16:   acc += dx (d0 dot0 + d1 dot1) - dx (m0 sum0 + m1 sum1)    */
 static float dot_row(const struct scratch *w, const struct format *f,
-                     const struct input *in, int t)
+                     const struct rounded *x, int groups)
 {
-    const size_t groups = (size_t)in->cols / 32;
-    const int8_t *x = in->q + (size_t)t * (size_t)in->cols;
-    const float *dx = in->d + (size_t)t * groups;
-    const int16_t *sum = in->sum + 2 * (size_t)t * groups;
+    const int8_t *q = (const int8_t *)w->q;
+    const float *d = w->d, *m = w->m;
     float acc = 0;
 
-    for (size_t g = 0; g < groups; g++, sum += 2) {
-        const float *d = w->d + 2 * g, *m = w->m + 2 * g;
-        int dot0 = dot_16(w->q + 32 * g, x + 32 * g);
-        int dot1 = dot_16(w->q + 32 * g + 16, x + 32 * g + 16);
+    for (; groups > 0; groups--, x++, q += 32, d += 2, m += 2) {
+        int dot0 = dot_16(q, x->q), dot1 = dot_16(q + 16, x->q + 16);
 
         if (!f->per_16) {
-            acc = fma_f32(d[0] * dx[g], (float)(dot0 + dot1), acc);
+            acc = fma_f32(d[0] * x->d, (float)(dot0 + dot1), acc);
             if (f->has_min)
-                acc = fma_f32(-m[0], dx[g] * (float)(sum[0] + sum[1]), acc);
+                acc = fma_f32(-m[0], x->s, acc);
         } else {
             float u = fma_f32(d[1], (float)dot1, d[0] * (float)dot0);
-            acc = fma_f32(dx[g], u, acc);
+            acc = fma_f32(x->d, u, acc);
             if (f->has_min) {
-                float v = fma_f32(m[1], (float)sum[1], m[0] * (float)sum[0]);
-                acc = fma_f32(-dx[g], v, acc);
+                float v = fma_f32(m[1], (float)x->sum[1],
+                                  m[0] * (float)x->sum[0]);
+                acc = fma_f32(-x->d, v, acc);
             }
         }
     }
     return acc;
 }
 
-struct matmul_job {
-    float *y;                             /* [in->n][w->rows]                */
-    const struct tensor *w;
-    const struct input *in;
-};
-
-static void matmul_work(struct lfm2_context *ctx, void *arg, int thread,
-                        int first, int last)
+/* Where the i-th row of an input lies. */
+static size_t row_at(const struct input *in, int i)
 {
-    const struct matmul_job *job = arg;
-    const struct tensor *w = job->w;
-    const struct input *in = job->in;
-    const struct scratch *s = &ctx->scratch[thread];
+    return (size_t)(in->row ? in->row[i] : i);
+}
 
-    for (int r = first; r < last; r++) {
-        const uint8_t *row = w->data + (size_t)r * row_bytes(w);
-        float *y = job->y + r;
+/* out[t][r] = row t of the input times row first + r of w. */
+static void product_rows(float *out, const struct tensor *w, int first,
+                         int n_rows, const struct input *in,
+                         const struct scratch *s, const uint8_t *next)
+{
+    const size_t cols = (size_t)w->cols;
+
+    (void)next;
+    for (int r = 0; r < n_rows; r++, out++) {
+        const uint8_t *row = w->data + (size_t)(first + r) * row_bytes(w);
 
         if (w->fmt->floats)
             w->fmt->floats(s->f, row, w->cols);
         else
             unpack_row(s, w, row);
-        for (int t = 0; t < in->n; t++, y += w->rows)
-            *y = w->fmt->floats
-                     ? dot_f32(s->f, in->f + (size_t)t * (size_t)in->cols,
-                               w->cols)
-                     : dot_row(s, w->fmt, in, t);
+        for (int t = 0; t < in->n; t++)
+            out[t * UNIT] = w->fmt->floats
+                ? dot_f32(s->f, in->f + row_at(in, t) * cols, w->cols)
+                : dot_row(s, w->fmt, in->q + row_at(in, t) * (cols / 32),
+                          w->cols / 32);
     }
+}
+
+/* Multiply bytes; how many. */
+static int64_t exercise(int *sum)
+{
+    int8_t x[16] = { 1, 2, 3 };
+
+    for (int i = 0; i < 1 << 16; i++) {
+        *sum += dot_16(x, x);
+        x[i % 16] = (int8_t)*sum;
+    }
+    return (int64_t)16 << 16;
+}
+
+static const struct isa scalar = {
+    1, dot_f32, quantize, swiglu, add_scaled, rope, conv_step, attend_chunk,
+    product_rows, exercise
+};
+
+static int n_units(const struct tensor *w)
+{
+    return (w->rows + UNIT - 1) / UNIT;
+}
+
+static const uint8_t *unit_data(const struct tensor *w, int u)
+{
+    return w->data + (size_t)u * UNIT * row_bytes(w);
+}
+
+static const uint8_t *share_data(const struct lfm2_context *ctx,
+                                 const struct tensor *w, int thread)
+{
+    return unit_data(w, share(ctx, n_units(w), thread).first);
+}
+
+static int unit_rows(const struct tensor *w, int u)
+{
+    int rest = w->rows - u * UNIT;
+    return rest < UNIT ? rest : UNIT;
+}
+
+static float *product(struct lfm2_context *ctx, int thread, int to,
+                      const struct tensor *w, int u, const struct input *in,
+                      const uint8_t *next)
+{
+    const struct scratch *s = &ctx->scratch[thread];
+
+    ctx->isa->product(s->out[to], w, u * UNIT, unit_rows(w, u), in, s, next);
+    return s->out[to];
+}
+
+static void put_unit(float *y, const struct tensor *w, int u, const float *unit,
+                     int n, int add)
+{
+    const int rows = unit_rows(w, u);
+
+    y += u * UNIT;
+    for (int t = 0; t < n; t++, y += w->rows, unit += UNIT)
+        for (int r = 0; r < rows; r++)
+            y[r] = add ? y[r] + unit[r] : unit[r];
+}
+
+struct matmul_job {
+    float *y;                             /* [in->n][w->rows]                */
+    const struct tensor *w, *next;
+    const struct input *in;
+    int add;
+};
+
+static void matmul_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct matmul_job *j = arg;
+    const struct range r = share(ctx, n_units(j->w), thread);
+
+    for (int u = r.first; u < r.last; u++) {
+        const uint8_t *next = u + 1 < r.last ? unit_data(j->w, u + 1)
+                              : j->next ? share_data(ctx, j->next, thread)
+                              : NULL;
+        const float *unit = product(ctx, thread, 0, j->w, u, j->in, next);
+        put_unit(j->y, j->w, u, unit, j->in->n, j->add);
+    }
+}
+
+static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
+                         const struct tensor *w, const struct input *in,
+                         const struct tensor *next)
+{
+    matmul_work(ctx, &(struct matmul_job){ y, w, next, in, 0 }, thread);
 }
 
 static void matmul(struct lfm2_context *ctx, float *y, const struct tensor *w,
                    const struct input *in)
 {
-    struct matmul_job job = { y, w, in };
+    parallel(ctx, matmul_work, &(struct matmul_job){ y, w, NULL, in, 0 });
+}
 
-    parallel(ctx, matmul_work, &job, w->rows);
+static void matmul_add(struct lfm2_context *ctx, float *y,
+                       const struct tensor *w, const struct input *in)
+{
+    parallel(ctx, matmul_work, &(struct matmul_job){ y, w, NULL, in, 1 });
+}
+
+/* ---------------------------------------------------------- 11. AVX2: vectors
+ *
+ * The small blocks, eight floats at a time.  Each is its namesake above, with
+ * the same operations on every element in the same order. */
+
+#ifdef LFM2_X86
+
+/* Where prefetched data goes: to all levels of the cache. */
+#define FETCH _MM_HINT_T0
+
+#define AVX2 static __attribute__((target("avx2,fma,f16c")))
+#define AVX2_INLINE AVX2 inline __attribute__((always_inline))
+
+AVX2_INLINE __m256 exp_8(__m256 x)
+{
+    const __m256 magic = _mm256_set1_ps(ROUND_MAGIC);
+    __m256 small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
+    __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    __m256 y = _mm256_min_ps(_mm256_set1_ps(88.0f), x);
+    __m256 t = _mm256_fmadd_ps(y, _mm256_set1_ps(1.44269504f), magic);
+    __m256 n = _mm256_sub_ps(t, magic);
+    __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-0.693145752f), y);
+    __m256 p = _mm256_set1_ps(1.0f / 5040);
+
+    r = _mm256_fmadd_ps(n, _mm256_set1_ps(-1.42860677e-6f), r);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    p = _mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
+    return _mm256_blendv_ps(_mm256_andnot_ps(small, p), x, nan);
+}
+
+/* The tree of sum_16(): chains 0 .. 7 and 8 .. 15. */
+AVX2_INLINE float tree_16(__m256 low, __m256 high)
+{
+    __m256 a = _mm256_add_ps(low, high);
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a),
+                          _mm256_extractf128_ps(a, 1));
+
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+
+AVX2 float dot_f32_avx2(const float *a, const float *b, int n)
+{
+    __m256 low = _mm256_setzero_ps(), high = low;
+
+    if (n % 16 != 0)
+        return dot_f32(a, b, n);
+    for (int i = 0; i < n; i += 16) {
+        low = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i),
+                              low);
+        high = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8),
+                               _mm256_loadu_ps(b + i + 8), high);
+    }
+    return tree_16(low, high);
+}
+
+AVX2 void swiglu_avx2(float *gate, const float *up, int n)
+{
+    const __m256 one = _mm256_set1_ps(1), sign = _mm256_set1_ps(-0.0f);
+
+    for (int i = 0; i < n; i += 8) {
+        __m256 g = _mm256_loadu_ps(gate + i);
+        __m256 e = exp_8(_mm256_xor_ps(g, sign));
+        g = _mm256_div_ps(g, _mm256_add_ps(one, e));
+        _mm256_storeu_ps(gate + i, _mm256_mul_ps(g, _mm256_loadu_ps(up + i)));
+    }
+}
+
+AVX2 void add_scaled_avx2(float *y, float a, const float *x, int n)
+{
+    int i = 0;
+
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(_mm256_set1_ps(a),
+                                                _mm256_loadu_ps(x + i),
+                                                _mm256_loadu_ps(y + i)));
+    add_scaled(y + i, a, x + i, n - i);
+}
+
+AVX2 void rope_avx2(float *head, const float *turn, int head_dim)
+{
+    const int half = head_dim / 2;
+
+    if (half % 8 != 0) {
+        rope(head, turn, head_dim);
+        return;
+    }
+    for (int i = 0; i < half; i += 8) {
+        __m256 c = _mm256_loadu_ps(turn + i);
+        __m256 s = _mm256_loadu_ps(turn + half + i);
+        __m256 a = _mm256_loadu_ps(head + i);
+        __m256 b = _mm256_loadu_ps(head + half + i);
+        _mm256_storeu_ps(head + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
+        _mm256_storeu_ps(head + half + i,
+                         _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
+    }
+}
+
+AVX2 void conv_step_avx2(float *y, float *win, const float *w, const float *b,
+                         const float *c, const float *x, int l_cache, size_t n)
+{
+    const size_t last = (size_t)l_cache - 1;
+
+    for (size_t i = 0; i < UNIT; i += 8) {
+        __m256 u = _mm256_mul_ps(_mm256_loadu_ps(b + i),
+                                 _mm256_loadu_ps(x + i));
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(w + i),
+                                 _mm256_loadu_ps(win + i));
+        for (size_t k = 1; k < last; k++) {
+            __m256 old = _mm256_loadu_ps(win + k * n + i);
+            v = _mm256_fmadd_ps(_mm256_loadu_ps(w + k * n + i), old, v);
+            _mm256_storeu_ps(win + (k - 1) * n + i, old);
+        }
+        v = _mm256_fmadd_ps(_mm256_loadu_ps(w + last * n + i), u, v);
+        _mm256_storeu_ps(win + (last - 1) * n + i, u);
+        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_loadu_ps(c + i), v));
+    }
+}
+
+/* The largest of eight, as unsigned numbers. */
+AVX2_INLINE uint32_t largest_8(__m256i a)
+{
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(a),
+                              _mm256_extracti128_si256(a, 1));
+
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    return (uint32_t)_mm_cvtsi128_si32(m);
+}
+
+/* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
+AVX2 void quantize_avx2(struct rounded *to, const float *x)
+{
+    const __m256 magic = _mm256_set1_ps(ROUND_MAGIC);
+    const __m256i sign = _mm256_set1_epi32(0x7fffffff);
+    __m256 v[4];
+    __m256i q[4], top = _mm256_setzero_si256();
+
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_loadu_ps(x + 8 * i);
+        top = _mm256_max_epu32(
+            top, _mm256_and_si256(_mm256_castps_si256(v[i]), sign));
+    }
+    const float amax = float_of(largest_8(top));
+    if (!(amax >= 0x1p-100f && amax <= FLT_MAX)) {
+        quantize(to, x);
+        return;
+    }
+    const __m256 inverse = _mm256_set1_ps(127 / amax);
+    for (int i = 0; i < 4; i++) {
+        __m256 r = _mm256_add_ps(_mm256_mul_ps(v[i], inverse), magic);
+        q[i] = _mm256_cvttps_epi32(_mm256_sub_ps(r, magic));
+    }
+    __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
+                                       _mm256_packs_epi32(q[2], q[3]));
+    words = _mm256_permutevar8x32_epi32(
+        words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256((__m256i *)(void *)to->q, words);
+    __m256i sums = _mm256_madd_epi16(
+        _mm256_maddubs_epi16(_mm256_set1_epi8(1), words),
+        _mm256_set1_epi16(1));
+    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
+    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
+    to->sum[0] = (int16_t)_mm256_extract_epi32(sums, 0);
+    to->sum[1] = (int16_t)_mm256_extract_epi32(sums, 4);
+    to->d = amax / 127;
+    to->s = to->d * (float)(to->sum[0] + to->sum[1]);
+}
+
+/* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
+ * room up to the next multiple of 16, where the scores are made -inf, which
+ * adds 0 to a sum that is never -0. */
+AVX2 void softmax_avx2(struct gathered *g, float *s, int n)
+{
+    const int end = (n + 15) / 16 * 16;
+    __m256 max = _mm256_set1_ps(-INFINITY);
+    __m256 sum[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+    float m[8];
+
+    for (int p = n; p < end; p++)
+        s[p] = -INFINITY;
+    for (int p = 0; p < end; p += 8)
+        max = _mm256_max_ps(_mm256_loadu_ps(s + p), max);
+    _mm256_storeu_ps(m, max);
+    g->max = m[0];
+    for (int i = 1; i < 8; i++)
+        g->max = m[i] > g->max ? m[i] : g->max;
+    for (int p = 0; p < end; p += 8) {
+        __m256 e = exp_8(_mm256_sub_ps(_mm256_loadu_ps(s + p),
+                                       _mm256_set1_ps(g->max)));
+        _mm256_storeu_ps(s + p, e);
+        sum[p / 8 % 2] = _mm256_add_ps(sum[p / 8 % 2], e);
+    }
+    g->sum = tree_16(sum[0], sum[1]);
+}
+
+#endif /* LFM2_X86 */
+#endif /* not KERNELS */
+
+/* ------------------------------------------------ 12. Kernels, written once
+ *
+ * This section is compiled four times, for
+ *
+ *     LANES     8: AVX2            16: AVX-512 (F, BW, VL, DQ)
+ *     VNNI      1: with the instruction vpdpbusd, which multiplies four bytes
+ *                  by four bytes and adds them to a 32-bit number
+ *
+ * by including this file into itself further down.  FN(name) is the name of a
+ * function in this set.
+ *
+ * A panel is two tiles of LANES rows of weights, unpacked.  A vector holds four
+ * columns of the LANES rows of a tile, so that multiplying it with four columns
+ * of x, repeated in all lanes, needs no sums across lanes:
+ *
+ *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset
+ *     d, m [groups][2 halves][2 tiles][LANES rows]       float
+ *
+ * For less than 8 rows of x, 256 columns are unpacked at a time, which stay in
+ * the first-level cache until they are multiplied; else whole rows, which stay
+ * in the second-level cache for all rows of x. */
+
+#ifdef KERNELS
+
+#define KERNEL static __attribute__((target(TARGET)))
+#define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
+
+enum { FN(TILE_ROWS) = LANES, FN(PANEL) = 2 * LANES };
+
+#if LANES == 8
+
+#define V(op) _mm256_##op
+#define VI(op) _mm256_##op##_si256
+#define INTS __m256i
+#define FLOATS __m256
+#define V_LOW _mm256_castsi256_si128
+enum { FN(TOKENS) = 3 };
+
+KERNEL_INLINE INTS FN(load)(const void *p)
+{
+    return _mm256_loadu_si256(p);
+}
+
+KERNEL_INLINE void FN(store)(void *p, INTS v)
+{
+    _mm256_storeu_si256(p, v);
+}
+
+/* 16 bytes of rows i and i + 4. */
+KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
+{
+    const void *second = p + 4 * stride;
+    return _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
+        _mm_loadu_si128(second), 1);
+}
+
+/* The lower halves of 32-bit numbers, as f16. */
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+}
+
+/* The same 16 bytes in all lanes. */
+KERNEL_INLINE INTS FN(lanes)(__m128i v)
+{
+    return _mm256_broadcastsi128_si256(v);
+}
+
+/* v, with its sign changed where w is negative, and 0 where w is. */
+KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
+{
+    return _mm256_sign_epi8(v, w);
+}
+
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128(p));
+}
+
+/* The tree of sum_16(). */
+KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
+{
+    return tree_16(chains[0], chains[1]);
+}
+
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+{
+    INTS v = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+}
+
+#else
+
+#define V(op) _mm512_##op
+#define VI(op) _mm512_##op##_si512
+#define INTS __m512i
+#define FLOATS __m512
+#define V_LOW _mm512_castsi512_si128
+enum { FN(TOKENS) = 6 };
+
+KERNEL_INLINE INTS FN(load)(const void *p)
+{
+    return _mm512_loadu_si512(p);
+}
+
+KERNEL_INLINE void FN(store)(void *p, INTS v)
+{
+    _mm512_storeu_si512(p, v);
+}
+
+/* 16 bytes of rows i, i + 4, i + 8 and i + 12. */
+KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
+{
+    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
+    const void *p12 = p + 12 * stride;
+    INTS v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
+
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
+    return _mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
+}
+
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+}
+
+KERNEL_INLINE INTS FN(lanes)(__m128i v)
+{
+    return _mm512_broadcast_i32x4(v);
+}
+
+/* Where w is 0 its product is 0 whatever v is. */
+KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
+{
+    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(w), VI(setzero)(), v);
+}
+
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
+{
+    return tree_16(_mm512_castps512_ps256(chains[0]),
+                   _mm512_extractf32x8_ps(chains[0], 1));
+}
+
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+{
+    INTS v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+}
+
+#endif
+
+/* Four bytes, repeated in all lanes. */
+KERNEL_INLINE INTS FN(repeat)(const void *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return V(set1_epi32)(four);
+}
+
+/* Bytes at .. at+15 of every row of a tile: v[j] holds 4j .. 4j+3 of each. */
+KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
+{
+    INTS a = FN(load_rows)(p, stride), b = FN(load_rows)(p + stride, stride);
+    INTS c = FN(load_rows)(p + 2 * stride, stride);
+    INTS d = FN(load_rows)(p + 3 * stride, stride);
+    INTS ab = V(unpacklo_epi32)(a, b), cd = V(unpacklo_epi32)(c, d);
+
+    v[0] = V(unpacklo_epi64)(ab, cd);
+    v[1] = V(unpackhi_epi64)(ab, cd);
+    ab = V(unpackhi_epi32)(a, b);
+    cd = V(unpackhi_epi32)(c, d);
+    v[2] = V(unpacklo_epi64)(ab, cd);
+    v[3] = V(unpackhi_epi64)(ab, cd);
+}
+
+/* 32 bytes of every row. */
+KERNEL_INLINE void FN(load_32)(INTS v[8], const uint8_t *p, size_t stride)
+{
+    FN(load_16)(v, p, stride);
+    FN(load_16)(v + 4, p + 16, stride);
+}
+
+KERNEL_INLINE short FN(word)(const uint8_t *p)
+{
+    short w;
+    memcpy(&w, p, sizeof w);
+    return w;
+}
+
+/* The f16 at p of every row. */
+KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
+{
+#define W(i) FN(word)(p + (i) * stride)
+    __m128i low = _mm_setr_epi16(W(0), W(1), W(2), W(3), W(4), W(5), W(6), W(7));
+#if LANES == 8
+    return _mm256_cvtph_ps(low);
+#else
+    __m128i high = _mm_setr_epi16(W(8), W(9), W(10), W(11), W(12), W(13), W(14),
+                                  W(15));
+    return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
+#endif
+#undef W
+}
+
+/* 32-bit numbers, shifted down. */
+KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+{
+    return V(srl_epi32)(v, _mm_cvtsi32_si128(n));
+}
+
+/* Bits n and up of every byte, as many as are set in `mask`. */
+KERNEL_INLINE INTS FN(bits)(INTS v, int n, int mask)
+{
+    return VI(and)(FN(shift)(v, n), V(set1_epi8)((char)mask));
+}
+
+/* Byte i of every 32-bit number, as a float; the same for signed bytes. */
+KERNEL_INLINE FLOATS FN(byte_float)(INTS v, int i)
+{
+    v = VI(and)(FN(shift)(v, 8 * i), V(set1_epi32)(255));
+    return V(cvtepi32_ps)(v);
+}
+
+KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
+{
+    v = V(srai_epi32)(V(slli_epi32)(FN(shift)(v, 8 * i), 24), 24);
+    return V(cvtepi32_ps)(v);
+}
+
+/* Where the next group of a tile goes, and what to fetch meanwhile. */
+struct FN(panel) { uint8_t *q; float *d, *m; const uint8_t *next; };
+
+/* Finish a group of `bytes` a row. */
+KERNEL_INLINE void FN(put_group)(struct FN(panel) *p, const INTS w[8],
+                                 int bytes)
+{
+    for (int k = 0; k < 8; k++)
+        FN(store)(p->q + k * 4 * FN(PANEL), w[k]);
+    p->q += 32 * FN(PANEL);
+    p->d += 2 * FN(PANEL);
+    p->m += 2 * FN(PANEL);
+    for (int i = 0; i < bytes * LANES; i += 64)
+        _mm_prefetch((const char *)p->next + i, FETCH);
+    p->next += bytes * LANES;
+}
+
+/* 16 bytes of nibbles. */
+KERNEL_INLINE void FN(nibbles)(INTS w[8], const uint8_t *p, size_t stride)
+{
+    const INTS low = V(set1_epi8)(15);
+    INTS v[4];
+
+    FN(load_16)(v, p, stride);
+    for (int k = 0; k < 4; k++) {
+        w[k] = VI(and)(v[k], low);
+        w[k + 4] = VI(and)(V(srli_epi16)(v[k], 4), low);
+    }
+}
+
+/* Bits 4k .. 4k+3 of the 32-bit number at p, to bit 4 of the bytes of w[k]. */
+KERNEL_INLINE void FN(fifth_bits)(INTS w[8], const uint8_t *p, size_t stride)
+{
+    const INTS one = V(set1_epi8)(1), which = V(set1_epi32)(0x08040201);
+    const INTS byte_0 = FN(lanes)(
+        _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    INTS v[4];
+
+    FN(load_16)(v, p, stride);
+    for (int k = 0; k < 8; k++) {
+        INTS pick = V(add_epi8)(byte_0, V(set1_epi8)((char)(k / 2)));
+        INTS bit = V(shuffle_epi8)(v[0], pick);
+        bit = VI(and)(bit, k % 2 ? V(slli_epi16)(which, 4) : which);
+        bit = V(slli_epi16)(V(min_epu8)(bit, one), 4);
+        w[k] = VI(or)(w[k], bit);
+    }
+}
+
+/* Signed bytes are made unsigned where the instruction wants it. */
+enum { FN(SIGNED) = VNNI ? 128 : 0 };
+
+KERNEL_INLINE INTS FN(from_signed)(INTS v)
+{
+    return VI(xor)(v, V(set1_epi8)((char)FN(SIGNED)));
+}
+
+KERNEL_INLINE void FN(look_up_iq4)(INTS w[8])
+{
+    const INTS table = FN(from_signed)(
+        FN(lanes)(_mm_loadu_si128((const void *)iq4_value)));
+
+    for (int k = 0; k < 8; k++)
+        w[k] = V(shuffle_epi8)(table, w[k]);
+}
+
+/* Unpackers: `groups` groups of a tile, from the block at b of its first row
+ * on; the rows are `stride` bytes apart.  What the blocks look like is drawn in
+ * section 9. */
+
+/* The formats of 32 columns with nibbles. */
+KERNEL_INLINE void FN(unpack_32)(struct FN(panel) p, const uint8_t *b,
+                                 size_t stride, int groups, const int has_min,
+                                 const int fifth, const int iq4)
+{
+    const int at = 2 + 2 * has_min + 4 * fifth, bytes = at + 16;
+    INTS w[8];
+
+    for (; groups > 0; groups--, b += bytes) {
+        FN(nibbles)(w, b + at, stride);
+        if (fifth)
+            FN(fifth_bits)(w, b + at - 4, stride);
+        if (iq4)
+            FN(look_up_iq4)(w);
+        V(storeu_ps)(p.d, FN(column_f16)(b, stride));
+        if (has_min)
+            V(storeu_ps)(p.m, V(sub_ps)(V(set1_ps)(-0.0f),
+                                        FN(column_f16)(b + 2, stride)));
+        FN(put_group)(&p, w, bytes);
+    }
+}
+
+#define UNPACK(type) \
+    KERNEL void FN(unpack_##type)(struct FN(panel) p, const uint8_t *b, \
+                                  size_t stride, int groups)
+
+UNPACK(q4_0) { FN(unpack_32)(p, b, stride, groups, 0, 0, 0); }
+UNPACK(q4_1) { FN(unpack_32)(p, b, stride, groups, 1, 0, 0); }
+UNPACK(q5_0) { FN(unpack_32)(p, b, stride, groups, 0, 1, 0); }
+UNPACK(q5_1) { FN(unpack_32)(p, b, stride, groups, 1, 1, 0); }
+UNPACK(iq4_nl) { FN(unpack_32)(p, b, stride, groups, 0, 0, 1); }
+
+UNPACK(q8_0)
+{
+    INTS w[8];
+
+    for (; groups > 0; groups--, b += 34) {
+        FN(load_32)(w, b + 2, stride);
+        for (int k = 0; k < 8; k++)
+            w[k] = FN(from_signed)(w[k]);
+        V(storeu_ps)(p.d, FN(column_f16)(b, stride));
+        FN(put_group)(&p, w, 34);
+    }
+}
+
+UNPACK(q2_k)
+{
+    INTS s[4], t[4], v[8] = { 0 }, w[8];
+
+    for (; groups > 0; groups -= 8, b += 84) {
+        FN(load_16)(s, b, stride);
+        FN(load_16)(t, b + 68, stride);               /* d, dmin are last */
+        const FLOATS d = FN(low_f16)(t[3]);
+        const FLOATS dmin = FN(low_f16)(V(srli_epi32)(t[3], 16));
+        for (int i = 0; i < 8; i++) {
+            const INTS scale = FN(bits)(s[i / 2], 0, 15);
+            const INTS min = FN(bits)(s[i / 2], 4, 15);
+            if (i % 4 == 0)
+                FN(load_32)(v, b + 16 + i * 8, stride);
+            for (int k = 0; k < 8; k++)
+                w[k] = FN(bits)(v[k], i % 4 * 2, 3);
+            for (int h = 0; h < 2; h++) {
+                int at = i % 2 * 2 + h;
+                V(storeu_ps)(p.d + h * FN(PANEL),
+                             V(mul_ps)(d, FN(byte_float)(scale, at)));
+                V(storeu_ps)(p.m + h * FN(PANEL),
+                             V(mul_ps)(dmin, FN(byte_float)(min, at)));
+            }
+            FN(put_group)(&p, w, 11);
+        }
+    }
+}
+
+UNPACK(q3_k)
+{
+    const FLOATS offset = V(set1_ps)(32);
+    INTS t[4], s[4], high[8], v[8] = { 0 }, w[8];
+
+    for (; groups > 0; groups -= 8, b += 110) {
+        const FLOATS d = FN(column_f16)(b + 108, stride);
+        FN(load_16)(t, b + 92, stride);               /* scales: t[1..3] */
+        for (int j = 0; j < 4; j++)
+            s[j] = VI(or)(FN(bits)(t[1 + j % 2], j / 2 * 4, 15),
+                          V(slli_epi16)(FN(bits)(t[3], j * 2, 3), 4));
+        FN(load_32)(high, b, stride);
+        for (int i = 0; i < 8; i++) {
+            if (i % 4 == 0)
+                FN(load_32)(v, b + 32 + i * 8, stride);
+            for (int k = 0; k < 8; k++)
+                w[k] = VI(or)(FN(bits)(v[k], i % 4 * 2, 3),
+                              V(slli_epi16)(FN(bits)(high[k], i, 1), 2));
+            for (int h = 0; h < 2; h++) {
+                FLOATS scale = FN(byte_float)(s[i / 2], i % 2 * 2 + h);
+                V(storeu_ps)(p.d + h * FN(PANEL),
+                             V(mul_ps)(d, V(sub_ps)(scale, offset)));
+            }
+            FN(put_group)(&p, w, 14);
+        }
+    }
+}
+
+/* Q4_K, and Q5_K which has the fifth bits besides. */
+KERNEL_INLINE void FN(unpack_k)(struct FN(panel) p, const uint8_t *b,
+                                size_t stride, int groups, const int fifth)
+{
+    const int bytes = fifth ? 176 : 144;
+    INTS h[4], s[2], m[2], high[8] = { 0 }, v[8] = { 0 }, w[8];
+
+    for (; groups > 0; groups -= 8, b += bytes) {
+        FN(load_16)(h, b, stride);
+        const FLOATS d = FN(low_f16)(h[0]);
+        const FLOATS dmin = FN(low_f16)(V(srli_epi32)(h[0], 16));
+        s[0] = FN(bits)(h[1], 0, 63);
+        m[0] = FN(bits)(h[2], 0, 63);
+        s[1] = VI(or)(FN(bits)(h[3], 0, 15), FN(bits)(h[1], 2, 48));
+        m[1] = VI(or)(FN(bits)(h[3], 4, 15), FN(bits)(h[2], 2, 48));
+        if (fifth)
+            FN(load_32)(high, b + 16, stride);
+        for (int i = 0; i < 8; i++) {
+            if (i % 2 == 0)
+                FN(load_32)(v, b + bytes - 128 + i * 16, stride);
+            for (int k = 0; k < 8; k++) {
+                w[k] = FN(bits)(v[k], i % 2 * 4, 15);
+                if (fifth)
+                    w[k] = VI(or)(w[k], V(slli_epi16)(
+                                            FN(bits)(high[k], i, 1), 4));
+            }
+            V(storeu_ps)(p.d, V(mul_ps)(d, FN(byte_float)(s[i / 4], i % 4)));
+            V(storeu_ps)(p.m,
+                         V(mul_ps)(dmin, FN(byte_float)(m[i / 4], i % 4)));
+            FN(put_group)(&p, w, bytes / 8);
+        }
+    }
+}
+
+UNPACK(q4_k) { FN(unpack_k)(p, b, stride, groups, 0); }
+UNPACK(q5_k) { FN(unpack_k)(p, b, stride, groups, 1); }
+
+UNPACK(q6_k)
+{
+    INTS s[4], low[16] = { 0 }, high[8] = { 0 }, w[8];
+
+    for (; groups > 0; groups -= 8, b += 210) {
+        const FLOATS d = FN(column_f16)(b + 208, stride);
+        FN(load_16)(s, b + 192, stride);
+        for (int i = 0; i < 8; i++) {
+            if (i % 4 == 0) {
+                FN(load_32)(low, b + i * 16, stride);
+                FN(load_32)(low + 8, b + i * 16 + 32, stride);
+                FN(load_32)(high, b + 128 + i * 8, stride);
+            }
+            for (int k = 0; k < 8; k++)
+                w[k] = VI(or)(FN(bits)(low[i % 2 * 8 + k], i % 4 / 2 * 4, 15),
+                              V(slli_epi16)(FN(bits)(high[k], i % 4 * 2, 3),
+                                            4));
+            for (int h = 0; h < 2; h++)
+                V(storeu_ps)(p.d + h * FN(PANEL),
+                             V(mul_ps)(d, FN(signed_float)(s[i / 2],
+                                                           i % 2 * 2 + h)));
+            FN(put_group)(&p, w, 27);
+        }
+    }
+}
+
+UNPACK(iq4_xs)
+{
+    INTS h[4], w[8];
+
+    for (; groups > 0; groups -= 8, b += 136) {
+        FN(load_16)(h, b, stride);
+        const FLOATS d = FN(low_f16)(h[0]);
+        for (int i = 0; i < 8; i++) {
+            INTS low = VI(and)(FN(shift)(h[1], 4 * i), V(set1_epi32)(15));
+            INTS top = VI(and)(FN(shift)(h[0], 16 + 2 * i), V(set1_epi32)(3));
+            INTS s = V(add_epi32)(low, V(slli_epi32)(top, 4));
+            s = V(sub_epi32)(s, V(set1_epi32)(32));
+            V(storeu_ps)(p.d, V(mul_ps)(d, V(cvtepi32_ps)(s)));
+            FN(nibbles)(w, b + 8 + i * 16, stride);
+            FN(look_up_iq4)(w);
+            FN(put_group)(&p, w, 17);
+        }
+    }
+}
+
+/* How products are added up, by format. */
+enum {
+    FN(MIN) = 1,                          /* weights have a minimum          */
+    FN(HALVES) = 2,                       /* d and m for 16 columns          */
+    FN(SUM) = 4                           /* times how many 4-column products
+                                             of bytes 16 bits can hold: 8, 4,
+                                             2; or 1, of signed bytes        */
+};
+
+/* s += the products of 4 columns each, k = first .. last-1. */
+KERNEL_INLINE void FN(dots)(INTS s[][2], const uint8_t *q,
+                            const struct rounded *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const int kind)
+{
+#if VNNI
+    (void)kind;
+#pragma GCC unroll 8
+    for (int k = first; k < last; k++) {
+        INTS w0 = FN(load)(q + k * 4 * FN(PANEL));
+        INTS w1 = FN(load)(q + (2 * k + 1) * 4 * LANES);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
+            INTS v = FN(repeat)(x[t][g].q + 4 * k);
+            s[t][0] = DPBUSD(s[t][0], w0, v);
+            s[t][1] = DPBUSD(s[t][1], w1, v);
+        }
+    }
+#else
+    const INTS one = V(set1_epi16)(1);
+    const int most = kind / FN(SUM), n = most < last - first ? most
+                                                              : last - first;
+    INTS part[FN(TOKENS)][2];
+
+#pragma GCC unroll 8
+    for (int k = first; k < last; k++) {
+        INTS w[2] = { FN(load)(q + k * 4 * FN(PANEL)),
+                      FN(load)(q + (2 * k + 1) * 4 * LANES) };
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) {
+            INTS v = FN(repeat)(x[t][g].q + 4 * k);
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+                INTS p = n > 1 ? V(maddubs_epi16)(w[j], v)
+                               : V(maddubs_epi16)(V(abs_epi8)(w[j]),
+                                                  FN(sign)(v, w[j]));
+                part[t][j] = (k - first) % n == 0
+                                 ? p : V(add_epi16)(part[t][j], p);
+                if ((k - first) % n == n - 1)
+                    s[t][j] = V(add_epi32)(s[t][j],
+                                           V(madd_epi16)(part[t][j], one));
+            }
+        }
+    }
+#endif
+}
+
+/* acc -= the minima times the sums of x. */
+KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const float *m,
+                                    const struct rounded *const *x, int g,
+                                    const int tokens, const int halves)
+{
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const struct rounded *r = &x[t][g];
+            const FLOATS m0 = V(loadu_ps)(m + j * LANES);
+            if (halves == 1) {
+                acc[t][j] = V(fnmadd_ps)(m0, V(set1_ps)(r->s), acc[t][j]);
+                continue;
+            }
+            const FLOATS m1 = V(loadu_ps)(m + FN(PANEL) + j * LANES);
+            FLOATS v = V(mul_ps)(m0, V(set1_ps)((float)r->sum[0]));
+            v = V(fmadd_ps)(m1, V(set1_ps)((float)r->sum[1]), v);
+            acc[t][j] = V(fnmadd_ps)(V(set1_ps)(r->d), v, acc[t][j]);
+        }
+}
+
+/* out[t][row of the panel] += `groups` groups of it times those at x[t]: the
+ * sums of dot_row(), in its order. */
+KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
+                                const struct rounded *const *x, int offset,
+                                const int tokens, const int kind)
+{
+    const int halves = kind & FN(HALVES) ? 2 : 1, has_min = kind & FN(MIN);
+    const INTS whole = V(set1_epi16)((short)-offset);
+    const INTS half[2] = { VI(and)(whole, V(set1_epi32)(0xffff)),
+                           V(slli_epi32)(whole, 16) };
+    const uint8_t *q = p->q;
+    const float *d = p->d, *m = p->m;
+    FLOATS acc[FN(TOKENS)][2], u[FN(TOKENS)][2];
+    INTS s[FN(TOKENS)][2];
+
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++)
+            acc[t][j] = V(loadu_ps)(out + t * UNIT + j * LANES);
+
+    for (int g = 0; g < groups; g++, q += 32 * FN(PANEL)) {
+#pragma GCC unroll 2
+        for (int h = 0; h < halves; h++) {
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++)
+                s[t][0] = s[t][1] = has_min
+                    ? VI(setzero)()
+                    : V(madd_epi16)(FN(repeat)(x[t][g].sum),
+                                    halves == 1 ? whole : half[h]);
+            FN(dots)(s, q, x, g, h * 4, halves == 1 ? 8 : h * 4 + 4, tokens,
+                     kind);
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) {
+                    const FLOATS dw = V(loadu_ps)(d + h * FN(PANEL) +
+                                                  j * LANES);
+                    const FLOATS f = V(cvtepi32_ps)(s[t][j]);
+                    const FLOATS dx = V(set1_ps)(x[t][g].d);
+                    if (halves == 1)
+                        acc[t][j] = V(fmadd_ps)(V(mul_ps)(dw, dx), f,
+                                                acc[t][j]);
+                    else if (h == 0)
+                        u[t][j] = V(mul_ps)(dw, f);
+                    else
+                        acc[t][j] = V(fmadd_ps)(
+                            dx, V(fmadd_ps)(dw, f, u[t][j]), acc[t][j]);
+                }
+        }
+        if (has_min)
+            FN(subtract_min)(acc, m, x, g, tokens, halves);
+        d += 2 * FN(PANEL);
+        m += 2 * FN(PANEL);
+    }
+
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++)
+            V(storeu_ps)(out + t * UNIT + j * LANES, acc[t][j]);
+}
+
+/* For every kind and number of rows of x its own code. */
+#define MULTIPLY(name, kind) \
+    KERNEL void FN(name)(float *out, const struct scratch *p, int groups, \
+                         const struct rounded *const *x, int offset, int n) \
+    { \
+        switch (n) { \
+        case 1: FN(multiply)(out, p, groups, x, offset, 1, kind); return; \
+        case 2: FN(multiply)(out, p, groups, x, offset, 2, kind); return; \
+        case 3: FN(multiply)(out, p, groups, x, offset, 3, kind); return; \
+        MORE_TOKENS(kind) \
+        } \
+    }
+
+#if LANES == 8
+#define MORE_TOKENS(kind)
+#else
+#define MORE_TOKENS(kind) \
+        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return; \
+        case 5: FN(multiply)(out, p, groups, x, offset, 5, kind); return; \
+        case 6: FN(multiply)(out, p, groups, x, offset, 6, kind); return;
+#endif
+
+MULTIPLY(plain_8, 8 * FN(SUM))
+MULTIPLY(plain_4, 4 * FN(SUM))
+MULTIPLY(plain_1, 1 * FN(SUM))
+MULTIPLY(min_8, 8 * FN(SUM) + FN(MIN))
+MULTIPLY(min_4, 4 * FN(SUM) + FN(MIN))
+MULTIPLY(halves_8, 8 * FN(SUM) + FN(HALVES))
+MULTIPLY(halves_2, 2 * FN(SUM) + FN(HALVES))
+MULTIPLY(halves_min_8, 8 * FN(SUM) + FN(HALVES) + FN(MIN))
+
+#undef MULTIPLY
+#undef MORE_TOKENS
+#undef UNPACK
+
+/* In the order of formats[]. */
+static const struct {
+    void (*unpack)(struct FN(panel) p, const uint8_t *b, size_t stride,
+                   int groups);
+    void (*multiply)(float *out, const struct scratch *p, int groups,
+                     const struct rounded *const *x, int offset, int n);
+    int offset;
+} FN(formats)[] = {
+    { 0 }, { 0 }, { 0 },
+    { FN(unpack_q4_0), FN(plain_8), 8 },
+    { FN(unpack_q4_1), FN(min_8), 0 },
+    { FN(unpack_q5_0), FN(plain_4), 16 },
+    { FN(unpack_q5_1), FN(min_4), 0 },
+    { FN(unpack_q8_0), FN(plain_1), FN(SIGNED) },
+    { FN(unpack_q2_k), FN(halves_min_8), 0 },
+    { FN(unpack_q3_k), FN(halves_8), 4 },
+    { FN(unpack_q4_k), FN(min_8), 0 },
+    { FN(unpack_q5_k), FN(min_4), 0 },
+    { FN(unpack_q6_k), FN(halves_2), 32 },
+    { FN(unpack_iq4_nl), FN(plain_1), FN(SIGNED) },
+    { FN(unpack_iq4_xs), FN(plain_1), FN(SIGNED) },
+};
+
+/* How many rows of x to take next, so that all takes are nearly equal. */
+KERNEL_INLINE int FN(take_rows)(int n)
+{
+    int takes = (n + FN(TOKENS) - 1) / FN(TOKENS);
+    return (n + takes - 1) / takes;
+}
+
+/* The rows of a panel, from `row` on. */
+KERNEL void FN(product_panel)(float *out, const struct tensor *w,
+                              const uint8_t *row, const struct input *in,
+                              const struct scratch *s, const uint8_t *next)
+{
+    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
+    const int most = in->n < 8 && groups > 8 ? 8 : groups;
+    const size_t stride = row_bytes(w);
+    struct FN(panel) a = { s->q, s->d, s->m, next };
+    struct FN(panel) b = { s->q + 4 * LANES, s->d + LANES, s->m + LANES, next };
+
+    for (int t = 0; t < in->n; t++)
+        memset(out + t * UNIT, 0, FN(PANEL) * sizeof *out);
+    for (int g = 0, n; g < groups; g += n) {
+        const size_t at = row_part(w, g);
+        n = groups - g < most ? groups - g : most;
+        a.next = next + at * FN(PANEL);
+        b.next = a.next + row_part(w, n) * LANES;
+        FN(formats)[f].unpack(a, row + at, stride, n);
+        FN(formats)[f].unpack(b, row + at + LANES * stride, stride, n);
+        for (int t = 0, m; t < in->n; t += m) {
+            const struct rounded *x[FN(TOKENS)];
+            m = FN(take_rows)(in->n - t);
+            for (int i = 0; i < m; i++)
+                x[i] = in->q + row_at(in, t + i) * (size_t)groups + g;
+            FN(formats)[f].multiply(out + t * UNIT, s, n, x,
+                                    FN(formats)[f].offset, m);
+        }
+    }
+}
+
+/* 16 columns of a row of floats: chain i % 16 of dot_f32() is a lane. */
+enum { FN(CHAINS) = 16 / LANES, FN(ROWS) = LANES / 4 };
+
+KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, int i, const int type)
+{
+    return type == 0 ? V(loadu_ps)((const float *)(const void *)p + i)
+         : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
+}
+
+/* out[t][r] = row r of ROWS rows of floats times row t of x. */
+KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
+                                  int cols, const float *const *x,
+                                  const uint8_t *next, const int tokens,
+                                  const int type)
+{
+    const int bytes = 16 * (type == 0 ? 4 : 2) * FN(ROWS);
+    FLOATS acc[FN(ROWS)][FN(TOKENS)][FN(CHAINS)];
+
+#pragma GCC unroll 4
+    for (int r = 0; r < FN(ROWS); r++)
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 2
+            for (int h = 0; h < FN(CHAINS); h++)
+                acc[r][t][h] = V(setzero_ps)();
+    for (int c = 0; c < cols; c += 16, next += bytes) {
+        for (int i = 0; i < bytes; i += 64)
+            _mm_prefetch((const char *)next + i, FETCH);
+#pragma GCC unroll 4
+        for (int r = 0; r < FN(ROWS); r++)
+#pragma GCC unroll 2
+            for (int h = 0; h < FN(CHAINS); h++) {
+                const int i = c + h * LANES;
+                FLOATS w = FN(load_floats)(row + (size_t)r * stride, i, type);
+#pragma GCC unroll 8
+                for (int t = 0; t < tokens; t++)
+                    acc[r][t][h] = V(fmadd_ps)(w, V(loadu_ps)(x[t] + i),
+                                               acc[r][t][h]);
+            }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < FN(ROWS); r++)
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++)
+            out[t * UNIT + r] = FN(tree)(acc[r][t]);
+}
+
+#define FLOAT_ROWS(type) \
+    switch (n) { \
+    case 1: FN(float_rows)(out, row, stride, cols, x, next, 1, type); return; \
+    case 2: FN(float_rows)(out, row, stride, cols, x, next, 2, type); return; \
+    case 3: FN(float_rows)(out, row, stride, cols, x, next, 3, type); return; \
+    }
+
+/* At most three rows of x: more would not make it faster. */
+KERNEL void FN(multiply_floats)(float *out, const uint8_t *row, size_t stride,
+                                int cols, const float *const *x,
+                                const uint8_t *next, int n, int id)
+{
+    if (id == 0) {
+        FLOAT_ROWS(0)
+    } else if (id == 1) {
+        FLOAT_ROWS(1)
+    } else {
+        FLOAT_ROWS(2)
+    }
+}
+
+#undef FLOAT_ROWS
+
+KERNEL void FN(product_floats)(float *out, const struct tensor *w,
+                               const uint8_t *row, const struct input *in,
+                               const uint8_t *next)
+{
+    for (int t = 0, m; t < in->n; t += m) {
+        const float *x[3];
+        m = in->n - t < 3 ? in->n - t : 3;
+        for (int i = 0; i < m; i++)
+            x[i] = in->f + row_at(in, t + i) * (size_t)w->cols;
+        FN(multiply_floats)(out + t * UNIT, row, row_bytes(w), w->cols, x, next,
+                            m, w->fmt->id);
+    }
+}
+
+/* Whole panels; the rows behind them are left to the scalar code. */
+KERNEL void FN(product)(float *out, const struct tensor *w, int first,
+                        int n_rows, const struct input *in,
+                        const struct scratch *s, const uint8_t *next)
+{
+    const int floats = w->fmt->floats != NULL && w->cols % 16 == 0;
+    const int rows = floats ? FN(ROWS) : FN(PANEL);
+    const size_t stride = row_bytes(w);
+    const uint8_t *row = w->data + (size_t)first * stride;
+    int done = 0;
+
+    for (; done + rows <= n_rows; done += rows, row += rows * stride) {
+        const uint8_t *then = done + 2 * rows <= n_rows || !next
+                                  ? row + rows * stride : next;
+        if (floats)
+            FN(product_floats)(out + done, w, row, in, then);
+        else
+            FN(product_panel)(out + done, w, row, in, s, then);
+    }
+    product_rows(out + done, w, first + done, n_rows - done, in, s, next);
+}
+
+/* ---- attention: up to 4 queries share what is loaded of a kv head */
+
+KERNEL_INLINE FLOATS FN(load_kv)(const uint8_t *p, size_t i, const int f16)
+{
+    return f16 ? FN(load_f16)(p + 2 * i)
+               : V(loadu_ps)((const float *)(const void *)p + i);
+}
+
+/* chunk_scores() for `queries` queries, two vectors of positions at a time. */
+KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
+                              const struct kv_head *kv, int pos, int n,
+                              const int queries, const int f16)
+{
+    const int hd = kv->head_dim;
+    FLOATS acc[4][2];
+
+    for (int p = 0; p < n; p += 2 * LANES) {
+        size_t at = k_index(pos + p, 0, hd);
+#pragma GCC unroll 4
+        for (int i = 0; i < queries; i++)
+            acc[i][0] = acc[i][1] = V(setzero_ps)();
+        for (int d = 0; d < hd; d++, at += TILE) {
+            FLOATS k0 = FN(load_kv)(kv->k, at, f16);
+            FLOATS k1 = FN(load_kv)(kv->k, at + LANES, f16);
+            _mm_prefetch((const char *)kv->k +
+                         (at + (size_t)TILE * hd) * (f16 ? 2 : 4), FETCH);
+#pragma GCC unroll 4
+            for (int i = 0; i < queries; i++) {
+                FLOATS v = V(set1_ps)(q[i * hd + d]);
+                acc[i][0] = V(fmadd_ps)(v, k0, acc[i][0]);
+                acc[i][1] = V(fmadd_ps)(v, k1, acc[i][1]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < queries; i++) {
+            V(storeu_ps)(s[i] + p, acc[i][0]);
+            V(storeu_ps)(s[i] + p + LANES, acc[i][1]);
+        }
+    }
+}
+
+/* o[i] += the weighted values of positions first .. last-1. */
+KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
+                              const struct kv_head *kv, int pos, int first,
+                              int last, const int queries, const int f16)
+{
+    const int hd = kv->head_dim;
+    FLOATS acc[4][2];
+
+    for (int d = 0; d < hd; d += 2 * LANES) {
+        size_t at = (size_t)(pos + first) * hd + d;
+#pragma GCC unroll 4
+        for (int i = 0; i < queries; i++) {
+            acc[i][0] = V(loadu_ps)(g[i].o + d);
+            acc[i][1] = V(loadu_ps)(g[i].o + d + LANES);
+        }
+        for (int p = first; p < last; p++, at += hd) {
+            FLOATS v0 = FN(load_kv)(kv->v, at, f16);
+            FLOATS v1 = FN(load_kv)(kv->v, at + LANES, f16);
+            _mm_prefetch((const char *)kv->v +
+                         (at + (size_t)TILE * hd) * (f16 ? 2 : 4), FETCH);
+#pragma GCC unroll 4
+            for (int i = 0; i < queries; i++) {
+                FLOATS e = V(set1_ps)(s[i][p]);
+                acc[i][0] = V(fmadd_ps)(e, v0, acc[i][0]);
+                acc[i][1] = V(fmadd_ps)(e, v1, acc[i][1]);
+            }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < queries; i++) {
+            V(storeu_ps)(g[i].o + d, acc[i][0]);
+            V(storeu_ps)(g[i].o + d + LANES, acc[i][1]);
+        }
+    }
+}
+
+KERNEL_INLINE void FN(attend)(struct gathered *g, const float *q,
+                              const struct kv_head *kv, int pos, int n,
+                              const int queries, const int f16)
+{
+    float s[4][CHUNK];
+
+    FN(scores)(s, q, kv, pos, n, queries, f16);
+    for (int i = 0; i < queries; i++) {
+        softmax_avx2(&g[i], s[i], n);
+        memset(g[i].o, 0, (size_t)kv->head_dim * sizeof *g[i].o);
+    }
+    for (int p = 0; p < n; p += TILE)
+        FN(values)(g, s, kv, pos, p, n - p < TILE ? n : p + TILE, queries, f16);
+}
+
+#define ATTEND(f16) \
+    for (; n_q >= 4; n_q -= 4, g += 4, q += 4 * kv->head_dim) \
+        FN(attend)(g, q, kv, pos, n, 4, f16); \
+    for (; n_q > 0; n_q--, g++, q += kv->head_dim) \
+        FN(attend)(g, q, kv, pos, n, 1, f16)
+
+KERNEL void FN(attend_chunk)(struct gathered *g, const float *q, int n_q,
+                             const struct kv_head *kv, int pos, int n)
+{
+    if (kv->head_dim % (2 * LANES) != 0) {
+        attend_chunk(g, q, n_q, kv, pos, n);
+    } else if (kv->f16) {
+        ATTEND(1);
+    } else {
+        ATTEND(0);
+    }
+}
+
+#undef ATTEND
+
+/* Multiply-adds of bytes in registers, as dots() does them. */
+KERNEL int64_t FN(exercise)(int *sum)
+{
+    const INTS w = V(set1_epi8)(1);
+    INTS acc[8];
+
+    for (int i = 0; i < 8; i++)
+        acc[i] = V(set1_epi32)(i);
+    for (int n = 0; n < 1 << 16; n++)
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+#if VNNI
+            acc[i] = DPBUSD(acc[i], w, acc[i]);
+#else
+            acc[i] = V(add_epi16)(acc[i], V(maddubs_epi16)(w, acc[i]));
+#endif
+        }
+    for (int i = 0; i < 8; i++)
+        *sum += _mm_cvtsi128_si32(V_LOW(acc[i]));
+    return (int64_t)8 * 4 * LANES << 16;
+}
+
+static const struct isa FN(isa) = {
+    FN(PANEL), dot_f32_avx2, quantize_avx2, swiglu_avx2, add_scaled_avx2,
+    rope_avx2, conv_step_avx2, FN(attend_chunk), FN(product), FN(exercise)
+};
+
+#undef KERNEL
+#undef KERNEL_INLINE
+#undef V
+#undef VI
+#undef INTS
+#undef FLOATS
+#undef V_LOW
+#endif /* KERNELS */
+
+#ifndef KERNELS
+
+#ifdef LFM2_X86
+
+#define KERNELS
+#define LANES 8
+#define VNNI 0
+#define TARGET "avx2,fma,f16c"
+#define FN(name) name##_avx2
+#include "lfm2.c"
+#undef FN
+#undef TARGET
+#undef VNNI
+
+#define VNNI 1
+#define TARGET "avxvnni,avx2,fma,f16c"
+#define FN(name) name##_avxvnni
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#include "lfm2.c"
+#undef DPBUSD
+#undef FN
+#undef TARGET
+#undef VNNI
+#undef LANES
+
+#define LANES 16
+#define VNNI 0
+#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define FN(name) name##_avx512
+#include "lfm2.c"
+#undef FN
+#undef TARGET
+#undef VNNI
+
+#define VNNI 1
+#define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define FN(name) name##_avx512vnni
+#define DPBUSD _mm512_dpbusd_epi32
+#include "lfm2.c"
+#undef KERNELS
+
+/* What the CPU has, and the system saves when it switches threads. */
+static int cpu_has(int isa)
+{
+    unsigned a, b, c, d, b7, c7, a71, os = 0, os_high;
+    const unsigned avx2 = 1u << 5, fma = 1u << 12, f16c = 1u << 29;
+    const unsigned osxsave = 1u << 27, avxvnni = 1u << 4, vnni = 1u << 11;
+    const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+
+    if (__get_cpuid_max(0, NULL) < 7)
+        return 0;
+    __cpuid(1, a, b, c, d);
+    if (!(c & osxsave) || !(c & fma) || !(c & f16c))
+        return 0;
+    __cpuid_count(7, 0, a, b7, c7, d);
+    __cpuid_count(7, 1, a71, b, c, d);
+    __asm__("xgetbv" : "=a"(os), "=d"(os_high) : "c"(0));
+    if ((os & 0x06) != 0x06 || !(b7 & avx2))
+        return 0;
+    if (isa == LFM2_ISA_AVX2)
+        return 1;
+    if (isa == LFM2_ISA_AVXVNNI)
+        return (a71 & avxvnni) != 0;
+    return (os & 0xe6) == 0xe6 && (b7 & avx512) == avx512 &&
+           (isa == LFM2_ISA_AVX512 || (c7 & vnni));
+}
+
+#else
+
+static int cpu_has(int isa)
+{
+    (void)isa;
+    return 0;
+}
+
+#endif
+
+/* The kernels of LFM2_ISA_x. */
+static const struct isa *isa_table(int isa)
+{
+    static const struct isa *const all[] = {
+        NULL, &scalar,
+#ifdef LFM2_X86
+        &isa_avx2, &isa_avxvnni, &isa_avx512, &isa_avx512vnni
+#endif
+    };
+    return all[isa];
+}
+
+int lfm2_isa_available(int isa)
+{
+    return isa == LFM2_ISA_AUTO || isa == LFM2_ISA_SCALAR ||
+           (isa > LFM2_ISA_SCALAR && isa <= LFM2_ISA_AVX512VNNI &&
+            cpu_has(isa));
+}
+
+/* Eight lanes with the instruction that multiplies bytes do as much as sixteen
+ * without it. */
+static int best_isa(void)
+{
+    int isa = LFM2_ISA_AVX512VNNI;
+
+    while (!lfm2_isa_available(isa))
+        isa--;
+    return isa;
 }
 
 /* =========================================================================
@@ -3166,11 +4925,10 @@ static void *carve(struct arena *a, uint64_t n, size_t size)
 }
 
 static void carve_input(struct arena *a, struct input *in, uint64_t rows,
-                        uint64_t cols)
+                        uint64_t cols, int floats)
 {
-    in->q = carve(a, rows * cols, sizeof *in->q);
-    in->d = carve(a, rows * (cols / 32), sizeof *in->d);
-    in->sum = carve(a, rows * (cols / 32) * 2, sizeof *in->sum);
+    in->q = carve(a, rows * (cols / 32), sizeof *in->q);
+    in->f = floats ? carve(a, rows * cols, sizeof *in->f) : NULL;
 }
 
 static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
@@ -3214,6 +4972,19 @@ static uint64_t larger(uint64_t a, uint64_t b)
     return a > b ? a : b;
 }
 
+/* The hidden layer is only kept unrounded for weights that are in floats. */
+static int hidden_in_floats(const struct lfm2_model *m)
+{
+    for (int il = 0; il < m->cfg.n_layer; il++) {
+        const struct layer *l = &m->layer[il];
+        const struct tensor *w = il < m->cfg.n_layer_dense ? &l->ffn_down
+                                                           : &l->ffn_down_exps;
+        if (w->fmt->floats)
+            return 1;
+    }
+    return 0;
+}
+
 static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
@@ -3222,58 +4993,66 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     const uint64_t hd = (uint64_t)c->head_dim;
     const uint64_t q = (uint64_t)c->n_head * hd;
     const uint64_t kv = (uint64_t)c->n_head_kv * hd;
-    const uint64_t ff = larger((uint64_t)c->n_ff, (uint64_t)c->n_ff_expert);
-    const int has_moe = c->n_layer_dense < c->n_layer;
+    const uint64_t ff = larger((uint64_t)c->n_ff,
+                               (uint64_t)c->n_ff_expert * used);
 
     ctx->piece = carve(a, (uint64_t)ctx->par.n_seq, sizeof *ctx->piece);
     ctx->token = carve(a, rows, sizeof *ctx->token);
+    ctx->position = carve(a, rows, sizeof *ctx->position);
     ctx->wanted = carve(a, rows, sizeof *ctx->wanted);
     ctx->rope = carve(a, rows * hd, sizeof *ctx->rope);
     ctx->x = carve(a, rows * n, sizeof *ctx->x);
-    ctx->h = carve(a, rows * n, sizeof *ctx->h);
-    ctx->y = carve(a, rows * n, sizeof *ctx->y);
-    ctx->bcx = carve(a, rows * n * 3, sizeof *ctx->bcx);
-    ctx->q = carve(a, rows * q, sizeof *ctx->q);
     ctx->k = carve(a, rows * kv, sizeof *ctx->k);
     ctx->v = carve(a, rows * kv, sizeof *ctx->v);
-    ctx->gate = carve(a, rows * ff, sizeof *ctx->gate);
-    ctx->up = carve(a, rows * ff, sizeof *ctx->up);
-    carve_input(a, &ctx->in, rows, n);
-    carve_input(a, &ctx->in_wide, rows, larger(ff, q));
-    if (!has_moe)
-        return;
+    carve_input(a, &ctx->in, rows, n, 1);
+    carve_input(a, &ctx->mixed, rows, larger(n, q), 1);
+    carve_input(a, &ctx->hidden, rows, ff, hidden_in_floats(ctx->model));
+    ctx->q = ctx->mixed.f;
     ctx->score = carve(a, rows * (uint64_t)c->n_expert, sizeof *ctx->score);
     ctx->chosen = carve(a, rows * used, sizeof *ctx->chosen);
     ctx->weight = carve(a, rows * used, sizeof *ctx->weight);
     ctx->slot = carve(a, rows * used, sizeof *ctx->slot);
     ctx->slot_end = carve(a, (uint64_t)c->n_expert + 1, sizeof *ctx->slot_end);
-    carve_input(a, &ctx->in_expert, rows, n);
-    ctx->in_expert_f = carve(a, rows * n, sizeof *ctx->in_expert_f);
+    ctx->slot_row = carve(a, rows * used, sizeof *ctx->slot_row);
+    ctx->active = carve(a, (uint64_t)c->n_expert, sizeof *ctx->active);
 }
 
-static void carve_rest(struct arena *a, struct lfm2_context *ctx)
+static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t cols = larger(larger((uint64_t)c->n_ff, (uint64_t)c->n_embd),
                                  larger((uint64_t)c->n_ff_expert,
                                         (uint64_t)c->n_head *
                                         (uint64_t)c->head_dim));
+    const uint64_t rows = (uint64_t)ctx->isa->panel_rows;
+    const int group = c->n_head / c->n_head_kv;
 
-    ctx->logits = carve(a, (uint64_t)ctx->par.n_logits * (uint64_t)c->n_vocab,
-                        sizeof *ctx->logits);
-    ctx->span_logits = carve(a, (uint64_t)ctx->par.n_seq + 1,
-                             sizeof *ctx->span_logits);
-    ctx->candidates = carve(a, (uint64_t)c->n_vocab, sizeof *ctx->candidates);
     ctx->scratch = carve(a, (uint64_t)ctx->par.n_threads, sizeof *ctx->scratch);
     for (int i = 0; i < ctx->par.n_threads; i++) {
         struct scratch s;
-        s.q = carve(a, cols, sizeof *s.q);
-        s.d = carve(a, cols / 16, sizeof *s.d);
-        s.m = carve(a, cols / 16, sizeof *s.m);
+        for (int k = 0; k < 3; k++)
+            s.out[k] = carve(a, (uint64_t)ctx->par.n_batch * UNIT,
+                             sizeof *s.out[k]);
+        s.gathered = carve(a, (uint64_t)((rows_together(c) + 1) * group),
+                           sizeof *s.gathered);
+        s.q = carve(a, cols * rows, sizeof *s.q);
+        s.d = carve(a, cols / 16 * rows, sizeof *s.d);
+        s.m = carve(a, cols / 16 * rows, sizeof *s.m);
         s.f = carve(a, cols, sizeof *s.f);
         if (a->base)
             ctx->scratch[i] = s;
     }
+}
+
+static void carve_rest(struct arena *a, struct lfm2_context *ctx)
+{
+    const uint64_t n_vocab = (uint64_t)ctx->model->cfg.n_vocab;
+
+    ctx->logits = carve(a, (uint64_t)ctx->par.n_logits * n_vocab,
+                        sizeof *ctx->logits);
+    ctx->span_logits = carve(a, (uint64_t)ctx->par.n_seq + 1,
+                             sizeof *ctx->span_logits);
+    ctx->candidates = carve(a, n_vocab, sizeof *ctx->candidates);
 }
 
 /* Set every pointer of ctx into memory at `base`; how much there is. */
@@ -3283,6 +5062,7 @@ static uint64_t lay_out(struct lfm2_context *ctx, void *base)
 
     carve_sequences(&a, ctx);
     carve_pass(&a, ctx);
+    carve_scratch(&a, ctx);
     carve_rest(&a, ctx);
     return a.used;
 }
@@ -3305,11 +5085,6 @@ static int check_range(const char *name, int value, int min, int max,
                 max);
 }
 
-int lfm2_isa_available(int isa)
-{
-    return isa == LFM2_ISA_AUTO || isa == LFM2_ISA_SCALAR;
-}
-
 /* Check the parameters and fill in what was left to choose. */
 static int resolve_params(lfm2_params *p, lfm2_error *err)
 {
@@ -3320,9 +5095,10 @@ static int resolve_params(lfm2_params *p, lfm2_error *err)
     TRY(check_range("n_threads", p->n_threads, 0, 1024, err));
     TRY(check_range("kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32, err));
     if (!lfm2_isa_available(p->isa))
-        return fail(err, LFM2_EARG, "isa: %d, expected auto or scalar, which "
-                    "is all this version has", p->isa);
-    p->isa = LFM2_ISA_SCALAR;
+        return fail(err, LFM2_EARG, "isa: %d, expected one that this CPU and "
+                    "this build have", p->isa);
+    if (p->isa == LFM2_ISA_AUTO)
+        p->isa = best_isa();
     if (p->n_threads == 0)
         p->n_threads = usable_cpus();
     if (p->n_batch > (int64_t)p->n_ctx * p->n_seq)
@@ -3336,6 +5112,7 @@ uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
 
     if (resolve_params(&ctx.par, NULL) != LFM2_OK)
         return 0;
+    ctx.isa = isa_table(ctx.par.isa);
     ctx.seq_step = seq_step(m, p->kv_type);
     return lay_out(&ctx, NULL);
 }
@@ -3365,6 +5142,7 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
     }
     ctx->model = m;
     ctx->par = par;
+    ctx->isa = isa_table(par.isa);
     ctx->par.n_threads = ctx->pool->n_threads;
     ctx->seq_step = seq_step(m, par.kv_type);
     size = lay_out(ctx, NULL);
@@ -3385,6 +5163,53 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
 lfm2_params lfm2_context_params(const lfm2_context *ctx)
 {
     return ctx->par;
+}
+
+/* A thread's share of the first `n` bytes of the weights. */
+static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
+                           int thread)
+{
+    const uint8_t *p = ctx->model->gguf->data;
+    const struct range r = share(ctx, (int)(n / 64), thread);
+    uint64_t sum = 0, word;
+
+    for (int64_t i = (int64_t)r.first * 64; i < (int64_t)r.last * 64; i += 64) {
+        prefetch(p + i + 8192);
+        for (int k = 0; k < 64; k += 8) {
+            memcpy(&word, p + i + k, sizeof word);
+            sum ^= word;
+        }
+    }
+    return sum;
+}
+
+struct exercise { int what; int64_t amount; atomic_ullong sink; };
+
+static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    struct exercise *e = arg;
+    int sum = 0;
+
+    if (e->what == LFM2_READ)
+        sum = (int)read_share(ctx, e->amount, thread);
+    else
+        for (int i = 0; i < e->amount; i++)
+            ctx->isa->exercise(&sum);
+    atomic_fetch_add(&e->sink, (unsigned long long)sum);
+}
+
+int64_t lfm2_exercise(lfm2_context *ctx, int what)
+{
+    const struct gguf *g = ctx->model->gguf;
+    const uint64_t size = (uint64_t)(g->bytes + g->size - g->data);
+    struct exercise e = { what, 50, 0 };
+    int sum = 0;
+
+    if (what == LFM2_READ)
+        e.amount = (int64_t)(size < (uint64_t)1 << 31 ? size : (uint64_t)1 << 31);
+    parallel(ctx, exercise_work, &e);
+    return what == LFM2_READ
+        ? e.amount : ctx->isa->exercise(&sum) * e.amount * ctx->par.n_threads;
 }
 
 /* ------------------------------------------------------------ 17. Sequences */
@@ -5100,3 +6925,5 @@ static uint8_t *make_classes(void)
     mark_class(classes, space_runs, COUNT(space_runs), CLASS_SPACE);
     return classes;
 }
+
+#endif /* not KERNELS */

@@ -129,7 +129,8 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active);
 
 /* ----------------------------------------------------------------- context */
 
-enum { LFM2_ISA_AUTO, LFM2_ISA_SCALAR, LFM2_ISA_AVX2, LFM2_ISA_AVX512 };
+enum { LFM2_ISA_AUTO, LFM2_ISA_SCALAR, LFM2_ISA_AVX2, LFM2_ISA_AVXVNNI,
+       LFM2_ISA_AVX512, LFM2_ISA_AVX512VNNI };
 enum { LFM2_KV_F16, LFM2_KV_F32 };
 
 /* 1 if this build on this CPU has the kernels of LFM2_ISA_x, else 0. */
@@ -187,6 +188,14 @@ float *lfm2_logits(lfm2_context *ctx, int span, int row);
 /* Make a running lfm2_forward(), or else the next one, return LFM2_ECANCELLED.
  * Safe from any thread and from a signal handler. */
 void lfm2_cancel(lfm2_context *ctx);
+
+/* What the machine can do at best, to hold a speed against: busy all threads of
+ * the context with one thing.  READ reads weights of the model as they lie in
+ * memory (all, or the first 2 GiB) and returns how many bytes; DOT multiplies
+ * int8 numbers in registers with the instruction the context's kernels use, and
+ * returns how many multiply-adds.  The caller takes the time. */
+enum { LFM2_READ, LFM2_DOT };
+int64_t lfm2_exercise(lfm2_context *ctx, int what);
 
 /* --------------------------------------------------------------- sequences */
 

@@ -171,7 +171,8 @@ static double input_at(const struct input *in, const struct format *f, int t,
                        int c)
 {
     const size_t i = (size_t)t * PRODUCT_COLS + (size_t)c;
-    return f->floats ? (double)in->f[i] : (double)in->d[i / 32] * in->q[i];
+    const struct rounded *x = &in->q[i / 32];
+    return f->floats ? (double)in->f[i] : (double)x->d * x->q[i % 32];
 }
 
 static void expect_product(const struct tensor *w, const struct input *in,
@@ -219,9 +220,9 @@ START_TEST(a_product_is_the_sum_of_its_terms)
         b = random_weights(type, PRODUCT_COLS, PRODUCT_ROWS, &rng);
         const struct tensor w = { format_find((uint32_t)type), PRODUCT_ROWS,
                                   PRODUCT_COLS, b.p };
-        load_input(ctx, &ctx->in_wide, x, PRODUCT_TOKENS, PRODUCT_COLS);
-        matmul(ctx, y, &w, &ctx->in_wide);
-        expect_product(&w, &ctx->in_wide, y);
+        load_input(ctx, &ctx->hidden, x, PRODUCT_TOKENS, PRODUCT_COLS);
+        matmul(ctx, y, &w, &ctx->hidden);
+        expect_product(&w, &ctx->hidden, y);
         free(b.p);
     }
     lfm2_context_close(ctx);

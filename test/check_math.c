@@ -176,21 +176,21 @@ START_TEST(groups_are_rounded_to_the_nearest_of_127_steps)
     uint64_t rng = 4;
 
     for (int round = 0; round < 20000; round++) {
-        float x[32], d, amax = 0;
-        int8_t q[32];
-        int16_t sum[2];
+        float x[32], amax = 0;
+        struct rounded r;
         int total[2] = { 0 };
         for (int i = 0; i < 32; i++) {
             x[i] = ldexpf(random_float(&rng), round % 60 - 30);
             amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
         }
-        quantize_group(q, &d, sum, x);
-        EXPECT(same_bits(d, amax / 127));
+        quantize(&r, x);
+        EXPECT(same_bits(r.d, amax / 127));
         for (int i = 0; i < 32; i++) {
-            EXPECT(q[i] == (int)rintf(x[i] * (127 / amax)));
-            total[i / 16] += q[i];
+            EXPECT(r.q[i] == (int)rintf(x[i] * (127 / amax)));
+            total[i / 16] += r.q[i];
         }
-        EXPECT(sum[0] == total[0] && sum[1] == total[1]);
+        EXPECT(r.sum[0] == total[0] && r.sum[1] == total[1]);
+        EXPECT(same_bits(r.s, r.d * (float)(total[0] + total[1])));
     }
 }
 END_TEST
@@ -198,22 +198,21 @@ END_TEST
 START_TEST(groups_at_the_edges)
 {
     const float odd[] = { NAN, INFINITY, -INFINITY };
-    float x[32] = { 0 }, d;
-    int8_t q[32];
-    int16_t sum[2];
+    float x[32] = { 0 };
+    struct rounded r;
 
-    quantize_group(q, &d, sum, x);
-    EXPECT(same_bits(d, 0) && q[0] == 0 && sum[0] == 0);
+    quantize(&r, x);
+    EXPECT(same_bits(r.d, 0) && r.q[0] == 0 && r.sum[0] == 0);
     x[3] = 0x1p-149f;
-    quantize_group(q, &d, sum, x);
-    EXPECT(q[3] == 0 && d >= 0);
+    quantize(&r, x);
+    EXPECT(r.q[3] == 0 && r.d >= 0);
     x[3] = FLT_MAX;
-    quantize_group(q, &d, sum, x);
-    EXPECT(q[3] == 127 && d < INFINITY);
+    quantize(&r, x);
+    EXPECT(r.q[3] == 127 && r.d < INFINITY);
     for (size_t i = 0; i < COUNT(odd); i++) {
         x[17] = odd[i];
-        quantize_group(q, &d, sum, x);
-        EXPECT(d != d && q[17] == 0 && sum[1] == 0);
+        quantize(&r, x);
+        EXPECT(r.d != r.d && r.q[17] == 0 && r.sum[1] == 0);
     }
 }
 END_TEST

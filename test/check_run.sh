@@ -91,7 +91,13 @@ expect 2 "two prompts" $m -p hello hello
 says "two prompts" "there is a prompt already"
 expect 2 "a system prompt without a template" $m --raw -sys x hello
 says "a system prompt without a template" "-sys"
-expect 2 "an instruction set that is not there" $m --isa avx512 hello
+for isa in avx2 avxvnni avx512 avx512vnni; do
+    if "$run" --version | grep '^isa' | grep -qw $isa; then
+        expect 0 "--isa $isa" --isa $isa -n 1 $m hello
+    else
+        expect 2 "an instruction set that is not there" $m --isa $isa hello
+    fi
+done
 { "$run" -q --raw -n 50 $m "Once upon a time" 2>"$dir/err"
     echo $? >"$dir/status"; } | :
 [ "$(cat "$dir/status")" = 3 ]

@@ -1,0 +1,350 @@
+/* The kernels of every instruction set this CPU has give the bits of the scalar
+ * code: compared with memcmp, never with a tolerance. */
+#include "../lfm2.c"
+
+#include "util.h"
+
+#include <check.h>
+
+static const char *const isa_names[] = {
+    "auto", "scalar", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512-VNNI"
+};
+
+/* The table of an instruction set, or NULL after saying that it is missing. */
+static const struct isa *isa_or_skip(int isa)
+{
+    if (lfm2_isa_available(isa))
+        return isa_table(isa);
+    printf("skipped: this CPU or build has no %s\n", isa_names[isa]);
+    fflush(stdout);
+    return NULL;
+}
+
+static void fill(float *x, size_t n, uint64_t *rng)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = random_float(rng) * 4;
+}
+
+static void *room(size_t n)
+{
+    void *p = NULL;
+
+    ck_assert(posix_memalign(&p, 64, n + 64) == 0);
+    memset(p, 0x55, n + 64);
+    return p;
+}
+
+/* ------------------------------------------------------------ small blocks */
+
+/* Numbers a careless vector function gets wrong. */
+static const float odd_numbers[] = {
+    0, -0.0f, 1, -1, 87, -87, -87.5f, 88, 88.5f, 89, -89, 1000, -1000, INFINITY,
+    -INFINITY, FLT_MAX, -FLT_MAX, FLT_MIN, 0x1p-149f, 0x1p-101f, 0x1p-99f
+};
+
+START_TEST(blocks_of_floats)
+{
+    const struct isa *isa = isa_or_skip(_i);
+    uint64_t rng = 1;
+    float a[512], b[512], x[512];
+
+    for (int round = 0; isa && round < 2000; round++) {
+        const int n = round % 512;
+        fill(a, 512, &rng);
+        fill(x, 512, &rng);
+        a[round % 32] = odd_numbers[(size_t)round % COUNT(odd_numbers)];
+        memcpy(b, a, sizeof a);
+        ck_assert(bits_of(isa->dot(a + 32, x, n)) ==
+                  bits_of(dot_f32(a + 32, x, n)));
+        isa->add_scaled(a + 32, x[0], x, n % 480);
+        add_scaled(b + 32, x[0], x, n % 480);
+        EXPECT_MSG(memcmp(a, b, sizeof a) == 0, "add_scaled, n %d", n);
+        isa->swiglu(a, x, 512);
+        swiglu(b, x, 512);
+        for (int i = 0; i < 512; i++)
+            EXPECT_MSG(bits_of(a[i]) == bits_of(b[i]) ||
+                       (a[i] != a[i] && b[i] != b[i]), "swiglu: %a, expected "
+                       "%a", (double)a[i], (double)b[i]);
+    }
+}
+END_TEST
+
+START_TEST(rounding_of_groups)
+{
+    const struct isa *isa = isa_or_skip(_i);
+    struct rounded a, b;
+    uint64_t rng = 2;
+    float x[32];
+
+    for (int round = 0; isa && round < 50000; round++) {
+        fill(x, 32, &rng);
+        for (int i = 0; i < 32; i++)
+            x[i] = ldexpf(x[i], round % 300 - 150);
+        if (round % 7 == 0)
+            x[round % 32] = odd_numbers[(size_t)round % COUNT(odd_numbers)];
+        if (round % 1000 == 999)
+            x[5] = NAN;
+        isa->quantize(&a, x);
+        quantize(&b, x);
+        EXPECT(memcmp(&a, &b, sizeof a) == 0);
+    }
+}
+END_TEST
+
+START_TEST(turned_heads)
+{
+    const struct isa *isa = isa_or_skip(_i);
+    uint64_t rng = 3;
+    float a[256], b[256], turn[256];
+
+    for (int hd = 2; isa && hd <= 256; hd += 2) {
+        fill(a, 256, &rng);
+        fill(turn, 256, &rng);
+        memcpy(b, a, sizeof a);
+        isa->rope(a, turn, hd);
+        rope(b, turn, hd);
+        EXPECT_MSG(memcmp(a, b, sizeof a) == 0, "head_dim %d", hd);
+    }
+}
+END_TEST
+
+START_TEST(steps_of_a_convolution)
+{
+    enum { N = 96, TAPS = 6 };
+    const struct isa *isa = isa_or_skip(_i);
+    uint64_t rng = 4;
+    float w[TAPS * N], in[3 * N], win[2][TAPS * N], y[2][UNIT];
+
+    for (int l_cache = 2; isa && l_cache <= TAPS; l_cache++) {
+        fill(w, COUNT(w), &rng);
+        fill(win[0], TAPS * N, &rng);
+        memcpy(win[1], win[0], sizeof win[0]);
+        for (int t = 0; t < 20; t++) {
+            fill(in, COUNT(in), &rng);
+            isa->conv_step(y[0], win[0] + 32, w + 32, in, in + N, in + 2 * N,
+                           l_cache, N);
+            conv_step(y[1], win[1] + 32, w + 32, in, in + N, in + 2 * N,
+                      l_cache, N);
+            EXPECT(memcmp(y[0], y[1], sizeof y[0]) == 0);
+            EXPECT(memcmp(win[0], win[1], sizeof win[0]) == 0);
+        }
+    }
+}
+END_TEST
+
+/* ---------------------------------------------------------------- attention */
+
+static void expect_chunk(const struct isa *isa, const struct kv_head *kv,
+                         const float *q, int n_q, int pos, int n)
+{
+    struct gathered a[9], b[9];
+
+    isa->attend_chunk(a, q, n_q, kv, pos, n);
+    attend_chunk(b, q, n_q, kv, pos, n);
+    for (int i = 0; i < n_q; i++)
+        EXPECT_MSG(bits_of(a[i].max) == bits_of(b[i].max) &&
+                   bits_of(a[i].sum) == bits_of(b[i].sum) &&
+                   memcmp(a[i].o, b[i].o, (size_t)kv->head_dim * 4) == 0,
+                   "head_dim %d, %d queries, %d positions from %d, f16 %d",
+                   kv->head_dim, n_q, n, pos, kv->f16);
+}
+
+START_TEST(chunks_of_attention)
+{
+    static const int dims[] = { 2, 16, 32, 48, 64, 80, 96, 128, 256 };
+    const struct isa *isa = isa_or_skip(_i);
+    uint64_t rng = 5;
+    float q[9 * 256], k[256], v[256];
+
+    for (size_t i = 0; isa && i < 2 * COUNT(dims); i++) {
+        const int hd = dims[i / 2], f16 = i % 2;
+        const size_t size = (size_t)2 * CHUNK * (size_t)hd * 4;
+        struct kv_head kv = { room(size), room(size), f16, hd };
+        for (int pos = 0; pos < 2 * CHUNK; pos++) {
+            fill(k, 256, &rng);
+            fill(v, 256, &rng);
+            kv_store(&kv, pos, k, v);
+        }
+        fill(q, COUNT(q), &rng);
+        for (int n = 1; n <= CHUNK; n += 1 + n / 20)
+            expect_chunk(isa, &kv, q, 1 + n % 9, n % 2 * CHUNK, n);
+        free(kv.k);
+        free(kv.v);
+    }
+}
+END_TEST
+
+/* ----------------------------------------------------------------- products */
+
+enum { MOST_TOKENS = 40 };
+
+/* Products of a matrix of ROWS rows, which no number of rows divides, with 1 to
+ * 40 rows in any order. */
+static void expect_products(const struct isa *isa, int type, int cols, int rows,
+                            uint64_t *rng)
+{
+    struct bytes b = random_weights(type, cols, (uint64_t)rows, rng);
+    const struct tensor w = { format_find((uint32_t)type), rows, cols, b.p };
+    const size_t n = (size_t)MOST_TOKENS * (size_t)cols, c = (size_t)cols;
+    float *out[2] = { room(MOST_TOKENS * UNIT * 4), room(MOST_TOKENS * UNIT * 4) };
+    struct scratch s = { .q = room(c * 32), .d = room(c * 8),
+                         .m = room(c * 8), .f = room(c * 4) };
+    struct input in = { 0, cols, NULL, room(n * 4),
+                        room(n / 32 * sizeof *in.q) };
+    int order[MOST_TOKENS];
+
+    fill(in.f, n, rng);
+    for (size_t i = 0; i < n / 32; i++)
+        quantize(&in.q[i], in.f + 32 * i);
+    for (int i = 0; i < MOST_TOKENS; i++)
+        order[i] = (i * 7 + 3) % MOST_TOKENS;
+    for (in.n = 1; in.n <= MOST_TOKENS; in.n++)
+        for (int first = 0; first < rows; first += UNIT) {
+            const int here = rows - first < UNIT ? rows - first : UNIT;
+            in.row = in.n % 3 == 0 ? order : NULL;
+            isa->product(out[0], &w, first, here, &in, &s, in.n % 2 ? b.p : NULL);
+            product_rows(out[1], &w, first, here, &in, &s, NULL);
+            for (int t = 0; t < in.n; t++)
+                EXPECT_MSG(memcmp(out[0] + t * UNIT, out[1] + t * UNIT,
+                                  (size_t)here * sizeof *out[0]) == 0,
+                           "%s: %d x %d, row %d of %d", w.fmt->name, rows, cols,
+                           t, in.n);
+        }
+    for (int i = 0; i < 2; i++)
+        free(out[i]);
+    free(s.q);
+    free(s.d);
+    free(s.m);
+    free(s.f);
+    free(in.f);
+    free(in.q);
+    free(b.p);
+}
+
+/* One case for each instruction set and weight type. */
+START_TEST(products)
+{
+    const struct isa *isa = isa_or_skip(LFM2_ISA_AVX2 + _i / N_WEIGHT_TYPES);
+    const int type = weight_types[_i % N_WEIGHT_TYPES];
+    const int block = weight_type_block(type) < 32 ? 32
+                                                   : weight_type_block(type);
+    uint64_t rng = 6;
+
+    for (int rows = 1; isa && rows <= 75; rows += 37)
+        for (int n = 1; n <= 11; n += 5)
+            expect_products(isa, type, n * block, rows, &rng);
+}
+END_TEST
+
+/* ------------------------------------------------------------- whole models */
+
+static uint64_t hash_model(const lfm2_model *m, int isa, int threads, int batch)
+{
+    enum { N = 90 };
+    const lfm2_params p = { .n_ctx = 128, .n_seq = 1, .n_batch = batch,
+                            .n_logits = N, .n_threads = threads, .isa = isa };
+    const size_t n_vocab = (size_t)m->cfg.n_vocab;
+    int32_t tokens[N];
+    lfm2_context *ctx;
+    uint64_t h;
+
+    for (int i = 0; i < N; i++)
+        tokens[i] = (i * 31 + 5) % m->cfg.n_vocab;
+    ck_assert(lfm2_context_open(&ctx, m, &p, NULL) == 0);
+    ck_assert_int_eq(lfm2_context_params(ctx).isa, isa);
+    ck_assert(lfm2_forward(ctx, &(lfm2_span){ 0, tokens, N, N }, 1, NULL) == 0);
+    h = hash_bytes(HASH_START, (const uint8_t *)lfm2_logits(ctx, 0, 0),
+                   N * n_vocab * sizeof(float));
+    lfm2_context_close(ctx);
+    return h;
+}
+
+static void expect_one_hash(const lfm2_model *m, const char *what)
+{
+    static const int batch[] = { 512, 1, 2, 5, 7, 8, 9, 40 };
+    const uint64_t h = hash_model(m, LFM2_ISA_SCALAR, 1, 512);
+
+    for (int isa = LFM2_ISA_SCALAR; isa <= LFM2_ISA_AVX512VNNI; isa++)
+        for (int i = 0; i < 8 && lfm2_isa_available(isa); i++)
+            EXPECT_MSG(hash_model(m, isa, i + 1, batch[i]) == h,
+                       "%s: other logits with %s, %d threads and batches of %d",
+                       what, isa_names[isa], i + 1, batch[i]);
+}
+
+START_TEST(models)
+{
+    const int type = weight_types[_i];
+
+    for (int moe = 0; moe <= 1; moe++) {
+        struct bytes file = tiny_model(&(struct tiny){ .moe = moe,
+                                                       .type = type });
+        lfm2_model *m;
+        ck_assert(lfm2_model_open_memory(&m, file.p, file.n, NULL) == 0);
+        expect_one_hash(m, weight_type_name(type));
+        lfm2_model_close(m);
+        free(file.p);
+    }
+}
+END_TEST
+
+START_TEST(golden_models)
+{
+    static const char *const files[] = {
+        "golden/dense-Q4_0.gguf", "golden/dense-Q4_K_M.gguf",
+        "golden/moe-Q4_0.gguf", "golden/moe-Q8_0.gguf"
+    };
+    const char *path = shared_file(files[_i]);
+    lfm2_model *m;
+
+    if (!path)
+        return;
+    ck_assert(lfm2_model_open(&m, path, LFM2_LOAD_MAP, NULL) == 0);
+    expect_one_hash(m, path);
+    lfm2_model_close(m);
+}
+END_TEST
+
+START_TEST(choice)
+{
+    lfm2_params p = { .n_ctx = 8, .n_seq = 1, .n_batch = 8 };
+    struct bytes file = tiny_model(&(struct tiny){ .type = 2 });
+    lfm2_context *ctx;
+    lfm2_model *m;
+    lfm2_error err;
+
+    ck_assert(lfm2_model_open_memory(&m, file.p, file.n, NULL) == 0);
+    for (p.isa = -1; p.isa <= LFM2_ISA_AVX512VNNI + 1; p.isa++) {
+        int code = lfm2_context_open(&ctx, m, &p, &err);
+        ck_assert(code == (lfm2_isa_available(p.isa) ? LFM2_OK : LFM2_EARG));
+        ck_assert(code == LFM2_OK || strstr(err.msg, "isa"));
+        if (code == LFM2_OK)
+            ck_assert(lfm2_isa_available(lfm2_context_params(ctx).isa));
+        for (int what = LFM2_READ; code == LFM2_OK && what <= LFM2_DOT; what++)
+            ck_assert(lfm2_exercise(ctx, what) > 0);
+        lfm2_context_close(code == LFM2_OK ? ctx : NULL);
+    }
+    lfm2_model_close(m);
+    free(file.p);
+}
+END_TEST
+
+Suite *kernels_suite(void)
+{
+    Suite *s = suite_create("kernels");
+    TCase *c = tcase_create("kernels");
+    const int first = LFM2_ISA_AVX2, end = LFM2_ISA_AVX512VNNI + 1;
+
+    tcase_set_timeout(c, 600);
+    tcase_add_loop_test(c, blocks_of_floats, first, end);
+    tcase_add_loop_test(c, rounding_of_groups, first, end);
+    tcase_add_loop_test(c, turned_heads, first, end);
+    tcase_add_loop_test(c, steps_of_a_convolution, first, end);
+    tcase_add_loop_test(c, chunks_of_attention, first, end);
+    tcase_add_loop_test(c, products, 0, (end - first) * N_WEIGHT_TYPES);
+    tcase_add_loop_test(c, models, 0, N_WEIGHT_TYPES);
+    tcase_add_loop_test(c, golden_models, 0, 4);
+    tcase_add_test(c, choice);
+    suite_add_tcase(s, c);
+    return s;
+}
