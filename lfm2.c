@@ -3549,8 +3549,8 @@ enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20 };
 
 struct merge { int32_t left, right, result; };
 
-/* A token that is looked for before text is cut into pieces. */
-struct special { const uint8_t *s; uint32_t n; int32_t id; };
+/* Open addressing: a power of two of slots, at most half of them taken. */
+struct table { uint32_t *slot, n; };      /* number + 1, or 0: free          */
 
 struct lfm2_tokenizer {
     int n_vocab, n_symbols;
@@ -3558,18 +3558,14 @@ struct lfm2_tokenizer {
     uint32_t *start;                      /* to start[i+1] of text           */
     uint8_t *type;                        /* [n_vocab] TOKEN_...             */
 
-    /* Bytes to symbol and pair to rank: open addressing, a power of two of
-     * slots, at most half of them taken. */
-    uint32_t *slot;                       /* id + 1, or 0: free              */
-    uint32_t n_slots;
+    struct table symbols;                 /* by bytes: what text can become  */
     struct merge *merge;                  /* [n_merges]; the index is the    */
     uint32_t n_merges;                    /* rank, the lowest comes first    */
-    uint32_t *merge_slot;                 /* rank + 1, or 0: free            */
-    uint32_t n_merge_slots;
+    struct table merges;                  /* by left and right               */
 
-    struct special *special;              /* sorted by their bytes; those    */
-    int special_at[257];                  /* that begin with b are at        */
-                                          /* special_at[b] to [b+1]          */
+    struct table specials;                /* by bytes: tokens looked for     */
+                                          /* before text is cut into pieces  */
+    uint32_t special_max[256];            /* longest, by first byte; 0: none */
     int32_t byte[256];                    /* the token of a single byte      */
     int32_t bos, eos, eot, im_start, im_end;        /* -1: there is none     */
     int add_bos;
@@ -3588,17 +3584,18 @@ static uint32_t symbol_len(const lfm2_tokenizer *t, int32_t id)
     return t->start[id + 1] - t->start[id];
 }
 
-/* The slot that holds s[n], or the free one where it belongs. */
-static uint32_t *symbol_slot(const lfm2_tokenizer *t, const uint8_t *s,
-                             size_t n)
+/* The slot that holds s[n], or the free one where it belongs.  If type is not 0
+ * it must be that of the token. */
+static uint32_t *symbol_slot(const lfm2_tokenizer *t, struct table in,
+                             uint64_t hash, const uint8_t *s, size_t n,
+                             int type)
 {
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-
     for (uint32_t i = (uint32_t)(hash ^ hash >> 32);; i++) {
-        uint32_t *slot = &t->slot[i & (t->n_slots - 1)];
+        uint32_t *slot = &in.slot[i & (in.n - 1)];
         const int32_t id = (int32_t)*slot - 1;
         if (id < 0 || (symbol_len(t, id) == n &&
-                       memcmp(symbol_bytes(t, id), s, n) == 0))
+                       memcmp(symbol_bytes(t, id), s, n) == 0 &&
+                       (type == 0 || t->type[id] == type)))
             return slot;
     }
 }
@@ -3606,7 +3603,8 @@ static uint32_t *symbol_slot(const lfm2_tokenizer *t, const uint8_t *s,
 /* The symbol with these bytes that text can become, or -1. */
 static int32_t find_symbol(const lfm2_tokenizer *t, const uint8_t *s, size_t n)
 {
-    return (int32_t)*symbol_slot(t, s, n) - 1;
+    const uint64_t hash = hash_bytes(HASH_START, s, n);
+    return (int32_t)*symbol_slot(t, t->symbols, hash, s, n, 0) - 1;
 }
 
 /* Control tokens, unused and unknown ones are not made from text. */
@@ -3616,18 +3614,27 @@ static int is_from_text(int type)
            type == TOKEN_BYTE;
 }
 
-/* The next symbol; there is room for it.  If text can become it, its bytes lead
- * to it, or to an earlier symbol that has the same. */
+/* The next symbol; there is room for it.  Its bytes lead to it, or to an earlier
+ * symbol that has the same. */
 static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
                           int type)
 {
     const int32_t id = t->n_symbols++;
-    uint32_t *slot = symbol_slot(t, s, n);
+    const uint64_t hash = hash_bytes(HASH_START, s, n);
+    const int is_special = type == TOKEN_CONTROL || type == TOKEN_USER_DEFINED;
+    uint32_t *slot;
 
-    if (is_from_text(type) && n > 0 && *slot == 0)
-        *slot = (uint32_t)id + 1;
     memcpy(t->text + t->start[id], s, n);
     t->start[id + 1] = t->start[id] + (uint32_t)n;
+    slot = symbol_slot(t, t->symbols, hash, s, n, 0);
+    if (is_from_text(type) && n > 0 && *slot == 0)
+        *slot = (uint32_t)id + 1;
+    if (is_special && n > 0) {
+        slot = symbol_slot(t, t->specials, hash, s, n, type);
+        *slot = *slot ? *slot : (uint32_t)id + 1;
+        if (t->special_max[s[0]] < n)
+            t->special_max[s[0]] = (uint32_t)n;
+    }
     return id;
 }
 
@@ -3645,7 +3652,7 @@ static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
     const uint64_t hash = pair * 0x9e3779b97f4a7c15u >> 32;
 
     for (uint32_t i = (uint32_t)hash;; i++) {
-        uint32_t *slot = &t->merge_slot[i & (t->n_merge_slots - 1)];
+        uint32_t *slot = &t->merges.slot[i & (t->merges.n - 1)];
         if (*slot == 0 || (t->merge[*slot - 1].left == left &&
                            t->merge[*slot - 1].right == right))
             return slot;
@@ -3666,35 +3673,6 @@ static void add_merge(lfm2_tokenizer *t, struct merge m)
     t->merge[t->n_merges++] = m;
     if (*slot == 0)
         *slot = t->n_merges;
-}
-
-static int compare_special(const void *a, const void *b)
-{
-    const struct special *x = a, *y = b;
-    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
-
-    if (order != 0)
-        return order;
-    if (x->n != y->n)
-        return x->n < y->n ? -1 : 1;
-    return x->id < y->id ? -1 : 1;
-}
-
-static void sort_specials(lfm2_tokenizer *t)
-{
-    int n = 0;
-
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        if ((t->type[id] == TOKEN_CONTROL ||
-             t->type[id] == TOKEN_USER_DEFINED) && symbol_len(t, id) > 0)
-            t->special[n++] = (struct special){ symbol_bytes(t, id),
-                                                symbol_len(t, id), id };
-    qsort(t->special, (size_t)n, sizeof *t->special, compare_special);
-    for (int i = 0; i < n; i++)
-        t->special_at[t->special[i].s[0] + 1] = i + 1;
-    for (int b = 0; b < 256; b++)
-        if (t->special_at[b + 1] < t->special_at[b])
-            t->special_at[b + 1] = t->special_at[b];
 }
 
 /* ------------------------------------------------- 19. Reading a vocabulary
@@ -3761,14 +3739,14 @@ static size_t unmap(uint8_t *out, struct str text, int64_t type)
     return text.n;
 }
 
-/* Slots for n entries: a power of two, at least twice as many. */
-static uint32_t count_slots(uint64_t n)
+/* Slots for n entries; -1 without memory. */
+static int open_table(struct table *t, uint64_t n)
 {
-    uint32_t slots = 2;
-
-    while (slots < 2 * n)
-        slots *= 2;
-    return slots;
+    t->n = 2;
+    while (t->n < 2 * n)
+        t->n *= 2;
+    t->slot = calloc(t->n, sizeof *t->slot);
+    return t->slot ? 0 : -1;
 }
 
 /* Room for all that the lists may lead to: a merge may add its left side, its
@@ -3780,21 +3758,18 @@ static int reserve(lfm2_tokenizer *t, struct lists *f)
     const size_t n_merges = (size_t)f->merges->n;
     const size_t n_symbols = n_vocab + 3 * n_merges;
 
-    if (n_text > INT32_MAX)
+    if (n_text > INT32_MAX || open_table(&t->symbols, n_symbols) != 0 ||
+        open_table(&t->merges, n_merges) != 0 ||
+        open_table(&t->specials, n_vocab) != 0)
         return -1;
-    t->n_slots = count_slots(n_symbols);
-    t->n_merge_slots = count_slots(n_merges);
     t->text = malloc((size_t)n_text + 1);
     t->start = calloc(n_symbols + 1, sizeof *t->start);
     t->type = malloc(n_vocab);
-    t->slot = calloc(t->n_slots, sizeof *t->slot);
     t->merge = calloc(n_merges + 1, sizeof *t->merge);
-    t->merge_slot = calloc(t->n_merge_slots, sizeof *t->merge_slot);
-    t->special = calloc(n_vocab, sizeof *t->special);
     t->classes = make_classes();
     f->scratch = malloc(MAX_TOKEN);
-    return t->text && t->start && t->type && t->slot && t->merge &&
-           t->merge_slot && t->special && t->classes && f->scratch ? 0 : -1;
+    return t->text && t->start && t->type && t->merge && t->classes &&
+           f->scratch ? 0 : -1;
 }
 
 static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
@@ -3859,7 +3834,6 @@ static int find_named(lfm2_tokenizer *t, const struct gguf *g)
             return BAD(g, "the vocabulary: no token for the single byte "
                        "0x%02x, expected all 256", c);
     }
-    sort_specials(t);
     t->im_start = lfm2_token_id(t, "<|im_start|>");
     t->im_end = lfm2_token_id(t, "<|im_end|>");
     t->eot = lfm2_token_id(t, "<|endoftext|>");
@@ -3965,10 +3939,10 @@ void lfm2_tokenizer_close(lfm2_tokenizer *t)
     free(t->text);
     free(t->start);
     free(t->type);
-    free(t->slot);
     free(t->merge);
-    free(t->merge_slot);
-    free(t->special);
+    free(t->symbols.slot);
+    free(t->merges.slot);
+    free(t->specials.slot);
     free(t->classes);
     free(t);
 }
@@ -4051,41 +4025,34 @@ static void begin_key(struct writer *w, const char *name, uint32_t type,
     }
 }
 
-/* The bytes of a symbol in the byte alphabet. */
-static void put_mapped(struct writer *w, const lfm2_tokenizer *t, int32_t id)
+/* The bytes of a symbol, in the byte alphabet or literal. */
+static void put_symbol(struct writer *w, const lfm2_tokenizer *t, int32_t id,
+                       int mapped)
 {
     for (uint32_t i = 0; i < symbol_len(t, id); i++) {
-        const uint32_t c = char_of(symbol_bytes(t, id)[i]);
-        if (c >= 0x80)
+        const uint8_t byte = symbol_bytes(t, id)[i];
+        const uint32_t c = mapped ? char_of(byte) : byte;
+        if (mapped && c >= 0x80)
             put_int(w, 0xc0 | c >> 6, 1);
-        put_int(w, c < 0x80 ? c : 0x80 | (c & 0x3f), 1);
+        put_int(w, mapped && c >= 0x80 ? 0x80 | (c & 0x3f) : c, 1);
     }
 }
 
-static void put_token(struct writer *w, const lfm2_tokenizer *t, int32_t id)
+/* A token, or if there is a right side a merge: its length, then its text. */
+static void put_text(struct writer *w, const lfm2_tokenizer *t, int32_t id,
+                     int32_t right)
 {
-    struct writer size = { 0 };
+    struct writer length = { 0 }, *to[] = { &length, w };
 
-    if (!is_mapped(t->type[id])) {
-        put_string(w, symbol_bytes(t, id), symbol_len(t, id));
-        return;
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass == 1)
+            put_int(w, length.n, 8);
+        put_symbol(to[pass], t, id, right >= 0 || is_mapped(t->type[id]));
+        if (right >= 0) {
+            put_int(to[pass], ' ', 1);
+            put_symbol(to[pass], t, right, 1);
+        }
     }
-    put_mapped(&size, t, id);
-    put_int(w, size.n, 8);
-    put_mapped(w, t, id);
-}
-
-static void put_merge(struct writer *w, const lfm2_tokenizer *t,
-                      struct merge m)
-{
-    struct writer size = { 0 };
-
-    put_mapped(&size, t, m.left);
-    put_mapped(&size, t, m.right);
-    put_int(w, size.n + 1, 8);
-    put_mapped(w, t, m.left);
-    put_int(w, ' ', 1);
-    put_mapped(w, t, m.right);
 }
 
 size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
@@ -4109,10 +4076,10 @@ size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
         put_int(&w, t->type[id], 4);
     begin_key(&w, "tokens", GGUF_ARRAY, GGUF_STRING, (uint64_t)t->n_vocab);
     for (int32_t id = 0; id < t->n_vocab; id++)
-        put_token(&w, t, id);
+        put_text(&w, t, id, -1);
     begin_key(&w, "merges", GGUF_ARRAY, GGUF_STRING, t->n_merges);
     for (uint32_t i = 0; i < t->n_merges; i++)
-        put_merge(&w, t, t->merge[i]);
+        put_text(&w, t, t->merge[i].left, t->merge[i].right);
     return w.n;
 }
 
@@ -4372,40 +4339,22 @@ static int encode_piece(const lfm2_tokenizer *t, struct tokens *o,
     return LFM2_OK;
 }
 
-/* The first special from lo to hi whose byte d is c or more. */
-static int special_bound(const lfm2_tokenizer *t, int lo, int hi, uint32_t d,
-                         int c)
-{
-    while (lo < hi) {
-        const int mid = lo + (hi - lo) / 2;
-        if (t->special[mid].s[d] < c)
-            lo = mid + 1;
-        else
-            hi = mid;
-    }
-    return lo;
-}
-
 /* The longest special token that stands at p < end, and its length; or -1. */
 static int32_t special_at(const lfm2_tokenizer *t, const uint8_t *p,
                           const uint8_t *end, int control, uint32_t *len)
 {
-    int lo = t->special_at[*p], hi = t->special_at[*p + 1];
+    const int type = control ? 0 : TOKEN_USER_DEFINED;
+    uint64_t hash = HASH_START;
     int32_t found = -1;
 
-    *len = 0;
-    for (uint32_t d = 1; lo < hi; d++) {
-        /* All from lo to hi agree with p in d bytes, the shortest first. */
-        for (; lo < hi && t->special[lo].n == d; lo++)
-            if (*len < d && (control || t->type[t->special[lo].id] ==
-                                        TOKEN_USER_DEFINED)) {
-                found = t->special[lo].id;
-                *len = d;
-            }
-        if (p + d == end)
-            break;
-        lo = special_bound(t, lo, hi, d, p[d]);
-        hi = special_bound(t, lo, hi, d, p[d] + 1);
+    for (uint32_t n = 1; n <= t->special_max[*p] && n <= (size_t)(end - p);
+         n++) {
+        hash = hash_bytes(hash, p + n - 1, 1);
+        const uint32_t id_1 = *symbol_slot(t, t->specials, hash, p, n, type);
+        if (id_1) {
+            found = (int32_t)id_1 - 1;
+            *len = n;
+        }
     }
     return found;
 }
@@ -4559,13 +4508,11 @@ int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 {
     const uint8_t *s = (const uint8_t *)text;
     const size_t n = strlen(text);
-    uint32_t len = 0;
+    const uint64_t hash = hash_bytes(HASH_START, s, n);
+    const uint32_t id_1 = *symbol_slot(t, t->specials, hash, s, n, 0);
 
-    if (n > 0) {
-        const int32_t id = special_at(t, s, s + n, 1, &len);
-        if (id >= 0 && len == n)
-            return id;
-    }
+    if (id_1)
+        return (int32_t)id_1 - 1;
     for (int32_t id = 0; id < t->n_vocab; id++)
         if (symbol_len(t, id) == n && memcmp(symbol_bytes(t, id), s, n) == 0)
             return id;
@@ -4609,44 +4556,31 @@ static int comes_before(struct candidate a, struct candidate b)
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
-/* c[n] is a heap with the last in order on top, but for c[i], which may have to
- * go down. */
-static void sift_down(struct candidate *c, int n, int i)
+/* top[0], top[-1] ... top[1-n] is a heap with the first in order on top, but for
+ * top[-i], which may have to go down. */
+static void sift_down(struct candidate *top, int n, int i)
 {
-    const struct candidate moved = c[i];
+    const struct candidate moved = top[-i];
 
     for (int child = 2 * i + 1; child < n; child = 2 * i + 1) {
-        if (child + 1 < n && comes_before(c[child], c[child + 1]))
+        if (child + 1 < n && comes_before(top[-child - 1], top[-child]))
             child++;
-        if (!comes_before(moved, c[child]))
+        if (!comes_before(top[-child], moved))
             break;
-        c[i] = c[child];
+        top[-i] = top[-child];
         i = child;
     }
-    c[i] = moved;
+    top[-i] = moved;
 }
 
-static void swap_candidates(struct candidate *a, struct candidate *b)
+/* Bring the first of such a heap c[n] to its front; the rest is a heap again. */
+static void pop_first(struct candidate *c, int n)
 {
-    const struct candidate was = *a;
-    *a = *b;
-    *b = was;
-}
+    const struct candidate first = c[n - 1];
 
-/* Bring the first k of c[n] to the front and in order. */
-static void sort_first(struct candidate *c, int n, int k)
-{
-    for (int i = k / 2; i-- > 0;)
-        sift_down(c, k, i);
-    for (int i = k; i < n; i++)
-        if (comes_before(c[i], c[0])) {
-            swap_candidates(&c[i], &c[0]);
-            sift_down(c, k, 0);
-        }
-    for (int i = k; i-- > 1;) {
-        swap_candidates(&c[i], &c[0]);
-        sift_down(c, i, 0);
-    }
+    c[n - 1] = c[0];
+    c[0] = first;
+    sift_down(&c[n - 1], n - 1, 0);
 }
 
 /* The index of the highest logit, the first of several; -1 if there is none or
@@ -4706,26 +4640,6 @@ static float log_of(float p)
     return high;
 }
 
-/* How many of the first candidates it takes to hold `mass`.  The first `sorted`
- * are in order; more are put in order as needed. */
-static int nucleus(struct candidate *c, int n, int sorted, float max,
-                   double mass)
-{
-    double sum = 0;
-    int kept = 0;
-
-    while (kept < n && (kept == 0 || sum < mass)) {
-        if (kept == sorted) {
-            const int more = n - sorted < sorted + 256 ? n - sorted
-                                                       : sorted + 256;
-            sort_first(c + sorted, n - sorted, more);
-            sorted += more;
-        }
-        sum += exp_f32(c[kept++].p - max);
-    }
-    return kept;
-}
-
 /* Leave in c what top-k, top-p and min-p leave over, at least one: the highest
  * logit is first in order and always stays. */
 static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
@@ -4733,8 +4647,8 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
 {
     const int by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p < 1;
     const float least = s->min_p > 0 ? log_of(s->min_p) : -INFINITY;
-    double sum = 0;
-    int n = 0;
+    double sum = 0, mass = 0;
+    int n = 0, kept = 0, sorted = 0;
 
     /* min-p keeps the front of the same order as the others do, so it may come
      * first, unless top-p is to see all that top-k leaves. */
@@ -4742,19 +4656,25 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
         if (logits[id] >= -FLT_MAX &&
             ((by_k && by_p) || logits[id] - max >= least))
             c[n++] = (struct candidate){ logits[id], id };
-    if (by_k) {
-        const int k = n < s->top_k ? n : s->top_k;
-        sort_first(c, n, k);
-        n = k;
-    }
+    if (!by_k && !by_p)
+        return n;
+    for (int i = n / 2; i-- > 0;)
+        sift_down(&c[n - 1], n, i);
+    for (; by_k && sorted < n && sorted < s->top_k; sorted++)
+        pop_first(c + sorted, n - sorted);
+    n = by_k ? sorted : n;
     if (!by_p)
         return n;
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
         sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
-    n = nucleus(c, n, by_k ? n : 0, max, s->top_p * sum);
-    while (n > 1 && c[n - 1].p - max < least)
-        n--;
-    return n;
+    for (; kept < n && (kept == 0 || mass < s->top_p * sum); kept++) {
+        if (kept == sorted)
+            pop_first(c + sorted++, n - kept);
+        mass += exp_f32(c[kept].p - max);
+    }
+    while (kept > 1 && c[kept - 1].p - max < least)
+        kept--;
+    return kept;
 }
 
 /* SplitMix64 (Steele, Lea, Flood 2014), as a number in [0, 1). */
