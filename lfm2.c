@@ -2183,17 +2183,33 @@ static int gguf_string(const struct gguf *g, const char *key, struct str *out)
     return 1;
 }
 
-/* The format and byte size of a tensor, if its shape is possible at all. */
-static int size_tensor(struct gguf *g, struct gguf_tensor *t, uint32_t type)
+/* The shape must be possible at all; format and shape give the size. */
+static int parse_tensor(struct gguf *g, struct cursor *c)
 {
+    struct gguf_tensor *t = &g->tensor[g->n_tensors];
     uint64_t elements = 1;
+    uint32_t n_dims, type;
 
+    TRY(take_name(g, c, t->name, MAX_NAME, "tensor", g->n_tensors));
+    if (gguf_tensor_find(g, t->name))
+        return BAD(g, "tensor %s: found twice, expected once", t->name);
+    n_dims = take_u32(c);
+    for (uint32_t d = 0; d < 4; d++)
+        t->dims[d] = d < n_dims ? take_u64(c) : 1;
+    type = take_u32(c);
+    t->offset = take_u64(c);
+    t->n_dims = (int)n_dims;
     t->fmt = format_find(type);
+    if (c->past)
+        return BAD(g, "%s: the file ends before its shape and offset", t->name);
+    if (n_dims < 1 || n_dims > 4)
+        return BAD(g, "%s: %lu dimensions, expected 1 to 4", t->name,
+                   (unsigned long)n_dims);
     if (!t->fmt)
         return OTHER(g, "%s: weight type %s (%lu), expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
                      "IQ4_XS", t->name, format_name(type), (unsigned long)type);
-    for (int d = 0; d < t->n_dims; d++) {
+    for (int d = 0; d < 4; d++) {
         if (t->dims[d] < 1 || t->dims[d] > INT32_MAX ||
             elements > (UINT64_MAX >> 8) / t->dims[d])
             return BAD(g, "%s: dimension %d is %llu, expected 1 to %d and a "
@@ -2206,28 +2222,6 @@ static int size_tensor(struct gguf *g, struct gguf_tensor *t, uint32_t type)
                    "%s", t->name, ull(t->dims[0]), t->fmt->block, t->fmt->name);
     t->bytes = elements / (uint64_t)t->fmt->block * (uint64_t)t->fmt->bytes;
     return LFM2_OK;
-}
-
-static int parse_tensor(struct gguf *g, struct cursor *c)
-{
-    struct gguf_tensor *t = &g->tensor[g->n_tensors];
-    uint32_t n_dims, type;
-
-    TRY(take_name(g, c, t->name, MAX_NAME, "tensor", g->n_tensors));
-    if (gguf_tensor_find(g, t->name))
-        return BAD(g, "tensor %s: found twice, expected once", t->name);
-    n_dims = take_u32(c);
-    for (uint32_t d = 0; d < 4; d++)
-        t->dims[d] = d < n_dims ? take_u64(c) : 1;
-    type = take_u32(c);
-    t->offset = take_u64(c);
-    if (c->past)
-        return BAD(g, "%s: the file ends before its shape and offset", t->name);
-    if (n_dims < 1 || n_dims > 4)
-        return BAD(g, "%s: %lu dimensions, expected 1 to 4", t->name,
-                   (unsigned long)n_dims);
-    t->n_dims = (int)n_dims;
-    return size_tensor(g, t, type);
 }
 
 /* Tensors lie inside the data, aligned, and do not overlap. */
@@ -2338,12 +2332,12 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
     return gguf_find(m->gguf, key);
 }
 
-enum { OPTIONAL, REQUIRED };
+enum { MAY, MUST };                       /* the key be there                */
 
 /* Without the key *out stays as it was. */
 static int is_missing(const struct lfm2_model *m, const char *name, int need)
 {
-    if (need == OPTIONAL)
+    if (need == MAY)
         return LFM2_OK;
     return BAD(m->gguf, "%s.%s: missing, expected in every %s file", m->arch,
                name, m->arch);
@@ -2521,12 +2515,12 @@ static int read_heads(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
 
-    TRY(read_count(m, "attention.head_count", REQUIRED, 1, 1024, &c->n_head));
+    TRY(read_count(m, "attention.head_count", MUST, 1, 1024, &c->n_head));
     c->n_head_kv = c->n_head;
-    TRY(read_count(m, "attention.head_count_kv", OPTIONAL, 0, c->n_head,
+    TRY(read_count(m, "attention.head_count_kv", MAY, 0, c->n_head,
                    &c->n_head_kv));
     TRY(read_layer_kinds(m));
-    TRY(read_count(m, "attention.key_length", OPTIONAL, 2, MAX_HEAD_DIM,
+    TRY(read_count(m, "attention.key_length", MAY, 2, MAX_HEAD_DIM,
                    &c->head_dim));
     if (c->head_dim == 0 && c->n_embd % c->n_head != 0)
         return BAD(m->gguf, "%s.embedding_length: %d, expected a multiple of "
@@ -2537,8 +2531,8 @@ static int read_heads(struct lfm2_model *m)
         return BAD(m->gguf, "heads of %d dimensions, expected an even number "
                    "up to %d", c->head_dim, MAX_HEAD_DIM);
     int same = c->head_dim;
-    TRY(read_count(m, "attention.value_length", OPTIONAL, same, same, &same));
-    return read_count(m, "rope.dimension_count", OPTIONAL, same, same, &same);
+    TRY(read_count(m, "attention.value_length", MAY, same, same, &same));
+    return read_count(m, "rope.dimension_count", MAY, same, same, &same);
 }
 
 static int read_experts(struct lfm2_model *m)
@@ -2551,16 +2545,16 @@ static int read_experts(struct lfm2_model *m)
     if (strcmp(m->arch, "lfm2") == 0)
         return LFM2_OK;
     c->n_layer_dense = 0;
-    TRY(read_count(m, "leading_dense_block_count", OPTIONAL, 0, c->n_layer,
+    TRY(read_count(m, "leading_dense_block_count", MAY, 0, c->n_layer,
                    &c->n_layer_dense));
-    TRY(read_count(m, "expert_count", REQUIRED, 1, 256, &c->n_expert));
-    TRY(read_count(m, "expert_used_count", REQUIRED, 1, c->n_expert,
+    TRY(read_count(m, "expert_count", MUST, 1, 256, &c->n_expert));
+    TRY(read_count(m, "expert_used_count", MUST, 1, c->n_expert,
                    &c->n_expert_used));
-    TRY(read_count(m, "expert_gating_func", REQUIRED, 0, 255, &gating));
+    TRY(read_count(m, "expert_gating_func", MUST, 0, 255, &gating));
     if (gating != 2)
         return OTHER(m->gguf, "%s.expert_gating_func: %d, expected 2 (sigmoid)",
                      m->arch, gating);
-    TRY(read_float(m, "expert_weights_scale", OPTIONAL, 0, 1e4f,
+    TRY(read_float(m, "expert_weights_scale", MAY, 0, 1e4f,
                    &c->expert_weights_scale));
     if (c->expert_weights_scale == 0)
         c->expert_weights_scale = 1;      /* 0 is how some files say "none" */
@@ -2573,16 +2567,14 @@ static int read_config(struct lfm2_model *m)
 
     TRY(read_architecture(m));
     TRY(check_keys(m));
-    TRY(read_count(m, "block_count", REQUIRED, 1, LFM2_MAX_LAYER, &c->n_layer));
-    TRY(read_count(m, "context_length", REQUIRED, 1, INT32_MAX,
-                   &c->n_ctx_train));
-    TRY(read_count(m, "embedding_length", REQUIRED, 1, 1 << 20, &c->n_embd));
-    TRY(read_count(m, "shortconv.l_cache", REQUIRED, 2, 8, &c->l_cache));
-    TRY(read_float(m, "attention.layer_norm_rms_epsilon", REQUIRED, 1e-12f,
+    TRY(read_count(m, "block_count", MUST, 1, LFM2_MAX_LAYER, &c->n_layer));
+    TRY(read_count(m, "context_length", MUST, 1, INT32_MAX, &c->n_ctx_train));
+    TRY(read_count(m, "embedding_length", MUST, 1, 1 << 20, &c->n_embd));
+    TRY(read_count(m, "shortconv.l_cache", MUST, 2, 8, &c->l_cache));
+    TRY(read_float(m, "attention.layer_norm_rms_epsilon", MUST, 1e-12f,
                    0.1f, &c->norm_rms_eps));
     c->rope_freq_base = 10000;
-    TRY(read_float(m, "rope.freq_base", OPTIONAL, 1, 1e12f,
-                   &c->rope_freq_base));
+    TRY(read_float(m, "rope.freq_base", MAY, 1, 1e12f, &c->rope_freq_base));
     if (!arch_find(m, "rope.freq_base"))
         warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
     TRY(read_heads(m));
@@ -2800,8 +2792,7 @@ static int read_widths(struct lfm2_model *m)
     snprintf(name, sizeof name, "blk.%d.ffn_gate_exps.weight",
              c->n_layer_dense);
     if (c->n_layer_dense < c->n_layer)
-        TRY(read_width(m, name, "expert_feed_forward_length",
-                       &c->n_ff_expert));
+        TRY(read_width(m, name, "expert_feed_forward_length", &c->n_ff_expert));
     return LFM2_OK;
 }
 
@@ -2995,8 +2986,7 @@ const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
         return NULL;
     kv = &m->gguf->kv[i];
     if (kv->type == GGUF_ARRAY)
-        snprintf(buf, cap, "[%llu x %s]", ull(kv->n),
-                 gguf_type[kv->elem].name);
+        snprintf(buf, cap, "[%llu x %s]", ull(kv->n), gguf_type[kv->elem].name);
     else if (gguf_string(m->gguf, kv->key, &s))
         snprintf(buf, cap, "%s%s", show(s).s, s.n > 48 ? "..." : "");
     else if (kv->type == GGUF_F32)
@@ -3659,22 +3649,6 @@ static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
     }
 }
 
-/* A free slot holds 0, and 0 - 1 is NO_RANK. */
-static uint32_t merge_rank(const lfm2_tokenizer *t, int32_t left, int32_t right)
-{
-    return *merge_slot(t, left, right) - 1;
-}
-
-/* The next merge in order of rank.  A pair that comes again keeps its rank. */
-static void add_merge(lfm2_tokenizer *t, struct merge m)
-{
-    uint32_t *slot = merge_slot(t, m.left, m.right);
-
-    t->merge[t->n_merges++] = m;
-    if (*slot == 0)
-        *slot = t->n_merges;
-}
-
 /* ------------------------------------------------- 19. Reading a vocabulary
  *
  * In a GGUF, tokens and merges are text in which every byte is written as a
@@ -3689,21 +3663,10 @@ struct lists {
     const struct gguf_kv *tokens, *merges;
     const struct gguf_kv *types;          /* NULL: all are normal            */
     uint8_t *scratch;                     /* [MAX_TOKEN]                     */
+    int16_t byte_of[256 + 68];            /* character to byte; -1: to none  */
 };
 
-/* The byte that a character of that alphabet stands for, or -1. */
-static int byte_of(uint32_t c)
-{
-    if ((c > 32 && c < 127) || (c > 160 && c < 256 && c != 173))
-        return (int)c;
-    if (c >= 256 && c < 256 + 33)                     /* 0 to 32             */
-        return (int)c - 256;
-    if (c >= 256 + 33 && c < 256 + 67)                /* 127 to 160          */
-        return (int)c - 256 - 33 + 127;
-    return c == 256 + 67 ? 173 : -1;
-}
-
-/* And the character for a byte. */
+/* The character for a byte in that alphabet. */
 static uint32_t char_of(uint8_t b)
 {
     return b <= 32 ? 256u + b : b >= 127 && b <= 160 ? 256u + 33 + b - 127 :
@@ -3717,7 +3680,8 @@ static int is_mapped(int type)
 
 /* Write the bytes that a text stands for and return how many.  Text that is not
  * in the alphabet stands for itself. */
-static size_t unmap(uint8_t *out, struct str text, int64_t type)
+static size_t unmap(const struct lists *f, uint8_t *out, struct str text,
+                    int64_t type)
 {
     const uint8_t *s = (const uint8_t *)text.s;
     size_t n = 0, i = 0;
@@ -3728,10 +3692,9 @@ static size_t unmap(uint8_t *out, struct str text, int64_t type)
             c = (c & 0x1f) << 6 | (s[i++] & 0x3fu);
         else if (c >= 0x80)
             c = 0;
-        const int b = byte_of(c);
-        if (b < 0)
+        if (c >= COUNT(f->byte_of) || f->byte_of[c] < 0)
             break;
-        out[n++] = (uint8_t)b;
+        out[n++] = (uint8_t)f->byte_of[c];
         if (i == text.n)
             return n;
     }
@@ -3790,7 +3753,7 @@ static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
             return BAD(f->g, "token %d: %zu bytes, expected at most %d", i, s.n,
                        MAX_TOKEN);
         t->type[i] = (uint8_t)type;
-        add_symbol(t, f->scratch, unmap(f->scratch, s, type), t->type[i]);
+        add_symbol(t, f->scratch, unmap(f, f->scratch, s, type), t->type[i]);
     }
     return LFM2_OK;
 }
@@ -3813,30 +3776,16 @@ static int add_merges(lfm2_tokenizer *t, const struct lists *f)
                        "space between them", ull(i), show(s).s);
         const struct str left = { s.s, (size_t)(space - s.s) };
         const struct str right = { space + 1, (size_t)(end - space) - 1 };
-        const size_t n = unmap(f->scratch, left, TOKEN_NORMAL);
-        const size_t k = unmap(f->scratch + n, right, TOKEN_NORMAL);
+        const size_t n = unmap(f, f->scratch, left, TOKEN_NORMAL);
+        const size_t k = unmap(f, f->scratch + n, right, TOKEN_NORMAL);
         struct merge m;
         m.left = find_or_add(t, f->scratch, n);
         m.right = find_or_add(t, f->scratch + n, k);
         m.result = find_or_add(t, f->scratch, n + k);
-        add_merge(t, m);
+        uint32_t *slot = merge_slot(t, m.left, m.right);
+        t->merge[t->n_merges++] = m;
+        *slot = *slot ? *slot : t->n_merges;          /* the first rank stays */
     }
-    return LFM2_OK;
-}
-
-/* What encoding and chatting look up. */
-static int find_named(lfm2_tokenizer *t, const struct gguf *g)
-{
-    for (int b = 0; b < 256; b++) {
-        const uint8_t c = (uint8_t)b;
-        t->byte[b] = find_symbol(t, &c, 1);
-        if (t->byte[b] < 0 || t->byte[b] >= t->n_vocab)
-            return BAD(g, "the vocabulary: no token for the single byte "
-                       "0x%02x, expected all 256", c);
-    }
-    t->im_start = lfm2_token_id(t, "<|im_start|>");
-    t->im_end = lfm2_token_id(t, "<|im_end|>");
-    t->eot = lfm2_token_id(t, "<|endoftext|>");
     return LFM2_OK;
 }
 
@@ -3927,9 +3876,21 @@ static int read_vocab(lfm2_tokenizer *t, struct lists *f)
     t->add_bos = !add || add->value[0];
     if (reserve(t, f) != 0)
         return fail(f->g->err, LFM2_ENOMEM, "no memory for the vocabulary");
+    memset(f->byte_of, -1, sizeof f->byte_of);
+    for (int b = 0; b < 256; b++)
+        f->byte_of[char_of((uint8_t)b)] = (int16_t)b;
     TRY(add_tokens(t, f));
     TRY(add_merges(t, f));
-    return find_named(t, f->g);
+    t->im_start = lfm2_token_id(t, "<|im_start|>");
+    t->im_end = lfm2_token_id(t, "<|im_end|>");
+    t->eot = lfm2_token_id(t, "<|endoftext|>");
+    for (int b = 0; b < 256; b++) {
+        t->byte[b] = find_symbol(t, &(uint8_t){ (uint8_t)b }, 1);
+        if (t->byte[b] < 0 || t->byte[b] >= t->n_vocab)
+            return BAD(f->g, "the vocabulary: no token for the single byte "
+                       "0x%02x, expected all 256", (unsigned)b);
+    }
+    return LFM2_OK;
 }
 
 void lfm2_tokenizer_close(lfm2_tokenizer *t)
@@ -4247,26 +4208,21 @@ static void play(struct bpe *b, uint32_t node)
                       (b->rank[x] == b->rank[y] && x < y) ? x : y;
 }
 
-/* The rank of merging symbol i with the next one. */
+/* The rank of merging symbol i with the next one.  A free slot holds 0, and
+ * 0 - 1 is NO_RANK. */
 static uint32_t rank_at(const lfm2_tokenizer *t, const struct bpe *b,
                         uint32_t i)
 {
     const uint32_t next = i + symbol_len(t, b->id[i]);
 
-    return next < b->n ? merge_rank(t, b->id[i], b->id[next]) : NO_RANK;
+    return next < b->n ? *merge_slot(t, b->id[i], b->id[next]) - 1 : NO_RANK;
 }
 
-/* Play the matches of i again.  Where another won as it did before, nothing
- * changes further up. */
 static void set_rank(struct bpe *b, uint32_t i, uint32_t rank)
 {
     b->rank[i] = rank;
-    for (uint32_t node = (i + b->n) / 2; node > 0; node /= 2) {
-        const uint32_t before = b->winner[node];
+    for (uint32_t node = (i + b->n) / 2; node > 0; node /= 2)
         play(b, node);
-        if (b->winner[node] == before && before != i)
-            return;
-    }
 }
 
 /* Every byte of the piece a symbol, every pair ranked. */
@@ -4277,10 +4233,8 @@ static int start_merging(const lfm2_tokenizer *t, struct bpe *b,
         free(b->memory);
         b->cap = 3 * (size_t)(n < 256 ? 256 : n);
         b->memory = b->cap <= SIZE_MAX / 4 ? malloc(4 * b->cap) : NULL;
-        if (!b->memory) {
-            b->cap = 0;
+        if (!b->memory)
             return LFM2_ENOMEM;
-        }
     }
     b->n = n;
     b->rank = b->memory;
@@ -4522,13 +4476,12 @@ int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
 {
     size_t n = 0;
+    int k;
 
     for (size_t i = 0; i < len; i++) {
         u->held[u->n_held++] = (unsigned char)bytes[i];
-        while (u->n_held > 0) {
-            int k = utf8_length(u->held, (size_t)u->n_held);
-            if (k == 0)
-                break;
+        while (u->n_held > 0 &&
+               (k = utf8_length(u->held, (size_t)u->n_held)) != 0) {
             k = k < 0 ? 1 : k;
             memcpy(out + n, u->held, (size_t)k);
             n += (size_t)k;
@@ -4801,27 +4754,20 @@ static const uint16_t space_runs[] = {
 };
 /* End of what scripts/make_unicode.py made. */
 
-static void mark_class(uint8_t *classes, const uint16_t *runs, size_t n,
-                       uint8_t class)
-{
-    uint32_t c = 0;
-
-    for (size_t i = 0; i + 1 < n; i += 2) {
-        c += runs[i];
-        for (uint32_t end = c + runs[i + 1]; c < end; c++)
-            if (c < MAX_CLASSED)
-                classes[c] = class;
-    }
-}
-
 static uint8_t *make_classes(void)
 {
+    static const struct { const uint16_t *run; size_t n; uint8_t class; } all[]
+        = { { letter_runs, COUNT(letter_runs), CLASS_LETTER },
+            { number_runs, COUNT(number_runs), CLASS_NUMBER },
+            { space_runs, COUNT(space_runs), CLASS_SPACE } };
     uint8_t *classes = calloc(MAX_CLASSED, 1);
 
-    if (!classes)
-        return NULL;
-    mark_class(classes, letter_runs, COUNT(letter_runs), CLASS_LETTER);
-    mark_class(classes, number_runs, COUNT(number_runs), CLASS_NUMBER);
-    mark_class(classes, space_runs, COUNT(space_runs), CLASS_SPACE);
+    for (size_t k = 0; classes && k < COUNT(all); k++)
+        for (size_t i = 0, c = 0; i + 1 < all[k].n; i += 2) {
+            c += all[k].run[i];
+            for (size_t end = c + all[k].run[i + 1]; c < end; c++)
+                if (c < MAX_CLASSED)
+                    classes[c] = all[k].class;
+        }
     return classes;
 }
