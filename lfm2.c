@@ -2173,13 +2173,19 @@ static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
     return 1;
 }
 
+static struct cursor kv_cursor(const struct gguf_kv *kv)
+{
+    return (struct cursor){ kv->value, kv->value + kv->size, 0 };
+}
+
 static int gguf_string(const struct gguf *g, const char *key, struct str *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
 
     if (!kv || kv->type != GGUF_STRING)
         return 0;
-    *out = take_string(&(struct cursor){ kv->value, kv->value + kv->size, 0 });
+    struct cursor c = kv_cursor(kv);
+    *out = take_string(&c);
     return 1;
 }
 
@@ -3726,19 +3732,21 @@ static int reserve(lfm2_tokenizer *t, struct lists *f)
         open_table(&t->specials, n_vocab) != 0)
         return -1;
     t->text = malloc((size_t)n_text + 1);
-    t->start = calloc(n_symbols + 1, sizeof *t->start);
+    t->start = malloc((n_symbols + 1) * sizeof *t->start);
     t->type = malloc(n_vocab);
-    t->merge = calloc(n_merges + 1, sizeof *t->merge);
+    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
     t->classes = make_classes();
     f->scratch = malloc(MAX_TOKEN);
-    return t->text && t->start && t->type && t->merge && t->classes &&
-           f->scratch ? 0 : -1;
+    if (!t->text || !t->start || !t->type || !t->merge || !t->classes ||
+        !f->scratch)
+        return -1;
+    t->start[0] = 0;
+    return 0;
 }
 
 static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
 {
-    struct cursor c = { f->tokens->value, f->tokens->value + f->tokens->size,
-                        0 };
+    struct cursor c = kv_cursor(f->tokens);
 
     t->n_vocab = (int)f->tokens->n;
     for (int i = 0; i < t->n_vocab; i++) {
@@ -3761,8 +3769,7 @@ static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
 /* "left right" to the ids of left, right and both together. */
 static int add_merges(lfm2_tokenizer *t, const struct lists *f)
 {
-    struct cursor c = { f->merges->value, f->merges->value + f->merges->size,
-                        0 };
+    struct cursor c = kv_cursor(f->merges);
 
     for (uint64_t i = 0; i < f->merges->n; i++) {
         const struct str s = take_string(&c);
@@ -3911,20 +3918,19 @@ void lfm2_tokenizer_close(lfm2_tokenizer *t)
 int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
                                size_t size, lfm2_error *err)
 {
-    lfm2_tokenizer *t = NULL;
-    struct gguf g;
+    lfm2_tokenizer *t;
+    struct gguf g = { 0 };
     struct lists f = { .g = &g };
     int code;
 
     *out = NULL;
     if (!data)
         return fail(err, LFM2_EARG, "no data to open");
-    code = gguf_parse(&g, data, size, err);
-    if (code == LFM2_OK) {
-        t = calloc(1, sizeof *t);
-        code = t ? read_vocab(t, &f)
-                 : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    }
+    t = calloc(1, sizeof *t);
+    code = t ? gguf_parse(&g, data, size, err)
+             : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    if (code == LFM2_OK)
+        code = read_vocab(t, &f);
     free(f.scratch);
     gguf_free(&g);
     if (code == LFM2_OK)
@@ -4298,11 +4304,11 @@ static int32_t special_at(const lfm2_tokenizer *t, const uint8_t *p,
                           const uint8_t *end, int control, uint32_t *len)
 {
     const int type = control ? 0 : TOKEN_USER_DEFINED;
+    const size_t left = (size_t)(end - p);
     uint64_t hash = HASH_START;
     int32_t found = -1;
 
-    for (uint32_t n = 1; n <= t->special_max[*p] && n <= (size_t)(end - p);
-         n++) {
+    for (uint32_t n = 1; n <= t->special_max[*p] && n <= left; n++) {
         hash = hash_bytes(hash, p + n - 1, 1);
         const uint32_t id_1 = *symbol_slot(t, t->specials, hash, p, n, type);
         if (id_1) {
