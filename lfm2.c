@@ -3610,8 +3610,8 @@ static int is_from_text(int type)
            type == TOKEN_BYTE;
 }
 
-/* The next symbol; there is room for it.  Its bytes lead to it, or to an earlier
- * symbol that has the same. */
+/* The next symbol; there is room for it.  Its bytes lead to it, or to an
+ * earlier symbol that has the same. */
 static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
                           int type)
 {
@@ -4515,8 +4515,8 @@ static int comes_before(struct candidate a, struct candidate b)
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
-/* top[0], top[-1] ... top[1-n] is a heap with the first in order on top, but for
- * top[-i], which may have to go down. */
+/* top[0], top[-1] ... top[1-n] is a heap with the first in order on top, but
+ * for top[-i], which may have to go down. */
 static void sift_down(struct candidate *top, int n, int i)
 {
     const struct candidate moved = top[-i];
@@ -4532,7 +4532,7 @@ static void sift_down(struct candidate *top, int n, int i)
     top[-i] = moved;
 }
 
-/* Bring the first of such a heap c[n] to its front; the rest is a heap again. */
+/* Bring the first of such a heap c[n] to its front; the rest stays a heap. */
 static void pop_first(struct candidate *c, int n)
 {
     const struct candidate first = c[n - 1];
