@@ -3575,63 +3575,56 @@ static int fail(lfm2_error *err, int code, const char *fmt, ...)
     return code;
 }
 
-struct cursor { const uint8_t *at, *end; };
+/* For "%llu". */
+static unsigned long long ull(uint64_t n)
+{
+    return n;
+}
+
+struct cursor {
+    const uint8_t *at, *end;
+    int past;                             /* more was taken than there was   */
+};
 
 struct str { const char *s; size_t n; };
 
-/* The next n bytes, or NULL if fewer remain. */
+/* The next n bytes.  If fewer remain: NULL, now and from here on. */
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->at;
 
-    if (n > (uint64_t)(c->end - c->at))
+    c->past |= n > (uint64_t)(c->end - p);
+    if (c->past)
         return NULL;
     c->at += n;
     return p;
 }
 
-static int take_u32(struct cursor *c, uint32_t *out)
+/* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
+ * not there; c->past tells. */
+static uint32_t take_u32(struct cursor *c)
 {
     const uint8_t *p = take(c, 4);
-    if (p)
-        *out = load_le32(p);
-    return p ? 0 : -1;
+    return p ? load_le32(p) : 0;
 }
 
-static int take_u64(struct cursor *c, uint64_t *out)
+static uint64_t take_u64(struct cursor *c)
 {
     const uint8_t *p = take(c, 8);
-    if (p)
-        *out = load_le64(p);
-    return p ? 0 : -1;
+    return p ? load_le64(p) : 0;
 }
 
-/* A string: its length as u64, then its bytes. */
-static int take_string(struct cursor *c, struct str *out)
+static struct str take_string(struct cursor *c)
 {
-    struct cursor start = *c;
-    uint64_t n;
-    const uint8_t *p = NULL;
-
-    if (take_u64(c, &n) == 0)
-        p = take(c, n);
-    if (!p) {
-        *c = start;
-        return -1;
-    }
-    *out = (struct str){ (const char *)p, (size_t)n };
-    return 0;
+    const uint64_t n = take_u64(c);
+    const uint8_t *p = take(c, n);
+    return p ? (struct str){ (const char *)p, (size_t)n }
+             : (struct str){ "", 0 };
 }
 
 static int str_is(struct str s, const char *text)
 {
     return s.n == strlen(text) && memcmp(s.s, text, s.n) == 0;
-}
-
-static int str_starts(struct str s, const char *text)
-{
-    size_t n = strlen(text);
-    return s.n >= n && memcmp(s.s, text, n) == 0;
 }
 
 /* Text of a file that goes into a message: its first bytes, made printable. */
@@ -3664,10 +3657,10 @@ static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0) {
-            int why = errno;
+            fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
+                 n < 0 ? strerror(errno) : "it ends", done, f->size);
             free(buf);
-            return fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
-                        n < 0 ? strerror(why) : "it ends", done, f->size);
+            return LFM2_EIO;
         }
         done += (size_t)n;
     }
@@ -3748,6 +3741,14 @@ enum {
     GGUF_N_TYPES
 };
 
+static const struct { const char *name; uint8_t size; char kind; }
+gguf_type[GGUF_N_TYPES] = {               /* size: in bytes, at least        */
+    { "u8", 1, 'u' }, { "i8", 1, 'i' }, { "u16", 2, 'u' }, { "i16", 2, 'i' },
+    { "u32", 4, 'u' }, { "i32", 4, 'i' }, { "f32", 4, 'f' }, { "bool", 1, 'b' },
+    { "string", 8, 's' }, { "array", 12, 'a' }, { "u64", 8, 'u' },
+    { "i64", 8, 'i' }, { "f64", 8, 'f' }
+};
+
 /* More than any LFM2 file has, and little enough to compare all with all. */
 enum { MAX_KV = 4096, MAX_TENSOR = 8192, MAX_KEY = 256, MAX_NAME = 63 };
 
@@ -3776,23 +3777,17 @@ struct gguf {
     int n_kv, n_tensors;
     struct gguf_kv *kv;
     struct gguf_tensor *tensor;
+    lfm2_error *err;                      /* of the call that reads it       */
 };
 
-static const uint8_t gguf_type_size[GGUF_N_TYPES] = {
-    1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8
-};
-
-static const char *const gguf_type_name[GGUF_N_TYPES] = {
-    "u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array",
-    "u64", "i64", "f64"
-};
+/* Refuse a file: it contradicts itself, or it is meant for another engine. */
+#define BAD(g, ...)   fail((g)->err, LFM2_EFORMAT, __VA_ARGS__)
+#define OTHER(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
 
 static void gguf_free(struct gguf *g)
 {
     free(g->kv);
     free(g->tensor);
-    g->kv = NULL;
-    g->tensor = NULL;
 }
 
 static const struct gguf_kv *gguf_find(const struct gguf *g, const char *key)
@@ -3813,115 +3808,114 @@ static struct gguf_tensor *gguf_tensor_find(const struct gguf *g,
 }
 
 /* Move past the n elements of a value. */
-static int skip_elements(struct cursor *c, struct gguf_kv *kv, lfm2_error *err)
+static int skip_elements(struct gguf *g, struct cursor *c, struct gguf_kv *kv)
 {
-    const char *key = kv->key;
     const uint64_t left = (uint64_t)(c->end - c->at);
-    struct str s;
+    const uint64_t size = gguf_type[kv->elem].size;
 
     kv->value = c->at;
-    if (kv->elem == GGUF_STRING) {
-        if (kv->n > left / 8)
-            return fail(err, LFM2_EFORMAT, "%s: %llu strings, but the file has "
-                        "%llu bytes left", key, (unsigned long long)kv->n,
-                        (unsigned long long)left);
-        for (uint64_t i = 0; i < kv->n; i++)
-            if (take_string(c, &s) != 0)
-                return fail(err, LFM2_EFORMAT, "%s: string %llu runs past the "
-                            "end of the file", key, (unsigned long long)i);
-    } else {
-        if (kv->n > left / gguf_type_size[kv->elem])
-            return fail(err, LFM2_EFORMAT, "%s: %llu values of type %s, but "
-                        "the file has %llu bytes left", key,
-                        (unsigned long long)kv->n, gguf_type_name[kv->elem],
-                        (unsigned long long)left);
-        take(c, kv->n * gguf_type_size[kv->elem]);
+    if (kv->n > left / size)
+        return BAD(g, "%s: %llu values of type %s, but the file has %llu bytes "
+                   "left", kv->key, ull(kv->n), gguf_type[kv->elem].name,
+                   ull(left));
+    if (kv->elem != GGUF_STRING)
+        take(c, kv->n * size);
+    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n; i++) {
+        take_string(c);
+        if (c->past)
+            return BAD(g, "%s: string %llu runs past the end of the file",
+                       kv->key, ull(i));
     }
     kv->size = (size_t)(c->at - kv->value);
     for (size_t i = 0; kv->elem == GGUF_BOOL && i < kv->size; i++)
         if (kv->value[i] > 1)
-            return fail(err, LFM2_EFORMAT, "%s: a bool of value %d, expected 0 "
-                        "or 1", key, kv->value[i]);
+            return BAD(g, "%s: a bool of value %d, expected 0 or 1", kv->key,
+                       kv->value[i]);
     return LFM2_OK;
 }
 
 /* Keys and tensor names become C strings: printable ASCII, 1 to max bytes. */
-static int take_name(struct cursor *c, char *out, int max, const char *what,
-                     int number, lfm2_error *err)
+static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
+                     const char *what, int number)
 {
-    struct str name;
+    const struct str name = take_string(c);
 
-    if (take_string(c, &name) != 0)
-        return fail(err, LFM2_EFORMAT, "the name of %s %d runs past the end of "
-                    "the file", what, number);
+    if (c->past)
+        return BAD(g, "the name of %s %d runs past the end of the file", what,
+                   number);
     if (name.n < 1 || name.n > (size_t)max)
-        return fail(err, LFM2_EFORMAT, "the name of %s %d: %zu bytes, expected "
-                    "1 to %d", what, number, name.n, max);
+        return BAD(g, "the name of %s %d: %zu bytes, expected 1 to %d", what,
+                   number, name.n, max);
     for (size_t i = 0; i < name.n; i++)
         if (name.s[i] < ' ' || name.s[i] > '~')
-            return fail(err, LFM2_EFORMAT, "the name of %s %d, \"%s\": byte "
-                        "0x%02x, expected printable ASCII", what, number,
-                        show(name).s, (unsigned char)name.s[i]);
+            return BAD(g, "the name of %s %d, \"%s\": byte 0x%02x, expected "
+                       "printable ASCII", what, number, show(name).s,
+                       (unsigned char)name.s[i]);
     memcpy(out, name.s, name.n);
     out[name.n] = '\0';
     return LFM2_OK;
 }
 
-static int parse_kv(struct gguf *g, struct cursor *c, lfm2_error *err)
+static int parse_kv(struct gguf *g, struct cursor *c)
 {
     struct gguf_kv *kv = &g->kv[g->n_kv];
 
-    TRY(take_name(c, kv->key, MAX_KEY, "metadata key", g->n_kv, err));
+    TRY(take_name(g, c, kv->key, MAX_KEY, "metadata key", g->n_kv));
     if (gguf_find(g, kv->key))
-        return fail(err, LFM2_EFORMAT, "metadata key %s: found twice, expected "
-                    "once", kv->key);
-    kv->n = 1;
-    if (take_u32(c, &kv->type) != 0)
-        return fail(err, LFM2_EFORMAT, "%s: the file ends before its value",
-                    kv->key);
-    kv->elem = kv->type;
-    if (kv->type == GGUF_ARRAY &&
-        (take_u32(c, &kv->elem) != 0 || take_u64(c, &kv->n) != 0))
-        return fail(err, LFM2_EFORMAT, "%s: the file ends before its array",
-                    kv->key);
+        return BAD(g, "metadata key %s: found twice, expected once", kv->key);
+    kv->type = take_u32(c);
+    kv->elem = kv->type == GGUF_ARRAY ? take_u32(c) : kv->type;
+    kv->n = kv->type == GGUF_ARRAY ? take_u64(c) : 1;
+    if (c->past)
+        return BAD(g, "%s: the file ends before its value", kv->key);
     if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
-        return fail(err, LFM2_EFORMAT, "%s: %s type %lu, expected a known one "
-                    "that is no nested array", kv->key,
-                    kv->type == GGUF_ARRAY ? "element" : "value",
-                    (unsigned long)kv->elem);
-    return skip_elements(c, kv, err);
+        return BAD(g, "%s: %s type %lu, expected a known one that is no nested "
+                   "array", kv->key, kv->type == GGUF_ARRAY ? "element"
+                   : "value", (unsigned long)kv->elem);
+    return skip_elements(g, c, kv);
 }
 
 /* Integers may be stored in any width; what matters is the value. */
 static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
 {
-    const uint8_t *p = kv->value + i * gguf_type_size[kv->elem];
+    const int size = gguf_type[kv->elem].size, kind = gguf_type[kv->elem].kind;
+    const uint8_t *p = kv->value + i * (uint64_t)size;
+    uint64_t v = 0;
 
-    switch (kv->elem) {
-    case GGUF_U8:  *out = p[0]; return 0;
-    case GGUF_I8:  *out = signed_byte(p[0]); return 0;
-    case GGUF_U16: *out = load_le16(p); return 0;
-    case GGUF_I16: *out = (int64_t)load_le16(p) - (p[1] > 127 ? 65536 : 0);
-                   return 0;
-    case GGUF_U32: *out = load_le32(p); return 0;
-    case GGUF_I32: *out = (int64_t)load_le32(p) -
-                          (p[3] > 127 ? (int64_t)1 << 32 : 0);
-                   return 0;
-    case GGUF_U64:
-    case GGUF_I64:
-        if (load_le64(p) > INT64_MAX)
-            return -1;
-        *out = (int64_t)load_le64(p);
-        return 0;
-    default:
+    if (kind != 'u' && kind != 'i')
         return -1;
+    for (int b = size; b-- > 0;)
+        v = v << 8 | p[b];
+    if (v > INT64_MAX)
+        return -1;
+    *out = (int64_t)v;
+    if (kind == 'i' && size < 8 && p[size - 1] > 127)
+        *out -= (int64_t)1 << 8 * size;
+    return 0;
+}
+
+/* The one value of an integer, or of an array whose elements other than 0 all
+ * agree (0 stands for layers it does not concern). */
+static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
+                    int64_t *out)
+{
+    *out = 0;
+    for (uint64_t i = 0; i < kv->n; i++) {
+        int64_t value;
+        if (kv_integer(kv, i, &value) != 0)
+            return BAD(g, "%s: of type %s, expected integers below 2^63",
+                       kv->key, gguf_type[kv->elem].name);
+        if (*out != 0 && value != 0 && value != *out)
+            return OTHER(g, "%s: both %lld and %lld, expected one value in all "
+                         "layers", kv->key, (long long)*out, (long long)value);
+        *out = value != 0 ? value : *out;
     }
+    return LFM2_OK;
 }
 
 /* 1: *out is the value; 0: the key is absent and *out as it was; else the
  * error that the value has another type or is no u32. */
-static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out,
-                    lfm2_error *err)
+static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
     int64_t value;
@@ -3929,41 +3923,18 @@ static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out,
     if (!kv)
         return 0;
     if (kv->type == GGUF_ARRAY || kv_integer(kv, 0, &value) != 0)
-        return fail(err, LFM2_EFORMAT, "%s: of type %s, expected an integer "
-                    "below 2^63", key, gguf_type_name[kv->type]);
+        return BAD(g, "%s: of type %s, expected an integer below 2^63", key,
+                   gguf_type[kv->type].name);
     if (value < 0 || value > UINT32_MAX)
-        return fail(err, LFM2_EFORMAT, "%s: %lld, expected 0 to 4294967295",
-                    key, (long long)value);
+        return BAD(g, "%s: %lld, expected 0 to 4294967295", key,
+                   (long long)value);
     *out = (uint32_t)value;
     return 1;
 }
 
-static int gguf_bool(const struct gguf *g, const char *key, int *out,
-                     lfm2_error *err)
+static struct cursor kv_cursor(const struct gguf_kv *kv)
 {
-    const struct gguf_kv *kv = gguf_find(g, key);
-
-    if (!kv)
-        return 0;
-    if (kv->type != GGUF_BOOL)
-        return fail(err, LFM2_EFORMAT, "%s: of type %s, expected a bool", key,
-                    gguf_type_name[kv->type]);
-    *out = kv->value[0];
-    return 1;
-}
-
-static int gguf_f32(const struct gguf *g, const char *key, float *out,
-                    lfm2_error *err)
-{
-    const struct gguf_kv *kv = gguf_find(g, key);
-
-    if (!kv)
-        return 0;
-    if (kv->type != GGUF_F32)
-        return fail(err, LFM2_EFORMAT, "%s: of type %s, expected f32", key,
-                    gguf_type_name[kv->type]);
-    *out = load_f32(kv->value);
-    return 1;
+    return (struct cursor){ kv->value, kv->value + kv->size, 0 };
 }
 
 static int gguf_string(const struct gguf *g, const char *key, struct str *out)
@@ -3972,167 +3943,131 @@ static int gguf_string(const struct gguf *g, const char *key, struct str *out)
 
     if (!kv || kv->type != GGUF_STRING)
         return 0;
-    struct cursor c = { kv->value, kv->value + kv->size };
-    return take_string(&c, out) == 0;
+    struct cursor c = kv_cursor(kv);
+    *out = take_string(&c);
+    return 1;
 }
 
-/* The format and byte size of a tensor, if its shape is possible at all. */
-static int size_tensor(struct gguf_tensor *t, uint32_t type, lfm2_error *err)
+/* The shape must be possible at all; format and shape give the size. */
+static int parse_tensor(struct gguf *g, struct cursor *c)
 {
+    struct gguf_tensor *t = &g->tensor[g->n_tensors];
     uint64_t elements = 1;
+    uint32_t n_dims, type;
 
+    TRY(take_name(g, c, t->name, MAX_NAME, "tensor", g->n_tensors));
+    if (gguf_tensor_find(g, t->name))
+        return BAD(g, "tensor %s: found twice, expected once", t->name);
+    n_dims = take_u32(c);
+    for (uint32_t d = 0; d < 4; d++)
+        t->dims[d] = d < n_dims ? take_u64(c) : 1;
+    type = take_u32(c);
+    t->offset = take_u64(c);
+    t->n_dims = (int)n_dims;
     t->fmt = format_find(type);
+    if (c->past)
+        return BAD(g, "%s: the file ends before its shape and offset", t->name);
+    if (n_dims < 1 || n_dims > 4)
+        return BAD(g, "%s: %lu dimensions, expected 1 to 4", t->name,
+                   (unsigned long)n_dims);
     if (!t->fmt)
-        return fail(err, LFM2_EUNSUPPORTED, "%s: weight type %s (%lu), "
-                    "expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, "
-                    "Q2_K to Q6_K, IQ4_NL or IQ4_XS", t->name,
-                    format_name(type), (unsigned long)type);
-    for (int d = 0; d < t->n_dims; d++) {
+        return OTHER(g, "%s: weight type %s (%lu), expected F32, F16, BF16, "
+                     "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
+                     "IQ4_XS", t->name, format_name(type), (unsigned long)type);
+    for (int d = 0; d < 4; d++) {
         if (t->dims[d] < 1 || t->dims[d] > INT32_MAX ||
             elements > (UINT64_MAX >> 8) / t->dims[d])
-            return fail(err, LFM2_EFORMAT, "%s: dimension %d is %llu, expected "
-                        "1 to %d and a product below 2^56", t->name, d,
-                        (unsigned long long)t->dims[d], INT32_MAX);
+            return BAD(g, "%s: dimension %d is %llu, expected 1 to %d and a "
+                       "product below 2^56", t->name, d, ull(t->dims[d]),
+                       INT32_MAX);
         elements *= t->dims[d];
     }
     if (t->dims[0] % (uint64_t)t->fmt->block != 0)
-        return fail(err, LFM2_EFORMAT, "%s: rows of %llu columns, expected a "
-                    "multiple of %d for %s", t->name,
-                    (unsigned long long)t->dims[0], t->fmt->block,
-                    t->fmt->name);
+        return BAD(g, "%s: rows of %llu columns, expected a multiple of %d for "
+                   "%s", t->name, ull(t->dims[0]), t->fmt->block, t->fmt->name);
     t->bytes = elements / (uint64_t)t->fmt->block * (uint64_t)t->fmt->bytes;
     return LFM2_OK;
 }
 
-static int parse_tensor(struct gguf *g, struct cursor *c, lfm2_error *err)
-{
-    struct gguf_tensor *t = &g->tensor[g->n_tensors];
-    uint32_t n_dims, type;
-
-    TRY(take_name(c, t->name, MAX_NAME, "tensor", g->n_tensors, err));
-    if (gguf_tensor_find(g, t->name))
-        return fail(err, LFM2_EFORMAT, "tensor %s: found twice, expected once",
-                    t->name);
-    if (take_u32(c, &n_dims) != 0)
-        return fail(err, LFM2_EFORMAT, "%s: the file ends before its shape",
-                    t->name);
-    if (n_dims < 1 || n_dims > 4)
-        return fail(err, LFM2_EFORMAT, "%s: %lu dimensions, expected 1 to 4",
-                    t->name, (unsigned long)n_dims);
-    t->n_dims = (int)n_dims;
-    for (int d = 0; d < 4; d++) {
-        t->dims[d] = 1;
-        if (d < t->n_dims && take_u64(c, &t->dims[d]) != 0)
-            return fail(err, LFM2_EFORMAT, "%s: the file ends before its "
-                        "shape", t->name);
-    }
-    if (take_u32(c, &type) != 0 || take_u64(c, &t->offset) != 0)
-        return fail(err, LFM2_EFORMAT, "%s: the file ends before its offset",
-                    t->name);
-    return size_tensor(t, type, err);
-}
-
 /* Tensors lie inside the data, aligned, and do not overlap. */
-static int check_places(struct gguf *g, uint32_t alignment, lfm2_error *err)
+static int check_places(const struct gguf *g, uint32_t alignment)
 {
     const uint64_t size = (uint64_t)(g->bytes + g->size - g->data);
 
     for (int i = 0; i < g->n_tensors; i++) {
         const struct gguf_tensor *t = &g->tensor[i];
         if (t->offset % alignment != 0)
-            return fail(err, LFM2_EFORMAT, "%s: offset %llu, expected a "
-                        "multiple of %lu", t->name,
-                        (unsigned long long)t->offset,
-                        (unsigned long)alignment);
+            return BAD(g, "%s: offset %llu, expected a multiple of %lu",
+                       t->name, ull(t->offset), (unsigned long)alignment);
         if (t->offset > size || t->bytes > size - t->offset)
-            return fail(err, LFM2_EFORMAT, "%s: %llu bytes at offset %llu, but "
-                        "the file has %llu bytes of data", t->name,
-                        (unsigned long long)t->bytes,
-                        (unsigned long long)t->offset,
-                        (unsigned long long)size);
-        for (int j = 0; j < i; j++) {
-            const struct gguf_tensor *o = &g->tensor[j];
+            return BAD(g, "%s: %llu bytes at offset %llu, but the file has "
+                       "%llu bytes of data", t->name, ull(t->bytes),
+                       ull(t->offset), ull(size));
+        for (const struct gguf_tensor *o = g->tensor; o < t; o++)
             if (t->offset < o->offset + o->bytes &&
                 o->offset < t->offset + t->bytes)
-                return fail(err, LFM2_EFORMAT, "%s: overlaps %s", t->name,
-                            o->name);
-        }
+                return BAD(g, "%s: overlaps %s", t->name, o->name);
     }
     return LFM2_OK;
 }
 
-static int parse_header(struct gguf *g, struct cursor *c, lfm2_error *err)
+static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
+                        uint64_t *n_tensors)
 {
-    const uint8_t *magic = take(c, 4);
-    uint32_t version;
-    uint64_t n_tensors, n_kv;
-
-    if (!magic || (memcmp(magic, "GGUF", 4) != 0 &&
-                   memcmp(magic, "FUGG", 4) != 0))
-        return fail(err, LFM2_EFORMAT, "no GGUF file: it begins with \"%s\", "
-                    "expected \"GGUF\"",
-                    show((struct str){ (const char *)g->bytes,
-                                       g->size < 4 ? g->size : 4 }).s);
-    if (take_u32(c, &version) != 0 || take_u64(c, &n_tensors) != 0 ||
-        take_u64(c, &n_kv) != 0)
-        return fail(err, LFM2_EFORMAT, "the file has %zu bytes, expected a "
-                    "GGUF header of 24", g->size);
-    if (magic[0] == 'F' || (version > 0 && (version & 0xffff) == 0))
-        return fail(err, LFM2_EUNSUPPORTED, "a big-endian GGUF file, expected "
-                    "the usual little-endian one");
+    const struct str magic = { (const char *)g->bytes, g->size < 4 ? g->size
+                                                                   : 4 };
+    take(c, 4);
+    const uint32_t version = take_u32(c);
+    *n_tensors = take_u64(c);
+    *n_kv = take_u64(c);
+    if (!str_is(magic, "GGUF") && !str_is(magic, "FUGG"))
+        return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
+                   show(magic).s);
+    if (c->past)
+        return BAD(g, "the file has %zu bytes, expected a GGUF header of 24",
+                   g->size);
+    if (magic.s[0] == 'F' || (version > 0 && (version & 0xffff) == 0))
+        return OTHER(g, "a big-endian GGUF file, expected the usual "
+                     "little-endian one");
     if (version != 2 && version != 3)
-        return fail(err, LFM2_EUNSUPPORTED, "GGUF version %lu, expected 2 or 3",
-                    (unsigned long)version);
-    if (n_tensors > MAX_TENSOR || n_kv > MAX_KV)
-        return fail(err, LFM2_EFORMAT, "%llu tensors and %llu metadata keys, "
-                    "expected at most %d and %d",
-                    (unsigned long long)n_tensors, (unsigned long long)n_kv,
-                    MAX_TENSOR, MAX_KV);
-    if (n_tensors * 33 + n_kv * 14 > (uint64_t)(c->end - c->at))
-        return fail(err, LFM2_EFORMAT, "%llu tensors and %llu metadata keys do "
-                    "not fit in %zu bytes", (unsigned long long)n_tensors,
-                    (unsigned long long)n_kv, g->size);
+        return OTHER(g, "GGUF version %lu, expected 2 or 3",
+                     (unsigned long)version);
+    if (*n_tensors > MAX_TENSOR || *n_kv > MAX_KV)
+        return BAD(g, "%llu tensors and %llu metadata keys, expected at most "
+                   "%d and %d", ull(*n_tensors), ull(*n_kv), MAX_TENSOR,
+                   MAX_KV);
+    if (*n_tensors * 33 + *n_kv * 14 > (uint64_t)(c->end - c->at))
+        return BAD(g, "%llu tensors and %llu metadata keys do not fit in %zu "
+                   "bytes", ull(*n_tensors), ull(*n_kv), g->size);
+    return LFM2_OK;
+}
+
+/* Only entries found to be good are counted.  gguf_free() is for the caller to
+ * call, after an error too. */
+static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
+                      lfm2_error *err)
+{
+    struct cursor c = { data, data + size, 0 };
+    uint64_t n_kv, n_tensors;
+    uint32_t alignment = 32;
+
+    *g = (struct gguf){ .bytes = data, .size = size, .err = err };
+    TRY(parse_header(g, &c, &n_kv, &n_tensors));
     g->kv = calloc((size_t)n_kv + 1, sizeof *g->kv);
     g->tensor = calloc((size_t)n_tensors + 1, sizeof *g->tensor);
     if (!g->kv || !g->tensor)
         return fail(err, LFM2_ENOMEM, "no memory for the index of the file");
-    g->n_kv = (int)n_kv;
-    g->n_tensors = (int)n_tensors;
-    return LFM2_OK;
-}
-
-/* n_kv and n_tensors count up again as each entry is found to be good. */
-static int parse_body(struct gguf *g, struct cursor *c, lfm2_error *err)
-{
-    const int n_kv = g->n_kv, n_tensors = g->n_tensors;
-    uint32_t alignment = 32;
-
-    for (g->n_kv = g->n_tensors = 0; g->n_kv < n_kv; g->n_kv++)
-        TRY(parse_kv(g, c, err));
-    TRY(gguf_u32(g, "general.alignment", &alignment, err));
+    for (; g->n_kv < (int)n_kv; g->n_kv++)
+        TRY(parse_kv(g, &c));
+    TRY(gguf_u32(g, "general.alignment", &alignment));
     if (alignment < 8 || alignment > 65536 || (alignment & (alignment - 1)))
-        return fail(err, LFM2_EFORMAT, "general.alignment: %lu, expected a "
-                    "power of two from 8 to 65536", (unsigned long)alignment);
-    for (; g->n_tensors < n_tensors; g->n_tensors++)
-        TRY(parse_tensor(g, c, err));
-    size_t past = (size_t)(c->at - g->bytes) % alignment;
-    g->data = take(c, past ? alignment - past : 0) ? c->at : c->end;
-    return check_places(g, alignment, err);
-}
-
-static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
-                      lfm2_error *err)
-{
-    struct cursor c = { data, data + size };
-    int code;
-
-    *g = (struct gguf){ .bytes = data, .size = size };
-    code = parse_header(g, &c, err);
-    if (code == LFM2_OK)
-        code = parse_body(g, &c, err);
-    if (code != LFM2_OK)
-        gguf_free(g);
-    return code;
+        return BAD(g, "general.alignment: %lu, expected a power of two from 8 "
+                   "to 65536", (unsigned long)alignment);
+    for (; g->n_tensors < (int)n_tensors; g->n_tensors++)
+        TRY(parse_tensor(g, &c));
+    size_t past = (size_t)(c.at - g->bytes) % alignment;
+    g->data = take(&c, past ? alignment - past : 0) ? c.at : c.end;
+    return check_places(g, alignment);
 }
 
 /* --------------------------------------------------------- 13. Configuration
@@ -4162,240 +4097,210 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
     return gguf_find(m->gguf, key);
 }
 
-static int missing(const struct lfm2_model *m, const char *name,
-                   lfm2_error *err)
-{
-    return fail(err, LFM2_EFORMAT, "%s.%s: missing, expected in every %s file",
-                m->arch, name, m->arch);
-}
+enum { MAY, MUST };                       /* the key be there                */
 
-/* The one value of an integer, or of an array whose elements other than 0 all
- * agree (0 stands for layers it does not concern). */
-static int kv_count(const struct gguf_kv *kv, int64_t *out, lfm2_error *err)
+/* Without the key *out stays as it was. */
+static int is_missing(const struct lfm2_model *m, const char *name, int need)
 {
-    *out = 0;
-    for (uint64_t i = 0; i < kv->n; i++) {
-        int64_t value;
-        if (kv_integer(kv, i, &value) != 0)
-            return fail(err, LFM2_EFORMAT, "%s: of type %s, expected integers "
-                        "below 2^63", kv->key, gguf_type_name[kv->elem]);
-        if (*out != 0 && value != 0 && value != *out)
-            return fail(err, LFM2_EUNSUPPORTED, "%s: both %lld and %lld, "
-                        "expected one value in all layers", kv->key,
-                        (long long)*out, (long long)value);
-        *out = value != 0 ? value : *out;
-    }
-    return LFM2_OK;
+    if (need == MAY)
+        return LFM2_OK;
+    return BAD(m->gguf, "%s.%s: missing, expected in every %s file", m->arch,
+               name, m->arch);
 }
-
-enum { OPTIONAL, REQUIRED };
 
 static int read_count(const struct lfm2_model *m, const char *name, int need,
-                      int min, int max, int *out, lfm2_error *err)
+                      int min, int max, int *out)
 {
     const struct gguf_kv *kv = arch_find(m, name);
     int64_t value;
 
     if (!kv)
-        return need == REQUIRED ? missing(m, name, err) : LFM2_OK;
-    TRY(kv_count(kv, &value, err));
+        return is_missing(m, name, need);
+    TRY(kv_count(m->gguf, kv, &value));
     if (value < min || value > max)
-        return fail(err, LFM2_EFORMAT, "%s: %lld, expected %d to %d", kv->key,
-                    (long long)value, min, max);
+        return BAD(m->gguf, "%s: %lld, expected %d to %d", kv->key,
+                   (long long)value, min, max);
     *out = (int)value;
     return LFM2_OK;
 }
 
 static int read_float(const struct lfm2_model *m, const char *name, int need,
-                      float min, float max, float *out, lfm2_error *err)
+                      float min, float max, float *out)
 {
     const struct gguf_kv *kv = arch_find(m, name);
 
     if (!kv)
-        return need == REQUIRED ? missing(m, name, err) : LFM2_OK;
-    TRY(gguf_f32(m->gguf, kv->key, out, err));
+        return is_missing(m, name, need);
+    if (kv->type != GGUF_F32)
+        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
+                   gguf_type[kv->type].name);
+    *out = load_f32(kv->value);
     if (!(*out >= min && *out <= max))
-        return fail(err, LFM2_EFORMAT, "%s: %g, expected %g to %g", kv->key,
-                    (double)*out, (double)min, (double)max);
+        return BAD(m->gguf, "%s: %g, expected %g to %g", kv->key, (double)*out,
+                   (double)min, (double)max);
     return LFM2_OK;
 }
 
-static int read_architecture(struct lfm2_model *m, lfm2_error *err)
+static int read_architecture(struct lfm2_model *m)
 {
     struct str arch;
     uint32_t parts = 1;
 
     if (!gguf_string(m->gguf, "general.architecture", &arch))
-        return fail(err, LFM2_EFORMAT, "general.architecture: missing or no "
-                    "string, expected lfm2 or lfm2moe");
+        return BAD(m->gguf, "general.architecture: missing or no string, "
+                   "expected lfm2 or lfm2moe");
     m->arch = str_is(arch, "lfm2") ? "lfm2"
             : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
     if (!m->arch)
-        return fail(err, LFM2_EUNSUPPORTED, "general.architecture: %s%s, "
-                    "expected lfm2 or lfm2moe", show(arch).s,
-                    str_starts(arch, "lfm3") ? " (the next generation, which "
-                    "computes differently)"
-                    : str_is(arch, "lfm2-bidir") ? " (a bidirectional encoder)"
-                    : str_is(arch, "clip") ? " (the image or audio part of a "
-                    "model; open its text part)" : "");
-    TRY(gguf_u32(m->gguf, "split.count", &parts, err));
+        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
+                     "lfm2moe", show(arch).s,
+                     strncmp(show(arch).s, "lfm3", 4) == 0 ? " (the next "
+                     "generation, which computes differently)"
+                     : str_is(arch, "lfm2-bidir") ? " (a bidirectional encoder)"
+                     : str_is(arch, "clip") ? " (the image or audio part of a "
+                     "model; open its text part)" : "");
+    TRY(gguf_u32(m->gguf, "split.count", &parts));
     if (parts > 1)
-        return fail(err, LFM2_EUNSUPPORTED, "split.count: one part of %lu, "
-                    "expected a whole model; join the parts first",
-                    (unsigned long)parts);
+        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
+                     "model; join the parts first", (unsigned long)parts);
     return LFM2_OK;
 }
 
 /* The keys below the architecture that are understood.  NEEDS_x: understood
  * only with that value, because any other means another arithmetic. */
-enum { ANY_VALUE, NEEDS_0, NEEDS_1, NEEDS_NONE };
+enum { ANY_VALUE, NEEDS_0, NEEDS_1, NEEDS_NONE, N_RULES };
 
-static const struct { const char *name; int value; } known_key[] = {
-    { "block_count", ANY_VALUE },
-    { "context_length", ANY_VALUE },
-    { "embedding_length", ANY_VALUE },
-    { "feed_forward_length", ANY_VALUE },
-    { "vocab_size", ANY_VALUE },
-    { "attention.head_count", ANY_VALUE },
-    { "attention.head_count_kv", ANY_VALUE },
-    { "attention.key_length", ANY_VALUE },
-    { "attention.value_length", ANY_VALUE },
-    { "attention.layer_norm_rms_epsilon", ANY_VALUE },
-    { "attention.layer_norm_epsilon", ANY_VALUE },
-    { "attention.recurrent_layers", ANY_VALUE },
-    { "attention.sliding_window", NEEDS_0 },
-    { "attention.causal", NEEDS_1 },
-    { "pooling_type", NEEDS_0 },
-    { "rope.freq_base", ANY_VALUE },
-    { "rope.dimension_count", ANY_VALUE },
-    { "rope.scaling.type", NEEDS_NONE },
-    { "rope.scaling.factor", NEEDS_1 },
-    { "rope.scaling.original_context_length", ANY_VALUE },
-    { "rope.scaling.finetuned", ANY_VALUE },
-    { "shortconv.l_cache", ANY_VALUE },
-    { "expert_count", ANY_VALUE },
-    { "expert_used_count", ANY_VALUE },
-    { "expert_feed_forward_length", ANY_VALUE },
-    { "expert_gating_func", ANY_VALUE },
-    { "expert_shared_count", NEEDS_0 },
-    { "expert_group_count", NEEDS_0 },
-    { "expert_group_used_count", NEEDS_0 },
-    { "expert_weights_scale", ANY_VALUE },
-    { "expert_weights_norm", NEEDS_1 },
-    { "leading_dense_block_count", ANY_VALUE },
+static const char *const known_key[N_RULES][24] = {
+    [ANY_VALUE] = {
+        "block_count", "context_length", "embedding_length",
+        "feed_forward_length", "vocab_size", "attention.head_count",
+        "attention.head_count_kv", "attention.key_length",
+        "attention.value_length", "attention.layer_norm_rms_epsilon",
+        "attention.layer_norm_epsilon", "attention.recurrent_layers",
+        "rope.freq_base", "rope.dimension_count",
+        "rope.scaling.original_context_length", "rope.scaling.finetuned",
+        "shortconv.l_cache", "expert_count", "expert_used_count",
+        "expert_feed_forward_length", "expert_gating_func",
+        "expert_weights_scale", "leading_dense_block_count"
+    },
+    [NEEDS_0] = {
+        "attention.sliding_window", "pooling_type", "expert_shared_count",
+        "expert_group_count", "expert_group_used_count"
+    },
+    [NEEDS_1] = {
+        "attention.causal", "rope.scaling.factor", "expert_weights_norm"
+    },
+    [NEEDS_NONE] = { "rope.scaling.type" }
 };
 
-static int has_value(const struct gguf_kv *kv, int needed)
+static int has_value(const struct gguf *g, const struct gguf_kv *kv, int rule)
 {
-    int64_t i;
-    struct cursor c = { kv->value, kv->value + kv->size };
+    const int number = rule == NEEDS_1;
     struct str s;
+    int64_t i;
 
-    if (needed == ANY_VALUE)
+    if (rule == ANY_VALUE)
         return 1;
-    if (kv->type == GGUF_STRING)
-        return needed == NEEDS_NONE && take_string(&c, &s) == 0 &&
-               str_is(s, "none");
+    if (gguf_string(g, kv->key, &s))
+        return rule == NEEDS_NONE && str_is(s, "none");
     if (kv->type == GGUF_F32)
-        return load_f32(kv->value) == (float)(needed == NEEDS_1);
+        return load_f32(kv->value) == (float)number;
     if (kv->type == GGUF_BOOL)
-        return kv->value[0] == (needed == NEEDS_1);
-    return kv->type != GGUF_ARRAY && kv_integer(kv, 0, &i) == 0 &&
-           i == (needed == NEEDS_1);
+        return kv->value[0] == number;
+    return kv->type != GGUF_ARRAY && kv_integer(kv, 0, &i) == 0 && i == number;
 }
 
 /* One key "<architecture>.<name>". */
 static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
-                     const char *name, lfm2_error *err)
+                     const char *name)
 {
-    static const char *const needed[] = {
+    static const char *const needed[N_RULES] = {
         "", "0 (off)", "1 (true)", "\"none\""
     };
+    static const char *const arithmetic[] = {
+        "attention.", "rope.", "shortconv.", "expert", "scale", "softcap"
+    };
 
-    for (size_t i = 0; i < COUNT(known_key); i++) {
-        if (strcmp(known_key[i].name, name) != 0)
-            continue;
-        if (has_value(kv, known_key[i].value))
-            return LFM2_OK;
-        return fail(err, LFM2_EUNSUPPORTED, "%s: set to what changes the "
-                    "arithmetic of this model, expected %s or no such key",
-                    kv->key, needed[known_key[i].value]);
-    }
-    if (strstr(name, "attention.") || strstr(name, "rope.") ||
-        strstr(name, "shortconv.") || strstr(name, "expert") ||
-        strstr(name, "scale") || strstr(name, "softcap"))
-        return fail(err, LFM2_EUNSUPPORTED, "%s: an unknown key that may "
-                    "change the arithmetic, expected none; the model is newer "
-                    "than this program or of another kind", kv->key);
+    for (int rule = 0; rule < N_RULES; rule++)
+        for (int i = 0; known_key[rule][i]; i++) {
+            if (strcmp(known_key[rule][i], name) != 0)
+                continue;
+            if (has_value(m->gguf, kv, rule))
+                return LFM2_OK;
+            return OTHER(m->gguf, "%s: set to what changes the arithmetic of "
+                         "this model, expected %s or no such key", kv->key,
+                         needed[rule]);
+        }
+    for (size_t i = 0; i < COUNT(arithmetic); i++)
+        if (strstr(name, arithmetic[i]))
+            return OTHER(m->gguf, "%s: an unknown key that may change the "
+                         "arithmetic, expected none; the model is newer than "
+                         "this program or of another kind", kv->key);
     warn(m, "%s: an unknown key, ignored", kv->key);
     return LFM2_OK;
 }
 
-static int check_keys(struct lfm2_model *m, lfm2_error *err)
+static int check_keys(struct lfm2_model *m)
 {
     const size_t n = strlen(m->arch);
 
     for (int i = 0; i < m->gguf->n_kv; i++) {
         const struct gguf_kv *kv = &m->gguf->kv[i];
         if (strncmp(kv->key, m->arch, n) == 0 && kv->key[n] == '.')
-            TRY(check_key(m, kv, kv->key + n + 1, err));
+            TRY(check_key(m, kv, kv->key + n + 1));
     }
     return LFM2_OK;
 }
 
 /* Which layers attend: those whose entry in head_count_kv is not 0. */
-static int read_layer_kinds(struct lfm2_model *m, lfm2_error *err)
+static int read_layer_kinds(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *kv = arch_find(m, "attention.head_count_kv");
+    const int is_array = kv && kv->type == GGUF_ARRAY;
 
-    if (kv && kv->type == GGUF_ARRAY && kv->n != (uint64_t)c->n_layer)
-        return fail(err, LFM2_EFORMAT, "%s: %llu entries, expected one for "
-                    "each of %d blocks", kv->key, (unsigned long long)kv->n,
-                    c->n_layer);
+    if (is_array && kv->n != (uint64_t)c->n_layer)
+        return BAD(m->gguf, "%s: %llu entries, expected one for each of %d "
+                   "blocks", kv->key, ull(kv->n), c->n_layer);
     for (int il = 0; il < c->n_layer; il++) {
         int64_t heads = c->n_head_kv;
-        if (kv && kv->type == GGUF_ARRAY)
+        if (is_array)
             kv_integer(kv, (uint64_t)il, &heads);
         c->is_attn[il] = heads != 0;
         m->n_attn += c->is_attn[il];
         m->n_conv += !c->is_attn[il];
     }
     if (m->n_attn > 0 && c->n_head % c->n_head_kv != 0)
-        return fail(err, LFM2_EFORMAT, "%s.attention.head_count: %d, expected "
-                    "a multiple of the %d kv heads", m->arch, c->n_head,
-                    c->n_head_kv);
+        return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
+                   "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     return LFM2_OK;
 }
 
-static int read_heads(struct lfm2_model *m, lfm2_error *err)
+static int read_heads(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
 
-    TRY(read_count(m, "attention.head_count", REQUIRED, 1, 1024, &c->n_head,
-                   err));
+    TRY(read_count(m, "attention.head_count", MUST, 1, 1024, &c->n_head));
     c->n_head_kv = c->n_head;
-    TRY(read_count(m, "attention.head_count_kv", OPTIONAL, 0, c->n_head,
-                   &c->n_head_kv, err));
-    TRY(read_layer_kinds(m, err));
-    TRY(read_count(m, "attention.key_length", OPTIONAL, 2, MAX_HEAD_DIM,
-                   &c->head_dim, err));
+    TRY(read_count(m, "attention.head_count_kv", MAY, 0, c->n_head,
+                   &c->n_head_kv));
+    TRY(read_layer_kinds(m));
+    TRY(read_count(m, "attention.key_length", MAY, 2, MAX_HEAD_DIM,
+                   &c->head_dim));
     if (c->head_dim == 0 && c->n_embd % c->n_head != 0)
-        return fail(err, LFM2_EFORMAT, "%s.embedding_length: %d, expected a "
-                    "multiple of the %d heads", m->arch, c->n_embd, c->n_head);
+        return BAD(m->gguf, "%s.embedding_length: %d, expected a multiple of "
+                   "the %d heads", m->arch, c->n_embd, c->n_head);
     if (c->head_dim == 0)
         c->head_dim = c->n_embd / c->n_head;
     if (c->head_dim < 2 || c->head_dim > MAX_HEAD_DIM || c->head_dim % 2 != 0)
-        return fail(err, LFM2_EFORMAT, "heads of %d dimensions, expected an "
-                    "even number up to %d", c->head_dim, MAX_HEAD_DIM);
+        return BAD(m->gguf, "heads of %d dimensions, expected an even number "
+                   "up to %d", c->head_dim, MAX_HEAD_DIM);
     int same = c->head_dim;
-    TRY(read_count(m, "attention.value_length", OPTIONAL, same, same, &same,
-                   err));
-    return read_count(m, "rope.dimension_count", OPTIONAL, same, same, &same,
-                      err);
+    TRY(read_count(m, "attention.value_length", MAY, same, same, &same));
+    return read_count(m, "rope.dimension_count", MAY, same, same, &same);
 }
 
-static int read_experts(struct lfm2_model *m, lfm2_error *err)
+static int read_experts(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     int gating = 0;
@@ -4405,44 +4310,40 @@ static int read_experts(struct lfm2_model *m, lfm2_error *err)
     if (strcmp(m->arch, "lfm2") == 0)
         return LFM2_OK;
     c->n_layer_dense = 0;
-    TRY(read_count(m, "leading_dense_block_count", OPTIONAL, 0, c->n_layer,
-                   &c->n_layer_dense, err));
-    TRY(read_count(m, "expert_count", REQUIRED, 1, 256, &c->n_expert, err));
-    TRY(read_count(m, "expert_used_count", REQUIRED, 1, c->n_expert,
-                   &c->n_expert_used, err));
-    TRY(read_count(m, "expert_gating_func", REQUIRED, 0, 255, &gating, err));
+    TRY(read_count(m, "leading_dense_block_count", MAY, 0, c->n_layer,
+                   &c->n_layer_dense));
+    TRY(read_count(m, "expert_count", MUST, 1, 256, &c->n_expert));
+    TRY(read_count(m, "expert_used_count", MUST, 1, c->n_expert,
+                   &c->n_expert_used));
+    TRY(read_count(m, "expert_gating_func", MUST, 0, 255, &gating));
     if (gating != 2)
-        return fail(err, LFM2_EUNSUPPORTED, "%s.expert_gating_func: %d, "
-                    "expected 2 (sigmoid)", m->arch, gating);
-    TRY(read_float(m, "expert_weights_scale", OPTIONAL, 0, 1e4f,
-                   &c->expert_weights_scale, err));
+        return OTHER(m->gguf, "%s.expert_gating_func: %d, expected 2 (sigmoid)",
+                     m->arch, gating);
+    TRY(read_float(m, "expert_weights_scale", MAY, 0, 1e4f,
+                   &c->expert_weights_scale));
     if (c->expert_weights_scale == 0)
         c->expert_weights_scale = 1;      /* 0 is how some files say "none" */
     return LFM2_OK;
 }
 
-static int read_config(struct lfm2_model *m, lfm2_error *err)
+static int read_config(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
 
-    TRY(read_architecture(m, err));
-    TRY(check_keys(m, err));
-    TRY(read_count(m, "block_count", REQUIRED, 1, LFM2_MAX_LAYER, &c->n_layer,
-                   err));
-    TRY(read_count(m, "context_length", REQUIRED, 1, INT32_MAX,
-                   &c->n_ctx_train, err));
-    TRY(read_count(m, "embedding_length", REQUIRED, 1, 1 << 20, &c->n_embd,
-                   err));
-    TRY(read_count(m, "shortconv.l_cache", REQUIRED, 2, 8, &c->l_cache, err));
-    TRY(read_float(m, "attention.layer_norm_rms_epsilon", REQUIRED, 1e-12f,
-                   0.1f, &c->norm_rms_eps, err));
+    TRY(read_architecture(m));
+    TRY(check_keys(m));
+    TRY(read_count(m, "block_count", MUST, 1, LFM2_MAX_LAYER, &c->n_layer));
+    TRY(read_count(m, "context_length", MUST, 1, INT32_MAX, &c->n_ctx_train));
+    TRY(read_count(m, "embedding_length", MUST, 1, 1 << 20, &c->n_embd));
+    TRY(read_count(m, "shortconv.l_cache", MUST, 2, 8, &c->l_cache));
+    TRY(read_float(m, "attention.layer_norm_rms_epsilon", MUST, 1e-12f,
+                   0.1f, &c->norm_rms_eps));
     c->rope_freq_base = 10000;
-    TRY(read_float(m, "rope.freq_base", OPTIONAL, 1, 1e12f,
-                   &c->rope_freq_base, err));
+    TRY(read_float(m, "rope.freq_base", MAY, 1, 1e12f, &c->rope_freq_base));
     if (!arch_find(m, "rope.freq_base"))
         warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
-    TRY(read_heads(m, err));
-    return read_experts(m, err);
+    TRY(read_heads(m));
+    return read_experts(m);
 }
 
 /* ------------------------------------------------------- 14. Binding tensors
@@ -4451,38 +4352,27 @@ static int read_config(struct lfm2_model *m, lfm2_error *err)
  * belongs to.  After binding there are only pointers of known shape. */
 
 static int find_tensor(const struct lfm2_model *m, const char *name,
-                       struct gguf_tensor **out, lfm2_error *err)
+                       struct gguf_tensor **out)
 {
     *out = gguf_tensor_find(m->gguf, name);
     if (!*out)
-        return fail(err, LFM2_EFORMAT, "%s: no such tensor in the file, "
-                    "expected in this model", name);
+        return BAD(m->gguf, "%s: no such tensor in the file, expected in this "
+                   "model", name);
     (*out)->bound = 1;
     return LFM2_OK;
 }
 
-static int check_shape(const struct gguf_tensor *t, int cols, int rows,
-                       int depth, lfm2_error *err)
-{
-    const uint64_t *d = t->dims;
-
-    if (d[0] == (uint64_t)cols && d[1] == (uint64_t)rows &&
-        d[2] == (uint64_t)depth && d[3] == 1)
-        return LFM2_OK;
-    return fail(err, LFM2_EFORMAT, "%s: shape %llu x %llu x %llu, expected "
-                "%d x %d x %d", t->name, (unsigned long long)d[0],
-                (unsigned long long)d[1], (unsigned long long)d[2], cols, rows,
-                depth);
-}
-
 static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
-                       int rows, int depth, struct tensor *out,
-                       lfm2_error *err)
+                       int rows, int depth, struct tensor *out)
 {
     struct gguf_tensor *t;
 
-    TRY(find_tensor(m, name, &t, err));
-    TRY(check_shape(t, cols, rows, depth, err));
+    TRY(find_tensor(m, name, &t));
+    if (t->dims[0] != (uint64_t)cols || t->dims[1] != (uint64_t)rows ||
+        t->dims[2] != (uint64_t)depth || t->dims[3] != 1)
+        return BAD(m->gguf, "%s: shape %llu x %llu x %llu, expected %d x %d x "
+                   "%d", t->name, ull(t->dims[0]), ull(t->dims[1]),
+                   ull(t->dims[2]), cols, rows, depth);
     *out = (struct tensor){ t->fmt, rows, cols, m->gguf->data + t->offset };
     return LFM2_OK;
 }
@@ -4490,17 +4380,16 @@ static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
 /* Norms, taps and biases are few and used often: they become host floats,
  * [rows][cols] turned to [cols][rows], from *pool on. */
 static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
-                       int rows, float **pool, const float **out,
-                       lfm2_error *err)
+                       int rows, float **pool, const float **out)
 {
     enum { PIECE = 256 };
     struct tensor w;
     float row[PIECE];
 
-    TRY(bind_matrix(m, name, cols, rows, 1, &w, err));
+    TRY(bind_matrix(m, name, cols, rows, 1, &w));
     if (!w.fmt->floats)
-        return fail(err, LFM2_EUNSUPPORTED, "%s: weight type %s, expected F32, "
-                    "F16 or BF16", name, w.fmt->name);
+        return OTHER(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
+                     name, w.fmt->name);
     *out = *pool;
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < cols; c += PIECE) {
@@ -4509,9 +4398,9 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
                           (size_t)c * (size_t)w.fmt->bytes, n);
             for (int i = 0; i < n; i++) {
                 if (!(fabsf(row[i]) <= FLT_MAX))
-                    return fail(err, LFM2_EFORMAT, "%s: element %d of row %d "
-                                "is %g, expected a finite number", name, c + i,
-                                r, (double)row[i]);
+                    return BAD(m->gguf, "%s: element %d of row %d is %g, "
+                               "expected a finite number", name, c + i, r,
+                               (double)row[i]);
                 (*pool)[(size_t)(c + i) * rows + r] = row[i];
             }
         }
@@ -4539,36 +4428,34 @@ enum { IN_ALL, IN_CONV, IN_ATTN, IN_DENSE, IN_MOE };
 
 static const struct binding {
     const char *name;                     /* after "blk.<layer>."            */
-    int where, floats, cols, rows, depth;
     size_t field;                         /* in struct layer                 */
+    int where, floats, cols, rows, depth;
 } bindings[] = {
-#define FIELD(f) offsetof(struct layer, f)
-    { "attn_norm.weight", IN_ALL, 1, EMBD, ONE, ONE, FIELD(attn_norm) },
-    { "ffn_norm.weight", IN_ALL, 1, EMBD, ONE, ONE, FIELD(ffn_norm) },
-    { "shortconv.in_proj.weight", IN_CONV, 0, EMBD, EMBD_3, ONE,
-      FIELD(shortconv_in_proj) },
-    { "shortconv.conv.weight", IN_CONV, 1, TAPS, EMBD, ONE,
-      FIELD(shortconv_conv) },
-    { "shortconv.out_proj.weight", IN_CONV, 0, EMBD, EMBD, ONE,
-      FIELD(shortconv_out_proj) },
-    { "attn_q.weight", IN_ATTN, 0, EMBD, HEADS, ONE, FIELD(attn_q) },
-    { "attn_k.weight", IN_ATTN, 0, EMBD, HEADS_KV, ONE, FIELD(attn_k) },
-    { "attn_v.weight", IN_ATTN, 0, EMBD, HEADS_KV, ONE, FIELD(attn_v) },
-    { "attn_output.weight", IN_ATTN, 0, HEADS, EMBD, ONE, FIELD(attn_output) },
-    { "attn_q_norm.weight", IN_ATTN, 1, HEAD, ONE, ONE, FIELD(attn_q_norm) },
-    { "attn_k_norm.weight", IN_ATTN, 1, HEAD, ONE, ONE, FIELD(attn_k_norm) },
-    { "ffn_gate.weight", IN_DENSE, 0, EMBD, FF, ONE, FIELD(ffn_gate) },
-    { "ffn_up.weight", IN_DENSE, 0, EMBD, FF, ONE, FIELD(ffn_up) },
-    { "ffn_down.weight", IN_DENSE, 0, FF, EMBD, ONE, FIELD(ffn_down) },
-    { "ffn_gate_inp.weight", IN_MOE, 0, EMBD, EXPERTS, ONE,
-      FIELD(ffn_gate_inp) },
-    { "exp_probs_b.bias", IN_MOE, 1, EXPERTS, ONE, ONE, FIELD(exp_probs_b) },
-    { "ffn_gate_exps.weight", IN_MOE, 0, EMBD, FF_EXP, EXPERTS,
-      FIELD(ffn_gate_exps) },
-    { "ffn_up_exps.weight", IN_MOE, 0, EMBD, FF_EXP, EXPERTS,
-      FIELD(ffn_up_exps) },
-    { "ffn_down_exps.weight", IN_MOE, 0, FF_EXP, EMBD, EXPERTS,
-      FIELD(ffn_down_exps) },
+#define FIELD(f)  offsetof(struct layer, f)
+#define WEIGHT(f) #f ".weight", FIELD(f)
+    { WEIGHT(attn_norm), IN_ALL, 1, EMBD, ONE, ONE },
+    { WEIGHT(ffn_norm), IN_ALL, 1, EMBD, ONE, ONE },
+    { "shortconv.in_proj.weight", FIELD(shortconv_in_proj),
+      IN_CONV, 0, EMBD, EMBD_3, ONE },
+    { "shortconv.conv.weight", FIELD(shortconv_conv),
+      IN_CONV, 1, TAPS, EMBD, ONE },
+    { "shortconv.out_proj.weight", FIELD(shortconv_out_proj),
+      IN_CONV, 0, EMBD, EMBD, ONE },
+    { WEIGHT(attn_q), IN_ATTN, 0, EMBD, HEADS, ONE },
+    { WEIGHT(attn_k), IN_ATTN, 0, EMBD, HEADS_KV, ONE },
+    { WEIGHT(attn_v), IN_ATTN, 0, EMBD, HEADS_KV, ONE },
+    { WEIGHT(attn_output), IN_ATTN, 0, HEADS, EMBD, ONE },
+    { WEIGHT(attn_q_norm), IN_ATTN, 1, HEAD, ONE, ONE },
+    { WEIGHT(attn_k_norm), IN_ATTN, 1, HEAD, ONE, ONE },
+    { WEIGHT(ffn_gate), IN_DENSE, 0, EMBD, FF, ONE },
+    { WEIGHT(ffn_up), IN_DENSE, 0, EMBD, FF, ONE },
+    { WEIGHT(ffn_down), IN_DENSE, 0, FF, EMBD, ONE },
+    { WEIGHT(ffn_gate_inp), IN_MOE, 0, EMBD, EXPERTS, ONE },
+    { "exp_probs_b.bias", FIELD(exp_probs_b), IN_MOE, 1, EXPERTS, ONE, ONE },
+    { WEIGHT(ffn_gate_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS },
+    { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS },
+    { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS },
+#undef WEIGHT
 #undef FIELD
 };
 
@@ -4585,7 +4472,7 @@ static int is_in_layer(const lfm2_config *c, int il, int where)
 
 /* Files converted with fused projections: the rows of q, then k, then v. */
 static int bind_qkv(const struct lfm2_model *m, struct layer *l, int il,
-                    const int size[N_SIZES], lfm2_error *err)
+                    const int size[N_SIZES])
 {
     char name[MAX_NAME + 1];
     struct tensor all;
@@ -4594,7 +4481,7 @@ static int bind_qkv(const struct lfm2_model *m, struct layer *l, int il,
     snprintf(name, sizeof name, "blk.%d.attn_qkv.weight", il);
     if (!gguf_tensor_find(m->gguf, name))
         return LFM2_OK;
-    TRY(bind_matrix(m, name, size[EMBD], q + 2 * kv, 1, &all, err));
+    TRY(bind_matrix(m, name, size[EMBD], q + 2 * kv, 1, &all));
     l->attn_q = l->attn_k = l->attn_v = all;
     l->attn_q.rows = q;
     l->attn_k.rows = l->attn_v.rows = kv;
@@ -4604,46 +4491,44 @@ static int bind_qkv(const struct lfm2_model *m, struct layer *l, int il,
 }
 
 static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
-                      float **pool, lfm2_error *err)
+                      float **pool)
 {
     struct layer *l = &m->layer[il];
     char name[MAX_NAME + 1];
 
     if (m->cfg.is_attn[il])
-        TRY(bind_qkv(m, l, il, size, err));
+        TRY(bind_qkv(m, l, il, size));
     for (size_t i = 0; i < COUNT(bindings); i++) {
         const struct binding *b = &bindings[i];
+        const int cols = size[b->cols], rows = size[b->rows];
         void *field = (char *)l + b->field;
 
         if (!is_in_layer(&m->cfg, il, b->where))
             continue;
         snprintf(name, sizeof name, "blk.%d.%s", il, b->name);
         if (b->floats)
-            TRY(bind_floats(m, name, size[b->cols], size[b->rows], pool, field,
-                            err));
+            TRY(bind_floats(m, name, cols, rows, pool, field));
         else if (!((struct tensor *)field)->data)     /* not from attn_qkv */
-            TRY(bind_matrix(m, name, size[b->cols], size[b->rows],
-                            size[b->depth], field, err));
+            TRY(bind_matrix(m, name, cols, rows, size[b->depth], field));
     }
     if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
-        return fail(err, LFM2_EUNSUPPORTED, "blk.%d.ffn_gate_inp.weight: "
-                    "weight type %s, expected F32, F16 or BF16 (a rounded "
-                    "router chooses other experts)", il,
-                    l->ffn_gate_inp.fmt->name);
+        return OTHER(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
+                     "expected F32, F16 or BF16 (a rounded router chooses "
+                     "other experts)", il, l->ffn_gate_inp.fmt->name);
     return LFM2_OK;
 }
 
 /* The rows of a tensor: a width that a key may get wrong but a shape cannot. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
-                      int *out, lfm2_error *err)
+                      int *out)
 {
     struct gguf_tensor *t;
     const struct gguf_kv *kv = arch_find(m, key);
     int64_t said = 0;
 
-    TRY(find_tensor(m, name, &t, err));
+    TRY(find_tensor(m, name, &t));
     *out = (int)t->dims[1];
-    if (kv && kv_count(kv, &said, NULL) != LFM2_OK)
+    if (kv && kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK)
         warn(m, "%s: no single integer, but %s has %d rows; the tensor is "
              "right", kv->key, name, *out);
     else if (kv && said != *out)
@@ -4652,46 +4537,44 @@ static int read_width(struct lfm2_model *m, const char *name, const char *key,
     return LFM2_OK;
 }
 
-static int read_widths(struct lfm2_model *m, lfm2_error *err)
+static int read_widths(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *tokens = gguf_find(m->gguf, "tokenizer.ggml.tokens");
     char name[MAX_NAME + 1];
 
-    TRY(read_width(m, "token_embd.weight", "vocab_size", &c->n_vocab, err));
+    TRY(read_width(m, "token_embd.weight", "vocab_size", &c->n_vocab));
     if (tokens && tokens->n > (uint64_t)c->n_vocab)
-        return fail(err, LFM2_EFORMAT, "tokenizer.ggml.tokens: %llu tokens, "
-                    "expected at most the %d rows of token_embd.weight",
-                    (unsigned long long)tokens->n, c->n_vocab);
+        return BAD(m->gguf, "tokenizer.ggml.tokens: %llu tokens, expected at "
+                   "most the %d rows of token_embd.weight", ull(tokens->n),
+                   c->n_vocab);
     if (tokens && tokens->n < (uint64_t)c->n_vocab)
         warn(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
-             "token_embd.weight", (unsigned long long)tokens->n, c->n_vocab);
+             "token_embd.weight", ull(tokens->n), c->n_vocab);
     if (c->n_layer_dense > 0)
         TRY(read_width(m, "blk.0.ffn_gate.weight", "feed_forward_length",
-                       &c->n_ff, err));
+                       &c->n_ff));
     snprintf(name, sizeof name, "blk.%d.ffn_gate_exps.weight",
              c->n_layer_dense);
     if (c->n_layer_dense < c->n_layer)
-        TRY(read_width(m, name, "expert_feed_forward_length", &c->n_ff_expert,
-                       err));
+        TRY(read_width(m, name, "expert_feed_forward_length", &c->n_ff_expert));
     return LFM2_OK;
 }
 
 /* Tensors nobody asked for: in a block they mean that the model computes
  * something else; elsewhere they are baggage. */
-static int check_unbound(struct lfm2_model *m, lfm2_error *err)
+static int check_unbound(struct lfm2_model *m)
 {
+    static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
+
     for (int i = 0; i < m->gguf->n_tensors; i++) {
         const struct gguf_tensor *t = &m->gguf->tensor[i];
         if (t->bound)
             continue;
-        if (strncmp(t->name, "blk.", 4) == 0 ||
-            strncmp(t->name, "rope_", 5) == 0 ||
-            strncmp(t->name, "dense_", 6) == 0 ||
-            strncmp(t->name, "output.", 7) == 0)
-            return fail(err, LFM2_EUNSUPPORTED, "%s: a tensor that %s does not "
-                        "have; the model is of another kind", t->name,
-                        m->arch);
+        for (size_t k = 0; k < COUNT(part); k++)
+            if (strncmp(t->name, part[k], strlen(part[k])) == 0)
+                return OTHER(m->gguf, "%s: a tensor that %s does not have; the "
+                             "model is of another kind", t->name, m->arch);
         warn(m, "%s: an unknown tensor, ignored", t->name);
     }
     return LFM2_OK;
@@ -4700,27 +4583,27 @@ static int check_unbound(struct lfm2_model *m, lfm2_error *err)
 /* The norm before the logits is called token_embd_norm in most files, after the
  * official embedding_norm, and output_norm in others.  It is the last one all
  * the same; nothing is normed after the embedding. */
-static int bind_ends(struct lfm2_model *m, float **pool, lfm2_error *err)
+static int bind_ends(struct lfm2_model *m, float **pool)
 {
     const lfm2_config *c = &m->cfg;
     const char *norm = gguf_tensor_find(m->gguf, "output_norm.weight")
                            ? "output_norm.weight" : "token_embd_norm.weight";
 
     TRY(bind_matrix(m, "token_embd.weight", c->n_embd, c->n_vocab, 1,
-                    &m->token_embd, err));
+                    &m->token_embd));
     m->output = m->token_embd;
     if (gguf_tensor_find(m->gguf, "output.weight"))
         TRY(bind_matrix(m, "output.weight", c->n_embd, c->n_vocab, 1,
-                        &m->output, err));
-    return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm, err);
+                        &m->output));
+    return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm);
 }
 
-static int bind_model(struct lfm2_model *m, lfm2_error *err)
+static int bind_model(struct lfm2_model *m)
 {
     const lfm2_config *c = &m->cfg;
     int n_conv = 0, n_attn = 0;
 
-    TRY(read_widths(m, err));
+    TRY(read_widths(m));
     const int size[N_SIZES] = {
         [ONE] = 1, [EMBD] = c->n_embd, [EMBD_3] = 3 * c->n_embd,
         [HEADS] = c->n_head * c->head_dim,
@@ -4728,18 +4611,18 @@ static int bind_model(struct lfm2_model *m, lfm2_error *err)
         [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
         [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
     };
-    float *pool = calloc(count_floats(m), sizeof *pool);
-    m->floats = pool;
+    float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (!m->floats || !m->layer)
-        return fail(err, LFM2_ENOMEM, "no memory for %d layers", c->n_layer);
-    TRY(bind_ends(m, &pool, err));
+        return fail(m->gguf->err, LFM2_ENOMEM, "no memory for %d layers",
+                    c->n_layer);
+    TRY(bind_ends(m, &pool));
     for (int il = 0; il < c->n_layer; il++) {
         m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
-        TRY(bind_layer(m, il, size, &pool, err));
+        TRY(bind_layer(m, il, size, &pool));
     }
     m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
-    return check_unbound(m, err);
+    return check_unbound(m);
 }
 
 /* ------------------------------------------------------- 15. Open and close */
@@ -4792,15 +4675,15 @@ static int open_model(lfm2_model **out, struct file *file, const uint8_t *data,
     }
     code = gguf_parse(&o->gguf, data, size, err);
     if (code == LFM2_OK)
-        code = read_config(&o->model, err);
+        code = read_config(&o->model);
     if (code == LFM2_OK)
-        code = bind_model(&o->model, err);
-    if (code != LFM2_OK) {
+        code = bind_model(&o->model);
+    o->gguf.err = NULL;
+    if (code == LFM2_OK)
+        *out = &o->model;
+    else
         lfm2_model_close(&o->model);
-        return code;
-    }
-    *out = &o->model;
-    return LFM2_OK;
+    return code;
 }
 
 int lfm2_model_open(lfm2_model **out, const char *path, int load,
@@ -4868,8 +4751,7 @@ const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
         return NULL;
     kv = &m->gguf->kv[i];
     if (kv->type == GGUF_ARRAY)
-        snprintf(buf, cap, "[%llu x %s]", (unsigned long long)kv->n,
-                 gguf_type_name[kv->elem]);
+        snprintf(buf, cap, "[%llu x %s]", ull(kv->n), gguf_type[kv->elem].name);
     else if (gguf_string(m->gguf, kv->key, &s))
         snprintf(buf, cap, "%s%s", show(s).s, s.n > 48 ? "..." : "");
     else if (kv->type == GGUF_F32)
@@ -4879,7 +4761,7 @@ const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
     else if (kv_integer(kv, 0, &value) == 0)
         snprintf(buf, cap, "%lld", (long long)value);
     else
-        snprintf(buf, cap, "(%s)", gguf_type_name[kv->type]);
+        snprintf(buf, cap, "(%s)", gguf_type[kv->type].name);
     return kv->key;
 }
 
@@ -5488,10 +5370,8 @@ enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20 };
 
 struct merge { int32_t left, right, result; };
 
-struct symbol_slot { uint32_t hash, id_1; };        /* id + 1, or 0: free    */
-
-/* A token that is looked for before text is cut into pieces. */
-struct special { const uint8_t *s; uint32_t n; int32_t id; };
+/* Open addressing: a power of two of slots, at most half of them taken. */
+struct table { uint32_t *slot, n; };      /* number + 1, or 0: free          */
 
 struct lfm2_tokenizer {
     int n_vocab, n_symbols;
@@ -5499,18 +5379,14 @@ struct lfm2_tokenizer {
     uint32_t *start;                      /* to start[i+1] of text           */
     uint8_t *type;                        /* [n_vocab] TOKEN_...             */
 
-    /* Bytes to symbol and pair to rank: open addressing, a power of two of
-     * slots, at most half of them taken. */
-    struct symbol_slot *slot;
-    uint32_t n_slots, n_taken;
+    struct table symbols;                 /* by bytes: what text can become  */
     struct merge *merge;                  /* [n_merges]; the index is the    */
     uint32_t n_merges;                    /* rank, the lowest comes first    */
-    uint32_t *merge_slot;                 /* rank + 1, or 0: free            */
-    uint32_t n_merge_slots;
+    struct table merges;                  /* by left and right               */
 
-    struct special *special;              /* sorted by their bytes; those    */
-    int special_at[257];                  /* that begin with b are at        */
-                                          /* special_at[b] to [b+1]          */
+    struct table specials;                /* by bytes: tokens looked for     */
+                                          /* before text is cut into pieces  */
+    uint32_t special_max[256];            /* longest, by first byte; 0: none */
     int32_t byte[256];                    /* the token of a single byte      */
     int32_t bos, eos, eot, im_start, im_end;        /* -1: there is none     */
     int add_bos;
@@ -5529,22 +5405,18 @@ static uint32_t symbol_len(const lfm2_tokenizer *t, int32_t id)
     return t->start[id + 1] - t->start[id];
 }
 
-static uint32_t symbol_hash(const uint8_t *s, size_t n)
+/* The slot that holds s[n], or the free one where it belongs.  If type is not 0
+ * it must be that of the token. */
+static uint32_t *symbol_slot(const lfm2_tokenizer *t, struct table in,
+                             uint64_t hash, const uint8_t *s, size_t n,
+                             int type)
 {
-    const uint64_t h = hash_bytes(HASH_START, s, n);
-    return (uint32_t)(h ^ h >> 32);
-}
-
-/* The slot that holds s[n], or the free one where it belongs. */
-static struct symbol_slot *symbol_slot(const lfm2_tokenizer *t,
-                                       const uint8_t *s, size_t n,
-                                       uint32_t hash)
-{
-    for (uint32_t i = hash;; i++) {
-        struct symbol_slot *slot = &t->slot[i & (t->n_slots - 1)];
-        const int32_t id = (int32_t)slot->id_1 - 1;
-        if (id < 0 || (slot->hash == hash && symbol_len(t, id) == n &&
-                       memcmp(symbol_bytes(t, id), s, n) == 0))
+    for (uint32_t i = (uint32_t)(hash ^ hash >> 32);; i++) {
+        uint32_t *slot = &in.slot[i & (in.n - 1)];
+        const int32_t id = (int32_t)*slot - 1;
+        if (id < 0 || (symbol_len(t, id) == n &&
+                       memcmp(symbol_bytes(t, id), s, n) == 0 &&
+                       (type == 0 || t->type[id] == type)))
             return slot;
     }
 }
@@ -5552,26 +5424,8 @@ static struct symbol_slot *symbol_slot(const lfm2_tokenizer *t,
 /* The symbol with these bytes that text can become, or -1. */
 static int32_t find_symbol(const lfm2_tokenizer *t, const uint8_t *s, size_t n)
 {
-    return (int32_t)symbol_slot(t, s, n, symbol_hash(s, n))->id_1 - 1;
-}
-
-static int grow_slots(lfm2_tokenizer *t)
-{
-    const uint32_t n = t->n_slots ? 2 * t->n_slots : 1024;
-    struct symbol_slot *slot = calloc(n, sizeof *slot);
-
-    if (!slot)
-        return -1;
-    for (uint32_t i = 0; i < t->n_slots; i++) {
-        uint32_t to = t->slot[i].hash;
-        while (slot[to & (n - 1)].id_1)
-            to++;
-        slot[to & (n - 1)] = t->slot[i];
-    }
-    free(t->slot);
-    t->slot = slot;
-    t->n_slots = n;
-    return 0;
+    const uint64_t hash = hash_bytes(HASH_START, s, n);
+    return (int32_t)*symbol_slot(t, t->symbols, hash, s, n, 0) - 1;
 }
 
 /* Control tokens, unused and unknown ones are not made from text. */
@@ -5581,27 +5435,27 @@ static int is_from_text(int type)
            type == TOKEN_BYTE;
 }
 
-/* The next symbol; there is room for its bytes.  Returns its id, or -1 without
- * memory.  If text can become it, its bytes lead to it, or to an earlier symbol
- * that has the same. */
+/* The next symbol; there is room for it.  Its bytes lead to it, or to an
+ * earlier symbol that has the same. */
 static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
                           int type)
 {
-    const int32_t id = t->n_symbols;
+    const int32_t id = t->n_symbols++;
+    const uint64_t hash = hash_bytes(HASH_START, s, n);
+    const int is_special = type == TOKEN_CONTROL || type == TOKEN_USER_DEFINED;
+    uint32_t *slot;
 
-    if (2 * t->n_taken >= t->n_slots && grow_slots(t) != 0)
-        return -1;
-    if (is_from_text(type) && n > 0) {
-        const uint32_t hash = symbol_hash(s, n);
-        struct symbol_slot *slot = symbol_slot(t, s, n, hash);
-        if (!slot->id_1) {
-            *slot = (struct symbol_slot){ hash, (uint32_t)id + 1 };
-            t->n_taken++;
-        }
-    }
     memcpy(t->text + t->start[id], s, n);
     t->start[id + 1] = t->start[id] + (uint32_t)n;
-    t->n_symbols++;
+    slot = symbol_slot(t, t->symbols, hash, s, n, 0);
+    if (is_from_text(type) && n > 0 && *slot == 0)
+        *slot = (uint32_t)id + 1;
+    if (is_special && n > 0) {
+        slot = symbol_slot(t, t->specials, hash, s, n, type);
+        *slot = *slot ? *slot : (uint32_t)id + 1;
+        if (t->special_max[s[0]] < n)
+            t->special_max[s[0]] = (uint32_t)n;
+    }
     return id;
 }
 
@@ -5619,56 +5473,11 @@ static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
     const uint64_t hash = pair * 0x9e3779b97f4a7c15u >> 32;
 
     for (uint32_t i = (uint32_t)hash;; i++) {
-        uint32_t *slot = &t->merge_slot[i & (t->n_merge_slots - 1)];
+        uint32_t *slot = &t->merges.slot[i & (t->merges.n - 1)];
         if (*slot == 0 || (t->merge[*slot - 1].left == left &&
                            t->merge[*slot - 1].right == right))
             return slot;
     }
-}
-
-/* A free slot holds 0, and 0 - 1 is NO_RANK. */
-static uint32_t merge_rank(const lfm2_tokenizer *t, int32_t left, int32_t right)
-{
-    return *merge_slot(t, left, right) - 1;
-}
-
-/* The next merge in order of rank.  A pair that comes again keeps its rank. */
-static void add_merge(lfm2_tokenizer *t, struct merge m)
-{
-    uint32_t *slot = merge_slot(t, m.left, m.right);
-
-    t->merge[t->n_merges++] = m;
-    if (*slot == 0)
-        *slot = t->n_merges;
-}
-
-static int compare_special(const void *a, const void *b)
-{
-    const struct special *x = a, *y = b;
-    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
-
-    if (order != 0)
-        return order;
-    if (x->n != y->n)
-        return x->n < y->n ? -1 : 1;
-    return x->id < y->id ? -1 : 1;
-}
-
-static void sort_specials(lfm2_tokenizer *t)
-{
-    int n = 0;
-
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        if ((t->type[id] == TOKEN_CONTROL ||
-             t->type[id] == TOKEN_USER_DEFINED) && symbol_len(t, id) > 0)
-            t->special[n++] = (struct special){ symbol_bytes(t, id),
-                                                symbol_len(t, id), id };
-    qsort(t->special, (size_t)n, sizeof *t->special, compare_special);
-    for (int i = 0; i < n; i++)
-        t->special_at[t->special[i].s[0] + 1] = i + 1;
-    for (int b = 0; b < 256; b++)
-        if (t->special_at[b + 1] < t->special_at[b])
-            t->special_at[b + 1] = t->special_at[b];
 }
 
 /* ------------------------------------------------- 19. Reading a vocabulary
@@ -5679,26 +5488,16 @@ static void sort_specials(lfm2_tokenizer *t)
  * way, so the one space in a merge parts its two sides.  Control and
  * user-defined tokens are literal. */
 
-/* What either kind of file says. */
-struct tables {
-    struct gguf_kv tokens, types, merges; /* types.n is 0 if there are none  */
-    uint32_t bos, eos;                    /* UINT32_MAX if there is none     */
-    int add_bos;
+/* What the file lists, and room for one text of it. */
+struct lists {
+    const struct gguf *g;
+    const struct gguf_kv *tokens, *merges;
+    const struct gguf_kv *types;          /* NULL: all are normal            */
+    uint8_t *scratch;                     /* [MAX_TOKEN]                     */
+    int16_t byte_of[256 + 68];            /* character to byte; -1: to none  */
 };
 
-/* The byte that a character of that alphabet stands for, or -1. */
-static int byte_of(uint32_t c)
-{
-    if ((c > 32 && c < 127) || (c > 160 && c < 256 && c != 173))
-        return (int)c;
-    if (c >= 256 && c < 256 + 33)                     /* 0 to 32             */
-        return (int)c - 256;
-    if (c >= 256 + 33 && c < 256 + 67)                /* 127 to 160          */
-        return (int)c - 256 - 33 + 127;
-    return c == 256 + 67 ? 173 : -1;
-}
-
-/* And the character for a byte. */
+/* The character for a byte in that alphabet. */
 static uint32_t char_of(uint8_t b)
 {
     return b <= 32 ? 256u + b : b >= 127 && b <= 160 ? 256u + 33 + b - 127 :
@@ -5712,7 +5511,8 @@ static int is_mapped(int type)
 
 /* Write the bytes that a text stands for and return how many.  Text that is not
  * in the alphabet stands for itself. */
-static size_t unmap(uint8_t *out, struct str text, int64_t type)
+static size_t unmap(const struct lists *f, uint8_t *out, struct str text,
+                    int64_t type)
 {
     const uint8_t *s = (const uint8_t *)text.s;
     size_t n = 0, i = 0;
@@ -5723,10 +5523,9 @@ static size_t unmap(uint8_t *out, struct str text, int64_t type)
             c = (c & 0x1f) << 6 | (s[i++] & 0x3fu);
         else if (c >= 0x80)
             c = 0;
-        const int b = byte_of(c);
-        if (b < 0)
+        if (c >= COUNT(f->byte_of) || f->byte_of[c] < 0)
             break;
-        out[n++] = (uint8_t)b;
+        out[n++] = (uint8_t)f->byte_of[c];
         if (i == text.n)
             return n;
     }
@@ -5734,182 +5533,105 @@ static size_t unmap(uint8_t *out, struct str text, int64_t type)
     return text.n;
 }
 
-/* Room for all that the tables may lead to: a merge may add its left side, its
- * right side and both together. */
-static int reserve(lfm2_tokenizer *t, const struct tables *f)
+/* Slots for n entries; -1 without memory. */
+static int open_table(struct table *t, uint64_t n)
 {
-    const uint64_t n_text = f->tokens.size + 2 * (uint64_t)f->merges.size;
-    const uint64_t n_symbols = f->tokens.n + 3 * f->merges.n;
+    t->n = 2;
+    while (t->n < 2 * n)
+        t->n *= 2;
+    t->slot = calloc(t->n, sizeof *t->slot);
+    return t->slot ? 0 : -1;
+}
 
-    if (n_text > INT32_MAX)
+/* Room for all that the lists may lead to: a merge may add its left side, its
+ * right side and both together. */
+static int reserve(lfm2_tokenizer *t, struct lists *f)
+{
+    const uint64_t n_text = f->tokens->size + 2 * (uint64_t)f->merges->size;
+    const size_t n_vocab = (size_t)f->tokens->n;
+    const size_t n_merges = (size_t)f->merges->n;
+    const size_t n_symbols = n_vocab + 3 * n_merges;
+
+    if (n_text > INT32_MAX || open_table(&t->symbols, n_symbols) != 0 ||
+        open_table(&t->merges, n_merges) != 0 ||
+        open_table(&t->specials, n_vocab) != 0)
         return -1;
-    t->n_merge_slots = 2;
-    while (t->n_merge_slots < 2 * f->merges.n)
-        t->n_merge_slots *= 2;
     t->text = malloc((size_t)n_text + 1);
-    t->start = malloc((size_t)(n_symbols + 1) * sizeof *t->start);
-    t->type = malloc((size_t)f->tokens.n);
-    t->merge = malloc((size_t)(f->merges.n + 1) * sizeof *t->merge);
-    t->merge_slot = calloc(t->n_merge_slots, sizeof *t->merge_slot);
-    t->special = malloc((size_t)f->tokens.n * sizeof *t->special);
+    t->start = malloc((n_symbols + 1) * sizeof *t->start);
+    t->type = malloc(n_vocab);
+    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
     t->classes = make_classes();
-    if (!t->text || !t->start || !t->type || !t->merge || !t->merge_slot ||
-        !t->special || !t->classes)
+    f->scratch = malloc(MAX_TOKEN);
+    if (!t->text || !t->start || !t->type || !t->merge || !t->classes ||
+        !f->scratch)
         return -1;
     t->start[0] = 0;
     return 0;
 }
 
-/* Give back what was not needed of it. */
-static void trim(lfm2_tokenizer *t)
+static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
 {
-    const size_t n = (size_t)t->n_symbols;
-    void *text = realloc(t->text, t->start[n] + 1);
-    void *start = realloc(t->start, (n + 1) * sizeof *t->start);
+    struct cursor c = kv_cursor(f->tokens);
 
-    t->text = text ? text : t->text;
-    t->start = start ? start : t->start;
-}
-
-static int add_tokens(lfm2_tokenizer *t, const struct tables *f,
-                      uint8_t *scratch, lfm2_error *err)
-{
-    struct cursor c = { f->tokens.value, f->tokens.value + f->tokens.size };
-    struct str s;
-
-    t->n_vocab = (int)f->tokens.n;
-    for (int i = 0; i < t->n_vocab && take_string(&c, &s) == 0; i++) {
+    t->n_vocab = (int)f->tokens->n;
+    for (int i = 0; i < t->n_vocab; i++) {
+        const struct str s = take_string(&c);
         int64_t type = TOKEN_NORMAL;
-        if (f->types.n)
-            kv_integer(&f->types, (uint64_t)i, &type);
+        if (f->types)
+            kv_integer(f->types, (uint64_t)i, &type);
         if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
-            return fail(err, LFM2_EFORMAT, "token %d: of type %lld, expected "
-                        "%d to %d", i, (long long)type, TOKEN_NORMAL,
-                        TOKEN_BYTE);
+            return BAD(f->g, "token %d: of type %lld, expected %d to %d", i,
+                       (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
         if (s.n > MAX_TOKEN)
-            return fail(err, LFM2_EFORMAT, "token %d: %zu bytes, expected at "
-                        "most %d", i, s.n, MAX_TOKEN);
-        const size_t n = unmap(scratch, s, type);
+            return BAD(f->g, "token %d: %zu bytes, expected at most %d", i, s.n,
+                       MAX_TOKEN);
         t->type[i] = (uint8_t)type;
-        if (add_symbol(t, scratch, n, t->type[i]) < 0)
-            return fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+        add_symbol(t, f->scratch, unmap(f, f->scratch, s, type), t->type[i]);
     }
     return LFM2_OK;
 }
 
 /* "left right" to the ids of left, right and both together. */
-static int add_merge_text(lfm2_tokenizer *t, uint32_t i, struct str s,
-                          uint8_t *scratch, lfm2_error *err)
+static int add_merges(lfm2_tokenizer *t, const struct lists *f)
 {
-    const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
-    struct str left, right;
-    struct merge m;
+    struct cursor c = kv_cursor(f->merges);
 
-    if (s.n > MAX_TOKEN)
-        return fail(err, LFM2_EFORMAT, "merge %lu: %zu bytes, expected at most "
-                    "%d", (unsigned long)i, s.n, MAX_TOKEN);
-    if (!space || space == s.s || space + 1 == end ||
-        memchr(space + 1, ' ', (size_t)(end - space) - 1))
-        return fail(err, LFM2_EFORMAT, "merge %lu: \"%s\", expected two parts "
-                    "with one space between them", (unsigned long)i, show(s).s);
-    left = (struct str){ s.s, (size_t)(space - s.s) };
-    right = (struct str){ space + 1, (size_t)(end - space) - 1 };
-    const size_t n = unmap(scratch, left, TOKEN_NORMAL);
-    const size_t k = unmap(scratch + n, right, TOKEN_NORMAL);
-    m.left = find_or_add(t, scratch, n);
-    m.right = find_or_add(t, scratch + n, k);
-    m.result = find_or_add(t, scratch, n + k);
-    if (m.left < 0 || m.right < 0 || m.result < 0)
-        return fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    add_merge(t, m);
-    return LFM2_OK;
-}
-
-static int add_merges(lfm2_tokenizer *t, const struct tables *f,
-                      uint8_t *scratch, lfm2_error *err)
-{
-    struct cursor c = { f->merges.value, f->merges.value + f->merges.size };
-    struct str s;
-
-    for (uint32_t i = 0; i < f->merges.n && take_string(&c, &s) == 0; i++)
-        TRY(add_merge_text(t, i, s, scratch, err));
-    return LFM2_OK;
-}
-
-static int check_tables(const struct tables *f, lfm2_error *err)
-{
-    if (f->tokens.n < 1 || f->tokens.n > MAX_VOCAB)
-        return fail(err, LFM2_EFORMAT, "the vocabulary: %llu tokens, expected "
-                    "1 to %d", (unsigned long long)f->tokens.n, MAX_VOCAB);
-    if (f->types.n && f->types.n != f->tokens.n)
-        return fail(err, LFM2_EFORMAT, "the vocabulary: %llu token types, "
-                    "expected %llu, one for each token",
-                    (unsigned long long)f->types.n,
-                    (unsigned long long)f->tokens.n);
-    if (f->merges.n > MAX_MERGE)
-        return fail(err, LFM2_EFORMAT, "the vocabulary: %llu merges, expected "
-                    "at most %d", (unsigned long long)f->merges.n, MAX_MERGE);
-    if (f->bos != UINT32_MAX && f->bos >= f->tokens.n)
-        return fail(err, LFM2_EFORMAT, "the BOS token: id %lu, expected one "
-                    "below %llu", (unsigned long)f->bos,
-                    (unsigned long long)f->tokens.n);
-    if (f->eos != UINT32_MAX && f->eos >= f->tokens.n)
-        return fail(err, LFM2_EFORMAT, "the EOS token: id %lu, expected one "
-                    "below %llu", (unsigned long)f->eos,
-                    (unsigned long long)f->tokens.n);
-    return LFM2_OK;
-}
-
-/* What encoding and chatting look up. */
-static int find_named(lfm2_tokenizer *t, const struct tables *f,
-                      lfm2_error *err)
-{
-    for (int b = 0; b < 256; b++) {
-        const uint8_t c = (uint8_t)b;
-        t->byte[b] = find_symbol(t, &c, 1);
-        if (t->byte[b] < 0 || t->byte[b] >= t->n_vocab)
-            return fail(err, LFM2_EFORMAT, "the vocabulary: no token for the "
-                        "single byte 0x%02x, expected all 256", c);
+    for (uint64_t i = 0; i < f->merges->n; i++) {
+        const struct str s = take_string(&c);
+        const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
+        if (s.n > MAX_TOKEN)
+            return BAD(f->g, "merge %llu: %zu bytes, expected at most %d",
+                       ull(i), s.n, MAX_TOKEN);
+        if (!space || space == s.s || space + 1 == end ||
+            memchr(space + 1, ' ', (size_t)(end - space) - 1))
+            return BAD(f->g, "merge %llu: \"%s\", expected two parts with one "
+                       "space between them", ull(i), show(s).s);
+        const struct str left = { s.s, (size_t)(space - s.s) };
+        const struct str right = { space + 1, (size_t)(end - space) - 1 };
+        const size_t n = unmap(f, f->scratch, left, TOKEN_NORMAL);
+        const size_t k = unmap(f, f->scratch + n, right, TOKEN_NORMAL);
+        struct merge m;
+        m.left = find_or_add(t, f->scratch, n);
+        m.right = find_or_add(t, f->scratch + n, k);
+        m.result = find_or_add(t, f->scratch, n + k);
+        uint32_t *slot = merge_slot(t, m.left, m.right);
+        t->merge[t->n_merges++] = m;
+        *slot = *slot ? *slot : t->n_merges;          /* the first rank stays */
     }
-    sort_specials(t);
-    t->bos = f->bos == UINT32_MAX ? -1 : (int32_t)f->bos;
-    t->eos = f->eos == UINT32_MAX ? -1 : (int32_t)f->eos;
-    t->add_bos = f->add_bos;
-    t->im_start = lfm2_token_id(t, "<|im_start|>");
-    t->im_end = lfm2_token_id(t, "<|im_end|>");
-    t->eot = lfm2_token_id(t, "<|endoftext|>");
     return LFM2_OK;
 }
 
-static int build_vocab(lfm2_tokenizer *t, const struct tables *f,
-                       lfm2_error *err)
-{
-    uint8_t *scratch = malloc(MAX_TOKEN);
-    int code = LFM2_OK;
-
-    if (!scratch || reserve(t, f) != 0)
-        code = fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    if (code == LFM2_OK)
-        code = add_tokens(t, f, scratch, err);
-    if (code == LFM2_OK)
-        code = add_merges(t, f, scratch, err);
-    free(scratch);
-    TRY(code);
-    trim(t);
-    return find_named(t, f, err);
-}
-
-static int check_kind(const struct gguf *g, lfm2_error *err)
+static int check_kind(const struct gguf *g)
 {
     struct str model, arch, pre = { "", 0 };
 
     if (!gguf_string(g, "tokenizer.ggml.model", &model))
-        return fail(err, LFM2_EFORMAT, "tokenizer.ggml.model: no such string, "
-                    "expected \"gpt2\"; if the vocabulary was stripped from "
-                    "this file, a tokenizer.bin can stand in for it");
+        return BAD(g, "tokenizer.ggml.model: no such string, expected "
+                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
+                   "tokenizer.bin can stand in for it");
     if (!str_is(model, "gpt2"))
-        return fail(err, LFM2_EUNSUPPORTED, "tokenizer.ggml.model: \"%s\", "
-                    "expected \"gpt2\", a byte-level BPE", show(model).s);
+        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
+                     "byte-level BPE", show(model).s);
     /* An LFM2 model can only mean one thing, whatever it calls it. */
     if (gguf_string(g, "general.architecture", &arch) &&
         (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
@@ -5917,157 +5639,90 @@ static int check_kind(const struct gguf *g, lfm2_error *err)
     if (gguf_string(g, "tokenizer.ggml.pre", &pre) &&
         (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
         return LFM2_OK;
-    return fail(err, LFM2_EUNSUPPORTED, "tokenizer.ggml.pre: \"%s\", expected "
-                "\"lfm2\" or \"llama-bpe\"", show(pre).s);
+    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
+                 "\"llama-bpe\"", show(pre).s);
 }
 
-/* *out stays empty if the key is absent but not required. */
+/* An array of strings, or of numbers; these may be absent: *out is NULL. */
 static int find_array(const struct gguf *g, const char *key, int strings,
-                      struct gguf_kv *out, lfm2_error *err)
+                      const struct gguf_kv **out)
 {
-    const struct gguf_kv *kv = gguf_find(g, key);
+    const struct gguf_kv *kv = *out = gguf_find(g, key);
     const char *what = strings ? "strings" : "i32";
 
     if (!kv && !strings)
         return LFM2_OK;
     if (!kv)
-        return fail(err, LFM2_EFORMAT, "%s: absent, expected an array of %s",
-                    key, what);
+        return BAD(g, "%s: absent, expected an array of %s", key, what);
     if (kv->type != GGUF_ARRAY ||
         (strings ? kv->elem != GGUF_STRING
                  : kv->elem != GGUF_I32 && kv->elem != GGUF_U32))
-        return fail(err, LFM2_EFORMAT, "%s: %s %s, expected an array of %s",
-                    key, kv->type == GGUF_ARRAY ? "an array of" : "one",
-                    gguf_type_name[kv->elem], what);
-    *out = *kv;
+        return BAD(g, "%s: %s %s, expected an array of %s", key,
+                   kv->type == GGUF_ARRAY ? "an array of" : "one",
+                   gguf_type[kv->elem].name, what);
     return LFM2_OK;
 }
 
-static int find_gguf_tables(struct tables *f, const struct gguf *g,
-                            lfm2_error *err)
+static int find_lists(struct lists *f)
 {
-    TRY(check_kind(g, err));
-    TRY(find_array(g, "tokenizer.ggml.tokens", 1, &f->tokens, err));
-    TRY(find_array(g, "tokenizer.ggml.token_type", 0, &f->types, err));
-    TRY(find_array(g, "tokenizer.ggml.merges", 1, &f->merges, err));
-    TRY(gguf_u32(g, "tokenizer.ggml.bos_token_id", &f->bos, err));
-    TRY(gguf_u32(g, "tokenizer.ggml.eos_token_id", &f->eos, err));
-    TRY(gguf_bool(g, "tokenizer.ggml.add_bos_token", &f->add_bos, err));
+    TRY(check_kind(f->g));
+    TRY(find_array(f->g, "tokenizer.ggml.tokens", 1, &f->tokens));
+    TRY(find_array(f->g, "tokenizer.ggml.token_type", 0, &f->types));
+    TRY(find_array(f->g, "tokenizer.ggml.merges", 1, &f->merges));
+    if (f->tokens->n < 1 || f->tokens->n > MAX_VOCAB)
+        return BAD(f->g, "the vocabulary: %llu tokens, expected 1 to %d",
+                   ull(f->tokens->n), MAX_VOCAB);
+    if (f->types && f->types->n != f->tokens->n)
+        return BAD(f->g, "the vocabulary: %llu token types, expected %llu, one "
+                   "for each token", ull(f->types->n), ull(f->tokens->n));
+    if (f->merges->n > MAX_MERGE)
+        return BAD(f->g, "the vocabulary: %llu merges, expected at most %d",
+                   ull(f->merges->n), MAX_MERGE);
     return LFM2_OK;
 }
 
-/* tokenizer.bin holds the same tables and nothing else:
- *
- *     "LFM2TOK1" | u32 bos | u32 eos | u32 add_bos | u32 n_tokens
- *     | u32 n_merges |                        bos, eos: 2^32-1 if none
- *     n_tokens x u8 type
- *     n_tokens x | u64 length | text |        mapped and literal as in a GGUF
- *     n_merges x | u64 length | "left right" |
- *     u64 FNV-1a hash of all before */
-
-enum { BIN_HEAD = 28, BIN_HASH = 8 };
-
-static int find_bin_tables(struct tables *f, const uint8_t *data, size_t size,
-                           lfm2_error *err)
+/* A token the file gives by its id; -1 if it does not. */
+static int read_id(const struct lists *f, const char *key, const char *name,
+                   int32_t *out)
 {
-    struct cursor c = { data + 8, data + size - BIN_HASH };
-    uint32_t head[5];
+    uint32_t id = UINT32_MAX;
 
-    if (data[7] != '1')
-        return fail(err, LFM2_EUNSUPPORTED, "tokenizer.bin: version 0x%02x, "
-                    "expected 0x31", data[7]);
-    if (size < BIN_HEAD + BIN_HASH ||
-        hash_bytes(HASH_START, data, size - BIN_HASH) != load_le64(c.end))
-        return fail(err, LFM2_EFORMAT, "tokenizer.bin: %zu bytes that do not "
-                    "match their checksum, expected the file as it was written",
-                    size);
-    for (int i = 0; i < 5; i++)
-        take_u32(&c, &head[i]);
-    f->bos = head[0];
-    f->eos = head[1];
-    f->add_bos = head[2] != 0;
-    f->types = (struct gguf_kv){ "token types", GGUF_ARRAY, GGUF_U8, head[3],
-                                 NULL, 0 };
-    f->tokens = (struct gguf_kv){ "tokens", GGUF_ARRAY, GGUF_STRING, head[3],
-                                  NULL, 0 };
-    f->merges = (struct gguf_kv){ "merges", GGUF_ARRAY, GGUF_STRING, head[4],
-                                  NULL, 0 };
-    TRY(skip_elements(&c, &f->types, err));
-    TRY(skip_elements(&c, &f->tokens, err));
-    TRY(skip_elements(&c, &f->merges, err));
-    if (c.at != c.end)
-        return fail(err, LFM2_EFORMAT, "tokenizer.bin: %zu bytes after the "
-                    "merges, expected none", (size_t)(c.end - c.at));
+    TRY(gguf_u32(f->g, key, &id));
+    if (id != UINT32_MAX && id >= f->tokens->n)
+        return BAD(f->g, "the %s token: id %lu, expected one below %llu", name,
+                   (unsigned long)id, ull(f->tokens->n));
+    *out = id == UINT32_MAX ? -1 : (int32_t)id;
     return LFM2_OK;
 }
 
-struct writer { uint8_t *out; size_t cap, n; uint64_t hash; };
-
-/* Like snprintf: counts everything, writes what there is room for. */
-static void put(struct writer *w, const void *p, size_t n)
+static int read_vocab(lfm2_tokenizer *t, struct lists *f)
 {
-    if (w->n < w->cap)
-        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
-    w->n += n;
-    w->hash = hash_bytes(w->hash, p, n);
-}
+    const struct gguf_kv *add = gguf_find(f->g, "tokenizer.ggml.add_bos_token");
 
-static void put_int(struct writer *w, uint64_t v, int bytes)
-{
-    for (; bytes > 0; bytes--, v >>= 8)
-        put(w, &(uint8_t){ (uint8_t)v }, 1);
-}
-
-/* The bytes of a symbol in the byte alphabet. */
-static void put_mapped(struct writer *w, const lfm2_tokenizer *t, int32_t id)
-{
-    for (uint32_t i = 0; i < symbol_len(t, id); i++) {
-        const uint32_t c = char_of(symbol_bytes(t, id)[i]);
-        if (c >= 0x80)
-            put_int(w, 0xc0 | c >> 6, 1);
-        put_int(w, c < 0x80 ? c : 0x80 | (c & 0x3f), 1);
+    TRY(find_lists(f));
+    TRY(read_id(f, "tokenizer.ggml.bos_token_id", "BOS", &t->bos));
+    TRY(read_id(f, "tokenizer.ggml.eos_token_id", "EOS", &t->eos));
+    if (add && add->type != GGUF_BOOL)
+        return BAD(f->g, "%s: of type %s, expected a bool", add->key,
+                   gguf_type[add->type].name);
+    t->add_bos = !add || add->value[0];
+    if (reserve(t, f) != 0)
+        return fail(f->g->err, LFM2_ENOMEM, "no memory for the vocabulary");
+    memset(f->byte_of, -1, sizeof f->byte_of);
+    for (int b = 0; b < 256; b++)
+        f->byte_of[char_of((uint8_t)b)] = (int16_t)b;
+    TRY(add_tokens(t, f));
+    TRY(add_merges(t, f));
+    t->im_start = lfm2_token_id(t, "<|im_start|>");
+    t->im_end = lfm2_token_id(t, "<|im_end|>");
+    t->eot = lfm2_token_id(t, "<|endoftext|>");
+    for (int b = 0; b < 256; b++) {
+        t->byte[b] = find_symbol(t, &(uint8_t){ (uint8_t)b }, 1);
+        if (t->byte[b] < 0 || t->byte[b] >= t->n_vocab)
+            return BAD(f->g, "the vocabulary: no token for the single byte "
+                       "0x%02x, expected all 256", (unsigned)b);
     }
-}
-
-/* How many bytes that takes. */
-static uint64_t mapped_len(const lfm2_tokenizer *t, int32_t id)
-{
-    uint64_t n = 0;
-
-    for (uint32_t i = 0; i < symbol_len(t, id); i++)
-        n += char_of(symbol_bytes(t, id)[i]) < 0x80 ? 1 : 2;
-    return n;
-}
-
-size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
-{
-    struct writer w = { buf, buf ? cap : 0, 0, HASH_START };
-    const uint32_t head[5] = {
-        (uint32_t)t->bos, (uint32_t)t->eos, (uint32_t)t->add_bos,
-        (uint32_t)t->n_vocab, t->n_merges
-    };
-
-    put(&w, "LFM2TOK1", 8);
-    for (int i = 0; i < 5; i++)
-        put_int(&w, head[i], 4);
-    put(&w, t->type, (size_t)t->n_vocab);
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        if (is_mapped(t->type[id])) {
-            put_int(&w, mapped_len(t, id), 8);
-            put_mapped(&w, t, id);
-        } else {
-            put_int(&w, symbol_len(t, id), 8);
-            put(&w, symbol_bytes(t, id), symbol_len(t, id));
-        }
-    for (uint32_t i = 0; i < t->n_merges; i++) {
-        const struct merge m = t->merge[i];
-        put_int(&w, mapped_len(t, m.left) + 1 + mapped_len(t, m.right), 8);
-        put_mapped(&w, t, m.left);
-        put_int(&w, ' ', 1);
-        put_mapped(&w, t, m.right);
-    }
-    put_int(&w, w.hash, 8);
-    return w.n;
+    return LFM2_OK;
 }
 
 void lfm2_tokenizer_close(lfm2_tokenizer *t)
@@ -6077,45 +5732,32 @@ void lfm2_tokenizer_close(lfm2_tokenizer *t)
     free(t->text);
     free(t->start);
     free(t->type);
-    free(t->slot);
     free(t->merge);
-    free(t->merge_slot);
-    free(t->special);
+    free(t->symbols.slot);
+    free(t->merges.slot);
+    free(t->specials.slot);
     free(t->classes);
     free(t);
-}
-
-static int find_tables(struct tables *f, const uint8_t *data, size_t size,
-                       lfm2_error *err)
-{
-    struct gguf g;
-    int code;
-
-    if (size >= 8 && memcmp(data, "LFM2TOK", 7) == 0)
-        code = find_bin_tables(f, data, size, err);
-    else {
-        TRY(gguf_parse(&g, data, size, err));
-        code = find_gguf_tables(f, &g, err);
-        gguf_free(&g);
-    }
-    TRY(code);
-    return check_tables(f, err);
 }
 
 int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
                                size_t size, lfm2_error *err)
 {
-    struct tables f = { .bos = UINT32_MAX, .eos = UINT32_MAX, .add_bos = 1 };
     lfm2_tokenizer *t;
+    struct gguf g = { 0 };
+    struct lists f = { .g = &g };
     int code;
 
     *out = NULL;
     if (!data)
         return fail(err, LFM2_EARG, "no data to open");
-    TRY(find_tables(&f, data, size, err));
-    if (!(t = calloc(1, sizeof *t)))
-        return fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    code = build_vocab(t, &f, err);
+    t = calloc(1, sizeof *t);
+    code = t ? gguf_parse(&g, data, size, err)
+             : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    if (code == LFM2_OK)
+        code = read_vocab(t, &f);
+    free(f.scratch);
+    gguf_free(&g);
     if (code == LFM2_OK)
         *out = t;
     else
@@ -6134,6 +5776,103 @@ int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
     code = lfm2_tokenizer_open_memory(out, file.data, file.size, err);
     file_close(&file);
     return code;
+}
+
+/* And back: tokenizer.bin is a GGUF with these keys and no tensors. */
+
+struct writer { uint8_t *out; size_t cap, n; };
+
+/* Like snprintf: counts everything, writes what there is room for. */
+static void put(struct writer *w, const void *p, size_t n)
+{
+    if (w->n < w->cap)
+        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
+    w->n += n;
+}
+
+static void put_int(struct writer *w, uint64_t v, int bytes)
+{
+    for (; bytes > 0; bytes--, v >>= 8)
+        put(w, &(uint8_t){ (uint8_t)v }, 1);
+}
+
+static void put_string(struct writer *w, const void *s, size_t n)
+{
+    put_int(w, n, 8);
+    put(w, s, n);
+}
+
+/* A key and the type of its value; for an array, elem and n of it. */
+static void begin_key(struct writer *w, const char *name, uint32_t type,
+                      uint32_t elem, uint64_t n)
+{
+    char key[64];
+    const int len = snprintf(key, sizeof key, "tokenizer.ggml.%s", name);
+
+    put_string(w, key, (size_t)len);
+    put_int(w, type, 4);
+    if (type == GGUF_ARRAY) {
+        put_int(w, elem, 4);
+        put_int(w, n, 8);
+    }
+}
+
+/* The bytes of a symbol, in the byte alphabet or literal. */
+static void put_symbol(struct writer *w, const lfm2_tokenizer *t, int32_t id,
+                       int mapped)
+{
+    for (uint32_t i = 0; i < symbol_len(t, id); i++) {
+        const uint8_t byte = symbol_bytes(t, id)[i];
+        const uint32_t c = mapped ? char_of(byte) : byte;
+        if (mapped && c >= 0x80)
+            put_int(w, 0xc0 | c >> 6, 1);
+        put_int(w, mapped && c >= 0x80 ? 0x80 | (c & 0x3f) : c, 1);
+    }
+}
+
+/* A token, or if there is a right side a merge: its length, then its text. */
+static void put_text(struct writer *w, const lfm2_tokenizer *t, int32_t id,
+                     int32_t right)
+{
+    struct writer length = { 0 }, *to[] = { &length, w };
+
+    for (int pass = 0; pass < 2; pass++) {
+        if (pass == 1)
+            put_int(w, length.n, 8);
+        put_symbol(to[pass], t, id, right >= 0 || is_mapped(t->type[id]));
+        if (right >= 0) {
+            put_int(to[pass], ' ', 1);
+            put_symbol(to[pass], t, right, 1);
+        }
+    }
+}
+
+size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
+{
+    struct writer w = { buf, buf ? cap : 0, 0 };
+
+    put(&w, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0", 16);         /* no tensors      */
+    put_int(&w, 8, 8);                                    /* and eight keys  */
+    begin_key(&w, "model", GGUF_STRING, 0, 0);
+    put_string(&w, "gpt2", 4);
+    begin_key(&w, "pre", GGUF_STRING, 0, 0);
+    put_string(&w, "lfm2", 4);
+    begin_key(&w, "bos_token_id", GGUF_U32, 0, 0);        /* 2^32-1: none    */
+    put_int(&w, (uint32_t)t->bos, 4);
+    begin_key(&w, "eos_token_id", GGUF_U32, 0, 0);
+    put_int(&w, (uint32_t)t->eos, 4);
+    begin_key(&w, "add_bos_token", GGUF_BOOL, 0, 0);
+    put_int(&w, t->add_bos, 1);
+    begin_key(&w, "token_type", GGUF_ARRAY, GGUF_I32, (uint64_t)t->n_vocab);
+    for (int32_t id = 0; id < t->n_vocab; id++)
+        put_int(&w, t->type[id], 4);
+    begin_key(&w, "tokens", GGUF_ARRAY, GGUF_STRING, (uint64_t)t->n_vocab);
+    for (int32_t id = 0; id < t->n_vocab; id++)
+        put_text(&w, t, id, -1);
+    begin_key(&w, "merges", GGUF_ARRAY, GGUF_STRING, t->n_merges);
+    for (uint32_t i = 0; i < t->n_merges; i++)
+        put_text(&w, t, t->merge[i].left, t->merge[i].right);
+    return w.n;
 }
 
 /* ------------------------------------------------------ 20. Text to tokens
@@ -6300,26 +6039,21 @@ static void play(struct bpe *b, uint32_t node)
                       (b->rank[x] == b->rank[y] && x < y) ? x : y;
 }
 
-/* The rank of merging symbol i with the next one. */
+/* The rank of merging symbol i with the next one.  A free slot holds 0, and
+ * 0 - 1 is NO_RANK. */
 static uint32_t rank_at(const lfm2_tokenizer *t, const struct bpe *b,
                         uint32_t i)
 {
     const uint32_t next = i + symbol_len(t, b->id[i]);
 
-    return next < b->n ? merge_rank(t, b->id[i], b->id[next]) : NO_RANK;
+    return next < b->n ? *merge_slot(t, b->id[i], b->id[next]) - 1 : NO_RANK;
 }
 
-/* Play the matches of i again.  Where another won as it did before, nothing
- * changes further up. */
 static void set_rank(struct bpe *b, uint32_t i, uint32_t rank)
 {
     b->rank[i] = rank;
-    for (uint32_t node = (i + b->n) / 2; node > 0; node /= 2) {
-        const uint32_t before = b->winner[node];
+    for (uint32_t node = (i + b->n) / 2; node > 0; node /= 2)
         play(b, node);
-        if (b->winner[node] == before && before != i)
-            return;
-    }
 }
 
 /* Every byte of the piece a symbol, every pair ranked. */
@@ -6330,10 +6064,8 @@ static int start_merging(const lfm2_tokenizer *t, struct bpe *b,
         free(b->memory);
         b->cap = 3 * (size_t)(n < 256 ? 256 : n);
         b->memory = b->cap <= SIZE_MAX / 4 ? malloc(4 * b->cap) : NULL;
-        if (!b->memory) {
-            b->cap = 0;
+        if (!b->memory)
             return LFM2_ENOMEM;
-        }
     }
     b->n = n;
     b->rank = b->memory;
@@ -6392,40 +6124,22 @@ static int encode_piece(const lfm2_tokenizer *t, struct tokens *o,
     return LFM2_OK;
 }
 
-/* The first special from lo to hi whose byte d is c or more. */
-static int special_bound(const lfm2_tokenizer *t, int lo, int hi, uint32_t d,
-                         int c)
-{
-    while (lo < hi) {
-        const int mid = lo + (hi - lo) / 2;
-        if (t->special[mid].s[d] < c)
-            lo = mid + 1;
-        else
-            hi = mid;
-    }
-    return lo;
-}
-
 /* The longest special token that stands at p < end, and its length; or -1. */
 static int32_t special_at(const lfm2_tokenizer *t, const uint8_t *p,
                           const uint8_t *end, int control, uint32_t *len)
 {
-    int lo = t->special_at[*p], hi = t->special_at[*p + 1];
+    const int type = control ? 0 : TOKEN_USER_DEFINED;
+    const size_t left = (size_t)(end - p);
+    uint64_t hash = HASH_START;
     int32_t found = -1;
 
-    *len = 0;
-    for (uint32_t d = 1; lo < hi; d++) {
-        /* All from lo to hi agree with p in d bytes, the shortest first. */
-        for (; lo < hi && t->special[lo].n == d; lo++)
-            if (*len < d && (control || t->type[t->special[lo].id] ==
-                                        TOKEN_USER_DEFINED)) {
-                found = t->special[lo].id;
-                *len = d;
-            }
-        if (p + d == end)
-            break;
-        lo = special_bound(t, lo, hi, d, p[d]);
-        hi = special_bound(t, lo, hi, d, p[d] + 1);
+    for (uint32_t n = 1; n <= t->special_max[*p] && n <= left; n++) {
+        hash = hash_bytes(hash, p + n - 1, 1);
+        const uint32_t id_1 = *symbol_slot(t, t->specials, hash, p, n, type);
+        if (id_1) {
+            found = (int32_t)id_1 - 1;
+            *len = n;
+        }
     }
     return found;
 }
@@ -6579,13 +6293,11 @@ int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 {
     const uint8_t *s = (const uint8_t *)text;
     const size_t n = strlen(text);
-    uint32_t len = 0;
+    const uint64_t hash = hash_bytes(HASH_START, s, n);
+    const uint32_t id_1 = *symbol_slot(t, t->specials, hash, s, n, 0);
 
-    if (n > 0) {
-        const int32_t id = special_at(t, s, s + n, 1, &len);
-        if (id >= 0 && len == n)
-            return id;
-    }
+    if (id_1)
+        return (int32_t)id_1 - 1;
     for (int32_t id = 0; id < t->n_vocab; id++)
         if (symbol_len(t, id) == n && memcmp(symbol_bytes(t, id), s, n) == 0)
             return id;
@@ -6595,13 +6307,12 @@ int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
 {
     size_t n = 0;
+    int k;
 
     for (size_t i = 0; i < len; i++) {
         u->held[u->n_held++] = (unsigned char)bytes[i];
-        while (u->n_held > 0) {
-            int k = utf8_length(u->held, (size_t)u->n_held);
-            if (k == 0)
-                break;
+        while (u->n_held > 0 &&
+               (k = utf8_length(u->held, (size_t)u->n_held)) != 0) {
             k = k < 0 ? 1 : k;
             memcpy(out + n, u->held, (size_t)k);
             n += (size_t)k;
@@ -6629,44 +6340,31 @@ static int comes_before(struct candidate a, struct candidate b)
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
-/* c[n] is a heap with the last in order on top, but for c[i], which may have to
- * go down. */
-static void sift_down(struct candidate *c, int n, int i)
+/* top[0], top[-1] ... top[1-n] is a heap with the first in order on top, but
+ * for top[-i], which may have to go down. */
+static void sift_down(struct candidate *top, int n, int i)
 {
-    const struct candidate moved = c[i];
+    const struct candidate moved = top[-i];
 
     for (int child = 2 * i + 1; child < n; child = 2 * i + 1) {
-        if (child + 1 < n && comes_before(c[child], c[child + 1]))
+        if (child + 1 < n && comes_before(top[-child - 1], top[-child]))
             child++;
-        if (!comes_before(moved, c[child]))
+        if (!comes_before(top[-child], moved))
             break;
-        c[i] = c[child];
+        top[-i] = top[-child];
         i = child;
     }
-    c[i] = moved;
+    top[-i] = moved;
 }
 
-static void swap_candidates(struct candidate *a, struct candidate *b)
+/* Bring the first of such a heap c[n] to its front; the rest stays a heap. */
+static void pop_first(struct candidate *c, int n)
 {
-    const struct candidate was = *a;
-    *a = *b;
-    *b = was;
-}
+    const struct candidate first = c[n - 1];
 
-/* Bring the first k of c[n] to the front and in order. */
-static void sort_first(struct candidate *c, int n, int k)
-{
-    for (int i = k / 2; i-- > 0;)
-        sift_down(c, k, i);
-    for (int i = k; i < n; i++)
-        if (comes_before(c[i], c[0])) {
-            swap_candidates(&c[i], &c[0]);
-            sift_down(c, k, 0);
-        }
-    for (int i = k; i-- > 1;) {
-        swap_candidates(&c[i], &c[0]);
-        sift_down(c, i, 0);
-    }
+    c[n - 1] = c[0];
+    c[0] = first;
+    sift_down(&c[n - 1], n - 1, 0);
 }
 
 /* The index of the highest logit, the first of several; -1 if there is none or
@@ -6726,26 +6424,6 @@ static float log_of(float p)
     return high;
 }
 
-/* How many of the first candidates it takes to hold `mass`.  The first `sorted`
- * are in order; more are put in order as needed. */
-static int nucleus(struct candidate *c, int n, int sorted, float max,
-                   double mass)
-{
-    double sum = 0;
-    int kept = 0;
-
-    while (kept < n && (kept == 0 || sum < mass)) {
-        if (kept == sorted) {
-            const int more = n - sorted < sorted + 256 ? n - sorted
-                                                       : sorted + 256;
-            sort_first(c + sorted, n - sorted, more);
-            sorted += more;
-        }
-        sum += exp_f32(c[kept++].p - max);
-    }
-    return kept;
-}
-
 /* Leave in c what top-k, top-p and min-p leave over, at least one: the highest
  * logit is first in order and always stays. */
 static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
@@ -6753,8 +6431,8 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
 {
     const int by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p < 1;
     const float least = s->min_p > 0 ? log_of(s->min_p) : -INFINITY;
-    double sum = 0;
-    int n = 0;
+    double sum = 0, mass = 0;
+    int n = 0, kept = 0, sorted = 0;
 
     /* min-p keeps the front of the same order as the others do, so it may come
      * first, unless top-p is to see all that top-k leaves. */
@@ -6762,19 +6440,25 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
         if (logits[id] >= -FLT_MAX &&
             ((by_k && by_p) || logits[id] - max >= least))
             c[n++] = (struct candidate){ logits[id], id };
-    if (by_k) {
-        const int k = n < s->top_k ? n : s->top_k;
-        sort_first(c, n, k);
-        n = k;
-    }
+    if (!by_k && !by_p)
+        return n;
+    for (int i = n / 2; i-- > 0;)
+        sift_down(&c[n - 1], n, i);
+    for (; by_k && sorted < n && sorted < s->top_k; sorted++)
+        pop_first(c + sorted, n - sorted);
+    n = by_k ? sorted : n;
     if (!by_p)
         return n;
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
         sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
-    n = nucleus(c, n, by_k ? n : 0, max, s->top_p * sum);
-    while (n > 1 && c[n - 1].p - max < least)
-        n--;
-    return n;
+    for (; kept < n && (kept == 0 || mass < s->top_p * sum); kept++) {
+        if (kept == sorted)
+            pop_first(c + sorted++, n - kept);
+        mass += exp_f32(c[kept].p - max);
+    }
+    while (kept > 1 && c[kept - 1].p - max < least)
+        kept--;
+    return kept;
 }
 
 /* SplitMix64 (Steele, Lea, Flood 2014), as a number in [0, 1). */
@@ -6901,28 +6585,21 @@ static const uint16_t space_runs[] = {
 };
 /* End of what scripts/make_unicode.py made. */
 
-static void mark_class(uint8_t *classes, const uint16_t *runs, size_t n,
-                       uint8_t class)
-{
-    uint32_t c = 0;
-
-    for (size_t i = 0; i + 1 < n; i += 2) {
-        c += runs[i];
-        for (uint32_t end = c + runs[i + 1]; c < end; c++)
-            if (c < MAX_CLASSED)
-                classes[c] = class;
-    }
-}
-
 static uint8_t *make_classes(void)
 {
+    static const struct { const uint16_t *run; size_t n; uint8_t class; } all[]
+        = { { letter_runs, COUNT(letter_runs), CLASS_LETTER },
+            { number_runs, COUNT(number_runs), CLASS_NUMBER },
+            { space_runs, COUNT(space_runs), CLASS_SPACE } };
     uint8_t *classes = calloc(MAX_CLASSED, 1);
 
-    if (!classes)
-        return NULL;
-    mark_class(classes, letter_runs, COUNT(letter_runs), CLASS_LETTER);
-    mark_class(classes, number_runs, COUNT(number_runs), CLASS_NUMBER);
-    mark_class(classes, space_runs, COUNT(space_runs), CLASS_SPACE);
+    for (size_t k = 0; classes && k < COUNT(all); k++)
+        for (size_t i = 0, c = 0; i + 1 < all[k].n; i += 2) {
+            c += all[k].run[i];
+            for (size_t end = c + all[k].run[i + 1]; c < end; c++)
+                if (c < MAX_CLASSED)
+                    classes[c] = all[k].class;
+        }
     return classes;
 }
 

@@ -227,8 +227,8 @@ int      lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf,
 
 typedef struct lfm2_tokenizer lfm2_tokenizer;
 
-/* From a GGUF (with or without tensors) or a tokenizer.bin; the magic number
- * decides.  The tokenizer keeps nothing of the file. */
+/* From a GGUF with or without tensors; a tokenizer.bin is one without.  The
+ * tokenizer keeps nothing of the file. */
 int  lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
                          lfm2_error *err);
 int  lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,

@@ -46,7 +46,7 @@ static void *test_calloc(size_t n, size_t size)
     return refuses() ? NULL : counted(calloc(n, size), n * size);
 }
 
-static void *test_realloc(void *p, size_t n)
+static inline void *test_realloc(void *p, size_t n)
 {
     return refuses() ? NULL : realloc(p, n);
 }

@@ -135,7 +135,7 @@ static void put_types(struct writer *w, const struct change *x)
 /* A GGUF without tensors; returns its bytes, and their number in *n. */
 static uint8_t *make_gguf(const struct change *x, size_t *n)
 {
-    struct writer w = { malloc(12 << 20), 12 << 20, 0, 0 };
+    struct writer w = { malloc(12 << 20), 12 << 20, 0 };
 
     ck_assert_ptr_nonnull(w.out);
     put(&w, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0", 16);
