@@ -214,6 +214,7 @@ struct lfm2_context {
     float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
 
     float *x;                             /* [n_rows][n_embd] residual       */
+    float *y;                             /* the same: the sum of experts    */
     float *q;                             /* [n_rows][n_head][head_dim], the
                                              memory of mixed.f               */
     float *k, *v;                         /* [n_rows][n_head_kv][head_dim]   */
@@ -281,7 +282,7 @@ struct isa {
                          const struct kv_head *kv, int pos, int n);
     void (*product)(float *out, const struct tensor *w, int first, int n_rows,
                     const struct input *in, const struct scratch *s,
-                    const uint8_t *next);
+                    const uint8_t *end, const uint8_t *next);
     int64_t (*exercise)(int *sum);        /* see lfm2_exercise()             */
 };
 
@@ -309,14 +310,15 @@ static void set_group(const struct lfm2_context *ctx, struct input *in, int row,
 
 /* Products come in units of 32 rows of w, the outputs that make one group of
  * the next input.  The result, [in->n][32], is the thread's buffer number `to`.
- * `next` is what the thread will read next, to be fetched meanwhile. */
+ * The thread will read the units of w up to last-1 and then what is at `next`,
+ * so they can be fetched from memory ahead of time. */
 static int n_units(const struct tensor *w);
 static const uint8_t *unit_data(const struct tensor *w, int u);
 static const uint8_t *share_data(const struct lfm2_context *ctx,
                                  const struct tensor *w, int thread);
 static float *product(struct lfm2_context *ctx, int thread, int to,
-                      const struct tensor *w, int u, const struct input *in,
-                      const uint8_t *next);
+                      const struct tensor *w, int u, int last,
+                      const struct input *in, const uint8_t *next);
 
 /* Unit u of all rows of y, [n][w->rows], becomes `unit`, [n][UNIT], or is
  * increased by it. */
@@ -478,15 +480,14 @@ static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
     const struct tensor *w = &l->shortconv_in_proj;
     const int n = ctx->model->cfg.n_embd / UNIT;
     const struct range r = share(ctx, n, thread);
+    const uint8_t *next = share_data(ctx, &l->shortconv_out_proj, thread);
 
     for (int u = r.first; u < r.last; u++) {
-        const uint8_t *next = u + 1 < r.last
-            ? unit_data(w, u + 1) : unit_data(&l->shortconv_out_proj, r.first);
-        float *b = product(ctx, thread, 0, w, u, &ctx->in,
-                           unit_data(w, n + u));
-        float *c = product(ctx, thread, 1, w, n + u, &ctx->in,
-                           unit_data(w, 2 * n + u));
-        float *x = product(ctx, thread, 2, w, 2 * n + u, &ctx->in, next);
+        float *b = product(ctx, thread, 0, w, u, r.last, &ctx->in, next);
+        float *c = product(ctx, thread, 1, w, n + u, n + r.last, &ctx->in,
+                           NULL);
+        float *x = product(ctx, thread, 2, w, 2 * n + u, 2 * n + r.last,
+                           &ctx->in, NULL);
         conv_unit(ctx, l, u, b, c, x);
     }
 }
@@ -774,11 +775,11 @@ static void attention(struct lfm2_context *ctx, const struct layer *l)
  * layer from `first` on. */
 static void gated_unit(struct lfm2_context *ctx, int thread,
                        const struct tensor *gate, const struct tensor *up,
-                       int u, const struct input *x, int first,
+                       int u, int last, const struct input *x, int first,
                        const uint8_t *next)
 {
-    float *g = product(ctx, thread, 0, gate, u, x, unit_data(up, u));
-    float *h = product(ctx, thread, 1, up, u, x, next);
+    float *g = product(ctx, thread, 0, gate, u, last, x, next);
+    float *h = product(ctx, thread, 1, up, u, last, x, NULL);
 
     ctx->isa->swiglu(g, h, x->n * UNIT);
     for (int t = 0; t < x->n; t++)
@@ -791,10 +792,8 @@ static void hidden_work(struct lfm2_context *ctx, void *arg, int thread)
     const struct range r = share(ctx, n_units(&l->ffn_gate), thread);
 
     for (int u = r.first; u < r.last; u++)
-        gated_unit(ctx, thread, &l->ffn_gate, &l->ffn_up, u, &ctx->in,
-                   0, u + 1 < r.last
-                   ? unit_data(&l->ffn_gate, u + 1)
-                   : share_data(ctx, &l->ffn_down, thread));
+        gated_unit(ctx, thread, &l->ffn_gate, &l->ffn_up, u, r.last, &ctx->in,
+                   0, share_data(ctx, &l->ffn_down, thread));
 }
 
 /* The dense network: x += down (silu(gate h) * (up h)). */
@@ -881,8 +880,8 @@ static struct range slots_of(const struct lfm2_context *ctx, int e)
     return (struct range){ ctx->slot_end[e], ctx->slot_end[e + 1] };
 }
 
-/* Where a thread goes after expert number i of those in use: to unit u of the
- * matrix `w` of the next one. */
+/* Where a thread goes after number i of the experts in use: to unit u of the
+ * matrix of the next one. */
 static const uint8_t *next_expert(const struct lfm2_context *ctx,
                                   const struct tensor *w, int i, int u)
 {
@@ -908,10 +907,8 @@ static void hidden_experts_work(struct lfm2_context *ctx, void *arg, int thread)
         in.row = ctx->slot_row + slots.first;
         in.n = slots.last - slots.first;
         for (int u = r.first; u < r.last; u++)
-            gated_unit(ctx, thread, &gate, &up, u, &in, slots.first,
-                       u + 1 < r.last
-                       ? unit_data(&gate, u + 1)
-                       : next_expert(ctx, &l->ffn_gate_exps, i, r.first));
+            gated_unit(ctx, thread, &gate, &up, u, r.last, &in, slots.first,
+                       next_expert(ctx, &l->ffn_gate_exps, i, r.first));
     }
 }
 
@@ -920,24 +917,30 @@ static void experts_work(struct lfm2_context *ctx, void *arg, int thread)
 {
     const struct layer *l = arg;
     const struct tensor *w = &l->ffn_down_exps;
+    const size_t n = (size_t)w->rows;
     const struct range r = share(ctx, n_units(w), thread);
-    float *y = ctx->scratch[thread].out[1];            /* [n_rows][UNIT] */
+    const size_t first = (size_t)r.first * UNIT, last = (size_t)r.last * UNIT;
 
-    for (int u = r.first; u < r.last; u++) {
-        memset(y, 0, (size_t)ctx->n_rows * UNIT * sizeof *y);
-        for (int i = 0; i < ctx->n_active; i++) {
-            const struct range slots = slots_of(ctx, ctx->active[i]);
-            const struct tensor down = expert(w, ctx->active[i]);
-            const struct input in = rows_of(&ctx->hidden, slots);
-            const float *out = product(ctx, thread, 0, &down, u, &in,
-                                       next_expert(ctx, w, i, u));
+    for (size_t t = 0; t < (size_t)ctx->n_rows; t++)
+        memset(ctx->y + t * n + first, 0, (last - first) * sizeof *ctx->y);
+    for (int i = 0; i < ctx->n_active; i++) {
+        const struct range slots = slots_of(ctx, ctx->active[i]);
+        const struct tensor down = expert(w, ctx->active[i]);
+        const struct input in = rows_of(&ctx->hidden, slots);
+        const uint8_t *next = next_expert(ctx, w, i, r.first);
 
+        for (int u = r.first; u < r.last; u++) {
+            const float *out = product(ctx, thread, 0, &down, u, r.last, &in,
+                                       next);
             for (int s = slots.first; s < slots.last; s++, out += UNIT)
-                ctx->isa->add_scaled(y + (size_t)ctx->slot_row[s] * UNIT,
+                ctx->isa->add_scaled(ctx->y + (size_t)ctx->slot_row[s] * n +
+                                     (size_t)u * UNIT,
                                      ctx->weight[ctx->slot[s]], out, UNIT);
         }
-        put_unit(ctx->x, w, u, y, ctx->n_rows, 1);
     }
+    for (size_t t = 0; t < (size_t)ctx->n_rows; t++)
+        for (size_t j = t * n + first; j < t * n + last; j++)
+            ctx->x[j] += ctx->y[j];
 }
 
 static void route_work(struct lfm2_context *ctx, void *arg, int thread)
@@ -1346,8 +1349,10 @@ static struct range share(const struct lfm2_context *ctx, int n, int thread)
     return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
 }
 
-/* Some 20 to 50 microseconds. */
-enum { SPINS = 1000 };
+/* Some 200 microseconds.  A tenth of it would leave the CPU sooner to others, but
+ * threads that sleep all the time are put on one CPU by the system, and beside
+ * a busy process they lose more by waking up than they win by sleeping. */
+enum { SPINS = 10000 };
 
 struct pool {
     int n_threads;
@@ -1949,12 +1954,6 @@ static const char *format_name(uint32_t id)
     return f ? f->name : "of unknown number";
 }
 
-/* The bytes of g groups of a row. */
-static size_t row_part(const struct tensor *w, int g)
-{
-    return (size_t)(g * 32 / w->fmt->block) * (size_t)w->fmt->bytes;
-}
-
 static size_t row_bytes(const struct tensor *w)
 {
     return (size_t)(w->cols / w->fmt->block) * (size_t)w->fmt->bytes;
@@ -2139,10 +2138,12 @@ static size_t row_at(const struct input *in, int i)
 /* out[t][r] = row t of the input times row first + r of w. */
 static void product_rows(float *out, const struct tensor *w, int first,
                          int n_rows, const struct input *in,
-                         const struct scratch *s, const uint8_t *next)
+                         const struct scratch *s, const uint8_t *end,
+                         const uint8_t *next)
 {
     const size_t cols = (size_t)w->cols;
 
+    (void)end;
     (void)next;
     for (int r = 0; r < n_rows; r++, out++) {
         const uint8_t *row = w->data + (size_t)(first + r) * row_bytes(w);
@@ -2165,8 +2166,8 @@ static int64_t exercise(int *sum)
     int8_t x[16] = { 1, 2, 3 };
 
     for (int i = 0; i < 1 << 16; i++) {
-        *sum += dot_16(x, x);
-        x[i % 16] = (int8_t)*sum;
+        *sum = (*sum + dot_16(x, x)) % 256;
+        x[i % 16] = (int8_t)(*sum / 2);
     }
     return (int64_t)16 << 16;
 }
@@ -2199,12 +2200,13 @@ static int unit_rows(const struct tensor *w, int u)
 }
 
 static float *product(struct lfm2_context *ctx, int thread, int to,
-                      const struct tensor *w, int u, const struct input *in,
-                      const uint8_t *next)
+                      const struct tensor *w, int u, int last,
+                      const struct input *in, const uint8_t *next)
 {
     const struct scratch *s = &ctx->scratch[thread];
 
-    ctx->isa->product(s->out[to], w, u * UNIT, unit_rows(w, u), in, s, next);
+    ctx->isa->product(s->out[to], w, u * UNIT, unit_rows(w, u), in, s,
+                      unit_data(w, last), next);
     return s->out[to];
 }
 
@@ -2230,12 +2232,11 @@ static void matmul_work(struct lfm2_context *ctx, void *arg, int thread)
 {
     const struct matmul_job *j = arg;
     const struct range r = share(ctx, n_units(j->w), thread);
+    const uint8_t *next = j->next ? share_data(ctx, j->next, thread) : NULL;
 
     for (int u = r.first; u < r.last; u++) {
-        const uint8_t *next = u + 1 < r.last ? unit_data(j->w, u + 1)
-                              : j->next ? share_data(ctx, j->next, thread)
-                              : NULL;
-        const float *unit = product(ctx, thread, 0, j->w, u, j->in, next);
+        const float *unit = product(ctx, thread, 0, j->w, u, r.last, j->in,
+                                    next);
         put_unit(j->y, j->w, u, unit, j->in->n, j->add);
     }
 }
@@ -2268,6 +2269,13 @@ static void matmul_add(struct lfm2_context *ctx, float *y,
 
 /* Where prefetched data goes: to all levels of the cache. */
 #define FETCH _MM_HINT_T0
+
+/* Before a loop whose arrays are to become registers. */
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
 
 #define AVX2 static __attribute__((target("avx2,fma,f16c")))
 #define AVX2_INLINE AVX2 inline __attribute__((always_inline))
@@ -2483,9 +2491,15 @@ AVX2 void softmax_avx2(struct gathered *g, float *s, int n)
  *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset
  *     d, m [groups][2 halves][2 tiles][LANES rows]       float
  *
- * For less than 8 rows of x, 256 columns are unpacked at a time, which stay in
- * the first-level cache until they are multiplied; else whole rows, which stay
- * in the second-level cache for all rows of x. */
+ * It stays in the second-level cache for all rows of x.  If these are few, the
+ * weights go straight from the registers they are unpacked in. */
+
+#ifndef KERNELS
+enum {
+    AT_ONCE = 7,                          /* rows of x                       */
+    AHEAD = 65536                         /* bytes to fetch ahead, at least  */
+};
+#endif
 
 #ifdef KERNELS
 
@@ -2656,26 +2670,35 @@ KERNEL_INLINE void FN(load_32)(INTS v[8], const uint8_t *p, size_t stride)
     FN(load_16)(v + 4, p + 16, stride);
 }
 
-KERNEL_INLINE short FN(word)(const uint8_t *p)
+/* The f16 at p of 8 rows.  A load that begins 2i bytes earlier has that of row i
+ * in its place already; it stays within the rows, as there is one before. */
+KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
 {
-    short w;
-    memcpy(&w, p, sizeof w);
-    return w;
+    __m128i v = _mm_loadu_si128((const void *)p);
+
+#define TAKE(i) \
+    v = _mm_blend_epi16( \
+        v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), 1 << (i))
+    TAKE(1);
+    TAKE(2);
+    TAKE(3);
+    TAKE(4);
+    TAKE(5);
+    TAKE(6);
+    TAKE(7);
+#undef TAKE
+    return v;
 }
 
 /* The f16 at p of every row. */
 KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 {
-#define W(i) FN(word)(p + (i) * stride)
-    __m128i low = _mm_setr_epi16(W(0), W(1), W(2), W(3), W(4), W(5), W(6), W(7));
 #if LANES == 8
-    return _mm256_cvtph_ps(low);
+    return _mm256_cvtph_ps(FN(words)(p, stride));
 #else
-    __m128i high = _mm_setr_epi16(W(8), W(9), W(10), W(11), W(12), W(13), W(14),
-                                  W(15));
-    return _mm512_cvtph_ps(_mm256_set_m128i(high, low));
+    return _mm512_cvtph_ps(_mm256_set_m128i(
+        FN(words)(p + 8 * stride, stride), FN(words)(p, stride)));
 #endif
-#undef W
 }
 
 /* 32-bit numbers, shifted down. */
@@ -2703,21 +2726,185 @@ KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
     return V(cvtepi32_ps)(v);
 }
 
-/* Where the next group of a tile goes, and what to fetch meanwhile. */
-struct FN(panel) { uint8_t *q; float *d, *m; const uint8_t *next; };
+/* How products are added up, by format. */
+enum {
+    FN(MIN) = 1,                          /* weights have a minimum          */
+    FN(HALVES) = 2,                       /* d and m for 16 columns          */
+    FN(SUM) = 4,                          /* times how many products of four
+                                             columns 16 bits can hold: 4 or
+                                             2; or 1, of signed bytes        */
+    FN(PLAIN_4) = 4 * FN(SUM),
+    FN(PLAIN_1) = 1 * FN(SUM),
+    FN(MIN_4) = FN(PLAIN_4) + FN(MIN),
+    FN(HALVES_4) = FN(PLAIN_4) + FN(HALVES),
+    FN(HALVES_2) = 2 * FN(SUM) + FN(HALVES),
+    FN(HALVES_MIN_4) = FN(HALVES_4) + FN(MIN)
+};
 
-/* Finish a group of `bytes` a row. */
-KERNEL_INLINE void FN(put_group)(struct FN(panel) *p, const INTS w[8],
-                                 int bytes)
+/* s[t][j] = columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct rounded *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const int tiles, const int kind)
 {
-    for (int k = 0; k < 8; k++)
-        FN(store)(p->q + k * 4 * FN(PANEL), w[k]);
-    p->q += 32 * FN(PANEL);
-    p->d += 2 * FN(PANEL);
-    p->m += 2 * FN(PANEL);
+    const INTS one = V(set1_epi16)(1);
+    const int terms = kind / FN(SUM);
+    INTS part[FN(TOKENS)][2];
+
+    UNROLL
+    for (int k = first; k < last; k++)
+        UNROLL
+        for (int t = 0; t < tokens; t++) {
+            const INTS v = FN(repeat)(x[t][g].q + 4 * k);
+            UNROLL
+            for (int j = 0; j < tiles; j++) {
+                const INTS wk = w[k * tiles + j];
+#if VNNI
+                s[t][j] = DPBUSD(s[t][j], wk, v);
+                (void)one;
+                (void)terms;
+                (void)part;
+#else
+                const int i = (k - first) % terms;
+                INTS p = terms > 1 ? V(maddubs_epi16)(wk, v)
+                                   : V(maddubs_epi16)(V(abs_epi8)(wk),
+                                                      FN(sign)(v, wk));
+                part[t][j] = p = i ? V(add_epi16)(part[t][j], p) : p;
+                if (i == terms - 1) {
+                    p = V(madd_epi16)(p, one);
+                    s[t][j] = k < first + terms ? p
+                                                : V(add_epi32)(s[t][j], p);
+                }
+#endif
+            }
+        }
+}
+
+/* dots() of weights that are stored with an offset: less offset * sum of x. */
+KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
+                                   const struct rounded *const *x, int g,
+                                   const int h, const int tokens,
+                                   const int tiles, const int kind,
+                                   INTS offset)
+{
+    const int whole = !(kind & FN(HALVES)), first = 4 * h;
+    const int last = whole ? 8 : first + 4;
+    const int has_offset = !(kind & FN(MIN));
+
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        s[t][0] = s[t][1] = has_offset && VNNI
+            ? V(madd_epi16)(FN(repeat)(x[t][g].sum), offset) : VI(setzero)();
+    FN(dots)(s, w, x, g, first, last, tokens, tiles, kind);
+    if (!has_offset || VNNI)
+        return;
+    UNROLL
+    for (int t = 0; t < tokens; t++) {
+        const INTS bias = V(madd_epi16)(FN(repeat)(x[t][g].sum), offset);
+        UNROLL
+        for (int j = 0; j < tiles; j++)
+            s[t][j] = V(add_epi32)(s[t][j], bias);
+    }
+}
+
+/* acc -= the minima times the sums of x. */
+KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
+                                    const struct rounded *const *x, int g,
+                                    const int tokens, const int tiles,
+                                    const int kind)
+{
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int j = 0; j < tiles; j++) {
+            const struct rounded *r = &x[t][g];
+            if (!(kind & FN(HALVES))) {
+                acc[t][j] = V(fnmadd_ps)(m[j], V(set1_ps)(r->s), acc[t][j]);
+                continue;
+            }
+            FLOATS v = V(mul_ps)(m[j], V(set1_ps)((float)r->sum[0]));
+            v = V(fmadd_ps)(m[tiles + j], V(set1_ps)((float)r->sum[1]), v);
+            acc[t][j] = V(fnmadd_ps)(V(set1_ps)(r->d), v, acc[t][j]);
+        }
+}
+
+/* One group of one or two tiles, w[8][tiles], d and m [halves][tiles], times
+ * group g of each x: a step of dot_row(). */
+KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
+                                 const FLOATS *d, const FLOATS *m,
+                                 const struct rounded *const *x, int g,
+                                 const int tokens, const int tiles,
+                                 const int kind, int offset)
+{
+    const int halves = kind & FN(HALVES) ? 2 : 1;
+    const INTS both = V(set1_epi16)((short)-offset);
+    FLOATS u[FN(TOKENS)][2];
+    INTS s[FN(TOKENS)][2];
+
+    UNROLL
+    for (int h = 0; h < halves; h++) {
+        const INTS part = halves == 1 ? both
+                          : h == 0 ? VI(and)(both, V(set1_epi32)(0xffff))
+                                   : V(slli_epi32)(both, 16);
+        FN(offset_dots)(s, w, x, g, h, tokens, tiles, kind, part);
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            UNROLL
+            for (int j = 0; j < tiles; j++) {
+                const FLOATS dw = d[h * tiles + j];
+                const FLOATS f = V(cvtepi32_ps)(s[t][j]);
+                const FLOATS dx = V(set1_ps)(x[t][g].d);
+                if (halves == 1)
+                    acc[t][j] = V(fmadd_ps)(V(mul_ps)(dw, dx), f, acc[t][j]);
+                else if (h == 0)
+                    u[t][j] = V(mul_ps)(dw, f);
+                else
+                    acc[t][j] = V(fmadd_ps)(dx, V(fmadd_ps)(dw, f, u[t][j]),
+                                            acc[t][j]);
+            }
+    }
+    if (kind & FN(MIN))
+        FN(subtract_min)(acc, m, x, g, tokens, tiles, kind);
+}
+
+/* Where the groups of a tile go: into a panel, or times n rows of x into acc at
+ * once.  What is at `next` is fetched meanwhile. */
+struct FN(sink) {
+    INTS *q;                              /* of the panel, see above         */
+    FLOATS *d, *m;
+    const struct rounded *x[AT_ONCE];
+    FLOATS acc[AT_ONCE];
+    int n, offset;
+    const uint8_t *next;
+};
+
+/* The next group: weights w, scales and minima of its halves, from `bytes` of
+ * each row. */
+KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
+                           const FLOATS *d, const FLOATS *m, int bytes,
+                           const int kind, const int now)
+{
     for (int i = 0; i < bytes * LANES; i += 64)
-        _mm_prefetch((const char *)p->next + i, FETCH);
-    p->next += bytes * LANES;
+        _mm_prefetch((const char *)to->next + i, FETCH);
+    to->next += bytes * LANES;
+    for (int t = 0; now && t < (now == 1 ? 1 : to->n); t++) {
+        FLOATS acc[1][2] = { { to->acc[t] } };
+        const struct rounded *x = to->x[t]++;
+        FN(add_group)(acc, w, d, m, &x, 0, 1, 1, kind, to->offset);
+        to->acc[t] = acc[0][0];
+    }
+    if (now)
+        return;
+    for (int k = 0; k < 8; k++)
+        to->q[2 * k] = w[k];
+    for (int h = 0; h < (kind & FN(HALVES) ? 2 : 1); h++) {
+        to->d[2 * h] = d[h];
+        if (kind & FN(MIN))
+            to->m[2 * h] = m[h];
+    }
+    to->q += 16;
+    to->d += 4;
+    to->m += 4;
 }
 
 /* 16 bytes of nibbles. */
@@ -2771,60 +2958,62 @@ KERNEL_INLINE void FN(look_up_iq4)(INTS w[8])
 /* Unpackers: `groups` groups of a tile, from the block at b of its first row
  * on; the rows are `stride` bytes apart.  What the blocks look like is drawn in
  * section 9. */
+#define UNPACK(type) \
+    KERNEL_INLINE void FN(unpack_##type)(struct FN(sink) *to, \
+                                         const uint8_t *b, size_t stride, \
+                                         int groups, const int now)
 
 /* The formats of 32 columns with nibbles. */
-KERNEL_INLINE void FN(unpack_32)(struct FN(panel) p, const uint8_t *b,
-                                 size_t stride, int groups, const int has_min,
-                                 const int fifth, const int iq4)
+KERNEL_INLINE void FN(unpack_32)(struct FN(sink) *to, const uint8_t *b,
+                                 size_t stride, int groups, const int now,
+                                 const int kind, const int fifth, const int iq4)
 {
-    const int at = 2 + 2 * has_min + 4 * fifth, bytes = at + 16;
+    const int has_min = kind & FN(MIN), at = 2 + 2 * has_min + 4 * fifth;
+    FLOATS d[2], m[2];
     INTS w[8];
 
-    for (; groups > 0; groups--, b += bytes) {
+    for (; groups > 0; groups--, b += at + 16) {
         FN(nibbles)(w, b + at, stride);
         if (fifth)
             FN(fifth_bits)(w, b + at - 4, stride);
         if (iq4)
             FN(look_up_iq4)(w);
-        V(storeu_ps)(p.d, FN(column_f16)(b, stride));
+        d[0] = FN(column_f16)(b, stride);
         if (has_min)
-            V(storeu_ps)(p.m, V(sub_ps)(V(set1_ps)(-0.0f),
-                                        FN(column_f16)(b + 2, stride)));
-        FN(put_group)(&p, w, bytes);
+            m[0] = V(sub_ps)(V(set1_ps)(-0.0f), FN(column_f16)(b + 2, stride));
+        FN(put)(to, w, d, m, at + 16, kind, now);
     }
 }
 
-#define UNPACK(type) \
-    KERNEL void FN(unpack_##type)(struct FN(panel) p, const uint8_t *b, \
-                                  size_t stride, int groups)
-
-UNPACK(q4_0) { FN(unpack_32)(p, b, stride, groups, 0, 0, 0); }
-UNPACK(q4_1) { FN(unpack_32)(p, b, stride, groups, 1, 0, 0); }
-UNPACK(q5_0) { FN(unpack_32)(p, b, stride, groups, 0, 1, 0); }
-UNPACK(q5_1) { FN(unpack_32)(p, b, stride, groups, 1, 1, 0); }
-UNPACK(iq4_nl) { FN(unpack_32)(p, b, stride, groups, 0, 0, 1); }
+UNPACK(q4_0) { FN(unpack_32)(to, b, stride, groups, now, FN(PLAIN_4), 0, 0); }
+UNPACK(q4_1) { FN(unpack_32)(to, b, stride, groups, now, FN(MIN_4), 0, 0); }
+UNPACK(q5_0) { FN(unpack_32)(to, b, stride, groups, now, FN(PLAIN_4), 1, 0); }
+UNPACK(q5_1) { FN(unpack_32)(to, b, stride, groups, now, FN(MIN_4), 1, 0); }
+UNPACK(iq4_nl) { FN(unpack_32)(to, b, stride, groups, now, FN(PLAIN_1), 0, 1); }
 
 UNPACK(q8_0)
 {
+    FLOATS d[2];
     INTS w[8];
 
     for (; groups > 0; groups--, b += 34) {
         FN(load_32)(w, b + 2, stride);
         for (int k = 0; k < 8; k++)
             w[k] = FN(from_signed)(w[k]);
-        V(storeu_ps)(p.d, FN(column_f16)(b, stride));
-        FN(put_group)(&p, w, 34);
+        d[0] = FN(column_f16)(b, stride);
+        FN(put)(to, w, d, NULL, 34, FN(PLAIN_1), now);
     }
 }
 
 UNPACK(q2_k)
 {
     INTS s[4], t[4], v[8] = { 0 }, w[8];
+    FLOATS d[2], m[2];
 
     for (; groups > 0; groups -= 8, b += 84) {
         FN(load_16)(s, b, stride);
         FN(load_16)(t, b + 68, stride);               /* d, dmin are last */
-        const FLOATS d = FN(low_f16)(t[3]);
+        const FLOATS dd = FN(low_f16)(t[3]);
         const FLOATS dmin = FN(low_f16)(V(srli_epi32)(t[3], 16));
         for (int i = 0; i < 8; i++) {
             const INTS scale = FN(bits)(s[i / 2], 0, 15);
@@ -2835,12 +3024,10 @@ UNPACK(q2_k)
                 w[k] = FN(bits)(v[k], i % 4 * 2, 3);
             for (int h = 0; h < 2; h++) {
                 int at = i % 2 * 2 + h;
-                V(storeu_ps)(p.d + h * FN(PANEL),
-                             V(mul_ps)(d, FN(byte_float)(scale, at)));
-                V(storeu_ps)(p.m + h * FN(PANEL),
-                             V(mul_ps)(dmin, FN(byte_float)(min, at)));
+                d[h] = V(mul_ps)(dd, FN(byte_float)(scale, at));
+                m[h] = V(mul_ps)(dmin, FN(byte_float)(min, at));
             }
-            FN(put_group)(&p, w, 11);
+            FN(put)(to, w, d, m, 11, FN(HALVES_MIN_4), now);
         }
     }
 }
@@ -2849,9 +3036,10 @@ UNPACK(q3_k)
 {
     const FLOATS offset = V(set1_ps)(32);
     INTS t[4], s[4], high[8], v[8] = { 0 }, w[8];
+    FLOATS d[2];
 
     for (; groups > 0; groups -= 8, b += 110) {
-        const FLOATS d = FN(column_f16)(b + 108, stride);
+        const FLOATS dd = FN(column_f16)(b + 108, stride);
         FN(load_16)(t, b + 92, stride);               /* scales: t[1..3] */
         for (int j = 0; j < 4; j++)
             s[j] = VI(or)(FN(bits)(t[1 + j % 2], j / 2 * 4, 15),
@@ -2865,17 +3053,17 @@ UNPACK(q3_k)
                               V(slli_epi16)(FN(bits)(high[k], i, 1), 2));
             for (int h = 0; h < 2; h++) {
                 FLOATS scale = FN(byte_float)(s[i / 2], i % 2 * 2 + h);
-                V(storeu_ps)(p.d + h * FN(PANEL),
-                             V(mul_ps)(d, V(sub_ps)(scale, offset)));
+                d[h] = V(mul_ps)(dd, V(sub_ps)(scale, offset));
             }
-            FN(put_group)(&p, w, 14);
+            FN(put)(to, w, d, NULL, 14, FN(HALVES_4), now);
         }
     }
 }
 
 /* Q4_K, and Q5_K which has the fifth bits besides. */
-KERNEL_INLINE void FN(unpack_k)(struct FN(panel) p, const uint8_t *b,
-                                size_t stride, int groups, const int fifth)
+KERNEL_INLINE void FN(unpack_k)(struct FN(sink) *to, const uint8_t *b,
+                                size_t stride, int groups, const int now,
+                                const int fifth)
 {
     const int bytes = fifth ? 176 : 144;
     INTS h[4], s[2], m[2], high[8] = { 0 }, v[8] = { 0 }, w[8];
@@ -2891,6 +3079,8 @@ KERNEL_INLINE void FN(unpack_k)(struct FN(panel) p, const uint8_t *b,
         if (fifth)
             FN(load_32)(high, b + 16, stride);
         for (int i = 0; i < 8; i++) {
+            FLOATS scale = V(mul_ps)(d, FN(byte_float)(s[i / 4], i % 4));
+            FLOATS min = V(mul_ps)(dmin, FN(byte_float)(m[i / 4], i % 4));
             if (i % 2 == 0)
                 FN(load_32)(v, b + bytes - 128 + i * 16, stride);
             for (int k = 0; k < 8; k++) {
@@ -2899,23 +3089,21 @@ KERNEL_INLINE void FN(unpack_k)(struct FN(panel) p, const uint8_t *b,
                     w[k] = VI(or)(w[k], V(slli_epi16)(
                                             FN(bits)(high[k], i, 1), 4));
             }
-            V(storeu_ps)(p.d, V(mul_ps)(d, FN(byte_float)(s[i / 4], i % 4)));
-            V(storeu_ps)(p.m,
-                         V(mul_ps)(dmin, FN(byte_float)(m[i / 4], i % 4)));
-            FN(put_group)(&p, w, bytes / 8);
+            FN(put)(to, w, &scale, &min, bytes / 8, FN(MIN_4), now);
         }
     }
 }
 
-UNPACK(q4_k) { FN(unpack_k)(p, b, stride, groups, 0); }
-UNPACK(q5_k) { FN(unpack_k)(p, b, stride, groups, 1); }
+UNPACK(q4_k) { FN(unpack_k)(to, b, stride, groups, now, 0); }
+UNPACK(q5_k) { FN(unpack_k)(to, b, stride, groups, now, 1); }
 
 UNPACK(q6_k)
 {
     INTS s[4], low[16] = { 0 }, high[8] = { 0 }, w[8];
+    FLOATS d[2];
 
     for (; groups > 0; groups -= 8, b += 210) {
-        const FLOATS d = FN(column_f16)(b + 208, stride);
+        const FLOATS dd = FN(column_f16)(b + 208, stride);
         FN(load_16)(s, b + 192, stride);
         for (int i = 0; i < 8; i++) {
             if (i % 4 == 0) {
@@ -2928,10 +3116,9 @@ UNPACK(q6_k)
                               V(slli_epi16)(FN(bits)(high[k], i % 4 * 2, 3),
                                             4));
             for (int h = 0; h < 2; h++)
-                V(storeu_ps)(p.d + h * FN(PANEL),
-                             V(mul_ps)(d, FN(signed_float)(s[i / 2],
-                                                           i % 2 * 2 + h)));
-            FN(put_group)(&p, w, 27);
+                d[h] = V(mul_ps)(dd, FN(signed_float)(s[i / 2],
+                                                      i % 2 * 2 + h));
+            FN(put)(to, w, d, NULL, 27, FN(HALVES_2), now);
         }
     }
 }
@@ -2942,158 +3129,38 @@ UNPACK(iq4_xs)
 
     for (; groups > 0; groups -= 8, b += 136) {
         FN(load_16)(h, b, stride);
-        const FLOATS d = FN(low_f16)(h[0]);
         for (int i = 0; i < 8; i++) {
             INTS low = VI(and)(FN(shift)(h[1], 4 * i), V(set1_epi32)(15));
             INTS top = VI(and)(FN(shift)(h[0], 16 + 2 * i), V(set1_epi32)(3));
             INTS s = V(add_epi32)(low, V(slli_epi32)(top, 4));
             s = V(sub_epi32)(s, V(set1_epi32)(32));
-            V(storeu_ps)(p.d, V(mul_ps)(d, V(cvtepi32_ps)(s)));
+            FLOATS d = V(mul_ps)(FN(low_f16)(h[0]), V(cvtepi32_ps)(s));
             FN(nibbles)(w, b + 8 + i * 16, stride);
             FN(look_up_iq4)(w);
-            FN(put_group)(&p, w, 17);
+            FN(put)(to, w, &d, NULL, 17, FN(PLAIN_1), now);
         }
     }
 }
 
-/* How products are added up, by format. */
-enum {
-    FN(MIN) = 1,                          /* weights have a minimum          */
-    FN(HALVES) = 2,                       /* d and m for 16 columns          */
-    FN(SUM) = 4                           /* times how many 4-column products
-                                             of bytes 16 bits can hold: 8, 4,
-                                             2; or 1, of signed bytes        */
-};
-
-/* s += the products of 4 columns each, k = first .. last-1. */
-KERNEL_INLINE void FN(dots)(INTS s[][2], const uint8_t *q,
-                            const struct rounded *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const int kind)
-{
-#if VNNI
-    (void)kind;
-#pragma GCC unroll 8
-    for (int k = first; k < last; k++) {
-        INTS w0 = FN(load)(q + k * 4 * FN(PANEL));
-        INTS w1 = FN(load)(q + (2 * k + 1) * 4 * LANES);
-#pragma GCC unroll 8
-        for (int t = 0; t < tokens; t++) {
-            INTS v = FN(repeat)(x[t][g].q + 4 * k);
-            s[t][0] = DPBUSD(s[t][0], w0, v);
-            s[t][1] = DPBUSD(s[t][1], w1, v);
-        }
-    }
-#else
-    const INTS one = V(set1_epi16)(1);
-    const int most = kind / FN(SUM), n = most < last - first ? most
-                                                              : last - first;
-    INTS part[FN(TOKENS)][2];
-
-#pragma GCC unroll 8
-    for (int k = first; k < last; k++) {
-        INTS w[2] = { FN(load)(q + k * 4 * FN(PANEL)),
-                      FN(load)(q + (2 * k + 1) * 4 * LANES) };
-#pragma GCC unroll 8
-        for (int t = 0; t < tokens; t++) {
-            INTS v = FN(repeat)(x[t][g].q + 4 * k);
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) {
-                INTS p = n > 1 ? V(maddubs_epi16)(w[j], v)
-                               : V(maddubs_epi16)(V(abs_epi8)(w[j]),
-                                                  FN(sign)(v, w[j]));
-                part[t][j] = (k - first) % n == 0
-                                 ? p : V(add_epi16)(part[t][j], p);
-                if ((k - first) % n == n - 1)
-                    s[t][j] = V(add_epi32)(s[t][j],
-                                           V(madd_epi16)(part[t][j], one));
-            }
-        }
-    }
-#endif
-}
-
-/* acc -= the minima times the sums of x. */
-KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const float *m,
-                                    const struct rounded *const *x, int g,
-                                    const int tokens, const int halves)
-{
-#pragma GCC unroll 8
-    for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            const struct rounded *r = &x[t][g];
-            const FLOATS m0 = V(loadu_ps)(m + j * LANES);
-            if (halves == 1) {
-                acc[t][j] = V(fnmadd_ps)(m0, V(set1_ps)(r->s), acc[t][j]);
-                continue;
-            }
-            const FLOATS m1 = V(loadu_ps)(m + FN(PANEL) + j * LANES);
-            FLOATS v = V(mul_ps)(m0, V(set1_ps)((float)r->sum[0]));
-            v = V(fmadd_ps)(m1, V(set1_ps)((float)r->sum[1]), v);
-            acc[t][j] = V(fnmadd_ps)(V(set1_ps)(r->d), v, acc[t][j]);
-        }
-}
-
-/* out[t][row of the panel] += `groups` groups of it times those at x[t]: the
- * sums of dot_row(), in its order. */
+/* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
 KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
                                 const struct rounded *const *x, int offset,
                                 const int tokens, const int kind)
 {
-    const int halves = kind & FN(HALVES) ? 2 : 1, has_min = kind & FN(MIN);
-    const INTS whole = V(set1_epi16)((short)-offset);
-    const INTS half[2] = { VI(and)(whole, V(set1_epi32)(0xffff)),
-                           V(slli_epi32)(whole, 16) };
-    const uint8_t *q = p->q;
-    const float *d = p->d, *m = p->m;
-    FLOATS acc[FN(TOKENS)][2], u[FN(TOKENS)][2];
-    INTS s[FN(TOKENS)][2];
+    const INTS *w = (const void *)p->q;
+    const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
+    FLOATS acc[FN(TOKENS)][2];
 
-#pragma GCC unroll 8
+    UNROLL
     for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 2
+        UNROLL
         for (int j = 0; j < 2; j++)
-            acc[t][j] = V(loadu_ps)(out + t * UNIT + j * LANES);
-
-    for (int g = 0; g < groups; g++, q += 32 * FN(PANEL)) {
-#pragma GCC unroll 2
-        for (int h = 0; h < halves; h++) {
-#pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++)
-                s[t][0] = s[t][1] = has_min
-                    ? VI(setzero)()
-                    : V(madd_epi16)(FN(repeat)(x[t][g].sum),
-                                    halves == 1 ? whole : half[h]);
-            FN(dots)(s, q, x, g, h * 4, halves == 1 ? 8 : h * 4 + 4, tokens,
-                     kind);
-#pragma GCC unroll 8
-            for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 2
-                for (int j = 0; j < 2; j++) {
-                    const FLOATS dw = V(loadu_ps)(d + h * FN(PANEL) +
-                                                  j * LANES);
-                    const FLOATS f = V(cvtepi32_ps)(s[t][j]);
-                    const FLOATS dx = V(set1_ps)(x[t][g].d);
-                    if (halves == 1)
-                        acc[t][j] = V(fmadd_ps)(V(mul_ps)(dw, dx), f,
-                                                acc[t][j]);
-                    else if (h == 0)
-                        u[t][j] = V(mul_ps)(dw, f);
-                    else
-                        acc[t][j] = V(fmadd_ps)(
-                            dx, V(fmadd_ps)(dw, f, u[t][j]), acc[t][j]);
-                }
-        }
-        if (has_min)
-            FN(subtract_min)(acc, m, x, g, tokens, halves);
-        d += 2 * FN(PANEL);
-        m += 2 * FN(PANEL);
-    }
-
-#pragma GCC unroll 8
+            acc[t][j] = V(setzero_ps)();
+    for (int g = 0; g < groups; g++, w += 16, d += 4, m += 4)
+        FN(add_group)(acc, w, d, m, x, g, tokens, 2, kind, offset);
+    UNROLL
     for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 2
+        UNROLL
         for (int j = 0; j < 2; j++)
             V(storeu_ps)(out + t * UNIT + j * LANES, acc[t][j]);
 }
@@ -3120,41 +3187,58 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
         case 6: FN(multiply)(out, p, groups, x, offset, 6, kind); return;
 #endif
 
-MULTIPLY(plain_8, 8 * FN(SUM))
-MULTIPLY(plain_4, 4 * FN(SUM))
-MULTIPLY(plain_1, 1 * FN(SUM))
-MULTIPLY(min_8, 8 * FN(SUM) + FN(MIN))
-MULTIPLY(min_4, 4 * FN(SUM) + FN(MIN))
-MULTIPLY(halves_8, 8 * FN(SUM) + FN(HALVES))
-MULTIPLY(halves_2, 2 * FN(SUM) + FN(HALVES))
-MULTIPLY(halves_min_8, 8 * FN(SUM) + FN(HALVES) + FN(MIN))
+MULTIPLY(plain_4, FN(PLAIN_4))
+MULTIPLY(plain_1, FN(PLAIN_1))
+MULTIPLY(min_4, FN(MIN_4))
+MULTIPLY(halves_4, FN(HALVES_4))
+MULTIPLY(halves_2, FN(HALVES_2))
+MULTIPLY(halves_min_4, FN(HALVES_MIN_4))
 
-#undef MULTIPLY
-#undef MORE_TOKENS
-#undef UNPACK
+/* Both uses of an unpacker. */
+#define BOTH(type) \
+    KERNEL void FN(panel_##type)(struct FN(sink) *to, const uint8_t *b, \
+                                 size_t stride, int groups) \
+    { \
+        FN(unpack_##type)(to, b, stride, groups, 0); \
+    } \
+    KERNEL void FN(at_once_##type)(struct FN(sink) *to, const uint8_t *b, \
+                                   size_t stride, int groups) \
+    { \
+        if (to->n == 1) \
+            FN(unpack_##type)(to, b, stride, groups, 1); \
+        else \
+            FN(unpack_##type)(to, b, stride, groups, 2); \
+    }
+
+BOTH(q4_0) BOTH(q4_1) BOTH(q5_0) BOTH(q5_1) BOTH(q8_0) BOTH(q2_k) BOTH(q3_k)
+BOTH(q4_k) BOTH(q5_k) BOTH(q6_k) BOTH(iq4_nl) BOTH(iq4_xs)
+
+#define USE(type, multiply, offset) \
+    { FN(panel_##type), FN(at_once_##type), FN(multiply), offset }
 
 /* In the order of formats[]. */
 static const struct {
-    void (*unpack)(struct FN(panel) p, const uint8_t *b, size_t stride,
-                   int groups);
+    void (*panel)(struct FN(sink) *to, const uint8_t *b, size_t stride,
+                  int groups);
+    void (*at_once)(struct FN(sink) *to, const uint8_t *b, size_t stride,
+                    int groups);
     void (*multiply)(float *out, const struct scratch *p, int groups,
                      const struct rounded *const *x, int offset, int n);
     int offset;
 } FN(formats)[] = {
     { 0 }, { 0 }, { 0 },
-    { FN(unpack_q4_0), FN(plain_8), 8 },
-    { FN(unpack_q4_1), FN(min_8), 0 },
-    { FN(unpack_q5_0), FN(plain_4), 16 },
-    { FN(unpack_q5_1), FN(min_4), 0 },
-    { FN(unpack_q8_0), FN(plain_1), FN(SIGNED) },
-    { FN(unpack_q2_k), FN(halves_min_8), 0 },
-    { FN(unpack_q3_k), FN(halves_8), 4 },
-    { FN(unpack_q4_k), FN(min_8), 0 },
-    { FN(unpack_q5_k), FN(min_4), 0 },
-    { FN(unpack_q6_k), FN(halves_2), 32 },
-    { FN(unpack_iq4_nl), FN(plain_1), FN(SIGNED) },
-    { FN(unpack_iq4_xs), FN(plain_1), FN(SIGNED) },
+    USE(q4_0, plain_4, 8), USE(q4_1, min_4, 0), USE(q5_0, plain_4, 16),
+    USE(q5_1, min_4, 0), USE(q8_0, plain_1, FN(SIGNED)),
+    USE(q2_k, halves_min_4, 0), USE(q3_k, halves_4, 4), USE(q4_k, min_4, 0),
+    USE(q5_k, min_4, 0), USE(q6_k, halves_2, 32),
+    USE(iq4_nl, plain_1, FN(SIGNED)), USE(iq4_xs, plain_1, FN(SIGNED)),
 };
+
+#undef MULTIPLY
+#undef MORE_TOKENS
+#undef UNPACK
+#undef BOTH
+#undef USE
 
 /* How many rows of x to take next, so that all takes are nearly equal. */
 KERNEL_INLINE int FN(take_rows)(int n)
@@ -3163,34 +3247,51 @@ KERNEL_INLINE int FN(take_rows)(int n)
     return (n + takes - 1) / takes;
 }
 
-/* The rows of a panel, from `row` on. */
+/* The rows of a panel, from `row` on, times a few rows of x. */
+KERNEL void FN(product_at_once)(float *out, const struct tensor *w,
+                                const uint8_t *row, const struct input *in,
+                                const uint8_t *next)
+{
+    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
+    const size_t stride = row_bytes(w);
+    struct FN(sink) to;
+
+    to.next = next;
+    to.offset = FN(formats)[f].offset;
+    to.n = in->n;
+    for (int i = 0; i < 2; i++, row += LANES * stride) {
+        for (int t = 0; t < in->n; t++) {
+            to.x[t] = in->q + row_at(in, t) * (size_t)groups;
+            to.acc[t] = V(setzero_ps)();
+        }
+        FN(formats)[f].at_once(&to, row, stride, groups);
+        for (int t = 0; t < in->n; t++)
+            V(storeu_ps)(out + t * UNIT + i * LANES, to.acc[t]);
+    }
+}
+
+/* The same, times any number of them. */
 KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                               const uint8_t *row, const struct input *in,
                               const struct scratch *s, const uint8_t *next)
 {
     const int f = (int)(w->fmt - formats), groups = w->cols / 32;
-    const int most = in->n < 8 && groups > 8 ? 8 : groups;
     const size_t stride = row_bytes(w);
-    struct FN(panel) a = { s->q, s->d, s->m, next };
-    struct FN(panel) b = { s->q + 4 * LANES, s->d + LANES, s->m + LANES, next };
+    struct FN(sink) to;
 
-    for (int t = 0; t < in->n; t++)
-        memset(out + t * UNIT, 0, FN(PANEL) * sizeof *out);
-    for (int g = 0, n; g < groups; g += n) {
-        const size_t at = row_part(w, g);
-        n = groups - g < most ? groups - g : most;
-        a.next = next + at * FN(PANEL);
-        b.next = a.next + row_part(w, n) * LANES;
-        FN(formats)[f].unpack(a, row + at, stride, n);
-        FN(formats)[f].unpack(b, row + at + LANES * stride, stride, n);
-        for (int t = 0, m; t < in->n; t += m) {
-            const struct rounded *x[FN(TOKENS)];
-            m = FN(take_rows)(in->n - t);
-            for (int i = 0; i < m; i++)
-                x[i] = in->q + row_at(in, t + i) * (size_t)groups + g;
-            FN(formats)[f].multiply(out + t * UNIT, s, n, x,
-                                    FN(formats)[f].offset, m);
-        }
+    to.next = next;
+    for (int i = 0; i < 2; i++, row += LANES * stride) {
+        to.q = (INTS *)(void *)s->q + i;
+        to.d = (FLOATS *)(void *)s->d + i;
+        to.m = (FLOATS *)(void *)s->m + i;
+        FN(formats)[f].panel(&to, row, stride, groups);
+    }
+    for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
+        const struct rounded *x[FN(TOKENS)];
+        m = FN(take_rows)(in->n - t);
+        for (int i = 0; i < m; i++)
+            x[i] = in->q + row_at(in, t + i) * (size_t)groups;
+        FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
     }
 }
 
@@ -3212,31 +3313,31 @@ KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
     const int bytes = 16 * (type == 0 ? 4 : 2) * FN(ROWS);
     FLOATS acc[FN(ROWS)][FN(TOKENS)][FN(CHAINS)];
 
-#pragma GCC unroll 4
+    UNROLL
     for (int r = 0; r < FN(ROWS); r++)
-#pragma GCC unroll 8
+        UNROLL
         for (int t = 0; t < tokens; t++)
-#pragma GCC unroll 2
+            UNROLL
             for (int h = 0; h < FN(CHAINS); h++)
                 acc[r][t][h] = V(setzero_ps)();
     for (int c = 0; c < cols; c += 16, next += bytes) {
         for (int i = 0; i < bytes; i += 64)
             _mm_prefetch((const char *)next + i, FETCH);
-#pragma GCC unroll 4
+        UNROLL
         for (int r = 0; r < FN(ROWS); r++)
-#pragma GCC unroll 2
+            UNROLL
             for (int h = 0; h < FN(CHAINS); h++) {
                 const int i = c + h * LANES;
                 FLOATS w = FN(load_floats)(row + (size_t)r * stride, i, type);
-#pragma GCC unroll 8
+                UNROLL
                 for (int t = 0; t < tokens; t++)
                     acc[r][t][h] = V(fmadd_ps)(w, V(loadu_ps)(x[t] + i),
                                                acc[r][t][h]);
             }
     }
-#pragma GCC unroll 4
+    UNROLL
     for (int r = 0; r < FN(ROWS); r++)
-#pragma GCC unroll 8
+        UNROLL
         for (int t = 0; t < tokens; t++)
             out[t * UNIT + r] = FN(tree)(acc[r][t]);
 }
@@ -3278,26 +3379,39 @@ KERNEL void FN(product_floats)(float *out, const struct tensor *w,
     }
 }
 
+/* What to fetch while `bytes` at p are worked on: a multiple of them further on,
+ * or as far behind `next` as that is behind `end`. */
+KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
+                                       const uint8_t *end, const uint8_t *next)
+{
+    const size_t distance = (AHEAD + bytes - 1) / bytes * bytes;
+    const size_t left = (size_t)(end - p);
+
+    return distance < left ? p + distance : next ? next + (distance - left) : p;
+}
+
 /* Whole panels; the rows behind them are left to the scalar code. */
 KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         int n_rows, const struct input *in,
-                        const struct scratch *s, const uint8_t *next)
+                        const struct scratch *s, const uint8_t *end,
+                        const uint8_t *next)
 {
     const int floats = w->fmt->floats != NULL && w->cols % 16 == 0;
     const int rows = floats ? FN(ROWS) : FN(PANEL);
-    const size_t stride = row_bytes(w);
-    const uint8_t *row = w->data + (size_t)first * stride;
+    const size_t bytes = row_bytes(w) * rows;
+    const uint8_t *row = w->data + (size_t)first * row_bytes(w);
     int done = 0;
 
-    for (; done + rows <= n_rows; done += rows, row += rows * stride) {
-        const uint8_t *then = done + 2 * rows <= n_rows || !next
-                                  ? row + rows * stride : next;
+    for (; done + rows <= n_rows; done += rows, row += bytes, out += rows) {
+        const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
         if (floats)
-            FN(product_floats)(out + done, w, row, in, then);
+            FN(product_floats)(out, w, row, in, ahead);
+        else if (in->n <= AT_ONCE)
+            FN(product_at_once)(out, w, row, in, ahead);
         else
-            FN(product_panel)(out + done, w, row, in, s, then);
+            FN(product_panel)(out, w, row, in, s, ahead);
     }
-    product_rows(out + done, w, first + done, n_rows - done, in, s, next);
+    product_rows(out, w, first + done, n_rows - done, in, s, end, next);
 }
 
 /* ---- attention: up to 4 queries share what is loaded of a kv head */
@@ -3318,7 +3432,7 @@ KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
 
     for (int p = 0; p < n; p += 2 * LANES) {
         size_t at = k_index(pos + p, 0, hd);
-#pragma GCC unroll 4
+        UNROLL
         for (int i = 0; i < queries; i++)
             acc[i][0] = acc[i][1] = V(setzero_ps)();
         for (int d = 0; d < hd; d++, at += TILE) {
@@ -3326,14 +3440,14 @@ KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
             FLOATS k1 = FN(load_kv)(kv->k, at + LANES, f16);
             _mm_prefetch((const char *)kv->k +
                          (at + (size_t)TILE * hd) * (f16 ? 2 : 4), FETCH);
-#pragma GCC unroll 4
+            UNROLL
             for (int i = 0; i < queries; i++) {
                 FLOATS v = V(set1_ps)(q[i * hd + d]);
                 acc[i][0] = V(fmadd_ps)(v, k0, acc[i][0]);
                 acc[i][1] = V(fmadd_ps)(v, k1, acc[i][1]);
             }
         }
-#pragma GCC unroll 4
+        UNROLL
         for (int i = 0; i < queries; i++) {
             V(storeu_ps)(s[i] + p, acc[i][0]);
             V(storeu_ps)(s[i] + p + LANES, acc[i][1]);
@@ -3351,7 +3465,7 @@ KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
 
     for (int d = 0; d < hd; d += 2 * LANES) {
         size_t at = (size_t)(pos + first) * hd + d;
-#pragma GCC unroll 4
+        UNROLL
         for (int i = 0; i < queries; i++) {
             acc[i][0] = V(loadu_ps)(g[i].o + d);
             acc[i][1] = V(loadu_ps)(g[i].o + d + LANES);
@@ -3361,14 +3475,14 @@ KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
             FLOATS v1 = FN(load_kv)(kv->v, at + LANES, f16);
             _mm_prefetch((const char *)kv->v +
                          (at + (size_t)TILE * hd) * (f16 ? 2 : 4), FETCH);
-#pragma GCC unroll 4
+            UNROLL
             for (int i = 0; i < queries; i++) {
                 FLOATS e = V(set1_ps)(s[i][p]);
                 acc[i][0] = V(fmadd_ps)(e, v0, acc[i][0]);
                 acc[i][1] = V(fmadd_ps)(e, v1, acc[i][1]);
             }
         }
-#pragma GCC unroll 4
+        UNROLL
         for (int i = 0; i < queries; i++) {
             V(storeu_ps)(g[i].o + d, acc[i][0]);
             V(storeu_ps)(g[i].o + d + LANES, acc[i][1]);
@@ -3420,7 +3534,7 @@ KERNEL int64_t FN(exercise)(int *sum)
     for (int i = 0; i < 8; i++)
         acc[i] = V(set1_epi32)(i);
     for (int n = 0; n < 1 << 16; n++)
-#pragma GCC unroll 8
+        UNROLL
         for (int i = 0; i < 8; i++) {
 #if VNNI
             acc[i] = DPBUSD(acc[i], w, acc[i]);
@@ -4882,6 +4996,7 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     ctx->token = carve(a, rows, sizeof *ctx->token);
     ctx->position = carve(a, rows, sizeof *ctx->position);
     ctx->wanted = carve(a, rows, sizeof *ctx->wanted);
+    ctx->y = carve(a, used ? rows * n : 0, sizeof *ctx->y);
     ctx->rope = carve(a, rows * hd, sizeof *ctx->rope);
     ctx->x = carve(a, rows * n, sizeof *ctx->x);
     ctx->k = carve(a, rows * kv, sizeof *ctx->k);
