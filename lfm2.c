@@ -6486,14 +6486,15 @@ static void pop_first(struct candidate *c, int n)
  * one is NaN or +inf. */
 static int32_t highest(const float *logits, int n)
 {
+    float top = -INFINITY;
     int32_t best = -1;
 
-    for (int32_t id = 0; id < n; id++) {
-        if (!(logits[id] <= FLT_MAX))
-            return -1;
-        if (logits[id] >= -FLT_MAX && (best < 0 || logits[id] > logits[best]))
-            best = id;
-    }
+    for (int32_t id = 0; id < n; id++)
+        if (!(logits[id] <= top)) {       /* seldom: higher, or NaN          */
+            if (!(logits[id] <= FLT_MAX))
+                return -1;
+            top = logits[best = id];
+        }
     return best;
 }
 
@@ -6539,6 +6540,32 @@ static float log_of(float p)
     return high;
 }
 
+static void make_heap(struct candidate *c, int n)
+{
+    for (int i = n / 2; i-- > 0;)
+        sift_down(&c[n - 1], n, i);
+}
+
+/* The k likeliest of c[n], k < n, sorted: first a heap of k with the least
+ * likely on top, which most others do not beat.  There both numbers are
+ * negative, which turns the order round. */
+static void keep_first(struct candidate *c, int n, int k)
+{
+    for (int i = 0; i < n; i++) {
+        const struct candidate x = { -c[i].p, -c[i].id };
+        if (i < k)
+            c[i] = x;
+        if (i == k - 1)
+            make_heap(c, k);
+        if (i < k || !comes_before(c[k - 1], x))
+            continue;
+        c[k - 1] = x;
+        sift_down(&c[k - 1], k, 0);
+    }
+    for (int i = 0; i < k; i++)
+        c[i] = (struct candidate){ -c[i].p, -c[i].id };
+}
+
 /* Leave in c what top-k, top-p and min-p leave over, at least one: the highest
  * logit is first in order and always stays. */
 static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
@@ -6557,11 +6584,13 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
             c[n++] = (struct candidate){ logits[id], id };
     if (!by_k && !by_p)
         return n;
-    for (int i = n / 2; i-- > 0;)
-        sift_down(&c[n - 1], n, i);
-    for (; by_k && sorted < n && sorted < s->top_k; sorted++)
+    if (by_k && s->top_k < n) {
+        keep_first(c, n, s->top_k);
+        n = s->top_k;
+    }
+    make_heap(c, n);
+    for (; by_k && sorted < n; sorted++)
         pop_first(c + sorted, n - sorted);
-    n = by_k ? sorted : n;
     if (!by_p)
         return n;
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
