@@ -21,7 +21,7 @@
  *   I    The model       data; what the machine provides; small blocks;
  *                        the two operators that mix time; feed-forward; forward
  *   II   The machine     exact arithmetic; worker threads; weight formats;
- *                        matrix products
+ *                        matrix products, in plain C; the same with vectors
  *   III  The file        reading bytes; GGUF; configuration; binding tensors
  *   IV   The state       memory of a context; sequences: trim, copy, save, load
  *   V    Words           tokenizer; chat; sampler; Unicode classes
@@ -49,8 +49,8 @@
  * is divided cannot show.
  *
  * To port: a C11 compiler with IEEE floats evaluated in their own precision is
- * enough, in any byte order and word size.  LFM2_NO_THREADS leaves out
- * pthreads, LFM2_NO_MMAP leaves out mmap. */
+ * enough, in any byte order and word size.  LFM2_NO_SIMD leaves out
+ * the vector kernels, LFM2_NO_THREADS pthreads, LFM2_NO_MMAP mmap. */
 
 #ifndef KERNELS                           /* see section 12                  */
 
@@ -2270,7 +2270,8 @@ static void matmul_add(struct lfm2_context *ctx, float *y,
 /* Where prefetched data goes: to all levels of the cache. */
 #define FETCH _MM_HINT_T0
 
-/* Before a loop whose arrays are to become registers. */
+/* Before a loop whose arrays are to become registers: without it clang keeps
+ * them in memory, and products take twice as long. */
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -2497,7 +2498,9 @@ AVX2 void softmax_avx2(struct gathered *g, float *s, int n)
 #ifndef KERNELS
 enum {
     AT_ONCE = 7,                          /* rows of x                       */
-    AHEAD = 65536                         /* bytes to fetch ahead, at least  */
+    AHEAD = 65536,                        /* bytes to fetch ahead, at least  */
+    NEAR = 20480                          /* tiles of so many bytes can wait
+                                             in the first-level cache        */
 };
 #endif
 
@@ -2868,14 +2871,15 @@ KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
 }
 
 /* Where the groups of a tile go: into a panel, or times n rows of x into acc at
- * once.  What is at `next` is fetched meanwhile. */
+ * once.  Meanwhile what is at `next` is fetched into the second-level cache, and
+ * what is at `near`, which is there by now, into the first. */
 struct FN(sink) {
     INTS *q;                              /* of the panel, see above         */
     FLOATS *d, *m;
     const struct rounded *x[AT_ONCE];
     FLOATS acc[AT_ONCE];
     int n, offset;
-    const uint8_t *next;
+    const uint8_t *next, *near;
 };
 
 /* The next group: weights w, scales and minima of its halves, from `bytes` of
@@ -2884,9 +2888,13 @@ KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
                            const FLOATS *d, const FLOATS *m, int bytes,
                            const int kind, const int now)
 {
-    for (int i = 0; i < bytes * LANES; i += 64)
-        _mm_prefetch((const char *)to->next + i, FETCH);
+    for (int i = 0; i < bytes * LANES; i += 64) {
+        _mm_prefetch((const char *)to->next + i, _MM_HINT_T1);
+        if (now)
+            _mm_prefetch((const char *)to->near + i, _MM_HINT_T0);
+    }
     to->next += bytes * LANES;
+    to->near += bytes * LANES;
     for (int t = 0; now && t < (now == 1 ? 1 : to->n); t++) {
         FLOATS acc[1][2] = { { to->acc[t] } };
         const struct rounded *x = to->x[t]++;
@@ -3260,6 +3268,7 @@ KERNEL void FN(product_at_once)(float *out, const struct tensor *w,
     to.offset = FN(formats)[f].offset;
     to.n = in->n;
     for (int i = 0; i < 2; i++, row += LANES * stride) {
+        to.near = LANES * stride <= NEAR ? row + LANES * stride : row;
         for (int t = 0; t < in->n; t++) {
             to.x[t] = in->q + row_at(in, t) * (size_t)groups;
             to.acc[t] = V(setzero_ps)();
@@ -3279,7 +3288,7 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
     const size_t stride = row_bytes(w);
     struct FN(sink) to;
 
-    to.next = next;
+    to.next = to.near = next;
     for (int i = 0; i < 2; i++, row += LANES * stride) {
         to.q = (INTS *)(void *)s->q + i;
         to.d = (FLOATS *)(void *)s->d + i;
@@ -3543,7 +3552,7 @@ KERNEL int64_t FN(exercise)(int *sum)
 #endif
         }
     for (int i = 0; i < 8; i++)
-        *sum += _mm_cvtsi128_si32(V_LOW(acc[i]));
+        *sum ^= _mm_cvtsi128_si32(V_LOW(acc[i]));
     return (int64_t)8 * 4 * LANES << 16;
 }
 
@@ -3559,47 +3568,47 @@ static const struct isa FN(isa) = {
 #undef INTS
 #undef FLOATS
 #undef V_LOW
+#undef FN
+#undef LANES
+#undef VNNI
+#undef DPBUSD
+#undef TARGET
 #endif /* KERNELS */
 
 #ifndef KERNELS
 
+/* ------------------------------------------------- 13. Choosing the kernels */
+
 #ifdef LFM2_X86
 
 #define KERNELS
+
+#define FN(name) name##_avx2
 #define LANES 8
 #define VNNI 0
 #define TARGET "avx2,fma,f16c"
-#define FN(name) name##_avx2
 #include "lfm2.c"
-#undef FN
-#undef TARGET
-#undef VNNI
 
-#define VNNI 1
-#define TARGET "avxvnni,avx2,fma,f16c"
 #define FN(name) name##_avxvnni
+#define LANES 8
+#define VNNI 1
 #define DPBUSD _mm256_dpbusd_avx_epi32
+#define TARGET "avxvnni,avx2,fma,f16c"
 #include "lfm2.c"
-#undef DPBUSD
-#undef FN
-#undef TARGET
-#undef VNNI
-#undef LANES
 
+#define FN(name) name##_avx512
 #define LANES 16
 #define VNNI 0
 #define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
-#define FN(name) name##_avx512
 #include "lfm2.c"
-#undef FN
-#undef TARGET
-#undef VNNI
 
-#define VNNI 1
-#define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #define FN(name) name##_avx512vnni
+#define LANES 16
+#define VNNI 1
 #define DPBUSD _mm512_dpbusd_epi32
+#define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "lfm2.c"
+
 #undef KERNELS
 
 /* What the CPU has, and the system saves when it switches threads. */
@@ -3657,8 +3666,7 @@ int lfm2_isa_available(int isa)
             cpu_has(isa));
 }
 
-/* Eight lanes with the instruction that multiplies bytes do as much as sixteen
- * without it. */
+/* The last in the list that is there. */
 static int best_isa(void)
 {
     int isa = LFM2_ISA_AVX512VNNI;
@@ -3672,7 +3680,7 @@ static int best_isa(void)
  * Part III.  The file
  * =========================================================================
  *
- * --------------------------------------------------------- 11. Reading bytes
+ * --------------------------------------------------------- 14. Reading bytes
  *
  * A file is hostile until checked.  All of its bytes pass through one cursor,
  * which compares every length with what remains before it moves. */
@@ -3838,7 +3846,7 @@ static void file_close(struct file *f)
     free((void *)f->data);
 }
 
-/* ------------------------------------------------------------------ 12. GGUF
+/* ------------------------------------------------------------------ 15. GGUF
  *
  *     "GGUF" | u32 version | u64 n_tensors | u64 n_kv
  *     n_kv x      | string key | u32 type | value |
@@ -4184,7 +4192,7 @@ static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
     return check_places(g, alignment);
 }
 
-/* --------------------------------------------------------- 13. Configuration
+/* --------------------------------------------------------- 16. Configuration
  *
  * What the metadata says of the model, held against ranges and, where a tensor
  * knows better, corrected by its shape.  A key that would change the arithmetic
@@ -4460,7 +4468,7 @@ static int read_config(struct lfm2_model *m)
     return read_experts(m);
 }
 
-/* ------------------------------------------------------- 14. Binding tensors
+/* ------------------------------------------------------- 17. Binding tensors
  *
  * Every tensor name stands in one table, with its shape and the layers it
  * belongs to.  After binding there are only pointers of known shape. */
@@ -4739,7 +4747,7 @@ static int bind_model(struct lfm2_model *m)
     return check_unbound(m);
 }
 
-/* ------------------------------------------------------- 15. Open and close */
+/* ------------------------------------------------------- 18. Open and close */
 
 /* The model and what it points to, in one piece; the model is first. */
 struct opened {
@@ -4899,7 +4907,7 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
  * Part IV.  The state
  * =========================================================================
  *
- * ----------------------------------------------- 16. The memory of a context
+ * ----------------------------------------------- 19. The memory of a context
  *
  * One layout function hands out all of it.  Run without memory it only counts,
  * so the size foretold and the size reserved cannot differ. */
@@ -5068,7 +5076,8 @@ lfm2_params lfm2_default_params(const lfm2_model *m)
 {
     return (lfm2_params){
         .n_ctx = m->cfg.n_ctx_train < 4096 ? m->cfg.n_ctx_train : 4096,
-        .n_seq = 1, .n_batch = 512, .n_logits = 1, .n_threads = 0,
+        .n_seq = 1, .n_batch = m->cfg.n_expert ? 2048 : 512, .n_logits = 1,
+        .n_threads = 0,
         .kv_type = LFM2_KV_F16, .isa = LFM2_ISA_AUTO
     };
 }
@@ -5209,7 +5218,7 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
         ? e.amount : ctx->isa->exercise(&sum) * e.amount * ctx->par.n_threads;
 }
 
-/* ------------------------------------------------------------ 17. Sequences */
+/* ------------------------------------------------------------ 20. Sequences */
 
 static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
 {
@@ -5461,7 +5470,7 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
  * Part V.  Words
  * =========================================================================
  *
- * --------------------------------------------------------- 18. The vocabulary
+ * --------------------------------------------------------- 21. The vocabulary
  *
  * Byte-level byte pair encoding.  A token is a string of bytes.  Text is cut
  * into pieces, roughly words; a piece begins as single bytes, and neighbours
@@ -5595,7 +5604,7 @@ static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
     }
 }
 
-/* ------------------------------------------------- 19. Reading a vocabulary
+/* ------------------------------------------------- 22. Reading a vocabulary
  *
  * In a GGUF, tokens and merges are text in which every byte is written as a
  * printable character: those that are printable in Latin-1 as themselves, the
@@ -5990,7 +5999,7 @@ size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
     return w.n;
 }
 
-/* ------------------------------------------------------ 20. Text to tokens
+/* ------------------------------------------------------ 23. Text to tokens
  *
  * First the special tokens are cut out, then what lies between is cut into
  * pieces, then each piece becomes tokens.  All three are linear in the text, or
@@ -6314,7 +6323,7 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
     return o.n;
 }
 
-/* ---------------------------------------------------------- 21. Conversations
+/* ---------------------------------------------------------- 24. Conversations
  *
  *     <|startoftext|>
  *     <|im_start|>role\ncontent<|im_end|>\n       for each message
@@ -6443,7 +6452,7 @@ size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
     return n;
 }
 
-/* --------------------------------------------------------------- 22. Sampling
+/* --------------------------------------------------------------- 25. Sampling
  *
  * The candidates are a list of (logit, id), sorted as far as top-k and top-p
  * need it: likeliest first, ties to the lower id, so that the order is unique.
@@ -6656,7 +6665,7 @@ int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
     return draw(ctx->candidates, n, logits[best], s->temperature, u);
 }
 
-/* --------------------------------------------------------- 23. Unicode classes
+/* --------------------------------------------------------- 26. Unicode classes
  *
  * Letters (categories L*), numbers (N*) and white space, as lists of gaps and
  * lengths: skip so many code points, the next so many are of the class, ... */

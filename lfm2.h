@@ -148,8 +148,8 @@ typedef struct {
 
 typedef struct lfm2_context lfm2_context;
 
-/* n_ctx 4096 or what the model was trained for, one sequence, batch 512, one
- * row of logits, all usable CPUs, KV in f16, the best ISA. */
+/* n_ctx 4096 or what the model was trained for, one sequence, batch 512 (2048
+ * with experts, so that each has some rows to work on), one row of logits, all usable CPUs, KV in f16, the best ISA. */
 lfm2_params lfm2_default_params(const lfm2_model *m);
 
 /* The bytes lfm2_context_open() will reserve, 0 for unusable parameters.  Pages

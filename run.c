@@ -113,7 +113,7 @@ enum { MD, JSON, JSONL, CSV };
 /* The sampling settings published for LFM2.  Their repetition penalty, 1.05, is
  * not for greedy choice: see choose_sampler(). */
 static const struct settings preset = {
-    .predict = UNSET, .ctx = UNSET, .batch = 512, .temp = 0.3, .top_p = 1,
+    .predict = UNSET, .ctx = UNSET, .batch = UNSET, .temp = 0.3, .top_p = 1,
     .min_p = 0.15, .repeat = UNSET, .repeat_last_n = 64, .seed = -1,
     .bench_prompt = { 1, { 512 } }, .bench_gen = { 1, { 128 } },
     .bench_depth = { 1, { 0 } }, .bench_threads = { 1, { 0 } },
@@ -188,7 +188,7 @@ static const struct option table[] = {
            "longest text in tokens (4096; 0: the model's)"),
     NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, "0: one per CPU"),
     NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16,
-           "prompt tokens worked on at once (512)"),
+           "tokens worked on at once (512; with experts 2048)"),
     NUMBER(CHOICE, "--isa", "auto|scalar|avx2|avxvnni|avx512|avx512vnni", isa,
            0, 0,
            "instruction set"),
@@ -853,7 +853,8 @@ static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
 
     if (s->ctx != UNSET)
         p.n_ctx = s->ctx ? s->ctx : lfm2_model_config(m)->n_ctx_train;
-    p.n_batch = s->batch;
+    if (s->batch != UNSET)
+        p.n_batch = s->batch;
     p.n_threads = s->threads;
     p.isa = s->isa;
     p.kv_type = s->kv;
@@ -1745,7 +1746,7 @@ static void print_machine(const struct bench *b)
     name_cpu(cpu, sizeof cpu);
     printf("\nmachine   %s, %d usable CPU%s\nkernels   %s, KV in %s, batch "
            "%d\n", cpu, b->n_cpus, b->n_cpus == 1 ? "" : "s",
-           isa_name[b->par.isa], kv_name(b->par.kv_type), b->s->batch);
+           isa_name[b->par.isa], kv_name(b->par.kv_type), b->par.n_batch);
     for (int i = 0; i < b->n_results; i++) {
         const struct result *r = &b->result[i];
         if (i == 0 || r->n_threads != r[-1].n_threads)
@@ -1898,7 +1899,7 @@ static void print_record(const struct bench *b, const struct result *r)
         WORD("model_filename", b->s->model), WORD("model_type", b->type),
         COUNT("model_size", b->cost.bytes),
         COUNT("model_n_params", b->cost.params),
-        COUNT("n_batch", b->s->batch), COUNT("n_threads", r->n_threads),
+        COUNT("n_batch", b->par.n_batch), COUNT("n_threads", r->n_threads),
         WORD("type_k", kv), WORD("type_v", kv),
         COUNT("n_prompt", r->test.n_prompt), COUNT("n_gen", r->test.n_gen),
         COUNT("n_depth", r->test.depth), WORD("test_time", r->when),
