@@ -2509,7 +2509,7 @@ enum {
 #define KERNEL static __attribute__((target(TARGET)))
 #define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
 
-enum { FN(TILE_ROWS) = LANES, FN(PANEL) = 2 * LANES };
+enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
 
 #if LANES == 8
 

@@ -129,6 +129,8 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active);
 
 /* ----------------------------------------------------------------- context */
 
+/* Instruction sets.  AVX2 includes FMA and F16C; AVX512 is F, BW, VL and DQ; the
+ * VNNI ones have vpdpbusd besides.  None of them changes a bit of a result. */
 enum { LFM2_ISA_AUTO, LFM2_ISA_SCALAR, LFM2_ISA_AVX2, LFM2_ISA_AVXVNNI,
        LFM2_ISA_AVX512, LFM2_ISA_AVX512VNNI };
 enum { LFM2_KV_F16, LFM2_KV_F32 };

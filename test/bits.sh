@@ -1,7 +1,8 @@
 #!/bin/sh
 # The same logits, byte for byte, from every compiler, level and machine that is
-# at hand: builds run.c in each way, reads the shipped model's golden tokens and
-# a few random models in other formats, and compares the files of logits.
+# at hand as from the scalar code: builds run.c in each way, reads the shipped
+# model's golden tokens and a few random models in other formats, and compares
+# the files of logits.
 #     test/bits.sh
 set -u
 
@@ -61,7 +62,7 @@ try() {
 }
 
 [ -e "$shared/golden" ] || echo "skipped: $shared/golden is not there"
-compile reference "${CC:-cc}" -O2 && logits reference || exit 1
+compile reference "${CC:-cc}" -O2 -DLFM2_NO_SIMD && logits reference || exit 1
 for cc in gcc clang; do
     for level in 0 1 2 3; do
         try "$cc-O$level" "" "$cc" "-O$level"
@@ -72,6 +73,8 @@ x86_64)
     if grep -qw fma /proc/cpuinfo 2>/dev/null; then
         try gcc-fma "" gcc -O3 -mavx2 -mfma
         try clang-fma "" clang -O3 -mavx2 -mfma
+        try gcc-fma-no-simd "" gcc -O3 -mavx2 -mfma -DLFM2_NO_SIMD
+        try gcc-native "" gcc -O3 -march=native
     fi
     try musl "" musl-gcc -O2 -static
     ;;
