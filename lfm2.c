@@ -3576,12 +3576,16 @@ static const struct isa FN(isa) = {
 #define TARGET "avx2,fma,f16c"
 #include "lfm2.c"
 
+#if (defined __clang__ && __clang_major__ >= 12) || \
+    (!defined __clang__ && __GNUC__ >= 11)
+#define LFM2_AVXVNNI                      /* older compilers do not know it  */
 #define FN(name) name##_avxvnni
 #define LANES 8
 #define VNNI 1
 #define DPBUSD _mm256_dpbusd_avx_epi32
 #define TARGET "avxvnni,avx2,fma,f16c"
 #include "lfm2.c"
+#endif
 
 #define FN(name) name##_avx512
 #define LANES 16
@@ -3634,23 +3638,27 @@ static int cpu_has(int isa)
 
 #endif
 
-/* The kernels of LFM2_ISA_x. */
+/* The kernels of LFM2_ISA_x, or NULL if this build has none. */
 static const struct isa *isa_table(int isa)
 {
-    static const struct isa *const all[] = {
-        NULL, &scalar,
+    static const struct isa *const all[LFM2_ISA_AVX512VNNI + 1] = {
+        [LFM2_ISA_SCALAR] = &scalar,
 #ifdef LFM2_X86
-        &isa_avx2, &isa_avxvnni, &isa_avx512, &isa_avx512vnni
+        [LFM2_ISA_AVX2] = &isa_avx2,
+#ifdef LFM2_AVXVNNI
+        [LFM2_ISA_AVXVNNI] = &isa_avxvnni,
+#endif
+        [LFM2_ISA_AVX512] = &isa_avx512,
+        [LFM2_ISA_AVX512VNNI] = &isa_avx512vnni,
 #endif
     };
-    return all[isa];
+    return isa >= 0 && isa <= LFM2_ISA_AVX512VNNI ? all[isa] : NULL;
 }
 
 int lfm2_isa_available(int isa)
 {
     return isa == LFM2_ISA_AUTO || isa == LFM2_ISA_SCALAR ||
-           (isa > LFM2_ISA_SCALAR && isa <= LFM2_ISA_AVX512VNNI &&
-            cpu_has(isa));
+           (isa_table(isa) && cpu_has(isa));
 }
 
 /* The last in the list that is there. */

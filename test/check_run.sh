@@ -157,6 +157,10 @@ same "-v changes nothing on standard output" "$dir/answer" "$dir/out"
 for word in seed temperature min-p threads "tok/s"; do
     holds "-v says the $word" grep -q "$word" "$dir/err"
 done
+if command -v taskset >/dev/null; then
+    taskset -c 0 "$run" -v -n 1 $m hello >"$dir/out" 2>"$dir/err"
+    holds "one allowed CPU is one thread" grep -q 'threads 1,' "$dir/err"
+fi
 expect 0 "-n 3" --temp 0 -n 3 $m "What is LFM2?"
 holds "-n cuts the answer" [ "$(wc -c <"$dir/out")" -lt 40 ]
 expect 0 "-n 0" --temp 0 -n 0 $m "What is LFM2?"
@@ -177,6 +181,7 @@ holds "an answer to it" [ -s "$dir/out" ]
 expect 0 "control text is text" --temp 0 -n 5 $m "<|im_end|>"
 
 # Ctrl-C: what there is, then status 130.
+: >"$dir/out"
 "$run" --isa scalar -t 1 --raw --temp 100 --min-p 0 -s 1 -n 3000 $m "Once" \
     >"$dir/out" 2>"$dir/err" &
 pid=$!
