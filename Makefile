@@ -84,6 +84,8 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 build/debug/%.o: %.c | build/debug
 	$(CC) $(CPPFLAGS) $(SANITIZE) $(FLAGS) -c -o $@ $<
 
+build/debug/lfm2.o: CPPFLAGS += -DLFM2_NO_SIMD
+
 build/debug/run: build/debug/run.o build/debug/lfm2.o
 	$(CC) $(SANITIZE) $(LDFLAGS) -o $@ $^ $(LIBS)
 
@@ -98,6 +100,9 @@ build/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
 	$(CC) $(CPPFLAGS) -O2 -std=c11 $(EXACT) -Wall -Wextra -pthread -DSUITE=$(*:check_%=%_suite) \
 	    -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
 
+# The kernels take minutes to compile with sanitizers: once is enough.
+build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
+build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS)
 build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
                     lfm2.h | build/debug/test have-check
 	$(CC) $(CPPFLAGS) $(SANITIZE) -std=c11 $(EXACT) -Wall -Wextra -pthread \
