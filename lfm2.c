@@ -1485,16 +1485,6 @@ static int usable_cpus(void)
     return n < 1 ? 1 : n > 64 ? 64 : n;
 }
 
-/* Ask for the cache line at p; no harm is done if there is none. */
-static void prefetch(const void *p)
-{
-#ifdef __GNUC__
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
-}
-
 /* Tell the CPU that this is a waiting loop. */
 static void relax(void)
 {
@@ -5164,6 +5154,16 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
 lfm2_params lfm2_context_params(const lfm2_context *ctx)
 {
     return ctx->par;
+}
+
+/* Ask for the cache line at p; no harm is done if there is none. */
+static void prefetch(const void *p)
+{
+#ifdef __GNUC__
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
 }
 
 /* A thread's share of the first `n` bytes of the weights. */
