@@ -53,8 +53,8 @@ START_TEST(blocks_of_floats)
         fill(x, 512, &rng);
         a[round % 32] = odd_numbers[(size_t)round % COUNT(odd_numbers)];
         memcpy(b, a, sizeof a);
-        ck_assert(bits_of(isa->dot(a + 32, x, n)) ==
-                  bits_of(dot_f32(a + 32, x, n)));
+        ck_assert(bits_of(isa->dot(a + 32, x, n % 480)) ==
+                  bits_of(dot_f32(a + 32, x, n % 480)));
         isa->add_scaled(a + 32, x[0], x, n % 480);
         add_scaled(b + 32, x[0], x, n % 480);
         EXPECT_MSG(memcmp(a, b, sizeof a) == 0, "add_scaled, n %d", n);
