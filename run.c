@@ -51,6 +51,20 @@ static int say(int code, const char *fmt, ...)
     return code;
 }
 
+/* Why something cannot be done, for those who say it elsewhere than on standard
+ * error. */
+struct why { char s[240]; };
+
+static int because(struct why *why, int code, const char *fmt, ...)
+{
+    va_list args;
+
+    va_start(args, fmt);
+    vsnprintf(why->s, sizeof why->s, fmt, args);
+    va_end(args);
+    return code;
+}
+
 static int short_usage(void)
 {
     fprintf(stderr, "usage: %s [options] MODEL.gguf [PROMPT]\n"
@@ -527,23 +541,72 @@ static int parse(struct settings *to, char **argv)
 
 /* ------------------------------------------------- 3. Reading what is given */
 
-struct text { char *s; size_t n; };       /* s[n] is NUL                     */
+/* Text that grows.  s[n] is NUL, or s is NULL; once there is no memory for it,
+ * `failed` stays and nothing more is added. */
+struct text { char *s; size_t n, cap; int failed; };
 
 struct ids { int32_t *id; int n; };
 
 enum { MAX_TEXT = 1 << 30 };
 
+/* Make room for `more` bytes and the NUL. */
+static int reserve(struct text *t, size_t more)
+{
+    size_t cap = t->cap ? t->cap : 64;
+    char *s;
+
+    if (t->failed || more >= MAX_TEXT - t->n) {
+        t->failed = 1;
+        return -1;
+    }
+    while (cap <= t->n + more)
+        cap *= 2;
+    s = cap > t->cap ? realloc(t->s, cap) : t->s;
+    if (!s) {
+        t->failed = 1;
+        return -1;
+    }
+    t->s = s;
+    t->cap = cap;
+    t->s[t->n] = '\0';
+    return 0;
+}
+
+static void add(struct text *t, const char *s, size_t n)
+{
+    if (reserve(t, n) != 0)
+        return;
+    if (n > 0)
+        memcpy(t->s + t->n, s, n);
+    t->n += n;
+    t->s[t->n] = '\0';
+}
+
+static void add_string(struct text *t, const char *s)
+{
+    add(t, s, strlen(s));
+}
+
+/* Short things only: up to 255 bytes. */
+static void add_format(struct text *t, const char *fmt, ...)
+{
+    char s[256];
+    va_list args;
+    int n;
+
+    va_start(args, fmt);
+    n = vsnprintf(s, sizeof s, fmt, args);
+    va_end(args);
+    if (n > 0)
+        add(t, s, n < (int)sizeof s ? (size_t)n : sizeof s - 1);
+}
+
 static int read_stream(FILE *f, const char *name, struct text *out)
 {
-    for (size_t cap = 0, got = 1; got > 0; out->n += got) {
-        if (cap - out->n < 2) {
-            cap = cap ? cap * 2 : 1 << 16;
-            char *s = cap <= MAX_TEXT ? realloc(out->s, cap) : NULL;
-            if (!s)
-                return say(NO_MEMORY, "%s: too long to be read", name);
-            out->s = s;
-        }
-        got = fread(out->s + out->n, 1, cap - out->n - 1, f);
+    for (size_t got = 1; got > 0; out->n += got) {
+        if (reserve(out, 1 << 14) != 0)
+            return say(NO_MEMORY, "%s: too long to be read", name);
+        got = fread(out->s + out->n, 1, out->cap - out->n - 1, f);
         if (ferror(f))
             return say(BAD_FILE, "%s: %s", name, strerror(errno));
     }
@@ -575,12 +638,8 @@ static int read_text(const struct settings *s, struct text *out)
                      "%s MODEL.gguf \"a question\"", program);
     if (!s->prompt)
         return read_file(s->file ? s->file : "-", out);
-    out->n = strlen(s->prompt);
-    out->s = malloc(out->n + 1);
-    if (!out->s)
-        return say(NO_MEMORY, "no memory for the prompt");
-    memcpy(out->s, s->prompt, out->n + 1);
-    return DONE;
+    add_string(out, s->prompt);
+    return out->failed ? say(NO_MEMORY, "no memory for the prompt") : DONE;
 }
 
 static int alloc_ids(struct ids *out, size_t n)
@@ -591,7 +650,7 @@ static int alloc_ids(struct ids *out, size_t n)
 
 static int read_ids(const char *path, struct ids *out)
 {
-    struct text t = { NULL, 0 };
+    struct text t = { 0 };
     int code = read_file(path, &t);
 
     if (code == DONE && t.n % 4 != 0)
@@ -727,7 +786,7 @@ static int export_words(const struct settings *s, const lfm2_tokenizer *words)
 
 static int work_on_words(const struct settings *s)
 {
-    struct text t = { NULL, 0 };
+    struct text t = { 0 };
     lfm2_tokenizer *words;
     int code = open_words(s, &words);
 
@@ -1043,7 +1102,7 @@ static int encode_chat(struct session *e, const struct text *t)
 /* One newline at the end of a file or pipe is not part of the prompt. */
 static int read_prompt(struct session *e)
 {
-    struct text t = { NULL, 0 };
+    struct text t = { 0 };
     int code;
 
     if (e->s->ids)
