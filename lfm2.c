@@ -5287,7 +5287,7 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
 
 /* A saved sequence, all little-endian:
  *
- *     "LFM2SEQ1" | u64 fingerprint of the model | u32 kv_type | u32 len
+ *     "LFM2SEQ1" | u64 lfm2_model_hash() | u32 kv_type | u32 len
  *     conv: f32 [n_conv][l_cache-1][n_embd]
  *     marks: f32 [len/seq_step] of the same
  *     for each attention layer and kv head: K [len][head_dim], then V, as
@@ -5308,9 +5308,7 @@ static uint64_t hash_bytes(uint64_t h, const uint8_t *p, size_t n)
 
 static const uint64_t HASH_START = 0xcbf29ce484222325u;
 
-/* Tells one model from another: all metadata and shapes, and the first bytes of
- * every tensor. */
-static uint64_t fingerprint(const struct lfm2_model *m)
+uint64_t lfm2_model_hash(const lfm2_model *m)
 {
     const struct gguf *g = m->gguf;
     uint64_t h = hash_bytes(HASH_START, g->bytes, (size_t)(g->data - g->bytes));
@@ -5402,7 +5400,7 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
                     (unsigned long long)size, (unsigned long long)need);
     memcpy(buf, "LFM2SEQ1", 8);
     s.to += 8;
-    move_bits(&s, fingerprint(ctx->model), 8);
+    move_bits(&s, lfm2_model_hash(ctx->model), 8);
     move_bits(&s, (uint64_t)ctx->par.kv_type, 4);
     move_bits(&s, (uint64_t)q->len, 4);
     move_state(ctx, q, q->len, &s);
@@ -5426,7 +5424,7 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
         return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
                     "cut: its checksum does not match its %llu bytes",
                     (unsigned long long)size);
-    if (load_le64(buf + 8) != fingerprint(ctx->model))
+    if (load_le64(buf + 8) != lfm2_model_hash(ctx->model))
         return fail(err, LFM2_EFORMAT, "a sequence saved with another model");
     if (load_le32(buf + 16) != (uint32_t)ctx->par.kv_type)
         return fail(err, LFM2_EFORMAT, "a sequence saved with kv_type %lu, "

@@ -127,6 +127,10 @@ const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap);
  * the experts that were not chosen.  A tied embedding counts once. */
 void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active);
 
+/* Tells one model from another: a hash (FNV-1a) of all metadata and shapes, and
+ * of the first 64 bytes of every tensor. */
+uint64_t lfm2_model_hash(const lfm2_model *m);
+
 /* ----------------------------------------------------------------- context */
 
 /* Instruction sets.  AVX2 includes FMA and F16C; AVX512 is F, BW, VL and DQ; the

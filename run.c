@@ -3,10 +3,15 @@
  * Standard output carries the model's words, or the data that was asked for,
  * and nothing else; everything meant for a human being goes to standard error.
  *
- *   1  messages and exit codes        5  --inspect
- *   2  options                        6  the prompt and its answer
- *   3  reading what is given          7  --bench
- *   4  tokens in and out              8  main */
+ *   1  messages and exit codes        9  the model in use
+ *   2  options                       10  an answer
+ *   3  reading what is given         11  a conversation
+ *   4  JSON                          12  sessions
+ *   5  chat templates                13  chat
+ *   6  tool calls                    14  --batch
+ *   7  tokens in and out             15  --ppl
+ *   8  --inspect                     16  --bench
+ *                                    17  main */
 
 #define _POSIX_C_SOURCE 200809L
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
@@ -14,7 +19,9 @@
 #include "lfm2.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -33,7 +40,8 @@
 
 enum {
     DONE = 0, FAILED = 1, USAGE = 2, BAD_FILE = 3, BAD_MODEL = 4,
-    NO_MEMORY = 5, TOO_LONG = 6, INTERRUPTED = 130
+    NO_MEMORY = 5, TOO_LONG = 6, PARTLY = 7, INTERRUPTED = 130,
+    TERMINATED = 143
 };
 
 static const char *program = "run";       /* the name it was called by       */
@@ -108,27 +116,43 @@ enum { RAW_LEN = 256, UNSET = -2, MAX_CTX = 1 << 24, MAX_LIST = 16 };
 
 struct list { int n, v[MAX_LIST]; };      /* numbers, by commas              */
 
+struct texts { int n; const char *v[MAX_LIST]; };     /* of repeated options */
+
 struct settings {
     const char *model, *prompt, *file, *system, *ids;
     const char *logits, *export_to, *tokenizer, *ignored;
+    const char *messages, *tools, *session, *date;
     int raw, tokenize, detokenize, inspect, null, bos, special;
+    const char *shard, *resume;
+    int dump_prompt, dump_tokens, interactive, escape, json;
+    int batch_mode, batch_raw, parallel, heartbeat, hadoop;
+    int template, think, think_budget, ignore_eos, logprobs, color;
     int no_mmap, quiet, verbose, help, version, bench;
     int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n;
     double temp, top_p, min_p, repeat;
     long long seed;
+    struct texts stop;
     struct list bench_prompt, bench_gen, bench_both, bench_depth;
     struct list bench_threads, bench_seqs;
     int reps, output;
+    const char *ppl, *ppl_save, *ppl_compare;
 };
 
-/* In the order of the words of -o. */
+/* In the order of the words of -o, --template, --think and --color. */
 enum { MD, JSON, JSONL, CSV };
+enum {
+    TEMPLATE_AUTO, TEMPLATE_LFM2, TEMPLATE_INSTRUCT, TEMPLATE_NEW, TEMPLATE_VL,
+    TEMPLATE_8B, TEMPLATE_NONE
+};
+enum { THINK_AUTO, THINK_SHOW, THINK_HIDE, THINK_RAW };
+enum { COLOR_AUTO, COLOR_ON, COLOR_OFF };
 
-/* The sampling settings published for LFM2.  Their repetition penalty, 1.05, is
- * not for greedy choice: see choose_sampler(). */
-static const struct settings preset = {
-    .predict = UNSET, .ctx = UNSET, .batch = UNSET, .temp = 0.3, .top_p = 1,
-    .min_p = 0.15, .repeat = UNSET, .repeat_last_n = 64, .seed = -1,
+/* What is UNSET depends on the model. */
+static const struct settings defaults = {
+    .predict = UNSET, .ctx = UNSET, .batch = UNSET, .temp = UNSET,
+    .top_k = UNSET, .top_p = UNSET, .min_p = UNSET, .repeat = UNSET,
+    .repeat_last_n = UNSET, .seed = -1, .think_budget = -1, .logprobs = -1,
+    .parallel = 32, .heartbeat = 10,
     .bench_prompt = { 1, { 512 } }, .bench_gen = { 1, { 128 } },
     .bench_depth = { 1, { 0 } }, .bench_threads = { 1, { 0 } },
     .bench_seqs = { 1, { 1 } }, .reps = 5
@@ -136,7 +160,9 @@ static const struct settings preset = {
 
 /* Options after BENCH are for --bench alone, and go before others of the same
  * name. */
-enum kind { HEADING, BENCH, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, LIST, PAIR };
+enum kind {
+    HEADING, BENCH, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, TEXTS, LIST, PAIR
+};
 
 struct option {
     enum kind kind;
@@ -163,7 +189,19 @@ static const struct option table[] = {
           "the prompt from FILE (- is standard input)"),
     WORDS("-sys --system-prompt | -y", "TEXT", system, "what the model is to "
           "be"),
+    WORDS("--messages", "FILE", messages, "a conversation in JSON instead of a "
+          "prompt"),
+    WORDS("--tools", "FILE", tools, "tools the model may call, in JSON"),
+    WORDS("--session", "FILE", session, "go on with the conversation kept in "
+          "FILE"),
+    SWITCH("-cnv --interactive", interactive, "chat, even if not at a terminal "
+           "or after a prompt"),
     SWITCH("--raw | -no-cnv", raw, "no chat template: continue plain text"),
+    SWITCH("-e --escape", escape, "\\n, \\t and \\\\ in PROMPT are what they "
+           "are in C"),
+    SWITCH("--dump-prompt", dump_prompt, "print the prompt as the template "
+           "makes it"),
+    SWITCH("--dump-tokens", dump_tokens, "print its token ids"),
     WORDS("--ids", "FILE", ids, "the prompt as int32 little-endian token ids"),
     WORDS("--logits", "OUT", logits, "write the logits of all prompt tokens, "
           "float32"),
@@ -171,31 +209,68 @@ static const struct option table[] = {
     SWITCH("--detokenize", detokenize, "print the text of lines of token ids"),
     SWITCH("--null", null, "for these two: texts end with a NUL byte"),
     SWITCH("--bos", bos, "begin plain text with the BOS token"),
-    SWITCH("--special", special, "markers in plain text are control tokens"),
+    SWITCH("--special", special, "markers in what is given are control "
+           "tokens"),
+    SWITCH("--batch", batch_mode, "answer JSON lines; its options are below"),
     SWITCH("--inspect", inspect, "describe the file and the memory it needs"),
     SWITCH("--bench", bench, "measure the speed; its options are below"),
     WORDS("--export-tokenizer", "FILE", export_to, "write the vocabulary as a "
           "tokenizer.bin"),
     WORDS("--tokenizer", "FILE", tokenizer, "a vocabulary to use instead of "
           "the model's"),
+    WORDS("--ppl", "FILE", ppl, "the perplexity of a text, as of "
+          "llama-perplexity"),
+    WORDS("--ppl-save", "OUT", ppl_save, "and its logits to OUT, 4 bytes each"),
+    WORDS("--ppl-compare", "IN", ppl_compare, "and the KL divergence from "
+          "saved logits"),
 
-    GROUP("How to choose words"),
+    GROUP("How to answer"),
     NUMBER(WHOLE, "-n --predict | --n-predict --tokens", "N", predict, -1,
-           1 << 30, "at most N tokens (-1: to the end; --raw: 256)"),
+           1 << 30, "at most N tokens (-1: to the end; plain text: 256)"),
+    NUMBER(CHOICE, "--template | --chat-template",
+           "auto|lfm2|lfm2.5-instruct|lfm2.5-new|lfm2.5-vl|lfm2.5-8b-a1b|none",
+           template, 0, 0, "format of the conversation: auto, none, lfm2,\n"
+           "                            lfm2.5-instruct, lfm2.5-new, "
+           "lfm2.5-vl, lfm2.5-8b-a1b"),
+    WORDS("--date", "YYYY-MM-DD", date, "today, for templates that tell it"),
+    NUMBER(CHOICE, "--think | --reasoning", "auto|show|hide|raw", think, 0, 0,
+           "what <think> holds (auto: shown at a terminal)"),
+    NUMBER(WHOLE, "--think-budget | --reasoning-budget", "N", think_budget, -1,
+           1 << 30, "close a thought after N tokens (-1: never)"),
+    NUMBER(TEXTS, "--stop | -r --reverse-prompt", "TEXT", stop, 0, 0,
+           "end before TEXT; may be repeated"),
+    SWITCH("--ignore-eos", ignore_eos, "go on when the model would end"),
+    SWITCH("--json", json, "the answer and all about it, as JSON"),
+    NUMBER(WHOLE, "--logprobs", "K", logprobs, 0, 20, "with --json: log "
+           "probabilities, and the K likeliest"),
+
+    GROUP("How to choose words (unless given, as is best for the model)"),
     NUMBER(REAL, "--temp --temperature", "F", temp, 0, 100,
-           "0 always takes the likeliest (0.3)"),
+           "0 always takes the likeliest"),
     NUMBER(WHOLE, "--top-k", "N", top_k, 0, 1 << 30,
            "only the N likeliest (0: off)"),
     NUMBER(REAL, "--top-p", "F", top_p, 0, 1,
            "only the likeliest that make up F (1: off)"),
     NUMBER(REAL, "--min-p", "F", min_p, 0, 1,
-           "only those at least F times the likeliest (0.15)"),
+           "only those at least F times the likeliest (0: off)"),
     NUMBER(REAL, "--repeat-penalty | --repetition-penalty", "F", repeat, 0.01,
-           100, "repeat less (1.05, or with --temp 0: 1, off)"),
+           100, "repeat less (1: off, as with --temp 0)"),
     NUMBER(WHOLE, "--repeat-last-n", "N", repeat_last_n, -1, 1 << 30,
            "of the last N tokens (64; -1: all)"),
     NUMBER(SEED, "-s --seed", "N", seed, -1, 9e18,
            "the same seed, the same text (-1: random)"),
+
+    GROUP("With --batch"),
+    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024,
+           "lines answered at once (32)"),
+    SWITCH("--batch-raw", batch_raw, "every line is a prompt, not JSON"),
+    WORDS("--shard", "I/N", shard, "only part I of N, from 0; auto: as Slurm "
+          "says"),
+    WORDS("--resume", "OUT", resume, "write to OUT, leaving out what it "
+          "answers"),
+    NUMBER(WHOLE, "--heartbeat", "N", heartbeat, 0, 1 << 30,
+           "a line on progress every N seconds (10; 0: none)"),
+    SWITCH("--hadoop", hadoop, "written so that Hadoop counts it"),
 
     GROUP("How to run"),
     NUMBER(WHOLE, "-c --ctx-size | --ctx", "N", ctx, 0, MAX_CTX,
@@ -209,6 +284,7 @@ static const struct option table[] = {
     NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, "read the file instead of mapping it"),
     WORDS("-ngl --gpu-layers | --n-gpu-layers", "N", ignored, NULL),
+    NUMBER(CHOICE, "--color | -co", "auto|on|off", color, 0, 0, "of thoughts"),
     SWITCH("-q --quiet", quiet, "say nothing but errors"),
     SWITCH("-v --verbose", verbose, "settings, seed and speed; more --inspect"),
     SWITCH("-h --help", help, "this text"),
@@ -238,7 +314,8 @@ enum { N_OPTIONS = sizeof table / sizeof *table };
 static int print_help(void)
 {
     printf("usage: %s [options] MODEL.gguf [PROMPT]\n\nAnswers PROMPT and "
-           "exits.  Without one, what is piped in is the prompt.\n", program);
+           "exits.  Without one, what is piped in is the prompt;\nat a "
+           "terminal, a chat begins.\n", program);
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &table[i];
         int n = (int)strcspn(o->names, "|"), gap = 28;
@@ -248,13 +325,15 @@ static int print_help(void)
         if (o->kind == HEADING || o->kind == BENCH || !o->help)
             continue;
         n -= o->names[n] == '|';
-        gap -= printf("  %.*s %s", n, o->names, o->arg ? o->arg : "");
+        gap -= printf("  %.*s %s", n, o->names, !o->arg ? "" :
+                      strlen(o->arg) > 60 ? "NAME" : o->arg);
         printf(gap > 0 ? "%*s%s\n" : "\n%*s%s\n", gap > 0 ? gap : 28, "",
                o->help);
     }
     printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
            "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
-           "prompt longer than the context,\n130 interrupted.\n");
+           "prompt longer than the context,\n7 some lines of a batch failed, "
+           "130 interrupted, 143 terminated.\n");
     return DONE;
 }
 
@@ -402,6 +481,19 @@ static int set_list(struct list *to, const struct option *o, const char *name,
     return bad_value(o, name, value);
 }
 
+/* Values of an option that may be repeated. */
+static int add_value(struct texts *to, const struct option *o,
+                     const char *name, const char *value)
+{
+    if (!*value)
+        return say(USAGE, "%s: expected a %s that is not empty", name, o->arg);
+    if (to->n == MAX_LIST)
+        return say(USAGE, "%s %s: expected at most %d of them", name, value,
+                   MAX_LIST);
+    to->v[to->n++] = value;
+    return DONE;
+}
+
 static int set_option(struct settings *to, const struct option *o,
                       const char *name, const char *value)
 {
@@ -414,6 +506,8 @@ static int set_option(struct settings *to, const struct option *o,
         *(const char **)slot = value;
         return DONE;
     }
+    if (o->kind == TEXTS)
+        return add_value(slot, o, name, value);
     if (o->kind == CHOICE) {
         *(int *)slot = find_word(o->arg, value);
         return *(int *)slot < 0 ? bad_value(o, name, value) : DONE;
@@ -447,8 +541,8 @@ static int take_option(struct settings *to, char **argv, int *i)
     snprintf(name, sizeof name, "%.*s", (int)strcspn(arg, "="), arg);
     o = find_option(name, to->bench, &nearest, &n_nearest);
     if (!o && strcmp(name, "-i") == 0)
-        return usage("unknown option -i: -p gives a prompt, and an interactive "
-                     "mode there is not");
+        return usage("unknown option -i: -p gives a prompt, -cnv begins a "
+                     "chat");
     if (!o && find_option(name, 1, &nearest, &n_nearest))
         return usage("%s is for --bench", name);
     if (!o)
@@ -478,22 +572,69 @@ static int check_bench(const struct settings *s)
     return DONE;
 }
 
+/* Whether it is a day as templates write it, 2026-11-20. */
+static int is_date(const char *s)
+{
+    static const char form[] = "0000-00-00";
+
+    for (int i = 0; i < 10; i++)
+        if (form[i] == '-' ? s[i] != '-' : s[i] < '0' || s[i] > '9')
+            return 0;
+    return !s[10] && strncmp(s + 5, "01", 2) >= 0 &&
+           strncmp(s + 5, "12", 2) <= 0 && strncmp(s + 8, "01", 2) >= 0 &&
+           strncmp(s + 8, "31", 2) <= 0;
+}
+
+static int check_prompts(const struct settings *s)
+{
+    const int plain = s->raw || s->ids || s->tokenize ||
+                      s->template == TEMPLATE_NONE;
+
+    if (!!s->prompt + !!s->file + !!s->ids + !!s->messages > 1)
+        return usage("more than one prompt: PROMPT or -p, -f, --ids, "
+                     "--messages");
+    if (plain && (s->system || s->messages || s->tools || s->interactive))
+        return usage("%s is for the chat template, which --raw, --ids and "
+                     "--tokenize do without", s->system ? "-sys" : s->messages ?
+                     "--messages" : s->tools ? "--tools" : "-cnv");
+    if (s->ids && (s->tokenize || s->detokenize))
+        return usage("--ids is for generating text and for --logits");
+    if (s->ids && s->session)
+        return usage("--session keeps text, and --ids gives none");
+    if (s->system && s->messages)
+        return usage("-sys: the conversation of --messages has its own system "
+                     "message");
+    return DONE;
+}
+
 static int check_settings(const struct settings *s)
 {
+    int code = check_prompts(s);
+
+    if (code != DONE)
+        return code;
     if (!s->model && !(s->tokenizer && (s->tokenize || s->detokenize ||
                                         s->export_to)))
         return usage("no model given");
     if (s->tokenize + s->detokenize + s->inspect + s->bench + !!s->logits +
-        !!s->export_to > 1)
+        !!s->export_to + (s->dump_prompt || s->dump_tokens) + s->interactive +
+        s->batch_mode + (s->ppl || s->ppl_save || s->ppl_compare) > 1)
         return usage("more than one of --tokenize, --detokenize, --inspect, "
-                     "--bench, --logits and --export-tokenizer");
-    if (!!s->prompt + !!s->file + !!s->ids > 1)
-        return usage("more than one prompt: PROMPT or -p, -f, --ids");
-    if (s->system && (s->raw || s->ids || s->tokenize))
-        return usage("-sys is for the chat template, which --raw, --ids and "
-                     "--tokenize do without");
-    if (s->ids && (s->tokenize || s->detokenize))
-        return usage("--ids is for generating text and for --logits");
+                     "--bench, --logits, --export-tokenizer, --dump-prompt, "
+                     "--dump-tokens, -cnv, --batch and --ppl");
+    if (s->logprobs >= 0 && !s->json)
+        return usage("--logprobs needs --json");
+    if (s->json && s->interactive)
+        return usage("--json is for a single answer, not for a chat");
+    if ((s->shard || s->resume || s->batch_raw || s->hadoop) && !s->batch_mode)
+        return usage("%s is for --batch", s->shard ? "--shard" : s->resume ?
+                     "--resume" : s->batch_raw ? "--batch-raw" : "--hadoop");
+    if (s->batch_mode && (s->prompt || s->ids || s->messages || s->session))
+        return usage("%s: --batch reads its prompts from -f FILE or standard "
+                     "input", s->prompt ? "-p" : s->ids ? "--ids" :
+                     s->messages ? "--messages" : "--session");
+    if (s->date && !is_date(s->date))
+        return usage("--date %s: expected a day like 2026-11-20", s->date);
     if (s->ignored && !s->quiet)
         say(DONE, "-ngl is ignored: everything runs on the CPU");
     return s->bench ? check_bench(s) : DONE;
@@ -634,8 +775,8 @@ static int read_file(const char *path, struct text *out)
 static int read_text(const struct settings *s, struct text *out)
 {
     if (!s->prompt && !s->file && isatty(STDIN_FILENO))
-        return usage("no prompt given, and there is no interactive chat; try "
-                     "%s MODEL.gguf \"a question\"", program);
+        return usage("no prompt given; try %s MODEL.gguf \"a question\"",
+                     program);
     if (!s->prompt)
         return read_file(s->file ? s->file : "-", out);
     add_string(out, s->prompt);
@@ -646,6 +787,22 @@ static int alloc_ids(struct ids *out, size_t n)
 {
     out->id = n < SIZE_MAX / 4 ? malloc(n * sizeof *out->id) : NULL;
     return out->id ? DONE : say(NO_MEMORY, "no memory for %zu tokens", n);
+}
+
+/* Numbers in files are little-endian. */
+static void put_le(unsigned char *p, uint64_t x, int n_bytes)
+{
+    for (int i = 0; i < n_bytes; i++)
+        p[i] = x >> 8 * i & 255;
+}
+
+static uint64_t get_le(const unsigned char *p, int n_bytes)
+{
+    uint64_t x = 0;
+
+    for (int i = 0; i < n_bytes; i++)
+        x |= (uint64_t)p[i] << 8 * i;
+    return x;
 }
 
 static int read_ids(const char *path, struct ids *out)
@@ -659,16 +816,1701 @@ static int read_ids(const char *path, struct ids *out)
     if (code == DONE)
         code = alloc_ids(out, t.n / 4 + 1);
     for (size_t i = 0; code == DONE && i < t.n; i += 4) {
-        const unsigned char *p = (const unsigned char *)t.s + i;
-        uint32_t id = p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 |
-                      (uint32_t)p[3] << 24;
+        const uint64_t id = get_le((const unsigned char *)t.s + i, 4);
         out->id[out->n++] = id > INT32_MAX ? -1 : (int32_t)id;
     }
     free(t.s);
     return code;
 }
 
-/* ------------------------------------------------------ 4. Tokens in and out
+/* ------------------------------------------------------------------ 4. JSON
+ *
+ * Requests arrive as JSON (RFC 8259), tools are described in it, and results
+ * leave as it.  The reader is strict: what it takes, every other reader takes.
+ * A text becomes a tree of nodes out of a pool, and one call releases a whole
+ * request.  Nothing calls itself, so how deep a text may nest is decided by a
+ * limit and not by the stack.
+ *
+ * The same loop reads the Python literals in which models call tools, see
+ * section 6. */
+
+enum {
+    MAX_JSON = 1 << 26,                   /* bytes of text                   */
+    MAX_POOL = 1 << 28,                   /* bytes of nodes and strings      */
+    MAX_DEPTH = 64
+};
+
+/* Memory that is released at once.  A zeroed one is empty and good; once there
+ * is no more memory `failed` stays, and what asks for some gets NULL. */
+struct block { struct block *next; size_t n, cap; };
+
+struct pool { struct block *blocks; size_t total; int failed; };
+
+enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
+       JSON_OBJECT };
+
+static const char *const json_names[] = {
+    "null", "false", "true", "a number", "a string", "an array", "an object"
+};
+
+/* A string's bytes are well-formed UTF-8 if they were read from JSON, and s[n]
+ * is NUL; \u0000 makes another NUL before it, so json_text() gives out a string
+ * only if it is whole as a C string.  Numbers are kept as they were written.
+ * The members of an object are a list in their order and a binary tree besides:
+ * its branches follow the bits of a hash of the key, so that finding a key is
+ * fast in an object with a million of them, too. */
+struct json {
+    int type;
+    int close;                            /* the bracket that will end it    */
+    const char *s;
+    size_t n;
+    const char *key;                      /* in an object; not always UTF-8  */
+    size_t n_key;
+    struct json *first, *last, *next;
+    struct json *tree, *branch[2];
+};
+
+/* n zeroed bytes, aligned for a node; or NULL. */
+static void *pool_get(struct pool *p, size_t n)
+{
+    struct block *b = p->blocks;
+    void *out;
+
+    p->failed |= n >= MAX_POOL - p->total;
+    if (p->failed)
+        return NULL;
+    n = (n + 7) & ~(size_t)7;
+    if (!b || n > b->cap - b->n) {
+        const size_t cap = n > 1 << 14 ? n : 1 << 14;
+        b = calloc(1, sizeof *b + cap);
+        if (!b) {
+            p->failed = 1;
+            return NULL;
+        }
+        *b = (struct block){ p->blocks, 0, cap };
+        p->blocks = b;
+        p->total += cap < MAX_POOL - p->total ? cap : MAX_POOL - p->total;
+    }
+    out = (char *)(b + 1) + b->n;
+    b->n += n;
+    return out;
+}
+
+static void pool_free(struct pool *p)
+{
+    while (p->blocks) {
+        struct block *next = p->blocks->next;
+        free(p->blocks);
+        p->blocks = next;
+    }
+    *p = (struct pool){ NULL, 0, 0 };
+}
+
+/* FNV-1a, to be begun with HASH_START. */
+#define HASH_START 0xcbf29ce484222325u
+
+static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        h = (h ^ (unsigned char)s[i]) * 0x100000001b3u;
+    return h;
+}
+
+/* The length of the well-formed UTF-8 character at s < end, and what it is; or
+ * 0 and the replacement character. */
+static int utf8_get(const char *s, const char *end, uint32_t *out)
+{
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    const unsigned char c = (unsigned char)*s;
+    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
+                  c < 0xf0 ? 3 : 4;
+    uint32_t u = n == 1 ? c : c & (0x7f >> n);
+
+    *out = 0xfffd;
+    if (n > end - s)
+        return 0;
+    for (int i = 1; i < n; i++) {
+        if ((s[i] & 0xc0) != 0x80)
+            return 0;
+        u = u << 6 | (s[i] & 0x3f);
+    }
+    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
+        return 0;
+    *out = u;
+    return n;
+}
+
+/* Write a character below 0x110000; returns its length, at most 4. */
+static size_t utf8_put(char *out, uint32_t c)
+{
+    const int n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+
+    if (n == 1)
+        out[0] = (char)c;
+    for (int i = n; n > 1 && i-- > 0; c >>= 6)
+        out[i] = (char)(i ? 0x80 | (c & 0x3f) : (0xf00 >> n & 0xff) | c);
+    return (size_t)n;
+}
+
+/* ---- trees
+ *
+ * Any of these may be given NULL, for what is not there or had no memory. */
+
+static struct json *json_new(struct pool *p, int type, int close)
+{
+    struct json *v = pool_get(p, sizeof *v);
+
+    if (v) {
+        v->type = type;
+        v->close = close;
+    }
+    return v;
+}
+
+static struct json *json_array(struct pool *p)
+{
+    return json_new(p, JSON_ARRAY, ']');
+}
+
+static struct json *json_object(struct pool *p)
+{
+    return json_new(p, JSON_OBJECT, '}');
+}
+
+static const char *copy_bytes(struct pool *p, const char *s, size_t n)
+{
+    char *out = pool_get(p, n + 1);
+
+    return out && n > 0 ? memcpy(out, s, n) : out;
+}
+
+static struct json *json_string(struct pool *p, const char *s, size_t n)
+{
+    const char *copy = copy_bytes(p, s, n);
+    struct json *v = copy ? json_new(p, JSON_STRING, 0) : NULL;
+
+    if (v) {
+        v->s = copy;
+        v->n = n;
+    }
+    return v;
+}
+
+/* Where in the tree this key is, or would be. */
+static struct json **find_key(struct json *object, const char *key, size_t n)
+{
+    struct json **at = &object->tree;
+
+    for (uint64_t h = hash_bytes(HASH_START, key, n); *at; h <<= 1) {
+        if ((*at)->n_key == n && memcmp((*at)->key, key, n) == 0)
+            break;
+        at = &(*at)->branch[h >> 63];
+    }
+    return at;
+}
+
+/* A new node at the end, for now null. */
+static struct json *new_member(struct pool *p, struct json *parent)
+{
+    struct json *v = parent ? json_new(p, JSON_NULL, 0) : NULL;
+
+    if (!v)
+        return NULL;
+    if (parent->last)
+        parent->last->next = v;
+    else
+        parent->first = v;
+    parent->last = v;
+    return v;
+}
+
+/* Give a node another value; it stays where it is. */
+static void json_fill(struct json *v, const struct json *value)
+{
+    v->type = value->type;
+    v->close = value->close;
+    v->s = value->s;
+    v->n = value->n;
+    v->first = value->first;
+    v->last = value->last;
+    v->tree = value->tree;
+}
+
+/* The member of this key, new or emptied: the last of equal keys wins, in the
+ * place of the first, as in Python.  The key is borrowed. */
+static struct json *key_member(struct pool *p, struct json *object,
+                               const char *key, size_t n)
+{
+    static const struct json null;
+    struct json **at = find_key(object, key, n);
+
+    if (*at) {
+        json_fill(*at, &null);
+        return *at;
+    }
+    *at = new_member(p, object);
+    if (*at) {
+        (*at)->key = key;
+        (*at)->n_key = n;
+    }
+    return *at;
+}
+
+/* Both share what is inside of the value, but not its node. */
+static void json_append(struct pool *p, struct json *array,
+                        const struct json *value)
+{
+    struct json *v = value ? new_member(p, array) : NULL;
+
+    if (v)
+        json_fill(v, value);
+}
+
+static void json_set(struct pool *p, struct json *object, const char *key,
+                     const struct json *value)
+{
+    const size_t n = strlen(key);
+    const char *copy = object && value ? copy_bytes(p, key, n) : NULL;
+    struct json *v = copy ? key_member(p, object, copy, n) : NULL;
+
+    if (v)
+        json_fill(v, value);
+}
+
+/* NULL if there is no such key, or no object. */
+static struct json *json_get(const struct json *object, const char *key)
+{
+    if (!object || object->type != JSON_OBJECT)
+        return NULL;
+    return *find_key((struct json *)object, key, strlen(key));
+}
+
+static int json_is(const struct json *v, int type)
+{
+    return v && v->type == type;
+}
+
+static const char *json_text(const struct json *v)
+{
+    return json_is(v, JSON_STRING) && strlen(v->s) == v->n ? v->s : NULL;
+}
+
+/* These return -1, and change nothing, for a value of another kind. */
+static int json_bool(const struct json *v, int *out)
+{
+    if (!json_is(v, JSON_TRUE) && !json_is(v, JSON_FALSE))
+        return -1;
+    *out = v->type == JSON_TRUE;
+    return 0;
+}
+
+static int json_double(const struct json *v, double *out)
+{
+    const double x = json_is(v, JSON_NUMBER) ? strtod(v->s, NULL) : NAN;
+
+    if (!isfinite(x))
+        return -1;
+    *out = x;
+    return 0;
+}
+
+/* Written as a whole number, from `least` to `most`. */
+static int json_int(const struct json *v, long long least, long long most,
+                    long long *out)
+{
+    long long x;
+    char *end;
+
+    if (!json_is(v, JSON_NUMBER))
+        return -1;
+    errno = 0;
+    x = strtoll(v->s, &end, 10);
+    if (*end || errno || x < least || x > most)
+        return -1;
+    *out = x;
+    return 0;
+}
+
+/* ---- reading */
+
+struct reader {
+    struct pool *pool;
+    const char *start, *at, *end;
+    int python;                           /* literals and calls, not JSON    */
+    struct json *open[MAX_DEPTH + 2];     /* brackets, the root being one    */
+    int depth;
+    struct why *why;
+};
+
+/* What was found, where, and what should have been there. */
+static int expected(struct reader *r, const char *what)
+{
+    const char *line = r->start;
+    char found[16] = "the end";
+    int n = 1;
+
+    if (r->pool->failed)
+        return because(r->why, NO_MEMORY, "no memory for what %zu bytes of "
+                       "JSON hold", (size_t)(r->end - r->start));
+    for (const char *p = r->start; p < r->at; p++)
+        if (*p == '\n') {
+            line = p + 1;
+            n++;
+        }
+    if (r->at < r->end)
+        snprintf(found, sizeof found, *r->at > ' ' && *r->at < 127 ? "'%c'" :
+                 "byte 0x%02x", (unsigned char)*r->at);
+    return because(r->why, USAGE, "line %d, column %zu: found %s, expected %s",
+                   n, (size_t)(r->at - line) + 1, found, what);
+}
+
+/* The next character that is not blank, or EOF. */
+static int peek(struct reader *r)
+{
+    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' ||
+                              *r->at == '\t' || *r->at == '\r'))
+        r->at++;
+    return r->at < r->end ? (unsigned char)*r->at : EOF;
+}
+
+/* Step over the next character if it is this one. */
+static int took(struct reader *r, int c)
+{
+    if (peek(r) != c)
+        return 0;
+    r->at += c != EOF;
+    return 1;
+}
+
+/* n hexadecimal digits, stepped over only if they are all there. */
+static int read_hex(struct reader *r, int n, uint32_t *out)
+{
+    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
+    uint32_t u = 0;
+
+    if (n > r->end - r->at)
+        return 0;
+    for (int i = 0; i < n; i++) {
+        const char *p = r->at[i] ? strchr(digits, r->at[i]) : NULL;
+        if (!p)
+            return 0;
+        u = u << 4 | ((uint32_t)(p - digits) & 15);
+    }
+    *out = u;
+    r->at += n;
+    return 1;
+}
+
+/* What follows \u: four digits, twice for what lies beyond 0xffff.  Half of a
+ * pair is no character. */
+static int read_unicode(struct reader *r, uint32_t *out)
+{
+    const char *at;
+    uint32_t low;
+
+    if (!read_hex(r, 4, out))
+        return 0;
+    at = r->at;
+    if (*out >> 10 == 0xd800 >> 10 && r->end - at >= 6 && at[0] == '\\' &&
+        at[1] == 'u') {
+        r->at += 2;
+        if (read_hex(r, 4, &low) && low >> 10 == 0xdc00 >> 10)
+            *out = 0x10000 + ((*out & 0x3ff) << 10 | (low & 0x3ff));
+        else
+            r->at = at;
+    }
+    if (*out >> 11 != 0xd800 >> 11)
+        return 1;
+    *out = 0xfffd;
+    return r->python;
+}
+
+/* Python has more of them; what is none keeps its backslash. */
+static void read_python_escape(struct reader *r, uint32_t *out)
+{
+    const char *const at = r->at;
+    const int c = *r->at++;
+
+    *out = 0;
+    if ((c == 'x' && read_hex(r, 2, out)) || (c == 'u' && read_unicode(r, out)))
+        return;
+    if (c == 'U' && read_hex(r, 8, out)) {
+        if (*out > 0x10ffff || *out >> 11 == 0xd800 >> 11)
+            *out = 0xfffd;
+        return;
+    }
+    r->at = at;
+    while (r->at < r->end && r->at < at + 3 && *r->at >= '0' && *r->at <= '7')
+        *out = *out << 3 | (uint32_t)(*r->at++ - '0');
+    if (r->at == at)
+        *out = '\\';
+}
+
+/* What follows a backslash. */
+static int read_escape(struct reader *r, char **out)
+{
+    static const char name[] = "\"\\/bfnrt'av";
+    static const char value[] = "\"\\/\b\f\n\r\t'\a\v";
+    const char *p = r->at < r->end ?
+                    memchr(name, *r->at, r->python ? 11 : 8) : NULL;
+    uint32_t c = '\\';
+
+    if (p) {
+        r->at++;
+        *(*out)++ = value[p - name];
+        return DONE;
+    }
+    if (r->python && r->at < r->end && *r->at == '\n') {
+        r->at++;
+        return DONE;
+    }
+    if (r->python && r->at < r->end)
+        read_python_escape(r, &c);
+    else if (!r->python && (r->at == r->end || *r->at != 'u'))
+        return expected(r, "one of \" \\ / b f n r t u after a backslash");
+    else if (!r->python && (r->at++, !read_unicode(r, &c)))
+        return expected(r, "four hexadecimal digits, and whole surrogate "
+                        "pairs, after \\u");
+    *out += utf8_put(*out, c);
+    return DONE;
+}
+
+/* Does the quote at s end a string?  Models forget the backslash before a quote
+ * within one: it ends where its container could go on. */
+static int ends_string(const char *s, const char *end, int n_quotes)
+{
+    for (int i = 1; i < n_quotes; i++)
+        if (end - s <= i || s[i] != *s)
+            return 0;
+    for (s += n_quotes; s < end; s++)
+        if (!strchr(" \t\r\n", *s))
+            return *s && strchr(",)]}:", *s);
+    return 1;
+}
+
+/* Where the string that goes on at r->at has its closing quote, or the end. */
+static const char *string_end(const struct reader *r, int quote, int n_quotes)
+{
+    const char *p = r->at;
+
+    for (; p < r->end; p++)
+        if (*p == '\\' && p + 1 < r->end)
+            p++;
+        else if (*p == quote &&
+                 (!r->python || ends_string(p, r->end, n_quotes)))
+            break;
+    return p;
+}
+
+/* One character, an escape or not. */
+static int read_character(struct reader *r, char **out)
+{
+    uint32_t c;
+    int n;
+
+    if (*r->at == '\\') {
+        r->at++;
+        return read_escape(r, out);
+    }
+    n = utf8_get(r->at, r->end, &c);
+    if (!r->python && n == 0)
+        return expected(r, "UTF-8");
+    if (!r->python && c < ' ')
+        return expected(r, "no control character in a string, but an escape");
+    memcpy(*out, r->at, n ? (size_t)n : 1);
+    *out += n ? n : 1;
+    r->at += n ? n : 1;
+    return DONE;
+}
+
+/* No escape is shorter than what it stands for. */
+static int read_string(struct reader *r, const char **s, size_t *n)
+{
+    const char quote = *r->at++;
+    const int triple = r->python && r->end - r->at >= 2 && r->at[0] == quote &&
+                       r->at[1] == quote;
+    const char *stop;
+    char *out;
+
+    r->at += triple ? 2 : 0;
+    stop = string_end(r, quote, triple ? 3 : 1);
+    *s = out = pool_get(r->pool, (size_t)(stop - r->at) + 1);
+    if (!out)
+        return expected(r, "memory");
+    while (r->at < stop)
+        if (read_character(r, &out) != DONE)
+            return USAGE;
+    if (r->at == r->end)
+        return expected(r, "a quote after the string");
+    r->at += triple ? 3 : 1;
+    *n = (size_t)(out - *s);
+    return DONE;
+}
+
+static const char *digits_end(const char *p, const char *end)
+{
+    while (p < end && *p >= '0' && *p <= '9')
+        p++;
+    return p;
+}
+
+/* Where the number at s ends, or NULL if there is none. */
+static const char *number_end(const char *s, const char *end)
+{
+    const char *p = s + (s < end && *s == '-'), *q = digits_end(p, end);
+
+    if (q == p || (*p == '0' && q > p + 1))
+        return NULL;
+    if (q < end && *q == '.') {
+        p = q + 1;
+        q = digits_end(p, end);
+    }
+    if (q > p && q < end && (*q == 'e' || *q == 'E')) {
+        p = q + 1;
+        p += p < end && (*p == '+' || *p == '-');
+        q = digits_end(p, end);
+    }
+    return q > p ? q : NULL;
+}
+
+/* Python may have a plus in front.  A call has no number beyond all others, for
+ * it leaves as JSON. */
+static int read_number(struct reader *r, struct json *v)
+{
+    const char *end;
+
+    r->at += *r->at == '+';
+    end = number_end(r->at, r->end);
+    if (!end)
+        return expected(r, "a number: -, digits without leading zeros, .digits,"
+                        " exponent");
+    v->type = JSON_NUMBER;
+    v->n = (size_t)(end - r->at);
+    v->s = copy_bytes(r->pool, r->at, v->n);
+    if (!v->s || (r->python && !isfinite(strtod(v->s, NULL))))
+        return expected(r, "a finite number");
+    r->at = end;
+    return DONE;
+}
+
+/* Step over the letters of a name, as tools and their arguments have; may be
+ * none. */
+static size_t read_name(struct reader *r)
+{
+    const char *const from = r->at;
+
+    while (r->at < r->end && ((*r->at >= 'a' && *r->at <= 'z') ||
+           (*r->at >= 'A' && *r->at <= 'Z') || (*r->at >= '0' && *r->at <= '9')
+           || *r->at == '_' || *r->at == '.' || *r->at == '-' ||
+           (unsigned char)*r->at >= 0x80))
+        r->at++;
+    return (size_t)(r->at - from);
+}
+
+/* Calls stand alone or in one list. */
+static int may_call(const struct reader *r)
+{
+    return r->python && (r->depth == 1 ||
+                         (r->depth == 2 && r->open[1]->close == ']'));
+}
+
+/* A call is an object with the arguments as members and the name in s. */
+static int read_word(struct reader *r, struct json *v)
+{
+    static const struct { const char *word; int type; } known[] = {
+        { "null", JSON_NULL }, { "false", JSON_FALSE }, { "true", JSON_TRUE },
+        { "None", JSON_NULL }, { "False", JSON_FALSE }, { "True", JSON_TRUE }
+    };
+    const char *const name = r->at;
+    const size_t n = read_name(r);
+
+    if (n > 0 && may_call(r) && took(r, '(')) {
+        v->type = JSON_OBJECT;
+        v->close = ')';
+        v->s = copy_bytes(r->pool, name, n);
+        v->n = n;
+        return v->s ? DONE : expected(r, "memory");
+    }
+    for (int i = 0; i < (r->python ? 6 : 3); i++)
+        if (strlen(known[i].word) == n && memcmp(name, known[i].word, n) == 0) {
+            v->type = known[i].type;
+            return DONE;
+        }
+    r->at = name;
+    return expected(r, "a value");
+}
+
+/* A value, or the beginning of one that has members. */
+static int read_value(struct reader *r, struct json *v)
+{
+    const int c = peek(r);
+
+    if (c == '{' || c == '[' || (r->python && c == '(')) {
+        r->at++;
+        v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
+        v->close = c == '{' ? '}' : c == '[' ? ']' : ')';
+        return DONE;
+    }
+    if (c == '"' || (r->python && c == '\'')) {
+        v->type = JSON_STRING;
+        return read_string(r, &v->s, &v->n);
+    }
+    if (c == '-' || (c >= '0' && c <= '9') ||
+        (r->python && c == '+'))
+        return read_number(r, v);
+    return read_word(r, v);
+}
+
+/* "key": in an object and name= in a call, whose only argument may have none if
+ * it is a dict. */
+static int read_key(struct reader *r, const struct json *in, const char **key,
+                    size_t *n)
+{
+    const int c = peek(r), call = in->close == ')';
+    const char *const name = r->at;
+    int code;
+
+    if (c == '"' || (r->python && !call && c == '\'')) {
+        code = call ? expected(r, "the name of an argument")
+                    : read_string(r, key, n);
+        if (code != DONE)
+            return code;
+    } else if (r->python && (*n = read_name(r)) > 0) {
+        *key = copy_bytes(r->pool, name, *n);
+        if (!*key)
+            return expected(r, "memory");
+    } else if (call && c == '{' && !in->first) {
+        *key = "";
+        return DONE;
+    } else
+        return expected(r, call ? "the name of an argument" :
+                        "a key in double quotes");
+    if (!took(r, call ? '=' : ':'))
+        return expected(r, call ? "'=' and a value" : "':' and a value");
+    return DONE;
+}
+
+static int read_member(struct reader *r, struct json *in, struct json **out)
+{
+    const char *key = NULL;
+    size_t n = 0;
+    int code = DONE;
+
+    if (in->type == JSON_OBJECT)
+        code = read_key(r, in, &key, &n);
+    if (code != DONE)
+        return code;
+    *out = key ? key_member(r->pool, in, key, n) : new_member(r->pool, in);
+    return *out ? read_value(r, *out) : expected(r, "memory");
+}
+
+/* A comma after a member that does not end its container. */
+static int read_comma(struct reader *r, const struct json *in)
+{
+    char what[] = "',' or ' '";
+
+    if ((r->python || in->close != EOF) && took(r, ','))
+        return DONE;
+    what[8] = (char)in->close;
+    return expected(r, in->close == EOF ? "the end" : what);
+}
+
+/* All values up to the end, as members of a root that closes there. */
+static int read_tree(struct reader *r, struct json *root)
+{
+    enum { VALUE, VALUE_OR_END, COMMA_OR_END } next = VALUE;
+
+    r->open[0] = root;
+    r->depth = 1;
+    while (r->depth > 0) {
+        struct json *in = r->open[r->depth - 1], *v = NULL;
+        int code = DONE;
+        if (next != VALUE && took(r, in->close)) {
+            r->depth--;
+            next = COMMA_OR_END;
+        } else if (next == COMMA_OR_END) {
+            code = read_comma(r, in);
+            next = r->python ? VALUE_OR_END : VALUE;
+        } else {
+            code = read_member(r, in, &v);
+            next = v && v->close ? VALUE_OR_END : COMMA_OR_END;
+        }
+        if (code != DONE)
+            return code;
+        if (v && v->close && r->depth > MAX_DEPTH)
+            return because(r->why, USAGE, "JSON nested deeper than %d levels",
+                           MAX_DEPTH);
+        if (v && v->close)
+            r->open[r->depth++] = v;
+    }
+    return DONE;
+}
+
+/* The tree of a whole text; DONE, USAGE or NO_MEMORY. */
+static int json_parse(struct pool *pool, const char *text, size_t n,
+                      struct json **out, struct why *why)
+{
+    struct json root = { .type = JSON_ARRAY, .close = EOF };
+    struct reader r = { .pool = pool, .start = text, .at = text, .why = why };
+    int code;
+
+    *out = NULL;
+    if (n > MAX_JSON)
+        return because(why, USAGE, "JSON of %zu bytes, expected at most %d", n,
+                       MAX_JSON);
+    if (n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
+        return because(why, USAGE, "the JSON begins with a byte order mark, "
+                       "expected none");
+    r.end = text + n;
+    code = read_tree(&r, &root);
+    if (code == DONE)
+        *out = root.first;
+    return code;
+}
+
+/* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
+
+/* Each byte that is no UTF-8 becomes a replacement character. */
+static void add_json_string(struct text *t, const char *s, size_t n)
+{
+    static const char value[] = "\"\\\b\f\n\r\t", name[] = "\"\\bfnrt";
+    const char *const end = s + n, *plain = s;
+
+    add_string(t, "\"");
+    while (s < end) {
+        const char *p = *s ? strchr(value, *s) : NULL;
+        uint32_t c;
+        const int size = utf8_get(s, end, &c);
+        if (size > 0 && c >= ' ' && !p) {
+            s += size;
+            continue;
+        }
+        add(t, plain, (size_t)(s - plain));
+        if (p)
+            add_format(t, "\\%c", name[p - value]);
+        else
+            add_format(t, size ? "\\u%04x" : "\xef\xbf\xbd", (unsigned)c);
+        plain = ++s;
+    }
+    add(t, plain, (size_t)(end - plain));
+    add_string(t, "\"");
+}
+
+/* The fewest digits that are this number, as Python prints floats. */
+static void add_float(struct text *t, double x, const char *infinity)
+{
+    char s[40], digits[20] = "";
+    int n = 0, e;
+
+    if (isinf(x)) {
+        add_format(t, "%s%s", x < 0 ? "-" : "", infinity);
+        return;
+    }
+    do
+        snprintf(s, sizeof s, "%.*e", n, fabs(x));
+    while (strtod(s, NULL) != fabs(x) && ++n < 17);
+    e = atoi(strchr(s, 'e') + 1);
+    digits[0] = s[0];
+    memcpy(digits + 1, s + 2, (size_t)n);
+    add_string(t, signbit(x) ? "-" : "");
+    if (e < -4 || e >= 16)
+        add_format(t, "%c%s%se%+03d", digits[0], n ? "." : "", digits + 1, e);
+    else if (e < 0)
+        add_format(t, "0.%.*s%s", -e - 1, "000", digits);
+    else if (e >= n)
+        add_format(t, "%s%.*s.0", digits, e - n, "000000000000000");
+    else
+        add_format(t, "%.*s.%s", e + 1, digits, digits + e + 1);
+}
+
+/* JSON and Python differ in a few words, and in how they quote. */
+struct notation {
+    const char *word[3], *infinity;
+    void (*add_string)(struct text *t, const char *s, size_t n);
+};
+
+static void add_scalar(struct text *t, const struct json *v,
+                       const struct notation *as)
+{
+    if (v->type == JSON_STRING)
+        as->add_string(t, v->s, v->n);
+    else if (v->type != JSON_NUMBER)
+        add_string(t, as->word[v->type]);
+    else if (strpbrk(v->s, ".eE"))
+        add_float(t, strtod(v->s, NULL), as->infinity);
+    else
+        add_string(t, strcmp(v->s, "-0") == 0 ? "0" : v->s);
+}
+
+/* What is deeper than anything that is ever read is left out. */
+static void add_tree(struct text *t, const struct json *v,
+                     const struct notation *as)
+{
+    const struct json *open[2 * MAX_DEPTH];
+    int depth = 0;
+
+    for (;;) {
+        if (depth > 0 && v->key) {
+            as->add_string(t, v->key, v->n_key);
+            add_string(t, ": ");
+        }
+        if (v->type < JSON_ARRAY)
+            add_scalar(t, v, as);
+        else
+            add_string(t, v->type == JSON_ARRAY ? "[" : "{");
+        if (v->first && depth < 2 * MAX_DEPTH) {
+            open[depth++] = v;
+            v = v->first;
+            continue;
+        }
+        if (v->type >= JSON_ARRAY)
+            add_string(t, v->type == JSON_ARRAY ? "]" : "}");
+        while (depth > 0 && !v->next) {
+            v = open[--depth];
+            add_string(t, v->type == JSON_ARRAY ? "]" : "}");
+        }
+        if (depth == 0)
+            return;
+        add_string(t, ", ");
+        v = v->next;
+    }
+}
+
+static void add_json(struct text *t, const struct json *v)
+{
+    static const struct notation json = {
+        { "null", "false", "true" }, "Infinity", add_json_string
+    };
+
+    if (v)
+        add_tree(t, v, &json);
+}
+
+/* -------------------------------------------------------- 5. Chat templates
+ *
+ * The models of the family were trained on five ways to write down the same
+ * conversation.  Their files carry them as Jinja programs; here they are one
+ * function and a table of what tells them apart.  The result is text together
+ * with the places in it that are control tokens because the template put them
+ * there: what a user writes is never more than text. */
+
+#define BOS        "<|startoftext|>"
+#define TURN_START "<|im_start|>"
+#define TURN_END   "<|im_end|>"
+#define CALL_START "<|tool_call_start|>"
+#define CALL_END   "<|tool_call_end|>"
+
+/* The words of --template, in the order of TEMPLATE_... */
+static const char *const template_names[] = {
+    "auto", "lfm2", "lfm2.5-instruct", "lfm2.5-new", "lfm2.5-vl",
+    "lfm2.5-8b-a1b", "none"
+};
+
+struct conversation {
+    const struct json *messages, *tools;  /* arrays; tools may be NULL       */
+    const char *date;                     /* YYYY-MM-DD                      */
+    int generate;                         /* an answer is to follow          */
+    int keep_thinking;                    /* of past answers                 */
+    int continue_last;                    /* the last message goes on        */
+    int open_thought;                     /* the answer begins with <think>  */
+};
+
+struct mark { size_t from, n; };
+
+struct rendered {
+    struct text text;
+    struct mark *mark;                    /* control tokens, in order        */
+    int n_marks;
+};
+
+static const struct dialect {
+    int marked;                           /* tools and results in markers    */
+    int dated;                            /* tools as one list, with a date  */
+    enum { ALL, SINCE_ANSWER, SINCE_QUESTION } thoughts;  /* that are kept   */
+    enum { NO_CALLS, CALLS_FIRST, CALLS_LAST } calls;     /* and the content */
+    const char *quote;                    /* of an argument; NULL: as JSON   */
+} dialects[] = {
+    [TEMPLATE_LFM2]     = { 1, 0, ALL, NO_CALLS, NULL },
+    [TEMPLATE_INSTRUCT] = { 0, 0, SINCE_ANSWER, NO_CALLS, NULL },
+    [TEMPLATE_NEW]      = { 0, 1, SINCE_ANSWER, CALLS_LAST, NULL },
+    [TEMPLATE_VL]       = { 0, 1, SINCE_ANSWER, CALLS_FIRST, "\"" },
+    [TEMPLATE_8B]       = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'" },
+};
+
+/* Some bytes within a text. */
+struct piece { const char *s; size_t n; };
+
+struct rendering {
+    const struct conversation *conv;
+    const struct dialect *as;
+    struct rendered *out;
+    struct text parts;                    /* the content of one message      */
+    struct pool pool;
+    struct why *why;
+};
+
+static void rendered_free(struct rendered *r)
+{
+    free(r->text.s);
+    free(r->mark);
+    *r = (struct rendered){ { NULL, 0, 0, 0 }, NULL, 0 };
+}
+
+/* Room for marks doubles whenever their number is a power of two. */
+static void add_mark(struct rendered *r, const char *token)
+{
+    const size_t n = (size_t)r->n_marks;
+    struct mark *mark = r->mark;
+
+    if ((n & (n - 1)) == 0)
+        mark = realloc(mark, (n ? 2 * n : 1) * sizeof *mark);
+    if (!mark || n > MAX_TEXT / sizeof *mark) {
+        r->text.failed = 1;
+        return;
+    }
+    r->mark = mark;
+    r->mark[r->n_marks++] = (struct mark){ r->text.n, strlen(token) };
+    add_string(&r->text, token);
+}
+
+static int begins(const char *s, const char *end, const char *word)
+{
+    const size_t n = strlen(word);
+
+    return (size_t)(end - s) >= n && memcmp(s, word, n) == 0;
+}
+
+/* Where `word` first is from s to `end`, or NULL. */
+static const char *find(const char *s, const char *end, const char *word)
+{
+    while (s < end && (s = memchr(s, *word, (size_t)(end - s))) != NULL) {
+        if (begins(s, end, word))
+            return s;
+        s++;
+    }
+    return NULL;
+}
+
+/* ---- what is good */
+
+static const char *kind(const struct json *v)
+{
+    return v ? json_names[v->type] : "nothing";
+}
+
+/* Absent and null are the same, but for one template. */
+static int is_none(const struct json *v)
+{
+    return !v || v->type == JSON_NULL;
+}
+
+static int check_string(const struct json *v, int i, const char *key,
+                        struct why *why)
+{
+    if (!json_is(v, JSON_STRING))
+        return because(why, USAGE, "messages[%d].%s is %s, expected a string",
+                       i, key, kind(v));
+    if (!json_text(v))
+        return because(why, USAGE, "messages[%d].%s has a NUL character after "
+                       "%zu bytes, expected text", i, key, strlen(v->s));
+    return DONE;
+}
+
+/* Text, or parts that are all text. */
+static int check_content(const struct json *content, int i, struct why *why)
+{
+    const struct json *part = json_is(content, JSON_ARRAY) ? content->first
+                                                           : NULL;
+    int k = 0, code = DONE;
+
+    if (is_none(content))
+        return DONE;
+    if (content->type != JSON_ARRAY)
+        return check_string(content, i, "content", why);
+    for (; part && code == DONE; part = part->next, k++) {
+        char key[40];
+        const char *type = json_text(json_get(part, "type"));
+        snprintf(key, sizeof key, "content[%d].text", k);
+        if (!type || strcmp(type, "text") != 0)
+            return because(why, USAGE, "messages[%d].content[%d] is no part of "
+                           "type \"text\", and this program reads text only", i,
+                           k);
+        code = check_string(json_get(part, "text"), i, key, why);
+    }
+    return code;
+}
+
+/* The function of a tool call, which may be wrapped or not. */
+static const struct json *function_of(const struct json *call)
+{
+    const struct json *function = json_get(call, "function");
+
+    return json_is(function, JSON_OBJECT) ? function : call;
+}
+
+/* Arguments as an object, though OpenAI's clients send them as a string with
+ * JSON; NULL if they are neither. */
+static const struct json *arguments_of(struct pool *pool, const struct json *v)
+{
+    struct json *parsed;
+    struct why why;
+
+    if (is_none(v) || (v->type == JSON_STRING && v->n == 0))
+        return json_object(pool);
+    if (v->type == JSON_STRING && json_parse(pool, v->s, v->n, &parsed, &why)
+        == DONE)
+        v = parsed;
+    return v->type == JSON_OBJECT ? v : NULL;
+}
+
+static int check_calls(struct pool *pool, const struct json *calls, int i,
+                       struct why *why)
+{
+    const struct json *call = calls->first;
+
+    if (calls->type != JSON_ARRAY)
+        return because(why, USAGE, "messages[%d].tool_calls is %s, expected an "
+                       "array", i, kind(calls));
+    for (int k = 0; call; call = call->next, k++) {
+        const struct json *function = function_of(call);
+        if (!json_text(json_get(function, "name")))
+            return because(why, USAGE, "messages[%d].tool_calls[%d] has no "
+                           "function with a name", i, k);
+        if (!arguments_of(pool, json_get(function, "arguments")))
+            return because(why, USAGE, "messages[%d].tool_calls[%d].function."
+                           "arguments is %s, expected an object or a string "
+                           "with one", i, k,
+                           kind(json_get(function, "arguments")));
+    }
+    return DONE;
+}
+
+/* Messages of a "developer" are those of the system under a newer name. */
+static const char *role_of(const struct json *message)
+{
+    static const char *const known[] = { "system", "user", "assistant", "tool",
+                                         "developer" };
+    const char *role = json_text(json_get(message, "role"));
+
+    for (int i = 0; role && i < 5; i++)
+        if (strcmp(role, known[i]) == 0)
+            return known[i < 4 ? i : 0];
+    return NULL;
+}
+
+/* What the model thought before this answer, by either name. */
+static const struct json *thinking_of(const struct json *message)
+{
+    const struct json *v = json_get(message, "thinking");
+
+    v = is_none(v) ? json_get(message, "reasoning_content") : v;
+    return is_none(v) ? NULL : v;
+}
+
+static int check_message(struct pool *pool, const struct json *m, int i,
+                         struct why *why)
+{
+    const struct json *calls = json_get(m, "tool_calls");
+    const struct json *thinking = thinking_of(m);
+    int code;
+
+    if (m->type != JSON_OBJECT)
+        return because(why, USAGE, "messages[%d] is %s, expected an object", i,
+                       kind(m));
+    if (!role_of(m))
+        return because(why, USAGE, "messages[%d].role is %s, expected "
+                       "\"system\", \"user\", \"assistant\" or \"tool\"", i,
+                       json_is(json_get(m, "role"), JSON_STRING) ?
+                       "another string" : kind(json_get(m, "role")));
+    code = check_content(json_get(m, "content"), i, why);
+    if (code == DONE && thinking)
+        code = check_string(thinking, i, "thinking", why);
+    if (code == DONE && !is_none(calls))
+        code = check_calls(pool, calls, i, why);
+    return code;
+}
+
+static int check_conversation(struct pool *pool, const struct conversation *c,
+                              struct why *why)
+{
+    const struct json *m = c->messages, *last = NULL, *tool;
+    int i = 0, code = DONE;
+
+    if (!json_is(m, JSON_ARRAY) || !m->first)
+        return because(why, USAGE, "messages is %s, expected an array of "
+                       "messages", json_is(m, JSON_ARRAY) ? "empty" : kind(m));
+    for (m = m->first; m && code == DONE; m = m->next, i++) {
+        code = check_message(pool, m, i, why);
+        last = m;
+    }
+    if (code != DONE)
+        return code;
+    if (c->continue_last && strcmp(role_of(last), "assistant") != 0)
+        return because(why, USAGE, "messages[%d] is of role %s, expected "
+                       "\"assistant\" to continue it", i - 1, role_of(last));
+    if (!is_none(c->tools) && c->tools->type != JSON_ARRAY)
+        return because(why, USAGE, "tools is %s, expected an array",
+                       kind(c->tools));
+    tool = is_none(c->tools) ? NULL : c->tools->first;
+    for (i = 0; tool; tool = tool->next, i++)
+        if (tool->type != JSON_OBJECT && tool->type != JSON_STRING)
+            return because(why, USAGE, "tools[%d] is %s, expected an object", i,
+                           kind(tool));
+    return DONE;
+}
+
+/* ---- as Python has it */
+
+/* What Python's str.strip() takes away. */
+static int is_blank(uint32_t c)
+{
+    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 ||
+           c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+           c == 0x3000;
+}
+
+static struct piece trim(const char *s, const char *end)
+{
+    uint32_t c;
+    int n = 0;
+
+    while (s < end && (n = utf8_get(s, end, &c)) > 0 && is_blank(c))
+        s += n;
+    while (s < end) {
+        const char *p = end - 1;
+        while (p > s && (*p & 0xc0) == 0x80)
+            p--;
+        if (utf8_get(p, end, &c) == 0 || !is_blank(c))
+            break;
+        end = p;
+    }
+    return (struct piece){ s, (size_t)(end - s) };
+}
+
+/* Characters that repr() escapes, but for those no one has assigned yet. */
+static int is_printable(uint32_t c)
+{
+    static const uint32_t hidden[][2] = {
+        { 0, 0x1f }, { 0x7f, 0xa0 }, { 0xad, 0xad }, { 0x600, 0x605 },
+        { 0x61c, 0x61c }, { 0x6dd, 0x6dd }, { 0x70f, 0x70f }, { 0x890, 0x891 },
+        { 0x8e2, 0x8e2 }, { 0x1680, 0x1680 }, { 0x180e, 0x180e },
+        { 0x2000, 0x200f }, { 0x2028, 0x202f }, { 0x205f, 0x206f },
+        { 0x3000, 0x3000 }, { 0xe000, 0xf8ff }, { 0xfeff, 0xfeff },
+        { 0xfff9, 0xfffb }, { 0x110bd, 0x110bd }, { 0x110cd, 0x110cd },
+        { 0x13430, 0x1343f }, { 0x1bca0, 0x1bca3 }, { 0x1d173, 0x1d17a },
+        { 0xe0001, 0xe007f }, { 0xf0000, 0x10ffff }
+    };
+
+    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
+        if (c >= hidden[i][0] && c <= hidden[i][1])
+            return 0;
+    return 1;
+}
+
+/* A string as repr() writes it. */
+static void add_python_string(struct text *t, const char *s, size_t n)
+{
+    const char *const end = s + n;
+    const int quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
+    uint32_t c;
+
+    add_format(t, "%c", quote);
+    for (int size; s < end; s += size) {
+        size = utf8_get(s, end, &c);
+        size = size ? size : 1;
+        if (c == '\\' || c == (uint32_t)quote)
+            add_format(t, "\\%c", (int)c);
+        else if (c == '\n' || c == '\r' || c == '\t')
+            add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
+        else if (is_printable(c))
+            add(t, s, (size_t)size);
+        else
+            add_format(t, c < 0x100 ? "\\x%02lx" : c < 0x10000 ? "\\u%04lx" :
+                       "\\U%08lx", (unsigned long)c);
+    }
+    add_format(t, "%c", quote);
+}
+
+/* The value of an argument in a call: Python's, but for strings and dicts. */
+static void add_argument(struct text *t, const struct json *v,
+                         const char *quote)
+{
+    static const struct notation python = {
+        { "None", "False", "True" }, "inf", add_python_string
+    };
+
+    if (v->type == JSON_STRING && quote) {
+        add_string(t, quote);
+        add(t, v->s, v->n);
+        add_string(t, quote);
+    } else if (v->type == JSON_STRING || v->type == JSON_OBJECT)
+        add_json(t, v);
+    else
+        add_tree(t, v, &python);
+}
+
+/* ---- the parts of a conversation */
+
+static void put_system(struct rendering *r, struct piece text)
+{
+    const struct json *tools = r->conv->tools, *tool;
+    struct text *t = &r->out->text;
+    const int n_tools = !is_none(tools) && tools->first;
+
+    if (text.n == 0 && !n_tools)
+        return;
+    add_mark(r->out, TURN_START);
+    add_string(t, "system\n");
+    add(t, text.s, text.n);
+    if (n_tools && text.n > 0)
+        add_string(t, r->as->dated ? "\n\n" : "\n");
+    if (n_tools && r->as->dated) {
+        add_format(t, "Today's date: %s\n\nList of tools: ", r->conv->date);
+        add_json(t, tools);
+    } else if (n_tools) {
+        add_string(t, "List of tools: ");
+        if (r->as->marked)
+            add_mark(r->out, "<|tool_list_start|>");
+        for (tool = tools->first; tool; tool = tool->next) {
+            add_string(t, tool == tools->first ? "[" : ", ");
+            if (tool->type == JSON_STRING)
+                add(t, tool->s, tool->n);
+            else
+                add_json(t, tool);
+        }
+        add_string(t, "]");
+        if (r->as->marked)
+            add_mark(r->out, "<|tool_list_end|>");
+    }
+    add_mark(r->out, TURN_END);
+    add_string(t, "\n");
+}
+
+static void put_calls(struct rendering *r, const struct json *calls)
+{
+    const struct json *call = calls->first, *arg;
+    struct text *t = &r->out->text;
+
+    add_mark(r->out, CALL_START);
+    add_string(t, "[");
+    for (; call; call = call->next) {
+        const struct json *function = function_of(call);
+        const struct json *name = json_get(function, "name");
+        const struct json *args =
+            arguments_of(&r->pool, json_get(function, "arguments"));
+        add(t, name->s, name->n);
+        add_string(t, "(");
+        for (arg = args ? args->first : NULL; arg; arg = arg->next) {
+            add(t, arg->key, arg->n_key);
+            add_string(t, "=");
+            add_argument(t, arg, r->as->quote);
+            add_string(t, arg->next ? ", " : "");
+        }
+        add_string(t, call->next ? "), " : ")");
+    }
+    add_string(t, "]");
+    add_mark(r->out, CALL_END);
+}
+
+/* Clients hand calls back with their markers in the content. */
+static void put_answer(struct rendering *r, struct piece text)
+{
+    const char *const end = text.s + text.n, *p = text.s, *from = p;
+
+    while ((p = find(p, end, "<|tool_call_")) != NULL) {
+        const char *token = begins(p, end, CALL_START) ? CALL_START :
+                            begins(p, end, CALL_END) ? CALL_END : NULL;
+        if (!token) {
+            p++;
+            continue;
+        }
+        add(&r->out->text, from, (size_t)(p - from));
+        add_mark(r->out, token);
+        from = p += strlen(token);
+    }
+    add(&r->out->text, from, (size_t)(end - from));
+}
+
+/* The text of a message, its parts joined. */
+static struct piece content_of(struct rendering *r, const struct json *message)
+{
+    const struct json *content = json_get(message, "content"), *part;
+
+    if (json_is(content, JSON_STRING))
+        return (struct piece){ content->s, content->n };
+    r->parts.n = 0;
+    part = json_is(content, JSON_ARRAY) ? content->first : NULL;
+    for (; part; part = part->next) {
+        const struct json *text = json_get(part, "text");
+        add(&r->parts, text->s, text->n);
+    }
+    r->out->text.failed |= r->parts.failed;
+    return (struct piece){ r->parts.n ? r->parts.s : "", r->parts.n };
+}
+
+/* The text behind the last </think>, trimmed; all of it if there is none. */
+static struct piece without_thought(struct piece text)
+{
+    const char *const end = text.s + text.n, *p = text.s, *last = NULL;
+
+    while ((p = find(p, end, "</think>")) != NULL)
+        last = p += strlen("</think>");
+    return last ? trim(last, end) : text;
+}
+
+/* A `recent` answer keeps what was thought before it.  Of the templates that
+ * write down calls, only the newest leaves out an empty list of them. */
+static void put_assistant(struct rendering *r, const struct json *m, int recent)
+{
+    const struct json *thinking = thinking_of(m);
+    const struct json *calls = json_get(m, "tool_calls");
+    const int order = is_none(calls) || (!r->as->quote && !calls->first) ?
+                      NO_CALLS : r->as->calls;
+    struct piece text = content_of(r, m);
+
+    if (thinking && r->as->calls != NO_CALLS && recent) {
+        add_mark(r->out, "<think>");
+        add(&r->out->text, thinking->s, thinking->n);
+        add_mark(r->out, "</think>");
+    }
+    if (order == CALLS_FIRST)
+        put_calls(r, calls);
+    put_answer(r, recent ? text : without_thought(text));
+    if (order == CALLS_LAST)
+        put_calls(r, calls);
+}
+
+static void put_message(struct rendering *r, const struct json *m, int recent)
+{
+    const char *role = role_of(m);
+    const int wrapped = r->as->marked && strcmp(role, "tool") == 0;
+    struct piece text;
+
+    add_mark(r->out, TURN_START);
+    add_string(&r->out->text, role);
+    add_string(&r->out->text, "\n");
+    if (strcmp(role, "assistant") == 0)
+        put_assistant(r, m, recent);
+    else {
+        text = content_of(r, m);
+        if (wrapped)
+            add_mark(r->out, "<|tool_response_start|>");
+        add(&r->out->text, text.s, text.n);
+        if (wrapped)
+            add_mark(r->out, "<|tool_response_end|>");
+    }
+    /* The template of VL forgets the end of a message without content. */
+    if ((!m->next && r->conv->continue_last) ||
+        (r->as->calls == CALLS_FIRST && !json_get(m, "content")))
+        return;
+    add_mark(r->out, TURN_END);
+    add_string(&r->out->text, "\n");
+}
+
+/* The answers from here on keep their thoughts: the last one, or those after
+ * the last question. */
+static const struct json *recent_from(const struct rendering *r,
+                                      const struct json *m)
+{
+    const int question = r->as->thoughts == SINCE_QUESTION;
+    const struct json *from = question ? m : NULL;
+
+    if (r->as->thoughts == ALL || r->conv->keep_thinking)
+        return m;
+    for (; m; m = m->next)
+        if (strcmp(role_of(m), question ? "user" : "assistant") == 0)
+            from = m;
+    return from;
+}
+
+static void put_conversation(struct rendering *r)
+{
+    const struct json *m = r->conv->messages->first, *recent;
+    const int system = strcmp(role_of(m), "system") == 0;
+    int is_recent = 0;
+
+    add_mark(r->out, BOS);
+    put_system(r, system ? content_of(r, m) : (struct piece){ "", 0 });
+    m = system ? m->next : m;
+    recent = recent_from(r, m);
+    for (; m; m = m->next) {
+        is_recent |= m == recent;
+        put_message(r, m, is_recent);
+    }
+    if (!r->conv->generate || r->conv->continue_last)
+        return;
+    add_mark(r->out, TURN_START);
+    add_string(&r->out->text, "assistant\n");
+    if (r->conv->open_thought)
+        add_mark(r->out, "<think>");
+}
+
+/* A conversation as the template writes it; DONE, USAGE or NO_MEMORY.  The
+ * caller releases *out in any case. */
+static int render(const struct conversation *conv, int template,
+                  struct rendered *out, struct why *why)
+{
+    struct rendering r = { .conv = conv, .out = out };
+    int code;
+
+    *out = (struct rendered){ { NULL, 0, 0, 0 }, NULL, 0 };
+    if (template <= TEMPLATE_AUTO || template >= TEMPLATE_NONE)
+        return because(why, USAGE, "the model has no chat template, expected a "
+                       "prompt and no messages");
+    r.as = &dialects[template];
+    code = check_conversation(&r.pool, conv, why);
+    if (code == DONE)
+        put_conversation(&r);
+    if (out->text.failed || r.pool.failed)
+        code = because(why, NO_MEMORY, "no memory for the conversation");
+    free(r.parts.s);
+    pool_free(&r.pool);
+    return code;
+}
+
+/* ---- its tokens */
+
+/* The id of a mark; or -1, and then it is no mark but text. */
+static int32_t mark_id(const lfm2_tokenizer *words, const struct rendered *r,
+                       const struct mark *m)
+{
+    char token[32];
+
+    snprintf(token, sizeof token, "%.*s", (int)m->n, r->text.s + m->from);
+    return strcmp(token, BOS) == 0 ? lfm2_bos(words) :
+           lfm2_token_id(words, token);
+}
+
+/* What lies between two marks is one piece of text.  With `special`, control
+ * tokens written in it count, too. */
+static int encode_rendered(const lfm2_tokenizer *words,
+                           const struct rendered *r, int special,
+                           struct ids *out)
+{
+    const int flags = special ? LFM2_ENCODE_SPECIAL : 0;
+    const int room = (int)r->text.n + 1;
+    size_t at = 0;
+
+    if (lfm2_token_id(words, TURN_START) < 0 ||
+        lfm2_token_id(words, TURN_END) < 0)
+        return say(BAD_MODEL, "the chat format needs the tokens " TURN_START
+                   " and " TURN_END ", which the vocabulary lacks");
+    if (alloc_ids(out, (size_t)room) != DONE)
+        return NO_MEMORY;
+    out->n = 0;
+    for (int i = 0; i <= r->n_marks; i++) {
+        const struct mark end = { r->text.n, 0 };
+        const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
+        const int32_t id = m->n ? mark_id(words, r, m) : -1;
+        int n;
+        if (m->n && id < 0 && i > 0)      /* the first is BOS, or nothing    */
+            continue;
+        n = lfm2_encode(words, r->text.s + at, m->from - at, flags,
+                        out->id + out->n, room - out->n);
+        if (n < 0)
+            return say(NO_MEMORY, "no memory for %zu bytes of text", r->text.n);
+        out->n += n;
+        if (id >= 0)
+            out->id[out->n++] = id;
+        at = m->from + m->n;
+    }
+    return DONE;
+}
+
+/* ---- which one a model wants */
+
+/* The date as the templates that ask for it see it: of the local clock. */
+static void today(char date[11])
+{
+    const time_t now = time(NULL);
+    struct tm tm;
+
+    if (!localtime_r(&now, &tm) || strftime(date, 11, "%Y-%m-%d", &tm) == 0)
+        memcpy(date, "1970-01-01", 11);
+}
+
+/* Lines may end in CR LF, and what is blank at the end does not matter. */
+static uint64_t template_hash(const char *s, size_t n)
+{
+    uint64_t h = HASH_START;
+
+    while (n > 0 && strchr(" \t\r\n", s[n - 1]))
+        n--;
+    for (size_t i = 0; i < n; i++)
+        if (s[i] != '\r' || i + 1 == n || s[i + 1] != '\n')
+            h = hash_bytes(h, s + i, 1);
+    return h;
+}
+
+/* An edited template is still like one of ours in what matters. */
+static int template_by_text(const char *s, const char *end)
+{
+    const char *calls = find(s, end, "render_tool_calls(message");
+    const char *content = find(s, end, "parse_content(message.content)");
+
+    if (find(s, end, "<|tool_list_start|>"))
+        return TEMPLATE_LFM2;
+    if (find(s, end, "preserve_thinking"))
+        return TEMPLATE_8B;
+    if (find(s, end, "Today's date") || find(s, end, "strftime_now"))
+        return calls && content && calls < content ? TEMPLATE_VL : TEMPLATE_NEW;
+    return find(s, end, "List of tools: [") ? TEMPLATE_INSTRUCT : TEMPLATE_AUTO;
+}
+
+static int name_has(const lfm2_model *model, const char *word)
+{
+    static const char *const key[] = { "general.name", "general.basename" };
+    size_t n;
+
+    for (int i = 0; i < 2; i++) {
+        const char *s = lfm2_model_string(model, key[i], &n);
+        if (s && find(s, s + n, word))
+            return 1;
+    }
+    return 0;
+}
+
+static int template_by_model(const lfm2_model *model,
+                             const lfm2_tokenizer *words)
+{
+    if (lfm2_n_vocab(words) > 100000)
+        return TEMPLATE_8B;
+    if (!name_has(model, "2.5"))
+        return TEMPLATE_LFM2;
+    return name_has(model, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
+}
+
+/* The template of a model, and a sentence about how it was found.  *known is 0
+ * if the one in the file is none of those that this program was tested with. */
+static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
+                           int *known, struct why *evidence)
+{
+    static const struct { uint64_t hash; int template; } published[] = {
+        { 0x64c90fcede246b34u, TEMPLATE_LFM2 },
+        { 0xe176bd72cee9ff33u, TEMPLATE_LFM2 },     /* of test/tiny.gguf     */
+        { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT },
+        { 0x7aeb1f9c89e15fb8u, TEMPLATE_NEW },
+        { 0x6ebe17e9a93f4638u, TEMPLATE_VL },
+        { 0x9b5e9322adfff1aau, TEMPLATE_8B }
+    };
+    size_t n;
+    const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
+    const uint64_t hash = s ? template_hash(s, n) : 0;
+    int template;
+
+    *known = 1;
+    if (!s)
+        return because(evidence, TEMPLATE_NONE, "the file has no chat template,"
+                       " so text is continued as it is");
+    for (size_t i = 0; i < sizeof published / sizeof *published; i++)
+        if (published[i].hash == hash)
+            return because(evidence, published[i].template, "chat template %s: "
+                           "the one in the file, by its hash %016llx",
+                           template_names[published[i].template],
+                           (unsigned long long)hash);
+    *known = 0;
+    template = template_by_text(s, s + n);
+    if (template != TEMPLATE_AUTO)
+        return because(evidence, template, "chat template %s: the one in the "
+                       "file has an unknown hash, %016llx, but words of this "
+                       "one", template_names[template],
+                       (unsigned long long)hash);
+    template = template_by_model(model, words);
+    return because(evidence, template, "chat template %s: by name and "
+                   "vocabulary of the model, as the one in the file is unknown "
+                   "(hash %016llx)", template_names[template],
+                   (unsigned long long)hash);
+}
+
+/* ------------------------------------------------------------ 6. Tool calls
+ *
+ * A model that wants a tool writes <|tool_call_start|>, Python, and
+ * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some write JSON
+ * there: {"name": "time", "arguments": {}}.  Literals of both kinds are read
+ * alike, and strings with quotes inside that lack a backslash, too.  What is
+ * still not understood is left in the text. */
+
+/* {"name": ..., "arguments": {...}} out of a call in either notation, or NULL.
+ * An argument without a name is good if it is the only one, and a dict. */
+static struct json *call_of(struct pool *pool, const struct json *v)
+{
+    const struct json *args = v, *function = function_of(v);
+    struct json *name = json_get(function, "name");
+    struct json *out = json_object(pool);
+
+    if (v->type == JSON_OBJECT && v->close == ')') {
+        name = json_string(pool, v->s, v->n);
+        if (args->first && args->first->n_key == 0)
+            args = args->first->next ? NULL : args->first;
+    } else {
+        args = json_get(function, "arguments");
+        if (!args)
+            args = json_get(function, "parameters");
+        args = arguments_of(pool, args);
+    }
+    if (!json_text(name) || !json_is(args, JSON_OBJECT))
+        return NULL;
+    json_set(pool, out, "name", name);
+    json_set(pool, out, "arguments", args);
+    return out;
+}
+
+/* What stands between two markers: calls, or one list of them; all or none. */
+static int read_calls(struct pool *pool, const char *s, const char *end,
+                      struct json *calls)
+{
+    struct json root = { .type = JSON_ARRAY, .close = EOF };
+    struct json *found = json_array(pool), *v;
+    struct why why;
+    struct reader r = { .pool = pool, .start = s, .at = s, .end = end,
+                        .python = 1, .why = &why };
+
+    if (!found || read_tree(&r, &root) != DONE)
+        return USAGE;
+    v = root.first->type == JSON_ARRAY && !root.first->next ? root.first->first
+                                                            : root.first;
+    for (; v; v = v->next) {
+        struct json *call = call_of(pool, v);
+        if (!call)
+            return USAGE;
+        json_append(pool, found, call);
+    }
+    for (v = found->first; v; v = v->next)
+        json_append(pool, calls, v);
+    return DONE;
+}
+
+/* The calls in an answer as an array; the text around them, and calls that were
+ * not understood, markers included, go to `rest`.  Returns how many were not
+ * understood.  A call at the end may lack its last marker; one that is not
+ * complete does not count if the answer was `cut` for its length.  No memory
+ * shows in pool->failed and rest->failed. */
+static int parse_calls(struct pool *pool, const char *s, size_t n, int cut,
+                       struct json **calls, struct text *rest)
+{
+    const char *const end = s + n, *start, *stop;
+    int bad = 0;
+
+    *calls = json_array(pool);
+    while ((start = find(s, end, CALL_START)) != NULL) {
+        add(rest, s, (size_t)(start - s));
+        s = start + strlen(CALL_START);
+        for (stop = s; (stop = find(stop, end, "<|tool_call_")); stop++)
+            if (begins(stop, end, CALL_START) || begins(stop, end, CALL_END))
+                break;
+        stop = stop ? stop : end;
+        const int good = read_calls(pool, s, stop, *calls) == DONE;
+        s = stop + (begins(stop, end, CALL_END) ? strlen(CALL_END) : 0);
+        if (!good)
+            add(rest, start, (size_t)(s - start));
+        bad += !good && !(cut && stop == end);
+    }
+    add(rest, s, (size_t)(end - s));
+    return bad;
+}
+
+/* ------------------------------------------------------ 7. Tokens in and out
  *
  * --tokenize, --detokenize and --export-tokenizer need a vocabulary only. */
 
@@ -805,7 +2647,7 @@ static int work_on_words(const struct settings *s)
     return code;
 }
 
-/* -------------------------------------------------------------- 5. --inspect
+/* -------------------------------------------------------------- 8. --inspect
  *
  * What is in the file, in the terms its makers use, and what it will take to
  * run it. */
@@ -1019,45 +2861,226 @@ static void inspect(const struct settings *s, const lfm2_model *m)
         inspect_all(m);
 }
 
-/* ------------------------------------------- 6. The prompt and its answer */
+static int inspect_file(const struct settings *s)
+{
+    lfm2_model *m;
+    lfm2_error err;
 
-struct session {
+    if (lfm2_model_open(&m, s->model, s->no_mmap ? LFM2_LOAD_READ :
+                        LFM2_LOAD_MAP, &err) != LFM2_OK)
+        return report(s->model, &err);
+    inspect(s, m);
+    lfm2_model_close(m);
+    return DONE;
+}
+
+/* ---------------------------------------------------- 9. The model in use */
+
+/* Logits of a whole prompt come in chunks of this many tokens, so that the
+ * memory for them does not grow with it. */
+enum { LOGITS_CHUNK = 64 };
+
+/* How words are chosen, before a seed. */
+struct sampling {
+    double temp;
+    int top_k;
+    double top_p, min_p, repeat;
+    int last_n;
+};
+
+struct engine {
     const struct settings *s;
     lfm2_model *model;
     lfm2_tokenizer *words;                /* NULL: ids in, logits out        */
     lfm2_context *ctx;
     lfm2_params par;
-    int raw;                              /* no chat template                */
-    struct ids ids;                       /* the prompt, then the answer     */
+    int template;                         /* TEMPLATE_NONE: plain text       */
+    int opens_thought;                    /* the prompt ends with <think>    */
+    struct sampling sampling;
+    char date[12];
+    struct ids *cached;                   /* [n_seq]: tokens in the cache    */
+    lfm2_span *span;                      /* [n_seq]                         */
+    float *unbent;                        /* [n_vocab]: logits as they came  */
 };
 
-static int open_model(struct session *e)
+/* ---- presets
+ *
+ * What the makers publish for each model, found by its name: the first row all
+ * of whose words are in it.  The small models for one task are greedy. */
+
+static const struct preset_row {
+    const char *name, *words[2];
+    struct sampling is;
+} presets[] = {
+    { "LFM2 Extract", { "-extract", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2 RAG", { "-rag", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2 Tool", { "-tool", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2 PII", { "-pii", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2 MT", { "-mt", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2-VL", { "-vl", "" }, { 0.1, 0, 1, 0.15, 1.05, 64 } },
+    { "LFM2.5-8B-A1B", { "lfm2.5", "-8b" }, { 0.2, 80, 1, 0, 1.05, 64 } },
+    { "LFM2.5-2.6B", { "lfm2.5", "-2.6b" }, { 0.1, 50, 1, 0, 1.1, 64 } },
+    { "LFM2.5-Thinking", { "lfm2.5", "-thinking" },
+      { 0.05, 50, 1, 0, 1.05, 64 } },
+    { "LFM2.5-JP-202606", { "lfm2.5", "-jp-202606" },
+      { 0.1, 50, 1, 0, 1.05, 64 } },
+    { "LFM2.5-JP", { "lfm2.5", "-jp" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
+    { "LFM2.5-Base", { "lfm2.5", "-base" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
+    { "LFM2.5", { "lfm2.5", "" }, { 0.1, 50, 1, 0, 1.05, 64 } },
+    { "LFM2-24B-A2B", { "-24b", "" }, { 0.1, 50, 1, 0, 1.05, 64 } },
+    { "LFM2", { "", "" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
+};
+
+/* All the file says of its name, like "lfm2-1.2b-extract", and what its sizes
+ * say of it. */
+static void describe(const lfm2_model *m, struct text *out)
 {
-    const struct settings *s = e->s;
-    lfm2_error err;
+    static const char *const key[] = {
+        "general.name", "general.basename", "general.finetune",
+        "general.size_label"
+    };
+    const lfm2_config *c = lfm2_model_config(m);
     size_t n;
 
-    if (lfm2_model_open(&e->model, s->model, s->no_mmap ? LFM2_LOAD_READ :
-                        LFM2_LOAD_MAP, &err) != LFM2_OK)
-        return report(s->model, &err);
-    e->par = choose_params(s, e->model);
-    e->raw = s->raw || s->ids;
-    if (s->inspect || e->raw ||
-        lfm2_model_string(e->model, "tokenizer.chat_template", &n))
+    for (int i = 0; i < 4; i++) {
+        const char *s = lfm2_model_string(m, key[i], &n);
+        add_string(out, " -");
+        add(out, s ? s : "", s ? n : 0);
+    }
+    if (c->n_vocab >= 128000)
+        add_string(out, c->n_expert ? " lfm2.5-8b" : " lfm2.5-2.6b");
+    if (c->n_expert == 64)
+        add_string(out, " lfm2-24b");
+    for (size_t i = 0; i < out->n; i++)
+        if (out->s[i] == '_' || out->s[i] == ' ')
+            out->s[i] = '-';
+        else if (out->s[i] >= 'A' && out->s[i] <= 'Z')
+            out->s[i] = (char)(out->s[i] - 'A' + 'a');
+}
+
+static const struct preset_row *find_preset(const lfm2_model *m)
+{
+    const struct preset_row *p = presets;
+    struct text name = { 0 };
+
+    describe(m, &name);
+    while (!name.failed && !(strstr(name.s, p->words[0]) &&
+                             strstr(name.s, p->words[1])))
+        p++;
+    free(name.s);
+    return p;
+}
+
+/* A number in the metadata; 0 if there is none. */
+static int file_number(const lfm2_model *m, const char *key, double *out)
+{
+    char value[64], *end;
+    const char *found;
+
+    for (int i = 0; (found = lfm2_model_key(m, i, value, sizeof value)); i++)
+        if (strcmp(found, key) == 0) {
+            const double x = strtod(value, &end);
+            if (end == value || *end || !(x >= 0 && x <= 1e6))
+                return 0;
+            *out = x;
+            return 1;
+        }
+    return 0;
+}
+
+static double given_or(double given, double otherwise)
+{
+    return given != UNSET ? given : otherwise;
+}
+
+/* The file's own wishes come before the table, and options before both.  A
+ * penalty would only spoil a greedy choice, so then it must be asked for. */
+static struct sampling choose_sampling(const struct settings *s,
+                                       const lfm2_model *m)
+{
+    const struct preset_row *p = find_preset(m);
+    struct sampling to = p->is;
+    double top_k = p->is.top_k, last_n = p->is.last_n;
+    int named = 0;
+
+    named += file_number(m, "general.sampling.temp", &to.temp);
+    named += file_number(m, "general.sampling.top_k", &top_k);
+    named += file_number(m, "general.sampling.top_p", &to.top_p);
+    named += file_number(m, "general.sampling.min_p", &to.min_p);
+    named += file_number(m, "general.sampling.penalty_repeat", &to.repeat);
+    named += file_number(m, "general.sampling.penalty_last_n", &last_n);
+    to.temp = given_or(s->temp, to.temp);
+    to.top_k = (int)given_or(s->top_k, top_k);
+    to.top_p = given_or(s->top_p, to.top_p);
+    to.min_p = given_or(s->min_p, to.min_p);
+    to.repeat = given_or(s->repeat, s->temp == 0 ? 1 : to.repeat);
+    to.last_n = (int)given_or(s->repeat_last_n, last_n);
+    if (s->verbose)
+        say(DONE, "preset %s%s: temperature %g, top-k %d, top-p %g, min-p %g, "
+            "repeat penalty %g over %d", p->name, named ? " and the file's own "
+            "general.sampling" : "", to.temp, to.top_k, to.top_p, to.min_p,
+            to.repeat, to.last_n);
+    return to;
+}
+
+static lfm2_sampler make_sampler(const struct sampling *is, uint64_t seed)
+{
+    return (lfm2_sampler){
+        (float)is->temp, is->top_k, (float)is->top_p, (float)is->min_p,
+        (float)is->repeat, is->last_n < 0 ? 1 << 30 : is->last_n, seed
+    };
+}
+
+/* ---- opening */
+
+/* Does the file's template end the prompt inside a thought? */
+static int opens_thought(const lfm2_model *m)
+{
+    static const char opening[] = "<|im_start|>assistant\\n<think>";
+    const size_t len = strlen(opening);
+    size_t n = 0;
+    const char *s = lfm2_model_string(m, "tokenizer.chat_template", &n);
+
+    for (; s && n >= len; s++, n--)
+        if (memcmp(s, opening, len) == 0)
+            return 1;
+    return 0;
+}
+
+/* Which format the conversation has, or that there is none. */
+static int settle_template(struct engine *e)
+{
+    const struct settings *s = e->s;
+    struct why why = { "" };
+    int known = 1;
+
+    e->template = s->template;
+    if (s->raw || s->ids)
+        e->template = TEMPLATE_NONE;
+    else if (s->template == TEMPLATE_AUTO)
+        e->template = choose_template(e->model, e->words, &known, &why);
+    if (s->verbose)
+        say(DONE, "template %s%s%s", template_names[e->template],
+            why.s[0] ? ": " : "", why.s);
+    else if (!known && !s->quiet)
+        say(DONE, "%s: %s", s->model, why.s);
+    e->opens_thought = e->template != TEMPLATE_NONE && e->words &&
+                       opens_thought(e->model);
+    if (e->template != TEMPLATE_NONE || s->raw || s->ids)
         return DONE;
-    if (s->system)
-        return say(USAGE, "%s: no chat template, so -sys cannot be used",
-                   s->model);
+    if (s->system || s->messages || s->tools || s->interactive)
+        return say(USAGE, "%s: no chat template, so %s cannot be used; "
+                   "--template names one", s->model, s->system ? "-sys" :
+                   s->messages ? "--messages" : s->tools ? "--tools" : "-cnv");
     if (!s->quiet && !s->logits)
         say(DONE, "%s: no chat template, the prompt is continued as plain "
             "text", s->model);
-    e->raw = 1;
     return DONE;
 }
 
 /* A model may have spare rows behind its own vocabulary; a vocabulary from
  * elsewhere that is shorter is another model's. */
-static int open_model_words(struct session *e)
+static int open_model_words(struct engine *e)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
     int code, n;
@@ -1075,108 +3098,825 @@ static int open_model_words(struct session *e)
     return DONE;
 }
 
-/* The prompt as one turn of a conversation. */
-static int encode_chat(struct session *e, const struct text *t)
+static int open_model(struct engine *e)
 {
-    const lfm2_message turn[2] = {
-        { "system", e->s->system ? e->s->system : "" }, { "user", t->s }
-    };
-    const lfm2_message *first = e->s->system ? turn : turn + 1;
-    const int n_turns = e->s->system ? 2 : 1;
-    int n;
-
-    if (strlen(t->s) != t->n)
-        return say(USAGE, "the prompt has a NUL byte after %zu bytes, expected "
-                   "text", strlen(t->s));
-    n = lfm2_chat(e->words, first, n_turns, 1, NULL, 0);
-    if (n < 0)
-        return say(n == LFM2_ENOMEM ? NO_MEMORY : BAD_MODEL, "%s: the chat "
-                   "format needs <|im_start|> and <|im_end|>; try --raw",
-                   e->s->model);
-    if (alloc_ids(&e->ids, (size_t)n) != DONE)
-        return NO_MEMORY;
-    e->ids.n = lfm2_chat(e->words, first, n_turns, 1, e->ids.id, n);
-    return DONE;
-}
-
-/* One newline at the end of a file or pipe is not part of the prompt. */
-static int read_prompt(struct session *e)
-{
-    struct text t = { 0 };
-    int code;
-
-    if (e->s->ids)
-        return read_ids(e->s->ids, &e->ids);
-    code = read_text(e->s, &t);
-    if (code == DONE && !e->s->prompt && t.n > 0 && t.s[t.n - 1] == '\n')
-        t.s[--t.n] = '\0';
-    if (code == DONE && !e->s->prompt && !e->s->file && t.n == 0)
-        code = usage("no prompt: standard input is empty");
-    if (code == DONE && !e->raw)
-        code = encode_chat(e, &t);
-    else if (code == DONE)
-        code = encode(e->s, e->words, t.s, t.n, e->s->bos ||
-                      lfm2_add_bos(e->words), &e->ids);
-    free(t.s);
-    return code;
-}
-
-/* Make room for the longest answer, too. */
-static int check_prompt(struct session *e)
-{
-    const int n_ctx = e->par.n_ctx;
-    int32_t *id;
-
-    if (e->ids.n == 0)
-        return say(USAGE, "the prompt has no tokens");
-    if (e->ids.n > n_ctx)
-        return say(TOO_LONG, "the prompt has %d tokens, the context %d; -c N "
-                   "makes it longer", e->ids.n, n_ctx);
-    id = realloc(e->ids.id, ((size_t)n_ctx + 1) * sizeof *id);
-    if (!id)
-        return say(NO_MEMORY, "no memory for %d tokens", n_ctx);
-    e->ids.id = id;
-    return DONE;
-}
-
-/* Append n tokens; the logits of the last n_logits will be there. */
-static int forward(struct session *e, const int32_t *tokens, int n,
-                   int n_logits)
-{
-    const lfm2_span span = { 0, tokens, n, n_logits };
+    const struct settings *s = e->s;
     lfm2_error err;
 
-    if (lfm2_forward(e->ctx, &span, 1, &err) == LFM2_OK)
+    if (lfm2_model_open(&e->model, s->model, s->no_mmap ? LFM2_LOAD_READ :
+                        LFM2_LOAD_MAP, &err) != LFM2_OK)
+        return report(s->model, &err);
+    e->par = choose_params(s, e->model);
+    for (int i = 0; !s->quiet && lfm2_model_warning(e->model, i); i++)
+        say(DONE, "%s: %s", s->model, lfm2_model_warning(e->model, i));
+    return DONE;
+}
+
+static void print_settings(struct engine *e)
+{
+    const lfm2_params p = lfm2_context_params(e->ctx);
+
+    say(DONE, "context %d, batch %d, threads %d, isa %s, kv %s; %s beside the "
+        "file", p.n_ctx, p.n_batch, p.n_threads, isa_name[p.isa],
+        kv_name(p.kv_type),
+        amount((double)lfm2_context_size(e->model, &p), "B").s);
+}
+
+static int open_context(struct engine *e)
+{
+    const int n_train = lfm2_model_config(e->model)->n_ctx_train;
+    lfm2_error err;
+
+    if (lfm2_context_open(&e->ctx, e->model, &e->par, &err) != LFM2_OK)
+        return report(e->s->model, &err);
+    e->cached = calloc((size_t)e->par.n_seq, sizeof *e->cached);
+    e->span = calloc((size_t)e->par.n_seq, sizeof *e->span);
+    e->unbent = calloc((size_t)lfm2_model_config(e->model)->n_vocab,
+                       sizeof *e->unbent);
+    if (!e->cached || !e->span || !e->unbent)
+        return say(NO_MEMORY, "no memory for %d sequences", e->par.n_seq);
+    for (int i = 0; i < e->par.n_seq; i++)
+        if (alloc_ids(&e->cached[i], (size_t)e->par.n_ctx + 1) != DONE)
+            return NO_MEMORY;
+    if (e->s->verbose)
+        print_settings(e);
+    if (e->par.n_ctx > n_train && !e->s->quiet)
+        say(DONE, "%s: a context of %d tokens, but the model was trained for "
+            "%d", e->s->model, e->par.n_ctx, n_train);
+    return DONE;
+}
+
+/* Everything but the context, which takes the most memory. */
+static int open_engine(struct engine *e)
+{
+    const struct settings *s = e->s;
+    int code = open_model(e);
+
+    if (code == DONE)
+        code = open_model_words(e);
+    if (code == DONE)
+        code = settle_template(e);
+    if (code != DONE)
+        return code;
+    e->sampling = choose_sampling(s, e->model);
+    if (s->date)
+        snprintf(e->date, sizeof e->date, "%s", s->date);
+    else
+        today(e->date);
+    if (s->logits || s->logprobs >= 0)
+        e->par.n_logits = LOGITS_CHUNK;
+    return DONE;
+}
+
+static void close_engine(struct engine *e)
+{
+    for (int i = 0; e->cached && i < e->par.n_seq; i++)
+        free(e->cached[i].id);
+    free(e->cached);
+    free(e->span);
+    free(e->unbent);
+    lfm2_context_close(e->ctx);
+    lfm2_tokenizer_close(e->words);
+    lfm2_model_close(e->model);
+}
+
+/* A signal stops the work; a second one before the first was heard ends the
+ * program at once. */
+static lfm2_context *volatile running;
+static volatile sig_atomic_t interrupted, last_signal;
+
+static void on_interrupt(int signal_number)
+{
+    if (interrupted++)
+        _exit(128 + signal_number);
+    last_signal = signal_number;
+    if (running)
+        lfm2_cancel(running);
+}
+
+/* Without SA_RESTART, so that waiting for a line ends, too. */
+static void catch_interrupt(void)
+{
+    struct sigaction action = { .sa_handler = on_interrupt };
+
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+/* ------------------------------------------------------------ 10. An answer
+ *
+ * A request is tokens to read and how to go on; a reply is what comes of it,
+ * and grows token by token.  step() moves any number of replies on by one
+ * forward, so a question on the command line, a chat and a batch are the same
+ * loop. */
+
+enum { MAX_STOPS = 16 };
+
+struct bias { int32_t id; float by; };
+
+struct request {
+    struct ids prompt;
+    struct sampling sampling;
+    uint64_t seed;
+    int limit;                            /* most tokens; -1: to the end     */
+    int ignore_eos;
+    int split;                            /* thoughts and calls set apart    */
+    int in_thought;                       /* the prompt has opened one       */
+    int think_budget;                     /* most tokens of one; -1: any     */
+    int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
+    double presence, frequency;           /* taken off what was said before  */
+    struct bias *bias;
+    int n_bias;
+    struct text stop[MAX_STOPS];
+    int n_stops;
+};
+
+enum finish { UNFINISHED, STOPPED, BY_LENGTH, BY_CONTEXT, BROKEN };
+
+/* Where in an answer the next byte belongs. */
+enum part { START, THOUGHT, AFTER_THOUGHT, ANSWER, CALL, PLAIN };
+
+struct reply {
+    const struct request *q;
+    int seq;
+    struct ids ids;                       /* prompt, then answer: [n_ctx]    */
+    int n_fed, n_reused;                  /* of ids: in the cache; from it   */
+    int n_made, n_thought;                /* tokens made, of them in thought */
+    lfm2_sampler sampler;
+    enum finish finish;
+    enum part part;
+    struct text raw;                      /* all that was said               */
+    size_t seen;                          /* of raw: told apart              */
+    struct text text, thought, calls;     /* the parts of it                 */
+    struct text logprobs, prompt_logprobs;   /* JSON values, by commas       */
+    struct bias *said;                    /* tokens made, and how often      */
+    int n_said;
+    uint64_t hash;                        /* of all logits sampled from      */
+    double started, read, ended;          /* seconds()                       */
+};
+
+static void free_request(struct request *q)
+{
+    for (int i = 0; i < q->n_stops; i++)
+        free(q->stop[i].s);
+    free(q->prompt.id);
+    free(q->bias);
+}
+
+static void free_reply(struct reply *r)
+{
+    free(r->ids.id);
+    free(r->raw.s);
+    free(r->text.s);
+    free(r->thought.s);
+    free(r->calls.s);
+    free(r->logprobs.s);
+    free(r->prompt_logprobs.s);
+    free(r->said);
+}
+
+/* ---- thought, answer, calls and stop strings
+ *
+ * Words that change what follows may arrive in pieces, so the end of the text
+ * is held back while it could be the beginning of one. */
+
+static const char think_open[] = "<think>", think_close[] = "</think>";
+
+/* How much of the end of s[n] could be the beginning of the word. */
+static size_t overlap(const char *s, size_t n, const char *word, size_t len)
+{
+    size_t k = n < len ? n : len - 1;
+
+    while (k > 0 && memcmp(s + n - k, word, k) != 0)
+        k--;
+    return k;
+}
+
+struct cut { size_t at, len, held; int is_stop; };
+
+/* Is the word in s[n], earlier than what was found before? */
+static void look_for(struct cut *c, const char *s, size_t n, const char *word,
+                     size_t len, int is_stop)
+{
+    const size_t held = overlap(s, n, word, len);
+
+    for (size_t at = 0; at + len <= n && at < c->at; at++)
+        if (s[at] == word[0] && memcmp(s + at, word, len) == 0)
+            *c = (struct cut){ at, len, 0, is_stop };
+    if (held > c->held && c->len == 0)
+        c->held = held;
+}
+
+static struct cut find_cut(const struct reply *r, const char *s, size_t n)
+{
+    struct cut c = { n, 0, 0, 0 };
+
+    if (r->part == THOUGHT)
+        look_for(&c, s, n, think_close, strlen(think_close), 0);
+    if (r->part == ANSWER)
+        look_for(&c, s, n, CALL_START, strlen(CALL_START), 0);
+    if (r->part == CALL)
+        look_for(&c, s, n, CALL_END, strlen(CALL_END), 0);
+    for (int i = 0; r->part >= ANSWER && r->part != CALL && i < r->q->n_stops;
+         i++)
+        look_for(&c, s, n, r->q->stop[i].s, r->q->stop[i].n, 1);
+    return c;
+}
+
+/* A thought is one only if nothing else comes before it.  Returns 1 once that
+ * is known. */
+static int begin_part(struct reply *r, int last)
+{
+    const char *s = r->raw.s + r->seen;
+    const size_t n = r->raw.n - r->seen, len = strlen(think_open);
+    size_t blank = 0;
+
+    while (blank < n && strchr(" \n\r\t", s[blank]) && s[blank])
+        blank++;
+    if (!last && (blank == n ||
+                  overlap(s + blank, n - blank, think_open, len) == n - blank))
+        return 0;
+    if (r->part == START && n - blank >= len &&
+        memcmp(s + blank, think_open, len) == 0) {
+        r->part = THOUGHT;
+        r->seen += blank + len;
+        return 1;
+    }
+    if (r->part == AFTER_THOUGHT)
+        r->seen += blank;
+    r->part = ANSWER;
+    return 1;
+}
+
+/* The words between parts belong to none, those around a call to the call. */
+static void end_part(struct reply *r, const char *word, struct cut c)
+{
+    if (c.is_stop) {
+        r->finish = STOPPED;
+        r->raw.n = r->seen -= c.len;
+        r->raw.s[r->raw.n] = '\0';
+    } else if (r->part == THOUGHT)
+        r->part = AFTER_THOUGHT;
+    else {
+        r->part = r->part == CALL ? ANSWER : CALL;
+        add(&r->calls, word, c.len);
+    }
+}
+
+/* Tell apart what is new in r->raw; `last` lets go of what is held back. */
+static void split(struct reply *r, int last)
+{
+    while (r->seen < r->raw.n && r->finish != STOPPED) {
+        if (r->part == START || r->part == AFTER_THOUGHT) {
+            if (!begin_part(r, last))
+                return;
+            continue;
+        }
+        const char *s = r->raw.s + r->seen;
+        const struct cut c = find_cut(r, s, r->raw.n - r->seen);
+        const size_t n = c.at - (last ? 0 : c.held);
+        add(r->part == THOUGHT ? &r->thought : r->part == CALL ? &r->calls :
+            &r->text, s, n);
+        r->seen += n + c.len;
+        if (c.len == 0)
+            return;
+        end_part(r, s + c.at, c);
+    }
+}
+
+/* ---- log probabilities, as OpenAI writes them */
+
+static int by_value(const void *a, const void *b)
+{
+    const struct bias *x = a, *y = b;     /* an id and its logit             */
+
+    return x->by != y->by ? (x->by < y->by) - (x->by > y->by) :
+           (x->id > y->id) - (x->id < y->id);
+}
+
+/* The k likeliest of the logits, best first. */
+static void find_best(const float *logits, int n_vocab, struct bias *best,
+                      int k)
+{
+    int n = 0;
+
+    for (int id = 0; id < n_vocab; id++) {
+        const struct bias x = { id, logits[id] };
+        if (n == k && (k == 0 || by_value(&x, &best[n - 1]) > 0))
+            continue;
+        int at = n < k ? n++ : n - 1;
+        for (; at > 0 && by_value(&x, &best[at - 1]) < 0; at--)
+            best[at] = best[at - 1];
+        best[at] = x;
+    }
+}
+
+static double log_sum(const float *logits, int n_vocab)
+{
+    float most = logits[0];
+    double sum = 0;
+
+    for (int i = 1; i < n_vocab; i++)
+        most = logits[i] > most ? logits[i] : most;
+    for (int i = 0; i < n_vocab; i++)
+        sum += exp((double)logits[i] - (double)most);
+    return (double)most + log(sum);
+}
+
+/* {"token": ..., "id": ..., "logprob": ..., "bytes": [...] */
+static void add_logprob(const struct engine *e, struct text *to, int32_t id,
+                        double logprob)
+{
+    int len;
+    const char *s = lfm2_token_bytes(e->words, id, 1, &len);
+
+    add_string(to, "{\"token\": ");
+    add_json_string(to, s, (size_t)len);
+    add_format(to, ", \"id\": %ld, \"logprob\": %.6f, \"bytes\": [", (long)id,
+               logprob > -9999 ? logprob : -9999.0);
+    for (int i = 0; i < len; i++)
+        add_format(to, "%s%d", i ? ", " : "", (unsigned char)s[i]);
+    add_string(to, "]");
+}
+
+enum { MAX_LOGPROBS = 20 };
+
+static void note_logprob(const struct engine *e, struct text *to,
+                         const float *logits, int32_t id, int k)
+{
+    const int n_vocab = lfm2_n_vocab(e->words);
+    const double all = log_sum(logits, n_vocab);
+    struct bias best[MAX_LOGPROBS];
+
+    k = k < n_vocab ? k : n_vocab;
+    find_best(logits, n_vocab, best, k);
+    if (to->n > 0)
+        add_string(to, ", ");
+    add_logprob(e, to, id, (double)logits[id] - all);
+    add_string(to, ", \"top_logprobs\": [");
+    for (int i = 0; i < k; i++) {
+        add_string(to, i ? ", " : "");
+        add_logprob(e, to, best[i].id, (double)best[i].by - all);
+        add_string(to, "}");
+    }
+    add_string(to, "]}");
+}
+
+/* ---- token by token */
+
+/* FNV-1a over whole numbers: the same on every machine, as the logits are. */
+static uint64_t hash_floats(uint64_t h, const float *x, int n)
+{
+    for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof bits);
+        h = (h ^ bits) * 0x100000001b3u;
+    }
+    return h;
+}
+
+/* Change logits as the request wishes, before its sampler sees them. */
+static void bend_logits(const struct engine *e, const struct reply *r,
+                        float *logits)
+{
+    const struct request *q = r->q;
+
+    for (int i = 0; i < q->n_bias; i++)
+        logits[q->bias[i].id] += q->bias[i].by;
+    for (int i = 0; i < r->n_said; i++)
+        logits[r->said[i].id] -= (float)(q->presence + q->frequency *
+                                         (double)r->said[i].by);
+    for (int32_t id = 0; q->ignore_eos && id < lfm2_n_vocab(e->words); id++)
+        if (lfm2_is_eog(e->words, id))
+            logits[id] = -INFINITY;
+}
+
+/* For the presence and frequency penalties. */
+static void count_token(struct reply *r, int32_t id)
+{
+    int i = 0;
+
+    while (i < r->n_said && r->said[i].id != id)
+        i++;
+    if (i == r->n_said)
+        r->said[r->n_said++] = (struct bias){ id, 0 };
+    r->said[i].by++;
+}
+
+static int is_marker(const char *s, int len)
+{
+    static const char *const marker[] = {
+        think_open, think_close, CALL_START, CALL_END
+    };
+
+    for (int i = 0; i < 4; i++)
+        if ((size_t)len == strlen(marker[i]) &&
+            memcmp(s, marker[i], (size_t)len) == 0)
+            return 1;
+    return 0;
+}
+
+/* The text of a token; of the control tokens only those that set parts of an
+ * answer apart. */
+static void say_token(const struct engine *e, struct reply *r, int32_t id)
+{
+    int len;
+    const char *s = lfm2_token_bytes(e->words, id, 0, &len);
+
+    if (len == 0) {
+        s = lfm2_token_bytes(e->words, id, 1, &len);
+        if (!is_marker(s, len))
+            return;
+    }
+    add(&r->raw, s, (size_t)len);
+}
+
+/* Append a token to the answer, or end it. */
+static void take_token(const struct engine *e, struct reply *r, int32_t id)
+{
+    const enum part before = r->part;
+
+    say_token(e, r, id);
+    split(r, 0);
+    r->n_made++;
+    if (r->said)
+        count_token(r, id);
+    r->n_thought += before == THOUGHT;
+    if (r->finish != UNFINISHED)
+        return;
+    if (r->n_made == r->q->limit)
+        r->finish = BY_LENGTH;
+    else if (r->ids.n == e->par.n_ctx)
+        r->finish = BY_CONTEXT;
+    else
+        r->ids.id[r->ids.n++] = id;
+}
+
+/* A thought that takes too long is closed for the model. */
+static void close_thought(const struct engine *e, struct reply *r)
+{
+    static const char closing[] = "\n</think>\n\n";
+    int32_t id[16];
+    const int n = lfm2_encode(e->words, closing, strlen(closing),
+                              LFM2_ENCODE_SPECIAL, id, 16);
+
+    for (int i = 0; i < n && i < 16 && r->finish == UNFINISHED; i++)
+        take_token(e, r, id[i]);
+}
+
+/* The next token, from the logits of the last.  What is noted of them is what
+ * the model said, before anything bends it. */
+static void sample_token(struct engine *e, struct reply *r, float *logits)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    int32_t id;
+
+    if (r->n_made == 0)
+        r->read = seconds();
+    if (e->s->json)
+        r->hash = hash_floats(r->hash, logits, n_vocab);
+    if (r->q->logprobs >= 0)
+        memcpy(e->unbent, logits, (size_t)n_vocab * sizeof *logits);
+    bend_logits(e, r, logits);
+    id = lfm2_sample(e->ctx, &r->sampler, logits, r->ids.id, r->ids.n);
+    if (id < 0) {
+        r->finish = BROKEN;
+        return;
+    }
+    if (lfm2_is_eog(e->words, id)) {
+        r->finish = STOPPED;
+        return;
+    }
+    if (r->q->logprobs >= 0)
+        note_logprob(e, &r->logprobs, e->unbent, id, r->q->logprobs);
+    take_token(e, r, id);
+    if (r->finish == UNFINISHED && r->part == THOUGHT &&
+        r->q->think_budget >= 0 && r->n_thought >= r->q->think_budget)
+        close_thought(e, r);
+}
+
+/* ---- many at once */
+
+/* What a reply shares with the text in a sequence need not be read again. */
+static int shared_prefix(const struct ids *a, const struct ids *b)
+{
+    int n = 0;
+
+    while (n < a->n && n < b->n && a->id[n] == b->id[n])
+        n++;
+    return n;
+}
+
+static int check_prompt(const struct engine *e, const struct request *q,
+                        struct why *why)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+
+    if (q->prompt.n == 0)
+        return because(why, USAGE, "the prompt has no tokens");
+    if (q->prompt.n > e->par.n_ctx)
+        return because(why, TOO_LONG, "the prompt has %d tokens, the context "
+                       "%d; -c N makes it longer", q->prompt.n, e->par.n_ctx);
+    for (int i = 0; i < q->prompt.n; i++)
+        if (q->prompt.id[i] < 0 || q->prompt.id[i] >= n_vocab)
+            return because(why, USAGE, "token %d is %ld, expected 0 to %d", i,
+                           (long)q->prompt.id[i], n_vocab - 1);
+    return DONE;
+}
+
+/* Begin to answer in a sequence.  One token at least is always read, for its
+ * logits; all are, if the prompt's own are wanted. */
+static int start_reply(struct engine *e, struct reply *r,
+                       const struct request *q, int seq, struct why *why)
+{
+    const size_t n_ctx = (size_t)e->par.n_ctx;
+    struct ids *cached = &e->cached[seq];
+    int code = check_prompt(e, q, why), same;
+
+    *r = (struct reply){ .q = q, .seq = seq, .hash = HASH_START };
+    if (code != DONE)
+        return code;
+    r->ids.id = malloc((n_ctx + 1) * sizeof *r->ids.id);
+    if (q->presence != 0 || q->frequency != 0)
+        r->said = malloc((n_ctx + 1) * sizeof *r->said);
+    if (!r->ids.id || (!r->said && (q->presence != 0 || q->frequency != 0)))
+        return because(why, NO_MEMORY, "no memory for %zu tokens", n_ctx);
+    memcpy(r->ids.id, q->prompt.id, (size_t)q->prompt.n * sizeof *r->ids.id);
+    r->ids.n = q->prompt.n;
+    same = q->prompt_logprobs < 0 ? shared_prefix(cached, &q->prompt) : 0;
+    same = same < q->prompt.n ? same : q->prompt.n - 1;
+    cached->n = lfm2_seq_trim(e->ctx, seq, same);
+    r->n_fed = r->n_reused = cached->n;
+    r->part = !q->split ? PLAIN : q->in_thought ? THOUGHT : START;
+    r->sampler = make_sampler(&q->sampling, q->seed);
+    r->started = r->read = r->ended = seconds();
+    return DONE;
+}
+
+/* The tokens of a reply that go into the next forward: all that are not in the
+ * cache, as far as there is room.  *room and *rows shrink. */
+static lfm2_span next_span(const struct reply *r, int *room, int *rows)
+{
+    const int rest = r->ids.n - r->n_fed;
+    const int all_rows = r->q->prompt_logprobs >= 0 &&
+                         r->n_fed < r->q->prompt.n;
+    const int most = all_rows && *rows < *room ? *rows : *room;
+    const int n = rest - 1 < most ? rest : most + 1;
+
+    *room -= n - 1;
+    *rows -= all_rows ? n - 1 : 0;
+    return (lfm2_span){ r->seq, r->ids.id + r->n_fed, n,
+                        all_rows ? n : n == rest };
+}
+
+/* What the model thought of the prompt: of each token but the first. */
+static void note_prompt(const struct engine *e, struct reply *r, int span,
+                        int n)
+{
+    for (int i = 0; i < n && r->n_fed + i + 1 < r->q->prompt.n; i++) {
+        if (r->n_fed + i == 0)
+            add_string(&r->prompt_logprobs, "null");
+        note_logprob(e, &r->prompt_logprobs, lfm2_logits(e->ctx, span, i),
+                     r->ids.id[r->n_fed + i + 1], r->q->prompt_logprobs);
+    }
+}
+
+/* What was fed is in the cache; who has all of it there says its next token. */
+static void move_on(struct engine *e, struct reply *r, int span)
+{
+    const lfm2_span *fed = &e->span[span];
+    struct ids *cached = &e->cached[r->seq];
+
+    memcpy(cached->id + cached->n, fed->tokens,
+           (size_t)fed->n_tokens * sizeof *cached->id);
+    cached->n += fed->n_tokens;
+    if (r->q->prompt_logprobs >= 0)
+        note_prompt(e, r, span, fed->n_logits);
+    r->n_fed += fed->n_tokens;
+    if (r->n_fed == r->ids.n && r->q->limit == 0)
+        r->finish = BY_LENGTH;
+    else if (r->n_fed == r->ids.n)
+        sample_token(e, r, lfm2_logits(e->ctx, span, fed->n_logits - 1));
+    if (r->finish != UNFINISHED) {
+        split(r, 1);
+        r->ended = seconds();
+    }
+}
+
+static int forward(const struct engine *e, const lfm2_span *spans, int n)
+{
+    lfm2_error err;
+
+    if (lfm2_forward(e->ctx, spans, n, &err) == LFM2_OK)
         return DONE;
     if (err.code == LFM2_ECANCELLED)
         return INTERRUPTED;
     return report(e->s->ids ? e->s->ids : e->s->model, &err);
 }
 
-/* In chunks, so that the memory for logits does not grow with the prompt. */
-enum { LOGITS_CHUNK = 64 };
-
-static int write_logits(struct session *e)
+/* Move n unfinished replies on by one forward.  Those that read their prompts
+ * share the room that those who write leave. */
+static int step(struct engine *e, struct reply *const *r, int n)
 {
-    const size_t n_vocab = (size_t)lfm2_model_config(e->model)->n_vocab;
-    FILE *f = create_file(e->s->logits);
+    int room = e->par.n_batch - n, rows = e->par.n_logits - n, code;
+
+    room = room > 0 ? room : 0;
+    for (int i = 0; i < n; i++)
+        e->span[i] = next_span(r[i], &room, &rows);
+    code = forward(e, e->span, n);
+    for (int i = 0; code == DONE && i < n; i++)
+        move_on(e, r[i], i);
+    return code;
+}
+
+/* ---- what is asked for */
+
+static uint64_t random_seed(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_REALTIME, &t);
+    return ((uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec ^
+            (uint64_t)getpid() << 20) & UINT32_MAX;
+}
+
+static int add_stop(struct request *q, const char *s, size_t n)
+{
+    if (q->n_stops == MAX_STOPS)
+        return -1;
+    add(&q->stop[q->n_stops], s, n);
+    return q->stop[q->n_stops++].failed ? -1 : 0;
+}
+
+/* What the options ask for, without a prompt. */
+static int make_request(const struct engine *e, struct request *q)
+{
+    const struct settings *s = e->s;
+    const int plain = e->template == TEMPLATE_NONE;
+
+    *q = (struct request){
+        .sampling = e->sampling, .limit = s->predict,
+        .seed = s->seed < 0 ? random_seed() : (uint64_t)s->seed,
+        .ignore_eos = s->ignore_eos, .think_budget = s->think_budget,
+        .logprobs = s->logprobs, .prompt_logprobs = s->logprobs,
+        .split = !plain && s->think != THINK_RAW,
+        .in_thought = e->opens_thought
+    };
+    if (q->limit == UNSET)
+        q->limit = plain ? RAW_LEN : -1;
+    for (int i = 0; i < s->stop.n; i++)
+        if (add_stop(q, s->stop.v[i], strlen(s->stop.v[i])) != 0)
+            return say(NO_MEMORY, "no memory for the stop strings");
+    return DONE;
+}
+
+/* ------------------------------------------------------ 11. A conversation
+ *
+ * Its messages are JSON as OpenAI's clients send it, wherever they come from:
+ * -p and -sys are two of them, --messages brings all. */
+
+struct talk {
+    struct engine *e;
+    struct pool pool;
+    struct json *messages;                /* array                           */
+    const struct json *tools;             /* array, or NULL                  */
+    const struct json *form;              /* what --messages says besides    */
+    struct rendered prompt;
+    struct request q;
+    struct reply r;
+    struct text said;                     /* plain text of the session       */
+    int keeps_session;
+};
+
+static int add_message(struct talk *t, const char *role, const char *s,
+                       size_t n)
+{
+    struct json *m = json_object(&t->pool);
+
+    json_set(&t->pool, m, "role", json_string(&t->pool, role, strlen(role)));
+    json_set(&t->pool, m, "content", json_string(&t->pool, s, n));
+    json_append(&t->pool, t->messages, m);
+    return t->pool.failed ? say(NO_MEMORY, "no memory for a message") : DONE;
+}
+
+static int read_json(struct talk *t, const char *path, struct json **out)
+{
+    struct text text = { 0 };
+    struct why why;
+    int code = read_file(path, &text);
+
+    if (code == DONE)
+        code = json_parse(&t->pool, text.s, text.n, out, &why);
+    if (code != DONE && code != BAD_FILE)
+        say(code, "%s: %s", path, why.s);
+    free(text.s);
+    return code;
+}
+
+/* An array, or an object with one under this key. */
+static int read_list(struct talk *t, const char *path, const char *key,
+                     struct json **whole, struct json **list)
+{
+    int code = read_json(t, path, whole);
+
+    if (code != DONE)
+        return code;
+    *list = (*whole)->type == JSON_OBJECT ?
+            (struct json *)(uintptr_t)json_get(*whole, key) : *whole;
+    if (!*list || (*list)->type != JSON_ARRAY)
+        return say(USAGE, "%s: expected a JSON array, or an object with one as "
+                   "\"%s\"", path, key);
+    return DONE;
+}
+
+/* The messages and tools that the options name. */
+static int read_talk(struct talk *t)
+{
+    const struct settings *s = t->e->s;
+    struct json *whole = NULL, *tools = NULL;
     int code = DONE;
 
-    for (int at = 0, n; f && code == DONE && at < e->ids.n; at += n) {
-        n = e->ids.n - at < LOGITS_CHUNK ? e->ids.n - at : LOGITS_CHUNK;
-        code = forward(e, e->ids.id + at, n, n);
-        const float *l = code == DONE ? lfm2_logits(e->ctx, 0, 0) : NULL;
-        for (size_t i = 0; l && i < (size_t)n * n_vocab; i++) {
-            uint32_t u;
-            memcpy(&u, l + i, sizeof u);
-            const unsigned char b[4] = {
-                u & 255, u >> 8 & 255, u >> 16 & 255, u >> 24
-            };
-            fwrite(b, 1, 4, f);
+    if (s->messages) {
+        code = read_list(t, s->messages, "messages", &whole, &t->messages);
+        if (code == DONE && whole->type == JSON_OBJECT) {
+            t->form = whole;
+            t->tools = json_get(whole, "tools");
         }
+    } else if (!t->messages)
+        t->messages = json_array(&t->pool);
+    if (code == DONE && s->tools) {
+        code = read_list(t, s->tools, "tools", &whole, &tools);
+        t->tools = tools;
     }
-    return f ? finish_file(f, e->s->logits, code) : BAD_FILE;
+    return code;
 }
+
+static int flag_of(const struct json *form, const char *key, int otherwise)
+{
+    json_bool(json_get(form, key), &otherwise);
+    return otherwise;
+}
+
+/* Does the answer begin inside a thought? */
+static int ends_in_thought(const struct rendered *r)
+{
+    const char *const end = r->text.s + r->text.n, *from = r->text.s, *p;
+    int inside = 0;
+
+    for (int i = 0; i < r->n_marks; i++)
+        if (begins(r->text.s + r->mark[i].from, end, TURN_START))
+            from = r->text.s + r->mark[i].from;
+    if (!begins(from, end, TURN_START "assistant\n"))
+        return 0;
+    while ((p = find(from, end, inside ? think_close : think_open))) {
+        inside = !inside;
+        from = p + 1;
+    }
+    return inside;
+}
+
+static int uses_date(const struct talk *t)
+{
+    return t->e->template != TEMPLATE_NONE && t->tools && t->tools->first &&
+           dialects[t->e->template].dated;
+}
+
+/* The prompt of all messages so far. */
+static int render_talk(struct talk *t, struct why *why)
+{
+    const struct engine *e = t->e;
+    const struct json *kwargs = json_get(t->form, "chat_template_kwargs");
+    const int keep = flag_of(t->form, "keep_past_thinking", 0) ||
+                     flag_of(t->form, "preserve_thinking", 0) ||
+                     flag_of(kwargs, "keep_past_thinking", 0) ||
+                     flag_of(kwargs, "preserve_thinking", 0);
+    const int go_on = flag_of(t->form, "continue_final_message", 0);
+    const struct conversation c = {
+        .messages = t->messages, .tools = t->tools, .keep_thinking = keep,
+        .generate = flag_of(t->form, "add_generation_prompt", !go_on),
+        .continue_last = go_on, .date = e->date,
+        .open_thought = e->opens_thought
+    };
+    int code;
+
+    rendered_free(&t->prompt);
+    code = render(&c, e->template, &t->prompt, why);
+    if (code == DONE)
+        code = encode_rendered(e->words, &t->prompt, e->s->special,
+                               &t->q.prompt);
+    t->q.in_thought = code == DONE && ends_in_thought(&t->prompt);
+    return code;
+}
+
+/* ---- on the screen */
 
 struct output { lfm2_utf8 utf8; int terminal; };
 
@@ -1196,7 +3936,7 @@ static size_t drop_controls(char *s, size_t n)
 }
 
 /* Only whole characters come out; len 0 lets go of an unfinished one. */
-static int put_text(struct output *o, const char *bytes, size_t len)
+static void put_text(struct output *o, FILE *f, const char *bytes, size_t len)
 {
     char out[256 + 3];
     size_t n;
@@ -1206,180 +3946,2404 @@ static int put_text(struct output *o, const char *bytes, size_t len)
         n = lfm2_utf8_push(&o->utf8, bytes, part, out);
         if (o->terminal)
             n = drop_controls(out, n);
-        fwrite(out, 1, n, stdout);
+        fwrite(out, 1, n, f);
         bytes += part;
         len -= part;
     } while (len > 0);
+}
+
+/* How much of a reply is on the screen already. */
+struct printer {
+    struct output out;
+    FILE *thoughts;                       /* NULL: not shown                 */
+    int colour;                           /* thoughts are dim                */
+    int in_thought;
+    size_t text, thought;
+};
+
+static int wants_colour(const struct settings *s)
+{
+    const char *no = getenv("NO_COLOR"), *term = getenv("TERM");
+
+    if (s->color != COLOR_AUTO)
+        return s->color == COLOR_ON;
+    return isatty(STDOUT_FILENO) && !(no && no[0]) && term &&
+           strcmp(term, "dumb") != 0;
+}
+
+/* Thoughts go where a person looks, or where they were sent. */
+static struct printer start_printer(const struct settings *s)
+{
+    const int terminal = isatty(STDOUT_FILENO);
+    struct printer p = { .out.terminal = terminal, .colour = wants_colour(s) };
+
+    if (s->think == THINK_SHOW || (s->think == THINK_AUTO && terminal))
+        p.thoughts = terminal ? stdout : stderr;
+    return p;
+}
+
+static void enter_thought(struct printer *p, int inside)
+{
+    if (p->in_thought == inside)
+        return;
+    put_text(&p->out, inside ? stdout : p->thoughts, "", 0);
+    p->in_thought = inside;
+    if (p->colour)
+        fputs(inside ? "\033[2m" : "\033[0m\n\n", p->thoughts);
+    else
+        fputs(inside ? think_open : "</think>\n\n", p->thoughts);
+}
+
+/* Print what is new. */
+static int print_reply(struct printer *p, const struct reply *r)
+{
+    if (p->thoughts && r->thought.n > p->thought) {
+        enter_thought(p, 1);
+        put_text(&p->out, p->thoughts, r->thought.s + p->thought,
+                 r->thought.n - p->thought);
+        fflush(p->thoughts);
+        p->thought = r->thought.n;
+    }
+    if (r->text.n == p->text)
+        return DONE;
+    enter_thought(p, 0);
+    put_text(&p->out, stdout, r->text.s + p->text, r->text.n - p->text);
+    p->text = r->text.n;
     return flush_output(DONE);
 }
 
-static double seconds(void)
+/* The calls, one line of JSON; what cannot be understood is text. */
+static int print_calls(struct printer *p, struct talk *t)
 {
-    struct timespec t;
+    struct reply *r = &t->r;
+    struct json *calls = NULL;
+    struct text line = { 0 };
 
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-static lfm2_sampler choose_sampler(const struct settings *s)
-{
-    lfm2_sampler out = {
-        .temperature = (float)s->temp, .top_k = s->top_k,
-        .top_p = (float)s->top_p, .min_p = (float)s->min_p,
-        .repeat_penalty = s->repeat != UNSET ? (float)s->repeat :
-                          s->temp > 0 ? 1.05f : 1.0f, .rng = (uint64_t)s->seed,
-        .repeat_last_n = s->repeat_last_n < 0 ? 1 << 30 : s->repeat_last_n
-    };
-    struct timespec t;
-
-    if (s->seed < 0) {
-        clock_gettime(CLOCK_REALTIME, &t);
-        out.rng = ((uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec ^
-                   (uint64_t)getpid() << 20) & UINT32_MAX;
+    if (r->calls.n == 0)
+        return DONE;
+    parse_calls(&t->pool, r->calls.s, r->calls.n, r->finish != STOPPED, &calls,
+                &r->text);
+    print_reply(p, r);
+    if (calls && calls->first) {
+        add_json(&line, calls);
+        printf("%s%s", r->text.n ? "\n" : "", line.failed ? "" : line.s);
     }
-    return out;
-}
-
-/* Ctrl-C stops the work; the next one has its usual effect. */
-static lfm2_context *volatile running;
-static volatile sig_atomic_t interrupted;
-
-static void on_interrupt(int signal_number)
-{
-    (void)signal_number;
-    interrupted = 1;
-    if (running)
-        lfm2_cancel(running);
-}
-
-static void catch_interrupt(void)
-{
-    struct sigaction action = { .sa_handler = on_interrupt };
-
-    action.sa_flags = (int)SA_RESETHAND | SA_RESTART;
-    sigaction(SIGINT, &action, NULL);
-}
-
-/* Sample and append until the turn ends; *n counts the tokens. */
-static int generate(struct session *e, lfm2_sampler *sampler,
-                    struct output *out, int *n)
-{
-    struct ids *ids = &e->ids;
-    int limit = e->s->predict, len, code = DONE;
-
-    if (limit == UNSET)
-        limit = e->raw ? RAW_LEN : -1;
-    while (code == DONE && *n != limit) {
-        int32_t id = lfm2_sample(e->ctx, sampler, lfm2_logits(e->ctx, 0, 0),
-                                 ids->id, ids->n);
-        if (id < 0)
-            return say(FAILED, "%s: logits that are not finite", e->s->model);
-        if (lfm2_is_eog(e->words, id))
-            return DONE;
-        const char *bytes = lfm2_token_bytes(e->words, id, 0, &len);
-        if (len > 0)
-            code = put_text(out, bytes, (size_t)len);
-        if (++*n == limit || code != DONE)
-            continue;
-        if (ids->n == e->par.n_ctx)
-            return say(DONE, "stopped: the context of %d tokens is full",
-                       e->par.n_ctx);
-        ids->id[ids->n++] = id;
-        code = forward(e, &id, 1, 1);
-    }
-    return code;
-}
-
-static int answer(struct session *e)
-{
-    struct output out = { .terminal = isatty(STDOUT_FILENO) };
-    lfm2_sampler sampler = choose_sampler(e->s);
-    const int n_prompt = e->ids.n;
-    double start, read, end;
-    int n = 0, code;
-
-    if (e->s->verbose)
-        say(DONE, "seed %llu, temperature %g, top-k %d, top-p %g, min-p %g, "
-            "repeat penalty %g over %d", (unsigned long long)sampler.rng,
-            (double)sampler.temperature, sampler.top_k, (double)sampler.top_p,
-            (double)sampler.min_p, (double)sampler.repeat_penalty,
-            sampler.repeat_last_n);
-    running = e->ctx;
-    catch_interrupt();
-    start = seconds();
-    code = forward(e, e->ids.id, n_prompt, 1);
-    read = seconds();
-    if (code == DONE)
-        code = generate(e, &sampler, &out, &n);
-    end = seconds();
-    signal(SIGINT, SIG_DFL);
-    if (code == DONE || (n > 0 && code != BAD_FILE)) {
-        put_text(&out, "", 0);
-        putchar('\n');
-        code = flush_output(code);
-    }
-    if (e->s->verbose || (isatty(STDERR_FILENO) && !e->s->quiet))
-        say(DONE, "prompt %d tokens, %.1f tok/s; generated %d tokens, %.1f "
-            "tok/s", n_prompt, n_prompt / (read - start + 1e-9), n,
-            n / (end - read + 1e-9));
-    return code;
-}
-
-static void print_settings(struct session *e)
-{
-    const lfm2_params p = lfm2_context_params(e->ctx);
-
-    say(DONE, "context %d, batch %d, threads %d, isa %s, kv %s; %s beside the "
-        "file", p.n_ctx, p.n_batch, p.n_threads, isa_name[p.isa],
-        kv_name(p.kv_type),
-        amount((double)lfm2_context_size(e->model, &p), "B").s);
-}
-
-static int open_context(struct session *e)
-{
-    const int n_train = lfm2_model_config(e->model)->n_ctx_train;
-    lfm2_error err;
-
-    if (e->s->logits)
-        e->par.n_logits = LOGITS_CHUNK;
-    if (lfm2_context_open(&e->ctx, e->model, &e->par, &err) != LFM2_OK)
-        return report(e->s->model, &err);
-    if (e->s->verbose)
-        print_settings(e);
-    if (e->par.n_ctx > n_train && !e->s->quiet)
-        say(DONE, "%s: a context of %d tokens, but the model was trained for "
-            "%d", e->s->model, e->par.n_ctx, n_train);
+    free(line.s);
     return DONE;
 }
 
-static int work_on_model(const struct settings *s)
-{
-    struct session e = { .s = s };
-    int code = open_model(&e);
+/* ---- as JSON */
 
-    if (code == DONE && s->inspect)
-        inspect(s, e.model);
-    if (code == DONE && !s->inspect) {
-        for (int i = 0; !s->quiet && lfm2_model_warning(e.model, i); i++)
-            say(DONE, "%s: %s", s->model, lfm2_model_warning(e.model, i));
-        code = open_model_words(&e);
-        if (code == DONE)
-            code = read_prompt(&e);
-        if (code == DONE)
-            code = check_prompt(&e);
-        if (code == DONE)
-            code = open_context(&e);
-        if (code == DONE)
-            code = s->logits ? write_logits(&e) : answer(&e);
+static const char *finish_name(const struct reply *r, const struct json *calls)
+{
+    return calls && calls->first ? "tool_calls" :
+           r->finish == STOPPED ? "stop" :
+           r->finish == BROKEN ? "error" :
+           r->finish == UNFINISHED ? "interrupted" : "length";
+}
+
+/* , "key": "text" */
+static void add_member(struct text *to, const char *key, const char *s,
+                       size_t n)
+{
+    add_format(to, ", \"%s\": ", key);
+    add_json_string(to, s ? s : "", n);
+}
+
+/* The calls as OpenAI writes them: the arguments are JSON within a string. */
+static void add_calls(struct text *to, const struct json *calls)
+{
+    const struct json *call = calls ? calls->first : NULL;
+    int n = 0;
+
+    add_string(to, ", \"tool_calls\": [");
+    for (; call; call = call->next, n++) {
+        const struct json *name = json_get(call, "name");
+        struct text args = { 0 };
+        add_format(to, "%s{\"id\": \"call_%d\", \"type\": \"function\", "
+                   "\"function\": {\"name\": ", n ? ", " : "", n);
+        add_json_string(to, name->s, name->n);
+        add_json(&args, json_get(call, "arguments"));
+        add_member(to, "arguments", args.s, args.n);
+        add_string(to, "}}");
+        to->failed |= args.failed;
+        free(args.s);
     }
-    free(e.ids.id);
-    lfm2_context_close(e.ctx);
-    lfm2_tokenizer_close(e.words);
-    lfm2_model_close(e.model);
+    add_string(to, "]");
+}
+
+static void add_usage(struct text *to, const struct reply *r)
+{
+    add_format(to, "\"usage\": {\"prompt_tokens\": %d, \"completion_tokens\": "
+               "%d, \"total_tokens\": %d, \"completion_tokens_details\": "
+               "{\"reasoning_tokens\": %d}}", r->q->prompt.n, r->n_made,
+               r->q->prompt.n + r->n_made, r->n_thought);
+}
+
+static void add_logprobs(struct text *to, const struct reply *r)
+{
+    if (r->q->logprobs >= 0) {
+        add_string(to, ", \"logprobs\": {\"content\": [");
+        add(to, r->logprobs.s, r->logprobs.n);
+        add_string(to, "]}");
+    }
+    if (r->q->prompt_logprobs >= 0) {
+        add_string(to, ", \"prompt_logprobs\": [");
+        add(to, r->prompt_logprobs.s, r->prompt_logprobs.n);
+        add_string(to, "]");
+    }
+    to->failed |= r->logprobs.failed | r->prompt_logprobs.failed;
+}
+
+static void add_timings(struct text *to, const struct reply *r)
+{
+    const double read = r->read - r->started, wrote = r->ended - r->read;
+    const int n = r->q->prompt.n - r->n_reused;
+
+    add_format(to, ", \"timings\": {\"cache_n\": %d, \"prompt_n\": %d, "
+               "\"prompt_ms\": %.3f, \"prompt_per_second\": %.3f, ",
+               r->n_reused, n, read * 1e3, n / (read + 1e-9));
+    add_format(to, "\"predicted_n\": %d, \"predicted_ms\": %.3f, "
+               "\"predicted_per_second\": %.3f}", r->n_made, wrote * 1e3,
+               r->n_made / (wrote + 1e-9));
+}
+
+/* Which model said it, and how it can be said again. */
+static void add_origin(struct text *to, const struct talk *t)
+{
+    const struct engine *e = t->e;
+    const struct sampling *is = &t->q.sampling;
+    size_t n = 0;
+    const char *name = lfm2_model_string(e->model, "general.name", &n);
+
+    add_member(to, "model", name, n);
+    add_format(to, ", \"model_hash\": \"%016llx\", \"logits_hash\": "
+               "\"%016llx\"", (unsigned long long)lfm2_model_hash(e->model),
+               (unsigned long long)t->r.hash);
+    add_format(to, ", \"template\": \"%s\", \"date\": ",
+               template_names[e->template]);
+    add_format(to, uses_date(t) ? "\"%s\"" : "null", e->date);
+    add_format(to, ", \"seed\": %llu, \"temperature\": %g, \"top_k\": %d, "
+               "\"top_p\": %g, \"min_p\": %g, \"repeat_penalty\": %g",
+               (unsigned long long)t->q.seed, is->temp, is->top_k, is->top_p,
+               is->min_p, is->repeat);
+}
+
+static int print_answer_json(struct talk *t)
+{
+    struct reply *r = &t->r;
+    struct json *calls = NULL;
+    struct text out = { 0 };
+
+    parse_calls(&t->pool, r->calls.s ? r->calls.s : "", r->calls.n,
+                r->finish != STOPPED, &calls, &r->text);
+    add_string(&out, "{\"text\": ");
+    add_json_string(&out, r->text.s ? r->text.s : "", r->text.n);
+    if (r->thought.n > 0)
+        add_member(&out, "reasoning", r->thought.s, r->thought.n);
+    else
+        add_string(&out, ", \"reasoning\": null");
+    add_calls(&out, calls);
+    add_format(&out, ", \"finish_reason\": \"%s\", ", finish_name(r, calls));
+    add_usage(&out, r);
+    add_logprobs(&out, r);
+    add_timings(&out, r);
+    add_origin(&out, t);
+    add_string(&out, "}\n");
+    if (!out.failed)
+        fwrite(out.s, 1, out.n, stdout);
+    free(out.s);
+    return out.failed ? say(NO_MEMORY, "no memory for the answer") :
+           flush_output(DONE);
+}
+
+/* ---- one answer */
+
+static void print_speed(const struct talk *t)
+{
+    const struct reply *r = &t->r;
+    const int n_new = r->q->prompt.n - r->n_reused;
+
+    say(DONE, "prompt %d tokens, %d of them new, %.1f tok/s; generated %d "
+        "tokens, %.1f tok/s", r->q->prompt.n, n_new,
+        n_new / (r->read - r->started + 1e-9), r->n_made,
+        r->n_made / (r->ended - r->read + 1e-9));
+}
+
+/* Answer t->q.prompt.  What was said before an interruption stays. */
+static int run_reply(struct talk *t)
+{
+    struct engine *e = t->e;
+    struct reply *const all[] = { &t->r };
+    struct printer p = start_printer(e->s);
+    struct why why;
+    int code = start_reply(e, &t->r, &t->q, 0, &why);
+
+    if (code != DONE)
+        return say(code, "%s", why.s);
+    if (e->s->verbose)
+        say(DONE, "seed %llu", (unsigned long long)t->q.seed);
+    running = e->ctx;
+    while (code == DONE && t->r.finish == UNFINISHED) {
+        code = step(e, all, 1);
+        if (code == DONE && !e->s->json)
+            code = print_reply(&p, &t->r);
+    }
+    running = NULL;
+    split(&t->r, 1);
+    t->r.ended = seconds();
+    if (t->r.finish == BROKEN)
+        code = say(FAILED, "%s: logits that are not finite", e->s->model);
+    if (code != DONE && (t->r.n_made == 0 || code == BAD_FILE))
+        return code;
+    if (e->s->json)
+        return print_answer_json(t) == DONE ? code : BAD_FILE;
+    print_reply(&p, &t->r);
+    print_calls(&p, t);
+    if (p.thoughts)
+        enter_thought(&p, 0);
+    put_text(&p.out, stdout, "", 0);
+    putchar('\n');
+    if (t->r.finish == BY_CONTEXT)
+        say(DONE, "stopped: the context of %d tokens is full", e->par.n_ctx);
+    if (e->s->verbose || (isatty(STDERR_FILENO) && !e->s->quiet))
+        print_speed(t);
+    return flush_output(code);
+}
+
+/* \n, \t, \r, \", \' and \\; another \ stays. */
+static void unescape(struct text *t)
+{
+    static const char from[] = "ntr\"'\\", to[] = "\n\t\r\"'\\";
+    size_t n = 0;
+
+    for (size_t i = 0; i < t->n; i++, n++) {
+        const char *known = t->s[i] == '\\' && t->s[i + 1] ?
+                            strchr(from, t->s[i + 1]) : NULL;
+        t->s[n] = known ? to[known - from] : t->s[i];
+        i += known != NULL;
+    }
+    t->s[t->n = n] = '\0';
+}
+
+/* One newline at the end of a file or pipe is not part of the prompt. */
+static int read_prompt(const struct settings *s, struct text *out)
+{
+    int code = read_text(s, out);
+
+    if (code == DONE && !s->prompt && out->n > 0 && out->s[out->n - 1] == '\n')
+        out->s[--out->n] = '\0';
+    if (code == DONE && !s->prompt && !s->file && out->n == 0)
+        code = usage("no prompt: standard input is empty");
+    if (code == DONE && s->prompt && s->escape)
+        unescape(out);
     return code;
 }
 
-/* --------------------------------------------------------------- 7. --bench
+/* The next thing the user says, put behind what was said before. */
+static int ask(struct talk *t, const struct text *question)
+{
+    const struct settings *s = t->e->s;
+    int code = DONE;
+
+    if (s->system && !t->messages->first)
+        code = add_message(t, "system", s->system, strlen(s->system));
+    if (code == DONE && strlen(question->s) != question->n)
+        return say(USAGE, "the prompt has a NUL byte after %zu bytes, expected "
+                   "text", strlen(question->s));
+    return code != DONE ? code :
+           add_message(t, "user", question->s, question->n);
+}
+
+/* Fill t->q.prompt from what the options name. */
+static int prepare_prompt(struct talk *t)
+{
+    struct engine *e = t->e;
+    const struct settings *s = e->s;
+    struct text text = { 0 };
+    struct why why;
+    int code;
+
+    if (s->ids)
+        return read_ids(s->ids, &t->q.prompt);
+    code = s->messages ? DONE : read_prompt(s, &text);
+    if (code == DONE && e->template == TEMPLATE_NONE) {
+        add(&t->prompt.text, t->said.s ? t->said.s : "", t->said.n);
+        add(&t->prompt.text, text.s, text.n);
+        code = t->prompt.text.failed ?
+               say(NO_MEMORY, "no memory for the prompt") :
+               encode(s, e->words, t->prompt.text.s, t->prompt.text.n, s->bos ||
+                      lfm2_add_bos(e->words), &t->q.prompt);
+        free(text.s);
+        return code;
+    }
+    if (code == DONE && !s->messages)
+        code = ask(t, &text);
+    if (code == DONE && (code = render_talk(t, &why)) != DONE)
+        say(code, "%s%s%s", s->messages ? s->messages : "", s->messages ? ": " :
+            "", why.s);
+    free(text.s);
+    return code;
+}
+
+static int write_logits(struct talk *t)
+{
+    const struct engine *e = t->e;
+    const size_t n_vocab = (size_t)lfm2_model_config(e->model)->n_vocab;
+    FILE *f = create_file(e->s->logits);
+    int code = DONE;
+
+    running = e->ctx;
+    for (int at = 0, n; f && code == DONE && at < t->q.prompt.n; at += n) {
+        n = t->q.prompt.n - at < LOGITS_CHUNK ? t->q.prompt.n - at :
+            LOGITS_CHUNK;
+        code = forward(e, &(lfm2_span){ 0, t->q.prompt.id + at, n, n }, 1);
+        const float *l = code == DONE ? lfm2_logits(e->ctx, 0, 0) : NULL;
+        for (size_t i = 0; l && i < (size_t)n * n_vocab; i++) {
+            unsigned char b[4];
+            uint32_t u;
+            memcpy(&u, l + i, sizeof u);
+            put_le(b, u, 4);
+            fwrite(b, 1, 4, f);
+        }
+    }
+    running = NULL;
+    return f ? finish_file(f, e->s->logits, code) : BAD_FILE;
+}
+
+static int dump_prompt(const struct talk *t)
+{
+    if (t->e->s->dump_prompt)
+        fwrite(t->prompt.text.s, 1, t->prompt.text.n, stdout);
+    for (int i = 0; t->e->s->dump_tokens && i < t->q.prompt.n; i++)
+        printf("%ld%s", (long)t->q.prompt.id[i],
+               i + 1 < t->q.prompt.n ? " " : "\n");
+    return DONE;
+}
+
+static void free_talk(struct talk *t)
+{
+    free_reply(&t->r);
+    free_request(&t->q);
+    rendered_free(&t->prompt);
+    pool_free(&t->pool);
+    free(t->said.s);
+}
+
+/* After an answer, its text is a message of the conversation. */
+static int keep_answer(struct talk *t)
+{
+    return add_message(t, "assistant", t->r.raw.s ? t->r.raw.s : "",
+                       t->r.raw.n);
+}
+
+/* ------------------------------------------------------------ 12. Sessions
+ *
+ * What --session keeps between runs, all little-endian:
+ *
+ *     "LFM2CHT" | u8 version, '1'
+ *     u64 n | the conversation: n bytes of JSON, {"messages": [...]} or, for
+ *         plain text, {"text": "..."}
+ *     u64 n | n token ids in the cache, u32
+ *     u64 hash of all before (FNV-1a)
+ *     u64 n | the sequence, as lfm2_seq_save() writes it, with its own check
+ *
+ * A file that does not fit is not used, and the conversation begins anew.  It
+ * is replaced at the end, unless it is no session at all: it could be
+ * anything. */
+
+static const char session_magic[] = "LFM2CHT1";
+
+static void add_u64(struct text *to, uint64_t x, int bytes)
+{
+    unsigned char b[8];
+
+    put_le(b, x, bytes);
+    add(to, (char *)b, (size_t)bytes);
+}
+
+/* Bytes of a session that were not read yet. */
+struct rest { const char *s; size_t n; };
+
+static int take_u64(struct rest *from, int bytes, uint64_t *out)
+{
+    if (from->n < (size_t)bytes)
+        return -1;
+    *out = get_le((const unsigned char *)from->s, bytes);
+    from->s += bytes;
+    from->n -= (size_t)bytes;
+    return 0;
+}
+
+static int take_bytes(struct rest *from, uint64_t each, struct rest *out)
+{
+    uint64_t n;
+
+    if (take_u64(from, 8, &n) != 0 || n > from->n / each)
+        return -1;
+    *out = (struct rest){ from->s, (size_t)(n * each) };
+    from->s += out->n;
+    from->n -= out->n;
+    return 0;
+}
+
+/* The ids of a session, in place of what was cached. */
+static int take_ids(struct engine *e, struct rest *from)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    struct ids *to = &e->cached[0];
+    uint64_t id;
+
+    to->n = 0;
+    if (from->n / 4 > (size_t)e->par.n_ctx)
+        return -1;
+    while (take_u64(from, 4, &id) == 0) {
+        if (id >= (uint64_t)n_vocab)
+            return -1;
+        to->id[to->n++] = (int32_t)id;
+    }
+    return 0;
+}
+
+/* What was said: messages, or a text to go on with. */
+static int take_talk(struct talk *t, const struct rest *json)
+{
+    const int plain = t->e->template == TEMPLATE_NONE;
+    struct json *whole;
+    struct why why;
+    const struct json *said;
+
+    if (json_parse(&t->pool, json->s, json->n, &whole, &why) != DONE ||
+        whole->type != JSON_OBJECT)
+        return -1;
+    said = json_get(whole, plain ? "text" : "messages");
+    if (!said || said->type != (plain ? JSON_STRING : JSON_ARRAY))
+        return -1;
+    if (plain)
+        add(&t->said, said->s, said->n);
+    else
+        t->messages = (struct json *)(uintptr_t)said;
+    return 0;
+}
+
+/* Why the session cannot be used, or NULL after using it. */
+static const char *restore(struct talk *t, const struct text *file,
+                           lfm2_error *err)
+{
+    struct engine *e = t->e;
+    struct rest from = { file->s, file->n }, json, ids, state;
+    uint64_t hash, n;
+
+    if (file->n < 8 || memcmp(file->s, session_magic, 7) != 0)
+        return "it is no session, and will not be replaced";
+    if (file->s[7] != session_magic[7])
+        return "it is a session of another version of this program";
+    from.s += 8, from.n -= 8;
+    if (take_bytes(&from, 1, &json) != 0 || take_bytes(&from, 4, &ids) != 0)
+        return "it is cut or damaged";
+    n = (uint64_t)(from.s - file->s);
+    if (take_u64(&from, 8, &hash) != 0 ||
+        hash != hash_bytes(HASH_START, file->s, (size_t)n) ||
+        take_bytes(&from, 1, &state) != 0 || from.n != 0)
+        return "it is cut or damaged";
+    if (lfm2_seq_load(e->ctx, 0, state.s, state.n, err) != LFM2_OK)
+        return err->msg;
+    if (take_ids(e, &ids) != 0 || e->cached[0].n != lfm2_seq_len(e->ctx, 0))
+        return "its tokens are not those of its state";
+    if (take_talk(t, &json) != 0)
+        return t->e->template == TEMPLATE_NONE ? "it is a conversation, not "
+               "plain text" : "it is plain text, not a conversation";
+    return NULL;
+}
+
+/* Go on where the file left off.  Only a file that cannot be read at all is an
+ * error; one that is not there yet is the beginning of a session. */
+static int load_session(struct talk *t)
+{
+    const char *path = t->e->s->session, *why_not;
+    struct text file = { 0 };
+    lfm2_error err;
+    int code;
+
+    t->keeps_session = 1;
+    if (access(path, F_OK) != 0 && errno == ENOENT)
+        return DONE;
+    code = read_file(path, &file);
+    if (code == DONE && file.n > 0) {
+        why_not = restore(t, &file, &err);
+        t->keeps_session = file.n >= 7 && memcmp(file.s, session_magic, 7) == 0;
+        if (why_not) {
+            lfm2_seq_trim(t->e->ctx, 0, 0);
+            t->e->cached[0].n = 0;
+            say(DONE, "%s: not used, the conversation begins anew: %s", path,
+                why_not);
+        } else if (t->e->s->verbose)
+            say(DONE, "%s: %d tokens", path, t->e->cached[0].n);
+    }
+    free(file.s);
+    return code;
+}
+
+/* All of a session but the state. */
+static void write_talk(struct talk *t, struct text *out)
+{
+    const struct ids *ids = &t->e->cached[0];
+    struct text json = { 0 };
+
+    if (t->e->template == TEMPLATE_NONE) {
+        add_string(&json, "{\"text\": ");
+        add_json_string(&json, t->said.s, t->said.n);
+    } else {
+        add_string(&json, "{\"messages\": ");
+        add_json(&json, t->messages);
+    }
+    add_string(&json, "}");
+    add_string(out, session_magic);
+    add_u64(out, json.n, 8);
+    add(out, json.s, json.n);
+    add_u64(out, (uint64_t)ids->n, 8);
+    for (int i = 0; i < ids->n; i++)
+        add_u64(out, (uint32_t)ids->id[i], 4);
+    add_u64(out, hash_bytes(HASH_START, out->s, out->n), 8);
+    out->failed |= json.failed;
+    free(json.s);
+}
+
+static int write_session(struct talk *t, FILE *f)
+{
+    const uint64_t n = lfm2_seq_state_size(t->e->ctx, 0);
+    struct text head = { 0 };
+    void *state = n <= SIZE_MAX ? malloc((size_t)n) : NULL;
+    lfm2_error err;
+    int good;
+
+    write_talk(t, &head);
+    add_u64(&head, n, 8);
+    good = state && !head.failed &&
+           lfm2_seq_save(t->e->ctx, 0, state, n, &err) == LFM2_OK;
+    if (good) {
+        fwrite(head.s, 1, head.n, f);
+        fwrite(state, 1, (size_t)n, f);
+    }
+    free(head.s);
+    free(state);
+    return good ? DONE : say(NO_MEMORY, "no memory to keep the session");
+}
+
+/* Whole or not at all: written beside the file, then put in its place. */
+static int save_session(struct talk *t)
+{
+    const char *path = t->e->s->session;
+    struct text temporary = { 0 };
+    FILE *f = NULL;
+    int code;
+
+    if (!path || !t->keeps_session)
+        return DONE;
+    add_string(&temporary, path);
+    add_format(&temporary, ".%ld", (long)getpid());
+    if (temporary.failed || !(f = create_file(temporary.s)))
+        code = BAD_FILE;
+    else {
+        code = write_session(t, f);
+        if (fflush(f) != 0 || fsync(fileno(f)) != 0)
+            code = say(BAD_FILE, "%s: %s", temporary.s, strerror(errno));
+        code = finish_file(f, temporary.s, code);
+        if (code == DONE && rename(temporary.s, path) != 0)
+            code = say(BAD_FILE, "%s: %s", path, strerror(errno));
+        if (code != DONE)
+            remove(temporary.s);
+    }
+    free(temporary.s);
+    return code;
+}
+
+/* One question, one answer, and the session for the next. */
+static int answer_once(struct talk *t)
+{
+    int code = run_reply(t);
+
+    if (!t->e->s->session || (code != DONE && code != INTERRUPTED))
+        return code;
+    if (t->e->template == TEMPLATE_NONE) {
+        t->said.n = 0;
+        add(&t->said, t->prompt.text.s, t->prompt.text.n);
+        add(&t->said, t->r.raw.s, t->r.raw.n);
+    } else if (keep_answer(t) != DONE)
+        return NO_MEMORY;
+    return save_session(t) == DONE ? code : BAD_FILE;
+}
+
+/* ----------------------------------------------------------------- 13. Chat
+ *
+ * Line by line, at a terminal or, with -cnv, from a pipe, where no prompt is
+ * shown.  Each turn renders the whole conversation; what the cache has of it is
+ * not read again. */
+
+static const char chat_help[] =
+    "Type a message, and its answer follows.  \"\"\" begins and ends one of\n"
+    "several lines, a \\ at its end goes on with the next.  Ctrl-C stops an\n"
+    "answer, a second one leaves; so does Ctrl-D.\n"
+    "  /help         this text\n"
+    "  /clear        forget the conversation\n"
+    "  /regen        answer the last message once more\n"
+    "  /system TEXT  what the model is to be\n"
+    "  /save FILE    write the conversation as JSON\n"
+    "  /load FILE    go on with one\n"
+    "  /stats        tokens, speed and memory\n"
+    "  /quit         leave\n";
+
+/* A line without its end, behind what is in `out`; 0 at the end of input. */
+static int read_line(struct text *out, int shows, const char *prompt)
+{
+    const size_t had = out->n;
+    int c;
+
+    for (;;) {
+        if (shows)
+            fprintf(stderr, "%s", prompt);
+        errno = 0;
+        while ((c = getchar()) != EOF && c != '\n')
+            add(out, &(char){ (char)c }, 1);
+        add(out, "", 0);
+        if (c != EOF || errno != EINTR)
+            break;
+        clearerr(stdin);
+        out->n = had;
+        fprintf(stderr, "\n(Ctrl-C once more, or Ctrl-D, leaves)\n");
+    }
+    if (c == EOF && shows)
+        fputc('\n', stderr);
+    return c != EOF || out->n > had;
+}
+
+/* A message, of one line or several.  Returns 0 at the end of the input. */
+static int read_message(struct text *out, int shows)
+{
+    int quoted;
+
+    out->n = 0;
+    if (!read_line(out, shows, "> "))
+        return 0;
+    quoted = out->n >= 3 && memcmp(out->s, "\"\"\"", 3) == 0;
+    if (quoted)
+        memmove(out->s, out->s + 3, (out->n -= 3) + 1);
+    while (quoted ? out->n < 3 || memcmp(out->s + out->n - 3, "\"\"\"", 3) :
+           out->n > 0 && out->s[out->n - 1] == '\\') {
+        if (!quoted)
+            out->n--;
+        add(out, "\n", 1);
+        if (!read_line(out, shows, ". "))
+            return 1;
+    }
+    if (quoted)
+        out->s[out->n -= 3] = '\0';
+    return 1;
+}
+
+static struct json *last_message(struct talk *t, const char *role)
+{
+    struct json *m = t->messages->first;
+    const struct json *is;
+
+    while (m && m->next)
+        m = m->next;
+    is = m ? json_get(m, "role") : NULL;
+    return is && strcmp(is->s, role) == 0 ? m : NULL;
+}
+
+static void drop_last(struct talk *t)
+{
+    struct json **m = &t->messages->first;
+
+    while ((*m)->next)
+        m = &(*m)->next;
+    *m = NULL;
+}
+
+/* A conversation of its own, so that what --messages said of it is gone. */
+static void forget(struct talk *t)
+{
+    t->messages = json_array(&t->pool);
+    t->form = NULL;
+}
+
+/* Answer the messages so far.  A failed turn is taken back. */
+static int answer_turn(struct talk *t)
+{
+    struct why why;
+    int code = render_talk(t, &why);
+
+    if (code != DONE) {
+        drop_last(t);
+        return say(code, "%s", why.s) == NO_MEMORY ? NO_MEMORY : DONE;
+    }
+    free_reply(&t->r);
+    interrupted = 0;
+    code = run_reply(t);
+    t->q.seed = t->r.sampler.rng;
+    if (code == TOO_LONG || code == USAGE) {
+        drop_last(t);
+        return DONE;
+    }
+    if (code != DONE && code != INTERRUPTED)
+        return code;
+    code = keep_answer(t);
+    return code == DONE ? save_session(t) : code;
+}
+
+static int set_system(struct talk *t, const char *text)
+{
+    struct json *rest = t->messages->first;
+    const struct json *role = rest ? json_get(rest, "role") : NULL;
+
+    if (role && strcmp(role->s, "system") == 0)
+        rest = rest->next;
+    forget(t);
+    if (t->pool.failed || (text[0] &&
+        add_message(t, "system", text, strlen(text)) != DONE))
+        return NO_MEMORY;
+    json_append(&t->pool, t->messages, rest);
+    return DONE;
+}
+
+static int regenerate(struct talk *t)
+{
+    if (last_message(t, "assistant"))
+        drop_last(t);
+    if (!last_message(t, "user")) {
+        say(DONE, "there is no message to answer");
+        return DONE;
+    }
+    return answer_turn(t);
+}
+
+static int save_talk(struct talk *t, const char *path)
+{
+    struct text out = { 0 };
+    FILE *f = path[0] ? create_file(path) : NULL;
+
+    if (!f)
+        return path[0] ? DONE : (say(DONE, "/save needs a file"), DONE);
+    add_string(&out, "{\"messages\": ");
+    add_json(&out, t->messages);
+    add_string(&out, "}\n");
+    if (!out.failed)
+        fwrite(out.s, 1, out.n, f);
+    free(out.s);
+    finish_file(f, path, DONE);
+    return DONE;
+}
+
+/* A file that is no conversation leaves the one there is. */
+static int load_talk(struct talk *t, const char *path)
+{
+    struct json *whole, *list, *had = t->messages;
+    struct why why;
+
+    if (!path[0])
+        say(DONE, "/load needs a file");
+    else if (read_list(t, path, "messages", &whole, &list) == DONE) {
+        t->messages = list;
+        if (list->first && render_talk(t, &why) != DONE) {
+            say(DONE, "%s: %s", path, why.s);
+            t->messages = had;
+        }
+    }
+    return DONE;
+}
+
+static void print_stats(struct talk *t)
+{
+    const struct engine *e = t->e;
+
+    say(DONE, "%d of %d tokens in the context", e->cached[0].n, e->par.n_ctx);
+    print_settings(t->e);
+    if (t->r.q)
+        print_speed(t);
+}
+
+/* A line that begins with / .  Returns -1 to leave. */
+static int obey(struct talk *t, const char *line)
+{
+    const size_t n = strcspn(line, " ");
+    const char *rest = line + n + strspn(line + n, " ");
+    const char *const word[] = {
+        "/help", "/clear", "/regen", "/system", "/save", "/load", "/stats",
+        "/quit", "/exit", "/bye"
+    };
+    int i = 0;
+
+    while (i < 10 && (strlen(word[i]) != n || memcmp(line, word[i], n) != 0))
+        i++;
+    switch (i) {
+    case 0: fputs(chat_help, stderr); return DONE;
+    case 1: forget(t); return t->pool.failed ? NO_MEMORY : DONE;
+    case 2: return regenerate(t);
+    case 3: return set_system(t, rest);
+    case 4: return save_talk(t, rest);
+    case 5: return load_talk(t, rest);
+    case 6: print_stats(t); return DONE;
+    case 10: say(DONE, "%.*s: no such command; /help lists them", (int)n,
+                 line); return DONE;
+    default: return -1;
+    }
+}
+
+static int chat(struct talk *t)
+{
+    const int shows = isatty(STDIN_FILENO) && !t->e->s->quiet;
+    struct text line = { 0 };
+    int code = DONE;
+
+    if (shows)
+        fprintf(stderr, "/help tells what there is beside talking; Ctrl-D "
+                "leaves.\n");
+    if (t->e->s->prompt) {
+        add_string(&line, t->e->s->prompt);
+        code = ask(t, &line) == DONE ? answer_turn(t) : USAGE;
+    }
+    while (code == DONE && read_message(&line, shows)) {
+        if (line.failed)
+            code = say(NO_MEMORY, "no memory for the message");
+        else if (line.n == 0)
+            continue;
+        else if (line.s[0] == '/')
+            code = obey(t, line.s);
+        else if (ask(t, &line) == DONE)
+            code = answer_turn(t);
+    }
+    free(line.s);
+    return code < 0 ? DONE : code;
+}
+
+/* Anything that answers with a model, but --batch. */
+static int work_on_model(const struct settings *s)
+{
+    struct engine e = { .s = s };
+    struct talk t = { .e = &e };
+    const int chats = s->interactive || (!s->prompt && !s->file && !s->ids &&
+                      !s->messages && isatty(STDIN_FILENO) && !s->logits);
+    int code = open_engine(&e);
+
+    if (code == DONE && chats && e.template == TEMPLATE_NONE)
+        code = usage("no prompt given, and no chat without a template");
+    if (code == DONE)
+        code = make_request(&e, &t.q);
+    if (code == DONE)
+        code = read_talk(&t);
+    if (code == DONE && s->session && !s->dump_prompt && !s->dump_tokens)
+        code = open_context(&e) == DONE ? load_session(&t) : NO_MEMORY;
+    if (code == DONE && !chats)
+        code = prepare_prompt(&t);
+    if (code == DONE && (s->dump_prompt || s->dump_tokens))
+        code = dump_prompt(&t);
+    else if (code == DONE) {
+        code = e.ctx ? DONE : open_context(&e);
+        catch_interrupt();
+        if (code == DONE)
+            code = s->logits ? write_logits(&t) : chats ? chat(&t) :
+                   answer_once(&t);
+        signal(SIGINT, SIG_DFL);
+    }
+    free_talk(&t);
+    close_engine(&e);
+    return code;
+}
+
+/* -------------------------------------------------------------- 14. --batch
+ *
+ * JSON lines in, JSON lines out, in the same order.  A line is an OpenAI batch
+ * line {"custom_id", "method", "url", "body"} or a body alone.  Up to
+ * --parallel of them are answered at once: one forward moves all of them on, so
+ * the weights are read once for all.  A finished one makes room at once; a
+ * prompt that begins like a text in some cache is read from there on.  What is
+ * answered depends on the line alone: bits do not depend on neighbours, and the
+ * seed comes from the line unless it names one. */
+
+enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines read per sequence  */
+
+enum state { WAITING, ACTIVE, FINISHED };
+
+struct job {
+    struct talk t;
+    enum state state;
+    long long line;                       /* of the input, from 1            */
+    size_t bytes;                         /* of it                           */
+    int completion;                       /* "prompt", not "messages"        */
+    int echo;
+    uint64_t hash;                        /* of what was asked               */
+    struct text id, out;                  /* custom_id; the line of output   */
+};
+
+/* A line that comes in pieces. */
+struct source {
+    int fd;
+    const char *name;
+    struct text buf;
+    size_t at;                            /* of buf: taken                   */
+    int ended;
+    long long line;
+};
+
+struct batch {
+    struct engine e;
+    struct source in;
+    FILE *out;
+    const char *out_name;
+    struct job *job;                      /* ring of [n_ring]                */
+    int n_ring, first, n_jobs, n_active;
+    struct reply **active;                /* [n_seq]                         */
+    struct text *known;                   /* [n_known] ids of a run before   */
+    int n_known;
+    int shard, n_shards;
+    int told;                             /* of a member that is not known   */
+    long long done, failed, skipped;
+    double tokens, bytes, size, started, beat;
+};
+
+/* ---- what a line asks for */
+
+/* A member that is there and not null. */
+static const struct json *member(const struct json *object, const char *key)
+{
+    const struct json *x = json_get(object, key);
+
+    return x && x->type != JSON_NULL ? x : NULL;
+}
+
+#define OF(field) offsetof(struct request, field)
+
+static const struct body_number {
+    const char *key;
+    int whole;
+    size_t at;
+    double min, max;
+} body_numbers[] = {
+    { "temperature", 0, OF(sampling.temp), 0, 100 },
+    { "top_p", 0, OF(sampling.top_p), 0, 1 },
+    { "min_p", 0, OF(sampling.min_p), 0, 1 },
+    { "top_k", 1, OF(sampling.top_k), -1, 1 << 30 },
+    { "repeat_penalty", 0, OF(sampling.repeat), 0.01, 100 },
+    { "repetition_penalty", 0, OF(sampling.repeat), 0.01, 100 },
+    { "presence_penalty", 0, OF(presence), -100, 100 },
+    { "frequency_penalty", 0, OF(frequency), -100, 100 },
+    { "max_tokens", 1, OF(limit), 0, 1 << 30 },
+    { "max_completion_tokens", 1, OF(limit), 0, 1 << 30 },
+    { "thinking_budget", 1, OF(think_budget), -1, 1 << 30 },
+    { "top_logprobs", 1, OF(logprobs), 0, MAX_LOGPROBS },
+    { "prompt_logprobs", 1, OF(prompt_logprobs), 0, MAX_LOGPROBS },
+};
+
+/* What is read elsewhere, or means nothing to us. */
+static const char *const body_others[] = {
+    "messages", "prompt", "tools", "model", "seed", "stop", "logprobs", "echo",
+    "ignore_eos", "logit_bias", "n", "stream", "stream_options", "user",
+    "metadata", "store", "response_format", "tool_choice",
+    "parallel_tool_calls", "add_generation_prompt", "continue_final_message",
+    "chat_template_kwargs", "keep_past_thinking", "preserve_thinking",
+    "service_tier"
+};
+
+static int read_numbers(struct job *j, const struct json *body,
+                        struct why *why)
+{
+    for (size_t i = 0; i < sizeof body_numbers / sizeof *body_numbers; i++) {
+        const struct body_number *n = &body_numbers[i];
+        const struct json *x = member(body, n->key);
+        void *slot = (char *)&j->t.q + n->at;
+        double value;
+        if (!x)
+            continue;
+        if (json_double(x, &value) != 0 || !(value >= n->min) ||
+            !(value <= n->max) || (n->whole && value != floor(value)))
+            return because(why, USAGE, "\"%s\": expected a %snumber from %g to "
+                           "%g", n->key, n->whole ? "whole " : "", n->min,
+                           n->max);
+        if (n->whole)
+            *(int *)slot = (int)value;
+        else
+            *(double *)slot = value;
+    }
+    if (j->t.q.sampling.top_k < 0)
+        j->t.q.sampling.top_k = 0;
+    return DONE;
+}
+
+static int add_stop_json(struct request *q, const struct json *x,
+                         struct why *why)
+{
+    if (x->type != JSON_STRING || x->n == 0)
+        return because(why, USAGE, "\"stop\": expected strings that are not "
+                       "empty");
+    return add_stop(q, x->s, x->n) == 0 ? DONE :
+           because(why, USAGE, "\"stop\": expected at most %d", MAX_STOPS);
+}
+
+static int read_stops(struct job *j, const struct json *body, struct why *why)
+{
+    const struct json *x = member(body, "stop");
+    int code = DONE;
+
+    if (x && x->type == JSON_STRING)
+        return add_stop_json(&j->t.q, x, why);
+    if (x && x->type != JSON_ARRAY)
+        return because(why, USAGE, "\"stop\": expected a string or an array");
+    for (x = x ? x->first : NULL; x && code == DONE; x = x->next)
+        code = add_stop_json(&j->t.q, x, why);
+    return code;
+}
+
+/* {"id": how much its logit is raised, ...} */
+static int read_bias(struct job *j, const struct json *body, struct why *why)
+{
+    const struct json *x = member(body, "logit_bias");
+    const int n_vocab = lfm2_model_config(j->t.e->model)->n_vocab;
+    struct request *q = &j->t.q;
+    int n = 0;
+
+    if (x && x->type != JSON_OBJECT)
+        return because(why, USAGE, "\"logit_bias\": expected an object");
+    for (const struct json *c = x ? x->first : NULL; c; c = c->next)
+        n++;
+    q->bias = n ? calloc((size_t)n, sizeof *q->bias) : NULL;
+    if (n && !q->bias)
+        return because(why, NO_MEMORY, "no memory for \"logit_bias\"");
+    for (const struct json *c = x ? x->first : NULL; c; c = c->next) {
+        char *end;
+        const long id = strtol(c->key, &end, 10);
+        double by;
+        if (end == c->key || *end || id < 0 || id >= n_vocab ||
+            json_double(c, &by) != 0 || !(by >= -1000 && by <= 1000))
+            return because(why, USAGE, "\"logit_bias\": \"%.40s\", expected "
+                           "token ids from 0 to %d, and numbers from -1000 to "
+                           "1000", c->key, n_vocab - 1);
+        q->bias[q->n_bias++] = (struct bias){ (int32_t)id, (float)by };
+    }
+    return DONE;
+}
+
+static int is_word(const struct json *x, const char *word)
+{
+    return x && x->type == JSON_STRING && strcmp(x->s, word) == 0;
+}
+
+/* Refuse what would be answered wrongly. */
+static int refuse_others(const struct json *body, struct why *why)
+{
+    const struct json *n = member(body, "n"),
+                      *stream = member(body, "stream"),
+                      *format = member(body, "response_format"),
+                      *choice = member(body, "tool_choice");
+    double x = 1;
+
+    if (n && (json_double(n, &x) != 0 || x != 1))
+        return because(why, USAGE, "\"n\": expected 1");
+    if (stream && stream->type == JSON_TRUE)
+        return because(why, USAGE, "\"stream\": expected false");
+    if (format && !is_word(json_get(format, "type"), "text"))
+        return because(why, USAGE, "\"response_format\": expected the type "
+                       "\"text\"");
+    if (choice && !is_word(choice, "auto") && !is_word(choice, "none"))
+        return because(why, USAGE, "\"tool_choice\": expected \"auto\" or "
+                       "\"none\"");
+    return DONE;
+}
+
+/* A member that has no meaning here is told of once. */
+static void tell_unknown(struct batch *b, const struct job *j,
+                         const struct json *body)
+{
+    const size_t n_others = sizeof body_others / sizeof *body_others;
+    const size_t n_numbers = sizeof body_numbers / sizeof *body_numbers;
+
+    for (const struct json *c = body->first; c && !b->told; c = c->next) {
+        int known = 0;
+        for (size_t i = 0; i < n_others; i++)
+            known |= strcmp(c->key, body_others[i]) == 0;
+        for (size_t i = 0; i < n_numbers; i++)
+            known |= strcmp(c->key, body_numbers[i].key) == 0;
+        b->told = !known;
+        if (!known && !b->e.s->quiet)
+            say(DONE, "line %lld: \"%.60s\" is ignored, here and below",
+                j->line, c->key);
+    }
+}
+
+/* How a line wants to be answered: by the options, then by its own members. */
+static int read_wishes(struct job *j, const struct json *body, struct why *why)
+{
+    struct request *q = &j->t.q;
+    const struct json *x;
+    long long seed;
+    int code = make_request(j->t.e, q);
+
+    q->seed = j->hash ^ (j->t.e->s->seed < 0 ? 0 : (uint64_t)j->t.e->s->seed);
+    if (code == DONE)
+        code = read_numbers(j, body, why);
+    if (code == DONE)
+        code = read_stops(j, body, why);
+    if (code == DONE)
+        code = read_bias(j, body, why);
+    if (code == DONE)
+        code = refuse_others(body, why);
+    if (code != DONE)
+        return code;
+    if (q->sampling.temp == 0 && !member(body, "repetition_penalty") &&
+        !member(body, "repeat_penalty") && j->t.e->s->repeat == UNSET)
+        q->sampling.repeat = 1;
+    if ((x = member(body, "seed"))) {
+        if (json_int(x, INT64_MIN, INT64_MAX, &seed) != 0)
+            return because(why, USAGE, "\"seed\": expected a whole number");
+        q->seed = (uint64_t)seed;
+    }
+    q->ignore_eos |= flag_of(body, "ignore_eos", 0);
+    j->echo = flag_of(body, "echo", 0);
+    return DONE;
+}
+
+/* "logprobs" is true or false beside messages, a number beside a prompt; with
+ * "echo" those of the prompt are wanted, too. */
+static int read_logprobs(struct job *j, const struct json *body,
+                         struct why *why)
+{
+    const struct json *x = member(body, "logprobs");
+    struct request *q = &j->t.q;
+    double k;
+
+    if (x && x->type == JSON_TRUE)
+        q->logprobs = q->logprobs < 0 ? 0 : q->logprobs;
+    else if (x && x->type == JSON_FALSE)
+        q->logprobs = -1;
+    else if (x && (json_double(x, &k) != 0 || k != floor(k) || k < 0 ||
+                   k > MAX_LOGPROBS))
+        return because(why, USAGE, "\"logprobs\": expected true, false or a "
+                       "whole number from 0 to %d", MAX_LOGPROBS);
+    else if (x)
+        q->logprobs = (int)k;
+    if (j->echo && q->logprobs >= 0 && q->prompt_logprobs < 0)
+        q->prompt_logprobs = q->logprobs;
+    return DONE;
+}
+
+/* ---- from a line to a prompt */
+
+/* "prompt": a text, or the ids of its tokens. */
+static int read_body_prompt(struct job *j, const struct json *prompt,
+                            struct why *why)
+{
+    const struct engine *e = j->t.e;
+    struct ids *ids = &j->t.q.prompt;
+    size_t n = 0;
+    long long id;
+
+    j->completion = 1;
+    j->t.q.split = 0;
+    if (j->t.q.limit < 0 && e->s->predict == UNSET)
+        j->t.q.limit = RAW_LEN;
+    if (prompt->type == JSON_STRING) {
+        add(&j->t.prompt.text, prompt->s, prompt->n);
+        return encode(e->s, e->words, prompt->s, prompt->n, e->s->bos ||
+                      lfm2_add_bos(e->words), ids);
+    }
+    if (prompt->type != JSON_ARRAY)
+        return because(why, USAGE, "\"prompt\": expected a string, or an array "
+                       "of token ids");
+    for (const struct json *c = prompt->first; c; c = c->next)
+        n++;
+    if (alloc_ids(ids, n + 1) != DONE)
+        return because(why, NO_MEMORY, "no memory for the prompt");
+    for (const struct json *c = prompt->first; c; c = c->next) {
+        if (json_int(c, 0, INT32_MAX, &id) != 0)
+            return because(why, USAGE, "\"prompt\": expected token ids");
+        ids->id[ids->n++] = (int32_t)id;
+    }
+    return DONE;
+}
+
+static int read_body(struct batch *b, struct job *j, const struct json *body,
+                     struct why *why)
+{
+    const struct json *messages = member(body, "messages");
+    const struct json *prompt = member(body, "prompt");
+    int code;
+
+    if (body->type != JSON_OBJECT)
+        return because(why, USAGE, "expected a JSON object as the request");
+    if (!messages == !prompt)
+        return because(why, USAGE, "expected either \"messages\" or "
+                       "\"prompt\"");
+    code = read_wishes(j, body, why);
+    if (code == DONE)
+        code = read_logprobs(j, body, why);
+    tell_unknown(b, j, body);
+    if (code == DONE && prompt)
+        return read_body_prompt(j, prompt, why);
+    if (code != DONE)
+        return code;
+    if (j->t.e->template == TEMPLATE_NONE)
+        return because(why, USAGE, "the model has no chat template: expected "
+                       "\"prompt\", or --template");
+    j->t.form = body;
+    j->t.messages = (struct json *)(uintptr_t)messages;
+    if (!is_word(member(body, "tool_choice"), "none"))
+        j->t.tools = member(body, "tools");
+    return render_talk(&j->t, why);
+}
+
+/* OpenAI's envelope around a body, or a body alone. */
+static int read_envelope(struct batch *b, struct job *j,
+                         const struct json *line, struct why *why)
+{
+    const struct json *id = member(line, "custom_id");
+    const struct json *body = member(line, "body");
+    const struct json *method = member(line, "method");
+    const struct json *url = member(line, "url");
+    struct text asked = { 0 };
+
+    if (id && id->type != JSON_STRING)
+        return because(why, USAGE, "\"custom_id\": expected a string");
+    if (id) {
+        j->id.n = 0;
+        add(&j->id, id->s, id->n);
+        add_json(&asked, id);
+    }
+    add_json(&asked, body ? body : line);
+    j->hash = hash_bytes(HASH_START, asked.s ? asked.s : "", asked.n);
+    free(asked.s);
+    if (body && method && !is_word(method, "POST"))
+        return because(why, USAGE, "\"method\": expected \"POST\"");
+    if (body && url && !is_word(url, "/v1/chat/completions") &&
+        !is_word(url, "/v1/completions"))
+        return because(why, USAGE, "\"url\": expected \"/v1/chat/completions\" "
+                       "or \"/v1/completions\"");
+    return read_body(b, j, body ? body : line, why);
+}
+
+/* With --batch-raw a line is a question. */
+static int read_raw(struct job *j, const char *s, size_t n, struct why *why)
+{
+    struct talk *t = &j->t;
+    const struct text text = { (char *)(uintptr_t)s, n, 0, 0 };
+    int code = make_request(t->e, &t->q);
+
+    j->hash = hash_bytes(HASH_START, s, n);
+    t->q.seed = j->hash ^ (t->e->s->seed < 0 ? 0 : (uint64_t)t->e->s->seed);
+    if (code == DONE && t->e->template == TEMPLATE_NONE) {
+        j->completion = 1;
+        return encode(t->e->s, t->e->words, s, n, t->e->s->bos ||
+                      lfm2_add_bos(t->e->words), &t->q.prompt);
+    }
+    t->messages = json_array(&t->pool);
+    if (memchr(s, '\0', n))
+        return because(why, USAGE, "a NUL byte, expected text");
+    if (code == DONE)
+        code = ask(t, &text);
+    return code == DONE ? render_talk(t, why) : code;
+}
+
+static void finish_error(struct batch *b, struct job *j, int code,
+                         const char *why)
+{
+    static const char *const name[] = {
+        [FAILED] = "failed", [USAGE] = "invalid_request",
+        [NO_MEMORY] = "out_of_memory", [TOO_LONG] = "context_length_exceeded"
+    };
+
+    add_string(&j->out, "{\"id\": ");
+    add_format(&j->out, "\"batch_req_%016llx\", \"custom_id\": ",
+               (unsigned long long)j->hash);
+    add_json_string(&j->out, j->id.s ? j->id.s : "", j->id.n);
+    add_format(&j->out, ", \"response\": null, \"error\": {\"code\": \"%s\", "
+               "\"line\": %lld, \"message\": ", name[code], j->line);
+    add_json_string(&j->out, why, strlen(why));
+    add_string(&j->out, "}}\n");
+    j->state = FINISHED;
+    b->failed++;
+}
+
+/* ---- from a reply to a line */
+
+static void add_message_json(struct job *j, struct text *to,
+                             const struct json *calls)
+{
+    const struct reply *r = &j->t.r;
+
+    if (j->completion) {
+        add_string(to, "\"text\": ");
+        if (j->echo) {
+            struct text both = { 0 };
+            add(&both, j->t.prompt.text.s ? j->t.prompt.text.s : "",
+                j->t.prompt.text.n);
+            add(&both, r->text.s ? r->text.s : "", r->text.n);
+            add_json_string(to, both.s ? both.s : "", both.n);
+            to->failed |= both.failed;
+            free(both.s);
+        } else
+            add_json_string(to, r->text.s ? r->text.s : "", r->text.n);
+        return;
+    }
+    add_string(to, "\"message\": {\"role\": \"assistant\"");
+    add_member(to, "content", r->text.s, r->text.n);
+    if (r->thought.n > 0)
+        add_member(to, "reasoning_content", r->thought.s, r->thought.n);
+    if (calls && calls->first)
+        add_calls(to, calls);
+    add_string(to, "}");
+}
+
+/* No time is in it: the same line has the same answer, byte for byte. */
+static void finish_reply(struct batch *b, struct job *j)
+{
+    struct reply *r = &j->t.r;
+    struct text *to = &j->out;
+    struct json *calls = NULL;
+    size_t n = 0;
+    const char *model = lfm2_model_string(b->e.model, "general.name", &n);
+    const unsigned long long id = (unsigned long long)j->hash;
+
+    if (r->finish == BROKEN) {
+        finish_error(b, j, FAILED, "logits that are not finite");
+        return;
+    }
+    if (r->calls.n > 0)
+        parse_calls(&j->t.pool, r->calls.s, r->calls.n, r->finish != STOPPED,
+                    &calls, &r->text);
+    add_format(to, "{\"id\": \"batch_req_%016llx\", \"custom_id\": ", id);
+    add_json_string(to, j->id.s ? j->id.s : "", j->id.n);
+    add_format(to, ", \"response\": {\"status_code\": 200, \"request_id\": "
+               "\"req_%016llx\", \"body\": {\"id\": \"%s-%016llx\"", id,
+               j->completion ? "cmpl" : "chatcmpl", id);
+    add_format(to, ", \"object\": \"%s\", \"created\": 0", j->completion ?
+               "text_completion" : "chat.completion");
+    add_member(to, "model", model, n);
+    add_string(to, ", \"choices\": [{\"index\": 0, ");
+    add_message_json(j, to, calls);
+    add_logprobs(to, r);
+    add_format(to, ", \"finish_reason\": \"%s\"}], ", finish_name(r, calls));
+    add_usage(to, r);
+    add_string(to, "}}, \"error\": null}\n");
+    j->state = FINISHED;
+    b->done++;
+}
+
+static void free_job(struct job *j)
+{
+    free_talk(&j->t);
+    free(j->id.s);
+    free(j->out.s);
+}
+
+/* Write what is finished, in the order of the input; at the end, `all`. */
+static int write_finished(struct batch *b, int all)
+{
+    while (b->n_jobs > 0) {
+        struct job *j = &b->job[b->first];
+        if (j->state != FINISHED && !all)
+            break;
+        if (j->out.failed)
+            return say(NO_MEMORY, "no memory for the answer to line %lld",
+                       j->line);
+        if (j->state == FINISHED) {
+            fwrite(j->out.s, 1, j->out.n, b->out);
+            if (fflush(b->out) != 0)
+                return say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
+        }
+        b->bytes += (double)j->bytes;
+        free_job(j);
+        b->first = (b->first + 1) % b->n_ring;
+        b->n_jobs--;
+    }
+    return DONE;
+}
+
+/* ---- the input */
+
+/* The next line if there is one: 1; 0 if it has not come yet or will not. */
+static int next_line(struct source *in, int wait, struct rest *line)
+{
+    struct pollfd ready = { in->fd, POLLIN, 0 };
+    char *end;
+
+    for (;;) {
+        char *from = in->buf.s ? in->buf.s + in->at : NULL;
+        const size_t n = in->buf.n - in->at;
+        end = n ? memchr(from, '\n', n) : NULL;
+        if (end || (in->ended && n > 0)) {
+            *line = (struct rest){ from, end ? (size_t)(end - from) : n };
+            in->at += line->n + (end != NULL);
+            in->line++;
+            return 1;
+        }
+        if (in->ended || interrupted || n > MAX_LINE ||
+            (!wait && poll(&ready, 1, 0) == 0))
+            return 0;
+        if (in->at > 0)
+            memmove(in->buf.s, from, n);
+        in->buf.n = n;
+        in->at = 0;
+        if (reserve(&in->buf, 1 << 16) != 0)
+            return 0;
+        const ssize_t got = read(in->fd, in->buf.s + n, 1 << 16);
+        if (got == 0 || (got < 0 && errno != EINTR))
+            in->ended = 1;
+        in->buf.n += got > 0 ? (size_t)got : 0;
+    }
+}
+
+/* ---- a run that goes on */
+
+static int by_text(const void *a, const void *b)
+{
+    const struct text *x = a, *y = b;
+    const size_t n = x->n < y->n ? x->n : y->n;
+    const int order = n ? memcmp(x->s, y->s, n) : 0;
+
+    return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+/* The custom_id of a line of output, as one that needs no answer any more. */
+static int know_line(struct batch *b, const struct rest *line, long long number)
+{
+    struct text *more = realloc(b->known, ((size_t)b->n_known + 1) *
+                                sizeof *more);
+    struct pool pool = { 0 };
+    const struct json *id = NULL;
+    struct json *whole;
+    struct why why;
+    int code = DONE;
+
+    if (!more)
+        return say(NO_MEMORY, "no memory for line %lld of %s", number,
+                   b->out_name);
+    b->known = more;
+    if (json_parse(&pool, line->s, line->n, &whole, &why) == DONE)
+        id = member(whole, "custom_id");
+    if (!id || id->type != JSON_STRING)
+        code = say(BAD_FILE, "%s: line %lld is none that --batch writes",
+                   b->out_name, number);
+    else {
+        more[b->n_known] = (struct text){ 0 };
+        add(&more[b->n_known++], id->s, id->n);
+    }
+    pool_free(&pool);
+    return code;
+}
+
+/* What a run before has written; a line that it was killed in is cut off. */
+static int open_resumed(struct batch *b)
+{
+    const char *path = b->e.s->resume;
+    struct text text = { 0 };
+    struct rest line;
+    size_t whole;
+    int code;
+
+    b->out_name = path;
+    b->out = fopen(path, "ab+");
+    if (!b->out)
+        return say(BAD_FILE, "%s: %s", path, strerror(errno));
+    code = read_stream(b->out, path, &text);
+    whole = text.n;
+    while (whole > 0 && text.s[whole - 1] != '\n')
+        whole--;
+    struct source from = { -1, path, text, 0, 1, 0 };
+    from.buf.n = whole;
+    while (code == DONE && next_line(&from, 0, &line))
+        code = know_line(b, &line, from.line);
+    free(text.s);
+    if (code == DONE && whole < text.n &&
+        ftruncate(fileno(b->out), (off_t)whole) != 0)
+        code = say(BAD_FILE, "%s: %s", path, strerror(errno));
+    if (b->n_known > 0)
+        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_text);
+    if (code == DONE && !b->e.s->quiet)
+        say(DONE, "%s: %d lines are there already", path, b->n_known);
+    return code;
+}
+
+/* Is the answer with this id there already?  It counts once. */
+static int take_known(struct batch *b, const struct text *id)
+{
+    struct text *k = b->n_known ? bsearch(id, b->known, (size_t)b->n_known,
+                                          sizeof *b->known, by_text) : NULL;
+
+    if (!k)
+        return 0;
+    free(k->s);
+    memmove(k, k + 1, (size_t)(b->known + b->n_known - k - 1) * sizeof *k);
+    b->n_known--;
+    return 1;
+}
+
+static int number_of(const char *variable, long *out)
+{
+    const char *s = getenv(variable);
+    char *end;
+
+    if (!s || !*s)
+        return -1;
+    *out = strtol(s, &end, 10);
+    return *end ? -1 : 0;
+}
+
+/* Of a job array: its tasks are counted from the first, so all of them must be
+ * there; part of an array says how many it was cut from, auto/N. */
+static int array_shard(const char *s, long *i, long *n)
+{
+    long first = 0, last = 0, step = 1;
+    char *end;
+
+    if (number_of("SLURM_ARRAY_TASK_ID", i) != 0 &&
+        number_of("JOB_COMPLETION_INDEX", i) != 0)
+        return usage("--shard %s: expected SLURM_ARRAY_TASK_ID or "
+                     "JOB_COMPLETION_INDEX in the environment", s);
+    if (s[4] == '/') {
+        *n = strtol(s + 5, &end, 10);
+        return *end || end == s + 5 ? usage("--shard %s: expected auto/N", s) :
+               DONE;
+    }
+    number_of("SLURM_ARRAY_TASK_STEP", &step);
+    if (s[4] || number_of("SLURM_ARRAY_TASK_COUNT", n) != 0 ||
+        number_of("SLURM_ARRAY_TASK_MIN", &first) != 0 ||
+        number_of("SLURM_ARRAY_TASK_MAX", &last) != 0 || step < 1 ||
+        (last - first) / step + 1 != *n)
+        return usage("--shard %s: expected a whole Slurm array in the "
+                     "environment, or --shard auto/N", s);
+    *i = (*i - first) / step;
+    return DONE;
+}
+
+/* "I/N", or "auto" and "auto/N" by what Slurm or Kubernetes say. */
+static int choose_shard(struct batch *b)
+{
+    const char *s = b->e.s->shard;
+    long i = 0, n = 1;
+    char *end = NULL;
+
+    if (s && strncmp(s, "auto", 4) == 0) {
+        if (array_shard(s, &i, &n) != DONE)
+            return USAGE;
+    } else if (s) {
+        i = strtol(s, &end, 10);
+        n = *end == '/' ? strtol(end + 1, &end, 10) : 0;
+    }
+    if ((end && *end) || n < 1 || n > 1 << 24 || i < 0 || i >= n)
+        return usage("--shard %s: part %ld of %ld, expected I/N with I from 0 "
+                     "to N-1", s, i, n);
+    b->shard = (int)i;
+    b->n_shards = (int)n;
+    return DONE;
+}
+
+/* ---- many requests */
+
+static struct job *job_at(const struct batch *b, int i)
+{
+    return &b->job[(b->first + i) % b->n_ring];
+}
+
+/* A line becomes a job, or is left to another shard or an earlier run. */
+static void add_job(struct batch *b, const struct rest *line)
+{
+    struct job *j = job_at(b, b->n_jobs);
+    struct json *whole = NULL;
+    struct why why;
+    int code = DONE;
+
+    *j = (struct job){ .t.e = &b->e, .line = b->in.line, .bytes = line->n + 1 };
+    add_format(&j->id, "line-%lld", j->line);
+    if (b->e.s->batch_raw)
+        code = read_raw(j, line->s, line->n, &why);
+    else if ((code = json_parse(&j->t.pool, line->s, line->n, &whole, &why)) ==
+             DONE)
+        code = read_envelope(b, j, whole, &why);
+    if (code == DONE)
+        code = check_prompt(&b->e, &j->t.q, &why);
+    if (take_known(b, &j->id)) {
+        b->skipped++;
+        b->bytes += (double)j->bytes;
+        free_job(j);
+        return;
+    }
+    if (code != DONE)
+        finish_error(b, j, code, why.s);
+    b->n_jobs++;
+}
+
+/* Read lines while there is room; wait for one only if there is nothing else to
+ * do. */
+static void read_lines(struct batch *b)
+{
+    struct rest line;
+
+    while (b->n_jobs < b->n_ring &&
+           next_line(&b->in, b->n_jobs == 0, &line)) {
+        const int blank = strspn(line.n ? line.s : "", " \t\r") >= line.n;
+        if (blank || (b->in.line - 1) % b->n_shards != b->shard)
+            b->bytes += (double)line.n + 1;
+        else
+            add_job(b, &line);
+    }
+}
+
+/* The sequence whose cache has most of a prompt, of all or of the idle ones. */
+static int best_sequence(const struct batch *b, const struct ids *prompt,
+                         const char *busy, int *same)
+{
+    int best = -1;
+
+    *same = 0;
+    for (int seq = 0; seq < b->e.par.n_seq; seq++) {
+        const int n = shared_prefix(&b->e.cached[seq], prompt);
+        if ((busy && busy[seq]) || (best >= 0 && n <= *same))
+            continue;
+        best = seq;
+        *same = n;
+    }
+    return best;
+}
+
+/* Will a prompt that is being read right now be worth waiting for? */
+static int worth_waiting(const struct batch *b, const struct ids *prompt,
+                         int have)
+{
+    for (int i = 0; i < b->n_active; i++) {
+        const struct reply *r = b->active[i];
+        const int n = shared_prefix(&r->q->prompt, prompt);
+        if (n > r->n_fed && n >= have + lfm2_seq_step(b->e.ctx))
+            return 1;
+    }
+    return 0;
+}
+
+/* Begin to answer a line in an idle sequence, from the longest beginning of its
+ * prompt that any sequence has.  Returns 0 if it should wait. */
+static int begin_job(struct batch *b, struct job *j, char *busy)
+{
+    struct engine *e = &b->e;
+    const struct ids *prompt = &j->t.q.prompt;
+    int have, same, code;
+    const int seq = best_sequence(b, prompt, busy, &have);
+    const int from = best_sequence(b, prompt, NULL, &same);
+    struct why why;
+
+    if (worth_waiting(b, prompt, same))
+        return 0;
+    if (same >= have + lfm2_seq_step(e->ctx) &&
+        lfm2_seq_copy(e->ctx, seq, from, NULL) == LFM2_OK) {
+        memcpy(e->cached[seq].id, e->cached[from].id,
+               (size_t)e->cached[from].n * sizeof *e->cached[from].id);
+        e->cached[seq].n = e->cached[from].n;
+    }
+    code = start_reply(e, &j->t.r, &j->t.q, seq, &why);
+    if (code != DONE) {
+        finish_error(b, j, code, why.s);
+        return 1;
+    }
+    j->state = ACTIVE;
+    busy[seq] = 1;
+    b->active[b->n_active++] = &j->t.r;
+    return 1;
+}
+
+static void begin_jobs(struct batch *b, char *busy)
+{
+    int n_free = b->e.par.n_seq;
+
+    memset(busy, 0, (size_t)n_free);
+    b->n_active = 0;
+    for (int i = 0; i < b->n_jobs; i++) {
+        struct job *j = job_at(b, i);
+        if (j->state == ACTIVE) {
+            busy[j->t.r.seq] = 1;
+            b->active[b->n_active++] = &j->t.r;
+        }
+    }
+    for (int i = 0; i < b->n_jobs && b->n_active < n_free; i++) {
+        struct job *j = job_at(b, i);
+        if (j->state == WAITING && !begin_job(b, j, busy))
+            break;
+    }
+}
+
+static void end_jobs(struct batch *b)
+{
+    for (int i = 0; i < b->n_jobs; i++) {
+        struct job *j = job_at(b, i);
+        if (j->state != ACTIVE || j->t.r.finish == UNFINISHED)
+            continue;
+        b->tokens += j->t.q.prompt.n + j->t.r.n_made;
+        finish_reply(b, j);
+        free_reply(&j->t.r);
+        j->t.r = (struct reply){ 0 };
+    }
+}
+
+/* One line on standard error now and then; at the end, always. */
+static void report_progress(struct batch *b, int last)
+{
+    const struct settings *s = b->e.s;
+    const double now = seconds(), took = now - b->started + 1e-9;
+    const double part = b->size > 0 ? b->bytes / b->size : 0;
+    char left[48] = "";
+
+    if (s->quiet || (!last && (s->heartbeat == 0 ||
+                               now - b->beat < s->heartbeat)))
+        return;
+    b->beat = now;
+    if (!last && part > 0 && part < 1)
+        snprintf(left, sizeof left, ", %.0f %%, %.0f s to go", part * 100,
+                 took / part * (1 - part));
+    if (s->hadoop)
+        fprintf(stderr, "reporter:status:");
+    say(DONE, "%lld answered, %lld failed, %lld were there; %.1f tok/s, "
+        "%.0f s%s", b->done, b->failed, b->skipped, b->tokens / took, took,
+        left);
+}
+
+static int run_batch(struct batch *b, char *busy)
+{
+    struct job *j;
+    int code = DONE;
+
+    for (;;) {
+        read_lines(b);
+        begin_jobs(b, busy);
+        code = write_finished(b, 0);
+        if (code != DONE || interrupted || (b->n_jobs == 0 && b->in.ended &&
+                                            b->in.at == b->in.buf.n))
+            break;
+        if (b->in.buf.n - b->in.at > MAX_LINE)
+            return say(USAGE, "%s: line %lld is longer than %d bytes",
+                       b->in.name, b->in.line + 1, MAX_LINE);
+        if (b->n_active > 0)
+            code = step(&b->e, b->active, b->n_active);
+        if (code != DONE)
+            break;
+        end_jobs(b);
+        report_progress(b, 0);
+    }
+    if (code == DONE && interrupted)
+        code = INTERRUPTED;
+    if (code == INTERRUPTED && write_finished(b, 1) == DONE)
+        return 128 + (int)last_signal;
+    while (b->n_jobs-- > 0) {
+        j = &b->job[b->first];
+        free_job(j);
+        b->first = (b->first + 1) % b->n_ring;
+    }
+    return code;
+}
+
+static int open_batch(struct batch *b)
+{
+    const struct settings *s = b->e.s;
+    struct stat st;
+    int code = choose_shard(b);
+
+    b->in.fd = s->file && strcmp(s->file, "-") != 0 ?
+               open(s->file, O_RDONLY) : STDIN_FILENO;
+    b->in.name = s->file ? s->file : "standard input";
+    if (b->in.fd < 0)
+        return say(BAD_FILE, "%s: %s", s->file, strerror(errno));
+    if (fstat(b->in.fd, &st) == 0 && S_ISREG(st.st_mode))
+        b->size = (double)st.st_size;
+    b->out = stdout;
+    b->out_name = "standard output";
+    if (code == DONE)
+        code = open_engine(&b->e);
+    if (code == DONE && s->resume)
+        code = open_resumed(b);
+    if (code != DONE)
+        return code;
+    b->e.par.n_seq = s->parallel;
+    b->e.par.n_logits = s->parallel + LOGITS_CHUNK;
+    b->n_ring = s->parallel * AHEAD;
+    b->job = calloc((size_t)b->n_ring, sizeof *b->job);
+    b->active = calloc((size_t)s->parallel, sizeof *b->active);
+    if (!b->job || !b->active)
+        return say(NO_MEMORY, "no memory for %d requests", b->n_ring);
+    return open_context(&b->e);
+}
+
+static int batch(const struct settings *s)
+{
+    struct batch b = { .e.s = s };
+    char *busy = malloc((size_t)s->parallel);
+    int code = busy ? open_batch(&b) : NO_MEMORY;
+
+    if (code == DONE) {
+        catch_interrupt();
+        b.started = b.beat = seconds();
+        running = b.e.ctx;
+        code = run_batch(&b, busy);
+        running = NULL;
+        report_progress(&b, 1);
+    }
+    if (b.out && b.out != stdout)
+        code = finish_file(b.out, b.out_name, code);
+    if (b.in.fd > STDIN_FILENO)
+        close(b.in.fd);
+    for (int i = 0; i < b.n_known; i++)
+        free(b.known[i].s);
+    free(b.known);
+    free(b.in.buf.s);
+    free(b.job);
+    free(b.active);
+    free(busy);
+    close_engine(&b.e);
+    return code == DONE && b.failed > 0 ? PARTLY : code;
+}
+
+/* ---------------------------------------------------------------- 15. --ppl
+ *
+ * How well a model foresees a text, measured as llama-perplexity does, so that
+ * the figures can be compared.  The text is cut into windows of n_ctx tokens,
+ * each read from nothing, with BOS in place of its first token if the model
+ * begins with one.  Only the second half of a window is scored, where there is
+ * something to go by: positions n_ctx / 2 to n_ctx - 2, each by the token after
+ * it.  The perplexity is e to the power of the mean surprise.
+ *
+ * To see what other weights or another format change, the logits of one run can
+ * be saved and those of a second compared with them:
+ *
+ *     "lfm2ppl\n"; u32 version, n_vocab, n_ctx, windows
+ *     i32 token[windows][n_ctx], as they were read; u64 checksum of all this
+ *     for every scored position: f32 logit[n_vocab], u64 checksum of these
+ *
+ * all little-endian.  Whole floats make it large, 67 MB a window of 512 tokens
+ * with a vocabulary of 65536, but exact: the divergence of a run from itself is
+ * 0, and differences of 1e-9 can be seen. */
+
+enum { PPL_CTX = 512, PPL_VERSION = 1, PPL_HEADER = 24, PPL_SUM = 8 };
+enum { PPL_LOGITS = 1 << 27 };            /* bytes of logits held at once    */
+
+/* Sums over the scored positions: of x, and of x * x. */
+struct sums { double x, xx; };
+
+struct estimate { double mean, error; };  /* with its standard error         */
+
+struct ppl_result {
+    int n_windows, n_ctx, n_scored;
+    struct estimate ppl;
+    /* With --ppl-compare: the saved run, this one minus that, nats, shares. */
+    struct estimate base, difference, kl, same_top;
+    double kl_max, kl_99;
+};
+
+struct ppl {
+    struct engine e;
+    struct ids ids;                       /* the windows, one by one         */
+    int n_ctx, n_vocab, n_windows;
+    int n_rows;                           /* scored in a window              */
+    int n_piece, n_seq;                   /* rows asked for at once in each
+                                             of so many windows              */
+    lfm2_span *span;                      /* [n_seq]                         */
+    FILE *save, *base;
+    unsigned char *bytes;                 /* a row in a file                 */
+    float *base_row;                      /* [n_vocab]                       */
+    struct sums nll, base_nll, kl;
+    double nll_base_nll;                  /* sum of the products             */
+    double *every_kl;                     /* [n_windows * n_rows]            */
+    int n_scored, n_same_top;
+    double start;                         /* when it began                   */
+};
+
+/* ---- files */
+
+static size_t ppl_header_size(const struct ppl *p)
+{
+    return PPL_HEADER + (size_t)p->n_windows * (size_t)p->n_ctx * 4 + PPL_SUM;
+}
+
+static size_t ppl_row_size(const struct ppl *p)
+{
+    return (size_t)p->n_vocab * 4 + PPL_SUM;
+}
+
+/* What a file of this very run begins with; the caller frees it. */
+static unsigned char *ppl_make_header(const struct ppl *p)
+{
+    const size_t n = ppl_header_size(p) - PPL_SUM;
+    unsigned char *h = malloc(n + PPL_SUM);
+
+    if (!h)
+        return NULL;
+    memcpy(h, "lfm2ppl\n", 8);
+    put_le(h + 8, PPL_VERSION, 4);
+    put_le(h + 12, (uint64_t)p->n_vocab, 4);
+    put_le(h + 16, (uint64_t)p->n_ctx, 4);
+    put_le(h + 20, (uint64_t)p->n_windows, 4);
+    for (size_t i = 0; PPL_HEADER + 4 * i < n; i++)
+        put_le(h + PPL_HEADER + 4 * i, (uint32_t)p->ids.id[i], 4);
+    put_le(h + n, hash_bytes(HASH_START, (const char *)h, n), 8);
+    return h;
+}
+
+/* Is a file that begins with `has` one of the run that would begin with `want`?
+ * Those who made it with something else will want to know with what. */
+static int ppl_check_header(const struct ppl *p, const unsigned char *has,
+                            size_t n_has, const unsigned char *want)
+{
+    static const char *const field[] = {
+        "version", "a vocabulary of", "windows of (-c)", "windows:"
+    };
+    const size_t n = ppl_header_size(p) - PPL_SUM;
+    const char *path = p->e.s->ppl_compare;
+
+    if (n_has < PPL_HEADER || memcmp(has, want, 8) != 0)
+        return say(BAD_FILE, "%s: not a file of --ppl-save", path);
+    for (int i = 0; i < 4; i++)
+        if (get_le(has + 8 + 4 * i, 4) != get_le(want + 8 + 4 * i, 4))
+            return say(BAD_FILE, "%s: %s %lu, expected %lu", path, field[i],
+                       (unsigned long)get_le(has + 8 + 4 * i, 4),
+                       (unsigned long)get_le(want + 8 + 4 * i, 4));
+    if (n_has < n + PPL_SUM)
+        return say(BAD_FILE, "%s: cut short after %zu bytes", path, n_has);
+    if (memcmp(has, want, n + PPL_SUM) == 0)
+        return DONE;
+    if (get_le(has + n, PPL_SUM) !=
+        hash_bytes(HASH_START, (const char *)has, n))
+        return say(BAD_FILE, "%s: damaged, its checksum is wrong", path);
+    return say(BAD_FILE, "%s: of another text, or tokens", path);
+}
+
+/* A file that is too short is better refused now than after hours. */
+static int ppl_check_size(const struct ppl *p)
+{
+    const uint64_t n_rows = (uint64_t)p->n_windows * (uint64_t)p->n_rows;
+    const uint64_t size = ppl_header_size(p) + n_rows * ppl_row_size(p);
+    struct stat st;
+
+    if (fstat(fileno(p->base), &st) == 0 && S_ISREG(st.st_mode) &&
+        (uint64_t)st.st_size != size)
+        return say(BAD_FILE, "%s: %lld bytes, expected %llu",
+                   p->e.s->ppl_compare, (long long)st.st_size,
+                   (unsigned long long)size);
+    return DONE;
+}
+
+static int ppl_open_base(struct ppl *p, const unsigned char *header)
+{
+    const char *path = p->e.s->ppl_compare;
+    unsigned char *has = malloc(ppl_header_size(p));
+    size_t n;
+    int code;
+
+    p->base = fopen(path, "rb");
+    if (!has || !p->base) {
+        free(has);
+        return p->base ? say(NO_MEMORY, "no memory for %s", path) :
+               say(BAD_FILE, "%s: %s", path, strerror(errno));
+    }
+    n = fread(has, 1, ppl_header_size(p), p->base);
+    code = ferror(p->base) ? say(BAD_FILE, "%s: %s", path, strerror(errno)) :
+           ppl_check_header(p, has, n, header);
+    free(has);
+    return code == DONE ? ppl_check_size(p) : code;
+}
+
+/* The file to compare with first: if it is refused, nothing is overwritten. */
+static int ppl_open_files(struct ppl *p)
+{
+    const struct settings *s = p->e.s;
+    unsigned char *header = ppl_make_header(p);
+    int code = DONE;
+
+    if (!header)
+        return say(NO_MEMORY, "no memory for %zu bytes", ppl_header_size(p));
+    if (s->ppl_compare)
+        code = ppl_open_base(p, header);
+    if (code == DONE && s->ppl_save) {
+        p->save = create_file(s->ppl_save);
+        if (!p->save)
+            code = BAD_FILE;
+        else
+            fwrite(header, 1, ppl_header_size(p), p->save);
+    }
+    free(header);
+    return code;
+}
+
+static int ppl_save_row(struct ppl *p, const float *logits)
+{
+    const size_t n = (size_t)p->n_vocab * 4;
+    uint32_t u;
+
+    for (int i = 0; i < p->n_vocab; i++) {
+        memcpy(&u, logits + i, sizeof u);
+        put_le(p->bytes + 4 * i, u, 4);
+    }
+    put_le(p->bytes + n, hash_bytes(HASH_START, (const char *)p->bytes, n), 8);
+    if (fwrite(p->bytes, 1, n + PPL_SUM, p->save) == n + PPL_SUM)
+        return DONE;
+    return say(BAD_FILE, "%s: %s", p->e.s->ppl_save, strerror(errno));
+}
+
+static int ppl_load_row(struct ppl *p)
+{
+    const size_t n = (size_t)p->n_vocab * 4;
+    unsigned char sum[PPL_SUM];
+    uint32_t u;
+
+    if (fread(p->bytes, 1, n + PPL_SUM, p->base) != n + PPL_SUM)
+        return say(BAD_FILE, "%s: %s", p->e.s->ppl_compare,
+                   ferror(p->base) ? strerror(errno) : "cut short");
+    put_le(sum, hash_bytes(HASH_START, (const char *)p->bytes, n), 8);
+    if (memcmp(sum, p->bytes + n, PPL_SUM) != 0)
+        return say(BAD_FILE, "%s: damaged, the checksum of row %d is wrong",
+                   p->e.s->ppl_compare, p->n_scored);
+    for (int i = 0; i < p->n_vocab; i++) {
+        u = (uint32_t)get_le(p->bytes + 4 * i, 4);
+        memcpy(p->base_row + i, &u, sizeof u);
+    }
+    return DONE;
+}
+
+/* ---- scores */
+
+static void add_to(struct sums *s, double x)
+{
+    s->x += x;
+    s->xx += x * x;
+}
+
+static struct estimate mean_and_error(struct sums s, int n)
+{
+    const double mean = s.x / n, variance = s.xx / n - mean * mean;
+
+    return (struct estimate){
+        mean, n > 1 && variance > 0 ? sqrt(variance / (n - 1)) : 0
+    };
+}
+
+/* The likeliest; of equals, the first. */
+static int top_of(const float *logits, int n)
+{
+    int top = 0;
+
+    for (int i = 1; i < n; i++)
+        if (logits[i] > logits[top])
+            top = i;
+    return top;
+}
+
+/* log of the sum of e^logit; `top` is the largest. */
+static double log_sum_exp(const float *logits, int n, double top)
+{
+    double sum = 0;
+
+    for (int i = 0; i < n; i++)
+        sum += exp(logits[i] - top);
+    return top + log(sum);
+}
+
+/* The sum of p (log p - log q), for p of the saved run and q of this one, is
+ * the mean under p of the difference of logits, less that of log_sum_exp.
+ * Where the logits are equal, each of these is exactly 0. */
+static int ppl_compare(struct ppl *p, const float *logits, double log_sum,
+                       int top, int32_t target)
+{
+    const float *base = p->base_row;
+    double sum = 0, difference = 0, base_log_sum, kl;
+    int base_top, code = ppl_load_row(p);
+
+    if (code != DONE)
+        return code;
+    base_top = top_of(base, p->n_vocab);
+    for (int i = 0; i < p->n_vocab; i++) {
+        const double e = exp((double)base[i] - base[base_top]);
+        sum += e;
+        difference += e * ((double)base[i] - logits[i]);
+    }
+    base_log_sum = base[base_top] + log(sum);
+    kl = difference / sum - (base_log_sum - log_sum);
+    p->every_kl[p->n_scored] = kl;
+    add_to(&p->kl, kl);
+    add_to(&p->base_nll, base_log_sum - base[target]);
+    p->nll_base_nll += (log_sum - logits[target]) *
+                       (base_log_sum - base[target]);
+    p->n_same_top += top == base_top;
+    return DONE;
+}
+
+/* One position, of which the token `target` came next. */
+static int ppl_score(struct ppl *p, const float *logits, int32_t target)
+{
+    const int top = top_of(logits, p->n_vocab);
+    const double log_sum = log_sum_exp(logits, p->n_vocab, logits[top]);
+    int code = DONE;
+
+    if (!isfinite(log_sum) || !isfinite(logits[target]))
+        return say(FAILED, "%s: logits that are not finite", p->e.s->model);
+    if (p->save)
+        code = ppl_save_row(p, logits);
+    if (code == DONE && p->base)
+        code = ppl_compare(p, logits, log_sum, top, target);
+    add_to(&p->nll, log_sum - logits[target]);
+    p->n_scored++;
+    return code;
+}
+
+static struct estimate exp_of(struct estimate e)
+{
+    return (struct estimate){ exp(e.mean), exp(e.mean) * e.error };
+}
+
+static int ascending(const void *a, const void *b)
+{
+    const double x = *(const double *)a, y = *(const double *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* The text is the same, so the two perplexities vary together; what they have
+ * in common is no error of their difference. */
+static void ppl_sum_up_comparison(struct ppl *p, struct ppl_result *r)
+{
+    const int n = p->n_scored;
+    const double at = 0.99 * (n - 1), share = (double)p->n_same_top / n;
+    double common, variance;
+
+    r->base = exp_of(mean_and_error(p->base_nll, n));
+    common = n > 1 ? (p->nll_base_nll / n - p->nll.x / n * p->base_nll.x / n) /
+             (n - 1) : 0;
+    variance = r->ppl.error * r->ppl.error + r->base.error * r->base.error -
+               2 * common * r->ppl.mean * r->base.mean;
+    r->difference.mean = r->ppl.mean - r->base.mean;
+    r->difference.error = variance > 0 ? sqrt(variance) : 0;
+    r->same_top.mean = share;
+    r->same_top.error = n > 1 ? sqrt(share * (1 - share) / (n - 1)) : 0;
+    r->kl = mean_and_error(p->kl, n);
+    qsort(p->every_kl, (size_t)n, sizeof *p->every_kl, ascending);
+    r->kl_max = p->every_kl[n - 1];
+    r->kl_99 = p->every_kl[(int)at];
+    if ((int)at + 1 < n)
+        r->kl_99 += (at - (int)at) * (p->every_kl[(int)at + 1] - r->kl_99);
+}
+
+static struct ppl_result ppl_sum_up(struct ppl *p)
+{
+    struct ppl_result r = {
+        .n_windows = p->n_windows, .n_ctx = p->n_ctx, .n_scored = p->n_scored,
+        .ppl = exp_of(mean_and_error(p->nll, p->n_scored))
+    };
+
+    if (p->base)
+        ppl_sum_up_comparison(p, &r);
+    return r;
+}
+
+static void ppl_print(const struct ppl *p, const struct ppl_result *r)
+{
+    printf("perplexity     %.4f +/- %.5f\n", r->ppl.mean, r->ppl.error);
+    printf("scored         %d tokens in %d windows of %d\n", r->n_scored,
+           r->n_windows, r->n_ctx);
+    if (!p->base)
+        return;
+    printf("saved run      %.4f +/- %.5f\n", r->base.mean, r->base.error);
+    printf("difference     %.6f +/- %.6f\n", r->difference.mean,
+           r->difference.error);
+    printf("KL divergence  %.6g +/- %.2g\n", r->kl.mean, r->kl.error);
+    printf("  99 %%         %.6g\n  maximum      %.6g\n", r->kl_99, r->kl_max);
+    printf("same top token %.3f +/- %.3f %%\n", 100 * r->same_top.mean,
+           100 * r->same_top.error);
+}
+
+/* ---- the run */
+
+static int ppl_check(const struct settings *s)
+{
+    if (!s->ppl)
+        return usage("--ppl-save and --ppl-compare are for --ppl");
+    if (s->prompt || s->file || s->ids || s->system)
+        return usage("--ppl FILE takes no other text");
+    if ((s->ppl_save && strcmp(s->ppl_save, "-") == 0) ||
+        (s->ppl_compare && strcmp(s->ppl_compare, "-") == 0))
+        return usage("--ppl-save and --ppl-compare need a file, not -");
+    if (s->ppl_save && s->ppl_compare &&
+        strcmp(s->ppl_save, s->ppl_compare) == 0)
+        return usage("--ppl-save would overwrite %s before it is compared",
+                     s->ppl_save);
+    return DONE;
+}
+
+/* Cut the tokens of the text into windows; what is left over is not used. */
+static int ppl_cut(struct ppl *p)
+{
+    struct ids *ids = &p->ids;
+
+    if (p->n_ctx < 3)
+        return say(USAGE, "-c %d: expected windows of at least 3 tokens",
+                   p->n_ctx);
+    if (ids->n / 2 < p->n_ctx)
+        return say(USAGE, "%s: %d tokens, expected at least %d, two windows; "
+                   "-c N makes them shorter", p->e.s->ppl, ids->n,
+                   2 * p->n_ctx);
+    p->n_windows = ids->n / p->n_ctx;
+    p->n_rows = p->n_ctx - 1 - p->n_ctx / 2;
+    for (int i = 0; lfm2_add_bos(p->e.words) && lfm2_bos(p->e.words) >= 0 &&
+         i < p->n_windows; i++)
+        ids->id[(size_t)i * (size_t)p->n_ctx] = lfm2_bos(p->e.words);
+    return DONE;
+}
+
+static int ppl_read(struct ppl *p)
+{
+    struct text t = { 0 };
+    int code = read_file(p->e.s->ppl, &t);
+
+    if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
+        t.n--;
+    if (code == DONE)
+        code = encode(p->e.s, p->e.words, t.s, t.n, p->e.s->bos ||
+                      lfm2_add_bos(p->e.words), &p->ids);
+    free(t.s);
+    return code == DONE ? ppl_cut(p) : code;
+}
+
+/* A window whose rows are too many is read in pieces; short windows are read
+ * several at once, so that the weights are not read for a few tokens only. */
+static int ppl_open_context(struct ppl *p)
+{
+    const int most = PPL_LOGITS / 4 / p->n_vocab;
+    lfm2_params *par = &p->e.par;
+
+    p->n_piece = p->n_rows < most ? p->n_rows : most > 0 ? most : 1;
+    p->n_seq = 1;
+    while (p->n_seq < p->n_windows && p->n_seq < most / p->n_rows &&
+           p->n_seq < par->n_batch / p->n_ctx)
+        p->n_seq++;
+    par->n_ctx = p->n_ctx;
+    par->n_seq = p->n_seq;
+    par->n_logits = p->n_seq * p->n_piece;
+    p->span = calloc((size_t)p->n_seq, sizeof *p->span);
+    p->bytes = malloc(ppl_row_size(p));
+    p->base_row = calloc((size_t)p->n_vocab, sizeof *p->base_row);
+    p->every_kl = calloc((size_t)p->n_windows * (size_t)p->n_rows,
+                         sizeof *p->every_kl);
+    if (!p->span || !p->bytes || !p->base_row || !p->every_kl)
+        return say(NO_MEMORY, "no memory for the scores of %d windows",
+                   p->n_windows);
+    return open_context(&p->e);
+}
+
+/* So far, and how long still. */
+static void ppl_progress(const struct ppl *p, int n_done)
+{
+    const double perplexity = exp(p->nll.x / p->n_scored);
+    const double took = seconds() - p->start;
+
+    if (p->e.s->verbose)
+        say(DONE, "window %d of %d: perplexity %.4f, %.0f s", n_done,
+            p->n_windows, perplexity, took);
+    else if (isatty(STDERR_FILENO) && !p->e.s->quiet)
+        fprintf(stderr, "\rwindow %d of %d, perplexity %.4f, %.0f s to go   ",
+                n_done, p->n_windows, perplexity,
+                took / n_done * (p->n_windows - n_done));
+}
+
+/* Positions `from` to `to` of n windows, from the first; the last n_rows of
+ * them are scored. */
+static int ppl_piece(struct ppl *p, int first, int n, int from, int to,
+                     int n_rows)
+{
+    const int32_t *token = p->ids.id + (size_t)first * (size_t)p->n_ctx;
+    int code = DONE;
+
+    for (int i = 0; i < n; i++)
+        p->span[i] = (lfm2_span){
+            i, token + (size_t)i * (size_t)p->n_ctx + from, to - from, n_rows
+        };
+    if (interrupted)
+        return INTERRUPTED;
+    code = forward(&p->e, p->span, n);
+    for (int i = 0; code == DONE && i < n; i++) {
+        const int32_t *next = p->span[i].tokens + (to - from) - n_rows + 1;
+        for (int k = 0; code == DONE && k < n_rows; k++)
+            code = ppl_score(p, lfm2_logits(p->e.ctx, i, k), next[k]);
+        if (code == DONE && to == p->n_ctx - 1)
+            ppl_progress(p, first + i + 1);
+    }
+    return code;
+}
+
+/* The last token of a window foretells nothing that is scored, so it is not
+ * read at all. */
+static int ppl_run(struct ppl *p)
+{
+    const int end = p->n_ctx - 1;
+    int code = DONE, n;
+
+    p->start = seconds();
+    for (int first = 0; code == DONE && first < p->n_windows; first += n) {
+        n = p->n_windows - first < p->n_seq ? p->n_windows - first : p->n_seq;
+        for (int from = 0, to; code == DONE && from < end; from = to) {
+            const int scored = from ? from : p->n_ctx / 2;
+            to = end - scored < p->n_piece ? end : scored + p->n_piece;
+            code = ppl_piece(p, first, n, from, to, to - scored);
+        }
+        for (int i = 0; i < n; i++)
+            lfm2_seq_trim(p->e.ctx, i, 0);
+    }
+    if (p->n_scored > 0 && isatty(STDERR_FILENO) && !p->e.s->quiet)
+        fputc('\n', stderr);
+    return code;
+}
+
+static int ppl_open(struct ppl *p)
+{
+    const struct settings *s = p->e.s;
+    int code = open_model(&p->e);
+
+    if (code != DONE)
+        return code;
+    p->n_vocab = lfm2_model_config(p->e.model)->n_vocab;
+    p->n_ctx = s->ctx == UNSET ? PPL_CTX : p->e.par.n_ctx;
+    code = open_model_words(&p->e);
+    if (code == DONE)
+        code = ppl_read(p);
+    if (code == DONE)
+        code = ppl_open_context(p);
+    return code == DONE ? ppl_open_files(p) : code;
+}
+
+static int perplexity(const struct settings *s)
+{
+    struct settings plain = *s;
+    struct ppl p = { .e.s = &plain };
+    struct ppl_result result;
+    int code = ppl_check(s);
+
+    plain.raw = 1;                        /* no chat template                */
+    if (code == DONE)
+        code = ppl_open(&p);
+    if (code == DONE) {
+        running = p.e.ctx;
+        catch_interrupt();
+        code = ppl_run(&p);
+        signal(SIGINT, SIG_DFL);
+        running = NULL;
+    }
+    if (p.save)
+        code = finish_file(p.save, s->ppl_save, code);
+    if (code == DONE) {
+        result = ppl_sum_up(&p);
+        ppl_print(&p, &result);
+    }
+    if (p.base)
+        fclose(p.base);
+    free(p.span);
+    free(p.bytes);
+    free(p.base_row);
+    free(p.every_kl);
+    free(p.ids.id);
+    close_engine(&p.e);
+    return code;
+}
+
+/* -------------------------------------------------------------- 16. --bench
  *
  * The tests, names and table of llama-bench, and beside every figure how much
  * of the machine it makes use of.  Generating reads all weights for each token,
@@ -1416,6 +6380,7 @@ struct bench {
     lfm2_model *model;
     lfm2_context *ctx;
     lfm2_params par;                      /* of ctx, in force                */
+    struct sampling sampling;
     struct cost cost;
     struct limits best;                   /* of its number of threads        */
     char type[96];                        /* "lfm2 1.2B Q4_0"                */
@@ -1527,13 +6492,6 @@ static double mean_of(const double *x, int n, double *deviation)
 
 /* ---- the machine */
 
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-
-    return (x > y) - (x < y);
-}
-
 /* The median of several turns of at least 20 ms each, after one that does not
  * count. */
 static double measure_rate(struct bench *b, int what)
@@ -1565,7 +6523,7 @@ static void measure_sampling(struct bench *b)
     const size_t n = (size_t)lfm2_model_config(b->model)->n_vocab;
     const float *logits = lfm2_logits(b->ctx, 0, 0);
     float *copy = logits ? malloc(n * sizeof *copy) : NULL;
-    lfm2_sampler sampler = choose_sampler(b->s);
+    lfm2_sampler sampler = make_sampler(&b->sampling, 0);
     double took[9];
 
     for (int i = 0; copy && i < 9; i++) {
@@ -1817,7 +6775,7 @@ static void print_machine(const struct bench *b)
 
 static void print_footer(const struct bench *b)
 {
-    const lfm2_sampler s = choose_sampler(b->s);
+    const struct sampling s = b->sampling;
 
     print_limits(b);
     print_machine(b);
@@ -1828,7 +6786,7 @@ static void print_footer(const struct bench *b)
            binary_amount(b->rss_anon).s : "n/a");
     if (b->sample_s > 0)
         printf("sampling  temp %g, top-k %d, top-p %g, min-p %g: %.0f us",
-               (double)s.temperature, s.top_k, (double)s.top_p,
+               s.temp, s.top_k, s.top_p,
                (double)s.min_p, b->sample_s * 1e6);
     if (b->sample_s > 0 && b->token_s > 0)
         printf(", %.2f %% of a token", 100 * b->sample_s / b->token_s);
@@ -2193,6 +7151,7 @@ static int run_all(struct bench *b)
         say(DONE, "%s: %s", s->model, lfm2_model_warning(b->model, i));
     spread_tokens(b, b->n_tokens);
     b->cost = count_cost(b->model, s->kv);
+    b->sampling = choose_sampling(s, b->model);
     name_type(b);
     for (int i = 0; code == DONE && i < s->bench_threads.n; i++)
         for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
@@ -2231,11 +7190,11 @@ static int bench(const struct settings *s)
     return code;
 }
 
-/* ---------------------------------------------------------------- 8. main */
+/* --------------------------------------------------------------- 17. main */
 
 int main(int argc, char **argv)
 {
-    struct settings s = preset;
+    struct settings s = defaults;
     int code;
 
     if (argc > 0 && argv[0][0])
@@ -2248,8 +7207,14 @@ int main(int argc, char **argv)
         code = print_version();
     else if (code == DONE && (s.tokenize || s.detokenize || s.export_to))
         code = work_on_words(&s);
+    else if (code == DONE && (s.ppl || s.ppl_save || s.ppl_compare))
+        code = perplexity(&s);
     else if (code == DONE && s.bench)
         code = bench(&s);
+    else if (code == DONE && s.inspect)
+        code = inspect_file(&s);
+    else if (code == DONE && s.batch_mode)
+        code = batch(&s);
     else if (code == DONE)
         code = work_on_model(&s);
     return flush_output(code);

@@ -1,0 +1,1271 @@
+/* What run.c makes of words: JSON, chat templates and tool calls. */
+#define _POSIX_C_SOURCE 200809L          /* as run.c does */
+
+#include <limits.h>
+#include <stddef.h>
+#include <stdlib.h>
+
+/* The stand-ins that run.c is compiled with here: `left` allocations succeed,
+ * and then none. */
+static struct { long left, live, failed; } sys = { -1, 0, 0 };
+
+static int refuses(void)
+{
+    if (sys.left < 0 || sys.left-- > 0)
+        return 0;
+    sys.left = 0;
+    sys.failed++;
+    return 1;
+}
+
+static void *test_malloc(size_t n)
+{
+    void *p = refuses() ? NULL : malloc(n);
+
+    sys.live += p != NULL;
+    return p;
+}
+
+static void *test_calloc(size_t n, size_t size)
+{
+    void *p = refuses() ? NULL : calloc(n, size);
+
+    sys.live += p != NULL;
+    return p;
+}
+
+static void *test_realloc(void *old, size_t n)
+{
+    void *p = refuses() ? NULL : realloc(old, n);
+
+    sys.live += !old && p;
+    return p;
+}
+
+static void test_free(void *p)
+{
+    sys.live -= p != NULL;
+    free(p);
+}
+
+#define malloc test_malloc
+#define calloc test_calloc
+#define realloc test_realloc
+#define free test_free
+#define main run_main
+#include "../run.c"
+#undef main
+#undef malloc
+#undef calloc
+#undef realloc
+#undef free
+#undef COUNT
+
+#include "util.h"
+
+#include <check.h>
+
+#define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
+
+/* Nothing that run.c allocated is left. */
+static void check_freed(void)
+{
+    EXPECT_MSG(sys.live == 0, "%ld blocks never freed", sys.live);
+}
+
+/* --------------------------------------------------------------------- JSON
+ *
+ * A text that is read and written again, or a part of the sentence that says
+ * why it cannot be read. */
+
+struct json_row { const char *text, *result; };
+
+static const struct json_row good_json[] = {
+    { "null", "null" }, { " true\n", "true" }, { "\t\rfalse ", "false" },
+    { "\"\"", "\"\"" }, { "[]", "[]" }, { "{}", "{}" }, { "[ ]", "[]" },
+    { "[[],{},[{}]]", "[[], {}, [{}]]" },
+    { "{\"a\":1,\"b\":[2,{\"c\":null}]}",
+      "{\"a\": 1, \"b\": [2, {\"c\": null}]}" },
+    /* the last of equal keys, in the place of the first */
+    { "{\"a\":1,\"b\":2,\"a\":[3]}", "{\"a\": [3], \"b\": 2}" },
+    { "{\"a\":{\"x\":1},\"a\":{}}", "{\"a\": {}}" },
+    { "{\"\":1,\"\\u0000\":2}", "{\"\": 1, \"\\u0000\": 2}" },
+    /* strings */
+    { "\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\\"\\\\/\\b\\f\\n\\r\\t\"" },
+    { "\"\\u0041\\u00e9\\u20AC\\ud83d\\ude00\"",
+      "\"A\u00e9\u20ac\U0001f600\"" },
+    { "\"\\udbff\\udfff \\u007f \\u001f\"",
+      "\"\U0010ffff \x7f \\u001f\"" },
+    { "\"\xc3\xa9\xe2\x80\xa8\xf0\x9f\x98\x80\"",
+      "\"\xc3\xa9\xe2\x80\xa8\xf0\x9f\x98\x80\"" },
+    { "\"a\\u0000b\"", "\"a\\u0000b\"" },
+    /* numbers, as Python prints them */
+    { "0", "0" }, { "-0", "0" }, { "-0.0", "-0.0" }, { "-1", "-1" },
+    { "12345678901234567890123456789", "12345678901234567890123456789" },
+    { "1.0", "1.0" }, { "1e5", "100000.0" }, { "1E+2", "100.0" },
+    { "0.1", "0.1" }, { "1.50", "1.5" }, { "1e15", "1000000000000000.0" },
+    { "1e16", "1e+16" }, { "123456789012345678.0", "1.2345678901234568e+17" },
+    { "0.0001", "0.0001" }, { "0.00001", "1e-05" }, { "-2.5e-10", "-2.5e-10" },
+    { "5e-324", "5e-324" }, { "1e-999", "0.0" },
+    { "1.7976931348623157e308", "1.7976931348623157e+308" },
+    { "1E400", "Infinity" }, { "-1E400", "-Infinity" }
+};
+
+static const struct json_row bad_json[] = {
+    { "", "line 1, column 1: found the end, expected a value" },
+    { " \n ", "line 2, column 2: found the end, expected a value" },
+    { "nul", "expected a value" }, { "True", "expected a value" },
+    { "NaN", "expected a value" }, { "-Infinity", "expected a number" },
+    { "'a'", "found ''', expected a value" }, { "truefalse", "a value" },
+    { "1 2", "line 1, column 3: found '2', expected the end" },
+    { "1,", "expected the end" }, { "[] []", "expected the end" },
+    { "}", "expected a value" }, { "// x\n1", "expected a value" },
+    { "[1,]", "found ']', expected a value" }, { "[,1]", "a value" },
+    { "[1 2]", "expected ',' or ']'" }, { "[1", "expected ',' or ']'" },
+    { "[1}", "found '}', expected ',' or ']'" }, { "[", "a value" },
+    { "{\"a\":1,}", "found '}', expected a key in double quotes" },
+    { "{\"a\" 1}", "expected ':'" }, { "{\"a\":}", "expected a value" },
+    { "{a:1}", "a key in double quotes" },
+    { "{1:1}", "a key in double quotes" },
+    { "{\"a\":1 \"b\":2}", "expected ',' or '}'" },
+    { "{\"a\":1]", "expected ',' or '}'" }, { "{\"a\"", "expected ':'" },
+    { "01", "without leading zeros" }, { "-", "a number" },
+    { "1.", "a number" }, { ".5", "a value" }, { "1.e5", "a number" },
+    { "1e", "a number" }, { "1e+", "a number" }, { "+1", "a value" },
+    { "0x10", "expected the end" }, { "1_0", "expected the end" },
+    { "\"a", "expected a quote" }, { "\"a\\", "after a backslash" },
+    { "\"a\\\"", "expected a quote" }, { "\"\\x41\"", "after a backslash" },
+    { "\"\\'\"", "after a backslash" }, { "\"\\u12\"", "hexadecimal" },
+    { "\"\\u12g4\"", "hexadecimal" }, { "\"\\ud83d\"", "surrogate" },
+    { "\"\\ude00\"", "surrogate" }, { "\"\\ud83dx\"", "surrogate" },
+    { "\"\\ud83d\\u0041\"", "surrogate" }, { "\"\\ud83d\\u00\"", "surrogate" },
+    { "\"a\nb\"", "found byte 0x0a, expected no control character" },
+    { "\"\x1f\"", "control character" }, { "\"\xff\"", "expected UTF-8" },
+    { "\"\xc0\x80\"", "UTF-8" }, { "\"\xe0\x80\x80\"", "UTF-8" },
+    { "\"\xed\xa0\x80\"", "UTF-8" }, { "\"\xf4\x90\x80\x80\"", "UTF-8" },
+    { "\"\xc3\"", "UTF-8" }, { "\xc3\xa9", "byte 0xc3, expected a value" },
+    { "\xef\xbb\xbf{}", "byte order mark" },
+};
+
+static struct pool pool_of_text;
+
+/* Read from memory that ends where the text ends, so that a step too far is
+ * seen; the result lives until the next call. */
+static struct json *parse_text(const char *text, size_t n, struct why *why)
+{
+    struct json *v;
+    char *copy = malloc(n + !n);
+    int code;
+
+    if (n > 0)
+        memcpy(copy, text, n);
+    pool_free(&pool_of_text);
+    code = json_parse(&pool_of_text, copy, n, &v, why);
+    free(copy);
+    EXPECT((code == DONE) == (v != NULL));
+    return v;
+}
+
+static void forget(void)
+{
+    pool_free(&pool_of_text);
+}
+
+START_TEST(good_json_comes_back)
+{
+    const struct json_row *row = &good_json[_i];
+    struct text t = { 0 }, again = { 0 };
+    struct why why = { "" };
+    struct json *v = parse_text(row->text, strlen(row->text), &why);
+
+    ck_assert_msg(v != NULL, "%s: %s", row->text, why.s);
+    add_json(&t, v);
+    ck_assert_str_eq(t.s, row->result);
+    if (!strstr(row->result, "Infinity")) {
+        v = parse_text(t.s, t.n, &why);
+        add_json(&again, v);
+        ck_assert_str_eq(again.s, row->result);
+    }
+    test_free(t.s);
+    test_free(again.s);
+    forget();
+    check_freed();
+}
+END_TEST
+
+START_TEST(bad_json_is_refused)
+{
+    const struct json_row *row = &bad_json[_i];
+    struct why why = { "" };
+
+    ck_assert(!parse_text(row->text, strlen(row->text), &why));
+    ck_assert_msg(strstr(why.s, row->result) != NULL, "%s: %s", row->text,
+                  why.s);
+    forget();
+    check_freed();
+}
+END_TEST
+
+START_TEST(each_part_of_a_json_text_is_no_json)
+{
+    static const char text[] =
+        "{\"a\": [1.5e-3, true, \"\\ud83d\\ude00 \xc3\xa9\\n\"], "
+        "\"b\": {\"c\": null, \"d\": {}}}";
+    struct why why;
+
+    for (size_t n = 0; n < sizeof text - 1; n++)
+        EXPECT_MSG(!parse_text(text, n, &why), "%.*s", (int)n, text);
+    ck_assert(parse_text(text, sizeof text - 1, &why) != NULL);
+    forget();
+}
+END_TEST
+
+/* Whatever is changed: no crash, and what is accepted comes back. */
+START_TEST(damaged_json_does_no_harm)
+{
+    static const char text[] = "[{\"a\":[1.5e3,-0,\"\\u00e9\\\"x\"]},true,{}]";
+    static const char new[] = "[]{},:\"\\0.-eEtu\xc3\xa9 \n\x01";
+    uint64_t rng = 1;
+    int n_good = 0;
+
+    for (int i = 0; i < 20000; i++) {
+        char s[sizeof text];
+        struct text one = { 0 }, two = { 0 };
+        struct why why;
+        memcpy(s, text, sizeof s);
+        for (int k = 0; k < 1 + i % 3; k++)
+            s[random_u32(&rng) % (sizeof s - 1)] =
+                new[random_u32(&rng) % (sizeof new - 1)];
+        struct json *v = parse_text(s, sizeof s - 1, &why);
+        if (!v)
+            continue;
+        n_good++;
+        add_json(&one, v);
+        v = parse_text(one.s, one.n, &why);
+        EXPECT_MSG(v != NULL, "%s became %s: %s", s, one.s, why.s);
+        add_json(&two, v);
+        EXPECT(strcmp(one.s, two.s) == 0);
+        test_free(one.s);
+        test_free(two.s);
+    }
+    ck_assert_int_gt(n_good, 100);
+    forget();
+    check_freed();
+}
+END_TEST
+
+/* n times `open`, then as often `close`. */
+static char *nest(int n, char open, char close)
+{
+    char *s = malloc((size_t)n * 2 + 1);
+
+    memset(s, open, (size_t)n);
+    memset(s + n, close, (size_t)n);
+    s[2 * n] = '\0';
+    return s;
+}
+
+START_TEST(json_nests_only_so_deep)
+{
+    static const int depth[] = { 1, 64, 65, 500000 };
+    struct why why;
+
+    for (int i = 0; i < COUNT(depth); i++) {
+        char *s = nest(depth[i], '[', ']');
+        struct json *v = parse_text(s, strlen(s), &why);
+        struct text t = { 0 };
+        ck_assert_int_eq(v != NULL, depth[i] <= MAX_DEPTH);
+        if (v) {
+            add_json(&t, v);
+            ck_assert_str_eq(t.s, s);
+        } else
+            ck_assert_str_eq(why.s, "JSON nested deeper than 64 levels");
+        test_free(t.s);
+        free(s);
+    }
+    forget();
+}
+END_TEST
+
+/* A million keys, half of them twice: found at once, every one. */
+START_TEST(large_objects_are_fast)
+{
+    struct text t = { 0 };
+    struct why why;
+    struct json *v;
+    long long x;
+    char key[16];
+    int n = 0;
+
+    add_string(&t, "{");
+    for (int i = 0; i < 1000000; i++)
+        add_format(&t, "%s\"k%d\":%d", i ? "," : "", i % 500000, i);
+    add_string(&t, "}");
+    v = parse_text(t.s, t.n, &why);
+    ck_assert_msg(v != NULL, "%s", why.s);
+    for (const struct json *m = v->first; m; m = m->next)
+        n++;
+    ck_assert_int_eq(n, 500000);
+    for (int i = 0; i < 500000; i++) {
+        snprintf(key, sizeof key, "k%d", i);
+        EXPECT(json_int(json_get(v, key), 0, 1 << 20, &x) == 0);
+        EXPECT(x == i + 500000);
+    }
+    test_free(t.s);
+    forget();
+}
+END_TEST
+
+START_TEST(there_is_an_end_to_memory)
+{
+    char *text = malloc(MAX_JSON + 2);
+    struct why why;
+
+    memset(text, ' ', MAX_JSON + 1);
+    ck_assert(!parse_text(text, MAX_JSON + 1, &why));
+    ck_assert(strstr(why.s, "expected at most 67108864"));
+    for (int i = 0; i < MAX_JSON; i += 2)
+        memcpy(text + i, i ? ",1" : "[1", 2);
+    ck_assert(!parse_text(text, MAX_JSON, &why));
+    ck_assert(strstr(why.s, "no memory"));
+    free(text);
+    forget();
+    check_freed();
+}
+END_TEST
+
+START_TEST(values_are_what_they_are)
+{
+    static const char text[] = "{\"i\":-7,\"f\":1.0,\"big\":"
+                               "99999999999999999999,\"t\":true,\"n\":false,"
+                               "\"s\":\"x\",\"e\":1e3}";
+    struct why why;
+    struct json *v = parse_text(text, sizeof text - 1, &why);
+    long long i = 5;
+    double x = 5;
+    int b = 5;
+
+    ck_assert(json_int(json_get(v, "i"), -7, 7, &i) == 0 && i == -7);
+    ck_assert(json_int(json_get(v, "i"), -6, 7, &i) < 0 && i == -7);
+    ck_assert(json_int(json_get(v, "f"), -9, 9, &i) < 0);
+    ck_assert(json_int(json_get(v, "e"), -9, 9999, &i) < 0);
+    ck_assert(json_int(json_get(v, "big"), LLONG_MIN, LLONG_MAX, &i) < 0);
+    ck_assert(json_int(json_get(v, "s"), -9, 9, &i) < 0);
+    ck_assert(json_int(json_get(v, "none"), -9, 9, &i) < 0 && i == -7);
+    ck_assert(json_double(json_get(v, "i"), &x) == 0 && x == -7);
+    ck_assert(json_double(json_get(v, "e"), &x) == 0 && x == 1000);
+    ck_assert(json_double(json_get(v, "t"), &x) < 0 && x == 1000);
+    ck_assert(json_bool(json_get(v, "t"), &b) == 0 && b == 1);
+    ck_assert(json_bool(json_get(v, "n"), &b) == 0 && b == 0);
+    ck_assert(json_bool(json_get(v, "i"), &b) < 0 && b == 0);
+    ck_assert_str_eq(json_text(json_get(v, "s")), "x");
+    ck_assert(!json_text(json_get(v, "i")) && !json_text(NULL));
+    ck_assert(!json_get(json_get(v, "i"), "x") && !json_get(NULL, "x"));
+    forget();
+}
+END_TEST
+
+START_TEST(trees_can_be_built)
+{
+    struct pool p = { 0 };
+    struct json *o = json_object(&p), *a = json_array(&p);
+    struct text t = { 0 };
+
+    json_append(&p, a, json_string(&p, "x\0y", 3));
+    json_append(&p, a, json_object(&p));
+    json_append(&p, a, NULL);
+    json_set(&p, o, "first", a);
+    json_set(&p, o, "second", json_string(&p, "old", 3));
+    json_set(&p, o, "third", a);
+    json_set(&p, o, "second", json_string(&p, "new", 3));
+    json_set(&p, o, "none", NULL);
+    json_set(&p, NULL, "none", a);
+    add_json(&t, o);
+    add_json(&t, NULL);
+    ck_assert_str_eq(t.s, "{\"first\": [\"x\\u0000y\", {}], \"second\": \"new\""
+                     ", \"third\": [\"x\\u0000y\", {}]}");
+    test_free(t.s);
+    pool_free(&p);
+    check_freed();
+}
+END_TEST
+
+START_TEST(strings_are_written_as_utf8_whatever_they_are)
+{
+    static const struct { const char *bytes; size_t n; const char *json; }
+    row[] = {
+        { "", 0, "\"\"" }, { "a\"\\/", 4, "\"a\\\"\\\\/\"" },
+        { "\xff", 1, "\"\ufffd\"" }, { "a\xc3", 2, "\"a\ufffd\"" },
+        { "\xc3\xa9\xa9", 3, "\"\u00e9\ufffd\"" },
+        { "\xed\xa0\x80", 3, "\"\ufffd\ufffd\ufffd\"" },
+        { "\xf0\x9f\x98z", 4, "\"\ufffd\ufffd\ufffdz\"" },
+        { "\0\x01\n", 3, "\"\\u0000\\u0001\\n\"" }
+    };
+    uint64_t rng = 1;
+    struct why why;
+
+    for (int i = 0; i < COUNT(row); i++) {
+        struct text t = { 0 };
+        add_json_string(&t, row[i].bytes, row[i].n);
+        ck_assert_str_eq(t.s, row[i].json);
+        test_free(t.s);
+    }
+    for (int i = 0; i < 3000; i++) {
+        struct text t = { 0 };
+        char s[12];
+        for (int k = 0; k < 12; k++)
+            s[k] = (char)(random_u32(&rng) % 3 ? 0x80 | random_u32(&rng)
+                                               : random_u32(&rng));
+        add_json_string(&t, s, sizeof s);
+        EXPECT_MSG(parse_text(t.s, t.n, &why), "%s: %s", t.s, why.s);
+        test_free(t.s);
+    }
+    forget();
+}
+END_TEST
+
+/* ---------------------------------------------------------------- templates */
+
+/* A conversation in JSON, as the requests have it, with the settings that are
+ * not in it. */
+static int render_json(const char *text, int template, struct conversation c,
+                       struct rendered *out, struct why *why)
+{
+    struct pool pool = { 0 };
+    struct json *v;
+    int code = json_parse(&pool, text, strlen(text), &v, why);
+
+    ck_assert_msg(code == DONE, "%s: %s", text, why->s);
+    c.messages = json_get(v, "messages");
+    c.tools = json_get(v, "tools");
+    c.date = "2026-11-20";
+    code = render(&c, template, out, why);
+    pool_free(&pool);
+    return code;
+}
+
+#define USER(text) "{\"role\":\"user\",\"content\":" text "}"
+#define SYSTEM(text) "{\"role\":\"system\",\"content\":" text "}"
+#define CHAT(messages) "{\"messages\":[" messages "]}"
+
+enum { LFM2 = TEMPLATE_LFM2, INSTRUCT, NEW, VL, A1B };
+enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, THOUGHT = 8 };
+
+#define B "<|startoftext|>"
+#define U(text) "<|im_start|>user\n" text "<|im_end|>\n"
+#define S(text) "<|im_start|>system\n" text "<|im_end|>\n"
+#define A(text) "<|im_start|>assistant\n" text "<|im_end|>\n"
+#define M(role, fields) "{\"role\":\"" role "\"," fields "}"
+#define CALL(arguments) "\"tool_calls\":[{\"function\":{\"name\":\"f\"," \
+                        "\"arguments\":" arguments "}}]"
+
+static const struct {
+    int template, flags;
+    const char *json, *text;
+} rendering[] = {
+    { LFM2, GENERATE, CHAT(USER("\"Hi\"")),
+      B U("Hi") "<|im_start|>assistant\n" },
+    { A1B, GENERATE | THOUGHT, CHAT(USER("\"Hi\"")),
+      B U("Hi") "<|im_start|>assistant\n<think>" },
+    /* parts are joined, null is nothing */
+    { LFM2, 0, CHAT(USER("[{\"type\":\"text\",\"text\":\"a\"},"
+                         "{\"type\":\"text\",\"text\":\"b\"}]")), B U("ab") },
+    { INSTRUCT, 0, CHAT(USER("[]") "," USER("null")), B U("") U("") },
+    { VL, 0, CHAT(M("user", "\"x\":1") "," USER("null") "," USER("\"a\"")),
+      B "<|im_start|>user\n" U("") U("a") },
+    { NEW, 0, CHAT(M("user", "\"x\":1")), B U("") },
+    /* the system */
+    { A1B, 0, CHAT(M("developer", "\"content\":\"x\"") "," USER("\"a\"")),
+      B S("x") U("a") },
+    { LFM2, 0, CHAT(USER("\"a\"") "," SYSTEM("\"x\"")), B U("a") S("x") },
+    { LFM2, 0, CHAT(SYSTEM("\"\"") "," SYSTEM("\"\"")), B S("") },
+    { INSTRUCT, 0, "{\"messages\":[" SYSTEM("\"x\"") "],\"tools\":[]}",
+      B S("x") },
+    { INSTRUCT, 0, "{\"messages\":[" USER("\"a\"") "],\"tools\":[\"t\",{}]}",
+      B S("List of tools: [t, {}]") U("a") },
+    { VL, 0, "{\"messages\":[" SYSTEM("\"x\"") "],\"tools\":[\"t\",{}]}",
+      B S("x\n\nToday's date: 2026-11-20\n\nList of tools: [\"t\", {}]") },
+    /* calls: strings in the manner of the template, the rest in Python's */
+    { NEW, 0, CHAT(USER("\"a\"") ","
+                   M("assistant", CALL("\"{\\\"x\\\": [\\\"it's\\\", 1e5, true,"
+                                       " {\\\"y\\\": null}]}\""))),
+      B U("a") A(CALL_START "[f(x=[\"it's\", 100000.0, True, {'y': None}])]"
+                 CALL_END) },
+    { VL, 0, CHAT(M("assistant", CALL("{\"x\":\"a\\\"b\",\"y\":{\"z\":[]}}")
+                    ",\"content\":\"c\"")),
+      B A(CALL_START "[f(x=\"a\"b\", y={\"z\": []})]" CALL_END "c") },
+    { A1B, 0, CHAT(M("assistant", CALL("{\"x\":\"it's\"}")
+                     ",\"content\":\"c\"")),
+      B A("c" CALL_START "[f(x='it's')]" CALL_END) },
+    { A1B, 0, CHAT(M("assistant", CALL("\"\""))),
+      B A(CALL_START "[f()]" CALL_END) },
+    { A1B, 0, CHAT(M("assistant", "\"tool_calls\":[]")),
+      B A(CALL_START "[]" CALL_END) },
+    { NEW, 0, CHAT(M("assistant", "\"tool_calls\":[]")), B A("") },
+    { A1B, 0, CHAT(M("assistant", "\"tool_calls\":null")), B A("") },
+    { LFM2, 0, CHAT(M("assistant", CALL("{}") ",\"content\":\"c\"")),
+      B A("c") },
+    { NEW, 0, CHAT(M("assistant", CALL("{\"x\":[\"'\\\"\\\\\\n\\u0007\\u00ad"
+                                       "\\u2028\\ue000\\udb80\\udc00\"]}"))),
+      B A(CALL_START "[f(x=['\\'\"\\\\\\n\\x07\\xad\\u2028\\ue000"
+          "\\U000f0000'])]" CALL_END) },
+    /* thoughts of the past */
+    { A1B, 0, CHAT(USER("\"a\"") "," M("assistant", "\"thinking\":\"t\"")),
+      B U("a") A("<think>t</think>") },
+    { A1B, 0, CHAT(M("assistant", "\"reasoning_content\":\"t\"") ","
+                   USER("\"a\"")), B A("") U("a") },
+    { A1B, KEEP, CHAT(M("assistant", "\"reasoning_content\":\"t\"") ","
+                      USER("\"a\"")), B A("<think>t</think>") U("a") },
+    { NEW, 0, CHAT(M("assistant", "\"content\":\"<think>x</think>y</think>\\n"
+                     "\\u3000z \\u0085\"") "," M("assistant", "\"x\":1")),
+      B A("z") A("") },
+    { INSTRUCT, KEEP, CHAT(M("assistant", "\"content\":\"x</think> y\"") ","
+                           M("assistant", "\"content\":\"\"")),
+      B A("x</think> y") A("") },
+    { LFM2, 0, CHAT(M("assistant", "\"content\":\"x</think> y\"") ","
+                    M("assistant", "\"thinking\":\"t\"")),
+      B A("x</think> y") A("") },
+    /* an answer that goes on */
+    { LFM2, GENERATE | CONTINUE, CHAT(USER("\"a\"") ","
+                                      M("assistant", "\"content\":\"So\"")),
+      B U("a") "<|im_start|>assistant\nSo" },
+    { VL, CONTINUE, CHAT(M("assistant", CALL("{}"))),
+      B "<|im_start|>assistant\n" CALL_START "[f()]" CALL_END },
+};
+
+START_TEST(conversations_are_written_down)
+{
+    const int flags = rendering[_i].flags;
+    const struct conversation c = {
+        .generate = !!(flags & GENERATE), .keep_thinking = !!(flags & KEEP),
+        .continue_last = !!(flags & CONTINUE),
+        .open_thought = !!(flags & THOUGHT)
+    };
+    struct rendered r;
+    struct why why = { "" };
+
+    ck_assert_msg(render_json(rendering[_i].json, rendering[_i].template, c, &r,
+                              &why) == DONE, "%s", why.s);
+    ck_assert_str_eq(r.text.s, rendering[_i].text);
+    rendered_free(&r);
+    check_freed();
+}
+END_TEST
+
+/* What is wrong, and a part of the sentence about it. */
+static const struct { const char *json, *why; } refused[] = {
+    { "{}", "messages is nothing, expected an array of messages" },
+    { CHAT(""), "messages is empty, expected an array" },
+    { "{\"messages\":\"Hi\"}", "messages is a string, expected an array" },
+    { CHAT("1"), "messages[0] is a number, expected an object" },
+    { CHAT("{}"), "messages[0].role is nothing, expected \"system\"" },
+    { CHAT(USER("\"a\"") "," M("bot", "\"content\":\"a\"")),
+      "messages[1].role is another string, expected" },
+    { CHAT("{\"role\":7}"), "messages[0].role is a number" },
+    { CHAT("{\"role\":\"user\\u0000\"}"), "messages[0].role is another" },
+    { CHAT(USER("7")), "messages[0].content is a number, expected a string" },
+    { CHAT(USER("{}")), "messages[0].content is an object" },
+    { CHAT(USER("\"a\\u0000b\"")), "messages[0].content has a NUL character "
+      "after 1 bytes" },
+    { CHAT(USER("[\"a\"]")), "messages[0].content[0] is no part of type" },
+    { CHAT(USER("[{\"type\":\"text\",\"text\":\"a\"},"
+                "{\"type\":\"image_url\"}]")),
+      "messages[0].content[1] is no part of type \"text\"" },
+    { CHAT(USER("[{\"type\":\"text\"}]")),
+      "messages[0].content[0].text is nothing, expected a string" },
+    { CHAT(USER("[{\"type\":\"text\",\"text\":\"\\u0000\"}]")),
+      "content[0].text has a NUL" },
+    { CHAT(M("assistant", "\"thinking\":[]")),
+      "messages[0].thinking is an array, expected a string" },
+    { CHAT(M("assistant", "\"tool_calls\":{}")),
+      "messages[0].tool_calls is an object, expected an array" },
+    { CHAT(M("assistant", "\"tool_calls\":[1]")),
+      "messages[0].tool_calls[0] has no function with a name" },
+    { CHAT(M("assistant", "\"tool_calls\":[{\"name\":\"a\\u0000\"}]")),
+      "messages[0].tool_calls[0] has no function with a name" },
+    { CHAT(M("assistant", CALL("[]"))),
+      "messages[0].tool_calls[0].function.arguments is an array" },
+    { CHAT(M("assistant", CALL("\"{\""))), "arguments is a string" },
+    { CHAT(M("assistant", CALL("\"[]\""))), "arguments is a string" },
+    { "{\"messages\":[" USER("\"a\"") "],\"tools\":{}}",
+      "tools is an object, expected an array" },
+    { "{\"messages\":[" USER("\"a\"") "],\"tools\":[{},7]}",
+      "tools[1] is a number, expected an object" },
+};
+
+START_TEST(bad_conversations_are_refused)
+{
+    const struct conversation c = { .generate = 1 };
+    struct rendered r;
+    struct why why = { "" };
+
+    for (int t = LFM2; t <= A1B; t++) {
+        ck_assert_int_eq(render_json(refused[_i].json, t, c, &r, &why), USAGE);
+        ck_assert_msg(strstr(why.s, refused[_i].why) != NULL, "%s", why.s);
+        rendered_free(&r);
+    }
+    check_freed();
+}
+END_TEST
+
+START_TEST(only_an_answer_can_go_on)
+{
+    const struct conversation c = { .continue_last = 1 };
+    struct rendered r;
+    struct why why = { "" };
+
+    ck_assert_int_eq(render_json(CHAT(USER("\"a\"")), LFM2, c, &r, &why),
+                     USAGE);
+    ck_assert(strstr(why.s, "messages[0] is of role user, expected"));
+    rendered_free(&r);
+    ck_assert_int_eq(render_json(CHAT(USER("\"a\"")), TEMPLATE_NONE, c, &r,
+                                 &why), USAGE);
+    ck_assert(strstr(why.s, "no chat template"));
+    rendered_free(&r);
+}
+END_TEST
+
+/* All conversations of test/chat.json by all templates in it. */
+START_TEST(renderings_are_those_of_the_templates)
+{
+    struct bytes file = load_file("test/chat.json");
+    struct pool pool = { 0 };
+    struct why why = { "" };
+    struct json *all, *t, *one;
+    int n = 0;
+
+    ck_assert_ptr_nonnull(file.p);
+    ck_assert_msg(json_parse(&pool, (char *)file.p, file.n, &all, &why) == DONE,
+                  "%s", why.s);
+    for (t = json_get(all, "rendered")->first; t; t = t->next)
+        for (one = t->first; one; one = one->next, n++) {
+            struct json *v = json_get(json_get(all, "conversations"), one->key);
+            struct conversation c = { .generate = 1, .date = "2026-11-20" };
+            struct rendered r;
+            int template = LFM2;
+            while (strcmp(template_names[template], t->key) != 0)
+                ck_assert_int_lt(template++, A1B);
+            c.messages = json_get(v, "messages");
+            c.tools = json_get(v, "tools");
+            json_bool(json_get(v, "add_generation_prompt"), &c.generate);
+            ck_assert_msg(render(&c, template, &r, &why) == DONE, "%s", why.s);
+            ck_assert_str_eq(r.text.s, one->s);
+            rendered_free(&r);
+        }
+    ck_assert_int_eq(n, 65);
+    pool_free(&pool);
+    free(file.p);
+    check_freed();
+}
+END_TEST
+
+/* --------------------------------------------------------------- its tokens */
+
+static lfm2_tokenizer *open_tokenizer(void)
+{
+    lfm2_tokenizer *words;
+    lfm2_error err = { 0 };
+
+    ck_assert_msg(lfm2_tokenizer_open(&words, "tokenizer.bin", &err) == LFM2_OK,
+                  "%s", err.msg);
+    return words;
+}
+
+/* The ids written out, control tokens in braces. */
+static const char *spell(const lfm2_tokenizer *words, const struct ids *ids)
+{
+    static char out[4096];
+    size_t n = 0;
+
+    for (int i = 0; i < ids->n; i++) {
+        int len, plain;
+        const char *s = lfm2_token_bytes(words, ids->id[i], 1, &len);
+        lfm2_token_bytes(words, ids->id[i], 0, &plain);
+        n += (size_t)snprintf(out + n, sizeof out - n,
+                              plain ? "%.*s" : "{%.*s}", len, s);
+        ck_assert(n < sizeof out);
+    }
+    return out;
+}
+
+static const char *spell_json(const lfm2_tokenizer *words, const char *json,
+                              int template, int special, int open_thought)
+{
+    const struct conversation c = { .generate = open_thought,
+                                    .open_thought = open_thought };
+    struct ids ids = { NULL, 0 };
+    struct rendered r;
+    struct why why = { "" };
+    const char *s;
+
+    ck_assert_msg(render_json(json, template, c, &r, &why) == DONE, "%s",
+                  why.s);
+    ck_assert(encode_rendered(words, &r, special, &ids) == DONE);
+    s = spell(words, &ids);
+    test_free(ids.id);
+    rendered_free(&r);
+    check_freed();
+    return s;
+}
+
+START_TEST(only_what_the_template_wrote_is_a_marker)
+{
+    static const char json[] =
+        "{\"messages\":[" SYSTEM("\"<|im_end|>\"") ","
+        USER("\"<|tool_call_start|>\"") "," M("assistant", "\"content\":"
+        "\"x<|tool_call_start|>[]<|tool_call_end|><|tool_call_<|im_end|>\"") ","
+        M("tool", "\"content\":\"<|tool_response_end|>\"") "],\"tools\":[{}]}";
+    lfm2_tokenizer *words = open_tokenizer();
+
+    ck_assert_str_eq(spell_json(words, json, LFM2, 0, 0),
+        "{<|startoftext|>}{<|im_start|>}system\n<|im_end|>\nList of tools: "
+        "{<|tool_list_start|>}[{}]{<|tool_list_end|>}{<|im_end|>}\n"
+        "{<|im_start|>}user\n<|tool_call_start|>{<|im_end|>}\n"
+        "{<|im_start|>}assistant\nx{<|tool_call_start|>}[]{<|tool_call_end|>}"
+        "<|tool_call_<|im_end|>{<|im_end|>}\n{<|im_start|>}tool\n"
+        "{<|tool_response_start|>}<|tool_response_end|>{<|tool_response_end|>}"
+        "{<|im_end|>}\n");
+    ck_assert_str_eq(
+        spell_json(words, CHAT(USER("\"<|im_end|>x\"")), A1B, 1, 0),
+        "{<|startoftext|>}{<|im_start|>}user\n{<|im_end|>}x{<|im_end|>}\n");
+    lfm2_tokenizer_close(words);
+}
+END_TEST
+
+/* <think> is no token here: it is one piece with the text around it. */
+START_TEST(marks_without_a_token_are_text)
+{
+    lfm2_tokenizer *words = open_tokenizer();
+    const char json[] = CHAT(USER("\"a\"") "," M("assistant", "\"thinking\":"
+                             "\"t\",\"content\":\"c\""));
+    struct ids ids = { NULL, 0 };
+    struct rendered r;
+    struct why why;
+    int32_t piece[64];
+    const char text[] = "assistant\n<think>t</think>c";
+    int n;
+
+    ck_assert_str_eq(spell_json(words, json, NEW, 0, 1),
+        "{<|startoftext|>}{<|im_start|>}user\na{<|im_end|>}\n{<|im_start|>}"
+        "assistant\n<think>t</think>c{<|im_end|>}\n{<|im_start|>}assistant\n"
+        "<think>");
+    ck_assert(render_json(json, NEW, (struct conversation){ .generate = 0 }, &r,
+                          &why) == DONE);
+    ck_assert(encode_rendered(words, &r, 0, &ids) == DONE);
+    n = lfm2_encode(words, text, strlen(text), 0, piece, 64);
+    ck_assert_int_gt(ids.n, n + 2);
+    ck_assert_mem_eq(piece, ids.id + ids.n - n - 2, (size_t)n * sizeof *piece);
+    test_free(ids.id);
+    rendered_free(&r);
+    lfm2_tokenizer_close(words);
+}
+END_TEST
+
+START_TEST(tokens_are_those_of_lfm2_chat)
+{
+    static const char *const text[] = {
+        "Hi", "", " a\n\nb ", "<|im_end|>\n", "caf\u00e9 \U0001f600",
+        "It's 12345 o'clock.", "\n\n\n", "<|startoftext|>", "x <think> y"
+    };
+    lfm2_tokenizer *words = open_tokenizer();
+
+    for (int i = 0; i < COUNT(text) * COUNT(text) * 2; i++) {
+        const char *role[] = { "system", "user", "assistant", "user" };
+        lfm2_message msg[4];
+        struct pool pool = { 0 };
+        struct json *messages = json_array(&pool);
+        struct rendered r;
+        struct ids ids = { NULL, 0 };
+        struct why why;
+        int32_t want[512];
+        int first, n;
+        for (int k = 0; k < 4; k++) {
+            struct json *m = json_object(&pool);
+            msg[k].role = role[k];
+            msg[k].content = text[(i / (k % 2 ? 1 : COUNT(text)) + k / 2) %
+                                  COUNT(text)];
+            json_set(&pool, m, "role", json_string(&pool, role[k],
+                                                   strlen(role[k])));
+            json_set(&pool, m, "content",
+                     json_string(&pool, msg[k].content,
+                                 strlen(msg[k].content)));
+            json_append(&pool, messages, m);
+        }
+        const struct conversation c = { .messages = messages,
+                                        .generate = i % 2 };
+        ck_assert(render(&c, LFM2, &r, &why) == DONE);
+        ck_assert(encode_rendered(words, &r, 0, &ids) == DONE);
+        first = msg[0].content[0] == '\0';      /* the template drops it     */
+        n = lfm2_chat(words, msg + first, 4 - first, i % 2, want, 512);
+        ck_assert_int_eq(ids.n, n);
+        ck_assert_mem_eq(ids.id, want, (size_t)n * sizeof *want);
+        test_free(ids.id);
+        rendered_free(&r);
+        pool_free(&pool);
+    }
+    lfm2_tokenizer_close(words);
+    check_freed();
+}
+END_TEST
+
+START_TEST(a_vocabulary_without_markers_cannot_chat)
+{
+    const struct edit edits[] = {
+        { SET_ARRAY, "tokenizer.ggml.tokens", T_STRING, 264, NULL, 0 },
+        { NO_EDIT, NULL, 0, 0, NULL, 0 }
+    };
+    const struct tiny t = { .words = 1, .edits = edits };
+    struct bytes file = tiny_model(&t);
+    struct ids ids = { NULL, 0 };
+    lfm2_tokenizer *words;
+    struct rendered r;
+    struct why why;
+
+    if (lfm2_tokenizer_open_memory(&words, file.p, file.n, NULL) == LFM2_OK) {
+        ck_assert(render_json(CHAT(USER("\"a\"")), LFM2,
+                              (struct conversation){ .generate = 1 }, &r, &why)
+                  == DONE);
+        ck_assert_int_eq(encode_rendered(words, &r, 0, &ids), BAD_MODEL);
+        rendered_free(&r);
+        lfm2_tokenizer_close(words);
+    }
+    free(file.p);
+}
+END_TEST
+
+/* ---------------------------------------------------- the choice of a model */
+
+/* A model with this template and name; its choice. */
+static int choice(const char *template, const char *name, int *known,
+                  struct why *why)
+{
+    const struct edit edits[] = {
+        { RENAME, "lfm2.vocab_size", 0, 0, "tokenizer.chat_template", 0 },
+        { SET_STRING, "lfm2.vocab_size", 0, 0, template, 0 },
+        { SET_STRING, "general.name", 0, 0, name, 0 },
+        { NO_EDIT, NULL, 0, 0, NULL, 0 }
+    };
+    const struct tiny t = { .words = 1, .edits = template ? edits : edits + 2 };
+    struct bytes file = tiny_model(&t);
+    lfm2_model *model;
+    lfm2_tokenizer *words;
+    lfm2_error err = { 0 };
+    int chosen;
+
+    ck_assert_msg(lfm2_model_open_memory(&model, file.p, file.n, &err)
+                  == LFM2_OK, "%s", err.msg);
+    ck_assert(lfm2_tokenizer_open_memory(&words, file.p, file.n, &err)
+              == LFM2_OK);
+    chosen = choose_template(model, words, known, why);
+    lfm2_tokenizer_close(words);
+    lfm2_model_close(model);
+    free(file.p);
+    return chosen;
+}
+
+START_TEST(an_edited_template_is_recognised)
+{
+    static const struct { const char *template, *name; int chosen; } row[] = {
+        { NULL, "LFM2.5", TEMPLATE_NONE },
+        { "x <|tool_list_start|> List of tools: [", "LFM2.5", LFM2 },
+        { "List of tools: [ preserve_thinking", "x", A1B },
+        { "Today's date: List of tools: [", "x", NEW },
+        { "strftime_now parse_content(message.content) "
+          "render_tool_calls(message.tool_calls)", "VL", NEW },
+        { "strftime_now render_tool_calls(message.tool_calls) "
+          "parse_content(message.content)", "x", VL },
+        { "List of tools: [", "x", INSTRUCT },
+        { "", "LFM2-1.2B", LFM2 },
+        { "{{ chatml }}", "LFM2.5-1.2B", INSTRUCT },
+        { "{{ chatml }}", "LFM2.5-VL-450M", VL },
+        { "{{ chatml }}", "LFM2-VL", LFM2 },
+    };
+
+    for (int i = 0; i < COUNT(row); i++) {
+        struct why why = { "" };
+        int known = -1;
+        ck_assert_int_eq(choice(row[i].template, row[i].name, &known, &why),
+                         row[i].chosen);
+        ck_assert_int_eq(known, row[i].template == NULL);
+        ck_assert(row[i].template ? strstr(why.s, "unknown") != NULL :
+                  strstr(why.s, "no chat template") != NULL);
+    }
+}
+END_TEST
+
+START_TEST(the_model_that_ships_is_known)
+{
+    lfm2_tokenizer *words = open_tokenizer();
+    lfm2_model *model;
+    struct why why;
+    int known = 0;
+
+    ck_assert(lfm2_model_open(&model, "test/tiny.gguf", LFM2_LOAD_MAP, NULL)
+              == LFM2_OK);
+    ck_assert_int_eq(choose_template(model, words, &known, &why), LFM2);
+    ck_assert_int_eq(known, 1);
+    ck_assert(strstr(why.s, "chat template lfm2: "));
+    lfm2_model_close(model);
+    lfm2_tokenizer_close(words);
+}
+END_TEST
+
+/* The published templates, as they are and with other ends of lines. */
+START_TEST(published_templates_are_known)
+{
+    for (int t = LFM2; t <= A1B; t++) {
+        struct text crlf = { 0 };
+        struct why why;
+        struct bytes file;
+        char name[64];
+        const char *path;
+        int known = 0;
+        snprintf(name, sizeof name, "chat/%s.jinja", template_names[t]);
+        path = shared_file(name);
+        if (!path)
+            return;
+        file = load_file(path);
+        bytes_put(&file, "", 1);
+        ck_assert_int_eq(choice((char *)file.p, "x", &known, &why), t);
+        ck_assert_int_eq(known, 1);
+        for (size_t i = 0; i < file.n - 1; i++) {
+            add_string(&crlf, file.p[i] == '\n' ? "\r" : "");
+            add(&crlf, (char *)&file.p[i], 1);
+        }
+        add_string(&crlf, " \r\n\n");
+        ck_assert_int_eq(choice(crlf.s, "x", &known, &why), t);
+        ck_assert_int_eq(known, 1);
+        crlf.s[100]++;
+        ck_assert_int_eq(choice(crlf.s, "x", &known, &why), t);
+        ck_assert_int_eq(known, 0);
+        test_free(crlf.s);
+        free(file.p);
+    }
+}
+END_TEST
+
+START_TEST(today_is_a_date)
+{
+    char date[11];
+    int y, m, d, n = 0;
+
+    today(date);
+    ck_assert(sscanf(date, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10);
+    ck_assert(y >= 2024 && m >= 1 && m <= 12 && d >= 1 && d <= 31);
+}
+END_TEST
+
+/* --------------------------------------------------------------- tool calls */
+
+#define C(body) CALL_START body CALL_END
+#define F(args) "[{\"name\": \"f\", \"arguments\": {" args "}}]"
+#define X(value) F("\"x\": " value)
+
+/* What a model wrote, the calls in it, the text around them, and how many were
+ * not understood. */
+static const struct calls_row {
+    const char *text, *calls, *rest;
+    int bad, cut;
+} calls_row[] = {
+    { "", "[]", "", 0, 0 },
+    { "No call.", "[]", "No call.", 0, 0 },
+    { C("[f()]"), F(""), "", 0, 0 },
+    { "Let me see." C("[f()]") " Wait.", F(""), "Let me see. Wait.", 0, 0 },
+    { C(" [ f ( x = 1 , ) , ] "), X("1"), "", 0, 0 },
+    { C("f(x=1)"), X("1"), "", 0, 0 },
+    { C("f(x=1), f()"), "[{\"name\": \"f\", \"arguments\": {\"x\": 1}}, "
+      "{\"name\": \"f\", \"arguments\": {}}]", "", 0, 0 },
+    { C("[a.b-c.d_e(x_1=1)]"),
+      "[{\"name\": \"a.b-c.d_e\", \"arguments\": {\"x_1\": 1}}]", "", 0, 0 },
+    { C("[f(x=1), g(y=2)]"), "[{\"name\": \"f\", \"arguments\": {\"x\": 1}}, "
+      "{\"name\": \"g\", \"arguments\": {\"y\": 2}}]", "", 0, 0 },
+    { C("[f()]") "and" C("[f()]"), "[{\"name\": \"f\", \"arguments\": {}}, "
+      "{\"name\": \"f\", \"arguments\": {}}]", "and", 0, 0 },
+    { C("[]"), "[]", "", 0, 0 },
+    /* values */
+    { C("[f(x=[1, [2], {'a': {\"b\": (3, 4)}}, ()])]"),
+      X("[1, [2], {\"a\": {\"b\": [3, 4]}}, []]"), "", 0, 0 },
+    { C("[f(x=[True, False, None, true, false, null])]"),
+      X("[true, false, null, true, false, null]"), "", 0, 0 },
+    { C("[f(x=[0, -1, +2, 1.5, -2.5e-3, 1e5])]"),
+      X("[0, -1, 2, 1.5, -0.0025, 100000.0]"), "", 0, 0 },
+    { C("[f(x={1: 'a', b: 2, 'c': 3,})]"),
+      X("{\"1\": \"a\", \"b\": 2, \"c\": 3}"), "", 0, 0 },
+    { C("[f(x=1, x=2)]"), X("2"), "", 0, 0 },
+    { C("[f({'x': 1})]"), X("1"), "", 0, 0 },
+    /* strings */
+    { C("[f(x=\"it's\")]"), X("\"it's\""), "", 0, 0 },
+    { C("[f(x='say \"hi\"')]"), X("\"say \\\"hi\\\"\""), "", 0, 0 },
+    { C("[f(x='it\\'s', y=\"a\\\"b\\\\\")]"),
+      F("\"x\": \"it's\", \"y\": \"a\\\"b\\\\\""), "", 0, 0 },
+    { C("[f(x='it's')]"), X("\"it's\""), "", 0, 0 },
+    { C("[f(x='it's', y='o'clock')]"),
+      F("\"x\": \"it's\", \"y\": \"o'clock\""), "", 0, 0 },
+    { C("[f(x=\"a \"quoted\" word\")]"), X("\"a \\\"quoted\\\" word\""), "",
+      0, 0 },
+    { C("[f(x='\\n\\t\\r\\a\\x41\\u00e9\\U0001F600\\101\\/\\q')]"),
+      X("\"\\n\\t\\r\\u0007A\u00e9\U0001f600A/\\\\q\""), "", 0, 0 },
+    { C("[f(x='\\ud83d\\ude00 \\ud83d \\ud83d\\u0041 \\UFFFFFFFF')]"),
+      X("\"\U0001f600 \ufffd \ufffdA \ufffd\""), "", 0, 0 },
+    { C("[f(x='C:\\users\\x\\777')]"), X("\"C:\\\\users\\\\x\u01ff\""), "",
+      0, 0 },
+    { C("[f(x='a\nb\\\nc')]"), X("\"a\\nbc\""), "", 0, 0 },
+    { C("[f(x='')]"), X("\"\""), "", 0, 0 },
+    { C("[f(x='', y='')]"), F("\"x\": \"\", \"y\": \"\""), "", 0, 0 },
+    { C("[f(x=\"\"\"a\n\"b\" ''c\"\"\")]"), X("\"a\\n\\\"b\\\" ''c\""), "",
+      0, 0 },
+    { C("[f(x='S\u00e3o [1] (2) {3}')]"), X("\"S\u00e3o [1] (2) {3}\""), "",
+      0, 0 },
+    { C("[f(x='\xff')]"), X("\"\ufffd\""), "", 0, 0 },
+    { C("[f(x='a\\0b')]"), X("\"a\\u0000b\""), "", 0, 0 },
+    /* JSON */
+    { C("{\"name\": \"f\", \"arguments\": {\"x\": 1}}"), X("1"), "", 0, 0 },
+    { C("[{\"name\": \"f\", \"parameters\": {\"x\": null}}]"), X("null"), "",
+      0, 0 },
+    { C("{\"name\": \"f\", \"arguments\": \"{\\\"x\\\": 1}\"}"), X("1"), "",
+      0, 0 },
+    { C("{\"type\": \"function\", \"function\": {\"name\": \"f\"}}"), F(""), "",
+      0, 0 },
+    { C("{\"name\": \"f\"}, {\"name\": \"f\", \"arguments\": null}"),
+      "[{\"name\": \"f\", \"arguments\": {}}, {\"name\": \"f\", \"arguments\": "
+      "{}}]", "", 0, 0 },
+    /* the end is missing */
+    { "a" CALL_START "[f(x=1)]", X("1"), "a", 0, 0 },
+    { CALL_START "[f(x=1)]", X("1"), "", 0, 1 },
+    { "a" CALL_START "[f(x='b", "[]", "a" CALL_START "[f(x='b", 1, 0 },
+    { "a" CALL_START "[f(x='b", "[]", "a" CALL_START "[f(x='b", 0, 1 },
+    { CALL_START "[f(x=1), g(", "[]", CALL_START "[f(x=1), g(", 0, 1 },
+    { CALL_START, "[]", CALL_START, 0, 1 },
+    { CALL_START "[f()]" CALL_START "[g()]" CALL_END,
+      "[{\"name\": \"f\", \"arguments\": {}}, {\"name\": \"g\", \"arguments\": "
+      "{}}]", "", 0, 0 },
+    { "x" CALL_END "y", "[]", "x" CALL_END "y", 0, 0 },
+    { "<|tool_call_" C("[f()]") "<|tool_call_st", F(""),
+      "<|tool_call_<|tool_call_st", 0, 0 },
+    /* not understood */
+    { C(""), "[]", C(""), 1, 0 }, { C("hello"), "[]", C("hello"), 1, 0 },
+    { C("[f(1)]"), "[]", C("[f(1)]"), 1, 0 },
+    { C("[f('a')]"), "[]", C("[f('a')]"), 1, 0 },
+    { C("[f({'a': 1}, b=2)]"), "[]", C("[f({'a': 1}, b=2)]"), 1, 0 },
+    { C("[f(x=g())]"), "[]", C("[f(x=g())]"), 1, 0 },
+    { C("[f()], f()"), "[]", C("[f()], f()"), 1, 0 },
+    { C("{\"name\": \"f\", \"arguments\": g()}"), "[]",
+      C("{\"name\": \"f\", \"arguments\": g()}"), 1, 0 },
+    { C("[[f()]]"), "[]", C("[[f()]]"), 1, 0 },
+    { C("[f(**{'a': 1})]"), "[]", C("[f(**{'a': 1})]"), 1, 0 },
+    { C("[f(x={1, 2})]"), "[]", C("[f(x={1, 2})]"), 1, 0 },
+    { C("[f(x=1 y=2)]"), "[]", C("[f(x=1 y=2)]"), 1, 0 },
+    { C("[f(x=1_000)]"), "[]", C("[f(x=1_000)]"), 1, 0 },
+    { C("[f(x=007)]"), "[]", C("[f(x=007)]"), 1, 0 },
+    { C("[f(x=1e999)]"), "[]", C("[f(x=1e999)]"), 1, 0 },
+    { C("[f(x=1-2)]"), "[]", C("[f(x=1-2)]"), 1, 0 },
+    { C("[f(x=]"), "[]", C("[f(x=]"), 1, 0 },
+    { C("[f(x=1]"), "[]", C("[f(x=1]"), 1, 0 },
+    { C("[f(),,f()]"), "[]", C("[f(),,f()]"), 1, 0 },
+    { C("[f(x='\\"), "[]", C("[f(x='\\"), 1, 0 },
+    { C("['f']"), "[]", C("['f']"), 1, 0 },
+    { C("{\"name\": 1}"), "[]", C("{\"name\": 1}"), 1, 0 },
+    { C("{\"name\": \"f\", \"arguments\": [1]}"), "[]",
+      C("{\"name\": \"f\", \"arguments\": [1]}"), 1, 0 },
+    { "a" C("[") "b" C("[f()]") "c" C("]") "d", F(""),
+      "a" C("[") "bc" C("]") "d", 2, 0 },
+};
+
+/* Reads a copy that ends where the text ends. */
+static int calls_in(const char *s, size_t n, int cut, struct text *calls,
+                    struct text *rest)
+{
+    struct pool pool = { 0 };
+    struct json *v;
+    char *copy = malloc(n + !n);
+    int bad;
+
+    memcpy(copy, s, n);
+    calls->n = rest->n = 0;
+    bad = parse_calls(&pool, copy, n, cut, &v, rest);
+    add_json(calls, v);
+    pool_free(&pool);
+    free(copy);
+    return bad;
+}
+
+START_TEST(calls_are_understood)
+{
+    const struct calls_row *row = &calls_row[_i];
+    struct text calls = { 0 }, rest = { 0 };
+
+    ck_assert_int_eq(calls_in(row->text, strlen(row->text), row->cut, &calls,
+                              &rest), row->bad);
+    ck_assert_str_eq(calls.s, row->calls);
+    ck_assert_str_eq(rest.s, row->rest);
+    test_free(calls.s);
+    test_free(rest.s);
+    check_freed();
+}
+END_TEST
+
+/* Cut anywhere, and changed at random: what is no call stays as it was. */
+START_TEST(damaged_calls_do_no_harm)
+{
+    static const char new[] = "[](){}'\"\\,=:. fxNu1<|";
+    struct text calls = { 0 }, rest = { 0 };
+    uint64_t rng = 1;
+
+    for (int i = 0; i < COUNT(calls_row); i++) {
+        const size_t n = strlen(calls_row[i].text);
+        for (size_t k = 0; k < n; k++)
+            calls_in(calls_row[i].text, k, 1, &calls, &rest);
+        for (int k = 0; n > 0 && k < 300; k++) {
+            char s[256];
+            memcpy(s, calls_row[i].text, n);
+            for (int j = 0; j < 1 + k % 3; j++)
+                s[random_u32(&rng) % n] = new[random_u32(&rng) %
+                                              (sizeof new - 1)];
+            calls_in(s, n, 0, &calls, &rest);
+            if (strcmp(calls.s, "[]") == 0 && !memchr(rest.s, '[', rest.n))
+                EXPECT(rest.n <= n);
+        }
+    }
+    test_free(calls.s);
+    test_free(rest.s);
+    check_freed();
+}
+END_TEST
+
+/* A megabyte of what could take a reader long. */
+START_TEST(hostile_calls_take_no_time)
+{
+    static const char *const unit[] = {
+        "'", "\"", "''' ", "' ", "\\", "[", "(", "{", "f(", "[f(x=",
+        "f(x='", CALL_START, CALL_START "[f('", CALL_END, "<|tool_call_", "<",
+        " ", "{'a':", ",", "1", "\\x", "'\n"
+    };
+    struct text calls = { 0 }, rest = { 0 }, t = { 0 };
+
+    for (int i = 0; i < COUNT(unit) * 2; i++) {
+        t.n = 0;
+        add_string(&t, i % 2 ? CALL_START "[f(x='" : CALL_START);
+        while (t.n < 1 << 20)
+            add_string(&t, unit[i / 2]);
+        calls_in(t.s, t.n, 0, &calls, &rest);
+        ck_assert_uint_eq(rest.n, t.n);
+        ck_assert_mem_eq(rest.s, t.s, t.n);
+    }
+    test_free(calls.s);
+    test_free(rest.s);
+    test_free(t.s);
+}
+END_TEST
+
+/* ---------------------------------------------- every allocation may fail */
+
+static int try_parse(void)
+{
+    static const char text[] = "{\"a\":[1,\"b\",{\"c\":2.5}],\"a\":null}";
+    struct pool pool = { 0 };
+    struct why why = { "" };
+    struct json *v;
+    int code = json_parse(&pool, text, sizeof text - 1, &v, &why);
+
+    pool_free(&pool);
+    EXPECT(code == DONE || strstr(why.s, "no memory"));
+    return code;
+}
+
+static int try_render(void)
+{
+    static const char text[] = "{\"messages\":[" USER("[{\"type\":\"text\","
+        "\"text\":\"a\"}]") "," M("assistant", CALL("\"{}\"") ",\"content\":"
+        "\"x<|tool_call_start|>\"") "],\"tools\":[{}]}";
+    struct pool pool = { 0 };
+    struct why why = { "" };
+    struct json *v;
+    struct rendered r = { { NULL, 0, 0, 0 }, NULL, 0 };
+    int code = json_parse(&pool, text, sizeof text - 1, &v, &why);
+
+    if (code == DONE) {
+        const struct conversation c = { .messages = json_get(v, "messages"),
+                                        .tools = json_get(v, "tools"),
+                                        .date = "2026-11-20", .generate = 1 };
+        code = render(&c, NEW, &r, &why);
+    }
+    rendered_free(&r);
+    pool_free(&pool);
+    EXPECT_MSG(code == DONE || strstr(why.s, "no memory"), "%s", why.s);
+    return code;
+}
+
+static int try_calls(void)
+{
+    static const char text[] = "a" C("[f(x='y', z=[1, 2.5], u={'v': 1})]")
+                               C("{\"name\": \"f\", \"arguments\": \"\"}") "b";
+    struct pool pool = { 0 };
+    struct text rest = { 0 }, out = { 0 };
+    struct json *v;
+    int failed;
+
+    parse_calls(&pool, text, sizeof text - 1, 0, &v, &rest);
+    add_json(&out, v);
+    failed = pool.failed || rest.failed || out.failed;
+    pool_free(&pool);
+    test_free(rest.s);
+    test_free(out.s);
+    return failed ? NO_MEMORY : DONE;
+}
+
+START_TEST(each_allocation_may_fail)
+{
+    static int (*const try[])(void) = { try_parse, try_render, try_calls };
+
+    for (int i = 0; i < COUNT(try); i++)
+        for (int k = 0;; k++) {
+            int code;
+            sys.left = k;
+            sys.failed = 0;
+            code = try[i]();
+            sys.left = -1;
+            check_freed();
+            EXPECT(code == (sys.failed ? NO_MEMORY : DONE));
+            if (!sys.failed) {
+                EXPECT(k > 0);
+                break;
+            }
+        }
+}
+END_TEST
+
+Suite *chat_suite(void)
+{
+    Suite *s = suite_create("chat");
+    TCase *c = tcase_create("chat");
+
+    tcase_set_timeout(c, 60);
+    tcase_add_loop_test(c, good_json_comes_back, 0, COUNT(good_json));
+    tcase_add_loop_test(c, bad_json_is_refused, 0, COUNT(bad_json));
+    tcase_add_test(c, each_part_of_a_json_text_is_no_json);
+    tcase_add_test(c, damaged_json_does_no_harm);
+    tcase_add_test(c, json_nests_only_so_deep);
+    tcase_add_test(c, large_objects_are_fast);
+    tcase_add_test(c, there_is_an_end_to_memory);
+    tcase_add_test(c, values_are_what_they_are);
+    tcase_add_test(c, trees_can_be_built);
+    tcase_add_test(c, strings_are_written_as_utf8_whatever_they_are);
+    tcase_add_loop_test(c, conversations_are_written_down, 0, COUNT(rendering));
+    tcase_add_loop_test(c, bad_conversations_are_refused, 0, COUNT(refused));
+    tcase_add_test(c, only_an_answer_can_go_on);
+    tcase_add_test(c, renderings_are_those_of_the_templates);
+    tcase_add_test(c, only_what_the_template_wrote_is_a_marker);
+    tcase_add_test(c, marks_without_a_token_are_text);
+    tcase_add_test(c, tokens_are_those_of_lfm2_chat);
+    tcase_add_test(c, a_vocabulary_without_markers_cannot_chat);
+    tcase_add_test(c, an_edited_template_is_recognised);
+    tcase_add_test(c, the_model_that_ships_is_known);
+    tcase_add_test(c, published_templates_are_known);
+    tcase_add_test(c, today_is_a_date);
+    tcase_add_loop_test(c, calls_are_understood, 0, COUNT(calls_row));
+    tcase_add_test(c, damaged_calls_do_no_harm);
+    tcase_add_test(c, hostile_calls_take_no_time);
+    tcase_add_test(c, each_allocation_may_fail);
+    suite_add_tcase(s, c);
+    return s;
+}
