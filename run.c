@@ -230,8 +230,8 @@ static const struct option table[] = {
     NUMBER(CHOICE, "--template | --chat-template",
            "auto|lfm2|lfm2.5-instruct|lfm2.5-new|lfm2.5-vl|lfm2.5-8b-a1b|none",
            template, 0, 0, "format of the conversation: auto, none, lfm2,\n"
-           "                            lfm2.5-instruct, lfm2.5-new, "
-           "lfm2.5-vl, lfm2.5-8b-a1b"),
+           "                            lfm2.5-instruct, -new, -vl or "
+           "-8b-a1b"),
     WORDS("--date", "YYYY-MM-DD", date, "today, for templates that tell it"),
     NUMBER(CHOICE, "--think | --reasoning", "auto|show|hide|raw", think, 0, 0,
            "what <think> holds (auto: shown at a terminal)"),
