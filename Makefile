@@ -108,11 +108,12 @@ build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
 	$(CC) $(CPPFLAGS) $(SANITIZE) -std=c11 $(EXACT) -Wall -Wextra -pthread \
 	    -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
 
-# This one includes run.c instead, so the library is linked.
-build/test/check_chat: HELPERS += build/lfm2.o
-build/test/check_chat: run.c build/lfm2.o
-build/debug/test/check_chat: HELPERS += build/debug/lfm2.o
-build/debug/test/check_chat: run.c build/debug/lfm2.o
+# These include run.c instead, so the library is linked.
+OF_RUN  := check_answer check_chat
+$(OF_RUN:%=build/test/%): HELPERS += build/lfm2.o
+$(OF_RUN:%=build/test/%): run.c build/lfm2.o
+$(OF_RUN:%=build/debug/test/%): HELPERS += build/debug/lfm2.o
+$(OF_RUN:%=build/debug/test/%): run.c build/debug/lfm2.o
 
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh

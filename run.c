@@ -3350,7 +3350,7 @@ static size_t overlap(const char *s, size_t n, const char *word, size_t len)
 struct cut { size_t at, len, held; int is_stop; };
 
 /* Is the word in s[n], and complete before what was found so far?  Of two that
- * end together the longer counts: so it does not matter in which pieces the
+ * end together the longer counts, or the later: so it does not matter in which pieces the
  * text arrives. */
 static void look_for(struct cut *c, const char *s, size_t n, const char *word,
                      size_t len, int is_stop)
@@ -3360,7 +3360,7 @@ static void look_for(struct cut *c, const char *s, size_t n, const char *word,
 
     for (size_t at = 0; len > 0 && at + len <= before; at++)
         if (s[at] == word[0] && memcmp(s + at, word, len) == 0) {
-            if (c->len == 0 || at + len < before || len > c->len)
+            if (c->len == 0 || at + len < before || len >= c->len)
                 *c = (struct cut){ at, len, 0, is_stop };
             return;
         }
