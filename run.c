@@ -3275,7 +3275,8 @@ struct request {
     uint64_t seed;
     int limit;                            /* most tokens; -1: to the end     */
     int ignore_eos;
-    int split;                            /* thoughts and calls set apart    */
+    int split;                            /* thoughts and calls are known    */
+    int raw;                              /* but left in the text            */
     int in_thought;                       /* the prompt has opened one       */
     int think_budget;                     /* most tokens of one; -1: any     */
     int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
@@ -3350,8 +3351,8 @@ static size_t overlap(const char *s, size_t n, const char *word, size_t len)
 struct cut { size_t at, len, held; int is_stop; };
 
 /* Is the word in s[n], and complete before what was found so far?  Of two that
- * end together the longer counts, or the later: so it does not matter in which pieces the
- * text arrives. */
+ * end together the longer counts, or the later one: so it does not matter in
+ * which pieces the text arrives. */
 static void look_for(struct cut *c, const char *s, size_t n, const char *word,
                      size_t len, int is_stop)
 {
@@ -3420,14 +3421,14 @@ static void end_part(struct reply *r, const char *word, struct cut c)
         r->part = AFTER_THOUGHT;
     else {
         r->part = r->part == CALL ? ANSWER : CALL;
-        add(&r->calls, word, c.len);
+        if (!r->q->raw)
+            add(&r->calls, word, c.len);
     }
 }
 
-/* Tell apart what is new in r->raw; `last` lets go of what is held back. */
-static void split(struct reply *r, int last)
+static void tell_apart(struct reply *r, int last)
 {
-    while (r->seen < r->raw.n && r->finish != STOPPED) {
+    while (r->seen < r->raw.n) {
         if (r->part == START || r->part == AFTER_THOUGHT) {
             if (!begin_part(r, last))
                 return;
@@ -3436,13 +3437,24 @@ static void split(struct reply *r, int last)
         const char *s = r->raw.s + r->seen;
         const struct cut c = find_cut(r, s, r->raw.n - r->seen);
         const size_t n = c.at - (last ? 0 : c.held);
-        add(r->part == THOUGHT ? &r->thought : r->part == CALL ? &r->calls :
-            &r->text, s, n);
+        if (!r->q->raw)
+            add(r->part == THOUGHT ? &r->thought : r->part == CALL ? &r->calls :
+                &r->text, s, n);
         r->seen += n + c.len;
         if (c.len == 0)
             return;
         end_part(r, s + c.at, c);
     }
+}
+
+/* Tell apart what is new in r->raw; `last` lets go of what is held back. */
+static void split(struct reply *r, int last)
+{
+    const size_t from = r->seen;
+
+    tell_apart(r, last);
+    if (r->q->raw && r->seen > from)
+        add(&r->text, r->raw.s + from, r->seen - from);
 }
 
 /* ---- log probabilities, as OpenAI writes them */
@@ -3824,7 +3836,7 @@ static int make_request(const struct engine *e, struct request *q)
         .seed = s->seed < 0 ? random_seed() : (uint64_t)s->seed,
         .ignore_eos = s->ignore_eos, .think_budget = s->think_budget,
         .logprobs = s->logprobs, .prompt_logprobs = s->logprobs,
-        .split = !plain && s->think != THINK_RAW,
+        .split = !plain, .raw = s->think == THINK_RAW,
         .in_thought = e->opens_thought
     };
     if (q->limit == UNSET)
