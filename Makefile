@@ -63,13 +63,14 @@ build/lfm2.pc: Makefile lfm2.h | build
 
 install: run lib build/lfm2.pc
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include \
-	    $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	    $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/share/man/man1
 	install -m 755 run $(DESTDIR)$(PREFIX)/bin/lfm2
 	install -m 644 lfm2.h $(DESTDIR)$(PREFIX)/include/
 	install -m 644 build/liblfm2.a $(DESTDIR)$(PREFIX)/lib/
 	install -m 755 build/liblfm2.so $(DESTDIR)$(PREFIX)/lib/liblfm2.so.0
 	ln -sf liblfm2.so.0 $(DESTDIR)$(PREFIX)/lib/liblfm2.so
 	install -m 644 build/lfm2.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
+	install -m 644 scripts/lfm2.1 $(DESTDIR)$(PREFIX)/share/man/man1/
 
 # -------------------------------------------------------------------- the demo
 

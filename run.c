@@ -334,8 +334,8 @@ static int print_help(void)
            "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
            "prompt longer than the context,\n7 some lines of a batch failed, "
            "130 interrupted, 143 terminated.\nLFM2_MODEL and LFM2_THREADS in "
-           "the environment stand in for -m and -t, and NO_COLOR\nis "
-           "--color off.\n");
+           "the environment stand in for -m and -t,\nand NO_COLOR is --color "
+           "off.\n");
     return DONE;
 }
 

@@ -376,7 +376,7 @@ for how in "" "NO_COLOR=1" "TERM=dumb"; do
 done
 
 # A model's words cannot steer the terminal: this one says an escape character.
-noise="--raw --temp 100 --min-p 0 --top-k 0 -n 1500 -s 1 $m Once"
+noise="--raw --temp 100 --min-p 0 --top-k 0 -n 150 -s 14 $m Once"
 # shellcheck disable=SC2086
 "$run" -q $noise >"$dir/out" 2>"$dir/err"
 holds "the words have an escape character" grep -q "$(printf '\033')" "$dir/out"
