@@ -12,7 +12,7 @@
 
 #define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
 
-/* ------------------------------------------------- thought, answer and calls */
+/* ------------------------------------------------ thought, answer and calls */
 
 #define THEN "<think>"
 #define OVER "</think>"
@@ -113,7 +113,7 @@ static void begin(struct reply *r, struct request *q, const struct row *row)
     r->part = row->plain ? PLAIN : row->in_thought ? THOUGHT : START;
 }
 
-/* Could what was let go of be taken back?  All of it must be part of the end. */
+/* What was let go of is never taken back: it begins what comes out. */
 static void check_prefix(const struct text *t, const char *whole,
                          const char *raw)
 {
@@ -280,7 +280,7 @@ START_TEST(there_is_room_for_so_many_stop_strings)
 }
 END_TEST
 
-/* -------------------------------------------------------------- the settings */
+/* ------------------------------------------------------------- the settings */
 
 /* A model with these edits; released with lfm2_model_close() and free(). */
 static lfm2_model *open_tiny(const struct edit *edits, struct bytes *file)
@@ -315,7 +315,8 @@ static const struct {
     { "LFM2.5-1.2B-Thinking", 0.05, 50, 0, 1.05 },
     { "LFM2.5_1.2B_JP", 0.3, 0, 0.15, 1.05 },
     { "LFM2.5 1.2B Base", 0.3, 0, 0.15, 1.05 },
-    { "LFM2.5-8B-A1B", 0.2, 80, 0, 1.05 }, { "lfm2.5 8b a1b", 0.2, 80, 0, 1.05 },
+    { "LFM2.5-8B-A1B", 0.2, 80, 0, 1.05 },
+    { "lfm2.5 8b a1b", 0.2, 80, 0, 1.05 },
     { "LFM2.5_2.6B", 0.1, 50, 0, 1.1 },
     { "LFM2-VL-450M", 0.1, 0, 0.15, 1.05 },
     { "LFM2.5 VL 1.6B", 0.1, 0, 0.15, 1.05 },
@@ -384,7 +385,7 @@ static uint64_t bits(float x)
     return u;
 }
 
-START_TEST(the_files_wishes_win_over_the_table_and_options_over_both)
+START_TEST(options_win_over_the_file_and_it_over_the_table)
 {
     const struct edit edits[] = {
         { SET_STRING, "general.name", 0, 0, "LFM2.5-8B-A1B", 0 },
@@ -517,10 +518,10 @@ START_TEST(a_template_is_settled)
           0 },
         { "<|tool_list_start|>", { .quiet = 1, .ids = "x" }, DONE,
           TEMPLATE_NONE, 0 },
-        { "<|tool_list_start|>", { .quiet = 1, .template = TEMPLATE_NONE }, DONE,
-          TEMPLATE_NONE, 0 },
-        { "<|tool_list_start|>", { .quiet = 1, .template = TEMPLATE_VL }, DONE,
-          TEMPLATE_VL, 0 },
+        { "<|tool_list_start|>", { .quiet = 1, .template = TEMPLATE_NONE },
+          DONE, TEMPLATE_NONE, 0 },
+        { "<|tool_list_start|>", { .quiet = 1, .template = TEMPLATE_VL },
+          DONE, TEMPLATE_VL, 0 },
         { "preserve_thinking <|im_start|>assistant\\n<think>", { .quiet = 1 },
           DONE, TEMPLATE_8B, 1 },
         { "preserve_thinking <|im_start|>assistant\\n<think>", { .quiet = 1,
@@ -685,6 +686,84 @@ START_TEST(escapes_are_those_of_c)
 }
 END_TEST
 
+/* ------------------------------------------------------------------ sessions */
+
+static void open_talk(struct talk *t, struct engine *e,
+                      const struct settings *s)
+{
+    *e = (struct engine){ .s = s };
+    *t = (struct talk){ .e = e };
+    ck_assert_int_eq(open_engine(e), DONE);
+    ck_assert_int_eq(open_context(e), DONE);
+    ck_assert_int_eq(make_request(e, &t->q), DONE);
+    t->messages = json_array(&t->pool);
+}
+
+/* A file is taken whole, or nothing of it, or all that was said and no state;
+ * returns which: 2, 0, 1. */
+static int take(struct talk *t, const char *s, size_t n)
+{
+    const struct text file = { (char *)(uintptr_t)s, n, 0, 0 };
+    struct text said = { 0 };
+    const int had = t->e->cached[0].n;
+    int all;
+
+    lfm2_seq_trim(t->e->ctx, 0, 0);
+    t->e->cached[0].n = 0;
+    t->messages = json_array(&t->pool);
+    restore(t, &file);
+    EXPECT(t->e->cached[0].n == lfm2_seq_len(t->e->ctx, 0));
+    EXPECT(t->e->cached[0].n == 0 || had == 0 || t->e->cached[0].n == had);
+    add_json(&said, t->messages);
+    all = strcmp(said.s, "[{\"role\": \"user\", \"content\": \"hello\"}]");
+    EXPECT_MSG(all == 0 || strcmp(said.s, "[]") == 0, "%s", said.s);
+    free(said.s);
+    pool_free(&t->pool);
+    return all != 0 ? 0 : t->e->cached[0].n > 0 ? 2 : 1;
+}
+
+START_TEST(damaged_sessions_are_whole_or_nothing)
+{
+    struct settings s = defaults;
+    struct text file = { 0 };
+    struct engine e;
+    struct talk t;
+    struct why why;
+    struct reply *const all[] = { &t.r };
+    char path[] = "/tmp/lfm2_session_XXXXXX";
+    size_t head;
+
+    s.model = "test/tiny.gguf";
+    s.session = path;
+    s.predict = s.threads = s.quiet = 1;
+    open_talk(&t, &e, &s);
+    ck_assert_int_ge(close(mkstemp(path)), 0);
+    ck_assert_int_eq(load_session(&t), DONE);
+    ck_assert_int_eq(add_message(&t, "user", "hello", 5), DONE);
+    ck_assert_int_eq(render_talk(&t, &why), DONE);
+    ck_assert_int_eq(start_reply(&e, &t.r, &t.q, 0, &why), DONE);
+    ck_assert_int_eq(step(&e, all, 1), DONE);
+    ck_assert_int_eq(save_session(&t), DONE);
+    ck_assert_int_eq(read_file(path, &file), DONE);
+    remove(path);
+    head = file.n - (size_t)lfm2_seq_state_size(e.ctx, 0);
+    ck_assert_ptr_nonnull(freopen("/dev/null", "w", stderr));
+    ck_assert_int_eq(take(&t, file.s, file.n), 2);
+    for (size_t n = 0; n < file.n; n += n < head + 9 ? 1 : 97)
+        EXPECT(take(&t, file.s, n) == 0);
+    for (size_t i = 0; i < file.n; i += i < head ? 1 : 61)
+        for (int bit = 0; bit < 8; bit += i < head ? 1 : 3) {
+            file.s[i] = (char)(file.s[i] ^ 1 << bit);
+            EXPECT(take(&t, file.s, file.n) == (i < head ? 0 : 1));
+            file.s[i] = (char)(file.s[i] ^ 1 << bit);
+        }
+    ck_assert_int_eq(take(&t, file.s, file.n), 2);
+    free(file.s);
+    free_talk(&t);
+    close_engine(&e);
+}
+END_TEST
+
 Suite *answer_suite(void)
 {
     Suite *s = suite_create("answer");
@@ -698,7 +777,7 @@ Suite *answer_suite(void)
     tcase_add_test(c, there_is_room_for_so_many_stop_strings);
     tcase_add_loop_test(c, a_model_brings_its_preset, 0, COUNT(preset_row));
     tcase_add_test(c, a_preset_is_found_by_other_keys);
-    tcase_add_test(c, the_files_wishes_win_over_the_table_and_options_over_both);
+    tcase_add_test(c, options_win_over_the_file_and_it_over_the_table);
     tcase_add_test(c, wishes_out_of_bounds_are_none);
     tcase_add_test(c, a_greedy_choice_is_not_penalised);
     tcase_add_test(c, a_template_may_open_the_thought);
@@ -709,6 +788,7 @@ Suite *answer_suite(void)
     tcase_add_test(c, nothing_steers_a_terminal);
     tcase_add_test(c, text_for_a_terminal_comes_in_pieces);
     tcase_add_test(c, escapes_are_those_of_c);
+    tcase_add_test(c, damaged_sessions_are_whole_or_nothing);
     suite_add_tcase(s, c);
     return s;
 }

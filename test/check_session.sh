@@ -35,8 +35,9 @@ alone() {
 
 # few WHAT FILE: the last prompt in the messages had old tokens, and few new.
 few() {
-    tail=$(sed -n 's/.*prompt \([0-9]*\) tokens, \([0-9]*\) of them new.*/\1 \2/p' \
-        "$2" | tail -1)
+    sed -n 's/.*prompt \([0-9]*\) tokens, \([0-9]*\) of them new.*/\1 \2/p' \
+        "$2" >"$dir/counts"
+    tail=$(tail -1 "$dir/counts")
     new=${tail#* }
     [ -n "$new" ] && [ "$new" -lt 25 ] && [ "${tail% *}" -gt $((new + 20)) ]
     result $? "$1: prompt of $tail new tokens"
@@ -59,7 +60,8 @@ while read -r question; do
     cp "$dir/out" "$dir/answer$turn"
     talk="$talk{\"role\": \"user\", \"content\": \"$question\"}"
     echo "[$talk]" >"$dir/talk$turn"
-    talk="$talk, {\"role\": \"assistant\", \"content\": \"$(cat "$dir/out")\"}, "
+    said=$(cat "$dir/out")
+    talk="$talk, {\"role\": \"assistant\", \"content\": \"$said\"}, "
     expect 0 "turn $turn at once" $m --messages "$dir/talk$turn"
     same "turn $turn" "$dir/answer$turn" "$dir/out"
     alone "turn $turn"
@@ -77,7 +79,8 @@ chmod 644 "$s"
 rm "$s"
 expect 0 "no answer" --session "$s" -n 0 $m "What is LFM2?"
 expect 0 "no answer is no message" --session "$s" --dump-prompt $m hello
-holds "no answer is no message" [ "$(grep -c 'start|>assistant' "$dir/out")" = 1 ]
+holds "no answer is no message" \
+    [ "$(grep -c 'start|>assistant' "$dir/out")" = 1 ]
 printf '[%s, %s]' '{"role": "user", "content": "What is LFM2?"}' \
     '{"role": "assistant", "content": "LFM2 is"}' |
     sed 's/.*/{"messages": &, "continue_final_message": true}/' >"$dir/half"
@@ -231,8 +234,10 @@ sed 's/\[/[{"role": "system", "content": "Be brief."}, /' "$dir/saved" \
 same "/system comes first, and all else stays" "$dir/expected" "$dir/again"
 printf '/load %s\n/system\n/save %s\n' "$dir/again" "$dir/third" | chat
 same "/system without a text takes it away" "$dir/saved" "$dir/third"
-printf '"""What is\nLFM2?"""\n"""\na\n"""\n"""b"""\nc\\\nd\n""""""\n/save %s\n' \
-    "$dir/again" | chat -n 1 -sys "Be brief."
+{
+    printf '"""What is\nLFM2?"""\n"""\na\n"""\n"""b"""\nc\\\nd\n""""""\n'
+    echo "/save $dir/again"
+} | chat -n 1 -sys "Be brief."
 holds "several lines" [ "$(tr ',' '\n' <"$dir/again" | sed -n \
     's/.*"content": "\(.*\)"}.*/\1/p' | sed -n '1p;2p;4p;6p;8p' |
     tr '\n' '|')" = 'Be brief.|What is\nLFM2?|a|b|c\nd|' ]
@@ -268,7 +273,7 @@ same "a message that is too long is taken back" "$dir/answer1" "$dir/out"
 
 holds "all of these chats end well" [ ! -e "$dir/chats" ]
 
-# ------------------------------------------------------------- chat at a terminal
+# ------------------------------------------------------------ chat at a terminal
 
 # A terminal for one program: what is typed goes into a pipe, what it shows to
 # $dir/tty.
