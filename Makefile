@@ -78,7 +78,9 @@ demo: run
 
 # ------------------------------------------------------------------- the tests
 
+# The kernels first: they take longest.
 SUITES  := $(basename $(notdir $(wildcard test/check_*.c)))
+SUITES  := check_kernels $(filter-out check_kernels,$(SUITES))
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 build/debug/%.o: %.c | build/debug
@@ -91,31 +93,39 @@ build/debug/run: build/debug/run.o build/debug/lfm2.o
 
 debug: build/debug/run
 
-# One program for each suite.  The suites include lfm2.c to reach all of it.
+# One program for each suite.  Most include lfm2.c to reach all of it.  The
+# kernels take long to compile, minutes with sanitizers: some suites link the
+# library, and those that never get to a kernel leave them out.
+LINKED  := check_forward check_gguf
+PLAIN   := check_math check_sampler check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
+COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -pthread \
+           -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(filter %.o,$^)
 
+$(PLAIN:%=build/test/%): CPPFLAGS += -DLFM2_NO_SIMD
+$(LINKED:%=build/test/%): build/lfm2.o
 build/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
               | build/test have-check
-	$(CC) $(CPPFLAGS) -O2 -std=c11 $(EXACT) -Wall -Wextra -pthread -DSUITE=$(*:check_%=%_suite) \
-	    -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
+	$(COMPILE) -O2 $(CHECK) $(LIBS)
 
-# The kernels take minutes to compile with sanitizers: once is enough.
 build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
-build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS)
-build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
-                    lfm2.h | build/debug/test have-check
-	$(CC) $(CPPFLAGS) $(SANITIZE) -std=c11 $(EXACT) -Wall -Wextra -pthread \
-	    -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
+build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED
+$(LINKED:%=build/debug/test/%): build/debug/lfm2.o
+build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
+                    | build/debug/test have-check
+	$(COMPILE) $(SANITIZE) $(CHECK) $(LIBS)
 
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh
 
 check: run lib $(SUITES:%=build/test/%)
-	@sh test/all.sh build/test ./run
+	@sh test/all.sh ./run $(SUITES:%=build/test/%) test/check_*.sh
 
+# Of the scripts, those that run the program.
 check-debug: build/debug/run $(SUITES:%=build/debug/test/%)
-	@sh test/all.sh build/debug/test build/debug/run
+	@sh test/all.sh build/debug/run $(SUITES:%=build/debug/test/%) \
+	    $$(grep -l '"$$run"' test/check_*.sh)
 
 check-bits:
 	@sh test/bits.sh

@@ -1,19 +1,21 @@
 #!/bin/sh
-# Run every suite and script of tests, print what they print, add up.
-#     test/all.sh DIRECTORY-OF-SUITES RUN
+# Run suites and scripts of tests, print what they print, add up.
+#     test/all.sh RUN TEST...
 # RUN is the program that the scripts test.
 set -u
 
-suites=$1
-export RUN="$2"
+export RUN="$1"
+shift
 total=0 failed=0 skipped=0
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 
-# lane COMMAND...: one after the other, each with its output and status in $dir.
+# lane TEST...: those that no other lane has taken, one after the other, each
+# with its output and status in $dir.
 lane() {
     for test in "$@"; do
         log=$dir/$(basename "$test")
+        mkdir "$log.taken" 2>/dev/null || continue
         case $test in
         *.sh) sh "$test" ;;
         *) "$test" ;;
@@ -47,12 +49,11 @@ count() {
     skipped=$((skipped + skips))
 }
 
-# The suites and the scripts side by side: two CPUs are half the wait.
-lane $(ls "$suites"/check_* | grep -v '\.d$') &
-lane test/check_*.sh
+# Two side by side: two CPUs are half the wait.
+lane "$@" &
+lane "$@"
 wait
-for test in "$suites"/check_* test/check_*.sh; do
-    case $test in *.d) continue ;; esac
+for test in "$@"; do
     count "$test"
 done
 echo
