@@ -78,9 +78,11 @@ demo: run
 
 # ------------------------------------------------------------------- the tests
 
-# The kernels first: they take longest.
+# What takes longest goes first.
 SUITES  := $(basename $(notdir $(wildcard test/check_*.c)))
 SUITES  := check_kernels $(filter-out check_kernels,$(SUITES))
+SCRIPTS := $(wildcard test/check_*.sh)
+SCRIPTS := test/check_run.sh $(filter-out test/check_run.sh,$(SCRIPTS))
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 build/debug/%.o: %.c | build/debug
@@ -113,19 +115,19 @@ build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
 build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED
 $(LINKED:%=build/debug/test/%): build/debug/lfm2.o
 build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
-                    | build/debug/test have-check
+                    | build/debug/test build/test have-check
 	$(COMPILE) $(SANITIZE) $(CHECK) $(LIBS)
 
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh
 
 check: run lib $(SUITES:%=build/test/%)
-	@sh test/all.sh ./run $(SUITES:%=build/test/%) test/check_*.sh
+	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%)
 
 # Of the scripts, those that run the program.
 check-debug: build/debug/run $(SUITES:%=build/debug/test/%)
-	@sh test/all.sh build/debug/run $(SUITES:%=build/debug/test/%) \
-	    $$(grep -l '"$$run"' test/check_*.sh)
+	@sh test/all.sh build/debug/run $$(grep -l '"$$run"' $(SCRIPTS)) \
+	    $(SUITES:%=build/debug/test/%)
 
 check-bits:
 	@sh test/bits.sh

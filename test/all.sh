@@ -16,12 +16,13 @@ lane() {
     for test in "$@"; do
         log=$dir/$(basename "$test")
         mkdir "$log.taken" 2>/dev/null || continue
+        began=$(date +%s)
         case $test in
         *.sh) sh "$test" ;;
         *) "$test" ;;
         esac >"$log.log" 2>&1
         echo $? >"$log.status"
-        { echo "== $test"; cat "$log.log"; } >"$log.shown"
+        { echo "== $test, $(($(date +%s) - began)) s"; cat "$log.log"; } >"$log.shown"
         cat "$log.shown"
     done
 }

@@ -9,9 +9,9 @@
 /* Under sanitizers, which are ten times slower, every way through the code is
  * gone, but not with every number of tokens. */
 #ifdef SANITIZED
-enum { STEP = 6, BATCHES = 3 };
+enum { STEP = 6, BATCHES = 3, LENGTH = 24 };
 #else
-enum { STEP = 1, BATCHES = 8 };
+enum { STEP = 1, BATCHES = 8, LENGTH = 90 };
 #endif
 
 static const char *const isa_names[] = {
@@ -248,7 +248,7 @@ END_TEST
 
 static uint64_t hash_model(const lfm2_model *m, int isa, int threads, int batch)
 {
-    enum { N = 90 };
+    enum { N = LENGTH };
     const lfm2_params p = { .n_ctx = 128, .n_seq = 1, .n_batch = batch,
                             .n_logits = N, .n_threads = threads, .isa = isa };
     const size_t n_vocab = (size_t)m->cfg.n_vocab;
