@@ -98,7 +98,7 @@ debug: build/debug/run
 # One program for each suite.  Most include lfm2.c to reach all of it.  The
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
-LINKED  := check_forward check_gguf
+LINKED  := check_forward check_gguf check_chat
 PLAIN   := check_math check_sampler check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
@@ -118,11 +118,9 @@ build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
                     | build/debug/test build/test have-check
 	$(COMPILE) $(SANITIZE) $(CHECK) $(LIBS)
 
-# This one includes run.c instead, so the library is linked.
-build/test/check_chat: HELPERS += build/lfm2.o
-build/test/check_chat: run.c build/lfm2.o
-build/debug/test/check_chat: HELPERS += build/debug/lfm2.o
-build/debug/test/check_chat: run.c build/debug/lfm2.o
+# These include run.c instead.
+RUN     := $(basename $(notdir $(shell grep -l run.c test/check_*.c)))
+$(RUN:%=build/test/%) $(RUN:%=build/debug/test/%): run.c
 
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh
