@@ -166,7 +166,7 @@ static struct json *parse_text(const char *text, size_t n, struct why *why)
     return v;
 }
 
-static void forget(void)
+static void forget_text(void)
 {
     pool_free(&pool_of_text);
 }
@@ -188,7 +188,7 @@ START_TEST(good_json_comes_back)
     }
     test_free(t.s);
     test_free(again.s);
-    forget();
+    forget_text();
     check_freed();
 }
 END_TEST
@@ -201,7 +201,7 @@ START_TEST(bad_json_is_refused)
     ck_assert(!parse_text(row->text, strlen(row->text), &why));
     ck_assert_msg(strstr(why.s, row->result) != NULL, "%s: %s", row->text,
                   why.s);
-    forget();
+    forget_text();
     check_freed();
 }
 END_TEST
@@ -216,7 +216,7 @@ START_TEST(each_part_of_a_json_text_is_no_json)
     for (size_t n = 0; n < sizeof text - 1; n++)
         EXPECT_MSG(!parse_text(text, n, &why), "%.*s", (int)n, text);
     ck_assert(parse_text(text, sizeof text - 1, &why) != NULL);
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -249,7 +249,7 @@ START_TEST(damaged_json_does_no_harm)
         test_free(two.s);
     }
     ck_assert_int_gt(n_good, 100);
-    forget();
+    forget_text();
     check_freed();
 }
 END_TEST
@@ -283,7 +283,7 @@ START_TEST(json_nests_only_so_deep)
         test_free(t.s);
         free(s);
     }
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -312,7 +312,7 @@ START_TEST(large_objects_are_fast)
         EXPECT(x == i + 500000);
     }
     test_free(t.s);
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -329,7 +329,7 @@ START_TEST(there_is_an_end_to_memory)
     ck_assert(!parse_text(text, MAX_JSON, &why));
     ck_assert(strstr(why.s, "no memory"));
     free(text);
-    forget();
+    forget_text();
     check_freed();
 }
 END_TEST
@@ -361,7 +361,7 @@ START_TEST(values_are_what_they_are)
     ck_assert_str_eq(json_text(json_get(v, "s")), "x");
     ck_assert(!json_text(json_get(v, "i")) && !json_text(NULL));
     ck_assert(!json_get(json_get(v, "i"), "x") && !json_get(NULL, "x"));
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -420,7 +420,7 @@ START_TEST(strings_are_written_as_utf8_whatever_they_are)
         EXPECT_MSG(parse_text(t.s, t.n, &why), "%s: %s", t.s, why.s);
         test_free(t.s);
     }
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -449,7 +449,7 @@ static int render_json(const char *text, int template, struct conversation c,
 #define CHAT(messages) "{\"messages\":[" messages "]}"
 
 enum { LFM2 = TEMPLATE_LFM2, INSTRUCT, NEW, VL, A1B };
-enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, THOUGHT = 8 };
+enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, OPEN = 8 };
 
 #define B "<|startoftext|>"
 #define U(text) "<|im_start|>user\n" text "<|im_end|>\n"
@@ -465,7 +465,7 @@ static const struct {
 } rendering[] = {
     { LFM2, GENERATE, CHAT(USER("\"Hi\"")),
       B U("Hi") "<|im_start|>assistant\n" },
-    { A1B, GENERATE | THOUGHT, CHAT(USER("\"Hi\"")),
+    { A1B, GENERATE | OPEN, CHAT(USER("\"Hi\"")),
       B U("Hi") "<|im_start|>assistant\n<think>" },
     /* parts are joined, null is nothing */
     { LFM2, 0, CHAT(USER("[{\"type\":\"text\",\"text\":\"a\"},"
@@ -539,7 +539,7 @@ START_TEST(conversations_are_written_down)
     const struct conversation c = {
         .generate = !!(flags & GENERATE), .keep_thinking = !!(flags & KEEP),
         .continue_last = !!(flags & CONTINUE),
-        .open_thought = !!(flags & THOUGHT)
+        .open_thought = !!(flags & OPEN)
     };
     struct rendered r;
     struct why why = { "" };
