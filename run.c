@@ -5500,7 +5500,7 @@ static int is_ready(int fd, int wait)
 }
 
 /* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
- * yet or will not.  Of one that is too long, what is too much may be missing. */
+ * yet or will not.  Of one that is too long some of the end may be missing. */
 static int next_line(struct source *in, int wait, struct rest *line)
 {
     for (;;) {
