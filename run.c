@@ -3232,12 +3232,17 @@ struct request {
     int in_thought;                       /* the prompt has opened one       */
     int think_budget;                     /* most tokens of one; -1: any     */
     int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
+    int echo;                             /* the prompt is told, too         */
+    int columns;                          /* as /v1/completions writes them  */
     double presence, frequency;           /* taken off what was said before  */
     struct bias *bias;
     int n_bias;
     struct text stop[MAX_STOPS];
     int n_stops;
 };
+
+/* Log probabilities of /v1/completions: an array for each of these. */
+enum { TOKENS, LOGPROBS, BEST, OFFSETS, N_COLUMNS };
 
 enum finish { UNFINISHED, STOPPED, BY_LENGTH, BY_CONTEXT, BROKEN };
 
@@ -3257,6 +3262,8 @@ struct reply {
     size_t seen;                          /* of raw: told apart              */
     struct text text, thought, calls;     /* the parts of it                 */
     struct text logprobs, prompt_logprobs;   /* JSON values, by commas       */
+    struct text column[N_COLUMNS];        /* the same                        */
+    int offset;                           /* characters before the next one  */
     struct bias *said;                    /* tokens made, and how often      */
     int n_said;
     uint64_t hash;                        /* of all logits sampled from      */
@@ -3280,6 +3287,8 @@ static void free_reply(struct reply *r)
     free(r->calls.s);
     free(r->logprobs.s);
     free(r->prompt_logprobs.s);
+    for (int i = 0; i < N_COLUMNS; i++)
+        free(r->column[i].s);
     free(r->said);
 }
 
@@ -3392,6 +3401,33 @@ static void split(struct reply *r, int last)
     }
 }
 
+static int is_marker(const char *s, int len)
+{
+    static const char *const marker[] = {
+        think_open, think_close, CALL_START, CALL_END
+    };
+
+    for (int i = 0; i < 4; i++)
+        if ((size_t)len == strlen(marker[i]) &&
+            memcmp(s, marker[i], (size_t)len) == 0)
+            return 1;
+    return 0;
+}
+
+/* The text of a token; of the control tokens only those that set parts of an
+ * answer apart. */
+static const char *spoken(const struct engine *e, int32_t id, int *len)
+{
+    const char *s = lfm2_token_bytes(e->words, id, 0, len);
+
+    if (*len > 0)
+        return s;
+    s = lfm2_token_bytes(e->words, id, 1, len);
+    if (!is_marker(s, *len))
+        *len = 0;
+    return s;
+}
+
 /* ---- log probabilities, as OpenAI writes them */
 
 static int by_value(const void *a, const void *b)
@@ -3431,6 +3467,11 @@ static double log_sum(const float *logits, int n_vocab)
     return (double)most + log(sum);
 }
 
+static void add_log(struct text *to, double logprob)
+{
+    add_format(to, "%.6f", logprob > -9999 ? logprob : -9999.0);
+}
+
 /* {"token": ..., "id": ..., "logprob": ..., "bytes": [...] */
 static void add_logprob(const struct engine *e, struct text *to, int32_t id,
                         double logprob)
@@ -3440,8 +3481,9 @@ static void add_logprob(const struct engine *e, struct text *to, int32_t id,
 
     add_string(to, "{\"token\": ");
     add_json_string(to, s, (size_t)len);
-    add_format(to, ", \"id\": %ld, \"logprob\": %.6f, \"bytes\": [", (long)id,
-               logprob > -9999 ? logprob : -9999.0);
+    add_format(to, ", \"id\": %ld, \"logprob\": ", (long)id);
+    add_log(to, logprob);
+    add_string(to, ", \"bytes\": [");
     for (int i = 0; i < len; i++)
         add_format(to, "%s%d", i ? ", " : "", (unsigned char)s[i]);
     add_string(to, "]");
@@ -3468,6 +3510,74 @@ static void note_logprob(const struct engine *e, struct text *to,
         add_string(to, "}");
     }
     add_string(to, "]}");
+}
+
+/* ---- the same for /v1/completions
+ *
+ * Its names of tokens are keys of an object and must differ, so parts of
+ * characters are written as bytes. */
+
+static void add_token_name(const struct engine *e, struct text *to, int32_t id)
+{
+    uint32_t c;
+    int len, at = 0, n = 1;
+    const char *s = lfm2_token_bytes(e->words, id, 1, &len);
+
+    for (; at < len && n > 0; at += n)
+        n = utf8_get(s + at, s + len, &c);
+    if (n > 0) {
+        add_json_string(to, s, (size_t)len);
+        return;
+    }
+    add_string(to, "\"bytes:");
+    for (int i = 0; i < len; i++)
+        add_format(to, "\\\\x%02x", (unsigned char)s[i]);
+    add_string(to, "\"");
+}
+
+/* "name": log probability, of the k likeliest and of the token itself. */
+static void add_best(const struct engine *e, struct text *to,
+                     const float *logits, int32_t id, int k, double all)
+{
+    struct bias best[MAX_LOGPROBS + 1];
+    int has = 0;
+
+    find_best(logits, lfm2_n_vocab(e->words), best, k);
+    for (int i = 0; i < k; i++)
+        has |= best[i].id == id;
+    if (!has)
+        best[k++] = (struct bias){ id, logits[id] };
+    for (int i = 0; i < k; i++) {
+        add_string(to, i ? ", " : "{");
+        add_token_name(e, to, best[i].id);
+        add_string(to, ": ");
+        add_log(to, (double)best[i].by - all);
+    }
+    add_string(to, "}");
+}
+
+/* A row of the columns; without logits for the first token of a text. */
+static void note_columns(const struct engine *e, struct reply *r,
+                         const float *logits, int32_t id)
+{
+    const int n_vocab = lfm2_n_vocab(e->words), k = r->q->logprobs;
+    const double all = logits ? log_sum(logits, n_vocab) : 0;
+    int len;
+    const char *s = spoken(e, id, &len);
+
+    for (int i = 0; i < N_COLUMNS && r->column[TOKENS].n > 0; i++)
+        add_string(&r->column[i], ", ");
+    add_token_name(e, &r->column[TOKENS], id);
+    add_format(&r->column[OFFSETS], "%d", r->offset);
+    for (int i = 0; i < len; i++)
+        r->offset += (s[i] & 0xc0) != 0x80;
+    if (!logits) {
+        add_string(&r->column[LOGPROBS], "null");
+        add_string(&r->column[BEST], "null");
+        return;
+    }
+    add_log(&r->column[LOGPROBS], (double)logits[id] - all);
+    add_best(e, &r->column[BEST], logits, id, k < n_vocab ? k : n_vocab, all);
 }
 
 /* ---- token by token */
@@ -3511,40 +3621,14 @@ static void count_token(struct reply *r, int32_t id)
     r->said[i].by++;
 }
 
-static int is_marker(const char *s, int len)
-{
-    static const char *const marker[] = {
-        think_open, think_close, CALL_START, CALL_END
-    };
-
-    for (int i = 0; i < 4; i++)
-        if ((size_t)len == strlen(marker[i]) &&
-            memcmp(s, marker[i], (size_t)len) == 0)
-            return 1;
-    return 0;
-}
-
-/* The text of a token; of the control tokens only those that set parts of an
- * answer apart. */
-static void say_token(const struct engine *e, struct reply *r, int32_t id)
-{
-    int len;
-    const char *s = lfm2_token_bytes(e->words, id, 0, &len);
-
-    if (len == 0) {
-        s = lfm2_token_bytes(e->words, id, 1, &len);
-        if (!is_marker(s, len))
-            return;
-    }
-    add(&r->raw, s, (size_t)len);
-}
-
 /* Append a token to the answer, or end it. */
 static void take_token(const struct engine *e, struct reply *r, int32_t id)
 {
     const enum part before = r->part;
+    int len;
+    const char *s = spoken(e, id, &len);
 
-    say_token(e, r, id);
+    add(&r->raw, s, (size_t)len);
     split(r, 0);
     r->n_made++;
     if (r->said)
@@ -3591,11 +3675,13 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
         r->finish = BROKEN;
         return;
     }
+    if (r->q->columns)
+        note_columns(e, r, e->unbent, id);
     if (lfm2_is_eog(e->words, id)) {
         r->finish = STOPPED;
         return;
     }
-    if (r->q->logprobs >= 0)
+    if (r->q->logprobs >= 0 && !r->q->columns)
         note_logprob(e, &r->logprobs, e->unbent, id, r->q->logprobs);
     take_token(e, r, id);
     if (r->finish == UNFINISHED && r->part == THOUGHT &&
@@ -3681,11 +3767,21 @@ static lfm2_span next_span(const struct reply *r, int *room, int *rows)
 static void note_prompt(const struct engine *e, struct reply *r, int span,
                         int n)
 {
-    for (int i = 0; i < n && r->n_fed + i + 1 < r->q->prompt.n; i++) {
-        if (r->n_fed + i == 0)
-            add_string(&r->prompt_logprobs, "null");
-        note_logprob(e, &r->prompt_logprobs, lfm2_logits(e->ctx, span, i),
-                     r->ids.id[r->n_fed + i + 1], r->q->prompt_logprobs);
+    const struct request *q = r->q;
+    const int columns = q->columns && q->echo;
+
+    if (r->n_fed == 0 && columns)
+        note_columns(e, r, NULL, r->ids.id[0]);
+    else if (r->n_fed == 0)
+        add_string(&r->prompt_logprobs, "null");
+    for (int i = 0; i < n && r->n_fed + i + 1 < q->prompt.n; i++) {
+        const float *logits = lfm2_logits(e->ctx, span, i);
+        const int32_t id = r->ids.id[r->n_fed + i + 1];
+        if (columns)
+            note_columns(e, r, logits, id);
+        else
+            note_logprob(e, &r->prompt_logprobs, logits, id,
+                         q->prompt_logprobs);
     }
 }
 
@@ -4080,14 +4176,33 @@ static void add_usage(struct text *to, const struct reply *r)
                r->q->prompt.n + r->n_made, r->n_thought);
 }
 
+static void add_columns(struct text *to, const struct reply *r)
+{
+    static const char *const name[] = {
+        "{\"tokens\": [", ", \"token_logprobs\": [", ", \"top_logprobs\": [",
+        ", \"text_offset\": ["
+    };
+
+    add_string(to, ", \"logprobs\": ");
+    for (int i = 0; i < N_COLUMNS; i++) {
+        add_string(to, name[i]);
+        add(to, r->column[i].s, r->column[i].n);
+        add_string(to, "]");
+        to->failed |= r->column[i].failed;
+    }
+    add_string(to, "}");
+}
+
 static void add_logprobs(struct text *to, const struct reply *r)
 {
-    if (r->q->logprobs >= 0) {
+    if (r->q->columns)
+        add_columns(to, r);
+    else if (r->q->logprobs >= 0) {
         add_string(to, ", \"logprobs\": {\"content\": [");
         add(to, r->logprobs.s, r->logprobs.n);
         add_string(to, "]}");
     }
-    if (r->q->prompt_logprobs >= 0) {
+    if (r->q->prompt_logprobs >= 0 && !(r->q->columns && r->q->echo)) {
         add_string(to, ", \"prompt_logprobs\": [");
         add(to, r->prompt_logprobs.s, r->prompt_logprobs.n);
         add_string(to, "]");
@@ -4871,35 +4986,38 @@ struct job {
     long long line;                       /* of the input, from 1            */
     size_t bytes;                         /* of it                           */
     int completion;                       /* "prompt", not "messages"        */
-    int echo;
     uint64_t hash;                        /* of what was asked               */
     struct text id, out;                  /* custom_id; the line of output   */
 };
 
-/* A line that comes in pieces. */
+/* Lines that come in pieces. */
 struct source {
     int fd;
-    const char *name;
     struct text buf;
-    size_t at;                            /* of buf: taken                   */
-    int ended;
+    size_t at, seen;                      /* of buf: taken; without a newline
+                                             behind at                       */
+    int torn;                             /* the last line had no newline    */
+    int ended, error;                     /* errno, or 0                     */
     long long line;
 };
+
+/* An id that a run before has answered, and how often. */
+struct known { struct text id; int times; };
 
 struct batch {
     struct engine e;
     struct source in;
-    FILE *out;
-    const char *out_name;
+    const char *in_name, *out_name;
+    int out;
     struct job *job;                      /* ring of [n_ring]                */
     int n_ring, first, n_jobs, n_active;
     struct reply **active;                /* [n_seq]                         */
-    struct text *known;                   /* [n_known] ids of a run before   */
+    struct known *known;                  /* [n_known], sorted               */
     int n_known;
     int shard, n_shards;
     int told;                             /* of a member that is not known   */
-    long long done, failed, skipped;
-    double tokens, bytes, size, started, beat;
+    long long done, failed, skipped, failed_before;
+    double tokens, reused, bytes, size, started, beat;
 };
 
 /* ---- what a line asks for */
@@ -4937,12 +5055,12 @@ static const struct body_number {
 
 /* What is read elsewhere, or means nothing to us. */
 static const char *const body_others[] = {
-    "messages", "prompt", "tools", "model", "seed", "stop", "logprobs", "echo",
-    "ignore_eos", "logit_bias", "n", "stream", "stream_options", "user",
-    "metadata", "store", "response_format", "tool_choice",
-    "parallel_tool_calls", "add_generation_prompt", "continue_final_message",
-    "chat_template_kwargs", "keep_past_thinking", "preserve_thinking",
-    "service_tier"
+    "custom_id", "messages", "prompt", "tools", "model", "seed", "stop",
+    "logprobs", "echo", "ignore_eos", "logit_bias", "n", "stream",
+    "stream_options", "user", "metadata", "store", "response_format",
+    "tool_choice", "parallel_tool_calls", "add_generation_prompt",
+    "continue_final_message", "chat_template_kwargs", "keep_past_thinking",
+    "preserve_thinking", "service_tier"
 };
 
 static int read_numbers(struct job *j, const struct json *body,
@@ -5098,7 +5216,7 @@ static int read_wishes(struct job *j, const struct json *body, struct why *why)
         q->seed = (uint64_t)seed;
     }
     q->ignore_eos |= flag_of(body, "ignore_eos", 0);
-    j->echo = flag_of(body, "echo", 0);
+    q->echo = flag_of(body, "echo", 0);
     return DONE;
 }
 
@@ -5121,7 +5239,8 @@ static int read_logprobs(struct job *j, const struct json *body,
                        "whole number from 0 to %d", MAX_LOGPROBS);
     else if (x)
         q->logprobs = (int)k;
-    if (j->echo && q->logprobs >= 0 && q->prompt_logprobs < 0)
+    q->columns = j->completion && q->logprobs >= 0;
+    if (q->echo && q->logprobs >= 0 && q->prompt_logprobs < 0)
         q->prompt_logprobs = q->logprobs;
     return DONE;
 }
@@ -5137,15 +5256,12 @@ static int read_body_prompt(struct job *j, const struct json *prompt,
     size_t n = 0;
     long long id;
 
-    j->completion = 1;
     j->t.q.split = 0;
     if (j->t.q.limit < 0 && e->s->predict == UNSET)
         j->t.q.limit = RAW_LEN;
-    if (prompt->type == JSON_STRING) {
-        add(&j->t.prompt.text, prompt->s, prompt->n);
+    if (prompt->type == JSON_STRING)
         return encode(e->s, e->words, prompt->s, prompt->n, e->s->bos ||
                       lfm2_add_bos(e->words), ids);
-    }
     if (prompt->type != JSON_ARRAY)
         return because(why, USAGE, "\"prompt\": expected a string, or an array "
                        "of token ids");
@@ -5173,6 +5289,7 @@ static int read_body(struct batch *b, struct job *j, const struct json *body,
     if (!messages == !prompt)
         return because(why, USAGE, "expected either \"messages\" or "
                        "\"prompt\"");
+    j->completion = prompt != NULL;
     code = read_wishes(j, body, why);
     if (code == DONE)
         code = read_logprobs(j, body, why);
@@ -5227,13 +5344,11 @@ static int read_raw(struct job *j, const char *s, size_t n, struct why *why)
     const struct text text = { (char *)(uintptr_t)s, n, 0, 0 };
     int code = make_request(t->e, &t->q);
 
-    j->hash = hash_bytes(HASH_START, s, n);
     t->q.seed = j->hash ^ (t->e->s->seed < 0 ? 0 : (uint64_t)t->e->s->seed);
-    if (code == DONE && t->e->template == TEMPLATE_NONE) {
-        j->completion = 1;
+    j->completion = t->e->template == TEMPLATE_NONE;
+    if (code == DONE && j->completion)
         return encode(t->e->s, t->e->words, s, n, t->e->s->bos ||
                       lfm2_add_bos(t->e->words), &t->q.prompt);
-    }
     t->messages = json_array(&t->pool);
     if (memchr(s, '\0', n))
         return because(why, USAGE, "a NUL byte, expected text");
@@ -5258,6 +5373,8 @@ static void finish_error(struct batch *b, struct job *j, int code,
                "\"line\": %lld, \"message\": ", name[code], j->line);
     add_json_string(&j->out, why, strlen(why));
     add_string(&j->out, "}}\n");
+    free_talk(&j->t);
+    j->t = (struct talk){ .e = &b->e };
     j->state = FINISHED;
     b->failed++;
 }
@@ -5268,19 +5385,20 @@ static void add_message_json(struct job *j, struct text *to,
                              const struct json *calls)
 {
     const struct reply *r = &j->t.r;
+    const struct request *q = r->q;
+    struct text text = { 0 };
+    int len;
 
     if (j->completion) {
+        for (int i = 0; q->echo && i < q->prompt.n; i++) {
+            const char *s = spoken(j->t.e, q->prompt.id[i], &len);
+            add(&text, s, (size_t)len);
+        }
+        add(&text, r->text.s, r->text.n);
         add_string(to, "\"text\": ");
-        if (j->echo) {
-            struct text both = { 0 };
-            add(&both, j->t.prompt.text.s ? j->t.prompt.text.s : "",
-                j->t.prompt.text.n);
-            add(&both, r->text.s ? r->text.s : "", r->text.n);
-            add_json_string(to, both.s ? both.s : "", both.n);
-            to->failed |= both.failed;
-            free(both.s);
-        } else
-            add_json_string(to, r->text.s ? r->text.s : "", r->text.n);
+        add_json_string(to, text.s ? text.s : "", text.n);
+        to->failed |= text.failed;
+        free(text.s);
         return;
     }
     add_string(to, "\"message\": {\"role\": \"assistant\"");
@@ -5334,6 +5452,18 @@ static void free_job(struct job *j)
     free(j->out.s);
 }
 
+/* At once, if that is possible, so that a line is whole or not there. */
+static int write_line(const struct batch *b, const struct text *line)
+{
+    for (size_t at = 0; at < line->n;) {
+        const ssize_t n = write(b->out, line->s + at, line->n - at);
+        if (n < 0 && errno != EINTR)
+            return say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
+        at += n > 0 ? (size_t)n : 0;
+    }
+    return DONE;
+}
+
 /* Write what is finished, in the order of the input; at the end, `all`. */
 static int write_finished(struct batch *b, int all)
 {
@@ -5344,11 +5474,8 @@ static int write_finished(struct batch *b, int all)
         if (j->out.failed)
             return say(NO_MEMORY, "no memory for the answer to line %lld",
                        j->line);
-        if (j->state == FINISHED) {
-            fwrite(j->out.s, 1, j->out.n, b->out);
-            if (fflush(b->out) != 0)
-                return say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
-        }
+        if (j->state == FINISHED && write_line(b, &j->out) != DONE)
+            return BAD_FILE;
         b->bytes += (double)j->bytes;
         free_job(j);
         b->first = (b->first + 1) % b->n_ring;
@@ -5359,121 +5486,161 @@ static int write_finished(struct batch *b, int all)
 
 /* ---- the input */
 
-/* The next line if there is one: 1; 0 if it has not come yet or will not. */
+/* Is there something to read, or the end of it?  A signal ends the waiting; one
+ * that comes just before it is heard a second later. */
+static int is_ready(int fd, int wait)
+{
+    struct pollfd p = { fd, POLLIN, 0 };
+    int n;
+
+    do
+        n = poll(&p, 1, wait ? 1000 : 0);
+    while (n <= 0 && wait && !interrupted);
+    return n > 0 && !interrupted;
+}
+
+/* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
+ * yet or will not.  Of one that is too long some of the end may be missing. */
 static int next_line(struct source *in, int wait, struct rest *line)
 {
-    struct pollfd ready = { in->fd, POLLIN, 0 };
-    char *end;
-
     for (;;) {
-        char *from = in->buf.s ? in->buf.s + in->at : NULL;
-        const size_t n = in->buf.n - in->at;
-        end = n ? memchr(from, '\n', n) : NULL;
+        if (reserve(&in->buf, 1 << 16) != 0) {
+            in->error = ENOMEM;
+            in->ended = 1;
+            return 0;
+        }
+        char *from = in->buf.s + in->at;
+        size_t n = in->buf.n - in->at;
+        const char *end = memchr(from + in->seen, '\n', n - in->seen);
         if (end || (in->ended && n > 0)) {
-            *line = (struct rest){ from, end ? (size_t)(end - from) : n };
-            in->at += line->n + (end != NULL);
+            n = end ? (size_t)(end - from) : n;
+            in->at += n + (end != NULL);
+            in->seen = 0;
+            in->torn = !end;
             in->line++;
+            n -= n > 0 && from[n - 1] == '\r';
+            from[n] = '\0';
+            *line = (struct rest){ from, n };
             return 1;
         }
-        if (in->ended || interrupted || n > MAX_LINE ||
-            (!wait && poll(&ready, 1, 0) == 0))
-            return 0;
+        in->seen = n = n <= MAX_LINE ? n : MAX_LINE + 1;
         if (in->at > 0)
             memmove(in->buf.s, from, n);
         in->buf.n = n;
         in->at = 0;
-        if (reserve(&in->buf, 1 << 16) != 0)
+        if (in->ended || !is_ready(in->fd, wait))
             return 0;
         const ssize_t got = read(in->fd, in->buf.s + n, 1 << 16);
-        if (got == 0 || (got < 0 && errno != EINTR))
-            in->ended = 1;
+        in->ended = got == 0 || (got < 0 && errno != EINTR);
+        in->error = got < 0 && in->ended ? errno : 0;
         in->buf.n += got > 0 ? (size_t)got : 0;
     }
 }
 
 /* ---- a run that goes on */
 
-static int by_text(const void *a, const void *b)
+static int by_id(const void *a, const void *b)
 {
-    const struct text *x = a, *y = b;
-    const size_t n = x->n < y->n ? x->n : y->n;
-    const int order = n ? memcmp(x->s, y->s, n) : 0;
+    const struct text *x = &((const struct known *)a)->id;
+    const struct text *y = &((const struct known *)b)->id;
+    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
 
     return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+/* How every line of output begins: what begins otherwise is not ours. */
+static const char output_start[] = "{\"id\": \"batch_req_";
+
+static int is_ours(const struct rest *line)
+{
+    const size_t len = strlen(output_start);
+
+    return memcmp(line->s, output_start, line->n < len ? line->n : len) == 0;
 }
 
 /* The custom_id of a line of output, as one that needs no answer any more. */
 static int know_line(struct batch *b, const struct rest *line, long long number)
 {
-    struct text *more = realloc(b->known, ((size_t)b->n_known + 1) *
-                                sizeof *more);
+    const int n = b->n_known;
+    struct known *more = b->known;
     struct pool pool = { 0 };
-    const struct json *id = NULL;
-    struct json *whole;
+    struct json *whole = NULL;
+    const struct json *id;
     struct why why;
-    int code = DONE;
 
+    if ((n & (n - 1)) == 0)
+        more = realloc(more, (n ? 2 * (size_t)n : 1) * sizeof *more);
     if (!more)
-        return say(NO_MEMORY, "no memory for line %lld of %s", number,
-                   b->out_name);
+        return say(NO_MEMORY, "no memory for the lines of %s", b->out_name);
     b->known = more;
-    if (json_parse(&pool, line->s, line->n, &whole, &why) == DONE)
-        id = member(whole, "custom_id");
-    if (!id || id->type != JSON_STRING)
-        code = say(BAD_FILE, "%s: line %lld is none that --batch writes",
-                   b->out_name, number);
-    else {
-        more[b->n_known] = (struct text){ 0 };
-        add(&more[b->n_known++], id->s, id->n);
+    if (is_ours(line))
+        json_parse(&pool, line->s, line->n, &whole, &why);
+    id = member(whole, "custom_id");
+    if (id && id->type == JSON_STRING) {
+        more[n] = (struct known){ .times = 1 };
+        add(&more[n].id, id->s, id->n);
+        b->n_known += !more[n].id.failed;
+        b->failed_before += member(whole, "error") != NULL;
     }
     pool_free(&pool);
-    return code;
+    return b->n_known > n ? DONE :
+           say(BAD_FILE, "%s: line %lld is none that --batch writes",
+               b->out_name, number);
+}
+
+/* Sort what is known, and count what is there more than once. */
+static void sort_known(struct batch *b)
+{
+    int n = 0;
+
+    if (b->n_known > 0)
+        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_id);
+    for (int i = 0; i < b->n_known; i++)
+        if (n > 0 && by_id(&b->known[n - 1], &b->known[i]) == 0) {
+            b->known[n - 1].times++;
+            free(b->known[i].id.s);
+        } else
+            b->known[n++] = b->known[i];
+    b->n_known = n;
 }
 
 /* What a run before has written; a line that it was killed in is cut off. */
 static int open_resumed(struct batch *b)
 {
-    const char *path = b->e.s->resume;
-    struct text text = { 0 };
+    const char *path = b->out_name = b->e.s->resume;
+    const int fd = open(path, O_RDWR | O_CREAT | O_APPEND, 0666);
+    struct source from = { .fd = fd };
     struct rest line;
-    size_t whole;
-    int code;
+    struct stat st;
+    int code = DONE;
 
-    b->out_name = path;
-    b->out = fopen(path, "ab+");
-    if (!b->out)
+    b->out = fd;
+    if (fd < 0 || fstat(fd, &st) != 0)
         return say(BAD_FILE, "%s: %s", path, strerror(errno));
-    code = read_stream(b->out, path, &text);
-    whole = text.n;
-    while (whole > 0 && text.s[whole - 1] != '\n')
-        whole--;
-    struct source from = { -1, path, text, 0, 1, 0 };
-    from.buf.n = whole;
-    while (code == DONE && next_line(&from, 0, &line))
-        code = know_line(b, &line, from.line);
-    free(text.s);
-    if (code == DONE && whole < text.n &&
-        ftruncate(fileno(b->out), (off_t)whole) != 0)
-        code = say(BAD_FILE, "%s: %s", path, strerror(errno));
-    if (b->n_known > 0)
-        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_text);
+    if (!S_ISREG(st.st_mode))
+        return say(BAD_FILE, "%s: not a regular file", path);
+    while (code == DONE && next_line(&from, 1, &line))
+        if (!from.torn || !is_ours(&line))
+            code = know_line(b, &line, from.line);
+        else if (ftruncate(fd, st.st_size - (off_t)line.n) != 0)
+            from.error = errno;
+    if (code == DONE && from.error)
+        code = say(BAD_FILE, "%s: %s", path, strerror(from.error));
+    free(from.buf.s);
     if (code == DONE && !b->e.s->quiet)
         say(DONE, "%s: %d lines are there already", path, b->n_known);
+    sort_known(b);
     return code;
 }
 
 /* Is the answer with this id there already?  It counts once. */
 static int take_known(struct batch *b, const struct text *id)
 {
-    struct text *k = b->n_known ? bsearch(id, b->known, (size_t)b->n_known,
-                                          sizeof *b->known, by_text) : NULL;
+    const struct known asked = { .id = *id };
+    struct known *k = b->n_known ? bsearch(&asked, b->known,
+        (size_t)b->n_known, sizeof *b->known, by_id) : NULL;
 
-    if (!k)
-        return 0;
-    free(k->s);
-    memmove(k, k + 1, (size_t)(b->known + b->n_known - k - 1) * sizeof *k);
-    b->n_known--;
-    return 1;
+    return k && k->times > 0 && k->times--;
 }
 
 static int number_of(const char *variable, long *out)
@@ -5526,7 +5693,7 @@ static int choose_shard(struct batch *b)
             return USAGE;
     } else if (s) {
         i = strtol(s, &end, 10);
-        n = *end == '/' ? strtol(end + 1, &end, 10) : 0;
+        n = end > s && *end == '/' ? strtol(end + 1, &end, 10) : 0;
     }
     if ((end && *end) || n < 1 || n > 1 << 24 || i < 0 || i >= n)
         return usage("--shard %s: part %ld of %ld, expected I/N with I from 0 "
@@ -5543,17 +5710,20 @@ static struct job *job_at(const struct batch *b, int i)
     return &b->job[(b->first + i) % b->n_ring];
 }
 
-/* A line becomes a job, or is left to another shard or an earlier run. */
+/* A line becomes a job, or is left to an earlier run.  Its JSON is not kept. */
 static void add_job(struct batch *b, const struct rest *line)
 {
     struct job *j = job_at(b, b->n_jobs);
     struct json *whole = NULL;
-    struct why why;
-    int code = DONE;
+    struct why why = { "no memory for the request" };
+    int code;
 
     *j = (struct job){ .t.e = &b->e, .line = b->in.line, .bytes = line->n + 1 };
+    j->hash = hash_bytes(HASH_START, line->s, line->n);
     add_format(&j->id, "line-%lld", j->line);
-    if (b->e.s->batch_raw)
+    if (line->n > MAX_LINE)
+        code = because(&why, USAGE, "longer than %d bytes", MAX_LINE);
+    else if (b->e.s->batch_raw)
         code = read_raw(j, line->s, line->n, &why);
     else if ((code = json_parse(&j->t.pool, line->s, line->n, &whole, &why)) ==
              DONE)
@@ -5566,8 +5736,11 @@ static void add_job(struct batch *b, const struct rest *line)
         free_job(j);
         return;
     }
-    if (code != DONE)
-        finish_error(b, j, code, why.s);
+    if (code == DONE)
+        pool_free(&j->t.pool);
+    else                                  /* columns, but no lines, in JSON  */
+        finish_error(b, j, code, strncmp(why.s, "line 1, ", 8) ? why.s :
+                     why.s + 8);
     b->n_jobs++;
 }
 
@@ -5579,8 +5752,8 @@ static void read_lines(struct batch *b)
 
     while (b->n_jobs < b->n_ring &&
            next_line(&b->in, b->n_jobs == 0, &line)) {
-        const int blank = strspn(line.n ? line.s : "", " \t\r") >= line.n;
-        if (blank || (b->in.line - 1) % b->n_shards != b->shard)
+        if (strspn(line.s, " \t\r") >= line.n ||
+            (b->in.line - 1) % b->n_shards != b->shard)
             b->bytes += (double)line.n + 1;
         else
             add_job(b, &line);
@@ -5610,19 +5783,24 @@ static int worth_waiting(const struct batch *b, const struct ids *prompt,
 {
     for (int i = 0; i < b->n_active; i++) {
         const struct reply *r = b->active[i];
-        const int n = shared_prefix(&r->q->prompt, prompt);
-        if (n > r->n_fed && n >= have + lfm2_seq_step(b->e.ctx))
-            return 1;
+        if (r->n_fed < r->q->prompt.n) {
+            const int n = shared_prefix(&r->q->prompt, prompt);
+            if (n > r->n_fed && n >= have + lfm2_seq_step(b->e.ctx))
+                return 1;
+        }
     }
     return 0;
 }
 
 /* Begin to answer a line in an idle sequence, from the longest beginning of its
- * prompt that any sequence has.  Returns 0 if it should wait. */
+ * prompt that any sequence has.  One whose own log probabilities are wanted has
+ * no use for that.  Returns 0 if it should wait. */
 static int begin_job(struct batch *b, struct job *j, char *busy)
 {
+    static const struct ids none = { NULL, 0 };
     struct engine *e = &b->e;
-    const struct ids *prompt = &j->t.q.prompt;
+    const struct ids *prompt = j->t.q.prompt_logprobs < 0 ? &j->t.q.prompt :
+                               &none;
     int have, same, code;
     const int seq = best_sequence(b, prompt, busy, &have);
     const int from = best_sequence(b, prompt, NULL, &same);
@@ -5674,6 +5852,7 @@ static void end_jobs(struct batch *b)
         if (j->state != ACTIVE || j->t.r.finish == UNFINISHED)
             continue;
         b->tokens += j->t.q.prompt.n + j->t.r.n_made;
+        b->reused += j->t.r.n_reused;
         finish_reply(b, j);
         free_reply(&j->t.r);
         j->t.r = (struct reply){ 0 };
@@ -5700,11 +5879,12 @@ static void report_progress(struct batch *b, int last)
     say(DONE, "%lld answered, %lld failed, %lld were there; %.1f tok/s, "
         "%.0f s%s", b->done, b->failed, b->skipped, b->tokens / took, took,
         left);
+    if (last && s->verbose)
+        say(DONE, "%.0f tokens, %.0f of them reused", b->tokens, b->reused);
 }
 
 static int run_batch(struct batch *b, char *busy)
 {
-    struct job *j;
     int code = DONE;
 
     for (;;) {
@@ -5714,9 +5894,6 @@ static int run_batch(struct batch *b, char *busy)
         if (code != DONE || interrupted || (b->n_jobs == 0 && b->in.ended &&
                                             b->in.at == b->in.buf.n))
             break;
-        if (b->in.buf.n - b->in.at > MAX_LINE)
-            return say(USAGE, "%s: line %lld is longer than %d bytes",
-                       b->in.name, b->in.line + 1, MAX_LINE);
         if (b->n_active > 0)
             code = step(&b->e, b->active, b->n_active);
         if (code != DONE)
@@ -5726,13 +5903,12 @@ static int run_batch(struct batch *b, char *busy)
     }
     if (code == DONE && interrupted)
         code = INTERRUPTED;
-    if (code == INTERRUPTED && write_finished(b, 1) == DONE)
-        return 128 + (int)last_signal;
-    while (b->n_jobs-- > 0) {
-        j = &b->job[b->first];
-        free_job(j);
-        b->first = (b->first + 1) % b->n_ring;
-    }
+    if (code == INTERRUPTED)
+        code = write_finished(b, 1) == DONE ? 128 + (int)last_signal : BAD_FILE;
+    if (code == DONE && b->in.error)
+        code = say(BAD_FILE, "%s: %s", b->in_name, strerror(b->in.error));
+    for (int i = 0; i < b->n_jobs; i++)
+        free_job(job_at(b, i));
     return code;
 }
 
@@ -5744,12 +5920,11 @@ static int open_batch(struct batch *b)
 
     b->in.fd = s->file && strcmp(s->file, "-") != 0 ?
                open(s->file, O_RDONLY) : STDIN_FILENO;
-    b->in.name = s->file ? s->file : "standard input";
+    b->in_name = s->file ? s->file : "standard input";
     if (b->in.fd < 0)
         return say(BAD_FILE, "%s: %s", s->file, strerror(errno));
     if (fstat(b->in.fd, &st) == 0 && S_ISREG(st.st_mode))
         b->size = (double)st.st_size;
-    b->out = stdout;
     b->out_name = "standard output";
     if (code == DONE)
         code = open_engine(&b->e);
@@ -5769,7 +5944,7 @@ static int open_batch(struct batch *b)
 
 static int batch(const struct settings *s)
 {
-    struct batch b = { .e.s = s };
+    struct batch b = { .e.s = s, .out = STDOUT_FILENO };
     char *busy = malloc((size_t)s->parallel);
     int code = busy ? open_batch(&b) : NO_MEMORY;
 
@@ -5781,19 +5956,19 @@ static int batch(const struct settings *s)
         running = NULL;
         report_progress(&b, 1);
     }
-    if (b.out && b.out != stdout)
-        code = finish_file(b.out, b.out_name, code);
+    if (b.out > STDOUT_FILENO && close(b.out) != 0 && code == DONE)
+        code = say(BAD_FILE, "%s: %s", b.out_name, strerror(errno));
     if (b.in.fd > STDIN_FILENO)
         close(b.in.fd);
     for (int i = 0; i < b.n_known; i++)
-        free(b.known[i].s);
+        free(b.known[i].id.s);
     free(b.known);
     free(b.in.buf.s);
     free(b.job);
     free(b.active);
     free(busy);
     close_engine(&b.e);
-    return code == DONE && b.failed > 0 ? PARTLY : code;
+    return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
 }
 
 /* ---------------------------------------------------------------- 15. --ppl
