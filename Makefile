@@ -98,7 +98,7 @@ debug: build/debug/run
 # One program for each suite.  Most include lfm2.c to reach all of it.  The
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
-LINKED  := check_forward check_gguf check_chat
+LINKED  := check_answer check_chat check_forward check_gguf
 PLAIN   := check_math check_sampler check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)

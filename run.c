@@ -152,7 +152,7 @@ static const struct settings defaults = {
     .predict = UNSET, .ctx = UNSET, .batch = UNSET, .temp = UNSET,
     .top_k = UNSET, .top_p = UNSET, .min_p = UNSET, .repeat = UNSET,
     .repeat_last_n = UNSET, .seed = -1, .think_budget = -1, .logprobs = -1,
-    .parallel = 32, .heartbeat = 10,
+    .parallel = 32, .heartbeat = 10, .threads = UNSET,
     .bench_prompt = { 1, { 512 } }, .bench_gen = { 1, { 128 } },
     .bench_depth = { 1, { 0 } }, .bench_threads = { 1, { 0 } },
     .bench_seqs = { 1, { 1 } }, .reps = 5
@@ -333,7 +333,9 @@ static int print_help(void)
     printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
            "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
            "prompt longer than the context,\n7 some lines of a batch failed, "
-           "130 interrupted, 143 terminated.\n");
+           "130 interrupted, 143 terminated.\nLFM2_MODEL and LFM2_THREADS in "
+           "the environment stand in for -m and -t, and NO_COLOR\nis "
+           "--color off.\n");
     return DONE;
 }
 
@@ -599,8 +601,9 @@ static int check_prompts(const struct settings *s)
                      "--messages" : s->tools ? "--tools" : "-cnv");
     if (s->ids && (s->tokenize || s->detokenize))
         return usage("--ids is for generating text and for --logits");
-    if (s->ids && s->session)
-        return usage("--session keeps text, and --ids gives none");
+    if (s->session && (s->ids || s->logits))
+        return usage("--session keeps text, and %s gives none", s->ids ?
+                     "--ids" : "--logits");
     if (s->system && s->messages)
         return usage("-sys: the conversation of --messages has its own system "
                      "message");
@@ -649,6 +652,46 @@ static int asks_for_bench(char **argv)
     return 0;
 }
 
+/* A word alone is the prompt if the environment names a model, unless it looks
+ * like the name of one.  Words that were used are taken away. */
+static void take_model(struct settings *to, const char **word, int *n_words)
+{
+    const char *named = getenv("LFM2_MODEL");
+    const size_t n = *n_words ? strlen(word[0]) : 0;
+    const int is_file = (n > 5 && strcmp(word[0] + n - 5, ".gguf") == 0) ||
+                        (n > 4 && strcmp(word[0] + n - 4, ".bin") == 0);
+
+    if (named && !named[0])
+        named = NULL;
+    if (*n_words > (named && !is_file)) {
+        to->model = word[0];
+        word[0] = word[1];
+        --*n_words;
+    } else if (named) {
+        to->model = named;
+        if (to->verbose)
+            say(DONE, "LFM2_MODEL: %s", named);
+    }
+}
+
+/* The environment has a say where no option has. */
+static int take_threads(struct settings *to)
+{
+    const char *n = getenv("LFM2_THREADS"), *nearest;
+    const int given = to->bench ? to->bench_threads.v[0] != 0 :
+                      to->threads != UNSET;
+    int n_nearest;
+
+    if (to->threads == UNSET)
+        to->threads = 0;
+    if (given || !n || !n[0] || strcmp(n, "0") == 0)
+        return DONE;
+    if (to->verbose)
+        say(DONE, "LFM2_THREADS: %s", n);
+    return set_option(to, find_option("-t", to->bench, &nearest, &n_nearest),
+                      "LFM2_THREADS", n);
+}
+
 static int parse(struct settings *to, char **argv)
 {
     const char *word[2] = { NULL, NULL };
@@ -667,17 +710,15 @@ static int parse(struct settings *to, char **argv)
                          "needs quotes", argv[i]);
     if (code != DONE || to->help || to->version)
         return code;
-    if (!to->model && n_words > 0) {
-        to->model = word[0];
-        word[0] = word[1];
-        n_words--;
-    }
+    if (!to->model)
+        take_model(to, word, &n_words);
     if (n_words > 1 || (n_words > 0 && to->prompt))
         return usage("unexpected argument %s: there is a prompt already",
                      word[n_words - 1]);
     if (n_words > 0)
         to->prompt = word[0];
-    return check_settings(to);
+    code = take_threads(to);
+    return code == DONE ? check_settings(to) : code;
 }
 
 /* ------------------------------------------------- 3. Reading what is given */
@@ -2964,15 +3005,17 @@ static const struct preset_row *find_preset(const lfm2_model *m)
     struct text name = { 0 };
 
     describe(m, &name);
-    while (!name.failed && !(strstr(name.s, p->words[0]) &&
-                             strstr(name.s, p->words[1])))
+    while (p->words[0][0] && (name.failed || !strstr(name.s, p->words[0]) ||
+                              !strstr(name.s, p->words[1])))
         p++;
     free(name.s);
     return p;
 }
 
-/* A number in the metadata; 0 if there is none. */
-static int file_number(const lfm2_model *m, const char *key, double *out)
+/* A number in the metadata, within the bounds of its option; 0 if there is
+ * none. */
+static int file_number(const lfm2_model *m, const char *key, double least,
+                       double most, double *out)
 {
     char value[64], *end;
     const char *found;
@@ -2980,7 +3023,7 @@ static int file_number(const lfm2_model *m, const char *key, double *out)
     for (int i = 0; (found = lfm2_model_key(m, i, value, sizeof value)); i++)
         if (strcmp(found, key) == 0) {
             const double x = strtod(value, &end);
-            if (end == value || *end || !(x >= 0 && x <= 1e6))
+            if (end == value || *end || !(x >= least && x <= most))
                 return 0;
             *out = x;
             return 1;
@@ -3001,25 +3044,29 @@ static struct sampling choose_sampling(const struct settings *s,
     const struct preset_row *p = find_preset(m);
     struct sampling to = p->is;
     double top_k = p->is.top_k, last_n = p->is.last_n;
-    int named = 0;
+    int named = 0, penalty;
 
-    named += file_number(m, "general.sampling.temp", &to.temp);
-    named += file_number(m, "general.sampling.top_k", &top_k);
-    named += file_number(m, "general.sampling.top_p", &to.top_p);
-    named += file_number(m, "general.sampling.min_p", &to.min_p);
-    named += file_number(m, "general.sampling.penalty_repeat", &to.repeat);
-    named += file_number(m, "general.sampling.penalty_last_n", &last_n);
+    named += file_number(m, "general.sampling.temp", 0, 100, &to.temp);
+    named += file_number(m, "general.sampling.top_k", 0, 1 << 30, &top_k);
+    named += file_number(m, "general.sampling.top_p", 0, 1, &to.top_p);
+    named += file_number(m, "general.sampling.min_p", 0, 1, &to.min_p);
+    named += file_number(m, "general.sampling.penalty_last_n", -1, 1 << 30,
+                         &last_n);
+    penalty = file_number(m, "general.sampling.penalty_repeat", 0.01, 100,
+                          &to.repeat);
+    if (s->temp == 0 || (to.temp == 0 && s->temp == UNSET && !penalty))
+        to.repeat = 1;
     to.temp = given_or(s->temp, to.temp);
     to.top_k = (int)given_or(s->top_k, top_k);
     to.top_p = given_or(s->top_p, to.top_p);
     to.min_p = given_or(s->min_p, to.min_p);
-    to.repeat = given_or(s->repeat, s->temp == 0 ? 1 : to.repeat);
+    to.repeat = given_or(s->repeat, to.repeat);
     to.last_n = (int)given_or(s->repeat_last_n, last_n);
     if (s->verbose)
         say(DONE, "preset %s%s: temperature %g, top-k %d, top-p %g, min-p %g, "
-            "repeat penalty %g over %d", p->name, named ? " and the file's own "
-            "general.sampling" : "", to.temp, to.top_k, to.top_p, to.min_p,
-            to.repeat, to.last_n);
+            "repeat penalty %g over %d", p->name, named + penalty ? " and the "
+            "file's own general.sampling" : "", to.temp, to.top_k, to.top_p,
+            to.min_p, to.repeat, to.last_n);
     return to;
 }
 
@@ -3228,7 +3275,8 @@ struct request {
     uint64_t seed;
     int limit;                            /* most tokens; -1: to the end     */
     int ignore_eos;
-    int split;                            /* thoughts and calls set apart    */
+    int split;                            /* thoughts and calls are known    */
+    int raw;                              /* but left in the text            */
     int in_thought;                       /* the prompt has opened one       */
     int think_budget;                     /* most tokens of one; -1: any     */
     int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
@@ -3311,15 +3359,21 @@ static size_t overlap(const char *s, size_t n, const char *word, size_t len)
 
 struct cut { size_t at, len, held; int is_stop; };
 
-/* Is the word in s[n], earlier than what was found before? */
+/* Is the word in s[n], and complete before what was found so far?  Of two that
+ * end together the longer counts, or the later one: so it does not matter in
+ * which pieces the text arrives. */
 static void look_for(struct cut *c, const char *s, size_t n, const char *word,
                      size_t len, int is_stop)
 {
-    const size_t held = overlap(s, n, word, len);
+    const size_t held = len > 0 ? overlap(s, n, word, len) : 0;
+    const size_t before = c->len > 0 ? c->at + c->len : n;
 
-    for (size_t at = 0; at + len <= n && at < c->at; at++)
-        if (s[at] == word[0] && memcmp(s + at, word, len) == 0)
-            *c = (struct cut){ at, len, 0, is_stop };
+    for (size_t at = 0; len > 0 && at + len <= before; at++)
+        if (s[at] == word[0] && memcmp(s + at, word, len) == 0) {
+            if (c->len == 0 || at + len < before || len >= c->len)
+                *c = (struct cut){ at, len, 0, is_stop };
+            return;
+        }
     if (held > c->held && c->len == 0)
         c->held = held;
 }
@@ -3376,14 +3430,14 @@ static void end_part(struct reply *r, const char *word, struct cut c)
         r->part = AFTER_THOUGHT;
     else {
         r->part = r->part == CALL ? ANSWER : CALL;
-        add(&r->calls, word, c.len);
+        if (!r->q->raw)
+            add(&r->calls, word, c.len);
     }
 }
 
-/* Tell apart what is new in r->raw; `last` lets go of what is held back. */
-static void split(struct reply *r, int last)
+static void tell_apart(struct reply *r, int last)
 {
-    while (r->seen < r->raw.n && r->finish != STOPPED) {
+    while (r->seen < r->raw.n) {
         if (r->part == START || r->part == AFTER_THOUGHT) {
             if (!begin_part(r, last))
                 return;
@@ -3392,13 +3446,24 @@ static void split(struct reply *r, int last)
         const char *s = r->raw.s + r->seen;
         const struct cut c = find_cut(r, s, r->raw.n - r->seen);
         const size_t n = c.at - (last ? 0 : c.held);
-        add(r->part == THOUGHT ? &r->thought : r->part == CALL ? &r->calls :
-            &r->text, s, n);
+        if (!r->q->raw)
+            add(r->part == THOUGHT ? &r->thought : r->part == CALL ? &r->calls :
+                &r->text, s, n);
         r->seen += n + c.len;
         if (c.len == 0)
             return;
         end_part(r, s + c.at, c);
     }
+}
+
+/* Tell apart what is new in r->raw; `last` lets go of what is held back. */
+static void split(struct reply *r, int last)
+{
+    const size_t from = r->seen;
+
+    tell_apart(r, last);
+    if (r->q->raw && r->seen > from)
+        add(&r->text, r->raw.s + from, r->seen - from);
 }
 
 static int is_marker(const char *s, int len)
@@ -3494,7 +3559,7 @@ enum { MAX_LOGPROBS = 20 };
 static void note_logprob(const struct engine *e, struct text *to,
                          const float *logits, int32_t id, int k)
 {
-    const int n_vocab = lfm2_n_vocab(e->words);
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
     const double all = log_sum(logits, n_vocab);
     struct bias best[MAX_LOGPROBS];
 
@@ -3644,16 +3709,22 @@ static void take_token(const struct engine *e, struct reply *r, int32_t id)
         r->ids.id[r->ids.n++] = id;
 }
 
-/* A thought that takes too long is closed for the model. */
-static void close_thought(const struct engine *e, struct reply *r)
+/* A thought that takes too long is closed for the model.  Returns whether it
+ * was. */
+static int close_thought(const struct engine *e, struct reply *r)
 {
     static const char closing[] = "\n</think>\n\n";
     int32_t id[16];
-    const int n = lfm2_encode(e->words, closing, strlen(closing),
-                              LFM2_ENCODE_SPECIAL, id, 16);
+    int n;
 
+    if (r->part != THOUGHT || r->q->think_budget < 0 ||
+        r->n_thought < r->q->think_budget)
+        return 0;
+    n = lfm2_encode(e->words, closing, strlen(closing), LFM2_ENCODE_SPECIAL,
+                    id, 16);
     for (int i = 0; i < n && i < 16 && r->finish == UNFINISHED; i++)
         take_token(e, r, id[i]);
+    return n > 0;
 }
 
 /* The next token, from the logits of the last.  What is noted of them is what
@@ -3663,8 +3734,8 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
     int32_t id;
 
-    if (r->n_made == 0)
-        r->read = seconds();
+    if (close_thought(e, r))
+        return;
     if (e->s->json)
         r->hash = hash_floats(r->hash, logits, n_vocab);
     if (r->q->logprobs >= 0)
@@ -3684,9 +3755,6 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
     if (r->q->logprobs >= 0 && !r->q->columns)
         note_logprob(e, &r->logprobs, e->unbent, id, r->q->logprobs);
     take_token(e, r, id);
-    if (r->finish == UNFINISHED && r->part == THOUGHT &&
-        r->q->think_budget >= 0 && r->n_thought >= r->q->think_budget)
-        close_thought(e, r);
 }
 
 /* ---- many at once */
@@ -3797,6 +3865,8 @@ static void move_on(struct engine *e, struct reply *r, int span)
     if (r->q->prompt_logprobs >= 0)
         note_prompt(e, r, span, fed->n_logits);
     r->n_fed += fed->n_tokens;
+    if (r->n_made == 0)
+        r->read = seconds();
     if (r->n_fed == r->ids.n && r->q->limit == 0)
         r->finish = BY_LENGTH;
     else if (r->n_fed == r->ids.n)
@@ -3863,7 +3933,7 @@ static int make_request(const struct engine *e, struct request *q)
         .seed = s->seed < 0 ? random_seed() : (uint64_t)s->seed,
         .ignore_eos = s->ignore_eos, .think_budget = s->think_budget,
         .logprobs = s->logprobs, .prompt_logprobs = s->logprobs,
-        .split = !plain && s->think != THINK_RAW,
+        .split = !plain, .raw = s->think == THINK_RAW,
         .in_thought = e->opens_thought
     };
     if (q->limit == UNSET)
@@ -3889,6 +3959,7 @@ struct talk {
     struct request q;
     struct reply r;
     struct text said;                     /* plain text of the session       */
+    int grown;                            /* beyond what the form is about   */
     int keeps_session;
 };
 
@@ -3900,6 +3971,7 @@ static int add_message(struct talk *t, const char *role, const char *s,
     json_set(&t->pool, m, "role", json_string(&t->pool, role, strlen(role)));
     json_set(&t->pool, m, "content", json_string(&t->pool, s, n));
     json_append(&t->pool, t->messages, m);
+    t->grown = 1;
     return t->pool.failed ? say(NO_MEMORY, "no memory for a message") : DONE;
 }
 
@@ -3925,8 +3997,7 @@ static int read_list(struct talk *t, const char *path, const char *key,
 
     if (code != DONE)
         return code;
-    *list = (*whole)->type == JSON_OBJECT ?
-            (struct json *)(uintptr_t)json_get(*whole, key) : *whole;
+    *list = (*whole)->type == JSON_OBJECT ? json_get(*whole, key) : *whole;
     if (!*list || (*list)->type != JSON_ARRAY)
         return say(USAGE, "%s: expected a JSON array, or an object with one as "
                    "\"%s\"", path, key);
@@ -3961,17 +4032,28 @@ static int flag_of(const struct json *form, const char *key, int otherwise)
     return otherwise;
 }
 
+/* What the prompt has of the answer already: nothing, "<think>", or the message
+ * to go on with. */
+static const char *answer_of(const struct rendered *r)
+{
+    const char *const end = r->text.s + r->text.n, *from = end;
+
+    for (int i = 0; i < r->n_marks; i++) {
+        const char *mark = r->text.s + r->mark[i].from;
+        if (begins(mark, end, TURN_START "assistant\n"))
+            from = mark + strlen(TURN_START "assistant\n");
+        else if (begins(mark, end, TURN_START) || begins(mark, end, TURN_END))
+            from = end;
+    }
+    return from;
+}
+
 /* Does the answer begin inside a thought? */
 static int ends_in_thought(const struct rendered *r)
 {
-    const char *const end = r->text.s + r->text.n, *from = r->text.s, *p;
+    const char *const end = r->text.s + r->text.n, *from = answer_of(r), *p;
     int inside = 0;
 
-    for (int i = 0; i < r->n_marks; i++)
-        if (begins(r->text.s + r->mark[i].from, end, TURN_START))
-            from = r->text.s + r->mark[i].from;
-    if (!begins(from, end, TURN_START "assistant\n"))
-        return 0;
     while ((p = find(from, end, inside ? think_close : think_open))) {
         inside = !inside;
         from = p + 1;
@@ -3994,16 +4076,20 @@ static int render_talk(struct talk *t, struct why *why)
                      flag_of(t->form, "preserve_thinking", 0) ||
                      flag_of(kwargs, "keep_past_thinking", 0) ||
                      flag_of(kwargs, "preserve_thinking", 0);
-    const int go_on = flag_of(t->form, "continue_final_message", 0);
+    const struct json *end = t->grown ? NULL : t->form;
+    const int go_on = flag_of(end, "continue_final_message", 0);
     const struct conversation c = {
         .messages = t->messages, .tools = t->tools, .keep_thinking = keep,
-        .generate = flag_of(t->form, "add_generation_prompt", !go_on),
+        .generate = flag_of(end, "add_generation_prompt", !go_on),
         .continue_last = go_on, .date = e->date,
         .open_thought = e->opens_thought
     };
     int code;
 
+    why->s[0] = '\0';
     rendered_free(&t->prompt);
+    free(t->q.prompt.id);
+    t->q.prompt = (struct ids){ NULL, 0 };
     code = render(&c, e->template, &t->prompt, why);
     if (code == DONE)
         code = encode_rendered(e->words, &t->prompt, e->s->special,
@@ -4014,7 +4100,7 @@ static int render_talk(struct talk *t, struct why *why)
 
 /* ---- on the screen */
 
-struct output { lfm2_utf8 utf8; int terminal; };
+struct output { FILE *f; lfm2_utf8 utf8; int terminal; };
 
 /* Drop what could steer a terminal: control characters, those of C1 too. */
 static size_t drop_controls(char *s, size_t n)
@@ -4032,7 +4118,7 @@ static size_t drop_controls(char *s, size_t n)
 }
 
 /* Only whole characters come out; len 0 lets go of an unfinished one. */
-static void put_text(struct output *o, FILE *f, const char *bytes, size_t len)
+static void put_text(struct output *o, const char *bytes, size_t len)
 {
     char out[256 + 3];
     size_t n;
@@ -4042,7 +4128,7 @@ static void put_text(struct output *o, FILE *f, const char *bytes, size_t len)
         n = lfm2_utf8_push(&o->utf8, bytes, part, out);
         if (o->terminal)
             n = drop_controls(out, n);
-        fwrite(out, 1, n, f);
+        fwrite(out, 1, n, o->f);
         bytes += part;
         len -= part;
     } while (len > 0);
@@ -4050,8 +4136,7 @@ static void put_text(struct output *o, FILE *f, const char *bytes, size_t len)
 
 /* How much of a reply is on the screen already. */
 struct printer {
-    struct output out;
-    FILE *thoughts;                       /* NULL: not shown                 */
+    struct output out, thoughts;          /* f NULL: not shown               */
     int colour;                           /* thoughts are dim                */
     int in_thought;
     size_t text, thought;
@@ -4071,10 +4156,14 @@ static int wants_colour(const struct settings *s)
 static struct printer start_printer(const struct settings *s)
 {
     const int terminal = isatty(STDOUT_FILENO);
-    struct printer p = { .out.terminal = terminal, .colour = wants_colour(s) };
+    struct printer p = { .colour = wants_colour(s) };
 
+    p.out = (struct output){ .f = stdout, .terminal = terminal };
     if (s->think == THINK_SHOW || (s->think == THINK_AUTO && terminal))
-        p.thoughts = terminal ? stdout : stderr;
+        p.thoughts = (struct output){
+            .f = terminal ? stdout : stderr,
+            .terminal = isatty(terminal ? STDOUT_FILENO : STDERR_FILENO)
+        };
     return p;
 }
 
@@ -4082,28 +4171,28 @@ static void enter_thought(struct printer *p, int inside)
 {
     if (p->in_thought == inside)
         return;
-    put_text(&p->out, inside ? stdout : p->thoughts, "", 0);
+    put_text(inside ? &p->out : &p->thoughts, "", 0);
     p->in_thought = inside;
     if (p->colour)
-        fputs(inside ? "\033[2m" : "\033[0m\n\n", p->thoughts);
+        fputs(inside ? "\033[2m" : "\033[0m\n\n", p->thoughts.f);
     else
-        fputs(inside ? think_open : "</think>\n\n", p->thoughts);
+        fputs(inside ? think_open : "</think>\n\n", p->thoughts.f);
 }
 
 /* Print what is new. */
 static int print_reply(struct printer *p, const struct reply *r)
 {
-    if (p->thoughts && r->thought.n > p->thought) {
+    if (p->thoughts.f && r->thought.n > p->thought) {
         enter_thought(p, 1);
-        put_text(&p->out, p->thoughts, r->thought.s + p->thought,
+        put_text(&p->thoughts, r->thought.s + p->thought,
                  r->thought.n - p->thought);
-        fflush(p->thoughts);
+        fflush(p->thoughts.f);
         p->thought = r->thought.n;
     }
     if (r->text.n == p->text)
         return DONE;
     enter_thought(p, 0);
-    put_text(&p->out, stdout, r->text.s + p->text, r->text.n - p->text);
+    put_text(&p->out, r->text.s + p->text, r->text.n - p->text);
     p->text = r->text.n;
     return flush_output(DONE);
 }
@@ -4301,6 +4390,8 @@ static int run_reply(struct talk *t)
     running = e->ctx;
     while (code == DONE && t->r.finish == UNFINISHED) {
         code = step(e, all, 1);
+        if (code == INTERRUPTED && !interrupted)
+            code = DONE;                  /* meant for the answer before     */
         if (code == DONE && !e->s->json)
             code = print_reply(&p, &t->r);
     }
@@ -4315,9 +4406,8 @@ static int run_reply(struct talk *t)
         return print_answer_json(t) == DONE ? code : BAD_FILE;
     print_reply(&p, &t->r);
     print_calls(&p, t);
-    if (p.thoughts)
-        enter_thought(&p, 0);
-    put_text(&p.out, stdout, "", 0);
+    enter_thought(&p, 0);
+    put_text(&p.out, "", 0);
     putchar('\n');
     if (t->r.finish == BY_CONTEXT)
         say(DONE, "stopped: the context of %d tokens is full", e->par.n_ctx);
@@ -4394,7 +4484,7 @@ static int prepare_prompt(struct talk *t)
     }
     if (code == DONE && !s->messages)
         code = ask(t, &text);
-    if (code == DONE && (code = render_talk(t, &why)) != DONE)
+    if (code == DONE && (code = render_talk(t, &why)) != DONE && why.s[0])
         say(code, "%s%s%s", s->messages ? s->messages : "", s->messages ? ": " :
             "", why.s);
     free(text.s);
@@ -4445,29 +4535,53 @@ static void free_talk(struct talk *t)
     free(t->said.s);
 }
 
-/* After an answer, its text is a message of the conversation. */
+static void drop_last(struct talk *t)
+{
+    struct json **m = &t->messages->first, *before = NULL;
+
+    for (; *m && (*m)->next; m = &(*m)->next)
+        before = *m;
+    *m = NULL;
+    t->messages->last = before;
+}
+
+/* After an answer, its text is a message of the conversation, together with
+ * what the prompt had of it.  None is one only if the model wanted it so. */
 static int keep_answer(struct talk *t)
 {
-    return add_message(t, "assistant", t->r.raw.s ? t->r.raw.s : "",
-                       t->r.raw.n);
+    const struct rendered *p = &t->prompt;
+    const char *from = answer_of(p);
+    struct text whole = { 0 };
+    int code;
+
+    if (t->r.n_made == 0 && t->r.finish != STOPPED)
+        return DONE;
+    if (!t->grown && flag_of(t->form, "continue_final_message", 0))
+        drop_last(t);
+    add(&whole, from, (size_t)(p->text.s + p->text.n - from));
+    add(&whole, t->r.raw.s ? t->r.raw.s : "", t->r.raw.n);
+    code = whole.failed ? say(NO_MEMORY, "no memory for the answer") :
+           add_message(t, "assistant", whole.s, whole.n);
+    free(whole.s);
+    return code;
 }
 
 /* ------------------------------------------------------------ 12. Sessions
  *
  * What --session keeps between runs, all little-endian:
  *
- *     "LFM2CHT" | u8 version, '1'
- *     u64 n | the conversation: n bytes of JSON, {"messages": [...]} or, for
- *         plain text, {"text": "..."}
+ *     "LFM2CHT", or "LFM2TXT" for plain text | u8 version, '1'
+ *     u64 n | what was said: n bytes of JSON, {"messages": [...]}, or of text
  *     u64 n | n token ids in the cache, u32
  *     u64 hash of all before (FNV-1a)
  *     u64 n | the sequence, as lfm2_seq_save() writes it, with its own check
  *
- * A file that does not fit is not used, and the conversation begins anew.  It
- * is replaced at the end, unless it is no session at all: it could be
- * anything. */
+ * If only the sequence does not fit, as another model's, what was said is read
+ * again.  With any other fault the conversation begins anew.  Either way the
+ * file is replaced at the end, unless it is no session of this kind: it could
+ * be anything. */
 
-static const char session_magic[] = "LFM2CHT1";
+static const char session_magic[2][9] = { "LFM2CHT1", "LFM2TXT1" };
 
 static void add_u64(struct text *to, uint64_t x, int bytes)
 {
@@ -4502,6 +4616,56 @@ static int take_bytes(struct rest *from, uint64_t each, struct rest *out)
     return 0;
 }
 
+/* The parts of a session. */
+struct session { struct rest said, ids, state; };
+
+/* Why they cannot be told apart, or NULL. */
+static const char *open_session(const struct text *file, int plain,
+                                struct session *out)
+{
+    struct rest from = { file->s, file->n };
+    uint64_t hash;
+    size_t n;
+
+    if (file->n < 8 || memcmp(file->s, session_magic[plain], 7) != 0)
+        return plain ? "it is no session of plain text, and will not be "
+               "replaced" : "it is no session of a conversation, and will not "
+               "be replaced";
+    if (file->s[7] != session_magic[plain][7])
+        return "it is a session of another version of this program";
+    from.s += 8, from.n -= 8;
+    if (take_bytes(&from, 1, &out->said) != 0 ||
+        take_bytes(&from, 4, &out->ids) != 0)
+        return "it is cut or damaged";
+    n = file->n - from.n;
+    if (take_u64(&from, 8, &hash) != 0 ||
+        hash != hash_bytes(HASH_START, file->s, n) ||
+        take_bytes(&from, 1, &out->state) != 0 || from.n != 0)
+        return "it is cut or damaged";
+    return NULL;
+}
+
+/* What was said: messages, or a text to go on with.  The messages of --messages
+ * are all there are. */
+static int take_talk(struct talk *t, const struct rest *said)
+{
+    struct json *whole, *messages;
+    struct why why;
+
+    if (t->e->template == TEMPLATE_NONE) {
+        add(&t->said, said->s, said->n);
+        return t->said.failed ? -1 : 0;
+    }
+    if (json_parse(&t->pool, said->s, said->n, &whole, &why) != DONE)
+        return -1;
+    messages = json_get(whole, "messages");
+    if (!json_is(messages, JSON_ARRAY))
+        return -1;
+    if (!t->e->s->messages)
+        t->messages = messages;
+    return 0;
+}
+
 /* The ids of a session, in place of what was cached. */
 static int take_ids(struct engine *e, struct rest *from)
 {
@@ -4510,7 +4674,7 @@ static int take_ids(struct engine *e, struct rest *from)
     uint64_t id;
 
     to->n = 0;
-    if (from->n / 4 > (size_t)e->par.n_ctx)
+    if (from->n / 4 != (size_t)lfm2_seq_len(e->ctx, 0))
         return -1;
     while (take_u64(from, 4, &id) == 0) {
         if (id >= (uint64_t)n_vocab)
@@ -4520,107 +4684,86 @@ static int take_ids(struct engine *e, struct rest *from)
     return 0;
 }
 
-/* What was said: messages, or a text to go on with. */
-static int take_talk(struct talk *t, const struct rest *json)
+/* Why there is nothing in the cache, or NULL. */
+static const char *take_state(struct engine *e, struct session *from,
+                              lfm2_error *err)
 {
-    const int plain = t->e->template == TEMPLATE_NONE;
-    struct json *whole;
-    struct why why;
-    const struct json *said;
-
-    if (json_parse(&t->pool, json->s, json->n, &whole, &why) != DONE ||
-        whole->type != JSON_OBJECT)
-        return -1;
-    said = json_get(whole, plain ? "text" : "messages");
-    if (!said || said->type != (plain ? JSON_STRING : JSON_ARRAY))
-        return -1;
-    if (plain)
-        add(&t->said, said->s, said->n);
-    else
-        t->messages = (struct json *)(uintptr_t)said;
-    return 0;
+    if (lfm2_seq_load(e->ctx, 0, from->state.s, from->state.n, err) != LFM2_OK)
+        return err->msg;
+    if (take_ids(e, &from->ids) == 0)
+        return NULL;
+    lfm2_seq_trim(e->ctx, 0, 0);
+    e->cached[0].n = 0;
+    return "its tokens are not those of its state";
 }
 
-/* Why the session cannot be used, or NULL after using it. */
-static const char *restore(struct talk *t, const struct text *file,
-                           lfm2_error *err)
+static void restore(struct talk *t, const struct text *file)
 {
-    struct engine *e = t->e;
-    struct rest from = { file->s, file->n }, json, ids, state;
-    uint64_t hash, n;
+    const char *path = t->e->s->session;
+    const int plain = t->e->template == TEMPLATE_NONE;
+    struct session parts;
+    const char *why_not = open_session(file, plain, &parts);
+    lfm2_error err;
 
-    if (file->n < 8 || memcmp(file->s, session_magic, 7) != 0)
-        return "it is no session, and will not be replaced";
-    if (file->s[7] != session_magic[7])
-        return "it is a session of another version of this program";
-    from.s += 8, from.n -= 8;
-    if (take_bytes(&from, 1, &json) != 0 || take_bytes(&from, 4, &ids) != 0)
-        return "it is cut or damaged";
-    n = (uint64_t)(from.s - file->s);
-    if (take_u64(&from, 8, &hash) != 0 ||
-        hash != hash_bytes(HASH_START, file->s, (size_t)n) ||
-        take_bytes(&from, 1, &state) != 0 || from.n != 0)
-        return "it is cut or damaged";
-    if (lfm2_seq_load(e->ctx, 0, state.s, state.n, err) != LFM2_OK)
-        return err->msg;
-    if (take_ids(e, &ids) != 0 || e->cached[0].n != lfm2_seq_len(e->ctx, 0))
-        return "its tokens are not those of its state";
-    if (take_talk(t, &json) != 0)
-        return t->e->template == TEMPLATE_NONE ? "it is a conversation, not "
-               "plain text" : "it is plain text, not a conversation";
-    return NULL;
+    t->keeps_session = file->n >= 7 &&
+                       memcmp(file->s, session_magic[plain], 7) == 0;
+    if (!why_not && take_talk(t, &parts.said) != 0)
+        why_not = "it holds no conversation";
+    if (why_not) {
+        say(DONE, "%s: not used, the conversation begins anew: %s", path,
+            why_not);
+        return;
+    }
+    why_not = take_state(t->e, &parts, &err);
+    if (why_not)
+        say(DONE, "%s: what was said is read again: %s", path, why_not);
+    else if (t->e->s->verbose)
+        say(DONE, "%s: %d tokens", path, t->e->cached[0].n);
 }
 
 /* Go on where the file left off.  Only a file that cannot be read at all is an
  * error; one that is not there yet is the beginning of a session. */
 static int load_session(struct talk *t)
 {
-    const char *path = t->e->s->session, *why_not;
+    const char *path = t->e->s->session;
     struct text file = { 0 };
-    lfm2_error err;
     int code;
 
     t->keeps_session = 1;
     if (access(path, F_OK) != 0 && errno == ENOENT)
         return DONE;
     code = read_file(path, &file);
-    if (code == DONE && file.n > 0) {
-        why_not = restore(t, &file, &err);
-        t->keeps_session = file.n >= 7 && memcmp(file.s, session_magic, 7) == 0;
-        if (why_not) {
-            lfm2_seq_trim(t->e->ctx, 0, 0);
-            t->e->cached[0].n = 0;
-            say(DONE, "%s: not used, the conversation begins anew: %s", path,
-                why_not);
-        } else if (t->e->s->verbose)
-            say(DONE, "%s: %d tokens", path, t->e->cached[0].n);
-    }
+    if (code == DONE && file.n > 0)
+        restore(t, &file);
     free(file.s);
     return code;
+}
+
+static void add_talk(struct text *to, const struct json *messages)
+{
+    add_string(to, "{\"messages\": ");
+    add_json(to, messages);
+    add_string(to, "}\n");
 }
 
 /* All of a session but the state. */
 static void write_talk(struct talk *t, struct text *out)
 {
     const struct ids *ids = &t->e->cached[0];
+    const int plain = t->e->template == TEMPLATE_NONE;
     struct text json = { 0 };
+    const struct text *said = plain ? &t->said : &json;
 
-    if (t->e->template == TEMPLATE_NONE) {
-        add_string(&json, "{\"text\": ");
-        add_json_string(&json, t->said.s, t->said.n);
-    } else {
-        add_string(&json, "{\"messages\": ");
-        add_json(&json, t->messages);
-    }
-    add_string(&json, "}");
-    add_string(out, session_magic);
-    add_u64(out, json.n, 8);
-    add(out, json.s, json.n);
+    if (!plain)
+        add_talk(&json, t->messages);
+    add_string(out, session_magic[plain]);
+    add_u64(out, said->n, 8);
+    add(out, said->s, said->n);
     add_u64(out, (uint64_t)ids->n, 8);
     for (int i = 0; i < ids->n; i++)
         add_u64(out, (uint32_t)ids->id[i], 4);
     add_u64(out, hash_bytes(HASH_START, out->s, out->n), 8);
-    out->failed |= json.failed;
+    out->failed |= said->failed;
     free(json.s);
 }
 
@@ -4645,6 +4788,26 @@ static int write_session(struct talk *t, FILE *f)
     return good ? DONE : say(NO_MEMORY, "no memory to keep the session");
 }
 
+/* A new file beside this one, for the owner alone if there is none yet. */
+static FILE *create_beside(const char *path, struct text *name)
+{
+    struct stat old;
+    FILE *f;
+    int fd;
+
+    add_string(name, path);
+    add_string(name, ".XXXXXX");
+    if (name->failed)
+        return NULL;
+    fd = mkstemp(name->s);
+    if (fd >= 0 && stat(path, &old) == 0)
+        fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
+    f = fd >= 0 ? fdopen(fd, "wb") : NULL;
+    if (fd >= 0 && !f)
+        close(fd);
+    return f;
+}
+
 /* Whole or not at all: written beside the file, then put in its place. */
 static int save_session(struct talk *t)
 {
@@ -4655,15 +4818,14 @@ static int save_session(struct talk *t)
 
     if (!path || !t->keeps_session)
         return DONE;
-    add_string(&temporary, path);
-    add_format(&temporary, ".%ld", (long)getpid());
-    if (temporary.failed || !(f = create_file(temporary.s)))
-        code = BAD_FILE;
+    f = create_beside(path, &temporary);
+    if (!f)
+        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
     else {
         code = write_session(t, f);
-        if (fflush(f) != 0 || fsync(fileno(f)) != 0)
-            code = say(BAD_FILE, "%s: %s", temporary.s, strerror(errno));
-        code = finish_file(f, temporary.s, code);
+        if (code == DONE && (fflush(f) != 0 || fsync(fileno(f)) != 0))
+            code = say(BAD_FILE, "%s: %s", path, strerror(errno));
+        code = finish_file(f, path, code);
         if (code == DONE && rename(temporary.s, path) != 0)
             code = say(BAD_FILE, "%s: %s", path, strerror(errno));
         if (code != DONE)
@@ -4678,7 +4840,8 @@ static int answer_once(struct talk *t)
 {
     int code = run_reply(t);
 
-    if (!t->e->s->session || (code != DONE && code != INTERRUPTED))
+    if (!t->e->s->session || (code != DONE && code != INTERRUPTED) ||
+        (code == INTERRUPTED && t->r.n_made == 0))
         return code;
     if (t->e->template == TEMPLATE_NONE) {
         t->said.n = 0;
@@ -4708,7 +4871,8 @@ static const char chat_help[] =
     "  /stats        tokens, speed and memory\n"
     "  /quit         leave\n";
 
-/* A line without its end, behind what is in `out`; 0 at the end of input. */
+/* A line without its end, behind what is in `out`.  Returns 0 at the end of the
+ * input, and -1 after a signal that ends the chat. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
     const size_t had = out->n;
@@ -4723,6 +4887,8 @@ static int read_line(struct text *out, int shows, const char *prompt)
         add(out, "", 0);
         if (c != EOF || errno != EINTR)
             break;
+        if (!shows || last_signal != SIGINT)
+            return -1;
         clearerr(stdin);
         out->n = had;
         fprintf(stderr, "\n(Ctrl-C once more, or Ctrl-D, leaves)\n");
@@ -4732,48 +4898,48 @@ static int read_line(struct text *out, int shows, const char *prompt)
     return c != EOF || out->n > had;
 }
 
+static int ends_with(const struct text *t, const char *word)
+{
+    const size_t n = strlen(word);
+
+    return t->n >= n && memcmp(t->s + t->n - n, word, n) == 0;
+}
+
 /* A message, of one line or several.  Returns 0 at the end of the input. */
 static int read_message(struct text *out, int shows)
 {
-    int quoted;
+    static const char quotes[] = "\"\"\"";
+    const size_t len = strlen(quotes);
+    int quoted, got;
 
     out->n = 0;
-    if (!read_line(out, shows, "> "))
+    if (read_line(out, shows, "> ") <= 0)
         return 0;
-    quoted = out->n >= 3 && memcmp(out->s, "\"\"\"", 3) == 0;
+    quoted = out->n >= len && memcmp(out->s, quotes, len) == 0;
     if (quoted)
-        memmove(out->s, out->s + 3, (out->n -= 3) + 1);
-    while (quoted ? out->n < 3 || memcmp(out->s + out->n - 3, "\"\"\"", 3) :
-           out->n > 0 && out->s[out->n - 1] == '\\') {
-        if (!quoted)
-            out->n--;
-        add(out, "\n", 1);
-        if (!read_line(out, shows, ". "))
-            return 1;
+        memmove(out->s, out->s + len, (out->n -= len) + 1);
+    while (quoted ? !ends_with(out, quotes) : ends_with(out, "\\")) {
+        out->n -= !quoted;
+        if (out->n > 0 || !quoted)        /* not after the quotes            */
+            add(out, "\n", 1);
+        if ((got = read_line(out, shows, ". ")) <= 0)
+            return got == 0;
     }
     if (quoted)
-        out->s[out->n -= 3] = '\0';
+        out->n -= len;
+    if (quoted && ends_with(out, "\n"))
+        out->n--;
+    out->s[out->n] = '\0';
     return 1;
 }
 
-static struct json *last_message(struct talk *t, const char *role)
+/* The last message, if it is of this role. */
+static const struct json *last_message(const struct talk *t, const char *role)
 {
-    struct json *m = t->messages->first;
-    const struct json *is;
+    const struct json *m = t->messages->last;
+    const char *is = m ? role_of(m) : NULL;
 
-    while (m && m->next)
-        m = m->next;
-    is = m ? json_get(m, "role") : NULL;
-    return is && strcmp(is->s, role) == 0 ? m : NULL;
-}
-
-static void drop_last(struct talk *t)
-{
-    struct json **m = &t->messages->first;
-
-    while ((*m)->next)
-        m = &(*m)->next;
-    *m = NULL;
+    return is && strcmp(is, role) == 0 ? m : NULL;
 }
 
 /* A conversation of its own, so that what --messages said of it is gone. */
@@ -4781,45 +4947,49 @@ static void forget(struct talk *t)
 {
     t->messages = json_array(&t->pool);
     t->form = NULL;
+    t->grown = 1;
 }
 
-/* Answer the messages so far.  A failed turn is taken back. */
+/* Answer the messages so far.  A turn that cannot be answered is taken back.
+ * Each has a seed of its own. */
 static int answer_turn(struct talk *t)
 {
     struct why why;
     int code = render_talk(t, &why);
 
-    if (code != DONE) {
-        drop_last(t);
-        return say(code, "%s", why.s) == NO_MEMORY ? NO_MEMORY : DONE;
+    if (code != DONE && why.s[0])
+        say(code, "%s", why.s);
+    if (code == DONE) {
+        free_reply(&t->r);
+        interrupted = 0;
+        code = run_reply(t);
     }
-    free_reply(&t->r);
-    interrupted = 0;
-    code = run_reply(t);
-    t->q.seed = t->r.sampler.rng;
     if (code == TOO_LONG || code == USAGE) {
         drop_last(t);
         return DONE;
     }
-    if (code != DONE && code != INTERRUPTED)
+    if (code != DONE && (code != INTERRUPTED || last_signal != SIGINT))
         return code;
+    t->q.seed = (t->q.seed + 1) & INT64_MAX;
     code = keep_answer(t);
     return code == DONE ? save_session(t) : code;
 }
 
+/* The new first message is not there if it has no text. */
 static int set_system(struct talk *t, const char *text)
 {
-    struct json *rest = t->messages->first;
-    const struct json *role = rest ? json_get(rest, "role") : NULL;
+    const struct json *m = t->messages->first;
+    const char *role = m ? role_of(m) : NULL;
 
-    if (role && strcmp(role->s, "system") == 0)
-        rest = rest->next;
-    forget(t);
+    if (role && strcmp(role, "system") == 0)
+        m = m->next;
+    t->messages = json_array(&t->pool);
     if (t->pool.failed || (text[0] &&
         add_message(t, "system", text, strlen(text)) != DONE))
         return NO_MEMORY;
-    json_append(&t->pool, t->messages, rest);
-    return DONE;
+    for (; m; m = m->next)
+        json_append(&t->pool, t->messages, m);
+    return t->pool.failed ? NO_MEMORY : DONE;
 }
 
 static int regenerate(struct talk *t)
@@ -4839,33 +5009,40 @@ static int save_talk(struct talk *t, const char *path)
     FILE *f = path[0] ? create_file(path) : NULL;
 
     if (!f)
-        return path[0] ? DONE : (say(DONE, "/save needs a file"), DONE);
-    add_string(&out, "{\"messages\": ");
-    add_json(&out, t->messages);
-    add_string(&out, "}\n");
+        return path[0] ? DONE : say(DONE, "/save needs a file");
+    add_talk(&out, t->messages);
     if (!out.failed)
         fwrite(out.s, 1, out.n, f);
+    if (finish_file(f, path, out.failed ? NO_MEMORY : DONE) == DONE)
+        say(DONE, "%s: saved", path);
     free(out.s);
-    finish_file(f, path, DONE);
-    return DONE;
+    return out.failed ? NO_MEMORY : DONE;
 }
 
 /* A file that is no conversation leaves the one there is. */
 static int load_talk(struct talk *t, const char *path)
 {
-    struct json *whole, *list, *had = t->messages;
+    const struct talk had = *t;
+    struct json *whole, *list;
     struct why why;
+    int n = 0;
 
     if (!path[0])
-        say(DONE, "/load needs a file");
-    else if (read_list(t, path, "messages", &whole, &list) == DONE) {
-        t->messages = list;
-        if (list->first && render_talk(t, &why) != DONE) {
-            say(DONE, "%s: %s", path, why.s);
-            t->messages = had;
-        }
+        return say(DONE, "/load needs a file");
+    if (read_list(t, path, "messages", &whole, &list) != DONE)
+        return DONE;
+    forget(t);
+    t->messages = list;
+    if (list->first && render_talk(t, &why) != DONE) {
+        say(DONE, "%s: %s", path, why.s);
+        t->messages = had.messages;
+        t->form = had.form;
+        t->grown = had.grown;
+        return DONE;
     }
-    return DONE;
+    for (const struct json *m = list->first; m; m = m->next)
+        n++;
+    return say(DONE, "%s: %d messages", path, n);
 }
 
 static void print_stats(struct talk *t)
@@ -4905,19 +5082,41 @@ static int obey(struct talk *t, const char *line)
     }
 }
 
+/* What there is to answer before anything is typed: the options' prompt, or
+ * messages that do not end with an answer. */
+static int answer_first(struct talk *t, struct text *line)
+{
+    const struct settings *s = t->e->s;
+    struct why why;
+    int code;
+
+    if (s->prompt || s->file) {
+        code = read_prompt(s, line);
+        if (code == DONE)
+            code = ask(t, line);
+        return code == DONE ? answer_turn(t) : code;
+    }
+    if (!s->messages)
+        return DONE;
+    code = render_talk(t, &why);
+    if (code != DONE && why.s[0])
+        say(code, "%s: %s", s->messages, why.s);
+    if (code != DONE || (last_message(t, "assistant") &&
+                         !flag_of(t->form, "continue_final_message", 0)))
+        return code;
+    return answer_turn(t);
+}
+
 static int chat(struct talk *t)
 {
     const int shows = isatty(STDIN_FILENO) && !t->e->s->quiet;
     struct text line = { 0 };
-    int code = DONE;
+    int code;
 
     if (shows)
         fprintf(stderr, "/help tells what there is beside talking; Ctrl-D "
                 "leaves.\n");
-    if (t->e->s->prompt) {
-        add_string(&line, t->e->s->prompt);
-        code = ask(t, &line) == DONE ? answer_turn(t) : USAGE;
-    }
+    code = answer_first(t, &line);
     while (code == DONE && read_message(&line, shows)) {
         if (line.failed)
             code = say(NO_MEMORY, "no memory for the message");
@@ -4925,11 +5124,28 @@ static int chat(struct talk *t)
             continue;
         else if (line.s[0] == '/')
             code = obey(t, line.s);
-        else if (ask(t, &line) == DONE)
+        else if ((code = ask(t, &line)) == DONE)
             code = answer_turn(t);
+        else if (code == USAGE)
+            code = DONE;                  /* only this message is wrong      */
     }
     free(line.s);
+    if (code == DONE && interrupted && (!shows || last_signal != SIGINT))
+        return INTERRUPTED;
     return code < 0 ? DONE : code;
+}
+
+/* The answer, the answers, or what else there is to see. */
+static int answer(struct talk *t, int chats)
+{
+    const struct settings *s = t->e->s;
+    int code = t->e->ctx ? DONE : open_context(t->e);
+
+    catch_interrupt();
+    if (code == DONE)
+        code = s->logits ? write_logits(t) : chats ? chat(t) : answer_once(t);
+    signal(SIGINT, SIG_DFL);
+    return code == INTERRUPTED ? 128 + (int)last_signal : code;
 }
 
 /* Anything that answers with a model, but --batch. */
@@ -4937,30 +5153,27 @@ static int work_on_model(const struct settings *s)
 {
     struct engine e = { .s = s };
     struct talk t = { .e = &e };
+    const int dumps = s->dump_prompt || s->dump_tokens;
     const int chats = s->interactive || (!s->prompt && !s->file && !s->ids &&
-                      !s->messages && isatty(STDIN_FILENO) && !s->logits);
+                      !s->messages && isatty(STDIN_FILENO) && !s->logits &&
+                      !dumps);
     int code = open_engine(&e);
 
-    if (code == DONE && chats && e.template == TEMPLATE_NONE)
-        code = usage("no prompt given, and no chat without a template");
+    if (code == DONE && chats && (e.template == TEMPLATE_NONE || s->json))
+        code = usage("no prompt given, and no chat %s", s->json ? "in JSON" :
+                     "without a template");
     if (code == DONE)
         code = make_request(&e, &t.q);
     if (code == DONE)
         code = read_talk(&t);
-    if (code == DONE && s->session && !s->dump_prompt && !s->dump_tokens)
-        code = open_context(&e) == DONE ? load_session(&t) : NO_MEMORY;
+    if (code == DONE && s->session)
+        code = open_context(&e);
+    if (code == DONE && s->session)
+        code = load_session(&t);
     if (code == DONE && !chats)
         code = prepare_prompt(&t);
-    if (code == DONE && (s->dump_prompt || s->dump_tokens))
-        code = dump_prompt(&t);
-    else if (code == DONE) {
-        code = e.ctx ? DONE : open_context(&e);
-        catch_interrupt();
-        if (code == DONE)
-            code = s->logits ? write_logits(&t) : chats ? chat(&t) :
-                   answer_once(&t);
-        signal(SIGINT, SIG_DFL);
-    }
+    if (code == DONE)
+        code = dumps ? dump_prompt(&t) : answer(&t, chats);
     free_talk(&t);
     close_engine(&e);
     return code;
