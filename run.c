@@ -18,6 +18,7 @@
 
 #include "lfm2.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -842,7 +843,7 @@ enum {
 
 /* Memory that is released at once.  A zeroed one is empty and good; once there
  * is no more memory `failed` stays, and what asks for some gets NULL. */
-struct block { struct block *next; size_t n, cap; };
+struct block { struct block *next; };
 
 struct pool { struct block *blocks; size_t total; int failed; };
 
@@ -864,36 +865,27 @@ struct json {
     int close;                            /* the bracket that will end it    */
     const char *s;
     size_t n;
-    const char *key;                      /* in an object; not always UTF-8  */
+    struct json *first, *last, *tree;     /* its members                     */
+    /* All before is the value, from here on its place in an object or array. */
+    const char *key;                      /* not always UTF-8                */
     size_t n_key;
-    struct json *first, *last, *next;
-    struct json *tree, *branch[2];
+    struct json *next, *branch[2];
 };
 
 /* n zeroed bytes, aligned for a node; or NULL. */
 static void *pool_get(struct pool *p, size_t n)
 {
-    struct block *b = p->blocks;
-    void *out;
+    struct block *b = NULL;
 
-    p->failed |= n >= MAX_POOL - p->total;
-    if (p->failed)
+    if (!p->failed && n < MAX_POOL - p->total)
+        b = calloc(1, sizeof *b + n);
+    p->failed |= !b;
+    if (!b)
         return NULL;
-    n = (n + 7) & ~(size_t)7;
-    if (!b || n > b->cap - b->n) {
-        const size_t cap = n > 1 << 14 ? n : 1 << 14;
-        b = calloc(1, sizeof *b + cap);
-        if (!b) {
-            p->failed = 1;
-            return NULL;
-        }
-        *b = (struct block){ p->blocks, 0, cap };
-        p->blocks = b;
-        p->total += cap < MAX_POOL - p->total ? cap : MAX_POOL - p->total;
-    }
-    out = (char *)(b + 1) + b->n;
-    b->n += n;
-    return out;
+    b->next = p->blocks;
+    p->blocks = b;
+    p->total += n;
+    return b + 1;
 }
 
 static void pool_free(struct pool *p)
@@ -956,28 +948,26 @@ static size_t utf8_put(char *out, uint32_t c)
  *
  * Any of these may be given NULL, for what is not there or had no memory. */
 
-static struct json *json_new(struct pool *p, int type, int close)
+static struct json *json_new(struct pool *p, int type)
 {
     struct json *v = pool_get(p, sizeof *v);
 
-    if (v) {
+    if (v)
         v->type = type;
-        v->close = close;
-    }
     return v;
 }
 
 static struct json *json_array(struct pool *p)
 {
-    return json_new(p, JSON_ARRAY, ']');
+    return json_new(p, JSON_ARRAY);
 }
 
 static struct json *json_object(struct pool *p)
 {
-    return json_new(p, JSON_OBJECT, '}');
+    return json_new(p, JSON_OBJECT);
 }
 
-static const char *copy_bytes(struct pool *p, const char *s, size_t n)
+static char *copy_bytes(struct pool *p, const char *s, size_t n)
 {
     char *out = pool_get(p, n + 1);
 
@@ -987,7 +977,7 @@ static const char *copy_bytes(struct pool *p, const char *s, size_t n)
 static struct json *json_string(struct pool *p, const char *s, size_t n)
 {
     const char *copy = copy_bytes(p, s, n);
-    struct json *v = copy ? json_new(p, JSON_STRING, 0) : NULL;
+    struct json *v = copy ? json_new(p, JSON_STRING) : NULL;
 
     if (v) {
         v->s = copy;
@@ -1012,7 +1002,7 @@ static struct json **find_key(struct json *object, const char *key, size_t n)
 /* A new node at the end, for now null. */
 static struct json *new_member(struct pool *p, struct json *parent)
 {
-    struct json *v = parent ? json_new(p, JSON_NULL, 0) : NULL;
+    struct json *v = parent ? json_new(p, JSON_NULL) : NULL;
 
     if (!v)
         return NULL;
@@ -1027,13 +1017,7 @@ static struct json *new_member(struct pool *p, struct json *parent)
 /* Give a node another value; it stays where it is. */
 static void json_fill(struct json *v, const struct json *value)
 {
-    v->type = value->type;
-    v->close = value->close;
-    v->s = value->s;
-    v->n = value->n;
-    v->first = value->first;
-    v->last = value->last;
-    v->tree = value->tree;
+    memcpy(v, value, offsetof(struct json, key));
 }
 
 /* The member of this key, new or emptied: the last of equal keys wins, in the
@@ -1044,12 +1028,9 @@ static struct json *key_member(struct pool *p, struct json *object,
     static const struct json null;
     struct json **at = find_key(object, key, n);
 
-    if (*at) {
+    if (*at)
         json_fill(*at, &null);
-        return *at;
-    }
-    *at = new_member(p, object);
-    if (*at) {
+    else if ((*at = new_member(p, object)) != NULL) {
         (*at)->key = key;
         (*at)->n_key = n;
     }
@@ -1131,11 +1112,16 @@ static int json_int(const struct json *v, long long least, long long most,
     return 0;
 }
 
-/* ---- reading */
+/* ---- reading
+ *
+ * A reader works on a copy that ends with NUL, where strings are decoded in
+ * place: no escape is shorter than what it stands for. */
 
 struct reader {
     struct pool *pool;
-    const char *start, *at, *end;
+    const char *text;                     /* n bytes, as they came           */
+    size_t n;
+    char *start, *at, *end;               /* of the copy                     */
     int python;                           /* literals and calls, not JSON    */
     struct json *open[MAX_DEPTH + 2];     /* brackets, the root being one    */
     int depth;
@@ -1145,31 +1131,29 @@ struct reader {
 /* What was found, where, and what should have been there. */
 static int expected(struct reader *r, const char *what)
 {
-    const char *line = r->start;
+    const char *line = r->text, *const at = line + (r->at - r->start);
     char found[16] = "the end";
     int n = 1;
 
     if (r->pool->failed)
         return because(r->why, NO_MEMORY, "no memory for what %zu bytes of "
-                       "JSON hold", (size_t)(r->end - r->start));
-    for (const char *p = r->start; p < r->at; p++)
+                       "JSON hold", r->n);
+    for (const char *p = line; p < at; p++)
         if (*p == '\n') {
             line = p + 1;
             n++;
         }
     if (r->at < r->end)
-        snprintf(found, sizeof found, *r->at > ' ' && *r->at < 127 ? "'%c'" :
-                 "byte 0x%02x", (unsigned char)*r->at);
+        snprintf(found, sizeof found, *at > ' ' && *at < 127 ? "'%c'" :
+                 "byte 0x%02x", (unsigned char)*at);
     return because(r->why, USAGE, "line %d, column %zu: found %s, expected %s",
-                   n, (size_t)(r->at - line) + 1, found, what);
+                   n, (size_t)(at - line) + 1, found, what);
 }
 
 /* The next character that is not blank, or EOF. */
 static int peek(struct reader *r)
 {
-    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' ||
-                              *r->at == '\t' || *r->at == '\r'))
-        r->at++;
+    r->at += strspn(r->at, " \n\t\r");
     return r->at < r->end ? (unsigned char)*r->at : EOF;
 }
 
@@ -1182,124 +1166,70 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* n hexadecimal digits, stepped over only if they are all there. */
-static int read_hex(struct reader *r, int n, uint32_t *out)
+/* n hexadecimal digits, up to 8. */
+static int read_hex(const char *s, size_t n, uint32_t *out)
 {
-    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
-    uint32_t u = 0;
+    char digits[9] = "";
 
-    if (n > r->end - r->at)
+    if (strspn(s, "0123456789abcdefABCDEF") < n)
         return 0;
-    for (int i = 0; i < n; i++) {
-        const char *p = r->at[i] ? strchr(digits, r->at[i]) : NULL;
-        if (!p)
-            return 0;
-        u = u << 4 | ((uint32_t)(p - digits) & 15);
-    }
-    *out = u;
-    r->at += n;
+    memcpy(digits, s, n);
+    *out = (uint32_t)strtoul(digits, NULL, 16);
     return 1;
 }
 
-/* What follows \u: four digits, twice for what lies beyond 0xffff.  Half of a
- * pair is no character. */
-static int read_unicode(struct reader *r, uint32_t *out)
+/* What lies beyond 0xffff is written as a pair; half of one is no character. */
+static int join_pair(struct reader *r, uint32_t *c)
 {
-    const char *at;
     uint32_t low;
 
-    if (!read_hex(r, 4, out))
-        return 0;
-    at = r->at;
-    if (*out >> 10 == 0xd800 >> 10 && r->end - at >= 6 && at[0] == '\\' &&
-        at[1] == 'u') {
-        r->at += 2;
-        if (read_hex(r, 4, &low) && low >> 10 == 0xdc00 >> 10)
-            *out = 0x10000 + ((*out & 0x3ff) << 10 | (low & 0x3ff));
-        else
-            r->at = at;
+    if (*c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
+        read_hex(r->at + 2, 4, &low) && low >> 10 == 0xdc00 >> 10) {
+        *c = 0x10000 + ((*c & 0x3ff) << 10 | (low & 0x3ff));
+        r->at += 6;
     }
-    if (*out >> 11 != 0xd800 >> 11)
+    if (*c <= 0x10ffff && *c >> 11 != 0xd800 >> 11)
         return 1;
-    *out = 0xfffd;
+    *c = 0xfffd;
     return r->python;
 }
 
-/* Python has more of them; what is none keeps its backslash. */
-static void read_python_escape(struct reader *r, uint32_t *out)
-{
-    const char *const at = r->at;
-    const int c = *r->at++;
-
-    *out = 0;
-    if ((c == 'x' && read_hex(r, 2, out)) || (c == 'u' && read_unicode(r, out)))
-        return;
-    if (c == 'U' && read_hex(r, 8, out)) {
-        if (*out > 0x10ffff || *out >> 11 == 0xd800 >> 11)
-            *out = 0xfffd;
-        return;
-    }
-    r->at = at;
-    while (r->at < r->end && r->at < at + 3 && *r->at >= '0' && *r->at <= '7')
-        *out = *out << 3 | (uint32_t)(*r->at++ - '0');
-    if (r->at == at)
-        *out = '\\';
-}
-
-/* What follows a backslash. */
+/* What follows a backslash.  Python has more escapes than JSON, and what is
+ * none of them keeps its backslash. */
 static int read_escape(struct reader *r, char **out)
 {
     static const char name[] = "\"\\/bfnrt'av";
     static const char value[] = "\"\\/\b\f\n\r\t'\a\v";
-    const char *p = r->at < r->end ?
-                    memchr(name, *r->at, r->python ? 11 : 8) : NULL;
+    const char *p = memchr(name, *r->at, r->python ? 11 : 8);
+    const size_t n_hex = *r->at == 'u' ? 4 : !r->python ? 0 :
+                         *r->at == 'x' ? 2 : *r->at == 'U' ? 8 : 0;
     uint32_t c = '\\';
+    int good = r->python;
 
+    if (r->python && *r->at == '\n') {
+        r->at++;
+        return DONE;
+    }
     if (p) {
+        c = (unsigned char)value[p - name];
         r->at++;
-        *(*out)++ = value[p - name];
-        return DONE;
+        good = 1;
+    } else if (n_hex > 0 && read_hex(r->at + 1, n_hex, &c)) {
+        r->at += 1 + n_hex;
+        good = join_pair(r, &c);
     }
-    if (r->python && r->at < r->end && *r->at == '\n') {
-        r->at++;
-        return DONE;
-    }
-    if (r->python && r->at < r->end)
-        read_python_escape(r, &c);
-    else if (!r->python && (r->at == r->end || *r->at != 'u'))
-        return expected(r, "one of \" \\ / b f n r t u after a backslash");
-    else if (!r->python && (r->at++, !read_unicode(r, &c)))
-        return expected(r, "four hexadecimal digits, and whole surrogate "
-                        "pairs, after \\u");
     *out += utf8_put(*out, c);
-    return DONE;
+    return good ? DONE : expected(r, "\" \\ / b f n r t or u and hexadecimal "
+                                  "digits, surrogates in pairs, after a "
+                                  "backslash");
 }
 
 /* Does the quote at s end a string?  Models forget the backslash before a quote
  * within one: it ends where its container could go on. */
-static int ends_string(const char *s, const char *end, int n_quotes)
+static int ends_string(const char *s)
 {
-    for (int i = 1; i < n_quotes; i++)
-        if (end - s <= i || s[i] != *s)
-            return 0;
-    for (s += n_quotes; s < end; s++)
-        if (!strchr(" \t\r\n", *s))
-            return *s && strchr(",)]}:", *s);
-    return 1;
-}
-
-/* Where the string that goes on at r->at has its closing quote, or the end. */
-static const char *string_end(const struct reader *r, int quote, int n_quotes)
-{
-    const char *p = r->at;
-
-    for (; p < r->end; p++)
-        if (*p == '\\' && p + 1 < r->end)
-            p++;
-        else if (*p == quote &&
-                 (!r->python || ends_string(p, r->end, n_quotes)))
-            break;
-    return p;
+    s += 1 + strspn(s + 1, " \t\r\n");
+    return *s && strchr(",)]}:", *s);
 }
 
 /* One character, an escape or not. */
@@ -1317,79 +1247,67 @@ static int read_character(struct reader *r, char **out)
         return expected(r, "UTF-8");
     if (!r->python && c < ' ')
         return expected(r, "no control character in a string, but an escape");
-    memcpy(*out, r->at, n ? (size_t)n : 1);
-    *out += n ? n : 1;
-    r->at += n ? n : 1;
+    n = n ? n : 1;
+    memmove(*out, r->at, (size_t)n);
+    *out += n;
+    r->at += n;
     return DONE;
 }
 
-/* No escape is shorter than what it stands for. */
 static int read_string(struct reader *r, const char **s, size_t *n)
 {
     const char quote = *r->at++;
-    const int triple = r->python && r->end - r->at >= 2 && r->at[0] == quote &&
-                       r->at[1] == quote;
-    const char *stop;
-    char *out;
+    char *out = r->at;
 
-    r->at += triple ? 2 : 0;
-    stop = string_end(r, quote, triple ? 3 : 1);
-    *s = out = pool_get(r->pool, (size_t)(stop - r->at) + 1);
-    if (!out)
-        return expected(r, "memory");
-    while (r->at < stop)
+    *s = out;
+    while (*r->at != quote || (r->python && !ends_string(r->at))) {
+        if (r->at == r->end)
+            return expected(r, "a quote after the string");
         if (read_character(r, &out) != DONE)
             return USAGE;
-    if (r->at == r->end)
-        return expected(r, "a quote after the string");
-    r->at += triple ? 3 : 1;
+    }
+    r->at++;
     *n = (size_t)(out - *s);
+    *out = '\0';
     return DONE;
 }
 
-static const char *digits_end(const char *p, const char *end)
+/* How long the number at s is; 0 if there is none. */
+static size_t number_length(const char *s)
 {
-    while (p < end && *p >= '0' && *p <= '9')
-        p++;
-    return p;
-}
+    static const char digits[] = "0123456789";
+    const char *p = s + (*s == '-');
+    size_t n = strspn(p, digits);
 
-/* Where the number at s ends, or NULL if there is none. */
-static const char *number_end(const char *s, const char *end)
-{
-    const char *p = s + (s < end && *s == '-'), *q = digits_end(p, end);
-
-    if (q == p || (*p == '0' && q > p + 1))
-        return NULL;
-    if (q < end && *q == '.') {
-        p = q + 1;
-        q = digits_end(p, end);
+    if (n == 0 || (*p == '0' && n > 1))
+        return 0;
+    p += n;
+    if (*p == '.') {
+        n = strspn(++p, digits);
+        p += n;
     }
-    if (q > p && q < end && (*q == 'e' || *q == 'E')) {
-        p = q + 1;
-        p += p < end && (*p == '+' || *p == '-');
-        q = digits_end(p, end);
+    if (n > 0 && (*p == 'e' || *p == 'E')) {
+        p += p[1] == '+' || p[1] == '-' ? 2 : 1;
+        n = strspn(p, digits);
+        p += n;
     }
-    return q > p ? q : NULL;
+    return n > 0 ? (size_t)(p - s) : 0;
 }
 
 /* Python may have a plus in front.  A call has no number beyond all others, for
  * it leaves as JSON. */
 static int read_number(struct reader *r, struct json *v)
 {
-    const char *end;
-
     r->at += *r->at == '+';
-    end = number_end(r->at, r->end);
-    if (!end)
+    v->n = number_length(r->at);
+    if (v->n == 0)
         return expected(r, "a number: -, digits without leading zeros, .digits,"
                         " exponent");
     v->type = JSON_NUMBER;
-    v->n = (size_t)(end - r->at);
     v->s = copy_bytes(r->pool, r->at, v->n);
     if (!v->s || (r->python && !isfinite(strtod(v->s, NULL))))
         return expected(r, "a finite number");
-    r->at = end;
+    r->at += v->n;
     return DONE;
 }
 
@@ -1399,10 +1317,8 @@ static size_t read_name(struct reader *r)
 {
     const char *const from = r->at;
 
-    while (r->at < r->end && ((*r->at >= 'a' && *r->at <= 'z') ||
-           (*r->at >= 'A' && *r->at <= 'Z') || (*r->at >= '0' && *r->at <= '9')
-           || *r->at == '_' || *r->at == '.' || *r->at == '-' ||
-           (unsigned char)*r->at >= 0x80))
+    while (isalnum((unsigned char)*r->at) || (*r->at & 0x80) ||
+           (*r->at && strchr("_.-", *r->at)))
         r->at++;
     return (size_t)(r->at - from);
 }
@@ -1414,22 +1330,23 @@ static int may_call(const struct reader *r)
                          (r->depth == 2 && r->open[1]->close == ']'));
 }
 
-/* A call is an object with the arguments as members and the name in s. */
+/* A call is an object with the arguments as members and the name in s[n], which
+ * no NUL ends. */
 static int read_word(struct reader *r, struct json *v)
 {
     static const struct { const char *word; int type; } known[] = {
         { "null", JSON_NULL }, { "false", JSON_FALSE }, { "true", JSON_TRUE },
         { "None", JSON_NULL }, { "False", JSON_FALSE }, { "True", JSON_TRUE }
     };
-    const char *const name = r->at;
+    char *const name = r->at;
     const size_t n = read_name(r);
 
     if (n > 0 && may_call(r) && took(r, '(')) {
         v->type = JSON_OBJECT;
         v->close = ')';
-        v->s = copy_bytes(r->pool, name, n);
+        v->s = name;
         v->n = n;
-        return v->s ? DONE : expected(r, "memory");
+        return DONE;
     }
     for (int i = 0; i < (r->python ? 6 : 3); i++)
         if (strlen(known[i].word) == n && memcmp(name, known[i].word, n) == 0) {
@@ -1455,8 +1372,7 @@ static int read_value(struct reader *r, struct json *v)
         v->type = JSON_STRING;
         return read_string(r, &v->s, &v->n);
     }
-    if (c == '-' || (c >= '0' && c <= '9') ||
-        (r->python && c == '+'))
+    if (c == '-' || (c >= '0' && c <= '9') || (r->python && c == '+'))
         return read_number(r, v);
     return read_word(r, v);
 }
@@ -1467,22 +1383,15 @@ static int read_key(struct reader *r, const struct json *in, const char **key,
                     size_t *n)
 {
     const int c = peek(r), call = in->close == ')';
-    const char *const name = r->at;
-    int code;
 
-    if (c == '"' || (r->python && !call && c == '\'')) {
-        code = call ? expected(r, "the name of an argument")
-                    : read_string(r, key, n);
-        if (code != DONE)
-            return code;
-    } else if (r->python && (*n = read_name(r)) > 0) {
-        *key = copy_bytes(r->pool, name, *n);
-        if (!*key)
-            return expected(r, "memory");
-    } else if (call && c == '{' && !in->first) {
-        *key = "";
+    *key = r->at;
+    *n = 0;
+    if (call && c == '{' && !in->first)
         return DONE;
-    } else
+    if (!call && (c == '"' || (r->python && c == '\''))) {
+        if (read_string(r, key, n) != DONE)
+            return USAGE;
+    } else if (!r->python || (*n = read_name(r)) == 0)
         return expected(r, call ? "the name of an argument" :
                         "a key in double quotes");
     if (!took(r, call ? '=' : ':'))
@@ -1519,12 +1428,17 @@ static int read_comma(struct reader *r, const struct json *in)
 static int read_tree(struct reader *r, struct json *root)
 {
     enum { VALUE, VALUE_OR_END, COMMA_OR_END } next = VALUE;
+    int code = DONE;
 
+    *root = (struct json){ .type = JSON_ARRAY, .close = EOF };
+    r->start = r->at = copy_bytes(r->pool, r->text, r->n);
+    if (!r->at)
+        return expected(r, "memory");
+    r->end = r->at + r->n;
     r->open[0] = root;
     r->depth = 1;
-    while (r->depth > 0) {
+    while (code == DONE && r->depth > 0) {
         struct json *in = r->open[r->depth - 1], *v = NULL;
-        int code = DONE;
         if (next != VALUE && took(r, in->close)) {
             r->depth--;
             next = COMMA_OR_END;
@@ -1535,23 +1449,22 @@ static int read_tree(struct reader *r, struct json *root)
             code = read_member(r, in, &v);
             next = v && v->close ? VALUE_OR_END : COMMA_OR_END;
         }
-        if (code != DONE)
-            return code;
-        if (v && v->close && r->depth > MAX_DEPTH)
+        if (code != DONE || !v || !v->close)
+            continue;
+        if (r->depth > MAX_DEPTH)
             return because(r->why, USAGE, "JSON nested deeper than %d levels",
                            MAX_DEPTH);
-        if (v && v->close)
-            r->open[r->depth++] = v;
+        r->open[r->depth++] = v;
     }
-    return DONE;
+    return code;
 }
 
 /* The tree of a whole text; DONE, USAGE or NO_MEMORY. */
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why)
 {
-    struct json root = { .type = JSON_ARRAY, .close = EOF };
-    struct reader r = { .pool = pool, .start = text, .at = text, .why = why };
+    struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
+    struct json root;
     int code;
 
     *out = NULL;
@@ -1561,7 +1474,6 @@ static int json_parse(struct pool *pool, const char *text, size_t n,
     if (n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
         return because(why, USAGE, "the JSON begins with a byte order mark, "
                        "expected none");
-    r.end = text + n;
     code = read_tree(&r, &root);
     if (code == DONE)
         *out = root.first;
@@ -1597,93 +1509,74 @@ static void add_json_string(struct text *t, const char *s, size_t n)
 }
 
 /* The fewest digits that are this number, as Python prints floats. */
-static void add_float(struct text *t, double x, const char *infinity)
+static void add_float(struct text *t, double x)
 {
-    char s[40], digits[20] = "";
+    char s[40];
     int n = 0, e;
 
     if (isinf(x)) {
-        add_format(t, "%s%s", x < 0 ? "-" : "", infinity);
+        add_string(t, x < 0 ? "-Infinity" : "Infinity");
         return;
     }
     do
-        snprintf(s, sizeof s, "%.*e", n, fabs(x));
-    while (strtod(s, NULL) != fabs(x) && ++n < 17);
+        snprintf(s, sizeof s, "%.*e", n, x);
+    while (strtod(s, NULL) != x && ++n < 17);
     e = atoi(strchr(s, 'e') + 1);
-    digits[0] = s[0];
-    memcpy(digits + 1, s + 2, (size_t)n);
-    add_string(t, signbit(x) ? "-" : "");
     if (e < -4 || e >= 16)
-        add_format(t, "%c%s%se%+03d", digits[0], n ? "." : "", digits + 1, e);
-    else if (e < 0)
-        add_format(t, "0.%.*s%s", -e - 1, "000", digits);
-    else if (e >= n)
-        add_format(t, "%s%.*s.0", digits, e - n, "000000000000000");
+        add_string(t, s);
     else
-        add_format(t, "%.*s.%s", e + 1, digits, digits + e + 1);
+        add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* JSON and Python differ in a few words, and in how they quote. */
-struct notation {
-    const char *word[3], *infinity;
-    void (*add_string)(struct text *t, const char *s, size_t n);
-};
-
-static void add_scalar(struct text *t, const struct json *v,
-                       const struct notation *as)
+/* A value, or how one that has members begins. */
+static void add_scalar(struct text *t, const struct json *v)
 {
+    static const char *const word[] = {
+        [JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true",
+        [JSON_ARRAY] = "[", [JSON_OBJECT] = "{"
+    };
+
     if (v->type == JSON_STRING)
-        as->add_string(t, v->s, v->n);
+        add_json_string(t, v->s, v->n);
     else if (v->type != JSON_NUMBER)
-        add_string(t, as->word[v->type]);
+        add_string(t, word[v->type]);
     else if (strpbrk(v->s, ".eE"))
-        add_float(t, strtod(v->s, NULL), as->infinity);
+        add_float(t, strtod(v->s, NULL));
     else
         add_string(t, strcmp(v->s, "-0") == 0 ? "0" : v->s);
 }
 
 /* What is deeper than anything that is ever read is left out. */
-static void add_tree(struct text *t, const struct json *v,
-                     const struct notation *as)
+static void add_json(struct text *t, const struct json *v)
 {
+    static const char *const end[] = {
+        [JSON_ARRAY] = "]", [JSON_OBJECT] = "}"
+    };
     const struct json *open[2 * MAX_DEPTH];
     int depth = 0;
 
-    for (;;) {
+    while (v) {
         if (depth > 0 && v->key) {
-            as->add_string(t, v->key, v->n_key);
+            add_json_string(t, v->key, v->n_key);
             add_string(t, ": ");
         }
-        if (v->type < JSON_ARRAY)
-            add_scalar(t, v, as);
-        else
-            add_string(t, v->type == JSON_ARRAY ? "[" : "{");
+        add_scalar(t, v);
         if (v->first && depth < 2 * MAX_DEPTH) {
             open[depth++] = v;
             v = v->first;
             continue;
         }
         if (v->type >= JSON_ARRAY)
-            add_string(t, v->type == JSON_ARRAY ? "]" : "}");
+            add_string(t, end[v->type]);
         while (depth > 0 && !v->next) {
             v = open[--depth];
-            add_string(t, v->type == JSON_ARRAY ? "]" : "}");
+            add_string(t, end[v->type]);
         }
         if (depth == 0)
             return;
         add_string(t, ", ");
         v = v->next;
     }
-}
-
-static void add_json(struct text *t, const struct json *v)
-{
-    static const struct notation json = {
-        { "null", "false", "true" }, "Infinity", add_json_string
-    };
-
-    if (v)
-        add_tree(t, v, &json);
 }
 
 /* -------------------------------------------------------- 5. Chat templates
@@ -1746,7 +1639,6 @@ struct rendering {
     struct rendered *out;
     struct text parts;                    /* the content of one message      */
     struct pool pool;
-    struct why *why;
 };
 
 static void rendered_free(struct rendered *r)
@@ -1798,44 +1690,49 @@ static const char *kind(const struct json *v)
     return v ? json_names[v->type] : "nothing";
 }
 
-/* Absent and null are the same, but for one template. */
-static int is_none(const struct json *v)
+/* The member of this key; null is the same as nothing, but for one template. */
+static const struct json *given(const struct json *object, const char *key)
 {
-    return !v || v->type == JSON_NULL;
+    const struct json *v = json_get(object, key);
+
+    return json_is(v, JSON_NULL) ? NULL : v;
 }
 
-static int check_string(const struct json *v, int i, const char *key,
-                        struct why *why)
+/* Is it of this type?  A string has to be text without NUL characters, too. */
+static int check(const struct json *v, int type, struct why *why,
+                 const char *name, ...)
 {
-    if (!json_is(v, JSON_STRING))
-        return because(why, USAGE, "messages[%d].%s is %s, expected a string",
-                       i, key, kind(v));
-    if (!json_text(v))
-        return because(why, USAGE, "messages[%d].%s has a NUL character after "
-                       "%zu bytes, expected text", i, key, strlen(v->s));
+    char s[64];
+    va_list args;
+
+    va_start(args, name);
+    vsnprintf(s, sizeof s, name, args);
+    va_end(args);
+    if (!json_is(v, type))
+        return because(why, USAGE, "%s is %s, expected %s", s, kind(v),
+                       json_names[type]);
+    if (type == JSON_STRING && !json_text(v))
+        return because(why, USAGE, "%s has a NUL character after %zu bytes, "
+                       "expected text", s, strlen(v->s));
     return DONE;
 }
 
 /* Text, or parts that are all text. */
 static int check_content(const struct json *content, int i, struct why *why)
 {
-    const struct json *part = json_is(content, JSON_ARRAY) ? content->first
-                                                           : NULL;
-    int k = 0, code = DONE;
+    const struct json *part = content->first;
+    int code = DONE;
 
-    if (is_none(content))
-        return DONE;
     if (content->type != JSON_ARRAY)
-        return check_string(content, i, "content", why);
-    for (; part && code == DONE; part = part->next, k++) {
-        char key[40];
+        return check(content, JSON_STRING, why, "messages[%d].content", i);
+    for (int k = 0; part && code == DONE; part = part->next, k++) {
         const char *type = json_text(json_get(part, "type"));
-        snprintf(key, sizeof key, "content[%d].text", k);
         if (!type || strcmp(type, "text") != 0)
             return because(why, USAGE, "messages[%d].content[%d] is no part of "
                            "type \"text\", and this program reads text only", i,
                            k);
-        code = check_string(json_get(part, "text"), i, key, why);
+        code = check(json_get(part, "text"), JSON_STRING, why,
+                     "messages[%d].content[%d].text", i, k);
     }
     return code;
 }
@@ -1855,7 +1752,7 @@ static const struct json *arguments_of(struct pool *pool, const struct json *v)
     struct json *parsed;
     struct why why;
 
-    if (is_none(v) || (v->type == JSON_STRING && v->n == 0))
+    if (!v || v->type == JSON_NULL || (v->type == JSON_STRING && v->n == 0))
         return json_object(pool);
     if (v->type == JSON_STRING && json_parse(pool, v->s, v->n, &parsed, &why)
         == DONE)
@@ -1867,22 +1764,20 @@ static int check_calls(struct pool *pool, const struct json *calls, int i,
                        struct why *why)
 {
     const struct json *call = calls->first;
+    int code = check(calls, JSON_ARRAY, why, "messages[%d].tool_calls", i);
 
-    if (calls->type != JSON_ARRAY)
-        return because(why, USAGE, "messages[%d].tool_calls is %s, expected an "
-                       "array", i, kind(calls));
-    for (int k = 0; call; call = call->next, k++) {
+    for (int k = 0; code == DONE && call; call = call->next, k++) {
         const struct json *function = function_of(call);
+        const struct json *args = json_get(function, "arguments");
         if (!json_text(json_get(function, "name")))
             return because(why, USAGE, "messages[%d].tool_calls[%d] has no "
                            "function with a name", i, k);
-        if (!arguments_of(pool, json_get(function, "arguments")))
+        if (!arguments_of(pool, args))
             return because(why, USAGE, "messages[%d].tool_calls[%d].function."
                            "arguments is %s, expected an object or a string "
-                           "with one", i, k,
-                           kind(json_get(function, "arguments")));
+                           "with one", i, k, kind(args));
     }
-    return DONE;
+    return code;
 }
 
 /* Messages of a "developer" are those of the system under a newer name. */
@@ -1901,62 +1796,61 @@ static const char *role_of(const struct json *message)
 /* What the model thought before this answer, by either name. */
 static const struct json *thinking_of(const struct json *message)
 {
-    const struct json *v = json_get(message, "thinking");
+    const struct json *v = given(message, "thinking");
 
-    v = is_none(v) ? json_get(message, "reasoning_content") : v;
-    return is_none(v) ? NULL : v;
+    return v ? v : given(message, "reasoning_content");
 }
 
 static int check_message(struct pool *pool, const struct json *m, int i,
                          struct why *why)
 {
-    const struct json *calls = json_get(m, "tool_calls");
-    const struct json *thinking = thinking_of(m);
-    int code;
+    const struct json *role = json_get(m, "role"), *thinking = thinking_of(m);
+    const struct json *content = given(m, "content");
+    const struct json *calls = given(m, "tool_calls");
+    int code = check(m, JSON_OBJECT, why, "messages[%d]", i);
 
-    if (m->type != JSON_OBJECT)
-        return because(why, USAGE, "messages[%d] is %s, expected an object", i,
-                       kind(m));
-    if (!role_of(m))
+    if (code == DONE && !role_of(m))
         return because(why, USAGE, "messages[%d].role is %s, expected "
                        "\"system\", \"user\", \"assistant\" or \"tool\"", i,
-                       json_is(json_get(m, "role"), JSON_STRING) ?
-                       "another string" : kind(json_get(m, "role")));
-    code = check_content(json_get(m, "content"), i, why);
+                       json_is(role, JSON_STRING) ? "another string" :
+                       kind(role));
+    if (code == DONE && content)
+        code = check_content(content, i, why);
     if (code == DONE && thinking)
-        code = check_string(thinking, i, "thinking", why);
-    if (code == DONE && !is_none(calls))
+        code = check(thinking, JSON_STRING, why, "messages[%d].thinking", i);
+    if (code == DONE && calls)
         code = check_calls(pool, calls, i, why);
     return code;
+}
+
+static int has_tools(const struct conversation *c)
+{
+    return c->tools && c->tools->first;
 }
 
 static int check_conversation(struct pool *pool, const struct conversation *c,
                               struct why *why)
 {
-    const struct json *m = c->messages, *last = NULL, *tool;
-    int i = 0, code = DONE;
+    const struct json *m = c->messages, *tool;
+    int code = DONE, i = 0;
 
     if (!json_is(m, JSON_ARRAY) || !m->first)
         return because(why, USAGE, "messages is %s, expected an array of "
                        "messages", json_is(m, JSON_ARRAY) ? "empty" : kind(m));
-    for (m = m->first; m && code == DONE; m = m->next, i++) {
-        code = check_message(pool, m, i, why);
-        last = m;
-    }
-    if (code != DONE)
-        return code;
-    if (c->continue_last && strcmp(role_of(last), "assistant") != 0)
+    for (m = m->first; m && code == DONE; m = m->next)
+        code = check_message(pool, m, i++, why);
+    m = c->messages->last;
+    if (code == DONE && c->continue_last &&
+        strcmp(role_of(m), "assistant") != 0)
         return because(why, USAGE, "messages[%d] is of role %s, expected "
-                       "\"assistant\" to continue it", i - 1, role_of(last));
-    if (!is_none(c->tools) && c->tools->type != JSON_ARRAY)
-        return because(why, USAGE, "tools is %s, expected an array",
-                       kind(c->tools));
-    tool = is_none(c->tools) ? NULL : c->tools->first;
-    for (i = 0; tool; tool = tool->next, i++)
-        if (tool->type != JSON_OBJECT && tool->type != JSON_STRING)
-            return because(why, USAGE, "tools[%d] is %s, expected an object", i,
-                           kind(tool));
-    return DONE;
+                       "\"assistant\" to continue it", i - 1, role_of(m));
+    if (code == DONE && c->tools && c->tools->type != JSON_NULL)
+        code = check(c->tools, JSON_ARRAY, why, "tools");
+    tool = has_tools(c) ? c->tools->first : NULL;
+    for (i = 0; tool && code == DONE; tool = tool->next, i++)
+        if (tool->type != JSON_STRING)
+            code = check(tool, JSON_OBJECT, why, "tools[%d]", i);
+    return code;
 }
 
 /* ---- as Python has it */
@@ -1988,103 +1882,81 @@ static struct piece trim(const char *s, const char *end)
     return (struct piece){ s, (size_t)(end - s) };
 }
 
-/* Characters that repr() escapes, but for those no one has assigned yet. */
-static int is_printable(uint32_t c)
-{
-    static const uint32_t hidden[][2] = {
-        { 0, 0x1f }, { 0x7f, 0xa0 }, { 0xad, 0xad }, { 0x600, 0x605 },
-        { 0x61c, 0x61c }, { 0x6dd, 0x6dd }, { 0x70f, 0x70f }, { 0x890, 0x891 },
-        { 0x8e2, 0x8e2 }, { 0x1680, 0x1680 }, { 0x180e, 0x180e },
-        { 0x2000, 0x200f }, { 0x2028, 0x202f }, { 0x205f, 0x206f },
-        { 0x3000, 0x3000 }, { 0xe000, 0xf8ff }, { 0xfeff, 0xfeff },
-        { 0xfff9, 0xfffb }, { 0x110bd, 0x110bd }, { 0x110cd, 0x110cd },
-        { 0x13430, 0x1343f }, { 0x1bca0, 0x1bca3 }, { 0x1d173, 0x1d17a },
-        { 0xe0001, 0xe007f }, { 0xf0000, 0x10ffff }
-    };
-
-    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
-        if (c >= hidden[i][0] && c <= hidden[i][1])
-            return 0;
-    return 1;
-}
-
-/* A string as repr() writes it. */
-static void add_python_string(struct text *t, const char *s, size_t n)
-{
-    const char *const end = s + n;
-    const int quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
-    uint32_t c;
-
-    add_format(t, "%c", quote);
-    for (int size; s < end; s += size) {
-        size = utf8_get(s, end, &c);
-        size = size ? size : 1;
-        if (c == '\\' || c == (uint32_t)quote)
-            add_format(t, "\\%c", (int)c);
-        else if (c == '\n' || c == '\r' || c == '\t')
-            add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
-        else if (is_printable(c))
-            add(t, s, (size_t)size);
-        else
-            add_format(t, c < 0x100 ? "\\x%02lx" : c < 0x10000 ? "\\u%04lx" :
-                       "\\U%08lx", (unsigned long)c);
-    }
-    add_format(t, "%c", quote);
-}
-
-/* The value of an argument in a call: Python's, but for strings and dicts. */
+/* The value of an argument in a call: words are Python's, strings in quotes of
+ * the template's, and all else is JSON.  The templates leave lists to Python,
+ * which has 'a' and True in them for "a" and true. */
 static void add_argument(struct text *t, const struct json *v,
                          const char *quote)
 {
-    static const struct notation python = {
-        { "None", "False", "True" }, "inf", add_python_string
-    };
+    static const char *const word[] = { "None", "False", "True" };
 
-    if (v->type == JSON_STRING && quote) {
+    if (v->type <= JSON_TRUE)
+        add_string(t, word[v->type]);
+    else if (v->type == JSON_STRING && quote) {
         add_string(t, quote);
         add(t, v->s, v->n);
         add_string(t, quote);
-    } else if (v->type == JSON_STRING || v->type == JSON_OBJECT)
+    } else
         add_json(t, v);
-    else
-        add_tree(t, v, &python);
 }
 
 /* ---- the parts of a conversation */
 
+static void begin_turn(struct rendering *r, const char *role)
+{
+    add_mark(r->out, TURN_START);
+    add_string(&r->out->text, role);
+    add_string(&r->out->text, "\n");
+}
+
+static void end_turn(struct rendering *r)
+{
+    add_mark(r->out, TURN_END);
+    add_string(&r->out->text, "\n");
+}
+
+/* Add a marker, if the template marks tools and what they return. */
+static void put_marker(struct rendering *r, const char *token)
+{
+    if (r->as->marked)
+        add_mark(r->out, token);
+}
+
+static void put_tools(struct rendering *r)
+{
+    const struct json *tools = r->conv->tools;
+    struct text *t = &r->out->text;
+
+    if (r->as->dated)
+        add_format(t, "Today's date: %s\n\n", r->conv->date);
+    add_string(t, "List of tools: ");
+    if (r->as->dated) {
+        add_json(t, tools);
+        return;
+    }
+    put_marker(r, "<|tool_list_start|>");
+    for (const struct json *tool = tools->first; tool; tool = tool->next) {
+        add_string(t, tool == tools->first ? "[" : ", ");
+        if (tool->type == JSON_STRING)
+            add(t, tool->s, tool->n);
+        else
+            add_json(t, tool);
+    }
+    add_string(t, "]");
+    put_marker(r, "<|tool_list_end|>");
+}
+
 static void put_system(struct rendering *r, struct piece text)
 {
-    const struct json *tools = r->conv->tools, *tool;
-    struct text *t = &r->out->text;
-    const int n_tools = !is_none(tools) && tools->first;
-
-    if (text.n == 0 && !n_tools)
+    if (text.n == 0 && !has_tools(r->conv))
         return;
-    add_mark(r->out, TURN_START);
-    add_string(t, "system\n");
-    add(t, text.s, text.n);
-    if (n_tools && text.n > 0)
-        add_string(t, r->as->dated ? "\n\n" : "\n");
-    if (n_tools && r->as->dated) {
-        add_format(t, "Today's date: %s\n\nList of tools: ", r->conv->date);
-        add_json(t, tools);
-    } else if (n_tools) {
-        add_string(t, "List of tools: ");
-        if (r->as->marked)
-            add_mark(r->out, "<|tool_list_start|>");
-        for (tool = tools->first; tool; tool = tool->next) {
-            add_string(t, tool == tools->first ? "[" : ", ");
-            if (tool->type == JSON_STRING)
-                add(t, tool->s, tool->n);
-            else
-                add_json(t, tool);
-        }
-        add_string(t, "]");
-        if (r->as->marked)
-            add_mark(r->out, "<|tool_list_end|>");
-    }
-    add_mark(r->out, TURN_END);
-    add_string(t, "\n");
+    begin_turn(r, "system");
+    add(&r->out->text, text.s, text.n);
+    if (has_tools(r->conv) && text.n > 0)
+        add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
+    if (has_tools(r->conv))
+        put_tools(r);
+    end_turn(r);
 }
 
 static void put_calls(struct rendering *r, const struct json *calls)
@@ -2164,9 +2036,9 @@ static struct piece without_thought(struct piece text)
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
     const struct json *thinking = thinking_of(m);
-    const struct json *calls = json_get(m, "tool_calls");
-    const int order = is_none(calls) || (!r->as->quote && !calls->first) ?
-                      NO_CALLS : r->as->calls;
+    const struct json *calls = given(m, "tool_calls");
+    const int order = !calls || (!r->as->quote && !calls->first) ? NO_CALLS :
+                      r->as->calls;
     struct piece text = content_of(r, m);
 
     if (thinking && r->as->calls != NO_CALLS && recent) {
@@ -2184,28 +2056,23 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
 static void put_message(struct rendering *r, const struct json *m, int recent)
 {
     const char *role = role_of(m);
-    const int wrapped = r->as->marked && strcmp(role, "tool") == 0;
-    struct piece text;
+    const int is_tool = strcmp(role, "tool") == 0;
 
-    add_mark(r->out, TURN_START);
-    add_string(&r->out->text, role);
-    add_string(&r->out->text, "\n");
+    begin_turn(r, role);
     if (strcmp(role, "assistant") == 0)
         put_assistant(r, m, recent);
     else {
-        text = content_of(r, m);
-        if (wrapped)
-            add_mark(r->out, "<|tool_response_start|>");
+        const struct piece text = content_of(r, m);
+        if (is_tool)
+            put_marker(r, "<|tool_response_start|>");
         add(&r->out->text, text.s, text.n);
-        if (wrapped)
-            add_mark(r->out, "<|tool_response_end|>");
+        if (is_tool)
+            put_marker(r, "<|tool_response_end|>");
     }
     /* The template of VL forgets the end of a message without content. */
-    if ((!m->next && r->conv->continue_last) ||
-        (r->as->calls == CALLS_FIRST && !json_get(m, "content")))
-        return;
-    add_mark(r->out, TURN_END);
-    add_string(&r->out->text, "\n");
+    if ((m->next || !r->conv->continue_last) &&
+        (r->as->calls != CALLS_FIRST || json_get(m, "content")))
+        end_turn(r);
 }
 
 /* The answers from here on keep their thoughts: the last one, or those after
@@ -2240,8 +2107,7 @@ static void put_conversation(struct rendering *r)
     }
     if (!r->conv->generate || r->conv->continue_last)
         return;
-    add_mark(r->out, TURN_START);
-    add_string(&r->out->text, "assistant\n");
+    begin_turn(r, "assistant");
     if (r->conv->open_thought)
         add_mark(r->out, "<think>");
 }
@@ -2396,8 +2262,9 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
     };
     size_t n;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
+    const char *how = "the one in the file";
     const uint64_t hash = s ? template_hash(s, n) : 0;
-    int template;
+    int template = TEMPLATE_AUTO;
 
     *known = 1;
     if (!s)
@@ -2405,22 +2272,19 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                        " so text is continued as it is");
     for (size_t i = 0; i < sizeof published / sizeof *published; i++)
         if (published[i].hash == hash)
-            return because(evidence, published[i].template, "chat template %s: "
-                           "the one in the file, by its hash %016llx",
-                           template_names[published[i].template],
-                           (unsigned long long)hash);
-    *known = 0;
-    template = template_by_text(s, s + n);
-    if (template != TEMPLATE_AUTO)
-        return because(evidence, template, "chat template %s: the one in the "
-                       "file has an unknown hash, %016llx, but words of this "
-                       "one", template_names[template],
-                       (unsigned long long)hash);
-    template = template_by_model(model, words);
-    return because(evidence, template, "chat template %s: by name and "
-                   "vocabulary of the model, as the one in the file is unknown "
-                   "(hash %016llx)", template_names[template],
-                   (unsigned long long)hash);
+            template = published[i].template;
+    *known = template != TEMPLATE_AUTO;
+    if (!*known) {
+        template = template_by_text(s, s + n);
+        how = "the one in the file is unknown, but has words of this one";
+    }
+    if (template == TEMPLATE_AUTO) {
+        template = template_by_model(model, words);
+        how = "by name and vocabulary of the model, as the one in the file is "
+              "unknown";
+    }
+    return because(evidence, template, "chat template %s: %s (hash %016llx)",
+                   template_names[template], how, (unsigned long long)hash);
 }
 
 /* ------------------------------------------------------------ 6. Tool calls
@@ -2460,10 +2324,9 @@ static struct json *call_of(struct pool *pool, const struct json *v)
 static int read_calls(struct pool *pool, const char *s, const char *end,
                       struct json *calls)
 {
-    struct json root = { .type = JSON_ARRAY, .close = EOF };
-    struct json *found = json_array(pool), *v;
+    struct json root, *found = json_array(pool), *v;
     struct why why;
-    struct reader r = { .pool = pool, .start = s, .at = s, .end = end,
+    struct reader r = { .pool = pool, .text = s, .n = (size_t)(end - s),
                         .python = 1, .why = &why };
 
     if (!found || read_tree(&r, &root) != DONE)
