@@ -5679,21 +5679,13 @@ static int batch(const struct settings *s)
  * with a vocabulary of 65536, but exact: the divergence of a run from itself is
  * 0, and differences of 1e-9 can be seen. */
 
-enum { PPL_CTX = 512, PPL_VERSION = 1, PPL_HEADER = 24, PPL_SUM = 8 };
+enum { PPL_CTX = 512, PPL_VERSION = 1, PPL_FIELDS = 24, PPL_SUM = 8 };
 enum { PPL_LOGITS = 1 << 27 };            /* bytes of logits held at once    */
 
 /* Sums over the scored positions: of x, and of x * x. */
 struct sums { double x, xx; };
 
 struct estimate { double mean, error; };  /* with its standard error         */
-
-struct ppl_result {
-    int n_windows, n_ctx, n_scored;
-    struct estimate ppl;
-    /* With --ppl-compare: the saved run, this one minus that, nats, shares. */
-    struct estimate base, difference, kl, same_top;
-    double kl_max, kl_99;
-};
 
 struct ppl {
     struct engine e;
@@ -5702,81 +5694,77 @@ struct ppl {
     int n_rows;                           /* scored in a window              */
     int n_piece, n_seq;                   /* rows asked for at once in each
                                              of so many windows              */
-    lfm2_span *span;                      /* [n_seq]                         */
     FILE *save, *base;
-    unsigned char *bytes;                 /* a row in a file                 */
+    struct text header, row;              /* of their files                  */
     float *base_row;                      /* [n_vocab]                       */
-    struct sums nll, base_nll, kl;
+    struct sums nll, base_nll, kl, same_top;
     double nll_base_nll;                  /* sum of the products             */
     double *every_kl;                     /* [n_windows * n_rows]            */
-    int n_scored, n_same_top;
+    int n_scored;
     double start;                         /* when it began                   */
 };
 
 /* ---- files */
-
-static size_t ppl_header_size(const struct ppl *p)
-{
-    return PPL_HEADER + (size_t)p->n_windows * (size_t)p->n_ctx * 4 + PPL_SUM;
-}
 
 static size_t ppl_row_size(const struct ppl *p)
 {
     return (size_t)p->n_vocab * 4 + PPL_SUM;
 }
 
-/* What a file of this very run begins with; the caller frees it. */
-static unsigned char *ppl_make_header(const struct ppl *p)
+static void add_checksum(struct text *t)
 {
-    const size_t n = ppl_header_size(p) - PPL_SUM;
-    unsigned char *h = malloc(n + PPL_SUM);
-
-    if (!h)
-        return NULL;
-    memcpy(h, "lfm2ppl\n", 8);
-    put_le(h + 8, PPL_VERSION, 4);
-    put_le(h + 12, (uint64_t)p->n_vocab, 4);
-    put_le(h + 16, (uint64_t)p->n_ctx, 4);
-    put_le(h + 20, (uint64_t)p->n_windows, 4);
-    for (size_t i = 0; PPL_HEADER + 4 * i < n; i++)
-        put_le(h + PPL_HEADER + 4 * i, (uint32_t)p->ids.id[i], 4);
-    put_le(h + n, hash_bytes(HASH_START, (const char *)h, n), 8);
-    return h;
+    add_u64(t, hash_bytes(HASH_START, t->s, t->n), PPL_SUM);
 }
 
-/* Is a file that begins with `has` one of the run that would begin with `want`?
- * Those who made it with something else will want to know with what. */
-static int ppl_check_header(const struct ppl *p, const unsigned char *has,
-                            size_t n_has, const unsigned char *want)
+/* What a file of this very run begins with. */
+static int ppl_make_header(struct ppl *p)
+{
+    struct text *h = &p->header;
+
+    add_string(h, "lfm2ppl\n");
+    add_u64(h, PPL_VERSION, 4);
+    add_u64(h, (uint64_t)p->n_vocab, 4);
+    add_u64(h, (uint64_t)p->n_ctx, 4);
+    add_u64(h, (uint64_t)p->n_windows, 4);
+    for (int i = 0; i < p->n_windows * p->n_ctx; i++)
+        add_u64(h, (uint32_t)p->ids.id[i], 4);
+    add_checksum(h);
+    return h->failed ? say(NO_MEMORY, "no memory for %d tokens", p->ids.n) :
+           DONE;
+}
+
+/* Is a file that begins so one of this very run?  Those who made it with
+ * something else will want to know with what. */
+static int ppl_check_header(const struct ppl *p, const struct text *file)
 {
     static const char *const field[] = {
         "version", "a vocabulary of", "windows of (-c)", "windows:"
     };
-    const size_t n = ppl_header_size(p) - PPL_SUM;
+    const size_t n = p->header.n - PPL_SUM;
+    const unsigned char *want = (unsigned char *)p->header.s;
+    const unsigned char *has = (unsigned char *)file->s;
     const char *path = p->e.s->ppl_compare;
 
-    if (n_has < PPL_HEADER || memcmp(has, want, 8) != 0)
+    if (file->n < PPL_FIELDS || memcmp(has, want, 8) != 0)
         return say(BAD_FILE, "%s: not a file of --ppl-save", path);
     for (int i = 0; i < 4; i++)
         if (get_le(has + 8 + 4 * i, 4) != get_le(want + 8 + 4 * i, 4))
             return say(BAD_FILE, "%s: %s %lu, expected %lu", path, field[i],
                        (unsigned long)get_le(has + 8 + 4 * i, 4),
                        (unsigned long)get_le(want + 8 + 4 * i, 4));
-    if (n_has < n + PPL_SUM)
-        return say(BAD_FILE, "%s: cut short after %zu bytes", path, n_has);
-    if (memcmp(has, want, n + PPL_SUM) == 0)
-        return DONE;
-    if (get_le(has + n, PPL_SUM) !=
-        hash_bytes(HASH_START, (const char *)has, n))
+    if (file->n < n + PPL_SUM)
+        return say(BAD_FILE, "%s: cut short after %zu bytes", path, file->n);
+    if (get_le(has + n, PPL_SUM) != hash_bytes(HASH_START, file->s, n))
         return say(BAD_FILE, "%s: damaged, its checksum is wrong", path);
-    return say(BAD_FILE, "%s: of another text, or tokens", path);
+    return memcmp(has, want, n) == 0 ? DONE :
+           say(BAD_FILE, "%s: of another text, or tokens", path);
 }
 
 /* A file that is too short is better refused now than after hours. */
 static int ppl_check_size(const struct ppl *p)
 {
     const uint64_t n_rows = (uint64_t)p->n_windows * (uint64_t)p->n_rows;
-    const uint64_t size = ppl_header_size(p) + n_rows * ppl_row_size(p);
+    const uint64_t size = p->header.n + n_rows * ppl_row_size(p);
     struct stat st;
 
     if (fstat(fileno(p->base), &st) == 0 && S_ISREG(st.st_mode) &&
@@ -5787,23 +5775,21 @@ static int ppl_check_size(const struct ppl *p)
     return DONE;
 }
 
-static int ppl_open_base(struct ppl *p, const unsigned char *header)
+static int ppl_open_base(struct ppl *p)
 {
     const char *path = p->e.s->ppl_compare;
-    unsigned char *has = malloc(ppl_header_size(p));
-    size_t n;
+    struct text has = { 0 };
     int code;
 
     p->base = fopen(path, "rb");
-    if (!has || !p->base) {
-        free(has);
-        return p->base ? say(NO_MEMORY, "no memory for %s", path) :
-               say(BAD_FILE, "%s: %s", path, strerror(errno));
-    }
-    n = fread(has, 1, ppl_header_size(p), p->base);
+    if (!p->base)
+        return say(BAD_FILE, "%s: %s", path, strerror(errno));
+    if (reserve(&has, p->header.n) != 0)
+        return say(NO_MEMORY, "no memory for %s", path);
+    has.n = fread(has.s, 1, p->header.n, p->base);
     code = ferror(p->base) ? say(BAD_FILE, "%s: %s", path, strerror(errno)) :
-           ppl_check_header(p, has, n, header);
-    free(has);
+           ppl_check_header(p, &has);
+    free(has.s);
     return code == DONE ? ppl_check_size(p) : code;
 }
 
@@ -5811,54 +5797,48 @@ static int ppl_open_base(struct ppl *p, const unsigned char *header)
 static int ppl_open_files(struct ppl *p)
 {
     const struct settings *s = p->e.s;
-    unsigned char *header = ppl_make_header(p);
-    int code = DONE;
+    int code = ppl_make_header(p);
 
-    if (!header)
-        return say(NO_MEMORY, "no memory for %zu bytes", ppl_header_size(p));
-    if (s->ppl_compare)
-        code = ppl_open_base(p, header);
-    if (code == DONE && s->ppl_save) {
-        p->save = create_file(s->ppl_save);
-        if (!p->save)
-            code = BAD_FILE;
-        else
-            fwrite(header, 1, ppl_header_size(p), p->save);
-    }
-    free(header);
-    return code;
+    if (code == DONE && s->ppl_compare)
+        code = ppl_open_base(p);
+    if (code != DONE || !s->ppl_save)
+        return code;
+    p->save = create_file(s->ppl_save);
+    if (!p->save)
+        return BAD_FILE;
+    fwrite(p->header.s, 1, p->header.n, p->save);
+    return DONE;
 }
 
 static int ppl_save_row(struct ppl *p, const float *logits)
 {
-    const size_t n = (size_t)p->n_vocab * 4;
+    struct text *row = &p->row;
     uint32_t u;
 
+    row->n = 0;
     for (int i = 0; i < p->n_vocab; i++) {
         memcpy(&u, logits + i, sizeof u);
-        put_le(p->bytes + 4 * i, u, 4);
+        add_u64(row, u, 4);
     }
-    put_le(p->bytes + n, hash_bytes(HASH_START, (const char *)p->bytes, n), 8);
-    if (fwrite(p->bytes, 1, n + PPL_SUM, p->save) == n + PPL_SUM)
-        return DONE;
-    return say(BAD_FILE, "%s: %s", p->e.s->ppl_save, strerror(errno));
+    add_checksum(row);
+    return fwrite(row->s, 1, row->n, p->save) == row->n ? DONE :
+           say(BAD_FILE, "%s: %s", p->e.s->ppl_save, strerror(errno));
 }
 
 static int ppl_load_row(struct ppl *p)
 {
     const size_t n = (size_t)p->n_vocab * 4;
-    unsigned char sum[PPL_SUM];
-    uint32_t u;
+    const unsigned char *row = (unsigned char *)p->row.s;
+    const char *path = p->e.s->ppl_compare;
 
-    if (fread(p->bytes, 1, n + PPL_SUM, p->base) != n + PPL_SUM)
-        return say(BAD_FILE, "%s: %s", p->e.s->ppl_compare,
-                   ferror(p->base) ? strerror(errno) : "cut short");
-    put_le(sum, hash_bytes(HASH_START, (const char *)p->bytes, n), 8);
-    if (memcmp(sum, p->bytes + n, PPL_SUM) != 0)
+    if (fread(p->row.s, 1, n + PPL_SUM, p->base) != n + PPL_SUM)
+        return say(BAD_FILE, "%s: %s", path, ferror(p->base) ?
+                   strerror(errno) : "cut short");
+    if (get_le(row + n, PPL_SUM) != hash_bytes(HASH_START, p->row.s, n))
         return say(BAD_FILE, "%s: damaged, the checksum of row %d is wrong",
-                   p->e.s->ppl_compare, p->n_scored);
+                   path, p->n_scored);
     for (int i = 0; i < p->n_vocab; i++) {
-        u = (uint32_t)get_le(p->bytes + 4 * i, 4);
+        const uint32_t u = (uint32_t)get_le(row + 4 * i, 4);
         memcpy(p->base_row + i, &u, sizeof u);
     }
     return DONE;
@@ -5892,24 +5872,14 @@ static int top_of(const float *logits, int n)
     return top;
 }
 
-/* log of the sum of e^logit; `top` is the largest. */
-static double log_sum_exp(const float *logits, int n, double top)
-{
-    double sum = 0;
-
-    for (int i = 0; i < n; i++)
-        sum += exp(logits[i] - top);
-    return top + log(sum);
-}
-
 /* The sum of p (log p - log q), for p of the saved run and q of this one, is
- * the mean under p of the difference of logits, less that of log_sum_exp.
+ * the mean under p of the difference of logits, less that of log_sum().
  * Where the logits are equal, each of these is exactly 0. */
-static int ppl_compare(struct ppl *p, const float *logits, double log_sum,
-                       int top, int32_t target)
+static int ppl_compare(struct ppl *p, const float *logits, double all, int top,
+                       int32_t target)
 {
     const float *base = p->base_row;
-    double sum = 0, difference = 0, base_log_sum, kl;
+    double sum = 0, difference = 0, base_all, kl;
     int base_top, code = ppl_load_row(p);
 
     if (code != DONE)
@@ -5920,14 +5890,13 @@ static int ppl_compare(struct ppl *p, const float *logits, double log_sum,
         sum += e;
         difference += e * ((double)base[i] - logits[i]);
     }
-    base_log_sum = base[base_top] + log(sum);
-    kl = difference / sum - (base_log_sum - log_sum);
+    base_all = base[base_top] + log(sum);
+    kl = difference / sum - (base_all - all);
     p->every_kl[p->n_scored] = kl;
     add_to(&p->kl, kl);
-    add_to(&p->base_nll, base_log_sum - base[target]);
-    p->nll_base_nll += (log_sum - logits[target]) *
-                       (base_log_sum - base[target]);
-    p->n_same_top += top == base_top;
+    add_to(&p->base_nll, base_all - base[target]);
+    add_to(&p->same_top, top == base_top);
+    p->nll_base_nll += (all - logits[target]) * (base_all - base[target]);
     return DONE;
 }
 
@@ -5935,16 +5904,16 @@ static int ppl_compare(struct ppl *p, const float *logits, double log_sum,
 static int ppl_score(struct ppl *p, const float *logits, int32_t target)
 {
     const int top = top_of(logits, p->n_vocab);
-    const double log_sum = log_sum_exp(logits, p->n_vocab, logits[top]);
+    const double all = log_sum(logits, p->n_vocab);
     int code = DONE;
 
-    if (!isfinite(log_sum) || !isfinite(logits[target]))
+    if (!isfinite(all) || !isfinite(logits[target]))
         return say(FAILED, "%s: logits that are not finite", p->e.s->model);
     if (p->save)
         code = ppl_save_row(p, logits);
     if (code == DONE && p->base)
-        code = ppl_compare(p, logits, log_sum, top, target);
-    add_to(&p->nll, log_sum - logits[target]);
+        code = ppl_compare(p, logits, all, top, target);
+    add_to(&p->nll, all - logits[target]);
     p->n_scored++;
     return code;
 }
@@ -5963,55 +5932,48 @@ static int ascending(const void *a, const void *b)
 
 /* The text is the same, so the two perplexities vary together; what they have
  * in common is no error of their difference. */
-static void ppl_sum_up_comparison(struct ppl *p, struct ppl_result *r)
+static double error_of_difference(const struct ppl *p, struct estimate ppl,
+                                  struct estimate base)
+{
+    const double n = p->n_scored;
+    const double common = (p->nll_base_nll / n - p->nll.x / n *
+                           p->base_nll.x / n) / (n - 1);
+    const double variance = ppl.error * ppl.error + base.error * base.error -
+                            2 * common * ppl.mean * base.mean;
+
+    return variance > 0 ? sqrt(variance) : 0;
+}
+
+/* There are two windows at least, so n > 1. */
+static void ppl_print_comparison(const struct ppl *p, struct estimate ppl)
 {
     const int n = p->n_scored;
-    const double at = 0.99 * (n - 1), share = (double)p->n_same_top / n;
-    double common, variance;
+    const double at = 0.99 * (n - 1), *kls = p->every_kl + (int)at;
+    const struct estimate base = exp_of(mean_and_error(p->base_nll, n));
+    const struct estimate kl = mean_and_error(p->kl, n);
+    const struct estimate same = mean_and_error(p->same_top, n);
 
-    r->base = exp_of(mean_and_error(p->base_nll, n));
-    common = n > 1 ? (p->nll_base_nll / n - p->nll.x / n * p->base_nll.x / n) /
-             (n - 1) : 0;
-    variance = r->ppl.error * r->ppl.error + r->base.error * r->base.error -
-               2 * common * r->ppl.mean * r->base.mean;
-    r->difference.mean = r->ppl.mean - r->base.mean;
-    r->difference.error = variance > 0 ? sqrt(variance) : 0;
-    r->same_top.mean = share;
-    r->same_top.error = n > 1 ? sqrt(share * (1 - share) / (n - 1)) : 0;
-    r->kl = mean_and_error(p->kl, n);
     qsort(p->every_kl, (size_t)n, sizeof *p->every_kl, ascending);
-    r->kl_max = p->every_kl[n - 1];
-    r->kl_99 = p->every_kl[(int)at];
-    if ((int)at + 1 < n)
-        r->kl_99 += (at - (int)at) * (p->every_kl[(int)at + 1] - r->kl_99);
+    printf("saved run      %.4f +/- %.5f\n", base.mean, base.error);
+    printf("difference     %.6f +/- %.6f\n", ppl.mean - base.mean,
+           error_of_difference(p, ppl, base));
+    printf("KL divergence  %.6g +/- %.2g\n", kl.mean, kl.error);
+    printf("  99 %%         %.6g\n", kls[0] + (at - (int)at) *
+           (kls[1] - kls[0]));
+    printf("  maximum      %.6g\n", p->every_kl[n - 1]);
+    printf("same top token %.3f +/- %.3f %%\n", 100 * same.mean,
+           100 * same.error);
 }
 
-static struct ppl_result ppl_sum_up(struct ppl *p)
+static void ppl_print(const struct ppl *p)
 {
-    struct ppl_result r = {
-        .n_windows = p->n_windows, .n_ctx = p->n_ctx, .n_scored = p->n_scored,
-        .ppl = exp_of(mean_and_error(p->nll, p->n_scored))
-    };
+    const struct estimate ppl = exp_of(mean_and_error(p->nll, p->n_scored));
 
+    printf("perplexity     %.4f +/- %.5f\n", ppl.mean, ppl.error);
+    printf("scored         %d tokens in %d windows of %d\n", p->n_scored,
+           p->n_windows, p->n_ctx);
     if (p->base)
-        ppl_sum_up_comparison(p, &r);
-    return r;
-}
-
-static void ppl_print(const struct ppl *p, const struct ppl_result *r)
-{
-    printf("perplexity     %.4f +/- %.5f\n", r->ppl.mean, r->ppl.error);
-    printf("scored         %d tokens in %d windows of %d\n", r->n_scored,
-           r->n_windows, r->n_ctx);
-    if (!p->base)
-        return;
-    printf("saved run      %.4f +/- %.5f\n", r->base.mean, r->base.error);
-    printf("difference     %.6f +/- %.6f\n", r->difference.mean,
-           r->difference.error);
-    printf("KL divergence  %.6g +/- %.2g\n", r->kl.mean, r->kl.error);
-    printf("  99 %%         %.6g\n  maximum      %.6g\n", r->kl_99, r->kl_max);
-    printf("same top token %.3f +/- %.3f %%\n", 100 * r->same_top.mean,
-           100 * r->same_top.error);
+        ppl_print_comparison(p, ppl);
 }
 
 /* ---- the run */
@@ -6081,12 +6043,10 @@ static int ppl_open_context(struct ppl *p)
     par->n_ctx = p->n_ctx;
     par->n_seq = p->n_seq;
     par->n_logits = p->n_seq * p->n_piece;
-    p->span = calloc((size_t)p->n_seq, sizeof *p->span);
-    p->bytes = malloc(ppl_row_size(p));
     p->base_row = calloc((size_t)p->n_vocab, sizeof *p->base_row);
     p->every_kl = calloc((size_t)p->n_windows * (size_t)p->n_rows,
                          sizeof *p->every_kl);
-    if (!p->span || !p->bytes || !p->base_row || !p->every_kl)
+    if (!p->base_row || !p->every_kl || reserve(&p->row, ppl_row_size(p)) != 0)
         return say(NO_MEMORY, "no memory for the scores of %d windows",
                    p->n_windows);
     return open_context(&p->e);
@@ -6116,14 +6076,14 @@ static int ppl_piece(struct ppl *p, int first, int n, int from, int to,
     int code = DONE;
 
     for (int i = 0; i < n; i++)
-        p->span[i] = (lfm2_span){
+        p->e.span[i] = (lfm2_span){
             i, token + (size_t)i * (size_t)p->n_ctx + from, to - from, n_rows
         };
     if (interrupted)
         return INTERRUPTED;
-    code = forward(&p->e, p->span, n);
+    code = forward(&p->e, p->e.span, n);
     for (int i = 0; code == DONE && i < n; i++) {
-        const int32_t *next = p->span[i].tokens + (to - from) - n_rows + 1;
+        const int32_t *next = p->e.span[i].tokens + (to - from) - n_rows + 1;
         for (int k = 0; code == DONE && k < n_rows; k++)
             code = ppl_score(p, lfm2_logits(p->e.ctx, i, k), next[k]);
         if (code == DONE && to == p->n_ctx - 1)
@@ -6176,7 +6136,6 @@ static int perplexity(const struct settings *s)
 {
     struct settings plain = *s;
     struct ppl p = { .e.s = &plain };
-    struct ppl_result result;
     int code = ppl_check(s);
 
     plain.raw = 1;                        /* no chat template                */
@@ -6191,14 +6150,12 @@ static int perplexity(const struct settings *s)
     }
     if (p.save)
         code = finish_file(p.save, s->ppl_save, code);
-    if (code == DONE) {
-        result = ppl_sum_up(&p);
-        ppl_print(&p, &result);
-    }
+    if (code == DONE)
+        ppl_print(&p);
     if (p.base)
         fclose(p.base);
-    free(p.span);
-    free(p.bytes);
+    free(p.header.s);
+    free(p.row.s);
     free(p.base_row);
     free(p.every_kl);
     free(p.ids.id);
