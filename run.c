@@ -2515,19 +2515,28 @@ static int work_on_words(const struct settings *s)
  * What is in the file, in the terms its makers use, and what it will take to
  * run it. */
 
-struct amount { char s[32]; };
+/* A few words, made on the spot. */
+struct phrase { char s[128]; };
+
+static struct phrase phrase(const char *fmt, ...)
+{
+    struct phrase out;
+    va_list args;
+
+    va_start(args, fmt);
+    vsnprintf(out.s, sizeof out.s, fmt, args);
+    va_end(args);
+    return out;
+}
 
 /* "23.84 B" parameters or, with unit "B", "13.51 GB". */
-static struct amount amount(double n, const char *unit)
+static struct phrase amount(double n, const char *unit)
 {
     const char *letter = n >= 1e9 ? *unit ? "G" : "B" :
                          n >= 1e6 ? "M" : n >= 1e3 ? "K" : "";
     const double scale = n >= 1e9 ? 1e9 : n >= 1e6 ? 1e6 : n >= 1e3 ? 1e3 : 1;
-    struct amount out;
 
-    snprintf(out.s, sizeof out.s, "%.*f %s%s", scale > 1 ? 2 : 0, n / scale,
-             letter, unit);
-    return out;
+    return phrase("%.*f %s%s", scale > 1 ? 2 : 0, n / scale, letter, unit);
 }
 
 static void print_clean(const char *s, size_t n)
@@ -6189,84 +6198,73 @@ struct result {
     struct test test;
     struct limits best;
     int n_threads;
-    double mean_ns, dev_ns, mean_ts, dev_ts;
+    struct estimate ns, ts;               /* with the standard deviation     */
     double read, macs;                    /* a second; 0: not to be said     */
     double rss_peak, rss_anon;
     char when[24];
 };
 
+enum { MAX_TESTS = MAX_LIST * (MAX_LIST + 2) };       /* at one depth        */
+
 struct bench {
     const struct settings *s;
-    lfm2_model *model;
-    lfm2_context *ctx;
-    lfm2_params par;                      /* of ctx, in force                */
-    struct sampling sampling;
+    struct engine e;                      /* e.par: of its context, in force */
     struct cost cost;
     struct limits best;                   /* of its number of threads        */
-    char type[96];                        /* "lfm2 1.2B Q4_0"                */
+    struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
     double load_s, context_s, first_s;    /* first: all, from the start      */
     double rss_anon;                      /* the most there ever was         */
     double sample_s, token_s;             /* choosing a token; having one    */
     int n_cpus;
-    int32_t *token;                       /* as many as the longest test     */
-    lfm2_span *span;                      /* [sequences]                     */
+    struct test test[MAX_TESTS];          /* of each depth                   */
+    int n_tests, longest, n_seq;          /* the most tokens, and sequences  */
+    int32_t *token;                       /* [n_tokens]: of all at any depth */
+    int n_tokens;
     double *ns, *ts;                      /* [s->reps] of the last test      */
-    struct test *test;                    /* [n_tests] at each depth         */
     struct result *result;                /* [n_results] so far              */
-    int n_tests, n_results, n_tokens;
+    int n_results;
 };
 
 /* ---- the work */
-
-static int bench_failed(const struct bench *b, const lfm2_error *err)
-{
-    return err->code == LFM2_ECANCELLED ? INTERRUPTED :
-           report(b->s->model, err);
-}
 
 /* Append the tokens from `from` to `to` to a sequence. */
 static int feed(struct bench *b, int seq, int from, int to, int n_logits)
 {
     const lfm2_span span = { seq, b->token + from, to - from, n_logits };
-    lfm2_error err;
 
     if (interrupted)
         return INTERRUPTED;
-    if (from == to || lfm2_forward(b->ctx, &span, 1, &err) == LFM2_OK)
-        return DONE;
-    return bench_failed(b, &err);
+    return from < to ? forward(&b->e, &span, 1) : DONE;
 }
 
 /* All sequences of the test have `depth` tokens.  Trimming leaves most of what
  * the test before had, so that only its end is computed again. */
 static int prepare(struct bench *b, const struct test *t)
 {
-    int code = feed(b, 0, lfm2_seq_trim(b->ctx, 0, t->depth), t->depth, 0);
+    lfm2_context *ctx = b->e.ctx;
+    int code = feed(b, 0, lfm2_seq_trim(ctx, 0, t->depth), t->depth, 0);
     lfm2_error err;
 
     for (int i = 1; code == DONE && i < t->n_seq; i++)
         if (t->depth == 0)
-            lfm2_seq_trim(b->ctx, i, 0);
-        else if (lfm2_seq_copy(b->ctx, i, 0, &err) != LFM2_OK)
-            code = bench_failed(b, &err);
+            lfm2_seq_trim(ctx, i, 0);
+        else if (lfm2_seq_copy(ctx, i, 0, &err) != LFM2_OK)
+            code = report(b->s->model, &err);
     return code;
 }
 
 /* Which tokens are generated does not matter, so none is chosen. */
 static int bench_generate(struct bench *b, const struct test *t, int n)
 {
-    const int start = t->depth + t->n_prompt;
-    lfm2_error err;
+    int32_t *token = b->token + t->depth + t->n_prompt;
+    int code = DONE;
 
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; code == DONE && i < n; i++) {
         for (int k = 0; k < t->n_seq; k++)
-            b->span[k] = (lfm2_span){ k, b->token + start + i, 1, 1 };
-        if (interrupted)
-            return INTERRUPTED;
-        if (lfm2_forward(b->ctx, b->span, t->n_seq, &err) != LFM2_OK)
-            return bench_failed(b, &err);
+            b->e.span[k] = (lfm2_span){ k, token + i, 1, 1 };
+        code = interrupted ? INTERRUPTED : forward(&b->e, b->e.span, t->n_seq);
     }
-    return DONE;
+    return code;
 }
 
 static int run_once(struct bench *b, const struct test *t, int n_gen,
@@ -6298,16 +6296,16 @@ static int run_repeatedly(struct bench *b, const struct test *t)
     return code;
 }
 
-static double mean_of(const double *x, int n, double *deviation)
+static struct estimate mean_and_deviation(const double *x, int n)
 {
-    double sum = 0, squares = 0;
+    struct sums sum = { 0, 0 };
+    struct estimate out;
 
     for (int i = 0; i < n; i++)
-        sum += x[i];
-    for (int i = 0; i < n; i++)
-        squares += (x[i] - sum / n) * (x[i] - sum / n);
-    *deviation = n > 1 ? sqrt(squares / (n - 1)) : 0;
-    return sum / n;
+        add_to(&sum, x[i]);
+    out = mean_and_error(sum, n);
+    out.error *= sqrt(n);
+    return out;
 }
 
 /* ---- the machine */
@@ -6323,7 +6321,7 @@ static double measure_rate(struct bench *b, int what)
         const double start = seconds();
         double took, work = 0;
         do {
-            work += (double)lfm2_exercise(b->ctx, what);
+            work += (double)lfm2_exercise(b->e.ctx, what);
             took = seconds() - start;
         } while (took < 0.02);
         all += took;
@@ -6340,16 +6338,16 @@ static double measure_rate(struct bench *b, int what)
 /* Of the logits that are there, by the settings that would choose a word. */
 static void measure_sampling(struct bench *b)
 {
-    const size_t n = (size_t)lfm2_model_config(b->model)->n_vocab;
-    const float *logits = lfm2_logits(b->ctx, 0, 0);
+    const size_t n = (size_t)lfm2_model_config(b->e.model)->n_vocab;
+    const float *logits = lfm2_logits(b->e.ctx, 0, 0);
     float *copy = logits ? malloc(n * sizeof *copy) : NULL;
-    lfm2_sampler sampler = make_sampler(&b->sampling, 0);
+    lfm2_sampler sampler = make_sampler(&b->e.sampling, 0);
     double took[9];
 
     for (int i = 0; copy && i < 9; i++) {
         memcpy(copy, logits, n * sizeof *copy);
         const double start = seconds();
-        lfm2_sample(b->ctx, &sampler, copy, b->token, START_TOKENS);
+        lfm2_sample(b->e.ctx, &sampler, copy, b->token, START_TOKENS);
         took[i] = seconds() - start;
     }
     if (copy) {
@@ -6359,20 +6357,32 @@ static void measure_sampling(struct bench *b)
     free(copy);
 }
 
+/* What a file of Linux says of `key`, behind a colon; or something else. */
+static struct phrase look_up(const char *path, const char *key,
+                             const char *otherwise)
+{
+    struct phrase out = phrase("%s", otherwise);
+    FILE *f = fopen(path, "r");
+    char line[256];
+
+    while (f && fgets(line, sizeof line, f)) {
+        const char *s = strchr(line, ':');
+        if (!s || strncmp(line, key, strlen(key)) != 0)
+            continue;
+        s += 1 + strspn(s + 1, " \t");
+        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
+        break;
+    }
+    if (f)
+        fclose(f);
+    return out;
+}
+
 /* Memory of the process's own, which the mapped file is not; 0 if the system
  * does not tell. */
 static double anonymous_memory(void)
 {
-    FILE *f = fopen("/proc/self/status", "r");
-    char line[128];
-    double kib = 0;
-
-    while (f && fgets(line, sizeof line, f))
-        if (strncmp(line, "RssAnon:", 8) == 0)
-            kib = strtod(line + 8, NULL);
-    if (f)
-        fclose(f);
-    return kib * 1024;
+    return strtod(look_up("/proc/self/status", "RssAnon", "0").s, NULL) * 1024;
 }
 
 static double peak_memory(void)
@@ -6388,22 +6398,12 @@ static double peak_memory(void)
 #endif
 }
 
-static void name_cpu(char *out, size_t cap)
+static struct phrase name_cpu(void)
 {
-    FILE *f = fopen("/proc/cpuinfo", "r");
     struct utsname host;
-    char line[256];
 
-    snprintf(out, cap, "%s", uname(&host) == 0 ? host.machine : "unknown");
-    while (f && fgets(line, sizeof line, f))
-        if (strncmp(line, "model name", 10) == 0 && strchr(line, ':')) {
-            const char *name = strchr(line, ':') + 1;
-            name += strspn(name, " \t");
-            snprintf(out, cap, "%.*s", (int)strcspn(name, "\n"), name);
-            break;
-        }
-    if (f)
-        fclose(f);
+    return look_up("/proc/cpuinfo", "model name", uname(&host) == 0 ?
+                   host.machine : "unknown");
 }
 
 /* ---- the model */
@@ -6440,7 +6440,7 @@ static struct cost count_cost(const lfm2_model *m, int kv_type)
  * the cache at its mean length. */
 static double step_bytes(const struct bench *b, const struct test *t)
 {
-    const lfm2_config *c = lfm2_model_config(b->model);
+    const lfm2_config *c = lfm2_model_config(b->e.model);
     double idle = 1;
 
     for (int i = 0; c->n_expert > 0 && i < t->n_seq; i++)
@@ -6461,99 +6461,80 @@ static const char *mix_name(const lfm2_model *m)
         { 17, "Q5_K - Medium" }, { 18, "Q6_K" }, { 21, "Q2_K - Small" },
         { 25, "IQ4_NL - 4.5 bpw" }, { 30, "IQ4_XS - 4.25 bpw" }, { 32, "BF16" }
     };
-    const char *key;
-    char value[128];
+    double number;
 
-    for (int i = 0; (key = lfm2_model_key(m, i, value, sizeof value)); i++)
-        for (size_t k = 0; k < sizeof mix / sizeof *mix; k++)
-            if (strcmp(key, "general.file_type") == 0 &&
-                strtol(value, NULL, 10) == mix[k].number)
-                return mix[k].name;
+    if (file_number(m, "general.file_type", &number))
+        for (size_t i = 0; i < sizeof mix / sizeof *mix; i++)
+            if (mix[i].number == (int)number)
+                return mix[i].name;
     return "unknown mix";
 }
 
 /* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0". */
-static void name_type(struct bench *b)
+static struct phrase name_type(const lfm2_model *m)
 {
     uint64_t total, active;
-    char size[48];
+    struct phrase size, used = phrase("");
 
-    lfm2_model_params(b->model, &total, &active);
+    lfm2_model_params(m, &total, &active);
     const double n = (double)total;
     if (n < 995e6)
-        snprintf(size, sizeof size, "%.0fM", n >= 1e8 ? 10 * round(n / 1e7) :
-                 n / 1e6);
+        size = phrase("%.0fM", n >= 1e8 ? 10 * round(n / 1e7) : n / 1e6);
     else
-        snprintf(size, sizeof size, "%.*fB", active < total ? 0 : 1, n / 1e9);
+        size = phrase("%.*fB", active < total ? 0 : 1, n / 1e9);
     if (active < total && active >= 1000000000)
-        snprintf(size + strlen(size), sizeof size - strlen(size), ".A%dB",
-                 (int)(active / 1000000000));
-    snprintf(b->type, sizeof b->type, "lfm2%s %s %s", active < total ?
-             "moe" : "", size, mix_name(b->model));
+        used = phrase(".A%dB", (int)(active / 1000000000));
+    return phrase("lfm2%s %s%s %s", active < total ? "moe" : "", size.s, used.s,
+                  mix_name(m));
 }
 
 /* ---- what is printed */
 
-static void name_test(const struct test *t, char *out, size_t cap)
+static struct phrase name_test(const struct test *t)
 {
-    char prompt[16] = "", gen[16] = "", times[16] = "", depth[16] = "";
+    const struct phrase prompt = phrase(t->n_prompt ? "pp%d" : "", t->n_prompt),
+                        gen = phrase(t->n_gen ? "tg%d" : "", t->n_gen),
+                        times = phrase(t->n_seq > 1 ? " x %d" : "", t->n_seq),
+                        depth = phrase(t->depth ? " @ d%d" : "", t->depth);
 
-    if (t->n_prompt > 0)
-        snprintf(prompt, sizeof prompt, "pp%d", t->n_prompt);
-    if (t->n_gen > 0)
-        snprintf(gen, sizeof gen, "tg%d", t->n_gen);
-    if (t->n_seq > 1)
-        snprintf(times, sizeof times, " x %d", t->n_seq);
-    if (t->depth > 0)
-        snprintf(depth, sizeof depth, " @ d%d", t->depth);
-    snprintf(out, cap, "%s%s%s%s%s", prompt, *prompt && *gen ? "+" : "", gen,
-             times, depth);
+    return phrase("%s%s%s%s%s", prompt.s, t->n_prompt && t->n_gen ? "+" : "",
+                  gen.s, times.s, depth.s);
 }
 
 /* "694.76 MiB", as llama-bench has it. */
-static struct amount binary_amount(double bytes)
+static struct phrase binary_amount(double bytes)
 {
     const int giga = bytes >= 1 << 30;
-    struct amount out;
 
-    snprintf(out.s, sizeof out.s, "%.2f %s", bytes / (giga ? 1 << 30 : 1 << 20),
-             giga ? "GiB" : "MiB");
-    return out;
+    return phrase("%.2f %s", bytes / (giga ? 1 << 30 : 1 << 20), giga ? "GiB" :
+                  "MiB");
 }
 
 static void print_row(const struct bench *b, const struct result *r)
 {
     static const char dashes[] = "------------------------------";
-    char test[64];
 
     if (r == b->result)
         printf("| %-30s | %10s | %10s | %-10s | %7s | %15s | %20s |\n"
                "| %.30s | %.9s: | %.9s: | %.10s | %.6s: | %.14s: | %.19s: |\n",
                "model", "size", "params", "backend", "threads", "test", "t/s",
                dashes, dashes, dashes, dashes, dashes, dashes, dashes);
-    name_test(&r->test, test, sizeof test);
     printf("| %-30s | %10s | %10s | %-10s | %7d | %15s | %11.2f ± %6.2f |\n",
-           b->type, binary_amount(b->cost.bytes).s,
-           amount(b->cost.params, "").s, "CPU", r->n_threads, test, r->mean_ts,
-           r->dev_ts);
+           b->type.s, binary_amount(b->cost.bytes).s,
+           amount(b->cost.params, "").s, "CPU", r->n_threads,
+           name_test(&r->test).s, r->ts.mean, r->ts.error);
 }
 
-/* Which limit counts: a prompt is held against arithmetic, an answer against
- * memory.  0 where neither is known. */
-static double share_of(const struct result *r)
+/* 0 where one of them is not known. */
+static double share(double rate, double limit)
 {
-    if (r->test.n_gen == 0)
-        return r->best.dot > 0 ? r->macs / r->best.dot : 0;
-    return r->best.read > 0 ? r->read / r->best.read : 0;
+    return limit > 0 ? rate / limit : 0;
 }
 
 /* A table cell: the number, or a dash for one that is not known. */
-static struct amount cell(double x, const char *format)
+static struct phrase cell(double x, const char *format)
 {
-    struct amount out;
-
-    snprintf(out.s, sizeof out.s, x > 0 ? format : "–", x);
-    return out;
+    return phrase(x > 0 ? format : "–", x);
 }
 
 static void print_limits(const struct bench *b)
@@ -6562,28 +6543,22 @@ static void print_limits(const struct bench *b)
 
     printf("\n| threads | test | reads GB/s | of bandwidth | GMAC/s | of int8 "
            "peak |\n| ---: | ---: | ---: | ---: | ---: | ---: |\n");
-    for (const struct result *r = b->result; r < b->result + n; r++) {
-        char test[64];
-        name_test(&r->test, test, sizeof test);
-        printf("| %d | %s | %s | %s | %s | %s |\n", r->n_threads, test,
-               cell(r->read / 1e9, "%.1f").s,
-               cell(r->best.read > 0 ? 100 * r->read / r->best.read : 0,
-                    "%.0f %%").s,
+    for (const struct result *r = b->result; r < b->result + n; r++)
+        printf("| %d | %s | %s | %s | %s | %s |\n", r->n_threads,
+               name_test(&r->test).s, cell(r->read / 1e9, "%.1f").s,
+               cell(100 * share(r->read, r->best.read), "%.0f %%").s,
                cell(r->macs / 1e9, "%.1f").s,
-               cell(r->best.dot > 0 ? 100 * r->macs / r->best.dot : 0,
-                    "%.1f %%").s);
-    }
+               cell(100 * share(r->macs, r->best.dot), "%.1f %%").s);
 }
 
 /* The limits are those of a number of threads: a line for each. */
 static void print_machine(const struct bench *b)
 {
-    char cpu[128];
+    const lfm2_params *p = &b->e.par;
 
-    name_cpu(cpu, sizeof cpu);
     printf("\nmachine   %s, %d usable CPU%s\nkernels   %s, KV in %s, batch "
-           "%d\n", cpu, b->n_cpus, b->n_cpus == 1 ? "" : "s",
-           isa_name[b->par.isa], kv_name(b->par.kv_type), b->par.n_batch);
+           "%d\n", name_cpu().s, b->n_cpus, b->n_cpus == 1 ? "" : "s",
+           isa_name[p->isa], kv_name(p->kv_type), p->n_batch);
     for (int i = 0; i < b->n_results; i++) {
         const struct result *r = &b->result[i];
         if (i == 0 || r->n_threads != r[-1].n_threads)
@@ -6595,7 +6570,7 @@ static void print_machine(const struct bench *b)
 
 static void print_footer(const struct bench *b)
 {
-    const struct sampling s = b->sampling;
+    const struct sampling s = b->e.sampling;
 
     print_limits(b);
     print_machine(b);
@@ -6614,51 +6589,6 @@ static void print_footer(const struct bench *b)
         putchar('\n');
 }
 
-/* How long a well-formed UTF-8 character at s is, or 0. */
-static int utf8_length(const unsigned char *s)
-{
-    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-    const int n = s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 :
-                  s[0] < 0xf0 ? 3 : 4;
-    uint32_t u = s[0] & (0x7f >> n);
-
-    for (int i = 1; i < n; i++) {
-        if ((s[i] & 0xc0) != 0x80)
-            return 0;
-        u = u << 6 | (s[i] & 0x3f);
-    }
-    return u < least[n] || u > 0x10ffff || (u >= 0xd800 && u < 0xe000) ? 0 : n;
-}
-
-/* A string of JSON; bytes that are no UTF-8, as file names may have, become
- * the replacement character. */
-static void put_json(const char *text)
-{
-    const unsigned char *s = (const unsigned char *)text;
-
-    putchar('"');
-    while (*s) {
-        const int n = *s < 0x80 ? 1 : utf8_length(s);
-        if (*s < ' ' || *s == 127)
-            printf("\\u%04x", *s);
-        else if (n == 0)
-            printf("\\ufffd");
-        else
-            printf("%s%.*s", *s == '"' || *s == '\\' ? "\\" : "", n,
-                   (const char *)s);
-        s += n ? n : 1;
-    }
-    putchar('"');
-}
-
-static void put_csv(const char *text)
-{
-    putchar('"');
-    for (; *text; text++)
-        printf(*text == '"' ? "\"\"" : "%c", *text);
-    putchar('"');
-}
-
 /* One column of a record: text, a number, or all samples of a test. */
 struct field {
     const char *name, *text;
@@ -6675,90 +6605,98 @@ struct field {
 #define KNOWN(name, number, n) \
     FIGURE(name, (number) > 0 ? (number) : NAN, n)
 
-static void put_value(const struct bench *b, const struct field *f)
-{
-    const int csv = b->s->output == CSV;
+static const struct layout { const char *begin, *name, *between, *end; }
+layouts[] = {
+    [JSON] = { "  {\n", "    \"%s\": ", ",\n", "\n  }" },
+    [JSONL] = { "{", "\"%s\": ", ", ", "}\n" },
+    [CSV] = { "", "", ",", "\n" }
+};
 
+static void add_csv(struct text *t, const char *s)
+{
+    add_string(t, "\"");
+    for (; *s; s++)
+        add_string(t, *s == '"' ? "\"\"" : (char[]){ *s, '\0' });
+    add_string(t, "\"");
+}
+
+static void add_field(struct text *t, const struct field *f, int reps, int csv)
+{
     if (f->samples) {
-        for (int i = 0; i < b->s->reps; i++)
-            printf("%s%.*f", i ? ", " : "[ ", f->digits, f->samples[i]);
-        printf(" ]");
-    } else if (csv && f->text)
-        put_csv(f->text);
+        for (int i = 0; i < reps; i++)
+            add_format(t, "%s%.*f", i ? ", " : "[ ", f->digits, f->samples[i]);
+        add_string(t, " ]");
+    } else if (csv)
+        add_csv(t, f->text ? f->text : isnan(f->number) ? "" :
+                phrase("%.*f", f->digits, f->number).s);
     else if (f->text)
-        put_json(f->text);
-    else if (isfinite(f->number))
-        printf(csv ? "\"%.*f\"" : "%.*f", f->digits, f->number);
+        add_json_string(t, f->text, strlen(f->text));
     else
-        printf(csv ? "\"\"" : "null");
+        add_format(t, isnan(f->number) ? "null" : "%.*f", f->digits, f->number);
 }
 
-static void print_csv(const struct bench *b, const struct field *f, int n)
+/* A line of CSV has no room for samples. */
+static void print_fields(const struct bench *b, const struct field *f, int n)
 {
-    for (int i = 0; b->n_results == 1 && i < n; i++)
+    const struct layout *as = &layouts[b->s->output];
+    const int csv = b->s->output == CSV;
+    const char *between = as->begin;
+    struct text t = { 0 };
+
+    if (b->s->output == JSON)
+        add_string(&t, b->n_results == 1 ? "[\n" : ",\n");
+    for (int i = 0; i < n && csv && b->n_results == 1; i++)
         if (!f[i].samples)
-            printf("%s%s", i ? "," : "", f[i].name);
-    if (b->n_results == 1)
-        putchar('\n');
-    for (int i = 0; i < n; i++)
-        if (!f[i].samples) {
-            printf("%s", i ? "," : "");
-            put_value(b, &f[i]);
-        }
-    putchar('\n');
-}
-
-/* Pretty, or as one line. */
-static void print_json(const struct bench *b, const struct field *f, int n)
-{
-    const int lines = b->s->output == JSONL;
-
-    if (!lines)
-        printf(b->n_results == 1 ? "[\n  {\n" : ",\n  {\n");
+            add_format(&t, "%s%s", i ? "," : "", f[i].name);
+    add_string(&t, t.n > 2 ? "\n" : "");
     for (int i = 0; i < n; i++) {
-        printf(lines ? i ? ", \"%s\": " : "{\"%s\": " : "    \"%s\": ",
-               f[i].name);
-        put_value(b, &f[i]);
-        if (!lines)
-            printf(i + 1 < n ? ",\n" : "\n");
+        if (csv && f[i].samples)
+            continue;
+        add_string(&t, between);
+        add_format(&t, as->name, f[i].name);
+        add_field(&t, &f[i], b->s->reps, csv);
+        between = as->between;
     }
-    printf(lines ? "}\n" : "  }");
+    add_string(&t, as->end);
+    fwrite(t.s, 1, t.n, stdout);
+    free(t.s);
 }
 
-/* llama-bench's columns, then ours. */
+/* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
+ * answer against memory. */
 static void print_record(const struct bench *b, const struct result *r)
 {
-    const char *kv = kv_name(b->par.kv_type);
-    char cpu[128];
+    const lfm2_params *p = &b->e.par;
+    const char *kv = kv_name(p->kv_type);
+    const struct phrase cpu = name_cpu();
     const struct field f[] = {
         WORD("build_commit", ""), COUNT("build_number", 0),
-        WORD("cpu_info", cpu), WORD("backends", "CPU"),
-        WORD("model_filename", b->s->model), WORD("model_type", b->type),
+        WORD("cpu_info", cpu.s), WORD("backends", "CPU"),
+        WORD("model_filename", b->s->model), WORD("model_type", b->type.s),
         COUNT("model_size", b->cost.bytes),
         COUNT("model_n_params", b->cost.params),
-        COUNT("n_batch", b->par.n_batch), COUNT("n_threads", r->n_threads),
+        COUNT("n_batch", p->n_batch), COUNT("n_threads", r->n_threads),
         WORD("type_k", kv), WORD("type_v", kv),
         COUNT("n_prompt", r->test.n_prompt), COUNT("n_gen", r->test.n_gen),
         COUNT("n_depth", r->test.depth), WORD("test_time", r->when),
-        COUNT("avg_ns", r->mean_ns), COUNT("stddev_ns", r->dev_ns),
-        FIGURE("avg_ts", r->mean_ts, 6), FIGURE("stddev_ts", r->dev_ts, 6),
+        COUNT("avg_ns", r->ns.mean), COUNT("stddev_ns", r->ns.error),
+        FIGURE("avg_ts", r->ts.mean, 6), FIGURE("stddev_ts", r->ts.error, 6),
         SAMPLES("samples_ns", b->ns, 0), SAMPLES("samples_ts", b->ts, 6),
 
-        COUNT("n_sequences", r->test.n_seq),
-        WORD("isa", isa_name[b->par.isa]),
+        COUNT("n_sequences", r->test.n_seq), WORD("isa", isa_name[p->isa]),
         KNOWN("read_bandwidth", r->best.read / 1e9, 3),
         KNOWN("int8_rate", r->best.dot / 1e9, 3),
         KNOWN("gb_per_s", r->read / 1e9, 3),
-        KNOWN("gmac_per_s", r->macs / 1e9, 3), KNOWN("share", share_of(r), 4),
+        KNOWN("gmac_per_s", r->macs / 1e9, 3),
+        KNOWN("share", r->test.n_gen > 0 ? share(r->read, r->best.read) :
+              share(r->macs, r->best.dot), 4),
         COUNT("rss_peak", r->rss_peak), KNOWN("rss_anon", r->rss_anon, 0),
         FIGURE("load_ms", b->load_s * 1e3, 3),
         FIGURE("context_ms", b->context_s * 1e3, 3),
         FIGURE("first_token_ms", b->first_s * 1e3, 3)
     };
-    const int n = sizeof f / sizeof *f;
 
-    name_cpu(cpu, sizeof cpu);
-    (b->s->output == CSV ? print_csv : print_json)(b, f, n);
+    print_fields(b, f, sizeof f / sizeof *f);
 }
 
 /* ---- the run */
@@ -6772,21 +6710,21 @@ static int run_test(struct bench *b, const struct test *t)
 
     if (code != DONE)
         return code;
-    *r = (struct result){ .test = *t, .best = b->best,
-                          .n_threads = b->par.n_threads };
+    *r = (struct result){
+        .test = *t, .best = b->best, .n_threads = b->e.par.n_threads,
+        .ns = mean_and_deviation(b->ns, b->s->reps),
+        .ts = mean_and_deviation(b->ts, b->s->reps),
+        .rss_peak = peak_memory(), .rss_anon = anonymous_memory()
+    };
     if (gmtime_r(&now, &utc))
         strftime(r->when, sizeof r->when, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    r->mean_ns = mean_of(b->ns, b->s->reps, &r->dev_ns);
-    r->mean_ts = mean_of(b->ts, b->s->reps, &r->dev_ts);
     if (t->n_prompt == 0)
-        r->read = step_bytes(b, t) * r->mean_ts / t->n_seq;
+        r->read = step_bytes(b, t) * r->ts.mean / t->n_seq;
     if (t->n_prompt == 0 || t->n_gen == 0)
-        r->macs = (b->cost.macs + (t->n_gen ? b->cost.head : 0)) * r->mean_ts;
-    r->rss_peak = peak_memory();
-    r->rss_anon = anonymous_memory();
+        r->macs = (b->cost.macs + (t->n_gen ? b->cost.head : 0)) * r->ts.mean;
     b->rss_anon = fmax(b->rss_anon, r->rss_anon);
     if (t->n_prompt == 0 && b->token_s <= 0)
-        b->token_s = t->n_seq / r->mean_ts;
+        b->token_s = t->n_seq / r->ts.mean;
     b->n_results++;
     if (b->s->output == MD)
         print_row(b, r);
@@ -6799,25 +6737,25 @@ static int open_bench_context(struct bench *b, const lfm2_params *p)
 {
     lfm2_error err;
 
-    if (lfm2_context_open(&b->ctx, b->model, p, &err) != LFM2_OK)
+    if (lfm2_context_open(&b->e.ctx, b->e.model, p, &err) != LFM2_OK)
         return report(b->s->model, &err);
-    running = b->ctx;
-    b->par = lfm2_context_params(b->ctx);
+    running = b->e.ctx;
+    b->e.par = lfm2_context_params(b->e.ctx);
     return DONE;
 }
 
 static void close_bench_context(struct bench *b)
 {
     running = NULL;
-    lfm2_context_close(b->ctx);
-    b->ctx = NULL;
+    lfm2_context_close(b->e.ctx);
+    b->e.ctx = NULL;
 }
 
 /* Any will do, if they are not always the same few: those of a mixture's tokens
  * choose its experts. */
 static void spread_tokens(struct bench *b, int n)
 {
-    const int n_vocab = lfm2_model_config(b->model)->n_vocab;
+    const int n_vocab = lfm2_model_config(b->e.model)->n_vocab;
 
     for (int i = 0; i < n; i++)
         b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)n_vocab);
@@ -6826,13 +6764,13 @@ static void spread_tokens(struct bench *b, int n)
 /* How many threads a context has that is not told. */
 static int count_cpus(struct bench *b)
 {
-    lfm2_params p = choose_params(b->s, b->model);
+    lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
     p.n_threads = 0;
     p.n_ctx = p.n_batch = 1;
     code = open_bench_context(b, &p);
-    b->n_cpus = b->par.n_threads;
+    b->n_cpus = b->e.par.n_threads;
     close_bench_context(b);
     return code;
 }
@@ -6841,16 +6779,14 @@ static int count_cpus(struct bench *b)
 static int measure_start(struct bench *b)
 {
     const double start = seconds();
-    const int load = b->s->no_mmap ? LFM2_LOAD_READ : LFM2_LOAD_MAP;
     lfm2_params p;
-    lfm2_error err;
-    int code;
+    int code = open_model(&b->e);
 
-    if (lfm2_model_open(&b->model, b->s->model, load, &err) != LFM2_OK)
-        return report(b->s->model, &err);
+    if (code != DONE)
+        return code;
     b->load_s = seconds() - start;
     spread_tokens(b, START_TOKENS);
-    p = choose_params(b->s, b->model);
+    p = b->e.par;
     p.n_threads = b->s->bench_threads.v[0];
     code = open_bench_context(b, &p);
     b->context_s = seconds() - start - b->load_s;
@@ -6865,48 +6801,51 @@ static int measure_start(struct bench *b)
  * need. */
 static int run_tests(struct bench *b, int n_threads, int depth, int first)
 {
-    lfm2_params p = choose_params(b->s, b->model);
+    lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
     p.n_threads = n_threads;
-    p.n_ctx = p.n_seq = 1;
-    for (struct test *t = b->test; t < b->test + b->n_tests; t++) {
-        t->depth = depth;
-        if (depth + t->n_prompt + t->n_gen > p.n_ctx)
-            p.n_ctx = depth + t->n_prompt + t->n_gen;
-        if (t->n_seq > p.n_seq)
-            p.n_seq = t->n_seq;
-    }
-    p.n_logits = p.n_seq;
+    p.n_ctx = depth + b->longest;
+    p.n_seq = p.n_logits = b->n_seq;
     code = open_bench_context(b, &p);
     if (code == DONE && first)
         b->best = (struct limits){
             measure_rate(b, LFM2_READ), measure_rate(b, LFM2_DOT)
         };
-    for (int i = 0; code == DONE && i < b->n_tests; i++)
+    for (int i = 0; code == DONE && i < b->n_tests; i++) {
+        b->test[i].depth = depth;
         code = interrupted ? INTERRUPTED : run_test(b, &b->test[i]);
+    }
     if (code == DONE && b->sample_s <= 0)
         measure_sampling(b);
     close_bench_context(b);
     return code;
 }
 
-/* llama-bench's order.  Returns how many tests there are at each depth. */
-static int list_tests(const struct settings *s, struct test *out)
+static void add_test(struct bench *b, int n_prompt, int n_gen, int n_seq)
 {
-    int n = 0;
+    const int n = n_prompt + n_gen;
 
-    for (int i = 0; i < s->bench_prompt.n; i++)
-        if (s->bench_prompt.v[i] > 0)
-            out[n++] = (struct test){ s->bench_prompt.v[i], 0, 1, 0 };
-    for (int i = 0; i < s->bench_gen.n; i++)
-        for (int k = 0; s->bench_gen.v[i] > 0 && k < s->bench_seqs.n; k++)
-            out[n++] = (struct test){ 0, s->bench_gen.v[i], s->bench_seqs.v[k],
-                                      0 };
-    for (int i = 0; i < s->bench_both.n; i += 2)
-        out[n++] = (struct test){ s->bench_both.v[i], s->bench_both.v[i + 1],
-                                  1, 0 };
-    return n;
+    if (n == 0)
+        return;
+    b->test[b->n_tests++] = (struct test){ n_prompt, n_gen, n_seq, 0 };
+    b->longest = n > b->longest ? n : b->longest;
+    b->n_seq = n_seq > b->n_seq ? n_seq : b->n_seq;
+}
+
+/* llama-bench's order. */
+static void list_tests(struct bench *b)
+{
+    const struct list *prompt = &b->s->bench_prompt, *gen = &b->s->bench_gen;
+    const struct list *seqs = &b->s->bench_seqs, *both = &b->s->bench_both;
+
+    for (int i = 0; i < prompt->n; i++)
+        add_test(b, prompt->v[i], 0, 1);
+    for (int i = 0; i < gen->n; i++)
+        for (int k = 0; k < seqs->n; k++)
+            add_test(b, 0, gen->v[i], seqs->v[k]);
+    for (int i = 0; i < both->n; i += 2)
+        add_test(b, both->v[i], both->v[i + 1], 1);
 }
 
 static int largest(const struct list *l)
@@ -6918,44 +6857,29 @@ static int largest(const struct list *l)
     return most;
 }
 
-static int longest_test(const struct bench *b)
-{
-    int most = 0;
-
-    for (int i = 0; i < b->n_tests; i++)
-        if (b->test[i].n_prompt + b->test[i].n_gen > most)
-            most = b->test[i].n_prompt + b->test[i].n_gen;
-    return most;
-}
-
 /* All there will be to remember, before any clock runs. */
 static int alloc_bench(struct bench *b)
 {
     const struct settings *s = b->s;
-    const size_t at_each = (size_t)s->bench_prompt.n + (size_t)s->bench_both.n +
-                           (size_t)s->bench_gen.n * (size_t)s->bench_seqs.n;
+    const int deepest = largest(&s->bench_depth);
     const size_t rounds = (size_t)s->bench_depth.n * (size_t)s->bench_threads.n;
-    const size_t reps = (size_t)s->reps;
+    const size_t n_results = (size_t)b->n_tests * rounds;
 
-    b->test = calloc(at_each + 1, sizeof *b->test);
-    b->result = calloc(at_each * rounds + 1, sizeof *b->result);
-    b->ns = calloc(reps, sizeof *b->ns);
-    b->ts = calloc(reps, sizeof *b->ts);
-    b->span = calloc((size_t)largest(&s->bench_seqs), sizeof *b->span);
-    if (!b->test || !b->result || !b->ns || !b->ts || !b->span)
-        return say(NO_MEMORY, "no memory for the results");
-    b->n_tests = list_tests(s, b->test);
-    b->n_tokens = longest_test(b);
     if (b->n_tests == 0)
         return usage("nothing to measure: no -p, -n or -pg above 0");
-    if (b->n_tokens > MAX_CTX - largest(&s->bench_depth))
+    if (b->longest > MAX_CTX - deepest)
         return usage("a test of %d tokens at a depth of %d is longer than any "
-                     "context, %d", b->n_tokens, largest(&s->bench_depth),
-                     MAX_CTX);
-    b->n_tokens += largest(&s->bench_depth) + START_TOKENS;
+                     "context, %d", b->longest, deepest, MAX_CTX);
+    b->n_tokens = b->longest + deepest + START_TOKENS;
     b->token = calloc((size_t)b->n_tokens, sizeof *b->token);
-    return b->token ? DONE :
-           say(NO_MEMORY, "no memory for %d tokens", b->n_tokens);
+    b->result = calloc(n_results, sizeof *b->result);
+    b->ns = calloc((size_t)s->reps, sizeof *b->ns);
+    b->ts = calloc((size_t)s->reps, sizeof *b->ts);
+    b->e.span = calloc((size_t)b->n_seq, sizeof *b->e.span);
+    if (!b->token || !b->result || !b->ns || !b->ts || !b->e.span)
+        return say(NO_MEMORY, "no memory for %d tokens and %zu results",
+                   b->n_tokens, n_results);
+    return DONE;
 }
 
 static int run_all(struct bench *b)
@@ -6967,12 +6891,10 @@ static int run_all(struct bench *b)
         code = count_cpus(b);
     if (code != DONE)
         return code;
-    for (int i = 0; !s->quiet && lfm2_model_warning(b->model, i); i++)
-        say(DONE, "%s: %s", s->model, lfm2_model_warning(b->model, i));
     spread_tokens(b, b->n_tokens);
-    b->cost = count_cost(b->model, s->kv);
-    b->sampling = choose_sampling(s, b->model);
-    name_type(b);
+    b->cost = count_cost(b->e.model, s->kv);
+    b->e.sampling = choose_sampling(s, b->e.model);
+    b->type = name_type(b->e.model);
     for (int i = 0; code == DONE && i < s->bench_threads.n; i++)
         for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
             code = run_tests(b, s->bench_threads.v[i], s->bench_depth.v[k],
@@ -6991,22 +6913,22 @@ static void end_output(struct bench *b, int code)
 
 static int bench(const struct settings *s)
 {
-    struct bench b = { .s = s };
-    int code = alloc_bench(&b);
+    struct bench b = { .s = s, .e.s = s };
+    int code;
 
+    list_tests(&b);
+    code = alloc_bench(&b);
     if (code == DONE) {
         catch_interrupt();
         code = run_all(&b);
         end_output(&b, code);
         signal(SIGINT, SIG_DFL);
     }
-    lfm2_model_close(b.model);
-    free(b.test);
+    close_engine(&b.e);
+    free(b.token);
     free(b.result);
     free(b.ns);
     free(b.ts);
-    free(b.span);
-    free(b.token);
     return code;
 }
 
