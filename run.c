@@ -838,7 +838,8 @@ static int read_ids(const char *path, struct ids *out)
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
     MAX_POOL = 1 << 28,                   /* bytes of nodes and strings      */
-    MAX_DEPTH = 64
+    MAX_DEPTH = 64,
+    MAX_MEMBERS = 4096                    /* of an object                    */
 };
 
 /* Memory that is released at once.  A zeroed one is empty and good; once there
@@ -857,19 +858,17 @@ static const char *const json_names[] = {
 /* A string's bytes are well-formed UTF-8 if they were read from JSON, and s[n]
  * is NUL; \u0000 makes another NUL before it, so json_text() gives out a string
  * only if it is whole as a C string.  Numbers are kept as they were written.
- * The members of an object are a list in their order and a binary tree besides:
- * its branches follow the bits of a hash of the key, so that finding a key is
- * fast in an object with a million of them, too. */
+ * All before `key` is the value, from there on its place in another. */
 struct json {
     int type;
     int close;                            /* the bracket that will end it    */
     const char *s;
     size_t n;
-    struct json *first, *last, *tree;     /* its members                     */
-    /* All before is the value, from here on its place in an object or array. */
-    const char *key;                      /* not always UTF-8                */
+    struct json *first, *last;            /* its members                     */
+    int n_members;
+    const char *key;                      /* in an object; not always UTF-8  */
     size_t n_key;
-    struct json *next, *branch[2];
+    struct json *next;
 };
 
 /* n zeroed bytes, aligned for a node; or NULL. */
@@ -986,17 +985,15 @@ static struct json *json_string(struct pool *p, const char *s, size_t n)
     return v;
 }
 
-/* Where in the tree this key is, or would be. */
-static struct json **find_key(struct json *object, const char *key, size_t n)
+/* Looks at all keys: MAX_MEMBERS keeps that fast. */
+static struct json *find_key(const struct json *object, const char *key,
+                             size_t n)
 {
-    struct json **at = &object->tree;
+    struct json *v = object->first;
 
-    for (uint64_t h = hash_bytes(HASH_START, key, n); *at; h <<= 1) {
-        if ((*at)->n_key == n && memcmp((*at)->key, key, n) == 0)
-            break;
-        at = &(*at)->branch[h >> 63];
-    }
-    return at;
+    while (v && (v->n_key != n || memcmp(v->key, key, n) != 0))
+        v = v->next;
+    return v;
 }
 
 /* A new node at the end, for now null. */
@@ -1011,6 +1008,7 @@ static struct json *new_member(struct pool *p, struct json *parent)
     else
         parent->first = v;
     parent->last = v;
+    parent->n_members++;
     return v;
 }
 
@@ -1026,15 +1024,15 @@ static struct json *key_member(struct pool *p, struct json *object,
                                const char *key, size_t n)
 {
     static const struct json null;
-    struct json **at = find_key(object, key, n);
+    struct json *v = find_key(object, key, n);
 
-    if (*at)
-        json_fill(*at, &null);
-    else if ((*at = new_member(p, object)) != NULL) {
-        (*at)->key = key;
-        (*at)->n_key = n;
+    if (v)
+        json_fill(v, &null);
+    else if ((v = new_member(p, object)) != NULL) {
+        v->key = key;
+        v->n_key = n;
     }
-    return *at;
+    return v;
 }
 
 /* Both share what is inside of the value, but not its node. */
@@ -1063,7 +1061,7 @@ static struct json *json_get(const struct json *object, const char *key)
 {
     if (!object || object->type != JSON_OBJECT)
         return NULL;
-    return *find_key((struct json *)object, key, strlen(key));
+    return find_key(object, key, strlen(key));
 }
 
 static int json_is(const struct json *v, int type)
@@ -1392,24 +1390,23 @@ static int read_key(struct reader *r, const struct json *in, const char **key,
         if (read_string(r, key, n) != DONE)
             return USAGE;
     } else if (!r->python || (*n = read_name(r)) == 0)
-        return expected(r, call ? "the name of an argument" :
-                        "a key in double quotes");
-    if (!took(r, call ? '=' : ':'))
-        return expected(r, call ? "'=' and a value" : "':' and a value");
-    return DONE;
+        return expected(r, "a key in double quotes");
+    return took(r, call ? '=' : ':') ? DONE : expected(r, "':' and a value");
 }
 
 static int read_member(struct reader *r, struct json *in, struct json **out)
 {
-    const char *key = NULL;
-    size_t n = 0;
-    int code = DONE;
+    const char *key;
+    size_t n;
 
-    if (in->type == JSON_OBJECT)
-        code = read_key(r, in, &key, &n);
-    if (code != DONE)
-        return code;
-    *out = key ? key_member(r->pool, in, key, n) : new_member(r->pool, in);
+    if (in->type == JSON_ARRAY)
+        *out = new_member(r->pool, in);
+    else if (in->n_members == MAX_MEMBERS)
+        return expected(r, "no more than 4096 members");
+    else if (read_key(r, in, &key, &n) != DONE)
+        return USAGE;
+    else
+        *out = key_member(r->pool, in, key, n);
     return *out ? read_value(r, *out) : expected(r, "memory");
 }
 
@@ -2423,31 +2420,27 @@ static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
 static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
                       const struct text *t)
 {
+    static const char blank[] = " \t\r";
     const char *p = t->s, *const stop = t->s + t->n;
-    int line = 1, len;
     char *end;
+    int len;
 
-    while (p < stop) {
-        p += strspn(p, " \t\r");
-        if (p == stop || *p == '\n') {
-            putchar(s->null ? '\0' : '\n');
-            p++;
-            line++;
-            continue;
+    for (int line = 1; p < stop; line++) {
+        for (p += strspn(p, blank); p < stop && *p != '\n'; p = end) {
+            errno = 0;
+            const long id = strtol(p, &end, 10);
+            if (end == p || !strchr(" \t\r\n", *end) || errno || id < 0 ||
+                id >= lfm2_n_vocab(words))
+                return say(FAILED, "line %d: \"%.*s\", expected a token id "
+                           "from 0 to %d", line, (int)strcspn(p, " \t\r\n"), p,
+                           lfm2_n_vocab(words) - 1);
+            const char *bytes = lfm2_token_bytes(words, (int32_t)id,
+                                                 s->special, &len);
+            fwrite(bytes, 1, (size_t)len, stdout);
+            end += strspn(end, blank);
         }
-        errno = 0;
-        const long id = strtol(p, &end, 10);
-        if (end == p || !strchr(" \t\r\n", *end) || errno || id < 0 ||
-            id >= lfm2_n_vocab(words))
-            return say(FAILED, "line %d: \"%.*s\", expected a token id from 0 "
-                       "to %d", line, (int)strcspn(p, " \t\r\n"), p,
-                       lfm2_n_vocab(words) - 1);
-        const char *bytes = lfm2_token_bytes(words, (int32_t)id, s->special,
-                                             &len);
-        fwrite(bytes, 1, (size_t)len, stdout);
-        p = end;
-        if (p == stop)
-            putchar(s->null ? '\0' : '\n');
+        putchar(s->null ? '\0' : '\n');
+        p++;
     }
     return DONE;
 }
@@ -6753,11 +6746,11 @@ static void close_bench_context(struct bench *b)
 
 /* Any will do, if they are not always the same few: those of a mixture's tokens
  * choose its experts. */
-static void spread_tokens(struct bench *b, int n)
+static void spread_tokens(struct bench *b)
 {
     const int n_vocab = lfm2_model_config(b->e.model)->n_vocab;
 
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < b->n_tokens; i++)
         b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)n_vocab);
 }
 
@@ -6785,7 +6778,7 @@ static int measure_start(struct bench *b)
     if (code != DONE)
         return code;
     b->load_s = seconds() - start;
-    spread_tokens(b, START_TOKENS);
+    spread_tokens(b);
     p = b->e.par;
     p.n_threads = b->s->bench_threads.v[0];
     code = open_bench_context(b, &p);
@@ -6891,7 +6884,6 @@ static int run_all(struct bench *b)
         code = count_cpus(b);
     if (code != DONE)
         return code;
-    spread_tokens(b, b->n_tokens);
     b->cost = count_cost(b->e.model, s->kv);
     b->e.sampling = choose_sampling(s, b->e.model);
     b->type = name_type(b->e.model);
