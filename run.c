@@ -1985,18 +1985,16 @@ static void put_calls(struct rendering *r, const struct json *calls)
 /* Clients hand calls back with their markers in the content. */
 static void put_answer(struct rendering *r, struct piece text)
 {
-    const char *const end = text.s + text.n, *p = text.s, *from = p;
+    const char *const end = text.s + text.n, *from = text.s;
 
-    while ((p = find(p, end, "<|tool_call_")) != NULL) {
+    for (const char *p = from; p < end; p++) {
         const char *token = begins(p, end, CALL_START) ? CALL_START :
                             begins(p, end, CALL_END) ? CALL_END : NULL;
-        if (!token) {
-            p++;
+        if (!token)
             continue;
-        }
         add(&r->out->text, from, (size_t)(p - from));
         add_mark(r->out, token);
-        from = p += strlen(token);
+        from = p + strlen(token);
     }
     add(&r->out->text, from, (size_t)(end - from));
 }
@@ -6210,7 +6208,8 @@ struct bench {
     double sample_s, token_s;             /* choosing a token; having one    */
     int n_cpus;
     struct test test[MAX_TESTS];          /* of each depth                   */
-    int n_tests, longest, n_seq;          /* the most tokens, and sequences  */
+    int n_tests;
+    int longest, deepest, n_seq;          /* the most tokens, sequences      */
     int32_t *token;                       /* [n_tokens]: of all at any depth */
     int n_tokens;
     double *ns, *ts;                      /* [s->reps] of the last test      */
@@ -6503,7 +6502,7 @@ static struct phrase binary_amount(double bytes)
                   "MiB");
 }
 
-static void print_row(const struct bench *b, const struct result *r)
+static int print_row(const struct bench *b, const struct result *r)
 {
     static const char dashes[] = "------------------------------";
 
@@ -6516,6 +6515,7 @@ static void print_row(const struct bench *b, const struct result *r)
            b->type.s, binary_amount(b->cost.bytes).s,
            amount(b->cost.params, "").s, "CPU", r->n_threads,
            name_test(&r->test).s, r->ts.mean, r->ts.error);
+    return DONE;
 }
 
 /* 0 where one of them is not known. */
@@ -6574,8 +6574,7 @@ static void print_footer(const struct bench *b)
            binary_amount(b->rss_anon).s : "n/a");
     if (b->sample_s > 0)
         printf("sampling  temp %g, top-k %d, top-p %g, min-p %g: %.0f us",
-               s.temp, s.top_k, s.top_p,
-               (double)s.min_p, b->sample_s * 1e6);
+               s.temp, s.top_k, s.top_p, s.min_p, b->sample_s * 1e6);
     if (b->sample_s > 0 && b->token_s > 0)
         printf(", %.2f %% of a token", 100 * b->sample_s / b->token_s);
     if (b->sample_s > 0)
@@ -6598,6 +6597,7 @@ struct field {
 #define KNOWN(name, number, n) \
     FIGURE(name, (number) > 0 ? (number) : NAN, n)
 
+/* What is around the fields of a record, in the order of the words of -o. */
 static const struct layout { const char *begin, *name, *between, *end; }
 layouts[] = {
     [JSON] = { "  {\n", "    \"%s\": ", ",\n", "\n  }" },
@@ -6628,36 +6628,35 @@ static void add_field(struct text *t, const struct field *f, int reps, int csv)
         add_format(t, isnan(f->number) ? "null" : "%.*f", f->digits, f->number);
 }
 
-/* A line of CSV has no room for samples. */
-static void print_fields(const struct bench *b, const struct field *f, int n)
+/* A line of CSV has no room for samples; the first is one of names. */
+static int print_fields(const struct bench *b, const struct field *f, int n)
 {
     const struct layout *as = &layouts[b->s->output];
-    const int csv = b->s->output == CSV;
-    const char *between = as->begin;
+    const int csv = b->s->output == CSV, first = b->n_results == 1;
     struct text t = { 0 };
 
-    if (b->s->output == JSON)
-        add_string(&t, b->n_results == 1 ? "[\n" : ",\n");
-    for (int i = 0; i < n && csv && b->n_results == 1; i++)
+    for (int i = 0; csv && first && i < n; i++)
         if (!f[i].samples)
-            add_format(&t, "%s%s", i ? "," : "", f[i].name);
-    add_string(&t, t.n > 2 ? "\n" : "");
+            add_format(&t, i + 1 < n ? "%s," : "%s\n", f[i].name);
+    if (b->s->output == JSON)
+        add_string(&t, first ? "[\n" : ",\n");
     for (int i = 0; i < n; i++) {
         if (csv && f[i].samples)
             continue;
-        add_string(&t, between);
+        add_string(&t, i ? as->between : as->begin);
         add_format(&t, as->name, f[i].name);
         add_field(&t, &f[i], b->s->reps, csv);
-        between = as->between;
     }
     add_string(&t, as->end);
-    fwrite(t.s, 1, t.n, stdout);
+    if (!t.failed)
+        fwrite(t.s, 1, t.n, stdout);
     free(t.s);
+    return t.failed ? say(NO_MEMORY, "no memory for a record") : DONE;
 }
 
 /* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
  * answer against memory. */
-static void print_record(const struct bench *b, const struct result *r)
+static int print_record(const struct bench *b, const struct result *r)
 {
     const lfm2_params *p = &b->e.par;
     const char *kv = kv_name(p->kv_type);
@@ -6689,7 +6688,7 @@ static void print_record(const struct bench *b, const struct result *r)
         FIGURE("first_token_ms", b->first_s * 1e3, 3)
     };
 
-    print_fields(b, f, sizeof f / sizeof *f);
+    return print_fields(b, f, sizeof f / sizeof *f);
 }
 
 /* ---- the run */
@@ -6719,11 +6718,7 @@ static int run_test(struct bench *b, const struct test *t)
     if (t->n_prompt == 0 && b->token_s <= 0)
         b->token_s = t->n_seq / r->ts.mean;
     b->n_results++;
-    if (b->s->output == MD)
-        print_row(b, r);
-    else
-        print_record(b, r);
-    return flush_output(DONE);
+    return flush_output((b->s->output == MD ? print_row : print_record)(b, r));
 }
 
 static int open_bench_context(struct bench *b, const lfm2_params *p)
@@ -6839,31 +6834,24 @@ static void list_tests(struct bench *b)
             add_test(b, 0, gen->v[i], seqs->v[k]);
     for (int i = 0; i < both->n; i += 2)
         add_test(b, both->v[i], both->v[i + 1], 1);
-}
-
-static int largest(const struct list *l)
-{
-    int most = 0;
-
-    for (int i = 0; i < l->n; i++)
-        most = l->v[i] > most ? l->v[i] : most;
-    return most;
+    for (int i = 0; i < b->s->bench_depth.n; i++)
+        if (b->s->bench_depth.v[i] > b->deepest)
+            b->deepest = b->s->bench_depth.v[i];
 }
 
 /* All there will be to remember, before any clock runs. */
 static int alloc_bench(struct bench *b)
 {
     const struct settings *s = b->s;
-    const int deepest = largest(&s->bench_depth);
     const size_t rounds = (size_t)s->bench_depth.n * (size_t)s->bench_threads.n;
     const size_t n_results = (size_t)b->n_tests * rounds;
 
     if (b->n_tests == 0)
         return usage("nothing to measure: no -p, -n or -pg above 0");
-    if (b->longest > MAX_CTX - deepest)
+    if (b->longest > MAX_CTX - b->deepest)
         return usage("a test of %d tokens at a depth of %d is longer than any "
-                     "context, %d", b->longest, deepest, MAX_CTX);
-    b->n_tokens = b->longest + deepest + START_TOKENS;
+                     "context, %d", b->longest, b->deepest, MAX_CTX);
+    b->n_tokens = b->longest + b->deepest + START_TOKENS;
     b->token = calloc((size_t)b->n_tokens, sizeof *b->token);
     b->result = calloc(n_results, sizeof *b->result);
     b->ns = calloc((size_t)s->reps, sizeof *b->ns);
