@@ -842,6 +842,9 @@ enum {
     MAX_MEMBERS = 4096                    /* of an object                    */
 };
 
+/* Some bytes within a text. */
+struct piece { const char *s; size_t n; };
+
 /* Memory that is released at once.  A zeroed one is empty and good; once there
  * is no more memory `failed` stays, and what asks for some gets NULL. */
 struct block { struct block *next; };
@@ -934,12 +937,12 @@ static int utf8_get(const char *s, const char *end, uint32_t *out)
 /* Write a character below 0x110000; returns its length, at most 4. */
 static size_t utf8_put(char *out, uint32_t c)
 {
+    static const uint32_t lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
     const int n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
 
-    if (n == 1)
-        out[0] = (char)c;
-    for (int i = n; n > 1 && i-- > 0; c >>= 6)
-        out[i] = (char)(i ? 0x80 | (c & 0x3f) : (0xf00 >> n & 0xff) | c);
+    for (int i = n - 1; i > 0; i--, c >>= 6)
+        out[i] = (char)(0x80 | (c & 0x3f));
+    out[0] = (char)(lead[n] | c);
     return (size_t)n;
 }
 
@@ -1546,9 +1549,6 @@ static void add_scalar(struct text *t, const struct json *v)
 /* What is deeper than anything that is ever read is left out. */
 static void add_json(struct text *t, const struct json *v)
 {
-    static const char *const end[] = {
-        [JSON_ARRAY] = "]", [JSON_OBJECT] = "}"
-    };
     const struct json *open[2 * MAX_DEPTH];
     int depth = 0;
 
@@ -1563,14 +1563,14 @@ static void add_json(struct text *t, const struct json *v)
             v = v->first;
             continue;
         }
-        if (v->type >= JSON_ARRAY)
-            add_string(t, end[v->type]);
-        while (depth > 0 && !v->next) {
-            v = open[--depth];
-            add_string(t, end[v->type]);
+        for (;; v = open[--depth]) {
+            if (v->type >= JSON_ARRAY)
+                add_string(t, v->type == JSON_ARRAY ? "]" : "}");
+            if (depth == 0)
+                return;
+            if (v->next)
+                break;
         }
-        if (depth == 0)
-            return;
         add_string(t, ", ");
         v = v->next;
     }
@@ -1626,9 +1626,6 @@ static const struct dialect {
     [TEMPLATE_VL]       = { 0, 1, SINCE_ANSWER, CALLS_FIRST, "\"" },
     [TEMPLATE_8B]       = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'" },
 };
-
-/* Some bytes within a text. */
-struct piece { const char *s; size_t n; };
 
 struct rendering {
     const struct conversation *conv;
