@@ -335,7 +335,7 @@ static int print_help(void)
            "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
            "prompt longer than the context,\n7 some lines of a batch failed, "
            "130 interrupted, 143 terminated.\nLFM2_MODEL and LFM2_THREADS in "
-           "the environment stand in for -m and -t, and NO_COLOR\nis "
+           "the environment stand in for -m and -t,\nand NO_COLOR is "
            "--color off.\n");
     return DONE;
 }
@@ -6840,7 +6840,7 @@ static const char *mix_name(const lfm2_model *m)
     };
     double number;
 
-    if (file_number(m, "general.file_type", &number))
+    if (file_number(m, "general.file_type", 0, 1000, &number))
         for (size_t i = 0; i < sizeof mix / sizeof *mix; i++)
             if (mix[i].number == (int)number)
                 return mix[i].name;

@@ -59,12 +59,12 @@ static void test_free(void *p)
 #undef calloc
 #undef realloc
 #undef free
-#undef COUNT
 
 #include "util.h"
 
 #include <check.h>
 
+#undef COUNT                              /* run.c has another one           */
 #define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
 
 /* Nothing that run.c allocated is left. */
