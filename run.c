@@ -1550,13 +1550,14 @@ static void add_json_string(struct text *t, const char *s, size_t n)
 }
 
 /* The fewest digits that are this number, as Python prints floats. */
-static void add_float(struct text *t, double x)
+static void add_float(struct text *t, double x, int python)
 {
     char s[40];
     int n = 0, e;
 
     if (isinf(x)) {
-        add_string(t, x < 0 ? "-Infinity" : "Infinity");
+        add_string(t, x < 0 ? "-" : "");
+        add_string(t, python ? "inf" : "Infinity");
         return;
     }
     do
@@ -1569,36 +1570,62 @@ static void add_float(struct text *t, double x)
         add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* A value, or how one that has members begins. */
-static void add_scalar(struct text *t, const struct json *v)
+/* A string as Python's repr() writes it, but for rare characters without a
+ * picture of their own. */
+static void add_python_string(struct text *t, const char *s, size_t n)
 {
-    static const char *const word[] = {
-        [JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true",
-        [JSON_ARRAY] = "[", [JSON_OBJECT] = "{"
+    const char *const end = s + n;
+    const int quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
+    uint32_t c;
+
+    add_format(t, "%c", quote);
+    for (int size; s < end; s += size) {
+        size = utf8_get(s, end, &c);
+        size = size ? size : 1;
+        if (c == '\\' || c == (uint32_t)quote)
+            add_format(t, "\\%c", (int)c);
+        else if (c == '\n' || c == '\r' || c == '\t')
+            add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
+        else if (c < ' ' || (c >= 0x7f && c <= 0xa0) || c == 0xad)
+            add_format(t, "\\x%02x", (unsigned)c);
+        else
+            add(t, s, (size_t)size);
+    }
+    add_format(t, "%c", quote);
+}
+
+/* A value, or how one that has members begins. */
+static void add_scalar(struct text *t, const struct json *v, int python)
+{
+    static const char *const word[][JSON_OBJECT + 1] = {
+        { [JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true",
+          [JSON_ARRAY] = "[", [JSON_OBJECT] = "{" },
+        { [JSON_NULL] = "None", [JSON_FALSE] = "False", [JSON_TRUE] = "True",
+          [JSON_ARRAY] = "[", [JSON_OBJECT] = "{" }
     };
 
     if (v->type == JSON_STRING)
-        add_json_string(t, v->s, v->n);
+        (python ? add_python_string : add_json_string)(t, v->s, v->n);
     else if (v->type != JSON_NUMBER)
-        add_string(t, word[v->type]);
+        add_string(t, word[python][v->type]);
     else if (strpbrk(v->s, ".eE"))
-        add_float(t, strtod(v->s, NULL));
+        add_float(t, strtod(v->s, NULL), python);
     else
         add_string(t, strcmp(v->s, "-0") == 0 ? "0" : v->s);
 }
 
 /* What is deeper than anything that is ever read is left out. */
-static void add_json(struct text *t, const struct json *v)
+static void add_tree(struct text *t, const struct json *v, int python)
 {
     const struct json *open[2 * MAX_DEPTH];
     int depth = 0;
 
     while (v) {
         if (depth > 0 && v->key) {
-            add_json_string(t, v->key, v->n_key);
+            (python ? add_python_string : add_json_string)(t, v->key, v->n_key);
             add_string(t, ": ");
         }
-        add_scalar(t, v);
+        add_scalar(t, v, python);
         if (v->first && depth < 2 * MAX_DEPTH) {
             open[depth++] = v;
             v = v->first;
@@ -1615,6 +1642,11 @@ static void add_json(struct text *t, const struct json *v)
         add_string(t, ", ");
         v = v->next;
     }
+}
+
+static void add_json(struct text *t, const struct json *v)
+{
+    add_tree(t, v, 0);
 }
 
 /* -------------------------------------------------------- 5. Chat templates
@@ -1917,22 +1949,16 @@ static struct piece trim(const char *s, const char *end)
     return (struct piece){ s, (size_t)(end - s) };
 }
 
-/* The value of an argument in a call: words are Python's, strings in quotes of
- * the template's, and all else is JSON.  The templates leave lists to Python,
- * which has 'a' and True in them for "a" and true. */
+/* The value of an argument in a call: Python's, but for strings and dicts. */
 static void add_argument(struct text *t, const struct json *v,
                          const char *quote)
 {
-    static const char *const word[] = { "None", "False", "True" };
-
-    if (v->type <= JSON_TRUE)
-        add_string(t, word[v->type]);
-    else if (v->type == JSON_STRING && quote) {
+    if (v->type == JSON_STRING && quote) {
         add_string(t, quote);
         add(t, v->s, v->n);
         add_string(t, quote);
     } else
-        add_json(t, v);
+        add_tree(t, v, v->type != JSON_STRING && v->type != JSON_OBJECT);
 }
 
 /* ---- the parts of a conversation */

@@ -483,8 +483,11 @@ static const struct {
                    M("assistant", CALL("\"{\\\"x\\\": [\\\"it's\\\", 1e5, true,"
                                        " {\\\"y\\\": null}],"
                                        " \\\"z\\\": true}\""))),
-      B U("a") A(CALL_START "[f(x=[\"it's\", 100000.0, true, {\"y\": null}], "
+      B U("a") A(CALL_START "[f(x=[\"it's\", 100000.0, True, {'y': None}], "
                  "z=True)]" CALL_END) },
+    { NEW, 0, CHAT(M("assistant", CALL("{\"x\":[\"'\\\"\\\\\\n\\u0007\\u00ad"
+                                       "\"]}"))),
+      B A(CALL_START "[f(x=['\\'\"\\\\\\n\\x07\\xad'])]" CALL_END) },
     { VL, 0, CHAT(M("assistant", CALL("{\"x\":\"a\\\"b\",\"y\":{\"z\":[]}}")
                     ",\"content\":\"c\"")),
       B A(CALL_START "[f(x=\"a\"b\", y={\"z\": []})]" CALL_END "c") },
