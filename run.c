@@ -2701,6 +2701,102 @@ static double kv_bytes(const lfm2_config *c, int kv_type)
     return sum;
 }
 
+/* ---- what a token costs, and the process */
+
+/* What a token costs, by the tensors of the file. */
+struct cost {
+    double bytes, params;                 /* of the whole file               */
+    double shared, experts;               /* bytes: read for every token, and
+                                             of all experts together         */
+    double macs, head;                    /* multiply-adds; for logits       */
+    double kv;                            /* bytes of cache a token of text  */
+};
+
+static struct cost count_cost(const lfm2_model *m, int kv_type)
+{
+    const lfm2_config *c = lfm2_model_config(m);
+    struct cost sum = { .kv = kv_bytes(c, kv_type) };
+    double embedding = 0, output = 0;
+    lfm2_tensor_info t;
+
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
+        const double bytes = (double)t.n_bytes, n = count_elements(&t);
+        sum.bytes += bytes;
+        sum.params += n;
+        if (strcmp(t.name, "token_embd.weight") == 0)
+            embedding = bytes, sum.head = n;
+        else if (strcmp(t.name, "output.weight") == 0)
+            output = bytes;
+        else if (strstr(t.name, "_exps.") && c->n_expert > 0) {
+            sum.experts += bytes;
+            sum.macs += n * c->n_expert_used / c->n_expert;
+        } else {
+            sum.shared += bytes;
+            sum.macs += t.n_dims > 1 ? n : 0;
+        }
+    }
+    sum.shared += output > 0 ? output : embedding;
+    return sum;
+}
+
+/* Bytes that one step reads for a token of each sequence: weights once, of the
+ * experts those that are expected to be chosen, if all are as likely; and the
+ * cache, `depth` tokens of it. */
+static double step_bytes(const lfm2_model *m, const struct cost *cost,
+                         int n_seq, double depth)
+{
+    const lfm2_config *c = lfm2_model_config(m);
+    double idle = 1;
+
+    for (int i = 0; c->n_expert > 0 && i < n_seq; i++)
+        idle *= 1 - (double)c->n_expert_used / c->n_expert;
+    return cost->shared + cost->experts * (1 - idle) +
+           cost->kv * n_seq * depth;
+}
+
+/* What a file of Linux says of `key`, behind a colon; or something else. */
+static struct phrase look_up(const char *path, const char *key,
+                             const char *otherwise)
+{
+    struct phrase out = phrase("%s", otherwise);
+    FILE *f = fopen(path, "r");
+    char line[256];
+
+    while (f && fgets(line, sizeof line, f)) {
+        const char *s = strchr(line, ':');
+        if (!s || strncmp(line, key, strlen(key)) != 0)
+            continue;
+        s += 1 + strspn(s + 1, " \t");
+        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
+        break;
+    }
+    if (f)
+        fclose(f);
+    return out;
+}
+
+/* Memory of the process's own, which the mapped file is not; 0 if the system
+ * does not tell. */
+static double anonymous_memory(void)
+{
+    return strtod(look_up("/proc/self/status", "RssAnon", "0").s, NULL) * 1024;
+}
+
+static double peak_memory(void)
+{
+    struct rusage use;
+
+    if (getrusage(RUSAGE_SELF, &use) != 0)
+        return 0;
+#ifdef __APPLE__
+    return (double)use.ru_maxrss;
+#else
+    return (double)use.ru_maxrss * 1024;
+#endif
+}
+
+/* ---- memory */
+
 static void inspect_memory(const struct settings *s, const lfm2_model *m)
 {
     const lfm2_config *c = lfm2_model_config(m);
@@ -4249,15 +4345,24 @@ static int print_answer_json(struct talk *t)
 
 /* ---- one answer */
 
+/* With -v, why it is not faster: what had to be read for every token. */
 static void print_speed(const struct talk *t)
 {
+    const struct engine *e = t->e;
     const struct reply *r = &t->r;
     const int n_new = r->q->prompt.n - r->n_reused;
+    const double speed = r->n_made / (r->ended - r->read + 1e-9);
+    const struct cost cost = count_cost(e->model, e->par.kv_type);
+    const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
 
     say(DONE, "prompt %d tokens, %d of them new, %.1f tok/s; generated %d "
         "tokens, %.1f tok/s", r->q->prompt.n, n_new,
-        n_new / (r->read - r->started + 1e-9), r->n_made,
-        r->n_made / (r->ended - r->read + 1e-9));
+        n_new / (r->read - r->started + 1e-9), r->n_made, speed);
+    if (e->s->verbose)
+        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s, of "
+            "it %s not the file's", amount(bytes, "B").s,
+            amount(bytes * speed, "B").s, amount(peak_memory(), "B").s,
+            amount(anonymous_memory(), "B").s);
 }
 
 /* Answer t->q.prompt.  What was said before an interruption stays. */
@@ -6585,15 +6690,6 @@ enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
 
 struct test { int n_prompt, n_gen, n_seq, depth; };
 
-/* What a token costs, by the tensors of the file. */
-struct cost {
-    double bytes, params;                 /* of the whole file               */
-    double shared, experts;               /* bytes: read for every token, and
-                                             of all experts together         */
-    double macs, head;                    /* multiply-adds; for logits       */
-    double kv;                            /* bytes of cache a token of text  */
-};
-
 struct limits { double read, dot; };      /* bytes, multiply-adds a second   */
 
 struct result {
@@ -6760,47 +6856,6 @@ static void measure_sampling(struct bench *b)
     free(copy);
 }
 
-/* What a file of Linux says of `key`, behind a colon; or something else. */
-static struct phrase look_up(const char *path, const char *key,
-                             const char *otherwise)
-{
-    struct phrase out = phrase("%s", otherwise);
-    FILE *f = fopen(path, "r");
-    char line[256];
-
-    while (f && fgets(line, sizeof line, f)) {
-        const char *s = strchr(line, ':');
-        if (!s || strncmp(line, key, strlen(key)) != 0)
-            continue;
-        s += 1 + strspn(s + 1, " \t");
-        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
-        break;
-    }
-    if (f)
-        fclose(f);
-    return out;
-}
-
-/* Memory of the process's own, which the mapped file is not; 0 if the system
- * does not tell. */
-static double anonymous_memory(void)
-{
-    return strtod(look_up("/proc/self/status", "RssAnon", "0").s, NULL) * 1024;
-}
-
-static double peak_memory(void)
-{
-    struct rusage use;
-
-    if (getrusage(RUSAGE_SELF, &use) != 0)
-        return 0;
-#ifdef __APPLE__
-    return (double)use.ru_maxrss;
-#else
-    return (double)use.ru_maxrss * 1024;
-#endif
-}
-
 static struct phrase name_cpu(void)
 {
     struct utsname host;
@@ -6810,47 +6865,6 @@ static struct phrase name_cpu(void)
 }
 
 /* ---- the model */
-
-static struct cost count_cost(const lfm2_model *m, int kv_type)
-{
-    const lfm2_config *c = lfm2_model_config(m);
-    struct cost sum = { .kv = kv_bytes(c, kv_type) };
-    double embedding = 0, output = 0;
-    lfm2_tensor_info t;
-
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
-        const double bytes = (double)t.n_bytes, n = count_elements(&t);
-        sum.bytes += bytes;
-        sum.params += n;
-        if (strcmp(t.name, "token_embd.weight") == 0)
-            embedding = bytes, sum.head = n;
-        else if (strcmp(t.name, "output.weight") == 0)
-            output = bytes;
-        else if (strstr(t.name, "_exps.") && c->n_expert > 0) {
-            sum.experts += bytes;
-            sum.macs += n * c->n_expert_used / c->n_expert;
-        } else {
-            sum.shared += bytes;
-            sum.macs += t.n_dims > 1 ? n : 0;
-        }
-    }
-    sum.shared += output > 0 ? output : embedding;
-    return sum;
-}
-
-/* Bytes of one step that generates a token for each sequence: weights once, of
- * the experts those that are expected to be chosen, if all are as likely; and
- * the cache at its mean length. */
-static double step_bytes(const struct bench *b, const struct test *t)
-{
-    const lfm2_config *c = lfm2_model_config(b->e.model);
-    double idle = 1;
-
-    for (int i = 0; c->n_expert > 0 && i < t->n_seq; i++)
-        idle *= 1 - (double)c->n_expert_used / c->n_expert;
-    return b->cost.shared + b->cost.experts * (1 - idle) +
-           b->cost.kv * t->n_seq * (t->depth + t->n_gen / 2.0);
-}
 
 /* The mix of types as quantisers name it, by the number in the file. */
 static const char *mix_name(const lfm2_model *m)
@@ -7122,7 +7136,9 @@ static int run_test(struct bench *b, const struct test *t)
     if (gmtime_r(&now, &utc))
         strftime(r->when, sizeof r->when, "%Y-%m-%dT%H:%M:%SZ", &utc);
     if (t->n_prompt == 0)
-        r->read = step_bytes(b, t) * r->ts.mean / t->n_seq;
+        r->read = step_bytes(b->e.model, &b->cost, t->n_seq,
+                             t->depth + t->n_gen / 2.0) *
+                  r->ts.mean / t->n_seq;
     if (t->n_prompt == 0 || t->n_gen == 0)
         r->macs = (b->cost.macs + (t->n_gen ? b->cost.head : 0)) * r->ts.mean;
     b->rss_anon = fmax(b->rss_anon, r->rss_anon);
