@@ -2924,6 +2924,7 @@ struct engine {
     struct ids *cached;                   /* [n_seq]: tokens in the cache    */
     lfm2_span *span;                      /* [n_seq]                         */
     float *unbent;                        /* [n_vocab]: logits as they came  */
+    struct ids ends;                      /* tokens that end a turn          */
 };
 
 /* ---- presets
@@ -3117,9 +3118,14 @@ static int open_model_words(struct engine *e)
     if (e->s->ids && e->s->logits)
         return DONE;
     code = open_words(e->s, &e->words);
+    if (code == DONE)
+        code = alloc_ids(&e->ends, (size_t)lfm2_n_vocab(e->words));
     if (code != DONE)
         return code;
     n = lfm2_n_vocab(e->words);
+    for (int32_t id = 0; id < n; id++)
+        if (lfm2_is_eog(e->words, id))
+            e->ends.id[e->ends.n++] = id;
     if (n > n_vocab || (n < n_vocab && e->s->tokenizer))
         return say(BAD_MODEL, "%s: a vocabulary of %d tokens, expected the %d "
                    "of the model", e->s->tokenizer ? e->s->tokenizer :
@@ -3204,6 +3210,7 @@ static void close_engine(struct engine *e)
     free(e->cached);
     free(e->span);
     free(e->unbent);
+    free(e->ends.id);
     lfm2_context_close(e->ctx);
     lfm2_tokenizer_close(e->words);
     lfm2_model_close(e->model);
@@ -3651,9 +3658,8 @@ static void bend_logits(const struct engine *e, const struct reply *r,
     for (int i = 0; i < r->n_said; i++)
         logits[r->said[i].id] -= (float)(q->presence + q->frequency *
                                          (double)r->said[i].by);
-    for (int32_t id = 0; q->ignore_eos && id < lfm2_n_vocab(e->words); id++)
-        if (lfm2_is_eog(e->words, id))
-            logits[id] = -INFINITY;
+    for (int i = 0; q->ignore_eos && i < e->ends.n; i++)
+        logits[e->ends.id[i]] = -INFINITY;
 }
 
 /* For the presence and frequency penalties. */

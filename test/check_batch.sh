@@ -6,11 +6,12 @@
 
 m=test/tiny.gguf
 
-# batch STATUS WHAT OPTIONS...: $dir/in is answered in $dir/out.
+# batch STATUS WHAT OPTIONS...: $dir/in is answered in $dir/out.  By one thread,
+# which is not slower for this model.
 batch() {
     want=$1 what=$2
     shift 2
-    "$run" $m --batch "$@" <"$dir/in" >"$dir/out" 2>"$dir/err"
+    "$run" $m --batch -t 1 "$@" <"$dir/in" >"$dir/out" 2>"$dir/err"
     status=$?
     [ $status -eq "$want" ]
     result $? "$what: status $status, expected $want"
@@ -299,14 +300,17 @@ has "is a token, too" '"<|im_end|>"], "token_logprobs"'
 
 # ---------------------------------------------------------- always the same
 
-# 40 lines of all kinds.  Half of them share 500 tokens.
-awk 'BEGIN {
-    while (i++ < 40) shared = shared "You know a lot of stories, and tell them. "
+# 40 lines of all kinds, less for the sanitizers.  Half of them share more than
+# 300 tokens.
+n=40
+case $run in *debug*) n=12 ;; esac
+awk -v n=$n 'BEGIN {
+    while (i++ < 28) shared = shared "You know a lot of stories, and tell them. "
     known = "{\"role\":\"system\",\"content\":\"" shared "\"},"
-    for (i = 1; i <= 40; i++) {
+    for (i = 1; i <= n; i++) {
         printf "{\"custom_id\":\"q%d\",\"method\":\"POST\",\"url\":\"/v1/x\"," \
             "\"body\":{\"max_tokens\":%d,\"temperature\":%g,", i,
-            i % 7 * 8 + 1, i % 3 ? 0 : i / 10
+            i % 7 * 4 + 1, i % 3 ? 0 : i / 10
         if (i % 5 == 0) printf "\"seed\":%d,", i
         if (i % 6 == 1) printf "\"stop\":[\" the\",\"xyz\"],"
         if (i % 8 == 2) printf "\"logprobs\":%s,", i % 4 < 2 ? "true" : "2"
@@ -316,28 +320,29 @@ awk 'BEGIN {
         else printf "\"messages\":[%s{\"role\":\"user\",\"content\":" \
             "\"Tell story number %d.\"}]}}\n", i % 4 == 1 ? "" : known, i
     } }' | sed 's|/v1/x|/v1/chat/completions|
-        s|chat/\(.*"prompt"\)|\1|' >"$dir/forty"
-cp "$dir/forty" "$dir/in"
-batch 0 "40 lines" -v
-answers 40 "40 lines"
+        s|chat/\(.*"prompt"\)|\1|' >"$dir/lines"
+cp "$dir/lines" "$dir/in"
+batch 0 "lines of all kinds" -v
+answers $n "lines of all kinds"
 says "what is common" " of them reused"
 reused=$(sed -n 's/.* tokens, \([0-9]*\) of them reused/\1/p' "$dir/err")
-holds "is read once, not 20 times: $reused" [ "${reused:-0}" -gt 6000 ]
+holds "is read once: $reused" [ "${reused:-0}" -gt $((n * 85)) ]
 cp "$dir/out" "$dir/answers"
 sort "$dir/answers" >"$dir/sorted"
-for how in "--parallel 1" "--parallel 2" "--parallel 7 -t 1" "--parallel 40" \
-    "--parallel 3 -b 1" "-b 3" "-b 64" "-t 1" "-t 3" "-t 4 --parallel 5"; do
+for how in "--parallel 1" "--parallel 3 -b 1" "-b 3" "--parallel 2" \
+    "--parallel 40" "--parallel 7 -t 2" "-b 64" "-t 3 --parallel 5" "-t 4"; do
     # shellcheck disable=SC2086
     batch 0 "$how" $how
     same "the same answers with $how" "$dir/answers" "$dir/out"
+    [ $n -lt 40 ] && [ "$how" = "-b 3" ] && break
 done
-awk '{ line[NR * 17 % 41] = $0 }
-     END { for (i = 1; i < 41; i++) print line[i] }' "$dir/forty" >"$dir/in"
+awk '{ print NR * 17 % 41 "\t" $0 }' "$dir/lines" | sort -n | cut -f 2- \
+    >"$dir/in"
 batch 0 "in another order"
 holds "another order" sh -c "! cmp -s $dir/answers $dir/out"
 sort "$dir/out" >"$dir/has"
 same "the same answers in another order" "$dir/sorted" "$dir/has"
-cp "$dir/forty" "$dir/in"
+cp "$dir/lines" "$dir/in"
 : >"$dir/has"
 for i in 0 1 2; do
     batch 0 "--shard $i/3" --shard $i/3
@@ -345,27 +350,27 @@ for i in 0 1 2; do
 done
 sort "$dir/has" >"$dir/out"
 same "the same answers in three parts" "$dir/sorted" "$dir/out"
-: >"$dir/has"
 for i in 3 8 12 18 24 30; do
-    sed -n ${i}p "$dir/forty" >"$dir/in"
+    [ $i -le $n ] || break
+    sed -n ${i}p "$dir/lines" >"$dir/in"
     batch 0 "line $i alone"
-    cat "$dir/out" >>"$dir/has"
+    sed -n ${i}p "$dir/answers" >"$dir/expected"
+    same "line $i alone" "$dir/expected" "$dir/out"
 done
-awk 'NR == 3 || (NR == 8 || NR % 6 == 0) && NR > 6 && NR < 31' \
-    "$dir/answers" >"$dir/out"
-same "the same answers alone" "$dir/has" "$dir/out"
 for i in 2 5 8 12 28 30; do
-    sed -n "${i}s/.*\"body\"://p" "$dir/forty" | sed 's/}$//' >"$dir/body"
-    n=$(sed 's/.*"max_tokens":\([0-9]*\).*/\1/' "$dir/body")
+    [ $i -le $n ] || break
+    sed -n "${i}s/.*\"body\"://p" "$dir/lines" | sed 's/}$//' >"$dir/body"
+    limit=$(sed 's/.*"max_tokens":\([0-9]*\).*/\1/' "$dir/body")
     temp=$(sed 's/.*"temperature":\([0-9.]*\).*/\1/' "$dir/body")
     [ "$temp" = 0 ] || grep -q '"seed"' "$dir/body" || continue
-    "$run" -q $m --messages "$dir/body" --json -n "$n" --temp "$temp" -s "$i" \
+    "$run" -q -t 1 $m --messages "$dir/body" --json -n "$limit" --temp "$temp" -s "$i" \
         </dev/null 2>"$dir/err" | sed 's/, "logprobs".*//' >"$dir/out"
-    [ "$(message "$dir/out")" = "$(sed -n ${i}p "$dir/answers" |
-        sed 's/, "logprobs".*//' >"$dir/a"; message "$dir/a")" ]
+    sed -n "${i}s/, \"logprobs\".*//p" "$dir/answers" >"$dir/expected"
+    [ -s "$dir/expected" ] || sed -n ${i}p "$dir/answers" >"$dir/expected"
+    [ "$(message "$dir/out")" = "$(message "$dir/expected")" ]
     result $? "line $i is what --messages --json answers"
 done
-cp "$dir/forty" "$dir/in"
+cp "$dir/lines" "$dir/in"
 
 # ------------------------------------------------------------------------ parts
 
@@ -375,7 +380,7 @@ part() {
     shift 2
     batch 0 "--shard $expected" --shard "$expected"
     mv "$dir/out" "$dir/expected"
-    env "$@" "$run" $m --batch --shard "$auto" <"$dir/in" >"$dir/out" \
+    env "$@" "$run" $m --batch -t 1 --shard "$auto" <"$dir/in" >"$dir/out" \
         2>"$dir/err"
     result $? "$what"
     same "$what is --shard $expected" "$dir/expected" "$dir/out"
@@ -442,39 +447,42 @@ fi
 
 # ---------------------------------------------------------- stopped and resumed
 
-# Enough work for some seconds.
-n_slow=200
-case $run in *debug*) n_slow=24 ;; esac
+# Enough work for a second.
+n_slow=150
+case $run in *debug*) n_slow=30 ;; esac
 awk -v n=$n_slow 'BEGIN {
     while (i++ < n)
         printf "{\"custom_id\":\"q%d\",\"prompt\":\"Story number %d\"," \
             "\"ignore_eos\":true,\"max_tokens\":%d,\"temperature\":1}\n", \
-            i, i, 20 + i * 7 % 50 }' >"$dir/in"
-slow="--parallel 4 -t 1 --isa scalar"
-# shellcheck disable=SC2086
-batch 0 "a slow job" $slow --heartbeat 1
+            i, i, 20 + i * 7 % 50 }' >"$dir/slow"
+head -n 12 "$dir/slow" >"$dir/in"
+batch 0 "very slow" --parallel 1 --isa scalar --heartbeat 1
 says "lines of progress" " s to go"
+cp "$dir/slow" "$dir/in"
+batch 0 "a slow job" --parallel 4
 cp "$dir/out" "$dir/whole"
 sort "$dir/whole" >"$dir/sorted"
 
 # start OPTIONS...: the slow job, in the background.
 start() {
-    # shellcheck disable=SC2086
-    "$run" $m --batch $slow "$@" <"$dir/in" >"$dir/out" 2>"$dir/err" &
+    "$run" $m --batch -t 1 --parallel 4 "$@" <"$dir/in" >"$dir/out" \
+        2>"$dir/err" &
     pid=$!
 }
 
-for pause in 0.3 0.15 0.5 0.05 0.4 0.25; do
+# Killed after some lines, or none; once, as if in the middle of one.
+for tenths in 0 1 3 4 6; do
+    : >>"$dir/part"
     start --resume "$dir/part"
-    sleep $pause
+    [ $tenths = 4 ] && sleep 0.02
+    within 20 lines "$dir/part" $((n_slow * tenths / 10))
     kill -KILL $pid
     wait $pid 2>/dev/null
-    # As if a line had been torn, too.
-    [ -e "$dir/part" ] && [ $pause = 0.15 ] &&
-        tail -n 1 "$dir/whole" | head -c 70 >>"$dir/part"
+    [ $tenths = 3 ] && tail -n 1 "$dir/whole" | head -c 70 >>"$dir/part"
 done
 n=$(wc -l <"$dir/part")
-holds "killed with some lines done: $n" [ "$n" -gt 0 ] && [ "$n" -lt $n_slow ]
+[ "$n" -gt 0 ] && [ "$n" -lt $n_slow ]
+result $? "killed with some lines done: $n of $n_slow"
 batch 0 "resumed" --resume "$dir/part"
 says "what is there" "$n lines are there already"
 holds "nothing on standard output" [ ! -s "$dir/out" ]
@@ -490,7 +498,6 @@ for signal in TERM INT; do
     status=143
     [ $signal = INT ] && status=130
     : >"$dir/part"
-    # An asynchronous command of a shell ignores SIGINT; env does not undo it.
     start --resume "$dir/part"
     within 10 lines "$dir/part" 2
     kill -$signal $pid
@@ -504,6 +511,7 @@ for signal in TERM INT; do
     result $? "SIG$signal leaves whole lines"
     n=$(wc -l <"$dir/part")
     holds "but not all: $n" [ "$n" -lt $n_slow ]
+    [ $signal = TERM ] || break
     batch 0 "resumed after SIG$signal" --resume "$dir/part" -q
     sort "$dir/part" >"$dir/has"
     same "resumed after SIG$signal" "$dir/sorted" "$dir/has"
