@@ -374,7 +374,7 @@ START_TEST(many_threads_look_far_back)
     enum { N = 530 };
     static const int threads[] = { 1, 3, 8 };
     lfm2_params p = { .n_ctx = N, .n_seq = 1, .n_batch = 64, .n_logits = 1 };
-    struct rig r = rig_open(kinds[_i], small_params());
+    struct rig r = rig_open(kinds[0], small_params());
     float *expected = calloc((size_t)N * (size_t)r.n_vocab, sizeof *expected);
     int32_t tokens[N];
 
@@ -585,7 +585,7 @@ Suite *forward_suite(void)
                         N_KINDS);
     tcase_add_loop_test(c, every_cut_is_the_same, 0, N_KINDS);
     tcase_add_loop_test(c, batch_and_threads_change_nothing, 0, N_KINDS);
-    tcase_add_loop_test(c, many_threads_look_far_back, 0, N_KINDS);
+    tcase_add_test(c, many_threads_look_far_back);
     tcase_add_loop_test(c, neighbours_in_the_batch_change_nothing, 0, N_KINDS);
     tcase_add_loop_test(c, logits_that_nobody_asked_for_change_nothing, 0,
                         N_KINDS);
