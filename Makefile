@@ -79,7 +79,11 @@ demo: run
 
 # ------------------------------------------------------------------- the tests
 
+# What takes longest goes first.
 SUITES  := $(basename $(notdir $(wildcard test/check_*.c)))
+SUITES  := check_kernels $(filter-out check_kernels,$(SUITES))
+SCRIPTS := $(wildcard test/check_*.sh)
+SCRIPTS := test/check_run.sh $(filter-out test/check_run.sh,$(SCRIPTS))
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 
 build/debug/%.o: %.c | build/debug
@@ -92,38 +96,43 @@ build/debug/run: build/debug/run.o build/debug/lfm2.o
 
 debug: build/debug/run
 
-# One program for each suite.  The suites include lfm2.c to reach all of it.
+# One program for each suite.  Most include lfm2.c to reach all of it.  The
+# kernels take long to compile, minutes with sanitizers: some suites link the
+# library, and those that never get to a kernel leave them out.
+LINKED  := check_answer check_chat check_forward check_gguf
+PLAIN   := check_math check_sampler check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
+COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -pthread \
+           -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(filter %.o,$^)
 
+$(PLAIN:%=build/test/%): CPPFLAGS += -DLFM2_NO_SIMD
+$(LINKED:%=build/test/%): build/lfm2.o
 build/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
               | build/test have-check
-	$(CC) $(CPPFLAGS) -O2 -std=c11 $(EXACT) -Wall -Wextra -pthread -DSUITE=$(*:check_%=%_suite) \
-	    -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
+	$(COMPILE) -O2 $(CHECK) $(LIBS)
 
-# The kernels take minutes to compile with sanitizers: once is enough.
 build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
-build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS)
-build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
-                    lfm2.h | build/debug/test have-check
-	$(CC) $(CPPFLAGS) $(SANITIZE) -std=c11 $(EXACT) -Wall -Wextra -pthread \
-	    -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(CHECK) $(LIBS)
+build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED
+$(LINKED:%=build/debug/test/%): build/debug/lfm2.o
+build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
+                    | build/debug/test build/test have-check
+	$(COMPILE) $(SANITIZE) $(CHECK) $(LIBS)
 
-# These include run.c instead, so the library is linked.
-OF_RUN  := check_answer check_chat
-$(OF_RUN:%=build/test/%): HELPERS += build/lfm2.o
-$(OF_RUN:%=build/test/%): run.c build/lfm2.o
-$(OF_RUN:%=build/debug/test/%): HELPERS += build/debug/lfm2.o
-$(OF_RUN:%=build/debug/test/%): run.c build/debug/lfm2.o
+# These include run.c instead.
+RUN     := $(basename $(notdir $(shell grep -l run.c test/check_*.c)))
+$(RUN:%=build/test/%) $(RUN:%=build/debug/test/%): run.c
 
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh
 
 check: run lib $(SUITES:%=build/test/%)
-	@sh test/all.sh build/test ./run
+	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%)
 
+# Of the scripts, those that run the program.
 check-debug: build/debug/run $(SUITES:%=build/debug/test/%)
-	@sh test/all.sh build/debug/test build/debug/run
+	@sh test/all.sh build/debug/run $$(grep -l '"$$run"' $(SCRIPTS)) \
+	    $(SUITES:%=build/debug/test/%)
 
 check-bits:
 	@sh test/bits.sh

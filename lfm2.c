@@ -55,6 +55,7 @@
 #ifndef KERNELS                           /* see section 12                  */
 
 #define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE                       /* sched_getaffinity()             */
 
 #include "lfm2.h"
 
@@ -76,6 +77,7 @@
 #endif
 #ifndef LFM2_NO_THREADS
 #include <pthread.h>
+#include <sched.h>
 #endif
 
 #if defined __x86_64__ && defined __GNUC__ && !defined LFM2_NO_SIMD
@@ -218,6 +220,9 @@ struct lfm2_context {
     float *q;                             /* [n_rows][n_head][head_dim], the
                                              memory of mixed.f               */
     float *k, *v;                         /* [n_rows][n_head_kv][head_dim]   */
+    struct gathered *part;                /* [n_head_kv][chunks of n_ctx]
+                                             [heads that share it]; for one
+                                             row, see is_split()             */
     struct input in;                      /* [n_rows][n_embd], x normed      */
     struct input mixed;                   /* [n_rows][n_embd] or of all the
                                              heads: what an operator gives   */
@@ -323,13 +328,12 @@ static float *product(struct lfm2_context *ctx, int thread, int to,
 /* Unit u of all rows of y, [n][w->rows], becomes `unit`, [n][UNIT], or is
  * increased by it. */
 static void put_unit(float *y, const struct tensor *w, int u, const float *unit,
-                     int n, int add);
+                     int n, int how);
 
-/* y = in w^T, [in->n][w->rows], or y += in w^T. */
-static void matmul(struct lfm2_context *ctx, float *y, const struct tensor *w,
-                   const struct input *in);
-static void matmul_add(struct lfm2_context *ctx, float *y,
-                       const struct tensor *w, const struct input *in);
+/* y = in w^T, [in->n][w->rows], or y is increased by it. */
+enum { ASSIGN, INCREASE };
+static void matmul(struct lfm2_context *ctx, int how, float *y,
+                   const struct tensor *w, const struct input *in);
 
 /* A thread's part of matmul(); it will go on with the matrix `next`. */
 static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
@@ -505,7 +509,7 @@ static void short_conv(struct lfm2_context *ctx, const struct layer *l)
     ctx->mixed.n = ctx->n_rows;
     ctx->mixed.cols = ctx->model->cfg.n_embd;
     parallel(ctx, conv_work, (void *)l);
-    matmul_add(ctx, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
+    matmul(ctx, INCREASE, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
 }
 
 /* Attention looks at positions in chunks of CHUNK, which decide how sums are
@@ -686,6 +690,13 @@ static void prepare_work(struct lfm2_context *ctx, void *arg, int thread)
     }
 }
 
+/* The result for one head, when all chunks are merged. */
+static void finish_head(float *out, const struct gathered *all, int head_dim)
+{
+    for (int d = 0; d < head_dim; d++)
+        out[d] = all->o[d] / all->sum;
+}
+
 /* How many rows look back together. */
 static int rows_together(const lfm2_config *c)
 {
@@ -721,9 +732,8 @@ static void attend_rows(struct lfm2_context *ctx, struct gathered *all,
                 merge_chunk(ctx->isa, all + t * group + i, part + i, hd);
         }
     for (int i = 0; i < n * group; i++)
-        for (int d = 0; d < hd; d++)
-            q[(size_t)(i / group) * row + (size_t)(i % group) * hd + d] =
-                all[i].o[d] / all[i].sum;
+        finish_head(q + (size_t)(i / group) * row + (size_t)(i % group) * hd,
+                    &all[i], hd);
 }
 
 /* Later rows see more, so the threads take turns. */
@@ -748,6 +758,56 @@ static void attend_work(struct lfm2_context *ctx, void *arg, int thread)
     }
 }
 
+/* A single row that looks far back would leave threads idle if there are more
+ * of them than kv heads.  Then every chunk of every head is a task of its own,
+ * and merging, in the same order, comes after. */
+static int is_split(const struct lfm2_context *ctx)
+{
+    return ctx->n_rows == 1 && ctx->position[0] >= CHUNK &&
+           ctx->par.n_threads > ctx->model->cfg.n_head_kv;
+}
+
+static int chunks_seen(const struct lfm2_context *ctx)
+{
+    return ctx->position[0] / CHUNK + 1;
+}
+
+static void chunks_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const struct layer *l = arg;
+    const lfm2_config *c = &ctx->model->cfg;
+    const int group = c->n_head / c->n_head_kv, n = chunks_seen(ctx);
+    const struct range r = share(ctx, n * c->n_head_kv, thread);
+
+    for (int i = r.first; i < r.last; i++) {
+        const int head = i / n, pos = i % n * CHUNK;
+        const int seen = ctx->position[0] + 1 - pos;
+        const struct kv_head kv = kv_head_at(
+            ctx, &ctx->seq[ctx->piece[0].seq], l->i_kind, head);
+
+        ctx->isa->attend_chunk(ctx->part + (size_t)i * group,
+                               ctx->q + (size_t)head * group * c->head_dim,
+                               group, &kv, pos, seen < CHUNK ? seen : CHUNK);
+    }
+}
+
+static void merge_work(struct lfm2_context *ctx, void *arg, int thread)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const int group = c->n_head / c->n_head_kv, n = chunks_seen(ctx);
+    const struct range r = share(ctx, c->n_head, thread);
+
+    (void)arg;
+    for (int head = r.first; head < r.last; head++) {
+        struct gathered *all = ctx->part + (size_t)(head / group) * n * group +
+                               head % group;
+
+        for (int i = 1; i < n; i++)
+            merge_chunk(ctx->isa, all, all + i * group, c->head_dim);
+        finish_head(ctx->q + (size_t)head * c->head_dim, all, c->head_dim);
+    }
+}
+
 static void qkv_work(struct lfm2_context *ctx, void *arg, int thread)
 {
     const struct layer *l = arg;
@@ -765,9 +825,11 @@ static void attention(struct lfm2_context *ctx, const struct layer *l)
 
     parallel(ctx, qkv_work, (void *)l);
     parallel(ctx, prepare_work, (void *)l);
-    parallel(ctx, attend_work, (void *)l);
+    parallel(ctx, is_split(ctx) ? chunks_work : attend_work, (void *)l);
+    if (is_split(ctx))
+        parallel(ctx, merge_work, NULL);
     load_input(ctx, &ctx->mixed, ctx->q, ctx->n_rows, c->n_head * c->head_dim);
-    matmul_add(ctx, ctx->x, &l->attn_output, &ctx->mixed);
+    matmul(ctx, INCREASE, ctx->x, &l->attn_output, &ctx->mixed);
 }
 
 /* --------------------------------------------------------- 5. Feed-forward */
@@ -803,7 +865,7 @@ static void ffn(struct lfm2_context *ctx, const struct layer *l)
     ctx->hidden.n = ctx->n_rows;
     ctx->hidden.cols = l->ffn_gate.rows;
     parallel(ctx, hidden_work, (void *)l);
-    matmul_add(ctx, ctx->x, &l->ffn_down, &ctx->hidden);
+    matmul(ctx, INCREASE, ctx->x, &l->ffn_down, &ctx->hidden);
 }
 
 /* Choose the experts of one row:
@@ -960,7 +1022,7 @@ static void route_work(struct lfm2_context *ctx, void *arg, int thread)
  * for it. */
 static void moe(struct lfm2_context *ctx, const struct layer *l)
 {
-    matmul(ctx, ctx->score, &l->ffn_gate_inp, &ctx->in);
+    matmul(ctx, ASSIGN, ctx->score, &l->ffn_gate_inp, &ctx->in);
     parallel(ctx, route_work, (void *)l);
     group_by_expert(ctx);
     ctx->hidden.n = ctx->slot_end[ctx->model->cfg.n_expert];
@@ -1005,7 +1067,7 @@ static void output(struct lfm2_context *ctx)
         return;
     ctx->n_rows = n_out;
     load_normed(ctx, m->output_norm);
-    matmul(ctx, ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab,
+    matmul(ctx, ASSIGN, ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab,
            &m->output, &ctx->in);
     ctx->n_logits += n_out;
 }
@@ -1356,9 +1418,33 @@ static struct range share(const struct lfm2_context *ctx, int n, int thread)
  * 18 instead of 48 percent of the undisturbed speed was left. */
 enum { SPINS = 10000 };
 
+#ifdef LFM2_NO_THREADS
+
+static int usable_cpus(void)
+{
+    return 1;
+}
+
+static int pool_open(struct lfm2_context *ctx)
+{
+    ctx->par.n_threads = 1;
+    return LFM2_OK;
+}
+
+static void pool_close(struct pool *p)
+{
+    (void)p;
+}
+
+static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job)
+{
+    fn(ctx, job, 0);
+}
+
+#else
+
 struct pool {
     int n_threads;
-#ifndef LFM2_NO_THREADS
     int spins;                            /* before going to sleep           */
     struct worker { struct pool *pool; pthread_t thread; int id; } *worker;
     struct lfm2_context *ctx;             /* the job                         */
@@ -1370,37 +1456,7 @@ struct pool {
     atomic_uint asleep;                   /* threads on `changed`            */
     pthread_mutex_t lock;
     pthread_cond_t changed;               /* round, or running has become 0  */
-#endif
 };
-
-#ifdef LFM2_NO_THREADS
-
-static int usable_cpus(void)
-{
-    return 1;
-}
-
-static int pool_open(struct pool **out, int n_threads)
-{
-    (void)n_threads;
-    *out = calloc(1, sizeof **out);
-    if (!*out)
-        return LFM2_ENOMEM;
-    (*out)->n_threads = 1;
-    return LFM2_OK;
-}
-
-static void pool_close(struct pool *p)
-{
-    free(p);
-}
-
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job)
-{
-    fn(ctx, job, 0);
-}
-
-#else
 
 #ifdef __linux__
 
@@ -1444,23 +1500,12 @@ static int cgroup_cpus(int n)
     return n;
 }
 
-/* The CPUs this process may run on: the bits of a mask in hexadecimal. */
+/* The CPUs this process may run on; 0 if the system does not say. */
 static int allowed_cpus(void)
 {
-    static const char hex[] = "0123456789abcdef";
-    char line[1024];
-    FILE *f = fopen("/proc/self/status", "r");
-    int n = 0;
+    cpu_set_t set;
 
-    while (f && n == 0 && fgets(line, sizeof line, f))
-        if (strncmp(line, "Cpus_allowed:", 13) == 0)
-            for (const char *c = line + 13; *c; c++) {
-                const char *digit = strchr(hex, *c);
-                n += digit ? "0112122312232334"[digit - hex] - '0' : 0;
-            }
-    if (f)
-        fclose(f);
-    return n;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 0;
 }
 
 #else
@@ -1561,8 +1606,9 @@ static void pool_close(struct pool *p)
 
 /* Fewer threads than asked for, if the system gives no more.  Waiting in a loop
  * is no use when the one waited for needs this CPU. */
-static int pool_open(struct pool **out, int n_threads)
+static int pool_open(struct lfm2_context *ctx)
 {
+    const int n_threads = ctx->par.n_threads;
     struct pool *p = calloc(1, sizeof *p);
 
     if (!p || !(p->worker = calloc((size_t)n_threads, sizeof *p->worker))) {
@@ -1574,12 +1620,12 @@ static int pool_open(struct pool **out, int n_threads)
     pthread_cond_init(&p->changed, NULL);
     for (p->n_threads = 1; p->n_threads < n_threads; p->n_threads++) {
         struct worker *w = &p->worker[p->n_threads];
-        w->pool = p;
-        w->id = p->n_threads;
+        *w = (struct worker){ .pool = p, .id = p->n_threads };
         if (pthread_create(&w->thread, NULL, worker_main, w) != 0)
             break;
     }
-    *out = p;
+    ctx->pool = p;
+    ctx->par.n_threads = p->n_threads;
     return LFM2_OK;
 }
 
@@ -2203,21 +2249,21 @@ static float *product(struct lfm2_context *ctx, int thread, int to,
 }
 
 static void put_unit(float *y, const struct tensor *w, int u, const float *unit,
-                     int n, int add)
+                     int n, int how)
 {
     const int rows = unit_rows(w, u);
 
     y += u * UNIT;
     for (int t = 0; t < n; t++, y += w->rows, unit += UNIT)
         for (int r = 0; r < rows; r++)
-            y[r] = add ? y[r] + unit[r] : unit[r];
+            y[r] = how == INCREASE ? y[r] + unit[r] : unit[r];
 }
 
 struct matmul_job {
     float *y;                             /* [in->n][w->rows]                */
     const struct tensor *w, *next;
     const struct input *in;
-    int add;
+    int how;
 };
 
 static void matmul_work(struct lfm2_context *ctx, void *arg, int thread)
@@ -2229,7 +2275,7 @@ static void matmul_work(struct lfm2_context *ctx, void *arg, int thread)
     for (int u = r.first; u < r.last; u++) {
         const float *unit = product(ctx, thread, 0, j->w, u, r.last, j->in,
                                     next);
-        put_unit(j->y, j->w, u, unit, j->in->n, j->add);
+        put_unit(j->y, j->w, u, unit, j->in->n, j->how);
     }
 }
 
@@ -2237,19 +2283,13 @@ static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
                          const struct tensor *w, const struct input *in,
                          const struct tensor *next)
 {
-    matmul_work(ctx, &(struct matmul_job){ y, w, next, in, 0 }, thread);
+    matmul_work(ctx, &(struct matmul_job){ y, w, next, in, ASSIGN }, thread);
 }
 
-static void matmul(struct lfm2_context *ctx, float *y, const struct tensor *w,
-                   const struct input *in)
+static void matmul(struct lfm2_context *ctx, int how, float *y,
+                   const struct tensor *w, const struct input *in)
 {
-    parallel(ctx, matmul_work, &(struct matmul_job){ y, w, NULL, in, 0 });
-}
-
-static void matmul_add(struct lfm2_context *ctx, float *y,
-                       const struct tensor *w, const struct input *in)
-{
-    parallel(ctx, matmul_work, &(struct matmul_job){ y, w, NULL, in, 1 });
+    parallel(ctx, matmul_work, &(struct matmul_job){ y, w, NULL, in, how });
 }
 
 /* ---------------------------------------------------------- 11. AVX2: vectors
@@ -2497,6 +2537,21 @@ enum {
 
 /* What an unpacker does with a group: see put(). */
 enum { TO_PANEL, ONE_ROW, FEW_ROWS };
+
+/* How products are added up, by format. */
+enum {
+    MIN = 1,                              /* weights have a minimum          */
+    HALVES = 2,                           /* d and m for 16 columns          */
+    TERMS = 4,                            /* times how many products of four
+                                             columns 16 bits can hold: 4 or
+                                             2; or 1, of signed bytes        */
+    PLAIN_4 = 4 * TERMS,
+    PLAIN_1 = 1 * TERMS,
+    MIN_4 = PLAIN_4 + MIN,
+    HALVES_4 = PLAIN_4 + HALVES,
+    HALVES_2 = 2 * TERMS + HALVES,
+    HALVES_MIN_4 = HALVES_4 + MIN
+};
 #endif
 
 #ifdef KERNELS
@@ -2665,7 +2720,6 @@ KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
     TAKE(5);
     TAKE(6);
     TAKE(7);
-#undef TAKE
     return v;
 }
 
@@ -2705,21 +2759,6 @@ KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
     return V(cvtepi32_ps)(v);
 }
 
-/* How products are added up, by format. */
-enum {
-    FN(MIN) = 1,                          /* weights have a minimum          */
-    FN(HALVES) = 2,                       /* d and m for 16 columns          */
-    FN(SUM) = 4,                          /* times how many products of four
-                                             columns 16 bits can hold: 4 or
-                                             2; or 1, of signed bytes        */
-    FN(PLAIN_4) = 4 * FN(SUM),
-    FN(PLAIN_1) = 1 * FN(SUM),
-    FN(MIN_4) = FN(PLAIN_4) + FN(MIN),
-    FN(HALVES_4) = FN(PLAIN_4) + FN(HALVES),
-    FN(HALVES_2) = 2 * FN(SUM) + FN(HALVES),
-    FN(HALVES_MIN_4) = FN(HALVES_4) + FN(MIN)
-};
-
 /* s[t][j] = columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct rounded *const *x, int g,
@@ -2727,7 +2766,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const int tiles, const int kind)
 {
     const INTS one = V(set1_epi16)(1);
-    const int terms = kind / FN(SUM);
+    const int terms = kind / TERMS;
     INTS part[FN(TOKENS)][2];
 
     UNROLL
@@ -2766,9 +2805,9 @@ KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
                                    const int tiles, const int kind,
                                    INTS offset)
 {
-    const int whole = !(kind & FN(HALVES)), first = 4 * h;
+    const int whole = !(kind & HALVES), first = 4 * h;
     const int last = whole ? 8 : first + 4;
-    const int has_offset = !(kind & FN(MIN));
+    const int has_offset = !(kind & MIN);
 
     UNROLL
     for (int t = 0; t < tokens; t++)
@@ -2798,7 +2837,7 @@ KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
         UNROLL
         for (int j = 0; j < tiles; j++) {
             const struct rounded *r = &x[t][g];
-            if (!(kind & FN(HALVES))) {
+            if (!(kind & HALVES)) {
                 acc[t][j] = V(fnmadd_ps)(m[j], V(set1_ps)(r->s), acc[t][j]);
                 continue;
             }
@@ -2816,7 +2855,7 @@ KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
                                  const int tokens, const int tiles,
                                  const int kind, int offset)
 {
-    const int halves = kind & FN(HALVES) ? 2 : 1;
+    const int halves = kind & HALVES ? 2 : 1;
     const INTS both = V(set1_epi16)((short)-offset);
     FLOATS u[FN(TOKENS)][2];
     INTS s[FN(TOKENS)][2];
@@ -2843,7 +2882,7 @@ KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
                                             acc[t][j]);
             }
     }
-    if (kind & FN(MIN))
+    if (kind & MIN)
         FN(subtract_min)(acc, m, x, g, tokens, tiles, kind);
 }
 
@@ -2882,9 +2921,9 @@ KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
         return;
     for (int k = 0; k < 8; k++)
         to->q[2 * k] = w[k];
-    for (int h = 0; h < (kind & FN(HALVES) ? 2 : 1); h++) {
+    for (int h = 0; h < (kind & HALVES ? 2 : 1); h++) {
         to->d[2 * h] = d[h];
-        if (kind & FN(MIN))
+        if (kind & MIN)
             to->m[2 * h] = m[h];
     }
     to->q += 16;
@@ -2953,7 +2992,7 @@ KERNEL_INLINE void FN(unpack_32)(struct FN(sink) *to, const uint8_t *b,
                                  size_t stride, int groups, const int how,
                                  const int kind, const int fifth, const int iq4)
 {
-    const int has_min = kind & FN(MIN), at = 2 + 2 * has_min + 4 * fifth;
+    const int has_min = kind & MIN, at = 2 + 2 * has_min + 4 * fifth;
     FLOATS d[2], m[2];
     INTS w[8];
 
@@ -2970,11 +3009,11 @@ KERNEL_INLINE void FN(unpack_32)(struct FN(sink) *to, const uint8_t *b,
     }
 }
 
-UNPACK(q4_0) { FN(unpack_32)(to, b, stride, groups, how, FN(PLAIN_4), 0, 0); }
-UNPACK(q4_1) { FN(unpack_32)(to, b, stride, groups, how, FN(MIN_4), 0, 0); }
-UNPACK(q5_0) { FN(unpack_32)(to, b, stride, groups, how, FN(PLAIN_4), 1, 0); }
-UNPACK(q5_1) { FN(unpack_32)(to, b, stride, groups, how, FN(MIN_4), 1, 0); }
-UNPACK(iq4_nl) { FN(unpack_32)(to, b, stride, groups, how, FN(PLAIN_1), 0, 1); }
+UNPACK(q4_0) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_4, 0, 0); }
+UNPACK(q4_1) { FN(unpack_32)(to, b, stride, groups, how, MIN_4, 0, 0); }
+UNPACK(q5_0) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_4, 1, 0); }
+UNPACK(q5_1) { FN(unpack_32)(to, b, stride, groups, how, MIN_4, 1, 0); }
+UNPACK(iq4_nl) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_1, 0, 1); }
 
 UNPACK(q8_0)
 {
@@ -2986,7 +3025,7 @@ UNPACK(q8_0)
         for (int k = 0; k < 8; k++)
             w[k] = FN(from_signed)(w[k]);
         d[0] = FN(column_f16)(b, stride);
-        FN(put)(to, w, d, NULL, 34, FN(PLAIN_1), how);
+        FN(put)(to, w, d, NULL, 34, PLAIN_1, how);
     }
 }
 
@@ -3012,7 +3051,7 @@ UNPACK(q2_k)
                 d[h] = V(mul_ps)(dd, FN(byte_float)(scale, at));
                 m[h] = V(mul_ps)(dmin, FN(byte_float)(min, at));
             }
-            FN(put)(to, w, d, m, 11, FN(HALVES_MIN_4), how);
+            FN(put)(to, w, d, m, 11, HALVES_MIN_4, how);
         }
     }
 }
@@ -3040,7 +3079,7 @@ UNPACK(q3_k)
                 FLOATS scale = FN(byte_float)(s[i / 2], i % 2 * 2 + h);
                 d[h] = V(mul_ps)(dd, V(sub_ps)(scale, offset));
             }
-            FN(put)(to, w, d, NULL, 14, FN(HALVES_4), how);
+            FN(put)(to, w, d, NULL, 14, HALVES_4, how);
         }
     }
 }
@@ -3074,7 +3113,7 @@ KERNEL_INLINE void FN(unpack_k)(struct FN(sink) *to, const uint8_t *b,
                     w[k] = VI(or)(w[k], V(slli_epi16)(
                                             FN(bits)(high[k], i, 1), 4));
             }
-            FN(put)(to, w, &scale, &min, bytes / 8, FN(MIN_4), how);
+            FN(put)(to, w, &scale, &min, bytes / 8, MIN_4, how);
         }
     }
 }
@@ -3103,7 +3142,7 @@ UNPACK(q6_k)
             for (int h = 0; h < 2; h++)
                 d[h] = V(mul_ps)(dd, FN(signed_float)(s[i / 2],
                                                       i % 2 * 2 + h));
-            FN(put)(to, w, d, NULL, 27, FN(HALVES_2), how);
+            FN(put)(to, w, d, NULL, 27, HALVES_2, how);
         }
     }
 }
@@ -3122,7 +3161,7 @@ UNPACK(iq4_xs)
             FLOATS d = V(mul_ps)(FN(low_f16)(h[0]), V(cvtepi32_ps)(s));
             FN(nibbles)(w, b + 8 + i * 16, stride);
             FN(look_up_iq4)(w);
-            FN(put)(to, w, &d, NULL, 17, FN(PLAIN_1), how);
+            FN(put)(to, w, &d, NULL, 17, PLAIN_1, how);
         }
     }
 }
@@ -3172,41 +3211,36 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
         case 6: FN(multiply)(out, p, groups, x, offset, 6, kind); return;
 #endif
 
-MULTIPLY(plain_4, FN(PLAIN_4))
-MULTIPLY(plain_1, FN(PLAIN_1))
-MULTIPLY(min_4, FN(MIN_4))
-MULTIPLY(halves_4, FN(HALVES_4))
-MULTIPLY(halves_2, FN(HALVES_2))
-MULTIPLY(halves_min_4, FN(HALVES_MIN_4))
+MULTIPLY(plain_4, PLAIN_4)
+MULTIPLY(plain_1, PLAIN_1)
+MULTIPLY(min_4, MIN_4)
+MULTIPLY(halves_4, HALVES_4)
+MULTIPLY(halves_2, HALVES_2)
+MULTIPLY(halves_min_4, HALVES_MIN_4)
 
-/* Both uses of an unpacker. */
-#define BOTH(type) \
-    KERNEL void FN(panel_##type)(struct FN(sink) *to, const uint8_t *b, \
-                                 size_t stride, int groups) \
+/* The uses of an unpacker. */
+#define ROWS_OF(type) \
+    KERNEL void FN(rows_##type)(struct FN(sink) *to, const uint8_t *b, \
+                                size_t stride, int groups) \
     { \
-        FN(unpack_##type)(to, b, stride, groups, TO_PANEL); \
-    } \
-    KERNEL void FN(at_once_##type)(struct FN(sink) *to, const uint8_t *b, \
-                                   size_t stride, int groups) \
-    { \
-        if (to->n == 1) \
+        if (to->n == 0) \
+            FN(unpack_##type)(to, b, stride, groups, TO_PANEL); \
+        else if (to->n == 1) \
             FN(unpack_##type)(to, b, stride, groups, ONE_ROW); \
         else \
             FN(unpack_##type)(to, b, stride, groups, FEW_ROWS); \
     }
 
-BOTH(q4_0) BOTH(q4_1) BOTH(q5_0) BOTH(q5_1) BOTH(q8_0) BOTH(q2_k) BOTH(q3_k)
-BOTH(q4_k) BOTH(q5_k) BOTH(q6_k) BOTH(iq4_nl) BOTH(iq4_xs)
+ROWS_OF(q4_0) ROWS_OF(q4_1) ROWS_OF(q5_0) ROWS_OF(q5_1) ROWS_OF(q8_0)
+ROWS_OF(q2_k) ROWS_OF(q3_k) ROWS_OF(q4_k) ROWS_OF(q5_k) ROWS_OF(q6_k)
+ROWS_OF(iq4_nl) ROWS_OF(iq4_xs)
 
-#define USE(type, multiply, offset) \
-    { FN(panel_##type), FN(at_once_##type), FN(multiply), offset }
+#define USE(type, multiply, offset) { FN(rows_##type), FN(multiply), offset }
 
 /* In the order of formats[]. */
 static const struct {
-    void (*panel)(struct FN(sink) *to, const uint8_t *b, size_t stride,
-                  int groups);
-    void (*at_once)(struct FN(sink) *to, const uint8_t *b, size_t stride,
-                    int groups);
+    void (*rows)(struct FN(sink) *to, const uint8_t *b, size_t stride,
+                 int groups);
     void (*multiply)(float *out, const struct scratch *p, int groups,
                      const struct rounded *const *x, int offset, int n);
     int offset;
@@ -3218,12 +3252,6 @@ static const struct {
     USE(q5_k, min_4, 0), USE(q6_k, halves_2, 32),
     USE(iq4_nl, plain_1, FN(SIGNED)), USE(iq4_xs, plain_1, FN(SIGNED)),
 };
-
-#undef MULTIPLY
-#undef MORE_TOKENS
-#undef UNPACK
-#undef BOTH
-#undef USE
 
 /* How many rows of x to take next, so that all takes are nearly equal. */
 KERNEL_INLINE int FN(take_rows)(int n)
@@ -3250,7 +3278,7 @@ KERNEL void FN(product_at_once)(float *out, const struct tensor *w,
             to.x[t] = in->q + row_at(in, t) * (size_t)groups;
             to.acc[t] = V(setzero_ps)();
         }
-        FN(formats)[f].at_once(&to, row, stride, groups);
+        FN(formats)[f].rows(&to, row, stride, groups);
         for (int t = 0; t < in->n; t++)
             V(storeu_ps)(out + t * UNIT + i * LANES, to.acc[t]);
     }
@@ -3266,11 +3294,12 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
     struct FN(sink) to;
 
     to.next = to.near = next;
+    to.n = 0;                             /* of x: all goes to the panel      */
     for (int i = 0; i < 2; i++, row += LANES * stride) {
         to.q = (INTS *)(void *)s->q + i;
         to.d = (FLOATS *)(void *)s->d + i;
         to.m = (FLOATS *)(void *)s->m + i;
-        FN(formats)[f].panel(&to, row, stride, groups);
+        FN(formats)[f].rows(&to, row, stride, groups);
     }
     for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
         const struct rounded *x[FN(TOKENS)];
@@ -3284,7 +3313,8 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
 /* 16 columns of a row of floats: chain i % 16 of dot_f32() is a lane. */
 enum { FN(CHAINS) = 16 / LANES, FN(ROWS) = LANES / 4 };
 
-KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, int i, const int type)
+/* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
+KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 {
     return type == 0 ? V(loadu_ps)((const float *)(const void *)p + i)
          : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
@@ -3313,7 +3343,7 @@ KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
         for (int r = 0; r < FN(ROWS); r++)
             UNROLL
             for (int h = 0; h < FN(CHAINS); h++) {
-                const int i = c + h * LANES;
+                const size_t i = (size_t)c + h * LANES;
                 FLOATS w = FN(load_floats)(row + (size_t)r * stride, i, type);
                 UNROLL
                 for (int t = 0; t < tokens; t++)
@@ -3348,8 +3378,6 @@ KERNEL void FN(multiply_floats)(float *out, const uint8_t *row, size_t stride,
         FLOAT_ROWS(2)
     }
 }
-
-#undef FLOAT_ROWS
 
 KERNEL void FN(product_floats)(float *out, const struct tensor *w,
                                const uint8_t *row, const struct input *in,
@@ -3402,12 +3430,6 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
 
 /* ---- attention: up to 4 queries share what is loaded of a kv head */
 
-KERNEL_INLINE FLOATS FN(load_kv)(const uint8_t *p, size_t i, const int f16)
-{
-    return f16 ? FN(load_f16)(p + 2 * i)
-               : V(loadu_ps)((const float *)(const void *)p + i);
-}
-
 /* chunk_scores() for `queries` queries, two vectors of positions at a time. */
 KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
                               const struct kv_head *kv, int pos, int n,
@@ -3422,8 +3444,8 @@ KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
         for (int i = 0; i < queries; i++)
             acc[i][0] = acc[i][1] = V(setzero_ps)();
         for (int d = 0; d < hd; d++, at += TILE) {
-            FLOATS k0 = FN(load_kv)(kv->k, at, f16);
-            FLOATS k1 = FN(load_kv)(kv->k, at + LANES, f16);
+            FLOATS k0 = FN(load_floats)(kv->k, at, f16);
+            FLOATS k1 = FN(load_floats)(kv->k, at + LANES, f16);
             _mm_prefetch((const char *)kv->k +
                          (at + (size_t)TILE * hd) * (f16 ? 2 : 4), FETCH);
             UNROLL
@@ -3457,8 +3479,8 @@ KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
             acc[i][1] = V(loadu_ps)(g[i].o + d + LANES);
         }
         for (int p = first; p < last; p++, at += hd) {
-            FLOATS v0 = FN(load_kv)(kv->v, at, f16);
-            FLOATS v1 = FN(load_kv)(kv->v, at + LANES, f16);
+            FLOATS v0 = FN(load_floats)(kv->v, at, f16);
+            FLOATS v1 = FN(load_floats)(kv->v, at + LANES, f16);
             _mm_prefetch((const char *)kv->v +
                          (at + (size_t)TILE * hd) * (f16 ? 2 : 4), FETCH);
             UNROLL
@@ -3509,8 +3531,6 @@ KERNEL void FN(attend_chunk)(struct gathered *g, const float *q, int n_q,
     }
 }
 
-#undef ATTEND
-
 /* Multiply-adds of bytes in registers, as dots() does them. */
 KERNEL int64_t FN(exercise)(int *sum)
 {
@@ -3538,8 +3558,7 @@ static const struct isa FN(isa) = {
     rope_avx2, conv_step_avx2, FN(attend_chunk), FN(product), FN(exercise)
 };
 
-#undef KERNEL
-#undef KERNEL_INLINE
+#undef MORE_TOKENS
 #undef V
 #undef VI
 #undef INTS
@@ -4377,6 +4396,8 @@ static int read_layer_kinds(struct lfm2_model *m)
         m->n_attn += c->is_attn[il];
         m->n_conv += !c->is_attn[il];
     }
+    if (m->n_attn == 0)
+        c->n_head_kv = c->n_head;         /* nobody's: a size like any other */
     if (m->n_attn > 0 && c->n_head % c->n_head_kv != 0)
         return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
                    "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
@@ -5017,6 +5038,9 @@ static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
     const uint64_t rows = (uint64_t)ctx->isa->panel_rows;
     const int group = c->n_head / c->n_head_kv;
 
+    if (ctx->par.n_threads > c->n_head_kv)
+        ctx->part = carve(a, ((uint64_t)ctx->par.n_ctx / CHUNK + 1) *
+                          (uint64_t)c->n_head, sizeof *ctx->part);
     ctx->scratch = carve(a, (uint64_t)ctx->par.n_threads, sizeof *ctx->scratch);
     for (int i = 0; i < ctx->par.n_threads; i++) {
         struct scratch s;
@@ -5127,14 +5151,13 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
     *out = NULL;
     TRY(resolve_params(&par, err));
     ctx = calloc(1, sizeof *ctx);
-    if (!ctx || pool_open(&ctx->pool, par.n_threads) != LFM2_OK) {
+    if (ctx)
+        *ctx = (struct lfm2_context){ .model = m, .par = par };
+    if (!ctx || pool_open(ctx) != LFM2_OK) {
         free(ctx);
         return fail(err, LFM2_ENOMEM, "no memory for a context");
     }
-    ctx->model = m;
-    ctx->par = par;
     ctx->isa = isa_table(par.isa);
-    ctx->par.n_threads = ctx->pool->n_threads;
     ctx->seq_step = seq_step(m, par.kv_type);
     size = lay_out(ctx, NULL);
     if (size < TOO_MUCH && size < SIZE_MAX - 64)
@@ -5142,9 +5165,8 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
     if (!ctx->memory) {
         lfm2_context_close(ctx);
         return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
-                    "(n_ctx %d, n_seq %d, n_batch %d)",
-                    (unsigned long long)size, par.n_ctx, par.n_seq,
-                    par.n_batch);
+                    "(n_ctx %d, n_seq %d, n_batch %d)", ull(size), par.n_ctx,
+                    par.n_seq, par.n_batch);
     }
     lay_out(ctx, (uint8_t *)ctx->memory + 64 - (uintptr_t)ctx->memory % 64);
     *out = ctx;
@@ -5248,22 +5270,19 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
     return s->len;
 }
 
-/* The cache of a kv head up to `len` is K in whole tiles and V in rows. */
+/* Of each kv head, K and V alike, the tiles that hold positions. */
 static void copy_kv(struct lfm2_context *ctx, struct seq *dst,
                     const struct seq *src)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const size_t e = ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
-    const size_t row = (size_t)c->head_dim * e;
+    const size_t stride = kv_head_elements(ctx) * e;
     const size_t tiles = ((size_t)src->len + TILE - 1) / TILE;
+    const size_t n = 2 * (size_t)ctx->model->n_attn * (size_t)c->n_head_kv;
 
-    for (int i = 0; i < ctx->model->n_attn; i++)
-        for (int head = 0; head < c->n_head_kv; head++) {
-            struct kv_head to = kv_head_at(ctx, dst, i, head);
-            struct kv_head from = kv_head_at(ctx, src, i, head);
-            memcpy(to.k, from.k, tiles * TILE * row);
-            memcpy(to.v, from.v, (size_t)src->len * row);
-        }
+    for (size_t i = 0; i < n; i++)
+        memcpy(dst->kv + i * stride, src->kv + i * stride,
+               tiles * TILE * (size_t)c->head_dim * e);
 }
 
 int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
@@ -5397,7 +5416,7 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
     need = state_size(ctx, q->len);
     if (size < need)
         return fail(err, LFM2_EARG, "a buffer of %llu bytes, expected %llu",
-                    (unsigned long long)size, (unsigned long long)need);
+                    ull(size), ull(need));
     memcpy(buf, "LFM2SEQ1", 8);
     s.to += 8;
     move_bits(&s, lfm2_model_hash(ctx->model), 8);
@@ -5418,12 +5437,12 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
         memcmp(buf, "LFM2SEQ1", 8) != 0)
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
                     "expected \"LFM2SEQ1\" at their beginning",
-                    (unsigned long long)size);
+                    ull(size));
     if (hash_bytes(HASH_START, buf, (size_t)size - 8) !=
         load_le64(buf + size - 8))
         return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
                     "cut: its checksum does not match its %llu bytes",
-                    (unsigned long long)size);
+                    ull(size));
     if (load_le64(buf + 8) != lfm2_model_hash(ctx->model))
         return fail(err, LFM2_EFORMAT, "a sequence saved with another model");
     if (load_le32(buf + 16) != (uint32_t)ctx->par.kv_type)
@@ -5437,8 +5456,8 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
     if (size != state_size(ctx, (int)len))
         return fail(err, LFM2_EFORMAT, "a saved sequence of %lu tokens in %llu "
                     "bytes, expected %llu", (unsigned long)len,
-                    (unsigned long long)size,
-                    (unsigned long long)state_size(ctx, (int)len));
+                    ull(size),
+                    ull(state_size(ctx, (int)len)));
     return (int)len;
 }
 

@@ -133,8 +133,9 @@ uint64_t lfm2_model_hash(const lfm2_model *m);
 
 /* ----------------------------------------------------------------- context */
 
-/* Instruction sets.  AVX2 includes FMA and F16C; AVX512 is F, BW, VL and DQ; the
- * VNNI ones have vpdpbusd besides.  None of them changes a bit of a result. */
+/* Instruction sets.  AVX2 includes FMA and F16C; AVX512 is F, BW, VL and DQ;
+ * the VNNI ones have vpdpbusd besides.  None of them changes a bit of a
+ * result. */
 enum { LFM2_ISA_AUTO, LFM2_ISA_SCALAR, LFM2_ISA_AVX2, LFM2_ISA_AVXVNNI,
        LFM2_ISA_AVX512, LFM2_ISA_AVX512VNNI };
 enum { LFM2_KV_F16, LFM2_KV_F32 };
@@ -155,7 +156,8 @@ typedef struct {
 typedef struct lfm2_context lfm2_context;
 
 /* n_ctx 4096 or what the model was trained for, one sequence, batch 512 (2048
- * with experts, so that each has some rows to work on), one row of logits, all usable CPUs, KV in f16, the best ISA. */
+ * with experts, so that each has some rows to work on), one row of logits, all
+ * usable CPUs, KV in f16, the best ISA. */
 lfm2_params lfm2_default_params(const lfm2_model *m);
 
 /* The bytes lfm2_context_open() will reserve, 0 for unusable parameters.  Pages

@@ -18,6 +18,7 @@
 
 #include "lfm2.h"
 
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
@@ -334,8 +335,8 @@ static int print_help(void)
            "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
            "prompt longer than the context,\n7 some lines of a batch failed, "
            "130 interrupted, 143 terminated.\nLFM2_MODEL and LFM2_THREADS in "
-           "the environment stand in for -m and -t,\nand NO_COLOR is --color "
-           "off.\n");
+           "the environment stand in for -m and -t,\nand NO_COLOR is "
+           "--color off.\n");
     return DONE;
 }
 
@@ -878,12 +879,16 @@ static int read_ids(const char *path, struct ids *out)
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
     MAX_POOL = 1 << 28,                   /* bytes of nodes and strings      */
-    MAX_DEPTH = 64
+    MAX_DEPTH = 64,
+    MAX_MEMBERS = 4096                    /* of an object                    */
 };
+
+/* Some bytes within a text. */
+struct piece { const char *s; size_t n; };
 
 /* Memory that is released at once.  A zeroed one is empty and good; once there
  * is no more memory `failed` stays, and what asks for some gets NULL. */
-struct block { struct block *next; size_t n, cap; };
+struct block { struct block *next; };
 
 struct pool { struct block *blocks; size_t total; int failed; };
 
@@ -897,44 +902,33 @@ static const char *const json_names[] = {
 /* A string's bytes are well-formed UTF-8 if they were read from JSON, and s[n]
  * is NUL; \u0000 makes another NUL before it, so json_text() gives out a string
  * only if it is whole as a C string.  Numbers are kept as they were written.
- * The members of an object are a list in their order and a binary tree besides:
- * its branches follow the bits of a hash of the key, so that finding a key is
- * fast in an object with a million of them, too. */
+ * All before `key` is the value, from there on its place in another. */
 struct json {
     int type;
     int close;                            /* the bracket that will end it    */
     const char *s;
     size_t n;
+    struct json *first, *last;            /* its members                     */
+    int n_members;
     const char *key;                      /* in an object; not always UTF-8  */
     size_t n_key;
-    struct json *first, *last, *next;
-    struct json *tree, *branch[2];
+    struct json *next;
 };
 
 /* n zeroed bytes, aligned for a node; or NULL. */
 static void *pool_get(struct pool *p, size_t n)
 {
-    struct block *b = p->blocks;
-    void *out;
+    struct block *b = NULL;
 
-    p->failed |= n >= MAX_POOL - p->total;
-    if (p->failed)
+    if (!p->failed && n < MAX_POOL - p->total)
+        b = calloc(1, sizeof *b + n);
+    p->failed |= !b;
+    if (!b)
         return NULL;
-    n = (n + 7) & ~(size_t)7;
-    if (!b || n > b->cap - b->n) {
-        const size_t cap = n > 1 << 14 ? n : 1 << 14;
-        b = calloc(1, sizeof *b + cap);
-        if (!b) {
-            p->failed = 1;
-            return NULL;
-        }
-        *b = (struct block){ p->blocks, 0, cap };
-        p->blocks = b;
-        p->total += cap < MAX_POOL - p->total ? cap : MAX_POOL - p->total;
-    }
-    out = (char *)(b + 1) + b->n;
-    b->n += n;
-    return out;
+    b->next = p->blocks;
+    p->blocks = b;
+    p->total += n;
+    return b + 1;
 }
 
 static void pool_free(struct pool *p)
@@ -984,12 +978,12 @@ static int utf8_get(const char *s, const char *end, uint32_t *out)
 /* Write a character below 0x110000; returns its length, at most 4. */
 static size_t utf8_put(char *out, uint32_t c)
 {
+    static const uint32_t lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
     const int n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
 
-    if (n == 1)
-        out[0] = (char)c;
-    for (int i = n; n > 1 && i-- > 0; c >>= 6)
-        out[i] = (char)(i ? 0x80 | (c & 0x3f) : (0xf00 >> n & 0xff) | c);
+    for (int i = n - 1; i > 0; i--, c >>= 6)
+        out[i] = (char)(0x80 | (c & 0x3f));
+    out[0] = (char)(lead[n] | c);
     return (size_t)n;
 }
 
@@ -997,28 +991,26 @@ static size_t utf8_put(char *out, uint32_t c)
  *
  * Any of these may be given NULL, for what is not there or had no memory. */
 
-static struct json *json_new(struct pool *p, int type, int close)
+static struct json *json_new(struct pool *p, int type)
 {
     struct json *v = pool_get(p, sizeof *v);
 
-    if (v) {
+    if (v)
         v->type = type;
-        v->close = close;
-    }
     return v;
 }
 
 static struct json *json_array(struct pool *p)
 {
-    return json_new(p, JSON_ARRAY, ']');
+    return json_new(p, JSON_ARRAY);
 }
 
 static struct json *json_object(struct pool *p)
 {
-    return json_new(p, JSON_OBJECT, '}');
+    return json_new(p, JSON_OBJECT);
 }
 
-static const char *copy_bytes(struct pool *p, const char *s, size_t n)
+static char *copy_bytes(struct pool *p, const char *s, size_t n)
 {
     char *out = pool_get(p, n + 1);
 
@@ -1028,7 +1020,7 @@ static const char *copy_bytes(struct pool *p, const char *s, size_t n)
 static struct json *json_string(struct pool *p, const char *s, size_t n)
 {
     const char *copy = copy_bytes(p, s, n);
-    struct json *v = copy ? json_new(p, JSON_STRING, 0) : NULL;
+    struct json *v = copy ? json_new(p, JSON_STRING) : NULL;
 
     if (v) {
         v->s = copy;
@@ -1037,23 +1029,21 @@ static struct json *json_string(struct pool *p, const char *s, size_t n)
     return v;
 }
 
-/* Where in the tree this key is, or would be. */
-static struct json **find_key(struct json *object, const char *key, size_t n)
+/* Looks at all keys: MAX_MEMBERS keeps that fast. */
+static struct json *find_key(const struct json *object, const char *key,
+                             size_t n)
 {
-    struct json **at = &object->tree;
+    struct json *v = object->first;
 
-    for (uint64_t h = hash_bytes(HASH_START, key, n); *at; h <<= 1) {
-        if ((*at)->n_key == n && memcmp((*at)->key, key, n) == 0)
-            break;
-        at = &(*at)->branch[h >> 63];
-    }
-    return at;
+    while (v && (v->n_key != n || memcmp(v->key, key, n) != 0))
+        v = v->next;
+    return v;
 }
 
 /* A new node at the end, for now null. */
 static struct json *new_member(struct pool *p, struct json *parent)
 {
-    struct json *v = parent ? json_new(p, JSON_NULL, 0) : NULL;
+    struct json *v = parent ? json_new(p, JSON_NULL) : NULL;
 
     if (!v)
         return NULL;
@@ -1062,19 +1052,14 @@ static struct json *new_member(struct pool *p, struct json *parent)
     else
         parent->first = v;
     parent->last = v;
+    parent->n_members++;
     return v;
 }
 
 /* Give a node another value; it stays where it is. */
 static void json_fill(struct json *v, const struct json *value)
 {
-    v->type = value->type;
-    v->close = value->close;
-    v->s = value->s;
-    v->n = value->n;
-    v->first = value->first;
-    v->last = value->last;
-    v->tree = value->tree;
+    memcpy(v, value, offsetof(struct json, key));
 }
 
 /* The member of this key, new or emptied: the last of equal keys wins, in the
@@ -1083,18 +1068,15 @@ static struct json *key_member(struct pool *p, struct json *object,
                                const char *key, size_t n)
 {
     static const struct json null;
-    struct json **at = find_key(object, key, n);
+    struct json *v = find_key(object, key, n);
 
-    if (*at) {
-        json_fill(*at, &null);
-        return *at;
+    if (v)
+        json_fill(v, &null);
+    else if ((v = new_member(p, object)) != NULL) {
+        v->key = key;
+        v->n_key = n;
     }
-    *at = new_member(p, object);
-    if (*at) {
-        (*at)->key = key;
-        (*at)->n_key = n;
-    }
-    return *at;
+    return v;
 }
 
 /* Both share what is inside of the value, but not its node. */
@@ -1123,7 +1105,7 @@ static struct json *json_get(const struct json *object, const char *key)
 {
     if (!object || object->type != JSON_OBJECT)
         return NULL;
-    return *find_key((struct json *)object, key, strlen(key));
+    return find_key(object, key, strlen(key));
 }
 
 static int json_is(const struct json *v, int type)
@@ -1172,11 +1154,16 @@ static int json_int(const struct json *v, long long least, long long most,
     return 0;
 }
 
-/* ---- reading */
+/* ---- reading
+ *
+ * A reader works on a copy that ends with NUL, where strings are decoded in
+ * place: no escape is shorter than what it stands for. */
 
 struct reader {
     struct pool *pool;
-    const char *start, *at, *end;
+    const char *text;                     /* n bytes, as they came           */
+    size_t n;
+    char *start, *at, *end;               /* of the copy                     */
     int python;                           /* literals and calls, not JSON    */
     struct json *open[MAX_DEPTH + 2];     /* brackets, the root being one    */
     int depth;
@@ -1186,31 +1173,29 @@ struct reader {
 /* What was found, where, and what should have been there. */
 static int expected(struct reader *r, const char *what)
 {
-    const char *line = r->start;
+    const char *line = r->text, *const at = line + (r->at - r->start);
     char found[16] = "the end";
     int n = 1;
 
     if (r->pool->failed)
         return because(r->why, NO_MEMORY, "no memory for what %zu bytes of "
-                       "JSON hold", (size_t)(r->end - r->start));
-    for (const char *p = r->start; p < r->at; p++)
+                       "JSON hold", r->n);
+    for (const char *p = line; p < at; p++)
         if (*p == '\n') {
             line = p + 1;
             n++;
         }
     if (r->at < r->end)
-        snprintf(found, sizeof found, *r->at > ' ' && *r->at < 127 ? "'%c'" :
-                 "byte 0x%02x", (unsigned char)*r->at);
+        snprintf(found, sizeof found, *at > ' ' && *at < 127 ? "'%c'" :
+                 "byte 0x%02x", (unsigned char)*at);
     return because(r->why, USAGE, "line %d, column %zu: found %s, expected %s",
-                   n, (size_t)(r->at - line) + 1, found, what);
+                   n, (size_t)(at - line) + 1, found, what);
 }
 
 /* The next character that is not blank, or EOF. */
 static int peek(struct reader *r)
 {
-    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' ||
-                              *r->at == '\t' || *r->at == '\r'))
-        r->at++;
+    r->at += strspn(r->at, " \n\t\r");
     return r->at < r->end ? (unsigned char)*r->at : EOF;
 }
 
@@ -1223,124 +1208,70 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* n hexadecimal digits, stepped over only if they are all there. */
-static int read_hex(struct reader *r, int n, uint32_t *out)
+/* n hexadecimal digits, up to 8. */
+static int read_hex(const char *s, size_t n, uint32_t *out)
 {
-    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
-    uint32_t u = 0;
+    char digits[9] = "";
 
-    if (n > r->end - r->at)
+    if (strspn(s, "0123456789abcdefABCDEF") < n)
         return 0;
-    for (int i = 0; i < n; i++) {
-        const char *p = r->at[i] ? strchr(digits, r->at[i]) : NULL;
-        if (!p)
-            return 0;
-        u = u << 4 | ((uint32_t)(p - digits) & 15);
-    }
-    *out = u;
-    r->at += n;
+    memcpy(digits, s, n);
+    *out = (uint32_t)strtoul(digits, NULL, 16);
     return 1;
 }
 
-/* What follows \u: four digits, twice for what lies beyond 0xffff.  Half of a
- * pair is no character. */
-static int read_unicode(struct reader *r, uint32_t *out)
+/* What lies beyond 0xffff is written as a pair; half of one is no character. */
+static int join_pair(struct reader *r, uint32_t *c)
 {
-    const char *at;
     uint32_t low;
 
-    if (!read_hex(r, 4, out))
-        return 0;
-    at = r->at;
-    if (*out >> 10 == 0xd800 >> 10 && r->end - at >= 6 && at[0] == '\\' &&
-        at[1] == 'u') {
-        r->at += 2;
-        if (read_hex(r, 4, &low) && low >> 10 == 0xdc00 >> 10)
-            *out = 0x10000 + ((*out & 0x3ff) << 10 | (low & 0x3ff));
-        else
-            r->at = at;
+    if (*c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
+        read_hex(r->at + 2, 4, &low) && low >> 10 == 0xdc00 >> 10) {
+        *c = 0x10000 + ((*c & 0x3ff) << 10 | (low & 0x3ff));
+        r->at += 6;
     }
-    if (*out >> 11 != 0xd800 >> 11)
+    if (*c <= 0x10ffff && *c >> 11 != 0xd800 >> 11)
         return 1;
-    *out = 0xfffd;
+    *c = 0xfffd;
     return r->python;
 }
 
-/* Python has more of them; what is none keeps its backslash. */
-static void read_python_escape(struct reader *r, uint32_t *out)
-{
-    const char *const at = r->at;
-    const int c = *r->at++;
-
-    *out = 0;
-    if ((c == 'x' && read_hex(r, 2, out)) || (c == 'u' && read_unicode(r, out)))
-        return;
-    if (c == 'U' && read_hex(r, 8, out)) {
-        if (*out > 0x10ffff || *out >> 11 == 0xd800 >> 11)
-            *out = 0xfffd;
-        return;
-    }
-    r->at = at;
-    while (r->at < r->end && r->at < at + 3 && *r->at >= '0' && *r->at <= '7')
-        *out = *out << 3 | (uint32_t)(*r->at++ - '0');
-    if (r->at == at)
-        *out = '\\';
-}
-
-/* What follows a backslash. */
+/* What follows a backslash.  Python has more escapes than JSON, and what is
+ * none of them keeps its backslash. */
 static int read_escape(struct reader *r, char **out)
 {
     static const char name[] = "\"\\/bfnrt'av";
     static const char value[] = "\"\\/\b\f\n\r\t'\a\v";
-    const char *p = r->at < r->end ?
-                    memchr(name, *r->at, r->python ? 11 : 8) : NULL;
+    const char *p = memchr(name, *r->at, r->python ? 11 : 8);
+    const size_t n_hex = *r->at == 'u' ? 4 : !r->python ? 0 :
+                         *r->at == 'x' ? 2 : *r->at == 'U' ? 8 : 0;
     uint32_t c = '\\';
+    int good = r->python;
 
+    if (r->python && *r->at == '\n') {
+        r->at++;
+        return DONE;
+    }
     if (p) {
+        c = (unsigned char)value[p - name];
         r->at++;
-        *(*out)++ = value[p - name];
-        return DONE;
+        good = 1;
+    } else if (n_hex > 0 && read_hex(r->at + 1, n_hex, &c)) {
+        r->at += 1 + n_hex;
+        good = join_pair(r, &c);
     }
-    if (r->python && r->at < r->end && *r->at == '\n') {
-        r->at++;
-        return DONE;
-    }
-    if (r->python && r->at < r->end)
-        read_python_escape(r, &c);
-    else if (!r->python && (r->at == r->end || *r->at != 'u'))
-        return expected(r, "one of \" \\ / b f n r t u after a backslash");
-    else if (!r->python && (r->at++, !read_unicode(r, &c)))
-        return expected(r, "four hexadecimal digits, and whole surrogate "
-                        "pairs, after \\u");
     *out += utf8_put(*out, c);
-    return DONE;
+    return good ? DONE : expected(r, "\" \\ / b f n r t or u and hexadecimal "
+                                  "digits, surrogates in pairs, after a "
+                                  "backslash");
 }
 
 /* Does the quote at s end a string?  Models forget the backslash before a quote
  * within one: it ends where its container could go on. */
-static int ends_string(const char *s, const char *end, int n_quotes)
+static int ends_string(const char *s)
 {
-    for (int i = 1; i < n_quotes; i++)
-        if (end - s <= i || s[i] != *s)
-            return 0;
-    for (s += n_quotes; s < end; s++)
-        if (!strchr(" \t\r\n", *s))
-            return *s && strchr(",)]}:", *s);
-    return 1;
-}
-
-/* Where the string that goes on at r->at has its closing quote, or the end. */
-static const char *string_end(const struct reader *r, int quote, int n_quotes)
-{
-    const char *p = r->at;
-
-    for (; p < r->end; p++)
-        if (*p == '\\' && p + 1 < r->end)
-            p++;
-        else if (*p == quote &&
-                 (!r->python || ends_string(p, r->end, n_quotes)))
-            break;
-    return p;
+    s += 1 + strspn(s + 1, " \t\r\n");
+    return *s && strchr(",)]}:", *s);
 }
 
 /* One character, an escape or not. */
@@ -1358,79 +1289,67 @@ static int read_character(struct reader *r, char **out)
         return expected(r, "UTF-8");
     if (!r->python && c < ' ')
         return expected(r, "no control character in a string, but an escape");
-    memcpy(*out, r->at, n ? (size_t)n : 1);
-    *out += n ? n : 1;
-    r->at += n ? n : 1;
+    n = n ? n : 1;
+    memmove(*out, r->at, (size_t)n);
+    *out += n;
+    r->at += n;
     return DONE;
 }
 
-/* No escape is shorter than what it stands for. */
 static int read_string(struct reader *r, const char **s, size_t *n)
 {
     const char quote = *r->at++;
-    const int triple = r->python && r->end - r->at >= 2 && r->at[0] == quote &&
-                       r->at[1] == quote;
-    const char *stop;
-    char *out;
+    char *out = r->at;
 
-    r->at += triple ? 2 : 0;
-    stop = string_end(r, quote, triple ? 3 : 1);
-    *s = out = pool_get(r->pool, (size_t)(stop - r->at) + 1);
-    if (!out)
-        return expected(r, "memory");
-    while (r->at < stop)
+    *s = out;
+    while (*r->at != quote || (r->python && !ends_string(r->at))) {
+        if (r->at == r->end)
+            return expected(r, "a quote after the string");
         if (read_character(r, &out) != DONE)
             return USAGE;
-    if (r->at == r->end)
-        return expected(r, "a quote after the string");
-    r->at += triple ? 3 : 1;
+    }
+    r->at++;
     *n = (size_t)(out - *s);
+    *out = '\0';
     return DONE;
 }
 
-static const char *digits_end(const char *p, const char *end)
+/* How long the number at s is; 0 if there is none. */
+static size_t number_length(const char *s)
 {
-    while (p < end && *p >= '0' && *p <= '9')
-        p++;
-    return p;
-}
+    static const char digits[] = "0123456789";
+    const char *p = s + (*s == '-');
+    size_t n = strspn(p, digits);
 
-/* Where the number at s ends, or NULL if there is none. */
-static const char *number_end(const char *s, const char *end)
-{
-    const char *p = s + (s < end && *s == '-'), *q = digits_end(p, end);
-
-    if (q == p || (*p == '0' && q > p + 1))
-        return NULL;
-    if (q < end && *q == '.') {
-        p = q + 1;
-        q = digits_end(p, end);
+    if (n == 0 || (*p == '0' && n > 1))
+        return 0;
+    p += n;
+    if (*p == '.') {
+        n = strspn(++p, digits);
+        p += n;
     }
-    if (q > p && q < end && (*q == 'e' || *q == 'E')) {
-        p = q + 1;
-        p += p < end && (*p == '+' || *p == '-');
-        q = digits_end(p, end);
+    if (n > 0 && (*p == 'e' || *p == 'E')) {
+        p += p[1] == '+' || p[1] == '-' ? 2 : 1;
+        n = strspn(p, digits);
+        p += n;
     }
-    return q > p ? q : NULL;
+    return n > 0 ? (size_t)(p - s) : 0;
 }
 
 /* Python may have a plus in front.  A call has no number beyond all others, for
  * it leaves as JSON. */
 static int read_number(struct reader *r, struct json *v)
 {
-    const char *end;
-
     r->at += *r->at == '+';
-    end = number_end(r->at, r->end);
-    if (!end)
+    v->n = number_length(r->at);
+    if (v->n == 0)
         return expected(r, "a number: -, digits without leading zeros, .digits,"
                         " exponent");
     v->type = JSON_NUMBER;
-    v->n = (size_t)(end - r->at);
     v->s = copy_bytes(r->pool, r->at, v->n);
     if (!v->s || (r->python && !isfinite(strtod(v->s, NULL))))
         return expected(r, "a finite number");
-    r->at = end;
+    r->at += v->n;
     return DONE;
 }
 
@@ -1440,10 +1359,8 @@ static size_t read_name(struct reader *r)
 {
     const char *const from = r->at;
 
-    while (r->at < r->end && ((*r->at >= 'a' && *r->at <= 'z') ||
-           (*r->at >= 'A' && *r->at <= 'Z') || (*r->at >= '0' && *r->at <= '9')
-           || *r->at == '_' || *r->at == '.' || *r->at == '-' ||
-           (unsigned char)*r->at >= 0x80))
+    while (isalnum((unsigned char)*r->at) || (*r->at & 0x80) ||
+           (*r->at && strchr("_.-", *r->at)))
         r->at++;
     return (size_t)(r->at - from);
 }
@@ -1455,22 +1372,23 @@ static int may_call(const struct reader *r)
                          (r->depth == 2 && r->open[1]->close == ']'));
 }
 
-/* A call is an object with the arguments as members and the name in s. */
+/* A call is an object with the arguments as members and the name in s[n], which
+ * no NUL ends. */
 static int read_word(struct reader *r, struct json *v)
 {
     static const struct { const char *word; int type; } known[] = {
         { "null", JSON_NULL }, { "false", JSON_FALSE }, { "true", JSON_TRUE },
         { "None", JSON_NULL }, { "False", JSON_FALSE }, { "True", JSON_TRUE }
     };
-    const char *const name = r->at;
+    char *const name = r->at;
     const size_t n = read_name(r);
 
     if (n > 0 && may_call(r) && took(r, '(')) {
         v->type = JSON_OBJECT;
         v->close = ')';
-        v->s = copy_bytes(r->pool, name, n);
+        v->s = name;
         v->n = n;
-        return v->s ? DONE : expected(r, "memory");
+        return DONE;
     }
     for (int i = 0; i < (r->python ? 6 : 3); i++)
         if (strlen(known[i].word) == n && memcmp(name, known[i].word, n) == 0) {
@@ -1496,8 +1414,7 @@ static int read_value(struct reader *r, struct json *v)
         v->type = JSON_STRING;
         return read_string(r, &v->s, &v->n);
     }
-    if (c == '-' || (c >= '0' && c <= '9') ||
-        (r->python && c == '+'))
+    if (c == '-' || (c >= '0' && c <= '9') || (r->python && c == '+'))
         return read_number(r, v);
     return read_word(r, v);
 }
@@ -1508,40 +1425,32 @@ static int read_key(struct reader *r, const struct json *in, const char **key,
                     size_t *n)
 {
     const int c = peek(r), call = in->close == ')';
-    const char *const name = r->at;
-    int code;
 
-    if (c == '"' || (r->python && !call && c == '\'')) {
-        code = call ? expected(r, "the name of an argument")
-                    : read_string(r, key, n);
-        if (code != DONE)
-            return code;
-    } else if (r->python && (*n = read_name(r)) > 0) {
-        *key = copy_bytes(r->pool, name, *n);
-        if (!*key)
-            return expected(r, "memory");
-    } else if (call && c == '{' && !in->first) {
-        *key = "";
+    *key = r->at;
+    *n = 0;
+    if (call && c == '{' && !in->first)
         return DONE;
-    } else
-        return expected(r, call ? "the name of an argument" :
-                        "a key in double quotes");
-    if (!took(r, call ? '=' : ':'))
-        return expected(r, call ? "'=' and a value" : "':' and a value");
-    return DONE;
+    if (!call && (c == '"' || (r->python && c == '\''))) {
+        if (read_string(r, key, n) != DONE)
+            return USAGE;
+    } else if (!r->python || (*n = read_name(r)) == 0)
+        return expected(r, "a key in double quotes");
+    return took(r, call ? '=' : ':') ? DONE : expected(r, "':' and a value");
 }
 
 static int read_member(struct reader *r, struct json *in, struct json **out)
 {
-    const char *key = NULL;
-    size_t n = 0;
-    int code = DONE;
+    const char *key;
+    size_t n;
 
-    if (in->type == JSON_OBJECT)
-        code = read_key(r, in, &key, &n);
-    if (code != DONE)
-        return code;
-    *out = key ? key_member(r->pool, in, key, n) : new_member(r->pool, in);
+    if (in->type == JSON_ARRAY)
+        *out = new_member(r->pool, in);
+    else if (in->n_members == MAX_MEMBERS)
+        return expected(r, "no more than 4096 members");
+    else if (read_key(r, in, &key, &n) != DONE)
+        return USAGE;
+    else
+        *out = key_member(r->pool, in, key, n);
     return *out ? read_value(r, *out) : expected(r, "memory");
 }
 
@@ -1560,12 +1469,17 @@ static int read_comma(struct reader *r, const struct json *in)
 static int read_tree(struct reader *r, struct json *root)
 {
     enum { VALUE, VALUE_OR_END, COMMA_OR_END } next = VALUE;
+    int code = DONE;
 
+    *root = (struct json){ .type = JSON_ARRAY, .close = EOF };
+    r->start = r->at = copy_bytes(r->pool, r->text, r->n);
+    if (!r->at)
+        return expected(r, "memory");
+    r->end = r->at + r->n;
     r->open[0] = root;
     r->depth = 1;
-    while (r->depth > 0) {
+    while (code == DONE && r->depth > 0) {
         struct json *in = r->open[r->depth - 1], *v = NULL;
-        int code = DONE;
         if (next != VALUE && took(r, in->close)) {
             r->depth--;
             next = COMMA_OR_END;
@@ -1576,23 +1490,22 @@ static int read_tree(struct reader *r, struct json *root)
             code = read_member(r, in, &v);
             next = v && v->close ? VALUE_OR_END : COMMA_OR_END;
         }
-        if (code != DONE)
-            return code;
-        if (v && v->close && r->depth > MAX_DEPTH)
+        if (code != DONE || !v || !v->close)
+            continue;
+        if (r->depth > MAX_DEPTH)
             return because(r->why, USAGE, "JSON nested deeper than %d levels",
                            MAX_DEPTH);
-        if (v && v->close)
-            r->open[r->depth++] = v;
+        r->open[r->depth++] = v;
     }
-    return DONE;
+    return code;
 }
 
 /* The tree of a whole text; DONE, USAGE or NO_MEMORY. */
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why)
 {
-    struct json root = { .type = JSON_ARRAY, .close = EOF };
-    struct reader r = { .pool = pool, .start = text, .at = text, .why = why };
+    struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
+    struct json root;
     int code;
 
     *out = NULL;
@@ -1602,7 +1515,6 @@ static int json_parse(struct pool *pool, const char *text, size_t n,
     if (n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
         return because(why, USAGE, "the JSON begins with a byte order mark, "
                        "expected none");
-    r.end = text + n;
     code = read_tree(&r, &root);
     if (code == DONE)
         *out = root.first;
@@ -1638,80 +1550,95 @@ static void add_json_string(struct text *t, const char *s, size_t n)
 }
 
 /* The fewest digits that are this number, as Python prints floats. */
-static void add_float(struct text *t, double x, const char *infinity)
+static void add_float(struct text *t, double x, int python)
 {
-    char s[40], digits[20] = "";
+    char s[40];
     int n = 0, e;
 
     if (isinf(x)) {
-        add_format(t, "%s%s", x < 0 ? "-" : "", infinity);
+        add_string(t, x < 0 ? "-" : "");
+        add_string(t, python ? "inf" : "Infinity");
         return;
     }
     do
-        snprintf(s, sizeof s, "%.*e", n, fabs(x));
-    while (strtod(s, NULL) != fabs(x) && ++n < 17);
+        snprintf(s, sizeof s, "%.*e", n, x);
+    while (strtod(s, NULL) != x && ++n < 17);
     e = atoi(strchr(s, 'e') + 1);
-    digits[0] = s[0];
-    memcpy(digits + 1, s + 2, (size_t)n);
-    add_string(t, signbit(x) ? "-" : "");
     if (e < -4 || e >= 16)
-        add_format(t, "%c%s%se%+03d", digits[0], n ? "." : "", digits + 1, e);
-    else if (e < 0)
-        add_format(t, "0.%.*s%s", -e - 1, "000", digits);
-    else if (e >= n)
-        add_format(t, "%s%.*s.0", digits, e - n, "000000000000000");
+        add_string(t, s);
     else
-        add_format(t, "%.*s.%s", e + 1, digits, digits + e + 1);
+        add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* JSON and Python differ in a few words, and in how they quote. */
-struct notation {
-    const char *word[3], *infinity;
-    void (*add_string)(struct text *t, const char *s, size_t n);
-};
-
-static void add_scalar(struct text *t, const struct json *v,
-                       const struct notation *as)
+/* A string as Python's repr() writes it, but for rare characters without a
+ * picture of their own. */
+static void add_python_string(struct text *t, const char *s, size_t n)
 {
+    const char *const end = s + n;
+    const int quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
+    uint32_t c;
+
+    add_format(t, "%c", quote);
+    for (int size; s < end; s += size) {
+        size = utf8_get(s, end, &c);
+        size = size ? size : 1;
+        if (c == '\\' || c == (uint32_t)quote)
+            add_format(t, "\\%c", (int)c);
+        else if (c == '\n' || c == '\r' || c == '\t')
+            add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
+        else if (c < ' ' || (c >= 0x7f && c <= 0xa0) || c == 0xad)
+            add_format(t, "\\x%02x", (unsigned)c);
+        else
+            add(t, s, (size_t)size);
+    }
+    add_format(t, "%c", quote);
+}
+
+/* A value, or how one that has members begins. */
+static void add_scalar(struct text *t, const struct json *v, int python)
+{
+    static const char *const word[][JSON_OBJECT + 1] = {
+        { [JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true",
+          [JSON_ARRAY] = "[", [JSON_OBJECT] = "{" },
+        { [JSON_NULL] = "None", [JSON_FALSE] = "False", [JSON_TRUE] = "True",
+          [JSON_ARRAY] = "[", [JSON_OBJECT] = "{" }
+    };
+
     if (v->type == JSON_STRING)
-        as->add_string(t, v->s, v->n);
+        (python ? add_python_string : add_json_string)(t, v->s, v->n);
     else if (v->type != JSON_NUMBER)
-        add_string(t, as->word[v->type]);
+        add_string(t, word[python][v->type]);
     else if (strpbrk(v->s, ".eE"))
-        add_float(t, strtod(v->s, NULL), as->infinity);
+        add_float(t, strtod(v->s, NULL), python);
     else
         add_string(t, strcmp(v->s, "-0") == 0 ? "0" : v->s);
 }
 
 /* What is deeper than anything that is ever read is left out. */
-static void add_tree(struct text *t, const struct json *v,
-                     const struct notation *as)
+static void add_tree(struct text *t, const struct json *v, int python)
 {
     const struct json *open[2 * MAX_DEPTH];
     int depth = 0;
 
-    for (;;) {
+    while (v) {
         if (depth > 0 && v->key) {
-            as->add_string(t, v->key, v->n_key);
+            (python ? add_python_string : add_json_string)(t, v->key, v->n_key);
             add_string(t, ": ");
         }
-        if (v->type < JSON_ARRAY)
-            add_scalar(t, v, as);
-        else
-            add_string(t, v->type == JSON_ARRAY ? "[" : "{");
+        add_scalar(t, v, python);
         if (v->first && depth < 2 * MAX_DEPTH) {
             open[depth++] = v;
             v = v->first;
             continue;
         }
-        if (v->type >= JSON_ARRAY)
-            add_string(t, v->type == JSON_ARRAY ? "]" : "}");
-        while (depth > 0 && !v->next) {
-            v = open[--depth];
-            add_string(t, v->type == JSON_ARRAY ? "]" : "}");
+        for (;; v = open[--depth]) {
+            if (v->type >= JSON_ARRAY)
+                add_string(t, v->type == JSON_ARRAY ? "]" : "}");
+            if (depth == 0)
+                return;
+            if (v->next)
+                break;
         }
-        if (depth == 0)
-            return;
         add_string(t, ", ");
         v = v->next;
     }
@@ -1719,12 +1646,7 @@ static void add_tree(struct text *t, const struct json *v,
 
 static void add_json(struct text *t, const struct json *v)
 {
-    static const struct notation json = {
-        { "null", "false", "true" }, "Infinity", add_json_string
-    };
-
-    if (v)
-        add_tree(t, v, &json);
+    add_tree(t, v, 0);
 }
 
 /* -------------------------------------------------------- 5. Chat templates
@@ -1778,16 +1700,12 @@ static const struct dialect {
     [TEMPLATE_8B]       = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'" },
 };
 
-/* Some bytes within a text. */
-struct piece { const char *s; size_t n; };
-
 struct rendering {
     const struct conversation *conv;
     const struct dialect *as;
     struct rendered *out;
     struct text parts;                    /* the content of one message      */
     struct pool pool;
-    struct why *why;
 };
 
 static void rendered_free(struct rendered *r)
@@ -1839,44 +1757,49 @@ static const char *kind(const struct json *v)
     return v ? json_names[v->type] : "nothing";
 }
 
-/* Absent and null are the same, but for one template. */
-static int is_none(const struct json *v)
+/* The member of this key; null is the same as nothing, but for one template. */
+static const struct json *given(const struct json *object, const char *key)
 {
-    return !v || v->type == JSON_NULL;
+    const struct json *v = json_get(object, key);
+
+    return json_is(v, JSON_NULL) ? NULL : v;
 }
 
-static int check_string(const struct json *v, int i, const char *key,
-                        struct why *why)
+/* Is it of this type?  A string has to be text without NUL characters, too. */
+static int check(const struct json *v, int type, struct why *why,
+                 const char *name, ...)
 {
-    if (!json_is(v, JSON_STRING))
-        return because(why, USAGE, "messages[%d].%s is %s, expected a string",
-                       i, key, kind(v));
-    if (!json_text(v))
-        return because(why, USAGE, "messages[%d].%s has a NUL character after "
-                       "%zu bytes, expected text", i, key, strlen(v->s));
+    char s[64];
+    va_list args;
+
+    va_start(args, name);
+    vsnprintf(s, sizeof s, name, args);
+    va_end(args);
+    if (!json_is(v, type))
+        return because(why, USAGE, "%s is %s, expected %s", s, kind(v),
+                       json_names[type]);
+    if (type == JSON_STRING && !json_text(v))
+        return because(why, USAGE, "%s has a NUL character after %zu bytes, "
+                       "expected text", s, strlen(v->s));
     return DONE;
 }
 
 /* Text, or parts that are all text. */
 static int check_content(const struct json *content, int i, struct why *why)
 {
-    const struct json *part = json_is(content, JSON_ARRAY) ? content->first
-                                                           : NULL;
-    int k = 0, code = DONE;
+    const struct json *part = content->first;
+    int code = DONE;
 
-    if (is_none(content))
-        return DONE;
     if (content->type != JSON_ARRAY)
-        return check_string(content, i, "content", why);
-    for (; part && code == DONE; part = part->next, k++) {
-        char key[40];
+        return check(content, JSON_STRING, why, "messages[%d].content", i);
+    for (int k = 0; part && code == DONE; part = part->next, k++) {
         const char *type = json_text(json_get(part, "type"));
-        snprintf(key, sizeof key, "content[%d].text", k);
         if (!type || strcmp(type, "text") != 0)
             return because(why, USAGE, "messages[%d].content[%d] is no part of "
                            "type \"text\", and this program reads text only", i,
                            k);
-        code = check_string(json_get(part, "text"), i, key, why);
+        code = check(json_get(part, "text"), JSON_STRING, why,
+                     "messages[%d].content[%d].text", i, k);
     }
     return code;
 }
@@ -1896,7 +1819,7 @@ static const struct json *arguments_of(struct pool *pool, const struct json *v)
     struct json *parsed;
     struct why why;
 
-    if (is_none(v) || (v->type == JSON_STRING && v->n == 0))
+    if (!v || v->type == JSON_NULL || (v->type == JSON_STRING && v->n == 0))
         return json_object(pool);
     if (v->type == JSON_STRING && json_parse(pool, v->s, v->n, &parsed, &why)
         == DONE)
@@ -1908,22 +1831,20 @@ static int check_calls(struct pool *pool, const struct json *calls, int i,
                        struct why *why)
 {
     const struct json *call = calls->first;
+    int code = check(calls, JSON_ARRAY, why, "messages[%d].tool_calls", i);
 
-    if (calls->type != JSON_ARRAY)
-        return because(why, USAGE, "messages[%d].tool_calls is %s, expected an "
-                       "array", i, kind(calls));
-    for (int k = 0; call; call = call->next, k++) {
+    for (int k = 0; code == DONE && call; call = call->next, k++) {
         const struct json *function = function_of(call);
+        const struct json *args = json_get(function, "arguments");
         if (!json_text(json_get(function, "name")))
             return because(why, USAGE, "messages[%d].tool_calls[%d] has no "
                            "function with a name", i, k);
-        if (!arguments_of(pool, json_get(function, "arguments")))
+        if (!arguments_of(pool, args))
             return because(why, USAGE, "messages[%d].tool_calls[%d].function."
                            "arguments is %s, expected an object or a string "
-                           "with one", i, k,
-                           kind(json_get(function, "arguments")));
+                           "with one", i, k, kind(args));
     }
-    return DONE;
+    return code;
 }
 
 /* Messages of a "developer" are those of the system under a newer name. */
@@ -1942,62 +1863,61 @@ static const char *role_of(const struct json *message)
 /* What the model thought before this answer, by either name. */
 static const struct json *thinking_of(const struct json *message)
 {
-    const struct json *v = json_get(message, "thinking");
+    const struct json *v = given(message, "thinking");
 
-    v = is_none(v) ? json_get(message, "reasoning_content") : v;
-    return is_none(v) ? NULL : v;
+    return v ? v : given(message, "reasoning_content");
 }
 
 static int check_message(struct pool *pool, const struct json *m, int i,
                          struct why *why)
 {
-    const struct json *calls = json_get(m, "tool_calls");
-    const struct json *thinking = thinking_of(m);
-    int code;
+    const struct json *role = json_get(m, "role"), *thinking = thinking_of(m);
+    const struct json *content = given(m, "content");
+    const struct json *calls = given(m, "tool_calls");
+    int code = check(m, JSON_OBJECT, why, "messages[%d]", i);
 
-    if (m->type != JSON_OBJECT)
-        return because(why, USAGE, "messages[%d] is %s, expected an object", i,
-                       kind(m));
-    if (!role_of(m))
+    if (code == DONE && !role_of(m))
         return because(why, USAGE, "messages[%d].role is %s, expected "
                        "\"system\", \"user\", \"assistant\" or \"tool\"", i,
-                       json_is(json_get(m, "role"), JSON_STRING) ?
-                       "another string" : kind(json_get(m, "role")));
-    code = check_content(json_get(m, "content"), i, why);
+                       json_is(role, JSON_STRING) ? "another string" :
+                       kind(role));
+    if (code == DONE && content)
+        code = check_content(content, i, why);
     if (code == DONE && thinking)
-        code = check_string(thinking, i, "thinking", why);
-    if (code == DONE && !is_none(calls))
+        code = check(thinking, JSON_STRING, why, "messages[%d].thinking", i);
+    if (code == DONE && calls)
         code = check_calls(pool, calls, i, why);
     return code;
+}
+
+static int has_tools(const struct conversation *c)
+{
+    return c->tools && c->tools->first;
 }
 
 static int check_conversation(struct pool *pool, const struct conversation *c,
                               struct why *why)
 {
-    const struct json *m = c->messages, *last = NULL, *tool;
-    int i = 0, code = DONE;
+    const struct json *m = c->messages, *tool;
+    int code = DONE, i = 0;
 
     if (!json_is(m, JSON_ARRAY) || !m->first)
         return because(why, USAGE, "messages is %s, expected an array of "
                        "messages", json_is(m, JSON_ARRAY) ? "empty" : kind(m));
-    for (m = m->first; m && code == DONE; m = m->next, i++) {
-        code = check_message(pool, m, i, why);
-        last = m;
-    }
-    if (code != DONE)
-        return code;
-    if (c->continue_last && strcmp(role_of(last), "assistant") != 0)
+    for (m = m->first; m && code == DONE; m = m->next)
+        code = check_message(pool, m, i++, why);
+    m = c->messages->last;
+    if (code == DONE && c->continue_last &&
+        strcmp(role_of(m), "assistant") != 0)
         return because(why, USAGE, "messages[%d] is of role %s, expected "
-                       "\"assistant\" to continue it", i - 1, role_of(last));
-    if (!is_none(c->tools) && c->tools->type != JSON_ARRAY)
-        return because(why, USAGE, "tools is %s, expected an array",
-                       kind(c->tools));
-    tool = is_none(c->tools) ? NULL : c->tools->first;
-    for (i = 0; tool; tool = tool->next, i++)
-        if (tool->type != JSON_OBJECT && tool->type != JSON_STRING)
-            return because(why, USAGE, "tools[%d] is %s, expected an object", i,
-                           kind(tool));
-    return DONE;
+                       "\"assistant\" to continue it", i - 1, role_of(m));
+    if (code == DONE && c->tools && c->tools->type != JSON_NULL)
+        code = check(c->tools, JSON_ARRAY, why, "tools");
+    tool = has_tools(c) ? c->tools->first : NULL;
+    for (i = 0; tool && code == DONE; tool = tool->next, i++)
+        if (tool->type != JSON_STRING)
+            code = check(tool, JSON_OBJECT, why, "tools[%d]", i);
+    return code;
 }
 
 /* ---- as Python has it */
@@ -2029,103 +1949,75 @@ static struct piece trim(const char *s, const char *end)
     return (struct piece){ s, (size_t)(end - s) };
 }
 
-/* Characters that repr() escapes, but for those no one has assigned yet. */
-static int is_printable(uint32_t c)
-{
-    static const uint32_t hidden[][2] = {
-        { 0, 0x1f }, { 0x7f, 0xa0 }, { 0xad, 0xad }, { 0x600, 0x605 },
-        { 0x61c, 0x61c }, { 0x6dd, 0x6dd }, { 0x70f, 0x70f }, { 0x890, 0x891 },
-        { 0x8e2, 0x8e2 }, { 0x1680, 0x1680 }, { 0x180e, 0x180e },
-        { 0x2000, 0x200f }, { 0x2028, 0x202f }, { 0x205f, 0x206f },
-        { 0x3000, 0x3000 }, { 0xe000, 0xf8ff }, { 0xfeff, 0xfeff },
-        { 0xfff9, 0xfffb }, { 0x110bd, 0x110bd }, { 0x110cd, 0x110cd },
-        { 0x13430, 0x1343f }, { 0x1bca0, 0x1bca3 }, { 0x1d173, 0x1d17a },
-        { 0xe0001, 0xe007f }, { 0xf0000, 0x10ffff }
-    };
-
-    for (size_t i = 0; i < sizeof hidden / sizeof *hidden; i++)
-        if (c >= hidden[i][0] && c <= hidden[i][1])
-            return 0;
-    return 1;
-}
-
-/* A string as repr() writes it. */
-static void add_python_string(struct text *t, const char *s, size_t n)
-{
-    const char *const end = s + n;
-    const int quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
-    uint32_t c;
-
-    add_format(t, "%c", quote);
-    for (int size; s < end; s += size) {
-        size = utf8_get(s, end, &c);
-        size = size ? size : 1;
-        if (c == '\\' || c == (uint32_t)quote)
-            add_format(t, "\\%c", (int)c);
-        else if (c == '\n' || c == '\r' || c == '\t')
-            add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
-        else if (is_printable(c))
-            add(t, s, (size_t)size);
-        else
-            add_format(t, c < 0x100 ? "\\x%02lx" : c < 0x10000 ? "\\u%04lx" :
-                       "\\U%08lx", (unsigned long)c);
-    }
-    add_format(t, "%c", quote);
-}
-
 /* The value of an argument in a call: Python's, but for strings and dicts. */
 static void add_argument(struct text *t, const struct json *v,
                          const char *quote)
 {
-    static const struct notation python = {
-        { "None", "False", "True" }, "inf", add_python_string
-    };
-
     if (v->type == JSON_STRING && quote) {
         add_string(t, quote);
         add(t, v->s, v->n);
         add_string(t, quote);
-    } else if (v->type == JSON_STRING || v->type == JSON_OBJECT)
-        add_json(t, v);
-    else
-        add_tree(t, v, &python);
+    } else
+        add_tree(t, v, v->type != JSON_STRING && v->type != JSON_OBJECT);
 }
 
 /* ---- the parts of a conversation */
 
+static void begin_turn(struct rendering *r, const char *role)
+{
+    add_mark(r->out, TURN_START);
+    add_string(&r->out->text, role);
+    add_string(&r->out->text, "\n");
+}
+
+static void end_turn(struct rendering *r)
+{
+    add_mark(r->out, TURN_END);
+    add_string(&r->out->text, "\n");
+}
+
+/* Add a marker, if the template marks tools and what they return. */
+static void put_marker(struct rendering *r, const char *token)
+{
+    if (r->as->marked)
+        add_mark(r->out, token);
+}
+
+static void put_tools(struct rendering *r)
+{
+    const struct json *tools = r->conv->tools;
+    struct text *t = &r->out->text;
+
+    if (r->as->dated)
+        add_format(t, "Today's date: %s\n\n", r->conv->date);
+    add_string(t, "List of tools: ");
+    if (r->as->dated) {
+        add_json(t, tools);
+        return;
+    }
+    put_marker(r, "<|tool_list_start|>");
+    for (const struct json *tool = tools->first; tool; tool = tool->next) {
+        add_string(t, tool == tools->first ? "[" : ", ");
+        if (tool->type == JSON_STRING)
+            add(t, tool->s, tool->n);
+        else
+            add_json(t, tool);
+    }
+    add_string(t, "]");
+    put_marker(r, "<|tool_list_end|>");
+}
+
 static void put_system(struct rendering *r, struct piece text)
 {
-    const struct json *tools = r->conv->tools, *tool;
-    struct text *t = &r->out->text;
-    const int n_tools = !is_none(tools) && tools->first;
-
-    if (text.n == 0 && !n_tools)
+    if (text.n == 0 && !has_tools(r->conv))
         return;
-    add_mark(r->out, TURN_START);
-    add_string(t, "system\n");
-    add(t, text.s, text.n);
-    if (n_tools && text.n > 0)
-        add_string(t, r->as->dated ? "\n\n" : "\n");
-    if (n_tools && r->as->dated) {
-        add_format(t, "Today's date: %s\n\nList of tools: ", r->conv->date);
-        add_json(t, tools);
-    } else if (n_tools) {
-        add_string(t, "List of tools: ");
-        if (r->as->marked)
-            add_mark(r->out, "<|tool_list_start|>");
-        for (tool = tools->first; tool; tool = tool->next) {
-            add_string(t, tool == tools->first ? "[" : ", ");
-            if (tool->type == JSON_STRING)
-                add(t, tool->s, tool->n);
-            else
-                add_json(t, tool);
-        }
-        add_string(t, "]");
-        if (r->as->marked)
-            add_mark(r->out, "<|tool_list_end|>");
-    }
-    add_mark(r->out, TURN_END);
-    add_string(t, "\n");
+    begin_turn(r, "system");
+    add(&r->out->text, text.s, text.n);
+    if (has_tools(r->conv) && text.n > 0)
+        add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
+    if (has_tools(r->conv))
+        put_tools(r);
+    end_turn(r);
 }
 
 static void put_calls(struct rendering *r, const struct json *calls)
@@ -2157,18 +2049,16 @@ static void put_calls(struct rendering *r, const struct json *calls)
 /* Clients hand calls back with their markers in the content. */
 static void put_answer(struct rendering *r, struct piece text)
 {
-    const char *const end = text.s + text.n, *p = text.s, *from = p;
+    const char *const end = text.s + text.n, *from = text.s;
 
-    while ((p = find(p, end, "<|tool_call_")) != NULL) {
+    for (const char *p = from; p < end; p++) {
         const char *token = begins(p, end, CALL_START) ? CALL_START :
                             begins(p, end, CALL_END) ? CALL_END : NULL;
-        if (!token) {
-            p++;
+        if (!token)
             continue;
-        }
         add(&r->out->text, from, (size_t)(p - from));
         add_mark(r->out, token);
-        from = p += strlen(token);
+        from = p + strlen(token);
     }
     add(&r->out->text, from, (size_t)(end - from));
 }
@@ -2205,9 +2095,9 @@ static struct piece without_thought(struct piece text)
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
     const struct json *thinking = thinking_of(m);
-    const struct json *calls = json_get(m, "tool_calls");
-    const int order = is_none(calls) || (!r->as->quote && !calls->first) ?
-                      NO_CALLS : r->as->calls;
+    const struct json *calls = given(m, "tool_calls");
+    const int order = !calls || (!r->as->quote && !calls->first) ? NO_CALLS :
+                      r->as->calls;
     struct piece text = content_of(r, m);
 
     if (thinking && r->as->calls != NO_CALLS && recent) {
@@ -2225,28 +2115,23 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
 static void put_message(struct rendering *r, const struct json *m, int recent)
 {
     const char *role = role_of(m);
-    const int wrapped = r->as->marked && strcmp(role, "tool") == 0;
-    struct piece text;
+    const int is_tool = strcmp(role, "tool") == 0;
 
-    add_mark(r->out, TURN_START);
-    add_string(&r->out->text, role);
-    add_string(&r->out->text, "\n");
+    begin_turn(r, role);
     if (strcmp(role, "assistant") == 0)
         put_assistant(r, m, recent);
     else {
-        text = content_of(r, m);
-        if (wrapped)
-            add_mark(r->out, "<|tool_response_start|>");
+        const struct piece text = content_of(r, m);
+        if (is_tool)
+            put_marker(r, "<|tool_response_start|>");
         add(&r->out->text, text.s, text.n);
-        if (wrapped)
-            add_mark(r->out, "<|tool_response_end|>");
+        if (is_tool)
+            put_marker(r, "<|tool_response_end|>");
     }
     /* The template of VL forgets the end of a message without content. */
-    if ((!m->next && r->conv->continue_last) ||
-        (r->as->calls == CALLS_FIRST && !json_get(m, "content")))
-        return;
-    add_mark(r->out, TURN_END);
-    add_string(&r->out->text, "\n");
+    if ((m->next || !r->conv->continue_last) &&
+        (r->as->calls != CALLS_FIRST || json_get(m, "content")))
+        end_turn(r);
 }
 
 /* The answers from here on keep their thoughts: the last one, or those after
@@ -2281,8 +2166,7 @@ static void put_conversation(struct rendering *r)
     }
     if (!r->conv->generate || r->conv->continue_last)
         return;
-    add_mark(r->out, TURN_START);
-    add_string(&r->out->text, "assistant\n");
+    begin_turn(r, "assistant");
     if (r->conv->open_thought)
         add_mark(r->out, "<think>");
 }
@@ -2437,8 +2321,9 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
     };
     size_t n;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
+    const char *how = "the one in the file";
     const uint64_t hash = s ? template_hash(s, n) : 0;
-    int template;
+    int template = TEMPLATE_AUTO;
 
     *known = 1;
     if (!s)
@@ -2446,22 +2331,19 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                        " so text is continued as it is");
     for (size_t i = 0; i < sizeof published / sizeof *published; i++)
         if (published[i].hash == hash)
-            return because(evidence, published[i].template, "chat template %s: "
-                           "the one in the file, by its hash %016llx",
-                           template_names[published[i].template],
-                           (unsigned long long)hash);
-    *known = 0;
-    template = template_by_text(s, s + n);
-    if (template != TEMPLATE_AUTO)
-        return because(evidence, template, "chat template %s: the one in the "
-                       "file has an unknown hash, %016llx, but words of this "
-                       "one", template_names[template],
-                       (unsigned long long)hash);
-    template = template_by_model(model, words);
-    return because(evidence, template, "chat template %s: by name and "
-                   "vocabulary of the model, as the one in the file is unknown "
-                   "(hash %016llx)", template_names[template],
-                   (unsigned long long)hash);
+            template = published[i].template;
+    *known = template != TEMPLATE_AUTO;
+    if (!*known) {
+        template = template_by_text(s, s + n);
+        how = "the one in the file is unknown, but has words of this one";
+    }
+    if (template == TEMPLATE_AUTO) {
+        template = template_by_model(model, words);
+        how = "by name and vocabulary of the model, as the one in the file is "
+              "unknown";
+    }
+    return because(evidence, template, "chat template %s: %s (hash %016llx)",
+                   template_names[template], how, (unsigned long long)hash);
 }
 
 /* ------------------------------------------------------------ 6. Tool calls
@@ -2501,10 +2383,9 @@ static struct json *call_of(struct pool *pool, const struct json *v)
 static int read_calls(struct pool *pool, const char *s, const char *end,
                       struct json *calls)
 {
-    struct json root = { .type = JSON_ARRAY, .close = EOF };
-    struct json *found = json_array(pool), *v;
+    struct json root, *found = json_array(pool), *v;
     struct why why;
-    struct reader r = { .pool = pool, .start = s, .at = s, .end = end,
+    struct reader r = { .pool = pool, .text = s, .n = (size_t)(end - s),
                         .python = 1, .why = &why };
 
     if (!found || read_tree(&r, &root) != DONE)
@@ -2601,31 +2482,27 @@ static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
 static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
                       const struct text *t)
 {
+    static const char blank[] = " \t\r";
     const char *p = t->s, *const stop = t->s + t->n;
-    int line = 1, len;
     char *end;
+    int len;
 
-    while (p < stop) {
-        p += strspn(p, " \t\r");
-        if (p == stop || *p == '\n') {
-            putchar(s->null ? '\0' : '\n');
-            p++;
-            line++;
-            continue;
+    for (int line = 1; p < stop; line++) {
+        for (p += strspn(p, blank); p < stop && *p != '\n'; p = end) {
+            errno = 0;
+            const long id = strtol(p, &end, 10);
+            if (end == p || !strchr(" \t\r\n", *end) || errno || id < 0 ||
+                id >= lfm2_n_vocab(words))
+                return say(FAILED, "line %d: \"%.*s\", expected a token id "
+                           "from 0 to %d", line, (int)strcspn(p, " \t\r\n"), p,
+                           lfm2_n_vocab(words) - 1);
+            const char *bytes = lfm2_token_bytes(words, (int32_t)id,
+                                                 s->special, &len);
+            fwrite(bytes, 1, (size_t)len, stdout);
+            end += strspn(end, blank);
         }
-        errno = 0;
-        const long id = strtol(p, &end, 10);
-        if (end == p || !strchr(" \t\r\n", *end) || errno || id < 0 ||
-            id >= lfm2_n_vocab(words))
-            return say(FAILED, "line %d: \"%.*s\", expected a token id from 0 "
-                       "to %d", line, (int)strcspn(p, " \t\r\n"), p,
-                       lfm2_n_vocab(words) - 1);
-        const char *bytes = lfm2_token_bytes(words, (int32_t)id, s->special,
-                                             &len);
-        fwrite(bytes, 1, (size_t)len, stdout);
-        p = end;
-        if (p == stop)
-            putchar(s->null ? '\0' : '\n');
+        putchar(s->null ? '\0' : '\n');
+        p++;
     }
     return DONE;
 }
@@ -2693,19 +2570,28 @@ static int work_on_words(const struct settings *s)
  * What is in the file, in the terms its makers use, and what it will take to
  * run it. */
 
-struct amount { char s[32]; };
+/* A few words, made on the spot. */
+struct phrase { char s[128]; };
+
+static struct phrase phrase(const char *fmt, ...)
+{
+    struct phrase out;
+    va_list args;
+
+    va_start(args, fmt);
+    vsnprintf(out.s, sizeof out.s, fmt, args);
+    va_end(args);
+    return out;
+}
 
 /* "23.84 B" parameters or, with unit "B", "13.51 GB". */
-static struct amount amount(double n, const char *unit)
+static struct phrase amount(double n, const char *unit)
 {
     const char *letter = n >= 1e9 ? *unit ? "G" : "B" :
                          n >= 1e6 ? "M" : n >= 1e3 ? "K" : "";
     const double scale = n >= 1e9 ? 1e9 : n >= 1e6 ? 1e6 : n >= 1e3 ? 1e3 : 1;
-    struct amount out;
 
-    snprintf(out.s, sizeof out.s, "%.*f %s%s", scale > 1 ? 2 : 0, n / scale,
-             letter, unit);
-    return out;
+    return phrase("%.*f %s%s", scale > 1 ? 2 : 0, n / scale, letter, unit);
 }
 
 static void print_clean(const char *s, size_t n)
@@ -2814,6 +2700,102 @@ static double kv_bytes(const lfm2_config *c, int kv_type)
                    (kv_type == LFM2_KV_F16 ? 2 : 4);
     return sum;
 }
+
+/* ---- what a token costs, and the process */
+
+/* What a token costs, by the tensors of the file. */
+struct cost {
+    double bytes, params;                 /* of the whole file               */
+    double shared, experts;               /* bytes: read for every token, and
+                                             of all experts together         */
+    double macs, head;                    /* multiply-adds; for logits       */
+    double kv;                            /* bytes of cache a token of text  */
+};
+
+static struct cost count_cost(const lfm2_model *m, int kv_type)
+{
+    const lfm2_config *c = lfm2_model_config(m);
+    struct cost sum = { .kv = kv_bytes(c, kv_type) };
+    double embedding = 0, output = 0;
+    lfm2_tensor_info t;
+
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
+        const double bytes = (double)t.n_bytes, n = count_elements(&t);
+        sum.bytes += bytes;
+        sum.params += n;
+        if (strcmp(t.name, "token_embd.weight") == 0)
+            embedding = bytes, sum.head = n;
+        else if (strcmp(t.name, "output.weight") == 0)
+            output = bytes;
+        else if (strstr(t.name, "_exps.") && c->n_expert > 0) {
+            sum.experts += bytes;
+            sum.macs += n * c->n_expert_used / c->n_expert;
+        } else {
+            sum.shared += bytes;
+            sum.macs += t.n_dims > 1 ? n : 0;
+        }
+    }
+    sum.shared += output > 0 ? output : embedding;
+    return sum;
+}
+
+/* Bytes that one step reads for a token of each sequence: weights once, of the
+ * experts those that are expected to be chosen, if all are as likely; and the
+ * cache, `depth` tokens of it. */
+static double step_bytes(const lfm2_model *m, const struct cost *cost,
+                         int n_seq, double depth)
+{
+    const lfm2_config *c = lfm2_model_config(m);
+    double idle = 1;
+
+    for (int i = 0; c->n_expert > 0 && i < n_seq; i++)
+        idle *= 1 - (double)c->n_expert_used / c->n_expert;
+    return cost->shared + cost->experts * (1 - idle) +
+           cost->kv * n_seq * depth;
+}
+
+/* What a file of Linux says of `key`, behind a colon; or something else. */
+static struct phrase look_up(const char *path, const char *key,
+                             const char *otherwise)
+{
+    struct phrase out = phrase("%s", otherwise);
+    FILE *f = fopen(path, "r");
+    char line[256];
+
+    while (f && fgets(line, sizeof line, f)) {
+        const char *s = strchr(line, ':');
+        if (!s || strncmp(line, key, strlen(key)) != 0)
+            continue;
+        s += 1 + strspn(s + 1, " \t");
+        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
+        break;
+    }
+    if (f)
+        fclose(f);
+    return out;
+}
+
+/* Memory of the process's own, which the mapped file is not; 0 if the system
+ * does not tell. */
+static double anonymous_memory(void)
+{
+    return strtod(look_up("/proc/self/status", "RssAnon", "0").s, NULL) * 1024;
+}
+
+static double peak_memory(void)
+{
+    struct rusage use;
+
+    if (getrusage(RUSAGE_SELF, &use) != 0)
+        return 0;
+#ifdef __APPLE__
+    return (double)use.ru_maxrss;
+#else
+    return (double)use.ru_maxrss * 1024;
+#endif
+}
+
+/* ---- memory */
 
 static void inspect_memory(const struct settings *s, const lfm2_model *m)
 {
@@ -2942,6 +2924,7 @@ struct engine {
     struct ids *cached;                   /* [n_seq]: tokens in the cache    */
     lfm2_span *span;                      /* [n_seq]                         */
     float *unbent;                        /* [n_vocab]: logits as they came  */
+    struct ids ends;                      /* tokens that end a turn          */
 };
 
 /* ---- presets
@@ -3135,9 +3118,14 @@ static int open_model_words(struct engine *e)
     if (e->s->ids && e->s->logits)
         return DONE;
     code = open_words(e->s, &e->words);
+    if (code == DONE)
+        code = alloc_ids(&e->ends, (size_t)lfm2_n_vocab(e->words));
     if (code != DONE)
         return code;
     n = lfm2_n_vocab(e->words);
+    for (int32_t id = 0; id < n; id++)
+        if (lfm2_is_eog(e->words, id))
+            e->ends.id[e->ends.n++] = id;
     if (n > n_vocab || (n < n_vocab && e->s->tokenizer))
         return say(BAD_MODEL, "%s: a vocabulary of %d tokens, expected the %d "
                    "of the model", e->s->tokenizer ? e->s->tokenizer :
@@ -3222,6 +3210,7 @@ static void close_engine(struct engine *e)
     free(e->cached);
     free(e->span);
     free(e->unbent);
+    free(e->ends.id);
     lfm2_context_close(e->ctx);
     lfm2_tokenizer_close(e->words);
     lfm2_model_close(e->model);
@@ -3280,12 +3269,17 @@ struct request {
     int in_thought;                       /* the prompt has opened one       */
     int think_budget;                     /* most tokens of one; -1: any     */
     int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
+    int echo;                             /* the prompt is told, too         */
+    int columns;                          /* as /v1/completions writes them  */
     double presence, frequency;           /* taken off what was said before  */
     struct bias *bias;
     int n_bias;
     struct text stop[MAX_STOPS];
     int n_stops;
 };
+
+/* Log probabilities of /v1/completions: an array for each of these. */
+enum { TOKENS, LOGPROBS, BEST, OFFSETS, N_COLUMNS };
 
 enum finish { UNFINISHED, STOPPED, BY_LENGTH, BY_CONTEXT, BROKEN };
 
@@ -3305,6 +3299,8 @@ struct reply {
     size_t seen;                          /* of raw: told apart              */
     struct text text, thought, calls;     /* the parts of it                 */
     struct text logprobs, prompt_logprobs;   /* JSON values, by commas       */
+    struct text column[N_COLUMNS];        /* the same                        */
+    int offset;                           /* characters before the next one  */
     struct bias *said;                    /* tokens made, and how often      */
     int n_said;
     uint64_t hash;                        /* of all logits sampled from      */
@@ -3328,6 +3324,8 @@ static void free_reply(struct reply *r)
     free(r->calls.s);
     free(r->logprobs.s);
     free(r->prompt_logprobs.s);
+    for (int i = 0; i < N_COLUMNS; i++)
+        free(r->column[i].s);
     free(r->said);
 }
 
@@ -3457,6 +3455,33 @@ static void split(struct reply *r, int last)
         add(&r->text, r->raw.s + from, r->seen - from);
 }
 
+static int is_marker(const char *s, int len)
+{
+    static const char *const marker[] = {
+        think_open, think_close, CALL_START, CALL_END
+    };
+
+    for (int i = 0; i < 4; i++)
+        if ((size_t)len == strlen(marker[i]) &&
+            memcmp(s, marker[i], (size_t)len) == 0)
+            return 1;
+    return 0;
+}
+
+/* The text of a token; of the control tokens only those that set parts of an
+ * answer apart. */
+static const char *spoken(const struct engine *e, int32_t id, int *len)
+{
+    const char *s = lfm2_token_bytes(e->words, id, 0, len);
+
+    if (*len > 0)
+        return s;
+    s = lfm2_token_bytes(e->words, id, 1, len);
+    if (!is_marker(s, *len))
+        *len = 0;
+    return s;
+}
+
 /* ---- log probabilities, as OpenAI writes them */
 
 static int by_value(const void *a, const void *b)
@@ -3496,6 +3521,11 @@ static double log_sum(const float *logits, int n_vocab)
     return (double)most + log(sum);
 }
 
+static void add_log(struct text *to, double logprob)
+{
+    add_format(to, "%.6f", logprob > -9999 ? logprob : -9999.0);
+}
+
 /* {"token": ..., "id": ..., "logprob": ..., "bytes": [...] */
 static void add_logprob(const struct engine *e, struct text *to, int32_t id,
                         double logprob)
@@ -3505,8 +3535,9 @@ static void add_logprob(const struct engine *e, struct text *to, int32_t id,
 
     add_string(to, "{\"token\": ");
     add_json_string(to, s, (size_t)len);
-    add_format(to, ", \"id\": %ld, \"logprob\": %.6f, \"bytes\": [", (long)id,
-               logprob > -9999 ? logprob : -9999.0);
+    add_format(to, ", \"id\": %ld, \"logprob\": ", (long)id);
+    add_log(to, logprob);
+    add_string(to, ", \"bytes\": [");
     for (int i = 0; i < len; i++)
         add_format(to, "%s%d", i ? ", " : "", (unsigned char)s[i]);
     add_string(to, "]");
@@ -3535,6 +3566,74 @@ static void note_logprob(const struct engine *e, struct text *to,
     add_string(to, "]}");
 }
 
+/* ---- the same for /v1/completions
+ *
+ * Its names of tokens are keys of an object and must differ, so parts of
+ * characters are written as bytes. */
+
+static void add_token_name(const struct engine *e, struct text *to, int32_t id)
+{
+    uint32_t c;
+    int len, at = 0, n = 1;
+    const char *s = lfm2_token_bytes(e->words, id, 1, &len);
+
+    for (; at < len && n > 0; at += n)
+        n = utf8_get(s + at, s + len, &c);
+    if (n > 0) {
+        add_json_string(to, s, (size_t)len);
+        return;
+    }
+    add_string(to, "\"bytes:");
+    for (int i = 0; i < len; i++)
+        add_format(to, "\\\\x%02x", (unsigned char)s[i]);
+    add_string(to, "\"");
+}
+
+/* "name": log probability, of the k likeliest and of the token itself. */
+static void add_best(const struct engine *e, struct text *to,
+                     const float *logits, int32_t id, int k, double all)
+{
+    struct bias best[MAX_LOGPROBS + 1];
+    int has = 0;
+
+    find_best(logits, lfm2_n_vocab(e->words), best, k);
+    for (int i = 0; i < k; i++)
+        has |= best[i].id == id;
+    if (!has)
+        best[k++] = (struct bias){ id, logits[id] };
+    for (int i = 0; i < k; i++) {
+        add_string(to, i ? ", " : "{");
+        add_token_name(e, to, best[i].id);
+        add_string(to, ": ");
+        add_log(to, (double)best[i].by - all);
+    }
+    add_string(to, "}");
+}
+
+/* A row of the columns; without logits for the first token of a text. */
+static void note_columns(const struct engine *e, struct reply *r,
+                         const float *logits, int32_t id)
+{
+    const int n_vocab = lfm2_n_vocab(e->words), k = r->q->logprobs;
+    const double all = logits ? log_sum(logits, n_vocab) : 0;
+    int len;
+    const char *s = spoken(e, id, &len);
+
+    for (int i = 0; i < N_COLUMNS && r->column[TOKENS].n > 0; i++)
+        add_string(&r->column[i], ", ");
+    add_token_name(e, &r->column[TOKENS], id);
+    add_format(&r->column[OFFSETS], "%d", r->offset);
+    for (int i = 0; i < len; i++)
+        r->offset += (s[i] & 0xc0) != 0x80;
+    if (!logits) {
+        add_string(&r->column[LOGPROBS], "null");
+        add_string(&r->column[BEST], "null");
+        return;
+    }
+    add_log(&r->column[LOGPROBS], (double)logits[id] - all);
+    add_best(e, &r->column[BEST], logits, id, k < n_vocab ? k : n_vocab, all);
+}
+
 /* ---- token by token */
 
 /* FNV-1a over whole numbers: the same on every machine, as the logits are. */
@@ -3559,9 +3658,8 @@ static void bend_logits(const struct engine *e, const struct reply *r,
     for (int i = 0; i < r->n_said; i++)
         logits[r->said[i].id] -= (float)(q->presence + q->frequency *
                                          (double)r->said[i].by);
-    for (int32_t id = 0; q->ignore_eos && id < lfm2_n_vocab(e->words); id++)
-        if (lfm2_is_eog(e->words, id))
-            logits[id] = -INFINITY;
+    for (int i = 0; q->ignore_eos && i < e->ends.n; i++)
+        logits[e->ends.id[i]] = -INFINITY;
 }
 
 /* For the presence and frequency penalties. */
@@ -3576,40 +3674,14 @@ static void count_token(struct reply *r, int32_t id)
     r->said[i].by++;
 }
 
-static int is_marker(const char *s, int len)
-{
-    static const char *const marker[] = {
-        think_open, think_close, CALL_START, CALL_END
-    };
-
-    for (int i = 0; i < 4; i++)
-        if ((size_t)len == strlen(marker[i]) &&
-            memcmp(s, marker[i], (size_t)len) == 0)
-            return 1;
-    return 0;
-}
-
-/* The text of a token; of the control tokens only those that set parts of an
- * answer apart. */
-static void say_token(const struct engine *e, struct reply *r, int32_t id)
-{
-    int len;
-    const char *s = lfm2_token_bytes(e->words, id, 0, &len);
-
-    if (len == 0) {
-        s = lfm2_token_bytes(e->words, id, 1, &len);
-        if (!is_marker(s, len))
-            return;
-    }
-    add(&r->raw, s, (size_t)len);
-}
-
 /* Append a token to the answer, or end it. */
 static void take_token(const struct engine *e, struct reply *r, int32_t id)
 {
     const enum part before = r->part;
+    int len;
+    const char *s = spoken(e, id, &len);
 
-    say_token(e, r, id);
+    add(&r->raw, s, (size_t)len);
     split(r, 0);
     r->n_made++;
     if (r->said)
@@ -3662,11 +3734,13 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
         r->finish = BROKEN;
         return;
     }
+    if (r->q->columns)
+        note_columns(e, r, e->unbent, id);
     if (lfm2_is_eog(e->words, id)) {
         r->finish = STOPPED;
         return;
     }
-    if (r->q->logprobs >= 0)
+    if (r->q->logprobs >= 0 && !r->q->columns)
         note_logprob(e, &r->logprobs, e->unbent, id, r->q->logprobs);
     take_token(e, r, id);
 }
@@ -3749,11 +3823,22 @@ static lfm2_span next_span(const struct reply *r, int *room, int *rows)
 static void note_prompt(const struct engine *e, struct reply *r, int span,
                         int n)
 {
-    if (r->n_fed == 0)
+    const struct request *q = r->q;
+    const int columns = q->columns && q->echo;
+
+    if (r->n_fed == 0 && columns)
+        note_columns(e, r, NULL, r->ids.id[0]);
+    else if (r->n_fed == 0)
         add_string(&r->prompt_logprobs, "null");
-    for (int i = 0; i < n && r->n_fed + i + 1 < r->q->prompt.n; i++)
-        note_logprob(e, &r->prompt_logprobs, lfm2_logits(e->ctx, span, i),
-                     r->ids.id[r->n_fed + i + 1], r->q->prompt_logprobs);
+    for (int i = 0; i < n && r->n_fed + i + 1 < q->prompt.n; i++) {
+        const float *logits = lfm2_logits(e->ctx, span, i);
+        const int32_t id = r->ids.id[r->n_fed + i + 1];
+        if (columns)
+            note_columns(e, r, logits, id);
+        else
+            note_logprob(e, &r->prompt_logprobs, logits, id,
+                         q->prompt_logprobs);
+    }
 }
 
 /* What was fed is in the cache; who has all of it there says its next token. */
@@ -4168,14 +4253,33 @@ static void add_usage(struct text *to, const struct reply *r)
                r->q->prompt.n + r->n_made, r->n_thought);
 }
 
+static void add_columns(struct text *to, const struct reply *r)
+{
+    static const char *const name[] = {
+        "{\"tokens\": [", ", \"token_logprobs\": [", ", \"top_logprobs\": [",
+        ", \"text_offset\": ["
+    };
+
+    add_string(to, ", \"logprobs\": ");
+    for (int i = 0; i < N_COLUMNS; i++) {
+        add_string(to, name[i]);
+        add(to, r->column[i].s, r->column[i].n);
+        add_string(to, "]");
+        to->failed |= r->column[i].failed;
+    }
+    add_string(to, "}");
+}
+
 static void add_logprobs(struct text *to, const struct reply *r)
 {
-    if (r->q->logprobs >= 0) {
+    if (r->q->columns)
+        add_columns(to, r);
+    else if (r->q->logprobs >= 0) {
         add_string(to, ", \"logprobs\": {\"content\": [");
         add(to, r->logprobs.s, r->logprobs.n);
         add_string(to, "]}");
     }
-    if (r->q->prompt_logprobs >= 0) {
+    if (r->q->prompt_logprobs >= 0 && !(r->q->columns && r->q->echo)) {
         add_string(to, ", \"prompt_logprobs\": [");
         add(to, r->prompt_logprobs.s, r->prompt_logprobs.n);
         add_string(to, "]");
@@ -4247,15 +4351,24 @@ static int print_answer_json(struct talk *t)
 
 /* ---- one answer */
 
+/* With -v, why it is not faster: what had to be read for every token. */
 static void print_speed(const struct talk *t)
 {
+    const struct engine *e = t->e;
     const struct reply *r = &t->r;
     const int n_new = r->q->prompt.n - r->n_reused;
+    const double speed = r->n_made / (r->ended - r->read + 1e-9);
+    const struct cost cost = count_cost(e->model, e->par.kv_type);
+    const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
 
     say(DONE, "prompt %d tokens, %d of them new, %.1f tok/s; generated %d "
         "tokens, %.1f tok/s", r->q->prompt.n, n_new,
-        n_new / (r->read - r->started + 1e-9), r->n_made,
-        r->n_made / (r->ended - r->read + 1e-9));
+        n_new / (r->read - r->started + 1e-9), r->n_made, speed);
+    if (e->s->verbose)
+        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s, of "
+            "it %s not the file's", amount(bytes, "B").s,
+            amount(bytes * speed, "B").s, amount(peak_memory(), "B").s,
+            amount(anonymous_memory(), "B").s);
 }
 
 /* Answer t->q.prompt.  What was said before an interruption stays. */
@@ -5083,35 +5196,38 @@ struct job {
     long long line;                       /* of the input, from 1            */
     size_t bytes;                         /* of it                           */
     int completion;                       /* "prompt", not "messages"        */
-    int echo;
     uint64_t hash;                        /* of what was asked               */
     struct text id, out;                  /* custom_id; the line of output   */
 };
 
-/* A line that comes in pieces. */
+/* Lines that come in pieces. */
 struct source {
     int fd;
-    const char *name;
     struct text buf;
-    size_t at;                            /* of buf: taken                   */
-    int ended;
+    size_t at, seen;                      /* of buf: taken; without a newline
+                                             behind at                       */
+    int torn;                             /* the last line had no newline    */
+    int ended, error;                     /* errno, or 0                     */
     long long line;
 };
+
+/* An id that a run before has answered, and how often. */
+struct known { struct text id; int times; };
 
 struct batch {
     struct engine e;
     struct source in;
-    FILE *out;
-    const char *out_name;
+    const char *in_name, *out_name;
+    int out;
     struct job *job;                      /* ring of [n_ring]                */
     int n_ring, first, n_jobs, n_active;
     struct reply **active;                /* [n_seq]                         */
-    struct text *known;                   /* [n_known] ids of a run before   */
+    struct known *known;                  /* [n_known], sorted               */
     int n_known;
     int shard, n_shards;
     int told;                             /* of a member that is not known   */
-    long long done, failed, skipped;
-    double tokens, bytes, size, started, beat;
+    long long done, failed, skipped, failed_before;
+    double tokens, reused, bytes, size, started, beat;
 };
 
 /* ---- what a line asks for */
@@ -5149,12 +5265,12 @@ static const struct body_number {
 
 /* What is read elsewhere, or means nothing to us. */
 static const char *const body_others[] = {
-    "messages", "prompt", "tools", "model", "seed", "stop", "logprobs", "echo",
-    "ignore_eos", "logit_bias", "n", "stream", "stream_options", "user",
-    "metadata", "store", "response_format", "tool_choice",
-    "parallel_tool_calls", "add_generation_prompt", "continue_final_message",
-    "chat_template_kwargs", "keep_past_thinking", "preserve_thinking",
-    "service_tier"
+    "custom_id", "messages", "prompt", "tools", "model", "seed", "stop",
+    "logprobs", "echo", "ignore_eos", "logit_bias", "n", "stream",
+    "stream_options", "user", "metadata", "store", "response_format",
+    "tool_choice", "parallel_tool_calls", "add_generation_prompt",
+    "continue_final_message", "chat_template_kwargs", "keep_past_thinking",
+    "preserve_thinking", "service_tier"
 };
 
 static int read_numbers(struct job *j, const struct json *body,
@@ -5310,7 +5426,7 @@ static int read_wishes(struct job *j, const struct json *body, struct why *why)
         q->seed = (uint64_t)seed;
     }
     q->ignore_eos |= flag_of(body, "ignore_eos", 0);
-    j->echo = flag_of(body, "echo", 0);
+    q->echo = flag_of(body, "echo", 0);
     return DONE;
 }
 
@@ -5333,7 +5449,8 @@ static int read_logprobs(struct job *j, const struct json *body,
                        "whole number from 0 to %d", MAX_LOGPROBS);
     else if (x)
         q->logprobs = (int)k;
-    if (j->echo && q->logprobs >= 0 && q->prompt_logprobs < 0)
+    q->columns = j->completion && q->logprobs >= 0;
+    if (q->echo && q->logprobs >= 0 && q->prompt_logprobs < 0)
         q->prompt_logprobs = q->logprobs;
     return DONE;
 }
@@ -5349,15 +5466,12 @@ static int read_body_prompt(struct job *j, const struct json *prompt,
     size_t n = 0;
     long long id;
 
-    j->completion = 1;
     j->t.q.split = 0;
     if (j->t.q.limit < 0 && e->s->predict == UNSET)
         j->t.q.limit = RAW_LEN;
-    if (prompt->type == JSON_STRING) {
-        add(&j->t.prompt.text, prompt->s, prompt->n);
+    if (prompt->type == JSON_STRING)
         return encode(e->s, e->words, prompt->s, prompt->n, e->s->bos ||
                       lfm2_add_bos(e->words), ids);
-    }
     if (prompt->type != JSON_ARRAY)
         return because(why, USAGE, "\"prompt\": expected a string, or an array "
                        "of token ids");
@@ -5385,6 +5499,7 @@ static int read_body(struct batch *b, struct job *j, const struct json *body,
     if (!messages == !prompt)
         return because(why, USAGE, "expected either \"messages\" or "
                        "\"prompt\"");
+    j->completion = prompt != NULL;
     code = read_wishes(j, body, why);
     if (code == DONE)
         code = read_logprobs(j, body, why);
@@ -5439,13 +5554,11 @@ static int read_raw(struct job *j, const char *s, size_t n, struct why *why)
     const struct text text = { (char *)(uintptr_t)s, n, 0, 0 };
     int code = make_request(t->e, &t->q);
 
-    j->hash = hash_bytes(HASH_START, s, n);
     t->q.seed = j->hash ^ (t->e->s->seed < 0 ? 0 : (uint64_t)t->e->s->seed);
-    if (code == DONE && t->e->template == TEMPLATE_NONE) {
-        j->completion = 1;
+    j->completion = t->e->template == TEMPLATE_NONE;
+    if (code == DONE && j->completion)
         return encode(t->e->s, t->e->words, s, n, t->e->s->bos ||
                       lfm2_add_bos(t->e->words), &t->q.prompt);
-    }
     t->messages = json_array(&t->pool);
     if (memchr(s, '\0', n))
         return because(why, USAGE, "a NUL byte, expected text");
@@ -5470,6 +5583,8 @@ static void finish_error(struct batch *b, struct job *j, int code,
                "\"line\": %lld, \"message\": ", name[code], j->line);
     add_json_string(&j->out, why, strlen(why));
     add_string(&j->out, "}}\n");
+    free_talk(&j->t);
+    j->t = (struct talk){ .e = &b->e };
     j->state = FINISHED;
     b->failed++;
 }
@@ -5480,19 +5595,20 @@ static void add_message_json(struct job *j, struct text *to,
                              const struct json *calls)
 {
     const struct reply *r = &j->t.r;
+    const struct request *q = r->q;
+    struct text text = { 0 };
+    int len;
 
     if (j->completion) {
+        for (int i = 0; q->echo && i < q->prompt.n; i++) {
+            const char *s = spoken(j->t.e, q->prompt.id[i], &len);
+            add(&text, s, (size_t)len);
+        }
+        add(&text, r->text.s, r->text.n);
         add_string(to, "\"text\": ");
-        if (j->echo) {
-            struct text both = { 0 };
-            add(&both, j->t.prompt.text.s ? j->t.prompt.text.s : "",
-                j->t.prompt.text.n);
-            add(&both, r->text.s ? r->text.s : "", r->text.n);
-            add_json_string(to, both.s ? both.s : "", both.n);
-            to->failed |= both.failed;
-            free(both.s);
-        } else
-            add_json_string(to, r->text.s ? r->text.s : "", r->text.n);
+        add_json_string(to, text.s ? text.s : "", text.n);
+        to->failed |= text.failed;
+        free(text.s);
         return;
     }
     add_string(to, "\"message\": {\"role\": \"assistant\"");
@@ -5546,6 +5662,18 @@ static void free_job(struct job *j)
     free(j->out.s);
 }
 
+/* At once, if that is possible, so that a line is whole or not there. */
+static int write_line(const struct batch *b, const struct text *line)
+{
+    for (size_t at = 0; at < line->n;) {
+        const ssize_t n = write(b->out, line->s + at, line->n - at);
+        if (n < 0 && errno != EINTR)
+            return say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
+        at += n > 0 ? (size_t)n : 0;
+    }
+    return DONE;
+}
+
 /* Write what is finished, in the order of the input; at the end, `all`. */
 static int write_finished(struct batch *b, int all)
 {
@@ -5556,11 +5684,8 @@ static int write_finished(struct batch *b, int all)
         if (j->out.failed)
             return say(NO_MEMORY, "no memory for the answer to line %lld",
                        j->line);
-        if (j->state == FINISHED) {
-            fwrite(j->out.s, 1, j->out.n, b->out);
-            if (fflush(b->out) != 0)
-                return say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
-        }
+        if (j->state == FINISHED && write_line(b, &j->out) != DONE)
+            return BAD_FILE;
         b->bytes += (double)j->bytes;
         free_job(j);
         b->first = (b->first + 1) % b->n_ring;
@@ -5571,121 +5696,161 @@ static int write_finished(struct batch *b, int all)
 
 /* ---- the input */
 
-/* The next line if there is one: 1; 0 if it has not come yet or will not. */
+/* Is there something to read, or the end of it?  A signal ends the waiting; one
+ * that comes just before it is heard a second later. */
+static int is_ready(int fd, int wait)
+{
+    struct pollfd p = { fd, POLLIN, 0 };
+    int n;
+
+    do
+        n = poll(&p, 1, wait ? 1000 : 0);
+    while (n <= 0 && wait && !interrupted);
+    return n > 0 && !interrupted;
+}
+
+/* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
+ * yet or will not.  Of one that is too long some of the end may be missing. */
 static int next_line(struct source *in, int wait, struct rest *line)
 {
-    struct pollfd ready = { in->fd, POLLIN, 0 };
-    char *end;
-
     for (;;) {
-        char *from = in->buf.s ? in->buf.s + in->at : NULL;
-        const size_t n = in->buf.n - in->at;
-        end = n ? memchr(from, '\n', n) : NULL;
+        if (reserve(&in->buf, 1 << 16) != 0) {
+            in->error = ENOMEM;
+            in->ended = 1;
+            return 0;
+        }
+        char *from = in->buf.s + in->at;
+        size_t n = in->buf.n - in->at;
+        const char *end = memchr(from + in->seen, '\n', n - in->seen);
         if (end || (in->ended && n > 0)) {
-            *line = (struct rest){ from, end ? (size_t)(end - from) : n };
-            in->at += line->n + (end != NULL);
+            n = end ? (size_t)(end - from) : n;
+            in->at += n + (end != NULL);
+            in->seen = 0;
+            in->torn = !end;
             in->line++;
+            n -= n > 0 && from[n - 1] == '\r';
+            from[n] = '\0';
+            *line = (struct rest){ from, n };
             return 1;
         }
-        if (in->ended || interrupted || n > MAX_LINE ||
-            (!wait && poll(&ready, 1, 0) == 0))
-            return 0;
+        in->seen = n = n <= MAX_LINE ? n : MAX_LINE + 1;
         if (in->at > 0)
             memmove(in->buf.s, from, n);
         in->buf.n = n;
         in->at = 0;
-        if (reserve(&in->buf, 1 << 16) != 0)
+        if (in->ended || !is_ready(in->fd, wait))
             return 0;
         const ssize_t got = read(in->fd, in->buf.s + n, 1 << 16);
-        if (got == 0 || (got < 0 && errno != EINTR))
-            in->ended = 1;
+        in->ended = got == 0 || (got < 0 && errno != EINTR);
+        in->error = got < 0 && in->ended ? errno : 0;
         in->buf.n += got > 0 ? (size_t)got : 0;
     }
 }
 
 /* ---- a run that goes on */
 
-static int by_text(const void *a, const void *b)
+static int by_id(const void *a, const void *b)
 {
-    const struct text *x = a, *y = b;
-    const size_t n = x->n < y->n ? x->n : y->n;
-    const int order = n ? memcmp(x->s, y->s, n) : 0;
+    const struct text *x = &((const struct known *)a)->id;
+    const struct text *y = &((const struct known *)b)->id;
+    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
 
     return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+/* How every line of output begins: what begins otherwise is not ours. */
+static const char output_start[] = "{\"id\": \"batch_req_";
+
+static int is_ours(const struct rest *line)
+{
+    const size_t len = strlen(output_start);
+
+    return memcmp(line->s, output_start, line->n < len ? line->n : len) == 0;
 }
 
 /* The custom_id of a line of output, as one that needs no answer any more. */
 static int know_line(struct batch *b, const struct rest *line, long long number)
 {
-    struct text *more = realloc(b->known, ((size_t)b->n_known + 1) *
-                                sizeof *more);
+    const int n = b->n_known;
+    struct known *more = b->known;
     struct pool pool = { 0 };
-    const struct json *id = NULL;
-    struct json *whole;
+    struct json *whole = NULL;
+    const struct json *id;
     struct why why;
-    int code = DONE;
 
+    if ((n & (n - 1)) == 0)
+        more = realloc(more, (n ? 2 * (size_t)n : 1) * sizeof *more);
     if (!more)
-        return say(NO_MEMORY, "no memory for line %lld of %s", number,
-                   b->out_name);
+        return say(NO_MEMORY, "no memory for the lines of %s", b->out_name);
     b->known = more;
-    if (json_parse(&pool, line->s, line->n, &whole, &why) == DONE)
-        id = member(whole, "custom_id");
-    if (!id || id->type != JSON_STRING)
-        code = say(BAD_FILE, "%s: line %lld is none that --batch writes",
-                   b->out_name, number);
-    else {
-        more[b->n_known] = (struct text){ 0 };
-        add(&more[b->n_known++], id->s, id->n);
+    if (is_ours(line))
+        json_parse(&pool, line->s, line->n, &whole, &why);
+    id = member(whole, "custom_id");
+    if (id && id->type == JSON_STRING) {
+        more[n] = (struct known){ .times = 1 };
+        add(&more[n].id, id->s, id->n);
+        b->n_known += !more[n].id.failed;
+        b->failed_before += member(whole, "error") != NULL;
     }
     pool_free(&pool);
-    return code;
+    return b->n_known > n ? DONE :
+           say(BAD_FILE, "%s: line %lld is none that --batch writes",
+               b->out_name, number);
+}
+
+/* Sort what is known, and count what is there more than once. */
+static void sort_known(struct batch *b)
+{
+    int n = 0;
+
+    if (b->n_known > 0)
+        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_id);
+    for (int i = 0; i < b->n_known; i++)
+        if (n > 0 && by_id(&b->known[n - 1], &b->known[i]) == 0) {
+            b->known[n - 1].times++;
+            free(b->known[i].id.s);
+        } else
+            b->known[n++] = b->known[i];
+    b->n_known = n;
 }
 
 /* What a run before has written; a line that it was killed in is cut off. */
 static int open_resumed(struct batch *b)
 {
-    const char *path = b->e.s->resume;
-    struct text text = { 0 };
+    const char *path = b->out_name = b->e.s->resume;
+    const int fd = open(path, O_RDWR | O_CREAT | O_APPEND, 0666);
+    struct source from = { .fd = fd };
     struct rest line;
-    size_t whole;
-    int code;
+    struct stat st;
+    int code = DONE;
 
-    b->out_name = path;
-    b->out = fopen(path, "ab+");
-    if (!b->out)
+    b->out = fd;
+    if (fd < 0 || fstat(fd, &st) != 0)
         return say(BAD_FILE, "%s: %s", path, strerror(errno));
-    code = read_stream(b->out, path, &text);
-    whole = text.n;
-    while (whole > 0 && text.s[whole - 1] != '\n')
-        whole--;
-    struct source from = { -1, path, text, 0, 1, 0 };
-    from.buf.n = whole;
-    while (code == DONE && next_line(&from, 0, &line))
-        code = know_line(b, &line, from.line);
-    free(text.s);
-    if (code == DONE && whole < text.n &&
-        ftruncate(fileno(b->out), (off_t)whole) != 0)
-        code = say(BAD_FILE, "%s: %s", path, strerror(errno));
-    if (b->n_known > 0)
-        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_text);
+    if (!S_ISREG(st.st_mode))
+        return say(BAD_FILE, "%s: not a regular file", path);
+    while (code == DONE && next_line(&from, 1, &line))
+        if (!from.torn || !is_ours(&line))
+            code = know_line(b, &line, from.line);
+        else if (ftruncate(fd, st.st_size - (off_t)line.n) != 0)
+            from.error = errno;
+    if (code == DONE && from.error)
+        code = say(BAD_FILE, "%s: %s", path, strerror(from.error));
+    free(from.buf.s);
     if (code == DONE && !b->e.s->quiet)
         say(DONE, "%s: %d lines are there already", path, b->n_known);
+    sort_known(b);
     return code;
 }
 
 /* Is the answer with this id there already?  It counts once. */
 static int take_known(struct batch *b, const struct text *id)
 {
-    struct text *k = b->n_known ? bsearch(id, b->known, (size_t)b->n_known,
-                                          sizeof *b->known, by_text) : NULL;
+    const struct known asked = { .id = *id };
+    struct known *k = b->n_known ? bsearch(&asked, b->known,
+        (size_t)b->n_known, sizeof *b->known, by_id) : NULL;
 
-    if (!k)
-        return 0;
-    free(k->s);
-    memmove(k, k + 1, (size_t)(b->known + b->n_known - k - 1) * sizeof *k);
-    b->n_known--;
-    return 1;
+    return k && k->times > 0 && k->times--;
 }
 
 static int number_of(const char *variable, long *out)
@@ -5738,7 +5903,7 @@ static int choose_shard(struct batch *b)
             return USAGE;
     } else if (s) {
         i = strtol(s, &end, 10);
-        n = *end == '/' ? strtol(end + 1, &end, 10) : 0;
+        n = end > s && *end == '/' ? strtol(end + 1, &end, 10) : 0;
     }
     if ((end && *end) || n < 1 || n > 1 << 24 || i < 0 || i >= n)
         return usage("--shard %s: part %ld of %ld, expected I/N with I from 0 "
@@ -5755,17 +5920,20 @@ static struct job *job_at(const struct batch *b, int i)
     return &b->job[(b->first + i) % b->n_ring];
 }
 
-/* A line becomes a job, or is left to another shard or an earlier run. */
+/* A line becomes a job, or is left to an earlier run.  Its JSON is not kept. */
 static void add_job(struct batch *b, const struct rest *line)
 {
     struct job *j = job_at(b, b->n_jobs);
     struct json *whole = NULL;
-    struct why why;
-    int code = DONE;
+    struct why why = { "no memory for the request" };
+    int code;
 
     *j = (struct job){ .t.e = &b->e, .line = b->in.line, .bytes = line->n + 1 };
+    j->hash = hash_bytes(HASH_START, line->s, line->n);
     add_format(&j->id, "line-%lld", j->line);
-    if (b->e.s->batch_raw)
+    if (line->n > MAX_LINE)
+        code = because(&why, USAGE, "longer than %d bytes", MAX_LINE);
+    else if (b->e.s->batch_raw)
         code = read_raw(j, line->s, line->n, &why);
     else if ((code = json_parse(&j->t.pool, line->s, line->n, &whole, &why)) ==
              DONE)
@@ -5778,8 +5946,11 @@ static void add_job(struct batch *b, const struct rest *line)
         free_job(j);
         return;
     }
-    if (code != DONE)
-        finish_error(b, j, code, why.s);
+    if (code == DONE)
+        pool_free(&j->t.pool);
+    else                                  /* columns, but no lines, in JSON  */
+        finish_error(b, j, code, strncmp(why.s, "line 1, ", 8) ? why.s :
+                     why.s + 8);
     b->n_jobs++;
 }
 
@@ -5791,8 +5962,8 @@ static void read_lines(struct batch *b)
 
     while (b->n_jobs < b->n_ring &&
            next_line(&b->in, b->n_jobs == 0, &line)) {
-        const int blank = strspn(line.n ? line.s : "", " \t\r") >= line.n;
-        if (blank || (b->in.line - 1) % b->n_shards != b->shard)
+        if (strspn(line.s, " \t\r") >= line.n ||
+            (b->in.line - 1) % b->n_shards != b->shard)
             b->bytes += (double)line.n + 1;
         else
             add_job(b, &line);
@@ -5822,19 +5993,24 @@ static int worth_waiting(const struct batch *b, const struct ids *prompt,
 {
     for (int i = 0; i < b->n_active; i++) {
         const struct reply *r = b->active[i];
-        const int n = shared_prefix(&r->q->prompt, prompt);
-        if (n > r->n_fed && n >= have + lfm2_seq_step(b->e.ctx))
-            return 1;
+        if (r->n_fed < r->q->prompt.n) {
+            const int n = shared_prefix(&r->q->prompt, prompt);
+            if (n > r->n_fed && n >= have + lfm2_seq_step(b->e.ctx))
+                return 1;
+        }
     }
     return 0;
 }
 
 /* Begin to answer a line in an idle sequence, from the longest beginning of its
- * prompt that any sequence has.  Returns 0 if it should wait. */
+ * prompt that any sequence has.  One whose own log probabilities are wanted has
+ * no use for that.  Returns 0 if it should wait. */
 static int begin_job(struct batch *b, struct job *j, char *busy)
 {
+    static const struct ids none = { NULL, 0 };
     struct engine *e = &b->e;
-    const struct ids *prompt = &j->t.q.prompt;
+    const struct ids *prompt = j->t.q.prompt_logprobs < 0 ? &j->t.q.prompt :
+                               &none;
     int have, same, code;
     const int seq = best_sequence(b, prompt, busy, &have);
     const int from = best_sequence(b, prompt, NULL, &same);
@@ -5886,6 +6062,7 @@ static void end_jobs(struct batch *b)
         if (j->state != ACTIVE || j->t.r.finish == UNFINISHED)
             continue;
         b->tokens += j->t.q.prompt.n + j->t.r.n_made;
+        b->reused += j->t.r.n_reused;
         finish_reply(b, j);
         free_reply(&j->t.r);
         j->t.r = (struct reply){ 0 };
@@ -5912,11 +6089,12 @@ static void report_progress(struct batch *b, int last)
     say(DONE, "%lld answered, %lld failed, %lld were there; %.1f tok/s, "
         "%.0f s%s", b->done, b->failed, b->skipped, b->tokens / took, took,
         left);
+    if (last && s->verbose)
+        say(DONE, "%.0f tokens, %.0f of them reused", b->tokens, b->reused);
 }
 
 static int run_batch(struct batch *b, char *busy)
 {
-    struct job *j;
     int code = DONE;
 
     for (;;) {
@@ -5926,9 +6104,6 @@ static int run_batch(struct batch *b, char *busy)
         if (code != DONE || interrupted || (b->n_jobs == 0 && b->in.ended &&
                                             b->in.at == b->in.buf.n))
             break;
-        if (b->in.buf.n - b->in.at > MAX_LINE)
-            return say(USAGE, "%s: line %lld is longer than %d bytes",
-                       b->in.name, b->in.line + 1, MAX_LINE);
         if (b->n_active > 0)
             code = step(&b->e, b->active, b->n_active);
         if (code != DONE)
@@ -5938,13 +6113,12 @@ static int run_batch(struct batch *b, char *busy)
     }
     if (code == DONE && interrupted)
         code = INTERRUPTED;
-    if (code == INTERRUPTED && write_finished(b, 1) == DONE)
-        return 128 + (int)last_signal;
-    while (b->n_jobs-- > 0) {
-        j = &b->job[b->first];
-        free_job(j);
-        b->first = (b->first + 1) % b->n_ring;
-    }
+    if (code == INTERRUPTED)
+        code = write_finished(b, 1) == DONE ? 128 + (int)last_signal : BAD_FILE;
+    if (code == DONE && b->in.error)
+        code = say(BAD_FILE, "%s: %s", b->in_name, strerror(b->in.error));
+    for (int i = 0; i < b->n_jobs; i++)
+        free_job(job_at(b, i));
     return code;
 }
 
@@ -5956,12 +6130,11 @@ static int open_batch(struct batch *b)
 
     b->in.fd = s->file && strcmp(s->file, "-") != 0 ?
                open(s->file, O_RDONLY) : STDIN_FILENO;
-    b->in.name = s->file ? s->file : "standard input";
+    b->in_name = s->file ? s->file : "standard input";
     if (b->in.fd < 0)
         return say(BAD_FILE, "%s: %s", s->file, strerror(errno));
     if (fstat(b->in.fd, &st) == 0 && S_ISREG(st.st_mode))
         b->size = (double)st.st_size;
-    b->out = stdout;
     b->out_name = "standard output";
     if (code == DONE)
         code = open_engine(&b->e);
@@ -5981,7 +6154,7 @@ static int open_batch(struct batch *b)
 
 static int batch(const struct settings *s)
 {
-    struct batch b = { .e.s = s };
+    struct batch b = { .e.s = s, .out = STDOUT_FILENO };
     char *busy = malloc((size_t)s->parallel);
     int code = busy ? open_batch(&b) : NO_MEMORY;
 
@@ -5993,19 +6166,19 @@ static int batch(const struct settings *s)
         running = NULL;
         report_progress(&b, 1);
     }
-    if (b.out && b.out != stdout)
-        code = finish_file(b.out, b.out_name, code);
+    if (b.out > STDOUT_FILENO && close(b.out) != 0 && code == DONE)
+        code = say(BAD_FILE, "%s: %s", b.out_name, strerror(errno));
     if (b.in.fd > STDIN_FILENO)
         close(b.in.fd);
     for (int i = 0; i < b.n_known; i++)
-        free(b.known[i].s);
+        free(b.known[i].id.s);
     free(b.known);
     free(b.in.buf.s);
     free(b.job);
     free(b.active);
     free(busy);
     close_engine(&b.e);
-    return code == DONE && b.failed > 0 ? PARTLY : code;
+    return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
 }
 
 /* ---------------------------------------------------------------- 15. --ppl
@@ -6028,21 +6201,13 @@ static int batch(const struct settings *s)
  * with a vocabulary of 65536, but exact: the divergence of a run from itself is
  * 0, and differences of 1e-9 can be seen. */
 
-enum { PPL_CTX = 512, PPL_VERSION = 1, PPL_HEADER = 24, PPL_SUM = 8 };
+enum { PPL_CTX = 512, PPL_VERSION = 1, PPL_FIELDS = 24, PPL_SUM = 8 };
 enum { PPL_LOGITS = 1 << 27 };            /* bytes of logits held at once    */
 
 /* Sums over the scored positions: of x, and of x * x. */
 struct sums { double x, xx; };
 
 struct estimate { double mean, error; };  /* with its standard error         */
-
-struct ppl_result {
-    int n_windows, n_ctx, n_scored;
-    struct estimate ppl;
-    /* With --ppl-compare: the saved run, this one minus that, nats, shares. */
-    struct estimate base, difference, kl, same_top;
-    double kl_max, kl_99;
-};
 
 struct ppl {
     struct engine e;
@@ -6051,81 +6216,77 @@ struct ppl {
     int n_rows;                           /* scored in a window              */
     int n_piece, n_seq;                   /* rows asked for at once in each
                                              of so many windows              */
-    lfm2_span *span;                      /* [n_seq]                         */
     FILE *save, *base;
-    unsigned char *bytes;                 /* a row in a file                 */
+    struct text header, row;              /* of their files                  */
     float *base_row;                      /* [n_vocab]                       */
-    struct sums nll, base_nll, kl;
+    struct sums nll, base_nll, kl, same_top;
     double nll_base_nll;                  /* sum of the products             */
     double *every_kl;                     /* [n_windows * n_rows]            */
-    int n_scored, n_same_top;
+    int n_scored;
     double start;                         /* when it began                   */
 };
 
 /* ---- files */
-
-static size_t ppl_header_size(const struct ppl *p)
-{
-    return PPL_HEADER + (size_t)p->n_windows * (size_t)p->n_ctx * 4 + PPL_SUM;
-}
 
 static size_t ppl_row_size(const struct ppl *p)
 {
     return (size_t)p->n_vocab * 4 + PPL_SUM;
 }
 
-/* What a file of this very run begins with; the caller frees it. */
-static unsigned char *ppl_make_header(const struct ppl *p)
+static void add_checksum(struct text *t)
 {
-    const size_t n = ppl_header_size(p) - PPL_SUM;
-    unsigned char *h = malloc(n + PPL_SUM);
-
-    if (!h)
-        return NULL;
-    memcpy(h, "lfm2ppl\n", 8);
-    put_le(h + 8, PPL_VERSION, 4);
-    put_le(h + 12, (uint64_t)p->n_vocab, 4);
-    put_le(h + 16, (uint64_t)p->n_ctx, 4);
-    put_le(h + 20, (uint64_t)p->n_windows, 4);
-    for (size_t i = 0; PPL_HEADER + 4 * i < n; i++)
-        put_le(h + PPL_HEADER + 4 * i, (uint32_t)p->ids.id[i], 4);
-    put_le(h + n, hash_bytes(HASH_START, (const char *)h, n), 8);
-    return h;
+    add_u64(t, hash_bytes(HASH_START, t->s, t->n), PPL_SUM);
 }
 
-/* Is a file that begins with `has` one of the run that would begin with `want`?
- * Those who made it with something else will want to know with what. */
-static int ppl_check_header(const struct ppl *p, const unsigned char *has,
-                            size_t n_has, const unsigned char *want)
+/* What a file of this very run begins with. */
+static int ppl_make_header(struct ppl *p)
+{
+    struct text *h = &p->header;
+
+    add_string(h, "lfm2ppl\n");
+    add_u64(h, PPL_VERSION, 4);
+    add_u64(h, (uint64_t)p->n_vocab, 4);
+    add_u64(h, (uint64_t)p->n_ctx, 4);
+    add_u64(h, (uint64_t)p->n_windows, 4);
+    for (int i = 0; i < p->n_windows * p->n_ctx; i++)
+        add_u64(h, (uint32_t)p->ids.id[i], 4);
+    add_checksum(h);
+    return h->failed ? say(NO_MEMORY, "no memory for %d tokens", p->ids.n) :
+           DONE;
+}
+
+/* Is a file that begins so one of this very run?  Those who made it with
+ * something else will want to know with what. */
+static int ppl_check_header(const struct ppl *p, const struct text *file)
 {
     static const char *const field[] = {
         "version", "a vocabulary of", "windows of (-c)", "windows:"
     };
-    const size_t n = ppl_header_size(p) - PPL_SUM;
+    const size_t n = p->header.n - PPL_SUM;
+    const unsigned char *want = (unsigned char *)p->header.s;
+    const unsigned char *has = (unsigned char *)file->s;
     const char *path = p->e.s->ppl_compare;
 
-    if (n_has < PPL_HEADER || memcmp(has, want, 8) != 0)
+    if (file->n < PPL_FIELDS || memcmp(has, want, 8) != 0)
         return say(BAD_FILE, "%s: not a file of --ppl-save", path);
     for (int i = 0; i < 4; i++)
         if (get_le(has + 8 + 4 * i, 4) != get_le(want + 8 + 4 * i, 4))
             return say(BAD_FILE, "%s: %s %lu, expected %lu", path, field[i],
                        (unsigned long)get_le(has + 8 + 4 * i, 4),
                        (unsigned long)get_le(want + 8 + 4 * i, 4));
-    if (n_has < n + PPL_SUM)
-        return say(BAD_FILE, "%s: cut short after %zu bytes", path, n_has);
-    if (memcmp(has, want, n + PPL_SUM) == 0)
-        return DONE;
-    if (get_le(has + n, PPL_SUM) !=
-        hash_bytes(HASH_START, (const char *)has, n))
+    if (file->n < n + PPL_SUM)
+        return say(BAD_FILE, "%s: cut short after %zu bytes", path, file->n);
+    if (get_le(has + n, PPL_SUM) != hash_bytes(HASH_START, file->s, n))
         return say(BAD_FILE, "%s: damaged, its checksum is wrong", path);
-    return say(BAD_FILE, "%s: of another text, or tokens", path);
+    return memcmp(has, want, n) == 0 ? DONE :
+           say(BAD_FILE, "%s: of another text, or tokens", path);
 }
 
 /* A file that is too short is better refused now than after hours. */
 static int ppl_check_size(const struct ppl *p)
 {
     const uint64_t n_rows = (uint64_t)p->n_windows * (uint64_t)p->n_rows;
-    const uint64_t size = ppl_header_size(p) + n_rows * ppl_row_size(p);
+    const uint64_t size = p->header.n + n_rows * ppl_row_size(p);
     struct stat st;
 
     if (fstat(fileno(p->base), &st) == 0 && S_ISREG(st.st_mode) &&
@@ -6136,23 +6297,21 @@ static int ppl_check_size(const struct ppl *p)
     return DONE;
 }
 
-static int ppl_open_base(struct ppl *p, const unsigned char *header)
+static int ppl_open_base(struct ppl *p)
 {
     const char *path = p->e.s->ppl_compare;
-    unsigned char *has = malloc(ppl_header_size(p));
-    size_t n;
+    struct text has = { 0 };
     int code;
 
     p->base = fopen(path, "rb");
-    if (!has || !p->base) {
-        free(has);
-        return p->base ? say(NO_MEMORY, "no memory for %s", path) :
-               say(BAD_FILE, "%s: %s", path, strerror(errno));
-    }
-    n = fread(has, 1, ppl_header_size(p), p->base);
+    if (!p->base)
+        return say(BAD_FILE, "%s: %s", path, strerror(errno));
+    if (reserve(&has, p->header.n) != 0)
+        return say(NO_MEMORY, "no memory for %s", path);
+    has.n = fread(has.s, 1, p->header.n, p->base);
     code = ferror(p->base) ? say(BAD_FILE, "%s: %s", path, strerror(errno)) :
-           ppl_check_header(p, has, n, header);
-    free(has);
+           ppl_check_header(p, &has);
+    free(has.s);
     return code == DONE ? ppl_check_size(p) : code;
 }
 
@@ -6160,54 +6319,48 @@ static int ppl_open_base(struct ppl *p, const unsigned char *header)
 static int ppl_open_files(struct ppl *p)
 {
     const struct settings *s = p->e.s;
-    unsigned char *header = ppl_make_header(p);
-    int code = DONE;
+    int code = ppl_make_header(p);
 
-    if (!header)
-        return say(NO_MEMORY, "no memory for %zu bytes", ppl_header_size(p));
-    if (s->ppl_compare)
-        code = ppl_open_base(p, header);
-    if (code == DONE && s->ppl_save) {
-        p->save = create_file(s->ppl_save);
-        if (!p->save)
-            code = BAD_FILE;
-        else
-            fwrite(header, 1, ppl_header_size(p), p->save);
-    }
-    free(header);
-    return code;
+    if (code == DONE && s->ppl_compare)
+        code = ppl_open_base(p);
+    if (code != DONE || !s->ppl_save)
+        return code;
+    p->save = create_file(s->ppl_save);
+    if (!p->save)
+        return BAD_FILE;
+    fwrite(p->header.s, 1, p->header.n, p->save);
+    return DONE;
 }
 
 static int ppl_save_row(struct ppl *p, const float *logits)
 {
-    const size_t n = (size_t)p->n_vocab * 4;
+    struct text *row = &p->row;
     uint32_t u;
 
+    row->n = 0;
     for (int i = 0; i < p->n_vocab; i++) {
         memcpy(&u, logits + i, sizeof u);
-        put_le(p->bytes + 4 * i, u, 4);
+        add_u64(row, u, 4);
     }
-    put_le(p->bytes + n, hash_bytes(HASH_START, (const char *)p->bytes, n), 8);
-    if (fwrite(p->bytes, 1, n + PPL_SUM, p->save) == n + PPL_SUM)
-        return DONE;
-    return say(BAD_FILE, "%s: %s", p->e.s->ppl_save, strerror(errno));
+    add_checksum(row);
+    return fwrite(row->s, 1, row->n, p->save) == row->n ? DONE :
+           say(BAD_FILE, "%s: %s", p->e.s->ppl_save, strerror(errno));
 }
 
 static int ppl_load_row(struct ppl *p)
 {
     const size_t n = (size_t)p->n_vocab * 4;
-    unsigned char sum[PPL_SUM];
-    uint32_t u;
+    const unsigned char *row = (unsigned char *)p->row.s;
+    const char *path = p->e.s->ppl_compare;
 
-    if (fread(p->bytes, 1, n + PPL_SUM, p->base) != n + PPL_SUM)
-        return say(BAD_FILE, "%s: %s", p->e.s->ppl_compare,
-                   ferror(p->base) ? strerror(errno) : "cut short");
-    put_le(sum, hash_bytes(HASH_START, (const char *)p->bytes, n), 8);
-    if (memcmp(sum, p->bytes + n, PPL_SUM) != 0)
+    if (fread(p->row.s, 1, n + PPL_SUM, p->base) != n + PPL_SUM)
+        return say(BAD_FILE, "%s: %s", path, ferror(p->base) ?
+                   strerror(errno) : "cut short");
+    if (get_le(row + n, PPL_SUM) != hash_bytes(HASH_START, p->row.s, n))
         return say(BAD_FILE, "%s: damaged, the checksum of row %d is wrong",
-                   p->e.s->ppl_compare, p->n_scored);
+                   path, p->n_scored);
     for (int i = 0; i < p->n_vocab; i++) {
-        u = (uint32_t)get_le(p->bytes + 4 * i, 4);
+        const uint32_t u = (uint32_t)get_le(row + 4 * i, 4);
         memcpy(p->base_row + i, &u, sizeof u);
     }
     return DONE;
@@ -6241,24 +6394,14 @@ static int top_of(const float *logits, int n)
     return top;
 }
 
-/* log of the sum of e^logit; `top` is the largest. */
-static double log_sum_exp(const float *logits, int n, double top)
-{
-    double sum = 0;
-
-    for (int i = 0; i < n; i++)
-        sum += exp(logits[i] - top);
-    return top + log(sum);
-}
-
 /* The sum of p (log p - log q), for p of the saved run and q of this one, is
- * the mean under p of the difference of logits, less that of log_sum_exp.
+ * the mean under p of the difference of logits, less that of log_sum().
  * Where the logits are equal, each of these is exactly 0. */
-static int ppl_compare(struct ppl *p, const float *logits, double log_sum,
-                       int top, int32_t target)
+static int ppl_compare(struct ppl *p, const float *logits, double all, int top,
+                       int32_t target)
 {
     const float *base = p->base_row;
-    double sum = 0, difference = 0, base_log_sum, kl;
+    double sum = 0, difference = 0, base_all, kl;
     int base_top, code = ppl_load_row(p);
 
     if (code != DONE)
@@ -6269,14 +6412,13 @@ static int ppl_compare(struct ppl *p, const float *logits, double log_sum,
         sum += e;
         difference += e * ((double)base[i] - logits[i]);
     }
-    base_log_sum = base[base_top] + log(sum);
-    kl = difference / sum - (base_log_sum - log_sum);
+    base_all = base[base_top] + log(sum);
+    kl = difference / sum - (base_all - all);
     p->every_kl[p->n_scored] = kl;
     add_to(&p->kl, kl);
-    add_to(&p->base_nll, base_log_sum - base[target]);
-    p->nll_base_nll += (log_sum - logits[target]) *
-                       (base_log_sum - base[target]);
-    p->n_same_top += top == base_top;
+    add_to(&p->base_nll, base_all - base[target]);
+    add_to(&p->same_top, top == base_top);
+    p->nll_base_nll += (all - logits[target]) * (base_all - base[target]);
     return DONE;
 }
 
@@ -6284,16 +6426,16 @@ static int ppl_compare(struct ppl *p, const float *logits, double log_sum,
 static int ppl_score(struct ppl *p, const float *logits, int32_t target)
 {
     const int top = top_of(logits, p->n_vocab);
-    const double log_sum = log_sum_exp(logits, p->n_vocab, logits[top]);
+    const double all = log_sum(logits, p->n_vocab);
     int code = DONE;
 
-    if (!isfinite(log_sum) || !isfinite(logits[target]))
+    if (!isfinite(all) || !isfinite(logits[target]))
         return say(FAILED, "%s: logits that are not finite", p->e.s->model);
     if (p->save)
         code = ppl_save_row(p, logits);
     if (code == DONE && p->base)
-        code = ppl_compare(p, logits, log_sum, top, target);
-    add_to(&p->nll, log_sum - logits[target]);
+        code = ppl_compare(p, logits, all, top, target);
+    add_to(&p->nll, all - logits[target]);
     p->n_scored++;
     return code;
 }
@@ -6312,55 +6454,48 @@ static int ascending(const void *a, const void *b)
 
 /* The text is the same, so the two perplexities vary together; what they have
  * in common is no error of their difference. */
-static void ppl_sum_up_comparison(struct ppl *p, struct ppl_result *r)
+static double error_of_difference(const struct ppl *p, struct estimate ppl,
+                                  struct estimate base)
+{
+    const double n = p->n_scored;
+    const double common = (p->nll_base_nll / n - p->nll.x / n *
+                           p->base_nll.x / n) / (n - 1);
+    const double variance = ppl.error * ppl.error + base.error * base.error -
+                            2 * common * ppl.mean * base.mean;
+
+    return variance > 0 ? sqrt(variance) : 0;
+}
+
+/* There are two windows at least, so n > 1. */
+static void ppl_print_comparison(const struct ppl *p, struct estimate ppl)
 {
     const int n = p->n_scored;
-    const double at = 0.99 * (n - 1), share = (double)p->n_same_top / n;
-    double common, variance;
+    const double at = 0.99 * (n - 1), *kls = p->every_kl + (int)at;
+    const struct estimate base = exp_of(mean_and_error(p->base_nll, n));
+    const struct estimate kl = mean_and_error(p->kl, n);
+    const struct estimate same = mean_and_error(p->same_top, n);
 
-    r->base = exp_of(mean_and_error(p->base_nll, n));
-    common = n > 1 ? (p->nll_base_nll / n - p->nll.x / n * p->base_nll.x / n) /
-             (n - 1) : 0;
-    variance = r->ppl.error * r->ppl.error + r->base.error * r->base.error -
-               2 * common * r->ppl.mean * r->base.mean;
-    r->difference.mean = r->ppl.mean - r->base.mean;
-    r->difference.error = variance > 0 ? sqrt(variance) : 0;
-    r->same_top.mean = share;
-    r->same_top.error = n > 1 ? sqrt(share * (1 - share) / (n - 1)) : 0;
-    r->kl = mean_and_error(p->kl, n);
     qsort(p->every_kl, (size_t)n, sizeof *p->every_kl, ascending);
-    r->kl_max = p->every_kl[n - 1];
-    r->kl_99 = p->every_kl[(int)at];
-    if ((int)at + 1 < n)
-        r->kl_99 += (at - (int)at) * (p->every_kl[(int)at + 1] - r->kl_99);
+    printf("saved run      %.4f +/- %.5f\n", base.mean, base.error);
+    printf("difference     %.6f +/- %.6f\n", ppl.mean - base.mean,
+           error_of_difference(p, ppl, base));
+    printf("KL divergence  %.6g +/- %.2g\n", kl.mean, kl.error);
+    printf("  99 %%         %.6g\n", kls[0] + (at - (int)at) *
+           (kls[1] - kls[0]));
+    printf("  maximum      %.6g\n", p->every_kl[n - 1]);
+    printf("same top token %.3f +/- %.3f %%\n", 100 * same.mean,
+           100 * same.error);
 }
 
-static struct ppl_result ppl_sum_up(struct ppl *p)
+static void ppl_print(const struct ppl *p)
 {
-    struct ppl_result r = {
-        .n_windows = p->n_windows, .n_ctx = p->n_ctx, .n_scored = p->n_scored,
-        .ppl = exp_of(mean_and_error(p->nll, p->n_scored))
-    };
+    const struct estimate ppl = exp_of(mean_and_error(p->nll, p->n_scored));
 
+    printf("perplexity     %.4f +/- %.5f\n", ppl.mean, ppl.error);
+    printf("scored         %d tokens in %d windows of %d\n", p->n_scored,
+           p->n_windows, p->n_ctx);
     if (p->base)
-        ppl_sum_up_comparison(p, &r);
-    return r;
-}
-
-static void ppl_print(const struct ppl *p, const struct ppl_result *r)
-{
-    printf("perplexity     %.4f +/- %.5f\n", r->ppl.mean, r->ppl.error);
-    printf("scored         %d tokens in %d windows of %d\n", r->n_scored,
-           r->n_windows, r->n_ctx);
-    if (!p->base)
-        return;
-    printf("saved run      %.4f +/- %.5f\n", r->base.mean, r->base.error);
-    printf("difference     %.6f +/- %.6f\n", r->difference.mean,
-           r->difference.error);
-    printf("KL divergence  %.6g +/- %.2g\n", r->kl.mean, r->kl.error);
-    printf("  99 %%         %.6g\n  maximum      %.6g\n", r->kl_99, r->kl_max);
-    printf("same top token %.3f +/- %.3f %%\n", 100 * r->same_top.mean,
-           100 * r->same_top.error);
+        ppl_print_comparison(p, ppl);
 }
 
 /* ---- the run */
@@ -6430,12 +6565,10 @@ static int ppl_open_context(struct ppl *p)
     par->n_ctx = p->n_ctx;
     par->n_seq = p->n_seq;
     par->n_logits = p->n_seq * p->n_piece;
-    p->span = calloc((size_t)p->n_seq, sizeof *p->span);
-    p->bytes = malloc(ppl_row_size(p));
     p->base_row = calloc((size_t)p->n_vocab, sizeof *p->base_row);
     p->every_kl = calloc((size_t)p->n_windows * (size_t)p->n_rows,
                          sizeof *p->every_kl);
-    if (!p->span || !p->bytes || !p->base_row || !p->every_kl)
+    if (!p->base_row || !p->every_kl || reserve(&p->row, ppl_row_size(p)) != 0)
         return say(NO_MEMORY, "no memory for the scores of %d windows",
                    p->n_windows);
     return open_context(&p->e);
@@ -6465,14 +6598,14 @@ static int ppl_piece(struct ppl *p, int first, int n, int from, int to,
     int code = DONE;
 
     for (int i = 0; i < n; i++)
-        p->span[i] = (lfm2_span){
+        p->e.span[i] = (lfm2_span){
             i, token + (size_t)i * (size_t)p->n_ctx + from, to - from, n_rows
         };
     if (interrupted)
         return INTERRUPTED;
-    code = forward(&p->e, p->span, n);
+    code = forward(&p->e, p->e.span, n);
     for (int i = 0; code == DONE && i < n; i++) {
-        const int32_t *next = p->span[i].tokens + (to - from) - n_rows + 1;
+        const int32_t *next = p->e.span[i].tokens + (to - from) - n_rows + 1;
         for (int k = 0; code == DONE && k < n_rows; k++)
             code = ppl_score(p, lfm2_logits(p->e.ctx, i, k), next[k]);
         if (code == DONE && to == p->n_ctx - 1)
@@ -6525,7 +6658,6 @@ static int perplexity(const struct settings *s)
 {
     struct settings plain = *s;
     struct ppl p = { .e.s = &plain };
-    struct ppl_result result;
     int code = ppl_check(s);
 
     plain.raw = 1;                        /* no chat template                */
@@ -6540,14 +6672,12 @@ static int perplexity(const struct settings *s)
     }
     if (p.save)
         code = finish_file(p.save, s->ppl_save, code);
-    if (code == DONE) {
-        result = ppl_sum_up(&p);
-        ppl_print(&p, &result);
-    }
+    if (code == DONE)
+        ppl_print(&p);
     if (p.base)
         fclose(p.base);
-    free(p.span);
-    free(p.bytes);
+    free(p.header.s);
+    free(p.row.s);
     free(p.base_row);
     free(p.every_kl);
     free(p.ids.id);
@@ -6566,99 +6696,80 @@ enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
 
 struct test { int n_prompt, n_gen, n_seq, depth; };
 
-/* What a token costs, by the tensors of the file. */
-struct cost {
-    double bytes, params;                 /* of the whole file               */
-    double shared, experts;               /* bytes: read for every token, and
-                                             of all experts together         */
-    double macs, head;                    /* multiply-adds; for logits       */
-    double kv;                            /* bytes of cache a token of text  */
-};
-
 struct limits { double read, dot; };      /* bytes, multiply-adds a second   */
 
 struct result {
     struct test test;
     struct limits best;
     int n_threads;
-    double mean_ns, dev_ns, mean_ts, dev_ts;
+    struct estimate ns, ts;               /* with the standard deviation     */
     double read, macs;                    /* a second; 0: not to be said     */
     double rss_peak, rss_anon;
     char when[24];
 };
 
+enum { MAX_TESTS = MAX_LIST * (MAX_LIST + 2) };       /* at one depth        */
+
 struct bench {
     const struct settings *s;
-    lfm2_model *model;
-    lfm2_context *ctx;
-    lfm2_params par;                      /* of ctx, in force                */
-    struct sampling sampling;
+    struct engine e;                      /* e.par: of its context, in force */
     struct cost cost;
     struct limits best;                   /* of its number of threads        */
-    char type[96];                        /* "lfm2 1.2B Q4_0"                */
+    struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
     double load_s, context_s, first_s;    /* first: all, from the start      */
     double rss_anon;                      /* the most there ever was         */
     double sample_s, token_s;             /* choosing a token; having one    */
     int n_cpus;
-    int32_t *token;                       /* as many as the longest test     */
-    lfm2_span *span;                      /* [sequences]                     */
+    struct test test[MAX_TESTS];          /* of each depth                   */
+    int n_tests;
+    int longest, deepest, n_seq;          /* the most tokens, sequences      */
+    int32_t *token;                       /* [n_tokens]: of all at any depth */
+    int n_tokens;
     double *ns, *ts;                      /* [s->reps] of the last test      */
-    struct test *test;                    /* [n_tests] at each depth         */
     struct result *result;                /* [n_results] so far              */
-    int n_tests, n_results, n_tokens;
+    int n_results;
 };
 
 /* ---- the work */
-
-static int bench_failed(const struct bench *b, const lfm2_error *err)
-{
-    return err->code == LFM2_ECANCELLED ? INTERRUPTED :
-           report(b->s->model, err);
-}
 
 /* Append the tokens from `from` to `to` to a sequence. */
 static int feed(struct bench *b, int seq, int from, int to, int n_logits)
 {
     const lfm2_span span = { seq, b->token + from, to - from, n_logits };
-    lfm2_error err;
 
     if (interrupted)
         return INTERRUPTED;
-    if (from == to || lfm2_forward(b->ctx, &span, 1, &err) == LFM2_OK)
-        return DONE;
-    return bench_failed(b, &err);
+    return from < to ? forward(&b->e, &span, 1) : DONE;
 }
 
 /* All sequences of the test have `depth` tokens.  Trimming leaves most of what
  * the test before had, so that only its end is computed again. */
 static int prepare(struct bench *b, const struct test *t)
 {
-    int code = feed(b, 0, lfm2_seq_trim(b->ctx, 0, t->depth), t->depth, 0);
+    lfm2_context *ctx = b->e.ctx;
+    int code = feed(b, 0, lfm2_seq_trim(ctx, 0, t->depth), t->depth, 0);
     lfm2_error err;
 
     for (int i = 1; code == DONE && i < t->n_seq; i++)
         if (t->depth == 0)
-            lfm2_seq_trim(b->ctx, i, 0);
-        else if (lfm2_seq_copy(b->ctx, i, 0, &err) != LFM2_OK)
-            code = bench_failed(b, &err);
+            lfm2_seq_trim(ctx, i, 0);
+        else if (lfm2_seq_copy(ctx, i, 0, &err) != LFM2_OK)
+            code = report(b->s->model, &err);
     return code;
 }
 
 /* Which tokens are generated does not matter, so none is chosen. */
 static int bench_generate(struct bench *b, const struct test *t, int n)
 {
-    const int start = t->depth + t->n_prompt;
-    lfm2_error err;
+    int32_t *token = b->token + t->depth + t->n_prompt;
+    int code = DONE;
 
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; code == DONE && i < n; i++) {
         for (int k = 0; k < t->n_seq; k++)
-            b->span[k] = (lfm2_span){ k, b->token + start + i, 1, 1 };
-        if (interrupted)
-            return INTERRUPTED;
-        if (lfm2_forward(b->ctx, b->span, t->n_seq, &err) != LFM2_OK)
-            return bench_failed(b, &err);
+            b->e.span[k] = (lfm2_span){ k, token + i, 1, 1 };
+        code = interrupted ? INTERRUPTED : forward(&b->e, b->e.span, t->n_seq);
     }
-    return DONE;
+    return code;
 }
 
 static int run_once(struct bench *b, const struct test *t, int n_gen,
@@ -6690,16 +6801,16 @@ static int run_repeatedly(struct bench *b, const struct test *t)
     return code;
 }
 
-static double mean_of(const double *x, int n, double *deviation)
+static struct estimate mean_and_deviation(const double *x, int n)
 {
-    double sum = 0, squares = 0;
+    struct sums sum = { 0, 0 };
+    struct estimate out;
 
     for (int i = 0; i < n; i++)
-        sum += x[i];
-    for (int i = 0; i < n; i++)
-        squares += (x[i] - sum / n) * (x[i] - sum / n);
-    *deviation = n > 1 ? sqrt(squares / (n - 1)) : 0;
-    return sum / n;
+        add_to(&sum, x[i]);
+    out = mean_and_error(sum, n);
+    out.error *= sqrt(n);
+    return out;
 }
 
 /* ---- the machine */
@@ -6715,7 +6826,7 @@ static double measure_rate(struct bench *b, int what)
         const double start = seconds();
         double took, work = 0;
         do {
-            work += (double)lfm2_exercise(b->ctx, what);
+            work += (double)lfm2_exercise(b->e.ctx, what);
             took = seconds() - start;
         } while (took < 0.02);
         all += took;
@@ -6732,16 +6843,16 @@ static double measure_rate(struct bench *b, int what)
 /* Of the logits that are there, by the settings that would choose a word. */
 static void measure_sampling(struct bench *b)
 {
-    const size_t n = (size_t)lfm2_model_config(b->model)->n_vocab;
-    const float *logits = lfm2_logits(b->ctx, 0, 0);
+    const size_t n = (size_t)lfm2_model_config(b->e.model)->n_vocab;
+    const float *logits = lfm2_logits(b->e.ctx, 0, 0);
     float *copy = logits ? malloc(n * sizeof *copy) : NULL;
-    lfm2_sampler sampler = make_sampler(&b->sampling, 0);
+    lfm2_sampler sampler = make_sampler(&b->e.sampling, 0);
     double took[9];
 
     for (int i = 0; copy && i < 9; i++) {
         memcpy(copy, logits, n * sizeof *copy);
         const double start = seconds();
-        lfm2_sample(b->ctx, &sampler, copy, b->token, START_TOKENS);
+        lfm2_sample(b->e.ctx, &sampler, copy, b->token, START_TOKENS);
         took[i] = seconds() - start;
     }
     if (copy) {
@@ -6751,95 +6862,15 @@ static void measure_sampling(struct bench *b)
     free(copy);
 }
 
-/* Memory of the process's own, which the mapped file is not; 0 if the system
- * does not tell. */
-static double anonymous_memory(void)
+static struct phrase name_cpu(void)
 {
-    FILE *f = fopen("/proc/self/status", "r");
-    char line[128];
-    double kib = 0;
-
-    while (f && fgets(line, sizeof line, f))
-        if (strncmp(line, "RssAnon:", 8) == 0)
-            kib = strtod(line + 8, NULL);
-    if (f)
-        fclose(f);
-    return kib * 1024;
-}
-
-static double peak_memory(void)
-{
-    struct rusage use;
-
-    if (getrusage(RUSAGE_SELF, &use) != 0)
-        return 0;
-#ifdef __APPLE__
-    return (double)use.ru_maxrss;
-#else
-    return (double)use.ru_maxrss * 1024;
-#endif
-}
-
-static void name_cpu(char *out, size_t cap)
-{
-    FILE *f = fopen("/proc/cpuinfo", "r");
     struct utsname host;
-    char line[256];
 
-    snprintf(out, cap, "%s", uname(&host) == 0 ? host.machine : "unknown");
-    while (f && fgets(line, sizeof line, f))
-        if (strncmp(line, "model name", 10) == 0 && strchr(line, ':')) {
-            const char *name = strchr(line, ':') + 1;
-            name += strspn(name, " \t");
-            snprintf(out, cap, "%.*s", (int)strcspn(name, "\n"), name);
-            break;
-        }
-    if (f)
-        fclose(f);
+    return look_up("/proc/cpuinfo", "model name", uname(&host) == 0 ?
+                   host.machine : "unknown");
 }
 
 /* ---- the model */
-
-static struct cost count_cost(const lfm2_model *m, int kv_type)
-{
-    const lfm2_config *c = lfm2_model_config(m);
-    struct cost sum = { .kv = kv_bytes(c, kv_type) };
-    double embedding = 0, output = 0;
-    lfm2_tensor_info t;
-
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
-        const double bytes = (double)t.n_bytes, n = count_elements(&t);
-        sum.bytes += bytes;
-        sum.params += n;
-        if (strcmp(t.name, "token_embd.weight") == 0)
-            embedding = bytes, sum.head = n;
-        else if (strcmp(t.name, "output.weight") == 0)
-            output = bytes;
-        else if (strstr(t.name, "_exps.") && c->n_expert > 0) {
-            sum.experts += bytes;
-            sum.macs += n * c->n_expert_used / c->n_expert;
-        } else {
-            sum.shared += bytes;
-            sum.macs += t.n_dims > 1 ? n : 0;
-        }
-    }
-    sum.shared += output > 0 ? output : embedding;
-    return sum;
-}
-
-/* Bytes of one step that generates a token for each sequence: weights once, of
- * the experts those that are expected to be chosen, if all are as likely; and
- * the cache at its mean length. */
-static double step_bytes(const struct bench *b, const struct test *t)
-{
-    const lfm2_config *c = lfm2_model_config(b->model);
-    double idle = 1;
-
-    for (int i = 0; c->n_expert > 0 && i < t->n_seq; i++)
-        idle *= 1 - (double)c->n_expert_used / c->n_expert;
-    return b->cost.shared + b->cost.experts * (1 - idle) +
-           b->cost.kv * t->n_seq * (t->depth + t->n_gen / 2.0);
-}
 
 /* The mix of types as quantisers name it, by the number in the file. */
 static const char *mix_name(const lfm2_model *m)
@@ -6853,99 +6884,81 @@ static const char *mix_name(const lfm2_model *m)
         { 17, "Q5_K - Medium" }, { 18, "Q6_K" }, { 21, "Q2_K - Small" },
         { 25, "IQ4_NL - 4.5 bpw" }, { 30, "IQ4_XS - 4.25 bpw" }, { 32, "BF16" }
     };
-    const char *key;
-    char value[128];
+    double number;
 
-    for (int i = 0; (key = lfm2_model_key(m, i, value, sizeof value)); i++)
-        for (size_t k = 0; k < sizeof mix / sizeof *mix; k++)
-            if (strcmp(key, "general.file_type") == 0 &&
-                strtol(value, NULL, 10) == mix[k].number)
-                return mix[k].name;
+    if (file_number(m, "general.file_type", 0, 1000, &number))
+        for (size_t i = 0; i < sizeof mix / sizeof *mix; i++)
+            if (mix[i].number == (int)number)
+                return mix[i].name;
     return "unknown mix";
 }
 
 /* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0". */
-static void name_type(struct bench *b)
+static struct phrase name_type(const lfm2_model *m)
 {
     uint64_t total, active;
-    char size[48];
+    struct phrase size, used = phrase("");
 
-    lfm2_model_params(b->model, &total, &active);
+    lfm2_model_params(m, &total, &active);
     const double n = (double)total;
     if (n < 995e6)
-        snprintf(size, sizeof size, "%.0fM", n >= 1e8 ? 10 * round(n / 1e7) :
-                 n / 1e6);
+        size = phrase("%.0fM", n >= 1e8 ? 10 * round(n / 1e7) : n / 1e6);
     else
-        snprintf(size, sizeof size, "%.*fB", active < total ? 0 : 1, n / 1e9);
+        size = phrase("%.*fB", active < total ? 0 : 1, n / 1e9);
     if (active < total && active >= 1000000000)
-        snprintf(size + strlen(size), sizeof size - strlen(size), ".A%dB",
-                 (int)(active / 1000000000));
-    snprintf(b->type, sizeof b->type, "lfm2%s %s %s", active < total ?
-             "moe" : "", size, mix_name(b->model));
+        used = phrase(".A%dB", (int)(active / 1000000000));
+    return phrase("lfm2%s %s%s %s", active < total ? "moe" : "", size.s, used.s,
+                  mix_name(m));
 }
 
 /* ---- what is printed */
 
-static void name_test(const struct test *t, char *out, size_t cap)
+static struct phrase name_test(const struct test *t)
 {
-    char prompt[16] = "", gen[16] = "", times[16] = "", depth[16] = "";
+    const struct phrase prompt = phrase(t->n_prompt ? "pp%d" : "", t->n_prompt),
+                        gen = phrase(t->n_gen ? "tg%d" : "", t->n_gen),
+                        times = phrase(t->n_seq > 1 ? " x %d" : "", t->n_seq),
+                        depth = phrase(t->depth ? " @ d%d" : "", t->depth);
 
-    if (t->n_prompt > 0)
-        snprintf(prompt, sizeof prompt, "pp%d", t->n_prompt);
-    if (t->n_gen > 0)
-        snprintf(gen, sizeof gen, "tg%d", t->n_gen);
-    if (t->n_seq > 1)
-        snprintf(times, sizeof times, " x %d", t->n_seq);
-    if (t->depth > 0)
-        snprintf(depth, sizeof depth, " @ d%d", t->depth);
-    snprintf(out, cap, "%s%s%s%s%s", prompt, *prompt && *gen ? "+" : "", gen,
-             times, depth);
+    return phrase("%s%s%s%s%s", prompt.s, t->n_prompt && t->n_gen ? "+" : "",
+                  gen.s, times.s, depth.s);
 }
 
 /* "694.76 MiB", as llama-bench has it. */
-static struct amount binary_amount(double bytes)
+static struct phrase binary_amount(double bytes)
 {
     const int giga = bytes >= 1 << 30;
-    struct amount out;
 
-    snprintf(out.s, sizeof out.s, "%.2f %s", bytes / (giga ? 1 << 30 : 1 << 20),
-             giga ? "GiB" : "MiB");
-    return out;
+    return phrase("%.2f %s", bytes / (giga ? 1 << 30 : 1 << 20), giga ? "GiB" :
+                  "MiB");
 }
 
-static void print_row(const struct bench *b, const struct result *r)
+static int print_row(const struct bench *b, const struct result *r)
 {
     static const char dashes[] = "------------------------------";
-    char test[64];
 
     if (r == b->result)
         printf("| %-30s | %10s | %10s | %-10s | %7s | %15s | %20s |\n"
                "| %.30s | %.9s: | %.9s: | %.10s | %.6s: | %.14s: | %.19s: |\n",
                "model", "size", "params", "backend", "threads", "test", "t/s",
                dashes, dashes, dashes, dashes, dashes, dashes, dashes);
-    name_test(&r->test, test, sizeof test);
     printf("| %-30s | %10s | %10s | %-10s | %7d | %15s | %11.2f ± %6.2f |\n",
-           b->type, binary_amount(b->cost.bytes).s,
-           amount(b->cost.params, "").s, "CPU", r->n_threads, test, r->mean_ts,
-           r->dev_ts);
+           b->type.s, binary_amount(b->cost.bytes).s,
+           amount(b->cost.params, "").s, "CPU", r->n_threads,
+           name_test(&r->test).s, r->ts.mean, r->ts.error);
+    return DONE;
 }
 
-/* Which limit counts: a prompt is held against arithmetic, an answer against
- * memory.  0 where neither is known. */
-static double share_of(const struct result *r)
+/* 0 where one of them is not known. */
+static double share(double rate, double limit)
 {
-    if (r->test.n_gen == 0)
-        return r->best.dot > 0 ? r->macs / r->best.dot : 0;
-    return r->best.read > 0 ? r->read / r->best.read : 0;
+    return limit > 0 ? rate / limit : 0;
 }
 
 /* A table cell: the number, or a dash for one that is not known. */
-static struct amount cell(double x, const char *format)
+static struct phrase cell(double x, const char *format)
 {
-    struct amount out;
-
-    snprintf(out.s, sizeof out.s, x > 0 ? format : "–", x);
-    return out;
+    return phrase(x > 0 ? format : "–", x);
 }
 
 static void print_limits(const struct bench *b)
@@ -6954,28 +6967,22 @@ static void print_limits(const struct bench *b)
 
     printf("\n| threads | test | reads GB/s | of bandwidth | GMAC/s | of int8 "
            "peak |\n| ---: | ---: | ---: | ---: | ---: | ---: |\n");
-    for (const struct result *r = b->result; r < b->result + n; r++) {
-        char test[64];
-        name_test(&r->test, test, sizeof test);
-        printf("| %d | %s | %s | %s | %s | %s |\n", r->n_threads, test,
-               cell(r->read / 1e9, "%.1f").s,
-               cell(r->best.read > 0 ? 100 * r->read / r->best.read : 0,
-                    "%.0f %%").s,
+    for (const struct result *r = b->result; r < b->result + n; r++)
+        printf("| %d | %s | %s | %s | %s | %s |\n", r->n_threads,
+               name_test(&r->test).s, cell(r->read / 1e9, "%.1f").s,
+               cell(100 * share(r->read, r->best.read), "%.0f %%").s,
                cell(r->macs / 1e9, "%.1f").s,
-               cell(r->best.dot > 0 ? 100 * r->macs / r->best.dot : 0,
-                    "%.1f %%").s);
-    }
+               cell(100 * share(r->macs, r->best.dot), "%.1f %%").s);
 }
 
 /* The limits are those of a number of threads: a line for each. */
 static void print_machine(const struct bench *b)
 {
-    char cpu[128];
+    const lfm2_params *p = &b->e.par;
 
-    name_cpu(cpu, sizeof cpu);
     printf("\nmachine   %s, %d usable CPU%s\nkernels   %s, KV in %s, batch "
-           "%d\n", cpu, b->n_cpus, b->n_cpus == 1 ? "" : "s",
-           isa_name[b->par.isa], kv_name(b->par.kv_type), b->par.n_batch);
+           "%d\n", name_cpu().s, b->n_cpus, b->n_cpus == 1 ? "" : "s",
+           isa_name[p->isa], kv_name(p->kv_type), p->n_batch);
     for (int i = 0; i < b->n_results; i++) {
         const struct result *r = &b->result[i];
         if (i == 0 || r->n_threads != r[-1].n_threads)
@@ -6987,7 +6994,7 @@ static void print_machine(const struct bench *b)
 
 static void print_footer(const struct bench *b)
 {
-    const struct sampling s = b->sampling;
+    const struct sampling s = b->e.sampling;
 
     print_limits(b);
     print_machine(b);
@@ -6998,57 +7005,11 @@ static void print_footer(const struct bench *b)
            binary_amount(b->rss_anon).s : "n/a");
     if (b->sample_s > 0)
         printf("sampling  temp %g, top-k %d, top-p %g, min-p %g: %.0f us",
-               s.temp, s.top_k, s.top_p,
-               (double)s.min_p, b->sample_s * 1e6);
+               s.temp, s.top_k, s.top_p, s.min_p, b->sample_s * 1e6);
     if (b->sample_s > 0 && b->token_s > 0)
         printf(", %.2f %% of a token", 100 * b->sample_s / b->token_s);
     if (b->sample_s > 0)
         putchar('\n');
-}
-
-/* How long a well-formed UTF-8 character at s is, or 0. */
-static int utf8_length(const unsigned char *s)
-{
-    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-    const int n = s[0] < 0xc2 || s[0] > 0xf4 ? 0 : s[0] < 0xe0 ? 2 :
-                  s[0] < 0xf0 ? 3 : 4;
-    uint32_t u = s[0] & (0x7f >> n);
-
-    for (int i = 1; i < n; i++) {
-        if ((s[i] & 0xc0) != 0x80)
-            return 0;
-        u = u << 6 | (s[i] & 0x3f);
-    }
-    return u < least[n] || u > 0x10ffff || (u >= 0xd800 && u < 0xe000) ? 0 : n;
-}
-
-/* A string of JSON; bytes that are no UTF-8, as file names may have, become
- * the replacement character. */
-static void put_json(const char *text)
-{
-    const unsigned char *s = (const unsigned char *)text;
-
-    putchar('"');
-    while (*s) {
-        const int n = *s < 0x80 ? 1 : utf8_length(s);
-        if (*s < ' ' || *s == 127)
-            printf("\\u%04x", *s);
-        else if (n == 0)
-            printf("\\ufffd");
-        else
-            printf("%s%.*s", *s == '"' || *s == '\\' ? "\\" : "", n,
-                   (const char *)s);
-        s += n ? n : 1;
-    }
-    putchar('"');
-}
-
-static void put_csv(const char *text)
-{
-    putchar('"');
-    for (; *text; text++)
-        printf(*text == '"' ? "\"\"" : "%c", *text);
-    putchar('"');
 }
 
 /* One column of a record: text, a number, or all samples of a test. */
@@ -7067,90 +7028,98 @@ struct field {
 #define KNOWN(name, number, n) \
     FIGURE(name, (number) > 0 ? (number) : NAN, n)
 
-static void put_value(const struct bench *b, const struct field *f)
-{
-    const int csv = b->s->output == CSV;
+/* What is around the fields of a record, in the order of the words of -o. */
+static const struct layout { const char *begin, *name, *between, *end; }
+layouts[] = {
+    [JSON] = { "  {\n", "    \"%s\": ", ",\n", "\n  }" },
+    [JSONL] = { "{", "\"%s\": ", ", ", "}\n" },
+    [CSV] = { "", "", ",", "\n" }
+};
 
+static void add_csv(struct text *t, const char *s)
+{
+    add_string(t, "\"");
+    for (; *s; s++)
+        add_string(t, *s == '"' ? "\"\"" : (char[]){ *s, '\0' });
+    add_string(t, "\"");
+}
+
+static void add_field(struct text *t, const struct field *f, int reps, int csv)
+{
     if (f->samples) {
-        for (int i = 0; i < b->s->reps; i++)
-            printf("%s%.*f", i ? ", " : "[ ", f->digits, f->samples[i]);
-        printf(" ]");
-    } else if (csv && f->text)
-        put_csv(f->text);
+        for (int i = 0; i < reps; i++)
+            add_format(t, "%s%.*f", i ? ", " : "[ ", f->digits, f->samples[i]);
+        add_string(t, " ]");
+    } else if (csv)
+        add_csv(t, f->text ? f->text : isnan(f->number) ? "" :
+                phrase("%.*f", f->digits, f->number).s);
     else if (f->text)
-        put_json(f->text);
-    else if (isfinite(f->number))
-        printf(csv ? "\"%.*f\"" : "%.*f", f->digits, f->number);
+        add_json_string(t, f->text, strlen(f->text));
     else
-        printf(csv ? "\"\"" : "null");
+        add_format(t, isnan(f->number) ? "null" : "%.*f", f->digits, f->number);
 }
 
-static void print_csv(const struct bench *b, const struct field *f, int n)
+/* A line of CSV has no room for samples; the first is one of names. */
+static int print_fields(const struct bench *b, const struct field *f, int n)
 {
-    for (int i = 0; b->n_results == 1 && i < n; i++)
+    const struct layout *as = &layouts[b->s->output];
+    const int csv = b->s->output == CSV, first = b->n_results == 1;
+    struct text t = { 0 };
+
+    for (int i = 0; csv && first && i < n; i++)
         if (!f[i].samples)
-            printf("%s%s", i ? "," : "", f[i].name);
-    if (b->n_results == 1)
-        putchar('\n');
-    for (int i = 0; i < n; i++)
-        if (!f[i].samples) {
-            printf("%s", i ? "," : "");
-            put_value(b, &f[i]);
-        }
-    putchar('\n');
-}
-
-/* Pretty, or as one line. */
-static void print_json(const struct bench *b, const struct field *f, int n)
-{
-    const int lines = b->s->output == JSONL;
-
-    if (!lines)
-        printf(b->n_results == 1 ? "[\n  {\n" : ",\n  {\n");
+            add_format(&t, i + 1 < n ? "%s," : "%s\n", f[i].name);
+    if (b->s->output == JSON)
+        add_string(&t, first ? "[\n" : ",\n");
     for (int i = 0; i < n; i++) {
-        printf(lines ? i ? ", \"%s\": " : "{\"%s\": " : "    \"%s\": ",
-               f[i].name);
-        put_value(b, &f[i]);
-        if (!lines)
-            printf(i + 1 < n ? ",\n" : "\n");
+        if (csv && f[i].samples)
+            continue;
+        add_string(&t, i ? as->between : as->begin);
+        add_format(&t, as->name, f[i].name);
+        add_field(&t, &f[i], b->s->reps, csv);
     }
-    printf(lines ? "}\n" : "  }");
+    add_string(&t, as->end);
+    if (!t.failed)
+        fwrite(t.s, 1, t.n, stdout);
+    free(t.s);
+    return t.failed ? say(NO_MEMORY, "no memory for a record") : DONE;
 }
 
-/* llama-bench's columns, then ours. */
-static void print_record(const struct bench *b, const struct result *r)
+/* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
+ * answer against memory. */
+static int print_record(const struct bench *b, const struct result *r)
 {
-    const char *kv = kv_name(b->par.kv_type);
-    char cpu[128];
+    const lfm2_params *p = &b->e.par;
+    const char *kv = kv_name(p->kv_type);
+    const struct phrase cpu = name_cpu();
     const struct field f[] = {
         WORD("build_commit", ""), COUNT("build_number", 0),
-        WORD("cpu_info", cpu), WORD("backends", "CPU"),
-        WORD("model_filename", b->s->model), WORD("model_type", b->type),
+        WORD("cpu_info", cpu.s), WORD("backends", "CPU"),
+        WORD("model_filename", b->s->model), WORD("model_type", b->type.s),
         COUNT("model_size", b->cost.bytes),
         COUNT("model_n_params", b->cost.params),
-        COUNT("n_batch", b->par.n_batch), COUNT("n_threads", r->n_threads),
+        COUNT("n_batch", p->n_batch), COUNT("n_threads", r->n_threads),
         WORD("type_k", kv), WORD("type_v", kv),
         COUNT("n_prompt", r->test.n_prompt), COUNT("n_gen", r->test.n_gen),
         COUNT("n_depth", r->test.depth), WORD("test_time", r->when),
-        COUNT("avg_ns", r->mean_ns), COUNT("stddev_ns", r->dev_ns),
-        FIGURE("avg_ts", r->mean_ts, 6), FIGURE("stddev_ts", r->dev_ts, 6),
+        COUNT("avg_ns", r->ns.mean), COUNT("stddev_ns", r->ns.error),
+        FIGURE("avg_ts", r->ts.mean, 6), FIGURE("stddev_ts", r->ts.error, 6),
         SAMPLES("samples_ns", b->ns, 0), SAMPLES("samples_ts", b->ts, 6),
 
-        COUNT("n_sequences", r->test.n_seq),
-        WORD("isa", isa_name[b->par.isa]),
+        COUNT("n_sequences", r->test.n_seq), WORD("isa", isa_name[p->isa]),
         KNOWN("read_bandwidth", r->best.read / 1e9, 3),
         KNOWN("int8_rate", r->best.dot / 1e9, 3),
         KNOWN("gb_per_s", r->read / 1e9, 3),
-        KNOWN("gmac_per_s", r->macs / 1e9, 3), KNOWN("share", share_of(r), 4),
+        KNOWN("gmac_per_s", r->macs / 1e9, 3),
+        KNOWN("share", r->test.n_gen > 0 ? share(r->read, r->best.read) :
+              share(r->macs, r->best.dot), 4),
         COUNT("rss_peak", r->rss_peak), KNOWN("rss_anon", r->rss_anon, 0),
         FIGURE("load_ms", b->load_s * 1e3, 3),
         FIGURE("context_ms", b->context_s * 1e3, 3),
         FIGURE("first_token_ms", b->first_s * 1e3, 3)
     };
-    const int n = sizeof f / sizeof *f;
 
-    name_cpu(cpu, sizeof cpu);
-    (b->s->output == CSV ? print_csv : print_json)(b, f, n);
+    return print_fields(b, f, sizeof f / sizeof *f);
 }
 
 /* ---- the run */
@@ -7164,67 +7133,65 @@ static int run_test(struct bench *b, const struct test *t)
 
     if (code != DONE)
         return code;
-    *r = (struct result){ .test = *t, .best = b->best,
-                          .n_threads = b->par.n_threads };
+    *r = (struct result){
+        .test = *t, .best = b->best, .n_threads = b->e.par.n_threads,
+        .ns = mean_and_deviation(b->ns, b->s->reps),
+        .ts = mean_and_deviation(b->ts, b->s->reps),
+        .rss_peak = peak_memory(), .rss_anon = anonymous_memory()
+    };
     if (gmtime_r(&now, &utc))
         strftime(r->when, sizeof r->when, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    r->mean_ns = mean_of(b->ns, b->s->reps, &r->dev_ns);
-    r->mean_ts = mean_of(b->ts, b->s->reps, &r->dev_ts);
     if (t->n_prompt == 0)
-        r->read = step_bytes(b, t) * r->mean_ts / t->n_seq;
+        r->read = step_bytes(b->e.model, &b->cost, t->n_seq,
+                             t->depth + t->n_gen / 2.0) *
+                  r->ts.mean / t->n_seq;
     if (t->n_prompt == 0 || t->n_gen == 0)
-        r->macs = (b->cost.macs + (t->n_gen ? b->cost.head : 0)) * r->mean_ts;
-    r->rss_peak = peak_memory();
-    r->rss_anon = anonymous_memory();
+        r->macs = (b->cost.macs + (t->n_gen ? b->cost.head : 0)) * r->ts.mean;
     b->rss_anon = fmax(b->rss_anon, r->rss_anon);
     if (t->n_prompt == 0 && b->token_s <= 0)
-        b->token_s = t->n_seq / r->mean_ts;
+        b->token_s = t->n_seq / r->ts.mean;
     b->n_results++;
-    if (b->s->output == MD)
-        print_row(b, r);
-    else
-        print_record(b, r);
-    return flush_output(DONE);
+    return flush_output((b->s->output == MD ? print_row : print_record)(b, r));
 }
 
 static int open_bench_context(struct bench *b, const lfm2_params *p)
 {
     lfm2_error err;
 
-    if (lfm2_context_open(&b->ctx, b->model, p, &err) != LFM2_OK)
+    if (lfm2_context_open(&b->e.ctx, b->e.model, p, &err) != LFM2_OK)
         return report(b->s->model, &err);
-    running = b->ctx;
-    b->par = lfm2_context_params(b->ctx);
+    running = b->e.ctx;
+    b->e.par = lfm2_context_params(b->e.ctx);
     return DONE;
 }
 
 static void close_bench_context(struct bench *b)
 {
     running = NULL;
-    lfm2_context_close(b->ctx);
-    b->ctx = NULL;
+    lfm2_context_close(b->e.ctx);
+    b->e.ctx = NULL;
 }
 
 /* Any will do, if they are not always the same few: those of a mixture's tokens
  * choose its experts. */
-static void spread_tokens(struct bench *b, int n)
+static void spread_tokens(struct bench *b)
 {
-    const int n_vocab = lfm2_model_config(b->model)->n_vocab;
+    const int n_vocab = lfm2_model_config(b->e.model)->n_vocab;
 
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < b->n_tokens; i++)
         b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)n_vocab);
 }
 
 /* How many threads a context has that is not told. */
 static int count_cpus(struct bench *b)
 {
-    lfm2_params p = choose_params(b->s, b->model);
+    lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
     p.n_threads = 0;
     p.n_ctx = p.n_batch = 1;
     code = open_bench_context(b, &p);
-    b->n_cpus = b->par.n_threads;
+    b->n_cpus = b->e.par.n_threads;
     close_bench_context(b);
     return code;
 }
@@ -7233,16 +7200,14 @@ static int count_cpus(struct bench *b)
 static int measure_start(struct bench *b)
 {
     const double start = seconds();
-    const int load = b->s->no_mmap ? LFM2_LOAD_READ : LFM2_LOAD_MAP;
     lfm2_params p;
-    lfm2_error err;
-    int code;
+    int code = open_model(&b->e);
 
-    if (lfm2_model_open(&b->model, b->s->model, load, &err) != LFM2_OK)
-        return report(b->s->model, &err);
+    if (code != DONE)
+        return code;
     b->load_s = seconds() - start;
-    spread_tokens(b, START_TOKENS);
-    p = choose_params(b->s, b->model);
+    spread_tokens(b);
+    p = b->e.par;
     p.n_threads = b->s->bench_threads.v[0];
     code = open_bench_context(b, &p);
     b->context_s = seconds() - start - b->load_s;
@@ -7257,97 +7222,78 @@ static int measure_start(struct bench *b)
  * need. */
 static int run_tests(struct bench *b, int n_threads, int depth, int first)
 {
-    lfm2_params p = choose_params(b->s, b->model);
+    lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
     p.n_threads = n_threads;
-    p.n_ctx = p.n_seq = 1;
-    for (struct test *t = b->test; t < b->test + b->n_tests; t++) {
-        t->depth = depth;
-        if (depth + t->n_prompt + t->n_gen > p.n_ctx)
-            p.n_ctx = depth + t->n_prompt + t->n_gen;
-        if (t->n_seq > p.n_seq)
-            p.n_seq = t->n_seq;
-    }
-    p.n_logits = p.n_seq;
+    p.n_ctx = depth + b->longest;
+    p.n_seq = p.n_logits = b->n_seq;
     code = open_bench_context(b, &p);
     if (code == DONE && first)
         b->best = (struct limits){
             measure_rate(b, LFM2_READ), measure_rate(b, LFM2_DOT)
         };
-    for (int i = 0; code == DONE && i < b->n_tests; i++)
+    for (int i = 0; code == DONE && i < b->n_tests; i++) {
+        b->test[i].depth = depth;
         code = interrupted ? INTERRUPTED : run_test(b, &b->test[i]);
+    }
     if (code == DONE && b->sample_s <= 0)
         measure_sampling(b);
     close_bench_context(b);
     return code;
 }
 
-/* llama-bench's order.  Returns how many tests there are at each depth. */
-static int list_tests(const struct settings *s, struct test *out)
+static void add_test(struct bench *b, int n_prompt, int n_gen, int n_seq)
 {
-    int n = 0;
+    const int n = n_prompt + n_gen;
 
-    for (int i = 0; i < s->bench_prompt.n; i++)
-        if (s->bench_prompt.v[i] > 0)
-            out[n++] = (struct test){ s->bench_prompt.v[i], 0, 1, 0 };
-    for (int i = 0; i < s->bench_gen.n; i++)
-        for (int k = 0; s->bench_gen.v[i] > 0 && k < s->bench_seqs.n; k++)
-            out[n++] = (struct test){ 0, s->bench_gen.v[i], s->bench_seqs.v[k],
-                                      0 };
-    for (int i = 0; i < s->bench_both.n; i += 2)
-        out[n++] = (struct test){ s->bench_both.v[i], s->bench_both.v[i + 1],
-                                  1, 0 };
-    return n;
+    if (n == 0)
+        return;
+    b->test[b->n_tests++] = (struct test){ n_prompt, n_gen, n_seq, 0 };
+    b->longest = n > b->longest ? n : b->longest;
+    b->n_seq = n_seq > b->n_seq ? n_seq : b->n_seq;
 }
 
-static int largest(const struct list *l)
+/* llama-bench's order. */
+static void list_tests(struct bench *b)
 {
-    int most = 0;
+    const struct list *prompt = &b->s->bench_prompt, *gen = &b->s->bench_gen;
+    const struct list *seqs = &b->s->bench_seqs, *both = &b->s->bench_both;
 
-    for (int i = 0; i < l->n; i++)
-        most = l->v[i] > most ? l->v[i] : most;
-    return most;
-}
-
-static int longest_test(const struct bench *b)
-{
-    int most = 0;
-
-    for (int i = 0; i < b->n_tests; i++)
-        if (b->test[i].n_prompt + b->test[i].n_gen > most)
-            most = b->test[i].n_prompt + b->test[i].n_gen;
-    return most;
+    for (int i = 0; i < prompt->n; i++)
+        add_test(b, prompt->v[i], 0, 1);
+    for (int i = 0; i < gen->n; i++)
+        for (int k = 0; k < seqs->n; k++)
+            add_test(b, 0, gen->v[i], seqs->v[k]);
+    for (int i = 0; i < both->n; i += 2)
+        add_test(b, both->v[i], both->v[i + 1], 1);
+    for (int i = 0; i < b->s->bench_depth.n; i++)
+        if (b->s->bench_depth.v[i] > b->deepest)
+            b->deepest = b->s->bench_depth.v[i];
 }
 
 /* All there will be to remember, before any clock runs. */
 static int alloc_bench(struct bench *b)
 {
     const struct settings *s = b->s;
-    const size_t at_each = (size_t)s->bench_prompt.n + (size_t)s->bench_both.n +
-                           (size_t)s->bench_gen.n * (size_t)s->bench_seqs.n;
     const size_t rounds = (size_t)s->bench_depth.n * (size_t)s->bench_threads.n;
-    const size_t reps = (size_t)s->reps;
+    const size_t n_results = (size_t)b->n_tests * rounds;
 
-    b->test = calloc(at_each + 1, sizeof *b->test);
-    b->result = calloc(at_each * rounds + 1, sizeof *b->result);
-    b->ns = calloc(reps, sizeof *b->ns);
-    b->ts = calloc(reps, sizeof *b->ts);
-    b->span = calloc((size_t)largest(&s->bench_seqs), sizeof *b->span);
-    if (!b->test || !b->result || !b->ns || !b->ts || !b->span)
-        return say(NO_MEMORY, "no memory for the results");
-    b->n_tests = list_tests(s, b->test);
-    b->n_tokens = longest_test(b);
     if (b->n_tests == 0)
         return usage("nothing to measure: no -p, -n or -pg above 0");
-    if (b->n_tokens > MAX_CTX - largest(&s->bench_depth))
+    if (b->longest > MAX_CTX - b->deepest)
         return usage("a test of %d tokens at a depth of %d is longer than any "
-                     "context, %d", b->n_tokens, largest(&s->bench_depth),
-                     MAX_CTX);
-    b->n_tokens += largest(&s->bench_depth) + START_TOKENS;
+                     "context, %d", b->longest, b->deepest, MAX_CTX);
+    b->n_tokens = b->longest + b->deepest + START_TOKENS;
     b->token = calloc((size_t)b->n_tokens, sizeof *b->token);
-    return b->token ? DONE :
-           say(NO_MEMORY, "no memory for %d tokens", b->n_tokens);
+    b->result = calloc(n_results, sizeof *b->result);
+    b->ns = calloc((size_t)s->reps, sizeof *b->ns);
+    b->ts = calloc((size_t)s->reps, sizeof *b->ts);
+    b->e.span = calloc((size_t)b->n_seq, sizeof *b->e.span);
+    if (!b->token || !b->result || !b->ns || !b->ts || !b->e.span)
+        return say(NO_MEMORY, "no memory for %d tokens and %zu results",
+                   b->n_tokens, n_results);
+    return DONE;
 }
 
 static int run_all(struct bench *b)
@@ -7359,12 +7305,9 @@ static int run_all(struct bench *b)
         code = count_cpus(b);
     if (code != DONE)
         return code;
-    for (int i = 0; !s->quiet && lfm2_model_warning(b->model, i); i++)
-        say(DONE, "%s: %s", s->model, lfm2_model_warning(b->model, i));
-    spread_tokens(b, b->n_tokens);
-    b->cost = count_cost(b->model, s->kv);
-    b->sampling = choose_sampling(s, b->model);
-    name_type(b);
+    b->cost = count_cost(b->e.model, s->kv);
+    b->e.sampling = choose_sampling(s, b->e.model);
+    b->type = name_type(b->e.model);
     for (int i = 0; code == DONE && i < s->bench_threads.n; i++)
         for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
             code = run_tests(b, s->bench_threads.v[i], s->bench_depth.v[k],
@@ -7383,22 +7326,22 @@ static void end_output(struct bench *b, int code)
 
 static int bench(const struct settings *s)
 {
-    struct bench b = { .s = s };
-    int code = alloc_bench(&b);
+    struct bench b = { .s = s, .e.s = s };
+    int code;
 
+    list_tests(&b);
+    code = alloc_bench(&b);
     if (code == DONE) {
         catch_interrupt();
         code = run_all(&b);
         end_output(&b, code);
         signal(SIGINT, SIG_DFL);
     }
-    lfm2_model_close(b.model);
-    free(b.test);
+    close_engine(&b.e);
+    free(b.token);
     free(b.result);
     free(b.ns);
     free(b.ts);
-    free(b.span);
-    free(b.token);
     return code;
 }
 

@@ -1,25 +1,28 @@
 #!/bin/sh
-# Run every suite and script of tests, print what they print, add up.
-#     test/all.sh DIRECTORY-OF-SUITES RUN
+# Run suites and scripts of tests, print what they print, add up.
+#     test/all.sh RUN TEST...
 # RUN is the program that the scripts test.
 set -u
 
-suites=$1
-export RUN="$2"
+export RUN="$1"
+shift
 total=0 failed=0 skipped=0
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 
-# lane COMMAND...: one after the other, each with its output and status in $dir.
+# lane TEST...: those that no other lane has taken, one after the other, each
+# with its output and status in $dir.
 lane() {
     for test in "$@"; do
         log=$dir/$(basename "$test")
+        mkdir "$log.taken" 2>/dev/null || continue
+        began=$(date +%s)
         case $test in
         *.sh) sh "$test" ;;
         *) "$test" ;;
         esac >"$log.log" 2>&1
         echo $? >"$log.status"
-        { echo "== $test"; cat "$log.log"; } >"$log.shown"
+        { echo "== $test, $(($(date +%s) - began)) s"; cat "$log.log"; } >"$log.shown"
         cat "$log.shown"
     done
 }
@@ -47,12 +50,11 @@ count() {
     skipped=$((skipped + skips))
 }
 
-# The suites and the scripts side by side: two CPUs are half the wait.
-lane $(ls "$suites"/check_* | grep -v '\.d$') &
-lane test/check_*.sh
+# Two side by side: two CPUs are half the wait.
+lane "$@" &
+lane "$@"
 wait
-for test in "$suites"/check_* test/check_*.sh; do
-    case $test in *.d) continue ;; esac
+for test in "$@"; do
     count "$test"
 done
 echo

@@ -1,7 +1,7 @@
 /* What the system may refuse: every allocation failing in turn, mmap, read and
  * threads that fail.  Always a documented code, no leak, no crash; and what
  * the header says of memory, measured. */
-#define _POSIX_C_SOURCE 200809L          /* as lfm2.c does */
+#define _GNU_SOURCE                      /* as lfm2.c does */
 
 #include <errno.h>
 #include <pthread.h>

@@ -59,12 +59,12 @@ static void test_free(void *p)
 #undef calloc
 #undef realloc
 #undef free
-#undef COUNT
 
 #include "util.h"
 
 #include <check.h>
 
+#undef COUNT                              /* run.c has another one           */
 #define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
 
 /* Nothing that run.c allocated is left. */
@@ -166,7 +166,7 @@ static struct json *parse_text(const char *text, size_t n, struct why *why)
     return v;
 }
 
-static void forget(void)
+static void forget_text(void)
 {
     pool_free(&pool_of_text);
 }
@@ -188,7 +188,7 @@ START_TEST(good_json_comes_back)
     }
     test_free(t.s);
     test_free(again.s);
-    forget();
+    forget_text();
     check_freed();
 }
 END_TEST
@@ -201,7 +201,7 @@ START_TEST(bad_json_is_refused)
     ck_assert(!parse_text(row->text, strlen(row->text), &why));
     ck_assert_msg(strstr(why.s, row->result) != NULL, "%s: %s", row->text,
                   why.s);
-    forget();
+    forget_text();
     check_freed();
 }
 END_TEST
@@ -216,7 +216,7 @@ START_TEST(each_part_of_a_json_text_is_no_json)
     for (size_t n = 0; n < sizeof text - 1; n++)
         EXPECT_MSG(!parse_text(text, n, &why), "%.*s", (int)n, text);
     ck_assert(parse_text(text, sizeof text - 1, &why) != NULL);
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -249,7 +249,7 @@ START_TEST(damaged_json_does_no_harm)
         test_free(two.s);
     }
     ck_assert_int_gt(n_good, 100);
-    forget();
+    forget_text();
     check_freed();
 }
 END_TEST
@@ -283,36 +283,29 @@ START_TEST(json_nests_only_so_deep)
         test_free(t.s);
         free(s);
     }
-    forget();
+    forget_text();
 }
 END_TEST
 
-/* A million keys, half of them twice: found at once, every one. */
-START_TEST(large_objects_are_fast)
+START_TEST(objects_have_only_so_many_members)
 {
-    struct text t = { 0 };
     struct why why;
-    struct json *v;
-    long long x;
-    char key[16];
-    int n = 0;
 
-    add_string(&t, "{");
-    for (int i = 0; i < 1000000; i++)
-        add_format(&t, "%s\"k%d\":%d", i ? "," : "", i % 500000, i);
-    add_string(&t, "}");
-    v = parse_text(t.s, t.n, &why);
-    ck_assert_msg(v != NULL, "%s", why.s);
-    for (const struct json *m = v->first; m; m = m->next)
-        n++;
-    ck_assert_int_eq(n, 500000);
-    for (int i = 0; i < 500000; i++) {
-        snprintf(key, sizeof key, "k%d", i);
-        EXPECT(json_int(json_get(v, key), 0, 1 << 20, &x) == 0);
-        EXPECT(x == i + 500000);
+    for (int more = 0; more <= 1; more++) {
+        struct text t = { 0 };
+        struct json *v;
+        long long x;
+        add_string(&t, "{\"last\":-1");
+        for (int i = 1; i < MAX_MEMBERS + more; i++)
+            add_format(&t, ",\"k%d\":%d", i, i);
+        add_string(&t, "}");
+        v = parse_text(t.s, t.n, &why);
+        ck_assert_int_eq(v != NULL, !more);
+        ck_assert(!more || strstr(why.s, "no more than 4096 members"));
+        ck_assert(more || json_int(json_get(v, "k4095"), 0, 4095, &x) == 0);
+        test_free(t.s);
     }
-    test_free(t.s);
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -329,7 +322,7 @@ START_TEST(there_is_an_end_to_memory)
     ck_assert(!parse_text(text, MAX_JSON, &why));
     ck_assert(strstr(why.s, "no memory"));
     free(text);
-    forget();
+    forget_text();
     check_freed();
 }
 END_TEST
@@ -361,7 +354,7 @@ START_TEST(values_are_what_they_are)
     ck_assert_str_eq(json_text(json_get(v, "s")), "x");
     ck_assert(!json_text(json_get(v, "i")) && !json_text(NULL));
     ck_assert(!json_get(json_get(v, "i"), "x") && !json_get(NULL, "x"));
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -420,7 +413,7 @@ START_TEST(strings_are_written_as_utf8_whatever_they_are)
         EXPECT_MSG(parse_text(t.s, t.n, &why), "%s: %s", t.s, why.s);
         test_free(t.s);
     }
-    forget();
+    forget_text();
 }
 END_TEST
 
@@ -449,7 +442,7 @@ static int render_json(const char *text, int template, struct conversation c,
 #define CHAT(messages) "{\"messages\":[" messages "]}"
 
 enum { LFM2 = TEMPLATE_LFM2, INSTRUCT, NEW, VL, A1B };
-enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, THOUGHT = 8 };
+enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, OPEN = 8 };
 
 #define B "<|startoftext|>"
 #define U(text) "<|im_start|>user\n" text "<|im_end|>\n"
@@ -465,7 +458,7 @@ static const struct {
 } rendering[] = {
     { LFM2, GENERATE, CHAT(USER("\"Hi\"")),
       B U("Hi") "<|im_start|>assistant\n" },
-    { A1B, GENERATE | THOUGHT, CHAT(USER("\"Hi\"")),
+    { A1B, GENERATE | OPEN, CHAT(USER("\"Hi\"")),
       B U("Hi") "<|im_start|>assistant\n<think>" },
     /* parts are joined, null is nothing */
     { LFM2, 0, CHAT(USER("[{\"type\":\"text\",\"text\":\"a\"},"
@@ -488,9 +481,13 @@ static const struct {
     /* calls: strings in the manner of the template, the rest in Python's */
     { NEW, 0, CHAT(USER("\"a\"") ","
                    M("assistant", CALL("\"{\\\"x\\\": [\\\"it's\\\", 1e5, true,"
-                                       " {\\\"y\\\": null}]}\""))),
-      B U("a") A(CALL_START "[f(x=[\"it's\", 100000.0, True, {'y': None}])]"
-                 CALL_END) },
+                                       " {\\\"y\\\": null}],"
+                                       " \\\"z\\\": true}\""))),
+      B U("a") A(CALL_START "[f(x=[\"it's\", 100000.0, True, {'y': None}], "
+                 "z=True)]" CALL_END) },
+    { NEW, 0, CHAT(M("assistant", CALL("{\"x\":[\"'\\\"\\\\\\n\\u0007\\u00ad"
+                                       "\"]}"))),
+      B A(CALL_START "[f(x=['\\'\"\\\\\\n\\x07\\xad'])]" CALL_END) },
     { VL, 0, CHAT(M("assistant", CALL("{\"x\":\"a\\\"b\",\"y\":{\"z\":[]}}")
                     ",\"content\":\"c\"")),
       B A(CALL_START "[f(x=\"a\"b\", y={\"z\": []})]" CALL_END "c") },
@@ -505,10 +502,6 @@ static const struct {
     { A1B, 0, CHAT(M("assistant", "\"tool_calls\":null")), B A("") },
     { LFM2, 0, CHAT(M("assistant", CALL("{}") ",\"content\":\"c\"")),
       B A("c") },
-    { NEW, 0, CHAT(M("assistant", CALL("{\"x\":[\"'\\\"\\\\\\n\\u0007\\u00ad"
-                                       "\\u2028\\ue000\\udb80\\udc00\"]}"))),
-      B A(CALL_START "[f(x=['\\'\"\\\\\\n\\x07\\xad\\u2028\\ue000"
-          "\\U000f0000'])]" CALL_END) },
     /* thoughts of the past */
     { A1B, 0, CHAT(USER("\"a\"") "," M("assistant", "\"thinking\":\"t\"")),
       B U("a") A("<think>t</think>") },
@@ -539,7 +532,7 @@ START_TEST(conversations_are_written_down)
     const struct conversation c = {
         .generate = !!(flags & GENERATE), .keep_thinking = !!(flags & KEEP),
         .continue_last = !!(flags & CONTINUE),
-        .open_thought = !!(flags & THOUGHT)
+        .open_thought = !!(flags & OPEN)
     };
     struct rendered r;
     struct why why = { "" };
@@ -1003,21 +996,19 @@ static const struct calls_row {
       F("\"x\": \"it's\", \"y\": \"o'clock\""), "", 0, 0 },
     { C("[f(x=\"a \"quoted\" word\")]"), X("\"a \\\"quoted\\\" word\""), "",
       0, 0 },
-    { C("[f(x='\\n\\t\\r\\a\\x41\\u00e9\\U0001F600\\101\\/\\q')]"),
-      X("\"\\n\\t\\r\\u0007A\u00e9\U0001f600A/\\\\q\""), "", 0, 0 },
+    { C("[f(x='\\n\\t\\r\\a\\x41\\u00e9\\U0001F600\\/\\q')]"),
+      X("\"\\n\\t\\r\\u0007A\u00e9\U0001f600/\\\\q\""), "", 0, 0 },
     { C("[f(x='\\ud83d\\ude00 \\ud83d \\ud83d\\u0041 \\UFFFFFFFF')]"),
       X("\"\U0001f600 \ufffd \ufffdA \ufffd\""), "", 0, 0 },
-    { C("[f(x='C:\\users\\x\\777')]"), X("\"C:\\\\users\\\\x\u01ff\""), "",
+    { C("[f(x='C:\\users\\x\\777')]"), X("\"C:\\\\users\\\\x\\\\777\""), "",
       0, 0 },
     { C("[f(x='a\nb\\\nc')]"), X("\"a\\nbc\""), "", 0, 0 },
     { C("[f(x='')]"), X("\"\""), "", 0, 0 },
     { C("[f(x='', y='')]"), F("\"x\": \"\", \"y\": \"\""), "", 0, 0 },
-    { C("[f(x=\"\"\"a\n\"b\" ''c\"\"\")]"), X("\"a\\n\\\"b\\\" ''c\""), "",
-      0, 0 },
     { C("[f(x='S\u00e3o [1] (2) {3}')]"), X("\"S\u00e3o [1] (2) {3}\""), "",
       0, 0 },
     { C("[f(x='\xff')]"), X("\"\ufffd\""), "", 0, 0 },
-    { C("[f(x='a\\0b')]"), X("\"a\\u0000b\""), "", 0, 0 },
+    { C("[f(x='a\\x00b')]"), X("\"a\\u0000b\""), "", 0, 0 },
     /* JSON */
     { C("{\"name\": \"f\", \"arguments\": {\"x\": 1}}"), X("1"), "", 0, 0 },
     { C("[{\"name\": \"f\", \"parameters\": {\"x\": null}}]"), X("null"), "",
@@ -1245,7 +1236,7 @@ Suite *chat_suite(void)
     tcase_add_test(c, each_part_of_a_json_text_is_no_json);
     tcase_add_test(c, damaged_json_does_no_harm);
     tcase_add_test(c, json_nests_only_so_deep);
-    tcase_add_test(c, large_objects_are_fast);
+    tcase_add_test(c, objects_have_only_so_many_members);
     tcase_add_test(c, there_is_an_end_to_memory);
     tcase_add_test(c, values_are_what_they_are);
     tcase_add_test(c, trees_can_be_built);

@@ -221,7 +221,7 @@ START_TEST(a_product_is_the_sum_of_its_terms)
         const struct tensor w = { format_find((uint32_t)type), PRODUCT_ROWS,
                                   PRODUCT_COLS, b.p };
         load_input(ctx, &ctx->hidden, x, PRODUCT_TOKENS, PRODUCT_COLS);
-        matmul(ctx, y, &w, &ctx->hidden);
+        matmul(ctx, ASSIGN, y, &w, &ctx->hidden);
         expect_product(&w, &ctx->hidden, y);
         free(b.p);
     }

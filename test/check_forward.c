@@ -1,11 +1,20 @@
 /* The model: against an independent reference, against golden logits, and
  * against itself, bit for bit, however the work is cut up. */
-#include "../lfm2.c"
+#define _POSIX_C_SOURCE 200809L
+
+#include "../lfm2.h"
 
 #include "reference.h"
 #include "util.h"
 
 #include <check.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 /* A model with everything opened. */
 struct rig {
@@ -180,6 +189,15 @@ static const struct { const char *name; double peer, share; } golden[] = {
     { "small_dense-F32", 1.75e-08, 1.1 }, { "small_moe-F32", 5.43e-09, 1.1 }
 };
 
+/* Number i of 32-bit ones, little-endian. */
+static uint32_t number_at(struct bytes b, size_t i)
+{
+    const uint8_t *p = b.p + 4 * i;
+
+    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 |
+           (uint32_t)p[3] << 24;
+}
+
 /* How far a model is from logits that were computed elsewhere.  Releases its
  * arguments. */
 static struct distance from_logits(struct bytes file, struct bytes ids,
@@ -192,13 +210,17 @@ static struct distance from_logits(struct bytes file, struct bytes ids,
 
     ck_assert(n > 0 && n <= 100);
     for (int i = 0; i < n; i++)
-        tokens[i] = (int32_t)load_le32(ids.p + 4 * i);
+        tokens[i] = (int32_t)number_at(ids, (size_t)i);
     p.kv_type = kv_type;
     rig_open_file(&r, file, p);
     ck_assert(logits.n == 4 * (size_t)n * (size_t)r.n_vocab);
     double *exact = malloc(2 * logits.n);
-    for (size_t i = 0; i < logits.n / 4; i++)
-        exact[i] = (double)load_f32(logits.p + 4 * i);
+    for (size_t i = 0; i < logits.n / 4; i++) {
+        const uint32_t bits = number_at(logits, i);
+        float f;
+        memcpy(&f, &bits, sizeof f);
+        exact[i] = (double)f;
+    }
     float *l = all_logits(&r, tokens, n);
     struct distance d = compare(l, exact, n, r.n_vocab);
     free(l);
@@ -341,6 +363,39 @@ START_TEST(batch_and_threads_change_nothing)
         lfm2_context_close(other.ctx);
     }
     free(all);
+    rig_close(&r);
+}
+END_TEST
+
+/* With more threads than kv heads (2 here) the chunks of a row are shared out:
+ * at the end of the first chunk, and in the middle of the third. */
+START_TEST(many_threads_look_far_back)
+{
+    enum { N = 530 };
+    static const int threads[] = { 1, 3, 8 };
+    lfm2_params p = { .n_ctx = N, .n_seq = 1, .n_batch = 64, .n_logits = 1 };
+    struct rig r = rig_open(kinds[0], small_params());
+    float *expected = calloc((size_t)N * (size_t)r.n_vocab, sizeof *expected);
+    int32_t tokens[N];
+
+    random_tokens(tokens, N, r.n_vocab, 13);
+    for (size_t i = 0; i < COUNT(threads); i++) {
+        struct rig other = { .model = r.model, .n_vocab = r.n_vocab };
+        p.n_threads = threads[i];
+        ck_assert(lfm2_context_open(&other.ctx, r.model, &p, NULL) == 0);
+        for (int t = 0, n; t < N; t += n) {
+            const size_t at = (size_t)t * (size_t)r.n_vocab;
+            n = t == 0 ? 250 : t == 270 ? 240 : 1;
+            feed(&other, 0, tokens + t, n, 1);
+            if (i == 0)
+                memcpy(expected + at, lfm2_logits(other.ctx, 0, 0),
+                       (size_t)r.n_vocab * sizeof *expected);
+            expect_same(&r, lfm2_logits(other.ctx, 0, 0), expected + at, 1,
+                        "threads");
+        }
+        lfm2_context_close(other.ctx);
+    }
+    free(expected);
     rig_close(&r);
 }
 END_TEST
@@ -530,6 +585,7 @@ Suite *forward_suite(void)
                         N_KINDS);
     tcase_add_loop_test(c, every_cut_is_the_same, 0, N_KINDS);
     tcase_add_loop_test(c, batch_and_threads_change_nothing, 0, N_KINDS);
+    tcase_add_test(c, many_threads_look_far_back);
     tcase_add_loop_test(c, neighbours_in_the_batch_change_nothing, 0, N_KINDS);
     tcase_add_loop_test(c, logits_that_nobody_asked_for_change_nothing, 0,
                         N_KINDS);

@@ -1,6 +1,6 @@
 /* Reading vocabularies: good, unusual, bad and damaged ones, from models and
  * from a tokenizer.bin, and without memory. */
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 #include <stdlib.h>
 
 /* All memory the library asks for comes from here, so that it can be refused:

@@ -117,19 +117,18 @@ options="-n 100 --temp 0.5 -t 1"
 "$run" "$model" --batch $options <in.jsonl >whole.jsonl 2>"$dir/err"
 result $? "one process answers all"
 
-# sbatch on the batch, in an array of 4; prints its id.
+# submit ARGUMENTS...: the batch, in an array of 4; prints its id.
 submit() {
     # shellcheck disable=SC2086
     RUN=$run sbatch --parsable --array=0-3 --output="$dir/work/%A_%a.log" \
-        "$root/scripts/batch_slurm.sh" "$model" in.jsonl out $options
+        "$root/scripts/batch_slurm.sh" "$model" in.jsonl out $options "$@"
 }
 
-# The time when an answer was made is the only thing that may differ.
 joined() {
     sh "$root/scripts/batch_slurm.sh" join in.jsonl out >"$dir/said" 2>&1
     result $? "$1: the parts join"
     for file in whole out; do
-        sed 's/"created": *[0-9]*//' $file.jsonl | sort >"$file.sorted"
+        sort $file.jsonl >"$file.sorted"
     done
     cmp whole.sorted out.sorted >"$dir/said" 2>&1
     result $? "$1: each answer once, as of one process"
@@ -153,9 +152,9 @@ begun() {
     [ "$n" -gt 0 ] && [ "$n" -lt 30 ]
 }
 
-# One task is ended as at its time limit, one is put back into the queue.
+# Slowly: one task is ended as at its time limit, one is put back into the queue.
 rm -f out.*
-id=$(submit)
+id=$(submit --parallel 1 --isa scalar)
 within 60 begun 1 && scancel --batch --signal=TERM "${id}_1"
 within 60 begun 2 && scontrol requeue "${id}_2"
 within 180 gone "$id"

@@ -347,7 +347,7 @@ static void write_operator(struct gguf_writer *w, const struct tiny *t, int il,
     uint64_t taps[2] = { 3, (uint64_t)n };
     struct bytes b;
 
-    if (il % 2 == 0) {
+    if (il % 2 == 0 || t->kv_form == KV_NONE) {
         matrix(w, layer_name(il, "shortconv.in_proj.weight"), t->type, n,
                3 * n, 1, rng);
         b = random_weights(0, 3, (uint64_t)n, rng);
@@ -437,7 +437,8 @@ static const char *arch_key(const struct tiny *t, const char *name)
 
 static void write_metadata(struct gguf_writer *w, const struct tiny *t, int n)
 {
-    static const int kv[N_LAYER] = { 0, N_KV, 0, N_KV };
+    const int heads = t->kv_form == KV_NONE ? 0 : N_KV;
+    const int kv[N_LAYER] = { 0, heads, 0, heads };
     static const struct { const char *name; int dense, moe; } count[] = {
         { "block_count", N_LAYER, N_LAYER }, { "context_length", 4096, 4096 },
         { "attention.head_count", 4, 4 }, { "shortconv.l_cache", 3, 3 },

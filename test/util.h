@@ -6,6 +6,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifndef COUNT                             /* lfm2.c has the same             */
+#define COUNT(array) (sizeof (array) / sizeof *(array))
+#endif
+
 /* Assertions for loops: Check's own write to a pipe even when they hold. */
 #define EXPECT(condition) EXPECT_MSG(condition, "%s", #condition)
 #define EXPECT_MSG(condition, ...)      \
@@ -91,7 +95,8 @@ int weight_type_block(int type);          /* columns                         */
 /* A random row-major matrix of that type, its weights near 1/sqrt(cols). */
 struct bytes random_weights(int type, int cols, uint64_t rows, uint64_t *rng);
 
-enum { KV_I32_ARRAY, KV_U32_ARRAY, KV_SCALAR };     /* how head_count_kv is  */
+/* How head_count_kv is; NONE: an array of zeros, no layer attends. */
+enum { KV_I32_ARRAY, KV_U32_ARRAY, KV_SCALAR, KV_NONE };
 
 /* Zero means the usual.  Layers: conv, attention, conv, attention; in a MoE the
  * first is dense and the others have experts. */
