@@ -10,8 +10,6 @@
 
 #include <check.h>
 
-#define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
-
 /* ------------------------------------------------ thought, answer and calls */
 
 #define THEN "<think>"
@@ -365,7 +363,7 @@ START_TEST(a_preset_is_found_by_other_keys)
         { "general.size_label", "24B-A2B", 0.1 },
     };
 
-    for (int i = 0; i < COUNT(row); i++) {
+    for (size_t i = 0; i < COUNT(row); i++) {
         const struct edit edits[] = {
             { RENAME, "lfm2.vocab_size", 0, 0, row[i].key, 0 },
             { SET_STRING, "lfm2.vocab_size", 0, 0, row[i].value, 0 },
@@ -440,7 +438,7 @@ START_TEST(wishes_out_of_bounds_are_none)
     };
     const struct sampling want = presets[COUNT(presets) - 1].is;
 
-    for (int i = 0; i < COUNT(row); i++) {
+    for (size_t i = 0; i < COUNT(row); i++) {
         const struct edit edits[] = {
             { ADD, row[i].key, row[i].type, row[i].value, NULL, 0 },
             { NO_EDIT, NULL, 0, 0, NULL, 0 }
@@ -483,7 +481,7 @@ START_TEST(a_template_may_open_the_thought)
         0 }, { "", 0 }, { NULL, 0 }
     };
 
-    for (int i = 0; i < COUNT(row); i++) {
+    for (size_t i = 0; i < COUNT(row); i++) {
         const struct edit edits[] = {
             { RENAME, "lfm2.vocab_size", 0, 0, "tokenizer.chat_template", 0 },
             { SET_STRING, "lfm2.vocab_size", 0, 0, row[i].template, 0 },
@@ -594,14 +592,18 @@ END_TEST
 START_TEST(logits_are_bent_as_wished)
 {
     struct bias bias[2] = { { 3, -2.5f }, { 0, 100 } };
-    struct engine e = { .s = &defaults };
+    struct settings s = defaults;
+    struct engine e = { .s = &s };
     struct request q = { .presence = 0.5, .frequency = 0.25, .bias = bias,
                          .n_bias = 2, .ignore_eos = 1 };
     struct reply r = { .q = &q };
     float logits[4096] = { 0 };
     int n_ends = 0;
 
-    ck_assert(lfm2_tokenizer_open(&e.words, "tokenizer.bin", NULL) == LFM2_OK);
+    ck_assert(lfm2_model_open(&e.model, "test/tiny.gguf", LFM2_LOAD_MAP, NULL)
+              == LFM2_OK);
+    s.model = "test/tiny.gguf";
+    ck_assert_int_eq(open_model_words(&e), DONE);
     r.said = malloc(10 * sizeof *r.said);
     count_token(&r, 20);
     count_token(&r, 21);
@@ -618,7 +620,7 @@ START_TEST(logits_are_bent_as_wished)
     }
     ck_assert_int_gt(n_ends, 0);
     free(r.said);
-    lfm2_tokenizer_close(e.words);
+    close_engine(&e);
 }
 END_TEST
 
@@ -633,7 +635,7 @@ START_TEST(nothing_steers_a_terminal)
         { "\xc3\x9b\xe2\x82\xac", "\xc3\x9b\xe2\x82\xac" },
     };
 
-    for (int i = 0; i < COUNT(row); i++) {
+    for (size_t i = 0; i < COUNT(row); i++) {
         char s[64];
         size_t n = strlen(row[i].from);
         memcpy(s, row[i].from, n);
@@ -675,7 +677,7 @@ START_TEST(escapes_are_those_of_c)
         { "C:\\dir", "C:\\dir" }, { "\\\\", "\\" }
     };
 
-    for (int i = 0; i < COUNT(row); i++) {
+    for (size_t i = 0; i < COUNT(row); i++) {
         struct text t = { 0 };
         add_string(&t, row[i].from);
         unescape(&t);
