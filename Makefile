@@ -96,6 +96,11 @@ build/debug/run: build/debug/run.o build/debug/lfm2.o
 
 debug: build/debug/run
 
+# The program for the scripts of check-debug: the suites test the library with
+# sanitizers, and with them it would take minutes to answer.
+build/debug/cli: build/debug/run.o build/lfm2.o
+	$(CC) $(SANITIZE) $(LDFLAGS) -o $@ $^ $(LIBS)
+
 # One program for each suite.  Most include lfm2.c to reach all of it.  The
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
@@ -130,8 +135,8 @@ check: run lib $(SUITES:%=build/test/%)
 	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%)
 
 # Of the scripts, those that run the program.
-check-debug: build/debug/run $(SUITES:%=build/debug/test/%)
-	@sh test/all.sh build/debug/run $$(grep -l '"$$run"' $(SCRIPTS)) \
+check-debug: build/debug/cli $(SUITES:%=build/debug/test/%)
+	@sh test/all.sh build/debug/cli $$(grep -l '"$$run"' $(SCRIPTS)) \
 	    $(SUITES:%=build/debug/test/%)
 
 check-bits:
