@@ -4732,6 +4732,8 @@ static int load_session(struct talk *t)
     code = read_file(path, &file);
     if (code == DONE && file.n > 0)
         restore(t, &file);
+    if (t->e->s->system && t->messages && t->messages->first)
+        say(DONE, "%s: goes on as it began, so -sys is not used", path);
     free(file.s);
     return code;
 }

@@ -73,6 +73,10 @@ cp "$s" "$dir/kept"
 expect 0 "--dump-prompt" --session "$s" --dump-prompt $m hello
 holds "shows all that was said" [ "$(grep -c 'im_start|>' "$dir/out")" = 12 ]
 same "and changes nothing" "$s" "$dir/kept"
+expect 0 "-sys in the middle" --session "$s" --dump-prompt -sys "Be brief." \
+    $m hello
+says "goes on as it began, so -sys is not used"
+holds "-sys in the middle" [ "$(grep -c 'Be brief' "$dir/out")" = 0 ]
 expect 0 "--messages" -v --session "$s" --messages "$dir/talk5" $m
 same "--messages is the conversation" "$dir/answer5" "$dir/out"
 chmod 644 "$s"
