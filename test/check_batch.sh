@@ -288,9 +288,7 @@ printf '{"prompt":"\303\251 \360\237\230\200!","echo":true,"logprobs":1,"max_tok
 batch 0 "of parts of characters"
 has "of parts of characters" '"bytes:\\x'
 has "the text" "$(printf '"text": "\303\251 \360\237\230\200!"')"
-message "$dir/out" >"$dir/a"
-hello_end='{"messages":[{"role":"user","content":"What is LFM2?"}],"logprobs":true}'
-echo "$hello_end" >"$dir/in"
+echo "${hello%\}},\"logprobs\":true}" >"$dir/in"
 batch 0 "the end of an answer" --temp 0
 hasnt "is no part of it" '"token": "<|im_end|>"'
 printf '{"prompt":[%s],"logprobs":1,"max_tokens":90}\n' "$("$run" --dump-tokens \
@@ -409,7 +407,7 @@ for bad in 3/3 -1/3 x 1 1/ /2 1/2x auto/ auto/x autox 1/0; do
 done
 batch 2 "--batch and a prompt" hello
 batch 3 "an input that is not there" -f "$dir/none"
-"$run" $m --batch <test >"$dir/out" 2>"$dir/err"
+"$run" $m --batch <./test >"$dir/out" 2>"$dir/err"
 [ $? -eq 3 ]
 result $? "an input that cannot be read is status 3"
 
@@ -564,16 +562,18 @@ batch 7 "a wrong line of the run before" --resume "$dir/part"
 says "it" "0 answered, 0 failed, 4 were there"
 
 # Nothing grows with the square of the number of lines.
-awk 'BEGIN { while (i++ < 3000)
+n=3000
+case $run in *debug*) n=300 ;; esac
+awk -v n=$n 'BEGIN { while (i++ < n)
     printf "{\"custom_id\":\"q%d\",\"prompt\":\"a\",\"max_tokens\":0}\n", i }' \
     >"$dir/in"
-batch 0 "3000 lines" --hadoop --heartbeat 0
-answers 3000 "3000 lines"
+batch 0 "many lines" --hadoop --heartbeat 0
+answers $n "many lines"
 says "--hadoop" "reporter:status:"
 [ "$(grep -c answered "$dir/err")" -eq 1 ]
 result $? "--heartbeat 0: only at the end"
 cp "$dir/out" "$dir/part"
-batch 0 "3000 lines that are there" --resume "$dir/part"
-says "they" "3000 were there"
+batch 0 "many lines that are there" --resume "$dir/part"
+says "they" "$n were there"
 
 finish
