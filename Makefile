@@ -105,7 +105,8 @@ build/debug/cli: build/debug/run.o build/lfm2.o
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
 LINKED  := check_answer check_chat check_forward check_gguf
-PLAIN   := check_math check_sampler check_tokenizer check_vocab
+PLAIN   := check_alloc check_api check_formats check_math check_sampler \
+           check_sequences check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
 COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -pthread \
@@ -118,7 +119,8 @@ build/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
 	$(COMPILE) -O2 $(CHECK) $(LIBS)
 
 build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
-build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED
+build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED \
+                                            -DLFM2_AVX2_ONLY
 $(LINKED:%=build/debug/test/%): build/debug/lfm2.o
 build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
                     | build/debug/test build/test have-check

@@ -49,8 +49,9 @@
  * is divided cannot show.
  *
  * To port: a C11 compiler with IEEE floats evaluated in their own precision is
- * enough, in any byte order and word size.  LFM2_NO_SIMD leaves out
- * the vector kernels, LFM2_NO_THREADS pthreads, LFM2_NO_MMAP mmap. */
+ * enough, in any byte order and word size.  LFM2_NO_SIMD leaves out the vector
+ * kernels (LFM2_AVX2_ONLY, those of newer CPUs), LFM2_NO_THREADS pthreads,
+ * LFM2_NO_MMAP mmap. */
 
 #ifndef KERNELS                           /* see section 12                  */
 
@@ -3585,6 +3586,8 @@ static const struct isa FN(isa) = {
 #define TARGET "avx2,fma,f16c"
 #include "lfm2.c"
 
+#ifndef LFM2_AVX2_ONLY
+
 #if (defined __clang__ && __clang_major__ >= 12) || \
     (!defined __clang__ && __GNUC__ >= 11)
 #define LFM2_AVXVNNI                      /* older compilers do not know it  */
@@ -3609,6 +3612,7 @@ static const struct isa FN(isa) = {
 #define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "lfm2.c"
 
+#endif
 #undef KERNELS
 
 /* What the CPU has, and the system saves when it switches threads. */
@@ -3657,8 +3661,10 @@ static const struct isa *isa_table(int isa)
 #ifdef LFM2_AVXVNNI
         [LFM2_ISA_AVXVNNI] = &isa_avxvnni,
 #endif
+#ifndef LFM2_AVX2_ONLY
         [LFM2_ISA_AVX512] = &isa_avx512,
         [LFM2_ISA_AVX512VNNI] = &isa_avx512vnni,
+#endif
 #endif
     };
     return isa >= 0 && isa <= LFM2_ISA_AVX512VNNI ? all[isa] : NULL;
