@@ -37,7 +37,8 @@ run: build/run.o build/lfm2.o
 build/%.o: %.c | build
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -c -o $@ $<
 
-build build/pic build/debug build/test build/debug/test build/bench:
+build build/pic build/debug build/debug/quick build/test build/debug/test \
+build/bench:
 	mkdir -p $@
 
 # ----------------------------------------------------------------- the library
@@ -98,7 +99,7 @@ debug: build/debug/run
 
 # The program for the scripts of check-debug: the suites test the library with
 # sanitizers, and with them it would take minutes to answer.
-build/debug/cli: build/debug/run.o build/lfm2.o
+build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 	$(CC) $(SANITIZE) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 # One program for each suite.  Most include lfm2.c to reach all of it.  The
@@ -137,8 +138,8 @@ check: run lib $(SUITES:%=build/test/%)
 	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%)
 
 # Of the scripts, those that run the program.
-check-debug: build/debug/cli $(SUITES:%=build/debug/test/%)
-	@sh test/all.sh build/debug/cli $$(grep -l '"$$run"' $(SCRIPTS)) \
+check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%)
+	@sh test/all.sh build/debug/quick/run $$(grep -l '"$$run"' $(SCRIPTS)) \
 	    $(SUITES:%=build/debug/test/%)
 
 check-bits:
