@@ -11,7 +11,8 @@
  *   6  tool calls                    14  --batch
  *   7  tokens in and out             15  --ppl
  *   8  --inspect                     16  --bench
- *                                    17  main */
+ *                                    17  --selftest
+ *                                    18  main */
 
 #define _POSIX_C_SOURCE 200809L
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
@@ -21,6 +22,8 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <poll.h>
 #include <signal.h>
@@ -41,8 +44,8 @@
 
 enum {
     DONE = 0, FAILED = 1, USAGE = 2, BAD_FILE = 3, BAD_MODEL = 4,
-    NO_MEMORY = 5, TOO_LONG = 6, PARTLY = 7, INTERRUPTED = 130,
-    TERMINATED = 143
+    NO_MEMORY = 5, TOO_LONG = 6, PARTLY = 7, SELFTEST_FAILED = 8,
+    INTERRUPTED = 130, TERMINATED = 143
 };
 
 static const char *program = "run";       /* the name it was called by       */
@@ -126,7 +129,7 @@ struct settings {
     int raw, tokenize, detokenize, inspect, null, bos, special;
     const char *shard, *resume;
     int dump_prompt, dump_tokens, interactive, escape, json;
-    int batch_mode, batch_raw, parallel, heartbeat, hadoop;
+    int selftest, batch_mode, batch_raw, parallel, heartbeat, hadoop;
     int template, think, think_budget, ignore_eos, logprobs, color;
     int no_mmap, quiet, verbose, help, version, bench;
     int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n;
@@ -214,6 +217,8 @@ static const struct option table[] = {
            "tokens"),
     SWITCH("--batch", batch_mode, "answer JSON lines; its options are below"),
     SWITCH("--inspect", inspect, "describe the file and the memory it needs"),
+    SWITCH("--selftest", selftest, "try this build on this machine; needs no "
+           "model"),
     SWITCH("--bench", bench, "measure the speed; its options are below"),
     WORDS("--export-tokenizer", "FILE", export_to, "write the vocabulary as a "
           "tokenizer.bin"),
@@ -333,10 +338,10 @@ static int print_help(void)
     }
     printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
            "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
-           "prompt longer than the context,\n7 some lines of a batch failed, "
-           "130 interrupted, 143 terminated.\nLFM2_MODEL and LFM2_THREADS in "
-           "the environment stand in for -m and -t,\nand NO_COLOR is "
-           "--color off.\n");
+           "prompt longer than the context,\n7 some lines of a batch failed, 8 "
+           "the self-test failed, 130 interrupted,\n143 terminated.\n"
+           "LFM2_MODEL and LFM2_THREADS in the environment stand in for -m and "
+           "-t,\nand NO_COLOR is --color off.\n");
     return DONE;
 }
 
@@ -709,7 +714,7 @@ static int parse(struct settings *to, char **argv)
         else
             code = usage("unexpected argument %s; a prompt of several words "
                          "needs quotes", argv[i]);
-    if (code != DONE || to->help || to->version)
+    if (code != DONE || to->help || to->version || to->selftest)
         return code;
     if (!to->model)
         take_model(to, word, &n_words);
@@ -7347,7 +7352,475 @@ static int bench(const struct settings *s)
     return code;
 }
 
-/* --------------------------------------------------------------- 17. main */
+/* ----------------------------------------------------------- 17. --selftest
+ *
+ * Is this build right on this machine?  No file is needed: a small model of
+ * every weight type is made here, of random numbers that are the same
+ * everywhere, and so are its logits: to the bit, or something is wrong.  What
+ * differs only between kernels is found by running each of them. */
+
+enum { SELF_TOKENS = 24, SELF_EMBD = 256, SELF_HEAD = 64, SELF_EXPERTS = 4 };
+
+/* A GGUF that grows.  Every number in it is little-endian. */
+struct maker {
+    struct text kv, info, data;
+    uint64_t n_kv, n_tensors, rng;
+    int type;                             /* of the matrices                 */
+};
+
+static uint64_t next_random(uint64_t *state)
+{
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+static void add_counted(struct text *to, const char *s)
+{
+    add_u64(to, strlen(s), 8);
+    add_string(to, s);
+}
+
+enum { G_U32 = 4, G_I32 = 5, G_F32 = 6, G_STRING = 8, G_ARRAY = 9 };
+
+static void make_key(struct maker *m, const char *key, int type)
+{
+    add_counted(&m->kv, key);
+    add_u64(&m->kv, (uint64_t)type, 4);
+    m->n_kv++;
+}
+
+static void make_number(struct maker *m, const char *key, int type,
+                        uint64_t bits)
+{
+    make_key(m, key, type);
+    add_u64(&m->kv, bits, 4);
+}
+
+static void make_string(struct maker *m, const char *key, const char *s)
+{
+    make_key(m, key, G_STRING);
+    add_counted(&m->kv, s);
+}
+
+static void make_array(struct maker *m, const char *key, int type, int n)
+{
+    make_key(m, key, G_ARRAY);
+    add_u64(&m->kv, (uint64_t)type, 4);
+    add_u64(&m->kv, (uint64_t)n, 8);
+}
+
+/* The weight types: GGUF's number, bytes and columns of a block, and where in
+ * it half-precision scales lie, which must not be random bits. */
+static const struct self_type {
+    const char *name;
+    int id, bytes, cols, scale[2];
+    uint64_t hash;                        /* of the logits                   */
+} self_types[] = {
+    { "F32", 0, 4, 1, { -1, -1 }, 0xb5fe7d964c5d415eu },
+    { "F16", 1, 2, 1, { -1, -1 }, 0x34e46c18595c0466u },
+    { "BF16", 30, 2, 1, { -1, -1 }, 0xbedf6cbe5b5203abu },
+    { "Q4_0", 2, 18, 32, { 0, -1 }, 0xf0d09a1d26c61f4eu },
+    { "Q4_1", 3, 20, 32, { 0, 2 }, 0x105572393c1b123au },
+    { "Q5_0", 6, 22, 32, { 0, -1 }, 0x971d8a43b2546d20u },
+    { "Q5_1", 7, 24, 32, { 0, 2 }, 0x89f9e622abfc607fu },
+    { "Q8_0", 8, 34, 32, { 0, -1 }, 0xd5ffa9616c6c2595u },
+    { "Q2_K", 10, 84, 256, { 80, 82 }, 0xf4eecaa9a5646588u },
+    { "Q3_K", 11, 110, 256, { 108, -1 }, 0x9fca609f82d4ec53u },
+    { "Q4_K", 12, 144, 256, { 0, 2 }, 0xf91c7081c16f46d7u },
+    { "Q5_K", 13, 176, 256, { 0, 2 }, 0x3fbcc6585a9da5c9u },
+    { "Q6_K", 14, 210, 256, { 208, -1 }, 0x3fa4db53b371ee98u },
+    { "IQ4_NL", 20, 18, 32, { 0, -1 }, 0x7ec769dfa99dcef8u },
+    { "IQ4_XS", 23, 136, 256, { 0, -1 }, 0x83b254a4c39ab7deu },
+};
+
+enum { N_SELF_TYPES = sizeof self_types / sizeof *self_types };
+
+/* One block: bits at random, except where they would mean no number. */
+static void make_block(struct maker *m, const struct self_type *t)
+{
+    unsigned char b[256];
+
+    for (int i = 0; i < t->bytes; i += 8)
+        put_le(b + i, next_random(&m->rng), 8);
+    for (int i = 0; i < 2 && t->scale[i] >= 0; i++)    /* about 2^-8        */
+        put_le(b + t->scale[i], 0x1c00 | (next_random(&m->rng) & 0x3ff), 2);
+    if (t->id == 0)                                    /* +-2^-5 or so       */
+        put_le(b, 0x3d000000 | (next_random(&m->rng) & 0x807fffff), 4);
+    if (t->id == 1)
+        put_le(b, 0x2800 | (next_random(&m->rng) & 0x83ff), 2);
+    if (t->id == 30)
+        put_le(b, 0x3d00 | (next_random(&m->rng) & 0x807f), 2);
+    add(&m->data, (char *)b, (size_t)t->bytes);
+}
+
+/* A tensor [experts][rows][cols]; a vector has no rows, a matrix no experts. */
+static void make_tensor(struct maker *m, const char *name, int type,
+                        int experts, int rows, int cols)
+{
+    const struct self_type *t = &self_types[type];
+    const int n = (experts ? experts : 1) * (rows ? rows : 1) * cols;
+
+    add_counted(&m->info, name);
+    add_u64(&m->info, experts ? 3 : rows ? 2 : 1, 4);
+    add_u64(&m->info, (uint64_t)cols, 8);
+    if (rows)
+        add_u64(&m->info, (uint64_t)rows, 8);
+    if (experts)
+        add_u64(&m->info, (uint64_t)experts, 8);
+    add_u64(&m->info, (uint64_t)t->id, 4);
+    add_u64(&m->info, m->data.n, 8);
+    for (int i = 0; i < n; i += t->cols)
+        make_block(m, t);
+    while (m->data.n % 32)
+        add(&m->data, "", 1);
+    m->n_tensors++;
+}
+
+static void make_layer_tensor(struct maker *m, int il, const char *what,
+                              int type, int experts, int rows, int cols)
+{
+    char name[64];
+
+    snprintf(name, sizeof name, "blk.%d.%s", il, what);
+    make_tensor(m, name, type, experts, rows, cols);
+}
+
+/* Layers: conv and dense, attention and dense, and both with experts. */
+static void make_layer(struct maker *m, int il)
+{
+    const int n = SELF_EMBD, kv = n / 2, x = il < 2 ? 0 : SELF_EXPERTS;
+    const char *const ffn[2][3] = {
+        { "ffn_gate.weight", "ffn_up.weight", "ffn_down.weight" },
+        { "ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight" }
+    };
+
+    make_layer_tensor(m, il, "attn_norm.weight", 0, 0, 0, n);
+    make_layer_tensor(m, il, "ffn_norm.weight", 0, 0, 0, n);
+    if (il % 2 == 0) {
+        make_layer_tensor(m, il, "shortconv.in_proj.weight", m->type, 0, 3 * n,
+                          n);
+        make_layer_tensor(m, il, "shortconv.conv.weight", 0, 0, n, 3);
+        make_layer_tensor(m, il, "shortconv.out_proj.weight", m->type, 0, n, n);
+    } else {
+        make_layer_tensor(m, il, "attn_q.weight", m->type, 0, n, n);
+        make_layer_tensor(m, il, "attn_k.weight", m->type, 0, kv, n);
+        make_layer_tensor(m, il, "attn_v.weight", m->type, 0, kv, n);
+        make_layer_tensor(m, il, "attn_output.weight", m->type, 0, n, n);
+        make_layer_tensor(m, il, "attn_q_norm.weight", 0, 0, 0, SELF_HEAD);
+        make_layer_tensor(m, il, "attn_k_norm.weight", 0, 0, 0, SELF_HEAD);
+    }
+    if (x) {
+        make_layer_tensor(m, il, "ffn_gate_inp.weight", 0, 0, x, n);
+        make_layer_tensor(m, il, "exp_probs_b.bias", 0, 0, 0, x);
+    }
+    for (int i = 0; i < 3; i++)
+        make_layer_tensor(m, il, ffn[x > 0][i], m->type, x, n, n);
+}
+
+/* The 256 bytes as byte-level vocabularies write them, a few merges, and the
+ * tokens of a conversation. */
+static const char *const self_words[] = {
+    "he", "ll", "hell", "hello", BOS, TURN_START, TURN_END
+};
+
+enum { SELF_VOCAB = 256 + 7 };
+
+static void make_words(struct maker *m)
+{
+    static const char *const merges[] = { "h e", "l l", "he ll", "hell o" };
+    uint32_t unseen = 256;
+
+    make_string(m, "tokenizer.ggml.model", "gpt2");
+    make_string(m, "tokenizer.ggml.pre", "lfm2");
+    make_number(m, "tokenizer.ggml.bos_token_id", G_U32, 256 + 4);
+    make_number(m, "tokenizer.ggml.eos_token_id", G_U32, 256 + 6);
+    make_array(m, "tokenizer.ggml.tokens", G_STRING, SELF_VOCAB);
+    for (uint32_t c = 0; c < 256; c++) {
+        const int seen = (c > ' ' && c < 127) || (c > 160 && c != 173);
+        char s[4];
+        const size_t n = utf8_put(s, seen ? c : unseen++);
+        add_u64(&m->kv, n, 8);
+        add(&m->kv, s, n);
+    }
+    for (int i = 0; i < 7; i++)
+        add_counted(&m->kv, self_words[i]);
+    make_array(m, "tokenizer.ggml.token_type", G_I32, SELF_VOCAB);
+    for (int i = 0; i < SELF_VOCAB; i++)
+        add_u64(&m->kv, i < 256 + 4 ? 1 : 3, 4);       /* normal, control    */
+    make_array(m, "tokenizer.ggml.merges", G_STRING, 4);
+    for (int i = 0; i < 4; i++)
+        add_counted(&m->kv, merges[i]);
+}
+
+static void make_metadata(struct maker *m)
+{
+    static const struct { const char *key; uint64_t value; } number[] = {
+        { "block_count", 4 }, { "context_length", 128 },
+        { "embedding_length", SELF_EMBD }, { "feed_forward_length", SELF_EMBD },
+        { "attention.head_count", SELF_EMBD / SELF_HEAD },
+        { "vocab_size", SELF_VOCAB }, { "shortconv.l_cache", 3 },
+        { "leading_dense_block_count", 2 }, { "expert_count", SELF_EXPERTS },
+        { "expert_used_count", 2 },
+        { "expert_feed_forward_length", SELF_EMBD },
+        { "expert_gating_func", 2 }
+    };
+    char key[64];
+
+    make_string(m, "general.architecture", "lfm2moe");
+    for (size_t i = 0; i < sizeof number / sizeof *number; i++) {
+        snprintf(key, sizeof key, "lfm2moe.%s", number[i].key);
+        make_number(m, key, G_U32, number[i].value);
+    }
+    make_number(m, "lfm2moe.attention.layer_norm_rms_epsilon", G_F32,
+                0x3727c5ac);                           /* 1e-5               */
+    make_number(m, "lfm2moe.rope.freq_base", G_F32, 0x49742400);       /* 1e6 */
+    make_array(m, "lfm2moe.attention.head_count_kv", G_I32, 4);
+    for (int il = 0; il < 4; il++)
+        add_u64(&m->kv, il % 2 ? 2 : 0, 4);
+    make_words(m);
+}
+
+/* The whole file.  The caller frees out->s. */
+static void make_file(int type, struct text *out)
+{
+    struct maker m = { .rng = (uint64_t)type, .type = type };
+
+    make_metadata(&m);
+    make_tensor(&m, "token_embd.weight", type, 0, SELF_VOCAB, SELF_EMBD);
+    make_tensor(&m, "token_embd_norm.weight", 0, 0, 0, SELF_EMBD);
+    for (int il = 0; il < 4; il++)
+        make_layer(&m, il);
+    add_string(out, "GGUF");
+    add_u64(out, 3, 4);
+    add_u64(out, m.n_tensors, 8);
+    add_u64(out, m.n_kv, 8);
+    add(out, m.kv.s, m.kv.n);
+    add(out, m.info.s, m.info.n);
+    while (out->n % 32)
+        add(out, "", 1);
+    add(out, m.data.s, m.data.n);
+    out->failed |= m.kv.failed | m.info.failed | m.data.failed;
+    free(m.kv.s);
+    free(m.info.s);
+    free(m.data.s);
+}
+
+/* ---- what is tried */
+
+struct self {
+    lfm2_model *model;
+    lfm2_context *ctx;
+    int32_t token[SELF_TOKENS];
+    int failed;
+    uint64_t all;                         /* hash of all hashes              */
+};
+
+static void self_result(struct self *t, const char *what, const char *of,
+                        int good)
+{
+    printf("%-4s  %s%s\n", good ? "ok" : "FAIL", what, of);
+    t->failed |= !good;
+}
+
+/* Feed the tokens from `from` on, `step` at a time; the hash of the logits of
+ * all of them goes on from h.  0 after an error. */
+static uint64_t self_feed(struct self *t, int seq, int from, int step,
+                          uint64_t h)
+{
+    const int n_vocab = lfm2_model_config(t->model)->n_vocab;
+
+    for (int i = from, n; i < SELF_TOKENS; i += n) {
+        n = SELF_TOKENS - i < step ? SELF_TOKENS - i : step;
+        const lfm2_span span = { seq, t->token + i, n, n };
+        if (lfm2_forward(t->ctx, &span, 1, NULL) != LFM2_OK)
+            return 0;
+        for (int row = 0; row < n; row++) {
+            const float *logits = lfm2_logits(t->ctx, 0, row);
+            if (!isfinite(logits[0]) || logits[0] == logits[1])
+                return 0;
+            h = hash_floats(h, logits, n_vocab);
+        }
+    }
+    return h;
+}
+
+static int self_open(struct self *t, int isa, int n_threads, int kv_type)
+{
+    lfm2_params p = lfm2_default_params(t->model);
+
+    p.isa = isa;
+    p.n_threads = n_threads;
+    p.kv_type = kv_type;
+    p.n_seq = 2;
+    p.n_logits = SELF_TOKENS;
+    return lfm2_context_open(&t->ctx, t->model, &p, NULL);
+}
+
+/* The logits' hash under these circumstances, or 0. */
+static uint64_t self_hash(struct self *t, int isa, int n_threads, int step)
+{
+    uint64_t h = 0;
+
+    if (self_open(t, isa, n_threads, LFM2_KV_F16) == LFM2_OK) {
+        h = self_feed(t, 0, 0, step, HASH_START);
+        lfm2_context_close(t->ctx);
+    }
+    return h;
+}
+
+/* One weight type: plain C against the number that is known, each kernel and
+ * token by token against plain C. */
+static void self_weights(struct self *t, const struct self_type *type)
+{
+    char what[96];
+    const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, SELF_TOKENS);
+
+    t->all = (t->all ^ h) * 0x100000001b3u;
+    snprintf(what, sizeof what, "%s in plain C: %016llx", type->name,
+             (unsigned long long)h);
+    self_result(t, what, "", h == type->hash);
+    for (int isa = LFM2_ISA_SCALAR + 1; isa <= LFM2_ISA_AVX512VNNI; isa++) {
+        if (!lfm2_isa_available(isa))
+            continue;
+        snprintf(what, sizeof what, "%s with %s", type->name, isa_name[isa]);
+        self_result(t, what, "", self_hash(t, isa, 1, SELF_TOKENS) == h &&
+                    self_hash(t, isa, 1, 1) == h);
+    }
+}
+
+/* Threads, and sequences that are cut, copied, saved and shortened. */
+static void self_sequences(struct self *t)
+{
+    const uint64_t h = self_hash(t, LFM2_ISA_AUTO, 1, SELF_TOKENS);
+    uint64_t size, again;
+    void *state;
+
+    self_result(t, "two threads, pieces of five tokens", "",
+                self_hash(t, LFM2_ISA_AUTO, 2, 5) == h);
+    if (self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F32) != LFM2_OK) {
+        self_result(t, "a KV cache of floats", "", 0);
+        return;
+    }
+    again = self_feed(t, 0, 0, 7, HASH_START);
+    size = lfm2_seq_state_size(t->ctx, 0);
+    state = malloc((size_t)size);
+    self_result(t, "a sequence saved and restored", "", state &&
+                lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
+                lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
+                lfm2_seq_len(t->ctx, 1) == SELF_TOKENS);
+    free(state);
+    self_result(t, "a sequence shortened and read again", "",
+                lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
+                self_feed(t, 1, 0, 4, HASH_START) == again);
+    lfm2_context_close(t->ctx);
+}
+
+/* A generator that is the same everywhere chooses the same words. */
+static void self_sampler(struct self *t)
+{
+    lfm2_sampler s = { .temperature = 0.8f, .top_k = 40, .top_p = 0.95f,
+                       .min_p = 0.02f, .repeat_penalty = 1.1f,
+                       .repeat_last_n = 16, .rng = 1 };
+    const int n_vocab = lfm2_model_config(t->model)->n_vocab;
+    float *logits = malloc((size_t)n_vocab * sizeof *logits);
+    uint64_t rng = 2, h = HASH_START;
+    int32_t made[32];
+
+    if (!logits || self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F16) != LFM2_OK) {
+        free(logits);
+        self_result(t, "the sampler", "", 0);
+        return;
+    }
+    for (int i = 0; i < 32; i++) {
+        for (int id = 0; id < n_vocab; id++)
+            logits[id] = (float)(int)(next_random(&rng) >> 49) * 0x1p-12f - 4;
+        made[i] = lfm2_sample(t->ctx, &s, logits, made, i);
+        h = (h ^ (uint32_t)made[i]) * 0x100000001b3u;
+    }
+    self_result(t, "the sampler's choices", "", h == 0x4cb658387d2a6170u);
+    t->all = (t->all ^ h) * 0x100000001b3u;
+    lfm2_context_close(t->ctx);
+    free(logits);
+}
+
+static void self_tokenizer(struct self *t, const struct text *file)
+{
+    static const char text[] = "hello \xc3\xa9" TURN_END;
+    static const int32_t want[] = { 260, 259, 32, 0xc3, 0xa9, 262 };
+    lfm2_tokenizer *words;
+    int32_t id[32];
+    int n = 0;
+
+    if (lfm2_tokenizer_open_memory(&words, file->s, file->n, NULL) == LFM2_OK) {
+        n = lfm2_encode(words, text, strlen(text), LFM2_ENCODE_BOS |
+                        LFM2_ENCODE_SPECIAL, id, 32);
+        lfm2_tokenizer_close(words);
+    }
+    self_result(t, "the tokenizer", "", n == 6 &&
+                memcmp(id, want, sizeof want) == 0);
+}
+
+static void self_numbers(struct self *t)
+{
+    volatile float one = 1, tiny = 0x1p-149f, third = 1.0f / 3, half = 0.5f;
+    volatile int minus = -5;
+
+    self_result(t, "integers of two's complement, 8 bits a byte", "",
+                CHAR_BIT == 8 && sizeof(int) >= 4 && minus >> 1 == -3 &&
+                (unsigned)minus == UINT_MAX - 4);
+    self_result(t, "floats of 24 bits, doubles of 53, rounded to nearest even",
+                "", FLT_RADIX == 2 && FLT_MANT_DIG == 24 &&
+                DBL_MANT_DIG == 53 && one + 0x1p-24f == one &&
+                one + 0x3p-24f == one + 0x1p-22f &&
+                third * 3 == one);
+    self_result(t, "denormal numbers are kept", "", tiny * one > 0 &&
+                tiny * half == 0 && (0x1p-126f * half) * 2 == 0x1p-126f);
+}
+
+static void self_machine(const struct self *t)
+{
+    print_version();
+#if defined __GLIBC__
+    printf("libc        glibc %d.%d\n", __GLIBC__, __GLIBC_MINOR__);
+#endif
+    printf("hash        %016llx, the same on every machine\n",
+           (unsigned long long)t->all);
+}
+
+static int selftest(void)
+{
+    struct self t = { .all = HASH_START };
+    lfm2_error err;
+
+    for (int i = 0; i < SELF_TOKENS; i++)
+        t.token[i] = (i * 37 + 5) % SELF_VOCAB;
+    self_numbers(&t);
+    for (int i = 0; i < N_SELF_TYPES; i++) {
+        struct text file = { 0 };
+        make_file(i, &file);
+        if (file.failed || lfm2_model_open_memory(&t.model, file.s, file.n,
+                                                  &err) != LFM2_OK) {
+            self_result(&t, "a model of ", self_types[i].name, 0);
+            say(FAILED, "%s", file.failed ? "no memory" : err.msg);
+        } else {
+            self_weights(&t, &self_types[i]);
+            if (i == N_SELF_TYPES - 1) {
+                self_sequences(&t);
+                self_sampler(&t);
+                self_tokenizer(&t, &file);
+            }
+            lfm2_model_close(t.model);
+        }
+        free(file.s);
+    }
+    self_machine(&t);
+    return t.failed ? SELFTEST_FAILED : DONE;
+}
+
+/* --------------------------------------------------------------- 18. main */
 
 int main(int argc, char **argv)
 {
@@ -7362,6 +7835,8 @@ int main(int argc, char **argv)
         code = print_help();
     else if (code == DONE && s.version)
         code = print_version();
+    else if (code == DONE && s.selftest)
+        code = selftest();
     else if (code == DONE && (s.tokenize || s.detokenize || s.export_to))
         code = work_on_words(&s);
     else if (code == DONE && (s.ppl || s.ppl_save || s.ppl_compare))

@@ -1,0 +1,21 @@
+#!/bin/sh
+# The program's own test, on this machine.
+#     RUN=./run test/check_selftest.sh
+. test/lib.sh
+
+"$run" --selftest >"$dir/out" 2>"$dir/err"
+status=$?
+holds "the self-test passes" [ $status -eq 0 ]
+holds "and says nothing else" [ ! -s "$dir/err" ]
+holds "nothing failed" [ "$(grep -c '^FAIL' "$dir/out")" = 0 ]
+holds "every weight type was tried" \
+    [ "$(grep -c '^ok .* in plain C: ' "$dir/out")" = \
+      "$("$run" --version | sed -n 's/^weights  *//p' | wc -w)" ]
+for isa in $("$run" --version | sed -n 's/^isa  *scalar//p'); do
+    holds "with $isa" [ "$(grep -c "^ok .* with $isa\$" "$dir/out")" = 15 ]
+done
+holds "the hash is that of all machines" grep -q \
+    '^hash  *f7e0c42c140c71ed, the same on every machine$' "$dir/out"
+"$run" --selftest >"$dir/again"
+holds "twice the same" cmp "$dir/out" "$dir/again"
+finish
