@@ -3953,6 +3953,7 @@ struct talk {
     struct reply r;
     struct text said;                     /* plain text of the session       */
     int grown;                            /* beyond what the form is about   */
+    int is_chat;                          /* and not a single answer         */
     int keeps_session;
 };
 
@@ -4413,7 +4414,8 @@ static int run_reply(struct talk *t)
     putchar('\n');
     if (t->r.finish == BY_CONTEXT)
         say(DONE, "stopped: the context of %d tokens is full", e->par.n_ctx);
-    if (e->s->verbose || (isatty(STDERR_FILENO) && !e->s->quiet))
+    if (e->s->verbose ||
+        (isatty(STDERR_FILENO) && !e->s->quiet && !t->is_chat))
         print_speed(t);
     return flush_output(code);
 }
@@ -5120,6 +5122,7 @@ static int chat(struct talk *t)
     if (shows)
         fprintf(stderr, "/help tells what there is beside talking; Ctrl-D "
                 "leaves.\n");
+    t->is_chat = 1;
     code = answer_first(t, &line);
     while (code == DONE && read_message(&line, shows)) {
         if (line.failed)
