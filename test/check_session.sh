@@ -345,7 +345,7 @@ shows 1 "tokens in the context"
 printf '\004' >&3
 leaves 0 "Ctrl-D"
 
-open_terminal --ignore-eos --isa scalar $m
+open_terminal -v --ignore-eos --isa scalar $m
 shows 1 "/help tells"
 printf 'What is LFM2?\n' >&3
 shows 1 "LFM2 is a family"
@@ -356,7 +356,7 @@ shows 1 "tokens in the context"
 printf '\003' >&3
 leaves 130 "Ctrl-C twice"
 
-open_terminal --ignore-eos --isa scalar $m
+open_terminal -v --ignore-eos --isa scalar $m
 shows 1 "/help tells"
 printf '\003' >&3
 shows 1 "once more"
