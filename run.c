@@ -852,6 +852,22 @@ static uint64_t get_le(const unsigned char *p, int n_bytes)
     return x;
 }
 
+static void add_le(struct text *to, uint64_t x, int n_bytes)
+{
+    unsigned char b[8];
+
+    put_le(b, x, n_bytes);
+    add(to, (char *)b, (size_t)n_bytes);
+}
+
+static uint32_t float_bits(float x)
+{
+    uint32_t bits;
+
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 static int read_ids(const char *path, struct ids *out)
 {
     struct text t = { 0 };
@@ -949,10 +965,15 @@ static void pool_free(struct pool *p)
 /* FNV-1a, to be begun with HASH_START. */
 #define HASH_START 0xcbf29ce484222325u
 
+static uint64_t hash_number(uint64_t h, uint64_t x)
+{
+    return (h ^ x) * 0x100000001b3u;
+}
+
 static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        h = (h ^ (unsigned char)s[i]) * 0x100000001b3u;
+        h = hash_number(h, (unsigned char)s[i]);
     return h;
 }
 
@@ -1667,6 +1688,8 @@ static void add_json(struct text *t, const struct json *v)
 #define TURN_END   "<|im_end|>"
 #define CALL_START "<|tool_call_start|>"
 #define CALL_END   "<|tool_call_end|>"
+#define THINK      "<think>"
+#define THINK_END  "</think>"
 
 /* The words of --template, in the order of TEMPLATE_... */
 static const char *const template_names[] = {
@@ -2090,8 +2113,8 @@ static struct piece without_thought(struct piece text)
 {
     const char *const end = text.s + text.n, *p = text.s, *last = NULL;
 
-    while ((p = find(p, end, "</think>")) != NULL)
-        last = p += strlen("</think>");
+    while ((p = find(p, end, THINK_END)) != NULL)
+        last = p += strlen(THINK_END);
     return last ? trim(last, end) : text;
 }
 
@@ -2106,9 +2129,9 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
     struct piece text = content_of(r, m);
 
     if (thinking && r->as->calls != NO_CALLS && recent) {
-        add_mark(r->out, "<think>");
+        add_mark(r->out, THINK);
         add(&r->out->text, thinking->s, thinking->n);
-        add_mark(r->out, "</think>");
+        add_mark(r->out, THINK_END);
     }
     if (order == CALLS_FIRST)
         put_calls(r, calls);
@@ -2173,7 +2196,7 @@ static void put_conversation(struct rendering *r)
         return;
     begin_turn(r, "assistant");
     if (r->conv->open_thought)
-        add_mark(r->out, "<think>");
+        add_mark(r->out, THINK);
 }
 
 /* A conversation as the template writes it; DONE, USAGE or NO_MEMORY.  The
@@ -2461,6 +2484,13 @@ static int encode(const struct settings *s, const lfm2_tokenizer *words,
     out->n = lfm2_encode(words, text, n, flags, out->id, (int)n + 1);
     return out->n >= 0 ? DONE :
            say(NO_MEMORY, "no memory for %zu bytes of text", n);
+}
+
+/* Text that is to be gone on with, as it is. */
+static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
+                        const char *text, size_t n, struct ids *out)
+{
+    return encode(s, words, text, n, s->bos || lfm2_add_bos(words), out);
 }
 
 /* A line of ids for the whole text, or for each of its NUL-ended records. */
@@ -3071,15 +3101,10 @@ static lfm2_sampler make_sampler(const struct sampling *is, uint64_t seed)
 /* Does the file's template end the prompt inside a thought? */
 static int opens_thought(const lfm2_model *m)
 {
-    static const char opening[] = "<|im_start|>assistant\\n<think>";
-    const size_t len = strlen(opening);
     size_t n = 0;
     const char *s = lfm2_model_string(m, "tokenizer.chat_template", &n);
 
-    for (; s && n >= len; s++, n--)
-        if (memcmp(s, opening, len) == 0)
-            return 1;
-    return 0;
+    return s && find(s, s + n, TURN_START "assistant\\n" THINK);
 }
 
 /* Which format the conversation has, or that there is none. */
@@ -3339,8 +3364,6 @@ static void free_reply(struct reply *r)
  * Words that change what follows may arrive in pieces, so the end of the text
  * is held back while it could be the beginning of one. */
 
-static const char think_open[] = "<think>", think_close[] = "</think>";
-
 /* How much of the end of s[n] could be the beginning of the word. */
 static size_t overlap(const char *s, size_t n, const char *word, size_t len)
 {
@@ -3377,7 +3400,7 @@ static struct cut find_cut(const struct reply *r, const char *s, size_t n)
     struct cut c = { n, 0, 0, 0 };
 
     if (r->part == THOUGHT)
-        look_for(&c, s, n, think_close, strlen(think_close), 0);
+        look_for(&c, s, n, THINK_END, strlen(THINK_END), 0);
     if (r->part == ANSWER)
         look_for(&c, s, n, CALL_START, strlen(CALL_START), 0);
     if (r->part == CALL)
@@ -3393,16 +3416,16 @@ static struct cut find_cut(const struct reply *r, const char *s, size_t n)
 static int begin_part(struct reply *r, int last)
 {
     const char *s = r->raw.s + r->seen;
-    const size_t n = r->raw.n - r->seen, len = strlen(think_open);
+    const size_t n = r->raw.n - r->seen, len = strlen(THINK);
     size_t blank = 0;
 
     while (blank < n && strchr(" \n\r\t", s[blank]) && s[blank])
         blank++;
     if (!last && (blank == n ||
-                  overlap(s + blank, n - blank, think_open, len) == n - blank))
+                  overlap(s + blank, n - blank, THINK, len) == n - blank))
         return 0;
     if (r->part == START && n - blank >= len &&
-        memcmp(s + blank, think_open, len) == 0) {
+        memcmp(s + blank, THINK, len) == 0) {
         r->part = THOUGHT;
         r->seen += blank + len;
         return 1;
@@ -3463,7 +3486,7 @@ static void split(struct reply *r, int last)
 static int is_marker(const char *s, int len)
 {
     static const char *const marker[] = {
-        think_open, think_close, CALL_START, CALL_END
+        THINK, THINK_END, CALL_START, CALL_END
     };
 
     for (int i = 0; i < 4; i++)
@@ -3644,11 +3667,8 @@ static void note_columns(const struct engine *e, struct reply *r,
 /* FNV-1a over whole numbers: the same on every machine, as the logits are. */
 static uint64_t hash_floats(uint64_t h, const float *x, int n)
 {
-    for (int i = 0; i < n; i++) {
-        uint32_t bits;
-        memcpy(&bits, &x[i], sizeof bits);
-        h = (h ^ bits) * 0x100000001b3u;
-    }
+    for (int i = 0; i < n; i++)
+        h = hash_number(h, float_bits(x[i]));
     return h;
 }
 
@@ -4048,7 +4068,7 @@ static int ends_in_thought(const struct rendered *r)
     const char *const end = r->text.s + r->text.n, *from = answer_of(r), *p;
     int inside = 0;
 
-    while ((p = find(from, end, inside ? think_close : think_open))) {
+    while ((p = find(from, end, inside ? THINK_END : THINK))) {
         inside = !inside;
         from = p + 1;
     }
@@ -4170,7 +4190,7 @@ static void enter_thought(struct printer *p, int inside)
     if (p->colour)
         fputs(inside ? "\033[2m" : "\033[0m\n\n", p->thoughts.f);
     else
-        fputs(inside ? think_open : "</think>\n\n", p->thoughts.f);
+        fputs(inside ? THINK : THINK_END "\n\n", p->thoughts.f);
 }
 
 /* Print what is new. */
@@ -4191,24 +4211,30 @@ static int print_reply(struct printer *p, const struct reply *r)
     return flush_output(DONE);
 }
 
-/* The calls, one line of JSON; what cannot be understood is text. */
-static int print_calls(struct printer *p, struct talk *t)
+/* The calls in a reply, or NULL; what cannot be understood becomes text. */
+static struct json *take_calls(struct talk *t)
 {
     struct reply *r = &t->r;
     struct json *calls = NULL;
+
+    if (r->calls.n > 0)
+        parse_calls(&t->pool, r->calls.s, r->calls.n, r->finish != STOPPED,
+                    &calls, &r->text);
+    return calls;
+}
+
+/* The calls, one line of JSON. */
+static void print_calls(struct printer *p, struct talk *t)
+{
+    const struct json *calls = take_calls(t);
     struct text line = { 0 };
 
-    if (r->calls.n == 0)
-        return DONE;
-    parse_calls(&t->pool, r->calls.s, r->calls.n, r->finish != STOPPED, &calls,
-                &r->text);
-    print_reply(p, r);
+    print_reply(p, &t->r);
     if (calls && calls->first) {
         add_json(&line, calls);
-        printf("%s%s", r->text.n ? "\n" : "", line.failed ? "" : line.s);
+        printf("%s%s", t->r.text.n ? "\n" : "", line.failed ? "" : line.s);
     }
     free(line.s);
-    return DONE;
 }
 
 /* ---- as JSON */
@@ -4330,11 +4356,9 @@ static void add_origin(struct text *to, const struct talk *t)
 static int print_answer_json(struct talk *t)
 {
     struct reply *r = &t->r;
-    struct json *calls = NULL;
+    const struct json *calls = take_calls(t);
     struct text out = { 0 };
 
-    parse_calls(&t->pool, r->calls.s ? r->calls.s : "", r->calls.n,
-                r->finish != STOPPED, &calls, &r->text);
     add_string(&out, "{\"text\": ");
     add_json_string(&out, r->text.s ? r->text.s : "", r->text.n);
     if (r->thought.n > 0)
@@ -4364,17 +4388,18 @@ static void print_speed(const struct talk *t)
     const struct reply *r = &t->r;
     const int n_new = r->q->prompt.n - r->n_reused;
     const double speed = r->n_made / (r->ended - r->read + 1e-9);
-    const struct cost cost = count_cost(e->model, e->par.kv_type);
-    const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
 
     say(DONE, "prompt %d tokens, %d of them new, %.1f tok/s; generated %d "
         "tokens, %.1f tok/s", r->q->prompt.n, n_new,
         n_new / (r->read - r->started + 1e-9), r->n_made, speed);
-    if (e->s->verbose)
+    if (e->s->verbose) {
+        const struct cost cost = count_cost(e->model, e->par.kv_type);
+        const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
         say(DONE, "a token reads %s of weights and cache, %s/s; memory %s, of "
             "it %s not the file's", amount(bytes, "B").s,
             amount(bytes * speed, "B").s, amount(peak_memory(), "B").s,
             amount(anonymous_memory(), "B").s);
+    }
 }
 
 /* Answer t->q.prompt.  What was said before an interruption stays. */
@@ -4407,7 +4432,6 @@ static int run_reply(struct talk *t)
         return code;
     if (e->s->json)
         return print_answer_json(t) == DONE ? code : BAD_FILE;
-    print_reply(&p, &t->r);
     print_calls(&p, t);
     enter_thought(&p, 0);
     put_text(&p.out, "", 0);
@@ -4481,8 +4505,8 @@ static int prepare_prompt(struct talk *t)
         add(&t->prompt.text, text.s, text.n);
         code = t->prompt.text.failed ?
                say(NO_MEMORY, "no memory for the prompt") :
-               encode(s, e->words, t->prompt.text.s, t->prompt.text.n, s->bos ||
-                      lfm2_add_bos(e->words), &t->q.prompt);
+               encode_plain(s, e->words, t->prompt.text.s, t->prompt.text.n,
+                            &t->q.prompt);
         free(text.s);
         return code;
     }
@@ -4510,9 +4534,7 @@ static int write_logits(struct talk *t)
         const float *l = code == DONE ? lfm2_logits(e->ctx, 0, 0) : NULL;
         for (size_t i = 0; l && i < (size_t)n * n_vocab; i++) {
             unsigned char b[4];
-            uint32_t u;
-            memcpy(&u, l + i, sizeof u);
-            put_le(b, u, 4);
+            put_le(b, float_bits(l[i]), 4);
             fwrite(b, 1, 4, f);
         }
     }
@@ -4587,18 +4609,7 @@ static int keep_answer(struct talk *t)
 
 static const char session_magic[2][9] = { "LFM2CHT1", "LFM2TXT1" };
 
-static void add_u64(struct text *to, uint64_t x, int bytes)
-{
-    unsigned char b[8];
-
-    put_le(b, x, bytes);
-    add(to, (char *)b, (size_t)bytes);
-}
-
-/* Bytes of a session that were not read yet. */
-struct rest { const char *s; size_t n; };
-
-static int take_u64(struct rest *from, int bytes, uint64_t *out)
+static int take_le(struct piece *from, int bytes, uint64_t *out)
 {
     if (from->n < (size_t)bytes)
         return -1;
@@ -4608,26 +4619,26 @@ static int take_u64(struct rest *from, int bytes, uint64_t *out)
     return 0;
 }
 
-static int take_bytes(struct rest *from, uint64_t each, struct rest *out)
+static int take_bytes(struct piece *from, uint64_t each, struct piece *out)
 {
     uint64_t n;
 
-    if (take_u64(from, 8, &n) != 0 || n > from->n / each)
+    if (take_le(from, 8, &n) != 0 || n > from->n / each)
         return -1;
-    *out = (struct rest){ from->s, (size_t)(n * each) };
+    *out = (struct piece){ from->s, (size_t)(n * each) };
     from->s += out->n;
     from->n -= out->n;
     return 0;
 }
 
 /* The parts of a session. */
-struct session { struct rest said, ids, state; };
+struct session { struct piece said, ids, state; };
 
 /* Why they cannot be told apart, or NULL. */
 static const char *open_session(const struct text *file, int plain,
                                 struct session *out)
 {
-    struct rest from = { file->s, file->n };
+    struct piece from = { file->s, file->n };
     uint64_t hash;
     size_t n;
 
@@ -4642,7 +4653,7 @@ static const char *open_session(const struct text *file, int plain,
         take_bytes(&from, 4, &out->ids) != 0)
         return "it is cut or damaged";
     n = file->n - from.n;
-    if (take_u64(&from, 8, &hash) != 0 ||
+    if (take_le(&from, 8, &hash) != 0 ||
         hash != hash_bytes(HASH_START, file->s, n) ||
         take_bytes(&from, 1, &out->state) != 0 || from.n != 0)
         return "it is cut or damaged";
@@ -4651,7 +4662,7 @@ static const char *open_session(const struct text *file, int plain,
 
 /* What was said: messages, or a text to go on with.  The messages of --messages
  * are all there are. */
-static int take_talk(struct talk *t, const struct rest *said)
+static int take_talk(struct talk *t, const struct piece *said)
 {
     struct json *whole, *messages;
     struct why why;
@@ -4671,7 +4682,7 @@ static int take_talk(struct talk *t, const struct rest *said)
 }
 
 /* The ids of a session, in place of what was cached. */
-static int take_ids(struct engine *e, struct rest *from)
+static int take_ids(struct engine *e, struct piece *from)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
     struct ids *to = &e->cached[0];
@@ -4680,7 +4691,7 @@ static int take_ids(struct engine *e, struct rest *from)
     to->n = 0;
     if (from->n / 4 != (size_t)lfm2_seq_len(e->ctx, 0))
         return -1;
-    while (take_u64(from, 4, &id) == 0) {
+    while (take_le(from, 4, &id) == 0) {
         if (id >= (uint64_t)n_vocab)
             return -1;
         to->id[to->n++] = (int32_t)id;
@@ -4763,12 +4774,12 @@ static void write_talk(struct talk *t, struct text *out)
     if (!plain)
         add_talk(&json, t->messages);
     add_string(out, session_magic[plain]);
-    add_u64(out, said->n, 8);
+    add_le(out, said->n, 8);
     add(out, said->s, said->n);
-    add_u64(out, (uint64_t)ids->n, 8);
+    add_le(out, (uint64_t)ids->n, 8);
     for (int i = 0; i < ids->n; i++)
-        add_u64(out, (uint32_t)ids->id[i], 4);
-    add_u64(out, hash_bytes(HASH_START, out->s, out->n), 8);
+        add_le(out, (uint32_t)ids->id[i], 4);
+    add_le(out, hash_bytes(HASH_START, out->s, out->n), 8);
     out->failed |= said->failed;
     free(json.s);
 }
@@ -4782,7 +4793,7 @@ static int write_session(struct talk *t, FILE *f)
     int good;
 
     write_talk(t, &head);
-    add_u64(&head, n, 8);
+    add_le(&head, n, 8);
     good = state && !head.failed &&
            lfm2_seq_save(t->e->ctx, 0, state, n, &err) == LFM2_OK;
     if (good) {
@@ -5242,14 +5253,6 @@ struct batch {
 
 /* ---- what a line asks for */
 
-/* A member that is there and not null. */
-static const struct json *member(const struct json *object, const char *key)
-{
-    const struct json *x = json_get(object, key);
-
-    return x && x->type != JSON_NULL ? x : NULL;
-}
-
 #define OF(field) offsetof(struct request, field)
 
 static const struct body_number {
@@ -5288,7 +5291,7 @@ static int read_numbers(struct job *j, const struct json *body,
 {
     for (size_t i = 0; i < sizeof body_numbers / sizeof *body_numbers; i++) {
         const struct body_number *n = &body_numbers[i];
-        const struct json *x = member(body, n->key);
+        const struct json *x = given(body, n->key);
         void *slot = (char *)&j->t.q + n->at;
         double value;
         if (!x)
@@ -5320,7 +5323,7 @@ static int add_stop_json(struct request *q, const struct json *x,
 
 static int read_stops(struct job *j, const struct json *body, struct why *why)
 {
-    const struct json *x = member(body, "stop");
+    const struct json *x = given(body, "stop");
     int code = DONE;
 
     if (x && x->type == JSON_STRING)
@@ -5335,7 +5338,7 @@ static int read_stops(struct job *j, const struct json *body, struct why *why)
 /* {"id": how much its logit is raised, ...} */
 static int read_bias(struct job *j, const struct json *body, struct why *why)
 {
-    const struct json *x = member(body, "logit_bias");
+    const struct json *x = given(body, "logit_bias");
     const int n_vocab = lfm2_model_config(j->t.e->model)->n_vocab;
     struct request *q = &j->t.q;
     int n = 0;
@@ -5369,10 +5372,10 @@ static int is_word(const struct json *x, const char *word)
 /* Refuse what would be answered wrongly. */
 static int refuse_others(const struct json *body, struct why *why)
 {
-    const struct json *n = member(body, "n"),
-                      *stream = member(body, "stream"),
-                      *format = member(body, "response_format"),
-                      *choice = member(body, "tool_choice");
+    const struct json *n = given(body, "n"),
+                      *stream = given(body, "stream"),
+                      *format = given(body, "response_format"),
+                      *choice = given(body, "tool_choice");
     double x = 1;
 
     if (n && (json_double(n, &x) != 0 || x != 1))
@@ -5408,6 +5411,14 @@ static void tell_unknown(struct batch *b, const struct job *j,
     }
 }
 
+/* The same line, the same seed; another with another -s. */
+static uint64_t line_seed(const struct job *j)
+{
+    const long long given = j->t.e->s->seed;
+
+    return j->hash ^ (given < 0 ? 0 : (uint64_t)given);
+}
+
 /* How a line wants to be answered: by the options, then by its own members. */
 static int read_wishes(struct job *j, const struct json *body, struct why *why)
 {
@@ -5416,7 +5427,7 @@ static int read_wishes(struct job *j, const struct json *body, struct why *why)
     long long seed;
     int code = make_request(j->t.e, q);
 
-    q->seed = j->hash ^ (j->t.e->s->seed < 0 ? 0 : (uint64_t)j->t.e->s->seed);
+    q->seed = line_seed(j);
     if (code == DONE)
         code = read_numbers(j, body, why);
     if (code == DONE)
@@ -5427,10 +5438,10 @@ static int read_wishes(struct job *j, const struct json *body, struct why *why)
         code = refuse_others(body, why);
     if (code != DONE)
         return code;
-    if (q->sampling.temp == 0 && !member(body, "repetition_penalty") &&
-        !member(body, "repeat_penalty") && j->t.e->s->repeat == UNSET)
+    if (q->sampling.temp == 0 && !given(body, "repetition_penalty") &&
+        !given(body, "repeat_penalty") && j->t.e->s->repeat == UNSET)
         q->sampling.repeat = 1;
-    if ((x = member(body, "seed"))) {
+    if ((x = given(body, "seed"))) {
         if (json_int(x, INT64_MIN, INT64_MAX, &seed) != 0)
             return because(why, USAGE, "\"seed\": expected a whole number");
         q->seed = (uint64_t)seed;
@@ -5445,7 +5456,7 @@ static int read_wishes(struct job *j, const struct json *body, struct why *why)
 static int read_logprobs(struct job *j, const struct json *body,
                          struct why *why)
 {
-    const struct json *x = member(body, "logprobs");
+    const struct json *x = given(body, "logprobs");
     struct request *q = &j->t.q;
     double k;
 
@@ -5480,8 +5491,7 @@ static int read_body_prompt(struct job *j, const struct json *prompt,
     if (j->t.q.limit < 0 && e->s->predict == UNSET)
         j->t.q.limit = RAW_LEN;
     if (prompt->type == JSON_STRING)
-        return encode(e->s, e->words, prompt->s, prompt->n, e->s->bos ||
-                      lfm2_add_bos(e->words), ids);
+        return encode_plain(e->s, e->words, prompt->s, prompt->n, ids);
     if (prompt->type != JSON_ARRAY)
         return because(why, USAGE, "\"prompt\": expected a string, or an array "
                        "of token ids");
@@ -5500,8 +5510,8 @@ static int read_body_prompt(struct job *j, const struct json *prompt,
 static int read_body(struct batch *b, struct job *j, const struct json *body,
                      struct why *why)
 {
-    const struct json *messages = member(body, "messages");
-    const struct json *prompt = member(body, "prompt");
+    const struct json *messages = given(body, "messages");
+    const struct json *prompt = given(body, "prompt");
     int code;
 
     if (body->type != JSON_OBJECT)
@@ -5523,8 +5533,8 @@ static int read_body(struct batch *b, struct job *j, const struct json *body,
                        "\"prompt\", or --template");
     j->t.form = body;
     j->t.messages = (struct json *)(uintptr_t)messages;
-    if (!is_word(member(body, "tool_choice"), "none"))
-        j->t.tools = member(body, "tools");
+    if (!is_word(given(body, "tool_choice"), "none"))
+        j->t.tools = given(body, "tools");
     return render_talk(&j->t, why);
 }
 
@@ -5532,10 +5542,10 @@ static int read_body(struct batch *b, struct job *j, const struct json *body,
 static int read_envelope(struct batch *b, struct job *j,
                          const struct json *line, struct why *why)
 {
-    const struct json *id = member(line, "custom_id");
-    const struct json *body = member(line, "body");
-    const struct json *method = member(line, "method");
-    const struct json *url = member(line, "url");
+    const struct json *id = given(line, "custom_id");
+    const struct json *body = given(line, "body");
+    const struct json *method = given(line, "method");
+    const struct json *url = given(line, "url");
     struct text asked = { 0 };
 
     if (id && id->type != JSON_STRING)
@@ -5564,17 +5574,27 @@ static int read_raw(struct job *j, const char *s, size_t n, struct why *why)
     const struct text text = { (char *)(uintptr_t)s, n, 0, 0 };
     int code = make_request(t->e, &t->q);
 
-    t->q.seed = j->hash ^ (t->e->s->seed < 0 ? 0 : (uint64_t)t->e->s->seed);
+    t->q.seed = line_seed(j);
     j->completion = t->e->template == TEMPLATE_NONE;
     if (code == DONE && j->completion)
-        return encode(t->e->s, t->e->words, s, n, t->e->s->bos ||
-                      lfm2_add_bos(t->e->words), &t->q.prompt);
+        return encode_plain(t->e->s, t->e->words, s, n, &t->q.prompt);
     t->messages = json_array(&t->pool);
     if (memchr(s, '\0', n))
         return because(why, USAGE, "a NUL byte, expected text");
     if (code == DONE)
         code = ask(t, &text);
     return code == DONE ? render_talk(t, why) : code;
+}
+
+/* How every line of output begins. */
+static const char output_start[] = "{\"id\": \"batch_req_";
+
+static void begin_output(struct job *j)
+{
+    add_string(&j->out, output_start);
+    add_format(&j->out, "%016llx\", \"custom_id\": ",
+               (unsigned long long)j->hash);
+    add_json_string(&j->out, j->id.s ? j->id.s : "", j->id.n);
 }
 
 static void finish_error(struct batch *b, struct job *j, int code,
@@ -5585,10 +5605,7 @@ static void finish_error(struct batch *b, struct job *j, int code,
         [NO_MEMORY] = "out_of_memory", [TOO_LONG] = "context_length_exceeded"
     };
 
-    add_string(&j->out, "{\"id\": ");
-    add_format(&j->out, "\"batch_req_%016llx\", \"custom_id\": ",
-               (unsigned long long)j->hash);
-    add_json_string(&j->out, j->id.s ? j->id.s : "", j->id.n);
+    begin_output(j);
     add_format(&j->out, ", \"response\": null, \"error\": {\"code\": \"%s\", "
                "\"line\": %lld, \"message\": ", name[code], j->line);
     add_json_string(&j->out, why, strlen(why));
@@ -5635,7 +5652,7 @@ static void finish_reply(struct batch *b, struct job *j)
 {
     struct reply *r = &j->t.r;
     struct text *to = &j->out;
-    struct json *calls = NULL;
+    const struct json *calls;
     size_t n = 0;
     const char *model = lfm2_model_string(b->e.model, "general.name", &n);
     const unsigned long long id = (unsigned long long)j->hash;
@@ -5644,11 +5661,8 @@ static void finish_reply(struct batch *b, struct job *j)
         finish_error(b, j, FAILED, "logits that are not finite");
         return;
     }
-    if (r->calls.n > 0)
-        parse_calls(&j->t.pool, r->calls.s, r->calls.n, r->finish != STOPPED,
-                    &calls, &r->text);
-    add_format(to, "{\"id\": \"batch_req_%016llx\", \"custom_id\": ", id);
-    add_json_string(to, j->id.s ? j->id.s : "", j->id.n);
+    calls = take_calls(&j->t);
+    begin_output(j);
     add_format(to, ", \"response\": {\"status_code\": 200, \"request_id\": "
                "\"req_%016llx\", \"body\": {\"id\": \"%s-%016llx\"", id,
                j->completion ? "cmpl" : "chatcmpl", id);
@@ -5721,7 +5735,7 @@ static int is_ready(int fd, int wait)
 
 /* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
  * yet or will not.  Of one that is too long some of the end may be missing. */
-static int next_line(struct source *in, int wait, struct rest *line)
+static int next_line(struct source *in, int wait, struct piece *line)
 {
     for (;;) {
         if (reserve(&in->buf, 1 << 16) != 0) {
@@ -5740,7 +5754,7 @@ static int next_line(struct source *in, int wait, struct rest *line)
             in->line++;
             n -= n > 0 && from[n - 1] == '\r';
             from[n] = '\0';
-            *line = (struct rest){ from, n };
+            *line = (struct piece){ from, n };
             return 1;
         }
         in->seen = n = n <= MAX_LINE ? n : MAX_LINE + 1;
@@ -5768,10 +5782,8 @@ static int by_id(const void *a, const void *b)
     return order ? order : (x->n > y->n) - (x->n < y->n);
 }
 
-/* How every line of output begins: what begins otherwise is not ours. */
-static const char output_start[] = "{\"id\": \"batch_req_";
-
-static int is_ours(const struct rest *line)
+/* What begins otherwise was not written here. */
+static int is_ours(const struct piece *line)
 {
     const size_t len = strlen(output_start);
 
@@ -5779,7 +5791,8 @@ static int is_ours(const struct rest *line)
 }
 
 /* The custom_id of a line of output, as one that needs no answer any more. */
-static int know_line(struct batch *b, const struct rest *line, long long number)
+static int know_line(struct batch *b, const struct piece *line,
+                     long long number)
 {
     const int n = b->n_known;
     struct known *more = b->known;
@@ -5795,12 +5808,12 @@ static int know_line(struct batch *b, const struct rest *line, long long number)
     b->known = more;
     if (is_ours(line))
         json_parse(&pool, line->s, line->n, &whole, &why);
-    id = member(whole, "custom_id");
+    id = given(whole, "custom_id");
     if (id && id->type == JSON_STRING) {
         more[n] = (struct known){ .times = 1 };
         add(&more[n].id, id->s, id->n);
         b->n_known += !more[n].id.failed;
-        b->failed_before += member(whole, "error") != NULL;
+        b->failed_before += given(whole, "error") != NULL;
     }
     pool_free(&pool);
     return b->n_known > n ? DONE :
@@ -5830,7 +5843,7 @@ static int open_resumed(struct batch *b)
     const char *path = b->out_name = b->e.s->resume;
     const int fd = open(path, O_RDWR | O_CREAT | O_APPEND, 0666);
     struct source from = { .fd = fd };
-    struct rest line;
+    struct piece line;
     struct stat st;
     int code = DONE;
 
@@ -5931,7 +5944,7 @@ static struct job *job_at(const struct batch *b, int i)
 }
 
 /* A line becomes a job, or is left to an earlier run.  Its JSON is not kept. */
-static void add_job(struct batch *b, const struct rest *line)
+static void add_job(struct batch *b, const struct piece *line)
 {
     struct job *j = job_at(b, b->n_jobs);
     struct json *whole = NULL;
@@ -5968,7 +5981,7 @@ static void add_job(struct batch *b, const struct rest *line)
  * do. */
 static void read_lines(struct batch *b)
 {
-    struct rest line;
+    struct piece line;
 
     while (b->n_jobs < b->n_ring &&
            next_line(&b->in, b->n_jobs == 0, &line)) {
@@ -6245,7 +6258,7 @@ static size_t ppl_row_size(const struct ppl *p)
 
 static void add_checksum(struct text *t)
 {
-    add_u64(t, hash_bytes(HASH_START, t->s, t->n), PPL_SUM);
+    add_le(t, hash_bytes(HASH_START, t->s, t->n), PPL_SUM);
 }
 
 /* What a file of this very run begins with. */
@@ -6254,12 +6267,12 @@ static int ppl_make_header(struct ppl *p)
     struct text *h = &p->header;
 
     add_string(h, "lfm2ppl\n");
-    add_u64(h, PPL_VERSION, 4);
-    add_u64(h, (uint64_t)p->n_vocab, 4);
-    add_u64(h, (uint64_t)p->n_ctx, 4);
-    add_u64(h, (uint64_t)p->n_windows, 4);
+    add_le(h, PPL_VERSION, 4);
+    add_le(h, (uint64_t)p->n_vocab, 4);
+    add_le(h, (uint64_t)p->n_ctx, 4);
+    add_le(h, (uint64_t)p->n_windows, 4);
     for (int i = 0; i < p->n_windows * p->n_ctx; i++)
-        add_u64(h, (uint32_t)p->ids.id[i], 4);
+        add_le(h, (uint32_t)p->ids.id[i], 4);
     add_checksum(h);
     return h->failed ? say(NO_MEMORY, "no memory for %d tokens", p->ids.n) :
            DONE;
@@ -6345,13 +6358,10 @@ static int ppl_open_files(struct ppl *p)
 static int ppl_save_row(struct ppl *p, const float *logits)
 {
     struct text *row = &p->row;
-    uint32_t u;
 
     row->n = 0;
-    for (int i = 0; i < p->n_vocab; i++) {
-        memcpy(&u, logits + i, sizeof u);
-        add_u64(row, u, 4);
-    }
+    for (int i = 0; i < p->n_vocab; i++)
+        add_le(row, float_bits(logits[i]), 4);
     add_checksum(row);
     return fwrite(row->s, 1, row->n, p->save) == row->n ? DONE :
            say(BAD_FILE, "%s: %s", p->e.s->ppl_save, strerror(errno));
@@ -6554,8 +6564,7 @@ static int ppl_read(struct ppl *p)
     if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
         t.n--;
     if (code == DONE)
-        code = encode(p->e.s, p->e.words, t.s, t.n, p->e.s->bos ||
-                      lfm2_add_bos(p->e.words), &p->ids);
+        code = encode_plain(p->e.s, p->e.words, t.s, t.n, &p->ids);
     free(t.s);
     return code == DONE ? ppl_cut(p) : code;
 }
@@ -7382,7 +7391,7 @@ static uint64_t next_random(uint64_t *state)
 
 static void add_counted(struct text *to, const char *s)
 {
-    add_u64(to, strlen(s), 8);
+    add_le(to, strlen(s), 8);
     add_string(to, s);
 }
 
@@ -7391,7 +7400,7 @@ enum { G_U32 = 4, G_I32 = 5, G_F32 = 6, G_STRING = 8, G_ARRAY = 9 };
 static void make_key(struct maker *m, const char *key, int type)
 {
     add_counted(&m->kv, key);
-    add_u64(&m->kv, (uint64_t)type, 4);
+    add_le(&m->kv, (uint64_t)type, 4);
     m->n_kv++;
 }
 
@@ -7399,7 +7408,7 @@ static void make_number(struct maker *m, const char *key, int type,
                         uint64_t bits)
 {
     make_key(m, key, type);
-    add_u64(&m->kv, bits, 4);
+    add_le(&m->kv, bits, 4);
 }
 
 static void make_string(struct maker *m, const char *key, const char *s)
@@ -7411,8 +7420,8 @@ static void make_string(struct maker *m, const char *key, const char *s)
 static void make_array(struct maker *m, const char *key, int type, int n)
 {
     make_key(m, key, G_ARRAY);
-    add_u64(&m->kv, (uint64_t)type, 4);
-    add_u64(&m->kv, (uint64_t)n, 8);
+    add_le(&m->kv, (uint64_t)type, 4);
+    add_le(&m->kv, (uint64_t)n, 8);
 }
 
 /* The weight types: GGUF's number, bytes and columns of a block, and where in
@@ -7467,14 +7476,14 @@ static void make_tensor(struct maker *m, const char *name, int type,
     const int n = (experts ? experts : 1) * (rows ? rows : 1) * cols;
 
     add_counted(&m->info, name);
-    add_u64(&m->info, experts ? 3 : rows ? 2 : 1, 4);
-    add_u64(&m->info, (uint64_t)cols, 8);
+    add_le(&m->info, experts ? 3 : rows ? 2 : 1, 4);
+    add_le(&m->info, (uint64_t)cols, 8);
     if (rows)
-        add_u64(&m->info, (uint64_t)rows, 8);
+        add_le(&m->info, (uint64_t)rows, 8);
     if (experts)
-        add_u64(&m->info, (uint64_t)experts, 8);
-    add_u64(&m->info, (uint64_t)t->id, 4);
-    add_u64(&m->info, m->data.n, 8);
+        add_le(&m->info, (uint64_t)experts, 8);
+    add_le(&m->info, (uint64_t)t->id, 4);
+    add_le(&m->info, m->data.n, 8);
     for (int i = 0; i < n; i += t->cols)
         make_block(m, t);
     while (m->data.n % 32)
@@ -7545,14 +7554,14 @@ static void make_words(struct maker *m)
         const int seen = (c > ' ' && c < 127) || (c > 160 && c != 173);
         char s[4];
         const size_t n = utf8_put(s, seen ? c : unseen++);
-        add_u64(&m->kv, n, 8);
+        add_le(&m->kv, n, 8);
         add(&m->kv, s, n);
     }
     for (int i = 0; i < 7; i++)
         add_counted(&m->kv, self_words[i]);
     make_array(m, "tokenizer.ggml.token_type", G_I32, SELF_VOCAB);
     for (int i = 0; i < SELF_VOCAB; i++)
-        add_u64(&m->kv, i < 256 + 4 ? 1 : 3, 4);       /* normal, control    */
+        add_le(&m->kv, i < 256 + 4 ? 1 : 3, 4);       /* normal, control    */
     make_array(m, "tokenizer.ggml.merges", G_STRING, 4);
     for (int i = 0; i < 4; i++)
         add_counted(&m->kv, merges[i]);
@@ -7582,7 +7591,7 @@ static void make_metadata(struct maker *m)
     make_number(m, "lfm2moe.rope.freq_base", G_F32, 0x49742400);       /* 1e6 */
     make_array(m, "lfm2moe.attention.head_count_kv", G_I32, 4);
     for (int il = 0; il < 4; il++)
-        add_u64(&m->kv, il % 2 ? 2 : 0, 4);
+        add_le(&m->kv, il % 2 ? 2 : 0, 4);
     make_words(m);
 }
 
@@ -7597,9 +7606,9 @@ static void make_file(int type, struct text *out)
     for (int il = 0; il < 4; il++)
         make_layer(&m, il);
     add_string(out, "GGUF");
-    add_u64(out, 3, 4);
-    add_u64(out, m.n_tensors, 8);
-    add_u64(out, m.n_kv, 8);
+    add_le(out, 3, 4);
+    add_le(out, m.n_tensors, 8);
+    add_le(out, m.n_kv, 8);
     add(out, m.kv.s, m.kv.n);
     add(out, m.info.s, m.info.n);
     while (out->n % 32)
@@ -7681,7 +7690,7 @@ static void self_weights(struct self *t, const struct self_type *type)
     char what[96];
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, SELF_TOKENS);
 
-    t->all = (t->all ^ h) * 0x100000001b3u;
+    t->all = hash_number(t->all, h);
     snprintf(what, sizeof what, "%s in plain C: %016llx", type->name,
              (unsigned long long)h);
     self_result(t, what, "", h == type->hash);
@@ -7741,10 +7750,10 @@ static void self_sampler(struct self *t)
         for (int id = 0; id < n_vocab; id++)
             logits[id] = (float)(int)(next_random(&rng) >> 49) * 0x1p-12f - 4;
         made[i] = lfm2_sample(t->ctx, &s, logits, made, i);
-        h = (h ^ (uint32_t)made[i]) * 0x100000001b3u;
+        h = hash_number(h, (uint32_t)made[i]);
     }
     self_result(t, "the sampler's choices", "", h == 0x4cb658387d2a6170u);
-    t->all = (t->all ^ h) * 0x100000001b3u;
+    t->all = hash_number(t->all, h);
     lfm2_context_close(t->ctx);
     free(logits);
 }
