@@ -33,11 +33,6 @@ says() {
     result $? "$1: expected \"$2\""
 }
 
-same() {
-    cmp "$2" "$3" >"$dir/said" 2>&1
-    result $? "$1: other bytes"
-}
-
 # answers N WHAT: there are as many lines, all of them whole.
 answers() {
     [ "$(wc -l <"$dir/out")" -eq "$1" ] && whole "$dir/out"

@@ -31,11 +31,6 @@ refuses() {
     result $? "$*: expected \"$words\""
 }
 
-same() {
-    cmp -s "$2" "$3"
-    result $? "$1: other bytes"
-}
-
 # prints WHAT TEXT: the last output is exactly that, and a line break.
 prints() {
     printf '%s\n' "$2" >"$dir/expected"

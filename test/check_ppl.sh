@@ -34,11 +34,6 @@ prints() {
     result $? "$what: expected \"$*\""
 }
 
-same() {
-    cmp "$2" "$3" >"$dir/said" 2>&1
-    result $? "$1: other bytes"
-}
-
 # ---------------------------------------------------------------------- results
 
 ppl 0 "a perplexity"

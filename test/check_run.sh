@@ -21,11 +21,6 @@ says() {
     result $? "$1: expected \"$2\""
 }
 
-same() {
-    cmp -s "$2" "$3"
-    result $? "$1: other bytes"
-}
-
 # ------------------------------------------------------------------------ usage
 
 expect 0 "--help" --help

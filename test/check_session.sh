@@ -22,11 +22,6 @@ says() {
     result $? "expected \"$1\""
 }
 
-same() {
-    cmp -s "$2" "$3"
-    result $? "$1: other bytes"
-}
-
 # alone WHAT: no file of a session but the session itself is left.
 alone() {
     [ "$(ls "$dir" | grep -c '^session')" -le 1 ]
@@ -286,6 +281,7 @@ if ! script -qec true /dev/null </dev/null >"$dir/tty" 2>&1; then
 fi
 mkfifo "$dir/keys"
 open_terminal() {
+    : >"$dir/tty"                         # shows() must not see the last one
     script -qec "exec $run -t 1 --temp 0 $*" /dev/null <"$dir/keys" \
         >"$dir/tty" 2>&1 &
     pid=$!

@@ -48,6 +48,12 @@ holds() {
     result $? "$what"
 }
 
+# same WHAT A B: the files have the same bytes.
+same() {
+    cmp "$2" "$3" >"$dir/said" 2>&1
+    result $? "$1: other bytes"
+}
+
 finish() {
     echo "$passed passed, $failed failed"
     [ "$failed" = 0 ]
