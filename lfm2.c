@@ -3695,13 +3695,25 @@ static int best_isa(void)
  * A file is hostile until checked.  All of its bytes pass through one cursor,
  * which compares every length with what remains before it moves. */
 
+/* A sentence.  Names in it come from files: no control character, of C1
+ * neither, gets to somebody's terminal. */
+static void set_text(char *to, size_t size, const char *fmt, va_list args)
+{
+    vsnprintf(to, size, fmt, args);
+    for (unsigned char *c = (unsigned char *)to; *c; c++)
+        if (*c < ' ' || *c == 127)
+            *c = '?';
+        else if (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0)
+            c[0] = c[1] = '?';
+}
+
 static int fail(lfm2_error *err, int code, const char *fmt, ...)
 {
     if (err) {
         va_list args;
         va_start(args, fmt);
         err->code = code;
-        vsnprintf(err->msg, sizeof err->msg, fmt, args);
+        set_text(err->msg, sizeof err->msg, fmt, args);
         va_end(args);
     }
     return code;
@@ -4215,7 +4227,7 @@ static void warn(struct lfm2_model *m, const char *fmt, ...)
     if (m->n_warning == MAX_WARNING)
         return;
     va_start(args, fmt);
-    vsnprintf(m->warning[m->n_warning++], sizeof m->warning[0], fmt, args);
+    set_text(m->warning[m->n_warning++], sizeof m->warning[0], fmt, args);
     va_end(args);
 }
 

@@ -404,6 +404,10 @@ broken[] = {
     { { ADD_TENSOR, "blk.0.attn_sinks.weight", 0, 0, 0, 0 }, 0,
       LFM2_EUNSUPPORTED, "blk.0.attn_sinks.weight: a tensor that lfm2 does not"
     },
+    { { ADD, "lfm2.\302\233m\33[2J", T_U32, 7, 0, 0 }, 0, LFM2_EFORMAT,
+      "\"lfm2.??m?[2J\": byte 0xc2, expected printable ASCII" },
+    { { ADD_TENSOR, "blk.0.\33]0;\7", 0, 0, 0, 0 }, 0, LFM2_EFORMAT,
+      "\"blk.0.?]0;?\": byte 0x1b, expected printable ASCII" },
     { { ADD_TENSOR, "blk.0.ffn_up.bias", 0, 0, 0, 0 }, 0, LFM2_EUNSUPPORTED,
       "blk.0.ffn_up.bias" },
     { { ADD_TENSOR, "rope_freqs.weight", 0, 0, 0, 0 }, 0, LFM2_EUNSUPPORTED,
