@@ -5837,6 +5837,20 @@ static void sort_known(struct batch *b)
     b->n_known = n;
 }
 
+/* Does another process write to this file?  Both would answer the same lines.
+ * Where there are no locks nobody knows. */
+static int is_taken(int fd)
+{
+#ifdef F_SETLK
+    struct flock all = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+
+    return fcntl(fd, F_SETLK, &all) != 0 && (errno == EAGAIN ||
+                                             errno == EACCES);
+#else
+    return (void)fd, 0;
+#endif
+}
+
 /* What a run before has written; a line that it was killed in is cut off. */
 static int open_resumed(struct batch *b)
 {
@@ -5852,6 +5866,8 @@ static int open_resumed(struct batch *b)
         return say(BAD_FILE, "%s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode))
         return say(BAD_FILE, "%s: not a regular file", path);
+    if (is_taken(fd))
+        return say(BAD_FILE, "%s: another process is writing to it", path);
     while (code == DONE && next_line(&from, 1, &line))
         if (!from.torn || !is_ours(&line))
             code = know_line(b, &line, from.line);

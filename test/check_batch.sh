@@ -495,6 +495,10 @@ for signal in TERM INT; do
     : >"$dir/part"
     start --resume "$dir/part"
     within 10 lines "$dir/part" 2
+    if [ $signal = TERM ]; then
+        batch 3 "two that resume one file" --resume "$dir/part"
+        says "it" "another process is writing to it"
+    fi
     kill -$signal $pid
     kill -0 $pid 2>/dev/null && sleep 0.5
     ! kill -0 $pid 2>/dev/null
