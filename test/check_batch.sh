@@ -490,8 +490,6 @@ sort "$dir/part" >"$dir/has"
 same "nothing has changed" "$dir/sorted" "$dir/has"
 
 for signal in TERM INT; do
-    status=143
-    [ $signal = INT ] && status=130
     : >"$dir/part"
     start --resume "$dir/part"
     within 10 lines "$dir/part" 2
@@ -503,6 +501,8 @@ for signal in TERM INT; do
     kill -0 $pid 2>/dev/null && sleep 0.5
     ! kill -0 $pid 2>/dev/null
     result $? "SIG$signal ends it soon"
+    status=143
+    [ $signal = INT ] && status=130
     wait $pid
     [ $? -eq $status ]
     result $? "SIG$signal: status $status"
