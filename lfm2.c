@@ -23,7 +23,8 @@
  *   II   The machine     exact arithmetic; worker threads; weight formats;
  *                        matrix products, in plain C; the same with vectors
  *   III  The file        reading bytes; GGUF; configuration; binding tensors
- *   IV   The state       memory of a context; sequences: trim, copy, save, load
+ *   IV   The state       memory of a context; sequences: trim, copy, save,
+ *                        load; traces
  *   V    Words           tokenizer; chat; sampler; Unicode classes
  *
  * Conventions.  Matrices are row-major; [rows][cols] beside a pointer is its
@@ -197,6 +198,18 @@ struct input {
     struct rounded *q;                    /* [rows][cols/32]                 */
 };
 
+/* What a trace shows and a pass does not keep.  All NULL unless there is one;
+ * slots are rows in a dense layer. */
+struct kept {
+    void *memory;                         /* the others point into it        */
+    float *in_proj;                       /* [n_rows][3 n_embd]              */
+    float *conv;                          /* [n_rows][n_embd]                */
+    float *q, *k;                         /* as in the context, but normed   */
+    float *gate, *up;                     /* [slots][n_ff or n_ff_expert]    */
+    float *out;                           /* [slots][n_embd], what is added  */
+    float *chosen;                        /* [n_rows][n_expert_used]         */
+};
+
 struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
 
 struct lfm2_context {
@@ -214,6 +227,7 @@ struct lfm2_context {
     struct piece *piece;                  /* [n_seq]                         */
     int32_t *token, *position;            /* [n_rows]                        */
     uint8_t *wanted;                      /* [n_rows], 1: give its logits    */
+    int *out_row;                         /* the rows that are wanted        */
     float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
 
     float *x;                             /* [n_rows][n_embd] residual       */
@@ -245,6 +259,10 @@ struct lfm2_context {
     int *span_logits;                     /* [n_seq+1] first row of a span   */
     struct candidate *candidates;         /* [n_vocab]                       */
     struct scratch *scratch;              /* [n_threads]                     */
+
+    lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
+    void *hook_user;
+    struct kept kept;
 };
 
 /* ------------------------------------------ 2. What the machine provides
@@ -283,7 +301,7 @@ struct isa {
     void (*add_scaled)(float *y, float a, const float *x, int n);
     void (*rope)(float *head, const float *turn, int head_dim);
     void (*conv_step)(float *y, float *win, const float *w, const float *b,
-                      const float *c, const float *x, int l_cache, size_t n);
+                      const float *c, float *x, int l_cache, size_t n);
     void (*attend_chunk)(struct gathered *g, const float *q, int n_q,
                          const struct kv_head *kv, int pos, int n);
     void (*product)(float *out, const struct tensor *w, int first, int n_rows,
@@ -343,6 +361,25 @@ static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
 
 /* The e-th matrix of an expert tensor. */
 static struct tensor expert(const struct tensor *w, int e);
+
+/* For lfm2_trace(): show the rows of y, [n_rows][n], under the name that the
+ * module has in the official implementation, "conv.in_proj" of a layer, or
+ * "lm_head" of none; of the rows whose logits are wanted; of the slots of an
+ * expert.  None of these does anything while nobody traces. */
+static void trace(struct lfm2_context *ctx, const struct layer *l,
+                  const char *module, const float *y, int n);
+static void trace_wanted(struct lfm2_context *ctx, const char *module,
+                         const float *y, int n);
+static void trace_slots(struct lfm2_context *ctx, const struct layer *l, int e,
+                        const char *module, struct range slots, const float *y,
+                        int n);
+
+/* Keep for it what the next unit overwrites, if there is a y: unit u of n rows
+ * from row `first` on; head number i; the chosen experts, as floats. */
+static void keep_unit(float *y, int first, const struct tensor *w, int u,
+                      const float *unit, int n);
+static void keep_head(float *y, size_t i, const float *head, int head_dim);
+static float *keep_chosen(struct lfm2_context *ctx);
 
 /* Fill in err, if there is one, and return code. */
 static int fail(lfm2_error *err, int code, const char *fmt, ...);
@@ -415,10 +452,10 @@ static void rope(float *head, const float *turn, int head_dim)
  *     v    = w[0] u[-2] + w[1] u[-1] + w[2] u    per channel, causal
  *     y    = c * v                               gate on the way out
  *
- * y may be c.  win[l_cache-1] holds the earlier u, oldest first, and moves on
- * by one; its rows, and those of w, are n apart. */
+ * y may be c, and x becomes v.  win[l_cache-1] holds the earlier u, oldest
+ * first, and moves on by one; its rows, and those of w, are n apart. */
 static void conv_step(float *y, float *win, const float *w, const float *b,
-                      const float *c, const float *x, int l_cache, size_t n)
+                      const float *c, float *x, int l_cache, size_t n)
 {
     const size_t last = (size_t)l_cache - 1;
 
@@ -431,6 +468,7 @@ static void conv_step(float *y, float *win, const float *w, const float *b,
         }
         v = fma_f32(w[last * n + i], u, v);
         win[(last - 1) * n + i] = u;
+        x[i] = v;
         y[i] = c[i] * v;
     }
 }
@@ -454,9 +492,9 @@ static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
 }
 
 /* The channels of unit u, all rows: b, c and x are [n_rows][UNIT], and the
- * result becomes that group of the next input. */
+ * result becomes that group of the next input; x becomes v. */
 static void conv_unit(struct lfm2_context *ctx, const struct layer *l, int u,
-                      const float *b, float *c, const float *x)
+                      const float *b, float *c, float *x)
 {
     const lfm2_config *cfg = &ctx->model->cfg;
     const size_t n = (size_t)cfg->n_embd, first = (size_t)u * UNIT;
@@ -484,7 +522,7 @@ static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
 {
     const struct layer *l = arg;
     const struct tensor *w = &l->shortconv_in_proj;
-    const int n = ctx->model->cfg.n_embd / UNIT;
+    const int n = ctx->model->cfg.n_embd / UNIT, rows = ctx->n_rows;
     const struct range r = share(ctx, n, thread);
     const uint8_t *next = share_data(ctx, &l->shortconv_out_proj, thread);
 
@@ -494,7 +532,11 @@ static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
                            NULL);
         float *x = product(ctx, thread, 2, w, 2 * n + u, 2 * n + r.last,
                            &ctx->in, NULL);
+        keep_unit(ctx->kept.in_proj, 0, w, u, b, rows);
+        keep_unit(ctx->kept.in_proj, 0, w, n + u, c, rows);
+        keep_unit(ctx->kept.in_proj, 0, w, 2 * n + u, x, rows);
         conv_unit(ctx, l, u, b, c, x);
+        keep_unit(ctx->kept.conv, 0, &l->shortconv_out_proj, u, x, rows);
     }
 }
 
@@ -507,10 +549,15 @@ static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
  * layer is the last two columns of b * x, however long the text. */
 static void short_conv(struct lfm2_context *ctx, const struct layer *l)
 {
+    const int n = ctx->model->cfg.n_embd;
+
     ctx->mixed.n = ctx->n_rows;
-    ctx->mixed.cols = ctx->model->cfg.n_embd;
+    ctx->mixed.cols = n;
     parallel(ctx, conv_work, (void *)l);
+    trace(ctx, l, "conv.in_proj", ctx->kept.in_proj, 3 * n);
+    trace(ctx, l, "conv.conv", ctx->kept.conv, n);
     matmul(ctx, INCREASE, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
+    trace(ctx, l, "conv.out_proj", ctx->kept.out, n);
 }
 
 /* Attention looks at positions in chunks of CHUNK, which decide how sums are
@@ -664,10 +711,12 @@ static void prepare_group(struct lfm2_context *ctx, const struct layer *l,
     float *k = ctx->k + i * hd, *q = ctx->q + i * group * hd;
 
     rms_norm(ctx->isa, k, k, l->attn_k_norm, hd, c->norm_rms_eps);
+    keep_head(ctx->kept.k, i, k, hd);
     ctx->isa->rope(k, turn, hd);
     kv_store(kv, pos, k, ctx->v + i * hd);
     for (int g = 0; g < group; g++, q += hd) {
         rms_norm(ctx->isa, q, q, l->attn_q_norm, hd, c->norm_rms_eps);
+        keep_head(ctx->kept.q, i * group + g, q, hd);
         ctx->isa->rope(q, turn, hd);
         for (int d = 0; d < hd; d++)
             q[d] *= scale;
@@ -823,14 +872,21 @@ static void qkv_work(struct lfm2_context *ctx, void *arg, int thread)
 static void attention(struct lfm2_context *ctx, const struct layer *l)
 {
     const lfm2_config *c = &ctx->model->cfg;
+    const int n_q = c->n_head * c->head_dim, n_kv = c->n_head_kv * c->head_dim;
 
     parallel(ctx, qkv_work, (void *)l);
+    trace(ctx, l, "self_attn.q_proj", ctx->q, n_q);
+    trace(ctx, l, "self_attn.k_proj", ctx->k, n_kv);
+    trace(ctx, l, "self_attn.v_proj", ctx->v, n_kv);
     parallel(ctx, prepare_work, (void *)l);
+    trace(ctx, l, "self_attn.q_layernorm", ctx->kept.q, n_q);
+    trace(ctx, l, "self_attn.k_layernorm", ctx->kept.k, n_kv);
     parallel(ctx, is_split(ctx) ? chunks_work : attend_work, (void *)l);
     if (is_split(ctx))
         parallel(ctx, merge_work, NULL);
-    load_input(ctx, &ctx->mixed, ctx->q, ctx->n_rows, c->n_head * c->head_dim);
+    load_input(ctx, &ctx->mixed, ctx->q, ctx->n_rows, n_q);
     matmul(ctx, INCREASE, ctx->x, &l->attn_output, &ctx->mixed);
+    trace(ctx, l, "self_attn.out_proj", ctx->kept.out, c->n_embd);
 }
 
 /* --------------------------------------------------------- 5. Feed-forward */
@@ -845,6 +901,8 @@ static void gated_unit(struct lfm2_context *ctx, int thread,
     float *g = product(ctx, thread, 0, gate, u, last, x, next);
     float *h = product(ctx, thread, 1, up, u, last, x, NULL);
 
+    keep_unit(ctx->kept.gate, first, gate, u, g, x->n);
+    keep_unit(ctx->kept.up, first, up, u, h, x->n);
     ctx->isa->swiglu(g, h, x->n * UNIT);
     for (int t = 0; t < x->n; t++)
         set_group(ctx, &ctx->hidden, first + t, u, g + (size_t)t * UNIT);
@@ -866,7 +924,10 @@ static void ffn(struct lfm2_context *ctx, const struct layer *l)
     ctx->hidden.n = ctx->n_rows;
     ctx->hidden.cols = l->ffn_gate.rows;
     parallel(ctx, hidden_work, (void *)l);
+    trace(ctx, l, "feed_forward.w1", ctx->kept.gate, l->ffn_gate.rows);
+    trace(ctx, l, "feed_forward.w3", ctx->kept.up, l->ffn_up.rows);
     matmul(ctx, INCREASE, ctx->x, &l->ffn_down, &ctx->hidden);
+    trace(ctx, l, "feed_forward.w2", ctx->kept.out, l->ffn_down.rows);
 }
 
 /* Choose the experts of one row:
@@ -996,6 +1057,7 @@ static void experts_work(struct lfm2_context *ctx, void *arg, int thread)
         for (int u = r.first; u < r.last; u++) {
             const float *out = product(ctx, thread, 0, &down, u, r.last, &in,
                                        next);
+            keep_unit(ctx->kept.out, slots.first, &down, u, out, in.n);
             for (int s = slots.first; s < slots.last; s++, out += UNIT)
                 ctx->isa->add_scaled(ctx->y + (size_t)ctx->slot_row[s] * n +
                                      (size_t)u * UNIT,
@@ -1019,17 +1081,36 @@ static void route_work(struct lfm2_context *ctx, void *arg, int thread)
               ctx->weight + t * (size_t)c->n_expert_used);
 }
 
+/* feed_forward.experts.E.w1, .w3 and .w2 of expert e. */
+static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e)
+{
+    const struct range slots = slots_of(ctx, e);
+
+    trace_slots(ctx, l, e, "w1", slots, ctx->kept.gate, l->ffn_gate_exps.rows);
+    trace_slots(ctx, l, e, "w3", slots, ctx->kept.up, l->ffn_up_exps.rows);
+    trace_slots(ctx, l, e, "w2", slots, ctx->kept.out, l->ffn_down_exps.rows);
+}
+
 /* Mixture of experts: each row is sent to the few networks the router chooses
  * for it. */
 static void moe(struct lfm2_context *ctx, const struct layer *l)
 {
+    const lfm2_config *c = &ctx->model->cfg;
+    const int used = c->n_expert_used;
+
     matmul(ctx, ASSIGN, ctx->score, &l->ffn_gate_inp, &ctx->in);
+    trace(ctx, l, "feed_forward.gate", ctx->score, c->n_expert);
     parallel(ctx, route_work, (void *)l);
+    trace(ctx, l, "feed_forward.selected_experts", keep_chosen(ctx), used);
+    trace(ctx, l, "feed_forward.routing_weights", ctx->weight, used);
     group_by_expert(ctx);
-    ctx->hidden.n = ctx->slot_end[ctx->model->cfg.n_expert];
+    ctx->hidden.n = ctx->slot_end[c->n_expert];
     ctx->hidden.cols = l->ffn_gate_exps.rows;
     parallel(ctx, hidden_experts_work, (void *)l);
     parallel(ctx, experts_work, (void *)l);
+    for (int i = 0; i < ctx->n_active; i++)
+        trace_expert(ctx, l, ctx->active[i]);
+    trace(ctx, l, "feed_forward", ctx->y, c->n_embd);
 }
 
 /* -------------------------------------------------------------- 6. Forward */
@@ -1058,18 +1139,22 @@ static void output(struct lfm2_context *ctx)
 {
     const struct lfm2_model *m = ctx->model;
     const size_t n = (size_t)m->cfg.n_embd;
+    float *logits = ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab;
     int n_out = 0;
 
     for (int t = 0; t < ctx->n_rows; t++)
-        if (ctx->wanted[t])
-            memmove(ctx->x + n * (size_t)n_out++, ctx->x + n * (size_t)t,
+        if (ctx->wanted[t]) {
+            memmove(ctx->x + n * (size_t)n_out, ctx->x + n * (size_t)t,
                     n * sizeof *ctx->x);
+            ctx->out_row[n_out++] = t;
+        }
     if (n_out == 0)
         return;
     ctx->n_rows = n_out;
     load_normed(ctx, m->output_norm);
-    matmul(ctx, ASSIGN, ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab,
-           &m->output, &ctx->in);
+    trace_wanted(ctx, "model.embedding_norm", ctx->in.f, m->cfg.n_embd);
+    matmul(ctx, ASSIGN, logits, &m->output, &ctx->in);
+    trace_wanted(ctx, "lm_head", logits, m->cfg.n_vocab);
     ctx->n_logits += n_out;
 }
 
@@ -1081,22 +1166,26 @@ static int forward(struct lfm2_context *ctx)
     const lfm2_config *c = &ctx->model->cfg;
 
     parallel(ctx, embed_work, NULL);
+    trace(ctx, NULL, "model.embed_tokens", ctx->x, c->n_embd);
     for (int il = 0; il < c->n_layer; il++) {
         const struct layer *l = &ctx->model->layer[il];
 
         if (atomic_load(&ctx->cancel))
             return LFM2_ECANCELLED;
         load_normed(ctx, l->attn_norm);
+        trace(ctx, l, "operator_norm", ctx->in.f, c->n_embd);
         if (c->is_attn[il])
             attention(ctx, l);                         /* x += ... */
         else
             short_conv(ctx, l);
 
         load_normed(ctx, l->ffn_norm);
+        trace(ctx, l, "ffn_norm", ctx->in.f, c->n_embd);
         if (il < c->n_layer_dense)
             ffn(ctx, l);
         else
             moe(ctx, l);
+        trace(ctx, l, "", ctx->x, c->n_embd);
     }
     output(ctx);
     return LFM2_OK;
@@ -2276,6 +2365,8 @@ static void matmul_work(struct lfm2_context *ctx, void *arg, int thread)
     for (int u = r.first; u < r.last; u++) {
         const float *unit = product(ctx, thread, 0, j->w, u, r.last, j->in,
                                     next);
+        if (j->how == INCREASE)
+            keep_unit(ctx->kept.out, 0, j->w, u, unit, j->in->n);
         put_unit(j->y, j->w, u, unit, j->in->n, j->how);
     }
 }
@@ -2407,7 +2498,7 @@ AVX2 void rope_avx2(float *head, const float *turn, int head_dim)
 }
 
 AVX2 void conv_step_avx2(float *y, float *win, const float *w, const float *b,
-                         const float *c, const float *x, int l_cache, size_t n)
+                         const float *c, float *x, int l_cache, size_t n)
 {
     const size_t last = (size_t)l_cache - 1;
 
@@ -2423,6 +2514,7 @@ AVX2 void conv_step_avx2(float *y, float *win, const float *w, const float *b,
         }
         v = _mm256_fmadd_ps(_mm256_loadu_ps(w + last * n + i), u, v);
         _mm256_storeu_ps(win + (last - 1) * n + i, u);
+        _mm256_storeu_ps(x + i, v);
         _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_loadu_ps(c + i), v));
     }
 }
@@ -5028,6 +5120,7 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     ctx->token = carve(a, rows, sizeof *ctx->token);
     ctx->position = carve(a, rows, sizeof *ctx->position);
     ctx->wanted = carve(a, rows, sizeof *ctx->wanted);
+    ctx->out_row = carve(a, rows, sizeof *ctx->out_row);
     ctx->y = carve(a, used ? rows * n : 0, sizeof *ctx->y);
     ctx->rope = carve(a, rows * hd, sizeof *ctx->rope);
     ctx->x = carve(a, rows * n, sizeof *ctx->x);
@@ -5155,6 +5248,7 @@ void lfm2_context_close(lfm2_context *ctx)
     if (!ctx)
         return;
     pool_close(ctx->pool);
+    free(ctx->kept.memory);
     free(ctx->memory);
     free(ctx);
 }
@@ -5493,6 +5587,148 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
     s.from += STATE_HEAD;
     move_state(ctx, q, len, &s);
     q->len = len;
+    return LFM2_OK;
+}
+
+/* --------------------------------------------------------------- 21. Traces
+ *
+ * Part I says what is shown, and under which name.  Most of it lies in the
+ * context when the threads are done with it; the rest is kept for the moment in
+ * memory that is there only while somebody traces. */
+
+static void keep_unit(float *y, int first, const struct tensor *w, int u,
+                      const float *unit, int n)
+{
+    if (y)
+        put_unit(y + (size_t)first * (size_t)w->rows, w, u, unit, n, ASSIGN);
+}
+
+static void keep_head(float *y, size_t i, const float *head, int head_dim)
+{
+    if (y)
+        memcpy(y + i * (size_t)head_dim, head,
+               (size_t)head_dim * sizeof *head);
+}
+
+static float *keep_chosen(struct lfm2_context *ctx)
+{
+    const int n = ctx->n_rows * ctx->model->cfg.n_expert_used;
+
+    for (int i = 0; ctx->kept.chosen && i < n; i++)
+        ctx->kept.chosen[i] = (float)ctx->chosen[i];
+    return ctx->kept.chosen;
+}
+
+enum { MAX_MODULE = 80 };
+
+static void name_module(char name[MAX_MODULE], int il, int e,
+                        const char *module)
+{
+    if (il < 0)
+        snprintf(name, MAX_MODULE, "%s", module);
+    else if (e < 0)
+        snprintf(name, MAX_MODULE, "model.layers.%d%s%s", il,
+                 module[0] ? "." : "", module);
+    else
+        snprintf(name, MAX_MODULE, "model.layers.%d.feed_forward.experts.%d.%s",
+                 il, e, module);
+}
+
+/* Hand out y, [n_rows][n], which belongs to these rows of the batch; without
+ * `row`, to the first of them. */
+static void hand_out(struct lfm2_context *ctx, const struct layer *l, int e,
+                     const char *module, const int *row, int n_rows,
+                     const float *y, int n)
+{
+    const struct piece *p;
+    char name[MAX_MODULE];
+    lfm2_activation a = { .name = name, .layer = -1, .expert = e, .n = n };
+
+    if (!ctx->hook)
+        return;
+    if (l)
+        a.layer = (int)(l - ctx->model->layer);
+    name_module(name, a.layer, e, module);
+    for (int i = 0; i < n_rows; i++) {
+        const int t = row ? row[i] : i;
+        for (p = ctx->piece; t >= p->row + p->n; p++)
+            ;
+        a.seq = p->seq;
+        a.pos = ctx->position[t];
+        a.token = ctx->token[t];
+        a.x = y + (size_t)i * (size_t)n;
+        ctx->hook(ctx->hook_user, &a);
+    }
+}
+
+static void trace(struct lfm2_context *ctx, const struct layer *l,
+                  const char *module, const float *y, int n)
+{
+    hand_out(ctx, l, -1, module, NULL, ctx->n_rows, y, n);
+}
+
+static void trace_wanted(struct lfm2_context *ctx, const char *module,
+                         const float *y, int n)
+{
+    hand_out(ctx, NULL, -1, module, ctx->out_row, ctx->n_rows, y, n);
+}
+
+static void trace_slots(struct lfm2_context *ctx, const struct layer *l, int e,
+                        const char *module, struct range slots, const float *y,
+                        int n)
+{
+    if (ctx->hook)
+        hand_out(ctx, l, e, module, ctx->slot_row + slots.first,
+                 slots.last - slots.first,
+                 y + (size_t)slots.first * (size_t)n, n);
+}
+
+/* Set every pointer of ctx->kept into memory at `base`; how much there is. */
+static uint64_t lay_out_kept(struct lfm2_context *ctx, void *base)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const uint64_t rows = (uint64_t)ctx->par.n_batch;
+    const uint64_t n = (uint64_t)c->n_embd, used = (uint64_t)c->n_expert_used;
+    const uint64_t hd = (uint64_t)c->head_dim;
+    const uint64_t ff = larger((uint64_t)c->n_ff,
+                               (uint64_t)c->n_ff_expert * used);
+    struct arena a = { base, 0 };
+    struct kept k = { 0 };
+
+    k.in_proj = carve(&a, rows * 3 * n, sizeof *k.in_proj);
+    k.conv = carve(&a, rows * n, sizeof *k.conv);
+    k.q = carve(&a, rows * (uint64_t)c->n_head * hd, sizeof *k.q);
+    k.k = carve(&a, rows * (uint64_t)c->n_head_kv * hd, sizeof *k.k);
+    k.gate = carve(&a, rows * ff, sizeof *k.gate);
+    k.up = carve(&a, rows * ff, sizeof *k.up);
+    k.out = carve(&a, rows * larger(used, 1) * n, sizeof *k.out);
+    k.chosen = carve(&a, rows * used, sizeof *k.chosen);
+    k.memory = base;
+    ctx->kept = k;
+    return a.used;
+}
+
+int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
+               lfm2_error *err)
+{
+    void *memory = ctx->kept.memory;
+    uint64_t size;
+
+    if (!fn) {
+        free(memory);
+        memory = NULL;
+    }
+    size = lay_out_kept(ctx, memory);
+    if (fn && !memory) {
+        if (size < TOO_MUCH && size < SIZE_MAX)
+            memory = malloc((size_t)size);
+        if (!memory)
+            return fail(err, LFM2_ENOMEM, "no memory for a trace, %llu bytes "
+                        "(n_batch %d)", ull(size), ctx->par.n_batch);
+        lay_out_kept(ctx, memory);
+    }
+    ctx->hook = fn;
+    ctx->hook_user = user;
     return LFM2_OK;
 }
 

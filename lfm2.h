@@ -197,6 +197,32 @@ float *lfm2_logits(lfm2_context *ctx, int span, int row);
  * Safe from any thread and from a signal handler. */
 void lfm2_cancel(lfm2_context *ctx);
 
+/* Looking inside.  While a hook is set, lfm2_forward() calls it with every
+ * activation, from the thread of its caller, module by module in the order of
+ * computation and within one in the order of the tokens.  A name is that of the
+ * module in the official implementation (transformers): "model.embed_tokens",
+ * "model.layers.3.conv.in_proj", "model.layers.5.feed_forward.gate", "lm_head";
+ * lfm2.c has the same names where it computes them.  No bit of a result
+ * changes.  The hook must not use the context but for lfm2_cancel(). */
+typedef struct {
+    const char  *name;         /* valid, as x, until the hook returns        */
+    int          layer;        /* -1: of none                                */
+    int          expert;       /* of "model.layers.L.feed_forward.experts.E.*";
+                                  -1 for all others                          */
+    int          seq, pos;     /* the token: where it stands, and what it is */
+    int32_t      token;
+    int          n;
+    const float *x;            /* [n]                                        */
+} lfm2_activation;
+
+typedef void lfm2_trace_fn(void *user, const lfm2_activation *a);
+
+/* Set the hook; NULL takes it away.  A trace needs some memory beside that of
+ * the context, in proportion to n_batch; LFM2_ENOMEM if there is none, and then
+ * there is no hook. */
+int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
+               lfm2_error *err);
+
 /* What the machine can do at best, to hold a speed against: busy all threads of
  * the context with one thing.  READ reads weights of the model as they lie in
  * memory (all, or the first 2 GiB) and returns how many bytes; DOT multiplies

@@ -3,16 +3,16 @@
  * Standard output carries the model's words, or the data that was asked for,
  * and nothing else; everything meant for a human being goes to standard error.
  *
- *   1  messages and exit codes        9  the model in use
- *   2  options                       10  an answer
- *   3  reading what is given         11  a conversation
- *   4  JSON                          12  sessions
- *   5  chat templates                13  chat
- *   6  tool calls                    14  --batch
- *   7  tokens in and out             15  --ppl
- *   8  --inspect                     16  --bench
- *                                    17  --selftest
- *                                    18  main */
+ *   1  messages and exit codes       10  traces
+ *   2  options                       11  an answer
+ *   3  reading what is given         12  a conversation
+ *   4  JSON                          13  sessions
+ *   5  chat templates                14  chat
+ *   6  tool calls                    15  --batch
+ *   7  tokens in and out             16  --ppl
+ *   8  --inspect                     17  --bench
+ *   9  the model in use              18  --selftest
+ *                                    19  main */
 
 #define _POSIX_C_SOURCE 200809L
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
@@ -23,6 +23,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
+#include <fnmatch.h>
 #include <limits.h>
 #include <math.h>
 #include <poll.h>
@@ -140,6 +141,8 @@ struct settings {
     struct list bench_threads, bench_seqs;
     int reps, output;
     const char *ppl, *ppl_save, *ppl_compare;
+    const char *trace, *trace_tokens, *trace_npy, *experts;
+    struct texts trace_filter;
 };
 
 /* In the order of the words of -o, --template, --think and --color. */
@@ -265,6 +268,18 @@ static const struct option table[] = {
            "of the last N tokens (64; -1: all)"),
     NUMBER(SEED, "-s --seed", "N", seed, -1, 9e18,
            "the same seed, the same text (-1: random)"),
+
+    GROUP("To look inside"),
+    WORDS("--trace", "FILE", trace, "what every module of the model puts out, "
+          "as JSON lines"),
+    NUMBER(TEXTS, "--trace-filter", "GLOB", trace_filter, 0, 0,
+           "only modules of such names; may be repeated"),
+    WORDS("--trace-tokens", "A-B", trace_tokens, "only at positions A to B, "
+          "from 0; or A, or A-"),
+    WORDS("--trace-npy", "DIR", trace_npy, "and all the numbers, in "
+          "DIR/NAME.npy"),
+    WORDS("--experts", "FILE", experts, "which experts the tokens chose, as "
+          "CSV (-: a summary)"),
 
     GROUP("With --batch"),
     NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024,
@@ -616,10 +631,59 @@ static int check_prompts(const struct settings *s)
     return DONE;
 }
 
+/* "5", "5-" and "5-7". */
+static int parse_range(const char *s, int *first, int *last)
+{
+    char *end;
+    long a = -1, b;
+
+    errno = 0;
+    if (*s >= '0' && *s <= '9')
+        a = b = strtol(s, &end, 10);
+    if (a < 0)
+        return -1;
+    if (*end == '-' && !end[1])
+        b = INT_MAX, end++;
+    else if (*end == '-' && end[1] >= '0' && end[1] <= '9')
+        b = strtol(end + 1, &end, 10);
+    if (*end || errno || a > b || b > INT_MAX)
+        return -1;
+    *first = (int)a;
+    *last = (int)b;
+    return 0;
+}
+
+static int check_trace(const struct settings *s)
+{
+    int first, last;
+
+    if (!s->trace && (s->trace_filter.n || s->trace_tokens || s->trace_npy))
+        return usage("%s needs --trace FILE", s->trace_npy ? "--trace-npy" :
+                     s->trace_tokens ? "--trace-tokens" : "--trace-filter");
+    if (s->trace_tokens && parse_range(s->trace_tokens, &first, &last) != 0)
+        return usage("--trace-tokens %s: expected positions like 5, 5- or "
+                     "5-7", s->trace_tokens);
+    if ((s->trace || s->experts) &&
+        (s->tokenize || s->detokenize || s->inspect || s->bench ||
+         s->export_to || s->dump_prompt || s->dump_tokens || s->batch_mode ||
+         s->ppl || s->ppl_save || s->ppl_compare))
+        return usage("%s looks into a single answer, a chat or --logits",
+                     s->trace ? "--trace" : "--experts");
+    if (s->trace && strcmp(s->trace, "-") == 0)
+        return usage("--trace -: expected a file, standard output is for the "
+                     "answer");
+    if (s->json && s->experts && strcmp(s->experts, "-") == 0)
+        return usage("--experts -: expected a file, standard output is for "
+                     "the JSON");
+    return DONE;
+}
+
 static int check_settings(const struct settings *s)
 {
     int code = check_prompts(s);
 
+    if (code == DONE)
+        code = check_trace(s);
     if (code != DONE)
         return code;
     if (!s->model && !(s->tokenizer && (s->tokenize || s->detokenize ||
@@ -884,6 +948,104 @@ static int read_ids(const char *path, struct ids *out)
     }
     free(t.s);
     return code;
+}
+
+/* ---- SHA-256 (FIPS 180-4) of bytes that come in any pieces */
+
+struct sha256 { uint32_t h[8]; uint64_t n; unsigned char block[64]; };
+
+static const struct sha256 sha256_start = {
+    { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c,
+      0x1f83d9ab, 0x5be0cd19 }, 0, { 0 }
+};
+
+static uint32_t rotated(uint32_t x, int n)
+{
+    return x >> n | x << (32 - n);
+}
+
+/* The constants of the rounds are the fractions of the cube roots of the first
+ * 64 primes. */
+static const uint32_t sha256_round[64] = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
+    0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
+    0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786,
+    0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147,
+    0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13,
+    0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
+    0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a,
+    0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
+    0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2
+};
+
+/* w: the 16 words of the block, and 48 made of them. */
+static void sha256_words(uint32_t w[64], const unsigned char block[64])
+{
+    for (int i = 0; i < 16; i++)
+        w[i] = (uint32_t)block[4 * i] << 24 | (uint32_t)block[4 * i + 1] << 16
+             | (uint32_t)block[4 * i + 2] << 8 | block[4 * i + 3];
+    for (int i = 16; i < 64; i++) {
+        const uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + w[i - 7]
+             + (rotated(a, 7) ^ rotated(a, 18) ^ a >> 3)
+             + (rotated(b, 17) ^ rotated(b, 19) ^ b >> 10);
+    }
+}
+
+static void sha256_block(uint32_t h[8], const unsigned char block[64])
+{
+    uint32_t w[64], s[8];
+
+    sha256_words(w, block);
+    memcpy(s, h, sizeof s);
+    for (int i = 0; i < 64; i++) {
+        const uint32_t a = s[0], e = s[4];
+        const uint32_t t1 = s[7] + sha256_round[i] + w[i]
+            + (rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25))
+            + ((e & s[5]) ^ (~e & s[6]));
+        const uint32_t t2 = (rotated(a, 2) ^ rotated(a, 13) ^ rotated(a, 22))
+            + ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
+        memmove(s + 1, s, 7 * sizeof *s);
+        s[0] = t1 + t2;
+        s[4] += t1;
+    }
+    for (int i = 0; i < 8; i++)
+        h[i] += s[i];
+}
+
+static void sha256_add(struct sha256 *d, const void *bytes, size_t n)
+{
+    const unsigned char *p = bytes;
+
+    while (n > 0) {
+        const size_t at = d->n % 64;
+        const size_t part = n < 64 - at ? n : 64 - at;
+        memcpy(d->block + at, p, part);
+        d->n += part;
+        p += part;
+        n -= part;
+        if (at + part == 64)
+            sha256_block(d->h, d->block);
+    }
+}
+
+/* out: 64 hexadecimal digits and a NUL.  A copy of d is finished, so more may
+ * be added to d itself. */
+static void sha256_hex(struct sha256 d, char out[65])
+{
+    const uint64_t bits = d.n * 8;
+    unsigned char end[8];
+
+    for (int i = 0; i < 8; i++)
+        end[i] = bits >> (56 - 8 * i) & 255;
+    sha256_add(&d, "\x80", 1);
+    while (d.n % 64 != 56)
+        sha256_add(&d, "", 1);
+    sha256_add(&d, end, 8);
+    for (int i = 0; i < 8; i++)
+        snprintf(out + 8 * i, 9, "%08x", (unsigned)d.h[i]);
 }
 
 /* ------------------------------------------------------------------ 4. JSON
@@ -2938,6 +3100,9 @@ static int inspect_file(const struct settings *s)
  * memory for them does not grow with it. */
 enum { LOGITS_CHUNK = 64 };
 
+/* A trace takes much memory for every token of a batch. */
+enum { TRACE_BATCH = 64 };
+
 /* How words are chosen, before a seed. */
 struct sampling {
     double temp;
@@ -2960,6 +3125,7 @@ struct engine {
     lfm2_span *span;                      /* [n_seq]                         */
     float *unbent;                        /* [n_vocab]: logits as they came  */
     struct ids ends;                      /* tokens that end a turn          */
+    struct trace *trace;                  /* NULL: nobody looks              */
 };
 
 /* ---- presets
@@ -3230,6 +3396,8 @@ static int open_engine(struct engine *e)
         today(e->date);
     if (s->logits || s->logprobs >= 0)
         e->par.n_logits = LOGITS_CHUNK;
+    if ((s->trace || s->experts) && s->batch == UNSET)
+        e->par.n_batch = TRACE_BATCH;
     return DONE;
 }
 
@@ -3277,7 +3445,473 @@ static double seconds(void)
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-/* ------------------------------------------------------------ 10. An answer
+/* -------------------------------------------------------------- 10. Traces
+ *
+ * What happens between a token and its logits.  The library calls
+ * note_activation() with every activation; --trace makes a record of each, and
+ * --experts notes which experts the tokens chose. */
+
+/* One array of --trace-npy, [rows][n]. */
+struct npy { char *name; int n, rows; };
+
+/* Which experts were chosen.  A pass is at most n_batch positions in a row, so
+ * their remainders tell them apart. */
+struct routing {
+    FILE *csv;                            /* NULL: a summary instead         */
+    int n_batch, n_tokens;
+    float *bias;                          /* [n_layer][n_expert]             */
+    float *logits;                        /* [n_batch][n_expert], one layer  */
+    float *chosen;                        /* [n_batch][n_expert_used]        */
+    struct text *lines;                   /* [n_batch], until the last layer */
+    int *count;                           /* [n_layer][n_expert] choices     */
+    int *latest;                          /* the same: who was the last      */
+    int *again;                           /* [n_layer] by two in a row       */
+};
+
+struct trace {
+    const struct settings *s;
+    const lfm2_config *c;
+    int code;                             /* DONE until something fails      */
+    int first, last;                      /* positions to be shown           */
+    FILE *records;
+    struct text line, bytes;              /* a record, and its numbers       */
+    FILE *array;                          /* of npy[at], the one that is open*/
+    struct npy *npy;
+    int n_npy, at;
+    struct text path;
+    struct routing r;
+};
+
+/* ---- records */
+
+static void add_number(struct text *to, const char *name, double x)
+{
+    add_string(to, name);
+    if (x != x)
+        add_string(to, "\"nan\"");
+    else if (x - x != 0)
+        add_string(to, x > 0 ? "\"inf\"" : "\"-inf\"");
+    else
+        add_format(to, "%.9g", x);
+}
+
+static void add_numbers(struct text *to, const char *name, const float *x,
+                        int n)
+{
+    add_string(to, name);
+    for (int i = 0; i < n; i++)
+        add_number(to, i ? "," : "[", (double)x[i]);
+    add_string(to, "]");
+}
+
+/* One that is no number is the smallest and the largest. */
+static void add_statistics(struct text *to, const float *x, int n)
+{
+    float min = x[0], max = x[0];
+    double sum = 0, squares = 0;
+
+    for (int i = 0; i < n; i++) {
+        min = x[i] < min || x[i] != x[i] ? x[i] : min;
+        max = x[i] > max || x[i] != x[i] ? x[i] : max;
+        sum += (double)x[i];
+        squares += (double)x[i] * (double)x[i];
+    }
+    add_number(to, ",\"min\":", (double)min);
+    add_number(to, ",\"max\":", (double)max);
+    add_number(to, ",\"mean\":", sum / n);
+    add_number(to, ",\"l2\":", sqrt(squares));
+}
+
+static void write_to(struct trace *t, FILE *f, const char *path,
+                     const struct text *what)
+{
+    if (what->failed)
+        t->code = say(NO_MEMORY, "%s: no memory for a record", path);
+    else if (fwrite(what->s, 1, what->n, f) != what->n)
+        t->code = say(BAD_FILE, "%s: %s", path, strerror(errno));
+}
+
+static void write_record(struct trace *t, const lfm2_activation *a)
+{
+    const int few = a->n < 4 ? a->n : 4;
+    struct sha256 sum = sha256_start;
+    char hex[65];
+
+    sha256_add(&sum, t->bytes.s, t->bytes.n);
+    sha256_hex(sum, hex);
+    t->line.n = 0;
+    add_format(&t->line, "{\"name\":\"%s\",\"pos\":%d", a->name, a->pos);
+    if (strcmp(a->name, "model.embed_tokens") == 0)
+        add_format(&t->line, ",\"token\":%ld", (long)a->token);
+    add_format(&t->line, ",\"shape\":[%d]", a->n);
+    add_numbers(&t->line, ",\"first\":", a->x, few);
+    add_numbers(&t->line, ",\"last\":", a->x + a->n - few, few);
+    add_statistics(&t->line, a->x, a->n);
+    add_format(&t->line, ",\"sha256\":\"%s\"}\n", hex);
+    write_to(t, t->records, t->s->trace, &t->line);
+}
+
+static void write_head(struct trace *t, const struct engine *e)
+{
+    size_t n = 0;
+    const char *arch = lfm2_model_string(e->model, "general.architecture", &n);
+
+    add_format(&t->line, "{\"trace\":1,\"program\":\"lfm2.c %s\",\"arch\":"
+               "\"%.*s\",\"model_hash\":\"%016llx\",", lfm2_version(), (int)n,
+               arch ? arch : "", (unsigned long long)lfm2_model_hash(e->model));
+    add_format(&t->line, "\"n_layer\":%d,\"n_embd\":%d,\"n_vocab\":%d,\"kv\":"
+               "\"%s\"}\n", t->c->n_layer, t->c->n_embd, t->c->n_vocab,
+               kv_name(e->par.kv_type));
+    write_to(t, t->records, t->s->trace, &t->line);
+}
+
+/* ---- arrays, in NumPy's format 1.0
+ *
+ * A head of 128 bytes says how many rows follow, so it is written when they are
+ * there.  One file is open at a time: the tokens of a module come one after the
+ * other. */
+
+static void close_array(struct trace *t)
+{
+    const struct npy *a = &t->npy[t->at];
+    char head[129] = "\x93NUMPY\1\0v", about[100];  /* v: 118 bytes follow */
+    FILE *f = t->array;
+
+    if (!f)
+        return;
+    t->array = NULL;
+    snprintf(about, sizeof about, "{'descr': '<f4', 'fortran_order': False, "
+             "'shape': (%d, %d), }", a->rows, a->n);
+    snprintf(head + 10, sizeof head - 10, "%-117s\n", about);
+    if (fseek(f, 0, SEEK_SET) != 0 || fwrite(head, 1, 128, f) != 128 ||
+        ferror(f))
+        t->code = say(BAD_FILE, "%s: %s", t->path.s, strerror(errno));
+    t->code = finish_file(f, t->path.s, t->code);
+}
+
+/* The number of the array of that name, which may be a new one; or -1. */
+static int find_array(struct trace *t, const lfm2_activation *a)
+{
+    struct npy *more;
+    int i = 0;
+
+    while (i < t->n_npy && strcmp(t->npy[i].name, a->name) != 0)
+        i++;
+    if (i < t->n_npy)
+        return i;
+    more = realloc(t->npy, ((size_t)i + 1) * sizeof *more);
+    if (!more)
+        return -1;
+    t->npy = more;
+    more[i] = (struct npy){ malloc(strlen(a->name) + 1), a->n, 0 };
+    if (!more[i].name)
+        return -1;
+    strcpy(more[i].name, a->name);
+    return t->n_npy++;
+}
+
+static void open_array(struct trace *t, const lfm2_activation *a)
+{
+    const int i = find_array(t, a);
+
+    t->path.n = 0;
+    add_string(&t->path, t->s->trace_npy);
+    add_format(&t->path, "/%s.npy", a->name);
+    if (i < 0 || t->path.failed) {
+        t->code = say(NO_MEMORY, "%s: no memory", t->s->trace_npy);
+        return;
+    }
+    t->at = i;
+    t->array = fopen(t->path.s, t->npy[i].rows ? "r+b" : "wb");
+    if (!t->array || fseek(t->array, t->npy[i].rows ? 0 : 128,
+                           t->npy[i].rows ? SEEK_END : SEEK_SET) != 0)
+        t->code = say(BAD_FILE, "%s: %s", t->path.s, strerror(errno));
+}
+
+static void write_array(struct trace *t, const lfm2_activation *a)
+{
+    if (t->array && strcmp(t->npy[t->at].name, a->name) != 0)
+        close_array(t);
+    if (!t->array && t->code == DONE)
+        open_array(t, a);
+    if (t->code != DONE)
+        return;
+    write_to(t, t->array, t->path.s, &t->bytes);
+    t->npy[t->at].rows++;
+}
+
+static void note_values(struct trace *t, const lfm2_activation *a)
+{
+    int wanted = t->s->trace_filter.n == 0;
+
+    for (int i = 0; i < t->s->trace_filter.n; i++)
+        wanted |= fnmatch(t->s->trace_filter.v[i], a->name, 0) == 0;
+    if (!wanted || a->pos < t->first || a->pos > t->last)
+        return;
+    t->bytes.n = 0;
+    for (int i = 0; i < a->n; i++)
+        add_le(&t->bytes, float_bits(a->x[i]), 4);
+    if (t->bytes.failed)
+        t->code = say(NO_MEMORY, "%s: no memory", t->s->trace);
+    if (t->code == DONE)
+        write_record(t, a);
+    if (t->code == DONE && t->s->trace_npy)
+        write_array(t, a);
+}
+
+/* ---- experts */
+
+static int name_ends(const char *s, const char *end)
+{
+    const size_t n = strlen(s), k = strlen(end);
+
+    return n >= k && strcmp(s + n - k, end) == 0;
+}
+
+/* A line for each choice of a token in a layer; those of a pass are held back
+ * until its last layer, so that they come out by position. */
+static void note_choices(struct trace *t, const lfm2_activation *a, int row)
+{
+    const struct routing *r = &t->r;
+    const float *logits = r->logits + (size_t)row * t->c->n_expert;
+    const float *bias = r->bias + (size_t)a->layer * t->c->n_expert;
+    struct text *to = &r->lines[row];
+
+    for (int i = 0; i < a->n; i++) {
+        const int e = (int)r->chosen[row * t->c->n_expert_used + i];
+        add_format(to, "%d,%ld,%d,%d,%d,", a->pos, (long)a->token, a->layer, i,
+                   e);
+        add_format(to, "%.9g,%.9g,%.9g\n",
+                   (double)(float)(1 / (1 + exp(-(double)logits[e]))),
+                   (double)bias[e], (double)a->x[i]);
+    }
+    if (a->layer < t->c->n_layer - 1)
+        return;
+    write_to(t, r->csv, t->s->experts, to);
+    to->n = 0;
+}
+
+static void count_choices(struct trace *t, const lfm2_activation *a)
+{
+    struct routing *r = &t->r;
+
+    for (int i = 0; i < a->n; i++) {
+        const size_t e = (size_t)a->layer * t->c->n_expert + (size_t)a->x[i];
+        r->count[e]++;
+        r->again[a->layer] += r->latest[e] == a->pos + 1;
+        r->latest[e] = a->pos + 2;
+    }
+    r->n_tokens += a->layer == t->c->n_layer - 1;
+}
+
+static void note_routing(struct trace *t, const lfm2_activation *a)
+{
+    const int row = a->pos % t->r.n_batch;
+    float *logits = t->r.logits + (size_t)row * t->c->n_expert;
+    float *chosen = t->r.chosen + (size_t)row * t->c->n_expert_used;
+
+    if (name_ends(a->name, ".feed_forward.gate")) {
+        memcpy(logits, a->x, (size_t)a->n * sizeof *logits);
+    } else if (name_ends(a->name, ".feed_forward.selected_experts")) {
+        memcpy(chosen, a->x, (size_t)a->n * sizeof *chosen);
+        count_choices(t, a);
+    } else if (name_ends(a->name, ".feed_forward.routing_weights") &&
+               t->r.csv) {
+        note_choices(t, a, row);
+    }
+}
+
+/* The load of an expert, 1 for an even share. */
+static char heat(double load)
+{
+    return load <= 0 ? ' ' : load < 0.25 ? '.' : load < 0.5 ? ':' :
+           load < 1 ? '-' : load < 2 ? '+' : load < 4 ? '*' : '#';
+}
+
+static void print_layer(const struct trace *t, int il)
+{
+    const int n = t->c->n_expert, used = t->c->n_expert_used;
+    const int *count = t->r.count + (size_t)il * n;
+    const double all = (double)t->r.n_tokens * used;
+    double entropy = 0;
+    int unused = 0;
+
+    printf("%5d  |", il);
+    for (int e = 0; e < n; e++) {
+        const double p = count[e] / all;
+        putchar(heat(p * n));
+        entropy -= p > 0 ? p * log2(p) : 0;
+        unused += count[e] == 0;
+    }
+    printf("|  %5.2f  %6d", entropy, unused);
+    if (t->r.n_tokens > 1)
+        printf("  %4.0f%%", 100.0 * t->r.again[il] / (all - used));
+    putchar('\n');
+}
+
+/* How the load is shared, and how often the expert of a token is that of the
+ * one before, whose weights are still near. */
+static void print_routing(const struct trace *t)
+{
+    const int n = t->c->n_expert;
+
+    printf("%d tokens, each with %d of %d experts in a layer.  Load, 1 for an "
+           "even share:\nblank 0, . less than 1/4, : 1/2, - 1, + 2, * 4, # "
+           "more.  Entropy is %.2f if it is even;\nagain: of the experts of a "
+           "token, those that the one before had, too.\n\n",
+           t->r.n_tokens, t->c->n_expert_used, n, log2(n));
+    printf("layer  |%-*s|  entropy  unused  again\n", n, "experts");
+    for (int il = t->c->n_layer_dense; t->r.n_tokens > 0 && il < t->c->n_layer;
+         il++)
+        print_layer(t, il);
+}
+
+/* ---- from the first token to the last */
+
+static void note_activation(void *user, const lfm2_activation *a)
+{
+    struct trace *t = user;
+
+    if (t->code == DONE && t->records)
+        note_values(t, a);
+    if (t->code == DONE && t->s->experts)
+        note_routing(t, a);
+}
+
+/* The i-th of a tensor's numbers, if it is in floats. */
+static float tensor_number(const lfm2_tensor_info *of, size_t i)
+{
+    uint32_t bits = 0;
+    float x;
+
+    if (strcmp(of->type, "F32") == 0)
+        bits = (uint32_t)get_le(of->data + 4 * i, 4);
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static void read_biases(struct trace *t, const lfm2_model *m)
+{
+    lfm2_tensor_info info;
+
+    for (int i = 0; lfm2_model_tensor(m, i, &info) == LFM2_OK; i++)
+        if (name_ends(info.name, ".exp_probs_b.bias")) {
+            const size_t il = (size_t)atoi(info.name + 4);
+            for (size_t e = 0; e < info.dims[0]; e++)
+                t->r.bias[il * t->c->n_expert + e] = tensor_number(&info, e);
+        }
+}
+
+static int open_routing(struct trace *t, const struct engine *e)
+{
+    const size_t n_layer = (size_t)t->c->n_layer;
+    const size_t n = (size_t)t->c->n_expert;
+    const size_t n_batch = (size_t)lfm2_context_params(e->ctx).n_batch;
+    struct routing *r = &t->r;
+
+    if (n == 0)
+        return say(USAGE, "--experts: %s has none", t->s->model);
+    r->n_batch = (int)n_batch;
+    r->bias = calloc(n_layer * n, sizeof *r->bias);
+    r->logits = calloc(n_batch * n, sizeof *r->logits);
+    r->chosen = calloc(n_batch * n, sizeof *r->chosen);
+    r->lines = calloc(n_batch, sizeof *r->lines);
+    r->count = calloc(n_layer * n, sizeof *r->count);
+    r->latest = calloc(n_layer * n, sizeof *r->latest);
+    r->again = calloc(n_layer, sizeof *r->again);
+    if (!r->bias || !r->logits || !r->chosen || !r->lines || !r->count ||
+        !r->latest || !r->again)
+        return say(NO_MEMORY, "--experts: no memory");
+    read_biases(t, e->model);
+    if (strcmp(t->s->experts, "-") == 0)
+        return DONE;
+    r->csv = create_file(t->s->experts);
+    if (!r->csv)
+        return BAD_FILE;
+    fputs("position,token,layer,rank,expert,score,bias,weight\n", r->csv);
+    return DONE;
+}
+
+static int open_records(struct trace *t, const struct engine *e)
+{
+    const struct settings *s = t->s;
+
+    if (s->trace_tokens)
+        parse_range(s->trace_tokens, &t->first, &t->last);
+    if (s->trace_npy && mkdir(s->trace_npy, 0777) != 0 && errno != EEXIST)
+        return say(BAD_FILE, "%s: %s", s->trace_npy, strerror(errno));
+    t->records = create_file(s->trace);
+    if (!t->records)
+        return BAD_FILE;
+    write_head(t, e);
+    return t->code;
+}
+
+static int open_trace(struct engine *e)
+{
+    const struct settings *s = e->s;
+    lfm2_error err;
+    int code = DONE;
+
+    if (!s->trace && !s->experts)
+        return DONE;
+    e->trace = calloc(1, sizeof *e->trace);
+    if (!e->trace)
+        return say(NO_MEMORY, "no memory for a trace");
+    *e->trace = (struct trace){ .s = s, .c = lfm2_model_config(e->model),
+                                .last = INT_MAX };
+    if (s->experts)
+        code = open_routing(e->trace, e);
+    if (code == DONE && s->trace)
+        code = open_records(e->trace, e);
+    if (code == DONE && lfm2_trace(e->ctx, note_activation, e->trace, &err) !=
+        LFM2_OK)
+        code = report(s->model, &err);
+    return code;
+}
+
+static void free_trace(struct trace *t)
+{
+    for (int i = 0; i < t->n_npy; i++)
+        free(t->npy[i].name);
+    for (int i = 0; t->r.lines && i < t->r.n_batch; i++)
+        free(t->r.lines[i].s);
+    free(t->npy);
+    free(t->line.s);
+    free(t->bytes.s);
+    free(t->path.s);
+    free(t->r.bias);
+    free(t->r.logits);
+    free(t->r.chosen);
+    free(t->r.lines);
+    free(t->r.count);
+    free(t->r.latest);
+    free(t->r.again);
+    free(t);
+}
+
+/* What was to be written is there, or `code` and a message say why not. */
+static int close_trace(struct engine *e, int code)
+{
+    struct trace *t = e->trace;
+
+    if (!t)
+        return code;
+    lfm2_trace(e->ctx, NULL, NULL, NULL);
+    close_array(t);
+    code = code == DONE ? t->code : code;
+    if (t->records)
+        code = finish_file(t->records, t->s->trace, code);
+    if (t->r.csv)
+        code = finish_file(t->r.csv, t->s->experts, code);
+    else if (t->s->experts && (code == DONE || code == INTERRUPTED))
+        print_routing(t);
+    free_trace(t);
+    e->trace = NULL;
+    return code;
+}
+
+/* ------------------------------------------------------------ 11. An answer
  *
  * A request is tokens to read and how to go on; a reply is what comes of it,
  * and grows token by token.  step() moves any number of replies on by one
@@ -3895,7 +4529,7 @@ static int forward(const struct engine *e, const lfm2_span *spans, int n)
     lfm2_error err;
 
     if (lfm2_forward(e->ctx, spans, n, &err) == LFM2_OK)
-        return DONE;
+        return e->trace ? e->trace->code : DONE;
     if (err.code == LFM2_ECANCELLED)
         return INTERRUPTED;
     return report(e->s->ids ? e->s->ids : e->s->model, &err);
@@ -3957,7 +4591,7 @@ static int make_request(const struct engine *e, struct request *q)
     return DONE;
 }
 
-/* ------------------------------------------------------ 11. A conversation
+/* ------------------------------------------------------ 12. A conversation
  *
  * Its messages are JSON as OpenAI's clients send it, wherever they come from:
  * -p and -sys are two of them, --messages brings all. */
@@ -4592,7 +5226,7 @@ static int keep_answer(struct talk *t)
     return code;
 }
 
-/* ------------------------------------------------------------ 12. Sessions
+/* ------------------------------------------------------------ 13. Sessions
  *
  * What --session keeps between runs, all little-endian:
  *
@@ -4869,7 +5503,7 @@ static int answer_once(struct talk *t)
     return save_session(t) == DONE ? code : BAD_FILE;
 }
 
-/* ----------------------------------------------------------------- 13. Chat
+/* ----------------------------------------------------------------- 14. Chat
  *
  * Line by line, at a terminal or, with -cnv, from a pipe, where no prompt is
  * shown.  Each turn renders the whole conversation; what the cache has of it is
@@ -5161,7 +5795,10 @@ static int answer(struct talk *t, int chats)
 
     catch_interrupt();
     if (code == DONE)
+        code = open_trace(t->e);
+    if (code == DONE)
         code = s->logits ? write_logits(t) : chats ? chat(t) : answer_once(t);
+    code = close_trace(t->e, code);
     signal(SIGINT, SIG_DFL);
     return code == INTERRUPTED ? 128 + (int)last_signal : code;
 }
@@ -5197,7 +5834,7 @@ static int work_on_model(const struct settings *s)
     return code;
 }
 
-/* -------------------------------------------------------------- 14. --batch
+/* -------------------------------------------------------------- 15. --batch
  *
  * JSON lines in, JSON lines out, in the same order.  A line is an OpenAI batch
  * line {"custom_id", "method", "url", "body"} or a body alone.  Up to
@@ -6220,7 +6857,7 @@ static int batch(const struct settings *s)
     return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
 }
 
-/* ---------------------------------------------------------------- 15. --ppl
+/* ---------------------------------------------------------------- 16. --ppl
  *
  * How well a model foresees a text, measured as llama-perplexity does, so that
  * the figures can be compared.  The text is cut into windows of n_ctx tokens,
@@ -6720,7 +7357,7 @@ static int perplexity(const struct settings *s)
     return code;
 }
 
-/* -------------------------------------------------------------- 16. --bench
+/* -------------------------------------------------------------- 17. --bench
  *
  * The tests, names and table of llama-bench, and beside every figure how much
  * of the machine it makes use of.  Generating reads all weights for each token,
@@ -7380,7 +8017,7 @@ static int bench(const struct settings *s)
     return code;
 }
 
-/* ----------------------------------------------------------- 17. --selftest
+/* ----------------------------------------------------------- 18. --selftest
  *
  * Is this build right on this machine?  No file is needed: a small model of
  * every weight type is made here, of random numbers that are the same
@@ -7848,7 +8485,7 @@ static int selftest(void)
     return t.failed ? SELFTEST_FAILED : DONE;
 }
 
-/* --------------------------------------------------------------- 18. main */
+/* --------------------------------------------------------------- 19. main */
 
 int main(int argc, char **argv)
 {

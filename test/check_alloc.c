@@ -210,6 +210,32 @@ static int open_context(lfm2_error *err)
     return code;
 }
 
+static void look(void *user, const lfm2_activation *a)
+{
+    *(int *)user += a->n;
+}
+
+/* The second time, there is memory already. */
+static int trace_pass(lfm2_error *err)
+{
+    static const int32_t token = 1;
+    const lfm2_params p = { .n_ctx = 8, .n_seq = 1, .n_batch = 8,
+                            .n_logits = 1, .n_threads = 1 };
+    const lfm2_span span = { 0, &token, 1, 1 };
+    lfm2_context *ctx;
+    int code = lfm2_context_open(&ctx, model, &p, err), seen = 0;
+
+    if (code != LFM2_OK)
+        return code;
+    code = lfm2_trace(ctx, look, &seen, err);
+    ck_assert(lfm2_forward(ctx, &span, 1, NULL) == LFM2_OK);
+    ck_assert((seen > 0) == (code == LFM2_OK));
+    if (code == LFM2_OK)
+        ck_assert(lfm2_trace(ctx, look, NULL, err) == LFM2_OK);
+    lfm2_context_close(ctx);
+    return code;
+}
+
 /* These two have a code but no sentence. */
 static int encode(lfm2_error *err)
 {
@@ -245,6 +271,7 @@ static const struct {
     { "a tokenizer from a file", open_words_file, 10 },
     { "a tokenizer from a tokenizer.bin", open_exported_words, 8 },
     { "a context", open_context, 4 },
+    { "a trace", trace_pass, 5 },
     { "a text", encode, 1 },
     { "a conversation", chat, 2 }
 };

@@ -120,7 +120,7 @@ START_TEST(steps_of_a_convolution)
     enum { N = 96, TAPS = 6 };
     const struct isa *isa = isa_or_none(_i);
     uint64_t rng = 4;
-    float w[TAPS * N], in[3 * N], win[2][TAPS * N], y[2][UNIT];
+    float w[TAPS * N], in[3 * N], win[2][TAPS * N], x[2][UNIT], y[2][UNIT];
 
     for (int l_cache = 2; isa && l_cache <= TAPS; l_cache++) {
         fill(w, COUNT(w), &rng);
@@ -128,10 +128,12 @@ START_TEST(steps_of_a_convolution)
         memcpy(win[1], win[0], sizeof win[0]);
         for (int t = 0; t < 20; t++) {
             fill(in, COUNT(in), &rng);
-            isa->conv_step(y[0], win[0] + 32, w + 32, in, in + N, in + 2 * N,
-                           l_cache, N);
-            conv_step(y[1], win[1] + 32, w + 32, in, in + N, in + 2 * N,
-                      l_cache, N);
+            memcpy(x[0], in + 2 * N, sizeof x[0]);
+            memcpy(x[1], in + 2 * N, sizeof x[1]);
+            isa->conv_step(y[0], win[0] + 32, w + 32, in, in + N, x[0], l_cache,
+                           N);
+            conv_step(y[1], win[1] + 32, w + 32, in, in + N, x[1], l_cache, N);
+            EXPECT(memcmp(x[0], x[1], sizeof x[0]) == 0);
             EXPECT(memcmp(y[0], y[1], sizeof y[0]) == 0);
             EXPECT(memcmp(win[0], win[1], sizeof win[0]) == 0);
         }

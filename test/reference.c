@@ -2,6 +2,7 @@
 #include "reference.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -212,6 +213,8 @@ struct model {
     int n_layer, n_embd, n_head, head_dim, l_cache;
     int n_expert, n_used, n_dense;
     double eps, theta, scale;
+    ref_show_fn *show;                    /* or NULL                         */
+    void *user;
 };
 
 struct matrix { uint32_t type; int cols, rows; const uint8_t *data; };
@@ -350,6 +353,18 @@ static double *new_doubles(size_t n)
     return p;
 }
 
+/* Tell of x, [n_tokens][n]. */
+static void show(const struct model *m, int il, const char *module,
+                 const double *x, int n_tokens, int n)
+{
+    char name[80];
+
+    snprintf(name, sizeof name, "model.layers.%d%s%s", il, *module ? "." : "",
+             module);
+    for (int t = 0; m->show && t < n_tokens; t++)
+        m->show(m->user, il < 0 ? module : name, t, x + (size_t)t * n, n);
+}
+
 /* The weights of rows first .. first+n-1, [n][cols]. */
 static double *weights(struct matrix w, int first, int n)
 {
@@ -398,8 +413,9 @@ static double *short_conv(const struct model *m, int il, const double *x, int n)
     double *w = weights(find_in(m, il, "shortconv.conv.weight"), 0, d);
     double *mixed = new_doubles((size_t)n * d), *y;
 
+    show(m, il, "conv.in_proj", bcx, n, 3 * d);
     for (int t = 0; t < n; t++)
-        for (int i = 0; i < d; i++) {
+        for (int i = 0; i < d; i++)
             for (int k = 0; k < taps; k++) {
                 int from = t - (taps - 1) + k;
                 if (from < 0)
@@ -407,9 +423,12 @@ static double *short_conv(const struct model *m, int il, const double *x, int n)
                 const double *u = bcx + (size_t)from * 3 * d;
                 mixed[t * d + i] += w[i * taps + k] * u[i] * u[2 * d + i];
             }
+    show(m, il, "conv.conv", mixed, n, d);
+    for (int t = 0; t < n; t++)
+        for (int i = 0; i < d; i++)
             mixed[t * d + i] *= bcx[(size_t)t * 3 * d + d + i];
-        }
     y = project(find_in(m, il, "shortconv.out_proj.weight"), 0, d, mixed, n);
+    show(m, il, "conv.out_proj", y, n, d);
     free(bcx);
     free(w);
     free(mixed);
@@ -464,8 +483,13 @@ static double *attention(const struct model *m, int il, int n_kv,
     double *v = project(wv, fused.cols ? nq + nk : 0, nk, x, n);
     double *o = new_doubles((size_t)n * nq), *y;
 
+    show(m, il, "self_attn.q_proj", q, n, nq);
+    show(m, il, "self_attn.k_proj", k, n, nk);
+    show(m, il, "self_attn.v_proj", v, n, nk);
     norm(q, q, find_in(m, il, "attn_q_norm.weight"), n * m->n_head, m->eps);
     norm(k, k, find_in(m, il, "attn_k_norm.weight"), n * n_kv, m->eps);
+    show(m, il, "self_attn.q_layernorm", q, n, nq);
+    show(m, il, "self_attn.k_layernorm", k, n, nk);
     rotate(m, q, m->n_head, n);
     rotate(m, k, n_kv, n);
     for (int t = 0; t < n; t++)
@@ -475,6 +499,7 @@ static double *attention(const struct model *m, int il, int n_kv,
                       v + shared, t + 1, nk, dim);
         }
     y = project(find_in(m, il, "attn_output.weight"), 0, m->n_embd, o, n);
+    show(m, il, "self_attn.out_proj", y, n, m->n_embd);
     free(q);
     free(k);
     free(v);
@@ -482,16 +507,35 @@ static double *attention(const struct model *m, int il, int n_kv,
     return y;
 }
 
-/* down (silu(gate x) * up x), expert e of tensors that stack several. */
-static double *network(struct matrix gate, struct matrix up, struct matrix down,
-                       int e, int ff, int d, const double *x, int n)
-{
-    double *g = project(gate, e * ff, ff, x, n);
-    double *u = project(up, e * ff, ff, x, n), *y;
+/* The three matrices of a network, or of all experts. */
+struct three { struct matrix gate, up, down; };
 
+static void show_matrix(const struct model *m, int il, int e, const char *w,
+                        const double *x, int n_tokens, int n)
+{
+    char module[48];
+
+    if (e < 0)
+        snprintf(module, sizeof module, "feed_forward.%s", w);
+    else
+        snprintf(module, sizeof module, "feed_forward.experts.%d.%s", e, w);
+    show(m, il, module, x, n_tokens, n);
+}
+
+/* down (silu(gate x) * up x), expert e if there are several; -1: the only. */
+static double *network(const struct model *m, int il, const struct three *w,
+                       int e, int ff, const double *x, int n)
+{
+    const int d = m->n_embd, at = e < 0 ? 0 : e;
+    double *g = project(w->gate, at * ff, ff, x, n);
+    double *u = project(w->up, at * ff, ff, x, n), *y;
+
+    show_matrix(m, il, e, "w1", g, n, ff);
+    show_matrix(m, il, e, "w3", u, n, ff);
     for (int i = 0; i < n * ff; i++)
         g[i] = g[i] / (1 + exp(-g[i])) * u[i];
-    y = project(down, e * d, d, g, n);
+    y = project(w->down, at * d, d, g, n);
+    show_matrix(m, il, e, "w2", y, n, d);
     free(g);
     free(u);
     return y;
@@ -519,26 +563,29 @@ static void choose(const struct model *m, const double *s, const double *bias,
 static double *experts(const struct model *m, int il, const double *x, int n)
 {
     const int d = m->n_embd, n_expert = m->n_expert;
-    struct matrix gate = find_in(m, il, "ffn_gate_exps.weight");
-    struct matrix up = find_in(m, il, "ffn_up_exps.weight");
-    struct matrix down = find_in(m, il, "ffn_down_exps.weight");
+    const struct three w = { find_in(m, il, "ffn_gate_exps.weight"),
+                             find_in(m, il, "ffn_up_exps.weight"),
+                             find_in(m, il, "ffn_down_exps.weight") };
     double *s = project(find_in(m, il, "ffn_gate_inp.weight"), 0, n_expert, x,
                         n);
     double *bias = weights(find_in(m, il, "exp_probs_b.bias"), 0, 1);
     double *weight = new_doubles((size_t)n * n_expert);
     double *y = new_doubles((size_t)n * d);
 
+    show(m, il, "feed_forward.gate", s, n, n_expert);
     for (int i = 0; i < n * n_expert; i++)
         s[i] = 1 / (1 + exp(-s[i]));
     for (int t = 0; t < n; t++)
         choose(m, s + t * n_expert, bias, weight + t * n_expert);
     for (int e = 0; e < n_expert; e++) {
-        double *out = network(gate, up, down, e, gate.rows / n_expert, d, x, n);
+        double *out = network(m, il, &w, e, w.gate.rows / n_expert, x, n);
         for (int t = 0; t < n; t++)
             for (int i = 0; i < d; i++)
                 y[t * d + i] += weight[t * n_expert + e] * out[t * d + i];
         free(out);
     }
+    show(m, il, "feed_forward.all_weights", weight, n, n_expert);
+    show(m, il, "feed_forward", y, n, d);
     free(s);
     free(bias);
     free(weight);
@@ -548,13 +595,12 @@ static double *experts(const struct model *m, int il, const double *x, int n)
 static double *feed_forward(const struct model *m, int il, const double *x,
                             int n)
 {
-    struct matrix gate = find_in(m, il, "ffn_gate.weight");
+    const struct three w = { find_in(m, il, "ffn_gate.weight"),
+                             find_in(m, il, "ffn_up.weight"),
+                             find_in(m, il, "ffn_down.weight") };
 
-    if (!gate.cols)
-        return experts(m, il, x, n);
-    return network(gate, find_in(m, il, "ffn_up.weight"),
-                   find_in(m, il, "ffn_down.weight"), 0, gate.rows, m->n_embd,
-                   x, n);
+    return w.gate.cols ? network(m, il, &w, -1, w.gate.rows, x, n)
+                       : experts(m, il, x, n);
 }
 
 static void add_to(double *x, double *y, size_t n)
@@ -565,6 +611,12 @@ static void add_to(double *x, double *y, size_t n)
 }
 
 void ref_logits(const uint8_t *file, const int32_t *tokens, int n, double *out)
+{
+    ref_trace(file, tokens, n, out, NULL, NULL);
+}
+
+void ref_trace(const uint8_t *file, const int32_t *tokens, int n, double *out,
+               ref_show_fn *fn, void *user)
 {
     struct model m = read_model(file);
     const size_t size = (size_t)n * m.n_embd;
@@ -578,17 +630,25 @@ void ref_logits(const uint8_t *file, const int32_t *tokens, int n, double *out)
         memcpy(x + (size_t)t * m.n_embd, row, (size_t)m.n_embd * sizeof *x);
         free(row);
     }
+    m.show = fn;
+    m.user = user;
+    show(&m, -1, "model.embed_tokens", x, n, m.n_embd);
     for (int il = 0; il < m.n_layer; il++) {
         int n_kv = (int)number(&m, ".head_count_kv", (uint64_t)il, m.n_head);
 
         norm(h, x, find_in(&m, il, "attn_norm.weight"), n, m.eps);
+        show(&m, il, "operator_norm", h, n, m.n_embd);
         add_to(x, n_kv ? attention(&m, il, n_kv, h, n)
                        : short_conv(&m, il, h, n), size);
         norm(h, x, find_in(&m, il, "ffn_norm.weight"), n, m.eps);
+        show(&m, il, "ffn_norm", h, n, m.n_embd);
         add_to(x, feed_forward(&m, il, h, n), size);
+        show(&m, il, "", x, n, m.n_embd);
     }
     norm(h, x, last.cols ? last : find(&m, "output_norm.weight"), n, m.eps);
+    show(&m, -1, "model.embedding_norm", h, n, m.n_embd);
     logits = project(output.cols ? output : embd, 0, embd.rows, h, n);
+    show(&m, -1, "lm_head", logits, n, embd.rows);
     memcpy(out, logits, (size_t)n * embd.rows * sizeof *out);
     free(logits);
     free(x);

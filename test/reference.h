@@ -17,6 +17,14 @@ int ref_n_vocab(const uint8_t *file);
 void ref_logits(const uint8_t *file, const int32_t *tokens, int n,
                 double *out);
 
+/* The same, telling of every activation on the way, [n] of token t, under the
+ * name that lfm2_trace() has for it; of experts, whether chosen or not; and of
+ * "feed_forward.all_weights", [n_expert], 0 for those that are not chosen. */
+typedef void ref_show_fn(void *user, const char *name, int t, const double *x,
+                         int n);
+void ref_trace(const uint8_t *file, const int32_t *tokens, int n, double *out,
+               ref_show_fn *fn, void *user);
+
 /* The n weights in the blocks at p, of a GGUF weight type: out[n]. */
 void ref_weights(uint32_t type, const uint8_t *p, size_t n, double *out);
 

@@ -1,0 +1,328 @@
+#!/usr/bin/env python3
+"""compare_trace.py - where do two computations of the same model part?
+
+    python3 scripts/compare_trace.py A.jsonl B.jsonl [--bound X] [--all] [--npy A_DIR B_DIR]
+
+A and B are traces of the same tokens, from `run --trace`: one record for every module and
+position.  Records are paired by module and position; the table says for every module at which
+position it is furthest off, in the order of computation.  The last line names the first module
+that differs by more than the bound.  All that comes before it agrees, so the error is there.
+
+The distance is the largest |a - b| of the values both records tell of (the first, the last,
+smallest, largest, mean and root mean square), over the root mean square of the vector.  None of
+them can be further apart than some two elements are, so it never says too much, but may say too
+little; with --npy, the folders of --trace-npy, it is the largest of all elements.  Equal SHA-256
+is no distance.
+
+The bound of 1e-3 lies between what rounding does and what errors do: sums of float32 in another
+order part by 1e-6 to 1e-5, a wrong formula by 1e-2 or more.  Keys and values rounded to f16, or
+activations to int8, are above it: trace an F32 model with --kv f32, or give a larger bound.
+
+Exit status: 0 nothing differs, 1 something does, 2 the input cannot be compared.
+"""
+import argparse
+import array
+import ast
+import collections
+import json
+import math
+import os
+import re
+import struct
+import sys
+
+BOUND = 1e-3
+
+
+class Unreadable(Exception):
+    """One sentence: the thing, what was found, what was expected."""
+
+
+# ------------------------------------------------------------------- the order
+
+# Of what a layer computes.  Module after module, whatever the trace's own order,
+# which follows the batches: the first of these that differs has only inputs that
+# do not.
+ORDER = {name: i for i, name in enumerate(
+    "operator_norm conv.in_proj conv.conv conv.out_proj self_attn.q_proj self_attn.k_proj "
+    "self_attn.v_proj self_attn.q_layernorm self_attn.k_layernorm self_attn.out_proj ffn_norm "
+    "feed_forward.gate feed_forward.selected_experts feed_forward.routing_weights "
+    "feed_forward.w1 feed_forward.w3 feed_forward.w2 feed_forward.experts.*.w1 "
+    "feed_forward.experts.*.w3 feed_forward.experts.*.w2".split())}
+ORDER.update({"feed_forward": 101, "": 102})               # after names not known here
+UNKNOWN = 100
+LAST = {"model.embedding_norm": 1, "lm_head": 2}           # after the layers
+
+LAYER = re.compile(r"model\.layers\.(\d+)(?:\.(.*))?$")
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+def place(name):
+    """A key to sort by: layer, place in the layer, name or expert."""
+    m = LAYER.match(name)
+    if not m:
+        return (math.inf, LAST[name], name, 0) if name in LAST else (-1, 0, name, 0)
+    expert = EXPERT.search(name)
+    rest = EXPERT.sub(".experts.*.", m.group(2) or "")
+    rank = ORDER.get(rest, UNKNOWN)
+    return int(m.group(1)), rank, rest, int(expert.group(1)) if expert else 0
+
+
+# --------------------------------------------------------------------- reading
+
+# What is compared of a record.  l2 becomes the root mean square.
+Record = collections.namedtuple("Record", "shape values rms sha256 row")
+
+
+def number(x):
+    return float(x)                            # also of "nan", "inf" and "-inf"
+
+
+def make_record(r, row):
+    shape = [int(n) for n in r["shape"]]
+    rms = number(r["l2"]) / math.sqrt(max(1, math.prod(shape)))
+    values = [number(x) for x in r["first"]] + [number(x) for x in r["last"]]
+    values += [number(r[key]) for key in ("min", "max", "mean")] + [rms]
+    return Record(shape, values, rms, r.get("sha256"), row)
+
+
+class Trace:
+    """header; records: {(name, position, how many times before): Record}; tokens:
+    {(position, how many times before): id}."""
+
+    def __init__(self, path):
+        self.path, self.header, self.records, self.tokens = path, None, {}, {}
+        rows, seen = collections.Counter(), collections.Counter()
+        try:
+            with open(path, encoding="utf-8") as f:
+                for n, line in enumerate(f, 1):
+                    if line.strip():
+                        self.add(line, n, rows, seen)
+        except (OSError, UnicodeDecodeError) as e:
+            raise Unreadable("%s: %s" % (path, getattr(e, "strerror", None) or e))
+        if self.header is None:
+            raise Unreadable("%s: no header, expected {\"trace\":1,...}" % path)
+        if not self.records:
+            raise Unreadable("%s: no record, expected one for every module" % path)
+
+    def add(self, line, n, rows, seen):
+        try:
+            r = json.loads(line)
+            if "trace" in r:                   # the first, or, sorted, the last
+                if r["trace"] != 1:
+                    raise Unreadable("%s: format %s, expected 1" % (self.path, r["trace"]))
+                self.header = r
+                return
+            name, pos = str(r["name"]), int(r["pos"])
+            record = make_record(r, rows[name])
+            token = int(r["token"]) if "token" in r else None
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise Unreadable("%s: line %d is no record of a trace (%s: %s)" %
+                             (self.path, n, type(e).__name__, e))
+        again = seen[name, pos]                # a position that was computed twice
+        self.records[name, pos, again] = record
+        if token is not None:
+            self.tokens[pos, again] = token
+        rows[name] += 1
+        seen[name, pos] += 1
+
+    def title(self):
+        h = self.header
+        return ", ".join([self.path, str(h.get("program", "?"))] +
+                         ["%s %s" % (key.replace("_", " "), h[key])
+                          for key in ("arch", "model_hash", "kv") if key in h])
+
+
+def read_npy(path):
+    """The rows of a file that --trace-npy wrote."""
+    try:
+        with open(path, "rb") as f:
+            head = f.read(10)
+            if head[:8] != b"\x93NUMPY\1\0":
+                raise ValueError("no NumPy file of format 1.0")
+            about = ast.literal_eval(f.read(struct.unpack("<H", head[8:])[0]).decode("latin-1"))
+            data = array.array("f", f.read())
+            if about["descr"] != "<f4" or about["fortran_order"]:
+                raise ValueError("%s, expected <f4 in C order" % about["descr"])
+            rows, columns = about["shape"]
+            if len(data) != rows * columns:
+                raise ValueError("%d values, expected %d x %d" % (len(data), rows, columns))
+    except OSError as e:
+        raise Unreadable("%s: %s" % (path, e.strerror))
+    except (ValueError, KeyError, TypeError, SyntaxError, struct.error) as e:
+        raise Unreadable("%s: %s" % (path, e))
+    if sys.byteorder == "big":
+        data.byteswap()
+    return [data[i * columns:(i + 1) * columns] for i in range(rows)]
+
+
+class Vectors:
+    """The whole vectors of a trace, one file at a time: records come module by module."""
+
+    def __init__(self, folder):
+        self.folder, self.path, self.rows = folder, None, []
+
+    def row(self, name, record):
+        path = os.path.join(self.folder, name + ".npy")
+        if path != self.path:
+            self.path, self.rows = path, read_npy(path)
+        if record.row >= len(self.rows):
+            raise Unreadable("%s: %d rows, but the trace has more records" % (path, len(self.rows)))
+        row = self.rows[record.row]
+        if not all(map(same, row[:4], record.values)):
+            raise Unreadable("%s: row %d is not what the trace has at that place" %
+                             (path, record.row))
+        return row
+
+
+# -------------------------------------------------------------------- distance
+
+def same(a, b):
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def distance(a, b, rms):
+    """The largest difference of two lists, over the root mean square."""
+    worst = max((0.0 if same(x, y) else abs(x - y) for x, y in zip(a, b)), default=0.0,
+                key=lambda d: math.inf if math.isnan(d) else d)
+    if worst == 0:
+        return 0.0
+    return worst / rms if math.isfinite(worst) and math.isfinite(rms) and rms > 0 else math.inf
+
+
+def compare_records(a, b, whole=None):
+    """How far; whole: both vectors, if there are."""
+    if a.shape != b.shape:
+        return math.inf
+    if a.sha256 is not None and a.sha256 == b.sha256:
+        return 0.0
+    rms = max(a.rms, b.rms)
+    return distance(*(whole or (a.values, b.values)), rms)
+
+
+# What is told of a pair: how far off, and whether that is too far.
+Pair = collections.namedtuple("Pair", "name pos far over note")
+
+
+def check_same_model(a, b):
+    for key in ("arch", "n_layer", "n_embd", "n_vocab"):
+        if key in a.header and key in b.header and a.header[key] != b.header[key]:
+            raise Unreadable("%s: %s is %s, but %s in %s" %
+                             (a.path, key, a.header[key], b.header[key], b.path))
+    for at in sorted(set(a.tokens) & set(b.tokens)):
+        if a.tokens[at] != b.tokens[at]:
+            raise Unreadable("%s: position %d is token %d, but %d in %s" %
+                             (a.path, at[0], a.tokens[at], b.tokens[at], b.path))
+
+
+def compare(a, b, bound, folders=None):
+    """The pairs of two traces, in the order of computation."""
+    check_same_model(a, b)
+    common = [key for key in a.records if key in b.records]
+    if not common:
+        raise Unreadable("%s: no record of a module and position that %s has" % (a.path, b.path))
+    vectors = [Vectors(f) for f in folders or ()]
+    pairs = []
+    for key in sorted(common, key=lambda k: (place(k[0]), k[1:])):
+        x, y = a.records[key], b.records[key]
+        whole = None
+        if vectors and x.shape == y.shape:
+            whole = [v.row(key[0], r) for v, r in zip(vectors, (x, y))]
+        far = compare_records(x, y, whole)
+        bytes_differ = None not in (x.sha256, y.sha256) and x.sha256 != y.sha256
+        note = "shapes %s and %s" % (x.shape, y.shape) if x.shape != y.shape else \
+            "other bytes" if bytes_differ and far == 0 else ""
+        pairs.append(Pair(key[0], key[1], far, far > bound or (bound == 0 and bytes_differ), note))
+    return pairs
+
+
+# ---------------------------------------------------------------------- telling
+
+def fold(name):
+    return EXPERT.sub(".experts.*.", name)
+
+
+def show_table(pairs, every):
+    """A line for each module, its experts together, or for each pair."""
+    groups = collections.OrderedDict()
+    for i, p in enumerate(pairs):
+        groups.setdefault(i if every else fold(p.name), []).append(p)
+    rows = []
+    for group in groups.values():
+        worst = max(group, key=lambda p: p.far)
+        over = sum(p.over for p in group)
+        note = [worst.note] if worst.note else []
+        if over:
+            note.append("TOO FAR" if every else "TOO FAR, %d of %d" % (over, len(group)))
+        rows.append((worst.name if every else fold(worst.name),
+                     str(worst.pos) if every or worst.far > 0 else "-",
+                     "%.2g" % worst.far, ", ".join(note)))
+    width = max(len(r[0]) for r in rows)
+    print("%-*s %8s  how far" % (width, "module", "position"))
+    for name, pos, far, note in rows:
+        print(("%-*s %8s  %-8s %s" % (width, name, pos, far, note)).rstrip())
+
+
+def show_unpaired(a, b):
+    for one, other in ((a, b), (b, a)):
+        names = {}
+        for key in one.records:
+            if key not in other.records:
+                names[fold(key[0])] = names.get(fold(key[0]), 0) + 1
+        if names:
+            some = sorted(names, key=place)
+            print("only in %s: %d records (%s%s)" % (one.path, sum(names.values()), some[0],
+                  ", and %d more" % (len(some) - 1) if len(some) > 1 else ""))
+
+
+def show(a, b, pairs, bound, every):
+    """All of the report; the exit status."""
+    print("A: %s\nB: %s" % (a.title(), b.title()))
+    show_table(pairs, every)
+    show_unpaired(a, b)
+    for p in pairs:
+        if p.over:
+            print("the first that differs: %s at position %d, by %.2g (bound %g)%s" %
+                  (p.name, p.pos, p.far, bound, ", " + p.note if p.note else ""))
+            return 1
+    worst = max(pairs, key=lambda p: p.far)
+    print("no module differs by more than %g" % bound +
+          (" (the furthest: %s at position %d, by %.2g)" % (worst.name, worst.pos, worst.far)
+           if worst.far > 0 else ""))
+    return 0
+
+
+# -------------------------------------------------------------------------- main
+
+def bound(text):
+    x = float(text)
+    if not x >= 0:
+        raise ValueError
+    return x
+
+
+def arguments():
+    p = argparse.ArgumentParser(description="Compare two traces, module by module.")
+    p.add_argument("a", metavar="A", help="a trace")
+    p.add_argument("b", metavar="B", help="another")
+    p.add_argument("--bound", type=bound, default=BOUND, metavar="X",
+                   help="the relative distance allowed; 0: the same bytes (%g)" % BOUND)
+    p.add_argument("--all", action="store_true", help="a line for every position, too")
+    p.add_argument("--npy", nargs=2, metavar=("A_DIR", "B_DIR"),
+                   help="compare the whole vectors in these folders")
+    return p.parse_args()
+
+
+def main():
+    args = arguments()
+    try:
+        a, b = Trace(args.a), Trace(args.b)
+        pairs = compare(a, b, args.bound, args.npy)
+    except Unreadable as e:
+        print("compare_trace.py: %s" % e, file=sys.stderr)
+        return 2
+    return show(a, b, pairs, args.bound, args.all)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
