@@ -3756,10 +3756,10 @@ static void print_routing(const struct trace *t)
     const int n = t->c->n_expert;
 
     printf("%d tokens, each with %d of %d experts in a layer.  Load, 1 for an "
-           "even share:\nblank 0, . less than 1/4, : 1/2, - 1, + 2, * 4, # "
-           "more.  Entropy is %.2f if it is even;\nagain: of the experts of a "
-           "token, those that the one before had, too.\n\n",
-           t->r.n_tokens, t->c->n_expert_used, n, log2(n));
+           "even share:\n. below 1/4, : 1/2, - 1, + 2, * 4, # above, blank 0.  "
+           "Entropy: %.2f if even.  Again:\nof the experts of a token, how "
+           "many the token before it chose, too.\n\n", t->r.n_tokens,
+           t->c->n_expert_used, n, log2(n));
     printf("layer  |%-*s|  entropy  unused  again\n", n, "experts");
     for (int il = t->c->n_layer_dense; t->r.n_tokens > 0 && il < t->c->n_layer;
          il++)

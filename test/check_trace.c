@@ -366,7 +366,7 @@ START_TEST(values_are_those_of_the_reference)
 }
 END_TEST
 
-/* --------------------------------------------------------- nothing is changed */
+/* -------------------------------------------------------- nothing changes */
 
 static void expect_equal(const struct recording *a, const struct recording *b)
 {

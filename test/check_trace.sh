@@ -1,0 +1,300 @@
+#!/bin/sh
+# --trace and --experts, and that three planted errors are found where they are.
+#     RUN=./run test/check_trace.sh
+. test/lib.sh
+
+m=test/tiny.gguf
+prompt='What is a short convolution?'
+unset LFM2_MODEL LFM2_THREADS
+export LC_ALL=C
+
+# expect STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
+expect() {
+    want=$1 what=$2
+    shift 2
+    "$run" "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    status=$?
+    [ $status -eq "$want" ]
+    result $? "$what: status $status, expected $want"
+}
+
+# refuses STATUS SENTENCE ARGUMENTS...
+refuses() {
+    want=$1 sentence=$2
+    shift 2
+    expect "$want" "$*" -t 1 "$@"
+    grep -qF -- "$sentence" "$dir/err"
+    result $? "$*: expected \"$sentence\""
+}
+
+# look NAME ARGUMENTS...: the trace of the prompt, which has 7 tokens.
+look() {
+    name=$1
+    shift
+    expect 0 "$name" -t 1 $m --raw --bos -n 0 "$prompt" \
+        --trace "$dir/$name.jsonl" "$@"
+}
+
+names() {
+    sed -n 's/^{"name":"\([^"]*\)".*/\1/p' "$dir/$1.jsonl"
+}
+
+# field NAME TRACE: of the first record.
+field() {
+    sed -n "2s/.*\"$1\":\"\\{0,1\\}\\([^,\"]*\\).*/\\1/p" "$dir/$2.jsonl"
+}
+
+sum_of() {
+    { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1
+}
+
+# --------------------------------------------------------------------- --trace
+
+look plain
+n=$("$run" $m --tokenize --bos "$prompt" | wc -w)
+n=$((n))
+head -1 "$dir/plain.jsonl" >"$dir/head"
+model='"arch":"lfm2moe","model_hash":"[0-9a-f]{16}","n_layer":6,"n_embd":256,'
+model=$model'"n_vocab":2048,"kv":"f16"'
+holds "the first line tells of the model" grep -qxE \
+    "\{\"trace\":1,\"program\":\"lfm2.c [0-9.]*\",$model\}" "$dir/head"
+number='(-?[0-9][0-9.e+-]*|"-?inf"|"nan")'
+four="\\[$number(,$number){0,3}\\]"
+form='"name":"[a-zA-Z0-9._]*","pos":[0-9]*(,"token":[0-9]*)?,'
+form=$form"\"shape\":\\[[0-9]*\\],\"first\":$four,\"last\":$four,"
+for key in min max mean l2; do
+    form="$form\"$key\":$number,"
+done
+form="\{$form\"sha256\":\"[0-9a-f]{64}\"\}"
+grep -cxE "$form" "$dir/plain.jsonl" >"$dir/count"
+holds "all others have one form" \
+    [ "$(cat "$dir/count")" = $(($(wc -l <"$dir/plain.jsonl") - 1)) ]
+sed -n 's/.*"token":\([0-9]*\).*/\1/p' "$dir/plain.jsonl" | tr '\n' ' ' \
+    >"$dir/ids"
+"$run" $m --tokenize --bos "$prompt" | sed 's/$/ /' | tr -d '\n' >"$dir/list"
+holds "and the tokens" cmp "$dir/ids" "$dir/list"
+# Of every token: 4 convolutions and 2 attentions, 2 dense networks and 4 with
+# experts; the last token has logits.
+holds "a record for each module and position" [ "$(names plain | wc -l)" -eq \
+    $((n * (1 + 4 * 3 + 2 * 6 + 6 * 3 + 2 * 3 + 4 * 10) + 2)) ]
+look one -b 1
+look three -b 3 -t 3
+look scalar --isa scalar -b 5
+for cut in one three scalar; do
+    for trace in plain $cut; do
+        sort "$dir/$trace.jsonl" >"$dir/$trace.sorted"
+    done
+    holds "$cut: the same records" cmp "$dir/plain.sorted" "$dir/$cut.sorted"
+done
+
+look filter --trace-filter '*.conv.conv' --trace-filter 'lm_h?ad'
+names filter | sort -u >"$dir/names"
+holds "only these names" [ "$(tr '\n' ' ' <"$dir/names")" = "lm_head \
+model.layers.0.conv.conv model.layers.1.conv.conv model.layers.3.conv.conv \
+model.layers.5.conv.conv " ]
+holds "nothing else is other" sh -c "tail -n +2 '$dir/filter.jsonl' | sort |
+    comm -23 - '$dir/plain.sorted' | wc -l | grep -qx ' *0'"
+# positions RANGE WANTED
+positions() {
+    look range --trace-filter model.embed_tokens --trace-tokens "$1"
+    sed -n 's/.*"pos":\([0-9]*\).*/\1/p' "$dir/range.jsonl" | tr '\n' ' ' \
+        >"$dir/positions"
+    holds "--trace-tokens $1" [ "$(cat "$dir/positions")" = "$2 " ]
+}
+positions 2-3 "2 3"
+positions 4 4
+positions $((n - 2))- "$((n - 2)) $((n - 1))"
+positions $((n - 1))-2147483647 $((n - 1))
+
+look npy --trace-npy "$dir/npy"
+holds "a file for each name" [ "$(ls "$dir/npy" | wc -l)" -eq \
+    "$(names npy | sort -u | wc -l)" ]
+look token --trace-filter 'model.layers.1.conv.in_proj' --trace-tokens 0
+array=$dir/npy/model.layers.1.conv.in_proj.npy
+tail -c +129 "$array" >"$dir/numbers"
+holds "of float32" [ "$(wc -c <"$dir/numbers")" -eq $((n * 3 * 256 * 4)) ]
+holds "that the sum is of" [ "$(head -c 3072 "$dir/numbers" | sum_of)" = \
+    "$(field sha256 token)" ]
+head -c 128 "$array" | tail -c +11 >"$dir/head"
+about="{'descr': '<f4', 'fortran_order': False, 'shape': ($n, 768), }"
+printf '%-117s\n' "$about" >"$dir/about"
+holds "the head says how many" cmp "$dir/head" "$dir/about"
+cp -r "$dir/npy" "$dir/before"
+look npy --trace-npy "$dir/npy" -b 2
+holds "files that were there are replaced, and a cut changes none" \
+    diff -r "$dir/npy" "$dir/before"
+
+expect 0 "--logits" --ids test/tiny.ids --logits "$dir/logits" $m
+cp "$dir/logits" "$dir/without"
+expect 0 "--logits" --ids test/tiny.ids --logits "$dir/logits" $m \
+    --trace "$dir/logits.jsonl" --trace-filter lm_head
+holds "logits do not change" cmp "$dir/logits" "$dir/without"
+holds "and are what is traced" [ "$(head -c 8192 "$dir/logits" | sum_of)" = \
+    "$(field sha256 logits)" ]
+holds "all of them" [ "$(names logits | wc -l)" -eq \
+    $(($(wc -c <test/tiny.ids) / 4)) ]
+expect 0 "an answer" -t 1 $m --temp 0 -n 12 "$prompt"
+cp "$dir/out" "$dir/answer"
+expect 0 "an answer" -t 1 $m --temp 0 -n 12 "$prompt" \
+    --trace "$dir/answer.jsonl" --trace-filter model.embed_tokens
+holds "is the same" cmp "$dir/out" "$dir/answer"
+n_prompt=$("$run" $m --dump-tokens "$prompt" | wc -w)
+holds "each of its tokens is traced" [ "$(names answer | wc -l)" -eq \
+    $((n_prompt + 11)) ]
+printf 'hello\nand again\n' | "$run" -t 1 -q $m --temp 0 -n 4 -cnv \
+    --trace "$dir/chat.jsonl" --trace-filter model.embed_tokens \
+    >"$dir/out" 2>"$dir/err"
+holds "a chat is one text" [ "$(sed -n 's/.*"pos":\([0-9]*\).*/\1/p' \
+    "$dir/chat.jsonl" | sort -nu | tail -1)" -eq \
+    $(($(sed -n 's/.*"pos":\([0-9]*\).*/\1/p' "$dir/chat.jsonl" | sort -nu |
+        wc -l) - 1)) ]
+
+# ------------------------------------------------------------------- --experts
+
+look experts --experts "$dir/experts.csv"
+holds "the trace is the same" cmp "$dir/experts.jsonl" "$dir/plain.jsonl"
+holds "the columns" [ "$(head -1 "$dir/experts.csv")" = \
+    position,token,layer,rank,expert,score,bias,weight ]
+holds "two of eight experts in four layers" [ "$(wc -l <"$dir/experts.csv")" \
+    -eq $((n * 4 * 2 + 1)) ]
+cat >"$dir/sums.awk" <<'END'
+NR > 1 {
+    key = $1 * 10 + $3
+    if (key < last || ($4 != 0 && $4 != 1) || $5 < 0 || $5 > 7 ||
+        $6 <= 0 || $6 >= 1)
+        exit 1
+    by = $6 + $7
+    if ($4 == 1 && (by > first || sum + $8 < 0.9999 || sum + $8 > 1.0001 ||
+                    $6 * sum / ($8 * score) < 0.9999 ||
+                    $6 * sum / ($8 * score) > 1.0001))
+        exit 1
+    last = key
+    first = by
+    sum = $8
+    score = $6
+}
+END
+holds "weights are shares of the scores, chosen by score and bias" \
+    awk -F, -f "$dir/sums.awk" "$dir/experts.csv"
+cp "$dir/experts.csv" "$dir/before.csv"
+look cut -b 2 --experts "$dir/experts.csv"
+holds "a cut changes nothing" cmp "$dir/experts.csv" "$dir/before.csv"
+expect 0 "a summary" -t 1 $m --raw --bos -n 0 "$prompt" --experts -
+holds "has a line for each layer" [ "$(grep -cE \
+    '^ *[2-5]  \|[ .:+*#-]{8}\|  +[0-3]\.[0-9]{2}  +[0-7]  +[0-9]+%$' \
+    "$dir/out")" = 4 ]
+awk -F, '$3 == 2 { print $5 }' "$dir/experts.csv" | sort | uniq -c |
+    awk -v all=$((n * 2)) '{ p = $1 / all; h -= p * log(p) / log(2) }
+                           END { printf "%.2f", h }' >"$dir/entropy"
+holds "its entropy" grep -qE "^ *2  .*\|  +$(cat "$dir/entropy")  " "$dir/out"
+awk -F, '$3 == 2 { now[$5] = $1; hit += $1 > 0 && was[$5] == $1 && ($5 in was)
+                   was[$5] = $1 + 1 }
+         END { printf "%.0f%%", 100 * hit / '$((n * 2 - 2))' }' \
+    "$dir/experts.csv" >"$dir/again"
+holds "and how many were chosen again" \
+    grep -qE "^ *2  .* $(cat "$dir/again")\$" "$dir/out"
+
+# -------------------------------------------------------------------- refusals
+
+for option in "--trace-npy D" "--trace-filter x" "--trace-tokens 1"; do
+    refuses 2 "needs --trace" $option $m x
+done
+for range in "" - 3-2 -1 1-2-3 x 1-x " 1" 99999999999; do
+    refuses 2 "expected positions like" --trace "$dir/t" \
+        --trace-tokens="$range" $m x
+done
+for mode in --tokenize --inspect --bench --batch --dump-prompt "--ppl x"; do
+    refuses 2 "looks into a single answer" --trace "$dir/t" $mode $m
+    refuses 2 "looks into a single answer" --experts "$dir/t" $mode $m
+done
+refuses 2 "standard output is for the answer" --trace - $m x
+refuses 2 "standard output is for the JSON" --experts - --json $m x
+refuses 3 "/there: No such file" --trace "$dir/not/there" $m x
+refuses 3 "/there: No such file" --experts "$dir/not/there" $m x
+refuses 3 "/there: No such file" --trace "$dir/t" --trace-npy "$dir/not/there" \
+    $m x
+: >"$dir/file"
+refuses 3 "Not a directory" --trace "$dir/t" --trace-npy "$dir/file" $m x
+if [ -c /dev/full ]; then
+    refuses 3 "/dev/full: No space left" --trace /dev/full $m x
+    refuses 3 "/dev/full: No space left" --trace /dev/full -n 0 \
+        --trace-filter lm_head $m x
+    refuses 3 "/dev/full: No space left" --experts /dev/full -n 0 $m x
+    mkdir "$dir/full"
+    ln -s /dev/full "$dir/full/lm_head.npy"
+    refuses 3 "lm_head.npy: No space left" --trace "$dir/t" --trace-npy \
+        "$dir/full" --trace-filter lm_head -n 0 $m x
+else
+    echo "skipped: full disks, which need /dev/full"
+fi
+
+# ------------------------------------------------- scripts/compare_trace.py
+#
+# Three errors that are easily made, each in a program of its own, and the
+# module that the comparison must name.
+
+needs_python json "planted errors"
+
+# compare STATUS A B: two traces.
+compare() {
+    "$python" scripts/compare_trace.py "$dir/$2.jsonl" "$dir/$3.jsonl" \
+        >"$dir/compared" 2>"$dir/err"
+    status=$?
+    [ $status -eq "$1" ]
+    result $? "$2 and $3: status $status, expected $1"
+}
+
+# plant NAME SED LINES: $dir/NAME is a program with that error in so many lines.
+plant() {
+    sed "$2" lfm2.c >"$dir/lfm2.c"
+    [ "$(diff lfm2.c "$dir/lfm2.c" | grep -c '^>')" = "$3" ]
+    result $? "$1: $3 lines of lfm2.c were to be changed"
+    ${CC:-cc} -O1 -std=c11 -ffp-contract=off -DLFM2_NO_SIMD -pthread -I. \
+        -o "$dir/$1" "$dir/run.o" "$dir/lfm2.c" -lm 2>"$dir/err"
+    result $? "$1: to be compiled"
+}
+
+# finds NAME MODULE GOOD ARGUMENTS...: the first that differs from trace GOOD.
+finds() {
+    name=$1 module=$2 good=$3
+    shift 3
+    "$dir/$name" -t 1 -n 0 "$@" --trace "$dir/$name.jsonl" >"$dir/out" \
+        2>"$dir/err"
+    result $? "$name: a trace"
+    compare 1 "$good" "$name"
+    cp "$dir/compared" "$dir/said"
+    grep -qE "first that differs: ($module) at position" "$dir/compared"
+    result $? "$name: expected $module"
+}
+
+compare 0 plain three
+${CC:-cc} -O0 -std=c11 -I. -c -o "$dir/run.o" run.c 2>"$dir/err"
+result $? "run.c: to be compiled"
+plant taps \
+    's/v = w\[i\] \* win\[i\];/v = w[last * n + i] * win[i];/
+     s/v = fma_f32(w\[last \* n + i\], u, v);/v = fma_f32(w[i], u, v);/' 2
+plant softmax 's/^ *score\[e\] = sigmoid(score\[e\]);/'"\
+        score[e] = exp_f32(score[e]), sum += score[e]; \
+    for (int e = 0; e < c->n_expert; e++) score[e] \/= sum; sum = 0;/" 1
+plant q_norm '/rms_norm(ctx->isa, q, q, l->attn_q_norm/s/rms_norm/(void)/' 1
+set -- $m --raw --bos "$prompt"
+finds taps model.layers.0.conv.conv plain "$@"
+finds softmax 'model.layers.2.feed_forward.(selected_experts|routing_weights)' \
+    plain "$@"
+finds q_norm model.layers.2.self_attn.q_layernorm plain "$@"
+
+golden=${LFM2_SHARED:-../shared}/golden
+if [ ! -f "$golden/small_dense-F32.gguf" ]; then
+    echo "skipped: traces of golden models, $golden is not there"
+    finish
+fi
+set -- "$golden/small_dense-F32.gguf" --ids "$golden/tokens.i32"
+refuses 2 "has none" --experts - "$@" -n 0
+expect 0 "a dense model" -t 1 -n 0 "$@" --trace "$dir/dense.jsonl"
+finds taps model.layers.0.conv.conv dense "$@"
+finds q_norm model.layers.1.self_attn.q_layernorm dense "$@"
+set -- "$golden/small_moe-F32.gguf" --ids "$golden/tokens.i32"
+expect 0 "experts" -t 1 -n 0 "$@" --trace "$dir/moe.jsonl"
+finds softmax 'model.layers.2.feed_forward.(selected_experts|routing_weights)' \
+    moe "$@"
+finish
