@@ -3743,7 +3743,7 @@ static void print_layer(const struct trace *t, int il)
         entropy -= p > 0 ? p * log2(p) : 0;
         unused += count[e] == 0;
     }
-    printf("|  %5.2f  %6d", entropy, unused);
+    printf("|  %7.2f  %6d", entropy, unused);
     if (t->r.n_tokens > 1)
         printf("  %4.0f%%", 100.0 * t->r.again[il] / (all - used));
     putchar('\n');
@@ -3755,15 +3755,16 @@ static void print_routing(const struct trace *t)
 {
     const int n = t->c->n_expert;
 
-    printf("%d tokens, each with %d of %d experts in a layer.  Load, 1 for an "
-           "even share:\n. below 1/4, : 1/2, - 1, + 2, * 4, # above, blank 0.  "
-           "Entropy: %.2f if even.  Again:\nof the experts of a token, how "
-           "many the token before it chose, too.\n\n", t->r.n_tokens,
-           t->c->n_expert_used, n, log2(n));
-    printf("layer  |%-*s|  entropy  unused  again\n", n, "experts");
+    printf("%d tokens, each with %d of %d experts in every layer\n\n"
+           "layer  |%-*s|  entropy  unused  again\n", t->r.n_tokens,
+           t->c->n_expert_used, n, n, n < 7 ? "" : "experts");
     for (int il = t->c->n_layer_dense; t->r.n_tokens > 0 && il < t->c->n_layer;
          il++)
         print_layer(t, il);
+    printf("\nexperts: of an even share, . below 1/4, : 1/2, - 1, + 2, * 4, # "
+           "more\nentropy: in bits, %.2f if all are used alike\n"
+           "again:   of the experts of a token, those that the one before it "
+           "chose, too\n", log2(n));
 }
 
 /* ---- from the first token to the last */

@@ -766,6 +766,35 @@ START_TEST(damaged_sessions_are_whole_or_nothing)
 }
 END_TEST
 
+/* ------------------------------------------------------------------- traces */
+
+START_TEST(what_is_no_number_is_a_string)
+{
+    static const struct { float x[3]; const char *tells; } is[] = {
+        { { 1, -2, 2 }, ",\"min\":-2,\"max\":2,\"mean\":0.333333333,\"l2\":3" },
+        { { 1, INFINITY, 2 }, ",\"min\":1,\"max\":\"inf\",\"mean\":\"inf\","
+          "\"l2\":\"inf\"" },
+        { { 1, -INFINITY, 2 }, ",\"min\":\"-inf\",\"max\":2,\"mean\":"
+          "\"-inf\",\"l2\":\"inf\"" },
+        { { 1, NAN, 2 }, ",\"min\":\"nan\",\"max\":\"nan\",\"mean\":"
+          "\"nan\",\"l2\":\"nan\"" },
+        { { NAN, 3, 2 }, ",\"min\":\"nan\",\"max\":\"nan\",\"mean\":"
+          "\"nan\",\"l2\":\"nan\"" }
+    };
+    struct text t = { 0 };
+
+    for (size_t i = 0; i < sizeof is / sizeof *is; i++) {
+        t.n = 0;
+        add_statistics(&t, is[i].x, 3);
+        ck_assert_str_eq(t.s, is[i].tells);
+    }
+    t.n = 0;
+    add_numbers(&t, "x:", is[3].x, 3);
+    ck_assert_str_eq(t.s, "x:[1,\"nan\",2]");
+    free(t.s);
+}
+END_TEST
+
 Suite *answer_suite(void)
 {
     Suite *s = suite_create("answer");
@@ -791,6 +820,7 @@ Suite *answer_suite(void)
     tcase_add_test(c, text_for_a_terminal_comes_in_pieces);
     tcase_add_test(c, escapes_are_those_of_c);
     tcase_add_test(c, damaged_sessions_are_whole_or_nothing);
+    tcase_add_test(c, what_is_no_number_is_a_string);
     suite_add_tcase(s, c);
     return s;
 }

@@ -217,6 +217,7 @@ refuses 3 "/there: No such file" --trace "$dir/t" --trace-npy "$dir/not/there" \
 refuses 3 "Not a directory" --trace "$dir/t" --trace-npy "$dir/file" $m x
 if [ -c /dev/full ]; then
     refuses 3 "/dev/full: No space left" --trace /dev/full $m x
+    holds "which ends the work at once" [ ! -s "$dir/out" ]
     refuses 3 "/dev/full: No space left" --trace /dev/full -n 0 \
         --trace-filter lm_head $m x
     refuses 3 "/dev/full: No space left" --experts /dev/full -n 0 $m x
@@ -228,12 +229,42 @@ else
     echo "skipped: full disks, which need /dev/full"
 fi
 
+# ---------------------------------------------------------- what records tell
+
+needs_python json "the numbers in records"
+cat >"$dir/check.py" <<'END'
+import array, hashlib, json, math, sys
+
+rows, wrong = {}, 0
+
+def same(a, b):
+    return abs(a - b) <= 1e-8 * max(abs(a), abs(b), 1e-3)
+
+for line in list(open(sys.argv[1]))[1:]:
+    r = json.loads(line)
+    name, n = r["name"], r["shape"][0]
+    with open("%s/%s.npy" % (sys.argv[2], name), "rb") as f:
+        f.seek(128 + 4 * n * rows.setdefault(name, 0))
+        x = f.read(4 * n)
+    rows[name] += 1
+    sum_ok = hashlib.sha256(x).hexdigest() == r["sha256"]
+    x = array.array("f", x)
+    if sys.byteorder == "big":
+        x.byteswap()
+    for key, is_ in (("min", min(x)), ("max", max(x)), ("mean", sum(x) / n),
+                     ("l2", math.sqrt(sum(v * v for v in x)))):
+        wrong += not same(r[key], is_)
+    wrong += not sum_ok or len(x) != n
+    wrong += array.array("f", r["first"] + r["last"]) != x[:4] + x[-4:]
+sys.exit(wrong or len(rows) < 50)
+END
+holds "are those of the vector" "$python" "$dir/check.py" "$dir/npy.jsonl" \
+    "$dir/npy"
+
 # ------------------------------------------------- scripts/compare_trace.py
 #
 # Three errors that are easily made, each in a program of its own, and the
 # module that the comparison must name.
-
-needs_python json "planted errors"
 
 # compare STATUS A B: two traces.
 compare() {
