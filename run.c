@@ -3068,23 +3068,31 @@ static const struct preset_row *find_preset(const lfm2_model *m)
     return p;
 }
 
+/* A value of the metadata as text; empty if there is none. */
+static struct phrase value_of(const lfm2_model *m, const char *key)
+{
+    struct phrase out;
+    const char *found;
+
+    for (int i = 0; (found = lfm2_model_key(m, i, out.s, sizeof out.s)); i++)
+        if (strcmp(found, key) == 0)
+            return out;
+    return phrase("%s", "");
+}
+
 /* A number in the metadata, within the bounds of its option; 0 if there is
  * none. */
 static int file_number(const lfm2_model *m, const char *key, double least,
                        double most, double *out)
 {
-    char value[64], *end;
-    const char *found;
+    const struct phrase value = value_of(m, key);
+    char *end;
+    const double x = strtod(value.s, &end);
 
-    for (int i = 0; (found = lfm2_model_key(m, i, value, sizeof value)); i++)
-        if (strcmp(found, key) == 0) {
-            const double x = strtod(value, &end);
-            if (end == value || *end || !(x >= least && x <= most))
-                return 0;
-            *out = x;
-            return 1;
-        }
-    return 0;
+    if (end == value.s || *end || !(x >= least && x <= most))
+        return 0;
+    *out = x;
+    return 1;
 }
 
 static int has_wishes(const lfm2_model *m)
@@ -3404,6 +3412,14 @@ static void find_special(struct facts *f)
     add_special(f, "padding", "pad", (int32_t)pad);
 }
 
+/* By "[65536 x string]"; 0 if it is no array. */
+static uint64_t array_length(const lfm2_model *m, const char *key)
+{
+    const struct phrase value = value_of(m, key);
+
+    return value.s[0] == '[' ? strtoull(value.s + 1, NULL, 10) : 0;
+}
+
 static void digest(const void *bytes, size_t n, char out[65])
 {
     struct sha256 d = sha256_start;
@@ -3412,18 +3428,10 @@ static void digest(const void *bytes, size_t n, char out[65])
     sha256_hex(d, out);
 }
 
-static int string_is(const lfm2_model *m, const char *key, const char *value)
-{
-    size_t n = 0;
-    const char *s = lfm2_model_string(m, key, &n);
-
-    return s && n == strlen(value) && memcmp(s, value, n) == 0;
-}
-
 /* What the model's words are, how they are written down and chosen. */
 static void find_words(struct facts *f)
 {
-    static const char pre[] = "tokenizer.ggml.pre";
+    const struct phrase pre = value_of(f->model, "tokenizer.ggml.pre");
     size_t n;
     const char *s = lfm2_model_string(f->model, "tokenizer.chat_template", &n);
 
@@ -3436,10 +3444,9 @@ static void find_words(struct facts *f)
     f->template = find_template(f->model, f->words);
     f->sampling = choose_sampling(&defaults, f->model);
     f->has_wishes = has_wishes(f->model);
-    if (lfm2_model_string(f->model, pre, &n) &&
-        !string_is(f->model, pre, "lfm2"))
-        because(&f->odd[f->n_odd++], 0, "%s: another one than \"lfm2\", as "
-                "which it is taken", pre);
+    if (pre.s[0] && strcmp(pre.s, "lfm2") != 0)
+        because(&f->odd[f->n_odd++], 0, "tokenizer.ggml.pre: \"%s\", expected "
+                "\"lfm2\", as which it is taken", pre.s);
     if (f->template.how > BY_HASH)
         because(&f->odd[f->n_odd++], 0, "tokenizer.chat_template: none that is "
                 "known, taken as %s", template_names[f->template.template]);
@@ -3548,19 +3555,6 @@ static double bits_per_weight(const struct portion *p)
 static double speed_limit(const struct facts *f, double read, int i)
 {
     return read > 0 ? f->bandwidth[i] * 1e9 / read : 0;
-}
-
-/* How many elements an array of the metadata has, by "[65536 x string]"; 0 if
- * it is none. */
-static long long array_length(const lfm2_model *m, const char *key)
-{
-    char value[64];
-    const char *found;
-
-    for (int i = 0; (found = lfm2_model_key(m, i, value, sizeof value)); i++)
-        if (strcmp(found, key) == 0)
-            return value[0] == '[' ? strtoll(value + 1, NULL, 10) : 0;
-    return 0;
 }
 
 /* ---- in text */
@@ -3753,7 +3747,8 @@ static void print_words(const struct facts *f)
     const struct found_template *t = &f->template;
 
     if (f->words) {
-        printf("vocabulary    %d tokens, %lld merges", lfm2_n_vocab(f->words),
+        printf("vocabulary    %d tokens, %llu merges", lfm2_n_vocab(f->words),
+               (unsigned long long)
                array_length(f->model, "tokenizer.ggml.merges"));
         print_string(f->model, ", type ", "tokenizer.ggml.model");
         print_string(f->model, ", pre ", "tokenizer.ggml.pre");
@@ -3994,7 +3989,7 @@ static void add_vocabulary(struct text *to, const struct facts *f)
 
     member_open(to, "vocabulary", "{");
     member_count(to, "n_tokens", (uint64_t)lfm2_n_vocab(f->words));
-    member_count(to, "n_merges", (uint64_t)
+    member_count(to, "n_merges",
                  array_length(f->model, "tokenizer.ggml.merges"));
     member_string(to, "model", f->model, "tokenizer.ggml.model");
     member_string(to, "pre", f->model, "tokenizer.ggml.pre");
