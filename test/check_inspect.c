@@ -127,7 +127,7 @@ END_TEST
 
 /* ------------------------------------------------------------------- memory */
 
-START_TEST(contexts_are_in_order_and_none_is_longer_than_trained_for)
+START_TEST(contexts_are_in_order_and_not_too_long)
 {
     const struct facts *f;
 
@@ -234,7 +234,7 @@ Suite *inspect_suite(void)
     tcase_add_loop_test(c, roles_add_up_to_the_model, 0, COUNT(shapes));
     tcase_add_test(c, an_output_of_its_own_spares_reading_the_embedding);
     tcase_add_test(c, what_nobody_asked_for_is_unused);
-    tcase_add_test(c, contexts_are_in_order_and_none_is_longer_than_trained_for);
+    tcase_add_test(c, contexts_are_in_order_and_not_too_long);
     tcase_add_test(c, a_model_may_be_trained_for_more_than_any_context);
     tcase_add_test(c, the_largest_context_just_fits);
     tcase_add_test(c, oddities_follow_one_another);

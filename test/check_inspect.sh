@@ -173,13 +173,13 @@ if command -v sha256sum >/dev/null; then
     inspect 0 "digests" --sha256 $m
     says "sha256        $sum"
     cp "$dir/out" "$dir/list"
-    n=$(grep -c '^  [0-9a-f]\{64\}  [A-Z0-9_]*  *[0-9x ]*  [a-z0-9_.]*$' "$dir/list")
+    n=$(grep -c '^  [0-9a-f]\{64\}  [A-Z0-9_]*  *[0-9x ]*  [a-z0-9_.]*$' \
+        "$dir/list")
     holds "of all 64 tensors" [ "$n" -eq 64 ]
     for name in token_embd.weight blk.0.attn_norm.weight \
         blk.5.ffn_down_exps.weight; do
         inspect 0 "$name" --tensor $name $m
-        place=$(sed -n 's/^place  *\([0-9]*\) bytes at offset \([0-9]*\)$/\1 \2/p' \
-            "$dir/out")
+        place=$(sed -n 's/^place  *\([0-9]*\) bytes at offset /\1 /p' "$dir/out")
         sum=$(tail -c "+$((${place#* } + 1))" $m | head -c "${place% *}" |
             sha256sum | cut -d ' ' -f 1)
         says "sha256        $sum"
@@ -199,8 +199,8 @@ fi
 # F32 as od reads them.  The machine of od must have the file's byte order.
 name=blk.3.ffn_gate_inp.weight
 inspect 0 "values" --tensor $name --rows 2-5 --json $m
-tr '{' '\n' <"$dir/out" | sed 's/.*"offset": \([0-9]*\).*/\1/' | tail -1 >"$dir/at"
-od -An -v -tf4 -w4 -j "$(cat "$dir/at")" -N 8192 $m 2>/dev/null >"$dir/all"
+at=$(sed 's/.*"offset": \([0-9]*\).*/\1/' "$dir/out")
+od -An -v -tf4 -w4 -j "$at" -N 8192 $m 2>/dev/null >"$dir/all"
 one=$(printf '\0\0\200\077' | od -An -tf4 | tr -d ' ')
 if [ "$one" = 1 ] && [ -s "$dir/all" ]; then
     awk 'NR > 512 && NR <= 1536 && (NR - 1) % 256 < 8' "$dir/all" >"$dir/want"
