@@ -3860,7 +3860,8 @@ static void member_count(struct text *to, const char *key, uint64_t n)
 static void member_real(struct text *to, const char *key, double x)
 {
     member(to, key);
-    add_format(to, isfinite(x) ? "%.9g" : "null", x);
+    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
+               "%.0f" : "%.9g", x);
 }
 
 static void member_bool(struct text *to, const char *key, int x)
@@ -4154,36 +4155,19 @@ static int say_nearest(const lfm2_model *m, const char *name)
                "%s", name, best[0], best[1], best[2]);
 }
 
-/* A number of digits only, up to `most`. */
-static int read_count(const char **s, uint64_t most, uint64_t *out)
-{
-    const size_t n = strspn(*s, "0123456789");
-
-    errno = 0;
-    *out = strtoull(*s, NULL, 10);
-    *s += n;
-    return n > 0 && errno == 0 && *out <= most;
-}
-
-/* A, A-B, or A- for all that follow. */
 static int read_rows(struct values *v)
 {
     const char *s = v->f->s->rows;
-    int good;
+    const uint64_t n = v->n_rows;
+    int first = 0, last = n < SHOWN ? (int)n - 1 : SHOWN - 1;
 
-    v->last = v->n_rows < SHOWN ? v->n_rows - 1 : SHOWN - 1;
-    if (!s)
-        return DONE;
-    good = read_count(&s, v->n_rows - 1, &v->first);
-    v->last = v->first;
-    if (good && *s == '-') {
-        v->last = v->n_rows - 1;
-        s++;
-        good = !*s || read_count(&s, v->n_rows - 1, &v->last);
-    }
-    return good && !*s && v->first <= v->last ? DONE :
-           say(USAGE, "--rows %s: expected A-B, of the rows from 0 to %llu",
-               v->f->s->rows, (unsigned long long)v->n_rows - 1);
+    if (s && (parse_range(s, &first, &last) != 0 || (uint64_t)first >= n ||
+              (last < INT_MAX && (uint64_t)last >= n)))
+        return say(USAGE, "--rows %s: expected A-B, of the rows from 0 to %llu",
+                   s, (unsigned long long)n - 1);
+    v->first = (uint64_t)first;
+    v->last = last < INT_MAX ? (uint64_t)last : n - 1;
+    return DONE;
 }
 
 static void measure_row(struct values *v)
