@@ -4894,9 +4894,19 @@ void lfm2_model_close(lfm2_model *m)
     free(m);
 }
 
-/* Takes over an open file, or NULL for memory of the caller. */
+/* What is left of a file that is no model: its list of keys and tensors. */
+static void drop_layers(struct lfm2_model *m)
+{
+    free(m->layer);
+    free(m->floats);
+    m->layer = NULL;
+    m->floats = NULL;
+}
+
+/* Takes over an open file, or NULL for memory of the caller.  With `any`, what
+ * is no model is left open without layers. */
 static int open_model(lfm2_model **out, struct file *file, const uint8_t *data,
-                      size_t size, lfm2_error *err)
+                      size_t size, int any, lfm2_error *err)
 {
     struct opened *o = calloc(1, sizeof *o);
     int code;
@@ -4917,7 +4927,9 @@ static int open_model(lfm2_model **out, struct file *file, const uint8_t *data,
     if (code == LFM2_OK)
         code = bind_model(&o->model);
     o->gguf.err = NULL;
-    if (code == LFM2_OK)
+    if (code != LFM2_OK)
+        drop_layers(&o->model);
+    if (code == LFM2_OK || (any && code != LFM2_ENOMEM))
         *out = &o->model;
     else
         lfm2_model_close(&o->model);
@@ -4931,7 +4943,17 @@ int lfm2_model_open(lfm2_model **out, const char *path, int load,
 
     *out = NULL;
     TRY(file_open(&file, path, load, err));
-    return open_model(out, &file, file.data, file.size, err);
+    return open_model(out, &file, file.data, file.size, 0, err);
+}
+
+int lfm2_model_examine(lfm2_model **out, const char *path, int load,
+                       lfm2_error *err)
+{
+    struct file file;
+
+    *out = NULL;
+    TRY(file_open(&file, path, load, err));
+    return open_model(out, &file, file.data, file.size, 1, err);
 }
 
 int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
@@ -4940,7 +4962,7 @@ int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
     *out = NULL;
     if (!data)
         return fail(err, LFM2_EARG, "no data to open");
-    return open_model(out, NULL, data, size, err);
+    return open_model(out, NULL, data, size, 0, err);
 }
 
 const lfm2_config *lfm2_model_config(const lfm2_model *m)
@@ -4962,9 +4984,27 @@ int lfm2_model_tensor(const lfm2_model *m, int i, lfm2_tensor_info *out)
     t = &m->gguf->tensor[i];
     *out = (lfm2_tensor_info){
         .name = t->name, .type = t->fmt->name, .n_dims = t->n_dims,
-        .n_bytes = t->bytes, .data = m->gguf->data + t->offset
+        .n_bytes = t->bytes
     };
     memcpy(out->dims, t->dims, sizeof out->dims);
+    if (!m->layer)                        /* places that nobody has checked  */
+        return LFM2_OK;
+    out->data = m->gguf->data + t->offset;
+    out->offset = (uint64_t)(out->data - m->gguf->bytes);
+    return LFM2_OK;
+}
+
+int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
+{
+    lfm2_tensor_info t;
+    struct tensor w;
+
+    if (lfm2_model_tensor(m, i, &t) != LFM2_OK || !t.data ||
+        row >= t.dims[1] * t.dims[2] * t.dims[3])
+        return LFM2_EARG;
+    w = (struct tensor){ m->gguf->tensor[i].fmt, 1, (int)t.dims[0], t.data };
+    w.data += (size_t)row * row_bytes(&w);
+    get_row(out, &w, 0);
     return LFM2_OK;
 }
 
@@ -5236,7 +5276,7 @@ uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
 {
     struct lfm2_context ctx = { .model = m, .par = *p };
 
-    if (resolve_params(&ctx.par, NULL) != LFM2_OK)
+    if (!m->layer || resolve_params(&ctx.par, NULL) != LFM2_OK)
         return 0;
     ctx.isa = isa_table(ctx.par.isa);
     ctx.seq_step = seq_step(m, p->kv_type);
@@ -5261,6 +5301,8 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
     uint64_t size;
 
     *out = NULL;
+    if (!m->layer)
+        return fail(err, LFM2_EARG, "a context for a file that is no model");
     TRY(resolve_params(&par, err));
     ctx = calloc(1, sizeof *ctx);
     if (ctx)
@@ -5442,8 +5484,11 @@ static const uint64_t HASH_START = 0xcbf29ce484222325u;
 uint64_t lfm2_model_hash(const lfm2_model *m)
 {
     const struct gguf *g = m->gguf;
-    uint64_t h = hash_bytes(HASH_START, g->bytes, (size_t)(g->data - g->bytes));
+    uint64_t h;
 
+    if (!m->layer)
+        return 0;
+    h = hash_bytes(HASH_START, g->bytes, (size_t)(g->data - g->bytes));
     for (int i = 0; i < g->n_tensors; i++) {
         const struct gguf_tensor *t = &g->tensor[i];
         h = hash_bytes(h, g->data + t->offset, t->bytes < 64 ? t->bytes : 64);

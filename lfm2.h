@@ -95,6 +95,13 @@ int  lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
                             lfm2_error *err);
 void lfm2_model_close(lfm2_model *m);
 
+/* Like lfm2_model_open(), for those who explain files: what is no usable model
+ * is opened, too, as far as it can be read.  The error is returned even so; what
+ * *out is then, if not NULL, is good for lfm2_model_warning(), _tensor()
+ * (without data), _string(), _key() and _close() only. */
+int  lfm2_model_examine(lfm2_model **out, const char *path, int load,
+                        lfm2_error *err);
+
 /* Borrowed until lfm2_model_close(). */
 const lfm2_config *lfm2_model_config(const lfm2_model *m);
 
@@ -107,12 +114,16 @@ typedef struct {
     const char    *type;                  /* "Q4_K", "F32", ...              */
     int            n_dims;
     uint64_t       dims[4];               /* GGUF order, fastest first       */
-    uint64_t       n_bytes;
-    const uint8_t *data;                  /* as it lies in the file          */
+    uint64_t       n_bytes, offset;       /* where it begins in the file     */
+    const uint8_t *data;                  /* as it lies there                */
 } lfm2_tensor_info;
 
 /* The i-th tensor of the file, from 0.  LFM2_EARG past the last. */
 int  lfm2_model_tensor(const lfm2_model *m, int i, lfm2_tensor_info *out);
+
+/* One row of it as floats: out[dims[0]].  Rows are counted through all other
+ * dimensions.  LFM2_EARG if there is no such tensor or row. */
+int  lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out);
 
 /* Metadata.  A string value: its bytes (not NUL-terminated) and length; NULL
  * if the key is absent or no string.  Borrowed until lfm2_model_close(). */

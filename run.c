@@ -87,20 +87,25 @@ static int short_usage(void)
 
 #define usage(...) (say(USAGE, __VA_ARGS__), short_usage())
 
-/* The library's errors in the terms of the shell.  Its sentence about a file it
- * could not open already begins with the path. */
-static int report(const char *path, const lfm2_error *err)
+/* The library's errors in the terms of the shell. */
+static int status_of(int code)
 {
-    static const int code[] = {
-        [-LFM2_EARG] = USAGE, [-LFM2_EIO] = BAD_FILE,
+    static const int status[] = {
+        [-LFM2_OK] = DONE, [-LFM2_EARG] = USAGE, [-LFM2_EIO] = BAD_FILE,
         [-LFM2_EFORMAT] = BAD_MODEL, [-LFM2_EUNSUPPORTED] = BAD_MODEL,
         [-LFM2_ENOMEM] = NO_MEMORY, [-LFM2_EFULL] = TOO_LONG,
         [-LFM2_ECANCELLED] = INTERRUPTED, [-LFM2_ENAN] = FAILED
     };
 
+    return status[-code];
+}
+
+/* Its sentence about a file it could not open already begins with the path. */
+static int report(const char *path, const lfm2_error *err)
+{
     if (strncmp(err->msg, path, strlen(path)) == 0)
-        return say(code[-err->code], "%s", err->msg);
-    return say(code[-err->code], "%s: %s", path, err->msg);
+        return say(status_of(err->code), "%s", err->msg);
+    return say(status_of(err->code), "%s: %s", path, err->msg);
 }
 
 /* Everything written must have arrived: disks fill up, readers leave. */
@@ -143,6 +148,9 @@ struct settings {
     const char *ppl, *ppl_save, *ppl_compare;
     const char *trace, *trace_tokens, *trace_npy, *experts;
     struct texts trace_filter;
+    int sha256;
+    const char *tensor, *rows;
+    double bandwidth;
 };
 
 /* In the order of the words of -o, --template, --think and --color. */
@@ -219,7 +227,7 @@ static const struct option table[] = {
     SWITCH("--special", special, "markers in what is given are control "
            "tokens"),
     SWITCH("--batch", batch_mode, "answer JSON lines; its options are below"),
-    SWITCH("--inspect", inspect, "describe the file and the memory it needs"),
+    SWITCH("--inspect", inspect, "explain the file; its options are below"),
     SWITCH("--selftest", selftest, "try this build on this machine; needs no "
            "model"),
     SWITCH("--bench", bench, "measure the speed; its options are below"),
@@ -280,6 +288,13 @@ static const struct option table[] = {
           "DIR/NAME.npy"),
     WORDS("--experts", "FILE", experts, "which experts the tokens chose, as "
           "CSV (-: a summary)"),
+
+    GROUP("With --inspect"),
+    SWITCH("--sha256", sha256, "digests of the file and of every tensor"),
+    WORDS("--tensor", "NAME", tensor, "one tensor: what is in it"),
+    WORDS("--rows", "A-B", rows, "of its values, these rows (0-7)"),
+    NUMBER(REAL, "--bandwidth", "GB/s", bandwidth, 0.001, 1e6,
+           "of the memory, to say how fast it can be"),
 
     GROUP("With --batch"),
     NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024,
@@ -395,10 +410,10 @@ static int print_version(void)
 }
 
 /* How many letters must be changed, added or dropped to make `a` into the n
- * letters at b, fewer than 32. */
+ * letters at b, fewer than 64. */
 static int distance(const char *a, const char *b, int n)
 {
-    int row[32];
+    int row[64];
 
     for (int j = 0; j <= n; j++)
         row[j] = j;
@@ -699,6 +714,11 @@ static int check_settings(const struct settings *s)
         return usage("--logprobs needs --json");
     if (s->json && s->interactive)
         return usage("--json is for a single answer, not for a chat");
+    if ((s->sha256 || s->tensor || s->rows || s->bandwidth > 0) && !s->inspect)
+        return usage("%s is for --inspect", s->sha256 ? "--sha256" : s->tensor ?
+                     "--tensor" : s->rows ? "--rows" : "--bandwidth");
+    if (s->rows && !s->tensor)
+        return usage("--rows are those of --tensor");
     if ((s->shard || s->resume || s->batch_raw || s->hadoop) && !s->batch_mode)
         return usage("%s is for --batch", s->shard ? "--shard" : s->resume ?
                      "--resume" : s->batch_raw ? "--batch-raw" : "--hadoop");
@@ -2458,19 +2478,27 @@ static uint64_t template_hash(const char *s, size_t n)
     return h;
 }
 
-/* An edited template is still like one of ours in what matters. */
-static int template_by_text(const char *s, const char *end)
+/* An edited template is still like one of ours in what matters; *word is
+ * that. */
+static int template_by_text(const char *s, const char *end, const char **word)
 {
+    static const struct { const char *word; int template; } telling[] = {
+        { "<|tool_list_start|>", TEMPLATE_LFM2 },
+        { "preserve_thinking", TEMPLATE_8B },
+        { "Today's date", TEMPLATE_NEW }, { "strftime_now", TEMPLATE_NEW },
+        { "List of tools: [", TEMPLATE_INSTRUCT }
+    };
     const char *calls = find(s, end, "render_tool_calls(message");
     const char *content = find(s, end, "parse_content(message.content)");
 
-    if (find(s, end, "<|tool_list_start|>"))
-        return TEMPLATE_LFM2;
-    if (find(s, end, "preserve_thinking"))
-        return TEMPLATE_8B;
-    if (find(s, end, "Today's date") || find(s, end, "strftime_now"))
-        return calls && content && calls < content ? TEMPLATE_VL : TEMPLATE_NEW;
-    return find(s, end, "List of tools: [") ? TEMPLATE_INSTRUCT : TEMPLATE_AUTO;
+    for (size_t i = 0; i < sizeof telling / sizeof *telling; i++) {
+        if (!find(s, end, telling[i].word))
+            continue;
+        *word = telling[i].word;
+        return telling[i].template == TEMPLATE_NEW && calls && content &&
+               calls < content ? TEMPLATE_VL : telling[i].template;
+    }
+    return TEMPLATE_AUTO;
 }
 
 static int name_has(const lfm2_model *model, const char *word)
@@ -2489,17 +2517,26 @@ static int name_has(const lfm2_model *model, const char *word)
 static int template_by_model(const lfm2_model *model,
                              const lfm2_tokenizer *words)
 {
-    if (lfm2_n_vocab(words) > 100000)
+    if ((words ? lfm2_n_vocab(words) : lfm2_model_config(model)->n_vocab) >
+        100000)
         return TEMPLATE_8B;
     if (!name_has(model, "2.5"))
         return TEMPLATE_LFM2;
     return name_has(model, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
 }
 
-/* The template of a model, and a sentence about how it was found.  *known is 0
- * if the one in the file is none of those that this program was tested with. */
-static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
-                           int *known, struct why *evidence)
+/* How it was found: the one in the file is one of those that this program was
+ * tested with, or has a word that only one of them has, or neither. */
+struct found_template {
+    int template;
+    enum { NO_TEMPLATE, BY_HASH, BY_WORDS, BY_MODEL } how;
+    const char *word;                     /* NULL: not BY_WORDS              */
+    uint64_t hash;
+};
+
+/* `words` may be NULL. */
+static struct found_template find_template(const lfm2_model *model,
+                                           const lfm2_tokenizer *words)
 {
     static const struct { uint64_t hash; int template; } published[] = {
         { 0x64c90fcede246b34u, TEMPLATE_LFM2 },
@@ -2511,29 +2548,45 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
     };
     size_t n;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
-    const char *how = "the one in the file";
-    const uint64_t hash = s ? template_hash(s, n) : 0;
-    int template = TEMPLATE_AUTO;
+    struct found_template to = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
 
-    *known = 1;
     if (!s)
-        return because(evidence, TEMPLATE_NONE, "the file has no chat template,"
-                       " so text is continued as it is");
+        return to;
+    to.hash = template_hash(s, n);
+    to.how = BY_HASH;
     for (size_t i = 0; i < sizeof published / sizeof *published; i++)
-        if (published[i].hash == hash)
-            template = published[i].template;
-    *known = template != TEMPLATE_AUTO;
-    if (!*known) {
-        template = template_by_text(s, s + n);
-        how = "the one in the file is unknown, but has words of this one";
-    }
-    if (template == TEMPLATE_AUTO) {
-        template = template_by_model(model, words);
-        how = "by name and vocabulary of the model, as the one in the file is "
-              "unknown";
-    }
-    return because(evidence, template, "chat template %s: %s (hash %016llx)",
-                   template_names[template], how, (unsigned long long)hash);
+        if (published[i].hash == to.hash)
+            to.template = published[i].template;
+    if (to.template != TEMPLATE_NONE)
+        return to;
+    to.template = template_by_text(s, s + n, &to.word);
+    to.how = to.word ? BY_WORDS : BY_MODEL;
+    if (!to.word)
+        to.template = template_by_model(model, words);
+    return to;
+}
+
+/* The template of a model, and a sentence about how it was found.  *known is 0
+ * if the one in the file is unknown. */
+static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
+                           int *known, struct why *evidence)
+{
+    static const char *const how[] = {
+        [BY_HASH] = "the one in the file",
+        [BY_WORDS] = "the one in the file is unknown, but has words of this "
+                     "one",
+        [BY_MODEL] = "by name and vocabulary of the model, as the one in the "
+                     "file is unknown"
+    };
+    const struct found_template f = find_template(model, words);
+
+    *known = f.how <= BY_HASH;
+    if (f.how == NO_TEMPLATE)
+        return because(evidence, f.template, "the file has no chat template, "
+                       "so text is continued as it is");
+    return because(evidence, f.template, "chat template %s: %s (hash %016llx)",
+                   template_names[f.template], how[f.how],
+                   (unsigned long long)f.hash);
 }
 
 /* ------------------------------------------------------------ 6. Tool calls
@@ -2764,8 +2817,9 @@ static int work_on_words(const struct settings *s)
 
 /* -------------------------------------------------------------- 8. --inspect
  *
- * What is in the file, in the terms its makers use, and what it will take to
- * run it. */
+ * What is in a file, in the terms its makers use; what it will take to run it;
+ * and what is wrong with it.  The facts are found once, then printed as text or
+ * as JSON. */
 
 /* A few words, made on the spot. */
 struct phrase { char s[128]; };
@@ -2791,48 +2845,21 @@ static struct phrase amount(double n, const char *unit)
     return phrase("%.*f %s%s", scale > 1 ? 2 : 0, n / scale, letter, unit);
 }
 
+/* What a file says, for a terminal: a question mark for each byte that is no
+ * character, and for characters that could steer it. */
 static void print_clean(const char *s, size_t n)
 {
-    for (size_t i = 0; i < n && i < 200; i++)
-        putchar(s[i] >= ' ' && s[i] <= '~' ? s[i] : '?');
-}
+    const char *const end = s + (n < 200 ? n : 200);
+    uint32_t c;
 
-static void print_string(const lfm2_model *m, const char *label,
-                         const char *key)
-{
-    size_t n = 0;
-    const char *s = lfm2_model_string(m, key, &n);
-
-    printf("%s", label);
-    print_clean(s ? s : "(none)", s ? n : 6);
-    putchar('\n');
-}
-
-static void inspect_config(const lfm2_model *m)
-{
-    const lfm2_config *c = lfm2_model_config(m);
-    int n_attn = 0;
-
-    for (int il = 0; il < c->n_layer; il++)
-        n_attn += c->is_attn[il];
-    print_string(m, "architecture  ", "general.architecture");
-    print_string(m, "name          ", "general.name");
-    printf("layers        %d: %d short convolutions (c), %d attention (A)",
-           c->n_layer, c->n_layer - n_attn, n_attn);
-    printf("%s\nlayer map     ", c->n_expert ? "; * with experts" : "");
-    for (int il = 0; il < c->n_layer; il++)
-        printf("%c%s", c->is_attn[il] ? 'A' : 'c',
-               c->n_expert && il >= c->n_layer_dense ? "*" : "");
-    printf("\nsizes         n_embd %d, n_ff %d, n_vocab %d, l_cache %d\n"
-           "attention     n_head %d, n_head_kv %d, head_dim %d, "
-           "rope_freq_base %g\n", c->n_embd, c->n_ff, c->n_vocab, c->l_cache,
-           c->n_head, c->n_head_kv, c->head_dim, (double)c->rope_freq_base);
-    if (c->n_expert)
-        printf("experts       %d, %d used per token, n_ff %d, after %d dense "
-               "layers\n", c->n_expert, c->n_expert_used, c->n_ff_expert,
-               c->n_layer_dense);
-    printf("trained for   %d tokens\nnorm eps      %g\n", c->n_ctx_train,
-           (double)c->norm_rms_eps);
+    for (int size; s < end; s += size) {
+        size = utf8_get(s, end, &c);
+        if (size == 0 || c < ' ' || (c >= 0x7f && c < 0xa0)) {
+            putchar('?');
+            size = size ? size : 1;
+        } else
+            fwrite(s, 1, (size_t)size, stdout);
+    }
 }
 
 static double count_elements(const lfm2_tensor_info *t)
@@ -2842,33 +2869,6 @@ static double count_elements(const lfm2_tensor_info *t)
     for (int d = 0; d < t->n_dims; d++)
         n *= (double)t->dims[d];
     return n;
-}
-
-static void inspect_weights(const lfm2_model *m)
-{
-    struct { const char *type; int n; double bytes; } sum[32] = { { 0, 0, 0 } };
-    double bytes = 0, elements = 0;
-    uint64_t total, active;
-    lfm2_tensor_info t;
-
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
-        int k = 0;
-        while (k < 31 && sum[k].type && strcmp(sum[k].type, t.type) != 0)
-            k++;
-        sum[k].type = t.type;
-        sum[k].n++;
-        sum[k].bytes += (double)t.n_bytes;
-        bytes += (double)t.n_bytes;
-        elements += count_elements(&t);
-    }
-    lfm2_model_params(m, &total, &active);
-    printf("size          %s parameters, %s active\n",
-           amount((double)total, "").s, amount((double)active, "").s);
-    printf("weights       %s, %.2f bits per weight\n", amount(bytes, "B").s,
-           elements > 0 ? bytes * 8 / elements : 0);
-    for (int k = 0; k < 32 && sum[k].type; k++)
-        printf("  %-11s %s in %d tensors\n", sum[k].type,
-               amount(sum[k].bytes, "B").s, sum[k].n);
 }
 
 /* What the command line asks of a context. */
@@ -2992,116 +2992,10 @@ static double peak_memory(void)
 #endif
 }
 
-/* ---- memory */
-
-static void inspect_memory(const struct settings *s, const lfm2_model *m)
-{
-    const lfm2_config *c = lfm2_model_config(m);
-    lfm2_params p = choose_params(s, m);
-    const double kv = kv_bytes(c, p.kv_type);
-    double conv = 0;
-
-    p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
-    for (int il = 0; il < c->n_layer; il++)
-        if (!c->is_attn[il])
-            conv += 4.0 * (c->l_cache - 1) * c->n_embd;
-    printf("memory        for a context of %d tokens, KV in %s\n"
-           "  KV cache    %s, %s a token\n  conv state  %s\n"
-           "  in all      %s beside the file\n", p.n_ctx,
-           kv_name(p.kv_type), amount(kv * p.n_ctx, "B").s,
-           amount(kv, "B").s, amount(conv, "B").s,
-           amount((double)lfm2_context_size(m, &p), "B").s);
-}
-
-static void print_token(const lfm2_tokenizer *words, int32_t id)
-{
-    int len;
-    const char *s = lfm2_token_bytes(words, id, 1, &len);
-
-    printf(" %ld ", (long)id);
-    print_clean(s, (size_t)len);
-}
-
-static void inspect_words(const struct settings *s, const lfm2_model *m)
-{
-    const char *path = s->tokenizer ? s->tokenizer : s->model;
-    lfm2_tokenizer *words;
-    lfm2_error err;
-    size_t n;
-
-    if (lfm2_tokenizer_open(&words, path, &err) != LFM2_OK) {
-        printf("vocabulary    none: %s\n", err.msg);
-        return;
-    }
-    printf("vocabulary    %d tokens, chat template: %s\n", lfm2_n_vocab(words),
-           lfm2_model_string(m, "tokenizer.chat_template", &n) ? "yes" : "no");
-    printf("begins with  ");
-    if (lfm2_bos(words) >= 0 && lfm2_add_bos(words))
-        print_token(words, lfm2_bos(words));
-    printf("\nends with    ");
-    for (int32_t id = 0; id < lfm2_n_vocab(words); id++)
-        if (lfm2_is_eog(words, id))
-            print_token(words, id);
-    putchar('\n');
-    lfm2_tokenizer_close(words);
-}
-
-/* With -v, every key and every tensor of the file. */
-static void inspect_all(const lfm2_model *m)
-{
-    lfm2_tensor_info t;
-    const char *key;
-    char value[128];
-
-    printf("\nmetadata\n");
-    for (int i = 0; (key = lfm2_model_key(m, i, value, sizeof value)); i++)
-        printf("  %s = %s\n", key, value);
-    printf("\ntensors\n");
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
-        printf("  %-34s %-7s", t.name, t.type);
-        for (int d = 0; d < t.n_dims; d++)
-            printf("%s%llu", d ? " x " : " ", (unsigned long long)t.dims[d]);
-        putchar('\n');
-    }
-}
-
-static void inspect(const struct settings *s, const lfm2_model *m)
-{
-    struct stat st;
-
-    printf("file          %s, %s\n", s->model, stat(s->model, &st) == 0 ?
-           amount((double)st.st_size, "B").s : "?");
-    inspect_config(m);
-    inspect_weights(m);
-    inspect_memory(s, m);
-    inspect_words(s, m);
-    for (int i = 0; lfm2_model_warning(m, i); i++)
-        printf("warning       %s\n", lfm2_model_warning(m, i));
-    if (s->verbose)
-        inspect_all(m);
-}
-
-static int inspect_file(const struct settings *s)
-{
-    lfm2_model *m;
-    lfm2_error err;
-
-    if (lfm2_model_open(&m, s->model, s->no_mmap ? LFM2_LOAD_READ :
-                        LFM2_LOAD_MAP, &err) != LFM2_OK)
-        return report(s->model, &err);
-    inspect(s, m);
-    lfm2_model_close(m);
-    return DONE;
-}
-
-/* ---------------------------------------------------- 9. The model in use */
-
-/* Logits of a whole prompt come in chunks of this many tokens, so that the
- * memory for them does not grow with it. */
-enum { LOGITS_CHUNK = 64 };
-
-/* A trace takes much memory for every token of a batch. */
-enum { TRACE_BATCH = 64 };
+/* ---- presets
+ *
+ * What the makers publish for each model, found by its name: the first row all
+ * of whose words are in it.  The small models for one task are greedy. */
 
 /* How words are chosen, before a seed. */
 struct sampling {
@@ -3110,28 +3004,6 @@ struct sampling {
     double top_p, min_p, repeat;
     int last_n;
 };
-
-struct engine {
-    const struct settings *s;
-    lfm2_model *model;
-    lfm2_tokenizer *words;                /* NULL: ids in, logits out        */
-    lfm2_context *ctx;
-    lfm2_params par;
-    int template;                         /* TEMPLATE_NONE: plain text       */
-    int opens_thought;                    /* the prompt ends with <think>    */
-    struct sampling sampling;
-    char date[12];
-    struct ids *cached;                   /* [n_seq]: tokens in the cache    */
-    lfm2_span *span;                      /* [n_seq]                         */
-    float *unbent;                        /* [n_vocab]: logits as they came  */
-    struct ids ends;                      /* tokens that end a turn          */
-    struct trace *trace;                  /* NULL: nobody looks              */
-};
-
-/* ---- presets
- *
- * What the makers publish for each model, found by its name: the first row all
- * of whose words are in it.  The small models for one task are greedy. */
 
 static const struct preset_row {
     const char *name, *words[2];
@@ -3196,22 +3068,41 @@ static const struct preset_row *find_preset(const lfm2_model *m)
     return p;
 }
 
+/* A value of the metadata as text; empty if there is none. */
+static struct phrase value_of(const lfm2_model *m, const char *key)
+{
+    struct phrase out;
+    const char *found;
+
+    for (int i = 0; (found = lfm2_model_key(m, i, out.s, sizeof out.s)); i++)
+        if (strcmp(found, key) == 0)
+            return out;
+    return phrase("%s", "");
+}
+
 /* A number in the metadata, within the bounds of its option; 0 if there is
  * none. */
 static int file_number(const lfm2_model *m, const char *key, double least,
                        double most, double *out)
 {
-    char value[64], *end;
-    const char *found;
+    const struct phrase value = value_of(m, key);
+    char *end;
+    const double x = strtod(value.s, &end);
 
-    for (int i = 0; (found = lfm2_model_key(m, i, value, sizeof value)); i++)
-        if (strcmp(found, key) == 0) {
-            const double x = strtod(value, &end);
-            if (end == value || *end || !(x >= least && x <= most))
-                return 0;
-            *out = x;
+    if (end == value.s || *end || !(x >= least && x <= most))
+        return 0;
+    *out = x;
+    return 1;
+}
+
+static int has_wishes(const lfm2_model *m)
+{
+    char value[8];
+    const char *key;
+
+    for (int i = 0; (key = lfm2_model_key(m, i, value, sizeof value)); i++)
+        if (strncmp(key, "general.sampling.", 17) == 0)
             return 1;
-        }
     return 0;
 }
 
@@ -3253,6 +3144,1228 @@ static struct sampling choose_sampling(const struct settings *s,
             to.min_p, to.repeat, to.last_n);
     return to;
 }
+/* ---- facts
+ *
+ * Every tensor has a role; embedding and output are one where they are tied. */
+
+enum role {
+    EMBEDDING, OUTPUT, CONV_MIXERS, ATTENTION, DENSE_FFN, ROUTER, EXPERTS,
+    NORMS, UNUSED, N_ROLES
+};
+
+static const struct { const char *name, *key; } roles[N_ROLES] = {
+    { "embedding", "embedding" }, { "output", "output" },
+    { "conv mixers", "conv" }, { "attention", "attention" },
+    { "dense FFN", "dense_ffn" }, { "router", "router" },
+    { "experts", "experts" }, { "norms", "norms" }, { "unused", "unused" }
+};
+
+enum { MAX_TYPES = 32, MAX_ROOMS = 5, MAX_SPEEDS = 3, MAX_SPECIAL = 16 };
+
+/* What the tensors of a role take. */
+struct portion {
+    int n;                                /* tensors                         */
+    uint64_t params, active;              /* these for every token           */
+    uint64_t bytes, read;
+    int of_type[MAX_TYPES];               /* tensors, by lfm2_weight_type()  */
+};
+
+/* What a context of some length takes. */
+struct room {
+    int ctx;
+    double kv, read;                      /* bytes, and what a token reads   */
+    uint64_t beside;                      /* all memory but for the file     */
+};
+
+struct special { const char *label, *key; int32_t id; };
+
+struct facts {
+    const struct settings *s;
+    lfm2_model *model;
+    int is_model;                         /* and not only the wreck of one   */
+    lfm2_tokenizer *words;                /* NULL: no vocabulary             */
+    int code;                             /* LFM2_OK, or what is fatal       */
+    lfm2_error err;
+    struct why odd[2];                    /* what else could be tolerated    */
+    int n_odd;
+    double size;                          /* of the file                     */
+    int version;                          /* of GGUF, and what it announces; */
+    uint64_t n_tensors, n_keys;           /* 0: it is none                   */
+    int tensors_read, keys_read;          /* before it turned out to be bad  */
+    char file_hash[65], template_hash[65];        /* "": not known           */
+    struct portion part[N_ROLES], all;    /* all: without what is unused     */
+    const char *norm;
+    int tied;
+    struct room room[MAX_ROOMS];
+    int n_rooms;
+    double bandwidth[MAX_SPEEDS];         /* GB/s                            */
+    int n_bandwidths;
+    double kv, conv, free;                /* bytes: of a token, of the state,
+                                             of memory; 0: not known         */
+    int fits;                             /* a context in it; 0: none        */
+    struct special special[MAX_SPECIAL];
+    int n_special;
+    struct found_template template;
+    struct sampling sampling;
+    int has_wishes;                       /* the file, general.sampling.*    */
+};
+
+static enum role role_of_tensor(const char *name, const char *norm)
+{
+    static const struct { const char *part; enum role role; } known[] = {
+        { "_norm.", NORMS }, { "shortconv.", CONV_MIXERS },
+        { "attn_", ATTENTION }, { "ffn_gate_inp.", ROUTER },
+        { "exp_probs_b.", ROUTER }, { "_exps.", EXPERTS },
+        { "ffn_", DENSE_FFN }
+    };
+
+    if (strcmp(name, "token_embd.weight") == 0)
+        return EMBEDDING;
+    if (strcmp(name, "output.weight") == 0)
+        return OUTPUT;
+    if (strcmp(name, norm) == 0)
+        return NORMS;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strncmp(name, "blk.", 4) == 0 && strstr(name, known[i].part))
+            return known[i].role;
+    return UNUSED;
+}
+
+static int type_number(const char *type)
+{
+    const char *name;
+    int i = 0;
+
+    while (i < MAX_TYPES - 1 && (name = lfm2_weight_type(i)) != NULL &&
+           strcmp(name, type) != 0)
+        i++;
+    return i;
+}
+
+static void add_part(struct portion *to, const struct portion *p)
+{
+    to->n += p->n;
+    to->params += p->params;
+    to->active += p->active;
+    to->bytes += p->bytes;
+    to->read += p->read;
+    for (int i = 0; i < MAX_TYPES; i++)
+        to->of_type[i] += p->of_type[i];
+}
+
+/* Of the experts a token reads those that are chosen; of an embedding that is
+ * not the output, too, one row. */
+static struct portion measure(const struct facts *f, const lfm2_tensor_info *t,
+                           enum role role)
+{
+    const lfm2_config *c = lfm2_model_config(f->model);
+    struct portion p = { .n = 1, .params = 1, .bytes = t->n_bytes };
+
+    for (int d = 0; d < t->n_dims; d++)
+        p.params *= t->dims[d];
+    p.active = p.params;
+    p.read = p.bytes;
+    if (role == EXPERTS && c->n_expert > 0) {
+        const uint64_t n = (uint64_t)c->n_expert;
+        p.active = p.params / n * (uint64_t)c->n_expert_used;
+        p.read = p.bytes / n * (uint64_t)c->n_expert_used;
+    }
+    if (role == EMBEDDING && !f->tied)
+        p.read /= t->dims[1];
+    if (role == UNUSED)
+        p.active = p.read = 0;
+    p.of_type[type_number(t->type)] = 1;
+    return p;
+}
+
+/* The number of a tensor, or -1. */
+static int find_tensor(const lfm2_model *m, const char *name)
+{
+    lfm2_tensor_info t;
+
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++)
+        if (strcmp(t.name, name) == 0)
+            return i;
+    return -1;
+}
+
+static void find_parts(struct facts *f)
+{
+    lfm2_tensor_info t;
+
+    f->norm = find_tensor(f->model, "output_norm.weight") >= 0 ?
+              "output_norm.weight" : "token_embd_norm.weight";
+    f->tied = find_tensor(f->model, "output.weight") < 0;
+    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
+        const enum role role = role_of_tensor(t.name, f->norm);
+        const struct portion p = measure(f, &t, role);
+        add_part(&f->part[role], &p);
+        if (role != UNUSED)
+            add_part(&f->all, &p);
+    }
+}
+
+/* Memory that can be had without taking it from another program, within the
+ * limit of a container; 0 if the system does not tell. */
+static double free_memory(void)
+{
+    double have = strtod(look_up("/proc/meminfo", "MemAvailable", "0").s,
+                         NULL) * 1024;
+    FILE *f = fopen("/sys/fs/cgroup/memory.max", "r");
+    double limit;
+
+    if (f && fscanf(f, "%lf", &limit) == 1 && limit < have)
+        have = limit;
+    if (f)
+        fclose(f);
+    return have;
+}
+
+/* The longest context that there is memory for besides the weights. */
+static int largest_context(const struct facts *f, lfm2_params p)
+{
+    const int n_train = lfm2_model_config(f->model)->n_ctx_train;
+    int fits = 0, least_not = (n_train < MAX_CTX ? n_train : MAX_CTX) + 1;
+
+    while (least_not - fits > 1) {
+        uint64_t beside;
+        p.n_ctx = fits + (least_not - fits) / 2;
+        beside = lfm2_context_size(f->model, &p);
+        if (beside > 0 && (double)f->all.bytes + (double)beside <= f->free)
+            fits = p.n_ctx;
+        else
+            least_not = p.n_ctx;
+    }
+    return fits;
+}
+
+static void add_room(struct facts *f, lfm2_params p, int ctx)
+{
+    struct room *r = &f->room[f->n_rooms];
+
+    for (int i = 0; i < f->n_rooms; i++)
+        if (f->room[i].ctx == ctx)
+            return;
+    p.n_ctx = ctx;
+    *r = (struct room){ .ctx = ctx, .kv = f->kv * ctx };
+    r->read = (double)f->all.read + r->kv;
+    r->beside = lfm2_context_size(f->model, &p);
+    for (; r > f->room && r[-1].ctx > ctx; r--) {
+        const struct room longer = r[-1];
+        r[-1] = r[0];
+        r[0] = longer;
+    }
+    f->n_rooms++;
+}
+
+/* Contexts that one may ask for, and how fast the memory lets them be. */
+static void find_rooms(struct facts *f)
+{
+    const lfm2_config *c = lfm2_model_config(f->model);
+    const int most = c->n_ctx_train < MAX_CTX ? c->n_ctx_train : MAX_CTX;
+    const int wanted[] = { 4096, 32768, most };
+    lfm2_params p = choose_params(f->s, f->model);
+
+    p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
+    f->kv = kv_bytes(c, p.kv_type);
+    for (int il = 0; il < c->n_layer; il++)
+        if (!c->is_attn[il])
+            f->conv += 4.0 * (c->l_cache - 1) * c->n_embd;
+    for (int i = 0; i < 3; i++)
+        if (wanted[i] <= most)
+            add_room(f, p, wanted[i]);
+    if (f->s->ctx != UNSET)
+        add_room(f, p, p.n_ctx < MAX_CTX ? p.n_ctx : MAX_CTX);
+    f->free = free_memory();
+    f->fits = f->free > 0 ? largest_context(f, p) : 0;
+    f->n_bandwidths = f->s->bandwidth > 0 ? 1 : MAX_SPEEDS;
+    for (int i = 0; i < f->n_bandwidths; i++)
+        f->bandwidth[i] = f->s->bandwidth > 0 ? f->s->bandwidth :
+                          (double[]){ 20, 50, 100 }[i];
+}
+
+static void add_special(struct facts *f, const char *label, const char *key,
+                        int32_t id)
+{
+    if (id >= 0 && id < lfm2_n_vocab(f->words) && f->n_special < MAX_SPECIAL)
+        f->special[f->n_special++] = (struct special){ label, key, id };
+}
+
+/* Tokens with a meaning of their own, in the order of the lines that show
+ * them. */
+static void find_special(struct facts *f)
+{
+    static const char *const marker[] = {
+        TURN_START, "<|tool_list_start|>", CALL_START,
+        "<|tool_response_start|>", THINK
+    };
+    double pad = -1;
+
+    if (lfm2_add_bos(f->words))
+        add_special(f, "begins with", "bos", lfm2_bos(f->words));
+    for (int32_t id = 0; id < lfm2_n_vocab(f->words); id++)
+        if (lfm2_is_eog(f->words, id))
+            add_special(f, "ends with", "end", id);
+    for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
+        add_special(f, "markers", "marker", lfm2_token_id(f->words, marker[i]));
+    file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30, &pad);
+    add_special(f, "padding", "pad", (int32_t)pad);
+}
+
+/* By "[65536 x string]"; 0 if it is no array. */
+static uint64_t array_length(const lfm2_model *m, const char *key)
+{
+    const struct phrase value = value_of(m, key);
+
+    return value.s[0] == '[' ? strtoull(value.s + 1, NULL, 10) : 0;
+}
+
+static void digest(const void *bytes, size_t n, char out[65])
+{
+    struct sha256 d = sha256_start;
+
+    sha256_add(&d, bytes, n);
+    sha256_hex(d, out);
+}
+
+/* What the model's words are, how they are written down and chosen. */
+static void find_words(struct facts *f)
+{
+    const struct phrase pre = value_of(f->model, "tokenizer.ggml.pre");
+    size_t n;
+    const char *s = lfm2_model_string(f->model, "tokenizer.chat_template", &n);
+
+    f->code = lfm2_tokenizer_open(&f->words, f->s->tokenizer ? f->s->tokenizer :
+                                  f->s->model, &f->err);
+    if (f->words)
+        find_special(f);
+    if (s)
+        digest(s, n, f->template_hash);
+    f->template = find_template(f->model, f->words);
+    f->sampling = choose_sampling(&defaults, f->model);
+    f->has_wishes = has_wishes(f->model);
+    if (pre.s[0] && strcmp(pre.s, "lfm2") != 0)
+        because(&f->odd[f->n_odd++], 0, "tokenizer.ggml.pre: \"%s\", expected "
+                "\"lfm2\", as which it is taken", pre.s);
+    if (f->template.how > BY_HASH)
+        because(&f->odd[f->n_odd++], 0, "tokenizer.chat_template: none that is "
+                "known, taken as %s", template_names[f->template.template]);
+}
+
+/* The i-th thing that is not as it should be; NULL past the last. */
+static const char *find_oddity(const struct facts *f, int i, int *fatal)
+{
+    int n = 0;
+
+    while (lfm2_model_warning(f->model, n))
+        n++;
+    *fatal = i == n + f->n_odd;
+    if (i < n)
+        return lfm2_model_warning(f->model, i);
+    return i < n + f->n_odd ? f->odd[i - n].s :
+           *fatal && f->code != LFM2_OK ? f->err.msg : NULL;
+}
+
+/* Piece by piece, so that a file may be larger than memory. */
+static int hash_file(const char *path, char out[65])
+{
+    unsigned char piece[1 << 14];
+    struct sha256 d = sha256_start;
+    FILE *f = fopen(path, "rb");
+    int failed;
+
+    if (!f)
+        return say(BAD_FILE, "%s: %s", path, strerror(errno));
+    for (size_t n; (n = fread(piece, 1, sizeof piece, f)) > 0;)
+        sha256_add(&d, piece, n);
+    failed = ferror(f);
+    fclose(f);
+    sha256_hex(d, out);
+    return failed ? say(BAD_FILE, "%s: cannot be read", path) : DONE;
+}
+
+/* The first bytes, which say as much as there is of a bad file. */
+static int find_header(struct facts *f)
+{
+    unsigned char head[24];
+    struct stat st;
+    FILE *file = fopen(f->s->model, "rb");
+    const size_t n = file ? fread(head, 1, sizeof head, file) : 0;
+
+    if (file)
+        fclose(file);
+    if (stat(f->s->model, &st) == 0)
+        f->size = (double)st.st_size;
+    if (n == sizeof head && memcmp(head, "GGUF", 4) == 0) {
+        f->version = (int)(get_le(head + 4, 4) & INT_MAX);
+        f->n_tensors = get_le(head + 8, 8);
+        f->n_keys = get_le(head + 16, 8);
+    }
+    return f->s->sha256 ? hash_file(f->s->model, f->file_hash) : DONE;
+}
+
+static int find_facts(struct facts *f)
+{
+    const int code = find_header(f);
+    lfm2_tensor_info t;
+    char value[8];
+
+    while (lfm2_model_key(f->model, f->keys_read, value, sizeof value))
+        f->keys_read++;
+    while (lfm2_model_tensor(f->model, f->tensors_read, &t) == LFM2_OK)
+        f->tensors_read++;
+    if (code != DONE || !f->is_model)
+        return code;
+    find_parts(f);
+    find_rooms(f);
+    find_words(f);
+    return DONE;
+}
+
+/* c and A for short convolutions and attention, d and e for dense networks and
+ * experts. */
+struct map { char mixers[LFM2_MAX_LAYER + 1], ffns[LFM2_MAX_LAYER + 1]; };
+
+static struct map layer_map(const lfm2_config *c)
+{
+    struct map out = { "", "" };
+
+    for (int il = 0; il < c->n_layer; il++) {
+        out.mixers[il] = c->is_attn[il] ? 'A' : 'c';
+        out.ffns[il] = il < c->n_layer_dense ? 'd' : 'e';
+    }
+    return out;
+}
+
+static int count_attention(const lfm2_config *c)
+{
+    int n = 0;
+
+    for (int il = 0; il < c->n_layer; il++)
+        n += c->is_attn[il];
+    return n;
+}
+
+static double bits_per_weight(const struct portion *p)
+{
+    return p->params > 0 ? (double)p->bytes * 8 / (double)p->params : 0;
+}
+
+/* Of a token, with so much in the cache. */
+static double speed_limit(const struct facts *f, double read, int i)
+{
+    return read > 0 ? f->bandwidth[i] * 1e9 / read : 0;
+}
+
+/* ---- in text */
+
+static void print_string(const lfm2_model *m, const char *label,
+                         const char *key)
+{
+    size_t n = 0;
+    const char *s = lfm2_model_string(m, key, &n);
+
+    printf("%s", label);
+    print_clean(s ? s : "(none)", s ? n : 6);
+}
+
+static void print_head(const struct facts *f)
+{
+    printf("file          ");
+    print_clean(f->s->model, strlen(f->s->model));
+    printf(", %s", amount(f->size, "B").s);
+    if (f->version)
+        printf(", GGUF version %d", f->version);
+    if (f->file_hash[0])
+        printf("\nsha256        %s", f->file_hash);
+    print_string(f->model, "\nname          ", "general.name");
+    print_string(f->model, "\narchitecture  ", "general.architecture");
+    printf("\n");
+}
+
+static void print_layers(const struct facts *f)
+{
+    const lfm2_config *c = lfm2_model_config(f->model);
+    const struct map map = layer_map(c);
+    const int n_attn = count_attention(c);
+
+    printf("size          %s parameters, %s active per token\n",
+           amount((double)f->all.params, "").s,
+           amount((double)f->all.active, "").s);
+    printf("sizes         n_embd %d, n_vocab %d, trained for %d tokens\n\n",
+           c->n_embd, c->n_vocab, c->n_ctx_train);
+    printf("layers        %d: %d with a short convolution (c), %d with "
+           "attention (A)\nlayer map     %s\n", c->n_layer, c->n_layer - n_attn,
+           n_attn, map.mixers);
+    if (c->n_expert > 0)
+        printf("  and FFN     %s\n", map.ffns);
+    printf("convolution   l_cache %d\nattention     %d heads, %d of keys and "
+           "values, head_dim %d, rope_freq_base %g\n", c->l_cache, c->n_head,
+           c->n_head_kv, c->head_dim, (double)c->rope_freq_base);
+    if (c->n_layer_dense > 0)
+        printf("dense FFN     n_ff %d, in %s%s\n", c->n_ff, c->n_expert == 0 ?
+               "all layers" : c->n_layer_dense == 1 ? "the first layer" :
+               phrase("the first %d layers", c->n_layer_dense).s,
+               c->n_expert ? " (d)" : "");
+    if (c->n_expert > 0)
+        printf("experts       %d of n_ff %d, %d used per token, in %s (e)\n",
+               c->n_expert, c->n_ff_expert, c->n_expert_used,
+               c->n_layer_dense ? "the others" : "all layers");
+    printf("last norm     %s, eps %g\noutput        %s\n\n", f->norm,
+           (double)c->norm_rms_eps, f->tied ? "token_embd.weight, tied" :
+           "output.weight");
+}
+
+static void print_part(const char *name, const struct portion *p)
+{
+    const char *type, *comma = "";
+
+    printf("  %-11s %10s %10s  %10s %6.2f  %10s  ", name,
+           amount((double)p->params, "").s, amount((double)p->active, "").s,
+           amount((double)p->bytes, "B").s, bits_per_weight(p),
+           amount((double)p->read, "B").s);
+    for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
+        if (p->of_type[i] > 0) {
+            printf("%s%s", comma, type);
+            comma = ", ";
+        }
+    printf("\n");
+}
+
+static void print_parts(const struct facts *f)
+{
+    printf("weights       %s, %.2f bits per weight; a token reads %s\n"
+           "              parameters     active       bytes   bits   per token"
+           "  types\n", amount((double)f->all.bytes, "B").s,
+           bits_per_weight(&f->all), amount((double)f->all.read, "B").s);
+    for (int i = 0; i < N_ROLES; i++)
+        if (f->part[i].n > 0)
+            print_part(roles[i].name, &f->part[i]);
+    printf("\n");
+}
+
+static void print_speeds(const struct facts *f, double read)
+{
+    for (int i = 0; i < f->n_bandwidths; i++)
+        printf(" %9.*f", speed_limit(f, read, i) < 100,
+               speed_limit(f, read, i));
+    printf("\n");
+}
+
+/* What fits is that of the machine this runs on, now. */
+static void print_fit(const struct facts *f)
+{
+    const int n_train = lfm2_model_config(f->model)->n_ctx_train;
+
+    printf("fits now      ");
+    if (f->free <= 0)
+        printf("not known, as the system does not tell how much memory is "
+               "free\n");
+    else if (f->fits > 0)
+        printf("%d tokens%s, with %s of memory free\n", f->fits,
+               f->fits == n_train ? ", all it was trained for" : "",
+               amount(f->free, "B").s);
+    else
+        printf("no: %s of memory are free, and what is missing is read from "
+               "the file\n              again for every token\n",
+               amount(f->free, "B").s);
+}
+
+static void print_rooms(const struct facts *f)
+{
+    printf("memory        KV cache in %s, %s a token; conv state %s\n",
+           kv_name(f->s->kv), amount(f->kv, "B").s, amount(f->conv, "B").s);
+    printf("speed         in tokens/s, at most, by bandwidth of the memory\n"
+           "  context       KV cache  in all, beside the file");
+    for (int i = 0; i < f->n_bandwidths; i++)
+        printf(" %9s", phrase("%g GB/s", f->bandwidth[i]).s);
+    printf("\n  %-10s %13s  %24s", "empty", "", "");
+    print_speeds(f, (double)f->all.read);
+    for (int i = 0; i < f->n_rooms; i++) {
+        const struct room *r = &f->room[i];
+        printf("  %-10d %13s  %24s", r->ctx, amount(r->kv, "B").s,
+               r->beside ? amount((double)r->beside, "B").s : "too much");
+        print_speeds(f, r->read);
+    }
+    print_fit(f);
+    printf("\n");
+}
+
+/* One line for each label, or more where it gets too long. */
+static void print_special(const struct facts *f)
+{
+    const char *label = "";
+    int at = 0, len;
+
+    for (int i = 0; i < f->n_special; i++) {
+        const struct special *sp = &f->special[i];
+        const char *s = lfm2_token_bytes(f->words, sp->id, 1, &len);
+        const int same = strcmp(sp->label, label) == 0;
+        at += len + 8;
+        if (same && at <= 80)
+            printf(", ");
+        else {
+            printf("%s%s%-14s", same ? "," : "", i ? "\n" : "",
+                   same ? "" : sp->label);
+            at = 14 + len + 8;
+        }
+        printf("%ld ", (long)sp->id);
+        print_clean(s, (size_t)len);
+        label = sp->label;
+    }
+    printf("%s", f->n_special ? "\n" : "");
+}
+
+static void print_preset(const struct facts *f)
+{
+    const struct preset_row *p = find_preset(f->model);
+    const struct sampling *is = &f->sampling;
+
+    printf("preset        %s, as its name ", p->name);
+    if (p->words[0][0])
+        printf("or sizes say \"%s%s%s\"", p->words[0], p->words[1][0] ?
+               "\" and \"" : "", p->words[1]);
+    else
+        printf("says no other");
+    printf("%s\n", f->has_wishes ? "; the file has settings of its own" : "");
+    printf("  sampling    temperature %g%s%s%s%s\n", is->temp,
+           is->top_k ? phrase(", top-k %d", is->top_k).s : "",
+           is->top_p < 1 ? phrase(", top-p %g", is->top_p).s : "",
+           is->min_p > 0 ? phrase(", min-p %g", is->min_p).s : "",
+           is->repeat != 1 ? phrase(", repeat penalty %g over %d", is->repeat,
+                                    is->last_n).s : "");
+}
+
+static void print_words(const struct facts *f)
+{
+    static const char *const how[] = {
+        [NO_TEMPLATE] = "the file has none",
+        [BY_HASH] = "a known one, by its hash",
+        [BY_WORDS] = "unknown, but it has the words",
+        [BY_MODEL] = "unknown; chosen by name and vocabulary"
+    };
+    const struct found_template *t = &f->template;
+
+    if (f->words) {
+        printf("vocabulary    %d tokens, %llu merges", lfm2_n_vocab(f->words),
+               (unsigned long long)
+               array_length(f->model, "tokenizer.ggml.merges"));
+        print_string(f->model, ", type ", "tokenizer.ggml.model");
+        print_string(f->model, ", pre ", "tokenizer.ggml.pre");
+        printf("\n");
+        print_special(f);
+    } else
+        printf("vocabulary    none\n");
+    printf("template      %s: %s", template_names[t->template], how[t->how]);
+    printf(t->word ? " \"%s\"\n" : "\n", t->word);
+    if (f->template_hash[0])
+        printf("  sha256      %s\n", f->template_hash);
+    print_preset(f);
+}
+
+static struct phrase shape_of(const lfm2_tensor_info *t)
+{
+    struct phrase out = { "" };
+
+    for (int d = 0; d < t->n_dims; d++)
+        out = phrase("%.90s%s%llu", out.s, d ? " x " : "",
+                     (unsigned long long)t->dims[d]);
+    return out;
+}
+
+/* The digest goes first, as it is always of the same length. */
+static void print_tensors(const struct facts *f)
+{
+    lfm2_tensor_info t;
+    char hash[65];
+
+    printf("\ntensors\n");
+    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++)
+        if (f->s->sha256 && t.data) {
+            digest(t.data, (size_t)t.n_bytes, hash);
+            printf("  %s  %-7s %-17s  %s\n", hash, t.type, shape_of(&t).s,
+                   t.name);
+        } else
+            printf("  %-34s %-7s %s\n", t.name, t.type, shape_of(&t).s);
+}
+
+static void print_metadata(const struct facts *f)
+{
+    const char *key;
+    char value[128];
+
+    printf("\nmetadata\n");
+    for (int i = 0; (key = lfm2_model_key(f->model, i, value, sizeof value));
+         i++)
+        printf("  %s = %s\n", key, value);
+}
+
+static void print_facts(const struct facts *f)
+{
+    const char *odd;
+    int fatal;
+
+    print_head(f);
+    if (f->is_model) {
+        print_layers(f);
+        print_parts(f);
+        print_rooms(f);
+        print_words(f);
+    } else if (f->version)
+        printf("readable      %d of %llu keys, %d of %llu tensors\n",
+               f->keys_read, (unsigned long long)f->n_keys, f->tensors_read,
+               (unsigned long long)f->n_tensors);
+    for (int i = 0; (odd = find_oddity(f, i, &fatal)); i++)
+        printf("%s%s: %s\n", i ? "" : "\n", fatal ? "fatal" : "tolerated", odd);
+    if (f->s->verbose)
+        print_metadata(f);
+    if (f->s->verbose || (f->s->sha256 && f->is_model))
+        print_tensors(f);
+}
+
+/* ---- in JSON */
+
+static void member(struct text *to, const char *key)
+{
+    if (to->n > 0 && !strchr("{[", to->s[to->n - 1]))
+        add_string(to, ", ");
+    if (key) {
+        add_json_string(to, key, strlen(key));
+        add_string(to, ": ");
+    }
+}
+
+/* Text that is not there, and numbers that are none, are null. */
+static void member_bytes(struct text *to, const char *key, const char *s,
+                         size_t n)
+{
+    member(to, key);
+    if (s)
+        add_json_string(to, s, n);
+    else
+        add_string(to, "null");
+}
+
+static void member_text(struct text *to, const char *key, const char *s)
+{
+    member_bytes(to, key, s, s ? strlen(s) : 0);
+}
+
+static void member_count(struct text *to, const char *key, uint64_t n)
+{
+    member(to, key);
+    add_format(to, "%llu", (unsigned long long)n);
+}
+
+static void member_real(struct text *to, const char *key, double x)
+{
+    member(to, key);
+    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
+               "%.0f" : "%.9g", x);
+}
+
+static void member_bool(struct text *to, const char *key, int x)
+{
+    member(to, key);
+    add_string(to, x ? "true" : "false");
+}
+
+static void member_open(struct text *to, const char *key, const char *bracket)
+{
+    member(to, key);
+    add_string(to, bracket);
+}
+
+static void member_string(struct text *to, const char *key,
+                          const lfm2_model *m, const char *in_file)
+{
+    size_t n = 0;
+    const char *s = lfm2_model_string(m, in_file, &n);
+
+    member_bytes(to, key, s, n);
+}
+
+static void add_head(struct text *to, const struct facts *f)
+{
+    member_open(to, "file", "{");
+    member_text(to, "path", f->s->model);
+    member_count(to, "bytes", (uint64_t)f->size);
+    if (f->version) {
+        member_count(to, "gguf_version", (uint64_t)f->version);
+        member_count(to, "n_keys", f->n_keys);
+        member_count(to, "n_tensors", f->n_tensors);
+        member_count(to, "keys_read", (uint64_t)f->keys_read);
+        member_count(to, "tensors_read", (uint64_t)f->tensors_read);
+    }
+    if (f->file_hash[0])
+        member_text(to, "sha256", f->file_hash);
+    add_string(to, "}");
+    member_bool(to, "opens", f->is_model);
+    member_string(to, "name", f->model, "general.name");
+    member_string(to, "architecture", f->model, "general.architecture");
+}
+
+static void add_layers(struct text *to, const struct facts *f)
+{
+    const lfm2_config *c = lfm2_model_config(f->model);
+    const struct { const char *key; int n; } size[] = {
+        { "n_layer", c->n_layer }, { "n_embd", c->n_embd },
+        { "n_vocab", c->n_vocab }, { "n_ctx_train", c->n_ctx_train },
+        { "l_cache", c->l_cache }, { "n_head", c->n_head },
+        { "n_head_kv", c->n_head_kv }, { "head_dim", c->head_dim },
+        { "n_ff", c->n_ff }, { "n_layer_dense", c->n_layer_dense },
+        { "n_expert", c->n_expert }, { "n_expert_used", c->n_expert_used },
+        { "n_ff_expert", c->n_ff_expert }
+    };
+    const struct map map = layer_map(c);
+
+    member_open(to, "sizes", "{");
+    for (size_t i = 0; i < sizeof size / sizeof *size; i++)
+        member_count(to, size[i].key, (uint64_t)size[i].n);
+    add_format(to, ", \"rope_freq_base\": %g, \"norm_rms_eps\": %g}",
+               (double)c->rope_freq_base, (double)c->norm_rms_eps);
+    member_text(to, "layer_map", map.mixers);
+    member_text(to, "ffn_map", map.ffns);
+    member_text(to, "last_norm", f->norm);
+    member_bool(to, "tied", f->tied);
+}
+
+static void add_weights(struct text *to, const char *key,
+                        const struct portion *p)
+{
+    const char *type;
+
+    member_open(to, key, "{");
+    member_count(to, "n_tensors", (uint64_t)p->n);
+    member_count(to, "parameters", p->params);
+    member_count(to, "active", p->active);
+    member_count(to, "bytes", p->bytes);
+    member_count(to, "bytes_per_token", p->read);
+    member_real(to, "bits_per_weight", bits_per_weight(p));
+    member_open(to, "types", "{");
+    for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
+        if (p->of_type[i] > 0)
+            member_count(to, type, (uint64_t)p->of_type[i]);
+    add_string(to, "}}");
+}
+
+static void add_room_json(struct text *to, const struct facts *f,
+                          const struct room *r)
+{
+    member_open(to, NULL, "{");
+    member_count(to, "context", (uint64_t)r->ctx);
+    member_real(to, "kv_bytes", r->kv);
+    member_count(to, "bytes_beside_file", r->beside);
+    member_real(to, "bytes_per_token", r->read);
+    member_open(to, "tokens_per_s", "[");
+    for (int i = 0; i < f->n_bandwidths; i++)
+        member_real(to, NULL, speed_limit(f, r->read, i));
+    add_string(to, "]}");
+}
+
+static void add_memory(struct text *to, const struct facts *f)
+{
+    const struct room empty = { .read = (double)f->all.read };
+
+    member_open(to, "memory", "{");
+    member_text(to, "kv_type", kv_name(f->s->kv));
+    member_real(to, "kv_bytes_per_token", f->kv);
+    member_real(to, "conv_state_bytes", f->conv);
+    member_real(to, "free_bytes", f->free > 0 ? f->free : NAN);
+    member_real(to, "largest_context", f->free > 0 ? f->fits : NAN);
+    member_open(to, "gb_per_s", "[");
+    for (int i = 0; i < f->n_bandwidths; i++)
+        member_real(to, NULL, f->bandwidth[i]);
+    add_string(to, "]");
+    member_open(to, "contexts", "[");
+    add_room_json(to, f, &empty);
+    for (int i = 0; i < f->n_rooms; i++)
+        add_room_json(to, f, &f->room[i]);
+    add_string(to, "]}");
+}
+
+static void add_vocabulary(struct text *to, const struct facts *f)
+{
+    int len;
+
+    member_open(to, "vocabulary", "{");
+    member_count(to, "n_tokens", (uint64_t)lfm2_n_vocab(f->words));
+    member_count(to, "n_merges",
+                 array_length(f->model, "tokenizer.ggml.merges"));
+    member_string(to, "model", f->model, "tokenizer.ggml.model");
+    member_string(to, "pre", f->model, "tokenizer.ggml.pre");
+    member_open(to, "special", "[");
+    for (int i = 0; i < f->n_special; i++) {
+        const int32_t id = f->special[i].id;
+        const char *s = lfm2_token_bytes(f->words, id, 1, &len);
+        member_open(to, NULL, "{");
+        member_text(to, "role", f->special[i].key);
+        member_count(to, "id", (uint64_t)id);
+        member_bytes(to, "piece", s, (size_t)len);
+        add_string(to, "}");
+    }
+    add_string(to, "]}");
+}
+
+static void add_settings(struct text *to, const struct facts *f)
+{
+    static const char *const how[] = { "none", "hash", "words", "model" };
+    const struct found_template *t = &f->template;
+    const struct preset_row *p = find_preset(f->model);
+    const struct sampling *is = &f->sampling;
+
+    member_open(to, "template", "{");
+    member_text(to, "name", template_names[t->template]);
+    member_text(to, "by", how[t->how]);
+    member_text(to, "words", t->word);
+    member_text(to, "sha256", f->template_hash[0] ? f->template_hash : NULL);
+    add_string(to, "}");
+    member_open(to, "preset", "{");
+    member_text(to, "name", p->name);
+    member_open(to, "words", "[");
+    for (int i = 0; i < 2 && p->words[i][0]; i++)
+        member_text(to, NULL, p->words[i]);
+    add_string(to, "]");
+    member_bool(to, "from_file", f->has_wishes);
+    member_real(to, "temperature", is->temp);
+    member_count(to, "top_k", (uint64_t)is->top_k);
+    member_real(to, "top_p", is->top_p);
+    member_real(to, "min_p", is->min_p);
+    member_real(to, "repeat_penalty", is->repeat);
+    member_real(to, "repeat_last_n", is->last_n);
+    add_string(to, "}");
+}
+
+static void add_shape(struct text *to, const lfm2_tensor_info *t)
+{
+    member_text(to, "name", t->name);
+    member_text(to, "type", t->type);
+    member_open(to, "shape", "[");
+    for (int d = 0; d < t->n_dims; d++)
+        member_count(to, NULL, t->dims[d]);
+    add_string(to, "]");
+    member_count(to, "bytes", t->n_bytes);
+    if (t->data)
+        member_count(to, "offset", t->offset);
+}
+
+static void add_tensors(struct text *to, const struct facts *f)
+{
+    lfm2_tensor_info t;
+    char hash[65];
+
+    member_open(to, "tensors", "[");
+    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
+        member_open(to, NULL, "{");
+        add_shape(to, &t);
+        if (f->s->sha256 && t.data) {
+            digest(t.data, (size_t)t.n_bytes, hash);
+            member_text(to, "sha256", hash);
+        }
+        add_string(to, "}");
+    }
+    add_string(to, "]");
+}
+
+static void add_metadata(struct text *to, const struct facts *f)
+{
+    const char *key;
+    char value[128];
+
+    member_open(to, "metadata", "{");
+    for (int i = 0; (key = lfm2_model_key(f->model, i, value, sizeof value));
+         i++)
+        member_text(to, key, value);
+    add_string(to, "}");
+}
+
+static void add_oddities(struct text *to, const struct facts *f)
+{
+    const char *odd;
+    int fatal;
+
+    member_open(to, "anomalies", "[");
+    for (int i = 0; (odd = find_oddity(f, i, &fatal)); i++) {
+        member_open(to, NULL, "{");
+        member_text(to, "level", fatal ? "fatal" : "tolerated");
+        member_text(to, "message", odd);
+        add_string(to, "}");
+    }
+    add_string(to, "]");
+}
+
+static void add_facts(struct text *to, const struct facts *f)
+{
+    add_head(to, f);
+    if (f->is_model) {
+        add_layers(to, f);
+        add_weights(to, "weights", &f->all);
+        member_open(to, "roles", "{");
+        for (int i = 0; i < N_ROLES; i++)
+            if (f->part[i].n > 0)
+                add_weights(to, roles[i].key, &f->part[i]);
+        add_string(to, "}");
+        add_memory(to, f);
+        if (f->words)
+            add_vocabulary(to, f);
+        add_settings(to, f);
+    }
+    add_oddities(to, f);
+    if (f->s->verbose)
+        add_metadata(to, f);
+    if (f->s->verbose || (f->s->sha256 && f->is_model))
+        add_tensors(to, f);
+}
+
+/* ---- one tensor */
+
+enum { SHOWN = 8 };                       /* columns, and rows unless asked  */
+
+struct values {
+    const struct facts *f;
+    int number;                           /* of the tensor                   */
+    lfm2_tensor_info is;
+    float *row;                           /* [dims[0]]                       */
+    uint64_t n_rows, first, last;         /* of all; those to be shown       */
+    double least, most, sum, squares;     /* of what is finite               */
+    uint64_t n_finite, n_odd;
+    char hash[65];
+};
+
+/* The names most like one that is not there. */
+static int say_nearest(const lfm2_model *m, const char *name)
+{
+    enum { N = 3 };
+    const char *best[N] = { "", "", "" };
+    int least[N] = { INT_MAX, INT_MAX, INT_MAX };
+    lfm2_tensor_info t;
+
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
+        const char *s = t.name;
+        int d = distance(name, s, (int)strlen(s));
+        for (int k = 0; k < N; k++)
+            if (d < least[k]) {
+                const char *worse = best[k];
+                const int much = least[k];
+                best[k] = s, least[k] = d;
+                s = worse, d = much;
+            }
+    }
+    return say(USAGE, "--tensor %s: no such tensor; the nearest are %s, %s and "
+               "%s", name, best[0], best[1], best[2]);
+}
+
+static int read_rows(struct values *v)
+{
+    const char *s = v->f->s->rows;
+    const uint64_t n = v->n_rows;
+    int first = 0, last = n < SHOWN ? (int)n - 1 : SHOWN - 1;
+
+    if (s && (parse_range(s, &first, &last) != 0 || (uint64_t)first >= n ||
+              (last < INT_MAX && (uint64_t)last >= n)))
+        return say(USAGE, "--rows %s: expected A-B, of the rows from 0 to %llu",
+                   s, (unsigned long long)n - 1);
+    v->first = (uint64_t)first;
+    v->last = last < INT_MAX ? (uint64_t)last : n - 1;
+    return DONE;
+}
+
+static void measure_row(struct values *v)
+{
+    for (uint64_t c = 0; c < v->is.dims[0]; c++) {
+        const double x = (double)v->row[c];
+        if (!isfinite(x)) {
+            v->n_odd++;
+            continue;
+        }
+        v->least = v->n_finite && v->least < x ? v->least : x;
+        v->most = v->n_finite && v->most > x ? v->most : x;
+        v->sum += x;
+        v->squares += x * x;
+        v->n_finite++;
+    }
+}
+
+static double mean_of(const struct values *v, double sum)
+{
+    return v->n_finite ? sum / (double)v->n_finite : NAN;
+}
+
+static int shown_columns(const struct values *v)
+{
+    return v->is.dims[0] < SHOWN ? (int)v->is.dims[0] : SHOWN;
+}
+
+/* As many digits as fit in a line, for numbers of the size that weights have
+ * and for others. */
+static void print_rows(struct values *v)
+{
+    const double big = fmax(fabs(v->least), fabs(v->most));
+    const int usual = big >= 0.01 && big < 100;
+
+    printf("\n%8s", "row");
+    for (int c = 0; c < shown_columns(v); c++)
+        printf("%*d", usual ? 9 : 10, c);
+    printf("\n");
+    for (uint64_t r = v->first; r <= v->last; r++) {
+        lfm2_model_row(v->f->model, v->number, r, v->row);
+        printf("%8llu", (unsigned long long)r);
+        for (int c = 0; c < shown_columns(v); c++)
+            printf(usual ? "%9.4f" : "%10.2e", (double)v->row[c]);
+        printf("\n");
+    }
+}
+
+static void print_values(struct values *v)
+{
+    const lfm2_tensor_info *t = &v->is;
+    const double weights = (double)t->dims[0] * (double)v->n_rows;
+
+    printf("tensor        %s\ntype          %s, %.2f bits per weight\n"
+           "shape         %s", t->name, t->type,
+           (double)t->n_bytes * 8 / weights, shape_of(t).s);
+    if (v->n_rows > 1)
+        printf(": %llu rows of %llu columns", (unsigned long long)v->n_rows,
+               (unsigned long long)t->dims[0]);
+    printf("\nplace         %llu bytes at offset %llu\nsha256        %s\n",
+           (unsigned long long)t->n_bytes, (unsigned long long)t->offset,
+           v->hash);
+    if (v->n_finite)
+        printf("values        from %g to %g, mean %g, rms %g\n", v->least,
+               v->most, mean_of(v, v->sum), sqrt(mean_of(v, v->squares)));
+    if (v->n_odd)
+        printf("not finite    %llu of them\n", (unsigned long long)v->n_odd);
+    print_rows(v);
+}
+
+static void add_values(struct text *to, struct values *v)
+{
+    add_shape(to, &v->is);
+    member_text(to, "sha256", v->hash);
+    member_real(to, "min", v->n_finite ? v->least : NAN);
+    member_real(to, "max", v->n_finite ? v->most : NAN);
+    member_real(to, "mean", mean_of(v, v->sum));
+    member_real(to, "rms", sqrt(mean_of(v, v->squares)));
+    member_count(to, "not_finite", v->n_odd);
+    member_count(to, "first_row", v->first);
+    member_open(to, "values", "[");
+    for (uint64_t r = v->first; r <= v->last && !to->failed; r++) {
+        lfm2_model_row(v->f->model, v->number, r, v->row);
+        member_open(to, NULL, "[");
+        for (int c = 0; c < shown_columns(v); c++)
+            member_real(to, NULL, (double)v->row[c]);
+        add_string(to, "]");
+    }
+    add_string(to, "]");
+}
+
+static int read_values(struct values *v)
+{
+    const lfm2_model *m = v->f->model;
+    const uint64_t *dims = v->is.dims;
+    int code;
+
+    v->number = find_tensor(m, v->f->s->tensor);
+    if (lfm2_model_tensor(m, v->number, &v->is) != LFM2_OK)
+        return say_nearest(m, v->f->s->tensor);
+    v->n_rows = dims[1] * dims[2] * dims[3];
+    code = read_rows(v);
+    if (code != DONE)
+        return code;
+    v->row = dims[0] < SIZE_MAX / 4 ? malloc((size_t)dims[0] * 4) : NULL;
+    if (!v->row)
+        return say(NO_MEMORY, "no memory for a row of %s", v->is.name);
+    for (uint64_t r = 0; r < v->n_rows; r++) {
+        lfm2_model_row(m, v->number, r, v->row);
+        measure_row(v);
+    }
+    digest(v->is.data, (size_t)v->is.n_bytes, v->hash);
+    return DONE;
+}
+
+/* ---- the report */
+
+static int print_json(struct text *out)
+{
+    add_string(out, "}\n");
+    if (!out->failed)
+        fwrite(out->s, 1, out->n, stdout);
+    free(out->s);
+    return out->failed ? say(NO_MEMORY, "no memory for the report") : DONE;
+}
+
+static int inspect_tensor(const struct facts *f)
+{
+    struct values v = { .f = f };
+    struct text out = { 0 };
+    int code = f->is_model ? read_values(&v) : report(f->s->model, &f->err);
+
+    if (code == DONE && f->s->json) {
+        add_string(&out, "{");
+        add_values(&out, &v);
+        code = print_json(&out);
+    } else if (code == DONE)
+        print_values(&v);
+    free(v.row);
+    return code;
+}
+
+static int inspect_all(struct facts *f)
+{
+    struct text out = { 0 };
+    int code = find_facts(f);
+
+    if (code == DONE && f->s->json) {
+        add_string(&out, "{");
+        add_facts(&out, f);
+        code = print_json(&out);
+    } else if (code == DONE)
+        print_facts(f);
+    return code != DONE ? code : status_of(f->code);
+}
+
+/* A file that is no model is explained, too, if it can be read at all. */
+static int inspect_file(const struct settings *s)
+{
+    struct facts f = { .s = s };
+    int code;
+
+    f.code = lfm2_model_examine(&f.model, s->model, s->no_mmap ?
+                                LFM2_LOAD_READ : LFM2_LOAD_MAP, &f.err);
+    f.is_model = f.code == LFM2_OK;
+    if (!f.model)
+        return report(s->model, &f.err);
+    code = s->tensor ? inspect_tensor(&f) : inspect_all(&f);
+    lfm2_tokenizer_close(f.words);
+    lfm2_model_close(f.model);
+    return code;
+}
+
+/* ---------------------------------------------------- 9. The model in use */
+
+/* Logits of a whole prompt come in chunks of this many tokens, so that the
+ * memory for them does not grow with it. */
+enum { LOGITS_CHUNK = 64 };
+
+/* A trace takes much memory for every token of a batch. */
+enum { TRACE_BATCH = 64 };
+
+struct engine {
+    const struct settings *s;
+    lfm2_model *model;
+    lfm2_tokenizer *words;                /* NULL: ids in, logits out        */
+    lfm2_context *ctx;
+    lfm2_params par;
+    int template;                         /* TEMPLATE_NONE: plain text       */
+    int opens_thought;                    /* the prompt ends with <think>    */
+    struct sampling sampling;
+    char date[12];
+    struct ids *cached;                   /* [n_seq]: tokens in the cache    */
+    lfm2_span *span;                      /* [n_seq]                         */
+    float *unbent;                        /* [n_vocab]: logits as they came  */
+    struct ids ends;                      /* tokens that end a turn          */
+    struct trace *trace;                  /* NULL: nobody looks              */
+};
 
 static lfm2_sampler make_sampler(const struct sampling *is, uint64_t seed)
 {

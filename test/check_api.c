@@ -254,6 +254,94 @@ START_TEST(tensors_are_listed_as_they_lie_in_the_file)
 }
 END_TEST
 
+START_TEST(rows_are_counted_through_all_dimensions)
+{
+    lfm2_tensor_info t;
+
+    for (int i = 0; lfm2_model_tensor(model, i, &t) == LFM2_OK; i++) {
+        const uint64_t n_rows = t.dims[1] * t.dims[2] * t.dims[3];
+        float *row = malloc((size_t)t.dims[0] * sizeof *row);
+        ck_assert(t.offset == (uint64_t)(t.data - file.p));
+        for (uint64_t r = 0; r < n_rows; r++) {
+            EXPECT(lfm2_model_row(model, i, r, row) == LFM2_OK);
+            for (size_t c = 0; c < t.dims[0]; c++)
+                EXPECT(row[c] == load_f32(t.data + 4 * (r * t.dims[0] + c)));
+        }
+        ck_assert_int_eq(lfm2_model_row(model, i, n_rows, row), LFM2_EARG);
+        ck_assert_int_eq(lfm2_model_row(model, i, UINT64_MAX, row), LFM2_EARG);
+        free(row);
+    }
+    ck_assert_int_eq(lfm2_model_row(model, -1, 0, NULL), LFM2_EARG);
+}
+END_TEST
+
+/* All that may be asked of what is no model, and what may not. */
+static void look_around(lfm2_model *m, int code)
+{
+    const lfm2_params p = small_params();
+    lfm2_context *ctx;
+    lfm2_tensor_info t;
+    char text[80];
+    size_t len;
+    float x;
+
+    for (int i = 0; lfm2_model_key(m, i, text, sizeof text); i++)
+        lfm2_model_string(m, lfm2_model_key(m, i, text, sizeof text), &len);
+    for (int i = 0; lfm2_model_warning(m, i); i++)
+        EXPECT(lfm2_model_warning(m, i)[0]);
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
+        EXPECT((t.data == NULL) == (code != LFM2_OK));
+        EXPECT(t.data || lfm2_model_row(m, i, 0, &x) == LFM2_EARG);
+    }
+    if (code != LFM2_OK) {
+        EXPECT(lfm2_context_open(&ctx, m, &p, NULL) == LFM2_EARG && !ctx);
+        EXPECT(lfm2_context_size(m, &p) == 0 && lfm2_model_hash(m) == 0);
+    }
+}
+
+START_TEST(a_wreck_is_shown_but_not_run)
+{
+    const size_t head = file.n - (size_t)4 * 64 * 264;
+    uint64_t rng = 7;
+    lfm2_model *m;
+    lfm2_error err;
+
+    for (int i = 0; i < 3000; i++) {
+        const size_t n = i % 3 ? file.n : random_u32(&rng) % file.n;
+        uint8_t *copy = malloc(n ? n : 1);
+        memcpy(copy, file.p, n);
+        for (int k = 0; n && k < i % 3; k++)
+            copy[random_u32(&rng) % (n < head ? n : head)] ^=
+                (uint8_t)random_u32(&rng);
+        const int code = open_model(&m, NULL, copy, n, 1, &err);
+        EXPECT(m != NULL);
+        look_around(m, code);
+        lfm2_model_close(m);
+        free(copy);
+    }
+}
+END_TEST
+
+START_TEST(a_bad_file_is_examined)
+{
+    lfm2_model *m = model;
+    lfm2_error err;
+    size_t len;
+
+    ck_assert_int_eq(lfm2_model_examine(&m, "no/such/file", 0, &err), LFM2_EIO);
+    ck_assert_ptr_null(m);
+    ck_assert_int_eq(lfm2_model_examine(&m, "tokenizer.bin", LFM2_LOAD_MAP,
+                                        &err), LFM2_EFORMAT);
+    ck_assert(strstr(err.msg, "general.architecture"));
+    ck_assert(lfm2_model_string(m, "tokenizer.ggml.model", &len) && len == 4);
+    lfm2_model_close(m);
+    ck_assert_int_eq(lfm2_model_examine(&m, "test/tiny.gguf", LFM2_LOAD_READ,
+                                        &err), LFM2_OK);
+    ck_assert(lfm2_model_hash(m) != 0);
+    lfm2_model_close(m);
+}
+END_TEST
+
 START_TEST(metadata_is_listed_as_text)
 {
     static const struct { const char *key, *text; } expected[] = {
@@ -504,6 +592,9 @@ Suite *api_suite(void)
     tcase_add_test(c, more_memory_than_there_is_is_an_error);
     tcase_add_test(c, the_configuration_is_that_of_the_file);
     tcase_add_test(c, tensors_are_listed_as_they_lie_in_the_file);
+    tcase_add_test(c, rows_are_counted_through_all_dimensions);
+    tcase_add_test(c, a_wreck_is_shown_but_not_run);
+    tcase_add_test(c, a_bad_file_is_examined);
     tcase_add_test(c, metadata_is_listed_as_text);
     tcase_add_test(c, warnings_end_with_null);
     tcase_add_test(c, a_file_in_memory_needs_no_alignment);

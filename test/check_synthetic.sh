@@ -77,6 +77,9 @@ case $(uname -s)-$(uname -m) in
         holds "a file with a hole is written" hole
         holds "it is the 24B model" \
             size_line "$dir/hole.gguf" "23.84 B" "2.33 B"
+        holds "a token reads a tenth of it" grep -qF \
+            "13.47 GB, 4.52 bits per weight; a token reads 1.36 GB" \
+            "$dir/inspect"
         ;;
     *)  echo "skipped: files with holes need a 64-bit Linux" ;;
 esac
