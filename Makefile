@@ -6,6 +6,7 @@
 # make debug        build/debug/run, with the sanitizers
 # make lib          build/liblfm2.a and build/liblfm2.so
 # make install      DESTDIR= PREFIX=/usr/local
+# make pictures     those of the README again
 # make bench        models of the real shapes with random weights, and their speed;
 #                   BENCH_MODELS="350m:q4_0 1.2b:q4_0" names them (needs numpy),
 #                   BENCH="-p 512 -n 128" sets options of ./run --bench, and
@@ -77,6 +78,19 @@ install: run lib build/lfm2.pc
 
 demo: run
 	./run test/tiny.gguf --temp 0 "What is a short convolution?"
+
+# ---------------------------------------------------------------- the pictures
+
+PICTURE := python3 scripts/picture.py
+STORY   := test/tiny.gguf --raw -n 0 -f scripts/pictures/story.txt
+
+pictures: run
+	./run --inspect --json test/tiny.gguf | \
+	    $(PICTURE) block - -o scripts/pictures/block.svg
+	./run $(STORY) --json --logprobs 3 | \
+	    $(PICTURE) surprisal - -o scripts/pictures/surprisal.svg
+	./run $(STORY) --experts build/experts.csv
+	$(PICTURE) routing build/experts.csv -o scripts/pictures/routing.svg
 
 # ------------------------------------------------------------------- the tests
 
@@ -172,4 +186,5 @@ clean:
 
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
-.PHONY: demo lib install debug have-check check check-debug check-bits bench clean
+.PHONY: demo pictures lib install debug have-check check check-debug check-bits \
+        bench clean
