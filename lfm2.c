@@ -5781,7 +5781,7 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
  * Part V.  Words
  * =========================================================================
  *
- * --------------------------------------------------------- 21. The vocabulary
+ * --------------------------------------------------------- 22. The vocabulary
  *
  * Byte-level byte pair encoding.  A token is a string of bytes.  Text is cut
  * into pieces, roughly words; a piece begins as single bytes, and neighbours
@@ -5915,7 +5915,7 @@ static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
     }
 }
 
-/* ------------------------------------------------- 22. Reading a vocabulary
+/* ------------------------------------------------- 23. Reading a vocabulary
  *
  * In a GGUF, tokens and merges are text in which every byte is written as a
  * printable character: those that are printable in Latin-1 as themselves, the
@@ -6310,7 +6310,7 @@ size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
     return w.n;
 }
 
-/* ------------------------------------------------------ 23. Text to tokens
+/* ------------------------------------------------------ 24. Text to tokens
  *
  * First the special tokens are cut out, then what lies between is cut into
  * pieces, then each piece becomes tokens.  All three are linear in the text, or
@@ -6634,7 +6634,7 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
     return o.n;
 }
 
-/* ---------------------------------------------------------- 24. Conversations
+/* ---------------------------------------------------------- 25. Conversations
  *
  *     <|startoftext|>
  *     <|im_start|>role\ncontent<|im_end|>\n       for each message
@@ -6763,7 +6763,7 @@ size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
     return n;
 }
 
-/* --------------------------------------------------------------- 25. Sampling
+/* --------------------------------------------------------------- 26. Sampling
  *
  * The candidates are a list of (logit, id), sorted as far as top-k and top-p
  * need it: likeliest first, ties to the lower id, so that the order is unique.
@@ -6976,7 +6976,7 @@ int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
     return draw(ctx->candidates, n, logits[best], s->temperature, u);
 }
 
-/* --------------------------------------------------------- 26. Unicode classes
+/* --------------------------------------------------------- 27. Unicode classes
  *
  * Letters (categories L*), numbers (N*) and white space, as lists of gaps and
  * lengths: skip so many code points, the next so many are of the class, ... */
