@@ -4892,28 +4892,18 @@ static void note_activation(void *user, const lfm2_activation *a)
         note_routing(t, a);
 }
 
-/* The i-th of a tensor's numbers, if it is in floats. */
-static float tensor_number(const lfm2_tensor_info *of, size_t i)
-{
-    uint32_t bits = 0;
-    float x;
-
-    if (strcmp(of->type, "F32") == 0)
-        bits = (uint32_t)get_le(of->data + 4 * i, 4);
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
+/* Where the file has none, they are 0. */
 static void read_biases(struct trace *t, const lfm2_model *m)
 {
+    const size_t n = (size_t)t->c->n_expert;
     lfm2_tensor_info info;
 
-    for (int i = 0; lfm2_model_tensor(m, i, &info) == LFM2_OK; i++)
-        if (name_ends(info.name, ".exp_probs_b.bias")) {
-            const size_t il = (size_t)atoi(info.name + 4);
-            for (size_t e = 0; e < info.dims[0]; e++)
-                t->r.bias[il * t->c->n_expert + e] = tensor_number(&info, e);
-        }
+    for (int il = 0; il < t->c->n_layer; il++) {
+        const struct phrase name = phrase("blk.%d.exp_probs_b.bias", il);
+        for (int i = 0; lfm2_model_tensor(m, i, &info) == LFM2_OK; i++)
+            if (strcmp(info.name, name.s) == 0 && info.dims[0] == n)
+                lfm2_model_row(m, i, 0, t->r.bias + n * (size_t)il);
+    }
 }
 
 static int open_routing(struct trace *t, const struct engine *e)
