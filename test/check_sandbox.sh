@@ -36,7 +36,7 @@ shrinks() {
     echo "What is LFM2?" >&3
     waits_for LFM2 "$dir/out"
     dd if=/dev/null of="$dir/m.gguf" bs=1 seek=5000 2>/dev/null
-    echo "What is inference?" >&3
+    echo "What is inference?" 2>/dev/null >&3
     exec 3>&-
     wait $pid
     status=$?
@@ -63,9 +63,9 @@ status=$?
 if grep -q 'sandbox require: no' "$dir/err"; then
     holds "what is missing ends it" [ $status -eq 1 ]
     holds "without an answer" [ ! -s "$dir/out" ]
-    "$run" -v -n 1 $m hello >"$dir/out" 2>"$dir/said"
+    "$run" -v -n 1 $m hello >"$dir/out" 2>"$dir/told"
     holds "--sandbox auto goes on" [ $? -eq 0 ]
-    holds "and says so with -v" grep -q 'sandbox: no' "$dir/said"
+    holds "and says so with -v" grep -q 'sandbox: no' "$dir/told"
     skip "all modes in the sandbox: $(sed -n 's/.*require: //p' "$dir/err")"
 fi
 
