@@ -120,7 +120,7 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
 LINKED  := check_answer check_chat check_forward check_gguf check_inspect \
-           check_trace
+           check_sandbox check_trace
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c

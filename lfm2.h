@@ -83,7 +83,12 @@ typedef struct {
 typedef struct lfm2_model lfm2_model;
 
 /* How the file reaches memory.  MAP: shared read-only mapping, the page cache
- * is the only copy.  READ: read into memory of its own (no mmap needed). */
+ * is the only copy.  READ: read into memory of its own (no mmap needed).
+ *
+ * If a mapped file becomes shorter, or its disk fails, the thread that reads
+ * there gets SIGBUS, in a call of this library or in a worker thread.  Nothing
+ * here handles signals: where that can happen, the program does, or it takes
+ * READ. */
 enum { LFM2_LOAD_MAP = 0, LFM2_LOAD_READ = 1 };
 
 int  lfm2_model_open(lfm2_model **out, const char *path, int load,

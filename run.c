@@ -3,16 +3,16 @@
  * Standard output carries the model's words, or the data that was asked for,
  * and nothing else; everything meant for a human being goes to standard error.
  *
- *   1  messages and exit codes       10  traces
- *   2  options                       11  an answer
- *   3  reading what is given         12  a conversation
- *   4  JSON                          13  sessions
- *   5  chat templates                14  chat
- *   6  tool calls                    15  --batch
- *   7  tokens in and out             16  --ppl
- *   8  --inspect                     17  --bench
- *   9  the model in use              18  --selftest
- *                                    19  main */
+ *   1  messages and exit codes       11  traces
+ *   2  options                       12  an answer
+ *   3  reading what is given         13  a conversation
+ *   4  the sandbox                   14  sessions
+ *   5  JSON                          15  chat
+ *   6  chat templates                16  --batch
+ *   7  tool calls                    17  --ppl
+ *   8  tokens in and out             18  --bench
+ *   9  --inspect                     19  --selftest
+ *  10  the model in use              20  main */
 
 #define _POSIX_C_SOURCE 200809L
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
@@ -29,10 +29,14 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifndef LFM2_NO_MMAP
+#include <sys/mman.h>
+#endif
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/utsname.h>
@@ -137,7 +141,7 @@ struct settings {
     int dump_prompt, dump_tokens, interactive, escape, json;
     int selftest, batch_mode, batch_raw, parallel, heartbeat, hadoop;
     int template, think, think_budget, ignore_eos, logprobs, color;
-    int no_mmap, quiet, verbose, help, version, bench;
+    int no_mmap, sandbox, quiet, verbose, help, version, bench;
     int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n;
     double temp, top_p, min_p, repeat;
     long long seed;
@@ -153,7 +157,8 @@ struct settings {
     double bandwidth;
 };
 
-/* In the order of the words of -o, --template, --think and --color. */
+/* In the order of the words of -o, --template, --think, --color and
+ * --sandbox. */
 enum { MD, JSON, JSONL, CSV };
 enum {
     TEMPLATE_AUTO, TEMPLATE_LFM2, TEMPLATE_INSTRUCT, TEMPLATE_NEW, TEMPLATE_VL,
@@ -161,6 +166,7 @@ enum {
 };
 enum { THINK_AUTO, THINK_SHOW, THINK_HIDE, THINK_RAW };
 enum { COLOR_AUTO, COLOR_ON, COLOR_OFF };
+enum { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
 
 /* What is UNSET depends on the model. */
 static const struct settings defaults = {
@@ -319,6 +325,8 @@ static const struct option table[] = {
            "instruction set"),
     NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, "read the file instead of mapping it"),
+    NUMBER(CHOICE, "--sandbox", "auto|require|off", sandbox, 0, 0,
+           "give up what is not needed; require: or fail"),
     WORDS("-ngl --gpu-layers | --n-gpu-layers", "N", ignored, NULL),
     NUMBER(CHOICE, "--color | -co", "auto|on|off", color, 0, 0, "of thoughts"),
     SWITCH("-q --quiet", quiet, "say nothing but errors"),
@@ -798,6 +806,10 @@ static int parse(struct settings *to, char **argv)
         else
             code = usage("unexpected argument %s; a prompt of several words "
                          "needs quotes", argv[i]);
+    if (code == DONE && to->sandbox == SANDBOX_REQUIRE &&
+        (to->bench || to->selftest))
+        return usage("--sandbox require: %s runs without one", to->bench ?
+                     "--bench" : "--selftest");
     if (code != DONE || to->help || to->version || to->selftest)
         return code;
     if (!to->model)
@@ -1068,7 +1080,524 @@ static void sha256_hex(struct sha256 d, char out[65])
         snprintf(out + 8 * i, 9, "%08x", (unsigned)d.h[i]);
 }
 
-/* ------------------------------------------------------------------ 4. JSON
+/* ---- the model
+ *
+ * It is mapped here and not in the library, to know where it lies: a file that
+ * becomes shorter while it is mapped sends SIGBUS to who reads behind its end,
+ * and that deserves a sentence. */
+
+static struct { const uint8_t *data; size_t n; struct text lost; } mapped;
+static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
+
+#ifndef LFM2_NO_MMAP
+
+static const char bright[] = "\033[0m\n";
+
+/* Several threads may come here at once; one tells. */
+static void on_bus_error(int number, siginfo_t *info, void *context)
+{
+    static atomic_flag told = ATOMIC_FLAG_INIT;
+    const uintptr_t at = (uintptr_t)info->si_addr - (uintptr_t)mapped.data;
+    const size_t from = is_dim ? 0 : sizeof bright - 1;
+
+    (void)context;
+    if (info->si_code <= 0 || at >= mapped.n) {
+        signal(number, SIG_DFL);          /* and it comes again              */
+        return;
+    }
+    while (atomic_flag_test_and_set(&told))
+        continue;
+    (void)!write(STDERR_FILENO, mapped.lost.s + from, mapped.lost.n - from);
+    _exit(BAD_FILE);
+}
+
+static void catch_bus_error(const char *path)
+{
+    const struct sigaction action = {
+        .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO
+    };
+
+    add_string(&mapped.lost, bright);
+    add_string(&mapped.lost, program);
+    add_string(&mapped.lost, ": ");
+    add_string(&mapped.lost, path);
+    add_string(&mapped.lost, ": it became shorter while it was used, or its "
+               "disk failed; --no-mmap reads it first\n");
+    if (!mapped.lost.failed)
+        sigaction(SIGBUS, &action, NULL);
+}
+
+/* If it cannot be mapped, the library says why. */
+static void map_file(const char *path)
+{
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    void *data = MAP_FAILED;
+    struct stat st;
+
+    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) &&
+        st.st_size > 0 && (uintmax_t)st.st_size <= SIZE_MAX / 2)
+        data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+    if (fd >= 0)
+        close(fd);
+    if (data == MAP_FAILED)
+        return;
+    mapped.data = data;
+    mapped.n = (size_t)st.st_size;
+    catch_bus_error(path);
+}
+
+static void unmap_file(void)
+{
+    if (mapped.n == 0)
+        return;
+    signal(SIGBUS, SIG_DFL);
+    munmap((void *)(uintptr_t)mapped.data, mapped.n);
+    free(mapped.lost.s);
+    memset(&mapped, 0, sizeof mapped);
+}
+
+#else
+
+static void map_file(const char *path)
+{
+    (void)path;
+}
+
+static void unmap_file(void)
+{
+}
+
+#endif
+
+/* ----------------------------------------------------------- 4. The sandbox
+ *
+ * A model, a prompt or a session may be made by someone who knows of a fault in
+ * this program.  So it gives away what it does not need, and whoever takes it
+ * over finds nothing to use: --sandbox auto once the model is open, because
+ * nothing may go wrong that went well without; --sandbox require before a byte
+ * of it is looked at, or not at all.  In this order:
+ *
+ *   begin_sandbox()  no new privileges and no core dump; Landlock leaves only
+ *                    the files that options name; with `require`, a first
+ *                    filter allows what starting threads takes, too.
+ *   open the context, whose threads inherit all of this
+ *   lock_sandbox()   the filter that stays, in all threads: it opens no file,
+ *                    unless a session or the commands of a chat need it.
+ *
+ * Filters add up: what one has denied no later one allows.  A denied call fails
+ * with EPERM; the program lives on, because a C library that has learnt a new
+ * habit is likelier than an attack, and an attacker gains nothing by the error.
+ * Calls newer than this list fail with ENOSYS, as on an older kernel: then C
+ * libraries use the old ones.
+ *
+ * This is Linux alone, by its own names and numbers: neither its headers nor a
+ * library are needed. */
+
+/* Sanitizers do things of their own that it forbids. */
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+#define LFM2_NO_SANDBOX
+#elif defined __has_feature
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || \
+    __has_feature(memory_sanitizer)
+#define LFM2_NO_SANDBOX
+#endif
+#endif
+
+/* What ELF and seccomp call this machine; 0 if it was never tried. */
+#if !defined __linux__ || defined LFM2_NO_SANDBOX
+#define ELF_MACHINE 0
+#elif defined __x86_64__ && !defined __ILP32__
+#define ELF_MACHINE 62
+#elif defined __i386__
+#define ELF_MACHINE 3
+#elif defined __aarch64__ && defined __LP64__
+#define ELF_MACHINE 183
+#elif defined __arm__ && defined __ARM_EABI__
+#define ELF_MACHINE 40
+#elif defined __riscv && __riscv_xlen == 64
+#define ELF_MACHINE 243
+#elif defined __powerpc64__
+#define ELF_MACHINE 21
+#elif defined __s390x__
+#define ELF_MACHINE 22
+#else
+#define ELF_MACHINE 0
+#endif
+
+#if ELF_MACHINE
+#include <sys/syscall.h>
+#ifdef SYS_seccomp
+#define HAVE_SANDBOX
+#endif
+#endif
+
+/* Something is missing: a reason to stop if all is required. */
+static int lacks(const struct settings *s, const char *what, const char *why)
+{
+    if (s->sandbox == SANDBOX_REQUIRE)
+        return say(FAILED, "--sandbox require: no %s: %s", what, why);
+    if (s->verbose)
+        say(DONE, "sandbox: no %s: %s", what, why);
+    return DONE;
+}
+
+#ifndef HAVE_SANDBOX
+
+static int begin_sandbox(const struct settings *s, int chats)
+{
+    (void)chats;
+    return s->sandbox == SANDBOX_OFF ? DONE :
+           lacks(s, "sandbox", "it is not in this build");
+}
+
+static int lock_sandbox(const struct settings *s, int chats)
+{
+    (void)s;
+    (void)chats;
+    return DONE;
+}
+
+#else
+
+long syscall(long number, ...);           /* not in POSIX                    */
+
+/* ---- files: Landlock */
+
+enum { PR_DUMPABLE = 4, PR_NO_NEW_PRIVS = 38, PATH_ONLY = 010000000 };
+enum { CREATE_RULESET = 444, ADD_RULE, RESTRICT_SELF, PATH_BENEATH = 1 };
+
+/* Rights to files, and those of them that only directories have. */
+enum {
+    WRITE_FILE = 1 << 1, READ_FILE = 1 << 2, READ_DIR = 1 << 3,
+    REMOVE_FILE = 1 << 5, MAKE_REG = 1 << 8, TRUNCATE = 1 << 14,
+    IN_DIRS = 0x3ff8
+};
+
+/* What a rule set decides about: all that the kernel's version of Landlock
+ * knows of, and nothing of it is allowed. */
+struct ruleset { uint64_t files, net, scopes; };
+
+struct rule { uint64_t rights; int32_t fd; };
+
+static struct ruleset all_rights(long version)
+{
+    static const uint64_t files[] = { 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff };
+
+    return (struct ruleset){
+        files[version < 5 ? version - 1 : 4],
+        version >= 4 ? 3 : 0,             /* TCP: bind and connect           */
+        version >= 6 ? 3 : 0              /* abstract sockets, signals       */
+    };
+}
+
+/* How options use the files they name. */
+enum { READS, WRITES, BESIDE, INSIDE };
+
+static const struct { size_t at; int how; } file_options[] = {
+    { AT(model), READS }, { AT(tokenizer), READS }, { AT(file), READS },
+    { AT(ids), READS }, { AT(messages), READS }, { AT(tools), READS },
+    { AT(ppl), READS }, { AT(ppl_compare), READS }, { AT(session), READS },
+    { AT(session), BESIDE }, { AT(resume), WRITES }, { AT(logits), WRITES },
+    { AT(ppl_save), WRITES }, { AT(export_to), WRITES },
+    { AT(trace), WRITES }, { AT(experts), WRITES }, { AT(trace_npy), INSIDE }
+};
+
+enum { N_FILE_OPTIONS = sizeof file_options / sizeof *file_options };
+
+/* Allow to open what is at `path`, and in it.  What cannot be granted stays
+ * forbidden. */
+static void grant(int set, const char *path, uint64_t rights)
+{
+    struct rule rule = { rights, open(path, PATH_ONLY | O_CLOEXEC) };
+    struct stat st;
+
+    if (rule.fd < 0)
+        return;
+    if (fstat(rule.fd, &st) == 0 && !S_ISDIR(st.st_mode))
+        rule.rights &= ~(uint64_t)IN_DIRS;
+    syscall(ADD_RULE, set, PATH_BENEATH, &rule, 0);
+    close(rule.fd);
+}
+
+/* A file to write must be there to be granted, and so must a directory.  A file
+ * to replace is written anew beside it, which takes its directory. */
+static void grant_option(int set, const char *path, int how, uint64_t known)
+{
+    const uint64_t writes = known & (READ_FILE | WRITE_FILE | TRUNCATE);
+    struct text dir = { 0 };
+    int fd;
+
+    if (how == WRITES) {
+        fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (fd >= 0)
+            close(fd);
+        grant(set, path, writes);
+    } else if (how == INSIDE) {
+        mkdir(path, 0777);
+        grant(set, path, writes | MAKE_REG);
+    } else if (how == BESIDE) {
+        const char *slash = strrchr(path, '/');
+        add(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
+        if (!dir.failed)
+            grant(set, dir.s, READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE);
+        free(dir.s);
+    } else
+        grant(set, path, READ_FILE | READ_DIR);
+}
+
+/* What options name; how many CPUs there are to use; and in a chat /save and
+ * /load, which may name anything, have the working directory. */
+static void grant_all(int set, const struct settings *s, int chats,
+                      uint64_t known)
+{
+    for (size_t i = 0; i < N_FILE_OPTIONS; i++) {
+        const char *path = *(const char *const *)((const char *)s +
+                                                  file_options[i].at);
+        if (path && strcmp(path, "-") != 0)
+            grant_option(set, path, file_options[i].how, known);
+    }
+    grant(set, "/proc/self/cgroup", READ_FILE);
+    grant(set, "/sys/fs/cgroup", READ_FILE);
+    if (s->inspect)
+        grant(set, "/proc/meminfo", READ_FILE);
+    if (chats && s->sandbox == SANDBOX_AUTO)
+        grant(set, ".", known & (READ_FILE | WRITE_FILE | MAKE_REG | TRUNCATE));
+}
+
+static int confine_files(const struct settings *s, int chats)
+{
+    const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
+    struct ruleset is;
+    int set, failed;
+
+    if (version < 1)
+        return lacks(s, "Landlock", strerror(errno));
+    is = all_rights(version);
+    set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
+    if (set < 0)
+        return lacks(s, "Landlock", strerror(errno));
+    grant_all(set, s, chats, is.files);
+    failed = syscall(RESTRICT_SELF, set, 0) != 0;
+    close(set);
+    if (failed)
+        return lacks(s, "Landlock", strerror(errno));
+    if (s->verbose)
+        say(DONE, "sandbox: Landlock %ld", version);
+    return DONE;
+}
+
+/* ---- system calls: seccomp */
+
+/* When a call is allowed: while threads start, if files are opened later, and
+ * at all times. */
+enum { STARTING = 1, OPENING = 2, ANY_TIME = 4 };
+
+/* If arg >= 0, only with (argument & mask) == is. */
+struct system_call { long number; int when, arg; uint32_t mask, is; };
+
+enum { EXECUTABLE = 4, A_THREAD = 0x10100, CLONE_ARG = ELF_MACHINE == 22 };
+
+/* What isatty() asks, in older and newer libraries, and what musl does. */
+#if ELF_MACHINE == 21
+enum { GET_TERMINAL = 0x402c7413, GET_WINDOW = 0x40087468 };
+#else
+enum { GET_TERMINAL = 0x5401, GET_WINDOW = 0x5413 };
+#endif
+#define GET_TERMINAL_2 0x802c542au
+
+#define CALL(name, when)        { SYS_##name, when, -1, 0, 0 }
+#define IF(name, when, arg, is) { SYS_##name, when, arg, UINT32_MAX, is }
+#define NOT(name, arg, bits)    { SYS_##name, ANY_TIME, arg, bits, 0 }
+
+/* Not every machine has all of them: newer ones lack what those with "at" in
+ * their names can do, those of 32 bits have doubles for 64.  Files that were
+ * not opened here cannot be written, so that it does no harm to look at their
+ * size.  Memory is never executed that was not before; a clone is a thread, and
+ * threads may still be on their way when the last filter comes. */
+static const struct system_call system_calls[] = {
+    CALL(futex, ANY_TIME), CALL(write, ANY_TIME), CALL(writev, ANY_TIME),
+    CALL(read, ANY_TIME), CALL(readv, ANY_TIME), CALL(close, ANY_TIME),
+    CALL(lseek, ANY_TIME), CALL(fstat, ANY_TIME), CALL(fsync, ANY_TIME),
+    CALL(brk, ANY_TIME), CALL(munmap, ANY_TIME), CALL(mremap, ANY_TIME),
+    CALL(madvise, ANY_TIME), NOT(mprotect, 2, EXECUTABLE),
+#if ELF_MACHINE == 22                     /* there, it is given a pointer    */
+    CALL(mmap, ANY_TIME),
+#else
+#ifdef SYS_mmap2
+    NOT(mmap2, 2, EXECUTABLE), CALL(_llseek, ANY_TIME),
+    CALL(fstat64, ANY_TIME), CALL(fstatat64, ANY_TIME),
+    CALL(stat64, ANY_TIME), IF(fcntl64, ANY_TIME, 1, F_GETFL),
+    IF(fcntl64, ANY_TIME, 1, F_SETFD), IF(fcntl64, STARTING, 1, F_SETLK),
+    CALL(ftruncate64, STARTING | OPENING),
+#else
+    NOT(mmap, 2, EXECUTABLE),
+#endif
+#endif
+#ifdef SYS_newfstatat
+    CALL(newfstatat, ANY_TIME),
+#endif
+#ifdef SYS_statx
+    CALL(statx, ANY_TIME),
+#endif
+    CALL(getpid, ANY_TIME), CALL(gettid, ANY_TIME), CALL(exit, ANY_TIME),
+    CALL(exit_group, ANY_TIME), CALL(restart_syscall, ANY_TIME),
+    CALL(rt_sigaction, ANY_TIME), CALL(rt_sigprocmask, ANY_TIME),
+    CALL(rt_sigreturn, ANY_TIME), CALL(sigaltstack, ANY_TIME),
+#ifdef SYS_sigreturn
+    CALL(sigreturn, ANY_TIME),
+#endif
+    CALL(sched_yield, ANY_TIME), CALL(getrandom, ANY_TIME),
+    CALL(getrusage, ANY_TIME), CALL(sysinfo, ANY_TIME), CALL(ppoll, ANY_TIME),
+#ifdef SYS_ppoll_time64
+    CALL(ppoll_time64, ANY_TIME), CALL(futex_time64, ANY_TIME),
+#endif
+#ifdef SYS_clock_gettime
+    CALL(clock_gettime, ANY_TIME),
+#endif
+#ifdef SYS_clock_gettime64
+    CALL(clock_gettime64, ANY_TIME),
+#endif
+    IF(ioctl, ANY_TIME, 1, GET_TERMINAL),
+    IF(ioctl, ANY_TIME, 1, GET_TERMINAL_2), IF(ioctl, ANY_TIME, 1, GET_WINDOW),
+    IF(fcntl, ANY_TIME, 1, F_GETFL), IF(fcntl, ANY_TIME, 1, F_SETFD),
+    IF(fcntl, STARTING, 1, F_SETLK),
+    { SYS_clone, STARTING, CLONE_ARG, A_THREAD, A_THREAD },
+    CALL(set_robust_list, ANY_TIME), CALL(sched_getaffinity, STARTING),
+    CALL(seccomp, STARTING),
+#ifdef SYS_rseq
+    CALL(rseq, ANY_TIME),
+#endif
+    CALL(openat, STARTING | OPENING), CALL(ftruncate, STARTING | OPENING),
+    CALL(faccessat, STARTING | OPENING), CALL(mkdirat, STARTING),
+    CALL(fchmod, OPENING), CALL(unlinkat, OPENING),
+#ifdef SYS_renameat
+    CALL(renameat, OPENING),
+#endif
+#ifdef SYS_renameat2
+    CALL(renameat2, OPENING),
+#endif
+#ifdef SYS_open
+    CALL(poll, ANY_TIME), CALL(open, STARTING | OPENING),
+    CALL(access, STARTING | OPENING), CALL(mkdir, STARTING),
+    CALL(stat, ANY_TIME),
+    CALL(unlink, OPENING), CALL(rename, OPENING),
+#endif
+};
+
+/* Instructions of the kernel's little machine, and where it finds the number of
+ * a call, the architecture, and the low halves of the arguments. */
+enum {
+    LOAD = 0x20, AND = 0x54, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
+    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16
+};
+
+#define ALLOW      0x7fff0000u
+#define FAIL(code) (0x00050000u | (unsigned)(code))
+
+enum { N_CALLS = sizeof system_calls / sizeof *system_calls };
+enum { MAX_CODE = 13 + 6 * N_CALLS };
+enum { NEWER = 403 };      /* from here, numbers are the same on all machines */
+
+struct code { uint16_t op; uint8_t then, otherwise; uint32_t k; };
+
+struct filter { unsigned short n; struct code *code; };
+
+static void emit(struct filter *f, int op, uint32_t k, int then, int otherwise)
+{
+    f->code[f->n++] = (struct code){
+        (uint16_t)op, (uint8_t)then, (uint8_t)otherwise, k
+    };
+}
+
+/* If it is this call, allow it.  Otherwise its number is loaded again. */
+static void emit_call(struct filter *f, const struct system_call *c)
+{
+    const uint16_t one = 1;
+    const uint32_t low = *(const unsigned char *)&one ? 0 : 4;
+
+    if (c->arg < 0) {
+        emit(f, IF_EQUAL, (uint32_t)c->number, 0, 1);
+        emit(f, RETURN, ALLOW, 0, 0);
+        return;
+    }
+    emit(f, IF_EQUAL, (uint32_t)c->number, 0, 5);
+    emit(f, LOAD, ARGUMENTS + 8 * (uint32_t)c->arg + low, 0, 0);
+    emit(f, AND, c->mask, 0, 0);
+    emit(f, IF_EQUAL, c->is, 0, 1);
+    emit(f, RETURN, ALLOW, 0, 0);
+    emit(f, LOAD, CALL_NUMBER, 0, 0);
+}
+
+/* From now on only the calls of these times, in all threads.  Calls of another
+ * architecture are other calls by the same numbers. */
+static int confine_calls(int when)
+{
+    const uint16_t one = 1;
+    const uint32_t machine = ELF_MACHINE |
+                             (sizeof(void *) == 8 ? 0x80000000u : 0) |
+                             (*(const unsigned char *)&one ? 0x40000000u : 0);
+    struct code code[MAX_CODE];
+    struct filter f = { 0, code };
+
+    emit(&f, LOAD, MACHINE, 0, 0);
+    emit(&f, IF_EQUAL, machine, 1, 0);
+    emit(&f, RETURN, FAIL(EPERM), 0, 0);
+    emit(&f, LOAD, CALL_NUMBER, 0, 0);
+    for (int i = 0; i < N_CALLS; i++)
+        if (system_calls[i].when & when)
+            emit_call(&f, &system_calls[i]);
+    emit_call(&f, &(struct system_call){ SYS_tgkill, 0, 0, UINT32_MAX,
+                                  (uint32_t)getpid() });
+    emit(&f, IF_AT_LEAST, NEWER, 0, 1);
+    emit(&f, RETURN, FAIL(ENOSYS), 0, 0);
+    emit(&f, RETURN, FAIL(EPERM), 0, 0);
+    return syscall(SYS_seccomp, 1, 1, &f) == 0 ? 0 : -1;
+}
+
+/* ---- both */
+
+static int opens_late(const struct settings *s, int chats)
+{
+    return s->session || s->trace_npy ||
+           (chats && (s->file || s->sandbox == SANDBOX_AUTO)) ? OPENING : 0;
+}
+
+/* Dates need to know the time zone, which is a file, before. */
+static int begin_sandbox(const struct settings *s, int chats)
+{
+    int code;
+
+    if (s->sandbox == SANDBOX_OFF)
+        return DONE;
+    tzset();
+    setrlimit(RLIMIT_CORE, &(struct rlimit){ 0, 0 });
+    if (syscall(SYS_prctl, PR_NO_NEW_PRIVS, 1L, 0L, 0L, 0L) != 0)
+        return lacks(s, "sandbox", strerror(errno));
+    syscall(SYS_prctl, PR_DUMPABLE, 0L, 0L, 0L, 0L);
+    code = confine_files(s, chats);
+    if (code == DONE && s->sandbox == SANDBOX_REQUIRE &&
+        confine_calls(STARTING | ANY_TIME | opens_late(s, chats)) != 0)
+        code = lacks(s, "seccomp", strerror(errno));
+    return code;
+}
+
+static int lock_sandbox(const struct settings *s, int chats)
+{
+    const int late = opens_late(s, chats);
+
+    if (s->sandbox == SANDBOX_OFF)
+        return DONE;
+    if (confine_calls(ANY_TIME | late) != 0)
+        return lacks(s, "seccomp", strerror(errno));
+    if (s->verbose)
+        say(DONE, "sandbox: seccomp; files can%s be opened", late ? "" :
+            "not");
+    return DONE;
+}
+
+#endif
+
+/* ------------------------------------------------------------------ 5. JSON
  *
  * Requests arrive as JSON (RFC 8259), tools are described in it, and results
  * leave as it.  The reader is strict: what it takes, every other reader takes.
@@ -1857,7 +2386,7 @@ static void add_json(struct text *t, const struct json *v)
     add_tree(t, v, 0);
 }
 
-/* -------------------------------------------------------- 5. Chat templates
+/* -------------------------------------------------------- 6. Chat templates
  *
  * The models of the family were trained on five ways to write down the same
  * conversation.  Their files carry them as Jinja programs; here they are one
@@ -2589,7 +3118,7 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                    (unsigned long long)f.hash);
 }
 
-/* ------------------------------------------------------------ 6. Tool calls
+/* ------------------------------------------------------------ 7. Tool calls
  *
  * A model that wants a tool writes <|tool_call_start|>, Python, and
  * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some write JSON
@@ -2675,7 +3204,7 @@ static int parse_calls(struct pool *pool, const char *s, size_t n, int cut,
     return bad;
 }
 
-/* ------------------------------------------------------ 7. Tokens in and out
+/* ------------------------------------------------------ 8. Tokens in and out
  *
  * --tokenize, --detokenize and --export-tokenizer need a vocabulary only. */
 
@@ -2684,6 +3213,9 @@ static int open_words(const struct settings *s, lfm2_tokenizer **out)
     const char *path = s->tokenizer ? s->tokenizer : s->model;
     lfm2_error err;
 
+    if (mapped.n && !s->tokenizer)
+        return lfm2_tokenizer_open_memory(out, mapped.data, mapped.n, &err) ?
+               report(path, &err) : DONE;
     return lfm2_tokenizer_open(out, path, &err) ? report(path, &err) : DONE;
 }
 
@@ -2798,8 +3330,10 @@ static int work_on_words(const struct settings *s)
 {
     struct text t = { 0 };
     lfm2_tokenizer *words;
-    int code = open_words(s, &words);
+    int code = s->sandbox == SANDBOX_REQUIRE ? begin_sandbox(s, 0) : DONE;
 
+    if (code == DONE)
+        code = open_words(s, &words);
     if (code != DONE)
         return code;
     if (s->export_to)
@@ -2815,7 +3349,7 @@ static int work_on_words(const struct settings *s)
     return code;
 }
 
-/* -------------------------------------------------------------- 8. --inspect
+/* -------------------------------------------------------------- 9. --inspect
  *
  * What is in a file, in the terms its makers use; what it will take to run it;
  * and what is wrong with it.  The facts are found once, then printed as text or
@@ -2952,13 +3486,14 @@ static double step_bytes(const lfm2_model *m, const struct cost *cost,
 }
 
 /* What a file of Linux says of `key`, behind a colon; or something else. */
-static struct phrase look_up(const char *path, const char *key,
-                             const char *otherwise)
+static struct phrase look_up_in(FILE *f, const char *key,
+                                const char *otherwise)
 {
     struct phrase out = phrase("%s", otherwise);
-    FILE *f = fopen(path, "r");
     char line[256];
 
+    if (f)
+        rewind(f);
     while (f && fgets(line, sizeof line, f)) {
         const char *s = strchr(line, ':');
         if (!s || strncmp(line, key, strlen(key)) != 0)
@@ -2967,16 +3502,25 @@ static struct phrase look_up(const char *path, const char *key,
         out = phrase("%.*s", (int)strcspn(s, "\n"), s);
         break;
     }
+    return out;
+}
+
+static struct phrase look_up(const char *path, const char *key,
+                             const char *otherwise)
+{
+    FILE *f = fopen(path, "r");
+    const struct phrase out = look_up_in(f, key, otherwise);
+
     if (f)
         fclose(f);
     return out;
 }
 
-/* Memory of the process's own, which the mapped file is not; 0 if the system
- * does not tell. */
-static double anonymous_memory(void)
+/* Memory of the process's own, which the mapped file is not, from
+ * /proc/self/status; 0 if the system does not tell. */
+static double anonymous_memory(FILE *status)
 {
-    return strtod(look_up("/proc/self/status", "RssAnon", "0").s, NULL) * 1024;
+    return strtod(look_up_in(status, "RssAnon", "0").s, NULL) * 1024;
 }
 
 static double peak_memory(void)
@@ -4328,8 +4872,10 @@ static int inspect_all(struct facts *f)
 static int inspect_file(const struct settings *s)
 {
     struct facts f = { .s = s };
-    int code;
+    int code = s->sandbox == SANDBOX_REQUIRE ? begin_sandbox(s, 0) : DONE;
 
+    if (code != DONE)
+        return code;
     f.code = lfm2_model_examine(&f.model, s->model, s->no_mmap ?
                                 LFM2_LOAD_READ : LFM2_LOAD_MAP, &f.err);
     f.is_model = f.code == LFM2_OK;
@@ -4341,7 +4887,7 @@ static int inspect_file(const struct settings *s)
     return code;
 }
 
-/* ---------------------------------------------------- 9. The model in use */
+/* ---------------------------------------------------- 10. The model in use */
 
 /* Logits of a whole prompt come in chunks of this many tokens, so that the
  * memory for them does not grow with it. */
@@ -4352,6 +4898,8 @@ enum { TRACE_BATCH = 64 };
 
 struct engine {
     const struct settings *s;
+    int chats;                            /* line by line                    */
+    FILE *status;                         /* /proc/self/status, if wanted    */
     lfm2_model *model;
     lfm2_tokenizer *words;                /* NULL: ids in, logits out        */
     lfm2_context *ctx;
@@ -4446,9 +4994,22 @@ static int open_model(struct engine *e)
 {
     const struct settings *s = e->s;
     lfm2_error err;
+    int code = DONE;
 
-    if (lfm2_model_open(&e->model, s->model, s->no_mmap ? LFM2_LOAD_READ :
-                        LFM2_LOAD_MAP, &err) != LFM2_OK)
+    if (!s->no_mmap)
+        map_file(s->model);
+    if (s->verbose || s->bench)
+        e->status = fopen("/proc/self/status", "r");
+    if (s->sandbox == SANDBOX_REQUIRE)
+        code = begin_sandbox(s, e->chats);
+    if (code != DONE)
+        return code;
+    if (mapped.n)
+        code = lfm2_model_open_memory(&e->model, mapped.data, mapped.n, &err);
+    else
+        code = lfm2_model_open(&e->model, s->model, s->no_mmap ?
+                               LFM2_LOAD_READ : LFM2_LOAD_MAP, &err);
+    if (code != LFM2_OK)
         return report(s->model, &err);
     e->par = choose_params(s, e->model);
     for (int i = 0; !s->quiet && lfm2_model_warning(e->model, i); i++)
@@ -4471,6 +5032,8 @@ static int open_context(struct engine *e)
     const int n_train = lfm2_model_config(e->model)->n_ctx_train;
     lfm2_error err;
 
+    if (e->s->sandbox == SANDBOX_AUTO)
+        begin_sandbox(e->s, e->chats);
     if (lfm2_context_open(&e->ctx, e->model, &e->par, &err) != LFM2_OK)
         return report(e->s->model, &err);
     e->cached = calloc((size_t)e->par.n_seq, sizeof *e->cached);
@@ -4525,6 +5088,9 @@ static void close_engine(struct engine *e)
     lfm2_context_close(e->ctx);
     lfm2_tokenizer_close(e->words);
     lfm2_model_close(e->model);
+    unmap_file();
+    if (e->status)
+        fclose(e->status);
 }
 
 /* A signal stops the work; a second one before the first was heard ends the
@@ -4558,7 +5124,7 @@ static double seconds(void)
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-/* -------------------------------------------------------------- 10. Traces
+/* -------------------------------------------------------------- 11. Traces
  *
  * What happens between a token and its logits.  The library calls
  * note_activation() with every activation; --trace makes a record of each, and
@@ -5015,7 +5581,7 @@ static int close_trace(struct engine *e, int code)
     return code;
 }
 
-/* ------------------------------------------------------------ 11. An answer
+/* ------------------------------------------------------------ 12. An answer
  *
  * A request is tokens to read and how to go on; a reply is what comes of it,
  * and grows token by token.  step() moves any number of replies on by one
@@ -5695,7 +6261,7 @@ static int make_request(const struct engine *e, struct request *q)
     return DONE;
 }
 
-/* ------------------------------------------------------ 12. A conversation
+/* ------------------------------------------------------ 13. A conversation
  *
  * Its messages are JSON as OpenAI's clients send it, wherever they come from:
  * -p and -sys are two of them, --messages brings all. */
@@ -5925,6 +6491,7 @@ static void enter_thought(struct printer *p, int inside)
         return;
     put_text(inside ? &p->out : &p->thoughts, "", 0);
     p->in_thought = inside;
+    is_dim = p->colour && inside;
     if (p->colour)
         fputs(inside ? "\033[2m" : "\033[0m\n\n", p->thoughts.f);
     else
@@ -6136,7 +6703,7 @@ static void print_speed(const struct talk *t)
         say(DONE, "a token reads %s of weights and cache, %s/s; memory %s, of "
             "it %s not the file's", amount(bytes, "B").s,
             amount(bytes * speed, "B").s, amount(peak_memory(), "B").s,
-            amount(anonymous_memory(), "B").s);
+            amount(anonymous_memory(e->status), "B").s);
     }
 }
 
@@ -6262,7 +6829,7 @@ static int write_logits(struct talk *t)
     const struct engine *e = t->e;
     const size_t n_vocab = (size_t)lfm2_model_config(e->model)->n_vocab;
     FILE *f = create_file(e->s->logits);
-    int code = DONE;
+    int code = lock_sandbox(e->s, 0);
 
     running = e->ctx;
     for (int at = 0, n; f && code == DONE && at < t->q.prompt.n; at += n) {
@@ -6330,7 +6897,7 @@ static int keep_answer(struct talk *t)
     return code;
 }
 
-/* ------------------------------------------------------------ 13. Sessions
+/* ------------------------------------------------------------ 14. Sessions
  *
  * What --session keeps between runs, all little-endian:
  *
@@ -6607,7 +7174,7 @@ static int answer_once(struct talk *t)
     return save_session(t) == DONE ? code : BAD_FILE;
 }
 
-/* ----------------------------------------------------------------- 14. Chat
+/* ----------------------------------------------------------------- 15. Chat
  *
  * Line by line, at a terminal or, with -cnv, from a pipe, where no prompt is
  * shown.  Each turn renders the whole conversation; what the cache has of it is
@@ -6758,13 +7325,25 @@ static int regenerate(struct talk *t)
     return answer_turn(t);
 }
 
+/* Who is told that a file cannot be opened should hear what may be why. */
+static int blame_sandbox(const struct talk *t)
+{
+    const int sandbox = t->e->s->sandbox;
+
+    if (sandbox == SANDBOX_OFF || (errno != EACCES && errno != EPERM))
+        return DONE;
+    return say(DONE, "in this sandbox a chat opens %s; --sandbox off is "
+               "without one", sandbox == SANDBOX_REQUIRE ? "no files" :
+               "files in the directory it began in");
+}
+
 static int save_talk(struct talk *t, const char *path)
 {
     struct text out = { 0 };
     FILE *f = path[0] ? create_file(path) : NULL;
 
     if (!f)
-        return path[0] ? DONE : say(DONE, "/save needs a file");
+        return path[0] ? blame_sandbox(t) : say(DONE, "/save needs a file");
     add_talk(&out, t->messages);
     if (!out.failed)
         fwrite(out.s, 1, out.n, f);
@@ -6785,7 +7364,7 @@ static int load_talk(struct talk *t, const char *path)
     if (!path[0])
         return say(DONE, "/load needs a file");
     if (read_list(t, path, "messages", &whole, &list) != DONE)
-        return DONE;
+        return blame_sandbox(t);
     forget(t);
     t->messages = list;
     if (list->first && render_talk(t, &why) != DONE) {
@@ -6823,6 +7402,7 @@ static int obey(struct talk *t, const char *line)
 
     while (i < 10 && (strlen(word[i]) != n || memcmp(line, word[i], n) != 0))
         i++;
+    errno = 0;
     switch (i) {
     case 0: fputs(chat_help, stderr); return DONE;
     case 1: forget(t); return t->pool.failed ? NO_MEMORY : DONE;
@@ -6892,7 +7472,7 @@ static int chat(struct talk *t)
 }
 
 /* The answer, the answers, or what else there is to see. */
-static int answer(struct talk *t, int chats)
+static int answer(struct talk *t)
 {
     const struct settings *s = t->e->s;
     int code = t->e->ctx ? DONE : open_context(t->e);
@@ -6900,8 +7480,11 @@ static int answer(struct talk *t, int chats)
     catch_interrupt();
     if (code == DONE)
         code = open_trace(t->e);
+    if (code == DONE && !s->logits)
+        code = lock_sandbox(s, t->e->chats);
     if (code == DONE)
-        code = s->logits ? write_logits(t) : chats ? chat(t) : answer_once(t);
+        code = s->logits ? write_logits(t) : t->e->chats ? chat(t) :
+               answer_once(t);
     code = close_trace(t->e, code);
     signal(SIGINT, SIG_DFL);
     return code == INTERRUPTED ? 128 + (int)last_signal : code;
@@ -6916,8 +7499,10 @@ static int work_on_model(const struct settings *s)
     const int chats = s->interactive || (!s->prompt && !s->file && !s->ids &&
                       !s->messages && isatty(STDIN_FILENO) && !s->logits &&
                       !dumps);
-    int code = open_engine(&e);
+    int code;
 
+    e.chats = chats;
+    code = open_engine(&e);
     if (code == DONE && chats && (e.template == TEMPLATE_NONE || s->json))
         code = usage("no prompt given, and no chat %s", s->json ? "in JSON" :
                      "without a template");
@@ -6932,13 +7517,13 @@ static int work_on_model(const struct settings *s)
     if (code == DONE && !chats)
         code = prepare_prompt(&t);
     if (code == DONE)
-        code = dumps ? dump_prompt(&t) : answer(&t, chats);
+        code = dumps ? dump_prompt(&t) : answer(&t);
     free_talk(&t);
     close_engine(&e);
     return code;
 }
 
-/* -------------------------------------------------------------- 15. --batch
+/* -------------------------------------------------------------- 16. --batch
  *
  * JSON lines in, JSON lines out, in the same order.  A line is an OpenAI batch
  * line {"custom_id", "method", "url", "body"} or a body alone.  Up to
@@ -7938,6 +8523,8 @@ static int batch(const struct settings *s)
     char *busy = malloc((size_t)s->parallel);
     int code = busy ? open_batch(&b) : NO_MEMORY;
 
+    if (code == DONE)
+        code = lock_sandbox(s, 0);
     if (code == DONE) {
         catch_interrupt();
         b.started = b.beat = seconds();
@@ -7961,7 +8548,7 @@ static int batch(const struct settings *s)
     return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
 }
 
-/* ---------------------------------------------------------------- 16. --ppl
+/* ---------------------------------------------------------------- 17. --ppl
  *
  * How well a model foresees a text, measured as llama-perplexity does, so that
  * the figures can be compared.  The text is cut into windows of n_ctx tokens,
@@ -8439,6 +9026,8 @@ static int perplexity(const struct settings *s)
     plain.raw = 1;                        /* no chat template                */
     if (code == DONE)
         code = ppl_open(&p);
+    if (code == DONE)
+        code = lock_sandbox(s, 0);
     if (code == DONE) {
         running = p.e.ctx;
         catch_interrupt();
@@ -8461,7 +9050,7 @@ static int perplexity(const struct settings *s)
     return code;
 }
 
-/* -------------------------------------------------------------- 17. --bench
+/* -------------------------------------------------------------- 18. --bench
  *
  * The tests, names and table of llama-bench, and beside every figure how much
  * of the machine it makes use of.  Generating reads all weights for each token,
@@ -8913,7 +9502,7 @@ static int run_test(struct bench *b, const struct test *t)
         .test = *t, .best = b->best, .n_threads = b->e.par.n_threads,
         .ns = mean_and_deviation(b->ns, b->s->reps),
         .ts = mean_and_deviation(b->ts, b->s->reps),
-        .rss_peak = peak_memory(), .rss_anon = anonymous_memory()
+        .rss_peak = peak_memory(), .rss_anon = anonymous_memory(b->e.status)
     };
     if (gmtime_r(&now, &utc))
         strftime(r->when, sizeof r->when, "%Y-%m-%dT%H:%M:%SZ", &utc);
@@ -9121,7 +9710,7 @@ static int bench(const struct settings *s)
     return code;
 }
 
-/* ----------------------------------------------------------- 18. --selftest
+/* ----------------------------------------------------------- 19. --selftest
  *
  * Is this build right on this machine?  No file is needed: a small model of
  * every weight type is made here, of random numbers that are the same
@@ -9589,7 +10178,7 @@ static int selftest(void)
     return t.failed ? SELFTEST_FAILED : DONE;
 }
 
-/* --------------------------------------------------------------- 19. main */
+/* --------------------------------------------------------------- 20. main */
 
 int main(int argc, char **argv)
 {
