@@ -2409,7 +2409,7 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 /* Fetch what is at p to all levels of the cache, or to all but the first. */
@@ -2417,6 +2417,14 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
 #define FETCH_FAR(p) __builtin_prefetch(p, 0, 2)
 
 #ifdef LFM2_ARM
+
+/* For products.  gcc must not reorder them, or it runs out of registers; clang
+ * does not, but would load operands again after what is volatile. */
+#ifdef __clang__
+#define ASM __asm__
+#else
+#define ASM __asm__ volatile
+#endif
 
 /* What differs from x86 is NaN alone, so minima and maxima are made of
  * comparisons, in which NaN loses as it does there. */
@@ -3051,7 +3059,7 @@ KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
 KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS v, const int k)
 {
 #define SDOT(i) \
-    __asm__("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
+    ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
     switch (k % 4) {
     case 0: SDOT(0); break;
     case 1: SDOT(1); break;
@@ -3132,6 +3140,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
         for (int t = 0; t < tokens; t++) {
             INTS all = FN(lanes)(x[t][g].q + k / 4 * 16);
             int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(all[k % 4]));
+            ASM("" : "+w"(v));            /* its halves are not the same    */
             UNROLL
             for (int j = 0; j < tiles; j++) {
                 const int i = (k - first) % terms;
@@ -3267,6 +3276,9 @@ KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
                            const FLOATS *d, const FLOATS *m, int bytes,
                            const int kind, const int how)
 {
+    const INTS offset = LANES == 4 ? V(set1_epi8)((char)to->offset)
+                                   : VI(setzero)();
+
     for (int i = 0; i < bytes * LANES; i += 64) {
         FETCH_FAR(to->next + i);
         if (how != TO_PANEL)
@@ -3284,7 +3296,7 @@ KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
         return;
     for (int k = 0; k < 8; k++)
         to->q[2 * k] = LANES == 4 && !(kind & MIN) && kind / TERMS > 1
-            ? V(sub_epi8)(w[k], V(set1_epi8)((char)to->offset)) : w[k];
+            ? V(sub_epi8)(w[k], offset) : w[k];
     for (int h = 0; h < (kind & HALVES ? 2 : 1); h++) {
         to->d[2 * h] = d[h];
         if (kind & MIN)
@@ -3567,11 +3579,11 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
         } \
     }
 
-#if LANES == 8
-#define MORE_TOKENS(kind)
-#elif LANES == 4
+#if LANES == 4 && DOT
 #define MORE_TOKENS(kind) \
-        case 4: FN(multiply)(out, p, groups, x, offset, FN(TOKENS), kind);
+        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return;
+#elif LANES < 16
+#define MORE_TOKENS(kind)
 #else
 #define MORE_TOKENS(kind) \
         case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return; \
@@ -3801,34 +3813,28 @@ KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
                               const struct kv_head *kv, int pos, int n,
                               const int queries, const int f16)
 {
+    enum { W = FN(WIDE) };
     const int hd = kv->head_dim;
-    FLOATS acc[4][FN(WIDE)], k[FN(WIDE)];
+    FLOATS acc[4 * W], k[W];
 
-    for (int p = 0; p < n; p += FN(WIDE) * LANES) {
+    for (int p = 0; p < n; p += W * LANES) {
         size_t at = k_index(pos + p, 0, hd);
         UNROLL
-        for (int i = 0; i < queries; i++)
-            UNROLL
-            for (int h = 0; h < FN(WIDE); h++)
-                acc[i][h] = V(setzero_ps)();
+        for (int i = 0; i < queries * W; i++)
+            acc[i] = V(setzero_ps)();
         for (int d = 0; d < hd; d++, at += TILE) {
             UNROLL
-            for (int h = 0; h < FN(WIDE); h++)
-                k[h] = FN(load_floats)(kv->k, at + h * LANES, f16);
+            for (int i = 0; i < W; i++)
+                k[i] = FN(load_floats)(kv->k, at + i * LANES, f16);
             FETCH(kv->k + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
             UNROLL
-            for (int i = 0; i < queries; i++) {
-                FLOATS v = V(set1_ps)(q[i * hd + d]);
-                UNROLL
-                for (int h = 0; h < FN(WIDE); h++)
-                    acc[i][h] = V(fmadd_ps)(v, k[h], acc[i][h]);
-            }
+            for (int i = 0; i < queries * W; i++)
+                acc[i] = V(fmadd_ps)(V(set1_ps)(q[d + (size_t)(i / W * hd)]),
+                                     k[i % W], acc[i]);
         }
         UNROLL
-        for (int i = 0; i < queries; i++)
-            UNROLL
-            for (int h = 0; h < FN(WIDE); h++)
-                V(storeu_ps)(s[i] + p + h * LANES, acc[i][h]);
+        for (int i = 0; i < queries * W; i++)
+            V(storeu_ps)(s[i / W] + p + i % W * LANES, acc[i]);
     }
 }
 
@@ -3837,34 +3843,27 @@ KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
                               const struct kv_head *kv, int pos, int first,
                               int last, const int queries, const int f16)
 {
+    enum { W = FN(WIDE) };
     const int hd = kv->head_dim;
-    FLOATS acc[4][FN(WIDE)], v[FN(WIDE)];
+    FLOATS acc[4 * W], v[W];
 
-    for (int d = 0; d < hd; d += FN(WIDE) * LANES) {
+    for (int d = 0; d < hd; d += W * LANES) {
         size_t at = (size_t)(pos + first) * hd + d;
         UNROLL
-        for (int i = 0; i < queries; i++)
-            UNROLL
-            for (int h = 0; h < FN(WIDE); h++)
-                acc[i][h] = V(loadu_ps)(g[i].o + d + h * LANES);
+        for (int i = 0; i < queries * W; i++)
+            acc[i] = V(loadu_ps)(g[i / W].o + d + i % W * LANES);
         for (int p = first; p < last; p++, at += hd) {
             UNROLL
-            for (int h = 0; h < FN(WIDE); h++)
-                v[h] = FN(load_floats)(kv->v, at + h * LANES, f16);
+            for (int i = 0; i < W; i++)
+                v[i] = FN(load_floats)(kv->v, at + i * LANES, f16);
             FETCH(kv->v + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
             UNROLL
-            for (int i = 0; i < queries; i++) {
-                FLOATS e = V(set1_ps)(s[i][p]);
-                UNROLL
-                for (int h = 0; h < FN(WIDE); h++)
-                    acc[i][h] = V(fmadd_ps)(e, v[h], acc[i][h]);
-            }
+            for (int i = 0; i < queries * W; i++)
+                acc[i] = V(fmadd_ps)(V(set1_ps)(s[i / W][p]), v[i % W], acc[i]);
         }
         UNROLL
-        for (int i = 0; i < queries; i++)
-            UNROLL
-            for (int h = 0; h < FN(WIDE); h++)
-                V(storeu_ps)(g[i].o + d + h * LANES, acc[i][h]);
+        for (int i = 0; i < queries * W; i++)
+            V(storeu_ps)(g[i / W].o + d + i % W * LANES, acc[i]);
     }
 }
 
