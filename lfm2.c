@@ -1363,7 +1363,7 @@ static float float_of(uint32_t u)
  * round is never a tie. */
 static inline float fma_f32(float a, float b, float c)
 {
-#ifdef FP_FAST_FMAF
+#if defined FP_FAST_FMAF || defined __aarch64__     /* clang does not say it */
     return fmaf(a, b, c);
 #else
     double p = (double)a * b, s = p + c;
@@ -2965,7 +2965,8 @@ KERNEL void FN(softmax)(struct gathered *g, float *s, int n)
  * columns of the LANES rows of a tile, so that multiplying it with four columns
  * of x, repeated in all lanes, needs no sums across lanes:
  *
- *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset
+ *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
+ *                                                        on ARM s8: weight
  *     d, m [groups][2 halves][2 tiles][LANES rows]       float
  *
  * It stays in the second-level cache for all rows of x.  If these are few, the
@@ -3168,8 +3169,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 #endif
 
 /* dots() of weights that are stored with an offset: less offset * sum of x.  On
- * ARM, where bytes of weights are signed, those of a panel have none; see put().
- */
+ * ARM bytes are signed, so a panel holds the weights without it. */
 KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
                                    const struct rounded *const *x, int g,
                                    const int h, const int tokens,
