@@ -54,7 +54,7 @@
  * kernels (LFM2_AVX2_ONLY, those of newer CPUs), LFM2_NO_THREADS pthreads,
  * LFM2_NO_MMAP mmap. */
 
-#ifndef KERNELS                           /* see section 12                  */
+#ifndef KERNELS                           /* see section 11                  */
 
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity()             */
@@ -86,6 +86,13 @@
 #define LFM2_X86
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined __aarch64__ && defined __ARM_NEON && defined __GNUC__ && \
+    !defined __AARCH64EB__ && !defined LFM2_NO_SIMD
+#define LFM2_ARM
+#include <arm_neon.h>
+#ifdef __linux__
+#include <sys/auxv.h>
+#endif
 #endif
 
 #if FLT_EVAL_METHOD != 0
@@ -1356,7 +1363,7 @@ static float float_of(uint32_t u)
  * round is never a tie. */
 static inline float fma_f32(float a, float b, float c)
 {
-#ifdef FP_FAST_FMAF
+#if defined FP_FAST_FMAF || defined __aarch64__     /* clang does not say it */
     return fmaf(a, b, c);
 #else
     double p = (double)a * b, s = p + c;
@@ -2384,55 +2391,289 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
     parallel(ctx, matmul_work, &(struct matmul_job){ y, w, NULL, in, how });
 }
 
-/* ---------------------------------------------------------- 11. AVX2: vectors
+/* ------------------------------------------------- 11. Vectors: small blocks
  *
- * The small blocks, eight floats at a time.  Each is its namesake above, with
- * the same operations on every element in the same order. */
-
-#ifdef LFM2_X86
-
-/* Where prefetched data goes: to all levels of the cache. */
-#define FETCH _MM_HINT_T0
+ * Sections 11 and 12 are compiled once for every instruction set, for
+ *
+ *     LANES     4: NEON     8: AVX2     16: AVX-512 (F, BW, VL, DQ)
+ *     DOT       1: with an instruction that multiplies four bytes by four
+ *                  bytes and adds them to a 32-bit number: sdot on ARM,
+ *                  vpdpbusd on x86, whose first bytes are unsigned
+ *
+ * by including this file into itself further down.  FN(name) is the name of a
+ * function in this set.  INTS and FLOATS are registers; V(op) and VI(op) are
+ * instructions, by the names they have on x86. */
 
 /* Before a loop whose arrays are to become registers: without it clang keeps
  * them in memory, and products take twice as long. */
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-#define AVX2 static __attribute__((target("avx2,fma,f16c")))
-#define AVX2_INLINE AVX2 inline __attribute__((always_inline))
+/* Fetch what is at p to all levels of the cache, or to all but the first. */
+#define FETCH(p) __builtin_prefetch(p, 0, 3)
+#define FETCH_FAR(p) __builtin_prefetch(p, 0, 2)
 
-AVX2_INLINE __m256 exp_8(__m256 x)
+#ifdef LFM2_ARM
+
+/* For products.  gcc must not reorder them, or it runs out of registers; clang
+ * does not, but would load operands again after what is volatile. */
+#ifdef __clang__
+#define ASM __asm__
+#else
+#define ASM __asm__ volatile
+#endif
+
+/* What differs from x86 is NaN alone, so minima and maxima are made of
+ * comparisons, in which NaN loses as it does there. */
+#define neon_setzero_ps() vdupq_n_f32(0)
+#define neon_set1_ps vdupq_n_f32
+#define neon_loadu_ps vld1q_f32
+#define neon_storeu_ps vst1q_f32
+#define neon_add_ps vaddq_f32
+#define neon_sub_ps vsubq_f32
+#define neon_mul_ps vmulq_f32
+#define neon_div_ps vdivq_f32
+#define neon_fmadd_ps(a, b, c) vfmaq_f32(c, a, b)
+#define neon_fnmadd_ps(a, b, c) vfmsq_f32(c, a, b)
+#define neon_fmsub_ps(a, b, c) vfmaq_f32(vnegq_f32(c), a, b)
+#define neon_max_ps(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
+#define neon_min_ps(a, b) vbslq_f32(vcltq_f32(a, b), a, b)
+#define neon_xor_ps(a, b) \
+    ((float32x4_t)veorq_u32((uint32x4_t)(a), (uint32x4_t)(b)))
+#define neon_cvtepi32_ps vcvtq_f32_s32
+#define neon_cvttps_epi32 vcvtq_s32_f32
+
+#define neon_setzero() vdupq_n_s32(0)
+#define neon_set1_epi8(n) ((int32x4_t)vdupq_n_s8(n))
+#define neon_set1_epi16(n) ((int32x4_t)vdupq_n_s16(n))
+#define neon_set1_epi32 vdupq_n_s32
+#define neon_and vandq_s32
+#define neon_or vorrq_s32
+#define neon_xor veorq_s32
+#define neon_add_epi8(a, b) \
+    ((int32x4_t)vaddq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
+#define neon_sub_epi8(a, b) \
+    ((int32x4_t)vsubq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
+#define neon_add_epi32 vaddq_s32
+#define neon_sub_epi32 vsubq_s32
+#define neon_min_epu8(a, b) \
+    ((int32x4_t)vminq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
+#define neon_max_epu32(a, b) \
+    ((int32x4_t)vmaxq_u32((uint32x4_t)(a), (uint32x4_t)(b)))
+#define neon_slli_epi16(v, n) ((int32x4_t)vshlq_n_s16((int16x8_t)(v), n))
+#define neon_srli_epi16(v, n) ((int32x4_t)vshrq_n_u16((uint16x8_t)(v), n))
+#define neon_slli_epi32(v, n) vshlq_n_s32(v, n)
+#define neon_srli_epi32(v, n) ((int32x4_t)vshrq_n_u32((uint32x4_t)(v), n))
+#define neon_srai_epi32(v, n) vshrq_n_s32(v, n)
+#define neon_shuffle_epi8(v, i) \
+    ((int32x4_t)vqtbl1q_u8((uint8x16_t)(v), (uint8x16_t)(i)))
+#define neon_unpacklo_epi32 vzip1q_s32
+#define neon_unpackhi_epi32 vzip2q_s32
+#define neon_unpacklo_epi64(a, b) \
+    ((int32x4_t)vzip1q_s64((int64x2_t)(a), (int64x2_t)(b)))
+#define neon_unpackhi_epi64(a, b) \
+    ((int32x4_t)vzip2q_s64((int64x2_t)(a), (int64x2_t)(b)))
+#define neon_madd_epi16(a, b) \
+    vpaddq_s32(vmull_s16(vget_low_s16((int16x8_t)(a)), \
+                         vget_low_s16((int16x8_t)(b))), \
+               vmull_high_s16((int16x8_t)(a), (int16x8_t)(b)))
+
+#endif /* LFM2_ARM */
+#endif /* not KERNELS */
+
+#ifdef KERNELS
+
+#ifdef TARGET
+#define KERNEL static __attribute__((target(TARGET)))
+#else
+#define KERNEL static
+#endif
+#define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
+
+/* A row of floats in steps of 16 columns: chain i % 16 of dot_f32() is a
+ * lane. */
+enum { FN(CHAINS) = 16 / LANES };
+
+#if LANES == 4
+
+#define V(op) neon_##op
+#define VI(op) neon_##op
+#define INTS int32x4_t
+#define FLOATS float32x4_t
+#define AS_INTS vreinterpretq_s32_f32
+#define AS_FLOATS vreinterpretq_f32_s32
+#define V_FIRST(v) vgetq_lane_s32(v, 0)
+#define BLOCK(name) name##_neon
+enum { FN(ROWS) = 2, FN(WIDE) = 4, FN(TOKENS) = DOT ? 4 : 3 };
+
+/* 16 bytes of row i. */
+KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
 {
-    const __m256 magic = _mm256_set1_ps(ROUND_MAGIC);
-    __m256 small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
-    __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    __m256 y = _mm256_min_ps(_mm256_set1_ps(88.0f), x);
-    __m256 t = _mm256_fmadd_ps(y, _mm256_set1_ps(1.44269504f), magic);
-    __m256 n = _mm256_sub_ps(t, magic);
-    __m256 r = _mm256_fmadd_ps(n, _mm256_set1_ps(-0.693145752f), y);
-    __m256 p = _mm256_set1_ps(1.0f / 5040);
+    (void)stride;
+    return vreinterpretq_s32_u8(vld1q_u8(p));
+}
 
-    r = _mm256_fmadd_ps(n, _mm256_set1_ps(-1.42860677e-6f), r);
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    p = _mm256_castsi256_ps(_mm256_add_epi32(
-        _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(t), 23)));
-    return _mm256_blendv_ps(_mm256_andnot_ps(small, p), x, nan);
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    uint16x4_t low = vmovn_u32(vreinterpretq_u32_s32(v));
+    return vcvt_f32_f16(vreinterpret_f16_u16(low));
+}
+
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+{
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+{
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+
+/* The f16 at p of every row. */
+KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
+{
+    uint16x4_t v = vld1_dup_u16((const void *)p);
+
+    v = vld1_lane_u16((const void *)(p + stride), v, 1);
+    v = vld1_lane_u16((const void *)(p + 2 * stride), v, 2);
+    v = vld1_lane_u16((const void *)(p + 3 * stride), v, 3);
+    return vcvt_f32_f16(vreinterpret_f16_u16(v));
+}
+
+/* The same 16 bytes in all lanes. */
+KERNEL_INLINE INTS FN(lanes)(const void *p)
+{
+    return vreinterpretq_s32_u8(vld1q_u8(p));
+}
+
+KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+{
+    return (int32x4_t)((uint32x4_t)v >> vdupq_n_u32((uint32_t)n));
+}
+
+/* p, but 0 where x < -87 and x where that is NaN. */
+KERNEL_INLINE FLOATS FN(limit)(FLOATS p, FLOATS x)
+{
+    uint32x4_t small = vcltq_f32(x, vdupq_n_f32(-87.0f));
+
+    p = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), small));
+    return vbslq_f32(vceqq_f32(x, x), p, x);
+}
+
+/* The tree of sum_16(). */
+KERNEL_INLINE float FN(tree)(const FLOATS chains[4])
+{
+    FLOATS a = vaddq_f32(vaddq_f32(chains[0], chains[2]),
+                         vaddq_f32(chains[1], chains[3]));
+
+    return vpadds_f32(vadd_f32(vget_low_f32(a), vget_high_f32(a)));
+}
+
+KERNEL_INLINE uint32_t FN(largest)(INTS v)
+{
+    return vmaxvq_u32(vreinterpretq_u32_s32(v));
+}
+
+/* 32 numbers, as bytes. */
+KERNEL_INLINE void FN(store_bytes)(struct rounded *to, const INTS q[8])
+{
+    UNROLL
+    for (int h = 0; h < 2; h++, q += 4) {
+        int8x16_t b = vuzp1q_s8(
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
+        vst1q_s8(to->q + 16 * h, b);
+        to->sum[h] = vaddlvq_s8(b);
+    }
+}
+
+#else
+
+/* The f16 at p of 8 rows.  A load that begins 2i bytes earlier has that of row
+ * i in its place already; it stays within the rows, as there is one before. */
+KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
+{
+    __m128i v = _mm_loadu_si128((const void *)p);
+
+#define TAKE(i) \
+    v = _mm_blend_epi16( \
+        v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), \
+        1 << (i))
+    TAKE(1);
+    TAKE(2);
+    TAKE(3);
+    TAKE(4);
+    TAKE(5);
+    TAKE(6);
+    TAKE(7);
+    return v;
+}
+
+#if LANES == 8
+
+#define V(op) _mm256_##op
+#define VI(op) _mm256_##op##_si256
+#define INTS __m256i
+#define FLOATS __m256
+#define AS_INTS _mm256_castps_si256
+#define AS_FLOATS _mm256_castsi256_ps
+#define V_FIRST(v) _mm_cvtsi128_si32(_mm256_castsi256_si128(v))
+#define BLOCK(name) name##_avx2
+enum { FN(ROWS) = 2, FN(WIDE) = 2, FN(TOKENS) = 3 };
+
+/* 16 bytes of rows i and i + 4. */
+KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
+{
+    const void *second = p + 4 * stride;
+    return _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
+        _mm_loadu_si128(second), 1);
+}
+
+/* The lower halves of 32-bit numbers, as f16. */
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
+    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+}
+
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128(p));
+}
+
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+{
+    INTS v = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+}
+
+/* The f16 at p of every row. */
+KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
+{
+    return _mm256_cvtph_ps(FN(words)(p, stride));
+}
+
+/* The same 16 bytes in all lanes. */
+KERNEL_INLINE INTS FN(lanes)(const void *p)
+{
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(p));
+}
+
+/* v, with its sign changed where w is negative, and 0 where w is. */
+KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
+{
+    return _mm256_sign_epi8(v, w);
 }
 
 /* The tree of sum_16(): chains 0 .. 7 and 8 .. 15. */
-AVX2_INLINE float tree_16(__m256 low, __m256 high)
+KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
 {
-    __m256 a = _mm256_add_ps(low, high);
+    FLOATS a = _mm256_add_ps(chains[0], chains[1]);
     __m128 b = _mm_add_ps(_mm256_castps256_ps128(a),
                           _mm256_extractf128_ps(a, 1));
 
@@ -2440,131 +2681,245 @@ AVX2_INLINE float tree_16(__m256 low, __m256 high)
     return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
 
-AVX2 float dot_f32_avx2(const float *a, const float *b, int n)
-{
-    __m256 low = _mm256_setzero_ps(), high = low;
+#if !DOT
 
-    if (n % 16 != 0)
-        return dot_f32(a, b, n);
-    for (int i = 0; i < n; i += 16) {
-        low = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i),
-                              low);
-        high = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8),
-                               _mm256_loadu_ps(b + i + 8), high);
-    }
-    return tree_16(low, high);
+/* p, but 0 where x < -87 and x where that is NaN. */
+KERNEL_INLINE FLOATS FN(limit)(FLOATS p, FLOATS x)
+{
+    FLOATS small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
+    FLOATS nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+
+    return _mm256_blendv_ps(_mm256_andnot_ps(small, p), x, nan);
 }
 
-AVX2 void swiglu_avx2(float *gate, const float *up, int n)
+/* The largest number, of unsigned ones. */
+KERNEL_INLINE uint32_t FN(largest)(INTS v)
 {
-    const __m256 one = _mm256_set1_ps(1), sign = _mm256_set1_ps(-0.0f);
-
-    for (int i = 0; i < n; i += 8) {
-        __m256 g = _mm256_loadu_ps(gate + i);
-        __m256 e = exp_8(_mm256_xor_ps(g, sign));
-        g = _mm256_div_ps(g, _mm256_add_ps(one, e));
-        _mm256_storeu_ps(gate + i, _mm256_mul_ps(g, _mm256_loadu_ps(up + i)));
-    }
-}
-
-AVX2 void add_scaled_avx2(float *y, float a, const float *x, int n)
-{
-    int i = 0;
-
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(y + i, _mm256_fmadd_ps(_mm256_set1_ps(a),
-                                                _mm256_loadu_ps(x + i),
-                                                _mm256_loadu_ps(y + i)));
-    add_scaled(y + i, a, x + i, n - i);
-}
-
-AVX2 void rope_avx2(float *head, const float *turn, int head_dim)
-{
-    const int half = head_dim / 2;
-
-    if (half % 8 != 0) {
-        rope(head, turn, head_dim);
-        return;
-    }
-    for (int i = 0; i < half; i += 8) {
-        __m256 c = _mm256_loadu_ps(turn + i);
-        __m256 s = _mm256_loadu_ps(turn + half + i);
-        __m256 a = _mm256_loadu_ps(head + i);
-        __m256 b = _mm256_loadu_ps(head + half + i);
-        _mm256_storeu_ps(head + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
-        _mm256_storeu_ps(head + half + i,
-                         _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
-    }
-}
-
-AVX2 void conv_step_avx2(float *y, float *win, const float *w, const float *b,
-                         const float *c, float *x, int l_cache, size_t n)
-{
-    const size_t last = (size_t)l_cache - 1;
-
-    for (size_t i = 0; i < UNIT; i += 8) {
-        __m256 u = _mm256_mul_ps(_mm256_loadu_ps(b + i),
-                                 _mm256_loadu_ps(x + i));
-        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(w + i),
-                                 _mm256_loadu_ps(win + i));
-        for (size_t k = 1; k < last; k++) {
-            __m256 old = _mm256_loadu_ps(win + k * n + i);
-            v = _mm256_fmadd_ps(_mm256_loadu_ps(w + k * n + i), old, v);
-            _mm256_storeu_ps(win + (k - 1) * n + i, old);
-        }
-        v = _mm256_fmadd_ps(_mm256_loadu_ps(w + last * n + i), u, v);
-        _mm256_storeu_ps(win + (last - 1) * n + i, u);
-        _mm256_storeu_ps(x + i, v);
-        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_loadu_ps(c + i), v));
-    }
-}
-
-/* The largest of eight, as unsigned numbers. */
-AVX2_INLINE uint32_t largest_8(__m256i a)
-{
-    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(a),
-                              _mm256_extracti128_si256(a, 1));
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v),
+                              _mm256_extracti128_si256(v, 1));
 
     m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
     m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
     return (uint32_t)_mm_cvtsi128_si32(m);
 }
 
-/* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
-AVX2 void quantize_avx2(struct rounded *to, const float *x)
+/* 32 numbers as bytes, and the sums of 16.  Packing 8 + 8 + 8 + 8 numbers to
+ * bytes interleaves them by fours. */
+KERNEL_INLINE void FN(store_bytes)(struct rounded *to, const INTS q[4])
 {
-    const __m256 magic = _mm256_set1_ps(ROUND_MAGIC);
-    const __m256i sign = _mm256_set1_epi32(0x7fffffff);
-    __m256 v[4];
-    __m256i q[4], top = _mm256_setzero_si256();
+    INTS words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
+                                    _mm256_packs_epi32(q[2], q[3]));
 
-    for (int i = 0; i < 4; i++) {
-        v[i] = _mm256_loadu_ps(x + 8 * i);
-        top = _mm256_max_epu32(
-            top, _mm256_and_si256(_mm256_castps_si256(v[i]), sign));
-    }
-    const float amax = float_of(largest_8(top));
-    if (!(amax >= 0x1p-100f && amax <= FLT_MAX)) {
-        quantize(to, x);
-        return;
-    }
-    const __m256 inverse = _mm256_set1_ps(127 / amax);
-    for (int i = 0; i < 4; i++) {
-        __m256 r = _mm256_add_ps(_mm256_mul_ps(v[i], inverse), magic);
-        q[i] = _mm256_cvttps_epi32(_mm256_sub_ps(r, magic));
-    }
-    __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
-                                       _mm256_packs_epi32(q[2], q[3]));
     words = _mm256_permutevar8x32_epi32(
         words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256((__m256i *)(void *)to->q, words);
-    __m256i sums = _mm256_madd_epi16(
+    _mm256_storeu_si256((INTS *)(void *)to->q, words);
+    INTS sums = _mm256_madd_epi16(
         _mm256_maddubs_epi16(_mm256_set1_epi8(1), words),
         _mm256_set1_epi16(1));
     sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
     sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
     to->sum[0] = (int16_t)_mm256_extract_epi32(sums, 0);
     to->sum[1] = (int16_t)_mm256_extract_epi32(sums, 4);
+}
+
+#endif /* not DOT */
+
+#else
+
+#define V(op) _mm512_##op
+#define VI(op) _mm512_##op##_si512
+#define INTS __m512i
+#define FLOATS __m512
+#define V_FIRST(v) _mm_cvtsi128_si32(_mm512_castsi512_si128(v))
+#define BLOCK(name) name##_avx2
+enum { FN(ROWS) = 4, FN(WIDE) = 2, FN(TOKENS) = 6 };
+
+/* 16 bytes of rows i, i + 4, i + 8 and i + 12. */
+KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
+{
+    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
+    const void *p12 = p + 12 * stride;
+    INTS v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
+
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
+    return _mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
+}
+
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+}
+
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
+}
+
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+{
+    INTS v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+}
+
+KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
+{
+    return _mm512_cvtph_ps(_mm256_set_m128i(
+        FN(words)(p + 8 * stride, stride), FN(words)(p, stride)));
+}
+
+KERNEL_INLINE INTS FN(lanes)(const void *p)
+{
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(p));
+}
+
+/* Where w is 0 its product is 0 whatever v is. */
+KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
+{
+    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(w), VI(setzero)(), v);
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
+{
+    const __m256 halves[2] = { _mm512_castps512_ps256(chains[0]),
+                               _mm512_extractf32x8_ps(chains[0], 1) };
+    return tree_avx2(halves);
+}
+
+#endif
+
+/* 32-bit numbers, shifted down. */
+KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+{
+    return V(srl_epi32)(v, _mm_cvtsi32_si128(n));
+}
+
+#endif /* x86 */
+
+/* The small blocks.  Each is its namesake of Part I or section 10, with the
+ * same operations on every element in the same order. */
+#if LANES < 16 && !DOT
+
+KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
+{
+    const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
+    FLOATS y = V(min_ps)(V(set1_ps)(88.0f), x);
+    FLOATS t = V(fmadd_ps)(y, V(set1_ps)(1.44269504f), magic);
+    FLOATS n = V(sub_ps)(t, magic);
+    FLOATS r = V(fmadd_ps)(n, V(set1_ps)(-0.693145752f), y);
+    FLOATS p = V(set1_ps)(1.0f / 5040);
+
+    r = V(fmadd_ps)(n, V(set1_ps)(-1.42860677e-6f), r);
+    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 720));
+    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 120));
+    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 24));
+    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 6));
+    p = V(fmadd_ps)(p, r, V(set1_ps)(0.5f));
+    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f));
+    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f));
+    p = AS_FLOATS(V(add_epi32)(AS_INTS(p), V(slli_epi32)(AS_INTS(t), 23)));
+    return FN(limit)(p, x);
+}
+
+KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
+{
+    FLOATS chain[FN(CHAINS)];
+
+    if (n % 16 != 0)
+        return dot_f32(a, b, n);
+    UNROLL
+    for (int h = 0; h < FN(CHAINS); h++)
+        chain[h] = V(setzero_ps)();
+    for (int i = 0; i < n; i += 16)
+        UNROLL
+        for (int h = 0; h < FN(CHAINS); h++)
+            chain[h] = V(fmadd_ps)(V(loadu_ps)(a + i + h * LANES),
+                                   V(loadu_ps)(b + i + h * LANES), chain[h]);
+    return FN(tree)(chain);
+}
+
+KERNEL void FN(swiglu)(float *gate, const float *up, int n)
+{
+    const FLOATS one = V(set1_ps)(1);
+
+    for (int i = 0; i < n; i += LANES) {
+        FLOATS g = V(loadu_ps)(gate + i);
+        FLOATS e = FN(exp)(V(xor_ps)(g, V(set1_ps)(-0.0f)));
+        g = V(div_ps)(g, V(add_ps)(one, e));
+        V(storeu_ps)(gate + i, V(mul_ps)(g, V(loadu_ps)(up + i)));
+    }
+}
+
+KERNEL void FN(add_scaled)(float *y, float a, const float *x, int n)
+{
+    int i = 0;
+
+    for (; i + LANES <= n; i += LANES)
+        V(storeu_ps)(y + i, V(fmadd_ps)(V(set1_ps)(a), V(loadu_ps)(x + i),
+                                        V(loadu_ps)(y + i)));
+    add_scaled(y + i, a, x + i, n - i);
+}
+
+KERNEL void FN(rope)(float *head, const float *turn, int head_dim)
+{
+    const int half = head_dim / 2;
+
+    if (half % LANES != 0) {
+        rope(head, turn, head_dim);
+        return;
+    }
+    for (int i = 0; i < half; i += LANES) {
+        FLOATS c = V(loadu_ps)(turn + i), s = V(loadu_ps)(turn + half + i);
+        FLOATS a = V(loadu_ps)(head + i), b = V(loadu_ps)(head + half + i);
+        V(storeu_ps)(head + i, V(fmsub_ps)(a, c, V(mul_ps)(b, s)));
+        V(storeu_ps)(head + half + i, V(fmadd_ps)(b, c, V(mul_ps)(a, s)));
+    }
+}
+
+KERNEL void FN(conv_step)(float *y, float *win, const float *w, const float *b,
+                          const float *c, float *x, int l_cache, size_t n)
+{
+    const size_t last = (size_t)l_cache - 1;
+
+    for (size_t i = 0; i < UNIT; i += LANES) {
+        FLOATS u = V(mul_ps)(V(loadu_ps)(b + i), V(loadu_ps)(x + i));
+        FLOATS v = V(mul_ps)(V(loadu_ps)(w + i), V(loadu_ps)(win + i));
+        for (size_t k = 1; k < last; k++) {
+            FLOATS old = V(loadu_ps)(win + k * n + i);
+            v = V(fmadd_ps)(V(loadu_ps)(w + k * n + i), old, v);
+            V(storeu_ps)(win + (k - 1) * n + i, old);
+        }
+        v = V(fmadd_ps)(V(loadu_ps)(w + last * n + i), u, v);
+        V(storeu_ps)(win + (last - 1) * n + i, u);
+        V(storeu_ps)(x + i, v);
+        V(storeu_ps)(y + i, V(mul_ps)(V(loadu_ps)(c + i), v));
+    }
+}
+
+KERNEL void FN(quantize)(struct rounded *to, const float *x)
+{
+    const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
+    const INTS sign = V(set1_epi32)(0x7fffffff);
+    FLOATS v[32 / LANES];
+    INTS q[32 / LANES], top = VI(setzero)();
+
+    UNROLL
+    for (int i = 0; i < 32 / LANES; i++) {
+        v[i] = V(loadu_ps)(x + LANES * i);
+        top = V(max_epu32)(top, VI(and)(AS_INTS(v[i]), sign));
+    }
+    const float amax = float_of(FN(largest)(top));
+    if (!(amax >= 0x1p-100f && amax <= FLT_MAX)) {
+        quantize(to, x);
+        return;
+    }
+    const FLOATS inverse = V(set1_ps)(127 / amax);
+    UNROLL
+    for (int i = 0; i < 32 / LANES; i++) {
+        FLOATS r = V(add_ps)(V(mul_ps)(v[i], inverse), magic);
+        q[i] = V(cvttps_epi32)(V(sub_ps)(r, magic));
+    }
+    FN(store_bytes)(to, q);
     to->d = amax / 127;
     to->s = to->d * (float)(to->sum[0] + to->sum[1]);
 }
@@ -2572,49 +2927,46 @@ AVX2 void quantize_avx2(struct rounded *to, const float *x)
 /* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
  * room up to the next multiple of 16, where the scores are made -inf, which
  * adds 0 to a sum that is never -0. */
-AVX2 void softmax_avx2(struct gathered *g, float *s, int n)
+KERNEL void FN(softmax)(struct gathered *g, float *s, int n)
 {
     const int end = (n + 15) / 16 * 16;
-    __m256 max = _mm256_set1_ps(-INFINITY);
-    __m256 sum[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
-    float m[8];
+    FLOATS max = V(set1_ps)(-INFINITY), sum[FN(CHAINS)];
+    float m[LANES];
 
     for (int p = n; p < end; p++)
         s[p] = -INFINITY;
-    for (int p = 0; p < end; p += 8)
-        max = _mm256_max_ps(_mm256_loadu_ps(s + p), max);
-    _mm256_storeu_ps(m, max);
+    for (int p = 0; p < end; p += LANES)
+        max = V(max_ps)(V(loadu_ps)(s + p), max);
+    V(storeu_ps)(m, max);
     g->max = m[0];
-    for (int i = 1; i < 8; i++)
+    for (int i = 1; i < LANES; i++)
         g->max = m[i] > g->max ? m[i] : g->max;
-    for (int p = 0; p < end; p += 8) {
-        __m256 e = exp_8(_mm256_sub_ps(_mm256_loadu_ps(s + p),
-                                       _mm256_set1_ps(g->max)));
-        _mm256_storeu_ps(s + p, e);
-        sum[p / 8 % 2] = _mm256_add_ps(sum[p / 8 % 2], e);
-    }
-    g->sum = tree_16(sum[0], sum[1]);
+    UNROLL
+    for (int h = 0; h < FN(CHAINS); h++)
+        sum[h] = V(setzero_ps)();
+    for (int p = 0; p < end; p += 16)
+        UNROLL
+        for (int h = 0; h < FN(CHAINS); h++) {
+            float *at = s + p + h * LANES;
+            FLOATS e = FN(exp)(V(sub_ps)(V(loadu_ps)(at),
+                                         V(set1_ps)(g->max)));
+            V(storeu_ps)(at, e);
+            sum[h] = V(add_ps)(sum[h], e);
+        }
+    g->sum = FN(tree)(sum);
 }
 
-#endif /* LFM2_X86 */
-#endif /* not KERNELS */
+#endif
+#endif /* KERNELS */
 
-/* ------------------------------------------------ 12. Kernels, written once
- *
- * This section is compiled four times, for
- *
- *     LANES     8: AVX2            16: AVX-512 (F, BW, VL, DQ)
- *     VNNI      1: with the instruction vpdpbusd, which multiplies four bytes
- *                  by four bytes and adds them to a 32-bit number
- *
- * by including this file into itself further down.  FN(name) is the name of a
- * function in this set.
+/* ------------------------------------------------ 12. Kernels: products
  *
  * A panel is two tiles of LANES rows of weights, unpacked.  A vector holds four
  * columns of the LANES rows of a tile, so that multiplying it with four columns
  * of x, repeated in all lanes, needs no sums across lanes:
  *
- *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset
+ *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
+ *                                                        on ARM s8: weight
  *     d, m [groups][2 halves][2 tiles][LANES rows]       float
  *
  * It stays in the second-level cache for all rows of x.  If these are few, the
@@ -2636,8 +2988,8 @@ enum {
     MIN = 1,                              /* weights have a minimum          */
     HALVES = 2,                           /* d and m for 16 columns          */
     TERMS = 4,                            /* times how many products of four
-                                             columns 16 bits can hold: 4 or
-                                             2; or 1, of signed bytes        */
+                                             columns 16 bits can hold on x86:
+                                             4 or 2; or 1, of signed bytes   */
     PLAIN_4 = 4 * TERMS,
     PLAIN_1 = 1 * TERMS,
     MIN_4 = PLAIN_4 + MIN,
@@ -2649,121 +3001,7 @@ enum {
 
 #ifdef KERNELS
 
-#define KERNEL static __attribute__((target(TARGET)))
-#define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
-
 enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
-
-#if LANES == 8
-
-#define V(op) _mm256_##op
-#define VI(op) _mm256_##op##_si256
-#define INTS __m256i
-#define FLOATS __m256
-#define V_LOW _mm256_castsi256_si128
-enum { FN(TOKENS) = 3 };
-
-/* 16 bytes of rows i and i + 4. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
-{
-    const void *second = p + 4 * stride;
-    return _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
-        _mm_loadu_si128(second), 1);
-}
-
-/* The lower halves of 32-bit numbers, as f16. */
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(v));
-}
-
-/* The same 16 bytes in all lanes. */
-KERNEL_INLINE INTS FN(lanes)(__m128i v)
-{
-    return _mm256_broadcastsi128_si256(v);
-}
-
-/* v, with its sign changed where w is negative, and 0 where w is. */
-KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
-{
-    return _mm256_sign_epi8(v, w);
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm256_cvtph_ps(_mm_loadu_si128(p));
-}
-
-/* The tree of sum_16(). */
-KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
-{
-    return tree_16(chains[0], chains[1]);
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    INTS v = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-}
-
-#else
-
-#define V(op) _mm512_##op
-#define VI(op) _mm512_##op##_si512
-#define INTS __m512i
-#define FLOATS __m512
-#define V_LOW _mm512_castsi512_si128
-enum { FN(TOKENS) = 6 };
-
-/* 16 bytes of rows i, i + 4, i + 8 and i + 12. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
-{
-    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
-    const void *p12 = p + 12 * stride;
-    INTS v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
-
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
-    return _mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
-}
-
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
-}
-
-KERNEL_INLINE INTS FN(lanes)(__m128i v)
-{
-    return _mm512_broadcast_i32x4(v);
-}
-
-/* Where w is 0 its product is 0 whatever v is. */
-KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
-{
-    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(w), VI(setzero)(), v);
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
-}
-
-KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
-{
-    return tree_16(_mm512_castps512_ps256(chains[0]),
-                   _mm512_extractf32x8_ps(chains[0], 1));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    INTS v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-}
-
-#endif
 
 /* Four bytes, repeated in all lanes. */
 KERNEL_INLINE INTS FN(repeat)(const void *p)
@@ -2796,43 +3034,6 @@ KERNEL_INLINE void FN(load_32)(INTS v[8], const uint8_t *p, size_t stride)
     FN(load_16)(v + 4, p + 16, stride);
 }
 
-/* The f16 at p of 8 rows.  A load that begins 2i bytes earlier has that of row
- * i in its place already; it stays within the rows, as there is one before. */
-KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
-{
-    __m128i v = _mm_loadu_si128((const void *)p);
-
-#define TAKE(i) \
-    v = _mm_blend_epi16( \
-        v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), \
-        1 << (i))
-    TAKE(1);
-    TAKE(2);
-    TAKE(3);
-    TAKE(4);
-    TAKE(5);
-    TAKE(6);
-    TAKE(7);
-    return v;
-}
-
-/* The f16 at p of every row. */
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
-{
-#if LANES == 8
-    return _mm256_cvtph_ps(FN(words)(p, stride));
-#else
-    return _mm512_cvtph_ps(_mm256_set_m128i(
-        FN(words)(p + 8 * stride, stride), FN(words)(p, stride)));
-#endif
-}
-
-/* 32-bit numbers, shifted down. */
-KERNEL_INLINE INTS FN(shift)(INTS v, int n)
-{
-    return V(srl_epi32)(v, _mm_cvtsi32_si128(n));
-}
-
 /* Bits n and up of every byte, as many as are set in `mask`. */
 KERNEL_INLINE INTS FN(bits)(INTS v, int n, int mask)
 {
@@ -2852,7 +3053,36 @@ KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
     return V(cvtepi32_ps)(v);
 }
 
+#if DOT && LANES == 4
+
+/* s += four columns of w times columns 4k .. 4k+3 of v, which holds 16.  Not
+ * every compiler has a function for it where the default CPU lacks it. */
+KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS v, const int k)
+{
+#define SDOT(i) \
+    ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
+    switch (k % 4) {
+    case 0: SDOT(0); break;
+    case 1: SDOT(1); break;
+    case 2: SDOT(2); break;
+    case 3: SDOT(3); break;
+    }
+    return s;
+}
+
+#elif DOT
+
+KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS v, const int k)
+{
+    (void)k;
+    return DPBUSD(s, w, v);
+}
+
+#endif
+
 /* s[t][j] = columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
+#if LANES > 4 || DOT
+
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct rounded *const *x, int g,
                             const int first, const int last, const int tokens,
@@ -2866,12 +3096,13 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
     for (int k = first; k < last; k++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            const INTS v = FN(repeat)(x[t][g].q + 4 * k);
+            const INTS v = LANES > 4 ? FN(repeat)(x[t][g].q + 4 * k)
+                                     : FN(lanes)(x[t][g].q + k / 4 * 16);
             UNROLL
             for (int j = 0; j < tiles; j++) {
                 const INTS wk = w[k * tiles + j];
-#if VNNI
-                s[t][j] = DPBUSD(s[t][j], wk, v);
+#if DOT
+                s[t][j] = FN(dot_4)(s[t][j], wk, v, k);
                 (void)one;
                 (void)terms;
                 (void)part;
@@ -2891,7 +3122,54 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
         }
 }
 
-/* dots() of weights that are stored with an offset: less offset * sum of x. */
+#else
+
+/* Products of bytes are added up in 16 bits, those of two rows in each half of
+ * part: of eight columns if the bytes of w use all their bits, else of 32. */
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct rounded *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const int tiles, const int kind)
+{
+    const int terms = kind / TERMS > 1 ? last - first : 2;
+    int16x8_t part[FN(TOKENS)][2][2];
+    INTS sum[FN(TOKENS)][2][2];
+
+    UNROLL
+    for (int k = first; k < last; k++)
+        UNROLL
+        for (int t = 0; t < tokens; t++) {
+            INTS all = FN(lanes)(x[t][g].q + k / 4 * 16);
+            int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(all[k % 4]));
+            ASM("" : "+w"(v));            /* its halves are not the same    */
+            UNROLL
+            for (int j = 0; j < tiles; j++) {
+                const int i = (k - first) % terms;
+                int16x8_t *p = part[t][j];
+                int8x16_t wk = vreinterpretq_s8_s32(w[k * tiles + j]);
+                int8x8_t wl = vget_low_s8(wk), vl = vget_low_s8(v);
+                p[0] = i ? vmlal_s8(p[0], wl, vl) : vmull_s8(wl, vl);
+                p[1] = i ? vmlal_high_s8(p[1], wk, v) : vmull_high_s8(wk, v);
+                if (i < terms - 1)
+                    continue;
+                UNROLL
+                for (int h = 0; h < 2; h++)
+                    sum[t][j][h] = k < first + terms
+                        ? vpaddlq_s16(p[h])
+                        : vpadalq_s16(sum[t][j][h], p[h]);
+            }
+        }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int j = 0; j < tiles; j++)
+            s[t][j] = vpaddq_s32(sum[t][j][0], sum[t][j][1]);
+}
+
+#endif
+
+/* dots() of weights that are stored with an offset: less offset * sum of x.  On
+ * ARM bytes are signed, so a panel holds the weights without it. */
 KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
                                    const struct rounded *const *x, int g,
                                    const int h, const int tokens,
@@ -2900,15 +3178,16 @@ KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
 {
     const int whole = !(kind & HALVES), first = 4 * h;
     const int last = whole ? 8 : first + 4;
-    const int has_offset = !(kind & MIN);
+    const int has_offset = !(kind & MIN) &&
+                           (LANES > 4 || (tiles == 1 && kind / TERMS > 1));
 
     UNROLL
     for (int t = 0; t < tokens; t++)
-        s[t][0] = s[t][1] = has_offset && VNNI
+        s[t][0] = s[t][1] = has_offset && DOT
             ? V(madd_epi16)(FN(repeat)(x[t][g].sum), offset)
             : VI(setzero)();
     FN(dots)(s, w, x, g, first, last, tokens, tiles, kind);
-    if (!has_offset || VNNI)
+    if (!has_offset || DOT)
         return;
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -2997,10 +3276,13 @@ KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
                            const FLOATS *d, const FLOATS *m, int bytes,
                            const int kind, const int how)
 {
+    const INTS offset = LANES == 4 ? V(set1_epi8)((char)to->offset)
+                                   : VI(setzero)();
+
     for (int i = 0; i < bytes * LANES; i += 64) {
-        _mm_prefetch((const char *)to->next + i, _MM_HINT_T1);
+        FETCH_FAR(to->next + i);
         if (how != TO_PANEL)
-            _mm_prefetch((const char *)to->near + i, _MM_HINT_T0);
+            FETCH(to->near + i);
     }
     to->next += bytes * LANES;
     to->near += bytes * LANES;
@@ -3013,7 +3295,8 @@ KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
     if (how != TO_PANEL)
         return;
     for (int k = 0; k < 8; k++)
-        to->q[2 * k] = w[k];
+        to->q[2 * k] = LANES == 4 && !(kind & MIN) && kind / TERMS > 1
+            ? V(sub_epi8)(w[k], offset) : w[k];
     for (int h = 0; h < (kind & HALVES ? 2 : 1); h++) {
         to->d[2 * h] = d[h];
         if (kind & MIN)
@@ -3040,9 +3323,11 @@ KERNEL_INLINE void FN(nibbles)(INTS w[8], const uint8_t *p, size_t stride)
 /* Bits 4k .. 4k+3 of the 32-bit number at p, to bit 4 of the bytes of w[k]. */
 KERNEL_INLINE void FN(fifth_bits)(INTS w[8], const uint8_t *p, size_t stride)
 {
+    static const uint8_t bytes_0[16] = {
+        0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12
+    };
     const INTS one = V(set1_epi8)(1), which = V(set1_epi32)(0x08040201);
-    const INTS byte_0 = FN(lanes)(
-        _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+    const INTS byte_0 = FN(lanes)(bytes_0);
     INTS v[4];
 
     FN(load_16)(v, p, stride);
@@ -3056,7 +3341,7 @@ KERNEL_INLINE void FN(fifth_bits)(INTS w[8], const uint8_t *p, size_t stride)
 }
 
 /* Signed bytes are made unsigned where the instruction wants it. */
-enum { FN(SIGNED) = VNNI ? 128 : 0 };
+enum { FN(SIGNED) = DOT && LANES > 4 ? 128 : 0 };
 
 KERNEL_INLINE INTS FN(from_signed)(INTS v)
 {
@@ -3065,8 +3350,7 @@ KERNEL_INLINE INTS FN(from_signed)(INTS v)
 
 KERNEL_INLINE void FN(look_up_iq4)(INTS w[8])
 {
-    const INTS table = FN(from_signed)(
-        FN(lanes)(_mm_loadu_si128((const void *)iq4_value)));
+    const INTS table = FN(from_signed)(FN(lanes)(iq4_value));
 
     for (int k = 0; k < 8; k++)
         w[k] = V(shuffle_epi8)(table, w[k]);
@@ -3295,7 +3579,10 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
         } \
     }
 
-#if LANES == 8
+#if LANES == 4 && DOT
+#define MORE_TOKENS(kind) \
+        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return;
+#elif LANES < 16
 #define MORE_TOKENS(kind)
 #else
 #define MORE_TOKENS(kind) \
@@ -3387,6 +3674,7 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
     struct FN(sink) to;
 
     to.next = to.near = next;
+    to.offset = FN(formats)[f].offset;
     to.n = 0;                             /* of x: all goes to the panel      */
     for (int i = 0; i < 2; i++, row += LANES * stride) {
         to.q = (INTS *)(void *)s->q + i;
@@ -3402,9 +3690,6 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
         FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
     }
 }
-
-/* 16 columns of a row of floats: chain i % 16 of dot_f32() is a lane. */
-enum { FN(CHAINS) = 16 / LANES, FN(ROWS) = LANES / 4 };
 
 /* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
 KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
@@ -3431,7 +3716,7 @@ KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
                 acc[r][t][h] = V(setzero_ps)();
     for (int c = 0; c < cols; c += 16, next += bytes) {
         for (int i = 0; i < bytes; i += 64)
-            _mm_prefetch((const char *)next + i, FETCH);
+            FETCH(next + i);
         UNROLL
         for (int r = 0; r < FN(ROWS); r++)
             UNROLL
@@ -3523,36 +3808,33 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
 
 /* ---- attention: up to 4 queries share what is loaded of a kv head */
 
-/* chunk_scores() for `queries` queries, two vectors of positions at a time. */
+/* chunk_scores() for `queries` queries, WIDE vectors of positions at a time. */
 KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
                               const struct kv_head *kv, int pos, int n,
                               const int queries, const int f16)
 {
+    enum { W = FN(WIDE) };
     const int hd = kv->head_dim;
-    FLOATS acc[4][2];
+    FLOATS acc[4 * W], k[W];
 
-    for (int p = 0; p < n; p += 2 * LANES) {
+    for (int p = 0; p < n; p += W * LANES) {
         size_t at = k_index(pos + p, 0, hd);
         UNROLL
-        for (int i = 0; i < queries; i++)
-            acc[i][0] = acc[i][1] = V(setzero_ps)();
+        for (int i = 0; i < queries * W; i++)
+            acc[i] = V(setzero_ps)();
         for (int d = 0; d < hd; d++, at += TILE) {
-            FLOATS k0 = FN(load_floats)(kv->k, at, f16);
-            FLOATS k1 = FN(load_floats)(kv->k, at + LANES, f16);
-            _mm_prefetch((const char *)kv->k +
-                         (at + (size_t)TILE * hd) * (f16 ? 2 : 4), FETCH);
             UNROLL
-            for (int i = 0; i < queries; i++) {
-                FLOATS v = V(set1_ps)(q[i * hd + d]);
-                acc[i][0] = V(fmadd_ps)(v, k0, acc[i][0]);
-                acc[i][1] = V(fmadd_ps)(v, k1, acc[i][1]);
-            }
+            for (int i = 0; i < W; i++)
+                k[i] = FN(load_floats)(kv->k, at + i * LANES, f16);
+            FETCH(kv->k + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+            UNROLL
+            for (int i = 0; i < queries * W; i++)
+                acc[i] = V(fmadd_ps)(V(set1_ps)(q[d + (size_t)(i / W * hd)]),
+                                     k[i % W], acc[i]);
         }
         UNROLL
-        for (int i = 0; i < queries; i++) {
-            V(storeu_ps)(s[i] + p, acc[i][0]);
-            V(storeu_ps)(s[i] + p + LANES, acc[i][1]);
-        }
+        for (int i = 0; i < queries * W; i++)
+            V(storeu_ps)(s[i / W] + p + i % W * LANES, acc[i]);
     }
 }
 
@@ -3561,33 +3843,27 @@ KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
                               const struct kv_head *kv, int pos, int first,
                               int last, const int queries, const int f16)
 {
+    enum { W = FN(WIDE) };
     const int hd = kv->head_dim;
-    FLOATS acc[4][2];
+    FLOATS acc[4 * W], v[W];
 
-    for (int d = 0; d < hd; d += 2 * LANES) {
+    for (int d = 0; d < hd; d += W * LANES) {
         size_t at = (size_t)(pos + first) * hd + d;
         UNROLL
-        for (int i = 0; i < queries; i++) {
-            acc[i][0] = V(loadu_ps)(g[i].o + d);
-            acc[i][1] = V(loadu_ps)(g[i].o + d + LANES);
-        }
+        for (int i = 0; i < queries * W; i++)
+            acc[i] = V(loadu_ps)(g[i / W].o + d + i % W * LANES);
         for (int p = first; p < last; p++, at += hd) {
-            FLOATS v0 = FN(load_floats)(kv->v, at, f16);
-            FLOATS v1 = FN(load_floats)(kv->v, at + LANES, f16);
-            _mm_prefetch((const char *)kv->v +
-                         (at + (size_t)TILE * hd) * (f16 ? 2 : 4), FETCH);
             UNROLL
-            for (int i = 0; i < queries; i++) {
-                FLOATS e = V(set1_ps)(s[i][p]);
-                acc[i][0] = V(fmadd_ps)(e, v0, acc[i][0]);
-                acc[i][1] = V(fmadd_ps)(e, v1, acc[i][1]);
-            }
+            for (int i = 0; i < W; i++)
+                v[i] = FN(load_floats)(kv->v, at + i * LANES, f16);
+            FETCH(kv->v + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+            UNROLL
+            for (int i = 0; i < queries * W; i++)
+                acc[i] = V(fmadd_ps)(V(set1_ps)(s[i / W][p]), v[i % W], acc[i]);
         }
         UNROLL
-        for (int i = 0; i < queries; i++) {
-            V(storeu_ps)(g[i].o + d, acc[i][0]);
-            V(storeu_ps)(g[i].o + d + LANES, acc[i][1]);
-        }
+        for (int i = 0; i < queries * W; i++)
+            V(storeu_ps)(g[i / W].o + d + i % W * LANES, acc[i]);
     }
 }
 
@@ -3599,7 +3875,7 @@ KERNEL_INLINE void FN(attend)(struct gathered *g, const float *q,
 
     FN(scores)(s, q, kv, pos, n, queries, f16);
     for (int i = 0; i < queries; i++) {
-        softmax_avx2(&g[i], s[i], n);
+        BLOCK(softmax)(&g[i], s[i], n);
         memset(g[i].o, 0, (size_t)kv->head_dim * sizeof *g[i].o);
     }
     for (int p = 0; p < n; p += TILE)
@@ -3615,7 +3891,7 @@ KERNEL_INLINE void FN(attend)(struct gathered *g, const float *q,
 KERNEL void FN(attend_chunk)(struct gathered *g, const float *q, int n_q,
                              const struct kv_head *kv, int pos, int n)
 {
-    if (kv->head_dim % (2 * LANES) != 0) {
+    if (kv->head_dim % (FN(WIDE) * LANES) != 0) {
         attend_chunk(g, q, n_q, kv, pos, n);
     } else if (kv->f16) {
         ATTEND(1);
@@ -3635,20 +3911,27 @@ KERNEL int64_t FN(exercise)(int *sum)
     for (int n = 0; n < 1 << 16; n++)
         UNROLL
         for (int i = 0; i < 8; i++) {
-#if VNNI
-            acc[i] = DPBUSD(acc[i], w, acc[i]);
+#if DOT
+            acc[i] = FN(dot_4)(acc[i], w, acc[i], 0);
+#elif LANES == 4
+            int8x16_t v = vreinterpretq_s8_s32(acc[i]), one = vdupq_n_s8(1);
+            acc[i] = (INTS)vmlal_s8((int16x8_t)acc[i], vget_low_s8(v),
+                                    vget_low_s8(one));
+            acc[i] = (INTS)vmlal_high_s8((int16x8_t)acc[i], v, one);
+            (void)w;
 #else
             acc[i] = V(add_epi16)(acc[i], V(maddubs_epi16)(w, acc[i]));
 #endif
         }
     for (int i = 0; i < 8; i++)
-        *sum ^= _mm_cvtsi128_si32(V_LOW(acc[i]));
+        *sum ^= V_FIRST(acc[i]);
     return (int64_t)8 * 4 * LANES << 16;
 }
 
 static const struct isa FN(isa) = {
-    FN(PANEL), dot_f32_avx2, quantize_avx2, swiglu_avx2, add_scaled_avx2,
-    rope_avx2, conv_step_avx2, FN(attend_chunk), FN(product), FN(exercise)
+    FN(PANEL), BLOCK(dot_f32), BLOCK(quantize), BLOCK(swiglu),
+    BLOCK(add_scaled), BLOCK(rope), BLOCK(conv_step), FN(attend_chunk),
+    FN(product), FN(exercise)
 };
 
 #undef MORE_TOKENS
@@ -3656,11 +3939,15 @@ static const struct isa FN(isa) = {
 #undef VI
 #undef INTS
 #undef FLOATS
-#undef V_LOW
+#undef AS_INTS
+#undef AS_FLOATS
+#undef V_FIRST
+#undef BLOCK
 #undef FN
 #undef LANES
-#undef VNNI
+#undef DOT
 #undef DPBUSD
+#undef KERNEL
 #undef TARGET
 #endif /* KERNELS */
 
@@ -3674,7 +3961,7 @@ static const struct isa FN(isa) = {
 
 #define FN(name) name##_avx2
 #define LANES 8
-#define VNNI 0
+#define DOT 0
 #define TARGET "avx2,fma,f16c"
 #include "lfm2.c"
 
@@ -3685,7 +3972,7 @@ static const struct isa FN(isa) = {
 #define LFM2_AVXVNNI                      /* older compilers do not know it  */
 #define FN(name) name##_avxvnni
 #define LANES 8
-#define VNNI 1
+#define DOT 1
 #define DPBUSD _mm256_dpbusd_avx_epi32
 #define TARGET "avxvnni,avx2,fma,f16c"
 #include "lfm2.c"
@@ -3693,13 +3980,13 @@ static const struct isa FN(isa) = {
 
 #define FN(name) name##_avx512
 #define LANES 16
-#define VNNI 0
+#define DOT 0
 #define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "lfm2.c"
 
 #define FN(name) name##_avx512vnni
 #define LANES 16
-#define VNNI 1
+#define DOT 1
 #define DPBUSD _mm512_dpbusd_epi32
 #define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "lfm2.c"
@@ -3733,6 +4020,39 @@ static int cpu_has(int isa)
            (isa == LFM2_ISA_AVX512 || (c7 & vnni));
 }
 
+#elif defined LFM2_ARM
+
+#define KERNELS
+
+#define FN(name) name##_neon
+#define LANES 4
+#define DOT 0
+#include "lfm2.c"
+
+#define FN(name) name##_dotprod
+#define LANES 4
+#define DOT 1
+#if defined __clang__
+#define TARGET "dotprod"
+#elif !defined __ARM_FEATURE_DOTPROD
+#define TARGET "arch=armv8.2-a+dotprod"
+#endif
+#include "lfm2.c"
+
+#undef KERNELS
+
+static int cpu_has(int isa)
+{
+#ifdef __ARM_FEATURE_DOTPROD              /* compiled for such CPUs alone    */
+    return isa >= LFM2_ISA_NEON;
+#elif defined __linux__
+    const unsigned long asimddp = 1ul << 20;
+    return isa == LFM2_ISA_NEON || (getauxval(AT_HWCAP) & asimddp) != 0;
+#else
+    return isa == LFM2_ISA_NEON;
+#endif
+}
+
 #else
 
 static int cpu_has(int isa)
@@ -3746,7 +4066,7 @@ static int cpu_has(int isa)
 /* The kernels of LFM2_ISA_x, or NULL if this build has none. */
 static const struct isa *isa_table(int isa)
 {
-    static const struct isa *const all[LFM2_ISA_AVX512VNNI + 1] = {
+    static const struct isa *const all[LFM2_N_ISA] = {
         [LFM2_ISA_SCALAR] = &scalar,
 #ifdef LFM2_X86
         [LFM2_ISA_AVX2] = &isa_avx2,
@@ -3758,8 +4078,12 @@ static const struct isa *isa_table(int isa)
         [LFM2_ISA_AVX512VNNI] = &isa_avx512vnni,
 #endif
 #endif
+#ifdef LFM2_ARM
+        [LFM2_ISA_NEON] = &isa_neon,
+        [LFM2_ISA_DOTPROD] = &isa_dotprod,
+#endif
     };
-    return isa >= 0 && isa <= LFM2_ISA_AVX512VNNI ? all[isa] : NULL;
+    return isa >= 0 && isa < LFM2_N_ISA ? all[isa] : NULL;
 }
 
 int lfm2_isa_available(int isa)
@@ -3771,7 +4095,7 @@ int lfm2_isa_available(int isa)
 /* The last in the list that is there. */
 static int best_isa(void)
 {
-    int isa = LFM2_ISA_AVX512VNNI;
+    int isa = LFM2_N_ISA - 1;
 
     while (!lfm2_isa_available(isa))
         isa--;

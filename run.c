@@ -320,8 +320,8 @@ static const struct option table[] = {
     NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, "0: one per CPU"),
     NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16,
            "tokens worked on at once (512; with experts 2048)"),
-    NUMBER(CHOICE, "--isa", "auto|scalar|avx2|avxvnni|avx512|avx512vnni", isa,
-           0, 0,
+    NUMBER(CHOICE, "--isa",
+           "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
            "instruction set"),
     NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, "read the file instead of mapping it"),
@@ -385,7 +385,8 @@ static int print_help(void)
 
 /* In the order of LFM2_ISA_... */
 static const char *const isa_name[] = {
-    "auto", "scalar", "avx2", "avxvnni", "avx512", "avx512vnni"
+    "auto", "scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "neon",
+    "dotprod"
 };
 
 static const char *kv_name(int kv_type)
@@ -405,7 +406,7 @@ static int print_version(void)
     printf("compiler    gcc %s\n", __VERSION__);
 #endif
     printf("isa        ");
-    for (int i = LFM2_ISA_SCALAR; i <= LFM2_ISA_AVX512VNNI; i++)
+    for (int i = LFM2_ISA_SCALAR; i < LFM2_N_ISA; i++)
         if (lfm2_isa_available(i))
             printf(" %s", isa_name[i]);
     printf("\nbyte order  %s-endian, %d bits\nweights    ",
@@ -10040,7 +10041,7 @@ static void self_weights(struct self *t, const struct self_type *type)
     snprintf(what, sizeof what, "%s in plain C: %016llx", type->name,
              (unsigned long long)h);
     self_result(t, what, "", h == type->hash);
-    for (int isa = LFM2_ISA_SCALAR + 1; isa <= LFM2_ISA_AVX512VNNI; isa++) {
+    for (int isa = LFM2_ISA_SCALAR + 1; isa < LFM2_N_ISA; isa++) {
         if (!lfm2_isa_available(isa))
             continue;
         snprintf(what, sizeof what, "%s with %s", type->name, isa_name[isa]);

@@ -43,8 +43,8 @@ try() {
     mkdir "$dir/$name.taken" 2>/dev/null || return
     if ! command -v "$1" >/dev/null; then
         echo "skipped: $name, $1 is not installed" | tee "$dir/$name.skipped"
-    elif [ -n "$emulator" ] && ! command -v "$emulator" >/dev/null; then
-        echo "skipped: $name, $emulator is not installed" |
+    elif [ -n "$emulator" ] && ! command -v "${emulator%% *}" >/dev/null; then
+        echo "skipped: $name, ${emulator%% *} is not installed" |
             tee "$dir/$name.skipped"
     elif compile "$name" "$@" && logits "$name" $emulator &&
         cmp "$dir/reference.logits" "$dir/$name.logits"; then
@@ -65,7 +65,12 @@ compile reference "${CC:-cc}" -O2 -DLFM2_NO_SIMD && logits reference || exit 1
 lane() {
     try s390x-big-endian qemu-s390x s390x-linux-gnu-gcc -O2 -static \
         -fexcess-precision=fast
-    try aarch64 qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static
+    try aarch64-dotprod "qemu-aarch64 -cpu max" aarch64-linux-gnu-gcc -O2 \
+        -static
+    try aarch64-neon "qemu-aarch64 -cpu cortex-a53" aarch64-linux-gnu-gcc -O2 \
+        -static
+    try aarch64-no-simd qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static \
+        -DLFM2_NO_SIMD
     for cc in gcc clang; do
         for level in 0 2 3; do
             try "$cc-O$level" "" "$cc" "-O$level"

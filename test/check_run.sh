@@ -86,7 +86,7 @@ expect 2 "two prompts" $m -p hello hello
 says "two prompts" "there is a prompt already"
 expect 2 "a system prompt without a template" $m --raw -sys x hello
 says "a system prompt without a template" "-sys"
-for isa in avx2 avxvnni avx512 avx512vnni; do
+for isa in avx2 avxvnni avx512 avx512vnni neon dotprod; do
     if "$run" --version | grep '^isa' | grep -qw $isa; then
         expect 0 "--isa $isa" --isa $isa -n 1 $m hello
     else
