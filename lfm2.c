@@ -5801,7 +5801,8 @@ enum {                                    /* as in tokenizer.ggml.token_type */
     TOKEN_BYTE = 6
 };
 
-enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20 };
+enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
+       MAX_SPECIAL = 256 };               /* looked for at every byte        */
 
 #define NO_RANK UINT32_MAX
 
@@ -6022,6 +6023,10 @@ static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
         if (s.n > MAX_TOKEN)
             return BAD(f->g, "token %d: %zu bytes, expected at most %d", i, s.n,
                        MAX_TOKEN);
+        if (s.n > MAX_SPECIAL && (type == TOKEN_CONTROL ||
+                                  type == TOKEN_USER_DEFINED))
+            return BAD(f->g, "token %d: a marker of %zu bytes, expected at "
+                       "most %d", i, s.n, MAX_SPECIAL);
         t->type[i] = (uint8_t)type;
         add_symbol(t, f->scratch, unmap(f, f->scratch, s, type), t->type[i]);
     }
