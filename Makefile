@@ -126,7 +126,7 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
 LINKED  := check_answer check_chat check_forward check_gguf check_inspect \
-           check_trace
+           check_threads check_trace
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
@@ -167,6 +167,22 @@ check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%) \
 
 check-bits:
 	@sh test/bits.sh
+
+# Where threads meet.
+TSAN    := -O1 -g -fsanitize=thread -DLFM2_NO_SIMD
+
+build/tsan/lfm2.o: lfm2.c lfm2.h | build/tsan
+	$(CC) $(TSAN) $(FLAGS:-M%=) -c -o $@ $<
+
+build/tsan/%: test/%.c build/tsan/lfm2.o $(HELPERS) lfm2.h | have-check
+	$(COMPILE) $(TSAN) $(CHECK) $(LIBS)
+
+check-tsan: build/tsan/check_threads run
+	@sh test/all.sh ./run $<
+
+# Slow, and not part of the others.
+check-valgrind: run build/test/replay
+	@sh test/valgrind.sh
 
 # --------------------------------------------------------------- hostile input
 

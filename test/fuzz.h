@@ -28,7 +28,7 @@ fuzz_target fuzz_gguf, fuzz_vocab, fuzz_text, fuzz_state;       /* lfm2.c    */
 fuzz_target fuzz_json, fuzz_calls, fuzz_chat, fuzz_session, fuzz_batch;
 
 /* Change a GGUF in some places and leave it whole in all others; returns the
- * new size, at most max.  libFuzzer's name for it is LLVMFuzzerCustomMutator. */
+ * new size, at most max.  libFuzzer calls it by LLVMFuzzerCustomMutator(). */
 size_t fuzz_mutate_gguf(uint8_t *data, size_t n, size_t max, unsigned seed);
 
 /* Change some bytes: libFuzzer's, or one that knows less. */
