@@ -3,6 +3,12 @@
 # make check        builds and runs all tests; installs libcheck if it is missing
 # make check-debug  the same under AddressSanitizer and UBSan
 # make check-bits   the same logits from every compiler, level and machine at hand
+# make check-tsan   the suites that use threads, under ThreadSanitizer
+# make check-valgrind
+#                   the program and some suites under valgrind
+# make fuzz         hostile input for every target, FUZZ_SECONDS=60 each;
+#                   FUZZ_TARGETS="gguf json" are some of them (needs clang)
+# make fuzz-replay  the inputs in test/corpus, with sanitizers but no fuzzer
 # make debug        build/debug/run, with the sanitizers
 # make lib          build/liblfm2.a and build/liblfm2.so
 # make install      DESTDIR= PREFIX=/usr/local
@@ -39,7 +45,7 @@ build/%.o: %.c | build
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -c -o $@ $<
 
 build build/pic build/debug build/debug/quick build/test build/debug/test \
-build/bench:
+build/bench build/fuzz build/tsan:
 	mkdir -p $@
 
 # ----------------------------------------------------------------- the library
@@ -120,7 +126,7 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
 LINKED  := check_answer check_chat check_forward check_gguf check_inspect \
-           check_sandbox check_trace
+           check_sandbox check_threads check_trace
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
@@ -149,16 +155,69 @@ $(RUN:%=build/test/%) $(RUN:%=build/debug/test/%): run.c
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh
 
-check: run lib $(SUITES:%=build/test/%)
-	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%)
+check: run lib $(SUITES:%=build/test/%) build/test/replay
+	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%) \
+	    build/test/replay
 
 # Of the scripts, those that run the program.
-check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%)
+check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%) \
+             build/debug/test/replay
 	@sh test/all.sh build/debug/quick/run $$(grep -l '"$$run"' $(SCRIPTS)) \
-	    $(SUITES:%=build/debug/test/%)
+	    $(SUITES:%=build/debug/test/%) build/debug/test/replay
 
 check-bits:
 	@sh test/bits.sh
+
+# Where threads meet.
+TSAN    := -O1 -g -fsanitize=thread -DLFM2_NO_SIMD
+
+build/tsan/lfm2.o: lfm2.c lfm2.h | build/tsan
+	$(CC) $(TSAN) $(FLAGS:-M%=) -c -o $@ $<
+
+build/tsan/%: test/%.c build/tsan/lfm2.o $(HELPERS) lfm2.h | have-check
+	$(COMPILE) $(TSAN) $(CHECK) $(LIBS)
+
+check-tsan: build/tsan/check_threads run
+	@sh test/all.sh ./run $<
+
+# Slow, and not part of the others.
+check-valgrind: run build/test/replay
+	@sh test/valgrind.sh
+
+# --------------------------------------------------------------- hostile input
+
+# All targets are one program, with libFuzzer or, to run files again, without.
+FUZZ    := test/fuzz_main.c test/fuzz_library.c test/fuzz_run.c \
+           test/fuzz_mutate.c test/util.c
+FUZZED  := $(FUZZ) test/fuzz.h test/util.h run.c lfm2.h
+
+build/test/replay: $(FUZZED) build/lfm2.o | build/test
+	$(CC) $(CPPFLAGS) $(FLAGS:-M%=) -O1 -o $@ $(FUZZ) build/lfm2.o $(LIBS)
+
+build/debug/test/replay: $(FUZZED) build/debug/lfm2.o | build/debug/test
+	$(CC) $(CPPFLAGS) $(FLAGS:-M%=) $(SANITIZE) -o $@ $(FUZZ) \
+	    build/debug/lfm2.o $(LIBS)
+
+fuzz-replay: build/debug/test/replay
+	$<
+
+# Conversions that lose bits count as errors, too; unsigned overflow does not,
+# for it is what hashes and random numbers are made of.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= gguf vocab text state json calls chat session batch
+FUZZ_CC      := clang -g -DLFM2_NO_SIMD -DLIBFUZZER -fno-sanitize-recover=all \
+    -fsanitize=address,undefined,implicit-conversion,local-bounds,nullability
+
+build/fuzz/lfm2.o: lfm2.c lfm2.h | build/fuzz
+	$(FUZZ_CC) $(FLAGS:-M%=) -O2 -fsanitize=fuzzer-no-link \
+	    -fno-sanitize-coverage=trace-cmp -c -o $@ $<
+
+build/fuzz/fuzz: $(FUZZED) build/fuzz/lfm2.o
+	$(FUZZ_CC) $(FLAGS:-M%=) -O1 -fsanitize=fuzzer -o $@ $(FUZZ) \
+	    build/fuzz/lfm2.o $(LIBS)
+
+fuzz: build/fuzz/fuzz
+	@sh test/fuzz.sh $(FUZZ_SECONDS) $(FUZZ_TARGETS)
 
 # ------------------------------------------------------------------- the speed
 
@@ -186,5 +245,5 @@ clean:
 
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
-.PHONY: demo pictures lib install debug have-check check check-debug check-bits \
-        bench clean
+.PHONY: demo pictures lib install debug have-check check check-debug \
+        check-bits check-tsan check-valgrind fuzz fuzz-replay bench clean

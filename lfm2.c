@@ -3782,19 +3782,21 @@ KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
     return distance < left ? p + distance : next ? next + (distance - left) : p;
 }
 
-/* Whole panels; the rows behind them are left to the scalar code. */
+/* Whole panels; the rows behind them are left to the scalar code, and so are
+ * floats in rows of an odd length. */
 KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         int n_rows, const struct input *in,
                         const struct scratch *s, const uint8_t *end,
                         const uint8_t *next)
 {
-    const int floats = w->fmt->floats != NULL && w->cols % 16 == 0;
+    const int floats = w->fmt->floats != NULL;
     const int rows = floats ? FN(ROWS) : FN(PANEL);
+    const int end_row = floats && w->cols % 16 != 0 ? 0 : n_rows;
     const size_t bytes = row_bytes(w) * rows;
     const uint8_t *row = w->data + (size_t)first * row_bytes(w);
     int done = 0;
 
-    for (; done + rows <= n_rows; done += rows, row += bytes, out += rows) {
+    for (; done + rows <= end_row; done += rows, row += bytes, out += rows) {
         const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
         if (floats)
             FN(product_floats)(out, w, row, in, ahead);
@@ -6123,7 +6125,8 @@ enum {                                    /* as in tokenizer.ggml.token_type */
     TOKEN_BYTE = 6
 };
 
-enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20 };
+enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
+       MAX_SPECIAL = 256 };               /* looked for at every byte        */
 
 #define NO_RANK UINT32_MAX
 
@@ -6344,6 +6347,10 @@ static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
         if (s.n > MAX_TOKEN)
             return BAD(f->g, "token %d: %zu bytes, expected at most %d", i, s.n,
                        MAX_TOKEN);
+        if (s.n > MAX_SPECIAL && (type == TOKEN_CONTROL ||
+                                  type == TOKEN_USER_DEFINED))
+            return BAD(f->g, "token %d: a marker of %zu bytes, expected at "
+                       "most %d", i, s.n, MAX_SPECIAL);
         t->type[i] = (uint8_t)type;
         add_symbol(t, f->scratch, unmap(f, f->scratch, s, type), t->type[i]);
     }

@@ -6529,6 +6529,15 @@ static struct json *take_calls(struct talk *t)
     return calls;
 }
 
+/* Is some of the answer lost for want of memory? */
+static int is_cut(const struct talk *t)
+{
+    const struct reply *r = &t->r;
+
+    return t->pool.failed || r->raw.failed || r->text.failed ||
+           r->thought.failed || r->calls.failed;
+}
+
 /* The calls, one line of JSON. */
 static void print_calls(struct printer *p, struct talk *t)
 {
@@ -6681,7 +6690,7 @@ static int print_answer_json(struct talk *t)
     if (!out.failed)
         fwrite(out.s, 1, out.n, stdout);
     free(out.s);
-    return out.failed ? say(NO_MEMORY, "no memory for the answer") :
+    return out.failed || is_cut(t) ? say(NO_MEMORY, "no memory for the answer") :
            flush_output(DONE);
 }
 
@@ -6736,8 +6745,10 @@ static int run_reply(struct talk *t)
         code = say(FAILED, "%s: logits that are not finite", e->s->model);
     if (code != DONE && (t->r.n_made == 0 || code == BAD_FILE))
         return code;
-    if (e->s->json)
-        return print_answer_json(t) == DONE ? code : BAD_FILE;
+    if (e->s->json) {
+        const int printed = print_answer_json(t);
+        return printed == DONE ? code : printed;
+    }
     print_calls(&p, t);
     enter_thought(&p, 0);
     put_text(&p.out, "", 0);
@@ -6747,6 +6758,8 @@ static int run_reply(struct talk *t)
     if (e->s->verbose ||
         (isatty(STDERR_FILENO) && !e->s->quiet && !t->is_chat))
         print_speed(t);
+    if (is_cut(t))
+        code = say(NO_MEMORY, "no memory for the whole answer");
     return flush_output(code);
 }
 
@@ -7056,6 +7069,8 @@ static int load_session(struct talk *t)
     code = read_file(path, &file);
     if (code == DONE && file.n > 0)
         restore(t, &file);
+    if (t->pool.failed || t->said.failed)             /* keep what it holds  */
+        code = say(NO_MEMORY, "%s: no memory for its %zu bytes", path, file.n);
     if (t->e->s->system && t->messages && t->messages->first)
         say(DONE, "%s: goes on as it began, so -sys is not used", path);
     free(file.s);
@@ -7142,7 +7157,9 @@ static int save_session(struct talk *t)
     if (!path || !t->keeps_session)
         return DONE;
     f = create_beside(path, &temporary);
-    if (!f)
+    if (temporary.failed)
+        code = say(NO_MEMORY, "%s: cannot be kept: no memory", path);
+    else if (!f)
         code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
     else {
         code = write_session(t, f);
@@ -7161,7 +7178,7 @@ static int save_session(struct talk *t)
 /* One question, one answer, and the session for the next. */
 static int answer_once(struct talk *t)
 {
-    int code = run_reply(t);
+    int code = run_reply(t), kept;
 
     if (!t->e->s->session || (code != DONE && code != INTERRUPTED) ||
         (code == INTERRUPTED && t->r.n_made == 0))
@@ -7172,7 +7189,8 @@ static int answer_once(struct talk *t)
         add(&t->said, t->r.raw.s, t->r.raw.n);
     } else if (keep_answer(t) != DONE)
         return NO_MEMORY;
-    return save_session(t) == DONE ? code : BAD_FILE;
+    kept = save_session(t);
+    return kept == DONE ? code : kept;
 }
 
 /* ----------------------------------------------------------------- 15. Chat
@@ -7989,6 +8007,10 @@ static void finish_reply(struct batch *b, struct job *j)
         return;
     }
     calls = take_calls(&j->t);
+    if (is_cut(&j->t)) {
+        finish_error(b, j, NO_MEMORY, "no memory for the whole answer");
+        return;
+    }
     begin_output(j);
     add_format(to, ", \"response\": {\"status_code\": 200, \"request_id\": "
                "\"req_%016llx\", \"body\": {\"id\": \"%s-%016llx\"", id,
@@ -8482,7 +8504,8 @@ static int run_batch(struct batch *b, char *busy)
     if (code == INTERRUPTED)
         code = write_finished(b, 1) == DONE ? 128 + (int)last_signal : BAD_FILE;
     if (code == DONE && b->in.error)
-        code = say(BAD_FILE, "%s: %s", b->in_name, strerror(b->in.error));
+        code = say(b->in.error == ENOMEM ? NO_MEMORY : BAD_FILE, "%s: %s",
+                   b->in_name, strerror(b->in.error));
     for (int i = 0; i < b->n_jobs; i++)
         free_job(job_at(b, i));
     return code;

@@ -6,14 +6,14 @@
 #include <stdlib.h>
 
 /* The stand-ins that run.c is compiled with here: `left` allocations succeed,
- * and then none. */
-static struct { long left, live, failed; } sys = { -1, 0, 0 };
+ * and then none, or all but `once` more. */
+static struct { long left, live, failed; int once; } sys = { -1, 0, 0, 0 };
 
 static int refuses(void)
 {
     if (sys.left < 0 || sys.left-- > 0)
         return 0;
-    sys.left = 0;
+    sys.left = sys.once ? -1 : 0;
     sys.failed++;
     return 1;
 }
@@ -1225,6 +1225,63 @@ START_TEST(each_allocation_may_fail)
 }
 END_TEST
 
+/* The program from the file to the last word.  The library is not compiled
+ * with the stand-ins, see check_alloc.c. */
+static void write_temporary(char *path, const void *p, size_t n)
+{
+    const int fd = mkstemp(path);
+
+    ck_assert(fd >= 0 && write(fd, p, n) == (ssize_t)n && close(fd) == 0);
+}
+
+static int (*const ways[])(const struct settings *) = { work_on_model, batch };
+
+START_TEST(each_allocation_of_a_run_may_fail)
+{
+    static const char lines[] =
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n"
+        "{\"prompt\": \"a\", \"logprobs\": 1, \"echo\": true, \"stop\": "
+        "[\"x\", \"y\"], \"logit_bias\": {\"1\": 2}}\n";
+    const struct tiny tiny = { .n_embd = 8, .words = 1 };
+    struct bytes file = tiny_model(&tiny);
+    char model[] = "/tmp/lfm2-model-XXXXXX", in[] = "/tmp/lfm2-in-XXXXXX";
+    char session[] = "/tmp/lfm2-session-XXXXXX";
+    struct settings s = defaults;
+    int code = NO_MEMORY, errors = 0;
+
+    write_temporary(model, file.p, file.n);
+    write_temporary(in, lines, sizeof lines - 1);
+    write_temporary(session, "", 0);
+    s.model = model;
+    s.template = TEMPLATE_LFM2;
+    s.threads = s.parallel = s.json = s.quiet = 1;
+    s.predict = 2;
+    s.logprobs = _i / 2 ? -1 : 1;
+    s.file = _i / 2 ? in : NULL;
+    s.prompt = "a";
+    s.session = session;
+    sys.once = _i % 2;
+    ck_assert(freopen("/dev/null", "w", stdout) && work_on_model(&s) == DONE);
+    ck_assert_ptr_nonnull(freopen("/dev/null", "w", stderr));
+    for (int k = 0; code != DONE || sys.failed; k++) {
+        sys.left = k;
+        sys.failed = 0;
+        code = ways[_i / 2](&s);
+        sys.left = -1;
+        check_freed();
+        EXPECT_MSG(code == NO_MEMORY || code == DONE ||
+                   (_i / 2 && code == PARTLY), "allocation %d: %d", k, code);
+        EXPECT(sys.failed || code == DONE);
+        errors += code != DONE;
+    }
+    EXPECT_MSG(errors > 30, "%d", errors);
+    remove(model);
+    remove(in);
+    remove(session);
+    free(file.p);
+}
+END_TEST
+
 Suite *chat_suite(void)
 {
     Suite *s = suite_create("chat");
@@ -1257,6 +1314,7 @@ Suite *chat_suite(void)
     tcase_add_test(c, damaged_calls_do_no_harm);
     tcase_add_test(c, hostile_calls_take_no_time);
     tcase_add_test(c, each_allocation_may_fail);
+    tcase_add_loop_test(c, each_allocation_of_a_run_may_fail, 0, 4);
     suite_add_tcase(s, c);
     return s;
 }

@@ -28,24 +28,31 @@ static struct bytes exactly(struct bytes b, size_t n)
     return c;
 }
 
-/* Open, take one step, close; the code of opening. */
-static int try_file(struct bytes file, lfm2_error *err)
+/* One forward of two tokens, if it does not take too much memory. */
+static void take_step(const lfm2_model *m, lfm2_error *err)
 {
     lfm2_params p = { .n_ctx = 8, .n_seq = 1, .n_batch = 8, .n_logits = 1,
                       .n_threads = 1 };
     lfm2_context *ctx;
-    lfm2_model *m;
     int32_t token[2] = { 0, 0 };
     lfm2_span span = { 0, token, 2, 1 };
-    int code = open_bytes(file, &m, err);
 
-    if (code != LFM2_OK)
-        return code;
     if (lfm2_context_size(m, &p) < 100000000 &&
         lfm2_context_open(&ctx, m, &p, err) == LFM2_OK) {
         ck_assert_int_eq(lfm2_forward(ctx, &span, 1, err), LFM2_OK);
         lfm2_context_close(ctx);
     }
+}
+
+/* Open, take one step, close; the code of opening. */
+static int try_file(struct bytes file, lfm2_error *err)
+{
+    lfm2_model *m;
+    int code = open_bytes(file, &m, err);
+
+    if (code != LFM2_OK)
+        return code;
+    take_step(m, err);
     lfm2_model_close(m);
     return LFM2_OK;
 }
@@ -121,13 +128,16 @@ tolerated[] = {
     { { SET, "lfm2.block_count", T_U64, 4, 0, 0 }, NULL, 0 },
     { { SET, "lfm2.block_count", T_I8, 4, 0, 0 }, NULL, 0 },
     { { SET, "lfm2moe.leading_dense_block_count", T_U16, 1, 0, 0 }, NULL, 1 },
+    { { SET_ARRAY, "tokenizer.ggml.tokens", T_STRING, 260, 0, 0 },
+      "tokenizer.ggml.tokens: 260 tokens for 264 rows", 2 },
 };
 
 START_TEST(harmless_oddities_are_tolerated_and_reported)
 {
     const struct edit edits[2] = { tolerated[_i].edit };
     struct bytes file = tiny_model(
-        &(struct tiny){ .moe = tolerated[_i].moe, .edits = edits });
+        &(struct tiny){ .moe = tolerated[_i].moe == 1,
+                        .words = tolerated[_i].moe == 2, .edits = edits });
     const char *expected = tolerated[_i].warning, *said;
     lfm2_error err = { 0 };
     lfm2_model *m;
@@ -172,12 +182,16 @@ broken[] = {
     { { PATCH, 0, 8, UINT64_MAX, 0, 16 }, 0, LFM2_EFORMAT,
       "metadata keys, expected at most" },
     { { PATCH, 0, 8, 4000, 0, 16 }, 0, LFM2_EFORMAT, "" },
+    { { PATCH, 0, 8, 1u << 31, 0, 16 }, 0, LFM2_EFORMAT,
+      "2147483648 metadata keys, expected at most" },
+    { { PATCH, 0, 8, 1ull << 63, 0, 16 }, 0, LFM2_EFORMAT, "metadata keys" },
     /* keys; the first one begins at byte 24 */
     { { PATCH, 0, 8, 0, 0, 24 }, 0, LFM2_EFORMAT,
       "the name of metadata key 0: 0 bytes, expected 1 to 256" },
     { { PATCH, 0, 8, UINT64_MAX, 0, 24 }, 0, LFM2_EFORMAT, "past the end" },
     { { PATCH, 0, 8, 1 << 20, 0, 24 }, 0, LFM2_EFORMAT, "metadata key 0" },
     { { PATCH, 0, 8, 300, 0, 24 }, 0, LFM2_EFORMAT, "300 bytes" },
+    { { PATCH, 0, 8, 65537, 0, 24 }, 0, LFM2_EFORMAT, "65537 bytes" },
     { { PATCH, 0, 1, 0, 0, 35 }, 0, LFM2_EFORMAT, "byte 0x00" },
     { { PATCH, 0, 1, 0xff, 0, 35 }, 0, LFM2_EFORMAT, "byte 0xff" },
     { { TWICE, "lfm2.block_count", 0, 0, 0, 0 }, 0, LFM2_EFORMAT,
@@ -196,6 +210,16 @@ broken[] = {
       "general.name: element type 9" },
     { { SET_ARRAY, "general.name", 77, 1, 0, 0 }, 0, LFM2_EFORMAT,
       "element type 77" },
+    { { CLAIM, "general.name", T_U64, 1ull << 61, 0, 0 }, 0, LFM2_EFORMAT,
+      "general.name: 2305843009213693952 values of type u64, but the file" },
+    { { CLAIM, "general.name", T_I32, (1ull << 62) + 1, 0, 0 }, 0,
+      LFM2_EFORMAT, "values of type i32, but the file has" },
+    { { CLAIM, "general.name", T_U8, UINT64_MAX, 0, 0 }, 0, LFM2_EFORMAT,
+      "18446744073709551615 values of type u8" },
+    { { CLAIM, "general.name", T_STRING, 1 << 30, 0, 0 }, 0, LFM2_EFORMAT,
+      "1073741824 values of type string" },
+    { { CLAIM, "general.name", T_STRING, 9000, 0, 0 }, 0, LFM2_EFORMAT,
+      "past the end of the file" },
     /* right key, wrong type */
     { { SET, "general.alignment", T_F32, 0x42000000, 0, 0 }, 0, LFM2_EFORMAT,
       "general.alignment: of type f32, expected an integer" },
@@ -203,6 +227,8 @@ broken[] = {
       "general.alignment: 0, expected a power of two" },
     { { SET, "general.alignment", T_U32, 1, 0, 0 }, 0, LFM2_EFORMAT,
       "general.alignment: 1" },
+    { { SET, "general.alignment", T_U32, 3, 0, 0 }, 0, LFM2_EFORMAT,
+      "general.alignment: 3" },
     { { SET, "general.alignment", T_U32, 48, 0, 0 }, 0, LFM2_EFORMAT,
       "general.alignment: 48" },
     { { SET, "general.alignment", T_U32, 1u << 31, 0, 0 }, 0, LFM2_EFORMAT,
@@ -273,6 +299,12 @@ broken[] = {
       "lfm2.attention.head_count_kv: 2, expected 0 to 1" },
     { { SET_ARRAY, "lfm2.attention.head_count_kv", T_I32, 3, 0, 0 }, 0,
       LFM2_EFORMAT, "3 entries" },
+    { { SET_ARRAY, "lfm2.attention.head_count_kv", T_I32, 5, 0, 0 }, 0,
+      LFM2_EFORMAT, "5 entries, expected one for each of 4 blocks" },
+    { { SET_STRING, "lfm2.attention.head_count_kv", 0, 0, "2", 0 }, 0,
+      LFM2_EFORMAT, "of type string, expected integers" },
+    { { SET, "lfm2.attention.head_count_kv", T_U32, 5, 0, 0 }, 0,
+      LFM2_EFORMAT, "lfm2.attention.head_count_kv: 5, expected 0 to 4" },
     { { SET_ARRAY, "lfm2.attention.head_count_kv", T_F32, 4, 0, 0 }, 0,
       LFM2_EFORMAT, "of type f32, expected integers" },
     { { SET_ARRAY, "lfm2.attention.head_count_kv", T_I32, 4, 0, 0 }, 0,
@@ -436,6 +468,64 @@ START_TEST(broken_files_are_refused_with_the_right_sentence)
 }
 END_TEST
 
+/* What takes two edits to be wrong, or to be right again. */
+static const struct { struct edit edits[3]; int moe, code; const char *says; }
+pairs[] = {
+    { { { DIM, "blk.1.ffn_up_exps.weight", 1, INT32_MAX, 0, 0 },
+        { DIM, "blk.1.ffn_up_exps.weight", 2, INT32_MAX, 0, 0 }, { 0 } }, 1,
+      LFM2_EFORMAT, "expected 1 to 2147483647 and a product below 2^56" },
+    { { { SET_ARRAY, "general.name", T_STRING, 3, 0, 0 },
+        { PATCH, 0, 8, UINT64_MAX, 0, 112 }, { 0 } }, 0, LFM2_EFORMAT,
+      "general.name: string 1 runs past the end of the file" },
+    { { { TYPE, "blk.0.attn_norm.weight", 0, 1, 0, 0 },       /* F16: good   */
+        { FILL, "blk.0.attn_norm.weight", 0, 0x3c003c00, 0, 0 }, { 0 } }, 0,
+      LFM2_OK, "" },
+    { { { TYPE, "blk.0.attn_norm.weight", 0, 1, 0, 0 },
+        { FILL, "blk.0.attn_norm.weight", 0, 0x7c007c00, 0, 0 }, { 0 } }, 0,
+      LFM2_EFORMAT, "blk.0.attn_norm.weight: element 0 of row 0 is inf" },
+    { { { SET, "lfm2.attention.head_count", T_U32, 1, 0, 0 },
+        { SET, "lfm2.attention.head_count_kv", T_U32, 1, 0, 0 }, { 0 } }, 0,
+      LFM2_EFORMAT, "blk.0.attn_q.weight: no such tensor" },
+};
+
+START_TEST(pairs_of_oddities_are_judged_together)
+{
+    struct bytes file = tiny_model(&(struct tiny){ .moe = pairs[_i].moe,
+                                                   .edits = pairs[_i].edits });
+    lfm2_error err = { 0 };
+    int code = try_file(file, &err);
+
+    EXPECT_MSG(code == pairs[_i].code && strstr(err.msg, pairs[_i].says),
+               "row %d: code %d, \"%s\"", _i, code, err.msg);
+    free(file.p);
+}
+END_TEST
+
+/* The order of the data is nobody's business. */
+START_TEST(offsets_may_decrease)
+{
+    struct edit edits[3] = { { OFFSET, "blk.0.ffn_gate.weight", 0, 0, 0, 0 },
+                             { OFFSET, "blk.0.ffn_up.weight", 0, 0, 0, 0 } };
+    struct bytes file = tiny_model(&(struct tiny){ 0 });
+    lfm2_tensor_info info, first;
+    lfm2_error err = { 0 };
+    lfm2_model *m;
+
+    ck_assert_int_eq(open_bytes(file, &m, &err), LFM2_OK);
+    ck_assert_int_eq(lfm2_model_tensor(m, 0, &first), LFM2_OK);
+    for (int i = 0; lfm2_model_tensor(m, i, &info) == LFM2_OK; i++)
+        for (int k = 0; k < 2; k++)       /* each gets the other's           */
+            if (strcmp(info.name, edits[k].name) == 0)
+                edits[1 - k].b = (uint64_t)(info.data - first.data);
+    ck_assert(edits[0].b > edits[1].b && edits[1].b > 0);
+    lfm2_model_close(m);
+    free(file.p);
+    file = tiny_model(&(struct tiny){ .edits = edits });
+    EXPECT_MSG(try_file(file, &err) == LFM2_OK, "%s", err.msg);
+    free(file.p);
+}
+END_TEST
+
 /* ------------------------------------------------- cut short, and at random */
 
 START_TEST(every_cut_of_a_file_is_refused)
@@ -524,6 +614,48 @@ START_TEST(what_is_no_readable_file_is_an_io_error)
 }
 END_TEST
 
+/* Another user's file; root, who may read all, becomes somebody else here. */
+START_TEST(what_may_not_be_read_is_an_io_error)
+{
+    char path[] = "/tmp/lfm2-unreadable-XXXXXX";
+    const int fd = mkstemp(path);
+    lfm2_error err = { 0 };
+    lfm2_model *m;
+    int code;
+
+    ck_assert(fd >= 0 && write(fd, "GGUF", 4) == 4 && fchmod(fd, 0) == 0);
+    close(fd);
+    if (geteuid() == 0)
+        ck_assert_int_eq(seteuid(65534), 0);
+    code = lfm2_model_open(&m, path, LFM2_LOAD_MAP, &err);
+    if (getuid() == 0)
+        ck_assert_int_eq(seteuid(0), 0);
+    unlink(path);
+    ck_assert_int_eq(code, LFM2_EIO);
+    ck_assert_msg(strstr(err.msg, "Permission denied") != NULL, "%s", err.msg);
+}
+END_TEST
+
+/* Its name is gone, its bytes are not. */
+START_TEST(a_file_that_vanishes_while_mapped_is_still_there)
+{
+    struct bytes file = tiny_model(&(struct tiny){ 0 });
+    char path[] = "/tmp/lfm2-vanishing-XXXXXX";
+    const int fd = mkstemp(path);
+    lfm2_error err = { 0 };
+    lfm2_model *m;
+
+    ck_assert(fd >= 0 && write(fd, file.p, file.n) == (ssize_t)file.n);
+    close(fd);
+    EXPECT_MSG(lfm2_model_open(&m, path, LFM2_LOAD_MAP, &err) == LFM2_OK, "%s",
+               err.msg);
+    ck_assert_int_eq(unlink(path), 0);
+    take_step(m, &err);
+    lfm2_model_close(m);
+    free(file.p);
+}
+END_TEST
+
 Suite *gguf_suite(void)
 {
     Suite *s = suite_create("gguf");
@@ -537,10 +669,15 @@ Suite *gguf_suite(void)
                         (int)COUNT(tolerated));
     tcase_add_loop_test(c, broken_files_are_refused_with_the_right_sentence, 0,
                         (int)COUNT(broken));
+    tcase_add_loop_test(c, pairs_of_oddities_are_judged_together, 0,
+                        (int)COUNT(pairs));
+    tcase_add_test(c, offsets_may_decrease);
     tcase_add_test(c, every_cut_of_a_file_is_refused);
     tcase_add_test(c, what_follows_the_data_does_no_harm);
     tcase_add_loop_test(c, random_damage_is_survived, 0, 2);
     tcase_add_test(c, what_is_no_readable_file_is_an_io_error);
+    tcase_add_test(c, what_may_not_be_read_is_an_io_error);
+    tcase_add_test(c, a_file_that_vanishes_while_mapped_is_still_there);
     suite_add_tcase(s, c);
     return s;
 }

@@ -244,6 +244,9 @@ START_TEST(products)
     for (int rows = 1; isa && rows <= 75; rows += 37)
         for (int n = 1; n <= (block == 32 ? 9 : 2); n += block == 32 ? 4 : 1)
             expect_products(isa, type, n * block, rows, &rng);
+    for (int cols = 8; isa && weight_type_block(type) == 1 && cols < 64;
+         cols += 16)
+        expect_products(isa, type, cols, 40, &rng);
 }
 END_TEST
 

@@ -34,7 +34,7 @@ static void *test_calloc(size_t n, size_t size)
 
 /* --------------------------------------------------------- bad vocabularies */
 
-static char too_long[MAX_TOKEN + 3];
+static char too_long[MAX_TOKEN + 3], long_marker[MAX_SPECIAL + 2];
 
 #define KEY(name) "tokenizer.ggml." name
 
@@ -69,6 +69,10 @@ static const struct { struct change x; int code; const char *says; } bad[] = {
     { { .token = "t", .type = -1 }, LFM2_EFORMAT, "of type -1" },
     { { .token = too_long, .type = 1 }, LFM2_EFORMAT, "token 273: 1048578 "
       "bytes, expected at most 1048576" },
+    { { .token = long_marker, .type = TOKEN_CONTROL }, LFM2_EFORMAT,
+      "token 273: a marker of 257 bytes, expected at most 256" },
+    { { .token = long_marker, .type = TOKEN_USER_DEFINED }, LFM2_EFORMAT,
+      "a marker of 257 bytes" },
     { { .drop = KEY("merges") }, LFM2_EFORMAT, "merges: absent, expected an "
       "array of strings" },
     { { .scalar = KEY("merges") }, LFM2_EFORMAT, "merges: one u32" },
@@ -102,6 +106,7 @@ START_TEST(bad_vocabularies_are_refused)
     uint8_t *data;
 
     memset(too_long, 'x', sizeof too_long - 1);
+    memset(long_marker, 'x', sizeof long_marker - 1);
     data = make_gguf(&bad[_i].x, &n);
     ck_assert_int_eq(lfm2_tokenizer_open_memory(&t, data, n, &err),
                      bad[_i].code);
@@ -127,6 +132,8 @@ START_TEST(other_files_are_refused)
 }
 END_TEST
 
+static char megabyte[MAX_TOKEN + 1];
+
 START_TEST(unusual_vocabularies_are_read)
 {
     static const struct { struct change x; int32_t bos; int add_bos; } row[] = {
@@ -145,8 +152,15 @@ START_TEST(unusual_vocabularies_are_read)
         { { .token = "", .type = 1 }, 259, 1 },
         { { .token = "", .type = TOKEN_USER_DEFINED }, 259, 1 },
         { { .token = "\xe4\xb8\xad", .type = 1 }, 259, 1 },   /* not mapped  */
+        { { .token = "\xff\xc0", .type = 1 }, 259, 1 },       /* nor UTF-8   */
+        { { .token = "<0x-1>", .type = TOKEN_BYTE }, 259, 1 },
+        { { .token = "<0xZZ>", .type = TOKEN_BYTE }, 259, 1 },
+        { { .token = "<0x00>", .type = TOKEN_BYTE }, 259, 1 },
+        { { .token = megabyte, .type = 1 }, 259, 1 },
+        { { .merge = "qx xq" }, 259, 1 },             /* of no tokens        */
     };
 
+    memset(megabyte, 'y', sizeof megabyte - 1);
     for (size_t i = 0; i < COUNT(row); i++) {
         lfm2_tokenizer *t = open_words(&row[i].x);
         ck_assert_int_eq(lfm2_n_vocab(t), N_BASE + !!row[i].x.token);

@@ -78,11 +78,12 @@ static int begin_kv(struct gguf_writer *w, const char *key, int type)
     } else if ((e = find_edit(w, key, SET_STRING))) {
         bytes_int(&w->kv, T_STRING, 4);
         bytes_string(&w->kv, e->text);
-    } else if ((e = find_edit(w, key, SET_ARRAY))) {
+    } else if ((e = find_edit(w, key, SET_ARRAY)) ||
+               (e = find_edit(w, key, CLAIM))) {
         bytes_int(&w->kv, T_ARRAY, 4);
         bytes_int(&w->kv, e->a, 4);
         bytes_int(&w->kv, e->b, 8);
-        for (uint64_t i = 0; i < e->b; i++)
+        for (uint64_t i = 0; e->kind == SET_ARRAY && i < e->b; i++)
             bytes_int(&w->kv, 0, e->a == T_STRING ? 8 : scalar_size((int)e->a));
     } else {
         bytes_int(&w->kv, (uint64_t)type, 4);
@@ -134,6 +135,16 @@ void write_strings(struct gguf_writer *w, const char *key, const char *const *v,
         bytes_string(&w->kv, v[i]);
 }
 
+static uint64_t edited_dim(const struct gguf_writer *w, const char *name,
+                           int d, uint64_t otherwise)
+{
+    for (const struct edit *e = w->edits; e && e->kind != NO_EDIT; e++)
+        if (e->kind == DIM && strcmp(e->name, name) == 0 &&
+            e->a == (uint64_t)d)
+            return e->b;
+    return otherwise;
+}
+
 void gguf_write_tensor(struct gguf_writer *w, const char *name, int type, int n_dims,
                   const uint64_t *dims, const struct bytes *data)
 {
@@ -148,10 +159,8 @@ void gguf_write_tensor(struct gguf_writer *w, const char *name, int type, int n_
         bytes_string(&w->info, e ? e->text : name);
         e = find_edit(w, name, N_DIMS);
         bytes_int(&w->info, e ? e->b : (uint64_t)n_dims, 4);
-        for (int d = 0; d < n_dims; d++) {
-            e = find_edit(w, name, DIM);
-            bytes_int(&w->info, e && e->a == (uint64_t)d ? e->b : dims[d], 8);
-        }
+        for (int d = 0; d < n_dims; d++)
+            bytes_int(&w->info, edited_dim(w, name, d, dims[d]), 8);
         e = find_edit(w, name, TYPE);
         bytes_int(&w->info, e ? e->b : (uint64_t)type, 4);
         e = find_edit(w, name, OFFSET);
@@ -343,7 +352,7 @@ static const char *layer_name(int il, const char *what)
 static void write_operator(struct gguf_writer *w, const struct tiny *t, int il,
                            int n, uint64_t *rng)
 {
-    const int hd = n == 64 ? 16 : 64, q = n, kv = N_KV * hd;
+    const int hd = n / 4, q = n, kv = N_KV * hd;
     uint64_t taps[2] = { 3, (uint64_t)n };
     struct bytes b;
 

@@ -39,6 +39,7 @@ enum edit_kind {
     SET,              /* the key is a scalar of type `a`, with bits `b`      */
     SET_STRING,       /* the key is the string `text`                        */
     SET_ARRAY,        /* the key is an array of `a` of `b` zero elements     */
+    CLAIM,            /* the key says it is such an array; nothing follows   */
     ADD,              /* a new key of type `a`, with bits `b`                */
     ADD_TENSOR,       /* a new F32 tensor of 32 zeros                        */
     RENAME,           /* call the key or tensor `text`                       */

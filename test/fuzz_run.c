@@ -1,0 +1,404 @@
+/* Targets in run.c: JSON, tool calls, conversations, sessions and batches. */
+#define _GNU_SOURCE                      /* memfd_create()                   */
+
+#include <stdio.h>
+#include <sys/mman.h>
+
+/* What it would tell the user goes nowhere. */
+static FILE *nowhere;
+#undef stdout
+#undef stderr
+#define stdout nowhere
+#define stderr nowhere
+#define main run_main
+#undef _POSIX_C_SOURCE
+#include "../run.c"
+#undef main
+#undef COUNT
+
+#include "fuzz.h"
+#include "util.h"
+
+static void open_nowhere(void)
+{
+    if (!nowhere)
+        nowhere = fopen("/dev/null", "w");
+    REQUIRE(nowhere);
+}
+
+/* A refusal has a sentence. */
+static int is_good(int code, const struct why *why)
+{
+    REQUIRE(code == DONE || (code > 0 && why->s[0]));
+    return code == DONE;
+}
+
+static int same(const struct text *a, const struct text *b)
+{
+    return !a->failed && !b->failed && a->n == b->n &&
+           (a->n == 0 || memcmp(a->s, b->s, a->n) == 0);
+}
+
+/* --------------------------------------------------------------------- JSON */
+
+/* Infinity is how Python writes what is beyond all numbers; nobody reads it. */
+static int is_finite(const struct json *v)
+{
+    double x;
+
+    if (v->type == JSON_NUMBER && json_double(v, &x) != 0)
+        return 0;
+    for (const struct json *c = v->first; c; c = c->next)
+        if (!is_finite(c))
+            return 0;
+    return 1;
+}
+
+/* What was written is read again as the same. */
+static void check_again(const struct json *v)
+{
+    struct pool pool = { 0 };
+    struct text once = { 0 }, twice = { 0 };
+    struct json *again;
+    struct why why = { "" };
+
+    add_json(&once, v);
+    REQUIRE(json_parse(&pool, once.s, once.n, &again, &why) == DONE);
+    add_json(&twice, again);
+    REQUIRE(same(&once, &twice));
+    free(once.s);
+    free(twice.s);
+    pool_free(&pool);
+}
+
+void fuzz_json(const uint8_t *data, size_t n)
+{
+    struct pool pool = { 0 };
+    struct text python = { 0 };
+    struct json *v;
+    struct why why = { "" };
+    long long whole;
+
+    if (is_good(json_parse(&pool, (const char *)data, n, &v, &why), &why)) {
+        add_tree(&python, v, 1);
+        REQUIRE(!python.failed);
+        json_int(v, -100, 100, &whole);
+        json_text(json_get(v, "a"));
+        if (is_finite(v))
+            check_again(v);
+    }
+    free(python.s);
+    pool_free(&pool);
+}
+
+/* ---------------------------------------------------------------- tool calls
+ *
+ * And the parts of an answer: they do not depend on the pieces it comes in. */
+
+static void take_apart(struct reply *r, struct request *q, const char *s,
+                       size_t n, size_t each)
+{
+    *q = (struct request){ .split = 1, .think_budget = -1 };
+    REQUIRE(add_stop(q, "STOP", 4) == 0 && add_stop(q, "\n\n\n", 3) == 0);
+    *r = (struct reply){ .q = q, .part = START };
+    for (size_t at = 0, len; at < n && r->finish == UNFINISHED; at += len) {
+        len = each < n - at ? each : n - at;
+        add(&r->raw, s + at, len);
+        split(r, 0);
+    }
+    if (r->finish == UNFINISHED)
+        r->finish = STOPPED;
+    split(r, 1);
+}
+
+static void check_parts(const char *s, size_t n)
+{
+    struct request q[2];
+    struct reply r[2];
+
+    take_apart(&r[0], &q[0], s, n, n ? n : 1);
+    take_apart(&r[1], &q[1], s, n, 1 + n % 7);
+    REQUIRE(r[0].finish == r[1].finish && same(&r[0].raw, &r[1].raw));
+    REQUIRE(same(&r[0].text, &r[1].text) && same(&r[0].calls, &r[1].calls));
+    REQUIRE(same(&r[0].thought, &r[1].thought));
+    for (int i = 0; i < 2; i++) {
+        free_reply(&r[i]);
+        free_request(&q[i]);
+    }
+}
+
+void fuzz_calls(const uint8_t *data, size_t n)
+{
+    struct pool pool = { 0 };
+    struct text rest = { 0 };
+    struct json *calls;
+    const char *s = (const char *)data;
+    int bad;
+
+    if (n == 0)
+        return;
+    bad = parse_calls(&pool, s + 1, n - 1, s[0] & 1, &calls, &rest);
+    REQUIRE(bad >= 0 && calls && !rest.failed && !pool.failed);
+    REQUIRE(rest.n <= n - 1);
+    check_again(calls);
+    for (const struct json *c = calls->first; c; c = c->next) {
+        REQUIRE(json_text(json_get(c, "name")));
+        REQUIRE(json_is(json_get(c, "arguments"), JSON_OBJECT));
+    }
+    free(rest.s);
+    pool_free(&pool);
+    check_parts(s + 1, n - 1);
+}
+
+/* ------------------------------------------------------------- conversations
+ *
+ * The first byte chooses template and options, JSON follows.  Whatever was
+ * said, the control tokens of the prompt are those the template put there, and
+ * its tokens are its text. */
+
+static void check_tokens(const lfm2_tokenizer *t, const struct rendered *r)
+{
+    struct ids ids = { NULL, 0 };
+    size_t at = 0;
+    int marks = 0, markers = 0, n;
+
+    REQUIRE(encode_rendered(t, r, 0, &ids) == DONE);
+    for (int i = 0; i < r->n_marks; i++)
+        marks += mark_id(t, r, &r->mark[i]) >= 0;
+    for (int i = 0; i < ids.n; i++) {
+        const char *s = lfm2_token_bytes(t, ids.id[i], 0, &n);
+        markers += n == 0;
+        s = lfm2_token_bytes(t, ids.id[i], 1, &n);
+        REQUIRE((size_t)n <= r->text.n - at);
+        REQUIRE(memcmp(s, r->text.s + at, (size_t)n) == 0);
+        at += (size_t)n;
+    }
+    REQUIRE(at == r->text.n && marks == markers);
+    free(ids.id);
+}
+
+void fuzz_chat(const uint8_t *data, size_t n)
+{
+    static lfm2_tokenizer *t;
+    struct pool pool = { 0 };
+    struct rendered out;
+    struct json *v;
+    struct why why = { "" };
+    const int flags = n ? data[0] / 8 : 0;
+
+    open_nowhere();
+    if (!t)
+        REQUIRE(lfm2_tokenizer_open(&t, "tokenizer.bin", NULL) == LFM2_OK);
+    if (n < 1 || json_parse(&pool, (const char *)data + 1, n - 1, &v, &why) !=
+        DONE) {
+        pool_free(&pool);
+        return;
+    }
+    const struct conversation c = {
+        .messages = json_is(v, JSON_ARRAY) ? v : json_get(v, "messages"),
+        .tools = json_get(v, "tools"), .date = "2026-01-01",
+        .generate = flags & 1, .keep_thinking = flags >> 1 & 1,
+        .continue_last = flags >> 2 & 1, .open_thought = flags >> 3 & 1
+    };
+    if (is_good(render(&c, data[0] % 8, &out, &why), &why)) {
+        check_tokens(t, &out);
+        ends_in_thought(&out);
+    }
+    rendered_free(&out);
+    pool_free(&pool);
+}
+
+/* ----------------------------------------------------------------- sessions */
+
+static struct settings small_settings;
+
+/* A small model with words, and all that run.c has around it. */
+static void open_small(struct engine *e, int n_seq)
+{
+    const struct tiny tiny = { .n_embd = 8, .words = 1 };
+    struct bytes file = tiny_model(&tiny);
+    char path[] = "/tmp/lfm2-fuzz-XXXXXX";
+    const int fd = mkstemp(path);
+
+    open_nowhere();
+    small_settings = defaults;
+    small_settings.model = path;
+    small_settings.template = TEMPLATE_LFM2;
+    small_settings.threads = small_settings.no_mmap = 1;
+    small_settings.ctx = 100;
+    small_settings.batch = 16;
+    small_settings.predict = 3;
+    small_settings.seed = 1;
+    REQUIRE(fd >= 0 && write(fd, file.p, file.n) == (ssize_t)file.n);
+    close(fd);
+    *e = (struct engine){ .s = &small_settings };
+    REQUIRE(open_engine(e) == DONE);
+    unlink(path);
+    free(file.p);
+    small_settings.model = "model";
+    e->par.n_seq = n_seq;
+    e->par.n_logits = n_seq + LOGITS_CHUNK;
+    REQUIRE(open_context(e) == DONE);
+}
+
+/* Make the checksums right where the file has room for them: that of the words,
+ * and that of the state, for this model. */
+static void repair_session(const struct engine *e, uint8_t *p, size_t n)
+{
+    size_t at = 8;
+
+    for (int part = 0; part < 2 && n - at >= 8; part++) {
+        const uint64_t size = fuzz_get(p + at, 8), each = part == 0 ? 1 : 4;
+        at += 8;
+        if (size > (n - at) / each)
+            return;
+        at += size * each;
+    }
+    if (n - at < 16)
+        return;
+    fuzz_put(p + at, fuzz_hash(p, at), 8);
+    at += 16;
+    fuzz_put(p + at - 8, n - at, 8);
+    if (n - at < 32)
+        return;
+    memcpy(p + at, "LFM2SEQ1", 8);
+    fuzz_put(p + at + 8, lfm2_model_hash(e->model), 8);
+    fuzz_put(p + n - 8, fuzz_hash(p + at, n - at - 8), 8);
+}
+
+/* As a run with --session: what is in the cache is what its ids say, and what
+ * was said can be read, asked about (now and then: that takes long) and kept
+ * again. */
+static void try_session(struct engine *e, const uint8_t *data, size_t n)
+{
+    const int asks = e->template != TEMPLATE_NONE &&
+                     fuzz_hash(data, n) % 8 == 0;
+    const struct text file = { (char *)(uintptr_t)data, n, 0, 0 };
+    struct talk t = { .e = e };
+    struct reply *const all[] = { &t.r };
+    struct text again = { 0 };
+    struct why why = { "" };
+
+    lfm2_seq_trim(e->ctx, 0, 0);
+    e->cached[0].n = 0;
+    t.messages = json_array(&t.pool);
+    REQUIRE(make_request(e, &t.q) == DONE);
+    restore(&t, &file);
+    REQUIRE(e->cached[0].n == lfm2_seq_len(e->ctx, 0));
+    REQUIRE(json_is(t.messages, JSON_ARRAY));
+    if (asks && add_message(&t, "user", "hello", 5) == DONE &&
+        is_good(render_talk(&t, &why), &why) &&
+        start_reply(e, &t.r, &t.q, 0, &why) == DONE)
+        while (t.r.finish == UNFINISHED && step(e, all, 1) == DONE)
+            continue;
+    write_talk(&t, &again);
+    REQUIRE(!again.failed);
+    free(again.s);
+    free_talk(&t);
+}
+
+void fuzz_session(const uint8_t *data, size_t n)
+{
+    static struct engine e;
+    uint8_t *copy;
+
+    if (!e.ctx)
+        open_small(&e, 1);
+    small_settings.session = "session";
+    e.template = n > 4 && data[4] == 'T' ? TEMPLATE_NONE : TEMPLATE_LFM2;
+    try_session(&e, data, n);
+    if (n < 8)
+        return;
+    copy = fuzz_copy(data, n);
+    repair_session(&e, copy, n);
+    try_session(&e, copy, n);
+    free(copy);
+}
+
+/* ------------------------------------------------------------------- batches
+ *
+ * The first byte chooses how; then come lines.  They are answered as --batch
+ * answers them, or read as what an earlier run has written. */
+
+static int file_of(const uint8_t *data, size_t n)
+{
+    const int fd = memfd_create("lines", 0);
+
+    REQUIRE(fd >= 0 && write(fd, data, n) == (ssize_t)n);
+    REQUIRE(lseek(fd, 0, SEEK_SET) == 0);
+    return fd;
+}
+
+/* Every line that is no blank one has an answer of one line. */
+static void check_answers(int fd, long long n_lines)
+{
+    struct source in = { .fd = fd };
+    struct pool pool = { 0 };
+    struct piece line;
+    struct json *v;
+    struct why why = { "" };
+    long long n = 0;
+
+    REQUIRE(lseek(fd, 0, SEEK_SET) == 0);
+    for (; next_line(&in, 0, &line); n++) {
+        REQUIRE(is_ours(&line));
+        REQUIRE(json_parse(&pool, line.s, line.n, &v, &why) == DONE);
+        REQUIRE(json_is(json_get(v, "custom_id"), JSON_STRING));
+        pool_free(&pool);
+    }
+    REQUIRE(n == n_lines && !in.error);
+    free(in.buf.s);
+}
+
+static void read_resumed(struct batch *b, const uint8_t *data, size_t n)
+{
+    char path[64];
+    const int fd = file_of(data, n);
+
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    small_settings.resume = path;
+    open_resumed(b);
+    small_settings.resume = NULL;
+    if (b->out >= 0)
+        close(b->out);
+    close(fd);
+    for (int i = 0; i < b->n_known; i++)
+        free(b->known[i].id.s);
+    free(b->known);
+}
+
+void fuzz_batch(const uint8_t *data, size_t n)
+{
+    enum { N_SEQ = 2 };
+    static struct engine e;
+    struct batch b = { .in_name = "in", .out_name = "out", .n_shards = 1,
+                       .n_ring = N_SEQ * AHEAD };
+    struct job job[N_SEQ * AHEAD];
+    struct reply *active[N_SEQ];
+    char busy[N_SEQ];
+
+    if (!e.ctx)
+        open_small(&e, N_SEQ);
+    for (int seq = 0; seq < N_SEQ; seq++) {
+        lfm2_seq_trim(e.ctx, seq, 0);
+        e.cached[seq].n = 0;
+    }
+    if (n < 1)
+        return;
+    b.e = e;
+    b.job = job;
+    b.active = active;
+    small_settings.batch_raw = data[0] & 1;
+    b.e.template = data[0] & 2 ? TEMPLATE_NONE : TEMPLATE_LFM2;
+    if (data[0] & 4) {
+        read_resumed(&b, data + 1, n - 1);
+        return;
+    }
+    b.in.fd = file_of(data + 1, n - 1);
+    b.out = file_of(data, 0);
+    REQUIRE(run_batch(&b, busy) == DONE);
+    check_answers(b.out, b.done + b.failed);
+    close(b.in.fd);
+    close(b.out);
+    free(b.in.buf.s);
+}

@@ -1,0 +1,38 @@
+#!/bin/sh
+# The program and hostile input under valgrind, which sees what is read before
+# it was written.  Minutes; not part of make check.
+#     RUN=./run test/valgrind.sh
+. test/lib.sh
+
+command -v valgrind >/dev/null || skip "what needs valgrind"
+m=test/tiny.gguf
+printf '%s\n' '{"prompt": "a", "max_tokens": 2, "logprobs": 1, "echo": true}' \
+    '{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}' \
+    '{"messages": 7}' >"$dir/lines"
+
+# clean STATUS WHAT COMMAND...
+clean() {
+    want=$1 what=$2
+    shift 2
+    valgrind -q --error-exitcode=99 --leak-check=full \
+        --errors-for-leak-kinds=definite,indirect,possible \
+        "$@" >"$dir/said" 2>"$dir/err" </dev/null
+    status=$?
+    [ $status -eq "$want" ]
+    result $? "$what: status $status, expected $want"
+}
+
+for isa in scalar auto; do
+    clean 0 "an answer, $isa" "$run" $m --isa $isa -t 1 -n 2 --temp 0 hi
+    clean 7 "a batch, $isa" "$run" $m --isa $isa -t 1 --batch --parallel 2 \
+        -f "$dir/lines"
+done
+clean 0 "two threads" "$run" $m -t 2 -n 1 hi
+clean 0 "a session" "$run" $m -t 1 -n 1 --session "$dir/session" hi
+clean 0 "a session that goes on" "$run" $m -t 1 -n 1 --session "$dir/session" hi
+clean 0 "tokens" "$run" --tokenize --special $m "<|im_start|>user"
+clean 0 "a look inside" "$run" --inspect $m
+clean 4 "a file cut short" sh -c "head -c 90000 $m >$dir/cut &&
+    exec $run $dir/cut hi"
+clean 0 "hostile input" build/test/replay -m 20
+finish
