@@ -2,9 +2,14 @@
 """compare_trace.py - where do two computations of the same model part?
 
     python3 scripts/compare_trace.py A.jsonl B.jsonl [--bound X] [--all] [--npy A_DIR B_DIR]
+    python3 scripts/compare_trace.py A.jsonl --transformers MODEL_DIR [--write B.jsonl]
 
 A and B are traces of the same tokens, from `run --trace`: one record for every module and
-position.  Records are paired by module and position; the table says for every module at which
+position.  With --transformers the second is a run of the official implementation, in float32,
+on the tokens of the first; it needs PyTorch, transformers and the model as published, and can
+be kept with --write.  The rest needs nothing but Python.
+
+Records are paired by module and position; the table says for every module at which
 position it is furthest off, in the order of computation.  The last line names the first module
 that differs by more than the bound.  All that comes before it agrees, so the error is there.
 
@@ -15,8 +20,10 @@ little; with --npy, the folders of --trace-npy, it is the largest of all element
 is no distance.
 
 The bound of 1e-3 lies between what rounding does and what errors do: sums of float32 in another
-order part by 1e-6 to 1e-5, a wrong formula by 1e-2 or more.  Keys and values rounded to f16, or
-activations to int8, are above it: trace an F32 model with --kv f32, or give a larger bound.
+order part by 2e-5 after 4 layers and 2e-4 after 30, a wrong formula by 1e-2 or more.  Keys and
+values rounded to f16 (5e-3) and activations to int8 are above it: trace an F32 model with
+--kv f32, or give a larger bound.  Where two experts are nearly equal rounding may choose, and
+selected_experts is the first that differs.
 
 Exit status: 0 nothing differs, 1 something does, 2 the input cannot be compared.
 """
@@ -24,6 +31,8 @@ import argparse
 import array
 import ast
 import collections
+import hashlib
+import io
 import json
 import math
 import os
@@ -54,7 +63,12 @@ UNKNOWN = 100
 LAST = {"model.embedding_norm": 1, "lm_head": 2}           # after the layers
 
 LAYER = re.compile(r"model\.layers\.(\d+)(?:\.(.*))?$")
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
+EXPERT = re.compile(r"\.experts\.(\d+)\.(?=w)")
+
+
+def fold(name):
+    """All experts as one."""
+    return EXPERT.sub(".experts.*.", name)
 
 
 def place(name):
@@ -63,9 +77,15 @@ def place(name):
     if not m:
         return (math.inf, LAST[name], name, 0) if name in LAST else (-1, 0, name, 0)
     expert = EXPERT.search(name)
-    rest = EXPERT.sub(".experts.*.", m.group(2) or "")
+    rest = fold(m.group(2) or "")
     rank = ORDER.get(rest, UNKNOWN)
     return int(m.group(1)), rank, rest, int(expert.group(1)) if expert else 0
+
+
+def is_traced(name):
+    m = LAYER.match(name)
+    return name == "model.embed_tokens" or name in LAST or \
+        bool(m) and fold(m.group(2) or "") in ORDER
 
 
 # --------------------------------------------------------------------- reading
@@ -90,11 +110,11 @@ class Trace:
     """header; records: {(name, position, how many times before): Record}; tokens:
     {(position, how many times before): id}."""
 
-    def __init__(self, path):
+    def __init__(self, path, lines=None):
         self.path, self.header, self.records, self.tokens = path, None, {}, {}
         rows, seen = collections.Counter(), collections.Counter()
         try:
-            with open(path, encoding="utf-8") as f:
+            with open(path, encoding="utf-8") if lines is None else io.StringIO(lines) as f:
                 for n, line in enumerate(f, 1):
                     if line.strip():
                         self.add(line, n, rows, seen)
@@ -162,14 +182,17 @@ class Vectors:
     def __init__(self, folder):
         self.folder, self.path, self.rows = folder, None, []
 
+    def load(self, name):
+        return read_npy(os.path.join(self.folder, name + ".npy"))
+
     def row(self, name, record):
         path = os.path.join(self.folder, name + ".npy")
         if path != self.path:
-            self.path, self.rows = path, read_npy(path)
+            self.path, self.rows = path, self.load(name)
         if record.row >= len(self.rows):
             raise Unreadable("%s: %d rows, but the trace has more records" % (path, len(self.rows)))
         row = self.rows[record.row]
-        if not all(map(same, row[:4], record.values)):
+        if not all(map(same, row[:4], array.array("f", record.values))):
             raise Unreadable("%s: row %d is not what the trace has at that place" %
                              (path, record.row))
         return row
@@ -215,13 +238,12 @@ def check_same_model(a, b):
                              (a.path, at[0], a.tokens[at], b.tokens[at], b.path))
 
 
-def compare(a, b, bound, folders=None):
+def compare(a, b, bound, vectors=()):
     """The pairs of two traces, in the order of computation."""
     check_same_model(a, b)
     common = [key for key in a.records if key in b.records]
     if not common:
         raise Unreadable("%s: no record of a module and position that %s has" % (a.path, b.path))
-    vectors = [Vectors(f) for f in folders or ()]
     pairs = []
     for key in sorted(common, key=lambda k: (place(k[0]), k[1:])):
         x, y = a.records[key], b.records[key]
@@ -236,11 +258,178 @@ def compare(a, b, bound, folders=None):
     return pairs
 
 
+# -------------------------------------------------- the official implementation
+
+def tokens_of(trace):
+    """Its prompt: the token of every position from 0."""
+    n = sum(1 for _, again in trace.tokens if again == 0)
+    ids = [trace.tokens.get((i, 0)) for i in range(n)]
+    if not ids or None in ids:
+        raise Unreadable("%s: no token at position %d, expected model.embed_tokens of every "
+                         "position from 0" % (trace.path, ids.index(None) if ids else 0))
+    return ids
+
+
+def text(x):
+    """A float as the traces have it."""
+    return float("%.9g" % x) if math.isfinite(x) else str(x)
+
+
+def describe(name, pos, v, hashed=True):
+    """The record of a vector, a float32 tensor of one dimension."""
+    d = v.double()
+    r = {"name": name, "pos": pos, "shape": [len(v)],
+         "first": [text(x) for x in d[:4].tolist()], "last": [text(x) for x in d[-4:].tolist()],
+         "min": text(d.min().item()), "max": text(d.max().item()),
+         "mean": text(d.mean().item()), "l2": text(d.norm().item())}
+    if hashed:
+        r["sha256"] = hashlib.sha256(v.numpy().astype("<f4").tobytes()).hexdigest()
+    return r
+
+
+def watch_linear(see):
+    """Within this context, see(x, weight, y) is called for every product."""
+    import torch
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **(kwargs or {}))
+            if function is torch.nn.functional.linear and len(args) >= 2:
+                see(args[0], args[1], y)
+            return y
+    return Watch()
+
+
+class Official(Vectors):
+    """What the modules of a model in transformers put out, recorded by hooks."""
+
+    def __init__(self, model, ids):
+        super().__init__("transformers")
+        self.model, self.ids, self.n = model, ids, len(ids)
+        self.kept, self.left_out, self.inputs, self.stacks = {}, [], None, []
+
+    def run(self):
+        import torch
+        for name, module in self.model.named_modules():
+            dense = name.endswith("feed_forward") and hasattr(module, "w2")    # the same as w2
+            if is_traced(name) and not dense:
+                module.register_forward_hook(self.hook(name))
+            if hasattr(module, "route_tokens_to_experts"):
+                self.watch_router(name, module)
+            if hasattr(module, "gate_up_proj"):
+                self.stacks.append((name, module))
+        if hasattr(self.model, "set_experts_implementation"):
+            self.model.set_experts_implementation("eager")     # one after the other
+        with torch.no_grad(), watch_linear(self.keep_stacked):
+            self.model(torch.tensor([self.ids]), use_cache=False)
+        for what in (".routing_weights", ".experts."):
+            if self.inputs is not None and not any(what in name for name in self.kept):
+                self.left_out.append("*%s*: this version of transformers hides them" % what)
+        return self
+
+    def hook(self, name):
+        def keep(module, inputs, output):
+            x = output[0] if isinstance(output, tuple) else output
+            if EXPERT.search(name):            # rows: the tokens that chose it
+                self.keep_expert(name, inputs[0], x)
+                return
+            if name.endswith("feed_forward.gate"):
+                self.inputs = inputs[0].reshape(self.n, -1)
+            if x.dim() > 2:                    # one sequence
+                x = x[0]
+            if name.endswith("conv.conv"):     # [n_embd][T + padding]
+                x = x.transpose(0, 1)[:self.n]
+            elif x.dim() == 3 and x.shape[0] != self.n:
+                x = x.transpose(0, 1)          # [head][T][head_dim]
+            if x.shape[0] == self.n:
+                self.keep(name, range(self.n), x)
+            else:
+                self.left_out.append("%s: shape %s" % (name, list(x.shape)))
+        return keep
+
+    def keep(self, name, positions, x):
+        rows = x.detach().float().reshape(x.shape[0], -1).contiguous()
+        self.kept.setdefault(name, {}).update(zip(positions, rows))
+
+    def keep_expert(self, name, x, y):
+        """Which rows of the router's input these are is not told, but easily found.  w2
+        has other inputs, but the same rows as w1."""
+        if not name.endswith(".w2"):
+            where = collections.defaultdict(list)
+            for i, row in enumerate(self.inputs):
+                where[row.numpy().tobytes()].append(i)
+            rows = [where[row.numpy().tobytes()] for row in x]
+            self.positions = [row.pop(0) for row in rows if row]
+        if len(self.positions) == len(y):
+            self.keep(name, self.positions, y)
+
+    def keep_stacked(self, x, weight, y):
+        """Experts of one tensor are no modules, but products with a part of it."""
+        for name, module in self.stacks:
+            for whole in (module.gate_up_proj, module.down_proj):
+                size = weight.numel() * weight.element_size()
+                e, rest = divmod(weight.data_ptr() - whole.data_ptr(), size)
+                if rest or not 0 <= e < len(whole) or weight.shape != whole.shape[1:]:
+                    continue
+                parts = ("w2",) if whole is module.down_proj else ("w1", "w3")
+                for part, z in zip(parts, y.chunk(len(parts), -1)):
+                    self.keep_expert("%s.%d.%s" % (name, e, part), x, z)
+
+    def watch_router(self, name, block):
+        """The choice of experts is no module but a method."""
+        route = block.route_tokens_to_experts
+
+        def watched(*args, **kwargs):
+            chosen, weights = route(*args, **kwargs)
+            self.keep(name + ".selected_experts", range(self.n), chosen)
+            self.keep(name + ".routing_weights", range(self.n), weights)
+            return chosen, weights
+        block.route_tokens_to_experts = watched
+
+    def load(self, name):                      # as Vectors
+        return [self.kept[name][pos].tolist() for pos in sorted(self.kept[name])]
+
+    def header(self, version):
+        c = self.model.config
+        return {"trace": 1, "program": "transformers " + version,
+                "arch": c.model_type.replace("lfm2_moe", "lfm2moe"),
+                "n_layer": c.num_hidden_layers, "n_embd": c.hidden_size,
+                "n_vocab": c.vocab_size, "kv": "f32"}
+
+    def lines(self, version, hashed=True, wanted=lambda name, pos: True):
+        """The trace."""
+        records = [self.header(version)]
+        for name in sorted(self.kept, key=place):
+            for pos in sorted(self.kept[name]):
+                if wanted(name, pos):
+                    records.append(describe(name, pos, self.kept[name][pos], hashed))
+                    if name == "model.embed_tokens":
+                        records[-1]["token"] = self.ids[pos]
+        return "".join(json.dumps(r, separators=(",", ":")) + "\n" for r in records)
+
+
+def run_official(folder, ids):
+    """The run and its trace."""
+    try:
+        import transformers
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager").float().eval()
+    except ImportError as e:
+        raise Unreadable("transformers cannot be imported: %s" % e)
+    except (OSError, ValueError, KeyError) as e:
+        raise Unreadable("%s: %s" % (folder, str(e).splitlines()[0]))
+    if max(ids) >= model.config.vocab_size:
+        raise Unreadable("%s: %d tokens, but the trace has token %d" %
+                         (folder, model.config.vocab_size, max(ids)))
+    run = Official(model, ids).run()
+    for what in run.left_out:
+        print("left out: %s" % what)
+    return run, run.lines(transformers.__version__)
+
+
 # ---------------------------------------------------------------------- telling
-
-def fold(name):
-    return EXPERT.sub(".experts.*.", name)
-
 
 def show_table(pairs, every):
     """A line for each module, its experts together, or for each pair."""
@@ -294,30 +483,57 @@ def show(a, b, pairs, bound, every):
 
 # -------------------------------------------------------------------------- main
 
-def bound(text):
+def not_negative(text):
     x = float(text)
     if not x >= 0:
-        raise ValueError
+        raise argparse.ArgumentTypeError("%s: expected a number from 0" % text)
     return x
 
 
 def arguments():
     p = argparse.ArgumentParser(description="Compare two traces, module by module.")
     p.add_argument("a", metavar="A", help="a trace")
-    p.add_argument("b", metavar="B", help="another")
-    p.add_argument("--bound", type=bound, default=BOUND, metavar="X",
+    p.add_argument("b", metavar="B", nargs="?", help="another")
+    p.add_argument("--transformers", metavar="MODEL_DIR",
+                   help="in place of B: what transformers makes of the model in this folder")
+    p.add_argument("--write", metavar="FILE", help="keep that as a trace")
+    p.add_argument("--bound", type=not_negative, default=BOUND, metavar="X",
                    help="the relative distance allowed; 0: the same bytes (%g)" % BOUND)
-    p.add_argument("--all", action="store_true", help="a line for every position, too")
-    p.add_argument("--npy", nargs=2, metavar=("A_DIR", "B_DIR"),
-                   help="compare the whole vectors in these folders")
-    return p.parse_args()
+    p.add_argument("--all", action="store_true", help="a line for every position")
+    p.add_argument("--npy", nargs="+", metavar="DIR", default=[],
+                   help="compare the whole vectors in A's folder and B's; only the first of "
+                   "these with --transformers")
+    args = p.parse_args()
+    if (args.b is None) == (args.transformers is None):
+        p.error("expected a second trace or --transformers MODEL_DIR")
+    if args.write and not args.transformers:
+        p.error("--write: there is nothing to write without --transformers")
+    if args.npy and len(args.npy) != (1 if args.transformers else 2):
+        p.error("--npy: expected the folder of every trace")
+    return args
+
+
+def write(path, lines):
+    try:
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(lines)
+    except OSError as e:
+        raise Unreadable("%s: %s" % (path, e.strerror))
 
 
 def main():
     args = arguments()
     try:
-        a, b = Trace(args.a), Trace(args.b)
-        pairs = compare(a, b, args.bound, args.npy)
+        a, vectors = Trace(args.a), [Vectors(folder) for folder in args.npy]
+        if args.transformers:
+            official, lines = run_official(args.transformers, tokens_of(a))
+            b = Trace(args.transformers, lines)
+            vectors += [official] if vectors else []
+            if args.write:
+                write(args.write, lines)
+        else:
+            b = Trace(args.b)
+        pairs = compare(a, b, args.bound, vectors)
     except Unreadable as e:
         print("compare_trace.py: %s" % e, file=sys.stderr)
         return 2
