@@ -284,16 +284,16 @@ static const struct option table[] = {
            "the same seed, the same text (-1: random)"),
 
     GROUP("To look inside"),
-    WORDS("--trace", "FILE", trace, "what every module of the model puts out, "
-          "as JSON lines"),
+    WORDS("--trace", "FILE", trace, "what every module puts out, as JSON "
+          "lines"),
     NUMBER(TEXTS, "--trace-filter", "GLOB", trace_filter, 0, 0,
            "only modules of such names; may be repeated"),
     WORDS("--trace-tokens", "A-B", trace_tokens, "only at positions A to B, "
           "from 0; or A, or A-"),
     WORDS("--trace-npy", "DIR", trace_npy, "and all the numbers, in "
           "DIR/NAME.npy"),
-    WORDS("--experts", "FILE", experts, "which experts the tokens chose, as "
-          "CSV (-: a summary)"),
+    WORDS("--experts", "FILE", experts, "which experts tokens chose, as CSV "
+          "(-: a summary)"),
 
     GROUP("With --inspect"),
     SWITCH("--sha256", sha256, "digests of the file and of every tensor"),

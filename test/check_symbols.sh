@@ -49,7 +49,7 @@ size -A "$dir/lfm2.o" | awk '$1 ~ /^\.(data|bss|tdata|tbss|sdata|sbss)/ &&
 nm "$dir/lfm2.o" | awk '$2 == "C" { print $3 }' >>"$dir/writable"
 none "the library has writable globals" writable
 
-sed 's:/\*.*\*/::' lfm2.h | grep -oE '\blfm2_[a-z0-9_]+\(' | tr -d '(' |
+sed 's:/\*.*\*/::; /^typedef/d' lfm2.h | grep -oE '\blfm2_[a-z0-9_]+\(' | tr -d '(' |
     sort -u >"$dir/declared"
 comm -23 "$dir/given" "$dir/declared" >"$dir/extra"
 none "exported but not in lfm2.h" extra
