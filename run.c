@@ -292,8 +292,8 @@ static const struct option table[] = {
           "from 0; or A, or A-"),
     WORDS("--trace-npy", "DIR", trace_npy, "and all the numbers, in "
           "DIR/NAME.npy"),
-    WORDS("--experts", "FILE", experts, "the experts that tokens chose, as "
-          "CSV (-: summary)"),
+    WORDS("--experts", "FILE", experts, "which experts tokens chose, as CSV "
+          "(-: a summary)"),
 
     GROUP("With --inspect"),
     SWITCH("--sha256", sha256, "digests of the file and of every tensor"),
@@ -3734,9 +3734,9 @@ struct facts {
     struct why odd[2];                    /* what else could be tolerated    */
     int n_odd;
     double size;                          /* of the file                     */
-    int version;                          /* of GGUF, and what it announces; */
-    uint64_t n_tensors, n_keys;           /* 0: it is none                   */
-    int tensors_read, keys_read;          /* before it turned out to be bad  */
+    int version;                          /* of GGUF; 0: it is none          */
+    uint64_t n_tensors, n_keys;           /* that it announces,              */
+    int tensors_read, keys_read;          /* and that could be read          */
     char file_hash[65], template_hash[65];        /* "": not known           */
     struct portion part[N_ROLES], all;    /* all: without what is unused     */
     const char *norm;
@@ -3745,8 +3745,8 @@ struct facts {
     int n_rooms;
     double bandwidth[MAX_SPEEDS];         /* GB/s                            */
     int n_bandwidths;
-    double kv, conv, free;                /* bytes: of a token, of the state,
-                                             of memory; 0: not known         */
+    double kv, conv;                      /* bytes of a token, of all states */
+    double free;                          /* bytes of memory; 0: not known   */
     int fits;                             /* a context in it; 0: none        */
     struct special special[MAX_SPECIAL];
     int n_special;
@@ -3801,7 +3801,7 @@ static void add_part(struct portion *to, const struct portion *p)
 /* Of the experts a token reads those that are chosen; of an embedding that is
  * not the output, too, one row. */
 static struct portion measure(const struct facts *f, const lfm2_tensor_info *t,
-                           enum role role)
+                              enum role role)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
     struct portion p = { .n = 1, .params = 1, .bytes = t->n_bytes };
