@@ -5686,7 +5686,7 @@ static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
     return sum;
 }
 
-struct exercise { int what; int64_t amount; atomic_ullong sink; };
+struct exercise { int what; int64_t amount; atomic_uint sink; };
 
 static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
 {
@@ -5698,7 +5698,7 @@ static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
     else
         for (int i = 0; i < e->amount; i++)
             ctx->isa->exercise(&sum);
-    atomic_fetch_add(&e->sink, (unsigned long long)sum);
+    atomic_fetch_add(&e->sink, (unsigned)sum);
 }
 
 int64_t lfm2_exercise(lfm2_context *ctx, int what)
