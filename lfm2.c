@@ -58,6 +58,7 @@
 
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity()             */
+#define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
 #include "lfm2.h"
 
@@ -4240,9 +4241,13 @@ static int file_load(struct file *f, int fd, const char *path, int load,
     if (!S_ISREG(st.st_mode))
         return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
                     S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-    if (st.st_size < 1 || (uintmax_t)st.st_size > SIZE_MAX / 2)
-        return fail(err, LFM2_EFORMAT, "%s: %lld bytes, expected a GGUF file",
-                    path, (long long)st.st_size);
+    if (st.st_size < 1)
+        return fail(err, LFM2_EFORMAT, "%s: 0 bytes, expected a GGUF file",
+                    path);
+    if ((uintmax_t)st.st_size > SIZE_MAX / 2)
+        return fail(err, LFM2_ENOMEM, "%s: %lld bytes, expected at most %zu on "
+                    "a %d-bit machine", path, (long long)st.st_size,
+                    SIZE_MAX / 2, (int)sizeof(void *) * 8);
     f->size = (size_t)st.st_size;
     f->how = load;
 #ifndef LFM2_NO_MMAP

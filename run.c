@@ -16,6 +16,7 @@
 
 #define _POSIX_C_SOURCE 200809L
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
+#define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
 #include "lfm2.h"
 
