@@ -44,6 +44,35 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifdef __wasi__
+
+/* WebAssembly has one process, no signals, files without owners, and no way to
+ * know whether a read would wait. */
+#define poll(fds, n, timeout) ((void)(fds), (void)(timeout), 1)
+
+struct sigaction { void (*sa_handler)(int); };
+
+static void sigaction(int number, const struct sigaction *now, void *before)
+{
+    (void)before;
+    signal(number, now->sa_handler);
+}
+
+static int mkstemp(char *name)
+{
+    memset(name + strlen(name) - 6, '_', 6);
+    return open(name, O_RDWR | O_CREAT | O_EXCL, 0600);
+}
+
+static int fchmod(int fd, mode_t mode)
+{
+    (void)fd;
+    (void)mode;
+    return 0;
+}
+
+#endif
+
 /* ------------------------------------------------ 1. Messages and exit codes
  *
  * Other programs act on these numbers, so they never change their meaning. */
@@ -3531,8 +3560,10 @@ static double peak_memory(void)
 
     if (getrusage(RUSAGE_SELF, &use) != 0)
         return 0;
-#ifdef __APPLE__
+#if defined __APPLE__
     return (double)use.ru_maxrss;
+#elif defined __wasi__
+    return (double)__builtin_wasm_memory_size(0) * 65536;
 #else
     return (double)use.ru_maxrss * 1024;
 #endif
