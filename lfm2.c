@@ -1431,6 +1431,25 @@ static void sin_cos(double a, float *s, float *c)
     *c = (float)turned[(quadrant + 1) & 3];
 }
 
+float lfm2_math(int function, float a, float b, float c)
+{
+    float sine, cosine;
+
+    sin_cos(a, &sine, &cosine);
+    switch (function) {
+    case LFM2_EXP:
+        return exp_f32(a);
+    case LFM2_SIN:
+        return sine;
+    case LFM2_COS:
+        return cosine;
+    case LFM2_FMA:
+        return fma_f32(a, b, c);
+    default:
+        return float_of(0x7fc00000);
+    }
+}
+
 /* base^(1/n) by Newton's method, from above, where it falls until found. */
 static double nth_root(double base, int n)
 {
