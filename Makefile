@@ -3,6 +3,8 @@
 # make check        builds and runs all tests; installs libcheck if it is missing
 # make check-debug  the same under AddressSanitizer and UBSan
 # make check-bits   the same logits from every compiler, level and machine at hand
+# make check-ports  more of them, and the suites there; takes half an hour
+# make check-boot   Linux with nothing but build/run-static, in an emulator
 # make check-tsan   the suites that use threads, under ThreadSanitizer
 # make check-valgrind
 #                   the program and some suites under valgrind
@@ -12,7 +14,7 @@
 # make debug        build/debug/run, with the sanitizers
 # make lib          build/liblfm2.a and build/liblfm2.so
 # make static       build/run-static, which needs nothing but a kernel
-# make wasm         build/run.wasm; scripts/run_wasm.mjs runs it
+# make wasm         build/run.wasm, for node scripts/run_wasm.mjs
 # make install      DESTDIR= PREFIX=/usr/local
 # make pictures     those of the README again
 # make bench        models of the real shapes with random weights, and their speed;
@@ -197,6 +199,12 @@ check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%) \
 check-bits:
 	@sh test/bits.sh
 
+check-ports:
+	@sh test/bits.sh ports
+
+check-boot: static
+	@scripts/boot.sh
+
 # Where threads meet.
 TSAN    := -O1 -g -fsanitize=thread -DLFM2_NO_SIMD
 
@@ -275,5 +283,5 @@ clean:
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
 .PHONY: demo pictures lib install static wasm debug have-check check check-debug \
-        check-bits check-tsan check-valgrind \
+        check-bits check-ports check-boot check-tsan check-valgrind \
         fuzz fuzz-replay bench clean

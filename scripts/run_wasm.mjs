@@ -1,7 +1,7 @@
 #!/usr/bin/env node
-// Runs build/run.wasm under node as if it were ./run:
+// Runs a program for WebAssembly under node:
 //     make wasm
-//     node scripts/run_wasm.mjs test/tiny.gguf "What is a short convolution?"
+//     node scripts/run_wasm.mjs build/run.wasm test/tiny.gguf "What is GGUF?"
 // All that the program sees is the current directory, what lies below it, its
 // arguments and its environment.
 import { readFile } from 'node:fs/promises';
@@ -14,12 +14,12 @@ import { WASI } from 'node:wasi';
 process.removeAllListeners('warning');
 setFlagsFromString('--no-turbo-fast-api-calls');
 
-const file = new URL('../build/run.wasm', import.meta.url);
+const args = process.argv.slice(2);
 const wasi = new WASI({
-    version: 'preview1', args: ['run.wasm', ...process.argv.slice(2)],
-    env: process.env, preopens: { '/': '.' }, returnOnExit: true
+    version: 'preview1', args, env: process.env, preopens: { '/': '.' },
+    returnOnExit: true
 });
-const program = await WebAssembly.compile(await readFile(file));
+const program = await WebAssembly.compile(await readFile(args[0]));
 const instance = await WebAssembly.instantiate(program, {
     wasi_snapshot_preview1: wasi.wasiImport
 });
