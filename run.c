@@ -10119,7 +10119,7 @@ static void self_attention(struct self *t)
         0x75627de54a6b322fu, 0x18980a03e2fcd3dcu
     };
 
-    for (int isa = LFM2_ISA_SCALAR; isa <= LFM2_ISA_AVX512VNNI; isa++) {
+    for (int isa = LFM2_ISA_SCALAR; isa < LFM2_N_ISA; isa++) {
         if (!lfm2_isa_available(isa))
             continue;
         self_result(t, "a long text, by ", isa_name[isa],

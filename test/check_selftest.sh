@@ -23,6 +23,14 @@ holds "the compiler and the C library are named" [ \
     "$(grep -cE '^(compiler|isa|libc)  *[^ ]' "$dir/out")" = 3 ]
 holds "the hash is that of all machines" grep -q \
     '^hash  *f7e0c42c140c71ed, the same on every machine$' "$dir/out"
+for with in "-t 1" "-t 3" $("$run" --version | sed -n 's/^isa  *//p' |
+    sed 's/[^ ]*/--isa=&/g'); do
+    # shellcheck disable=SC2086
+    "$run" --json --temp 0 $with test/tiny.gguf \
+        "What is a short convolution?" >"$dir/json" 2>"$dir/err"
+    holds "so is that of an answer, with $with" grep -q \
+        '"logits_hash": "ef30ffbb98d9a48e"' "$dir/json"
+done
 "$run" --selftest >"$dir/again"
 holds "twice the same" cmp "$dir/out" "$dir/again"
 finish
