@@ -3,6 +3,8 @@
 # make check        builds and runs all tests; installs libcheck if it is missing
 # make check-debug  the same under AddressSanitizer and UBSan
 # make check-bits   the same logits from every compiler, level and machine at hand
+# make check-ports  more of them, and the suites there; takes half an hour
+# make check-boot   Linux with nothing but build/run-static, in an emulator
 # make check-tsan   the suites that use threads, under ThreadSanitizer
 # make check-valgrind
 #                   the program and some suites under valgrind
@@ -11,6 +13,8 @@
 # make fuzz-replay  the inputs in test/corpus, with sanitizers but no fuzzer
 # make debug        build/debug/run, with the sanitizers
 # make lib          build/liblfm2.a and build/liblfm2.so
+# make static       build/run-static, which needs nothing but a kernel
+# make wasm         build/run.wasm, for node scripts/run_wasm.mjs
 # make install      DESTDIR= PREFIX=/usr/local
 # make pictures     those of the README again
 # make bench        models of the real shapes with random weights, and their speed;
@@ -79,6 +83,33 @@ install: run lib build/lfm2.pc
 	ln -sf liblfm2.so.0 $(DESTDIR)$(PREFIX)/lib/liblfm2.so
 	install -m 644 build/lfm2.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
 	install -m 644 scripts/lfm2.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+
+# ------------------------------------------------------------------- elsewhere
+
+# One file.  musl makes a smaller one than glibc, and is as fast: nothing here
+# lives on the C library.
+STATIC_CC := $(if $(filter default,$(origin CC)),$(shell command -v musl-gcc))
+STATIC_CC := $(or $(STATIC_CC),$(CC))
+
+static: build/run-static
+
+build/run-static: run.c lfm2.c lfm2.h | build
+	$(STATIC_CC) $(CPPFLAGS) $(CFLAGS) $(filter-out -M%,$(FLAGS)) $(LDFLAGS) \
+	    -static -o $@ run.c lfm2.c $(LIBS)
+
+# On Debian: clang, lld, wasi-libc and libclang-rt-dev-wasm32.  The linker would
+# give the stack 64 KiB, and nobody notices when it overflows.
+WASM_CC ?= clang --target=wasm32-wasi
+
+wasm: build/run.wasm
+
+build/run.wasm: run.c lfm2.c lfm2.h | build
+	$(WASM_CC) $(CPPFLAGS) $(CFLAGS) $(filter-out -M% -pthread,$(FLAGS)) \
+	    -DLFM2_NO_THREADS -DLFM2_NO_MMAP -D_WASI_EMULATED_SIGNAL \
+	    -D_WASI_EMULATED_PROCESS_CLOCKS -D_WASI_EMULATED_GETPID \
+	    -Wl,-z,stack-size=1048576 -o $@ run.c lfm2.c -lm \
+	    -lwasi-emulated-signal -lwasi-emulated-process-clocks \
+	    -lwasi-emulated-getpid
 
 # -------------------------------------------------------------------- the demo
 
@@ -168,6 +199,12 @@ check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%) \
 check-bits:
 	@sh test/bits.sh
 
+check-ports:
+	@sh test/bits.sh ports
+
+check-boot: static
+	@scripts/boot.sh
+
 # Where threads meet.
 TSAN    := -O1 -g -fsanitize=thread -DLFM2_NO_SIMD
 
@@ -245,5 +282,6 @@ clean:
 
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
-.PHONY: demo pictures lib install debug have-check check check-debug \
-        check-bits check-tsan check-valgrind fuzz fuzz-replay bench clean
+.PHONY: demo pictures lib install static wasm debug have-check check check-debug \
+        check-bits check-ports check-boot check-tsan check-valgrind \
+        fuzz fuzz-replay bench clean

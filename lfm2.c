@@ -58,6 +58,7 @@
 
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity()             */
+#define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
 #include "lfm2.h"
 
@@ -1428,6 +1429,25 @@ static void sin_cos(double a, float *s, float *c)
     double turned[4] = { sine, cosine, -sine, -cosine };
     *s = (float)turned[quadrant & 3];
     *c = (float)turned[(quadrant + 1) & 3];
+}
+
+float lfm2_math(int function, float a, float b, float c)
+{
+    float sine, cosine;
+
+    sin_cos(a, &sine, &cosine);
+    switch (function) {
+    case LFM2_EXP:
+        return exp_f32(a);
+    case LFM2_SIN:
+        return sine;
+    case LFM2_COS:
+        return cosine;
+    case LFM2_FMA:
+        return fma_f32(a, b, c);
+    default:
+        return float_of(0x7fc00000);
+    }
 }
 
 /* base^(1/n) by Newton's method, from above, where it falls until found. */
@@ -4240,9 +4260,13 @@ static int file_load(struct file *f, int fd, const char *path, int load,
     if (!S_ISREG(st.st_mode))
         return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
                     S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-    if (st.st_size < 1 || (uintmax_t)st.st_size > SIZE_MAX / 2)
-        return fail(err, LFM2_EFORMAT, "%s: %lld bytes, expected a GGUF file",
-                    path, (long long)st.st_size);
+    if (st.st_size < 1)
+        return fail(err, LFM2_EFORMAT, "%s: 0 bytes, expected a GGUF file",
+                    path);
+    if ((uintmax_t)st.st_size > SIZE_MAX / 2)
+        return fail(err, LFM2_ENOMEM, "%s: %lld bytes, expected at most %zu on "
+                    "a %d-bit machine", path, (long long)st.st_size,
+                    SIZE_MAX / 2, (int)sizeof(void *) * 8);
     f->size = (size_t)st.st_size;
     f->how = load;
 #ifndef LFM2_NO_MMAP
@@ -5686,7 +5710,7 @@ static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
     return sum;
 }
 
-struct exercise { int what; int64_t amount; atomic_ullong sink; };
+struct exercise { int what; int64_t amount; atomic_uint sink; };
 
 static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
 {
@@ -5698,7 +5722,7 @@ static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
     else
         for (int i = 0; i < e->amount; i++)
             ctx->isa->exercise(&sum);
-    atomic_fetch_add(&e->sink, (unsigned long long)sum);
+    atomic_fetch_add(&e->sink, (unsigned)sum);
 }
 
 int64_t lfm2_exercise(lfm2_context *ctx, int what)

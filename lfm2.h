@@ -248,6 +248,12 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
 enum { LFM2_READ, LFM2_DOT };
 int64_t lfm2_exercise(lfm2_context *ctx, int what);
 
+/* The functions everything is computed with, for those who bring the engine to
+ * another machine: e^a, the sine and cosine of a (up to some 10^6), and a*b+c
+ * rounded once.  The same bits everywhere; NaN for another function. */
+enum { LFM2_EXP, LFM2_SIN, LFM2_COS, LFM2_FMA };
+float lfm2_math(int function, float a, float b, float c);
+
 /* --------------------------------------------------------------- sequences */
 
 int  lfm2_seq_len(const lfm2_context *ctx, int seq);

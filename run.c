@@ -16,6 +16,7 @@
 
 #define _POSIX_C_SOURCE 200809L
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
+#define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
 #include "lfm2.h"
 
@@ -42,6 +43,38 @@
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifdef __GLIBC__
+#include <gnu/libc-version.h>
+#endif
+#ifdef __wasi__
+
+/* WebAssembly has one process, no signals, files without owners, and no way to
+ * know whether a read would wait. */
+#define poll(fds, n, timeout) ((void)(fds), (void)(timeout), 1)
+
+struct sigaction { void (*sa_handler)(int); };
+
+static void sigaction(int number, const struct sigaction *now, void *before)
+{
+    (void)before;
+    signal(number, now->sa_handler);
+}
+
+static int mkstemp(char *name)
+{
+    memset(name + strlen(name) - 6, '_', 6);
+    return open(name, O_RDWR | O_CREAT | O_EXCL, 0600);
+}
+
+static int fchmod(int fd, mode_t mode)
+{
+    (void)fd;
+    (void)mode;
+    return 0;
+}
+
+#endif
 
 /* ------------------------------------------------ 1. Messages and exit codes
  *
@@ -3530,8 +3563,10 @@ static double peak_memory(void)
 
     if (getrusage(RUSAGE_SELF, &use) != 0)
         return 0;
-#ifdef __APPLE__
+#if defined __APPLE__
     return (double)use.ru_maxrss;
+#elif defined __wasi__
+    return (double)__builtin_wasm_memory_size(0) * 65536;
 #else
     return (double)use.ru_maxrss * 1024;
 #endif
@@ -9741,7 +9776,8 @@ static int bench(const struct settings *s)
  * everywhere, and so are its logits: to the bit, or something is wrong.  What
  * differs only between kernels is found by running each of them. */
 
-enum { SELF_TOKENS = 24, SELF_EMBD = 256, SELF_HEAD = 64, SELF_EXPERTS = 4 };
+enum { SELF_TOKENS = 24, SELF_LONG = 260, SELF_EMBD = 256, SELF_HEAD = 64,
+       SELF_EXPERTS = 4 };
 
 /* A GGUF that grows.  Every number in it is little-endian. */
 struct maker {
@@ -9995,7 +10031,7 @@ static void make_file(int type, struct text *out)
 struct self {
     lfm2_model *model;
     lfm2_context *ctx;
-    int32_t token[SELF_TOKENS];
+    int32_t token[SELF_LONG];
     int failed;
     uint64_t all;                         /* hash of all hashes              */
 };
@@ -10007,15 +10043,15 @@ static void self_result(struct self *t, const char *what, const char *of,
     t->failed |= !good;
 }
 
-/* Feed the tokens from `from` on, `step` at a time; the hash of the logits of
- * all of them goes on from h.  0 after an error. */
-static uint64_t self_feed(struct self *t, int seq, int from, int step,
-                          uint64_t h)
+/* Feed the first n_tokens, `step` at a time; the hash of the logits of all of
+ * them, or 0 after an error. */
+static uint64_t self_feed(struct self *t, int seq, int n_tokens, int step)
 {
     const int n_vocab = lfm2_model_config(t->model)->n_vocab;
+    uint64_t h = HASH_START;
 
-    for (int i = from, n; i < SELF_TOKENS; i += n) {
-        n = SELF_TOKENS - i < step ? SELF_TOKENS - i : step;
+    for (int i = 0, n; i < n_tokens; i += n) {
+        n = n_tokens - i < step ? n_tokens - i : step;
         const lfm2_span span = { seq, t->token + i, n, n };
         if (lfm2_forward(t->ctx, &span, 1, NULL) != LFM2_OK)
             return 0;
@@ -10036,18 +10072,20 @@ static int self_open(struct self *t, int isa, int n_threads, int kv_type)
     p.isa = isa;
     p.n_threads = n_threads;
     p.kv_type = kv_type;
+    p.n_ctx = SELF_LONG;
     p.n_seq = 2;
     p.n_logits = SELF_TOKENS;
     return lfm2_context_open(&t->ctx, t->model, &p, NULL);
 }
 
 /* The logits' hash under these circumstances, or 0. */
-static uint64_t self_hash(struct self *t, int isa, int n_threads, int step)
+static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
+                          int n_tokens, int step)
 {
     uint64_t h = 0;
 
-    if (self_open(t, isa, n_threads, LFM2_KV_F16) == LFM2_OK) {
-        h = self_feed(t, 0, 0, step, HASH_START);
+    if (self_open(t, isa, n_threads, kv_type) == LFM2_OK) {
+        h = self_feed(t, 0, n_tokens, step);
         lfm2_context_close(t->ctx);
     }
     return h;
@@ -10057,8 +10095,9 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int step)
  * token by token against plain C. */
 static void self_weights(struct self *t, const struct self_type *type)
 {
+    const int kv = LFM2_KV_F16, n = SELF_TOKENS;
     char what[96];
-    const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, SELF_TOKENS);
+    const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, kv, n, n);
 
     t->all = hash_number(t->all, h);
     snprintf(what, sizeof what, "%s in plain C: %016llx", type->name,
@@ -10068,35 +10107,59 @@ static void self_weights(struct self *t, const struct self_type *type)
         if (!lfm2_isa_available(isa))
             continue;
         snprintf(what, sizeof what, "%s with %s", type->name, isa_name[isa]);
-        self_result(t, what, "", self_hash(t, isa, 1, SELF_TOKENS) == h &&
-                    self_hash(t, isa, 1, 1) == h);
+        self_result(t, what, "", self_hash(t, isa, 1, kv, n, n) == h &&
+                    self_hash(t, isa, 1, kv, n, 1) == h);
     }
 }
 
-/* Threads, and sequences that are cut, copied, saved and shortened. */
+/* A text longer than what attention works on at once, and a cache of floats. */
+static void self_attention(struct self *t)
+{
+    static const uint64_t known[2] = {
+        0x75627de54a6b322fu, 0x18980a03e2fcd3dcu
+    };
+
+    for (int isa = LFM2_ISA_SCALAR; isa < LFM2_N_ISA; isa++) {
+        if (!lfm2_isa_available(isa))
+            continue;
+        self_result(t, "a long text, by ", isa_name[isa],
+                    self_hash(t, isa, 1, LFM2_KV_F16, SELF_LONG, SELF_TOKENS)
+                    == known[0]);
+        self_result(t, "a KV cache of floats, by ", isa_name[isa],
+                    self_hash(t, isa, 1, LFM2_KV_F32, SELF_TOKENS, 7)
+                    == known[1]);
+    }
+}
+
+/* Threads and pieces; sequences that are saved, restored and shortened. */
 static void self_sequences(struct self *t)
 {
-    const uint64_t h = self_hash(t, LFM2_ISA_AUTO, 1, SELF_TOKENS);
+    const int isa = LFM2_ISA_AUTO, n = SELF_TOKENS;
+    const uint64_t h = self_hash(t, isa, 1, LFM2_KV_F16, n, n);
     uint64_t size, again;
-    void *state;
+    char *state;
 
+    self_result(t, "token by token", "",
+                self_hash(t, isa, 1, LFM2_KV_F16, n, 1) == h);
     self_result(t, "two threads, pieces of five tokens", "",
-                self_hash(t, LFM2_ISA_AUTO, 2, 5) == h);
-    if (self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F32) != LFM2_OK) {
+                self_hash(t, isa, 2, LFM2_KV_F16, n, 5) == h);
+    if (self_open(t, isa, 1, LFM2_KV_F32) != LFM2_OK) {
         self_result(t, "a KV cache of floats", "", 0);
         return;
     }
-    again = self_feed(t, 0, 0, 7, HASH_START);
+    again = self_feed(t, 0, n, 7);
     size = lfm2_seq_state_size(t->ctx, 0);
     state = malloc((size_t)size);
     self_result(t, "a sequence saved and restored", "", state &&
                 lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
+                hash_bytes(HASH_START, state, (size_t)size) ==
+                0x8ca92dd674809989u &&
                 lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
-                lfm2_seq_len(t->ctx, 1) == SELF_TOKENS);
+                lfm2_seq_len(t->ctx, 1) == n);
     free(state);
     self_result(t, "a sequence shortened and read again", "",
                 lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
-                self_feed(t, 1, 0, 4, HASH_START) == again);
+                self_feed(t, 1, n, 4) == again);
     lfm2_context_close(t->ctx);
 }
 
@@ -10128,31 +10191,48 @@ static void self_sampler(struct self *t)
     free(logits);
 }
 
+/* Words, merges, bytes that are no character, control tokens; and back. */
 static void self_tokenizer(struct self *t, const struct text *file)
 {
-    static const char text[] = "hello \xc3\xa9" TURN_END;
-    static const int32_t want[] = { 260, 259, 32, 0xc3, 0xa9, 262 };
+    static const char text[] = "hello hell\n 12\xff \xc3\xa9" TURN_END;
+    static const int32_t want[] = {
+        260, 259, ' ', 258, '\n', ' ', '1', '2', 0xff, ' ', 0xc3, 0xa9, 262
+    };
     lfm2_tokenizer *words;
+    struct text back = { 0 };
     int32_t id[32];
-    int n = 0;
+    int n = 0, len;
 
     if (lfm2_tokenizer_open_memory(&words, file->s, file->n, NULL) == LFM2_OK) {
         n = lfm2_encode(words, text, strlen(text), LFM2_ENCODE_BOS |
                         LFM2_ENCODE_SPECIAL, id, 32);
+        for (int i = 1; i < n; i++) {
+            const char *s = lfm2_token_bytes(words, id[i], 1, &len);
+            add(&back, s, (size_t)len);
+        }
         lfm2_tokenizer_close(words);
     }
-    self_result(t, "the tokenizer", "", n == 6 &&
+    self_result(t, "the tokenizer", "",
+                (size_t)n == sizeof want / sizeof *want &&
                 memcmp(id, want, sizeof want) == 0);
+    self_result(t, "and back to text", "", back.s && strcmp(back.s, text) == 0);
+    free(back.s);
 }
 
 static void self_numbers(struct self *t)
 {
     volatile float one = 1, tiny = 0x1p-149f, third = 1.0f / 3, half = 0.5f;
     volatile int minus = -5;
+    const double d = 1;
+    uint64_t bits;
 
     self_result(t, "integers of two's complement, 8 bits a byte", "",
-                CHAR_BIT == 8 && sizeof(int) >= 4 && minus >> 1 == -3 &&
-                (unsigned)minus == UINT_MAX - 4);
+                CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
+                minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4);
+    memcpy(&bits, &d, sizeof bits);
+    self_result(t, "floats and integers in the same byte order", "",
+                float_bits(one) == 0x3f800000 &&
+                bits == (uint64_t)0x3ff00000 << 32);
     self_result(t, "floats of 24 bits, doubles of 53, rounded to nearest even",
                 "", FLT_RADIX == 2 && FLT_MANT_DIG == 24 &&
                 DBL_MANT_DIG == 53 && one + 0x1p-24f == one &&
@@ -10162,12 +10242,64 @@ static void self_numbers(struct self *t)
                 tiny * half == 0 && (0x1p-126f * half) * 2 == 0x1p-126f);
 }
 
+/* What a function gives for some thousand numbers: the bits that are known, and
+ * no farther than `bound` units of 2^-24 from what the C library computes in
+ * double, if it has the function. */
+static void self_function(struct self *t, int function, const char *name,
+                          double (*libc)(double), double bound, uint64_t known)
+{
+    uint64_t rng = 3, h = HASH_START;
+    char what[64];
+    int good = 1;
+
+    for (int i = 0; i < 4096; i++) {
+        const float x = (float)(int)(next_random(&rng) >> 40);
+        const float b = (float)(int)(next_random(&rng) >> 40) - 0x1p23f;
+        const float a = function == LFM2_EXP ? (x - 0x1p23f) * 0x1p-17f :
+                                               x * 0x1p-4f;
+        const float c = i % 2 ? -a * b : b * 0x1p-20f;
+        const float y = lfm2_math(function, a, b, c);
+        const double exact = libc ? libc(a) : y;
+        h = hash_number(h, float_bits(y));
+        good &= fabs(y - exact) <= bound * 0x1p-24 * fabs(exact);
+    }
+    snprintf(what, sizeof what, "%s: %016llx", name, (unsigned long long)h);
+    self_result(t, what, "", good && h == known);
+}
+
+static void self_functions(struct self *t)
+{
+    self_function(t, LFM2_FMA, "a*b+c", NULL, 0, 0x70172052f8b00d38u);
+    self_function(t, LFM2_EXP, "exp", exp, 2, 0x7ebd348940bf194fu);
+    self_function(t, LFM2_SIN, "sin", sin, 1, 0x84f7d324c069e130u);
+    self_function(t, LFM2_COS, "cos", cos, 1, 0x2f6e6bf977c0a2e9u);
+}
+
+/* The C library, as far as it tells its name. */
+static void print_libc(void)
+{
+    printf("libc        ");
+#if defined __UCLIBC__
+    printf("uClibc %d.%d\n", __UCLIBC_MAJOR__, __UCLIBC_MINOR__);
+#elif defined __GLIBC__
+    printf("glibc %s\n", gnu_get_libc_version());
+#elif defined __BIONIC__
+    printf("Android's, API level %d\n", __ANDROID_API__);
+#elif defined __wasi__
+    printf("wasi-libc\n");
+#elif defined __linux__
+    printf("musl, or another that gives no name\n");
+#else
+    struct utsname host;
+    if (uname(&host) == 0)
+        printf("%s's, %s\n", host.sysname, host.release);
+#endif
+}
+
 static void self_machine(const struct self *t)
 {
     print_version();
-#if defined __GLIBC__
-    printf("libc        glibc %d.%d\n", __GLIBC__, __GLIBC_MINOR__);
-#endif
+    print_libc();
     printf("hash        %016llx, the same on every machine\n",
            (unsigned long long)t->all);
 }
@@ -10177,9 +10309,10 @@ static int selftest(void)
     struct self t = { .all = HASH_START };
     lfm2_error err;
 
-    for (int i = 0; i < SELF_TOKENS; i++)
+    for (int i = 0; i < SELF_LONG; i++)
         t.token[i] = (i * 37 + 5) % SELF_VOCAB;
     self_numbers(&t);
+    self_functions(&t);
     for (int i = 0; i < N_SELF_TYPES; i++) {
         struct text file = { 0 };
         make_file(i, &file);
@@ -10190,6 +10323,7 @@ static int selftest(void)
         } else {
             self_weights(&t, &self_types[i]);
             if (i == N_SELF_TYPES - 1) {
+                self_attention(&t);
                 self_sequences(&t);
                 self_sampler(&t);
                 self_tokenizer(&t, &file);

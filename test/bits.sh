@@ -1,24 +1,45 @@
 #!/bin/sh
 # The same logits, byte for byte, from every compiler, level and machine that is
 # at hand as from the scalar code: builds run.c in each way, reads the shipped
-# model's golden tokens and a few random models in other formats, and compares
-# the files of logits.
+# model's golden tokens and a few random models in other formats, compares the
+# files of logits, and the hashes of the self-test and of an answer.
 #     test/bits.sh
+# With `ports` it takes longer, and tries more machines.
+#     test/bits.sh ports
 set -u
 
 dir=build/bits
 shared=${LFM2_SHARED:-../shared}
 rm -rf "$dir"
-mkdir -p "$dir"
+mkdir -p "$dir/models"
+question="What is a short convolution?"
 
-# compile NAME COMPILER FLAGS...: the program is $dir/NAME.
+# compile NAME COMPILER FLAGS...: the program is $dir/NAME.  The compiler may be
+# make, and the flags what to make and the file it is.
 compile() {
     name=$1 cc=$2
     shift 2
-    "$cc" -std=c11 -ffp-contract=off -pthread "$@" -o "$dir/$name" \
-        run.c lfm2.c -lm 2>"$dir/$name.log" && return
+    if [ "$cc" = make ]; then
+        make -s "$1" CFLAGS=-O2 >"$dir/$name.log" 2>&1 &&
+            cp "build/$2" "$dir/$name"
+    else
+        "$cc" -std=c11 -ffp-contract=off -Wall -Wextra -pedantic -Wshadow \
+            -Werror -pthread "$@" -o "$dir/$name" run.c lfm2.c -lm \
+            2>"$dir/$name.log"
+    fi && return
     cat "$dir/$name.log"
     false
+}
+
+# compiles COMPILER FLAGS...: any program at all.
+compiles() {
+    if [ "$*" = "make wasm run.wasm" ]; then
+        set -- clang --target=wasm32-wasi
+    elif [ "$1" = make ]; then
+        return
+    fi
+    printf '#include <errno.h>\nint main(void) { return 0; }\n' |
+        "$@" -o "$dir/$name.any" -x c - 2>/dev/null
 }
 
 # logits NAME [EMULATOR]: all of them in $dir/NAME.logits.
@@ -27,13 +48,34 @@ logits() {
     shift
     "$@" "$dir/$name" -q test/tiny.gguf --ids test/tiny.ids --logits - \
         >"$dir/$name.logits" || return 1
-    for m in dense-Q4_0 dense-Q2_K dense-Q6_K dense-IQ4_XS dense-F16 \
-        moe-Q4_K_M small_moe-F32; do
-        [ -e "$shared/golden/$m.gguf" ] || continue
-        "$@" "$dir/$name" -q "$shared/golden/$m.gguf" -b 33 \
-            --ids "$shared/golden/tokens.i32" --logits - \
-            >>"$dir/$name.logits" || return 1
+    for m in "$dir"/models/*.gguf; do
+        [ -e "$m" ] || continue
+        "$@" "$dir/$name" -q "$m" -b 33 --ids "$dir/models/tokens.i32" \
+            --logits - >>"$dir/$name.logits" || return 1
     done
+}
+
+# hashes NAME [EMULATOR]: that of the self-test and that of the shipped model's
+# answer in $dir/NAME.hashes.
+hashes() {
+    name=$1
+    shift
+    "$@" "$dir/$name" --selftest >"$dir/$name.selftest" ||
+        { grep '^FAIL' "$dir/$name.selftest"; return 1; }
+    "$@" "$dir/$name" test/tiny.gguf --json --temp 0 "$question" \
+        >"$dir/$name.json" || return 1
+    sed -n 's/^hash *\([0-9a-f]*\).*/\1/p' "$dir/$name.selftest" \
+        >"$dir/$name.hashes"
+    sed -n 's/.*"logits_hash": "\([0-9a-f]*\)".*/\1/p' "$dir/$name.json" \
+        >>"$dir/$name.hashes"
+    [ "$(grep -c . "$dir/$name.hashes")" = 2 ]
+}
+
+# What a program says of itself, on one line.
+describe() {
+    awk '/^(compiler|libc|byte order)/ { sub(/^(compiler|libc|byte order) */, "")
+                                         line = line ", " $0 }
+         END { print substr(line, 3) }' "$dir/$1.selftest"
 }
 
 # try NAME EMULATOR COMPILER FLAGS...: if no other lane has taken it.
@@ -41,13 +83,53 @@ try() {
     name=$1 emulator=$2
     shift 2
     mkdir "$dir/$name.taken" 2>/dev/null || return
-    if ! command -v "$1" >/dev/null; then
-        echo "skipped: $name, $1 is not installed" | tee "$dir/$name.skipped"
-    elif [ -n "$emulator" ] && ! command -v "${emulator%% *}" >/dev/null; then
+    if [ -n "$emulator" ] && ! command -v "${emulator%% *}" >/dev/null; then
         echo "skipped: $name, ${emulator%% *} is not installed" |
             tee "$dir/$name.skipped"
-    elif compile "$name" "$@" && logits "$name" $emulator &&
+    elif ! compiles "$@"; then
+        echo "skipped: $name, $1 is not installed, or not all it needs" |
+            tee "$dir/$name.skipped"
+    elif compile "$name" "$@" && hashes "$name" $emulator &&
+        cmp "$dir/reference.hashes" "$dir/$name.hashes" &&
+        logits "$name" $emulator &&
         cmp "$dir/reference.logits" "$dir/$name.logits"; then
+        echo "ok     $name: $(describe "$name")" | tee "$dir/$name.ok"
+    else
+        echo "FAIL   $name"
+    fi
+}
+
+# suites NAME EMULATOR COMPILER FLAGS...: the suites of make check there, if the
+# program could be made.
+suites() {
+    [ -e "$dir/$1.ok" ] || return
+    name=$1-suites
+    shift
+    touch "$dir/$name.taken"
+    sh test/suites.sh "$dir/$name" "$@" | sed "s/^/$name: /" |
+        tee "$dir/$name.log"
+    if grep -q ": 0 failed of" "$dir/$name.log"; then
+        touch "$dir/$name.ok"
+    elif grep -q '^[^:]*: skipped' "$dir/$name.log"; then
+        touch "$dir/$name.skipped"
+    fi
+}
+
+# alone NAME: the program and a model in a file system with nothing else.
+alone() {
+    enter=chroot name=$1-alone
+    [ "$(id -u)" = 0 ] || enter="unshare -r chroot"
+    [ -e "$dir/$1.ok" ] || return
+    touch "$dir/$name.taken"
+    mkdir "$dir/box"
+    cp "$dir/$1" "$dir/box/run"
+    cp test/tiny.gguf "$dir/box"
+    if ! $enter / true 2>/dev/null; then
+        echo "skipped: $name, chroot is not permitted" |
+            tee "$dir/$name.skipped"
+    elif $enter "$dir/box" /run --selftest >"$dir/$name.selftest" &&
+        [ "$($enter "$dir/box" /run -q tiny.gguf --temp 0 "$question")" = \
+          "$("$dir/reference" -q test/tiny.gguf --temp 0 "$question")" ]; then
         echo "ok     $name" | tee "$dir/$name.ok"
     else
         echo "FAIL   $name"
@@ -56,13 +138,14 @@ try() {
 
 # number SUFFIX: how many files of $dir end so.
 number() {
-    ls "$dir" | grep -c "\\.$1\$"
+    ls "$dir" | grep -c "\.$1\$"
 }
 
-[ -e "$shared/golden" ] || echo "skipped: $shared/golden is not there"
-compile reference "${CC:-cc}" -O2 -DLFM2_NO_SIMD && logits reference || exit 1
-# All ways, the slowest first.
-lane() {
+# gcc finds some headers of -m32 only with help where cross compilers are.
+m32="-m32 -msse2 -mfpmath=sse -idirafter /usr/include/x86_64-linux-gnu -static"
+
+# The slowest first.
+quick() {
     try s390x-big-endian qemu-s390x s390x-linux-gnu-gcc -O2 -static \
         -fexcess-precision=fast
     try aarch64-dotprod "qemu-aarch64 -cpu max" aarch64-linux-gnu-gcc -O2 \
@@ -85,17 +168,60 @@ lane() {
             try gcc-native "" gcc -O3 -march=native
         fi
         try musl "" musl-gcc -O2 -static
+        try i386-gcc "" gcc -O2 $m32
         ;;
     esac
     try no-threads-no-mmap "" "${CC:-cc}" -O2 -DLFM2_NO_THREADS -DLFM2_NO_MMAP
 }
 
+more() {
+    try armhf qemu-arm arm-linux-gnueabihf-gcc -O2 -static
+    try ppc64le qemu-ppc64le powerpc64le-linux-gnu-gcc -O2 -static
+    try riscv64 qemu-riscv64 riscv64-linux-gnu-gcc -O2 -static
+    try wasm32 "node scripts/run_wasm.mjs" make wasm run.wasm
+    try static "" make static run-static
+    [ "$(uname -m)" != x86_64 ] || try i386-clang "" clang -O2 $m32
+    for cc in gcc clang; do
+        for without in SIMD THREADS MMAP; do
+            try "$cc-no-$without" "" "$cc" -O1 "-DLFM2_NO_$without"
+        done
+        try "$cc-bare" "" "$cc" -O1 -DLFM2_NO_SIMD -DLFM2_NO_THREADS \
+            -DLFM2_NO_MMAP
+    done
+}
+
+lane() {
+    [ "$what" = quick ] || more
+    quick
+}
+
+what=${1:-quick}
+if [ -e "$shared/golden" ]; then
+    for m in dense-Q4_0 dense-Q2_K dense-Q6_K dense-IQ4_XS dense-F16 \
+        moe-Q4_K_M small_moe-F32; do
+        cp "$shared/golden/$m.gguf" "$dir/models"
+    done
+    cp "$shared/golden/tokens.i32" "$dir/models"
+else
+    echo "skipped: $shared/golden is not there"
+fi
+compile reference "${CC:-cc}" -O2 -DLFM2_NO_SIMD && hashes reference &&
+    logits reference || exit 1
+
 # Two lanes side by side: two CPUs are half the wait.
 lane &
 lane
 wait
+if [ "$what" = ports ]; then
+    alone static
+    suites i386-gcc "" gcc $m32
+    suites s390x-big-endian qemu-s390x s390x-linux-gnu-gcc \
+        -fexcess-precision=fast -static
+fi
 passed=$(number ok)
 failed=$(($(number taken) - passed - $(number skipped)))
-echo "logits: $(cksum <"$dir/reference.logits")"
+echo "logits:    $(cksum <"$dir/reference.logits")"
+echo "self-test: $(sed -n 1p "$dir/reference.hashes"), an answer:" \
+    "$(sed -n 2p "$dir/reference.hashes")"
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ]

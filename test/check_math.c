@@ -114,6 +114,19 @@ START_TEST(roots_are_right)
 }
 END_TEST
 
+START_TEST(the_functions_can_be_called_from_outside)
+{
+    float s, c;
+
+    sin_cos(12.5f, &s, &c);
+    ck_assert(same_bits(lfm2_math(LFM2_SIN, 12.5f, 0, 0), s));
+    ck_assert(same_bits(lfm2_math(LFM2_COS, 12.5f, 0, 0), c));
+    ck_assert(same_bits(lfm2_math(LFM2_EXP, 12.5f, 0, 0), exp_f32(12.5f)));
+    ck_assert(same_bits(lfm2_math(LFM2_FMA, 3, 0x1p-30f, 1), 1));
+    ck_assert(lfm2_math(4, 1, 1, 1) != lfm2_math(4, 1, 1, 1));
+}
+END_TEST
+
 START_TEST(every_half_becomes_a_float_and_back)
 {
     for (uint32_t h = 0; h < 65536; h++) {
@@ -230,6 +243,7 @@ Suite *math_suite(void)
     tcase_add_test(c, exp_at_its_edges);
     tcase_add_test(c, sine_and_cosine_are_right_for_every_position);
     tcase_add_test(c, roots_are_right);
+    tcase_add_test(c, the_functions_can_be_called_from_outside);
     tcase_add_test(c, every_half_becomes_a_float_and_back);
     tcase_add_test(c, floats_round_to_the_nearest_half);
     tcase_add_test(c, dot_takes_sixteen_chains_and_one_tree);
