@@ -88,16 +88,35 @@ enum {
 
 static const char *program = "run";       /* the name it was called by       */
 
-/* One line on standard error; returns `code` for the caller to pass on. */
+/* Drop what could steer a terminal: control characters, those of C1 too. */
+static size_t drop_controls(char *s, size_t n)
+{
+    size_t kept = 0;
+
+    for (size_t i = 0; i < n; i++) {
+        const unsigned char c = (unsigned char)s[i];
+        if (c == 0xc2 && i + 1 < n && (unsigned char)s[i + 1] < 0xa0)
+            i++;
+        else if ((c >= ' ' && c != 127) || c == '\n' || c == '\t')
+            s[kept++] = s[i];
+    }
+    return kept;
+}
+
+/* One line on standard error; returns `code` for the caller to pass on.  It may
+ * quote what is hostile. */
 static int say(int code, const char *fmt, ...)
 {
+    char s[4096];
     va_list args;
+    int n;
 
     va_start(args, fmt);
-    fprintf(stderr, "%s: ", program);
-    vfprintf(stderr, fmt, args);
-    fputc('\n', stderr);
+    n = vsnprintf(s, sizeof s, fmt, args);
     va_end(args);
+    n = n < (int)sizeof s ? n : (int)sizeof s - 1;
+    n = (int)drop_controls(s, n > 0 ? (size_t)n : 0);
+    fprintf(stderr, "%s: %.*s\n", program, n, s);
     return code;
 }
 
@@ -6455,21 +6474,6 @@ static int render_talk(struct talk *t, struct why *why)
 /* ---- on the screen */
 
 struct output { FILE *f; lfm2_utf8 utf8; int terminal; };
-
-/* Drop what could steer a terminal: control characters, those of C1 too. */
-static size_t drop_controls(char *s, size_t n)
-{
-    size_t kept = 0;
-
-    for (size_t i = 0; i < n; i++) {
-        const unsigned char c = (unsigned char)s[i];
-        if (c == 0xc2 && i + 1 < n && (unsigned char)s[i + 1] < 0xa0)
-            i++;
-        else if ((c >= ' ' && c != 127) || c == '\n' || c == '\t')
-            s[kept++] = s[i];
-    }
-    return kept;
-}
 
 /* Only whole characters come out; len 0 lets go of an unfinished one. */
 static void put_text(struct output *o, const char *bytes, size_t len)

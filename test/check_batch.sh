@@ -203,6 +203,9 @@ batch 0 "an unknown member"
 says "an unknown member" 'line 1: "frobs" is ignored, here and below'
 [ "$(grep -c ignored "$dir/err")" -eq 1 ]
 result $? "is told once"
+echo '{"prompt": "a", "max_tokens": 1, "x\u001b[2J\u009b\u0007y": 1}' >"$dir/in"
+batch 0 "a member with escapes"
+says "steers no terminal" '"x[2Jy" is ignored'
 
 # ------------------------------------------------------- members of a request
 

@@ -386,6 +386,17 @@ refuses 2 "expected auto|show" $m hello --think maybe
 refuses 2 "expected auto|lfm2" $m hello --template chatml
 refuses 2 "more than one of" $m hello --dump-prompt --logits -
 refuses 6 "the prompt has 14 tokens, the context 13" $m "What is LFM2?" -c 13
+
+# Files that are none.
+mkfifo "$dir/pipe"
+for bad in "$dir" "$dir/pipe" /dev/zero /dev/random; do
+    refuses 3 "expected a regular file" "$bad" hello
+    refuses 3 "expected a regular file" "$bad" --inspect
+    refuses 3 "expected a regular file" $m hello --tokenizer "$bad"
+done
+refuses 3 "s a directory" $m -f "$dir"
+refuses 3 "s a directory" $m --ids "$dir"
+refuses 3 "s a directory" $m hello --tools "$dir"
 if [ -e /dev/full ]; then
     "$run" --json -n 1 $m hello >/dev/full 2>"$dir/err"
     holds "a full disk is status 3" [ $? -eq 3 ]

@@ -11,7 +11,7 @@ for target in "$@"; do
     known=build/fuzz/corpus/$target found=build/fuzz/found/$target
     mkdir -p "$known" "$found"
     case $target in
-    gguf) longest=65536 ;;
+    gguf | inspect) longest=65536 ;;
     vocab) longest=16384 ;;
     text | calls) longest=512 ;;
     *) longest=4096 ;;

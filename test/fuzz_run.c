@@ -1,4 +1,5 @@
-/* Targets in run.c: JSON, tool calls, conversations, sessions and batches. */
+/* Targets in run.c: JSON, tool calls, conversations, sessions, batches and the
+ * explanation of a file. */
 #define _GNU_SOURCE                      /* memfd_create()                   */
 
 #include <stdio.h>
@@ -10,6 +11,9 @@ static FILE *nowhere;
 #undef stderr
 #define stdout nowhere
 #define stderr nowhere
+#define printf(...) fprintf(nowhere, __VA_ARGS__)
+#define puts(s) fputs(s, nowhere)
+#define putchar(c) putc(c, nowhere)
 #define main run_main
 #undef _POSIX_C_SOURCE
 #include "../run.c"
@@ -401,4 +405,51 @@ void fuzz_batch(const uint8_t *data, size_t n)
     close(b.in.fd);
     close(b.out);
     free(b.in.buf.s);
+}
+
+/* ----------------------------------------------------- explanations of files
+ *
+ * What cannot be run is explained all the same, as a report and as JSON. */
+
+static void explain(const char *path, int json, const char *tensor)
+{
+    struct settings s = defaults;
+    FILE *const before = nowhere;
+    struct pool pool = { 0 };
+    struct json *v;
+    struct why why = { "" };
+    char *out = NULL;
+    size_t n = 0;
+
+    s.model = path;
+    s.tensor = tensor;
+    s.json = json;
+    s.inspect = s.no_mmap = 1;
+    nowhere = open_memstream(&out, &n);
+    REQUIRE(nowhere);
+    const int code = inspect_file(&s);
+    fclose(nowhere);
+    nowhere = before;
+    REQUIRE(code == DONE || code == USAGE || code == BAD_MODEL);
+    if (json && n > 0 && out[0] == '{') {
+        REQUIRE(json_parse(&pool, out, n, &v, &why) == DONE);
+        REQUIRE(json_is(v, JSON_OBJECT));
+    }
+    pool_free(&pool);
+    free(out);
+}
+
+void fuzz_inspect(const uint8_t *data, size_t n)
+{
+    const int fd = file_of(data, n);
+    char path[64];
+
+    open_nowhere();
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    if (n > 0) {
+        explain(path, 0, NULL);
+        explain(path, 1, NULL);
+        explain(path, (int)n % 2, "blk.0.attn_norm.weight");
+    }
+    close(fd);
 }
