@@ -3077,7 +3077,7 @@ KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
 
 /* s += four columns of w times columns 4k .. 4k+3 of v, which holds 16.  Not
  * every compiler has a function for it where the default CPU lacks it. */
-KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS v, const int k)
+KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
 {
 #define SDOT(i) \
     ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
@@ -3088,14 +3088,6 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS v, const int k)
     case 3: SDOT(3); break;
     }
     return s;
-}
-
-#elif DOT
-
-KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS v, const int k)
-{
-    (void)k;
-    return DPBUSD(s, w, v);
 }
 
 #endif
@@ -3122,7 +3114,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
             for (int j = 0; j < tiles; j++) {
                 const INTS wk = w[k * tiles + j];
 #if DOT
-                s[t][j] = FN(dot_4)(s[t][j], wk, v, k);
+                s[t][j] = DOT_4(s[t][j], wk, v, k);
                 (void)one;
                 (void)terms;
                 (void)part;
@@ -3145,7 +3137,8 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 #else
 
 /* Products of bytes are added up in 16 bits, those of two rows in each half of
- * part: of eight columns if the bytes of w use all their bits, else of 32. */
+ * part: of eight columns if the bytes of w use all their bits, else of all.  If
+ * clang saw that the halves of v are equal, it would not use smlal2. */
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct rounded *const *x, int g,
                             const int first, const int last, const int tokens,
@@ -3161,7 +3154,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
         for (int t = 0; t < tokens; t++) {
             INTS all = FN(lanes)(x[t][g].q + k / 4 * 16);
             int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(all[k % 4]));
-            ASM("" : "+w"(v));            /* its halves are not the same    */
+            ASM("" : "+w"(v));
             UNROLL
             for (int j = 0; j < tiles; j++) {
                 const int i = (k - first) % terms;
@@ -3934,7 +3927,7 @@ KERNEL int64_t FN(exercise)(int *sum)
         UNROLL
         for (int i = 0; i < 8; i++) {
 #if DOT
-            acc[i] = FN(dot_4)(acc[i], w, acc[i], 0);
+            acc[i] = DOT_4(acc[i], w, acc[i], 0);
 #elif LANES == 4
             int8x16_t v = vreinterpretq_s8_s32(acc[i]), one = vdupq_n_s8(1);
             acc[i] = (INTS)vmlal_s8((int16x8_t)acc[i], vget_low_s8(v),
@@ -3968,7 +3961,7 @@ static const struct isa FN(isa) = {
 #undef FN
 #undef LANES
 #undef DOT
-#undef DPBUSD
+#undef DOT_4
 #undef KERNEL
 #undef TARGET
 #endif /* KERNELS */
@@ -3995,7 +3988,7 @@ static const struct isa FN(isa) = {
 #define FN(name) name##_avxvnni
 #define LANES 8
 #define DOT 1
-#define DPBUSD _mm256_dpbusd_avx_epi32
+#define DOT_4(s, w, v, k) _mm256_dpbusd_avx_epi32(s, w, v)
 #define TARGET "avxvnni,avx2,fma,f16c"
 #include "lfm2.c"
 #endif
@@ -4009,7 +4002,7 @@ static const struct isa FN(isa) = {
 #define FN(name) name##_avx512vnni
 #define LANES 16
 #define DOT 1
-#define DPBUSD _mm512_dpbusd_epi32
+#define DOT_4(s, w, v, k) _mm512_dpbusd_epi32(s, w, v)
 #define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "lfm2.c"
 
@@ -4054,6 +4047,7 @@ static int cpu_has(int isa)
 #define FN(name) name##_dotprod
 #define LANES 4
 #define DOT 1
+#define DOT_4 FN(sdot)
 #if defined __clang__
 #define TARGET "dotprod"
 #elif !defined __ARM_FEATURE_DOTPROD
