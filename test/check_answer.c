@@ -738,6 +738,7 @@ START_TEST(damaged_sessions_are_whole_or_nothing)
     s.model = "test/tiny.gguf";
     s.session = path;
     s.predict = s.threads = s.quiet = 1;
+    s.sandbox = SANDBOX_OFF;              /* /dev/null is opened below       */
     open_talk(&t, &e, &s);
     ck_assert_int_ge(close(mkstemp(path)), 0);
     ck_assert_int_eq(load_session(&t), DONE);
