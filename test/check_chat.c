@@ -64,7 +64,8 @@ static void test_free(void *p)
 
 #include <check.h>
 
-#undef COUNT                              /* run.c has another one           */
+#undef COUNT                              /* run.c has others                */
+#undef CALL
 #define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
 
 /* Nothing that run.c allocated is left. */
@@ -1254,6 +1255,7 @@ START_TEST(each_allocation_of_a_run_may_fail)
     write_temporary(session, "", 0);
     s.model = model;
     s.template = TEMPLATE_LFM2;
+    s.sandbox = SANDBOX_OFF;              /* there is more than one run      */
     s.threads = s.parallel = s.json = s.quiet = 1;
     s.predict = 2;
     s.logprobs = _i / 2 ? -1 : 1;

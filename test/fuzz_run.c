@@ -228,6 +228,7 @@ static void open_small(struct engine *e, int n_seq)
     small_settings = defaults;
     small_settings.model = path;
     small_settings.template = TEMPLATE_LFM2;
+    small_settings.sandbox = SANDBOX_OFF;
     small_settings.threads = small_settings.no_mmap = 1;
     small_settings.ctx = 100;
     small_settings.batch = 16;
@@ -424,6 +425,7 @@ static void explain(const char *path, int json, const char *tensor)
     s.model = path;
     s.tensor = tensor;
     s.json = json;
+    s.sandbox = SANDBOX_OFF;
     s.inspect = s.no_mmap = 1;
     nowhere = open_memstream(&out, &n);
     REQUIRE(nowhere);
