@@ -1399,10 +1399,15 @@ static void grant_option(int set, const char *path, int how, uint64_t known)
 }
 
 /* What options name; how many CPUs there are to use; and in a chat /save and
- * /load, which may name anything, have the working directory. */
+ * /load, which may name anything, have the working directory and that for
+ * temporary files. */
 static void grant_all(int set, const struct settings *s, int chats,
                       uint64_t known)
 {
+    const uint64_t words = known & (READ_FILE | WRITE_FILE | MAKE_REG |
+                                    TRUNCATE);
+    const char *tmp = getenv("TMPDIR");
+
     for (size_t i = 0; i < N_FILE_OPTIONS; i++) {
         const char *path = *(const char *const *)((const char *)s +
                                                   file_options[i].at);
@@ -1413,8 +1418,10 @@ static void grant_all(int set, const struct settings *s, int chats,
     grant(set, "/sys/fs/cgroup", READ_FILE);
     if (s->inspect)
         grant(set, "/proc/meminfo", READ_FILE);
-    if (chats && s->sandbox == SANDBOX_AUTO)
-        grant(set, ".", known & (READ_FILE | WRITE_FILE | MAKE_REG | TRUNCATE));
+    if (chats && s->sandbox == SANDBOX_AUTO) {
+        grant(set, ".", words);
+        grant(set, tmp && *tmp ? tmp : "/tmp", words);
+    }
 }
 
 static int confine_files(const struct settings *s, int chats)
@@ -7392,7 +7399,7 @@ static int blame_sandbox(const struct talk *t)
         return DONE;
     return say(DONE, "in this sandbox a chat opens %s; --sandbox off is "
                "without one", sandbox == SANDBOX_REQUIRE ? "no files" :
-               "files in the directory it began in");
+               "files in the directory it began in and temporary ones");
 }
 
 static int save_talk(struct talk *t, const char *path)

@@ -142,17 +142,21 @@ fi
 
 # ------------------------------------------------------- what a chat may open
 
-# Under `auto` the working directory, under `require` nothing.
+# Under `auto` the working directory and that for temporary files, under
+# `require` nothing.
 here=$PWD
 case $run in
 /*) program=$run ;;
 *) program=$here/$run ;;
 esac
-printf '/save %s\n/save %s/escaped\n/load /etc/passwd\n' in "$dir" >"$dir/lines"
-mkdir "$dir/work"
-(cd "$dir/work" && "$program" -cnv -q "$here/$m" <"$dir/lines" 2>"$dir/err")
+printf '/save %s\n/save %s/tmp/in\n/save %s/escaped\n/load /etc/passwd\n' in \
+    "$dir" "$dir" >"$dir/lines"
+mkdir "$dir/work" "$dir/tmp"
+(cd "$dir/work" && TMPDIR=$dir/tmp "$program" -cnv -q "$here/$m" \
+    <"$dir/lines" 2>"$dir/err")
 holds "/save in the working directory" [ -s "$dir/work/in" ]
-holds "but not outside of it" [ ! -e "$dir/escaped" ]
+holds "and in that for temporary files" [ -s "$dir/tmp/in" ]
+holds "but not outside of them" [ ! -e "$dir/escaped" ]
 holds "nor /load" [ "$(grep -c 'Permission denied' "$dir/err")" -eq 2 ]
 holds "which is explained" [ "$(grep -c 'opens files in the dir' "$dir/err")" \
     -eq 2 ]
@@ -160,7 +164,7 @@ rm "$dir/work/in"
 (cd "$dir/work" && "$program" -cnv -q --sandbox require "$here/$m" \
     <"$dir/lines" 2>"$dir/err")
 holds "nothing with require" [ ! -e "$dir/work/in" ]
-holds "which is explained" [ "$(grep -c 'opens no files' "$dir/err")" -eq 3 ]
+holds "which is explained" [ "$(grep -c 'opens no files' "$dir/err")" -eq 4 ]
 
 "$run" --sandbox require -q $m -f "$dir/no" >"$dir/out" 2>"$dir/err"
 holds "a file that is not there" [ $? -eq 3 ]

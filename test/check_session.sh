@@ -199,10 +199,9 @@ same "has the same five answers" "$dir/expected" "$dir/out"
 holds "and no prompt" sh -c "! grep -q '^>' $dir/err"
 few "feeds only new tokens" "$dir/err"
 holds "each time" [ "$(grep -c 'prompt .* of them new' "$dir/err")" = 5 ]
-# ... | chat ARGUMENTS...: in a process of its own, so it cannot count tests; and
-# without a sandbox, which would let it /save in the working directory only.
+# ... | chat ARGUMENTS...: in a process of its own, so it cannot count tests.
 chat() {
-    "$run" -cnv -q -t 1 --temp 0 --sandbox off $m "$@" >"$dir/out" 2>"$dir/err" ||
+    "$run" -cnv -q -t 1 --temp 0 $m "$@" >"$dir/out" 2>"$dir/err" ||
         echo "status $?" >>"$dir/chats"
 }
 one=$(cat "$dir/answer1") two=$(cat "$dir/answer2")
