@@ -1079,25 +1079,31 @@ static void sha256_words(uint32_t w[64], const unsigned char block[64])
     }
 }
 
-static void sha256_block(uint32_t h[8], const unsigned char block[64])
+/* Instead of moving on, a .. h change their places, and are back after eight
+ * rounds. */
+static void sha256_block(uint32_t state[8], const unsigned char block[64])
 {
     uint32_t w[64], s[8];
 
     sha256_words(w, block);
-    memcpy(s, h, sizeof s);
-    for (int i = 0; i < 64; i++) {
-        const uint32_t a = s[0], e = s[4];
-        const uint32_t t1 = s[7] + sha256_round[i] + w[i]
-            + (rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25))
-            + ((e & s[5]) ^ (~e & s[6]));
-        const uint32_t t2 = (rotated(a, 2) ^ rotated(a, 13) ^ rotated(a, 22))
-            + ((a & s[1]) ^ (a & s[2]) ^ (s[1] & s[2]));
-        memmove(s + 1, s, 7 * sizeof *s);
-        s[0] = t1 + t2;
-        s[4] += t1;
-    }
+    memcpy(s, state, sizeof s);
+    for (int i = 0; i < 64; i += 8)
+        for (int j = 0; j < 8; j++) {
+            uint32_t *a = s + (8 - j) % 8, *d = s + (11 - j) % 8;
+            uint32_t *h = s + (15 - j) % 8;
+            const uint32_t b = s[(9 - j) % 8], c = s[(10 - j) % 8];
+            const uint32_t e = s[(12 - j) % 8], f = s[(13 - j) % 8];
+            const uint32_t g = s[(14 - j) % 8];
+            const uint32_t t = *h + sha256_round[i + j] + w[i + j]
+                + (rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25))
+                + ((e & f) ^ (~e & g));
+
+            *d += t;
+            *h = t + (rotated(*a, 2) ^ rotated(*a, 13) ^ rotated(*a, 22))
+                + ((*a & b) ^ (*a & c) ^ (b & c));
+        }
     for (int i = 0; i < 8; i++)
-        h[i] += s[i];
+        state[i] += s[i];
 }
 
 static void sha256_add(struct sha256 *d, const void *bytes, size_t n)
