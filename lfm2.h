@@ -101,8 +101,8 @@ int  lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
 void lfm2_model_close(lfm2_model *m);
 
 /* Like lfm2_model_open(), for those who explain files: what is no usable model
- * is opened, too, as far as it can be read.  The error is returned even so; what
- * *out is then, if not NULL, is good for lfm2_model_warning(), _tensor()
+ * is opened, too, as far as it can be read.  The error is returned even so;
+ * what *out is then, if not NULL, is good for lfm2_model_warning(), _tensor()
  * (without data), _string(), _key() and _close() only. */
 int  lfm2_model_examine(lfm2_model **out, const char *path, int load,
                         lfm2_error *err);

@@ -6742,7 +6742,8 @@ static int print_answer_json(struct talk *t)
     if (!out.failed)
         fwrite(out.s, 1, out.n, stdout);
     free(out.s);
-    return out.failed || is_cut(t) ? say(NO_MEMORY, "no memory for the answer") :
+    return out.failed || is_cut(t) ? say(NO_MEMORY,
+                                         "no memory for the answer") :
            flush_output(DONE);
 }
 
