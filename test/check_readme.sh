@@ -29,6 +29,24 @@ holds "the shared library exports the header and nothing else" sh -c "
     sed '/^typedef/d' lfm2.h | grep -o 'lfm2_[a-z0-9_]*(' | tr -d '(' |
         sort -u >'$dir/all'
     diff '$dir/all' '$dir/has'"
+# One token, step by step: names, sizes and numbers are those of a trace.
+"$run" -q test/tiny.gguf --raw -n 0 --trace "$dir/trace" --trace-tokens 2 \
+    "A short convolution"
+sed -n 's/^{"name":"model\.\([^"]*\)".*"shape":\[\([0-9]*\)\],"first":\[\([^]]*\).*/\1 \2 \3/p' \
+    "$dir/trace" | tr , ' ' | awk '{
+        printf "`%s`|%d", $1, $2
+        for (i = 3; i <= NF && i < 6; i++)
+            printf "%s%.4g", i == 3 ? "|" : ", ", $i
+        print "" }' | sort >"$dir/numbers"
+sed -n 's/^| \(`embed_tokens`\|`layers[^|]*`\) |.*|.*| \([0-9]*\) | \(.*\) |$/\1|\2|\3/p' \
+    README.md | sort >"$dir/told"
+holds "it follows one token" [ "$(wc -l <"$dir/told")" -ge 20 ]
+comm -23 "$dir/told" "$dir/numbers" >"$dir/wrong"
+holds "with the numbers of a trace" sh -c "cat '$dir/wrong'; [ ! -s '$dir/wrong' ]"
+for function in $(sed -n '/^## One token/,/^## /p' README.md |
+    grep -o '`[a-z_]*()`' | tr -d '`()' | sort -u); do
+    holds "$function() exists" grep -q "^static .*[ *]$function(" lfm2.c
+done
 for script in $(grep -o 'scripts/[a-z_]*\.[a-z]*' README.md | sort -u); do
     holds "$script exists" [ -e "$script" ]
 done

@@ -49,6 +49,14 @@ size -A "$dir/lfm2.o" | awk '$1 ~ /^\.(data|bss|tdata|tbss|sdata|sbss)/ &&
 nm "$dir/lfm2.o" | awk '$2 == "C" { print $3 }' >>"$dir/writable"
 none "the library has writable globals" writable
 
+# Neither the library nor the program, as make has compiled it.
+functions="socket|connect|bind|listen|accept4?|getaddrinfo|gethostbyname"
+functions="$functions|send|sendto|sendmsg|recv|recvfrom|recvmsg"
+functions="$functions|system|popen|v?fork|exec[a-z]*|posix_spawnp?|dlopen"
+nm -u build/run.o | sed 's/.* //' | cat - "$dir/wanted" |
+    grep -E "^_*($functions)\$" >"$dir/outside"
+none "it opens connections or starts programs" outside
+
 sed -e 's:/\*.*\*/::' -e '/^typedef/d' lfm2.h |
     grep -oE '\blfm2_[a-z0-9_]+\(' | tr -d '(' | sort -u >"$dir/declared"
 comm -23 "$dir/given" "$dir/declared" >"$dir/extra"
