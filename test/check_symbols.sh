@@ -1,7 +1,8 @@
 #!/bin/sh
 # What the library may not do, read off its object file: print, exit, assert,
 # keep writable globals, call functions whose results differ between machines,
-# or export a name that lfm2.h does not declare.
+# or export a name that lfm2.h does not declare.  And what the program may not
+# do either: talk to a network, or start another one.
 . test/lib.sh
 
 # Say what is wrong, if there are lines in the file.
