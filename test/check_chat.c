@@ -450,6 +450,7 @@ enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, OPEN = 8 };
 #define S(text) "<|im_start|>system\n" text "<|im_end|>\n"
 #define A(text) "<|im_start|>assistant\n" text "<|im_end|>\n"
 #define M(role, fields) "{\"role\":\"" role "\"," fields "}"
+#undef CALL                               /* run.c has another             */
 #define CALL(arguments) "\"tool_calls\":[{\"function\":{\"name\":\"f\"," \
                         "\"arguments\":" arguments "}}]"
 
