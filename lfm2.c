@@ -6150,8 +6150,13 @@ enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
 
 struct merge { int32_t left, right, result; };
 
-/* Open addressing: a power of two of slots, at most half of them taken. */
+/* Open addressing: a power of two of slots, at most half of them taken, and
+ * behind them one that stays free, for what is not there. */
 struct table { uint32_t *slot, n; };      /* number + 1, or 0: free          */
+
+/* How far from its place a thing may be; it takes a vocabulary made for it to
+ * get there, and that could make the search endless. */
+enum { MAX_PROBES = 2000 };
 
 struct lfm2_tokenizer {
     int n_vocab, n_symbols;
@@ -6185,20 +6190,32 @@ static uint32_t symbol_len(const lfm2_tokenizer *t, int32_t id)
     return t->start[id + 1] - t->start[id];
 }
 
-/* The slot that holds s[n], or the free one where it belongs.  If type is not 0
- * it must be that of the token. */
+/* The slot that holds s[n], or a free one: where it belongs, or the last.  If
+ * type is not 0 it must be that of the token. */
 static uint32_t *symbol_slot(const lfm2_tokenizer *t, struct table in,
                              uint64_t hash, const uint8_t *s, size_t n,
                              int type)
 {
-    for (uint32_t i = (uint32_t)(hash ^ hash >> 32);; i++) {
-        uint32_t *slot = &in.slot[i & (in.n - 1)];
+    const uint32_t first = (uint32_t)(hash ^ hash >> 32);
+
+    for (uint32_t i = 0; i < MAX_PROBES; i++) {
+        uint32_t *slot = &in.slot[(first + i) & (in.n - 1)];
         const int32_t id = (int32_t)*slot - 1;
         if (id < 0 || (symbol_len(t, id) == n &&
                        memcmp(symbol_bytes(t, id), s, n) == 0 &&
                        (type == 0 || t->type[id] == type)))
             return slot;
     }
+    return &in.slot[in.n];
+}
+
+/* Let an empty slot have a number; -1 if it is the one that stays free. */
+static int take_slot(struct table in, uint32_t *slot, uint32_t number)
+{
+    if (slot == in.slot + in.n)
+        return -1;
+    *slot = number + 1;
+    return 0;
 }
 
 /* The symbol with these bytes that text can become, or -1. */
@@ -6216,7 +6233,7 @@ static int is_from_text(int type)
 }
 
 /* The next symbol; there is room for it.  Its bytes lead to it, or to an
- * earlier symbol that has the same. */
+ * earlier symbol that has the same.  -1: too many collide. */
 static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
                           int type)
 {
@@ -6228,11 +6245,13 @@ static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
     memcpy(t->text + t->start[id], s, n);
     t->start[id + 1] = t->start[id] + (uint32_t)n;
     slot = symbol_slot(t, t->symbols, hash, s, n, 0);
-    if (is_from_text(type) && n > 0 && *slot == 0)
-        *slot = (uint32_t)id + 1;
+    if (is_from_text(type) && n > 0 && *slot == 0 &&
+        take_slot(t->symbols, slot, (uint32_t)id) != 0)
+        return -1;
     if (is_special && n > 0) {
         slot = symbol_slot(t, t->specials, hash, s, n, type);
-        *slot = *slot ? *slot : (uint32_t)id + 1;
+        if (*slot == 0 && take_slot(t->specials, slot, (uint32_t)id) != 0)
+            return -1;
         if (t->special_max[s[0]] < n)
             t->special_max[s[0]] = (uint32_t)n;
     }
@@ -6245,19 +6264,20 @@ static int32_t find_or_add(lfm2_tokenizer *t, const uint8_t *s, size_t n)
     return id >= 0 ? id : add_symbol(t, s, n, TOKEN_NORMAL);
 }
 
-/* The slot of the merge of a pair, or the free one where it belongs. */
+/* The slot of the merge of a pair, or a free one as above. */
 static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
                             int32_t right)
 {
     const uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
     const uint64_t hash = pair * 0x9e3779b97f4a7c15u >> 32;
 
-    for (uint32_t i = (uint32_t)hash;; i++) {
-        uint32_t *slot = &t->merges.slot[i & (t->merges.n - 1)];
+    for (uint32_t i = 0; i < MAX_PROBES; i++) {
+        uint32_t *slot = &t->merges.slot[(hash + i) & (t->merges.n - 1)];
         if (*slot == 0 || (t->merge[*slot - 1].left == left &&
                            t->merge[*slot - 1].right == right))
             return slot;
     }
+    return &t->merges.slot[t->merges.n];
 }
 
 /* ------------------------------------------------- 23. Reading a vocabulary
@@ -6319,7 +6339,7 @@ static int open_table(struct table *t, uint64_t n)
     t->n = 2;
     while (t->n < 2 * n)
         t->n *= 2;
-    t->slot = calloc(t->n, sizeof *t->slot);
+    t->slot = calloc((size_t)t->n + 1, sizeof *t->slot);
     return t->slot ? 0 : -1;
 }
 
@@ -6370,7 +6390,10 @@ static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
             return BAD(f->g, "token %d: a marker of %zu bytes, expected at "
                        "most %d", i, s.n, MAX_SPECIAL);
         t->type[i] = (uint8_t)type;
-        add_symbol(t, f->scratch, unmap(f, f->scratch, s, type), t->type[i]);
+        if (add_symbol(t, f->scratch, unmap(f, f->scratch, s, type),
+                       t->type[i]) < 0)
+            return BAD(f->g, "token %d: its hash and those of %d others "
+                       "collide", i, MAX_PROBES);
     }
     return LFM2_OK;
 }
@@ -6399,8 +6422,11 @@ static int add_merges(lfm2_tokenizer *t, const struct lists *f)
         m.right = find_or_add(t, f->scratch + n, k);
         m.result = find_or_add(t, f->scratch, n + k);
         uint32_t *slot = merge_slot(t, m.left, m.right);
-        t->merge[t->n_merges++] = m;
-        *slot = *slot ? *slot : t->n_merges;          /* the first rank stays */
+        if (m.left < 0 || m.right < 0 || m.result < 0 ||
+            (*slot == 0 && take_slot(t->merges, slot, t->n_merges) != 0))
+            return BAD(f->g, "merge %llu: its hash and those of %d others "
+                       "collide", ull(i), MAX_PROBES);
+        t->merge[t->n_merges++] = m;      /* of two, the first rank stays    */
     }
     return LFM2_OK;
 }

@@ -97,7 +97,7 @@ in_all_modes() {
         "$@" <"$dir/lines"
     }
     inspect() {
-        "$@" | head -n 12
+        "$@" | sed -n 1,12p                # head would close the pipe
     }
     set -- "$program" -q --temp 0 -n 6 "$@"
     mode answer "$@" $m "What is LFM2?"

@@ -73,6 +73,8 @@ static const struct { struct change x; int code; const char *says; } bad[] = {
       "token 273: a marker of 257 bytes, expected at most 256" },
     { { .token = long_marker, .type = TOKEN_USER_DEFINED }, LFM2_EFORMAT,
       "a marker of 257 bytes" },
+    { { .n_crowd = 2100, .drop = KEY("token_type") }, LFM2_EFORMAT,
+      ": its hash and those of 2000 others collide" },
     { { .drop = KEY("merges") }, LFM2_EFORMAT, "merges: absent, expected an "
       "array of strings" },
     { { .scalar = KEY("merges") }, LFM2_EFORMAT, "merges: one u32" },
@@ -158,12 +160,14 @@ START_TEST(unusual_vocabularies_are_read)
         { { .token = "<0x00>", .type = TOKEN_BYTE }, 259, 1 },
         { { .token = megabyte, .type = 1 }, 259, 1 },
         { { .merge = "qx xq" }, 259, 1 },             /* of no tokens        */
+        { { .n_crowd = 1900, .drop = KEY("token_type") }, 259, 1 },
     };
 
     memset(megabyte, 'y', sizeof megabyte - 1);
     for (size_t i = 0; i < COUNT(row); i++) {
         lfm2_tokenizer *t = open_words(&row[i].x);
-        ck_assert_int_eq(lfm2_n_vocab(t), N_BASE + !!row[i].x.token);
+        ck_assert_int_eq(lfm2_n_vocab(t), N_BASE + !!row[i].x.token +
+                         row[i].x.n_crowd);
         ck_assert_int_eq(lfm2_bos(t), row[i].bos);
         ck_assert_int_eq(lfm2_add_bos(t), row[i].add_bos);
         int32_t id[2];                    /* of two tokens, the first counts */

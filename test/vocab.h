@@ -33,6 +33,8 @@ struct change {
     int n_types;                          /* so many more types              */
     int n_tokens;                         /* so many empty tokens instead;   */
                                           /* -1: none at all                 */
+    int n_crowd;                          /* and so many whose hashes        */
+                                          /* collide                         */
     int u32_types, no_add_bos;
     uint32_t bos, eos;                    /* not 259 and 257                 */
 };
@@ -89,13 +91,30 @@ static void put_u32_key(struct writer *w, const struct change *x,
     }
 }
 
+/* Tokens that belong into the first eight of 8192 slots. */
+static void put_crowd(struct writer *w, int n)
+{
+    char name[9];
+
+    for (unsigned k = 0; n > 0; k++) {
+        snprintf(name, sizeof name, "%x", k);
+        const uint64_t hash = hash_bytes(HASH_START, (uint8_t *)name,
+                                         strlen(name));
+        if (((hash ^ hash >> 32) & 8191) < 8) {
+            put_str(w, name);
+            n--;
+        }
+    }
+}
+
 static void put_tokens(struct writer *w, const struct change *x)
 {
     char text[3];
 
     put_array(w, GGUF_STRING, x->n_tokens < 0 ? 0 : x->n_tokens > 0
                               ? (uint64_t)x->n_tokens
-                              : N_BASE + (uint64_t)!!x->token);
+                              : N_BASE + (uint64_t)!!x->token +
+                                (uint64_t)x->n_crowd);
     for (int i = 0; i < x->n_tokens; i++)
         put_str(w, "");
     for (int b = 0; b < 256 && !x->n_tokens; b++) {
@@ -109,6 +128,7 @@ static void put_tokens(struct writer *w, const struct change *x)
         put_str(w, i < 4 && x->no_markers ? "marker" : more_tokens[i].text);
     if (x->token)
         put_str(w, x->token);
+    put_crowd(w, x->n_crowd);
 }
 
 static void put_merges(struct writer *w, const struct change *x)
