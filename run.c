@@ -1672,7 +1672,7 @@ static int lock_sandbox(const struct settings *s, int chats)
  * limit and not by the stack.
  *
  * The same loop reads the Python literals in which models call tools, see
- * section 6. */
+ * section 7. */
 
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
