@@ -77,7 +77,7 @@ timeout 300 $qemu -m 512 -nographic -no-reboot -nodefaults -serial stdio \
 \"$question\"" </dev/null 2>&1 | tr -d '\r' >"$dir/console"
 echo "$arch, $(wc -c <"$dir/initramfs") bytes of initramfs," \
     "$(($(date +%s) - began)) s from power on to off:"
-sed -n '/^run: template/,/Kernel panic/p' "$dir/console"
+sed -n 's/.*run: template/run: template/; /^run: template/,/Kernel panic/p' "$dir/console"
 "$here" "$model" --temp 0 -q "$question" >"$dir/answer" || exit 1
 echo >>"$dir/answer"
 if grep -qFx -f "$dir/answer" "$dir/console" &&
