@@ -190,10 +190,11 @@ check: run lib $(SUITES:%=build/test/%) build/test/replay
 	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%) \
 	    build/test/replay
 
-# Of the scripts, those that run the program.
+# Of the scripts, those that run the program for its own sake.
 check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%) \
              build/debug/test/replay
-	@sh test/all.sh build/debug/quick/run $$(grep -l '"$$run"' $(SCRIPTS)) \
+	@sh test/all.sh build/debug/quick/run \
+	    $$(grep -l '"$$run"' $(filter-out %pictures.sh,$(SCRIPTS))) \
 	    $(SUITES:%=build/debug/test/%) build/debug/test/replay
 
 check-bits:
