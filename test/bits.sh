@@ -152,10 +152,8 @@ quick() {
         -static
     try aarch64-neon "qemu-aarch64 -cpu cortex-a53" aarch64-linux-gnu-gcc -O2 \
         -static
-    try aarch64-no-simd qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static \
-        -DLFM2_NO_SIMD
     for cc in gcc clang; do
-        for level in 0 2 3; do
+        for level in 0 3; do
             try "$cc-O$level" "" "$cc" "-O$level"
         done
     done
@@ -175,6 +173,8 @@ quick() {
 }
 
 more() {
+    try aarch64-no-simd qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static \
+        -DLFM2_NO_SIMD
     try armhf qemu-arm arm-linux-gnueabihf-gcc -O2 -static
     try ppc64le qemu-ppc64le powerpc64le-linux-gnu-gcc -O2 -static
     try riscv64 qemu-riscv64 riscv64-linux-gnu-gcc -O2 -static
@@ -182,6 +182,7 @@ more() {
     try static "" make static run-static
     [ "$(uname -m)" != x86_64 ] || try i386-clang "" clang -O2 $m32
     for cc in gcc clang; do
+        try "$cc-O2" "" "$cc" -O2
         for without in SIMD THREADS MMAP; do
             try "$cc-no-$without" "" "$cc" -O1 "-DLFM2_NO_$without"
         done
