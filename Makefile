@@ -133,7 +133,8 @@ pictures: run
 
 # What takes longest goes first.
 SUITES  := $(basename $(notdir $(wildcard test/check_*.c)))
-SUITES  := check_kernels $(filter-out check_kernels,$(SUITES))
+LONGEST := check_kernels check_forward
+SUITES  := $(LONGEST) $(filter-out $(LONGEST),$(SUITES))
 SCRIPTS := $(wildcard test/check_*.sh)
 SCRIPTS := test/check_run.sh $(filter-out test/check_run.sh,$(SCRIPTS))
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
