@@ -6,15 +6,7 @@
 m=test/tiny.gguf
 unset LFM2_MODEL LFM2_THREADS NO_COLOR
 
-# expect STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
-expect() {
-    want=$1 what=$2
-    shift 2
-    "$run" -t 1 "$@" >"$dir/out" 2>"$dir/err" </dev/null
-    status=$?
-    [ $status -eq "$want" ]
-    result $? "$what: status $status, expected $want"
-}
+always="-t 1"
 
 # says TEXT: the messages of the last call have TEXT.
 says() {

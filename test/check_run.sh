@@ -5,16 +5,6 @@
 
 m=test/tiny.gguf
 
-# expect STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
-expect() {
-    want=$1 what=$2
-    shift 2
-    "$run" "$@" >"$dir/out" 2>"$dir/err" </dev/null
-    status=$?
-    [ $status -eq "$want" ]
-    result $? "$what: status $status, expected $want"
-}
-
 # says WHAT TEXT: the messages of the last call have TEXT, its output is empty.
 says() {
     grep -qF -- "$2" "$dir/err" && [ ! -s "$dir/out" ]

@@ -7,15 +7,7 @@ m=test/tiny.gguf s=$dir/session
 unset LFM2_MODEL LFM2_THREADS NO_COLOR
 export TERM=xterm
 
-# expect STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
-expect() {
-    want=$1 what=$2
-    shift 2
-    "$run" -t 1 --temp 0 "$@" >"$dir/out" 2>"$dir/err" </dev/null
-    status=$?
-    [ $status -eq "$want" ]
-    result $? "$what: status $status, expected $want"
-}
+always="-t 1 --temp 0"
 
 says() {
     grep -qF -- "$1" "$dir/err"

@@ -8,16 +8,6 @@ prompt='What is a short convolution?'
 unset LFM2_MODEL LFM2_THREADS
 export LC_ALL=C
 
-# expect STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
-expect() {
-    want=$1 what=$2
-    shift 2
-    "$run" "$@" >"$dir/out" 2>"$dir/err" </dev/null
-    status=$?
-    [ $status -eq "$want" ]
-    result $? "$what: status $status, expected $want"
-}
-
 # refuses STATUS SENTENCE ARGUMENTS...
 refuses() {
     want=$1 sentence=$2

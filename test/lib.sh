@@ -54,6 +54,19 @@ same() {
     result $? "$1: other bytes"
 }
 
+# expect STATUS WHAT ARGUMENTS...: the program ends so; output in $dir/out,
+# messages in $dir/err.  It gets the options in $always, too.
+always=
+expect() {
+    want=$1 what=$2
+    shift 2
+    # shellcheck disable=SC2086
+    "$run" $always "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    status=$?
+    [ $status -eq "$want" ]
+    result $? "$what: status $status, expected $want"
+}
+
 finish() {
     echo "$passed passed, $failed failed"
     [ "$failed" = 0 ]
