@@ -29,6 +29,7 @@ shrinks() {
     want=$1
     shift
     cp $m "$dir/m.gguf"
+    : >"$dir/out"                         # the last answer is not waited for
     "$run" -cnv -q --temp 0 -n 5 "$@" "$dir/m.gguf" <"$dir/keys" \
         >"$dir/out" 2>"$dir/err" &
     pid=$!
