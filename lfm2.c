@@ -5162,14 +5162,33 @@ static int check_unbound(struct lfm2_model *m)
     return LFM2_OK;
 }
 
+/* None of the names that it may have: say which there are, for this has been
+ * what files for other engines differ in. */
+static int no_last_norm(const struct lfm2_model *m)
+{
+    char found[100] = "none";
+    size_t n = 0;
+
+    for (int i = 0; i < m->gguf->n_tensors && n < sizeof found; i++) {
+        const char *name = m->gguf->tensor[i].name;
+        if (strstr(name, "norm") && strncmp(name, "blk.", 4) != 0)
+            n += (size_t)snprintf(found + n, sizeof found - n, "%s%s",
+                                  n ? ", " : "", name);
+    }
+    return BAD(m->gguf, "the norm before the logits: outside of blocks %s, "
+               "expected token_embd_norm.weight or output_norm.weight", found);
+}
+
 /* The norm before the logits is called token_embd_norm in most files, after the
  * official embedding_norm, and output_norm in others.  It is the last one all
  * the same; nothing is normed after the embedding. */
 static int bind_ends(struct lfm2_model *m, float **pool)
 {
+    static const char *const norms[] = {
+        "output_norm.weight", "token_embd_norm.weight"
+    };
     const lfm2_config *c = &m->cfg;
-    const char *norm = gguf_tensor_find(m->gguf, "output_norm.weight")
-                           ? "output_norm.weight" : "token_embd_norm.weight";
+    size_t i = 0;
 
     TRY(bind_matrix(m, "token_embd.weight", c->n_embd, c->n_vocab, 1,
                     &m->token_embd));
@@ -5177,7 +5196,10 @@ static int bind_ends(struct lfm2_model *m, float **pool)
     if (gguf_tensor_find(m->gguf, "output.weight"))
         TRY(bind_matrix(m, "output.weight", c->n_embd, c->n_vocab, 1,
                         &m->output));
-    return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm);
+    while (i < COUNT(norms) && !gguf_tensor_find(m->gguf, norms[i]))
+        i++;
+    return i == COUNT(norms) ? no_last_norm(m) :
+           bind_floats(m, norms[i], c->n_embd, 1, pool, &m->output_norm);
 }
 
 static int bind_model(struct lfm2_model *m)
@@ -5317,6 +5339,12 @@ const lfm2_config *lfm2_model_config(const lfm2_model *m)
 const char *lfm2_model_warning(const lfm2_model *m, int i)
 {
     return i >= 0 && i < m->n_warning ? m->warning[i] : NULL;
+}
+
+const void *lfm2_model_file(const lfm2_model *m, size_t *size)
+{
+    *size = m->gguf->size;
+    return m->gguf->bytes;
 }
 
 int lfm2_model_tensor(const lfm2_model *m, int i, lfm2_tensor_info *out)

@@ -102,8 +102,8 @@ void lfm2_model_close(lfm2_model *m);
 
 /* Like lfm2_model_open(), for those who explain files: what is no usable model
  * is opened, too, as far as it can be read.  The error is returned even so;
- * what *out is then, if not NULL, is good for lfm2_model_warning(), _tensor()
- * (without data), _string(), _key() and _close() only. */
+ * what *out is then, if not NULL, is good for lfm2_model_warning(), _file(),
+ * _tensor() (without data), _string(), _key() and _close() only. */
 int  lfm2_model_examine(lfm2_model **out, const char *path, int load,
                         lfm2_error *err);
 
@@ -113,6 +113,10 @@ const lfm2_config *lfm2_model_config(const lfm2_model *m);
 /* What the file said that was not quite right but could be tolerated, one
  * sentence each, numbered from 0; NULL past the last. */
 const char *lfm2_model_warning(const lfm2_model *m, int i);
+
+/* The whole file as it lies in memory: size bytes, borrowed until
+ * lfm2_model_close().  A vocabulary can be opened from them. */
+const void *lfm2_model_file(const lfm2_model *m, size_t *size);
 
 typedef struct {
     const char    *name;                  /* borrowed until model close      */

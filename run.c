@@ -1139,13 +1139,13 @@ static void sha256_hex(struct sha256 d, char out[65])
         snprintf(out + 8 * i, 9, "%08x", (unsigned)d.h[i]);
 }
 
-/* ---- the model
+/* ---- what becomes of a file
  *
- * It is mapped here and not in the library, to know where it lies: a file that
- * becomes shorter while it is mapped sends SIGBUS to who reads behind its end,
- * and that deserves a sentence. */
+ * Models and vocabularies are mapped, and nothing else is.  A file that becomes
+ * shorter meanwhile sends SIGBUS to who reads behind its end, and that deserves
+ * a sentence.  It is made beforehand: a signal handler may only write. */
 
-static struct { const uint8_t *data; size_t n; struct text lost; } mapped;
+static struct text lost;
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
 
 #ifndef LFM2_NO_MMAP
@@ -1156,73 +1156,52 @@ static const char bright[] = "\033[0m\n";
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
     static atomic_flag told = ATOMIC_FLAG_INIT;
-    const uintptr_t at = (uintptr_t)info->si_addr - (uintptr_t)mapped.data;
     const size_t from = is_dim ? 0 : sizeof bright - 1;
 
     (void)context;
-    if (info->si_code <= 0 || at >= mapped.n) {
+    if (info->si_code <= 0 || info->si_code == BUS_ADRALN) {
         signal(number, SIG_DFL);          /* and it comes again              */
         return;
     }
     while (atomic_flag_test_and_set(&told))
         continue;
-    (void)!write(STDERR_FILENO, mapped.lost.s + from, mapped.lost.n - from);
+    (void)!write(STDERR_FILENO, lost.s + from, lost.n - from);
     _exit(BAD_FILE);
 }
 
-static void catch_bus_error(const char *path)
+/* The file is about to be mapped, or is the one that stays so. */
+static void watch_file(const char *path)
 {
     const struct sigaction action = {
         .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO
     };
 
-    add_string(&mapped.lost, bright);
-    add_string(&mapped.lost, program);
-    add_string(&mapped.lost, ": ");
-    add_string(&mapped.lost, path);
-    add_string(&mapped.lost, ": it became shorter while it was used, or its "
-               "disk failed; --no-mmap reads it first\n");
-    if (!mapped.lost.failed)
+    lost.n = 0;
+    add_string(&lost, bright);
+    add_string(&lost, program);
+    add_string(&lost, ": ");
+    add_string(&lost, path);
+    add_string(&lost, ": it became shorter while it was used, or its disk "
+               "failed; --no-mmap reads it first\n");
+    if (!lost.failed)
         sigaction(SIGBUS, &action, NULL);
 }
 
-/* If it cannot be mapped, the library says why. */
-static void map_file(const char *path)
+static void unwatch_file(void)
 {
-    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    void *data = MAP_FAILED;
-    struct stat st;
-
-    if (fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) &&
-        st.st_size > 0 && (uintmax_t)st.st_size <= SIZE_MAX / 2)
-        data = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
-    if (fd >= 0)
-        close(fd);
-    if (data == MAP_FAILED)
-        return;
-    mapped.data = data;
-    mapped.n = (size_t)st.st_size;
-    catch_bus_error(path);
-}
-
-static void unmap_file(void)
-{
-    if (mapped.n == 0)
-        return;
     signal(SIGBUS, SIG_DFL);
-    munmap((void *)(uintptr_t)mapped.data, mapped.n);
-    free(mapped.lost.s);
-    memset(&mapped, 0, sizeof mapped);
+    free(lost.s);
+    lost = (struct text){ 0 };
 }
 
 #else
 
-static void map_file(const char *path)
+static void watch_file(const char *path)
 {
     (void)path;
 }
 
-static void unmap_file(void)
+static void unwatch_file(void)
 {
 }
 
@@ -3274,15 +3253,35 @@ static int parse_calls(struct pool *pool, const char *s, size_t n, int cut,
  *
  * --tokenize, --detokenize and --export-tokenizer need a vocabulary only. */
 
-static int open_words(const struct settings *s, lfm2_tokenizer **out)
+/* model: the open one, whose file has the words if no other is named; or NULL.
+ * Returns a code of the library. */
+static int load_words(const struct settings *s, const lfm2_model *model,
+                      lfm2_tokenizer **out, lfm2_error *err)
 {
     const char *path = s->tokenizer ? s->tokenizer : s->model;
+    const void *file;
+    size_t n;
+    int code;
+
+    if (model && !s->tokenizer) {
+        file = lfm2_model_file(model, &n);
+        return lfm2_tokenizer_open_memory(out, file, n, err);
+    }
+    watch_file(path);
+    code = lfm2_tokenizer_open(out, path, err);
+    unwatch_file();
+    if (model && !s->no_mmap)
+        watch_file(s->model);
+    return code;
+}
+
+static int open_words(const struct settings *s, const lfm2_model *model,
+                      lfm2_tokenizer **out)
+{
     lfm2_error err;
 
-    if (mapped.n && !s->tokenizer)
-        return lfm2_tokenizer_open_memory(out, mapped.data, mapped.n, &err) ?
-               report(path, &err) : DONE;
-    return lfm2_tokenizer_open(out, path, &err) ? report(path, &err) : DONE;
+    return load_words(s, model, out, &err) == LFM2_OK ? DONE :
+           report(s->tokenizer ? s->tokenizer : s->model, &err);
 }
 
 static int encode(const struct settings *s, const lfm2_tokenizer *words,
@@ -3399,7 +3398,7 @@ static int work_on_words(const struct settings *s)
     int code = s->sandbox == SANDBOX_REQUIRE ? begin_sandbox(s, 0) : DONE;
 
     if (code == DONE)
-        code = open_words(s, &words);
+        code = open_words(s, NULL, &words);
     if (code != DONE)
         return code;
     if (s->export_to)
@@ -4047,8 +4046,7 @@ static void find_words(struct facts *f)
     size_t n;
     const char *s = lfm2_model_string(f->model, "tokenizer.chat_template", &n);
 
-    f->code = lfm2_tokenizer_open(&f->words, f->s->tokenizer ? f->s->tokenizer :
-                                  f->s->model, &f->err);
+    f->code = load_words(f->s, f->model, &f->words, &f->err);
     if (f->words)
         find_special(f);
     if (s)
@@ -4078,60 +4076,37 @@ static const char *find_oddity(const struct facts *f, int i, int *fatal)
            *fatal && f->code != LFM2_OK ? f->err.msg : NULL;
 }
 
-/* Piece by piece, so that a file may be larger than memory. */
-static int hash_file(const char *path, char out[65])
-{
-    unsigned char piece[1 << 14];
-    struct sha256 d = sha256_start;
-    FILE *f = fopen(path, "rb");
-    int failed;
-
-    if (!f)
-        return say(BAD_FILE, "%s: %s", path, strerror(errno));
-    for (size_t n; (n = fread(piece, 1, sizeof piece, f)) > 0;)
-        sha256_add(&d, piece, n);
-    failed = ferror(f);
-    fclose(f);
-    sha256_hex(d, out);
-    return failed ? say(BAD_FILE, "%s: cannot be read", path) : DONE;
-}
-
 /* The first bytes, which say as much as there is of a bad file. */
-static int find_header(struct facts *f)
+static void find_header(struct facts *f)
 {
-    unsigned char head[24];
-    struct stat st;
-    FILE *file = fopen(f->s->model, "rb");
-    const size_t n = file ? fread(head, 1, sizeof head, file) : 0;
+    size_t n;
+    const unsigned char *head = lfm2_model_file(f->model, &n);
 
-    if (file)
-        fclose(file);
-    if (stat(f->s->model, &st) == 0)
-        f->size = (double)st.st_size;
-    if (n == sizeof head && memcmp(head, "GGUF", 4) == 0) {
+    f->size = (double)n;
+    if (n >= 24 && memcmp(head, "GGUF", 4) == 0) {
         f->version = (int)(get_le(head + 4, 4) & INT_MAX);
         f->n_tensors = get_le(head + 8, 8);
         f->n_keys = get_le(head + 16, 8);
     }
-    return f->s->sha256 ? hash_file(f->s->model, f->file_hash) : DONE;
+    if (f->s->sha256)
+        digest(head, n, f->file_hash);
 }
 
-static int find_facts(struct facts *f)
+static void find_facts(struct facts *f)
 {
-    const int code = find_header(f);
     lfm2_tensor_info t;
     char value[8];
 
+    find_header(f);
     while (lfm2_model_key(f->model, f->keys_read, value, sizeof value))
         f->keys_read++;
     while (lfm2_model_tensor(f->model, f->tensors_read, &t) == LFM2_OK)
         f->tensors_read++;
-    if (code != DONE || !f->is_model)
-        return code;
+    if (!f->is_model)
+        return;
     find_parts(f);
     find_rooms(f);
     find_words(f);
-    return DONE;
 }
 
 /* c and A for short convolutions and attention, d and e for dense networks and
@@ -4925,13 +4900,14 @@ static int inspect_tensor(const struct facts *f)
 static int inspect_all(struct facts *f)
 {
     struct text out = { 0 };
-    int code = find_facts(f);
+    int code = DONE;
 
-    if (code == DONE && f->s->json) {
+    find_facts(f);
+    if (f->s->json) {
         add_string(&out, "{");
         add_facts(&out, f);
         code = print_json(&out);
-    } else if (code == DONE)
+    } else
         print_facts(f);
     return code != DONE ? code : status_of(f->code);
 }
@@ -4944,14 +4920,18 @@ static int inspect_file(const struct settings *s)
 
     if (code != DONE)
         return code;
+    if (!s->no_mmap)
+        watch_file(s->model);
     f.code = lfm2_model_examine(&f.model, s->model, s->no_mmap ?
                                 LFM2_LOAD_READ : LFM2_LOAD_MAP, &f.err);
     f.is_model = f.code == LFM2_OK;
     if (!f.model)
-        return report(s->model, &f.err);
-    code = s->tensor ? inspect_tensor(&f) : inspect_all(&f);
+        code = report(s->model, &f.err);
+    else
+        code = s->tensor ? inspect_tensor(&f) : inspect_all(&f);
     lfm2_tokenizer_close(f.words);
     lfm2_model_close(f.model);
+    unwatch_file();
     return code;
 }
 
@@ -5042,7 +5022,7 @@ static int open_model_words(struct engine *e)
 
     if (e->s->ids && e->s->logits)
         return DONE;
-    code = open_words(e->s, &e->words);
+    code = open_words(e->s, e->model, &e->words);
     if (code == DONE)
         code = alloc_ids(&e->ends, (size_t)lfm2_n_vocab(e->words));
     if (code != DONE)
@@ -5065,19 +5045,15 @@ static int open_model(struct engine *e)
     int code = DONE;
 
     if (!s->no_mmap)
-        map_file(s->model);
+        watch_file(s->model);
     if (s->verbose || s->bench)
         e->status = fopen("/proc/self/status", "r");
     if (s->sandbox == SANDBOX_REQUIRE)
         code = begin_sandbox(s, e->chats);
     if (code != DONE)
         return code;
-    if (mapped.n)
-        code = lfm2_model_open_memory(&e->model, mapped.data, mapped.n, &err);
-    else
-        code = lfm2_model_open(&e->model, s->model, s->no_mmap ?
-                               LFM2_LOAD_READ : LFM2_LOAD_MAP, &err);
-    if (code != LFM2_OK)
+    if (lfm2_model_open(&e->model, s->model, s->no_mmap ? LFM2_LOAD_READ :
+                        LFM2_LOAD_MAP, &err) != LFM2_OK)
         return report(s->model, &err);
     e->par = choose_params(s, e->model);
     for (int i = 0; !s->quiet && lfm2_model_warning(e->model, i); i++)
@@ -5156,7 +5132,7 @@ static void close_engine(struct engine *e)
     lfm2_context_close(e->ctx);
     lfm2_tokenizer_close(e->words);
     lfm2_model_close(e->model);
-    unmap_file();
+    unwatch_file();
     if (e->status)
         fclose(e->status);
 }

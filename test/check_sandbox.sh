@@ -55,6 +55,19 @@ shrinks 0 -t 4 --no-mmap
 holds "what was read is no matter" [ ! -s "$dir/err" ]
 holds "both are answered" [ "$(wc -l <"$dir/out")" -eq 2 ]
 
+# A digest of that much takes a while.
+cp $m "$dir/m.gguf"
+dd if=/dev/null of="$dir/m.gguf" bs=1 seek=4000000000 2>/dev/null
+"$run" --inspect --sha256 "$dir/m.gguf" >"$dir/out" 2>"$dir/err" &
+pid=$!
+until ! kill -0 $pid 2>/dev/null || grep -q m.gguf /proc/$pid/maps; do
+    sleep 0.05
+done
+cp $m "$dir/m.gguf"
+wait $pid
+holds "--inspect of a file that is cut" [ $? -eq 3 ]
+holds "says so" grep -q 'm.gguf: it became shorter' "$dir/err"
+
 # ---------------------------------------------------------- where there is none
 
 "$run" --bench --sandbox require $m >"$dir/out" 2>"$dir/err"
