@@ -5,7 +5,7 @@
 # make check-bits   the same logits from every compiler, level and machine at hand
 # make check-ports  more of them, and the suites there; takes a quarter of an hour
 # make check-boot   Linux with nothing but build/run-static, in an emulator
-# make check-tsan   the suites that use threads, under ThreadSanitizer
+# make check-tsan   what uses threads, under ThreadSanitizer
 # make check-valgrind
 #                   the program and some suites under valgrind
 # make fuzz         hostile input for every target, FUZZ_SECONDS=60 each;
@@ -216,8 +216,11 @@ build/tsan/lfm2.o: lfm2.c lfm2.h | build/tsan
 build/tsan/%: test/%.c build/tsan/lfm2.o $(HELPERS) lfm2.h | have-check
 	$(COMPILE) $(TSAN) $(CHECK) $(LIBS)
 
-check-tsan: build/tsan/check_threads run
-	@sh test/all.sh ./run $<
+build/tsan/run: run.c build/tsan/lfm2.o
+	$(CC) $(TSAN) $(FLAGS:-M%=) -o $@ $^ $(LIBS)
+
+check-tsan: build/tsan/run build/tsan/check_threads
+	@sh test/all.sh $^ test/tsan.sh
 
 # Slow, and not part of the others.
 check-valgrind: run build/test/replay
