@@ -2067,11 +2067,10 @@ static int read_character(struct reader *r, char **out)
         return read_escape(r, out);
     }
     n = utf8_get(r->at, r->end, &c);
-    if (!r->python && n == 0)
+    if (n == 0)
         return expected(r, "UTF-8");
     if (!r->python && c < ' ')
         return expected(r, "no control character in a string, but an escape");
-    n = n ? n : 1;
     memmove(*out, r->at, (size_t)n);
     *out += n;
     r->at += n;
@@ -3196,16 +3195,34 @@ static struct json *call_of(struct pool *pool, const struct json *v)
     return out;
 }
 
+/* out[3 * n]: a replacement character for each byte that is no UTF-8.  Returns
+ * how many bytes it has become. */
+static size_t replace_broken(char *out, const char *s, size_t n)
+{
+    const char *const end = s + n;
+    char *to = out;
+    uint32_t c;
+
+    for (int size; s < end; s += size ? size : 1) {
+        size = utf8_get(s, end, &c);
+        to += utf8_put(to, size ? c : 0xfffd);
+    }
+    return (size_t)(to - out);
+}
+
 /* What stands between two markers: calls, or one list of them; all or none. */
 static int read_calls(struct pool *pool, const char *s, const char *end,
                       struct json *calls)
 {
     struct json root, *found = json_array(pool), *v;
+    char *text = pool_get(pool, 3 * (size_t)(end - s) + 1);
     struct why why;
-    struct reader r = { .pool = pool, .text = s, .n = (size_t)(end - s),
-                        .python = 1, .why = &why };
+    struct reader r = { .pool = pool, .text = text, .python = 1, .why = &why };
 
-    if (!found || read_tree(&r, &root) != DONE)
+    if (!found || !text)
+        return USAGE;
+    r.n = replace_broken(text, s, (size_t)(end - s));
+    if (read_tree(&r, &root) != DONE)
         return USAGE;
     v = root.first->type == JSON_ARRAY && !root.first->next ? root.first->first
                                                             : root.first;
