@@ -3,7 +3,7 @@
 # make check        builds and runs all tests; installs libcheck if it is missing
 # make check-debug  the same under AddressSanitizer and UBSan
 # make check-bits   the same logits from every compiler, level and machine at hand
-# make check-ports  more of them, and the suites there; takes a quarter of an hour
+# make check-ports  more of them, and the suites there; takes an hour
 # make check-boot   Linux with nothing but build/run-static, in an emulator
 # make check-tsan   what uses threads, under ThreadSanitizer
 # make check-valgrind

@@ -2,14 +2,11 @@
 # The suites of make check on another machine: cross-compiled with Check's own
 # source, and run in an emulator.
 #     test/suites.sh DIR EMULATOR COMPILER FLAGS...
-# SUITES="check_math check_gguf" chooses some; CHECK_SOURCE is where Check's
-# source lies, which otherwise comes from Debian.
+# Without arguments it only fetches that source.  SUITES="check_math check_gguf"
+# chooses some; CHECK_SOURCE is where the source lies, if not from Debian.
 set -u
 
 cd "$(dirname "$0")/.." || exit 1
-dir=$1 emulator=$2
-shift 2
-mkdir -p "$dir" build/test
 source=${CHECK_SOURCE:-$PWD/build/check-source}
 
 # fetch_check: with lists of its own, so that nothing changes of what is
@@ -37,7 +34,11 @@ if [ ! -x "$source/configure" ]; then
     echo "skipped: the source of Check could not be had"
     exit 0
 fi
+[ $# -gt 0 ] || exit 0
 source=$(cd "$source" && pwd)
+dir=$1 emulator=$2
+shift 2
+mkdir -p "$dir" build/test
 host=$("$1" -dumpmachine)
 [ -n "$emulator" ] || host=$(cc -dumpmachine)
 (
@@ -59,7 +60,7 @@ build() {
     flags=$1
     shift
     # shellcheck disable=SC2086
-    $flags -std=c11 -O1 -ffp-contract=off -pthread -DLFM2_NO_SIMD \
+    $flags -std=c11 -O2 -ffp-contract=off -pthread \
         -DSUITE="${name#check_}_suite" -I"$dir/src" -I"$source/src" \
         -o "$dir/$name" "test/$name.c" test/main.c test/util.c \
         test/reference.c "$@" "$dir/src/.libs/libcheck.a" \
