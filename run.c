@@ -10332,11 +10332,26 @@ static int selftest(void)
 
 /* --------------------------------------------------------------- 20. main */
 
+/* Where the shell closed one of the first three descriptors (">&-"), the next
+ * file to be opened would get its number, and words or messages would go into
+ * it.  A directory takes the place: it can be neither read nor written. */
+static void hold_descriptors(void)
+{
+    int fd;
+
+    do
+        fd = open("/", O_RDONLY);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
+}
+
 int main(int argc, char **argv)
 {
     struct settings s = defaults;
     int code;
 
+    hold_descriptors();
     if (argc > 0 && argv[0][0])
         program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
     signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
