@@ -300,8 +300,9 @@ static const struct option table[] = {
           "saved logits"),
 
     GROUP("How to answer"),
-    NUMBER(WHOLE, "-n --predict | --n-predict --tokens", "N", predict, -1,
-           1 << 30, "at most N tokens (-1: to the end; plain text: 256)"),
+    NUMBER(WHOLE, "-n --predict | --n-predict --tokens --max-tokens", "N",
+           predict, -1, 1 << 30,
+           "at most N tokens (-1: to the end; plain text: 256)"),
     NUMBER(CHOICE, "--template | --chat-template",
            "auto|lfm2|lfm2.5-instruct|lfm2.5-new|lfm2.5-vl|lfm2.5-8b-a1b|none",
            template, 0, 0, "format of the conversation: auto, none, lfm2,\n"
@@ -644,6 +645,8 @@ static int take_option(struct settings *to, char **argv, int *i)
                      "chat");
     if (!o && find_option(name, 1, &nearest, &n_nearest))
         return usage("%s is for --bench", name);
+    if (!o && distance(name, nearest, n_nearest) > (int)strlen(name) / 3)
+        return usage("unknown option %s", name);
     if (!o)
         return usage("unknown option %s; the nearest is %.*s", name, n_nearest,
                      nearest);
@@ -789,6 +792,9 @@ static int check_settings(const struct settings *s)
                      s->messages ? "--messages" : "--session");
     if (s->date && !is_date(s->date))
         return usage("--date %s: expected a day like 2026-11-20", s->date);
+    if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
+        return say(USAGE, "--isa %s: not on this CPU or not in this build; "
+                   "--version lists what is", isa_name[s->isa]);
     if (s->ignored && !s->quiet)
         say(DONE, "-ngl is ignored: everything runs on the CPU");
     return s->bench ? check_bench(s) : DONE;
