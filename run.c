@@ -790,6 +790,9 @@ static int check_settings(const struct settings *s)
         return usage("%s: --batch reads its prompts from -f FILE or standard "
                      "input", s->prompt ? "-p" : s->ids ? "--ids" :
                      s->messages ? "--messages" : "--session");
+    if (s->batch_mode && (s->tools || (s->system && !s->batch_raw)))
+        return usage("%s: every request of --batch has its own", s->tools ?
+                     "--tools" : "-sys");
     if (s->date && !is_date(s->date))
         return usage("--date %s: expected a day like 2026-11-20", s->date);
     if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
