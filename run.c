@@ -7093,8 +7093,23 @@ static void restore(struct talk *t, const struct text *file)
         say(DONE, "%s: %d tokens", path, t->e->cached[0].n);
 }
 
+/* A file that is not there yet is the beginning of a session, if it can be kept
+ * in its directory: better told now than when all has been said. */
+static int begin_session(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    struct text dir = { 0 };
+    int code = DONE;
+
+    add(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
+    if (!dir.failed && access(dir.s, W_OK | X_OK) != 0)
+        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
+    free(dir.s);
+    return code;
+}
+
 /* Go on where the file left off.  Only a file that cannot be read at all is an
- * error; one that is not there yet is the beginning of a session. */
+ * error. */
 static int load_session(struct talk *t)
 {
     const char *path = t->e->s->session;
@@ -7103,7 +7118,7 @@ static int load_session(struct talk *t)
 
     t->keeps_session = 1;
     if (access(path, F_OK) != 0 && errno == ENOENT)
-        return DONE;
+        return begin_session(path);
     code = read_file(path, &file);
     if (code == DONE && file.n > 0)
         restore(t, &file);
