@@ -6748,10 +6748,12 @@ static void print_speed(const struct talk *t)
     if (e->s->verbose) {
         const struct cost cost = count_cost(e->model, e->par.kv_type);
         const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
-        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s, of "
-            "it %s not the file's", amount(bytes, "B").s,
-            amount(bytes * speed, "B").s, amount(peak_memory(), "B").s,
-            amount(anonymous_memory(e->status), "B").s);
+        const double own = anonymous_memory(e->status);
+        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s%s%s"
+            "%s", amount(bytes, "B").s, amount(bytes * speed, "B").s,
+            amount(peak_memory(), "B").s, own > 0 ? ", of it " : "",
+            own > 0 ? amount(own, "B").s : "",
+            own > 0 ? " not the file's" : "");
     }
 }
 
@@ -10379,6 +10381,9 @@ int main(int argc, char **argv)
     if (argc > 0 && argv[0][0])
         program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
     signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);
+#endif
     code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
     if (code == DONE && s.help)
         code = print_help();

@@ -99,6 +99,9 @@ if [ -e /dev/full ]; then
     [ $? -eq 3 ]
     result $? "even for --help"
 fi
+sh -c "ulimit -f 1; '$run' --logits '$dir/large' $m hello" 2>"$dir/err"
+[ $? -eq 3 ]
+result $? "a file that may not grow is status 3"
 expect 3 "logits that cannot be written" $m --logits "$dir/no/such" hello
 expect 6 "a prompt longer than the context" $m -c 4 "What is LFM2?"
 says "a prompt longer than the context" "the context 4"
