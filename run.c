@@ -5206,6 +5206,7 @@ struct trace {
     int code;                             /* DONE until something fails      */
     int first, last;                      /* positions to be shown           */
     FILE *records;
+    int has_some;                         /* behind the line about the model */
     struct text line, bytes;              /* a record, and its numbers       */
     FILE *array;                          /* of npy[at], the one that is open*/
     struct npy *npy;
@@ -5380,6 +5381,7 @@ static void note_values(struct trace *t, const lfm2_activation *a)
         wanted |= fnmatch(t->s->trace_filter.v[i], a->name, 0) == 0;
     if (!wanted || a->pos < t->first || a->pos > t->last)
         return;
+    t->has_some = 1;
     t->bytes.n = 0;
     for (int i = 0; i < a->n; i++)
         add_le(&t->bytes, float_bits(a->x[i]), 4);
@@ -5623,6 +5625,9 @@ static int close_trace(struct engine *e, int code)
     lfm2_trace(e->ctx, NULL, NULL, NULL);
     close_array(t);
     code = code == DONE ? t->code : code;
+    if (t->records && code == DONE && !t->has_some)
+        say(DONE, "%s: no module of such a name at such a position",
+            t->s->trace);
     if (t->records)
         code = finish_file(t->records, t->s->trace, code);
     if (t->r.csv)
