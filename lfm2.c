@@ -96,6 +96,9 @@
 #endif
 #endif
 
+#ifdef __FAST_MATH__
+#error "-Ofast and -ffast-math change results: use -O3"
+#endif
 #if FLT_EVAL_METHOD != 0
 #error "floats must keep their own precision (i386: -msse2 -mfpmath=sse)"
 #endif

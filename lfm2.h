@@ -342,6 +342,8 @@ size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out);
 
 /* ----------------------------------------------------------------- sampler */
 
+/* Set all of them: with a top_p left at 0 the likeliest token is all there is
+ * to choose from. */
 typedef struct {
     float    temperature;      /* 0: greedy, ties to the lowest id           */
     int      top_k;            /* 0: off                                     */

@@ -300,8 +300,9 @@ static const struct option table[] = {
           "saved logits"),
 
     GROUP("How to answer"),
-    NUMBER(WHOLE, "-n --predict | --n-predict --tokens", "N", predict, -1,
-           1 << 30, "at most N tokens (-1: to the end; plain text: 256)"),
+    NUMBER(WHOLE, "-n --predict | --n-predict --tokens --max-tokens", "N",
+           predict, -1, 1 << 30,
+           "at most N tokens (-1: to the end; plain text: 256)"),
     NUMBER(CHOICE, "--template | --chat-template",
            "auto|lfm2|lfm2.5-instruct|lfm2.5-new|lfm2.5-vl|lfm2.5-8b-a1b|none",
            template, 0, 0, "format of the conversation: auto, none, lfm2,\n"
@@ -644,6 +645,8 @@ static int take_option(struct settings *to, char **argv, int *i)
                      "chat");
     if (!o && find_option(name, 1, &nearest, &n_nearest))
         return usage("%s is for --bench", name);
+    if (!o && distance(name, nearest, n_nearest) > (int)strlen(name) / 3)
+        return usage("unknown option %s", name);
     if (!o)
         return usage("unknown option %s; the nearest is %.*s", name, n_nearest,
                      nearest);
@@ -787,8 +790,14 @@ static int check_settings(const struct settings *s)
         return usage("%s: --batch reads its prompts from -f FILE or standard "
                      "input", s->prompt ? "-p" : s->ids ? "--ids" :
                      s->messages ? "--messages" : "--session");
+    if (s->batch_mode && (s->tools || (s->system && !s->batch_raw)))
+        return usage("%s: every request of --batch has its own", s->tools ?
+                     "--tools" : "-sys");
     if (s->date && !is_date(s->date))
         return usage("--date %s: expected a day like 2026-11-20", s->date);
+    if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
+        return say(USAGE, "--isa %s: not on this CPU or not in this build; "
+                   "--version lists what is", isa_name[s->isa]);
     if (s->ignored && !s->quiet)
         say(DONE, "-ngl is ignored: everything runs on the CPU");
     return s->bench ? check_bench(s) : DONE;
@@ -5214,6 +5223,7 @@ struct trace {
     int code;                             /* DONE until something fails      */
     int first, last;                      /* positions to be shown           */
     FILE *records;
+    int has_some;                         /* behind the line about the model */
     struct text line, bytes;              /* a record, and its numbers       */
     FILE *array;                          /* of npy[at], the one that is open*/
     struct npy *npy;
@@ -5388,6 +5398,7 @@ static void note_values(struct trace *t, const lfm2_activation *a)
         wanted |= fnmatch(t->s->trace_filter.v[i], a->name, 0) == 0;
     if (!wanted || a->pos < t->first || a->pos > t->last)
         return;
+    t->has_some = 1;
     t->bytes.n = 0;
     for (int i = 0; i < a->n; i++)
         add_le(&t->bytes, float_bits(a->x[i]), 4);
@@ -5631,6 +5642,9 @@ static int close_trace(struct engine *e, int code)
     lfm2_trace(e->ctx, NULL, NULL, NULL);
     close_array(t);
     code = code == DONE ? t->code : code;
+    if (t->records && code == DONE && !t->has_some)
+        say(DONE, "%s: no module of such a name at such a position",
+            t->s->trace);
     if (t->records)
         code = finish_file(t->records, t->s->trace, code);
     if (t->r.csv)
@@ -6756,10 +6770,12 @@ static void print_speed(const struct talk *t)
     if (e->s->verbose) {
         const struct cost cost = count_cost(e->model, e->par.kv_type);
         const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
-        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s, of "
-            "it %s not the file's", amount(bytes, "B").s,
-            amount(bytes * speed, "B").s, amount(peak_memory(), "B").s,
-            amount(anonymous_memory(e->status), "B").s);
+        const double own = anonymous_memory(e->status);
+        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s%s%s"
+            "%s", amount(bytes, "B").s, amount(bytes * speed, "B").s,
+            amount(peak_memory(), "B").s, own > 0 ? ", of it " : "",
+            own > 0 ? amount(own, "B").s : "",
+            own > 0 ? " not the file's" : "");
     }
 }
 
@@ -7101,8 +7117,23 @@ static void restore(struct talk *t, const struct text *file)
         say(DONE, "%s: %d tokens", path, t->e->cached[0].n);
 }
 
+/* A file that is not there yet is the beginning of a session, if it can be kept
+ * in its directory: better told now than when all has been said. */
+static int begin_session(const char *path)
+{
+    const char *slash = strrchr(path, '/');
+    struct text dir = { 0 };
+    int code = DONE;
+
+    add(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
+    if (!dir.failed && access(dir.s, W_OK | X_OK) != 0)
+        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
+    free(dir.s);
+    return code;
+}
+
 /* Go on where the file left off.  Only a file that cannot be read at all is an
- * error; one that is not there yet is the beginning of a session. */
+ * error. */
 static int load_session(struct talk *t)
 {
     const char *path = t->e->s->session;
@@ -7111,7 +7142,7 @@ static int load_session(struct talk *t)
 
     t->keeps_session = 1;
     if (access(path, F_OK) != 0 && errno == ENOENT)
-        return DONE;
+        return begin_session(path);
     code = read_file(path, &file);
     if (code == DONE && file.n > 0)
         restore(t, &file);
@@ -10349,14 +10380,32 @@ static int selftest(void)
 
 /* --------------------------------------------------------------- 20. main */
 
+/* Where the shell closed one of the first three descriptors (">&-"), the next
+ * file to be opened would get its number, and words or messages would go into
+ * it.  A directory takes the place: it can be neither read nor written. */
+static void hold_descriptors(void)
+{
+    int fd;
+
+    do
+        fd = open("/", O_RDONLY);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
+}
+
 int main(int argc, char **argv)
 {
     struct settings s = defaults;
     int code;
 
+    hold_descriptors();
     if (argc > 0 && argv[0][0])
         program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
     signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);
+#endif
     code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
     if (code == DONE && s.help)
         code = print_help();

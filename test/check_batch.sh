@@ -122,6 +122,10 @@ answers 2 "--batch-raw"
 has "--batch-raw" '"content": "LFM2 is a'
 [ "$(message "$dir/out" | sort -u | wc -l)" -eq 1 ]
 result $? "--batch-raw with and without CRLF"
+cp "$dir/out" "$dir/without"
+batch 0 "--batch-raw -sys" --batch-raw --temp 0 -sys "Be brief."
+holds "--batch-raw -sys has a longer prompt" sh -c \
+    "! cmp -s '$dir/out' '$dir/without'"
 printf 'Once upon a time' >"$dir/in"
 batch 0 "--batch-raw --raw" --batch-raw --raw --temp 0 -n 8
 [ "$(message "$dir/out")" = "$(message "$dir/first" | tail -n 1)" ]
@@ -404,6 +408,9 @@ for bad in 3/3 -1/3 x 1 1/ /2 1/2x auto/ auto/x autox 1/0; do
     says "--shard $bad" "expected"
 done
 batch 2 "--batch and a prompt" hello
+batch 2 "--batch and -sys" -sys "Be brief."
+says "--batch and -sys" "every request of --batch has its own"
+batch 2 "--batch and --tools" --tools test/chat.json
 batch 3 "an input that is not there" -f "$dir/none"
 "$run" $m --batch <./test >"$dir/out" 2>"$dir/err"
 [ $? -eq 3 ]

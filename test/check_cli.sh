@@ -393,5 +393,11 @@ if [ -e /dev/full ]; then
     "$run" --json -n 1 $m hello >/dev/full 2>"$dir/err"
     holds "a full disk is status 3" [ $? -eq 3 ]
 fi
+# A file gets the number of a descriptor that was closed: no words in it.
+"$run" -n 9 -v $m "What is LFM2?" --trace "$dir/trace" <&- >&- 2>&-
+holds "a closed standard output is status 3" [ $? -eq 3 ]
+holds "a trace is written all the same" [ -s "$dir/trace" ]
+sed '/^{.*}$/d' "$dir/trace" >"$dir/words"
+holds "and has no words in it" [ ! -s "$dir/words" ]
 
 finish

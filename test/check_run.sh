@@ -28,6 +28,9 @@ expect 2 "an unknown option" --tempp 1 $m hello
 says "an unknown option" "unknown option --tempp; the nearest is --temp"
 expect 2 "another one" --top_k 1 $m hello
 says "another one" "the nearest is --top-k"
+expect 2 "an option like no other" --jinja $m hello
+says "an option like no other" "unknown option --jinja"
+holds "and none is near" sh -c "! grep -q nearest '$dir/err'"
 expect 2 "-i" -i $m hello
 says "-i" "-p gives a prompt"
 expect 2 "-t 0.7" -t 0.7 $m hello
@@ -81,6 +84,7 @@ for isa in avx2 avxvnni avx512 avx512vnni neon dotprod; do
         expect 0 "--isa $isa" --isa $isa -n 1 $m hello
     else
         expect 2 "an instruction set that is not there" $m --isa $isa hello
+        says "an instruction set that is not there" "isa $isa: not on this CPU"
     fi
 done
 { "$run" -q --raw -n 50 $m "Once upon a time" 2>"$dir/err"
@@ -95,6 +99,9 @@ if [ -e /dev/full ]; then
     [ $? -eq 3 ]
     result $? "even for --help"
 fi
+sh -c "ulimit -f 1; '$run' --logits '$dir/large' $m hello" 2>"$dir/err"
+[ $? -eq 3 ]
+result $? "a file that may not grow is status 3"
 expect 3 "logits that cannot be written" $m --logits "$dir/no/such" hello
 expect 6 "a prompt longer than the context" $m -c 4 "What is LFM2?"
 says "a prompt longer than the context" "the context 4"

@@ -134,6 +134,7 @@ says "s a directory"
 rmdir "$s"
 expect 3 "a directory that is not there" -n 1 --session "$dir/no/s" $m hello
 says "cannot be kept"
+holds "which is told before the answer" [ ! -s "$dir/out" ]
 for bad in "--ids test/tiny.ids" "--logits -"; do
     # shellcheck disable=SC2086
     "$run" --session "$s" $bad $m </dev/null >"$dir/out" 2>"$dir/err"

@@ -84,6 +84,9 @@ model.layers.0.conv.conv model.layers.1.conv.conv model.layers.3.conv.conv \
 model.layers.5.conv.conv " ]
 holds "nothing else is other" sh -c "tail -n +2 '$dir/filter.jsonl' | sort |
     comm -23 - '$dir/plain.sorted' | wc -l | grep -qx ' *0'"
+expect 0 "a name that no module has" -n 0 --trace "$dir/none.jsonl" \
+    --trace-filter 'layers.*' $m x
+holds "is told" grep -q "no module of such a name" "$dir/err"
 # positions RANGE WANTED
 positions() {
     look range --trace-filter model.embed_tokens --trace-tokens "$1"
