@@ -164,13 +164,15 @@ static int report(const char *path, const lfm2_error *err)
     return say(status_of(err->code), "%s: %s", path, err->msg);
 }
 
-/* Everything written must have arrived: disks fill up, readers leave. */
+/* Everything written must have arrived: disks fill up, readers leave, who need
+ * not be told. */
 static int flush_output(int code)
 {
     if ((fflush(stdout) == 0 && !ferror(stdout)) ||
         (code != DONE && code != INTERRUPTED))
         return code;
-    return say(BAD_FILE, "standard output: %s", strerror(errno));
+    return errno == EPIPE ? BAD_FILE :
+           say(BAD_FILE, "standard output: %s", strerror(errno));
 }
 
 /* --------------------------------------------------------------- 2. Options
@@ -187,7 +189,7 @@ struct texts { int n; const char *v[MAX_LIST]; };     /* of repeated options */
 struct settings {
     const char *model, *prompt, *file, *system, *ids;
     const char *logits, *export_to, *tokenizer, *ignored;
-    const char *messages, *tools, *session, *date;
+    const char *system_file, *messages, *tools, *session, *date;
     int raw, tokenize, detokenize, inspect, null, bos, special;
     const char *shard, *resume;
     int dump_prompt, dump_tokens, interactive, escape, json;
@@ -262,6 +264,8 @@ static const struct option table[] = {
           "the prompt from FILE (- is standard input)"),
     WORDS("-sys --system-prompt | -y", "TEXT", system, "what the model is to "
           "be"),
+    WORDS("-sysf --system-prompt-file", "FILE", system_file, "the same from "
+          "FILE (- is standard input)"),
     WORDS("--messages", "FILE", messages, "a conversation in JSON instead of a "
           "prompt"),
     WORDS("--tools", "FILE", tools, "tools the model may call, in JSON"),
@@ -881,6 +885,10 @@ static int parse(struct settings *to, char **argv)
                      word[n_words - 1]);
     if (n_words > 0)
         to->prompt = word[0];
+    if (to->system && to->system_file)
+        return usage("more than one system prompt: -sys, -sysf");
+    if (to->system_file)
+        to->system = "";                  /* until read_system()             */
     code = take_threads(to);
     return code == DONE ? check_settings(to) : code;
 }
@@ -974,6 +982,27 @@ static int read_file(const char *path, struct text *out)
     if (!piped)
         fclose(f);
     return code;
+}
+
+/* One newline at the end of a file or pipe is not part of the text. */
+static void drop_newline(struct text *t)
+{
+    if (t->n > 0 && t->s[t->n - 1] == '\n')
+        t->s[--t->n] = '\0';
+}
+
+/* -sysf.  It lies in *out, which the caller frees. */
+static int read_system(struct settings *s, struct text *out)
+{
+    int code = read_file(s->system_file, out);
+
+    if (code != DONE)
+        return code;
+    drop_newline(out);
+    s->system = out->s;
+    return strlen(out->s) == out->n ? DONE :
+           say(USAGE, "%s: a NUL byte after %zu bytes, expected text",
+               s->system_file, strlen(out->s));
 }
 
 /* The text to work on: given as an argument, in a file, or piped in. */
@@ -6840,13 +6869,12 @@ static void unescape(struct text *t)
     t->s[t->n = n] = '\0';
 }
 
-/* One newline at the end of a file or pipe is not part of the prompt. */
 static int read_prompt(const struct settings *s, struct text *out)
 {
     int code = read_text(s, out);
 
-    if (code == DONE && !s->prompt && out->n > 0 && out->s[out->n - 1] == '\n')
-        out->s[--out->n] = '\0';
+    if (code == DONE && !s->prompt)
+        drop_newline(out);
     if (code == DONE && !s->prompt && !s->file && out->n == 0)
         code = usage("no prompt: standard input is empty");
     if (code == DONE && s->prompt && s->escape)
@@ -10397,6 +10425,7 @@ static void hold_descriptors(void)
 int main(int argc, char **argv)
 {
     struct settings s = defaults;
+    struct text system = { 0 };
     int code;
 
     hold_descriptors();
@@ -10407,6 +10436,8 @@ int main(int argc, char **argv)
     signal(SIGXFSZ, SIG_IGN);
 #endif
     code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
+    if (code == DONE && s.system_file)
+        code = read_system(&s, &system);
     if (code == DONE && s.help)
         code = print_help();
     else if (code == DONE && s.version)
@@ -10425,5 +10456,6 @@ int main(int argc, char **argv)
         code = batch(&s);
     else if (code == DONE)
         code = work_on_model(&s);
+    free(system.s);
     return flush_output(code);
 }

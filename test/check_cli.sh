@@ -61,6 +61,16 @@ expect 0 "-sys" --dump-prompt $m "What is LFM2?" -sys "Be brief."
 prints "-sys" "<|startoftext|><|im_start|>system
 Be brief.<|im_end|>
 ${prompt#<|startoftext|>}"
+cp "$dir/out" "$dir/with_system"
+echo "Be brief." >"$dir/system"
+expect 0 "-sysf" --dump-prompt $m "What is LFM2?" -sysf "$dir/system"
+same "-sysf" "$dir/with_system" "$dir/out"
+expect 2 "-sys and -sysf" $m hi -sys a -sysf "$dir/system"
+says "-sys and -sysf" "more than one system prompt"
+expect 3 "-sysf" $m hi -sysf "$dir/none"
+printf 'a\0b' >"$dir/system"
+expect 2 "-sysf" $m hi -sysf "$dir/system"
+says "-sysf" "NUL byte after 1"
 echo '[{"type": "function", "name": "f"}]' >"$dir/tools"
 expect 0 "--tools" --dump-prompt --messages "$dir/array" --tools "$dir/tools" $m
 prints "--tools" '<|startoftext|><|im_start|>system
