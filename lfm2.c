@@ -5140,6 +5140,10 @@ static int read_widths(struct lfm2_model *m)
              c->n_layer_dense);
     if (c->n_layer_dense < c->n_layer)
         TRY(read_width(m, name, "expert_feed_forward_length", &c->n_ff_expert));
+    if (c->n_embd % UNIT || c->n_ff % UNIT || c->n_ff_expert % UNIT)
+        return OTHER(m->gguf, "a width of %d and feed-forward networks of %d "
+                     "and %d, expected multiples of %d", c->n_embd, c->n_ff,
+                     c->n_ff_expert, UNIT);
     return LFM2_OK;
 }
 
