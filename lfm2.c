@@ -159,7 +159,7 @@ struct lfm2_model {
     struct layer *layer;                  /* [n_layer]                       */
     struct tensor token_embd;             /* [n_vocab][n_embd]               */
     struct tensor output;                 /* the same, if it is tied         */
-    const float *output_norm;             /* [n_embd]; see bind_model()      */
+    const float *output_norm;             /* [n_embd]; see bind_ends()       */
     float *floats;                        /* norms, taps, biases, converted  */
     double rope_root;                     /* rope_freq_base^(2/head_dim)     */
     int n_attn, n_conv;                   /* layers of either kind           */
@@ -2432,9 +2432,14 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* Fetch what is at p to all levels of the cache, or to all but the first. */
+/* Fetch what is at p to all levels of the cache, or to all but the first.  No
+ * harm is done if nothing is there. */
+#ifdef __GNUC__
 #define FETCH(p) __builtin_prefetch(p, 0, 3)
 #define FETCH_FAR(p) __builtin_prefetch(p, 0, 2)
+#else
+#define FETCH(p) (void)(p)
+#endif
 
 #ifdef LFM2_ARM
 
@@ -4220,8 +4225,10 @@ static struct shown show(struct str s)
 /* A file in memory: mapped, or read into a buffer of its own. */
 struct file { const uint8_t *data; size_t size; int how; };
 
+/* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
 static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
 {
+    const size_t most = (size_t)1 << 30;
     uint8_t *buf = malloc(f->size);
     size_t done = 0;
 
@@ -4229,7 +4236,8 @@ static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
         return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
                     f->size);
     while (done < f->size) {
-        ssize_t n = read(fd, buf + done, f->size - done);
+        const size_t left = f->size - done;
+        ssize_t n = read(fd, buf + done, left < most ? left : most);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0) {
@@ -5708,16 +5716,6 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
     return ctx->par;
 }
 
-/* Ask for the cache line at p; no harm is done if there is none. */
-static void prefetch(const void *p)
-{
-#ifdef __GNUC__
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
-}
-
 /* A thread's share of the first `n` bytes of the weights. */
 static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
                            int thread)
@@ -5727,7 +5725,7 @@ static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
     uint64_t sum = 0, word;
 
     for (int64_t i = (int64_t)r.first * 64; i < (int64_t)r.last * 64; i += 64) {
-        prefetch(p + i + 8192);
+        FETCH(p + i + 8192);
         for (int k = 0; k < 64; k += 8) {
             memcpy(&word, p + i + k, sizeof word);
             sum ^= word;
@@ -5736,33 +5734,38 @@ static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
     return sum;
 }
 
-struct exercise { int what; int64_t amount; atomic_uint sink; };
+struct exercise {
+    int what;
+    int64_t bytes;                        /* to read                         */
+    int64_t dots;                         /* multiply-adds done by a thread  */
+    atomic_uint sink;
+};
 
 static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
 {
     struct exercise *e = arg;
+    int64_t dots = 0;
     int sum = 0;
 
     if (e->what == LFM2_READ)
-        sum = (int)read_share(ctx, e->amount, thread);
+        sum = (int)read_share(ctx, e->bytes, thread);
     else
-        for (int i = 0; i < e->amount; i++)
-            ctx->isa->exercise(&sum);
+        for (int i = 0; i < 50; i++)
+            dots += ctx->isa->exercise(&sum);
+    if (thread == 0)
+        e->dots = dots;
     atomic_fetch_add(&e->sink, (unsigned)sum);
 }
 
 int64_t lfm2_exercise(lfm2_context *ctx, int what)
 {
     const struct gguf *g = ctx->model->gguf;
-    const uint64_t size = (uint64_t)(g->bytes + g->size - g->data);
-    struct exercise e = { what, 50, 0 };
-    int sum = 0;
+    const int64_t size = g->bytes + g->size - g->data;
+    const int64_t most = (int64_t)1 << 31;
+    struct exercise e = { what, size < most ? size : most, 0, 0 };
 
-    if (what == LFM2_READ)
-        e.amount = size < (uint64_t)1 << 31 ? (int64_t)size : (int64_t)1 << 31;
     parallel(ctx, exercise_work, &e);
-    return what == LFM2_READ
-        ? e.amount : ctx->isa->exercise(&sum) * e.amount * ctx->par.n_threads;
+    return what == LFM2_READ ? e.bytes : e.dots * ctx->par.n_threads;
 }
 
 /* ------------------------------------------------------------ 20. Sequences */
@@ -7231,11 +7234,11 @@ static void penalise(const lfm2_sampler *s, struct candidate *mark,
                      float *logits, int n_vocab, const int32_t *history, int n)
 {
     const float penalty = s->repeat_penalty;
-    const int first = n - (n < s->repeat_last_n ? n : s->repeat_last_n);
 
     if (!history || n <= 0 || s->repeat_last_n <= 0 ||
         !(penalty > 0 && penalty <= FLT_MAX))
         return;
+    const int first = n > s->repeat_last_n ? n - s->repeat_last_n : 0;
     for (int i = first; i < n; i++)
         if (history[i] >= 0 && history[i] < n_vocab)
             mark[history[i]].id = 1;
