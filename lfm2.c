@@ -154,7 +154,7 @@ struct layer {
 struct lfm2_model {
     lfm2_config cfg;
     const char *arch;                     /* "lfm2" or "lfm2moe"             */
-    struct file *file;                    /* NULL: the caller's memory       */
+    struct file *file;
     struct gguf *gguf;
     struct layer *layer;                  /* [n_layer]                       */
     struct tensor token_embd;             /* [n_vocab][n_embd]               */
@@ -1617,33 +1617,22 @@ static int cgroup_cpus(int n)
     return n;
 }
 
-/* The CPUs this process may run on; 0 if the system does not say. */
-static int allowed_cpus(void)
-{
-    cpu_set_t set;
-
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 0;
-}
-
-#else
-
-static int allowed_cpus(void)
-{
-    return 0;
-}
-
-static int cgroup_cpus(int n)
-{
-    return n;
-}
-
 #endif
 
 static int usable_cpus(void)
 {
-    int n = allowed_cpus();
+    int n = 0;
 
-    n = cgroup_cpus(n > 0 ? n : (int)sysconf(_SC_NPROCESSORS_ONLN));
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        n = CPU_COUNT(&set);
+#endif
+    if (n < 1)
+        n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    n = cgroup_cpus(n);
+#endif
     return n < 1 ? 1 : n > 64 ? 64 : n;
 }
 
@@ -2099,14 +2088,12 @@ static const struct format *format_find(uint32_t id)
     return NULL;
 }
 
-static const char *format_name(uint32_t id)
+static const char *other_name(uint32_t id)
 {
-    const struct format *f = format_find(id);
-
-    for (size_t i = 0; !f && i < COUNT(other_formats); i++)
+    for (size_t i = 0; i < COUNT(other_formats); i++)
         if ((uint32_t)other_formats[i].id == id)
             return other_formats[i].name;
-    return f ? f->name : "of unknown number";
+    return "of unknown number";
 }
 
 static size_t row_bytes(const struct tensor *w)
@@ -4222,8 +4209,14 @@ static struct shown show(struct str s)
     return out;
 }
 
-/* A file in memory: mapped, or read into a buffer of its own. */
-struct file { const uint8_t *data; size_t size; int how; };
+/* A file in memory: mapped, read into a buffer of its own, or the caller's. */
+enum { BORROWED = -1 };
+
+struct file {
+    const uint8_t *data;
+    size_t size;
+    int how;                              /* LFM2_LOAD_x or BORROWED         */
+};
 
 /* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
 static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
@@ -4301,10 +4294,12 @@ static int file_open(struct file *f, const char *path, int load,
     return code;
 }
 
-static void file_close(struct file *f)
+static void file_close(const struct file *f)
 {
+    if (f->how == BORROWED)
+        return;
 #ifndef LFM2_NO_MMAP
-    if (f->data && f->how == LFM2_LOAD_MAP) {
+    if (f->how == LFM2_LOAD_MAP) {
         munmap((void *)f->data, f->size);
         return;
     }
@@ -4561,7 +4556,7 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     if (!t->fmt)
         return OTHER(g, "%s: weight type %s (%lu), expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
-                     "IQ4_XS", t->name, format_name(type), (unsigned long)type);
+                     "IQ4_XS", t->name, other_name(type), (unsigned long)type);
     for (int d = 0; d < 4; d++) {
         if (t->dims[d] < 1 || t->dims[d] > INT32_MAX ||
             elements > (UINT64_MAX >> 8) / t->dims[d])
@@ -5260,18 +5255,6 @@ const char *lfm2_weight_type(int i)
     return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
 }
 
-void lfm2_model_close(lfm2_model *m)
-{
-    if (!m)
-        return;
-    if (m->file)
-        file_close(m->file);
-    gguf_free(m->gguf);
-    free(m->layer);
-    free(m->floats);
-    free(m);
-}
-
 /* What is left of a file that is no model: its list of keys and tensors. */
 static void drop_layers(struct lfm2_model *m)
 {
@@ -5281,25 +5264,32 @@ static void drop_layers(struct lfm2_model *m)
     m->floats = NULL;
 }
 
-/* Takes over an open file, or NULL for memory of the caller.  With `any`, what
- * is no model is left open without layers. */
-static int open_model(lfm2_model **out, struct file *file, const uint8_t *data,
-                      size_t size, int any, lfm2_error *err)
+void lfm2_model_close(lfm2_model *m)
+{
+    if (!m)
+        return;
+    drop_layers(m);
+    gguf_free(m->gguf);
+    file_close(m->file);
+    free(m);
+}
+
+/* Takes over an open file.  With `any`, what is no model is left open without
+ * layers. */
+static int open_model(lfm2_model **out, const struct file *file, int any,
+                      lfm2_error *err)
 {
     struct opened *o = calloc(1, sizeof *o);
     int code;
 
     if (!o) {
-        if (file)
-            file_close(file);
+        file_close(file);
         return fail(err, LFM2_ENOMEM, "no memory to open a model");
     }
+    o->file = *file;
+    o->model.file = &o->file;
     o->model.gguf = &o->gguf;
-    if (file) {
-        o->file = *file;
-        o->model.file = &o->file;
-    }
-    code = gguf_parse(&o->gguf, data, size, err);
+    code = gguf_parse(&o->gguf, file->data, file->size, err);
     if (code == LFM2_OK)
         code = read_config(&o->model);
     if (code == LFM2_OK)
@@ -5314,24 +5304,26 @@ static int open_model(lfm2_model **out, struct file *file, const uint8_t *data,
     return code;
 }
 
-int lfm2_model_open(lfm2_model **out, const char *path, int load,
-                    lfm2_error *err)
+static int open_path(lfm2_model **out, const char *path, int load, int any,
+                     lfm2_error *err)
 {
     struct file file;
 
     *out = NULL;
     TRY(file_open(&file, path, load, err));
-    return open_model(out, &file, file.data, file.size, 0, err);
+    return open_model(out, &file, any, err);
+}
+
+int lfm2_model_open(lfm2_model **out, const char *path, int load,
+                    lfm2_error *err)
+{
+    return open_path(out, path, load, 0, err);
 }
 
 int lfm2_model_examine(lfm2_model **out, const char *path, int load,
                        lfm2_error *err)
 {
-    struct file file;
-
-    *out = NULL;
-    TRY(file_open(&file, path, load, err));
-    return open_model(out, &file, file.data, file.size, 1, err);
+    return open_path(out, path, load, 1, err);
 }
 
 int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
@@ -5340,7 +5332,7 @@ int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
     *out = NULL;
     if (!data)
         return fail(err, LFM2_EARG, "no data to open");
-    return open_model(out, NULL, data, size, 0, err);
+    return open_model(out, &(struct file){ data, size, BORROWED }, 0, err);
 }
 
 const lfm2_config *lfm2_model_config(const lfm2_model *m)
@@ -5529,6 +5521,13 @@ static int hidden_in_floats(const struct lfm2_model *m)
     return 0;
 }
 
+/* Columns of the hidden layer of a row, with all of its experts. */
+static uint64_t hidden_width(const lfm2_config *c)
+{
+    return larger((uint64_t)c->n_ff,
+                  (uint64_t)c->n_ff_expert * (uint64_t)c->n_expert_used);
+}
+
 static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
@@ -5537,8 +5536,6 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     const uint64_t hd = (uint64_t)c->head_dim;
     const uint64_t q = (uint64_t)c->n_head * hd;
     const uint64_t kv = (uint64_t)c->n_head_kv * hd;
-    const uint64_t ff = larger((uint64_t)c->n_ff,
-                               (uint64_t)c->n_ff_expert * used);
 
     ctx->piece = carve(a, (uint64_t)ctx->par.n_seq, sizeof *ctx->piece);
     ctx->token = carve(a, rows, sizeof *ctx->token);
@@ -5552,7 +5549,8 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     ctx->v = carve(a, rows * kv, sizeof *ctx->v);
     carve_input(a, &ctx->in, rows, n, 1);
     carve_input(a, &ctx->mixed, rows, larger(n, q), 1);
-    carve_input(a, &ctx->hidden, rows, ff, hidden_in_floats(ctx->model));
+    carve_input(a, &ctx->hidden, rows, hidden_width(c),
+                hidden_in_floats(ctx->model));
     ctx->q = ctx->mixed.f;
     ctx->score = carve(a, rows * (uint64_t)c->n_expert, sizeof *ctx->score);
     ctx->chosen = carve(a, rows * used, sizeof *ctx->chosen);
@@ -5621,8 +5619,7 @@ lfm2_params lfm2_default_params(const lfm2_model *m)
     return (lfm2_params){
         .n_ctx = m->cfg.n_ctx_train < 4096 ? m->cfg.n_ctx_train : 4096,
         .n_seq = 1, .n_batch = m->cfg.n_expert ? 2048 : 512, .n_logits = 1,
-        .n_threads = 0,
-        .kv_type = LFM2_KV_F16, .isa = LFM2_ISA_AUTO
+        .n_threads = 0, .kv_type = LFM2_KV_F16, .isa = LFM2_ISA_AUTO
     };
 }
 
@@ -5972,8 +5969,7 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
     if (size < STATE_HEAD + 8 || size > SIZE_MAX ||
         memcmp(buf, "LFM2SEQ1", 8) != 0)
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
-                    "expected \"LFM2SEQ1\" at their beginning",
-                    ull(size));
+                    "expected \"LFM2SEQ1\" at their beginning", ull(size));
     if (hash_bytes(HASH_START, buf, (size_t)size - 8) !=
         load_le64(buf + size - 8))
         return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
@@ -5991,8 +5987,7 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
                     "at most %d (n_ctx)", (unsigned long)len, ctx->par.n_ctx);
     if (size != state_size(ctx, (int)len))
         return fail(err, LFM2_EFORMAT, "a saved sequence of %lu tokens in %llu "
-                    "bytes, expected %llu", (unsigned long)len,
-                    ull(size),
+                    "bytes, expected %llu", (unsigned long)len, ull(size),
                     ull(state_size(ctx, (int)len)));
     return (int)len;
 }
@@ -6113,9 +6108,7 @@ static uint64_t lay_out_kept(struct lfm2_context *ctx, void *base)
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t rows = (uint64_t)ctx->par.n_batch;
     const uint64_t n = (uint64_t)c->n_embd, used = (uint64_t)c->n_expert_used;
-    const uint64_t hd = (uint64_t)c->head_dim;
-    const uint64_t ff = larger((uint64_t)c->n_ff,
-                               (uint64_t)c->n_ff_expert * used);
+    const uint64_t hd = (uint64_t)c->head_dim, ff = hidden_width(c);
     struct arena a = { base, 0 };
     struct kept k = { 0 };
 
