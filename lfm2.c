@@ -284,7 +284,8 @@ static float dot_f32(const float *a, const float *b, int n);
 static float f16_to_f32(uint16_t h);
 static uint16_t f32_to_f16(float f);
 
-enum { UNIT = 32 };                       /* columns rounded together        */
+enum { UNIT = 32 };                       /* columns rounded together; n_embd
+                                             and n_ff are whole units        */
 
 struct gathered;
 struct kv_head;
@@ -300,9 +301,10 @@ struct scratch {
     float *f;                             /* [cols], for float formats       */
 };
 
-/* What an instruction set brings; see sections 10 to 12. */
+/* What an instruction set brings: the functions of that name in sections 3, 4,
+ * 7 and 10, with the same bits. */
 struct isa {
-    int panel_rows;
+    int panel_rows;                       /* see section 12                  */
     float (*dot)(const float *a, const float *b, int n);
     void (*quantize)(struct rounded *to, const float *x);
     void (*swiglu)(float *gate, const float *up, int n);
@@ -370,10 +372,11 @@ static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
 /* The e-th matrix of an expert tensor. */
 static struct tensor expert(const struct tensor *w, int e);
 
-/* For lfm2_trace(): show the rows of y, [n_rows][n], under the name that the
+/* For lfm2_trace(): show the rows of y, n numbers each, under the name that the
  * module has in the official implementation, "conv.in_proj" of a layer, or
- * "lm_head" of none; of the rows whose logits are wanted; of the slots of an
- * expert.  None of these does anything while nobody traces. */
+ * "lm_head" of none.  trace() has all rows of the batch, trace_wanted() those
+ * whose logits are wanted, and trace_slots() shows some slots, those of expert
+ * e.  None of these does anything while nobody traces. */
 static void trace(struct lfm2_context *ctx, const struct layer *l,
                   const char *module, const float *y, int n);
 static void trace_wanted(struct lfm2_context *ctx, const char *module,
@@ -507,7 +510,7 @@ static void conv_unit(struct lfm2_context *ctx, const struct layer *l, int u,
     const lfm2_config *cfg = &ctx->model->cfg;
     const size_t n = (size_t)cfg->n_embd, first = (size_t)u * UNIT;
     const size_t past = (size_t)cfg->l_cache - 1;
-    const size_t at = (size_t)l->i_kind * past * n + first;
+    const size_t at = (size_t)l->i_kind * past * n + first;  /* in seq.conv */
 
     for (int i = 0; i < ctx->n_pieces; i++) {
         const struct piece *p = &ctx->piece[i];
@@ -692,7 +695,10 @@ static void attend_chunk(struct gathered *g, const float *q, int n_q,
     }
 }
 
-/* Add a later chunk to what is gathered, relative to the larger maximum. */
+/* Add a later chunk b to what is gathered in a, relative to the larger maximum:
+ *
+ *     w   = e^(max - larger max)                 for each of the two
+ *     sum = a.sum wa + b.sum wb,  o = a.o wa + b.o wb                       */
 static void merge_chunk(const struct isa *isa, struct gathered *a,
                         const struct gathered *b, int hd)
 {
@@ -707,7 +713,7 @@ static void merge_chunk(const struct isa *isa, struct gathered *a,
 }
 
 /* Norm and rotate the heads of a row that share kv head `head`; remember k and
- * v. */
+ * v.  q is divided by sqrt(head_dim) here, so that scores are products. */
 static void prepare_group(struct lfm2_context *ctx, const struct layer *l,
                           const struct kv_head *kv, int head, int row, int pos)
 {
@@ -971,7 +977,9 @@ static void route(const lfm2_config *c, const float *bias, float *score,
 }
 
 /* Sort the slots (row, i-th choice) by expert, rows ascending: those of expert
- * e are slot[slot_end[e]] .. slot[slot_end[e+1]-1]. */
+ * e are slot[slot_end[e]] .. slot[slot_end[e+1]-1].  Here end[e+1] is at first
+ * how many they are, then where they end, and goes down to where they begin as
+ * they are put in their places, the last row first. */
 static void group_by_expert(struct lfm2_context *ctx)
 {
     const int n_expert = ctx->model->cfg.n_expert;
@@ -2408,8 +2416,10 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
  *                  vpdpbusd on x86, whose first bytes are unsigned
  *
  * by including this file into itself further down.  FN(name) is the name of a
- * function in this set.  INTS and FLOATS are registers; V(op) and VI(op) are
- * instructions, by the names they have on x86. */
+ * function in this set, BLOCK(name) of a small block: all of x86 uses those of
+ * AVX2.  INTS and FLOATS are registers; V(op) and VI(op) are instructions, by
+ * the names they have on x86.  What fits into the registers at once: TOKENS
+ * rows of x, ROWS rows of weights in floats, WIDE vectors of positions. */
 
 /* Before a loop whose arrays are to become registers: without it clang keeps
  * them in memory, and products take twice as long. */
@@ -4315,6 +4325,9 @@ static void file_close(const struct file *f)
  *                 | u64 offset |
  *     padding to general.alignment, then the data; offsets count from here
  *
+ *     string:  | u64 n | n bytes |
+ *     array:   | u32 type of its elements | u64 n | n values |
+ *
  * Here the file is walked once and every statement it makes is held against its
  * size; later parts look up what they need. */
 
@@ -5103,7 +5116,8 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
     return LFM2_OK;
 }
 
-/* The rows of a tensor: a width that a key may get wrong but a shape cannot. */
+/* The rows of a tensor: a width that a key may get wrong but a shape cannot, so
+ * what kv_count() has against the key is told to nobody. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
                       int *out)
 {
@@ -5713,7 +5727,9 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
     return ctx->par;
 }
 
-/* A thread's share of the first `n` bytes of the weights. */
+/* ---- what the machine can do: lfm2_exercise()
+ *
+ * A thread's share of the first `n` bytes of the weights. */
 static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
                            int thread)
 {
@@ -7037,7 +7053,7 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
     return o.n;
 }
 
-/* ---------------------------------------------------------- 25. Conversations
+/* --------------------------------------- 25. Conversations, and tokens to text
  *
  *     <|startoftext|>
  *     <|im_start|>role\ncontent<|im_end|>\n       for each message
@@ -7093,6 +7109,8 @@ int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
     }
     return o.n;
 }
+
+/* ---- and back: what ids mean, and their bytes as characters */
 
 int lfm2_n_vocab(const lfm2_tokenizer *t)
 {
