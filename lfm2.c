@@ -58,6 +58,7 @@
 
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity()             */
+#define _DARWIN_C_SOURCE                  /* macOS: _SC_NPROCESSORS_ONLN     */
 #define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
 #include "lfm2.h"
@@ -5575,6 +5576,7 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     ctx->active = carve(a, (uint64_t)c->n_expert, sizeof *ctx->active);
 }
 
+/* What rows of weights are unpacked to has room for the widest matrix. */
 static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;

@@ -260,6 +260,7 @@ float lfm2_math(int function, float a, float b, float c);
 
 /* --------------------------------------------------------------- sequences */
 
+/* In tokens; LFM2_EARG if there is no such sequence. */
 int  lfm2_seq_len(const lfm2_context *ctx, int seq);
 
 /* Shortening is exact but granular: the conv state is kept at every multiple of
