@@ -376,15 +376,14 @@ static struct tensor expert(const struct tensor *w, int e);
 /* For lfm2_trace(): show the rows of y, n numbers each, under the name that the
  * module has in the official implementation, "conv.in_proj" of a layer, or
  * "lm_head" of none.  trace() has all rows of the batch, trace_wanted() those
- * whose logits are wanted, and trace_slots() shows some slots, those of expert
- * e.  None of these does anything while nobody traces. */
+ * whose logits are wanted, and trace_expert() shows the slots of expert e, out
+ * of all.  None of these does anything while nobody traces. */
 static void trace(struct lfm2_context *ctx, const struct layer *l,
                   const char *module, const float *y, int n);
 static void trace_wanted(struct lfm2_context *ctx, const char *module,
                          const float *y, int n);
-static void trace_slots(struct lfm2_context *ctx, const struct layer *l, int e,
-                        const char *module, struct range slots, const float *y,
-                        int n);
+static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e,
+                         const char *module, const float *y, int n);
 
 /* Keep for it what the next unit overwrites, if there is a y: unit u of n rows
  * from row `first` on; head number i; the chosen experts, as floats. */
@@ -1098,16 +1097,6 @@ static void route_work(struct lfm2_context *ctx, void *arg, int thread)
               ctx->weight + t * (size_t)c->n_expert_used);
 }
 
-/* feed_forward.experts.E.w1, .w3 and .w2 of expert e. */
-static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e)
-{
-    const struct range slots = slots_of(ctx, e);
-
-    trace_slots(ctx, l, e, "w1", slots, ctx->kept.gate, l->ffn_gate_exps.rows);
-    trace_slots(ctx, l, e, "w3", slots, ctx->kept.up, l->ffn_up_exps.rows);
-    trace_slots(ctx, l, e, "w2", slots, ctx->kept.out, l->ffn_down_exps.rows);
-}
-
 /* Mixture of experts: each row is sent to the few networks the router chooses
  * for it. */
 static void moe(struct lfm2_context *ctx, const struct layer *l)
@@ -1125,8 +1114,12 @@ static void moe(struct lfm2_context *ctx, const struct layer *l)
     ctx->hidden.cols = l->ffn_gate_exps.rows;
     parallel(ctx, hidden_experts_work, (void *)l);
     parallel(ctx, experts_work, (void *)l);
-    for (int i = 0; i < ctx->n_active; i++)
-        trace_expert(ctx, l, ctx->active[i]);
+    for (int i = 0; i < ctx->n_active; i++) {
+        const int e = ctx->active[i];
+        trace_expert(ctx, l, e, "w1", ctx->kept.gate, l->ffn_gate_exps.rows);
+        trace_expert(ctx, l, e, "w3", ctx->kept.up, l->ffn_up_exps.rows);
+        trace_expert(ctx, l, e, "w2", ctx->kept.out, l->ffn_down_exps.rows);
+    }
     trace(ctx, l, "feed_forward", ctx->y, c->n_embd);
 }
 
@@ -6110,10 +6103,11 @@ static void trace_wanted(struct lfm2_context *ctx, const char *module,
     hand_out(ctx, NULL, -1, module, ctx->out_row, ctx->n_rows, y, n);
 }
 
-static void trace_slots(struct lfm2_context *ctx, const struct layer *l, int e,
-                        const char *module, struct range slots, const float *y,
-                        int n)
+static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e,
+                         const char *module, const float *y, int n)
 {
+    const struct range slots = slots_of(ctx, e);
+
     if (ctx->hook)
         hand_out(ctx, l, e, module, ctx->slot_row + slots.first,
                  slots.last - slots.first,
