@@ -58,6 +58,7 @@
 
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity()             */
+#define _DARWIN_C_SOURCE                  /* macOS: _SC_NPROCESSORS_ONLN     */
 #define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
 #include "lfm2.h"
@@ -157,12 +158,12 @@ struct layer {
 struct lfm2_model {
     lfm2_config cfg;
     const char *arch;                     /* "lfm2" or "lfm2moe"             */
-    struct file *file;                    /* NULL: the caller's memory       */
+    struct file *file;
     struct gguf *gguf;
     struct layer *layer;                  /* [n_layer]                       */
     struct tensor token_embd;             /* [n_vocab][n_embd]               */
     struct tensor output;                 /* the same, if it is tied         */
-    const float *output_norm;             /* [n_embd]; see bind_model()      */
+    const float *output_norm;             /* [n_embd]; see bind_ends()       */
     float *floats;                        /* norms, taps, biases, converted  */
     double rope_root;                     /* rope_freq_base^(2/head_dim)     */
     int n_attn, n_conv;                   /* layers of either kind           */
@@ -287,7 +288,8 @@ static float dot_f32(const float *a, const float *b, int n);
 static float f16_to_f32(uint16_t h);
 static uint16_t f32_to_f16(float f);
 
-enum { UNIT = 32 };                       /* columns rounded together        */
+enum { UNIT = 32 };                       /* columns rounded together; n_embd
+                                             and n_ff are whole units        */
 
 struct gathered;
 struct kv_head;
@@ -303,9 +305,10 @@ struct scratch {
     float *f;                             /* [cols], for float formats       */
 };
 
-/* What an instruction set brings; see sections 10 to 12. */
+/* What an instruction set brings: the functions of that name in sections 3, 4,
+ * 7 and 10, with the same bits. */
 struct isa {
-    int panel_rows;
+    int panel_rows;                       /* see section 12                  */
     float (*dot)(const float *a, const float *b, int n);
     void (*quantize)(struct rounded *to, const float *x);
     void (*swiglu)(float *gate, const float *up, int n);
@@ -373,17 +376,17 @@ static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
 /* The e-th matrix of an expert tensor. */
 static struct tensor expert(const struct tensor *w, int e);
 
-/* For lfm2_trace(): show the rows of y, [n_rows][n], under the name that the
+/* For lfm2_trace(): show the rows of y, n numbers each, under the name that the
  * module has in the official implementation, "conv.in_proj" of a layer, or
- * "lm_head" of none; of the rows whose logits are wanted; of the slots of an
- * expert.  None of these does anything while nobody traces. */
+ * "lm_head" of none.  trace() has all rows of the batch, trace_wanted() those
+ * whose logits are wanted, and trace_expert() shows the slots of expert e, out
+ * of all.  None of these does anything while nobody traces. */
 static void trace(struct lfm2_context *ctx, const struct layer *l,
                   const char *module, const float *y, int n);
 static void trace_wanted(struct lfm2_context *ctx, const char *module,
                          const float *y, int n);
-static void trace_slots(struct lfm2_context *ctx, const struct layer *l, int e,
-                        const char *module, struct range slots, const float *y,
-                        int n);
+static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e,
+                         const char *module, const float *y, int n);
 
 /* Keep for it what the next unit overwrites, if there is a y: unit u of n rows
  * from row `first` on; head number i; the chosen experts, as floats. */
@@ -510,7 +513,7 @@ static void conv_unit(struct lfm2_context *ctx, const struct layer *l, int u,
     const lfm2_config *cfg = &ctx->model->cfg;
     const size_t n = (size_t)cfg->n_embd, first = (size_t)u * UNIT;
     const size_t past = (size_t)cfg->l_cache - 1;
-    const size_t at = (size_t)l->i_kind * past * n + first;
+    const size_t at = (size_t)l->i_kind * past * n + first;  /* in seq.conv */
 
     for (int i = 0; i < ctx->n_pieces; i++) {
         const struct piece *p = &ctx->piece[i];
@@ -695,7 +698,10 @@ static void attend_chunk(struct gathered *g, const float *q, int n_q,
     }
 }
 
-/* Add a later chunk to what is gathered, relative to the larger maximum. */
+/* Add a later chunk b to what is gathered in a, relative to the larger maximum:
+ *
+ *     w   = e^(max - larger max)                 for each of the two
+ *     sum = a.sum wa + b.sum wb,  o = a.o wa + b.o wb                       */
 static void merge_chunk(const struct isa *isa, struct gathered *a,
                         const struct gathered *b, int hd)
 {
@@ -710,7 +716,7 @@ static void merge_chunk(const struct isa *isa, struct gathered *a,
 }
 
 /* Norm and rotate the heads of a row that share kv head `head`; remember k and
- * v. */
+ * v.  q is divided by sqrt(head_dim) here, so that scores are products. */
 static void prepare_group(struct lfm2_context *ctx, const struct layer *l,
                           const struct kv_head *kv, int head, int row, int pos)
 {
@@ -974,7 +980,9 @@ static void route(const lfm2_config *c, const float *bias, float *score,
 }
 
 /* Sort the slots (row, i-th choice) by expert, rows ascending: those of expert
- * e are slot[slot_end[e]] .. slot[slot_end[e+1]-1]. */
+ * e are slot[slot_end[e]] .. slot[slot_end[e+1]-1].  Here end[e+1] is at first
+ * how many they are, then where they end, and goes down to where they begin as
+ * they are put in their places, the last row first. */
 static void group_by_expert(struct lfm2_context *ctx)
 {
     const int n_expert = ctx->model->cfg.n_expert;
@@ -1092,16 +1100,6 @@ static void route_work(struct lfm2_context *ctx, void *arg, int thread)
               ctx->weight + t * (size_t)c->n_expert_used);
 }
 
-/* feed_forward.experts.E.w1, .w3 and .w2 of expert e. */
-static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e)
-{
-    const struct range slots = slots_of(ctx, e);
-
-    trace_slots(ctx, l, e, "w1", slots, ctx->kept.gate, l->ffn_gate_exps.rows);
-    trace_slots(ctx, l, e, "w3", slots, ctx->kept.up, l->ffn_up_exps.rows);
-    trace_slots(ctx, l, e, "w2", slots, ctx->kept.out, l->ffn_down_exps.rows);
-}
-
 /* Mixture of experts: each row is sent to the few networks the router chooses
  * for it. */
 static void moe(struct lfm2_context *ctx, const struct layer *l)
@@ -1119,8 +1117,12 @@ static void moe(struct lfm2_context *ctx, const struct layer *l)
     ctx->hidden.cols = l->ffn_gate_exps.rows;
     parallel(ctx, hidden_experts_work, (void *)l);
     parallel(ctx, experts_work, (void *)l);
-    for (int i = 0; i < ctx->n_active; i++)
-        trace_expert(ctx, l, ctx->active[i]);
+    for (int i = 0; i < ctx->n_active; i++) {
+        const int e = ctx->active[i];
+        trace_expert(ctx, l, e, "w1", ctx->kept.gate, l->ffn_gate_exps.rows);
+        trace_expert(ctx, l, e, "w3", ctx->kept.up, l->ffn_up_exps.rows);
+        trace_expert(ctx, l, e, "w2", ctx->kept.out, l->ffn_down_exps.rows);
+    }
     trace(ctx, l, "feed_forward", ctx->y, c->n_embd);
 }
 
@@ -1620,33 +1622,22 @@ static int cgroup_cpus(int n)
     return n;
 }
 
-/* The CPUs this process may run on; 0 if the system does not say. */
-static int allowed_cpus(void)
-{
-    cpu_set_t set;
-
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 0;
-}
-
-#else
-
-static int allowed_cpus(void)
-{
-    return 0;
-}
-
-static int cgroup_cpus(int n)
-{
-    return n;
-}
-
 #endif
 
 static int usable_cpus(void)
 {
-    int n = allowed_cpus();
+    int n = 0;
 
-    n = cgroup_cpus(n > 0 ? n : (int)sysconf(_SC_NPROCESSORS_ONLN));
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        n = CPU_COUNT(&set);
+#endif
+    if (n < 1)
+        n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    n = cgroup_cpus(n);
+#endif
     return n < 1 ? 1 : n > 64 ? 64 : n;
 }
 
@@ -2102,14 +2093,12 @@ static const struct format *format_find(uint32_t id)
     return NULL;
 }
 
-static const char *format_name(uint32_t id)
+static const char *other_name(uint32_t id)
 {
-    const struct format *f = format_find(id);
-
-    for (size_t i = 0; !f && i < COUNT(other_formats); i++)
+    for (size_t i = 0; i < COUNT(other_formats); i++)
         if ((uint32_t)other_formats[i].id == id)
             return other_formats[i].name;
-    return f ? f->name : "of unknown number";
+    return "of unknown number";
 }
 
 static size_t row_bytes(const struct tensor *w)
@@ -2424,8 +2413,10 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
  *                  vpdpbusd on x86, whose first bytes are unsigned
  *
  * by including this file into itself further down.  FN(name) is the name of a
- * function in this set.  INTS and FLOATS are registers; V(op) and VI(op) are
- * instructions, by the names they have on x86. */
+ * function in this set, BLOCK(name) of a small block: all of x86 uses those of
+ * AVX2.  INTS and FLOATS are registers; V(op) and VI(op) are instructions, by
+ * the names they have on x86.  What fits into the registers at once: TOKENS
+ * rows of x, ROWS rows of weights in floats, WIDE vectors of positions. */
 
 /* Before a loop whose arrays are to become registers: without it clang keeps
  * them in memory, and products take twice as long. */
@@ -2435,9 +2426,14 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* Fetch what is at p to all levels of the cache, or to all but the first. */
+/* Fetch what is at p to all levels of the cache, or to all but the first.  No
+ * harm is done if nothing is there. */
+#ifdef __GNUC__
 #define FETCH(p) __builtin_prefetch(p, 0, 3)
 #define FETCH_FAR(p) __builtin_prefetch(p, 0, 2)
+#else
+#define FETCH(p) (void)(p)
+#endif
 
 #ifdef LFM2_ARM
 
@@ -4220,11 +4216,19 @@ static struct shown show(struct str s)
     return out;
 }
 
-/* A file in memory: mapped, or read into a buffer of its own. */
-struct file { const uint8_t *data; size_t size; int how; };
+/* A file in memory: mapped, read into a buffer of its own, or the caller's. */
+enum { BORROWED = -1 };
 
+struct file {
+    const uint8_t *data;
+    size_t size;
+    int how;                              /* LFM2_LOAD_x or BORROWED         */
+};
+
+/* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
 static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
 {
+    const size_t most = (size_t)1 << 30;
     uint8_t *buf = malloc(f->size);
     size_t done = 0;
 
@@ -4232,7 +4236,8 @@ static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
         return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
                     f->size);
     while (done < f->size) {
-        ssize_t n = read(fd, buf + done, f->size - done);
+        const size_t left = f->size - done;
+        ssize_t n = read(fd, buf + done, left < most ? left : most);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0) {
@@ -4296,10 +4301,12 @@ static int file_open(struct file *f, const char *path, int load,
     return code;
 }
 
-static void file_close(struct file *f)
+static void file_close(const struct file *f)
 {
+    if (f->how == BORROWED)
+        return;
 #ifndef LFM2_NO_MMAP
-    if (f->data && f->how == LFM2_LOAD_MAP) {
+    if (f->how == LFM2_LOAD_MAP) {
         munmap((void *)f->data, f->size);
         return;
     }
@@ -4314,6 +4321,9 @@ static void file_close(struct file *f)
  *     n_tensors x | string name | u32 n_dims | n_dims x u64 | u32 type
  *                 | u64 offset |
  *     padding to general.alignment, then the data; offsets count from here
+ *
+ *     string:  | u64 n | n bytes |
+ *     array:   | u32 type of its elements | u64 n | n values |
  *
  * Here the file is walked once and every statement it makes is held against its
  * size; later parts look up what they need. */
@@ -4556,7 +4566,7 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     if (!t->fmt)
         return OTHER(g, "%s: weight type %s (%lu), expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
-                     "IQ4_XS", t->name, format_name(type), (unsigned long)type);
+                     "IQ4_XS", t->name, other_name(type), (unsigned long)type);
     for (int d = 0; d < 4; d++) {
         if (t->dims[d] < 1 || t->dims[d] > INT32_MAX ||
             elements > (UINT64_MAX >> 8) / t->dims[d])
@@ -5103,7 +5113,8 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
     return LFM2_OK;
 }
 
-/* The rows of a tensor: a width that a key may get wrong but a shape cannot. */
+/* The rows of a tensor: a width that a key may get wrong but a shape cannot, so
+ * what kv_count() has against the key is told to nobody. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
                       int *out)
 {
@@ -5143,6 +5154,10 @@ static int read_widths(struct lfm2_model *m)
              c->n_layer_dense);
     if (c->n_layer_dense < c->n_layer)
         TRY(read_width(m, name, "expert_feed_forward_length", &c->n_ff_expert));
+    if (c->n_embd % UNIT || c->n_ff % UNIT || c->n_ff_expert % UNIT)
+        return OTHER(m->gguf, "a width of %d and feed-forward networks of %d "
+                     "and %d, expected multiples of %d", c->n_embd, c->n_ff,
+                     c->n_ff_expert, UNIT);
     return LFM2_OK;
 }
 
@@ -5251,18 +5266,6 @@ const char *lfm2_weight_type(int i)
     return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
 }
 
-void lfm2_model_close(lfm2_model *m)
-{
-    if (!m)
-        return;
-    if (m->file)
-        file_close(m->file);
-    gguf_free(m->gguf);
-    free(m->layer);
-    free(m->floats);
-    free(m);
-}
-
 /* What is left of a file that is no model: its list of keys and tensors. */
 static void drop_layers(struct lfm2_model *m)
 {
@@ -5272,25 +5275,32 @@ static void drop_layers(struct lfm2_model *m)
     m->floats = NULL;
 }
 
-/* Takes over an open file, or NULL for memory of the caller.  With `any`, what
- * is no model is left open without layers. */
-static int open_model(lfm2_model **out, struct file *file, const uint8_t *data,
-                      size_t size, int any, lfm2_error *err)
+void lfm2_model_close(lfm2_model *m)
+{
+    if (!m)
+        return;
+    drop_layers(m);
+    gguf_free(m->gguf);
+    file_close(m->file);
+    free(m);
+}
+
+/* Takes over an open file.  With `any`, what is no model is left open without
+ * layers. */
+static int open_model(lfm2_model **out, const struct file *file, int any,
+                      lfm2_error *err)
 {
     struct opened *o = calloc(1, sizeof *o);
     int code;
 
     if (!o) {
-        if (file)
-            file_close(file);
+        file_close(file);
         return fail(err, LFM2_ENOMEM, "no memory to open a model");
     }
+    o->file = *file;
+    o->model.file = &o->file;
     o->model.gguf = &o->gguf;
-    if (file) {
-        o->file = *file;
-        o->model.file = &o->file;
-    }
-    code = gguf_parse(&o->gguf, data, size, err);
+    code = gguf_parse(&o->gguf, file->data, file->size, err);
     if (code == LFM2_OK)
         code = read_config(&o->model);
     if (code == LFM2_OK)
@@ -5305,24 +5315,26 @@ static int open_model(lfm2_model **out, struct file *file, const uint8_t *data,
     return code;
 }
 
-int lfm2_model_open(lfm2_model **out, const char *path, int load,
-                    lfm2_error *err)
+static int open_path(lfm2_model **out, const char *path, int load, int any,
+                     lfm2_error *err)
 {
     struct file file;
 
     *out = NULL;
     TRY(file_open(&file, path, load, err));
-    return open_model(out, &file, file.data, file.size, 0, err);
+    return open_model(out, &file, any, err);
+}
+
+int lfm2_model_open(lfm2_model **out, const char *path, int load,
+                    lfm2_error *err)
+{
+    return open_path(out, path, load, 0, err);
 }
 
 int lfm2_model_examine(lfm2_model **out, const char *path, int load,
                        lfm2_error *err)
 {
-    struct file file;
-
-    *out = NULL;
-    TRY(file_open(&file, path, load, err));
-    return open_model(out, &file, file.data, file.size, 1, err);
+    return open_path(out, path, load, 1, err);
 }
 
 int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
@@ -5331,7 +5343,7 @@ int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
     *out = NULL;
     if (!data)
         return fail(err, LFM2_EARG, "no data to open");
-    return open_model(out, NULL, data, size, 0, err);
+    return open_model(out, &(struct file){ data, size, BORROWED }, 0, err);
 }
 
 const lfm2_config *lfm2_model_config(const lfm2_model *m)
@@ -5520,6 +5532,13 @@ static int hidden_in_floats(const struct lfm2_model *m)
     return 0;
 }
 
+/* Columns of the hidden layer of a row, with all of its experts. */
+static uint64_t hidden_width(const lfm2_config *c)
+{
+    return larger((uint64_t)c->n_ff,
+                  (uint64_t)c->n_ff_expert * (uint64_t)c->n_expert_used);
+}
+
 static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
@@ -5528,8 +5547,6 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     const uint64_t hd = (uint64_t)c->head_dim;
     const uint64_t q = (uint64_t)c->n_head * hd;
     const uint64_t kv = (uint64_t)c->n_head_kv * hd;
-    const uint64_t ff = larger((uint64_t)c->n_ff,
-                               (uint64_t)c->n_ff_expert * used);
 
     ctx->piece = carve(a, (uint64_t)ctx->par.n_seq, sizeof *ctx->piece);
     ctx->token = carve(a, rows, sizeof *ctx->token);
@@ -5543,7 +5560,8 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     ctx->v = carve(a, rows * kv, sizeof *ctx->v);
     carve_input(a, &ctx->in, rows, n, 1);
     carve_input(a, &ctx->mixed, rows, larger(n, q), 1);
-    carve_input(a, &ctx->hidden, rows, ff, hidden_in_floats(ctx->model));
+    carve_input(a, &ctx->hidden, rows, hidden_width(c),
+                hidden_in_floats(ctx->model));
     ctx->q = ctx->mixed.f;
     ctx->score = carve(a, rows * (uint64_t)c->n_expert, sizeof *ctx->score);
     ctx->chosen = carve(a, rows * used, sizeof *ctx->chosen);
@@ -5554,6 +5572,7 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     ctx->active = carve(a, (uint64_t)c->n_expert, sizeof *ctx->active);
 }
 
+/* What rows of weights are unpacked to has room for the widest matrix. */
 static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
@@ -5612,8 +5631,7 @@ lfm2_params lfm2_default_params(const lfm2_model *m)
     return (lfm2_params){
         .n_ctx = m->cfg.n_ctx_train < 4096 ? m->cfg.n_ctx_train : 4096,
         .n_seq = 1, .n_batch = m->cfg.n_expert ? 2048 : 512, .n_logits = 1,
-        .n_threads = 0,
-        .kv_type = LFM2_KV_F16, .isa = LFM2_ISA_AUTO
+        .n_threads = 0, .kv_type = LFM2_KV_F16, .isa = LFM2_ISA_AUTO
     };
 }
 
@@ -5707,17 +5725,9 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
     return ctx->par;
 }
 
-/* Ask for the cache line at p; no harm is done if there is none. */
-static void prefetch(const void *p)
-{
-#ifdef __GNUC__
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
-}
-
-/* A thread's share of the first `n` bytes of the weights. */
+/* ---- what the machine can do: lfm2_exercise()
+ *
+ * A thread's share of the first `n` bytes of the weights. */
 static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
                            int thread)
 {
@@ -5726,7 +5736,7 @@ static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
     uint64_t sum = 0, word;
 
     for (int64_t i = (int64_t)r.first * 64; i < (int64_t)r.last * 64; i += 64) {
-        prefetch(p + i + 8192);
+        FETCH(p + i + 8192);
         for (int k = 0; k < 64; k += 8) {
             memcpy(&word, p + i + k, sizeof word);
             sum ^= word;
@@ -5735,33 +5745,38 @@ static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
     return sum;
 }
 
-struct exercise { int what; int64_t amount; atomic_uint sink; };
+struct exercise {
+    int what;
+    int64_t bytes;                        /* to read                         */
+    int64_t dots;                         /* multiply-adds done by a thread  */
+    atomic_uint sink;
+};
 
 static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
 {
     struct exercise *e = arg;
+    int64_t dots = 0;
     int sum = 0;
 
     if (e->what == LFM2_READ)
-        sum = (int)read_share(ctx, e->amount, thread);
+        sum = (int)read_share(ctx, e->bytes, thread);
     else
-        for (int i = 0; i < e->amount; i++)
-            ctx->isa->exercise(&sum);
+        for (int i = 0; i < 50; i++)
+            dots += ctx->isa->exercise(&sum);
+    if (thread == 0)
+        e->dots = dots;
     atomic_fetch_add(&e->sink, (unsigned)sum);
 }
 
 int64_t lfm2_exercise(lfm2_context *ctx, int what)
 {
     const struct gguf *g = ctx->model->gguf;
-    const uint64_t size = (uint64_t)(g->bytes + g->size - g->data);
-    struct exercise e = { what, 50, 0 };
-    int sum = 0;
+    const int64_t size = g->bytes + g->size - g->data;
+    const int64_t most = (int64_t)1 << 31;
+    struct exercise e = { what, size < most ? size : most, 0, 0 };
 
-    if (what == LFM2_READ)
-        e.amount = size < (uint64_t)1 << 31 ? (int64_t)size : (int64_t)1 << 31;
     parallel(ctx, exercise_work, &e);
-    return what == LFM2_READ
-        ? e.amount : ctx->isa->exercise(&sum) * e.amount * ctx->par.n_threads;
+    return what == LFM2_READ ? e.bytes : e.dots * ctx->par.n_threads;
 }
 
 /* ------------------------------------------------------------ 20. Sequences */
@@ -5968,8 +5983,7 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
     if (size < STATE_HEAD + 8 || size > SIZE_MAX ||
         memcmp(buf, "LFM2SEQ1", 8) != 0)
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
-                    "expected \"LFM2SEQ1\" at their beginning",
-                    ull(size));
+                    "expected \"LFM2SEQ1\" at their beginning", ull(size));
     if (hash_bytes(HASH_START, buf, (size_t)size - 8) !=
         load_le64(buf + size - 8))
         return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
@@ -5987,8 +6001,7 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
                     "at most %d (n_ctx)", (unsigned long)len, ctx->par.n_ctx);
     if (size != state_size(ctx, (int)len))
         return fail(err, LFM2_EFORMAT, "a saved sequence of %lu tokens in %llu "
-                    "bytes, expected %llu", (unsigned long)len,
-                    ull(size),
+                    "bytes, expected %llu", (unsigned long)len, ull(size),
                     ull(state_size(ctx, (int)len)));
     return (int)len;
 }
@@ -6093,10 +6106,11 @@ static void trace_wanted(struct lfm2_context *ctx, const char *module,
     hand_out(ctx, NULL, -1, module, ctx->out_row, ctx->n_rows, y, n);
 }
 
-static void trace_slots(struct lfm2_context *ctx, const struct layer *l, int e,
-                        const char *module, struct range slots, const float *y,
-                        int n)
+static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e,
+                         const char *module, const float *y, int n)
 {
+    const struct range slots = slots_of(ctx, e);
+
     if (ctx->hook)
         hand_out(ctx, l, e, module, ctx->slot_row + slots.first,
                  slots.last - slots.first,
@@ -6109,9 +6123,7 @@ static uint64_t lay_out_kept(struct lfm2_context *ctx, void *base)
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t rows = (uint64_t)ctx->par.n_batch;
     const uint64_t n = (uint64_t)c->n_embd, used = (uint64_t)c->n_expert_used;
-    const uint64_t hd = (uint64_t)c->head_dim;
-    const uint64_t ff = larger((uint64_t)c->n_ff,
-                               (uint64_t)c->n_ff_expert * used);
+    const uint64_t hd = (uint64_t)c->head_dim, ff = hidden_width(c);
     struct arena a = { base, 0 };
     struct kept k = { 0 };
 
@@ -7040,7 +7052,7 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
     return o.n;
 }
 
-/* ---------------------------------------------------------- 25. Conversations
+/* --------------------------------------- 25. Conversations, and tokens to text
  *
  *     <|startoftext|>
  *     <|im_start|>role\ncontent<|im_end|>\n       for each message
@@ -7096,6 +7108,8 @@ int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
     }
     return o.n;
 }
+
+/* ---- and back: what ids mean, and their bytes as characters */
 
 int lfm2_n_vocab(const lfm2_tokenizer *t)
 {
@@ -7230,11 +7244,11 @@ static void penalise(const lfm2_sampler *s, struct candidate *mark,
                      float *logits, int n_vocab, const int32_t *history, int n)
 {
     const float penalty = s->repeat_penalty;
-    const int first = n - (n < s->repeat_last_n ? n : s->repeat_last_n);
 
     if (!history || n <= 0 || s->repeat_last_n <= 0 ||
         !(penalty > 0 && penalty <= FLT_MAX))
         return;
+    const int first = n > s->repeat_last_n ? n - s->repeat_last_n : 0;
     for (int i = first; i < n; i++)
         if (history[i] >= 0 && history[i] < n_vocab)
             mark[history[i]].id = 1;

@@ -169,16 +169,16 @@ typedef struct {
     int n_seq;        /* how many sequences                                  */
     int n_batch;      /* tokens worked on at once; changes memory, no bit    */
     int n_logits;     /* most rows of logits one lfm2_forward() may ask for  */
-    int n_threads;    /* 0: one per usable CPU; 1: none is ever created      */
+    int n_threads;    /* 0: one per usable CPU, 64 at most; 1: none created  */
     int kv_type;      /* LFM2_KV_*                                           */
     int isa;          /* LFM2_ISA_*; one that is not to be had is LFM2_EARG  */
 } lfm2_params;
 
 typedef struct lfm2_context lfm2_context;
 
-/* n_ctx 4096 or what the model was trained for, one sequence, batch 512 (2048
- * with experts, so that each has some rows to work on), one row of logits, all
- * usable CPUs, KV in f16, the best ISA. */
+/* n_ctx 4096, or less if the model was trained for less, one sequence, batch
+ * 512 (2048 with experts, so that each has some rows to work on), one row of
+ * logits, all usable CPUs, KV in f16, the best ISA. */
 lfm2_params lfm2_default_params(const lfm2_model *m);
 
 /* The bytes lfm2_context_open() will reserve, 0 for unusable parameters.  Pages
@@ -260,6 +260,7 @@ float lfm2_math(int function, float a, float b, float c);
 
 /* --------------------------------------------------------------- sequences */
 
+/* In tokens; LFM2_EARG if there is no such sequence. */
 int  lfm2_seq_len(const lfm2_context *ctx, int seq);
 
 /* Shortening is exact but granular: the conv state is kept at every multiple of

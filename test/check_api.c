@@ -313,7 +313,8 @@ START_TEST(a_wreck_is_shown_but_not_run)
         for (int k = 0; n && k < i % 3; k++)
             copy[random_u32(&rng) % (n < head ? n : head)] ^=
                 (uint8_t)random_u32(&rng);
-        const int code = open_model(&m, NULL, copy, n, 1, &err);
+        const int code = open_model(
+            &m, &(struct file){ copy, n, BORROWED }, 1, &err);
         EXPECT(m != NULL);
         look_around(m, code);
         lfm2_model_close(m);

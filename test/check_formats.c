@@ -54,10 +54,10 @@ START_TEST(other_types_have_a_name_and_no_reader)
         for (int i = 0; i < N_WEIGHT_TYPES; i++)
             known |= (uint32_t)weight_types[i] == id;
         ck_assert((format_find(id) != NULL) == known);
-        ck_assert(strlen(format_name(id)) > 1);
+        ck_assert(strlen(other_name(id)) > 1);
     }
-    ck_assert_str_eq(format_name(4), "Q4_2");
-    ck_assert_str_eq(format_name(31), "repacked Q4_0_4_4");
+    ck_assert_str_eq(other_name(4), "Q4_2");
+    ck_assert_str_eq(other_name(31), "repacked Q4_0_4_4");
     ck_assert(format_find(UINT32_MAX) == NULL);
 }
 END_TEST

@@ -293,6 +293,13 @@ broken[] = {
       "lfm2.embedding_length: 66, expected a multiple of the 4 heads" },
     { { SET, "lfm2.embedding_length", T_U32, 128, 0, 0 }, 0, LFM2_EFORMAT,
       "token_embd.weight: shape 64 x 264 x 1, expected 128 x 264 x 1" },
+    { { SET, "lfm2.embedding_length", T_U32, 48, 0, 0 }, 0, LFM2_EUNSUPPORTED,
+      "a width of 48 and feed-forward networks of 128 and 0, expected multiples"
+      " of 32" },
+    { { DIM, "blk.0.ffn_gate.weight", 1, 120, 0, 0 }, 0, LFM2_EUNSUPPORTED,
+      "a width of 64 and feed-forward networks of 120 and 0" },
+    { { DIM, "blk.1.ffn_gate_exps.weight", 1, 40, 0, 0 }, 1, LFM2_EUNSUPPORTED,
+      "a width of 64 and feed-forward networks of 128 and 40" },
     { { SET, "lfm2.attention.head_count", T_U32, 0, 0, 0 }, 0, LFM2_EFORMAT,
       "lfm2.attention.head_count: 0" },
     { { SET, "lfm2.attention.head_count", T_U32, 1, 0, 0 }, 0, LFM2_EFORMAT,

@@ -12,7 +12,7 @@ for target in "$@"; do
     mkdir -p "$known" "$found"
     case $target in
     gguf | inspect) longest=65536 ;;
-    vocab) longest=16384 ;;
+    vocab | state) longest=16384 ;;
     text | calls) longest=512 ;;
     *) longest=4096 ;;
     esac
