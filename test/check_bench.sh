@@ -5,16 +5,7 @@
 . test/lib.sh
 
 m=test/tiny.gguf
-
-# bench STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
-bench() {
-    want=$1 what=$2
-    shift 2
-    "$run" --bench $m "$@" >"$dir/out" 2>"$dir/err" </dev/null
-    status=$?
-    [ $status -eq "$want" ]
-    result $? "$what: status $status, expected $want"
-}
+always="--bench $m"
 
 # row TEST: the table has a line for it, with a speed that is not 0.
 row() {
@@ -22,18 +13,9 @@ row() {
         "$dir/out"
 }
 
-# refuses TEXT ARGUMENTS...: wrong usage, said in one sentence with TEXT.
-refuses() {
-    text=$1
-    shift
-    bench 2 "--bench $*" "$@"
-    grep -qF -- "$text" "$dir/err" && [ ! -s "$dir/out" ]
-    result $? "--bench $*: expected \"$text\""
-}
-
 # -------------------------------------------------------------------- the table
 
-bench 0 "a table" -p 16 -n 4 -npl 1,3 -pg 8,2 -d 0,40 -r 2 -t 2
+expect 0 "a table" -p 16 -n 4 -npl 1,3 -pg 8,2 -d 0,40 -r 2 -t 2
 for name in pp16 tg4 "tg4 x 3" "pp8+tg2" "pp16 @ d40" "tg4 @ d40" \
     "tg4 x 3 @ d40" "pp8+tg2 @ d40"; do
     holds "it has $name" row "$name"
@@ -47,11 +29,11 @@ for word in "reads GB/s" "of int8 peak" "usable CPU" kernels \
     holds "it says $word" grep -qF "$word" "$dir/out"
 done
 holds "and nothing else" [ ! -s "$dir/err" ]
-bench 0 "other kernels and cache" --isa scalar --kv f32 -p 4 -n 2 -r 1
+expect 0 "other kernels and cache" --isa scalar --kv f32 -p 4 -n 2 -r 1
 holds "are named" grep -q "scalar, KV in f32" "$dir/out"
-bench 0 "only prompts" -p 4,8 -n 0 -r 1
+expect 0 "only prompts" -p 4,8 -n 0 -r 1
 holds "no answers" sh -c "! grep -q tg $dir/out"
-bench 0 "threads" -p 8 -n 0 -r 1 -t 1,2
+expect 0 "threads" -p 8 -n 0 -r 1 -t 1,2
 holds "a limit for each number of them" \
     [ "$(grep -c '^limits ' "$dir/out")" -eq 2 ]
 "$run" --bench "$dir/none.gguf" >"$dir/out" 2>"$dir/err"
@@ -84,11 +66,11 @@ for r in records:
     assert math.isclose(r["avg_ts"], mean, rel_tol=1e-4)
     assert all(v > 0 for v in r["samples_ts"])
 END
-    bench 0 "JSON lines" -p 8 -n 2 -r 1 -o jsonl
+    expect 0 "JSON lines" -p 8 -n 2 -r 1 -o jsonl
     holds "each a record" python3 -c "
 import json
 assert [json.loads(s)['n_prompt'] for s in open('$dir/out')] == [8, 0]"
-    bench 0 "CSV" -p 8 -n 2 -r 1 -o csv
+    expect 0 "CSV" -p 8 -n 2 -r 1 -o csv
     holds "a head and two lines" python3 -c "
 import csv
 assert [r['n_gen'] for r in csv.DictReader(open('$dir/out'))] == ['0', '2']"
@@ -98,22 +80,22 @@ fi
 
 # --------------------------------------------------------------------- refusals
 
-refuses "expected a whole number from 1" -r 0
-refuses "expected at most 16 whole numbers from 1" -t 0
-refuses "whole numbers from 0" -p 8,
-refuses "whole numbers from 0" -n 8,x
-refuses "whole numbers from 0" -d -1
-refuses "whole numbers from 1" -npl 0
-refuses "at most 16" -p 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17
-refuses "two whole numbers" -pg 8
-refuses "two whole numbers" -pg 8,0
-refuses "expected md|json|jsonl|csv" -o xml
-refuses "nothing to measure" -p 0 -n 0
-refuses "longer than any context" -d 16777216
-refuses "as long as the tests need" -c 100
-refuses "takes no prompt" hello
-refuses "takes no prompt" -f Makefile
-refuses "more than one of" --inspect
+refuses 2 "expected a whole number from 1" -r 0
+refuses 2 "expected at most 16 whole numbers from 1" -t 0
+refuses 2 "whole numbers from 0" -p 8,
+refuses 2 "whole numbers from 0" -n 8,x
+refuses 2 "whole numbers from 0" -d -1
+refuses 2 "whole numbers from 1" -npl 0
+refuses 2 "at most 16" -p 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17
+refuses 2 "two whole numbers" -pg 8
+refuses 2 "two whole numbers" -pg 8,0
+refuses 2 "expected md|json|jsonl|csv" -o xml
+refuses 2 "nothing to measure" -p 0 -n 0
+refuses 2 "longer than any context" -d 16777216
+refuses 2 "as long as the tests need" -c 100
+refuses 2 "takes no prompt" hello
+refuses 2 "takes no prompt" -f Makefile
+refuses 2 "more than one of" --inspect
 "$run" -d 8 $m hello >"$dir/out" 2>"$dir/err"
 [ $? -eq 2 ] && grep -q -- "-d is for --bench" "$dir/err"
 result $? "its options are not for others"
@@ -207,7 +189,7 @@ complains 1 "gave no results" -p 4 -n 0 true $m
 
 if command -v python3 >/dev/null; then
     plot=scripts/plot_bench.py
-    bench 0 "at depths and with threads" -p 8 -n 2 -r 1 -d 0,64 -t 1,2 -o json
+    expect 0 "at depths and with threads" -p 8 -n 2 -r 1 -d 0,64 -t 1,2 -o json
     sed '/"isa"/d; s/lfm2moe/<\&>/' "$dir/out" >"$dir/theirs.json"
     holds "a plot" python3 $plot -o "$dir/a plot.svg" "$dir/out" \
         "$dir/theirs.json"
@@ -218,7 +200,7 @@ assert len(of('g')) == 4 and len(of('polyline')) == 16
 said = ''.join(t.firstChild.data for t in of('text'))
 assert 'lfm2.c' in said and 'llama.cpp' in said and '<&> ' in said" \
         "$dir/a plot.svg"
-    bench 0 "one depth" -p 8 -n 2 -r 1 -o jsonl
+    expect 0 "one depth" -p 8 -n 2 -r 1 -o jsonl
     holds "nothing to draw is said" sh -c "
         ! python3 $plot -o $dir/none.svg $dir/out 2>$dir/err &&
         grep -q 'nothing to draw' $dir/err && [ ! -e $dir/none.svg ]"

@@ -8,21 +8,6 @@ unset LFM2_MODEL LFM2_THREADS NO_COLOR
 
 always="-t 1"
 
-# says TEXT: the messages of the last call have TEXT.
-says() {
-    grep -qF -- "$1" "$dir/err"
-    result $? "expected \"$1\""
-}
-
-# refuses STATUS TEXT ARGUMENTS...: one sentence with TEXT, and no output.
-refuses() {
-    code=$1 words=$2
-    shift 2
-    expect "$code" "$*" "$@"
-    grep -qF -- "$words" "$dir/err" && [ ! -s "$dir/out" ]
-    result $? "$*: expected \"$words\""
-}
-
 # prints WHAT TEXT: the last output is exactly that, and a line break.
 prints() {
     printf '%s\n' "$2" >"$dir/expected"
@@ -66,11 +51,11 @@ echo "Be brief." >"$dir/system"
 expect 0 "-sysf" --dump-prompt $m "What is LFM2?" -sysf "$dir/system"
 same "-sysf" "$dir/with_system" "$dir/out"
 expect 2 "-sys and -sysf" $m hi -sys a -sysf "$dir/system"
-says "-sys and -sysf" "more than one system prompt"
+says "more than one system prompt"
 expect 3 "-sysf" $m hi -sysf "$dir/none"
 printf 'a\0b' >"$dir/system"
 expect 2 "-sysf" $m hi -sysf "$dir/system"
-says "-sysf" "NUL byte after 1"
+says "NUL byte after 1"
 echo '[{"type": "function", "name": "f"}]' >"$dir/tools"
 expect 0 "--tools" --dump-prompt --messages "$dir/array" --tools "$dir/tools" $m
 prints "--tools" '<|startoftext|><|im_start|>system

@@ -5,17 +5,8 @@
 . test/lib.sh
 
 m=test/tiny.gguf
+always=--inspect
 shared=${LFM2_SHARED:-../shared}/golden
-
-# inspect STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
-inspect() {
-    want=$1 what=$2
-    shift 2
-    "$run" --inspect "$@" >"$dir/out" 2>"$dir/err" </dev/null
-    status=$?
-    [ $status -eq "$want" ]
-    result $? "$what: status $status, expected $want"
-}
 
 # says TEXT: a line of the output has it.
 says() {
@@ -25,15 +16,6 @@ says() {
 # has KEY VALUE: so the JSON says, in one place at least.
 has() {
     holds "$what: $1 is $2" grep -qF -- "\"$1\": $2" "$dir/out"
-}
-
-# refuses TEXT ARGUMENTS...: wrong usage, said in one sentence with TEXT.
-refuses() {
-    text=$1
-    shift
-    inspect 2 "--inspect $*" "$@"
-    grep -qF -- "$text" "$dir/err" && [ ! -s "$dir/out" ]
-    result $? "--inspect $*: expected \"$text\""
 }
 
 # numbers WANT GOT: equal but for rounding, line by line.
@@ -61,7 +43,7 @@ counts() {
     file=$1 d=$2 v=$3 ff=$4 conv=$5 attn=$6 q=$7 kv=$8
     shift 8
     dense=$1 moe=$2 n=$3 used=$4 ffe=$5
-    inspect 0 "$file" --json "$file"
+    expect 0 "$file" --json "$file"
     role embedding $((v * d)) $((v * d))
     p=$((conv * (4 * d * d + 3 * d)))
     role conv $p $p
@@ -109,7 +91,7 @@ done
 
 # Bytes from the list of tensors, by the bits of each type; a token reads a
 # quarter of the experts.
-inspect 0 "the list of tensors" -v $m
+expect 0 "the list of tensors" -v $m
 awk '
 BEGIN {
     n = split("F32 32 F16 16 Q4_0 4.5 Q4_1 5 Q5_0 5.5 Q5_1 6 Q8_0 8.5 " \
@@ -127,7 +109,7 @@ on {
 }
 END { printf "%d %d\n", all, read }' "$dir/out" >"$dir/sum"
 read -r all read <"$dir/sum"
-inspect 0 "bandwidth" --json --bandwidth 40 $m
+expect 0 "bandwidth" --json --bandwidth 40 $m
 has bytes "$all"
 has bytes_per_token "$read"
 grep -o '"tokens_per_s": \[[^]]*' "$dir/out" | sed 's/.*\[//' >"$dir/got"
@@ -136,7 +118,7 @@ awk -v read="$read" 'BEGIN {
     print 40e9 / (read + 2048 * 1024) }' >"$dir/want"
 holds "the speed is the bandwidth by the bytes" \
     numbers "$dir/want" "$dir/got"
-inspect 0 "other contexts" --json -c 100 --kv f32 $m
+expect 0 "other contexts" --json -c 100 --kv f32 $m
 has kv_bytes_per_token 2048
 has context 100
 has context 2048
@@ -144,7 +126,7 @@ has gb_per_s "[20, 50, 100]"
 
 # ------------------------------------------------------------------------- text
 
-inspect 0 "in text" $m
+expect 0 "in text" $m
 for line in "name          LFM2-Tiny-MoE" \
     "size          9.06 M parameters, 4.34 M active per token" \
     "layer map     ccAcAc" "  and FFN     ddeeee" \
@@ -170,7 +152,7 @@ holds "nothing stands at the end of a line" sh -c "! grep -q ' $' $dir/out"
 
 if command -v sha256sum >/dev/null; then
     sum=$(sha256sum <$m | cut -d ' ' -f 1)
-    inspect 0 "digests" --sha256 $m
+    expect 0 "digests" --sha256 $m
     says "sha256        $sum"
     cp "$dir/out" "$dir/list"
     n=$(grep -c '^  [0-9a-f]\{64\}  [A-Z0-9_]*  *[0-9x ]*  [a-z0-9_.]*$' \
@@ -178,7 +160,7 @@ if command -v sha256sum >/dev/null; then
     holds "of all 64 tensors" [ "$n" -eq 64 ]
     for name in token_embd.weight blk.0.attn_norm.weight \
         blk.5.ffn_down_exps.weight; do
-        inspect 0 "$name" --tensor $name $m
+        expect 0 "$name" --tensor $name $m
         place=$(sed -n 's/^place  *\([0-9]*\) bytes at offset /\1 /p' "$dir/out")
         sum=$(tail -c "+$((${place#* } + 1))" $m | head -c "${place% *}" |
             sha256sum | cut -d ' ' -f 1)
@@ -188,7 +170,7 @@ if command -v sha256sum >/dev/null; then
     done
     printf 'short' >"$dir/short"
     sum=$(sha256sum <"$dir/short" | cut -d ' ' -f 1)
-    inspect 4 "a file that is no model" --sha256 --json "$dir/short"
+    expect 4 "a file that is no model" --sha256 --json "$dir/short"
     has sha256 "\"$sum\""
 else
     echo "skipped: the digests, there is no sha256sum"
@@ -198,7 +180,7 @@ fi
 
 # F32 as od reads them.  The machine of od must have the file's byte order.
 name=blk.3.ffn_gate_inp.weight
-inspect 0 "values" --tensor $name --rows 2-5 --json $m
+expect 0 "values" --tensor $name --rows 2-5 --json $m
 at=$(sed 's/.*"offset": \([0-9]*\).*/\1/' "$dir/out")
 od -An -v -tf4 -w4 -j "$at" -N 8192 $m 2>/dev/null >"$dir/all"
 one=$(printf '\0\0\200\077' | od -An -tf4 | tr -d ' ')
@@ -221,22 +203,22 @@ else
 fi
 has shape "[256, 8]"
 has first_row 2
-inspect 0 "one row" --tensor $name --rows 7 $m
+expect 0 "one row" --tensor $name --rows 7 $m
 says "       7 "
 holds "alone" [ "$(grep -c '^  *[0-9]' "$dir/out")" -eq 1 ]
-inspect 0 "to the end" --tensor $name --rows 3- $m
+expect 0 "to the end" --tensor $name --rows 3- $m
 holds "five rows" [ "$(grep -c '^  *[0-9]' "$dir/out")" -eq 5 ]
-inspect 0 "a vector" --tensor blk.3.exp_probs_b.bias $m
+expect 0 "a vector" --tensor blk.3.exp_probs_b.bias $m
 holds "one row" [ "$(grep -c '^  *[0-9]' "$dir/out")" -eq 1 ]
 for rows in 8 2-8 5-4 x -1 1-x 1-2-3 '' 99999999999999999999; do
-    refuses "of the rows from 0 to 7" --tensor $name --rows "$rows" $m
+    refuses 2 "of the rows from 0 to 7" --tensor $name --rows "$rows" $m
 done
-refuses "the nearest are blk.2.attn_q.weight, blk.2.attn_k.weight and" \
+refuses 2 "the nearest are blk.2.attn_q.weight, blk.2.attn_k.weight and" \
     --tensor blk.2.atn_q.weight $m
-refuses "no such tensor" --tensor "" $m
-refuses "no such tensor" --tensor "$(printf '%0500d' 0)" $m
-refuses "--rows are those of --tensor" --rows 1 $m
-refuses "expected a number" --bandwidth 0 $m
+refuses 2 "no such tensor" --tensor "" $m
+refuses 2 "no such tensor" --tensor "$(printf '%0500d' 0)" $m
+refuses 2 "--rows are those of --tensor" --rows 1 $m
+refuses 2 "expected a number" --bandwidth 0 $m
 for option in --sha256 "--tensor x" "--rows 1" "--bandwidth 5"; do
     # shellcheck disable=SC2086
     "$run" $option $m hello >"$dir/out" 2>"$dir/err"
@@ -248,7 +230,7 @@ done
 
 odd="$dir/a \"b\" \\ c.gguf"
 cp $m "$odd"
-inspect 0 "all of it" --json -v --sha256 "$odd"
+expect 0 "all of it" --json -v --sha256 "$odd"
 cp "$dir/out" "$dir/json"
 # Our own reader finds no fault with how it is written.
 "$run" --messages "$dir/json" $m >"$dir/out" 2>"$dir/err"
@@ -294,58 +276,58 @@ patch() {
 }
 
 patch lfm2moe.feed_forward_length 4 '\0\060\0\0'
-inspect 0 "a width that is wrong" "$dir/odd.gguf"
+expect 0 "a width that is wrong" "$dir/odd.gguf"
 says "tolerated: lfm2moe.feed_forward_length: 12288, but blk.0.ffn_gate.weight"
 says "dense FFN     n_ff 512"
-inspect 0 "a width that is wrong" --json "$dir/odd.gguf"
+expect 0 "a width that is wrong" --json "$dir/odd.gguf"
 has level '"tolerated", "message": "lfm2moe.feed_forward_length: 12288,'
 patch tokenizer.ggml.pre 12 'qwen'
-inspect 0 "another pre-tokenizer" "$dir/odd.gguf"
+expect 0 "another pre-tokenizer" "$dir/odd.gguf"
 says 'tolerated: tokenizer.ggml.pre: "qwen", expected "lfm2", as which'
 patch tokenizer.chat_template 12 '  '
-inspect 0 "a blank in the template" "$dir/odd.gguf"
+expect 0 "a blank in the template" "$dir/odd.gguf"
 says "template      lfm2: unknown; chosen by name and vocabulary"
 says "tolerated: tokenizer.chat_template: none that is known, taken as lfm2"
 patch tokenizer.chat_template 12 '<|tool_list_start|>'
-inspect 0 "an edited template" "$dir/odd.gguf"
+expect 0 "an edited template" "$dir/odd.gguf"
 says 'template      lfm2: unknown, but it has the words "<|tool_list_start|>"'
 says "tolerated: tokenizer.chat_template: "
 # shellcheck disable=SC2016
 patch general.name 12 '\033[31m\302\233\377'
-inspect 0 "a name that would steer the terminal" "$dir/odd.gguf"
+expect 0 "a name that would steer the terminal" "$dir/odd.gguf"
 holds "does not" sh -c "! LC_ALL=C grep -q '[[:cntrl:]]' $dir/out"
-inspect 0 "nor does it in JSON" --json "$dir/odd.gguf"
+expect 0 "nor does it in JSON" --json "$dir/odd.gguf"
 has name '"\u001b[31m'
 
 patch lfm2moe.embedding_length 4 '\0\0\0\0'
-inspect 4 "a width of 0" "$dir/odd.gguf"
+expect 4 "a width of 0" "$dir/odd.gguf"
 says "fatal: lfm2moe.embedding_length: 0, expected 1 to 1048576"
 says "architecture  lfm2moe"
 says "readable      34 of 34 keys, 64 of 64 tensors"
 holds "the sentence is in the report alone" [ ! -s "$dir/err" ]
-inspect 4 "a width of 0" --json -v "$dir/odd.gguf"
+expect 4 "a width of 0" --json -v "$dir/odd.gguf"
 has opens false
 has level '"fatal", "message": "lfm2moe.embedding_length: 0'
 has lfm2moe.block_count '"6"'
-inspect 4 "a tensor of it" --tensor token_embd.weight "$dir/odd.gguf"
+expect 4 "a tensor of it" --tensor token_embd.weight "$dir/odd.gguf"
 holds "the sentence is a message" grep -q "embedding_length: 0" "$dir/err"
 patch general.architecture 12 'llama3x'
-inspect 4 "another architecture" "$dir/odd.gguf"
+expect 4 "another architecture" "$dir/odd.gguf"
 says "architecture  llama3x"
 says "fatal: general.architecture: llama3x, expected lfm2 or lfm2moe"
 patch tokenizer.ggml.model 12 'bert'
-inspect 4 "another tokenizer" "$dir/odd.gguf"
+expect 4 "another tokenizer" "$dir/odd.gguf"
 says "layer map     ccAcAc"
 says "vocabulary    none"
 says 'fatal: tokenizer.ggml.model: "bert"'
-inspect 0 "with a vocabulary from elsewhere" --tokenizer $m "$dir/odd.gguf"
+expect 0 "with a vocabulary from elsewhere" --tokenizer $m "$dir/odd.gguf"
 says "begins with   1 <|startoftext|>"
 
 for n in 4 23 24 100 20000 80000 5767999; do
     head -c $n $m >"$dir/cut.gguf"
-    inspect 4 "cut to $n bytes" "$dir/cut.gguf"
+    expect 4 "cut to $n bytes" "$dir/cut.gguf"
     says "fatal: "
-    inspect 4 "cut to $n bytes" --json "$dir/cut.gguf"
+    expect 4 "cut to $n bytes" --json "$dir/cut.gguf"
     has opens false
 done
 says '"tensors_read": 64'
@@ -354,7 +336,7 @@ says '"tensors_read": 64'
 status=$?
 holds "an empty file is refused" [ $status -eq 4 ]
 for path in "$dir/none" "$dir"; do
-    inspect 3 "no file" "$path"
+    expect 3 "no file" "$path"
     holds "there is no report on it" [ ! -s "$dir/out" ]
 done
 finish

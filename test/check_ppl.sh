@@ -5,26 +5,8 @@
 . test/lib.sh
 
 m=test/tiny.gguf text=$dir/text saved=$dir/saved
+always="$m --ppl $text -c 32"
 head -c 1500 test/questions.txt >"$text"
-
-# ppl STATUS WHAT ARGUMENTS...: output in $dir/out, messages in $dir/err.
-ppl() {
-    want=$1 what=$2
-    shift 2
-    "$run" $m --ppl "$text" -c 32 "$@" >"$dir/out" 2>"$dir/err" </dev/null
-    status=$?
-    [ $status -eq "$want" ]
-    result $? "$what: status $status, expected $want"
-}
-
-# refuses STATUS TEXT ARGUMENTS...: one sentence with TEXT, and no output.
-refuses() {
-    code=$1 words=$2
-    shift 2
-    ppl "$code" "--ppl $*" "$@"
-    grep -qF -- "$words" "$dir/err" && [ ! -s "$dir/out" ]
-    result $? "--ppl $*: expected \"$words\""
-}
 
 # prints WHAT WORDS...: the last output has a line that begins so.
 prints() {
@@ -36,34 +18,34 @@ prints() {
 
 # ---------------------------------------------------------------------- results
 
-ppl 0 "a perplexity"
+expect 0 "a perplexity"
 cp "$dir/out" "$dir/first"
 holds "is all that is said" [ ! -s "$dir/err" ]
 for how in "-b 1" "-b 7" "-b 64" "-b 2048" "-t 1" "-t 3" "--isa scalar" -q; do
     # shellcheck disable=SC2086
-    ppl 0 "$how" $how
+    expect 0 "$how" $how
     same "the same with $how" "$dir/first" "$dir/out"
 done
 "$run" $m --ppl - -c 32 <"$text" >"$dir/out" 2>"$dir/err"
 same "the same from a pipe" "$dir/first" "$dir/out"
-ppl 0 "-v" -v
+expect 0 "-v" -v
 same "-v changes nothing on standard output" "$dir/first" "$dir/out"
 holds "and says what comes of each window" \
     grep -q 'window 2 of [0-9]*: perplexity' "$dir/err"
 
-ppl 0 "--ppl-save" --ppl-save "$saved"
+expect 0 "--ppl-save" --ppl-save "$saved"
 same "the same while it is saved" "$dir/first" "$dir/out"
 for how in "-b 5 -t 1" "-b 512"; do
     # shellcheck disable=SC2086
-    ppl 0 "--ppl-save $how" --ppl-save "$dir/again" $how
+    expect 0 "--ppl-save $how" --ppl-save "$dir/again" $how
     same "the same file with $how" "$saved" "$dir/again"
 done
-ppl 0 "a run against itself" --ppl-compare "$saved" -b 9
+expect 0 "a run against itself" --ppl-compare "$saved" -b 9
 prints "a run against itself" 'difference +0\.000000 \+/- 0\.000000$'
 prints "a run against itself" 'KL divergence +0 \+/- 0$'
 prints "a run against itself" ' +maximum +0$'
 prints "a run against itself" 'same top token 100\.000 \+/- 0\.000 %$'
-ppl 0 "another precision against it" --ppl-compare "$saved" --kv f32 \
+expect 0 "another precision against it" --ppl-compare "$saved" --kv f32 \
     --ppl-save "$dir/again"
 cp "$dir/out" "$dir/compared"
 
@@ -120,8 +102,8 @@ poke $((size - 3))
 refuses 3 "damaged, the checksum of row" --ppl-compare "$dir/bad"
 refuses 3 "windows of (-c) 32, expected 33" --ppl-compare "$saved" -c 33
 tr a e <"$text" | head -c 1480 >"$dir/other"
-text=$dir/other
-ppl 3 "another text" --ppl-compare "$saved"
+always="$m --ppl $dir/other -c 32"
+expect 3 "another text" --ppl-compare "$saved"
 holds "is told" grep -qE "another text|windows: " "$dir/err"
 text=$dir/text
 

@@ -9,11 +9,6 @@ export TERM=xterm
 
 always="-t 1 --temp 0"
 
-says() {
-    grep -qF -- "$1" "$dir/err"
-    result $? "expected \"$1\""
-}
-
 # alone WHAT: no file of a session but the session itself is left.
 alone() {
     [ "$(ls "$dir" | grep -c '^session')" -le 1 ]

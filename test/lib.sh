@@ -67,6 +67,21 @@ expect() {
     result $? "$what: status $status, expected $want"
 }
 
+# says TEXT: the messages of the last call have TEXT.
+says() {
+    grep -qF -- "$1" "$dir/err"
+    result $? "expected \"$1\""
+}
+
+# refuses STATUS TEXT ARGUMENTS...: one sentence with TEXT, and no output.
+refuses() {
+    code=$1 words=$2
+    shift 2
+    expect "$code" "$*" "$@"
+    grep -qF -- "$words" "$dir/err" && [ ! -s "$dir/out" ]
+    result $? "$*: expected \"$words\""
+}
+
 finish() {
     echo "$passed passed, $failed failed"
     [ "$failed" = 0 ]
