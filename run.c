@@ -3557,8 +3557,10 @@ static struct phrase look_up_in(FILE *f, const char *key,
     struct phrase out = phrase("%s", otherwise);
     char line[256];
 
-    if (f)
+    if (f) {
+        fflush(f);                        /* or an earlier state is told     */
         rewind(f);
+    }
     while (f && fgets(line, sizeof line, f)) {
         const char *s = strchr(line, ':');
         if (!s || strncmp(line, key, strlen(key)) != 0)
@@ -7535,7 +7537,7 @@ static int answer(struct talk *t)
                answer_once(t);
     code = close_trace(t->e, code);
     signal(SIGINT, SIG_DFL);
-    return code == INTERRUPTED ? 128 + (int)last_signal : code;
+    return code;
 }
 
 /* Anything that answers with a model, but --batch. */
@@ -8530,8 +8532,8 @@ static int run_batch(struct batch *b, char *busy)
     }
     if (code == DONE && interrupted)
         code = INTERRUPTED;
-    if (code == INTERRUPTED)
-        code = write_finished(b, 1) == DONE ? 128 + (int)last_signal : BAD_FILE;
+    if (code == INTERRUPTED && write_finished(b, 1) != DONE)
+        code = BAD_FILE;
     if (code == DONE && b->in.error)
         code = say(b->in.error == ENOMEM ? NO_MEMORY : BAD_FILE, "%s: %s",
                    b->in_name, strerror(b->in.error));
@@ -10359,5 +10361,6 @@ int main(int argc, char **argv)
         code = batch(&s);
     else if (code == DONE)
         code = work_on_model(&s);
-    return flush_output(code);
+    code = flush_output(code);
+    return code == INTERRUPTED ? 128 + (int)last_signal : code;
 }
