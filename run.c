@@ -88,17 +88,54 @@ enum {
 
 static const char *program = "run";       /* the name it was called by       */
 
-/* Drop what could steer a terminal: control characters, those of C1 too. */
+/* The length of the well-formed UTF-8 character at s < end, and what it is; or
+ * 0 and the replacement character. */
+static int utf8_get(const char *s, const char *end, uint32_t *out)
+{
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    const unsigned char c = (unsigned char)*s;
+    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
+                  c < 0xf0 ? 3 : 4;
+    uint32_t u = n == 1 ? c : c & (0x7f >> n);
+
+    *out = 0xfffd;
+    if (n > end - s)
+        return 0;
+    for (int i = 1; i < n; i++) {
+        if ((s[i] & 0xc0) != 0x80)
+            return 0;
+        u = u << 6 | (s[i] & 0x3f);
+    }
+    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
+        return 0;
+    *out = u;
+    return n;
+}
+
+/* Those of C1, too: U+009B begins what ESC [ does. */
+static int is_control(uint32_t c)
+{
+    return c < ' ' || (c >= 0x7f && c < 0xa0);
+}
+
+/* Drop what could steer a terminal: control characters, and bytes of no
+ * character that would end one together with what comes before them. */
 static size_t drop_controls(char *s, size_t n)
 {
+    const char *const end = s + n, *from = s;
     size_t kept = 0;
+    uint32_t c;
 
-    for (size_t i = 0; i < n; i++) {
-        const unsigned char c = (unsigned char)s[i];
-        if (c == 0xc2 && i + 1 < n && (unsigned char)s[i + 1] < 0xa0)
-            i++;
-        else if ((c >= ' ' && c != 127) || c == '\n' || c == '\t')
-            s[kept++] = s[i];
+    for (int size; from < end; from += size) {
+        size = utf8_get(from, end, &c);
+        if (size == 0) {
+            c = (unsigned char)*from;
+            size = 1;
+        }
+        if (is_control(c) && c != '\n' && c != '\t')
+            continue;
+        memmove(s + kept, from, (size_t)size);
+        kept += (size_t)size;
     }
     return kept;
 }
@@ -1733,30 +1770,6 @@ static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
     return h;
 }
 
-/* The length of the well-formed UTF-8 character at s < end, and what it is; or
- * 0 and the replacement character. */
-static int utf8_get(const char *s, const char *end, uint32_t *out)
-{
-    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-    const unsigned char c = (unsigned char)*s;
-    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
-                  c < 0xf0 ? 3 : 4;
-    uint32_t u = n == 1 ? c : c & (0x7f >> n);
-
-    *out = 0xfffd;
-    if (n > end - s)
-        return 0;
-    for (int i = 1; i < n; i++) {
-        if ((s[i] & 0xc0) != 0x80)
-            return 0;
-        u = u << 6 | (s[i] & 0x3f);
-    }
-    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
-        return 0;
-    *out = u;
-    return n;
-}
-
 /* Write a character below 0x110000; returns its length, at most 4. */
 static size_t utf8_put(char *out, uint32_t c)
 {
@@ -2368,7 +2381,7 @@ static void add_python_string(struct text *t, const char *s, size_t n)
             add_format(t, "\\%c", (int)c);
         else if (c == '\n' || c == '\r' || c == '\t')
             add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
-        else if (c < ' ' || (c >= 0x7f && c <= 0xa0) || c == 0xad)
+        else if (is_control(c) || c == 0xa0 || c == 0xad)
             add_format(t, "\\x%02x", (unsigned)c);
         else
             add(t, s, (size_t)size);
@@ -3453,7 +3466,7 @@ static void print_clean(const char *s, size_t n)
 
     for (int size; s < end; s += size) {
         size = utf8_get(s, end, &c);
-        if (size == 0 || c < ' ' || (c >= 0x7f && c < 0xa0)) {
+        if (size == 0 || is_control(c)) {
             putchar('?');
             size = size ? size : 1;
         } else
@@ -6576,8 +6589,10 @@ static void print_calls(struct printer *p, struct talk *t)
 
     print_reply(p, &t->r);
     if (calls && calls->first) {
+        add_string(&line, t->r.text.n ? "\n" : "");
         add_json(&line, calls);
-        printf("%s%s", t->r.text.n ? "\n" : "", line.failed ? "" : line.s);
+        put_text(&p->out, line.s, line.failed ? 0 : line.n);
+        t->r.calls.failed |= line.failed;
     }
     free(line.s);
 }

@@ -633,6 +633,9 @@ START_TEST(nothing_steers_a_terminal)
         { "\x1b[31mred\x1b[0m", "[31mred[0m" }, { "a\r\b\x7f\a\vb", "ab" },
         { "\xc2\x9b" "31m", "31m" }, { "\xc2\x80\xc2\x9f\xc2\xa0", "\xc2\xa0" },
         { "\xc3\x9b\xe2\x82\xac", "\xc3\x9b\xe2\x82\xac" },
+        /* what is left must not be one either */
+        { "\xc2\xc2\x9b\x9b" "31m", "\xc2" "31m" }, { "\x9b" "31m", "31m" },
+        { "\xc2\x1b\x9b" "31m", "\xc2" "31m" }, { "\xc2" "A", "\xc2" "A" },
     };
 
     for (size_t i = 0; i < COUNT(row); i++) {
@@ -666,6 +669,31 @@ START_TEST(text_for_a_terminal_comes_in_pieces)
         fclose(o.f);
         ck_assert_str_eq(got, "ab\xf0\x9f\x98\x80" "c\xc3");
     }
+}
+END_TEST
+
+/* Nor does a call, whose arguments are JSON within the answer. */
+START_TEST(calls_do_not_steer_a_terminal)
+{
+    static const char call[] = CALL_ "[f(a=\"\xc2\x9b" "31m\")]" _CALL;
+    const struct request q = { .split = 1 };
+    struct talk t = { .r = { .q = &q, .finish = STOPPED } };
+
+    for (int terminal = 0; terminal < 2; terminal++) {
+        char got[64] = "";
+        struct printer p = { .out = { .f = tmpfile(), .terminal = terminal } };
+        ck_assert(p.out.f != NULL);
+        t.r.calls.n = 0;
+        add_string(&t.r.calls, call);
+        print_calls(&p, &t);
+        rewind(p.out.f);
+        ck_assert_uint_gt(fread(got, 1, sizeof got - 1, p.out.f), 0);
+        fclose(p.out.f);
+        ck_assert_str_eq(strstr(got, "{\"a\""), terminal ?
+                         "{\"a\": \"31m\"}}]" :
+                         "{\"a\": \"\xc2\x9b" "31m\"}}]");
+    }
+    free_talk(&t);
 }
 END_TEST
 
@@ -872,6 +900,7 @@ Suite *answer_suite(void)
     tcase_add_test(c, logits_are_bent_as_wished);
     tcase_add_test(c, nothing_steers_a_terminal);
     tcase_add_test(c, text_for_a_terminal_comes_in_pieces);
+    tcase_add_test(c, calls_do_not_steer_a_terminal);
     tcase_add_test(c, escapes_are_those_of_c);
     tcase_add_test(c, damaged_sessions_are_whole_or_nothing);
     tcase_add_test(c, what_is_no_number_is_a_string);
