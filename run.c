@@ -1184,10 +1184,9 @@ static void sha256_hex(struct sha256 d, char out[65])
 
 static struct text lost;
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
+static const char bright[] = "\033[0m\n";
 
 #ifndef LFM2_NO_MMAP
-
-static const char bright[] = "\033[0m\n";
 
 /* Several threads may come here at once; one tells. */
 static void on_bus_error(int number, siginfo_t *info, void *context)
@@ -3008,7 +3007,7 @@ static int32_t mark_id(const lfm2_tokenizer *words, const struct rendered *r,
  * tokens written in it count, too. */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
-                           struct ids *out)
+                           struct ids *out, struct why *why)
 {
     const int flags = special ? LFM2_ENCODE_SPECIAL : 0;
     const int room = (int)r->text.n + 1;
@@ -3016,11 +3015,12 @@ static int encode_rendered(const lfm2_tokenizer *words,
 
     if (lfm2_token_id(words, TURN_START) < 0 ||
         lfm2_token_id(words, TURN_END) < 0)
-        return say(BAD_MODEL, "the chat format needs the tokens " TURN_START
-                   " and " TURN_END ", which the vocabulary lacks");
-    if (alloc_ids(out, (size_t)room) != DONE)
-        return NO_MEMORY;
-    out->n = 0;
+        return because(why, BAD_MODEL, "the chat format needs the tokens "
+                       TURN_START " and " TURN_END ", which the vocabulary "
+                       "lacks");
+    *out = (struct ids){ calloc((size_t)room, sizeof *out->id), 0 };
+    if (!out->id)
+        return because(why, NO_MEMORY, "no memory for %d tokens", room);
     for (int i = 0; i <= r->n_marks; i++) {
         const struct mark end = { r->text.n, 0 };
         const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
@@ -3031,7 +3031,8 @@ static int encode_rendered(const lfm2_tokenizer *words,
         n = lfm2_encode(words, r->text.s + at, m->from - at, flags,
                         out->id + out->n, room - out->n);
         if (n < 0)
-            return say(NO_MEMORY, "no memory for %zu bytes of text", r->text.n);
+            return because(why, NO_MEMORY, "no memory for %zu bytes of text",
+                           r->text.n);
         out->n += n;
         if (id >= 0)
             out->id[out->n++] = id;
@@ -3770,6 +3771,7 @@ static struct sampling choose_sampling(const struct settings *s,
             to.min_p, to.repeat, to.last_n);
     return to;
 }
+
 /* ---- facts
  *
  * Every tensor has a role; embedding and output are one where they are tied. */
@@ -5159,8 +5161,10 @@ static volatile sig_atomic_t interrupted, last_signal;
 
 static void on_interrupt(int signal_number)
 {
-    if (interrupted++)
+    if (interrupted++) {
+        (void)!write(STDERR_FILENO, bright, is_dim ? sizeof bright - 1 : 0);
         _exit(128 + signal_number);
+    }
     last_signal = signal_number;
     if (running)
         lfm2_cancel(running);
@@ -5984,10 +5988,12 @@ static void add_token_name(const struct engine *e, struct text *to, int32_t id)
 static void add_best(const struct engine *e, struct text *to,
                      const float *logits, int32_t id, int k, double all)
 {
+    const int n_vocab = lfm2_n_vocab(e->words);       /* all that have names */
     struct bias best[MAX_LOGPROBS + 1];
     int has = 0;
 
-    find_best(logits, lfm2_n_vocab(e->words), best, k);
+    k = k < n_vocab ? k : n_vocab;
+    find_best(logits, n_vocab, best, k);
     for (int i = 0; i < k; i++)
         has |= best[i].id == id;
     if (!has)
@@ -6005,7 +6011,7 @@ static void add_best(const struct engine *e, struct text *to,
 static void note_columns(const struct engine *e, struct reply *r,
                          const float *logits, int32_t id)
 {
-    const int n_vocab = lfm2_n_vocab(e->words), k = r->q->logprobs;
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
     const double all = logits ? log_sum(logits, n_vocab) : 0;
     int len;
     const char *s = spoken(e, id, &len);
@@ -6022,7 +6028,7 @@ static void note_columns(const struct engine *e, struct reply *r,
         return;
     }
     add_log(&r->column[LOGPROBS], (double)logits[id] - all);
-    add_best(e, &r->column[BEST], logits, id, k < n_vocab ? k : n_vocab, all);
+    add_best(e, &r->column[BEST], logits, id, r->q->logprobs, all);
 }
 
 /* ---- token by token */
@@ -6358,9 +6364,8 @@ static int read_json(struct talk *t, const char *path, struct json **out)
     struct why why;
     int code = read_file(path, &text);
 
-    if (code == DONE)
-        code = json_parse(&t->pool, text.s, text.n, out, &why);
-    if (code != DONE && code != BAD_FILE)
+    if (code == DONE && (code = json_parse(&t->pool, text.s, text.n, out,
+                                           &why)) != DONE)
         say(code, "%s: %s", path, why.s);
     free(text.s);
     return code;
@@ -6463,14 +6468,13 @@ static int render_talk(struct talk *t, struct why *why)
     };
     int code;
 
-    why->s[0] = '\0';
     rendered_free(&t->prompt);
     free(t->q.prompt.id);
     t->q.prompt = (struct ids){ NULL, 0 };
     code = render(&c, e->template, &t->prompt, why);
     if (code == DONE)
         code = encode_rendered(e->words, &t->prompt, e->s->special,
-                               &t->q.prompt);
+                               &t->q.prompt, why);
     t->q.in_thought = code == DONE && ends_in_thought(&t->prompt);
     return code;
 }
@@ -6877,7 +6881,7 @@ static int prepare_prompt(struct talk *t)
     }
     if (code == DONE && !s->messages)
         code = ask(t, &text);
-    if (code == DONE && (code = render_talk(t, &why)) != DONE && why.s[0])
+    if (code == DONE && (code = render_talk(t, &why)) != DONE)
         say(code, "%s%s%s", s->messages ? s->messages : "", s->messages ? ": " :
             "", why.s);
     free(text.s);
@@ -7187,8 +7191,10 @@ static FILE *create_beside(const char *path, struct text *name)
     if (fd >= 0 && stat(path, &old) == 0)
         fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
     f = fd >= 0 ? fdopen(fd, "wb") : NULL;
-    if (fd >= 0 && !f)
+    if (fd >= 0 && !f) {
+        remove(name->s);
         close(fd);
+    }
     return f;
 }
 
@@ -7316,7 +7322,7 @@ static int read_message(struct text *out, int shows)
         out->n -= len;
     if (quoted && ends_with(out, "\n"))
         out->n--;
-    out->s[out->n] = '\0';
+    add(out, "", 0);                      /* the NUL                         */
     return 1;
 }
 
@@ -7344,9 +7350,9 @@ static int answer_turn(struct talk *t)
     struct why why;
     int code = render_talk(t, &why);
 
-    if (code != DONE && why.s[0])
+    if (code != DONE)
         say(code, "%s", why.s);
-    if (code == DONE) {
+    else {
         free_reply(&t->r);
         interrupted = 0;
         code = run_reply(t);
@@ -7499,7 +7505,7 @@ static int answer_first(struct talk *t, struct text *line)
     if (!s->messages)
         return DONE;
     code = render_talk(t, &why);
-    if (code != DONE && why.s[0])
+    if (code != DONE)
         say(code, "%s: %s", s->messages, why.s);
     if (code != DONE || (last_message(t, "assistant") &&
                          !flag_of(t->form, "continue_final_message", 0)))
@@ -7634,6 +7640,7 @@ struct batch {
     struct job *job;                      /* ring of [n_ring]                */
     int n_ring, first, n_jobs, n_active;
     struct reply **active;                /* [n_seq]                         */
+    char *busy;                           /* [n_seq]: who answers            */
     struct known *known;                  /* [n_known], sorted               */
     int n_known;
     int shard, n_shards;
@@ -7993,7 +8000,8 @@ static void finish_error(struct batch *b, struct job *j, int code,
 {
     static const char *const name[] = {
         [FAILED] = "failed", [USAGE] = "invalid_request",
-        [NO_MEMORY] = "out_of_memory", [TOO_LONG] = "context_length_exceeded"
+        [BAD_MODEL] = "bad_model", [NO_MEMORY] = "out_of_memory",
+        [TOO_LONG] = "context_length_exceeded"
     };
 
     begin_output(j);
@@ -8404,16 +8412,16 @@ static void read_lines(struct batch *b)
     }
 }
 
-/* The sequence whose cache has most of a prompt, of all or of the idle ones. */
+/* The sequence whose cache has most of a prompt, of all or the idle ones. */
 static int best_sequence(const struct batch *b, const struct ids *prompt,
-                         const char *busy, int *same)
+                         int idle, int *same)
 {
     int best = -1;
 
     *same = 0;
     for (int seq = 0; seq < b->e.par.n_seq; seq++) {
         const int n = shared_prefix(&b->e.cached[seq], prompt);
-        if ((busy && busy[seq]) || (best >= 0 && n <= *same))
+        if ((idle && b->busy[seq]) || (best >= 0 && n <= *same))
             continue;
         best = seq;
         *same = n;
@@ -8439,15 +8447,15 @@ static int worth_waiting(const struct batch *b, const struct ids *prompt,
 /* Begin to answer a line in an idle sequence, from the longest beginning of its
  * prompt that any sequence has.  One whose own log probabilities are wanted has
  * no use for that.  Returns 0 if it should wait. */
-static int begin_job(struct batch *b, struct job *j, char *busy)
+static int begin_job(struct batch *b, struct job *j)
 {
     static const struct ids none = { NULL, 0 };
     struct engine *e = &b->e;
     const struct ids *prompt = j->t.q.prompt_logprobs < 0 ? &j->t.q.prompt :
                                &none;
     int have, same, code;
-    const int seq = best_sequence(b, prompt, busy, &have);
-    const int from = best_sequence(b, prompt, NULL, &same);
+    const int seq = best_sequence(b, prompt, 1, &have);
+    const int from = best_sequence(b, prompt, 0, &same);
     struct why why;
 
     if (worth_waiting(b, prompt, same))
@@ -8464,27 +8472,27 @@ static int begin_job(struct batch *b, struct job *j, char *busy)
         return 1;
     }
     j->state = ACTIVE;
-    busy[seq] = 1;
+    b->busy[seq] = 1;
     b->active[b->n_active++] = &j->t.r;
     return 1;
 }
 
-static void begin_jobs(struct batch *b, char *busy)
+static void begin_jobs(struct batch *b)
 {
     int n_free = b->e.par.n_seq;
 
-    memset(busy, 0, (size_t)n_free);
+    memset(b->busy, 0, (size_t)n_free);
     b->n_active = 0;
     for (int i = 0; i < b->n_jobs; i++) {
         struct job *j = job_at(b, i);
         if (j->state == ACTIVE) {
-            busy[j->t.r.seq] = 1;
+            b->busy[j->t.r.seq] = 1;
             b->active[b->n_active++] = &j->t.r;
         }
     }
     for (int i = 0; i < b->n_jobs && b->n_active < n_free; i++) {
         struct job *j = job_at(b, i);
-        if (j->state == WAITING && !begin_job(b, j, busy))
+        if (j->state == WAITING && !begin_job(b, j))
             break;
     }
 }
@@ -8527,13 +8535,13 @@ static void report_progress(struct batch *b, int last)
         say(DONE, "%.0f tokens, %.0f of them reused", b->tokens, b->reused);
 }
 
-static int run_batch(struct batch *b, char *busy)
+static int run_batch(struct batch *b)
 {
     int code = DONE;
 
     for (;;) {
         read_lines(b);
-        begin_jobs(b, busy);
+        begin_jobs(b);
         code = write_finished(b, 0);
         if (code != DONE || interrupted || (b->n_jobs == 0 && b->in.ended &&
                                             b->in.at == b->in.buf.n))
@@ -8563,6 +8571,8 @@ static int open_batch(struct batch *b)
     struct stat st;
     int code = choose_shard(b);
 
+    if (code != DONE)
+        return code;
     b->in.fd = s->file && strcmp(s->file, "-") != 0 ?
                open(s->file, O_RDONLY) : STDIN_FILENO;
     b->in_name = s->file ? s->file : "standard input";
@@ -8571,8 +8581,7 @@ static int open_batch(struct batch *b)
     if (fstat(b->in.fd, &st) == 0 && S_ISREG(st.st_mode))
         b->size = (double)st.st_size;
     b->out_name = "standard output";
-    if (code == DONE)
-        code = open_engine(&b->e);
+    code = open_engine(&b->e);
     if (code == DONE && s->resume)
         code = open_resumed(b);
     if (code != DONE)
@@ -8582,7 +8591,8 @@ static int open_batch(struct batch *b)
     b->n_ring = s->parallel * AHEAD;
     b->job = calloc((size_t)b->n_ring, sizeof *b->job);
     b->active = calloc((size_t)s->parallel, sizeof *b->active);
-    if (!b->job || !b->active)
+    b->busy = malloc((size_t)s->parallel);
+    if (!b->job || !b->active || !b->busy)
         return say(NO_MEMORY, "no memory for %d requests", b->n_ring);
     return open_context(&b->e);
 }
@@ -8590,8 +8600,7 @@ static int open_batch(struct batch *b)
 static int batch(const struct settings *s)
 {
     struct batch b = { .e.s = s, .out = STDOUT_FILENO };
-    char *busy = malloc((size_t)s->parallel);
-    int code = busy ? open_batch(&b) : NO_MEMORY;
+    int code = open_batch(&b);
 
     if (code == DONE)
         code = lock_sandbox(s, 0);
@@ -8599,7 +8608,7 @@ static int batch(const struct settings *s)
         catch_interrupt();
         b.started = b.beat = seconds();
         running = b.e.ctx;
-        code = run_batch(&b, busy);
+        code = run_batch(&b);
         running = NULL;
         report_progress(&b, 1);
     }
@@ -8613,7 +8622,7 @@ static int batch(const struct settings *s)
     free(b.in.buf.s);
     free(b.job);
     free(b.active);
-    free(busy);
+    free(b.busy);
     close_engine(&b.e);
     return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
 }
