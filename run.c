@@ -483,9 +483,13 @@ static const char *kv_name(int kv_type)
     return kv_type == LFM2_KV_F16 ? "f16" : "f32";
 }
 
+static int is_little_endian(void)
+{
+    return *(const unsigned char *)&(const uint16_t){ 1 };
+}
+
 static int print_version(void)
 {
-    const uint16_t one = 1;
     const char *type;
 
     printf("lfm2.c      %s\n", lfm2_version());
@@ -499,7 +503,7 @@ static int print_version(void)
         if (lfm2_isa_available(i))
             printf(" %s", isa_name[i]);
     printf("\nbyte order  %s-endian, %d bits\nweights    ",
-           *(const unsigned char *)&one ? "little" : "big",
+           is_little_endian() ? "little" : "big",
            (int)sizeof(void *) * 8);
     for (int i = 0; (type = lfm2_weight_type(i)); i++)
         printf(" %s", type);
@@ -721,6 +725,18 @@ static int is_date(const char *s)
            strncmp(s + 8, "31", 2) <= 0;
 }
 
+/* The first option given that needs a chat template, or NULL. */
+static const char *chat_option(const struct settings *s)
+{
+    return s->system ? "-sys" : s->messages ? "--messages" :
+           s->tools ? "--tools" : s->interactive ? "-cnv" : NULL;
+}
+
+static int is_dash(const char *path)
+{
+    return path && strcmp(path, "-") == 0;
+}
+
 static int check_prompts(const struct settings *s)
 {
     const int plain = s->raw || s->ids || s->tokenize ||
@@ -729,15 +745,16 @@ static int check_prompts(const struct settings *s)
     if (!!s->prompt + !!s->file + !!s->ids + !!s->messages > 1)
         return usage("more than one prompt: PROMPT or -p, -f, --ids, "
                      "--messages");
-    if (plain && (s->system || s->messages || s->tools || s->interactive))
+    if (plain && chat_option(s))
         return usage("%s is for the chat template, which --raw, --ids and "
-                     "--tokenize do without", s->system ? "-sys" : s->messages ?
-                     "--messages" : s->tools ? "--tools" : "-cnv");
+                     "--tokenize do without", chat_option(s));
     if (s->ids && (s->tokenize || s->detokenize))
         return usage("--ids is for generating text and for --logits");
     if (s->session && (s->ids || s->logits))
         return usage("--session keeps text, and %s gives none", s->ids ?
                      "--ids" : "--logits");
+    if (is_dash(s->session))
+        return usage("--session -: expected a file");
     if (s->system && s->messages)
         return usage("-sys: the conversation of --messages has its own system "
                      "message");
@@ -766,6 +783,11 @@ static int parse_range(const char *s, int *first, int *last)
     return 0;
 }
 
+static int wants_ppl(const struct settings *s)
+{
+    return s->ppl || s->ppl_save || s->ppl_compare;
+}
+
 static int check_trace(const struct settings *s)
 {
     int first, last;
@@ -779,13 +801,13 @@ static int check_trace(const struct settings *s)
     if ((s->trace || s->experts) &&
         (s->tokenize || s->detokenize || s->inspect || s->bench ||
          s->export_to || s->dump_prompt || s->dump_tokens || s->batch_mode ||
-         s->ppl || s->ppl_save || s->ppl_compare))
+         wants_ppl(s)))
         return usage("%s looks into a single answer, a chat or --logits",
                      s->trace ? "--trace" : "--experts");
-    if (s->trace && strcmp(s->trace, "-") == 0)
+    if (is_dash(s->trace))
         return usage("--trace -: expected a file, standard output is for the "
                      "answer");
-    if (s->json && s->experts && strcmp(s->experts, "-") == 0)
+    if (s->json && is_dash(s->experts))
         return usage("--experts -: expected a file, standard output is for "
                      "the JSON");
     return DONE;
@@ -804,7 +826,7 @@ static int check_settings(const struct settings *s)
         return usage("no model given");
     if (s->tokenize + s->detokenize + s->inspect + s->bench + !!s->logits +
         !!s->export_to + (s->dump_prompt || s->dump_tokens) + s->interactive +
-        s->batch_mode + (s->ppl || s->ppl_save || s->ppl_compare) > 1)
+        s->batch_mode + wants_ppl(s) > 1)
         return usage("more than one of --tokenize, --detokenize, --inspect, "
                      "--bench, --logits, --export-tokenizer, --dump-prompt, "
                      "--dump-tokens, -cnv, --batch and --ppl");
@@ -840,14 +862,20 @@ static int asks_for_bench(char **argv)
     return 0;
 }
 
+static int name_ends(const char *s, const char *end)
+{
+    const size_t n = strlen(s), k = strlen(end);
+
+    return n >= k && strcmp(s + n - k, end) == 0;
+}
+
 /* A word alone is the prompt if the environment names a model, unless it looks
  * like the name of one.  Words that were used are taken away. */
 static void take_model(struct settings *to, const char **word, int *n_words)
 {
     const char *named = getenv("LFM2_MODEL");
-    const size_t n = *n_words ? strlen(word[0]) : 0;
-    const int is_file = (n > 5 && strcmp(word[0] + n - 5, ".gguf") == 0) ||
-                        (n > 4 && strcmp(word[0] + n - 4, ".bin") == 0);
+    const int is_file = *n_words && (name_ends(word[0], ".gguf") ||
+                                     name_ends(word[0], ".bin"));
 
     if (named && !named[0])
         named = NULL;
@@ -992,7 +1020,7 @@ static int read_stream(FILE *f, const char *name, struct text *out)
  * after a failure too. */
 static int read_file(const char *path, struct text *out)
 {
-    const int piped = strcmp(path, "-") == 0;
+    const int piped = is_dash(path);
     FILE *f = piped ? stdin : fopen(path, "rb");
     int code;
 
@@ -1432,7 +1460,7 @@ static void grant_all(int set, const struct settings *s, int chats,
     for (size_t i = 0; i < N_FILE_OPTIONS; i++) {
         const char *path = *(const char *const *)((const char *)s +
                                                   file_options[i].at);
-        if (path && strcmp(path, "-") != 0)
+        if (path && !is_dash(path))
             grant_option(set, path, file_options[i].how, known);
     }
     grant(set, "/proc/self/cgroup", READ_FILE);
@@ -1593,8 +1621,7 @@ static void emit(struct filter *f, int op, uint32_t k, int then, int otherwise)
 /* If it is this call, allow it.  Otherwise its number is loaded again. */
 static void emit_call(struct filter *f, const struct system_call *c)
 {
-    const uint16_t one = 1;
-    const uint32_t low = *(const unsigned char *)&one ? 0 : 4;
+    const uint32_t low = is_little_endian() ? 0 : 4;
 
     if (c->arg < 0) {
         emit(f, IF_EQUAL, (uint32_t)c->number, 0, 1);
@@ -1613,10 +1640,9 @@ static void emit_call(struct filter *f, const struct system_call *c)
  * architecture are other calls by the same numbers. */
 static int confine_calls(int when)
 {
-    const uint16_t one = 1;
     const uint32_t machine = ELF_MACHINE |
                              (sizeof(void *) == 8 ? 0x80000000u : 0) |
-                             (*(const unsigned char *)&one ? 0x40000000u : 0);
+                             (is_little_endian() ? 0x40000000u : 0);
     struct code code[MAX_CODE];
     struct filter f = { 0, code };
 
@@ -2441,6 +2467,72 @@ static void add_tree(struct text *t, const struct json *v, int python)
 static void add_json(struct text *t, const struct json *v)
 {
     add_tree(t, v, 0);
+}
+
+/* ---- writing objects and arrays, member by member
+ *
+ * Those of arrays have no key. */
+
+static void member(struct text *to, const char *key)
+{
+    if (to->n > 0 && !strchr("{[", to->s[to->n - 1]))
+        add_string(to, ", ");
+    if (key) {
+        add_json_string(to, key, strlen(key));
+        add_string(to, ": ");
+    }
+}
+
+/* Text that is not there, and numbers that are none, are null. */
+static void member_bytes(struct text *to, const char *key, const char *s,
+                         size_t n)
+{
+    member(to, key);
+    if (s)
+        add_json_string(to, s, n);
+    else
+        add_string(to, "null");
+}
+
+static void member_text(struct text *to, const char *key, const char *s)
+{
+    member_bytes(to, key, s, s ? strlen(s) : 0);
+}
+
+static void member_count(struct text *to, const char *key, uint64_t n)
+{
+    member(to, key);
+    add_format(to, "%llu", (unsigned long long)n);
+}
+
+static void member_real(struct text *to, const char *key, double x)
+{
+    member(to, key);
+    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
+               "%.0f" : "%.9g", x);
+}
+
+static void member_bool(struct text *to, const char *key, int x)
+{
+    member(to, key);
+    add_string(to, x ? "true" : "false");
+}
+
+static void member_open(struct text *to, const char *key, const char *bracket)
+{
+    member(to, key);
+    add_string(to, bracket);
+}
+
+/* Print a whole text and let go of it. */
+static int print_text(struct text *t, const char *what)
+{
+    const int failed = t->failed;
+
+    if (!failed)
+        fwrite(t->s, 1, t->n, stdout);
+    free(t->s);
+    return failed ? say(NO_MEMORY, "no memory for %s", what) : DONE;
 }
 
 /* -------------------------------------------------------- 6. Chat templates
@@ -3371,7 +3463,7 @@ static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
 /* A new file, or standard output for "-"; NULL after saying why not. */
 static FILE *create_file(const char *path)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdout : fopen(path, "wb");
+    FILE *f = is_dash(path) ? stdout : fopen(path, "wb");
 
     if (!f)
         say(BAD_FILE, "%s: %s", path, strerror(errno));
@@ -4429,57 +4521,6 @@ static void print_facts(const struct facts *f)
 
 /* ---- in JSON */
 
-static void member(struct text *to, const char *key)
-{
-    if (to->n > 0 && !strchr("{[", to->s[to->n - 1]))
-        add_string(to, ", ");
-    if (key) {
-        add_json_string(to, key, strlen(key));
-        add_string(to, ": ");
-    }
-}
-
-/* Text that is not there, and numbers that are none, are null. */
-static void member_bytes(struct text *to, const char *key, const char *s,
-                         size_t n)
-{
-    member(to, key);
-    if (s)
-        add_json_string(to, s, n);
-    else
-        add_string(to, "null");
-}
-
-static void member_text(struct text *to, const char *key, const char *s)
-{
-    member_bytes(to, key, s, s ? strlen(s) : 0);
-}
-
-static void member_count(struct text *to, const char *key, uint64_t n)
-{
-    member(to, key);
-    add_format(to, "%llu", (unsigned long long)n);
-}
-
-static void member_real(struct text *to, const char *key, double x)
-{
-    member(to, key);
-    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
-               "%.0f" : "%.9g", x);
-}
-
-static void member_bool(struct text *to, const char *key, int x)
-{
-    member(to, key);
-    add_string(to, x ? "true" : "false");
-}
-
-static void member_open(struct text *to, const char *key, const char *bracket)
-{
-    member(to, key);
-    add_string(to, bracket);
-}
-
 static void member_string(struct text *to, const char *key,
                           const lfm2_model *m, const char *in_file)
 {
@@ -4889,15 +4930,6 @@ static int read_values(struct values *v)
 
 /* ---- the report */
 
-static int print_json(struct text *out)
-{
-    add_string(out, "}\n");
-    if (!out->failed)
-        fwrite(out->s, 1, out->n, stdout);
-    free(out->s);
-    return out->failed ? say(NO_MEMORY, "no memory for the report") : DONE;
-}
-
 static int inspect_tensor(const struct facts *f)
 {
     struct values v = { .f = f };
@@ -4907,7 +4939,8 @@ static int inspect_tensor(const struct facts *f)
     if (code == DONE && f->s->json) {
         add_string(&out, "{");
         add_values(&out, &v);
-        code = print_json(&out);
+        add_string(&out, "}\n");
+        code = print_text(&out, "the report");
     } else if (code == DONE)
         print_values(&v);
     free(v.row);
@@ -4923,7 +4956,8 @@ static int inspect_all(struct facts *f)
     if (f->s->json) {
         add_string(&out, "{");
         add_facts(&out, f);
-        code = print_json(&out);
+        add_string(&out, "}\n");
+        code = print_text(&out, "the report");
     } else
         print_facts(f);
     return code != DONE ? code : status_of(f->code);
@@ -5020,10 +5054,9 @@ static int settle_template(struct engine *e)
                        opens_thought(e->model);
     if (e->template != TEMPLATE_NONE || s->raw || s->ids)
         return DONE;
-    if (s->system || s->messages || s->tools || s->interactive)
+    if (chat_option(s))
         return say(USAGE, "%s: no chat template, so %s cannot be used; "
-                   "--template names one", s->model, s->system ? "-sys" :
-                   s->messages ? "--messages" : s->tools ? "--tools" : "-cnv");
+                   "--template names one", s->model, chat_option(s));
     if (!s->quiet && !s->logits)
         say(DONE, "%s: no chat template, the prompt is continued as plain "
             "text", s->model);
@@ -5403,13 +5436,6 @@ static void note_values(struct trace *t, const lfm2_activation *a)
 
 /* ---- experts */
 
-static int name_ends(const char *s, const char *end)
-{
-    const size_t n = strlen(s), k = strlen(end);
-
-    return n >= k && strcmp(s + n - k, end) == 0;
-}
-
 /* A line for each choice of a token in a layer; those of a pass are held back
  * until its last layer, so that they come out by position. */
 static void note_choices(struct trace *t, const lfm2_activation *a, int row)
@@ -5528,10 +5554,9 @@ static void read_biases(struct trace *t, const lfm2_model *m)
     lfm2_tensor_info info;
 
     for (int il = 0; il < t->c->n_layer; il++) {
-        const struct phrase name = phrase("blk.%d.exp_probs_b.bias", il);
-        for (int i = 0; lfm2_model_tensor(m, i, &info) == LFM2_OK; i++)
-            if (strcmp(info.name, name.s) == 0 && info.dims[0] == n)
-                lfm2_model_row(m, i, 0, t->r.bias + n * (size_t)il);
+        const int i = find_tensor(m, phrase("blk.%d.exp_probs_b.bias", il).s);
+        if (lfm2_model_tensor(m, i, &info) == LFM2_OK && info.dims[0] == n)
+            lfm2_model_row(m, i, 0, t->r.bias + n * (size_t)il);
     }
 }
 
@@ -5556,7 +5581,7 @@ static int open_routing(struct trace *t, const struct engine *e)
         !r->latest || !r->again)
         return say(NO_MEMORY, "--experts: no memory");
     read_biases(t, e->model);
-    if (strcmp(t->s->experts, "-") == 0)
+    if (is_dash(t->s->experts))
         return DONE;
     r->csv = create_file(t->s->experts);
     if (!r->csv)
@@ -6611,21 +6636,13 @@ static const char *finish_name(const struct reply *r, const struct json *calls)
            r->finish == UNFINISHED ? "interrupted" : "length";
 }
 
-/* , "key": "text" */
-static void add_member(struct text *to, const char *key, const char *s,
-                       size_t n)
-{
-    add_format(to, ", \"%s\": ", key);
-    add_json_string(to, s ? s : "", n);
-}
-
 /* The calls as OpenAI writes them: the arguments are JSON within a string. */
 static void add_calls(struct text *to, const struct json *calls)
 {
     const struct json *call = calls ? calls->first : NULL;
     int n = 0;
 
-    add_string(to, ", \"tool_calls\": [");
+    member_open(to, "tool_calls", "[");
     for (; call; call = call->next, n++) {
         const struct json *name = json_get(call, "name");
         struct text args = { 0 };
@@ -6633,7 +6650,7 @@ static void add_calls(struct text *to, const struct json *calls)
                    "\"function\": {\"name\": ", n ? ", " : "", n);
         add_json_string(to, name->s, name->n);
         add_json(&args, json_get(call, "arguments"));
-        add_member(to, "arguments", args.s, args.n);
+        member_bytes(to, "arguments", args.s, args.n);
         add_string(to, "}}");
         to->failed |= args.failed;
         free(args.s);
@@ -6643,10 +6660,11 @@ static void add_calls(struct text *to, const struct json *calls)
 
 static void add_usage(struct text *to, const struct reply *r)
 {
-    add_format(to, "\"usage\": {\"prompt_tokens\": %d, \"completion_tokens\": "
-               "%d, \"total_tokens\": %d, \"completion_tokens_details\": "
-               "{\"reasoning_tokens\": %d}}", r->q->prompt.n, r->n_made,
-               r->q->prompt.n + r->n_made, r->n_thought);
+    add_format(to, ", \"usage\": {\"prompt_tokens\": %d, "
+               "\"completion_tokens\": %d, \"total_tokens\": %d, "
+               "\"completion_tokens_details\": {\"reasoning_tokens\": %d}}",
+               r->q->prompt.n, r->n_made, r->q->prompt.n + r->n_made,
+               r->n_thought);
 }
 
 static void add_columns(struct text *to, const struct reply *r)
@@ -6704,7 +6722,7 @@ static void add_origin(struct text *to, const struct talk *t)
     size_t n = 0;
     const char *name = lfm2_model_string(e->model, "general.name", &n);
 
-    add_member(to, "model", name, n);
+    member_bytes(to, "model", name ? name : "", n);
     add_format(to, ", \"model_hash\": \"%016llx\", \"logits_hash\": "
                "\"%016llx\"", (unsigned long long)lfm2_model_hash(e->model),
                (unsigned long long)t->r.hash);
@@ -6723,25 +6741,19 @@ static int print_answer_json(struct talk *t)
     const struct json *calls = take_calls(t);
     struct text out = { 0 };
 
-    add_string(&out, "{\"text\": ");
-    add_json_string(&out, r->text.s ? r->text.s : "", r->text.n);
-    if (r->thought.n > 0)
-        add_member(&out, "reasoning", r->thought.s, r->thought.n);
-    else
-        add_string(&out, ", \"reasoning\": null");
+    add_string(&out, "{");
+    member_bytes(&out, "text", r->text.s ? r->text.s : "", r->text.n);
+    member_bytes(&out, "reasoning", r->thought.n ? r->thought.s : NULL,
+                 r->thought.n);
     add_calls(&out, calls);
-    add_format(&out, ", \"finish_reason\": \"%s\", ", finish_name(r, calls));
+    member_text(&out, "finish_reason", finish_name(r, calls));
     add_usage(&out, r);
     add_logprobs(&out, r);
     add_timings(&out, r);
     add_origin(&out, t);
     add_string(&out, "}\n");
-    if (!out.failed)
-        fwrite(out.s, 1, out.n, stdout);
-    free(out.s);
-    return out.failed || is_cut(t) ? say(NO_MEMORY,
-                                         "no memory for the answer") :
-           flush_output(DONE);
+    out.failed |= is_cut(t);
+    return flush_output(print_text(&out, "the answer"));
 }
 
 /* ---- one answer */
@@ -8031,16 +8043,15 @@ static void add_message_json(struct job *j, struct text *to,
             add(&text, s, (size_t)len);
         }
         add(&text, r->text.s, r->text.n);
-        add_string(to, "\"text\": ");
-        add_json_string(to, text.s ? text.s : "", text.n);
+        member_bytes(to, "text", text.s ? text.s : "", text.n);
         to->failed |= text.failed;
         free(text.s);
         return;
     }
-    add_string(to, "\"message\": {\"role\": \"assistant\"");
-    add_member(to, "content", r->text.s, r->text.n);
+    add_string(to, ", \"message\": {\"role\": \"assistant\"");
+    member_bytes(to, "content", r->text.s ? r->text.s : "", r->text.n);
     if (r->thought.n > 0)
-        add_member(to, "reasoning_content", r->thought.s, r->thought.n);
+        member_bytes(to, "reasoning_content", r->thought.s, r->thought.n);
     if (calls && calls->first)
         add_calls(to, calls);
     add_string(to, "}");
@@ -8071,11 +8082,11 @@ static void finish_reply(struct batch *b, struct job *j)
                j->completion ? "cmpl" : "chatcmpl", id);
     add_format(to, ", \"object\": \"%s\", \"created\": 0", j->completion ?
                "text_completion" : "chat.completion");
-    add_member(to, "model", model, n);
-    add_string(to, ", \"choices\": [{\"index\": 0, ");
+    member_bytes(to, "model", model ? model : "", n);
+    add_string(to, ", \"choices\": [{\"index\": 0");
     add_message_json(j, to, calls);
     add_logprobs(to, r);
-    add_format(to, ", \"finish_reason\": \"%s\"}], ", finish_name(r, calls));
+    add_format(to, ", \"finish_reason\": \"%s\"}]", finish_name(r, calls));
     add_usage(to, r);
     add_string(to, "}}, \"error\": null}\n");
     j->state = FINISHED;
@@ -8573,8 +8584,8 @@ static int open_batch(struct batch *b)
 
     if (code != DONE)
         return code;
-    b->in.fd = s->file && strcmp(s->file, "-") != 0 ?
-               open(s->file, O_RDONLY) : STDIN_FILENO;
+    b->in.fd = !s->file || is_dash(s->file) ? STDIN_FILENO :
+               open(s->file, O_RDONLY);
     b->in_name = s->file ? s->file : "standard input";
     if (b->in.fd < 0)
         return say(BAD_FILE, "%s: %s", s->file, strerror(errno));
@@ -8949,8 +8960,7 @@ static int ppl_check(const struct settings *s)
         return usage("--ppl-save and --ppl-compare are for --ppl");
     if (s->prompt || s->file || s->ids || s->system)
         return usage("--ppl FILE takes no other text");
-    if ((s->ppl_save && strcmp(s->ppl_save, "-") == 0) ||
-        (s->ppl_compare && strcmp(s->ppl_compare, "-") == 0))
+    if (is_dash(s->ppl_save) || is_dash(s->ppl_compare))
         return usage("--ppl-save and --ppl-compare need a file, not -");
     if (s->ppl_save && s->ppl_compare &&
         strcmp(s->ppl_save, s->ppl_compare) == 0)
@@ -9523,10 +9533,7 @@ static int print_fields(const struct bench *b, const struct field *f, int n)
         add_field(&t, &f[i], b->s->reps, csv);
     }
     add_string(&t, as->end);
-    if (!t.failed)
-        fwrite(t.s, 1, t.n, stdout);
-    free(t.s);
-    return t.failed ? say(NO_MEMORY, "no memory for a record") : DONE;
+    return print_text(&t, "a record");
 }
 
 /* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
@@ -10375,7 +10382,7 @@ int main(int argc, char **argv)
         code = selftest();
     else if (code == DONE && (s.tokenize || s.detokenize || s.export_to))
         code = work_on_words(&s);
-    else if (code == DONE && (s.ppl || s.ppl_save || s.ppl_compare))
+    else if (code == DONE && wants_ppl(&s))
         code = perplexity(&s);
     else if (code == DONE && s.bench)
         code = bench(&s);
