@@ -955,15 +955,13 @@ enum { MAX_TEXT = 1 << 30 };
 static int reserve(struct text *t, size_t more)
 {
     size_t cap = t->cap ? t->cap : 64;
-    char *s;
+    char *s = NULL;
 
-    if (t->failed || more >= MAX_TEXT - t->n) {
-        t->failed = 1;
-        return -1;
+    if (!t->failed && more < MAX_TEXT - t->n) {
+        while (cap <= t->n + more)
+            cap *= 2;
+        s = cap > t->cap ? realloc(t->s, cap) : t->s;
     }
-    while (cap <= t->n + more)
-        cap *= 2;
-    s = cap > t->cap ? realloc(t->s, cap) : t->s;
     if (!s) {
         t->failed = 1;
         return -1;
@@ -6504,6 +6502,17 @@ static int render_talk(struct talk *t, struct why *why)
     return code;
 }
 
+/* The same, saying why not; `path` is where the messages are from, or NULL. */
+static int make_prompt(struct talk *t, const char *path)
+{
+    struct why why;
+    const int code = render_talk(t, &why);
+
+    if (code != DONE)
+        say(code, "%s%s%s", path ? path : "", path ? ": " : "", why.s);
+    return code;
+}
+
 /* ---- on the screen */
 
 struct output { FILE *f; lfm2_utf8 utf8; int terminal; };
@@ -6875,7 +6884,6 @@ static int prepare_prompt(struct talk *t)
     struct engine *e = t->e;
     const struct settings *s = e->s;
     struct text text = { 0 };
-    struct why why;
     int code;
 
     if (s->ids)
@@ -6893,9 +6901,8 @@ static int prepare_prompt(struct talk *t)
     }
     if (code == DONE && !s->messages)
         code = ask(t, &text);
-    if (code == DONE && (code = render_talk(t, &why)) != DONE)
-        say(code, "%s%s%s", s->messages ? s->messages : "", s->messages ? ": " :
-            "", why.s);
+    if (code == DONE)
+        code = make_prompt(t, s->messages);
     free(text.s);
     return code;
 }
@@ -7359,12 +7366,9 @@ static void forget(struct talk *t)
  * Each has a seed of its own. */
 static int answer_turn(struct talk *t)
 {
-    struct why why;
-    int code = render_talk(t, &why);
+    int code = make_prompt(t, NULL);
 
-    if (code != DONE)
-        say(code, "%s", why.s);
-    else {
+    if (code == DONE) {
         free_reply(&t->r);
         interrupted = 0;
         code = run_reply(t);
@@ -7441,8 +7445,6 @@ static int load_talk(struct talk *t, const char *path)
 {
     const struct talk had = *t;
     struct json *whole, *list;
-    struct why why;
-    int n = 0;
 
     if (!path[0])
         return say(DONE, "/load needs a file");
@@ -7450,16 +7452,13 @@ static int load_talk(struct talk *t, const char *path)
         return blame_sandbox(t);
     forget(t);
     t->messages = list;
-    if (list->first && render_talk(t, &why) != DONE) {
-        say(DONE, "%s: %s", path, why.s);
+    if (list->first && make_prompt(t, path) != DONE) {
         t->messages = had.messages;
         t->form = had.form;
         t->grown = had.grown;
         return DONE;
     }
-    for (const struct json *m = list->first; m; m = m->next)
-        n++;
-    return say(DONE, "%s: %d messages", path, n);
+    return say(DONE, "%s: %d messages", path, list->n_members);
 }
 
 static void print_stats(struct talk *t)
@@ -7505,7 +7504,6 @@ static int obey(struct talk *t, const char *line)
 static int answer_first(struct talk *t, struct text *line)
 {
     const struct settings *s = t->e->s;
-    struct why why;
     int code;
 
     if (s->prompt || s->file) {
@@ -7516,9 +7514,7 @@ static int answer_first(struct talk *t, struct text *line)
     }
     if (!s->messages)
         return DONE;
-    code = render_talk(t, &why);
-    if (code != DONE)
-        say(code, "%s: %s", s->messages, why.s);
+    code = make_prompt(t, s->messages);
     if (code != DONE || (last_message(t, "assistant") &&
                          !flag_of(t->form, "continue_final_message", 0)))
         return code;
@@ -7750,13 +7746,11 @@ static int read_bias(struct job *j, const struct json *body, struct why *why)
 {
     const struct json *x = given(body, "logit_bias");
     const int n_vocab = lfm2_model_config(j->t.e->model)->n_vocab;
+    const int n = x ? x->n_members : 0;
     struct request *q = &j->t.q;
-    int n = 0;
 
     if (x && x->type != JSON_OBJECT)
         return because(why, USAGE, "\"logit_bias\": expected an object");
-    for (const struct json *c = x ? x->first : NULL; c; c = c->next)
-        n++;
     q->bias = n ? calloc((size_t)n, sizeof *q->bias) : NULL;
     if (n && !q->bias)
         return because(why, NO_MEMORY, "no memory for \"logit_bias\"");
@@ -7894,7 +7888,6 @@ static int read_body_prompt(struct job *j, const struct json *prompt,
 {
     const struct engine *e = j->t.e;
     struct ids *ids = &j->t.q.prompt;
-    size_t n = 0;
     long long id;
 
     j->t.q.split = 0;
@@ -7905,9 +7898,7 @@ static int read_body_prompt(struct job *j, const struct json *prompt,
     if (prompt->type != JSON_ARRAY)
         return because(why, USAGE, "\"prompt\": expected a string, or an array "
                        "of token ids");
-    for (const struct json *c = prompt->first; c; c = c->next)
-        n++;
-    if (alloc_ids(ids, n + 1) != DONE)
+    if (alloc_ids(ids, (size_t)prompt->n_members + 1) != DONE)
         return because(why, NO_MEMORY, "no memory for the prompt");
     for (const struct json *c = prompt->first; c; c = c->next) {
         if (json_int(c, 0, INT32_MAX, &id) != 0)
@@ -10063,10 +10054,15 @@ struct self {
     uint64_t all;                         /* hash of all hashes              */
 };
 
-static void self_result(struct self *t, const char *what, const char *of,
-                        int good)
+static void self_result(struct self *t, int good, const char *fmt, ...)
 {
-    printf("%-4s  %s%s\n", good ? "ok" : "FAIL", what, of);
+    va_list args;
+
+    printf("%-4s  ", good ? "ok" : "FAIL");
+    va_start(args, fmt);
+    vprintf(fmt, args);
+    va_end(args);
+    putchar('\n');
     t->failed |= !good;
 }
 
@@ -10123,20 +10119,16 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
 static void self_weights(struct self *t, const struct self_type *type)
 {
     const int kv = LFM2_KV_F16, n = SELF_TOKENS;
-    char what[96];
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, kv, n, n);
 
     t->all = hash_number(t->all, h);
-    snprintf(what, sizeof what, "%s in plain C: %016llx", type->name,
-             (unsigned long long)h);
-    self_result(t, what, "", h == type->hash);
-    for (int isa = LFM2_ISA_SCALAR + 1; isa < LFM2_N_ISA; isa++) {
-        if (!lfm2_isa_available(isa))
-            continue;
-        snprintf(what, sizeof what, "%s with %s", type->name, isa_name[isa]);
-        self_result(t, what, "", self_hash(t, isa, 1, kv, n, n) == h &&
-                    self_hash(t, isa, 1, kv, n, 1) == h);
-    }
+    self_result(t, h == type->hash, "%s in plain C: %016llx", type->name,
+                (unsigned long long)h);
+    for (int isa = LFM2_ISA_SCALAR + 1; isa < LFM2_N_ISA; isa++)
+        if (lfm2_isa_available(isa))
+            self_result(t, self_hash(t, isa, 1, kv, n, n) == h &&
+                        self_hash(t, isa, 1, kv, n, 1) == h, "%s with %s",
+                        type->name, isa_name[isa]);
 }
 
 /* A text longer than what attention works on at once, and a cache of floats. */
@@ -10149,12 +10141,11 @@ static void self_attention(struct self *t)
     for (int isa = LFM2_ISA_SCALAR; isa < LFM2_N_ISA; isa++) {
         if (!lfm2_isa_available(isa))
             continue;
-        self_result(t, "a long text, by ", isa_name[isa],
-                    self_hash(t, isa, 1, LFM2_KV_F16, SELF_LONG, SELF_TOKENS)
-                    == known[0]);
-        self_result(t, "a KV cache of floats, by ", isa_name[isa],
-                    self_hash(t, isa, 1, LFM2_KV_F32, SELF_TOKENS, 7)
-                    == known[1]);
+        self_result(t, self_hash(t, isa, 1, LFM2_KV_F16, SELF_LONG,
+                                 SELF_TOKENS) == known[0],
+                    "a long text, by %s", isa_name[isa]);
+        self_result(t, self_hash(t, isa, 1, LFM2_KV_F32, SELF_TOKENS, 7) ==
+                    known[1], "a KV cache of floats, by %s", isa_name[isa]);
     }
 }
 
@@ -10166,27 +10157,27 @@ static void self_sequences(struct self *t)
     uint64_t size, again;
     char *state;
 
-    self_result(t, "token by token", "",
-                self_hash(t, isa, 1, LFM2_KV_F16, n, 1) == h);
-    self_result(t, "two threads, pieces of five tokens", "",
-                self_hash(t, isa, 2, LFM2_KV_F16, n, 5) == h);
+    self_result(t, self_hash(t, isa, 1, LFM2_KV_F16, n, 1) == h,
+                "token by token");
+    self_result(t, self_hash(t, isa, 2, LFM2_KV_F16, n, 5) == h,
+                "two threads, pieces of five tokens");
     if (self_open(t, isa, 1, LFM2_KV_F32) != LFM2_OK) {
-        self_result(t, "a KV cache of floats", "", 0);
+        self_result(t, 0, "a KV cache of floats");
         return;
     }
     again = self_feed(t, 0, n, 7);
     size = lfm2_seq_state_size(t->ctx, 0);
     state = malloc((size_t)size);
-    self_result(t, "a sequence saved and restored", "", state &&
+    self_result(t, state &&
                 lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
                 hash_bytes(HASH_START, state, (size_t)size) ==
                 0x8ca92dd674809989u &&
                 lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
-                lfm2_seq_len(t->ctx, 1) == n);
+                lfm2_seq_len(t->ctx, 1) == n, "a sequence saved and restored");
     free(state);
-    self_result(t, "a sequence shortened and read again", "",
-                lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
-                self_feed(t, 1, n, 4) == again);
+    self_result(t, lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
+                self_feed(t, 1, n, 4) == again,
+                "a sequence shortened and read again");
     lfm2_context_close(t->ctx);
 }
 
@@ -10203,7 +10194,7 @@ static void self_sampler(struct self *t)
 
     if (!logits || self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F16) != LFM2_OK) {
         free(logits);
-        self_result(t, "the sampler", "", 0);
+        self_result(t, 0, "the sampler");
         return;
     }
     for (int i = 0; i < 32; i++) {
@@ -10212,7 +10203,7 @@ static void self_sampler(struct self *t)
         made[i] = lfm2_sample(t->ctx, &s, logits, made, i);
         h = hash_number(h, (uint32_t)made[i]);
     }
-    self_result(t, "the sampler's choices", "", h == 0x4cb658387d2a6170u);
+    self_result(t, h == 0x4cb658387d2a6170u, "the sampler's choices");
     t->all = hash_number(t->all, h);
     lfm2_context_close(t->ctx);
     free(logits);
@@ -10239,10 +10230,9 @@ static void self_tokenizer(struct self *t, const struct text *file)
         }
         lfm2_tokenizer_close(words);
     }
-    self_result(t, "the tokenizer", "",
-                (size_t)n == sizeof want / sizeof *want &&
-                memcmp(id, want, sizeof want) == 0);
-    self_result(t, "and back to text", "", back.s && strcmp(back.s, text) == 0);
+    self_result(t, (size_t)n == sizeof want / sizeof *want &&
+                memcmp(id, want, sizeof want) == 0, "the tokenizer");
+    self_result(t, back.s && strcmp(back.s, text) == 0, "and back to text");
     free(back.s);
 }
 
@@ -10253,20 +10243,20 @@ static void self_numbers(struct self *t)
     const double d = 1;
     uint64_t bits;
 
-    self_result(t, "integers of two's complement, 8 bits a byte", "",
-                CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
-                minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4);
+    self_result(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
+                minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4,
+                "integers of two's complement, 8 bits a byte");
     memcpy(&bits, &d, sizeof bits);
-    self_result(t, "floats and integers in the same byte order", "",
-                float_bits(one) == 0x3f800000 &&
-                bits == (uint64_t)0x3ff00000 << 32);
-    self_result(t, "floats of 24 bits, doubles of 53, rounded to nearest even",
-                "", FLT_RADIX == 2 && FLT_MANT_DIG == 24 &&
-                DBL_MANT_DIG == 53 && one + 0x1p-24f == one &&
-                one + 0x3p-24f == one + 0x1p-22f &&
-                third * 3 == one);
-    self_result(t, "denormal numbers are kept", "", tiny * one > 0 &&
-                tiny * half == 0 && (0x1p-126f * half) * 2 == 0x1p-126f);
+    self_result(t, float_bits(one) == 0x3f800000 &&
+                bits == (uint64_t)0x3ff00000 << 32,
+                "floats and integers in the same byte order");
+    self_result(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
+                one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
+                third * 3 == one,
+                "floats of 24 bits, doubles of 53, rounded to nearest even");
+    self_result(t, tiny * one > 0 && tiny * half == 0 &&
+                (0x1p-126f * half) * 2 == 0x1p-126f,
+                "denormal numbers are kept");
 }
 
 /* What a function gives for some thousand numbers: the bits that are known, and
@@ -10276,7 +10266,6 @@ static void self_function(struct self *t, int function, const char *name,
                           double (*libc)(double), double bound, uint64_t known)
 {
     uint64_t rng = 3, h = HASH_START;
-    char what[64];
     int good = 1;
 
     for (int i = 0; i < 4096; i++) {
@@ -10290,8 +10279,8 @@ static void self_function(struct self *t, int function, const char *name,
         h = hash_number(h, float_bits(y));
         good &= fabs(y - exact) <= bound * 0x1p-24 * fabs(exact);
     }
-    snprintf(what, sizeof what, "%s: %016llx", name, (unsigned long long)h);
-    self_result(t, what, "", good && h == known);
+    self_result(t, good && h == known, "%s: %016llx", name,
+                (unsigned long long)h);
 }
 
 static void self_functions(struct self *t)
@@ -10323,14 +10312,6 @@ static void print_libc(void)
 #endif
 }
 
-static void self_machine(const struct self *t)
-{
-    print_version();
-    print_libc();
-    printf("hash        %016llx, the same on every machine\n",
-           (unsigned long long)t->all);
-}
-
 static int selftest(void)
 {
     struct self t = { .all = HASH_START };
@@ -10345,7 +10326,7 @@ static int selftest(void)
         make_file(i, &file);
         if (file.failed || lfm2_model_open_memory(&t.model, file.s, file.n,
                                                   &err) != LFM2_OK) {
-            self_result(&t, "a model of ", self_types[i].name, 0);
+            self_result(&t, 0, "a model of %s", self_types[i].name);
             say(FAILED, "%s", file.failed ? "no memory" : err.msg);
         } else {
             self_weights(&t, &self_types[i]);
@@ -10359,11 +10340,24 @@ static int selftest(void)
         }
         free(file.s);
     }
-    self_machine(&t);
+    print_version();
+    print_libc();
+    printf("hash        %016llx, the same on every machine\n",
+           (unsigned long long)t.all);
     return t.failed ? SELFTEST_FAILED : DONE;
 }
 
 /* --------------------------------------------------------------- 20. main */
+
+static int work(const struct settings *s)
+{
+    return s->help ? print_help() : s->version ? print_version() :
+           s->selftest ? selftest() :
+           s->tokenize || s->detokenize || s->export_to ? work_on_words(s) :
+           wants_ppl(s) ? perplexity(s) : s->bench ? bench(s) :
+           s->inspect ? inspect_file(s) : s->batch_mode ? batch(s) :
+           work_on_model(s);
+}
 
 int main(int argc, char **argv)
 {
@@ -10374,24 +10368,6 @@ int main(int argc, char **argv)
         program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
     signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
     code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
-    if (code == DONE && s.help)
-        code = print_help();
-    else if (code == DONE && s.version)
-        code = print_version();
-    else if (code == DONE && s.selftest)
-        code = selftest();
-    else if (code == DONE && (s.tokenize || s.detokenize || s.export_to))
-        code = work_on_words(&s);
-    else if (code == DONE && wants_ppl(&s))
-        code = perplexity(&s);
-    else if (code == DONE && s.bench)
-        code = bench(&s);
-    else if (code == DONE && s.inspect)
-        code = inspect_file(&s);
-    else if (code == DONE && s.batch_mode)
-        code = batch(&s);
-    else if (code == DONE)
-        code = work_on_model(&s);
-    code = flush_output(code);
+    code = flush_output(code == DONE ? work(&s) : code);
     return code == INTERRUPTED ? 128 + (int)last_signal : code;
 }
