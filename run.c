@@ -5443,6 +5443,8 @@ static void note_choices(struct trace *t, const lfm2_activation *a, int row)
     const float *bias = r->bias + (size_t)a->layer * t->c->n_expert;
     struct text *to = &r->lines[row];
 
+    if (a->layer == t->c->n_layer_dense)  /* those of a pass that was        */
+        to->n = 0;                        /* written, or cancelled           */
     for (int i = 0; i < a->n; i++) {
         const int e = (int)r->chosen[row * t->c->n_expert_used + i];
         add_format(to, "%d,%ld,%d,%d,%d,", a->pos, (long)a->token, a->layer, i,
@@ -5451,10 +5453,8 @@ static void note_choices(struct trace *t, const lfm2_activation *a, int row)
                    (double)(float)(1 / (1 + exp(-(double)logits[e]))),
                    (double)bias[e], (double)a->x[i]);
     }
-    if (a->layer < t->c->n_layer - 1)
-        return;
-    write_to(t, r->csv, t->s->experts, to);
-    to->n = 0;
+    if (a->layer == t->c->n_layer - 1)
+        write_to(t, r->csv, t->s->experts, to);
 }
 
 static void count_choices(struct trace *t, const lfm2_activation *a)
