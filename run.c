@@ -1208,11 +1208,12 @@ static void sha256_hex(struct sha256 d, char out[65])
  * shorter meanwhile sends SIGBUS to who reads behind its end, and that deserves
  * a sentence.  It is made beforehand: a signal handler may only write. */
 
-static struct text lost;
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
 static const char bright[] = "\033[0m\n";
 
 #ifndef LFM2_NO_MMAP
+
+static struct text lost;
 
 /* Several threads may come here at once; one tells. */
 static void on_bus_error(int number, siginfo_t *info, void *context)
@@ -2601,18 +2602,18 @@ static void rendered_free(struct rendered *r)
     *r = (struct rendered){ { NULL, 0, 0, 0 }, NULL, 0 };
 }
 
-/* Room for marks doubles whenever their number is a power of two. */
+/* Room for marks doubles whenever their number is a power of two.  There are
+ * not too many for that, as the text has bytes of each. */
 static void add_mark(struct rendered *r, const char *token)
 {
     const size_t n = (size_t)r->n_marks;
     struct mark *mark = r->mark;
 
-    if ((n & (n - 1)) == 0)
+    if (!r->text.failed && (n & (n - 1)) == 0)
         mark = realloc(mark, (n ? 2 * n : 1) * sizeof *mark);
-    if (!mark || n > MAX_TEXT / sizeof *mark) {
-        r->text.failed = 1;
+    r->text.failed |= !mark;
+    if (r->text.failed)
         return;
-    }
     r->mark = mark;
     r->mark[r->n_marks++] = (struct mark){ r->text.n, strlen(token) };
     add_string(&r->text, token);
