@@ -88,17 +88,54 @@ enum {
 
 static const char *program = "run";       /* the name it was called by       */
 
-/* Drop what could steer a terminal: control characters, those of C1 too. */
+/* The length of the well-formed UTF-8 character at s < end, and what it is; or
+ * 0 and the replacement character. */
+static int utf8_get(const char *s, const char *end, uint32_t *out)
+{
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    const unsigned char c = (unsigned char)*s;
+    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
+                  c < 0xf0 ? 3 : 4;
+    uint32_t u = n == 1 ? c : c & (0x7f >> n);
+
+    *out = 0xfffd;
+    if (n > end - s)
+        return 0;
+    for (int i = 1; i < n; i++) {
+        if ((s[i] & 0xc0) != 0x80)
+            return 0;
+        u = u << 6 | (s[i] & 0x3f);
+    }
+    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
+        return 0;
+    *out = u;
+    return n;
+}
+
+/* Those of C1, too: U+009B begins what ESC [ does. */
+static int is_control(uint32_t c)
+{
+    return c < ' ' || (c >= 0x7f && c < 0xa0);
+}
+
+/* Drop what could steer a terminal: control characters, and bytes of no
+ * character that would end one together with what comes before them. */
 static size_t drop_controls(char *s, size_t n)
 {
+    const char *const end = s + n, *from = s;
     size_t kept = 0;
+    uint32_t c;
 
-    for (size_t i = 0; i < n; i++) {
-        const unsigned char c = (unsigned char)s[i];
-        if (c == 0xc2 && i + 1 < n && (unsigned char)s[i + 1] < 0xa0)
-            i++;
-        else if ((c >= ' ' && c != 127) || c == '\n' || c == '\t')
-            s[kept++] = s[i];
+    for (int size; from < end; from += size) {
+        size = utf8_get(from, end, &c);
+        if (size == 0) {
+            c = (unsigned char)*from;
+            size = 1;
+        }
+        if (is_control(c) && c != '\n' && c != '\t')
+            continue;
+        memmove(s + kept, from, (size_t)size);
+        kept += (size_t)size;
     }
     return kept;
 }
@@ -451,9 +488,13 @@ static const char *kv_name(int kv_type)
     return kv_type == LFM2_KV_F16 ? "f16" : "f32";
 }
 
+static int is_little_endian(void)
+{
+    return *(const unsigned char *)&(const uint16_t){ 1 };
+}
+
 static int print_version(void)
 {
-    const uint16_t one = 1;
     const char *type;
 
     printf("lfm2.c      %s\n", lfm2_version());
@@ -467,7 +508,7 @@ static int print_version(void)
         if (lfm2_isa_available(i))
             printf(" %s", isa_name[i]);
     printf("\nbyte order  %s-endian, %d bits\nweights    ",
-           *(const unsigned char *)&one ? "little" : "big",
+           is_little_endian() ? "little" : "big",
            (int)sizeof(void *) * 8);
     for (int i = 0; (type = lfm2_weight_type(i)); i++)
         printf(" %s", type);
@@ -691,6 +732,18 @@ static int is_date(const char *s)
            strncmp(s + 8, "31", 2) <= 0;
 }
 
+/* The first option given that needs a chat template, or NULL. */
+static const char *chat_option(const struct settings *s)
+{
+    return s->system ? "-sys" : s->messages ? "--messages" :
+           s->tools ? "--tools" : s->interactive ? "-cnv" : NULL;
+}
+
+static int is_dash(const char *path)
+{
+    return path && strcmp(path, "-") == 0;
+}
+
 static int check_prompts(const struct settings *s)
 {
     const int plain = s->raw || s->ids || s->tokenize ||
@@ -699,15 +752,16 @@ static int check_prompts(const struct settings *s)
     if (!!s->prompt + !!s->file + !!s->ids + !!s->messages > 1)
         return usage("more than one prompt: PROMPT or -p, -f, --ids, "
                      "--messages");
-    if (plain && (s->system || s->messages || s->tools || s->interactive))
+    if (plain && chat_option(s))
         return usage("%s is for the chat template, which --raw, --ids and "
-                     "--tokenize do without", s->system ? "-sys" : s->messages ?
-                     "--messages" : s->tools ? "--tools" : "-cnv");
+                     "--tokenize do without", chat_option(s));
     if (s->ids && (s->tokenize || s->detokenize))
         return usage("--ids is for generating text and for --logits");
     if (s->session && (s->ids || s->logits))
         return usage("--session keeps text, and %s gives none", s->ids ?
                      "--ids" : "--logits");
+    if (is_dash(s->session))
+        return usage("--session -: expected a file");
     if (s->system && s->messages)
         return usage("-sys: the conversation of --messages has its own system "
                      "message");
@@ -736,6 +790,11 @@ static int parse_range(const char *s, int *first, int *last)
     return 0;
 }
 
+static int wants_ppl(const struct settings *s)
+{
+    return s->ppl || s->ppl_save || s->ppl_compare;
+}
+
 static int check_trace(const struct settings *s)
 {
     int first, last;
@@ -749,13 +808,13 @@ static int check_trace(const struct settings *s)
     if ((s->trace || s->experts) &&
         (s->tokenize || s->detokenize || s->inspect || s->bench ||
          s->export_to || s->dump_prompt || s->dump_tokens || s->batch_mode ||
-         s->ppl || s->ppl_save || s->ppl_compare))
+         wants_ppl(s)))
         return usage("%s looks into a single answer, a chat or --logits",
                      s->trace ? "--trace" : "--experts");
-    if (s->trace && strcmp(s->trace, "-") == 0)
+    if (is_dash(s->trace))
         return usage("--trace -: expected a file, standard output is for the "
                      "answer");
-    if (s->json && s->experts && strcmp(s->experts, "-") == 0)
+    if (s->json && is_dash(s->experts))
         return usage("--experts -: expected a file, standard output is for "
                      "the JSON");
     return DONE;
@@ -774,7 +833,7 @@ static int check_settings(const struct settings *s)
         return usage("no model given");
     if (s->tokenize + s->detokenize + s->inspect + s->bench + !!s->logits +
         !!s->export_to + (s->dump_prompt || s->dump_tokens) + s->interactive +
-        s->batch_mode + (s->ppl || s->ppl_save || s->ppl_compare) > 1)
+        s->batch_mode + wants_ppl(s) > 1)
         return usage("more than one of --tokenize, --detokenize, --inspect, "
                      "--bench, --logits, --export-tokenizer, --dump-prompt, "
                      "--dump-tokens, -cnv, --batch and --ppl");
@@ -816,14 +875,20 @@ static int asks_for_bench(char **argv)
     return 0;
 }
 
+static int name_ends(const char *s, const char *end)
+{
+    const size_t n = strlen(s), k = strlen(end);
+
+    return n >= k && strcmp(s + n - k, end) == 0;
+}
+
 /* A word alone is the prompt if the environment names a model, unless it looks
  * like the name of one.  Words that were used are taken away. */
 static void take_model(struct settings *to, const char **word, int *n_words)
 {
     const char *named = getenv("LFM2_MODEL");
-    const size_t n = *n_words ? strlen(word[0]) : 0;
-    const int is_file = (n > 5 && strcmp(word[0] + n - 5, ".gguf") == 0) ||
-                        (n > 4 && strcmp(word[0] + n - 4, ".bin") == 0);
+    const int is_file = *n_words && (name_ends(word[0], ".gguf") ||
+                                     name_ends(word[0], ".bin"));
 
     if (named && !named[0])
         named = NULL;
@@ -907,15 +972,13 @@ enum { MAX_TEXT = 1 << 30 };
 static int reserve(struct text *t, size_t more)
 {
     size_t cap = t->cap ? t->cap : 64;
-    char *s;
+    char *s = NULL;
 
-    if (t->failed || more >= MAX_TEXT - t->n) {
-        t->failed = 1;
-        return -1;
+    if (!t->failed && more < MAX_TEXT - t->n) {
+        while (cap <= t->n + more)
+            cap *= 2;
+        s = cap > t->cap ? realloc(t->s, cap) : t->s;
     }
-    while (cap <= t->n + more)
-        cap *= 2;
-    s = cap > t->cap ? realloc(t->s, cap) : t->s;
     if (!s) {
         t->failed = 1;
         return -1;
@@ -972,7 +1035,7 @@ static int read_stream(FILE *f, const char *name, struct text *out)
  * after a failure too. */
 static int read_file(const char *path, struct text *out)
 {
-    const int piped = strcmp(path, "-") == 0;
+    const int piped = is_dash(path);
     FILE *f = piped ? stdin : fopen(path, "rb");
     int code;
 
@@ -1183,12 +1246,12 @@ static void sha256_hex(struct sha256 d, char out[65])
  * shorter meanwhile sends SIGBUS to who reads behind its end, and that deserves
  * a sentence.  It is made beforehand: a signal handler may only write. */
 
-static struct text lost;
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
+static const char bright[] = "\033[0m\n";
 
 #ifndef LFM2_NO_MMAP
 
-static const char bright[] = "\033[0m\n";
+static struct text lost;
 
 /* Several threads may come here at once; one tells. */
 static void on_bus_error(int number, siginfo_t *info, void *context)
@@ -1434,7 +1497,7 @@ static void grant_all(int set, const struct settings *s, int chats,
     for (size_t i = 0; i < N_FILE_OPTIONS; i++) {
         const char *path = *(const char *const *)((const char *)s +
                                                   file_options[i].at);
-        if (path && strcmp(path, "-") != 0)
+        if (path && !is_dash(path))
             grant_option(set, path, file_options[i].how, known);
     }
     grant(set, "/proc/self/cgroup", READ_FILE);
@@ -1595,8 +1658,7 @@ static void emit(struct filter *f, int op, uint32_t k, int then, int otherwise)
 /* If it is this call, allow it.  Otherwise its number is loaded again. */
 static void emit_call(struct filter *f, const struct system_call *c)
 {
-    const uint16_t one = 1;
-    const uint32_t low = *(const unsigned char *)&one ? 0 : 4;
+    const uint32_t low = is_little_endian() ? 0 : 4;
 
     if (c->arg < 0) {
         emit(f, IF_EQUAL, (uint32_t)c->number, 0, 1);
@@ -1615,10 +1677,9 @@ static void emit_call(struct filter *f, const struct system_call *c)
  * architecture are other calls by the same numbers. */
 static int confine_calls(int when)
 {
-    const uint16_t one = 1;
     const uint32_t machine = ELF_MACHINE |
                              (sizeof(void *) == 8 ? 0x80000000u : 0) |
-                             (*(const unsigned char *)&one ? 0x40000000u : 0);
+                             (is_little_endian() ? 0x40000000u : 0);
     struct code code[MAX_CODE];
     struct filter f = { 0, code };
 
@@ -1769,30 +1830,6 @@ static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
     for (size_t i = 0; i < n; i++)
         h = hash_number(h, (unsigned char)s[i]);
     return h;
-}
-
-/* The length of the well-formed UTF-8 character at s < end, and what it is; or
- * 0 and the replacement character. */
-static int utf8_get(const char *s, const char *end, uint32_t *out)
-{
-    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-    const unsigned char c = (unsigned char)*s;
-    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
-                  c < 0xf0 ? 3 : 4;
-    uint32_t u = n == 1 ? c : c & (0x7f >> n);
-
-    *out = 0xfffd;
-    if (n > end - s)
-        return 0;
-    for (int i = 1; i < n; i++) {
-        if ((s[i] & 0xc0) != 0x80)
-            return 0;
-        u = u << 6 | (s[i] & 0x3f);
-    }
-    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
-        return 0;
-    *out = u;
-    return n;
 }
 
 /* Write a character below 0x110000; returns its length, at most 4. */
@@ -2405,7 +2442,7 @@ static void add_python_string(struct text *t, const char *s, size_t n)
             add_format(t, "\\%c", (int)c);
         else if (c == '\n' || c == '\r' || c == '\t')
             add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
-        else if (c < ' ' || (c >= 0x7f && c <= 0xa0) || c == 0xad)
+        else if (is_control(c) || c == 0xa0 || c == 0xad)
             add_format(t, "\\x%02x", (unsigned)c);
         else
             add(t, s, (size_t)size);
@@ -2466,6 +2503,72 @@ static void add_tree(struct text *t, const struct json *v, int python)
 static void add_json(struct text *t, const struct json *v)
 {
     add_tree(t, v, 0);
+}
+
+/* ---- writing objects and arrays, member by member
+ *
+ * Those of arrays have no key. */
+
+static void member(struct text *to, const char *key)
+{
+    if (to->n > 0 && !strchr("{[", to->s[to->n - 1]))
+        add_string(to, ", ");
+    if (key) {
+        add_json_string(to, key, strlen(key));
+        add_string(to, ": ");
+    }
+}
+
+/* Text that is not there, and numbers that are none, are null. */
+static void member_bytes(struct text *to, const char *key, const char *s,
+                         size_t n)
+{
+    member(to, key);
+    if (s)
+        add_json_string(to, s, n);
+    else
+        add_string(to, "null");
+}
+
+static void member_text(struct text *to, const char *key, const char *s)
+{
+    member_bytes(to, key, s, s ? strlen(s) : 0);
+}
+
+static void member_count(struct text *to, const char *key, uint64_t n)
+{
+    member(to, key);
+    add_format(to, "%llu", (unsigned long long)n);
+}
+
+static void member_real(struct text *to, const char *key, double x)
+{
+    member(to, key);
+    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
+               "%.0f" : "%.9g", x);
+}
+
+static void member_bool(struct text *to, const char *key, int x)
+{
+    member(to, key);
+    add_string(to, x ? "true" : "false");
+}
+
+static void member_open(struct text *to, const char *key, const char *bracket)
+{
+    member(to, key);
+    add_string(to, bracket);
+}
+
+/* Print a whole text and let go of it. */
+static int print_text(struct text *t, const char *what)
+{
+    const int failed = t->failed;
+
+    if (!failed)
+        fwrite(t->s, 1, t->n, stdout);
+    free(t->s);
+    return failed ? say(NO_MEMORY, "no memory for %s", what) : DONE;
 }
 
 /* -------------------------------------------------------- 6. Chat templates
@@ -2536,18 +2639,18 @@ static void rendered_free(struct rendered *r)
     *r = (struct rendered){ { NULL, 0, 0, 0 }, NULL, 0 };
 }
 
-/* Room for marks doubles whenever their number is a power of two. */
+/* Room for marks doubles whenever their number is a power of two.  There are
+ * not too many for that, as the text has bytes of each. */
 static void add_mark(struct rendered *r, const char *token)
 {
     const size_t n = (size_t)r->n_marks;
     struct mark *mark = r->mark;
 
-    if ((n & (n - 1)) == 0)
+    if (!r->text.failed && (n & (n - 1)) == 0)
         mark = realloc(mark, (n ? 2 * n : 1) * sizeof *mark);
-    if (!mark || n > MAX_TEXT / sizeof *mark) {
-        r->text.failed = 1;
+    r->text.failed |= !mark;
+    if (r->text.failed)
         return;
-    }
     r->mark = mark;
     r->mark[r->n_marks++] = (struct mark){ r->text.n, strlen(token) };
     add_string(&r->text, token);
@@ -3032,7 +3135,7 @@ static int32_t mark_id(const lfm2_tokenizer *words, const struct rendered *r,
  * tokens written in it count, too. */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
-                           struct ids *out)
+                           struct ids *out, struct why *why)
 {
     const int flags = special ? LFM2_ENCODE_SPECIAL : 0;
     const int room = (int)r->text.n + 1;
@@ -3040,11 +3143,12 @@ static int encode_rendered(const lfm2_tokenizer *words,
 
     if (lfm2_token_id(words, TURN_START) < 0 ||
         lfm2_token_id(words, TURN_END) < 0)
-        return say(BAD_MODEL, "the chat format needs the tokens " TURN_START
-                   " and " TURN_END ", which the vocabulary lacks");
-    if (alloc_ids(out, (size_t)room) != DONE)
-        return NO_MEMORY;
-    out->n = 0;
+        return because(why, BAD_MODEL, "the chat format needs the tokens "
+                       TURN_START " and " TURN_END ", which the vocabulary "
+                       "lacks");
+    *out = (struct ids){ calloc((size_t)room, sizeof *out->id), 0 };
+    if (!out->id)
+        return because(why, NO_MEMORY, "no memory for %d tokens", room);
     for (int i = 0; i <= r->n_marks; i++) {
         const struct mark end = { r->text.n, 0 };
         const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
@@ -3055,7 +3159,8 @@ static int encode_rendered(const lfm2_tokenizer *words,
         n = lfm2_encode(words, r->text.s + at, m->from - at, flags,
                         out->id + out->n, room - out->n);
         if (n < 0)
-            return say(NO_MEMORY, "no memory for %zu bytes of text", r->text.n);
+            return because(why, NO_MEMORY, "no memory for %zu bytes of text",
+                           r->text.n);
         out->n += n;
         if (id >= 0)
             out->id[out->n++] = id;
@@ -3412,7 +3517,7 @@ static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
 /* A new file, or standard output for "-"; NULL after saying why not. */
 static FILE *create_file(const char *path)
 {
-    FILE *f = strcmp(path, "-") == 0 ? stdout : fopen(path, "wb");
+    FILE *f = is_dash(path) ? stdout : fopen(path, "wb");
 
     if (!f)
         say(BAD_FILE, "%s: %s", path, strerror(errno));
@@ -3508,7 +3613,7 @@ static void print_clean(const char *s, size_t n)
 
     for (int size; s < end; s += size) {
         size = utf8_get(s, end, &c);
-        if (size == 0 || c < ' ' || (c >= 0x7f && c < 0xa0)) {
+        if (size == 0 || is_control(c)) {
             putchar('?');
             size = size ? size : 1;
         } else
@@ -3612,8 +3717,10 @@ static struct phrase look_up_in(FILE *f, const char *key,
     struct phrase out = phrase("%s", otherwise);
     char line[256];
 
-    if (f)
+    if (f) {
+        fflush(f);                        /* or an earlier state is told     */
         rewind(f);
+    }
     while (f && fgets(line, sizeof line, f)) {
         const char *s = strchr(line, ':');
         if (!s || strncmp(line, key, strlen(key)) != 0)
@@ -3810,6 +3917,7 @@ static struct sampling choose_sampling(const struct settings *s,
             to.min_p, to.repeat, to.last_n);
     return to;
 }
+
 /* ---- facts
  *
  * Every tensor has a role; embedding and output are one where they are tied. */
@@ -4467,57 +4575,6 @@ static void print_facts(const struct facts *f)
 
 /* ---- in JSON */
 
-static void member(struct text *to, const char *key)
-{
-    if (to->n > 0 && !strchr("{[", to->s[to->n - 1]))
-        add_string(to, ", ");
-    if (key) {
-        add_json_string(to, key, strlen(key));
-        add_string(to, ": ");
-    }
-}
-
-/* Text that is not there, and numbers that are none, are null. */
-static void member_bytes(struct text *to, const char *key, const char *s,
-                         size_t n)
-{
-    member(to, key);
-    if (s)
-        add_json_string(to, s, n);
-    else
-        add_string(to, "null");
-}
-
-static void member_text(struct text *to, const char *key, const char *s)
-{
-    member_bytes(to, key, s, s ? strlen(s) : 0);
-}
-
-static void member_count(struct text *to, const char *key, uint64_t n)
-{
-    member(to, key);
-    add_format(to, "%llu", (unsigned long long)n);
-}
-
-static void member_real(struct text *to, const char *key, double x)
-{
-    member(to, key);
-    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
-               "%.0f" : "%.9g", x);
-}
-
-static void member_bool(struct text *to, const char *key, int x)
-{
-    member(to, key);
-    add_string(to, x ? "true" : "false");
-}
-
-static void member_open(struct text *to, const char *key, const char *bracket)
-{
-    member(to, key);
-    add_string(to, bracket);
-}
-
 static void member_string(struct text *to, const char *key,
                           const lfm2_model *m, const char *in_file)
 {
@@ -4927,15 +4984,6 @@ static int read_values(struct values *v)
 
 /* ---- the report */
 
-static int print_json(struct text *out)
-{
-    add_string(out, "}\n");
-    if (!out->failed)
-        fwrite(out->s, 1, out->n, stdout);
-    free(out->s);
-    return out->failed ? say(NO_MEMORY, "no memory for the report") : DONE;
-}
-
 static int inspect_tensor(const struct facts *f)
 {
     struct values v = { .f = f };
@@ -4945,7 +4993,8 @@ static int inspect_tensor(const struct facts *f)
     if (code == DONE && f->s->json) {
         add_string(&out, "{");
         add_values(&out, &v);
-        code = print_json(&out);
+        add_string(&out, "}\n");
+        code = print_text(&out, "the report");
     } else if (code == DONE)
         print_values(&v);
     free(v.row);
@@ -4961,7 +5010,8 @@ static int inspect_all(struct facts *f)
     if (f->s->json) {
         add_string(&out, "{");
         add_facts(&out, f);
-        code = print_json(&out);
+        add_string(&out, "}\n");
+        code = print_text(&out, "the report");
     } else
         print_facts(f);
     return code != DONE ? code : status_of(f->code);
@@ -5058,10 +5108,9 @@ static int settle_template(struct engine *e)
                        opens_thought(e->model);
     if (e->template != TEMPLATE_NONE || s->raw || s->ids)
         return DONE;
-    if (s->system || s->messages || s->tools || s->interactive)
+    if (chat_option(s))
         return say(USAGE, "%s: no chat template, so %s cannot be used; "
-                   "--template names one", s->model, s->system ? "-sys" :
-                   s->messages ? "--messages" : s->tools ? "--tools" : "-cnv");
+                   "--template names one", s->model, chat_option(s));
     if (!s->quiet && !s->logits)
         say(DONE, "%s: no chat template, the prompt is continued as plain "
             "text", s->model);
@@ -5199,8 +5248,10 @@ static volatile sig_atomic_t interrupted, last_signal;
 
 static void on_interrupt(int signal_number)
 {
-    if (interrupted++)
+    if (interrupted++) {
+        (void)!write(STDERR_FILENO, bright, is_dim ? sizeof bright - 1 : 0);
         _exit(128 + signal_number);
+    }
     last_signal = signal_number;
     if (running)
         lfm2_cancel(running);
@@ -5441,13 +5492,6 @@ static void note_values(struct trace *t, const lfm2_activation *a)
 
 /* ---- experts */
 
-static int name_ends(const char *s, const char *end)
-{
-    const size_t n = strlen(s), k = strlen(end);
-
-    return n >= k && strcmp(s + n - k, end) == 0;
-}
-
 /* A line for each choice of a token in a layer; those of a pass are held back
  * until its last layer, so that they come out by position. */
 static void note_choices(struct trace *t, const lfm2_activation *a, int row)
@@ -5457,6 +5501,8 @@ static void note_choices(struct trace *t, const lfm2_activation *a, int row)
     const float *bias = r->bias + (size_t)a->layer * t->c->n_expert;
     struct text *to = &r->lines[row];
 
+    if (a->layer == t->c->n_layer_dense)  /* those of a pass that was        */
+        to->n = 0;                        /* written, or cancelled           */
     for (int i = 0; i < a->n; i++) {
         const int e = (int)r->chosen[row * t->c->n_expert_used + i];
         add_format(to, "%d,%ld,%d,%d,%d,", a->pos, (long)a->token, a->layer, i,
@@ -5465,10 +5511,8 @@ static void note_choices(struct trace *t, const lfm2_activation *a, int row)
                    (double)(float)(1 / (1 + exp(-(double)logits[e]))),
                    (double)bias[e], (double)a->x[i]);
     }
-    if (a->layer < t->c->n_layer - 1)
-        return;
-    write_to(t, r->csv, t->s->experts, to);
-    to->n = 0;
+    if (a->layer == t->c->n_layer - 1)
+        write_to(t, r->csv, t->s->experts, to);
 }
 
 static void count_choices(struct trace *t, const lfm2_activation *a)
@@ -5566,10 +5610,9 @@ static void read_biases(struct trace *t, const lfm2_model *m)
     lfm2_tensor_info info;
 
     for (int il = 0; il < t->c->n_layer; il++) {
-        const struct phrase name = phrase("blk.%d.exp_probs_b.bias", il);
-        for (int i = 0; lfm2_model_tensor(m, i, &info) == LFM2_OK; i++)
-            if (strcmp(info.name, name.s) == 0 && info.dims[0] == n)
-                lfm2_model_row(m, i, 0, t->r.bias + n * (size_t)il);
+        const int i = find_tensor(m, phrase("blk.%d.exp_probs_b.bias", il).s);
+        if (lfm2_model_tensor(m, i, &info) == LFM2_OK && info.dims[0] == n)
+            lfm2_model_row(m, i, 0, t->r.bias + n * (size_t)il);
     }
 }
 
@@ -5594,7 +5637,7 @@ static int open_routing(struct trace *t, const struct engine *e)
         !r->latest || !r->again)
         return say(NO_MEMORY, "--experts: no memory");
     read_biases(t, e->model);
-    if (strcmp(t->s->experts, "-") == 0)
+    if (is_dash(t->s->experts))
         return DONE;
     r->csv = create_file(t->s->experts);
     if (!r->csv)
@@ -6029,10 +6072,12 @@ static void add_token_name(const struct engine *e, struct text *to, int32_t id)
 static void add_best(const struct engine *e, struct text *to,
                      const float *logits, int32_t id, int k, double all)
 {
+    const int n_vocab = lfm2_n_vocab(e->words);       /* all that have names */
     struct bias best[MAX_LOGPROBS + 1];
     int has = 0;
 
-    find_best(logits, lfm2_n_vocab(e->words), best, k);
+    k = k < n_vocab ? k : n_vocab;
+    find_best(logits, n_vocab, best, k);
     for (int i = 0; i < k; i++)
         has |= best[i].id == id;
     if (!has)
@@ -6050,7 +6095,7 @@ static void add_best(const struct engine *e, struct text *to,
 static void note_columns(const struct engine *e, struct reply *r,
                          const float *logits, int32_t id)
 {
-    const int n_vocab = lfm2_n_vocab(e->words), k = r->q->logprobs;
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
     const double all = logits ? log_sum(logits, n_vocab) : 0;
     int len;
     const char *s = spoken(e, id, &len);
@@ -6067,7 +6112,7 @@ static void note_columns(const struct engine *e, struct reply *r,
         return;
     }
     add_log(&r->column[LOGPROBS], (double)logits[id] - all);
-    add_best(e, &r->column[BEST], logits, id, k < n_vocab ? k : n_vocab, all);
+    add_best(e, &r->column[BEST], logits, id, r->q->logprobs, all);
 }
 
 /* ---- token by token */
@@ -6403,9 +6448,8 @@ static int read_json(struct talk *t, const char *path, struct json **out)
     struct why why;
     int code = read_file(path, &text);
 
-    if (code == DONE)
-        code = json_parse(&t->pool, text.s, text.n, out, &why);
-    if (code != DONE && code != BAD_FILE)
+    if (code == DONE && (code = json_parse(&t->pool, text.s, text.n, out,
+                                           &why)) != DONE)
         say(code, "%s: %s", path, why.s);
     free(text.s);
     return code;
@@ -6508,15 +6552,25 @@ static int render_talk(struct talk *t, struct why *why)
     };
     int code;
 
-    why->s[0] = '\0';
     rendered_free(&t->prompt);
     free(t->q.prompt.id);
     t->q.prompt = (struct ids){ NULL, 0 };
     code = render(&c, e->template, &t->prompt, why);
     if (code == DONE)
         code = encode_rendered(e->words, &t->prompt, e->s->special,
-                               &t->q.prompt);
+                               &t->q.prompt, why);
     t->q.in_thought = code == DONE && ends_in_thought(&t->prompt);
+    return code;
+}
+
+/* The same, saying why not; `path` is where the messages are from, or NULL. */
+static int make_prompt(struct talk *t, const char *path)
+{
+    struct why why;
+    const int code = render_talk(t, &why);
+
+    if (code != DONE)
+        say(code, "%s%s%s", path ? path : "", path ? ": " : "", why.s);
     return code;
 }
 
@@ -6634,8 +6688,10 @@ static void print_calls(struct printer *p, struct talk *t)
 
     print_reply(p, &t->r);
     if (calls && calls->first) {
+        add_string(&line, t->r.text.n ? "\n" : "");
         add_json(&line, calls);
-        printf("%s%s", t->r.text.n ? "\n" : "", line.failed ? "" : line.s);
+        put_text(&p->out, line.s, line.failed ? 0 : line.n);
+        t->r.calls.failed |= line.failed;
     }
     free(line.s);
 }
@@ -6650,21 +6706,13 @@ static const char *finish_name(const struct reply *r, const struct json *calls)
            r->finish == UNFINISHED ? "interrupted" : "length";
 }
 
-/* , "key": "text" */
-static void add_member(struct text *to, const char *key, const char *s,
-                       size_t n)
-{
-    add_format(to, ", \"%s\": ", key);
-    add_json_string(to, s ? s : "", n);
-}
-
 /* The calls as OpenAI writes them: the arguments are JSON within a string. */
 static void add_calls(struct text *to, const struct json *calls)
 {
     const struct json *call = calls ? calls->first : NULL;
     int n = 0;
 
-    add_string(to, ", \"tool_calls\": [");
+    member_open(to, "tool_calls", "[");
     for (; call; call = call->next, n++) {
         const struct json *name = json_get(call, "name");
         struct text args = { 0 };
@@ -6672,7 +6720,7 @@ static void add_calls(struct text *to, const struct json *calls)
                    "\"function\": {\"name\": ", n ? ", " : "", n);
         add_json_string(to, name->s, name->n);
         add_json(&args, json_get(call, "arguments"));
-        add_member(to, "arguments", args.s, args.n);
+        member_bytes(to, "arguments", args.s, args.n);
         add_string(to, "}}");
         to->failed |= args.failed;
         free(args.s);
@@ -6682,10 +6730,11 @@ static void add_calls(struct text *to, const struct json *calls)
 
 static void add_usage(struct text *to, const struct reply *r)
 {
-    add_format(to, "\"usage\": {\"prompt_tokens\": %d, \"completion_tokens\": "
-               "%d, \"total_tokens\": %d, \"completion_tokens_details\": "
-               "{\"reasoning_tokens\": %d}}", r->q->prompt.n, r->n_made,
-               r->q->prompt.n + r->n_made, r->n_thought);
+    add_format(to, ", \"usage\": {\"prompt_tokens\": %d, "
+               "\"completion_tokens\": %d, \"total_tokens\": %d, "
+               "\"completion_tokens_details\": {\"reasoning_tokens\": %d}}",
+               r->q->prompt.n, r->n_made, r->q->prompt.n + r->n_made,
+               r->n_thought);
 }
 
 static void add_columns(struct text *to, const struct reply *r)
@@ -6743,7 +6792,7 @@ static void add_origin(struct text *to, const struct talk *t)
     size_t n = 0;
     const char *name = lfm2_model_string(e->model, "general.name", &n);
 
-    add_member(to, "model", name, n);
+    member_bytes(to, "model", name ? name : "", n);
     add_format(to, ", \"model_hash\": \"%016llx\", \"logits_hash\": "
                "\"%016llx\"", (unsigned long long)lfm2_model_hash(e->model),
                (unsigned long long)t->r.hash);
@@ -6762,25 +6811,19 @@ static int print_answer_json(struct talk *t)
     const struct json *calls = take_calls(t);
     struct text out = { 0 };
 
-    add_string(&out, "{\"text\": ");
-    add_json_string(&out, r->text.s ? r->text.s : "", r->text.n);
-    if (r->thought.n > 0)
-        add_member(&out, "reasoning", r->thought.s, r->thought.n);
-    else
-        add_string(&out, ", \"reasoning\": null");
+    add_string(&out, "{");
+    member_bytes(&out, "text", r->text.s ? r->text.s : "", r->text.n);
+    member_bytes(&out, "reasoning", r->thought.n ? r->thought.s : NULL,
+                 r->thought.n);
     add_calls(&out, calls);
-    add_format(&out, ", \"finish_reason\": \"%s\", ", finish_name(r, calls));
+    member_text(&out, "finish_reason", finish_name(r, calls));
     add_usage(&out, r);
     add_logprobs(&out, r);
     add_timings(&out, r);
     add_origin(&out, t);
     add_string(&out, "}\n");
-    if (!out.failed)
-        fwrite(out.s, 1, out.n, stdout);
-    free(out.s);
-    return out.failed || is_cut(t) ? say(NO_MEMORY,
-                                         "no memory for the answer") :
-           flush_output(DONE);
+    out.failed |= is_cut(t);
+    return flush_output(print_text(&out, "the answer"));
 }
 
 /* ---- one answer */
@@ -6903,7 +6946,6 @@ static int prepare_prompt(struct talk *t)
     struct engine *e = t->e;
     const struct settings *s = e->s;
     struct text text = { 0 };
-    struct why why;
     int code;
 
     if (s->ids)
@@ -6921,9 +6963,8 @@ static int prepare_prompt(struct talk *t)
     }
     if (code == DONE && !s->messages)
         code = ask(t, &text);
-    if (code == DONE && (code = render_talk(t, &why)) != DONE && why.s[0])
-        say(code, "%s%s%s", s->messages ? s->messages : "", s->messages ? ": " :
-            "", why.s);
+    if (code == DONE)
+        code = make_prompt(t, s->messages);
     free(text.s);
     return code;
 }
@@ -7246,8 +7287,10 @@ static FILE *create_beside(const char *path, struct text *name)
     if (fd >= 0 && stat(path, &old) == 0)
         fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
     f = fd >= 0 ? fdopen(fd, "wb") : NULL;
-    if (fd >= 0 && !f)
+    if (fd >= 0 && !f) {
+        remove(name->s);
         close(fd);
+    }
     return f;
 }
 
@@ -7375,7 +7418,7 @@ static int read_message(struct text *out, int shows)
         out->n -= len;
     if (quoted && ends_with(out, "\n"))
         out->n--;
-    out->s[out->n] = '\0';
+    add(out, "", 0);                      /* the NUL                         */
     return 1;
 }
 
@@ -7400,11 +7443,8 @@ static void forget(struct talk *t)
  * Each has a seed of its own. */
 static int answer_turn(struct talk *t)
 {
-    struct why why;
-    int code = render_talk(t, &why);
+    int code = make_prompt(t, NULL);
 
-    if (code != DONE && why.s[0])
-        say(code, "%s", why.s);
     if (code == DONE) {
         free_reply(&t->r);
         interrupted = 0;
@@ -7482,8 +7522,6 @@ static int load_talk(struct talk *t, const char *path)
 {
     const struct talk had = *t;
     struct json *whole, *list;
-    struct why why;
-    int n = 0;
 
     if (!path[0])
         return say(DONE, "/load needs a file");
@@ -7491,16 +7529,13 @@ static int load_talk(struct talk *t, const char *path)
         return blame_sandbox(t);
     forget(t);
     t->messages = list;
-    if (list->first && render_talk(t, &why) != DONE) {
-        say(DONE, "%s: %s", path, why.s);
+    if (list->first && make_prompt(t, path) != DONE) {
         t->messages = had.messages;
         t->form = had.form;
         t->grown = had.grown;
         return DONE;
     }
-    for (const struct json *m = list->first; m; m = m->next)
-        n++;
-    return say(DONE, "%s: %d messages", path, n);
+    return say(DONE, "%s: %d messages", path, list->n_members);
 }
 
 static void print_stats(struct talk *t)
@@ -7546,7 +7581,6 @@ static int obey(struct talk *t, const char *line)
 static int answer_first(struct talk *t, struct text *line)
 {
     const struct settings *s = t->e->s;
-    struct why why;
     int code;
 
     if (s->prompt || s->file) {
@@ -7557,9 +7591,7 @@ static int answer_first(struct talk *t, struct text *line)
     }
     if (!s->messages)
         return DONE;
-    code = render_talk(t, &why);
-    if (code != DONE && why.s[0])
-        say(code, "%s: %s", s->messages, why.s);
+    code = make_prompt(t, s->messages);
     if (code != DONE || (last_message(t, "assistant") &&
                          !flag_of(t->form, "continue_final_message", 0)))
         return code;
@@ -7611,7 +7643,7 @@ static int answer(struct talk *t)
                answer_once(t);
     code = close_trace(t->e, code);
     signal(SIGINT, SIG_DFL);
-    return code == INTERRUPTED ? 128 + (int)last_signal : code;
+    return code;
 }
 
 /* Anything that answers with a model, but --batch. */
@@ -7693,6 +7725,7 @@ struct batch {
     struct job *job;                      /* ring of [n_ring]                */
     int n_ring, first, n_jobs, n_active;
     struct reply **active;                /* [n_seq]                         */
+    char *busy;                           /* [n_seq]: who answers            */
     struct known *known;                  /* [n_known], sorted               */
     int n_known;
     int shard, n_shards;
@@ -7790,13 +7823,11 @@ static int read_bias(struct job *j, const struct json *body, struct why *why)
 {
     const struct json *x = given(body, "logit_bias");
     const int n_vocab = lfm2_model_config(j->t.e->model)->n_vocab;
+    const int n = x ? x->n_members : 0;
     struct request *q = &j->t.q;
-    int n = 0;
 
     if (x && x->type != JSON_OBJECT)
         return because(why, USAGE, "\"logit_bias\": expected an object");
-    for (const struct json *c = x ? x->first : NULL; c; c = c->next)
-        n++;
     q->bias = n ? calloc((size_t)n, sizeof *q->bias) : NULL;
     if (n && !q->bias)
         return because(why, NO_MEMORY, "no memory for \"logit_bias\"");
@@ -7934,7 +7965,6 @@ static int read_body_prompt(struct job *j, const struct json *prompt,
 {
     const struct engine *e = j->t.e;
     struct ids *ids = &j->t.q.prompt;
-    size_t n = 0;
     long long id;
 
     j->t.q.split = 0;
@@ -7945,9 +7975,7 @@ static int read_body_prompt(struct job *j, const struct json *prompt,
     if (prompt->type != JSON_ARRAY)
         return because(why, USAGE, "\"prompt\": expected a string, or an array "
                        "of token ids");
-    for (const struct json *c = prompt->first; c; c = c->next)
-        n++;
-    if (alloc_ids(ids, n + 1) != DONE)
+    if (alloc_ids(ids, (size_t)prompt->n_members + 1) != DONE)
         return because(why, NO_MEMORY, "no memory for the prompt");
     for (const struct json *c = prompt->first; c; c = c->next) {
         if (json_int(c, 0, INT32_MAX, &id) != 0)
@@ -8052,7 +8080,8 @@ static void finish_error(struct batch *b, struct job *j, int code,
 {
     static const char *const name[] = {
         [FAILED] = "failed", [USAGE] = "invalid_request",
-        [NO_MEMORY] = "out_of_memory", [TOO_LONG] = "context_length_exceeded"
+        [BAD_MODEL] = "bad_model", [NO_MEMORY] = "out_of_memory",
+        [TOO_LONG] = "context_length_exceeded"
     };
 
     begin_output(j);
@@ -8082,16 +8111,15 @@ static void add_message_json(struct job *j, struct text *to,
             add(&text, s, (size_t)len);
         }
         add(&text, r->text.s, r->text.n);
-        add_string(to, "\"text\": ");
-        add_json_string(to, text.s ? text.s : "", text.n);
+        member_bytes(to, "text", text.s ? text.s : "", text.n);
         to->failed |= text.failed;
         free(text.s);
         return;
     }
-    add_string(to, "\"message\": {\"role\": \"assistant\"");
-    add_member(to, "content", r->text.s, r->text.n);
+    add_string(to, ", \"message\": {\"role\": \"assistant\"");
+    member_bytes(to, "content", r->text.s ? r->text.s : "", r->text.n);
     if (r->thought.n > 0)
-        add_member(to, "reasoning_content", r->thought.s, r->thought.n);
+        member_bytes(to, "reasoning_content", r->thought.s, r->thought.n);
     if (calls && calls->first)
         add_calls(to, calls);
     add_string(to, "}");
@@ -8122,11 +8150,11 @@ static void finish_reply(struct batch *b, struct job *j)
                j->completion ? "cmpl" : "chatcmpl", id);
     add_format(to, ", \"object\": \"%s\", \"created\": 0", j->completion ?
                "text_completion" : "chat.completion");
-    add_member(to, "model", model, n);
-    add_string(to, ", \"choices\": [{\"index\": 0, ");
+    member_bytes(to, "model", model ? model : "", n);
+    add_string(to, ", \"choices\": [{\"index\": 0");
     add_message_json(j, to, calls);
     add_logprobs(to, r);
-    add_format(to, ", \"finish_reason\": \"%s\"}], ", finish_name(r, calls));
+    add_format(to, ", \"finish_reason\": \"%s\"}]", finish_name(r, calls));
     add_usage(to, r);
     add_string(to, "}}, \"error\": null}\n");
     j->state = FINISHED;
@@ -8463,16 +8491,16 @@ static void read_lines(struct batch *b)
     }
 }
 
-/* The sequence whose cache has most of a prompt, of all or of the idle ones. */
+/* The sequence whose cache has most of a prompt, of all or the idle ones. */
 static int best_sequence(const struct batch *b, const struct ids *prompt,
-                         const char *busy, int *same)
+                         int idle, int *same)
 {
     int best = -1;
 
     *same = 0;
     for (int seq = 0; seq < b->e.par.n_seq; seq++) {
         const int n = shared_prefix(&b->e.cached[seq], prompt);
-        if ((busy && busy[seq]) || (best >= 0 && n <= *same))
+        if ((idle && b->busy[seq]) || (best >= 0 && n <= *same))
             continue;
         best = seq;
         *same = n;
@@ -8498,15 +8526,15 @@ static int worth_waiting(const struct batch *b, const struct ids *prompt,
 /* Begin to answer a line in an idle sequence, from the longest beginning of its
  * prompt that any sequence has.  One whose own log probabilities are wanted has
  * no use for that.  Returns 0 if it should wait. */
-static int begin_job(struct batch *b, struct job *j, char *busy)
+static int begin_job(struct batch *b, struct job *j)
 {
     static const struct ids none = { NULL, 0 };
     struct engine *e = &b->e;
     const struct ids *prompt = j->t.q.prompt_logprobs < 0 ? &j->t.q.prompt :
                                &none;
     int have, same, code;
-    const int seq = best_sequence(b, prompt, busy, &have);
-    const int from = best_sequence(b, prompt, NULL, &same);
+    const int seq = best_sequence(b, prompt, 1, &have);
+    const int from = best_sequence(b, prompt, 0, &same);
     struct why why;
 
     if (worth_waiting(b, prompt, same))
@@ -8523,27 +8551,27 @@ static int begin_job(struct batch *b, struct job *j, char *busy)
         return 1;
     }
     j->state = ACTIVE;
-    busy[seq] = 1;
+    b->busy[seq] = 1;
     b->active[b->n_active++] = &j->t.r;
     return 1;
 }
 
-static void begin_jobs(struct batch *b, char *busy)
+static void begin_jobs(struct batch *b)
 {
     int n_free = b->e.par.n_seq;
 
-    memset(busy, 0, (size_t)n_free);
+    memset(b->busy, 0, (size_t)n_free);
     b->n_active = 0;
     for (int i = 0; i < b->n_jobs; i++) {
         struct job *j = job_at(b, i);
         if (j->state == ACTIVE) {
-            busy[j->t.r.seq] = 1;
+            b->busy[j->t.r.seq] = 1;
             b->active[b->n_active++] = &j->t.r;
         }
     }
     for (int i = 0; i < b->n_jobs && b->n_active < n_free; i++) {
         struct job *j = job_at(b, i);
-        if (j->state == WAITING && !begin_job(b, j, busy))
+        if (j->state == WAITING && !begin_job(b, j))
             break;
     }
 }
@@ -8586,13 +8614,13 @@ static void report_progress(struct batch *b, int last)
         say(DONE, "%.0f tokens, %.0f of them reused", b->tokens, b->reused);
 }
 
-static int run_batch(struct batch *b, char *busy)
+static int run_batch(struct batch *b)
 {
     int code = DONE;
 
     for (;;) {
         read_lines(b);
-        begin_jobs(b, busy);
+        begin_jobs(b);
         code = write_finished(b, 0);
         if (code != DONE || interrupted || (b->n_jobs == 0 && b->in.ended &&
                                             b->in.at == b->in.buf.n))
@@ -8606,8 +8634,8 @@ static int run_batch(struct batch *b, char *busy)
     }
     if (code == DONE && interrupted)
         code = INTERRUPTED;
-    if (code == INTERRUPTED)
-        code = write_finished(b, 1) == DONE ? 128 + (int)last_signal : BAD_FILE;
+    if (code == INTERRUPTED && write_finished(b, 1) != DONE)
+        code = BAD_FILE;
     if (code == DONE && b->in.error)
         code = say(b->in.error == ENOMEM ? NO_MEMORY : BAD_FILE, "%s: %s",
                    b->in_name, strerror(b->in.error));
@@ -8622,16 +8650,17 @@ static int open_batch(struct batch *b)
     struct stat st;
     int code = choose_shard(b);
 
-    b->in.fd = s->file && strcmp(s->file, "-") != 0 ?
-               open(s->file, O_RDONLY) : STDIN_FILENO;
+    if (code != DONE)
+        return code;
+    b->in.fd = !s->file || is_dash(s->file) ? STDIN_FILENO :
+               open(s->file, O_RDONLY);
     b->in_name = s->file ? s->file : "standard input";
     if (b->in.fd < 0)
         return say(BAD_FILE, "%s: %s", s->file, strerror(errno));
     if (fstat(b->in.fd, &st) == 0 && S_ISREG(st.st_mode))
         b->size = (double)st.st_size;
     b->out_name = "standard output";
-    if (code == DONE)
-        code = open_engine(&b->e);
+    code = open_engine(&b->e);
     if (code == DONE && s->resume)
         code = open_resumed(b);
     if (code != DONE)
@@ -8641,7 +8670,8 @@ static int open_batch(struct batch *b)
     b->n_ring = s->parallel * AHEAD;
     b->job = calloc((size_t)b->n_ring, sizeof *b->job);
     b->active = calloc((size_t)s->parallel, sizeof *b->active);
-    if (!b->job || !b->active)
+    b->busy = malloc((size_t)s->parallel);
+    if (!b->job || !b->active || !b->busy)
         return say(NO_MEMORY, "no memory for %d requests", b->n_ring);
     return open_context(&b->e);
 }
@@ -8649,8 +8679,7 @@ static int open_batch(struct batch *b)
 static int batch(const struct settings *s)
 {
     struct batch b = { .e.s = s, .out = STDOUT_FILENO };
-    char *busy = malloc((size_t)s->parallel);
-    int code = busy ? open_batch(&b) : NO_MEMORY;
+    int code = open_batch(&b);
 
     if (code == DONE)
         code = lock_sandbox(s, 0);
@@ -8658,7 +8687,7 @@ static int batch(const struct settings *s)
         catch_interrupt();
         b.started = b.beat = seconds();
         running = b.e.ctx;
-        code = run_batch(&b, busy);
+        code = run_batch(&b);
         running = NULL;
         report_progress(&b, 1);
     }
@@ -8672,7 +8701,7 @@ static int batch(const struct settings *s)
     free(b.in.buf.s);
     free(b.job);
     free(b.active);
-    free(busy);
+    free(b.busy);
     close_engine(&b.e);
     return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
 }
@@ -8999,8 +9028,7 @@ static int ppl_check(const struct settings *s)
         return usage("--ppl-save and --ppl-compare are for --ppl");
     if (s->prompt || s->file || s->ids || s->system)
         return usage("--ppl FILE takes no other text");
-    if ((s->ppl_save && strcmp(s->ppl_save, "-") == 0) ||
-        (s->ppl_compare && strcmp(s->ppl_compare, "-") == 0))
+    if (is_dash(s->ppl_save) || is_dash(s->ppl_compare))
         return usage("--ppl-save and --ppl-compare need a file, not -");
     if (s->ppl_save && s->ppl_compare &&
         strcmp(s->ppl_save, s->ppl_compare) == 0)
@@ -9573,10 +9601,7 @@ static int print_fields(const struct bench *b, const struct field *f, int n)
         add_field(&t, &f[i], b->s->reps, csv);
     }
     add_string(&t, as->end);
-    if (!t.failed)
-        fwrite(t.s, 1, t.n, stdout);
-    free(t.s);
-    return t.failed ? say(NO_MEMORY, "no memory for a record") : DONE;
+    return print_text(&t, "a record");
 }
 
 /* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
@@ -10106,10 +10131,15 @@ struct self {
     uint64_t all;                         /* hash of all hashes              */
 };
 
-static void self_result(struct self *t, const char *what, const char *of,
-                        int good)
+static void self_result(struct self *t, int good, const char *fmt, ...)
 {
-    printf("%-4s  %s%s\n", good ? "ok" : "FAIL", what, of);
+    va_list args;
+
+    printf("%-4s  ", good ? "ok" : "FAIL");
+    va_start(args, fmt);
+    vprintf(fmt, args);
+    va_end(args);
+    putchar('\n');
     t->failed |= !good;
 }
 
@@ -10166,20 +10196,16 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
 static void self_weights(struct self *t, const struct self_type *type)
 {
     const int kv = LFM2_KV_F16, n = SELF_TOKENS;
-    char what[96];
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, kv, n, n);
 
     t->all = hash_number(t->all, h);
-    snprintf(what, sizeof what, "%s in plain C: %016llx", type->name,
-             (unsigned long long)h);
-    self_result(t, what, "", h == type->hash);
-    for (int isa = LFM2_ISA_SCALAR + 1; isa < LFM2_N_ISA; isa++) {
-        if (!lfm2_isa_available(isa))
-            continue;
-        snprintf(what, sizeof what, "%s with %s", type->name, isa_name[isa]);
-        self_result(t, what, "", self_hash(t, isa, 1, kv, n, n) == h &&
-                    self_hash(t, isa, 1, kv, n, 1) == h);
-    }
+    self_result(t, h == type->hash, "%s in plain C: %016llx", type->name,
+                (unsigned long long)h);
+    for (int isa = LFM2_ISA_SCALAR + 1; isa < LFM2_N_ISA; isa++)
+        if (lfm2_isa_available(isa))
+            self_result(t, self_hash(t, isa, 1, kv, n, n) == h &&
+                        self_hash(t, isa, 1, kv, n, 1) == h, "%s with %s",
+                        type->name, isa_name[isa]);
 }
 
 /* A text longer than what attention works on at once, and a cache of floats. */
@@ -10192,12 +10218,11 @@ static void self_attention(struct self *t)
     for (int isa = LFM2_ISA_SCALAR; isa < LFM2_N_ISA; isa++) {
         if (!lfm2_isa_available(isa))
             continue;
-        self_result(t, "a long text, by ", isa_name[isa],
-                    self_hash(t, isa, 1, LFM2_KV_F16, SELF_LONG, SELF_TOKENS)
-                    == known[0]);
-        self_result(t, "a KV cache of floats, by ", isa_name[isa],
-                    self_hash(t, isa, 1, LFM2_KV_F32, SELF_TOKENS, 7)
-                    == known[1]);
+        self_result(t, self_hash(t, isa, 1, LFM2_KV_F16, SELF_LONG,
+                                 SELF_TOKENS) == known[0],
+                    "a long text, by %s", isa_name[isa]);
+        self_result(t, self_hash(t, isa, 1, LFM2_KV_F32, SELF_TOKENS, 7) ==
+                    known[1], "a KV cache of floats, by %s", isa_name[isa]);
     }
 }
 
@@ -10209,27 +10234,27 @@ static void self_sequences(struct self *t)
     uint64_t size, again;
     char *state;
 
-    self_result(t, "token by token", "",
-                self_hash(t, isa, 1, LFM2_KV_F16, n, 1) == h);
-    self_result(t, "two threads, pieces of five tokens", "",
-                self_hash(t, isa, 2, LFM2_KV_F16, n, 5) == h);
+    self_result(t, self_hash(t, isa, 1, LFM2_KV_F16, n, 1) == h,
+                "token by token");
+    self_result(t, self_hash(t, isa, 2, LFM2_KV_F16, n, 5) == h,
+                "two threads, pieces of five tokens");
     if (self_open(t, isa, 1, LFM2_KV_F32) != LFM2_OK) {
-        self_result(t, "a KV cache of floats", "", 0);
+        self_result(t, 0, "a KV cache of floats");
         return;
     }
     again = self_feed(t, 0, n, 7);
     size = lfm2_seq_state_size(t->ctx, 0);
     state = malloc((size_t)size);
-    self_result(t, "a sequence saved and restored", "", state &&
+    self_result(t, state &&
                 lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
                 hash_bytes(HASH_START, state, (size_t)size) ==
                 0x8ca92dd674809989u &&
                 lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
-                lfm2_seq_len(t->ctx, 1) == n);
+                lfm2_seq_len(t->ctx, 1) == n, "a sequence saved and restored");
     free(state);
-    self_result(t, "a sequence shortened and read again", "",
-                lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
-                self_feed(t, 1, n, 4) == again);
+    self_result(t, lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
+                self_feed(t, 1, n, 4) == again,
+                "a sequence shortened and read again");
     lfm2_context_close(t->ctx);
 }
 
@@ -10246,7 +10271,7 @@ static void self_sampler(struct self *t)
 
     if (!logits || self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F16) != LFM2_OK) {
         free(logits);
-        self_result(t, "the sampler", "", 0);
+        self_result(t, 0, "the sampler");
         return;
     }
     for (int i = 0; i < 32; i++) {
@@ -10255,7 +10280,7 @@ static void self_sampler(struct self *t)
         made[i] = lfm2_sample(t->ctx, &s, logits, made, i);
         h = hash_number(h, (uint32_t)made[i]);
     }
-    self_result(t, "the sampler's choices", "", h == 0x4cb658387d2a6170u);
+    self_result(t, h == 0x4cb658387d2a6170u, "the sampler's choices");
     t->all = hash_number(t->all, h);
     lfm2_context_close(t->ctx);
     free(logits);
@@ -10282,10 +10307,9 @@ static void self_tokenizer(struct self *t, const struct text *file)
         }
         lfm2_tokenizer_close(words);
     }
-    self_result(t, "the tokenizer", "",
-                (size_t)n == sizeof want / sizeof *want &&
-                memcmp(id, want, sizeof want) == 0);
-    self_result(t, "and back to text", "", back.s && strcmp(back.s, text) == 0);
+    self_result(t, (size_t)n == sizeof want / sizeof *want &&
+                memcmp(id, want, sizeof want) == 0, "the tokenizer");
+    self_result(t, back.s && strcmp(back.s, text) == 0, "and back to text");
     free(back.s);
 }
 
@@ -10296,20 +10320,20 @@ static void self_numbers(struct self *t)
     const double d = 1;
     uint64_t bits;
 
-    self_result(t, "integers of two's complement, 8 bits a byte", "",
-                CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
-                minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4);
+    self_result(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
+                minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4,
+                "integers of two's complement, 8 bits a byte");
     memcpy(&bits, &d, sizeof bits);
-    self_result(t, "floats and integers in the same byte order", "",
-                float_bits(one) == 0x3f800000 &&
-                bits == (uint64_t)0x3ff00000 << 32);
-    self_result(t, "floats of 24 bits, doubles of 53, rounded to nearest even",
-                "", FLT_RADIX == 2 && FLT_MANT_DIG == 24 &&
-                DBL_MANT_DIG == 53 && one + 0x1p-24f == one &&
-                one + 0x3p-24f == one + 0x1p-22f &&
-                third * 3 == one);
-    self_result(t, "denormal numbers are kept", "", tiny * one > 0 &&
-                tiny * half == 0 && (0x1p-126f * half) * 2 == 0x1p-126f);
+    self_result(t, float_bits(one) == 0x3f800000 &&
+                bits == (uint64_t)0x3ff00000 << 32,
+                "floats and integers in the same byte order");
+    self_result(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
+                one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
+                third * 3 == one,
+                "floats of 24 bits, doubles of 53, rounded to nearest even");
+    self_result(t, tiny * one > 0 && tiny * half == 0 &&
+                (0x1p-126f * half) * 2 == 0x1p-126f,
+                "denormal numbers are kept");
 }
 
 /* What a function gives for some thousand numbers: the bits that are known, and
@@ -10319,7 +10343,6 @@ static void self_function(struct self *t, int function, const char *name,
                           double (*libc)(double), double bound, uint64_t known)
 {
     uint64_t rng = 3, h = HASH_START;
-    char what[64];
     int good = 1;
 
     for (int i = 0; i < 4096; i++) {
@@ -10333,8 +10356,8 @@ static void self_function(struct self *t, int function, const char *name,
         h = hash_number(h, float_bits(y));
         good &= fabs(y - exact) <= bound * 0x1p-24 * fabs(exact);
     }
-    snprintf(what, sizeof what, "%s: %016llx", name, (unsigned long long)h);
-    self_result(t, what, "", good && h == known);
+    self_result(t, good && h == known, "%s: %016llx", name,
+                (unsigned long long)h);
 }
 
 static void self_functions(struct self *t)
@@ -10366,14 +10389,6 @@ static void print_libc(void)
 #endif
 }
 
-static void self_machine(const struct self *t)
-{
-    print_version();
-    print_libc();
-    printf("hash        %016llx, the same on every machine\n",
-           (unsigned long long)t->all);
-}
-
 static int selftest(void)
 {
     struct self t = { .all = HASH_START };
@@ -10388,7 +10403,7 @@ static int selftest(void)
         make_file(i, &file);
         if (file.failed || lfm2_model_open_memory(&t.model, file.s, file.n,
                                                   &err) != LFM2_OK) {
-            self_result(&t, "a model of ", self_types[i].name, 0);
+            self_result(&t, 0, "a model of %s", self_types[i].name);
             say(FAILED, "%s", file.failed ? "no memory" : err.msg);
         } else {
             self_weights(&t, &self_types[i]);
@@ -10402,7 +10417,10 @@ static int selftest(void)
         }
         free(file.s);
     }
-    self_machine(&t);
+    print_version();
+    print_libc();
+    printf("hash        %016llx, the same on every machine\n",
+           (unsigned long long)t.all);
     return t.failed ? SELFTEST_FAILED : DONE;
 }
 
@@ -10422,6 +10440,16 @@ static void hold_descriptors(void)
         close(fd);
 }
 
+static int work(const struct settings *s)
+{
+    return s->help ? print_help() : s->version ? print_version() :
+           s->selftest ? selftest() :
+           s->tokenize || s->detokenize || s->export_to ? work_on_words(s) :
+           wants_ppl(s) ? perplexity(s) : s->bench ? bench(s) :
+           s->inspect ? inspect_file(s) : s->batch_mode ? batch(s) :
+           work_on_model(s);
+}
+
 int main(int argc, char **argv)
 {
     struct settings s = defaults;
@@ -10438,24 +10466,7 @@ int main(int argc, char **argv)
     code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
     if (code == DONE && s.system_file)
         code = read_system(&s, &system);
-    if (code == DONE && s.help)
-        code = print_help();
-    else if (code == DONE && s.version)
-        code = print_version();
-    else if (code == DONE && s.selftest)
-        code = selftest();
-    else if (code == DONE && (s.tokenize || s.detokenize || s.export_to))
-        code = work_on_words(&s);
-    else if (code == DONE && (s.ppl || s.ppl_save || s.ppl_compare))
-        code = perplexity(&s);
-    else if (code == DONE && s.bench)
-        code = bench(&s);
-    else if (code == DONE && s.inspect)
-        code = inspect_file(&s);
-    else if (code == DONE && s.batch_mode)
-        code = batch(&s);
-    else if (code == DONE)
-        code = work_on_model(&s);
+    code = flush_output(code == DONE ? work(&s) : code);
     free(system.s);
-    return flush_output(code);
+    return code == INTERRUPTED ? 128 + (int)last_signal : code;
 }

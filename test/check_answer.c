@@ -633,6 +633,9 @@ START_TEST(nothing_steers_a_terminal)
         { "\x1b[31mred\x1b[0m", "[31mred[0m" }, { "a\r\b\x7f\a\vb", "ab" },
         { "\xc2\x9b" "31m", "31m" }, { "\xc2\x80\xc2\x9f\xc2\xa0", "\xc2\xa0" },
         { "\xc3\x9b\xe2\x82\xac", "\xc3\x9b\xe2\x82\xac" },
+        /* what is left must not be one either */
+        { "\xc2\xc2\x9b\x9b" "31m", "\xc2" "31m" }, { "\x9b" "31m", "31m" },
+        { "\xc2\x1b\x9b" "31m", "\xc2" "31m" }, { "\xc2" "A", "\xc2" "A" },
     };
 
     for (size_t i = 0; i < COUNT(row); i++) {
@@ -666,6 +669,58 @@ START_TEST(text_for_a_terminal_comes_in_pieces)
         fclose(o.f);
         ck_assert_str_eq(got, "ab\xf0\x9f\x98\x80" "c\xc3");
     }
+}
+END_TEST
+
+/* Nor does a call, whose arguments are JSON within the answer. */
+START_TEST(calls_do_not_steer_a_terminal)
+{
+    static const char call[] = CALL_ "[f(a=\"\xc2\x9b" "31m\")]" _CALL;
+    const struct request q = { .split = 1 };
+    struct talk t = { .r = { .q = &q, .finish = STOPPED } };
+
+    for (int terminal = 0; terminal < 2; terminal++) {
+        char got[64] = "";
+        struct printer p = { .out = { .f = tmpfile(), .terminal = terminal } };
+        ck_assert(p.out.f != NULL);
+        t.r.calls.n = 0;
+        add_string(&t.r.calls, call);
+        print_calls(&p, &t);
+        rewind(p.out.f);
+        ck_assert_uint_gt(fread(got, 1, sizeof got - 1, p.out.f), 0);
+        fclose(p.out.f);
+        ck_assert_str_eq(strstr(got, "{\"a\""), terminal ?
+                         "{\"a\": \"31m\"}}]" :
+                         "{\"a\": \"\xc2\x9b" "31m\"}}]");
+    }
+    free_talk(&t);
+}
+END_TEST
+
+/* What a pass noted before it was cancelled is not there twice. */
+START_TEST(choices_of_a_cancelled_pass_are_dropped)
+{
+    const lfm2_config c = { .n_layer = 3, .n_layer_dense = 1, .n_expert = 2,
+                            .n_expert_used = 1 };
+    const struct settings s = { .experts = "x" };
+    float zero[6] = { 0 }, weight = 1;
+    struct text line = { 0 };
+    struct trace t = { .s = &s, .c = &c, .r = {
+        .csv = tmpfile(), .bias = zero, .logits = zero, .chosen = zero,
+        .lines = &line, .n_batch = 1
+    } };
+    static const int layer[] = { 1, 1, 2 };
+    char got[128] = "";
+
+    ck_assert(t.r.csv != NULL);
+    for (int i = 0; i < 3; i++)
+        note_choices(&t, &(lfm2_activation){ .layer = layer[i], .n = 1,
+                                             .x = &weight }, 0);
+    rewind(t.r.csv);
+    ck_assert_uint_gt(fread(got, 1, sizeof got - 1, t.r.csv), 0);
+    ck_assert_str_eq(got, "0,0,1,0,0,0.5,0,1\n0,0,2,0,0,0.5,0,1\n");
+    fclose(t.r.csv);
+    free(line.s);
 }
 END_TEST
 
@@ -872,6 +927,8 @@ Suite *answer_suite(void)
     tcase_add_test(c, logits_are_bent_as_wished);
     tcase_add_test(c, nothing_steers_a_terminal);
     tcase_add_test(c, text_for_a_terminal_comes_in_pieces);
+    tcase_add_test(c, calls_do_not_steer_a_terminal);
+    tcase_add_test(c, choices_of_a_cancelled_pass_are_dropped);
     tcase_add_test(c, escapes_are_those_of_c);
     tcase_add_test(c, damaged_sessions_are_whole_or_nothing);
     tcase_add_test(c, what_is_no_number_is_a_string);

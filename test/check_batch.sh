@@ -188,6 +188,11 @@ batch 7 "a prompt that is too long"
 has "a prompt that is too long" '"custom_id": "long", "response": null, "error": {"code": "context_length_exceeded"'
 answers 2 "the others are answered"
 says "and counted" "1 answered, 1 failed"
+echo '{"messages":[{"role":"user","content":"a"}]}' >"$dir/in"
+LC_ALL=C sed 's/<|im_start|>/<|im_stort|>/' $m >"$dir/unmarked.gguf"
+m="$dir/unmarked.gguf" batch 7 "no markers in the vocabulary" --template lfm2
+m=test/tiny.gguf
+has "no markers" '"error": {"code": "bad_model", "line": 1, "message": "the chat'
 awk 'BEGIN { while (n++ < 5000) printf "%c{]%c\"\n", n % 100 + 33, n % 90 + 35 }' \
     >"$dir/in"
 batch 7 "garbage"

@@ -70,6 +70,11 @@ END
     holds "each a record" python3 -c "
 import json
 assert [json.loads(s)['n_prompt'] for s in open('$dir/out')] == [8, 0]"
+    expect 0 "memory" -p 0 -n 1 -npl 1,64 -d 1024 -r 1 -o jsonl
+    holds "is that of now" python3 -c "
+import json
+one, many = [json.loads(s)['rss_anon'] for s in open('$dir/out')]
+assert one is None or many > one + 64 * 1024 * 100, (one, many)"
     expect 0 "CSV" -p 8 -n 2 -r 1 -o csv
     holds "a head and two lines" python3 -c "
 import csv
@@ -100,14 +105,17 @@ refuses 2 "more than one of" --inspect
 [ $? -eq 2 ] && grep -q -- "-d is for --bench" "$dir/err"
 result $? "its options are not for others"
 
-# Ctrl-C: the list is closed.
-"$run" --bench $m -p 0 -n 2000 -r 100000 -o json >"$dir/out" 2>"$dir/err" &
-pid=$!
-sleep 2
-kill -INT $pid
-wait $pid
-[ $? -eq 130 ] && [ "$(cat "$dir/out")" = "[]" ]
-result $? "interrupted: status 130, and the list is closed"
+# After a signal the list is closed.
+for signal in INT:130 TERM:143; do
+    "$run" --bench $m -p 0 -n 2000 -r 100000 -o json >"$dir/out" \
+        2>"$dir/err" &
+    pid=$!
+    sleep 2
+    kill -${signal%:*} $pid
+    wait $pid
+    [ $? -eq "${signal#*:}" ] && [ "$(cat "$dir/out")" = "[]" ]
+    result $? "SIG${signal%:*}: status ${signal#*:}, and the list is closed"
+done
 
 # ------------------------------------------------------------------- comparison
 

@@ -149,6 +149,7 @@ says "no chat template, the prompt is continued"
 refuses 2 "no chat template, so -sys" "$dir/base.gguf" hello -sys x
 refuses 2 "no chat template, so --messages" "$dir/base.gguf" \
     --messages "$dir/array"
+refuses 2 "expected a file" $m hello --session -
 refuses 2 "which --raw, --ids and --tokenize do without" --template none $m \
     hello --tools "$dir/tools"
 expect 0 "a base model with --template" --temp 0 --template lfm2 \

@@ -105,7 +105,7 @@ tr a e <"$text" | head -c 1480 >"$dir/other"
 always="$m --ppl $dir/other -c 32"
 expect 3 "another text" --ppl-compare "$saved"
 holds "is told" grep -qE "another text|windows: " "$dir/err"
-text=$dir/text
+always="$m --ppl $text -c 32"
 
 # ------------------------------------------------------------- the same by hand
 

@@ -163,10 +163,11 @@ void fuzz_calls(const uint8_t *data, size_t n)
 static void check_tokens(const lfm2_tokenizer *t, const struct rendered *r)
 {
     struct ids ids = { NULL, 0 };
+    struct why why;
     size_t at = 0;
     int marks = 0, markers = 0, n;
 
-    REQUIRE(encode_rendered(t, r, 0, &ids) == DONE);
+    REQUIRE(encode_rendered(t, r, 0, &ids, &why) == DONE);
     for (int i = 0; i < r->n_marks; i++)
         marks += mark_id(t, r, &r->mark[i]) >= 0;
     for (int i = 0; i < ids.n; i++) {
@@ -393,6 +394,7 @@ void fuzz_batch(const uint8_t *data, size_t n)
     b.e = e;
     b.job = job;
     b.active = active;
+    b.busy = busy;
     small_settings.batch_raw = data[0] & 1;
     b.e.template = data[0] & 2 ? TEMPLATE_NONE : TEMPLATE_LFM2;
     if (data[0] & 4) {
@@ -401,7 +403,7 @@ void fuzz_batch(const uint8_t *data, size_t n)
     }
     b.in.fd = file_of(data + 1, n - 1);
     b.out = file_of(data, 0);
-    REQUIRE(run_batch(&b, busy) == DONE);
+    REQUIRE(run_batch(&b) == DONE);
     check_answers(b.out, b.done + b.failed);
     close(b.in.fd);
     close(b.out);
