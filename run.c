@@ -88,17 +88,26 @@ enum {
 
 static const char *program = "run";       /* the name it was called by       */
 
-/* Drop what could steer a terminal: control characters, those of C1 too. */
+static int utf8_get(const char *s, const char *end, uint32_t *out);
+
+/* Drop what could steer a terminal: control characters, those of C1 too.  A
+ * byte that is part of no character is taken for the one of its number, so that
+ * no two that remain become one. */
 static size_t drop_controls(char *s, size_t n)
 {
-    size_t kept = 0;
+    size_t kept = 0, size;
+    uint32_t c;
 
-    for (size_t i = 0; i < n; i++) {
-        const unsigned char c = (unsigned char)s[i];
-        if (c == 0xc2 && i + 1 < n && (unsigned char)s[i + 1] < 0xa0)
-            i++;
-        else if ((c >= ' ' && c != 127) || c == '\n' || c == '\t')
-            s[kept++] = s[i];
+    for (size_t i = 0; i < n; i += size) {
+        size = (size_t)utf8_get(s + i, s + n, &c);
+        if (size == 0) {
+            size = 1;
+            c = (unsigned char)s[i];
+        }
+        if ((c >= ' ' && c < 127) || c >= 0xa0 || c == '\n' || c == '\t') {
+            memmove(s + kept, s + i, size);
+            kept += size;
+        }
     }
     return kept;
 }

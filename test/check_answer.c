@@ -633,6 +633,9 @@ START_TEST(nothing_steers_a_terminal)
         { "\x1b[31mred\x1b[0m", "[31mred[0m" }, { "a\r\b\x7f\a\vb", "ab" },
         { "\xc2\x9b" "31m", "31m" }, { "\xc2\x80\xc2\x9f\xc2\xa0", "\xc2\xa0" },
         { "\xc3\x9b\xe2\x82\xac", "\xc3\x9b\xe2\x82\xac" },
+        { "\x9b" "31m\xff", "31m\xff" },
+        { "\xc2\xc2\x9b\x9b" "31m", "\xc2" "31m" },
+        { "\xc2\xc2\a\x9b" "31m", "\xc2\xc2" "31m" },
     };
 
     for (size_t i = 0; i < COUNT(row); i++) {
