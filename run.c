@@ -947,6 +947,14 @@ static void add_format(struct text *t, const char *fmt, ...)
         add(t, s, n < (int)sizeof s ? (size_t)n : sizeof s - 1);
 }
 
+/* To standard output, which may be a terminal. */
+static void print_text(struct text *t)
+{
+    if (isatty(STDOUT_FILENO))
+        t->n = drop_controls(t->s, t->n);
+    fwrite(t->s ? t->s : "", 1, t->n, stdout);
+}
+
 static int read_stream(FILE *f, const char *name, struct text *out)
 {
     for (size_t got = 1; got > 0; out->n += got) {
@@ -4885,7 +4893,7 @@ static int print_json(struct text *out)
 {
     add_string(out, "}\n");
     if (!out->failed)
-        fwrite(out->s, 1, out->n, stdout);
+        print_text(out);
     free(out->s);
     return out->failed ? say(NO_MEMORY, "no memory for the report") : DONE;
 }
@@ -6583,8 +6591,10 @@ static void print_calls(struct printer *p, struct talk *t)
 
     print_reply(p, &t->r);
     if (calls && calls->first) {
+        add_string(&line, t->r.text.n ? "\n" : "");
         add_json(&line, calls);
-        printf("%s%s", t->r.text.n ? "\n" : "", line.failed ? "" : line.s);
+        if (!line.failed)
+            print_text(&line);
     }
     free(line.s);
 }
@@ -6725,7 +6735,7 @@ static int print_answer_json(struct talk *t)
     add_origin(&out, t);
     add_string(&out, "}\n");
     if (!out.failed)
-        fwrite(out.s, 1, out.n, stdout);
+        print_text(&out);
     free(out.s);
     return out.failed || is_cut(t) ? say(NO_MEMORY,
                                          "no memory for the answer") :
@@ -6899,10 +6909,10 @@ static int write_logits(struct talk *t)
     return f ? finish_file(f, e->s->logits, code) : BAD_FILE;
 }
 
-static int dump_prompt(const struct talk *t)
+static int dump_prompt(struct talk *t)
 {
     if (t->e->s->dump_prompt)
-        fwrite(t->prompt.text.s, 1, t->prompt.text.n, stdout);
+        print_text(&t->prompt.text);
     for (int i = 0; t->e->s->dump_tokens && i < t->q.prompt.n; i++)
         printf("%ld%s", (long)t->q.prompt.id[i],
                i + 1 < t->q.prompt.n ? " " : "\n");
@@ -8095,6 +8105,8 @@ static int write_finished(struct batch *b, int all)
         if (j->out.failed)
             return say(NO_MEMORY, "no memory for the answer to line %lld",
                        j->line);
+        if (j->state == FINISHED && isatty(b->out))
+            j->out.n = drop_controls(j->out.s, j->out.n);
         if (j->state == FINISHED && write_line(b, &j->out) != DONE)
             return BAD_FILE;
         b->bytes += (double)j->bytes;
