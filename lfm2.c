@@ -4990,14 +4990,16 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
     return LFM2_OK;
 }
 
-/* Room for all that bind_floats() can be asked for: vectors and conv taps. */
+/* Room for all that bind_floats() can be asked for: vectors and conv taps.  The
+ * file has more bytes than these have elements, so their number fits. */
 static size_t count_floats(const struct lfm2_model *m)
 {
     size_t n = 1;
 
     for (int i = 0; i < m->gguf->n_tensors; i++) {
         const struct gguf_tensor *t = &m->gguf->tensor[i];
-        if (t->dims[1] == 1 || t->dims[0] == (uint64_t)m->cfg.l_cache)
+        if (t->fmt->floats && (t->dims[1] == 1 ||
+                               t->dims[0] == (uint64_t)m->cfg.l_cache))
             n += (size_t)(t->dims[0] * t->dims[1]);
     }
     return n;

@@ -658,6 +658,50 @@ START_TEST(a_file_that_vanishes_while_mapped_is_still_there)
 }
 END_TEST
 
+/* What a file can say that is larger than memory should be: its end is a hole.
+ * The code of opening it. */
+static int open_large(const struct tiny *t, off_t size, lfm2_error *err)
+{
+    struct bytes file = tiny_model(t);
+    char path[] = "/tmp/lfm2-large-XXXXXX";
+    const int fd = mkstemp(path);
+    lfm2_model *m;
+    int code;
+
+    ck_assert(fd >= 0 && write(fd, file.p, file.n) == (ssize_t)file.n);
+    ck_assert_int_eq(ftruncate(fd, size), 0);
+    close(fd);
+    code = lfm2_model_open(&m, path, LFM2_LOAD_MAP, err);
+    unlink(path);
+    lfm2_model_close(m);
+    free(file.p);
+    return code;
+}
+
+/* Where numbers have 32 bits, two of these are as many elements as there are
+ * numbers, in less bytes; elsewhere, four are more than memory should hold. */
+START_TEST(vectors_that_nobody_uses_take_no_memory)
+{
+    enum { N = sizeof(size_t) < 8 ? 2 : 4, COLS = INT32_MAX / 256 * 256 };
+    static const char *const name[] = { "v.0", "v.1", "v.2", "v.3" };
+    const uint64_t each = COLS / 256 * 84 / 32 * 32 + 32;
+    struct edit edits[4 * N + 1] = { { 0 } };
+    lfm2_error err = { 0 };
+
+    for (int i = 0; i < N; i++) {
+        struct edit *e = edits + 4 * i;
+        e[0] = (struct edit){ ADD_TENSOR, name[i], 0, 0, 0, 0 };
+        e[1] = (struct edit){ DIM, name[i], 0, COLS, 0, 0 };
+        e[2] = (struct edit){ TYPE, name[i], 0, 10, 0, 0 };       /* Q2_K    */
+        e[3] = (struct edit){ OFFSET, name[i], 0,
+                              (1 << 24) + (uint64_t)i * each, 0, 0 };
+    }
+    EXPECT_MSG(open_large(&(struct tiny){ .edits = edits },
+                          (off_t)((1 << 24) + (1 << 20) + N * each), &err)
+               == LFM2_OK, "%s", err.msg);
+}
+END_TEST
+
 Suite *gguf_suite(void)
 {
     Suite *s = suite_create("gguf");
@@ -680,6 +724,7 @@ Suite *gguf_suite(void)
     tcase_add_test(c, what_is_no_readable_file_is_an_io_error);
     tcase_add_test(c, what_may_not_be_read_is_an_io_error);
     tcase_add_test(c, a_file_that_vanishes_while_mapped_is_still_there);
+    tcase_add_test(c, vectors_that_nobody_uses_take_no_memory);
     suite_add_tcase(s, c);
     return s;
 }
