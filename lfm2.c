@@ -4850,9 +4850,9 @@ static int read_layer_kinds(struct lfm2_model *m)
         m->n_attn += c->is_attn[il];
         m->n_conv += !c->is_attn[il];
     }
-    if (m->n_attn == 0)
+    if (c->n_head_kv == 0)
         c->n_head_kv = c->n_head;         /* nobody's: a size like any other */
-    if (m->n_attn > 0 && c->n_head % c->n_head_kv != 0)
+    if (c->n_head % c->n_head_kv != 0)
         return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
                    "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     return LFM2_OK;

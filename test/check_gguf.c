@@ -8,6 +8,8 @@
 #include "util.h"
 
 #include <check.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -702,6 +704,44 @@ START_TEST(vectors_that_nobody_uses_take_no_memory)
 }
 END_TEST
 
+struct changing { volatile uint8_t *byte; atomic_int stop; };
+
+static void *change_it(void *arg)
+{
+    struct changing *c = arg;
+
+    for (int i = 0; !atomic_load(&c->stop); i++)
+        *c->byte = i / 3000 % 2 ? 2 : 0;
+    return NULL;
+}
+
+/* A mapped file may be written to at any time.  Here the heads of the one layer
+ * that attends come and go between one look at them and the next. */
+START_TEST(a_file_may_change_while_it_is_opened)
+{
+    static const char key[] = "lfm2.attention.head_count_kv";
+    struct edit edits[2] = {
+        { SET_ARRAY, "lfm2.attention.head_count_kv", T_I32, 4, 0, 0 }
+    };
+    struct bytes file = tiny_model(&(struct tiny){ .edits = edits });
+    struct changing c = { file.p, 0 };
+    pthread_t thread;
+    lfm2_error err;
+    lfm2_model *m;
+
+    while (memcmp((const uint8_t *)c.byte, key, strlen(key)) != 0)
+        c.byte++;
+    c.byte += strlen(key) + 4 + 4 + 8 + 4;
+    ck_assert_int_eq(pthread_create(&thread, NULL, change_it, &c), 0);
+    for (int i = 0; i < 10000; i++)
+        if (open_bytes(file, &m, &err) == LFM2_OK)
+            lfm2_model_close(m);
+    atomic_store(&c.stop, 1);
+    pthread_join(thread, NULL);
+    free(file.p);
+}
+END_TEST
+
 Suite *gguf_suite(void)
 {
     Suite *s = suite_create("gguf");
@@ -725,6 +765,7 @@ Suite *gguf_suite(void)
     tcase_add_test(c, what_may_not_be_read_is_an_io_error);
     tcase_add_test(c, a_file_that_vanishes_while_mapped_is_still_there);
     tcase_add_test(c, vectors_that_nobody_uses_take_no_memory);
+    tcase_add_test(c, a_file_may_change_while_it_is_opened);
     suite_add_tcase(s, c);
     return s;
 }
