@@ -5102,6 +5102,9 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
     return LFM2_OK;
 }
 
+/* More than any model has, and few enough to be counted in twice over. */
+enum { MAX_WIDTH = 1 << 24 };
+
 /* The rows of a tensor: a width that a key may get wrong but a shape cannot. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
                       int *out)
@@ -5111,6 +5114,9 @@ static int read_width(struct lfm2_model *m, const char *name, const char *key,
     int64_t said = 0;
 
     TRY(find_tensor(m, name, &t));
+    if (t->dims[1] > MAX_WIDTH)
+        return BAD(m->gguf, "%s: %llu rows, expected at most %d", name,
+                   ull(t->dims[1]), MAX_WIDTH);
     *out = (int)t->dims[1];
     if (kv && kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK)
         warn(m, "%s: no single integer, but %s has %d rows; the tensor is "
@@ -5204,6 +5210,21 @@ static int bind_ends(struct lfm2_model *m, float **pool)
            bind_floats(m, norms[i], c->n_embd, 1, pool, &m->output_norm);
 }
 
+/* What is multiplied by a matrix is cut into groups of 32 columns. */
+static int check_columns(const struct lfm2_model *m, const int size[N_SIZES])
+{
+    static const struct { const char *key; int size; } of[] = {
+        { "embedding_length", EMBD }, { "attention.head_count", HEADS },
+        { "feed_forward_length", FF }, { "expert_feed_forward_length", FF_EXP }
+    };
+
+    for (size_t i = 0; i < COUNT(of); i++)
+        if (size[of[i].size] % UNIT != 0)
+            return BAD(m->gguf, "%s.%s: %d columns in all, expected a multiple "
+                       "of %d", m->arch, of[i].key, size[of[i].size], UNIT);
+    return LFM2_OK;
+}
+
 static int bind_model(struct lfm2_model *m)
 {
     const lfm2_config *c = &m->cfg;
@@ -5217,6 +5238,7 @@ static int bind_model(struct lfm2_model *m)
         [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
         [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
     };
+    TRY(check_columns(m, size));
     float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (!m->floats || !m->layer)

@@ -365,6 +365,15 @@ broken[] = {
       LFM2_EFORMAT, "lfm2moe.leading_dense_block_count: 5" },
     { { ADD, "lfm2moe.expert_weights_scale", T_F32, INF_BITS, 0, 0 }, 1,
       LFM2_EFORMAT, "lfm2moe.expert_weights_scale: inf" },
+    /* what is cut into groups of 32 */
+    { { SET, "lfm2.embedding_length", T_U32, 48, 0, 0 }, 0, LFM2_EFORMAT,
+      "lfm2.embedding_length: 48 columns in all, expected a multiple of 32" },
+    { { ADD, "lfm2.attention.key_length", T_U32, 10, 0, 0 }, 0, LFM2_EFORMAT,
+      "lfm2.attention.head_count: 40 columns in all" },
+    { { DIM, "blk.0.ffn_gate.weight", 1, 40, 0, 0 }, 0, LFM2_EFORMAT,
+      "lfm2.feed_forward_length: 40 columns in all" },
+    { { DIM, "blk.1.ffn_gate_exps.weight", 1, 33, 0, 0 }, 1, LFM2_EFORMAT,
+      "lfm2moe.expert_feed_forward_length: 33 columns in all" },
     { { SET_ARRAY, "tokenizer.ggml.tokens", T_STRING, 265, 0, 0 }, 2,
       LFM2_EFORMAT, "tokenizer.ggml.tokens: 265 tokens, expected at most" },
     /* tensors */
@@ -704,6 +713,21 @@ START_TEST(vectors_that_nobody_uses_take_no_memory)
 }
 END_TEST
 
+START_TEST(a_width_fits_in_a_number_twice_over)
+{
+    const struct edit edits[3] = {
+        { DIM, "token_embd.weight", 1, (1 << 24) + 1, 0, 0 },
+        { OFFSET, "token_embd.weight", 0, 1 << 24, 0, 0 }
+    };
+    lfm2_error err = { 0 };
+
+    ck_assert_int_eq(open_large(&(struct tiny){ .type = 2, .edits = edits },
+                                640 << 20, &err), LFM2_EFORMAT);
+    ck_assert_str_eq(err.msg, "token_embd.weight: 16777217 rows, expected at "
+                     "most 16777216");
+}
+END_TEST
+
 struct changing { volatile uint8_t *byte; atomic_int stop; };
 
 static void *change_it(void *arg)
@@ -765,6 +789,7 @@ Suite *gguf_suite(void)
     tcase_add_test(c, what_may_not_be_read_is_an_io_error);
     tcase_add_test(c, a_file_that_vanishes_while_mapped_is_still_there);
     tcase_add_test(c, vectors_that_nobody_uses_take_no_memory);
+    tcase_add_test(c, a_width_fits_in_a_number_twice_over);
     tcase_add_test(c, a_file_may_change_while_it_is_opened);
     suite_add_tcase(s, c);
     return s;
