@@ -1244,7 +1244,7 @@ START_TEST(each_allocation_of_a_run_may_fail)
         "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n"
         "{\"prompt\": \"a\", \"logprobs\": 1, \"echo\": true, \"stop\": "
         "[\"x\", \"y\"], \"logit_bias\": {\"1\": 2}}\n";
-    const struct tiny tiny = { .n_embd = 8, .words = 1 };
+    const struct tiny tiny = { .type = 2, .n_embd = 32, .words = 1 };
     struct bytes file = tiny_model(&tiny);
     char model[] = "/tmp/lfm2-model-XXXXXX", in[] = "/tmp/lfm2-in-XXXXXX";
     char session[] = "/tmp/lfm2-session-XXXXXX";

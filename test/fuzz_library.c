@@ -266,7 +266,7 @@ static struct { lfm2_model *model; lfm2_context *ctx; } small;
 
 static void open_small(void)
 {
-    const struct tiny t = { .n_embd = 8 };
+    const struct tiny t = { .type = 2, .n_embd = 32 };
     const lfm2_params p = { .n_ctx = 160, .n_seq = 2, .n_batch = 8,
                             .n_logits = 1, .n_threads = 1 };
     struct bytes file = tiny_model(&t);

@@ -219,7 +219,7 @@ static struct settings small_settings;
 /* A small model with words, and all that run.c has around it. */
 static void open_small(struct engine *e, int n_seq)
 {
-    const struct tiny tiny = { .n_embd = 8, .words = 1 };
+    const struct tiny tiny = { .type = 2, .n_embd = 32, .words = 1 };
     struct bytes file = tiny_model(&tiny);
     char path[] = "/tmp/lfm2-fuzz-XXXXXX";
     const int fd = mkstemp(path);
