@@ -6206,9 +6206,9 @@ struct merge { int32_t left, right, result; };
  * behind them one that stays free, for what is not there. */
 struct table { uint32_t *slot, n; };      /* number + 1, or 0: free          */
 
-/* How far from its place a thing may be.  In true vocabularies it is 14 at most;
- * one made for it could make a search long, and there are as many as a marker
- * may have lengths at every byte of a text. */
+/* How far from its place a thing may be.  In true vocabularies that is 14; one
+ * made for it could make a search long, and at every byte of a text there are as
+ * many as a marker may have lengths. */
 enum { MAX_PROBES = 200 };
 
 struct lfm2_tokenizer {
