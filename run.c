@@ -3012,7 +3012,7 @@ static int32_t mark_id(const lfm2_tokenizer *words, const struct rendered *r,
  * tokens written in it count, too. */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
-                           struct ids *out)
+                           struct ids *out, struct why *why)
 {
     const int flags = special ? LFM2_ENCODE_SPECIAL : 0;
     const int room = (int)r->text.n + 1;
@@ -3020,8 +3020,9 @@ static int encode_rendered(const lfm2_tokenizer *words,
 
     if (lfm2_token_id(words, TURN_START) < 0 ||
         lfm2_token_id(words, TURN_END) < 0)
-        return say(BAD_MODEL, "the chat format needs the tokens " TURN_START
-                   " and " TURN_END ", which the vocabulary lacks");
+        return because(why, BAD_MODEL, "the chat format needs the tokens "
+                       TURN_START " and " TURN_END ", which the vocabulary "
+                       "lacks");
     if (alloc_ids(out, (size_t)room) != DONE)
         return NO_MEMORY;
     out->n = 0;
@@ -3035,7 +3036,8 @@ static int encode_rendered(const lfm2_tokenizer *words,
         n = lfm2_encode(words, r->text.s + at, m->from - at, flags,
                         out->id + out->n, room - out->n);
         if (n < 0)
-            return say(NO_MEMORY, "no memory for %zu bytes of text", r->text.n);
+            return because(why, NO_MEMORY, "no memory for %zu bytes of text",
+                           r->text.n);
         out->n += n;
         if (id >= 0)
             out->id[out->n++] = id;
@@ -6472,7 +6474,7 @@ static int render_talk(struct talk *t, struct why *why)
     code = render(&c, e->template, &t->prompt, why);
     if (code == DONE)
         code = encode_rendered(e->words, &t->prompt, e->s->special,
-                               &t->q.prompt);
+                               &t->q.prompt, why);
     t->q.in_thought = code == DONE && ends_in_thought(&t->prompt);
     return code;
 }
@@ -7995,6 +7997,7 @@ static void finish_error(struct batch *b, struct job *j, int code,
 {
     static const char *const name[] = {
         [FAILED] = "failed", [USAGE] = "invalid_request",
+        [BAD_MODEL] = "failed",
         [NO_MEMORY] = "out_of_memory", [TOO_LONG] = "context_length_exceeded"
     };
 

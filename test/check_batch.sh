@@ -207,6 +207,13 @@ echo '{"prompt": "a", "max_tokens": 1, "x\u001b[2J\u009b\u0007y": 1}' >"$dir/in"
 batch 0 "a member with escapes"
 says "steers no terminal" '"x[2Jy" is ignored'
 
+# A vocabulary in which turns have no markers.
+LC_ALL=C sed 's/<|im_end|>/[|im_end|]/g' $m >"$dir/model"
+m="$dir/model --template lfm2"
+refuses '{"messages":[{"role":"user","content":"a"}]}' 'which the vocabulary lacks'
+has "its code" '"code": "failed"'
+m=test/tiny.gguf
+
 # ------------------------------------------------------- members of a request
 
 # asks MEMBERS: of a text to go on with; $text is what comes.

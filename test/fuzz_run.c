@@ -165,8 +165,9 @@ static void check_tokens(const lfm2_tokenizer *t, const struct rendered *r)
     struct ids ids = { NULL, 0 };
     size_t at = 0;
     int marks = 0, markers = 0, n;
+    struct why why;
 
-    REQUIRE(encode_rendered(t, r, 0, &ids) == DONE);
+    REQUIRE(encode_rendered(t, r, 0, &ids, &why) == DONE);
     for (int i = 0; i < r->n_marks; i++)
         marks += mark_id(t, r, &r->mark[i]) >= 0;
     for (int i = 0; i < ids.n; i++) {
