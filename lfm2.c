@@ -4863,9 +4863,9 @@ static int read_layer_kinds(struct lfm2_model *m)
         m->n_attn += c->is_attn[il];
         m->n_conv += !c->is_attn[il];
     }
-    if (m->n_attn == 0)
+    if (c->n_head_kv == 0)
         c->n_head_kv = c->n_head;         /* nobody's: a size like any other */
-    if (m->n_attn > 0 && c->n_head % c->n_head_kv != 0)
+    if (c->n_head % c->n_head_kv != 0)
         return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
                    "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     return LFM2_OK;
@@ -5003,14 +5003,16 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
     return LFM2_OK;
 }
 
-/* Room for all that bind_floats() can be asked for: vectors and conv taps. */
+/* Room for all that bind_floats() can be asked for: vectors and conv taps.  The
+ * file has more bytes than these have elements, so their number fits. */
 static size_t count_floats(const struct lfm2_model *m)
 {
     size_t n = 1;
 
     for (int i = 0; i < m->gguf->n_tensors; i++) {
         const struct gguf_tensor *t = &m->gguf->tensor[i];
-        if (t->dims[1] == 1 || t->dims[0] == (uint64_t)m->cfg.l_cache)
+        if (t->fmt->floats && (t->dims[1] == 1 ||
+                               t->dims[0] == (uint64_t)m->cfg.l_cache))
             n += (size_t)(t->dims[0] * t->dims[1]);
     }
     return n;
@@ -5113,6 +5115,9 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
     return LFM2_OK;
 }
 
+/* More than any model has, and few enough to be counted in twice over. */
+enum { MAX_WIDTH = 1 << 24 };
+
 /* The rows of a tensor: a width that a key may get wrong but a shape cannot, so
  * what kv_count() has against the key is told to nobody. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
@@ -5123,6 +5128,9 @@ static int read_width(struct lfm2_model *m, const char *name, const char *key,
     int64_t said = 0;
 
     TRY(find_tensor(m, name, &t));
+    if (t->dims[1] > MAX_WIDTH)
+        return BAD(m->gguf, "%s: %llu rows, expected at most %d", name,
+                   ull(t->dims[1]), MAX_WIDTH);
     *out = (int)t->dims[1];
     if (kv && kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK)
         warn(m, "%s: no single integer, but %s has %d rows; the tensor is "
@@ -5154,10 +5162,6 @@ static int read_widths(struct lfm2_model *m)
              c->n_layer_dense);
     if (c->n_layer_dense < c->n_layer)
         TRY(read_width(m, name, "expert_feed_forward_length", &c->n_ff_expert));
-    if (c->n_embd % UNIT || c->n_ff % UNIT || c->n_ff_expert % UNIT)
-        return OTHER(m->gguf, "a width of %d and feed-forward networks of %d "
-                     "and %d, expected multiples of %d", c->n_embd, c->n_ff,
-                     c->n_ff_expert, UNIT);
     return LFM2_OK;
 }
 
@@ -5220,6 +5224,22 @@ static int bind_ends(struct lfm2_model *m, float **pool)
            bind_floats(m, norms[i], c->n_embd, 1, pool, &m->output_norm);
 }
 
+/* What is multiplied by a matrix is cut into groups of 32 columns. */
+static int check_columns(const struct lfm2_model *m, const int size[N_SIZES])
+{
+    static const struct { const char *key; int size; } of[] = {
+        { "embedding_length", EMBD }, { "attention.head_count", HEADS },
+        { "feed_forward_length", FF }, { "expert_feed_forward_length", FF_EXP }
+    };
+
+    for (size_t i = 0; i < COUNT(of); i++)
+        if (size[of[i].size] % UNIT != 0)
+            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
+                         "multiple of %d", m->arch, of[i].key,
+                         size[of[i].size], UNIT);
+    return LFM2_OK;
+}
+
 static int bind_model(struct lfm2_model *m)
 {
     const lfm2_config *c = &m->cfg;
@@ -5233,6 +5253,7 @@ static int bind_model(struct lfm2_model *m)
         [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
         [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
     };
+    TRY(check_columns(m, size));
     float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (!m->floats || !m->layer)
@@ -6197,9 +6218,10 @@ struct merge { int32_t left, right, result; };
  * behind them one that stays free, for what is not there. */
 struct table { uint32_t *slot, n; };      /* number + 1, or 0: free          */
 
-/* How far from its place a thing may be; it takes a vocabulary made for it to
- * get there, and that could make the search endless. */
-enum { MAX_PROBES = 2000 };
+/* How far from its place a thing may be.  In true vocabularies that is 14; one
+ * made for it could make a search long, and at every byte of a text there are as
+ * many as a marker may have lengths. */
+enum { MAX_PROBES = 200 };
 
 struct lfm2_tokenizer {
     int n_vocab, n_symbols;

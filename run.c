@@ -1018,6 +1018,14 @@ static void add_format(struct text *t, const char *fmt, ...)
         add(t, s, n < (int)sizeof s ? (size_t)n : sizeof s - 1);
 }
 
+/* To standard output, which may be a terminal. */
+static void show_text(struct text *t)
+{
+    if (isatty(STDOUT_FILENO))
+        t->n = drop_controls(t->s, t->n);
+    fwrite(t->s ? t->s : "", 1, t->n, stdout);
+}
+
 static int read_stream(FILE *f, const char *name, struct text *out)
 {
     for (size_t got = 1; got > 0; out->n += got) {
@@ -2566,7 +2574,7 @@ static int print_text(struct text *t, const char *what)
     const int failed = t->failed;
 
     if (!failed)
-        fwrite(t->s, 1, t->n, stdout);
+        show_text(t);
     free(t->s);
     return failed ? say(NO_MEMORY, "no memory for %s", what) : DONE;
 }
@@ -6992,10 +7000,10 @@ static int write_logits(struct talk *t)
     return f ? finish_file(f, e->s->logits, code) : BAD_FILE;
 }
 
-static int dump_prompt(const struct talk *t)
+static int dump_prompt(struct talk *t)
 {
     if (t->e->s->dump_prompt)
-        fwrite(t->prompt.text.s, 1, t->prompt.text.n, stdout);
+        show_text(&t->prompt.text);
     for (int i = 0; t->e->s->dump_tokens && i < t->q.prompt.n; i++)
         printf("%ld%s", (long)t->q.prompt.id[i],
                i + 1 < t->q.prompt.n ? " " : "\n");
@@ -8190,6 +8198,8 @@ static int write_finished(struct batch *b, int all)
         if (j->out.failed)
             return say(NO_MEMORY, "no memory for the answer to line %lld",
                        j->line);
+        if (j->state == FINISHED && isatty(b->out))
+            j->out.n = drop_controls(j->out.s, j->out.n);
         if (j->state == FINISHED && write_line(b, &j->out) != DONE)
             return BAD_FILE;
         b->bytes += (double)j->bytes;

@@ -634,8 +634,10 @@ START_TEST(nothing_steers_a_terminal)
         { "\xc2\x9b" "31m", "31m" }, { "\xc2\x80\xc2\x9f\xc2\xa0", "\xc2\xa0" },
         { "\xc3\x9b\xe2\x82\xac", "\xc3\x9b\xe2\x82\xac" },
         /* what is left must not be one either */
-        { "\xc2\xc2\x9b\x9b" "31m", "\xc2" "31m" }, { "\x9b" "31m", "31m" },
+        { "\xc2\xc2\x9b\x9b" "31m", "\xc2" "31m" },
+        { "\x9b" "31m\xff", "31m\xff" },
         { "\xc2\x1b\x9b" "31m", "\xc2" "31m" }, { "\xc2" "A", "\xc2" "A" },
+        { "\xc2\xc2\a\x9b" "31m", "\xc2\xc2" "31m" },
     };
 
     for (size_t i = 0; i < COUNT(row); i++) {

@@ -8,6 +8,8 @@
 #include "util.h"
 
 #include <check.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -293,13 +295,6 @@ broken[] = {
       "lfm2.embedding_length: 66, expected a multiple of the 4 heads" },
     { { SET, "lfm2.embedding_length", T_U32, 128, 0, 0 }, 0, LFM2_EFORMAT,
       "token_embd.weight: shape 64 x 264 x 1, expected 128 x 264 x 1" },
-    { { SET, "lfm2.embedding_length", T_U32, 48, 0, 0 }, 0, LFM2_EUNSUPPORTED,
-      "a width of 48 and feed-forward networks of 128 and 0, expected multiples"
-      " of 32" },
-    { { DIM, "blk.0.ffn_gate.weight", 1, 120, 0, 0 }, 0, LFM2_EUNSUPPORTED,
-      "a width of 64 and feed-forward networks of 120 and 0" },
-    { { DIM, "blk.1.ffn_gate_exps.weight", 1, 40, 0, 0 }, 1, LFM2_EUNSUPPORTED,
-      "a width of 64 and feed-forward networks of 128 and 40" },
     { { SET, "lfm2.attention.head_count", T_U32, 0, 0, 0 }, 0, LFM2_EFORMAT,
       "lfm2.attention.head_count: 0" },
     { { SET, "lfm2.attention.head_count", T_U32, 1, 0, 0 }, 0, LFM2_EFORMAT,
@@ -370,6 +365,15 @@ broken[] = {
       LFM2_EFORMAT, "lfm2moe.leading_dense_block_count: 5" },
     { { ADD, "lfm2moe.expert_weights_scale", T_F32, INF_BITS, 0, 0 }, 1,
       LFM2_EFORMAT, "lfm2moe.expert_weights_scale: inf" },
+    /* what is cut into groups of 32 */
+    { { SET, "lfm2.embedding_length", T_U32, 48, 0, 0 }, 0, LFM2_EUNSUPPORTED,
+      "lfm2.embedding_length: 48 columns in all, expected a multiple of 32" },
+    { { ADD, "lfm2.attention.key_length", T_U32, 10, 0, 0 }, 0,
+      LFM2_EUNSUPPORTED, "lfm2.attention.head_count: 40 columns in all" },
+    { { DIM, "blk.0.ffn_gate.weight", 1, 40, 0, 0 }, 0, LFM2_EUNSUPPORTED,
+      "lfm2.feed_forward_length: 40 columns in all" },
+    { { DIM, "blk.1.ffn_gate_exps.weight", 1, 33, 0, 0 }, 1, LFM2_EUNSUPPORTED,
+      "lfm2moe.expert_feed_forward_length: 33 columns in all" },
     { { SET_ARRAY, "tokenizer.ggml.tokens", T_STRING, 265, 0, 0 }, 2,
       LFM2_EFORMAT, "tokenizer.ggml.tokens: 265 tokens, expected at most" },
     /* tensors */
@@ -665,6 +669,103 @@ START_TEST(a_file_that_vanishes_while_mapped_is_still_there)
 }
 END_TEST
 
+/* What a file can say that is larger than memory should be: its end is a hole.
+ * The code of opening it. */
+static int open_large(const struct tiny *t, off_t size, lfm2_error *err)
+{
+    struct bytes file = tiny_model(t);
+    char path[] = "/tmp/lfm2-large-XXXXXX";
+    const int fd = mkstemp(path);
+    lfm2_model *m;
+    int code;
+
+    ck_assert(fd >= 0 && write(fd, file.p, file.n) == (ssize_t)file.n);
+    ck_assert_int_eq(ftruncate(fd, size), 0);
+    close(fd);
+    code = lfm2_model_open(&m, path, LFM2_LOAD_MAP, err);
+    unlink(path);
+    lfm2_model_close(m);
+    free(file.p);
+    return code;
+}
+
+/* Where numbers have 32 bits, two of these are as many elements as there are
+ * numbers, in less bytes; elsewhere, four are more than memory should hold. */
+START_TEST(vectors_that_nobody_uses_take_no_memory)
+{
+    enum { N = sizeof(size_t) < 8 ? 2 : 4, COLS = INT32_MAX / 256 * 256 };
+    static const char *const name[] = { "v.0", "v.1", "v.2", "v.3" };
+    const uint64_t each = COLS / 256 * 84 / 32 * 32 + 32;
+    struct edit edits[4 * N + 1] = { { 0 } };
+    lfm2_error err = { 0 };
+
+    for (int i = 0; i < N; i++) {
+        struct edit *e = edits + 4 * i;
+        e[0] = (struct edit){ ADD_TENSOR, name[i], 0, 0, 0, 0 };
+        e[1] = (struct edit){ DIM, name[i], 0, COLS, 0, 0 };
+        e[2] = (struct edit){ TYPE, name[i], 0, 10, 0, 0 };       /* Q2_K    */
+        e[3] = (struct edit){ OFFSET, name[i], 0,
+                              (1 << 24) + (uint64_t)i * each, 0, 0 };
+    }
+    EXPECT_MSG(open_large(&(struct tiny){ .edits = edits },
+                          (off_t)((1 << 24) + (1 << 20) + N * each), &err)
+               == LFM2_OK, "%s", err.msg);
+}
+END_TEST
+
+START_TEST(a_width_fits_in_a_number_twice_over)
+{
+    const struct edit edits[3] = {
+        { DIM, "token_embd.weight", 1, (1 << 24) + 1, 0, 0 },
+        { OFFSET, "token_embd.weight", 0, 1 << 24, 0, 0 }
+    };
+    lfm2_error err = { 0 };
+
+    ck_assert_int_eq(open_large(&(struct tiny){ .type = 2, .edits = edits },
+                                640 << 20, &err), LFM2_EFORMAT);
+    ck_assert_str_eq(err.msg, "token_embd.weight: 16777217 rows, expected at "
+                     "most 16777216");
+}
+END_TEST
+
+struct changing { volatile uint8_t *byte; atomic_int stop; };
+
+static void *change_it(void *arg)
+{
+    struct changing *c = arg;
+
+    for (int i = 0; !atomic_load(&c->stop); i++)
+        *c->byte = i / 3000 % 2 ? 2 : 0;
+    return NULL;
+}
+
+/* A mapped file may be written to at any time.  Here the heads of the one layer
+ * that attends come and go between one look at them and the next. */
+START_TEST(a_file_may_change_while_it_is_opened)
+{
+    static const char key[] = "lfm2.attention.head_count_kv";
+    struct edit edits[2] = {
+        { SET_ARRAY, "lfm2.attention.head_count_kv", T_I32, 4, 0, 0 }
+    };
+    struct bytes file = tiny_model(&(struct tiny){ .edits = edits });
+    struct changing c = { file.p, 0 };
+    pthread_t thread;
+    lfm2_error err;
+    lfm2_model *m;
+
+    while (memcmp((const uint8_t *)c.byte, key, strlen(key)) != 0)
+        c.byte++;
+    c.byte += strlen(key) + 4 + 4 + 8 + 4;
+    ck_assert_int_eq(pthread_create(&thread, NULL, change_it, &c), 0);
+    for (int i = 0; i < 10000; i++)
+        if (open_bytes(file, &m, &err) == LFM2_OK)
+            lfm2_model_close(m);
+    atomic_store(&c.stop, 1);
+    pthread_join(thread, NULL);
+    free(file.p);
+}
+END_TEST
+
 Suite *gguf_suite(void)
 {
     Suite *s = suite_create("gguf");
@@ -687,6 +788,9 @@ Suite *gguf_suite(void)
     tcase_add_test(c, what_is_no_readable_file_is_an_io_error);
     tcase_add_test(c, what_may_not_be_read_is_an_io_error);
     tcase_add_test(c, a_file_that_vanishes_while_mapped_is_still_there);
+    tcase_add_test(c, vectors_that_nobody_uses_take_no_memory);
+    tcase_add_test(c, a_width_fits_in_a_number_twice_over);
+    tcase_add_test(c, a_file_may_change_while_it_is_opened);
     suite_add_tcase(s, c);
     return s;
 }

@@ -378,4 +378,20 @@ holds "which does not reach the terminal" [ -s "$dir/tty" ]
 holds "nor other control characters" \
     [ "$(tr -cd '\000-\010\013\014\016-\037\177' <"$dir/tty" | wc -c)" -eq 0 ]
 
+# Nor do those that JSON leaves as they are, DEL and U+0080 to U+009F, nor those of
+# a prompt.
+c1=$(printf '\177\302\233')
+printf '{"messages": [{"role": "user", "content": "%s"}]}\n' "$c1" >"$dir/c1"
+printf '{"prompt": "%s", "echo": true, "max_tokens": 1}\n' "$c1" >"$dir/c1line"
+for what in "--messages $dir/c1 --dump-prompt" "--batch --file $dir/c1line"; do
+    # shellcheck disable=SC2086
+    "$run" -q $m $what >"$dir/out" 2>"$dir/err" </dev/null
+    holds "$what: as it is in a file" grep -q "$c1" "$dir/out"
+    script -qec "$run -q $m $what" /dev/null </dev/null >"$dir/tty" 2>&1
+    holds "$what: at a terminal" [ -s "$dir/tty" ]
+    holds "$what: without controls" \
+        sh -c "! grep -q '$(printf '\302\233')' $dir/tty &&
+               ! grep -q '$(printf '\177')' $dir/tty"
+done
+
 finish
