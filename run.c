@@ -2616,6 +2616,7 @@ struct rendered {
     struct text text;
     struct mark *mark;                    /* control tokens, in order        */
     int n_marks;
+    int lost_calls;                       /* that the template passed over   */
 };
 
 static const struct dialect {
@@ -2644,7 +2645,7 @@ static void rendered_free(struct rendered *r)
 {
     free(r->text.s);
     free(r->mark);
-    *r = (struct rendered){ { NULL, 0, 0, 0 }, NULL, 0 };
+    *r = (struct rendered){ .n_marks = 0 };
 }
 
 /* Room for marks doubles whenever their number is a power of two.  There are
@@ -3032,6 +3033,7 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
                       r->as->calls;
     struct piece text = content_of(r, m);
 
+    r->out->lost_calls |= calls && calls->first && order == NO_CALLS;
     if (thinking && r->as->calls != NO_CALLS && recent) {
         add_mark(r->out, THINK);
         add(&r->out->text, thinking->s, thinking->n);
@@ -3111,7 +3113,7 @@ static int render(const struct conversation *conv, int template,
     struct rendering r = { .conv = conv, .out = out };
     int code;
 
-    *out = (struct rendered){ { NULL, 0, 0, 0 }, NULL, 0 };
+    *out = (struct rendered){ .n_marks = 0 };
     if (template <= TEMPLATE_AUTO || template >= TEMPLATE_NONE)
         return because(why, USAGE, "the model has no chat template, expected a "
                        "prompt and no messages");
@@ -5074,6 +5076,7 @@ struct engine {
     float *unbent;                        /* [n_vocab]: logits as they came  */
     struct ids ends;                      /* tokens that end a turn          */
     struct trace *trace;                  /* NULL: nobody looks              */
+    int told;                             /* of calls without a place        */
 };
 
 static lfm2_sampler make_sampler(const struct sampling *is, uint64_t seed)
@@ -6541,10 +6544,21 @@ static int uses_date(const struct talk *t)
            dialects[t->e->template].dated;
 }
 
+/* The older templates have no place for calls, and some program counts on it. */
+static void tell_lost_calls(struct engine *e, const struct rendered *prompt)
+{
+    if (!prompt->lost_calls || e->told || e->s->quiet)
+        return;
+    say(DONE, "template %s passes over the tool_calls of messages, here and "
+        "below; in their content it writes them down",
+        template_names[e->template]);
+    e->told = 1;
+}
+
 /* The prompt of all messages so far. */
 static int render_talk(struct talk *t, struct why *why)
 {
-    const struct engine *e = t->e;
+    struct engine *e = t->e;
     const struct json *kwargs = json_get(t->form, "chat_template_kwargs");
     const int keep = flag_of(t->form, "keep_past_thinking", 0) ||
                      flag_of(t->form, "preserve_thinking", 0) ||
@@ -6567,6 +6581,7 @@ static int render_talk(struct talk *t, struct why *why)
     if (code == DONE)
         code = encode_rendered(e->words, &t->prompt, e->s->special,
                                &t->q.prompt, why);
+    tell_lost_calls(e, &t->prompt);
     t->q.in_thought = code == DONE && ends_in_thought(&t->prompt);
     return code;
 }

@@ -1177,7 +1177,7 @@ static int try_render(void)
     struct pool pool = { 0 };
     struct why why = { "" };
     struct json *v;
-    struct rendered r = { { NULL, 0, 0, 0 }, NULL, 0 };
+    struct rendered r = { .n_marks = 0 };
     int code = json_parse(&pool, text, sizeof text - 1, &v, &why);
 
     if (code == DONE) {

@@ -56,6 +56,13 @@ expect 3 "-sysf" $m hi -sysf "$dir/none"
 printf 'a\0b' >"$dir/system"
 expect 2 "-sysf" $m hi -sysf "$dir/system"
 says "NUL byte after 1"
+echo '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "",
+    "tool_calls": [{"name": "f", "arguments": {}}]}]' >"$dir/calls"
+expect 0 "calls" --dump-prompt --template lfm2 --messages "$dir/calls" $m
+says "template lfm2 passes over the tool_calls of messages"
+expect 0 "calls" --dump-prompt --template lfm2.5-new --messages "$dir/calls" $m
+holds "calls are written down" grep -q 'tool_call_start|>\[f()\]' "$dir/out"
+holds "and nothing is told" [ ! -s "$dir/err" ]
 echo '[{"type": "function", "name": "f"}]' >"$dir/tools"
 expect 0 "--tools" --dump-prompt --messages "$dir/array" --tools "$dir/tools" $m
 prints "--tools" '<|startoftext|><|im_start|>system
