@@ -8407,7 +8407,7 @@ static int number_of(const char *variable, long *out)
     if (!s || !*s)
         return -1;
     *out = strtol(s, &end, 10);
-    return *end ? -1 : 0;
+    return *end || *out < 0 || *out > 1 << 30 ? -1 : 0;
 }
 
 /* Of a job array: its tasks are counted from the first, so all of them must be
