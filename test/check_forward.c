@@ -544,7 +544,13 @@ START_TEST(cancelled_in_the_middle_nothing_is_left_of_it)
 }
 END_TEST
 
-/* A weight that is no number must reach the logits, not hide in a maximum. */
+/* A weight that is no finite number must reach the logits, not hide in a maximum:
+ * NaN, infinity; NaN as the scale of every other block of Q4_0, or with infinity
+ * in turn. */
+static const struct { uint32_t bits; int type; } not_finite[] = {
+    { 0x7fc00000, 0 }, { 0x7f800000, 0 }, { 0x7fc00000, 2 }, { 0x7f807c00, 2 }
+};
+
 START_TEST(numbers_that_are_not_finite_are_an_error_at_sampling)
 {
     static const char *const name[] = {
@@ -552,9 +558,12 @@ START_TEST(numbers_that_are_not_finite_are_an_error_at_sampling)
         "blk.1.attn_v.weight", "blk.0.ffn_up.weight",
         "blk.2.ffn_gate_inp.weight", "token_embd.weight"
     };
-    const struct edit edits[2] = { { FILL, name[_i], 0, 0x7fc00000, 0, 0 } };
-    struct rig r = rig_open((struct tiny){ .moe = 1, .edits = edits },
-                            small_params());
+    const int type = not_finite[_i / 6].type;
+    const struct edit edits[2] = {
+        { FILL, name[_i % 6], 0, not_finite[_i / 6].bits, 0, 0 }
+    };
+    struct rig r = rig_open((struct tiny){ .moe = 1, .type = type,
+                                           .edits = edits }, small_params());
     const int32_t tokens[4] = { 1, 2, 3, 4 };
     lfm2_sampler greedy = { 0 };
 
@@ -595,7 +604,7 @@ Suite *forward_suite(void)
     tcase_add_loop_test(c, cancelled_in_the_middle_nothing_is_left_of_it, 0,
                         N_KINDS);
     tcase_add_loop_test(c, numbers_that_are_not_finite_are_an_error_at_sampling,
-                        0, 6);
+                        0, 6 * (int)COUNT(not_finite));
     suite_add_tcase(s, c);
     return s;
 }

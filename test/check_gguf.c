@@ -125,6 +125,7 @@ tolerated[] = {
     { { ADD, "lfm2.colour", T_U32, 7, 0, 0 },
       "lfm2.colour: an unknown key, ignored", 0 },
     { { ADD, "general.colour", T_U32, 7, 0, 0 }, NULL, 0 },
+    { { ADD, "tokenizer.ggml.scores", T_U32, 7, 0, 0 }, NULL, 2 },
     { { ADD_TENSOR, "v.patch.weight", 0, 0, 0, 0 },
       "v.patch.weight: an unknown tensor, ignored", 0 },
     { { SET, "lfm2.block_count", T_U64, 4, 0, 0 }, NULL, 0 },

@@ -339,6 +339,23 @@ START_TEST(no_text_is_a_trap)
 }
 END_TEST
 
+/* The longest way there is: every letter is merged 17 times. */
+START_TEST(no_vocabulary_is_a_trap)
+{
+    const size_t n = 2000000;
+    lfm2_tokenizer *t = open_words(&(struct change){ .n_deep = 15, .type = 1,
+                                                     .n_types = 15 });
+    char *text = malloc(n);
+
+    memset(text, 'a', n);
+    round_trip(t, text, n);
+    ck_assert_int_eq(lfm2_encode(t, text, n, 0, NULL, 0),
+                     (int)(n >> 17) + __builtin_popcount(n & 0x1ffff));
+    free(text);
+    lfm2_tokenizer_close(t);
+}
+END_TEST
+
 /* ----------------------------------------------------- a genuine vocabulary */
 
 static char *shared(const char *name, size_t *n)
@@ -426,6 +443,7 @@ Suite *tokenizer_suite(void)
     tcase_add_test(c, conversations_have_their_format);
     tcase_add_test(c, bytes_come_back);
     tcase_add_loop_test(c, no_text_is_a_trap, 0, COUNT(unit));
+    tcase_add_test(c, no_vocabulary_is_a_trap);
     tcase_add_test(c, golden_cases_are_met);
     suite_add_tcase(s, c);
     return s;

@@ -35,6 +35,8 @@ struct change {
                                           /* -1: none at all                 */
     int n_crowd;                          /* and so many whose hashes        */
                                           /* collide                         */
+    int n_deep;                           /* and runs of a, each made of two */
+                                          /* of half its length              */
     int u32_types, no_add_bos;
     uint32_t bos, eos;                    /* not 259 and 257                 */
 };
@@ -107,6 +109,13 @@ static void put_crowd(struct writer *w, int n)
     }
 }
 
+/* From 8 letters on; base_merges lead to 4. */
+static void put_run(struct writer *w, int n)
+{
+    for (int i = 0; i < n; i++)
+        put(w, "a", 1);
+}
+
 static void put_tokens(struct writer *w, const struct change *x)
 {
     char text[3];
@@ -114,7 +123,7 @@ static void put_tokens(struct writer *w, const struct change *x)
     put_array(w, GGUF_STRING, x->n_tokens < 0 ? 0 : x->n_tokens > 0
                               ? (uint64_t)x->n_tokens
                               : N_BASE + (uint64_t)!!x->token +
-                                (uint64_t)x->n_crowd);
+                                (uint64_t)(x->n_crowd + x->n_deep));
     for (int i = 0; i < x->n_tokens; i++)
         put_str(w, "");
     for (int b = 0; b < 256 && !x->n_tokens; b++) {
@@ -129,15 +138,26 @@ static void put_tokens(struct writer *w, const struct change *x)
     if (x->token)
         put_str(w, x->token);
     put_crowd(w, x->n_crowd);
+    for (int i = 0; i < x->n_deep; i++) {
+        put_int(w, (uint64_t)8 << i, 8);
+        put_run(w, 8 << i);
+    }
 }
 
 static void put_merges(struct writer *w, const struct change *x)
 {
-    put_array(w, GGUF_STRING, COUNT(base_merges) + !!x->merge);
+    put_array(w, GGUF_STRING, COUNT(base_merges) + !!x->merge +
+                              (uint64_t)x->n_deep);
     for (size_t i = 0; i < COUNT(base_merges); i++)
         put_str(w, base_merges[i]);
     if (x->merge)
         put_str(w, x->merge);
+    for (int i = 0; i < x->n_deep; i++) {
+        put_int(w, ((uint64_t)8 << i) + 1, 8);
+        put_run(w, 4 << i);
+        put(w, " ", 1);
+        put_run(w, 4 << i);
+    }
 }
 
 static void put_types(struct writer *w, const struct change *x)
