@@ -1018,6 +1018,14 @@ static void add_format(struct text *t, const char *fmt, ...)
         add(t, s, n < (int)sizeof s ? (size_t)n : sizeof s - 1);
 }
 
+/* The directory that a file is in, or will be. */
+static void add_directory(struct text *t, const char *path)
+{
+    const char *slash = strrchr(path, '/');
+
+    add(t, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
+}
+
 /* To standard output, which may be a terminal. */
 static void show_text(struct text *t)
 {
@@ -1483,8 +1491,7 @@ static void grant_option(int set, const char *path, int how, uint64_t known)
         mkdir(path, 0777);
         grant(set, path, writes | MAKE_REG);
     } else if (how == BESIDE) {
-        const char *slash = strrchr(path, '/');
-        add(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
+        add_directory(&dir, path);
         if (!dir.failed)
             grant(set, dir.s, READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE);
         free(dir.s);
@@ -6544,7 +6551,7 @@ static int uses_date(const struct talk *t)
            dialects[t->e->template].dated;
 }
 
-/* The older templates have no place for calls, and some program counts on it. */
+/* The older templates have no place for calls, which a program may count on. */
 static void tell_lost_calls(struct engine *e, const struct rendered *prompt)
 {
     if (!prompt->lost_calls || e->told || e->s->quiet)
@@ -6866,11 +6873,12 @@ static void print_speed(const struct talk *t)
         const struct cost cost = count_cost(e->model, e->par.kv_type);
         const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
         const double own = anonymous_memory(e->status);
-        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s%s%s"
-            "%s", amount(bytes, "B").s, amount(bytes * speed, "B").s,
-            amount(peak_memory(), "B").s, own > 0 ? ", of it " : "",
-            own > 0 ? amount(own, "B").s : "",
-            own > 0 ? " not the file's" : "");
+        struct phrase of_it = { "" };
+        if (own > 0)
+            of_it = phrase(", of it %s not the file's", amount(own, "B").s);
+        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s%s",
+            amount(bytes, "B").s, amount(bytes * speed, "B").s,
+            amount(peak_memory(), "B").s, of_it.s);
     }
 }
 
@@ -7213,11 +7221,10 @@ static void restore(struct talk *t, const struct text *file)
  * in its directory: better told now than when all has been said. */
 static int begin_session(const char *path)
 {
-    const char *slash = strrchr(path, '/');
     struct text dir = { 0 };
     int code = DONE;
 
-    add(&dir, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
+    add_directory(&dir, path);
     if (!dir.failed && access(dir.s, W_OK | X_OK) != 0)
         code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
     free(dir.s);
