@@ -121,6 +121,7 @@ struct tensor {
     const struct format *fmt;
     int rows, cols;
     const uint8_t *data;
+    const struct tensor *next;            /* read after this one, or NULL    */
 };
 
 struct layer {
@@ -177,15 +178,22 @@ struct lfm2_model {
  * 64 positions with the positions innermost, [tile][head_dim][64], so that the
  * scores of a tile are sums of contiguous rows, then V as [n_ctx][head_dim].
  *
- * The memory of a short convolution is the last l_cache-1 columns of its gated
- * input u.  It cannot be run backwards, so a copy is kept at every multiple of
- * seq_step tokens: trimming a sequence is going back to one of them. */
+ * A short convolution looks at the last l_cache-1 columns of its gated input u.
+ * `u` keeps UNDO more, so that the last UNDO tokens can be taken back; column p
+ * of the text is column p mod (UNDO + l_cache-1) there, and before the text all
+ * are 0.  Further back, the last l_cache-1 are kept at every multiple of
+ * seq_step tokens. */
+enum { UNDO = 16, MAX_TAPS = 8 };
+
 struct seq {
     int len;                              /* tokens                          */
     int start;                            /* length before a running forward */
+    int oldest;                           /* the first column of u that is
+                                             there; below 0: before the text */
     uint8_t *kv;
-    float *conv;                          /* [n_conv][l_cache-1][n_embd]     */
-    float *conv_start;                    /* the same, as it was at `start`  */
+    float *u;                             /* [n_conv][UNDO+l_cache-1][n_embd]*/
+    float *u_start;                       /* [n_conv][l_cache-1][n_embd]: the
+                                             last columns before `start`     */
     float *marks;                         /* [n_ctx/seq_step] of the same    */
 };
 
@@ -195,7 +203,7 @@ struct piece { int seq, pos, row, n; };
 /* 32 columns of a row, rounded: x ~ d q.  sum holds the sums of q over 16
  * columns each, and s is d times both, for weights that have a minimum or are
  * stored with an offset. */
-struct rounded {
+struct q8_block {
     int8_t q[32];
     float d, s;
     int16_t sum[2];
@@ -207,7 +215,7 @@ struct input {
     int n, cols;
     const int *row;                       /* [n], or NULL: row i is row i    */
     float *f;                             /* [rows][cols]                    */
-    struct rounded *q;                    /* [rows][cols/32]                 */
+    struct q8_block *q;                    /* [rows][cols/32]                 */
 };
 
 /* What a trace shows and a pass does not keep.  All NULL unless there is one;
@@ -247,7 +255,7 @@ struct lfm2_context {
     float *q;                             /* [n_rows][n_head][head_dim], the
                                              memory of mixed.f               */
     float *k, *v;                         /* [n_rows][n_head_kv][head_dim]   */
-    struct gathered *part;                /* [n_head_kv][chunks of n_ctx]
+    struct attn_partial *part;                /* [n_head_kv][chunks of n_ctx]
                                              [heads that share it]; for one
                                              row, see is_split()             */
     struct input in;                      /* [n_rows][n_embd], x normed      */
@@ -291,13 +299,14 @@ static uint16_t f32_to_f16(float f);
 enum { UNIT = 32 };                       /* columns rounded together; n_embd
                                              and n_ff are whole units        */
 
-struct gathered;
+struct attn_partial;
+struct attn_rows;
 struct kv_head;
 
 /* What a thread works with. */
 struct scratch {
     float *out[3];                        /* [n_batch][UNIT], of product()   */
-    struct gathered *gathered;            /* see attend_rows()               */
+    struct attn_partial *partial;         /* see attend_rows()               */
 
     /* rows of weights, unpacked: here one row, in section 12 a panel */
     uint8_t *q;                           /* [cols][panel rows]              */
@@ -310,14 +319,16 @@ struct scratch {
 struct isa {
     int panel_rows;                       /* see section 12                  */
     float (*dot)(const float *a, const float *b, int n);
-    void (*quantize)(struct rounded *to, const float *x);
+    void (*quantize)(struct q8_block *to, const float *x);
     void (*swiglu)(float *gate, const float *up, int n);
     void (*add_scaled)(float *y, float a, const float *x, int n);
     void (*rope)(float *head, const float *turn, int head_dim);
-    void (*conv_step)(float *y, float *win, const float *w, const float *b,
-                      const float *c, float *x, int l_cache, size_t n);
-    void (*attend_chunk)(struct gathered *g, const float *q, int n_q,
-                         const struct kv_head *kv, int pos, int n);
+    void (*conv_step)(float *y, float *const *u, const float *w,
+                      const float *b, const float *c, float *x, int l_cache,
+                      size_t n);
+    void (*attend_chunk)(struct attn_partial *part, const struct attn_rows *a,
+                         const struct kv_head *kv, int pos,
+                         const struct scratch *s);
     void (*product)(float *out, const struct tensor *w, int first, int n_rows,
                     const struct input *in, const struct scratch *s,
                     const uint8_t *end, const uint8_t *next);
@@ -460,42 +471,48 @@ static void rope(float *head, const float *turn, int head_dim)
  * Everything else in the model looks at one token alone.  These two carry
  * something from token to token, so they work sequence by sequence. */
 
-/* One step of a short convolution, for one unit of channels:
+/* One step of a short convolution, for one unit of channels; with three taps:
  *
- *     u    = b * x                               gate on the way in
- *     v    = w[0] u[-2] + w[1] u[-1] + w[2] u    per channel, causal
+ *     u[2] = b * x                               gate on the way in
+ *     v    = w[0] u[0] + w[1] u[1] + w[2] u[2]   per channel, causal
  *     y    = c * v                               gate on the way out
  *
- * y may be c, and x becomes v.  win[l_cache-1] holds the earlier u, oldest
- * first, and moves on by one; its rows, and those of w, are n apart. */
-static void conv_step(float *y, float *win, const float *w, const float *b,
-                      const float *c, float *x, int l_cache, size_t n)
+ * u[0] is the oldest column, u[l_cache-1] the new one.  y may be c, and x
+ * becomes v.  The taps, rows of w, are n apart. */
+static void conv_step(float *y, float *const *u, const float *w,
+                      const float *b, const float *c, float *x, int l_cache,
+                      size_t n)
 {
     const size_t last = (size_t)l_cache - 1;
 
     for (size_t i = 0; i < UNIT; i++) {
-        float u = b[i] * x[i];
-        float v = w[i] * win[i];
-        for (size_t k = 1; k < last; k++) {
-            v = fma_f32(w[k * n + i], win[k * n + i], v);
-            win[(k - 1) * n + i] = win[k * n + i];
-        }
-        v = fma_f32(w[last * n + i], u, v);
-        win[(last - 1) * n + i] = u;
+        u[last][i] = b[i] * x[i];
+        float v = w[i] * u[0][i];
+        for (size_t k = 1; k <= last; k++)
+            v = fma_f32(w[k * n + i], u[k][i], v);
         x[i] = v;
         y[i] = c[i] * v;
     }
 }
 
-/* The conv memory of all layers: [n_conv][l_cache-1][n_embd]. */
+/* The columns that all layers look back to: [n_conv][l_cache-1][n_embd]. */
 static uint64_t conv_elements(const struct lfm2_model *m)
 {
     return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
            (uint64_t)m->cfg.n_embd;
 }
 
-/* A copy of that memory as it was after `pos` tokens, if it is kept; NULL for
- * other positions. */
+/* Column `pos` of u in the i_conv-th such layer, [n_embd]. */
+static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
+                       int i_conv, int pos)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const int kept = UNDO + c->l_cache - 1;
+
+    return s->u + ((size_t)i_conv * kept + (pos + kept) % kept) * c->n_embd;
+}
+
+/* What is kept of them as it was after `pos` tokens; NULL if nothing is. */
 static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
                         int pos)
 {
@@ -512,21 +529,25 @@ static void conv_unit(struct lfm2_context *ctx, const struct layer *l, int u,
 {
     const lfm2_config *cfg = &ctx->model->cfg;
     const size_t n = (size_t)cfg->n_embd, first = (size_t)u * UNIT;
-    const size_t past = (size_t)cfg->l_cache - 1;
-    const size_t at = (size_t)l->i_kind * past * n + first;  /* in seq.conv */
+    const int last = cfg->l_cache - 1;
+    float *col[MAX_TAPS];
 
     for (int i = 0; i < ctx->n_pieces; i++) {
         const struct piece *p = &ctx->piece[i];
-        float *win = ctx->seq[p->seq].conv + at;
+        const struct seq *s = &ctx->seq[p->seq];
         size_t row = (size_t)p->row * UNIT;
 
         for (int t = 0; t < p->n; t++, row += UNIT) {
-            ctx->isa->conv_step(c + row, win, l->shortconv_conv + first,
+            for (int k = 0; k <= last; k++)
+                col[k] = u_column(ctx, s, l->i_kind, p->pos + t + k - last) +
+                         first;
+            ctx->isa->conv_step(c + row, col, l->shortconv_conv + first,
                                 b + row, c + row, x + row, cfg->l_cache, n);
             set_group(ctx, &ctx->mixed, p->row + t, u, c + row);
-            float *mark = conv_mark(ctx, &ctx->seq[p->seq], p->pos + t + 1);
-            for (size_t k = 0; mark && k < past; k++)
-                memcpy(mark + at + k * n, win + k * n, UNIT * sizeof *win);
+            float *mark = conv_mark(ctx, s, p->pos + t + 1);
+            for (int k = 0; mark && k < last; k++)
+                memcpy(mark + ((size_t)l->i_kind * last + k) * n + first,
+                       col[k + 1], UNIT * sizeof *mark);
         }
     }
 }
@@ -640,7 +661,7 @@ static void kv_store(const struct kv_head *kv, int pos, const float *k,
 
 /* What attention has gathered for one query: exp-weighted values relative to
  * the largest score so far. */
-struct gathered {
+struct attn_partial {
     float max, sum;
     float o[MAX_HEAD_DIM];                /* [head_dim]                      */
 };
@@ -671,39 +692,64 @@ static float sum_16(float a[16])
     return a[0];
 }
 
-/* One chunk: scores, their maximum, p = exp(s - max), and o = sum p v; for each
- * of the n_q queries that share a kv head, [n_q][head_dim]. */
-static void attend_chunk(struct gathered *g, const float *q, int n_q,
+/* One query and the first n positions of a chunk: scores, their maximum,
+ * p = exp(s - max), and o = sum p v. */
+static void attend_query(struct attn_partial *g, const float *q,
                          const struct kv_head *kv, int pos, int n)
 {
     const int hd = kv->head_dim;
-    float s[CHUNK], v[MAX_HEAD_DIM];
+    float s[CHUNK], v[MAX_HEAD_DIM], lane[16] = { 0 };
 
-    for (; n_q > 0; n_q--, g++, q += hd) {
-        float lane[16] = { 0 };
-
-        chunk_scores(s, q, kv, pos, n);
-        g->max = -INFINITY;
-        for (int p = 0; p < n; p++)
-            g->max = s[p] > g->max ? s[p] : g->max;
-        memset(g->o, 0, sizeof g->o);
-        for (int p = 0; p < n; p++) {
-            float e = exp_f32(s[p] - g->max);
-            lane[p % 16] += e;
-            kv_get(v, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
-            for (int d = 0; d < hd; d++)
-                g->o[d] = fma_f32(e, v[d], g->o[d]);
-        }
-        g->sum = sum_16(lane);
+    chunk_scores(s, q, kv, pos, n);
+    g->max = -INFINITY;
+    for (int p = 0; p < n; p++)
+        g->max = s[p] > g->max ? s[p] : g->max;
+    memset(g->o, 0, (size_t)hd * sizeof *g->o);
+    for (int p = 0; p < n; p++) {
+        float e = exp_f32(s[p] - g->max);
+        lane[p % 16] += e;
+        kv_get(v, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
+        for (int d = 0; d < hd; d++)
+            g->o[d] = fma_f32(e, v[d], g->o[d]);
     }
+    g->sum = sum_16(lane);
+}
+
+/* Rows of a sequence that look back together: the queries of one kv head.  Row
+ * t stands at position pos + t, and sees all up to there. */
+struct attn_rows {
+    const float *q;                       /* [n][group][head_dim] ...        */
+    size_t stride;                        /* ... rows so many floats apart   */
+    int n, group, pos;
+};
+
+/* How many positions of the chunk at `pos` row t sees; 0: none. */
+static int chunk_seen(const struct attn_rows *a, int t, int pos)
+{
+    const int seen = a->pos + t + 1 - pos;
+    return seen < 0 ? 0 : seen < CHUNK ? seen : CHUNK;
+}
+
+/* part[n][group] = the chunk at `pos`, for all rows that see some of it. */
+static void attend_chunk(struct attn_partial *part, const struct attn_rows *a,
+                         const struct kv_head *kv, int pos,
+                         const struct scratch *s)
+{
+    (void)s;
+    for (int t = 0; t < a->n; t++)
+        for (int i = 0; i < a->group && chunk_seen(a, t, pos) > 0; i++)
+            attend_query(&part[t * a->group + i],
+                         a->q + (size_t)t * a->stride +
+                         (size_t)(i * kv->head_dim), kv, pos,
+                         chunk_seen(a, t, pos));
 }
 
 /* Add a later chunk b to what is gathered in a, relative to the larger maximum:
  *
  *     w   = e^(max - larger max)                 for each of the two
  *     sum = a.sum wa + b.sum wb,  o = a.o wa + b.o wb                       */
-static void merge_chunk(const struct isa *isa, struct gathered *a,
-                        const struct gathered *b, int hd)
+static void merge_chunk(const struct isa *isa, struct attn_partial *a,
+                        const struct attn_partial *b, int hd)
 {
     float max = b->max > a->max ? b->max : a->max;
     float wa = exp_f32(a->max - max), wb = exp_f32(b->max - max);
@@ -758,7 +804,7 @@ static void prepare_work(struct lfm2_context *ctx, void *arg, int thread)
 }
 
 /* The result for one head, when all chunks are merged. */
-static void finish_head(float *out, const struct gathered *all, int head_dim)
+static void finish_head(float *out, const struct attn_partial *all, int head_dim)
 {
     for (int d = 0; d < head_dim; d++)
         out[d] = all->o[d] / all->sum;
@@ -774,7 +820,7 @@ static int rows_together(const lfm2_config *c)
 /* out = softmax(q k^T) v for n rows of a piece, from its row `first` on, and
  * the query heads of one kv head.  q becomes the result.  The rows take turns
  * in each chunk, so that it is read from memory once. */
-static void attend_rows(struct lfm2_context *ctx, struct gathered *all,
+static void attend_rows(struct lfm2_context *ctx, const struct scratch *s,
                         const struct piece *p, const struct kv_head *kv,
                         int head, int first, int n)
 {
@@ -784,20 +830,15 @@ static void attend_rows(struct lfm2_context *ctx, struct gathered *all,
     const size_t row = (size_t)c->n_head * hd;
     float *q = ctx->q + (size_t)(p->row + first) * row +
                (size_t)head * group * hd;
-    struct gathered *part = all + n * group;
+    struct attn_partial *all = s->partial, *part = all + n * group;
+    const struct attn_rows rows = { q, row, n, group, p->pos + first };
 
-    for (int pos = 0; pos < end; pos += CHUNK)
-        for (int t = 0; t < n; t++) {
-            int seen = end - n + t + 1 - pos;
-            struct gathered *g = pos == 0 ? all + t * group : part;
-
-            if (seen <= 0)
-                continue;
-            ctx->isa->attend_chunk(g, q + (size_t)t * row, group, kv, pos,
-                                   seen < CHUNK ? seen : CHUNK);
-            for (int i = 0; pos > 0 && i < group; i++)
-                merge_chunk(ctx->isa, all + t * group + i, part + i, hd);
-        }
+    for (int pos = 0; pos < end; pos += CHUNK) {
+        ctx->isa->attend_chunk(pos == 0 ? all : part, &rows, kv, pos, s);
+        for (int i = 0; pos > 0 && i < n * group; i++)
+            if (chunk_seen(&rows, i / group, pos) > 0)
+                merge_chunk(ctx->isa, all + i, part + i, hd);
+    }
     for (int i = 0; i < n * group; i++)
         finish_head(q + (size_t)(i / group) * row + (size_t)(i % group) * hd,
                     &all[i], hd);
@@ -818,7 +859,7 @@ static void attend_work(struct lfm2_context *ctx, void *arg, int thread)
                 const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq],
                                                      l->i_kind, head);
                 if (turn++ % ctx->par.n_threads == thread)
-                    attend_rows(ctx, ctx->scratch[thread].gathered, p, &kv,
+                    attend_rows(ctx, &ctx->scratch[thread], p, &kv,
                                 head, first,
                                 p->n - first < most ? p->n - first : most);
             }
@@ -848,13 +889,15 @@ static void chunks_work(struct lfm2_context *ctx, void *arg, int thread)
 
     for (int i = r.first; i < r.last; i++) {
         const int head = i / n, pos = i % n * CHUNK;
-        const int seen = ctx->position[0] + 1 - pos;
         const struct kv_head kv = kv_head_at(
             ctx, &ctx->seq[ctx->piece[0].seq], l->i_kind, head);
+        const struct attn_rows rows = {
+            ctx->q + (size_t)head * group * c->head_dim, 0, 1, group,
+            ctx->position[0]
+        };
 
-        ctx->isa->attend_chunk(ctx->part + (size_t)i * group,
-                               ctx->q + (size_t)head * group * c->head_dim,
-                               group, &kv, pos, seen < CHUNK ? seen : CHUNK);
+        ctx->isa->attend_chunk(ctx->part + (size_t)i * group, &rows, &kv, pos,
+                               &ctx->scratch[thread]);
     }
 }
 
@@ -866,7 +909,7 @@ static void merge_work(struct lfm2_context *ctx, void *arg, int thread)
 
     (void)arg;
     for (int head = r.first; head < r.last; head++) {
-        struct gathered *all = ctx->part + (size_t)(head / group) * n * group +
+        struct attn_partial *all = ctx->part + (size_t)(head / group) * n * group +
                                head % group;
 
         for (int i = 1; i < n; i++)
@@ -1277,19 +1320,46 @@ static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
     }
 }
 
+/* Save or load the columns that a text of `len` tokens looks back to. */
+enum { SAVE, LOAD };
+static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
+                         int how, float *columns)
+{
+    const size_t n = (size_t)ctx->model->cfg.n_embd;
+    const int past = ctx->model->cfg.l_cache - 1;
+
+    for (int i = 0; i < ctx->model->n_conv; i++)
+        for (int k = 0; k < past; k++, columns += n) {
+            float *u = u_column(ctx, s, i, len - past + k);
+            memcpy(how == LOAD ? u : columns, how == LOAD ? columns : u,
+                   n * sizeof *u);
+        }
+    if (how == LOAD)
+        s->oldest = len - past;
+}
+
+/* The rows of a piece belong to its sequence now. */
+static void advance(struct lfm2_context *ctx, const struct piece *p)
+{
+    struct seq *s = &ctx->seq[p->seq];
+    const int oldest = p->pos + p->n - UNDO - ctx->model->cfg.l_cache + 1;
+
+    s->len += p->n;
+    s->oldest = oldest > s->oldest ? oldest : s->oldest;
+}
+
 /* Remember where the sequences stand, in case the call must be undone. */
 static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
                         int n_spans)
 {
-    const size_t size = (size_t)conv_elements(ctx->model);
-
     ctx->n_logits = 0;
     ctx->n_spans = n_spans;
     ctx->span_logits[0] = 0;
     for (int i = 0; i < n_spans; i++) {
         struct seq *s = &ctx->seq[spans[i].seq];
         s->start = s->len;
-        memcpy(s->conv_start, s->conv, size * sizeof *s->conv);
+        if (spans[i].n_tokens > UNDO)
+            move_columns(ctx, s, s->len, SAVE, s->u_start);
         ctx->span_logits[i + 1] = ctx->span_logits[i] + spans[i].n_logits;
     }
 }
@@ -1297,13 +1367,16 @@ static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
 static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
                        int n_spans)
 {
-    const size_t size = (size_t)conv_elements(ctx->model);
-
     ctx->n_spans = 0;
     for (int i = 0; i < n_spans; i++) {
         struct seq *s = &ctx->seq[spans[i].seq];
+        const int oldest = s->start + spans[i].n_tokens - UNDO -
+                           ctx->model->cfg.l_cache + 1;
         s->len = s->start;
-        memcpy(s->conv, s->conv_start, size * sizeof *s->conv);
+        if (spans[i].n_tokens > UNDO)
+            move_columns(ctx, s, s->len, LOAD, s->u_start);
+        else if (s->oldest < oldest)
+            s->oldest = oldest;
     }
 }
 
@@ -1322,7 +1395,7 @@ int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
             return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
         }
         for (int i = 0; i < ctx->n_pieces; i++)
-            ctx->seq[ctx->piece[i].seq].len += ctx->piece[i].n;
+            advance(ctx, &ctx->piece[i]);
     }
 }
 
@@ -2145,7 +2218,7 @@ static void get_row(float *out, const struct tensor *w, int r)
 /* Round 32 columns to d q with q in -127 .. 127.  A group that is not finite
  * gets d = NaN, which every product then shows; one too small to divide by
  * (below 2^-100) is 0. */
-static void quantize(struct rounded *to, const float *x)
+static void quantize(struct q8_block *to, const float *x)
 {
     uint32_t top = 0;
 
@@ -2250,7 +2323,7 @@ static int dot_16(const int8_t *a, const int8_t *b)
  *     d for 32:   acc += (d dx) dot            - m (dx sum)
  *     d for 16:   acc += dx (d0 dot0 + d1 dot1) - dx (m0 sum0 + m1 sum1)    */
 static float dot_row(const struct scratch *w, const struct format *f,
-                     const struct rounded *x, int groups)
+                     const struct q8_block *x, int groups)
 {
     const int8_t *q = (const int8_t *)w->q;
     const float *d = w->d, *m = w->m;
@@ -2597,7 +2670,7 @@ KERNEL_INLINE uint32_t FN(largest)(INTS v)
 }
 
 /* 32 numbers, as bytes. */
-KERNEL_INLINE void FN(store_bytes)(struct rounded *to, const INTS q[8])
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
 {
     UNROLL
     for (int h = 0; h < 2; h++, q += 4) {
@@ -2724,7 +2797,7 @@ KERNEL_INLINE uint32_t FN(largest)(INTS v)
 
 /* 32 numbers as bytes, and the sums of 16.  Packing 8 + 8 + 8 + 8 numbers to
  * bytes interleaves them by fours. */
-KERNEL_INLINE void FN(store_bytes)(struct rounded *to, const INTS q[4])
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
 {
     INTS words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
                                     _mm256_packs_epi32(q[2], q[3]));
@@ -2895,27 +2968,25 @@ KERNEL void FN(rope)(float *head, const float *turn, int head_dim)
     }
 }
 
-KERNEL void FN(conv_step)(float *y, float *win, const float *w, const float *b,
-                          const float *c, float *x, int l_cache, size_t n)
+KERNEL void FN(conv_step)(float *y, float *const *u, const float *w,
+                          const float *b, const float *c, float *x, int l_cache,
+                          size_t n)
 {
     const size_t last = (size_t)l_cache - 1;
 
     for (size_t i = 0; i < UNIT; i += LANES) {
-        FLOATS u = V(mul_ps)(V(loadu_ps)(b + i), V(loadu_ps)(x + i));
-        FLOATS v = V(mul_ps)(V(loadu_ps)(w + i), V(loadu_ps)(win + i));
-        for (size_t k = 1; k < last; k++) {
-            FLOATS old = V(loadu_ps)(win + k * n + i);
-            v = V(fmadd_ps)(V(loadu_ps)(w + k * n + i), old, v);
-            V(storeu_ps)(win + (k - 1) * n + i, old);
-        }
-        v = V(fmadd_ps)(V(loadu_ps)(w + last * n + i), u, v);
-        V(storeu_ps)(win + (last - 1) * n + i, u);
+        FLOATS v = V(mul_ps)(V(loadu_ps)(w + i), V(loadu_ps)(u[0] + i));
+        V(storeu_ps)(u[last] + i,
+                     V(mul_ps)(V(loadu_ps)(b + i), V(loadu_ps)(x + i)));
+        for (size_t k = 1; k <= last; k++)
+            v = V(fmadd_ps)(V(loadu_ps)(w + k * n + i),
+                            V(loadu_ps)(u[k] + i), v);
         V(storeu_ps)(x + i, v);
         V(storeu_ps)(y + i, V(mul_ps)(V(loadu_ps)(c + i), v));
     }
 }
 
-KERNEL void FN(quantize)(struct rounded *to, const float *x)
+KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 {
     const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
     const INTS sign = V(set1_epi32)(0x7fffffff);
@@ -2946,7 +3017,7 @@ KERNEL void FN(quantize)(struct rounded *to, const float *x)
 /* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
  * room up to the next multiple of 16, where the scores are made -inf, which
  * adds 0 to a sum that is never -0. */
-KERNEL void FN(softmax)(struct gathered *g, float *s, int n)
+KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 {
     const int end = (n + 15) / 16 * 16;
     FLOATS max = V(set1_ps)(-INFINITY), sum[FN(CHAINS)];
@@ -3095,7 +3166,7 @@ KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
 #if LANES > 4 || DOT
 
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct rounded *const *x, int g,
+                            const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
                             const int tiles, const int kind)
 {
@@ -3139,7 +3210,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
  * part: of eight columns if the bytes of w use all their bits, else of all.  If
  * clang saw that the halves of v are equal, it would not use smlal2. */
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct rounded *const *x, int g,
+                            const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
                             const int tiles, const int kind)
 {
@@ -3183,7 +3254,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 /* dots() of weights that are stored with an offset: less offset * sum of x.  On
  * ARM bytes are signed, so a panel holds the weights without it. */
 KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
-                                   const struct rounded *const *x, int g,
+                                   const struct q8_block *const *x, int g,
                                    const int h, const int tokens,
                                    const int tiles, const int kind,
                                    INTS offset)
@@ -3212,7 +3283,7 @@ KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
 
 /* acc -= the minima times the sums of x. */
 KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
-                                    const struct rounded *const *x, int g,
+                                    const struct q8_block *const *x, int g,
                                     const int tokens, const int tiles,
                                     const int kind)
 {
@@ -3220,7 +3291,7 @@ KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
     for (int t = 0; t < tokens; t++)
         UNROLL
         for (int j = 0; j < tiles; j++) {
-            const struct rounded *r = &x[t][g];
+            const struct q8_block *r = &x[t][g];
             if (!(kind & HALVES)) {
                 acc[t][j] = V(fnmadd_ps)(m[j], V(set1_ps)(r->s), acc[t][j]);
                 continue;
@@ -3235,7 +3306,7 @@ KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
  * group g of each x: a step of dot_row(). */
 KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
                                  const FLOATS *d, const FLOATS *m,
-                                 const struct rounded *const *x, int g,
+                                 const struct q8_block *const *x, int g,
                                  const int tokens, const int tiles,
                                  const int kind, int offset)
 {
@@ -3276,7 +3347,7 @@ KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
 struct FN(sink) {
     INTS *q;                              /* of the panel, see above         */
     FLOATS *d, *m;
-    const struct rounded *x[AT_ONCE];
+    const struct q8_block *x[AT_ONCE];
     FLOATS acc[AT_ONCE];
     int n, offset;
     const uint8_t *next, *near;
@@ -3300,7 +3371,7 @@ KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
     to->near += bytes * LANES;
     for (int t = 0; t < (how == FEW_ROWS ? to->n : how); t++) {
         FLOATS acc[1][2] = { { to->acc[t] } };
-        const struct rounded *x = to->x[t]++;
+        const struct q8_block *x = to->x[t]++;
         FN(add_group)(acc, w, d, m, &x, 0, 1, 1, kind, to->offset);
         to->acc[t] = acc[0][0];
     }
@@ -3557,7 +3628,7 @@ UNPACK(iq4_xs)
 
 /* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
 KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
-                                const struct rounded *const *x, int offset,
+                                const struct q8_block *const *x, int offset,
                                 const int tokens, const int kind)
 {
     const INTS *w = (const void *)p->q;
@@ -3581,7 +3652,7 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
 /* For every kind and number of rows of x its own code. */
 #define MULTIPLY(name, kind) \
     KERNEL void FN(name)(float *out, const struct scratch *p, int groups, \
-                         const struct rounded *const *x, int offset, int n) \
+                         const struct q8_block *const *x, int offset, int n) \
     { \
         switch (n) { \
         case 1: FN(multiply)(out, p, groups, x, offset, 1, kind); return; \
@@ -3634,7 +3705,7 @@ static const struct {
     void (*rows)(struct FN(sink) *to, const uint8_t *b, size_t stride,
                  int groups);
     void (*multiply)(float *out, const struct scratch *p, int groups,
-                     const struct rounded *const *x, int offset, int n);
+                     const struct q8_block *const *x, int offset, int n);
     int offset;
 } FN(formats)[] = {
     { 0 }, { 0 }, { 0 },
@@ -3695,7 +3766,7 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
         FN(formats)[f].rows(&to, row, stride, groups);
     }
     for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
-        const struct rounded *x[FN(TOKENS)];
+        const struct q8_block *x[FN(TOKENS)];
         m = FN(take_rows)(in->n - t);
         for (int i = 0; i < m; i++)
             x[i] = in->q + row_at(in, t + i) * (size_t)groups;
@@ -3853,7 +3924,7 @@ KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
 }
 
 /* o[i] += the weighted values of positions first .. last-1. */
-KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
+KERNEL_INLINE void FN(values)(struct attn_partial *g, float s[][CHUNK],
                               const struct kv_head *kv, int pos, int first,
                               int last, const int queries, const int f16)
 {
@@ -3881,7 +3952,7 @@ KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
     }
 }
 
-KERNEL_INLINE void FN(attend)(struct gathered *g, const float *q,
+KERNEL_INLINE void FN(attend)(struct attn_partial *g, const float *q,
                               const struct kv_head *kv, int pos, int n,
                               const int queries, const int f16)
 {
@@ -3902,15 +3973,25 @@ KERNEL_INLINE void FN(attend)(struct gathered *g, const float *q,
     for (; n_q > 0; n_q--, g++, q += kv->head_dim) \
         FN(attend)(g, q, kv, pos, n, 1, f16)
 
-KERNEL void FN(attend_chunk)(struct gathered *g, const float *q, int n_q,
-                             const struct kv_head *kv, int pos, int n)
+KERNEL void FN(attend_chunk)(struct attn_partial *part,
+                             const struct attn_rows *a,
+                             const struct kv_head *kv, int pos,
+                             const struct scratch *s)
 {
     if (kv->head_dim % (FN(WIDE) * LANES) != 0) {
-        attend_chunk(g, q, n_q, kv, pos, n);
-    } else if (kv->f16) {
-        ATTEND(1);
-    } else {
-        ATTEND(0);
+        attend_chunk(part, a, kv, pos, s);
+        return;
+    }
+    for (int t = 0; t < a->n; t++) {
+        const int n = chunk_seen(a, t, pos);
+        struct attn_partial *g = part + t * a->group;
+        const float *q = a->q + (size_t)t * a->stride;
+        int n_q = n > 0 ? a->group : 0;
+        if (kv->f16) {
+            ATTEND(1);
+        } else {
+            ATTEND(0);
+        }
     }
 }
 
@@ -4930,7 +5011,7 @@ static int read_config(struct lfm2_model *m)
     TRY(read_count(m, "block_count", MUST, 1, LFM2_MAX_LAYER, &c->n_layer));
     TRY(read_count(m, "context_length", MUST, 1, INT32_MAX, &c->n_ctx_train));
     TRY(read_count(m, "embedding_length", MUST, 1, 1 << 20, &c->n_embd));
-    TRY(read_count(m, "shortconv.l_cache", MUST, 2, 8, &c->l_cache));
+    TRY(read_count(m, "shortconv.l_cache", MUST, 2, MAX_TAPS, &c->l_cache));
     TRY(read_float(m, "attention.layer_norm_rms_epsilon", MUST, 1e-12f,
                    0.1f, &c->norm_rms_eps));
     c->rope_freq_base = 10000;
@@ -5526,8 +5607,11 @@ static void carve_sequences(struct arena *a, struct lfm2_context *ctx)
     for (int i = 0; i < p->n_seq; i++) {
         struct seq s = { 0 };
         s.kv = carve(a, positions * kv_bytes_per_token(m, p->kv_type), 1);
-        s.conv = carve(a, conv, sizeof *s.conv);
-        s.conv_start = carve(a, conv, sizeof *s.conv_start);
+        s.oldest = 1 - m->cfg.l_cache;
+        s.u = carve(a, (uint64_t)m->n_conv *
+                    (uint64_t)(UNDO + m->cfg.l_cache - 1) *
+                    (uint64_t)m->cfg.n_embd, sizeof *s.u);
+        s.u_start = carve(a, conv, sizeof *s.u_start);
         s.marks = carve(a, (uint64_t)(p->n_ctx / ctx->seq_step) * conv,
                         sizeof *s.marks);
         if (a->base)
@@ -5613,8 +5697,8 @@ static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
         for (int k = 0; k < 3; k++)
             s.out[k] = carve(a, (uint64_t)ctx->par.n_batch * UNIT,
                              sizeof *s.out[k]);
-        s.gathered = carve(a, (uint64_t)((rows_together(c) + 1) * group),
-                           sizeof *s.gathered);
+        s.partial = carve(a, (uint64_t)(2 * rows_together(c) * group),
+                           sizeof *s.partial);
         s.q = carve(a, cols * rows, sizeof *s.q);
         s.d = carve(a, cols / 16 * rows, sizeof *s.d);
         s.m = carve(a, cols / 16 * rows, sizeof *s.m);
@@ -5818,20 +5902,32 @@ int lfm2_seq_step(const lfm2_context *ctx)
     return ctx->seq_step;
 }
 
+/* As if nothing had been read. */
+static void empty(const struct lfm2_context *ctx, struct seq *s)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+
+    s->len = 0;
+    s->oldest = 1 - c->l_cache;
+    memset(s->u, 0, (size_t)ctx->model->n_conv *
+           (size_t)(UNDO + c->l_cache - 1) * (size_t)c->n_embd * sizeof *s->u);
+}
+
 int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
 {
     struct seq *s = find_seq(ctx, seq);
-    const size_t size = (size_t)conv_elements(ctx->model) * sizeof(float);
 
     if (!s || len < 0)
         return LFM2_EARG;
     if (len >= s->len)
         return s->len;
+    if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest)
+        return s->len = len;
     s->len = len - len % ctx->seq_step;
     if (s->len == 0)
-        memset(s->conv, 0, size);
+        empty(ctx, s);
     else
-        memcpy(s->conv, conv_mark(ctx, s, s->len), size);
+        move_columns(ctx, s, s->len, LOAD, conv_mark(ctx, s, s->len));
     return s->len;
 }
 
@@ -5862,7 +5958,10 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
     if (to == from)
         return LFM2_OK;
     copy_kv(ctx, to, from);
-    memcpy(to->conv, from->conv, size * sizeof *to->conv);
+    memcpy(to->u, from->u, (size_t)ctx->model->n_conv *
+           (size_t)(UNDO + ctx->model->cfg.l_cache - 1) *
+           (size_t)ctx->model->cfg.n_embd * sizeof *to->u);
+    to->oldest = from->oldest;
     memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step) * size *
            sizeof *to->marks);
     to->len = from->len;
@@ -5872,7 +5971,7 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
 /* A saved sequence, all little-endian:
  *
  *     "LFM2SEQ1" | u64 lfm2_model_hash() | u32 kv_type | u32 len
- *     conv: f32 [n_conv][l_cache-1][n_embd]
+ *     u: f32 [n_conv][l_cache-1][n_embd], the last columns
  *     marks: f32 [len/seq_step] of the same
  *     for each attention layer and kv head: K [len][head_dim], then V, as
  *         f16 or f32
@@ -5945,7 +6044,11 @@ static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
     const size_t conv = (size_t)conv_elements(ctx->model);
     const int n_head_kv = ctx->model->cfg.n_head_kv;
 
-    move_floats(s, q->conv, conv);
+    if (s->to)
+        move_columns(ctx, q, len, SAVE, q->u_start);
+    move_floats(s, q->u_start, conv);
+    if (s->from)
+        move_columns(ctx, q, len, LOAD, q->u_start);
     move_floats(s, q->marks, conv * (size_t)(len / ctx->seq_step));
     for (int i = 0; i < ctx->model->n_attn * n_head_kv; i++) {
         struct kv_head kv = kv_head_at(ctx, q, i / n_head_kv, i % n_head_kv);

@@ -120,7 +120,7 @@ START_TEST(trimmed_at_any_length_it_goes_on_exactly)
     struct rig *r = open_rig(step);
 
     for (int len = 0; len <= N + 2; len++) {
-        const int kept = len >= N ? N : len - len % step;
+        const int kept = len >= N ? N : len >= N - 16 ? len : len - len % step;
         ck_assert(lfm2_seq_copy(r->ctx, 1, 0, NULL) == LFM2_OK);
         ck_assert_int_eq(lfm2_seq_trim(r->ctx, 1, len), kept);
         expect_continues(r, r->ctx, 1, kept, kept + 2 < N ? kept + 2 : N);
