@@ -2487,9 +2487,32 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
  *
  * by including this file into itself further down.  FN(name) is the name of a
  * function in this set, BLOCK(name) of a small block: all of x86 uses those of
- * AVX2.  INTS and FLOATS are registers; V(op) and VI(op) are instructions, by
- * the names they have on x86.  What fits into the registers at once: TOKENS
- * rows of x, ROWS rows of weights in floats, WIDE vectors of positions. */
+ * AVX2.
+ *
+ * FLOATS and INTS are registers of LANES numbers.  They are GNU vectors, so
+ * arithmetic on them is written with operators; what operators cannot say, the
+ * sets say in functions of the same names, side by side below:
+ *
+ *     splat(f), splat_int(n)   the same number everywhere
+ *     fma(a, b, c)             a * b + c, rounded once
+ *     choose(m, a, b)          a where m is true, b elsewhere
+ *     load_f16(p)              LANES binary16 numbers at p, and
+ *     low_f16(v)               the lower halves of the elements of v, as floats
+ *     tree(chains)             the sum of 16 chains, added as sum_16() does
+ *     largest(v)               the largest element, if none is negative
+ *     store_bytes(to, q)       32 small integers become the bytes of a group
+ *
+ * Products look at a register as QUADS times 16 bytes or four numbers:
+ *
+ *     quads(p, at)             quad i is the 16 bytes at p + at[i]
+ *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
+ *     quad_ints(n)             n[i] in all elements of quad i
+ *     look_up(table, i)        byte i of the table, for every byte, by quads
+ *     pairs(a, b)              a0 b0 + a1 b1 for the pairs of 16-bit numbers
+ *     sum_4(a, b, c, d)        a quad has the sums of the quads of a, b, c, d
+ *     transpose_4(v)           in every quad of v[4], 4 x 4 numbers
+ *     transpose_quads(v)       of v[QUADS], QUADS x QUADS quads
+ *     columns_f16(d, p, ...)   f16 numbers of many rows, see there */
 
 /* Before a loop whose arrays are to become registers: without it clang keeps
  * them in memory, and products take twice as long. */
@@ -2508,72 +2531,14 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
 #define FETCH(p) (void)(p)
 #endif
 
-#ifdef LFM2_ARM
-
-/* For products.  gcc must not reorder them, or it runs out of registers; clang
- * does not, but would load operands again after what is volatile. */
+/* For products on ARM.  gcc must not reorder them, or it runs out of registers;
+ * clang does not, but would load operands again after what is volatile. */
 #ifdef __clang__
 #define ASM __asm__
 #else
 #define ASM __asm__ volatile
 #endif
 
-/* What differs from x86 is NaN alone, so minima and maxima are made of
- * comparisons, in which NaN loses as it does there. */
-#define neon_setzero_ps() vdupq_n_f32(0)
-#define neon_set1_ps vdupq_n_f32
-#define neon_loadu_ps vld1q_f32
-#define neon_storeu_ps vst1q_f32
-#define neon_add_ps vaddq_f32
-#define neon_sub_ps vsubq_f32
-#define neon_mul_ps vmulq_f32
-#define neon_div_ps vdivq_f32
-#define neon_fmadd_ps(a, b, c) vfmaq_f32(c, a, b)
-#define neon_fnmadd_ps(a, b, c) vfmsq_f32(c, a, b)
-#define neon_fmsub_ps(a, b, c) vfmaq_f32(vnegq_f32(c), a, b)
-#define neon_max_ps(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
-#define neon_min_ps(a, b) vbslq_f32(vcltq_f32(a, b), a, b)
-#define neon_xor_ps(a, b) \
-    ((float32x4_t)veorq_u32((uint32x4_t)(a), (uint32x4_t)(b)))
-#define neon_cvtepi32_ps vcvtq_f32_s32
-#define neon_cvttps_epi32 vcvtq_s32_f32
-
-#define neon_setzero() vdupq_n_s32(0)
-#define neon_set1_epi8(n) ((int32x4_t)vdupq_n_s8(n))
-#define neon_set1_epi16(n) ((int32x4_t)vdupq_n_s16(n))
-#define neon_set1_epi32 vdupq_n_s32
-#define neon_and vandq_s32
-#define neon_or vorrq_s32
-#define neon_xor veorq_s32
-#define neon_add_epi8(a, b) \
-    ((int32x4_t)vaddq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_sub_epi8(a, b) \
-    ((int32x4_t)vsubq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_add_epi32 vaddq_s32
-#define neon_sub_epi32 vsubq_s32
-#define neon_min_epu8(a, b) \
-    ((int32x4_t)vminq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_max_epu32(a, b) \
-    ((int32x4_t)vmaxq_u32((uint32x4_t)(a), (uint32x4_t)(b)))
-#define neon_slli_epi16(v, n) ((int32x4_t)vshlq_n_s16((int16x8_t)(v), n))
-#define neon_srli_epi16(v, n) ((int32x4_t)vshrq_n_u16((uint16x8_t)(v), n))
-#define neon_slli_epi32(v, n) vshlq_n_s32(v, n)
-#define neon_srli_epi32(v, n) ((int32x4_t)vshrq_n_u32((uint32x4_t)(v), n))
-#define neon_srai_epi32(v, n) vshrq_n_s32(v, n)
-#define neon_shuffle_epi8(v, i) \
-    ((int32x4_t)vqtbl1q_u8((uint8x16_t)(v), (uint8x16_t)(i)))
-#define neon_unpacklo_epi32 vzip1q_s32
-#define neon_unpackhi_epi32 vzip2q_s32
-#define neon_unpacklo_epi64(a, b) \
-    ((int32x4_t)vzip1q_s64((int64x2_t)(a), (int64x2_t)(b)))
-#define neon_unpackhi_epi64(a, b) \
-    ((int32x4_t)vzip2q_s64((int64x2_t)(a), (int64x2_t)(b)))
-#define neon_madd_epi16(a, b) \
-    vpaddq_s32(vmull_s16(vget_low_s16((int16x8_t)(a)), \
-                         vget_low_s16((int16x8_t)(b))), \
-               vmull_high_s16((int16x8_t)(a), (int16x8_t)(b)))
-
-#endif /* LFM2_ARM */
 #endif /* not KERNELS */
 
 #ifdef KERNELS
@@ -2585,33 +2550,35 @@ static void matmul(struct lfm2_context *ctx, int how, float *y,
 #endif
 #define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
 
-/* A row of floats in steps of 16 columns: chain i % 16 of dot_f32() is a
- * lane. */
-enum { FN(CHAINS) = 16 / LANES };
+/* QUADS of a register; a row of floats in steps of 16 columns: chain i % 16 of
+ * dot_f32() is a lane. */
+enum { FN(QUADS) = LANES / 4, FN(CHAINS) = 16 / LANES };
+
+typedef int32_t FN(ints) __attribute__((vector_size(4 * LANES)));
+typedef uint32_t FN(uints) __attribute__((vector_size(4 * LANES)));
+#define INTS FN(ints)
+#define UINTS FN(uints)
+#define QUADS FN(QUADS)
 
 #if LANES == 4
 
-#define V(op) neon_##op
-#define VI(op) neon_##op
-#define INTS int32x4_t
 #define FLOATS float32x4_t
-#define AS_INTS vreinterpretq_s32_f32
-#define AS_FLOATS vreinterpretq_f32_s32
-#define V_FIRST(v) vgetq_lane_s32(v, 0)
 #define BLOCK(name) name##_neon
 enum { FN(ROWS) = 2, FN(WIDE) = 4, FN(TOKENS) = DOT ? 4 : 3 };
 
-/* 16 bytes of row i. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
+KERNEL_INLINE FLOATS FN(splat)(float f)
 {
-    (void)stride;
-    return vreinterpretq_s32_u8(vld1q_u8(p));
+    return vdupq_n_f32(f);
 }
 
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
 {
-    uint16x4_t low = vmovn_u32(vreinterpretq_u32_s32(v));
-    return vcvt_f32_f16(vreinterpret_f16_u16(low));
+    return vfmaq_f32(c, a, b);
+}
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+{
+    return vbslq_f32((uint32x4_t)m, a, b);
 }
 
 KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
@@ -2622,6 +2589,87 @@ KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
 KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
 {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    uint16x4_t low = vmovn_u32((uint32x4_t)v);
+    return vcvt_f32_f16(vreinterpret_f16_u16(low));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[4])
+{
+    FLOATS a = (chains[0] + chains[2]) + (chains[1] + chains[3]);
+    return vpadds_f32(vadd_f32(vget_low_f32(a), vget_high_f32(a)));
+}
+
+KERNEL_INLINE uint32_t FN(largest)(INTS v)
+{
+    return vmaxvq_u32((uint32x4_t)v);
+}
+
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
+{
+    UNROLL
+    for (int h = 0; h < 2; h++, q += 4) {
+        int8x16_t b = vuzp1q_s8(
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
+        vst1q_s8(to->q + 16 * h, b);
+        to->sum[h] = vaddlvq_s8(b);
+    }
+}
+
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    return (INTS)vld1q_u8(p + at[0]);
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    (void)stride;
+    return (INTS)vld1q_u8(p);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS)vdupq_n_s32(n[0]);
+}
+
+KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
+{
+    return (INTS)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)i);
+}
+
+KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
+{
+    int16x8_t v = (int16x8_t)a, w = (int16x8_t)b;
+    return (INTS)vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(w)),
+                            vmull_high_s16(v, w));
+}
+
+KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
+{
+    return (INTS)vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b),
+                            vpaddq_s32((int32x4_t)c, (int32x4_t)d));
+}
+
+KERNEL_INLINE void FN(transpose_4)(INTS v[4])
+{
+    int32x4x2_t ac = vzipq_s32((int32x4_t)v[0], (int32x4_t)v[2]);
+    int32x4x2_t bd = vzipq_s32((int32x4_t)v[1], (int32x4_t)v[3]);
+
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        int32x4x2_t two = vzipq_s32(ac.val[i], bd.val[i]);
+        v[2 * i] = (INTS)two.val[0];
+        v[2 * i + 1] = (INTS)two.val[1];
+    }
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
+{
+    (void)v;
 }
 
 /* The f16 at p of every row. */
@@ -2635,54 +2683,258 @@ KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
     return vcvt_f32_f16(vreinterpret_f16_u16(v));
 }
 
-/* The same 16 bytes in all lanes. */
-KERNEL_INLINE INTS FN(lanes)(const void *p)
+#else /* x86 */
+
+#if LANES == 8
+
+#define MM(op) _mm256_##op
+#define MM_INTS __m256i
+#define FLOATS __m256
+#define BLOCK(name) name##_avx2
+enum { FN(ROWS) = 2, FN(WIDE) = 2, FN(TOKENS) = 3 };
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
-    return vreinterpretq_s32_u8(vld1q_u8(p));
+    return _mm256_blendv_ps(b, a, (FLOATS)m);
 }
 
-KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
 {
-    return (int32x4_t)((uint32x4_t)v >> vdupq_n_u32((uint32_t)n));
+    return _mm256_cvtph_ps(_mm_loadu_si128(p));
 }
 
-/* p, but 0 where x < -87 and x where that is NaN. */
-KERNEL_INLINE FLOATS FN(limit)(FLOATS p, FLOATS x)
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
 {
-    uint32x4_t small = vcltq_f32(x, vdupq_n_f32(-87.0f));
-
-    p = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), small));
-    return vbslq_f32(vceqq_f32(x, x), p, x);
+    return (FLOATS)_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
 }
 
-/* The tree of sum_16(). */
-KERNEL_INLINE float FN(tree)(const FLOATS chains[4])
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
 {
-    FLOATS a = vaddq_f32(vaddq_f32(chains[0], chains[2]),
-                         vaddq_f32(chains[1], chains[3]));
+    __m256i low = (__m256i)(v & 0xffff);
 
-    return vpadds_f32(vadd_f32(vget_low_f32(a), vget_high_f32(a)));
+    low = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(low));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
+{
+    FLOATS a = chains[0] + chains[1];
+    __m128 b = _mm256_castps256_ps128(a) + _mm256_extractf128_ps(a, 1);
+
+    b += _mm_movehl_ps(b, b);
+    return b[0] + b[1];
 }
 
 KERNEL_INLINE uint32_t FN(largest)(INTS v)
 {
-    return vmaxvq_u32(vreinterpretq_u32_s32(v));
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128((__m256i)v),
+                              _mm256_extracti128_si256((__m256i)v, 1));
+
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    return (uint32_t)_mm_cvtsi128_si32(m);
 }
 
-/* 32 numbers, as bytes. */
-KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
+/* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
 {
-    UNROLL
-    for (int h = 0; h < 2; h++, q += 4) {
-        int8x16_t b = vuzp1q_s8(
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
-        vst1q_s8(to->q + 16 * h, b);
-        to->sum[h] = vaddlvq_s8(b);
-    }
+    __m256i v = _mm256_packs_epi16(
+        _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]),
+        _mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]));
+
+    v = _mm256_permutevar8x32_epi32(
+        v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    memcpy(to->q, &v, sizeof v);
+    v = _mm256_maddubs_epi16(_mm256_set1_epi8(1), v);
+    INTS sum = (INTS)_mm256_madd_epi16(v, _mm256_set1_epi16(1));
+    to->sum[0] = (int16_t)(sum[0] + sum[1] + sum[2] + sum[3]);
+    to->sum[1] = (int16_t)(sum[4] + sum[5] + sum[6] + sum[7]);
 }
 
-#else
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    const void *first = p + at[0], *second = p + at[1];
+    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(first));
+
+    if (at[1] != at[0])
+        v = _mm256_inserti128_si256(v, _mm_loadu_si128(second), 1);
+    return (INTS)v;
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    const void *first = p, *second = p + 4 * stride;
+    return (INTS)_mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128(first)),
+        _mm_loadu_si128(second), 1);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS) { n[0], n[0], n[0], n[0], n[1], n[1], n[1], n[1] };
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[2])
+{
+    __m256i a = (__m256i)v[0], b = (__m256i)v[1];
+
+    v[0] = (INTS)_mm256_permute2x128_si256(a, b, 0x20);
+    v[1] = (INTS)_mm256_permute2x128_si256(a, b, 0x31);
+}
+
+/* v with its sign changed where w is negative, and 0 where w is. */
+KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
+{
+    return _mm256_sign_epi8((__m256i)v, (__m256i)w);
+}
+
+#else /* LANES == 16 */
+
+#define MM(op) _mm512_##op
+#define MM_INTS __m512i
+#define FLOATS __m512
+#define BLOCK(name) name##_avx2
+enum { FN(ROWS) = 4, FN(WIDE) = 2, FN(TOKENS) = 6 };
+
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
+}
+
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+{
+    return (FLOATS)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+}
+
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
+{
+    const __m256 halves[2] = { _mm512_castps512_ps256(chains[0]),
+                               _mm512_extractf32x8_ps(chains[0], 1) };
+    return tree_avx2(halves);
+}
+
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p));
+
+    if (at[0] != 0)
+        v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p + at[0])));
+#undef PUT_QUAD
+#define PUT_QUAD(i, is_new) \
+    if (is_new) \
+        v = _mm512_mask_broadcast_i32x4( \
+            v, (__mmask16)((at[1] == at[i] ? 0x00f0 : 0) | \
+                           (at[2] == at[i] ? 0x0f00 : 0) | \
+                           (at[3] == at[i] ? 0xf000 : 0)), \
+            _mm_loadu_si128((const void *)(p + at[i])))
+    PUT_QUAD(1, at[1] != at[0]);
+    PUT_QUAD(2, at[2] != at[0] && at[2] != at[1]);
+    PUT_QUAD(3, at[3] != at[0] && at[3] != at[1] && at[3] != at[2]);
+    return (INTS)v;
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
+    const void *p12 = p + 12 * stride;
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
+
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
+    return (INTS)_mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS) { n[0], n[0], n[0], n[0], n[1], n[1], n[1], n[1],
+                    n[2], n[2], n[2], n[2], n[3], n[3], n[3], n[3] };
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
+{
+    __m512i a = (__m512i)v[0], b = (__m512i)v[1];
+    __m512i c = (__m512i)v[2], d = (__m512i)v[3];
+    __m512i low = _mm512_shuffle_i32x4(a, b, 0x44);
+    __m512i high = _mm512_shuffle_i32x4(a, b, 0xee);
+    __m512i low2 = _mm512_shuffle_i32x4(c, d, 0x44);
+    __m512i high2 = _mm512_shuffle_i32x4(c, d, 0xee);
+
+    v[0] = (INTS)_mm512_shuffle_i32x4(low, low2, 0x88);
+    v[1] = (INTS)_mm512_shuffle_i32x4(low, low2, 0xdd);
+    v[2] = (INTS)_mm512_shuffle_i32x4(high, high2, 0x88);
+    v[3] = (INTS)_mm512_shuffle_i32x4(high, high2, 0xdd);
+}
+
+/* Where w is 0 its product is 0 whatever v is. */
+KERNEL_INLINE __m512i FN(sign)(INTS v, INTS w)
+{
+    return _mm512_mask_sub_epi8((__m512i)v,
+                                _mm512_movepi8_mask((__m512i)w),
+                                _mm512_setzero_si512(), (__m512i)v);
+}
+
+#endif /* LANES */
+
+KERNEL_INLINE FLOATS FN(splat)(float f)
+{
+    return MM(set1_ps)(f);
+}
+
+KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
+{
+    return MM(fmadd_ps)(a, b, c);
+}
+
+KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
+{
+    return (INTS)MM(shuffle_epi8)((MM_INTS)table, (MM_INTS)i);
+}
+
+KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
+{
+    return (INTS)MM(madd_epi16)((MM_INTS)a, (MM_INTS)b);
+}
+
+/* The even and the odd numbers of two registers, pair by pair: numbers of a
+ * and b change places by fours in `to`. */
+KERNEL_INLINE void FN(zip)(INTS to[2], INTS a, INTS b)
+{
+    to[0] = (INTS)MM(unpacklo_epi32)((MM_INTS)a, (MM_INTS)b);
+    to[1] = (INTS)MM(unpackhi_epi32)((MM_INTS)a, (MM_INTS)b);
+}
+
+KERNEL_INLINE void FN(zip_pairs)(INTS to[2], INTS a, INTS b)
+{
+    to[0] = (INTS)MM(unpacklo_epi64)((MM_INTS)a, (MM_INTS)b);
+    to[1] = (INTS)MM(unpackhi_epi64)((MM_INTS)a, (MM_INTS)b);
+}
+
+KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
+{
+    INTS ab[2], cd[2], all[2];
+
+    FN(zip)(ab, a, b);
+    FN(zip)(cd, c, d);
+    FN(zip_pairs)(all, ab[0] + ab[1], cd[0] + cd[1]);
+    return all[0] + all[1];
+}
+
+KERNEL_INLINE void FN(transpose_4)(INTS v[4])
+{
+    INTS ab[2], cd[2];
+
+    FN(zip)(ab, v[0], v[1]);
+    FN(zip)(cd, v[2], v[3]);
+    FN(zip_pairs)(v, ab[0], cd[0]);
+    FN(zip_pairs)(v + 2, ab[1], cd[1]);
+}
 
 /* The f16 at p of 8 rows.  A load that begins 2i bytes earlier has that of row
  * i in its place already; it stays within the rows, as there is one before. */
@@ -2690,6 +2942,7 @@ KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
 {
     __m128i v = _mm_loadu_si128((const void *)p);
 
+#undef TAKE
 #define TAKE(i) \
     v = _mm_blend_epi16( \
         v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), \
@@ -2704,189 +2957,51 @@ KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
     return v;
 }
 
-#if LANES == 8
-
-#define V(op) _mm256_##op
-#define VI(op) _mm256_##op##_si256
-#define INTS __m256i
-#define FLOATS __m256
-#define AS_INTS _mm256_castps_si256
-#define AS_FLOATS _mm256_castsi256_ps
-#define V_FIRST(v) _mm_cvtsi128_si32(_mm256_castsi256_si128(v))
-#define BLOCK(name) name##_avx2
-enum { FN(ROWS) = 2, FN(WIDE) = 2, FN(TOKENS) = 3 };
-
-/* 16 bytes of rows i and i + 4. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
-{
-    const void *second = p + 4 * stride;
-    return _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
-        _mm_loadu_si128(second), 1);
-}
-
-/* The lower halves of 32-bit numbers, as f16. */
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(v));
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm256_cvtph_ps(_mm_loadu_si128(p));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    INTS v = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-}
-
 /* The f16 at p of every row. */
 KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 {
+#if LANES == 8
     return _mm256_cvtph_ps(FN(words)(p, stride));
-}
-
-/* The same 16 bytes in all lanes. */
-KERNEL_INLINE INTS FN(lanes)(const void *p)
-{
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(p));
-}
-
-/* v, with its sign changed where w is negative, and 0 where w is. */
-KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
-{
-    return _mm256_sign_epi8(v, w);
-}
-
-/* The tree of sum_16(): chains 0 .. 7 and 8 .. 15. */
-KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
-{
-    FLOATS a = _mm256_add_ps(chains[0], chains[1]);
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a),
-                          _mm256_extractf128_ps(a, 1));
-
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-
-#if !DOT
-
-/* p, but 0 where x < -87 and x where that is NaN. */
-KERNEL_INLINE FLOATS FN(limit)(FLOATS p, FLOATS x)
-{
-    FLOATS small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
-    FLOATS nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-
-    return _mm256_blendv_ps(_mm256_andnot_ps(small, p), x, nan);
-}
-
-/* The largest number, of unsigned ones. */
-KERNEL_INLINE uint32_t FN(largest)(INTS v)
-{
-    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v),
-                              _mm256_extracti128_si256(v, 1));
-
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-    return (uint32_t)_mm_cvtsi128_si32(m);
-}
-
-/* 32 numbers as bytes, and the sums of 16.  Packing 8 + 8 + 8 + 8 numbers to
- * bytes interleaves them by fours. */
-KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
-{
-    INTS words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
-                                    _mm256_packs_epi32(q[2], q[3]));
-
-    words = _mm256_permutevar8x32_epi32(
-        words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256((INTS *)(void *)to->q, words);
-    INTS sums = _mm256_madd_epi16(
-        _mm256_maddubs_epi16(_mm256_set1_epi8(1), words),
-        _mm256_set1_epi16(1));
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
-    to->sum[0] = (int16_t)_mm256_extract_epi32(sums, 0);
-    to->sum[1] = (int16_t)_mm256_extract_epi32(sums, 4);
-}
-
-#endif /* not DOT */
-
 #else
-
-#define V(op) _mm512_##op
-#define VI(op) _mm512_##op##_si512
-#define INTS __m512i
-#define FLOATS __m512
-#define V_FIRST(v) _mm_cvtsi128_si32(_mm512_castsi512_si128(v))
-#define BLOCK(name) name##_avx2
-enum { FN(ROWS) = 4, FN(WIDE) = 2, FN(TOKENS) = 6 };
-
-/* 16 bytes of rows i, i + 4, i + 8 and i + 12. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
-{
-    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
-    const void *p12 = p + 12 * stride;
-    INTS v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
-
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
-    return _mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
-}
-
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    INTS v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-}
-
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
-{
     return _mm512_cvtph_ps(_mm256_set_m128i(
         FN(words)(p + 8 * stride, stride), FN(words)(p, stride)));
-}
-
-KERNEL_INLINE INTS FN(lanes)(const void *p)
-{
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(p));
-}
-
-/* Where w is 0 its product is 0 whatever v is. */
-KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
-{
-    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(w), VI(setzero)(), v);
-}
-
-KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
-{
-    const __m256 halves[2] = { _mm512_castps512_ps256(chains[0]),
-                               _mm512_extractf32x8_ps(chains[0], 1) };
-    return tree_avx2(halves);
-}
-
 #endif
-
-/* 32-bit numbers, shifted down. */
-KERNEL_INLINE INTS FN(shift)(INTS v, int n)
-{
-    return V(srl_epi32)(v, _mm_cvtsi32_si128(n));
 }
 
 #endif /* x86 */
+
+KERNEL_INLINE INTS FN(splat_int)(int n)
+{
+    return (INTS) { 0 } + n;
+}
+
+KERNEL_INLINE FLOATS FN(load)(const float *p)
+{
+    FLOATS v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+KERNEL_INLINE void FN(store)(float *p, FLOATS v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+KERNEL_INLINE FLOATS FN(to_floats)(INTS v)
+{
+    return __builtin_convertvector(v, FLOATS);
+}
+
+/* Shifted down, zeros coming in: by one number, or each by its own. */
+KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+{
+    return (INTS)((UINTS)v >> (uint32_t)n);
+}
+
+KERNEL_INLINE INTS FN(shift_each)(INTS v, INTS n)
+{
+    return (INTS)((UINTS)v >> (UINTS)n);
+}
 
 /* The small blocks.  Each is its namesake of Part I or section 10, with the
  * same operations on every element in the same order. */
@@ -2894,51 +3009,45 @@ KERNEL_INLINE INTS FN(shift)(INTS v, int n)
 
 KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
 {
-    const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
-    FLOATS y = V(min_ps)(V(set1_ps)(88.0f), x);
-    FLOATS t = V(fmadd_ps)(y, V(set1_ps)(1.44269504f), magic);
-    FLOATS n = V(sub_ps)(t, magic);
-    FLOATS r = V(fmadd_ps)(n, V(set1_ps)(-0.693145752f), y);
-    FLOATS p = V(set1_ps)(1.0f / 5040);
+    const FLOATS magic = FN(splat)(ROUND_MAGIC), one = FN(splat)(1);
+    FLOATS y = FN(choose)(x > 88.0f, FN(splat)(88), x);
+    FLOATS t = FN(fma)(y, FN(splat)(1.44269504f), magic);
+    FLOATS n = t - magic;
+    FLOATS r = FN(fma)(n, FN(splat)(-0.693145752f), y);
+    FLOATS p = FN(splat)(1.0f / 5040);
 
-    r = V(fmadd_ps)(n, V(set1_ps)(-1.42860677e-6f), r);
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 720));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 120));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 24));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 6));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(0.5f));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f));
-    p = AS_FLOATS(V(add_epi32)(AS_INTS(p), V(slli_epi32)(AS_INTS(t), 23)));
-    return FN(limit)(p, x);
+    r = FN(fma)(n, FN(splat)(-1.42860677e-6f), r);
+    p = FN(fma)(p, r, FN(splat)(1.0f / 720));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 120));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 24));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 6));
+    p = FN(fma)(p, r, FN(splat)(0.5f));
+    p = FN(fma)(p, r, one);
+    p = FN(fma)(p, r, one);
+    p = (FLOATS)((UINTS)p + ((UINTS)t << 23));
+    p = FN(choose)(x < -87.0f, FN(splat)(0), p);
+    return FN(choose)(x == x, p, x);
 }
 
 KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
 {
-    FLOATS chain[FN(CHAINS)];
+    FLOATS chain[FN(CHAINS)] = { { 0 } };
 
     if (n % 16 != 0)
         return dot_f32(a, b, n);
-    UNROLL
-    for (int h = 0; h < FN(CHAINS); h++)
-        chain[h] = V(setzero_ps)();
     for (int i = 0; i < n; i += 16)
         UNROLL
         for (int h = 0; h < FN(CHAINS); h++)
-            chain[h] = V(fmadd_ps)(V(loadu_ps)(a + i + h * LANES),
-                                   V(loadu_ps)(b + i + h * LANES), chain[h]);
+            chain[h] = FN(fma)(FN(load)(a + i + h * LANES),
+                               FN(load)(b + i + h * LANES), chain[h]);
     return FN(tree)(chain);
 }
 
 KERNEL void FN(swiglu)(float *gate, const float *up, int n)
 {
-    const FLOATS one = V(set1_ps)(1);
-
     for (int i = 0; i < n; i += LANES) {
-        FLOATS g = V(loadu_ps)(gate + i);
-        FLOATS e = FN(exp)(V(xor_ps)(g, V(set1_ps)(-0.0f)));
-        g = V(div_ps)(g, V(add_ps)(one, e));
-        V(storeu_ps)(gate + i, V(mul_ps)(g, V(loadu_ps)(up + i)));
+        FLOATS g = FN(load)(gate + i), u = FN(load)(up + i);
+        FN(store)(gate + i, g / (1.0f + FN(exp)(-g)) * u);
     }
 }
 
@@ -2947,8 +3056,8 @@ KERNEL void FN(add_scaled)(float *y, float a, const float *x, int n)
     int i = 0;
 
     for (; i + LANES <= n; i += LANES)
-        V(storeu_ps)(y + i, V(fmadd_ps)(V(set1_ps)(a), V(loadu_ps)(x + i),
-                                        V(loadu_ps)(y + i)));
+        FN(store)(y + i, FN(fma)(FN(splat)(a), FN(load)(x + i),
+                                 FN(load)(y + i)));
     add_scaled(y + i, a, x + i, n - i);
 }
 
@@ -2961,10 +3070,10 @@ KERNEL void FN(rope)(float *head, const float *turn, int head_dim)
         return;
     }
     for (int i = 0; i < half; i += LANES) {
-        FLOATS c = V(loadu_ps)(turn + i), s = V(loadu_ps)(turn + half + i);
-        FLOATS a = V(loadu_ps)(head + i), b = V(loadu_ps)(head + half + i);
-        V(storeu_ps)(head + i, V(fmsub_ps)(a, c, V(mul_ps)(b, s)));
-        V(storeu_ps)(head + half + i, V(fmadd_ps)(b, c, V(mul_ps)(a, s)));
+        FLOATS c = FN(load)(turn + i), s = FN(load)(turn + half + i);
+        FLOATS a = FN(load)(head + i), b = FN(load)(head + half + i);
+        FN(store)(head + i, FN(fma)(a, c, -(b * s)));
+        FN(store)(head + half + i, FN(fma)(b, c, a * s));
     }
 }
 
@@ -2975,39 +3084,35 @@ KERNEL void FN(conv_step)(float *y, float *const *u, const float *w,
     const size_t last = (size_t)l_cache - 1;
 
     for (size_t i = 0; i < UNIT; i += LANES) {
-        FLOATS v = V(mul_ps)(V(loadu_ps)(w + i), V(loadu_ps)(u[0] + i));
-        V(storeu_ps)(u[last] + i,
-                     V(mul_ps)(V(loadu_ps)(b + i), V(loadu_ps)(x + i)));
+        FLOATS v = FN(load)(w + i) * FN(load)(u[0] + i);
+        FN(store)(u[last] + i, FN(load)(b + i) * FN(load)(x + i));
         for (size_t k = 1; k <= last; k++)
-            v = V(fmadd_ps)(V(loadu_ps)(w + k * n + i),
-                            V(loadu_ps)(u[k] + i), v);
-        V(storeu_ps)(x + i, v);
-        V(storeu_ps)(y + i, V(mul_ps)(V(loadu_ps)(c + i), v));
+            v = FN(fma)(FN(load)(w + k * n + i), FN(load)(u[k] + i), v);
+        FN(store)(x + i, v);
+        FN(store)(y + i, FN(load)(c + i) * v);
     }
 }
 
 KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 {
-    const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
-    const INTS sign = V(set1_epi32)(0x7fffffff);
     FLOATS v[32 / LANES];
-    INTS q[32 / LANES], top = VI(setzero)();
+    INTS q[32 / LANES], top = { 0 };
 
     UNROLL
     for (int i = 0; i < 32 / LANES; i++) {
-        v[i] = V(loadu_ps)(x + LANES * i);
-        top = V(max_epu32)(top, VI(and)(AS_INTS(v[i]), sign));
+        v[i] = FN(load)(x + LANES * i);
+        INTS size = (INTS)v[i] & 0x7fffffff;
+        top ^= (top ^ size) & (size > top);
     }
     const float amax = float_of(FN(largest)(top));
     if (!(amax >= 0x1p-100f && amax <= FLT_MAX)) {
         quantize(to, x);
         return;
     }
-    const FLOATS inverse = V(set1_ps)(127 / amax);
     UNROLL
     for (int i = 0; i < 32 / LANES; i++) {
-        FLOATS r = V(add_ps)(V(mul_ps)(v[i], inverse), magic);
-        q[i] = V(cvttps_epi32)(V(sub_ps)(r, magic));
+        FLOATS r = v[i] * (127 / amax) + ROUND_MAGIC;
+        q[i] = __builtin_convertvector(r - ROUND_MAGIC, INTS);
     }
     FN(store_bytes)(to, q);
     to->d = amax / 127;
@@ -3020,28 +3125,24 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 {
     const int end = (n + 15) / 16 * 16;
-    FLOATS max = V(set1_ps)(-INFINITY), sum[FN(CHAINS)];
-    float m[LANES];
+    FLOATS max = FN(splat)(-INFINITY), sum[FN(CHAINS)] = { { 0 } };
 
     for (int p = n; p < end; p++)
         s[p] = -INFINITY;
-    for (int p = 0; p < end; p += LANES)
-        max = V(max_ps)(V(loadu_ps)(s + p), max);
-    V(storeu_ps)(m, max);
-    g->max = m[0];
+    for (int p = 0; p < end; p += LANES) {
+        FLOATS v = FN(load)(s + p);
+        max = FN(choose)(v > max, v, max);
+    }
+    g->max = max[0];
     for (int i = 1; i < LANES; i++)
-        g->max = m[i] > g->max ? m[i] : g->max;
-    UNROLL
-    for (int h = 0; h < FN(CHAINS); h++)
-        sum[h] = V(setzero_ps)();
+        g->max = max[i] > g->max ? max[i] : g->max;
     for (int p = 0; p < end; p += 16)
         UNROLL
         for (int h = 0; h < FN(CHAINS); h++) {
             float *at = s + p + h * LANES;
-            FLOATS e = FN(exp)(V(sub_ps)(V(loadu_ps)(at),
-                                         V(set1_ps)(g->max)));
-            V(storeu_ps)(at, e);
-            sum[h] = V(add_ps)(sum[h], e);
+            FLOATS e = FN(exp)(FN(load)(at) - g->max);
+            FN(store)(at, e);
+            sum[h] += e;
         }
     g->sum = FN(tree)(sum);
 }
@@ -3065,27 +3166,7 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 #ifndef KERNELS
 enum {
     AT_ONCE = 7,                          /* rows of x                       */
-    AHEAD = 65536,                        /* bytes to fetch ahead, at least  */
-    NEAR = 20480                          /* tiles of so many bytes can wait
-                                             in the first-level cache        */
-};
-
-/* What an unpacker does with a group: see put(). */
-enum { TO_PANEL, ONE_ROW, FEW_ROWS };
-
-/* How products are added up, by format. */
-enum {
-    MIN = 1,                              /* weights have a minimum          */
-    HALVES = 2,                           /* d and m for 16 columns          */
-    TERMS = 4,                            /* times how many products of four
-                                             columns 16 bits can hold on x86:
-                                             4 or 2; or 1, of signed bytes   */
-    PLAIN_4 = 4 * TERMS,
-    PLAIN_1 = 1 * TERMS,
-    MIN_4 = PLAIN_4 + MIN,
-    HALVES_4 = PLAIN_4 + HALVES,
-    HALVES_2 = 2 * TERMS + HALVES,
-    HALVES_MIN_4 = HALVES_4 + MIN
+    AHEAD = 65536                         /* bytes to fetch ahead, at least  */
 };
 #endif
 
@@ -3093,691 +3174,10 @@ enum {
 
 enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
 
-/* Four bytes, repeated in all lanes. */
-KERNEL_INLINE INTS FN(repeat)(const void *p)
-{
-    int32_t four;
-    memcpy(&four, p, sizeof four);
-    return V(set1_epi32)(four);
-}
-
-/* Bytes at .. at+15 of every row of a tile: v[j] holds 4j .. 4j+3 of each. */
-KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
-{
-    INTS a = FN(load_rows)(p, stride), b = FN(load_rows)(p + stride, stride);
-    INTS c = FN(load_rows)(p + 2 * stride, stride);
-    INTS d = FN(load_rows)(p + 3 * stride, stride);
-    INTS ab = V(unpacklo_epi32)(a, b), cd = V(unpacklo_epi32)(c, d);
-
-    v[0] = V(unpacklo_epi64)(ab, cd);
-    v[1] = V(unpackhi_epi64)(ab, cd);
-    ab = V(unpackhi_epi32)(a, b);
-    cd = V(unpackhi_epi32)(c, d);
-    v[2] = V(unpacklo_epi64)(ab, cd);
-    v[3] = V(unpackhi_epi64)(ab, cd);
-}
-
-/* 32 bytes of every row. */
-KERNEL_INLINE void FN(load_32)(INTS v[8], const uint8_t *p, size_t stride)
-{
-    FN(load_16)(v, p, stride);
-    FN(load_16)(v + 4, p + 16, stride);
-}
-
-/* Bits n and up of every byte, as many as are set in `mask`. */
-KERNEL_INLINE INTS FN(bits)(INTS v, int n, int mask)
-{
-    return VI(and)(FN(shift)(v, n), V(set1_epi8)((char)mask));
-}
-
-/* Byte i of every 32-bit number, as a float; the same for signed bytes. */
-KERNEL_INLINE FLOATS FN(byte_float)(INTS v, int i)
-{
-    v = VI(and)(FN(shift)(v, 8 * i), V(set1_epi32)(255));
-    return V(cvtepi32_ps)(v);
-}
-
-KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
-{
-    v = V(srai_epi32)(V(slli_epi32)(FN(shift)(v, 8 * i), 24), 24);
-    return V(cvtepi32_ps)(v);
-}
-
-#if DOT && LANES == 4
-
-/* s += four columns of w times columns 4k .. 4k+3 of v, which holds 16.  Not
- * every compiler has a function for it where the default CPU lacks it. */
-KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
-{
-#define SDOT(i) \
-    ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
-    switch (k % 4) {
-    case 0: SDOT(0); break;
-    case 1: SDOT(1); break;
-    case 2: SDOT(2); break;
-    case 3: SDOT(3); break;
-    }
-    return s;
-}
-
-#endif
-
-/* s[t][j] = columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
-#if LANES > 4 || DOT
-
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_block *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const int tiles, const int kind)
-{
-    const INTS one = V(set1_epi16)(1);
-    const int terms = kind / TERMS;
-    INTS part[FN(TOKENS)][2];
-
-    UNROLL
-    for (int k = first; k < last; k++)
-        UNROLL
-        for (int t = 0; t < tokens; t++) {
-            const INTS v = LANES > 4 ? FN(repeat)(x[t][g].q + 4 * k)
-                                     : FN(lanes)(x[t][g].q + k / 4 * 16);
-            UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const INTS wk = w[k * tiles + j];
-#if DOT
-                s[t][j] = DOT_4(s[t][j], wk, v, k);
-                (void)one;
-                (void)terms;
-                (void)part;
-#else
-                const int i = (k - first) % terms;
-                INTS p = terms > 1 ? V(maddubs_epi16)(wk, v)
-                                   : V(maddubs_epi16)(V(abs_epi8)(wk),
-                                                      FN(sign)(v, wk));
-                part[t][j] = p = i ? V(add_epi16)(part[t][j], p) : p;
-                if (i == terms - 1) {
-                    p = V(madd_epi16)(p, one);
-                    s[t][j] = k < first + terms ? p
-                                                : V(add_epi32)(s[t][j], p);
-                }
-#endif
-            }
-        }
-}
-
-#else
-
-/* Products of bytes are added up in 16 bits, those of two rows in each half of
- * part: of eight columns if the bytes of w use all their bits, else of all.  If
- * clang saw that the halves of v are equal, it would not use smlal2. */
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_block *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const int tiles, const int kind)
-{
-    const int terms = kind / TERMS > 1 ? last - first : 2;
-    int16x8_t part[FN(TOKENS)][2][2];
-    INTS sum[FN(TOKENS)][2][2];
-
-    UNROLL
-    for (int k = first; k < last; k++)
-        UNROLL
-        for (int t = 0; t < tokens; t++) {
-            INTS all = FN(lanes)(x[t][g].q + k / 4 * 16);
-            int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(all[k % 4]));
-            ASM("" : "+w"(v));
-            UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const int i = (k - first) % terms;
-                int16x8_t *p = part[t][j];
-                int8x16_t wk = vreinterpretq_s8_s32(w[k * tiles + j]);
-                int8x8_t wl = vget_low_s8(wk), vl = vget_low_s8(v);
-                p[0] = i ? vmlal_s8(p[0], wl, vl) : vmull_s8(wl, vl);
-                p[1] = i ? vmlal_high_s8(p[1], wk, v) : vmull_high_s8(wk, v);
-                if (i < terms - 1)
-                    continue;
-                UNROLL
-                for (int h = 0; h < 2; h++)
-                    sum[t][j][h] = k < first + terms
-                        ? vpaddlq_s16(p[h])
-                        : vpadalq_s16(sum[t][j][h], p[h]);
-            }
-        }
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < tiles; j++)
-            s[t][j] = vpaddq_s32(sum[t][j][0], sum[t][j][1]);
-}
-
-#endif
-
-/* dots() of weights that are stored with an offset: less offset * sum of x.  On
- * ARM bytes are signed, so a panel holds the weights without it. */
-KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
-                                   const struct q8_block *const *x, int g,
-                                   const int h, const int tokens,
-                                   const int tiles, const int kind,
-                                   INTS offset)
-{
-    const int whole = !(kind & HALVES), first = 4 * h;
-    const int last = whole ? 8 : first + 4;
-    const int has_offset = !(kind & MIN) &&
-                           (LANES > 4 || (tiles == 1 && kind / TERMS > 1));
-
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        s[t][0] = s[t][1] = has_offset && DOT
-            ? V(madd_epi16)(FN(repeat)(x[t][g].sum), offset)
-            : VI(setzero)();
-    FN(dots)(s, w, x, g, first, last, tokens, tiles, kind);
-    if (!has_offset || DOT)
-        return;
-    UNROLL
-    for (int t = 0; t < tokens; t++) {
-        const INTS bias = V(madd_epi16)(FN(repeat)(x[t][g].sum), offset);
-        UNROLL
-        for (int j = 0; j < tiles; j++)
-            s[t][j] = V(add_epi32)(s[t][j], bias);
-    }
-}
-
-/* acc -= the minima times the sums of x. */
-KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
-                                    const struct q8_block *const *x, int g,
-                                    const int tokens, const int tiles,
-                                    const int kind)
-{
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < tiles; j++) {
-            const struct q8_block *r = &x[t][g];
-            if (!(kind & HALVES)) {
-                acc[t][j] = V(fnmadd_ps)(m[j], V(set1_ps)(r->s), acc[t][j]);
-                continue;
-            }
-            FLOATS v = V(mul_ps)(m[j], V(set1_ps)((float)r->sum[0]));
-            v = V(fmadd_ps)(m[tiles + j], V(set1_ps)((float)r->sum[1]), v);
-            acc[t][j] = V(fnmadd_ps)(V(set1_ps)(r->d), v, acc[t][j]);
-        }
-}
-
-/* One group of one or two tiles, w[8][tiles], d and m [halves][tiles], times
- * group g of each x: a step of dot_row(). */
-KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
-                                 const FLOATS *d, const FLOATS *m,
-                                 const struct q8_block *const *x, int g,
-                                 const int tokens, const int tiles,
-                                 const int kind, int offset)
-{
-    const int halves = kind & HALVES ? 2 : 1;
-    const INTS both = V(set1_epi16)((short)-offset);
-    FLOATS u[FN(TOKENS)][2];
-    INTS s[FN(TOKENS)][2];
-
-    UNROLL
-    for (int h = 0; h < halves; h++) {
-        const INTS part = halves == 1 ? both
-                          : h == 0 ? VI(and)(both, V(set1_epi32)(0xffff))
-                                   : V(slli_epi32)(both, 16);
-        FN(offset_dots)(s, w, x, g, h, tokens, tiles, kind, part);
-        UNROLL
-        for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const FLOATS dw = d[h * tiles + j];
-                const FLOATS f = V(cvtepi32_ps)(s[t][j]);
-                const FLOATS dx = V(set1_ps)(x[t][g].d);
-                if (halves == 1)
-                    acc[t][j] = V(fmadd_ps)(V(mul_ps)(dw, dx), f, acc[t][j]);
-                else if (h == 0)
-                    u[t][j] = V(mul_ps)(dw, f);
-                else
-                    acc[t][j] = V(fmadd_ps)(dx, V(fmadd_ps)(dw, f, u[t][j]),
-                                            acc[t][j]);
-            }
-    }
-    if (kind & MIN)
-        FN(subtract_min)(acc, m, x, g, tokens, tiles, kind);
-}
-
-/* Where the groups of a tile go: into a panel, or times n rows of x into acc at
- * once.  Meanwhile what is at `next` is fetched into the second-level cache,
- * and what is at `near`, which is there by now, into the first. */
-struct FN(sink) {
-    INTS *q;                              /* of the panel, see above         */
-    FLOATS *d, *m;
-    const struct q8_block *x[AT_ONCE];
-    FLOATS acc[AT_ONCE];
-    int n, offset;
-    const uint8_t *next, *near;
-};
-
-/* The next group: weights w, scales and minima of its halves, from `bytes` of
- * each row.  It goes to the panel, or is multiplied with ONE or a FEW_ROWS. */
-KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
-                           const FLOATS *d, const FLOATS *m, int bytes,
-                           const int kind, const int how)
-{
-    const INTS offset = LANES == 4 ? V(set1_epi8)((char)to->offset)
-                                   : VI(setzero)();
-
-    for (int i = 0; i < bytes * LANES; i += 64) {
-        FETCH_FAR(to->next + i);
-        if (how != TO_PANEL)
-            FETCH(to->near + i);
-    }
-    to->next += bytes * LANES;
-    to->near += bytes * LANES;
-    for (int t = 0; t < (how == FEW_ROWS ? to->n : how); t++) {
-        FLOATS acc[1][2] = { { to->acc[t] } };
-        const struct q8_block *x = to->x[t]++;
-        FN(add_group)(acc, w, d, m, &x, 0, 1, 1, kind, to->offset);
-        to->acc[t] = acc[0][0];
-    }
-    if (how != TO_PANEL)
-        return;
-    for (int k = 0; k < 8; k++)
-        to->q[2 * k] = LANES == 4 && !(kind & MIN) && kind / TERMS > 1
-            ? V(sub_epi8)(w[k], offset) : w[k];
-    for (int h = 0; h < (kind & HALVES ? 2 : 1); h++) {
-        to->d[2 * h] = d[h];
-        if (kind & MIN)
-            to->m[2 * h] = m[h];
-    }
-    to->q += 16;
-    to->d += 4;
-    to->m += 4;
-}
-
-/* 16 bytes of nibbles. */
-KERNEL_INLINE void FN(nibbles)(INTS w[8], const uint8_t *p, size_t stride)
-{
-    const INTS low = V(set1_epi8)(15);
-    INTS v[4];
-
-    FN(load_16)(v, p, stride);
-    for (int k = 0; k < 4; k++) {
-        w[k] = VI(and)(v[k], low);
-        w[k + 4] = VI(and)(V(srli_epi16)(v[k], 4), low);
-    }
-}
-
-/* Bits 4k .. 4k+3 of the 32-bit number at p, to bit 4 of the bytes of w[k]. */
-KERNEL_INLINE void FN(fifth_bits)(INTS w[8], const uint8_t *p, size_t stride)
-{
-    static const uint8_t bytes_0[16] = {
-        0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12
-    };
-    const INTS one = V(set1_epi8)(1), which = V(set1_epi32)(0x08040201);
-    const INTS byte_0 = FN(lanes)(bytes_0);
-    INTS v[4];
-
-    FN(load_16)(v, p, stride);
-    for (int k = 0; k < 8; k++) {
-        INTS pick = V(add_epi8)(byte_0, V(set1_epi8)((char)(k / 2)));
-        INTS bit = V(shuffle_epi8)(v[0], pick);
-        bit = VI(and)(bit, k % 2 ? V(slli_epi16)(which, 4) : which);
-        bit = V(slli_epi16)(V(min_epu8)(bit, one), 4);
-        w[k] = VI(or)(w[k], bit);
-    }
-}
-
-/* Signed bytes are made unsigned where the instruction wants it. */
-enum { FN(SIGNED) = DOT && LANES > 4 ? 128 : 0 };
-
-KERNEL_INLINE INTS FN(from_signed)(INTS v)
-{
-    return VI(xor)(v, V(set1_epi8)((char)FN(SIGNED)));
-}
-
-KERNEL_INLINE void FN(look_up_iq4)(INTS w[8])
-{
-    const INTS table = FN(from_signed)(FN(lanes)(iq4_value));
-
-    for (int k = 0; k < 8; k++)
-        w[k] = V(shuffle_epi8)(table, w[k]);
-}
-
-/* Unpackers: `groups` groups of a tile, from the block at b of its first row
- * on; the rows are `stride` bytes apart.  What the blocks look like is drawn in
- * section 9. */
-#define UNPACK(type) \
-    KERNEL_INLINE void FN(unpack_##type)(struct FN(sink) *to, \
-                                         const uint8_t *b, size_t stride, \
-                                         int groups, const int how)
-
-/* The formats of 32 columns with nibbles. */
-KERNEL_INLINE void FN(unpack_32)(struct FN(sink) *to, const uint8_t *b,
-                                 size_t stride, int groups, const int how,
-                                 const int kind, const int fifth, const int iq4)
-{
-    const int has_min = kind & MIN, at = 2 + 2 * has_min + 4 * fifth;
-    FLOATS d[2], m[2];
-    INTS w[8];
-
-    for (; groups > 0; groups--, b += at + 16) {
-        FN(nibbles)(w, b + at, stride);
-        if (fifth)
-            FN(fifth_bits)(w, b + at - 4, stride);
-        if (iq4)
-            FN(look_up_iq4)(w);
-        d[0] = FN(column_f16)(b, stride);
-        if (has_min)
-            m[0] = V(sub_ps)(V(set1_ps)(-0.0f), FN(column_f16)(b + 2, stride));
-        FN(put)(to, w, d, m, at + 16, kind, how);
-    }
-}
-
-UNPACK(q4_0) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_4, 0, 0); }
-UNPACK(q4_1) { FN(unpack_32)(to, b, stride, groups, how, MIN_4, 0, 0); }
-UNPACK(q5_0) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_4, 1, 0); }
-UNPACK(q5_1) { FN(unpack_32)(to, b, stride, groups, how, MIN_4, 1, 0); }
-UNPACK(iq4_nl) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_1, 0, 1); }
-
-UNPACK(q8_0)
-{
-    FLOATS d[2];
-    INTS w[8];
-
-    for (; groups > 0; groups--, b += 34) {
-        FN(load_32)(w, b + 2, stride);
-        for (int k = 0; k < 8; k++)
-            w[k] = FN(from_signed)(w[k]);
-        d[0] = FN(column_f16)(b, stride);
-        FN(put)(to, w, d, NULL, 34, PLAIN_1, how);
-    }
-}
-
-UNPACK(q2_k)
-{
-    INTS s[4], t[4], v[8] = { 0 }, w[8];
-    FLOATS d[2], m[2];
-
-    for (; groups > 0; groups -= 8, b += 84) {
-        FN(load_16)(s, b, stride);
-        FN(load_16)(t, b + 68, stride);               /* d, dmin are last */
-        const FLOATS dd = FN(low_f16)(t[3]);
-        const FLOATS dmin = FN(low_f16)(V(srli_epi32)(t[3], 16));
-        for (int i = 0; i < 8; i++) {
-            const INTS scale = FN(bits)(s[i / 2], 0, 15);
-            const INTS min = FN(bits)(s[i / 2], 4, 15);
-            if (i % 4 == 0)
-                FN(load_32)(v, b + 16 + i * 8, stride);
-            for (int k = 0; k < 8; k++)
-                w[k] = FN(bits)(v[k], i % 4 * 2, 3);
-            for (int h = 0; h < 2; h++) {
-                int at = i % 2 * 2 + h;
-                d[h] = V(mul_ps)(dd, FN(byte_float)(scale, at));
-                m[h] = V(mul_ps)(dmin, FN(byte_float)(min, at));
-            }
-            FN(put)(to, w, d, m, 11, HALVES_MIN_4, how);
-        }
-    }
-}
-
-UNPACK(q3_k)
-{
-    const FLOATS offset = V(set1_ps)(32);
-    INTS t[4], s[4], high[8], v[8] = { 0 }, w[8];
-    FLOATS d[2];
-
-    for (; groups > 0; groups -= 8, b += 110) {
-        const FLOATS dd = FN(column_f16)(b + 108, stride);
-        FN(load_16)(t, b + 92, stride);               /* scales: t[1..3] */
-        for (int j = 0; j < 4; j++)
-            s[j] = VI(or)(FN(bits)(t[1 + j % 2], j / 2 * 4, 15),
-                          V(slli_epi16)(FN(bits)(t[3], j * 2, 3), 4));
-        FN(load_32)(high, b, stride);
-        for (int i = 0; i < 8; i++) {
-            if (i % 4 == 0)
-                FN(load_32)(v, b + 32 + i * 8, stride);
-            for (int k = 0; k < 8; k++)
-                w[k] = VI(or)(FN(bits)(v[k], i % 4 * 2, 3),
-                              V(slli_epi16)(FN(bits)(high[k], i, 1), 2));
-            for (int h = 0; h < 2; h++) {
-                FLOATS scale = FN(byte_float)(s[i / 2], i % 2 * 2 + h);
-                d[h] = V(mul_ps)(dd, V(sub_ps)(scale, offset));
-            }
-            FN(put)(to, w, d, NULL, 14, HALVES_4, how);
-        }
-    }
-}
-
-/* Q4_K, and Q5_K which has the fifth bits besides. */
-KERNEL_INLINE void FN(unpack_k)(struct FN(sink) *to, const uint8_t *b,
-                                size_t stride, int groups, const int how,
-                                const int fifth)
-{
-    const int bytes = fifth ? 176 : 144;
-    INTS h[4], s[2], m[2], high[8] = { 0 }, v[8] = { 0 }, w[8];
-
-    for (; groups > 0; groups -= 8, b += bytes) {
-        FN(load_16)(h, b, stride);
-        const FLOATS d = FN(low_f16)(h[0]);
-        const FLOATS dmin = FN(low_f16)(V(srli_epi32)(h[0], 16));
-        s[0] = FN(bits)(h[1], 0, 63);
-        m[0] = FN(bits)(h[2], 0, 63);
-        s[1] = VI(or)(FN(bits)(h[3], 0, 15), FN(bits)(h[1], 2, 48));
-        m[1] = VI(or)(FN(bits)(h[3], 4, 15), FN(bits)(h[2], 2, 48));
-        if (fifth)
-            FN(load_32)(high, b + 16, stride);
-        for (int i = 0; i < 8; i++) {
-            FLOATS scale = V(mul_ps)(d, FN(byte_float)(s[i / 4], i % 4));
-            FLOATS min = V(mul_ps)(dmin, FN(byte_float)(m[i / 4], i % 4));
-            if (i % 2 == 0)
-                FN(load_32)(v, b + bytes - 128 + i * 16, stride);
-            for (int k = 0; k < 8; k++) {
-                w[k] = FN(bits)(v[k], i % 2 * 4, 15);
-                if (fifth)
-                    w[k] = VI(or)(w[k], V(slli_epi16)(
-                                            FN(bits)(high[k], i, 1), 4));
-            }
-            FN(put)(to, w, &scale, &min, bytes / 8, MIN_4, how);
-        }
-    }
-}
-
-UNPACK(q4_k) { FN(unpack_k)(to, b, stride, groups, how, 0); }
-UNPACK(q5_k) { FN(unpack_k)(to, b, stride, groups, how, 1); }
-
-UNPACK(q6_k)
-{
-    INTS s[4], low[16] = { 0 }, high[8] = { 0 }, w[8];
-    FLOATS d[2];
-
-    for (; groups > 0; groups -= 8, b += 210) {
-        const FLOATS dd = FN(column_f16)(b + 208, stride);
-        FN(load_16)(s, b + 192, stride);
-        for (int i = 0; i < 8; i++) {
-            if (i % 4 == 0) {
-                FN(load_32)(low, b + i * 16, stride);
-                FN(load_32)(low + 8, b + i * 16 + 32, stride);
-                FN(load_32)(high, b + 128 + i * 8, stride);
-            }
-            for (int k = 0; k < 8; k++)
-                w[k] = VI(or)(FN(bits)(low[i % 2 * 8 + k], i % 4 / 2 * 4, 15),
-                              V(slli_epi16)(FN(bits)(high[k], i % 4 * 2, 3),
-                                            4));
-            for (int h = 0; h < 2; h++)
-                d[h] = V(mul_ps)(dd, FN(signed_float)(s[i / 2],
-                                                      i % 2 * 2 + h));
-            FN(put)(to, w, d, NULL, 27, HALVES_2, how);
-        }
-    }
-}
-
-UNPACK(iq4_xs)
-{
-    INTS h[4], w[8];
-
-    for (; groups > 0; groups -= 8, b += 136) {
-        FN(load_16)(h, b, stride);
-        for (int i = 0; i < 8; i++) {
-            INTS low = VI(and)(FN(shift)(h[1], 4 * i), V(set1_epi32)(15));
-            INTS top = VI(and)(FN(shift)(h[0], 16 + 2 * i), V(set1_epi32)(3));
-            INTS s = V(add_epi32)(low, V(slli_epi32)(top, 4));
-            s = V(sub_epi32)(s, V(set1_epi32)(32));
-            FLOATS d = V(mul_ps)(FN(low_f16)(h[0]), V(cvtepi32_ps)(s));
-            FN(nibbles)(w, b + 8 + i * 16, stride);
-            FN(look_up_iq4)(w);
-            FN(put)(to, w, &d, NULL, 17, PLAIN_1, how);
-        }
-    }
-}
-
-/* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
-KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
-                                const struct q8_block *const *x, int offset,
-                                const int tokens, const int kind)
-{
-    const INTS *w = (const void *)p->q;
-    const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
-    FLOATS acc[FN(TOKENS)][2];
-
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < 2; j++)
-            acc[t][j] = V(setzero_ps)();
-    for (int g = 0; g < groups; g++, w += 16, d += 4, m += 4)
-        FN(add_group)(acc, w, d, m, x, g, tokens, 2, kind, offset);
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < 2; j++)
-            V(storeu_ps)(out + t * UNIT + j * LANES, acc[t][j]);
-}
-
-/* For every kind and number of rows of x its own code. */
-#define MULTIPLY(name, kind) \
-    KERNEL void FN(name)(float *out, const struct scratch *p, int groups, \
-                         const struct q8_block *const *x, int offset, int n) \
-    { \
-        switch (n) { \
-        case 1: FN(multiply)(out, p, groups, x, offset, 1, kind); return; \
-        case 2: FN(multiply)(out, p, groups, x, offset, 2, kind); return; \
-        case 3: FN(multiply)(out, p, groups, x, offset, 3, kind); return; \
-        MORE_TOKENS(kind) \
-        } \
-    }
-
-#if LANES == 4 && DOT
-#define MORE_TOKENS(kind) \
-        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return;
-#elif LANES < 16
-#define MORE_TOKENS(kind)
-#else
-#define MORE_TOKENS(kind) \
-        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return; \
-        case 5: FN(multiply)(out, p, groups, x, offset, 5, kind); return; \
-        case 6: FN(multiply)(out, p, groups, x, offset, 6, kind); return;
-#endif
-
-MULTIPLY(plain_4, PLAIN_4)
-MULTIPLY(plain_1, PLAIN_1)
-MULTIPLY(min_4, MIN_4)
-MULTIPLY(halves_4, HALVES_4)
-MULTIPLY(halves_2, HALVES_2)
-MULTIPLY(halves_min_4, HALVES_MIN_4)
-
-/* The uses of an unpacker. */
-#define ROWS_OF(type) \
-    KERNEL void FN(rows_##type)(struct FN(sink) *to, const uint8_t *b, \
-                                size_t stride, int groups) \
-    { \
-        if (to->n == 0) \
-            FN(unpack_##type)(to, b, stride, groups, TO_PANEL); \
-        else if (to->n == 1) \
-            FN(unpack_##type)(to, b, stride, groups, ONE_ROW); \
-        else \
-            FN(unpack_##type)(to, b, stride, groups, FEW_ROWS); \
-    }
-
-ROWS_OF(q4_0) ROWS_OF(q4_1) ROWS_OF(q5_0) ROWS_OF(q5_1) ROWS_OF(q8_0)
-ROWS_OF(q2_k) ROWS_OF(q3_k) ROWS_OF(q4_k) ROWS_OF(q5_k) ROWS_OF(q6_k)
-ROWS_OF(iq4_nl) ROWS_OF(iq4_xs)
-
-#define USE(type, multiply, offset) { FN(rows_##type), FN(multiply), offset }
-
-/* In the order of formats[]. */
-static const struct {
-    void (*rows)(struct FN(sink) *to, const uint8_t *b, size_t stride,
-                 int groups);
-    void (*multiply)(float *out, const struct scratch *p, int groups,
-                     const struct q8_block *const *x, int offset, int n);
-    int offset;
-} FN(formats)[] = {
-    { 0 }, { 0 }, { 0 },
-    USE(q4_0, plain_4, 8), USE(q4_1, min_4, 0), USE(q5_0, plain_4, 16),
-    USE(q5_1, min_4, 0), USE(q8_0, plain_1, FN(SIGNED)),
-    USE(q2_k, halves_min_4, 0), USE(q3_k, halves_4, 4), USE(q4_k, min_4, 0),
-    USE(q5_k, min_4, 0), USE(q6_k, halves_2, 32),
-    USE(iq4_nl, plain_1, FN(SIGNED)), USE(iq4_xs, plain_1, FN(SIGNED)),
-};
-
-/* How many rows of x to take next, so that all takes are nearly equal. */
-KERNEL_INLINE int FN(take_rows)(int n)
-{
-    int takes = (n + FN(TOKENS) - 1) / FN(TOKENS);
-    return (n + takes - 1) / takes;
-}
-
-/* The rows of a panel, from `row` on, times a few rows of x. */
-KERNEL void FN(product_at_once)(float *out, const struct tensor *w,
-                                const uint8_t *row, const struct input *in,
-                                const uint8_t *next)
-{
-    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
-    const size_t stride = row_bytes(w);
-    struct FN(sink) to;
-
-    to.next = next;
-    to.offset = FN(formats)[f].offset;
-    to.n = in->n;
-    for (int i = 0; i < 2; i++, row += LANES * stride) {
-        to.near = LANES * stride <= NEAR ? row + LANES * stride : row;
-        for (int t = 0; t < in->n; t++) {
-            to.x[t] = in->q + row_at(in, t) * (size_t)groups;
-            to.acc[t] = V(setzero_ps)();
-        }
-        FN(formats)[f].rows(&to, row, stride, groups);
-        for (int t = 0; t < in->n; t++)
-            V(storeu_ps)(out + t * UNIT + i * LANES, to.acc[t]);
-    }
-}
-
-/* The same, times any number of them. */
-KERNEL void FN(product_panel)(float *out, const struct tensor *w,
-                              const uint8_t *row, const struct input *in,
-                              const struct scratch *s, const uint8_t *next)
-{
-    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
-    const size_t stride = row_bytes(w);
-    struct FN(sink) to;
-
-    to.next = to.near = next;
-    to.offset = FN(formats)[f].offset;
-    to.n = 0;                             /* of x: all goes to the panel      */
-    for (int i = 0; i < 2; i++, row += LANES * stride) {
-        to.q = (INTS *)(void *)s->q + i;
-        to.d = (FLOATS *)(void *)s->d + i;
-        to.m = (FLOATS *)(void *)s->m + i;
-        FN(formats)[f].rows(&to, row, stride, groups);
-    }
-    for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
-        const struct q8_block *x[FN(TOKENS)];
-        m = FN(take_rows)(in->n - t);
-        for (int i = 0; i < m; i++)
-            x[i] = in->q + row_at(in, t + i) * (size_t)groups;
-        FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
-    }
-}
-
 /* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
 KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 {
-    return type == 0 ? V(loadu_ps)((const float *)(const void *)p + i)
+    return type == 0 ? FN(load)((const float *)(const void *)p + i)
          : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
 }
 
@@ -3796,7 +3196,7 @@ KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
         for (int t = 0; t < tokens; t++)
             UNROLL
             for (int h = 0; h < FN(CHAINS); h++)
-                acc[r][t][h] = V(setzero_ps)();
+                acc[r][t][h] = FN(splat)(0);
     for (int c = 0; c < cols; c += 16, next += bytes) {
         for (int i = 0; i < bytes; i += 64)
             FETCH(next + i);
@@ -3808,8 +3208,8 @@ KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
                 FLOATS w = FN(load_floats)(row + (size_t)r * stride, i, type);
                 UNROLL
                 for (int t = 0; t < tokens; t++)
-                    acc[r][t][h] = V(fmadd_ps)(w, V(loadu_ps)(x[t] + i),
-                                               acc[r][t][h]);
+                    acc[r][t][h] = FN(fma)(w, FN(load)(x[t] + i),
+                                           acc[r][t][h]);
             }
     }
     UNROLL
@@ -3874,19 +3274,14 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
 {
     const int floats = w->fmt->floats != NULL;
     const int rows = floats ? FN(ROWS) : FN(PANEL);
-    const int end_row = floats && w->cols % 16 != 0 ? 0 : n_rows;
+    const int end_row = !floats || w->cols % 16 != 0 ? 0 : n_rows;
     const size_t bytes = row_bytes(w) * rows;
     const uint8_t *row = w->data + (size_t)first * row_bytes(w);
     int done = 0;
 
     for (; done + rows <= end_row; done += rows, row += bytes, out += rows) {
         const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
-        if (floats)
-            FN(product_floats)(out, w, row, in, ahead);
-        else if (in->n <= AT_ONCE)
-            FN(product_at_once)(out, w, row, in, ahead);
-        else
-            FN(product_panel)(out, w, row, in, s, ahead);
+        FN(product_floats)(out, w, row, in, ahead);
     }
     product_rows(out, w, first + done, n_rows - done, in, s, end, next);
 }
@@ -3906,7 +3301,7 @@ KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
         size_t at = k_index(pos + p, 0, hd);
         UNROLL
         for (int i = 0; i < queries * W; i++)
-            acc[i] = V(setzero_ps)();
+            acc[i] = FN(splat)(0);
         for (int d = 0; d < hd; d++, at += TILE) {
             UNROLL
             for (int i = 0; i < W; i++)
@@ -3914,12 +3309,12 @@ KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
             FETCH(kv->k + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
             UNROLL
             for (int i = 0; i < queries * W; i++)
-                acc[i] = V(fmadd_ps)(V(set1_ps)(q[d + (size_t)(i / W * hd)]),
-                                     k[i % W], acc[i]);
+                acc[i] = FN(fma)(FN(splat)(q[d + (size_t)(i / W * hd)]),
+                                 k[i % W], acc[i]);
         }
         UNROLL
         for (int i = 0; i < queries * W; i++)
-            V(storeu_ps)(s[i / W] + p + i % W * LANES, acc[i]);
+            FN(store)(s[i / W] + p + i % W * LANES, acc[i]);
     }
 }
 
@@ -3936,7 +3331,7 @@ KERNEL_INLINE void FN(values)(struct attn_partial *g, float s[][CHUNK],
         size_t at = (size_t)(pos + first) * hd + d;
         UNROLL
         for (int i = 0; i < queries * W; i++)
-            acc[i] = V(loadu_ps)(g[i / W].o + d + i % W * LANES);
+            acc[i] = FN(load)(g[i / W].o + d + i % W * LANES);
         for (int p = first; p < last; p++, at += hd) {
             UNROLL
             for (int i = 0; i < W; i++)
@@ -3944,11 +3339,11 @@ KERNEL_INLINE void FN(values)(struct attn_partial *g, float s[][CHUNK],
             FETCH(kv->v + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
             UNROLL
             for (int i = 0; i < queries * W; i++)
-                acc[i] = V(fmadd_ps)(V(set1_ps)(s[i / W][p]), v[i % W], acc[i]);
+                acc[i] = FN(fma)(FN(splat)(s[i / W][p]), v[i % W], acc[i]);
         }
         UNROLL
         for (int i = 0; i < queries * W; i++)
-            V(storeu_ps)(g[i / W].o + d + i % W * LANES, acc[i]);
+            FN(store)(g[i / W].o + d + i % W * LANES, acc[i]);
     }
 }
 
@@ -3995,32 +3390,9 @@ KERNEL void FN(attend_chunk)(struct attn_partial *part,
     }
 }
 
-/* Multiply-adds of bytes in registers, as dots() does them. */
 KERNEL int64_t FN(exercise)(int *sum)
 {
-    const INTS w = V(set1_epi8)(1);
-    INTS acc[8];
-
-    for (int i = 0; i < 8; i++)
-        acc[i] = V(set1_epi32)(i);
-    for (int n = 0; n < 1 << 16; n++)
-        UNROLL
-        for (int i = 0; i < 8; i++) {
-#if DOT
-            acc[i] = DOT_4(acc[i], w, acc[i], 0);
-#elif LANES == 4
-            int8x16_t v = vreinterpretq_s8_s32(acc[i]), one = vdupq_n_s8(1);
-            acc[i] = (INTS)vmlal_s8((int16x8_t)acc[i], vget_low_s8(v),
-                                    vget_low_s8(one));
-            acc[i] = (INTS)vmlal_high_s8((int16x8_t)acc[i], v, one);
-            (void)w;
-#else
-            acc[i] = V(add_epi16)(acc[i], V(maddubs_epi16)(w, acc[i]));
-#endif
-        }
-    for (int i = 0; i < 8; i++)
-        *sum ^= V_FIRST(acc[i]);
-    return (int64_t)8 * 4 * LANES << 16;
+    return exercise(sum);
 }
 
 static const struct isa FN(isa) = {
@@ -4029,14 +3401,12 @@ static const struct isa FN(isa) = {
     FN(product), FN(exercise)
 };
 
-#undef MORE_TOKENS
-#undef V
-#undef VI
+#undef MM
+#undef MM_INTS
 #undef INTS
+#undef UINTS
+#undef QUADS
 #undef FLOATS
-#undef AS_INTS
-#undef AS_FLOATS
-#undef V_FIRST
 #undef BLOCK
 #undef FN
 #undef LANES
