@@ -208,7 +208,8 @@ static void expect_products(const struct isa *isa, int type, int cols, int rows,
     const size_t n = (size_t)MOST_TOKENS * (size_t)cols, c = (size_t)cols;
     float *out[2] = { room(MOST_TOKENS * UNIT * 4), room(MOST_TOKENS * UNIT * 4) };
     struct scratch s = { .q = room(c * 32), .d = room(c * 8),
-                         .m = room(c * 8), .f = room(c * 4) };
+                         .m = room(c * 8), .f = room(c * 4),
+                         .few = room(FEW_BYTES) };
     struct input in = { 0, cols, NULL, room(n * 4),
                         room(n / 32 * sizeof *in.q) };
     int order[MOST_TOKENS];
@@ -237,6 +238,7 @@ static void expect_products(const struct isa *isa, int type, int cols, int rows,
     free(s.d);
     free(s.m);
     free(s.f);
+    free(s.few);
     free(in.f);
     free(in.q);
     free(b.p);
