@@ -3226,7 +3226,8 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 #ifndef KERNELS
 enum {
     AT_ONCE = 7,                          /* rows of x that are few          */
-    AHEAD = 65536                         /* bytes to fetch ahead, at least  */
+    AHEAD = 16384                         /* bytes to fetch ahead of the next
+                                             tile; found by measuring        */
 };
 
 #if defined LFM2_X86 || defined LFM2_ARM
@@ -3694,7 +3695,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
 {
     static const uint8_t each[4] = EACH(sizeof(struct q8_block));
     const int halves = k->per_16 ? 2 : 1;
-    const int bytes = 4 * QUADS * k->bytes / k->groups;
+    const int lines = (LANES * QUADS * k->bytes / k->groups + 63) / 64;
 
     for (int t = 0; t < n; t++)
         UNROLL
@@ -3703,8 +3704,8 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
     UNROLL
     for (int r = 0; r < QUADS; r++) {
         UNROLL
-        for (int i = 0; i < bytes; i += 64)
-            FETCH(next + r * bytes + i);
+        for (int i = r * lines / QUADS; i < (r + 1) * lines / QUADS; i++)
+            FETCH_FAR(next + 64 * i);
         FN(four_rows)(to, n, r, b + 4 * (size_t)r * stride, stride, g, k);
     }
     for (int t = 0; t < n; t++)
@@ -4184,12 +4185,12 @@ KERNEL void FN(product_floats)(float *out, const struct tensor *w,
     }
 }
 
-/* What to fetch while `bytes` at p are worked on: a multiple of them further
- * on, or as far behind `next` as that is behind `end`. */
+/* What to fetch while the tile at p is worked on: the next one and a little
+ * more, or as far behind `next` as that is behind `end`. */
 KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
                                        const uint8_t *end, const uint8_t *next)
 {
-    const size_t distance = (AHEAD + bytes - 1) / bytes * bytes;
+    const size_t distance = bytes + AHEAD;
     const size_t left = (size_t)(end - p);
 
     return distance < left ? p + distance : next ? next + (distance - left) : p;
