@@ -241,19 +241,22 @@ struct input {
 /* A piece of a span: n rows of the batch, which continue one sequence. */
 struct piece { int seq, pos, row, n; };
 
-/* One pass: at most n_batch rows, cut from the spans in order. */
-enum { NOTHING, LOGITS, STATE };          /* the normed x, for lfm2_state()  */
+/* A row of the batch: one token of one sequence, or a row of embeddings that
+ * stands in for it; and what is wanted of it. */
+enum { NOTHING, STATE, LOGITS };          /* state: the last normed x        */
 
+struct row {
+    int seq, pos;
+    int32_t token;                        /* -1 where there is embd          */
+    const float *embd;                    /* [n_embd], or NULL               */
+    int wanted;
+};
+
+/* One pass: at most n_batch rows, cut from the spans in order. */
 struct batch {
     int n_rows, n_pieces;
+    struct row *row;                      /* [n_rows]                        */
     struct piece *piece;                  /* [n_seq]                         */
-    int32_t *token, *position;            /* [n_rows]                        */
-    const float **embd;                   /* [n_rows][n_embd] instead of a
-                                             token, or NULL                  */
-    uint8_t *wanted;                      /* [n_rows] what of it: see below  */
-    int *row_of;                          /* [n_rows] in the pass, of a row
-                                             that keep_wanted() has moved    */
-    int *logit_row;                       /* [n_rows] see output()           */
     float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
 };
 
@@ -263,8 +266,8 @@ struct routing {
     float *score;                         /* [n_rows][n_expert]              */
     int *chosen;                          /* [n_rows][n_expert_used]         */
     float *weight;                        /* [n_rows][n_expert_used]         */
-    int *slot;                            /* [slots] row * used + choice     */
     int *slot_row;                        /* [slots]                         */
+    float *slot_weight;                   /* [slots]                         */
     int *slot_end;                        /* [n_expert+1] bounds of groups   */
     int *active, n_active;                /* experts that somebody chose     */
     struct tensor *gate, *up, *down;      /* [n_active] their matrices       */
@@ -398,9 +401,6 @@ struct thread {
 struct range { int first, last; };
 static struct range share(const struct thread *me, int n);
 static void barrier(const struct thread *me);
-static void parallel(struct lfm2_context *ctx, int n_threads,
-                     void (*run)(const struct thread *me));
-static int threads_for(const struct lfm2_context *ctx, int n_rows);
 
 /* Row r of w as floats: out[w->cols]. */
 static void get_row(float *out, const struct tensor *w, int r);
@@ -441,8 +441,8 @@ static void group_by_expert(struct lfm2_context *ctx, const struct layer *l);
  * trace_rows() what lies in y, [n_rows][n]; il is -1 outside of layers. */
 enum module {
     NOT_TRACED, CONV_IN_PROJ, CONV_CONV, CONV_OUT_PROJ, ATTN_Q, ATTN_K, ATTN_V,
-    ATTN_Q_NORM, ATTN_K_NORM, ATTN_OUT, FFN_W1, FFN_W3, FFN_W2, MOE_CHOSEN,
-    N_MODULES
+    ATTN_Q_NORM, ATTN_K_NORM, ATTN_OUT, FFN_W1, FFN_W3, FFN_W2, MOE_GATE,
+    MOE_CHOSEN, N_MODULES
 };
 static void keep(const struct lfm2_context *ctx, int module, int row, int col,
                  const float *x, int n);
@@ -450,18 +450,7 @@ static void trace(const struct thread *me, const struct layer *l, int first,
                   int last);
 static void trace_rows(const struct thread *me, int il, const char *module,
                        float *y, int n);
-static void trace_scores(const struct thread *me, const struct layer *l);
 static void trace_moe(const struct thread *me, const struct layer *l);
-
-/* The calls of lfm2_forward(), see section 20: are the spans as they should be;
- * remember where the sequences stand; go back there; a piece has been read. */
-static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                       int n_spans, lfm2_error *err);
-static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                        int n_spans);
-static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                       int n_spans);
-static void advance(struct lfm2_context *ctx, const struct piece *p);
 
 /* Fill in err, if there is one, and return code. */
 static int fail(lfm2_error *err, int code, const char *fmt, ...);
@@ -832,8 +821,8 @@ static void add_experts(const struct thread *me, const struct layer *l)
             const float *out = product(me, 0, &r->down[i], u, &h);
             for (int s = h.first; s < h.first + h.n; s++, out += UNIT)
                 ctx->isa->add_scaled(ctx->y + (size_t)r->slot_row[s] * n +
-                                     (size_t)u * UNIT, r->weight[r->slot[s]],
-                                     out, UNIT);
+                                     (size_t)u * UNIT, r->slot_weight[s], out,
+                                     UNIT);
         }
     }
     for (size_t t = 0; t < (size_t)ctx->batch.n_rows; t++)
@@ -853,7 +842,6 @@ static void moe(const struct thread *me, const struct layer *l)
 
     matmul(me, ASSIGN, r->score, &l->ffn_gate_inp, &ctx->in);
     barrier(me);
-    trace_scores(me, l);
     for (size_t t = (size_t)rows.first; t < (size_t)rows.last; t++)
         route(c, l->exp_probs_b, r->score + t * (size_t)c->n_expert,
               r->chosen + t * (size_t)c->n_expert_used,
@@ -884,16 +872,17 @@ static void embed(const struct thread *me)
     const struct range mine = share(me, b->n_rows);
 
     for (int t = mine.first; t < mine.last; t++) {
+        const struct row *row = &b->row[t];
         float *x = ctx->x + (size_t)t * c->n_embd;
         float *turn = b->rope + (size_t)t * c->head_dim;
         double freq = 1;
 
-        if (b->embd[t])
-            memcpy(x, b->embd[t], (size_t)c->n_embd * sizeof *x);
+        if (row->embd)
+            memcpy(x, row->embd, (size_t)c->n_embd * sizeof *x);
         else
-            get_row(x, &ctx->model->token_embd, b->token[t]);
+            get_row(x, &ctx->model->token_embd, row->token);
         for (int i = 0; i < half; i++, freq /= ctx->model->rope_root)
-            sin_cos(b->position[t] * freq, &turn[half + i], &turn[i]);
+            sin_cos(row->pos * freq, &turn[half + i], &turn[i]);
     }
     barrier(me);
     trace_rows(me, -1, "model.embed_tokens", ctx->x, c->n_embd);
@@ -920,72 +909,47 @@ static void set_rows(struct lfm2_context *ctx, int n)
     ctx->in.n = ctx->mixed.n = ctx->heads.n = ctx->hidden.n = n;
 }
 
-static struct piece *piece_of(const struct batch *b, int row)
-{
-    struct piece *p = b->piece;
-
-    while (row >= p->row + p->n)
-        p++;
-    return p;
-}
-
-/* Where nothing mixes rows any more, go on with those that somebody wants. */
-static void keep_wanted(const struct thread *me)
+/* Go on with the rows of which at least so much is wanted, where nothing mixes
+ * rows any more. */
+static void keep_rows(const struct thread *me, int least)
 {
     struct lfm2_context *ctx = me->ctx;
     struct batch *b = &ctx->batch;
     const size_t n = (size_t)ctx->model->cfg.n_embd;
     int kept = 0;
 
-    if (me->id == 0) {
-        for (int t = 0; t < b->n_rows; t++) {
-            if (!b->wanted[t])
-                continue;
-            memmove(ctx->x + n * (size_t)kept, ctx->x + n * (size_t)t,
-                    n * sizeof *ctx->x);
-            b->wanted[kept] = b->wanted[t];
-            b->row_of[kept++] = t;
-        }
-        set_rows(ctx, kept);
+    for (int t = 0; me->id == 0 && t < b->n_rows; t++) {
+        if (b->row[t].wanted < least)
+            continue;
+        memmove(ctx->x + n * (size_t)kept, ctx->x + n * (size_t)t,
+                n * sizeof *ctx->x);
+        b->row[kept++] = b->row[t];
     }
+    if (me->id == 0)
+        set_rows(ctx, kept);
     barrier(me);
 }
 
-/* Give the states that are wanted, and leave the rows of logits. */
-static void take_states(struct lfm2_context *ctx)
-{
-    struct batch *b = &ctx->batch;
-    const size_t n = (size_t)ctx->model->cfg.n_embd;
-    int left = 0;
-
-    for (int t = 0; t < b->n_rows; t++) {
-        if (b->wanted[t] == STATE) {
-            memcpy(ctx->states + n * (size_t)piece_of(b, b->row_of[t])->seq,
-                   ctx->in.f + n * (size_t)t, n * sizeof *ctx->states);
-            continue;
-        }
-        b->row_of[left] = b->row_of[t];
-        b->logit_row[left++] = t;
-    }
-    set_rows(ctx, left);
-}
-
-/* The logits of the rows that are wanted, behind those of earlier passes. */
+/* The states that are wanted, and the logits, behind those of earlier passes. */
 static void output(const struct thread *me)
 {
     struct lfm2_context *ctx = me->ctx;
     const struct lfm2_model *m = ctx->model;
+    const struct batch *b = &ctx->batch;
+    const size_t n = (size_t)m->cfg.n_embd;
     float *logits = ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab;
-    struct input in;
 
+    for (int t = me->id; t < b->n_rows; t += me->of)
+        if (b->row[t].wanted == STATE)
+            rms_norm(ctx->isa, ctx->states + n * (size_t)b->row[t].seq, ctx->x +
+                     n * (size_t)t, m->output_norm, m->cfg.n_embd,
+                     m->cfg.norm_rms_eps);
+    barrier(me);
+    keep_rows(me, LOGITS);
     norm_rows(me, m->output_norm);
     trace_rows(me, -1, "model.embedding_norm", ctx->in.f, m->cfg.n_embd);
-    if (me->id == 0)
-        take_states(ctx);
-    barrier(me);
-    in = ctx->in;
-    in.row = ctx->batch.logit_row;
-    matmul(me, ASSIGN, logits, &m->output, &in);
+    if (b->n_rows > 0)
+        matmul(me, ASSIGN, logits, &m->output, &ctx->in);
     barrier(me);
     trace_rows(me, -1, "lm_head", logits, m->cfg.n_vocab);
 }
@@ -1021,7 +985,7 @@ static void forward(const struct thread *me)
             short_conv(me, l);
 
         if (il + 1 == c->n_layer && !ctx->hook)
-            keep_wanted(me);
+            keep_rows(me, STATE);
         if (ctx->batch.n_rows == 0)
             return;
         norm_rows(me, l->ffn_norm);
@@ -1032,76 +996,7 @@ static void forward(const struct thread *me)
             moe(me, l);
         trace_rows(me, il, "", ctx->x, c->n_embd);
     }
-    if (ctx->hook)
-        keep_wanted(me);
-    if (ctx->batch.n_rows > 0)
-        output(me);
-}
-
-/* Cut the next pass, at most n_batch rows, from what is left of the spans. */
-static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
-                      int n_spans)
-{
-    struct batch *b = &ctx->batch;
-    int rows = 0;
-
-    b->n_pieces = 0;
-    for (int i = 0; i < n_spans && rows < ctx->par.n_batch; i++) {
-        const lfm2_span *span = &spans[i];
-        const struct seq *s = &ctx->seq[span->seq];
-        const int done = s->len - s->start, last = span->n_tokens - 1;
-        const int left = span->n_tokens - done, room = ctx->par.n_batch - rows;
-        const int n = left < room ? left : room;
-
-        if (n == 0)
-            continue;
-        b->piece[b->n_pieces++] = (struct piece){ span->seq, s->len, rows, n };
-        for (int t = done; t < done + n; t++, rows++) {
-            b->token[rows] = span->embd ? -1 : span->tokens[t];
-            b->embd[rows] = span->embd ? span->embd + (size_t)t *
-                            (size_t)ctx->model->cfg.n_embd : NULL;
-            b->position[rows] = s->start + t;
-            b->row_of[rows] = rows;
-            b->wanted[rows] = last - t < span->n_logits ? LOGITS :
-                              span->state && t == last ? STATE : NOTHING;
-        }
-    }
-    set_rows(ctx, rows);
-}
-
-/* All passes of a call; nonzero if it was cancelled. */
-static int run_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                     int n_spans)
-{
-    for (;;) {
-        next_pass(ctx, spans, n_spans);
-        if (ctx->batch.n_rows == 0)
-            return 0;
-        parallel(ctx, threads_for(ctx, ctx->batch.n_rows), forward);
-        if (ctx->stop)
-            return 1;
-        ctx->n_logits += ctx->batch.n_rows;
-        for (int i = 0; i < ctx->batch.n_pieces; i++)
-            advance(ctx, &ctx->batch.piece[i]);
-    }
-}
-
-int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
-                 lfm2_error *err)
-{
-    fenv_t callers;
-    int cancelled;
-
-    TRY(check_spans(ctx, spans, n_spans, err));
-    begin_spans(ctx, spans, n_spans);
-    enter_arithmetic(&callers);
-    cancelled = run_spans(ctx, spans, n_spans);
-    fesetenv(&callers);
-    if (!cancelled)
-        return LFM2_OK;
-    undo_spans(ctx, spans, n_spans);
-    atomic_store(&ctx->cancel, 0);
-    return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
+    output(me);
 }
 
 /* =========================================================================
@@ -1338,44 +1233,13 @@ static int threads_for(const struct lfm2_context *ctx, int n_rows)
 
 struct pool { int unused; };
 
-static size_t pool_size(int n_threads)
-{
-    (void)n_threads;
-    return sizeof(struct pool);
-}
-
-static int usable_cpus(void)
-{
-    return 1;
-}
-
-static void pool_open(struct lfm2_context *ctx)
-{
-    ctx->par.n_threads = 1;
-}
-
-static void pool_close(struct lfm2_context *ctx)
-{
-    (void)ctx;
-}
-
-static int pool_is_here(const struct lfm2_context *ctx)
-{
-    (void)ctx;
-    return 1;
-}
-
-static void barrier(const struct thread *me)
-{
-    (void)me;
-}
-
-static void parallel(struct lfm2_context *ctx, int n_threads,
-                     void (*run)(const struct thread *me))
-{
-    (void)n_threads;
-    run(&ctx->thread[0]);
-}
+#define usable_cpus()       1
+#define pool_size(n)        sizeof(struct pool)
+#define pool_open(ctx)      ((ctx)->par.n_threads = 1)
+#define pool_close(ctx)     ((void)(ctx))
+#define pool_is_here(ctx)   1
+#define start(pool, run)    ((void)(pool))
+#define meet(pool, n)       ((void)(pool))
 
 #else
 
@@ -1450,19 +1314,23 @@ static void change(struct pool *p, atomic_uint *what)
     pthread_mutex_unlock(&p->lock);
 }
 
-static void barrier(const struct thread *me)
+/* Wait until n threads are here. */
+static void meet(struct pool *p, unsigned n)
 {
-    struct pool *p = me->ctx->pool;
     const unsigned opened = atomic_load(&p->opened);
 
-    if (me->of == 1)
-        return;
-    if (atomic_fetch_add(&p->arrived, 1) + 1 < (unsigned)me->of) {
+    if (atomic_fetch_add(&p->arrived, 1) + 1 < n) {
         wait_for_change(p, &p->opened, opened);
         return;
     }
     atomic_store(&p->arrived, 0);
     change(p, &p->opened);
+}
+
+static void start(struct pool *p, void (*run)(const struct thread *me))
+{
+    p->run = run;
+    change(p, &p->pass);
 }
 
 static void *worker_main(void *arg)
@@ -1477,24 +1345,8 @@ static void *worker_main(void *arg)
         if (!p->run)
             return NULL;
         p->run(me);
-        barrier(me);
+        meet(p, (unsigned)me->of);
     }
-}
-
-/* Run a function on all threads, or on the caller alone. */
-static void parallel(struct lfm2_context *ctx, int n_threads,
-                     void (*run)(const struct thread *me))
-{
-    struct pool *p = ctx->pool;
-    struct thread *me = &ctx->thread[0];
-
-    me->of = n_threads;
-    if (n_threads > 1) {
-        p->run = run;
-        change(p, &p->pass);
-    }
-    run(me);
-    barrier(me);
 }
 
 /* After fork() a child has the memory of the workers, but not the workers. */
@@ -1509,8 +1361,7 @@ static void pool_close(struct lfm2_context *ctx)
 
     if (!pool_is_here(ctx))
         return;
-    p->run = NULL;
-    change(p, &p->pass);
+    start(p, NULL);
     for (int i = 1; i < ctx->par.n_threads; i++)
         pthread_join(p->worker[i], NULL);
     pthread_cond_destroy(&p->changed);
@@ -1538,6 +1389,25 @@ static void pool_open(struct lfm2_context *ctx)
 }
 
 #endif
+
+static void barrier(const struct thread *me)
+{
+    if (me->of > 1)
+        meet(me->ctx->pool, (unsigned)me->of);
+}
+
+/* Run a function on all threads, or on the caller alone. */
+static void parallel(struct lfm2_context *ctx, int n_threads,
+                     void (*run)(const struct thread *me))
+{
+    struct thread *me = &ctx->thread[0];
+
+    me->of = n_threads;
+    if (n_threads > 1)
+        start(ctx->pool, run);
+    run(me);
+    barrier(me);
+}
 
 /* ---- attention: the cache, and who computes what */
 
@@ -1741,8 +1611,8 @@ static void sort_slots(struct routing *r, int n, int n_expert, int used)
         end[e + 1] += end[e];
     for (int i = n - 1; i >= 0; i--) {
         int s = --end[r->chosen[i] + 1];
-        r->slot[s] = i;
         r->slot_row[s] = i / used;
+        r->slot_weight[s] = r->weight[i];
     }
     memmove(end, end + 1, (size_t)n_expert * sizeof *end);
     end[n_expert] = n;
@@ -5547,18 +5417,13 @@ static void carve_batch(struct arena *a, struct lfm2_context *ctx)
     struct batch *b = &ctx->batch;
 
     CARVE(a, b->piece, (uint64_t)ctx->par.n_seq);
-    CARVE(a, b->token, rows);
-    CARVE(a, b->position, rows);
-    CARVE(a, b->embd, rows);
-    CARVE(a, b->wanted, rows);
-    CARVE(a, b->row_of, rows);
-    CARVE(a, b->logit_row, rows);
+    CARVE(a, b->row, rows);
     CARVE(a, b->rope, rows * (uint64_t)c->head_dim);
     CARVE(a, r->score, rows * experts);
     CARVE(a, r->chosen, slots);
     CARVE(a, r->weight, slots);
-    CARVE(a, r->slot, slots);
     CARVE(a, r->slot_row, slots);
+    CARVE(a, r->slot_weight, slots);
     CARVE(a, r->slot_end, experts + 1);
     CARVE(a, r->active, experts);
     CARVE(a, r->gate, experts);
@@ -5993,6 +5858,71 @@ static void advance(struct lfm2_context *ctx, const struct piece *p)
     forget_columns(ctx, s, s->len);
 }
 
+/* Cut the next pass, at most n_batch rows, from what is left of the spans. */
+static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
+                      int n_spans)
+{
+    struct batch *b = &ctx->batch;
+    const size_t n_embd = (size_t)ctx->model->cfg.n_embd;
+    int rows = 0;
+
+    b->n_pieces = 0;
+    for (int i = 0; i < n_spans && rows < ctx->par.n_batch; i++) {
+        const lfm2_span *span = &spans[i];
+        const struct seq *s = &ctx->seq[span->seq];
+        const int done = s->len - s->start, last = span->n_tokens - 1;
+        const int left = span->n_tokens - done, room = ctx->par.n_batch - rows;
+        const int n = left < room ? left : room;
+
+        if (n == 0)
+            continue;
+        b->piece[b->n_pieces++] = (struct piece){ span->seq, s->len, rows, n };
+        for (int t = done; t < done + n; t++)
+            b->row[rows++] = (struct row){
+                span->seq, s->start + t, span->embd ? -1 : span->tokens[t],
+                span->embd ? span->embd + (size_t)t * n_embd : NULL,
+                last - t < span->n_logits ? LOGITS :
+                span->state && t == last ? STATE : NOTHING
+            };
+    }
+    set_rows(ctx, rows);
+}
+
+/* All passes of a call; nonzero if it was cancelled. */
+static int run_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                     int n_spans)
+{
+    for (;;) {
+        next_pass(ctx, spans, n_spans);
+        if (ctx->batch.n_rows == 0)
+            return 0;
+        parallel(ctx, threads_for(ctx, ctx->batch.n_rows), forward);
+        if (ctx->stop)
+            return 1;
+        ctx->n_logits += ctx->batch.n_rows;
+        for (int i = 0; i < ctx->batch.n_pieces; i++)
+            advance(ctx, &ctx->batch.piece[i]);
+    }
+}
+
+int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
+                 lfm2_error *err)
+{
+    fenv_t callers;
+    int cancelled;
+
+    TRY(check_spans(ctx, spans, n_spans, err));
+    begin_spans(ctx, spans, n_spans);
+    enter_arithmetic(&callers);
+    cancelled = run_spans(ctx, spans, n_spans);
+    fesetenv(&callers);
+    if (!cancelled)
+        return LFM2_OK;
+    undo_spans(ctx, spans, n_spans);
+    atomic_store(&ctx->cancel, 0);
+    return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
+}
+
 float *lfm2_logits(lfm2_context *ctx, int span, int row)
 {
     if (span < 0 || span >= ctx->n_spans || row < 0 ||
@@ -6327,6 +6257,7 @@ static const char *const module_names[N_MODULES] = {
     [FFN_W1] = "feed_forward.w1",
     [FFN_W3] = "feed_forward.w3",
     [FFN_W2] = "feed_forward.w2",
+    [MOE_GATE] = "feed_forward.gate",
     [MOE_CHOSEN] = "feed_forward.selected_experts"
 };
 
@@ -6338,6 +6269,7 @@ static void name_modules(struct layer *l)
     l->attn_k.module = ATTN_K;
     l->attn_v.module = ATTN_V;
     l->attn_output.module = ATTN_OUT;
+    l->ffn_gate_inp.module = MOE_GATE;
     l->ffn_gate.module = l->ffn_gate_exps.module = FFN_W1;
     l->ffn_up.module = l->ffn_up_exps.module = FFN_W3;
     l->ffn_down.module = l->ffn_down_exps.module = FFN_W2;
@@ -6359,6 +6291,8 @@ static int module_width(const lfm2_config *c, int module, int is_dense)
     case FFN_W1:
     case FFN_W3:
         return is_dense ? c->n_ff : c->n_ff_expert;
+    case MOE_GATE:
+        return c->n_expert;
     case MOE_CHOSEN:
         return c->n_expert_used;
     default:
@@ -6395,16 +6329,15 @@ static void show_rows(const struct lfm2_context *ctx, int il, int e,
                       const char *module, const int *row, int n_rows,
                       struct kept kept, int n)
 {
-    const struct batch *b = &ctx->batch;
     char name[MAX_MODULE];
     lfm2_activation a = { .name = name, .layer = il, .expert = e, .n = n };
 
     name_module(name, il, e, module);
     for (int i = 0; i < n_rows; i++) {
-        const int t = b->row_of[row ? row[i] : i];
-        a.seq = piece_of(b, t)->seq;
-        a.pos = b->position[t];
-        a.token = b->token[t];
+        const struct row *r = &ctx->batch.row[row ? row[i] : i];
+        a.seq = r->seq;
+        a.pos = r->pos;
+        a.token = r->token;
         a.x = kept.y + (size_t)i * kept.stride;
         ctx->hook(ctx->hook_user, &a);
     }
@@ -6453,29 +6386,22 @@ static void show_experts(const struct lfm2_context *ctx, int il)
         }
 }
 
-static void trace_scores(const struct thread *me, const struct layer *l)
-{
-    trace_rows(me, (int)(l - me->ctx->model->layer), "feed_forward.gate",
-               me->ctx->routing.score, me->ctx->model->cfg.n_expert);
-}
-
 static void trace_moe(const struct thread *me, const struct layer *l)
 {
     const struct lfm2_context *ctx = me->ctx;
-    const lfm2_config *c = &ctx->model->cfg;
     const struct routing *r = &ctx->routing;
-    const int used = c->n_expert_used, il = (int)(l - ctx->model->layer);
+    const int used = ctx->model->cfg.n_expert_used, il = (int)(l - ctx->model->layer);
 
     if (!ctx->hook)
         return;
     for (int i = 0; me->id == 0 && i < ctx->batch.n_rows * used; i++)
         keep(ctx, MOE_CHOSEN, i / used, i % used,
              &(float){ (float)r->chosen[i] }, 1);
-    trace(me, l, MOE_CHOSEN, MOE_CHOSEN);
+    trace(me, l, MOE_GATE, MOE_CHOSEN);
     trace_rows(me, il, "feed_forward.routing_weights", r->weight, used);
     if (me->id == 0)
         show_experts(ctx, il);
-    trace_rows(me, il, "feed_forward", ctx->y, c->n_embd);
+    trace_rows(me, il, "feed_forward", ctx->y, ctx->model->cfg.n_embd);
 }
 
 /* Set every pointer of kept into memory at `base`; how much there is. */
