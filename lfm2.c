@@ -323,12 +323,9 @@ struct lfm2_context {
  * Enough to read Part I.  The definitions are in Part II, those for traces in
  * section 21. */
 
-static void  enter_arithmetic(fenv_t *callers);     /* see section 7         */
 static float fma_f32(float a, float b, float c);    /* a*b+c, rounded once   */
 static float exp_f32(float x);
 static void  sin_cos(double a, float *s, float *c);
-static float f16_to_f32(uint16_t h);
-static uint16_t f32_to_f16(float f);
 
 enum { UNIT = 32 };                       /* columns rounded together; n_embd
                                              and n_ff are whole units        */
@@ -451,17 +448,6 @@ static void trace(const struct thread *me, const struct layer *l, int first,
 static void trace_rows(const struct thread *me, int il, const char *module,
                        float *y, int n);
 static void trace_moe(const struct thread *me, const struct layer *l);
-
-/* Fill in err, if there is one, and return code. */
-static int fail(lfm2_error *err, int code, const char *fmt, ...);
-
-/* Pass an error on to the caller. */
-#define TRY(call)               \
-    do {                        \
-        int code_ = (call);     \
-        if (code_ < 0)          \
-            return code_;       \
-    } while (0)
 
 /* --------------------------------------------------------- 3. Small blocks
  *
@@ -3983,6 +3969,7 @@ static void set_text(char *to, size_t size, const char *fmt, va_list args)
             c[0] = c[1] = '?';
 }
 
+/* Fill in err, if there is one, and return code. */
 static int fail(lfm2_error *err, int code, const char *fmt, ...)
 {
     if (err) {
@@ -3994,6 +3981,14 @@ static int fail(lfm2_error *err, int code, const char *fmt, ...)
     }
     return code;
 }
+
+/* Pass an error on to the caller. */
+#define TRY(call)               \
+    do {                        \
+        int code_ = (call);     \
+        if (code_ < 0)          \
+            return code_;       \
+    } while (0)
 
 /* For "%llu". */
 static unsigned long long ull(uint64_t n)
