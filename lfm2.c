@@ -5469,10 +5469,11 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
     }
 }
 
-/* Set every pointer of ctx into memory at `base`; how much there is. */
+/* Set every pointer of ctx into memory at `base`, of which ctx itself is the
+ * beginning; how much there is. */
 static uint64_t lay_out(struct lfm2_context *ctx, void *base)
 {
-    struct arena a = { base, 0 };
+    struct arena a = { base, sizeof *ctx };
 
     carve_sequences(&a, ctx);
     carve_batch(&a, ctx);
@@ -5526,14 +5527,14 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 static uint64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
                      const lfm2_params *p)
 {
-    uint64_t total;
+    uint64_t total, size;
 
     *ctx = (struct lfm2_context){ .model = m, .par = *p };
     ctx->isa = isa_table(p->isa);
     ctx->seq_step = seq_step(m, p->kv_type);
     lfm2_model_params(m, &total, &ctx->row_work);
-    const uint64_t size = lay_out(ctx, NULL);
-    return size < TOO_MUCH && size < SIZE_MAX - 64 ? size + 64 : TOO_MUCH;
+    size = lay_out(ctx, NULL) + 64;       /* to begin at a multiple of 64    */
+    return size < TOO_MUCH && size < SIZE_MAX ? size : TOO_MUCH;
 }
 
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
@@ -5541,9 +5542,8 @@ uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
     struct lfm2_context ctx;
     lfm2_params par = *p;
 
-    if (!m->layer || resolve_params(m, &par, NULL) != LFM2_OK)
-        return 0;
-    return plan(&ctx, m, &par) + sizeof ctx;
+    return m->layer && resolve_params(m, &par, NULL) == LFM2_OK
+        ? plan(&ctx, m, &par) : 0;
 }
 
 void lfm2_context_close(lfm2_context *ctx)
@@ -5551,33 +5551,30 @@ void lfm2_context_close(lfm2_context *ctx)
     if (!ctx)
         return;
     pool_close(ctx);
-    lfm2_trace(ctx, NULL, NULL, NULL);
+    free(ctx->kept);
     free(ctx->memory);
-    free(ctx);
 }
 
 int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
                       const lfm2_params *p, lfm2_error *err)
 {
     lfm2_params par = *p;
-    struct lfm2_context *ctx;
-    uint64_t size = 0;
+    struct lfm2_context c, *ctx;
+    uint64_t size;
 
     *out = NULL;
     if (!m->layer)
         return fail(err, LFM2_EARG, "a context for a file that is no model");
     TRY(resolve_params(m, &par, err));
-    ctx = malloc(sizeof *ctx);
-    if (ctx)
-        size = plan(ctx, m, &par);
-    if (!ctx || size == TOO_MUCH ||
-        !(ctx->memory = calloc(1, (size_t)size))) {
-        free(ctx);
+    size = plan(&c, m, &par);
+    c.memory = size < TOO_MUCH ? calloc(1, (size_t)size) : NULL;
+    if (!c.memory)
         return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
                     "(n_ctx %d, n_seq %d, n_batch %d)", ull(size), par.n_ctx,
                     par.n_seq, par.n_batch);
-    }
-    lay_out(ctx, (uint8_t *)ctx->memory + 64 - (uintptr_t)ctx->memory % 64);
+    ctx = (void *)((uint8_t *)c.memory + 64 - (uintptr_t)c.memory % 64);
+    *ctx = c;
+    lay_out(ctx, ctx);
     pool_open(ctx);
     *out = ctx;
     return LFM2_OK;
