@@ -263,15 +263,15 @@ holds "all of these chats end well" [ ! -e "$dir/chats" ]
 # ------------------------------------------------------------ chat at a terminal
 
 # A terminal for one program: what is typed goes into a pipe, what it shows to
-# $dir/tty.
+# $dir/tty, and its number is in $dir/pid.
 if ! script -qec true /dev/null </dev/null >"$dir/tty" 2>&1; then
     skip "chats at a terminal, which need script of util-linux"
 fi
 mkfifo "$dir/keys"
 open_terminal() {
     : >"$dir/tty"                         # shows() must not see the last one
-    script -qec "exec $run -t 1 --temp 0 $*" /dev/null <"$dir/keys" \
-        >"$dir/tty" 2>&1 &
+    script -qec "echo \$\$ >$dir/pid; exec $run -t 1 --temp 0 $*" /dev/null \
+        <"$dir/keys" >"$dir/tty" 2>&1 &
     pid=$!
     exec 3>"$dir/keys"
 }
@@ -353,7 +353,7 @@ leaves 0 "Ctrl-D after a stopped answer"
 
 open_terminal $m
 shows 1 "/help tells"
-kill -TERM "$(ps -o pid= --ppid $pid 2>/dev/null || pgrep -P $pid)"
+kill -TERM "$(cat "$dir/pid")"
 leaves 143 "SIGTERM"
 
 # Thoughts are dim at a terminal, unless colours are not wanted.
