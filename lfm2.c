@@ -4230,25 +4230,19 @@ struct file {
     int how;                              /* LFM2_LOAD_x or BORROWED         */
 };
 
-static int open_stream(FILE **s, const char *path, lfm2_error *err)
+/* fopen() alone would wait at a pipe until somebody writes to it. */
+static FILE *open_stream(const char *path)
 {
 #ifdef LFM2_NO_MMAP
-    *s = fopen(path, "rb");
+    return fopen(path, "rb");
 #else
-    /* fopen() would wait at a pipe until somebody writes to it. */
     const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    struct stat st;
+    FILE *s = fd < 0 ? NULL : fdopen(fd, "rb");
 
-    if (fd >= 0 && fstat(fd, &st) == 0 && !S_ISREG(st.st_mode)) {
+    if (fd >= 0 && !s)
         close(fd);
-        return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
-                    S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-    }
-    *s = fd < 0 ? NULL : fdopen(fd, "rb");
-    if (fd >= 0 && !*s)
-        close(fd);
+    return s;
 #endif
-    return *s ? LFM2_OK : fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
 }
 
 /* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
@@ -4279,9 +4273,15 @@ static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
 static int file_load(struct file *f, FILE *s, const char *path,
                      lfm2_error *err)
 {
-    const long size = fseek(s, 0, SEEK_END) == 0 ? ftell(s) : -1;
+#ifndef LFM2_NO_MMAP
+    struct stat st;
 
-    if (size < 0 || size == LONG_MAX)     /* which a directory may be        */
+    if (fstat(fileno(s), &st) == 0 && !S_ISREG(st.st_mode))
+        return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
+                    S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
+#endif
+    const long size = fseek(s, 0, SEEK_END) == 0 ? ftell(s) : -1;
+    if (size < 0 || size == LONG_MAX)     /* as directories have             */
         return fail(err, LFM2_EIO, "%s: its size cannot be told, expected a "
                     "regular file of less than %ld bytes", path, LONG_MAX);
     if (size == 0)
@@ -4311,7 +4311,9 @@ static int file_open(struct file *f, const char *path, int load,
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
         return fail(err, LFM2_EARG, "no path, or a way to load it that is not "
                     "LFM2_LOAD_MAP or LFM2_LOAD_READ");
-    TRY(open_stream(&s, path, err));
+    s = open_stream(path);
+    if (!s)
+        return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
     code = file_load(f, s, path, err);
     fclose(s);
     return code;
@@ -4666,8 +4668,8 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
                     MAX_KV);
 }
 
-/* Only entries found to be good are counted.  gguf_free() is for the caller to
- * call, after an error too. */
+/* Only entries found to be good are counted.  The caller calls gguf_free(),
+ * after an error too. */
 static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
                       lfm2_error *err)
 {
@@ -4721,10 +4723,10 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
     return gguf_find(m->gguf, key);
 }
 
-/* The keys that are understood.  An INTEGER or a REAL goes into a field of the
- * configuration.  ONLY: with another value than min, and LIKE: than that of the
- * field, the model would compute something else.  KNOWN: it changes nothing, or
- * a tensor tells it better. */
+/* The keys that are understood.  INTEGER, REAL: a value between min and max for
+ * a field of the configuration.  KNOWN: not used, because it changes nothing or
+ * a tensor has it right.  ONLY: must be min.  LIKE: must be what the field is.
+ * Any other value would mean another arithmetic. */
 enum { INTEGER, REAL, KNOWN, ONLY, LIKE };
 enum { MAY, MUST, MOE };                  /* be there; MOE: only in lfm2moe  */
 
@@ -5124,11 +5126,11 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
     return LFM2_OK;
 }
 
-/* More than any model has, and few enough to be counted in twice over. */
+/* More rows than any model has, and twice as many still fit in an int. */
 enum { MAX_WIDTH = 1 << 24 };
 
-/* A width is the number of rows of a tensor, whatever the key says: where the
- * key is wrong there is a warning, and no error of kv_count(). */
+/* A width is the number of rows of a tensor.  Some files have a wrong key for
+ * it: that is a warning, so kv_count() must not fill in the error. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
                       int *out)
 {
@@ -5153,10 +5155,9 @@ static int read_widths(struct lfm2_model *m)
     char name[MAX_NAME + 1];
 
     TRY(read_width(m, "token_embd.weight", "vocab_size", &c->n_vocab));
-    if (tokens && tokens->n > (uint64_t)c->n_vocab)
-        return BAD(m->gguf, "tokenizer.ggml.tokens: %llu tokens, expected at "
-                   "most the %d rows of token_embd.weight", ull(tokens->n),
-                   c->n_vocab);
+    if (tokens)
+        TRY(in_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
+                     c->n_vocab));
     if (tokens && tokens->n < (uint64_t)c->n_vocab)
         warn(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
              "token_embd.weight", ull(tokens->n), c->n_vocab);
@@ -5170,8 +5171,8 @@ static int read_widths(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-/* Tensors nobody asked for: in a block they mean that the model computes
- * something else; elsewhere they are baggage. */
+/* Tensors that nobody asked for: in a block they mean that the model computes
+ * something else; elsewhere they do no harm. */
 static int check_unbound(struct lfm2_model *m)
 {
     static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
@@ -5281,7 +5282,7 @@ const char *lfm2_weight_type(int i)
     return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
 }
 
-/* What is left of a file that is no model: its list of keys and tensors. */
+/* A file that is no model keeps its list of keys and tensors. */
 static void drop_layers(struct lfm2_model *m)
 {
     free(m->layer);
@@ -5300,8 +5301,8 @@ void lfm2_model_close(lfm2_model *m)
     free(m);
 }
 
-/* Takes over an open file.  With `any`, what is no model is left open without
- * layers. */
+/* Takes over an open file.  With `any`, a file that is no model is left open
+ * without layers. */
 static int open_model(lfm2_model **out, const struct file *file, int any,
                       lfm2_error *err)
 {

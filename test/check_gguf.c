@@ -383,7 +383,7 @@ broken[] = {
     { { DIM, "blk.1.ffn_gate_exps.weight", 1, 33, 0, 0 }, 1, LFM2_EUNSUPPORTED,
       "lfm2moe.expert_feed_forward_length: 33 columns in all" },
     { { SET_ARRAY, "tokenizer.ggml.tokens", T_STRING, 265, 0, 0 }, 2,
-      LFM2_EFORMAT, "tokenizer.ggml.tokens: 265 tokens, expected at most" },
+      LFM2_EFORMAT, "tokenizer.ggml.tokens: 265 tokens, expected 0 to 264" },
     /* tensors */
     { { RENAME, "token_embd.weight", 0, 0, "", 0 }, 0, LFM2_EFORMAT,
       "the name of tensor 0: 0 bytes" },
