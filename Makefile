@@ -162,7 +162,7 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 LINKED  := check_answer check_chat check_forward check_gguf check_golden \
            check_inspect check_sandbox check_threads check_trace
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
-           check_sequences check_tokenizer check_vocab
+           check_sequences check_stdio check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
 COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -Wno-missing-field-initializers -pthread \

@@ -3920,8 +3920,8 @@ static int best_isa(void)
  * A file is hostile until checked.  All of its bytes pass through one cursor,
  * which compares every length with what remains before it moves. */
 
-/* A sentence.  Names in it come from files: no control character, of C1
- * neither, gets to somebody's terminal. */
+/* One sentence.  Names in it come from files, and a terminal must not obey
+ * them: control characters, also the two-byte ones of C1, become '?'. */
 static void set_text(char *to, size_t size, const char *fmt, va_list args)
 {
     vsnprintf(to, size, fmt, args);
@@ -3978,23 +3978,26 @@ static const uint8_t *take(struct cursor *c, uint64_t n)
     return p;
 }
 
-/* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
- * not there; c->past tells. */
-static uint32_t take_u32(struct cursor *c)
+static uint64_t load_int(const uint8_t *p, int n_bytes)
 {
-    const uint8_t *p = take(c, 4);
-    return p ? load_le32(p) : 0;
+    uint64_t v = 0;
+
+    while (n_bytes-- > 0)
+        v = v << 8 | p[n_bytes];
+    return v;
 }
 
-static uint64_t take_u64(struct cursor *c)
+/* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
+ * not there; c->past tells. */
+static uint64_t take_int(struct cursor *c, int n_bytes)
 {
-    const uint8_t *p = take(c, 8);
-    return p ? load_le64(p) : 0;
+    const uint8_t *p = take(c, (uint64_t)n_bytes);
+    return p ? load_int(p, n_bytes) : 0;
 }
 
 static struct str take_string(struct cursor *c)
 {
-    const uint64_t n = take_u64(c);
+    const uint64_t n = take_int(c, 8);
     const uint8_t *p = take(c, n);
     return p ? (struct str){ (const char *)p, (size_t)n }
              : (struct str){ "", 0 };
@@ -4005,17 +4008,17 @@ static int str_is(struct str s, const char *text)
     return s.n == strlen(text) && memcmp(s.s, text, s.n) == 0;
 }
 
-/* Text of a file that goes into a message: its first bytes, made printable. */
-struct shown { char s[49]; };
+/* Text of a file, fit for a message: its first bytes, '?' for strange ones. */
+struct printable { char s[52]; };
 
-static struct shown show(struct str s)
+static struct printable show(struct str text)
 {
-    struct shown out;
-    size_t n = s.n < 48 ? s.n : 48;
+    struct printable out;
+    size_t n = text.n < 48 ? text.n : 48;
 
     for (size_t i = 0; i < n; i++)
-        out.s[i] = s.s[i] >= ' ' && s.s[i] <= '~' ? s.s[i] : '?';
-    out.s[n] = '\0';
+        out.s[i] = text.s[i] >= ' ' && text.s[i] <= '~' ? text.s[i] : '?';
+    strcpy(out.s + n, text.n > n ? "..." : "");
     return out;
 }
 
@@ -4028,79 +4031,92 @@ struct file {
     int how;                              /* LFM2_LOAD_x or BORROWED         */
 };
 
+/* fopen() alone would wait at a pipe until somebody writes to it. */
+static FILE *open_stream(const char *path)
+{
+#ifdef LFM2_NO_MMAP
+    return fopen(path, "rb");
+#else
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    FILE *s = fd < 0 ? NULL : fdopen(fd, "rb");
+
+    if (fd >= 0 && !s)
+        close(fd);
+    return s;
+#endif
+}
+
 /* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
-static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
+static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
     const size_t most = (size_t)1 << 30;
     uint8_t *buf = malloc(f->size);
-    size_t done = 0;
+    size_t done = 0, n;
 
+    f->data = buf;
     if (!buf)
         return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
                     f->size);
-    while (done < f->size) {
+    do {
         const size_t left = f->size - done;
-        ssize_t n = read(fd, buf + done, left < most ? left : most);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0) {
-            fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
-                 n < 0 ? strerror(errno) : "it ends", done, f->size);
-            free(buf);
-            return LFM2_EIO;
-        }
-        done += (size_t)n;
-    }
-    f->data = buf;
-    return LFM2_OK;
+        clearerr(s);
+        n = fread(buf + done, 1, left < most ? left : most, s);
+        done += n;
+    } while (done < f->size && (n > 0 || (ferror(s) && errno == EINTR)));
+    if (done == f->size)
+        return LFM2_OK;
+    fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
+         ferror(s) ? strerror(errno) : "it ends", done, f->size);
+    free(buf);
+    return LFM2_EIO;
 }
 
-static int file_load(struct file *f, int fd, const char *path, int load,
+static int file_load(struct file *f, FILE *s, const char *path,
                      lfm2_error *err)
 {
+#ifndef LFM2_NO_MMAP
     struct stat st;
 
-    if (fstat(fd, &st) != 0)
-        return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
+    if (fstat(fileno(s), &st) == 0 && !S_ISREG(st.st_mode))
         return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
                     S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-    if (st.st_size < 1)
+#endif
+    const long size = fseek(s, 0, SEEK_END) == 0 ? ftell(s) : -1;
+    if (size < 0 || size == LONG_MAX)     /* as directories have             */
+        return fail(err, LFM2_EIO, "%s: its size cannot be told, expected a "
+                    "regular file of less than %ld bytes", path, LONG_MAX);
+    if (size == 0)
         return fail(err, LFM2_EFORMAT, "%s: 0 bytes, expected a GGUF file",
                     path);
-    if ((uintmax_t)st.st_size > SIZE_MAX / 2)
-        return fail(err, LFM2_ENOMEM, "%s: %lld bytes, expected at most %zu on "
-                    "a %d-bit machine", path, (long long)st.st_size,
-                    SIZE_MAX / 2, (int)sizeof(void *) * 8);
-    f->size = (size_t)st.st_size;
-    f->how = load;
+    f->size = (size_t)size;
 #ifndef LFM2_NO_MMAP
-    if (load == LFM2_LOAD_MAP) {
-        void *map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
-        if (map == MAP_FAILED)
-            return fail(err, LFM2_EIO, "%s: cannot map its %zu bytes: %s", path,
-                        f->size, strerror(errno));
+    if (f->how == LFM2_LOAD_MAP) {
+        void *map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fileno(s), 0);
         f->data = map;
-        return LFM2_OK;
+        return map != MAP_FAILED ? LFM2_OK :
+               fail(err, LFM2_EIO, "%s: cannot map its %zu bytes: %s", path,
+                    f->size, strerror(errno));
     }
 #endif
-    return file_read(f, fd, path, err);
+    rewind(s);
+    return file_read(f, s, path, err);
 }
 
 static int file_open(struct file *f, const char *path, int load,
                      lfm2_error *err)
 {
-    int fd, code;
+    FILE *s;
+    int code;
 
-    *f = (struct file){ 0 };
+    *f = (struct file){ .how = load };
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
         return fail(err, LFM2_EARG, "no path, or a way to load it that is not "
                     "LFM2_LOAD_MAP or LFM2_LOAD_READ");
-    fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0)
+    s = open_stream(path);
+    if (!s)
         return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
-    code = file_load(f, fd, path, load, err);
-    close(fd);
+    code = file_load(f, s, path, err);
+    fclose(s);
     return code;
 }
 
@@ -4180,6 +4196,15 @@ struct gguf {
 #define BAD(g, ...)   fail((g)->err, LFM2_EFORMAT, __VA_ARGS__)
 #define OTHER(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
 
+static int in_range(const struct gguf *g, const char *name, double value,
+                    const char *unit, double min, double max)
+{
+    if (value >= min && value <= max)
+        return LFM2_OK;
+    return BAD(g, "%s: %.*g%s, expected %.10g to %.10g", name,
+               value < 1e10 ? 10 : 20, value, unit, min, max);
+}
+
 static void gguf_free(struct gguf *g)
 {
     free(g->kv);
@@ -4206,47 +4231,38 @@ static struct gguf_tensor *gguf_tensor_find(const struct gguf *g,
 /* Move past the n elements of a value. */
 static int skip_elements(struct gguf *g, struct cursor *c, struct gguf_kv *kv)
 {
-    const uint64_t left = (uint64_t)(c->end - c->at);
     const uint64_t size = gguf_type[kv->elem].size;
 
     kv->value = c->at;
-    if (kv->n > left / size)
-        return BAD(g, "%s: %llu values of type %s, but the file has %llu bytes "
-                   "left", kv->key, ull(kv->n), gguf_type[kv->elem].name,
-                   ull(left));
+    c->past = kv->n > (uint64_t)(c->end - c->at) / size;
     if (kv->elem != GGUF_STRING)
         take(c, kv->n * size);
-    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n; i++) {
+    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->past; i++)
         take_string(c);
-        if (c->past)
-            return BAD(g, "%s: string %llu runs past the end of the file",
-                       kv->key, ull(i));
-    }
+    if (c->past)
+        return BAD(g, "%s: %llu x %s runs past the end of the file", kv->key,
+                   ull(kv->n), gguf_type[kv->elem].name);
     kv->size = (size_t)(c->at - kv->value);
     for (size_t i = 0; kv->elem == GGUF_BOOL && i < kv->size; i++)
-        if (kv->value[i] > 1)
-            return BAD(g, "%s: a bool of value %d, expected 0 or 1", kv->key,
-                       kv->value[i]);
+        TRY(in_range(g, kv->key, kv->value[i], " as a bool", 0, 1));
     return LFM2_OK;
 }
 
 /* Keys and tensor names become C strings: printable ASCII, 1 to max bytes. */
 static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
-                     const char *what, int number)
+                     const char *of, int number)
 {
     const struct str name = take_string(c);
+    char what[48];
 
+    snprintf(what, sizeof what, "the name of %s %d", of, number);
     if (c->past)
-        return BAD(g, "the name of %s %d runs past the end of the file", what,
-                   number);
-    if (name.n < 1 || name.n > (size_t)max)
-        return BAD(g, "the name of %s %d: %zu bytes, expected 1 to %d", what,
-                   number, name.n, max);
+        return BAD(g, "%s runs past the end of the file", what);
+    TRY(in_range(g, what, (double)name.n, " bytes", 1, max));
     for (size_t i = 0; i < name.n; i++)
         if (name.s[i] < ' ' || name.s[i] > '~')
-            return BAD(g, "the name of %s %d, \"%s\": byte 0x%02x, expected "
-                       "printable ASCII", what, number, show(name).s,
-                       (unsigned char)name.s[i]);
+            return BAD(g, "%s, \"%s\": byte 0x%02x, expected printable ASCII",
+                       what, show(name).s, (unsigned char)name.s[i]);
     memcpy(out, name.s, name.n);
     out[name.n] = '\0';
     return LFM2_OK;
@@ -4259,15 +4275,14 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     TRY(take_name(g, c, kv->key, MAX_KEY, "metadata key", g->n_kv));
     if (gguf_find(g, kv->key))
         return BAD(g, "metadata key %s: found twice, expected once", kv->key);
-    kv->type = take_u32(c);
-    kv->elem = kv->type == GGUF_ARRAY ? take_u32(c) : kv->type;
-    kv->n = kv->type == GGUF_ARRAY ? take_u64(c) : 1;
+    kv->type = (uint32_t)take_int(c, 4);
+    kv->elem = kv->type == GGUF_ARRAY ? (uint32_t)take_int(c, 4) : kv->type;
+    kv->n = kv->type == GGUF_ARRAY ? take_int(c, 8) : 1;
     if (c->past)
         return BAD(g, "%s: the file ends before its value", kv->key);
     if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
-        return BAD(g, "%s: %s type %lu, expected a known one that is no nested "
-                   "array", kv->key, kv->type == GGUF_ARRAY ? "element"
-                   : "value", (unsigned long)kv->elem);
+        return BAD(g, "%s: value type %lu, expected 0 to 8 or 10 to 12",
+                   kv->key, (unsigned long)kv->elem);
     return skip_elements(g, c, kv);
 }
 
@@ -4275,17 +4290,12 @@ static int parse_kv(struct gguf *g, struct cursor *c)
 static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
 {
     const int size = gguf_type[kv->elem].size, kind = gguf_type[kv->elem].kind;
-    const uint8_t *p = kv->value + i * (uint64_t)size;
-    uint64_t v = 0;
+    const uint64_t v = load_int(kv->value + i * (uint64_t)size, size);
 
-    if (kind != 'u' && kind != 'i')
-        return -1;
-    for (int b = size; b-- > 0;)
-        v = v << 8 | p[b];
-    if (v > INT64_MAX)
+    if ((kind != 'u' && kind != 'i') || v > INT64_MAX)
         return -1;
     *out = (int64_t)v;
-    if (kind == 'i' && size < 8 && p[size - 1] > 127)
+    if (kind == 'i' && size < 8 && v >> (8 * size - 1))
         *out -= (int64_t)1 << 8 * size;
     return 0;
 }
@@ -4299,7 +4309,7 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
     for (uint64_t i = 0; i < kv->n; i++) {
         int64_t value;
         if (kv_integer(kv, i, &value) != 0)
-            return BAD(g, "%s: of type %s, expected integers below 2^63",
+            return BAD(g, "%s: of type %s, expected an integer below 2^63",
                        kv->key, gguf_type[kv->elem].name);
         if (*out != 0 && value != 0 && value != *out)
             return OTHER(g, "%s: both %lld and %lld, expected one value in all "
@@ -4318,12 +4328,8 @@ static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
 
     if (!kv)
         return 0;
-    if (kv->type == GGUF_ARRAY || kv_integer(kv, 0, &value) != 0)
-        return BAD(g, "%s: of type %s, expected an integer below 2^63", key,
-                   gguf_type[kv->type].name);
-    if (value < 0 || value > UINT32_MAX)
-        return BAD(g, "%s: %lld, expected 0 to 4294967295", key,
-                   (long long)value);
+    TRY(kv_count(g, kv, &value));
+    TRY(in_range(g, key, (double)value, "", 0, UINT32_MAX));
     *out = (uint32_t)value;
     return 1;
 }
@@ -4333,20 +4339,52 @@ static struct cursor kv_cursor(const struct gguf_kv *kv)
     return (struct cursor){ kv->value, kv->value + kv->size, 0 };
 }
 
+static int kv_string(const struct gguf_kv *kv, struct str *out)
+{
+    struct cursor c = kv_cursor(kv);
+
+    if (kv->type != GGUF_STRING)
+        return 0;
+    *out = take_string(&c);
+    return 1;
+}
+
 static int gguf_string(const struct gguf *g, const char *key, struct str *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
+    return kv && kv_string(kv, out);
+}
 
-    if (!kv || kv->type != GGUF_STRING)
-        return 0;
-    struct cursor c = kv_cursor(kv);
-    *out = take_string(&c);
-    return 1;
+/* A value as text; an array is shown by its type and length. */
+static struct printable kv_text(const struct gguf_kv *kv)
+{
+    struct printable out;
+    const size_t cap = sizeof out.s;
+    struct str text;
+    int64_t value;
+
+    if (kv_string(kv, &text))
+        return show(text);
+    if (kv->type == GGUF_ARRAY)
+        snprintf(out.s, cap, "[%llu x %s]", ull(kv->n),
+                 gguf_type[kv->elem].name);
+    else if (kv->type == GGUF_F32)
+        snprintf(out.s, cap, "%g", (double)load_f32(kv->value));
+    else if (kv->type == GGUF_BOOL)
+        snprintf(out.s, cap, "%s", kv->value[0] ? "true" : "false");
+    else if (kv_integer(kv, 0, &value) == 0)
+        snprintf(out.s, cap, "%lld", (long long)value);
+    else
+        snprintf(out.s, cap, "(%s)", gguf_type[kv->type].name);
+    return out;
 }
 
 /* The shape must be possible at all; format and shape give the size. */
 static int parse_tensor(struct gguf *g, struct cursor *c)
 {
+    static const char *const unit[4] = {
+        " columns", " rows", " matrices", " groups of matrices"
+    };
     struct gguf_tensor *t = &g->tensor[g->n_tensors];
     uint64_t elements = 1;
     uint32_t n_dims, type;
@@ -4354,28 +4392,25 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     TRY(take_name(g, c, t->name, MAX_NAME, "tensor", g->n_tensors));
     if (gguf_tensor_find(g, t->name))
         return BAD(g, "tensor %s: found twice, expected once", t->name);
-    n_dims = take_u32(c);
+    n_dims = (uint32_t)take_int(c, 4);
     for (uint32_t d = 0; d < 4; d++)
-        t->dims[d] = d < n_dims ? take_u64(c) : 1;
-    type = take_u32(c);
-    t->offset = take_u64(c);
+        t->dims[d] = d < n_dims ? take_int(c, 8) : 1;
+    type = (uint32_t)take_int(c, 4);
+    t->offset = take_int(c, 8);
     t->n_dims = (int)n_dims;
     t->fmt = format_find(type);
     if (c->past)
         return BAD(g, "%s: the file ends before its shape and offset", t->name);
-    if (n_dims < 1 || n_dims > 4)
-        return BAD(g, "%s: %lu dimensions, expected 1 to 4", t->name,
-                   (unsigned long)n_dims);
+    TRY(in_range(g, t->name, n_dims, " dimensions", 1, 4));
     if (!t->fmt)
         return OTHER(g, "%s: weight type %s (%lu), expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
                      "IQ4_XS", t->name, other_name(type), (unsigned long)type);
     for (int d = 0; d < 4; d++) {
-        if (t->dims[d] < 1 || t->dims[d] > INT32_MAX ||
-            elements > (UINT64_MAX >> 8) / t->dims[d])
-            return BAD(g, "%s: dimension %d is %llu, expected 1 to %d and a "
-                       "product below 2^56", t->name, d, ull(t->dims[d]),
-                       INT32_MAX);
+        TRY(in_range(g, t->name, (double)t->dims[d], unit[d], 1, INT32_MAX));
+        if (elements > (UINT64_MAX >> 8) / t->dims[d])
+            return BAD(g, "%s: its dimensions give more than 2^56 elements",
+                       t->name);
         elements *= t->dims[d];
     }
     if (t->dims[0] % (uint64_t)t->fmt->block != 0)
@@ -4413,9 +4448,9 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     const struct str magic = { (const char *)g->bytes, g->size < 4 ? g->size
                                                                    : 4 };
     take(c, 4);
-    const uint32_t version = take_u32(c);
-    *n_tensors = take_u64(c);
-    *n_kv = take_u64(c);
+    const uint32_t version = (uint32_t)take_int(c, 4);
+    *n_tensors = take_int(c, 8);
+    *n_kv = take_int(c, 8);
     if (!str_is(magic, "GGUF") && !str_is(magic, "FUGG"))
         return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
                    show(magic).s);
@@ -4428,18 +4463,14 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     if (version != 2 && version != 3)
         return OTHER(g, "GGUF version %lu, expected 2 or 3",
                      (unsigned long)version);
-    if (*n_tensors > MAX_TENSOR || *n_kv > MAX_KV)
-        return BAD(g, "%llu tensors and %llu metadata keys, expected at most "
-                   "%d and %d", ull(*n_tensors), ull(*n_kv), MAX_TENSOR,
-                   MAX_KV);
-    if (*n_tensors * 33 + *n_kv * 14 > (uint64_t)(c->end - c->at))
-        return BAD(g, "%llu tensors and %llu metadata keys do not fit in %zu "
-                   "bytes", ull(*n_tensors), ull(*n_kv), g->size);
-    return LFM2_OK;
+    TRY(in_range(g, "the header", (double)*n_tensors, " tensors", 0,
+                 MAX_TENSOR));
+    return in_range(g, "the header", (double)*n_kv, " metadata keys", 0,
+                    MAX_KV);
 }
 
-/* Only entries found to be good are counted.  gguf_free() is for the caller to
- * call, after an error too. */
+/* Only entries found to be good are counted.  The caller calls gguf_free(),
+ * after an error too. */
 static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
                       lfm2_error *err)
 {
@@ -4493,112 +4524,92 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
     return gguf_find(m->gguf, key);
 }
 
-enum { MAY, MUST };                       /* the key be there                */
+/* The keys that are understood.  INTEGER, REAL: a value between min and max for
+ * a field of the configuration.  KNOWN: not used, because it changes nothing or
+ * a tensor has it right.  ONLY: must be min.  LIKE: must be what the field is.
+ * Any other value would mean another arithmetic. */
+enum { INTEGER, REAL, KNOWN, ONLY, LIKE };
+enum { MAY, MUST, MOE };                  /* be there; MOE: only in lfm2moe  */
 
-/* Without the key *out stays as it was. */
-static int is_missing(const struct lfm2_model *m, const char *name, int need)
-{
-    if (need == MAY)
-        return LFM2_OK;
-    return BAD(m->gguf, "%s.%s: missing, expected in every %s file", m->arch,
-               name, m->arch);
-}
-
-static int read_count(const struct lfm2_model *m, const char *name, int need,
-                      int min, int max, int *out)
-{
-    const struct gguf_kv *kv = arch_find(m, name);
-    int64_t value;
-
-    if (!kv)
-        return is_missing(m, name, need);
-    TRY(kv_count(m->gguf, kv, &value));
-    if (value < min || value > max)
-        return BAD(m->gguf, "%s: %lld, expected %d to %d", kv->key,
-                   (long long)value, min, max);
-    *out = (int)value;
-    return LFM2_OK;
-}
-
-static int read_float(const struct lfm2_model *m, const char *name, int need,
-                      float min, float max, float *out)
-{
-    const struct gguf_kv *kv = arch_find(m, name);
-
-    if (!kv)
-        return is_missing(m, name, need);
-    if (kv->type != GGUF_F32)
-        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
-                   gguf_type[kv->type].name);
-    *out = load_f32(kv->value);
-    if (!(*out >= min && *out <= max))
-        return BAD(m->gguf, "%s: %g, expected %g to %g", kv->key, (double)*out,
-                   (double)min, (double)max);
-    return LFM2_OK;
-}
-
-static int read_architecture(struct lfm2_model *m)
-{
-    struct str arch;
-    uint32_t parts = 1;
-
-    if (!gguf_string(m->gguf, "general.architecture", &arch))
-        return BAD(m->gguf, "general.architecture: missing or no string, "
-                   "expected lfm2 or lfm2moe");
-    m->arch = str_is(arch, "lfm2") ? "lfm2"
-            : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
-    if (!m->arch)
-        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
-                     "lfm2moe", show(arch).s,
-                     strncmp(show(arch).s, "lfm3", 4) == 0 ? " (the next "
-                     "generation, which computes differently)"
-                     : str_is(arch, "lfm2-bidir") ? " (a bidirectional encoder)"
-                     : str_is(arch, "clip") ? " (the image or audio part of a "
-                     "model; open its text part)" : "");
-    TRY(gguf_u32(m->gguf, "split.count", &parts));
-    if (parts > 1)
-        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
-                     "model; join the parts first", (unsigned long)parts);
-    return LFM2_OK;
-}
-
-/* The keys below the architecture that are understood.  NEEDS_x: understood
- * only with that value, because any other means another arithmetic. */
-enum { ANY_VALUE, NEEDS_0, NEEDS_1, NEEDS_NONE, N_RULES };
-
-static const char *const known_key[N_RULES][24] = {
-    [ANY_VALUE] = {
-        "block_count", "context_length", "embedding_length",
-        "feed_forward_length", "vocab_size", "attention.head_count",
-        "attention.head_count_kv", "attention.key_length",
-        "attention.value_length", "attention.layer_norm_rms_epsilon",
-        "attention.layer_norm_epsilon", "attention.recurrent_layers",
-        "rope.freq_base", "rope.dimension_count",
-        "rope.scaling.original_context_length", "rope.scaling.finetuned",
-        "shortconv.l_cache", "expert_count", "expert_used_count",
-        "expert_feed_forward_length", "expert_gating_func",
-        "expert_weights_scale", "leading_dense_block_count"
-    },
-    [NEEDS_0] = {
-        "attention.sliding_window", "pooling_type", "expert_shared_count",
-        "expert_group_count", "expert_group_used_count"
-    },
-    [NEEDS_1] = {
-        "attention.causal", "rope.scaling.factor", "expert_weights_norm"
-    },
-    [NEEDS_NONE] = { "rope.scaling.type" }
+static const struct key {
+    const char *name;                     /* after "<architecture>."         */
+    int type, need;
+    size_t field;                         /* in lfm2_config                  */
+    double min, max;
+} keys[] = {
+#define FIELD(f) offsetof(lfm2_config, f)
+    { "block_count", INTEGER, MUST, FIELD(n_layer), 1, LFM2_MAX_LAYER },
+    { "context_length", INTEGER, MUST, FIELD(n_ctx_train), 1, INT32_MAX },
+    { "embedding_length", INTEGER, MUST, FIELD(n_embd), 1, 1 << 20 },
+    { "shortconv.l_cache", INTEGER, MUST, FIELD(l_cache), 2, MAX_TAPS },
+    { "attention.head_count", INTEGER, MUST, FIELD(n_head), 1, 1024 },
+    { "attention.head_count_kv", INTEGER, MAY, FIELD(n_head_kv), 0, 1024 },
+    { "attention.key_length", INTEGER, MAY, FIELD(head_dim), 2, MAX_HEAD_DIM },
+    { "attention.value_length", .type = LIKE, .field = FIELD(head_dim) },
+    { "attention.layer_norm_rms_epsilon", REAL, MUST, FIELD(norm_rms_eps),
+      1e-12, 0.1 },
+    { "attention.layer_norm_epsilon", .type = KNOWN },
+    { "attention.recurrent_layers", .type = KNOWN },
+    { "attention.causal", .type = ONLY, .min = 1 },
+    { "attention.sliding_window", .type = ONLY, .min = 0 },
+    { "rope.dimension_count", .type = LIKE, .field = FIELD(head_dim) },
+    { "rope.freq_base", REAL, MAY, FIELD(rope_freq_base), 1, 1e12 },
+    { "rope.scaling.type", .type = ONLY, .min = 0 },
+    { "rope.scaling.factor", .type = ONLY, .min = 1 },
+    { "rope.scaling.finetuned", .type = KNOWN },
+    { "rope.scaling.original_context_length", .type = KNOWN },
+    { "leading_dense_block_count", INTEGER, MOE, FIELD(n_layer_dense), 0,
+      LFM2_MAX_LAYER },
+    { "expert_count", INTEGER, MUST | MOE, FIELD(n_expert), 1, 256 },
+    { "expert_used_count", INTEGER, MUST | MOE, FIELD(n_expert_used), 1, 256 },
+    { "expert_gating_func", ONLY, MUST | MOE, 0, 2, 2 },       /* sigmoid    */
+    { "expert_weights_scale", REAL, MOE, FIELD(expert_weights_scale), 0, 1e4 },
+    { "expert_weights_norm", .type = ONLY, .min = 1 },
+    { "expert_shared_count", .type = ONLY, .min = 0 },
+    { "expert_group_count", .type = ONLY, .min = 0 },
+    { "expert_group_used_count", .type = ONLY, .min = 0 },
+    { "expert_feed_forward_length", .type = KNOWN },
+    { "feed_forward_length", .type = KNOWN },
+    { "pooling_type", .type = ONLY, .min = 0 },
+    { "vocab_size", .type = KNOWN },
+#undef FIELD
 };
 
-static int has_value(const struct gguf *g, const struct gguf_kv *kv, int rule)
+/* Without the key the field stays as it was. */
+static int read_key(struct lfm2_model *m, const struct key *key)
 {
-    const int number = rule == NEEDS_1;
-    struct str s;
+    const struct gguf_kv *kv = arch_find(m, key->name);
+    void *field = (char *)&m->cfg + key->field;
+    int64_t n = 0;
+    double value;
+
+    if (!kv && key->need & MUST)
+        return BAD(m->gguf, "%s.%s: missing, expected in every %s file",
+                   m->arch, key->name, m->arch);
+    if (!kv || key->type > REAL)
+        return LFM2_OK;
+    if (key->type == INTEGER)
+        TRY(kv_count(m->gguf, kv, &n));
+    else if (kv->type != GGUF_F32)
+        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
+                   gguf_type[kv->type].name);
+    value = key->type == INTEGER ? (double)n : (double)load_f32(kv->value);
+    TRY(in_range(m->gguf, kv->key, value, "", key->min, key->max));
+    if (key->type == INTEGER)
+        *(int *)field = (int)value;
+    else
+        *(float *)field = (float)value;
+    return LFM2_OK;
+}
+
+/* "none" is a way to say 0. */
+static int has_value(const struct gguf_kv *kv, int number)
+{
+    struct str text;
     int64_t i;
 
-    if (rule == ANY_VALUE)
-        return 1;
-    if (gguf_string(g, kv->key, &s))
-        return rule == NEEDS_NONE && str_is(s, "none");
+    if (kv_string(kv, &text))
+        return number == 0 && str_is(text, "none");
     if (kv->type == GGUF_F32)
         return load_f32(kv->value) == (float)number;
     if (kv->type == GGUF_BOOL)
@@ -4606,27 +4617,32 @@ static int has_value(const struct gguf *g, const struct gguf_kv *kv, int rule)
     return kv->type != GGUF_ARRAY && kv_integer(kv, 0, &i) == 0 && i == number;
 }
 
-/* One key "<architecture>.<name>". */
+static int is_moe(const struct lfm2_model *m)
+{
+    return strcmp(m->arch, "lfm2moe") == 0;
+}
+
+/* A key of the file, "<architecture>.<name>": does it mean another model? */
 static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
                      const char *name)
 {
-    static const char *const needed[N_RULES] = {
-        "", "0 (off)", "1 (true)", "\"none\""
-    };
     static const char *const arithmetic[] = {
         "attention.", "rope.", "shortconv.", "expert", "scale", "softcap"
     };
 
-    for (int rule = 0; rule < N_RULES; rule++)
-        for (int i = 0; known_key[rule][i]; i++) {
-            if (strcmp(known_key[rule][i], name) != 0)
-                continue;
-            if (has_value(m->gguf, kv, rule))
-                return LFM2_OK;
-            return OTHER(m->gguf, "%s: set to what changes the arithmetic of "
-                         "this model, expected %s or no such key", kv->key,
-                         needed[rule]);
-        }
+    for (size_t i = 0; i < COUNT(keys); i++) {
+        const struct key *key = &keys[i];
+        int value = (int)key->min;
+        if (strcmp(key->name, name) != 0)
+            continue;
+        if (key->type == LIKE)
+            value = *(int *)((char *)&m->cfg + key->field);
+        if (key->type < ONLY || has_value(kv, value) ||
+            (key->need & MOE && !is_moe(m)))
+            return LFM2_OK;
+        return OTHER(m->gguf, "%s: %s, expected %d; the model is of another "
+                     "kind", kv->key, kv_text(kv).s, value);
+    }
     for (size_t i = 0; i < COUNT(arithmetic); i++)
         if (strstr(name, arithmetic[i]))
             return OTHER(m->gguf, "%s: an unknown key that may change the "
@@ -4648,13 +4664,44 @@ static int check_keys(struct lfm2_model *m)
     return LFM2_OK;
 }
 
+static int read_architecture(struct lfm2_model *m)
+{
+    static const struct { const char *arch, *note; } others[] = {
+        { "lfm3", " (the next generation, which computes differently)" },
+        { "lfm2-bidir", " (a bidirectional encoder)" },
+        { "clip", " (the image or audio part of a model; open its text part)" }
+    };
+    const char *note = "";
+    struct str arch;
+    uint32_t parts = 1;
+
+    if (!gguf_string(m->gguf, "general.architecture", &arch))
+        return BAD(m->gguf, "general.architecture: missing or no string, "
+                   "expected lfm2 or lfm2moe");
+    m->arch = str_is(arch, "lfm2") ? "lfm2"
+            : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
+    for (size_t i = 0; i < COUNT(others); i++)
+        if (strncmp(show(arch).s, others[i].arch, strlen(others[i].arch)) == 0)
+            note = others[i].note;
+    if (!m->arch)
+        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
+                     "lfm2moe", show(arch).s, note);
+    TRY(gguf_u32(m->gguf, "split.count", &parts));
+    if (parts > 1)
+        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
+                     "model; join the parts first", (unsigned long)parts);
+    return LFM2_OK;
+}
+
 /* Which layers attend: those whose entry in head_count_kv is not 0. */
-static int read_layer_kinds(struct lfm2_model *m)
+static int find_attention(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *kv = arch_find(m, "attention.head_count_kv");
     const int is_array = kv && kv->type == GGUF_ARRAY;
 
+    if (!kv)
+        c->n_head_kv = c->n_head;
     if (is_array && kv->n != (uint64_t)c->n_layer)
         return BAD(m->gguf, "%s: %llu entries, expected one for each of %d "
                    "blocks", kv->key, ull(kv->n), c->n_layer);
@@ -4668,9 +4715,6 @@ static int read_layer_kinds(struct lfm2_model *m)
     }
     if (c->n_head_kv == 0)
         c->n_head_kv = c->n_head;         /* nobody's: a size like any other */
-    if (c->n_head % c->n_head_kv != 0)
-        return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
-                   "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     return LFM2_OK;
 }
 
@@ -4678,13 +4722,10 @@ static int read_heads(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
 
-    TRY(read_count(m, "attention.head_count", MUST, 1, 1024, &c->n_head));
-    c->n_head_kv = c->n_head;
-    TRY(read_count(m, "attention.head_count_kv", MAY, 0, c->n_head,
-                   &c->n_head_kv));
-    TRY(read_layer_kinds(m));
-    TRY(read_count(m, "attention.key_length", MAY, 2, MAX_HEAD_DIM,
-                   &c->head_dim));
+    TRY(find_attention(m));
+    if (c->n_head % c->n_head_kv != 0)
+        return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
+                   "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     if (c->head_dim == 0 && c->n_embd % c->n_head != 0)
         return BAD(m->gguf, "%s.embedding_length: %d, expected a multiple of "
                    "the %d heads", m->arch, c->n_embd, c->n_head);
@@ -4693,34 +4734,6 @@ static int read_heads(struct lfm2_model *m)
     if (c->head_dim < 2 || c->head_dim > MAX_HEAD_DIM || c->head_dim % 2 != 0)
         return BAD(m->gguf, "heads of %d dimensions, expected an even number "
                    "up to %d", c->head_dim, MAX_HEAD_DIM);
-    int same = c->head_dim;
-    TRY(read_count(m, "attention.value_length", MAY, same, same, &same));
-    return read_count(m, "rope.dimension_count", MAY, same, same, &same);
-}
-
-static int read_experts(struct lfm2_model *m)
-{
-    lfm2_config *c = &m->cfg;
-    int gating = 0;
-
-    c->n_layer_dense = c->n_layer;
-    c->expert_weights_scale = 1;
-    if (strcmp(m->arch, "lfm2") == 0)
-        return LFM2_OK;
-    c->n_layer_dense = 0;
-    TRY(read_count(m, "leading_dense_block_count", MAY, 0, c->n_layer,
-                   &c->n_layer_dense));
-    TRY(read_count(m, "expert_count", MUST, 1, 256, &c->n_expert));
-    TRY(read_count(m, "expert_used_count", MUST, 1, c->n_expert,
-                   &c->n_expert_used));
-    TRY(read_count(m, "expert_gating_func", MUST, 0, 255, &gating));
-    if (gating != 2)
-        return OTHER(m->gguf, "%s.expert_gating_func: %d, expected 2 (sigmoid)",
-                     m->arch, gating);
-    TRY(read_float(m, "expert_weights_scale", MAY, 0, 1e4f,
-                   &c->expert_weights_scale));
-    if (c->expert_weights_scale == 0)
-        c->expert_weights_scale = 1;      /* 0 is how some files say "none" */
     return LFM2_OK;
 }
 
@@ -4729,19 +4742,24 @@ static int read_config(struct lfm2_model *m)
     lfm2_config *c = &m->cfg;
 
     TRY(read_architecture(m));
-    TRY(check_keys(m));
-    TRY(read_count(m, "block_count", MUST, 1, LFM2_MAX_LAYER, &c->n_layer));
-    TRY(read_count(m, "context_length", MUST, 1, INT32_MAX, &c->n_ctx_train));
-    TRY(read_count(m, "embedding_length", MUST, 1, 1 << 20, &c->n_embd));
-    TRY(read_count(m, "shortconv.l_cache", MUST, 2, MAX_TAPS, &c->l_cache));
-    TRY(read_float(m, "attention.layer_norm_rms_epsilon", MUST, 1e-12f,
-                   0.1f, &c->norm_rms_eps));
-    c->rope_freq_base = 10000;
-    TRY(read_float(m, "rope.freq_base", MAY, 1, 1e12f, &c->rope_freq_base));
-    if (!arch_find(m, "rope.freq_base"))
+    for (size_t i = 0; i < COUNT(keys); i++)
+        if (is_moe(m) || !(keys[i].need & MOE))
+            TRY(read_key(m, &keys[i]));
+    if (is_moe(m)) {
+        TRY(in_range(m->gguf, "lfm2moe.leading_dense_block_count",
+                     c->n_layer_dense, "", 0, c->n_layer));
+        TRY(in_range(m->gguf, "lfm2moe.expert_used_count", c->n_expert_used, "",
+                     1, c->n_expert));
+    } else
+        c->n_layer_dense = c->n_layer;
+    if (c->expert_weights_scale == 0)
+        c->expert_weights_scale = 1;      /* 0 is how some files say "none"  */
+    if (c->rope_freq_base == 0) {
+        c->rope_freq_base = 10000;
         warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
+    }
     TRY(read_heads(m));
-    return read_experts(m);
+    return check_keys(m);
 }
 
 /* ------------------------------------------------------- 17. Binding tensors
@@ -4771,7 +4789,8 @@ static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
         return BAD(m->gguf, "%s: shape %llu x %llu x %llu, expected %d x %d x "
                    "%d", t->name, ull(t->dims[0]), ull(t->dims[1]),
                    ull(t->dims[2]), cols, rows, depth);
-    *out = (struct tensor){ t->fmt, rows, cols, m->gguf->data + t->offset };
+    *out = (struct tensor){ .fmt = t->fmt, .rows = rows, .cols = cols,
+                            .data = m->gguf->data + t->offset };
     return LFM2_OK;
 }
 
@@ -4780,29 +4799,22 @@ static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
 static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
                        int rows, float **pool, const float **out)
 {
-    enum { PIECE = 256 };
     struct tensor w;
-    float row[PIECE];
 
     TRY(bind_matrix(m, name, cols, rows, 1, &w));
     if (!w.fmt->floats)
         return OTHER(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
                      name, w.fmt->name);
     *out = *pool;
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c += PIECE) {
-            int n = cols - c < PIECE ? cols - c : PIECE;
-            w.fmt->floats(row, w.data + (size_t)r * row_bytes(&w) +
-                          (size_t)c * (size_t)w.fmt->bytes, n);
-            for (int i = 0; i < n; i++) {
-                if (!(fabsf(row[i]) <= FLT_MAX))
-                    return BAD(m->gguf, "%s: element %d of row %d is %g, "
-                               "expected a finite number", name, c + i, r,
-                               (double)row[i]);
-                (*pool)[(size_t)(c + i) * rows + r] = row[i];
-            }
+    for (int c = 0; c < cols; c++)
+        for (int r = 0; r < rows; r++) {
+            const size_t i = (size_t)r * (size_t)cols + (size_t)c;
+            float *x = (*pool)++;
+            w.fmt->floats(x, w.data + i * (size_t)w.fmt->bytes, 1);
+            if (!(fabsf(*x) <= FLT_MAX))
+                return BAD(m->gguf, "%s: element %d of row %d is %g, expected "
+                           "a finite number", name, c, r, (double)*x);
         }
-    *pool += (size_t)rows * cols;
     return LFM2_OK;
 }
 
@@ -4824,51 +4836,46 @@ static size_t count_floats(const struct lfm2_model *m)
 /* The sizes a shape is made of, and the layers a tensor can be in. */
 enum { ONE, EMBD, EMBD_3, HEADS, HEADS_KV, HEAD, TAPS, FF, FF_EXP, EXPERTS,
        N_SIZES };
-enum { IN_ALL, IN_CONV, IN_ATTN, IN_DENSE, IN_MOE };
+enum { IN_CONV = 1, IN_ATTN = 2, IN_DENSE = 4, IN_MOE = 8, IN_ALL = 15 };
+
+/* The sizes that are cut into groups of 32, and the keys they come from. */
+static const char *const cut_key[N_SIZES] = {
+    [EMBD] = "embedding_length", [HEADS] = "attention.head_count",
+    [FF] = "feed_forward_length", [FF_EXP] = "expert_feed_forward_length"
+};
 
 static const struct binding {
     const char *name;                     /* after "blk.<layer>."            */
     size_t field;                         /* in struct layer                 */
-    int where, floats, cols, rows, depth;
+    int where, floats, cols, rows, depth, module;
 } bindings[] = {
 #define FIELD(f)  offsetof(struct layer, f)
 #define WEIGHT(f) #f ".weight", FIELD(f)
     { WEIGHT(attn_norm), IN_ALL, 1, EMBD, ONE, ONE },
     { WEIGHT(ffn_norm), IN_ALL, 1, EMBD, ONE, ONE },
     { "shortconv.in_proj.weight", FIELD(shortconv_in_proj),
-      IN_CONV, 0, EMBD, EMBD_3, ONE },
+      IN_CONV, 0, EMBD, EMBD_3, ONE, CONV_IN_PROJ },
     { "shortconv.conv.weight", FIELD(shortconv_conv),
       IN_CONV, 1, TAPS, EMBD, ONE },
     { "shortconv.out_proj.weight", FIELD(shortconv_out_proj),
-      IN_CONV, 0, EMBD, EMBD, ONE },
-    { WEIGHT(attn_q), IN_ATTN, 0, EMBD, HEADS, ONE },
-    { WEIGHT(attn_k), IN_ATTN, 0, EMBD, HEADS_KV, ONE },
-    { WEIGHT(attn_v), IN_ATTN, 0, EMBD, HEADS_KV, ONE },
-    { WEIGHT(attn_output), IN_ATTN, 0, HEADS, EMBD, ONE },
+      IN_CONV, 0, EMBD, EMBD, ONE, CONV_OUT_PROJ },
+    { WEIGHT(attn_q), IN_ATTN, 0, EMBD, HEADS, ONE, ATTN_Q },
+    { WEIGHT(attn_k), IN_ATTN, 0, EMBD, HEADS_KV, ONE, ATTN_K },
+    { WEIGHT(attn_v), IN_ATTN, 0, EMBD, HEADS_KV, ONE, ATTN_V },
+    { WEIGHT(attn_output), IN_ATTN, 0, HEADS, EMBD, ONE, ATTN_OUT },
     { WEIGHT(attn_q_norm), IN_ATTN, 1, HEAD, ONE, ONE },
     { WEIGHT(attn_k_norm), IN_ATTN, 1, HEAD, ONE, ONE },
-    { WEIGHT(ffn_gate), IN_DENSE, 0, EMBD, FF, ONE },
-    { WEIGHT(ffn_up), IN_DENSE, 0, EMBD, FF, ONE },
-    { WEIGHT(ffn_down), IN_DENSE, 0, FF, EMBD, ONE },
-    { WEIGHT(ffn_gate_inp), IN_MOE, 0, EMBD, EXPERTS, ONE },
+    { WEIGHT(ffn_gate), IN_DENSE, 0, EMBD, FF, ONE, FFN_W1 },
+    { WEIGHT(ffn_up), IN_DENSE, 0, EMBD, FF, ONE, FFN_W3 },
+    { WEIGHT(ffn_down), IN_DENSE, 0, FF, EMBD, ONE, FFN_W2 },
+    { WEIGHT(ffn_gate_inp), IN_MOE, 0, EMBD, EXPERTS, ONE, MOE_GATE },
     { "exp_probs_b.bias", FIELD(exp_probs_b), IN_MOE, 1, EXPERTS, ONE, ONE },
-    { WEIGHT(ffn_gate_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS },
-    { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS },
-    { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS },
+    { WEIGHT(ffn_gate_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W1 },
+    { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W3 },
+    { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS, FFN_W2 },
 #undef WEIGHT
 #undef FIELD
 };
-
-static int is_in_layer(const lfm2_config *c, int il, int where)
-{
-    switch (where) {
-    case IN_CONV:  return !c->is_attn[il];
-    case IN_ATTN:  return c->is_attn[il];
-    case IN_DENSE: return il < c->n_layer_dense;
-    case IN_MOE:   return il >= c->n_layer_dense;
-    default:       return 1;
-    }
-}
 
 /* Files converted with fused projections: the rows of q, then k, then v. */
 static int bind_qkv(const struct lfm2_model *m, struct layer *l, int il,
@@ -4894,6 +4901,8 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
                       float **pool)
 {
     struct layer *l = &m->layer[il];
+    const int kind = (m->cfg.is_attn[il] ? IN_ATTN : IN_CONV) |
+                     (il < m->cfg.n_layer_dense ? IN_DENSE : IN_MOE);
     char name[MAX_NAME + 1];
 
     if (m->cfg.is_attn[il])
@@ -4903,13 +4912,15 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
         const int cols = size[b->cols], rows = size[b->rows];
         void *field = (char *)l + b->field;
 
-        if (!is_in_layer(&m->cfg, il, b->where))
+        if (!(b->where & kind))
             continue;
         snprintf(name, sizeof name, "blk.%d.%s", il, b->name);
         if (b->floats)
             TRY(bind_floats(m, name, cols, rows, pool, field));
         else if (!((struct tensor *)field)->data)     /* not from attn_qkv */
             TRY(bind_matrix(m, name, cols, rows, size[b->depth], field));
+        if (!b->floats)
+            ((struct tensor *)field)->module = b->module;
     }
     if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
         return OTHER(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
@@ -4918,29 +4929,25 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
     return LFM2_OK;
 }
 
-/* More than any model has, and few enough to be counted in twice over. */
+/* More rows than any model has, and twice as many still fit in an int. */
 enum { MAX_WIDTH = 1 << 24 };
 
-/* The rows of a tensor: a width that a key may get wrong but a shape cannot, so
- * what kv_count() has against the key is told to nobody. */
+/* A width is the number of rows of a tensor.  Some files have a wrong key for
+ * it: that is a warning, so kv_count() must not fill in the error. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
                       int *out)
 {
     struct gguf_tensor *t;
     const struct gguf_kv *kv = arch_find(m, key);
-    int64_t said = 0;
+    int64_t said;
 
     TRY(find_tensor(m, name, &t));
-    if (t->dims[1] > MAX_WIDTH)
-        return BAD(m->gguf, "%s: %llu rows, expected at most %d", name,
-                   ull(t->dims[1]), MAX_WIDTH);
+    TRY(in_range(m->gguf, name, (double)t->dims[1], " rows", 1, MAX_WIDTH));
     *out = (int)t->dims[1];
-    if (kv && kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK)
-        warn(m, "%s: no single integer, but %s has %d rows; the tensor is "
-             "right", kv->key, name, *out);
-    else if (kv && said != *out)
-        warn(m, "%s: %lld, but %s has %d rows; the tensor is right", kv->key,
-             (long long)said, name, *out);
+    if (kv && (kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK ||
+               said != *out))
+        warn(m, "%s: %s %s, but %s has %d rows; the tensor is right", kv->key,
+             gguf_type[kv->type].name, kv_text(kv).s, name, *out);
     return LFM2_OK;
 }
 
@@ -4951,10 +4958,9 @@ static int read_widths(struct lfm2_model *m)
     char name[MAX_NAME + 1];
 
     TRY(read_width(m, "token_embd.weight", "vocab_size", &c->n_vocab));
-    if (tokens && tokens->n > (uint64_t)c->n_vocab)
-        return BAD(m->gguf, "tokenizer.ggml.tokens: %llu tokens, expected at "
-                   "most the %d rows of token_embd.weight", ull(tokens->n),
-                   c->n_vocab);
+    if (tokens)
+        TRY(in_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
+                     c->n_vocab));
     if (tokens && tokens->n < (uint64_t)c->n_vocab)
         warn(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
              "token_embd.weight", ull(tokens->n), c->n_vocab);
@@ -4968,8 +4974,8 @@ static int read_widths(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-/* Tensors nobody asked for: in a block they mean that the model computes
- * something else; elsewhere they are baggage. */
+/* Tensors that nobody asked for: in a block they mean that the model computes
+ * something else; elsewhere they do no harm. */
 static int check_unbound(struct lfm2_model *m)
 {
     static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
@@ -4987,33 +4993,10 @@ static int check_unbound(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-/* None of the names that it may have: say which there are, for this has been
- * what files for other engines differ in. */
-static int no_last_norm(const struct lfm2_model *m)
-{
-    char found[100] = "none";
-    size_t n = 0;
-
-    for (int i = 0; i < m->gguf->n_tensors && n < sizeof found; i++) {
-        const char *name = m->gguf->tensor[i].name;
-        if (strstr(name, "norm") && strncmp(name, "blk.", 4) != 0)
-            n += (size_t)snprintf(found + n, sizeof found - n, "%s%s",
-                                  n ? ", " : "", name);
-    }
-    return BAD(m->gguf, "the norm before the logits: outside of blocks %s, "
-               "expected token_embd_norm.weight or output_norm.weight", found);
-}
-
-/* The norm before the logits is called token_embd_norm in most files, after the
- * official embedding_norm, and output_norm in others.  It is the last one all
- * the same; nothing is normed after the embedding. */
 static int bind_ends(struct lfm2_model *m, float **pool)
 {
-    static const char *const norms[] = {
-        "output_norm.weight", "token_embd_norm.weight"
-    };
     const lfm2_config *c = &m->cfg;
-    size_t i = 0;
+    const char *norm = "output_norm.weight";
 
     TRY(bind_matrix(m, "token_embd.weight", c->n_embd, c->n_vocab, 1,
                     &m->token_embd));
@@ -5021,29 +5004,35 @@ static int bind_ends(struct lfm2_model *m, float **pool)
     if (gguf_tensor_find(m->gguf, "output.weight"))
         TRY(bind_matrix(m, "output.weight", c->n_embd, c->n_vocab, 1,
                         &m->output));
-    while (i < COUNT(norms) && !gguf_tensor_find(m->gguf, norms[i]))
-        i++;
-    return i == COUNT(norms) ? no_last_norm(m) :
-           bind_floats(m, norms[i], c->n_embd, 1, pool, &m->output_norm);
+
+    /* Most files call it so, after the official embedding_norm.  It is the last
+     * norm all the same; nothing is normed after the embedding. */
+    if (!gguf_tensor_find(m->gguf, norm))
+        norm = "token_embd_norm.weight";
+    return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm);
 }
 
-/* What is multiplied by a matrix is cut into groups of 32 columns. */
-static int check_columns(const struct lfm2_model *m, const int size[N_SIZES])
+/* What a pass reads after each matrix.  Which experts it reads is not known
+ * before they are chosen. */
+static void bind_next(struct lfm2_model *m)
 {
-    static const struct { const char *key; int size; } of[] = {
-        { "embedding_length", EMBD }, { "attention.head_count", HEADS },
-        { "feed_forward_length", FF }, { "expert_feed_forward_length", FF_EXP }
-    };
+    const struct tensor *next = &m->output;
 
-    for (size_t i = 0; i < COUNT(of); i++)
-        if (size[of[i].size] % UNIT != 0)
-            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
-                         "multiple of %d", m->arch, of[i].key,
-                         size[of[i].size], UNIT);
-    return LFM2_OK;
+    for (int il = m->cfg.n_layer - 1; il >= 0; il--) {
+        struct layer *l = &m->layer[il];
+        const struct tensor *ffn = l->ffn_gate.data ? &l->ffn_gate
+                                                    : &l->ffn_gate_inp;
+        l->ffn_down.next = l->ffn_down_exps.next = next;
+        l->ffn_gate.next = &l->ffn_down;   /* and not of ffn_up, too */
+        l->attn_output.next = l->shortconv_out_proj.next = ffn;
+        l->shortconv_in_proj.next = &l->shortconv_out_proj;
+        l->attn_v.next = &l->attn_output;
+        l->attn_k.next = &l->attn_v;
+        l->attn_q.next = &l->attn_k;
+        next = m->cfg.is_attn[il] ? &l->attn_q : &l->shortconv_in_proj;
+    }
+    m->output.next = next;
 }
-
-static void name_modules(struct layer *l); /* see section 21 */
 
 static int bind_model(struct lfm2_model *m)
 {
@@ -5058,7 +5047,10 @@ static int bind_model(struct lfm2_model *m)
         [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
         [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
     };
-    TRY(check_columns(m, size));
+    for (int i = 0; i < N_SIZES; i++)
+        if (cut_key[i] && size[i] % UNIT != 0)
+            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
+                         "multiple of %d", m->arch, cut_key[i], size[i], UNIT);
     float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (!m->floats || !m->layer)
@@ -5068,8 +5060,8 @@ static int bind_model(struct lfm2_model *m)
     for (int il = 0; il < c->n_layer; il++) {
         m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
         TRY(bind_layer(m, il, size, &pool));
-        name_modules(&m->layer[il]);
     }
+    bind_next(m);
     m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
     return check_unbound(m);
 }
@@ -5077,7 +5069,7 @@ static int bind_model(struct lfm2_model *m)
 /* ------------------------------------------------------- 18. Open and close */
 
 /* The model and what it points to, in one piece; the model is first. */
-struct opened {
+struct model_file {
     struct lfm2_model model;
     struct file file;
     struct gguf gguf;
@@ -5093,7 +5085,7 @@ const char *lfm2_weight_type(int i)
     return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
 }
 
-/* What is left of a file that is no model: its list of keys and tensors. */
+/* A file that is no model keeps its list of keys and tensors. */
 static void drop_layers(struct lfm2_model *m)
 {
     free(m->layer);
@@ -5112,12 +5104,12 @@ void lfm2_model_close(lfm2_model *m)
     free(m);
 }
 
-/* Takes over an open file.  With `any`, what is no model is left open without
- * layers. */
+/* Takes over an open file.  With `any`, a file that is no model is left open
+ * without layers. */
 static int open_model(lfm2_model **out, const struct file *file, int any,
                       lfm2_error *err)
 {
-    struct opened *o = calloc(1, sizeof *o);
+    struct model_file *o = calloc(1, sizeof *o);
     int code;
 
     if (!o) {
@@ -5216,7 +5208,8 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
     if (lfm2_model_tensor(m, i, &t) != LFM2_OK || !t.data ||
         row >= t.dims[1] * t.dims[2] * t.dims[3])
         return LFM2_EARG;
-    w = (struct tensor){ m->gguf->tensor[i].fmt, 1, (int)t.dims[0], t.data };
+    w = (struct tensor){ .fmt = m->gguf->tensor[i].fmt, .rows = 1,
+                         .cols = (int)t.dims[0], .data = t.data };
     w.data += (size_t)row * row_bytes(&w);
     get_row(out, &w, 0);
     return LFM2_OK;
@@ -5235,26 +5228,10 @@ const char *lfm2_model_string(const lfm2_model *m, const char *key,
 
 const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
 {
-    const struct gguf_kv *kv;
-    struct str s;
-    int64_t value = 0;
-
     if (i < 0 || i >= m->gguf->n_kv)
         return NULL;
-    kv = &m->gguf->kv[i];
-    if (kv->type == GGUF_ARRAY)
-        snprintf(buf, cap, "[%llu x %s]", ull(kv->n), gguf_type[kv->elem].name);
-    else if (gguf_string(m->gguf, kv->key, &s))
-        snprintf(buf, cap, "%s%s", show(s).s, s.n > 48 ? "..." : "");
-    else if (kv->type == GGUF_F32)
-        snprintf(buf, cap, "%g", (double)load_f32(kv->value));
-    else if (kv->type == GGUF_BOOL)
-        snprintf(buf, cap, "%s", kv->value[0] ? "true" : "false");
-    else if (kv_integer(kv, 0, &value) == 0)
-        snprintf(buf, cap, "%lld", (long long)value);
-    else
-        snprintf(buf, cap, "(%s)", gguf_type[kv->type].name);
-    return kv->key;
+    snprintf(buf, cap, "%s", kv_text(&m->gguf->kv[i]).s);
+    return m->gguf->kv[i].key;
 }
 
 void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
@@ -6207,20 +6184,6 @@ static const char *const module_names[N_MODULES] = {
     [MOE_GATE] = "feed_forward.gate",
     [MOE_CHOSEN] = "feed_forward.selected_experts"
 };
-
-static void name_modules(struct layer *l)
-{
-    l->shortconv_in_proj.module = CONV_IN_PROJ;
-    l->shortconv_out_proj.module = CONV_OUT_PROJ;
-    l->attn_q.module = ATTN_Q;
-    l->attn_k.module = ATTN_K;
-    l->attn_v.module = ATTN_V;
-    l->attn_output.module = ATTN_OUT;
-    l->ffn_gate_inp.module = MOE_GATE;
-    l->ffn_gate.module = l->ffn_gate_exps.module = FFN_W1;
-    l->ffn_up.module = l->ffn_up_exps.module = FFN_W3;
-    l->ffn_down.module = l->ffn_down_exps.module = FFN_W2;
-}
 
 /* How many numbers a module gives for a row. */
 static int module_width(const lfm2_config *c, int module, int is_dense)

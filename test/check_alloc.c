@@ -1,5 +1,5 @@
-/* What the system may refuse: every allocation failing in turn, mmap, read and
- * threads that fail.  Always a documented code, no leak, no crash; and what
+/* What the system may refuse: every allocation failing in turn, mmap, fread
+ * and threads that fail.  Always a documented code, no leak, no crash; and what
  * the header says of memory, measured. */
 #define _GNU_SOURCE                      /* as lfm2.c does */
 
@@ -7,6 +7,7 @@
 #include <pthread.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/types.h>
@@ -17,7 +18,7 @@
 static struct {
     long left, live, bytes;
     int all, failed;
-    int no_mmap, no_thread, short_reads;
+    int no_mmap, no_thread, short_reads, bad_disk;
 } sys = { .left = -1 };
 
 static int refuses(void)
@@ -65,14 +66,23 @@ static void *test_mmap(void *p, size_t n, int prot, int flags, int fd, off_t at)
     return MAP_FAILED;
 }
 
-/* Interrupted every other time, and never more than 1000 bytes at once. */
-static ssize_t test_read(int fd, void *p, size_t n)
+static int error_of_stream;
+
+/* Interrupted every other time, and never more than 1000 bytes at once; or it
+ * cannot read at all. */
+static size_t test_fread(void *p, size_t size, size_t n, FILE *f)
 {
-    if (sys.short_reads && sys.short_reads++ % 2) {
-        errno = EINTR;
-        return -1;
-    }
-    return read(fd, p, sys.short_reads && n > 1000 ? 1000 : n);
+    error_of_stream = sys.bad_disk ||
+                      (sys.short_reads && sys.short_reads++ % 2);
+    if (!error_of_stream)
+        return fread(p, size, sys.short_reads && n > 1000 ? 1000 : n, f);
+    errno = sys.bad_disk ? EIO : EINTR;
+    return 0;
+}
+
+static int test_ferror(FILE *f)
+{
+    return error_of_stream || ferror(f);
 }
 
 static int test_pthread_create(pthread_t *t, const pthread_attr_t *attr,
@@ -90,7 +100,9 @@ static int test_pthread_create(pthread_t *t, const pthread_attr_t *attr,
 #define realloc test_realloc
 #define free test_free
 #define mmap test_mmap
-#define read test_read
+#define fread test_fread
+#undef ferror
+#define ferror test_ferror
 #define pthread_create test_pthread_create
 #include "../lfm2.c"
 #undef malloc
@@ -98,7 +110,8 @@ static int test_pthread_create(pthread_t *t, const pthread_attr_t *attr,
 #undef realloc
 #undef free
 #undef mmap
-#undef read
+#undef fread
+#undef ferror
 #undef pthread_create
 
 #include "util.h"
@@ -372,6 +385,35 @@ START_TEST(a_file_that_comes_in_pieces_is_read_whole)
 }
 END_TEST
 
+START_TEST(a_file_that_cannot_be_read_is_an_error)
+{
+    const int descriptor = next_descriptor();
+    const long live = sys.live;
+    lfm2_error err;
+
+    sys.bad_disk = 1;
+    ck_assert_int_eq(open_read(&err), LFM2_EIO);
+    ck_assert(strstr(err.msg, path) && strstr(err.msg, strerror(EIO)));
+    ck_assert(strstr(err.msg, "after 0 of"));
+    ck_assert_int_eq(open_mapped(&err), LFM2_OK);
+    ck_assert_int_eq(next_descriptor(), descriptor);
+    ck_assert(sys.live == live);
+}
+END_TEST
+
+/* Its end is gone between the look at its size and the reading. */
+START_TEST(a_file_that_becomes_shorter_is_an_error)
+{
+    struct file f = { .size = file.n + 1 };
+    FILE *s = fopen(path, "rb");
+    lfm2_error err;
+
+    ck_assert(s && file_read(&f, s, path, &err) == LFM2_EIO);
+    ck_assert(strstr(err.msg, "it ends after"));
+    fclose(s);
+}
+END_TEST
+
 /* The first, second, third worker cannot be had: it goes on with fewer. */
 START_TEST(without_threads_it_goes_on_with_fewer)
 {
@@ -452,6 +494,8 @@ Suite *alloc_suite(void)
                         (int)COUNT(operation));
     tcase_add_test(c, a_file_that_cannot_be_mapped_is_an_error);
     tcase_add_test(c, a_file_that_comes_in_pieces_is_read_whole);
+    tcase_add_test(c, a_file_that_cannot_be_read_is_an_error);
+    tcase_add_test(c, a_file_that_becomes_shorter_is_an_error);
     tcase_add_test(c, without_threads_it_goes_on_with_fewer);
     tcase_add_test(c, forward_and_sample_never_allocate);
     tcase_add_test(c, a_context_takes_what_was_foretold);

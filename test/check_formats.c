@@ -17,7 +17,7 @@ static int same_value(float a, double b)
 /* Row 0 of a tensor at p, as the engine reads it and as the reference does. */
 static void expect_row(int type, const uint8_t *p, int cols, const char *what)
 {
-    const struct tensor w = { format_find((uint32_t)type), 1, cols, p };
+    const struct tensor w = { format_find((uint32_t)type), 1, cols, p, NULL };
     float *row = malloc((size_t)cols * sizeof *row);
     double *exact = malloc((size_t)cols * sizeof *exact);
 
@@ -93,7 +93,7 @@ START_TEST(blocks_of_noise_are_read_alike)
 
     ck_assert(b != NULL);
     for (int round = 0; round < 3000; round++) {
-        const struct tensor w = { f, 1, cols, b };
+        const struct tensor w = { f, 1, cols, b, NULL };
         for (size_t i = 0; i < size; i++)
             b[i] = (uint8_t)random_u32(&rng);
         get_row(row, &w, 0);
@@ -142,7 +142,8 @@ START_TEST(rows_and_experts_are_found_where_they_lie)
     const int type = weight_types[_i];
     uint64_t rng = 3;
     struct bytes b = random_weights(type, COLS, ROWS * DEPTH, &rng);
-    const struct tensor all = { format_find((uint32_t)type), ROWS, COLS, b.p };
+    const struct tensor all = { format_find((uint32_t)type), ROWS, COLS, b.p,
+                                NULL };
     const size_t row_size = b.n / (ROWS * DEPTH);
     float row[COLS];
     double exact[COLS];
@@ -205,7 +206,7 @@ START_TEST(a_product_is_the_sum_of_its_terms)
     const struct tiny t = { .type = 2, .n_embd = 256 };     /* n_ff 512 */
     struct bytes file = tiny_model(&t), b;
     const lfm2_params p = { .n_ctx = 8, .n_seq = 1, .n_batch = 8,
-                            .n_threads = 2 };
+                            .n_threads = 1 };
     float x[PRODUCT_TOKENS * PRODUCT_COLS], y[PRODUCT_TOKENS * PRODUCT_ROWS];
     lfm2_model *m;
     lfm2_context *ctx;
@@ -214,20 +215,93 @@ START_TEST(a_product_is_the_sum_of_its_terms)
     ck_assert(lfm2_model_open_memory(&m, file.p, file.n, NULL) == LFM2_OK);
     ck_assert(lfm2_context_open(&ctx, m, &p, NULL) == LFM2_OK);
     ck_assert_int_eq(m->cfg.n_ff, PRODUCT_COLS);
+    const struct thread *me = &ctx->thread[0];
     for (int round = 0; round < 20; round++) {
         for (size_t i = 0; i < COUNT(x); i++)
             x[i] = random_float(&rng) + 0.5f;         /* sums that matter */
         b = random_weights(type, PRODUCT_COLS, PRODUCT_ROWS, &rng);
         const struct tensor w = { format_find((uint32_t)type), PRODUCT_ROWS,
-                                  PRODUCT_COLS, b.p };
-        load_input(ctx, &ctx->hidden, x, PRODUCT_TOKENS, PRODUCT_COLS);
-        matmul(ctx, ASSIGN, y, &w, &ctx->hidden);
+                                  PRODUCT_COLS, b.p, NULL };
+        ctx->hidden.f = x;
+        ctx->hidden.n = PRODUCT_TOKENS;
+        round_rows(me, &ctx->hidden);
+        matmul(me, ASSIGN, y, &w, &ctx->hidden);
         expect_product(&w, &ctx->hidden, y);
         free(b.p);
     }
     lfm2_context_close(ctx);
     lfm2_model_close(m);
     free(file.p);
+}
+END_TEST
+
+/* -------------------------------------------------------- what follows what */
+
+/* "blk.<layer>.<name>" of a matrix, or what else it is. */
+static const char *name_of(const lfm2_model *m, const struct tensor *w)
+{
+    static char name[80];
+
+    for (int il = 0; il < m->cfg.n_layer; il++)
+        for (size_t i = 0; i < COUNT(bindings); i++)
+            if ((char *)w == (char *)&m->layer[il] + bindings[i].field) {
+                snprintf(name, sizeof name, "blk.%d.%s", il, bindings[i].name);
+                *strrchr(name, '.') = 0;
+                return name;
+            }
+    return w == &m->output ? "output" : w ? "unknown" : "none";
+}
+
+/* From the first matrix on, each by the one before it; and back to it. */
+static void expect_order(const struct tiny *t, const char *const *names)
+{
+    struct bytes file = tiny_model(t);
+    lfm2_model *m;
+
+    ck_assert(lfm2_model_open_memory(&m, file.p, file.n, NULL) == LFM2_OK);
+    const struct tensor *w = &m->layer[0].shortconv_in_proj;
+    for (int i = 0; names[i]; w = w->next, i++) {
+        ck_assert_str_eq(name_of(m, w), names[i]);
+        ck_assert(w->data && w->rows > 0);
+        if (strcmp(names[i], "blk.1.ffn_gate_inp") == 0) {
+            ck_assert(!w->next && !m->layer[1].ffn_gate_exps.next);
+            ck_assert(!m->layer[1].ffn_up_exps.next);
+            w = &m->layer[1].ffn_down_exps;
+        }
+    }
+    for (int il = 0; il < m->cfg.n_layer_dense; il++)
+        ck_assert(m->layer[il].ffn_up.next == &m->layer[il].ffn_down);
+    for (int il = m->cfg.n_layer_dense; il < 4; il++)
+        ck_assert_str_eq(name_of(m, m->layer[il].ffn_down_exps.next), il == 3 ?
+                         "output" : il == 2 ? "blk.3.attn_q" :
+                         "blk.2.shortconv.in_proj");
+    ck_assert(m->output.next == &m->layer[0].shortconv_in_proj);
+    ck_assert(m->token_embd.next == NULL);
+    lfm2_model_close(m);
+    free(file.p);
+}
+
+START_TEST(each_matrix_knows_which_is_read_next)
+{
+    static const char *const dense[] = {
+        "blk.0.shortconv.in_proj", "blk.0.shortconv.out_proj", "blk.0.ffn_gate",
+        "blk.0.ffn_down", "blk.1.attn_q", "blk.1.attn_k", "blk.1.attn_v",
+        "blk.1.attn_output", "blk.1.ffn_gate", "blk.1.ffn_down",
+        "blk.2.shortconv.in_proj", "blk.2.shortconv.out_proj", "blk.2.ffn_gate",
+        "blk.2.ffn_down", "blk.3.attn_q", "blk.3.attn_k", "blk.3.attn_v",
+        "blk.3.attn_output", "blk.3.ffn_gate", "blk.3.ffn_down", "output",
+        "blk.0.shortconv.in_proj", NULL
+    };
+    static const char *const moe[] = {
+        "blk.0.shortconv.in_proj", "blk.0.shortconv.out_proj", "blk.0.ffn_gate",
+        "blk.0.ffn_down", "blk.1.attn_q", "blk.1.attn_k", "blk.1.attn_v",
+        "blk.1.attn_output", "blk.1.ffn_gate_inp", "blk.2.shortconv.in_proj",
+        "blk.2.shortconv.out_proj", "blk.2.ffn_gate_inp", NULL
+    };
+
+    expect_order(&(struct tiny){ .untied = _i }, dense);
+    expect_order(&(struct tiny){ .fused_qkv = 1, .untied = _i }, dense);
+    expect_order(&(struct tiny){ .moe = 1, .untied = _i }, moe);
 }
 END_TEST
 
@@ -248,6 +322,7 @@ Suite *formats_suite(void)
                         N_WEIGHT_TYPES);
     tcase_add_loop_test(c, a_product_is_the_sum_of_its_terms, 0,
                         N_WEIGHT_TYPES);
+    tcase_add_loop_test(c, each_matrix_knows_which_is_read_next, 0, 2);
     suite_add_tcase(s, c);
     return s;
 }
