@@ -311,7 +311,12 @@ struct scratch {
     /* rows of weights, unpacked: here one row, in section 12 a panel */
     uint8_t *q;                           /* [cols][panel rows]              */
     float *d, *m;                         /* [groups][2][panel rows]         */
-    float *f;                             /* [cols], for float formats       */
+    float *f;                             /* [cols][UNIT], float formats     */
+    float *chain;                         /* [CHAIN_ROWS][UNIT][16]          */
+
+    float *tile;                          /* [TILE][head_dim] of K or V, with
+                                             room for another TILE           */
+    float *score;                         /* [queries][CHUNK]                */
 };
 
 /* What an instruction set brings: the functions of that name in sections 3, 4,
@@ -2564,7 +2569,7 @@ typedef uint32_t FN(uints) __attribute__((vector_size(4 * LANES)));
 
 #define FLOATS float32x4_t
 #define BLOCK(name) name##_neon
-enum { FN(ROWS) = 2, FN(WIDE) = 4, FN(TOKENS) = DOT ? 4 : 3 };
+enum { FN(WIDE) = 4, FN(TOKENS) = DOT ? 4 : 3, FN(X_ROWS) = 6 };
 
 KERNEL_INLINE FLOATS FN(splat)(float f)
 {
@@ -2691,7 +2696,7 @@ KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 #define MM_INTS __m256i
 #define FLOATS __m256
 #define BLOCK(name) name##_avx2
-enum { FN(ROWS) = 2, FN(WIDE) = 2, FN(TOKENS) = 3 };
+enum { FN(WIDE) = 2, FN(TOKENS) = 3, FN(X_ROWS) = 3 };
 
 KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
@@ -2795,7 +2800,12 @@ KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
 #define MM_INTS __m512i
 #define FLOATS __m512
 #define BLOCK(name) name##_avx2
-enum { FN(ROWS) = 4, FN(WIDE) = 2, FN(TOKENS) = 6 };
+enum { FN(WIDE) = 4, FN(TOKENS) = 6, FN(X_ROWS) = 6 };
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+{
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)m), b, a);
+}
 
 KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
 {
@@ -3003,10 +3013,6 @@ KERNEL_INLINE INTS FN(shift_each)(INTS v, INTS n)
     return (INTS)((UINTS)v >> (UINTS)n);
 }
 
-/* The small blocks.  Each is its namesake of Part I or section 10, with the
- * same operations on every element in the same order. */
-#if LANES < 16 && !DOT
-
 KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
 {
     const FLOATS magic = FN(splat)(ROUND_MAGIC), one = FN(splat)(1);
@@ -3028,6 +3034,10 @@ KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
     p = FN(choose)(x < -87.0f, FN(splat)(0), p);
     return FN(choose)(x == x, p, x);
 }
+
+/* The small blocks.  Each is its namesake of Part I or section 10, with the
+ * same operations on every element in the same order. */
+#if LANES < 16 && !DOT
 
 KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
 {
@@ -3119,6 +3129,225 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
     to->s = to->d * (float)(to->sum[0] + to->sum[1]);
 }
 
+#endif
+#endif /* KERNELS */
+
+/* ------------------------------------------------ 12. Kernels: products
+ *
+ * A panel is two tiles of LANES rows of weights, unpacked.  A vector holds four
+ * columns of the LANES rows of a tile, so that multiplying it with four columns
+ * of x, repeated in all lanes, needs no sums across lanes:
+ *
+ *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
+ *                                                        on ARM s8: weight
+ *     d, m [groups][2 halves][2 tiles][LANES rows]       float
+ *
+ * It stays in the second-level cache for all rows of x.  If these are few, the
+ * weights go straight from the registers they are unpacked in. */
+
+#ifndef KERNELS
+enum {
+    AT_ONCE = 7,                          /* rows of x                       */
+    AHEAD = 65536,                        /* bytes to fetch ahead, at least  */
+
+    /* floats */
+    BLOCK_COLS = 512,                     /* columns of x in the first-level
+                                             cache                           */
+    MANY = 16,                            /* rows of x that deserve a panel  */
+    CHAIN_ROWS = 6                        /* the most of FN(X_ROWS)          */
+};
+#endif
+
+#ifdef KERNELS
+
+enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
+
+/* ---- weights in floats: their chains lie across the lanes of registers */
+
+/* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
+KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
+{
+    return type == 0 ? FN(load)((const float *)(const void *)p + i)
+         : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
+}
+
+KERNEL_INLINE float FN(chain_sum)(const float *chain)
+{
+    FLOATS v[FN(CHAINS)];
+
+    UNROLL
+    for (int h = 0; h < FN(CHAINS); h++)
+        v[h] = FN(load)(chain + h * LANES);
+    return FN(tree)(v);
+}
+
+/* Chains h and up of [tokens][UNIT][16] go on: LANES of every 16 columns of 4
+ * rows at w times those of each x.  Meanwhile what is at `next` is fetched,
+ * `step` bytes for every 16 columns. */
+KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
+                                  const float *const *x, int h, int cols,
+                                  const uint8_t *next, int step,
+                                  const int tokens, const int type)
+{
+    FLOATS acc[FN(X_ROWS)][4], v[4];
+
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int r = 0; r < 4; r++)
+            acc[t][r] = FN(load)(chain + (t * UNIT + r) * 16 + h);
+    for (int c = h; c < cols; c += 16, next += step) {
+        for (int i = 0; i < 8 * LANES; i += 64)
+            FETCH(next + i);
+        UNROLL
+        for (int r = 0; r < 4; r++)
+            v[r] = FN(load_floats)(w + (size_t)r * stride, (size_t)c, type);
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            UNROLL
+            for (int r = 0; r < 4; r++)
+                acc[t][r] = FN(fma)(v[r], FN(load)(x[t] + c), acc[t][r]);
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int r = 0; r < 4; r++)
+            FN(store)(chain + (t * UNIT + r) * 16 + h, acc[t][r]);
+}
+
+#undef FLOAT_TILE
+#define FLOAT_TILE(n, type) \
+    case n: \
+        FN(float_tile)(chain, w, stride, x, h, cols, next, step, n, type); \
+        break;
+#undef FLOAT_TILES
+#if LANES == 8
+#define FLOAT_TILES(type) \
+    FLOAT_TILE(1, type) FLOAT_TILE(2, type) FLOAT_TILE(3, type)
+#else
+#define FLOAT_TILES(type) \
+    FLOAT_TILE(1, type) FLOAT_TILE(2, type) FLOAT_TILE(3, type) \
+    FLOAT_TILE(4, type) FLOAT_TILE(5, type) FLOAT_TILE(6, type)
+#endif
+
+KERNEL void FN(multiply_floats)(float *chain, const uint8_t *w, size_t stride,
+                                const float *const *x, int h, int cols,
+                                const uint8_t *next, int step, int n, int id)
+{
+    if (id == 0)
+        switch (n) { FLOAT_TILES(0) }
+    else if (id == 1)
+        switch (n) { FLOAT_TILES(1) }
+    else
+        switch (n) { FLOAT_TILES(2) }
+}
+
+/* How many rows of x to take next, so that all takes are nearly equal. */
+KERNEL_INLINE int FN(take_x)(int n)
+{
+    const int takes = (n + FN(X_ROWS) - 1) / FN(X_ROWS);
+    return (n + takes - 1) / takes;
+}
+
+/* Rows of weights as float32, a block of columns after the other. */
+KERNEL void FN(make_float_panel)(float *to, const uint8_t *row, int rows,
+                                 int cols, int id)
+{
+    const size_t size = id == 0 ? 4 : 2, stride = (size_t)cols * size;
+
+    for (int c = 0, n; c < cols; c += n) {
+        n = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < n; i += LANES, to += LANES) {
+                const uint8_t *p = row + r * stride + (size_t)(c + i) * size;
+                FN(store)(to, id == 0 ? FN(load_floats)(p, 0, 0)
+                            : id == 1 ? FN(load_floats)(p, 0, 1)
+                                      : FN(load_floats)(p, 0, 2));
+            }
+    }
+}
+
+/* out[t][r] = `rows` rows of floats times all rows of x.  If those are many, a
+ * block of them stays in the first-level cache while all of the panel, in the
+ * second, goes by; and the next block is fetched. */
+KERNEL void FN(product_floats)(float *out, const struct tensor *w,
+                               const uint8_t *row, int rows,
+                               const struct input *in, const struct scratch *s,
+                               const uint8_t *next)
+{
+    const int many = in->n >= MANY, cols = w->cols, id = many ? 0 : w->fmt->id;
+    const size_t size = id == 0 ? 4 : 2;
+    const int step = many ? 64 : 64 * (int)size / FN(CHAINS);
+    const uint8_t *const end = next + (size_t)rows * row_bytes(w);
+
+    if (many)
+        FN(make_float_panel)(s->f, row, rows, cols, w->fmt->id);
+    for (int t = 0, n; t < in->n; t += n) {
+        const float *x[FN(X_ROWS)];
+
+        n = FN(take_x)(in->n - t);
+        for (int i = 0; i < n; i++)
+            x[i] = in->f + row_at(in, t + i) * (size_t)cols;
+        memset(s->chain, 0, (size_t)n * UNIT * 16 * sizeof *s->chain);
+        for (int c = 0, m; c < cols; c += m) {
+            m = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
+            const uint8_t *p = many ? (const uint8_t *)(s->f + c * rows)
+                                    : row + (size_t)c * size;
+            const size_t stride = (size_t)(many ? m : cols) * size;
+
+            for (int i = 0; i < rows / 4 * FN(CHAINS); i++) {
+                const int r = i / FN(CHAINS) * 4, h = i % FN(CHAINS) * LANES;
+                const int to_x = many && i < n;
+
+                FN(multiply_floats)(s->chain + r * 16, p + r * stride, stride, x,
+                                    h, m, to_x ? (const uint8_t *)(x[i] + m)
+                                               : next, step, n, id);
+                if (!to_x && end - next > m / 16 * step)
+                    next += m / 16 * step;
+            }
+            for (int i = 0; i < n; i++)
+                x[i] += m;
+        }
+        for (int i = 0; i < n * rows; i++)
+            out[(t + i / rows) * UNIT + i % rows] =
+                FN(chain_sum)(s->chain + (i / rows * UNIT + i % rows) * 16);
+    }
+}
+
+/* What to fetch while `bytes` at p are worked on: a multiple of them further
+ * on, or as far behind `next` as that is behind `end`. */
+KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
+                                       const uint8_t *end, const uint8_t *next)
+{
+    const size_t distance = (AHEAD + bytes - 1) / bytes * bytes;
+    const size_t left = (size_t)(end - p);
+
+    return distance < left ? p + distance : next ? next + (distance - left) : p;
+}
+
+/* Whole panels; the rows behind them are left to the scalar code, and so are
+ * floats in rows of an odd length. */
+KERNEL void FN(product)(float *out, const struct tensor *w, int first,
+                        int n_rows, const struct input *in,
+                        const struct scratch *s, const uint8_t *end,
+                        const uint8_t *next)
+{
+    const int floats = w->fmt->floats != NULL;
+    const int rows = !floats ? FN(PANEL) : in->n < MANY ? 4 : n_rows / 4 * 4;
+    const int end_row = !floats || w->cols % 16 != 0 || !rows ? 0 : n_rows;
+    const size_t bytes = row_bytes(w) * rows;
+    const uint8_t *row = w->data + (size_t)first * row_bytes(w);
+    int done = 0;
+
+    for (; done + rows <= end_row; done += rows, row += bytes, out += rows) {
+        const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
+        FN(product_floats)(out, w, row, rows, in, s, ahead);
+    }
+    product_rows(out, w, first + done, n_rows - done, in, s, end, next);
+}
+
+/* ---- attention: four queries share what is loaded of a kv head */
+
 /* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
  * room up to the next multiple of 16, where the scores are made -inf, which
  * adds 0 to a sum that is never -0. */
@@ -3147,245 +3376,132 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
     g->sum = FN(tree)(sum);
 }
 
-#endif
-#endif /* KERNELS */
-
-/* ------------------------------------------------ 12. Kernels: products
- *
- * A panel is two tiles of LANES rows of weights, unpacked.  A vector holds four
- * columns of the LANES rows of a tile, so that multiplying it with four columns
- * of x, repeated in all lanes, needs no sums across lanes:
- *
- *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
- *                                                        on ARM s8: weight
- *     d, m [groups][2 halves][2 tiles][LANES rows]       float
- *
- * It stays in the second-level cache for all rows of x.  If these are few, the
- * weights go straight from the registers they are unpacked in. */
-
-#ifndef KERNELS
-enum {
-    AT_ONCE = 7,                          /* rows of x                       */
-    AHEAD = 65536                         /* bytes to fetch ahead, at least  */
+/* Queries of a chunk, four at a time: all of them see `seen` positions of it.
+ * If there are but n, the last one is repeated, and computed so often. */
+struct FN(four) {
+    const float *q[4];                    /* [head_dim]                      */
+    float *s[4], *o[4];                   /* [CHUNK], [head_dim]             */
+    int n, seen;
 };
-#endif
 
-#ifdef KERNELS
-
-enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
-
-/* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
-KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
+/* Those from query i on. */
+KERNEL_INLINE struct FN(four) FN(take_four)(struct attn_partial *part,
+                                            const struct attn_rows *a, int i,
+                                            int hd, int pos, float *score)
 {
-    return type == 0 ? FN(load)((const float *)(const void *)p + i)
-         : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
+    const int whole = chunk_seen(a, 0, pos) == CHUNK, row = i / a->group;
+    const int left = (whole ? a->n : row + 1) * a->group - i;
+    struct FN(four) f = { .n = left < 4 ? left : 4,
+                          .seen = chunk_seen(a, row, pos) };
+
+    for (int k = 0; k < 4; k++) {
+        const int j = i + (k < f.n ? k : f.n - 1);
+        f.q[k] = a->q + (size_t)(j / a->group) * a->stride +
+                 (size_t)(j % a->group * hd);
+        f.s[k] = score + (size_t)j * CHUNK;
+        f.o[k] = part[j].o;
+    }
+    return f;
 }
 
-/* out[t][r] = row r of ROWS rows of floats times row t of x. */
-KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
-                                  int cols, const float *const *x,
-                                  const uint8_t *next, const int tokens,
-                                  const int type)
+/* TILE positions of K or V, from element i of the cache on, as floats.  The
+ * next ones are fetched. */
+KERNEL void FN(load_tile)(float *to, const uint8_t *cache, int f16, size_t i,
+                          int hd)
 {
-    const int bytes = 16 * (type == 0 ? 4 : 2) * FN(ROWS);
-    FLOATS acc[FN(ROWS)][FN(TOKENS)][FN(CHAINS)];
+    const size_t size = f16 ? 2 : 4, n = (size_t)TILE * hd;
+    const uint8_t *p = cache + i * size;
 
-    UNROLL
-    for (int r = 0; r < FN(ROWS); r++)
+    for (size_t k = 0; k < n; k += 16) {
+        FETCH(p + (n + k) * size);
         UNROLL
-        for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int h = 0; h < FN(CHAINS); h++)
-                acc[r][t][h] = FN(splat)(0);
-    for (int c = 0; c < cols; c += 16, next += bytes) {
-        for (int i = 0; i < bytes; i += 64)
-            FETCH(next + i);
-        UNROLL
-        for (int r = 0; r < FN(ROWS); r++)
-            UNROLL
-            for (int h = 0; h < FN(CHAINS); h++) {
-                const size_t i = (size_t)c + h * LANES;
-                FLOATS w = FN(load_floats)(row + (size_t)r * stride, i, type);
-                UNROLL
-                for (int t = 0; t < tokens; t++)
-                    acc[r][t][h] = FN(fma)(w, FN(load)(x[t] + i),
-                                           acc[r][t][h]);
-            }
-    }
-    UNROLL
-    for (int r = 0; r < FN(ROWS); r++)
-        UNROLL
-        for (int t = 0; t < tokens; t++)
-            out[t * UNIT + r] = FN(tree)(acc[r][t]);
-}
-
-#define FLOAT_ROWS(type) \
-    switch (n) { \
-    case 1: FN(float_rows)(out, row, stride, cols, x, next, 1, type); return; \
-    case 2: FN(float_rows)(out, row, stride, cols, x, next, 2, type); return; \
-    case 3: FN(float_rows)(out, row, stride, cols, x, next, 3, type); return; \
-    }
-
-/* At most three rows of x: more would not make it faster. */
-KERNEL void FN(multiply_floats)(float *out, const uint8_t *row, size_t stride,
-                                int cols, const float *const *x,
-                                const uint8_t *next, int n, int id)
-{
-    if (id == 0) {
-        FLOAT_ROWS(0)
-    } else if (id == 1) {
-        FLOAT_ROWS(1)
-    } else {
-        FLOAT_ROWS(2)
+        for (int h = 0; h < 16; h += LANES)
+            FN(store)(to + k + h, f16 ? FN(load_floats)(p, k + h, 1)
+                                      : FN(load_floats)(p, k + h, 0));
     }
 }
 
-KERNEL void FN(product_floats)(float *out, const struct tensor *w,
-                               const uint8_t *row, const struct input *in,
-                               const uint8_t *next)
-{
-    for (int t = 0, m; t < in->n; t += m) {
-        const float *x[3];
-        m = in->n - t < 3 ? in->n - t : 3;
-        for (int i = 0; i < m; i++)
-            x[i] = in->f + row_at(in, t + i) * (size_t)w->cols;
-        FN(multiply_floats)(out + t * UNIT, row, row_bytes(w), w->cols, x, next,
-                            m, w->fmt->id);
-    }
-}
-
-/* What to fetch while `bytes` at p are worked on: a multiple of them further
- * on, or as far behind `next` as that is behind `end`. */
-KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
-                                       const uint8_t *end, const uint8_t *next)
-{
-    const size_t distance = (AHEAD + bytes - 1) / bytes * bytes;
-    const size_t left = (size_t)(end - p);
-
-    return distance < left ? p + distance : next ? next + (distance - left) : p;
-}
-
-/* Whole panels; the rows behind them are left to the scalar code, and so are
- * floats in rows of an odd length. */
-KERNEL void FN(product)(float *out, const struct tensor *w, int first,
-                        int n_rows, const struct input *in,
-                        const struct scratch *s, const uint8_t *end,
-                        const uint8_t *next)
-{
-    const int floats = w->fmt->floats != NULL;
-    const int rows = floats ? FN(ROWS) : FN(PANEL);
-    const int end_row = !floats || w->cols % 16 != 0 ? 0 : n_rows;
-    const size_t bytes = row_bytes(w) * rows;
-    const uint8_t *row = w->data + (size_t)first * row_bytes(w);
-    int done = 0;
-
-    for (; done + rows <= end_row; done += rows, row += bytes, out += rows) {
-        const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
-        FN(product_floats)(out, w, row, in, ahead);
-    }
-    product_rows(out, w, first + done, n_rows - done, in, s, end, next);
-}
-
-/* ---- attention: up to 4 queries share what is loaded of a kv head */
-
-/* chunk_scores() for `queries` queries, WIDE vectors of positions at a time. */
-KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
-                              const struct kv_head *kv, int pos, int n,
-                              const int queries, const int f16)
+/* The scores of a tile of K, [head_dim][TILE], from position p of the chunk. */
+KERNEL_INLINE void FN(scores)(const struct FN(four) *f, const float *tile,
+                              int hd, int p)
 {
     enum { W = FN(WIDE) };
-    const int hd = kv->head_dim;
-    FLOATS acc[4 * W], k[W];
+    FLOATS acc[4][W], k[W];
 
-    for (int p = 0; p < n; p += W * LANES) {
-        size_t at = k_index(pos + p, 0, hd);
+    for (int at = 0; at < TILE; at += W * LANES) {
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            acc[i] = FN(splat)(0);
-        for (int d = 0; d < hd; d++, at += TILE) {
+        for (int i = 0; i < 4 * W; i++)
+            acc[i / W][i % W] = FN(splat)(0);
+        for (int d = 0; d < hd; d++) {
             UNROLL
             for (int i = 0; i < W; i++)
-                k[i] = FN(load_floats)(kv->k, at + i * LANES, f16);
-            FETCH(kv->k + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+                k[i] = FN(load)(tile + d * TILE + at + i * LANES);
             UNROLL
-            for (int i = 0; i < queries * W; i++)
-                acc[i] = FN(fma)(FN(splat)(q[d + (size_t)(i / W * hd)]),
-                                 k[i % W], acc[i]);
+            for (int i = 0; i < 4 * W; i++)
+                acc[i / W][i % W] = FN(fma)(FN(splat)(f->q[i / W][d]), k[i % W],
+                                            acc[i / W][i % W]);
         }
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            FN(store)(s[i / W] + p + i % W * LANES, acc[i]);
+        for (int i = 0; i < 4 * W; i++)
+            FN(store)(f->s[i / W] + p + at + i % W * LANES, acc[i / W][i % W]);
     }
 }
 
-/* o[i] += the weighted values of positions first .. last-1. */
-KERNEL_INLINE void FN(values)(struct attn_partial *g, float s[][CHUNK],
-                              const struct kv_head *kv, int pos, int first,
-                              int last, const int queries, const int f16)
+/* o += the weighted values of n positions of a tile of V, [TILE][head_dim],
+ * from position p of the chunk. */
+KERNEL_INLINE void FN(values)(const struct FN(four) *f, const float *tile,
+                              int hd, int p, int n)
 {
     enum { W = FN(WIDE) };
-    const int hd = kv->head_dim;
-    FLOATS acc[4 * W], v[W];
+    FLOATS acc[4][W], v[W];
 
     for (int d = 0; d < hd; d += W * LANES) {
-        size_t at = (size_t)(pos + first) * hd + d;
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            acc[i] = FN(load)(g[i / W].o + d + i % W * LANES);
-        for (int p = first; p < last; p++, at += hd) {
+        for (int i = 0; i < 4 * W; i++)
+            acc[i / W][i % W] = FN(load)(f->o[i / W] + d + i % W * LANES);
+        for (int k = 0; k < n; k++) {
             UNROLL
             for (int i = 0; i < W; i++)
-                v[i] = FN(load_floats)(kv->v, at + i * LANES, f16);
-            FETCH(kv->v + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+                v[i] = FN(load)(tile + k * hd + d + i * LANES);
             UNROLL
-            for (int i = 0; i < queries * W; i++)
-                acc[i] = FN(fma)(FN(splat)(s[i / W][p]), v[i % W], acc[i]);
+            for (int i = 0; i < 4 * W; i++)
+                acc[i / W][i % W] = FN(fma)(FN(splat)(f->s[i / W][p + k]),
+                                            v[i % W], acc[i / W][i % W]);
         }
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            FN(store)(g[i / W].o + d + i % W * LANES, acc[i]);
+        for (int i = 0; i < 4 * W; i++)
+            FN(store)(f->o[i / W] + d + i % W * LANES, acc[i / W][i % W]);
     }
 }
-
-KERNEL_INLINE void FN(attend)(struct attn_partial *g, const float *q,
-                              const struct kv_head *kv, int pos, int n,
-                              const int queries, const int f16)
-{
-    float s[4][CHUNK];
-
-    FN(scores)(s, q, kv, pos, n, queries, f16);
-    for (int i = 0; i < queries; i++) {
-        BLOCK(softmax)(&g[i], s[i], n);
-        memset(g[i].o, 0, (size_t)kv->head_dim * sizeof *g[i].o);
-    }
-    for (int p = 0; p < n; p += TILE)
-        FN(values)(g, s, kv, pos, p, n - p < TILE ? n : p + TILE, queries, f16);
-}
-
-#define ATTEND(f16) \
-    for (; n_q >= 4; n_q -= 4, g += 4, q += 4 * kv->head_dim) \
-        FN(attend)(g, q, kv, pos, n, 4, f16); \
-    for (; n_q > 0; n_q--, g++, q += kv->head_dim) \
-        FN(attend)(g, q, kv, pos, n, 1, f16)
 
 KERNEL void FN(attend_chunk)(struct attn_partial *part,
                              const struct attn_rows *a,
                              const struct kv_head *kv, int pos,
                              const struct scratch *s)
 {
-    if (kv->head_dim % (FN(WIDE) * LANES) != 0) {
-        attend_chunk(part, a, kv, pos, s);
-        return;
+    const int hd = kv->head_dim, n = a->n * a->group;
+    const int most = chunk_seen(a, a->n - 1, pos);
+    const int first = pos > a->pos ? (pos - a->pos) * a->group : 0;
+    struct FN(four) f;
+
+    for (int p = 0; p < most; p += TILE) {
+        FN(load_tile)(s->tile, kv->k, kv->f16, k_index(pos + p, 0, hd), hd);
+        for (int i = first; i < n; i += f.n) {
+            f = FN(take_four)(part, a, i, hd, pos, s->score);
+            FN(scores)(&f, s->tile, hd, p);
+        }
     }
-    for (int t = 0; t < a->n; t++) {
-        const int n = chunk_seen(a, t, pos);
-        struct attn_partial *g = part + t * a->group;
-        const float *q = a->q + (size_t)t * a->stride;
-        int n_q = n > 0 ? a->group : 0;
-        if (kv->f16) {
-            ATTEND(1);
-        } else {
-            ATTEND(0);
+    for (int i = first; i < n; i++) {
+        FN(softmax)(&part[i], s->score + (size_t)i * CHUNK,
+                    chunk_seen(a, i / a->group, pos));
+        memset(part[i].o, 0, (size_t)(hd + 63) / 64 * 64 * sizeof *part[i].o);
+    }
+    for (int p = 0; p < most; p += TILE) {
+        FN(load_tile)(s->tile, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
+        for (int i = first, m; i < n; i += f.n) {
+            f = FN(take_four)(part, a, i, hd, pos, s->score);
+            m = f.seen - p < TILE ? f.seen - p : TILE;
+            FN(values)(&f, s->tile, hd, p, m);
         }
     }
 }
@@ -5072,7 +5188,11 @@ static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
         s.q = carve(a, cols * rows, sizeof *s.q);
         s.d = carve(a, cols / 16 * rows, sizeof *s.d);
         s.m = carve(a, cols / 16 * rows, sizeof *s.m);
-        s.f = carve(a, cols, sizeof *s.f);
+        s.f = carve(a, cols * UNIT, sizeof *s.f);
+        s.chain = carve(a, CHAIN_ROWS * UNIT * 16, sizeof *s.chain);
+        s.tile = carve(a, TILE * ((uint64_t)c->head_dim + 1), sizeof *s.tile);
+        s.score = carve(a, (uint64_t)(rows_together(c) * group) * CHUNK,
+                        sizeof *s.score);
         if (a->base)
             ctx->scratch[i] = s;
     }
