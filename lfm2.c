@@ -303,6 +303,8 @@ struct attn_partial;
 struct attn_rows;
 struct kv_head;
 
+enum { FEW_BYTES = 8192 };
+
 /* What a thread works with. */
 struct scratch {
     float *out[3];                        /* [n_batch][UNIT], of product()   */
@@ -312,7 +314,8 @@ struct scratch {
     uint8_t *q;                           /* [cols][panel rows]              */
     float *d, *m;                         /* [groups][2][panel rows]         */
     float *f;                             /* [cols][UNIT], float formats     */
-    float *chain;                         /* [CHAIN_ROWS][UNIT][16]          */
+    float *chain;                         /* [X_ROWS][UNIT][16], those too   */
+    uint8_t *few;                         /* [FEW_BYTES], see section 12     */
 
     float *tile;                          /* [TILE][head_dim] of K or V, with
                                              room for another TILE           */
@@ -2131,22 +2134,27 @@ struct format {
     void (*floats)(float *out, const uint8_t *row, int n);
 };
 
-static const struct format formats[] = {
-    { "F32",      0,   1,   4, 0, 0, NULL, floats_f32 },
-    { "F16",      1,   1,   2, 0, 0, NULL, floats_f16 },
-    { "BF16",    30,   1,   2, 0, 0, NULL, floats_bf16 },
-    { "Q4_0",     2,  32,  18, 0, 0, unpack_q4_0, NULL },
-    { "Q4_1",     3,  32,  20, 0, 1, unpack_q4_1, NULL },
-    { "Q5_0",     6,  32,  22, 0, 0, unpack_q5_0, NULL },
-    { "Q5_1",     7,  32,  24, 0, 1, unpack_q5_1, NULL },
-    { "Q8_0",     8,  32,  34, 0, 0, unpack_q8_0, NULL },
-    { "Q2_K",    10, 256,  84, 1, 1, unpack_q2_k, NULL },
-    { "Q3_K",    11, 256, 110, 1, 0, unpack_q3_k, NULL },
-    { "Q4_K",    12, 256, 144, 0, 1, unpack_q4_k, NULL },
-    { "Q5_K",    13, 256, 176, 0, 1, unpack_q5_k, NULL },
-    { "Q6_K",    14, 256, 210, 1, 0, unpack_q6_k, NULL },
-    { "IQ4_NL",  20,  32,  18, 0, 0, unpack_iq4_nl, NULL },
-    { "IQ4_XS",  23, 256, 136, 0, 0, unpack_iq4_xs, NULL },
+enum {
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
+    IQ4_NL, IQ4_XS, N_FORMAT
+};
+
+static const struct format formats[N_FORMAT] = {
+    [F32] = { "F32", 0, 1,   4, 0, 0, NULL, floats_f32 },
+    [F16] = { "F16", 1, 1,   2, 0, 0, NULL, floats_f16 },
+    [BF16] = { "BF16", 30, 1,   2, 0, 0, NULL, floats_bf16 },
+    [Q4_0] = { "Q4_0", 2, 32,  18, 0, 0, unpack_q4_0, NULL },
+    [Q4_1] = { "Q4_1", 3, 32,  20, 0, 1, unpack_q4_1, NULL },
+    [Q5_0] = { "Q5_0", 6, 32,  22, 0, 0, unpack_q5_0, NULL },
+    [Q5_1] = { "Q5_1", 7, 32,  24, 0, 1, unpack_q5_1, NULL },
+    [Q8_0] = { "Q8_0", 8, 32,  34, 0, 0, unpack_q8_0, NULL },
+    [Q2_K] = { "Q2_K", 10, 256,  84, 1, 1, unpack_q2_k, NULL },
+    [Q3_K] = { "Q3_K", 11, 256, 110, 1, 0, unpack_q3_k, NULL },
+    [Q4_K] = { "Q4_K", 12, 256, 144, 0, 1, unpack_q4_k, NULL },
+    [Q5_K] = { "Q5_K", 13, 256, 176, 0, 1, unpack_q5_k, NULL },
+    [Q6_K] = { "Q6_K", 14, 256, 210, 1, 0, unpack_q6_k, NULL },
+    [IQ4_NL] = { "IQ4_NL", 20, 32,  18, 0, 0, unpack_iq4_nl, NULL },
+    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, 0, 0, unpack_iq4_xs, NULL },
 };
 
 /* Formats that are known by name only, so that a refusal can say it. */
@@ -2569,7 +2577,9 @@ typedef uint32_t FN(uints) __attribute__((vector_size(4 * LANES)));
 
 #define FLOATS float32x4_t
 #define BLOCK(name) name##_neon
-enum { FN(WIDE) = 4, FN(TOKENS) = DOT ? 4 : 3, FN(X_ROWS) = 6 };
+#define TOKENS (DOT ? 4 : 3)
+#define X_ROWS 6
+enum { FN(WIDE) = 4, FN(TOKENS) = TOKENS };
 
 KERNEL_INLINE FLOATS FN(splat)(float f)
 {
@@ -2696,7 +2706,9 @@ KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 #define MM_INTS __m256i
 #define FLOATS __m256
 #define BLOCK(name) name##_avx2
-enum { FN(WIDE) = 2, FN(TOKENS) = 3, FN(X_ROWS) = 3 };
+#define TOKENS 3
+#define X_ROWS 3
+enum { FN(WIDE) = 2, FN(TOKENS) = TOKENS };
 
 KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
@@ -2800,7 +2812,9 @@ KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
 #define MM_INTS __m512i
 #define FLOATS __m512
 #define BLOCK(name) name##_avx2
-enum { FN(WIDE) = 4, FN(TOKENS) = 6, FN(X_ROWS) = 6 };
+#define TOKENS 6
+#define X_ROWS 6
+enum { FN(WIDE) = 4, FN(TOKENS) = TOKENS };
 
 KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
@@ -2978,7 +2992,51 @@ KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 #endif
 }
 
+#if LANES == 16
+
+/* Where blocks have 16 to 20 bytes, number i of a row is in quad i of the 64
+ * bytes at p: it becomes number r % 8 of that quad, for r < 8 in h[0]. */
+KERNEL_INLINE void FN(near_columns)(FLOATS d[4], const uint8_t *p,
+                                    size_t stride, const uint8_t bytes)
+{
+    const uint8_t more = bytes - 16;
+    const uint8_t from[4] = { 0, more, 2 * more, 3 * more };
+    const __m512i pick = (__m512i)(FN(quad_ints)(from) * 0x01010101 +
+                                   0x01000100);
+    __m512i h[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
+
+    UNROLL
+    for (size_t r = 0; r < 16; r++)
+        h[r / 8] = _mm512_mask_shuffle_epi8(
+            h[r / 8], 0x0003000300030003u << 2 * (r % 8),
+            _mm512_loadu_si512((const void *)(p + r * stride)), pick);
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        __m512i v = i == 0 ? _mm512_shuffle_i32x4(h[0], h[1], 0x88)
+                           : _mm512_shuffle_i32x4(h[0], h[1], 0xdd);
+        v = _mm512_shuffle_i32x4(v, v, 0xd8);
+        d[i] = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
+        d[i + 2] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
+    }
+}
+
+#endif
 #endif /* x86 */
+
+/* d[i] = the f16 at p + i * bytes of every row. */
+KERNEL_INLINE void FN(columns_f16)(FLOATS d[QUADS], const uint8_t *p,
+                                   size_t stride, const size_t bytes)
+{
+#if LANES == 16
+    if (bytes <= 20) {
+        FN(near_columns)(d, p, stride, (uint8_t)bytes);
+        return;
+    }
+#endif
+    UNROLL
+    for (size_t i = 0; i < QUADS; i++)
+        d[i] = FN(column_f16)(p + i * bytes, stride);
+}
 
 KERNEL_INLINE INTS FN(splat_int)(int n)
 {
@@ -3134,41 +3192,915 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 
 /* ------------------------------------------------ 12. Kernels: products
  *
- * A panel is two tiles of LANES rows of weights, unpacked.  A vector holds four
- * columns of the LANES rows of a tile, so that multiplying it with four columns
- * of x, repeated in all lanes, needs no sums across lanes:
+ * Few rows of x: weights are read once, so it is a matter of how fast memory
+ * gives them.  A step takes QUADS groups of LANES rows, straight from the file:
+ * a row's 16 bytes of each group, in a quad each, are multiplied with those of
+ * x.  Then not the weights but their sums are transposed, so that the sums of
+ * one group stand side by side for all rows, and are scaled and added up.
+ *
+ * Many rows of x: LANES rows are unpacked to a tile, two tiles to a panel.
+ * A vector holds four columns of the LANES rows of a tile, so that multiplying
+ * it with four columns of x, repeated everywhere, needs no sums across it:
  *
  *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
  *                                                        on ARM s8: weight
  *     d, m [groups][2 halves][2 tiles][LANES rows]       float
  *
- * It stays in the second-level cache for all rows of x.  If these are few, the
- * weights go straight from the registers they are unpacked in. */
+ * A panel stays in the second-level cache for all rows of x. */
 
 #ifndef KERNELS
 enum {
-    AT_ONCE = 7,                          /* rows of x                       */
+    AT_ONCE = 7,                          /* rows of x that are few          */
     AHEAD = 65536,                        /* bytes to fetch ahead, at least  */
 
-    /* floats */
-    BLOCK_COLS = 512,                     /* columns of x in the first-level
-                                             cache                           */
-    MANY = 16,                            /* rows of x that deserve a panel  */
-    CHAIN_ROWS = 6                        /* the most of FN(X_ROWS)          */
+    MANY = 16,                            /* rows of x that are many for
+                                             weights in floats, ...          */
+    BLOCK_COLS = 512,                     /* ... taken in blocks of columns  */
+    MOST_X_ROWS = 6                       /* of X_ROWS, below                */
 };
+
+#if defined LFM2_X86 || defined LFM2_ARM
+
+/* Some bits of the weights of a block.  Those of the first 16 columns of group
+ * g are the lowest ones of 16 bytes, at + of[g], when these are shifted down. */
+struct bit_field {
+    uint8_t at, mask, of[8], shift[8];
+};
+
+/* How the blocks drawn in section 9 are unpacked.  What is left out is 0. */
+struct layout {
+    int bytes, groups;                    /* of a block                      */
+    int split;                            /* the low nibbles of 16 bytes are
+                                             columns 0..15, the high 16..31;
+                                             else 32 bytes are 32 columns    */
+    struct bit_field low, high;           /* upper bits, if there are any ...*/
+    int high_to;                          /* ... go to this bit              */
+    int fifth;                            /* as in Q5_0, before the nibbles  */
+    int iq4;                              /* they are looked up              */
+    int offset;                           /* of the bytes                    */
+    int is_signed;                        /* they are whole signed bytes     */
+    int terms;                            /* on x86, how many products by four
+                                             columns can be added in 16 bits;
+                                             of signed bytes 1               */
+    int per_16, has_min;                  /* as in struct format             */
+    int scale_offset;                     /* of the scales in a K block      */
+};
+
+#define EACH(n) { 0, n, 2 * n, 3 * n }
+#define SPLIT_32(size, at) \
+    .bytes = size, .groups = 1, .split = 1, .low = { at, 15, EACH(size), { 0 } }
+#define LOW_4 { 0, 0, 32, 32, 64, 64, 96, 96 }, { 0, 4, 0, 4, 0, 4, 0, 4 }
+#define LOW_2 { 0, 0, 0, 0, 32, 32, 32, 32 }, { 0, 2, 4, 6, 0, 2, 4, 6 }
+#define ONE_BIT { 0 }, { 0, 1, 2, 3, 4, 5, 6, 7 }
+
+static const struct layout
+layout_q4_0 = { SPLIT_32(18, 2), .offset = 8, .terms = 4 },
+layout_q4_1 = { SPLIT_32(20, 4), .has_min = 1, .terms = 4 },
+layout_q5_0 = { SPLIT_32(22, 6), .fifth = 1, .offset = 16, .terms = 4 },
+layout_q5_1 = { SPLIT_32(24, 8), .fifth = 1, .has_min = 1, .terms = 4 },
+layout_iq4_nl = { SPLIT_32(18, 2), .iq4 = 1, .is_signed = 1, .terms = 1 },
+layout_q8_0 = {
+    .bytes = 34, .groups = 1, .low = { 2, 255, EACH(34), { 0 } },
+    .is_signed = 1, .terms = 1
+},
+layout_q2_k = {
+    .bytes = 84, .groups = 8, .low = { 16, 3, LOW_2 },
+    .per_16 = 1, .has_min = 1, .terms = 4
+},
+layout_q3_k = {
+    .bytes = 110, .groups = 8, .low = { 32, 3, LOW_2 },
+    .high = { 0, 1, ONE_BIT }, .high_to = 2,
+    .offset = 4, .per_16 = 1, .scale_offset = 32, .terms = 4
+},
+layout_q4_k = {
+    .bytes = 144, .groups = 8, .low = { 16, 15, LOW_4 }, .has_min = 1,
+    .terms = 4
+},
+layout_q5_k = {
+    .bytes = 176, .groups = 8, .low = { 48, 15, LOW_4 },
+    .high = { 16, 1, ONE_BIT }, .high_to = 4, .has_min = 1, .terms = 4
+},
+layout_q6_k = {
+    .bytes = 210, .groups = 8, .low = { 0, 15,
+        { 0, 32, 0, 32, 64, 96, 64, 96 }, { 0, 0, 4, 4, 0, 0, 4, 4 } },
+    .high = { 128, 3, LOW_2 }, .high_to = 4,
+    .offset = 32, .per_16 = 1, .scale_offset = 128, .terms = 2
+},
+layout_iq4_xs = {
+    .bytes = 136, .groups = 8, .split = 1,
+    .low = { 8, 15, { 0, 16, 32, 48, 64, 80, 96, 112 }, { 0 } },
+    .iq4 = 1, .is_signed = 1, .scale_offset = 32, .terms = 1
+};
+
 #endif
+#endif /* not KERNELS */
 
 #ifdef KERNELS
 
 enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
 
+typedef int8_t FN(bytes) __attribute__((vector_size(4 * LANES)));
+typedef int16_t FN(words16) __attribute__((vector_size(4 * LANES)));
+
+/* Signed bytes are made unsigned where the instruction wants it. */
+enum { FN(SIGNED) = DOT && LANES > 4 ? 128 : 0 };
+
+/* A byte everywhere. */
+KERNEL_INLINE INTS FN(splat_byte)(int n)
+{
+    return FN(splat_int)((int)((uint32_t)n * 0x01010101u));
+}
+
+/* Four bytes, repeated everywhere. */
+KERNEL_INLINE INTS FN(repeat)(const void *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return FN(splat_int)(four);
+}
+
+/* 16 bytes in every quad. */
+KERNEL_INLINE INTS FN(repeat_16)(const void *p)
+{
+    static const uint8_t same[4] = { 0 };
+    return FN(quads)(p, same);
+}
+
+/* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
+KERNEL_INLINE INTS FN(field)(const struct bit_field *f, const uint8_t *b,
+                             const int g, const int h)
+{
+    INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
+    v = FN(shift_each)(v, FN(quad_ints)(f->shift + g));
+    return v & FN(splat_byte)(f->mask);
+}
+
+/* Bit i of the 32-bit number at p becomes bit 4 of byte i; 16 of them. */
+KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
+                                  const int h)
+{
+    static const uint8_t which[16] = {
+        1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128
+    };
+    static const uint8_t byte[2][16] = {
+        { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
+        { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 }
+    };
+    const INTS bit = FN(repeat_16)(which);
+    INTS v = FN(look_up)(FN(quads)(p, of), FN(repeat_16)(byte[h])) & bit;
+
+    return (INTS)((FN(bytes))v == (FN(bytes))bit) & FN(splat_byte)(16);
+}
+
+/* Groups g .. g+QUADS-1 of the block at b of a row, a quad each: columns 0..15
+ * to w[0], 16..31 to w[1], as unsigned bytes with their offset; or as signed
+ * ones, see SIGNED. */
+KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
+                              const struct layout *k)
+{
+    if (k->split) {
+        INTS v = FN(quads)(b + k->low.at, k->low.of + g);
+        w[0] = v & FN(splat_byte)(15);
+        w[1] = FN(shift)(v, 4) & FN(splat_byte)(15);
+    }
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        if (!k->split)
+            w[h] = FN(field)(&k->low, b, g, h);
+        if (k->high.mask)
+            w[h] |= (INTS)((UINTS)FN(field)(&k->high, b, g, h) <<
+                           (uint32_t)k->high_to);
+        if (k->fifth)
+            w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
+        if (k->iq4)
+            w[h] = FN(look_up)(FN(repeat_16)(iq4_value), w[h]);
+        if (k->is_signed)
+            w[h] ^= FN(splat_byte)(FN(SIGNED));
+    }
+}
+
+/* The scales and minima of LANES rows: of QUADS groups; or of a K block, where
+ * byte i of s and min, in steps of four, belongs to group or half i. */
+struct FN(scales) {
+    FLOATS d[QUADS], m[QUADS];
+    INTS s[4], min[4];
+};
+
+/* Bits n and up of every byte, as many as are set in `mask`. */
+KERNEL_INLINE INTS FN(bits)(INTS v, int n, int mask)
+{
+    return FN(shift)(v, n) & FN(splat_byte)(mask);
+}
+
+/* Bytes 4j .. 4j+3 at p of every row to v[j]. */
+KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
+{
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = FN(row_quads)(p + (size_t)i * stride, stride);
+    FN(transpose_4)(v);
+}
+
+/* The scales that Q4_K and Q5_K, Q2_K, Q3_K, Q6_K and IQ4_XS have in s[]. */
+KERNEL_INLINE void FN(scales_q4_k)(struct FN(scales) *to, const INTS h[4])
+{
+    to->s[0] = FN(bits)(h[1], 0, 63);
+    to->min[0] = FN(bits)(h[2], 0, 63);
+    to->s[1] = FN(bits)(h[3], 0, 15) | FN(bits)(h[1], 2, 48);
+    to->min[1] = FN(bits)(h[3], 4, 15) | FN(bits)(h[2], 2, 48);
+}
+
+KERNEL_INLINE void FN(scales_q2_k)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+        to->s[j] = FN(bits)(h[j], 0, 15);
+        to->min[j] = FN(bits)(h[j], 4, 15);
+    }
+}
+
+KERNEL_INLINE void FN(scales_q3_k)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 4; j++)
+        to->s[j] = FN(bits)(h[1 + j % 2], j / 2 * 4, 15) |
+                   (INTS)((UINTS)FN(bits)(h[3], j * 2, 3) << 4u);
+}
+
+KERNEL_INLINE void FN(scales_iq4_xs)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 2; j++) {
+        UINTS low = (UINTS)h[1] >> (16u * (uint32_t)j) & 0xffffu;
+        UINTS high = (UINTS)h[0] >> (16 + 8u * (uint32_t)j) & 0xffu;
+        low = (low | low << 8u) & 0x00ff00ffu;
+        low = (low | low << 4u) & 0x0f0f0f0fu;
+        high = (high | high << 12u) & 0x000f000fu;
+        high = (high | high << 6u) & 0x03030303u;
+        to->s[j] = (INTS)(low | high << 4u);
+    }
+}
+
+/* Read the scales at b: of the next QUADS groups, or of a K block. */
+KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
+                                   size_t stride, const struct layout *k)
+{
+    INTS h[4];
+
+    if (k->groups == 1) {
+        FN(columns_f16)(to->d, b, stride, k->bytes);
+        if (k->has_min)
+            FN(columns_f16)(to->m, b + 2, stride, k->bytes);
+        UNROLL
+        for (int i = 0; i < QUADS; i++)
+            to->m[i] = k->has_min ? -to->m[i] : FN(splat)(0);
+        return;
+    }
+    if (k == &layout_q2_k) {
+        FN(load_16)(h, b + 68, stride);   /* d and dmin are last             */
+        h[0] = h[3];
+        to->d[0] = FN(low_f16)(h[0]);
+        to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
+        FN(load_16)(h, b, stride);
+        FN(scales_q2_k)(to, h);
+    } else if (k == &layout_q3_k) {
+        FN(load_16)(h, b + 92, stride);
+        FN(scales_q3_k)(to, h);
+        to->d[0] = FN(column_f16)(b + 108, stride);
+    } else if (k == &layout_q6_k) {
+        FN(load_16)(to->s, b + 192, stride);
+        UNROLL
+        for (int j = 0; j < 4; j++)
+            to->s[j] ^= FN(splat_byte)(128);
+        to->d[0] = FN(column_f16)(b + 208, stride);
+    } else {
+        FN(load_16)(h, b, stride);
+        to->d[0] = FN(low_f16)(h[0]);
+        to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
+        if (k->iq4)
+            FN(scales_iq4_xs)(to, h);
+        else
+            FN(scales_q4_k)(to, h);
+    }
+}
+
+/* Byte i of every row. */
+KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i)
+{
+    return FN(to_floats)(FN(shift)(s[i / 4], 8 * (i % 4)) & 255);
+}
+
+/* d and m of half h of group g, out of those that were read. */
+KERNEL_INLINE FLOATS FN(scale)(const struct FN(scales) *s, const int g,
+                               const int h, const struct layout *k)
+{
+    const int i = k->per_16 ? 2 * g + h : g;
+
+    if (k->groups == 1)
+        return s->d[g];
+    FLOATS f = FN(byte_of)(s->s, i);
+    if (k->scale_offset)
+        f -= (float)k->scale_offset;
+    return s->d[0] * f;
+}
+
+KERNEL_INLINE FLOATS FN(minimum)(const struct FN(scales) *s, const int g,
+                                 const int h, const struct layout *k)
+{
+    if (k->groups == 1)
+        return s->m[g];
+    return s->m[0] * FN(byte_of)(s->min, k->per_16 ? 2 * g + h : g);
+}
+
+/* acc + what group x adds, whose halves have the integer sums s, or all of it
+ * s[0]; d and m are those of the halves: a step of dot_row(). */
+KERNEL_INLINE FLOATS FN(add_scaled_sums)(FLOATS acc, const INTS s[2],
+                                         const FLOATS d[2], const FLOATS m[2],
+                                         const struct q8_block *x,
+                                         const struct layout *k)
+{
+    const FLOATS dx = FN(splat)(x->d);
+
+    if (!k->per_16) {
+        acc = FN(fma)(d[0] * dx, FN(to_floats)(s[0]), acc);
+        return k->has_min ? FN(fma)(-m[0], FN(splat)(x->s), acc) : acc;
+    }
+    FLOATS u = d[0] * FN(to_floats)(s[0]);
+    acc = FN(fma)(dx, FN(fma)(d[1], FN(to_floats)(s[1]), u), acc);
+    if (k->has_min) {
+        FLOATS v = m[0] * (float)x->sum[0];
+        v = FN(fma)(m[1], FN(splat)((float)x->sum[1]), v);
+        acc = FN(fma)(-dx, v, acc);
+    }
+    return acc;
+}
+
+/* What the offset of the weights takes from the sum of half h, or of all. */
+KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
+                            const struct layout *k)
+{
+    const uint32_t n = (uint32_t)-offset;
+    const uint32_t both = !k->per_16 ? (n & 0xffff) | n << 16
+                          : h == 0 ? n & 0xffff : n << 16;
+    return FN(pairs)(FN(repeat)(x->sum), FN(splat_int)((int32_t)both));
+}
+
+/* -- few rows of x */
+
+#if DOT
+
+/* s + four products in each number. */
+KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x)
+{
+#if LANES == 4
+    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
+    return s;
+#else
+    return (INTS)DPBUSD((MM_INTS)s, (MM_INTS)w, (MM_INTS)x);
+#endif
+}
+
+/* Halves `first` .. `last` of a row times those of x, in sums of columns. */
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    INTS s = { 0 };
+
+    (void)k;
+    for (int h = first; h <= last; h++)
+        s = FN(dot_4)(s, w[h], x[h]);
+    return s;
+}
+
+#elif LANES == 4
+
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    INTS s = { 0 };
+    int16x8_t p;
+
+    for (int h = first; h <= last; h++) {
+        int8x16_t a = (int8x16_t)w[h], b = (int8x16_t)x[h];
+        int8x8_t low = vget_low_s8(a);
+        p = h > first && !k->is_signed ? vmlal_s8(p, low, vget_low_s8(b))
+                                       : vmull_s8(low, vget_low_s8(b));
+        p = vmlal_high_s8(p, a, b);
+        if (h == last || k->is_signed)
+            s = vpadalq_s16(s, p);
+    }
+    return s;
+}
+
+#else
+
+/* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
+KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
+{
+    return is_signed
+        ? (FN(words16))MM(maddubs_epi16)(MM(abs_epi8)((MM_INTS)w),
+                                         FN(sign)(x, w))
+        : (FN(words16))MM(maddubs_epi16)((MM_INTS)w, (MM_INTS)x);
+}
+
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    const INTS one = FN(splat_int)(0x00010001);
+    FN(words16) p = FN(byte_pairs)(w[first], x[first], k->is_signed);
+
+    if (last > first && k->is_signed)
+        return FN(pairs)((INTS)p, one) +
+               FN(pairs)((INTS)FN(byte_pairs)(w[last], x[last], 1), one);
+    if (last > first)
+        p += FN(byte_pairs)(w[last], x[last], 0);
+    return FN(pairs)((INTS)p, one);
+}
+
+#endif
+
+/* One of the few rows of x: its next groups, what they give with LANES rows of
+ * weights, and the results so far. */
+struct FN(few) {
+    const struct q8_block *x;
+    INTS q[2], sum[2][QUADS];
+    FLOATS acc;
+};
+
+/* Four rows of weights from b on, times all x, to sum[][r]. */
+KERNEL_INLINE void FN(four_rows)(struct FN(few) *to, const int n, const int r,
+                                 const uint8_t *b, size_t stride, const int g,
+                                 const struct layout *k)
+{
+    const int halves = k->per_16 ? 2 : 1;
+    INTS w[4][2];
+
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        FN(unpack)(w[i], b + (size_t)i * stride, g, k);
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < halves; h++) {
+            const int last = k->per_16 ? h : 1;
+            to[t].sum[h][r] = FN(sum_4)(FN(dot)(w[0], to[t].q, h, last, k),
+                                        FN(dot)(w[1], to[t].q, h, last, k),
+                                        FN(dot)(w[2], to[t].q, h, last, k),
+                                        FN(dot)(w[3], to[t].q, h, last, k));
+        }
+}
+
+/* Group i of a step, which has the scales of group `from`, to the results. */
+KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
+                                 const struct FN(scales) *s, const int from,
+                                 const struct layout *k)
+{
+    const int halves = k->per_16 ? 2 : 1;
+    const int offset = k->is_signed ? FN(SIGNED) : k->offset;
+    FLOATS d[2], m[2];
+    INTS sum[2];
+
+    UNROLL
+    for (int h = 0; h < halves; h++) {
+        d[h] = FN(scale)(s, from, h, k);
+        if (k->has_min)
+            m[h] = FN(minimum)(s, from, h, k);
+    }
+    for (int t = 0; t < n; t++) {
+        UNROLL
+        for (int h = 0; h < halves; h++) {
+            sum[h] = to[t].sum[h][i];
+            if (offset)
+                sum[h] += FN(bias)(to[t].x + i, h, offset, k);
+        }
+        to[t].acc = FN(add_scaled_sums)(to[t].acc, sum, d, m, to[t].x + i, k);
+    }
+}
+
+/* Groups g .. g+QUADS-1 of the blocks at b. */
+KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
+                            size_t stride, const int g,
+                            const struct FN(scales) *s, const uint8_t *next,
+                            const struct layout *k)
+{
+    static const uint8_t each[4] = EACH(sizeof(struct q8_block));
+    const int halves = k->per_16 ? 2 : 1;
+    const int bytes = 4 * QUADS * k->bytes / k->groups;
+
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < 2; h++)
+            to[t].q[h] = FN(quads)((const uint8_t *)to[t].x->q + 16 * h, each);
+    UNROLL
+    for (int r = 0; r < QUADS; r++) {
+        UNROLL
+        for (int i = 0; i < bytes; i += 64)
+            FETCH(next + r * bytes + i);
+        FN(four_rows)(to, n, r, b + 4 * (size_t)r * stride, stride, g, k);
+    }
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < halves; h++)
+            FN(transpose_quads)(to[t].sum[h]);
+    UNROLL
+    for (int i = 0; i < QUADS; i++)
+        FN(add_group)(to, n, i, s, k->groups == 1 ? i : g + i, k);
+    for (int t = 0; t < n; t++)
+        to[t].x += QUADS;
+}
+
+/* LANES rows from `row` on times n rows of x. */
+KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
+                                const uint8_t *row, size_t stride, int groups,
+                                const uint8_t *next, const struct layout *k)
+{
+    const int per_step = k->groups == 1 ? QUADS : 8;
+    const size_t bytes = (size_t)(per_step / k->groups * k->bytes);
+    struct FN(scales) s;
+
+    for (; groups > 0; groups -= per_step, row += bytes) {
+        FN(read_scales)(&s, row, stride, k);
+        UNROLL
+        for (int g = 0; g < per_step; g += QUADS)
+            FN(step)(to, n, row, stride, g, &s,
+                     next + (size_t)g * LANES * bytes / per_step, k);
+        next += bytes * LANES;
+    }
+}
+
+/* -- many rows of x */
+
+/* Groups g .. g+QUADS-1 of the blocks at b become those at q of a tile. */
+KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
+                               const int g, const struct layout *k)
+{
+    const INTS offset = FN(splat_byte)(LANES == 4 ? k->offset : 0);
+    INTS v[2][4][QUADS];
+
+    UNROLL
+    for (int r = 0; r < QUADS; r++) {
+        INTS w[4][2], t[4];
+        UNROLL
+        for (int i = 0; i < 4; i++)
+            FN(unpack)(w[i], b + (size_t)(4 * r + i) * stride, g, k);
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            for (int i = 0; i < 4; i++)
+                t[i] = w[i][h];
+            FN(transpose_4)(t);
+            for (int i = 0; i < 4; i++)
+                v[h][i][r] = t[i];
+        }
+    }
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        FN(transpose_quads)(v[i / 4][i % 4]);
+        UNROLL
+        for (int j = 0; j < QUADS; j++)
+            q[16 * j + 2 * i] = (INTS)((FN(bytes))v[i / 4][i % 4][j] -
+                                       (FN(bytes))offset);
+    }
+}
+
+/* A tile of a panel: LANES rows from `row` on. */
+KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
+                                   const uint8_t *row, size_t stride,
+                                   int groups, const uint8_t *next,
+                                   const struct layout *k)
+{
+    const int per_step = k->groups == 1 ? QUADS : 8;
+    const int halves = k->per_16 ? 2 : 1;
+    const size_t bytes = (size_t)(per_step / k->groups * k->bytes);
+    INTS *q = (INTS *)(void *)p->q + tile;
+    FLOATS *d = (FLOATS *)(void *)p->d + tile;
+    FLOATS *m = (FLOATS *)(void *)p->m + tile;
+    struct FN(scales) s;
+
+    for (; groups > 0; groups -= per_step, row += bytes) {
+        for (size_t i = 0; i < bytes * LANES; i += 64)
+            FETCH_FAR(next + i);
+        next += bytes * LANES;
+        FN(read_scales)(&s, row, stride, k);
+        UNROLL
+        for (int g = 0; g < per_step; g += QUADS, q += 16 * QUADS)
+            FN(to_tile)(q, row, stride, g, k);
+        UNROLL
+        for (int g = 0; g < per_step; g++, d += 4, m += 4)
+            UNROLL
+            for (int h = 0; h < halves; h++) {
+                d[2 * h] = FN(scale)(&s, g, h, k);
+                if (k->has_min)
+                    m[2 * h] = FN(minimum)(&s, g, h, k);
+            }
+    }
+}
+
+#if DOT && LANES == 4
+
+/* s += four columns of w times columns 4k .. 4k+3 of v, which holds 16.  Not
+ * every compiler has a function for it where the default CPU lacks it. */
+KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
+{
+#undef SDOT
+#define SDOT(i) \
+    ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
+    switch (k % 4) {
+    case 0: SDOT(0); break;
+    case 1: SDOT(1); break;
+    case 2: SDOT(2); break;
+    case 3: SDOT(3); break;
+    }
+    return s;
+}
+
+#endif
+
+/* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
+#if DOT
+
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct q8_block *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const struct layout *k)
+{
+    (void)k;
+    UNROLL
+    for (int i = first; i < last; i++)
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            UNROLL
+            for (int j = 0; j < 2; j++) {
+#if LANES == 4
+                const INTS v = FN(repeat_16)(x[t][g].q + i / 4 * 16);
+                s[t][j] = FN(sdot)(s[t][j], w[2 * i + j], v, i);
+#else
+                const INTS v = FN(repeat)(x[t][g].q + 4 * i);
+                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v);
+#endif
+            }
+}
+
+#elif LANES > 4
+
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct q8_block *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const struct layout *k)
+{
+    const INTS one = FN(splat_int)(0x00010001);
+    FN(words16) part[TOKENS][2];
+
+    UNROLL
+    for (int i = first; i < last; i++)
+        UNROLL
+        for (int t = 0; t < tokens; t++) {
+            const INTS v = FN(repeat)(x[t][g].q + 4 * i);
+            UNROLL
+            for (int j = 0; j < 2; j++) {
+                const int n = (i - first) % k->terms;
+                FN(words16) p = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
+                part[t][j] = n ? part[t][j] + p : p;
+                if (n == k->terms - 1)
+                    s[t][j] += FN(pairs)((INTS)part[t][j], one);
+            }
+        }
+}
+
+#else
+
+/* Products of bytes are added up in 16 bits, those of two rows in each half of
+ * part: of eight columns if the bytes of w use all their bits, else of all.  If
+ * clang saw that the halves of v are equal, it would not use smlal2. */
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct q8_block *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const struct layout *k)
+{
+    const int terms = k->is_signed ? 2 : last - first;
+    int16x8_t part[TOKENS][2][2];
+    int32x4_t sum[TOKENS][2][2];
+
+    UNROLL
+    for (int i = first; i < last; i++)
+        UNROLL
+        for (int t = 0; t < tokens; t++) {
+            INTS all = FN(repeat_16)(x[t][g].q + i / 4 * 16);
+            int8x16_t v = (int8x16_t)vdupq_n_s32(all[i % 4]);
+            ASM("" : "+w"(v));
+            UNROLL
+            for (int j = 0; j < 2; j++) {
+                const int n = (i - first) % terms;
+                int16x8_t *p = part[t][j];
+                int8x16_t wi = (int8x16_t)w[2 * i + j];
+                int8x8_t low = vget_low_s8(wi), vl = vget_low_s8(v);
+                p[0] = n ? vmlal_s8(p[0], low, vl) : vmull_s8(low, vl);
+                p[1] = n ? vmlal_high_s8(p[1], wi, v) : vmull_high_s8(wi, v);
+                if (n < terms - 1)
+                    continue;
+                UNROLL
+                for (int h = 0; h < 2; h++)
+                    sum[t][j][h] = i < first + terms
+                        ? vpaddlq_s16(p[h])
+                        : vpadalq_s16(sum[t][j][h], p[h]);
+            }
+        }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int j = 0; j < 2; j++)
+            s[t][j] += (INTS)vpaddq_s32(sum[t][j][0], sum[t][j][1]);
+}
+
+#endif
+
+/* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
+KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
+                                   const FLOATS *d, const FLOATS *m,
+                                   const struct q8_block *const *x, int g,
+                                   const int tokens, int offset,
+                                   const struct layout *k)
+{
+    const int halves = k->per_16 ? 2 : 1;
+    INTS s[2][TOKENS][2];
+
+    UNROLL
+    for (int h = 0; h < halves; h++) {
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            s[h][t][0] = s[h][t][1] = LANES > 4 && !k->has_min
+                ? FN(bias)(&x[t][g], h, offset, k) : FN(splat_int)(0);
+        FN(dots)(s[h], w, x, g, 4 * h, h == halves - 1 ? 8 : 4, tokens, k);
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int j = 0; j < 2; j++) {
+            const INTS sum[2] = { s[0][t][j], s[halves - 1][t][j] };
+            const FLOATS dj[2] = { d[j], d[2 * halves - 2 + j] };
+            FLOATS mj[2] = { FN(splat)(0), FN(splat)(0) };
+            if (k->has_min) {
+                mj[0] = m[j];
+                mj[1] = m[2 * halves - 2 + j];
+            }
+            acc[t][j] = FN(add_scaled_sums)(acc[t][j], sum, dj, mj, &x[t][g],
+                                            k);
+        }
+}
+
+/* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
+KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
+                                const struct q8_block *const *x, int offset,
+                                const int tokens, const struct layout *k)
+{
+    const INTS *w = (const void *)p->q;
+    const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
+    FLOATS acc[TOKENS][2];
+
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        acc[t][0] = acc[t][1] = FN(splat)(0);
+    for (int g = 0; g < groups; g++, w += 16, d += 4, m += 4)
+        FN(panel_group)(acc, w, d, m, x, g, tokens, offset, k);
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int j = 0; j < 2; j++)
+            FN(store)(out + t * UNIT + j * LANES, acc[t][j]);
+}
+
+/* For every number of rows of x its own code, and for every way to add up. */
+#undef MULTIPLY
+#define MULTIPLY(type) \
+    KERNEL void FN(multiply_##type)(float *out, const struct scratch *p, \
+                                    int groups, \
+                                    const struct q8_block *const *x, \
+                                    int offset, int n) \
+    { \
+        const struct layout *k = &layout_##type; \
+        switch (n) { \
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) \
+        } \
+    }
+#undef CASE
+#define CASE(tokens) \
+    case tokens: \
+        if (tokens <= TOKENS) \
+            FN(multiply)(out, p, groups, x, offset, tokens, k); \
+        return;
+
+MULTIPLY(q4_0)                            /* nibbles or five bits, offset    */
+MULTIPLY(q8_0)                            /* signed bytes                    */
+MULTIPLY(q4_k)                            /* with a minimum                  */
+MULTIPLY(q2_k)                            /* d and m for 16 columns          */
+MULTIPLY(q3_k)                            /* d for 16                        */
+MULTIPLY(q6_k)                            /* the same, six bits              */
+
+/* The uses of a layout: FN(few_q4_0), for instance, and FN(tile_q4_0). */
+#undef USES
+#define USES(type) \
+    KERNEL void FN(few_##type)(struct FN(few) *to, int n, const uint8_t *row, \
+                               size_t stride, int groups, \
+                               const uint8_t *next) \
+    { \
+        FN(few_rows)(to, n, row, stride, groups, next, &layout_##type); \
+    } \
+    KERNEL void FN(one_##type)(struct FN(few) *to, int n, const uint8_t *row, \
+                               size_t stride, int groups, \
+                               const uint8_t *next) \
+    { \
+        struct FN(few) one = { .x = to->x }; \
+        (void)n; \
+        FN(few_rows)(&one, 1, row, stride, groups, next, &layout_##type); \
+        to->acc = one.acc; \
+    } \
+    KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
+                                const uint8_t *row, size_t stride, \
+                                int groups, const uint8_t *next) \
+    { \
+        FN(unpack_tile)(p, tile, row, stride, groups, next, &layout_##type); \
+    }
+
+USES(q4_0) USES(q4_1) USES(q5_0) USES(q5_1) USES(q8_0) USES(q2_k) USES(q3_k)
+USES(q4_k) USES(q5_k) USES(q6_k) USES(iq4_nl) USES(iq4_xs)
+
+typedef void FN(few_fn)(struct FN(few) *to, int n, const uint8_t *row,
+                        size_t stride, int groups, const uint8_t *next);
+
+#undef USE
+#define USE(type, sums, offset) \
+    { FN(one_##type), FN(few_##type), FN(tile_##type), FN(multiply_##sums), \
+      offset }
+
+/* What serves a format: one row of x, few and many; and the offset of panels. */
+static const struct {
+    FN(few_fn) *one, *few;
+    void (*tile)(const struct scratch *p, int tile, const uint8_t *row,
+                 size_t stride, int groups, const uint8_t *next);
+    void (*multiply)(float *out, const struct scratch *p, int groups,
+                     const struct q8_block *const *x, int offset, int n);
+    int offset;
+} FN(formats)[N_FORMAT] = {
+    [Q4_0] = USE(q4_0, q4_0, 8), [Q4_1] = USE(q4_1, q4_k, 0),
+    [Q5_0] = USE(q5_0, q4_0, 16), [Q5_1] = USE(q5_1, q4_k, 0),
+    [Q8_0] = USE(q8_0, q8_0, FN(SIGNED)),
+    [Q2_K] = USE(q2_k, q2_k, 0), [Q3_K] = USE(q3_k, q3_k, 4),
+    [Q4_K] = USE(q4_k, q4_k, 0), [Q5_K] = USE(q5_k, q4_k, 0),
+    [Q6_K] = USE(q6_k, q6_k, 32),
+    [IQ4_NL] = USE(iq4_nl, q8_0, FN(SIGNED)),
+    [IQ4_XS] = USE(iq4_xs, q8_0, FN(SIGNED)),
+};
+
+/* How many rows of x to take next, so that all takes are nearly equal. */
+KERNEL_INLINE int FN(take_rows)(int n)
+{
+    int takes = (n + TOKENS - 1) / TOKENS;
+    return (n + takes - 1) / takes;
+}
+
+/* LANES rows, from `row` on, times a few rows of x. */
+KERNEL void FN(product_few)(float *out, const struct tensor *w,
+                            const uint8_t *row, const struct input *in,
+                            const struct scratch *s, const uint8_t *next)
+{
+    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
+    struct FN(few) *to = (void *)s->few;
+
+    for (int t = 0; t < in->n; t++) {
+        to[t].x = in->q + row_at(in, t) * (size_t)groups;
+        to[t].acc = FN(splat)(0);
+    }
+    (in->n == 1 ? FN(formats)[f].one : FN(formats)[f].few)(
+        to, in->n, row, row_bytes(w), groups, next);
+    for (int t = 0; t < in->n; t++)
+        FN(store)(out + t * UNIT, to[t].acc);
+}
+
+/* The rows of a panel times any number of rows of x. */
+KERNEL void FN(product_panel)(float *out, const struct tensor *w,
+                              const uint8_t *row, const struct input *in,
+                              const struct scratch *s, const uint8_t *next)
+{
+    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
+    const size_t stride = row_bytes(w);
+
+    for (size_t i = 0; i < 2; i++)
+        FN(formats)[f].tile(s, (int)i, row + i * LANES * stride, stride, groups,
+                            next + i * LANES * stride);
+    for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
+        const struct q8_block *x[TOKENS];
+        m = FN(take_rows)(in->n - t);
+        for (int i = 0; i < m; i++)
+            x[i] = in->q + row_at(in, t + i) * (size_t)groups;
+        FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
+    }
+}
+
 /* ---- weights in floats: their chains lie across the lanes of registers */
 
-/* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
+/* Numbers i .. i+LANES-1 of those at p. */
 KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 {
-    return type == 0 ? FN(load)((const float *)(const void *)p + i)
-         : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
+    return type == F32 ? FN(load)((const float *)(const void *)p + i)
+         : type == F16 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
 }
 
 KERNEL_INLINE float FN(chain_sum)(const float *chain)
@@ -3189,7 +4121,7 @@ KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
                                   const uint8_t *next, int step,
                                   const int tokens, const int type)
 {
-    FLOATS acc[FN(X_ROWS)][4], v[4];
+    FLOATS acc[X_ROWS][4], v[4];
 
     UNROLL
     for (int t = 0; t < tokens; t++)
@@ -3216,101 +4148,114 @@ KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
 }
 
 #undef FLOAT_TILE
-#define FLOAT_TILE(n, type) \
-    case n: \
-        FN(float_tile)(chain, w, stride, x, h, cols, next, step, n, type); \
-        break;
+#define FLOAT_TILE(tokens, type) \
+    case tokens: \
+        if (tokens <= X_ROWS) \
+            FN(float_tile)(chain, w, stride, x, h, cols, next, step, tokens, \
+                           type); \
+        return;
 #undef FLOAT_TILES
-#if LANES == 8
 #define FLOAT_TILES(type) \
-    FLOAT_TILE(1, type) FLOAT_TILE(2, type) FLOAT_TILE(3, type)
-#else
-#define FLOAT_TILES(type) \
+    switch (n) { \
     FLOAT_TILE(1, type) FLOAT_TILE(2, type) FLOAT_TILE(3, type) \
-    FLOAT_TILE(4, type) FLOAT_TILE(5, type) FLOAT_TILE(6, type)
-#endif
+    FLOAT_TILE(4, type) FLOAT_TILE(5, type) FLOAT_TILE(6, type) \
+    }
 
-KERNEL void FN(multiply_floats)(float *chain, const uint8_t *w, size_t stride,
-                                const float *const *x, int h, int cols,
-                                const uint8_t *next, int step, int n, int id)
+KERNEL void FN(float_tiles)(float *chain, const uint8_t *w, size_t stride,
+                            const float *const *x, int h, int cols,
+                            const uint8_t *next, int step, int n, int type)
 {
-    if (id == 0)
-        switch (n) { FLOAT_TILES(0) }
-    else if (id == 1)
-        switch (n) { FLOAT_TILES(1) }
-    else
-        switch (n) { FLOAT_TILES(2) }
-}
-
-/* How many rows of x to take next, so that all takes are nearly equal. */
-KERNEL_INLINE int FN(take_x)(int n)
-{
-    const int takes = (n + FN(X_ROWS) - 1) / FN(X_ROWS);
-    return (n + takes - 1) / takes;
-}
-
-/* Rows of weights as float32, a block of columns after the other. */
-KERNEL void FN(make_float_panel)(float *to, const uint8_t *row, int rows,
-                                 int cols, int id)
-{
-    const size_t size = id == 0 ? 4 : 2, stride = (size_t)cols * size;
-
-    for (int c = 0, n; c < cols; c += n) {
-        n = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
-        for (int r = 0; r < rows; r++)
-            for (int i = 0; i < n; i += LANES, to += LANES) {
-                const uint8_t *p = row + r * stride + (size_t)(c + i) * size;
-                FN(store)(to, id == 0 ? FN(load_floats)(p, 0, 0)
-                            : id == 1 ? FN(load_floats)(p, 0, 1)
-                                      : FN(load_floats)(p, 0, 2));
-            }
+    if (type == F32) {
+        FLOAT_TILES(F32)
+    } else if (type == F16) {
+        FLOAT_TILES(F16)
+    } else {
+        FLOAT_TILES(BF16)
     }
 }
 
-/* out[t][r] = `rows` rows of floats times all rows of x.  If those are many, a
- * block of them stays in the first-level cache while all of the panel, in the
- * second, goes by; and the next block is fetched. */
+/* What comes next: rows of x, and weights up to `end`. */
+struct FN(float_ahead) {
+    const float *x[X_ROWS];
+    int n, step;
+    const uint8_t *w, *end;
+};
+
+/* A block of columns: `rows` rows at w times n rows of x. */
+KERNEL void FN(float_block)(float *chain, const uint8_t *w, size_t stride,
+                            int rows, const float *const *x, int n, int cols,
+                            int type, struct FN(float_ahead) *ahead)
+{
+    for (int i = 0; i < rows / 4 * FN(CHAINS); i++) {
+        const int r = i / FN(CHAINS) * 4, h = i % FN(CHAINS) * LANES;
+        const int bytes = cols / 16 * ahead->step;
+        const void *next = i < ahead->n ? (const void *)ahead->x[i] : ahead->w;
+
+        FN(float_tiles)(chain + r * 16, w + (size_t)r * stride, stride, x, h,
+                        cols, next, ahead->step, n, type);
+        if (i >= ahead->n && ahead->end - ahead->w > bytes)
+            ahead->w += bytes;
+    }
+}
+
+/* Rows of weights as float32: [blocks of columns][rows][BLOCK_COLS]. */
+KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
+                            int type)
+{
+    const size_t size = type == F32 ? 4 : 2;
+
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c += LANES, row += LANES * size) {
+            const int block = c / BLOCK_COLS * BLOCK_COLS, left = cols - block;
+            const int n = left < BLOCK_COLS ? left : BLOCK_COLS;
+            FN(store)(to + block * rows + r * n + c - block,
+                      type == F32 ? FN(load_floats)(row, 0, F32)
+                      : type == F16 ? FN(load_floats)(row, 0, F16)
+                                    : FN(load_floats)(row, 0, BF16));
+        }
+}
+
+/* out[t][r] = `rows` rows of floats times all rows of x.  If those are many,
+ * some of them stay in the first-level cache while a block of all the weights,
+ * in the second, goes by; then come their next columns. */
 KERNEL void FN(product_floats)(float *out, const struct tensor *w,
                                const uint8_t *row, int rows,
                                const struct input *in, const struct scratch *s,
                                const uint8_t *next)
 {
-    const int many = in->n >= MANY, cols = w->cols, id = many ? 0 : w->fmt->id;
-    const size_t size = id == 0 ? 4 : 2;
-    const int step = many ? 64 : 64 * (int)size / FN(CHAINS);
-    const uint8_t *const end = next + (size_t)rows * row_bytes(w);
+    const int many = in->n >= MANY, cols = w->cols;
+    const int type = (int)(w->fmt - formats), in_block = many ? F32 : type;
+    const size_t size = in_block == F32 ? 4 : 2;
+    struct FN(float_ahead) ahead = {
+        .step = many ? 64 : 64 * (int)size / FN(CHAINS), .w = next,
+        .end = next + (size_t)rows * row_bytes(w)
+    };
 
     if (many)
-        FN(make_float_panel)(s->f, row, rows, cols, w->fmt->id);
+        FN(float_panel)(s->f, row, rows, cols, type);
     for (int t = 0, n; t < in->n; t += n) {
-        const float *x[FN(X_ROWS)];
+        const float *x[X_ROWS];
 
         n = FN(take_x)(in->n - t);
-        for (int i = 0; i < n; i++)
-            x[i] = in->f + row_at(in, t + i) * (size_t)cols;
+        ahead.n = many ? n : 0;
         memset(s->chain, 0, (size_t)n * UNIT * 16 * sizeof *s->chain);
         for (int c = 0, m; c < cols; c += m) {
             m = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
-            const uint8_t *p = many ? (const uint8_t *)(s->f + c * rows)
-                                    : row + (size_t)c * size;
-            const size_t stride = (size_t)(many ? m : cols) * size;
-
-            for (int i = 0; i < rows / 4 * FN(CHAINS); i++) {
-                const int r = i / FN(CHAINS) * 4, h = i % FN(CHAINS) * LANES;
-                const int to_x = many && i < n;
-
-                FN(multiply_floats)(s->chain + r * 16, p + r * stride, stride, x,
-                                    h, m, to_x ? (const uint8_t *)(x[i] + m)
-                                               : next, step, n, id);
-                if (!to_x && end - next > m / 16 * step)
-                    next += m / 16 * step;
+            for (int i = 0; i < n; i++) {
+                const int then = t + n + i < in->n ? t + n + i : t;
+                x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
+                ahead.x[i] = c + m < cols ? x[i] + m
+                           : in->f + row_at(in, then) * (size_t)cols;
             }
-            for (int i = 0; i < n; i++)
-                x[i] += m;
+            FN(float_block)(s->chain, many ? (const void *)(s->f + c * rows)
+                                           : row + (size_t)c * size,
+                            (size_t)(many ? m : cols) * size, rows, x, n, m,
+                            in_block, &ahead);
         }
-        for (int i = 0; i < n * rows; i++)
-            out[(t + i / rows) * UNIT + i % rows] =
-                FN(chain_sum)(s->chain + (i / rows * UNIT + i % rows) * 16);
+        for (int i = 0; i < n; i++)
+            for (int r = 0; r < rows; r++)
+                out[(t + i) * UNIT + r] =
+                    FN(chain_sum)(s->chain + (i * UNIT + r) * 16);
     }
 }
 
@@ -3325,25 +4270,32 @@ KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
     return distance < left ? p + distance : next ? next + (distance - left) : p;
 }
 
-/* Whole panels; the rows behind them are left to the scalar code, and so are
- * floats in rows of an odd length. */
+/* Whole tiles or panels, in whole steps; what is left is done by the scalar
+ * code, and so are floats in rows of an odd length. */
 KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         int n_rows, const struct input *in,
                         const struct scratch *s, const uint8_t *end,
                         const uint8_t *next)
 {
-    const int floats = w->fmt->floats != NULL;
-    const int rows = !floats ? FN(PANEL) : in->n < MANY ? 4 : n_rows / 4 * 4;
-    const int end_row = !floats || w->cols % 16 != 0 || !rows ? 0 : n_rows;
-    const size_t bytes = row_bytes(w) * rows;
+    const int floats = w->fmt->floats != NULL, few = in->n <= AT_ONCE;
+    const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
+                            : few ? LANES : FN(PANEL);
+    const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
+    const size_t bytes = row_bytes(w) * (size_t)rows;
     const uint8_t *row = w->data + (size_t)first * row_bytes(w);
     int done = 0;
 
-    for (; done + rows <= end_row; done += rows, row += bytes, out += rows) {
+    for (; whole && rows > 0 && done + rows <= n_rows;
+         done += rows, row += bytes) {
         const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
-        FN(product_floats)(out, w, row, rows, in, s, ahead);
+        if (floats)
+            FN(product_floats)(out + done, w, row, rows, in, s, ahead);
+        else if (few)
+            FN(product_few)(out + done, w, row, in, s, ahead);
+        else
+            FN(product_panel)(out + done, w, row, in, s, ahead);
     }
-    product_rows(out, w, first + done, n_rows - done, in, s, end, next);
+    product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
 }
 
 /* ---- attention: four queries share what is loaded of a kv head */
@@ -3416,8 +4368,8 @@ KERNEL void FN(load_tile)(float *to, const uint8_t *cache, int f16, size_t i,
         FETCH(p + (n + k) * size);
         UNROLL
         for (int h = 0; h < 16; h += LANES)
-            FN(store)(to + k + h, f16 ? FN(load_floats)(p, k + h, 1)
-                                      : FN(load_floats)(p, k + h, 0));
+            FN(store)(to + k + h, f16 ? FN(load_floats)(p, k + h, F16)
+                                      : FN(load_floats)(p, k + h, F32));
     }
 }
 
@@ -3524,10 +4476,12 @@ static const struct isa FN(isa) = {
 #undef QUADS
 #undef FLOATS
 #undef BLOCK
+#undef TOKENS
+#undef X_ROWS
 #undef FN
 #undef LANES
 #undef DOT
-#undef DOT_4
+#undef DPBUSD
 #undef KERNEL
 #undef TARGET
 #endif /* KERNELS */
@@ -3554,7 +4508,7 @@ static const struct isa FN(isa) = {
 #define FN(name) name##_avxvnni
 #define LANES 8
 #define DOT 1
-#define DOT_4(s, w, v, k) _mm256_dpbusd_avx_epi32(s, w, v)
+#define DPBUSD _mm256_dpbusd_avx_epi32
 #define TARGET "avxvnni,avx2,fma,f16c"
 #include "lfm2.c"
 #endif
@@ -3568,7 +4522,7 @@ static const struct isa FN(isa) = {
 #define FN(name) name##_avx512vnni
 #define LANES 16
 #define DOT 1
-#define DOT_4(s, w, v, k) _mm512_dpbusd_epi32(s, w, v)
+#define DPBUSD _mm512_dpbusd_epi32
 #define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "lfm2.c"
 
@@ -3613,7 +4567,6 @@ static int cpu_has(int isa)
 #define FN(name) name##_dotprod
 #define LANES 4
 #define DOT 1
-#define DOT_4 FN(sdot)
 #if defined __clang__
 #define TARGET "dotprod"
 #elif !defined __ARM_FEATURE_DOTPROD
@@ -5188,8 +6141,9 @@ static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
         s.q = carve(a, cols * rows, sizeof *s.q);
         s.d = carve(a, cols / 16 * rows, sizeof *s.d);
         s.m = carve(a, cols / 16 * rows, sizeof *s.m);
+        s.few = carve(a, FEW_BYTES, 1);
         s.f = carve(a, cols * UNIT, sizeof *s.f);
-        s.chain = carve(a, CHAIN_ROWS * UNIT * 16, sizeof *s.chain);
+        s.chain = carve(a, MOST_X_ROWS * UNIT * 16, sizeof *s.chain);
         s.tile = carve(a, TILE * ((uint64_t)c->head_dim + 1), sizeof *s.tile);
         s.score = carve(a, (uint64_t)(rows_together(c) * group) * CHUNK,
                         sizeof *s.score);
