@@ -4049,10 +4049,10 @@ static const struct {
     [IQ4_XS] = USE(iq4_xs, q8_0, FN(SIGNED)),
 };
 
-/* How many rows of x to take next, so that all takes are nearly equal. */
-KERNEL_INLINE int FN(take_rows)(int n)
+/* How many of n rows of x to take next, so that all takes are nearly equal. */
+KERNEL_INLINE int FN(take_rows)(int n, int most)
 {
-    int takes = (n + TOKENS - 1) / TOKENS;
+    const int takes = (n + most - 1) / most;
     return (n + takes - 1) / takes;
 }
 
@@ -4087,7 +4087,7 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                             next + i * LANES * stride);
     for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
         const struct q8_block *x[TOKENS];
-        m = FN(take_rows)(in->n - t);
+        m = FN(take_rows)(in->n - t, TOKENS);
         for (int i = 0; i < m; i++)
             x[i] = in->q + row_at(in, t + i) * (size_t)groups;
         FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
@@ -4236,7 +4236,7 @@ KERNEL void FN(product_floats)(float *out, const struct tensor *w,
     for (int t = 0, n; t < in->n; t += n) {
         const float *x[X_ROWS];
 
-        n = FN(take_x)(in->n - t);
+        n = FN(take_rows)(in->n - t, X_ROWS);
         ahead.n = many ? n : 0;
         memset(s->chain, 0, (size_t)n * UNIT * 16 * sizeof *s->chain);
         for (int c = 0, m; c < cols; c += m) {
