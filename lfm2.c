@@ -353,6 +353,8 @@ static float kv_value(const struct kv_head *kv, int pos, int d);
 struct attn_partial;
 struct attn_rows;
 
+enum { FEW_BYTES = 8192 };
+
 /* What a thread works with. */
 struct scratch {
     float *out[3];                        /* [n_batch][UNIT], of product()   */
@@ -361,7 +363,13 @@ struct scratch {
     /* rows of weights, unpacked: here one row, in section 12 a panel */
     uint8_t *q;                           /* [cols][panel rows]              */
     float *d, *m;                         /* [groups][2][panel rows]         */
-    float *f;                             /* [cols], for float formats       */
+    float *f;                             /* [cols][UNIT], float formats     */
+    float *chain;                         /* [X_ROWS][UNIT][16], those too   */
+    uint8_t *few;                         /* [FEW_BYTES], see section 12     */
+
+    float *tile;                          /* [TILE][head_dim] of K or V, with
+                                             room for another TILE           */
+    float *score;                         /* [queries][CHUNK]                */
 };
 
 /* What an instruction set brings: the functions of that name in sections 3, 4,
@@ -1889,22 +1897,27 @@ struct format {
     void (*floats)(float *out, const uint8_t *row, int n);
 };
 
-static const struct format formats[] = {
-    { "F32",      0,   1,   4, 0, 0, NULL, floats_f32 },
-    { "F16",      1,   1,   2, 0, 0, NULL, floats_f16 },
-    { "BF16",    30,   1,   2, 0, 0, NULL, floats_bf16 },
-    { "Q4_0",     2,  32,  18, 0, 0, unpack_q4_0, NULL },
-    { "Q4_1",     3,  32,  20, 0, 1, unpack_q4_1, NULL },
-    { "Q5_0",     6,  32,  22, 0, 0, unpack_q5_0, NULL },
-    { "Q5_1",     7,  32,  24, 0, 1, unpack_q5_1, NULL },
-    { "Q8_0",     8,  32,  34, 0, 0, unpack_q8_0, NULL },
-    { "Q2_K",    10, 256,  84, 1, 1, unpack_q2_k, NULL },
-    { "Q3_K",    11, 256, 110, 1, 0, unpack_q3_k, NULL },
-    { "Q4_K",    12, 256, 144, 0, 1, unpack_q4_k, NULL },
-    { "Q5_K",    13, 256, 176, 0, 1, unpack_q5_k, NULL },
-    { "Q6_K",    14, 256, 210, 1, 0, unpack_q6_k, NULL },
-    { "IQ4_NL",  20,  32,  18, 0, 0, unpack_iq4_nl, NULL },
-    { "IQ4_XS",  23, 256, 136, 0, 0, unpack_iq4_xs, NULL },
+enum {
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
+    IQ4_NL, IQ4_XS, N_FORMAT
+};
+
+static const struct format formats[N_FORMAT] = {
+    [F32] = { "F32", 0, 1,   4, 0, 0, NULL, floats_f32 },
+    [F16] = { "F16", 1, 1,   2, 0, 0, NULL, floats_f16 },
+    [BF16] = { "BF16", 30, 1,   2, 0, 0, NULL, floats_bf16 },
+    [Q4_0] = { "Q4_0", 2, 32,  18, 0, 0, unpack_q4_0, NULL },
+    [Q4_1] = { "Q4_1", 3, 32,  20, 0, 1, unpack_q4_1, NULL },
+    [Q5_0] = { "Q5_0", 6, 32,  22, 0, 0, unpack_q5_0, NULL },
+    [Q5_1] = { "Q5_1", 7, 32,  24, 0, 1, unpack_q5_1, NULL },
+    [Q8_0] = { "Q8_0", 8, 32,  34, 0, 0, unpack_q8_0, NULL },
+    [Q2_K] = { "Q2_K", 10, 256,  84, 1, 1, unpack_q2_k, NULL },
+    [Q3_K] = { "Q3_K", 11, 256, 110, 1, 0, unpack_q3_k, NULL },
+    [Q4_K] = { "Q4_K", 12, 256, 144, 0, 1, unpack_q4_k, NULL },
+    [Q5_K] = { "Q5_K", 13, 256, 176, 0, 1, unpack_q5_k, NULL },
+    [Q6_K] = { "Q6_K", 14, 256, 210, 1, 0, unpack_q6_k, NULL },
+    [IQ4_NL] = { "IQ4_NL", 20, 32,  18, 0, 0, unpack_iq4_nl, NULL },
+    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, 0, 0, unpack_iq4_xs, NULL },
 };
 
 /* Formats that are known by name only, so that a refusal can say it. */
@@ -2200,9 +2213,32 @@ static void matmul(const struct thread *me, int how, float *y,
  *
  * by including this file into itself further down.  FN(name) is the name of a
  * function in this set, BLOCK(name) of a small block: all of x86 uses those of
- * AVX2.  INTS and FLOATS are registers; V(op) and VI(op) are instructions, by
- * the names they have on x86.  What fits into the registers at once: TOKENS
- * rows of x, ROWS rows of weights in floats, WIDE vectors of positions. */
+ * AVX2.
+ *
+ * FLOATS and INTS are registers of LANES numbers.  They are GNU vectors, so
+ * arithmetic on them is written with operators; what operators cannot say, the
+ * sets say in functions of the same names, side by side below:
+ *
+ *     splat(f), splat_int(n)   the same number everywhere
+ *     fma(a, b, c)             a * b + c, rounded once
+ *     choose(m, a, b)          a where m is true, b elsewhere
+ *     load_f16(p)              LANES binary16 numbers at p, and
+ *     low_f16(v)               the lower halves of the elements of v, as floats
+ *     tree(chains)             the sum of 16 chains, added as sum_16() does
+ *     largest(v)               the largest element, if none is negative
+ *     store_bytes(to, q)       32 small integers become the bytes of a group
+ *
+ * Products look at a register as QUADS times 16 bytes or four numbers:
+ *
+ *     quads(p, at)             quad i is the 16 bytes at p + at[i]
+ *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
+ *     quad_ints(n)             n[i] in all elements of quad i
+ *     look_up(table, i)        byte i of the table, for every byte, by quads
+ *     pairs(a, b)              a0 b0 + a1 b1 for the pairs of 16-bit numbers
+ *     sum_4(a, b, c, d)        a quad has the sums of the quads of a, b, c, d
+ *     transpose_4(v)           in every quad of v[4], 4 x 4 numbers
+ *     transpose_quads(v)       of v[QUADS], QUADS x QUADS quads
+ *     columns_f16(d, p, ...)   f16 numbers of many rows, see there */
 
 /* Before a loop whose arrays are to become registers: without it clang keeps
  * them in memory, and products take twice as long. */
@@ -2221,72 +2257,14 @@ static void matmul(const struct thread *me, int how, float *y,
 #define FETCH(p) (void)(p)
 #endif
 
-#ifdef LFM2_ARM
-
-/* For products.  gcc must not reorder them, or it runs out of registers; clang
- * does not, but would load operands again after what is volatile. */
+/* For products on ARM.  gcc must not reorder them, or it runs out of registers;
+ * clang does not, but would load operands again after what is volatile. */
 #ifdef __clang__
 #define ASM __asm__
 #else
 #define ASM __asm__ volatile
 #endif
 
-/* What differs from x86 is NaN alone, so minima and maxima are made of
- * comparisons, in which NaN loses as it does there. */
-#define neon_setzero_ps() vdupq_n_f32(0)
-#define neon_set1_ps vdupq_n_f32
-#define neon_loadu_ps vld1q_f32
-#define neon_storeu_ps vst1q_f32
-#define neon_add_ps vaddq_f32
-#define neon_sub_ps vsubq_f32
-#define neon_mul_ps vmulq_f32
-#define neon_div_ps vdivq_f32
-#define neon_fmadd_ps(a, b, c) vfmaq_f32(c, a, b)
-#define neon_fnmadd_ps(a, b, c) vfmsq_f32(c, a, b)
-#define neon_fmsub_ps(a, b, c) vfmaq_f32(vnegq_f32(c), a, b)
-#define neon_max_ps(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
-#define neon_min_ps(a, b) vbslq_f32(vcltq_f32(a, b), a, b)
-#define neon_xor_ps(a, b) \
-    ((float32x4_t)veorq_u32((uint32x4_t)(a), (uint32x4_t)(b)))
-#define neon_cvtepi32_ps vcvtq_f32_s32
-#define neon_cvttps_epi32 vcvtq_s32_f32
-
-#define neon_setzero() vdupq_n_s32(0)
-#define neon_set1_epi8(n) ((int32x4_t)vdupq_n_s8(n))
-#define neon_set1_epi16(n) ((int32x4_t)vdupq_n_s16(n))
-#define neon_set1_epi32 vdupq_n_s32
-#define neon_and vandq_s32
-#define neon_or vorrq_s32
-#define neon_xor veorq_s32
-#define neon_add_epi8(a, b) \
-    ((int32x4_t)vaddq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_sub_epi8(a, b) \
-    ((int32x4_t)vsubq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_add_epi32 vaddq_s32
-#define neon_sub_epi32 vsubq_s32
-#define neon_min_epu8(a, b) \
-    ((int32x4_t)vminq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_max_epu32(a, b) \
-    ((int32x4_t)vmaxq_u32((uint32x4_t)(a), (uint32x4_t)(b)))
-#define neon_slli_epi16(v, n) ((int32x4_t)vshlq_n_s16((int16x8_t)(v), n))
-#define neon_srli_epi16(v, n) ((int32x4_t)vshrq_n_u16((uint16x8_t)(v), n))
-#define neon_slli_epi32(v, n) vshlq_n_s32(v, n)
-#define neon_srli_epi32(v, n) ((int32x4_t)vshrq_n_u32((uint32x4_t)(v), n))
-#define neon_srai_epi32(v, n) vshrq_n_s32(v, n)
-#define neon_shuffle_epi8(v, i) \
-    ((int32x4_t)vqtbl1q_u8((uint8x16_t)(v), (uint8x16_t)(i)))
-#define neon_unpacklo_epi32 vzip1q_s32
-#define neon_unpackhi_epi32 vzip2q_s32
-#define neon_unpacklo_epi64(a, b) \
-    ((int32x4_t)vzip1q_s64((int64x2_t)(a), (int64x2_t)(b)))
-#define neon_unpackhi_epi64(a, b) \
-    ((int32x4_t)vzip2q_s64((int64x2_t)(a), (int64x2_t)(b)))
-#define neon_madd_epi16(a, b) \
-    vpaddq_s32(vmull_s16(vget_low_s16((int16x8_t)(a)), \
-                         vget_low_s16((int16x8_t)(b))), \
-               vmull_high_s16((int16x8_t)(a), (int16x8_t)(b)))
-
-#endif /* LFM2_ARM */
 #endif /* not KERNELS */
 
 #ifdef KERNELS
@@ -2298,33 +2276,37 @@ static void matmul(const struct thread *me, int how, float *y,
 #endif
 #define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
 
-/* A row of floats in steps of 16 columns: chain i % 16 of dot_f32() is a
- * lane. */
-enum { FN(CHAINS) = 16 / LANES };
+/* QUADS of a register; a row of floats in steps of 16 columns: chain i % 16 of
+ * dot_f32() is a lane. */
+enum { FN(QUADS) = LANES / 4, FN(CHAINS) = 16 / LANES };
+
+typedef int32_t FN(ints) __attribute__((vector_size(4 * LANES)));
+typedef uint32_t FN(uints) __attribute__((vector_size(4 * LANES)));
+#define INTS FN(ints)
+#define UINTS FN(uints)
+#define QUADS FN(QUADS)
 
 #if LANES == 4
 
-#define V(op) neon_##op
-#define VI(op) neon_##op
-#define INTS int32x4_t
 #define FLOATS float32x4_t
-#define AS_INTS vreinterpretq_s32_f32
-#define AS_FLOATS vreinterpretq_f32_s32
-#define V_FIRST(v) vgetq_lane_s32(v, 0)
 #define BLOCK(name) name##_neon
-enum { FN(ROWS) = 2, FN(WIDE) = 4, FN(TOKENS) = DOT ? 4 : 3 };
+#define TOKENS (DOT ? 4 : 3)
+#define X_ROWS 6
+enum { FN(WIDE) = 4, FN(TOKENS) = TOKENS };
 
-/* 16 bytes of row i. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
+KERNEL_INLINE FLOATS FN(splat)(float f)
 {
-    (void)stride;
-    return vreinterpretq_s32_u8(vld1q_u8(p));
+    return vdupq_n_f32(f);
 }
 
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
 {
-    uint16x4_t low = vmovn_u32(vreinterpretq_u32_s32(v));
-    return vcvt_f32_f16(vreinterpret_f16_u16(low));
+    return vfmaq_f32(c, a, b);
+}
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+{
+    return vbslq_f32((uint32x4_t)m, a, b);
 }
 
 KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
@@ -2335,6 +2317,87 @@ KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
 KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
 {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    uint16x4_t low = vmovn_u32((uint32x4_t)v);
+    return vcvt_f32_f16(vreinterpret_f16_u16(low));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[4])
+{
+    FLOATS a = (chains[0] + chains[2]) + (chains[1] + chains[3]);
+    return vpadds_f32(vadd_f32(vget_low_f32(a), vget_high_f32(a)));
+}
+
+KERNEL_INLINE uint32_t FN(largest)(INTS v)
+{
+    return vmaxvq_u32((uint32x4_t)v);
+}
+
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
+{
+    UNROLL
+    for (int h = 0; h < 2; h++, q += 4) {
+        int8x16_t b = vuzp1q_s8(
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
+        vst1q_s8(to->q + 16 * h, b);
+        to->sum[h] = vaddlvq_s8(b);
+    }
+}
+
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    return (INTS)vld1q_u8(p + at[0]);
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    (void)stride;
+    return (INTS)vld1q_u8(p);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS)vdupq_n_s32(n[0]);
+}
+
+KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
+{
+    return (INTS)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)i);
+}
+
+KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
+{
+    int16x8_t v = (int16x8_t)a, w = (int16x8_t)b;
+    return (INTS)vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(w)),
+                            vmull_high_s16(v, w));
+}
+
+KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
+{
+    return (INTS)vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b),
+                            vpaddq_s32((int32x4_t)c, (int32x4_t)d));
+}
+
+KERNEL_INLINE void FN(transpose_4)(INTS v[4])
+{
+    int32x4x2_t ac = vzipq_s32((int32x4_t)v[0], (int32x4_t)v[2]);
+    int32x4x2_t bd = vzipq_s32((int32x4_t)v[1], (int32x4_t)v[3]);
+
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        int32x4x2_t two = vzipq_s32(ac.val[i], bd.val[i]);
+        v[2 * i] = (INTS)two.val[0];
+        v[2 * i + 1] = (INTS)two.val[1];
+    }
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
+{
+    (void)v;
 }
 
 /* The f16 at p of every row. */
@@ -2348,54 +2411,267 @@ KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
     return vcvt_f32_f16(vreinterpret_f16_u16(v));
 }
 
-/* The same 16 bytes in all lanes. */
-KERNEL_INLINE INTS FN(lanes)(const void *p)
+#else /* x86 */
+
+#if LANES == 8
+
+#define MM(op) _mm256_##op
+#define MM_INTS __m256i
+#define FLOATS __m256
+#define BLOCK(name) name##_avx2
+#define TOKENS 3
+#define X_ROWS 3
+enum { FN(WIDE) = 2, FN(TOKENS) = TOKENS };
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
-    return vreinterpretq_s32_u8(vld1q_u8(p));
+    return _mm256_blendv_ps(b, a, (FLOATS)m);
 }
 
-KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
 {
-    return (int32x4_t)((uint32x4_t)v >> vdupq_n_u32((uint32_t)n));
+    return _mm256_cvtph_ps(_mm_loadu_si128(p));
 }
 
-/* p, but 0 where x < -87 and x where that is NaN. */
-KERNEL_INLINE FLOATS FN(limit)(FLOATS p, FLOATS x)
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
 {
-    uint32x4_t small = vcltq_f32(x, vdupq_n_f32(-87.0f));
-
-    p = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), small));
-    return vbslq_f32(vceqq_f32(x, x), p, x);
+    return (FLOATS)_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
 }
 
-/* The tree of sum_16(). */
-KERNEL_INLINE float FN(tree)(const FLOATS chains[4])
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
 {
-    FLOATS a = vaddq_f32(vaddq_f32(chains[0], chains[2]),
-                         vaddq_f32(chains[1], chains[3]));
+    __m256i low = (__m256i)(v & 0xffff);
 
-    return vpadds_f32(vadd_f32(vget_low_f32(a), vget_high_f32(a)));
+    low = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(low));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
+{
+    FLOATS a = chains[0] + chains[1];
+    __m128 b = _mm256_castps256_ps128(a) + _mm256_extractf128_ps(a, 1);
+
+    b += _mm_movehl_ps(b, b);
+    return b[0] + b[1];
 }
 
 KERNEL_INLINE uint32_t FN(largest)(INTS v)
 {
-    return vmaxvq_u32(vreinterpretq_u32_s32(v));
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128((__m256i)v),
+                              _mm256_extracti128_si256((__m256i)v, 1));
+
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    return (uint32_t)_mm_cvtsi128_si32(m);
 }
 
-/* 32 numbers, as bytes. */
-KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
+/* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
 {
-    UNROLL
-    for (int h = 0; h < 2; h++, q += 4) {
-        int8x16_t b = vuzp1q_s8(
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
-        vst1q_s8(to->q + 16 * h, b);
-        to->sum[h] = vaddlvq_s8(b);
-    }
+    __m256i v = _mm256_packs_epi16(
+        _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]),
+        _mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]));
+
+    v = _mm256_permutevar8x32_epi32(
+        v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    memcpy(to->q, &v, sizeof v);
+    v = _mm256_maddubs_epi16(_mm256_set1_epi8(1), v);
+    INTS sum = (INTS)_mm256_madd_epi16(v, _mm256_set1_epi16(1));
+    to->sum[0] = (int16_t)(sum[0] + sum[1] + sum[2] + sum[3]);
+    to->sum[1] = (int16_t)(sum[4] + sum[5] + sum[6] + sum[7]);
 }
 
-#else
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    const void *first = p + at[0], *second = p + at[1];
+    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(first));
+
+    if (at[1] != at[0])
+        v = _mm256_inserti128_si256(v, _mm_loadu_si128(second), 1);
+    return (INTS)v;
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    const void *first = p, *second = p + 4 * stride;
+    return (INTS)_mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128(first)),
+        _mm_loadu_si128(second), 1);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS) { n[0], n[0], n[0], n[0], n[1], n[1], n[1], n[1] };
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[2])
+{
+    __m256i a = (__m256i)v[0], b = (__m256i)v[1];
+
+    v[0] = (INTS)_mm256_permute2x128_si256(a, b, 0x20);
+    v[1] = (INTS)_mm256_permute2x128_si256(a, b, 0x31);
+}
+
+/* v with its sign changed where w is negative, and 0 where w is. */
+KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
+{
+    return _mm256_sign_epi8((__m256i)v, (__m256i)w);
+}
+
+#else /* LANES == 16 */
+
+#define MM(op) _mm512_##op
+#define MM_INTS __m512i
+#define FLOATS __m512
+#define BLOCK(name) name##_avx2
+#define TOKENS 6
+#define X_ROWS 6
+enum { FN(WIDE) = 4, FN(TOKENS) = TOKENS };
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+{
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)m), b, a);
+}
+
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
+}
+
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+{
+    return (FLOATS)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+}
+
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
+{
+    const __m256 halves[2] = { _mm512_castps512_ps256(chains[0]),
+                               _mm512_extractf32x8_ps(chains[0], 1) };
+    return tree_avx2(halves);
+}
+
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p));
+
+    if (at[0] != 0)
+        v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p + at[0])));
+#undef PUT_QUAD
+#define PUT_QUAD(i, is_new) \
+    if (is_new) \
+        v = _mm512_mask_broadcast_i32x4( \
+            v, (__mmask16)((at[1] == at[i] ? 0x00f0 : 0) | \
+                           (at[2] == at[i] ? 0x0f00 : 0) | \
+                           (at[3] == at[i] ? 0xf000 : 0)), \
+            _mm_loadu_si128((const void *)(p + at[i])))
+    PUT_QUAD(1, at[1] != at[0]);
+    PUT_QUAD(2, at[2] != at[0] && at[2] != at[1]);
+    PUT_QUAD(3, at[3] != at[0] && at[3] != at[1] && at[3] != at[2]);
+    return (INTS)v;
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
+    const void *p12 = p + 12 * stride;
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
+
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
+    return (INTS)_mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS) { n[0], n[0], n[0], n[0], n[1], n[1], n[1], n[1],
+                    n[2], n[2], n[2], n[2], n[3], n[3], n[3], n[3] };
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
+{
+    __m512i a = (__m512i)v[0], b = (__m512i)v[1];
+    __m512i c = (__m512i)v[2], d = (__m512i)v[3];
+    __m512i low = _mm512_shuffle_i32x4(a, b, 0x44);
+    __m512i high = _mm512_shuffle_i32x4(a, b, 0xee);
+    __m512i low2 = _mm512_shuffle_i32x4(c, d, 0x44);
+    __m512i high2 = _mm512_shuffle_i32x4(c, d, 0xee);
+
+    v[0] = (INTS)_mm512_shuffle_i32x4(low, low2, 0x88);
+    v[1] = (INTS)_mm512_shuffle_i32x4(low, low2, 0xdd);
+    v[2] = (INTS)_mm512_shuffle_i32x4(high, high2, 0x88);
+    v[3] = (INTS)_mm512_shuffle_i32x4(high, high2, 0xdd);
+}
+
+/* Where w is 0 its product is 0 whatever v is. */
+KERNEL_INLINE __m512i FN(sign)(INTS v, INTS w)
+{
+    return _mm512_mask_sub_epi8((__m512i)v,
+                                _mm512_movepi8_mask((__m512i)w),
+                                _mm512_setzero_si512(), (__m512i)v);
+}
+
+#endif /* LANES */
+
+KERNEL_INLINE FLOATS FN(splat)(float f)
+{
+    return MM(set1_ps)(f);
+}
+
+KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
+{
+    return MM(fmadd_ps)(a, b, c);
+}
+
+KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
+{
+    return (INTS)MM(shuffle_epi8)((MM_INTS)table, (MM_INTS)i);
+}
+
+KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
+{
+    return (INTS)MM(madd_epi16)((MM_INTS)a, (MM_INTS)b);
+}
+
+/* The even and the odd numbers of two registers, pair by pair: numbers of a
+ * and b change places by fours in `to`. */
+KERNEL_INLINE void FN(zip)(INTS to[2], INTS a, INTS b)
+{
+    to[0] = (INTS)MM(unpacklo_epi32)((MM_INTS)a, (MM_INTS)b);
+    to[1] = (INTS)MM(unpackhi_epi32)((MM_INTS)a, (MM_INTS)b);
+}
+
+KERNEL_INLINE void FN(zip_pairs)(INTS to[2], INTS a, INTS b)
+{
+    to[0] = (INTS)MM(unpacklo_epi64)((MM_INTS)a, (MM_INTS)b);
+    to[1] = (INTS)MM(unpackhi_epi64)((MM_INTS)a, (MM_INTS)b);
+}
+
+KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
+{
+    INTS ab[2], cd[2], all[2];
+
+    FN(zip)(ab, a, b);
+    FN(zip)(cd, c, d);
+    FN(zip_pairs)(all, ab[0] + ab[1], cd[0] + cd[1]);
+    return all[0] + all[1];
+}
+
+KERNEL_INLINE void FN(transpose_4)(INTS v[4])
+{
+    INTS ab[2], cd[2];
+
+    FN(zip)(ab, v[0], v[1]);
+    FN(zip)(cd, v[2], v[3]);
+    FN(zip_pairs)(v, ab[0], cd[0]);
+    FN(zip_pairs)(v + 2, ab[1], cd[1]);
+}
 
 /* The f16 at p of 8 rows.  A load that begins 2i bytes earlier has that of row
  * i in its place already; it stays within the rows, as there is one before. */
@@ -2403,6 +2679,7 @@ KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
 {
     __m128i v = _mm_loadu_si128((const void *)p);
 
+#undef TAKE
 #define TAKE(i) \
     v = _mm_blend_epi16( \
         v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), \
@@ -2417,241 +2694,141 @@ KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
     return v;
 }
 
-#if LANES == 8
-
-#define V(op) _mm256_##op
-#define VI(op) _mm256_##op##_si256
-#define INTS __m256i
-#define FLOATS __m256
-#define AS_INTS _mm256_castps_si256
-#define AS_FLOATS _mm256_castsi256_ps
-#define V_FIRST(v) _mm_cvtsi128_si32(_mm256_castsi256_si128(v))
-#define BLOCK(name) name##_avx2
-enum { FN(ROWS) = 2, FN(WIDE) = 2, FN(TOKENS) = 3 };
-
-/* 16 bytes of rows i and i + 4. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
-{
-    const void *second = p + 4 * stride;
-    return _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
-        _mm_loadu_si128(second), 1);
-}
-
-/* The lower halves of 32-bit numbers, as f16. */
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(v));
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm256_cvtph_ps(_mm_loadu_si128(p));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    INTS v = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-}
-
 /* The f16 at p of every row. */
 KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 {
+#if LANES == 8
     return _mm256_cvtph_ps(FN(words)(p, stride));
-}
-
-/* The same 16 bytes in all lanes. */
-KERNEL_INLINE INTS FN(lanes)(const void *p)
-{
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(p));
-}
-
-/* v, with its sign changed where w is negative, and 0 where w is. */
-KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
-{
-    return _mm256_sign_epi8(v, w);
-}
-
-/* The tree of sum_16(): chains 0 .. 7 and 8 .. 15. */
-KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
-{
-    FLOATS a = _mm256_add_ps(chains[0], chains[1]);
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a),
-                          _mm256_extractf128_ps(a, 1));
-
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-
-#if !DOT
-
-/* p, but 0 where x < -87 and x where that is NaN. */
-KERNEL_INLINE FLOATS FN(limit)(FLOATS p, FLOATS x)
-{
-    FLOATS small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
-    FLOATS nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-
-    return _mm256_blendv_ps(_mm256_andnot_ps(small, p), x, nan);
-}
-
-/* The largest number, of unsigned ones. */
-KERNEL_INLINE uint32_t FN(largest)(INTS v)
-{
-    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v),
-                              _mm256_extracti128_si256(v, 1));
-
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-    return (uint32_t)_mm_cvtsi128_si32(m);
-}
-
-/* 32 numbers as bytes, and the sums of 16.  Packing 8 + 8 + 8 + 8 numbers to
- * bytes interleaves them by fours. */
-KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
-{
-    INTS words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
-                                    _mm256_packs_epi32(q[2], q[3]));
-
-    words = _mm256_permutevar8x32_epi32(
-        words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256((INTS *)(void *)to->q, words);
-    INTS sums = _mm256_madd_epi16(
-        _mm256_maddubs_epi16(_mm256_set1_epi8(1), words),
-        _mm256_set1_epi16(1));
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
-    to->sum[0] = (int16_t)_mm256_extract_epi32(sums, 0);
-    to->sum[1] = (int16_t)_mm256_extract_epi32(sums, 4);
-}
-
-#endif /* not DOT */
-
 #else
-
-#define V(op) _mm512_##op
-#define VI(op) _mm512_##op##_si512
-#define INTS __m512i
-#define FLOATS __m512
-#define V_FIRST(v) _mm_cvtsi128_si32(_mm512_castsi512_si128(v))
-#define BLOCK(name) name##_avx2
-enum { FN(ROWS) = 4, FN(WIDE) = 2, FN(TOKENS) = 6 };
-
-/* 16 bytes of rows i, i + 4, i + 8 and i + 12. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
-{
-    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
-    const void *p12 = p + 12 * stride;
-    INTS v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
-
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
-    return _mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
-}
-
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    INTS v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-}
-
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
-{
     return _mm512_cvtph_ps(_mm256_set_m128i(
         FN(words)(p + 8 * stride, stride), FN(words)(p, stride)));
+#endif
 }
 
-KERNEL_INLINE INTS FN(lanes)(const void *p)
-{
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(p));
-}
+#if LANES == 16
 
-/* Where w is 0 its product is 0 whatever v is. */
-KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
+/* Where blocks have 16 to 20 bytes, number i of a row is in quad i of the 64
+ * bytes at p: it becomes number r % 8 of that quad, for r < 8 in h[0]. */
+KERNEL_INLINE void FN(near_columns)(FLOATS d[4], const uint8_t *p,
+                                    size_t stride, const uint8_t bytes)
 {
-    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(w), VI(setzero)(), v);
-}
+    const uint8_t more = bytes - 16;
+    const uint8_t from[4] = { 0, more, 2 * more, 3 * more };
+    const __m512i pick = (__m512i)(FN(quad_ints)(from) * 0x01010101 +
+                                   0x01000100);
+    __m512i h[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
 
-KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
-{
-    const __m256 halves[2] = { _mm512_castps512_ps256(chains[0]),
-                               _mm512_extractf32x8_ps(chains[0], 1) };
-    return tree_avx2(halves);
+    UNROLL
+    for (size_t r = 0; r < 16; r++)
+        h[r / 8] = _mm512_mask_shuffle_epi8(
+            h[r / 8], 0x0003000300030003u << 2 * (r % 8),
+            _mm512_loadu_si512((const void *)(p + r * stride)), pick);
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        __m512i v = i == 0 ? _mm512_shuffle_i32x4(h[0], h[1], 0x88)
+                           : _mm512_shuffle_i32x4(h[0], h[1], 0xdd);
+        v = _mm512_shuffle_i32x4(v, v, 0xd8);
+        d[i] = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
+        d[i + 2] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
+    }
 }
 
 #endif
+#endif /* x86 */
 
-/* 32-bit numbers, shifted down. */
-KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+/* d[i] = the f16 at p + i * bytes of every row. */
+KERNEL_INLINE void FN(columns_f16)(FLOATS d[QUADS], const uint8_t *p,
+                                   size_t stride, const size_t bytes)
 {
-    return V(srl_epi32)(v, _mm_cvtsi32_si128(n));
+#if LANES == 16
+    if (bytes <= 20) {
+        FN(near_columns)(d, p, stride, (uint8_t)bytes);
+        return;
+    }
+#endif
+    UNROLL
+    for (size_t i = 0; i < QUADS; i++)
+        d[i] = FN(column_f16)(p + i * bytes, stride);
 }
 
-#endif /* x86 */
+KERNEL_INLINE INTS FN(splat_int)(int n)
+{
+    return (INTS) { 0 } + n;
+}
+
+KERNEL_INLINE FLOATS FN(load)(const float *p)
+{
+    FLOATS v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+KERNEL_INLINE void FN(store)(float *p, FLOATS v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+KERNEL_INLINE FLOATS FN(to_floats)(INTS v)
+{
+    return __builtin_convertvector(v, FLOATS);
+}
+
+/* Shifted down, zeros coming in: by one number, or each by its own. */
+KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+{
+    return (INTS)((UINTS)v >> (uint32_t)n);
+}
+
+KERNEL_INLINE INTS FN(shift_each)(INTS v, INTS n)
+{
+    return (INTS)((UINTS)v >> (UINTS)n);
+}
+
+KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
+{
+    const FLOATS magic = FN(splat)(ROUND_MAGIC), one = FN(splat)(1);
+    FLOATS y = FN(choose)(x > 88.0f, FN(splat)(88), x);
+    FLOATS t = FN(fma)(y, FN(splat)(1.44269504f), magic);
+    FLOATS n = t - magic;
+    FLOATS r = FN(fma)(n, FN(splat)(-0.693145752f), y);
+    FLOATS p = FN(splat)(1.0f / 5040);
+
+    r = FN(fma)(n, FN(splat)(-1.42860677e-6f), r);
+    p = FN(fma)(p, r, FN(splat)(1.0f / 720));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 120));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 24));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 6));
+    p = FN(fma)(p, r, FN(splat)(0.5f));
+    p = FN(fma)(p, r, one);
+    p = FN(fma)(p, r, one);
+    p = (FLOATS)((UINTS)p + ((UINTS)t << 23));
+    p = FN(choose)(x < -87.0f, FN(splat)(0), p);
+    return FN(choose)(x == x, p, x);
+}
 
 /* The small blocks.  Each is its namesake of Part I or section 10, with the
  * same operations on every element in the same order. */
 #if LANES < 16 && !DOT
 
-KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
-{
-    const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
-    FLOATS y = V(min_ps)(V(set1_ps)(88.0f), x);
-    FLOATS t = V(fmadd_ps)(y, V(set1_ps)(1.44269504f), magic);
-    FLOATS n = V(sub_ps)(t, magic);
-    FLOATS r = V(fmadd_ps)(n, V(set1_ps)(-0.693145752f), y);
-    FLOATS p = V(set1_ps)(1.0f / 5040);
-
-    r = V(fmadd_ps)(n, V(set1_ps)(-1.42860677e-6f), r);
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 720));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 120));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 24));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 6));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(0.5f));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f));
-    p = AS_FLOATS(V(add_epi32)(AS_INTS(p), V(slli_epi32)(AS_INTS(t), 23)));
-    return FN(limit)(p, x);
-}
-
 KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
 {
-    FLOATS chain[FN(CHAINS)];
+    FLOATS chain[FN(CHAINS)] = { { 0 } };
 
     if (n % 16 != 0)
         return dot_f32(a, b, n);
-    UNROLL
-    for (int h = 0; h < FN(CHAINS); h++)
-        chain[h] = V(setzero_ps)();
     for (int i = 0; i < n; i += 16)
         UNROLL
         for (int h = 0; h < FN(CHAINS); h++)
-            chain[h] = V(fmadd_ps)(V(loadu_ps)(a + i + h * LANES),
-                                   V(loadu_ps)(b + i + h * LANES), chain[h]);
+            chain[h] = FN(fma)(FN(load)(a + i + h * LANES),
+                               FN(load)(b + i + h * LANES), chain[h]);
     return FN(tree)(chain);
 }
 
 KERNEL void FN(swiglu)(float *gate, const float *up, int n)
 {
-    const FLOATS one = V(set1_ps)(1);
-
     for (int i = 0; i < n; i += LANES) {
-        FLOATS g = V(loadu_ps)(gate + i);
-        FLOATS e = FN(exp)(V(xor_ps)(g, V(set1_ps)(-0.0f)));
-        g = V(div_ps)(g, V(add_ps)(one, e));
-        V(storeu_ps)(gate + i, V(mul_ps)(g, V(loadu_ps)(up + i)));
+        FLOATS g = FN(load)(gate + i), u = FN(load)(up + i);
+        FN(store)(gate + i, g / (1.0f + FN(exp)(-g)) * u);
     }
 }
 
@@ -2660,8 +2837,8 @@ KERNEL void FN(add_scaled)(float *y, float a, const float *x, int n)
     int i = 0;
 
     for (; i + LANES <= n; i += LANES)
-        V(storeu_ps)(y + i, V(fmadd_ps)(V(set1_ps)(a), V(loadu_ps)(x + i),
-                                        V(loadu_ps)(y + i)));
+        FN(store)(y + i, FN(fma)(FN(splat)(a), FN(load)(x + i),
+                                 FN(load)(y + i)));
     add_scaled(y + i, a, x + i, n - i);
 }
 
@@ -2674,10 +2851,10 @@ KERNEL void FN(rope)(float *head, const float *turn, int head_dim)
         return;
     }
     for (int i = 0; i < half; i += LANES) {
-        FLOATS c = V(loadu_ps)(turn + i), s = V(loadu_ps)(turn + half + i);
-        FLOATS a = V(loadu_ps)(head + i), b = V(loadu_ps)(head + half + i);
-        V(storeu_ps)(head + i, V(fmsub_ps)(a, c, V(mul_ps)(b, s)));
-        V(storeu_ps)(head + half + i, V(fmadd_ps)(b, c, V(mul_ps)(a, s)));
+        FLOATS c = FN(load)(turn + i), s = FN(load)(turn + half + i);
+        FLOATS a = FN(load)(head + i), b = FN(load)(head + half + i);
+        FN(store)(head + i, FN(fma)(a, c, -(b * s)));
+        FN(store)(head + half + i, FN(fma)(b, c, a * s));
     }
 }
 
@@ -2688,75 +2865,39 @@ KERNEL void FN(conv_step)(float *y, float *const *u, const float *w,
     const size_t last = (size_t)l_cache - 1;
 
     for (size_t i = 0; i < UNIT; i += LANES) {
-        FLOATS v = V(mul_ps)(V(loadu_ps)(w + i), V(loadu_ps)(u[0] + i));
-        V(storeu_ps)(u[last] + i,
-                     V(mul_ps)(V(loadu_ps)(b + i), V(loadu_ps)(x + i)));
+        FLOATS v = FN(load)(w + i) * FN(load)(u[0] + i);
+        FN(store)(u[last] + i, FN(load)(b + i) * FN(load)(x + i));
         for (size_t k = 1; k <= last; k++)
-            v = V(fmadd_ps)(V(loadu_ps)(w + k * n + i),
-                            V(loadu_ps)(u[k] + i), v);
-        V(storeu_ps)(x + i, v);
-        V(storeu_ps)(y + i, V(mul_ps)(V(loadu_ps)(c + i), v));
+            v = FN(fma)(FN(load)(w + k * n + i), FN(load)(u[k] + i), v);
+        FN(store)(x + i, v);
+        FN(store)(y + i, FN(load)(c + i) * v);
     }
 }
 
 KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 {
-    const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
-    const INTS sign = V(set1_epi32)(0x7fffffff);
     FLOATS v[32 / LANES];
-    INTS q[32 / LANES], top = VI(setzero)();
+    INTS q[32 / LANES], top = { 0 };
 
     UNROLL
     for (int i = 0; i < 32 / LANES; i++) {
-        v[i] = V(loadu_ps)(x + LANES * i);
-        top = V(max_epu32)(top, VI(and)(AS_INTS(v[i]), sign));
+        v[i] = FN(load)(x + LANES * i);
+        INTS size = (INTS)v[i] & 0x7fffffff;
+        top ^= (top ^ size) & (size > top);
     }
     const float amax = float_of(FN(largest)(top));
     if (!(amax >= 0x1p-100f && amax <= FLT_MAX)) {
         quantize(to, x);
         return;
     }
-    const FLOATS inverse = V(set1_ps)(127 / amax);
     UNROLL
     for (int i = 0; i < 32 / LANES; i++) {
-        FLOATS r = V(add_ps)(V(mul_ps)(v[i], inverse), magic);
-        q[i] = V(cvttps_epi32)(V(sub_ps)(r, magic));
+        FLOATS r = v[i] * (127 / amax) + ROUND_MAGIC;
+        q[i] = __builtin_convertvector(r - ROUND_MAGIC, INTS);
     }
     FN(store_bytes)(to, q);
     to->d = amax / 127;
     to->s = to->d * (float)(to->sum[0] + to->sum[1]);
-}
-
-/* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
- * room up to the next multiple of 16, where the scores are made -inf, which
- * adds 0 to a sum that is never -0. */
-KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
-{
-    const int end = (n + 15) / 16 * 16;
-    FLOATS max = V(set1_ps)(-INFINITY), sum[FN(CHAINS)];
-    float m[LANES];
-
-    for (int p = n; p < end; p++)
-        s[p] = -INFINITY;
-    for (int p = 0; p < end; p += LANES)
-        max = V(max_ps)(V(loadu_ps)(s + p), max);
-    V(storeu_ps)(m, max);
-    g->max = m[0];
-    for (int i = 1; i < LANES; i++)
-        g->max = m[i] > g->max ? m[i] : g->max;
-    UNROLL
-    for (int h = 0; h < FN(CHAINS); h++)
-        sum[h] = V(setzero_ps)();
-    for (int p = 0; p < end; p += 16)
-        UNROLL
-        for (int h = 0; h < FN(CHAINS); h++) {
-            float *at = s + p + h * LANES;
-            FLOATS e = FN(exp)(V(sub_ps)(V(loadu_ps)(at),
-                                         V(set1_ps)(g->max)));
-            V(storeu_ps)(at, e);
-            sum[h] = V(add_ps)(sum[h], e);
-        }
-    g->sum = FN(tree)(sum);
 }
 
 #endif
@@ -2764,96 +2905,606 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 
 /* ------------------------------------------------ 12. Kernels: products
  *
- * A panel is two tiles of LANES rows of weights, unpacked.  A vector holds four
- * columns of the LANES rows of a tile, so that multiplying it with four columns
- * of x, repeated in all lanes, needs no sums across lanes:
+ * Few rows of x: weights are read once, so it is a matter of how fast memory
+ * gives them.  A step takes QUADS groups of LANES rows, straight from the file:
+ * a row's 16 bytes of each group, in a quad each, are multiplied with those of
+ * x.  Then not the weights but their sums are transposed, so that the sums of
+ * one group stand side by side for all rows, and are scaled and added up.
+ *
+ * Many rows of x: LANES rows are unpacked to a tile, two tiles to a panel.
+ * A vector holds four columns of the LANES rows of a tile, so that multiplying
+ * it with four columns of x, repeated everywhere, needs no sums across it:
  *
  *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
  *                                                        on ARM s8: weight
  *     d, m [groups][2 halves][2 tiles][LANES rows]       float
  *
- * It stays in the second-level cache for all rows of x.  If these are few, the
- * weights go straight from the registers they are unpacked in. */
+ * A panel stays in the second-level cache for all rows of x. */
 
 #ifndef KERNELS
 enum {
-    AT_ONCE = 7,                          /* rows of x                       */
+    AT_ONCE = 7,                          /* rows of x that are few          */
     AHEAD = 65536,                        /* bytes to fetch ahead, at least  */
-    NEAR = 20480                          /* tiles of so many bytes can wait
-                                             in the first-level cache        */
+
+    MANY = 16,                            /* rows of x that are many for
+                                             weights in floats, ...          */
+    BLOCK_COLS = 512,                     /* ... taken in blocks of columns  */
+    MOST_X_ROWS = 6                       /* of X_ROWS, below                */
 };
 
-/* What an unpacker does with a group: see put(). */
-enum { TO_PANEL, ONE_ROW, FEW_ROWS };
+#if defined LFM2_X86 || defined LFM2_ARM
 
-/* How products are added up, by format. */
-enum {
-    MIN = 1,                              /* weights have a minimum          */
-    HALVES = 2,                           /* d and m for 16 columns          */
-    TERMS = 4,                            /* times how many products of four
-                                             columns 16 bits can hold on x86:
-                                             4 or 2; or 1, of signed bytes   */
-    PLAIN_4 = 4 * TERMS,
-    PLAIN_1 = 1 * TERMS,
-    MIN_4 = PLAIN_4 + MIN,
-    HALVES_4 = PLAIN_4 + HALVES,
-    HALVES_2 = 2 * TERMS + HALVES,
-    HALVES_MIN_4 = HALVES_4 + MIN
+/* Some bits of the weights of a block.  Those of the first 16 columns of group
+ * g are the lowest ones of 16 bytes, at + of[g], when these are shifted down. */
+struct bit_field {
+    uint8_t at, mask, of[8], shift[8];
 };
+
+/* How the blocks drawn in section 9 are unpacked.  What is left out is 0. */
+struct layout {
+    int bytes, groups;                    /* of a block                      */
+    int split;                            /* the low nibbles of 16 bytes are
+                                             columns 0..15, the high 16..31;
+                                             else 32 bytes are 32 columns    */
+    struct bit_field low, high;           /* upper bits, if there are any ...*/
+    int high_to;                          /* ... go to this bit              */
+    int fifth;                            /* as in Q5_0, before the nibbles  */
+    int iq4;                              /* they are looked up              */
+    int offset;                           /* of the bytes                    */
+    int is_signed;                        /* they are whole signed bytes     */
+    int terms;                            /* on x86, how many products by four
+                                             columns can be added in 16 bits;
+                                             of signed bytes 1               */
+    int per_16, has_min;                  /* as in struct format             */
+    int scale_offset;                     /* of the scales in a K block      */
+};
+
+#define EACH(n) { 0, n, 2 * n, 3 * n }
+#define SPLIT_32(size, at) \
+    .bytes = size, .groups = 1, .split = 1, .low = { at, 15, EACH(size), { 0 } }
+#define LOW_4 { 0, 0, 32, 32, 64, 64, 96, 96 }, { 0, 4, 0, 4, 0, 4, 0, 4 }
+#define LOW_2 { 0, 0, 0, 0, 32, 32, 32, 32 }, { 0, 2, 4, 6, 0, 2, 4, 6 }
+#define ONE_BIT { 0 }, { 0, 1, 2, 3, 4, 5, 6, 7 }
+
+static const struct layout
+layout_q4_0 = { SPLIT_32(18, 2), .offset = 8, .terms = 4 },
+layout_q4_1 = { SPLIT_32(20, 4), .has_min = 1, .terms = 4 },
+layout_q5_0 = { SPLIT_32(22, 6), .fifth = 1, .offset = 16, .terms = 4 },
+layout_q5_1 = { SPLIT_32(24, 8), .fifth = 1, .has_min = 1, .terms = 4 },
+layout_iq4_nl = { SPLIT_32(18, 2), .iq4 = 1, .is_signed = 1, .terms = 1 },
+layout_q8_0 = {
+    .bytes = 34, .groups = 1, .low = { 2, 255, EACH(34), { 0 } },
+    .is_signed = 1, .terms = 1
+},
+layout_q2_k = {
+    .bytes = 84, .groups = 8, .low = { 16, 3, LOW_2 },
+    .per_16 = 1, .has_min = 1, .terms = 4
+},
+layout_q3_k = {
+    .bytes = 110, .groups = 8, .low = { 32, 3, LOW_2 },
+    .high = { 0, 1, ONE_BIT }, .high_to = 2,
+    .offset = 4, .per_16 = 1, .scale_offset = 32, .terms = 4
+},
+layout_q4_k = {
+    .bytes = 144, .groups = 8, .low = { 16, 15, LOW_4 }, .has_min = 1,
+    .terms = 4
+},
+layout_q5_k = {
+    .bytes = 176, .groups = 8, .low = { 48, 15, LOW_4 },
+    .high = { 16, 1, ONE_BIT }, .high_to = 4, .has_min = 1, .terms = 4
+},
+layout_q6_k = {
+    .bytes = 210, .groups = 8, .low = { 0, 15,
+        { 0, 32, 0, 32, 64, 96, 64, 96 }, { 0, 0, 4, 4, 0, 0, 4, 4 } },
+    .high = { 128, 3, LOW_2 }, .high_to = 4,
+    .offset = 32, .per_16 = 1, .scale_offset = 128, .terms = 2
+},
+layout_iq4_xs = {
+    .bytes = 136, .groups = 8, .split = 1,
+    .low = { 8, 15, { 0, 16, 32, 48, 64, 80, 96, 112 }, { 0 } },
+    .iq4 = 1, .is_signed = 1, .scale_offset = 32, .terms = 1
+};
+
 #endif
+#endif /* not KERNELS */
 
 #ifdef KERNELS
 
 enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
 
-/* Four bytes, repeated in all lanes. */
+typedef int8_t FN(bytes) __attribute__((vector_size(4 * LANES)));
+typedef int16_t FN(words16) __attribute__((vector_size(4 * LANES)));
+
+/* Signed bytes are made unsigned where the instruction wants it. */
+enum { FN(SIGNED) = DOT && LANES > 4 ? 128 : 0 };
+
+/* A byte everywhere. */
+KERNEL_INLINE INTS FN(splat_byte)(int n)
+{
+    return FN(splat_int)((int)((uint32_t)n * 0x01010101u));
+}
+
+/* Four bytes, repeated everywhere. */
 KERNEL_INLINE INTS FN(repeat)(const void *p)
 {
     int32_t four;
     memcpy(&four, p, sizeof four);
-    return V(set1_epi32)(four);
+    return FN(splat_int)(four);
 }
 
-/* Bytes at .. at+15 of every row of a tile: v[j] holds 4j .. 4j+3 of each. */
-KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
+/* 16 bytes in every quad. */
+KERNEL_INLINE INTS FN(repeat_16)(const void *p)
 {
-    INTS a = FN(load_rows)(p, stride), b = FN(load_rows)(p + stride, stride);
-    INTS c = FN(load_rows)(p + 2 * stride, stride);
-    INTS d = FN(load_rows)(p + 3 * stride, stride);
-    INTS ab = V(unpacklo_epi32)(a, b), cd = V(unpacklo_epi32)(c, d);
-
-    v[0] = V(unpacklo_epi64)(ab, cd);
-    v[1] = V(unpackhi_epi64)(ab, cd);
-    ab = V(unpackhi_epi32)(a, b);
-    cd = V(unpackhi_epi32)(c, d);
-    v[2] = V(unpacklo_epi64)(ab, cd);
-    v[3] = V(unpackhi_epi64)(ab, cd);
+    static const uint8_t same[4] = { 0 };
+    return FN(quads)(p, same);
 }
 
-/* 32 bytes of every row. */
-KERNEL_INLINE void FN(load_32)(INTS v[8], const uint8_t *p, size_t stride)
+/* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
+KERNEL_INLINE INTS FN(field)(const struct bit_field *f, const uint8_t *b,
+                             const int g, const int h)
 {
-    FN(load_16)(v, p, stride);
-    FN(load_16)(v + 4, p + 16, stride);
+    INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
+    v = FN(shift_each)(v, FN(quad_ints)(f->shift + g));
+    return v & FN(splat_byte)(f->mask);
 }
+
+/* Bit i of the 32-bit number at p becomes bit 4 of byte i; 16 of them. */
+KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
+                                  const int h)
+{
+    static const uint8_t which[16] = {
+        1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128
+    };
+    static const uint8_t byte[2][16] = {
+        { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
+        { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 }
+    };
+    const INTS bit = FN(repeat_16)(which);
+    INTS v = FN(look_up)(FN(quads)(p, of), FN(repeat_16)(byte[h])) & bit;
+
+    return (INTS)((FN(bytes))v == (FN(bytes))bit) & FN(splat_byte)(16);
+}
+
+/* Groups g .. g+QUADS-1 of the block at b of a row, a quad each: columns 0..15
+ * to w[0], 16..31 to w[1], as unsigned bytes with their offset; or as signed
+ * ones, see SIGNED. */
+KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
+                              const struct layout *k)
+{
+    if (k->split) {
+        INTS v = FN(quads)(b + k->low.at, k->low.of + g);
+        w[0] = v & FN(splat_byte)(15);
+        w[1] = FN(shift)(v, 4) & FN(splat_byte)(15);
+    }
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        if (!k->split)
+            w[h] = FN(field)(&k->low, b, g, h);
+        if (k->high.mask)
+            w[h] |= (INTS)((UINTS)FN(field)(&k->high, b, g, h) <<
+                           (uint32_t)k->high_to);
+        if (k->fifth)
+            w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
+        if (k->iq4)
+            w[h] = FN(look_up)(FN(repeat_16)(iq4_value), w[h]);
+        if (k->is_signed)
+            w[h] ^= FN(splat_byte)(FN(SIGNED));
+    }
+}
+
+/* The scales and minima of LANES rows: of QUADS groups; or of a K block, where
+ * byte i of s and min, in steps of four, belongs to group or half i. */
+struct FN(scales) {
+    FLOATS d[QUADS], m[QUADS];
+    INTS s[4], min[4];
+};
 
 /* Bits n and up of every byte, as many as are set in `mask`. */
 KERNEL_INLINE INTS FN(bits)(INTS v, int n, int mask)
 {
-    return VI(and)(FN(shift)(v, n), V(set1_epi8)((char)mask));
+    return FN(shift)(v, n) & FN(splat_byte)(mask);
 }
 
-/* Byte i of every 32-bit number, as a float; the same for signed bytes. */
-KERNEL_INLINE FLOATS FN(byte_float)(INTS v, int i)
+/* Bytes 4j .. 4j+3 at p of every row to v[j]. */
+KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
 {
-    v = VI(and)(FN(shift)(v, 8 * i), V(set1_epi32)(255));
-    return V(cvtepi32_ps)(v);
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = FN(row_quads)(p + (size_t)i * stride, stride);
+    FN(transpose_4)(v);
 }
 
-KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
+/* The scales that Q4_K and Q5_K, Q2_K, Q3_K, Q6_K and IQ4_XS have in s[]. */
+KERNEL_INLINE void FN(scales_q4_k)(struct FN(scales) *to, const INTS h[4])
 {
-    v = V(srai_epi32)(V(slli_epi32)(FN(shift)(v, 8 * i), 24), 24);
-    return V(cvtepi32_ps)(v);
+    to->s[0] = FN(bits)(h[1], 0, 63);
+    to->min[0] = FN(bits)(h[2], 0, 63);
+    to->s[1] = FN(bits)(h[3], 0, 15) | FN(bits)(h[1], 2, 48);
+    to->min[1] = FN(bits)(h[3], 4, 15) | FN(bits)(h[2], 2, 48);
+}
+
+KERNEL_INLINE void FN(scales_q2_k)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+        to->s[j] = FN(bits)(h[j], 0, 15);
+        to->min[j] = FN(bits)(h[j], 4, 15);
+    }
+}
+
+KERNEL_INLINE void FN(scales_q3_k)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 4; j++)
+        to->s[j] = FN(bits)(h[1 + j % 2], j / 2 * 4, 15) |
+                   (INTS)((UINTS)FN(bits)(h[3], j * 2, 3) << 4u);
+}
+
+KERNEL_INLINE void FN(scales_iq4_xs)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 2; j++) {
+        UINTS low = (UINTS)h[1] >> (16u * (uint32_t)j) & 0xffffu;
+        UINTS high = (UINTS)h[0] >> (16 + 8u * (uint32_t)j) & 0xffu;
+        low = (low | low << 8u) & 0x00ff00ffu;
+        low = (low | low << 4u) & 0x0f0f0f0fu;
+        high = (high | high << 12u) & 0x000f000fu;
+        high = (high | high << 6u) & 0x03030303u;
+        to->s[j] = (INTS)(low | high << 4u);
+    }
+}
+
+/* Read the scales at b: of the next QUADS groups, or of a K block. */
+KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
+                                   size_t stride, const struct layout *k)
+{
+    INTS h[4];
+
+    if (k->groups == 1) {
+        FN(columns_f16)(to->d, b, stride, k->bytes);
+        if (k->has_min)
+            FN(columns_f16)(to->m, b + 2, stride, k->bytes);
+        UNROLL
+        for (int i = 0; i < QUADS; i++)
+            to->m[i] = k->has_min ? -to->m[i] : FN(splat)(0);
+        return;
+    }
+    if (k == &layout_q2_k) {
+        FN(load_16)(h, b + 68, stride);   /* d and dmin are last             */
+        h[0] = h[3];
+        to->d[0] = FN(low_f16)(h[0]);
+        to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
+        FN(load_16)(h, b, stride);
+        FN(scales_q2_k)(to, h);
+    } else if (k == &layout_q3_k) {
+        FN(load_16)(h, b + 92, stride);
+        FN(scales_q3_k)(to, h);
+        to->d[0] = FN(column_f16)(b + 108, stride);
+    } else if (k == &layout_q6_k) {
+        FN(load_16)(to->s, b + 192, stride);
+        UNROLL
+        for (int j = 0; j < 4; j++)
+            to->s[j] ^= FN(splat_byte)(128);
+        to->d[0] = FN(column_f16)(b + 208, stride);
+    } else {
+        FN(load_16)(h, b, stride);
+        to->d[0] = FN(low_f16)(h[0]);
+        to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
+        if (k->iq4)
+            FN(scales_iq4_xs)(to, h);
+        else
+            FN(scales_q4_k)(to, h);
+    }
+}
+
+/* Byte i of every row. */
+KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i)
+{
+    return FN(to_floats)(FN(shift)(s[i / 4], 8 * (i % 4)) & 255);
+}
+
+/* d and m of half h of group g, out of those that were read. */
+KERNEL_INLINE FLOATS FN(scale)(const struct FN(scales) *s, const int g,
+                               const int h, const struct layout *k)
+{
+    const int i = k->per_16 ? 2 * g + h : g;
+
+    if (k->groups == 1)
+        return s->d[g];
+    FLOATS f = FN(byte_of)(s->s, i);
+    if (k->scale_offset)
+        f -= (float)k->scale_offset;
+    return s->d[0] * f;
+}
+
+KERNEL_INLINE FLOATS FN(minimum)(const struct FN(scales) *s, const int g,
+                                 const int h, const struct layout *k)
+{
+    if (k->groups == 1)
+        return s->m[g];
+    return s->m[0] * FN(byte_of)(s->min, k->per_16 ? 2 * g + h : g);
+}
+
+/* acc + what group x adds, whose halves have the integer sums s, or all of it
+ * s[0]; d and m are those of the halves: a step of dot_row(). */
+KERNEL_INLINE FLOATS FN(add_scaled_sums)(FLOATS acc, const INTS s[2],
+                                         const FLOATS d[2], const FLOATS m[2],
+                                         const struct q8_block *x,
+                                         const struct layout *k)
+{
+    const FLOATS dx = FN(splat)(x->d);
+
+    if (!k->per_16) {
+        acc = FN(fma)(d[0] * dx, FN(to_floats)(s[0]), acc);
+        return k->has_min ? FN(fma)(-m[0], FN(splat)(x->s), acc) : acc;
+    }
+    FLOATS u = d[0] * FN(to_floats)(s[0]);
+    acc = FN(fma)(dx, FN(fma)(d[1], FN(to_floats)(s[1]), u), acc);
+    if (k->has_min) {
+        FLOATS v = m[0] * (float)x->sum[0];
+        v = FN(fma)(m[1], FN(splat)((float)x->sum[1]), v);
+        acc = FN(fma)(-dx, v, acc);
+    }
+    return acc;
+}
+
+/* What the offset of the weights takes from the sum of half h, or of all. */
+KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
+                            const struct layout *k)
+{
+    const uint32_t n = (uint32_t)-offset;
+    const uint32_t both = !k->per_16 ? (n & 0xffff) | n << 16
+                          : h == 0 ? n & 0xffff : n << 16;
+    return FN(pairs)(FN(repeat)(x->sum), FN(splat_int)((int32_t)both));
+}
+
+/* -- few rows of x */
+
+#if DOT
+
+/* s + four products in each number. */
+KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x)
+{
+#if LANES == 4
+    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
+    return s;
+#else
+    return (INTS)DPBUSD((MM_INTS)s, (MM_INTS)w, (MM_INTS)x);
+#endif
+}
+
+/* Halves `first` .. `last` of a row times those of x, in sums of columns. */
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    INTS s = { 0 };
+
+    (void)k;
+    for (int h = first; h <= last; h++)
+        s = FN(dot_4)(s, w[h], x[h]);
+    return s;
+}
+
+#elif LANES == 4
+
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    INTS s = { 0 };
+    int16x8_t p;
+
+    for (int h = first; h <= last; h++) {
+        int8x16_t a = (int8x16_t)w[h], b = (int8x16_t)x[h];
+        int8x8_t low = vget_low_s8(a);
+        p = h > first && !k->is_signed ? vmlal_s8(p, low, vget_low_s8(b))
+                                       : vmull_s8(low, vget_low_s8(b));
+        p = vmlal_high_s8(p, a, b);
+        if (h == last || k->is_signed)
+            s = vpadalq_s16(s, p);
+    }
+    return s;
+}
+
+#else
+
+/* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
+KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
+{
+    return is_signed
+        ? (FN(words16))MM(maddubs_epi16)(MM(abs_epi8)((MM_INTS)w),
+                                         FN(sign)(x, w))
+        : (FN(words16))MM(maddubs_epi16)((MM_INTS)w, (MM_INTS)x);
+}
+
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    const INTS one = FN(splat_int)(0x00010001);
+    FN(words16) p = FN(byte_pairs)(w[first], x[first], k->is_signed);
+
+    if (last > first && k->is_signed)
+        return FN(pairs)((INTS)p, one) +
+               FN(pairs)((INTS)FN(byte_pairs)(w[last], x[last], 1), one);
+    if (last > first)
+        p += FN(byte_pairs)(w[last], x[last], 0);
+    return FN(pairs)((INTS)p, one);
+}
+
+#endif
+
+/* One of the few rows of x: its next groups, what they give with LANES rows of
+ * weights, and the results so far. */
+struct FN(few) {
+    const struct q8_block *x;
+    INTS q[2], sum[2][QUADS];
+    FLOATS acc;
+};
+
+/* Four rows of weights from b on, times all x, to sum[][r]. */
+KERNEL_INLINE void FN(four_rows)(struct FN(few) *to, const int n, const int r,
+                                 const uint8_t *b, size_t stride, const int g,
+                                 const struct layout *k)
+{
+    const int halves = k->per_16 ? 2 : 1;
+    INTS w[4][2];
+
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        FN(unpack)(w[i], b + (size_t)i * stride, g, k);
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < halves; h++) {
+            const int last = k->per_16 ? h : 1;
+            to[t].sum[h][r] = FN(sum_4)(FN(dot)(w[0], to[t].q, h, last, k),
+                                        FN(dot)(w[1], to[t].q, h, last, k),
+                                        FN(dot)(w[2], to[t].q, h, last, k),
+                                        FN(dot)(w[3], to[t].q, h, last, k));
+        }
+}
+
+/* Group i of a step, which has the scales of group `from`, to the results. */
+KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
+                                 const struct FN(scales) *s, const int from,
+                                 const struct layout *k)
+{
+    const int halves = k->per_16 ? 2 : 1;
+    const int offset = k->is_signed ? FN(SIGNED) : k->offset;
+    FLOATS d[2], m[2];
+    INTS sum[2];
+
+    UNROLL
+    for (int h = 0; h < halves; h++) {
+        d[h] = FN(scale)(s, from, h, k);
+        if (k->has_min)
+            m[h] = FN(minimum)(s, from, h, k);
+    }
+    for (int t = 0; t < n; t++) {
+        UNROLL
+        for (int h = 0; h < halves; h++) {
+            sum[h] = to[t].sum[h][i];
+            if (offset)
+                sum[h] += FN(bias)(to[t].x + i, h, offset, k);
+        }
+        to[t].acc = FN(add_scaled_sums)(to[t].acc, sum, d, m, to[t].x + i, k);
+    }
+}
+
+/* Groups g .. g+QUADS-1 of the blocks at b. */
+KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
+                            size_t stride, const int g,
+                            const struct FN(scales) *s, const uint8_t *next,
+                            const struct layout *k)
+{
+    static const uint8_t each[4] = EACH(sizeof(struct q8_block));
+    const int halves = k->per_16 ? 2 : 1;
+    const int bytes = 4 * QUADS * k->bytes / k->groups;
+
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < 2; h++)
+            to[t].q[h] = FN(quads)((const uint8_t *)to[t].x->q + 16 * h, each);
+    UNROLL
+    for (int r = 0; r < QUADS; r++) {
+        UNROLL
+        for (int i = 0; i < bytes; i += 64)
+            FETCH(next + r * bytes + i);
+        FN(four_rows)(to, n, r, b + 4 * (size_t)r * stride, stride, g, k);
+    }
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < halves; h++)
+            FN(transpose_quads)(to[t].sum[h]);
+    UNROLL
+    for (int i = 0; i < QUADS; i++)
+        FN(add_group)(to, n, i, s, k->groups == 1 ? i : g + i, k);
+    for (int t = 0; t < n; t++)
+        to[t].x += QUADS;
+}
+
+/* LANES rows from `row` on times n rows of x. */
+KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
+                                const uint8_t *row, size_t stride, int groups,
+                                const uint8_t *next, const struct layout *k)
+{
+    const int per_step = k->groups == 1 ? QUADS : 8;
+    const size_t bytes = (size_t)(per_step / k->groups * k->bytes);
+    struct FN(scales) s;
+
+    for (; groups > 0; groups -= per_step, row += bytes) {
+        FN(read_scales)(&s, row, stride, k);
+        UNROLL
+        for (int g = 0; g < per_step; g += QUADS)
+            FN(step)(to, n, row, stride, g, &s,
+                     next + (size_t)g * LANES * bytes / per_step, k);
+        next += bytes * LANES;
+    }
+}
+
+/* -- many rows of x */
+
+/* Groups g .. g+QUADS-1 of the blocks at b become those at q of a tile. */
+KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
+                               const int g, const struct layout *k)
+{
+    const INTS offset = FN(splat_byte)(LANES == 4 ? k->offset : 0);
+    INTS v[2][4][QUADS];
+
+    UNROLL
+    for (int r = 0; r < QUADS; r++) {
+        INTS w[4][2], t[4];
+        UNROLL
+        for (int i = 0; i < 4; i++)
+            FN(unpack)(w[i], b + (size_t)(4 * r + i) * stride, g, k);
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            for (int i = 0; i < 4; i++)
+                t[i] = w[i][h];
+            FN(transpose_4)(t);
+            for (int i = 0; i < 4; i++)
+                v[h][i][r] = t[i];
+        }
+    }
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        FN(transpose_quads)(v[i / 4][i % 4]);
+        UNROLL
+        for (int j = 0; j < QUADS; j++)
+            q[16 * j + 2 * i] = (INTS)((FN(bytes))v[i / 4][i % 4][j] -
+                                       (FN(bytes))offset);
+    }
+}
+
+/* A tile of a panel: LANES rows from `row` on. */
+KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
+                                   const uint8_t *row, size_t stride,
+                                   int groups, const uint8_t *next,
+                                   const struct layout *k)
+{
+    const int per_step = k->groups == 1 ? QUADS : 8;
+    const int halves = k->per_16 ? 2 : 1;
+    const size_t bytes = (size_t)(per_step / k->groups * k->bytes);
+    INTS *q = (INTS *)(void *)p->q + tile;
+    FLOATS *d = (FLOATS *)(void *)p->d + tile;
+    FLOATS *m = (FLOATS *)(void *)p->m + tile;
+    struct FN(scales) s;
+
+    for (; groups > 0; groups -= per_step, row += bytes) {
+        for (size_t i = 0; i < bytes * LANES; i += 64)
+            FETCH_FAR(next + i);
+        next += bytes * LANES;
+        FN(read_scales)(&s, row, stride, k);
+        UNROLL
+        for (int g = 0; g < per_step; g += QUADS, q += 16 * QUADS)
+            FN(to_tile)(q, row, stride, g, k);
+        UNROLL
+        for (int g = 0; g < per_step; g++, d += 4, m += 4)
+            UNROLL
+            for (int h = 0; h < halves; h++) {
+                d[2 * h] = FN(scale)(&s, g, h, k);
+                if (k->has_min)
+                    m[2 * h] = FN(minimum)(&s, g, h, k);
+            }
+    }
 }
 
 #if DOT && LANES == 4
@@ -2862,6 +3513,7 @@ KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
  * every compiler has a function for it where the default CPU lacks it. */
 KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
 {
+#undef SDOT
 #define SDOT(i) \
     ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
     switch (k % 4) {
@@ -2875,44 +3527,53 @@ KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
 
 #endif
 
-/* s[t][j] = columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
-#if LANES > 4 || DOT
+/* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
+#if DOT
 
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
-                            const int tiles, const int kind)
+                            const struct layout *k)
 {
-    const INTS one = V(set1_epi16)(1);
-    const int terms = kind / TERMS;
-    INTS part[FN(TOKENS)][2];
+    (void)k;
+    UNROLL
+    for (int i = first; i < last; i++)
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            UNROLL
+            for (int j = 0; j < 2; j++) {
+#if LANES == 4
+                const INTS v = FN(repeat_16)(x[t][g].q + i / 4 * 16);
+                s[t][j] = FN(sdot)(s[t][j], w[2 * i + j], v, i);
+#else
+                const INTS v = FN(repeat)(x[t][g].q + 4 * i);
+                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v);
+#endif
+            }
+}
+
+#elif LANES > 4
+
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct q8_block *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const struct layout *k)
+{
+    const INTS one = FN(splat_int)(0x00010001);
+    FN(words16) part[TOKENS][2];
 
     UNROLL
-    for (int k = first; k < last; k++)
+    for (int i = first; i < last; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            const INTS v = LANES > 4 ? FN(repeat)(x[t][g].q + 4 * k)
-                                     : FN(lanes)(x[t][g].q + k / 4 * 16);
+            const INTS v = FN(repeat)(x[t][g].q + 4 * i);
             UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const INTS wk = w[k * tiles + j];
-#if DOT
-                s[t][j] = DOT_4(s[t][j], wk, v, k);
-                (void)one;
-                (void)terms;
-                (void)part;
-#else
-                const int i = (k - first) % terms;
-                INTS p = terms > 1 ? V(maddubs_epi16)(wk, v)
-                                   : V(maddubs_epi16)(V(abs_epi8)(wk),
-                                                      FN(sign)(v, wk));
-                part[t][j] = p = i ? V(add_epi16)(part[t][j], p) : p;
-                if (i == terms - 1) {
-                    p = V(madd_epi16)(p, one);
-                    s[t][j] = k < first + terms ? p
-                                                : V(add_epi32)(s[t][j], p);
-                }
-#endif
+            for (int j = 0; j < 2; j++) {
+                const int n = (i - first) % k->terms;
+                FN(words16) p = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
+                part[t][j] = n ? part[t][j] + p : p;
+                if (n == k->terms - 1)
+                    s[t][j] += FN(pairs)((INTS)part[t][j], one);
             }
         }
 }
@@ -2925,32 +3586,32 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
-                            const int tiles, const int kind)
+                            const struct layout *k)
 {
-    const int terms = kind / TERMS > 1 ? last - first : 2;
-    int16x8_t part[FN(TOKENS)][2][2];
-    INTS sum[FN(TOKENS)][2][2];
+    const int terms = k->is_signed ? 2 : last - first;
+    int16x8_t part[TOKENS][2][2];
+    int32x4_t sum[TOKENS][2][2];
 
     UNROLL
-    for (int k = first; k < last; k++)
+    for (int i = first; i < last; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            INTS all = FN(lanes)(x[t][g].q + k / 4 * 16);
-            int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(all[k % 4]));
+            INTS all = FN(repeat_16)(x[t][g].q + i / 4 * 16);
+            int8x16_t v = (int8x16_t)vdupq_n_s32(all[i % 4]);
             ASM("" : "+w"(v));
             UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const int i = (k - first) % terms;
+            for (int j = 0; j < 2; j++) {
+                const int n = (i - first) % terms;
                 int16x8_t *p = part[t][j];
-                int8x16_t wk = vreinterpretq_s8_s32(w[k * tiles + j]);
-                int8x8_t wl = vget_low_s8(wk), vl = vget_low_s8(v);
-                p[0] = i ? vmlal_s8(p[0], wl, vl) : vmull_s8(wl, vl);
-                p[1] = i ? vmlal_high_s8(p[1], wk, v) : vmull_high_s8(wk, v);
-                if (i < terms - 1)
+                int8x16_t wi = (int8x16_t)w[2 * i + j];
+                int8x8_t low = vget_low_s8(wi), vl = vget_low_s8(v);
+                p[0] = n ? vmlal_s8(p[0], low, vl) : vmull_s8(low, vl);
+                p[1] = n ? vmlal_high_s8(p[1], wi, v) : vmull_high_s8(wi, v);
+                if (n < terms - 1)
                     continue;
                 UNROLL
                 for (int h = 0; h < 2; h++)
-                    sum[t][j][h] = k < first + terms
+                    sum[t][j][h] = i < first + terms
                         ? vpaddlq_s16(p[h])
                         : vpadalq_s16(sum[t][j][h], p[h]);
             }
@@ -2958,612 +3619,356 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
     UNROLL
     for (int t = 0; t < tokens; t++)
         UNROLL
-        for (int j = 0; j < tiles; j++)
-            s[t][j] = vpaddq_s32(sum[t][j][0], sum[t][j][1]);
+        for (int j = 0; j < 2; j++)
+            s[t][j] += (INTS)vpaddq_s32(sum[t][j][0], sum[t][j][1]);
 }
 
 #endif
 
-/* dots() of weights that are stored with an offset: less offset * sum of x.  On
- * ARM bytes are signed, so a panel holds the weights without it. */
-KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
+/* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
+KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
+                                   const FLOATS *d, const FLOATS *m,
                                    const struct q8_block *const *x, int g,
-                                   const int h, const int tokens,
-                                   const int tiles, const int kind,
-                                   INTS offset)
+                                   const int tokens, int offset,
+                                   const struct layout *k)
 {
-    const int whole = !(kind & HALVES), first = 4 * h;
-    const int last = whole ? 8 : first + 4;
-    const int has_offset = !(kind & MIN) &&
-                           (LANES > 4 || (tiles == 1 && kind / TERMS > 1));
-
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        s[t][0] = s[t][1] = has_offset && DOT
-            ? V(madd_epi16)(FN(repeat)(x[t][g].sum), offset)
-            : VI(setzero)();
-    FN(dots)(s, w, x, g, first, last, tokens, tiles, kind);
-    if (!has_offset || DOT)
-        return;
-    UNROLL
-    for (int t = 0; t < tokens; t++) {
-        const INTS bias = V(madd_epi16)(FN(repeat)(x[t][g].sum), offset);
-        UNROLL
-        for (int j = 0; j < tiles; j++)
-            s[t][j] = V(add_epi32)(s[t][j], bias);
-    }
-}
-
-/* acc -= the minima times the sums of x. */
-KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
-                                    const struct q8_block *const *x, int g,
-                                    const int tokens, const int tiles,
-                                    const int kind)
-{
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < tiles; j++) {
-            const struct q8_block *r = &x[t][g];
-            if (!(kind & HALVES)) {
-                acc[t][j] = V(fnmadd_ps)(m[j], V(set1_ps)(r->s), acc[t][j]);
-                continue;
-            }
-            FLOATS v = V(mul_ps)(m[j], V(set1_ps)((float)r->sum[0]));
-            v = V(fmadd_ps)(m[tiles + j], V(set1_ps)((float)r->sum[1]), v);
-            acc[t][j] = V(fnmadd_ps)(V(set1_ps)(r->d), v, acc[t][j]);
-        }
-}
-
-/* One group of one or two tiles, w[8][tiles], d and m [halves][tiles], times
- * group g of each x: a step of dot_row(). */
-KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
-                                 const FLOATS *d, const FLOATS *m,
-                                 const struct q8_block *const *x, int g,
-                                 const int tokens, const int tiles,
-                                 const int kind, int offset)
-{
-    const int halves = kind & HALVES ? 2 : 1;
-    const INTS both = V(set1_epi16)((short)-offset);
-    FLOATS u[FN(TOKENS)][2];
-    INTS s[FN(TOKENS)][2];
+    const int halves = k->per_16 ? 2 : 1;
+    INTS s[2][TOKENS][2];
 
     UNROLL
     for (int h = 0; h < halves; h++) {
-        const INTS part = halves == 1 ? both
-                          : h == 0 ? VI(and)(both, V(set1_epi32)(0xffff))
-                                   : V(slli_epi32)(both, 16);
-        FN(offset_dots)(s, w, x, g, h, tokens, tiles, kind, part);
         UNROLL
         for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const FLOATS dw = d[h * tiles + j];
-                const FLOATS f = V(cvtepi32_ps)(s[t][j]);
-                const FLOATS dx = V(set1_ps)(x[t][g].d);
-                if (halves == 1)
-                    acc[t][j] = V(fmadd_ps)(V(mul_ps)(dw, dx), f, acc[t][j]);
-                else if (h == 0)
-                    u[t][j] = V(mul_ps)(dw, f);
-                else
-                    acc[t][j] = V(fmadd_ps)(dx, V(fmadd_ps)(dw, f, u[t][j]),
-                                            acc[t][j]);
+            s[h][t][0] = s[h][t][1] = LANES > 4 && !k->has_min
+                ? FN(bias)(&x[t][g], h, offset, k) : FN(splat_int)(0);
+        FN(dots)(s[h], w, x, g, 4 * h, h == halves - 1 ? 8 : 4, tokens, k);
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int j = 0; j < 2; j++) {
+            const INTS sum[2] = { s[0][t][j], s[halves - 1][t][j] };
+            const FLOATS dj[2] = { d[j], d[2 * halves - 2 + j] };
+            FLOATS mj[2] = { FN(splat)(0), FN(splat)(0) };
+            if (k->has_min) {
+                mj[0] = m[j];
+                mj[1] = m[2 * halves - 2 + j];
             }
-    }
-    if (kind & MIN)
-        FN(subtract_min)(acc, m, x, g, tokens, tiles, kind);
-}
-
-/* Where the groups of a tile go: into a panel, or times n rows of x into acc at
- * once.  Meanwhile what is at `next` is fetched into the second-level cache,
- * and what is at `near`, which is there by now, into the first. */
-struct FN(sink) {
-    INTS *q;                              /* of the panel, see above         */
-    FLOATS *d, *m;
-    const struct q8_block *x[AT_ONCE];
-    FLOATS acc[AT_ONCE];
-    int n, offset;
-    const uint8_t *next, *near;
-};
-
-/* The next group: weights w, scales and minima of its halves, from `bytes` of
- * each row.  It goes to the panel, or is multiplied with ONE or a FEW_ROWS. */
-KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
-                           const FLOATS *d, const FLOATS *m, int bytes,
-                           const int kind, const int how)
-{
-    const INTS offset = LANES == 4 ? V(set1_epi8)((char)to->offset)
-                                   : VI(setzero)();
-
-    for (int i = 0; i < bytes * LANES; i += 64) {
-        FETCH_FAR(to->next + i);
-        if (how != TO_PANEL)
-            FETCH(to->near + i);
-    }
-    to->next += bytes * LANES;
-    to->near += bytes * LANES;
-    for (int t = 0; t < (how == FEW_ROWS ? to->n : how); t++) {
-        FLOATS acc[1][2] = { { to->acc[t] } };
-        const struct q8_block *x = to->x[t]++;
-        FN(add_group)(acc, w, d, m, &x, 0, 1, 1, kind, to->offset);
-        to->acc[t] = acc[0][0];
-    }
-    if (how != TO_PANEL)
-        return;
-    for (int k = 0; k < 8; k++)
-        to->q[2 * k] = LANES == 4 && !(kind & MIN) && kind / TERMS > 1
-            ? V(sub_epi8)(w[k], offset) : w[k];
-    for (int h = 0; h < (kind & HALVES ? 2 : 1); h++) {
-        to->d[2 * h] = d[h];
-        if (kind & MIN)
-            to->m[2 * h] = m[h];
-    }
-    to->q += 16;
-    to->d += 4;
-    to->m += 4;
-}
-
-/* 16 bytes of nibbles. */
-KERNEL_INLINE void FN(nibbles)(INTS w[8], const uint8_t *p, size_t stride)
-{
-    const INTS low = V(set1_epi8)(15);
-    INTS v[4];
-
-    FN(load_16)(v, p, stride);
-    for (int k = 0; k < 4; k++) {
-        w[k] = VI(and)(v[k], low);
-        w[k + 4] = VI(and)(V(srli_epi16)(v[k], 4), low);
-    }
-}
-
-/* Bits 4k .. 4k+3 of the 32-bit number at p, to bit 4 of the bytes of w[k]. */
-KERNEL_INLINE void FN(fifth_bits)(INTS w[8], const uint8_t *p, size_t stride)
-{
-    static const uint8_t bytes_0[16] = {
-        0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12
-    };
-    const INTS one = V(set1_epi8)(1), which = V(set1_epi32)(0x08040201);
-    const INTS byte_0 = FN(lanes)(bytes_0);
-    INTS v[4];
-
-    FN(load_16)(v, p, stride);
-    for (int k = 0; k < 8; k++) {
-        INTS pick = V(add_epi8)(byte_0, V(set1_epi8)((char)(k / 2)));
-        INTS bit = V(shuffle_epi8)(v[0], pick);
-        bit = VI(and)(bit, k % 2 ? V(slli_epi16)(which, 4) : which);
-        bit = V(slli_epi16)(V(min_epu8)(bit, one), 4);
-        w[k] = VI(or)(w[k], bit);
-    }
-}
-
-/* Signed bytes are made unsigned where the instruction wants it. */
-enum { FN(SIGNED) = DOT && LANES > 4 ? 128 : 0 };
-
-KERNEL_INLINE INTS FN(from_signed)(INTS v)
-{
-    return VI(xor)(v, V(set1_epi8)((char)FN(SIGNED)));
-}
-
-KERNEL_INLINE void FN(look_up_iq4)(INTS w[8])
-{
-    const INTS table = FN(from_signed)(FN(lanes)(iq4_value));
-
-    for (int k = 0; k < 8; k++)
-        w[k] = V(shuffle_epi8)(table, w[k]);
-}
-
-/* Unpackers: `groups` groups of a tile, from the block at b of its first row
- * on; the rows are `stride` bytes apart.  What the blocks look like is drawn in
- * section 9. */
-#define UNPACK(type) \
-    KERNEL_INLINE void FN(unpack_##type)(struct FN(sink) *to, \
-                                         const uint8_t *b, size_t stride, \
-                                         int groups, const int how)
-
-/* The formats of 32 columns with nibbles. */
-KERNEL_INLINE void FN(unpack_32)(struct FN(sink) *to, const uint8_t *b,
-                                 size_t stride, int groups, const int how,
-                                 const int kind, const int fifth, const int iq4)
-{
-    const int has_min = kind & MIN, at = 2 + 2 * has_min + 4 * fifth;
-    FLOATS d[2], m[2];
-    INTS w[8];
-
-    for (; groups > 0; groups--, b += at + 16) {
-        FN(nibbles)(w, b + at, stride);
-        if (fifth)
-            FN(fifth_bits)(w, b + at - 4, stride);
-        if (iq4)
-            FN(look_up_iq4)(w);
-        d[0] = FN(column_f16)(b, stride);
-        if (has_min)
-            m[0] = V(sub_ps)(V(set1_ps)(-0.0f), FN(column_f16)(b + 2, stride));
-        FN(put)(to, w, d, m, at + 16, kind, how);
-    }
-}
-
-UNPACK(q4_0) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_4, 0, 0); }
-UNPACK(q4_1) { FN(unpack_32)(to, b, stride, groups, how, MIN_4, 0, 0); }
-UNPACK(q5_0) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_4, 1, 0); }
-UNPACK(q5_1) { FN(unpack_32)(to, b, stride, groups, how, MIN_4, 1, 0); }
-UNPACK(iq4_nl) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_1, 0, 1); }
-
-UNPACK(q8_0)
-{
-    FLOATS d[2];
-    INTS w[8];
-
-    for (; groups > 0; groups--, b += 34) {
-        FN(load_32)(w, b + 2, stride);
-        for (int k = 0; k < 8; k++)
-            w[k] = FN(from_signed)(w[k]);
-        d[0] = FN(column_f16)(b, stride);
-        FN(put)(to, w, d, NULL, 34, PLAIN_1, how);
-    }
-}
-
-UNPACK(q2_k)
-{
-    INTS s[4], t[4], v[8] = { 0 }, w[8];
-    FLOATS d[2], m[2];
-
-    for (; groups > 0; groups -= 8, b += 84) {
-        FN(load_16)(s, b, stride);
-        FN(load_16)(t, b + 68, stride);               /* d, dmin are last */
-        const FLOATS dd = FN(low_f16)(t[3]);
-        const FLOATS dmin = FN(low_f16)(V(srli_epi32)(t[3], 16));
-        for (int i = 0; i < 8; i++) {
-            const INTS scale = FN(bits)(s[i / 2], 0, 15);
-            const INTS min = FN(bits)(s[i / 2], 4, 15);
-            if (i % 4 == 0)
-                FN(load_32)(v, b + 16 + i * 8, stride);
-            for (int k = 0; k < 8; k++)
-                w[k] = FN(bits)(v[k], i % 4 * 2, 3);
-            for (int h = 0; h < 2; h++) {
-                int at = i % 2 * 2 + h;
-                d[h] = V(mul_ps)(dd, FN(byte_float)(scale, at));
-                m[h] = V(mul_ps)(dmin, FN(byte_float)(min, at));
-            }
-            FN(put)(to, w, d, m, 11, HALVES_MIN_4, how);
+            acc[t][j] = FN(add_scaled_sums)(acc[t][j], sum, dj, mj, &x[t][g],
+                                            k);
         }
-    }
-}
-
-UNPACK(q3_k)
-{
-    const FLOATS offset = V(set1_ps)(32);
-    INTS t[4], s[4], high[8], v[8] = { 0 }, w[8];
-    FLOATS d[2];
-
-    for (; groups > 0; groups -= 8, b += 110) {
-        const FLOATS dd = FN(column_f16)(b + 108, stride);
-        FN(load_16)(t, b + 92, stride);               /* scales: t[1..3] */
-        for (int j = 0; j < 4; j++)
-            s[j] = VI(or)(FN(bits)(t[1 + j % 2], j / 2 * 4, 15),
-                          V(slli_epi16)(FN(bits)(t[3], j * 2, 3), 4));
-        FN(load_32)(high, b, stride);
-        for (int i = 0; i < 8; i++) {
-            if (i % 4 == 0)
-                FN(load_32)(v, b + 32 + i * 8, stride);
-            for (int k = 0; k < 8; k++)
-                w[k] = VI(or)(FN(bits)(v[k], i % 4 * 2, 3),
-                              V(slli_epi16)(FN(bits)(high[k], i, 1), 2));
-            for (int h = 0; h < 2; h++) {
-                FLOATS scale = FN(byte_float)(s[i / 2], i % 2 * 2 + h);
-                d[h] = V(mul_ps)(dd, V(sub_ps)(scale, offset));
-            }
-            FN(put)(to, w, d, NULL, 14, HALVES_4, how);
-        }
-    }
-}
-
-/* Q4_K, and Q5_K which has the fifth bits besides. */
-KERNEL_INLINE void FN(unpack_k)(struct FN(sink) *to, const uint8_t *b,
-                                size_t stride, int groups, const int how,
-                                const int fifth)
-{
-    const int bytes = fifth ? 176 : 144;
-    INTS h[4], s[2], m[2], high[8] = { 0 }, v[8] = { 0 }, w[8];
-
-    for (; groups > 0; groups -= 8, b += bytes) {
-        FN(load_16)(h, b, stride);
-        const FLOATS d = FN(low_f16)(h[0]);
-        const FLOATS dmin = FN(low_f16)(V(srli_epi32)(h[0], 16));
-        s[0] = FN(bits)(h[1], 0, 63);
-        m[0] = FN(bits)(h[2], 0, 63);
-        s[1] = VI(or)(FN(bits)(h[3], 0, 15), FN(bits)(h[1], 2, 48));
-        m[1] = VI(or)(FN(bits)(h[3], 4, 15), FN(bits)(h[2], 2, 48));
-        if (fifth)
-            FN(load_32)(high, b + 16, stride);
-        for (int i = 0; i < 8; i++) {
-            FLOATS scale = V(mul_ps)(d, FN(byte_float)(s[i / 4], i % 4));
-            FLOATS min = V(mul_ps)(dmin, FN(byte_float)(m[i / 4], i % 4));
-            if (i % 2 == 0)
-                FN(load_32)(v, b + bytes - 128 + i * 16, stride);
-            for (int k = 0; k < 8; k++) {
-                w[k] = FN(bits)(v[k], i % 2 * 4, 15);
-                if (fifth)
-                    w[k] = VI(or)(w[k], V(slli_epi16)(
-                                            FN(bits)(high[k], i, 1), 4));
-            }
-            FN(put)(to, w, &scale, &min, bytes / 8, MIN_4, how);
-        }
-    }
-}
-
-UNPACK(q4_k) { FN(unpack_k)(to, b, stride, groups, how, 0); }
-UNPACK(q5_k) { FN(unpack_k)(to, b, stride, groups, how, 1); }
-
-UNPACK(q6_k)
-{
-    INTS s[4], low[16] = { 0 }, high[8] = { 0 }, w[8];
-    FLOATS d[2];
-
-    for (; groups > 0; groups -= 8, b += 210) {
-        const FLOATS dd = FN(column_f16)(b + 208, stride);
-        FN(load_16)(s, b + 192, stride);
-        for (int i = 0; i < 8; i++) {
-            if (i % 4 == 0) {
-                FN(load_32)(low, b + i * 16, stride);
-                FN(load_32)(low + 8, b + i * 16 + 32, stride);
-                FN(load_32)(high, b + 128 + i * 8, stride);
-            }
-            for (int k = 0; k < 8; k++)
-                w[k] = VI(or)(FN(bits)(low[i % 2 * 8 + k], i % 4 / 2 * 4, 15),
-                              V(slli_epi16)(FN(bits)(high[k], i % 4 * 2, 3),
-                                            4));
-            for (int h = 0; h < 2; h++)
-                d[h] = V(mul_ps)(dd, FN(signed_float)(s[i / 2],
-                                                      i % 2 * 2 + h));
-            FN(put)(to, w, d, NULL, 27, HALVES_2, how);
-        }
-    }
-}
-
-UNPACK(iq4_xs)
-{
-    INTS h[4], w[8];
-
-    for (; groups > 0; groups -= 8, b += 136) {
-        FN(load_16)(h, b, stride);
-        for (int i = 0; i < 8; i++) {
-            INTS low = VI(and)(FN(shift)(h[1], 4 * i), V(set1_epi32)(15));
-            INTS top = VI(and)(FN(shift)(h[0], 16 + 2 * i), V(set1_epi32)(3));
-            INTS s = V(add_epi32)(low, V(slli_epi32)(top, 4));
-            s = V(sub_epi32)(s, V(set1_epi32)(32));
-            FLOATS d = V(mul_ps)(FN(low_f16)(h[0]), V(cvtepi32_ps)(s));
-            FN(nibbles)(w, b + 8 + i * 16, stride);
-            FN(look_up_iq4)(w);
-            FN(put)(to, w, &d, NULL, 17, PLAIN_1, how);
-        }
-    }
 }
 
 /* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
 KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
                                 const struct q8_block *const *x, int offset,
-                                const int tokens, const int kind)
+                                const int tokens, const struct layout *k)
 {
     const INTS *w = (const void *)p->q;
     const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
-    FLOATS acc[FN(TOKENS)][2];
+    FLOATS acc[TOKENS][2];
 
     UNROLL
     for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < 2; j++)
-            acc[t][j] = V(setzero_ps)();
+        acc[t][0] = acc[t][1] = FN(splat)(0);
     for (int g = 0; g < groups; g++, w += 16, d += 4, m += 4)
-        FN(add_group)(acc, w, d, m, x, g, tokens, 2, kind, offset);
+        FN(panel_group)(acc, w, d, m, x, g, tokens, offset, k);
     UNROLL
     for (int t = 0; t < tokens; t++)
         UNROLL
         for (int j = 0; j < 2; j++)
-            V(storeu_ps)(out + t * UNIT + j * LANES, acc[t][j]);
+            FN(store)(out + t * UNIT + j * LANES, acc[t][j]);
 }
 
-/* For every kind and number of rows of x its own code. */
-#define MULTIPLY(name, kind) \
-    KERNEL void FN(name)(float *out, const struct scratch *p, int groups, \
-                         const struct q8_block *const *x, int offset, int n) \
+/* For every number of rows of x its own code, and for every way to add up. */
+#undef MULTIPLY
+#define MULTIPLY(type) \
+    KERNEL void FN(multiply_##type)(float *out, const struct scratch *p, \
+                                    int groups, \
+                                    const struct q8_block *const *x, \
+                                    int offset, int n) \
     { \
+        const struct layout *k = &layout_##type; \
         switch (n) { \
-        case 1: FN(multiply)(out, p, groups, x, offset, 1, kind); return; \
-        case 2: FN(multiply)(out, p, groups, x, offset, 2, kind); return; \
-        case 3: FN(multiply)(out, p, groups, x, offset, 3, kind); return; \
-        MORE_TOKENS(kind) \
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) \
         } \
     }
+#undef CASE
+#define CASE(tokens) \
+    case tokens: \
+        if (tokens <= TOKENS) \
+            FN(multiply)(out, p, groups, x, offset, tokens, k); \
+        return;
 
-#if LANES == 4 && DOT
-#define MORE_TOKENS(kind) \
-        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return;
-#elif LANES < 16
-#define MORE_TOKENS(kind)
-#else
-#define MORE_TOKENS(kind) \
-        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return; \
-        case 5: FN(multiply)(out, p, groups, x, offset, 5, kind); return; \
-        case 6: FN(multiply)(out, p, groups, x, offset, 6, kind); return;
-#endif
+MULTIPLY(q4_0)                            /* nibbles or five bits, offset    */
+MULTIPLY(q8_0)                            /* signed bytes                    */
+MULTIPLY(q4_k)                            /* with a minimum                  */
+MULTIPLY(q2_k)                            /* d and m for 16 columns          */
+MULTIPLY(q3_k)                            /* d for 16                        */
+MULTIPLY(q6_k)                            /* the same, six bits              */
 
-MULTIPLY(plain_4, PLAIN_4)
-MULTIPLY(plain_1, PLAIN_1)
-MULTIPLY(min_4, MIN_4)
-MULTIPLY(halves_4, HALVES_4)
-MULTIPLY(halves_2, HALVES_2)
-MULTIPLY(halves_min_4, HALVES_MIN_4)
-
-/* The uses of an unpacker. */
-#define ROWS_OF(type) \
-    KERNEL void FN(rows_##type)(struct FN(sink) *to, const uint8_t *b, \
-                                size_t stride, int groups) \
+/* The uses of a layout: FN(few_q4_0), for instance, and FN(tile_q4_0). */
+#undef USES
+#define USES(type) \
+    KERNEL void FN(few_##type)(struct FN(few) *to, int n, const uint8_t *row, \
+                               size_t stride, int groups, \
+                               const uint8_t *next) \
     { \
-        if (to->n == 0) \
-            FN(unpack_##type)(to, b, stride, groups, TO_PANEL); \
-        else if (to->n == 1) \
-            FN(unpack_##type)(to, b, stride, groups, ONE_ROW); \
-        else \
-            FN(unpack_##type)(to, b, stride, groups, FEW_ROWS); \
+        FN(few_rows)(to, n, row, stride, groups, next, &layout_##type); \
+    } \
+    KERNEL void FN(one_##type)(struct FN(few) *to, int n, const uint8_t *row, \
+                               size_t stride, int groups, \
+                               const uint8_t *next) \
+    { \
+        struct FN(few) one = { .x = to->x }; \
+        (void)n; \
+        FN(few_rows)(&one, 1, row, stride, groups, next, &layout_##type); \
+        to->acc = one.acc; \
+    } \
+    KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
+                                const uint8_t *row, size_t stride, \
+                                int groups, const uint8_t *next) \
+    { \
+        FN(unpack_tile)(p, tile, row, stride, groups, next, &layout_##type); \
     }
 
-ROWS_OF(q4_0) ROWS_OF(q4_1) ROWS_OF(q5_0) ROWS_OF(q5_1) ROWS_OF(q8_0)
-ROWS_OF(q2_k) ROWS_OF(q3_k) ROWS_OF(q4_k) ROWS_OF(q5_k) ROWS_OF(q6_k)
-ROWS_OF(iq4_nl) ROWS_OF(iq4_xs)
+USES(q4_0) USES(q4_1) USES(q5_0) USES(q5_1) USES(q8_0) USES(q2_k) USES(q3_k)
+USES(q4_k) USES(q5_k) USES(q6_k) USES(iq4_nl) USES(iq4_xs)
 
-#define USE(type, multiply, offset) { FN(rows_##type), FN(multiply), offset }
+typedef void FN(few_fn)(struct FN(few) *to, int n, const uint8_t *row,
+                        size_t stride, int groups, const uint8_t *next);
 
-/* In the order of formats[]. */
+#undef USE
+#define USE(type, sums, offset) \
+    { FN(one_##type), FN(few_##type), FN(tile_##type), FN(multiply_##sums), \
+      offset }
+
+/* What serves a format: one row of x, few and many; and the offset of panels. */
 static const struct {
-    void (*rows)(struct FN(sink) *to, const uint8_t *b, size_t stride,
-                 int groups);
+    FN(few_fn) *one, *few;
+    void (*tile)(const struct scratch *p, int tile, const uint8_t *row,
+                 size_t stride, int groups, const uint8_t *next);
     void (*multiply)(float *out, const struct scratch *p, int groups,
                      const struct q8_block *const *x, int offset, int n);
     int offset;
-} FN(formats)[] = {
-    { 0 }, { 0 }, { 0 },
-    USE(q4_0, plain_4, 8), USE(q4_1, min_4, 0), USE(q5_0, plain_4, 16),
-    USE(q5_1, min_4, 0), USE(q8_0, plain_1, FN(SIGNED)),
-    USE(q2_k, halves_min_4, 0), USE(q3_k, halves_4, 4), USE(q4_k, min_4, 0),
-    USE(q5_k, min_4, 0), USE(q6_k, halves_2, 32),
-    USE(iq4_nl, plain_1, FN(SIGNED)), USE(iq4_xs, plain_1, FN(SIGNED)),
+} FN(formats)[N_FORMAT] = {
+    [Q4_0] = USE(q4_0, q4_0, 8), [Q4_1] = USE(q4_1, q4_k, 0),
+    [Q5_0] = USE(q5_0, q4_0, 16), [Q5_1] = USE(q5_1, q4_k, 0),
+    [Q8_0] = USE(q8_0, q8_0, FN(SIGNED)),
+    [Q2_K] = USE(q2_k, q2_k, 0), [Q3_K] = USE(q3_k, q3_k, 4),
+    [Q4_K] = USE(q4_k, q4_k, 0), [Q5_K] = USE(q5_k, q4_k, 0),
+    [Q6_K] = USE(q6_k, q6_k, 32),
+    [IQ4_NL] = USE(iq4_nl, q8_0, FN(SIGNED)),
+    [IQ4_XS] = USE(iq4_xs, q8_0, FN(SIGNED)),
 };
 
-/* How many rows of x to take next, so that all takes are nearly equal. */
-KERNEL_INLINE int FN(take_rows)(int n)
+/* How many of n rows of x to take next, so that all takes are nearly equal. */
+KERNEL_INLINE int FN(take_rows)(int n, int most)
 {
-    int takes = (n + FN(TOKENS) - 1) / FN(TOKENS);
+    const int takes = (n + most - 1) / most;
     return (n + takes - 1) / takes;
 }
 
-/* The rows of a panel, from `row` on, times a few rows of x. */
-KERNEL void FN(product_at_once)(float *out, const struct tensor *w,
-                                const uint8_t *row, const struct input *in,
-                                const uint8_t *next)
+/* LANES rows, from `row` on, times a few rows of x. */
+KERNEL void FN(product_few)(float *out, const struct tensor *w,
+                            const uint8_t *row, const struct input *in,
+                            const struct scratch *s, const uint8_t *next)
 {
     const int f = (int)(w->fmt - formats), groups = w->cols / 32;
-    const size_t stride = row_bytes(w);
-    struct FN(sink) to;
+    struct FN(few) *to = (void *)s->few;
 
-    to.next = next;
-    to.offset = FN(formats)[f].offset;
-    to.n = in->n;
-    for (int i = 0; i < 2; i++, row += LANES * stride) {
-        to.near = LANES * stride <= NEAR ? row + LANES * stride : row;
-        for (int t = 0; t < in->n; t++) {
-            to.x[t] = in->q + row_at(in, t) * (size_t)groups;
-            to.acc[t] = V(setzero_ps)();
-        }
-        FN(formats)[f].rows(&to, row, stride, groups);
-        for (int t = 0; t < in->n; t++)
-            V(storeu_ps)(out + t * UNIT + i * LANES, to.acc[t]);
+    for (int t = 0; t < in->n; t++) {
+        to[t].x = in->q + row_at(in, t) * (size_t)groups;
+        to[t].acc = FN(splat)(0);
     }
+    (in->n == 1 ? FN(formats)[f].one : FN(formats)[f].few)(
+        to, in->n, row, row_bytes(w), groups, next);
+    for (int t = 0; t < in->n; t++)
+        FN(store)(out + t * UNIT, to[t].acc);
 }
 
-/* The same, times any number of them. */
+/* The rows of a panel times any number of rows of x. */
 KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                               const uint8_t *row, const struct input *in,
                               const struct scratch *s, const uint8_t *next)
 {
     const int f = (int)(w->fmt - formats), groups = w->cols / 32;
     const size_t stride = row_bytes(w);
-    struct FN(sink) to;
 
-    to.next = to.near = next;
-    to.offset = FN(formats)[f].offset;
-    to.n = 0;                             /* of x: all goes to the panel      */
-    for (int i = 0; i < 2; i++, row += LANES * stride) {
-        to.q = (INTS *)(void *)s->q + i;
-        to.d = (FLOATS *)(void *)s->d + i;
-        to.m = (FLOATS *)(void *)s->m + i;
-        FN(formats)[f].rows(&to, row, stride, groups);
-    }
+    for (size_t i = 0; i < 2; i++)
+        FN(formats)[f].tile(s, (int)i, row + i * LANES * stride, stride, groups,
+                            next + i * LANES * stride);
     for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
-        const struct q8_block *x[FN(TOKENS)];
-        m = FN(take_rows)(in->n - t);
+        const struct q8_block *x[TOKENS];
+        m = FN(take_rows)(in->n - t, TOKENS);
         for (int i = 0; i < m; i++)
             x[i] = in->q + row_at(in, t + i) * (size_t)groups;
         FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
     }
 }
 
-/* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
+/* ---- weights in floats: their chains lie across the lanes of registers */
+
+/* Numbers i .. i+LANES-1 of those at p. */
 KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 {
-    return type == 0 ? V(loadu_ps)((const float *)(const void *)p + i)
-         : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
+    return type == F32 ? FN(load)((const float *)(const void *)p + i)
+         : type == F16 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
 }
 
-/* out[t][r] = row r of ROWS rows of floats times row t of x. */
-KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
-                                  int cols, const float *const *x,
-                                  const uint8_t *next, const int tokens,
-                                  const int type)
+KERNEL_INLINE float FN(chain_sum)(const float *chain)
 {
-    const int bytes = 16 * (type == 0 ? 4 : 2) * FN(ROWS);
-    FLOATS acc[FN(ROWS)][FN(TOKENS)][FN(CHAINS)];
+    FLOATS v[FN(CHAINS)];
 
     UNROLL
-    for (int r = 0; r < FN(ROWS); r++)
+    for (int h = 0; h < FN(CHAINS); h++)
+        v[h] = FN(load)(chain + h * LANES);
+    return FN(tree)(v);
+}
+
+/* Chains h and up of [tokens][UNIT][16] go on: LANES of every 16 columns of 4
+ * rows at w times those of each x.  Meanwhile what is at `next` is fetched,
+ * `step` bytes for every 16 columns. */
+KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
+                                  const float *const *x, int h, int cols,
+                                  const uint8_t *next, int step,
+                                  const int tokens, const int type)
+{
+    FLOATS acc[X_ROWS][4], v[4];
+
+    UNROLL
+    for (int t = 0; t < tokens; t++)
         UNROLL
-        for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int h = 0; h < FN(CHAINS); h++)
-                acc[r][t][h] = V(setzero_ps)();
-    for (int c = 0; c < cols; c += 16, next += bytes) {
-        for (int i = 0; i < bytes; i += 64)
+        for (int r = 0; r < 4; r++)
+            acc[t][r] = FN(load)(chain + (t * UNIT + r) * 16 + h);
+    for (int c = h; c < cols; c += 16, next += step) {
+        for (int i = 0; i < 8 * LANES; i += 64)
             FETCH(next + i);
         UNROLL
-        for (int r = 0; r < FN(ROWS); r++)
-            UNROLL
-            for (int h = 0; h < FN(CHAINS); h++) {
-                const size_t i = (size_t)c + h * LANES;
-                FLOATS w = FN(load_floats)(row + (size_t)r * stride, i, type);
-                UNROLL
-                for (int t = 0; t < tokens; t++)
-                    acc[r][t][h] = V(fmadd_ps)(w, V(loadu_ps)(x[t] + i),
-                                               acc[r][t][h]);
-            }
-    }
-    UNROLL
-    for (int r = 0; r < FN(ROWS); r++)
+        for (int r = 0; r < 4; r++)
+            v[r] = FN(load_floats)(w + (size_t)r * stride, (size_t)c, type);
         UNROLL
         for (int t = 0; t < tokens; t++)
-            out[t * UNIT + r] = FN(tree)(acc[r][t]);
+            UNROLL
+            for (int r = 0; r < 4; r++)
+                acc[t][r] = FN(fma)(v[r], FN(load)(x[t] + c), acc[t][r]);
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int r = 0; r < 4; r++)
+            FN(store)(chain + (t * UNIT + r) * 16 + h, acc[t][r]);
 }
 
-#define FLOAT_ROWS(type) \
+#undef FLOAT_TILE
+#define FLOAT_TILE(tokens, type) \
+    case tokens: \
+        if (tokens <= X_ROWS) \
+            FN(float_tile)(chain, w, stride, x, h, cols, next, step, tokens, \
+                           type); \
+        return;
+#undef FLOAT_TILES
+#define FLOAT_TILES(type) \
     switch (n) { \
-    case 1: FN(float_rows)(out, row, stride, cols, x, next, 1, type); return; \
-    case 2: FN(float_rows)(out, row, stride, cols, x, next, 2, type); return; \
-    case 3: FN(float_rows)(out, row, stride, cols, x, next, 3, type); return; \
+    FLOAT_TILE(1, type) FLOAT_TILE(2, type) FLOAT_TILE(3, type) \
+    FLOAT_TILE(4, type) FLOAT_TILE(5, type) FLOAT_TILE(6, type) \
     }
 
-/* At most three rows of x: more would not make it faster. */
-KERNEL void FN(multiply_floats)(float *out, const uint8_t *row, size_t stride,
-                                int cols, const float *const *x,
-                                const uint8_t *next, int n, int id)
+KERNEL void FN(float_tiles)(float *chain, const uint8_t *w, size_t stride,
+                            const float *const *x, int h, int cols,
+                            const uint8_t *next, int step, int n, int type)
 {
-    if (id == 0) {
-        FLOAT_ROWS(0)
-    } else if (id == 1) {
-        FLOAT_ROWS(1)
+    if (type == F32) {
+        FLOAT_TILES(F32)
+    } else if (type == F16) {
+        FLOAT_TILES(F16)
     } else {
-        FLOAT_ROWS(2)
+        FLOAT_TILES(BF16)
     }
 }
 
+/* What comes next: rows of x, and weights up to `end`. */
+struct FN(float_ahead) {
+    const float *x[X_ROWS];
+    int n, step;
+    const uint8_t *w, *end;
+};
+
+/* A block of columns: `rows` rows at w times n rows of x. */
+KERNEL void FN(float_block)(float *chain, const uint8_t *w, size_t stride,
+                            int rows, const float *const *x, int n, int cols,
+                            int type, struct FN(float_ahead) *ahead)
+{
+    for (int i = 0; i < rows / 4 * FN(CHAINS); i++) {
+        const int r = i / FN(CHAINS) * 4, h = i % FN(CHAINS) * LANES;
+        const int bytes = cols / 16 * ahead->step;
+        const void *next = i < ahead->n ? (const void *)ahead->x[i] : ahead->w;
+
+        FN(float_tiles)(chain + r * 16, w + (size_t)r * stride, stride, x, h,
+                        cols, next, ahead->step, n, type);
+        if (i >= ahead->n && ahead->end - ahead->w > bytes)
+            ahead->w += bytes;
+    }
+}
+
+/* Rows of weights as float32: [blocks of columns][rows][BLOCK_COLS]. */
+KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
+                            int type)
+{
+    const size_t size = type == F32 ? 4 : 2;
+
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c += LANES, row += LANES * size) {
+            const int block = c / BLOCK_COLS * BLOCK_COLS, left = cols - block;
+            const int n = left < BLOCK_COLS ? left : BLOCK_COLS;
+            FN(store)(to + block * rows + r * n + c - block,
+                      type == F32 ? FN(load_floats)(row, 0, F32)
+                      : type == F16 ? FN(load_floats)(row, 0, F16)
+                                    : FN(load_floats)(row, 0, BF16));
+        }
+}
+
+/* out[t][r] = `rows` rows of floats times all rows of x.  If those are many,
+ * some of them stay in the first-level cache while a block of all the weights,
+ * in the second, goes by; then come their next columns. */
 KERNEL void FN(product_floats)(float *out, const struct tensor *w,
-                               const uint8_t *row, const struct input *in,
+                               const uint8_t *row, int rows,
+                               const struct input *in, const struct scratch *s,
                                const uint8_t *next)
 {
-    for (int t = 0, m; t < in->n; t += m) {
-        const float *x[3];
-        m = in->n - t < 3 ? in->n - t : 3;
-        for (int i = 0; i < m; i++)
-            x[i] = in->f + row_at(in, t + i) * (size_t)w->cols;
-        FN(multiply_floats)(out + t * UNIT, row, row_bytes(w), w->cols, x, next,
-                            m, w->fmt->id);
+    const int many = in->n >= MANY, cols = w->cols;
+    const int type = (int)(w->fmt - formats), in_block = many ? F32 : type;
+    const size_t size = in_block == F32 ? 4 : 2;
+    struct FN(float_ahead) ahead = {
+        .step = many ? 64 : 64 * (int)size / FN(CHAINS), .w = next,
+        .end = next + (size_t)rows * row_bytes(w)
+    };
+
+    if (many)
+        FN(float_panel)(s->f, row, rows, cols, type);
+    for (int t = 0, n; t < in->n; t += n) {
+        const float *x[X_ROWS];
+
+        n = FN(take_rows)(in->n - t, X_ROWS);
+        ahead.n = many ? n : 0;
+        memset(s->chain, 0, (size_t)n * UNIT * 16 * sizeof *s->chain);
+        for (int c = 0, m; c < cols; c += m) {
+            m = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
+            for (int i = 0; i < n; i++) {
+                const int then = t + n + i < in->n ? t + n + i : t;
+                x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
+                ahead.x[i] = c + m < cols ? x[i] + m
+                           : in->f + row_at(in, then) * (size_t)cols;
+            }
+            FN(float_block)(s->chain, many ? (const void *)(s->f + c * rows)
+                                           : row + (size_t)c * size,
+                            (size_t)(many ? m : cols) * size, rows, x, n, m,
+                            in_block, &ahead);
+        }
+        for (int i = 0; i < n; i++)
+            for (int r = 0; r < rows; r++)
+                out[(t + i) * UNIT + r] =
+                    FN(chain_sum)(s->chain + (i * UNIT + r) * 16);
     }
 }
 
@@ -3578,162 +3983,197 @@ KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
     return distance < left ? p + distance : next ? next + (distance - left) : p;
 }
 
-/* Whole panels; the rows behind them are left to the scalar code, and so are
- * floats in rows of an odd length. */
+/* Whole tiles or panels, in whole steps; what is left is done by the scalar
+ * code, and so are floats in rows of an odd length. */
 KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         int n_rows, const struct input *in,
                         const struct scratch *s, const uint8_t *end,
                         const uint8_t *next)
 {
-    const int floats = w->fmt->floats != NULL;
-    const int rows = floats ? FN(ROWS) : FN(PANEL);
-    const int end_row = floats && w->cols % 16 != 0 ? 0 : n_rows;
-    const size_t bytes = row_bytes(w) * rows;
+    const int floats = w->fmt->floats != NULL, few = in->n <= AT_ONCE;
+    const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
+                            : few ? LANES : FN(PANEL);
+    const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
+    const size_t bytes = row_bytes(w) * (size_t)rows;
     const uint8_t *row = w->data + (size_t)first * row_bytes(w);
     int done = 0;
 
-    for (; done + rows <= end_row; done += rows, row += bytes, out += rows) {
+    for (; whole && rows > 0 && done + rows <= n_rows;
+         done += rows, row += bytes) {
         const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
         if (floats)
-            FN(product_floats)(out, w, row, in, ahead);
-        else if (in->n <= AT_ONCE)
-            FN(product_at_once)(out, w, row, in, ahead);
+            FN(product_floats)(out + done, w, row, rows, in, s, ahead);
+        else if (few)
+            FN(product_few)(out + done, w, row, in, s, ahead);
         else
-            FN(product_panel)(out, w, row, in, s, ahead);
+            FN(product_panel)(out + done, w, row, in, s, ahead);
     }
-    product_rows(out, w, first + done, n_rows - done, in, s, end, next);
+    product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
 }
 
-/* ---- attention: up to 4 queries share what is loaded of a kv head */
+/* ---- attention: four queries share what is loaded of a kv head */
 
-/* chunk_scores() for `queries` queries, WIDE vectors of positions at a time. */
-KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
-                              const struct kv_head *kv, int pos, int n,
-                              const int queries, const int f16)
+/* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
+ * room up to the next multiple of 16, where the scores are made -inf, which
+ * adds 0 to a sum that is never -0. */
+KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
+{
+    const int end = (n + 15) / 16 * 16;
+    FLOATS max = FN(splat)(-INFINITY), sum[FN(CHAINS)] = { { 0 } };
+
+    for (int p = n; p < end; p++)
+        s[p] = -INFINITY;
+    for (int p = 0; p < end; p += LANES) {
+        FLOATS v = FN(load)(s + p);
+        max = FN(choose)(v > max, v, max);
+    }
+    g->max = max[0];
+    for (int i = 1; i < LANES; i++)
+        g->max = max[i] > g->max ? max[i] : g->max;
+    for (int p = 0; p < end; p += 16)
+        UNROLL
+        for (int h = 0; h < FN(CHAINS); h++) {
+            float *at = s + p + h * LANES;
+            FLOATS e = FN(exp)(FN(load)(at) - g->max);
+            FN(store)(at, e);
+            sum[h] += e;
+        }
+    g->sum = FN(tree)(sum);
+}
+
+/* Queries of a chunk, four at a time: all of them see `seen` positions of it.
+ * If there are but n, the last one is repeated, and computed so often. */
+struct FN(four) {
+    const float *q[4];                    /* [head_dim]                      */
+    float *s[4], *o[4];                   /* [CHUNK], [head_dim]             */
+    int n, seen;
+};
+
+/* Those from query i on. */
+KERNEL_INLINE struct FN(four) FN(take_four)(struct attn_partial *part,
+                                            const struct attn_rows *a, int i,
+                                            int hd, int pos, float *score)
+{
+    const int whole = chunk_seen(a, 0, pos) == CHUNK, row = i / a->group;
+    const int left = (whole ? a->n : row + 1) * a->group - i;
+    struct FN(four) f = { .n = left < 4 ? left : 4,
+                          .seen = chunk_seen(a, row, pos) };
+
+    for (int k = 0; k < 4; k++) {
+        const int j = i + (k < f.n ? k : f.n - 1);
+        f.q[k] = a->q + (size_t)(j / a->group) * a->stride +
+                 (size_t)(j % a->group * hd);
+        f.s[k] = score + (size_t)j * CHUNK;
+        f.o[k] = part[j].o;
+    }
+    return f;
+}
+
+/* TILE positions of K or V, from element i of the cache on, as floats.  The
+ * next ones are fetched. */
+KERNEL void FN(load_tile)(float *to, const uint8_t *cache, int f16, size_t i,
+                          int hd)
+{
+    const size_t size = f16 ? 2 : 4, n = (size_t)TILE * hd;
+    const uint8_t *p = cache + i * size;
+
+    for (size_t k = 0; k < n; k += 16) {
+        FETCH(p + (n + k) * size);
+        UNROLL
+        for (int h = 0; h < 16; h += LANES)
+            FN(store)(to + k + h, f16 ? FN(load_floats)(p, k + h, F16)
+                                      : FN(load_floats)(p, k + h, F32));
+    }
+}
+
+/* The scores of a tile of K, [head_dim][TILE], from position p of the chunk. */
+KERNEL_INLINE void FN(scores)(const struct FN(four) *f, const float *tile,
+                              int hd, int p)
 {
     enum { W = FN(WIDE) };
-    const int hd = kv->head_dim;
-    FLOATS acc[4 * W], k[W];
+    FLOATS acc[4][W], k[W];
 
-    for (int p = 0; p < n; p += W * LANES) {
-        size_t at = k_index(pos + p, 0, hd);
+    for (int at = 0; at < TILE; at += W * LANES) {
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            acc[i] = V(setzero_ps)();
-        for (int d = 0; d < hd; d++, at += TILE) {
+        for (int i = 0; i < 4 * W; i++)
+            acc[i / W][i % W] = FN(splat)(0);
+        for (int d = 0; d < hd; d++) {
             UNROLL
             for (int i = 0; i < W; i++)
-                k[i] = FN(load_floats)(kv->k, at + i * LANES, f16);
-            FETCH(kv->k + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+                k[i] = FN(load)(tile + d * TILE + at + i * LANES);
             UNROLL
-            for (int i = 0; i < queries * W; i++)
-                acc[i] = V(fmadd_ps)(V(set1_ps)(q[d + (size_t)(i / W * hd)]),
-                                     k[i % W], acc[i]);
+            for (int i = 0; i < 4 * W; i++)
+                acc[i / W][i % W] = FN(fma)(FN(splat)(f->q[i / W][d]), k[i % W],
+                                            acc[i / W][i % W]);
         }
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            V(storeu_ps)(s[i / W] + p + i % W * LANES, acc[i]);
+        for (int i = 0; i < 4 * W; i++)
+            FN(store)(f->s[i / W] + p + at + i % W * LANES, acc[i / W][i % W]);
     }
 }
 
-/* o[i] += the weighted values of positions first .. last-1. */
-KERNEL_INLINE void FN(values)(struct attn_partial *g, float s[][CHUNK],
-                              const struct kv_head *kv, int pos, int first,
-                              int last, const int queries, const int f16)
+/* o += the weighted values of n positions of a tile of V, [TILE][head_dim],
+ * from position p of the chunk. */
+KERNEL_INLINE void FN(values)(const struct FN(four) *f, const float *tile,
+                              int hd, int p, int n)
 {
     enum { W = FN(WIDE) };
-    const int hd = kv->head_dim;
-    FLOATS acc[4 * W], v[W];
+    FLOATS acc[4][W], v[W];
 
     for (int d = 0; d < hd; d += W * LANES) {
-        size_t at = (size_t)(pos + first) * hd + d;
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            acc[i] = V(loadu_ps)(g[i / W].o + d + i % W * LANES);
-        for (int p = first; p < last; p++, at += hd) {
+        for (int i = 0; i < 4 * W; i++)
+            acc[i / W][i % W] = FN(load)(f->o[i / W] + d + i % W * LANES);
+        for (int k = 0; k < n; k++) {
             UNROLL
             for (int i = 0; i < W; i++)
-                v[i] = FN(load_floats)(kv->v, at + i * LANES, f16);
-            FETCH(kv->v + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+                v[i] = FN(load)(tile + k * hd + d + i * LANES);
             UNROLL
-            for (int i = 0; i < queries * W; i++)
-                acc[i] = V(fmadd_ps)(V(set1_ps)(s[i / W][p]), v[i % W], acc[i]);
+            for (int i = 0; i < 4 * W; i++)
+                acc[i / W][i % W] = FN(fma)(FN(splat)(f->s[i / W][p + k]),
+                                            v[i % W], acc[i / W][i % W]);
         }
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            V(storeu_ps)(g[i / W].o + d + i % W * LANES, acc[i]);
+        for (int i = 0; i < 4 * W; i++)
+            FN(store)(f->o[i / W] + d + i % W * LANES, acc[i / W][i % W]);
     }
 }
-
-KERNEL_INLINE void FN(attend)(struct attn_partial *g, const float *q,
-                              const struct kv_head *kv, int pos, int n,
-                              const int queries, const int f16)
-{
-    float s[4][CHUNK];
-
-    FN(scores)(s, q, kv, pos, n, queries, f16);
-    for (int i = 0; i < queries; i++) {
-        BLOCK(softmax)(&g[i], s[i], n);
-        memset(g[i].o, 0, (size_t)kv->head_dim * sizeof *g[i].o);
-    }
-    for (int p = 0; p < n; p += TILE)
-        FN(values)(g, s, kv, pos, p, n - p < TILE ? n : p + TILE, queries, f16);
-}
-
-#define ATTEND(f16) \
-    for (; n_q >= 4; n_q -= 4, g += 4, q += 4 * kv->head_dim) \
-        FN(attend)(g, q, kv, pos, n, 4, f16); \
-    for (; n_q > 0; n_q--, g++, q += kv->head_dim) \
-        FN(attend)(g, q, kv, pos, n, 1, f16)
 
 KERNEL void FN(attend_chunk)(struct attn_partial *part,
                              const struct attn_rows *a,
                              const struct kv_head *kv, int pos,
                              const struct scratch *s)
 {
-    if (kv->head_dim % (FN(WIDE) * LANES) != 0) {
-        attend_chunk(part, a, kv, pos, s);
-        return;
+    const int hd = kv->head_dim, n = a->n * a->group;
+    const int most = chunk_seen(a, a->n - 1, pos);
+    const int first = pos > a->pos ? (pos - a->pos) * a->group : 0;
+    struct FN(four) f;
+
+    for (int p = 0; p < most; p += TILE) {
+        FN(load_tile)(s->tile, kv->k, kv->f16, k_index(pos + p, 0, hd), hd);
+        for (int i = first; i < n; i += f.n) {
+            f = FN(take_four)(part, a, i, hd, pos, s->score);
+            FN(scores)(&f, s->tile, hd, p);
+        }
     }
-    for (int t = 0; t < a->n; t++) {
-        const int n = chunk_seen(a, t, pos);
-        struct attn_partial *g = part + t * a->group;
-        const float *q = a->q + (size_t)t * a->stride;
-        int n_q = n > 0 ? a->group : 0;
-        if (kv->f16) {
-            ATTEND(1);
-        } else {
-            ATTEND(0);
+    for (int i = first; i < n; i++) {
+        FN(softmax)(&part[i], s->score + (size_t)i * CHUNK,
+                    chunk_seen(a, i / a->group, pos));
+        memset(part[i].o, 0, (size_t)(hd + 63) / 64 * 64 * sizeof *part[i].o);
+    }
+    for (int p = 0; p < most; p += TILE) {
+        FN(load_tile)(s->tile, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
+        for (int i = first, m; i < n; i += f.n) {
+            f = FN(take_four)(part, a, i, hd, pos, s->score);
+            m = f.seen - p < TILE ? f.seen - p : TILE;
+            FN(values)(&f, s->tile, hd, p, m);
         }
     }
 }
 
-/* Multiply-adds of bytes in registers, as dots() does them. */
 KERNEL int64_t FN(exercise)(int *sum)
 {
-    const INTS w = V(set1_epi8)(1);
-    INTS acc[8];
-
-    for (int i = 0; i < 8; i++)
-        acc[i] = V(set1_epi32)(i);
-    for (int n = 0; n < 1 << 16; n++)
-        UNROLL
-        for (int i = 0; i < 8; i++) {
-#if DOT
-            acc[i] = DOT_4(acc[i], w, acc[i], 0);
-#elif LANES == 4
-            int8x16_t v = vreinterpretq_s8_s32(acc[i]), one = vdupq_n_s8(1);
-            acc[i] = (INTS)vmlal_s8((int16x8_t)acc[i], vget_low_s8(v),
-                                    vget_low_s8(one));
-            acc[i] = (INTS)vmlal_high_s8((int16x8_t)acc[i], v, one);
-            (void)w;
-#else
-            acc[i] = V(add_epi16)(acc[i], V(maddubs_epi16)(w, acc[i]));
-#endif
-        }
-    for (int i = 0; i < 8; i++)
-        *sum ^= V_FIRST(acc[i]);
-    return (int64_t)8 * 4 * LANES << 16;
+    return exercise(sum);
 }
 
 static const struct isa FN(isa) = {
@@ -3742,19 +4182,19 @@ static const struct isa FN(isa) = {
     FN(product), FN(exercise)
 };
 
-#undef MORE_TOKENS
-#undef V
-#undef VI
+#undef MM
+#undef MM_INTS
 #undef INTS
+#undef UINTS
+#undef QUADS
 #undef FLOATS
-#undef AS_INTS
-#undef AS_FLOATS
-#undef V_FIRST
 #undef BLOCK
+#undef TOKENS
+#undef X_ROWS
 #undef FN
 #undef LANES
 #undef DOT
-#undef DOT_4
+#undef DPBUSD
 #undef KERNEL
 #undef TARGET
 #endif /* KERNELS */
@@ -3781,7 +4221,7 @@ static const struct isa FN(isa) = {
 #define FN(name) name##_avxvnni
 #define LANES 8
 #define DOT 1
-#define DOT_4(s, w, v, k) _mm256_dpbusd_avx_epi32(s, w, v)
+#define DPBUSD _mm256_dpbusd_avx_epi32
 #define TARGET "avxvnni,avx2,fma,f16c"
 #include "lfm2.c"
 #endif
@@ -3795,7 +4235,7 @@ static const struct isa FN(isa) = {
 #define FN(name) name##_avx512vnni
 #define LANES 16
 #define DOT 1
-#define DOT_4(s, w, v, k) _mm512_dpbusd_epi32(s, w, v)
+#define DPBUSD _mm512_dpbusd_epi32
 #define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "lfm2.c"
 
@@ -3840,7 +4280,6 @@ static int cpu_has(int isa)
 #define FN(name) name##_dotprod
 #define LANES 4
 #define DOT 1
-#define DOT_4 FN(sdot)
 #if defined __clang__
 #define TARGET "dotprod"
 #elif !defined __ARM_FEATURE_DOTPROD
@@ -5440,7 +5879,11 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
         CARVE(a, s.q, cols * rows);
         CARVE(a, s.d, cols / 16 * rows);
         CARVE(a, s.m, cols / 16 * rows);
-        CARVE(a, s.f, cols);
+        CARVE(a, s.few, FEW_BYTES);
+        CARVE(a, s.f, cols * UNIT);
+        CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
+        CARVE(a, s.tile, TILE * ((uint64_t)c->head_dim + 1));
+        CARVE(a, s.score, (uint64_t)(rows_together(c) * group) * CHUNK);
         if (a->base)
             ctx->thread[i] = (struct thread){ ctx, i, 1, s };
     }
