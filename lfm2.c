@@ -6805,9 +6805,7 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
  *
  * Byte-level byte pair encoding.  A token is a string of bytes.  Text is cut
  * into pieces, roughly words; a piece begins as single bytes, and neighbours
- * are merged, always the pair that stands first in the list of merges.  That
- * list may lead through strings that are no tokens.  Tokens and these strings
- * together are called symbols here; ids from n_vocab up are never given out.
+ * are merged, always the pair that stands first in the list of merges.
  * Control tokens stand outside of all this: no text can become one. */
 
 enum {                                    /* as in tokenizer.ggml.token_type */
@@ -6819,36 +6817,44 @@ enum {                                    /* as in tokenizer.ggml.token_type */
     TOKEN_BYTE = 6
 };
 
+enum {                                    /* sets of types                   */
+    FROM_TEXT = 1 << TOKEN_NORMAL | 1 << TOKEN_USER_DEFINED | 1 << TOKEN_BYTE,
+    CUT_OUT = 1 << TOKEN_USER_DEFINED,
+    CUT_OUT_SPECIAL = CUT_OUT | 1 << TOKEN_CONTROL,
+    ANY_TYPE = ~0
+};
+
 enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
-       MAX_SPECIAL = 256 };               /* looked for at every byte        */
+       MAX_MARKER = 256 };                /* searched for at every byte      */
 
 #define NO_RANK UINT32_MAX
 
-struct merge { int32_t left, right, result; };
+struct token {
+    uint32_t start;                       /* its bytes in text end where     */
+    int32_t next;                         /* those of the next one start     */
+    uint8_t type;                         /* TOKEN_...                       */
+};
 
-/* Open addressing: a power of two of slots, at most half of them taken, and
- * behind them one that stays free, for what is not there. */
-struct table { uint32_t *slot, n; };      /* number + 1, or 0: free          */
+struct merge { int32_t left, right, result, next; };
 
-/* How far from its place a thing may be.  In true vocabularies that is 14; one
- * made for it could make a search long, and at every byte of a text there are as
- * many as a marker may have lengths. */
-enum { MAX_PROBES = 200 };
+/* A hash table: entries with the same hash form a chain, the newest first.
+ * Each entry knows the next, -1 for none.  In true vocabularies chains have up
+ * to 10 entries; the limit is for those made to slow a search down. */
+enum { MAX_CHAIN = 64 };
+
+struct chain { int32_t first, n; };       /* first: entry + 1, or 0          */
+struct table { struct chain *chain; uint32_t n; };      /* a power of two    */
 
 struct lfm2_tokenizer {
-    int n_vocab, n_symbols;
-    uint8_t *text;                        /* symbol i is the bytes start[i]  */
-    uint32_t *start;                      /* to start[i+1] of text           */
-    uint8_t *type;                        /* [n_vocab] TOKEN_...             */
-
-    struct table symbols;                 /* by bytes: what text can become  */
+    int n_vocab;
+    uint8_t *text;                        /* the bytes of all tokens         */
+    struct token *token;                  /* [n_vocab + 1]                   */
+    struct table tokens;                  /* by their bytes                  */
     struct merge *merge;                  /* [n_merges]; the index is the    */
     uint32_t n_merges;                    /* rank, the lowest comes first    */
     struct table merges;                  /* by left and right               */
 
-    struct table specials;                /* by bytes: tokens looked for     */
-                                          /* before text is cut into pieces  */
-    uint32_t special_max[256];            /* longest, by first byte; 0: none */
+    uint16_t longest_marker[256];         /* by first byte; 0: there is none */
     int32_t byte[256];                    /* the token of a single byte      */
     int32_t bos, eos, eot, im_start, im_end;        /* -1: there is none     */
     int add_bos;
@@ -6857,104 +6863,73 @@ struct lfm2_tokenizer {
 
 static uint8_t *make_classes(void);       /* on the last page                */
 
-static const uint8_t *symbol_bytes(const lfm2_tokenizer *t, int32_t id)
+static const uint8_t *token_bytes(const lfm2_tokenizer *t, int32_t id)
 {
-    return t->text + t->start[id];
+    return t->text + t->token[id].start;
 }
 
-static uint32_t symbol_len(const lfm2_tokenizer *t, int32_t id)
+static uint32_t token_len(const lfm2_tokenizer *t, int32_t id)
 {
-    return t->start[id + 1] - t->start[id];
+    return t->token[id + 1].start - t->token[id].start;
 }
 
-/* The slot that holds s[n], or a free one: where it belongs, or the last.  If
- * type is not 0 it must be that of the token. */
-static uint32_t *symbol_slot(const lfm2_tokenizer *t, struct table in,
-                             uint64_t hash, const uint8_t *s, size_t n,
-                             int type)
+static int has_type(const lfm2_tokenizer *t, int32_t id, int types)
 {
-    const uint32_t first = (uint32_t)(hash ^ hash >> 32);
-
-    for (uint32_t i = 0; i < MAX_PROBES; i++) {
-        uint32_t *slot = &in.slot[(first + i) & (in.n - 1)];
-        const int32_t id = (int32_t)*slot - 1;
-        if (id < 0 || (symbol_len(t, id) == n &&
-                       memcmp(symbol_bytes(t, id), s, n) == 0 &&
-                       (type == 0 || t->type[id] == type)))
-            return slot;
-    }
-    return &in.slot[in.n];
+    return types >> t->token[id].type & 1;
 }
 
-/* Let an empty slot have a number; -1 if it is the one that stays free. */
-static int take_slot(struct table in, uint32_t *slot, uint32_t number)
+static struct chain *chain_of(struct table t, uint64_t hash)
 {
-    if (slot == in.slot + in.n)
+    return &t.chain[(hash ^ hash >> 32) & (t.n - 1)];
+}
+
+/* Put an entry into a chain; -1 if that is full. */
+static int add_to_chain(struct chain *c, int32_t entry, int32_t *next)
+{
+    if (c->n == MAX_CHAIN)
         return -1;
-    *slot = number + 1;
+    c->n++;
+    *next = c->first - 1;
+    c->first = entry + 1;
     return 0;
 }
 
-/* The symbol with these bytes that text can become, or -1. */
-static int32_t find_symbol(const lfm2_tokenizer *t, const uint8_t *s, size_t n)
+/* The token with the bytes s[n], of one of these types; -1 if there is none.
+ * Of several it is the first in the vocabulary, which comes last here. */
+static int32_t find_hashed(const lfm2_tokenizer *t, uint64_t hash,
+                           const uint8_t *s, size_t n, int types)
 {
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    return (int32_t)*symbol_slot(t, t->symbols, hash, s, n, 0) - 1;
+    int32_t id = chain_of(t->tokens, hash)->first - 1, found = -1;
+
+    for (; id >= 0; id = t->token[id].next)
+        if (token_len(t, id) == n && has_type(t, id, types) &&
+            memcmp(token_bytes(t, id), s, n) == 0)
+            found = id;
+    return found;
 }
 
-/* Control tokens, unused and unknown ones are not made from text. */
-static int is_from_text(int type)
+static int32_t find_token(const lfm2_tokenizer *t, const uint8_t *s, size_t n,
+                          int types)
 {
-    return type == TOKEN_NORMAL || type == TOKEN_USER_DEFINED ||
-           type == TOKEN_BYTE;
+    return find_hashed(t, hash_bytes(HASH_START, s, n), s, n, types);
 }
 
-/* The next symbol; there is room for it.  Its bytes lead to it, or to an
- * earlier symbol that has the same.  -1: too many collide. */
-static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
-                          int type)
-{
-    const int32_t id = t->n_symbols++;
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    const int is_special = type == TOKEN_CONTROL || type == TOKEN_USER_DEFINED;
-    uint32_t *slot;
-
-    memcpy(t->text + t->start[id], s, n);
-    t->start[id + 1] = t->start[id] + (uint32_t)n;
-    slot = symbol_slot(t, t->symbols, hash, s, n, 0);
-    if (is_from_text(type) && n > 0 && *slot == 0 &&
-        take_slot(t->symbols, slot, (uint32_t)id) != 0)
-        return -1;
-    if (is_special && n > 0) {
-        slot = symbol_slot(t, t->specials, hash, s, n, type);
-        if (*slot == 0 && take_slot(t->specials, slot, (uint32_t)id) != 0)
-            return -1;
-        if (t->special_max[s[0]] < n)
-            t->special_max[s[0]] = (uint32_t)n;
-    }
-    return id;
-}
-
-static int32_t find_or_add(lfm2_tokenizer *t, const uint8_t *s, size_t n)
-{
-    const int32_t id = find_symbol(t, s, n);
-    return id >= 0 ? id : add_symbol(t, s, n, TOKEN_NORMAL);
-}
-
-/* The slot of the merge of a pair, or a free one as above. */
-static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
-                            int32_t right)
+static struct chain *merge_chain(const lfm2_tokenizer *t, int32_t left,
+                                 int32_t right)
 {
     const uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    const uint64_t hash = pair * 0x9e3779b97f4a7c15u >> 32;
 
-    for (uint32_t i = 0; i < MAX_PROBES; i++) {
-        uint32_t *slot = &t->merges.slot[(hash + i) & (t->merges.n - 1)];
-        if (*slot == 0 || (t->merge[*slot - 1].left == left &&
-                           t->merge[*slot - 1].right == right))
-            return slot;
-    }
-    return &t->merges.slot[t->merges.n];
+    return chain_of(t->merges, pair * 0x9e3779b97f4a7c15u);
+}
+
+/* The rank of merging two tokens. */
+static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
+{
+    int32_t i = merge_chain(t, left, right)->first - 1;
+
+    while (i >= 0 && (t->merge[i].left != left || t->merge[i].right != right))
+        i = t->merge[i].next;
+    return i >= 0 ? (uint32_t)i : NO_RANK;
 }
 
 /* ------------------------------------------------- 23. Reading a vocabulary
@@ -6965,408 +6940,21 @@ static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
  * way, so the one space in a merge parts its two sides.  Control and
  * user-defined tokens are literal. */
 
-/* What the file lists, and room for one text of it. */
-struct lists {
-    const struct gguf *g;
-    const struct gguf_kv *tokens, *merges;
-    const struct gguf_kv *types;          /* NULL: all are normal            */
-    uint8_t *scratch;                     /* [MAX_TOKEN]                     */
-    int16_t byte_of[256 + 68];            /* character to byte; -1: to none  */
+/* The keys that are read, in the order in which they are exported. */
+enum { KEY_MODEL, KEY_PRE, KEY_BOS, KEY_EOS, KEY_ADD_BOS, KEY_TYPES, KEY_TOKENS,
+       KEY_MERGES, N_WORD_KEYS };
+
+static const char *const word_key[N_WORD_KEYS] = {
+    "tokenizer.ggml.model", "tokenizer.ggml.pre",
+    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.token_type",
+    "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 };
 
-/* The character for a byte in that alphabet. */
-static uint32_t char_of(uint8_t b)
-{
-    return b <= 32 ? 256u + b : b >= 127 && b <= 160 ? 256u + 33 + b - 127 :
-           b == 173 ? 256u + 67 : b;
-}
-
-static int is_mapped(int type)
-{
-    return type == TOKEN_NORMAL || type == TOKEN_BYTE;
-}
-
-/* Write the bytes that a text stands for and return how many.  Text that is not
- * in the alphabet stands for itself. */
-static size_t unmap(const struct lists *f, uint8_t *out, struct str text,
-                    int64_t type)
-{
-    const uint8_t *s = (const uint8_t *)text.s;
-    size_t n = 0, i = 0;
-
-    while (i < text.n && is_mapped((int)type)) {
-        uint32_t c = s[i++];
-        if (c >= 0xc2 && c < 0xe0 && i < text.n && (s[i] & 0xc0) == 0x80)
-            c = (c & 0x1f) << 6 | (s[i++] & 0x3fu);
-        else if (c >= 0x80)
-            c = 0;
-        if (c >= COUNT(f->byte_of) || f->byte_of[c] < 0)
-            break;
-        out[n++] = (uint8_t)f->byte_of[c];
-        if (i == text.n)
-            return n;
-    }
-    memcpy(out, s, text.n);
-    return text.n;
-}
-
-/* Slots for n entries; -1 without memory. */
-static int open_table(struct table *t, uint64_t n)
-{
-    t->n = 2;
-    while (t->n < 2 * n)
-        t->n *= 2;
-    t->slot = calloc((size_t)t->n + 1, sizeof *t->slot);
-    return t->slot ? 0 : -1;
-}
-
-/* Room for all that the lists may lead to: a merge may add its left side, its
- * right side and both together. */
-static int reserve(lfm2_tokenizer *t, struct lists *f)
-{
-    const uint64_t n_text = f->tokens->size + 2 * (uint64_t)f->merges->size;
-    const size_t n_vocab = (size_t)f->tokens->n;
-    const size_t n_merges = (size_t)f->merges->n;
-    const size_t n_symbols = n_vocab + 3 * n_merges;
-
-    if (n_text > INT32_MAX || open_table(&t->symbols, n_symbols) != 0 ||
-        open_table(&t->merges, n_merges) != 0 ||
-        open_table(&t->specials, n_vocab) != 0)
-        return -1;
-    t->text = malloc((size_t)n_text + 1);
-    t->start = malloc((n_symbols + 1) * sizeof *t->start);
-    t->type = malloc(n_vocab);
-    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
-    t->classes = make_classes();
-    f->scratch = malloc(MAX_TOKEN);
-    if (!t->text || !t->start || !t->type || !t->merge || !t->classes ||
-        !f->scratch)
-        return -1;
-    t->start[0] = 0;
-    return 0;
-}
-
-static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
-{
-    struct cursor c = kv_cursor(f->tokens);
-
-    t->n_vocab = (int)f->tokens->n;
-    for (int i = 0; i < t->n_vocab; i++) {
-        const struct str s = take_string(&c);
-        int64_t type = TOKEN_NORMAL;
-        if (f->types)
-            kv_integer(f->types, (uint64_t)i, &type);
-        if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
-            return BAD(f->g, "token %d: of type %lld, expected %d to %d", i,
-                       (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
-        if (s.n > MAX_TOKEN)
-            return BAD(f->g, "token %d: %zu bytes, expected at most %d", i, s.n,
-                       MAX_TOKEN);
-        if (s.n > MAX_SPECIAL && (type == TOKEN_CONTROL ||
-                                  type == TOKEN_USER_DEFINED))
-            return BAD(f->g, "token %d: a marker of %zu bytes, expected at "
-                       "most %d", i, s.n, MAX_SPECIAL);
-        t->type[i] = (uint8_t)type;
-        if (add_symbol(t, f->scratch, unmap(f, f->scratch, s, type),
-                       t->type[i]) < 0)
-            return BAD(f->g, "token %d: its hash and those of %d others "
-                       "collide", i, MAX_PROBES);
-    }
-    return LFM2_OK;
-}
-
-/* "left right" to the ids of left, right and both together. */
-static int add_merges(lfm2_tokenizer *t, const struct lists *f)
-{
-    struct cursor c = kv_cursor(f->merges);
-
-    for (uint64_t i = 0; i < f->merges->n; i++) {
-        const struct str s = take_string(&c);
-        const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
-        if (s.n > MAX_TOKEN)
-            return BAD(f->g, "merge %llu: %zu bytes, expected at most %d",
-                       ull(i), s.n, MAX_TOKEN);
-        if (!space || space == s.s || space + 1 == end ||
-            memchr(space + 1, ' ', (size_t)(end - space) - 1))
-            return BAD(f->g, "merge %llu: \"%s\", expected two parts with one "
-                       "space between them", ull(i), show(s).s);
-        const struct str left = { s.s, (size_t)(space - s.s) };
-        const struct str right = { space + 1, (size_t)(end - space) - 1 };
-        const size_t n = unmap(f, f->scratch, left, TOKEN_NORMAL);
-        const size_t k = unmap(f, f->scratch + n, right, TOKEN_NORMAL);
-        struct merge m;
-        m.left = find_or_add(t, f->scratch, n);
-        m.right = find_or_add(t, f->scratch + n, k);
-        m.result = find_or_add(t, f->scratch, n + k);
-        uint32_t *slot = merge_slot(t, m.left, m.right);
-        if (m.left < 0 || m.right < 0 || m.result < 0 ||
-            (*slot == 0 && take_slot(t->merges, slot, t->n_merges) != 0))
-            return BAD(f->g, "merge %llu: its hash and those of %d others "
-                       "collide", ull(i), MAX_PROBES);
-        t->merge[t->n_merges++] = m;      /* of two, the first rank stays    */
-    }
-    return LFM2_OK;
-}
-
-static int check_kind(const struct gguf *g)
-{
-    struct str model, arch, pre = { "", 0 };
-
-    if (!gguf_string(g, "tokenizer.ggml.model", &model))
-        return BAD(g, "tokenizer.ggml.model: no such string, expected "
-                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
-                   "tokenizer.bin can stand in for it");
-    if (!str_is(model, "gpt2"))
-        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
-                     "byte-level BPE", show(model).s);
-    /* An LFM2 model can only mean one thing, whatever it calls it. */
-    if (gguf_string(g, "general.architecture", &arch) &&
-        (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
-        return LFM2_OK;
-    if (gguf_string(g, "tokenizer.ggml.pre", &pre) &&
-        (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
-        return LFM2_OK;
-    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
-                 "\"llama-bpe\"", show(pre).s);
-}
-
-/* An array of strings, or of numbers; these may be absent: *out is NULL. */
-static int find_array(const struct gguf *g, const char *key, int strings,
-                      const struct gguf_kv **out)
-{
-    const struct gguf_kv *kv = *out = gguf_find(g, key);
-    const char *what = strings ? "strings" : "i32";
-
-    if (!kv && !strings)
-        return LFM2_OK;
-    if (!kv)
-        return BAD(g, "%s: absent, expected an array of %s", key, what);
-    if (kv->type != GGUF_ARRAY ||
-        (strings ? kv->elem != GGUF_STRING
-                 : kv->elem != GGUF_I32 && kv->elem != GGUF_U32))
-        return BAD(g, "%s: %s %s, expected an array of %s", key,
-                   kv->type == GGUF_ARRAY ? "an array of" : "one",
-                   gguf_type[kv->elem].name, what);
-    return LFM2_OK;
-}
-
-static int find_lists(struct lists *f)
-{
-    TRY(check_kind(f->g));
-    TRY(find_array(f->g, "tokenizer.ggml.tokens", 1, &f->tokens));
-    TRY(find_array(f->g, "tokenizer.ggml.token_type", 0, &f->types));
-    TRY(find_array(f->g, "tokenizer.ggml.merges", 1, &f->merges));
-    if (f->tokens->n < 1 || f->tokens->n > MAX_VOCAB)
-        return BAD(f->g, "the vocabulary: %llu tokens, expected 1 to %d",
-                   ull(f->tokens->n), MAX_VOCAB);
-    if (f->types && f->types->n != f->tokens->n)
-        return BAD(f->g, "the vocabulary: %llu token types, expected %llu, one "
-                   "for each token", ull(f->types->n), ull(f->tokens->n));
-    if (f->merges->n > MAX_MERGE)
-        return BAD(f->g, "the vocabulary: %llu merges, expected at most %d",
-                   ull(f->merges->n), MAX_MERGE);
-    return LFM2_OK;
-}
-
-/* A token the file gives by its id; -1 if it does not. */
-static int read_id(const struct lists *f, const char *key, const char *name,
-                   int32_t *out)
-{
-    uint32_t id = UINT32_MAX;
-
-    TRY(gguf_u32(f->g, key, &id));
-    if (id != UINT32_MAX && id >= f->tokens->n)
-        return BAD(f->g, "the %s token: id %lu, expected one below %llu", name,
-                   (unsigned long)id, ull(f->tokens->n));
-    *out = id == UINT32_MAX ? -1 : (int32_t)id;
-    return LFM2_OK;
-}
-
-static int read_vocab(lfm2_tokenizer *t, struct lists *f)
-{
-    const struct gguf_kv *add = gguf_find(f->g, "tokenizer.ggml.add_bos_token");
-
-    TRY(find_lists(f));
-    TRY(read_id(f, "tokenizer.ggml.bos_token_id", "BOS", &t->bos));
-    TRY(read_id(f, "tokenizer.ggml.eos_token_id", "EOS", &t->eos));
-    if (add && add->type != GGUF_BOOL)
-        return BAD(f->g, "%s: of type %s, expected a bool", add->key,
-                   gguf_type[add->type].name);
-    t->add_bos = !add || add->value[0];
-    if (reserve(t, f) != 0)
-        return fail(f->g->err, LFM2_ENOMEM, "no memory for the vocabulary");
-    memset(f->byte_of, -1, sizeof f->byte_of);
-    for (int b = 0; b < 256; b++)
-        f->byte_of[char_of((uint8_t)b)] = (int16_t)b;
-    TRY(add_tokens(t, f));
-    TRY(add_merges(t, f));
-    t->im_start = lfm2_token_id(t, "<|im_start|>");
-    t->im_end = lfm2_token_id(t, "<|im_end|>");
-    t->eot = lfm2_token_id(t, "<|endoftext|>");
-    for (int b = 0; b < 256; b++) {
-        t->byte[b] = find_symbol(t, &(uint8_t){ (uint8_t)b }, 1);
-        if (t->byte[b] < 0 || t->byte[b] >= t->n_vocab)
-            return BAD(f->g, "the vocabulary: no token for the single byte "
-                       "0x%02x, expected all 256", (unsigned)b);
-    }
-    return LFM2_OK;
-}
-
-void lfm2_tokenizer_close(lfm2_tokenizer *t)
-{
-    if (!t)
-        return;
-    free(t->text);
-    free(t->start);
-    free(t->type);
-    free(t->merge);
-    free(t->symbols.slot);
-    free(t->merges.slot);
-    free(t->specials.slot);
-    free(t->classes);
-    free(t);
-}
-
-int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
-                               size_t size, lfm2_error *err)
-{
-    lfm2_tokenizer *t;
-    struct gguf g = { 0 };
-    struct lists f = { .g = &g };
-    int code;
-
-    *out = NULL;
-    if (!data)
-        return fail(err, LFM2_EARG, "no data to open");
-    t = calloc(1, sizeof *t);
-    code = t ? gguf_parse(&g, data, size, err)
-             : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    if (code == LFM2_OK)
-        code = read_vocab(t, &f);
-    free(f.scratch);
-    gguf_free(&g);
-    if (code == LFM2_OK)
-        *out = t;
-    else
-        lfm2_tokenizer_close(t);
-    return code;
-}
-
-int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
-                        lfm2_error *err)
-{
-    struct file file;
-    int code;
-
-    *out = NULL;
-    TRY(file_open(&file, path, LFM2_LOAD_MAP, err));
-    code = lfm2_tokenizer_open_memory(out, file.data, file.size, err);
-    file_close(&file);
-    return code;
-}
-
-/* And back: tokenizer.bin is a GGUF with these keys and no tensors. */
-
-struct writer { uint8_t *out; size_t cap, n; };
-
-/* Like snprintf: counts everything, writes what there is room for. */
-static void put(struct writer *w, const void *p, size_t n)
-{
-    if (w->n < w->cap)
-        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
-    w->n += n;
-}
-
-static void put_int(struct writer *w, uint64_t v, int bytes)
-{
-    for (; bytes > 0; bytes--, v >>= 8)
-        put(w, &(uint8_t){ (uint8_t)v }, 1);
-}
-
-static void put_string(struct writer *w, const void *s, size_t n)
-{
-    put_int(w, n, 8);
-    put(w, s, n);
-}
-
-/* A key and the type of its value; for an array, elem and n of it. */
-static void begin_key(struct writer *w, const char *name, uint32_t type,
-                      uint32_t elem, uint64_t n)
-{
-    char key[64];
-    const int len = snprintf(key, sizeof key, "tokenizer.ggml.%s", name);
-
-    put_string(w, key, (size_t)len);
-    put_int(w, type, 4);
-    if (type == GGUF_ARRAY) {
-        put_int(w, elem, 4);
-        put_int(w, n, 8);
-    }
-}
-
-/* The bytes of a symbol, in the byte alphabet or literal. */
-static void put_symbol(struct writer *w, const lfm2_tokenizer *t, int32_t id,
-                       int mapped)
-{
-    for (uint32_t i = 0; i < symbol_len(t, id); i++) {
-        const uint8_t byte = symbol_bytes(t, id)[i];
-        const uint32_t c = mapped ? char_of(byte) : byte;
-        if (mapped && c >= 0x80)
-            put_int(w, 0xc0 | c >> 6, 1);
-        put_int(w, mapped && c >= 0x80 ? 0x80 | (c & 0x3f) : c, 1);
-    }
-}
-
-/* A token, or if there is a right side a merge: its length, then its text. */
-static void put_text(struct writer *w, const lfm2_tokenizer *t, int32_t id,
-                     int32_t right)
-{
-    struct writer length = { 0 }, *to[] = { &length, w };
-
-    for (int pass = 0; pass < 2; pass++) {
-        if (pass == 1)
-            put_int(w, length.n, 8);
-        put_symbol(to[pass], t, id, right >= 0 || is_mapped(t->type[id]));
-        if (right >= 0) {
-            put_int(to[pass], ' ', 1);
-            put_symbol(to[pass], t, right, 1);
-        }
-    }
-}
-
-size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
-{
-    struct writer w = { buf, buf ? cap : 0, 0 };
-
-    put(&w, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0", 16);         /* no tensors      */
-    put_int(&w, 8, 8);                                    /* and eight keys  */
-    begin_key(&w, "model", GGUF_STRING, 0, 0);
-    put_string(&w, "gpt2", 4);
-    begin_key(&w, "pre", GGUF_STRING, 0, 0);
-    put_string(&w, "lfm2", 4);
-    begin_key(&w, "bos_token_id", GGUF_U32, 0, 0);        /* 2^32-1: none    */
-    put_int(&w, (uint32_t)t->bos, 4);
-    begin_key(&w, "eos_token_id", GGUF_U32, 0, 0);
-    put_int(&w, (uint32_t)t->eos, 4);
-    begin_key(&w, "add_bos_token", GGUF_BOOL, 0, 0);
-    put_int(&w, t->add_bos, 1);
-    begin_key(&w, "token_type", GGUF_ARRAY, GGUF_I32, (uint64_t)t->n_vocab);
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        put_int(&w, t->type[id], 4);
-    begin_key(&w, "tokens", GGUF_ARRAY, GGUF_STRING, (uint64_t)t->n_vocab);
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        put_text(&w, t, id, -1);
-    begin_key(&w, "merges", GGUF_ARRAY, GGUF_STRING, t->n_merges);
-    for (uint32_t i = 0; i < t->n_merges; i++)
-        put_text(&w, t, t->merge[i].left, t->merge[i].right);
-    return w.n;
-}
-
-/* ------------------------------------------------------ 24. Text to tokens
- *
- * First the special tokens are cut out, then what lies between is cut into
- * pieces, then each piece becomes tokens.  All three are linear in the text, or
- * n log n for the last: a page of one letter is no trap. */
+struct word_keys {
+    const struct gguf *g;
+    const struct gguf_kv *kv[N_WORD_KEYS];          /* NULL: not in the file */
+};
 
 /* The character that starts at p, of which n bytes (1 or more) are there: its
  * length; 0 if more bytes could complete it; -1 if it is none.  Overlong forms,
@@ -7388,6 +6976,354 @@ static int utf8_length(const uint8_t *p, size_t n)
     return len;
 }
 
+/* A whole character of len bytes as a number. */
+static uint32_t utf8_value(const uint8_t *p, int len)
+{
+    uint32_t c = len == 1 ? *p : *p & (0x7fu >> len);
+
+    for (int i = 1; i < len; i++)
+        c = c << 6 | (p[i] & 0x3fu);
+    return c;
+}
+
+/* The byte that a character of the alphabet stands for; -1: it is not in it. */
+static int byte_of(uint32_t c)
+{
+    if (c < 256)
+        return c < 33 || (c > 126 && c < 161) || c == 173 ? -1 : (int)c;
+    c -= 256;
+    return c < 33 ? (int)c : c < 67 ? (int)c - 33 + 127 : c == 67 ? 173 : -1;
+}
+
+/* Write the bytes that a text stands for and return how many.  A text that is
+ * not all in the alphabet stands for itself. */
+static size_t unmap(uint8_t *out, struct str text, int type)
+{
+    const uint8_t *s = (const uint8_t *)text.s;
+    const int is_mapped = type == TOKEN_NORMAL || type == TOKEN_BYTE;
+    size_t n = 0, i = 0;
+
+    while (i < text.n && is_mapped) {
+        const int len = utf8_length(s + i, text.n - i);
+        const int byte = len > 0 ? byte_of(utf8_value(s + i, len)) : -1;
+        if (byte < 0)
+            break;
+        out[n++] = (uint8_t)byte;
+        i += (size_t)len;
+    }
+    if (i == text.n)
+        return n;
+    memcpy(out, s, text.n);
+    return text.n;
+}
+
+static int add_tokens(lfm2_tokenizer *t, const struct word_keys *w)
+{
+    const struct gguf_kv *types = w->kv[KEY_TYPES];
+    struct cursor c = kv_cursor(w->kv[KEY_TOKENS]);
+
+    for (int32_t id = 0; id < t->n_vocab; id++) {
+        const struct str s = take_string(&c);
+        int64_t type = TOKEN_NORMAL;
+        if (types)
+            kv_integer(types, (uint64_t)id, &type);
+        if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
+            return BAD(w->g, "token %d: of type %lld, expected %d to %d", id,
+                       (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
+        struct token *token = &t->token[id];
+        token->type = (uint8_t)type;
+        const int is_marker = has_type(t, id, CUT_OUT_SPECIAL);
+        const size_t max = is_marker ? MAX_MARKER : MAX_TOKEN;
+        if (s.n > max)
+            return BAD(w->g, "token %d: %s%zu bytes, expected at most %zu", id,
+                       is_marker ? "a marker of " : "", s.n, max);
+        uint8_t *bytes = t->text + token->start;
+        const size_t n = unmap(bytes, s, (int)type);
+        const uint64_t hash = hash_bytes(HASH_START, bytes, n);
+        token[1].start = token->start + (uint32_t)n;
+        if (is_marker && n > 0 && n > t->longest_marker[bytes[0]])
+            t->longest_marker[bytes[0]] = (uint16_t)n;
+        if (find_hashed(t, hash, bytes, n, 1 << type) < 0 &&
+            add_to_chain(chain_of(t->tokens, hash), id, &token->next) != 0)
+            return BAD(w->g, "token %d: its hash and those of %d others "
+                       "collide", id, MAX_CHAIN);
+    }
+    return LFM2_OK;
+}
+
+/* "left right" to the ids of left, right and both together. */
+static int add_merges(lfm2_tokenizer *t, const struct word_keys *w)
+{
+    uint8_t *bytes = t->text + t->token[t->n_vocab].start;
+    struct cursor c = kv_cursor(w->kv[KEY_MERGES]);
+
+    for (uint64_t i = 0; i < w->kv[KEY_MERGES]->n; i++) {
+        const struct str s = take_string(&c);
+        const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
+        if (s.n > MAX_TOKEN)
+            return BAD(w->g, "merge %llu: %zu bytes, expected at most %d",
+                       ull(i), s.n, MAX_TOKEN);
+        if (!space || space == s.s || space + 1 == end ||
+            memchr(space + 1, ' ', (size_t)(end - space) - 1))
+            return BAD(w->g, "merge %llu: \"%s\", expected two parts with one "
+                       "space between them", ull(i), show(s).s);
+        const struct str left = { s.s, (size_t)(space - s.s) };
+        const struct str right = { space + 1, (size_t)(end - space) - 1 };
+        const size_t n = unmap(bytes, left, TOKEN_NORMAL);
+        const size_t k = unmap(bytes + n, right, TOKEN_NORMAL);
+        struct merge m = { find_token(t, bytes, n, ANY_TYPE),
+                           find_token(t, bytes + n, k, ANY_TYPE),
+                           find_token(t, bytes, n + k, ANY_TYPE), -1 };
+        if (m.left < 0 || m.right < 0 || m.result < 0)
+            return BAD(w->g, "merge %llu: \"%s\", expected two tokens that "
+                       "make a third", ull(i), show(s).s);
+        /* no text becomes a control token; of two merges the first counts */
+        if (!has_type(t, m.result, FROM_TEXT) ||
+            find_merge(t, m.left, m.right) != NO_RANK)
+            continue;
+        if (add_to_chain(merge_chain(t, m.left, m.right), (int32_t)t->n_merges,
+                         &m.next) != 0)
+            return BAD(w->g, "merge %llu: its hash and those of %d others "
+                       "collide", ull(i), MAX_CHAIN);
+        t->merge[t->n_merges++] = m;
+    }
+    return LFM2_OK;
+}
+
+static int check_kind(const struct gguf *g)
+{
+    struct str model, arch, pre = { "", 0 };
+
+    if (!gguf_string(g, word_key[KEY_MODEL], &model))
+        return BAD(g, "tokenizer.ggml.model: no such string, expected "
+                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
+                   "tokenizer.bin can stand in for it");
+    if (!str_is(model, "gpt2"))
+        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
+                     "byte-level BPE", show(model).s);
+    /* An LFM2 model can only mean one thing, whatever it calls it. */
+    if (gguf_string(g, "general.architecture", &arch) &&
+        (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
+        return LFM2_OK;
+    if (gguf_string(g, word_key[KEY_PRE], &pre) &&
+        (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
+        return LFM2_OK;
+    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
+                 "\"llama-bpe\"", show(pre).s);
+}
+
+/* An array of strings or of 32-bit integers, with min to max elements. */
+static int check_array(const struct word_keys *w, int key, uint64_t min,
+                       uint64_t max)
+{
+    const struct gguf_kv *kv = w->kv[key];
+    const char *what = key == KEY_TYPES ? "i32" : "strings";
+
+    if (!kv)
+        return BAD(w->g, "%s: absent, expected an array of %s", word_key[key],
+                   what);
+    if (kv->type != GGUF_ARRAY ||
+        (key == KEY_TYPES ? kv->elem != GGUF_I32 && kv->elem != GGUF_U32
+                          : kv->elem != GGUF_STRING))
+        return BAD(w->g, "%s: %s %s, expected an array of %s", kv->key,
+                   kv->type == GGUF_ARRAY ? "an array of" : "one",
+                   gguf_type[kv->elem].name, what);
+    if (kv->n < min || kv->n > max)
+        return BAD(w->g, "%s: %llu elements, expected %llu to %llu", kv->key,
+                   ull(kv->n), ull(min), ull(max));
+    return LFM2_OK;
+}
+
+static int find_keys(struct word_keys *w)
+{
+    for (int key = 0; key < N_WORD_KEYS; key++)
+        w->kv[key] = gguf_find(w->g, word_key[key]);
+    TRY(check_kind(w->g));
+    TRY(check_array(w, KEY_TOKENS, 1, MAX_VOCAB));
+    TRY(check_array(w, KEY_MERGES, 0, MAX_MERGE));
+    const uint64_t n_vocab = w->kv[KEY_TOKENS]->n;
+    return w->kv[KEY_TYPES] ? check_array(w, KEY_TYPES, n_vocab, n_vocab)
+                            : LFM2_OK;
+}
+
+/* A token that the file gives by its id; -1 if it does not. */
+static int read_id(const struct word_keys *w, int key, const char *name,
+                   int32_t *out)
+{
+    uint32_t id = UINT32_MAX;
+
+    TRY(gguf_u32(w->g, word_key[key], &id));
+    if (id != UINT32_MAX && id >= w->kv[KEY_TOKENS]->n)
+        return BAD(w->g, "the %s token: id %lu, expected one below %llu", name,
+                   (unsigned long)id, ull(w->kv[KEY_TOKENS]->n));
+    *out = id == UINT32_MAX ? -1 : (int32_t)id;
+    return LFM2_OK;
+}
+
+/* Chains for n entries, so many that few share one; -1 without memory. */
+static int open_table(struct table *t, uint64_t n)
+{
+    for (t->n = 1; t->n < 2 * n; t->n *= 2)
+        ;
+    t->chain = calloc(t->n, sizeof *t->chain);
+    return t->chain ? 0 : -1;
+}
+
+/* Text has room for a merge behind all tokens. */
+static int allocate(lfm2_tokenizer *t, const struct word_keys *w)
+{
+    const size_t n_text = w->kv[KEY_TOKENS]->size;
+    const size_t n_merges = (size_t)w->kv[KEY_MERGES]->n;
+
+    t->n_vocab = (int)w->kv[KEY_TOKENS]->n;
+    t->text = n_text < INT32_MAX ? malloc(n_text + MAX_TOKEN) : NULL;
+    t->token = calloc((size_t)t->n_vocab + 1, sizeof *t->token);
+    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
+    t->classes = make_classes();
+    if (!t->text || !t->token || !t->merge || !t->classes ||
+        open_table(&t->tokens, (uint64_t)t->n_vocab) != 0 ||
+        open_table(&t->merges, n_merges) != 0)
+        return fail(w->g->err, LFM2_ENOMEM, "no memory for the vocabulary");
+    return LFM2_OK;
+}
+
+/* The tokens that begin and end a text or a turn.  Text never becomes one of
+ * them, even where the file calls them user-defined. */
+static void find_roles(lfm2_tokenizer *t)
+{
+    t->im_start = lfm2_token_id(t, "<|im_start|>");
+    t->im_end = lfm2_token_id(t, "<|im_end|>");
+    t->eot = lfm2_token_id(t, "<|endoftext|>");
+    const int32_t role[] = { t->bos, t->eos, t->eot, t->im_start, t->im_end };
+    for (size_t i = 0; i < COUNT(role); i++)
+        if (role[i] >= 0 && t->token[role[i]].type == TOKEN_USER_DEFINED)
+            t->token[role[i]].type = TOKEN_CONTROL;
+}
+
+static int read_words(lfm2_tokenizer *t, struct word_keys *w)
+{
+    const struct gguf_kv *add;
+
+    TRY(find_keys(w));
+    TRY(read_id(w, KEY_BOS, "BOS", &t->bos));
+    TRY(read_id(w, KEY_EOS, "EOS", &t->eos));
+    add = w->kv[KEY_ADD_BOS];
+    if (add && add->type != GGUF_BOOL)
+        return BAD(w->g, "%s: of type %s, expected a bool", add->key,
+                   gguf_type[add->type].name);
+    t->add_bos = !add || add->value[0];
+    TRY(allocate(t, w));
+    TRY(add_tokens(t, w));
+    find_roles(t);
+    TRY(add_merges(t, w));
+    for (int b = 0; b < 256; b++) {
+        t->byte[b] = find_token(t, &(uint8_t){ (uint8_t)b }, 1, FROM_TEXT);
+        if (t->byte[b] < 0)
+            return BAD(w->g, "the vocabulary: no token for the single byte "
+                       "0x%02x, expected all 256", (unsigned)b);
+    }
+    return LFM2_OK;
+}
+
+void lfm2_tokenizer_close(lfm2_tokenizer *t)
+{
+    if (!t)
+        return;
+    free(t->text);
+    free(t->token);
+    free(t->merge);
+    free(t->tokens.chain);
+    free(t->merges.chain);
+    free(t->classes);
+    free(t);
+}
+
+int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
+                               size_t size, lfm2_error *err)
+{
+    struct gguf g = { 0 };
+    lfm2_tokenizer *t;
+    int code;
+
+    *out = NULL;
+    if (!data)
+        return fail(err, LFM2_EARG, "no data to open");
+    t = calloc(1, sizeof *t);
+    code = t ? gguf_parse(&g, data, size, err)
+             : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    if (code == LFM2_OK)
+        code = read_words(t, &(struct word_keys){ .g = &g });
+    gguf_free(&g);
+    if (code == LFM2_OK)
+        *out = t;
+    else
+        lfm2_tokenizer_close(t);
+    return code;
+}
+
+int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
+                        lfm2_error *err)
+{
+    struct file file;
+    int code;
+
+    *out = NULL;
+    TRY(file_open(&file, path, LFM2_LOAD_MAP, err));
+    code = lfm2_tokenizer_open_memory(out, file.data, file.size, err);
+    file_close(&file);
+    return code;
+}
+
+/* Like snprintf: counts everything, writes what there is room for. */
+struct writer { uint8_t *out; size_t cap, n; };
+
+static void put(struct writer *w, const void *p, size_t n)
+{
+    if (w->n < w->cap)
+        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
+    w->n += n;
+}
+
+/* A tokenizer.bin is a GGUF with copies of the keys that are read and no
+ * tensors.  It lacks the architecture, and so it says what `pre` is. */
+size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
+                             size_t cap, lfm2_error *err)
+{
+    static const char pre[] = "\22\0\0\0\0\0\0\0tokenizer.ggml.pre"
+                              "\10\0\0\0" "\4\0\0\0\0\0\0\0lfm2";
+    uint8_t header[24] = "GGUF\3";
+    struct writer out = { buf, buf ? cap : 0, 0 };
+    struct gguf g = { 0 };
+    struct word_keys w = { .g = &g };
+    int code = data ? gguf_parse(&g, data, size, err)
+                    : fail(err, LFM2_EARG, "no data to export");
+
+    if (code == LFM2_OK)
+        code = find_keys(&w);
+    for (int key = 0; key < N_WORD_KEYS; key++)
+        header[16] += key == KEY_PRE || w.kv[key];
+    if (code == LFM2_OK)
+        put(&out, header, sizeof header);
+    for (int key = 0; code == LFM2_OK && key < N_WORD_KEYS; key++) {
+        const struct gguf_kv *kv = w.kv[key];
+        if (key == KEY_PRE)
+            put(&out, pre, sizeof pre - 1);
+        else if (kv) {
+            const uint8_t *from = kv->value - strlen(kv->key) -
+                                  (kv->type == GGUF_ARRAY ? 24 : 12);
+            put(&out, from, (size_t)(kv->value - from) + kv->size);
+        }
+    }
+    gguf_free(&g);
+    return out.n;
+}
+
+/* ------------------------------------------------------ 24. Text to tokens
+ *
+ * First the special tokens are cut out, then what lies between is cut into
+ * pieces, then each piece becomes tokens.  All three are linear in the text, or
+ * n log n for the last: a page of one letter is no trap. */
+
 enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CLASS_END };
 enum { MAX_CLASSED = 0x32400 };           /* from here on all are OTHER      */
 
@@ -7408,9 +7344,7 @@ static int class_at(const lfm2_tokenizer *t, const uint8_t *p,
     if (n <= 0)
         return CLASS_OTHER;
     *len = n;
-    c = *p & (0x7fu >> n);
-    for (int i = 1; i < n; i++)
-        c = c << 6 | (p[i] & 0x3fu);
+    c = utf8_value(p, n);
     return c < MAX_CLASSED ? t->classes[c] : CLASS_OTHER;
 }
 
@@ -7501,172 +7435,136 @@ static void emit(struct tokens *o, int32_t id)
     o->n++;
 }
 
-/* A piece of n bytes on its way to tokens.  A symbol is known by the index of
- * its first byte; its id stands at its first byte and at its last, so that both
- * neighbours can be reached.  rank[i] is that of merging symbol i with the one
- * after it.  The best of all, the leftmost if several, is found by a knockout
- * tournament: node v plays the winners of nodes 2v and 2v+1, node n+i is byte
- * i, and node 1 is the final. */
-struct bpe {
-    int32_t *id;                          /* [n]                             */
-    uint32_t *rank;                       /* [n]                             */
-    uint32_t *winner;                     /* [n], from 1                     */
-    uint32_t n;
-    uint32_t *memory;
-    size_t cap;
+/* A piece of text on its way to tokens.  A symbol is known by the index of its
+ * first byte; its token stands there and at its last byte, so that both
+ * neighbours can be reached.  The best pair to merge, the leftmost if several,
+ * is found by a knockout tournament over the ranks: node v plays the winners of
+ * nodes 2v and 2v+1, node n+i is byte i, and node 1 is the final. */
+struct symbol {
+    int32_t id;                           /* the token that begins or ends   */
+    uint32_t rank;                        /* of merging it with the next one */
+    uint32_t winner;                      /* of the node with this index     */
 };
 
-static void play(struct bpe *b, uint32_t node)
+struct symbols { struct symbol *at; uint32_t n; };
+
+static void play(struct symbols p, uint32_t node)
 {
     const uint32_t left = 2 * node, right = left + 1;
-    const uint32_t x = left < b->n ? b->winner[left] : left - b->n;
-    const uint32_t y = right < b->n ? b->winner[right] : right - b->n;
+    const uint32_t x = left < p.n ? p.at[left].winner : left - p.n;
+    const uint32_t y = right < p.n ? p.at[right].winner : right - p.n;
 
-    b->winner[node] = b->rank[x] < b->rank[y] ||
-                      (b->rank[x] == b->rank[y] && x < y) ? x : y;
+    p.at[node].winner = p.at[x].rank < p.at[y].rank ||
+                        (p.at[x].rank == p.at[y].rank && x < y) ? x : y;
 }
 
-/* The rank of merging symbol i with the next one.  A free slot holds 0, and
- * 0 - 1 is NO_RANK. */
-static uint32_t rank_at(const lfm2_tokenizer *t, const struct bpe *b,
-                        uint32_t i)
+/* The rank of merging symbol i with the next one. */
+static uint32_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
 {
-    const uint32_t next = i + symbol_len(t, b->id[i]);
+    const uint32_t next = i + token_len(t, p.at[i].id);
 
-    return next < b->n ? *merge_slot(t, b->id[i], b->id[next]) - 1 : NO_RANK;
+    return next < p.n ? find_merge(t, p.at[i].id, p.at[next].id) : NO_RANK;
 }
 
-static void set_rank(struct bpe *b, uint32_t i, uint32_t rank)
+static void set_rank(struct symbols p, uint32_t i, uint32_t rank)
 {
-    b->rank[i] = rank;
-    for (uint32_t node = (i + b->n) / 2; node > 0; node /= 2)
-        play(b, node);
+    p.at[i].rank = rank;
+    for (uint32_t node = (i + p.n) / 2; node > 0; node /= 2)
+        play(p, node);
 }
 
-/* Every byte of the piece a symbol, every pair ranked. */
-static int start_merging(const lfm2_tokenizer *t, struct bpe *b,
-                         const uint8_t *s, uint32_t n)
-{
-    if (3 * (size_t)n > b->cap) {
-        free(b->memory);
-        b->cap = 3 * (size_t)(n < 256 ? 256 : n);
-        b->memory = b->cap <= SIZE_MAX / 4 ? malloc(4 * b->cap) : NULL;
-        if (!b->memory)
-            return LFM2_ENOMEM;
-    }
-    b->n = n;
-    b->rank = b->memory;
-    b->winner = b->rank + n;
-    b->id = (int32_t *)(b->winner + n);
-    for (uint32_t i = 0; i < n; i++)
-        b->id[i] = t->byte[s[i]];
-    for (uint32_t i = 0; i < n; i++)
-        b->rank[i] = rank_at(t, b, i);
-    for (uint32_t node = n - 1; node > 0; node--)
-        play(b, node);
-    return LFM2_OK;
-}
-
-static void merge_all(const lfm2_tokenizer *t, struct bpe *b)
+static void merge_all(const lfm2_tokenizer *t, struct symbols p)
 {
     for (;;) {
-        const uint32_t i = b->winner[1];
-        if (b->rank[i] == NO_RANK)
+        const uint32_t i = p.at[1].winner;
+        if (p.at[i].rank == NO_RANK)
             return;
-        const struct merge *m = &t->merge[b->rank[i]];
-        const uint32_t right = i + symbol_len(t, m->left);
-        b->id[i] = m->result;
-        b->id[i + symbol_len(t, m->result) - 1] = m->result;
-        set_rank(b, right, NO_RANK);
-        set_rank(b, i, rank_at(t, b, i));
+        const struct merge *m = &t->merge[p.at[i].rank];
+        const uint32_t right = i + token_len(t, m->left);
+        p.at[i].id = m->result;
+        p.at[i + token_len(t, m->result) - 1].id = m->result;
+        set_rank(p, right, NO_RANK);
+        set_rank(p, i, rank_at(t, p, i));
         if (i > 0) {
-            const uint32_t left = i - symbol_len(t, b->id[i - 1]);
-            set_rank(b, left, rank_at(t, b, left));
+            const uint32_t left = i - token_len(t, p.at[i - 1].id);
+            set_rank(p, left, rank_at(t, p, left));
         }
     }
 }
 
 /* A piece that is a token as a whole becomes that token, even where merging
- * would not get there (so does llama.cpp with these vocabularies). */
-static int encode_piece(const lfm2_tokenizer *t, struct tokens *o,
-                        struct bpe *b, const uint8_t *s, uint32_t n)
+ * would not get there (so does llama.cpp with these vocabularies).  All others
+ * have two bytes or more. */
+static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
+                         struct symbol *room, const uint8_t *s, uint32_t n)
 {
-    const int32_t whole = find_symbol(t, s, n);
+    const int32_t whole = find_token(t, s, n, FROM_TEXT);
+    const struct symbols p = { room, n };
 
-    if (whole >= 0 && whole < t->n_vocab) {
+    if (whole >= 0) {
         emit(o, whole);
-        return LFM2_OK;
+        return;
     }
-    if (start_merging(t, b, s, n) != LFM2_OK)
-        return LFM2_ENOMEM;
-    merge_all(t, b);
-    for (uint32_t i = 0, len; i < n; i += len) {
-        len = symbol_len(t, b->id[i]);
-        if (b->id[i] < t->n_vocab)
-            emit(o, b->id[i]);
-        else                              /* a step on a way not gone to end */
-            for (uint32_t k = 0; k < len; k++)
-                emit(o, t->byte[s[i + k]]);
-    }
-    return LFM2_OK;
+    for (uint32_t i = 0; i < n; i++)
+        p.at[i].id = t->byte[s[i]];
+    for (uint32_t i = 0; i < n; i++)
+        p.at[i].rank = rank_at(t, p, i);
+    for (uint32_t node = n - 1; node > 0; node--)
+        play(p, node);
+    merge_all(t, p);
+    for (uint32_t i = 0; i < n; i += token_len(t, p.at[i].id))
+        emit(o, p.at[i].id);
 }
 
-/* The longest special token that stands at p < end, and its length; or -1. */
-static int32_t special_at(const lfm2_tokenizer *t, const uint8_t *p,
-                          const uint8_t *end, int control, uint32_t *len)
+/* The longest marker that stands at p < end, of these types; or -1. */
+static int32_t marker_at(const lfm2_tokenizer *t, const uint8_t *p,
+                         const uint8_t *end, int types)
 {
-    const int type = control ? 0 : TOKEN_USER_DEFINED;
-    const size_t left = (size_t)(end - p);
     uint64_t hash = HASH_START;
     int32_t found = -1;
 
-    for (uint32_t n = 1; n <= t->special_max[*p] && n <= left; n++) {
+    for (int n = 1; n <= t->longest_marker[*p] && n <= end - p; n++) {
         hash = hash_bytes(hash, p + n - 1, 1);
-        const uint32_t id_1 = *symbol_slot(t, t->specials, hash, p, n, type);
-        if (id_1) {
-            found = (int32_t)id_1 - 1;
-            *len = n;
-        }
+        const int32_t id = find_hashed(t, hash, p, (size_t)n, types);
+        found = id >= 0 ? id : found;
     }
     return found;
 }
 
-static int encode_plain(const lfm2_tokenizer *t, struct tokens *o,
-                        struct bpe *b, const uint8_t *p, const uint8_t *end)
+static void encode_plain(const lfm2_tokenizer *t, struct tokens *o,
+                         struct symbol *room, const uint8_t *p,
+                         const uint8_t *end)
 {
-    while (p < end) {
-        const uint8_t *next = piece_end(t, p, end);
-        TRY(encode_piece(t, o, b, p, (uint32_t)(next - p)));
-        p = next;
+    for (const uint8_t *next; p < end; p = next) {
+        next = piece_end(t, p, end);
+        encode_piece(t, o, room, p, (uint32_t)(next - p));
     }
-    return LFM2_OK;
 }
 
-/* Cut out the special tokens from left to right, the longest at each place, and
- * encode what is between them.  (llama.cpp takes the longest anywhere first,
- * which is the same unless two of them overlap in the text.) */
+/* Cut out the markers from left to right, the longest at each place, and encode
+ * what is between them.  (llama.cpp takes the longest anywhere first, which is
+ * the same unless two of them overlap in the text.) */
 static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
-                       const uint8_t *text, size_t len, int control)
+                       const uint8_t *text, size_t len, int types)
 {
     const uint8_t *p = text, *from = text, *end = text + len;
-    struct bpe b = { 0 };
-    int code = LFM2_OK;
+    struct symbol *room = calloc(len, sizeof *room);
 
-    while (p < end && code == LFM2_OK) {
-        uint32_t n;
-        const int32_t id = special_at(t, p, end, control, &n);
+    if (!room)
+        return LFM2_ENOMEM;
+    while (p < end) {
+        const int32_t id = marker_at(t, p, end, types);
         if (id < 0) {
             p++;
             continue;
         }
-        code = encode_plain(t, o, &b, from, p);
+        encode_plain(t, o, room, from, p);
         emit(o, id);
-        from = p += n;
+        from = p += token_len(t, id);
     }
-    if (code == LFM2_OK)
-        code = encode_plain(t, o, &b, from, end);
-    free(b.memory);
-    return code;
+    encode_plain(t, o, room, from, end);
+    free(room);
+    return LFM2_OK;
 }
 
 enum { MAX_ENCODE = 1 << 30 };            /* bytes of text in one call       */
@@ -7674,6 +7572,7 @@ enum { MAX_ENCODE = 1 << 30 };            /* bytes of text in one call       */
 int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
                 int flags, int32_t *out, int cap)
 {
+    const int types = flags & LFM2_ENCODE_SPECIAL ? CUT_OUT_SPECIAL : CUT_OUT;
     struct tokens o = { out, out ? cap : 0, 0 };
 
     if (len > MAX_ENCODE || (!text && len > 0))
@@ -7681,8 +7580,7 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
     if ((flags & LFM2_ENCODE_BOS) && t->bos >= 0)
         emit(&o, t->bos);
     if (len > 0)
-        TRY(encode_text(t, &o, (const uint8_t *)text, len,
-                        flags & LFM2_ENCODE_SPECIAL));
+        TRY(encode_text(t, &o, (const uint8_t *)text, len, types));
     return o.n;
 }
 
@@ -7708,11 +7606,11 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
     text[n_role] = '\n';
     memcpy(text + n_role + 1, msg->content, n);
     emit(o, t->im_start);
-    code = encode_text(t, o, text, n_role + 1 + n, 0);
+    code = encode_text(t, o, text, n_role + 1 + n, CUT_OUT);
     emit(o, t->im_end);
     free(text);
     TRY(code);
-    return encode_text(t, o, (const uint8_t *)"\n", 1, 0);
+    return encode_text(t, o, (const uint8_t *)"\n", 1, CUT_OUT);
 }
 
 int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
@@ -7738,7 +7636,8 @@ int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
         TRY(encode_turn(t, &o, &msgs[i]));
     if (generate) {
         emit(&o, t->im_start);
-        TRY(encode_text(t, &o, (const uint8_t *)opening, strlen(opening), 0));
+        TRY(encode_text(t, &o, (const uint8_t *)opening, strlen(opening),
+                        CUT_OUT));
     }
     return o.n;
 }
@@ -7771,26 +7670,20 @@ const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
 {
     *len = 0;
     if (token < 0 || token >= t->n_vocab ||
-        (!special && !is_from_text(t->type[token])))
+        (!special && !has_type(t, token, FROM_TEXT)))
         return "";
-    *len = (int)symbol_len(t, token);
-    return (const char *)symbol_bytes(t, token);
+    *len = (int)token_len(t, token);
+    return (const char *)token_bytes(t, token);
 }
 
-/* Markers first: should another token have the same bytes, they are meant. */
+/* Should a marker and another token have the same bytes, the marker is meant. */
 int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 {
     const uint8_t *s = (const uint8_t *)text;
     const size_t n = strlen(text);
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    const uint32_t id_1 = *symbol_slot(t, t->specials, hash, s, n, 0);
+    const int32_t marker = find_token(t, s, n, CUT_OUT_SPECIAL);
 
-    if (id_1)
-        return (int32_t)id_1 - 1;
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        if (symbol_len(t, id) == n && memcmp(symbol_bytes(t, id), s, n) == 0)
-            return id;
-    return -1;
+    return marker >= 0 ? marker : find_token(t, s, n, ANY_TYPE);
 }
 
 size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
@@ -7829,31 +7722,46 @@ static int comes_before(struct candidate a, struct candidate b)
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
-/* top[0], top[-1] ... top[1-n] is a heap with the first in order on top, but
- * for top[-i], which may have to go down. */
-static void sift_down(struct candidate *top, int n, int i)
+/* c[n] is a heap with the last in order on top, but for c[i], which may have to
+ * go down. */
+static void sift_down(struct candidate *c, int n, int i)
 {
-    const struct candidate moved = top[-i];
+    const struct candidate moved = c[i];
 
     for (int child = 2 * i + 1; child < n; child = 2 * i + 1) {
-        if (child + 1 < n && comes_before(top[-child - 1], top[-child]))
+        if (child + 1 < n && comes_before(c[child], c[child + 1]))
             child++;
-        if (!comes_before(top[-child], moved))
+        if (!comes_before(moved, c[child]))
             break;
-        top[-i] = top[-child];
+        c[i] = c[child];
         i = child;
     }
-    top[-i] = moved;
+    c[i] = moved;
 }
 
-/* Bring the first of such a heap c[n] to its front; the rest stays a heap. */
-static void pop_first(struct candidate *c, int n)
+static void swap(struct candidate *a, struct candidate *b)
 {
-    const struct candidate first = c[n - 1];
+    const struct candidate was = *a;
 
-    c[n - 1] = c[0];
-    c[0] = first;
-    sift_down(&c[n - 1], n - 1, 0);
+    *a = *b;
+    *b = was;
+}
+
+/* Bring the first k of c[n] to its front, sorted: a heap of k takes what comes
+ * before the last it has, which few do, and is then taken apart from its top. */
+static void sort_first(struct candidate *c, int n, int k)
+{
+    for (int i = k / 2; i-- > 0;)
+        sift_down(c, k, i);
+    for (int i = k; i < n; i++)
+        if (comes_before(c[i], c[0])) {
+            swap(&c[0], &c[i]);
+            sift_down(c, k, 0);
+        }
+    for (int i = k; i-- > 1;) {
+        swap(&c[0], &c[i]);
+        sift_down(c, i, 0);
+    }
 }
 
 /* The index of the highest logit, the first of several; -1 if there is none or
@@ -7898,46 +7806,11 @@ static void penalise(const lfm2_sampler *s, struct candidate *mark,
     }
 }
 
-/* The lowest x with e^x >= p, so that probabilities need not be computed to be
- * compared. */
-static float log_of(float p)
+/* Does min-p keep a candidate whose logit is x below the highest?  What is below
+ * `least` has less than min_p for sure, which saves most calls of exp. */
+static int is_likely(float x, float min_p, float least)
 {
-    float low = -88, high = 0;
-
-    for (int i = 0; i < 40; i++) {
-        const float mid = (low + high) / 2;
-        if (exp_f32(mid) < p)
-            low = mid;
-        else
-            high = mid;
-    }
-    return high;
-}
-
-static void make_heap(struct candidate *c, int n)
-{
-    for (int i = n / 2; i-- > 0;)
-        sift_down(&c[n - 1], n, i);
-}
-
-/* The k likeliest of c[n], k < n, sorted: first a heap of k with the least
- * likely on top, which most others do not beat.  There both numbers are
- * negative, which turns the order round. */
-static void keep_first(struct candidate *c, int n, int k)
-{
-    for (int i = 0; i < n; i++) {
-        const struct candidate x = { -c[i].p, -c[i].id };
-        if (i < k)
-            c[i] = x;
-        if (i == k - 1)
-            make_heap(c, k);
-        if (i < k || !comes_before(c[k - 1], x))
-            continue;
-        c[k - 1] = x;
-        sift_down(&c[k - 1], k, 0);
-    }
-    for (int i = 0; i < k; i++)
-        c[i] = (struct candidate){ -c[i].p, -c[i].id };
+    return x == 0 || !(min_p > 0) || (x >= least && exp_f32(x) >= min_p);
 }
 
 /* Leave in c what top-k, top-p and min-p leave over, at least one: the highest
@@ -7946,35 +7819,38 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
                              const float *logits, int n_vocab, float max)
 {
     const int by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p < 1;
-    const float least = s->min_p > 0 ? log_of(s->min_p) : -INFINITY;
     double sum = 0, mass = 0;
+    float least = 0;
     int n = 0, kept = 0, sorted = 0;
 
+    while (least > -88 && exp_f32(least) >= s->min_p)
+        least -= 1;
     /* min-p keeps the front of the same order as the others do, so it may come
      * first, unless top-p is to see all that top-k leaves. */
     for (int32_t id = 0; id < n_vocab; id++)
-        if (logits[id] >= -FLT_MAX &&
-            ((by_k && by_p) || logits[id] - max >= least))
+        if (logits[id] >= -FLT_MAX && ((by_k && by_p) ||
+            is_likely(logits[id] - max, s->min_p, least)))
             c[n++] = (struct candidate){ logits[id], id };
     if (!by_k && !by_p)
         return n;
-    if (by_k && s->top_k < n) {
-        keep_first(c, n, s->top_k);
-        n = s->top_k;
+    if (by_k) {
+        sorted = s->top_k < n ? s->top_k : n;
+        sort_first(c, n, sorted);
+        n = sorted;
     }
-    make_heap(c, n);
-    for (; by_k && sorted < n; sorted++)
-        pop_first(c + sorted, n - sorted);
     if (!by_p)
         return n;
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
         sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
     for (; kept < n && (kept == 0 || mass < s->top_p * sum); kept++) {
-        if (kept == sorted)
-            pop_first(c + sorted++, n - kept);
+        if (kept == sorted) {
+            const int more = 3 * sorted + 64 < n - sorted ? 3 * sorted + 64 : n - sorted;
+            sort_first(c + sorted, n - sorted, more);
+            sorted += more;
+        }
         mass += exp_f32(c[kept].p - max);
     }
-    while (kept > 1 && c[kept - 1].p - max < least)
+    while (kept > 1 && !is_likely(c[kept - 1].p - max, s->min_p, least))
         kept--;
     return kept;
 }
