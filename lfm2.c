@@ -5155,6 +5155,7 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
                       lfm2_error *err)
 {
     struct opened *o = calloc(1, sizeof *o);
+    fenv_t callers;
     int code;
 
     if (!o) {
@@ -5164,11 +5165,13 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
     o->file = *file;
     o->model.file = &o->file;
     o->model.gguf = &o->gguf;
+    enter_arithmetic(&callers);
     code = gguf_parse(&o->gguf, file->data, file->size, err);
     if (code == LFM2_OK)
         code = read_config(&o->model);
     if (code == LFM2_OK)
         code = bind_model(&o->model);
+    fesetenv(&callers);
     o->gguf.err = NULL;
     if (code != LFM2_OK)
         drop_layers(&o->model);
@@ -5249,13 +5252,16 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
 {
     lfm2_tensor_info t;
     struct tensor w;
+    fenv_t callers;
 
     if (lfm2_model_tensor(m, i, &t) != LFM2_OK || !t.data ||
         row >= t.dims[1] * t.dims[2] * t.dims[3])
         return LFM2_EARG;
     w = (struct tensor){ m->gguf->tensor[i].fmt, 1, (int)t.dims[0], t.data };
     w.data += (size_t)row * row_bytes(&w);
+    enter_arithmetic(&callers);
     get_row(out, &w, 0);
+    fesetenv(&callers);
     return LFM2_OK;
 }
 
@@ -5275,10 +5281,12 @@ const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
     const struct gguf_kv *kv;
     struct str s;
     int64_t value = 0;
+    fenv_t callers;
 
     if (i < 0 || i >= m->gguf->n_kv)
         return NULL;
     kv = &m->gguf->kv[i];
+    enter_arithmetic(&callers);
     if (kv->type == GGUF_ARRAY)
         snprintf(buf, cap, "[%llu x %s]", ull(kv->n), gguf_type[kv->elem].name);
     else if (gguf_string(m->gguf, kv->key, &s))
@@ -5291,6 +5299,7 @@ const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
         snprintf(buf, cap, "%lld", (long long)value);
     else
         snprintf(buf, cap, "(%s)", gguf_type[kv->type].name);
+    fesetenv(&callers);
     return kv->key;
 }
 
@@ -7653,8 +7662,8 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
     return last;
 }
 
-int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
-                    const int32_t *history, int n_history)
+static int32_t sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                      const int32_t *history, int n_history)
 {
     const int n_vocab = ctx->model->cfg.n_vocab;
     int32_t best;
@@ -7670,6 +7679,18 @@ int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
     const int n = choose_candidates(s, ctx->candidates, logits, n_vocab,
                                     logits[best]);
     return draw(ctx->candidates, n, logits[best], s->temperature, u);
+}
+
+int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                    const int32_t *history, int n_history)
+{
+    fenv_t callers;
+    int32_t token;
+
+    enter_arithmetic(&callers);
+    token = sample(ctx, s, logits, history, n_history);
+    fesetenv(&callers);
+    return token;
 }
 
 /* --------------------------------------------------------- 27. Unicode classes
