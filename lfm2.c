@@ -5665,6 +5665,8 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
     const int64_t most = (int64_t)1 << 31;
     struct exercise e = { what, size < most ? size : most, 0 };
 
+    if (!pool_is_here(ctx))
+        return LFM2_EARG;
     ctx->exercise = &e;
     parallel(ctx, ctx->par.n_threads, exercise_thread);
     ctx->exercise = NULL;
