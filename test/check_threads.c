@@ -281,7 +281,6 @@ static int use_in_child(lfm2_context *one, lfm2_context *many,
 {
     const lfm2_span span = { 0, text + N, 1, 1 };
     lfm2_error err = { 0 };
-    static float logits[12][N_VOCAB_ALL];
 
     alarm(60);                            /* if it waits for its workers     */
     if (lfm2_forward(many, &span, 1, &err) != LFM2_EARG ||
@@ -296,6 +295,7 @@ static int use_in_child(lfm2_context *one, lfm2_context *many,
         return 3;
     lfm2_context_close(one);
 #ifndef __SANITIZE_THREAD__               /* which allows no threads there   */
+    static float logits[12][N_VOCAB_ALL];
     many = open_context(3);
     read_text(many, N, logits[0]);
     if (read_one(many, expected) != LFM2_OK)
