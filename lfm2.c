@@ -5549,6 +5549,7 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
                       lfm2_error *err)
 {
     struct model_file *o = calloc(1, sizeof *o);
+    fenv_t callers;
     int code;
 
     if (!o) {
@@ -5558,11 +5559,13 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
     o->file = *file;
     o->model.file = &o->file;
     o->model.gguf = &o->gguf;
+    enter_arithmetic(&callers);
     code = gguf_parse(&o->gguf, file->data, file->size, err);
     if (code == LFM2_OK)
         code = read_config(&o->model);
     if (code == LFM2_OK)
         code = bind_model(&o->model);
+    fesetenv(&callers);
     o->gguf.err = NULL;
     if (code != LFM2_OK)
         drop_layers(&o->model);
@@ -5643,6 +5646,7 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
 {
     lfm2_tensor_info t;
     struct tensor w;
+    fenv_t callers;
 
     if (lfm2_model_tensor(m, i, &t) != LFM2_OK || !t.data ||
         row >= t.dims[1] * t.dims[2] * t.dims[3])
@@ -5650,7 +5654,9 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
     w = (struct tensor){ .fmt = m->gguf->tensor[i].fmt, .rows = 1,
                          .cols = (int)t.dims[0], .data = t.data };
     w.data += (size_t)row * row_bytes(&w);
+    enter_arithmetic(&callers);
     get_row(out, &w, 0);
+    fesetenv(&callers);
     return LFM2_OK;
 }
 
@@ -6076,6 +6082,8 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
     const int64_t most = (int64_t)1 << 31;
     struct exercise e = { what, size < most ? size : most, 0 };
 
+    if (!pool_is_here(ctx))
+        return LFM2_EARG;
     ctx->exercise = &e;
     parallel(ctx, ctx->par.n_threads, exercise_thread);
     ctx->exercise = NULL;
@@ -7887,8 +7895,8 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
     return last;
 }
 
-int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
-                    const int32_t *history, int n_history)
+static int32_t sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                      const int32_t *history, int n_history)
 {
     const int n_vocab = ctx->model->cfg.n_vocab;
     int32_t best;
@@ -7904,6 +7912,18 @@ int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
     const int n = choose_candidates(s, ctx->candidates, logits, n_vocab,
                                     logits[best]);
     return draw(ctx->candidates, n, logits[best], s->temperature, u);
+}
+
+int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                    const int32_t *history, int n_history)
+{
+    fenv_t callers;
+    int32_t token;
+
+    enter_arithmetic(&callers);
+    token = sample(ctx, s, logits, history, n_history);
+    fesetenv(&callers);
+    return token;
 }
 
 /* --------------------------------------------------------- 27. Unicode classes

@@ -261,7 +261,8 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
  * int8 numbers in registers with the instruction the context's kernels use, and
  * returns how many multiply-adds; DECODE multiplies one row with weights that
  * stay in the second-level cache, half a MiB for each thread, and returns how
- * many bytes of weights.  The caller takes the time. */
+ * many bytes of weights.  The caller takes the time.  LFM2_EARG in the child of
+ * a fork(), as of lfm2_forward(). */
 enum { LFM2_READ, LFM2_DOT, LFM2_DECODE };
 int64_t lfm2_exercise(lfm2_context *ctx, int what);
 

@@ -164,7 +164,7 @@ END_TEST
 
 /* ---------------------------------------------------------- matrix products */
 
-enum { PRODUCT_COLS = 512, PRODUCT_ROWS = 7, PRODUCT_TOKENS = 5 };
+enum { PRODUCT_COLS = 512, PRODUCT_ROWS = 71, PRODUCT_TOKENS = 5 };
 
 /* What the engine multiplies: for float weights the input itself, else the
  * input as it was rounded. */
@@ -200,14 +200,30 @@ static void expect_product(const struct tensor *w, const struct input *in,
     free(exact);
 }
 
+/* What all threads of a context compute. */
+static struct {
+    struct input *in;
+    const struct tensor *w;
+    float *y;
+} multiplied;
+
+static void multiply(const struct thread *me)
+{
+    round_rows(me, multiplied.in);
+    barrier(me);
+    matmul(me, ASSIGN, multiplied.y, multiplied.w, multiplied.in);
+}
+
 START_TEST(a_product_is_the_sum_of_its_terms)
 {
     const int type = weight_types[_i];
     const struct tiny t = { .type = 2, .n_embd = 256 };     /* n_ff 512 */
     struct bytes file = tiny_model(&t), b;
     const lfm2_params p = { .n_ctx = 8, .n_seq = 1, .n_batch = 8,
-                            .n_threads = 1 };
-    float x[PRODUCT_TOKENS * PRODUCT_COLS], y[PRODUCT_TOKENS * PRODUCT_ROWS];
+                            .n_threads = 2 };
+    static float x[PRODUCT_TOKENS * PRODUCT_COLS];
+    static float y[PRODUCT_TOKENS * PRODUCT_ROWS];
+    static struct q8_block q[PRODUCT_TOKENS * PRODUCT_COLS / 32];
     lfm2_model *m;
     lfm2_context *ctx;
     uint64_t rng = 4;
@@ -215,18 +231,19 @@ START_TEST(a_product_is_the_sum_of_its_terms)
     ck_assert(lfm2_model_open_memory(&m, file.p, file.n, NULL) == LFM2_OK);
     ck_assert(lfm2_context_open(&ctx, m, &p, NULL) == LFM2_OK);
     ck_assert_int_eq(m->cfg.n_ff, PRODUCT_COLS);
-    const struct thread *me = &ctx->thread[0];
     for (int round = 0; round < 20; round++) {
         for (size_t i = 0; i < COUNT(x); i++)
             x[i] = random_float(&rng) + 0.5f;         /* sums that matter */
         b = random_weights(type, PRODUCT_COLS, PRODUCT_ROWS, &rng);
         const struct tensor w = { format_find((uint32_t)type), PRODUCT_ROWS,
-                                  PRODUCT_COLS, b.p, NULL };
-        ctx->hidden.f = x;
-        ctx->hidden.n = PRODUCT_TOKENS;
-        round_rows(me, &ctx->hidden);
-        matmul(me, ASSIGN, y, &w, &ctx->hidden);
-        expect_product(&w, &ctx->hidden, y);
+                                  PRODUCT_COLS, b.p };
+        struct input in = { .n = PRODUCT_TOKENS, .cols = PRODUCT_COLS, .f = x,
+                            .q = q };
+        multiplied.in = &in;
+        multiplied.w = &w;
+        multiplied.y = y;
+        parallel(ctx, 2, multiply);
+        expect_product(&w, &in, y);
         free(b.p);
     }
     lfm2_context_close(ctx);
