@@ -218,6 +218,7 @@ static int flush_output(int code)
  * --help says. */
 
 enum { RAW_LEN = 256, UNSET = -2, MAX_CTX = 1 << 24, MAX_LIST = 16 };
+enum { LOOKUP = 7, MAX_LOOKUP = 15 };     /* tokens guessed at once          */
 
 struct list { int n, v[MAX_LIST]; };      /* numbers, by commas              */
 
@@ -233,7 +234,7 @@ struct settings {
     int selftest, batch_mode, batch_raw, parallel, heartbeat, hadoop;
     int template, think, think_budget, ignore_eos, logprobs, color;
     int no_mmap, sandbox, quiet, verbose, help, version, bench;
-    int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n;
+    int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n, lookup;
     double temp, top_p, min_p, repeat;
     long long seed;
     struct texts stop;
@@ -264,6 +265,7 @@ static const struct settings defaults = {
     .predict = UNSET, .ctx = UNSET, .batch = UNSET, .temp = UNSET,
     .top_k = UNSET, .top_p = UNSET, .min_p = UNSET, .repeat = UNSET,
     .repeat_last_n = UNSET, .seed = -1, .think_budget = -1, .logprobs = -1,
+    .lookup = UNSET,
     .parallel = 32, .heartbeat = 10, .threads = UNSET,
     .bench_prompt = { 1, { 512 } }, .bench_gen = { 1, { 128 } },
     .bench_depth = { 1, { 0 } }, .bench_threads = { 1, { 0 } },
@@ -414,6 +416,9 @@ static const struct option table[] = {
     NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, "0: one per CPU"),
     NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16,
            "tokens worked on at once (512; with experts 2048)"),
+    NUMBER(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP,
+           "guess N tokens from the text so far; the answer\n"
+           "                            stays the same (7; with experts 0)"),
     NUMBER(CHOICE, "--isa",
            "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
            "instruction set"),
@@ -5076,6 +5081,7 @@ struct engine {
     lfm2_params par;
     int template;                         /* TEMPLATE_NONE: plain text       */
     int opens_thought;                    /* the prompt ends with <think>    */
+    int lookup;                           /* most tokens guessed at once     */
     struct sampling sampling;
     char date[12];
     struct ids *cached;                   /* [n_seq]: tokens in the cache    */
@@ -5219,6 +5225,19 @@ static int open_context(struct engine *e)
     return DONE;
 }
 
+/* How many tokens to guess, and the rows of logits that takes.  With experts a
+ * guess costs too much, as its weights are others; a trace would show tokens
+ * that nobody said. */
+static void settle_lookup(struct engine *e)
+{
+    const struct settings *s = e->s;
+
+    e->lookup = s->trace || s->experts ? 0 : s->lookup != UNSET ? s->lookup :
+                lfm2_model_config(e->model)->n_expert > 0 ? 0 : LOOKUP;
+    if (e->par.n_logits < 1 + e->lookup)
+        e->par.n_logits = 1 + e->lookup;
+}
+
 /* Everything but the context, which takes the most memory. */
 static int open_engine(struct engine *e)
 {
@@ -5240,6 +5259,7 @@ static int open_engine(struct engine *e)
         e->par.n_logits = LOGITS_CHUNK;
     if ((s->trace || s->experts) && s->batch == UNSET)
         e->par.n_batch = TRACE_BATCH;
+    settle_lookup(e);
     return DONE;
 }
 
@@ -5791,6 +5811,8 @@ struct reply {
     struct ids ids;                       /* prompt, then answer: [n_ctx]    */
     int n_fed, n_reused;                  /* of ids: in the cache; from it   */
     int n_made, n_thought;                /* tokens made, of them in thought */
+    int n_guessed, n_right;               /* tokens by lookup, right ones    */
+    int bold, credit;                     /* how many it may guess           */
     lfm2_sampler sampler;
     enum finish finish;
     enum part part;
@@ -6241,6 +6263,74 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
     take_token(e, r, id);
 }
 
+/* ---- prompt lookup
+ *
+ * Text repeats itself: an edit repeats a page, an answer its question, JSON its
+ * keys.  What followed the last few tokens earlier is a guess at what follows
+ * them now, and one forward reads several guesses for little more than the
+ * price of a token.  From each of them the next token is chosen as ever; a
+ * guess only decides whether the logits for it are there already.  So the
+ * answer is the same, to the byte.
+ *
+ * A guess costs about a tenth of a forward, and saves one if it is right.  A
+ * reply begins with half a forward to its credit and earns two hundredths with
+ * each, so that guesses that are always wrong cost it little more than these. */
+
+enum {
+    MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that must be alike       */
+    A_FORWARD = 100, A_GUESS = 10, EARNED = 2, CREDIT = 50, MAX_CREDIT = 400
+};
+
+/* Where the text went on when it was last like its end now: the longer this
+ * goes back, the better.  0 if it never was.  The search is short beside what
+ * attention reads of the same tokens. */
+static int find_earlier(const struct ids *text)
+{
+    const int32_t *end = text->id + text->n;
+    int best = 0, longest = MIN_MATCH - 1;
+
+    for (int at = text->n - 1; at > longest && longest < MAX_MATCH; at--) {
+        int n = 0;
+        while (n < at && n < MAX_MATCH && text->id[at - 1 - n] == end[-1 - n])
+            n++;
+        if (n > longest)
+            longest = n, best = at;
+    }
+    return best;
+}
+
+static int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+/* Put at most n guesses behind the text, and say how many. */
+static int guess(const struct engine *e, struct reply *r, int n)
+{
+    struct ids *text = &r->ids;
+    int from;
+
+    n = smaller(smaller(n, r->bold), r->credit / A_GUESS);
+    n = smaller(n, e->par.n_ctx - text->n);
+    if (r->q->limit >= 0)
+        n = smaller(n, r->q->limit - r->n_made - 1);
+    from = n > 0 ? find_earlier(text) : 0;
+    for (int i = 0; from > 0 && i < n; i++)
+        text->id[text->n + i] = text->id[from + i];
+    return from > 0 ? n : 0;
+}
+
+/* Of n guesses so many were right: guess more, or less. */
+static void note_guesses(struct reply *r, int n, int n_right)
+{
+    r->n_guessed += n;
+    r->n_right += n_right;
+    r->credit += EARNED + n_right * A_FORWARD - n * A_GUESS;
+    r->credit = smaller(r->credit, MAX_CREDIT);
+    if (n > 0)
+        r->bold = smaller(n_right < n ? n_right + 1 : 2 * n + 1, MAX_LOOKUP);
+}
+
 /* ---- many at once */
 
 /* What a reply shares with the text in a sequence need not be read again. */
@@ -6295,24 +6385,31 @@ static int start_reply(struct engine *e, struct reply *r,
     r->n_fed = r->n_reused = cached->n;
     r->part = !q->split ? PLAIN : q->in_thought ? THOUGHT : START;
     r->sampler = make_sampler(&q->sampling, q->seed);
+    r->bold = MIN_MATCH;
+    r->credit = CREDIT;
     r->started = r->read = r->ended = seconds();
     return DONE;
 }
 
 /* The tokens of a reply that go into the next forward: all that are not in the
- * cache, as far as there is room.  *room and *rows shrink. */
-static lfm2_span next_span(const struct reply *r, int *room, int *rows)
+ * cache, as far as there is room, and then guesses.  *room and *rows shrink. */
+static lfm2_span next_span(const struct engine *e, struct reply *r,
+                           int n_guesses, int *room, int *rows)
 {
     const int rest = r->ids.n - r->n_fed;
-    const int all_rows = r->q->prompt_logprobs >= 0 &&
-                         r->n_fed < r->q->prompt.n;
+    const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
     const int most = all_rows && *rows < *room ? *rows : *room;
     const int n = rest - 1 < most ? rest : most + 1;
+    int guesses = 0;
 
     *room -= n - 1;
     *rows -= all_rows ? n - 1 : 0;
-    return (lfm2_span){ r->seq, r->ids.id + r->n_fed, n,
-                        all_rows ? n : n == rest };
+    if (n == rest)
+        guesses = guess(e, r, smaller(n_guesses, smaller(*room, *rows)));
+    *room -= guesses;
+    *rows -= guesses;
+    return (lfm2_span){ r->seq, r->ids.id + r->n_fed, n + guesses,
+                        (all_rows ? n : n == rest) + guesses };
 }
 
 /* What the model thought of the prompt: of each token but the first. */
@@ -6337,6 +6434,25 @@ static void note_prompt(const struct engine *e, struct reply *r, int span,
     }
 }
 
+/* Say the next token, and as many more as were guessed.  What was guessed wrong
+ * leaves the cache, and maybe some of what is before it, which is read again. */
+static void say_tokens(struct engine *e, struct reply *r, int span)
+{
+    struct ids *cached = &e->cached[r->seq];
+    const int from = r->n_fed, n = cached->n - from;
+    const int row = e->span[span].n_logits - 1 - n;
+
+    while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
+        sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
+        while (r->n_fed < r->ids.n && r->n_fed < cached->n &&
+               r->ids.id[r->n_fed] == cached->id[r->n_fed])
+            r->n_fed++;
+    }
+    note_guesses(r, n, r->n_fed - from);
+    if (r->n_fed < cached->n)
+        r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
+}
+
 /* What was fed is in the cache; who has all of it there says its next token. */
 static void move_on(struct engine *e, struct reply *r, int span)
 {
@@ -6346,15 +6462,15 @@ static void move_on(struct engine *e, struct reply *r, int span)
     memcpy(cached->id + cached->n, fed->tokens,
            (size_t)fed->n_tokens * sizeof *cached->id);
     cached->n += fed->n_tokens;
-    if (r->q->prompt_logprobs >= 0)
+    if (r->q->prompt_logprobs >= 0 && r->n_made == 0)
         note_prompt(e, r, span, fed->n_logits);
-    r->n_fed += fed->n_tokens;
+    r->n_fed = smaller(cached->n, r->ids.n);
     if (r->n_made == 0)
         r->read = seconds();
     if (r->n_fed == r->ids.n && r->q->limit == 0)
         r->finish = BY_LENGTH;
     else if (r->n_fed == r->ids.n)
-        sample_token(e, r, lfm2_logits(e->ctx, span, fed->n_logits - 1));
+        say_tokens(e, r, span);
     if (r->finish != UNFINISHED) {
         split(r, 1);
         r->ended = seconds();
@@ -6373,14 +6489,14 @@ static int forward(const struct engine *e, const lfm2_span *spans, int n)
 }
 
 /* Move n unfinished replies on by one forward.  Those that read their prompts
- * share the room that those who write leave. */
+ * share the room that those who write leave, and all of them the guesses. */
 static int step(struct engine *e, struct reply *const *r, int n)
 {
     int room = e->par.n_batch - n, rows = e->par.n_logits - n, code;
 
     room = room > 0 ? room : 0;
     for (int i = 0; i < n; i++)
-        e->span[i] = next_span(r[i], &room, &rows);
+        e->span[i] = next_span(e, r[i], e->lookup / n, &room, &rows);
     code = forward(e, e->span, n);
     for (int i = 0; code == DONE && i < n; i++)
         move_on(e, r[i], i);
@@ -6810,8 +6926,10 @@ static void add_timings(struct text *to, const struct reply *r)
                "\"prompt_ms\": %.3f, \"prompt_per_second\": %.3f, ",
                r->n_reused, n, read * 1e3, n / (read + 1e-9));
     add_format(to, "\"predicted_n\": %d, \"predicted_ms\": %.3f, "
-               "\"predicted_per_second\": %.3f}", r->n_made, wrote * 1e3,
+               "\"predicted_per_second\": %.3f, ", r->n_made, wrote * 1e3,
                r->n_made / (wrote + 1e-9));
+    add_format(to, "\"draft_n\": %d, \"draft_n_accepted\": %d}",
+               r->n_guessed, r->n_right);
 }
 
 /* Which model said it, and how it can be said again. */
@@ -6872,13 +6990,18 @@ static void print_speed(const struct talk *t)
     if (e->s->verbose) {
         const struct cost cost = count_cost(e->model, e->par.kv_type);
         const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
+        const double steps = speed * (r->n_made - r->n_right) /
+                             (r->n_made + 1e-9);
         const double own = anonymous_memory(e->status);
         struct phrase of_it = { "" };
         if (own > 0)
             of_it = phrase(", of it %s not the file's", amount(own, "B").s);
         say(DONE, "a token reads %s of weights and cache, %s/s; memory %s%s",
-            amount(bytes, "B").s, amount(bytes * speed, "B").s,
+            amount(bytes, "B").s, amount(bytes * steps, "B").s,
             amount(peak_memory(), "B").s, of_it.s);
+        if (r->n_guessed > 0)
+            say(DONE, "guessed %d tokens, %d of them right", r->n_guessed,
+                r->n_right);
     }
 }
 
@@ -7761,7 +7884,7 @@ struct batch {
     int shard, n_shards;
     int told;                             /* of a member that is not known   */
     long long done, failed, skipped, failed_before;
-    double tokens, reused, bytes, size, started, beat;
+    double tokens, reused, guessed, right, bytes, size, started, beat;
 };
 
 /* ---- what a line asks for */
@@ -8616,6 +8739,8 @@ static void end_jobs(struct batch *b)
             continue;
         b->tokens += j->t.q.prompt.n + j->t.r.n_made;
         b->reused += j->t.r.n_reused;
+        b->guessed += j->t.r.n_guessed;
+        b->right += j->t.r.n_right;
         finish_reply(b, j);
         free_reply(&j->t.r);
         j->t.r = (struct reply){ 0 };
@@ -8643,7 +8768,8 @@ static void report_progress(struct batch *b, int last)
         "%.0f s%s", b->done, b->failed, b->skipped, b->tokens / took, took,
         left);
     if (last && s->verbose)
-        say(DONE, "%.0f tokens, %.0f of them reused", b->tokens, b->reused);
+        say(DONE, "%.0f tokens, %.0f of them reused; guessed %.0f, %.0f of "
+            "them right", b->tokens, b->reused, b->guessed, b->right);
 }
 
 static int run_batch(struct batch *b)
