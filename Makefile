@@ -38,7 +38,7 @@ endif
 ifneq ($(filter __s390__,$(MACHINE)),)
 EXACT   += -fexcess-precision=fast
 endif
-WARN    := -Wall -Wextra -pedantic -Wshadow
+WARN    := -Wall -Wextra -pedantic -Wshadow -Wno-missing-field-initializers
 FLAGS   := -std=c11 $(EXACT) $(WARN) -pthread -MMD -MP
 LIBS    := -lm -pthread
 
@@ -163,7 +163,7 @@ PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_tokenizer check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
-COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -pthread \
+COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -Wno-missing-field-initializers -pthread \
            -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(filter %.o,$^)
 
 $(PLAIN:%=build/test/%): CPPFLAGS += -DLFM2_NO_SIMD

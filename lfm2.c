@@ -18,18 +18,23 @@
  *
  * The file, in the order it is meant to be read:
  *
- *   I    The model       data; what the machine provides; small blocks;
- *                        the two operators that mix time; feed-forward; forward
- *   II   The machine     exact arithmetic; worker threads; weight formats;
- *                        matrix products, in plain C; the same with vectors
- *   III  The file        reading bytes; GGUF; configuration; binding tensors
- *   IV   The state       memory of a context; sequences: trim, copy, save,
- *                        load; traces
- *   V    Words           tokenizer; chat; sampler; Unicode classes
+ *   I    The model       1 data   2 what the machine provides   3 small blocks
+ *                        4 the operators that mix time   5 feed-forward
+ *                        6 forward
+ *   II   The machine     7 exact arithmetic   8 threads   9 weight formats
+ *                        10 matrix products, in plain C   11, 12 the same with
+ *                        vectors   13 choosing the kernels
+ *   III  The file        14 reading bytes   15 GGUF   16 configuration
+ *                        17 binding tensors   18 open and close
+ *   IV   The state       19 memory of a context   20 sequences: trim, copy,
+ *                        save, load   21 traces
+ *   V    Words           22, 23 vocabulary   24 text to tokens   25 chat
+ *                        26 sampling   27 Unicode classes
  *
  * Conventions.  Matrices are row-major; [rows][cols] beside a pointer is its
- * shape.  x is the residual stream, h the branch beside it, il a layer, t a row
- * (one token of one sequence), n_* a count.  Weights carry their GGUF names.
+ * shape.  x is the residual stream, il a layer, t a row of the batch (one token
+ * of one sequence), n_* a count, me the thread that runs.  Weights carry their
+ * GGUF names.
  *
  * The arithmetic contract.  The logits are the same bits on every CPU, with
  * every compiler, thread count, batch size, neighbour and cut of the prompt:
@@ -52,9 +57,23 @@
  * To port: a C11 compiler with IEEE floats evaluated in their own precision is
  * enough, in any byte order and word size.  LFM2_NO_SIMD leaves out the vector
  * kernels (LFM2_AVX2_ONLY, those of newer CPUs), LFM2_NO_THREADS pthreads,
- * LFM2_NO_MMAP mmap. */
+ * LFM2_NO_MMAP mmap and with it all of POSIX but threads. */
 
 #ifndef KERNELS                           /* see section 11                  */
+
+/* The contract, whatever the compiler is told: no a*b+c is fused by itself, and
+ * nothing is compiled that may reorder sums. */
+#ifdef __clang__
+#pragma float_control(precise, on)
+#pragma STDC FP_CONTRACT OFF
+#elif defined __GNUC__
+#pragma GCC optimize "fp-contract=off"
+#endif
+#if defined __FAST_MATH__ || defined __ASSOCIATIVE_MATH__ || \
+    defined __RECIPROCAL_MATH__ || \
+    (defined __FINITE_MATH_ONLY__ && __FINITE_MATH_ONLY__)
+#error "-ffast-math, -Ofast and their parts change results: use -O3"
+#endif
 
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity()             */
@@ -64,6 +83,7 @@
 #include "lfm2.h"
 
 #include <errno.h>
+#include <fenv.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
@@ -73,15 +93,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef LFM2_NO_MMAP
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#ifndef LFM2_NO_MMAP
-#include <sys/mman.h>
 #endif
 #ifndef LFM2_NO_THREADS
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 #if defined __x86_64__ && defined __GNUC__ && !defined LFM2_NO_SIMD
@@ -97,9 +118,6 @@
 #endif
 #endif
 
-#ifdef __FAST_MATH__
-#error "-Ofast and -ffast-math change results: use -O3"
-#endif
 #if FLT_EVAL_METHOD != 0
 #error "floats must keep their own precision (i386: -msse2 -mfpmath=sse)"
 #endif
@@ -121,6 +139,10 @@ struct tensor {
     const struct format *fmt;
     int rows, cols;
     const uint8_t *data;
+    const struct tensor *next;            /* read after this one, or NULL    */
+    int module, first;                    /* for traces: what its product is
+                                             called, and of which a part that
+                                             begins there                    */
 };
 
 struct layer {
@@ -177,49 +199,78 @@ struct lfm2_model {
  * 64 positions with the positions innermost, [tile][head_dim][64], so that the
  * scores of a tile are sums of contiguous rows, then V as [n_ctx][head_dim].
  *
- * The memory of a short convolution is the last l_cache-1 columns of its gated
- * input u.  It cannot be run backwards, so a copy is kept at every multiple of
- * seq_step tokens: trimming a sequence is going back to one of them. */
+ * A short convolution looks at the last l_cache columns of its gated input u.
+ * `u` keeps UNDO more of them, so that the last UNDO tokens can be taken back:
+ * column p of the text is column p mod (UNDO + l_cache-1) there, and columns
+ * before the text are 0.  For going further back, the last l_cache-1 columns
+ * are kept at every multiple of seq_step tokens, the marks. */
+enum { UNDO = 16, MAX_TAPS = 8 };
+
 struct seq {
     int len;                              /* tokens                          */
     int start;                            /* length before a running forward */
+    int oldest;                           /* the first column that u has     */
+    int span;                             /* see check_spans()               */
     uint8_t *kv;
-    float *conv;                          /* [n_conv][l_cache-1][n_embd]     */
-    float *conv_start;                    /* the same, as it was at `start`  */
+    float *u;                             /* [n_conv][UNDO+l_cache-1][n_embd]*/
+    float *u_start;                       /* [n_conv][l_cache-1][n_embd]: the
+                                             last columns before `start`     */
     float *marks;                         /* [n_ctx/seq_step] of the same    */
 };
-
-/* A piece of a span: n rows of the batch, which continue one sequence. */
-struct piece { int seq, pos, row, n; };
 
 /* 32 columns of a row, rounded: x ~ d q.  sum holds the sums of q over 16
  * columns each, and s is d times both, for weights that have a minimum or are
  * stored with an offset. */
-struct rounded {
+struct q8_block {
     int8_t q[32];
     float d, s;
     int16_t sum[2];
 };
 
 /* The input of matrix products: n rows as they are, for weights in floats, and
- * rounded, for all others.  Row i is row[i] in memory, if there is `row`. */
+ * rounded, for all others.  Row i lies at row[i], or else at first + i; what is
+ * made of it has the place first + i, too. */
 struct input {
     int n, cols;
-    const int *row;                       /* [n], or NULL: row i is row i    */
+    const int *row;                       /* [n], or NULL                    */
     float *f;                             /* [rows][cols]                    */
-    struct rounded *q;                    /* [rows][cols/32]                 */
+    struct q8_block *q;                   /* [rows][cols/32]                 */
+    int first;
 };
 
-/* What a trace shows and a pass does not keep.  All NULL unless there is one;
- * slots are rows in a dense layer. */
-struct kept {
-    void *memory;                         /* the others point into it        */
-    float *in_proj;                       /* [n_rows][3 n_embd]              */
-    float *conv;                          /* [n_rows][n_embd]                */
-    float *q, *k;                         /* as in the context, but normed   */
-    float *gate, *up;                     /* [slots][n_ff or n_ff_expert]    */
-    float *out;                           /* [slots][n_embd], what is added  */
-    float *chosen;                        /* [n_rows][n_expert_used]         */
+/* A piece of a span: n rows of the batch, which continue one sequence. */
+struct piece { int seq, pos, row, n; };
+
+/* A row of the batch: one token of one sequence, or a row of embeddings that
+ * stands in for it; and what is wanted of it. */
+enum { NOTHING, STATE, LOGITS };          /* state: the last normed x        */
+
+struct row {
+    int seq, pos;
+    int32_t token;                        /* -1 where there is embd          */
+    const float *embd;                    /* [n_embd], or NULL               */
+    int wanted;
+};
+
+/* One pass: at most n_batch rows, cut from the spans in order. */
+struct batch {
+    int n_rows, n_pieces;
+    struct row *row;                      /* [n_rows]                        */
+    struct piece *piece;                  /* [n_seq]                         */
+    float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
+};
+
+/* Which experts work for which rows.  A slot is one choice of one row; slots
+ * are sorted by expert. */
+struct routing {
+    float *score;                         /* [n_rows][n_expert]              */
+    int *chosen;                          /* [n_rows][n_expert_used]         */
+    float *weight;                        /* [n_rows][n_expert_used]         */
+    int *slot_row;                        /* [slots]                         */
+    float *slot_weight;                   /* [slots]                         */
+    int *slot_end;                        /* [n_expert+1] bounds of groups   */
+    int *active, n_active;                /* experts that somebody chose     */
+    struct tensor *gate, *up, *down;      /* [n_active] their matrices       */
 };
 
 struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
@@ -227,77 +278,86 @@ struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
 struct lfm2_context {
     const struct lfm2_model *model;
     lfm2_params par;
-    struct pool *pool;
     const struct isa *isa;                /* the kernels for this CPU        */
+    struct pool *pool;
+    struct thread *thread;                /* [n_threads]; 0 is the caller    */
     atomic_int cancel;
-    void *memory;                         /* everything below points into it */
+    int stop;                             /* cancelled, as all threads see it*/
+    void *memory;                         /* most of what follows lies there */
+    uint64_t row_work;                    /* multiply-adds for one row       */
     int seq_step;
     struct seq *seq;                      /* [n_seq]                         */
-
-    /* one pass: at most n_batch rows, cut from the spans in order */
-    int n_rows, n_pieces, n_wanted;
-    struct piece *piece;                  /* [n_seq]                         */
-    int32_t *token, *position;            /* [n_rows]                        */
-    uint8_t *wanted;                      /* [n_rows], 1: give its logits    */
-    int *out_row;                         /* the rows that are wanted        */
-    float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
+    struct batch batch;
+    struct routing routing;
 
     float *x;                             /* [n_rows][n_embd] residual       */
-    float *y;                             /* the same: the sum of experts    */
     float *q;                             /* [n_rows][n_head][head_dim], the
-                                             memory of mixed.f               */
+                                             memory of heads.f               */
     float *k, *v;                         /* [n_rows][n_head_kv][head_dim]   */
-    struct gathered *part;                /* [n_head_kv][chunks of n_ctx]
-                                             [heads that share it]; for one
-                                             row, see is_split()             */
-    struct input in;                      /* [n_rows][n_embd], x normed      */
-    struct input mixed;                   /* [n_rows][n_embd] or of all the
-                                             heads: what an operator gives   */
-    struct input hidden;                  /* [n_rows][n_ff], and of experts
-                                             [slots][n_ff_expert]            */
+    struct attn_partial *part;            /* see attend_split()              */
+    float *y;                             /* [n_rows][n_embd] sum of experts */
 
-    /* experts; a slot is one choice of one row */
-    float *score;                         /* [n_rows][n_expert]              */
-    int *chosen;                          /* [n_rows][n_expert_used]         */
-    float *weight;                        /* [n_rows][n_expert_used]         */
-    int *slot;                            /* rows*used, grouped by expert    */
-    int *slot_row;                        /* the row of each                 */
-    int *slot_end;                        /* [n_expert+1] bounds of groups   */
-    int *active, n_active;                /* experts that somebody chose     */
+    /* what is multiplied by a matrix; some share their memory */
+    struct input in;                      /* [n_rows][n_embd], x normed      */
+    struct input mixed;                   /* [n_rows][n_embd], convolved     */
+    struct input heads;                   /* [n_rows][n_head head_dim]       */
+    struct input hidden;                  /* [n_rows][n_ff]                  */
+    struct input hidden_exps;             /* [slots][n_ff_expert]            */
 
     float *logits;                        /* [n_logits][n_vocab]             */
+    float *states;                        /* [n_seq][n_embd], normed         */
     int n_logits;                         /* rows that are there             */
     int n_spans;
     int *span_logits;                     /* [n_seq+1] first row of a span   */
+    int *span_state;                      /* [n_seq] its sequence, or -1     */
     struct candidate *candidates;         /* [n_vocab]                       */
-    struct scratch *scratch;              /* [n_threads]                     */
 
     lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
     void *hook_user;
-    struct kept kept;
+    struct kept *kept;                    /* see section 21                  */
+    struct exercise *exercise;            /* see lfm2_exercise()             */
 };
 
 /* ------------------------------------------ 2. What the machine provides
  *
- * Enough to read Part I; the definitions are in Part II. */
+ * Enough to read Part I.  The definitions are in Part II, those for traces in
+ * section 21. */
 
 static float fma_f32(float a, float b, float c);    /* a*b+c, rounded once   */
 static float exp_f32(float x);
 static void  sin_cos(double a, float *s, float *c);
-static float dot_f32(const float *a, const float *b, int n);
-static float f16_to_f32(uint16_t h);
-static uint16_t f32_to_f16(float f);
 
 enum { UNIT = 32 };                       /* columns rounded together; n_embd
                                              and n_ff are whole units        */
 
-struct gathered;
-struct kv_head;
+/* The memory of a sequence.  Column `pos` of u in the i_conv-th convolution,
+ * [n_embd]; and the columns that all of them look back to after `pos` tokens,
+ * [n_conv][l_cache-1][n_embd], if they are kept for good, else NULL. */
+static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
+                       int i_conv, int pos);
+static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
+                        int pos);
+
+/* The cache of one kv head in one layer; element d of what it holds. */
+struct kv_head {
+    uint8_t *k;                           /* [n_ctx/TILE][head_dim][TILE]    */
+    uint8_t *v;                           /* [n_ctx][head_dim]               */
+    int f16, head_dim;
+};
+static struct kv_head kv_head_at(const struct lfm2_context *ctx,
+                                 const struct seq *s, int i_attn, int head);
+static void kv_store(const struct kv_head *kv, int pos, const float *k,
+                     const float *v);
+static float kv_key(const struct kv_head *kv, int pos, int d);
+static float kv_value(const struct kv_head *kv, int pos, int d);
+
+struct attn_partial;
+struct attn_rows;
 
 /* What a thread works with. */
 struct scratch {
     float *out[3];                        /* [n_batch][UNIT], of product()   */
-    struct gathered *gathered;            /* see attend_rows()               */
+    struct attn_partial *partial;         /* see attend_rows()               */
 
     /* rows of weights, unpacked: here one row, in section 12 a panel */
     uint8_t *q;                           /* [cols][panel rows]              */
@@ -310,101 +370,84 @@ struct scratch {
 struct isa {
     int panel_rows;                       /* see section 12                  */
     float (*dot)(const float *a, const float *b, int n);
-    void (*quantize)(struct rounded *to, const float *x);
+    void (*quantize)(struct q8_block *to, const float *x);
     void (*swiglu)(float *gate, const float *up, int n);
     void (*add_scaled)(float *y, float a, const float *x, int n);
     void (*rope)(float *head, const float *turn, int head_dim);
-    void (*conv_step)(float *y, float *win, const float *w, const float *b,
-                      const float *c, float *x, int l_cache, size_t n);
-    void (*attend_chunk)(struct gathered *g, const float *q, int n_q,
-                         const struct kv_head *kv, int pos, int n);
+    void (*conv_step)(float *y, float *const *u, const float *w,
+                      const float *b, const float *c, float *x, int l_cache,
+                      size_t n);
+    void (*attend_chunk)(struct attn_partial *part, const struct attn_rows *a,
+                         const struct kv_head *kv, int pos,
+                         const struct scratch *s);
     void (*product)(float *out, const struct tensor *w, int first, int n_rows,
                     const struct input *in, const struct scratch *s,
                     const uint8_t *end, const uint8_t *next);
     int64_t (*exercise)(int *sum);        /* see lfm2_exercise()             */
 };
 
-/* Run fn on every thread of the context, numbered from 0. */
-typedef void work_fn(struct lfm2_context *ctx, void *job, int thread);
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job);
+/* Every thread of a context runs the model, side by side with the others.  Each
+ * does its share, first .. last-1 of n things, and where it needs what others
+ * have computed it waits for all of them at a barrier. */
+struct thread {
+    struct lfm2_context *ctx;
+    int id, of;                           /* this one, of how many           */
+    struct scratch s;
+};
 
-/* The share of n things that falls to a thread: first .. last-1. */
 struct range { int first, last; };
-static struct range share(const struct lfm2_context *ctx, int n, int thread);
+static struct range share(const struct thread *me, int n);
+static void barrier(const struct thread *me);
 
 /* Row r of w as floats: out[w->cols]. */
 static void get_row(float *out, const struct tensor *w, int r);
 
-/* in = the n rows of x, [n][cols]. */
-static void load_input(struct lfm2_context *ctx, struct input *in, float *x,
-                       int n, int cols);
-
-/* in = rms_norm of ctx->x. */
-static void load_normed(struct lfm2_context *ctx, const float *norm);
-
-/* Group g of a row becomes x, [32]. */
-static void set_group(const struct lfm2_context *ctx, struct input *in, int row,
-                      int g, const float *x);
-
-/* Products come in units of 32 rows of w, the outputs that make one group of
- * the next input.  The result, [in->n][32], is the thread's buffer number `to`.
- * The thread will read the units of w up to last-1 and then what is at `next`,
- * so they can be fetched from memory ahead of time. */
+/* Matrix products come in units: 32 rows of w, whose outputs are one group of
+ * the next input.  Unit u, for all rows of the input, is [in->n][UNIT] in the
+ * thread's buffer number `to`. */
 static int n_units(const struct tensor *w);
-static const uint8_t *unit_data(const struct tensor *w, int u);
-static const uint8_t *share_data(const struct lfm2_context *ctx,
-                                 const struct tensor *w, int thread);
-static float *product(struct lfm2_context *ctx, int thread, int to,
-                      const struct tensor *w, int u, int last,
-                      const struct input *in, const uint8_t *next);
+static float *product(const struct thread *me, int to, const struct tensor *w,
+                      int u, const struct input *in);
 
-/* Unit u of all rows of y, [n][w->rows], becomes `unit`, [n][UNIT], or is
- * increased by it. */
-static void put_unit(float *y, const struct tensor *w, int u, const float *unit,
-                     int n, int how);
-
-/* y = in w^T, [in->n][w->rows], or y is increased by it. */
+/* This thread's share of y = in w^T, [in->n][w->rows], or of y += in w^T. */
 enum { ASSIGN, INCREASE };
-static void matmul(struct lfm2_context *ctx, int how, float *y,
+static void matmul(const struct thread *me, int how, float *y,
                    const struct tensor *w, const struct input *in);
 
-/* A thread's part of matmul(); it will go on with the matrix `next`. */
-static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
-                         const struct tensor *w, const struct input *in,
-                         const struct tensor *next);
-
-/* The e-th matrix of an expert tensor. */
+/* `rows` rows of w from `first` on, and the e-th matrix of an expert tensor. */
+static struct tensor rows_of(const struct tensor *w, int first, int rows);
 static struct tensor expert(const struct tensor *w, int e);
 
-/* For lfm2_trace(): show the rows of y, n numbers each, under the name that the
- * module has in the official implementation, "conv.in_proj" of a layer, or
- * "lm_head" of none.  trace() has all rows of the batch, trace_wanted() those
- * whose logits are wanted, and trace_expert() shows the slots of expert e, out
- * of all.  None of these does anything while nobody traces. */
-static void trace(struct lfm2_context *ctx, const struct layer *l,
-                  const char *module, const float *y, int n);
-static void trace_wanted(struct lfm2_context *ctx, const char *module,
-                         const float *y, int n);
-static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e,
-                         const char *module, const float *y, int n);
+/* Round unit u of n rows of an input, [n][UNIT], from `row` on; and this
+ * thread's share of rows that lie in in->f. */
+static void set_unit(const struct thread *me, struct input *in, int row, int n,
+                     int u, const float *unit);
+static void round_rows(const struct thread *me, struct input *in);
 
-/* Keep for it what the next unit overwrites, if there is a y: unit u of n rows
- * from row `first` on; head number i; the chosen experts, as floats. */
-static void keep_unit(float *y, int first, const struct tensor *w, int u,
-                      const float *unit, int n);
-static void keep_head(float *y, size_t i, const float *head, int head_dim);
-static float *keep_chosen(struct lfm2_context *ctx);
+/* ctx->q = softmax(q k^T) v for all rows: attend_query() is one chunk of one of
+ * its heads, merge_chunk() puts chunks together. */
+static void attend(const struct thread *me, const struct layer *l);
 
-/* Fill in err, if there is one, and return code. */
-static int fail(lfm2_error *err, int code, const char *fmt, ...);
+/* Sort the slots by expert, and bind the matrices of those in use. */
+static void group_by_expert(struct lfm2_context *ctx, const struct layer *l);
 
-/* Pass an error on to the caller. */
-#define TRY(call)               \
-    do {                        \
-        int code_ = (call);     \
-        if (code_ < 0)          \
-            return code_;       \
-    } while (0)
+/* For lfm2_trace().  Nothing of this does anything while nobody traces.  What
+ * product() computes is kept by itself, under the name that the module has in
+ * the official implementation; keep() keeps n other numbers of a row.  trace()
+ * shows some modules of a layer when all threads are done with them, and
+ * trace_rows() what lies in y, [n_rows][n]; il is -1 outside of layers. */
+enum module {
+    NOT_TRACED, CONV_IN_PROJ, CONV_CONV, CONV_OUT_PROJ, ATTN_Q, ATTN_K, ATTN_V,
+    ATTN_Q_NORM, ATTN_K_NORM, ATTN_OUT, FFN_W1, FFN_W3, FFN_W2, MOE_GATE,
+    MOE_CHOSEN, N_MODULES
+};
+static void keep(const struct lfm2_context *ctx, int module, int row, int col,
+                 const float *x, int n);
+static void trace(const struct thread *me, const struct layer *l, int first,
+                  int last);
+static void trace_rows(const struct thread *me, int il, const char *module,
+                       float *y, int n);
+static void trace_moe(const struct thread *me, const struct layer *l);
 
 /* --------------------------------------------------------- 3. Small blocks
  *
@@ -458,100 +501,55 @@ static void rope(float *head, const float *turn, int head_dim)
 /* ------------------------------------------ 4. The operators that mix time
  *
  * Everything else in the model looks at one token alone.  These two carry
- * something from token to token, so they work sequence by sequence. */
-
-/* One step of a short convolution, for one unit of channels:
+ * something from token to token, so they work sequence by sequence.
  *
- *     u    = b * x                               gate on the way in
- *     v    = w[0] u[-2] + w[1] u[-1] + w[2] u    per channel, causal
+ * An operator begins when all threads have what it reads, and ends with a
+ * barrier, so that all have what it wrote. */
+
+/* One step of a short convolution, for one unit of channels; with three taps:
+ *
+ *     u[2] = b * x                               gate on the way in
+ *     v    = w[0] u[0] + w[1] u[1] + w[2] u[2]   per channel, causal
  *     y    = c * v                               gate on the way out
  *
- * y may be c, and x becomes v.  win[l_cache-1] holds the earlier u, oldest
- * first, and moves on by one; its rows, and those of w, are n apart. */
-static void conv_step(float *y, float *win, const float *w, const float *b,
-                      const float *c, float *x, int l_cache, size_t n)
+ * u[0] is the oldest column, u[l_cache-1] the new one.  y may be c, and x
+ * becomes v.  The taps, rows of w, are n apart. */
+static void conv_step(float *y, float *const *u, const float *w,
+                      const float *b, const float *c, float *x, int l_cache,
+                      size_t n)
 {
     const size_t last = (size_t)l_cache - 1;
 
     for (size_t i = 0; i < UNIT; i++) {
-        float u = b[i] * x[i];
-        float v = w[i] * win[i];
-        for (size_t k = 1; k < last; k++) {
-            v = fma_f32(w[k * n + i], win[k * n + i], v);
-            win[(k - 1) * n + i] = win[k * n + i];
-        }
-        v = fma_f32(w[last * n + i], u, v);
-        win[(last - 1) * n + i] = u;
+        u[last][i] = b[i] * x[i];
+        float v = w[i] * u[0][i];
+        for (size_t k = 1; k <= last; k++)
+            v = fma_f32(w[k * n + i], u[k][i], v);
         x[i] = v;
         y[i] = c[i] * v;
     }
 }
 
-/* The conv memory of all layers: [n_conv][l_cache-1][n_embd]. */
-static uint64_t conv_elements(const struct lfm2_model *m)
+/* The channels of unit u of row t of a piece.  b, c and x, [UNIT], are those of
+ * the row; x becomes v, and c the result. */
+static void convolve(const struct thread *me, const struct layer *l, int u,
+                     const struct piece *p, int t, const float *b, float *c,
+                     float *x)
 {
-    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
-           (uint64_t)m->cfg.n_embd;
-}
+    const struct lfm2_context *ctx = me->ctx;
+    const struct seq *s = &ctx->seq[p->seq];
+    const int l_cache = ctx->model->cfg.l_cache, last = l_cache - 1;
+    const size_t n = (size_t)ctx->model->cfg.n_embd, first = (size_t)u * UNIT;
+    float *mark = conv_mark(ctx, s, p->pos + t + 1), *column[MAX_TAPS];
 
-/* A copy of that memory as it was after `pos` tokens, if it is kept; NULL for
- * other positions. */
-static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
-                        int pos)
-{
-    if (pos == 0 || pos % ctx->seq_step != 0)
-        return NULL;
-    return s->marks + (size_t)(pos / ctx->seq_step - 1) *
-                      (size_t)conv_elements(ctx->model);
-}
-
-/* The channels of unit u, all rows: b, c and x are [n_rows][UNIT], and the
- * result becomes that group of the next input; x becomes v. */
-static void conv_unit(struct lfm2_context *ctx, const struct layer *l, int u,
-                      const float *b, float *c, float *x)
-{
-    const lfm2_config *cfg = &ctx->model->cfg;
-    const size_t n = (size_t)cfg->n_embd, first = (size_t)u * UNIT;
-    const size_t past = (size_t)cfg->l_cache - 1;
-    const size_t at = (size_t)l->i_kind * past * n + first;  /* in seq.conv */
-
-    for (int i = 0; i < ctx->n_pieces; i++) {
-        const struct piece *p = &ctx->piece[i];
-        float *win = ctx->seq[p->seq].conv + at;
-        size_t row = (size_t)p->row * UNIT;
-
-        for (int t = 0; t < p->n; t++, row += UNIT) {
-            ctx->isa->conv_step(c + row, win, l->shortconv_conv + first,
-                                b + row, c + row, x + row, cfg->l_cache, n);
-            set_group(ctx, &ctx->mixed, p->row + t, u, c + row);
-            float *mark = conv_mark(ctx, &ctx->seq[p->seq], p->pos + t + 1);
-            for (size_t k = 0; mark && k < past; k++)
-                memcpy(mark + at + k * n, win + k * n, UNIT * sizeof *win);
-        }
-    }
-}
-
-/* A thread computes the same channels of b, c and x, so it can go on alone. */
-static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const struct tensor *w = &l->shortconv_in_proj;
-    const int n = ctx->model->cfg.n_embd / UNIT, rows = ctx->n_rows;
-    const struct range r = share(ctx, n, thread);
-    const uint8_t *next = share_data(ctx, &l->shortconv_out_proj, thread);
-
-    for (int u = r.first; u < r.last; u++) {
-        float *b = product(ctx, thread, 0, w, u, r.last, &ctx->in, next);
-        float *c = product(ctx, thread, 1, w, n + u, n + r.last, &ctx->in,
-                           NULL);
-        float *x = product(ctx, thread, 2, w, 2 * n + u, 2 * n + r.last,
-                           &ctx->in, NULL);
-        keep_unit(ctx->kept.in_proj, 0, w, u, b, rows);
-        keep_unit(ctx->kept.in_proj, 0, w, n + u, c, rows);
-        keep_unit(ctx->kept.in_proj, 0, w, 2 * n + u, x, rows);
-        conv_unit(ctx, l, u, b, c, x);
-        keep_unit(ctx->kept.conv, 0, &l->shortconv_out_proj, u, x, rows);
-    }
+    for (int k = 0; k <= last; k++)
+        column[k] = u_column(ctx, s, l->i_kind, p->pos + t - last + k) + first;
+    ctx->isa->conv_step(c, column, l->shortconv_conv + first, b, c, x, l_cache,
+                        n);
+    for (int k = 0; mark && k < last; k++)
+        memcpy(mark + ((size_t)l->i_kind * last + k) * n + first,
+               column[k + 1], UNIT * sizeof *mark);
+    keep(ctx, CONV_CONV, p->row + t, u * UNIT, x, UNIT);
 }
 
 /* The short convolution, LFM2's own way to mix time.  For each token
@@ -560,107 +558,46 @@ static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
  *     y       = out_proj (c * conv(b * x))
  *
  * with a convolution of l_cache = 3 taps per channel: the whole memory of the
- * layer is the last two columns of b * x, however long the text. */
-static void short_conv(struct lfm2_context *ctx, const struct layer *l)
+ * layer is the last two columns of b * x, however long the text.  A thread
+ * computes the same channels of b, c and x, so it can go on alone. */
+static void short_conv(const struct thread *me, const struct layer *l)
 {
+    struct lfm2_context *ctx = me->ctx;
     const int n = ctx->model->cfg.n_embd;
+    const struct tensor in_b = rows_of(&l->shortconv_in_proj, 0, n);
+    const struct tensor in_c = rows_of(&l->shortconv_in_proj, n, n);
+    const struct tensor in_x = rows_of(&l->shortconv_in_proj, 2 * n, n);
+    const struct range mine = share(me, n_units(&in_b));
 
-    ctx->mixed.n = ctx->n_rows;
-    ctx->mixed.cols = n;
-    parallel(ctx, conv_work, (void *)l);
-    trace(ctx, l, "conv.in_proj", ctx->kept.in_proj, 3 * n);
-    trace(ctx, l, "conv.conv", ctx->kept.conv, n);
-    matmul(ctx, INCREASE, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
-    trace(ctx, l, "conv.out_proj", ctx->kept.out, n);
+    for (int u = mine.first; u < mine.last; u++) {
+        float *b = product(me, 0, &in_b, u, &ctx->in);
+        float *c = product(me, 1, &in_c, u, &ctx->in);
+        float *x = product(me, 2, &in_x, u, &ctx->in);
+        for (int i = 0; i < ctx->batch.n_pieces; i++) {
+            const struct piece *p = &ctx->batch.piece[i];
+            for (int t = 0; t < p->n; t++) {
+                const size_t at = (size_t)(p->row + t) * UNIT;
+                convolve(me, l, u, p, t, b + at, c + at, x + at);
+            }
+        }
+        set_unit(me, &ctx->mixed, 0, ctx->mixed.n, u, c);
+    }
+    barrier(me);
+    matmul(me, INCREASE, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
+    barrier(me);
+    trace(me, l, CONV_IN_PROJ, CONV_OUT_PROJ);
 }
 
 /* Attention looks at positions in chunks of CHUNK, which decide how sums are
- * associated, and reads K in tiles of TILE positions. */
-enum { TILE = 64, CHUNK = 256, MAX_HEAD_DIM = 256 };
+ * associated. */
+enum { CHUNK = 256, MAX_HEAD_DIM = 256 };
 
-/* The cache of one kv head in one layer. */
-struct kv_head {
-    uint8_t *k;                           /* [n_ctx/TILE][head_dim][TILE]    */
-    uint8_t *v;                           /* [n_ctx][head_dim]               */
-    int f16, head_dim;
-};
-
-static size_t kv_head_elements(const struct lfm2_context *ctx)
-{
-    size_t tiles = ((size_t)ctx->par.n_ctx + TILE - 1) / TILE;
-    return tiles * TILE * (size_t)ctx->model->cfg.head_dim;
-}
-
-static struct kv_head kv_head_at(const struct lfm2_context *ctx,
-                                 const struct seq *s, int i_attn, int head)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    int f16 = ctx->par.kv_type == LFM2_KV_F16;
-    size_t bytes = kv_head_elements(ctx) * (f16 ? 2 : 4);
-    uint8_t *k = s->kv + 2 * bytes * ((size_t)i_attn * c->n_head_kv + head);
-
-    return (struct kv_head){ k, k + bytes, f16, c->head_dim };
-}
-
-static void kv_set(uint8_t *cache, int f16, size_t i, float value)
-{
-    if (f16)
-        ((uint16_t *)(void *)cache)[i] = f32_to_f16(value);
-    else
-        ((float *)(void *)cache)[i] = value;
-}
-
-/* n elements of the cache from i on, as floats. */
-static void kv_get(float *out, const uint8_t *cache, int f16, size_t i, int n)
-{
-    const uint16_t *half = (const uint16_t *)(const void *)cache + i;
-    const float *single = (const float *)(const void *)cache + i;
-
-    if (f16)
-        for (int k = 0; k < n; k++)
-            out[k] = f16_to_f32(half[k]);
-    else
-        memcpy(out, single, (size_t)n * sizeof *out);
-}
-
-/* Where element d of the key at position pos lies. */
-static size_t k_index(int pos, int d, int head_dim)
-{
-    return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
-}
-
-static void kv_store(const struct kv_head *kv, int pos, const float *k,
-                     const float *v)
-{
-    for (int d = 0; d < kv->head_dim; d++) {
-        kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
-        kv_set(kv->v, kv->f16, (size_t)pos * kv->head_dim + d, v[d]);
-    }
-}
-
-/* What attention has gathered for one query: exp-weighted values relative to
- * the largest score so far. */
-struct gathered {
+/* What attention has found for one query so far: values weighted by e^score,
+ * relative to the largest score. */
+struct attn_partial {
     float max, sum;
     float o[MAX_HEAD_DIM];                /* [head_dim]                      */
 };
-
-/* s[p] = q . k[p] for the CHUNK positions from `pos` on; those past the end of
- * the sequence are computed too and never looked at. */
-static void chunk_scores(float s[CHUNK], const float *q,
-                         const struct kv_head *kv, int pos, int n)
-{
-    const int hd = kv->head_dim;
-    float k[TILE];
-
-    memset(s, 0, CHUNK * sizeof *s);
-    for (int tile = 0; tile * TILE < n; tile++, s += TILE)
-        for (int d = 0; d < hd; d++) {
-            kv_get(k, kv->k, kv->f16, k_index(pos + tile * TILE, d, hd), TILE);
-            for (int p = 0; p < TILE; p++)
-                s[p] = fma_f32(q[d], k[p], s[p]);
-        }
-}
 
 /* The sum of 16 chains, always in this order. */
 static float sum_16(float a[16])
@@ -671,39 +608,37 @@ static float sum_16(float a[16])
     return a[0];
 }
 
-/* One chunk: scores, their maximum, p = exp(s - max), and o = sum p v; for each
- * of the n_q queries that share a kv head, [n_q][head_dim]. */
-static void attend_chunk(struct gathered *g, const float *q, int n_q,
+/* One query and the n positions from `pos` on that it sees of a chunk:
+ *
+ *     s = q . k,   p = e^(s - max s),   sum = sum of p,   o = sum of p v    */
+static void attend_query(struct attn_partial *part, const float *q,
                          const struct kv_head *kv, int pos, int n)
 {
     const int hd = kv->head_dim;
-    float s[CHUNK], v[MAX_HEAD_DIM];
+    float s[CHUNK] = { 0 }, lane[16] = { 0 };
 
-    for (; n_q > 0; n_q--, g++, q += hd) {
-        float lane[16] = { 0 };
-
-        chunk_scores(s, q, kv, pos, n);
-        g->max = -INFINITY;
-        for (int p = 0; p < n; p++)
-            g->max = s[p] > g->max ? s[p] : g->max;
-        memset(g->o, 0, sizeof g->o);
-        for (int p = 0; p < n; p++) {
-            float e = exp_f32(s[p] - g->max);
-            lane[p % 16] += e;
-            kv_get(v, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
-            for (int d = 0; d < hd; d++)
-                g->o[d] = fma_f32(e, v[d], g->o[d]);
-        }
-        g->sum = sum_16(lane);
+    part->max = -INFINITY;
+    for (int i = 0; i < n; i++) {
+        for (int d = 0; d < hd; d++)
+            s[i] = fma_f32(q[d], kv_key(kv, pos + i, d), s[i]);
+        part->max = s[i] > part->max ? s[i] : part->max;
     }
+    memset(part->o, 0, (size_t)hd * sizeof *part->o);
+    for (int i = 0; i < n; i++) {
+        const float p = exp_f32(s[i] - part->max);
+        lane[i % 16] += p;
+        for (int d = 0; d < hd; d++)
+            part->o[d] = fma_f32(p, kv_value(kv, pos + i, d), part->o[d]);
+    }
+    part->sum = sum_16(lane);
 }
 
-/* Add a later chunk b to what is gathered in a, relative to the larger maximum:
+/* Add a later chunk b to a, both relative to the larger maximum:
  *
  *     w   = e^(max - larger max)                 for each of the two
  *     sum = a.sum wa + b.sum wb,  o = a.o wa + b.o wb                       */
-static void merge_chunk(const struct isa *isa, struct gathered *a,
-                        const struct gathered *b, int hd)
+static void merge_chunk(const struct isa *isa, struct attn_partial *a,
+                        const struct attn_partial *b, int hd)
 {
     float max = b->max > a->max ? b->max : a->max;
     float wa = exp_f32(a->max - max), wb = exp_f32(b->max - max);
@@ -715,236 +650,97 @@ static void merge_chunk(const struct isa *isa, struct gathered *a,
     isa->add_scaled(a->o, wb, b->o, hd);
 }
 
-/* Norm and rotate the heads of a row that share kv head `head`; remember k and
- * v.  q is divided by sqrt(head_dim) here, so that scores are products. */
-static void prepare_group(struct lfm2_context *ctx, const struct layer *l,
-                          const struct kv_head *kv, int head, int row, int pos)
+/* The result for one head, when all chunks are merged. */
+static void finish_head(float *out, const struct attn_partial *all, int hd)
 {
+    for (int d = 0; d < hd; d++)
+        out[d] = all->o[d] / all->sum;
+}
+
+/* Norm and rotate the heads of row t of a piece that share a kv head; remember
+ * k and v.  q is divided by sqrt(head_dim) here, so that scores are products. */
+static void prepare_heads(const struct thread *me, const struct layer *l,
+                          const struct piece *p, int t, int head)
+{
+    struct lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
     const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
-    const float *turn = ctx->rope + (size_t)row * hd;
-    const size_t i = (size_t)row * c->n_head_kv + head;
+    const int row = p->row + t;
+    const float *turn = ctx->batch.rope + (size_t)row * hd;
     const float scale = 1.0f / sqrtf((float)hd);
-    float *k = ctx->k + i * hd, *q = ctx->q + i * group * hd;
+    const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq], l->i_kind,
+                                         head);
+    float *k = ctx->k + ((size_t)row * c->n_head_kv + head) * hd;
+    float *v = ctx->v + ((size_t)row * c->n_head_kv + head) * hd;
 
     rms_norm(ctx->isa, k, k, l->attn_k_norm, hd, c->norm_rms_eps);
-    keep_head(ctx->kept.k, i, k, hd);
+    keep(ctx, ATTN_K_NORM, row, head * hd, k, hd);
     ctx->isa->rope(k, turn, hd);
-    kv_store(kv, pos, k, ctx->v + i * hd);
-    for (int g = 0; g < group; g++, q += hd) {
+    kv_store(&kv, p->pos + t, k, v);
+    for (int h = head * group; h < (head + 1) * group; h++) {
+        float *q = ctx->q + ((size_t)row * c->n_head + h) * hd;
         rms_norm(ctx->isa, q, q, l->attn_q_norm, hd, c->norm_rms_eps);
-        keep_head(ctx->kept.q, i * group + g, q, hd);
+        keep(ctx, ATTN_Q_NORM, row, h * hd, q, hd);
         ctx->isa->rope(q, turn, hd);
         for (int d = 0; d < hd; d++)
             q[d] *= scale;
     }
 }
 
-static void prepare_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const int n_head_kv = ctx->model->cfg.n_head_kv;
-    const struct range r = share(ctx, ctx->n_pieces * n_head_kv, thread);
-
-    for (int i = r.first; i < r.last; i++) {
-        const struct piece *p = &ctx->piece[i / n_head_kv];
-        const int head = i % n_head_kv;
-        const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq], l->i_kind,
-                                             head);
-
-        for (int t = 0; t < p->n; t++)
-            prepare_group(ctx, l, &kv, head, p->row + t, p->pos + t);
-    }
-}
-
-/* The result for one head, when all chunks are merged. */
-static void finish_head(float *out, const struct gathered *all, int head_dim)
-{
-    for (int d = 0; d < head_dim; d++)
-        out[d] = all->o[d] / all->sum;
-}
-
-/* How many rows look back together. */
-static int rows_together(const lfm2_config *c)
-{
-    const int group = c->n_head / c->n_head_kv;
-    return group < 32 ? 32 / group : 1;
-}
-
-/* out = softmax(q k^T) v for n rows of a piece, from its row `first` on, and
- * the query heads of one kv head.  q becomes the result.  The rows take turns
- * in each chunk, so that it is read from memory once. */
-static void attend_rows(struct lfm2_context *ctx, struct gathered *all,
-                        const struct piece *p, const struct kv_head *kv,
-                        int head, int first, int n)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
-    const int end = p->pos + first + n;
-    const size_t row = (size_t)c->n_head * hd;
-    float *q = ctx->q + (size_t)(p->row + first) * row +
-               (size_t)head * group * hd;
-    struct gathered *part = all + n * group;
-
-    for (int pos = 0; pos < end; pos += CHUNK)
-        for (int t = 0; t < n; t++) {
-            int seen = end - n + t + 1 - pos;
-            struct gathered *g = pos == 0 ? all + t * group : part;
-
-            if (seen <= 0)
-                continue;
-            ctx->isa->attend_chunk(g, q + (size_t)t * row, group, kv, pos,
-                                   seen < CHUNK ? seen : CHUNK);
-            for (int i = 0; pos > 0 && i < group; i++)
-                merge_chunk(ctx->isa, all + t * group + i, part + i, hd);
-        }
-    for (int i = 0; i < n * group; i++)
-        finish_head(q + (size_t)(i / group) * row + (size_t)(i % group) * hd,
-                    &all[i], hd);
-}
-
-/* Later rows see more, so the threads take turns. */
-static void attend_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const lfm2_config *c = &ctx->model->cfg;
-    const int most = rows_together(c);
-    int turn = 0;
-
-    for (int i = 0; i < ctx->n_pieces; i++) {
-        const struct piece *p = &ctx->piece[i];
-        for (int first = 0; first < p->n; first += most)
-            for (int head = 0; head < c->n_head_kv; head++) {
-                const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq],
-                                                     l->i_kind, head);
-                if (turn++ % ctx->par.n_threads == thread)
-                    attend_rows(ctx, ctx->scratch[thread].gathered, p, &kv,
-                                head, first,
-                                p->n - first < most ? p->n - first : most);
-            }
-    }
-}
-
-/* A single row that looks far back would leave threads idle if there are more
- * of them than kv heads.  Then every chunk of every head is a task of its own,
- * and merging, in the same order, comes after. */
-static int is_split(const struct lfm2_context *ctx)
-{
-    return ctx->n_rows == 1 && ctx->position[0] >= CHUNK &&
-           ctx->par.n_threads > ctx->model->cfg.n_head_kv;
-}
-
-static int chunks_seen(const struct lfm2_context *ctx)
-{
-    return ctx->position[0] / CHUNK + 1;
-}
-
-static void chunks_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const lfm2_config *c = &ctx->model->cfg;
-    const int group = c->n_head / c->n_head_kv, n = chunks_seen(ctx);
-    const struct range r = share(ctx, n * c->n_head_kv, thread);
-
-    for (int i = r.first; i < r.last; i++) {
-        const int head = i / n, pos = i % n * CHUNK;
-        const int seen = ctx->position[0] + 1 - pos;
-        const struct kv_head kv = kv_head_at(
-            ctx, &ctx->seq[ctx->piece[0].seq], l->i_kind, head);
-
-        ctx->isa->attend_chunk(ctx->part + (size_t)i * group,
-                               ctx->q + (size_t)head * group * c->head_dim,
-                               group, &kv, pos, seen < CHUNK ? seen : CHUNK);
-    }
-}
-
-static void merge_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const int group = c->n_head / c->n_head_kv, n = chunks_seen(ctx);
-    const struct range r = share(ctx, c->n_head, thread);
-
-    (void)arg;
-    for (int head = r.first; head < r.last; head++) {
-        struct gathered *all = ctx->part + (size_t)(head / group) * n * group +
-                               head % group;
-
-        for (int i = 1; i < n; i++)
-            merge_chunk(ctx->isa, all, all + i * group, c->head_dim);
-        finish_head(ctx->q + (size_t)head * c->head_dim, all, c->head_dim);
-    }
-}
-
-static void qkv_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-
-    matmul_share(ctx, thread, ctx->q, &l->attn_q, &ctx->in, &l->attn_k);
-    matmul_share(ctx, thread, ctx->k, &l->attn_k, &ctx->in, &l->attn_v);
-    matmul_share(ctx, thread, ctx->v, &l->attn_v, &ctx->in, &l->attn_output);
-}
-
 /* Grouped-query attention: q, k, v from h; q and k normed per head before they
  * are rotated; each kv head serves a group of query heads. */
-static void attention(struct lfm2_context *ctx, const struct layer *l)
+static void attention(const struct thread *me, const struct layer *l)
 {
-    const lfm2_config *c = &ctx->model->cfg;
-    const int n_q = c->n_head * c->head_dim, n_kv = c->n_head_kv * c->head_dim;
+    struct lfm2_context *ctx = me->ctx;
+    const struct batch *b = &ctx->batch;
+    int turn = 0;
 
-    parallel(ctx, qkv_work, (void *)l);
-    trace(ctx, l, "self_attn.q_proj", ctx->q, n_q);
-    trace(ctx, l, "self_attn.k_proj", ctx->k, n_kv);
-    trace(ctx, l, "self_attn.v_proj", ctx->v, n_kv);
-    parallel(ctx, prepare_work, (void *)l);
-    trace(ctx, l, "self_attn.q_layernorm", ctx->kept.q, n_q);
-    trace(ctx, l, "self_attn.k_layernorm", ctx->kept.k, n_kv);
-    parallel(ctx, is_split(ctx) ? chunks_work : attend_work, (void *)l);
-    if (is_split(ctx))
-        parallel(ctx, merge_work, NULL);
-    load_input(ctx, &ctx->mixed, ctx->q, ctx->n_rows, n_q);
-    matmul(ctx, INCREASE, ctx->x, &l->attn_output, &ctx->mixed);
-    trace(ctx, l, "self_attn.out_proj", ctx->kept.out, c->n_embd);
+    matmul(me, ASSIGN, ctx->q, &l->attn_q, &ctx->in);
+    matmul(me, ASSIGN, ctx->k, &l->attn_k, &ctx->in);
+    matmul(me, ASSIGN, ctx->v, &l->attn_v, &ctx->in);
+    barrier(me);
+    for (int i = 0; i < b->n_pieces; i++)
+        for (int t = 0; t < b->piece[i].n; t++)
+            for (int head = 0; head < ctx->model->cfg.n_head_kv; head++)
+                if (turn++ % me->of == me->id)
+                    prepare_heads(me, l, &b->piece[i], t, head);
+    barrier(me);
+    attend(me, l);
+    barrier(me);
+    round_rows(me, &ctx->heads);
+    barrier(me);
+    matmul(me, INCREASE, ctx->x, &l->attn_output, &ctx->heads);
+    barrier(me);
+    trace(me, l, ATTN_Q, ATTN_OUT);
 }
 
 /* --------------------------------------------------------- 5. Feed-forward */
 
-/* Unit u of silu(gate x) * (up x) becomes group u of the rows of the hidden
- * layer from `first` on. */
-static void gated_unit(struct lfm2_context *ctx, int thread,
-                       const struct tensor *gate, const struct tensor *up,
-                       int u, int last, const struct input *x, int first,
-                       const uint8_t *next)
+/* This thread's units of hidden = silu(gate x) * (up x). */
+static void gated(const struct thread *me, struct input *hidden,
+                  const struct tensor *gate, const struct tensor *up,
+                  const struct input *x)
 {
-    float *g = product(ctx, thread, 0, gate, u, last, x, next);
-    float *h = product(ctx, thread, 1, up, u, last, x, NULL);
+    const struct range mine = share(me, n_units(gate));
 
-    keep_unit(ctx->kept.gate, first, gate, u, g, x->n);
-    keep_unit(ctx->kept.up, first, up, u, h, x->n);
-    ctx->isa->swiglu(g, h, x->n * UNIT);
-    for (int t = 0; t < x->n; t++)
-        set_group(ctx, &ctx->hidden, first + t, u, g + (size_t)t * UNIT);
-}
-
-static void hidden_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const struct range r = share(ctx, n_units(&l->ffn_gate), thread);
-
-    for (int u = r.first; u < r.last; u++)
-        gated_unit(ctx, thread, &l->ffn_gate, &l->ffn_up, u, r.last, &ctx->in,
-                   0, share_data(ctx, &l->ffn_down, thread));
+    for (int u = mine.first; u < mine.last; u++) {
+        float *g = product(me, 0, gate, u, x);
+        float *h = product(me, 1, up, u, x);
+        me->ctx->isa->swiglu(g, h, x->n * UNIT);
+        set_unit(me, hidden, x->first, x->n, u, g);
+    }
 }
 
 /* The dense network: x += down (silu(gate h) * (up h)). */
-static void ffn(struct lfm2_context *ctx, const struct layer *l)
+static void ffn(const struct thread *me, const struct layer *l)
 {
-    ctx->hidden.n = ctx->n_rows;
-    ctx->hidden.cols = l->ffn_gate.rows;
-    parallel(ctx, hidden_work, (void *)l);
-    trace(ctx, l, "feed_forward.w1", ctx->kept.gate, l->ffn_gate.rows);
-    trace(ctx, l, "feed_forward.w3", ctx->kept.up, l->ffn_up.rows);
-    matmul(ctx, INCREASE, ctx->x, &l->ffn_down, &ctx->hidden);
-    trace(ctx, l, "feed_forward.w2", ctx->kept.out, l->ffn_down.rows);
+    struct lfm2_context *ctx = me->ctx;
+
+    gated(me, &ctx->hidden, &l->ffn_gate, &l->ffn_up, &ctx->in);
+    barrier(me);
+    matmul(me, INCREASE, ctx->x, &l->ffn_down, &ctx->hidden);
+    barrier(me);
+    trace(me, l, FFN_W1, FFN_W2);
 }
 
 /* Choose the experts of one row:
@@ -979,365 +775,214 @@ static void route(const lfm2_config *c, const float *bias, float *score,
         weight[i] = weight[i] / (sum + 1e-6f) * c->expert_weights_scale;
 }
 
-/* Sort the slots (row, i-th choice) by expert, rows ascending: those of expert
- * e are slot[slot_end[e]] .. slot[slot_end[e+1]-1].  Here end[e+1] is at first
- * how many they are, then where they end, and goes down to where they begin as
- * they are put in their places, the last row first. */
-static void group_by_expert(struct lfm2_context *ctx)
+/* The rows of x that chose the i-th expert in use. */
+static struct input choosers(const struct routing *r, const struct input *x,
+                             int i)
 {
-    const int n_expert = ctx->model->cfg.n_expert;
-    const int n = ctx->n_rows * ctx->model->cfg.n_expert_used;
-    int *end = ctx->slot_end;
+    const int *end = &r->slot_end[r->active[i]];
+    struct input some = *x;
 
-    memset(end, 0, ((size_t)n_expert + 1) * sizeof *end);
-    for (int i = 0; i < n; i++)
-        end[ctx->chosen[i] + 1]++;
-    for (int e = 0; e < n_expert; e++)
-        end[e + 1] += end[e];
-    for (int i = n - 1; i >= 0; i--) {
-        int s = --end[ctx->chosen[i] + 1];
-        ctx->slot[s] = i;
-        ctx->slot_row[s] = i / ctx->model->cfg.n_expert_used;
-    }
-    memmove(end, end + 1, (size_t)n_expert * sizeof *end);
-    end[n_expert] = n;
-    ctx->n_active = 0;
-    for (int e = 0; e < n_expert; e++)
-        if (end[e] < end[e + 1])
-            ctx->active[ctx->n_active++] = e;
-}
-
-/* Some rows of an input that lie one after the other. */
-static struct input rows_of(const struct input *in, struct range r)
-{
-    struct input some = *in;
-
-    some.n = r.last - r.first;
-    some.q += (size_t)r.first * (size_t)(in->cols / 32);
-    if (some.f)
-        some.f += (size_t)r.first * (size_t)in->cols;
+    some.first = end[0];
+    some.n = end[1] - end[0];
+    some.row = r->slot_row + end[0];
     return some;
 }
 
-static struct range slots_of(const struct lfm2_context *ctx, int e)
-{
-    return (struct range){ ctx->slot_end[e], ctx->slot_end[e + 1] };
-}
-
-/* Where a thread goes after number i of the experts in use: to unit u of the
- * matrix of the next one. */
-static const uint8_t *next_expert(const struct lfm2_context *ctx,
-                                  const struct tensor *w, int i, int u)
-{
-    if (i + 1 == ctx->n_active)
-        return NULL;
-    const struct tensor next = expert(w, ctx->active[i + 1]);
-    return unit_data(&next, u);
-}
-
-/* The hidden layer of every slot, expert by expert, so that the weights of an
- * expert are read once for all the rows that chose it. */
-static void hidden_experts_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const struct range r = share(ctx, n_units(&l->ffn_gate_exps), thread);
-
-    for (int i = 0; i < ctx->n_active; i++) {
-        const struct range slots = slots_of(ctx, ctx->active[i]);
-        const struct tensor gate = expert(&l->ffn_gate_exps, ctx->active[i]);
-        const struct tensor up = expert(&l->ffn_up_exps, ctx->active[i]);
-        struct input in = ctx->in;
-
-        in.row = ctx->slot_row + slots.first;
-        in.n = slots.last - slots.first;
-        for (int u = r.first; u < r.last; u++)
-            gated_unit(ctx, thread, &gate, &up, u, r.last, &in, slots.first,
-                       next_expert(ctx, &l->ffn_gate_exps, i, r.first));
-    }
-}
-
 /* x += sum over the chosen e, ascending, of weight[e] * down_e h. */
-static void experts_work(struct lfm2_context *ctx, void *arg, int thread)
+static void add_experts(const struct thread *me, const struct layer *l)
 {
-    const struct layer *l = arg;
-    const struct tensor *w = &l->ffn_down_exps;
-    const size_t n = (size_t)w->rows;
-    const struct range r = share(ctx, n_units(w), thread);
-    const size_t first = (size_t)r.first * UNIT, last = (size_t)r.last * UNIT;
+    struct lfm2_context *ctx = me->ctx;
+    const struct routing *r = &ctx->routing;
+    const size_t n = (size_t)l->ffn_down_exps.rows;
+    const struct range mine = share(me, n_units(&l->ffn_down_exps));
+    const size_t first = (size_t)mine.first * UNIT;
+    const size_t width = (size_t)mine.last * UNIT - first;
 
-    for (size_t t = 0; t < (size_t)ctx->n_rows; t++)
-        memset(ctx->y + t * n + first, 0, (last - first) * sizeof *ctx->y);
-    for (int i = 0; i < ctx->n_active; i++) {
-        const struct range slots = slots_of(ctx, ctx->active[i]);
-        const struct tensor down = expert(w, ctx->active[i]);
-        const struct input in = rows_of(&ctx->hidden, slots);
-        const uint8_t *next = next_expert(ctx, w, i, r.first);
-
-        for (int u = r.first; u < r.last; u++) {
-            const float *out = product(ctx, thread, 0, &down, u, r.last, &in,
-                                       next);
-            keep_unit(ctx->kept.out, slots.first, &down, u, out, in.n);
-            for (int s = slots.first; s < slots.last; s++, out += UNIT)
-                ctx->isa->add_scaled(ctx->y + (size_t)ctx->slot_row[s] * n +
-                                     (size_t)u * UNIT,
-                                     ctx->weight[ctx->slot[s]], out, UNIT);
+    for (size_t t = 0; t < (size_t)ctx->batch.n_rows; t++)
+        memset(ctx->y + t * n + first, 0, width * sizeof *ctx->y);
+    for (int i = 0; i < r->n_active; i++) {
+        struct input h = choosers(r, &ctx->hidden_exps, i);
+        h.row = NULL;                     /* its rows are slots              */
+        for (int u = mine.first; u < mine.last; u++) {
+            const float *out = product(me, 0, &r->down[i], u, &h);
+            for (int s = h.first; s < h.first + h.n; s++, out += UNIT)
+                ctx->isa->add_scaled(ctx->y + (size_t)r->slot_row[s] * n +
+                                     (size_t)u * UNIT, r->slot_weight[s], out,
+                                     UNIT);
         }
     }
-    for (size_t t = 0; t < (size_t)ctx->n_rows; t++)
-        for (size_t j = t * n + first; j < t * n + last; j++)
+    for (size_t t = 0; t < (size_t)ctx->batch.n_rows; t++)
+        for (size_t j = t * n + first; j < t * n + first + width; j++)
             ctx->x[j] += ctx->y[j];
 }
 
-static void route_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const lfm2_config *c = &ctx->model->cfg;
-    const struct range r = share(ctx, ctx->n_rows, thread);
-
-    for (size_t t = (size_t)r.first; t < (size_t)r.last; t++)
-        route(c, l->exp_probs_b, ctx->score + t * (size_t)c->n_expert,
-              ctx->chosen + t * (size_t)c->n_expert_used,
-              ctx->weight + t * (size_t)c->n_expert_used);
-}
-
 /* Mixture of experts: each row is sent to the few networks the router chooses
- * for it. */
-static void moe(struct lfm2_context *ctx, const struct layer *l)
+ * for it.  Expert by expert, so that the weights of one are read once for all
+ * the rows that chose it. */
+static void moe(const struct thread *me, const struct layer *l)
 {
+    struct lfm2_context *ctx = me->ctx;
+    struct routing *r = &ctx->routing;
     const lfm2_config *c = &ctx->model->cfg;
-    const int used = c->n_expert_used;
+    const struct range rows = share(me, ctx->batch.n_rows);
 
-    matmul(ctx, ASSIGN, ctx->score, &l->ffn_gate_inp, &ctx->in);
-    trace(ctx, l, "feed_forward.gate", ctx->score, c->n_expert);
-    parallel(ctx, route_work, (void *)l);
-    trace(ctx, l, "feed_forward.selected_experts", keep_chosen(ctx), used);
-    trace(ctx, l, "feed_forward.routing_weights", ctx->weight, used);
-    group_by_expert(ctx);
-    ctx->hidden.n = ctx->slot_end[c->n_expert];
-    ctx->hidden.cols = l->ffn_gate_exps.rows;
-    parallel(ctx, hidden_experts_work, (void *)l);
-    parallel(ctx, experts_work, (void *)l);
-    for (int i = 0; i < ctx->n_active; i++) {
-        const int e = ctx->active[i];
-        trace_expert(ctx, l, e, "w1", ctx->kept.gate, l->ffn_gate_exps.rows);
-        trace_expert(ctx, l, e, "w3", ctx->kept.up, l->ffn_up_exps.rows);
-        trace_expert(ctx, l, e, "w2", ctx->kept.out, l->ffn_down_exps.rows);
+    matmul(me, ASSIGN, r->score, &l->ffn_gate_inp, &ctx->in);
+    barrier(me);
+    for (size_t t = (size_t)rows.first; t < (size_t)rows.last; t++)
+        route(c, l->exp_probs_b, r->score + t * (size_t)c->n_expert,
+              r->chosen + t * (size_t)c->n_expert_used,
+              r->weight + t * (size_t)c->n_expert_used);
+    barrier(me);
+    if (me->id == 0)
+        group_by_expert(ctx, l);
+    barrier(me);
+    for (int i = 0; i < r->n_active; i++) {
+        const struct input some = choosers(r, &ctx->in, i);
+        gated(me, &ctx->hidden_exps, &r->gate[i], &r->up[i], &some);
     }
-    trace(ctx, l, "feed_forward", ctx->y, c->n_embd);
+    barrier(me);
+    add_experts(me, l);
+    barrier(me);
+    trace_moe(me, l);
 }
 
 /* -------------------------------------------------------------- 6. Forward */
 
 /* x = the embeddings of the tokens; rope = the turns of their positions. */
-static void embed_work(struct lfm2_context *ctx, void *arg, int thread)
+static void embed(const struct thread *me)
 {
+    struct lfm2_context *ctx = me->ctx;
+    const struct batch *b = &ctx->batch;
     const lfm2_config *c = &ctx->model->cfg;
     const int half = c->head_dim / 2;
-    const struct range r = share(ctx, ctx->n_rows, thread);
+    const struct range mine = share(me, b->n_rows);
 
-    (void)arg;
-    for (int t = r.first; t < r.last; t++) {
-        float *turn = ctx->rope + (size_t)t * c->head_dim;
+    for (int t = mine.first; t < mine.last; t++) {
+        const struct row *row = &b->row[t];
+        float *x = ctx->x + (size_t)t * c->n_embd;
+        float *turn = b->rope + (size_t)t * c->head_dim;
         double freq = 1;
 
-        get_row(ctx->x + (size_t)t * c->n_embd, &ctx->model->token_embd,
-                ctx->token[t]);
+        if (row->embd)
+            memcpy(x, row->embd, (size_t)c->n_embd * sizeof *x);
+        else
+            get_row(x, &ctx->model->token_embd, row->token);
         for (int i = 0; i < half; i++, freq /= ctx->model->rope_root)
-            sin_cos(ctx->position[t] * freq, &turn[half + i], &turn[i]);
+            sin_cos(row->pos * freq, &turn[half + i], &turn[i]);
     }
+    barrier(me);
+    trace_rows(me, -1, "model.embed_tokens", ctx->x, c->n_embd);
 }
 
-/* The logits of the rows that are wanted, behind those of earlier passes. */
-static void output(struct lfm2_context *ctx)
+/* in = rms_norm(x), which is what every operator reads. */
+static void norm_rows(const struct thread *me, const float *norm)
 {
+    struct lfm2_context *ctx = me->ctx;
+    const lfm2_config *c = &ctx->model->cfg;
+    const size_t n = (size_t)c->n_embd;
+    const struct range mine = share(me, ctx->batch.n_rows);
+
+    for (size_t t = (size_t)mine.first; t < (size_t)mine.last; t++)
+        rms_norm(ctx->isa, ctx->in.f + t * n, ctx->x + t * n, norm, c->n_embd,
+                 c->norm_rms_eps);
+    round_rows(me, &ctx->in);
+    barrier(me);
+}
+
+static void set_rows(struct lfm2_context *ctx, int n)
+{
+    ctx->batch.n_rows = n;
+    ctx->in.n = ctx->mixed.n = ctx->heads.n = ctx->hidden.n = n;
+}
+
+/* Go on with the rows of which at least so much is wanted, where nothing mixes
+ * rows any more. */
+static void keep_rows(const struct thread *me, int least)
+{
+    struct lfm2_context *ctx = me->ctx;
+    struct batch *b = &ctx->batch;
+    const size_t n = (size_t)ctx->model->cfg.n_embd;
+    int kept = 0;
+
+    for (int t = 0; me->id == 0 && t < b->n_rows; t++) {
+        if (b->row[t].wanted < least)
+            continue;
+        memmove(ctx->x + n * (size_t)kept, ctx->x + n * (size_t)t,
+                n * sizeof *ctx->x);
+        b->row[kept++] = b->row[t];
+    }
+    if (me->id == 0)
+        set_rows(ctx, kept);
+    barrier(me);
+}
+
+/* The states that are wanted, and the logits, behind those of earlier passes. */
+static void output(const struct thread *me)
+{
+    struct lfm2_context *ctx = me->ctx;
     const struct lfm2_model *m = ctx->model;
+    const struct batch *b = &ctx->batch;
     const size_t n = (size_t)m->cfg.n_embd;
     float *logits = ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab;
-    int n_out = 0;
 
-    for (int t = 0; t < ctx->n_rows; t++)
-        if (ctx->wanted[t]) {
-            memmove(ctx->x + n * (size_t)n_out, ctx->x + n * (size_t)t,
-                    n * sizeof *ctx->x);
-            ctx->out_row[n_out++] = t;
-        }
-    if (n_out == 0)
-        return;
-    ctx->n_rows = n_out;
-    load_normed(ctx, m->output_norm);
-    trace_wanted(ctx, "model.embedding_norm", ctx->in.f, m->cfg.n_embd);
-    matmul(ctx, ASSIGN, logits, &m->output, &ctx->in);
-    trace_wanted(ctx, "lm_head", logits, m->cfg.n_vocab);
-    ctx->n_logits += n_out;
+    for (int t = me->id; t < b->n_rows; t += me->of)
+        if (b->row[t].wanted == STATE)
+            rms_norm(ctx->isa, ctx->states + n * (size_t)b->row[t].seq, ctx->x +
+                     n * (size_t)t, m->output_norm, m->cfg.n_embd,
+                     m->cfg.norm_rms_eps);
+    barrier(me);
+    keep_rows(me, LOGITS);
+    norm_rows(me, m->output_norm);
+    trace_rows(me, -1, "model.embedding_norm", ctx->in.f, m->cfg.n_embd);
+    if (b->n_rows > 0)
+        matmul(me, ASSIGN, logits, &m->output, &ctx->in);
+    barrier(me);
+    trace_rows(me, -1, "lm_head", logits, m->cfg.n_vocab);
+}
+
+static int is_cancelled(const struct thread *me)
+{
+    if (me->id == 0)
+        me->ctx->stop = atomic_load(&me->ctx->cancel);
+    barrier(me);
+    return me->ctx->stop;
 }
 
 /* The model.  Row t of x is one token of one sequence.  Only short_conv() and
  * attention() look outside a row, and they do it piece by piece; everything
- * else sees n_rows independent vectors, whoever they belong to. */
-static int forward(struct lfm2_context *ctx)
+ * else sees n_rows independent vectors, whoever they belong to.  Every thread
+ * runs this. */
+static void forward(const struct thread *me)
 {
+    struct lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
 
-    parallel(ctx, embed_work, NULL);
-    trace(ctx, NULL, "model.embed_tokens", ctx->x, c->n_embd);
+    embed(me);
     for (int il = 0; il < c->n_layer; il++) {
         const struct layer *l = &ctx->model->layer[il];
 
-        if (atomic_load(&ctx->cancel))
-            return LFM2_ECANCELLED;
-        load_normed(ctx, l->attn_norm);
-        trace(ctx, l, "operator_norm", ctx->in.f, c->n_embd);
+        if (is_cancelled(me))
+            return;
+        norm_rows(me, l->attn_norm);
+        trace_rows(me, il, "operator_norm", ctx->in.f, c->n_embd);
         if (c->is_attn[il])
-            attention(ctx, l);                         /* x += ... */
+            attention(me, l);                          /* x += ... */
         else
-            short_conv(ctx, l);
+            short_conv(me, l);
 
-        load_normed(ctx, l->ffn_norm);
-        trace(ctx, l, "ffn_norm", ctx->in.f, c->n_embd);
+        if (il + 1 == c->n_layer && !ctx->hook)
+            keep_rows(me, STATE);
+        if (ctx->batch.n_rows == 0)
+            return;
+        norm_rows(me, l->ffn_norm);
+        trace_rows(me, il, "ffn_norm", ctx->in.f, c->n_embd);
         if (il < c->n_layer_dense)
-            ffn(ctx, l);
+            ffn(me, l);
         else
-            moe(ctx, l);
-        trace(ctx, l, "", ctx->x, c->n_embd);
+            moe(me, l);
+        trace_rows(me, il, "", ctx->x, c->n_embd);
     }
-    output(ctx);
-    return LFM2_OK;
-}
-
-static int check_span(const struct lfm2_context *ctx, const lfm2_span *spans,
-                      int i, lfm2_error *err)
-{
-    const lfm2_span *s = &spans[i];
-    const int n_vocab = ctx->model->cfg.n_vocab;
-
-    if (s->seq < 0 || s->seq >= ctx->par.n_seq)
-        return fail(err, LFM2_EARG, "span %d: sequence %d, expected 0 to %d", i,
-                    s->seq, ctx->par.n_seq - 1);
-    for (int j = 0; j < i; j++)
-        if (spans[j].seq == s->seq)
-            return fail(err, LFM2_EARG, "spans %d and %d: both for sequence %d",
-                        j, i, s->seq);
-    if (s->n_tokens < 1 || !s->tokens)
-        return fail(err, LFM2_EARG, "span %d: %d tokens, expected 1 or more", i,
-                    s->tokens ? s->n_tokens : 0);
-    if (s->n_logits < 0 || s->n_logits > s->n_tokens)
-        return fail(err, LFM2_EARG, "span %d: logits of %d rows, expected 0 to "
-                    "its %d tokens", i, s->n_logits, s->n_tokens);
-    for (int t = 0; t < s->n_tokens; t++)
-        if (s->tokens[t] < 0 || s->tokens[t] >= n_vocab)
-            return fail(err, LFM2_EARG, "span %d: token %d is %ld, expected 0 "
-                        "to %d", i, t, (long)s->tokens[t], n_vocab - 1);
-    if (s->n_tokens > ctx->par.n_ctx - ctx->seq[s->seq].len)
-        return fail(err, LFM2_EFULL, "sequence %d: %d tokens and %d more, "
-                    "expected at most %d (n_ctx)", s->seq,
-                    ctx->seq[s->seq].len, s->n_tokens, ctx->par.n_ctx);
-    return LFM2_OK;
-}
-
-static int check_spans(const struct lfm2_context *ctx, const lfm2_span *spans,
-                       int n_spans, lfm2_error *err)
-{
-    int64_t n_logits = 0;
-
-    if (!spans || n_spans < 1 || n_spans > ctx->par.n_seq)
-        return fail(err, LFM2_EARG, "%d spans, expected 1 to %d (n_seq)",
-                    spans ? n_spans : 0, ctx->par.n_seq);
-    for (int i = 0; i < n_spans; i++) {
-        TRY(check_span(ctx, spans, i, err));
-        n_logits += spans[i].n_logits;
-    }
-    if (n_logits > ctx->par.n_logits)
-        return fail(err, LFM2_EARG, "logits of %lld rows, expected at most %d "
-                    "(n_logits)", (long long)n_logits, ctx->par.n_logits);
-    return LFM2_OK;
-}
-
-/* Cut the next pass, at most n_batch rows, from what is left of the spans. */
-static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
-                      int n_spans)
-{
-    ctx->n_rows = ctx->n_pieces = 0;
-    for (int i = 0; i < n_spans && ctx->n_rows < ctx->par.n_batch; i++) {
-        const lfm2_span *span = &spans[i];
-        const struct seq *s = &ctx->seq[span->seq];
-        const int done = s->len - s->start;
-        int n = span->n_tokens - done;
-
-        if (n == 0)
-            continue;
-        if (n > ctx->par.n_batch - ctx->n_rows)
-            n = ctx->par.n_batch - ctx->n_rows;
-        ctx->piece[ctx->n_pieces++] =
-            (struct piece){ span->seq, s->len, ctx->n_rows, n };
-        for (int t = done; t < done + n; t++, ctx->n_rows++) {
-            ctx->token[ctx->n_rows] = span->tokens[t];
-            ctx->position[ctx->n_rows] = s->start + t;
-            ctx->wanted[ctx->n_rows] = t >= span->n_tokens - span->n_logits;
-        }
-    }
-}
-
-/* Remember where the sequences stand, in case the call must be undone. */
-static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                        int n_spans)
-{
-    const size_t size = (size_t)conv_elements(ctx->model);
-
-    ctx->n_logits = 0;
-    ctx->n_spans = n_spans;
-    ctx->span_logits[0] = 0;
-    for (int i = 0; i < n_spans; i++) {
-        struct seq *s = &ctx->seq[spans[i].seq];
-        s->start = s->len;
-        memcpy(s->conv_start, s->conv, size * sizeof *s->conv);
-        ctx->span_logits[i + 1] = ctx->span_logits[i] + spans[i].n_logits;
-    }
-}
-
-static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                       int n_spans)
-{
-    const size_t size = (size_t)conv_elements(ctx->model);
-
-    ctx->n_spans = 0;
-    for (int i = 0; i < n_spans; i++) {
-        struct seq *s = &ctx->seq[spans[i].seq];
-        s->len = s->start;
-        memcpy(s->conv, s->conv_start, size * sizeof *s->conv);
-    }
-}
-
-int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
-                 lfm2_error *err)
-{
-    TRY(check_spans(ctx, spans, n_spans, err));
-    begin_spans(ctx, spans, n_spans);
-    for (;;) {
-        next_pass(ctx, spans, n_spans);
-        if (ctx->n_rows == 0)
-            return LFM2_OK;
-        if (forward(ctx) != LFM2_OK) {
-            undo_spans(ctx, spans, n_spans);
-            atomic_store(&ctx->cancel, 0);
-            return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
-        }
-        for (int i = 0; i < ctx->n_pieces; i++)
-            ctx->seq[ctx->piece[i].seq].len += ctx->piece[i].n;
-    }
-}
-
-float *lfm2_logits(lfm2_context *ctx, int span, int row)
-{
-    if (span < 0 || span >= ctx->n_spans || row < 0 ||
-        row >= ctx->span_logits[span + 1] - ctx->span_logits[span])
-        return NULL;
-    return ctx->logits +
-           (size_t)(ctx->span_logits[span] + row) * ctx->model->cfg.n_vocab;
-}
-
-void lfm2_cancel(lfm2_context *ctx)
-{
-    atomic_store(&ctx->cancel, 1);
+    output(me);
 }
 
 /* =========================================================================
@@ -1348,6 +993,13 @@ void lfm2_cancel(lfm2_context *ctx)
  *
  * Every function here gives the same bits everywhere: it uses nothing but IEEE
  * addition, multiplication, division and conversion, and integer operations. */
+
+/* Compute so, whatever the caller has set; fesetenv() gives it back. */
+static void enter_arithmetic(fenv_t *callers)
+{
+    fegetenv(callers);
+    fesetenv(FE_DFL_ENV);
+}
 
 static uint32_t bits_of(float f)
 {
@@ -1412,19 +1064,33 @@ static float exp_f32(float x)
     return float_of(bits_of(p) + (bits_of(t) << 23));
 }
 
-/* Sine and cosine of an angle up to some 10^6, in double.  The angle is reduced
- * by multiples of pi/2, split in three so that the products are exact; then the
- * Taylor series in nested form, 1 - z/(2*3) (1 - z/(4*5) (1 - ...)). */
+/* pi/2 in three parts, the first two of 33 bits: times n < 2^20 they are
+ * exact. */
+static const double half_pi[3] = {
+    1.57079632673412561417, 6.07710050630396597660e-11,
+    2.02226624879595063154e-21
+};
+
+/* Longer contexts than any model has, and angles of all their positions. */
+enum { MAX_CTX = 1 << 24 };
+
+/* Sine and cosine of an angle up to MAX_CTX, in double.  The angle is reduced
+ * by multiples of 2^20 pi/2, if it is so large, then of pi/2; then the Taylor
+ * series in nested form, 1 - z/(2*3) (1 - z/(4*5) (1 - ...)). */
 static void sin_cos(double a, float *s, float *c)
 {
-    double n = a * 0.63661977236758134308 + 6755399441055744.0;
+    const double magic = 6755399441055744.0;           /* 1.5 * 2^52 */
+    const double turns = a * (0.63661977236758134308 / 1048576) + magic - magic;
     uint64_t quadrant;
 
+    for (int i = 0; i < 3; i++)
+        a -= turns * (half_pi[i] * 1048576);
+    double n = a * 0.63661977236758134308 + magic;
     memcpy(&quadrant, &n, sizeof quadrant);
-    n -= 6755399441055744.0;                           /* 1.5 * 2^52 */
-    double r = a - n * 1.57079632673412561417;
-    r -= n * 6.07710050630396597660e-11;
-    r -= n * 2.02226624879595063154e-21;
+    n -= magic;
+    double r = a - n * half_pi[0];
+    r -= n * half_pi[1];
+    r -= n * half_pi[2];
     double z = r * r, sine = 1, cosine = 1;
     for (int k = 18; k >= 2; k -= 2) {
         sine = 1 - sine * z / (k * (k + 1));
@@ -1438,21 +1104,19 @@ static void sin_cos(double a, float *s, float *c)
 
 float lfm2_math(int function, float a, float b, float c)
 {
-    float sine, cosine;
+    float sine, cosine, y = float_of(0x7fc00000);
+    fenv_t callers;
 
+    enter_arithmetic(&callers);
     sin_cos(a, &sine, &cosine);
     switch (function) {
-    case LFM2_EXP:
-        return exp_f32(a);
-    case LFM2_SIN:
-        return sine;
-    case LFM2_COS:
-        return cosine;
-    case LFM2_FMA:
-        return fma_f32(a, b, c);
-    default:
-        return float_of(0x7fc00000);
+    case LFM2_EXP: y = exp_f32(a); break;
+    case LFM2_SIN: y = sine; break;
+    case LFM2_COS: y = cosine; break;
+    case LFM2_FMA: y = fma_f32(a, b, c); break;
     }
+    fesetenv(&callers);
+    return y;
 }
 
 /* base^(1/n) by Newton's method, from above, where it falls until found. */
@@ -1521,109 +1185,69 @@ static float bf16_to_f32(uint16_t b)
     return float_of((uint32_t)b << 16);
 }
 
-/* --------------------------------------------------------- 8. Worker threads
+/* ------------------------------------------------------------- 8. Threads
  *
- * A context owns n_threads - 1 workers; the caller is thread 0.  A job is one
- * function that every thread calls with its number; each takes its fixed share,
- * so nobody asks who computes what.  Jobs are short, some 50 microseconds, so
- * both sides wait for each other in a loop before they go to sleep. */
+ * A context owns n_threads - 1 workers; the caller is thread 0.  They are woken
+ * once for a pass, run the same function, and meet at its barriers.  Each takes
+ * its fixed share, so nobody asks who computes what.  What lies between two
+ * barriers is short, some 50 microseconds, so threads wait for each other in a
+ * loop before they go to sleep. */
 
-static struct range share(const struct lfm2_context *ctx, int n, int thread)
+static struct range share(const struct thread *me, int n)
 {
-    const int64_t t = thread, of = ctx->par.n_threads;
+    const int64_t t = me->id, of = me->of;
     return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
 }
 
-/* Some 200 microseconds.  A tenth of it would leave the CPU to others sooner,
- * but threads that sleep all the time are put on one CPU by the system, and
- * beside a busy process they lose more by waking up than they win by sleeping:
- * 18 instead of 48 percent of the undisturbed speed was left. */
+/* About 200 microseconds.  A tenth of it would leave the CPU to others sooner.
+ * But the system puts threads that sleep all the time on one CPU, and beside a
+ * busy process they lose more by waking up than they win by sleeping: 18 % of
+ * the undisturbed speed was left, instead of 48 %. */
 enum { SPINS = 10000 };
+
+/* Multiply-adds of a pass that one thread does in less time than it takes to
+ * wake another that sleeps. */
+static const uint64_t TOO_SMALL = 16 << 20;
+
+static int threads_for(const struct lfm2_context *ctx, int n_rows)
+{
+    return ctx->row_work * (uint64_t)n_rows < TOO_SMALL
+        ? 1 : ctx->par.n_threads;
+}
 
 #ifdef LFM2_NO_THREADS
 
-static int usable_cpus(void)
-{
-    return 1;
-}
+struct pool { int unused; };
 
-static int pool_open(struct lfm2_context *ctx)
-{
-    ctx->par.n_threads = 1;
-    return LFM2_OK;
-}
-
-static void pool_close(struct pool *p)
-{
-    (void)p;
-}
-
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job)
-{
-    fn(ctx, job, 0);
-}
+#define usable_cpus()       1
+#define pool_size(n)        sizeof(struct pool)
+#define pool_open(ctx)      ((ctx)->par.n_threads = 1)
+#define pool_close(ctx)     ((void)(ctx))
+#define pool_is_here(ctx)   1
+#define start(pool, run)    ((void)(pool))
+#define meet(pool, n)       ((void)(pool))
 
 #else
 
 struct pool {
-    int n_threads;
     int spins;                            /* before going to sleep           */
-    struct worker { struct pool *pool; pthread_t thread; int id; } *worker;
-    struct lfm2_context *ctx;             /* the job                         */
-    work_fn *fn;
-    void *job;
-    int quit;
-    atomic_uint round;                    /* jobs so far                     */
-    atomic_uint running;                  /* workers that are not done       */
-    atomic_uint asleep;                   /* threads on `changed`            */
+    pid_t process;                        /* that the workers belong to      */
+    void (*run)(const struct thread *me); /* NULL: the workers end           */
+    atomic_uint pass;                     /* how many have been started      */
+    atomic_uint arrived;                  /* threads that wait at a barrier  */
+    atomic_uint opened;                   /* barriers that all have reached  */
+    atomic_uint asleep;                   /* threads that wait for `changed` */
     pthread_mutex_t lock;
-    pthread_cond_t changed;               /* round, or running has become 0  */
+    pthread_cond_t changed;               /* pass or opened                  */
+    pthread_t worker[];                   /* [n_threads]; the first is none  */
 };
 
-#ifdef __linux__
-
-/* The CPUs a control group may use, from its cpu.max: "quota period" or "max
- * period"; rounded up, 0 if there is no limit to be found. */
-static int cpu_max(const char *path)
+static size_t pool_size(int n_threads)
 {
-    FILE *f = fopen(path, "r");
-    long quota, period;
-    int n = 0;
-
-    if (!f)
-        return 0;
-    if (fscanf(f, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0)
-        n = (int)((quota + period - 1) / period);
-    fclose(f);
-    return n;
+    return sizeof(struct pool) + (size_t)n_threads * sizeof(pthread_t);
 }
 
-/* The least cpu.max on the way from this process's group to the root. */
-static int cgroup_cpus(int n)
-{
-    static const char root[] = "/sys/fs/cgroup";
-    char line[512], path[sizeof root + sizeof line + sizeof "/cpu.max"];
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    size_t len = 0;
-
-    while (f && len == 0 && fgets(line, sizeof line, f))
-        if (strncmp(line, "0::/", 4) == 0)
-            len = strcspn(line, "\n");
-    if (f)
-        fclose(f);
-    for (; len >= 3; len--) {
-        if (len > 3 && line[len] != '/' && line[len] != '\n')
-            continue;
-        snprintf(path, sizeof path, "%s%.*s/cpu.max", root, (int)len - 3,
-                 line + 3);
-        int most = cpu_max(path);
-        n = most > 0 && most < n ? most : n;
-    }
-    return n;
-}
-
-#endif
-
+/* CPUs that this process may run on. */
 static int usable_cpus(void)
 {
     int n = 0;
@@ -1635,9 +1259,6 @@ static int usable_cpus(void)
 #endif
     if (n < 1)
         n = (int)sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    n = cgroup_cpus(n);
-#endif
     return n < 1 ? 1 : n > 64 ? 64 : n;
 }
 
@@ -1651,27 +1272,27 @@ static void relax(void)
 #endif
 }
 
-/* Wait until *what is `value`, or until it is not. */
-static void wait_until(struct pool *p, atomic_uint *what, int is,
-                       unsigned value)
+/* Wait until *what is no longer `value`. */
+static void wait_for_change(struct pool *p, atomic_uint *what, unsigned value)
 {
     for (int i = 0; i < p->spins; i++) {
-        if ((atomic_load(what) == value) == is)
+        if (atomic_load(what) != value)
             return;
         relax();
     }
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->asleep, 1);
-    while ((atomic_load(what) == value) != is)
+    while (atomic_load(what) == value)
         pthread_cond_wait(&p->changed, &p->lock);
     atomic_fetch_sub(&p->asleep, 1);
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Who sleeps has counted himself before he looked a last time: either he saw
- * the change, or he is seen here. */
-static void wake(struct pool *p)
+/* Change *what and wake those that sleep.  A thread counts itself in `asleep`
+ * before it looks at *what for the last time, so no wake-up is lost. */
+static void change(struct pool *p, atomic_uint *what)
 {
+    atomic_fetch_add(what, 1);
     if (atomic_load(&p->asleep) == 0)
         return;
     pthread_mutex_lock(&p->lock);
@@ -1679,84 +1300,336 @@ static void wake(struct pool *p)
     pthread_mutex_unlock(&p->lock);
 }
 
+/* Wait until n threads are here. */
+static void meet(struct pool *p, unsigned n)
+{
+    const unsigned opened = atomic_load(&p->opened);
+
+    if (atomic_fetch_add(&p->arrived, 1) + 1 < n) {
+        wait_for_change(p, &p->opened, opened);
+        return;
+    }
+    atomic_store(&p->arrived, 0);
+    change(p, &p->opened);
+}
+
+static void start(struct pool *p, void (*run)(const struct thread *me))
+{
+    p->run = run;
+    change(p, &p->pass);
+}
+
 static void *worker_main(void *arg)
 {
-    const struct worker *w = arg;
-    struct pool *p = w->pool;
+    const struct thread *me = arg;
+    struct pool *p = me->ctx->pool;
+    fenv_t created_with;
 
-    for (unsigned seen = 0;; seen++) {
-        wait_until(p, &p->round, 0, seen);
-        if (p->quit)
+    enter_arithmetic(&created_with);
+    for (unsigned passes = 0;; passes++) {
+        wait_for_change(p, &p->pass, passes);
+        if (!p->run)
             return NULL;
-        p->fn(p->ctx, p->job, w->id);
-        if (atomic_fetch_sub(&p->running, 1) == 1)
-            wake(p);
+        p->run(me);
+        meet(p, (unsigned)me->of);
     }
 }
 
-static void start_round(struct pool *p)
+/* After fork() a child has the memory of the workers, but not the workers. */
+static int pool_is_here(const struct lfm2_context *ctx)
 {
-    atomic_store(&p->running, (unsigned)p->n_threads - 1);
-    atomic_fetch_add(&p->round, 1);
-    wake(p);
+    return ctx->par.n_threads == 1 || ctx->pool->process == getpid();
 }
 
-static void pool_close(struct pool *p)
-{
-    if (!p)
-        return;
-    p->quit = 1;
-    start_round(p);
-    for (int i = 1; i < p->n_threads; i++)
-        pthread_join(p->worker[i].thread, NULL);
-    pthread_cond_destroy(&p->changed);
-    pthread_mutex_destroy(&p->lock);
-    free(p->worker);
-    free(p);
-}
-
-/* Fewer threads than asked for, if the system gives no more.  Waiting in a loop
- * is no use when the one waited for needs this CPU. */
-static int pool_open(struct lfm2_context *ctx)
-{
-    const int n_threads = ctx->par.n_threads;
-    struct pool *p = calloc(1, sizeof *p);
-
-    if (!p || !(p->worker = calloc((size_t)n_threads, sizeof *p->worker))) {
-        free(p);
-        return LFM2_ENOMEM;
-    }
-    p->spins = n_threads <= usable_cpus() ? SPINS : 0;
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->changed, NULL);
-    for (p->n_threads = 1; p->n_threads < n_threads; p->n_threads++) {
-        struct worker *w = &p->worker[p->n_threads];
-        *w = (struct worker){ .pool = p, .id = p->n_threads };
-        if (pthread_create(&w->thread, NULL, worker_main, w) != 0)
-            break;
-    }
-    ctx->pool = p;
-    ctx->par.n_threads = p->n_threads;
-    return LFM2_OK;
-}
-
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job)
+static void pool_close(struct lfm2_context *ctx)
 {
     struct pool *p = ctx->pool;
 
-    if (p->n_threads == 1) {
-        fn(ctx, job, 0);
+    if (!pool_is_here(ctx))
         return;
-    }
-    p->ctx = ctx;
-    p->fn = fn;
-    p->job = job;
-    start_round(p);
-    fn(ctx, job, 0);
-    wait_until(p, &p->running, 1, 0);
+    start(p, NULL);
+    for (int i = 1; i < ctx->par.n_threads; i++)
+        pthread_join(p->worker[i], NULL);
+    pthread_cond_destroy(&p->changed);
+    pthread_mutex_destroy(&p->lock);
+}
+
+/* Fewer threads than asked for, if the system gives no more.  A loop must not
+ * wait for a thread that needs the same CPU. */
+static void pool_open(struct lfm2_context *ctx)
+{
+    struct pool *p = ctx->pool;
+    const int most = ctx->par.n_threads;
+    int n = 1;
+
+    p->spins = most <= usable_cpus() ? SPINS : 0;
+    p->process = getpid();
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->changed, NULL);
+    while (n < most && pthread_create(&p->worker[n], NULL, worker_main,
+                                      &ctx->thread[n]) == 0)
+        n++;
+    ctx->par.n_threads = n;
+    for (int i = 0; i < n; i++)
+        ctx->thread[i].of = n;
 }
 
 #endif
+
+static void barrier(const struct thread *me)
+{
+    if (me->of > 1)
+        meet(me->ctx->pool, (unsigned)me->of);
+}
+
+/* Run a function on all threads, or on the caller alone. */
+static void parallel(struct lfm2_context *ctx, int n_threads,
+                     void (*run)(const struct thread *me))
+{
+    struct thread *me = &ctx->thread[0];
+
+    me->of = n_threads;
+    if (n_threads > 1)
+        start(ctx->pool, run);
+    run(me);
+    barrier(me);
+}
+
+/* ---- attention: the cache, and who computes what */
+
+enum { TILE = 64 };
+
+/* K is kept in tiles of TILE positions, see struct seq. */
+static size_t kv_head_elements(const struct lfm2_context *ctx)
+{
+    return (size_t)(((int64_t)ctx->par.n_ctx + TILE - 1) / TILE * TILE) *
+           (size_t)ctx->model->cfg.head_dim;
+}
+
+static struct kv_head kv_head_at(const struct lfm2_context *ctx,
+                                 const struct seq *s, int i_attn, int head)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    int f16 = ctx->par.kv_type == LFM2_KV_F16;
+    size_t bytes = kv_head_elements(ctx) * (f16 ? 2 : 4);
+    uint8_t *k = s->kv + 2 * bytes * ((size_t)i_attn * c->n_head_kv + head);
+
+    return (struct kv_head){ k, k + bytes, f16, c->head_dim };
+}
+
+/* Where element d of a key lies, and of a value. */
+static size_t k_index(int pos, int d, int head_dim)
+{
+    return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
+}
+
+static size_t v_index(int pos, int d, int head_dim)
+{
+    return (size_t)pos * head_dim + d;
+}
+
+static void kv_set(uint8_t *cache, int f16, size_t i, float value)
+{
+    if (f16)
+        ((uint16_t *)(void *)cache)[i] = f32_to_f16(value);
+    else
+        ((float *)(void *)cache)[i] = value;
+}
+
+static float kv_get(const uint8_t *cache, int f16, size_t i)
+{
+    return f16 ? f16_to_f32(((const uint16_t *)(const void *)cache)[i])
+               : ((const float *)(const void *)cache)[i];
+}
+
+static float kv_key(const struct kv_head *kv, int pos, int d)
+{
+    return kv_get(kv->k, kv->f16, k_index(pos, d, kv->head_dim));
+}
+
+static float kv_value(const struct kv_head *kv, int pos, int d)
+{
+    return kv_get(kv->v, kv->f16, v_index(pos, d, kv->head_dim));
+}
+
+static void kv_store(const struct kv_head *kv, int pos, const float *k,
+                     const float *v)
+{
+    for (int d = 0; d < kv->head_dim; d++) {
+        kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
+        kv_set(kv->v, kv->f16, v_index(pos, d, kv->head_dim), v[d]);
+    }
+}
+
+/* Rows of a sequence that look back together: the queries of one kv head.  Row
+ * t stands at position pos + t, and sees all up to there. */
+struct attn_rows {
+    float *q;                             /* [n][group][head_dim] ...        */
+    size_t stride;                        /* ... rows so many floats apart   */
+    int n, group, pos;
+};
+
+/* How many positions of the chunk at `pos` row t sees. */
+static int chunk_seen(const struct attn_rows *a, int t, int pos)
+{
+    const int seen = a->pos + t + 1 - pos;
+    return seen < 0 ? 0 : seen < CHUNK ? seen : CHUNK;
+}
+
+/* part[n][group] = the chunk at `pos`, for all rows that see some of it. */
+static void attend_chunk(struct attn_partial *part, const struct attn_rows *a,
+                         const struct kv_head *kv, int pos,
+                         const struct scratch *s)
+{
+    (void)s;
+    for (int t = 0; t < a->n; t++)
+        for (int i = 0; i < a->group && chunk_seen(a, t, pos) > 0; i++)
+            attend_query(&part[t * a->group + i],
+                         a->q + (size_t)t * a->stride +
+                         (size_t)(i * kv->head_dim), kv, pos,
+                         chunk_seen(a, t, pos));
+}
+
+/* How many rows look back together. */
+static int rows_together(const lfm2_config *c)
+{
+    const int group = c->n_head / c->n_head_kv;
+    return group < 32 ? 32 / group : 1;
+}
+
+/* q = softmax(q k^T) v, for rows that look back together.  All go through a
+ * chunk before the next one, so that it is read from memory once. */
+static void attend_rows(const struct thread *me, const struct attn_rows *a,
+                        const struct kv_head *kv)
+{
+    const struct isa *isa = me->ctx->isa;
+    const int hd = kv->head_dim, n = a->n * a->group;
+    struct attn_partial *all = me->s.partial, *part = all + n;
+
+    isa->attend_chunk(all, a, kv, 0, &me->s);
+    for (int pos = CHUNK; pos < a->pos + a->n; pos += CHUNK) {
+        isa->attend_chunk(part, a, kv, pos, &me->s);
+        for (int i = 0; i < n; i++)
+            if (chunk_seen(a, i / a->group, pos) > 0)
+                merge_chunk(isa, &all[i], &part[i], hd);
+    }
+    for (int i = 0; i < n; i++)
+        finish_head(a->q + (size_t)(i / a->group) * a->stride +
+                    (size_t)(i % a->group * hd), &all[i], hd);
+}
+
+/* A single row, if there are more threads than kv heads: each chunk of each of
+ * them is a task, and they are merged afterwards, in the same order.
+ * part[n_head_kv][chunks][group]. */
+static void attend_split(const struct thread *me, const struct layer *l)
+{
+    struct lfm2_context *ctx = me->ctx;
+    const lfm2_config *c = &ctx->model->cfg;
+    const struct piece *p = &ctx->batch.piece[0];
+    const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
+    const int chunks = p->pos / CHUNK + 1;
+    const struct range tasks = share(me, chunks * c->n_head_kv);
+    const struct range heads = share(me, c->n_head);
+
+    for (int i = tasks.first; i < tasks.last; i++) {
+        const int head = i / chunks;
+        const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq], l->i_kind,
+                                             head);
+        const struct attn_rows a = { ctx->q + (size_t)(head * group * hd), 0,
+                                     1, group, p->pos };
+        ctx->isa->attend_chunk(ctx->part + (size_t)i * group, &a, &kv,
+                               i % chunks * CHUNK, &me->s);
+    }
+    barrier(me);
+    for (int h = heads.first; h < heads.last; h++) {
+        struct attn_partial *all = ctx->part + (size_t)(h / group * chunks) *
+                                   group + h % group;
+        for (int i = 1; i < chunks; i++)
+            merge_chunk(ctx->isa, all, all + i * group, hd);
+        finish_head(ctx->q + (size_t)(h * hd), all, hd);
+    }
+}
+
+/* Later rows see more, so the threads take turns. */
+static void attend(const struct thread *me, const struct layer *l)
+{
+    struct lfm2_context *ctx = me->ctx;
+    const lfm2_config *c = &ctx->model->cfg;
+    const int most = rows_together(c), group = c->n_head / c->n_head_kv;
+    const size_t stride = (size_t)c->n_head * c->head_dim;
+    int turn = 0;
+
+    if (ctx->batch.n_rows == 1 && me->of > c->n_head_kv) {
+        attend_split(me, l);
+        return;
+    }
+    for (int i = 0; i < ctx->batch.n_pieces; i++) {
+        const struct piece *p = &ctx->batch.piece[i];
+        for (int t = 0; t < p->n; t += most)
+            for (int head = 0; head < c->n_head_kv; head++) {
+                const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq],
+                                                     l->i_kind, head);
+                const struct attn_rows a = {
+                    ctx->q + (size_t)(p->row + t) * stride +
+                    (size_t)(head * group * c->head_dim), stride,
+                    p->n - t < most ? p->n - t : most, group, p->pos + t
+                };
+                if (turn++ % me->of == me->id)
+                    attend_rows(me, &a, &kv);
+            }
+    }
+}
+
+/* ---- experts: which rows they have */
+
+/* Sort the slots by expert, rows ascending (a counting sort): those of expert e
+ * become slot_end[e] .. slot_end[e+1]-1.  end[e+1] first counts the slots of e,
+ * then is where they end, and comes down to where they begin while they are
+ * put in their places, the last row first. */
+static void sort_slots(struct routing *r, int n, int n_expert, int used)
+{
+    int *end = r->slot_end;
+
+    memset(end, 0, ((size_t)n_expert + 1) * sizeof *end);
+    for (int i = 0; i < n; i++)
+        end[r->chosen[i] + 1]++;
+    for (int e = 0; e < n_expert; e++)
+        end[e + 1] += end[e];
+    for (int i = n - 1; i >= 0; i--) {
+        int s = --end[r->chosen[i] + 1];
+        r->slot_row[s] = i / used;
+        r->slot_weight[s] = r->weight[i];
+    }
+    memmove(end, end + 1, (size_t)n_expert * sizeof *end);
+    end[n_expert] = n;
+}
+
+/* Each matrix leads to that of the next expert. */
+static void group_by_expert(struct lfm2_context *ctx, const struct layer *l)
+{
+    struct routing *r = &ctx->routing;
+    const lfm2_config *c = &ctx->model->cfg;
+
+    sort_slots(r, ctx->batch.n_rows * c->n_expert_used, c->n_expert,
+               c->n_expert_used);
+    r->n_active = 0;
+    for (int e = 0; e < c->n_expert; e++) {
+        const int i = r->n_active;
+        if (r->slot_end[e] == r->slot_end[e + 1])
+            continue;
+        r->active[r->n_active++] = e;
+        r->gate[i] = expert(&l->ffn_gate_exps, e);
+        r->up[i] = expert(&l->ffn_up_exps, e);
+        r->down[i] = expert(&l->ffn_down_exps, e);
+        r->gate[i].next = &r->gate[i + 1];
+        r->up[i].next = &r->up[i + 1];
+        r->down[i].next = &r->down[i + 1];
+    }
+    r->gate[r->n_active - 1].next = &r->down[0];
+    r->up[r->n_active - 1].next = NULL;
+    r->down[r->n_active - 1].next = l->ffn_down_exps.next;
+}
+
 
 /* --------------------------------------------------------- 9. Weight formats
  *
@@ -2145,7 +2018,7 @@ static void get_row(float *out, const struct tensor *w, int r)
 /* Round 32 columns to d q with q in -127 .. 127.  A group that is not finite
  * gets d = NaN, which every product then shows; one too small to divide by
  * (below 2^-100) is 0. */
-static void quantize(struct rounded *to, const float *x)
+static void quantize(struct q8_block *to, const float *x)
 {
     uint32_t top = 0;
 
@@ -2165,62 +2038,27 @@ static void quantize(struct rounded *to, const float *x)
     to->s = to->d * (float)(to->sum[0] + to->sum[1]);
 }
 
-static void set_group(const struct lfm2_context *ctx, struct input *in, int row,
-                      int g, const float *x)
+static void set_unit(const struct thread *me, struct input *in, int row, int n,
+                     int u, const float *unit)
 {
-    const size_t i = (size_t)row * (size_t)(in->cols / 32) + (size_t)g;
+    const size_t groups = (size_t)in->cols / UNIT;
+    size_t at = (size_t)row * groups + (size_t)u;
 
-    ctx->isa->quantize(&in->q[i], x);
-    if (in->f)
-        memcpy(in->f + i * 32, x, 32 * sizeof *x);
-}
-
-/* Round row t of in->f. */
-static void round_row(const struct lfm2_context *ctx, struct input *in,
-                      size_t t)
-{
-    const size_t groups = (size_t)in->cols / 32;
-
-    for (size_t i = t * groups; i < (t + 1) * groups; i++)
-        ctx->isa->quantize(&in->q[i], in->f + i * 32);
-}
-
-static void round_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    struct input *in = arg;
-    const struct range r = share(ctx, in->n, thread);
-
-    for (int t = r.first; t < r.last; t++)
-        round_row(ctx, in, (size_t)t);
-}
-
-static void load_input(struct lfm2_context *ctx, struct input *in, float *x,
-                       int n, int cols)
-{
-    in->f = x;
-    in->n = n;
-    in->cols = cols;
-    parallel(ctx, round_work, in);
-}
-
-static void norm_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const size_t n = (size_t)c->n_embd;
-    const struct range r = share(ctx, ctx->n_rows, thread);
-
-    for (size_t t = (size_t)r.first; t < (size_t)r.last; t++) {
-        rms_norm(ctx->isa, ctx->in.f + t * n, ctx->x + t * n, arg, c->n_embd,
-                 c->norm_rms_eps);
-        round_row(ctx, &ctx->in, t);
+    for (int t = 0; t < n; t++, at += groups, unit += UNIT) {
+        me->ctx->isa->quantize(&in->q[at], unit);
+        if (in->f)
+            memcpy(in->f + at * UNIT, unit, UNIT * sizeof *unit);
     }
 }
 
-static void load_normed(struct lfm2_context *ctx, const float *norm)
+static void round_rows(const struct thread *me, struct input *in)
 {
-    ctx->in.n = ctx->n_rows;
-    ctx->in.cols = ctx->model->cfg.n_embd;
-    parallel(ctx, norm_work, (void *)norm);
+    const size_t groups = (size_t)in->cols / UNIT;
+    const struct range rows = share(me, in->n);
+
+    for (size_t i = (size_t)rows.first * groups;
+         i < (size_t)rows.last * groups; i++)
+        me->ctx->isa->quantize(&in->q[i], in->f + i * UNIT);
 }
 
 static void unpack_row(const struct scratch *s, const struct tensor *w,
@@ -2250,7 +2088,7 @@ static int dot_16(const int8_t *a, const int8_t *b)
  *     d for 32:   acc += (d dx) dot            - m (dx sum)
  *     d for 16:   acc += dx (d0 dot0 + d1 dot1) - dx (m0 sum0 + m1 sum1)    */
 static float dot_row(const struct scratch *w, const struct format *f,
-                     const struct rounded *x, int groups)
+                     const struct q8_block *x, int groups)
 {
     const int8_t *q = (const int8_t *)w->q;
     const float *d = w->d, *m = w->m;
@@ -2279,7 +2117,7 @@ static float dot_row(const struct scratch *w, const struct format *f,
 /* Where the i-th row of an input lies. */
 static size_t row_at(const struct input *in, int i)
 {
-    return (size_t)(in->row ? in->row[i] : i);
+    return (size_t)(in->row ? in->row[i] : in->first + i);
 }
 
 /* out[t][r] = row t of the input times row first + r of w. */
@@ -2329,78 +2167,63 @@ static int n_units(const struct tensor *w)
     return (w->rows + UNIT - 1) / UNIT;
 }
 
-static const uint8_t *unit_data(const struct tensor *w, int u)
-{
-    return w->data + (size_t)u * UNIT * row_bytes(w);
-}
-
-static const uint8_t *share_data(const struct lfm2_context *ctx,
-                                 const struct tensor *w, int thread)
-{
-    return unit_data(w, share(ctx, n_units(w), thread).first);
-}
-
 static int unit_rows(const struct tensor *w, int u)
 {
-    int rest = w->rows - u * UNIT;
+    const int rest = w->rows - u * UNIT;
     return rest < UNIT ? rest : UNIT;
 }
 
-static float *product(struct lfm2_context *ctx, int thread, int to,
-                      const struct tensor *w, int u, int last,
-                      const struct input *in, const uint8_t *next)
+/* Where unit u begins; after the last one, where w ends. */
+static const uint8_t *unit_data(const struct tensor *w, int u)
 {
-    const struct scratch *s = &ctx->scratch[thread];
-
-    ctx->isa->product(s->out[to], w, u * UNIT, unit_rows(w, u), in, s,
-                      unit_data(w, last), next);
-    return s->out[to];
+    const int row = u * UNIT < w->rows ? u * UNIT : w->rows;
+    return w->data + (size_t)row * row_bytes(w);
 }
 
-static void put_unit(float *y, const struct tensor *w, int u, const float *unit,
-                     int n, int how)
+static struct tensor rows_of(const struct tensor *w, int first, int rows)
 {
-    const int rows = unit_rows(w, u);
+    struct tensor some = *w;
 
-    y += u * UNIT;
-    for (int t = 0; t < n; t++, y += w->rows, unit += UNIT)
-        for (int r = 0; r < rows; r++)
-            y[r] = how == INCREASE ? y[r] + unit[r] : unit[r];
+    some.rows = rows;
+    some.data += (size_t)first * row_bytes(w);
+    some.next = first == 0 ? w->next : NULL;      /* once is enough */
+    some.first = first;
+    return some;
 }
 
-struct matmul_job {
-    float *y;                             /* [in->n][w->rows]                */
-    const struct tensor *w, *next;
-    const struct input *in;
-    int how;
-};
-
-static void matmul_work(struct lfm2_context *ctx, void *arg, int thread)
+/* The thread will read on to the end of its share of w, and then its share of
+ * the next matrix, so the kernels can fetch them from memory ahead of time. */
+static float *product(const struct thread *me, int to, const struct tensor *w,
+                      int u, const struct input *in)
 {
-    const struct matmul_job *j = arg;
-    const struct range r = share(ctx, n_units(j->w), thread);
-    const uint8_t *next = j->next ? share_data(ctx, j->next, thread) : NULL;
+    const struct lfm2_context *ctx = me->ctx;
+    const struct tensor *next = w->next;
+    const int end = share(me, n_units(w)).last;
+    float *out = me->s.out[to];
 
-    for (int u = r.first; u < r.last; u++) {
-        const float *unit = product(ctx, thread, 0, j->w, u, r.last, j->in,
-                                    next);
-        if (j->how == INCREASE)
-            keep_unit(ctx->kept.out, 0, j->w, u, unit, j->in->n);
-        put_unit(j->y, j->w, u, unit, j->in->n, j->how);
-    }
+    ctx->isa->product(out, w, u * UNIT, unit_rows(w, u), in, &me->s,
+                      unit_data(w, end), next
+                      ? unit_data(next, share(me, n_units(next)).first) : NULL);
+    for (int t = 0; ctx->hook && t < in->n; t++)
+        keep(ctx, w->module, in->first + t, w->first + u * UNIT,
+             out + (size_t)t * UNIT, unit_rows(w, u));
+    return out;
 }
 
-static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
-                         const struct tensor *w, const struct input *in,
-                         const struct tensor *next)
-{
-    matmul_work(ctx, &(struct matmul_job){ y, w, next, in, ASSIGN }, thread);
-}
-
-static void matmul(struct lfm2_context *ctx, int how, float *y,
+static void matmul(const struct thread *me, int how, float *y,
                    const struct tensor *w, const struct input *in)
 {
-    parallel(ctx, matmul_work, &(struct matmul_job){ y, w, NULL, in, how });
+    const struct range mine = share(me, n_units(w));
+
+    for (int u = mine.first; u < mine.last; u++) {
+        const float *unit = product(me, 0, w, u, in);
+        const int rows = unit_rows(w, u);
+        for (int t = 0; t < in->n; t++, unit += UNIT) {
+            float *to = y + (size_t)t * (size_t)w->rows + u * UNIT;
+            for (int r = 0; r < rows; r++)
+                to[r] = how == INCREASE ? to[r] + unit[r] : unit[r];
+        }
+    }
 }
 
 /* ------------------------------------------------- 11. Vectors: small blocks
@@ -2597,7 +2420,7 @@ KERNEL_INLINE uint32_t FN(largest)(INTS v)
 }
 
 /* 32 numbers, as bytes. */
-KERNEL_INLINE void FN(store_bytes)(struct rounded *to, const INTS q[8])
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
 {
     UNROLL
     for (int h = 0; h < 2; h++, q += 4) {
@@ -2724,7 +2547,7 @@ KERNEL_INLINE uint32_t FN(largest)(INTS v)
 
 /* 32 numbers as bytes, and the sums of 16.  Packing 8 + 8 + 8 + 8 numbers to
  * bytes interleaves them by fours. */
-KERNEL_INLINE void FN(store_bytes)(struct rounded *to, const INTS q[4])
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
 {
     INTS words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
                                     _mm256_packs_epi32(q[2], q[3]));
@@ -2895,27 +2718,25 @@ KERNEL void FN(rope)(float *head, const float *turn, int head_dim)
     }
 }
 
-KERNEL void FN(conv_step)(float *y, float *win, const float *w, const float *b,
-                          const float *c, float *x, int l_cache, size_t n)
+KERNEL void FN(conv_step)(float *y, float *const *u, const float *w,
+                          const float *b, const float *c, float *x, int l_cache,
+                          size_t n)
 {
     const size_t last = (size_t)l_cache - 1;
 
     for (size_t i = 0; i < UNIT; i += LANES) {
-        FLOATS u = V(mul_ps)(V(loadu_ps)(b + i), V(loadu_ps)(x + i));
-        FLOATS v = V(mul_ps)(V(loadu_ps)(w + i), V(loadu_ps)(win + i));
-        for (size_t k = 1; k < last; k++) {
-            FLOATS old = V(loadu_ps)(win + k * n + i);
-            v = V(fmadd_ps)(V(loadu_ps)(w + k * n + i), old, v);
-            V(storeu_ps)(win + (k - 1) * n + i, old);
-        }
-        v = V(fmadd_ps)(V(loadu_ps)(w + last * n + i), u, v);
-        V(storeu_ps)(win + (last - 1) * n + i, u);
+        FLOATS v = V(mul_ps)(V(loadu_ps)(w + i), V(loadu_ps)(u[0] + i));
+        V(storeu_ps)(u[last] + i,
+                     V(mul_ps)(V(loadu_ps)(b + i), V(loadu_ps)(x + i)));
+        for (size_t k = 1; k <= last; k++)
+            v = V(fmadd_ps)(V(loadu_ps)(w + k * n + i),
+                            V(loadu_ps)(u[k] + i), v);
         V(storeu_ps)(x + i, v);
         V(storeu_ps)(y + i, V(mul_ps)(V(loadu_ps)(c + i), v));
     }
 }
 
-KERNEL void FN(quantize)(struct rounded *to, const float *x)
+KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 {
     const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
     const INTS sign = V(set1_epi32)(0x7fffffff);
@@ -2946,7 +2767,7 @@ KERNEL void FN(quantize)(struct rounded *to, const float *x)
 /* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
  * room up to the next multiple of 16, where the scores are made -inf, which
  * adds 0 to a sum that is never -0. */
-KERNEL void FN(softmax)(struct gathered *g, float *s, int n)
+KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 {
     const int end = (n + 15) / 16 * 16;
     FLOATS max = V(set1_ps)(-INFINITY), sum[FN(CHAINS)];
@@ -3095,7 +2916,7 @@ KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
 #if LANES > 4 || DOT
 
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct rounded *const *x, int g,
+                            const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
                             const int tiles, const int kind)
 {
@@ -3139,7 +2960,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
  * part: of eight columns if the bytes of w use all their bits, else of all.  If
  * clang saw that the halves of v are equal, it would not use smlal2. */
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct rounded *const *x, int g,
+                            const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
                             const int tiles, const int kind)
 {
@@ -3183,7 +3004,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 /* dots() of weights that are stored with an offset: less offset * sum of x.  On
  * ARM bytes are signed, so a panel holds the weights without it. */
 KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
-                                   const struct rounded *const *x, int g,
+                                   const struct q8_block *const *x, int g,
                                    const int h, const int tokens,
                                    const int tiles, const int kind,
                                    INTS offset)
@@ -3212,7 +3033,7 @@ KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
 
 /* acc -= the minima times the sums of x. */
 KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
-                                    const struct rounded *const *x, int g,
+                                    const struct q8_block *const *x, int g,
                                     const int tokens, const int tiles,
                                     const int kind)
 {
@@ -3220,7 +3041,7 @@ KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
     for (int t = 0; t < tokens; t++)
         UNROLL
         for (int j = 0; j < tiles; j++) {
-            const struct rounded *r = &x[t][g];
+            const struct q8_block *r = &x[t][g];
             if (!(kind & HALVES)) {
                 acc[t][j] = V(fnmadd_ps)(m[j], V(set1_ps)(r->s), acc[t][j]);
                 continue;
@@ -3235,7 +3056,7 @@ KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
  * group g of each x: a step of dot_row(). */
 KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
                                  const FLOATS *d, const FLOATS *m,
-                                 const struct rounded *const *x, int g,
+                                 const struct q8_block *const *x, int g,
                                  const int tokens, const int tiles,
                                  const int kind, int offset)
 {
@@ -3276,7 +3097,7 @@ KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
 struct FN(sink) {
     INTS *q;                              /* of the panel, see above         */
     FLOATS *d, *m;
-    const struct rounded *x[AT_ONCE];
+    const struct q8_block *x[AT_ONCE];
     FLOATS acc[AT_ONCE];
     int n, offset;
     const uint8_t *next, *near;
@@ -3300,7 +3121,7 @@ KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
     to->near += bytes * LANES;
     for (int t = 0; t < (how == FEW_ROWS ? to->n : how); t++) {
         FLOATS acc[1][2] = { { to->acc[t] } };
-        const struct rounded *x = to->x[t]++;
+        const struct q8_block *x = to->x[t]++;
         FN(add_group)(acc, w, d, m, &x, 0, 1, 1, kind, to->offset);
         to->acc[t] = acc[0][0];
     }
@@ -3557,7 +3378,7 @@ UNPACK(iq4_xs)
 
 /* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
 KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
-                                const struct rounded *const *x, int offset,
+                                const struct q8_block *const *x, int offset,
                                 const int tokens, const int kind)
 {
     const INTS *w = (const void *)p->q;
@@ -3581,7 +3402,7 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
 /* For every kind and number of rows of x its own code. */
 #define MULTIPLY(name, kind) \
     KERNEL void FN(name)(float *out, const struct scratch *p, int groups, \
-                         const struct rounded *const *x, int offset, int n) \
+                         const struct q8_block *const *x, int offset, int n) \
     { \
         switch (n) { \
         case 1: FN(multiply)(out, p, groups, x, offset, 1, kind); return; \
@@ -3634,7 +3455,7 @@ static const struct {
     void (*rows)(struct FN(sink) *to, const uint8_t *b, size_t stride,
                  int groups);
     void (*multiply)(float *out, const struct scratch *p, int groups,
-                     const struct rounded *const *x, int offset, int n);
+                     const struct q8_block *const *x, int offset, int n);
     int offset;
 } FN(formats)[] = {
     { 0 }, { 0 }, { 0 },
@@ -3695,7 +3516,7 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
         FN(formats)[f].rows(&to, row, stride, groups);
     }
     for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
-        const struct rounded *x[FN(TOKENS)];
+        const struct q8_block *x[FN(TOKENS)];
         m = FN(take_rows)(in->n - t);
         for (int i = 0; i < m; i++)
             x[i] = in->q + row_at(in, t + i) * (size_t)groups;
@@ -3853,7 +3674,7 @@ KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
 }
 
 /* o[i] += the weighted values of positions first .. last-1. */
-KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
+KERNEL_INLINE void FN(values)(struct attn_partial *g, float s[][CHUNK],
                               const struct kv_head *kv, int pos, int first,
                               int last, const int queries, const int f16)
 {
@@ -3881,7 +3702,7 @@ KERNEL_INLINE void FN(values)(struct gathered *g, float s[][CHUNK],
     }
 }
 
-KERNEL_INLINE void FN(attend)(struct gathered *g, const float *q,
+KERNEL_INLINE void FN(attend)(struct attn_partial *g, const float *q,
                               const struct kv_head *kv, int pos, int n,
                               const int queries, const int f16)
 {
@@ -3902,15 +3723,25 @@ KERNEL_INLINE void FN(attend)(struct gathered *g, const float *q,
     for (; n_q > 0; n_q--, g++, q += kv->head_dim) \
         FN(attend)(g, q, kv, pos, n, 1, f16)
 
-KERNEL void FN(attend_chunk)(struct gathered *g, const float *q, int n_q,
-                             const struct kv_head *kv, int pos, int n)
+KERNEL void FN(attend_chunk)(struct attn_partial *part,
+                             const struct attn_rows *a,
+                             const struct kv_head *kv, int pos,
+                             const struct scratch *s)
 {
     if (kv->head_dim % (FN(WIDE) * LANES) != 0) {
-        attend_chunk(g, q, n_q, kv, pos, n);
-    } else if (kv->f16) {
-        ATTEND(1);
-    } else {
-        ATTEND(0);
+        attend_chunk(part, a, kv, pos, s);
+        return;
+    }
+    for (int t = 0; t < a->n; t++) {
+        const int n = chunk_seen(a, t, pos);
+        struct attn_partial *g = part + t * a->group;
+        const float *q = a->q + (size_t)t * a->stride;
+        int n_q = n > 0 ? a->group : 0;
+        if (kv->f16) {
+            ATTEND(1);
+        } else {
+            ATTEND(0);
+        }
     }
 }
 
@@ -4138,6 +3969,7 @@ static void set_text(char *to, size_t size, const char *fmt, va_list args)
             c[0] = c[1] = '?';
 }
 
+/* Fill in err, if there is one, and return code. */
 static int fail(lfm2_error *err, int code, const char *fmt, ...)
 {
     if (err) {
@@ -4149,6 +3981,14 @@ static int fail(lfm2_error *err, int code, const char *fmt, ...)
     }
     return code;
 }
+
+/* Pass an error on to the caller. */
+#define TRY(call)               \
+    do {                        \
+        int code_ = (call);     \
+        if (code_ < 0)          \
+            return code_;       \
+    } while (0)
 
 /* For "%llu". */
 static unsigned long long ull(uint64_t n)
@@ -4930,7 +4770,7 @@ static int read_config(struct lfm2_model *m)
     TRY(read_count(m, "block_count", MUST, 1, LFM2_MAX_LAYER, &c->n_layer));
     TRY(read_count(m, "context_length", MUST, 1, INT32_MAX, &c->n_ctx_train));
     TRY(read_count(m, "embedding_length", MUST, 1, 1 << 20, &c->n_embd));
-    TRY(read_count(m, "shortconv.l_cache", MUST, 2, 8, &c->l_cache));
+    TRY(read_count(m, "shortconv.l_cache", MUST, 2, MAX_TAPS, &c->l_cache));
     TRY(read_float(m, "attention.layer_norm_rms_epsilon", MUST, 1e-12f,
                    0.1f, &c->norm_rms_eps));
     c->rope_freq_base = 10000;
@@ -5240,6 +5080,8 @@ static int check_columns(const struct lfm2_model *m, const int size[N_SIZES])
     return LFM2_OK;
 }
 
+static void name_modules(struct layer *l); /* see section 21 */
+
 static int bind_model(struct lfm2_model *m)
 {
     const lfm2_config *c = &m->cfg;
@@ -5263,6 +5105,7 @@ static int bind_model(struct lfm2_model *m)
     for (int il = 0; il < c->n_layer; il++) {
         m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
         TRY(bind_layer(m, il, size, &pool));
+        name_modules(&m->layer[il]);
     }
     m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
     return check_unbound(m);
@@ -5492,11 +5335,25 @@ static void *carve(struct arena *a, uint64_t n, size_t size)
     return a->base ? a->base + at : NULL;
 }
 
-static void carve_input(struct arena *a, struct input *in, uint64_t rows,
-                        uint64_t cols, int floats)
+/* Let p have n elements. */
+#define CARVE(a, p, n) ((p) = carve(a, n, sizeof *(p)))
+
+static uint64_t larger(uint64_t a, uint64_t b)
 {
-    in->q = carve(a, rows * (cols / 32), sizeof *in->q);
-    in->f = floats ? carve(a, rows * cols, sizeof *in->f) : NULL;
+    return a > b ? a : b;
+}
+
+/* The columns that all convolutions look back to, and those in seq.u. */
+static uint64_t conv_elements(const struct lfm2_model *m)
+{
+    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
+           (uint64_t)m->cfg.n_embd;
+}
+
+static uint64_t u_elements(const struct lfm2_model *m)
+{
+    return (uint64_t)m->n_conv * (uint64_t)(UNDO + m->cfg.l_cache - 1) *
+           (uint64_t)m->cfg.n_embd;
 }
 
 static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
@@ -5505,8 +5362,14 @@ static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
            (uint64_t)m->cfg.head_dim * (kv_type == LFM2_KV_F16 ? 2 : 4);
 }
 
-/* The conv state is kept every 64 tokens, or more rarely where it would take
- * more than a tenth of what the KV cache takes. */
+static uint64_t kv_bytes(const struct lfm2_context *ctx)
+{
+    return ((uint64_t)ctx->par.n_ctx + TILE - 1) / TILE * TILE *
+           kv_bytes_per_token(ctx->model, ctx->par.kv_type);
+}
+
+/* Marks are kept every 64 tokens, or more rarely where they would take more
+ * than a tenth of what the KV cache takes. */
 static int seq_step(const struct lfm2_model *m, int kv_type)
 {
     uint64_t mark = conv_elements(m) * sizeof(float);
@@ -5518,26 +5381,49 @@ static int seq_step(const struct lfm2_model *m, int kv_type)
 static void carve_sequences(struct arena *a, struct lfm2_context *ctx)
 {
     const struct lfm2_model *m = ctx->model;
-    const lfm2_params *p = &ctx->par;
-    const uint64_t positions = ((uint64_t)p->n_ctx + TILE - 1) / TILE * TILE;
-    const uint64_t conv = conv_elements(m);
+    const uint64_t n_seq = (uint64_t)ctx->par.n_seq;
 
-    ctx->seq = carve(a, (uint64_t)p->n_seq, sizeof *ctx->seq);
-    for (int i = 0; i < p->n_seq; i++) {
-        struct seq s = { 0 };
-        s.kv = carve(a, positions * kv_bytes_per_token(m, p->kv_type), 1);
-        s.conv = carve(a, conv, sizeof *s.conv);
-        s.conv_start = carve(a, conv, sizeof *s.conv_start);
-        s.marks = carve(a, (uint64_t)(p->n_ctx / ctx->seq_step) * conv,
-                        sizeof *s.marks);
+    CARVE(a, ctx->seq, n_seq);
+    for (uint64_t i = 0; i < n_seq; i++) {
+        struct seq s = { .oldest = 1 - m->cfg.l_cache };
+        s.kv = carve(a, kv_bytes(ctx), 1);
+        CARVE(a, s.u, u_elements(m));
+        CARVE(a, s.u_start, conv_elements(m));
+        CARVE(a, s.marks, (uint64_t)(ctx->par.n_ctx / ctx->seq_step) *
+                          conv_elements(m));
         if (a->base)
             ctx->seq[i] = s;
     }
+    CARVE(a, ctx->states, n_seq * (uint64_t)m->cfg.n_embd);
+    CARVE(a, ctx->span_logits, n_seq + 1);
+    CARVE(a, ctx->span_state, n_seq);
+    CARVE(a, ctx->logits, (uint64_t)ctx->par.n_logits *
+                          (uint64_t)m->cfg.n_vocab);
+    CARVE(a, ctx->candidates, (uint64_t)m->cfg.n_vocab);
 }
 
-static uint64_t larger(uint64_t a, uint64_t b)
+static void carve_batch(struct arena *a, struct lfm2_context *ctx)
 {
-    return a > b ? a : b;
+    const lfm2_config *c = &ctx->model->cfg;
+    const uint64_t rows = (uint64_t)ctx->par.n_batch;
+    const uint64_t slots = rows * (uint64_t)c->n_expert_used;
+    const uint64_t experts = (uint64_t)c->n_expert;
+    struct routing *r = &ctx->routing;
+    struct batch *b = &ctx->batch;
+
+    CARVE(a, b->piece, (uint64_t)ctx->par.n_seq);
+    CARVE(a, b->row, rows);
+    CARVE(a, b->rope, rows * (uint64_t)c->head_dim);
+    CARVE(a, r->score, rows * experts);
+    CARVE(a, r->chosen, slots);
+    CARVE(a, r->weight, slots);
+    CARVE(a, r->slot_row, slots);
+    CARVE(a, r->slot_weight, slots);
+    CARVE(a, r->slot_end, experts + 1);
+    CARVE(a, r->active, experts);
+    CARVE(a, r->gate, experts);
+    CARVE(a, r->up, experts);
+    CARVE(a, r->down, experts);
 }
 
 /* The hidden layer is only kept unrounded for weights that are in floats. */
@@ -5560,41 +5446,44 @@ static uint64_t hidden_width(const lfm2_config *c)
                   (uint64_t)c->n_ff_expert * (uint64_t)c->n_expert_used);
 }
 
+/* Two inputs that are never used at the same time, in one place. */
+static void carve_inputs(struct arena *a, struct input *one, int cols,
+                         struct input *other, int other_cols,
+                         uint64_t elements, int floats)
+{
+    CARVE(a, one->q, elements / UNIT);
+    one->f = floats ? carve(a, elements, sizeof *one->f) : NULL;
+    *other = *one;
+    one->cols = cols;
+    other->cols = other_cols;
+}
+
 static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t n = (uint64_t)c->n_embd, used = (uint64_t)c->n_expert_used;
-    const uint64_t hd = (uint64_t)c->head_dim;
-    const uint64_t q = (uint64_t)c->n_head * hd;
-    const uint64_t kv = (uint64_t)c->n_head_kv * hd;
+    const uint64_t n = (uint64_t)c->n_embd;
+    const uint64_t kv = rows * (uint64_t)c->n_head_kv * (uint64_t)c->head_dim;
+    const int heads = c->n_head * c->head_dim;
+    struct input unused;
 
-    ctx->piece = carve(a, (uint64_t)ctx->par.n_seq, sizeof *ctx->piece);
-    ctx->token = carve(a, rows, sizeof *ctx->token);
-    ctx->position = carve(a, rows, sizeof *ctx->position);
-    ctx->wanted = carve(a, rows, sizeof *ctx->wanted);
-    ctx->out_row = carve(a, rows, sizeof *ctx->out_row);
-    ctx->y = carve(a, used ? rows * n : 0, sizeof *ctx->y);
-    ctx->rope = carve(a, rows * hd, sizeof *ctx->rope);
-    ctx->x = carve(a, rows * n, sizeof *ctx->x);
-    ctx->k = carve(a, rows * kv, sizeof *ctx->k);
-    ctx->v = carve(a, rows * kv, sizeof *ctx->v);
-    carve_input(a, &ctx->in, rows, n, 1);
-    carve_input(a, &ctx->mixed, rows, larger(n, q), 1);
-    carve_input(a, &ctx->hidden, rows, hidden_width(c),
-                hidden_in_floats(ctx->model));
-    ctx->q = ctx->mixed.f;
-    ctx->score = carve(a, rows * (uint64_t)c->n_expert, sizeof *ctx->score);
-    ctx->chosen = carve(a, rows * used, sizeof *ctx->chosen);
-    ctx->weight = carve(a, rows * used, sizeof *ctx->weight);
-    ctx->slot = carve(a, rows * used, sizeof *ctx->slot);
-    ctx->slot_end = carve(a, (uint64_t)c->n_expert + 1, sizeof *ctx->slot_end);
-    ctx->slot_row = carve(a, rows * used, sizeof *ctx->slot_row);
-    ctx->active = carve(a, (uint64_t)c->n_expert, sizeof *ctx->active);
+    CARVE(a, ctx->x, rows * n);
+    CARVE(a, ctx->y, c->n_expert ? rows * n : 0);
+    CARVE(a, ctx->k, kv);
+    CARVE(a, ctx->v, kv);
+    carve_inputs(a, &ctx->in, c->n_embd, &unused, 0, rows * n, 1);
+    carve_inputs(a, &ctx->mixed, c->n_embd, &ctx->heads, heads,
+                 rows * larger(n, (uint64_t)heads), 1);
+    carve_inputs(a, &ctx->hidden, c->n_ff, &ctx->hidden_exps, c->n_ff_expert,
+                 rows * hidden_width(c), hidden_in_floats(ctx->model));
+    ctx->q = ctx->heads.f;
+    if (ctx->par.n_threads > c->n_head_kv)
+        CARVE(a, ctx->part, ((uint64_t)ctx->par.n_ctx / CHUNK + 1) *
+                            (uint64_t)c->n_head);
 }
 
-/* What rows of weights are unpacked to has room for the widest matrix. */
-static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
+/* Rows of weights are unpacked into room for the widest matrix. */
+static void carve_threads(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t cols = larger(larger((uint64_t)c->n_ff, (uint64_t)c->n_embd),
@@ -5604,35 +5493,20 @@ static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
     const uint64_t rows = (uint64_t)ctx->isa->panel_rows;
     const int group = c->n_head / c->n_head_kv;
 
-    if (ctx->par.n_threads > c->n_head_kv)
-        ctx->part = carve(a, ((uint64_t)ctx->par.n_ctx / CHUNK + 1) *
-                          (uint64_t)c->n_head, sizeof *ctx->part);
-    ctx->scratch = carve(a, (uint64_t)ctx->par.n_threads, sizeof *ctx->scratch);
+    ctx->pool = carve(a, 1, pool_size(ctx->par.n_threads));
+    CARVE(a, ctx->thread, (uint64_t)ctx->par.n_threads);
     for (int i = 0; i < ctx->par.n_threads; i++) {
-        struct scratch s;
+        struct scratch s = { 0 };
         for (int k = 0; k < 3; k++)
-            s.out[k] = carve(a, (uint64_t)ctx->par.n_batch * UNIT,
-                             sizeof *s.out[k]);
-        s.gathered = carve(a, (uint64_t)((rows_together(c) + 1) * group),
-                           sizeof *s.gathered);
-        s.q = carve(a, cols * rows, sizeof *s.q);
-        s.d = carve(a, cols / 16 * rows, sizeof *s.d);
-        s.m = carve(a, cols / 16 * rows, sizeof *s.m);
-        s.f = carve(a, cols, sizeof *s.f);
+            CARVE(a, s.out[k], (uint64_t)ctx->par.n_batch * UNIT);
+        CARVE(a, s.partial, (uint64_t)(2 * rows_together(c) * group));
+        CARVE(a, s.q, cols * rows);
+        CARVE(a, s.d, cols / 16 * rows);
+        CARVE(a, s.m, cols / 16 * rows);
+        CARVE(a, s.f, cols);
         if (a->base)
-            ctx->scratch[i] = s;
+            ctx->thread[i] = (struct thread){ ctx, i, 1, s };
     }
-}
-
-static void carve_rest(struct arena *a, struct lfm2_context *ctx)
-{
-    const uint64_t n_vocab = (uint64_t)ctx->model->cfg.n_vocab;
-
-    ctx->logits = carve(a, (uint64_t)ctx->par.n_logits * n_vocab,
-                        sizeof *ctx->logits);
-    ctx->span_logits = carve(a, (uint64_t)ctx->par.n_seq + 1,
-                             sizeof *ctx->span_logits);
-    ctx->candidates = carve(a, n_vocab, sizeof *ctx->candidates);
 }
 
 /* Set every pointer of ctx into memory at `base`; how much there is. */
@@ -5641,9 +5515,9 @@ static uint64_t lay_out(struct lfm2_context *ctx, void *base)
     struct arena a = { base, 0 };
 
     carve_sequences(&a, ctx);
+    carve_batch(&a, ctx);
     carve_pass(&a, ctx);
-    carve_scratch(&a, ctx);
-    carve_rest(&a, ctx);
+    carve_threads(&a, ctx);
     return a.used;
 }
 
@@ -5666,9 +5540,9 @@ static int check_range(const char *name, int value, int min, int max,
 }
 
 /* Check the parameters and fill in what was left to choose. */
-static int resolve_params(lfm2_params *p, lfm2_error *err)
+static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 {
-    TRY(check_range("n_ctx", p->n_ctx, 1, 1 << 24, err));
+    TRY(check_range("n_ctx", p->n_ctx, 0, MAX_CTX, err));
     TRY(check_range("n_seq", p->n_seq, 1, 4096, err));
     TRY(check_range("n_batch", p->n_batch, 1, 1 << 16, err));
     TRY(check_range("n_logits", p->n_logits, 0, 1 << 20, err));
@@ -5677,6 +5551,8 @@ static int resolve_params(lfm2_params *p, lfm2_error *err)
     if (!lfm2_isa_available(p->isa))
         return fail(err, LFM2_EARG, "isa: %d, expected one that this CPU and "
                     "this build have", p->isa);
+    if (p->n_ctx == 0)
+        p->n_ctx = m->cfg.n_ctx_train < MAX_CTX ? m->cfg.n_ctx_train : MAX_CTX;
     if (p->isa == LFM2_ISA_AUTO)
         p->isa = best_isa();
     if (p->n_threads == 0)
@@ -5686,23 +5562,36 @@ static int resolve_params(lfm2_params *p, lfm2_error *err)
     return LFM2_OK;
 }
 
+/* A context without memory; how much it needs, or TOO_MUCH. */
+static uint64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
+                     const lfm2_params *p)
+{
+    uint64_t total;
+
+    *ctx = (struct lfm2_context){ .model = m, .par = *p };
+    ctx->isa = isa_table(p->isa);
+    ctx->seq_step = seq_step(m, p->kv_type);
+    lfm2_model_params(m, &total, &ctx->row_work);
+    const uint64_t size = lay_out(ctx, NULL);
+    return size < TOO_MUCH && size < SIZE_MAX - 64 ? size + 64 : TOO_MUCH;
+}
+
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
 {
-    struct lfm2_context ctx = { .model = m, .par = *p };
+    struct lfm2_context ctx;
+    lfm2_params par = *p;
 
-    if (!m->layer || resolve_params(&ctx.par, NULL) != LFM2_OK)
+    if (!m->layer || resolve_params(m, &par, NULL) != LFM2_OK)
         return 0;
-    ctx.isa = isa_table(ctx.par.isa);
-    ctx.seq_step = seq_step(m, p->kv_type);
-    return lay_out(&ctx, NULL);
+    return plan(&ctx, m, &par) + sizeof ctx;
 }
 
 void lfm2_context_close(lfm2_context *ctx)
 {
     if (!ctx)
         return;
-    pool_close(ctx->pool);
-    free(ctx->kept.memory);
+    pool_close(ctx);
+    lfm2_trace(ctx, NULL, NULL, NULL);
     free(ctx->memory);
     free(ctx);
 }
@@ -5712,31 +5601,24 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
 {
     lfm2_params par = *p;
     struct lfm2_context *ctx;
-    uint64_t size;
+    uint64_t size = 0;
 
     *out = NULL;
     if (!m->layer)
         return fail(err, LFM2_EARG, "a context for a file that is no model");
-    TRY(resolve_params(&par, err));
-    ctx = calloc(1, sizeof *ctx);
+    TRY(resolve_params(m, &par, err));
+    ctx = malloc(sizeof *ctx);
     if (ctx)
-        *ctx = (struct lfm2_context){ .model = m, .par = par };
-    if (!ctx || pool_open(ctx) != LFM2_OK) {
+        size = plan(ctx, m, &par);
+    if (!ctx || size == TOO_MUCH ||
+        !(ctx->memory = calloc(1, (size_t)size))) {
         free(ctx);
-        return fail(err, LFM2_ENOMEM, "no memory for a context");
-    }
-    ctx->isa = isa_table(par.isa);
-    ctx->seq_step = seq_step(m, par.kv_type);
-    size = lay_out(ctx, NULL);
-    if (size < TOO_MUCH && size < SIZE_MAX - 64)
-        ctx->memory = calloc(1, (size_t)size + 64);
-    if (!ctx->memory) {
-        lfm2_context_close(ctx);
         return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
                     "(n_ctx %d, n_seq %d, n_batch %d)", ull(size), par.n_ctx,
                     par.n_seq, par.n_batch);
     }
     lay_out(ctx, (uint8_t *)ctx->memory + 64 - (uintptr_t)ctx->memory % 64);
+    pool_open(ctx);
     *out = ctx;
     return LFM2_OK;
 }
@@ -5746,14 +5628,19 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
     return ctx->par;
 }
 
-/* ---- what the machine can do: lfm2_exercise()
- *
- * A thread's share of the first `n` bytes of the weights. */
-static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
-                           int thread)
+/* ---- what the machine can do at best: lfm2_exercise() */
+
+struct exercise {
+    int what;
+    int64_t done;                         /* by one thread, or by all        */
+    atomic_uint sink;                     /* so that nothing is left out     */
+};
+
+/* A thread's share of the first n bytes of the weights. */
+static unsigned read_share(const struct thread *me, int64_t n)
 {
-    const uint8_t *p = ctx->model->gguf->data;
-    const struct range r = share(ctx, (int)(n / 64), thread);
+    const uint8_t *p = me->ctx->model->gguf->data;
+    const struct range r = share(me, (int)(n / 64));
     uint64_t sum = 0, word;
 
     for (int64_t i = (int64_t)r.first * 64; i < (int64_t)r.last * 64; i += 64) {
@@ -5763,29 +5650,45 @@ static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
             sum ^= word;
         }
     }
-    return sum;
+    return (unsigned)sum;
 }
 
-struct exercise {
-    int what;
-    int64_t bytes;                        /* to read                         */
-    int64_t dots;                         /* multiply-adds done by a thread  */
-    atomic_uint sink;
-};
-
-static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
+/* Products of one row with as many rows of weights as the second-level cache
+ * holds easily, again and again; the bytes of weights. */
+static int64_t decode_again(const struct thread *me)
 {
-    struct exercise *e = arg;
-    int64_t dots = 0;
+    enum { AGAIN = 64, CACHE = 512 << 10 };
+    const struct lfm2_context *ctx = me->ctx;
+    const struct layer *l = &ctx->model->layer[0];
+    const struct tensor *w = l->ffn_gate.data ? &l->ffn_gate
+                                              : &l->ffn_gate_exps;
+    const size_t fit = CACHE / (UNIT * row_bytes(w)) + 1;
+    const int n = fit < (size_t)(w->rows / UNIT) ? (int)fit : w->rows / UNIT;
+    struct input in = ctx->in;
+
+    in.n = 1;
+    for (int i = 0; i < AGAIN; i++)
+        for (int u = 0; u < n; u++)
+            ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
+                              unit_data(w, n), w->data);
+    return (int64_t)AGAIN * n * UNIT * (int64_t)row_bytes(w);
+}
+
+static void exercise_thread(const struct thread *me)
+{
+    struct exercise *e = me->ctx->exercise;
+    int64_t done = 0;
     int sum = 0;
 
     if (e->what == LFM2_READ)
-        sum = (int)read_share(ctx, e->bytes, thread);
+        sum = (int)read_share(me, e->done);
+    else if (e->what == LFM2_DECODE)
+        done = decode_again(me);
     else
         for (int i = 0; i < 50; i++)
-            dots += ctx->isa->exercise(&sum);
-    if (thread == 0)
-        e->dots = dots;
+            done += me->ctx->isa->exercise(&sum);
+    if (e->what != LFM2_READ && me->id == 0)
+        e->done = done * me->of;
     atomic_fetch_add(&e->sink, (unsigned)sum);
 }
 
@@ -5794,13 +5697,250 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
     const struct gguf *g = ctx->model->gguf;
     const int64_t size = g->bytes + g->size - g->data;
     const int64_t most = (int64_t)1 << 31;
-    struct exercise e = { what, size < most ? size : most, 0, 0 };
+    struct exercise e = { what, size < most ? size : most, 0 };
 
-    parallel(ctx, exercise_work, &e);
-    return what == LFM2_READ ? e.bytes : e.dots * ctx->par.n_threads;
+    ctx->exercise = &e;
+    parallel(ctx, ctx->par.n_threads, exercise_thread);
+    ctx->exercise = NULL;
+    return e.done;
 }
 
-/* ------------------------------------------------------------ 20. Sequences */
+/* ------------------------------------------------------------ 20. Sequences
+ *
+ * First where things lie in the memory of a sequence. */
+
+static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
+                       int i_conv, int pos)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const int kept = UNDO + c->l_cache - 1;
+
+    return s->u + ((size_t)i_conv * kept + (pos + kept) % kept) * c->n_embd;
+}
+
+static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
+                        int pos)
+{
+    if (pos == 0 || pos % ctx->seq_step != 0)
+        return NULL;
+    return s->marks + (size_t)(pos / ctx->seq_step - 1) *
+                      (size_t)conv_elements(ctx->model);
+}
+
+/* Save or load the columns that a text of `len` tokens looks back to. */
+enum { SAVE, LOAD };
+
+static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
+                         int how, float *columns)
+{
+    const size_t n = (size_t)ctx->model->cfg.n_embd;
+    const int past = ctx->model->cfg.l_cache - 1;
+
+    for (int i = 0; i < ctx->model->n_conv; i++)
+        for (int k = 0; k < past; k++, columns += n) {
+            float *u = u_column(ctx, s, i, len - past + k);
+            memcpy(how == LOAD ? u : columns, how == LOAD ? columns : u,
+                   n * sizeof *u);
+        }
+    if (how == LOAD)
+        s->oldest = len - past;
+}
+
+/* ---- the calls of lfm2_forward() */
+
+static int check_span(struct lfm2_context *ctx, const lfm2_span *spans, int i,
+                      lfm2_error *err)
+{
+    const lfm2_span *s = &spans[i];
+    struct seq *seq = &ctx->seq[s->seq];
+    const int n_vocab = ctx->model->cfg.n_vocab;
+
+    if (seq->span >= 0)
+        return fail(err, LFM2_EARG, "spans %d and %d: both for sequence %d",
+                    seq->span, i, s->seq);
+    seq->span = i;
+    if (s->n_tokens < 1 || !s->tokens == !s->embd)
+        return fail(err, LFM2_EARG, "span %d: %d tokens, expected 1 or more, "
+                    "as ids or as rows of embd", i,
+                    s->tokens || s->embd ? s->n_tokens : 0);
+    if (s->n_logits < 0 || s->n_logits > (s->state ? 0 : s->n_tokens))
+        return fail(err, LFM2_EARG, "span %d: logits of %d rows, expected 0 to "
+                    "%s%d tokens", i, s->n_logits, s->state ? "0, for a state "
+                    "of " : "its ", s->n_tokens);
+    for (int t = 0; s->tokens && t < s->n_tokens; t++)
+        if (s->tokens[t] < 0 || s->tokens[t] >= n_vocab)
+            return fail(err, LFM2_EARG, "span %d: token %d is %ld, expected 0 "
+                        "to %d", i, t, (long)s->tokens[t], n_vocab - 1);
+    if (s->n_tokens > ctx->par.n_ctx - seq->len)
+        return fail(err, LFM2_EFULL, "sequence %d: %d tokens and %d more, "
+                    "expected at most %d (n_ctx)", s->seq, seq->len,
+                    s->n_tokens, ctx->par.n_ctx);
+    return LFM2_OK;
+}
+
+static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                       int n_spans, lfm2_error *err)
+{
+    int64_t n_logits = 0;
+
+    if (!pool_is_here(ctx))
+        return fail(err, LFM2_EARG, "a context with %d threads after fork(), "
+                    "expected one that this process has opened",
+                    ctx->par.n_threads);
+    if (!spans || n_spans < 1 || n_spans > ctx->par.n_seq)
+        return fail(err, LFM2_EARG, "%d spans, expected 1 to %d (n_seq)",
+                    spans ? n_spans : 0, ctx->par.n_seq);
+    for (int i = 0; i < n_spans; i++) {
+        if (spans[i].seq < 0 || spans[i].seq >= ctx->par.n_seq)
+            return fail(err, LFM2_EARG, "span %d: sequence %d, expected 0 to "
+                        "%d", i, spans[i].seq, ctx->par.n_seq - 1);
+        ctx->seq[spans[i].seq].span = -1;
+    }
+    for (int i = 0; i < n_spans; i++) {
+        TRY(check_span(ctx, spans, i, err));
+        n_logits += spans[i].n_logits;
+    }
+    if (n_logits > ctx->par.n_logits)
+        return fail(err, LFM2_EARG, "logits of %lld rows, expected at most %d "
+                    "(n_logits)", (long long)n_logits, ctx->par.n_logits);
+    return LFM2_OK;
+}
+
+/* A short span does not reach the columns before its start: u has UNDO more. */
+static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                        int n_spans)
+{
+    ctx->n_logits = 0;
+    ctx->n_spans = n_spans;
+    ctx->span_logits[0] = 0;
+    for (int i = 0; i < n_spans; i++) {
+        struct seq *s = &ctx->seq[spans[i].seq];
+        s->start = s->len;
+        if (spans[i].n_tokens > UNDO)
+            move_columns(ctx, s, s->len, SAVE, s->u_start);
+        ctx->span_logits[i + 1] = ctx->span_logits[i] + spans[i].n_logits;
+        ctx->span_state[i] = spans[i].state ? spans[i].seq : -1;
+    }
+}
+
+/* Columns up to `end` have been written, over the oldest. */
+static void forget_columns(const struct lfm2_context *ctx, struct seq *s,
+                           int end)
+{
+    const int oldest = end - UNDO - ctx->model->cfg.l_cache + 1;
+    s->oldest = oldest > s->oldest ? oldest : s->oldest;
+}
+
+static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                       int n_spans)
+{
+    ctx->n_spans = 0;
+    for (int i = 0; i < n_spans; i++) {
+        struct seq *s = &ctx->seq[spans[i].seq];
+        s->len = s->start;
+        if (spans[i].n_tokens > UNDO)
+            move_columns(ctx, s, s->len, LOAD, s->u_start);
+        else
+            forget_columns(ctx, s, s->len + spans[i].n_tokens);
+    }
+}
+
+static void advance(struct lfm2_context *ctx, const struct piece *p)
+{
+    struct seq *s = &ctx->seq[p->seq];
+
+    s->len += p->n;
+    forget_columns(ctx, s, s->len);
+}
+
+/* Cut the next pass, at most n_batch rows, from what is left of the spans. */
+static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
+                      int n_spans)
+{
+    struct batch *b = &ctx->batch;
+    const size_t n_embd = (size_t)ctx->model->cfg.n_embd;
+    int rows = 0;
+
+    b->n_pieces = 0;
+    for (int i = 0; i < n_spans && rows < ctx->par.n_batch; i++) {
+        const lfm2_span *span = &spans[i];
+        const struct seq *s = &ctx->seq[span->seq];
+        const int done = s->len - s->start, last = span->n_tokens - 1;
+        const int left = span->n_tokens - done, room = ctx->par.n_batch - rows;
+        const int n = left < room ? left : room;
+
+        if (n == 0)
+            continue;
+        b->piece[b->n_pieces++] = (struct piece){ span->seq, s->len, rows, n };
+        for (int t = done; t < done + n; t++)
+            b->row[rows++] = (struct row){
+                span->seq, s->start + t, span->embd ? -1 : span->tokens[t],
+                span->embd ? span->embd + (size_t)t * n_embd : NULL,
+                last - t < span->n_logits ? LOGITS :
+                span->state && t == last ? STATE : NOTHING
+            };
+    }
+    set_rows(ctx, rows);
+}
+
+/* All passes of a call; nonzero if it was cancelled. */
+static int run_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                     int n_spans)
+{
+    for (;;) {
+        next_pass(ctx, spans, n_spans);
+        if (ctx->batch.n_rows == 0)
+            return 0;
+        parallel(ctx, threads_for(ctx, ctx->batch.n_rows), forward);
+        if (ctx->stop)
+            return 1;
+        ctx->n_logits += ctx->batch.n_rows;
+        for (int i = 0; i < ctx->batch.n_pieces; i++)
+            advance(ctx, &ctx->batch.piece[i]);
+    }
+}
+
+int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
+                 lfm2_error *err)
+{
+    fenv_t callers;
+    int cancelled;
+
+    TRY(check_spans(ctx, spans, n_spans, err));
+    begin_spans(ctx, spans, n_spans);
+    enter_arithmetic(&callers);
+    cancelled = run_spans(ctx, spans, n_spans);
+    fesetenv(&callers);
+    if (!cancelled)
+        return LFM2_OK;
+    undo_spans(ctx, spans, n_spans);
+    atomic_store(&ctx->cancel, 0);
+    return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
+}
+
+float *lfm2_logits(lfm2_context *ctx, int span, int row)
+{
+    if (span < 0 || span >= ctx->n_spans || row < 0 ||
+        row >= ctx->span_logits[span + 1] - ctx->span_logits[span])
+        return NULL;
+    return ctx->logits +
+           (size_t)(ctx->span_logits[span] + row) * ctx->model->cfg.n_vocab;
+}
+
+const float *lfm2_state(const lfm2_context *ctx, int span)
+{
+    if (span < 0 || span >= ctx->n_spans || ctx->span_state[span] < 0)
+        return NULL;
+    return ctx->states + (size_t)ctx->span_state[span] *
+                         (size_t)ctx->model->cfg.n_embd;
+}
+
+void lfm2_cancel(lfm2_context *ctx)
+{
+    atomic_store(&ctx->cancel, 1);
+}
+
+/* ---- trim and copy */
 
 static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
 {
@@ -5818,20 +5958,53 @@ int lfm2_seq_step(const lfm2_context *ctx)
     return ctx->seq_step;
 }
 
+/* Give whole pages back to the system; they read as 0 from then on. */
+static void give_back(void *memory, uint64_t size)
+{
+#if defined __linux__ && !defined LFM2_NO_MMAP
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t first = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)size) / page * page;
+
+    if (first < end)
+        madvise((uint8_t *)memory + (first - (uintptr_t)memory), end - first,
+                MADV_DONTNEED);
+#else
+    (void)memory;
+    (void)size;
+#endif
+}
+
+/* As if nothing had been read. */
+static void empty(const struct lfm2_context *ctx, struct seq *s)
+{
+    const struct lfm2_model *m = ctx->model;
+    const size_t marks = (size_t)(ctx->par.n_ctx / ctx->seq_step);
+
+    s->len = 0;
+    s->oldest = 1 - m->cfg.l_cache;
+    memset(s->u, 0, (size_t)u_elements(m) * sizeof *s->u);
+    give_back(s->kv, kv_bytes(ctx));
+    give_back(s->marks, marks * conv_elements(m) * sizeof *s->marks);
+}
+
 int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
 {
     struct seq *s = find_seq(ctx, seq);
-    const size_t size = (size_t)conv_elements(ctx->model) * sizeof(float);
 
     if (!s || len < 0)
         return LFM2_EARG;
     if (len >= s->len)
         return s->len;
+    if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest) {
+        s->len = len;
+        return len;
+    }
     s->len = len - len % ctx->seq_step;
     if (s->len == 0)
-        memset(s->conv, 0, size);
+        empty(ctx, s);
     else
-        memcpy(s->conv, conv_mark(ctx, s, s->len), size);
+        move_columns(ctx, s, s->len, LOAD, conv_mark(ctx, s, s->len));
     return s->len;
 }
 
@@ -5854,7 +6027,7 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
 {
     struct seq *to = find_seq(ctx, dst);
     const struct seq *from = find_seq(ctx, src);
-    const size_t size = (size_t)conv_elements(ctx->model);
+    const struct lfm2_model *m = ctx->model;
 
     if (!to || !from)
         return fail(err, LFM2_EARG, "copy of sequence %d to %d, expected 0 to "
@@ -5862,21 +6035,22 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
     if (to == from)
         return LFM2_OK;
     copy_kv(ctx, to, from);
-    memcpy(to->conv, from->conv, size * sizeof *to->conv);
-    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step) * size *
-           sizeof *to->marks);
+    memcpy(to->u, from->u, (size_t)u_elements(m) * sizeof *to->u);
+    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step) *
+           (size_t)conv_elements(m) * sizeof *to->marks);
     to->len = from->len;
+    to->oldest = from->oldest;
     return LFM2_OK;
 }
 
 /* A saved sequence, all little-endian:
  *
- *     "LFM2SEQ1" | u64 lfm2_model_hash() | u32 kv_type | u32 len
- *     conv: f32 [n_conv][l_cache-1][n_embd]
+ *     "LFM2SEQ2" | u64 lfm2_model_hash() | u32 kv_type | u32 len
+ *     u: f32 [n_conv][l_cache-1][n_embd], the last columns
  *     marks: f32 [len/seq_step] of the same
  *     for each attention layer and kv head: K [len][head_dim], then V, as
  *         f16 or f32
- *     u64 hash of all before
+ *     u64 hash_words() of all before
  *
  * Nothing in it depends on n_ctx, on how the cache is laid out or on the
  * machine. */
@@ -5905,6 +6079,16 @@ uint64_t lfm2_model_hash(const lfm2_model *m)
         h = hash_bytes(h, g->data + t->offset, t->bytes < 64 ? t->bytes : 64);
     }
     return h;
+}
+
+/* The same, of eight bytes at a time. */
+static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
+{
+    for (; n >= 8; n -= 8, p += 8) {
+        h = (h ^ load_le64(p)) * 0x100000001b3u;
+        h ^= h >> 32;
+    }
+    return hash_bytes(h, p, n);
 }
 
 /* Where the bytes of a state go to or come from: one of the two is set, and the
@@ -5945,7 +6129,11 @@ static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
     const size_t conv = (size_t)conv_elements(ctx->model);
     const int n_head_kv = ctx->model->cfg.n_head_kv;
 
-    move_floats(s, q->conv, conv);
+    if (s->to)
+        move_columns(ctx, q, len, SAVE, q->u_start);
+    move_floats(s, q->u_start, conv);
+    if (s->from)
+        move_columns(ctx, q, len, LOAD, q->u_start);
     move_floats(s, q->marks, conv * (size_t)(len / ctx->seq_step));
     for (int i = 0; i < ctx->model->n_attn * n_head_kv; i++) {
         struct kv_head kv = kv_head_at(ctx, q, i / n_head_kv, i % n_head_kv);
@@ -5985,13 +6173,13 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
     if (size < need)
         return fail(err, LFM2_EARG, "a buffer of %llu bytes, expected %llu",
                     ull(size), ull(need));
-    memcpy(buf, "LFM2SEQ1", 8);
+    memcpy(buf, "LFM2SEQ2", 8);
     s.to += 8;
     move_bits(&s, lfm2_model_hash(ctx->model), 8);
     move_bits(&s, (uint64_t)ctx->par.kv_type, 4);
     move_bits(&s, (uint64_t)q->len, 4);
     move_state(ctx, q, q->len, &s);
-    move_bits(&s, hash_bytes(HASH_START, buf, (size_t)need - 8), 8);
+    move_bits(&s, hash_words(HASH_START, buf, (size_t)need - 8), 8);
     return LFM2_OK;
 }
 
@@ -6002,10 +6190,10 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
     uint32_t len;
 
     if (size < STATE_HEAD + 8 || size > SIZE_MAX ||
-        memcmp(buf, "LFM2SEQ1", 8) != 0)
+        memcmp(buf, "LFM2SEQ2", 8) != 0)
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
-                    "expected \"LFM2SEQ1\" at their beginning", ull(size));
-    if (hash_bytes(HASH_START, buf, (size_t)size - 8) !=
+                    "expected \"LFM2SEQ2\" at their beginning", ull(size));
+    if (hash_words(HASH_START, buf, (size_t)size - 8) !=
         load_le64(buf + size - 8))
         return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
                     "cut: its checksum does not match its %llu bytes",
@@ -6046,31 +6234,73 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
 
 /* --------------------------------------------------------------- 21. Traces
  *
- * Part I says what is shown, and under which name.  Most of it lies in the
- * context when the threads are done with it; the rest is kept for the moment in
- * memory that is there only while somebody traces. */
+ * The threads keep what a module gives, in memory that is there only while
+ * somebody traces; at the end of an operator the caller's thread shows it. */
 
-static void keep_unit(float *y, int first, const struct tensor *w, int u,
-                      const float *unit, int n)
+struct kept { float *y; size_t stride; };  /* [rows or slots][stride]         */
+
+static const char *const module_names[N_MODULES] = {
+    [CONV_IN_PROJ] = "conv.in_proj",
+    [CONV_CONV] = "conv.conv",
+    [CONV_OUT_PROJ] = "conv.out_proj",
+    [ATTN_Q] = "self_attn.q_proj",
+    [ATTN_K] = "self_attn.k_proj",
+    [ATTN_V] = "self_attn.v_proj",
+    [ATTN_Q_NORM] = "self_attn.q_layernorm",
+    [ATTN_K_NORM] = "self_attn.k_layernorm",
+    [ATTN_OUT] = "self_attn.out_proj",
+    [FFN_W1] = "feed_forward.w1",
+    [FFN_W3] = "feed_forward.w3",
+    [FFN_W2] = "feed_forward.w2",
+    [MOE_GATE] = "feed_forward.gate",
+    [MOE_CHOSEN] = "feed_forward.selected_experts"
+};
+
+static void name_modules(struct layer *l)
 {
-    if (y)
-        put_unit(y + (size_t)first * (size_t)w->rows, w, u, unit, n, ASSIGN);
+    l->shortconv_in_proj.module = CONV_IN_PROJ;
+    l->shortconv_out_proj.module = CONV_OUT_PROJ;
+    l->attn_q.module = ATTN_Q;
+    l->attn_k.module = ATTN_K;
+    l->attn_v.module = ATTN_V;
+    l->attn_output.module = ATTN_OUT;
+    l->ffn_gate_inp.module = MOE_GATE;
+    l->ffn_gate.module = l->ffn_gate_exps.module = FFN_W1;
+    l->ffn_up.module = l->ffn_up_exps.module = FFN_W3;
+    l->ffn_down.module = l->ffn_down_exps.module = FFN_W2;
 }
 
-static void keep_head(float *y, size_t i, const float *head, int head_dim)
+/* How many numbers a module gives for a row. */
+static int module_width(const lfm2_config *c, int module, int is_dense)
 {
-    if (y)
-        memcpy(y + i * (size_t)head_dim, head,
-               (size_t)head_dim * sizeof *head);
+    switch (module) {
+    case CONV_IN_PROJ:
+        return 3 * c->n_embd;
+    case ATTN_Q:
+    case ATTN_Q_NORM:
+        return c->n_head * c->head_dim;
+    case ATTN_K:
+    case ATTN_V:
+    case ATTN_K_NORM:
+        return c->n_head_kv * c->head_dim;
+    case FFN_W1:
+    case FFN_W3:
+        return is_dense ? c->n_ff : c->n_ff_expert;
+    case MOE_GATE:
+        return c->n_expert;
+    case MOE_CHOSEN:
+        return c->n_expert_used;
+    default:
+        return c->n_embd;
+    }
 }
 
-static float *keep_chosen(struct lfm2_context *ctx)
+static void keep(const struct lfm2_context *ctx, int module, int row, int col,
+                 const float *x, int n)
 {
-    const int n = ctx->n_rows * ctx->model->cfg.n_expert_used;
-
-    for (int i = 0; ctx->kept.chosen && i < n; i++)
-        ctx->kept.chosen[i] = (float)ctx->chosen[i];
-    return ctx->kept.chosen;
+    if (ctx->hook && module != NOT_TRACED)
+        memcpy(ctx->kept[module].y + (size_t)row * ctx->kept[module].stride +
+               col, x, (size_t)n * sizeof *x);
 }
 
 enum { MAX_MODULE = 80 };
@@ -6085,100 +6315,124 @@ static void name_module(char name[MAX_MODULE], int il, int e,
                  module[0] ? "." : "", module);
     else
         snprintf(name, MAX_MODULE, "model.layers.%d.feed_forward.experts.%d.%s",
-                 il, e, module);
+                 il, e, module + strlen("feed_forward."));
 }
 
-/* Hand out y, [n_rows][n], which belongs to these rows of the batch; without
- * `row`, to the first of them. */
-static void hand_out(struct lfm2_context *ctx, const struct layer *l, int e,
-                     const char *module, const int *row, int n_rows,
-                     const float *y, int n)
+/* Show n numbers for each of n_rows rows of the pass, those in `row` or the
+ * first ones. */
+static void show_rows(const struct lfm2_context *ctx, int il, int e,
+                      const char *module, const int *row, int n_rows,
+                      struct kept kept, int n)
 {
-    const struct piece *p;
     char name[MAX_MODULE];
-    lfm2_activation a = { .name = name, .layer = -1, .expert = e, .n = n };
+    lfm2_activation a = { .name = name, .layer = il, .expert = e, .n = n };
 
-    if (!ctx->hook)
-        return;
-    if (l)
-        a.layer = (int)(l - ctx->model->layer);
-    name_module(name, a.layer, e, module);
+    name_module(name, il, e, module);
     for (int i = 0; i < n_rows; i++) {
-        const int t = row ? row[i] : i;
-        for (p = ctx->piece; t >= p->row + p->n; p++)
-            ;
-        a.seq = p->seq;
-        a.pos = ctx->position[t];
-        a.token = ctx->token[t];
-        a.x = y + (size_t)i * (size_t)n;
+        const struct row *r = &ctx->batch.row[row ? row[i] : i];
+        a.seq = r->seq;
+        a.pos = r->pos;
+        a.token = r->token;
+        a.x = kept.y + (size_t)i * kept.stride;
         ctx->hook(ctx->hook_user, &a);
     }
 }
 
-static void trace(struct lfm2_context *ctx, const struct layer *l,
-                  const char *module, const float *y, int n)
+static void trace_rows(const struct thread *me, int il, const char *module,
+                       float *y, int n)
 {
-    hand_out(ctx, l, -1, module, NULL, ctx->n_rows, y, n);
+    const struct kept all = { y, (size_t)n };
+
+    if (!me->ctx->hook)
+        return;
+    if (me->id == 0)
+        show_rows(me->ctx, il, -1, module, NULL, me->ctx->batch.n_rows, all, n);
+    barrier(me);
 }
 
-static void trace_wanted(struct lfm2_context *ctx, const char *module,
-                         const float *y, int n)
+static void trace(const struct thread *me, const struct layer *l, int first,
+                  int last)
 {
-    hand_out(ctx, NULL, -1, module, ctx->out_row, ctx->n_rows, y, n);
+    const struct lfm2_context *ctx = me->ctx;
+
+    if (!ctx->hook)
+        return;
+    for (int i = first; me->id == 0 && i <= last; i++)
+        show_rows(ctx, (int)(l - ctx->model->layer), -1, module_names[i], NULL,
+                  ctx->batch.n_rows, ctx->kept[i],
+                  module_width(&ctx->model->cfg, i, 1));
+    barrier(me);
 }
 
-static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e,
-                         const char *module, const float *y, int n)
+/* The slots of every expert in use. */
+static void show_experts(const struct lfm2_context *ctx, int il)
 {
-    const struct range slots = slots_of(ctx, e);
+    static const int order[] = { FFN_W1, FFN_W3, FFN_W2 };
+    const struct routing *r = &ctx->routing;
 
-    if (ctx->hook)
-        hand_out(ctx, l, e, module, ctx->slot_row + slots.first,
-                 slots.last - slots.first,
-                 y + (size_t)slots.first * (size_t)n, n);
+    for (int i = 0; i < r->n_active; i++)
+        for (size_t k = 0; k < COUNT(order); k++) {
+            const int *end = &r->slot_end[r->active[i]];
+            struct kept kept = ctx->kept[order[k]];
+            kept.y += (size_t)end[0] * kept.stride;
+            show_rows(ctx, il, r->active[i], module_names[order[k]],
+                      r->slot_row + end[0], end[1] - end[0], kept,
+                      module_width(&ctx->model->cfg, order[k], 0));
+        }
 }
 
-/* Set every pointer of ctx->kept into memory at `base`; how much there is. */
-static uint64_t lay_out_kept(struct lfm2_context *ctx, void *base)
+static void trace_moe(const struct thread *me, const struct layer *l)
+{
+    const struct lfm2_context *ctx = me->ctx;
+    const struct routing *r = &ctx->routing;
+    const int used = ctx->model->cfg.n_expert_used, il = (int)(l - ctx->model->layer);
+
+    if (!ctx->hook)
+        return;
+    for (int i = 0; me->id == 0 && i < ctx->batch.n_rows * used; i++)
+        keep(ctx, MOE_CHOSEN, i / used, i % used,
+             &(float){ (float)r->chosen[i] }, 1);
+    trace(me, l, MOE_GATE, MOE_CHOSEN);
+    trace_rows(me, il, "feed_forward.routing_weights", r->weight, used);
+    if (me->id == 0)
+        show_experts(ctx, il);
+    trace_rows(me, il, "feed_forward", ctx->y, ctx->model->cfg.n_embd);
+}
+
+/* Set every pointer of kept into memory at `base`; how much there is. */
+static uint64_t lay_out_kept(const struct lfm2_context *ctx, struct kept *kept,
+                             void *base)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t n = (uint64_t)c->n_embd, used = (uint64_t)c->n_expert_used;
-    const uint64_t hd = (uint64_t)c->head_dim, ff = hidden_width(c);
+    const uint64_t slots = rows * larger((uint64_t)c->n_expert_used, 1);
     struct arena a = { base, 0 };
-    struct kept k = { 0 };
 
-    k.in_proj = carve(&a, rows * 3 * n, sizeof *k.in_proj);
-    k.conv = carve(&a, rows * n, sizeof *k.conv);
-    k.q = carve(&a, rows * (uint64_t)c->n_head * hd, sizeof *k.q);
-    k.k = carve(&a, rows * (uint64_t)c->n_head_kv * hd, sizeof *k.k);
-    k.gate = carve(&a, rows * ff, sizeof *k.gate);
-    k.up = carve(&a, rows * ff, sizeof *k.up);
-    k.out = carve(&a, rows * larger(used, 1) * n, sizeof *k.out);
-    k.chosen = carve(&a, rows * used, sizeof *k.chosen);
-    k.memory = base;
-    ctx->kept = k;
+    for (int i = 0; i < N_MODULES; i++) {
+        const uint64_t n = larger((uint64_t)module_width(c, i, 0),
+                                  (uint64_t)module_width(c, i, 1));
+        kept[i].stride = (size_t)n;
+        CARVE(&a, kept[i].y, n * (i >= FFN_W1 && i <= FFN_W2 ? slots : rows));
+    }
     return a.used;
 }
 
 int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
                lfm2_error *err)
 {
-    void *memory = ctx->kept.memory;
-    uint64_t size;
+    struct kept kept[N_MODULES];
+    const uint64_t size = lay_out_kept(ctx, kept, NULL);
 
     if (!fn) {
-        free(memory);
-        memory = NULL;
-    }
-    size = lay_out_kept(ctx, memory);
-    if (fn && !memory) {
-        if (size < TOO_MUCH && size < SIZE_MAX)
-            memory = malloc((size_t)size);
-        if (!memory)
+        free(ctx->kept);
+        ctx->kept = NULL;
+    } else if (!ctx->kept) {
+        if (size < TOO_MUCH && size < SIZE_MAX - sizeof kept - 64)
+            ctx->kept = malloc(sizeof kept + 64 + (size_t)size);
+        if (!ctx->kept)
             return fail(err, LFM2_ENOMEM, "no memory for a trace, %llu bytes "
                         "(n_batch %d)", ull(size), ctx->par.n_batch);
-        lay_out_kept(ctx, memory);
+        lay_out_kept(ctx, ctx->kept, ctx->kept + N_MODULES);
     }
     ctx->hook = fn;
     ctx->hook_user = user;

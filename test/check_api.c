@@ -129,7 +129,6 @@ END_TEST
 
 static const struct { const char *name; size_t field; int value; } bad_param[]
 = {
-    { "n_ctx", offsetof(lfm2_params, n_ctx), 0 },
     { "n_ctx", offsetof(lfm2_params, n_ctx), -1 },
     { "n_ctx", offsetof(lfm2_params, n_ctx), INT_MAX },
     { "n_seq", offsetof(lfm2_params, n_seq), 0 },

@@ -171,7 +171,7 @@ static double input_at(const struct input *in, const struct format *f, int t,
                        int c)
 {
     const size_t i = (size_t)t * PRODUCT_COLS + (size_t)c;
-    const struct rounded *x = &in->q[i / 32];
+    const struct q8_block *x = &in->q[i / 32];
     return f->floats ? (double)in->f[i] : (double)x->d * x->q[i % 32];
 }
 

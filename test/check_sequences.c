@@ -120,7 +120,7 @@ START_TEST(trimmed_at_any_length_it_goes_on_exactly)
     struct rig *r = open_rig(step);
 
     for (int len = 0; len <= N + 2; len++) {
-        const int kept = len >= N ? N : len - len % step;
+        const int kept = len >= N ? N : len >= N - 16 ? len : len - len % step;
         ck_assert(lfm2_seq_copy(r->ctx, 1, 0, NULL) == LFM2_OK);
         ck_assert_int_eq(lfm2_seq_trim(r->ctx, 1, len), kept);
         expect_continues(r, r->ctx, 1, kept, kept + 2 < N ? kept + 2 : N);
@@ -301,13 +301,10 @@ static void store_le(uint8_t *p, uint64_t v, int bytes)
         p[i] = (uint8_t)(v >> 8 * i);
 }
 
-/* The checksum of a state is no secret: FNV-1a over all before it. */
+/* The checksum of a state is no secret. */
 static void seal(struct state s)
 {
-    uint64_t h = 0xcbf29ce484222325u;
-
-    for (uint64_t i = 0; i < s.n - 8; i++)
-        h = (h ^ s.p[i]) * 0x100000001b3u;
+    const uint64_t h = hash_words(HASH_START, s.p, (size_t)s.n - 8);
     store_le(s.p + s.n - 8, h, 8);
 }
 
@@ -320,7 +317,7 @@ START_TEST(a_state_of_something_else_is_refused)
         int code;
         const char *says;
     } forged[] = {
-        { 7, 1, '2', LFM2_EFORMAT, "no saved sequence" },
+        { 7, 1, '1', LFM2_EFORMAT, "no saved sequence" },
         { 8, 8, 12345, LFM2_EFORMAT, "another model" },
         { 16, 4, LFM2_KV_F32, LFM2_EFORMAT, "kv_type 1, expected 0" },
         { 16, 4, 77, LFM2_EFORMAT, "kv_type 77, expected 0" },

@@ -339,13 +339,13 @@ void fuzz_state(const uint8_t *data, size_t n)
     state = calloc(1, size);
     REQUIRE(state);
     memcpy(state, data, n < size ? n : size);
-    memcpy(state, "LFM2SEQ1", 8);
+    memcpy(state, "LFM2SEQ2", 8);
     fuzz_put(state + 8, lfm2_model_hash(small.model), 8);
     if (data[16] < 200)
         fuzz_put(state + 16, LFM2_KV_F16, 4);
     if (size != n)
         fuzz_put(state + 20, data[20], 4);
-    fuzz_put(state + size - 8, fuzz_hash(state, size - 8), 8);
+    fuzz_put(state + size - 8, fuzz_hash_words(state, size - 8), 8);
     try_state(state, size);
     free(state);
 }
