@@ -5,6 +5,8 @@
 # make check-bits   the same logits from every compiler, level and machine at hand
 # make check-ports  more of them, and the suites there; takes an hour
 # make check-boot   Linux with nothing but build/run-static, in an emulator
+# make check-bare   the README's first two commands on a bare Debian, which it
+#                   makes in build/bare; needs root, takes half an hour
 # make check-tsan   what uses threads, under ThreadSanitizer
 # make check-valgrind
 #                   the program and some suites under valgrind
@@ -207,6 +209,10 @@ check-ports:
 check-boot: static
 	@scripts/boot.sh
 
+check-bare:
+	@mkdir -p build
+	@sh test/bare.sh
+
 # Where threads meet.
 TSAN    := -O1 -g -fsanitize=thread -DLFM2_NO_SIMD
 
@@ -288,5 +294,5 @@ clean:
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
 .PHONY: demo pictures lib install static wasm debug have-check check check-debug \
-        check-bits check-ports check-boot check-tsan check-valgrind \
+        check-bits check-ports check-boot check-bare check-tsan check-valgrind \
         fuzz fuzz-replay bench clean

@@ -210,7 +210,7 @@ struct seq {
     int len;                              /* tokens                          */
     int start;                            /* length before a running forward */
     int oldest;                           /* the first column that u has     */
-    int span;                             /* see check_spans()               */
+    int span;                             /* that is for it now, or -1       */
     uint8_t *kv;
     float *u;                             /* [n_conv][UNDO+l_cache-1][n_embd]*/
     float *u_start;                       /* [n_conv][l_cache-1][n_embd]: the
@@ -294,7 +294,6 @@ struct lfm2_context {
     float *q;                             /* [n_rows][n_head][head_dim], the
                                              memory of heads.f               */
     float *k, *v;                         /* [n_rows][n_head_kv][head_dim]   */
-    struct attn_partial *part;            /* see attend_split()              */
     float *y;                             /* [n_rows][n_embd] sum of experts */
 
     /* what is multiplied by a matrix; some share their memory */
@@ -1518,38 +1517,6 @@ static void attend_rows(const struct thread *me, const struct attn_rows *a,
                     (size_t)(i % a->group * hd), &all[i], hd);
 }
 
-/* A single row, if there are more threads than kv heads: each chunk of each of
- * them is a task, and they are merged afterwards, in the same order.
- * part[n_head_kv][chunks][group]. */
-static void attend_split(const struct thread *me, const struct layer *l)
-{
-    struct lfm2_context *ctx = me->ctx;
-    const lfm2_config *c = &ctx->model->cfg;
-    const struct piece *p = &ctx->batch.piece[0];
-    const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
-    const int chunks = p->pos / CHUNK + 1;
-    const struct range tasks = share(me, chunks * c->n_head_kv);
-    const struct range heads = share(me, c->n_head);
-
-    for (int i = tasks.first; i < tasks.last; i++) {
-        const int head = i / chunks;
-        const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq], l->i_kind,
-                                             head);
-        const struct attn_rows a = { ctx->q + (size_t)(head * group * hd), 0,
-                                     1, group, p->pos };
-        ctx->isa->attend_chunk(ctx->part + (size_t)i * group, &a, &kv,
-                               i % chunks * CHUNK, &me->s);
-    }
-    barrier(me);
-    for (int h = heads.first; h < heads.last; h++) {
-        struct attn_partial *all = ctx->part + (size_t)(h / group * chunks) *
-                                   group + h % group;
-        for (int i = 1; i < chunks; i++)
-            merge_chunk(ctx->isa, all, all + i * group, hd);
-        finish_head(ctx->q + (size_t)(h * hd), all, hd);
-    }
-}
-
 /* Later rows see more, so the threads take turns. */
 static void attend(const struct thread *me, const struct layer *l)
 {
@@ -1559,10 +1526,6 @@ static void attend(const struct thread *me, const struct layer *l)
     const size_t stride = (size_t)c->n_head * c->head_dim;
     int turn = 0;
 
-    if (ctx->batch.n_rows == 1 && me->of > c->n_head_kv) {
-        attend_split(me, l);
-        return;
-    }
     for (int i = 0; i < ctx->batch.n_pieces; i++) {
         const struct piece *p = &ctx->batch.piece[i];
         for (int t = 0; t < p->n; t += most)
@@ -5477,9 +5440,6 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     carve_inputs(a, &ctx->hidden, c->n_ff, &ctx->hidden_exps, c->n_ff_expert,
                  rows * hidden_width(c), hidden_in_floats(ctx->model));
     ctx->q = ctx->heads.f;
-    if (ctx->par.n_threads > c->n_head_kv)
-        CARVE(a, ctx->part, ((uint64_t)ctx->par.n_ctx / CHUNK + 1) *
-                            (uint64_t)c->n_head);
 }
 
 /* Rows of weights are unpacked into room for the widest matrix. */
@@ -5509,10 +5469,11 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
     }
 }
 
-/* Set every pointer of ctx into memory at `base`; how much there is. */
+/* Set every pointer of ctx into memory at `base`, of which ctx itself is the
+ * beginning; how much there is. */
 static uint64_t lay_out(struct lfm2_context *ctx, void *base)
 {
-    struct arena a = { base, 0 };
+    struct arena a = { base, sizeof *ctx };
 
     carve_sequences(&a, ctx);
     carve_batch(&a, ctx);
@@ -5566,14 +5527,14 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 static uint64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
                      const lfm2_params *p)
 {
-    uint64_t total;
+    uint64_t total, size;
 
     *ctx = (struct lfm2_context){ .model = m, .par = *p };
     ctx->isa = isa_table(p->isa);
     ctx->seq_step = seq_step(m, p->kv_type);
     lfm2_model_params(m, &total, &ctx->row_work);
-    const uint64_t size = lay_out(ctx, NULL);
-    return size < TOO_MUCH && size < SIZE_MAX - 64 ? size + 64 : TOO_MUCH;
+    size = lay_out(ctx, NULL) + 64;       /* to begin at a multiple of 64    */
+    return size < TOO_MUCH && size < SIZE_MAX ? size : TOO_MUCH;
 }
 
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
@@ -5581,9 +5542,8 @@ uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
     struct lfm2_context ctx;
     lfm2_params par = *p;
 
-    if (!m->layer || resolve_params(m, &par, NULL) != LFM2_OK)
-        return 0;
-    return plan(&ctx, m, &par) + sizeof ctx;
+    return m->layer && resolve_params(m, &par, NULL) == LFM2_OK
+        ? plan(&ctx, m, &par) : 0;
 }
 
 void lfm2_context_close(lfm2_context *ctx)
@@ -5591,33 +5551,30 @@ void lfm2_context_close(lfm2_context *ctx)
     if (!ctx)
         return;
     pool_close(ctx);
-    lfm2_trace(ctx, NULL, NULL, NULL);
+    free(ctx->kept);
     free(ctx->memory);
-    free(ctx);
 }
 
 int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
                       const lfm2_params *p, lfm2_error *err)
 {
     lfm2_params par = *p;
-    struct lfm2_context *ctx;
-    uint64_t size = 0;
+    struct lfm2_context c, *ctx;
+    uint64_t size;
 
     *out = NULL;
     if (!m->layer)
         return fail(err, LFM2_EARG, "a context for a file that is no model");
     TRY(resolve_params(m, &par, err));
-    ctx = malloc(sizeof *ctx);
-    if (ctx)
-        size = plan(ctx, m, &par);
-    if (!ctx || size == TOO_MUCH ||
-        !(ctx->memory = calloc(1, (size_t)size))) {
-        free(ctx);
+    size = plan(&c, m, &par);
+    c.memory = size < TOO_MUCH ? calloc(1, (size_t)size) : NULL;
+    if (!c.memory)
         return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
                     "(n_ctx %d, n_seq %d, n_batch %d)", ull(size), par.n_ctx,
                     par.n_seq, par.n_batch);
-    }
-    lay_out(ctx, (uint8_t *)ctx->memory + 64 - (uintptr_t)ctx->memory % 64);
+    ctx = (void *)((uint8_t *)c.memory + 64 - (uintptr_t)c.memory % 64);
+    *ctx = c;
+    lay_out(ctx, ctx);
     pool_open(ctx);
     *out = ctx;
     return LFM2_OK;
@@ -5746,18 +5703,23 @@ static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
         s->oldest = len - past;
 }
 
+static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
+{
+    return seq >= 0 && seq < ctx->par.n_seq ? &ctx->seq[seq] : NULL;
+}
+
 /* ---- the calls of lfm2_forward() */
 
-static int check_span(struct lfm2_context *ctx, const lfm2_span *spans, int i,
+static int check_span(struct lfm2_context *ctx, const lfm2_span *s, int i,
                       lfm2_error *err)
 {
-    const lfm2_span *s = &spans[i];
-    struct seq *seq = &ctx->seq[s->seq];
     const int n_vocab = ctx->model->cfg.n_vocab;
+    struct seq *seq = find_seq(ctx, s->seq);
 
-    if (seq->span >= 0)
-        return fail(err, LFM2_EARG, "spans %d and %d: both for sequence %d",
-                    seq->span, i, s->seq);
+    if (!seq || seq->span >= 0)
+        return fail(err, LFM2_EARG, "span %d: sequence %d, expected one of 0 "
+                    "to %d that no other span is for", i, s->seq,
+                    ctx->par.n_seq - 1);
     seq->span = i;
     if (s->n_tokens < 1 || !s->tokens == !s->embd)
         return fail(err, LFM2_EARG, "span %d: %d tokens, expected 1 or more, "
@@ -5765,8 +5727,7 @@ static int check_span(struct lfm2_context *ctx, const lfm2_span *spans, int i,
                     s->tokens || s->embd ? s->n_tokens : 0);
     if (s->n_logits < 0 || s->n_logits > (s->state ? 0 : s->n_tokens))
         return fail(err, LFM2_EARG, "span %d: logits of %d rows, expected 0 to "
-                    "%s%d tokens", i, s->n_logits, s->state ? "0, for a state "
-                    "of " : "its ", s->n_tokens);
+                    "%d", i, s->n_logits, s->state ? 0 : s->n_tokens);
     for (int t = 0; s->tokens && t < s->n_tokens; t++)
         if (s->tokens[t] < 0 || s->tokens[t] >= n_vocab)
             return fail(err, LFM2_EARG, "span %d: token %d is %ld, expected 0 "
@@ -5790,14 +5751,10 @@ static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
     if (!spans || n_spans < 1 || n_spans > ctx->par.n_seq)
         return fail(err, LFM2_EARG, "%d spans, expected 1 to %d (n_seq)",
                     spans ? n_spans : 0, ctx->par.n_seq);
+    for (int i = 0; i < ctx->par.n_seq; i++)
+        ctx->seq[i].span = -1;
     for (int i = 0; i < n_spans; i++) {
-        if (spans[i].seq < 0 || spans[i].seq >= ctx->par.n_seq)
-            return fail(err, LFM2_EARG, "span %d: sequence %d, expected 0 to "
-                        "%d", i, spans[i].seq, ctx->par.n_seq - 1);
-        ctx->seq[spans[i].seq].span = -1;
-    }
-    for (int i = 0; i < n_spans; i++) {
-        TRY(check_span(ctx, spans, i, err));
+        TRY(check_span(ctx, &spans[i], i, err));
         n_logits += spans[i].n_logits;
     }
     if (n_logits > ctx->par.n_logits)
@@ -5941,11 +5898,6 @@ void lfm2_cancel(lfm2_context *ctx)
 }
 
 /* ---- trim and copy */
-
-static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
-{
-    return seq >= 0 && seq < ctx->par.n_seq ? &ctx->seq[seq] : NULL;
-}
 
 int lfm2_seq_len(const lfm2_context *ctx, int seq)
 {

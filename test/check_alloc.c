@@ -270,8 +270,8 @@ static const struct {
     { "a tokenizer from a GGUF", open_words, 10 },
     { "a tokenizer from a file", open_words_file, 10 },
     { "a tokenizer from a tokenizer.bin", open_exported_words, 8 },
-    { "a context", open_context, 2 },
-    { "a trace", trace_pass, 3 },
+    { "a context", open_context, 1 },
+    { "a trace", trace_pass, 2 },
     { "a text", encode, 1 },
     { "a conversation", chat, 2 }
 };

@@ -113,7 +113,7 @@ for signal in INT:130 TERM:143; do
     pid=$!
     sleep 2
     kill -${signal%:*} $pid
-    wait $pid
+    wait_within 60 $pid
     [ $? -eq "${signal#*:}" ] && [ "$(cat "$dir/out")" = "[]" ]
     result $? "SIG${signal%:*}: status ${signal#*:}, and the list is closed"
 done
@@ -179,7 +179,7 @@ holds "with the program itself, two models" \
 complains() {
     want=$1 text=$2
     shift 2
-    RUN="$run" sh $compare "$@" >"$dir/out" 2>"$dir/err"
+    RUN="$run" limited sh $compare "$@" >"$dir/out" 2>"$dir/err"
     [ $? -eq "$want" ] && grep -qF -- "$text" "$dir/err"
     result $? "compare_llama.sh $*: expected \"$text\""
 }
