@@ -15,6 +15,7 @@
  *  10  the model in use              20  main */
 
 #define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE                       /* sched_getaffinity(), mincore()  */
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
 #define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
@@ -28,6 +29,9 @@
 #include <limits.h>
 #include <math.h>
 #include <poll.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -3652,6 +3656,141 @@ static double count_elements(const lfm2_tensor_info *t)
     return n;
 }
 
+/* ---- what the system gives
+ *
+ * On Linux a control group, as that of a container, may have less than the
+ * machine: by its files in version 2, or in a tree of each controller's own in
+ * version 1.  What limits a group limits the groups within it. */
+
+static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
+
+/* The number in a file of a group's directory, the first or the second; 0 if it
+ * has none, as where it says "max". */
+static double number_in(const char *dir, const char *name, int second)
+{
+    char path[640];
+    double x[2] = { 0, 0 };
+    FILE *f;
+
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    f = fopen(path, "r");
+    if (f) {
+        (void)!fscanf(f, "%lf %lf", &x[0], &x[1]);
+        fclose(f);
+    }
+    return x[second];
+}
+
+static double cpu_limit(const char *dir)
+{
+    double quota = number_in(dir, "cpu.max", 0);
+    double period = number_in(dir, "cpu.max", 1);
+
+    if (quota <= 0) {
+        quota = number_in(dir, "cpu.cfs_quota_us", 0);
+        period = number_in(dir, "cpu.cfs_period_us", 0);
+    }
+    return quota > 0 && period > 0 ? ceil(quota / period) : 0;
+}
+
+static double memory_limit(const char *dir)
+{
+    return fmax(number_in(dir, "memory.max", 0),
+                number_in(dir, "memory.limit_in_bytes", 0));
+}
+
+/* The least limit, 0 for none, of the groups of this process and those they are
+ * in.  A line is "0::/path", or "4:memory:/path" in version 1. */
+static double least_limit(double (*limit)(const char *dir))
+{
+    FILE *f = fopen(groups, "r");
+    char line[512], dir[600], *end;
+    double least = 0;
+
+    while (f && fgets(line, sizeof line, f)) {
+        char *tree = strchr(line, ':');
+        char *path = tree ? strchr(tree + 1, ':') : NULL;
+        if (!path)
+            continue;
+        *tree = *path++ = '\0';
+        tree++;
+        path[strcspn(path, "\n")] = '\0';
+        do {
+            snprintf(dir, sizeof dir, "%s/%s%s", group_root, tree, path);
+            const double x = limit(dir);
+            least = x > 0 && (least <= 0 || x < least) ? x : least;
+            end = strrchr(path, '/');
+            if (end)
+                *end = '\0';
+        } while (end);
+    }
+    if (f)
+        fclose(f);
+    return least;
+}
+
+/* What a file of Linux says of `key`, behind a colon; or something else. */
+static struct phrase look_up_in(FILE *f, const char *key,
+                                const char *otherwise)
+{
+    struct phrase out = phrase("%s", otherwise);
+    char line[256];
+
+    if (f) {
+        fflush(f);                        /* or an earlier state is told     */
+        rewind(f);
+    }
+    while (f && fgets(line, sizeof line, f)) {
+        const char *s = strchr(line, ':');
+        if (!s || strncmp(line, key, strlen(key)) != 0)
+            continue;
+        s += 1 + strspn(s + 1, " \t");
+        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
+        break;
+    }
+    return out;
+}
+
+static struct phrase look_up(const char *path, const char *key,
+                             const char *otherwise)
+{
+    FILE *f = fopen(path, "r");
+    const struct phrase out = look_up_in(f, key, otherwise);
+
+    if (f)
+        fclose(f);
+    return out;
+}
+
+/* CPUs that this process may use. */
+static int usable_cpus(void)
+{
+    double n = 0, most;
+
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        n = CPU_COUNT(&set);
+#endif
+    if (n < 1)
+        n = (double)sysconf(_SC_NPROCESSORS_ONLN);
+    most = least_limit(cpu_limit);
+    if (most > 0)
+        n = fmin(n, most);
+    return (int)fmax(1, fmin(n, 64));
+}
+
+/* Memory that can be had without taking it from another program; 0 if the
+ * system does not tell. */
+static double free_memory(void)
+{
+    const double have = strtod(look_up("/proc/meminfo", "MemAvailable", "0").s,
+                               NULL) * 1024;
+    const double most = least_limit(memory_limit);
+
+    return most > 0 ? fmin(have, most) : have;
+}
+
 /* What the command line asks of a context. */
 static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
 {
@@ -3661,7 +3800,7 @@ static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
         p.n_ctx = s->ctx ? s->ctx : lfm2_model_config(m)->n_ctx_train;
     if (s->batch != UNSET)
         p.n_batch = s->batch;
-    p.n_threads = s->threads;
+    p.n_threads = s->threads ? s->threads : usable_cpus();
     p.isa = s->isa;
     p.kv_type = s->kv;
     return p;
@@ -3730,39 +3869,6 @@ static double step_bytes(const lfm2_model *m, const struct cost *cost,
         idle *= 1 - (double)c->n_expert_used / c->n_expert;
     return cost->shared + cost->experts * (1 - idle) +
            cost->kv * n_seq * depth;
-}
-
-/* What a file of Linux says of `key`, behind a colon; or something else. */
-static struct phrase look_up_in(FILE *f, const char *key,
-                                const char *otherwise)
-{
-    struct phrase out = phrase("%s", otherwise);
-    char line[256];
-
-    if (f) {
-        fflush(f);                        /* or an earlier state is told     */
-        rewind(f);
-    }
-    while (f && fgets(line, sizeof line, f)) {
-        const char *s = strchr(line, ':');
-        if (!s || strncmp(line, key, strlen(key)) != 0)
-            continue;
-        s += 1 + strspn(s + 1, " \t");
-        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
-        break;
-    }
-    return out;
-}
-
-static struct phrase look_up(const char *path, const char *key,
-                             const char *otherwise)
-{
-    FILE *f = fopen(path, "r");
-    const struct phrase out = look_up_in(f, key, otherwise);
-
-    if (f)
-        fclose(f);
-    return out;
 }
 
 /* Memory of the process's own, which the mapped file is not, from
@@ -4099,22 +4205,6 @@ static void find_parts(struct facts *f)
         if (role != UNUSED)
             add_part(&f->all, &p);
     }
-}
-
-/* Memory that can be had without taking it from another program, within the
- * limit of a container; 0 if the system does not tell. */
-static double free_memory(void)
-{
-    double have = strtod(look_up("/proc/meminfo", "MemAvailable", "0").s,
-                         NULL) * 1024;
-    FILE *f = fopen("/sys/fs/cgroup/memory.max", "r");
-    double limit;
-
-    if (f && fscanf(f, "%lf", &limit) == 1 && limit < have)
-        have = limit;
-    if (f)
-        fclose(f);
-    return have;
 }
 
 /* The longest context that there is memory for besides the weights. */
@@ -9876,20 +9966,6 @@ static void spread_tokens(struct bench *b)
         b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)n_vocab);
 }
 
-/* How many threads a context has that is not told. */
-static int count_cpus(struct bench *b)
-{
-    lfm2_params p = choose_params(b->s, b->e.model);
-    int code;
-
-    p.n_threads = 0;
-    p.n_ctx = p.n_batch = 1;
-    code = open_bench_context(b, &p);
-    b->n_cpus = b->e.par.n_threads;
-    close_bench_context(b);
-    return code;
-}
-
 /* From nothing to the first token, before anything else has warmed the way. */
 static int measure_start(struct bench *b)
 {
@@ -9902,7 +9978,8 @@ static int measure_start(struct bench *b)
     b->load_s = seconds() - start;
     spread_tokens(b);
     p = b->e.par;
-    p.n_threads = b->s->bench_threads.v[0];
+    p.n_threads = b->s->bench_threads.v[0] ? b->s->bench_threads.v[0] :
+                  b->n_cpus;
     code = open_bench_context(b, &p);
     b->context_s = seconds() - start - b->load_s;
     if (code == DONE)
@@ -9919,7 +9996,7 @@ static int run_tests(struct bench *b, int n_threads, int depth, int first)
     lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
-    p.n_threads = n_threads;
+    p.n_threads = n_threads ? n_threads : b->n_cpus;
     p.n_ctx = depth + b->longest;
     p.n_seq = p.n_logits = b->n_seq;
     code = open_bench_context(b, &p);
@@ -9994,10 +10071,10 @@ static int alloc_bench(struct bench *b)
 static int run_all(struct bench *b)
 {
     const struct settings *s = b->s;
-    int code = measure_start(b);
+    int code;
 
-    if (code == DONE)
-        code = count_cpus(b);
+    b->n_cpus = usable_cpus();
+    code = measure_start(b);
     if (code != DONE)
         return code;
     b->cost = count_cost(b->e.model, s->kv);
@@ -10424,7 +10501,7 @@ static void self_sequences(struct self *t)
     self_result(t, state &&
                 lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
                 hash_bytes(HASH_START, state, (size_t)size) ==
-                0x8ca92dd674809989u &&
+                0x9ee20d817a3a6aa1u &&
                 lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
                 lfm2_seq_len(t->ctx, 1) == n, "a sequence saved and restored");
     free(state);

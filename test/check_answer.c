@@ -1,5 +1,6 @@
 /* An answer as run.c takes it apart, and the settings that a model brings. */
 #define _POSIX_C_SOURCE 200809L          /* as run.c does */
+#define _GNU_SOURCE
 
 #define main run_main
 #include "../run.c"
@@ -895,6 +896,75 @@ START_TEST(wrong_guesses_cost_little)
 }
 END_TEST
 
+/* ----------------------------------------------------------- control groups */
+
+/* Files below the directory of a test, and what they limit. */
+static const struct {
+    const char *groups;                   /* as in /proc/self/cgroup         */
+    const char *file[4], *holds[4];
+    double cpus, memory;
+} limits[] = {
+    { "0::/\n", { 0 }, { 0 }, 0, 0 },
+    { "0::/a/b\n", { "/a/b/cpu.max" }, { "max 100000\n" }, 0, 0 },
+    { "0::/a/b\n", { "/a/b/cpu.max", "/a/cpu.max", "/a/b/memory.max" },
+      { "400000 100000\n", "150000 100000\n", "max\n" }, 2, 0 },
+    { "0::/a/b\n", { "/a/b/cpu.max", "/cpu.max", "/memory.max" },
+      { "50000 100000\n", "150000 100000\n", "4096\n" }, 1, 4096 },
+    { "4:memory:/a\n2:cpu,b:/a/b\n0::/\n",
+      { "/cpu,b/a/b/cpu.cfs_quota_us", "/cpu,b/a/b/cpu.cfs_period_us",
+        "/memory/memory.limit_in_bytes", "/memory/a/memory.limit_in_bytes" },
+      { "300000\n", "100000\n", "9223372036854771712\n", "8192\n" },
+      3, 8192 },
+    { "2:cpu,b:/a/b\n", { "/cpu,b/a/b/cpu.cfs_quota_us",
+        "/cpu,b/a/b/cpu.cfs_period_us" }, { "-1\n", "100000\n" }, 0, 0 },
+    { "nothing\n2:\n\n:", { 0 }, { 0 }, 0, 0 },
+};
+
+static void put_file(const char *root, const char *path, const char *holds)
+{
+    char name[256];
+    FILE *f;
+
+    snprintf(name, sizeof name, "%s%s", root, path);
+    for (char *s = name + strlen(root) + 1; (s = strchr(s, '/')); *s++ = '/') {
+        *s = '\0';
+        mkdir(name, 0777);
+    }
+    f = fopen(name, "w");
+    ck_assert_ptr_nonnull(f);
+    fputs(holds, f);
+    ck_assert_int_eq(fclose(f), 0);
+}
+
+START_TEST(groups_limit_those_within)
+{
+    char root[] = "/tmp/lfm2_groups_XXXXXX", list[64], command[64];
+
+    ck_assert_ptr_nonnull(mkdtemp(root));
+    snprintf(list, sizeof list, "%s/list", root);
+    put_file(root, "/list", limits[_i].groups);
+    for (int i = 0; i < 4 && limits[_i].file[i]; i++)
+        put_file(root, limits[_i].file[i], limits[_i].holds[i]);
+    groups = list;
+    group_root = root;
+    ck_assert_double_eq(least_limit(cpu_limit), limits[_i].cpus);
+    ck_assert_double_eq(least_limit(memory_limit), limits[_i].memory);
+    if (limits[_i].cpus > 0)
+        ck_assert_int_le(usable_cpus(), (int)limits[_i].cpus);
+    ck_assert_int_ge(usable_cpus(), 1);
+    snprintf(command, sizeof command, "rm -r %s", root);
+    ck_assert_int_eq(system(command), 0);
+}
+END_TEST
+
+START_TEST(no_groups_no_limit)
+{
+    groups = "/nowhere";
+    ck_assert_double_eq(least_limit(cpu_limit), 0);
+    ck_assert_int_ge(usable_cpus(), 1);
+}
+END_TEST
+
 /* ---------------------------------------------------------------- self-test */
 
 START_TEST(another_hash_is_no_success)
@@ -1022,6 +1092,8 @@ Suite *answer_suite(void)
     tcase_add_loop_test(c, a_guess_goes_on_as_the_text_did, 0, COUNT(earlier));
     tcase_add_test(c, no_more_is_guessed_than_there_is_room_for);
     tcase_add_test(c, wrong_guesses_cost_little);
+    tcase_add_loop_test(c, groups_limit_those_within, 0, COUNT(limits));
+    tcase_add_test(c, no_groups_no_limit);
     tcase_add_test(c, another_hash_is_no_success);
     tcase_add_test(c, what_is_no_number_is_a_string);
     tcase_add_loop_test(c, digests_are_those_of_the_standard, 0,
