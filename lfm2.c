@@ -18,18 +18,23 @@
  *
  * The file, in the order it is meant to be read:
  *
- *   I    The model       data; what the machine provides; small blocks;
- *                        the two operators that mix time; feed-forward; forward
- *   II   The machine     exact arithmetic; worker threads; weight formats;
- *                        matrix products, in plain C; the same with vectors
- *   III  The file        reading bytes; GGUF; configuration; binding tensors
- *   IV   The state       memory of a context; sequences: trim, copy, save,
- *                        load; traces
- *   V    Words           tokenizer; chat; sampler; Unicode classes
+ *   I    The model       1 data   2 what the machine provides   3 small blocks
+ *                        4 the operators that mix time   5 feed-forward
+ *                        6 forward
+ *   II   The machine     7 exact arithmetic   8 threads   9 weight formats
+ *                        10 matrix products, in plain C   11, 12 the same with
+ *                        vectors   13 choosing the kernels
+ *   III  The file        14 reading bytes   15 GGUF   16 configuration
+ *                        17 binding tensors   18 open and close
+ *   IV   The state       19 memory of a context   20 sequences: trim, copy,
+ *                        save, load   21 traces
+ *   V    Words           22, 23 vocabulary   24 text to tokens   25 chat
+ *                        26 sampling   27 Unicode classes
  *
  * Conventions.  Matrices are row-major; [rows][cols] beside a pointer is its
- * shape.  x is the residual stream, h the branch beside it, il a layer, t a row
- * (one token of one sequence), n_* a count.  Weights carry their GGUF names.
+ * shape.  x is the residual stream, il a layer, t a row of the batch (one token
+ * of one sequence), n_* a count, me the thread that runs.  Weights carry their
+ * GGUF names.
  *
  * The arithmetic contract.  The logits are the same bits on every CPU, with
  * every compiler, thread count, batch size, neighbour and cut of the prompt:
@@ -52,9 +57,23 @@
  * To port: a C11 compiler with IEEE floats evaluated in their own precision is
  * enough, in any byte order and word size.  LFM2_NO_SIMD leaves out the vector
  * kernels (LFM2_AVX2_ONLY, those of newer CPUs), LFM2_NO_THREADS pthreads,
- * LFM2_NO_MMAP mmap. */
+ * LFM2_NO_MMAP mmap and with it all of POSIX but threads. */
 
 #ifndef KERNELS                           /* see section 11                  */
+
+/* The contract, whatever the compiler is told: no a*b+c is fused by itself, and
+ * nothing is compiled that may reorder sums. */
+#ifdef __clang__
+#pragma float_control(precise, on)
+#pragma STDC FP_CONTRACT OFF
+#elif defined __GNUC__
+#pragma GCC optimize "fp-contract=off"
+#endif
+#if defined __FAST_MATH__ || defined __ASSOCIATIVE_MATH__ || \
+    defined __RECIPROCAL_MATH__ || \
+    (defined __FINITE_MATH_ONLY__ && __FINITE_MATH_ONLY__)
+#error "-ffast-math, -Ofast and their parts change results: use -O3"
+#endif
 
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity()             */
@@ -64,6 +83,7 @@
 #include "lfm2.h"
 
 #include <errno.h>
+#include <fenv.h>
 #include <float.h>
 #include <limits.h>
 #include <math.h>
@@ -73,15 +93,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef LFM2_NO_MMAP
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#ifndef LFM2_NO_MMAP
-#include <sys/mman.h>
 #endif
 #ifndef LFM2_NO_THREADS
 #include <pthread.h>
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 #if defined __x86_64__ && defined __GNUC__ && !defined LFM2_NO_SIMD
@@ -97,9 +118,6 @@
 #endif
 #endif
 
-#ifdef __FAST_MATH__
-#error "-Ofast and -ffast-math change results: use -O3"
-#endif
 #if FLT_EVAL_METHOD != 0
 #error "floats must keep their own precision (i386: -msse2 -mfpmath=sse)"
 #endif
@@ -122,6 +140,9 @@ struct tensor {
     int rows, cols;
     const uint8_t *data;
     const struct tensor *next;            /* read after this one, or NULL    */
+    int module, first;                    /* for traces: what its product is
+                                             called, and of which a part that
+                                             begins there                    */
 };
 
 struct layer {
@@ -178,27 +199,24 @@ struct lfm2_model {
  * 64 positions with the positions innermost, [tile][head_dim][64], so that the
  * scores of a tile are sums of contiguous rows, then V as [n_ctx][head_dim].
  *
- * A short convolution looks at the last l_cache-1 columns of its gated input u.
- * `u` keeps UNDO more, so that the last UNDO tokens can be taken back; column p
- * of the text is column p mod (UNDO + l_cache-1) there, and before the text all
- * are 0.  Further back, the last l_cache-1 are kept at every multiple of
- * seq_step tokens. */
+ * A short convolution looks at the last l_cache columns of its gated input u.
+ * `u` keeps UNDO more of them, so that the last UNDO tokens can be taken back:
+ * column p of the text is column p mod (UNDO + l_cache-1) there, and columns
+ * before the text are 0.  For going further back, the last l_cache-1 columns
+ * are kept at every multiple of seq_step tokens, the marks. */
 enum { UNDO = 16, MAX_TAPS = 8 };
 
 struct seq {
     int len;                              /* tokens                          */
     int start;                            /* length before a running forward */
-    int oldest;                           /* the first column of u that is
-                                             there; below 0: before the text */
+    int oldest;                           /* the first column that u has     */
+    int span;                             /* that is for it now, or -1       */
     uint8_t *kv;
     float *u;                             /* [n_conv][UNDO+l_cache-1][n_embd]*/
     float *u_start;                       /* [n_conv][l_cache-1][n_embd]: the
                                              last columns before `start`     */
     float *marks;                         /* [n_ctx/seq_step] of the same    */
 };
-
-/* A piece of a span: n rows of the batch, which continue one sequence. */
-struct piece { int seq, pos, row, n; };
 
 /* 32 columns of a row, rounded: x ~ d q.  sum holds the sums of q over 16
  * columns each, and s is d times both, for weights that have a minimum or are
@@ -210,24 +228,49 @@ struct q8_block {
 };
 
 /* The input of matrix products: n rows as they are, for weights in floats, and
- * rounded, for all others.  Row i is row[i] in memory, if there is `row`. */
+ * rounded, for all others.  Row i lies at row[i], or else at first + i; what is
+ * made of it has the place first + i, too. */
 struct input {
     int n, cols;
-    const int *row;                       /* [n], or NULL: row i is row i    */
+    const int *row;                       /* [n], or NULL                    */
     float *f;                             /* [rows][cols]                    */
-    struct q8_block *q;                    /* [rows][cols/32]                 */
+    struct q8_block *q;                   /* [rows][cols/32]                 */
+    int first;
 };
 
-/* What a trace shows and a pass does not keep.  All NULL unless there is one;
- * slots are rows in a dense layer. */
-struct kept {
-    void *memory;                         /* the others point into it        */
-    float *in_proj;                       /* [n_rows][3 n_embd]              */
-    float *conv;                          /* [n_rows][n_embd]                */
-    float *q, *k;                         /* as in the context, but normed   */
-    float *gate, *up;                     /* [slots][n_ff or n_ff_expert]    */
-    float *out;                           /* [slots][n_embd], what is added  */
-    float *chosen;                        /* [n_rows][n_expert_used]         */
+/* A piece of a span: n rows of the batch, which continue one sequence. */
+struct piece { int seq, pos, row, n; };
+
+/* A row of the batch: one token of one sequence, or a row of embeddings that
+ * stands in for it; and what is wanted of it. */
+enum { NOTHING, STATE, LOGITS };          /* state: the last normed x        */
+
+struct row {
+    int seq, pos;
+    int32_t token;                        /* -1 where there is embd          */
+    const float *embd;                    /* [n_embd], or NULL               */
+    int wanted;
+};
+
+/* One pass: at most n_batch rows, cut from the spans in order. */
+struct batch {
+    int n_rows, n_pieces;
+    struct row *row;                      /* [n_rows]                        */
+    struct piece *piece;                  /* [n_seq]                         */
+    float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
+};
+
+/* Which experts work for which rows.  A slot is one choice of one row; slots
+ * are sorted by expert. */
+struct routing {
+    float *score;                         /* [n_rows][n_expert]              */
+    int *chosen;                          /* [n_rows][n_expert_used]         */
+    float *weight;                        /* [n_rows][n_expert_used]         */
+    int *slot_row;                        /* [slots]                         */
+    float *slot_weight;                   /* [slots]                         */
+    int *slot_end;                        /* [n_expert+1] bounds of groups   */
+    int *active, n_active;                /* experts that somebody chose     */
+    struct tensor *gate, *up, *down;      /* [n_active] their matrices       */
 };
 
 struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
@@ -235,73 +278,80 @@ struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
 struct lfm2_context {
     const struct lfm2_model *model;
     lfm2_params par;
-    struct pool *pool;
     const struct isa *isa;                /* the kernels for this CPU        */
+    struct pool *pool;
+    struct thread *thread;                /* [n_threads]; 0 is the caller    */
     atomic_int cancel;
-    void *memory;                         /* everything below points into it */
+    int stop;                             /* cancelled, as all threads see it*/
+    void *memory;                         /* most of what follows lies there */
+    uint64_t row_work;                    /* multiply-adds for one row       */
     int seq_step;
     struct seq *seq;                      /* [n_seq]                         */
-
-    /* one pass: at most n_batch rows, cut from the spans in order */
-    int n_rows, n_pieces, n_wanted;
-    struct piece *piece;                  /* [n_seq]                         */
-    int32_t *token, *position;            /* [n_rows]                        */
-    uint8_t *wanted;                      /* [n_rows], 1: give its logits    */
-    int *out_row;                         /* the rows that are wanted        */
-    float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
+    struct batch batch;
+    struct routing routing;
 
     float *x;                             /* [n_rows][n_embd] residual       */
-    float *y;                             /* the same: the sum of experts    */
     float *q;                             /* [n_rows][n_head][head_dim], the
-                                             memory of mixed.f               */
+                                             memory of heads.f               */
     float *k, *v;                         /* [n_rows][n_head_kv][head_dim]   */
-    struct attn_partial *part;                /* [n_head_kv][chunks of n_ctx]
-                                             [heads that share it]; for one
-                                             row, see is_split()             */
-    struct input in;                      /* [n_rows][n_embd], x normed      */
-    struct input mixed;                   /* [n_rows][n_embd] or of all the
-                                             heads: what an operator gives   */
-    struct input hidden;                  /* [n_rows][n_ff], and of experts
-                                             [slots][n_ff_expert]            */
+    float *y;                             /* [n_rows][n_embd] sum of experts */
 
-    /* experts; a slot is one choice of one row */
-    float *score;                         /* [n_rows][n_expert]              */
-    int *chosen;                          /* [n_rows][n_expert_used]         */
-    float *weight;                        /* [n_rows][n_expert_used]         */
-    int *slot;                            /* rows*used, grouped by expert    */
-    int *slot_row;                        /* the row of each                 */
-    int *slot_end;                        /* [n_expert+1] bounds of groups   */
-    int *active, n_active;                /* experts that somebody chose     */
+    /* what is multiplied by a matrix; some share their memory */
+    struct input in;                      /* [n_rows][n_embd], x normed      */
+    struct input mixed;                   /* [n_rows][n_embd], convolved     */
+    struct input heads;                   /* [n_rows][n_head head_dim]       */
+    struct input hidden;                  /* [n_rows][n_ff]                  */
+    struct input hidden_exps;             /* [slots][n_ff_expert]            */
 
     float *logits;                        /* [n_logits][n_vocab]             */
+    float *states;                        /* [n_seq][n_embd], normed         */
     int n_logits;                         /* rows that are there             */
     int n_spans;
     int *span_logits;                     /* [n_seq+1] first row of a span   */
+    int *span_state;                      /* [n_seq] its sequence, or -1     */
     struct candidate *candidates;         /* [n_vocab]                       */
-    struct scratch *scratch;              /* [n_threads]                     */
 
     lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
     void *hook_user;
-    struct kept kept;
+    struct kept *kept;                    /* see section 21                  */
+    struct exercise *exercise;            /* see lfm2_exercise()             */
 };
 
 /* ------------------------------------------ 2. What the machine provides
  *
- * Enough to read Part I; the definitions are in Part II. */
+ * Enough to read Part I.  The definitions are in Part II, those for traces in
+ * section 21. */
 
 static float fma_f32(float a, float b, float c);    /* a*b+c, rounded once   */
 static float exp_f32(float x);
 static void  sin_cos(double a, float *s, float *c);
-static float dot_f32(const float *a, const float *b, int n);
-static float f16_to_f32(uint16_t h);
-static uint16_t f32_to_f16(float f);
 
 enum { UNIT = 32 };                       /* columns rounded together; n_embd
                                              and n_ff are whole units        */
 
+/* The memory of a sequence.  Column `pos` of u in the i_conv-th convolution,
+ * [n_embd]; and the columns that all of them look back to after `pos` tokens,
+ * [n_conv][l_cache-1][n_embd], if they are kept for good, else NULL. */
+static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
+                       int i_conv, int pos);
+static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
+                        int pos);
+
+/* The cache of one kv head in one layer; element d of what it holds. */
+struct kv_head {
+    uint8_t *k;                           /* [n_ctx/TILE][head_dim][TILE]    */
+    uint8_t *v;                           /* [n_ctx][head_dim]               */
+    int f16, head_dim;
+};
+static struct kv_head kv_head_at(const struct lfm2_context *ctx,
+                                 const struct seq *s, int i_attn, int head);
+static void kv_store(const struct kv_head *kv, int pos, const float *k,
+                     const float *v);
+static float kv_key(const struct kv_head *kv, int pos, int d);
+static float kv_value(const struct kv_head *kv, int pos, int d);
+
 struct attn_partial;
 struct attn_rows;
-struct kv_head;
 
 enum { FEW_BYTES = 8192 };
 
@@ -313,8 +363,13 @@ struct scratch {
     /* rows of weights, unpacked: here one row, in section 12 a panel */
     uint8_t *q;                           /* [cols][panel rows]              */
     float *d, *m;                         /* [groups][2][panel rows]         */
-    float *f;                             /* [cols], for float formats       */
+    float *f;                             /* [cols][UNIT], float formats     */
+    float *chain;                         /* [X_ROWS][UNIT][16], those too   */
     uint8_t *few;                         /* [FEW_BYTES], see section 12     */
+
+    float *tile;                          /* [TILE][head_dim] of K or V, with
+                                             room for another TILE           */
+    float *score;                         /* [queries][CHUNK]                */
 };
 
 /* What an instruction set brings: the functions of that name in sections 3, 4,
@@ -338,87 +393,68 @@ struct isa {
     int64_t (*exercise)(int *sum);        /* see lfm2_exercise()             */
 };
 
-/* Run fn on every thread of the context, numbered from 0. */
-typedef void work_fn(struct lfm2_context *ctx, void *job, int thread);
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job);
+/* Every thread of a context runs the model, side by side with the others.  Each
+ * does its share, first .. last-1 of n things, and where it needs what others
+ * have computed it waits for all of them at a barrier. */
+struct thread {
+    struct lfm2_context *ctx;
+    int id, of;                           /* this one, of how many           */
+    struct scratch s;
+};
 
-/* The share of n things that falls to a thread: first .. last-1. */
 struct range { int first, last; };
-static struct range share(const struct lfm2_context *ctx, int n, int thread);
+static struct range share(const struct thread *me, int n);
+static void barrier(const struct thread *me);
 
 /* Row r of w as floats: out[w->cols]. */
 static void get_row(float *out, const struct tensor *w, int r);
 
-/* in = the n rows of x, [n][cols]. */
-static void load_input(struct lfm2_context *ctx, struct input *in, float *x,
-                       int n, int cols);
-
-/* in = rms_norm of ctx->x. */
-static void load_normed(struct lfm2_context *ctx, const float *norm);
-
-/* Group g of a row becomes x, [32]. */
-static void set_group(const struct lfm2_context *ctx, struct input *in, int row,
-                      int g, const float *x);
-
-/* Products come in units of 32 rows of w, the outputs that make one group of
- * the next input.  The result, [in->n][32], is the thread's buffer number `to`.
- * The thread will read the units of w up to last-1 and then what is at `next`,
- * so they can be fetched from memory ahead of time. */
+/* Matrix products come in units: 32 rows of w, whose outputs are one group of
+ * the next input.  Unit u, for all rows of the input, is [in->n][UNIT] in the
+ * thread's buffer number `to`. */
 static int n_units(const struct tensor *w);
-static const uint8_t *unit_data(const struct tensor *w, int u);
-static const uint8_t *share_data(const struct lfm2_context *ctx,
-                                 const struct tensor *w, int thread);
-static float *product(struct lfm2_context *ctx, int thread, int to,
-                      const struct tensor *w, int u, int last,
-                      const struct input *in, const uint8_t *next);
+static float *product(const struct thread *me, int to, const struct tensor *w,
+                      int u, const struct input *in);
 
-/* Unit u of all rows of y, [n][w->rows], becomes `unit`, [n][UNIT], or is
- * increased by it. */
-static void put_unit(float *y, const struct tensor *w, int u, const float *unit,
-                     int n, int how);
-
-/* y = in w^T, [in->n][w->rows], or y is increased by it. */
+/* This thread's share of y = in w^T, [in->n][w->rows], or of y += in w^T. */
 enum { ASSIGN, INCREASE };
-static void matmul(struct lfm2_context *ctx, int how, float *y,
+static void matmul(const struct thread *me, int how, float *y,
                    const struct tensor *w, const struct input *in);
 
-/* A thread's part of matmul(); it will go on with the matrix `next`. */
-static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
-                         const struct tensor *w, const struct input *in,
-                         const struct tensor *next);
-
-/* The e-th matrix of an expert tensor. */
+/* `rows` rows of w from `first` on, and the e-th matrix of an expert tensor. */
+static struct tensor rows_of(const struct tensor *w, int first, int rows);
 static struct tensor expert(const struct tensor *w, int e);
 
-/* For lfm2_trace(): show the rows of y, n numbers each, under the name that the
- * module has in the official implementation, "conv.in_proj" of a layer, or
- * "lm_head" of none.  trace() has all rows of the batch, trace_wanted() those
- * whose logits are wanted, and trace_expert() shows the slots of expert e, out
- * of all.  None of these does anything while nobody traces. */
-static void trace(struct lfm2_context *ctx, const struct layer *l,
-                  const char *module, const float *y, int n);
-static void trace_wanted(struct lfm2_context *ctx, const char *module,
-                         const float *y, int n);
-static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e,
-                         const char *module, const float *y, int n);
+/* Round unit u of n rows of an input, [n][UNIT], from `row` on; and this
+ * thread's share of rows that lie in in->f. */
+static void set_unit(const struct thread *me, struct input *in, int row, int n,
+                     int u, const float *unit);
+static void round_rows(const struct thread *me, struct input *in);
 
-/* Keep for it what the next unit overwrites, if there is a y: unit u of n rows
- * from row `first` on; head number i; the chosen experts, as floats. */
-static void keep_unit(float *y, int first, const struct tensor *w, int u,
-                      const float *unit, int n);
-static void keep_head(float *y, size_t i, const float *head, int head_dim);
-static float *keep_chosen(struct lfm2_context *ctx);
+/* ctx->q = softmax(q k^T) v for all rows: attend_query() is one chunk of one of
+ * its heads, merge_chunk() puts chunks together. */
+static void attend(const struct thread *me, const struct layer *l);
 
-/* Fill in err, if there is one, and return code. */
-static int fail(lfm2_error *err, int code, const char *fmt, ...);
+/* Sort the slots by expert, and bind the matrices of those in use. */
+static void group_by_expert(struct lfm2_context *ctx, const struct layer *l);
 
-/* Pass an error on to the caller. */
-#define TRY(call)               \
-    do {                        \
-        int code_ = (call);     \
-        if (code_ < 0)          \
-            return code_;       \
-    } while (0)
+/* For lfm2_trace().  Nothing of this does anything while nobody traces.  What
+ * product() computes is kept by itself, under the name that the module has in
+ * the official implementation; keep() keeps n other numbers of a row.  trace()
+ * shows some modules of a layer when all threads are done with them, and
+ * trace_rows() what lies in y, [n_rows][n]; il is -1 outside of layers. */
+enum module {
+    NOT_TRACED, CONV_IN_PROJ, CONV_CONV, CONV_OUT_PROJ, ATTN_Q, ATTN_K, ATTN_V,
+    ATTN_Q_NORM, ATTN_K_NORM, ATTN_OUT, FFN_W1, FFN_W3, FFN_W2, MOE_GATE,
+    MOE_CHOSEN, N_MODULES
+};
+static void keep(const struct lfm2_context *ctx, int module, int row, int col,
+                 const float *x, int n);
+static void trace(const struct thread *me, const struct layer *l, int first,
+                  int last);
+static void trace_rows(const struct thread *me, int il, const char *module,
+                       float *y, int n);
+static void trace_moe(const struct thread *me, const struct layer *l);
 
 /* --------------------------------------------------------- 3. Small blocks
  *
@@ -472,7 +508,10 @@ static void rope(float *head, const float *turn, int head_dim)
 /* ------------------------------------------ 4. The operators that mix time
  *
  * Everything else in the model looks at one token alone.  These two carry
- * something from token to token, so they work sequence by sequence. */
+ * something from token to token, so they work sequence by sequence.
+ *
+ * An operator begins when all threads have what it reads, and ends with a
+ * barrier, so that all have what it wrote. */
 
 /* One step of a short convolution, for one unit of channels; with three taps:
  *
@@ -498,84 +537,26 @@ static void conv_step(float *y, float *const *u, const float *w,
     }
 }
 
-/* The columns that all layers look back to: [n_conv][l_cache-1][n_embd]. */
-static uint64_t conv_elements(const struct lfm2_model *m)
+/* The channels of unit u of row t of a piece.  b, c and x, [UNIT], are those of
+ * the row; x becomes v, and c the result. */
+static void convolve(const struct thread *me, const struct layer *l, int u,
+                     const struct piece *p, int t, const float *b, float *c,
+                     float *x)
 {
-    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
-           (uint64_t)m->cfg.n_embd;
-}
+    const struct lfm2_context *ctx = me->ctx;
+    const struct seq *s = &ctx->seq[p->seq];
+    const int l_cache = ctx->model->cfg.l_cache, last = l_cache - 1;
+    const size_t n = (size_t)ctx->model->cfg.n_embd, first = (size_t)u * UNIT;
+    float *mark = conv_mark(ctx, s, p->pos + t + 1), *column[MAX_TAPS];
 
-/* Column `pos` of u in the i_conv-th such layer, [n_embd]. */
-static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
-                       int i_conv, int pos)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const int kept = UNDO + c->l_cache - 1;
-
-    return s->u + ((size_t)i_conv * kept + (pos + kept) % kept) * c->n_embd;
-}
-
-/* What is kept of them as it was after `pos` tokens; NULL if nothing is. */
-static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
-                        int pos)
-{
-    if (pos == 0 || pos % ctx->seq_step != 0)
-        return NULL;
-    return s->marks + (size_t)(pos / ctx->seq_step - 1) *
-                      (size_t)conv_elements(ctx->model);
-}
-
-/* The channels of unit u, all rows: b, c and x are [n_rows][UNIT], and the
- * result becomes that group of the next input; x becomes v. */
-static void conv_unit(struct lfm2_context *ctx, const struct layer *l, int u,
-                      const float *b, float *c, float *x)
-{
-    const lfm2_config *cfg = &ctx->model->cfg;
-    const size_t n = (size_t)cfg->n_embd, first = (size_t)u * UNIT;
-    const int last = cfg->l_cache - 1;
-    float *col[MAX_TAPS];
-
-    for (int i = 0; i < ctx->n_pieces; i++) {
-        const struct piece *p = &ctx->piece[i];
-        const struct seq *s = &ctx->seq[p->seq];
-        size_t row = (size_t)p->row * UNIT;
-
-        for (int t = 0; t < p->n; t++, row += UNIT) {
-            for (int k = 0; k <= last; k++)
-                col[k] = u_column(ctx, s, l->i_kind, p->pos + t + k - last) +
-                         first;
-            ctx->isa->conv_step(c + row, col, l->shortconv_conv + first,
-                                b + row, c + row, x + row, cfg->l_cache, n);
-            set_group(ctx, &ctx->mixed, p->row + t, u, c + row);
-            float *mark = conv_mark(ctx, s, p->pos + t + 1);
-            for (int k = 0; mark && k < last; k++)
-                memcpy(mark + ((size_t)l->i_kind * last + k) * n + first,
-                       col[k + 1], UNIT * sizeof *mark);
-        }
-    }
-}
-
-/* A thread computes the same channels of b, c and x, so it can go on alone. */
-static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const struct tensor *w = &l->shortconv_in_proj;
-    const int n = ctx->model->cfg.n_embd / UNIT, rows = ctx->n_rows;
-    const struct range r = share(ctx, n, thread);
-    const uint8_t *next = share_data(ctx, &l->shortconv_out_proj, thread);
-
-    for (int u = r.first; u < r.last; u++) {
-        float *b = product(ctx, thread, 0, w, u, r.last, &ctx->in, next);
-        float *c = product(ctx, thread, 1, w, n + u, n + r.last, &ctx->in,
-                           NULL);
-        float *x = product(ctx, thread, 2, w, 2 * n + u, 2 * n + r.last,
-                           &ctx->in, NULL);
-        keep_unit(ctx->kept.in_proj, 0, w, u, b, rows);
-        keep_unit(ctx->kept.in_proj, 0, w, n + u, c, rows);
-        keep_unit(ctx->kept.in_proj, 0, w, 2 * n + u, x, rows);
-        conv_unit(ctx, l, u, b, c, x);
-        keep_unit(ctx->kept.conv, 0, &l->shortconv_out_proj, u, x, rows);
-    }
+    for (int k = 0; k <= last; k++)
+        column[k] = u_column(ctx, s, l->i_kind, p->pos + t - last + k) + first;
+    ctx->isa->conv_step(c, column, l->shortconv_conv + first, b, c, x, l_cache,
+                        n);
+    for (int k = 0; mark && k < last; k++)
+        memcpy(mark + ((size_t)l->i_kind * last + k) * n + first,
+               column[k + 1], UNIT * sizeof *mark);
+    keep(ctx, CONV_CONV, p->row + t, u * UNIT, x, UNIT);
 }
 
 /* The short convolution, LFM2's own way to mix time.  For each token
@@ -584,107 +565,46 @@ static void conv_work(struct lfm2_context *ctx, void *arg, int thread)
  *     y       = out_proj (c * conv(b * x))
  *
  * with a convolution of l_cache = 3 taps per channel: the whole memory of the
- * layer is the last two columns of b * x, however long the text. */
-static void short_conv(struct lfm2_context *ctx, const struct layer *l)
+ * layer is the last two columns of b * x, however long the text.  A thread
+ * computes the same channels of b, c and x, so it can go on alone. */
+static void short_conv(const struct thread *me, const struct layer *l)
 {
+    struct lfm2_context *ctx = me->ctx;
     const int n = ctx->model->cfg.n_embd;
+    const struct tensor in_b = rows_of(&l->shortconv_in_proj, 0, n);
+    const struct tensor in_c = rows_of(&l->shortconv_in_proj, n, n);
+    const struct tensor in_x = rows_of(&l->shortconv_in_proj, 2 * n, n);
+    const struct range mine = share(me, n_units(&in_b));
 
-    ctx->mixed.n = ctx->n_rows;
-    ctx->mixed.cols = n;
-    parallel(ctx, conv_work, (void *)l);
-    trace(ctx, l, "conv.in_proj", ctx->kept.in_proj, 3 * n);
-    trace(ctx, l, "conv.conv", ctx->kept.conv, n);
-    matmul(ctx, INCREASE, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
-    trace(ctx, l, "conv.out_proj", ctx->kept.out, n);
+    for (int u = mine.first; u < mine.last; u++) {
+        float *b = product(me, 0, &in_b, u, &ctx->in);
+        float *c = product(me, 1, &in_c, u, &ctx->in);
+        float *x = product(me, 2, &in_x, u, &ctx->in);
+        for (int i = 0; i < ctx->batch.n_pieces; i++) {
+            const struct piece *p = &ctx->batch.piece[i];
+            for (int t = 0; t < p->n; t++) {
+                const size_t at = (size_t)(p->row + t) * UNIT;
+                convolve(me, l, u, p, t, b + at, c + at, x + at);
+            }
+        }
+        set_unit(me, &ctx->mixed, 0, ctx->mixed.n, u, c);
+    }
+    barrier(me);
+    matmul(me, INCREASE, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
+    barrier(me);
+    trace(me, l, CONV_IN_PROJ, CONV_OUT_PROJ);
 }
 
 /* Attention looks at positions in chunks of CHUNK, which decide how sums are
- * associated, and reads K in tiles of TILE positions. */
-enum { TILE = 64, CHUNK = 256, MAX_HEAD_DIM = 256 };
+ * associated. */
+enum { CHUNK = 256, MAX_HEAD_DIM = 256 };
 
-/* The cache of one kv head in one layer. */
-struct kv_head {
-    uint8_t *k;                           /* [n_ctx/TILE][head_dim][TILE]    */
-    uint8_t *v;                           /* [n_ctx][head_dim]               */
-    int f16, head_dim;
-};
-
-static size_t kv_head_elements(const struct lfm2_context *ctx)
-{
-    size_t tiles = ((size_t)ctx->par.n_ctx + TILE - 1) / TILE;
-    return tiles * TILE * (size_t)ctx->model->cfg.head_dim;
-}
-
-static struct kv_head kv_head_at(const struct lfm2_context *ctx,
-                                 const struct seq *s, int i_attn, int head)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    int f16 = ctx->par.kv_type == LFM2_KV_F16;
-    size_t bytes = kv_head_elements(ctx) * (f16 ? 2 : 4);
-    uint8_t *k = s->kv + 2 * bytes * ((size_t)i_attn * c->n_head_kv + head);
-
-    return (struct kv_head){ k, k + bytes, f16, c->head_dim };
-}
-
-static void kv_set(uint8_t *cache, int f16, size_t i, float value)
-{
-    if (f16)
-        ((uint16_t *)(void *)cache)[i] = f32_to_f16(value);
-    else
-        ((float *)(void *)cache)[i] = value;
-}
-
-/* n elements of the cache from i on, as floats. */
-static void kv_get(float *out, const uint8_t *cache, int f16, size_t i, int n)
-{
-    const uint16_t *half = (const uint16_t *)(const void *)cache + i;
-    const float *single = (const float *)(const void *)cache + i;
-
-    if (f16)
-        for (int k = 0; k < n; k++)
-            out[k] = f16_to_f32(half[k]);
-    else
-        memcpy(out, single, (size_t)n * sizeof *out);
-}
-
-/* Where element d of the key at position pos lies. */
-static size_t k_index(int pos, int d, int head_dim)
-{
-    return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
-}
-
-static void kv_store(const struct kv_head *kv, int pos, const float *k,
-                     const float *v)
-{
-    for (int d = 0; d < kv->head_dim; d++) {
-        kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
-        kv_set(kv->v, kv->f16, (size_t)pos * kv->head_dim + d, v[d]);
-    }
-}
-
-/* What attention has gathered for one query: exp-weighted values relative to
- * the largest score so far. */
+/* What attention has found for one query so far: values weighted by e^score,
+ * relative to the largest score. */
 struct attn_partial {
     float max, sum;
     float o[MAX_HEAD_DIM];                /* [head_dim]                      */
 };
-
-/* s[p] = q . k[p] for the CHUNK positions from `pos` on; those past the end of
- * the sequence are computed too and never looked at. */
-static void chunk_scores(float s[CHUNK], const float *q,
-                         const struct kv_head *kv, int pos, int n)
-{
-    const int hd = kv->head_dim;
-    float k[TILE];
-
-    memset(s, 0, CHUNK * sizeof *s);
-    for (int tile = 0; tile * TILE < n; tile++, s += TILE)
-        for (int d = 0; d < hd; d++) {
-            kv_get(k, kv->k, kv->f16, k_index(pos + tile * TILE, d, hd), TILE);
-            for (int p = 0; p < TILE; p++)
-                s[p] = fma_f32(q[d], k[p], s[p]);
-        }
-}
 
 /* The sum of 16 chains, always in this order. */
 static float sum_16(float a[16])
@@ -695,59 +615,32 @@ static float sum_16(float a[16])
     return a[0];
 }
 
-/* One query and the first n positions of a chunk: scores, their maximum,
- * p = exp(s - max), and o = sum p v. */
-static void attend_query(struct attn_partial *g, const float *q,
+/* One query and the n positions from `pos` on that it sees of a chunk:
+ *
+ *     s = q . k,   p = e^(s - max s),   sum = sum of p,   o = sum of p v    */
+static void attend_query(struct attn_partial *part, const float *q,
                          const struct kv_head *kv, int pos, int n)
 {
     const int hd = kv->head_dim;
-    float s[CHUNK], v[MAX_HEAD_DIM], lane[16] = { 0 };
+    float s[CHUNK] = { 0 }, lane[16] = { 0 };
 
-    chunk_scores(s, q, kv, pos, n);
-    g->max = -INFINITY;
-    for (int p = 0; p < n; p++)
-        g->max = s[p] > g->max ? s[p] : g->max;
-    memset(g->o, 0, (size_t)hd * sizeof *g->o);
-    for (int p = 0; p < n; p++) {
-        float e = exp_f32(s[p] - g->max);
-        lane[p % 16] += e;
-        kv_get(v, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
+    part->max = -INFINITY;
+    for (int i = 0; i < n; i++) {
         for (int d = 0; d < hd; d++)
-            g->o[d] = fma_f32(e, v[d], g->o[d]);
+            s[i] = fma_f32(q[d], kv_key(kv, pos + i, d), s[i]);
+        part->max = s[i] > part->max ? s[i] : part->max;
     }
-    g->sum = sum_16(lane);
+    memset(part->o, 0, (size_t)hd * sizeof *part->o);
+    for (int i = 0; i < n; i++) {
+        const float p = exp_f32(s[i] - part->max);
+        lane[i % 16] += p;
+        for (int d = 0; d < hd; d++)
+            part->o[d] = fma_f32(p, kv_value(kv, pos + i, d), part->o[d]);
+    }
+    part->sum = sum_16(lane);
 }
 
-/* Rows of a sequence that look back together: the queries of one kv head.  Row
- * t stands at position pos + t, and sees all up to there. */
-struct attn_rows {
-    const float *q;                       /* [n][group][head_dim] ...        */
-    size_t stride;                        /* ... rows so many floats apart   */
-    int n, group, pos;
-};
-
-/* How many positions of the chunk at `pos` row t sees; 0: none. */
-static int chunk_seen(const struct attn_rows *a, int t, int pos)
-{
-    const int seen = a->pos + t + 1 - pos;
-    return seen < 0 ? 0 : seen < CHUNK ? seen : CHUNK;
-}
-
-/* part[n][group] = the chunk at `pos`, for all rows that see some of it. */
-static void attend_chunk(struct attn_partial *part, const struct attn_rows *a,
-                         const struct kv_head *kv, int pos,
-                         const struct scratch *s)
-{
-    (void)s;
-    for (int t = 0; t < a->n; t++)
-        for (int i = 0; i < a->group && chunk_seen(a, t, pos) > 0; i++)
-            attend_query(&part[t * a->group + i],
-                         a->q + (size_t)t * a->stride +
-                         (size_t)(i * kv->head_dim), kv, pos,
-                         chunk_seen(a, t, pos));
-}
-
-/* Add a later chunk b to what is gathered in a, relative to the larger maximum:
+/* Add a later chunk b to a, both relative to the larger maximum:
  *
  *     w   = e^(max - larger max)                 for each of the two
  *     sum = a.sum wa + b.sum wb,  o = a.o wa + b.o wb                       */
@@ -764,233 +657,97 @@ static void merge_chunk(const struct isa *isa, struct attn_partial *a,
     isa->add_scaled(a->o, wb, b->o, hd);
 }
 
-/* Norm and rotate the heads of a row that share kv head `head`; remember k and
- * v.  q is divided by sqrt(head_dim) here, so that scores are products. */
-static void prepare_group(struct lfm2_context *ctx, const struct layer *l,
-                          const struct kv_head *kv, int head, int row, int pos)
+/* The result for one head, when all chunks are merged. */
+static void finish_head(float *out, const struct attn_partial *all, int hd)
 {
+    for (int d = 0; d < hd; d++)
+        out[d] = all->o[d] / all->sum;
+}
+
+/* Norm and rotate the heads of row t of a piece that share a kv head; remember
+ * k and v.  q is divided by sqrt(head_dim) here, so that scores are products. */
+static void prepare_heads(const struct thread *me, const struct layer *l,
+                          const struct piece *p, int t, int head)
+{
+    struct lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
     const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
-    const float *turn = ctx->rope + (size_t)row * hd;
-    const size_t i = (size_t)row * c->n_head_kv + head;
+    const int row = p->row + t;
+    const float *turn = ctx->batch.rope + (size_t)row * hd;
     const float scale = 1.0f / sqrtf((float)hd);
-    float *k = ctx->k + i * hd, *q = ctx->q + i * group * hd;
+    const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq], l->i_kind,
+                                         head);
+    float *k = ctx->k + ((size_t)row * c->n_head_kv + head) * hd;
+    float *v = ctx->v + ((size_t)row * c->n_head_kv + head) * hd;
 
     rms_norm(ctx->isa, k, k, l->attn_k_norm, hd, c->norm_rms_eps);
-    keep_head(ctx->kept.k, i, k, hd);
+    keep(ctx, ATTN_K_NORM, row, head * hd, k, hd);
     ctx->isa->rope(k, turn, hd);
-    kv_store(kv, pos, k, ctx->v + i * hd);
-    for (int g = 0; g < group; g++, q += hd) {
+    kv_store(&kv, p->pos + t, k, v);
+    for (int h = head * group; h < (head + 1) * group; h++) {
+        float *q = ctx->q + ((size_t)row * c->n_head + h) * hd;
         rms_norm(ctx->isa, q, q, l->attn_q_norm, hd, c->norm_rms_eps);
-        keep_head(ctx->kept.q, i * group + g, q, hd);
+        keep(ctx, ATTN_Q_NORM, row, h * hd, q, hd);
         ctx->isa->rope(q, turn, hd);
         for (int d = 0; d < hd; d++)
             q[d] *= scale;
     }
 }
 
-static void prepare_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const int n_head_kv = ctx->model->cfg.n_head_kv;
-    const struct range r = share(ctx, ctx->n_pieces * n_head_kv, thread);
-
-    for (int i = r.first; i < r.last; i++) {
-        const struct piece *p = &ctx->piece[i / n_head_kv];
-        const int head = i % n_head_kv;
-        const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq], l->i_kind,
-                                             head);
-
-        for (int t = 0; t < p->n; t++)
-            prepare_group(ctx, l, &kv, head, p->row + t, p->pos + t);
-    }
-}
-
-/* The result for one head, when all chunks are merged. */
-static void finish_head(float *out, const struct attn_partial *all, int head_dim)
-{
-    for (int d = 0; d < head_dim; d++)
-        out[d] = all->o[d] / all->sum;
-}
-
-/* How many rows look back together. */
-static int rows_together(const lfm2_config *c)
-{
-    const int group = c->n_head / c->n_head_kv;
-    return group < 32 ? 32 / group : 1;
-}
-
-/* out = softmax(q k^T) v for n rows of a piece, from its row `first` on, and
- * the query heads of one kv head.  q becomes the result.  The rows take turns
- * in each chunk, so that it is read from memory once. */
-static void attend_rows(struct lfm2_context *ctx, const struct scratch *s,
-                        const struct piece *p, const struct kv_head *kv,
-                        int head, int first, int n)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
-    const int end = p->pos + first + n;
-    const size_t row = (size_t)c->n_head * hd;
-    float *q = ctx->q + (size_t)(p->row + first) * row +
-               (size_t)head * group * hd;
-    struct attn_partial *all = s->partial, *part = all + n * group;
-    const struct attn_rows rows = { q, row, n, group, p->pos + first };
-
-    for (int pos = 0; pos < end; pos += CHUNK) {
-        ctx->isa->attend_chunk(pos == 0 ? all : part, &rows, kv, pos, s);
-        for (int i = 0; pos > 0 && i < n * group; i++)
-            if (chunk_seen(&rows, i / group, pos) > 0)
-                merge_chunk(ctx->isa, all + i, part + i, hd);
-    }
-    for (int i = 0; i < n * group; i++)
-        finish_head(q + (size_t)(i / group) * row + (size_t)(i % group) * hd,
-                    &all[i], hd);
-}
-
-/* Later rows see more, so the threads take turns. */
-static void attend_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const lfm2_config *c = &ctx->model->cfg;
-    const int most = rows_together(c);
-    int turn = 0;
-
-    for (int i = 0; i < ctx->n_pieces; i++) {
-        const struct piece *p = &ctx->piece[i];
-        for (int first = 0; first < p->n; first += most)
-            for (int head = 0; head < c->n_head_kv; head++) {
-                const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq],
-                                                     l->i_kind, head);
-                if (turn++ % ctx->par.n_threads == thread)
-                    attend_rows(ctx, &ctx->scratch[thread], p, &kv,
-                                head, first,
-                                p->n - first < most ? p->n - first : most);
-            }
-    }
-}
-
-/* A single row that looks far back would leave threads idle if there are more
- * of them than kv heads.  Then every chunk of every head is a task of its own,
- * and merging, in the same order, comes after. */
-static int is_split(const struct lfm2_context *ctx)
-{
-    return ctx->n_rows == 1 && ctx->position[0] >= CHUNK &&
-           ctx->par.n_threads > ctx->model->cfg.n_head_kv;
-}
-
-static int chunks_seen(const struct lfm2_context *ctx)
-{
-    return ctx->position[0] / CHUNK + 1;
-}
-
-static void chunks_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const lfm2_config *c = &ctx->model->cfg;
-    const int group = c->n_head / c->n_head_kv, n = chunks_seen(ctx);
-    const struct range r = share(ctx, n * c->n_head_kv, thread);
-
-    for (int i = r.first; i < r.last; i++) {
-        const int head = i / n, pos = i % n * CHUNK;
-        const struct kv_head kv = kv_head_at(
-            ctx, &ctx->seq[ctx->piece[0].seq], l->i_kind, head);
-        const struct attn_rows rows = {
-            ctx->q + (size_t)head * group * c->head_dim, 0, 1, group,
-            ctx->position[0]
-        };
-
-        ctx->isa->attend_chunk(ctx->part + (size_t)i * group, &rows, &kv, pos,
-                               &ctx->scratch[thread]);
-    }
-}
-
-static void merge_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const int group = c->n_head / c->n_head_kv, n = chunks_seen(ctx);
-    const struct range r = share(ctx, c->n_head, thread);
-
-    (void)arg;
-    for (int head = r.first; head < r.last; head++) {
-        struct attn_partial *all = ctx->part + (size_t)(head / group) * n * group +
-                               head % group;
-
-        for (int i = 1; i < n; i++)
-            merge_chunk(ctx->isa, all, all + i * group, c->head_dim);
-        finish_head(ctx->q + (size_t)head * c->head_dim, all, c->head_dim);
-    }
-}
-
-static void qkv_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-
-    matmul_share(ctx, thread, ctx->q, &l->attn_q, &ctx->in, &l->attn_k);
-    matmul_share(ctx, thread, ctx->k, &l->attn_k, &ctx->in, &l->attn_v);
-    matmul_share(ctx, thread, ctx->v, &l->attn_v, &ctx->in, &l->attn_output);
-}
-
 /* Grouped-query attention: q, k, v from h; q and k normed per head before they
  * are rotated; each kv head serves a group of query heads. */
-static void attention(struct lfm2_context *ctx, const struct layer *l)
+static void attention(const struct thread *me, const struct layer *l)
 {
-    const lfm2_config *c = &ctx->model->cfg;
-    const int n_q = c->n_head * c->head_dim, n_kv = c->n_head_kv * c->head_dim;
+    struct lfm2_context *ctx = me->ctx;
+    const struct batch *b = &ctx->batch;
+    int turn = 0;
 
-    parallel(ctx, qkv_work, (void *)l);
-    trace(ctx, l, "self_attn.q_proj", ctx->q, n_q);
-    trace(ctx, l, "self_attn.k_proj", ctx->k, n_kv);
-    trace(ctx, l, "self_attn.v_proj", ctx->v, n_kv);
-    parallel(ctx, prepare_work, (void *)l);
-    trace(ctx, l, "self_attn.q_layernorm", ctx->kept.q, n_q);
-    trace(ctx, l, "self_attn.k_layernorm", ctx->kept.k, n_kv);
-    parallel(ctx, is_split(ctx) ? chunks_work : attend_work, (void *)l);
-    if (is_split(ctx))
-        parallel(ctx, merge_work, NULL);
-    load_input(ctx, &ctx->mixed, ctx->q, ctx->n_rows, n_q);
-    matmul(ctx, INCREASE, ctx->x, &l->attn_output, &ctx->mixed);
-    trace(ctx, l, "self_attn.out_proj", ctx->kept.out, c->n_embd);
+    matmul(me, ASSIGN, ctx->q, &l->attn_q, &ctx->in);
+    matmul(me, ASSIGN, ctx->k, &l->attn_k, &ctx->in);
+    matmul(me, ASSIGN, ctx->v, &l->attn_v, &ctx->in);
+    barrier(me);
+    for (int i = 0; i < b->n_pieces; i++)
+        for (int t = 0; t < b->piece[i].n; t++)
+            for (int head = 0; head < ctx->model->cfg.n_head_kv; head++)
+                if (turn++ % me->of == me->id)
+                    prepare_heads(me, l, &b->piece[i], t, head);
+    barrier(me);
+    attend(me, l);
+    barrier(me);
+    round_rows(me, &ctx->heads);
+    barrier(me);
+    matmul(me, INCREASE, ctx->x, &l->attn_output, &ctx->heads);
+    barrier(me);
+    trace(me, l, ATTN_Q, ATTN_OUT);
 }
 
 /* --------------------------------------------------------- 5. Feed-forward */
 
-/* Unit u of silu(gate x) * (up x) becomes group u of the rows of the hidden
- * layer from `first` on. */
-static void gated_unit(struct lfm2_context *ctx, int thread,
-                       const struct tensor *gate, const struct tensor *up,
-                       int u, int last, const struct input *x, int first,
-                       const uint8_t *next)
+/* This thread's units of hidden = silu(gate x) * (up x). */
+static void gated(const struct thread *me, struct input *hidden,
+                  const struct tensor *gate, const struct tensor *up,
+                  const struct input *x)
 {
-    float *g = product(ctx, thread, 0, gate, u, last, x, next);
-    float *h = product(ctx, thread, 1, up, u, last, x, NULL);
+    const struct range mine = share(me, n_units(gate));
 
-    keep_unit(ctx->kept.gate, first, gate, u, g, x->n);
-    keep_unit(ctx->kept.up, first, up, u, h, x->n);
-    ctx->isa->swiglu(g, h, x->n * UNIT);
-    for (int t = 0; t < x->n; t++)
-        set_group(ctx, &ctx->hidden, first + t, u, g + (size_t)t * UNIT);
-}
-
-static void hidden_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const struct range r = share(ctx, n_units(&l->ffn_gate), thread);
-
-    for (int u = r.first; u < r.last; u++)
-        gated_unit(ctx, thread, &l->ffn_gate, &l->ffn_up, u, r.last, &ctx->in,
-                   0, share_data(ctx, &l->ffn_down, thread));
+    for (int u = mine.first; u < mine.last; u++) {
+        float *g = product(me, 0, gate, u, x);
+        float *h = product(me, 1, up, u, x);
+        me->ctx->isa->swiglu(g, h, x->n * UNIT);
+        set_unit(me, hidden, x->first, x->n, u, g);
+    }
 }
 
 /* The dense network: x += down (silu(gate h) * (up h)). */
-static void ffn(struct lfm2_context *ctx, const struct layer *l)
+static void ffn(const struct thread *me, const struct layer *l)
 {
-    ctx->hidden.n = ctx->n_rows;
-    ctx->hidden.cols = l->ffn_gate.rows;
-    parallel(ctx, hidden_work, (void *)l);
-    trace(ctx, l, "feed_forward.w1", ctx->kept.gate, l->ffn_gate.rows);
-    trace(ctx, l, "feed_forward.w3", ctx->kept.up, l->ffn_up.rows);
-    matmul(ctx, INCREASE, ctx->x, &l->ffn_down, &ctx->hidden);
-    trace(ctx, l, "feed_forward.w2", ctx->kept.out, l->ffn_down.rows);
+    struct lfm2_context *ctx = me->ctx;
+
+    gated(me, &ctx->hidden, &l->ffn_gate, &l->ffn_up, &ctx->in);
+    barrier(me);
+    matmul(me, INCREASE, ctx->x, &l->ffn_down, &ctx->hidden);
+    barrier(me);
+    trace(me, l, FFN_W1, FFN_W2);
 }
 
 /* Choose the experts of one row:
@@ -1025,395 +782,214 @@ static void route(const lfm2_config *c, const float *bias, float *score,
         weight[i] = weight[i] / (sum + 1e-6f) * c->expert_weights_scale;
 }
 
-/* Sort the slots (row, i-th choice) by expert, rows ascending: those of expert
- * e are slot[slot_end[e]] .. slot[slot_end[e+1]-1].  Here end[e+1] is at first
- * how many they are, then where they end, and goes down to where they begin as
- * they are put in their places, the last row first. */
-static void group_by_expert(struct lfm2_context *ctx)
+/* The rows of x that chose the i-th expert in use. */
+static struct input choosers(const struct routing *r, const struct input *x,
+                             int i)
 {
-    const int n_expert = ctx->model->cfg.n_expert;
-    const int n = ctx->n_rows * ctx->model->cfg.n_expert_used;
-    int *end = ctx->slot_end;
+    const int *end = &r->slot_end[r->active[i]];
+    struct input some = *x;
 
-    memset(end, 0, ((size_t)n_expert + 1) * sizeof *end);
-    for (int i = 0; i < n; i++)
-        end[ctx->chosen[i] + 1]++;
-    for (int e = 0; e < n_expert; e++)
-        end[e + 1] += end[e];
-    for (int i = n - 1; i >= 0; i--) {
-        int s = --end[ctx->chosen[i] + 1];
-        ctx->slot[s] = i;
-        ctx->slot_row[s] = i / ctx->model->cfg.n_expert_used;
-    }
-    memmove(end, end + 1, (size_t)n_expert * sizeof *end);
-    end[n_expert] = n;
-    ctx->n_active = 0;
-    for (int e = 0; e < n_expert; e++)
-        if (end[e] < end[e + 1])
-            ctx->active[ctx->n_active++] = e;
-}
-
-/* Some rows of an input that lie one after the other. */
-static struct input rows_of(const struct input *in, struct range r)
-{
-    struct input some = *in;
-
-    some.n = r.last - r.first;
-    some.q += (size_t)r.first * (size_t)(in->cols / 32);
-    if (some.f)
-        some.f += (size_t)r.first * (size_t)in->cols;
+    some.first = end[0];
+    some.n = end[1] - end[0];
+    some.row = r->slot_row + end[0];
     return some;
 }
 
-static struct range slots_of(const struct lfm2_context *ctx, int e)
-{
-    return (struct range){ ctx->slot_end[e], ctx->slot_end[e + 1] };
-}
-
-/* Where a thread goes after number i of the experts in use: to unit u of the
- * matrix of the next one. */
-static const uint8_t *next_expert(const struct lfm2_context *ctx,
-                                  const struct tensor *w, int i, int u)
-{
-    if (i + 1 == ctx->n_active)
-        return NULL;
-    const struct tensor next = expert(w, ctx->active[i + 1]);
-    return unit_data(&next, u);
-}
-
-/* The hidden layer of every slot, expert by expert, so that the weights of an
- * expert are read once for all the rows that chose it. */
-static void hidden_experts_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const struct range r = share(ctx, n_units(&l->ffn_gate_exps), thread);
-
-    for (int i = 0; i < ctx->n_active; i++) {
-        const struct range slots = slots_of(ctx, ctx->active[i]);
-        const struct tensor gate = expert(&l->ffn_gate_exps, ctx->active[i]);
-        const struct tensor up = expert(&l->ffn_up_exps, ctx->active[i]);
-        struct input in = ctx->in;
-
-        in.row = ctx->slot_row + slots.first;
-        in.n = slots.last - slots.first;
-        for (int u = r.first; u < r.last; u++)
-            gated_unit(ctx, thread, &gate, &up, u, r.last, &in, slots.first,
-                       next_expert(ctx, &l->ffn_gate_exps, i, r.first));
-    }
-}
-
 /* x += sum over the chosen e, ascending, of weight[e] * down_e h. */
-static void experts_work(struct lfm2_context *ctx, void *arg, int thread)
+static void add_experts(const struct thread *me, const struct layer *l)
 {
-    const struct layer *l = arg;
-    const struct tensor *w = &l->ffn_down_exps;
-    const size_t n = (size_t)w->rows;
-    const struct range r = share(ctx, n_units(w), thread);
-    const size_t first = (size_t)r.first * UNIT, last = (size_t)r.last * UNIT;
+    struct lfm2_context *ctx = me->ctx;
+    const struct routing *r = &ctx->routing;
+    const size_t n = (size_t)l->ffn_down_exps.rows;
+    const struct range mine = share(me, n_units(&l->ffn_down_exps));
+    const size_t first = (size_t)mine.first * UNIT;
+    const size_t width = (size_t)mine.last * UNIT - first;
 
-    for (size_t t = 0; t < (size_t)ctx->n_rows; t++)
-        memset(ctx->y + t * n + first, 0, (last - first) * sizeof *ctx->y);
-    for (int i = 0; i < ctx->n_active; i++) {
-        const struct range slots = slots_of(ctx, ctx->active[i]);
-        const struct tensor down = expert(w, ctx->active[i]);
-        const struct input in = rows_of(&ctx->hidden, slots);
-        const uint8_t *next = next_expert(ctx, w, i, r.first);
-
-        for (int u = r.first; u < r.last; u++) {
-            const float *out = product(ctx, thread, 0, &down, u, r.last, &in,
-                                       next);
-            keep_unit(ctx->kept.out, slots.first, &down, u, out, in.n);
-            for (int s = slots.first; s < slots.last; s++, out += UNIT)
-                ctx->isa->add_scaled(ctx->y + (size_t)ctx->slot_row[s] * n +
-                                     (size_t)u * UNIT,
-                                     ctx->weight[ctx->slot[s]], out, UNIT);
+    for (size_t t = 0; t < (size_t)ctx->batch.n_rows; t++)
+        memset(ctx->y + t * n + first, 0, width * sizeof *ctx->y);
+    for (int i = 0; i < r->n_active; i++) {
+        struct input h = choosers(r, &ctx->hidden_exps, i);
+        h.row = NULL;                     /* its rows are slots              */
+        for (int u = mine.first; u < mine.last; u++) {
+            const float *out = product(me, 0, &r->down[i], u, &h);
+            for (int s = h.first; s < h.first + h.n; s++, out += UNIT)
+                ctx->isa->add_scaled(ctx->y + (size_t)r->slot_row[s] * n +
+                                     (size_t)u * UNIT, r->slot_weight[s], out,
+                                     UNIT);
         }
     }
-    for (size_t t = 0; t < (size_t)ctx->n_rows; t++)
-        for (size_t j = t * n + first; j < t * n + last; j++)
+    for (size_t t = 0; t < (size_t)ctx->batch.n_rows; t++)
+        for (size_t j = t * n + first; j < t * n + first + width; j++)
             ctx->x[j] += ctx->y[j];
 }
 
-static void route_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const struct layer *l = arg;
-    const lfm2_config *c = &ctx->model->cfg;
-    const struct range r = share(ctx, ctx->n_rows, thread);
-
-    for (size_t t = (size_t)r.first; t < (size_t)r.last; t++)
-        route(c, l->exp_probs_b, ctx->score + t * (size_t)c->n_expert,
-              ctx->chosen + t * (size_t)c->n_expert_used,
-              ctx->weight + t * (size_t)c->n_expert_used);
-}
-
 /* Mixture of experts: each row is sent to the few networks the router chooses
- * for it. */
-static void moe(struct lfm2_context *ctx, const struct layer *l)
+ * for it.  Expert by expert, so that the weights of one are read once for all
+ * the rows that chose it. */
+static void moe(const struct thread *me, const struct layer *l)
 {
+    struct lfm2_context *ctx = me->ctx;
+    struct routing *r = &ctx->routing;
     const lfm2_config *c = &ctx->model->cfg;
-    const int used = c->n_expert_used;
+    const struct range rows = share(me, ctx->batch.n_rows);
 
-    matmul(ctx, ASSIGN, ctx->score, &l->ffn_gate_inp, &ctx->in);
-    trace(ctx, l, "feed_forward.gate", ctx->score, c->n_expert);
-    parallel(ctx, route_work, (void *)l);
-    trace(ctx, l, "feed_forward.selected_experts", keep_chosen(ctx), used);
-    trace(ctx, l, "feed_forward.routing_weights", ctx->weight, used);
-    group_by_expert(ctx);
-    ctx->hidden.n = ctx->slot_end[c->n_expert];
-    ctx->hidden.cols = l->ffn_gate_exps.rows;
-    parallel(ctx, hidden_experts_work, (void *)l);
-    parallel(ctx, experts_work, (void *)l);
-    for (int i = 0; i < ctx->n_active; i++) {
-        const int e = ctx->active[i];
-        trace_expert(ctx, l, e, "w1", ctx->kept.gate, l->ffn_gate_exps.rows);
-        trace_expert(ctx, l, e, "w3", ctx->kept.up, l->ffn_up_exps.rows);
-        trace_expert(ctx, l, e, "w2", ctx->kept.out, l->ffn_down_exps.rows);
+    matmul(me, ASSIGN, r->score, &l->ffn_gate_inp, &ctx->in);
+    barrier(me);
+    for (size_t t = (size_t)rows.first; t < (size_t)rows.last; t++)
+        route(c, l->exp_probs_b, r->score + t * (size_t)c->n_expert,
+              r->chosen + t * (size_t)c->n_expert_used,
+              r->weight + t * (size_t)c->n_expert_used);
+    barrier(me);
+    if (me->id == 0)
+        group_by_expert(ctx, l);
+    barrier(me);
+    for (int i = 0; i < r->n_active; i++) {
+        const struct input some = choosers(r, &ctx->in, i);
+        gated(me, &ctx->hidden_exps, &r->gate[i], &r->up[i], &some);
     }
-    trace(ctx, l, "feed_forward", ctx->y, c->n_embd);
+    barrier(me);
+    add_experts(me, l);
+    barrier(me);
+    trace_moe(me, l);
 }
 
 /* -------------------------------------------------------------- 6. Forward */
 
 /* x = the embeddings of the tokens; rope = the turns of their positions. */
-static void embed_work(struct lfm2_context *ctx, void *arg, int thread)
+static void embed(const struct thread *me)
 {
+    struct lfm2_context *ctx = me->ctx;
+    const struct batch *b = &ctx->batch;
     const lfm2_config *c = &ctx->model->cfg;
     const int half = c->head_dim / 2;
-    const struct range r = share(ctx, ctx->n_rows, thread);
+    const struct range mine = share(me, b->n_rows);
 
-    (void)arg;
-    for (int t = r.first; t < r.last; t++) {
-        float *turn = ctx->rope + (size_t)t * c->head_dim;
+    for (int t = mine.first; t < mine.last; t++) {
+        const struct row *row = &b->row[t];
+        float *x = ctx->x + (size_t)t * c->n_embd;
+        float *turn = b->rope + (size_t)t * c->head_dim;
         double freq = 1;
 
-        get_row(ctx->x + (size_t)t * c->n_embd, &ctx->model->token_embd,
-                ctx->token[t]);
+        if (row->embd)
+            memcpy(x, row->embd, (size_t)c->n_embd * sizeof *x);
+        else
+            get_row(x, &ctx->model->token_embd, row->token);
         for (int i = 0; i < half; i++, freq /= ctx->model->rope_root)
-            sin_cos(ctx->position[t] * freq, &turn[half + i], &turn[i]);
+            sin_cos(row->pos * freq, &turn[half + i], &turn[i]);
     }
+    barrier(me);
+    trace_rows(me, -1, "model.embed_tokens", ctx->x, c->n_embd);
 }
 
-/* The logits of the rows that are wanted, behind those of earlier passes. */
-static void output(struct lfm2_context *ctx)
+/* in = rms_norm(x), which is what every operator reads. */
+static void norm_rows(const struct thread *me, const float *norm)
 {
+    struct lfm2_context *ctx = me->ctx;
+    const lfm2_config *c = &ctx->model->cfg;
+    const size_t n = (size_t)c->n_embd;
+    const struct range mine = share(me, ctx->batch.n_rows);
+
+    for (size_t t = (size_t)mine.first; t < (size_t)mine.last; t++)
+        rms_norm(ctx->isa, ctx->in.f + t * n, ctx->x + t * n, norm, c->n_embd,
+                 c->norm_rms_eps);
+    round_rows(me, &ctx->in);
+    barrier(me);
+}
+
+static void set_rows(struct lfm2_context *ctx, int n)
+{
+    ctx->batch.n_rows = n;
+    ctx->in.n = ctx->mixed.n = ctx->heads.n = ctx->hidden.n = n;
+}
+
+/* Go on with the rows of which at least so much is wanted, where nothing mixes
+ * rows any more. */
+static void keep_rows(const struct thread *me, int least)
+{
+    struct lfm2_context *ctx = me->ctx;
+    struct batch *b = &ctx->batch;
+    const size_t n = (size_t)ctx->model->cfg.n_embd;
+    int kept = 0;
+
+    for (int t = 0; me->id == 0 && t < b->n_rows; t++) {
+        if (b->row[t].wanted < least)
+            continue;
+        memmove(ctx->x + n * (size_t)kept, ctx->x + n * (size_t)t,
+                n * sizeof *ctx->x);
+        b->row[kept++] = b->row[t];
+    }
+    if (me->id == 0)
+        set_rows(ctx, kept);
+    barrier(me);
+}
+
+/* The states that are wanted, and the logits, behind those of earlier passes. */
+static void output(const struct thread *me)
+{
+    struct lfm2_context *ctx = me->ctx;
     const struct lfm2_model *m = ctx->model;
+    const struct batch *b = &ctx->batch;
     const size_t n = (size_t)m->cfg.n_embd;
     float *logits = ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab;
-    int n_out = 0;
 
-    for (int t = 0; t < ctx->n_rows; t++)
-        if (ctx->wanted[t]) {
-            memmove(ctx->x + n * (size_t)n_out, ctx->x + n * (size_t)t,
-                    n * sizeof *ctx->x);
-            ctx->out_row[n_out++] = t;
-        }
-    if (n_out == 0)
-        return;
-    ctx->n_rows = n_out;
-    load_normed(ctx, m->output_norm);
-    trace_wanted(ctx, "model.embedding_norm", ctx->in.f, m->cfg.n_embd);
-    matmul(ctx, ASSIGN, logits, &m->output, &ctx->in);
-    trace_wanted(ctx, "lm_head", logits, m->cfg.n_vocab);
-    ctx->n_logits += n_out;
+    for (int t = me->id; t < b->n_rows; t += me->of)
+        if (b->row[t].wanted == STATE)
+            rms_norm(ctx->isa, ctx->states + n * (size_t)b->row[t].seq, ctx->x +
+                     n * (size_t)t, m->output_norm, m->cfg.n_embd,
+                     m->cfg.norm_rms_eps);
+    barrier(me);
+    keep_rows(me, LOGITS);
+    norm_rows(me, m->output_norm);
+    trace_rows(me, -1, "model.embedding_norm", ctx->in.f, m->cfg.n_embd);
+    if (b->n_rows > 0)
+        matmul(me, ASSIGN, logits, &m->output, &ctx->in);
+    barrier(me);
+    trace_rows(me, -1, "lm_head", logits, m->cfg.n_vocab);
+}
+
+static int is_cancelled(const struct thread *me)
+{
+    if (me->id == 0)
+        me->ctx->stop = atomic_load(&me->ctx->cancel);
+    barrier(me);
+    return me->ctx->stop;
 }
 
 /* The model.  Row t of x is one token of one sequence.  Only short_conv() and
  * attention() look outside a row, and they do it piece by piece; everything
- * else sees n_rows independent vectors, whoever they belong to. */
-static int forward(struct lfm2_context *ctx)
+ * else sees n_rows independent vectors, whoever they belong to.  Every thread
+ * runs this. */
+static void forward(const struct thread *me)
 {
+    struct lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
 
-    parallel(ctx, embed_work, NULL);
-    trace(ctx, NULL, "model.embed_tokens", ctx->x, c->n_embd);
+    embed(me);
     for (int il = 0; il < c->n_layer; il++) {
         const struct layer *l = &ctx->model->layer[il];
 
-        if (atomic_load(&ctx->cancel))
-            return LFM2_ECANCELLED;
-        load_normed(ctx, l->attn_norm);
-        trace(ctx, l, "operator_norm", ctx->in.f, c->n_embd);
+        if (is_cancelled(me))
+            return;
+        norm_rows(me, l->attn_norm);
+        trace_rows(me, il, "operator_norm", ctx->in.f, c->n_embd);
         if (c->is_attn[il])
-            attention(ctx, l);                         /* x += ... */
+            attention(me, l);                          /* x += ... */
         else
-            short_conv(ctx, l);
+            short_conv(me, l);
 
-        load_normed(ctx, l->ffn_norm);
-        trace(ctx, l, "ffn_norm", ctx->in.f, c->n_embd);
+        if (il + 1 == c->n_layer && !ctx->hook)
+            keep_rows(me, STATE);
+        if (ctx->batch.n_rows == 0)
+            return;
+        norm_rows(me, l->ffn_norm);
+        trace_rows(me, il, "ffn_norm", ctx->in.f, c->n_embd);
         if (il < c->n_layer_dense)
-            ffn(ctx, l);
+            ffn(me, l);
         else
-            moe(ctx, l);
-        trace(ctx, l, "", ctx->x, c->n_embd);
+            moe(me, l);
+        trace_rows(me, il, "", ctx->x, c->n_embd);
     }
-    output(ctx);
-    return LFM2_OK;
-}
-
-static int check_span(const struct lfm2_context *ctx, const lfm2_span *spans,
-                      int i, lfm2_error *err)
-{
-    const lfm2_span *s = &spans[i];
-    const int n_vocab = ctx->model->cfg.n_vocab;
-
-    if (s->seq < 0 || s->seq >= ctx->par.n_seq)
-        return fail(err, LFM2_EARG, "span %d: sequence %d, expected 0 to %d", i,
-                    s->seq, ctx->par.n_seq - 1);
-    for (int j = 0; j < i; j++)
-        if (spans[j].seq == s->seq)
-            return fail(err, LFM2_EARG, "spans %d and %d: both for sequence %d",
-                        j, i, s->seq);
-    if (s->n_tokens < 1 || !s->tokens)
-        return fail(err, LFM2_EARG, "span %d: %d tokens, expected 1 or more", i,
-                    s->tokens ? s->n_tokens : 0);
-    if (s->n_logits < 0 || s->n_logits > s->n_tokens)
-        return fail(err, LFM2_EARG, "span %d: logits of %d rows, expected 0 to "
-                    "its %d tokens", i, s->n_logits, s->n_tokens);
-    for (int t = 0; t < s->n_tokens; t++)
-        if (s->tokens[t] < 0 || s->tokens[t] >= n_vocab)
-            return fail(err, LFM2_EARG, "span %d: token %d is %ld, expected 0 "
-                        "to %d", i, t, (long)s->tokens[t], n_vocab - 1);
-    if (s->n_tokens > ctx->par.n_ctx - ctx->seq[s->seq].len)
-        return fail(err, LFM2_EFULL, "sequence %d: %d tokens and %d more, "
-                    "expected at most %d (n_ctx)", s->seq,
-                    ctx->seq[s->seq].len, s->n_tokens, ctx->par.n_ctx);
-    return LFM2_OK;
-}
-
-static int check_spans(const struct lfm2_context *ctx, const lfm2_span *spans,
-                       int n_spans, lfm2_error *err)
-{
-    int64_t n_logits = 0;
-
-    if (!spans || n_spans < 1 || n_spans > ctx->par.n_seq)
-        return fail(err, LFM2_EARG, "%d spans, expected 1 to %d (n_seq)",
-                    spans ? n_spans : 0, ctx->par.n_seq);
-    for (int i = 0; i < n_spans; i++) {
-        TRY(check_span(ctx, spans, i, err));
-        n_logits += spans[i].n_logits;
-    }
-    if (n_logits > ctx->par.n_logits)
-        return fail(err, LFM2_EARG, "logits of %lld rows, expected at most %d "
-                    "(n_logits)", (long long)n_logits, ctx->par.n_logits);
-    return LFM2_OK;
-}
-
-/* Cut the next pass, at most n_batch rows, from what is left of the spans. */
-static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
-                      int n_spans)
-{
-    ctx->n_rows = ctx->n_pieces = 0;
-    for (int i = 0; i < n_spans && ctx->n_rows < ctx->par.n_batch; i++) {
-        const lfm2_span *span = &spans[i];
-        const struct seq *s = &ctx->seq[span->seq];
-        const int done = s->len - s->start;
-        int n = span->n_tokens - done;
-
-        if (n == 0)
-            continue;
-        if (n > ctx->par.n_batch - ctx->n_rows)
-            n = ctx->par.n_batch - ctx->n_rows;
-        ctx->piece[ctx->n_pieces++] =
-            (struct piece){ span->seq, s->len, ctx->n_rows, n };
-        for (int t = done; t < done + n; t++, ctx->n_rows++) {
-            ctx->token[ctx->n_rows] = span->tokens[t];
-            ctx->position[ctx->n_rows] = s->start + t;
-            ctx->wanted[ctx->n_rows] = t >= span->n_tokens - span->n_logits;
-        }
-    }
-}
-
-/* Save or load the columns that a text of `len` tokens looks back to. */
-enum { SAVE, LOAD };
-static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
-                         int how, float *columns)
-{
-    const size_t n = (size_t)ctx->model->cfg.n_embd;
-    const int past = ctx->model->cfg.l_cache - 1;
-
-    for (int i = 0; i < ctx->model->n_conv; i++)
-        for (int k = 0; k < past; k++, columns += n) {
-            float *u = u_column(ctx, s, i, len - past + k);
-            memcpy(how == LOAD ? u : columns, how == LOAD ? columns : u,
-                   n * sizeof *u);
-        }
-    if (how == LOAD)
-        s->oldest = len - past;
-}
-
-/* The rows of a piece belong to its sequence now. */
-static void advance(struct lfm2_context *ctx, const struct piece *p)
-{
-    struct seq *s = &ctx->seq[p->seq];
-    const int oldest = p->pos + p->n - UNDO - ctx->model->cfg.l_cache + 1;
-
-    s->len += p->n;
-    s->oldest = oldest > s->oldest ? oldest : s->oldest;
-}
-
-/* Remember where the sequences stand, in case the call must be undone. */
-static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                        int n_spans)
-{
-    ctx->n_logits = 0;
-    ctx->n_spans = n_spans;
-    ctx->span_logits[0] = 0;
-    for (int i = 0; i < n_spans; i++) {
-        struct seq *s = &ctx->seq[spans[i].seq];
-        s->start = s->len;
-        if (spans[i].n_tokens > UNDO)
-            move_columns(ctx, s, s->len, SAVE, s->u_start);
-        ctx->span_logits[i + 1] = ctx->span_logits[i] + spans[i].n_logits;
-    }
-}
-
-static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                       int n_spans)
-{
-    ctx->n_spans = 0;
-    for (int i = 0; i < n_spans; i++) {
-        struct seq *s = &ctx->seq[spans[i].seq];
-        const int oldest = s->start + spans[i].n_tokens - UNDO -
-                           ctx->model->cfg.l_cache + 1;
-        s->len = s->start;
-        if (spans[i].n_tokens > UNDO)
-            move_columns(ctx, s, s->len, LOAD, s->u_start);
-        else if (s->oldest < oldest)
-            s->oldest = oldest;
-    }
-}
-
-int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
-                 lfm2_error *err)
-{
-    TRY(check_spans(ctx, spans, n_spans, err));
-    begin_spans(ctx, spans, n_spans);
-    for (;;) {
-        next_pass(ctx, spans, n_spans);
-        if (ctx->n_rows == 0)
-            return LFM2_OK;
-        if (forward(ctx) != LFM2_OK) {
-            undo_spans(ctx, spans, n_spans);
-            atomic_store(&ctx->cancel, 0);
-            return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
-        }
-        for (int i = 0; i < ctx->n_pieces; i++)
-            advance(ctx, &ctx->piece[i]);
-    }
-}
-
-float *lfm2_logits(lfm2_context *ctx, int span, int row)
-{
-    if (span < 0 || span >= ctx->n_spans || row < 0 ||
-        row >= ctx->span_logits[span + 1] - ctx->span_logits[span])
-        return NULL;
-    return ctx->logits +
-           (size_t)(ctx->span_logits[span] + row) * ctx->model->cfg.n_vocab;
-}
-
-void lfm2_cancel(lfm2_context *ctx)
-{
-    atomic_store(&ctx->cancel, 1);
+    output(me);
 }
 
 /* =========================================================================
@@ -1424,6 +1000,13 @@ void lfm2_cancel(lfm2_context *ctx)
  *
  * Every function here gives the same bits everywhere: it uses nothing but IEEE
  * addition, multiplication, division and conversion, and integer operations. */
+
+/* Compute so, whatever the caller has set; fesetenv() gives it back. */
+static void enter_arithmetic(fenv_t *callers)
+{
+    fegetenv(callers);
+    fesetenv(FE_DFL_ENV);
+}
 
 static uint32_t bits_of(float f)
 {
@@ -1488,19 +1071,33 @@ static float exp_f32(float x)
     return float_of(bits_of(p) + (bits_of(t) << 23));
 }
 
-/* Sine and cosine of an angle up to some 10^6, in double.  The angle is reduced
- * by multiples of pi/2, split in three so that the products are exact; then the
- * Taylor series in nested form, 1 - z/(2*3) (1 - z/(4*5) (1 - ...)). */
+/* pi/2 in three parts, the first two of 33 bits: times n < 2^20 they are
+ * exact. */
+static const double half_pi[3] = {
+    1.57079632673412561417, 6.07710050630396597660e-11,
+    2.02226624879595063154e-21
+};
+
+/* Longer contexts than any model has, and angles of all their positions. */
+enum { MAX_CTX = 1 << 24 };
+
+/* Sine and cosine of an angle up to MAX_CTX, in double.  The angle is reduced
+ * by multiples of 2^20 pi/2, if it is so large, then of pi/2; then the Taylor
+ * series in nested form, 1 - z/(2*3) (1 - z/(4*5) (1 - ...)). */
 static void sin_cos(double a, float *s, float *c)
 {
-    double n = a * 0.63661977236758134308 + 6755399441055744.0;
+    const double magic = 6755399441055744.0;           /* 1.5 * 2^52 */
+    const double turns = a * (0.63661977236758134308 / 1048576) + magic - magic;
     uint64_t quadrant;
 
+    for (int i = 0; i < 3; i++)
+        a -= turns * (half_pi[i] * 1048576);
+    double n = a * 0.63661977236758134308 + magic;
     memcpy(&quadrant, &n, sizeof quadrant);
-    n -= 6755399441055744.0;                           /* 1.5 * 2^52 */
-    double r = a - n * 1.57079632673412561417;
-    r -= n * 6.07710050630396597660e-11;
-    r -= n * 2.02226624879595063154e-21;
+    n -= magic;
+    double r = a - n * half_pi[0];
+    r -= n * half_pi[1];
+    r -= n * half_pi[2];
     double z = r * r, sine = 1, cosine = 1;
     for (int k = 18; k >= 2; k -= 2) {
         sine = 1 - sine * z / (k * (k + 1));
@@ -1514,21 +1111,19 @@ static void sin_cos(double a, float *s, float *c)
 
 float lfm2_math(int function, float a, float b, float c)
 {
-    float sine, cosine;
+    float sine, cosine, y = float_of(0x7fc00000);
+    fenv_t callers;
 
+    enter_arithmetic(&callers);
     sin_cos(a, &sine, &cosine);
     switch (function) {
-    case LFM2_EXP:
-        return exp_f32(a);
-    case LFM2_SIN:
-        return sine;
-    case LFM2_COS:
-        return cosine;
-    case LFM2_FMA:
-        return fma_f32(a, b, c);
-    default:
-        return float_of(0x7fc00000);
+    case LFM2_EXP: y = exp_f32(a); break;
+    case LFM2_SIN: y = sine; break;
+    case LFM2_COS: y = cosine; break;
+    case LFM2_FMA: y = fma_f32(a, b, c); break;
     }
+    fesetenv(&callers);
+    return y;
 }
 
 /* base^(1/n) by Newton's method, from above, where it falls until found. */
@@ -1597,109 +1192,69 @@ static float bf16_to_f32(uint16_t b)
     return float_of((uint32_t)b << 16);
 }
 
-/* --------------------------------------------------------- 8. Worker threads
+/* ------------------------------------------------------------- 8. Threads
  *
- * A context owns n_threads - 1 workers; the caller is thread 0.  A job is one
- * function that every thread calls with its number; each takes its fixed share,
- * so nobody asks who computes what.  Jobs are short, some 50 microseconds, so
- * both sides wait for each other in a loop before they go to sleep. */
+ * A context owns n_threads - 1 workers; the caller is thread 0.  They are woken
+ * once for a pass, run the same function, and meet at its barriers.  Each takes
+ * its fixed share, so nobody asks who computes what.  What lies between two
+ * barriers is short, some 50 microseconds, so threads wait for each other in a
+ * loop before they go to sleep. */
 
-static struct range share(const struct lfm2_context *ctx, int n, int thread)
+static struct range share(const struct thread *me, int n)
 {
-    const int64_t t = thread, of = ctx->par.n_threads;
+    const int64_t t = me->id, of = me->of;
     return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
 }
 
-/* Some 200 microseconds.  A tenth of it would leave the CPU to others sooner,
- * but threads that sleep all the time are put on one CPU by the system, and
- * beside a busy process they lose more by waking up than they win by sleeping:
- * 18 instead of 48 percent of the undisturbed speed was left. */
+/* About 200 microseconds.  A tenth of it would leave the CPU to others sooner.
+ * But the system puts threads that sleep all the time on one CPU, and beside a
+ * busy process they lose more by waking up than they win by sleeping: 18 % of
+ * the undisturbed speed was left, instead of 48 %. */
 enum { SPINS = 10000 };
+
+/* Multiply-adds of a pass that one thread does in less time than it takes to
+ * wake another that sleeps. */
+static const uint64_t TOO_SMALL = 16 << 20;
+
+static int threads_for(const struct lfm2_context *ctx, int n_rows)
+{
+    return ctx->row_work * (uint64_t)n_rows < TOO_SMALL
+        ? 1 : ctx->par.n_threads;
+}
 
 #ifdef LFM2_NO_THREADS
 
-static int usable_cpus(void)
-{
-    return 1;
-}
+struct pool { int unused; };
 
-static int pool_open(struct lfm2_context *ctx)
-{
-    ctx->par.n_threads = 1;
-    return LFM2_OK;
-}
-
-static void pool_close(struct pool *p)
-{
-    (void)p;
-}
-
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job)
-{
-    fn(ctx, job, 0);
-}
+#define usable_cpus()       1
+#define pool_size(n)        sizeof(struct pool)
+#define pool_open(ctx)      ((ctx)->par.n_threads = 1)
+#define pool_close(ctx)     ((void)(ctx))
+#define pool_is_here(ctx)   1
+#define start(pool, run)    ((void)(pool))
+#define meet(pool, n)       ((void)(pool))
 
 #else
 
 struct pool {
-    int n_threads;
     int spins;                            /* before going to sleep           */
-    struct worker { struct pool *pool; pthread_t thread; int id; } *worker;
-    struct lfm2_context *ctx;             /* the job                         */
-    work_fn *fn;
-    void *job;
-    int quit;
-    atomic_uint round;                    /* jobs so far                     */
-    atomic_uint running;                  /* workers that are not done       */
-    atomic_uint asleep;                   /* threads on `changed`            */
+    pid_t process;                        /* that the workers belong to      */
+    void (*run)(const struct thread *me); /* NULL: the workers end           */
+    atomic_uint pass;                     /* how many have been started      */
+    atomic_uint arrived;                  /* threads that wait at a barrier  */
+    atomic_uint opened;                   /* barriers that all have reached  */
+    atomic_uint asleep;                   /* threads that wait for `changed` */
     pthread_mutex_t lock;
-    pthread_cond_t changed;               /* round, or running has become 0  */
+    pthread_cond_t changed;               /* pass or opened                  */
+    pthread_t worker[];                   /* [n_threads]; the first is none  */
 };
 
-#ifdef __linux__
-
-/* The CPUs a control group may use, from its cpu.max: "quota period" or "max
- * period"; rounded up, 0 if there is no limit to be found. */
-static int cpu_max(const char *path)
+static size_t pool_size(int n_threads)
 {
-    FILE *f = fopen(path, "r");
-    long quota, period;
-    int n = 0;
-
-    if (!f)
-        return 0;
-    if (fscanf(f, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0)
-        n = (int)((quota + period - 1) / period);
-    fclose(f);
-    return n;
+    return sizeof(struct pool) + (size_t)n_threads * sizeof(pthread_t);
 }
 
-/* The least cpu.max on the way from this process's group to the root. */
-static int cgroup_cpus(int n)
-{
-    static const char root[] = "/sys/fs/cgroup";
-    char line[512], path[sizeof root + sizeof line + sizeof "/cpu.max"];
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    size_t len = 0;
-
-    while (f && len == 0 && fgets(line, sizeof line, f))
-        if (strncmp(line, "0::/", 4) == 0)
-            len = strcspn(line, "\n");
-    if (f)
-        fclose(f);
-    for (; len >= 3; len--) {
-        if (len > 3 && line[len] != '/' && line[len] != '\n')
-            continue;
-        snprintf(path, sizeof path, "%s%.*s/cpu.max", root, (int)len - 3,
-                 line + 3);
-        int most = cpu_max(path);
-        n = most > 0 && most < n ? most : n;
-    }
-    return n;
-}
-
-#endif
-
+/* CPUs that this process may run on. */
 static int usable_cpus(void)
 {
     int n = 0;
@@ -1711,9 +1266,6 @@ static int usable_cpus(void)
 #endif
     if (n < 1)
         n = (int)sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    n = cgroup_cpus(n);
-#endif
     return n < 1 ? 1 : n > 64 ? 64 : n;
 }
 
@@ -1727,27 +1279,27 @@ static void relax(void)
 #endif
 }
 
-/* Wait until *what is `value`, or until it is not. */
-static void wait_until(struct pool *p, atomic_uint *what, int is,
-                       unsigned value)
+/* Wait until *what is no longer `value`. */
+static void wait_for_change(struct pool *p, atomic_uint *what, unsigned value)
 {
     for (int i = 0; i < p->spins; i++) {
-        if ((atomic_load(what) == value) == is)
+        if (atomic_load(what) != value)
             return;
         relax();
     }
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->asleep, 1);
-    while ((atomic_load(what) == value) != is)
+    while (atomic_load(what) == value)
         pthread_cond_wait(&p->changed, &p->lock);
     atomic_fetch_sub(&p->asleep, 1);
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Who sleeps has counted himself before he looked a last time: either he saw
- * the change, or he is seen here. */
-static void wake(struct pool *p)
+/* Change *what and wake those that sleep.  A thread counts itself in `asleep`
+ * before it looks at *what for the last time, so no wake-up is lost. */
+static void change(struct pool *p, atomic_uint *what)
 {
+    atomic_fetch_add(what, 1);
     if (atomic_load(&p->asleep) == 0)
         return;
     pthread_mutex_lock(&p->lock);
@@ -1755,84 +1307,300 @@ static void wake(struct pool *p)
     pthread_mutex_unlock(&p->lock);
 }
 
+/* Wait until n threads are here. */
+static void meet(struct pool *p, unsigned n)
+{
+    const unsigned opened = atomic_load(&p->opened);
+
+    if (atomic_fetch_add(&p->arrived, 1) + 1 < n) {
+        wait_for_change(p, &p->opened, opened);
+        return;
+    }
+    atomic_store(&p->arrived, 0);
+    change(p, &p->opened);
+}
+
+static void start(struct pool *p, void (*run)(const struct thread *me))
+{
+    p->run = run;
+    change(p, &p->pass);
+}
+
 static void *worker_main(void *arg)
 {
-    const struct worker *w = arg;
-    struct pool *p = w->pool;
+    const struct thread *me = arg;
+    struct pool *p = me->ctx->pool;
+    fenv_t created_with;
 
-    for (unsigned seen = 0;; seen++) {
-        wait_until(p, &p->round, 0, seen);
-        if (p->quit)
+    enter_arithmetic(&created_with);
+    for (unsigned passes = 0;; passes++) {
+        wait_for_change(p, &p->pass, passes);
+        if (!p->run)
             return NULL;
-        p->fn(p->ctx, p->job, w->id);
-        if (atomic_fetch_sub(&p->running, 1) == 1)
-            wake(p);
+        p->run(me);
+        meet(p, (unsigned)me->of);
     }
 }
 
-static void start_round(struct pool *p)
+/* After fork() a child has the memory of the workers, but not the workers. */
+static int pool_is_here(const struct lfm2_context *ctx)
 {
-    atomic_store(&p->running, (unsigned)p->n_threads - 1);
-    atomic_fetch_add(&p->round, 1);
-    wake(p);
+    return ctx->par.n_threads == 1 || ctx->pool->process == getpid();
 }
 
-static void pool_close(struct pool *p)
-{
-    if (!p)
-        return;
-    p->quit = 1;
-    start_round(p);
-    for (int i = 1; i < p->n_threads; i++)
-        pthread_join(p->worker[i].thread, NULL);
-    pthread_cond_destroy(&p->changed);
-    pthread_mutex_destroy(&p->lock);
-    free(p->worker);
-    free(p);
-}
-
-/* Fewer threads than asked for, if the system gives no more.  Waiting in a loop
- * is no use when the one waited for needs this CPU. */
-static int pool_open(struct lfm2_context *ctx)
-{
-    const int n_threads = ctx->par.n_threads;
-    struct pool *p = calloc(1, sizeof *p);
-
-    if (!p || !(p->worker = calloc((size_t)n_threads, sizeof *p->worker))) {
-        free(p);
-        return LFM2_ENOMEM;
-    }
-    p->spins = n_threads <= usable_cpus() ? SPINS : 0;
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->changed, NULL);
-    for (p->n_threads = 1; p->n_threads < n_threads; p->n_threads++) {
-        struct worker *w = &p->worker[p->n_threads];
-        *w = (struct worker){ .pool = p, .id = p->n_threads };
-        if (pthread_create(&w->thread, NULL, worker_main, w) != 0)
-            break;
-    }
-    ctx->pool = p;
-    ctx->par.n_threads = p->n_threads;
-    return LFM2_OK;
-}
-
-static void parallel(struct lfm2_context *ctx, work_fn *fn, void *job)
+static void pool_close(struct lfm2_context *ctx)
 {
     struct pool *p = ctx->pool;
 
-    if (p->n_threads == 1) {
-        fn(ctx, job, 0);
+    if (!pool_is_here(ctx))
         return;
-    }
-    p->ctx = ctx;
-    p->fn = fn;
-    p->job = job;
-    start_round(p);
-    fn(ctx, job, 0);
-    wait_until(p, &p->running, 1, 0);
+    start(p, NULL);
+    for (int i = 1; i < ctx->par.n_threads; i++)
+        pthread_join(p->worker[i], NULL);
+    pthread_cond_destroy(&p->changed);
+    pthread_mutex_destroy(&p->lock);
+}
+
+/* Fewer threads than asked for, if the system gives no more.  A loop must not
+ * wait for a thread that needs the same CPU. */
+static void pool_open(struct lfm2_context *ctx)
+{
+    struct pool *p = ctx->pool;
+    const int most = ctx->par.n_threads;
+    int n = 1;
+
+    p->spins = most <= usable_cpus() ? SPINS : 0;
+    p->process = getpid();
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->changed, NULL);
+    while (n < most && pthread_create(&p->worker[n], NULL, worker_main,
+                                      &ctx->thread[n]) == 0)
+        n++;
+    ctx->par.n_threads = n;
+    for (int i = 0; i < n; i++)
+        ctx->thread[i].of = n;
 }
 
 #endif
+
+static void barrier(const struct thread *me)
+{
+    if (me->of > 1)
+        meet(me->ctx->pool, (unsigned)me->of);
+}
+
+/* Run a function on all threads, or on the caller alone. */
+static void parallel(struct lfm2_context *ctx, int n_threads,
+                     void (*run)(const struct thread *me))
+{
+    struct thread *me = &ctx->thread[0];
+
+    me->of = n_threads;
+    if (n_threads > 1)
+        start(ctx->pool, run);
+    run(me);
+    barrier(me);
+}
+
+/* ---- attention: the cache, and who computes what */
+
+enum { TILE = 64 };
+
+/* K is kept in tiles of TILE positions, see struct seq. */
+static size_t kv_head_elements(const struct lfm2_context *ctx)
+{
+    return (size_t)(((int64_t)ctx->par.n_ctx + TILE - 1) / TILE * TILE) *
+           (size_t)ctx->model->cfg.head_dim;
+}
+
+static struct kv_head kv_head_at(const struct lfm2_context *ctx,
+                                 const struct seq *s, int i_attn, int head)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    int f16 = ctx->par.kv_type == LFM2_KV_F16;
+    size_t bytes = kv_head_elements(ctx) * (f16 ? 2 : 4);
+    uint8_t *k = s->kv + 2 * bytes * ((size_t)i_attn * c->n_head_kv + head);
+
+    return (struct kv_head){ k, k + bytes, f16, c->head_dim };
+}
+
+/* Where element d of a key lies, and of a value. */
+static size_t k_index(int pos, int d, int head_dim)
+{
+    return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
+}
+
+static size_t v_index(int pos, int d, int head_dim)
+{
+    return (size_t)pos * head_dim + d;
+}
+
+static void kv_set(uint8_t *cache, int f16, size_t i, float value)
+{
+    if (f16)
+        ((uint16_t *)(void *)cache)[i] = f32_to_f16(value);
+    else
+        ((float *)(void *)cache)[i] = value;
+}
+
+static float kv_get(const uint8_t *cache, int f16, size_t i)
+{
+    return f16 ? f16_to_f32(((const uint16_t *)(const void *)cache)[i])
+               : ((const float *)(const void *)cache)[i];
+}
+
+static float kv_key(const struct kv_head *kv, int pos, int d)
+{
+    return kv_get(kv->k, kv->f16, k_index(pos, d, kv->head_dim));
+}
+
+static float kv_value(const struct kv_head *kv, int pos, int d)
+{
+    return kv_get(kv->v, kv->f16, v_index(pos, d, kv->head_dim));
+}
+
+static void kv_store(const struct kv_head *kv, int pos, const float *k,
+                     const float *v)
+{
+    for (int d = 0; d < kv->head_dim; d++) {
+        kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
+        kv_set(kv->v, kv->f16, v_index(pos, d, kv->head_dim), v[d]);
+    }
+}
+
+/* Rows of a sequence that look back together: the queries of one kv head.  Row
+ * t stands at position pos + t, and sees all up to there. */
+struct attn_rows {
+    float *q;                             /* [n][group][head_dim] ...        */
+    size_t stride;                        /* ... rows so many floats apart   */
+    int n, group, pos;
+};
+
+/* How many positions of the chunk at `pos` row t sees. */
+static int chunk_seen(const struct attn_rows *a, int t, int pos)
+{
+    const int seen = a->pos + t + 1 - pos;
+    return seen < 0 ? 0 : seen < CHUNK ? seen : CHUNK;
+}
+
+/* part[n][group] = the chunk at `pos`, for all rows that see some of it. */
+static void attend_chunk(struct attn_partial *part, const struct attn_rows *a,
+                         const struct kv_head *kv, int pos,
+                         const struct scratch *s)
+{
+    (void)s;
+    for (int t = 0; t < a->n; t++)
+        for (int i = 0; i < a->group && chunk_seen(a, t, pos) > 0; i++)
+            attend_query(&part[t * a->group + i],
+                         a->q + (size_t)t * a->stride +
+                         (size_t)(i * kv->head_dim), kv, pos,
+                         chunk_seen(a, t, pos));
+}
+
+/* How many rows look back together. */
+static int rows_together(const lfm2_config *c)
+{
+    const int group = c->n_head / c->n_head_kv;
+    return group < 32 ? 32 / group : 1;
+}
+
+/* q = softmax(q k^T) v, for rows that look back together.  All go through a
+ * chunk before the next one, so that it is read from memory once. */
+static void attend_rows(const struct thread *me, const struct attn_rows *a,
+                        const struct kv_head *kv)
+{
+    const struct isa *isa = me->ctx->isa;
+    const int hd = kv->head_dim, n = a->n * a->group;
+    struct attn_partial *all = me->s.partial, *part = all + n;
+
+    isa->attend_chunk(all, a, kv, 0, &me->s);
+    for (int pos = CHUNK; pos < a->pos + a->n; pos += CHUNK) {
+        isa->attend_chunk(part, a, kv, pos, &me->s);
+        for (int i = 0; i < n; i++)
+            if (chunk_seen(a, i / a->group, pos) > 0)
+                merge_chunk(isa, &all[i], &part[i], hd);
+    }
+    for (int i = 0; i < n; i++)
+        finish_head(a->q + (size_t)(i / a->group) * a->stride +
+                    (size_t)(i % a->group * hd), &all[i], hd);
+}
+
+/* Later rows see more, so the threads take turns. */
+static void attend(const struct thread *me, const struct layer *l)
+{
+    struct lfm2_context *ctx = me->ctx;
+    const lfm2_config *c = &ctx->model->cfg;
+    const int most = rows_together(c), group = c->n_head / c->n_head_kv;
+    const size_t stride = (size_t)c->n_head * c->head_dim;
+    int turn = 0;
+
+    for (int i = 0; i < ctx->batch.n_pieces; i++) {
+        const struct piece *p = &ctx->batch.piece[i];
+        for (int t = 0; t < p->n; t += most)
+            for (int head = 0; head < c->n_head_kv; head++) {
+                const struct kv_head kv = kv_head_at(ctx, &ctx->seq[p->seq],
+                                                     l->i_kind, head);
+                const struct attn_rows a = {
+                    ctx->q + (size_t)(p->row + t) * stride +
+                    (size_t)(head * group * c->head_dim), stride,
+                    p->n - t < most ? p->n - t : most, group, p->pos + t
+                };
+                if (turn++ % me->of == me->id)
+                    attend_rows(me, &a, &kv);
+            }
+    }
+}
+
+/* ---- experts: which rows they have */
+
+/* Sort the slots by expert, rows ascending (a counting sort): those of expert e
+ * become slot_end[e] .. slot_end[e+1]-1.  end[e+1] first counts the slots of e,
+ * then is where they end, and comes down to where they begin while they are
+ * put in their places, the last row first. */
+static void sort_slots(struct routing *r, int n, int n_expert, int used)
+{
+    int *end = r->slot_end;
+
+    memset(end, 0, ((size_t)n_expert + 1) * sizeof *end);
+    for (int i = 0; i < n; i++)
+        end[r->chosen[i] + 1]++;
+    for (int e = 0; e < n_expert; e++)
+        end[e + 1] += end[e];
+    for (int i = n - 1; i >= 0; i--) {
+        int s = --end[r->chosen[i] + 1];
+        r->slot_row[s] = i / used;
+        r->slot_weight[s] = r->weight[i];
+    }
+    memmove(end, end + 1, (size_t)n_expert * sizeof *end);
+    end[n_expert] = n;
+}
+
+/* Each matrix leads to that of the next expert. */
+static void group_by_expert(struct lfm2_context *ctx, const struct layer *l)
+{
+    struct routing *r = &ctx->routing;
+    const lfm2_config *c = &ctx->model->cfg;
+
+    sort_slots(r, ctx->batch.n_rows * c->n_expert_used, c->n_expert,
+               c->n_expert_used);
+    r->n_active = 0;
+    for (int e = 0; e < c->n_expert; e++) {
+        const int i = r->n_active;
+        if (r->slot_end[e] == r->slot_end[e + 1])
+            continue;
+        r->active[r->n_active++] = e;
+        r->gate[i] = expert(&l->ffn_gate_exps, e);
+        r->up[i] = expert(&l->ffn_up_exps, e);
+        r->down[i] = expert(&l->ffn_down_exps, e);
+        r->gate[i].next = &r->gate[i + 1];
+        r->up[i].next = &r->up[i + 1];
+        r->down[i].next = &r->down[i + 1];
+    }
+    r->gate[r->n_active - 1].next = &r->down[0];
+    r->up[r->n_active - 1].next = NULL;
+    r->down[r->n_active - 1].next = l->ffn_down_exps.next;
+}
+
 
 /* --------------------------------------------------------- 9. Weight formats
  *
@@ -2246,62 +2014,27 @@ static void quantize(struct q8_block *to, const float *x)
     to->s = to->d * (float)(to->sum[0] + to->sum[1]);
 }
 
-static void set_group(const struct lfm2_context *ctx, struct input *in, int row,
-                      int g, const float *x)
+static void set_unit(const struct thread *me, struct input *in, int row, int n,
+                     int u, const float *unit)
 {
-    const size_t i = (size_t)row * (size_t)(in->cols / 32) + (size_t)g;
+    const size_t groups = (size_t)in->cols / UNIT;
+    size_t at = (size_t)row * groups + (size_t)u;
 
-    ctx->isa->quantize(&in->q[i], x);
-    if (in->f)
-        memcpy(in->f + i * 32, x, 32 * sizeof *x);
-}
-
-/* Round row t of in->f. */
-static void round_row(const struct lfm2_context *ctx, struct input *in,
-                      size_t t)
-{
-    const size_t groups = (size_t)in->cols / 32;
-
-    for (size_t i = t * groups; i < (t + 1) * groups; i++)
-        ctx->isa->quantize(&in->q[i], in->f + i * 32);
-}
-
-static void round_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    struct input *in = arg;
-    const struct range r = share(ctx, in->n, thread);
-
-    for (int t = r.first; t < r.last; t++)
-        round_row(ctx, in, (size_t)t);
-}
-
-static void load_input(struct lfm2_context *ctx, struct input *in, float *x,
-                       int n, int cols)
-{
-    in->f = x;
-    in->n = n;
-    in->cols = cols;
-    parallel(ctx, round_work, in);
-}
-
-static void norm_work(struct lfm2_context *ctx, void *arg, int thread)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const size_t n = (size_t)c->n_embd;
-    const struct range r = share(ctx, ctx->n_rows, thread);
-
-    for (size_t t = (size_t)r.first; t < (size_t)r.last; t++) {
-        rms_norm(ctx->isa, ctx->in.f + t * n, ctx->x + t * n, arg, c->n_embd,
-                 c->norm_rms_eps);
-        round_row(ctx, &ctx->in, t);
+    for (int t = 0; t < n; t++, at += groups, unit += UNIT) {
+        me->ctx->isa->quantize(&in->q[at], unit);
+        if (in->f)
+            memcpy(in->f + at * UNIT, unit, UNIT * sizeof *unit);
     }
 }
 
-static void load_normed(struct lfm2_context *ctx, const float *norm)
+static void round_rows(const struct thread *me, struct input *in)
 {
-    ctx->in.n = ctx->n_rows;
-    ctx->in.cols = ctx->model->cfg.n_embd;
-    parallel(ctx, norm_work, (void *)norm);
+    const size_t groups = (size_t)in->cols / UNIT;
+    const struct range rows = share(me, in->n);
+
+    for (size_t i = (size_t)rows.first * groups;
+         i < (size_t)rows.last * groups; i++)
+        me->ctx->isa->quantize(&in->q[i], in->f + i * UNIT);
 }
 
 static void unpack_row(const struct scratch *s, const struct tensor *w,
@@ -2360,7 +2093,7 @@ static float dot_row(const struct scratch *w, const struct format *f,
 /* Where the i-th row of an input lies. */
 static size_t row_at(const struct input *in, int i)
 {
-    return (size_t)(in->row ? in->row[i] : i);
+    return (size_t)(in->row ? in->row[i] : in->first + i);
 }
 
 /* out[t][r] = row t of the input times row first + r of w. */
@@ -2410,78 +2143,63 @@ static int n_units(const struct tensor *w)
     return (w->rows + UNIT - 1) / UNIT;
 }
 
-static const uint8_t *unit_data(const struct tensor *w, int u)
-{
-    return w->data + (size_t)u * UNIT * row_bytes(w);
-}
-
-static const uint8_t *share_data(const struct lfm2_context *ctx,
-                                 const struct tensor *w, int thread)
-{
-    return unit_data(w, share(ctx, n_units(w), thread).first);
-}
-
 static int unit_rows(const struct tensor *w, int u)
 {
-    int rest = w->rows - u * UNIT;
+    const int rest = w->rows - u * UNIT;
     return rest < UNIT ? rest : UNIT;
 }
 
-static float *product(struct lfm2_context *ctx, int thread, int to,
-                      const struct tensor *w, int u, int last,
-                      const struct input *in, const uint8_t *next)
+/* Where unit u begins; after the last one, where w ends. */
+static const uint8_t *unit_data(const struct tensor *w, int u)
 {
-    const struct scratch *s = &ctx->scratch[thread];
-
-    ctx->isa->product(s->out[to], w, u * UNIT, unit_rows(w, u), in, s,
-                      unit_data(w, last), next);
-    return s->out[to];
+    const int row = u * UNIT < w->rows ? u * UNIT : w->rows;
+    return w->data + (size_t)row * row_bytes(w);
 }
 
-static void put_unit(float *y, const struct tensor *w, int u, const float *unit,
-                     int n, int how)
+static struct tensor rows_of(const struct tensor *w, int first, int rows)
 {
-    const int rows = unit_rows(w, u);
+    struct tensor some = *w;
 
-    y += u * UNIT;
-    for (int t = 0; t < n; t++, y += w->rows, unit += UNIT)
-        for (int r = 0; r < rows; r++)
-            y[r] = how == INCREASE ? y[r] + unit[r] : unit[r];
+    some.rows = rows;
+    some.data += (size_t)first * row_bytes(w);
+    some.next = first == 0 ? w->next : NULL;      /* once is enough */
+    some.first = first;
+    return some;
 }
 
-struct matmul_job {
-    float *y;                             /* [in->n][w->rows]                */
-    const struct tensor *w, *next;
-    const struct input *in;
-    int how;
-};
-
-static void matmul_work(struct lfm2_context *ctx, void *arg, int thread)
+/* The thread will read on to the end of its share of w, and then its share of
+ * the next matrix, so the kernels can fetch them from memory ahead of time. */
+static float *product(const struct thread *me, int to, const struct tensor *w,
+                      int u, const struct input *in)
 {
-    const struct matmul_job *j = arg;
-    const struct range r = share(ctx, n_units(j->w), thread);
-    const uint8_t *next = j->next ? share_data(ctx, j->next, thread) : NULL;
+    const struct lfm2_context *ctx = me->ctx;
+    const struct tensor *next = w->next;
+    const int end = share(me, n_units(w)).last;
+    float *out = me->s.out[to];
 
-    for (int u = r.first; u < r.last; u++) {
-        const float *unit = product(ctx, thread, 0, j->w, u, r.last, j->in,
-                                    next);
-        if (j->how == INCREASE)
-            keep_unit(ctx->kept.out, 0, j->w, u, unit, j->in->n);
-        put_unit(j->y, j->w, u, unit, j->in->n, j->how);
-    }
+    ctx->isa->product(out, w, u * UNIT, unit_rows(w, u), in, &me->s,
+                      unit_data(w, end), next
+                      ? unit_data(next, share(me, n_units(next)).first) : NULL);
+    for (int t = 0; ctx->hook && t < in->n; t++)
+        keep(ctx, w->module, in->first + t, w->first + u * UNIT,
+             out + (size_t)t * UNIT, unit_rows(w, u));
+    return out;
 }
 
-static void matmul_share(struct lfm2_context *ctx, int thread, float *y,
-                         const struct tensor *w, const struct input *in,
-                         const struct tensor *next)
-{
-    matmul_work(ctx, &(struct matmul_job){ y, w, next, in, ASSIGN }, thread);
-}
-
-static void matmul(struct lfm2_context *ctx, int how, float *y,
+static void matmul(const struct thread *me, int how, float *y,
                    const struct tensor *w, const struct input *in)
 {
-    parallel(ctx, matmul_work, &(struct matmul_job){ y, w, NULL, in, how });
+    const struct range mine = share(me, n_units(w));
+
+    for (int u = mine.first; u < mine.last; u++) {
+        const float *unit = product(me, 0, w, u, in);
+        const int rows = unit_rows(w, u);
+        for (int t = 0; t < in->n; t++, unit += UNIT) {
+            float *to = y + (size_t)t * (size_t)w->rows + u * UNIT;
+            for (int r = 0; r < rows; r++)
+                to[r] = how == INCREASE ? to[r] + unit[r] : unit[r];
+        }
+    }
 }
 
 /* ------------------------------------------------- 11. Vectors: small blocks
@@ -2573,7 +2291,8 @@ typedef uint32_t FN(uints) __attribute__((vector_size(4 * LANES)));
 #define FLOATS float32x4_t
 #define BLOCK(name) name##_neon
 #define TOKENS (DOT ? 4 : 3)
-enum { FN(ROWS) = 2, FN(WIDE) = 4, FN(TOKENS) = TOKENS };
+#define X_ROWS 6
+enum { FN(WIDE) = 4 };
 
 KERNEL_INLINE FLOATS FN(splat)(float f)
 {
@@ -2701,7 +2420,8 @@ KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 #define FLOATS __m256
 #define BLOCK(name) name##_avx2
 #define TOKENS 3
-enum { FN(ROWS) = 2, FN(WIDE) = 2, FN(TOKENS) = TOKENS };
+#define X_ROWS 3
+enum { FN(WIDE) = 2 };
 
 KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
@@ -2806,7 +2526,13 @@ KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
 #define FLOATS __m512
 #define BLOCK(name) name##_avx2
 #define TOKENS 6
-enum { FN(ROWS) = 4, FN(WIDE) = 2, FN(TOKENS) = TOKENS };
+#define X_ROWS 6
+enum { FN(WIDE) = 4 };
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+{
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)m), b, a);
+}
 
 KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
 {
@@ -3058,10 +2784,6 @@ KERNEL_INLINE INTS FN(shift_each)(INTS v, INTS n)
     return (INTS)((UINTS)v >> (UINTS)n);
 }
 
-/* The small blocks.  Each is its namesake of Part I or section 10, with the
- * same operations on every element in the same order. */
-#if LANES < 16 && !DOT
-
 KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
 {
     const FLOATS magic = FN(splat)(ROUND_MAGIC), one = FN(splat)(1);
@@ -3083,6 +2805,10 @@ KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
     p = FN(choose)(x < -87.0f, FN(splat)(0), p);
     return FN(choose)(x == x, p, x);
 }
+
+/* The small blocks.  Each is its namesake of Part I or section 10, with the
+ * same operations on every element in the same order. */
+#if LANES < 16 && !DOT
 
 KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
 {
@@ -3174,34 +2900,6 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
     to->s = to->d * (float)(to->sum[0] + to->sum[1]);
 }
 
-/* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
- * room up to the next multiple of 16, where the scores are made -inf, which
- * adds 0 to a sum that is never -0. */
-KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
-{
-    const int end = (n + 15) / 16 * 16;
-    FLOATS max = FN(splat)(-INFINITY), sum[FN(CHAINS)] = { { 0 } };
-
-    for (int p = n; p < end; p++)
-        s[p] = -INFINITY;
-    for (int p = 0; p < end; p += LANES) {
-        FLOATS v = FN(load)(s + p);
-        max = FN(choose)(v > max, v, max);
-    }
-    g->max = max[0];
-    for (int i = 1; i < LANES; i++)
-        g->max = max[i] > g->max ? max[i] : g->max;
-    for (int p = 0; p < end; p += 16)
-        UNROLL
-        for (int h = 0; h < FN(CHAINS); h++) {
-            float *at = s + p + h * LANES;
-            FLOATS e = FN(exp)(FN(load)(at) - g->max);
-            FN(store)(at, e);
-            sum[h] += e;
-        }
-    g->sum = FN(tree)(sum);
-}
-
 #endif
 #endif /* KERNELS */
 
@@ -3226,8 +2924,13 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 #ifndef KERNELS
 enum {
     AT_ONCE = 7,                          /* rows of x that are few          */
-    AHEAD = 16384                         /* bytes to fetch ahead of the next
+    AHEAD = 16384,                        /* bytes to fetch ahead, besides a
                                              tile; found by measuring        */
+
+    MANY = 16,                            /* rows of x that are many for
+                                             weights in floats, ...          */
+    BLOCK_COLS = 512,                     /* ... taken in blocks of columns  */
+    MOST_X_ROWS = 6                       /* of X_ROWS, below                */
 };
 
 #if defined LFM2_X86 || defined LFM2_ARM
@@ -4060,10 +3763,10 @@ static const struct {
     [IQ4_XS] = USE(iq4_xs, q8_0, FN(SIGNED)),
 };
 
-/* How many rows of x to take next, so that all takes are nearly equal. */
-KERNEL_INLINE int FN(take_rows)(int n)
+/* How many of n rows of x to take next, so that all takes are nearly equal. */
+KERNEL_INLINE int FN(take_rows)(int n, int most)
 {
-    int takes = (n + TOKENS - 1) / TOKENS;
+    const int takes = (n + most - 1) / most;
     return (n + takes - 1) / takes;
 }
 
@@ -4098,90 +3801,175 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                             next + i * LANES * stride);
     for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
         const struct q8_block *x[TOKENS];
-        m = FN(take_rows)(in->n - t);
+        m = FN(take_rows)(in->n - t, TOKENS);
         for (int i = 0; i < m; i++)
             x[i] = in->q + row_at(in, t + i) * (size_t)groups;
         FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
     }
 }
 
-/* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
+/* ---- weights in floats: their chains lie across the lanes of registers */
+
+/* Numbers i .. i+LANES-1 of those at p. */
 KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 {
-    return type == 0 ? FN(load)((const float *)(const void *)p + i)
-         : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
+    return type == F32 ? FN(load)((const float *)(const void *)p + i)
+         : type == F16 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
 }
 
-/* out[t][r] = row r of ROWS rows of floats times row t of x. */
-KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
-                                  int cols, const float *const *x,
-                                  const uint8_t *next, const int tokens,
-                                  const int type)
+KERNEL_INLINE float FN(chain_sum)(const float *chain)
 {
-    const int bytes = 16 * (type == 0 ? 4 : 2) * FN(ROWS);
-    FLOATS acc[FN(ROWS)][FN(TOKENS)][FN(CHAINS)];
+    FLOATS v[FN(CHAINS)];
 
     UNROLL
-    for (int r = 0; r < FN(ROWS); r++)
+    for (int h = 0; h < FN(CHAINS); h++)
+        v[h] = FN(load)(chain + h * LANES);
+    return FN(tree)(v);
+}
+
+/* Chains h and up of [tokens][UNIT][16] go on: LANES of every 16 columns of 4
+ * rows at w times those of each x.  Meanwhile what is at `next` is fetched,
+ * `step` bytes for every 16 columns. */
+KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
+                                  const float *const *x, int h, int cols,
+                                  const uint8_t *next, int step,
+                                  const int tokens, const int type)
+{
+    FLOATS acc[X_ROWS][4], v[4];
+
+    UNROLL
+    for (int t = 0; t < tokens; t++)
         UNROLL
-        for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int h = 0; h < FN(CHAINS); h++)
-                acc[r][t][h] = FN(splat)(0);
-    for (int c = 0; c < cols; c += 16, next += bytes) {
-        for (int i = 0; i < bytes; i += 64)
+        for (int r = 0; r < 4; r++)
+            acc[t][r] = FN(load)(chain + (t * UNIT + r) * 16 + h);
+    for (int c = h; c < cols; c += 16, next += step) {
+        for (int i = 0; i < 8 * LANES; i += 64)
             FETCH(next + i);
         UNROLL
-        for (int r = 0; r < FN(ROWS); r++)
-            UNROLL
-            for (int h = 0; h < FN(CHAINS); h++) {
-                const size_t i = (size_t)c + h * LANES;
-                FLOATS w = FN(load_floats)(row + (size_t)r * stride, i, type);
-                UNROLL
-                for (int t = 0; t < tokens; t++)
-                    acc[r][t][h] = FN(fma)(w, FN(load)(x[t] + i),
-                                           acc[r][t][h]);
-            }
-    }
-    UNROLL
-    for (int r = 0; r < FN(ROWS); r++)
+        for (int r = 0; r < 4; r++)
+            v[r] = FN(load_floats)(w + (size_t)r * stride, (size_t)c, type);
         UNROLL
         for (int t = 0; t < tokens; t++)
-            out[t * UNIT + r] = FN(tree)(acc[r][t]);
+            UNROLL
+            for (int r = 0; r < 4; r++)
+                acc[t][r] = FN(fma)(v[r], FN(load)(x[t] + c), acc[t][r]);
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int r = 0; r < 4; r++)
+            FN(store)(chain + (t * UNIT + r) * 16 + h, acc[t][r]);
 }
 
-#define FLOAT_ROWS(type) \
+#undef FLOAT_TILE
+#define FLOAT_TILE(tokens, type) \
+    case tokens: \
+        if (tokens <= X_ROWS) \
+            FN(float_tile)(chain, w, stride, x, h, cols, next, step, tokens, \
+                           type); \
+        return;
+#undef FLOAT_TILES
+#define FLOAT_TILES(type) \
     switch (n) { \
-    case 1: FN(float_rows)(out, row, stride, cols, x, next, 1, type); return; \
-    case 2: FN(float_rows)(out, row, stride, cols, x, next, 2, type); return; \
-    case 3: FN(float_rows)(out, row, stride, cols, x, next, 3, type); return; \
+    FLOAT_TILE(1, type) FLOAT_TILE(2, type) FLOAT_TILE(3, type) \
+    FLOAT_TILE(4, type) FLOAT_TILE(5, type) FLOAT_TILE(6, type) \
     }
 
-/* At most three rows of x: more would not make it faster. */
-KERNEL void FN(multiply_floats)(float *out, const uint8_t *row, size_t stride,
-                                int cols, const float *const *x,
-                                const uint8_t *next, int n, int id)
+KERNEL void FN(float_tiles)(float *chain, const uint8_t *w, size_t stride,
+                            const float *const *x, int h, int cols,
+                            const uint8_t *next, int step, int n, int type)
 {
-    if (id == 0) {
-        FLOAT_ROWS(0)
-    } else if (id == 1) {
-        FLOAT_ROWS(1)
+    if (type == F32) {
+        FLOAT_TILES(F32)
+    } else if (type == F16) {
+        FLOAT_TILES(F16)
     } else {
-        FLOAT_ROWS(2)
+        FLOAT_TILES(BF16)
     }
 }
 
+/* What comes next: rows of x, and weights up to `end`. */
+struct FN(float_ahead) {
+    const float *x[X_ROWS];
+    int n, step;
+    const uint8_t *w, *end;
+};
+
+/* A block of columns: `rows` rows at w times n rows of x. */
+KERNEL void FN(float_block)(float *chain, const uint8_t *w, size_t stride,
+                            int rows, const float *const *x, int n, int cols,
+                            int type, struct FN(float_ahead) *ahead)
+{
+    for (int i = 0; i < rows / 4 * FN(CHAINS); i++) {
+        const int r = i / FN(CHAINS) * 4, h = i % FN(CHAINS) * LANES;
+        const int bytes = cols / 16 * ahead->step;
+        const void *next = i < ahead->n ? (const void *)ahead->x[i] : ahead->w;
+
+        FN(float_tiles)(chain + r * 16, w + (size_t)r * stride, stride, x, h,
+                        cols, next, ahead->step, n, type);
+        if (i >= ahead->n && ahead->end - ahead->w > bytes)
+            ahead->w += bytes;
+    }
+}
+
+/* Rows of weights as float32: [blocks of columns][rows][BLOCK_COLS]. */
+KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
+                            int type)
+{
+    const size_t size = type == F32 ? 4 : 2;
+
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c += LANES, row += LANES * size) {
+            const int block = c / BLOCK_COLS * BLOCK_COLS, left = cols - block;
+            const int n = left < BLOCK_COLS ? left : BLOCK_COLS;
+            FN(store)(to + block * rows + r * n + c - block,
+                      type == F32 ? FN(load_floats)(row, 0, F32)
+                      : type == F16 ? FN(load_floats)(row, 0, F16)
+                                    : FN(load_floats)(row, 0, BF16));
+        }
+}
+
+/* out[t][r] = `rows` rows of floats times all rows of x.  If those are many,
+ * some of them stay in the first-level cache while a block of all the weights,
+ * in the second, goes by; then come their next columns. */
 KERNEL void FN(product_floats)(float *out, const struct tensor *w,
-                               const uint8_t *row, const struct input *in,
+                               const uint8_t *row, int rows,
+                               const struct input *in, const struct scratch *s,
                                const uint8_t *next)
 {
-    for (int t = 0, m; t < in->n; t += m) {
-        const float *x[3];
-        m = in->n - t < 3 ? in->n - t : 3;
-        for (int i = 0; i < m; i++)
-            x[i] = in->f + row_at(in, t + i) * (size_t)w->cols;
-        FN(multiply_floats)(out + t * UNIT, row, row_bytes(w), w->cols, x, next,
-                            m, w->fmt->id);
+    const int many = in->n >= MANY, cols = w->cols;
+    const int type = (int)(w->fmt - formats), in_block = many ? F32 : type;
+    const size_t size = in_block == F32 ? 4 : 2;
+    struct FN(float_ahead) ahead = {
+        .step = many ? 64 : 64 * (int)size / FN(CHAINS), .w = next,
+        .end = next + (size_t)rows * row_bytes(w)
+    };
+
+    if (many)
+        FN(float_panel)(s->f, row, rows, cols, type);
+    for (int t = 0, n; t < in->n; t += n) {
+        const float *x[X_ROWS];
+
+        n = FN(take_rows)(in->n - t, X_ROWS);
+        ahead.n = many ? n : 0;
+        memset(s->chain, 0, (size_t)n * UNIT * 16 * sizeof *s->chain);
+        for (int c = 0, m; c < cols; c += m) {
+            m = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
+            for (int i = 0; i < n; i++) {
+                const int then = t + n + i < in->n ? t + n + i : t;
+                x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
+                ahead.x[i] = c + m < cols ? x[i] + m
+                           : in->f + row_at(in, then) * (size_t)cols;
+            }
+            FN(float_block)(s->chain, many ? (const void *)(s->f + c * rows)
+                                           : row + (size_t)c * size,
+                            (size_t)(many ? m : cols) * size, rows, x, n, m,
+                            in_block, &ahead);
+        }
+        for (int i = 0; i < n; i++)
+            for (int r = 0; r < rows; r++)
+                out[(t + i) * UNIT + r] =
+                    FN(chain_sum)(s->chain + (i * UNIT + r) * 16);
     }
 }
 
@@ -4204,16 +3992,18 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         const uint8_t *next)
 {
     const int floats = w->fmt->floats != NULL, few = in->n <= AT_ONCE;
-    const int rows = floats ? FN(ROWS) : few ? LANES : FN(PANEL);
+    const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
+                            : few ? LANES : FN(PANEL);
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
     const size_t bytes = row_bytes(w) * (size_t)rows;
     const uint8_t *row = w->data + (size_t)first * row_bytes(w);
     int done = 0;
 
-    for (; whole && done + rows <= n_rows; done += rows, row += bytes) {
+    for (; whole && rows > 0 && done + rows <= n_rows;
+         done += rows, row += bytes) {
         const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
         if (floats)
-            FN(product_floats)(out + done, w, row, in, ahead);
+            FN(product_floats)(out + done, w, row, rows, in, s, ahead);
         else if (few)
             FN(product_few)(out + done, w, row, in, s, ahead);
         else
@@ -4222,106 +4012,162 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
     product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
 }
 
-/* ---- attention: up to 4 queries share what is loaded of a kv head */
+/* ---- attention: four queries share what is loaded of a kv head */
 
-/* chunk_scores() for `queries` queries, WIDE vectors of positions at a time. */
-KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
-                              const struct kv_head *kv, int pos, int n,
-                              const int queries, const int f16)
+/* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
+ * room up to the next multiple of 16, where the scores are made -inf, which
+ * adds 0 to a sum that is never -0. */
+KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 {
-    enum { W = FN(WIDE) };
-    const int hd = kv->head_dim;
-    FLOATS acc[4 * W], k[W];
+    const int end = (n + 15) / 16 * 16;
+    FLOATS max = FN(splat)(-INFINITY), sum[FN(CHAINS)] = { { 0 } };
 
-    for (int p = 0; p < n; p += W * LANES) {
-        size_t at = k_index(pos + p, 0, hd);
+    for (int p = n; p < end; p++)
+        s[p] = -INFINITY;
+    for (int p = 0; p < end; p += LANES) {
+        FLOATS v = FN(load)(s + p);
+        max = FN(choose)(v > max, v, max);
+    }
+    g->max = max[0];
+    for (int i = 1; i < LANES; i++)
+        g->max = max[i] > g->max ? max[i] : g->max;
+    for (int p = 0; p < end; p += 16)
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            acc[i] = FN(splat)(0);
-        for (int d = 0; d < hd; d++, at += TILE) {
-            UNROLL
-            for (int i = 0; i < W; i++)
-                k[i] = FN(load_floats)(kv->k, at + i * LANES, f16);
-            FETCH(kv->k + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
-            UNROLL
-            for (int i = 0; i < queries * W; i++)
-                acc[i] = FN(fma)(FN(splat)(q[d + (size_t)(i / W * hd)]),
-                                 k[i % W], acc[i]);
+        for (int h = 0; h < FN(CHAINS); h++) {
+            float *at = s + p + h * LANES;
+            FLOATS e = FN(exp)(FN(load)(at) - g->max);
+            FN(store)(at, e);
+            sum[h] += e;
         }
+    g->sum = FN(tree)(sum);
+}
+
+/* Queries of a chunk, four at a time: all of them see `seen` positions of it.
+ * If there are but n, the last one is repeated, and computed so often. */
+struct FN(four) {
+    const float *q[4];                    /* [head_dim]                      */
+    float *s[4], *o[4];                   /* [CHUNK], [head_dim]             */
+    int n, seen;
+};
+
+/* Those from query i on. */
+KERNEL_INLINE struct FN(four) FN(take_four)(struct attn_partial *part,
+                                            const struct attn_rows *a, int i,
+                                            int hd, int pos, float *score)
+{
+    const int whole = chunk_seen(a, 0, pos) == CHUNK, row = i / a->group;
+    const int left = (whole ? a->n : row + 1) * a->group - i;
+    struct FN(four) f = { .n = left < 4 ? left : 4,
+                          .seen = chunk_seen(a, row, pos) };
+
+    for (int k = 0; k < 4; k++) {
+        const int j = i + (k < f.n ? k : f.n - 1);
+        f.q[k] = a->q + (size_t)(j / a->group) * a->stride +
+                 (size_t)(j % a->group * hd);
+        f.s[k] = score + (size_t)j * CHUNK;
+        f.o[k] = part[j].o;
+    }
+    return f;
+}
+
+/* TILE positions of K or V, from element i of the cache on, as floats.  The
+ * next ones are fetched. */
+KERNEL void FN(load_tile)(float *to, const uint8_t *cache, int f16, size_t i,
+                          int hd)
+{
+    const size_t size = f16 ? 2 : 4, n = (size_t)TILE * hd;
+    const uint8_t *p = cache + i * size;
+
+    for (size_t k = 0; k < n; k += 16) {
+        FETCH(p + (n + k) * size);
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            FN(store)(s[i / W] + p + i % W * LANES, acc[i]);
+        for (int h = 0; h < 16; h += LANES)
+            FN(store)(to + k + h, f16 ? FN(load_floats)(p, k + h, F16)
+                                      : FN(load_floats)(p, k + h, F32));
     }
 }
 
-/* o[i] += the weighted values of positions first .. last-1. */
-KERNEL_INLINE void FN(values)(struct attn_partial *g, float s[][CHUNK],
-                              const struct kv_head *kv, int pos, int first,
-                              int last, const int queries, const int f16)
+/* The scores of a tile of K, [head_dim][TILE], from position p of the chunk. */
+KERNEL_INLINE void FN(scores)(const struct FN(four) *f, const float *tile,
+                              int hd, int p)
 {
     enum { W = FN(WIDE) };
-    const int hd = kv->head_dim;
-    FLOATS acc[4 * W], v[W];
+    FLOATS acc[4][W], k[W];
+
+    for (int at = 0; at < TILE; at += W * LANES) {
+        UNROLL
+        for (int i = 0; i < 4 * W; i++)
+            acc[i / W][i % W] = FN(splat)(0);
+        for (int d = 0; d < hd; d++) {
+            UNROLL
+            for (int i = 0; i < W; i++)
+                k[i] = FN(load)(tile + d * TILE + at + i * LANES);
+            UNROLL
+            for (int i = 0; i < 4 * W; i++)
+                acc[i / W][i % W] = FN(fma)(FN(splat)(f->q[i / W][d]), k[i % W],
+                                            acc[i / W][i % W]);
+        }
+        UNROLL
+        for (int i = 0; i < 4 * W; i++)
+            FN(store)(f->s[i / W] + p + at + i % W * LANES, acc[i / W][i % W]);
+    }
+}
+
+/* o += the weighted values of n positions of a tile of V, [TILE][head_dim],
+ * from position p of the chunk. */
+KERNEL_INLINE void FN(values)(const struct FN(four) *f, const float *tile,
+                              int hd, int p, int n)
+{
+    enum { W = FN(WIDE) };
+    FLOATS acc[4][W], v[W];
 
     for (int d = 0; d < hd; d += W * LANES) {
-        size_t at = (size_t)(pos + first) * hd + d;
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            acc[i] = FN(load)(g[i / W].o + d + i % W * LANES);
-        for (int p = first; p < last; p++, at += hd) {
+        for (int i = 0; i < 4 * W; i++)
+            acc[i / W][i % W] = FN(load)(f->o[i / W] + d + i % W * LANES);
+        for (int k = 0; k < n; k++) {
             UNROLL
             for (int i = 0; i < W; i++)
-                v[i] = FN(load_floats)(kv->v, at + i * LANES, f16);
-            FETCH(kv->v + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+                v[i] = FN(load)(tile + k * hd + d + i * LANES);
             UNROLL
-            for (int i = 0; i < queries * W; i++)
-                acc[i] = FN(fma)(FN(splat)(s[i / W][p]), v[i % W], acc[i]);
+            for (int i = 0; i < 4 * W; i++)
+                acc[i / W][i % W] = FN(fma)(FN(splat)(f->s[i / W][p + k]),
+                                            v[i % W], acc[i / W][i % W]);
         }
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            FN(store)(g[i / W].o + d + i % W * LANES, acc[i]);
+        for (int i = 0; i < 4 * W; i++)
+            FN(store)(f->o[i / W] + d + i % W * LANES, acc[i / W][i % W]);
     }
 }
-
-KERNEL_INLINE void FN(attend)(struct attn_partial *g, const float *q,
-                              const struct kv_head *kv, int pos, int n,
-                              const int queries, const int f16)
-{
-    float s[4][CHUNK];
-
-    FN(scores)(s, q, kv, pos, n, queries, f16);
-    for (int i = 0; i < queries; i++) {
-        BLOCK(softmax)(&g[i], s[i], n);
-        memset(g[i].o, 0, (size_t)kv->head_dim * sizeof *g[i].o);
-    }
-    for (int p = 0; p < n; p += TILE)
-        FN(values)(g, s, kv, pos, p, n - p < TILE ? n : p + TILE, queries, f16);
-}
-
-#define ATTEND(f16) \
-    for (; n_q >= 4; n_q -= 4, g += 4, q += 4 * kv->head_dim) \
-        FN(attend)(g, q, kv, pos, n, 4, f16); \
-    for (; n_q > 0; n_q--, g++, q += kv->head_dim) \
-        FN(attend)(g, q, kv, pos, n, 1, f16)
 
 KERNEL void FN(attend_chunk)(struct attn_partial *part,
                              const struct attn_rows *a,
                              const struct kv_head *kv, int pos,
                              const struct scratch *s)
 {
-    if (kv->head_dim % (FN(WIDE) * LANES) != 0) {
-        attend_chunk(part, a, kv, pos, s);
-        return;
+    const int hd = kv->head_dim, n = a->n * a->group;
+    const int most = chunk_seen(a, a->n - 1, pos);
+    const int first = pos > a->pos ? (pos - a->pos) * a->group : 0;
+    struct FN(four) f;
+
+    for (int p = 0; p < most; p += TILE) {
+        FN(load_tile)(s->tile, kv->k, kv->f16, k_index(pos + p, 0, hd), hd);
+        for (int i = first; i < n; i += f.n) {
+            f = FN(take_four)(part, a, i, hd, pos, s->score);
+            FN(scores)(&f, s->tile, hd, p);
+        }
     }
-    for (int t = 0; t < a->n; t++) {
-        const int n = chunk_seen(a, t, pos);
-        struct attn_partial *g = part + t * a->group;
-        const float *q = a->q + (size_t)t * a->stride;
-        int n_q = n > 0 ? a->group : 0;
-        if (kv->f16) {
-            ATTEND(1);
-        } else {
-            ATTEND(0);
+    for (int i = first; i < n; i++) {
+        FN(softmax)(&part[i], s->score + (size_t)i * CHUNK,
+                    chunk_seen(a, i / a->group, pos));
+        memset(part[i].o, 0, (size_t)(hd + 63) / 64 * 64 * sizeof *part[i].o);
+    }
+    for (int p = 0; p < most; p += TILE) {
+        FN(load_tile)(s->tile, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
+        for (int i = first, m; i < n; i += f.n) {
+            f = FN(take_four)(part, a, i, hd, pos, s->score);
+            m = f.seen - p < TILE ? f.seen - p : TILE;
+            FN(values)(&f, s->tile, hd, p, m);
         }
     }
 }
@@ -4345,6 +4191,7 @@ static const struct isa FN(isa) = {
 #undef FLOATS
 #undef BLOCK
 #undef TOKENS
+#undef X_ROWS
 #undef FN
 #undef LANES
 #undef DOT
@@ -4513,8 +4360,8 @@ static int best_isa(void)
  * A file is hostile until checked.  All of its bytes pass through one cursor,
  * which compares every length with what remains before it moves. */
 
-/* A sentence.  Names in it come from files: no control character, of C1
- * neither, gets to somebody's terminal. */
+/* One sentence.  Names in it come from files, and a terminal must not obey
+ * them: control characters, also the two-byte ones of C1, become '?'. */
 static void set_text(char *to, size_t size, const char *fmt, va_list args)
 {
     vsnprintf(to, size, fmt, args);
@@ -4525,6 +4372,7 @@ static void set_text(char *to, size_t size, const char *fmt, va_list args)
             c[0] = c[1] = '?';
 }
 
+/* Fill in err, if there is one, and return code. */
 static int fail(lfm2_error *err, int code, const char *fmt, ...)
 {
     if (err) {
@@ -4536,6 +4384,14 @@ static int fail(lfm2_error *err, int code, const char *fmt, ...)
     }
     return code;
 }
+
+/* Pass an error on to the caller. */
+#define TRY(call)               \
+    do {                        \
+        int code_ = (call);     \
+        if (code_ < 0)          \
+            return code_;       \
+    } while (0)
 
 /* For "%llu". */
 static unsigned long long ull(uint64_t n)
@@ -4562,23 +4418,26 @@ static const uint8_t *take(struct cursor *c, uint64_t n)
     return p;
 }
 
-/* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
- * not there; c->past tells. */
-static uint32_t take_u32(struct cursor *c)
+static uint64_t load_int(const uint8_t *p, int n_bytes)
 {
-    const uint8_t *p = take(c, 4);
-    return p ? load_le32(p) : 0;
+    uint64_t v = 0;
+
+    while (n_bytes-- > 0)
+        v = v << 8 | p[n_bytes];
+    return v;
 }
 
-static uint64_t take_u64(struct cursor *c)
+/* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
+ * not there; c->past tells. */
+static uint64_t take_int(struct cursor *c, int n_bytes)
 {
-    const uint8_t *p = take(c, 8);
-    return p ? load_le64(p) : 0;
+    const uint8_t *p = take(c, (uint64_t)n_bytes);
+    return p ? load_int(p, n_bytes) : 0;
 }
 
 static struct str take_string(struct cursor *c)
 {
-    const uint64_t n = take_u64(c);
+    const uint64_t n = take_int(c, 8);
     const uint8_t *p = take(c, n);
     return p ? (struct str){ (const char *)p, (size_t)n }
              : (struct str){ "", 0 };
@@ -4589,17 +4448,17 @@ static int str_is(struct str s, const char *text)
     return s.n == strlen(text) && memcmp(s.s, text, s.n) == 0;
 }
 
-/* Text of a file that goes into a message: its first bytes, made printable. */
-struct shown { char s[49]; };
+/* Text of a file, fit for a message: its first bytes, '?' for strange ones. */
+struct printable { char s[52]; };
 
-static struct shown show(struct str s)
+static struct printable show(struct str text)
 {
-    struct shown out;
-    size_t n = s.n < 48 ? s.n : 48;
+    struct printable out;
+    size_t n = text.n < 48 ? text.n : 48;
 
     for (size_t i = 0; i < n; i++)
-        out.s[i] = s.s[i] >= ' ' && s.s[i] <= '~' ? s.s[i] : '?';
-    out.s[n] = '\0';
+        out.s[i] = text.s[i] >= ' ' && text.s[i] <= '~' ? text.s[i] : '?';
+    strcpy(out.s + n, text.n > n ? "..." : "");
     return out;
 }
 
@@ -4612,79 +4471,92 @@ struct file {
     int how;                              /* LFM2_LOAD_x or BORROWED         */
 };
 
+/* fopen() alone would wait at a pipe until somebody writes to it. */
+static FILE *open_stream(const char *path)
+{
+#ifdef LFM2_NO_MMAP
+    return fopen(path, "rb");
+#else
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    FILE *s = fd < 0 ? NULL : fdopen(fd, "rb");
+
+    if (fd >= 0 && !s)
+        close(fd);
+    return s;
+#endif
+}
+
 /* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
-static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
+static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
     const size_t most = (size_t)1 << 30;
     uint8_t *buf = malloc(f->size);
-    size_t done = 0;
+    size_t done = 0, n;
 
+    f->data = buf;
     if (!buf)
         return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
                     f->size);
-    while (done < f->size) {
+    do {
         const size_t left = f->size - done;
-        ssize_t n = read(fd, buf + done, left < most ? left : most);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0) {
-            fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
-                 n < 0 ? strerror(errno) : "it ends", done, f->size);
-            free(buf);
-            return LFM2_EIO;
-        }
-        done += (size_t)n;
-    }
-    f->data = buf;
-    return LFM2_OK;
+        clearerr(s);
+        n = fread(buf + done, 1, left < most ? left : most, s);
+        done += n;
+    } while (done < f->size && (n > 0 || (ferror(s) && errno == EINTR)));
+    if (done == f->size)
+        return LFM2_OK;
+    fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
+         ferror(s) ? strerror(errno) : "it ends", done, f->size);
+    free(buf);
+    return LFM2_EIO;
 }
 
-static int file_load(struct file *f, int fd, const char *path, int load,
+static int file_load(struct file *f, FILE *s, const char *path,
                      lfm2_error *err)
 {
+#ifndef LFM2_NO_MMAP
     struct stat st;
 
-    if (fstat(fd, &st) != 0)
-        return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
+    if (fstat(fileno(s), &st) == 0 && !S_ISREG(st.st_mode))
         return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
                     S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-    if (st.st_size < 1)
+#endif
+    const long size = fseek(s, 0, SEEK_END) == 0 ? ftell(s) : -1;
+    if (size < 0 || size == LONG_MAX)     /* as directories have             */
+        return fail(err, LFM2_EIO, "%s: its size cannot be told, expected a "
+                    "regular file of less than %ld bytes", path, LONG_MAX);
+    if (size == 0)
         return fail(err, LFM2_EFORMAT, "%s: 0 bytes, expected a GGUF file",
                     path);
-    if ((uintmax_t)st.st_size > SIZE_MAX / 2)
-        return fail(err, LFM2_ENOMEM, "%s: %lld bytes, expected at most %zu on "
-                    "a %d-bit machine", path, (long long)st.st_size,
-                    SIZE_MAX / 2, (int)sizeof(void *) * 8);
-    f->size = (size_t)st.st_size;
-    f->how = load;
+    f->size = (size_t)size;
 #ifndef LFM2_NO_MMAP
-    if (load == LFM2_LOAD_MAP) {
-        void *map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
-        if (map == MAP_FAILED)
-            return fail(err, LFM2_EIO, "%s: cannot map its %zu bytes: %s", path,
-                        f->size, strerror(errno));
+    if (f->how == LFM2_LOAD_MAP) {
+        void *map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fileno(s), 0);
         f->data = map;
-        return LFM2_OK;
+        return map != MAP_FAILED ? LFM2_OK :
+               fail(err, LFM2_EIO, "%s: cannot map its %zu bytes: %s", path,
+                    f->size, strerror(errno));
     }
 #endif
-    return file_read(f, fd, path, err);
+    rewind(s);
+    return file_read(f, s, path, err);
 }
 
 static int file_open(struct file *f, const char *path, int load,
                      lfm2_error *err)
 {
-    int fd, code;
+    FILE *s;
+    int code;
 
-    *f = (struct file){ 0 };
+    *f = (struct file){ .how = load };
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
         return fail(err, LFM2_EARG, "no path, or a way to load it that is not "
                     "LFM2_LOAD_MAP or LFM2_LOAD_READ");
-    fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0)
+    s = open_stream(path);
+    if (!s)
         return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
-    code = file_load(f, fd, path, load, err);
-    close(fd);
+    code = file_load(f, s, path, err);
+    fclose(s);
     return code;
 }
 
@@ -4764,6 +4636,15 @@ struct gguf {
 #define BAD(g, ...)   fail((g)->err, LFM2_EFORMAT, __VA_ARGS__)
 #define OTHER(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
 
+static int in_range(const struct gguf *g, const char *name, double value,
+                    const char *unit, double min, double max)
+{
+    if (value >= min && value <= max)
+        return LFM2_OK;
+    return BAD(g, "%s: %.*g%s, expected %.10g to %.10g", name,
+               value < 1e10 ? 10 : 20, value, unit, min, max);
+}
+
 static void gguf_free(struct gguf *g)
 {
     free(g->kv);
@@ -4790,47 +4671,38 @@ static struct gguf_tensor *gguf_tensor_find(const struct gguf *g,
 /* Move past the n elements of a value. */
 static int skip_elements(struct gguf *g, struct cursor *c, struct gguf_kv *kv)
 {
-    const uint64_t left = (uint64_t)(c->end - c->at);
     const uint64_t size = gguf_type[kv->elem].size;
 
     kv->value = c->at;
-    if (kv->n > left / size)
-        return BAD(g, "%s: %llu values of type %s, but the file has %llu bytes "
-                   "left", kv->key, ull(kv->n), gguf_type[kv->elem].name,
-                   ull(left));
+    c->past = kv->n > (uint64_t)(c->end - c->at) / size;
     if (kv->elem != GGUF_STRING)
         take(c, kv->n * size);
-    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n; i++) {
+    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->past; i++)
         take_string(c);
-        if (c->past)
-            return BAD(g, "%s: string %llu runs past the end of the file",
-                       kv->key, ull(i));
-    }
+    if (c->past)
+        return BAD(g, "%s: %llu x %s runs past the end of the file", kv->key,
+                   ull(kv->n), gguf_type[kv->elem].name);
     kv->size = (size_t)(c->at - kv->value);
     for (size_t i = 0; kv->elem == GGUF_BOOL && i < kv->size; i++)
-        if (kv->value[i] > 1)
-            return BAD(g, "%s: a bool of value %d, expected 0 or 1", kv->key,
-                       kv->value[i]);
+        TRY(in_range(g, kv->key, kv->value[i], " as a bool", 0, 1));
     return LFM2_OK;
 }
 
 /* Keys and tensor names become C strings: printable ASCII, 1 to max bytes. */
 static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
-                     const char *what, int number)
+                     const char *of, int number)
 {
     const struct str name = take_string(c);
+    char what[48];
 
+    snprintf(what, sizeof what, "the name of %s %d", of, number);
     if (c->past)
-        return BAD(g, "the name of %s %d runs past the end of the file", what,
-                   number);
-    if (name.n < 1 || name.n > (size_t)max)
-        return BAD(g, "the name of %s %d: %zu bytes, expected 1 to %d", what,
-                   number, name.n, max);
+        return BAD(g, "%s runs past the end of the file", what);
+    TRY(in_range(g, what, (double)name.n, " bytes", 1, max));
     for (size_t i = 0; i < name.n; i++)
         if (name.s[i] < ' ' || name.s[i] > '~')
-            return BAD(g, "the name of %s %d, \"%s\": byte 0x%02x, expected "
-                       "printable ASCII", what, number, show(name).s,
-                       (unsigned char)name.s[i]);
+            return BAD(g, "%s, \"%s\": byte 0x%02x, expected printable ASCII",
+                       what, show(name).s, (unsigned char)name.s[i]);
     memcpy(out, name.s, name.n);
     out[name.n] = '\0';
     return LFM2_OK;
@@ -4843,15 +4715,14 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     TRY(take_name(g, c, kv->key, MAX_KEY, "metadata key", g->n_kv));
     if (gguf_find(g, kv->key))
         return BAD(g, "metadata key %s: found twice, expected once", kv->key);
-    kv->type = take_u32(c);
-    kv->elem = kv->type == GGUF_ARRAY ? take_u32(c) : kv->type;
-    kv->n = kv->type == GGUF_ARRAY ? take_u64(c) : 1;
+    kv->type = (uint32_t)take_int(c, 4);
+    kv->elem = kv->type == GGUF_ARRAY ? (uint32_t)take_int(c, 4) : kv->type;
+    kv->n = kv->type == GGUF_ARRAY ? take_int(c, 8) : 1;
     if (c->past)
         return BAD(g, "%s: the file ends before its value", kv->key);
     if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
-        return BAD(g, "%s: %s type %lu, expected a known one that is no nested "
-                   "array", kv->key, kv->type == GGUF_ARRAY ? "element"
-                   : "value", (unsigned long)kv->elem);
+        return BAD(g, "%s: value type %lu, expected 0 to 8 or 10 to 12",
+                   kv->key, (unsigned long)kv->elem);
     return skip_elements(g, c, kv);
 }
 
@@ -4859,17 +4730,12 @@ static int parse_kv(struct gguf *g, struct cursor *c)
 static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
 {
     const int size = gguf_type[kv->elem].size, kind = gguf_type[kv->elem].kind;
-    const uint8_t *p = kv->value + i * (uint64_t)size;
-    uint64_t v = 0;
+    const uint64_t v = load_int(kv->value + i * (uint64_t)size, size);
 
-    if (kind != 'u' && kind != 'i')
-        return -1;
-    for (int b = size; b-- > 0;)
-        v = v << 8 | p[b];
-    if (v > INT64_MAX)
+    if ((kind != 'u' && kind != 'i') || v > INT64_MAX)
         return -1;
     *out = (int64_t)v;
-    if (kind == 'i' && size < 8 && p[size - 1] > 127)
+    if (kind == 'i' && size < 8 && v >> (8 * size - 1))
         *out -= (int64_t)1 << 8 * size;
     return 0;
 }
@@ -4883,7 +4749,7 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
     for (uint64_t i = 0; i < kv->n; i++) {
         int64_t value;
         if (kv_integer(kv, i, &value) != 0)
-            return BAD(g, "%s: of type %s, expected integers below 2^63",
+            return BAD(g, "%s: of type %s, expected an integer below 2^63",
                        kv->key, gguf_type[kv->elem].name);
         if (*out != 0 && value != 0 && value != *out)
             return OTHER(g, "%s: both %lld and %lld, expected one value in all "
@@ -4902,12 +4768,8 @@ static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
 
     if (!kv)
         return 0;
-    if (kv->type == GGUF_ARRAY || kv_integer(kv, 0, &value) != 0)
-        return BAD(g, "%s: of type %s, expected an integer below 2^63", key,
-                   gguf_type[kv->type].name);
-    if (value < 0 || value > UINT32_MAX)
-        return BAD(g, "%s: %lld, expected 0 to 4294967295", key,
-                   (long long)value);
+    TRY(kv_count(g, kv, &value));
+    TRY(in_range(g, key, (double)value, "", 0, UINT32_MAX));
     *out = (uint32_t)value;
     return 1;
 }
@@ -4917,20 +4779,52 @@ static struct cursor kv_cursor(const struct gguf_kv *kv)
     return (struct cursor){ kv->value, kv->value + kv->size, 0 };
 }
 
+static int kv_string(const struct gguf_kv *kv, struct str *out)
+{
+    struct cursor c = kv_cursor(kv);
+
+    if (kv->type != GGUF_STRING)
+        return 0;
+    *out = take_string(&c);
+    return 1;
+}
+
 static int gguf_string(const struct gguf *g, const char *key, struct str *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
+    return kv && kv_string(kv, out);
+}
 
-    if (!kv || kv->type != GGUF_STRING)
-        return 0;
-    struct cursor c = kv_cursor(kv);
-    *out = take_string(&c);
-    return 1;
+/* A value as text; an array is shown by its type and length. */
+static struct printable kv_text(const struct gguf_kv *kv)
+{
+    struct printable out;
+    const size_t cap = sizeof out.s;
+    struct str text;
+    int64_t value;
+
+    if (kv_string(kv, &text))
+        return show(text);
+    if (kv->type == GGUF_ARRAY)
+        snprintf(out.s, cap, "[%llu x %s]", ull(kv->n),
+                 gguf_type[kv->elem].name);
+    else if (kv->type == GGUF_F32)
+        snprintf(out.s, cap, "%g", (double)load_f32(kv->value));
+    else if (kv->type == GGUF_BOOL)
+        snprintf(out.s, cap, "%s", kv->value[0] ? "true" : "false");
+    else if (kv_integer(kv, 0, &value) == 0)
+        snprintf(out.s, cap, "%lld", (long long)value);
+    else
+        snprintf(out.s, cap, "(%s)", gguf_type[kv->type].name);
+    return out;
 }
 
 /* The shape must be possible at all; format and shape give the size. */
 static int parse_tensor(struct gguf *g, struct cursor *c)
 {
+    static const char *const unit[4] = {
+        " columns", " rows", " matrices", " groups of matrices"
+    };
     struct gguf_tensor *t = &g->tensor[g->n_tensors];
     uint64_t elements = 1;
     uint32_t n_dims, type;
@@ -4938,28 +4832,25 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     TRY(take_name(g, c, t->name, MAX_NAME, "tensor", g->n_tensors));
     if (gguf_tensor_find(g, t->name))
         return BAD(g, "tensor %s: found twice, expected once", t->name);
-    n_dims = take_u32(c);
+    n_dims = (uint32_t)take_int(c, 4);
     for (uint32_t d = 0; d < 4; d++)
-        t->dims[d] = d < n_dims ? take_u64(c) : 1;
-    type = take_u32(c);
-    t->offset = take_u64(c);
+        t->dims[d] = d < n_dims ? take_int(c, 8) : 1;
+    type = (uint32_t)take_int(c, 4);
+    t->offset = take_int(c, 8);
     t->n_dims = (int)n_dims;
     t->fmt = format_find(type);
     if (c->past)
         return BAD(g, "%s: the file ends before its shape and offset", t->name);
-    if (n_dims < 1 || n_dims > 4)
-        return BAD(g, "%s: %lu dimensions, expected 1 to 4", t->name,
-                   (unsigned long)n_dims);
+    TRY(in_range(g, t->name, n_dims, " dimensions", 1, 4));
     if (!t->fmt)
         return OTHER(g, "%s: weight type %s (%lu), expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
                      "IQ4_XS", t->name, other_name(type), (unsigned long)type);
     for (int d = 0; d < 4; d++) {
-        if (t->dims[d] < 1 || t->dims[d] > INT32_MAX ||
-            elements > (UINT64_MAX >> 8) / t->dims[d])
-            return BAD(g, "%s: dimension %d is %llu, expected 1 to %d and a "
-                       "product below 2^56", t->name, d, ull(t->dims[d]),
-                       INT32_MAX);
+        TRY(in_range(g, t->name, (double)t->dims[d], unit[d], 1, INT32_MAX));
+        if (elements > (UINT64_MAX >> 8) / t->dims[d])
+            return BAD(g, "%s: its dimensions give more than 2^56 elements",
+                       t->name);
         elements *= t->dims[d];
     }
     if (t->dims[0] % (uint64_t)t->fmt->block != 0)
@@ -4997,9 +4888,9 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     const struct str magic = { (const char *)g->bytes, g->size < 4 ? g->size
                                                                    : 4 };
     take(c, 4);
-    const uint32_t version = take_u32(c);
-    *n_tensors = take_u64(c);
-    *n_kv = take_u64(c);
+    const uint32_t version = (uint32_t)take_int(c, 4);
+    *n_tensors = take_int(c, 8);
+    *n_kv = take_int(c, 8);
     if (!str_is(magic, "GGUF") && !str_is(magic, "FUGG"))
         return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
                    show(magic).s);
@@ -5012,18 +4903,14 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     if (version != 2 && version != 3)
         return OTHER(g, "GGUF version %lu, expected 2 or 3",
                      (unsigned long)version);
-    if (*n_tensors > MAX_TENSOR || *n_kv > MAX_KV)
-        return BAD(g, "%llu tensors and %llu metadata keys, expected at most "
-                   "%d and %d", ull(*n_tensors), ull(*n_kv), MAX_TENSOR,
-                   MAX_KV);
-    if (*n_tensors * 33 + *n_kv * 14 > (uint64_t)(c->end - c->at))
-        return BAD(g, "%llu tensors and %llu metadata keys do not fit in %zu "
-                   "bytes", ull(*n_tensors), ull(*n_kv), g->size);
-    return LFM2_OK;
+    TRY(in_range(g, "the header", (double)*n_tensors, " tensors", 0,
+                 MAX_TENSOR));
+    return in_range(g, "the header", (double)*n_kv, " metadata keys", 0,
+                    MAX_KV);
 }
 
-/* Only entries found to be good are counted.  gguf_free() is for the caller to
- * call, after an error too. */
+/* Only entries found to be good are counted.  The caller calls gguf_free(),
+ * after an error too. */
 static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
                       lfm2_error *err)
 {
@@ -5077,112 +4964,92 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
     return gguf_find(m->gguf, key);
 }
 
-enum { MAY, MUST };                       /* the key be there                */
+/* The keys that are understood.  INTEGER, REAL: a value between min and max for
+ * a field of the configuration.  KNOWN: not used, because it changes nothing or
+ * a tensor has it right.  ONLY: must be min.  LIKE: must be what the field is.
+ * Any other value would mean another arithmetic. */
+enum { INTEGER, REAL, KNOWN, ONLY, LIKE };
+enum { MAY, MUST, MOE };                  /* be there; MOE: only in lfm2moe  */
 
-/* Without the key *out stays as it was. */
-static int is_missing(const struct lfm2_model *m, const char *name, int need)
-{
-    if (need == MAY)
-        return LFM2_OK;
-    return BAD(m->gguf, "%s.%s: missing, expected in every %s file", m->arch,
-               name, m->arch);
-}
-
-static int read_count(const struct lfm2_model *m, const char *name, int need,
-                      int min, int max, int *out)
-{
-    const struct gguf_kv *kv = arch_find(m, name);
-    int64_t value;
-
-    if (!kv)
-        return is_missing(m, name, need);
-    TRY(kv_count(m->gguf, kv, &value));
-    if (value < min || value > max)
-        return BAD(m->gguf, "%s: %lld, expected %d to %d", kv->key,
-                   (long long)value, min, max);
-    *out = (int)value;
-    return LFM2_OK;
-}
-
-static int read_float(const struct lfm2_model *m, const char *name, int need,
-                      float min, float max, float *out)
-{
-    const struct gguf_kv *kv = arch_find(m, name);
-
-    if (!kv)
-        return is_missing(m, name, need);
-    if (kv->type != GGUF_F32)
-        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
-                   gguf_type[kv->type].name);
-    *out = load_f32(kv->value);
-    if (!(*out >= min && *out <= max))
-        return BAD(m->gguf, "%s: %g, expected %g to %g", kv->key, (double)*out,
-                   (double)min, (double)max);
-    return LFM2_OK;
-}
-
-static int read_architecture(struct lfm2_model *m)
-{
-    struct str arch;
-    uint32_t parts = 1;
-
-    if (!gguf_string(m->gguf, "general.architecture", &arch))
-        return BAD(m->gguf, "general.architecture: missing or no string, "
-                   "expected lfm2 or lfm2moe");
-    m->arch = str_is(arch, "lfm2") ? "lfm2"
-            : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
-    if (!m->arch)
-        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
-                     "lfm2moe", show(arch).s,
-                     strncmp(show(arch).s, "lfm3", 4) == 0 ? " (the next "
-                     "generation, which computes differently)"
-                     : str_is(arch, "lfm2-bidir") ? " (a bidirectional encoder)"
-                     : str_is(arch, "clip") ? " (the image or audio part of a "
-                     "model; open its text part)" : "");
-    TRY(gguf_u32(m->gguf, "split.count", &parts));
-    if (parts > 1)
-        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
-                     "model; join the parts first", (unsigned long)parts);
-    return LFM2_OK;
-}
-
-/* The keys below the architecture that are understood.  NEEDS_x: understood
- * only with that value, because any other means another arithmetic. */
-enum { ANY_VALUE, NEEDS_0, NEEDS_1, NEEDS_NONE, N_RULES };
-
-static const char *const known_key[N_RULES][24] = {
-    [ANY_VALUE] = {
-        "block_count", "context_length", "embedding_length",
-        "feed_forward_length", "vocab_size", "attention.head_count",
-        "attention.head_count_kv", "attention.key_length",
-        "attention.value_length", "attention.layer_norm_rms_epsilon",
-        "attention.layer_norm_epsilon", "attention.recurrent_layers",
-        "rope.freq_base", "rope.dimension_count",
-        "rope.scaling.original_context_length", "rope.scaling.finetuned",
-        "shortconv.l_cache", "expert_count", "expert_used_count",
-        "expert_feed_forward_length", "expert_gating_func",
-        "expert_weights_scale", "leading_dense_block_count"
-    },
-    [NEEDS_0] = {
-        "attention.sliding_window", "pooling_type", "expert_shared_count",
-        "expert_group_count", "expert_group_used_count"
-    },
-    [NEEDS_1] = {
-        "attention.causal", "rope.scaling.factor", "expert_weights_norm"
-    },
-    [NEEDS_NONE] = { "rope.scaling.type" }
+static const struct key {
+    const char *name;                     /* after "<architecture>."         */
+    int type, need;
+    size_t field;                         /* in lfm2_config                  */
+    double min, max;
+} keys[] = {
+#define FIELD(f) offsetof(lfm2_config, f)
+    { "block_count", INTEGER, MUST, FIELD(n_layer), 1, LFM2_MAX_LAYER },
+    { "context_length", INTEGER, MUST, FIELD(n_ctx_train), 1, INT32_MAX },
+    { "embedding_length", INTEGER, MUST, FIELD(n_embd), 1, 1 << 20 },
+    { "shortconv.l_cache", INTEGER, MUST, FIELD(l_cache), 2, MAX_TAPS },
+    { "attention.head_count", INTEGER, MUST, FIELD(n_head), 1, 1024 },
+    { "attention.head_count_kv", INTEGER, MAY, FIELD(n_head_kv), 0, 1024 },
+    { "attention.key_length", INTEGER, MAY, FIELD(head_dim), 2, MAX_HEAD_DIM },
+    { "attention.value_length", .type = LIKE, .field = FIELD(head_dim) },
+    { "attention.layer_norm_rms_epsilon", REAL, MUST, FIELD(norm_rms_eps),
+      1e-12, 0.1 },
+    { "attention.layer_norm_epsilon", .type = KNOWN },
+    { "attention.recurrent_layers", .type = KNOWN },
+    { "attention.causal", .type = ONLY, .min = 1 },
+    { "attention.sliding_window", .type = ONLY, .min = 0 },
+    { "rope.dimension_count", .type = LIKE, .field = FIELD(head_dim) },
+    { "rope.freq_base", REAL, MAY, FIELD(rope_freq_base), 1, 1e12 },
+    { "rope.scaling.type", .type = ONLY, .min = 0 },
+    { "rope.scaling.factor", .type = ONLY, .min = 1 },
+    { "rope.scaling.finetuned", .type = KNOWN },
+    { "rope.scaling.original_context_length", .type = KNOWN },
+    { "leading_dense_block_count", INTEGER, MOE, FIELD(n_layer_dense), 0,
+      LFM2_MAX_LAYER },
+    { "expert_count", INTEGER, MUST | MOE, FIELD(n_expert), 1, 256 },
+    { "expert_used_count", INTEGER, MUST | MOE, FIELD(n_expert_used), 1, 256 },
+    { "expert_gating_func", ONLY, MUST | MOE, 0, 2, 2 },       /* sigmoid    */
+    { "expert_weights_scale", REAL, MOE, FIELD(expert_weights_scale), 0, 1e4 },
+    { "expert_weights_norm", .type = ONLY, .min = 1 },
+    { "expert_shared_count", .type = ONLY, .min = 0 },
+    { "expert_group_count", .type = ONLY, .min = 0 },
+    { "expert_group_used_count", .type = ONLY, .min = 0 },
+    { "expert_feed_forward_length", .type = KNOWN },
+    { "feed_forward_length", .type = KNOWN },
+    { "pooling_type", .type = ONLY, .min = 0 },
+    { "vocab_size", .type = KNOWN },
+#undef FIELD
 };
 
-static int has_value(const struct gguf *g, const struct gguf_kv *kv, int rule)
+/* Without the key the field stays as it was. */
+static int read_key(struct lfm2_model *m, const struct key *key)
 {
-    const int number = rule == NEEDS_1;
-    struct str s;
+    const struct gguf_kv *kv = arch_find(m, key->name);
+    void *field = (char *)&m->cfg + key->field;
+    int64_t n = 0;
+    double value;
+
+    if (!kv && key->need & MUST)
+        return BAD(m->gguf, "%s.%s: missing, expected in every %s file",
+                   m->arch, key->name, m->arch);
+    if (!kv || key->type > REAL)
+        return LFM2_OK;
+    if (key->type == INTEGER)
+        TRY(kv_count(m->gguf, kv, &n));
+    else if (kv->type != GGUF_F32)
+        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
+                   gguf_type[kv->type].name);
+    value = key->type == INTEGER ? (double)n : (double)load_f32(kv->value);
+    TRY(in_range(m->gguf, kv->key, value, "", key->min, key->max));
+    if (key->type == INTEGER)
+        *(int *)field = (int)value;
+    else
+        *(float *)field = (float)value;
+    return LFM2_OK;
+}
+
+/* "none" is a way to say 0. */
+static int has_value(const struct gguf_kv *kv, int number)
+{
+    struct str text;
     int64_t i;
 
-    if (rule == ANY_VALUE)
-        return 1;
-    if (gguf_string(g, kv->key, &s))
-        return rule == NEEDS_NONE && str_is(s, "none");
+    if (kv_string(kv, &text))
+        return number == 0 && str_is(text, "none");
     if (kv->type == GGUF_F32)
         return load_f32(kv->value) == (float)number;
     if (kv->type == GGUF_BOOL)
@@ -5190,27 +5057,32 @@ static int has_value(const struct gguf *g, const struct gguf_kv *kv, int rule)
     return kv->type != GGUF_ARRAY && kv_integer(kv, 0, &i) == 0 && i == number;
 }
 
-/* One key "<architecture>.<name>". */
+static int is_moe(const struct lfm2_model *m)
+{
+    return strcmp(m->arch, "lfm2moe") == 0;
+}
+
+/* A key of the file, "<architecture>.<name>": does it mean another model? */
 static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
                      const char *name)
 {
-    static const char *const needed[N_RULES] = {
-        "", "0 (off)", "1 (true)", "\"none\""
-    };
     static const char *const arithmetic[] = {
         "attention.", "rope.", "shortconv.", "expert", "scale", "softcap"
     };
 
-    for (int rule = 0; rule < N_RULES; rule++)
-        for (int i = 0; known_key[rule][i]; i++) {
-            if (strcmp(known_key[rule][i], name) != 0)
-                continue;
-            if (has_value(m->gguf, kv, rule))
-                return LFM2_OK;
-            return OTHER(m->gguf, "%s: set to what changes the arithmetic of "
-                         "this model, expected %s or no such key", kv->key,
-                         needed[rule]);
-        }
+    for (size_t i = 0; i < COUNT(keys); i++) {
+        const struct key *key = &keys[i];
+        int value = (int)key->min;
+        if (strcmp(key->name, name) != 0)
+            continue;
+        if (key->type == LIKE)
+            value = *(int *)((char *)&m->cfg + key->field);
+        if (key->type < ONLY || has_value(kv, value) ||
+            (key->need & MOE && !is_moe(m)))
+            return LFM2_OK;
+        return OTHER(m->gguf, "%s: %s, expected %d; the model is of another "
+                     "kind", kv->key, kv_text(kv).s, value);
+    }
     for (size_t i = 0; i < COUNT(arithmetic); i++)
         if (strstr(name, arithmetic[i]))
             return OTHER(m->gguf, "%s: an unknown key that may change the "
@@ -5232,13 +5104,44 @@ static int check_keys(struct lfm2_model *m)
     return LFM2_OK;
 }
 
+static int read_architecture(struct lfm2_model *m)
+{
+    static const struct { const char *arch, *note; } others[] = {
+        { "lfm3", " (the next generation, which computes differently)" },
+        { "lfm2-bidir", " (a bidirectional encoder)" },
+        { "clip", " (the image or audio part of a model; open its text part)" }
+    };
+    const char *note = "";
+    struct str arch;
+    uint32_t parts = 1;
+
+    if (!gguf_string(m->gguf, "general.architecture", &arch))
+        return BAD(m->gguf, "general.architecture: missing or no string, "
+                   "expected lfm2 or lfm2moe");
+    m->arch = str_is(arch, "lfm2") ? "lfm2"
+            : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
+    for (size_t i = 0; i < COUNT(others); i++)
+        if (strncmp(show(arch).s, others[i].arch, strlen(others[i].arch)) == 0)
+            note = others[i].note;
+    if (!m->arch)
+        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
+                     "lfm2moe", show(arch).s, note);
+    TRY(gguf_u32(m->gguf, "split.count", &parts));
+    if (parts > 1)
+        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
+                     "model; join the parts first", (unsigned long)parts);
+    return LFM2_OK;
+}
+
 /* Which layers attend: those whose entry in head_count_kv is not 0. */
-static int read_layer_kinds(struct lfm2_model *m)
+static int find_attention(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *kv = arch_find(m, "attention.head_count_kv");
     const int is_array = kv && kv->type == GGUF_ARRAY;
 
+    if (!kv)
+        c->n_head_kv = c->n_head;
     if (is_array && kv->n != (uint64_t)c->n_layer)
         return BAD(m->gguf, "%s: %llu entries, expected one for each of %d "
                    "blocks", kv->key, ull(kv->n), c->n_layer);
@@ -5252,9 +5155,6 @@ static int read_layer_kinds(struct lfm2_model *m)
     }
     if (c->n_head_kv == 0)
         c->n_head_kv = c->n_head;         /* nobody's: a size like any other */
-    if (c->n_head % c->n_head_kv != 0)
-        return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
-                   "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     return LFM2_OK;
 }
 
@@ -5262,13 +5162,10 @@ static int read_heads(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
 
-    TRY(read_count(m, "attention.head_count", MUST, 1, 1024, &c->n_head));
-    c->n_head_kv = c->n_head;
-    TRY(read_count(m, "attention.head_count_kv", MAY, 0, c->n_head,
-                   &c->n_head_kv));
-    TRY(read_layer_kinds(m));
-    TRY(read_count(m, "attention.key_length", MAY, 2, MAX_HEAD_DIM,
-                   &c->head_dim));
+    TRY(find_attention(m));
+    if (c->n_head % c->n_head_kv != 0)
+        return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
+                   "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     if (c->head_dim == 0 && c->n_embd % c->n_head != 0)
         return BAD(m->gguf, "%s.embedding_length: %d, expected a multiple of "
                    "the %d heads", m->arch, c->n_embd, c->n_head);
@@ -5277,34 +5174,6 @@ static int read_heads(struct lfm2_model *m)
     if (c->head_dim < 2 || c->head_dim > MAX_HEAD_DIM || c->head_dim % 2 != 0)
         return BAD(m->gguf, "heads of %d dimensions, expected an even number "
                    "up to %d", c->head_dim, MAX_HEAD_DIM);
-    int same = c->head_dim;
-    TRY(read_count(m, "attention.value_length", MAY, same, same, &same));
-    return read_count(m, "rope.dimension_count", MAY, same, same, &same);
-}
-
-static int read_experts(struct lfm2_model *m)
-{
-    lfm2_config *c = &m->cfg;
-    int gating = 0;
-
-    c->n_layer_dense = c->n_layer;
-    c->expert_weights_scale = 1;
-    if (strcmp(m->arch, "lfm2") == 0)
-        return LFM2_OK;
-    c->n_layer_dense = 0;
-    TRY(read_count(m, "leading_dense_block_count", MAY, 0, c->n_layer,
-                   &c->n_layer_dense));
-    TRY(read_count(m, "expert_count", MUST, 1, 256, &c->n_expert));
-    TRY(read_count(m, "expert_used_count", MUST, 1, c->n_expert,
-                   &c->n_expert_used));
-    TRY(read_count(m, "expert_gating_func", MUST, 0, 255, &gating));
-    if (gating != 2)
-        return OTHER(m->gguf, "%s.expert_gating_func: %d, expected 2 (sigmoid)",
-                     m->arch, gating);
-    TRY(read_float(m, "expert_weights_scale", MAY, 0, 1e4f,
-                   &c->expert_weights_scale));
-    if (c->expert_weights_scale == 0)
-        c->expert_weights_scale = 1;      /* 0 is how some files say "none" */
     return LFM2_OK;
 }
 
@@ -5313,19 +5182,24 @@ static int read_config(struct lfm2_model *m)
     lfm2_config *c = &m->cfg;
 
     TRY(read_architecture(m));
-    TRY(check_keys(m));
-    TRY(read_count(m, "block_count", MUST, 1, LFM2_MAX_LAYER, &c->n_layer));
-    TRY(read_count(m, "context_length", MUST, 1, INT32_MAX, &c->n_ctx_train));
-    TRY(read_count(m, "embedding_length", MUST, 1, 1 << 20, &c->n_embd));
-    TRY(read_count(m, "shortconv.l_cache", MUST, 2, MAX_TAPS, &c->l_cache));
-    TRY(read_float(m, "attention.layer_norm_rms_epsilon", MUST, 1e-12f,
-                   0.1f, &c->norm_rms_eps));
-    c->rope_freq_base = 10000;
-    TRY(read_float(m, "rope.freq_base", MAY, 1, 1e12f, &c->rope_freq_base));
-    if (!arch_find(m, "rope.freq_base"))
+    for (size_t i = 0; i < COUNT(keys); i++)
+        if (is_moe(m) || !(keys[i].need & MOE))
+            TRY(read_key(m, &keys[i]));
+    if (is_moe(m)) {
+        TRY(in_range(m->gguf, "lfm2moe.leading_dense_block_count",
+                     c->n_layer_dense, "", 0, c->n_layer));
+        TRY(in_range(m->gguf, "lfm2moe.expert_used_count", c->n_expert_used, "",
+                     1, c->n_expert));
+    } else
+        c->n_layer_dense = c->n_layer;
+    if (c->expert_weights_scale == 0)
+        c->expert_weights_scale = 1;      /* 0 is how some files say "none"  */
+    if (c->rope_freq_base == 0) {
+        c->rope_freq_base = 10000;
         warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
+    }
     TRY(read_heads(m));
-    return read_experts(m);
+    return check_keys(m);
 }
 
 /* ------------------------------------------------------- 17. Binding tensors
@@ -5355,7 +5229,8 @@ static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
         return BAD(m->gguf, "%s: shape %llu x %llu x %llu, expected %d x %d x "
                    "%d", t->name, ull(t->dims[0]), ull(t->dims[1]),
                    ull(t->dims[2]), cols, rows, depth);
-    *out = (struct tensor){ t->fmt, rows, cols, m->gguf->data + t->offset };
+    *out = (struct tensor){ .fmt = t->fmt, .rows = rows, .cols = cols,
+                            .data = m->gguf->data + t->offset };
     return LFM2_OK;
 }
 
@@ -5364,29 +5239,22 @@ static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
 static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
                        int rows, float **pool, const float **out)
 {
-    enum { PIECE = 256 };
     struct tensor w;
-    float row[PIECE];
 
     TRY(bind_matrix(m, name, cols, rows, 1, &w));
     if (!w.fmt->floats)
         return OTHER(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
                      name, w.fmt->name);
     *out = *pool;
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c += PIECE) {
-            int n = cols - c < PIECE ? cols - c : PIECE;
-            w.fmt->floats(row, w.data + (size_t)r * row_bytes(&w) +
-                          (size_t)c * (size_t)w.fmt->bytes, n);
-            for (int i = 0; i < n; i++) {
-                if (!(fabsf(row[i]) <= FLT_MAX))
-                    return BAD(m->gguf, "%s: element %d of row %d is %g, "
-                               "expected a finite number", name, c + i, r,
-                               (double)row[i]);
-                (*pool)[(size_t)(c + i) * rows + r] = row[i];
-            }
+    for (int c = 0; c < cols; c++)
+        for (int r = 0; r < rows; r++) {
+            const size_t i = (size_t)r * (size_t)cols + (size_t)c;
+            float *x = (*pool)++;
+            w.fmt->floats(x, w.data + i * (size_t)w.fmt->bytes, 1);
+            if (!(fabsf(*x) <= FLT_MAX))
+                return BAD(m->gguf, "%s: element %d of row %d is %g, expected "
+                           "a finite number", name, c, r, (double)*x);
         }
-    *pool += (size_t)rows * cols;
     return LFM2_OK;
 }
 
@@ -5408,51 +5276,46 @@ static size_t count_floats(const struct lfm2_model *m)
 /* The sizes a shape is made of, and the layers a tensor can be in. */
 enum { ONE, EMBD, EMBD_3, HEADS, HEADS_KV, HEAD, TAPS, FF, FF_EXP, EXPERTS,
        N_SIZES };
-enum { IN_ALL, IN_CONV, IN_ATTN, IN_DENSE, IN_MOE };
+enum { IN_CONV = 1, IN_ATTN = 2, IN_DENSE = 4, IN_MOE = 8, IN_ALL = 15 };
+
+/* The sizes that are cut into groups of 32, and the keys they come from. */
+static const char *const cut_key[N_SIZES] = {
+    [EMBD] = "embedding_length", [HEADS] = "attention.head_count",
+    [FF] = "feed_forward_length", [FF_EXP] = "expert_feed_forward_length"
+};
 
 static const struct binding {
     const char *name;                     /* after "blk.<layer>."            */
     size_t field;                         /* in struct layer                 */
-    int where, floats, cols, rows, depth;
+    int where, floats, cols, rows, depth, module;
 } bindings[] = {
 #define FIELD(f)  offsetof(struct layer, f)
 #define WEIGHT(f) #f ".weight", FIELD(f)
     { WEIGHT(attn_norm), IN_ALL, 1, EMBD, ONE, ONE },
     { WEIGHT(ffn_norm), IN_ALL, 1, EMBD, ONE, ONE },
     { "shortconv.in_proj.weight", FIELD(shortconv_in_proj),
-      IN_CONV, 0, EMBD, EMBD_3, ONE },
+      IN_CONV, 0, EMBD, EMBD_3, ONE, CONV_IN_PROJ },
     { "shortconv.conv.weight", FIELD(shortconv_conv),
       IN_CONV, 1, TAPS, EMBD, ONE },
     { "shortconv.out_proj.weight", FIELD(shortconv_out_proj),
-      IN_CONV, 0, EMBD, EMBD, ONE },
-    { WEIGHT(attn_q), IN_ATTN, 0, EMBD, HEADS, ONE },
-    { WEIGHT(attn_k), IN_ATTN, 0, EMBD, HEADS_KV, ONE },
-    { WEIGHT(attn_v), IN_ATTN, 0, EMBD, HEADS_KV, ONE },
-    { WEIGHT(attn_output), IN_ATTN, 0, HEADS, EMBD, ONE },
+      IN_CONV, 0, EMBD, EMBD, ONE, CONV_OUT_PROJ },
+    { WEIGHT(attn_q), IN_ATTN, 0, EMBD, HEADS, ONE, ATTN_Q },
+    { WEIGHT(attn_k), IN_ATTN, 0, EMBD, HEADS_KV, ONE, ATTN_K },
+    { WEIGHT(attn_v), IN_ATTN, 0, EMBD, HEADS_KV, ONE, ATTN_V },
+    { WEIGHT(attn_output), IN_ATTN, 0, HEADS, EMBD, ONE, ATTN_OUT },
     { WEIGHT(attn_q_norm), IN_ATTN, 1, HEAD, ONE, ONE },
     { WEIGHT(attn_k_norm), IN_ATTN, 1, HEAD, ONE, ONE },
-    { WEIGHT(ffn_gate), IN_DENSE, 0, EMBD, FF, ONE },
-    { WEIGHT(ffn_up), IN_DENSE, 0, EMBD, FF, ONE },
-    { WEIGHT(ffn_down), IN_DENSE, 0, FF, EMBD, ONE },
-    { WEIGHT(ffn_gate_inp), IN_MOE, 0, EMBD, EXPERTS, ONE },
+    { WEIGHT(ffn_gate), IN_DENSE, 0, EMBD, FF, ONE, FFN_W1 },
+    { WEIGHT(ffn_up), IN_DENSE, 0, EMBD, FF, ONE, FFN_W3 },
+    { WEIGHT(ffn_down), IN_DENSE, 0, FF, EMBD, ONE, FFN_W2 },
+    { WEIGHT(ffn_gate_inp), IN_MOE, 0, EMBD, EXPERTS, ONE, MOE_GATE },
     { "exp_probs_b.bias", FIELD(exp_probs_b), IN_MOE, 1, EXPERTS, ONE, ONE },
-    { WEIGHT(ffn_gate_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS },
-    { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS },
-    { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS },
+    { WEIGHT(ffn_gate_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W1 },
+    { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W3 },
+    { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS, FFN_W2 },
 #undef WEIGHT
 #undef FIELD
 };
-
-static int is_in_layer(const lfm2_config *c, int il, int where)
-{
-    switch (where) {
-    case IN_CONV:  return !c->is_attn[il];
-    case IN_ATTN:  return c->is_attn[il];
-    case IN_DENSE: return il < c->n_layer_dense;
-    case IN_MOE:   return il >= c->n_layer_dense;
-    default:       return 1;
-    }
-}
 
 /* Files converted with fused projections: the rows of q, then k, then v. */
 static int bind_qkv(const struct lfm2_model *m, struct layer *l, int il,
@@ -5478,6 +5341,8 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
                       float **pool)
 {
     struct layer *l = &m->layer[il];
+    const int kind = (m->cfg.is_attn[il] ? IN_ATTN : IN_CONV) |
+                     (il < m->cfg.n_layer_dense ? IN_DENSE : IN_MOE);
     char name[MAX_NAME + 1];
 
     if (m->cfg.is_attn[il])
@@ -5487,13 +5352,15 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
         const int cols = size[b->cols], rows = size[b->rows];
         void *field = (char *)l + b->field;
 
-        if (!is_in_layer(&m->cfg, il, b->where))
+        if (!(b->where & kind))
             continue;
         snprintf(name, sizeof name, "blk.%d.%s", il, b->name);
         if (b->floats)
             TRY(bind_floats(m, name, cols, rows, pool, field));
         else if (!((struct tensor *)field)->data)     /* not from attn_qkv */
             TRY(bind_matrix(m, name, cols, rows, size[b->depth], field));
+        if (!b->floats)
+            ((struct tensor *)field)->module = b->module;
     }
     if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
         return OTHER(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
@@ -5502,29 +5369,25 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
     return LFM2_OK;
 }
 
-/* More than any model has, and few enough to be counted in twice over. */
+/* More rows than any model has, and twice as many still fit in an int. */
 enum { MAX_WIDTH = 1 << 24 };
 
-/* The rows of a tensor: a width that a key may get wrong but a shape cannot, so
- * what kv_count() has against the key is told to nobody. */
+/* A width is the number of rows of a tensor.  Some files have a wrong key for
+ * it: that is a warning, so kv_count() must not fill in the error. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
                       int *out)
 {
     struct gguf_tensor *t;
     const struct gguf_kv *kv = arch_find(m, key);
-    int64_t said = 0;
+    int64_t said;
 
     TRY(find_tensor(m, name, &t));
-    if (t->dims[1] > MAX_WIDTH)
-        return BAD(m->gguf, "%s: %llu rows, expected at most %d", name,
-                   ull(t->dims[1]), MAX_WIDTH);
+    TRY(in_range(m->gguf, name, (double)t->dims[1], " rows", 1, MAX_WIDTH));
     *out = (int)t->dims[1];
-    if (kv && kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK)
-        warn(m, "%s: no single integer, but %s has %d rows; the tensor is "
-             "right", kv->key, name, *out);
-    else if (kv && said != *out)
-        warn(m, "%s: %lld, but %s has %d rows; the tensor is right", kv->key,
-             (long long)said, name, *out);
+    if (kv && (kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK ||
+               said != *out))
+        warn(m, "%s: %s %s, but %s has %d rows; the tensor is right", kv->key,
+             gguf_type[kv->type].name, kv_text(kv).s, name, *out);
     return LFM2_OK;
 }
 
@@ -5535,10 +5398,9 @@ static int read_widths(struct lfm2_model *m)
     char name[MAX_NAME + 1];
 
     TRY(read_width(m, "token_embd.weight", "vocab_size", &c->n_vocab));
-    if (tokens && tokens->n > (uint64_t)c->n_vocab)
-        return BAD(m->gguf, "tokenizer.ggml.tokens: %llu tokens, expected at "
-                   "most the %d rows of token_embd.weight", ull(tokens->n),
-                   c->n_vocab);
+    if (tokens)
+        TRY(in_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
+                     c->n_vocab));
     if (tokens && tokens->n < (uint64_t)c->n_vocab)
         warn(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
              "token_embd.weight", ull(tokens->n), c->n_vocab);
@@ -5552,8 +5414,8 @@ static int read_widths(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-/* Tensors nobody asked for: in a block they mean that the model computes
- * something else; elsewhere they are baggage. */
+/* Tensors that nobody asked for: in a block they mean that the model computes
+ * something else; elsewhere they do no harm. */
 static int check_unbound(struct lfm2_model *m)
 {
     static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
@@ -5571,33 +5433,10 @@ static int check_unbound(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-/* None of the names that it may have: say which there are, for this has been
- * what files for other engines differ in. */
-static int no_last_norm(const struct lfm2_model *m)
-{
-    char found[100] = "none";
-    size_t n = 0;
-
-    for (int i = 0; i < m->gguf->n_tensors && n < sizeof found; i++) {
-        const char *name = m->gguf->tensor[i].name;
-        if (strstr(name, "norm") && strncmp(name, "blk.", 4) != 0)
-            n += (size_t)snprintf(found + n, sizeof found - n, "%s%s",
-                                  n ? ", " : "", name);
-    }
-    return BAD(m->gguf, "the norm before the logits: outside of blocks %s, "
-               "expected token_embd_norm.weight or output_norm.weight", found);
-}
-
-/* The norm before the logits is called token_embd_norm in most files, after the
- * official embedding_norm, and output_norm in others.  It is the last one all
- * the same; nothing is normed after the embedding. */
 static int bind_ends(struct lfm2_model *m, float **pool)
 {
-    static const char *const norms[] = {
-        "output_norm.weight", "token_embd_norm.weight"
-    };
     const lfm2_config *c = &m->cfg;
-    size_t i = 0;
+    const char *norm = "output_norm.weight";
 
     TRY(bind_matrix(m, "token_embd.weight", c->n_embd, c->n_vocab, 1,
                     &m->token_embd));
@@ -5605,26 +5444,34 @@ static int bind_ends(struct lfm2_model *m, float **pool)
     if (gguf_tensor_find(m->gguf, "output.weight"))
         TRY(bind_matrix(m, "output.weight", c->n_embd, c->n_vocab, 1,
                         &m->output));
-    while (i < COUNT(norms) && !gguf_tensor_find(m->gguf, norms[i]))
-        i++;
-    return i == COUNT(norms) ? no_last_norm(m) :
-           bind_floats(m, norms[i], c->n_embd, 1, pool, &m->output_norm);
+
+    /* Most files call it so, after the official embedding_norm.  It is the last
+     * norm all the same; nothing is normed after the embedding. */
+    if (!gguf_tensor_find(m->gguf, norm))
+        norm = "token_embd_norm.weight";
+    return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm);
 }
 
-/* What is multiplied by a matrix is cut into groups of 32 columns. */
-static int check_columns(const struct lfm2_model *m, const int size[N_SIZES])
+/* What a pass reads after each matrix.  Which experts it reads is not known
+ * before they are chosen. */
+static void bind_next(struct lfm2_model *m)
 {
-    static const struct { const char *key; int size; } of[] = {
-        { "embedding_length", EMBD }, { "attention.head_count", HEADS },
-        { "feed_forward_length", FF }, { "expert_feed_forward_length", FF_EXP }
-    };
+    const struct tensor *next = &m->output;
 
-    for (size_t i = 0; i < COUNT(of); i++)
-        if (size[of[i].size] % UNIT != 0)
-            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
-                         "multiple of %d", m->arch, of[i].key,
-                         size[of[i].size], UNIT);
-    return LFM2_OK;
+    for (int il = m->cfg.n_layer - 1; il >= 0; il--) {
+        struct layer *l = &m->layer[il];
+        const struct tensor *ffn = l->ffn_gate.data ? &l->ffn_gate
+                                                    : &l->ffn_gate_inp;
+        l->ffn_down.next = l->ffn_down_exps.next = next;
+        l->ffn_gate.next = &l->ffn_down;   /* and not of ffn_up, too */
+        l->attn_output.next = l->shortconv_out_proj.next = ffn;
+        l->shortconv_in_proj.next = &l->shortconv_out_proj;
+        l->attn_v.next = &l->attn_output;
+        l->attn_k.next = &l->attn_v;
+        l->attn_q.next = &l->attn_k;
+        next = m->cfg.is_attn[il] ? &l->attn_q : &l->shortconv_in_proj;
+    }
+    m->output.next = next;
 }
 
 static int bind_model(struct lfm2_model *m)
@@ -5640,7 +5487,10 @@ static int bind_model(struct lfm2_model *m)
         [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
         [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
     };
-    TRY(check_columns(m, size));
+    for (int i = 0; i < N_SIZES; i++)
+        if (cut_key[i] && size[i] % UNIT != 0)
+            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
+                         "multiple of %d", m->arch, cut_key[i], size[i], UNIT);
     float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (!m->floats || !m->layer)
@@ -5651,6 +5501,7 @@ static int bind_model(struct lfm2_model *m)
         m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
         TRY(bind_layer(m, il, size, &pool));
     }
+    bind_next(m);
     m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
     return check_unbound(m);
 }
@@ -5658,7 +5509,7 @@ static int bind_model(struct lfm2_model *m)
 /* ------------------------------------------------------- 18. Open and close */
 
 /* The model and what it points to, in one piece; the model is first. */
-struct opened {
+struct model_file {
     struct lfm2_model model;
     struct file file;
     struct gguf gguf;
@@ -5674,7 +5525,7 @@ const char *lfm2_weight_type(int i)
     return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
 }
 
-/* What is left of a file that is no model: its list of keys and tensors. */
+/* A file that is no model keeps its list of keys and tensors. */
 static void drop_layers(struct lfm2_model *m)
 {
     free(m->layer);
@@ -5693,12 +5544,13 @@ void lfm2_model_close(lfm2_model *m)
     free(m);
 }
 
-/* Takes over an open file.  With `any`, what is no model is left open without
- * layers. */
+/* Takes over an open file.  With `any`, a file that is no model is left open
+ * without layers. */
 static int open_model(lfm2_model **out, const struct file *file, int any,
                       lfm2_error *err)
 {
-    struct opened *o = calloc(1, sizeof *o);
+    struct model_file *o = calloc(1, sizeof *o);
+    fenv_t callers;
     int code;
 
     if (!o) {
@@ -5708,11 +5560,13 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
     o->file = *file;
     o->model.file = &o->file;
     o->model.gguf = &o->gguf;
+    enter_arithmetic(&callers);
     code = gguf_parse(&o->gguf, file->data, file->size, err);
     if (code == LFM2_OK)
         code = read_config(&o->model);
     if (code == LFM2_OK)
         code = bind_model(&o->model);
+    fesetenv(&callers);
     o->gguf.err = NULL;
     if (code != LFM2_OK)
         drop_layers(&o->model);
@@ -5793,13 +5647,17 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
 {
     lfm2_tensor_info t;
     struct tensor w;
+    fenv_t callers;
 
     if (lfm2_model_tensor(m, i, &t) != LFM2_OK || !t.data ||
         row >= t.dims[1] * t.dims[2] * t.dims[3])
         return LFM2_EARG;
-    w = (struct tensor){ m->gguf->tensor[i].fmt, 1, (int)t.dims[0], t.data };
+    w = (struct tensor){ .fmt = m->gguf->tensor[i].fmt, .rows = 1,
+                         .cols = (int)t.dims[0], .data = t.data };
     w.data += (size_t)row * row_bytes(&w);
+    enter_arithmetic(&callers);
     get_row(out, &w, 0);
+    fesetenv(&callers);
     return LFM2_OK;
 }
 
@@ -5816,26 +5674,10 @@ const char *lfm2_model_string(const lfm2_model *m, const char *key,
 
 const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
 {
-    const struct gguf_kv *kv;
-    struct str s;
-    int64_t value = 0;
-
     if (i < 0 || i >= m->gguf->n_kv)
         return NULL;
-    kv = &m->gguf->kv[i];
-    if (kv->type == GGUF_ARRAY)
-        snprintf(buf, cap, "[%llu x %s]", ull(kv->n), gguf_type[kv->elem].name);
-    else if (gguf_string(m->gguf, kv->key, &s))
-        snprintf(buf, cap, "%s%s", show(s).s, s.n > 48 ? "..." : "");
-    else if (kv->type == GGUF_F32)
-        snprintf(buf, cap, "%g", (double)load_f32(kv->value));
-    else if (kv->type == GGUF_BOOL)
-        snprintf(buf, cap, "%s", kv->value[0] ? "true" : "false");
-    else if (kv_integer(kv, 0, &value) == 0)
-        snprintf(buf, cap, "%lld", (long long)value);
-    else
-        snprintf(buf, cap, "(%s)", gguf_type[kv->type].name);
-    return kv->key;
+    snprintf(buf, cap, "%s", kv_text(&m->gguf->kv[i]).s);
+    return m->gguf->kv[i].key;
 }
 
 void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
@@ -5879,11 +5721,25 @@ static void *carve(struct arena *a, uint64_t n, size_t size)
     return a->base ? a->base + at : NULL;
 }
 
-static void carve_input(struct arena *a, struct input *in, uint64_t rows,
-                        uint64_t cols, int floats)
+/* Let p have n elements. */
+#define CARVE(a, p, n) ((p) = carve(a, n, sizeof *(p)))
+
+static uint64_t larger(uint64_t a, uint64_t b)
 {
-    in->q = carve(a, rows * (cols / 32), sizeof *in->q);
-    in->f = floats ? carve(a, rows * cols, sizeof *in->f) : NULL;
+    return a > b ? a : b;
+}
+
+/* The columns that all convolutions look back to, and those in seq.u. */
+static uint64_t conv_elements(const struct lfm2_model *m)
+{
+    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
+           (uint64_t)m->cfg.n_embd;
+}
+
+static uint64_t u_elements(const struct lfm2_model *m)
+{
+    return (uint64_t)m->n_conv * (uint64_t)(UNDO + m->cfg.l_cache - 1) *
+           (uint64_t)m->cfg.n_embd;
 }
 
 static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
@@ -5892,8 +5748,14 @@ static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
            (uint64_t)m->cfg.head_dim * (kv_type == LFM2_KV_F16 ? 2 : 4);
 }
 
-/* The conv state is kept every 64 tokens, or more rarely where it would take
- * more than a tenth of what the KV cache takes. */
+static uint64_t kv_bytes(const struct lfm2_context *ctx)
+{
+    return ((uint64_t)ctx->par.n_ctx + TILE - 1) / TILE * TILE *
+           kv_bytes_per_token(ctx->model, ctx->par.kv_type);
+}
+
+/* Marks are kept every 64 tokens, or more rarely where they would take more
+ * than a tenth of what the KV cache takes. */
 static int seq_step(const struct lfm2_model *m, int kv_type)
 {
     uint64_t mark = conv_elements(m) * sizeof(float);
@@ -5905,29 +5767,49 @@ static int seq_step(const struct lfm2_model *m, int kv_type)
 static void carve_sequences(struct arena *a, struct lfm2_context *ctx)
 {
     const struct lfm2_model *m = ctx->model;
-    const lfm2_params *p = &ctx->par;
-    const uint64_t positions = ((uint64_t)p->n_ctx + TILE - 1) / TILE * TILE;
-    const uint64_t conv = conv_elements(m);
+    const uint64_t n_seq = (uint64_t)ctx->par.n_seq;
 
-    ctx->seq = carve(a, (uint64_t)p->n_seq, sizeof *ctx->seq);
-    for (int i = 0; i < p->n_seq; i++) {
-        struct seq s = { 0 };
-        s.kv = carve(a, positions * kv_bytes_per_token(m, p->kv_type), 1);
-        s.oldest = 1 - m->cfg.l_cache;
-        s.u = carve(a, (uint64_t)m->n_conv *
-                    (uint64_t)(UNDO + m->cfg.l_cache - 1) *
-                    (uint64_t)m->cfg.n_embd, sizeof *s.u);
-        s.u_start = carve(a, conv, sizeof *s.u_start);
-        s.marks = carve(a, (uint64_t)(p->n_ctx / ctx->seq_step) * conv,
-                        sizeof *s.marks);
+    CARVE(a, ctx->seq, n_seq);
+    for (uint64_t i = 0; i < n_seq; i++) {
+        struct seq s = { .oldest = 1 - m->cfg.l_cache };
+        s.kv = carve(a, kv_bytes(ctx), 1);
+        CARVE(a, s.u, u_elements(m));
+        CARVE(a, s.u_start, conv_elements(m));
+        CARVE(a, s.marks, (uint64_t)(ctx->par.n_ctx / ctx->seq_step) *
+                          conv_elements(m));
         if (a->base)
             ctx->seq[i] = s;
     }
+    CARVE(a, ctx->states, n_seq * (uint64_t)m->cfg.n_embd);
+    CARVE(a, ctx->span_logits, n_seq + 1);
+    CARVE(a, ctx->span_state, n_seq);
+    CARVE(a, ctx->logits, (uint64_t)ctx->par.n_logits *
+                          (uint64_t)m->cfg.n_vocab);
+    CARVE(a, ctx->candidates, (uint64_t)m->cfg.n_vocab);
 }
 
-static uint64_t larger(uint64_t a, uint64_t b)
+static void carve_batch(struct arena *a, struct lfm2_context *ctx)
 {
-    return a > b ? a : b;
+    const lfm2_config *c = &ctx->model->cfg;
+    const uint64_t rows = (uint64_t)ctx->par.n_batch;
+    const uint64_t slots = rows * (uint64_t)c->n_expert_used;
+    const uint64_t experts = (uint64_t)c->n_expert;
+    struct routing *r = &ctx->routing;
+    struct batch *b = &ctx->batch;
+
+    CARVE(a, b->piece, (uint64_t)ctx->par.n_seq);
+    CARVE(a, b->row, rows);
+    CARVE(a, b->rope, rows * (uint64_t)c->head_dim);
+    CARVE(a, r->score, rows * experts);
+    CARVE(a, r->chosen, slots);
+    CARVE(a, r->weight, slots);
+    CARVE(a, r->slot_row, slots);
+    CARVE(a, r->slot_weight, slots);
+    CARVE(a, r->slot_end, experts + 1);
+    CARVE(a, r->active, experts);
+    CARVE(a, r->gate, experts);
+    CARVE(a, r->up, experts);
+    CARVE(a, r->down, experts);
 }
 
 /* The hidden layer is only kept unrounded for weights that are in floats. */
@@ -5950,41 +5832,41 @@ static uint64_t hidden_width(const lfm2_config *c)
                   (uint64_t)c->n_ff_expert * (uint64_t)c->n_expert_used);
 }
 
+/* Two inputs that are never used at the same time, in one place. */
+static void carve_inputs(struct arena *a, struct input *one, int cols,
+                         struct input *other, int other_cols,
+                         uint64_t elements, int floats)
+{
+    CARVE(a, one->q, elements / UNIT);
+    one->f = floats ? carve(a, elements, sizeof *one->f) : NULL;
+    *other = *one;
+    one->cols = cols;
+    other->cols = other_cols;
+}
+
 static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t n = (uint64_t)c->n_embd, used = (uint64_t)c->n_expert_used;
-    const uint64_t hd = (uint64_t)c->head_dim;
-    const uint64_t q = (uint64_t)c->n_head * hd;
-    const uint64_t kv = (uint64_t)c->n_head_kv * hd;
+    const uint64_t n = (uint64_t)c->n_embd;
+    const uint64_t kv = rows * (uint64_t)c->n_head_kv * (uint64_t)c->head_dim;
+    const int heads = c->n_head * c->head_dim;
+    struct input unused;
 
-    ctx->piece = carve(a, (uint64_t)ctx->par.n_seq, sizeof *ctx->piece);
-    ctx->token = carve(a, rows, sizeof *ctx->token);
-    ctx->position = carve(a, rows, sizeof *ctx->position);
-    ctx->wanted = carve(a, rows, sizeof *ctx->wanted);
-    ctx->out_row = carve(a, rows, sizeof *ctx->out_row);
-    ctx->y = carve(a, used ? rows * n : 0, sizeof *ctx->y);
-    ctx->rope = carve(a, rows * hd, sizeof *ctx->rope);
-    ctx->x = carve(a, rows * n, sizeof *ctx->x);
-    ctx->k = carve(a, rows * kv, sizeof *ctx->k);
-    ctx->v = carve(a, rows * kv, sizeof *ctx->v);
-    carve_input(a, &ctx->in, rows, n, 1);
-    carve_input(a, &ctx->mixed, rows, larger(n, q), 1);
-    carve_input(a, &ctx->hidden, rows, hidden_width(c),
-                hidden_in_floats(ctx->model));
-    ctx->q = ctx->mixed.f;
-    ctx->score = carve(a, rows * (uint64_t)c->n_expert, sizeof *ctx->score);
-    ctx->chosen = carve(a, rows * used, sizeof *ctx->chosen);
-    ctx->weight = carve(a, rows * used, sizeof *ctx->weight);
-    ctx->slot = carve(a, rows * used, sizeof *ctx->slot);
-    ctx->slot_end = carve(a, (uint64_t)c->n_expert + 1, sizeof *ctx->slot_end);
-    ctx->slot_row = carve(a, rows * used, sizeof *ctx->slot_row);
-    ctx->active = carve(a, (uint64_t)c->n_expert, sizeof *ctx->active);
+    CARVE(a, ctx->x, rows * n);
+    CARVE(a, ctx->y, c->n_expert ? rows * n : 0);
+    CARVE(a, ctx->k, kv);
+    CARVE(a, ctx->v, kv);
+    carve_inputs(a, &ctx->in, c->n_embd, &unused, 0, rows * n, 1);
+    carve_inputs(a, &ctx->mixed, c->n_embd, &ctx->heads, heads,
+                 rows * larger(n, (uint64_t)heads), 1);
+    carve_inputs(a, &ctx->hidden, c->n_ff, &ctx->hidden_exps, c->n_ff_expert,
+                 rows * hidden_width(c), hidden_in_floats(ctx->model));
+    ctx->q = ctx->heads.f;
 }
 
-/* What rows of weights are unpacked to has room for the widest matrix. */
-static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
+/* Rows of weights are unpacked into room for the widest matrix. */
+static void carve_threads(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t cols = larger(larger((uint64_t)c->n_ff, (uint64_t)c->n_embd),
@@ -5994,47 +5876,36 @@ static void carve_scratch(struct arena *a, struct lfm2_context *ctx)
     const uint64_t rows = (uint64_t)ctx->isa->panel_rows;
     const int group = c->n_head / c->n_head_kv;
 
-    if (ctx->par.n_threads > c->n_head_kv)
-        ctx->part = carve(a, ((uint64_t)ctx->par.n_ctx / CHUNK + 1) *
-                          (uint64_t)c->n_head, sizeof *ctx->part);
-    ctx->scratch = carve(a, (uint64_t)ctx->par.n_threads, sizeof *ctx->scratch);
+    ctx->pool = carve(a, 1, pool_size(ctx->par.n_threads));
+    CARVE(a, ctx->thread, (uint64_t)ctx->par.n_threads);
     for (int i = 0; i < ctx->par.n_threads; i++) {
-        struct scratch s;
+        struct scratch s = { 0 };
         for (int k = 0; k < 3; k++)
-            s.out[k] = carve(a, (uint64_t)ctx->par.n_batch * UNIT,
-                             sizeof *s.out[k]);
-        s.partial = carve(a, (uint64_t)(2 * rows_together(c) * group),
-                           sizeof *s.partial);
-        s.q = carve(a, cols * rows, sizeof *s.q);
-        s.d = carve(a, cols / 16 * rows, sizeof *s.d);
-        s.m = carve(a, cols / 16 * rows, sizeof *s.m);
-        s.few = carve(a, FEW_BYTES, 1);
-        s.f = carve(a, cols, sizeof *s.f);
+            CARVE(a, s.out[k], (uint64_t)ctx->par.n_batch * UNIT);
+        CARVE(a, s.partial, (uint64_t)(2 * rows_together(c) * group));
+        CARVE(a, s.q, cols * rows);
+        CARVE(a, s.d, cols / 16 * rows);
+        CARVE(a, s.m, cols / 16 * rows);
+        CARVE(a, s.few, FEW_BYTES);
+        CARVE(a, s.f, cols * UNIT);
+        CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
+        CARVE(a, s.tile, TILE * ((uint64_t)c->head_dim + 1));
+        CARVE(a, s.score, (uint64_t)(rows_together(c) * group) * CHUNK);
         if (a->base)
-            ctx->scratch[i] = s;
+            ctx->thread[i] = (struct thread){ ctx, i, 1, s };
     }
 }
 
-static void carve_rest(struct arena *a, struct lfm2_context *ctx)
-{
-    const uint64_t n_vocab = (uint64_t)ctx->model->cfg.n_vocab;
-
-    ctx->logits = carve(a, (uint64_t)ctx->par.n_logits * n_vocab,
-                        sizeof *ctx->logits);
-    ctx->span_logits = carve(a, (uint64_t)ctx->par.n_seq + 1,
-                             sizeof *ctx->span_logits);
-    ctx->candidates = carve(a, n_vocab, sizeof *ctx->candidates);
-}
-
-/* Set every pointer of ctx into memory at `base`; how much there is. */
+/* Set every pointer of ctx into memory at `base`, of which ctx itself is the
+ * beginning; how much there is. */
 static uint64_t lay_out(struct lfm2_context *ctx, void *base)
 {
-    struct arena a = { base, 0 };
+    struct arena a = { base, sizeof *ctx };
 
     carve_sequences(&a, ctx);
+    carve_batch(&a, ctx);
     carve_pass(&a, ctx);
-    carve_scratch(&a, ctx);
-    carve_rest(&a, ctx);
+    carve_threads(&a, ctx);
     return a.used;
 }
 
@@ -6057,9 +5928,9 @@ static int check_range(const char *name, int value, int min, int max,
 }
 
 /* Check the parameters and fill in what was left to choose. */
-static int resolve_params(lfm2_params *p, lfm2_error *err)
+static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 {
-    TRY(check_range("n_ctx", p->n_ctx, 1, 1 << 24, err));
+    TRY(check_range("n_ctx", p->n_ctx, 0, MAX_CTX, err));
     TRY(check_range("n_seq", p->n_seq, 1, 4096, err));
     TRY(check_range("n_batch", p->n_batch, 1, 1 << 16, err));
     TRY(check_range("n_logits", p->n_logits, 0, 1 << 20, err));
@@ -6068,6 +5939,8 @@ static int resolve_params(lfm2_params *p, lfm2_error *err)
     if (!lfm2_isa_available(p->isa))
         return fail(err, LFM2_EARG, "isa: %d, expected one that this CPU and "
                     "this build have", p->isa);
+    if (p->n_ctx == 0)
+        p->n_ctx = m->cfg.n_ctx_train < MAX_CTX ? m->cfg.n_ctx_train : MAX_CTX;
     if (p->isa == LFM2_ISA_AUTO)
         p->isa = best_isa();
     if (p->n_threads == 0)
@@ -6077,57 +5950,59 @@ static int resolve_params(lfm2_params *p, lfm2_error *err)
     return LFM2_OK;
 }
 
+/* A context without memory; how much it needs, or TOO_MUCH. */
+static uint64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
+                     const lfm2_params *p)
+{
+    uint64_t total, size;
+
+    *ctx = (struct lfm2_context){ .model = m, .par = *p };
+    ctx->isa = isa_table(p->isa);
+    ctx->seq_step = seq_step(m, p->kv_type);
+    lfm2_model_params(m, &total, &ctx->row_work);
+    size = lay_out(ctx, NULL) + 64;       /* to begin at a multiple of 64    */
+    return size < TOO_MUCH && size < SIZE_MAX ? size : TOO_MUCH;
+}
+
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
 {
-    struct lfm2_context ctx = { .model = m, .par = *p };
+    struct lfm2_context ctx;
+    lfm2_params par = *p;
 
-    if (!m->layer || resolve_params(&ctx.par, NULL) != LFM2_OK)
-        return 0;
-    ctx.isa = isa_table(ctx.par.isa);
-    ctx.seq_step = seq_step(m, p->kv_type);
-    return lay_out(&ctx, NULL);
+    return m->layer && resolve_params(m, &par, NULL) == LFM2_OK
+        ? plan(&ctx, m, &par) : 0;
 }
 
 void lfm2_context_close(lfm2_context *ctx)
 {
     if (!ctx)
         return;
-    pool_close(ctx->pool);
-    free(ctx->kept.memory);
+    pool_close(ctx);
+    free(ctx->kept);
     free(ctx->memory);
-    free(ctx);
 }
 
 int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
                       const lfm2_params *p, lfm2_error *err)
 {
     lfm2_params par = *p;
-    struct lfm2_context *ctx;
+    struct lfm2_context c, *ctx;
     uint64_t size;
 
     *out = NULL;
     if (!m->layer)
         return fail(err, LFM2_EARG, "a context for a file that is no model");
-    TRY(resolve_params(&par, err));
-    ctx = calloc(1, sizeof *ctx);
-    if (ctx)
-        *ctx = (struct lfm2_context){ .model = m, .par = par };
-    if (!ctx || pool_open(ctx) != LFM2_OK) {
-        free(ctx);
-        return fail(err, LFM2_ENOMEM, "no memory for a context");
-    }
-    ctx->isa = isa_table(par.isa);
-    ctx->seq_step = seq_step(m, par.kv_type);
-    size = lay_out(ctx, NULL);
-    if (size < TOO_MUCH && size < SIZE_MAX - 64)
-        ctx->memory = calloc(1, (size_t)size + 64);
-    if (!ctx->memory) {
-        lfm2_context_close(ctx);
+    TRY(resolve_params(m, &par, err));
+    size = plan(&c, m, &par);
+    c.memory = size < TOO_MUCH ? calloc(1, (size_t)size) : NULL;
+    if (!c.memory)
         return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
                     "(n_ctx %d, n_seq %d, n_batch %d)", ull(size), par.n_ctx,
                     par.n_seq, par.n_batch);
-    }
-    lay_out(ctx, (uint8_t *)ctx->memory + 64 - (uintptr_t)ctx->memory % 64);
+    ctx = (void *)((uint8_t *)c.memory + 64 - (uintptr_t)c.memory % 64);
+    *ctx = c;
+    lay_out(ctx, ctx);
+    pool_open(ctx);
     *out = ctx;
     return LFM2_OK;
 }
@@ -6137,14 +6012,19 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
     return ctx->par;
 }
 
-/* ---- what the machine can do: lfm2_exercise()
- *
- * A thread's share of the first `n` bytes of the weights. */
-static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
-                           int thread)
+/* ---- what the machine can do at best: lfm2_exercise() */
+
+struct exercise {
+    int what;
+    int64_t done;                         /* by one thread, or by all        */
+    atomic_uint sink;                     /* so that nothing is left out     */
+};
+
+/* A thread's share of the first n bytes of the weights. */
+static unsigned read_share(const struct thread *me, int64_t n)
 {
-    const uint8_t *p = ctx->model->gguf->data;
-    const struct range r = share(ctx, (int)(n / 64), thread);
+    const uint8_t *p = me->ctx->model->gguf->data;
+    const struct range r = share(me, (int)(n / 64));
     uint64_t sum = 0, word;
 
     for (int64_t i = (int64_t)r.first * 64; i < (int64_t)r.last * 64; i += 64) {
@@ -6154,29 +6034,45 @@ static uint64_t read_share(const struct lfm2_context *ctx, int64_t n,
             sum ^= word;
         }
     }
-    return sum;
+    return (unsigned)sum;
 }
 
-struct exercise {
-    int what;
-    int64_t bytes;                        /* to read                         */
-    int64_t dots;                         /* multiply-adds done by a thread  */
-    atomic_uint sink;
-};
-
-static void exercise_work(struct lfm2_context *ctx, void *arg, int thread)
+/* Products of one row with as many rows of weights as the second-level cache
+ * holds easily, again and again; the bytes of weights. */
+static int64_t decode_again(const struct thread *me)
 {
-    struct exercise *e = arg;
-    int64_t dots = 0;
+    enum { AGAIN = 64, CACHE = 512 << 10 };
+    const struct lfm2_context *ctx = me->ctx;
+    const struct layer *l = &ctx->model->layer[0];
+    const struct tensor *w = l->ffn_gate.data ? &l->ffn_gate
+                                              : &l->ffn_gate_exps;
+    const size_t fit = CACHE / (UNIT * row_bytes(w)) + 1;
+    const int n = fit < (size_t)(w->rows / UNIT) ? (int)fit : w->rows / UNIT;
+    struct input in = ctx->in;
+
+    in.n = 1;
+    for (int i = 0; i < AGAIN; i++)
+        for (int u = 0; u < n; u++)
+            ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
+                              unit_data(w, n), w->data);
+    return (int64_t)AGAIN * n * UNIT * (int64_t)row_bytes(w);
+}
+
+static void exercise_thread(const struct thread *me)
+{
+    struct exercise *e = me->ctx->exercise;
+    int64_t done = 0;
     int sum = 0;
 
     if (e->what == LFM2_READ)
-        sum = (int)read_share(ctx, e->bytes, thread);
+        sum = (int)read_share(me, e->done);
+    else if (e->what == LFM2_DECODE)
+        done = decode_again(me);
     else
         for (int i = 0; i < 50; i++)
-            dots += ctx->isa->exercise(&sum);
-    if (thread == 0)
-        e->dots = dots;
+            done += me->ctx->isa->exercise(&sum);
+    if (e->what != LFM2_READ && me->id == 0)
+        e->done = done * me->of;
     atomic_fetch_add(&e->sink, (unsigned)sum);
 }
 
@@ -6185,18 +6081,252 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
     const struct gguf *g = ctx->model->gguf;
     const int64_t size = g->bytes + g->size - g->data;
     const int64_t most = (int64_t)1 << 31;
-    struct exercise e = { what, size < most ? size : most, 0, 0 };
+    struct exercise e = { what, size < most ? size : most, 0 };
 
-    parallel(ctx, exercise_work, &e);
-    return what == LFM2_READ ? e.bytes : e.dots * ctx->par.n_threads;
+    if (!pool_is_here(ctx))
+        return LFM2_EARG;
+    ctx->exercise = &e;
+    parallel(ctx, ctx->par.n_threads, exercise_thread);
+    ctx->exercise = NULL;
+    return e.done;
 }
 
-/* ------------------------------------------------------------ 20. Sequences */
+/* ------------------------------------------------------------ 20. Sequences
+ *
+ * First where things lie in the memory of a sequence. */
+
+static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
+                       int i_conv, int pos)
+{
+    const lfm2_config *c = &ctx->model->cfg;
+    const int kept = UNDO + c->l_cache - 1;
+
+    return s->u + ((size_t)i_conv * kept + (pos + kept) % kept) * c->n_embd;
+}
+
+static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
+                        int pos)
+{
+    if (pos == 0 || pos % ctx->seq_step != 0)
+        return NULL;
+    return s->marks + (size_t)(pos / ctx->seq_step - 1) *
+                      (size_t)conv_elements(ctx->model);
+}
+
+/* Save or load the columns that a text of `len` tokens looks back to. */
+enum { SAVE, LOAD };
+
+static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
+                         int how, float *columns)
+{
+    const size_t n = (size_t)ctx->model->cfg.n_embd;
+    const int past = ctx->model->cfg.l_cache - 1;
+
+    for (int i = 0; i < ctx->model->n_conv; i++)
+        for (int k = 0; k < past; k++, columns += n) {
+            float *u = u_column(ctx, s, i, len - past + k);
+            memcpy(how == LOAD ? u : columns, how == LOAD ? columns : u,
+                   n * sizeof *u);
+        }
+    if (how == LOAD)
+        s->oldest = len - past;
+}
 
 static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
 {
     return seq >= 0 && seq < ctx->par.n_seq ? &ctx->seq[seq] : NULL;
 }
+
+/* ---- the calls of lfm2_forward() */
+
+static int check_span(struct lfm2_context *ctx, const lfm2_span *s, int i,
+                      lfm2_error *err)
+{
+    const int n_vocab = ctx->model->cfg.n_vocab;
+    struct seq *seq = find_seq(ctx, s->seq);
+
+    if (!seq || seq->span >= 0)
+        return fail(err, LFM2_EARG, "span %d: sequence %d, expected one of 0 "
+                    "to %d that no other span is for", i, s->seq,
+                    ctx->par.n_seq - 1);
+    seq->span = i;
+    if (s->n_tokens < 1 || !s->tokens == !s->embd)
+        return fail(err, LFM2_EARG, "span %d: %d tokens, expected 1 or more, "
+                    "as ids or as rows of embd", i,
+                    s->tokens || s->embd ? s->n_tokens : 0);
+    if (s->n_logits < 0 || s->n_logits > (s->state ? 0 : s->n_tokens))
+        return fail(err, LFM2_EARG, "span %d: logits of %d rows, expected 0 to "
+                    "%d", i, s->n_logits, s->state ? 0 : s->n_tokens);
+    for (int t = 0; s->tokens && t < s->n_tokens; t++)
+        if (s->tokens[t] < 0 || s->tokens[t] >= n_vocab)
+            return fail(err, LFM2_EARG, "span %d: token %d is %ld, expected 0 "
+                        "to %d", i, t, (long)s->tokens[t], n_vocab - 1);
+    if (s->n_tokens > ctx->par.n_ctx - seq->len)
+        return fail(err, LFM2_EFULL, "sequence %d: %d tokens and %d more, "
+                    "expected at most %d (n_ctx)", s->seq, seq->len,
+                    s->n_tokens, ctx->par.n_ctx);
+    return LFM2_OK;
+}
+
+static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                       int n_spans, lfm2_error *err)
+{
+    int64_t n_logits = 0;
+
+    if (!pool_is_here(ctx))
+        return fail(err, LFM2_EARG, "a context with %d threads after fork(), "
+                    "expected one that this process has opened",
+                    ctx->par.n_threads);
+    if (!spans || n_spans < 1 || n_spans > ctx->par.n_seq)
+        return fail(err, LFM2_EARG, "%d spans, expected 1 to %d (n_seq)",
+                    spans ? n_spans : 0, ctx->par.n_seq);
+    for (int i = 0; i < ctx->par.n_seq; i++)
+        ctx->seq[i].span = -1;
+    for (int i = 0; i < n_spans; i++) {
+        TRY(check_span(ctx, &spans[i], i, err));
+        n_logits += spans[i].n_logits;
+    }
+    if (n_logits > ctx->par.n_logits)
+        return fail(err, LFM2_EARG, "logits of %lld rows, expected at most %d "
+                    "(n_logits)", (long long)n_logits, ctx->par.n_logits);
+    return LFM2_OK;
+}
+
+/* A short span does not reach the columns before its start: u has UNDO more. */
+static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                        int n_spans)
+{
+    ctx->n_logits = 0;
+    ctx->n_spans = n_spans;
+    ctx->span_logits[0] = 0;
+    for (int i = 0; i < n_spans; i++) {
+        struct seq *s = &ctx->seq[spans[i].seq];
+        s->start = s->len;
+        if (spans[i].n_tokens > UNDO)
+            move_columns(ctx, s, s->len, SAVE, s->u_start);
+        ctx->span_logits[i + 1] = ctx->span_logits[i] + spans[i].n_logits;
+        ctx->span_state[i] = spans[i].state ? spans[i].seq : -1;
+    }
+}
+
+/* Columns up to `end` have been written, over the oldest. */
+static void forget_columns(const struct lfm2_context *ctx, struct seq *s,
+                           int end)
+{
+    const int oldest = end - UNDO - ctx->model->cfg.l_cache + 1;
+    s->oldest = oldest > s->oldest ? oldest : s->oldest;
+}
+
+static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                       int n_spans)
+{
+    ctx->n_spans = 0;
+    for (int i = 0; i < n_spans; i++) {
+        struct seq *s = &ctx->seq[spans[i].seq];
+        s->len = s->start;
+        if (spans[i].n_tokens > UNDO)
+            move_columns(ctx, s, s->len, LOAD, s->u_start);
+        else
+            forget_columns(ctx, s, s->len + spans[i].n_tokens);
+    }
+}
+
+static void advance(struct lfm2_context *ctx, const struct piece *p)
+{
+    struct seq *s = &ctx->seq[p->seq];
+
+    s->len += p->n;
+    forget_columns(ctx, s, s->len);
+}
+
+/* Cut the next pass, at most n_batch rows, from what is left of the spans. */
+static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
+                      int n_spans)
+{
+    struct batch *b = &ctx->batch;
+    const size_t n_embd = (size_t)ctx->model->cfg.n_embd;
+    int rows = 0;
+
+    b->n_pieces = 0;
+    for (int i = 0; i < n_spans && rows < ctx->par.n_batch; i++) {
+        const lfm2_span *span = &spans[i];
+        const struct seq *s = &ctx->seq[span->seq];
+        const int done = s->len - s->start, last = span->n_tokens - 1;
+        const int left = span->n_tokens - done, room = ctx->par.n_batch - rows;
+        const int n = left < room ? left : room;
+
+        if (n == 0)
+            continue;
+        b->piece[b->n_pieces++] = (struct piece){ span->seq, s->len, rows, n };
+        for (int t = done; t < done + n; t++)
+            b->row[rows++] = (struct row){
+                span->seq, s->start + t, span->embd ? -1 : span->tokens[t],
+                span->embd ? span->embd + (size_t)t * n_embd : NULL,
+                last - t < span->n_logits ? LOGITS :
+                span->state && t == last ? STATE : NOTHING
+            };
+    }
+    set_rows(ctx, rows);
+}
+
+/* All passes of a call; nonzero if it was cancelled. */
+static int run_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+                     int n_spans)
+{
+    for (;;) {
+        next_pass(ctx, spans, n_spans);
+        if (ctx->batch.n_rows == 0)
+            return 0;
+        parallel(ctx, threads_for(ctx, ctx->batch.n_rows), forward);
+        if (ctx->stop)
+            return 1;
+        ctx->n_logits += ctx->batch.n_rows;
+        for (int i = 0; i < ctx->batch.n_pieces; i++)
+            advance(ctx, &ctx->batch.piece[i]);
+    }
+}
+
+int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
+                 lfm2_error *err)
+{
+    fenv_t callers;
+    int cancelled;
+
+    TRY(check_spans(ctx, spans, n_spans, err));
+    begin_spans(ctx, spans, n_spans);
+    enter_arithmetic(&callers);
+    cancelled = run_spans(ctx, spans, n_spans);
+    fesetenv(&callers);
+    if (!cancelled)
+        return LFM2_OK;
+    undo_spans(ctx, spans, n_spans);
+    atomic_store(&ctx->cancel, 0);
+    return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
+}
+
+float *lfm2_logits(lfm2_context *ctx, int span, int row)
+{
+    if (span < 0 || span >= ctx->n_spans || row < 0 ||
+        row >= ctx->span_logits[span + 1] - ctx->span_logits[span])
+        return NULL;
+    return ctx->logits +
+           (size_t)(ctx->span_logits[span] + row) * ctx->model->cfg.n_vocab;
+}
+
+const float *lfm2_state(const lfm2_context *ctx, int span)
+{
+    if (span < 0 || span >= ctx->n_spans || ctx->span_state[span] < 0)
+        return NULL;
+    return ctx->states + (size_t)ctx->span_state[span] *
+                         (size_t)ctx->model->cfg.n_embd;
+}
+
+void lfm2_cancel(lfm2_context *ctx)
+{
+    atomic_store(&ctx->cancel, 1);
+}
+
+/* ---- trim and copy */
 
 int lfm2_seq_len(const lfm2_context *ctx, int seq)
 {
@@ -6209,15 +6339,34 @@ int lfm2_seq_step(const lfm2_context *ctx)
     return ctx->seq_step;
 }
 
+/* Give whole pages back to the system; they read as 0 from then on. */
+static void give_back(void *memory, uint64_t size)
+{
+#if defined __linux__ && !defined LFM2_NO_MMAP
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t first = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)size) / page * page;
+
+    if (first < end)
+        madvise((uint8_t *)memory + (first - (uintptr_t)memory), end - first,
+                MADV_DONTNEED);
+#else
+    (void)memory;
+    (void)size;
+#endif
+}
+
 /* As if nothing had been read. */
 static void empty(const struct lfm2_context *ctx, struct seq *s)
 {
-    const lfm2_config *c = &ctx->model->cfg;
+    const struct lfm2_model *m = ctx->model;
+    const size_t marks = (size_t)(ctx->par.n_ctx / ctx->seq_step);
 
     s->len = 0;
-    s->oldest = 1 - c->l_cache;
-    memset(s->u, 0, (size_t)ctx->model->n_conv *
-           (size_t)(UNDO + c->l_cache - 1) * (size_t)c->n_embd * sizeof *s->u);
+    s->oldest = 1 - m->cfg.l_cache;
+    memset(s->u, 0, (size_t)u_elements(m) * sizeof *s->u);
+    give_back(s->kv, kv_bytes(ctx));
+    give_back(s->marks, marks * conv_elements(m) * sizeof *s->marks);
 }
 
 int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
@@ -6228,8 +6377,10 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
         return LFM2_EARG;
     if (len >= s->len)
         return s->len;
-    if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest)
-        return s->len = len;
+    if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest) {
+        s->len = len;
+        return len;
+    }
     s->len = len - len % ctx->seq_step;
     if (s->len == 0)
         empty(ctx, s);
@@ -6257,7 +6408,7 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
 {
     struct seq *to = find_seq(ctx, dst);
     const struct seq *from = find_seq(ctx, src);
-    const size_t size = (size_t)conv_elements(ctx->model);
+    const struct lfm2_model *m = ctx->model;
 
     if (!to || !from)
         return fail(err, LFM2_EARG, "copy of sequence %d to %d, expected 0 to "
@@ -6265,24 +6416,22 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
     if (to == from)
         return LFM2_OK;
     copy_kv(ctx, to, from);
-    memcpy(to->u, from->u, (size_t)ctx->model->n_conv *
-           (size_t)(UNDO + ctx->model->cfg.l_cache - 1) *
-           (size_t)ctx->model->cfg.n_embd * sizeof *to->u);
-    to->oldest = from->oldest;
-    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step) * size *
-           sizeof *to->marks);
+    memcpy(to->u, from->u, (size_t)u_elements(m) * sizeof *to->u);
+    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step) *
+           (size_t)conv_elements(m) * sizeof *to->marks);
     to->len = from->len;
+    to->oldest = from->oldest;
     return LFM2_OK;
 }
 
 /* A saved sequence, all little-endian:
  *
- *     "LFM2SEQ1" | u64 lfm2_model_hash() | u32 kv_type | u32 len
+ *     "LFM2SEQ2" | u64 lfm2_model_hash() | u32 kv_type | u32 len
  *     u: f32 [n_conv][l_cache-1][n_embd], the last columns
  *     marks: f32 [len/seq_step] of the same
  *     for each attention layer and kv head: K [len][head_dim], then V, as
  *         f16 or f32
- *     u64 hash of all before
+ *     u64 hash_words() of all before
  *
  * Nothing in it depends on n_ctx, on how the cache is laid out or on the
  * machine. */
@@ -6311,6 +6460,16 @@ uint64_t lfm2_model_hash(const lfm2_model *m)
         h = hash_bytes(h, g->data + t->offset, t->bytes < 64 ? t->bytes : 64);
     }
     return h;
+}
+
+/* The same, of eight bytes at a time. */
+static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
+{
+    for (; n >= 8; n -= 8, p += 8) {
+        h = (h ^ load_le64(p)) * 0x100000001b3u;
+        h ^= h >> 32;
+    }
+    return hash_bytes(h, p, n);
 }
 
 /* Where the bytes of a state go to or come from: one of the two is set, and the
@@ -6395,13 +6554,13 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
     if (size < need)
         return fail(err, LFM2_EARG, "a buffer of %llu bytes, expected %llu",
                     ull(size), ull(need));
-    memcpy(buf, "LFM2SEQ1", 8);
+    memcpy(buf, "LFM2SEQ2", 8);
     s.to += 8;
     move_bits(&s, lfm2_model_hash(ctx->model), 8);
     move_bits(&s, (uint64_t)ctx->par.kv_type, 4);
     move_bits(&s, (uint64_t)q->len, 4);
     move_state(ctx, q, q->len, &s);
-    move_bits(&s, hash_bytes(HASH_START, buf, (size_t)need - 8), 8);
+    move_bits(&s, hash_words(HASH_START, buf, (size_t)need - 8), 8);
     return LFM2_OK;
 }
 
@@ -6412,10 +6571,10 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
     uint32_t len;
 
     if (size < STATE_HEAD + 8 || size > SIZE_MAX ||
-        memcmp(buf, "LFM2SEQ1", 8) != 0)
+        memcmp(buf, "LFM2SEQ2", 8) != 0)
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
-                    "expected \"LFM2SEQ1\" at their beginning", ull(size));
-    if (hash_bytes(HASH_START, buf, (size_t)size - 8) !=
+                    "expected \"LFM2SEQ2\" at their beginning", ull(size));
+    if (hash_words(HASH_START, buf, (size_t)size - 8) !=
         load_le64(buf + size - 8))
         return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
                     "cut: its checksum does not match its %llu bytes",
@@ -6456,31 +6615,59 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
 
 /* --------------------------------------------------------------- 21. Traces
  *
- * Part I says what is shown, and under which name.  Most of it lies in the
- * context when the threads are done with it; the rest is kept for the moment in
- * memory that is there only while somebody traces. */
+ * The threads keep what a module gives, in memory that is there only while
+ * somebody traces; at the end of an operator the caller's thread shows it. */
 
-static void keep_unit(float *y, int first, const struct tensor *w, int u,
-                      const float *unit, int n)
+struct kept { float *y; size_t stride; };  /* [rows or slots][stride]         */
+
+static const char *const module_names[N_MODULES] = {
+    [CONV_IN_PROJ] = "conv.in_proj",
+    [CONV_CONV] = "conv.conv",
+    [CONV_OUT_PROJ] = "conv.out_proj",
+    [ATTN_Q] = "self_attn.q_proj",
+    [ATTN_K] = "self_attn.k_proj",
+    [ATTN_V] = "self_attn.v_proj",
+    [ATTN_Q_NORM] = "self_attn.q_layernorm",
+    [ATTN_K_NORM] = "self_attn.k_layernorm",
+    [ATTN_OUT] = "self_attn.out_proj",
+    [FFN_W1] = "feed_forward.w1",
+    [FFN_W3] = "feed_forward.w3",
+    [FFN_W2] = "feed_forward.w2",
+    [MOE_GATE] = "feed_forward.gate",
+    [MOE_CHOSEN] = "feed_forward.selected_experts"
+};
+
+/* How many numbers a module gives for a row. */
+static int module_width(const lfm2_config *c, int module, int is_dense)
 {
-    if (y)
-        put_unit(y + (size_t)first * (size_t)w->rows, w, u, unit, n, ASSIGN);
+    switch (module) {
+    case CONV_IN_PROJ:
+        return 3 * c->n_embd;
+    case ATTN_Q:
+    case ATTN_Q_NORM:
+        return c->n_head * c->head_dim;
+    case ATTN_K:
+    case ATTN_V:
+    case ATTN_K_NORM:
+        return c->n_head_kv * c->head_dim;
+    case FFN_W1:
+    case FFN_W3:
+        return is_dense ? c->n_ff : c->n_ff_expert;
+    case MOE_GATE:
+        return c->n_expert;
+    case MOE_CHOSEN:
+        return c->n_expert_used;
+    default:
+        return c->n_embd;
+    }
 }
 
-static void keep_head(float *y, size_t i, const float *head, int head_dim)
+static void keep(const struct lfm2_context *ctx, int module, int row, int col,
+                 const float *x, int n)
 {
-    if (y)
-        memcpy(y + i * (size_t)head_dim, head,
-               (size_t)head_dim * sizeof *head);
-}
-
-static float *keep_chosen(struct lfm2_context *ctx)
-{
-    const int n = ctx->n_rows * ctx->model->cfg.n_expert_used;
-
-    for (int i = 0; ctx->kept.chosen && i < n; i++)
-        ctx->kept.chosen[i] = (float)ctx->chosen[i];
-    return ctx->kept.chosen;
+    if (ctx->hook && module != NOT_TRACED)
+        memcpy(ctx->kept[module].y + (size_t)row * ctx->kept[module].stride +
+               col, x, (size_t)n * sizeof *x);
 }
 
 enum { MAX_MODULE = 80 };
@@ -6495,100 +6682,124 @@ static void name_module(char name[MAX_MODULE], int il, int e,
                  module[0] ? "." : "", module);
     else
         snprintf(name, MAX_MODULE, "model.layers.%d.feed_forward.experts.%d.%s",
-                 il, e, module);
+                 il, e, module + strlen("feed_forward."));
 }
 
-/* Hand out y, [n_rows][n], which belongs to these rows of the batch; without
- * `row`, to the first of them. */
-static void hand_out(struct lfm2_context *ctx, const struct layer *l, int e,
-                     const char *module, const int *row, int n_rows,
-                     const float *y, int n)
+/* Show n numbers for each of n_rows rows of the pass, those in `row` or the
+ * first ones. */
+static void show_rows(const struct lfm2_context *ctx, int il, int e,
+                      const char *module, const int *row, int n_rows,
+                      struct kept kept, int n)
 {
-    const struct piece *p;
     char name[MAX_MODULE];
-    lfm2_activation a = { .name = name, .layer = -1, .expert = e, .n = n };
+    lfm2_activation a = { .name = name, .layer = il, .expert = e, .n = n };
 
-    if (!ctx->hook)
-        return;
-    if (l)
-        a.layer = (int)(l - ctx->model->layer);
-    name_module(name, a.layer, e, module);
+    name_module(name, il, e, module);
     for (int i = 0; i < n_rows; i++) {
-        const int t = row ? row[i] : i;
-        for (p = ctx->piece; t >= p->row + p->n; p++)
-            ;
-        a.seq = p->seq;
-        a.pos = ctx->position[t];
-        a.token = ctx->token[t];
-        a.x = y + (size_t)i * (size_t)n;
+        const struct row *r = &ctx->batch.row[row ? row[i] : i];
+        a.seq = r->seq;
+        a.pos = r->pos;
+        a.token = r->token;
+        a.x = kept.y + (size_t)i * kept.stride;
         ctx->hook(ctx->hook_user, &a);
     }
 }
 
-static void trace(struct lfm2_context *ctx, const struct layer *l,
-                  const char *module, const float *y, int n)
+static void trace_rows(const struct thread *me, int il, const char *module,
+                       float *y, int n)
 {
-    hand_out(ctx, l, -1, module, NULL, ctx->n_rows, y, n);
+    const struct kept all = { y, (size_t)n };
+
+    if (!me->ctx->hook)
+        return;
+    if (me->id == 0)
+        show_rows(me->ctx, il, -1, module, NULL, me->ctx->batch.n_rows, all, n);
+    barrier(me);
 }
 
-static void trace_wanted(struct lfm2_context *ctx, const char *module,
-                         const float *y, int n)
+static void trace(const struct thread *me, const struct layer *l, int first,
+                  int last)
 {
-    hand_out(ctx, NULL, -1, module, ctx->out_row, ctx->n_rows, y, n);
+    const struct lfm2_context *ctx = me->ctx;
+
+    if (!ctx->hook)
+        return;
+    for (int i = first; me->id == 0 && i <= last; i++)
+        show_rows(ctx, (int)(l - ctx->model->layer), -1, module_names[i], NULL,
+                  ctx->batch.n_rows, ctx->kept[i],
+                  module_width(&ctx->model->cfg, i, 1));
+    barrier(me);
 }
 
-static void trace_expert(struct lfm2_context *ctx, const struct layer *l, int e,
-                         const char *module, const float *y, int n)
+/* The slots of every expert in use. */
+static void show_experts(const struct lfm2_context *ctx, int il)
 {
-    const struct range slots = slots_of(ctx, e);
+    static const int order[] = { FFN_W1, FFN_W3, FFN_W2 };
+    const struct routing *r = &ctx->routing;
 
-    if (ctx->hook)
-        hand_out(ctx, l, e, module, ctx->slot_row + slots.first,
-                 slots.last - slots.first,
-                 y + (size_t)slots.first * (size_t)n, n);
+    for (int i = 0; i < r->n_active; i++)
+        for (size_t k = 0; k < COUNT(order); k++) {
+            const int *end = &r->slot_end[r->active[i]];
+            struct kept kept = ctx->kept[order[k]];
+            kept.y += (size_t)end[0] * kept.stride;
+            show_rows(ctx, il, r->active[i], module_names[order[k]],
+                      r->slot_row + end[0], end[1] - end[0], kept,
+                      module_width(&ctx->model->cfg, order[k], 0));
+        }
 }
 
-/* Set every pointer of ctx->kept into memory at `base`; how much there is. */
-static uint64_t lay_out_kept(struct lfm2_context *ctx, void *base)
+static void trace_moe(const struct thread *me, const struct layer *l)
+{
+    const struct lfm2_context *ctx = me->ctx;
+    const struct routing *r = &ctx->routing;
+    const int used = ctx->model->cfg.n_expert_used, il = (int)(l - ctx->model->layer);
+
+    if (!ctx->hook)
+        return;
+    for (int i = 0; me->id == 0 && i < ctx->batch.n_rows * used; i++)
+        keep(ctx, MOE_CHOSEN, i / used, i % used,
+             &(float){ (float)r->chosen[i] }, 1);
+    trace(me, l, MOE_GATE, MOE_CHOSEN);
+    trace_rows(me, il, "feed_forward.routing_weights", r->weight, used);
+    if (me->id == 0)
+        show_experts(ctx, il);
+    trace_rows(me, il, "feed_forward", ctx->y, ctx->model->cfg.n_embd);
+}
+
+/* Set every pointer of kept into memory at `base`; how much there is. */
+static uint64_t lay_out_kept(const struct lfm2_context *ctx, struct kept *kept,
+                             void *base)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t n = (uint64_t)c->n_embd, used = (uint64_t)c->n_expert_used;
-    const uint64_t hd = (uint64_t)c->head_dim, ff = hidden_width(c);
+    const uint64_t slots = rows * larger((uint64_t)c->n_expert_used, 1);
     struct arena a = { base, 0 };
-    struct kept k = { 0 };
 
-    k.in_proj = carve(&a, rows * 3 * n, sizeof *k.in_proj);
-    k.conv = carve(&a, rows * n, sizeof *k.conv);
-    k.q = carve(&a, rows * (uint64_t)c->n_head * hd, sizeof *k.q);
-    k.k = carve(&a, rows * (uint64_t)c->n_head_kv * hd, sizeof *k.k);
-    k.gate = carve(&a, rows * ff, sizeof *k.gate);
-    k.up = carve(&a, rows * ff, sizeof *k.up);
-    k.out = carve(&a, rows * larger(used, 1) * n, sizeof *k.out);
-    k.chosen = carve(&a, rows * used, sizeof *k.chosen);
-    k.memory = base;
-    ctx->kept = k;
+    for (int i = 0; i < N_MODULES; i++) {
+        const uint64_t n = larger((uint64_t)module_width(c, i, 0),
+                                  (uint64_t)module_width(c, i, 1));
+        kept[i].stride = (size_t)n;
+        CARVE(&a, kept[i].y, n * (i >= FFN_W1 && i <= FFN_W2 ? slots : rows));
+    }
     return a.used;
 }
 
 int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
                lfm2_error *err)
 {
-    void *memory = ctx->kept.memory;
-    uint64_t size;
+    struct kept kept[N_MODULES];
+    const uint64_t size = lay_out_kept(ctx, kept, NULL);
 
     if (!fn) {
-        free(memory);
-        memory = NULL;
-    }
-    size = lay_out_kept(ctx, memory);
-    if (fn && !memory) {
-        if (size < TOO_MUCH && size < SIZE_MAX)
-            memory = malloc((size_t)size);
-        if (!memory)
+        free(ctx->kept);
+        ctx->kept = NULL;
+    } else if (!ctx->kept) {
+        if (size < TOO_MUCH && size < SIZE_MAX - sizeof kept - 64)
+            ctx->kept = malloc(sizeof kept + 64 + (size_t)size);
+        if (!ctx->kept)
             return fail(err, LFM2_ENOMEM, "no memory for a trace, %llu bytes "
                         "(n_batch %d)", ull(size), ctx->par.n_batch);
-        lay_out_kept(ctx, memory);
+        lay_out_kept(ctx, ctx->kept, ctx->kept + N_MODULES);
     }
     ctx->hook = fn;
     ctx->hook_user = user;
@@ -6603,9 +6814,7 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
  *
  * Byte-level byte pair encoding.  A token is a string of bytes.  Text is cut
  * into pieces, roughly words; a piece begins as single bytes, and neighbours
- * are merged, always the pair that stands first in the list of merges.  That
- * list may lead through strings that are no tokens.  Tokens and these strings
- * together are called symbols here; ids from n_vocab up are never given out.
+ * are merged, always the pair that stands first in the list of merges.
  * Control tokens stand outside of all this: no text can become one. */
 
 enum {                                    /* as in tokenizer.ggml.token_type */
@@ -6617,36 +6826,44 @@ enum {                                    /* as in tokenizer.ggml.token_type */
     TOKEN_BYTE = 6
 };
 
+enum {                                    /* sets of types                   */
+    FROM_TEXT = 1 << TOKEN_NORMAL | 1 << TOKEN_USER_DEFINED | 1 << TOKEN_BYTE,
+    CUT_OUT = 1 << TOKEN_USER_DEFINED,
+    CUT_OUT_SPECIAL = CUT_OUT | 1 << TOKEN_CONTROL,
+    ANY_TYPE = ~0
+};
+
 enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
-       MAX_SPECIAL = 256 };               /* looked for at every byte        */
+       MAX_MARKER = 256 };                /* searched for at every byte      */
 
 #define NO_RANK UINT32_MAX
 
-struct merge { int32_t left, right, result; };
+struct token {
+    uint32_t start;                       /* its bytes in text end where     */
+    int32_t next;                         /* those of the next one start     */
+    uint8_t type;                         /* TOKEN_...                       */
+};
 
-/* Open addressing: a power of two of slots, at most half of them taken, and
- * behind them one that stays free, for what is not there. */
-struct table { uint32_t *slot, n; };      /* number + 1, or 0: free          */
+struct merge { int32_t left, right, result, next; };
 
-/* How far from its place a thing may be.  In true vocabularies that is 14; one
- * made for it could make a search long, and at every byte of a text there are as
- * many as a marker may have lengths. */
-enum { MAX_PROBES = 200 };
+/* A hash table: entries with the same hash form a chain, the newest first.
+ * Each entry knows the next, -1 for none.  In true vocabularies chains have up
+ * to 10 entries; the limit is for those made to slow a search down. */
+enum { MAX_CHAIN = 64 };
+
+struct chain { int32_t first, n; };       /* first: entry + 1, or 0          */
+struct table { struct chain *chain; uint32_t n; };      /* a power of two    */
 
 struct lfm2_tokenizer {
-    int n_vocab, n_symbols;
-    uint8_t *text;                        /* symbol i is the bytes start[i]  */
-    uint32_t *start;                      /* to start[i+1] of text           */
-    uint8_t *type;                        /* [n_vocab] TOKEN_...             */
-
-    struct table symbols;                 /* by bytes: what text can become  */
+    int n_vocab;
+    uint8_t *text;                        /* the bytes of all tokens         */
+    struct token *token;                  /* [n_vocab + 1]                   */
+    struct table tokens;                  /* by their bytes                  */
     struct merge *merge;                  /* [n_merges]; the index is the    */
     uint32_t n_merges;                    /* rank, the lowest comes first    */
     struct table merges;                  /* by left and right               */
 
-    struct table specials;                /* by bytes: tokens looked for     */
-                                          /* before text is cut into pieces  */
-    uint32_t special_max[256];            /* longest, by first byte; 0: none */
+    uint16_t longest_marker[256];         /* by first byte; 0: there is none */
     int32_t byte[256];                    /* the token of a single byte      */
     int32_t bos, eos, eot, im_start, im_end;        /* -1: there is none     */
     int add_bos;
@@ -6655,104 +6872,73 @@ struct lfm2_tokenizer {
 
 static uint8_t *make_classes(void);       /* on the last page                */
 
-static const uint8_t *symbol_bytes(const lfm2_tokenizer *t, int32_t id)
+static const uint8_t *token_bytes(const lfm2_tokenizer *t, int32_t id)
 {
-    return t->text + t->start[id];
+    return t->text + t->token[id].start;
 }
 
-static uint32_t symbol_len(const lfm2_tokenizer *t, int32_t id)
+static uint32_t token_len(const lfm2_tokenizer *t, int32_t id)
 {
-    return t->start[id + 1] - t->start[id];
+    return t->token[id + 1].start - t->token[id].start;
 }
 
-/* The slot that holds s[n], or a free one: where it belongs, or the last.  If
- * type is not 0 it must be that of the token. */
-static uint32_t *symbol_slot(const lfm2_tokenizer *t, struct table in,
-                             uint64_t hash, const uint8_t *s, size_t n,
-                             int type)
+static int has_type(const lfm2_tokenizer *t, int32_t id, int types)
 {
-    const uint32_t first = (uint32_t)(hash ^ hash >> 32);
-
-    for (uint32_t i = 0; i < MAX_PROBES; i++) {
-        uint32_t *slot = &in.slot[(first + i) & (in.n - 1)];
-        const int32_t id = (int32_t)*slot - 1;
-        if (id < 0 || (symbol_len(t, id) == n &&
-                       memcmp(symbol_bytes(t, id), s, n) == 0 &&
-                       (type == 0 || t->type[id] == type)))
-            return slot;
-    }
-    return &in.slot[in.n];
+    return types >> t->token[id].type & 1;
 }
 
-/* Let an empty slot have a number; -1 if it is the one that stays free. */
-static int take_slot(struct table in, uint32_t *slot, uint32_t number)
+static struct chain *chain_of(struct table t, uint64_t hash)
 {
-    if (slot == in.slot + in.n)
+    return &t.chain[(hash ^ hash >> 32) & (t.n - 1)];
+}
+
+/* Put an entry into a chain; -1 if that is full. */
+static int add_to_chain(struct chain *c, int32_t entry, int32_t *next)
+{
+    if (c->n == MAX_CHAIN)
         return -1;
-    *slot = number + 1;
+    c->n++;
+    *next = c->first - 1;
+    c->first = entry + 1;
     return 0;
 }
 
-/* The symbol with these bytes that text can become, or -1. */
-static int32_t find_symbol(const lfm2_tokenizer *t, const uint8_t *s, size_t n)
+/* The token with the bytes s[n], of one of these types; -1 if there is none.
+ * Of several it is the first in the vocabulary, which comes last here. */
+static int32_t find_hashed(const lfm2_tokenizer *t, uint64_t hash,
+                           const uint8_t *s, size_t n, int types)
 {
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    return (int32_t)*symbol_slot(t, t->symbols, hash, s, n, 0) - 1;
+    int32_t id = chain_of(t->tokens, hash)->first - 1, found = -1;
+
+    for (; id >= 0; id = t->token[id].next)
+        if (token_len(t, id) == n && has_type(t, id, types) &&
+            memcmp(token_bytes(t, id), s, n) == 0)
+            found = id;
+    return found;
 }
 
-/* Control tokens, unused and unknown ones are not made from text. */
-static int is_from_text(int type)
+static int32_t find_token(const lfm2_tokenizer *t, const uint8_t *s, size_t n,
+                          int types)
 {
-    return type == TOKEN_NORMAL || type == TOKEN_USER_DEFINED ||
-           type == TOKEN_BYTE;
+    return find_hashed(t, hash_bytes(HASH_START, s, n), s, n, types);
 }
 
-/* The next symbol; there is room for it.  Its bytes lead to it, or to an
- * earlier symbol that has the same.  -1: too many collide. */
-static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
-                          int type)
-{
-    const int32_t id = t->n_symbols++;
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    const int is_special = type == TOKEN_CONTROL || type == TOKEN_USER_DEFINED;
-    uint32_t *slot;
-
-    memcpy(t->text + t->start[id], s, n);
-    t->start[id + 1] = t->start[id] + (uint32_t)n;
-    slot = symbol_slot(t, t->symbols, hash, s, n, 0);
-    if (is_from_text(type) && n > 0 && *slot == 0 &&
-        take_slot(t->symbols, slot, (uint32_t)id) != 0)
-        return -1;
-    if (is_special && n > 0) {
-        slot = symbol_slot(t, t->specials, hash, s, n, type);
-        if (*slot == 0 && take_slot(t->specials, slot, (uint32_t)id) != 0)
-            return -1;
-        if (t->special_max[s[0]] < n)
-            t->special_max[s[0]] = (uint32_t)n;
-    }
-    return id;
-}
-
-static int32_t find_or_add(lfm2_tokenizer *t, const uint8_t *s, size_t n)
-{
-    const int32_t id = find_symbol(t, s, n);
-    return id >= 0 ? id : add_symbol(t, s, n, TOKEN_NORMAL);
-}
-
-/* The slot of the merge of a pair, or a free one as above. */
-static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
-                            int32_t right)
+static struct chain *merge_chain(const lfm2_tokenizer *t, int32_t left,
+                                 int32_t right)
 {
     const uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    const uint64_t hash = pair * 0x9e3779b97f4a7c15u >> 32;
 
-    for (uint32_t i = 0; i < MAX_PROBES; i++) {
-        uint32_t *slot = &t->merges.slot[(hash + i) & (t->merges.n - 1)];
-        if (*slot == 0 || (t->merge[*slot - 1].left == left &&
-                           t->merge[*slot - 1].right == right))
-            return slot;
-    }
-    return &t->merges.slot[t->merges.n];
+    return chain_of(t->merges, pair * 0x9e3779b97f4a7c15u);
+}
+
+/* The rank of merging two tokens. */
+static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
+{
+    int32_t i = merge_chain(t, left, right)->first - 1;
+
+    while (i >= 0 && (t->merge[i].left != left || t->merge[i].right != right))
+        i = t->merge[i].next;
+    return i >= 0 ? (uint32_t)i : NO_RANK;
 }
 
 /* ------------------------------------------------- 23. Reading a vocabulary
@@ -6763,408 +6949,21 @@ static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
  * way, so the one space in a merge parts its two sides.  Control and
  * user-defined tokens are literal. */
 
-/* What the file lists, and room for one text of it. */
-struct lists {
-    const struct gguf *g;
-    const struct gguf_kv *tokens, *merges;
-    const struct gguf_kv *types;          /* NULL: all are normal            */
-    uint8_t *scratch;                     /* [MAX_TOKEN]                     */
-    int16_t byte_of[256 + 68];            /* character to byte; -1: to none  */
+/* The keys that are read, in the order in which they are exported. */
+enum { KEY_MODEL, KEY_PRE, KEY_BOS, KEY_EOS, KEY_ADD_BOS, KEY_TYPES, KEY_TOKENS,
+       KEY_MERGES, N_WORD_KEYS };
+
+static const char *const word_key[N_WORD_KEYS] = {
+    "tokenizer.ggml.model", "tokenizer.ggml.pre",
+    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.token_type",
+    "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 };
 
-/* The character for a byte in that alphabet. */
-static uint32_t char_of(uint8_t b)
-{
-    return b <= 32 ? 256u + b : b >= 127 && b <= 160 ? 256u + 33 + b - 127 :
-           b == 173 ? 256u + 67 : b;
-}
-
-static int is_mapped(int type)
-{
-    return type == TOKEN_NORMAL || type == TOKEN_BYTE;
-}
-
-/* Write the bytes that a text stands for and return how many.  Text that is not
- * in the alphabet stands for itself. */
-static size_t unmap(const struct lists *f, uint8_t *out, struct str text,
-                    int64_t type)
-{
-    const uint8_t *s = (const uint8_t *)text.s;
-    size_t n = 0, i = 0;
-
-    while (i < text.n && is_mapped((int)type)) {
-        uint32_t c = s[i++];
-        if (c >= 0xc2 && c < 0xe0 && i < text.n && (s[i] & 0xc0) == 0x80)
-            c = (c & 0x1f) << 6 | (s[i++] & 0x3fu);
-        else if (c >= 0x80)
-            c = 0;
-        if (c >= COUNT(f->byte_of) || f->byte_of[c] < 0)
-            break;
-        out[n++] = (uint8_t)f->byte_of[c];
-        if (i == text.n)
-            return n;
-    }
-    memcpy(out, s, text.n);
-    return text.n;
-}
-
-/* Slots for n entries; -1 without memory. */
-static int open_table(struct table *t, uint64_t n)
-{
-    t->n = 2;
-    while (t->n < 2 * n)
-        t->n *= 2;
-    t->slot = calloc((size_t)t->n + 1, sizeof *t->slot);
-    return t->slot ? 0 : -1;
-}
-
-/* Room for all that the lists may lead to: a merge may add its left side, its
- * right side and both together. */
-static int reserve(lfm2_tokenizer *t, struct lists *f)
-{
-    const uint64_t n_text = f->tokens->size + 2 * (uint64_t)f->merges->size;
-    const size_t n_vocab = (size_t)f->tokens->n;
-    const size_t n_merges = (size_t)f->merges->n;
-    const size_t n_symbols = n_vocab + 3 * n_merges;
-
-    if (n_text > INT32_MAX || open_table(&t->symbols, n_symbols) != 0 ||
-        open_table(&t->merges, n_merges) != 0 ||
-        open_table(&t->specials, n_vocab) != 0)
-        return -1;
-    t->text = malloc((size_t)n_text + 1);
-    t->start = malloc((n_symbols + 1) * sizeof *t->start);
-    t->type = malloc(n_vocab);
-    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
-    t->classes = make_classes();
-    f->scratch = malloc(MAX_TOKEN);
-    if (!t->text || !t->start || !t->type || !t->merge || !t->classes ||
-        !f->scratch)
-        return -1;
-    t->start[0] = 0;
-    return 0;
-}
-
-static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
-{
-    struct cursor c = kv_cursor(f->tokens);
-
-    t->n_vocab = (int)f->tokens->n;
-    for (int i = 0; i < t->n_vocab; i++) {
-        const struct str s = take_string(&c);
-        int64_t type = TOKEN_NORMAL;
-        if (f->types)
-            kv_integer(f->types, (uint64_t)i, &type);
-        if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
-            return BAD(f->g, "token %d: of type %lld, expected %d to %d", i,
-                       (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
-        if (s.n > MAX_TOKEN)
-            return BAD(f->g, "token %d: %zu bytes, expected at most %d", i, s.n,
-                       MAX_TOKEN);
-        if (s.n > MAX_SPECIAL && (type == TOKEN_CONTROL ||
-                                  type == TOKEN_USER_DEFINED))
-            return BAD(f->g, "token %d: a marker of %zu bytes, expected at "
-                       "most %d", i, s.n, MAX_SPECIAL);
-        t->type[i] = (uint8_t)type;
-        if (add_symbol(t, f->scratch, unmap(f, f->scratch, s, type),
-                       t->type[i]) < 0)
-            return BAD(f->g, "token %d: its hash and those of %d others "
-                       "collide", i, MAX_PROBES);
-    }
-    return LFM2_OK;
-}
-
-/* "left right" to the ids of left, right and both together. */
-static int add_merges(lfm2_tokenizer *t, const struct lists *f)
-{
-    struct cursor c = kv_cursor(f->merges);
-
-    for (uint64_t i = 0; i < f->merges->n; i++) {
-        const struct str s = take_string(&c);
-        const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
-        if (s.n > MAX_TOKEN)
-            return BAD(f->g, "merge %llu: %zu bytes, expected at most %d",
-                       ull(i), s.n, MAX_TOKEN);
-        if (!space || space == s.s || space + 1 == end ||
-            memchr(space + 1, ' ', (size_t)(end - space) - 1))
-            return BAD(f->g, "merge %llu: \"%s\", expected two parts with one "
-                       "space between them", ull(i), show(s).s);
-        const struct str left = { s.s, (size_t)(space - s.s) };
-        const struct str right = { space + 1, (size_t)(end - space) - 1 };
-        const size_t n = unmap(f, f->scratch, left, TOKEN_NORMAL);
-        const size_t k = unmap(f, f->scratch + n, right, TOKEN_NORMAL);
-        struct merge m;
-        m.left = find_or_add(t, f->scratch, n);
-        m.right = find_or_add(t, f->scratch + n, k);
-        m.result = find_or_add(t, f->scratch, n + k);
-        uint32_t *slot = merge_slot(t, m.left, m.right);
-        if (m.left < 0 || m.right < 0 || m.result < 0 ||
-            (*slot == 0 && take_slot(t->merges, slot, t->n_merges) != 0))
-            return BAD(f->g, "merge %llu: its hash and those of %d others "
-                       "collide", ull(i), MAX_PROBES);
-        t->merge[t->n_merges++] = m;      /* of two, the first rank stays    */
-    }
-    return LFM2_OK;
-}
-
-static int check_kind(const struct gguf *g)
-{
-    struct str model, arch, pre = { "", 0 };
-
-    if (!gguf_string(g, "tokenizer.ggml.model", &model))
-        return BAD(g, "tokenizer.ggml.model: no such string, expected "
-                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
-                   "tokenizer.bin can stand in for it");
-    if (!str_is(model, "gpt2"))
-        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
-                     "byte-level BPE", show(model).s);
-    /* An LFM2 model can only mean one thing, whatever it calls it. */
-    if (gguf_string(g, "general.architecture", &arch) &&
-        (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
-        return LFM2_OK;
-    if (gguf_string(g, "tokenizer.ggml.pre", &pre) &&
-        (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
-        return LFM2_OK;
-    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
-                 "\"llama-bpe\"", show(pre).s);
-}
-
-/* An array of strings, or of numbers; these may be absent: *out is NULL. */
-static int find_array(const struct gguf *g, const char *key, int strings,
-                      const struct gguf_kv **out)
-{
-    const struct gguf_kv *kv = *out = gguf_find(g, key);
-    const char *what = strings ? "strings" : "i32";
-
-    if (!kv && !strings)
-        return LFM2_OK;
-    if (!kv)
-        return BAD(g, "%s: absent, expected an array of %s", key, what);
-    if (kv->type != GGUF_ARRAY ||
-        (strings ? kv->elem != GGUF_STRING
-                 : kv->elem != GGUF_I32 && kv->elem != GGUF_U32))
-        return BAD(g, "%s: %s %s, expected an array of %s", key,
-                   kv->type == GGUF_ARRAY ? "an array of" : "one",
-                   gguf_type[kv->elem].name, what);
-    return LFM2_OK;
-}
-
-static int find_lists(struct lists *f)
-{
-    TRY(check_kind(f->g));
-    TRY(find_array(f->g, "tokenizer.ggml.tokens", 1, &f->tokens));
-    TRY(find_array(f->g, "tokenizer.ggml.token_type", 0, &f->types));
-    TRY(find_array(f->g, "tokenizer.ggml.merges", 1, &f->merges));
-    if (f->tokens->n < 1 || f->tokens->n > MAX_VOCAB)
-        return BAD(f->g, "the vocabulary: %llu tokens, expected 1 to %d",
-                   ull(f->tokens->n), MAX_VOCAB);
-    if (f->types && f->types->n != f->tokens->n)
-        return BAD(f->g, "the vocabulary: %llu token types, expected %llu, one "
-                   "for each token", ull(f->types->n), ull(f->tokens->n));
-    if (f->merges->n > MAX_MERGE)
-        return BAD(f->g, "the vocabulary: %llu merges, expected at most %d",
-                   ull(f->merges->n), MAX_MERGE);
-    return LFM2_OK;
-}
-
-/* A token the file gives by its id; -1 if it does not. */
-static int read_id(const struct lists *f, const char *key, const char *name,
-                   int32_t *out)
-{
-    uint32_t id = UINT32_MAX;
-
-    TRY(gguf_u32(f->g, key, &id));
-    if (id != UINT32_MAX && id >= f->tokens->n)
-        return BAD(f->g, "the %s token: id %lu, expected one below %llu", name,
-                   (unsigned long)id, ull(f->tokens->n));
-    *out = id == UINT32_MAX ? -1 : (int32_t)id;
-    return LFM2_OK;
-}
-
-static int read_vocab(lfm2_tokenizer *t, struct lists *f)
-{
-    const struct gguf_kv *add = gguf_find(f->g, "tokenizer.ggml.add_bos_token");
-
-    TRY(find_lists(f));
-    TRY(read_id(f, "tokenizer.ggml.bos_token_id", "BOS", &t->bos));
-    TRY(read_id(f, "tokenizer.ggml.eos_token_id", "EOS", &t->eos));
-    if (add && add->type != GGUF_BOOL)
-        return BAD(f->g, "%s: of type %s, expected a bool", add->key,
-                   gguf_type[add->type].name);
-    t->add_bos = !add || add->value[0];
-    if (reserve(t, f) != 0)
-        return fail(f->g->err, LFM2_ENOMEM, "no memory for the vocabulary");
-    memset(f->byte_of, -1, sizeof f->byte_of);
-    for (int b = 0; b < 256; b++)
-        f->byte_of[char_of((uint8_t)b)] = (int16_t)b;
-    TRY(add_tokens(t, f));
-    TRY(add_merges(t, f));
-    t->im_start = lfm2_token_id(t, "<|im_start|>");
-    t->im_end = lfm2_token_id(t, "<|im_end|>");
-    t->eot = lfm2_token_id(t, "<|endoftext|>");
-    for (int b = 0; b < 256; b++) {
-        t->byte[b] = find_symbol(t, &(uint8_t){ (uint8_t)b }, 1);
-        if (t->byte[b] < 0 || t->byte[b] >= t->n_vocab)
-            return BAD(f->g, "the vocabulary: no token for the single byte "
-                       "0x%02x, expected all 256", (unsigned)b);
-    }
-    return LFM2_OK;
-}
-
-void lfm2_tokenizer_close(lfm2_tokenizer *t)
-{
-    if (!t)
-        return;
-    free(t->text);
-    free(t->start);
-    free(t->type);
-    free(t->merge);
-    free(t->symbols.slot);
-    free(t->merges.slot);
-    free(t->specials.slot);
-    free(t->classes);
-    free(t);
-}
-
-int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
-                               size_t size, lfm2_error *err)
-{
-    lfm2_tokenizer *t;
-    struct gguf g = { 0 };
-    struct lists f = { .g = &g };
-    int code;
-
-    *out = NULL;
-    if (!data)
-        return fail(err, LFM2_EARG, "no data to open");
-    t = calloc(1, sizeof *t);
-    code = t ? gguf_parse(&g, data, size, err)
-             : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    if (code == LFM2_OK)
-        code = read_vocab(t, &f);
-    free(f.scratch);
-    gguf_free(&g);
-    if (code == LFM2_OK)
-        *out = t;
-    else
-        lfm2_tokenizer_close(t);
-    return code;
-}
-
-int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
-                        lfm2_error *err)
-{
-    struct file file;
-    int code;
-
-    *out = NULL;
-    TRY(file_open(&file, path, LFM2_LOAD_MAP, err));
-    code = lfm2_tokenizer_open_memory(out, file.data, file.size, err);
-    file_close(&file);
-    return code;
-}
-
-/* And back: tokenizer.bin is a GGUF with these keys and no tensors. */
-
-struct writer { uint8_t *out; size_t cap, n; };
-
-/* Like snprintf: counts everything, writes what there is room for. */
-static void put(struct writer *w, const void *p, size_t n)
-{
-    if (w->n < w->cap)
-        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
-    w->n += n;
-}
-
-static void put_int(struct writer *w, uint64_t v, int bytes)
-{
-    for (; bytes > 0; bytes--, v >>= 8)
-        put(w, &(uint8_t){ (uint8_t)v }, 1);
-}
-
-static void put_string(struct writer *w, const void *s, size_t n)
-{
-    put_int(w, n, 8);
-    put(w, s, n);
-}
-
-/* A key and the type of its value; for an array, elem and n of it. */
-static void begin_key(struct writer *w, const char *name, uint32_t type,
-                      uint32_t elem, uint64_t n)
-{
-    char key[64];
-    const int len = snprintf(key, sizeof key, "tokenizer.ggml.%s", name);
-
-    put_string(w, key, (size_t)len);
-    put_int(w, type, 4);
-    if (type == GGUF_ARRAY) {
-        put_int(w, elem, 4);
-        put_int(w, n, 8);
-    }
-}
-
-/* The bytes of a symbol, in the byte alphabet or literal. */
-static void put_symbol(struct writer *w, const lfm2_tokenizer *t, int32_t id,
-                       int mapped)
-{
-    for (uint32_t i = 0; i < symbol_len(t, id); i++) {
-        const uint8_t byte = symbol_bytes(t, id)[i];
-        const uint32_t c = mapped ? char_of(byte) : byte;
-        if (mapped && c >= 0x80)
-            put_int(w, 0xc0 | c >> 6, 1);
-        put_int(w, mapped && c >= 0x80 ? 0x80 | (c & 0x3f) : c, 1);
-    }
-}
-
-/* A token, or if there is a right side a merge: its length, then its text. */
-static void put_text(struct writer *w, const lfm2_tokenizer *t, int32_t id,
-                     int32_t right)
-{
-    struct writer length = { 0 }, *to[] = { &length, w };
-
-    for (int pass = 0; pass < 2; pass++) {
-        if (pass == 1)
-            put_int(w, length.n, 8);
-        put_symbol(to[pass], t, id, right >= 0 || is_mapped(t->type[id]));
-        if (right >= 0) {
-            put_int(to[pass], ' ', 1);
-            put_symbol(to[pass], t, right, 1);
-        }
-    }
-}
-
-size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
-{
-    struct writer w = { buf, buf ? cap : 0, 0 };
-
-    put(&w, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0", 16);         /* no tensors      */
-    put_int(&w, 8, 8);                                    /* and eight keys  */
-    begin_key(&w, "model", GGUF_STRING, 0, 0);
-    put_string(&w, "gpt2", 4);
-    begin_key(&w, "pre", GGUF_STRING, 0, 0);
-    put_string(&w, "lfm2", 4);
-    begin_key(&w, "bos_token_id", GGUF_U32, 0, 0);        /* 2^32-1: none    */
-    put_int(&w, (uint32_t)t->bos, 4);
-    begin_key(&w, "eos_token_id", GGUF_U32, 0, 0);
-    put_int(&w, (uint32_t)t->eos, 4);
-    begin_key(&w, "add_bos_token", GGUF_BOOL, 0, 0);
-    put_int(&w, t->add_bos, 1);
-    begin_key(&w, "token_type", GGUF_ARRAY, GGUF_I32, (uint64_t)t->n_vocab);
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        put_int(&w, t->type[id], 4);
-    begin_key(&w, "tokens", GGUF_ARRAY, GGUF_STRING, (uint64_t)t->n_vocab);
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        put_text(&w, t, id, -1);
-    begin_key(&w, "merges", GGUF_ARRAY, GGUF_STRING, t->n_merges);
-    for (uint32_t i = 0; i < t->n_merges; i++)
-        put_text(&w, t, t->merge[i].left, t->merge[i].right);
-    return w.n;
-}
-
-/* ------------------------------------------------------ 24. Text to tokens
- *
- * First the special tokens are cut out, then what lies between is cut into
- * pieces, then each piece becomes tokens.  All three are linear in the text, or
- * n log n for the last: a page of one letter is no trap. */
+struct word_keys {
+    const struct gguf *g;
+    const struct gguf_kv *kv[N_WORD_KEYS];          /* NULL: not in the file */
+};
 
 /* The character that starts at p, of which n bytes (1 or more) are there: its
  * length; 0 if more bytes could complete it; -1 if it is none.  Overlong forms,
@@ -7186,6 +6985,354 @@ static int utf8_length(const uint8_t *p, size_t n)
     return len;
 }
 
+/* A whole character of len bytes as a number. */
+static uint32_t utf8_value(const uint8_t *p, int len)
+{
+    uint32_t c = len == 1 ? *p : *p & (0x7fu >> len);
+
+    for (int i = 1; i < len; i++)
+        c = c << 6 | (p[i] & 0x3fu);
+    return c;
+}
+
+/* The byte that a character of the alphabet stands for; -1: it is not in it. */
+static int byte_of(uint32_t c)
+{
+    if (c < 256)
+        return c < 33 || (c > 126 && c < 161) || c == 173 ? -1 : (int)c;
+    c -= 256;
+    return c < 33 ? (int)c : c < 67 ? (int)c - 33 + 127 : c == 67 ? 173 : -1;
+}
+
+/* Write the bytes that a text stands for and return how many.  A text that is
+ * not all in the alphabet stands for itself. */
+static size_t unmap(uint8_t *out, struct str text, int type)
+{
+    const uint8_t *s = (const uint8_t *)text.s;
+    const int is_mapped = type == TOKEN_NORMAL || type == TOKEN_BYTE;
+    size_t n = 0, i = 0;
+
+    while (i < text.n && is_mapped) {
+        const int len = utf8_length(s + i, text.n - i);
+        const int byte = len > 0 ? byte_of(utf8_value(s + i, len)) : -1;
+        if (byte < 0)
+            break;
+        out[n++] = (uint8_t)byte;
+        i += (size_t)len;
+    }
+    if (i == text.n)
+        return n;
+    memcpy(out, s, text.n);
+    return text.n;
+}
+
+static int add_tokens(lfm2_tokenizer *t, const struct word_keys *w)
+{
+    const struct gguf_kv *types = w->kv[KEY_TYPES];
+    struct cursor c = kv_cursor(w->kv[KEY_TOKENS]);
+
+    for (int32_t id = 0; id < t->n_vocab; id++) {
+        const struct str s = take_string(&c);
+        int64_t type = TOKEN_NORMAL;
+        if (types)
+            kv_integer(types, (uint64_t)id, &type);
+        if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
+            return BAD(w->g, "token %d: of type %lld, expected %d to %d", id,
+                       (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
+        struct token *token = &t->token[id];
+        token->type = (uint8_t)type;
+        const int is_marker = has_type(t, id, CUT_OUT_SPECIAL);
+        const size_t max = is_marker ? MAX_MARKER : MAX_TOKEN;
+        if (s.n > max)
+            return BAD(w->g, "token %d: %s%zu bytes, expected at most %zu", id,
+                       is_marker ? "a marker of " : "", s.n, max);
+        uint8_t *bytes = t->text + token->start;
+        const size_t n = unmap(bytes, s, (int)type);
+        const uint64_t hash = hash_bytes(HASH_START, bytes, n);
+        token[1].start = token->start + (uint32_t)n;
+        if (is_marker && n > 0 && n > t->longest_marker[bytes[0]])
+            t->longest_marker[bytes[0]] = (uint16_t)n;
+        if (find_hashed(t, hash, bytes, n, 1 << type) < 0 &&
+            add_to_chain(chain_of(t->tokens, hash), id, &token->next) != 0)
+            return BAD(w->g, "token %d: its hash and those of %d others "
+                       "collide", id, MAX_CHAIN);
+    }
+    return LFM2_OK;
+}
+
+/* "left right" to the ids of left, right and both together. */
+static int add_merges(lfm2_tokenizer *t, const struct word_keys *w)
+{
+    uint8_t *bytes = t->text + t->token[t->n_vocab].start;
+    struct cursor c = kv_cursor(w->kv[KEY_MERGES]);
+
+    for (uint64_t i = 0; i < w->kv[KEY_MERGES]->n; i++) {
+        const struct str s = take_string(&c);
+        const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
+        if (s.n > MAX_TOKEN)
+            return BAD(w->g, "merge %llu: %zu bytes, expected at most %d",
+                       ull(i), s.n, MAX_TOKEN);
+        if (!space || space == s.s || space + 1 == end ||
+            memchr(space + 1, ' ', (size_t)(end - space) - 1))
+            return BAD(w->g, "merge %llu: \"%s\", expected two parts with one "
+                       "space between them", ull(i), show(s).s);
+        const struct str left = { s.s, (size_t)(space - s.s) };
+        const struct str right = { space + 1, (size_t)(end - space) - 1 };
+        const size_t n = unmap(bytes, left, TOKEN_NORMAL);
+        const size_t k = unmap(bytes + n, right, TOKEN_NORMAL);
+        struct merge m = { find_token(t, bytes, n, ANY_TYPE),
+                           find_token(t, bytes + n, k, ANY_TYPE),
+                           find_token(t, bytes, n + k, ANY_TYPE), -1 };
+        if (m.left < 0 || m.right < 0 || m.result < 0)
+            return BAD(w->g, "merge %llu: \"%s\", expected two tokens that "
+                       "make a third", ull(i), show(s).s);
+        /* no text becomes a control token; of two merges the first counts */
+        if (!has_type(t, m.result, FROM_TEXT) ||
+            find_merge(t, m.left, m.right) != NO_RANK)
+            continue;
+        if (add_to_chain(merge_chain(t, m.left, m.right), (int32_t)t->n_merges,
+                         &m.next) != 0)
+            return BAD(w->g, "merge %llu: its hash and those of %d others "
+                       "collide", ull(i), MAX_CHAIN);
+        t->merge[t->n_merges++] = m;
+    }
+    return LFM2_OK;
+}
+
+static int check_kind(const struct gguf *g)
+{
+    struct str model, arch, pre = { "", 0 };
+
+    if (!gguf_string(g, word_key[KEY_MODEL], &model))
+        return BAD(g, "tokenizer.ggml.model: no such string, expected "
+                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
+                   "tokenizer.bin can stand in for it");
+    if (!str_is(model, "gpt2"))
+        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
+                     "byte-level BPE", show(model).s);
+    /* An LFM2 model can only mean one thing, whatever it calls it. */
+    if (gguf_string(g, "general.architecture", &arch) &&
+        (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
+        return LFM2_OK;
+    if (gguf_string(g, word_key[KEY_PRE], &pre) &&
+        (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
+        return LFM2_OK;
+    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
+                 "\"llama-bpe\"", show(pre).s);
+}
+
+/* An array of strings or of 32-bit integers, with min to max elements. */
+static int check_array(const struct word_keys *w, int key, uint64_t min,
+                       uint64_t max)
+{
+    const struct gguf_kv *kv = w->kv[key];
+    const char *what = key == KEY_TYPES ? "i32" : "strings";
+
+    if (!kv)
+        return BAD(w->g, "%s: absent, expected an array of %s", word_key[key],
+                   what);
+    if (kv->type != GGUF_ARRAY ||
+        (key == KEY_TYPES ? kv->elem != GGUF_I32 && kv->elem != GGUF_U32
+                          : kv->elem != GGUF_STRING))
+        return BAD(w->g, "%s: %s %s, expected an array of %s", kv->key,
+                   kv->type == GGUF_ARRAY ? "an array of" : "one",
+                   gguf_type[kv->elem].name, what);
+    if (kv->n < min || kv->n > max)
+        return BAD(w->g, "%s: %llu elements, expected %llu to %llu", kv->key,
+                   ull(kv->n), ull(min), ull(max));
+    return LFM2_OK;
+}
+
+static int find_keys(struct word_keys *w)
+{
+    for (int key = 0; key < N_WORD_KEYS; key++)
+        w->kv[key] = gguf_find(w->g, word_key[key]);
+    TRY(check_kind(w->g));
+    TRY(check_array(w, KEY_TOKENS, 1, MAX_VOCAB));
+    TRY(check_array(w, KEY_MERGES, 0, MAX_MERGE));
+    const uint64_t n_vocab = w->kv[KEY_TOKENS]->n;
+    return w->kv[KEY_TYPES] ? check_array(w, KEY_TYPES, n_vocab, n_vocab)
+                            : LFM2_OK;
+}
+
+/* A token that the file gives by its id; -1 if it does not. */
+static int read_id(const struct word_keys *w, int key, const char *name,
+                   int32_t *out)
+{
+    uint32_t id = UINT32_MAX;
+
+    TRY(gguf_u32(w->g, word_key[key], &id));
+    if (id != UINT32_MAX && id >= w->kv[KEY_TOKENS]->n)
+        return BAD(w->g, "the %s token: id %lu, expected one below %llu", name,
+                   (unsigned long)id, ull(w->kv[KEY_TOKENS]->n));
+    *out = id == UINT32_MAX ? -1 : (int32_t)id;
+    return LFM2_OK;
+}
+
+/* Chains for n entries, so many that few share one; -1 without memory. */
+static int open_table(struct table *t, uint64_t n)
+{
+    for (t->n = 1; t->n < 2 * n; t->n *= 2)
+        ;
+    t->chain = calloc(t->n, sizeof *t->chain);
+    return t->chain ? 0 : -1;
+}
+
+/* Text has room for a merge behind all tokens. */
+static int allocate(lfm2_tokenizer *t, const struct word_keys *w)
+{
+    const size_t n_text = w->kv[KEY_TOKENS]->size;
+    const size_t n_merges = (size_t)w->kv[KEY_MERGES]->n;
+
+    t->n_vocab = (int)w->kv[KEY_TOKENS]->n;
+    t->text = n_text < INT32_MAX ? malloc(n_text + MAX_TOKEN) : NULL;
+    t->token = calloc((size_t)t->n_vocab + 1, sizeof *t->token);
+    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
+    t->classes = make_classes();
+    if (!t->text || !t->token || !t->merge || !t->classes ||
+        open_table(&t->tokens, (uint64_t)t->n_vocab) != 0 ||
+        open_table(&t->merges, n_merges) != 0)
+        return fail(w->g->err, LFM2_ENOMEM, "no memory for the vocabulary");
+    return LFM2_OK;
+}
+
+/* The tokens that begin and end a text or a turn.  Text never becomes one of
+ * them, even where the file calls them user-defined. */
+static void find_roles(lfm2_tokenizer *t)
+{
+    t->im_start = lfm2_token_id(t, "<|im_start|>");
+    t->im_end = lfm2_token_id(t, "<|im_end|>");
+    t->eot = lfm2_token_id(t, "<|endoftext|>");
+    const int32_t role[] = { t->bos, t->eos, t->eot, t->im_start, t->im_end };
+    for (size_t i = 0; i < COUNT(role); i++)
+        if (role[i] >= 0 && t->token[role[i]].type == TOKEN_USER_DEFINED)
+            t->token[role[i]].type = TOKEN_CONTROL;
+}
+
+static int read_words(lfm2_tokenizer *t, struct word_keys *w)
+{
+    const struct gguf_kv *add;
+
+    TRY(find_keys(w));
+    TRY(read_id(w, KEY_BOS, "BOS", &t->bos));
+    TRY(read_id(w, KEY_EOS, "EOS", &t->eos));
+    add = w->kv[KEY_ADD_BOS];
+    if (add && add->type != GGUF_BOOL)
+        return BAD(w->g, "%s: of type %s, expected a bool", add->key,
+                   gguf_type[add->type].name);
+    t->add_bos = !add || add->value[0];
+    TRY(allocate(t, w));
+    TRY(add_tokens(t, w));
+    find_roles(t);
+    TRY(add_merges(t, w));
+    for (int b = 0; b < 256; b++) {
+        t->byte[b] = find_token(t, &(uint8_t){ (uint8_t)b }, 1, FROM_TEXT);
+        if (t->byte[b] < 0)
+            return BAD(w->g, "the vocabulary: no token for the single byte "
+                       "0x%02x, expected all 256", (unsigned)b);
+    }
+    return LFM2_OK;
+}
+
+void lfm2_tokenizer_close(lfm2_tokenizer *t)
+{
+    if (!t)
+        return;
+    free(t->text);
+    free(t->token);
+    free(t->merge);
+    free(t->tokens.chain);
+    free(t->merges.chain);
+    free(t->classes);
+    free(t);
+}
+
+int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
+                               size_t size, lfm2_error *err)
+{
+    struct gguf g = { 0 };
+    lfm2_tokenizer *t;
+    int code;
+
+    *out = NULL;
+    if (!data)
+        return fail(err, LFM2_EARG, "no data to open");
+    t = calloc(1, sizeof *t);
+    code = t ? gguf_parse(&g, data, size, err)
+             : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    if (code == LFM2_OK)
+        code = read_words(t, &(struct word_keys){ .g = &g });
+    gguf_free(&g);
+    if (code == LFM2_OK)
+        *out = t;
+    else
+        lfm2_tokenizer_close(t);
+    return code;
+}
+
+int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
+                        lfm2_error *err)
+{
+    struct file file;
+    int code;
+
+    *out = NULL;
+    TRY(file_open(&file, path, LFM2_LOAD_MAP, err));
+    code = lfm2_tokenizer_open_memory(out, file.data, file.size, err);
+    file_close(&file);
+    return code;
+}
+
+/* Like snprintf: counts everything, writes what there is room for. */
+struct writer { uint8_t *out; size_t cap, n; };
+
+static void put(struct writer *w, const void *p, size_t n)
+{
+    if (w->n < w->cap)
+        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
+    w->n += n;
+}
+
+/* A tokenizer.bin is a GGUF with copies of the keys that are read and no
+ * tensors.  It lacks the architecture, and so it says what `pre` is. */
+size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
+                             size_t cap, lfm2_error *err)
+{
+    static const char pre[] = "\22\0\0\0\0\0\0\0tokenizer.ggml.pre"
+                              "\10\0\0\0" "\4\0\0\0\0\0\0\0lfm2";
+    uint8_t header[24] = "GGUF\3";
+    struct writer out = { buf, buf ? cap : 0, 0 };
+    struct gguf g = { 0 };
+    struct word_keys w = { .g = &g };
+    int code = data ? gguf_parse(&g, data, size, err)
+                    : fail(err, LFM2_EARG, "no data to export");
+
+    if (code == LFM2_OK)
+        code = find_keys(&w);
+    for (int key = 0; key < N_WORD_KEYS; key++)
+        header[16] += key == KEY_PRE || w.kv[key];
+    if (code == LFM2_OK)
+        put(&out, header, sizeof header);
+    for (int key = 0; code == LFM2_OK && key < N_WORD_KEYS; key++) {
+        const struct gguf_kv *kv = w.kv[key];
+        if (key == KEY_PRE)
+            put(&out, pre, sizeof pre - 1);
+        else if (kv) {
+            const uint8_t *from = kv->value - strlen(kv->key) -
+                                  (kv->type == GGUF_ARRAY ? 24 : 12);
+            put(&out, from, (size_t)(kv->value - from) + kv->size);
+        }
+    }
+    gguf_free(&g);
+    return out.n;
+}
+
+/* ------------------------------------------------------ 24. Text to tokens
+ *
+ * First the special tokens are cut out, then what lies between is cut into
+ * pieces, then each piece becomes tokens.  All three are linear in the text, or
+ * n log n for the last: a page of one letter is no trap. */
+
 enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CLASS_END };
 enum { MAX_CLASSED = 0x32400 };           /* from here on all are OTHER      */
 
@@ -7206,9 +7353,7 @@ static int class_at(const lfm2_tokenizer *t, const uint8_t *p,
     if (n <= 0)
         return CLASS_OTHER;
     *len = n;
-    c = *p & (0x7fu >> n);
-    for (int i = 1; i < n; i++)
-        c = c << 6 | (p[i] & 0x3fu);
+    c = utf8_value(p, n);
     return c < MAX_CLASSED ? t->classes[c] : CLASS_OTHER;
 }
 
@@ -7299,172 +7444,136 @@ static void emit(struct tokens *o, int32_t id)
     o->n++;
 }
 
-/* A piece of n bytes on its way to tokens.  A symbol is known by the index of
- * its first byte; its id stands at its first byte and at its last, so that both
- * neighbours can be reached.  rank[i] is that of merging symbol i with the one
- * after it.  The best of all, the leftmost if several, is found by a knockout
- * tournament: node v plays the winners of nodes 2v and 2v+1, node n+i is byte
- * i, and node 1 is the final. */
-struct bpe {
-    int32_t *id;                          /* [n]                             */
-    uint32_t *rank;                       /* [n]                             */
-    uint32_t *winner;                     /* [n], from 1                     */
-    uint32_t n;
-    uint32_t *memory;
-    size_t cap;
+/* A piece of text on its way to tokens.  A symbol is known by the index of its
+ * first byte; its token stands there and at its last byte, so that both
+ * neighbours can be reached.  The best pair to merge, the leftmost if several,
+ * is found by a knockout tournament over the ranks: node v plays the winners of
+ * nodes 2v and 2v+1, node n+i is byte i, and node 1 is the final. */
+struct symbol {
+    int32_t id;                           /* the token that begins or ends   */
+    uint32_t rank;                        /* of merging it with the next one */
+    uint32_t winner;                      /* of the node with this index     */
 };
 
-static void play(struct bpe *b, uint32_t node)
+struct symbols { struct symbol *at; uint32_t n; };
+
+static void play(struct symbols p, uint32_t node)
 {
     const uint32_t left = 2 * node, right = left + 1;
-    const uint32_t x = left < b->n ? b->winner[left] : left - b->n;
-    const uint32_t y = right < b->n ? b->winner[right] : right - b->n;
+    const uint32_t x = left < p.n ? p.at[left].winner : left - p.n;
+    const uint32_t y = right < p.n ? p.at[right].winner : right - p.n;
 
-    b->winner[node] = b->rank[x] < b->rank[y] ||
-                      (b->rank[x] == b->rank[y] && x < y) ? x : y;
+    p.at[node].winner = p.at[x].rank < p.at[y].rank ||
+                        (p.at[x].rank == p.at[y].rank && x < y) ? x : y;
 }
 
-/* The rank of merging symbol i with the next one.  A free slot holds 0, and
- * 0 - 1 is NO_RANK. */
-static uint32_t rank_at(const lfm2_tokenizer *t, const struct bpe *b,
-                        uint32_t i)
+/* The rank of merging symbol i with the next one. */
+static uint32_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
 {
-    const uint32_t next = i + symbol_len(t, b->id[i]);
+    const uint32_t next = i + token_len(t, p.at[i].id);
 
-    return next < b->n ? *merge_slot(t, b->id[i], b->id[next]) - 1 : NO_RANK;
+    return next < p.n ? find_merge(t, p.at[i].id, p.at[next].id) : NO_RANK;
 }
 
-static void set_rank(struct bpe *b, uint32_t i, uint32_t rank)
+static void set_rank(struct symbols p, uint32_t i, uint32_t rank)
 {
-    b->rank[i] = rank;
-    for (uint32_t node = (i + b->n) / 2; node > 0; node /= 2)
-        play(b, node);
+    p.at[i].rank = rank;
+    for (uint32_t node = (i + p.n) / 2; node > 0; node /= 2)
+        play(p, node);
 }
 
-/* Every byte of the piece a symbol, every pair ranked. */
-static int start_merging(const lfm2_tokenizer *t, struct bpe *b,
-                         const uint8_t *s, uint32_t n)
-{
-    if (3 * (size_t)n > b->cap) {
-        free(b->memory);
-        b->cap = 3 * (size_t)(n < 256 ? 256 : n);
-        b->memory = b->cap <= SIZE_MAX / 4 ? malloc(4 * b->cap) : NULL;
-        if (!b->memory)
-            return LFM2_ENOMEM;
-    }
-    b->n = n;
-    b->rank = b->memory;
-    b->winner = b->rank + n;
-    b->id = (int32_t *)(b->winner + n);
-    for (uint32_t i = 0; i < n; i++)
-        b->id[i] = t->byte[s[i]];
-    for (uint32_t i = 0; i < n; i++)
-        b->rank[i] = rank_at(t, b, i);
-    for (uint32_t node = n - 1; node > 0; node--)
-        play(b, node);
-    return LFM2_OK;
-}
-
-static void merge_all(const lfm2_tokenizer *t, struct bpe *b)
+static void merge_all(const lfm2_tokenizer *t, struct symbols p)
 {
     for (;;) {
-        const uint32_t i = b->winner[1];
-        if (b->rank[i] == NO_RANK)
+        const uint32_t i = p.at[1].winner;
+        if (p.at[i].rank == NO_RANK)
             return;
-        const struct merge *m = &t->merge[b->rank[i]];
-        const uint32_t right = i + symbol_len(t, m->left);
-        b->id[i] = m->result;
-        b->id[i + symbol_len(t, m->result) - 1] = m->result;
-        set_rank(b, right, NO_RANK);
-        set_rank(b, i, rank_at(t, b, i));
+        const struct merge *m = &t->merge[p.at[i].rank];
+        const uint32_t right = i + token_len(t, m->left);
+        p.at[i].id = m->result;
+        p.at[i + token_len(t, m->result) - 1].id = m->result;
+        set_rank(p, right, NO_RANK);
+        set_rank(p, i, rank_at(t, p, i));
         if (i > 0) {
-            const uint32_t left = i - symbol_len(t, b->id[i - 1]);
-            set_rank(b, left, rank_at(t, b, left));
+            const uint32_t left = i - token_len(t, p.at[i - 1].id);
+            set_rank(p, left, rank_at(t, p, left));
         }
     }
 }
 
 /* A piece that is a token as a whole becomes that token, even where merging
- * would not get there (so does llama.cpp with these vocabularies). */
-static int encode_piece(const lfm2_tokenizer *t, struct tokens *o,
-                        struct bpe *b, const uint8_t *s, uint32_t n)
+ * would not get there (so does llama.cpp with these vocabularies).  All others
+ * have two bytes or more. */
+static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
+                         struct symbol *room, const uint8_t *s, uint32_t n)
 {
-    const int32_t whole = find_symbol(t, s, n);
+    const int32_t whole = find_token(t, s, n, FROM_TEXT);
+    const struct symbols p = { room, n };
 
-    if (whole >= 0 && whole < t->n_vocab) {
+    if (whole >= 0) {
         emit(o, whole);
-        return LFM2_OK;
+        return;
     }
-    if (start_merging(t, b, s, n) != LFM2_OK)
-        return LFM2_ENOMEM;
-    merge_all(t, b);
-    for (uint32_t i = 0, len; i < n; i += len) {
-        len = symbol_len(t, b->id[i]);
-        if (b->id[i] < t->n_vocab)
-            emit(o, b->id[i]);
-        else                              /* a step on a way not gone to end */
-            for (uint32_t k = 0; k < len; k++)
-                emit(o, t->byte[s[i + k]]);
-    }
-    return LFM2_OK;
+    for (uint32_t i = 0; i < n; i++)
+        p.at[i].id = t->byte[s[i]];
+    for (uint32_t i = 0; i < n; i++)
+        p.at[i].rank = rank_at(t, p, i);
+    for (uint32_t node = n - 1; node > 0; node--)
+        play(p, node);
+    merge_all(t, p);
+    for (uint32_t i = 0; i < n; i += token_len(t, p.at[i].id))
+        emit(o, p.at[i].id);
 }
 
-/* The longest special token that stands at p < end, and its length; or -1. */
-static int32_t special_at(const lfm2_tokenizer *t, const uint8_t *p,
-                          const uint8_t *end, int control, uint32_t *len)
+/* The longest marker that stands at p < end, of these types; or -1. */
+static int32_t marker_at(const lfm2_tokenizer *t, const uint8_t *p,
+                         const uint8_t *end, int types)
 {
-    const int type = control ? 0 : TOKEN_USER_DEFINED;
-    const size_t left = (size_t)(end - p);
     uint64_t hash = HASH_START;
     int32_t found = -1;
 
-    for (uint32_t n = 1; n <= t->special_max[*p] && n <= left; n++) {
+    for (int n = 1; n <= t->longest_marker[*p] && n <= end - p; n++) {
         hash = hash_bytes(hash, p + n - 1, 1);
-        const uint32_t id_1 = *symbol_slot(t, t->specials, hash, p, n, type);
-        if (id_1) {
-            found = (int32_t)id_1 - 1;
-            *len = n;
-        }
+        const int32_t id = find_hashed(t, hash, p, (size_t)n, types);
+        found = id >= 0 ? id : found;
     }
     return found;
 }
 
-static int encode_plain(const lfm2_tokenizer *t, struct tokens *o,
-                        struct bpe *b, const uint8_t *p, const uint8_t *end)
+static void encode_plain(const lfm2_tokenizer *t, struct tokens *o,
+                         struct symbol *room, const uint8_t *p,
+                         const uint8_t *end)
 {
-    while (p < end) {
-        const uint8_t *next = piece_end(t, p, end);
-        TRY(encode_piece(t, o, b, p, (uint32_t)(next - p)));
-        p = next;
+    for (const uint8_t *next; p < end; p = next) {
+        next = piece_end(t, p, end);
+        encode_piece(t, o, room, p, (uint32_t)(next - p));
     }
-    return LFM2_OK;
 }
 
-/* Cut out the special tokens from left to right, the longest at each place, and
- * encode what is between them.  (llama.cpp takes the longest anywhere first,
- * which is the same unless two of them overlap in the text.) */
+/* Cut out the markers from left to right, the longest at each place, and encode
+ * what is between them.  (llama.cpp takes the longest anywhere first, which is
+ * the same unless two of them overlap in the text.) */
 static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
-                       const uint8_t *text, size_t len, int control)
+                       const uint8_t *text, size_t len, int types)
 {
     const uint8_t *p = text, *from = text, *end = text + len;
-    struct bpe b = { 0 };
-    int code = LFM2_OK;
+    struct symbol *room = calloc(len, sizeof *room);
 
-    while (p < end && code == LFM2_OK) {
-        uint32_t n;
-        const int32_t id = special_at(t, p, end, control, &n);
+    if (!room)
+        return LFM2_ENOMEM;
+    while (p < end) {
+        const int32_t id = marker_at(t, p, end, types);
         if (id < 0) {
             p++;
             continue;
         }
-        code = encode_plain(t, o, &b, from, p);
+        encode_plain(t, o, room, from, p);
         emit(o, id);
-        from = p += n;
+        from = p += token_len(t, id);
     }
-    if (code == LFM2_OK)
-        code = encode_plain(t, o, &b, from, end);
-    free(b.memory);
-    return code;
+    encode_plain(t, o, room, from, end);
+    free(room);
+    return LFM2_OK;
 }
 
 enum { MAX_ENCODE = 1 << 30 };            /* bytes of text in one call       */
@@ -7472,6 +7581,7 @@ enum { MAX_ENCODE = 1 << 30 };            /* bytes of text in one call       */
 int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
                 int flags, int32_t *out, int cap)
 {
+    const int types = flags & LFM2_ENCODE_SPECIAL ? CUT_OUT_SPECIAL : CUT_OUT;
     struct tokens o = { out, out ? cap : 0, 0 };
 
     if (len > MAX_ENCODE || (!text && len > 0))
@@ -7479,8 +7589,7 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
     if ((flags & LFM2_ENCODE_BOS) && t->bos >= 0)
         emit(&o, t->bos);
     if (len > 0)
-        TRY(encode_text(t, &o, (const uint8_t *)text, len,
-                        flags & LFM2_ENCODE_SPECIAL));
+        TRY(encode_text(t, &o, (const uint8_t *)text, len, types));
     return o.n;
 }
 
@@ -7506,11 +7615,11 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
     text[n_role] = '\n';
     memcpy(text + n_role + 1, msg->content, n);
     emit(o, t->im_start);
-    code = encode_text(t, o, text, n_role + 1 + n, 0);
+    code = encode_text(t, o, text, n_role + 1 + n, CUT_OUT);
     emit(o, t->im_end);
     free(text);
     TRY(code);
-    return encode_text(t, o, (const uint8_t *)"\n", 1, 0);
+    return encode_text(t, o, (const uint8_t *)"\n", 1, CUT_OUT);
 }
 
 int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
@@ -7536,7 +7645,8 @@ int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
         TRY(encode_turn(t, &o, &msgs[i]));
     if (generate) {
         emit(&o, t->im_start);
-        TRY(encode_text(t, &o, (const uint8_t *)opening, strlen(opening), 0));
+        TRY(encode_text(t, &o, (const uint8_t *)opening, strlen(opening),
+                        CUT_OUT));
     }
     return o.n;
 }
@@ -7569,26 +7679,20 @@ const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
 {
     *len = 0;
     if (token < 0 || token >= t->n_vocab ||
-        (!special && !is_from_text(t->type[token])))
+        (!special && !has_type(t, token, FROM_TEXT)))
         return "";
-    *len = (int)symbol_len(t, token);
-    return (const char *)symbol_bytes(t, token);
+    *len = (int)token_len(t, token);
+    return (const char *)token_bytes(t, token);
 }
 
-/* Markers first: should another token have the same bytes, they are meant. */
+/* Should a marker and another token have the same bytes, the marker is meant. */
 int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 {
     const uint8_t *s = (const uint8_t *)text;
     const size_t n = strlen(text);
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    const uint32_t id_1 = *symbol_slot(t, t->specials, hash, s, n, 0);
+    const int32_t marker = find_token(t, s, n, CUT_OUT_SPECIAL);
 
-    if (id_1)
-        return (int32_t)id_1 - 1;
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        if (symbol_len(t, id) == n && memcmp(symbol_bytes(t, id), s, n) == 0)
-            return id;
-    return -1;
+    return marker >= 0 ? marker : find_token(t, s, n, ANY_TYPE);
 }
 
 size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
@@ -7627,31 +7731,46 @@ static int comes_before(struct candidate a, struct candidate b)
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
-/* top[0], top[-1] ... top[1-n] is a heap with the first in order on top, but
- * for top[-i], which may have to go down. */
-static void sift_down(struct candidate *top, int n, int i)
+/* c[n] is a heap with the last in order on top, but for c[i], which may have to
+ * go down. */
+static void sift_down(struct candidate *c, int n, int i)
 {
-    const struct candidate moved = top[-i];
+    const struct candidate moved = c[i];
 
     for (int child = 2 * i + 1; child < n; child = 2 * i + 1) {
-        if (child + 1 < n && comes_before(top[-child - 1], top[-child]))
+        if (child + 1 < n && comes_before(c[child], c[child + 1]))
             child++;
-        if (!comes_before(top[-child], moved))
+        if (!comes_before(moved, c[child]))
             break;
-        top[-i] = top[-child];
+        c[i] = c[child];
         i = child;
     }
-    top[-i] = moved;
+    c[i] = moved;
 }
 
-/* Bring the first of such a heap c[n] to its front; the rest stays a heap. */
-static void pop_first(struct candidate *c, int n)
+static void swap(struct candidate *a, struct candidate *b)
 {
-    const struct candidate first = c[n - 1];
+    const struct candidate was = *a;
 
-    c[n - 1] = c[0];
-    c[0] = first;
-    sift_down(&c[n - 1], n - 1, 0);
+    *a = *b;
+    *b = was;
+}
+
+/* Bring the first k of c[n] to its front, sorted: a heap of k takes what comes
+ * before the last it has, which few do, and is then taken apart from its top. */
+static void sort_first(struct candidate *c, int n, int k)
+{
+    for (int i = k / 2; i-- > 0;)
+        sift_down(c, k, i);
+    for (int i = k; i < n; i++)
+        if (comes_before(c[i], c[0])) {
+            swap(&c[0], &c[i]);
+            sift_down(c, k, 0);
+        }
+    for (int i = k; i-- > 1;) {
+        swap(&c[0], &c[i]);
+        sift_down(c, i, 0);
+    }
 }
 
 /* The index of the highest logit, the first of several; -1 if there is none or
@@ -7696,46 +7815,11 @@ static void penalise(const lfm2_sampler *s, struct candidate *mark,
     }
 }
 
-/* The lowest x with e^x >= p, so that probabilities need not be computed to be
- * compared. */
-static float log_of(float p)
+/* Does min-p keep a candidate whose logit is x below the highest?  What is below
+ * `least` has less than min_p for sure, which saves most calls of exp. */
+static int is_likely(float x, float min_p, float least)
 {
-    float low = -88, high = 0;
-
-    for (int i = 0; i < 40; i++) {
-        const float mid = (low + high) / 2;
-        if (exp_f32(mid) < p)
-            low = mid;
-        else
-            high = mid;
-    }
-    return high;
-}
-
-static void make_heap(struct candidate *c, int n)
-{
-    for (int i = n / 2; i-- > 0;)
-        sift_down(&c[n - 1], n, i);
-}
-
-/* The k likeliest of c[n], k < n, sorted: first a heap of k with the least
- * likely on top, which most others do not beat.  There both numbers are
- * negative, which turns the order round. */
-static void keep_first(struct candidate *c, int n, int k)
-{
-    for (int i = 0; i < n; i++) {
-        const struct candidate x = { -c[i].p, -c[i].id };
-        if (i < k)
-            c[i] = x;
-        if (i == k - 1)
-            make_heap(c, k);
-        if (i < k || !comes_before(c[k - 1], x))
-            continue;
-        c[k - 1] = x;
-        sift_down(&c[k - 1], k, 0);
-    }
-    for (int i = 0; i < k; i++)
-        c[i] = (struct candidate){ -c[i].p, -c[i].id };
+    return x == 0 || !(min_p > 0) || (x >= least && exp_f32(x) >= min_p);
 }
 
 /* Leave in c what top-k, top-p and min-p leave over, at least one: the highest
@@ -7744,35 +7828,38 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
                              const float *logits, int n_vocab, float max)
 {
     const int by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p < 1;
-    const float least = s->min_p > 0 ? log_of(s->min_p) : -INFINITY;
     double sum = 0, mass = 0;
+    float least = 0;
     int n = 0, kept = 0, sorted = 0;
 
+    while (least > -88 && exp_f32(least) >= s->min_p)
+        least -= 1;
     /* min-p keeps the front of the same order as the others do, so it may come
      * first, unless top-p is to see all that top-k leaves. */
     for (int32_t id = 0; id < n_vocab; id++)
-        if (logits[id] >= -FLT_MAX &&
-            ((by_k && by_p) || logits[id] - max >= least))
+        if (logits[id] >= -FLT_MAX && ((by_k && by_p) ||
+            is_likely(logits[id] - max, s->min_p, least)))
             c[n++] = (struct candidate){ logits[id], id };
     if (!by_k && !by_p)
         return n;
-    if (by_k && s->top_k < n) {
-        keep_first(c, n, s->top_k);
-        n = s->top_k;
+    if (by_k) {
+        sorted = s->top_k < n ? s->top_k : n;
+        sort_first(c, n, sorted);
+        n = sorted;
     }
-    make_heap(c, n);
-    for (; by_k && sorted < n; sorted++)
-        pop_first(c + sorted, n - sorted);
     if (!by_p)
         return n;
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
         sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
     for (; kept < n && (kept == 0 || mass < s->top_p * sum); kept++) {
-        if (kept == sorted)
-            pop_first(c + sorted++, n - kept);
+        if (kept == sorted) {
+            const int more = 3 * sorted + 64 < n - sorted ? 3 * sorted + 64 : n - sorted;
+            sort_first(c + sorted, n - sorted, more);
+            sorted += more;
+        }
         mass += exp_f32(c[kept].p - max);
     }
-    while (kept > 1 && c[kept - 1].p - max < least)
+    while (kept > 1 && !is_likely(c[kept - 1].p - max, s->min_p, least))
         kept--;
     return kept;
 }
@@ -7809,8 +7896,8 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
     return last;
 }
 
-int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
-                    const int32_t *history, int n_history)
+static int32_t sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                      const int32_t *history, int n_history)
 {
     const int n_vocab = ctx->model->cfg.n_vocab;
     int32_t best;
@@ -7826,6 +7913,18 @@ int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
     const int n = choose_candidates(s, ctx->candidates, logits, n_vocab,
                                     logits[best]);
     return draw(ctx->candidates, n, logits[best], s->temperature, u);
+}
+
+int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                    const int32_t *history, int n_history)
+{
+    fenv_t callers;
+    int32_t token;
+
+    enter_arithmetic(&callers);
+    token = sample(ctx, s, logits, history, n_history);
+    fesetenv(&callers);
+    return token;
 }
 
 /* --------------------------------------------------------- 27. Unicode classes

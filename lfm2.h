@@ -165,7 +165,8 @@ enum { LFM2_KV_F16, LFM2_KV_F32 };
 int lfm2_isa_available(int isa);
 
 typedef struct {
-    int n_ctx;        /* longest sequence, in tokens                         */
+    int n_ctx;        /* longest sequence, in tokens; 0: as long as the model
+                         was trained for, 2^24 at most                       */
     int n_seq;        /* how many sequences                                  */
     int n_batch;      /* tokens worked on at once; changes memory, no bit    */
     int n_logits;     /* most rows of logits one lfm2_forward() may ask for  */
@@ -181,8 +182,9 @@ typedef struct lfm2_context lfm2_context;
  * logits, all usable CPUs, KV in f16, the best ISA. */
 lfm2_params lfm2_default_params(const lfm2_model *m);
 
-/* The bytes lfm2_context_open() will reserve, 0 for unusable parameters.  Pages
- * of a KV cache are not touched before the sequence grows into them. */
+/* The bytes lfm2_context_open() will reserve, stacks of threads apart; 0 for
+ * unusable parameters.  Pages of a KV cache are not touched before the sequence
+ * grows into them, and go back to the system when it is emptied. */
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p);
 
 /* `m` must outlive the context. */
@@ -200,11 +202,15 @@ typedef struct {
     const int32_t *tokens;     /* [n_tokens], each 0 .. n_vocab-1            */
     int            n_tokens;   /* 1 or more; may exceed n_batch              */
     int            n_logits;   /* wanted for the last n_logits of them       */
+    const float   *embd;       /* [n_tokens][n_embd]: rows that stand in for
+                                  embeddings; then tokens is NULL            */
+    int            state;      /* 1: lfm2_state() is wanted, and no logits   */
 } lfm2_span;
 
 /* Append every span to its sequence.  A sequence appears at most once.  Errors:
- * LFM2_EARG (an id, a count, a sequence), LFM2_EFULL, LFM2_ECANCELLED; after
- * any of them all sequences are as they were. */
+ * LFM2_EARG (an id, a count, a sequence, a context with threads in the child of
+ * a fork()), LFM2_EFULL, LFM2_ECANCELLED; after any of them all sequences are
+ * as they were. */
 int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
                  lfm2_error *err);
 
@@ -213,6 +219,11 @@ int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
  * the caller may edit them before sampling (masks, biases, grammars).  NULL if
  * there is no such row. */
 float *lfm2_logits(lfm2_context *ctx, int span, int row);
+
+/* The last row of such a span after the last norm: what would be multiplied
+ * with the output matrix, and what sentences are compared by.  [n_embd] floats,
+ * valid until the next lfm2_forward(); NULL for other spans. */
+const float *lfm2_state(const lfm2_context *ctx, int span);
 
 /* Make a running lfm2_forward(), or else the next one, return LFM2_ECANCELLED.
  * Safe from any thread and from a signal handler. */
@@ -248,13 +259,16 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
  * the context with one thing.  READ reads weights of the model as they lie in
  * memory (all, or the first 2 GiB) and returns how many bytes; DOT multiplies
  * int8 numbers in registers with the instruction the context's kernels use, and
- * returns how many multiply-adds.  The caller takes the time. */
-enum { LFM2_READ, LFM2_DOT };
+ * returns how many multiply-adds; DECODE multiplies one row with weights that
+ * stay in the second-level cache, half a MiB for each thread, and returns how
+ * many bytes of weights.  The caller takes the time.  LFM2_EARG in the child of
+ * a fork(), as of lfm2_forward(). */
+enum { LFM2_READ, LFM2_DOT, LFM2_DECODE };
 int64_t lfm2_exercise(lfm2_context *ctx, int what);
 
 /* The functions everything is computed with, for those who bring the engine to
- * another machine: e^a, the sine and cosine of a (up to some 10^6), and a*b+c
- * rounded once.  The same bits everywhere; NaN for another function. */
+ * another machine: e^a, the sine and cosine of a (0 to 2^24), and a*b+c rounded
+ * once.  The same bits everywhere; NaN for another function. */
 enum { LFM2_EXP, LFM2_SIN, LFM2_COS, LFM2_FMA };
 float lfm2_math(int function, float a, float b, float c);
 
@@ -263,14 +277,16 @@ float lfm2_math(int function, float a, float b, float c);
 /* In tokens; LFM2_EARG if there is no such sequence. */
 int  lfm2_seq_len(const lfm2_context *ctx, int seq);
 
-/* Shortening is exact but granular: the conv state is kept at every multiple of
- * this many tokens (64, 128 or 256, by model). */
+/* The conv state is kept after each of the last 16 tokens, and before that at
+ * every multiple of this many tokens (64, 128 or 256, by model). */
 int  lfm2_seq_step(const lfm2_context *ctx);
 
 /* Keep at most the first `len` tokens.  Returns how many were kept: all of them
- * if there were no more, else `len` rounded down to a multiple of
- * lfm2_seq_step(); the caller feeds the rest again.  LFM2_EARG if seq or len is
- * out of range. */
+ * if there were no more; `len` if it takes back no more than the last 16 that
+ * were read; else `len` rounded down to a multiple of lfm2_seq_step(), and the
+ * caller feeds the rest again.  (A sequence that was loaded or trimmed in that
+ * way has to read on before tokens of it can be taken back.)  LFM2_EARG if seq
+ * or len is out of range. */
 int  lfm2_seq_trim(lfm2_context *ctx, int seq, int len);
 
 /* Make `dst` equal to `src`: fork a conversation, share a system prompt. */
@@ -297,9 +313,11 @@ int  lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
                                 size_t size, lfm2_error *err);
 void lfm2_tokenizer_close(lfm2_tokenizer *t);
 
-/* Write tokenizer.bin into buf[cap]; returns the bytes it takes, like
- * snprintf. */
-size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap);
+/* Write a tokenizer.bin into buf[cap]: the vocabulary of a GGUF, given by its
+ * bytes, as it is there.  Returns how many bytes it takes, like snprintf; 0 and
+ * an error if the file holds no vocabulary. */
+size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
+                             size_t cap, lfm2_error *err);
 
 int     lfm2_n_vocab(const lfm2_tokenizer *t);
 int32_t lfm2_bos(const lfm2_tokenizer *t);        /* -1 if there is none     */
@@ -309,8 +327,10 @@ int     lfm2_is_eog(const lfm2_tokenizer *t, int32_t token);  /* ends a turn */
 /* Text in, token ids out: returns how many there are and writes no more than
  * `cap`, like snprintf; len + 1 is always enough.  Text is only ever text:
  * "<|im_end|>" typed by a user becomes ordinary tokens, unless SPECIAL asks for
- * control tokens to be recognised.  Negative: LFM2_ENOMEM or LFM2_EARG (more
- * than 1 GiB). */
+ * control tokens to be recognised.  Some files have user-defined tokens besides
+ * ("python" in those of LFM2): these are recognised in any text.  BOS, EOS and
+ * the markers of a turn count as control tokens even if the file calls them
+ * user-defined.  Negative: LFM2_ENOMEM or LFM2_EARG (more than 1 GiB). */
 enum { LFM2_ENCODE_BOS = 1, LFM2_ENCODE_SPECIAL = 2 };
 
 int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,

@@ -15,6 +15,7 @@
  *  10  the model in use              20  main */
 
 #define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE                       /* sched_getaffinity(), mincore()  */
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
 #define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
@@ -28,6 +29,9 @@
 #include <limits.h>
 #include <math.h>
 #include <poll.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -218,6 +222,7 @@ static int flush_output(int code)
  * --help says. */
 
 enum { RAW_LEN = 256, UNSET = -2, MAX_CTX = 1 << 24, MAX_LIST = 16 };
+enum { LOOKUP = 7, MAX_LOOKUP = 15 };     /* tokens guessed at once          */
 
 struct list { int n, v[MAX_LIST]; };      /* numbers, by commas              */
 
@@ -233,7 +238,7 @@ struct settings {
     int selftest, batch_mode, batch_raw, parallel, heartbeat, hadoop;
     int template, think, think_budget, ignore_eos, logprobs, color;
     int no_mmap, sandbox, quiet, verbose, help, version, bench;
-    int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n;
+    int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n, lookup;
     double temp, top_p, min_p, repeat;
     long long seed;
     struct texts stop;
@@ -264,6 +269,7 @@ static const struct settings defaults = {
     .predict = UNSET, .ctx = UNSET, .batch = UNSET, .temp = UNSET,
     .top_k = UNSET, .top_p = UNSET, .min_p = UNSET, .repeat = UNSET,
     .repeat_last_n = UNSET, .seed = -1, .think_budget = -1, .logprobs = -1,
+    .lookup = UNSET,
     .parallel = 32, .heartbeat = 10, .threads = UNSET,
     .bench_prompt = { 1, { 512 } }, .bench_gen = { 1, { 128 } },
     .bench_depth = { 1, { 0 } }, .bench_threads = { 1, { 0 } },
@@ -414,6 +420,9 @@ static const struct option table[] = {
     NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, "0: one per CPU"),
     NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16,
            "tokens worked on at once (512; with experts 2048)"),
+    NUMBER(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP,
+           "guess N tokens from the text so far; the answer\n"
+           "                            stays the same (7; with experts 0)"),
     NUMBER(CHOICE, "--isa",
            "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
            "instruction set"),
@@ -3553,17 +3562,34 @@ static int finish_file(FILE *f, const char *path, int code)
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
 
-static int export_words(const struct settings *s, const lfm2_tokenizer *words)
+static int export_words(const struct settings *s)
 {
-    const size_t n = lfm2_tokenizer_export(words, NULL, 0);
-    void *buf = malloc(n);
+    const char *path = s->tokenizer ? s->tokenizer : s->model;
+    lfm2_model *model;
+    lfm2_error err;
+    const void *data;
+    void *buf = NULL;
+    size_t size, n = 0;
     FILE *f;
 
+    watch_file(path);
+    lfm2_model_examine(&model, path, LFM2_LOAD_MAP, &err);
+    if (model) {
+        data = lfm2_model_file(model, &size);
+        n = lfm2_tokenizer_export(data, size, NULL, 0, &err);
+        buf = n > 0 ? malloc(n) : NULL;
+        if (buf)
+            n = lfm2_tokenizer_export(data, size, buf, n, &err);
+    }
+    lfm2_model_close(model);
+    unwatch_file();
+    if (n == 0)
+        return report(path, &err);
     if (!buf)
         return say(NO_MEMORY, "no memory for %zu bytes", n);
     f = create_file(s->export_to);
     if (f)
-        fwrite(buf, 1, lfm2_tokenizer_export(words, buf, n), f);
+        fwrite(buf, 1, n, f);
     free(buf);
     return f ? finish_file(f, s->export_to, DONE) : BAD_FILE;
 }
@@ -3579,7 +3605,7 @@ static int work_on_words(const struct settings *s)
     if (code != DONE)
         return code;
     if (s->export_to)
-        code = export_words(s, words);
+        code = export_words(s);
     else
         code = read_text(s, &t);
     if (code == DONE && s->tokenize)
@@ -3647,6 +3673,141 @@ static double count_elements(const lfm2_tensor_info *t)
     return n;
 }
 
+/* ---- what the system gives
+ *
+ * On Linux a control group, as that of a container, may have less than the
+ * machine: by its files in version 2, or in a tree of each controller's own in
+ * version 1.  What limits a group limits the groups within it. */
+
+static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
+
+/* The number in a file of a group's directory, the first or the second; 0 if it
+ * has none, as where it says "max". */
+static double number_in(const char *dir, const char *name, int second)
+{
+    char path[640];
+    double x[2] = { 0, 0 };
+    FILE *f;
+
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    f = fopen(path, "r");
+    if (f) {
+        (void)!fscanf(f, "%lf %lf", &x[0], &x[1]);
+        fclose(f);
+    }
+    return x[second];
+}
+
+static double cpu_limit(const char *dir)
+{
+    double quota = number_in(dir, "cpu.max", 0);
+    double period = number_in(dir, "cpu.max", 1);
+
+    if (quota <= 0) {
+        quota = number_in(dir, "cpu.cfs_quota_us", 0);
+        period = number_in(dir, "cpu.cfs_period_us", 0);
+    }
+    return quota > 0 && period > 0 ? ceil(quota / period) : 0;
+}
+
+static double memory_limit(const char *dir)
+{
+    return fmax(number_in(dir, "memory.max", 0),
+                number_in(dir, "memory.limit_in_bytes", 0));
+}
+
+/* The least limit, 0 for none, of the groups of this process and those they are
+ * in.  A line is "0::/path", or "4:memory:/path" in version 1. */
+static double least_limit(double (*limit)(const char *dir))
+{
+    FILE *f = fopen(groups, "r");
+    char line[512], dir[600], *end;
+    double least = 0;
+
+    while (f && fgets(line, sizeof line, f)) {
+        char *tree = strchr(line, ':');
+        char *path = tree ? strchr(tree + 1, ':') : NULL;
+        if (!path)
+            continue;
+        *tree = *path++ = '\0';
+        tree++;
+        path[strcspn(path, "\n")] = '\0';
+        do {
+            snprintf(dir, sizeof dir, "%s/%s%s", group_root, tree, path);
+            const double x = limit(dir);
+            least = x > 0 && (least <= 0 || x < least) ? x : least;
+            end = strrchr(path, '/');
+            if (end)
+                *end = '\0';
+        } while (end);
+    }
+    if (f)
+        fclose(f);
+    return least;
+}
+
+/* What a file of Linux says of `key`, behind a colon; or something else. */
+static struct phrase look_up_in(FILE *f, const char *key,
+                                const char *otherwise)
+{
+    struct phrase out = phrase("%s", otherwise);
+    char line[256];
+
+    if (f) {
+        fflush(f);                        /* or an earlier state is told     */
+        rewind(f);
+    }
+    while (f && fgets(line, sizeof line, f)) {
+        const char *s = strchr(line, ':');
+        if (!s || strncmp(line, key, strlen(key)) != 0)
+            continue;
+        s += 1 + strspn(s + 1, " \t");
+        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
+        break;
+    }
+    return out;
+}
+
+static struct phrase look_up(const char *path, const char *key,
+                             const char *otherwise)
+{
+    FILE *f = fopen(path, "r");
+    const struct phrase out = look_up_in(f, key, otherwise);
+
+    if (f)
+        fclose(f);
+    return out;
+}
+
+/* CPUs that this process may use. */
+static int usable_cpus(void)
+{
+    double n = 0, most;
+
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        n = CPU_COUNT(&set);
+#endif
+    if (n < 1)
+        n = (double)sysconf(_SC_NPROCESSORS_ONLN);
+    most = least_limit(cpu_limit);
+    if (most > 0)
+        n = fmin(n, most);
+    return (int)fmax(1, fmin(n, 64));
+}
+
+/* Memory that can be had without taking it from another program; 0 if the
+ * system does not tell. */
+static double free_memory(void)
+{
+    const double have = strtod(look_up("/proc/meminfo", "MemAvailable", "0").s,
+                               NULL) * 1024;
+    const double most = least_limit(memory_limit);
+
+    return most > 0 ? fmin(have, most) : have;
+}
+
 /* What the command line asks of a context. */
 static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
 {
@@ -3656,7 +3817,7 @@ static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
         p.n_ctx = s->ctx ? s->ctx : lfm2_model_config(m)->n_ctx_train;
     if (s->batch != UNSET)
         p.n_batch = s->batch;
-    p.n_threads = s->threads;
+    p.n_threads = s->threads ? s->threads : usable_cpus();
     p.isa = s->isa;
     p.kv_type = s->kv;
     return p;
@@ -3725,39 +3886,6 @@ static double step_bytes(const lfm2_model *m, const struct cost *cost,
         idle *= 1 - (double)c->n_expert_used / c->n_expert;
     return cost->shared + cost->experts * (1 - idle) +
            cost->kv * n_seq * depth;
-}
-
-/* What a file of Linux says of `key`, behind a colon; or something else. */
-static struct phrase look_up_in(FILE *f, const char *key,
-                                const char *otherwise)
-{
-    struct phrase out = phrase("%s", otherwise);
-    char line[256];
-
-    if (f) {
-        fflush(f);                        /* or an earlier state is told     */
-        rewind(f);
-    }
-    while (f && fgets(line, sizeof line, f)) {
-        const char *s = strchr(line, ':');
-        if (!s || strncmp(line, key, strlen(key)) != 0)
-            continue;
-        s += 1 + strspn(s + 1, " \t");
-        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
-        break;
-    }
-    return out;
-}
-
-static struct phrase look_up(const char *path, const char *key,
-                             const char *otherwise)
-{
-    FILE *f = fopen(path, "r");
-    const struct phrase out = look_up_in(f, key, otherwise);
-
-    if (f)
-        fclose(f);
-    return out;
 }
 
 /* Memory of the process's own, which the mapped file is not, from
@@ -4094,22 +4222,6 @@ static void find_parts(struct facts *f)
         if (role != UNUSED)
             add_part(&f->all, &p);
     }
-}
-
-/* Memory that can be had without taking it from another program, within the
- * limit of a container; 0 if the system does not tell. */
-static double free_memory(void)
-{
-    double have = strtod(look_up("/proc/meminfo", "MemAvailable", "0").s,
-                         NULL) * 1024;
-    FILE *f = fopen("/sys/fs/cgroup/memory.max", "r");
-    double limit;
-
-    if (f && fscanf(f, "%lf", &limit) == 1 && limit < have)
-        have = limit;
-    if (f)
-        fclose(f);
-    return have;
 }
 
 /* The longest context that there is memory for besides the weights. */
@@ -5076,6 +5188,7 @@ struct engine {
     lfm2_params par;
     int template;                         /* TEMPLATE_NONE: plain text       */
     int opens_thought;                    /* the prompt ends with <think>    */
+    int lookup;                           /* most tokens guessed at once     */
     struct sampling sampling;
     char date[12];
     struct ids *cached;                   /* [n_seq]: tokens in the cache    */
@@ -5219,6 +5332,31 @@ static int open_context(struct engine *e)
     return DONE;
 }
 
+static int has_vectors(const struct settings *s)
+{
+    int isa = LFM2_ISA_SCALAR + 1;
+
+    while (isa < LFM2_N_ISA && !lfm2_isa_available(isa))
+        isa++;
+    return isa < LFM2_N_ISA && s->isa != LFM2_ISA_SCALAR;
+}
+
+/* How many tokens to guess, and the rows of logits that takes.  Unless it is
+ * asked for, none where a guess costs too much: with experts, as it chooses its
+ * own, and in plain C, where arithmetic takes longer than reading.  A trace
+ * would show tokens that nobody said. */
+static void settle_lookup(struct engine *e)
+{
+    const struct settings *s = e->s;
+    const int pays = lfm2_model_config(e->model)->n_expert == 0 &&
+                     has_vectors(s);
+
+    e->lookup = s->trace || s->experts ? 0 : s->lookup != UNSET ? s->lookup :
+                pays ? LOOKUP : 0;
+    if (e->par.n_logits < 1 + e->lookup)
+        e->par.n_logits = 1 + e->lookup;
+}
+
 /* Everything but the context, which takes the most memory. */
 static int open_engine(struct engine *e)
 {
@@ -5240,6 +5378,7 @@ static int open_engine(struct engine *e)
         e->par.n_logits = LOGITS_CHUNK;
     if ((s->trace || s->experts) && s->batch == UNSET)
         e->par.n_batch = TRACE_BATCH;
+    settle_lookup(e);
     return DONE;
 }
 
@@ -5791,6 +5930,8 @@ struct reply {
     struct ids ids;                       /* prompt, then answer: [n_ctx]    */
     int n_fed, n_reused;                  /* of ids: in the cache; from it   */
     int n_made, n_thought;                /* tokens made, of them in thought */
+    int n_guessed, n_right;               /* tokens by lookup, right ones    */
+    int bold, credit;                     /* how many it may guess           */
     lfm2_sampler sampler;
     enum finish finish;
     enum part part;
@@ -6241,6 +6382,74 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
     take_token(e, r, id);
 }
 
+/* ---- prompt lookup
+ *
+ * Text repeats itself: an edit repeats a page, an answer its question, JSON its
+ * keys.  What followed the last few tokens earlier is a guess at what follows
+ * them now, and one forward reads several guesses for little more than the
+ * price of a token.  From each of them the next token is chosen as ever; a
+ * guess only decides whether the logits for it are there already.  So the
+ * answer is the same, to the byte.
+ *
+ * A guess costs about a tenth of a forward, and saves one if it is right.  A
+ * reply begins with half a forward to its credit and earns two hundredths with
+ * each, so that guesses that are always wrong cost it little more than these. */
+
+enum {
+    MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that must be alike       */
+    A_FORWARD = 100, A_GUESS = 10, EARNED = 2, CREDIT = 50, MAX_CREDIT = 400
+};
+
+/* Where the text went on when it was last like its end now: the longer this
+ * goes back, the better.  0 if it never was.  The search is short beside what
+ * attention reads of the same tokens. */
+static int find_earlier(const struct ids *text)
+{
+    const int32_t *end = text->id + text->n;
+    int best = 0, longest = MIN_MATCH - 1;
+
+    for (int at = text->n - 1; at > longest && longest < MAX_MATCH; at--) {
+        int n = 0;
+        while (n < at && n < MAX_MATCH && text->id[at - 1 - n] == end[-1 - n])
+            n++;
+        if (n > longest)
+            longest = n, best = at;
+    }
+    return best;
+}
+
+static int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+/* Put at most n guesses behind the text, and say how many. */
+static int guess(const struct engine *e, struct reply *r, int n)
+{
+    struct ids *text = &r->ids;
+    int from;
+
+    n = smaller(smaller(n, r->bold), r->credit / A_GUESS);
+    n = smaller(n, e->par.n_ctx - text->n);
+    if (r->q->limit >= 0)
+        n = smaller(n, r->q->limit - r->n_made - 1);
+    from = n > 0 ? find_earlier(text) : 0;
+    for (int i = 0; from > 0 && i < n; i++)
+        text->id[text->n + i] = text->id[from + i];
+    return from > 0 ? n : 0;
+}
+
+/* Of n guesses so many were right: guess more, or less. */
+static void note_guesses(struct reply *r, int n, int n_right)
+{
+    r->n_guessed += n;
+    r->n_right += n_right;
+    r->credit += EARNED + n_right * A_FORWARD - n * A_GUESS;
+    r->credit = smaller(r->credit, MAX_CREDIT);
+    if (n > 0)
+        r->bold = smaller(n_right < n ? n_right + 1 : 2 * n + 1, MAX_LOOKUP);
+}
+
 /* ---- many at once */
 
 /* What a reply shares with the text in a sequence need not be read again. */
@@ -6295,24 +6504,31 @@ static int start_reply(struct engine *e, struct reply *r,
     r->n_fed = r->n_reused = cached->n;
     r->part = !q->split ? PLAIN : q->in_thought ? THOUGHT : START;
     r->sampler = make_sampler(&q->sampling, q->seed);
+    r->bold = MIN_MATCH;
+    r->credit = CREDIT;
     r->started = r->read = r->ended = seconds();
     return DONE;
 }
 
 /* The tokens of a reply that go into the next forward: all that are not in the
- * cache, as far as there is room.  *room and *rows shrink. */
-static lfm2_span next_span(const struct reply *r, int *room, int *rows)
+ * cache, as far as there is room, and then guesses.  *room and *rows shrink. */
+static lfm2_span next_span(const struct engine *e, struct reply *r,
+                           int n_guesses, int *room, int *rows)
 {
     const int rest = r->ids.n - r->n_fed;
-    const int all_rows = r->q->prompt_logprobs >= 0 &&
-                         r->n_fed < r->q->prompt.n;
+    const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
     const int most = all_rows && *rows < *room ? *rows : *room;
     const int n = rest - 1 < most ? rest : most + 1;
+    int guesses = 0;
 
     *room -= n - 1;
     *rows -= all_rows ? n - 1 : 0;
-    return (lfm2_span){ r->seq, r->ids.id + r->n_fed, n,
-                        all_rows ? n : n == rest };
+    if (n == rest)
+        guesses = guess(e, r, smaller(n_guesses, smaller(*room, *rows)));
+    *room -= guesses;
+    *rows -= guesses;
+    return (lfm2_span){ r->seq, r->ids.id + r->n_fed, n + guesses,
+                        (all_rows ? n : n == rest) + guesses };
 }
 
 /* What the model thought of the prompt: of each token but the first. */
@@ -6337,6 +6553,25 @@ static void note_prompt(const struct engine *e, struct reply *r, int span,
     }
 }
 
+/* Say the next token, and as many more as were guessed.  What was guessed wrong
+ * leaves the cache, and maybe some of what is before it, which is read again. */
+static void say_tokens(struct engine *e, struct reply *r, int span)
+{
+    struct ids *cached = &e->cached[r->seq];
+    const int from = r->n_fed, n = cached->n - from;
+    const int row = e->span[span].n_logits - 1 - n;
+
+    while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
+        sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
+        while (r->n_fed < r->ids.n && r->n_fed < cached->n &&
+               r->ids.id[r->n_fed] == cached->id[r->n_fed])
+            r->n_fed++;
+    }
+    note_guesses(r, n, r->n_fed - from);
+    if (r->n_fed < cached->n)
+        r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
+}
+
 /* What was fed is in the cache; who has all of it there says its next token. */
 static void move_on(struct engine *e, struct reply *r, int span)
 {
@@ -6346,15 +6581,15 @@ static void move_on(struct engine *e, struct reply *r, int span)
     memcpy(cached->id + cached->n, fed->tokens,
            (size_t)fed->n_tokens * sizeof *cached->id);
     cached->n += fed->n_tokens;
-    if (r->q->prompt_logprobs >= 0)
+    if (r->q->prompt_logprobs >= 0 && r->n_made == 0)
         note_prompt(e, r, span, fed->n_logits);
-    r->n_fed += fed->n_tokens;
+    r->n_fed = smaller(cached->n, r->ids.n);
     if (r->n_made == 0)
         r->read = seconds();
     if (r->n_fed == r->ids.n && r->q->limit == 0)
         r->finish = BY_LENGTH;
     else if (r->n_fed == r->ids.n)
-        sample_token(e, r, lfm2_logits(e->ctx, span, fed->n_logits - 1));
+        say_tokens(e, r, span);
     if (r->finish != UNFINISHED) {
         split(r, 1);
         r->ended = seconds();
@@ -6373,14 +6608,14 @@ static int forward(const struct engine *e, const lfm2_span *spans, int n)
 }
 
 /* Move n unfinished replies on by one forward.  Those that read their prompts
- * share the room that those who write leave. */
+ * share the room that those who write leave, and all of them the guesses. */
 static int step(struct engine *e, struct reply *const *r, int n)
 {
     int room = e->par.n_batch - n, rows = e->par.n_logits - n, code;
 
     room = room > 0 ? room : 0;
     for (int i = 0; i < n; i++)
-        e->span[i] = next_span(r[i], &room, &rows);
+        e->span[i] = next_span(e, r[i], e->lookup / n, &room, &rows);
     code = forward(e, e->span, n);
     for (int i = 0; code == DONE && i < n; i++)
         move_on(e, r[i], i);
@@ -6810,8 +7045,10 @@ static void add_timings(struct text *to, const struct reply *r)
                "\"prompt_ms\": %.3f, \"prompt_per_second\": %.3f, ",
                r->n_reused, n, read * 1e3, n / (read + 1e-9));
     add_format(to, "\"predicted_n\": %d, \"predicted_ms\": %.3f, "
-               "\"predicted_per_second\": %.3f}", r->n_made, wrote * 1e3,
+               "\"predicted_per_second\": %.3f, ", r->n_made, wrote * 1e3,
                r->n_made / (wrote + 1e-9));
+    add_format(to, "\"draft_n\": %d, \"draft_n_accepted\": %d}",
+               r->n_guessed, r->n_right);
 }
 
 /* Which model said it, and how it can be said again. */
@@ -6872,13 +7109,18 @@ static void print_speed(const struct talk *t)
     if (e->s->verbose) {
         const struct cost cost = count_cost(e->model, e->par.kv_type);
         const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
+        const double steps = speed * (r->n_made - r->n_right) /
+                             (r->n_made + 1e-9);
         const double own = anonymous_memory(e->status);
         struct phrase of_it = { "" };
         if (own > 0)
             of_it = phrase(", of it %s not the file's", amount(own, "B").s);
         say(DONE, "a token reads %s of weights and cache, %s/s; memory %s%s",
-            amount(bytes, "B").s, amount(bytes * speed, "B").s,
+            amount(bytes, "B").s, amount(bytes * steps, "B").s,
             amount(peak_memory(), "B").s, of_it.s);
+        if (r->n_guessed > 0)
+            say(DONE, "guessed %d tokens, %d of them right", r->n_guessed,
+                r->n_right);
     }
 }
 
@@ -7761,7 +8003,7 @@ struct batch {
     int shard, n_shards;
     int told;                             /* of a member that is not known   */
     long long done, failed, skipped, failed_before;
-    double tokens, reused, bytes, size, started, beat;
+    double tokens, reused, guessed, right, bytes, size, started, beat;
 };
 
 /* ---- what a line asks for */
@@ -8616,6 +8858,8 @@ static void end_jobs(struct batch *b)
             continue;
         b->tokens += j->t.q.prompt.n + j->t.r.n_made;
         b->reused += j->t.r.n_reused;
+        b->guessed += j->t.r.n_guessed;
+        b->right += j->t.r.n_right;
         finish_reply(b, j);
         free_reply(&j->t.r);
         j->t.r = (struct reply){ 0 };
@@ -8643,7 +8887,8 @@ static void report_progress(struct batch *b, int last)
         "%.0f s%s", b->done, b->failed, b->skipped, b->tokens / took, took,
         left);
     if (last && s->verbose)
-        say(DONE, "%.0f tokens, %.0f of them reused", b->tokens, b->reused);
+        say(DONE, "%.0f tokens, %.0f of them reused; guessed %.0f, %.0f of "
+            "them right", b->tokens, b->reused, b->guessed, b->right);
 }
 
 static int run_batch(struct batch *b)
@@ -9250,7 +9495,9 @@ enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
 
 struct test { int n_prompt, n_gen, n_seq, depth; };
 
-struct limits { double read, dot; };      /* bytes, multiply-adds a second   */
+/* A second: bytes from memory, multiply-adds, and bytes that a kernel makes of
+ * weights in the second-level cache, of each thread. */
+struct limits { double read, dot, cached; };
 
 struct result {
     struct test test;
@@ -9541,8 +9788,10 @@ static void print_machine(const struct bench *b)
         const struct result *r = &b->result[i];
         if (i == 0 || r->n_threads != r[-1].n_threads)
             printf("limits    %d thread%s read %.1f GB/s and multiply %.0f "
-                   "G int8/s\n", r->n_threads, r->n_threads == 1 ? "" : "s",
-                   r->best.read / 1e9, r->best.dot / 1e9);
+                   "G int8/s; kernels %s GB/s a core in L2\n", r->n_threads,
+                   r->n_threads == 1 ? "" : "s",
+                   r->best.read / 1e9, r->best.dot / 1e9,
+                   cell(r->best.cached / 1e9, "%.1f").s);
     }
 }
 
@@ -9660,6 +9909,7 @@ static int print_record(const struct bench *b, const struct result *r)
         COUNT("n_sequences", r->test.n_seq), WORD("isa", isa_name[p->isa]),
         KNOWN("read_bandwidth", r->best.read / 1e9, 3),
         KNOWN("int8_rate", r->best.dot / 1e9, 3),
+        KNOWN("l2_gbs_core", r->best.cached / 1e9, 3),
         KNOWN("gb_per_s", r->read / 1e9, 3),
         KNOWN("gmac_per_s", r->macs / 1e9, 3),
         KNOWN("share", r->test.n_gen > 0 ? share(r->read, r->best.read) :
@@ -9733,20 +9983,6 @@ static void spread_tokens(struct bench *b)
         b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)n_vocab);
 }
 
-/* How many threads a context has that is not told. */
-static int count_cpus(struct bench *b)
-{
-    lfm2_params p = choose_params(b->s, b->e.model);
-    int code;
-
-    p.n_threads = 0;
-    p.n_ctx = p.n_batch = 1;
-    code = open_bench_context(b, &p);
-    b->n_cpus = b->e.par.n_threads;
-    close_bench_context(b);
-    return code;
-}
-
 /* From nothing to the first token, before anything else has warmed the way. */
 static int measure_start(struct bench *b)
 {
@@ -9759,7 +9995,8 @@ static int measure_start(struct bench *b)
     b->load_s = seconds() - start;
     spread_tokens(b);
     p = b->e.par;
-    p.n_threads = b->s->bench_threads.v[0];
+    p.n_threads = b->s->bench_threads.v[0] ? b->s->bench_threads.v[0] :
+                  b->n_cpus;
     code = open_bench_context(b, &p);
     b->context_s = seconds() - start - b->load_s;
     if (code == DONE)
@@ -9776,13 +10013,14 @@ static int run_tests(struct bench *b, int n_threads, int depth, int first)
     lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
-    p.n_threads = n_threads;
+    p.n_threads = n_threads ? n_threads : b->n_cpus;
     p.n_ctx = depth + b->longest;
     p.n_seq = p.n_logits = b->n_seq;
     code = open_bench_context(b, &p);
     if (code == DONE && first)
         b->best = (struct limits){
-            measure_rate(b, LFM2_READ), measure_rate(b, LFM2_DOT)
+            measure_rate(b, LFM2_READ), measure_rate(b, LFM2_DOT),
+            measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
         };
     for (int i = 0; code == DONE && i < b->n_tests; i++) {
         b->test[i].depth = depth;
@@ -9850,10 +10088,10 @@ static int alloc_bench(struct bench *b)
 static int run_all(struct bench *b)
 {
     const struct settings *s = b->s;
-    int code = measure_start(b);
+    int code;
 
-    if (code == DONE)
-        code = count_cpus(b);
+    b->n_cpus = usable_cpus();
+    code = measure_start(b);
     if (code != DONE)
         return code;
     b->cost = count_cost(b->e.model, s->kv);
@@ -10280,7 +10518,7 @@ static void self_sequences(struct self *t)
     self_result(t, state &&
                 lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
                 hash_bytes(HASH_START, state, (size_t)size) ==
-                0x8ca92dd674809989u &&
+                0x9ee20d817a3a6aa1u &&
                 lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
                 lfm2_seq_len(t->ctx, 1) == n, "a sequence saved and restored");
     free(state);
@@ -10421,6 +10659,18 @@ static void print_libc(void)
 #endif
 }
 
+/* What belongs into a report, and whether all is well. */
+static int self_end(const struct self *t)
+{
+    const uint64_t known = 0xf7e0c42c140c71edu;
+
+    print_version();
+    print_libc();
+    printf("hash        %016llx, expected %016llx on every machine\n",
+           (unsigned long long)t->all, (unsigned long long)known);
+    return t->failed || t->all != known ? SELFTEST_FAILED : DONE;
+}
+
 static int selftest(void)
 {
     struct self t = { .all = HASH_START };
@@ -10449,11 +10699,7 @@ static int selftest(void)
         }
         free(file.s);
     }
-    print_version();
-    print_libc();
-    printf("hash        %016llx, the same on every machine\n",
-           (unsigned long long)t.all);
-    return t.failed ? SELFTEST_FAILED : DONE;
+    return self_end(&t);
 }
 
 /* --------------------------------------------------------------- 20. main */

@@ -18,7 +18,8 @@ root=
 [ "$(id -u)" = 0 ] || root=sudo
 if command -v apt-get >/dev/null; then
     $root apt-get update -qq
-    $root apt-get install -y -qq --no-install-recommends check pkg-config
+    $root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+        --no-install-recommends check pkg-config
 elif command -v dnf >/dev/null; then
     $root dnf install -y check-devel pkgconf
 elif command -v apk >/dev/null; then

@@ -1,14 +1,27 @@
 #!/bin/sh
 # Run suites and scripts of tests, print what they print, add up.
 #     test/all.sh RUN TEST...
-# RUN is the program that the scripts test.
+# RUN is the program that the scripts test.  Each test is ended after half an hour,
+# where there is a timeout: one that hangs has failed.
 set -u
 
 export RUN="$1"
 shift
 total=0 failed=0 skipped=0
 dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
+other=
+longest=1800 limit=
+timeout -k 1 1 true 2>/dev/null && limit="timeout -k 10 $longest"
+
+# Whoever ends this, ends the tests with it.
+# shellcheck disable=SC2046,SC2086
+stop() {
+    kill $other $(cat "$dir"/*.pid 2>/dev/null) 2>/dev/null
+    rm -rf "$dir"
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 # lane TEST...: those that no other lane has taken, one after the other, each
 # with its output and status in $dir.
@@ -16,12 +29,16 @@ lane() {
     for test in "$@"; do
         log=$dir/$(basename "$test")
         mkdir "$log.taken" 2>/dev/null || continue
-        began=$(date +%s)
+        began=$(date +%s) sh=
         case $test in
-        *.sh) sh "$test" ;;
-        *) "$test" ;;
-        esac >"$log.log" 2>&1
+        *.sh) sh="sh" ;;
+        esac
+        echo "-- $test begins"
+        $limit $sh "$test" >"$log.log" 2>&1 &
+        echo $! >"$log.pid"
+        wait $!
         echo $? >"$log.status"
+        rm "$log.pid"
         { echo "== $test, $(($(date +%s) - began)) s"; cat "$log.log"; } >"$log.shown"
         cat "$log.shown"
     done
@@ -43,7 +60,9 @@ count() {
         *" passed, "*) n=$((${n:-0} + bad)) ;;
     esac
     if [ "$status" -ne 0 ] && [ "$bad" -eq 0 ]; then
-        echo "FAIL: $name ended with status $status"
+        why="ended with status $status"
+        [ "$status" -ne 124 ] || why="took longer than $longest s"
+        echo "FAIL: $name $why"
         bad=1 n=$((${n:-0} + 1))
     fi
     total=$((total + ${n:-0})) failed=$((failed + bad))
@@ -52,8 +71,10 @@ count() {
 
 # Two side by side: two CPUs are half the wait.
 lane "$@" &
+other=$!
 lane "$@"
 wait
+other=
 for test in "$@"; do
     count "$test"
 done

@@ -13,6 +13,8 @@ shared=${LFM2_SHARED:-../shared}
 rm -rf "$dir"
 mkdir -p "$dir/models"
 question="What is a short convolution?"
+limit=
+timeout -k 1 1 true 2>/dev/null && limit="timeout -k 10 1800"
 
 # compile NAME COMPILER FLAGS...: the program is $dir/NAME.  The compiler may be
 # make, and the flags what to make and the file it is.
@@ -46,11 +48,11 @@ compiles() {
 logits() {
     name=$1
     shift
-    "$@" "$dir/$name" -q test/tiny.gguf --ids test/tiny.ids --logits - \
+    $limit "$@" "$dir/$name" -q test/tiny.gguf --ids test/tiny.ids --logits - \
         >"$dir/$name.logits" || return 1
     for m in "$dir"/models/*.gguf; do
         [ -e "$m" ] || continue
-        "$@" "$dir/$name" -q "$m" -b 33 --ids "$dir/models/tokens.i32" \
+        $limit "$@" "$dir/$name" -q "$m" -b 33 --ids "$dir/models/tokens.i32" \
             --logits - >>"$dir/$name.logits" || return 1
     done
 }
@@ -60,9 +62,9 @@ logits() {
 hashes() {
     name=$1
     shift
-    "$@" "$dir/$name" --selftest >"$dir/$name.selftest" ||
+    $limit "$@" "$dir/$name" --selftest >"$dir/$name.selftest" ||
         { grep '^FAIL' "$dir/$name.selftest"; return 1; }
-    "$@" "$dir/$name" test/tiny.gguf --json --temp 0 "$question" \
+    $limit "$@" "$dir/$name" test/tiny.gguf --json --temp 0 "$question" \
         >"$dir/$name.json" || return 1
     sed -n 's/^hash *\([0-9a-f]*\).*/\1/p' "$dir/$name.selftest" \
         >"$dir/$name.hashes"

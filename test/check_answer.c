@@ -1,5 +1,6 @@
 /* An answer as run.c takes it apart, and the settings that a model brings. */
 #define _POSIX_C_SOURCE 200809L          /* as run.c does */
+#define _GNU_SOURCE
 
 #define main run_main
 #include "../run.c"
@@ -824,6 +825,161 @@ START_TEST(damaged_sessions_are_whole_or_nothing)
 }
 END_TEST
 
+/* ------------------------------------------------------------------- lookup */
+
+static const struct { int n, id[16], from; } earlier[] = {
+    { 0, { 0 }, 0 },
+    { 1, { 1 }, 0 },
+    { 3, { 1, 1, 1 }, 0 },
+    { 4, { 1, 1, 1, 1 }, 3 },                         /* it may overlap      */
+    { 6, { 2, 3, 4, 1, 2, 3 }, 0 },                   /* two are too few     */
+    { 7, { 1, 2, 3, 4, 1, 2, 3 }, 3 },
+    { 6, { 1, 2, 3, 1, 2, 3 }, 3 },
+    { 11, { 1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3 }, 7 },   /* the latest of equals */
+    { 13, { 9, 1, 2, 3, 4, 1, 2, 3, 5, 9, 1, 2, 3 }, 4 },      /* the longest */
+};
+
+START_TEST(a_guess_goes_on_as_the_text_did)
+{
+    struct ids text = { NULL, earlier[_i].n };
+
+    ck_assert_int_eq(alloc_ids(&text, 16), DONE);
+    for (int i = 0; i < text.n; i++)
+        text.id[i] = earlier[_i].id[i];
+    ck_assert_int_eq(find_earlier(&text), earlier[_i].from);
+    free(text.id);
+}
+END_TEST
+
+START_TEST(no_more_is_guessed_than_there_is_room_for)
+{
+    struct request q = { .limit = -1 };
+    struct reply r = { .q = &q, .bold = MAX_LOOKUP, .credit = MAX_CREDIT };
+    const struct engine e = { .par.n_ctx = 12 };
+
+    ck_assert_int_eq(alloc_ids(&r.ids, 32), DONE);
+    for (r.ids.n = 0; r.ids.n < 10; r.ids.n++)
+        r.ids.id[r.ids.n] = r.ids.n % 4;
+    ck_assert_int_eq(guess(&e, &r, MAX_LOOKUP), 2);   /* context             */
+    ck_assert_int_eq(r.ids.id[10], 2);
+    ck_assert_int_eq(r.ids.id[11], 3);
+    ck_assert_int_eq(guess(&e, &r, 1), 1);
+    ck_assert_int_eq(guess(&e, &r, 0), 0);
+    ck_assert_int_eq(guess(&e, &r, -1), 0);
+    q.limit = 2;                          /* the last token needs no guess   */
+    ck_assert_int_eq(guess(&e, &r, MAX_LOOKUP), 1);
+    r.n_made = 1;
+    ck_assert_int_eq(guess(&e, &r, MAX_LOOKUP), 0);
+    ck_assert_int_eq(r.ids.n, 10);
+    free(r.ids.id);
+}
+END_TEST
+
+/* Forwards beyond one a token, if each guess were to cost a tenth of one. */
+START_TEST(wrong_guesses_cost_little)
+{
+    struct request q = { .limit = -1 };
+    struct reply r = { .q = &q, .bold = MIN_MATCH, .credit = CREDIT };
+    const struct engine e = { .par.n_ctx = 4000 };
+    int lost = 0;
+
+    ck_assert_int_eq(alloc_ids(&r.ids, 4000), DONE);
+    for (r.ids.n = 0; r.ids.n < 2000; r.ids.n++) {
+        const int n = guess(&e, &r, LOOKUP);
+        note_guesses(&r, n, 0);
+        lost += n * A_GUESS;
+        r.ids.id[r.ids.n] = 7;
+        ck_assert_int_le(lost, CREDIT + EARNED * (r.ids.n + 1));
+    }
+    ck_assert_int_gt(r.n_guessed, 0);
+    free(r.ids.id);
+}
+END_TEST
+
+/* ----------------------------------------------------------- control groups */
+
+/* Files below the directory of a test, and what they limit. */
+static const struct {
+    const char *groups;                   /* as in /proc/self/cgroup         */
+    const char *file[4], *holds[4];
+    double cpus, memory;
+} limits[] = {
+    { "0::/\n", { 0 }, { 0 }, 0, 0 },
+    { "0::/a/b\n", { "/a/b/cpu.max" }, { "max 100000\n" }, 0, 0 },
+    { "0::/a/b\n", { "/a/b/cpu.max", "/a/cpu.max", "/a/b/memory.max" },
+      { "400000 100000\n", "150000 100000\n", "max\n" }, 2, 0 },
+    { "0::/a/b\n", { "/a/b/cpu.max", "/cpu.max", "/memory.max" },
+      { "50000 100000\n", "150000 100000\n", "4096\n" }, 1, 4096 },
+    { "4:memory:/a\n2:cpu,b:/a/b\n0::/\n",
+      { "/cpu,b/a/b/cpu.cfs_quota_us", "/cpu,b/a/b/cpu.cfs_period_us",
+        "/memory/memory.limit_in_bytes", "/memory/a/memory.limit_in_bytes" },
+      { "300000\n", "100000\n", "9223372036854771712\n", "8192\n" },
+      3, 8192 },
+    { "2:cpu,b:/a/b\n", { "/cpu,b/a/b/cpu.cfs_quota_us",
+        "/cpu,b/a/b/cpu.cfs_period_us" }, { "-1\n", "100000\n" }, 0, 0 },
+    { "nothing\n2:\n\n:", { 0 }, { 0 }, 0, 0 },
+};
+
+static void put_file(const char *root, const char *path, const char *holds)
+{
+    char name[256];
+    FILE *f;
+
+    snprintf(name, sizeof name, "%s%s", root, path);
+    for (char *s = name + strlen(root) + 1; (s = strchr(s, '/')); *s++ = '/') {
+        *s = '\0';
+        mkdir(name, 0777);
+    }
+    f = fopen(name, "w");
+    ck_assert_ptr_nonnull(f);
+    fputs(holds, f);
+    ck_assert_int_eq(fclose(f), 0);
+}
+
+START_TEST(groups_limit_those_within)
+{
+    char root[] = "/tmp/lfm2_groups_XXXXXX", list[64], command[64];
+
+    ck_assert_ptr_nonnull(mkdtemp(root));
+    snprintf(list, sizeof list, "%s/list", root);
+    put_file(root, "/list", limits[_i].groups);
+    for (int i = 0; i < 4 && limits[_i].file[i]; i++)
+        put_file(root, limits[_i].file[i], limits[_i].holds[i]);
+    groups = list;
+    group_root = root;
+    ck_assert_double_eq(least_limit(cpu_limit), limits[_i].cpus);
+    ck_assert_double_eq(least_limit(memory_limit), limits[_i].memory);
+    if (limits[_i].cpus > 0)
+        ck_assert_int_le(usable_cpus(), (int)limits[_i].cpus);
+    ck_assert_int_ge(usable_cpus(), 1);
+    snprintf(command, sizeof command, "rm -r %s", root);
+    ck_assert_int_eq(system(command), 0);
+}
+END_TEST
+
+START_TEST(no_groups_no_limit)
+{
+    groups = "/nowhere";
+    ck_assert_double_eq(least_limit(cpu_limit), 0);
+    ck_assert_int_ge(usable_cpus(), 1);
+}
+END_TEST
+
+/* ---------------------------------------------------------------- self-test */
+
+START_TEST(another_hash_is_no_success)
+{
+    struct self t = { .all = 0xf7e0c42c140c71edu };
+
+    ck_assert_int_eq(self_end(&t), DONE);
+    t.failed = 1;
+    ck_assert_int_eq(self_end(&t), SELFTEST_FAILED);
+    t.failed = 0;
+    t.all++;
+    ck_assert_int_eq(self_end(&t), SELFTEST_FAILED);
+}
+END_TEST
+
 /* ------------------------------------------------------------------- traces */
 
 START_TEST(what_is_no_number_is_a_string)
@@ -933,6 +1089,12 @@ Suite *answer_suite(void)
     tcase_add_test(c, choices_of_a_cancelled_pass_are_dropped);
     tcase_add_test(c, escapes_are_those_of_c);
     tcase_add_test(c, damaged_sessions_are_whole_or_nothing);
+    tcase_add_loop_test(c, a_guess_goes_on_as_the_text_did, 0, COUNT(earlier));
+    tcase_add_test(c, no_more_is_guessed_than_there_is_room_for);
+    tcase_add_test(c, wrong_guesses_cost_little);
+    tcase_add_loop_test(c, groups_limit_those_within, 0, COUNT(limits));
+    tcase_add_test(c, no_groups_no_limit);
+    tcase_add_test(c, another_hash_is_no_success);
     tcase_add_test(c, what_is_no_number_is_a_string);
     tcase_add_loop_test(c, digests_are_those_of_the_standard, 0,
                         COUNT(digests));

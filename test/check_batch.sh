@@ -11,7 +11,7 @@ m=test/tiny.gguf
 batch() {
     want=$1 what=$2
     shift 2
-    "$run" $m --batch -t 1 "$@" <"$dir/in" >"$dir/out" 2>"$dir/err"
+    limited "$run" $m --batch -t 1 "$@" <"$dir/in" >"$dir/out" 2>"$dir/err"
     status=$?
     [ $status -eq "$want" ]
     result $? "$what: status $status, expected $want"
@@ -62,17 +62,6 @@ refuses() {
     has "$1" "$2"
     has "$1" '"response": null, "error": {"code": "'
     answers 1 "$1"
-}
-
-# within SECONDS COMMAND...: the command succeeds before long.
-within() {
-    tries=$(($1 * 20))
-    shift
-    until "$@" >"$dir/said" 2>&1; do
-        tries=$((tries - 1))
-        [ $tries -gt 0 ] || return 1
-        sleep 0.05
-    done
 }
 
 lines() {
@@ -438,7 +427,7 @@ echo '"In pieces"}' >&3
 within 5 lines "$dir/out" 4
 result $? "a line in pieces"
 kill -TERM $pid
-wait $pid
+wait_within 60 $pid
 [ $? -eq 143 ]
 result $? "SIGTERM while waiting is status 143"
 exec 3>&-
@@ -487,7 +476,7 @@ for tenths in 0 1 3 4 6; do
     [ $tenths = 4 ] && sleep 0.02
     within 20 lines "$dir/part" $((n_slow * tenths / 10))
     kill -KILL $pid
-    wait $pid 2>/dev/null
+    wait_within 60 $pid 2>/dev/null
     [ $tenths = 3 ] && tail -n 1 "$dir/whole" | head -c 70 >>"$dir/part"
 done
 n=$(wc -l <"$dir/part")
@@ -518,7 +507,7 @@ for signal in TERM INT; do
     result $? "SIG$signal ends it soon"
     status=143
     [ $signal = INT ] && status=130
-    wait $pid
+    wait_within 60 $pid
     [ $? -eq $status ]
     result $? "SIG$signal: status $status"
     whole "$dir/part"

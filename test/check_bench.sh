@@ -25,7 +25,7 @@ holds "llama-bench's columns" sh -c \
      grep -qF '|model|size|params|backend|threads|test|t/s|'"
 for word in "reads GB/s" "of int8 peak" "usable CPU" kernels \
     "2 threads read" "first token of 8" "resident at most" \
-    "sampling  temp 0.3"; do
+    "sampling  temp 0.3" "GB/s a core in L2"; do
     holds "it says $word" grep -qF "$word" "$dir/out"
 done
 holds "and nothing else" [ ! -s "$dir/err" ]
@@ -56,7 +56,7 @@ theirs = """build_commit build_number cpu_info backends model_filename
     n_prompt n_gen n_depth test_time avg_ns stddev_ns avg_ts stddev_ts
     samples_ns samples_ts""".split()
 ours = """n_sequences isa read_bandwidth int8_rate gb_per_s share rss_peak
-    rss_anon load_ms first_token_ms""".split()
+    rss_anon load_ms first_token_ms l2_gbs_core""".split()
 assert [(r["n_prompt"], r["n_gen"]) for r in records] == [(16, 0), (0, 4)]
 for r in records:
     assert not set(theirs + ours) - set(r), set(theirs + ours) - set(r)
@@ -65,6 +65,7 @@ for r in records:
     mean = sum(r["samples_ts"]) / 3
     assert math.isclose(r["avg_ts"], mean, rel_tol=1e-4)
     assert all(v > 0 for v in r["samples_ts"])
+    assert r["l2_gbs_core"] > 0
 END
     expect 0 "JSON lines" -p 8 -n 2 -r 1 -o jsonl
     holds "each a record" python3 -c "
@@ -112,7 +113,7 @@ for signal in INT:130 TERM:143; do
     pid=$!
     sleep 2
     kill -${signal%:*} $pid
-    wait $pid
+    wait_within 60 $pid
     [ $? -eq "${signal#*:}" ] && [ "$(cat "$dir/out")" = "[]" ]
     result $? "SIG${signal%:*}: status ${signal#*:}, and the list is closed"
 done
@@ -178,7 +179,7 @@ holds "with the program itself, two models" \
 complains() {
     want=$1 text=$2
     shift 2
-    RUN="$run" sh $compare "$@" >"$dir/out" 2>"$dir/err"
+    RUN="$run" limited sh $compare "$@" >"$dir/out" 2>"$dir/err"
     [ $? -eq "$want" ] && grep -qF -- "$text" "$dir/err"
     result $? "compare_llama.sh $*: expected \"$text\""
 }

@@ -8,10 +8,7 @@ mkdir "$dir/files" "$dir/out"
 "$python" test/serve.py "$dir/files" "$dir/port" &
 server=$!
 trap 'kill $server 2>/dev/null; rm -rf "$dir"' EXIT
-for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-    [ -e "$dir/port" ] && break
-    sleep 0.25
-done
+within 30 [ -s "$dir/port" ]
 LFM2_MIRROR=http://127.0.0.1:$(cat "$dir/port")
 export LFM2_MIRROR
 for name in 350M-Q4_0 350M-Q8_0 350M-F16; do
@@ -25,7 +22,7 @@ sha256sum <"$dir/files/LFM2-350M-F16.gguf" \
 expect() {
     want=$1 what=$2
     shift 2
-    sh scripts/download.sh "$@" >"$dir/said" 2>&1
+    limited sh scripts/download.sh "$@" >"$dir/said" 2>&1
     status=$?
     [ $status -eq "$want" ]
     result $? "$what: status $status, expected $want"

@@ -177,13 +177,9 @@ expect 0 "control text is text" --temp 0 -n 5 $m "<|im_end|>"
 "$run" --isa scalar -t 1 --raw --temp 100 --min-p 0 -s 1 -n 3000 $m "Once" \
     >"$dir/out" 2>"$dir/err" &
 pid=$!
-tries=0
-while [ ! -s "$dir/out" ] && [ $tries -lt 200 ]; do
-    tries=$((tries + 1))
-    sleep 0.3
-done
+within 60 [ -s "$dir/out" ]
 kill -INT $pid 2>/dev/null
-wait $pid
+wait_within 60 $pid
 [ $? -eq 130 ] && [ -s "$dir/out" ]
 result $? "interrupted: status 130 and what there was"
 

@@ -11,13 +11,7 @@ trap '' PIPE                    # who is written to may have ended already
 
 # waits_for TEXT FILE: within a while, the file has it.
 waits_for() {
-    tries=0
-    until grep -qF -- "$1" "$2"; do
-        tries=$((tries + 1))
-        [ $tries -lt 300 ] || break
-        sleep 0.05
-    done
-    grep -qF -- "$1" "$2"
+    within 30 grep -qF -- "$1" "$2"
     result $? "waits for \"$1\""
 }
 
@@ -39,7 +33,7 @@ shrinks() {
     dd if=/dev/null of="$dir/m.gguf" bs=1 seek=5000 2>/dev/null
     echo "What is inference?" 2>/dev/null >&3
     exec 3>&-
-    wait $pid
+    wait_within 60 $pid
     status=$?
     [ $status -eq "$want" ]
     result $? "$*, and the file is cut: status $status, expected $want"
@@ -60,11 +54,12 @@ cp $m "$dir/m.gguf"
 dd if=/dev/null of="$dir/m.gguf" bs=1 seek=4000000000 2>/dev/null
 "$run" --inspect --sha256 "$dir/m.gguf" >"$dir/out" 2>"$dir/err" &
 pid=$!
-until ! kill -0 $pid 2>/dev/null || grep -q m.gguf /proc/$pid/maps; do
-    sleep 0.05
-done
+mapped() {
+    has_ended $pid || grep -q m.gguf /proc/$pid/maps
+}
+within 60 mapped
 cp $m "$dir/m.gguf"
-wait $pid
+wait_within 60 $pid
 holds "--inspect of a file that is cut" [ $? -eq 3 ]
 holds "says so" grep -q 'm.gguf: it became shorter' "$dir/err"
 
@@ -204,7 +199,7 @@ if script -qec true /dev/null </dev/null >"$dir/tty" 2>&1; then
     waits_for "LFM2 is" "$dir/tty"
     echo "What is inference?" >&3
     printf '\004' >&3
-    wait $pid
+    wait_within 60 $pid
     holds "a chat at a terminal" [ $? -eq 0 ]
     exec 3>&-
     holds "and its session" [ "$(head -c 8 "$dir/session")" = LFM2CHT1 ]

@@ -151,7 +151,7 @@ for n in 0 1 2 3 4 5 6 7 8 9; do
         pid=$!
         sleep "$delay"
         kill -9 $pid 2>/dev/null
-        wait $pid 2>/dev/null
+        wait_within 60 $pid 2>/dev/null
         "$run" --session "$s" -v --dump-tokens $m hello >"$dir/out" \
             2>"$dir/err"
         grep -q "session: [0-9]* tokens" "$dir/err" || bad=$((bad + 1))
@@ -189,7 +189,7 @@ few "feeds only new tokens" "$dir/err"
 holds "each time" [ "$(grep -c 'prompt .* of them new' "$dir/err")" = 5 ]
 # ... | chat ARGUMENTS...: in a process of its own, so it cannot count tests.
 chat() {
-    "$run" -cnv -q -t 1 --temp 0 $m "$@" >"$dir/out" 2>"$dir/err" ||
+    limited "$run" -cnv -q -t 1 --temp 0 $m "$@" >"$dir/out" 2>"$dir/err" ||
         echo "status $?" >>"$dir/chats"
 }
 one=$(cat "$dir/answer1") two=$(cat "$dir/answer2")
@@ -263,37 +263,33 @@ holds "all of these chats end well" [ ! -e "$dir/chats" ]
 # ------------------------------------------------------------ chat at a terminal
 
 # A terminal for one program: what is typed goes into a pipe, what it shows to
-# $dir/tty.
+# $dir/tty, and its number is in $dir/pid.
 if ! script -qec true /dev/null </dev/null >"$dir/tty" 2>&1; then
     skip "chats at a terminal, which need script of util-linux"
 fi
 mkfifo "$dir/keys"
 open_terminal() {
     : >"$dir/tty"                         # shows() must not see the last one
-    script -qec "exec $run -t 1 --temp 0 $*" /dev/null <"$dir/keys" \
-        >"$dir/tty" 2>&1 &
+    script -qec "echo \$\$ >$dir/pid; exec $run -t 1 --temp 0 $*" /dev/null \
+        <"$dir/keys" >"$dir/tty" 2>&1 &
     pid=$!
     exec 3>"$dir/keys"
 }
 
 # shows N TEXT: within a while, $dir/tty has N lines with TEXT.
 shows() {
-    tries=0
-    until [ "$(grep -cF -- "$2" "$dir/tty")" -ge "$1" ]; do
-        tries=$((tries + 1))
-        if [ $tries -gt 300 ]; then
-            cp "$dir/tty" "$dir/err"
-            result 1 "the terminal shows \"$2\""
-            return
-        fi
-        sleep 0.05
-    done
-    result 0 ""
+    within 30 has_lines "$@" || cp "$dir/tty" "$dir/err"
+    has_lines "$@"
+    result $? "the terminal shows \"$2\""
+}
+
+has_lines() {
+    [ "$(grep -cF -- "$2" "$dir/tty")" -ge "$1" ]
 }
 
 # leaves STATUS WHAT: the program ends.
 leaves() {
-    wait $pid
+    wait_within 60 $pid
     status=$?
     [ $status -eq "$1" ]
     result $? "$2: status $status, expected $1"
@@ -353,7 +349,7 @@ leaves 0 "Ctrl-D after a stopped answer"
 
 open_terminal $m
 shows 1 "/help tells"
-kill -TERM "$(ps -o pid= --ppid $pid 2>/dev/null || pgrep -P $pid)"
+kill -TERM "$(cat "$dir/pid")"
 leaves 143 "SIGTERM"
 
 # Thoughts are dim at a terminal, unless colours are not wanted.

@@ -18,6 +18,7 @@ uint8_t *fuzz_copy(const uint8_t *data, size_t n);
 
 /* FNV-1a, as states and sessions end with. */
 uint64_t fuzz_hash(const uint8_t *p, size_t n);
+uint64_t fuzz_hash_words(const uint8_t *p, size_t n);
 /* Numbers are little-endian. */
 void     fuzz_put(uint8_t *p, uint64_t value, int bytes);
 uint64_t fuzz_get(const uint8_t *p, int bytes);

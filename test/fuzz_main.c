@@ -68,6 +68,21 @@ uint64_t fuzz_hash(const uint8_t *p, size_t n)
     return h;
 }
 
+/* As lfm2.c hashes states. */
+uint64_t fuzz_hash_words(const uint8_t *p, size_t n)
+{
+    uint64_t h = 0xcbf29ce484222325u;
+    size_t i = 0;
+
+    for (; i + 8 <= n; i += 8) {
+        h = (h ^ fuzz_get(p + i, 8)) * 0x100000001b3u;
+        h ^= h >> 32;
+    }
+    for (; i < n; i++)
+        h = (h ^ p[i]) * 0x100000001b3u;
+    return h;
+}
+
 void fuzz_put(uint8_t *p, uint64_t value, int bytes)
 {
     for (int i = 0; i < bytes; i++)

@@ -267,9 +267,9 @@ static void repair_session(const struct engine *e, uint8_t *p, size_t n)
     fuzz_put(p + at - 8, n - at, 8);
     if (n - at < 32)
         return;
-    memcpy(p + at, "LFM2SEQ1", 8);
+    memcpy(p + at, "LFM2SEQ2", 8);
     fuzz_put(p + at + 8, lfm2_model_hash(e->model), 8);
-    fuzz_put(p + n - 8, fuzz_hash(p + at, n - at - 8), 8);
+    fuzz_put(p + n - 8, fuzz_hash_words(p + at, n - at - 8), 8);
 }
 
 /* As a run with --session: what is in the cache is what its ids say, and what

@@ -10,6 +10,7 @@ set -u
 
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+trap 'exit 143' TERM
 passed=0 failed=0
 run=${RUN:-./run}
 export PYTHONDONTWRITEBYTECODE=1
@@ -26,6 +27,36 @@ needs_python() {
         "$python" -c "import $1" 2>/dev/null && return
     done
     skip "$2, which needs python3 with $1"
+}
+
+# limited COMMAND...: a program that takes longer than $longest seconds is ended,
+# with status 124, where there is a timeout.
+longest=300
+if timeout --foreground -k 1 1 true 2>/dev/null; then
+    limited() { timeout --foreground -k 5 $longest "$@"; }
+else
+    limited() { "$@"; }
+fi
+
+# within SECONDS COMMAND...: the command succeeds before long.
+within() {
+    deadline=$(($(date +%s) + $1))
+    shift
+    until "$@" >"$dir/said" 2>&1; do
+        [ "$(date +%s)" -le $deadline ] || return 1
+        sleep 0.05
+    done
+}
+
+# wait_within SECONDS PID: the status of a process in the background, which is
+# killed if it takes longer.
+wait_within() {
+    within "$1" has_ended "$2" || kill -KILL "$2"
+    wait "$2"
+}
+
+has_ended() {
+    ! kill -0 "$1"
 }
 
 # result STATUS WHAT: count a test; if it failed, show what was said, by the
@@ -61,7 +92,7 @@ expect() {
     want=$1 what=$2
     shift 2
     # shellcheck disable=SC2086
-    "$run" $always "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    limited "$run" $always "$@" >"$dir/out" 2>"$dir/err" </dev/null
     status=$?
     [ $status -eq "$want" ]
     result $? "$what: status $status, expected $want"

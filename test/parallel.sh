@@ -47,7 +47,7 @@ as_one() {
 ends() {
     want=$1 what=$2
     shift 2
-    "$@" >"$dir/said" 2>"$dir/err"
+    limited "$@" >"$dir/said" 2>"$dir/err"
     status=$?
     [ $status -eq "$want" ]
     result $? "$what: status $status, expected $want"
@@ -117,12 +117,10 @@ ssh-keygen -q -t ed25519 -N '' -f "$dir/host"
 sshd=$!
 trap 'kill $sshd; rm -rf "$dir"' EXIT
 ssh="ssh -p 16822 -i $dir/key -o StrictHostKeyChecking=no \
+-o ConnectTimeout=5 \
 -o UserKnownHostsFile=$dir/known 127.0.0.1"
-tries=0
-until $ssh true 2>/dev/null || [ $tries -gt 20 ]; do
-    tries=$((tries + 1))
-    sleep 0.5
-done
+# shellcheck disable=SC2086
+within 30 $ssh true
 rm out
 # shellcheck disable=SC2086
 ends 0 "over ssh, and here" "$hosts" -S "$ssh,:" -n 7 "$m" in.jsonl out $options

@@ -52,7 +52,9 @@ stop_all() {
     for pid in $daemons; do
         kill "$pid" 2>/dev/null
     done
-    wait
+    for pid in $daemons; do
+        wait_within 20 "$pid"
+    done
     rm -rf "$dir"
 }
 trap stop_all EXIT
@@ -64,17 +66,6 @@ start() {
     shift
     "$@" >"$dir/$name.out" 2>&1 &
     daemons="$! $daemons"
-}
-
-# within SECONDS COMMAND...: the command succeeds before long.
-within() {
-    tries=$1
-    shift
-    until "$@" >"$dir/said" 2>&1; do
-        tries=$((tries - 1))
-        [ $tries -gt 0 ] || return 1
-        sleep 1
-    done
 }
 
 idle() {

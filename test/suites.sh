@@ -8,6 +8,8 @@ set -u
 
 cd "$(dirname "$0")/.." || exit 1
 source=${CHECK_SOURCE:-$PWD/build/check-source}
+limit=
+timeout -k 1 1 true 2>/dev/null && limit="timeout -k 10 7200"
 
 # fetch_check: with lists of its own, so that nothing changes of what is
 # installed here.
@@ -74,7 +76,7 @@ for name in ${SUITES:-$(cd test && ls check_*.c)}; do
     began=$(date +%s)
     if build "$name" "$*" >"$dir/$name.log" 2>&1; then
         # shellcheck disable=SC2086
-        $emulator "$dir/$name" >"$dir/$name.log" 2>&1
+        $limit $emulator "$dir/$name" >"$dir/$name.log" 2>&1
     else
         false
     fi

@@ -17,7 +17,7 @@ for wait in 0.5 2 4; do
     "$run" $always -n 200 "Why?" >"$dir/out" 2>"$dir/err" </dev/null &
     sleep $wait
     kill -TERM $!
-    wait $!
+    wait_within 60 $!
     status=$?
     [ $status -eq 143 ]
     result $? "ended after $wait s: status $status, expected 143"
