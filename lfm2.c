@@ -3808,7 +3808,7 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
     }
 }
 
-/* ---- weights in floats: their chains lie across the lanes of registers */
+/* ---- weights in floats: a register holds LANES of the 16 chains of a sum */
 
 /* Numbers i .. i+LANES-1 of those at p. */
 KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
@@ -3827,15 +3827,15 @@ KERNEL_INLINE float FN(chain_sum)(const float *chain)
     return FN(tree)(v);
 }
 
-/* Chains h and up of [tokens][UNIT][16] go on: LANES of every 16 columns of 4
- * rows at w times those of each x.  Meanwhile what is at `next` is fetched,
- * `step` bytes for every 16 columns. */
+/* LANES chains from chain h on, of 4 rows at w times each x, go on for `cols`
+ * columns; they are kept in chain[tokens][UNIT][16].  Meanwhile what is at
+ * `next` is fetched, `step` bytes for every 16 columns. */
 KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
                                   const float *const *x, int h, int cols,
                                   const uint8_t *next, int step,
                                   const int tokens, const int type)
 {
-    FLOATS acc[X_ROWS][4], v[4];
+    FLOATS acc[X_ROWS][4], v[X_ROWS];
 
     UNROLL
     for (int t = 0; t < tokens; t++)
@@ -3846,13 +3846,16 @@ KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
         for (int i = 0; i < 8 * LANES; i += 64)
             FETCH(next + i);
         UNROLL
-        for (int r = 0; r < 4; r++)
-            v[r] = FN(load_floats)(w + (size_t)r * stride, (size_t)c, type);
-        UNROLL
         for (int t = 0; t < tokens; t++)
+            v[t] = FN(load)(x[t] + c);
+        UNROLL
+        for (int r = 0; r < 4; r++) {
+            FLOATS wr = FN(load_floats)(w + (size_t)r * stride, (size_t)c,
+                                        type);
             UNROLL
-            for (int r = 0; r < 4; r++)
-                acc[t][r] = FN(fma)(v[r], FN(load)(x[t] + c), acc[t][r]);
+            for (int t = 0; t < tokens; t++)
+                acc[t][r] = FN(fma)(wr, v[t], acc[t][r]);
+        }
     }
     UNROLL
     for (int t = 0; t < tokens; t++)
@@ -3923,9 +3926,7 @@ KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
             const int block = c / BLOCK_COLS * BLOCK_COLS, left = cols - block;
             const int n = left < BLOCK_COLS ? left : BLOCK_COLS;
             FN(store)(to + block * rows + r * n + c - block,
-                      type == F32 ? FN(load_floats)(row, 0, F32)
-                      : type == F16 ? FN(load_floats)(row, 0, F16)
-                                    : FN(load_floats)(row, 0, BF16));
+                      FN(load_floats)(row, 0, type));
         }
 }
 
@@ -4012,7 +4013,8 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
     product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
 }
 
-/* ---- attention: four queries share what is loaded of a kv head */
+/* ---- attention: a tile of K or V becomes floats once, for all queries, and
+ * stays in the first-level cache for them; four of them share each load */
 
 /* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
  * room up to the next multiple of 16, where the scores are made -inf, which
@@ -4042,8 +4044,9 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
     g->sum = FN(tree)(sum);
 }
 
-/* Queries of a chunk, four at a time: all of them see `seen` positions of it.
- * If there are but n, the last one is repeated, and computed so often. */
+/* Queries of a chunk, taken four at a time; all four see `seen` positions of
+ * it.  If there are only n, the last one is repeated: its result is computed
+ * again, and is the same. */
 struct FN(four) {
     const float *q[4];                    /* [head_dim]                      */
     float *s[4], *o[4];                   /* [CHUNK], [head_dim]             */
@@ -4070,26 +4073,17 @@ KERNEL_INLINE struct FN(four) FN(take_four)(struct attn_partial *part,
     return f;
 }
 
-/* TILE positions of K or V, from element i of the cache on, as floats.  The
- * next ones are fetched. */
-KERNEL void FN(load_tile)(float *to, const uint8_t *cache, int f16, size_t i,
-                          int hd)
+/* n elements of the cache from p on, as floats. */
+KERNEL void FN(load_tile)(float *to, const uint8_t *p, int f16, int n)
 {
-    const size_t size = f16 ? 2 : 4, n = (size_t)TILE * hd;
-    const uint8_t *p = cache + i * size;
-
-    for (size_t k = 0; k < n; k += 16) {
-        FETCH(p + (n + k) * size);
-        UNROLL
-        for (int h = 0; h < 16; h += LANES)
-            FN(store)(to + k + h, f16 ? FN(load_floats)(p, k + h, F16)
-                                      : FN(load_floats)(p, k + h, F32));
-    }
+    for (int i = 0; i < n; i += LANES)
+        FN(store)(to + i, FN(load_floats)(p, (size_t)i, f16 ? F16 : F32));
 }
 
-/* The scores of a tile of K, [head_dim][TILE], from position p of the chunk. */
+/* The scores of a tile of K, [head_dim][TILE], from position p of the chunk.
+ * The one at `next` is fetched. */
 KERNEL_INLINE void FN(scores)(const struct FN(four) *f, const float *tile,
-                              int hd, int p)
+                              int hd, int p, const uint8_t *next)
 {
     enum { W = FN(WIDE) };
     FLOATS acc[4][W], k[W];
@@ -4098,7 +4092,9 @@ KERNEL_INLINE void FN(scores)(const struct FN(four) *f, const float *tile,
         UNROLL
         for (int i = 0; i < 4 * W; i++)
             acc[i / W][i % W] = FN(splat)(0);
-        for (int d = 0; d < hd; d++) {
+        for (int d = 0; d < hd; d++, next += 2 * W * LANES) {
+            for (int i = 0; i < 2 * W * LANES; i += 64)
+                FETCH(next + i);
             UNROLL
             for (int i = 0; i < W; i++)
                 k[i] = FN(load)(tile + d * TILE + at + i * LANES);
@@ -4116,7 +4112,7 @@ KERNEL_INLINE void FN(scores)(const struct FN(four) *f, const float *tile,
 /* o += the weighted values of n positions of a tile of V, [TILE][head_dim],
  * from position p of the chunk. */
 KERNEL_INLINE void FN(values)(const struct FN(four) *f, const float *tile,
-                              int hd, int p, int n)
+                              int hd, int p, int n, const uint8_t *next)
 {
     enum { W = FN(WIDE) };
     FLOATS acc[4][W], v[W];
@@ -4125,7 +4121,9 @@ KERNEL_INLINE void FN(values)(const struct FN(four) *f, const float *tile,
         UNROLL
         for (int i = 0; i < 4 * W; i++)
             acc[i / W][i % W] = FN(load)(f->o[i / W] + d + i % W * LANES);
-        for (int k = 0; k < n; k++) {
+        for (int k = 0; k < n; k++, next += 2 * W * LANES) {
+            for (int i = 0; i < 2 * W * LANES; i += 64)
+                FETCH(next + i);
             UNROLL
             for (int i = 0; i < W; i++)
                 v[i] = FN(load)(tile + k * hd + d + i * LANES);
@@ -4148,13 +4146,16 @@ KERNEL void FN(attend_chunk)(struct attn_partial *part,
     const int hd = kv->head_dim, n = a->n * a->group;
     const int most = chunk_seen(a, a->n - 1, pos);
     const int first = pos > a->pos ? (pos - a->pos) * a->group : 0;
+    const size_t size = kv->f16 ? 2 : 4, bytes = (size_t)TILE * hd * size;
     struct FN(four) f;
 
     for (int p = 0; p < most; p += TILE) {
-        FN(load_tile)(s->tile, kv->k, kv->f16, k_index(pos + p, 0, hd), hd);
+        const uint8_t *k = kv->k + k_index(pos + p, 0, hd) * size;
+
+        FN(load_tile)(s->tile, k, kv->f16, TILE * hd);
         for (int i = first; i < n; i += f.n) {
             f = FN(take_four)(part, a, i, hd, pos, s->score);
-            FN(scores)(&f, s->tile, hd, p);
+            FN(scores)(&f, s->tile, hd, p, k + bytes);
         }
     }
     for (int i = first; i < n; i++) {
@@ -4163,11 +4164,13 @@ KERNEL void FN(attend_chunk)(struct attn_partial *part,
         memset(part[i].o, 0, (size_t)(hd + 63) / 64 * 64 * sizeof *part[i].o);
     }
     for (int p = 0; p < most; p += TILE) {
-        FN(load_tile)(s->tile, kv->v, kv->f16, (size_t)(pos + p) * hd, hd);
-        for (int i = first, m; i < n; i += f.n) {
+        const uint8_t *v = kv->v + (size_t)(pos + p) * hd * size;
+
+        FN(load_tile)(s->tile, v, kv->f16, TILE * hd);
+        for (int i = first; i < n; i += f.n) {
             f = FN(take_four)(part, a, i, hd, pos, s->score);
-            m = f.seen - p < TILE ? f.seen - p : TILE;
-            FN(values)(&f, s->tile, hd, p, m);
+            FN(values)(&f, s->tile, hd, p,
+                       f.seen - p < TILE ? f.seen - p : TILE, v + bytes);
         }
     }
 }
