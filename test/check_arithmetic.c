@@ -13,35 +13,58 @@
 
 /* ---------------------------------------------------------------- settings */
 
-/* Results that would be subnormal are 0, and so are such operands. */
+/* FLUSH: results that would be subnormal are 0.  IS_ZERO: so are operands. */
 #if defined __SSE__
 #include <xmmintrin.h>
 enum { FLUSH = 0x8000, IS_ZERO = 0x0040 };
-static unsigned get_flush(void) { return _mm_getcsr() & (FLUSH | IS_ZERO); }
-static void set_flush(unsigned f)
+
+static unsigned control(void)
 {
-    _mm_setcsr((_mm_getcsr() & ~(unsigned)(FLUSH | IS_ZERO)) | f);
+    return _mm_getcsr();
+}
+
+static void set_control(unsigned c)
+{
+    _mm_setcsr(c);
 }
 #elif defined __aarch64__
-enum { FLUSH = 1 << 24, IS_ZERO = 1 << 24 };
-static unsigned get_flush(void)
+enum { FLUSH = 1 << 24, IS_ZERO = 1 << 24 };       /* one bit for both       */
+
+static unsigned control(void)
 {
-    unsigned long r;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(r));
-    return (unsigned)r & FLUSH;
+    unsigned long c;
+
+    __asm__ volatile("mrs %0, fpcr" : "=r"(c));
+    return (unsigned)c;
 }
-static void set_flush(unsigned f)
+
+static void set_control(unsigned c)
 {
-    unsigned long r;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(r));
-    r = (r & ~(unsigned long)FLUSH) | f;
-    __asm__ volatile("msr fpcr, %0" : : "r"(r));
+    __asm__ volatile("msr fpcr, %0" : : "r"((unsigned long)c));
 }
 #else
 enum { FLUSH = 0, IS_ZERO = 0 };
-static unsigned get_flush(void) { return 0; }
-static void set_flush(unsigned f) { (void)f; }
+
+static unsigned control(void)
+{
+    return 0;
+}
+
+static void set_control(unsigned c)
+{
+    (void)c;
+}
 #endif
+
+static unsigned get_flush(void)
+{
+    return control() & (FLUSH | IS_ZERO);
+}
+
+static void set_flush(unsigned flush)
+{
+    set_control((control() & ~(unsigned)(FLUSH | IS_ZERO)) | flush);
+}
 
 struct setting { int rounding; unsigned flush; };
 

@@ -404,7 +404,7 @@ START_TEST(a_context_too_short_is_full)
 }
 END_TEST
 
-/* ------------------------------------------------- the last tokens taken back */
+/* ---------------------------------------------- the last tokens taken back */
 
 enum { BACK = 16 };
 
@@ -580,7 +580,7 @@ START_TEST(after_a_cancelled_call_it_goes_on_and_back)
 }
 END_TEST
 
-/* ------------------------------------------------------- memory that goes back */
+/* --------------------------------------------------- memory that goes back */
 
 /* Bytes of this process that are in memory; 0 if the system does not say. */
 static uint64_t resident(void)

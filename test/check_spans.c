@@ -104,7 +104,7 @@ static void expect_logits(lfm2_context *ctx, int span, const float *expected,
                    "other bits after %d tokens", end - n + row + 1);
 }
 
-/* ------------------------------------------------------- rows instead of tokens */
+/* -------------------------------------------------- rows instead of tokens */
 
 START_TEST(rows_of_token_embd_are_their_tokens)
 {
@@ -232,7 +232,7 @@ START_TEST(rows_that_are_no_numbers_show_at_sampling)
 }
 END_TEST
 
-/* ----------------------------------------------------- states instead of logits */
+/* ------------------------------------------------ states instead of logits */
 
 /* The last norm of every token of sequence 0, as a trace shows it. */
 static void keep_norm(void *user, const lfm2_activation *a)

@@ -6,6 +6,7 @@
 #include "util.h"
 
 #include <check.h>
+#include <signal.h>
 #include <sys/wait.h>
 
 enum { N = 40, N_CALLERS = 3, N_LONG = 300, N_VOCAB_ALL = 264 };
@@ -157,7 +158,7 @@ START_TEST(a_call_is_cancelled_from_outside)
 }
 END_TEST
 
-/* ------------------------------------------------------------ how many threads */
+/* -------------------------------------------------------- how many threads */
 
 static int32_t text[N_LONG];
 
@@ -208,7 +209,7 @@ START_TEST(any_number_of_threads_gives_the_same_bits)
 }
 END_TEST
 
-/* They do not spin where others need the CPU, so even so many come to an end. */
+/* They do not spin where others need the CPU, so they come to an end. */
 START_TEST(far_more_threads_than_cpus_come_to_an_end)
 {
     float expected[N_VOCAB_ALL], logits[N_VOCAB_ALL];
@@ -262,7 +263,7 @@ START_TEST(little_work_is_done_by_the_caller_alone)
 }
 END_TEST
 
-/* ---------------------------------------------------------------------- fork */
+/* -------------------------------------------------------------------- fork */
 
 /* One more token; the code, or 1 if the logits are not those expected. */
 static int read_one(lfm2_context *ctx, const float *expected)
@@ -282,7 +283,8 @@ static int use_in_child(lfm2_context *one, lfm2_context *many,
     const lfm2_span span = { 0, text + N, 1, 1 };
     lfm2_error err = { 0 };
 
-    alarm(60);                            /* if it waits for its workers     */
+    signal(SIGALRM, SIG_DFL);             /* if it waits for its workers     */
+    alarm(60);
     if (lfm2_forward(many, &span, 1, &err) != LFM2_EARG ||
         err.code != LFM2_EARG || !strstr(err.msg, "3 threads after fork()") ||
         lfm2_exercise(many, LFM2_READ) != LFM2_EARG)
