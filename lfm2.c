@@ -6850,8 +6850,8 @@ struct token {
 struct merge { int32_t left, right, result, next; };
 
 /* A hash table: entries with the same hash form a chain, the newest first.
- * Each entry knows the next, -1 for none.  In true vocabularies chains have up
- * to 10 entries; the limit is for those made to slow a search down. */
+ * Each entry knows the next, -1 for none.  Chains of real vocabularies have at
+ * most 6 entries; the limit is for files made to slow a search down. */
 enum { MAX_CHAIN = 64 };
 
 struct chain { int32_t first, n; };       /* first: entry + 1, or 0          */
@@ -6907,7 +6907,7 @@ static int add_to_chain(struct chain *c, int32_t entry, int32_t *next)
 }
 
 /* The token with the bytes s[n], of one of these types; -1 if there is none.
- * Of several it is the first in the vocabulary, which comes last here. */
+ * If there are several, the lowest id: it was added first, so it comes last. */
 static int32_t find_hashed(const lfm2_tokenizer *t, uint64_t hash,
                            const uint8_t *s, size_t n, int types)
 {
@@ -6947,9 +6947,9 @@ static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
 /* ------------------------------------------------- 23. Reading a vocabulary
  *
  * In a GGUF, tokens and merges are text in which every byte is written as a
- * printable character: those that are printable in Latin-1 as themselves, the
+ * printable character: bytes that are printable in Latin-1 as themselves, the
  * 68 others as U+0100 and following, in order.  A space becomes U+0120 that
- * way, so the one space in a merge parts its two sides.  Control and
+ * way, so the one space in a merge separates its two sides.  Control and
  * user-defined tokens are literal. */
 
 /* The keys that are read, in the order in which they are exported. */
@@ -6963,8 +6963,8 @@ static const char *const word_key[N_WORD_KEYS] = {
     "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 };
 
-struct word_keys {
-    const struct gguf *g;
+struct word_file {
+    struct gguf g;
     const struct gguf_kv *kv[N_WORD_KEYS];          /* NULL: not in the file */
 };
 
@@ -7009,27 +7009,28 @@ static int byte_of(uint32_t c)
 
 /* Write the bytes that a text stands for and return how many.  A text that is
  * not all in the alphabet stands for itself. */
-static size_t unmap(uint8_t *out, struct str text, int type)
+static size_t unmap(uint8_t *out, int type, const char *text, const char *end)
 {
-    const uint8_t *s = (const uint8_t *)text.s;
     const int is_mapped = type == TOKEN_NORMAL || type == TOKEN_BYTE;
-    size_t n = 0, i = 0;
+    const uint8_t *p = (const uint8_t *)text;
+    size_t left = (size_t)(end - text), n = 0;
 
-    while (i < text.n && is_mapped) {
-        const int len = utf8_length(s + i, text.n - i);
-        const int byte = len > 0 ? byte_of(utf8_value(s + i, len)) : -1;
+    while (left > 0 && is_mapped) {
+        const int len = utf8_length(p, left);
+        const int byte = len > 0 ? byte_of(utf8_value(p, len)) : -1;
         if (byte < 0)
             break;
         out[n++] = (uint8_t)byte;
-        i += (size_t)len;
+        p += len;
+        left -= (size_t)len;
     }
-    if (i == text.n)
+    if (left == 0)
         return n;
-    memcpy(out, s, text.n);
-    return text.n;
+    memcpy(out, text, (size_t)(end - text));
+    return (size_t)(end - text);
 }
 
-static int add_tokens(lfm2_tokenizer *t, const struct word_keys *w)
+static int add_tokens(lfm2_tokenizer *t, const struct word_file *w)
 {
     const struct gguf_kv *types = w->kv[KEY_TYPES];
     struct cursor c = kv_cursor(w->kv[KEY_TOKENS]);
@@ -7040,31 +7041,31 @@ static int add_tokens(lfm2_tokenizer *t, const struct word_keys *w)
         if (types)
             kv_integer(types, (uint64_t)id, &type);
         if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
-            return BAD(w->g, "token %d: of type %lld, expected %d to %d", id,
+            return BAD(&w->g, "token %d: of type %lld, expected %d to %d", id,
                        (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
         struct token *token = &t->token[id];
         token->type = (uint8_t)type;
         const int is_marker = has_type(t, id, CUT_OUT_SPECIAL);
         const size_t max = is_marker ? MAX_MARKER : MAX_TOKEN;
         if (s.n > max)
-            return BAD(w->g, "token %d: %s%zu bytes, expected at most %zu", id,
+            return BAD(&w->g, "token %d: %s%zu bytes, expected at most %zu", id,
                        is_marker ? "a marker of " : "", s.n, max);
         uint8_t *bytes = t->text + token->start;
-        const size_t n = unmap(bytes, s, (int)type);
+        const size_t n = unmap(bytes, (int)type, s.s, s.s + s.n);
         const uint64_t hash = hash_bytes(HASH_START, bytes, n);
         token[1].start = token->start + (uint32_t)n;
         if (is_marker && n > 0 && n > t->longest_marker[bytes[0]])
             t->longest_marker[bytes[0]] = (uint16_t)n;
         if (find_hashed(t, hash, bytes, n, 1 << type) < 0 &&
             add_to_chain(chain_of(t->tokens, hash), id, &token->next) != 0)
-            return BAD(w->g, "token %d: its hash and those of %d others "
+            return BAD(&w->g, "token %d: its hash and those of %d others "
                        "collide", id, MAX_CHAIN);
     }
     return LFM2_OK;
 }
 
 /* "left right" to the ids of left, right and both together. */
-static int add_merges(lfm2_tokenizer *t, const struct word_keys *w)
+static int add_merges(lfm2_tokenizer *t, const struct word_file *w)
 {
     uint8_t *bytes = t->text + t->token[t->n_vocab].start;
     struct cursor c = kv_cursor(w->kv[KEY_MERGES]);
@@ -7072,30 +7073,23 @@ static int add_merges(lfm2_tokenizer *t, const struct word_keys *w)
     for (uint64_t i = 0; i < w->kv[KEY_MERGES]->n; i++) {
         const struct str s = take_string(&c);
         const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
-        if (s.n > MAX_TOKEN)
-            return BAD(w->g, "merge %llu: %zu bytes, expected at most %d",
-                       ull(i), s.n, MAX_TOKEN);
-        if (!space || space == s.s || space + 1 == end ||
-            memchr(space + 1, ' ', (size_t)(end - space) - 1))
-            return BAD(w->g, "merge %llu: \"%s\", expected two parts with one "
-                       "space between them", ull(i), show(s).s);
-        const struct str left = { s.s, (size_t)(space - s.s) };
-        const struct str right = { space + 1, (size_t)(end - space) - 1 };
-        const size_t n = unmap(bytes, left, TOKEN_NORMAL);
-        const size_t k = unmap(bytes + n, right, TOKEN_NORMAL);
+        const char *right = space ? space + 1 : end;
+        const size_t n = unmap(bytes, TOKEN_NORMAL, s.s, space ? space : end);
+        const size_t k = unmap(bytes + n, TOKEN_NORMAL, right, end);
         struct merge m = { find_token(t, bytes, n, ANY_TYPE),
                            find_token(t, bytes + n, k, ANY_TYPE),
                            find_token(t, bytes, n + k, ANY_TYPE), -1 };
-        if (m.left < 0 || m.right < 0 || m.result < 0)
-            return BAD(w->g, "merge %llu: \"%s\", expected two tokens that "
-                       "make a third", ull(i), show(s).s);
+        if (n == 0 || k == 0 || m.left < 0 || m.right < 0 || m.result < 0)
+            return BAD(&w->g, "merge %llu: \"%s\", expected two tokens that "
+                       "make a third, with a space between them", ull(i),
+                       show(s).s);
         /* no text becomes a control token; of two merges the first counts */
         if (!has_type(t, m.result, FROM_TEXT) ||
             find_merge(t, m.left, m.right) != NO_RANK)
             continue;
         if (add_to_chain(merge_chain(t, m.left, m.right), (int32_t)t->n_merges,
                          &m.next) != 0)
-            return BAD(w->g, "merge %llu: its hash and those of %d others "
+            return BAD(&w->g, "merge %llu: its hash and those of %d others "
                        "collide", ull(i), MAX_CHAIN);
         t->merge[t->n_merges++] = m;
     }
@@ -7125,32 +7119,38 @@ static int check_kind(const struct gguf *g)
 }
 
 /* An array of strings or of 32-bit integers, with min to max elements. */
-static int check_array(const struct word_keys *w, int key, uint64_t min,
+static int check_array(const struct word_file *w, int key, uint64_t min,
                        uint64_t max)
 {
     const struct gguf_kv *kv = w->kv[key];
     const char *what = key == KEY_TYPES ? "i32" : "strings";
 
     if (!kv)
-        return BAD(w->g, "%s: absent, expected an array of %s", word_key[key],
+        return BAD(&w->g, "%s: absent, expected an array of %s", word_key[key],
                    what);
     if (kv->type != GGUF_ARRAY ||
         (key == KEY_TYPES ? kv->elem != GGUF_I32 && kv->elem != GGUF_U32
                           : kv->elem != GGUF_STRING))
-        return BAD(w->g, "%s: %s %s, expected an array of %s", kv->key,
+        return BAD(&w->g, "%s: %s %s, expected an array of %s", kv->key,
                    kv->type == GGUF_ARRAY ? "an array of" : "one",
                    gguf_type[kv->elem].name, what);
     if (kv->n < min || kv->n > max)
-        return BAD(w->g, "%s: %llu elements, expected %llu to %llu", kv->key,
+        return BAD(&w->g, "%s: %llu elements, expected %llu to %llu", kv->key,
                    ull(kv->n), ull(min), ull(max));
     return LFM2_OK;
 }
 
-static int find_keys(struct word_keys *w)
+/* To be closed with gguf_free(), after an error too. */
+static int open_keys(struct word_file *w, const void *data, size_t size,
+                     lfm2_error *err)
 {
+    *w = (struct word_file){ 0 };
+    if (!data)
+        return fail(err, LFM2_EARG, "no data to read a vocabulary from");
+    TRY(gguf_parse(&w->g, data, size, err));
     for (int key = 0; key < N_WORD_KEYS; key++)
-        w->kv[key] = gguf_find(w->g, word_key[key]);
-    TRY(check_kind(w->g));
+        w->kv[key] = gguf_find(&w->g, word_key[key]);
+    TRY(check_kind(&w->g));
     TRY(check_array(w, KEY_TOKENS, 1, MAX_VOCAB));
     TRY(check_array(w, KEY_MERGES, 0, MAX_MERGE));
     const uint64_t n_vocab = w->kv[KEY_TOKENS]->n;
@@ -7159,14 +7159,13 @@ static int find_keys(struct word_keys *w)
 }
 
 /* A token that the file gives by its id; -1 if it does not. */
-static int read_id(const struct word_keys *w, int key, const char *name,
-                   int32_t *out)
+static int read_id(const struct word_file *w, int key, int32_t *out)
 {
     uint32_t id = UINT32_MAX;
 
-    TRY(gguf_u32(w->g, word_key[key], &id));
+    TRY(gguf_u32(&w->g, word_key[key], &id));
     if (id != UINT32_MAX && id >= w->kv[KEY_TOKENS]->n)
-        return BAD(w->g, "the %s token: id %lu, expected one below %llu", name,
+        return BAD(&w->g, "%s: %lu, expected an id below %llu", word_key[key],
                    (unsigned long)id, ull(w->kv[KEY_TOKENS]->n));
     *out = id == UINT32_MAX ? -1 : (int32_t)id;
     return LFM2_OK;
@@ -7181,21 +7180,22 @@ static int open_table(struct table *t, uint64_t n)
     return t->chain ? 0 : -1;
 }
 
-/* Text has room for a merge behind all tokens. */
-static int allocate(lfm2_tokenizer *t, const struct word_keys *w)
+/* Behind the text of all tokens there is room for that of any merge. */
+static int allocate(lfm2_tokenizer *t, const struct word_file *w)
 {
     const size_t n_text = w->kv[KEY_TOKENS]->size;
     const size_t n_merges = (size_t)w->kv[KEY_MERGES]->n;
 
     t->n_vocab = (int)w->kv[KEY_TOKENS]->n;
-    t->text = n_text < INT32_MAX ? malloc(n_text + MAX_TOKEN) : NULL;
+    if (n_text < INT32_MAX)
+        t->text = malloc(n_text + w->kv[KEY_MERGES]->size);
     t->token = calloc((size_t)t->n_vocab + 1, sizeof *t->token);
     t->merge = malloc((n_merges + 1) * sizeof *t->merge);
     t->classes = make_classes();
     if (!t->text || !t->token || !t->merge || !t->classes ||
         open_table(&t->tokens, (uint64_t)t->n_vocab) != 0 ||
         open_table(&t->merges, n_merges) != 0)
-        return fail(w->g->err, LFM2_ENOMEM, "no memory for the vocabulary");
+        return fail(w->g.err, LFM2_ENOMEM, "no memory for the vocabulary");
     return LFM2_OK;
 }
 
@@ -7212,16 +7212,14 @@ static void find_roles(lfm2_tokenizer *t)
             t->token[role[i]].type = TOKEN_CONTROL;
 }
 
-static int read_words(lfm2_tokenizer *t, struct word_keys *w)
+static int read_words(lfm2_tokenizer *t, const struct word_file *w)
 {
-    const struct gguf_kv *add;
+    const struct gguf_kv *add = w->kv[KEY_ADD_BOS];
 
-    TRY(find_keys(w));
-    TRY(read_id(w, KEY_BOS, "BOS", &t->bos));
-    TRY(read_id(w, KEY_EOS, "EOS", &t->eos));
-    add = w->kv[KEY_ADD_BOS];
+    TRY(read_id(w, KEY_BOS, &t->bos));
+    TRY(read_id(w, KEY_EOS, &t->eos));
     if (add && add->type != GGUF_BOOL)
-        return BAD(w->g, "%s: of type %s, expected a bool", add->key,
+        return BAD(&w->g, "%s: of type %s, expected a bool", add->key,
                    gguf_type[add->type].name);
     t->add_bos = !add || add->value[0];
     TRY(allocate(t, w));
@@ -7231,7 +7229,7 @@ static int read_words(lfm2_tokenizer *t, struct word_keys *w)
     for (int b = 0; b < 256; b++) {
         t->byte[b] = find_token(t, &(uint8_t){ (uint8_t)b }, 1, FROM_TEXT);
         if (t->byte[b] < 0)
-            return BAD(w->g, "the vocabulary: no token for the single byte "
+            return BAD(&w->g, "the vocabulary: no token for the single byte "
                        "0x%02x, expected all 256", (unsigned)b);
     }
     return LFM2_OK;
@@ -7253,19 +7251,15 @@ void lfm2_tokenizer_close(lfm2_tokenizer *t)
 int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
                                size_t size, lfm2_error *err)
 {
-    struct gguf g = { 0 };
-    lfm2_tokenizer *t;
-    int code;
+    lfm2_tokenizer *t = calloc(1, sizeof *t);
+    struct word_file w;
+    int code = open_keys(&w, data, size, err);
 
     *out = NULL;
-    if (!data)
-        return fail(err, LFM2_EARG, "no data to open");
-    t = calloc(1, sizeof *t);
-    code = t ? gguf_parse(&g, data, size, err)
-             : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
     if (code == LFM2_OK)
-        code = read_words(t, &(struct word_keys){ .g = &g });
-    gguf_free(&g);
+        code = t ? read_words(t, &w)
+                 : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    gguf_free(&w.g);
     if (code == LFM2_OK)
         *out = t;
     else
@@ -7305,13 +7299,9 @@ size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
                               "\10\0\0\0" "\4\0\0\0\0\0\0\0lfm2";
     uint8_t header[24] = "GGUF\3";
     struct writer out = { buf, buf ? cap : 0, 0 };
-    struct gguf g = { 0 };
-    struct word_keys w = { .g = &g };
-    int code = data ? gguf_parse(&g, data, size, err)
-                    : fail(err, LFM2_EARG, "no data to export");
+    struct word_file w;
+    const int code = open_keys(&w, data, size, err);
 
-    if (code == LFM2_OK)
-        code = find_keys(&w);
     for (int key = 0; key < N_WORD_KEYS; key++)
         header[16] += key == KEY_PRE || w.kv[key];
     if (code == LFM2_OK)
@@ -7326,7 +7316,7 @@ size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
             put(&out, from, (size_t)(kv->value - from) + kv->size);
         }
     }
-    gguf_free(&g);
+    gguf_free(&w.g);
     return out.n;
 }
 
@@ -7553,6 +7543,9 @@ static void encode_plain(const lfm2_tokenizer *t, struct tokens *o,
     }
 }
 
+enum { MAX_ENCODE = 1 << 30 };            /* bytes of one text, and tokens   */
+                                          /* before it                       */
+
 /* Cut out the markers from left to right, the longest at each place, and encode
  * what is between them.  (llama.cpp takes the longest anywhere first, which is
  * the same unless two of them overlap in the text.) */
@@ -7560,8 +7553,11 @@ static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
                        const uint8_t *text, size_t len, int types)
 {
     const uint8_t *p = text, *from = text, *end = text + len;
-    struct symbol *room = calloc(len, sizeof *room);
+    struct symbol *room;
 
+    if (len > MAX_ENCODE || o->n > MAX_ENCODE - 8)
+        return LFM2_EARG;
+    room = calloc(len, sizeof *room);
     if (!room)
         return LFM2_ENOMEM;
     while (p < end) {
@@ -7579,15 +7575,13 @@ static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
     return LFM2_OK;
 }
 
-enum { MAX_ENCODE = 1 << 30 };            /* bytes of text in one call       */
-
 int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
                 int flags, int32_t *out, int cap)
 {
     const int types = flags & LFM2_ENCODE_SPECIAL ? CUT_OUT_SPECIAL : CUT_OUT;
     struct tokens o = { out, out ? cap : 0, 0 };
 
-    if (len > MAX_ENCODE || (!text && len > 0))
+    if (!text && len > 0)
         return LFM2_EARG;
     if ((flags & LFM2_ENCODE_BOS) && t->bos >= 0)
         emit(&o, t->bos);
@@ -7609,9 +7603,12 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
                        const lfm2_message *msg)
 {
     const size_t n_role = strlen(msg->role), n = strlen(msg->content);
-    uint8_t *text = malloc(n_role + 1 + n);
+    uint8_t *text;
     int code;
 
+    if (n_role > MAX_ENCODE || n > MAX_ENCODE)
+        return LFM2_EARG;
+    text = malloc(n_role + 1 + n);
     if (!text)
         return LFM2_ENOMEM;
     memcpy(text, msg->role, n_role);
@@ -7630,18 +7627,12 @@ int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
 {
     const char opening[] = "assistant\n";
     struct tokens o = { out, out ? cap : 0, 0 };
-    size_t room = MAX_ENCODE;
 
     if (t->im_start < 0 || t->im_end < 0 || n_msgs < 0)
         return LFM2_EARG;
-    for (int i = 0; i < n_msgs; i++) {
+    for (int i = 0; i < n_msgs; i++)
         if (!msgs[i].role || !msgs[i].content)
             return LFM2_EARG;
-        const size_t n_role = strlen(msgs[i].role), n = strlen(msgs[i].content);
-        if (n_role > room || n > room - n_role || room - n_role - n < 4)
-            return LFM2_EARG;
-        room -= n_role + n + 4;           /* as many as tokens around them   */
-    }
     if (t->bos >= 0)
         emit(&o, t->bos);
     for (int i = 0; i < n_msgs; i++)
@@ -7855,10 +7846,10 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
         sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
     for (; kept < n && (kept == 0 || mass < s->top_p * sum); kept++) {
-        if (kept == sorted) {
-            const int more = 3 * sorted + 64 < n - sorted ? 3 * sorted + 64 : n - sorted;
-            sort_first(c + sorted, n - sorted, more);
-            sorted += more;
+        if (kept == sorted) {             /* then four times as many         */
+            const int left = n - sorted, more = 3 * sorted + 64;
+            sort_first(c + sorted, left, more < left ? more : left);
+            sorted += more < left ? more : left;
         }
         mass += exp_f32(c[kept].p - max);
     }

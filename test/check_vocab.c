@@ -82,8 +82,8 @@ static const struct { struct change x; int code; const char *says; } bad[] = {
       "array of strings" },
     { { .scalar = KEY("merges") }, LFM2_EFORMAT, "merges: one u32" },
     { { .floats = KEY("merges") }, LFM2_EFORMAT, "merges: an array of f32" },
-    { { .merge = "" }, LFM2_EFORMAT, "merge 9: \"\", expected two parts with "
-      "one space between them" },
+    { { .merge = "" }, LFM2_EFORMAT, "merge 9: \"\", expected two tokens "
+      "that make a third, with a space between them" },
     { { .merge = "ab" }, LFM2_EFORMAT, "merge 9: \"ab\"" },
     { { .merge = " b" }, LFM2_EFORMAT, "merge 9: \" b\"" },
     { { .merge = "a " }, LFM2_EFORMAT, "merge 9: \"a \"" },
@@ -93,12 +93,11 @@ static const struct { struct change x; int code; const char *says; } bad[] = {
       "tokens that make a third" },
     { { .merge = "yz a" }, LFM2_EFORMAT, "merge 9: \"yz a\", expected two" },
     { { .merge = "a bb" }, LFM2_EFORMAT, "merge 9: \"a bb\", expected two" },
-    { { .merge = too_long }, LFM2_EFORMAT, "merge 9: 1048578 bytes, expected "
-      "at most 1048576" },
-    { { .bos = N_BASE }, LFM2_EFORMAT, "the BOS token: id 274, expected one "
+    { { .merge = too_long }, LFM2_EFORMAT, "merge 9: \"xxxxxxxxxx" },
+    { { .bos = N_BASE }, LFM2_EFORMAT, "bos_token_id: 274, expected an id "
       "below 274" },
-    { { .eos = 0xfffffffe }, LFM2_EFORMAT, "the EOS token: id 4294967294, "
-      "expected one below 274" },
+    { { .eos = 0xfffffffe }, LFM2_EFORMAT, "eos_token_id: 4294967294, "
+      "expected an id below 274" },
     { { .floats = KEY("bos_token_id") }, LFM2_EFORMAT, "expected an integer" },
     { { .scalar = KEY("add_bos_token") }, LFM2_EFORMAT, "expected a bool" },
     { { .no_byte = 1 }, LFM2_EFORMAT, "no token for the single byte 0x00, "
