@@ -390,7 +390,6 @@ struct isa {
     void (*product)(float *out, const struct tensor *w, int first, int n_rows,
                     const struct input *in, const struct scratch *s,
                     const uint8_t *end, const uint8_t *next);
-    int64_t (*exercise)(int *sum);        /* see lfm2_exercise()             */
 };
 
 /* Every thread of a context runs the model, side by side with the others.  Each
@@ -2121,21 +2120,10 @@ static void product_rows(float *out, const struct tensor *w, int first,
     }
 }
 
-/* Multiply bytes; how many. */
-static int64_t exercise(int *sum)
-{
-    int8_t x[16] = { 1, 2, 3 };
-
-    for (int i = 0; i < 1 << 16; i++) {
-        *sum = (*sum + dot_16(x, x)) % 256;
-        x[i % 16] = (int8_t)(*sum / 2);
-    }
-    return (int64_t)16 << 16;
-}
-
 static const struct isa scalar = {
-    1, dot_f32, quantize, swiglu, add_scaled, rope, conv_step, attend_chunk,
-    product_rows, exercise
+    .panel_rows = 1, .dot = dot_f32, .quantize = quantize, .swiglu = swiglu,
+    .add_scaled = add_scaled, .rope = rope, .conv_step = conv_step,
+    .attend_chunk = attend_chunk, .product = product_rows
 };
 
 static int n_units(const struct tensor *w)
@@ -4175,15 +4163,12 @@ KERNEL void FN(attend_chunk)(struct attn_partial *part,
     }
 }
 
-KERNEL int64_t FN(exercise)(int *sum)
-{
-    return exercise(sum);
-}
-
 static const struct isa FN(isa) = {
-    FN(PANEL), BLOCK(dot_f32), BLOCK(quantize), BLOCK(swiglu),
-    BLOCK(add_scaled), BLOCK(rope), BLOCK(conv_step), FN(attend_chunk),
-    FN(product), FN(exercise)
+    .panel_rows = FN(PANEL), .dot = BLOCK(dot_f32),
+    .quantize = BLOCK(quantize), .swiglu = BLOCK(swiglu),
+    .add_scaled = BLOCK(add_scaled), .rope = BLOCK(rope),
+    .conv_step = BLOCK(conv_step), .attend_chunk = FN(attend_chunk),
+    .product = FN(product)
 };
 
 #undef MM
@@ -6017,11 +6002,7 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
 
 /* ---- what the machine can do at best: lfm2_exercise() */
 
-struct exercise {
-    int what;
-    int64_t done;                         /* by one thread, or by all        */
-    atomic_uint sink;                     /* so that nothing is left out     */
-};
+struct exercise { int what; int64_t done; atomic_uint sink; };
 
 /* A thread's share of the first n bytes of the weights. */
 static unsigned read_share(const struct thread *me, int64_t n)
@@ -6040,43 +6021,41 @@ static unsigned read_share(const struct thread *me, int64_t n)
     return (unsigned)sum;
 }
 
-/* Products of one row with as many rows of weights as the second-level cache
- * holds easily, again and again; the bytes of weights. */
-static int64_t decode_again(const struct thread *me)
+/* Products with as many rows of weights as the second-level cache holds easily,
+ * again and again: the bytes of weights for one row of x, or the multiply-adds
+ * for many. */
+static int64_t multiply_again(const struct thread *me, int many)
 {
-    enum { AGAIN = 64, CACHE = 512 << 10 };
+    enum { AGAIN = 64, CACHE = 512 << 10, ROWS = 48 };
     const struct lfm2_context *ctx = me->ctx;
     const struct layer *l = &ctx->model->layer[0];
     const struct tensor *w = l->ffn_gate.data ? &l->ffn_gate
                                               : &l->ffn_gate_exps;
     const size_t fit = CACHE / (UNIT * row_bytes(w)) + 1;
     const int n = fit < (size_t)(w->rows / UNIT) ? (int)fit : w->rows / UNIT;
+    const int rows = ctx->par.n_batch < ROWS ? ctx->par.n_batch : ROWS;
     struct input in = ctx->in;
 
-    in.n = 1;
+    in.n = many ? rows : 1;
     for (int i = 0; i < AGAIN; i++)
         for (int u = 0; u < n; u++)
             ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
                               unit_data(w, n), w->data);
-    return (int64_t)AGAIN * n * UNIT * (int64_t)row_bytes(w);
+    return (int64_t)AGAIN * n * UNIT *
+           (many ? (int64_t)rows * w->cols : (int64_t)row_bytes(w));
 }
 
-static void exercise_thread(const struct thread *me)
+static void exercise(const struct thread *me)
 {
     struct exercise *e = me->ctx->exercise;
-    int64_t done = 0;
-    int sum = 0;
 
-    if (e->what == LFM2_READ)
-        sum = (int)read_share(me, e->done);
-    else if (e->what == LFM2_DECODE)
-        done = decode_again(me);
-    else
-        for (int i = 0; i < 50; i++)
-            done += me->ctx->isa->exercise(&sum);
-    if (e->what != LFM2_READ && me->id == 0)
-        e->done = done * me->of;
-    atomic_fetch_add(&e->sink, (unsigned)sum);
+    if (e->what == LFM2_READ) {
+        atomic_fetch_add(&e->sink, read_share(me, e->done));
+        return;
+    }
+    const int64_t done = multiply_again(me, e->what == LFM2_DOT) * me->of;
+    if (me->id == 0)
+        e->done = done;
 }
 
 int64_t lfm2_exercise(lfm2_context *ctx, int what)
@@ -6089,7 +6068,7 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
     if (!pool_is_here(ctx))
         return LFM2_EARG;
     ctx->exercise = &e;
-    parallel(ctx, ctx->par.n_threads, exercise_thread);
+    parallel(ctx, ctx->par.n_threads, exercise);
     ctx->exercise = NULL;
     return e.done;
 }

@@ -257,11 +257,10 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
 
 /* What the machine can do at best, to hold a speed against: busy all threads of
  * the context with one thing.  READ reads weights of the model as they lie in
- * memory (all, or the first 2 GiB) and returns how many bytes; DOT multiplies
- * int8 numbers in registers with the instruction the context's kernels use, and
- * returns how many multiply-adds; DECODE multiplies one row with weights that
- * stay in the second-level cache, half a MiB for each thread, and returns how
- * many bytes of weights.  The caller takes the time.  LFM2_EARG in the child of
+ * memory (all, or the first 2 GiB) and returns how many bytes; DECODE multiplies
+ * one row with weights that stay in the second-level cache, half a MiB for each
+ * thread, and returns how many bytes of weights; DOT does so with 48 rows, and
+ * returns how many multiply-adds.  The caller takes the time.  LFM2_EARG in the child of
  * a fork(), as of lfm2_forward(). */
 enum { LFM2_READ, LFM2_DOT, LFM2_DECODE };
 int64_t lfm2_exercise(lfm2_context *ctx, int what);
