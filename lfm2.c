@@ -7282,7 +7282,8 @@ size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
     const int code = open_keys(&w, data, size, err);
 
     for (int key = 0; key < N_WORD_KEYS; key++)
-        header[16] += key == KEY_PRE || w.kv[key];
+        if (key == KEY_PRE || w.kv[key])
+            header[16]++;                 /* the number of keys              */
     if (code == LFM2_OK)
         put(&out, header, sizeof header);
     for (int key = 0; code == LFM2_OK && key < N_WORD_KEYS; key++) {
@@ -7658,7 +7659,7 @@ const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
     return (const char *)token_bytes(t, token);
 }
 
-/* Should a marker and another token have the same bytes, the marker is meant. */
+/* If a marker and another token have the same bytes, the marker is meant. */
 int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 {
     const uint8_t *s = (const uint8_t *)text;
@@ -7729,8 +7730,8 @@ static void swap(struct candidate *a, struct candidate *b)
     *b = was;
 }
 
-/* Bring the first k of c[n] to its front, sorted: a heap of k takes what comes
- * before the last it has, which few do, and is then taken apart from its top. */
+/* Bring the first k of c[n] to its front, sorted.  A heap of k takes in what
+ * comes before its last, which little does; then it is emptied from the top. */
 static void sort_first(struct candidate *c, int n, int k)
 {
     for (int i = k / 2; i-- > 0;)
@@ -7788,8 +7789,8 @@ static void penalise(const lfm2_sampler *s, struct candidate *mark,
     }
 }
 
-/* Does min-p keep a candidate whose logit is x below the highest?  What is below
- * `least` has less than min_p for sure, which saves most calls of exp. */
+/* Does min-p keep a logit that differs from the highest by x?  Where x is below
+ * `least`, e^x is surely below min_p and need not be computed. */
 static int is_likely(float x, float min_p, float least)
 {
     return x == 0 || !(min_p > 0) || (x >= least && exp_f32(x) >= min_p);

@@ -55,7 +55,8 @@ static const struct { struct change x; int code; const char *says; } bad[] = {
       "array of strings" },
     { { .floats = KEY("tokens") }, LFM2_EFORMAT, "tokens: an array of f32, "
       "expected an array of strings" },
-    { { .n_tokens = -1 }, LFM2_EFORMAT, "tokens: 0 elements, expected 1 to 1000000" },
+    { { .n_tokens = -1 }, LFM2_EFORMAT, "tokens: 0 elements, "
+      "expected 1 to 1000000" },
     { { .n_tokens = MAX_VOCAB + 1 }, LFM2_EFORMAT, "tokens: 1000001 elements, "
       "expected 1 to 1000000" },
     { { .scalar = KEY("token_type") }, LFM2_EFORMAT, "token_type: one u32, "

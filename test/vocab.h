@@ -13,7 +13,8 @@ static const struct { const char *text; int type; } more_tokens[] = {
     { "python", TOKEN_USER_DEFINED }, { "<a>", TOKEN_USER_DEFINED },
     { "<a><b>", TOKEN_USER_DEFINED },
     { "ab", 1 }, { "bc", 1 }, { "aa", 1 }, { "aaaa", 1 }, { "xy", 1 },
-    { "xyz", 1 }, { "aab", 1 }, { "qrs", 1 }, { "\xc4\xa0w", 1 },          /* that is " w" */
+    { "xyz", 1 }, { "aab", 1 }, { "qrs", 1 },
+    { "\xc4\xa0w", 1 },                                     /* that is " w" */
 };
 
 static const char *const base_merges[] = {
