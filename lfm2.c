@@ -1086,7 +1086,8 @@ enum { MAX_CTX = 1 << 24 };
 static void sin_cos(double a, float *s, float *c)
 {
     const double magic = 6755399441055744.0;           /* 1.5 * 2^52 */
-    const double turns = a * (0.63661977236758134308 / 1048576) + magic - magic;
+    const double turns = a < 1048576 ? 0 :
+                         a * (0.63661977236758134308 / 1048576) + magic - magic;
     uint64_t quadrant;
 
     for (int i = 0; i < 3; i++)
@@ -1604,7 +1605,7 @@ static void group_by_expert(struct lfm2_context *ctx, const struct layer *l)
 /* --------------------------------------------------------- 9. Weight formats
  *
  * A row of weights is a sequence of blocks.  Whatever the format, 32 columns of
- * it are unpacked to one common form,
+ * it, a group, are unpacked to one common form,
  *
  *     weight = d q - m        q: an integer of 8 bits,
  *                             d, m: one for the 32, or one for each 16
@@ -1612,11 +1613,6 @@ static void group_by_expert(struct lfm2_context *ctx, const struct layer *l)
  * in which d and m are exact in float.  (Where one d serves all 32, d[1] and
  * m[1] are not set.)  In the drawings f16 is a binary16 number, uN an unsigned
  * integer, everything little-endian; lo and hi are the nibbles of a byte. */
-
-struct group {
-    int8_t *q;                            /* [32]                            */
-    float *d, *m;                         /* [2]                             */
-};
 
 static uint16_t load_le16(const uint8_t *p)
 {
@@ -1643,229 +1639,6 @@ static float load_f32(const uint8_t *p)
     return float_of(load_le32(p));
 }
 
-/* 16 bytes of nibbles: columns 0..15 are the low ones, 16..31 the high ones. */
-static void unpack_nibbles(int8_t *q, const uint8_t *b, int offset)
-{
-    for (int i = 0; i < 16; i++) {
-        q[i] = (int8_t)((b[i] & 15) - offset);
-        q[i + 16] = (int8_t)((b[i] >> 4) - offset);
-    }
-}
-
-/* Q4_0, 32 columns in 18 bytes.       weight = d (q - 8)
- *
- *     | f16 d | 16 x u8: lo = q[i], hi = q[i+16] |                          */
-static void unpack_q4_0(const struct group *o, const uint8_t *b, int i)
-{
-    (void)i;
-    o->d[0] = load_f16(b);
-    unpack_nibbles(o->q, b + 2, 8);
-}
-
-/* Q4_1, 32 columns in 20 bytes.       weight = d q + m
- *
- *     | f16 d | f16 m | 16 x u8: lo = q[i], hi = q[i+16] |                  */
-static void unpack_q4_1(const struct group *o, const uint8_t *b, int i)
-{
-    (void)i;
-    o->d[0] = load_f16(b);
-    o->m[0] = -load_f16(b + 2);
-    unpack_nibbles(o->q, b + 4, 0);
-}
-
-/* Bit i of a 32-bit word is bit 4 of q[i]. */
-static void add_fifth_bits(int8_t *q, const uint8_t *b)
-{
-    uint32_t high = load_le32(b);
-
-    for (int i = 0; i < 32; i++)
-        q[i] = (int8_t)(q[i] + (int)(high >> i & 1) * 16);
-}
-
-/* Q5_0, 32 columns in 22 bytes.       weight = d (q - 16)
- *
- *     | f16 d | u32: bit i = bit 4 of q[i] | 16 x u8: bits 0-3, as in Q4_0 | */
-static void unpack_q5_0(const struct group *o, const uint8_t *b, int i)
-{
-    (void)i;
-    o->d[0] = load_f16(b);
-    unpack_nibbles(o->q, b + 6, 16);
-    add_fifth_bits(o->q, b + 2);
-}
-
-/* Q5_1, 32 columns in 24 bytes.       weight = d q + m
- *
- *     | f16 d | f16 m | u32 and 16 x u8 as in Q5_0 |                        */
-static void unpack_q5_1(const struct group *o, const uint8_t *b, int i)
-{
-    (void)i;
-    o->d[0] = load_f16(b);
-    o->m[0] = -load_f16(b + 2);
-    unpack_nibbles(o->q, b + 8, 0);
-    add_fifth_bits(o->q, b + 4);
-}
-
-static int8_t signed_byte(uint8_t b)
-{
-    return (int8_t)(b < 128 ? b : b - 256);
-}
-
-/* Q8_0, 32 columns in 34 bytes.       weight = d q
- *
- *     | f16 d | 32 x i8: q[i] |                                             */
-static void unpack_q8_0(const struct group *o, const uint8_t *b, int i)
-{
-    (void)i;
-    o->d[0] = load_f16(b);
-    for (int k = 0; k < 32; k++)
-        o->q[k] = signed_byte(b[2 + k]);
-}
-
-/* The K formats: 256 columns in a block, which are 8 groups of 32.
- *
- * Q2_K, 84 bytes.                     weight = d s q - dmin m, s, m per 16
- *
- *     | 16 x u8: lo = s[j], hi = m[j] | 64 x u8: 2-bit q | f16 d | f16 dmin |
- *
- * 32 bytes of q hold four groups, one in each pair of bits. */
-static void unpack_q2_k(const struct group *o, const uint8_t *b, int i)
-{
-    const uint8_t *q = b + 16 + i / 4 * 32;
-    const float d = load_f16(b + 80), dmin = load_f16(b + 82);
-
-    for (int k = 0; k < 2; k++) {
-        o->d[k] = d * (float)(b[2 * i + k] & 15);
-        o->m[k] = dmin * (float)(b[2 * i + k] >> 4);
-    }
-    for (int k = 0; k < 32; k++)
-        o->q[k] = (int8_t)(q[k] >> i % 4 * 2 & 3);
-}
-
-/* Q3_K, 110 bytes.                    weight = d (s - 32) (q - 4), s per 16
- *
- *     | 32 x u8: bit i = bit 2 of q in group i | 64 x u8: bits 0, 1 of q |
- *     | 12 x u8: s of 6 bits | f16 d |
- *
- * s[j]: 4 bits in byte j of 8 (low nibbles for j < 8, then high ones), 2 bits
- * in one of the last 4 bytes. */
-static void unpack_q3_k(const struct group *o, const uint8_t *b, int i)
-{
-    const uint8_t *q = b + 32 + i / 4 * 32, *s = b + 96;
-    const float d = load_f16(b + 108);
-
-    for (int j = 2 * i; j < 2 * i + 2; j++) {
-        int low = j < 8 ? s[j] & 15 : s[j - 8] >> 4;
-        int high = s[8 + j % 4] >> j / 4 * 2 & 3;
-        o->d[j % 2] = d * (float)((low | high << 4) - 32);
-    }
-    for (int k = 0; k < 32; k++)
-        o->q[k] = (int8_t)((q[k] >> i % 4 * 2 & 3) + (b[k] >> i & 1) * 4 - 4);
-}
-
-/* The 6-bit scale and minimum of group i, out of the 12 bytes that Q4_K and
- * Q5_K share:
- *
- *     byte 0..3    s[0..3] in bits 0-5, bits 4, 5 of s[4..7] in bits 6, 7
- *     byte 4..7    m[0..3] in bits 0-5, bits 4, 5 of m[4..7] in bits 6, 7
- *     byte 8..11   lo = low bits of s[4..7], hi = low bits of m[4..7]       */
-static void unpack_scale_min(const struct group *o, const uint8_t *b, int i)
-{
-    const uint8_t *s = b + 4;
-    int scale, min;
-
-    if (i < 4) {
-        scale = s[i] & 63;
-        min = s[i + 4] & 63;
-    } else {
-        scale = (s[i + 4] & 15) | s[i - 4] >> 6 << 4;
-        min = s[i + 4] >> 4 | s[i] >> 6 << 4;
-    }
-    o->d[0] = load_f16(b) * (float)scale;
-    o->m[0] = load_f16(b + 2) * (float)min;
-}
-
-/* Q4_K, 144 bytes.                    weight = d s q - dmin m, s, m per 32
- *
- *     | f16 d | f16 dmin | 12 x u8: s, m of 6 bits | 128 x u8: 4-bit q |
- *
- * 32 bytes of q hold two groups: the low nibbles, then the high ones. */
-static void unpack_q4_k(const struct group *o, const uint8_t *b, int i)
-{
-    const uint8_t *q = b + 16 + i / 2 * 32;
-
-    unpack_scale_min(o, b, i);
-    for (int k = 0; k < 32; k++)
-        o->q[k] = (int8_t)(q[k] >> i % 2 * 4 & 15);
-}
-
-/* Q5_K, 176 bytes.                    weight = d s q - dmin m, s, m per 32
- *
- *     | f16 d | f16 dmin | 12 x u8: s, m of 6 bits |
- *     | 32 x u8: bit i = bit 4 of q in group i | 128 x u8: bits 0-3 of q |  */
-static void unpack_q5_k(const struct group *o, const uint8_t *b, int i)
-{
-    const uint8_t *q = b + 48 + i / 2 * 32;
-
-    unpack_scale_min(o, b, i);
-    for (int k = 0; k < 32; k++)
-        o->q[k] = (int8_t)((q[k] >> i % 2 * 4 & 15) |
-                           (b[16 + k] >> i & 1) << 4);
-}
-
-/* Q6_K, 210 bytes.                    weight = d s (q - 32), s per 16
- *
- *     | 128 x u8: bits 0-3 of q | 64 x u8: bits 4, 5 | 16 x i8: s | f16 d |
- *
- * Half a block is 64 bytes of nibbles, groups 0 and 1 low, 2 and 3 high, and 32
- * bytes of upper bits with a pair of them for each of its four groups. */
-static void unpack_q6_k(const struct group *o, const uint8_t *b, int i)
-{
-    const uint8_t *low = b + i / 4 * 64 + i % 2 * 32;
-    const uint8_t *high = b + 128 + i / 4 * 32;
-    const float d = load_f16(b + 208);
-
-    for (int k = 0; k < 2; k++)
-        o->d[k] = d * (float)signed_byte(b[192 + 2 * i + k]);
-    for (int k = 0; k < 32; k++)
-        o->q[k] = (int8_t)(((low[k] >> i % 4 / 2 * 4 & 15) |
-                            (high[k] >> i % 4 * 2 & 3) << 4) - 32);
-}
-
-/* The 16 values of the non-linear 4-bit formats. */
-static const int8_t iq4_value[16] = {
-    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
-};
-
-static void unpack_iq4(int8_t *q, const uint8_t *b)
-{
-    unpack_nibbles(q, b, 0);
-    for (int i = 0; i < 32; i++)
-        q[i] = iq4_value[q[i]];
-}
-
-/* IQ4_NL, 32 columns in 18 bytes.     weight = d value[q]
- *
- *     | f16 d | 16 x u8: lo = q[i], hi = q[i+16] |                          */
-static void unpack_iq4_nl(const struct group *o, const uint8_t *b, int i)
-{
-    (void)i;
-    o->d[0] = load_f16(b);
-    unpack_iq4(o->q, b + 2);
-}
-
-/* IQ4_XS, 256 columns in 136 bytes.   weight = d (s - 32) value[q], s per 32
- *
- *     | f16 d | 8 x 2 bits: upper s | 8 x 4 bits: lower s |
- *     | 8 groups of 16 x u8: lo = q[i], hi = q[i+16] |                      */
-static void unpack_iq4_xs(const struct group *o, const uint8_t *b, int i)
-{
-    int high = load_le16(b + 2) >> 2 * i & 3;
-    int low = b[4 + i / 2] >> i % 2 * 4 & 15;
-
-    o->d[0] = load_f16(b) * (float)((low | high << 4) - 32);
-    unpack_iq4(o->q, b + 8 + 16 * i);
-}
-
 static void floats_f32(float *out, const uint8_t *b, int n)
 {
     for (int i = 0; i < n; i++)
@@ -1884,17 +1657,117 @@ static void floats_bf16(float *out, const uint8_t *b, int n)
         out[i] = bf16_to_f32(load_le16(b + 2 * (size_t)i));
 }
 
-/* All formats.  `id` is GGUF's number.  A format is either unpacked in groups
- * of 32 columns or read as floats. */
+static int8_t signed_byte(uint8_t b)
+{
+    return (int8_t)(b < 128 ? b : b - 256);
+}
+
+/* The scales of group g of the block at b, as they are drawn below. */
+static void scales_32(const uint8_t *b, int g, float *d, float *m)
+{
+    (void)g;
+    d[0] = load_f16(b);
+    m[0] = -load_f16(b + 2);              /* where there is a minimum        */
+}
+
+static void scales_q2_k(const uint8_t *b, int g, float *d, float *m)
+{
+    for (int h = 0; h < 2; h++) {
+        d[h] = load_f16(b + 80) * (float)(b[2 * g + h] & 15);
+        m[h] = load_f16(b + 82) * (float)(b[2 * g + h] >> 4);
+    }
+}
+
+static void scales_q3_k(const uint8_t *b, int g, float *d, float *m)
+{
+    const uint8_t *s = b + 96;
+
+    (void)m;
+    for (int j = 2 * g; j < 2 * g + 2; j++) {
+        int low = j < 8 ? s[j] & 15 : s[j - 8] >> 4;
+        int high = s[8 + j % 4] >> j / 4 * 2 & 3;
+        d[j % 2] = load_f16(b + 108) * (float)((low | high << 4) - 32);
+    }
+}
+
+static void scales_q4_k(const uint8_t *b, int g, float *d, float *m)
+{
+    const uint8_t *s = b + 4;
+    int scale, min;
+
+    if (g < 4) {
+        scale = s[g] & 63;
+        min = s[g + 4] & 63;
+    } else {
+        scale = (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
+        min = s[g + 4] >> 4 | s[g] >> 6 << 4;
+    }
+    d[0] = load_f16(b) * (float)scale;
+    m[0] = load_f16(b + 2) * (float)min;
+}
+
+static void scales_q6_k(const uint8_t *b, int g, float *d, float *m)
+{
+    (void)m;
+    for (int h = 0; h < 2; h++)
+        d[h] = load_f16(b + 208) * (float)signed_byte(b[192 + 2 * g + h]);
+}
+
+static void scales_iq4_xs(const uint8_t *b, int g, float *d, float *m)
+{
+    int high = load_le16(b + 2) >> 2 * g & 3;
+    int low = b[4 + g / 2] >> g % 2 * 4 & 15;
+
+    (void)m;
+    d[0] = load_f16(b) * (float)((low | high << 4) - 32);
+}
+
+/* Some bits of the weights of a block.  Those of the first 16 columns of group
+ * g are the lowest ones of 16 bytes, at + of[g], when these are shifted down. */
+struct bit_field {
+    uint8_t at, mask, of[8], shift[8];
+};
+
+/* A format is read as floats, or unpacked as the rest of this says; what is
+ * left out of it is 0. */
 struct format {
     const char *name;
-    int id;
+    int id;                               /* GGUF's number                   */
     int block, bytes;                     /* columns and bytes of a block    */
+    void (*floats)(float *out, const uint8_t *row, int n);
+    void (*scales)(const uint8_t *block, int g, float *d, float *m);
     int per_16;                           /* d and m for 16 columns, not 32  */
     int has_min;
-    void (*unpack)(const struct group *o, const uint8_t *block, int i);
-    void (*floats)(float *out, const uint8_t *row, int n);
+    int split;                            /* the low nibbles of 16 bytes are
+                                             columns 0..15, the high 16..31;
+                                             else 32 bytes are 32 columns    */
+    struct bit_field low, high;           /* upper bits, if there are any ...*/
+    int high_to;                          /* ... go to this bit              */
+    int fifth;                            /* 32 bits before the nibbles: bit i
+                                             is bit 4 of q[i]                */
+    int iq4;                              /* what is there is looked up      */
+    int offset;                           /* of the bytes                    */
+    int is_signed;                        /* they are whole signed bytes     */
+
+    /* for vectors */
+    int terms;                            /* on x86, how many products by four
+                                             columns can be added in 16 bits;
+                                             of signed bytes 1               */
+    int scale_offset;                     /* of the scales in a K block      */
 };
+
+/* Blocks of 32 columns, with their nibbles at `at`, in as many as a vector
+ * takes at once. */
+#define EACH(n) { 0, n, 2 * n, 3 * n }
+#define NIBBLES(size, at) \
+    .block = 32, .bytes = size, .scales = scales_32, \
+    .split = 1, .low = { at, 15, EACH(size), { 0 } }
+
+/* The 8 groups of a K block: two in the nibbles of 32 bytes, four in their pairs
+ * of bits, or all in their bits. */
+#define LOW_4 { 0, 0, 32, 32, 64, 64, 96, 96 }, { 0, 4, 0, 4, 0, 4, 0, 4 }
+#define LOW_2 { 0, 0, 0, 0, 32, 32, 32, 32 }, { 0, 2, 4, 6, 0, 2, 4, 6 }
+#define ONE_BIT { 0 }, { 0, 1, 2, 3, 4, 5, 6, 7 }
 
 enum {
     F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
@@ -1902,34 +1775,125 @@ enum {
 };
 
 static const struct format formats[N_FORMAT] = {
-    [F32] = { "F32", 0, 1,   4, 0, 0, NULL, floats_f32 },
-    [F16] = { "F16", 1, 1,   2, 0, 0, NULL, floats_f16 },
-    [BF16] = { "BF16", 30, 1,   2, 0, 0, NULL, floats_bf16 },
-    [Q4_0] = { "Q4_0", 2, 32,  18, 0, 0, unpack_q4_0, NULL },
-    [Q4_1] = { "Q4_1", 3, 32,  20, 0, 1, unpack_q4_1, NULL },
-    [Q5_0] = { "Q5_0", 6, 32,  22, 0, 0, unpack_q5_0, NULL },
-    [Q5_1] = { "Q5_1", 7, 32,  24, 0, 1, unpack_q5_1, NULL },
-    [Q8_0] = { "Q8_0", 8, 32,  34, 0, 0, unpack_q8_0, NULL },
-    [Q2_K] = { "Q2_K", 10, 256,  84, 1, 1, unpack_q2_k, NULL },
-    [Q3_K] = { "Q3_K", 11, 256, 110, 1, 0, unpack_q3_k, NULL },
-    [Q4_K] = { "Q4_K", 12, 256, 144, 0, 1, unpack_q4_k, NULL },
-    [Q5_K] = { "Q5_K", 13, 256, 176, 0, 1, unpack_q5_k, NULL },
-    [Q6_K] = { "Q6_K", 14, 256, 210, 1, 0, unpack_q6_k, NULL },
-    [IQ4_NL] = { "IQ4_NL", 20, 32,  18, 0, 0, unpack_iq4_nl, NULL },
-    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, 0, 0, unpack_iq4_xs, NULL },
+    [F32]  = { "F32", 0, 1, 4, .floats = floats_f32 },
+    [F16]  = { "F16", 1, 1, 2, .floats = floats_f16 },
+    [BF16] = { "BF16", 30, 1, 2, .floats = floats_bf16 },
+
+    /* 32 columns in 18 bytes           weight = d (q - 8)
+     *
+     *     | f16 d | 16 x u8: lo = q[i], hi = q[i+16] |                      */
+    [Q4_0] = { "Q4_0", 2, NIBBLES(18, 2), .offset = 8, .terms = 4 },
+
+    /* 20 bytes                         weight = d q + m
+     *
+     *     | f16 d | f16 m | 16 x u8: lo = q[i], hi = q[i+16] |              */
+    [Q4_1] = { "Q4_1", 3, NIBBLES(20, 4), .has_min = 1, .terms = 4 },
+
+    /* 22 bytes                         weight = d (q - 16)
+     *
+     *     | f16 d | u32: bit i = bit 4 of q[i] | 16 x u8: as in Q4_0 |      */
+    [Q5_0] = { "Q5_0", 6, NIBBLES(22, 6), .fifth = 1, .offset = 16,
+               .terms = 4 },
+
+    /* 24 bytes                         weight = d q + m
+     *
+     *     | f16 d | f16 m | u32 and 16 x u8 as in Q5_0 |                    */
+    [Q5_1] = { "Q5_1", 7, NIBBLES(24, 8), .fifth = 1, .has_min = 1,
+               .terms = 4 },
+
+    /* 34 bytes                         weight = d q
+     *
+     *     | f16 d | 32 x i8: q[i] |                                         */
+    [Q8_0] = { "Q8_0", 8, 32, 34, .scales = scales_32,
+               .low = { 2, 255, EACH(34), { 0 } }, .is_signed = 1,
+               .terms = 1 },
+
+    /* 256 columns in 84 bytes          weight = d s q - dmin m, s, m per 16
+     *
+     *     | 16 x u8: lo = s[j], hi = m[j] | 64 x u8: 2-bit q |
+     *     | f16 d | f16 dmin |                                              */
+    [Q2_K] = { "Q2_K", 10, 256, 84, .scales = scales_q2_k, .per_16 = 1,
+               .has_min = 1, .low = { 16, 3, LOW_2 }, .terms = 4 },
+
+    /* 110 bytes                        weight = d (s - 32) (q - 4), s per 16
+     *
+     *     | 32 x u8: bit i = bit 2 of q in group i | 64 x u8: bits 0, 1 |
+     *     | 12 x u8: s of 6 bits | f16 d |
+     *
+     * s[j]: 4 bits in byte j of 8 (low nibbles for j < 8, then high ones), 2
+     * bits in one of the last 4 bytes. */
+    [Q3_K] = { "Q3_K", 11, 256, 110, .scales = scales_q3_k, .per_16 = 1,
+               .low = { 32, 3, LOW_2 }, .high = { 0, 1, ONE_BIT },
+               .high_to = 2, .offset = 4, .scale_offset = 32, .terms = 4 },
+
+    /* 144 bytes                        weight = d s q - dmin m, s, m per 32
+     *
+     *     | f16 d | f16 dmin | 12 x u8: s, m of 6 bits | 128 x u8: 4-bit q |
+     *
+     *     byte 0..3    s[0..3] in bits 0-5, bits 4, 5 of s[4..7] in bits 6, 7
+     *     byte 4..7    m[0..3] in bits 0-5, bits 4, 5 of m[4..7] in bits 6, 7
+     *     byte 8..11   lo = low bits of s[4..7], hi = low bits of m[4..7]   */
+    [Q4_K] = { "Q4_K", 12, 256, 144, .scales = scales_q4_k, .has_min = 1,
+               .low = { 16, 15, LOW_4 }, .terms = 4 },
+
+    /* 176 bytes                        weight = d s q - dmin m, s, m per 32
+     *
+     *     | f16 d | f16 dmin | 12 x u8: s, m as in Q4_K |
+     *     | 32 x u8: bit i = bit 4 of q in group i | 128 x u8: bits 0-3 |   */
+    [Q5_K] = { "Q5_K", 13, 256, 176, .scales = scales_q4_k, .has_min = 1,
+               .low = { 48, 15, LOW_4 }, .high = { 16, 1, ONE_BIT },
+               .high_to = 4, .terms = 4 },
+
+    /* 210 bytes                        weight = d s (q - 32), s per 16
+     *
+     *     | 128 x u8: bits 0-3 | 64 x u8: bits 4, 5 | 16 x i8: s | f16 d |
+     *
+     * Half a block is 64 bytes of nibbles, groups 0 and 1 low, 2 and 3 high. */
+    [Q6_K] = { "Q6_K", 14, 256, 210, .scales = scales_q6_k, .per_16 = 1,
+               .low = { 0, 15, { 0, 32, 0, 32, 64, 96, 64, 96 },
+                        { 0, 0, 4, 4, 0, 0, 4, 4 } },
+               .high = { 128, 3, LOW_2 }, .high_to = 4, .offset = 32,
+               .scale_offset = 128, .terms = 2 },
+
+    /* 32 columns in 18 bytes           weight = d value[q]
+     *
+     *     | f16 d | 16 x u8: lo = q[i], hi = q[i+16] |                      */
+    [IQ4_NL] = { "IQ4_NL", 20, NIBBLES(18, 2), .iq4 = 1, .is_signed = 1,
+                 .terms = 1 },
+
+    /* 256 columns in 136 bytes         weight = d (s - 32) value[q], s per 32
+     *
+     *     | f16 d | 8 x 2 bits: upper s | 8 x 4 bits: lower s |
+     *     | 8 groups of 16 x u8: lo = q[i], hi = q[i+16] |                  */
+    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, .scales = scales_iq4_xs, .split = 1,
+                 .low = { 8, 15, { 0, 16, 32, 48, 64, 80, 96, 112 }, { 0 } },
+                 .iq4 = 1, .is_signed = 1, .scale_offset = 32, .terms = 1 },
 };
 
-/* Formats that are known by name only, so that a refusal can say it. */
-static const struct { int id; const char *name; } other_formats[] = {
-    { 4, "Q4_2" }, { 5, "Q4_3" }, { 9, "Q8_1" }, { 15, "Q8_K" },
-    { 16, "IQ2_XXS" }, { 17, "IQ2_XS" }, { 18, "IQ3_XXS" }, { 19, "IQ1_S" },
-    { 21, "IQ3_S" }, { 22, "IQ2_S" }, { 24, "I8" }, { 25, "I16" },
-    { 26, "I32" }, { 27, "I64" }, { 28, "F64" }, { 29, "IQ1_M" },
-    { 31, "repacked Q4_0_4_4" }, { 32, "repacked Q4_0_4_8" },
-    { 33, "repacked Q4_0_8_8" }, { 34, "TQ1_0" }, { 35, "TQ2_0" },
-    { 36, "repacked IQ4_NL_4_4" }, { 37, "repacked IQ4_NL_4_8" },
-    { 38, "repacked IQ4_NL_8_8" }, { 39, "MXFP4" }, { 40, "NVFP4" },
+/* The 16 values of the non-linear 4-bit formats. */
+static const int8_t iq4_value[16] = {
+    -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 };
+
+/* Group g of the block at b: q[32], d[2] and m[2]. */
+static void unpack(const struct format *f, const uint8_t *b, int g, int8_t *q,
+                   float *d, float *m)
+{
+    const uint8_t *low = b + f->low.at + f->low.of[g];
+    const uint8_t *high = b + f->high.at + f->high.of[g];
+
+    for (int i = 0; i < 32; i++) {
+        int v = f->split ? low[i % 16] >> i / 16 * 4 & 15
+                         : low[i] >> f->low.shift[g] & f->low.mask;
+        if (f->high.mask)
+            v |= (high[i] >> f->high.shift[g] & f->high.mask) << f->high_to;
+        if (f->fifth)
+            v |= (low[i / 8 - 4] >> i % 8 & 1) << 4;
+        q[i] = f->iq4 ? iq4_value[v] : f->is_signed ? signed_byte((uint8_t)v)
+                                     : (int8_t)(v - f->offset);
+    }
+    f->scales(b, g, d, m);
+}
 
 #define COUNT(array) (sizeof (array) / sizeof *(array))
 
@@ -1941,17 +1905,17 @@ static const struct format *format_find(uint32_t id)
     return NULL;
 }
 
-static const char *other_name(uint32_t id)
-{
-    for (size_t i = 0; i < COUNT(other_formats); i++)
-        if ((uint32_t)other_formats[i].id == id)
-            return other_formats[i].name;
-    return "of unknown number";
-}
-
 static size_t row_bytes(const struct tensor *w)
 {
     return (size_t)(w->cols / w->fmt->block) * (size_t)w->fmt->bytes;
+}
+
+/* The block of a row that column c belongs to, and its group there. */
+static const uint8_t *block_at(const struct format *f, const uint8_t *row,
+                               int c, int *g)
+{
+    *g = c % f->block / 32;
+    return row + (size_t)(c / f->block) * (size_t)f->bytes;
 }
 
 static struct tensor expert(const struct tensor *w, int e)
@@ -1966,20 +1930,20 @@ static void get_row(float *out, const struct tensor *w, int r)
 {
     const struct format *f = w->fmt;
     const uint8_t *row = w->data + (size_t)r * row_bytes(w);
+    float d[2], m[2];
     int8_t q[32];
-    float d[2], m[2] = { 0, 0 };
-    const struct group g = { q, d, m };
+    int g;
 
     if (f->floats) {
         f->floats(out, row, w->cols);
         return;
     }
     for (int c = 0; c < w->cols; c += 32, out += 32) {
-        f->unpack(&g, row + (size_t)(c / f->block) * (size_t)f->bytes,
-                  c % f->block / 32);
+        const uint8_t *b = block_at(f, row, c, &g);
+        unpack(f, b, g, q, d, m);
         for (int i = 0; i < 32; i++) {
-            int k = f->per_16 ? i / 16 : 0;
-            out[i] = fma_f32(d[k], (float)q[i], -m[k]);
+            const int h = f->per_16 ? i / 16 : 0;
+            out[i] = fma_f32(d[h], (float)q[i], f->has_min ? -m[h] : -0.0f);
         }
     }
 }
@@ -2039,13 +2003,9 @@ static void round_rows(const struct thread *me, struct input *in)
 static void unpack_row(const struct scratch *s, const struct tensor *w,
                        const uint8_t *row)
 {
-    const struct format *f = w->fmt;
-
-    for (int c = 0; c < w->cols; c += 32) {
-        const struct group g = { (int8_t *)s->q + c, s->d + c / 16,
-                                 s->m + c / 16 };
-        f->unpack(&g, row + (size_t)(c / f->block) * (size_t)f->bytes,
-                  c % f->block / 32);
+    for (int c = 0, g; c < w->cols; c += 32) {
+        const uint8_t *b = block_at(w->fmt, row, c, &g);
+        unpack(w->fmt, b, g, (int8_t *)s->q + c, s->d + c / 16, s->m + c / 16);
     }
 }
 
@@ -2921,80 +2881,6 @@ enum {
     MOST_X_ROWS = 6                       /* of X_ROWS, below                */
 };
 
-#if defined LFM2_X86 || defined LFM2_ARM
-
-/* Some bits of the weights of a block.  Those of the first 16 columns of group
- * g are the lowest ones of 16 bytes, at + of[g], when these are shifted down. */
-struct bit_field {
-    uint8_t at, mask, of[8], shift[8];
-};
-
-/* How the blocks drawn in section 9 are unpacked.  What is left out is 0. */
-struct layout {
-    int bytes, groups;                    /* of a block                      */
-    int split;                            /* the low nibbles of 16 bytes are
-                                             columns 0..15, the high 16..31;
-                                             else 32 bytes are 32 columns    */
-    struct bit_field low, high;           /* upper bits, if there are any ...*/
-    int high_to;                          /* ... go to this bit              */
-    int fifth;                            /* as in Q5_0, before the nibbles  */
-    int iq4;                              /* they are looked up              */
-    int offset;                           /* of the bytes                    */
-    int is_signed;                        /* they are whole signed bytes     */
-    int terms;                            /* on x86, how many products by four
-                                             columns can be added in 16 bits;
-                                             of signed bytes 1               */
-    int per_16, has_min;                  /* as in struct format             */
-    int scale_offset;                     /* of the scales in a K block      */
-};
-
-#define EACH(n) { 0, n, 2 * n, 3 * n }
-#define SPLIT_32(size, at) \
-    .bytes = size, .groups = 1, .split = 1, .low = { at, 15, EACH(size), { 0 } }
-#define LOW_4 { 0, 0, 32, 32, 64, 64, 96, 96 }, { 0, 4, 0, 4, 0, 4, 0, 4 }
-#define LOW_2 { 0, 0, 0, 0, 32, 32, 32, 32 }, { 0, 2, 4, 6, 0, 2, 4, 6 }
-#define ONE_BIT { 0 }, { 0, 1, 2, 3, 4, 5, 6, 7 }
-
-static const struct layout
-layout_q4_0 = { SPLIT_32(18, 2), .offset = 8, .terms = 4 },
-layout_q4_1 = { SPLIT_32(20, 4), .has_min = 1, .terms = 4 },
-layout_q5_0 = { SPLIT_32(22, 6), .fifth = 1, .offset = 16, .terms = 4 },
-layout_q5_1 = { SPLIT_32(24, 8), .fifth = 1, .has_min = 1, .terms = 4 },
-layout_iq4_nl = { SPLIT_32(18, 2), .iq4 = 1, .is_signed = 1, .terms = 1 },
-layout_q8_0 = {
-    .bytes = 34, .groups = 1, .low = { 2, 255, EACH(34), { 0 } },
-    .is_signed = 1, .terms = 1
-},
-layout_q2_k = {
-    .bytes = 84, .groups = 8, .low = { 16, 3, LOW_2 },
-    .per_16 = 1, .has_min = 1, .terms = 4
-},
-layout_q3_k = {
-    .bytes = 110, .groups = 8, .low = { 32, 3, LOW_2 },
-    .high = { 0, 1, ONE_BIT }, .high_to = 2,
-    .offset = 4, .per_16 = 1, .scale_offset = 32, .terms = 4
-},
-layout_q4_k = {
-    .bytes = 144, .groups = 8, .low = { 16, 15, LOW_4 }, .has_min = 1,
-    .terms = 4
-},
-layout_q5_k = {
-    .bytes = 176, .groups = 8, .low = { 48, 15, LOW_4 },
-    .high = { 16, 1, ONE_BIT }, .high_to = 4, .has_min = 1, .terms = 4
-},
-layout_q6_k = {
-    .bytes = 210, .groups = 8, .low = { 0, 15,
-        { 0, 32, 0, 32, 64, 96, 64, 96 }, { 0, 0, 4, 4, 0, 0, 4, 4 } },
-    .high = { 128, 3, LOW_2 }, .high_to = 4,
-    .offset = 32, .per_16 = 1, .scale_offset = 128, .terms = 2
-},
-layout_iq4_xs = {
-    .bytes = 136, .groups = 8, .split = 1,
-    .low = { 8, 15, { 0, 16, 32, 48, 64, 80, 96, 112 }, { 0 } },
-    .iq4 = 1, .is_signed = 1, .scale_offset = 32, .terms = 1
-};
-
-#endif
 #endif /* not KERNELS */
 
 #ifdef KERNELS
@@ -3058,7 +2944,7 @@ KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
  * to w[0], 16..31 to w[1], as unsigned bytes with their offset; or as signed
  * ones, see SIGNED. */
 KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
-                              const struct layout *k)
+                              const struct format *k)
 {
     if (k->split) {
         INTS v = FN(quads)(b + k->low.at, k->low.of + g);
@@ -3145,11 +3031,11 @@ KERNEL_INLINE void FN(scales_iq4_xs)(struct FN(scales) *to, const INTS h[4])
 
 /* Read the scales at b: of the next QUADS groups, or of a K block. */
 KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
-                                   size_t stride, const struct layout *k)
+                                   size_t stride, const struct format *k)
 {
     INTS h[4];
 
-    if (k->groups == 1) {
+    if (k->block == 32) {
         FN(columns_f16)(to->d, b, stride, k->bytes);
         if (k->has_min)
             FN(columns_f16)(to->m, b + 2, stride, k->bytes);
@@ -3158,18 +3044,18 @@ KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
             to->m[i] = k->has_min ? -to->m[i] : FN(splat)(0);
         return;
     }
-    if (k == &layout_q2_k) {
+    if (k == &formats[Q2_K]) {
         FN(load_16)(h, b + 68, stride);   /* d and dmin are last             */
         h[0] = h[3];
         to->d[0] = FN(low_f16)(h[0]);
         to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
         FN(load_16)(h, b, stride);
         FN(scales_q2_k)(to, h);
-    } else if (k == &layout_q3_k) {
+    } else if (k == &formats[Q3_K]) {
         FN(load_16)(h, b + 92, stride);
         FN(scales_q3_k)(to, h);
         to->d[0] = FN(column_f16)(b + 108, stride);
-    } else if (k == &layout_q6_k) {
+    } else if (k == &formats[Q6_K]) {
         FN(load_16)(to->s, b + 192, stride);
         UNROLL
         for (int j = 0; j < 4; j++)
@@ -3194,11 +3080,11 @@ KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i)
 
 /* d and m of half h of group g, out of those that were read. */
 KERNEL_INLINE FLOATS FN(scale)(const struct FN(scales) *s, const int g,
-                               const int h, const struct layout *k)
+                               const int h, const struct format *k)
 {
     const int i = k->per_16 ? 2 * g + h : g;
 
-    if (k->groups == 1)
+    if (k->block == 32)
         return s->d[g];
     FLOATS f = FN(byte_of)(s->s, i);
     if (k->scale_offset)
@@ -3207,9 +3093,9 @@ KERNEL_INLINE FLOATS FN(scale)(const struct FN(scales) *s, const int g,
 }
 
 KERNEL_INLINE FLOATS FN(minimum)(const struct FN(scales) *s, const int g,
-                                 const int h, const struct layout *k)
+                                 const int h, const struct format *k)
 {
-    if (k->groups == 1)
+    if (k->block == 32)
         return s->m[g];
     return s->m[0] * FN(byte_of)(s->min, k->per_16 ? 2 * g + h : g);
 }
@@ -3219,7 +3105,7 @@ KERNEL_INLINE FLOATS FN(minimum)(const struct FN(scales) *s, const int g,
 KERNEL_INLINE FLOATS FN(add_scaled_sums)(FLOATS acc, const INTS s[2],
                                          const FLOATS d[2], const FLOATS m[2],
                                          const struct q8_block *x,
-                                         const struct layout *k)
+                                         const struct format *k)
 {
     const FLOATS dx = FN(splat)(x->d);
 
@@ -3239,7 +3125,7 @@ KERNEL_INLINE FLOATS FN(add_scaled_sums)(FLOATS acc, const INTS s[2],
 
 /* What the offset of the weights takes from the sum of half h, or of all. */
 KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
-                            const struct layout *k)
+                            const struct format *k)
 {
     const uint32_t n = (uint32_t)-offset;
     const uint32_t both = !k->per_16 ? (n & 0xffff) | n << 16
@@ -3264,7 +3150,7 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x)
 
 /* Halves `first` .. `last` of a row times those of x, in sums of columns. */
 KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
-                           const int last, const struct layout *k)
+                           const int last, const struct format *k)
 {
     INTS s = { 0 };
 
@@ -3277,7 +3163,7 @@ KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
 #elif LANES == 4
 
 KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
-                           const int last, const struct layout *k)
+                           const int last, const struct format *k)
 {
     INTS s = { 0 };
     int16x8_t p;
@@ -3306,7 +3192,7 @@ KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 }
 
 KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
-                           const int last, const struct layout *k)
+                           const int last, const struct format *k)
 {
     const INTS one = FN(splat_int)(0x00010001);
     FN(words16) p = FN(byte_pairs)(w[first], x[first], k->is_signed);
@@ -3332,7 +3218,7 @@ struct FN(few) {
 /* Four rows of weights from b on, times all x, to sum[][r]. */
 KERNEL_INLINE void FN(four_rows)(struct FN(few) *to, const int n, const int r,
                                  const uint8_t *b, size_t stride, const int g,
-                                 const struct layout *k)
+                                 const struct format *k)
 {
     const int halves = k->per_16 ? 2 : 1;
     INTS w[4][2];
@@ -3354,7 +3240,7 @@ KERNEL_INLINE void FN(four_rows)(struct FN(few) *to, const int n, const int r,
 /* Group i of a step, which has the scales of group `from`, to the results. */
 KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
                                  const struct FN(scales) *s, const int from,
-                                 const struct layout *k)
+                                 const struct format *k)
 {
     const int halves = k->per_16 ? 2 : 1;
     const int offset = k->is_signed ? FN(SIGNED) : k->offset;
@@ -3382,11 +3268,11 @@ KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
 KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
                             size_t stride, const int g,
                             const struct FN(scales) *s, const uint8_t *next,
-                            const struct layout *k)
+                            const struct format *k)
 {
     static const uint8_t each[4] = EACH(sizeof(struct q8_block));
     const int halves = k->per_16 ? 2 : 1;
-    const int lines = (LANES * QUADS * k->bytes / k->groups + 63) / 64;
+    const int lines = (LANES * QUADS * k->bytes * 32 / k->block + 63) / 64;
 
     for (int t = 0; t < n; t++)
         UNROLL
@@ -3405,7 +3291,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
             FN(transpose_quads)(to[t].sum[h]);
     UNROLL
     for (int i = 0; i < QUADS; i++)
-        FN(add_group)(to, n, i, s, k->groups == 1 ? i : g + i, k);
+        FN(add_group)(to, n, i, s, k->block == 32 ? i : g + i, k);
     for (int t = 0; t < n; t++)
         to[t].x += QUADS;
 }
@@ -3413,10 +3299,10 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
 /* LANES rows from `row` on times n rows of x. */
 KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
                                 const uint8_t *row, size_t stride, int groups,
-                                const uint8_t *next, const struct layout *k)
+                                const uint8_t *next, const struct format *k)
 {
-    const int per_step = k->groups == 1 ? QUADS : 8;
-    const size_t bytes = (size_t)(per_step / k->groups * k->bytes);
+    const int per_step = k->block == 32 ? QUADS : 8;
+    const size_t bytes = (size_t)(per_step * 32 / k->block * k->bytes);
     struct FN(scales) s;
 
     for (; groups > 0; groups -= per_step, row += bytes) {
@@ -3433,7 +3319,7 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
 
 /* Groups g .. g+QUADS-1 of the blocks at b become those at q of a tile. */
 KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
-                               const int g, const struct layout *k)
+                               const int g, const struct format *k)
 {
     const INTS offset = FN(splat_byte)(LANES == 4 ? k->offset : 0);
     INTS v[2][4][QUADS];
@@ -3467,11 +3353,11 @@ KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
 KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
                                    const uint8_t *row, size_t stride,
                                    int groups, const uint8_t *next,
-                                   const struct layout *k)
+                                   const struct format *k)
 {
-    const int per_step = k->groups == 1 ? QUADS : 8;
+    const int per_step = k->block == 32 ? QUADS : 8;
     const int halves = k->per_16 ? 2 : 1;
-    const size_t bytes = (size_t)(per_step / k->groups * k->bytes);
+    const size_t bytes = (size_t)(per_step * 32 / k->block * k->bytes);
     INTS *q = (INTS *)(void *)p->q + tile;
     FLOATS *d = (FLOATS *)(void *)p->d + tile;
     FLOATS *m = (FLOATS *)(void *)p->m + tile;
@@ -3522,7 +3408,7 @@ KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
-                            const struct layout *k)
+                            const struct format *k)
 {
     (void)k;
     UNROLL
@@ -3546,7 +3432,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
-                            const struct layout *k)
+                            const struct format *k)
 {
     const INTS one = FN(splat_int)(0x00010001);
     FN(words16) part[TOKENS][2];
@@ -3575,7 +3461,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
-                            const struct layout *k)
+                            const struct format *k)
 {
     const int terms = k->is_signed ? 2 : last - first;
     int16x8_t part[TOKENS][2][2];
@@ -3619,7 +3505,7 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
                                    const FLOATS *d, const FLOATS *m,
                                    const struct q8_block *const *x, int g,
                                    const int tokens, int offset,
-                                   const struct layout *k)
+                                   const struct format *k)
 {
     const int halves = k->per_16 ? 2 : 1;
     INTS s[2][TOKENS][2];
@@ -3651,7 +3537,7 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
 /* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
 KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
                                 const struct q8_block *const *x, int offset,
-                                const int tokens, const struct layout *k)
+                                const int tokens, const struct format *k)
 {
     const INTS *w = (const void *)p->q;
     const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
@@ -3677,7 +3563,7 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
                                     const struct q8_block *const *x, \
                                     int offset, int n) \
     { \
-        const struct layout *k = &layout_##type; \
+        const struct format *k = &formats[type]; \
         switch (n) { \
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) \
         } \
@@ -3689,21 +3575,21 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
             FN(multiply)(out, p, groups, x, offset, tokens, k); \
         return;
 
-MULTIPLY(q4_0)                            /* nibbles or five bits, offset    */
-MULTIPLY(q8_0)                            /* signed bytes                    */
-MULTIPLY(q4_k)                            /* with a minimum                  */
-MULTIPLY(q2_k)                            /* d and m for 16 columns          */
-MULTIPLY(q3_k)                            /* d for 16                        */
-MULTIPLY(q6_k)                            /* the same, six bits              */
+MULTIPLY(Q4_0)                            /* nibbles or five bits, offset    */
+MULTIPLY(Q8_0)                            /* signed bytes                    */
+MULTIPLY(Q4_K)                            /* with a minimum                  */
+MULTIPLY(Q2_K)                            /* d and m for 16 columns          */
+MULTIPLY(Q3_K)                            /* d for 16                        */
+MULTIPLY(Q6_K)                            /* the same, six bits              */
 
-/* The uses of a layout: FN(few_q4_0), for instance, and FN(tile_q4_0). */
+/* The uses of a format: FN(few_Q4_0), for instance, and FN(tile_Q4_0). */
 #undef USES
 #define USES(type) \
     KERNEL void FN(few_##type)(struct FN(few) *to, int n, const uint8_t *row, \
                                size_t stride, int groups, \
                                const uint8_t *next) \
     { \
-        FN(few_rows)(to, n, row, stride, groups, next, &layout_##type); \
+        FN(few_rows)(to, n, row, stride, groups, next, &formats[type]); \
     } \
     KERNEL void FN(one_##type)(struct FN(few) *to, int n, const uint8_t *row, \
                                size_t stride, int groups, \
@@ -3711,18 +3597,18 @@ MULTIPLY(q6_k)                            /* the same, six bits              */
     { \
         struct FN(few) one = { .x = to->x }; \
         (void)n; \
-        FN(few_rows)(&one, 1, row, stride, groups, next, &layout_##type); \
+        FN(few_rows)(&one, 1, row, stride, groups, next, &formats[type]); \
         to->acc = one.acc; \
     } \
     KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
                                 const uint8_t *row, size_t stride, \
                                 int groups, const uint8_t *next) \
     { \
-        FN(unpack_tile)(p, tile, row, stride, groups, next, &layout_##type); \
+        FN(unpack_tile)(p, tile, row, stride, groups, next, &formats[type]); \
     }
 
-USES(q4_0) USES(q4_1) USES(q5_0) USES(q5_1) USES(q8_0) USES(q2_k) USES(q3_k)
-USES(q4_k) USES(q5_k) USES(q6_k) USES(iq4_nl) USES(iq4_xs)
+USES(Q4_0) USES(Q4_1) USES(Q5_0) USES(Q5_1) USES(Q8_0) USES(Q2_K) USES(Q3_K)
+USES(Q4_K) USES(Q5_K) USES(Q6_K) USES(IQ4_NL) USES(IQ4_XS)
 
 typedef void FN(few_fn)(struct FN(few) *to, int n, const uint8_t *row,
                         size_t stride, int groups, const uint8_t *next);
@@ -3741,14 +3627,14 @@ static const struct {
                      const struct q8_block *const *x, int offset, int n);
     int offset;
 } FN(formats)[N_FORMAT] = {
-    [Q4_0] = USE(q4_0, q4_0, 8), [Q4_1] = USE(q4_1, q4_k, 0),
-    [Q5_0] = USE(q5_0, q4_0, 16), [Q5_1] = USE(q5_1, q4_k, 0),
-    [Q8_0] = USE(q8_0, q8_0, FN(SIGNED)),
-    [Q2_K] = USE(q2_k, q2_k, 0), [Q3_K] = USE(q3_k, q3_k, 4),
-    [Q4_K] = USE(q4_k, q4_k, 0), [Q5_K] = USE(q5_k, q4_k, 0),
-    [Q6_K] = USE(q6_k, q6_k, 32),
-    [IQ4_NL] = USE(iq4_nl, q8_0, FN(SIGNED)),
-    [IQ4_XS] = USE(iq4_xs, q8_0, FN(SIGNED)),
+    [Q4_0] = USE(Q4_0, Q4_0, 8), [Q4_1] = USE(Q4_1, Q4_K, 0),
+    [Q5_0] = USE(Q5_0, Q4_0, 16), [Q5_1] = USE(Q5_1, Q4_K, 0),
+    [Q8_0] = USE(Q8_0, Q8_0, FN(SIGNED)),
+    [Q2_K] = USE(Q2_K, Q2_K, 0), [Q3_K] = USE(Q3_K, Q3_K, 4),
+    [Q4_K] = USE(Q4_K, Q4_K, 0), [Q5_K] = USE(Q5_K, Q4_K, 0),
+    [Q6_K] = USE(Q6_K, Q6_K, 32),
+    [IQ4_NL] = USE(IQ4_NL, Q8_0, FN(SIGNED)),
+    [IQ4_XS] = USE(IQ4_XS, Q8_0, FN(SIGNED)),
 };
 
 /* How many of n rows of x to take next, so that all takes are nearly equal. */
@@ -4831,9 +4717,9 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
         return BAD(g, "%s: the file ends before its shape and offset", t->name);
     TRY(in_range(g, t->name, n_dims, " dimensions", 1, 4));
     if (!t->fmt)
-        return OTHER(g, "%s: weight type %s (%lu), expected F32, F16, BF16, "
+        return OTHER(g, "%s: weight type %lu of GGUF, expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
-                     "IQ4_XS", t->name, other_name(type), (unsigned long)type);
+                     "IQ4_XS", t->name, (unsigned long)type);
     for (int d = 0; d < 4; d++) {
         TRY(in_range(g, t->name, (double)t->dims[d], unit[d], 1, INT32_MAX));
         if (elements > (UINT64_MAX >> 8) / t->dims[d])

@@ -42,22 +42,19 @@ START_TEST(the_table_agrees_with_the_reference)
         ck_assert_str_eq(f->name, weight_type_name(weight_types[i]));
         ck_assert_int_eq(f->block, ref_block_columns(id));
         ck_assert_int_eq(f->bytes, ref_block_bytes(id));
-        ck_assert((f->floats != NULL) != (f->unpack != NULL));
+        ck_assert((f->floats != NULL) != (f->scales != NULL));
     }
 }
 END_TEST
 
-START_TEST(other_types_have_a_name_and_no_reader)
+START_TEST(other_types_have_no_reader)
 {
     for (uint32_t id = 0; id < 64; id++) {
         int known = 0;
         for (int i = 0; i < N_WEIGHT_TYPES; i++)
             known |= (uint32_t)weight_types[i] == id;
         ck_assert((format_find(id) != NULL) == known);
-        ck_assert(strlen(other_name(id)) > 1);
     }
-    ck_assert_str_eq(other_name(4), "Q4_2");
-    ck_assert_str_eq(other_name(31), "repacked Q4_0_4_4");
     ck_assert(format_find(UINT32_MAX) == NULL);
 }
 END_TEST
@@ -329,7 +326,7 @@ Suite *formats_suite(void)
 
     tcase_set_timeout(c, 120);
     tcase_add_test(c, the_table_agrees_with_the_reference);
-    tcase_add_test(c, other_types_have_a_name_and_no_reader);
+    tcase_add_test(c, other_types_have_no_reader);
     tcase_add_loop_test(c, random_blocks_mean_what_the_reference_says, 0,
                         N_WEIGHT_TYPES);
     tcase_add_loop_test(c, blocks_of_noise_are_read_alike, 0, N_WEIGHT_TYPES);
