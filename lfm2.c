@@ -647,7 +647,8 @@ static void merge_chunk(const struct isa *isa, struct attn_partial *a,
                         const struct attn_partial *b, int hd)
 {
     float max = b->max > a->max ? b->max : a->max;
-    float wa = exp_f32(a->max - max), wb = exp_f32(b->max - max);
+    float wa = a->max < max ? exp_f32(a->max - max) : 1;
+    float wb = b->max < max ? exp_f32(b->max - max) : 1;
 
     a->max = max;
     a->sum = fma_f32(b->sum, wb, a->sum * wa);
@@ -2473,7 +2474,7 @@ KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
 #define MM_INTS __m512i
 #define FLOATS __m512
 #define BLOCK(name) name##_avx2
-#define TOKENS 6
+#define TOKENS (DOT ? 6 : 4)
 #define X_ROWS 6
 enum { FN(WIDE) = 4 };
 
@@ -3133,54 +3134,7 @@ KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
     return FN(pairs)(FN(repeat)(x->sum), FN(splat_int)((int32_t)both));
 }
 
-/* -- few rows of x */
-
-#if DOT
-
-/* s + four products in each number. */
-KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x)
-{
-#if LANES == 4
-    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
-    return s;
-#else
-    return (INTS)DPBUSD((MM_INTS)s, (MM_INTS)w, (MM_INTS)x);
-#endif
-}
-
-/* Halves `first` .. `last` of a row times those of x, in sums of columns. */
-KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
-                           const int last, const struct format *k)
-{
-    INTS s = { 0 };
-
-    (void)k;
-    for (int h = first; h <= last; h++)
-        s = FN(dot_4)(s, w[h], x[h]);
-    return s;
-}
-
-#elif LANES == 4
-
-KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
-                           const int last, const struct format *k)
-{
-    INTS s = { 0 };
-    int16x8_t p;
-
-    for (int h = first; h <= last; h++) {
-        int8x16_t a = (int8x16_t)w[h], b = (int8x16_t)x[h];
-        int8x8_t low = vget_low_s8(a);
-        p = h > first && !k->is_signed ? vmlal_s8(p, low, vget_low_s8(b))
-                                       : vmull_s8(low, vget_low_s8(b));
-        p = vmlal_high_s8(p, a, b);
-        if (h == last || k->is_signed)
-            s = vpadalq_s16(s, p);
-    }
-    return s;
-}
-
-#else
+#if LANES > 4 && !DOT
 
 /* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
 KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
@@ -3191,21 +3145,41 @@ KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
         : (FN(words16))MM(maddubs_epi16)((MM_INTS)w, (MM_INTS)x);
 }
 
+#endif
+
+/* s + four products of bytes in each number.  Not every compiler has a function
+ * for sdot where the default CPU lacks it. */
+KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
+{
+    (void)is_signed;
+#if DOT && LANES == 4
+    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
+    return s;
+#elif DOT
+    return (INTS)DPBUSD((MM_INTS)s, (MM_INTS)w, (MM_INTS)x);
+#elif LANES == 4
+    int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
+    int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
+    return (INTS)vpadalq_s16((int32x4_t)s,
+                             vpaddq_s16(low, vmull_high_s8(a, b)));
+#else
+    return s + FN(pairs)((INTS)FN(byte_pairs)(w, x, is_signed),
+                         FN(splat_int)(0x00010001));
+#endif
+}
+
+/* -- few rows of x */
+
+/* Halves `first` .. `last` of a row times those of x, in sums of columns. */
 KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
                            const int last, const struct format *k)
 {
-    const INTS one = FN(splat_int)(0x00010001);
-    FN(words16) p = FN(byte_pairs)(w[first], x[first], k->is_signed);
+    INTS s = { 0 };
 
-    if (last > first && k->is_signed)
-        return FN(pairs)((INTS)p, one) +
-               FN(pairs)((INTS)FN(byte_pairs)(w[last], x[last], 1), one);
-    if (last > first)
-        p += FN(byte_pairs)(w[last], x[last], 0);
-    return FN(pairs)((INTS)p, one);
+    for (int h = first; h <= last; h++)
+        s = FN(dot_4)(s, w[h], x[h], k->is_signed);
+    return s;
 }
-
-#endif
 
 /* One of the few rows of x: its next groups, what they give with LANES rows of
  * weights, and the results so far. */
@@ -3382,60 +3356,15 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
     }
 }
 
-#if DOT && LANES == 4
-
-/* s += four columns of w times columns 4k .. 4k+3 of v, which holds 16.  Not
- * every compiler has a function for it where the default CPU lacks it. */
-KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
-{
-#undef SDOT
-#define SDOT(i) \
-    ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
-    switch (k % 4) {
-    case 0: SDOT(0); break;
-    case 1: SDOT(1); break;
-    case 2: SDOT(2); break;
-    case 3: SDOT(3); break;
-    }
-    return s;
-}
-
-#endif
-
 /* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
-#if DOT
-
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
                             const struct format *k)
 {
-    (void)k;
-    UNROLL
-    for (int i = first; i < last; i++)
-        UNROLL
-        for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int j = 0; j < 2; j++) {
-#if LANES == 4
-                const INTS v = FN(repeat_16)(x[t][g].q + i / 4 * 16);
-                s[t][j] = FN(sdot)(s[t][j], w[2 * i + j], v, i);
-#else
-                const INTS v = FN(repeat)(x[t][g].q + 4 * i);
-                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v);
-#endif
-            }
-}
-
-#elif LANES > 4
-
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_block *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const struct format *k)
-{
-    const INTS one = FN(splat_int)(0x00010001);
+#if LANES > 4 && !DOT                     /* `terms` of them in 16 bits      */
     FN(words16) part[TOKENS][2];
+#endif
 
     UNROLL
     for (int i = first; i < last; i++)
@@ -3444,61 +3373,19 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
             const INTS v = FN(repeat)(x[t][g].q + 4 * i);
             UNROLL
             for (int j = 0; j < 2; j++) {
+#if LANES > 4 && !DOT
                 const int n = (i - first) % k->terms;
                 FN(words16) p = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
                 part[t][j] = n ? part[t][j] + p : p;
                 if (n == k->terms - 1)
-                    s[t][j] += FN(pairs)((INTS)part[t][j], one);
-            }
-        }
-}
-
+                    s[t][j] += FN(pairs)((INTS)part[t][j],
+                                         FN(splat_int)(0x00010001));
 #else
-
-/* Products of bytes are added up in 16 bits, those of two rows in each half of
- * part: of eight columns if the bytes of w use all their bits, else of all.  If
- * clang saw that the halves of v are equal, it would not use smlal2. */
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_block *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const struct format *k)
-{
-    const int terms = k->is_signed ? 2 : last - first;
-    int16x8_t part[TOKENS][2][2];
-    int32x4_t sum[TOKENS][2][2];
-
-    UNROLL
-    for (int i = first; i < last; i++)
-        UNROLL
-        for (int t = 0; t < tokens; t++) {
-            INTS all = FN(repeat_16)(x[t][g].q + i / 4 * 16);
-            int8x16_t v = (int8x16_t)vdupq_n_s32(all[i % 4]);
-            ASM("" : "+w"(v));
-            UNROLL
-            for (int j = 0; j < 2; j++) {
-                const int n = (i - first) % terms;
-                int16x8_t *p = part[t][j];
-                int8x16_t wi = (int8x16_t)w[2 * i + j];
-                int8x8_t low = vget_low_s8(wi), vl = vget_low_s8(v);
-                p[0] = n ? vmlal_s8(p[0], low, vl) : vmull_s8(low, vl);
-                p[1] = n ? vmlal_high_s8(p[1], wi, v) : vmull_high_s8(wi, v);
-                if (n < terms - 1)
-                    continue;
-                UNROLL
-                for (int h = 0; h < 2; h++)
-                    sum[t][j][h] = i < first + terms
-                        ? vpaddlq_s16(p[h])
-                        : vpadalq_s16(sum[t][j][h], p[h]);
+                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v, k->is_signed);
+#endif
             }
         }
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < 2; j++)
-            s[t][j] += (INTS)vpaddq_s32(sum[t][j][0], sum[t][j][1]);
 }
-
-#endif
 
 /* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
 KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,

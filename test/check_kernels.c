@@ -148,7 +148,7 @@ END_TEST
 
 /* A chunk for rows that see it as far as `n`, the others less. */
 static void expect_chunk(const struct isa *isa, const struct kv_head *kv,
-                         const float *q, int n_rows, int n_q, int pos, int n)
+                         float *q, int n_rows, int n_q, int pos, int n)
 {
     const struct attn_rows rows = { q, (size_t)n_q * (size_t)kv->head_dim,
                                     n_rows, n_q, pos + n - n_rows };
