@@ -159,10 +159,11 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 # One program for each suite.  Most include lfm2.c to reach all of it.  The
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
-LINKED  := check_answer check_chat check_forward check_gguf check_golden \
-           check_inspect check_sandbox check_threads check_trace
+LINKED  := check_answer check_arithmetic check_chat check_forward check_gguf \
+           check_golden check_inspect check_sandbox
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
-           check_sequences check_tokenizer check_vocab
+           check_sequences check_spans check_stdio check_threads \
+           check_tokenizer check_trace check_vocab
 HELPERS := test/main.c test/util.c test/reference.c
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
 COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -Wno-missing-field-initializers -pthread \
@@ -219,7 +220,7 @@ TSAN    := -O1 -g -fsanitize=thread -DLFM2_NO_SIMD
 build/tsan/lfm2.o: lfm2.c lfm2.h | build/tsan
 	$(CC) $(TSAN) $(FLAGS:-M%=) -c -o $@ $<
 
-build/tsan/%: test/%.c build/tsan/lfm2.o $(HELPERS) lfm2.h | have-check
+build/tsan/%: test/%.c $(HELPERS) lfm2.c lfm2.h | build/tsan have-check
 	$(COMPILE) $(TSAN) $(CHECK) $(LIBS)
 
 build/tsan/run: run.c build/tsan/lfm2.o

@@ -353,6 +353,8 @@ static float kv_value(const struct kv_head *kv, int pos, int d);
 struct attn_partial;
 struct attn_rows;
 
+enum { FEW_BYTES = 8192 };
+
 /* What a thread works with. */
 struct scratch {
     float *out[3];                        /* [n_batch][UNIT], of product()   */
@@ -361,7 +363,13 @@ struct scratch {
     /* rows of weights, unpacked: here one row, in section 12 a panel */
     uint8_t *q;                           /* [cols][panel rows]              */
     float *d, *m;                         /* [groups][2][panel rows]         */
-    float *f;                             /* [cols], for float formats       */
+    float *f;                             /* [cols][UNIT], float formats     */
+    float *chain;                         /* [X_ROWS][UNIT][16], those too   */
+    uint8_t *few;                         /* [FEW_BYTES], see section 12     */
+
+    float *tile;                          /* [TILE][head_dim] of K or V, with
+                                             room for another TILE           */
+    float *score;                         /* [queries][CHUNK]                */
 };
 
 /* What an instruction set brings: the functions of that name in sections 3, 4,
@@ -382,7 +390,6 @@ struct isa {
     void (*product)(float *out, const struct tensor *w, int first, int n_rows,
                     const struct input *in, const struct scratch *s,
                     const uint8_t *end, const uint8_t *next);
-    int64_t (*exercise)(int *sum);        /* see lfm2_exercise()             */
 };
 
 /* Every thread of a context runs the model, side by side with the others.  Each
@@ -1889,22 +1896,27 @@ struct format {
     void (*floats)(float *out, const uint8_t *row, int n);
 };
 
-static const struct format formats[] = {
-    { "F32",      0,   1,   4, 0, 0, NULL, floats_f32 },
-    { "F16",      1,   1,   2, 0, 0, NULL, floats_f16 },
-    { "BF16",    30,   1,   2, 0, 0, NULL, floats_bf16 },
-    { "Q4_0",     2,  32,  18, 0, 0, unpack_q4_0, NULL },
-    { "Q4_1",     3,  32,  20, 0, 1, unpack_q4_1, NULL },
-    { "Q5_0",     6,  32,  22, 0, 0, unpack_q5_0, NULL },
-    { "Q5_1",     7,  32,  24, 0, 1, unpack_q5_1, NULL },
-    { "Q8_0",     8,  32,  34, 0, 0, unpack_q8_0, NULL },
-    { "Q2_K",    10, 256,  84, 1, 1, unpack_q2_k, NULL },
-    { "Q3_K",    11, 256, 110, 1, 0, unpack_q3_k, NULL },
-    { "Q4_K",    12, 256, 144, 0, 1, unpack_q4_k, NULL },
-    { "Q5_K",    13, 256, 176, 0, 1, unpack_q5_k, NULL },
-    { "Q6_K",    14, 256, 210, 1, 0, unpack_q6_k, NULL },
-    { "IQ4_NL",  20,  32,  18, 0, 0, unpack_iq4_nl, NULL },
-    { "IQ4_XS",  23, 256, 136, 0, 0, unpack_iq4_xs, NULL },
+enum {
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
+    IQ4_NL, IQ4_XS, N_FORMAT
+};
+
+static const struct format formats[N_FORMAT] = {
+    [F32] = { "F32", 0, 1,   4, 0, 0, NULL, floats_f32 },
+    [F16] = { "F16", 1, 1,   2, 0, 0, NULL, floats_f16 },
+    [BF16] = { "BF16", 30, 1,   2, 0, 0, NULL, floats_bf16 },
+    [Q4_0] = { "Q4_0", 2, 32,  18, 0, 0, unpack_q4_0, NULL },
+    [Q4_1] = { "Q4_1", 3, 32,  20, 0, 1, unpack_q4_1, NULL },
+    [Q5_0] = { "Q5_0", 6, 32,  22, 0, 0, unpack_q5_0, NULL },
+    [Q5_1] = { "Q5_1", 7, 32,  24, 0, 1, unpack_q5_1, NULL },
+    [Q8_0] = { "Q8_0", 8, 32,  34, 0, 0, unpack_q8_0, NULL },
+    [Q2_K] = { "Q2_K", 10, 256,  84, 1, 1, unpack_q2_k, NULL },
+    [Q3_K] = { "Q3_K", 11, 256, 110, 1, 0, unpack_q3_k, NULL },
+    [Q4_K] = { "Q4_K", 12, 256, 144, 0, 1, unpack_q4_k, NULL },
+    [Q5_K] = { "Q5_K", 13, 256, 176, 0, 1, unpack_q5_k, NULL },
+    [Q6_K] = { "Q6_K", 14, 256, 210, 1, 0, unpack_q6_k, NULL },
+    [IQ4_NL] = { "IQ4_NL", 20, 32,  18, 0, 0, unpack_iq4_nl, NULL },
+    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, 0, 0, unpack_iq4_xs, NULL },
 };
 
 /* Formats that are known by name only, so that a refusal can say it. */
@@ -2108,21 +2120,10 @@ static void product_rows(float *out, const struct tensor *w, int first,
     }
 }
 
-/* Multiply bytes; how many. */
-static int64_t exercise(int *sum)
-{
-    int8_t x[16] = { 1, 2, 3 };
-
-    for (int i = 0; i < 1 << 16; i++) {
-        *sum = (*sum + dot_16(x, x)) % 256;
-        x[i % 16] = (int8_t)(*sum / 2);
-    }
-    return (int64_t)16 << 16;
-}
-
 static const struct isa scalar = {
-    1, dot_f32, quantize, swiglu, add_scaled, rope, conv_step, attend_chunk,
-    product_rows, exercise
+    .panel_rows = 1, .dot = dot_f32, .quantize = quantize, .swiglu = swiglu,
+    .add_scaled = add_scaled, .rope = rope, .conv_step = conv_step,
+    .attend_chunk = attend_chunk, .product = product_rows
 };
 
 static int n_units(const struct tensor *w)
@@ -2200,9 +2201,32 @@ static void matmul(const struct thread *me, int how, float *y,
  *
  * by including this file into itself further down.  FN(name) is the name of a
  * function in this set, BLOCK(name) of a small block: all of x86 uses those of
- * AVX2.  INTS and FLOATS are registers; V(op) and VI(op) are instructions, by
- * the names they have on x86.  What fits into the registers at once: TOKENS
- * rows of x, ROWS rows of weights in floats, WIDE vectors of positions. */
+ * AVX2.
+ *
+ * FLOATS and INTS are registers of LANES numbers.  They are GNU vectors, so
+ * arithmetic on them is written with operators; what operators cannot say, the
+ * sets say in functions of the same names, side by side below:
+ *
+ *     splat(f), splat_int(n)   the same number everywhere
+ *     fma(a, b, c)             a * b + c, rounded once
+ *     choose(m, a, b)          a where m is true, b elsewhere
+ *     load_f16(p)              LANES binary16 numbers at p, and
+ *     low_f16(v)               the lower halves of the elements of v, as floats
+ *     tree(chains)             the sum of 16 chains, added as sum_16() does
+ *     largest(v)               the largest element, if none is negative
+ *     store_bytes(to, q)       32 small integers become the bytes of a group
+ *
+ * Products look at a register as QUADS times 16 bytes or four numbers:
+ *
+ *     quads(p, at)             quad i is the 16 bytes at p + at[i]
+ *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
+ *     quad_ints(n)             n[i] in all elements of quad i
+ *     look_up(table, i)        byte i of the table, for every byte, by quads
+ *     pairs(a, b)              a0 b0 + a1 b1 for the pairs of 16-bit numbers
+ *     sum_4(a, b, c, d)        a quad has the sums of the quads of a, b, c, d
+ *     transpose_4(v)           in every quad of v[4], 4 x 4 numbers
+ *     transpose_quads(v)       of v[QUADS], QUADS x QUADS quads
+ *     columns_f16(d, p, ...)   f16 numbers of many rows, see there */
 
 /* Before a loop whose arrays are to become registers: without it clang keeps
  * them in memory, and products take twice as long. */
@@ -2221,72 +2245,14 @@ static void matmul(const struct thread *me, int how, float *y,
 #define FETCH(p) (void)(p)
 #endif
 
-#ifdef LFM2_ARM
-
-/* For products.  gcc must not reorder them, or it runs out of registers; clang
- * does not, but would load operands again after what is volatile. */
+/* For products on ARM.  gcc must not reorder them, or it runs out of registers;
+ * clang does not, but would load operands again after what is volatile. */
 #ifdef __clang__
 #define ASM __asm__
 #else
 #define ASM __asm__ volatile
 #endif
 
-/* What differs from x86 is NaN alone, so minima and maxima are made of
- * comparisons, in which NaN loses as it does there. */
-#define neon_setzero_ps() vdupq_n_f32(0)
-#define neon_set1_ps vdupq_n_f32
-#define neon_loadu_ps vld1q_f32
-#define neon_storeu_ps vst1q_f32
-#define neon_add_ps vaddq_f32
-#define neon_sub_ps vsubq_f32
-#define neon_mul_ps vmulq_f32
-#define neon_div_ps vdivq_f32
-#define neon_fmadd_ps(a, b, c) vfmaq_f32(c, a, b)
-#define neon_fnmadd_ps(a, b, c) vfmsq_f32(c, a, b)
-#define neon_fmsub_ps(a, b, c) vfmaq_f32(vnegq_f32(c), a, b)
-#define neon_max_ps(a, b) vbslq_f32(vcgtq_f32(a, b), a, b)
-#define neon_min_ps(a, b) vbslq_f32(vcltq_f32(a, b), a, b)
-#define neon_xor_ps(a, b) \
-    ((float32x4_t)veorq_u32((uint32x4_t)(a), (uint32x4_t)(b)))
-#define neon_cvtepi32_ps vcvtq_f32_s32
-#define neon_cvttps_epi32 vcvtq_s32_f32
-
-#define neon_setzero() vdupq_n_s32(0)
-#define neon_set1_epi8(n) ((int32x4_t)vdupq_n_s8(n))
-#define neon_set1_epi16(n) ((int32x4_t)vdupq_n_s16(n))
-#define neon_set1_epi32 vdupq_n_s32
-#define neon_and vandq_s32
-#define neon_or vorrq_s32
-#define neon_xor veorq_s32
-#define neon_add_epi8(a, b) \
-    ((int32x4_t)vaddq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_sub_epi8(a, b) \
-    ((int32x4_t)vsubq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_add_epi32 vaddq_s32
-#define neon_sub_epi32 vsubq_s32
-#define neon_min_epu8(a, b) \
-    ((int32x4_t)vminq_u8((uint8x16_t)(a), (uint8x16_t)(b)))
-#define neon_max_epu32(a, b) \
-    ((int32x4_t)vmaxq_u32((uint32x4_t)(a), (uint32x4_t)(b)))
-#define neon_slli_epi16(v, n) ((int32x4_t)vshlq_n_s16((int16x8_t)(v), n))
-#define neon_srli_epi16(v, n) ((int32x4_t)vshrq_n_u16((uint16x8_t)(v), n))
-#define neon_slli_epi32(v, n) vshlq_n_s32(v, n)
-#define neon_srli_epi32(v, n) ((int32x4_t)vshrq_n_u32((uint32x4_t)(v), n))
-#define neon_srai_epi32(v, n) vshrq_n_s32(v, n)
-#define neon_shuffle_epi8(v, i) \
-    ((int32x4_t)vqtbl1q_u8((uint8x16_t)(v), (uint8x16_t)(i)))
-#define neon_unpacklo_epi32 vzip1q_s32
-#define neon_unpackhi_epi32 vzip2q_s32
-#define neon_unpacklo_epi64(a, b) \
-    ((int32x4_t)vzip1q_s64((int64x2_t)(a), (int64x2_t)(b)))
-#define neon_unpackhi_epi64(a, b) \
-    ((int32x4_t)vzip2q_s64((int64x2_t)(a), (int64x2_t)(b)))
-#define neon_madd_epi16(a, b) \
-    vpaddq_s32(vmull_s16(vget_low_s16((int16x8_t)(a)), \
-                         vget_low_s16((int16x8_t)(b))), \
-               vmull_high_s16((int16x8_t)(a), (int16x8_t)(b)))
-
-#endif /* LFM2_ARM */
 #endif /* not KERNELS */
 
 #ifdef KERNELS
@@ -2298,33 +2264,37 @@ static void matmul(const struct thread *me, int how, float *y,
 #endif
 #define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
 
-/* A row of floats in steps of 16 columns: chain i % 16 of dot_f32() is a
- * lane. */
-enum { FN(CHAINS) = 16 / LANES };
+/* QUADS of a register; a row of floats in steps of 16 columns: chain i % 16 of
+ * dot_f32() is a lane. */
+enum { FN(QUADS) = LANES / 4, FN(CHAINS) = 16 / LANES };
+
+typedef int32_t FN(ints) __attribute__((vector_size(4 * LANES)));
+typedef uint32_t FN(uints) __attribute__((vector_size(4 * LANES)));
+#define INTS FN(ints)
+#define UINTS FN(uints)
+#define QUADS FN(QUADS)
 
 #if LANES == 4
 
-#define V(op) neon_##op
-#define VI(op) neon_##op
-#define INTS int32x4_t
 #define FLOATS float32x4_t
-#define AS_INTS vreinterpretq_s32_f32
-#define AS_FLOATS vreinterpretq_f32_s32
-#define V_FIRST(v) vgetq_lane_s32(v, 0)
 #define BLOCK(name) name##_neon
-enum { FN(ROWS) = 2, FN(WIDE) = 4, FN(TOKENS) = DOT ? 4 : 3 };
+#define TOKENS (DOT ? 4 : 3)
+#define X_ROWS 6
+enum { FN(WIDE) = 4 };
 
-/* 16 bytes of row i. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
+KERNEL_INLINE FLOATS FN(splat)(float f)
 {
-    (void)stride;
-    return vreinterpretq_s32_u8(vld1q_u8(p));
+    return vdupq_n_f32(f);
 }
 
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
 {
-    uint16x4_t low = vmovn_u32(vreinterpretq_u32_s32(v));
-    return vcvt_f32_f16(vreinterpret_f16_u16(low));
+    return vfmaq_f32(c, a, b);
+}
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+{
+    return vbslq_f32((uint32x4_t)m, a, b);
 }
 
 KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
@@ -2335,6 +2305,87 @@ KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
 KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
 {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    uint16x4_t low = vmovn_u32((uint32x4_t)v);
+    return vcvt_f32_f16(vreinterpret_f16_u16(low));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[4])
+{
+    FLOATS a = (chains[0] + chains[2]) + (chains[1] + chains[3]);
+    return vpadds_f32(vadd_f32(vget_low_f32(a), vget_high_f32(a)));
+}
+
+KERNEL_INLINE uint32_t FN(largest)(INTS v)
+{
+    return vmaxvq_u32((uint32x4_t)v);
+}
+
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
+{
+    UNROLL
+    for (int h = 0; h < 2; h++, q += 4) {
+        int8x16_t b = vuzp1q_s8(
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
+        vst1q_s8(to->q + 16 * h, b);
+        to->sum[h] = vaddlvq_s8(b);
+    }
+}
+
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    return (INTS)vld1q_u8(p + at[0]);
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    (void)stride;
+    return (INTS)vld1q_u8(p);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS)vdupq_n_s32(n[0]);
+}
+
+KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
+{
+    return (INTS)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)i);
+}
+
+KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
+{
+    int16x8_t v = (int16x8_t)a, w = (int16x8_t)b;
+    return (INTS)vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(w)),
+                            vmull_high_s16(v, w));
+}
+
+KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
+{
+    return (INTS)vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b),
+                            vpaddq_s32((int32x4_t)c, (int32x4_t)d));
+}
+
+KERNEL_INLINE void FN(transpose_4)(INTS v[4])
+{
+    int32x4x2_t ac = vzipq_s32((int32x4_t)v[0], (int32x4_t)v[2]);
+    int32x4x2_t bd = vzipq_s32((int32x4_t)v[1], (int32x4_t)v[3]);
+
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        int32x4x2_t two = vzipq_s32(ac.val[i], bd.val[i]);
+        v[2 * i] = (INTS)two.val[0];
+        v[2 * i + 1] = (INTS)two.val[1];
+    }
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
+{
+    (void)v;
 }
 
 /* The f16 at p of every row. */
@@ -2348,54 +2399,267 @@ KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
     return vcvt_f32_f16(vreinterpret_f16_u16(v));
 }
 
-/* The same 16 bytes in all lanes. */
-KERNEL_INLINE INTS FN(lanes)(const void *p)
+#else /* x86 */
+
+#if LANES == 8
+
+#define MM(op) _mm256_##op
+#define MM_INTS __m256i
+#define FLOATS __m256
+#define BLOCK(name) name##_avx2
+#define TOKENS 3
+#define X_ROWS 3
+enum { FN(WIDE) = 2 };
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
-    return vreinterpretq_s32_u8(vld1q_u8(p));
+    return _mm256_blendv_ps(b, a, (FLOATS)m);
 }
 
-KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
 {
-    return (int32x4_t)((uint32x4_t)v >> vdupq_n_u32((uint32_t)n));
+    return _mm256_cvtph_ps(_mm_loadu_si128(p));
 }
 
-/* p, but 0 where x < -87 and x where that is NaN. */
-KERNEL_INLINE FLOATS FN(limit)(FLOATS p, FLOATS x)
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
 {
-    uint32x4_t small = vcltq_f32(x, vdupq_n_f32(-87.0f));
-
-    p = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), small));
-    return vbslq_f32(vceqq_f32(x, x), p, x);
+    return (FLOATS)_mm256_slli_epi32(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
 }
 
-/* The tree of sum_16(). */
-KERNEL_INLINE float FN(tree)(const FLOATS chains[4])
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
 {
-    FLOATS a = vaddq_f32(vaddq_f32(chains[0], chains[2]),
-                         vaddq_f32(chains[1], chains[3]));
+    __m256i low = (__m256i)(v & 0xffff);
 
-    return vpadds_f32(vadd_f32(vget_low_f32(a), vget_high_f32(a)));
+    low = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(low));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
+{
+    FLOATS a = chains[0] + chains[1];
+    __m128 b = _mm256_castps256_ps128(a) + _mm256_extractf128_ps(a, 1);
+
+    b += _mm_movehl_ps(b, b);
+    return b[0] + b[1];
 }
 
 KERNEL_INLINE uint32_t FN(largest)(INTS v)
 {
-    return vmaxvq_u32(vreinterpretq_u32_s32(v));
+    __m128i m = _mm_max_epu32(_mm256_castsi256_si128((__m256i)v),
+                              _mm256_extracti128_si256((__m256i)v, 1));
+
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+    return (uint32_t)_mm_cvtsi128_si32(m);
 }
 
-/* 32 numbers, as bytes. */
-KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
+/* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
+KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
 {
-    UNROLL
-    for (int h = 0; h < 2; h++, q += 4) {
-        int8x16_t b = vuzp1q_s8(
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
-        vst1q_s8(to->q + 16 * h, b);
-        to->sum[h] = vaddlvq_s8(b);
-    }
+    __m256i v = _mm256_packs_epi16(
+        _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]),
+        _mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]));
+
+    v = _mm256_permutevar8x32_epi32(
+        v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    memcpy(to->q, &v, sizeof v);
+    v = _mm256_maddubs_epi16(_mm256_set1_epi8(1), v);
+    INTS sum = (INTS)_mm256_madd_epi16(v, _mm256_set1_epi16(1));
+    to->sum[0] = (int16_t)(sum[0] + sum[1] + sum[2] + sum[3]);
+    to->sum[1] = (int16_t)(sum[4] + sum[5] + sum[6] + sum[7]);
 }
 
-#else
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    const void *first = p + at[0], *second = p + at[1];
+    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(first));
+
+    if (at[1] != at[0])
+        v = _mm256_inserti128_si256(v, _mm_loadu_si128(second), 1);
+    return (INTS)v;
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    const void *first = p, *second = p + 4 * stride;
+    return (INTS)_mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128(first)),
+        _mm_loadu_si128(second), 1);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS) { n[0], n[0], n[0], n[0], n[1], n[1], n[1], n[1] };
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[2])
+{
+    __m256i a = (__m256i)v[0], b = (__m256i)v[1];
+
+    v[0] = (INTS)_mm256_permute2x128_si256(a, b, 0x20);
+    v[1] = (INTS)_mm256_permute2x128_si256(a, b, 0x31);
+}
+
+/* v with its sign changed where w is negative, and 0 where w is. */
+KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
+{
+    return _mm256_sign_epi8((__m256i)v, (__m256i)w);
+}
+
+#else /* LANES == 16 */
+
+#define MM(op) _mm512_##op
+#define MM_INTS __m512i
+#define FLOATS __m512
+#define BLOCK(name) name##_avx2
+#define TOKENS 6
+#define X_ROWS 6
+enum { FN(WIDE) = 4 };
+
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+{
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)m), b, a);
+}
+
+KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
+}
+
+KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+{
+    return (FLOATS)_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
+}
+
+KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
+{
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v));
+}
+
+KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
+{
+    const __m256 halves[2] = { _mm512_castps512_ps256(chains[0]),
+                               _mm512_extractf32x8_ps(chains[0], 1) };
+    return tree_avx2(halves);
+}
+
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p));
+
+    if (at[0] != 0)
+        v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p + at[0])));
+#undef PUT_QUAD
+#define PUT_QUAD(i, is_new) \
+    if (is_new) \
+        v = _mm512_mask_broadcast_i32x4( \
+            v, (__mmask16)((at[1] == at[i] ? 0x00f0 : 0) | \
+                           (at[2] == at[i] ? 0x0f00 : 0) | \
+                           (at[3] == at[i] ? 0xf000 : 0)), \
+            _mm_loadu_si128((const void *)(p + at[i])))
+    PUT_QUAD(1, at[1] != at[0]);
+    PUT_QUAD(2, at[2] != at[0] && at[2] != at[1]);
+    PUT_QUAD(3, at[3] != at[0] && at[3] != at[1] && at[3] != at[2]);
+    return (INTS)v;
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
+    const void *p12 = p + 12 * stride;
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
+
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
+    return (INTS)_mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
+}
+
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+{
+    return (INTS) { n[0], n[0], n[0], n[0], n[1], n[1], n[1], n[1],
+                    n[2], n[2], n[2], n[2], n[3], n[3], n[3], n[3] };
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
+{
+    __m512i a = (__m512i)v[0], b = (__m512i)v[1];
+    __m512i c = (__m512i)v[2], d = (__m512i)v[3];
+    __m512i low = _mm512_shuffle_i32x4(a, b, 0x44);
+    __m512i high = _mm512_shuffle_i32x4(a, b, 0xee);
+    __m512i low2 = _mm512_shuffle_i32x4(c, d, 0x44);
+    __m512i high2 = _mm512_shuffle_i32x4(c, d, 0xee);
+
+    v[0] = (INTS)_mm512_shuffle_i32x4(low, low2, 0x88);
+    v[1] = (INTS)_mm512_shuffle_i32x4(low, low2, 0xdd);
+    v[2] = (INTS)_mm512_shuffle_i32x4(high, high2, 0x88);
+    v[3] = (INTS)_mm512_shuffle_i32x4(high, high2, 0xdd);
+}
+
+/* Where w is 0 its product is 0 whatever v is. */
+KERNEL_INLINE __m512i FN(sign)(INTS v, INTS w)
+{
+    return _mm512_mask_sub_epi8((__m512i)v,
+                                _mm512_movepi8_mask((__m512i)w),
+                                _mm512_setzero_si512(), (__m512i)v);
+}
+
+#endif /* LANES */
+
+KERNEL_INLINE FLOATS FN(splat)(float f)
+{
+    return MM(set1_ps)(f);
+}
+
+KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
+{
+    return MM(fmadd_ps)(a, b, c);
+}
+
+KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
+{
+    return (INTS)MM(shuffle_epi8)((MM_INTS)table, (MM_INTS)i);
+}
+
+KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
+{
+    return (INTS)MM(madd_epi16)((MM_INTS)a, (MM_INTS)b);
+}
+
+/* The even and the odd numbers of two registers, pair by pair: numbers of a
+ * and b change places by fours in `to`. */
+KERNEL_INLINE void FN(zip)(INTS to[2], INTS a, INTS b)
+{
+    to[0] = (INTS)MM(unpacklo_epi32)((MM_INTS)a, (MM_INTS)b);
+    to[1] = (INTS)MM(unpackhi_epi32)((MM_INTS)a, (MM_INTS)b);
+}
+
+KERNEL_INLINE void FN(zip_pairs)(INTS to[2], INTS a, INTS b)
+{
+    to[0] = (INTS)MM(unpacklo_epi64)((MM_INTS)a, (MM_INTS)b);
+    to[1] = (INTS)MM(unpackhi_epi64)((MM_INTS)a, (MM_INTS)b);
+}
+
+KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
+{
+    INTS ab[2], cd[2], all[2];
+
+    FN(zip)(ab, a, b);
+    FN(zip)(cd, c, d);
+    FN(zip_pairs)(all, ab[0] + ab[1], cd[0] + cd[1]);
+    return all[0] + all[1];
+}
+
+KERNEL_INLINE void FN(transpose_4)(INTS v[4])
+{
+    INTS ab[2], cd[2];
+
+    FN(zip)(ab, v[0], v[1]);
+    FN(zip)(cd, v[2], v[3]);
+    FN(zip_pairs)(v, ab[0], cd[0]);
+    FN(zip_pairs)(v + 2, ab[1], cd[1]);
+}
 
 /* The f16 at p of 8 rows.  A load that begins 2i bytes earlier has that of row
  * i in its place already; it stays within the rows, as there is one before. */
@@ -2403,6 +2667,7 @@ KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
 {
     __m128i v = _mm_loadu_si128((const void *)p);
 
+#undef TAKE
 #define TAKE(i) \
     v = _mm_blend_epi16( \
         v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), \
@@ -2417,241 +2682,141 @@ KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
     return v;
 }
 
-#if LANES == 8
-
-#define V(op) _mm256_##op
-#define VI(op) _mm256_##op##_si256
-#define INTS __m256i
-#define FLOATS __m256
-#define AS_INTS _mm256_castps_si256
-#define AS_FLOATS _mm256_castsi256_ps
-#define V_FIRST(v) _mm_cvtsi128_si32(_mm256_castsi256_si128(v))
-#define BLOCK(name) name##_avx2
-enum { FN(ROWS) = 2, FN(WIDE) = 2, FN(TOKENS) = 3 };
-
-/* 16 bytes of rows i and i + 4. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
-{
-    const void *second = p + 4 * stride;
-    return _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128((const void *)p)),
-        _mm_loadu_si128(second), 1);
-}
-
-/* The lower halves of 32-bit numbers, as f16. */
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    v = _mm256_and_si256(v, _mm256_set1_epi32(0xffff));
-    v = _mm256_permute4x64_epi64(_mm256_packus_epi32(v, v), 0x08);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(v));
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm256_cvtph_ps(_mm_loadu_si128(p));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    INTS v = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-}
-
 /* The f16 at p of every row. */
 KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 {
+#if LANES == 8
     return _mm256_cvtph_ps(FN(words)(p, stride));
-}
-
-/* The same 16 bytes in all lanes. */
-KERNEL_INLINE INTS FN(lanes)(const void *p)
-{
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(p));
-}
-
-/* v, with its sign changed where w is negative, and 0 where w is. */
-KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
-{
-    return _mm256_sign_epi8(v, w);
-}
-
-/* The tree of sum_16(): chains 0 .. 7 and 8 .. 15. */
-KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
-{
-    FLOATS a = _mm256_add_ps(chains[0], chains[1]);
-    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a),
-                          _mm256_extractf128_ps(a, 1));
-
-    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-
-#if !DOT
-
-/* p, but 0 where x < -87 and x where that is NaN. */
-KERNEL_INLINE FLOATS FN(limit)(FLOATS p, FLOATS x)
-{
-    FLOATS small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
-    FLOATS nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-
-    return _mm256_blendv_ps(_mm256_andnot_ps(small, p), x, nan);
-}
-
-/* The largest number, of unsigned ones. */
-KERNEL_INLINE uint32_t FN(largest)(INTS v)
-{
-    __m128i m = _mm_max_epu32(_mm256_castsi256_si128(v),
-                              _mm256_extracti128_si256(v, 1));
-
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-    return (uint32_t)_mm_cvtsi128_si32(m);
-}
-
-/* 32 numbers as bytes, and the sums of 16.  Packing 8 + 8 + 8 + 8 numbers to
- * bytes interleaves them by fours. */
-KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
-{
-    INTS words = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
-                                    _mm256_packs_epi32(q[2], q[3]));
-
-    words = _mm256_permutevar8x32_epi32(
-        words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_si256((INTS *)(void *)to->q, words);
-    INTS sums = _mm256_madd_epi16(
-        _mm256_maddubs_epi16(_mm256_set1_epi8(1), words),
-        _mm256_set1_epi16(1));
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
-    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
-    to->sum[0] = (int16_t)_mm256_extract_epi32(sums, 0);
-    to->sum[1] = (int16_t)_mm256_extract_epi32(sums, 4);
-}
-
-#endif /* not DOT */
-
 #else
-
-#define V(op) _mm512_##op
-#define VI(op) _mm512_##op##_si512
-#define INTS __m512i
-#define FLOATS __m512
-#define V_FIRST(v) _mm_cvtsi128_si32(_mm512_castsi512_si128(v))
-#define BLOCK(name) name##_avx2
-enum { FN(ROWS) = 4, FN(WIDE) = 2, FN(TOKENS) = 6 };
-
-/* 16 bytes of rows i, i + 4, i + 8 and i + 12. */
-KERNEL_INLINE INTS FN(load_rows)(const uint8_t *p, size_t stride)
-{
-    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
-    const void *p12 = p + 12 * stride;
-    INTS v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
-
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
-    return _mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
-}
-
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    INTS v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
-}
-
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
-{
     return _mm512_cvtph_ps(_mm256_set_m128i(
         FN(words)(p + 8 * stride, stride), FN(words)(p, stride)));
+#endif
 }
 
-KERNEL_INLINE INTS FN(lanes)(const void *p)
-{
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(p));
-}
+#if LANES == 16
 
-/* Where w is 0 its product is 0 whatever v is. */
-KERNEL_INLINE INTS FN(sign)(INTS v, INTS w)
+/* Where blocks have 16 to 20 bytes, number i of a row is in quad i of the 64
+ * bytes at p: it becomes number r % 8 of that quad, for r < 8 in h[0]. */
+KERNEL_INLINE void FN(near_columns)(FLOATS d[4], const uint8_t *p,
+                                    size_t stride, const uint8_t bytes)
 {
-    return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(w), VI(setzero)(), v);
-}
+    const uint8_t more = bytes - 16;
+    const uint8_t from[4] = { 0, more, 2 * more, 3 * more };
+    const __m512i pick = (__m512i)(FN(quad_ints)(from) * 0x01010101 +
+                                   0x01000100);
+    __m512i h[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
 
-KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
-{
-    const __m256 halves[2] = { _mm512_castps512_ps256(chains[0]),
-                               _mm512_extractf32x8_ps(chains[0], 1) };
-    return tree_avx2(halves);
+    UNROLL
+    for (size_t r = 0; r < 16; r++)
+        h[r / 8] = _mm512_mask_shuffle_epi8(
+            h[r / 8], 0x0003000300030003u << 2 * (r % 8),
+            _mm512_loadu_si512((const void *)(p + r * stride)), pick);
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        __m512i v = i == 0 ? _mm512_shuffle_i32x4(h[0], h[1], 0x88)
+                           : _mm512_shuffle_i32x4(h[0], h[1], 0xdd);
+        v = _mm512_shuffle_i32x4(v, v, 0xd8);
+        d[i] = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
+        d[i + 2] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
+    }
 }
 
 #endif
+#endif /* x86 */
 
-/* 32-bit numbers, shifted down. */
-KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+/* d[i] = the f16 at p + i * bytes of every row. */
+KERNEL_INLINE void FN(columns_f16)(FLOATS d[QUADS], const uint8_t *p,
+                                   size_t stride, const size_t bytes)
 {
-    return V(srl_epi32)(v, _mm_cvtsi32_si128(n));
+#if LANES == 16
+    if (bytes <= 20) {
+        FN(near_columns)(d, p, stride, (uint8_t)bytes);
+        return;
+    }
+#endif
+    UNROLL
+    for (size_t i = 0; i < QUADS; i++)
+        d[i] = FN(column_f16)(p + i * bytes, stride);
 }
 
-#endif /* x86 */
+KERNEL_INLINE INTS FN(splat_int)(int n)
+{
+    return (INTS) { 0 } + n;
+}
+
+KERNEL_INLINE FLOATS FN(load)(const float *p)
+{
+    FLOATS v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+KERNEL_INLINE void FN(store)(float *p, FLOATS v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+KERNEL_INLINE FLOATS FN(to_floats)(INTS v)
+{
+    return __builtin_convertvector(v, FLOATS);
+}
+
+/* Shifted down, zeros coming in: by one number, or each by its own. */
+KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+{
+    return (INTS)((UINTS)v >> (uint32_t)n);
+}
+
+KERNEL_INLINE INTS FN(shift_each)(INTS v, INTS n)
+{
+    return (INTS)((UINTS)v >> (UINTS)n);
+}
+
+KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
+{
+    const FLOATS magic = FN(splat)(ROUND_MAGIC), one = FN(splat)(1);
+    FLOATS y = FN(choose)(x > 88.0f, FN(splat)(88), x);
+    FLOATS t = FN(fma)(y, FN(splat)(1.44269504f), magic);
+    FLOATS n = t - magic;
+    FLOATS r = FN(fma)(n, FN(splat)(-0.693145752f), y);
+    FLOATS p = FN(splat)(1.0f / 5040);
+
+    r = FN(fma)(n, FN(splat)(-1.42860677e-6f), r);
+    p = FN(fma)(p, r, FN(splat)(1.0f / 720));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 120));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 24));
+    p = FN(fma)(p, r, FN(splat)(1.0f / 6));
+    p = FN(fma)(p, r, FN(splat)(0.5f));
+    p = FN(fma)(p, r, one);
+    p = FN(fma)(p, r, one);
+    p = (FLOATS)((UINTS)p + ((UINTS)t << 23));
+    p = FN(choose)(x < -87.0f, FN(splat)(0), p);
+    return FN(choose)(x == x, p, x);
+}
 
 /* The small blocks.  Each is its namesake of Part I or section 10, with the
  * same operations on every element in the same order. */
 #if LANES < 16 && !DOT
 
-KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
-{
-    const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
-    FLOATS y = V(min_ps)(V(set1_ps)(88.0f), x);
-    FLOATS t = V(fmadd_ps)(y, V(set1_ps)(1.44269504f), magic);
-    FLOATS n = V(sub_ps)(t, magic);
-    FLOATS r = V(fmadd_ps)(n, V(set1_ps)(-0.693145752f), y);
-    FLOATS p = V(set1_ps)(1.0f / 5040);
-
-    r = V(fmadd_ps)(n, V(set1_ps)(-1.42860677e-6f), r);
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 720));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 120));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 24));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f / 6));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(0.5f));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f));
-    p = V(fmadd_ps)(p, r, V(set1_ps)(1.0f));
-    p = AS_FLOATS(V(add_epi32)(AS_INTS(p), V(slli_epi32)(AS_INTS(t), 23)));
-    return FN(limit)(p, x);
-}
-
 KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
 {
-    FLOATS chain[FN(CHAINS)];
+    FLOATS chain[FN(CHAINS)] = { { 0 } };
 
     if (n % 16 != 0)
         return dot_f32(a, b, n);
-    UNROLL
-    for (int h = 0; h < FN(CHAINS); h++)
-        chain[h] = V(setzero_ps)();
     for (int i = 0; i < n; i += 16)
         UNROLL
         for (int h = 0; h < FN(CHAINS); h++)
-            chain[h] = V(fmadd_ps)(V(loadu_ps)(a + i + h * LANES),
-                                   V(loadu_ps)(b + i + h * LANES), chain[h]);
+            chain[h] = FN(fma)(FN(load)(a + i + h * LANES),
+                               FN(load)(b + i + h * LANES), chain[h]);
     return FN(tree)(chain);
 }
 
 KERNEL void FN(swiglu)(float *gate, const float *up, int n)
 {
-    const FLOATS one = V(set1_ps)(1);
-
     for (int i = 0; i < n; i += LANES) {
-        FLOATS g = V(loadu_ps)(gate + i);
-        FLOATS e = FN(exp)(V(xor_ps)(g, V(set1_ps)(-0.0f)));
-        g = V(div_ps)(g, V(add_ps)(one, e));
-        V(storeu_ps)(gate + i, V(mul_ps)(g, V(loadu_ps)(up + i)));
+        FLOATS g = FN(load)(gate + i), u = FN(load)(up + i);
+        FN(store)(gate + i, g / (1.0f + FN(exp)(-g)) * u);
     }
 }
 
@@ -2660,8 +2825,8 @@ KERNEL void FN(add_scaled)(float *y, float a, const float *x, int n)
     int i = 0;
 
     for (; i + LANES <= n; i += LANES)
-        V(storeu_ps)(y + i, V(fmadd_ps)(V(set1_ps)(a), V(loadu_ps)(x + i),
-                                        V(loadu_ps)(y + i)));
+        FN(store)(y + i, FN(fma)(FN(splat)(a), FN(load)(x + i),
+                                 FN(load)(y + i)));
     add_scaled(y + i, a, x + i, n - i);
 }
 
@@ -2674,10 +2839,10 @@ KERNEL void FN(rope)(float *head, const float *turn, int head_dim)
         return;
     }
     for (int i = 0; i < half; i += LANES) {
-        FLOATS c = V(loadu_ps)(turn + i), s = V(loadu_ps)(turn + half + i);
-        FLOATS a = V(loadu_ps)(head + i), b = V(loadu_ps)(head + half + i);
-        V(storeu_ps)(head + i, V(fmsub_ps)(a, c, V(mul_ps)(b, s)));
-        V(storeu_ps)(head + half + i, V(fmadd_ps)(b, c, V(mul_ps)(a, s)));
+        FLOATS c = FN(load)(turn + i), s = FN(load)(turn + half + i);
+        FLOATS a = FN(load)(head + i), b = FN(load)(head + half + i);
+        FN(store)(head + i, FN(fma)(a, c, -(b * s)));
+        FN(store)(head + half + i, FN(fma)(b, c, a * s));
     }
 }
 
@@ -2688,75 +2853,39 @@ KERNEL void FN(conv_step)(float *y, float *const *u, const float *w,
     const size_t last = (size_t)l_cache - 1;
 
     for (size_t i = 0; i < UNIT; i += LANES) {
-        FLOATS v = V(mul_ps)(V(loadu_ps)(w + i), V(loadu_ps)(u[0] + i));
-        V(storeu_ps)(u[last] + i,
-                     V(mul_ps)(V(loadu_ps)(b + i), V(loadu_ps)(x + i)));
+        FLOATS v = FN(load)(w + i) * FN(load)(u[0] + i);
+        FN(store)(u[last] + i, FN(load)(b + i) * FN(load)(x + i));
         for (size_t k = 1; k <= last; k++)
-            v = V(fmadd_ps)(V(loadu_ps)(w + k * n + i),
-                            V(loadu_ps)(u[k] + i), v);
-        V(storeu_ps)(x + i, v);
-        V(storeu_ps)(y + i, V(mul_ps)(V(loadu_ps)(c + i), v));
+            v = FN(fma)(FN(load)(w + k * n + i), FN(load)(u[k] + i), v);
+        FN(store)(x + i, v);
+        FN(store)(y + i, FN(load)(c + i) * v);
     }
 }
 
 KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 {
-    const FLOATS magic = V(set1_ps)(ROUND_MAGIC);
-    const INTS sign = V(set1_epi32)(0x7fffffff);
     FLOATS v[32 / LANES];
-    INTS q[32 / LANES], top = VI(setzero)();
+    INTS q[32 / LANES], top = { 0 };
 
     UNROLL
     for (int i = 0; i < 32 / LANES; i++) {
-        v[i] = V(loadu_ps)(x + LANES * i);
-        top = V(max_epu32)(top, VI(and)(AS_INTS(v[i]), sign));
+        v[i] = FN(load)(x + LANES * i);
+        INTS size = (INTS)v[i] & 0x7fffffff;
+        top ^= (top ^ size) & (size > top);
     }
     const float amax = float_of(FN(largest)(top));
     if (!(amax >= 0x1p-100f && amax <= FLT_MAX)) {
         quantize(to, x);
         return;
     }
-    const FLOATS inverse = V(set1_ps)(127 / amax);
     UNROLL
     for (int i = 0; i < 32 / LANES; i++) {
-        FLOATS r = V(add_ps)(V(mul_ps)(v[i], inverse), magic);
-        q[i] = V(cvttps_epi32)(V(sub_ps)(r, magic));
+        FLOATS r = v[i] * (127 / amax) + ROUND_MAGIC;
+        q[i] = __builtin_convertvector(r - ROUND_MAGIC, INTS);
     }
     FN(store_bytes)(to, q);
     to->d = amax / 127;
     to->s = to->d * (float)(to->sum[0] + to->sum[1]);
-}
-
-/* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
- * room up to the next multiple of 16, where the scores are made -inf, which
- * adds 0 to a sum that is never -0. */
-KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
-{
-    const int end = (n + 15) / 16 * 16;
-    FLOATS max = V(set1_ps)(-INFINITY), sum[FN(CHAINS)];
-    float m[LANES];
-
-    for (int p = n; p < end; p++)
-        s[p] = -INFINITY;
-    for (int p = 0; p < end; p += LANES)
-        max = V(max_ps)(V(loadu_ps)(s + p), max);
-    V(storeu_ps)(m, max);
-    g->max = m[0];
-    for (int i = 1; i < LANES; i++)
-        g->max = m[i] > g->max ? m[i] : g->max;
-    UNROLL
-    for (int h = 0; h < FN(CHAINS); h++)
-        sum[h] = V(setzero_ps)();
-    for (int p = 0; p < end; p += 16)
-        UNROLL
-        for (int h = 0; h < FN(CHAINS); h++) {
-            float *at = s + p + h * LANES;
-            FLOATS e = FN(exp)(V(sub_ps)(V(loadu_ps)(at),
-                                         V(set1_ps)(g->max)));
-            V(storeu_ps)(at, e);
-            sum[h] = V(add_ps)(sum[h], e);
-        }
-    g->sum = FN(tree)(sum);
 }
 
 #endif
@@ -2764,96 +2893,607 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 
 /* ------------------------------------------------ 12. Kernels: products
  *
- * A panel is two tiles of LANES rows of weights, unpacked.  A vector holds four
- * columns of the LANES rows of a tile, so that multiplying it with four columns
- * of x, repeated in all lanes, needs no sums across lanes:
+ * Few rows of x: weights are read once, so it is a matter of how fast memory
+ * gives them.  A step takes QUADS groups of LANES rows, straight from the file:
+ * a row's 16 bytes of each group, in a quad each, are multiplied with those of
+ * x.  Then not the weights but their sums are transposed, so that the sums of
+ * one group stand side by side for all rows, and are scaled and added up.
+ *
+ * Many rows of x: LANES rows are unpacked to a tile, two tiles to a panel.
+ * A vector holds four columns of the LANES rows of a tile, so that multiplying
+ * it with four columns of x, repeated everywhere, needs no sums across it:
  *
  *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
  *                                                        on ARM s8: weight
  *     d, m [groups][2 halves][2 tiles][LANES rows]       float
  *
- * It stays in the second-level cache for all rows of x.  If these are few, the
- * weights go straight from the registers they are unpacked in. */
+ * A panel stays in the second-level cache for all rows of x. */
 
 #ifndef KERNELS
 enum {
-    AT_ONCE = 7,                          /* rows of x                       */
-    AHEAD = 65536,                        /* bytes to fetch ahead, at least  */
-    NEAR = 20480                          /* tiles of so many bytes can wait
-                                             in the first-level cache        */
+    AT_ONCE = 7,                          /* rows of x that are few          */
+    AHEAD = 16384,                        /* bytes to fetch ahead, besides a
+                                             tile; found by measuring        */
+
+    MANY = 16,                            /* rows of x that are many for
+                                             weights in floats, ...          */
+    BLOCK_COLS = 512,                     /* ... taken in blocks of columns  */
+    MOST_X_ROWS = 6                       /* of X_ROWS, below                */
 };
 
-/* What an unpacker does with a group: see put(). */
-enum { TO_PANEL, ONE_ROW, FEW_ROWS };
+#if defined LFM2_X86 || defined LFM2_ARM
 
-/* How products are added up, by format. */
-enum {
-    MIN = 1,                              /* weights have a minimum          */
-    HALVES = 2,                           /* d and m for 16 columns          */
-    TERMS = 4,                            /* times how many products of four
-                                             columns 16 bits can hold on x86:
-                                             4 or 2; or 1, of signed bytes   */
-    PLAIN_4 = 4 * TERMS,
-    PLAIN_1 = 1 * TERMS,
-    MIN_4 = PLAIN_4 + MIN,
-    HALVES_4 = PLAIN_4 + HALVES,
-    HALVES_2 = 2 * TERMS + HALVES,
-    HALVES_MIN_4 = HALVES_4 + MIN
+/* Some bits of the weights of a block.  Those of the first 16 columns of group
+ * g are the lowest ones of 16 bytes, at + of[g], when these are shifted down. */
+struct bit_field {
+    uint8_t at, mask, of[8], shift[8];
 };
+
+/* How the blocks drawn in section 9 are unpacked.  What is left out is 0. */
+struct layout {
+    int bytes, groups;                    /* of a block                      */
+    int split;                            /* the low nibbles of 16 bytes are
+                                             columns 0..15, the high 16..31;
+                                             else 32 bytes are 32 columns    */
+    struct bit_field low, high;           /* upper bits, if there are any ...*/
+    int high_to;                          /* ... go to this bit              */
+    int fifth;                            /* as in Q5_0, before the nibbles  */
+    int iq4;                              /* they are looked up              */
+    int offset;                           /* of the bytes                    */
+    int is_signed;                        /* they are whole signed bytes     */
+    int terms;                            /* on x86, how many products by four
+                                             columns can be added in 16 bits;
+                                             of signed bytes 1               */
+    int per_16, has_min;                  /* as in struct format             */
+    int scale_offset;                     /* of the scales in a K block      */
+};
+
+#define EACH(n) { 0, n, 2 * n, 3 * n }
+#define SPLIT_32(size, at) \
+    .bytes = size, .groups = 1, .split = 1, .low = { at, 15, EACH(size), { 0 } }
+#define LOW_4 { 0, 0, 32, 32, 64, 64, 96, 96 }, { 0, 4, 0, 4, 0, 4, 0, 4 }
+#define LOW_2 { 0, 0, 0, 0, 32, 32, 32, 32 }, { 0, 2, 4, 6, 0, 2, 4, 6 }
+#define ONE_BIT { 0 }, { 0, 1, 2, 3, 4, 5, 6, 7 }
+
+static const struct layout
+layout_q4_0 = { SPLIT_32(18, 2), .offset = 8, .terms = 4 },
+layout_q4_1 = { SPLIT_32(20, 4), .has_min = 1, .terms = 4 },
+layout_q5_0 = { SPLIT_32(22, 6), .fifth = 1, .offset = 16, .terms = 4 },
+layout_q5_1 = { SPLIT_32(24, 8), .fifth = 1, .has_min = 1, .terms = 4 },
+layout_iq4_nl = { SPLIT_32(18, 2), .iq4 = 1, .is_signed = 1, .terms = 1 },
+layout_q8_0 = {
+    .bytes = 34, .groups = 1, .low = { 2, 255, EACH(34), { 0 } },
+    .is_signed = 1, .terms = 1
+},
+layout_q2_k = {
+    .bytes = 84, .groups = 8, .low = { 16, 3, LOW_2 },
+    .per_16 = 1, .has_min = 1, .terms = 4
+},
+layout_q3_k = {
+    .bytes = 110, .groups = 8, .low = { 32, 3, LOW_2 },
+    .high = { 0, 1, ONE_BIT }, .high_to = 2,
+    .offset = 4, .per_16 = 1, .scale_offset = 32, .terms = 4
+},
+layout_q4_k = {
+    .bytes = 144, .groups = 8, .low = { 16, 15, LOW_4 }, .has_min = 1,
+    .terms = 4
+},
+layout_q5_k = {
+    .bytes = 176, .groups = 8, .low = { 48, 15, LOW_4 },
+    .high = { 16, 1, ONE_BIT }, .high_to = 4, .has_min = 1, .terms = 4
+},
+layout_q6_k = {
+    .bytes = 210, .groups = 8, .low = { 0, 15,
+        { 0, 32, 0, 32, 64, 96, 64, 96 }, { 0, 0, 4, 4, 0, 0, 4, 4 } },
+    .high = { 128, 3, LOW_2 }, .high_to = 4,
+    .offset = 32, .per_16 = 1, .scale_offset = 128, .terms = 2
+},
+layout_iq4_xs = {
+    .bytes = 136, .groups = 8, .split = 1,
+    .low = { 8, 15, { 0, 16, 32, 48, 64, 80, 96, 112 }, { 0 } },
+    .iq4 = 1, .is_signed = 1, .scale_offset = 32, .terms = 1
+};
+
 #endif
+#endif /* not KERNELS */
 
 #ifdef KERNELS
 
 enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
 
-/* Four bytes, repeated in all lanes. */
+typedef int8_t FN(bytes) __attribute__((vector_size(4 * LANES)));
+typedef int16_t FN(words16) __attribute__((vector_size(4 * LANES)));
+
+/* Signed bytes are made unsigned where the instruction wants it. */
+enum { FN(SIGNED) = DOT && LANES > 4 ? 128 : 0 };
+
+/* A byte everywhere. */
+KERNEL_INLINE INTS FN(splat_byte)(int n)
+{
+    return FN(splat_int)((int)((uint32_t)n * 0x01010101u));
+}
+
+/* Four bytes, repeated everywhere. */
 KERNEL_INLINE INTS FN(repeat)(const void *p)
 {
     int32_t four;
     memcpy(&four, p, sizeof four);
-    return V(set1_epi32)(four);
+    return FN(splat_int)(four);
 }
 
-/* Bytes at .. at+15 of every row of a tile: v[j] holds 4j .. 4j+3 of each. */
-KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
+/* 16 bytes in every quad. */
+KERNEL_INLINE INTS FN(repeat_16)(const void *p)
 {
-    INTS a = FN(load_rows)(p, stride), b = FN(load_rows)(p + stride, stride);
-    INTS c = FN(load_rows)(p + 2 * stride, stride);
-    INTS d = FN(load_rows)(p + 3 * stride, stride);
-    INTS ab = V(unpacklo_epi32)(a, b), cd = V(unpacklo_epi32)(c, d);
-
-    v[0] = V(unpacklo_epi64)(ab, cd);
-    v[1] = V(unpackhi_epi64)(ab, cd);
-    ab = V(unpackhi_epi32)(a, b);
-    cd = V(unpackhi_epi32)(c, d);
-    v[2] = V(unpacklo_epi64)(ab, cd);
-    v[3] = V(unpackhi_epi64)(ab, cd);
+    static const uint8_t same[4] = { 0 };
+    return FN(quads)(p, same);
 }
 
-/* 32 bytes of every row. */
-KERNEL_INLINE void FN(load_32)(INTS v[8], const uint8_t *p, size_t stride)
+/* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
+KERNEL_INLINE INTS FN(field)(const struct bit_field *f, const uint8_t *b,
+                             const int g, const int h)
 {
-    FN(load_16)(v, p, stride);
-    FN(load_16)(v + 4, p + 16, stride);
+    INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
+    v = FN(shift_each)(v, FN(quad_ints)(f->shift + g));
+    return v & FN(splat_byte)(f->mask);
 }
+
+/* Bit i of the 32-bit number at p becomes bit 4 of byte i; 16 of them. */
+KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
+                                  const int h)
+{
+    static const uint8_t which[16] = {
+        1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128
+    };
+    static const uint8_t byte[2][16] = {
+        { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
+        { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 }
+    };
+    const INTS bit = FN(repeat_16)(which);
+    INTS v = FN(look_up)(FN(quads)(p, of), FN(repeat_16)(byte[h])) & bit;
+
+    return (INTS)((FN(bytes))v == (FN(bytes))bit) & FN(splat_byte)(16);
+}
+
+/* Groups g .. g+QUADS-1 of the block at b of a row, a quad each: columns 0..15
+ * to w[0], 16..31 to w[1], as unsigned bytes with their offset; or as signed
+ * ones, see SIGNED. */
+KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
+                              const struct layout *k)
+{
+    if (k->split) {
+        INTS v = FN(quads)(b + k->low.at, k->low.of + g);
+        w[0] = v & FN(splat_byte)(15);
+        w[1] = FN(shift)(v, 4) & FN(splat_byte)(15);
+    }
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        if (!k->split)
+            w[h] = FN(field)(&k->low, b, g, h);
+        if (k->high.mask)
+            w[h] |= (INTS)((UINTS)FN(field)(&k->high, b, g, h) <<
+                           (uint32_t)k->high_to);
+        if (k->fifth)
+            w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
+        if (k->iq4)
+            w[h] = FN(look_up)(FN(repeat_16)(iq4_value), w[h]);
+        if (k->is_signed)
+            w[h] ^= FN(splat_byte)(FN(SIGNED));
+    }
+}
+
+/* The scales and minima of LANES rows: of QUADS groups; or of a K block, where
+ * byte i of s and min, in steps of four, belongs to group or half i. */
+struct FN(scales) {
+    FLOATS d[QUADS], m[QUADS];
+    INTS s[4], min[4];
+};
 
 /* Bits n and up of every byte, as many as are set in `mask`. */
 KERNEL_INLINE INTS FN(bits)(INTS v, int n, int mask)
 {
-    return VI(and)(FN(shift)(v, n), V(set1_epi8)((char)mask));
+    return FN(shift)(v, n) & FN(splat_byte)(mask);
 }
 
-/* Byte i of every 32-bit number, as a float; the same for signed bytes. */
-KERNEL_INLINE FLOATS FN(byte_float)(INTS v, int i)
+/* Bytes 4j .. 4j+3 at p of every row to v[j]. */
+KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
 {
-    v = VI(and)(FN(shift)(v, 8 * i), V(set1_epi32)(255));
-    return V(cvtepi32_ps)(v);
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = FN(row_quads)(p + (size_t)i * stride, stride);
+    FN(transpose_4)(v);
 }
 
-KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
+/* The scales that Q4_K and Q5_K, Q2_K, Q3_K, Q6_K and IQ4_XS have in s[]. */
+KERNEL_INLINE void FN(scales_q4_k)(struct FN(scales) *to, const INTS h[4])
 {
-    v = V(srai_epi32)(V(slli_epi32)(FN(shift)(v, 8 * i), 24), 24);
-    return V(cvtepi32_ps)(v);
+    to->s[0] = FN(bits)(h[1], 0, 63);
+    to->min[0] = FN(bits)(h[2], 0, 63);
+    to->s[1] = FN(bits)(h[3], 0, 15) | FN(bits)(h[1], 2, 48);
+    to->min[1] = FN(bits)(h[3], 4, 15) | FN(bits)(h[2], 2, 48);
+}
+
+KERNEL_INLINE void FN(scales_q2_k)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+        to->s[j] = FN(bits)(h[j], 0, 15);
+        to->min[j] = FN(bits)(h[j], 4, 15);
+    }
+}
+
+KERNEL_INLINE void FN(scales_q3_k)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 4; j++)
+        to->s[j] = FN(bits)(h[1 + j % 2], j / 2 * 4, 15) |
+                   (INTS)((UINTS)FN(bits)(h[3], j * 2, 3) << 4u);
+}
+
+KERNEL_INLINE void FN(scales_iq4_xs)(struct FN(scales) *to, const INTS h[4])
+{
+    UNROLL
+    for (int j = 0; j < 2; j++) {
+        UINTS low = (UINTS)h[1] >> (16u * (uint32_t)j) & 0xffffu;
+        UINTS high = (UINTS)h[0] >> (16 + 8u * (uint32_t)j) & 0xffu;
+        low = (low | low << 8u) & 0x00ff00ffu;
+        low = (low | low << 4u) & 0x0f0f0f0fu;
+        high = (high | high << 12u) & 0x000f000fu;
+        high = (high | high << 6u) & 0x03030303u;
+        to->s[j] = (INTS)(low | high << 4u);
+    }
+}
+
+/* Read the scales at b: of the next QUADS groups, or of a K block. */
+KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
+                                   size_t stride, const struct layout *k)
+{
+    INTS h[4];
+
+    if (k->groups == 1) {
+        FN(columns_f16)(to->d, b, stride, k->bytes);
+        if (k->has_min)
+            FN(columns_f16)(to->m, b + 2, stride, k->bytes);
+        UNROLL
+        for (int i = 0; i < QUADS; i++)
+            to->m[i] = k->has_min ? -to->m[i] : FN(splat)(0);
+        return;
+    }
+    if (k == &layout_q2_k) {
+        FN(load_16)(h, b + 68, stride);   /* d and dmin are last             */
+        h[0] = h[3];
+        to->d[0] = FN(low_f16)(h[0]);
+        to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
+        FN(load_16)(h, b, stride);
+        FN(scales_q2_k)(to, h);
+    } else if (k == &layout_q3_k) {
+        FN(load_16)(h, b + 92, stride);
+        FN(scales_q3_k)(to, h);
+        to->d[0] = FN(column_f16)(b + 108, stride);
+    } else if (k == &layout_q6_k) {
+        FN(load_16)(to->s, b + 192, stride);
+        UNROLL
+        for (int j = 0; j < 4; j++)
+            to->s[j] ^= FN(splat_byte)(128);
+        to->d[0] = FN(column_f16)(b + 208, stride);
+    } else {
+        FN(load_16)(h, b, stride);
+        to->d[0] = FN(low_f16)(h[0]);
+        to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
+        if (k->iq4)
+            FN(scales_iq4_xs)(to, h);
+        else
+            FN(scales_q4_k)(to, h);
+    }
+}
+
+/* Byte i of every row. */
+KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i)
+{
+    return FN(to_floats)(FN(shift)(s[i / 4], 8 * (i % 4)) & 255);
+}
+
+/* d and m of half h of group g, out of those that were read. */
+KERNEL_INLINE FLOATS FN(scale)(const struct FN(scales) *s, const int g,
+                               const int h, const struct layout *k)
+{
+    const int i = k->per_16 ? 2 * g + h : g;
+
+    if (k->groups == 1)
+        return s->d[g];
+    FLOATS f = FN(byte_of)(s->s, i);
+    if (k->scale_offset)
+        f -= (float)k->scale_offset;
+    return s->d[0] * f;
+}
+
+KERNEL_INLINE FLOATS FN(minimum)(const struct FN(scales) *s, const int g,
+                                 const int h, const struct layout *k)
+{
+    if (k->groups == 1)
+        return s->m[g];
+    return s->m[0] * FN(byte_of)(s->min, k->per_16 ? 2 * g + h : g);
+}
+
+/* acc + what group x adds, whose halves have the integer sums s, or all of it
+ * s[0]; d and m are those of the halves: a step of dot_row(). */
+KERNEL_INLINE FLOATS FN(add_scaled_sums)(FLOATS acc, const INTS s[2],
+                                         const FLOATS d[2], const FLOATS m[2],
+                                         const struct q8_block *x,
+                                         const struct layout *k)
+{
+    const FLOATS dx = FN(splat)(x->d);
+
+    if (!k->per_16) {
+        acc = FN(fma)(d[0] * dx, FN(to_floats)(s[0]), acc);
+        return k->has_min ? FN(fma)(-m[0], FN(splat)(x->s), acc) : acc;
+    }
+    FLOATS u = d[0] * FN(to_floats)(s[0]);
+    acc = FN(fma)(dx, FN(fma)(d[1], FN(to_floats)(s[1]), u), acc);
+    if (k->has_min) {
+        FLOATS v = m[0] * (float)x->sum[0];
+        v = FN(fma)(m[1], FN(splat)((float)x->sum[1]), v);
+        acc = FN(fma)(-dx, v, acc);
+    }
+    return acc;
+}
+
+/* What the offset of the weights takes from the sum of half h, or of all. */
+KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
+                            const struct layout *k)
+{
+    const uint32_t n = (uint32_t)-offset;
+    const uint32_t both = !k->per_16 ? (n & 0xffff) | n << 16
+                          : h == 0 ? n & 0xffff : n << 16;
+    return FN(pairs)(FN(repeat)(x->sum), FN(splat_int)((int32_t)both));
+}
+
+/* -- few rows of x */
+
+#if DOT
+
+/* s + four products in each number. */
+KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x)
+{
+#if LANES == 4
+    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
+    return s;
+#else
+    return (INTS)DPBUSD((MM_INTS)s, (MM_INTS)w, (MM_INTS)x);
+#endif
+}
+
+/* Halves `first` .. `last` of a row times those of x, in sums of columns. */
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    INTS s = { 0 };
+
+    (void)k;
+    for (int h = first; h <= last; h++)
+        s = FN(dot_4)(s, w[h], x[h]);
+    return s;
+}
+
+#elif LANES == 4
+
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    INTS s = { 0 };
+    int16x8_t p;
+
+    for (int h = first; h <= last; h++) {
+        int8x16_t a = (int8x16_t)w[h], b = (int8x16_t)x[h];
+        int8x8_t low = vget_low_s8(a);
+        p = h > first && !k->is_signed ? vmlal_s8(p, low, vget_low_s8(b))
+                                       : vmull_s8(low, vget_low_s8(b));
+        p = vmlal_high_s8(p, a, b);
+        if (h == last || k->is_signed)
+            s = vpadalq_s16(s, p);
+    }
+    return s;
+}
+
+#else
+
+/* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
+KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
+{
+    return is_signed
+        ? (FN(words16))MM(maddubs_epi16)(MM(abs_epi8)((MM_INTS)w),
+                                         FN(sign)(x, w))
+        : (FN(words16))MM(maddubs_epi16)((MM_INTS)w, (MM_INTS)x);
+}
+
+KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
+                           const int last, const struct layout *k)
+{
+    const INTS one = FN(splat_int)(0x00010001);
+    FN(words16) p = FN(byte_pairs)(w[first], x[first], k->is_signed);
+
+    if (last > first && k->is_signed)
+        return FN(pairs)((INTS)p, one) +
+               FN(pairs)((INTS)FN(byte_pairs)(w[last], x[last], 1), one);
+    if (last > first)
+        p += FN(byte_pairs)(w[last], x[last], 0);
+    return FN(pairs)((INTS)p, one);
+}
+
+#endif
+
+/* One of the few rows of x: its next groups, what they give with LANES rows of
+ * weights, and the results so far. */
+struct FN(few) {
+    const struct q8_block *x;
+    INTS q[2], sum[2][QUADS];
+    FLOATS acc;
+};
+
+/* Four rows of weights from b on, times all x, to sum[][r]. */
+KERNEL_INLINE void FN(four_rows)(struct FN(few) *to, const int n, const int r,
+                                 const uint8_t *b, size_t stride, const int g,
+                                 const struct layout *k)
+{
+    const int halves = k->per_16 ? 2 : 1;
+    INTS w[4][2];
+
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        FN(unpack)(w[i], b + (size_t)i * stride, g, k);
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < halves; h++) {
+            const int last = k->per_16 ? h : 1;
+            to[t].sum[h][r] = FN(sum_4)(FN(dot)(w[0], to[t].q, h, last, k),
+                                        FN(dot)(w[1], to[t].q, h, last, k),
+                                        FN(dot)(w[2], to[t].q, h, last, k),
+                                        FN(dot)(w[3], to[t].q, h, last, k));
+        }
+}
+
+/* Group i of a step, which has the scales of group `from`, to the results. */
+KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
+                                 const struct FN(scales) *s, const int from,
+                                 const struct layout *k)
+{
+    const int halves = k->per_16 ? 2 : 1;
+    const int offset = k->is_signed ? FN(SIGNED) : k->offset;
+    FLOATS d[2], m[2];
+    INTS sum[2];
+
+    UNROLL
+    for (int h = 0; h < halves; h++) {
+        d[h] = FN(scale)(s, from, h, k);
+        if (k->has_min)
+            m[h] = FN(minimum)(s, from, h, k);
+    }
+    for (int t = 0; t < n; t++) {
+        UNROLL
+        for (int h = 0; h < halves; h++) {
+            sum[h] = to[t].sum[h][i];
+            if (offset)
+                sum[h] += FN(bias)(to[t].x + i, h, offset, k);
+        }
+        to[t].acc = FN(add_scaled_sums)(to[t].acc, sum, d, m, to[t].x + i, k);
+    }
+}
+
+/* Groups g .. g+QUADS-1 of the blocks at b. */
+KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
+                            size_t stride, const int g,
+                            const struct FN(scales) *s, const uint8_t *next,
+                            const struct layout *k)
+{
+    static const uint8_t each[4] = EACH(sizeof(struct q8_block));
+    const int halves = k->per_16 ? 2 : 1;
+    const int lines = (LANES * QUADS * k->bytes / k->groups + 63) / 64;
+
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < 2; h++)
+            to[t].q[h] = FN(quads)((const uint8_t *)to[t].x->q + 16 * h, each);
+    UNROLL
+    for (int r = 0; r < QUADS; r++) {
+        UNROLL
+        for (int i = r * lines / QUADS; i < (r + 1) * lines / QUADS; i++)
+            FETCH_FAR(next + 64 * i);
+        FN(four_rows)(to, n, r, b + 4 * (size_t)r * stride, stride, g, k);
+    }
+    for (int t = 0; t < n; t++)
+        UNROLL
+        for (int h = 0; h < halves; h++)
+            FN(transpose_quads)(to[t].sum[h]);
+    UNROLL
+    for (int i = 0; i < QUADS; i++)
+        FN(add_group)(to, n, i, s, k->groups == 1 ? i : g + i, k);
+    for (int t = 0; t < n; t++)
+        to[t].x += QUADS;
+}
+
+/* LANES rows from `row` on times n rows of x. */
+KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
+                                const uint8_t *row, size_t stride, int groups,
+                                const uint8_t *next, const struct layout *k)
+{
+    const int per_step = k->groups == 1 ? QUADS : 8;
+    const size_t bytes = (size_t)(per_step / k->groups * k->bytes);
+    struct FN(scales) s;
+
+    for (; groups > 0; groups -= per_step, row += bytes) {
+        FN(read_scales)(&s, row, stride, k);
+        UNROLL
+        for (int g = 0; g < per_step; g += QUADS)
+            FN(step)(to, n, row, stride, g, &s,
+                     next + (size_t)g * LANES * bytes / per_step, k);
+        next += bytes * LANES;
+    }
+}
+
+/* -- many rows of x */
+
+/* Groups g .. g+QUADS-1 of the blocks at b become those at q of a tile. */
+KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
+                               const int g, const struct layout *k)
+{
+    const INTS offset = FN(splat_byte)(LANES == 4 ? k->offset : 0);
+    INTS v[2][4][QUADS];
+
+    UNROLL
+    for (int r = 0; r < QUADS; r++) {
+        INTS w[4][2], t[4];
+        UNROLL
+        for (int i = 0; i < 4; i++)
+            FN(unpack)(w[i], b + (size_t)(4 * r + i) * stride, g, k);
+        UNROLL
+        for (int h = 0; h < 2; h++) {
+            for (int i = 0; i < 4; i++)
+                t[i] = w[i][h];
+            FN(transpose_4)(t);
+            for (int i = 0; i < 4; i++)
+                v[h][i][r] = t[i];
+        }
+    }
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+        FN(transpose_quads)(v[i / 4][i % 4]);
+        UNROLL
+        for (int j = 0; j < QUADS; j++)
+            q[16 * j + 2 * i] = (INTS)((FN(bytes))v[i / 4][i % 4][j] -
+                                       (FN(bytes))offset);
+    }
+}
+
+/* A tile of a panel: LANES rows from `row` on. */
+KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
+                                   const uint8_t *row, size_t stride,
+                                   int groups, const uint8_t *next,
+                                   const struct layout *k)
+{
+    const int per_step = k->groups == 1 ? QUADS : 8;
+    const int halves = k->per_16 ? 2 : 1;
+    const size_t bytes = (size_t)(per_step / k->groups * k->bytes);
+    INTS *q = (INTS *)(void *)p->q + tile;
+    FLOATS *d = (FLOATS *)(void *)p->d + tile;
+    FLOATS *m = (FLOATS *)(void *)p->m + tile;
+    struct FN(scales) s;
+
+    for (; groups > 0; groups -= per_step, row += bytes) {
+        for (size_t i = 0; i < bytes * LANES; i += 64)
+            FETCH_FAR(next + i);
+        next += bytes * LANES;
+        FN(read_scales)(&s, row, stride, k);
+        UNROLL
+        for (int g = 0; g < per_step; g += QUADS, q += 16 * QUADS)
+            FN(to_tile)(q, row, stride, g, k);
+        UNROLL
+        for (int g = 0; g < per_step; g++, d += 4, m += 4)
+            UNROLL
+            for (int h = 0; h < halves; h++) {
+                d[2 * h] = FN(scale)(&s, g, h, k);
+                if (k->has_min)
+                    m[2 * h] = FN(minimum)(&s, g, h, k);
+            }
+    }
 }
 
 #if DOT && LANES == 4
@@ -2862,6 +3502,7 @@ KERNEL_INLINE FLOATS FN(signed_float)(INTS v, int i)
  * every compiler has a function for it where the default CPU lacks it. */
 KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
 {
+#undef SDOT
 #define SDOT(i) \
     ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
     switch (k % 4) {
@@ -2875,44 +3516,53 @@ KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
 
 #endif
 
-/* s[t][j] = columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
-#if LANES > 4 || DOT
+/* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
+#if DOT
 
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
-                            const int tiles, const int kind)
+                            const struct layout *k)
 {
-    const INTS one = V(set1_epi16)(1);
-    const int terms = kind / TERMS;
-    INTS part[FN(TOKENS)][2];
+    (void)k;
+    UNROLL
+    for (int i = first; i < last; i++)
+        UNROLL
+        for (int t = 0; t < tokens; t++)
+            UNROLL
+            for (int j = 0; j < 2; j++) {
+#if LANES == 4
+                const INTS v = FN(repeat_16)(x[t][g].q + i / 4 * 16);
+                s[t][j] = FN(sdot)(s[t][j], w[2 * i + j], v, i);
+#else
+                const INTS v = FN(repeat)(x[t][g].q + 4 * i);
+                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v);
+#endif
+            }
+}
+
+#elif LANES > 4
+
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct q8_block *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const struct layout *k)
+{
+    const INTS one = FN(splat_int)(0x00010001);
+    FN(words16) part[TOKENS][2];
 
     UNROLL
-    for (int k = first; k < last; k++)
+    for (int i = first; i < last; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            const INTS v = LANES > 4 ? FN(repeat)(x[t][g].q + 4 * k)
-                                     : FN(lanes)(x[t][g].q + k / 4 * 16);
+            const INTS v = FN(repeat)(x[t][g].q + 4 * i);
             UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const INTS wk = w[k * tiles + j];
-#if DOT
-                s[t][j] = DOT_4(s[t][j], wk, v, k);
-                (void)one;
-                (void)terms;
-                (void)part;
-#else
-                const int i = (k - first) % terms;
-                INTS p = terms > 1 ? V(maddubs_epi16)(wk, v)
-                                   : V(maddubs_epi16)(V(abs_epi8)(wk),
-                                                      FN(sign)(v, wk));
-                part[t][j] = p = i ? V(add_epi16)(part[t][j], p) : p;
-                if (i == terms - 1) {
-                    p = V(madd_epi16)(p, one);
-                    s[t][j] = k < first + terms ? p
-                                                : V(add_epi32)(s[t][j], p);
-                }
-#endif
+            for (int j = 0; j < 2; j++) {
+                const int n = (i - first) % k->terms;
+                FN(words16) p = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
+                part[t][j] = n ? part[t][j] + p : p;
+                if (n == k->terms - 1)
+                    s[t][j] += FN(pairs)((INTS)part[t][j], one);
             }
         }
 }
@@ -2925,32 +3575,32 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
-                            const int tiles, const int kind)
+                            const struct layout *k)
 {
-    const int terms = kind / TERMS > 1 ? last - first : 2;
-    int16x8_t part[FN(TOKENS)][2][2];
-    INTS sum[FN(TOKENS)][2][2];
+    const int terms = k->is_signed ? 2 : last - first;
+    int16x8_t part[TOKENS][2][2];
+    int32x4_t sum[TOKENS][2][2];
 
     UNROLL
-    for (int k = first; k < last; k++)
+    for (int i = first; i < last; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            INTS all = FN(lanes)(x[t][g].q + k / 4 * 16);
-            int8x16_t v = vreinterpretq_s8_s32(vdupq_n_s32(all[k % 4]));
+            INTS all = FN(repeat_16)(x[t][g].q + i / 4 * 16);
+            int8x16_t v = (int8x16_t)vdupq_n_s32(all[i % 4]);
             ASM("" : "+w"(v));
             UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const int i = (k - first) % terms;
+            for (int j = 0; j < 2; j++) {
+                const int n = (i - first) % terms;
                 int16x8_t *p = part[t][j];
-                int8x16_t wk = vreinterpretq_s8_s32(w[k * tiles + j]);
-                int8x8_t wl = vget_low_s8(wk), vl = vget_low_s8(v);
-                p[0] = i ? vmlal_s8(p[0], wl, vl) : vmull_s8(wl, vl);
-                p[1] = i ? vmlal_high_s8(p[1], wk, v) : vmull_high_s8(wk, v);
-                if (i < terms - 1)
+                int8x16_t wi = (int8x16_t)w[2 * i + j];
+                int8x8_t low = vget_low_s8(wi), vl = vget_low_s8(v);
+                p[0] = n ? vmlal_s8(p[0], low, vl) : vmull_s8(low, vl);
+                p[1] = n ? vmlal_high_s8(p[1], wi, v) : vmull_high_s8(wi, v);
+                if (n < terms - 1)
                     continue;
                 UNROLL
                 for (int h = 0; h < 2; h++)
-                    sum[t][j][h] = k < first + terms
+                    sum[t][j][h] = i < first + terms
                         ? vpaddlq_s16(p[h])
                         : vpadalq_s16(sum[t][j][h], p[h]);
             }
@@ -2958,803 +3608,582 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
     UNROLL
     for (int t = 0; t < tokens; t++)
         UNROLL
-        for (int j = 0; j < tiles; j++)
-            s[t][j] = vpaddq_s32(sum[t][j][0], sum[t][j][1]);
+        for (int j = 0; j < 2; j++)
+            s[t][j] += (INTS)vpaddq_s32(sum[t][j][0], sum[t][j][1]);
 }
 
 #endif
 
-/* dots() of weights that are stored with an offset: less offset * sum of x.  On
- * ARM bytes are signed, so a panel holds the weights without it. */
-KERNEL_INLINE void FN(offset_dots)(INTS s[][2], const INTS *w,
+/* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
+KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
+                                   const FLOATS *d, const FLOATS *m,
                                    const struct q8_block *const *x, int g,
-                                   const int h, const int tokens,
-                                   const int tiles, const int kind,
-                                   INTS offset)
+                                   const int tokens, int offset,
+                                   const struct layout *k)
 {
-    const int whole = !(kind & HALVES), first = 4 * h;
-    const int last = whole ? 8 : first + 4;
-    const int has_offset = !(kind & MIN) &&
-                           (LANES > 4 || (tiles == 1 && kind / TERMS > 1));
-
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        s[t][0] = s[t][1] = has_offset && DOT
-            ? V(madd_epi16)(FN(repeat)(x[t][g].sum), offset)
-            : VI(setzero)();
-    FN(dots)(s, w, x, g, first, last, tokens, tiles, kind);
-    if (!has_offset || DOT)
-        return;
-    UNROLL
-    for (int t = 0; t < tokens; t++) {
-        const INTS bias = V(madd_epi16)(FN(repeat)(x[t][g].sum), offset);
-        UNROLL
-        for (int j = 0; j < tiles; j++)
-            s[t][j] = V(add_epi32)(s[t][j], bias);
-    }
-}
-
-/* acc -= the minima times the sums of x. */
-KERNEL_INLINE void FN(subtract_min)(FLOATS acc[][2], const FLOATS *m,
-                                    const struct q8_block *const *x, int g,
-                                    const int tokens, const int tiles,
-                                    const int kind)
-{
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < tiles; j++) {
-            const struct q8_block *r = &x[t][g];
-            if (!(kind & HALVES)) {
-                acc[t][j] = V(fnmadd_ps)(m[j], V(set1_ps)(r->s), acc[t][j]);
-                continue;
-            }
-            FLOATS v = V(mul_ps)(m[j], V(set1_ps)((float)r->sum[0]));
-            v = V(fmadd_ps)(m[tiles + j], V(set1_ps)((float)r->sum[1]), v);
-            acc[t][j] = V(fnmadd_ps)(V(set1_ps)(r->d), v, acc[t][j]);
-        }
-}
-
-/* One group of one or two tiles, w[8][tiles], d and m [halves][tiles], times
- * group g of each x: a step of dot_row(). */
-KERNEL_INLINE void FN(add_group)(FLOATS acc[][2], const INTS *w,
-                                 const FLOATS *d, const FLOATS *m,
-                                 const struct q8_block *const *x, int g,
-                                 const int tokens, const int tiles,
-                                 const int kind, int offset)
-{
-    const int halves = kind & HALVES ? 2 : 1;
-    const INTS both = V(set1_epi16)((short)-offset);
-    FLOATS u[FN(TOKENS)][2];
-    INTS s[FN(TOKENS)][2];
+    const int halves = k->per_16 ? 2 : 1;
+    INTS s[2][TOKENS][2];
 
     UNROLL
     for (int h = 0; h < halves; h++) {
-        const INTS part = halves == 1 ? both
-                          : h == 0 ? VI(and)(both, V(set1_epi32)(0xffff))
-                                   : V(slli_epi32)(both, 16);
-        FN(offset_dots)(s, w, x, g, h, tokens, tiles, kind, part);
         UNROLL
         for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int j = 0; j < tiles; j++) {
-                const FLOATS dw = d[h * tiles + j];
-                const FLOATS f = V(cvtepi32_ps)(s[t][j]);
-                const FLOATS dx = V(set1_ps)(x[t][g].d);
-                if (halves == 1)
-                    acc[t][j] = V(fmadd_ps)(V(mul_ps)(dw, dx), f, acc[t][j]);
-                else if (h == 0)
-                    u[t][j] = V(mul_ps)(dw, f);
-                else
-                    acc[t][j] = V(fmadd_ps)(dx, V(fmadd_ps)(dw, f, u[t][j]),
-                                            acc[t][j]);
+            s[h][t][0] = s[h][t][1] = LANES > 4 && !k->has_min
+                ? FN(bias)(&x[t][g], h, offset, k) : FN(splat_int)(0);
+        FN(dots)(s[h], w, x, g, 4 * h, h == halves - 1 ? 8 : 4, tokens, k);
+    }
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int j = 0; j < 2; j++) {
+            const INTS sum[2] = { s[0][t][j], s[halves - 1][t][j] };
+            const FLOATS dj[2] = { d[j], d[2 * halves - 2 + j] };
+            FLOATS mj[2] = { FN(splat)(0), FN(splat)(0) };
+            if (k->has_min) {
+                mj[0] = m[j];
+                mj[1] = m[2 * halves - 2 + j];
             }
-    }
-    if (kind & MIN)
-        FN(subtract_min)(acc, m, x, g, tokens, tiles, kind);
-}
-
-/* Where the groups of a tile go: into a panel, or times n rows of x into acc at
- * once.  Meanwhile what is at `next` is fetched into the second-level cache,
- * and what is at `near`, which is there by now, into the first. */
-struct FN(sink) {
-    INTS *q;                              /* of the panel, see above         */
-    FLOATS *d, *m;
-    const struct q8_block *x[AT_ONCE];
-    FLOATS acc[AT_ONCE];
-    int n, offset;
-    const uint8_t *next, *near;
-};
-
-/* The next group: weights w, scales and minima of its halves, from `bytes` of
- * each row.  It goes to the panel, or is multiplied with ONE or a FEW_ROWS. */
-KERNEL_INLINE void FN(put)(struct FN(sink) *to, const INTS w[8],
-                           const FLOATS *d, const FLOATS *m, int bytes,
-                           const int kind, const int how)
-{
-    const INTS offset = LANES == 4 ? V(set1_epi8)((char)to->offset)
-                                   : VI(setzero)();
-
-    for (int i = 0; i < bytes * LANES; i += 64) {
-        FETCH_FAR(to->next + i);
-        if (how != TO_PANEL)
-            FETCH(to->near + i);
-    }
-    to->next += bytes * LANES;
-    to->near += bytes * LANES;
-    for (int t = 0; t < (how == FEW_ROWS ? to->n : how); t++) {
-        FLOATS acc[1][2] = { { to->acc[t] } };
-        const struct q8_block *x = to->x[t]++;
-        FN(add_group)(acc, w, d, m, &x, 0, 1, 1, kind, to->offset);
-        to->acc[t] = acc[0][0];
-    }
-    if (how != TO_PANEL)
-        return;
-    for (int k = 0; k < 8; k++)
-        to->q[2 * k] = LANES == 4 && !(kind & MIN) && kind / TERMS > 1
-            ? V(sub_epi8)(w[k], offset) : w[k];
-    for (int h = 0; h < (kind & HALVES ? 2 : 1); h++) {
-        to->d[2 * h] = d[h];
-        if (kind & MIN)
-            to->m[2 * h] = m[h];
-    }
-    to->q += 16;
-    to->d += 4;
-    to->m += 4;
-}
-
-/* 16 bytes of nibbles. */
-KERNEL_INLINE void FN(nibbles)(INTS w[8], const uint8_t *p, size_t stride)
-{
-    const INTS low = V(set1_epi8)(15);
-    INTS v[4];
-
-    FN(load_16)(v, p, stride);
-    for (int k = 0; k < 4; k++) {
-        w[k] = VI(and)(v[k], low);
-        w[k + 4] = VI(and)(V(srli_epi16)(v[k], 4), low);
-    }
-}
-
-/* Bits 4k .. 4k+3 of the 32-bit number at p, to bit 4 of the bytes of w[k]. */
-KERNEL_INLINE void FN(fifth_bits)(INTS w[8], const uint8_t *p, size_t stride)
-{
-    static const uint8_t bytes_0[16] = {
-        0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12
-    };
-    const INTS one = V(set1_epi8)(1), which = V(set1_epi32)(0x08040201);
-    const INTS byte_0 = FN(lanes)(bytes_0);
-    INTS v[4];
-
-    FN(load_16)(v, p, stride);
-    for (int k = 0; k < 8; k++) {
-        INTS pick = V(add_epi8)(byte_0, V(set1_epi8)((char)(k / 2)));
-        INTS bit = V(shuffle_epi8)(v[0], pick);
-        bit = VI(and)(bit, k % 2 ? V(slli_epi16)(which, 4) : which);
-        bit = V(slli_epi16)(V(min_epu8)(bit, one), 4);
-        w[k] = VI(or)(w[k], bit);
-    }
-}
-
-/* Signed bytes are made unsigned where the instruction wants it. */
-enum { FN(SIGNED) = DOT && LANES > 4 ? 128 : 0 };
-
-KERNEL_INLINE INTS FN(from_signed)(INTS v)
-{
-    return VI(xor)(v, V(set1_epi8)((char)FN(SIGNED)));
-}
-
-KERNEL_INLINE void FN(look_up_iq4)(INTS w[8])
-{
-    const INTS table = FN(from_signed)(FN(lanes)(iq4_value));
-
-    for (int k = 0; k < 8; k++)
-        w[k] = V(shuffle_epi8)(table, w[k]);
-}
-
-/* Unpackers: `groups` groups of a tile, from the block at b of its first row
- * on; the rows are `stride` bytes apart.  What the blocks look like is drawn in
- * section 9. */
-#define UNPACK(type) \
-    KERNEL_INLINE void FN(unpack_##type)(struct FN(sink) *to, \
-                                         const uint8_t *b, size_t stride, \
-                                         int groups, const int how)
-
-/* The formats of 32 columns with nibbles. */
-KERNEL_INLINE void FN(unpack_32)(struct FN(sink) *to, const uint8_t *b,
-                                 size_t stride, int groups, const int how,
-                                 const int kind, const int fifth, const int iq4)
-{
-    const int has_min = kind & MIN, at = 2 + 2 * has_min + 4 * fifth;
-    FLOATS d[2], m[2];
-    INTS w[8];
-
-    for (; groups > 0; groups--, b += at + 16) {
-        FN(nibbles)(w, b + at, stride);
-        if (fifth)
-            FN(fifth_bits)(w, b + at - 4, stride);
-        if (iq4)
-            FN(look_up_iq4)(w);
-        d[0] = FN(column_f16)(b, stride);
-        if (has_min)
-            m[0] = V(sub_ps)(V(set1_ps)(-0.0f), FN(column_f16)(b + 2, stride));
-        FN(put)(to, w, d, m, at + 16, kind, how);
-    }
-}
-
-UNPACK(q4_0) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_4, 0, 0); }
-UNPACK(q4_1) { FN(unpack_32)(to, b, stride, groups, how, MIN_4, 0, 0); }
-UNPACK(q5_0) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_4, 1, 0); }
-UNPACK(q5_1) { FN(unpack_32)(to, b, stride, groups, how, MIN_4, 1, 0); }
-UNPACK(iq4_nl) { FN(unpack_32)(to, b, stride, groups, how, PLAIN_1, 0, 1); }
-
-UNPACK(q8_0)
-{
-    FLOATS d[2];
-    INTS w[8];
-
-    for (; groups > 0; groups--, b += 34) {
-        FN(load_32)(w, b + 2, stride);
-        for (int k = 0; k < 8; k++)
-            w[k] = FN(from_signed)(w[k]);
-        d[0] = FN(column_f16)(b, stride);
-        FN(put)(to, w, d, NULL, 34, PLAIN_1, how);
-    }
-}
-
-UNPACK(q2_k)
-{
-    INTS s[4], t[4], v[8] = { 0 }, w[8];
-    FLOATS d[2], m[2];
-
-    for (; groups > 0; groups -= 8, b += 84) {
-        FN(load_16)(s, b, stride);
-        FN(load_16)(t, b + 68, stride);               /* d, dmin are last */
-        const FLOATS dd = FN(low_f16)(t[3]);
-        const FLOATS dmin = FN(low_f16)(V(srli_epi32)(t[3], 16));
-        for (int i = 0; i < 8; i++) {
-            const INTS scale = FN(bits)(s[i / 2], 0, 15);
-            const INTS min = FN(bits)(s[i / 2], 4, 15);
-            if (i % 4 == 0)
-                FN(load_32)(v, b + 16 + i * 8, stride);
-            for (int k = 0; k < 8; k++)
-                w[k] = FN(bits)(v[k], i % 4 * 2, 3);
-            for (int h = 0; h < 2; h++) {
-                int at = i % 2 * 2 + h;
-                d[h] = V(mul_ps)(dd, FN(byte_float)(scale, at));
-                m[h] = V(mul_ps)(dmin, FN(byte_float)(min, at));
-            }
-            FN(put)(to, w, d, m, 11, HALVES_MIN_4, how);
+            acc[t][j] = FN(add_scaled_sums)(acc[t][j], sum, dj, mj, &x[t][g],
+                                            k);
         }
-    }
-}
-
-UNPACK(q3_k)
-{
-    const FLOATS offset = V(set1_ps)(32);
-    INTS t[4], s[4], high[8], v[8] = { 0 }, w[8];
-    FLOATS d[2];
-
-    for (; groups > 0; groups -= 8, b += 110) {
-        const FLOATS dd = FN(column_f16)(b + 108, stride);
-        FN(load_16)(t, b + 92, stride);               /* scales: t[1..3] */
-        for (int j = 0; j < 4; j++)
-            s[j] = VI(or)(FN(bits)(t[1 + j % 2], j / 2 * 4, 15),
-                          V(slli_epi16)(FN(bits)(t[3], j * 2, 3), 4));
-        FN(load_32)(high, b, stride);
-        for (int i = 0; i < 8; i++) {
-            if (i % 4 == 0)
-                FN(load_32)(v, b + 32 + i * 8, stride);
-            for (int k = 0; k < 8; k++)
-                w[k] = VI(or)(FN(bits)(v[k], i % 4 * 2, 3),
-                              V(slli_epi16)(FN(bits)(high[k], i, 1), 2));
-            for (int h = 0; h < 2; h++) {
-                FLOATS scale = FN(byte_float)(s[i / 2], i % 2 * 2 + h);
-                d[h] = V(mul_ps)(dd, V(sub_ps)(scale, offset));
-            }
-            FN(put)(to, w, d, NULL, 14, HALVES_4, how);
-        }
-    }
-}
-
-/* Q4_K, and Q5_K which has the fifth bits besides. */
-KERNEL_INLINE void FN(unpack_k)(struct FN(sink) *to, const uint8_t *b,
-                                size_t stride, int groups, const int how,
-                                const int fifth)
-{
-    const int bytes = fifth ? 176 : 144;
-    INTS h[4], s[2], m[2], high[8] = { 0 }, v[8] = { 0 }, w[8];
-
-    for (; groups > 0; groups -= 8, b += bytes) {
-        FN(load_16)(h, b, stride);
-        const FLOATS d = FN(low_f16)(h[0]);
-        const FLOATS dmin = FN(low_f16)(V(srli_epi32)(h[0], 16));
-        s[0] = FN(bits)(h[1], 0, 63);
-        m[0] = FN(bits)(h[2], 0, 63);
-        s[1] = VI(or)(FN(bits)(h[3], 0, 15), FN(bits)(h[1], 2, 48));
-        m[1] = VI(or)(FN(bits)(h[3], 4, 15), FN(bits)(h[2], 2, 48));
-        if (fifth)
-            FN(load_32)(high, b + 16, stride);
-        for (int i = 0; i < 8; i++) {
-            FLOATS scale = V(mul_ps)(d, FN(byte_float)(s[i / 4], i % 4));
-            FLOATS min = V(mul_ps)(dmin, FN(byte_float)(m[i / 4], i % 4));
-            if (i % 2 == 0)
-                FN(load_32)(v, b + bytes - 128 + i * 16, stride);
-            for (int k = 0; k < 8; k++) {
-                w[k] = FN(bits)(v[k], i % 2 * 4, 15);
-                if (fifth)
-                    w[k] = VI(or)(w[k], V(slli_epi16)(
-                                            FN(bits)(high[k], i, 1), 4));
-            }
-            FN(put)(to, w, &scale, &min, bytes / 8, MIN_4, how);
-        }
-    }
-}
-
-UNPACK(q4_k) { FN(unpack_k)(to, b, stride, groups, how, 0); }
-UNPACK(q5_k) { FN(unpack_k)(to, b, stride, groups, how, 1); }
-
-UNPACK(q6_k)
-{
-    INTS s[4], low[16] = { 0 }, high[8] = { 0 }, w[8];
-    FLOATS d[2];
-
-    for (; groups > 0; groups -= 8, b += 210) {
-        const FLOATS dd = FN(column_f16)(b + 208, stride);
-        FN(load_16)(s, b + 192, stride);
-        for (int i = 0; i < 8; i++) {
-            if (i % 4 == 0) {
-                FN(load_32)(low, b + i * 16, stride);
-                FN(load_32)(low + 8, b + i * 16 + 32, stride);
-                FN(load_32)(high, b + 128 + i * 8, stride);
-            }
-            for (int k = 0; k < 8; k++)
-                w[k] = VI(or)(FN(bits)(low[i % 2 * 8 + k], i % 4 / 2 * 4, 15),
-                              V(slli_epi16)(FN(bits)(high[k], i % 4 * 2, 3),
-                                            4));
-            for (int h = 0; h < 2; h++)
-                d[h] = V(mul_ps)(dd, FN(signed_float)(s[i / 2],
-                                                      i % 2 * 2 + h));
-            FN(put)(to, w, d, NULL, 27, HALVES_2, how);
-        }
-    }
-}
-
-UNPACK(iq4_xs)
-{
-    INTS h[4], w[8];
-
-    for (; groups > 0; groups -= 8, b += 136) {
-        FN(load_16)(h, b, stride);
-        for (int i = 0; i < 8; i++) {
-            INTS low = VI(and)(FN(shift)(h[1], 4 * i), V(set1_epi32)(15));
-            INTS top = VI(and)(FN(shift)(h[0], 16 + 2 * i), V(set1_epi32)(3));
-            INTS s = V(add_epi32)(low, V(slli_epi32)(top, 4));
-            s = V(sub_epi32)(s, V(set1_epi32)(32));
-            FLOATS d = V(mul_ps)(FN(low_f16)(h[0]), V(cvtepi32_ps)(s));
-            FN(nibbles)(w, b + 8 + i * 16, stride);
-            FN(look_up_iq4)(w);
-            FN(put)(to, w, &d, NULL, 17, PLAIN_1, how);
-        }
-    }
 }
 
 /* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
 KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
                                 const struct q8_block *const *x, int offset,
-                                const int tokens, const int kind)
+                                const int tokens, const struct layout *k)
 {
     const INTS *w = (const void *)p->q;
     const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
-    FLOATS acc[FN(TOKENS)][2];
+    FLOATS acc[TOKENS][2];
 
     UNROLL
     for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < 2; j++)
-            acc[t][j] = V(setzero_ps)();
+        acc[t][0] = acc[t][1] = FN(splat)(0);
     for (int g = 0; g < groups; g++, w += 16, d += 4, m += 4)
-        FN(add_group)(acc, w, d, m, x, g, tokens, 2, kind, offset);
+        FN(panel_group)(acc, w, d, m, x, g, tokens, offset, k);
     UNROLL
     for (int t = 0; t < tokens; t++)
         UNROLL
         for (int j = 0; j < 2; j++)
-            V(storeu_ps)(out + t * UNIT + j * LANES, acc[t][j]);
+            FN(store)(out + t * UNIT + j * LANES, acc[t][j]);
 }
 
-/* For every kind and number of rows of x its own code. */
-#define MULTIPLY(name, kind) \
-    KERNEL void FN(name)(float *out, const struct scratch *p, int groups, \
-                         const struct q8_block *const *x, int offset, int n) \
+/* For every number of rows of x its own code, and for every way to add up. */
+#undef MULTIPLY
+#define MULTIPLY(type) \
+    KERNEL void FN(multiply_##type)(float *out, const struct scratch *p, \
+                                    int groups, \
+                                    const struct q8_block *const *x, \
+                                    int offset, int n) \
     { \
+        const struct layout *k = &layout_##type; \
         switch (n) { \
-        case 1: FN(multiply)(out, p, groups, x, offset, 1, kind); return; \
-        case 2: FN(multiply)(out, p, groups, x, offset, 2, kind); return; \
-        case 3: FN(multiply)(out, p, groups, x, offset, 3, kind); return; \
-        MORE_TOKENS(kind) \
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) \
         } \
     }
+#undef CASE
+#define CASE(tokens) \
+    case tokens: \
+        if (tokens <= TOKENS) \
+            FN(multiply)(out, p, groups, x, offset, tokens, k); \
+        return;
 
-#if LANES == 4 && DOT
-#define MORE_TOKENS(kind) \
-        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return;
-#elif LANES < 16
-#define MORE_TOKENS(kind)
-#else
-#define MORE_TOKENS(kind) \
-        case 4: FN(multiply)(out, p, groups, x, offset, 4, kind); return; \
-        case 5: FN(multiply)(out, p, groups, x, offset, 5, kind); return; \
-        case 6: FN(multiply)(out, p, groups, x, offset, 6, kind); return;
-#endif
+MULTIPLY(q4_0)                            /* nibbles or five bits, offset    */
+MULTIPLY(q8_0)                            /* signed bytes                    */
+MULTIPLY(q4_k)                            /* with a minimum                  */
+MULTIPLY(q2_k)                            /* d and m for 16 columns          */
+MULTIPLY(q3_k)                            /* d for 16                        */
+MULTIPLY(q6_k)                            /* the same, six bits              */
 
-MULTIPLY(plain_4, PLAIN_4)
-MULTIPLY(plain_1, PLAIN_1)
-MULTIPLY(min_4, MIN_4)
-MULTIPLY(halves_4, HALVES_4)
-MULTIPLY(halves_2, HALVES_2)
-MULTIPLY(halves_min_4, HALVES_MIN_4)
-
-/* The uses of an unpacker. */
-#define ROWS_OF(type) \
-    KERNEL void FN(rows_##type)(struct FN(sink) *to, const uint8_t *b, \
-                                size_t stride, int groups) \
+/* The uses of a layout: FN(few_q4_0), for instance, and FN(tile_q4_0). */
+#undef USES
+#define USES(type) \
+    KERNEL void FN(few_##type)(struct FN(few) *to, int n, const uint8_t *row, \
+                               size_t stride, int groups, \
+                               const uint8_t *next) \
     { \
-        if (to->n == 0) \
-            FN(unpack_##type)(to, b, stride, groups, TO_PANEL); \
-        else if (to->n == 1) \
-            FN(unpack_##type)(to, b, stride, groups, ONE_ROW); \
-        else \
-            FN(unpack_##type)(to, b, stride, groups, FEW_ROWS); \
+        FN(few_rows)(to, n, row, stride, groups, next, &layout_##type); \
+    } \
+    KERNEL void FN(one_##type)(struct FN(few) *to, int n, const uint8_t *row, \
+                               size_t stride, int groups, \
+                               const uint8_t *next) \
+    { \
+        struct FN(few) one = { .x = to->x }; \
+        (void)n; \
+        FN(few_rows)(&one, 1, row, stride, groups, next, &layout_##type); \
+        to->acc = one.acc; \
+    } \
+    KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
+                                const uint8_t *row, size_t stride, \
+                                int groups, const uint8_t *next) \
+    { \
+        FN(unpack_tile)(p, tile, row, stride, groups, next, &layout_##type); \
     }
 
-ROWS_OF(q4_0) ROWS_OF(q4_1) ROWS_OF(q5_0) ROWS_OF(q5_1) ROWS_OF(q8_0)
-ROWS_OF(q2_k) ROWS_OF(q3_k) ROWS_OF(q4_k) ROWS_OF(q5_k) ROWS_OF(q6_k)
-ROWS_OF(iq4_nl) ROWS_OF(iq4_xs)
+USES(q4_0) USES(q4_1) USES(q5_0) USES(q5_1) USES(q8_0) USES(q2_k) USES(q3_k)
+USES(q4_k) USES(q5_k) USES(q6_k) USES(iq4_nl) USES(iq4_xs)
 
-#define USE(type, multiply, offset) { FN(rows_##type), FN(multiply), offset }
+typedef void FN(few_fn)(struct FN(few) *to, int n, const uint8_t *row,
+                        size_t stride, int groups, const uint8_t *next);
 
-/* In the order of formats[]. */
+#undef USE
+#define USE(type, sums, offset) \
+    { FN(one_##type), FN(few_##type), FN(tile_##type), FN(multiply_##sums), \
+      offset }
+
+/* What serves a format: one row of x, few and many; and the offset of panels. */
 static const struct {
-    void (*rows)(struct FN(sink) *to, const uint8_t *b, size_t stride,
-                 int groups);
+    FN(few_fn) *one, *few;
+    void (*tile)(const struct scratch *p, int tile, const uint8_t *row,
+                 size_t stride, int groups, const uint8_t *next);
     void (*multiply)(float *out, const struct scratch *p, int groups,
                      const struct q8_block *const *x, int offset, int n);
     int offset;
-} FN(formats)[] = {
-    { 0 }, { 0 }, { 0 },
-    USE(q4_0, plain_4, 8), USE(q4_1, min_4, 0), USE(q5_0, plain_4, 16),
-    USE(q5_1, min_4, 0), USE(q8_0, plain_1, FN(SIGNED)),
-    USE(q2_k, halves_min_4, 0), USE(q3_k, halves_4, 4), USE(q4_k, min_4, 0),
-    USE(q5_k, min_4, 0), USE(q6_k, halves_2, 32),
-    USE(iq4_nl, plain_1, FN(SIGNED)), USE(iq4_xs, plain_1, FN(SIGNED)),
+} FN(formats)[N_FORMAT] = {
+    [Q4_0] = USE(q4_0, q4_0, 8), [Q4_1] = USE(q4_1, q4_k, 0),
+    [Q5_0] = USE(q5_0, q4_0, 16), [Q5_1] = USE(q5_1, q4_k, 0),
+    [Q8_0] = USE(q8_0, q8_0, FN(SIGNED)),
+    [Q2_K] = USE(q2_k, q2_k, 0), [Q3_K] = USE(q3_k, q3_k, 4),
+    [Q4_K] = USE(q4_k, q4_k, 0), [Q5_K] = USE(q5_k, q4_k, 0),
+    [Q6_K] = USE(q6_k, q6_k, 32),
+    [IQ4_NL] = USE(iq4_nl, q8_0, FN(SIGNED)),
+    [IQ4_XS] = USE(iq4_xs, q8_0, FN(SIGNED)),
 };
 
-/* How many rows of x to take next, so that all takes are nearly equal. */
-KERNEL_INLINE int FN(take_rows)(int n)
+/* How many of n rows of x to take next, so that all takes are nearly equal. */
+KERNEL_INLINE int FN(take_rows)(int n, int most)
 {
-    int takes = (n + FN(TOKENS) - 1) / FN(TOKENS);
+    const int takes = (n + most - 1) / most;
     return (n + takes - 1) / takes;
 }
 
-/* The rows of a panel, from `row` on, times a few rows of x. */
-KERNEL void FN(product_at_once)(float *out, const struct tensor *w,
-                                const uint8_t *row, const struct input *in,
-                                const uint8_t *next)
+/* LANES rows, from `row` on, times a few rows of x. */
+KERNEL void FN(product_few)(float *out, const struct tensor *w,
+                            const uint8_t *row, const struct input *in,
+                            const struct scratch *s, const uint8_t *next)
 {
     const int f = (int)(w->fmt - formats), groups = w->cols / 32;
-    const size_t stride = row_bytes(w);
-    struct FN(sink) to;
+    struct FN(few) *to = (void *)s->few;
 
-    to.next = next;
-    to.offset = FN(formats)[f].offset;
-    to.n = in->n;
-    for (int i = 0; i < 2; i++, row += LANES * stride) {
-        to.near = LANES * stride <= NEAR ? row + LANES * stride : row;
-        for (int t = 0; t < in->n; t++) {
-            to.x[t] = in->q + row_at(in, t) * (size_t)groups;
-            to.acc[t] = V(setzero_ps)();
-        }
-        FN(formats)[f].rows(&to, row, stride, groups);
-        for (int t = 0; t < in->n; t++)
-            V(storeu_ps)(out + t * UNIT + i * LANES, to.acc[t]);
+    for (int t = 0; t < in->n; t++) {
+        to[t].x = in->q + row_at(in, t) * (size_t)groups;
+        to[t].acc = FN(splat)(0);
     }
+    (in->n == 1 ? FN(formats)[f].one : FN(formats)[f].few)(
+        to, in->n, row, row_bytes(w), groups, next);
+    for (int t = 0; t < in->n; t++)
+        FN(store)(out + t * UNIT, to[t].acc);
 }
 
-/* The same, times any number of them. */
+/* The rows of a panel times any number of rows of x. */
 KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                               const uint8_t *row, const struct input *in,
                               const struct scratch *s, const uint8_t *next)
 {
     const int f = (int)(w->fmt - formats), groups = w->cols / 32;
     const size_t stride = row_bytes(w);
-    struct FN(sink) to;
 
-    to.next = to.near = next;
-    to.offset = FN(formats)[f].offset;
-    to.n = 0;                             /* of x: all goes to the panel      */
-    for (int i = 0; i < 2; i++, row += LANES * stride) {
-        to.q = (INTS *)(void *)s->q + i;
-        to.d = (FLOATS *)(void *)s->d + i;
-        to.m = (FLOATS *)(void *)s->m + i;
-        FN(formats)[f].rows(&to, row, stride, groups);
-    }
+    for (size_t i = 0; i < 2; i++)
+        FN(formats)[f].tile(s, (int)i, row + i * LANES * stride, stride, groups,
+                            next + i * LANES * stride);
     for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
-        const struct q8_block *x[FN(TOKENS)];
-        m = FN(take_rows)(in->n - t);
+        const struct q8_block *x[TOKENS];
+        m = FN(take_rows)(in->n - t, TOKENS);
         for (int i = 0; i < m; i++)
             x[i] = in->q + row_at(in, t + i) * (size_t)groups;
         FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
     }
 }
 
-/* Numbers i .. i+LANES-1 of those at p: F32 (type 0), F16 (1) or BF16 (2). */
+/* ---- weights in floats: a register holds LANES of the 16 chains of a sum */
+
+/* Numbers i .. i+LANES-1 of those at p. */
 KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 {
-    return type == 0 ? V(loadu_ps)((const float *)(const void *)p + i)
-         : type == 1 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
+    return type == F32 ? FN(load)((const float *)(const void *)p + i)
+         : type == F16 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
 }
 
-/* out[t][r] = row r of ROWS rows of floats times row t of x. */
-KERNEL_INLINE void FN(float_rows)(float *out, const uint8_t *row, size_t stride,
-                                  int cols, const float *const *x,
-                                  const uint8_t *next, const int tokens,
-                                  const int type)
+KERNEL_INLINE float FN(chain_sum)(const float *chain)
 {
-    const int bytes = 16 * (type == 0 ? 4 : 2) * FN(ROWS);
-    FLOATS acc[FN(ROWS)][FN(TOKENS)][FN(CHAINS)];
+    FLOATS v[FN(CHAINS)];
 
     UNROLL
-    for (int r = 0; r < FN(ROWS); r++)
+    for (int h = 0; h < FN(CHAINS); h++)
+        v[h] = FN(load)(chain + h * LANES);
+    return FN(tree)(v);
+}
+
+/* LANES chains from chain h on, of 4 rows at w times each x, go on for `cols`
+ * columns; they are kept in chain[tokens][UNIT][16].  Meanwhile what is at
+ * `next` is fetched, `step` bytes for every 16 columns. */
+KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
+                                  const float *const *x, int h, int cols,
+                                  const uint8_t *next, int step,
+                                  const int tokens, const int type)
+{
+    FLOATS acc[X_ROWS][4], v[X_ROWS];
+
+    UNROLL
+    for (int t = 0; t < tokens; t++)
         UNROLL
-        for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int h = 0; h < FN(CHAINS); h++)
-                acc[r][t][h] = V(setzero_ps)();
-    for (int c = 0; c < cols; c += 16, next += bytes) {
-        for (int i = 0; i < bytes; i += 64)
+        for (int r = 0; r < 4; r++)
+            acc[t][r] = FN(load)(chain + (t * UNIT + r) * 16 + h);
+    for (int c = h; c < cols; c += 16, next += step) {
+        for (int i = 0; i < 8 * LANES; i += 64)
             FETCH(next + i);
         UNROLL
-        for (int r = 0; r < FN(ROWS); r++)
+        for (int t = 0; t < tokens; t++)
+            v[t] = FN(load)(x[t] + c);
+        UNROLL
+        for (int r = 0; r < 4; r++) {
+            FLOATS wr = FN(load_floats)(w + (size_t)r * stride, (size_t)c,
+                                        type);
             UNROLL
-            for (int h = 0; h < FN(CHAINS); h++) {
-                const size_t i = (size_t)c + h * LANES;
-                FLOATS w = FN(load_floats)(row + (size_t)r * stride, i, type);
-                UNROLL
-                for (int t = 0; t < tokens; t++)
-                    acc[r][t][h] = V(fmadd_ps)(w, V(loadu_ps)(x[t] + i),
-                                               acc[r][t][h]);
-            }
+            for (int t = 0; t < tokens; t++)
+                acc[t][r] = FN(fma)(wr, v[t], acc[t][r]);
+        }
     }
     UNROLL
-    for (int r = 0; r < FN(ROWS); r++)
+    for (int t = 0; t < tokens; t++)
         UNROLL
-        for (int t = 0; t < tokens; t++)
-            out[t * UNIT + r] = FN(tree)(acc[r][t]);
+        for (int r = 0; r < 4; r++)
+            FN(store)(chain + (t * UNIT + r) * 16 + h, acc[t][r]);
 }
 
-#define FLOAT_ROWS(type) \
+#undef FLOAT_TILE
+#define FLOAT_TILE(tokens, type) \
+    case tokens: \
+        if (tokens <= X_ROWS) \
+            FN(float_tile)(chain, w, stride, x, h, cols, next, step, tokens, \
+                           type); \
+        return;
+#undef FLOAT_TILES
+#define FLOAT_TILES(type) \
     switch (n) { \
-    case 1: FN(float_rows)(out, row, stride, cols, x, next, 1, type); return; \
-    case 2: FN(float_rows)(out, row, stride, cols, x, next, 2, type); return; \
-    case 3: FN(float_rows)(out, row, stride, cols, x, next, 3, type); return; \
+    FLOAT_TILE(1, type) FLOAT_TILE(2, type) FLOAT_TILE(3, type) \
+    FLOAT_TILE(4, type) FLOAT_TILE(5, type) FLOAT_TILE(6, type) \
     }
 
-/* At most three rows of x: more would not make it faster. */
-KERNEL void FN(multiply_floats)(float *out, const uint8_t *row, size_t stride,
-                                int cols, const float *const *x,
-                                const uint8_t *next, int n, int id)
+KERNEL void FN(float_tiles)(float *chain, const uint8_t *w, size_t stride,
+                            const float *const *x, int h, int cols,
+                            const uint8_t *next, int step, int n, int type)
 {
-    if (id == 0) {
-        FLOAT_ROWS(0)
-    } else if (id == 1) {
-        FLOAT_ROWS(1)
+    if (type == F32) {
+        FLOAT_TILES(F32)
+    } else if (type == F16) {
+        FLOAT_TILES(F16)
     } else {
-        FLOAT_ROWS(2)
+        FLOAT_TILES(BF16)
     }
 }
 
+/* What comes next: rows of x, and weights up to `end`. */
+struct FN(float_ahead) {
+    const float *x[X_ROWS];
+    int n, step;
+    const uint8_t *w, *end;
+};
+
+/* A block of columns: `rows` rows at w times n rows of x. */
+KERNEL void FN(float_block)(float *chain, const uint8_t *w, size_t stride,
+                            int rows, const float *const *x, int n, int cols,
+                            int type, struct FN(float_ahead) *ahead)
+{
+    for (int i = 0; i < rows / 4 * FN(CHAINS); i++) {
+        const int r = i / FN(CHAINS) * 4, h = i % FN(CHAINS) * LANES;
+        const int bytes = cols / 16 * ahead->step;
+        const void *next = i < ahead->n ? (const void *)ahead->x[i] : ahead->w;
+
+        FN(float_tiles)(chain + r * 16, w + (size_t)r * stride, stride, x, h,
+                        cols, next, ahead->step, n, type);
+        if (i >= ahead->n && ahead->end - ahead->w > bytes)
+            ahead->w += bytes;
+    }
+}
+
+/* Rows of weights as float32: [blocks of columns][rows][BLOCK_COLS]. */
+KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
+                            int type)
+{
+    const size_t size = type == F32 ? 4 : 2;
+
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < cols; c += LANES, row += LANES * size) {
+            const int block = c / BLOCK_COLS * BLOCK_COLS, left = cols - block;
+            const int n = left < BLOCK_COLS ? left : BLOCK_COLS;
+            FN(store)(to + block * rows + r * n + c - block,
+                      FN(load_floats)(row, 0, type));
+        }
+}
+
+/* out[t][r] = `rows` rows of floats times all rows of x.  If those are many,
+ * some of them stay in the first-level cache while a block of all the weights,
+ * in the second, goes by; then come their next columns. */
 KERNEL void FN(product_floats)(float *out, const struct tensor *w,
-                               const uint8_t *row, const struct input *in,
+                               const uint8_t *row, int rows,
+                               const struct input *in, const struct scratch *s,
                                const uint8_t *next)
 {
-    for (int t = 0, m; t < in->n; t += m) {
-        const float *x[3];
-        m = in->n - t < 3 ? in->n - t : 3;
-        for (int i = 0; i < m; i++)
-            x[i] = in->f + row_at(in, t + i) * (size_t)w->cols;
-        FN(multiply_floats)(out + t * UNIT, row, row_bytes(w), w->cols, x, next,
-                            m, w->fmt->id);
+    const int many = in->n >= MANY, cols = w->cols;
+    const int type = (int)(w->fmt - formats), in_block = many ? F32 : type;
+    const size_t size = in_block == F32 ? 4 : 2;
+    struct FN(float_ahead) ahead = {
+        .step = many ? 64 : 64 * (int)size / FN(CHAINS), .w = next,
+        .end = next + (size_t)rows * row_bytes(w)
+    };
+
+    if (many)
+        FN(float_panel)(s->f, row, rows, cols, type);
+    for (int t = 0, n; t < in->n; t += n) {
+        const float *x[X_ROWS];
+
+        n = FN(take_rows)(in->n - t, X_ROWS);
+        ahead.n = many ? n : 0;
+        memset(s->chain, 0, (size_t)n * UNIT * 16 * sizeof *s->chain);
+        for (int c = 0, m; c < cols; c += m) {
+            m = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
+            for (int i = 0; i < n; i++) {
+                const int then = t + n + i < in->n ? t + n + i : t;
+                x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
+                ahead.x[i] = c + m < cols ? x[i] + m
+                           : in->f + row_at(in, then) * (size_t)cols;
+            }
+            FN(float_block)(s->chain, many ? (const void *)(s->f + c * rows)
+                                           : row + (size_t)c * size,
+                            (size_t)(many ? m : cols) * size, rows, x, n, m,
+                            in_block, &ahead);
+        }
+        for (int i = 0; i < n; i++)
+            for (int r = 0; r < rows; r++)
+                out[(t + i) * UNIT + r] =
+                    FN(chain_sum)(s->chain + (i * UNIT + r) * 16);
     }
 }
 
-/* What to fetch while `bytes` at p are worked on: a multiple of them further
- * on, or as far behind `next` as that is behind `end`. */
+/* What to fetch while the tile at p is worked on: the next one and a little
+ * more, or as far behind `next` as that is behind `end`. */
 KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
                                        const uint8_t *end, const uint8_t *next)
 {
-    const size_t distance = (AHEAD + bytes - 1) / bytes * bytes;
+    const size_t distance = bytes + AHEAD;
     const size_t left = (size_t)(end - p);
 
     return distance < left ? p + distance : next ? next + (distance - left) : p;
 }
 
-/* Whole panels; the rows behind them are left to the scalar code, and so are
- * floats in rows of an odd length. */
+/* Whole tiles or panels, in whole steps; what is left is done by the scalar
+ * code, and so are floats in rows of an odd length. */
 KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         int n_rows, const struct input *in,
                         const struct scratch *s, const uint8_t *end,
                         const uint8_t *next)
 {
-    const int floats = w->fmt->floats != NULL;
-    const int rows = floats ? FN(ROWS) : FN(PANEL);
-    const int end_row = floats && w->cols % 16 != 0 ? 0 : n_rows;
-    const size_t bytes = row_bytes(w) * rows;
+    const int floats = w->fmt->floats != NULL, few = in->n <= AT_ONCE;
+    const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
+                            : few ? LANES : FN(PANEL);
+    const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
+    const size_t bytes = row_bytes(w) * (size_t)rows;
     const uint8_t *row = w->data + (size_t)first * row_bytes(w);
     int done = 0;
 
-    for (; done + rows <= end_row; done += rows, row += bytes, out += rows) {
+    for (; whole && rows > 0 && done + rows <= n_rows;
+         done += rows, row += bytes) {
         const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
         if (floats)
-            FN(product_floats)(out, w, row, in, ahead);
-        else if (in->n <= AT_ONCE)
-            FN(product_at_once)(out, w, row, in, ahead);
+            FN(product_floats)(out + done, w, row, rows, in, s, ahead);
+        else if (few)
+            FN(product_few)(out + done, w, row, in, s, ahead);
         else
-            FN(product_panel)(out, w, row, in, s, ahead);
+            FN(product_panel)(out + done, w, row, in, s, ahead);
     }
-    product_rows(out, w, first + done, n_rows - done, in, s, end, next);
+    product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
 }
 
-/* ---- attention: up to 4 queries share what is loaded of a kv head */
+/* ---- attention: a tile of K or V becomes floats once, for all queries, and
+ * stays in the first-level cache for them; four of them share each load */
 
-/* chunk_scores() for `queries` queries, WIDE vectors of positions at a time. */
-KERNEL_INLINE void FN(scores)(float s[][CHUNK], const float *q,
-                              const struct kv_head *kv, int pos, int n,
-                              const int queries, const int f16)
+/* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
+ * room up to the next multiple of 16, where the scores are made -inf, which
+ * adds 0 to a sum that is never -0. */
+KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
+{
+    const int end = (n + 15) / 16 * 16;
+    FLOATS max = FN(splat)(-INFINITY), sum[FN(CHAINS)] = { { 0 } };
+
+    for (int p = n; p < end; p++)
+        s[p] = -INFINITY;
+    for (int p = 0; p < end; p += LANES) {
+        FLOATS v = FN(load)(s + p);
+        max = FN(choose)(v > max, v, max);
+    }
+    g->max = max[0];
+    for (int i = 1; i < LANES; i++)
+        g->max = max[i] > g->max ? max[i] : g->max;
+    for (int p = 0; p < end; p += 16)
+        UNROLL
+        for (int h = 0; h < FN(CHAINS); h++) {
+            float *at = s + p + h * LANES;
+            FLOATS e = FN(exp)(FN(load)(at) - g->max);
+            FN(store)(at, e);
+            sum[h] += e;
+        }
+    g->sum = FN(tree)(sum);
+}
+
+/* Queries of a chunk, taken four at a time; all four see `seen` positions of
+ * it.  If there are only n, the last one is repeated: its result is computed
+ * again, and is the same. */
+struct FN(four) {
+    const float *q[4];                    /* [head_dim]                      */
+    float *s[4], *o[4];                   /* [CHUNK], [head_dim]             */
+    int n, seen;
+};
+
+/* Those from query i on. */
+KERNEL_INLINE struct FN(four) FN(take_four)(struct attn_partial *part,
+                                            const struct attn_rows *a, int i,
+                                            int hd, int pos, float *score)
+{
+    const int whole = chunk_seen(a, 0, pos) == CHUNK, row = i / a->group;
+    const int left = (whole ? a->n : row + 1) * a->group - i;
+    struct FN(four) f = { .n = left < 4 ? left : 4,
+                          .seen = chunk_seen(a, row, pos) };
+
+    for (int k = 0; k < 4; k++) {
+        const int j = i + (k < f.n ? k : f.n - 1);
+        f.q[k] = a->q + (size_t)(j / a->group) * a->stride +
+                 (size_t)(j % a->group * hd);
+        f.s[k] = score + (size_t)j * CHUNK;
+        f.o[k] = part[j].o;
+    }
+    return f;
+}
+
+/* n elements of the cache from p on, as floats. */
+KERNEL void FN(load_tile)(float *to, const uint8_t *p, int f16, int n)
+{
+    for (int i = 0; i < n; i += LANES)
+        FN(store)(to + i, FN(load_floats)(p, (size_t)i, f16 ? F16 : F32));
+}
+
+/* The scores of a tile of K, [head_dim][TILE], from position p of the chunk.
+ * The one at `next` is fetched. */
+KERNEL_INLINE void FN(scores)(const struct FN(four) *f, const float *tile,
+                              int hd, int p, const uint8_t *next)
 {
     enum { W = FN(WIDE) };
-    const int hd = kv->head_dim;
-    FLOATS acc[4 * W], k[W];
+    FLOATS acc[4][W], k[W];
 
-    for (int p = 0; p < n; p += W * LANES) {
-        size_t at = k_index(pos + p, 0, hd);
+    for (int at = 0; at < TILE; at += W * LANES) {
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            acc[i] = V(setzero_ps)();
-        for (int d = 0; d < hd; d++, at += TILE) {
+        for (int i = 0; i < 4 * W; i++)
+            acc[i / W][i % W] = FN(splat)(0);
+        for (int d = 0; d < hd; d++, next += 2 * W * LANES) {
+            for (int i = 0; i < 2 * W * LANES; i += 64)
+                FETCH(next + i);
             UNROLL
             for (int i = 0; i < W; i++)
-                k[i] = FN(load_floats)(kv->k, at + i * LANES, f16);
-            FETCH(kv->k + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+                k[i] = FN(load)(tile + d * TILE + at + i * LANES);
             UNROLL
-            for (int i = 0; i < queries * W; i++)
-                acc[i] = V(fmadd_ps)(V(set1_ps)(q[d + (size_t)(i / W * hd)]),
-                                     k[i % W], acc[i]);
+            for (int i = 0; i < 4 * W; i++)
+                acc[i / W][i % W] = FN(fma)(FN(splat)(f->q[i / W][d]), k[i % W],
+                                            acc[i / W][i % W]);
         }
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            V(storeu_ps)(s[i / W] + p + i % W * LANES, acc[i]);
+        for (int i = 0; i < 4 * W; i++)
+            FN(store)(f->s[i / W] + p + at + i % W * LANES, acc[i / W][i % W]);
     }
 }
 
-/* o[i] += the weighted values of positions first .. last-1. */
-KERNEL_INLINE void FN(values)(struct attn_partial *g, float s[][CHUNK],
-                              const struct kv_head *kv, int pos, int first,
-                              int last, const int queries, const int f16)
+/* o += the weighted values of n positions of a tile of V, [TILE][head_dim],
+ * from position p of the chunk. */
+KERNEL_INLINE void FN(values)(const struct FN(four) *f, const float *tile,
+                              int hd, int p, int n, const uint8_t *next)
 {
     enum { W = FN(WIDE) };
-    const int hd = kv->head_dim;
-    FLOATS acc[4 * W], v[W];
+    FLOATS acc[4][W], v[W];
 
     for (int d = 0; d < hd; d += W * LANES) {
-        size_t at = (size_t)(pos + first) * hd + d;
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            acc[i] = V(loadu_ps)(g[i / W].o + d + i % W * LANES);
-        for (int p = first; p < last; p++, at += hd) {
+        for (int i = 0; i < 4 * W; i++)
+            acc[i / W][i % W] = FN(load)(f->o[i / W] + d + i % W * LANES);
+        for (int k = 0; k < n; k++, next += 2 * W * LANES) {
+            for (int i = 0; i < 2 * W * LANES; i += 64)
+                FETCH(next + i);
             UNROLL
             for (int i = 0; i < W; i++)
-                v[i] = FN(load_floats)(kv->v, at + i * LANES, f16);
-            FETCH(kv->v + (at + (size_t)TILE * hd) * (f16 ? 2 : 4));
+                v[i] = FN(load)(tile + k * hd + d + i * LANES);
             UNROLL
-            for (int i = 0; i < queries * W; i++)
-                acc[i] = V(fmadd_ps)(V(set1_ps)(s[i / W][p]), v[i % W], acc[i]);
+            for (int i = 0; i < 4 * W; i++)
+                acc[i / W][i % W] = FN(fma)(FN(splat)(f->s[i / W][p + k]),
+                                            v[i % W], acc[i / W][i % W]);
         }
         UNROLL
-        for (int i = 0; i < queries * W; i++)
-            V(storeu_ps)(g[i / W].o + d + i % W * LANES, acc[i]);
+        for (int i = 0; i < 4 * W; i++)
+            FN(store)(f->o[i / W] + d + i % W * LANES, acc[i / W][i % W]);
     }
 }
-
-KERNEL_INLINE void FN(attend)(struct attn_partial *g, const float *q,
-                              const struct kv_head *kv, int pos, int n,
-                              const int queries, const int f16)
-{
-    float s[4][CHUNK];
-
-    FN(scores)(s, q, kv, pos, n, queries, f16);
-    for (int i = 0; i < queries; i++) {
-        BLOCK(softmax)(&g[i], s[i], n);
-        memset(g[i].o, 0, (size_t)kv->head_dim * sizeof *g[i].o);
-    }
-    for (int p = 0; p < n; p += TILE)
-        FN(values)(g, s, kv, pos, p, n - p < TILE ? n : p + TILE, queries, f16);
-}
-
-#define ATTEND(f16) \
-    for (; n_q >= 4; n_q -= 4, g += 4, q += 4 * kv->head_dim) \
-        FN(attend)(g, q, kv, pos, n, 4, f16); \
-    for (; n_q > 0; n_q--, g++, q += kv->head_dim) \
-        FN(attend)(g, q, kv, pos, n, 1, f16)
 
 KERNEL void FN(attend_chunk)(struct attn_partial *part,
                              const struct attn_rows *a,
                              const struct kv_head *kv, int pos,
                              const struct scratch *s)
 {
-    if (kv->head_dim % (FN(WIDE) * LANES) != 0) {
-        attend_chunk(part, a, kv, pos, s);
-        return;
-    }
-    for (int t = 0; t < a->n; t++) {
-        const int n = chunk_seen(a, t, pos);
-        struct attn_partial *g = part + t * a->group;
-        const float *q = a->q + (size_t)t * a->stride;
-        int n_q = n > 0 ? a->group : 0;
-        if (kv->f16) {
-            ATTEND(1);
-        } else {
-            ATTEND(0);
+    const int hd = kv->head_dim, n = a->n * a->group;
+    const int most = chunk_seen(a, a->n - 1, pos);
+    const int first = pos > a->pos ? (pos - a->pos) * a->group : 0;
+    const size_t size = kv->f16 ? 2 : 4, bytes = (size_t)TILE * hd * size;
+    struct FN(four) f;
+
+    for (int p = 0; p < most; p += TILE) {
+        const uint8_t *k = kv->k + k_index(pos + p, 0, hd) * size;
+
+        FN(load_tile)(s->tile, k, kv->f16, TILE * hd);
+        for (int i = first; i < n; i += f.n) {
+            f = FN(take_four)(part, a, i, hd, pos, s->score);
+            FN(scores)(&f, s->tile, hd, p, k + bytes);
         }
     }
-}
+    for (int i = first; i < n; i++) {
+        FN(softmax)(&part[i], s->score + (size_t)i * CHUNK,
+                    chunk_seen(a, i / a->group, pos));
+        memset(part[i].o, 0, (size_t)(hd + 63) / 64 * 64 * sizeof *part[i].o);
+    }
+    for (int p = 0; p < most; p += TILE) {
+        const uint8_t *v = kv->v + (size_t)(pos + p) * hd * size;
 
-/* Multiply-adds of bytes in registers, as dots() does them. */
-KERNEL int64_t FN(exercise)(int *sum)
-{
-    const INTS w = V(set1_epi8)(1);
-    INTS acc[8];
-
-    for (int i = 0; i < 8; i++)
-        acc[i] = V(set1_epi32)(i);
-    for (int n = 0; n < 1 << 16; n++)
-        UNROLL
-        for (int i = 0; i < 8; i++) {
-#if DOT
-            acc[i] = DOT_4(acc[i], w, acc[i], 0);
-#elif LANES == 4
-            int8x16_t v = vreinterpretq_s8_s32(acc[i]), one = vdupq_n_s8(1);
-            acc[i] = (INTS)vmlal_s8((int16x8_t)acc[i], vget_low_s8(v),
-                                    vget_low_s8(one));
-            acc[i] = (INTS)vmlal_high_s8((int16x8_t)acc[i], v, one);
-            (void)w;
-#else
-            acc[i] = V(add_epi16)(acc[i], V(maddubs_epi16)(w, acc[i]));
-#endif
+        FN(load_tile)(s->tile, v, kv->f16, TILE * hd);
+        for (int i = first; i < n; i += f.n) {
+            f = FN(take_four)(part, a, i, hd, pos, s->score);
+            FN(values)(&f, s->tile, hd, p,
+                       f.seen - p < TILE ? f.seen - p : TILE, v + bytes);
         }
-    for (int i = 0; i < 8; i++)
-        *sum ^= V_FIRST(acc[i]);
-    return (int64_t)8 * 4 * LANES << 16;
+    }
 }
 
 static const struct isa FN(isa) = {
-    FN(PANEL), BLOCK(dot_f32), BLOCK(quantize), BLOCK(swiglu),
-    BLOCK(add_scaled), BLOCK(rope), BLOCK(conv_step), FN(attend_chunk),
-    FN(product), FN(exercise)
+    .panel_rows = FN(PANEL), .dot = BLOCK(dot_f32),
+    .quantize = BLOCK(quantize), .swiglu = BLOCK(swiglu),
+    .add_scaled = BLOCK(add_scaled), .rope = BLOCK(rope),
+    .conv_step = BLOCK(conv_step), .attend_chunk = FN(attend_chunk),
+    .product = FN(product)
 };
 
-#undef MORE_TOKENS
-#undef V
-#undef VI
+#undef MM
+#undef MM_INTS
 #undef INTS
+#undef UINTS
+#undef QUADS
 #undef FLOATS
-#undef AS_INTS
-#undef AS_FLOATS
-#undef V_FIRST
 #undef BLOCK
+#undef TOKENS
+#undef X_ROWS
 #undef FN
 #undef LANES
 #undef DOT
-#undef DOT_4
+#undef DPBUSD
 #undef KERNEL
 #undef TARGET
 #endif /* KERNELS */
@@ -3781,7 +4210,7 @@ static const struct isa FN(isa) = {
 #define FN(name) name##_avxvnni
 #define LANES 8
 #define DOT 1
-#define DOT_4(s, w, v, k) _mm256_dpbusd_avx_epi32(s, w, v)
+#define DPBUSD _mm256_dpbusd_avx_epi32
 #define TARGET "avxvnni,avx2,fma,f16c"
 #include "lfm2.c"
 #endif
@@ -3795,7 +4224,7 @@ static const struct isa FN(isa) = {
 #define FN(name) name##_avx512vnni
 #define LANES 16
 #define DOT 1
-#define DOT_4(s, w, v, k) _mm512_dpbusd_epi32(s, w, v)
+#define DPBUSD _mm512_dpbusd_epi32
 #define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #include "lfm2.c"
 
@@ -3840,7 +4269,6 @@ static int cpu_has(int isa)
 #define FN(name) name##_dotprod
 #define LANES 4
 #define DOT 1
-#define DOT_4 FN(sdot)
 #if defined __clang__
 #define TARGET "dotprod"
 #elif !defined __ARM_FEATURE_DOTPROD
@@ -3920,8 +4348,8 @@ static int best_isa(void)
  * A file is hostile until checked.  All of its bytes pass through one cursor,
  * which compares every length with what remains before it moves. */
 
-/* A sentence.  Names in it come from files: no control character, of C1
- * neither, gets to somebody's terminal. */
+/* One sentence.  Names in it come from files, and a terminal must not obey
+ * them: control characters, also the two-byte ones of C1, become '?'. */
 static void set_text(char *to, size_t size, const char *fmt, va_list args)
 {
     vsnprintf(to, size, fmt, args);
@@ -3978,23 +4406,26 @@ static const uint8_t *take(struct cursor *c, uint64_t n)
     return p;
 }
 
-/* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
- * not there; c->past tells. */
-static uint32_t take_u32(struct cursor *c)
+static uint64_t load_int(const uint8_t *p, int n_bytes)
 {
-    const uint8_t *p = take(c, 4);
-    return p ? load_le32(p) : 0;
+    uint64_t v = 0;
+
+    while (n_bytes-- > 0)
+        v = v << 8 | p[n_bytes];
+    return v;
 }
 
-static uint64_t take_u64(struct cursor *c)
+/* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
+ * not there; c->past tells. */
+static uint64_t take_int(struct cursor *c, int n_bytes)
 {
-    const uint8_t *p = take(c, 8);
-    return p ? load_le64(p) : 0;
+    const uint8_t *p = take(c, (uint64_t)n_bytes);
+    return p ? load_int(p, n_bytes) : 0;
 }
 
 static struct str take_string(struct cursor *c)
 {
-    const uint64_t n = take_u64(c);
+    const uint64_t n = take_int(c, 8);
     const uint8_t *p = take(c, n);
     return p ? (struct str){ (const char *)p, (size_t)n }
              : (struct str){ "", 0 };
@@ -4005,17 +4436,17 @@ static int str_is(struct str s, const char *text)
     return s.n == strlen(text) && memcmp(s.s, text, s.n) == 0;
 }
 
-/* Text of a file that goes into a message: its first bytes, made printable. */
-struct shown { char s[49]; };
+/* Text of a file, fit for a message: its first bytes, '?' for strange ones. */
+struct printable { char s[52]; };
 
-static struct shown show(struct str s)
+static struct printable show(struct str text)
 {
-    struct shown out;
-    size_t n = s.n < 48 ? s.n : 48;
+    struct printable out;
+    size_t n = text.n < 48 ? text.n : 48;
 
     for (size_t i = 0; i < n; i++)
-        out.s[i] = s.s[i] >= ' ' && s.s[i] <= '~' ? s.s[i] : '?';
-    out.s[n] = '\0';
+        out.s[i] = text.s[i] >= ' ' && text.s[i] <= '~' ? text.s[i] : '?';
+    strcpy(out.s + n, text.n > n ? "..." : "");
     return out;
 }
 
@@ -4028,79 +4459,92 @@ struct file {
     int how;                              /* LFM2_LOAD_x or BORROWED         */
 };
 
+/* fopen() alone would wait at a pipe until somebody writes to it. */
+static FILE *open_stream(const char *path)
+{
+#ifdef LFM2_NO_MMAP
+    return fopen(path, "rb");
+#else
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    FILE *s = fd < 0 ? NULL : fdopen(fd, "rb");
+
+    if (fd >= 0 && !s)
+        close(fd);
+    return s;
+#endif
+}
+
 /* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
-static int file_read(struct file *f, int fd, const char *path, lfm2_error *err)
+static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
     const size_t most = (size_t)1 << 30;
     uint8_t *buf = malloc(f->size);
-    size_t done = 0;
+    size_t done = 0, n;
 
+    f->data = buf;
     if (!buf)
         return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
                     f->size);
-    while (done < f->size) {
+    do {
         const size_t left = f->size - done;
-        ssize_t n = read(fd, buf + done, left < most ? left : most);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0) {
-            fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
-                 n < 0 ? strerror(errno) : "it ends", done, f->size);
-            free(buf);
-            return LFM2_EIO;
-        }
-        done += (size_t)n;
-    }
-    f->data = buf;
-    return LFM2_OK;
+        clearerr(s);
+        n = fread(buf + done, 1, left < most ? left : most, s);
+        done += n;
+    } while (done < f->size && (n > 0 || (ferror(s) && errno == EINTR)));
+    if (done == f->size)
+        return LFM2_OK;
+    fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
+         ferror(s) ? strerror(errno) : "it ends", done, f->size);
+    free(buf);
+    return LFM2_EIO;
 }
 
-static int file_load(struct file *f, int fd, const char *path, int load,
+static int file_load(struct file *f, FILE *s, const char *path,
                      lfm2_error *err)
 {
+#ifndef LFM2_NO_MMAP
     struct stat st;
 
-    if (fstat(fd, &st) != 0)
-        return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
+    if (fstat(fileno(s), &st) == 0 && !S_ISREG(st.st_mode))
         return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
                     S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-    if (st.st_size < 1)
+#endif
+    const long size = fseek(s, 0, SEEK_END) == 0 ? ftell(s) : -1;
+    if (size < 0 || size == LONG_MAX)     /* as directories have             */
+        return fail(err, LFM2_EIO, "%s: its size cannot be told, expected a "
+                    "regular file of less than %ld bytes", path, LONG_MAX);
+    if (size == 0)
         return fail(err, LFM2_EFORMAT, "%s: 0 bytes, expected a GGUF file",
                     path);
-    if ((uintmax_t)st.st_size > SIZE_MAX / 2)
-        return fail(err, LFM2_ENOMEM, "%s: %lld bytes, expected at most %zu on "
-                    "a %d-bit machine", path, (long long)st.st_size,
-                    SIZE_MAX / 2, (int)sizeof(void *) * 8);
-    f->size = (size_t)st.st_size;
-    f->how = load;
+    f->size = (size_t)size;
 #ifndef LFM2_NO_MMAP
-    if (load == LFM2_LOAD_MAP) {
-        void *map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
-        if (map == MAP_FAILED)
-            return fail(err, LFM2_EIO, "%s: cannot map its %zu bytes: %s", path,
-                        f->size, strerror(errno));
+    if (f->how == LFM2_LOAD_MAP) {
+        void *map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fileno(s), 0);
         f->data = map;
-        return LFM2_OK;
+        return map != MAP_FAILED ? LFM2_OK :
+               fail(err, LFM2_EIO, "%s: cannot map its %zu bytes: %s", path,
+                    f->size, strerror(errno));
     }
 #endif
-    return file_read(f, fd, path, err);
+    rewind(s);
+    return file_read(f, s, path, err);
 }
 
 static int file_open(struct file *f, const char *path, int load,
                      lfm2_error *err)
 {
-    int fd, code;
+    FILE *s;
+    int code;
 
-    *f = (struct file){ 0 };
+    *f = (struct file){ .how = load };
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
         return fail(err, LFM2_EARG, "no path, or a way to load it that is not "
                     "LFM2_LOAD_MAP or LFM2_LOAD_READ");
-    fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0)
+    s = open_stream(path);
+    if (!s)
         return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
-    code = file_load(f, fd, path, load, err);
-    close(fd);
+    code = file_load(f, s, path, err);
+    fclose(s);
     return code;
 }
 
@@ -4180,6 +4624,15 @@ struct gguf {
 #define BAD(g, ...)   fail((g)->err, LFM2_EFORMAT, __VA_ARGS__)
 #define OTHER(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
 
+static int in_range(const struct gguf *g, const char *name, double value,
+                    const char *unit, double min, double max)
+{
+    if (value >= min && value <= max)
+        return LFM2_OK;
+    return BAD(g, "%s: %.*g%s, expected %.10g to %.10g", name,
+               value < 1e10 ? 10 : 20, value, unit, min, max);
+}
+
 static void gguf_free(struct gguf *g)
 {
     free(g->kv);
@@ -4206,47 +4659,38 @@ static struct gguf_tensor *gguf_tensor_find(const struct gguf *g,
 /* Move past the n elements of a value. */
 static int skip_elements(struct gguf *g, struct cursor *c, struct gguf_kv *kv)
 {
-    const uint64_t left = (uint64_t)(c->end - c->at);
     const uint64_t size = gguf_type[kv->elem].size;
 
     kv->value = c->at;
-    if (kv->n > left / size)
-        return BAD(g, "%s: %llu values of type %s, but the file has %llu bytes "
-                   "left", kv->key, ull(kv->n), gguf_type[kv->elem].name,
-                   ull(left));
+    c->past = kv->n > (uint64_t)(c->end - c->at) / size;
     if (kv->elem != GGUF_STRING)
         take(c, kv->n * size);
-    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n; i++) {
+    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->past; i++)
         take_string(c);
-        if (c->past)
-            return BAD(g, "%s: string %llu runs past the end of the file",
-                       kv->key, ull(i));
-    }
+    if (c->past)
+        return BAD(g, "%s: %llu x %s runs past the end of the file", kv->key,
+                   ull(kv->n), gguf_type[kv->elem].name);
     kv->size = (size_t)(c->at - kv->value);
     for (size_t i = 0; kv->elem == GGUF_BOOL && i < kv->size; i++)
-        if (kv->value[i] > 1)
-            return BAD(g, "%s: a bool of value %d, expected 0 or 1", kv->key,
-                       kv->value[i]);
+        TRY(in_range(g, kv->key, kv->value[i], " as a bool", 0, 1));
     return LFM2_OK;
 }
 
 /* Keys and tensor names become C strings: printable ASCII, 1 to max bytes. */
 static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
-                     const char *what, int number)
+                     const char *of, int number)
 {
     const struct str name = take_string(c);
+    char what[48];
 
+    snprintf(what, sizeof what, "the name of %s %d", of, number);
     if (c->past)
-        return BAD(g, "the name of %s %d runs past the end of the file", what,
-                   number);
-    if (name.n < 1 || name.n > (size_t)max)
-        return BAD(g, "the name of %s %d: %zu bytes, expected 1 to %d", what,
-                   number, name.n, max);
+        return BAD(g, "%s runs past the end of the file", what);
+    TRY(in_range(g, what, (double)name.n, " bytes", 1, max));
     for (size_t i = 0; i < name.n; i++)
         if (name.s[i] < ' ' || name.s[i] > '~')
-            return BAD(g, "the name of %s %d, \"%s\": byte 0x%02x, expected "
-                       "printable ASCII", what, number, show(name).s,
-                       (unsigned char)name.s[i]);
+            return BAD(g, "%s, \"%s\": byte 0x%02x, expected printable ASCII",
+                       what, show(name).s, (unsigned char)name.s[i]);
     memcpy(out, name.s, name.n);
     out[name.n] = '\0';
     return LFM2_OK;
@@ -4259,15 +4703,14 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     TRY(take_name(g, c, kv->key, MAX_KEY, "metadata key", g->n_kv));
     if (gguf_find(g, kv->key))
         return BAD(g, "metadata key %s: found twice, expected once", kv->key);
-    kv->type = take_u32(c);
-    kv->elem = kv->type == GGUF_ARRAY ? take_u32(c) : kv->type;
-    kv->n = kv->type == GGUF_ARRAY ? take_u64(c) : 1;
+    kv->type = (uint32_t)take_int(c, 4);
+    kv->elem = kv->type == GGUF_ARRAY ? (uint32_t)take_int(c, 4) : kv->type;
+    kv->n = kv->type == GGUF_ARRAY ? take_int(c, 8) : 1;
     if (c->past)
         return BAD(g, "%s: the file ends before its value", kv->key);
     if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
-        return BAD(g, "%s: %s type %lu, expected a known one that is no nested "
-                   "array", kv->key, kv->type == GGUF_ARRAY ? "element"
-                   : "value", (unsigned long)kv->elem);
+        return BAD(g, "%s: value type %lu, expected 0 to 8 or 10 to 12",
+                   kv->key, (unsigned long)kv->elem);
     return skip_elements(g, c, kv);
 }
 
@@ -4275,17 +4718,12 @@ static int parse_kv(struct gguf *g, struct cursor *c)
 static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
 {
     const int size = gguf_type[kv->elem].size, kind = gguf_type[kv->elem].kind;
-    const uint8_t *p = kv->value + i * (uint64_t)size;
-    uint64_t v = 0;
+    const uint64_t v = load_int(kv->value + i * (uint64_t)size, size);
 
-    if (kind != 'u' && kind != 'i')
-        return -1;
-    for (int b = size; b-- > 0;)
-        v = v << 8 | p[b];
-    if (v > INT64_MAX)
+    if ((kind != 'u' && kind != 'i') || v > INT64_MAX)
         return -1;
     *out = (int64_t)v;
-    if (kind == 'i' && size < 8 && p[size - 1] > 127)
+    if (kind == 'i' && size < 8 && v >> (8 * size - 1))
         *out -= (int64_t)1 << 8 * size;
     return 0;
 }
@@ -4299,7 +4737,7 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
     for (uint64_t i = 0; i < kv->n; i++) {
         int64_t value;
         if (kv_integer(kv, i, &value) != 0)
-            return BAD(g, "%s: of type %s, expected integers below 2^63",
+            return BAD(g, "%s: of type %s, expected an integer below 2^63",
                        kv->key, gguf_type[kv->elem].name);
         if (*out != 0 && value != 0 && value != *out)
             return OTHER(g, "%s: both %lld and %lld, expected one value in all "
@@ -4318,12 +4756,8 @@ static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
 
     if (!kv)
         return 0;
-    if (kv->type == GGUF_ARRAY || kv_integer(kv, 0, &value) != 0)
-        return BAD(g, "%s: of type %s, expected an integer below 2^63", key,
-                   gguf_type[kv->type].name);
-    if (value < 0 || value > UINT32_MAX)
-        return BAD(g, "%s: %lld, expected 0 to 4294967295", key,
-                   (long long)value);
+    TRY(kv_count(g, kv, &value));
+    TRY(in_range(g, key, (double)value, "", 0, UINT32_MAX));
     *out = (uint32_t)value;
     return 1;
 }
@@ -4333,20 +4767,52 @@ static struct cursor kv_cursor(const struct gguf_kv *kv)
     return (struct cursor){ kv->value, kv->value + kv->size, 0 };
 }
 
+static int kv_string(const struct gguf_kv *kv, struct str *out)
+{
+    struct cursor c = kv_cursor(kv);
+
+    if (kv->type != GGUF_STRING)
+        return 0;
+    *out = take_string(&c);
+    return 1;
+}
+
 static int gguf_string(const struct gguf *g, const char *key, struct str *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
+    return kv && kv_string(kv, out);
+}
 
-    if (!kv || kv->type != GGUF_STRING)
-        return 0;
-    struct cursor c = kv_cursor(kv);
-    *out = take_string(&c);
-    return 1;
+/* A value as text; an array is shown by its type and length. */
+static struct printable kv_text(const struct gguf_kv *kv)
+{
+    struct printable out;
+    const size_t cap = sizeof out.s;
+    struct str text;
+    int64_t value;
+
+    if (kv_string(kv, &text))
+        return show(text);
+    if (kv->type == GGUF_ARRAY)
+        snprintf(out.s, cap, "[%llu x %s]", ull(kv->n),
+                 gguf_type[kv->elem].name);
+    else if (kv->type == GGUF_F32)
+        snprintf(out.s, cap, "%g", (double)load_f32(kv->value));
+    else if (kv->type == GGUF_BOOL)
+        snprintf(out.s, cap, "%s", kv->value[0] ? "true" : "false");
+    else if (kv_integer(kv, 0, &value) == 0)
+        snprintf(out.s, cap, "%lld", (long long)value);
+    else
+        snprintf(out.s, cap, "(%s)", gguf_type[kv->type].name);
+    return out;
 }
 
 /* The shape must be possible at all; format and shape give the size. */
 static int parse_tensor(struct gguf *g, struct cursor *c)
 {
+    static const char *const unit[4] = {
+        " columns", " rows", " matrices", " groups of matrices"
+    };
     struct gguf_tensor *t = &g->tensor[g->n_tensors];
     uint64_t elements = 1;
     uint32_t n_dims, type;
@@ -4354,28 +4820,25 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     TRY(take_name(g, c, t->name, MAX_NAME, "tensor", g->n_tensors));
     if (gguf_tensor_find(g, t->name))
         return BAD(g, "tensor %s: found twice, expected once", t->name);
-    n_dims = take_u32(c);
+    n_dims = (uint32_t)take_int(c, 4);
     for (uint32_t d = 0; d < 4; d++)
-        t->dims[d] = d < n_dims ? take_u64(c) : 1;
-    type = take_u32(c);
-    t->offset = take_u64(c);
+        t->dims[d] = d < n_dims ? take_int(c, 8) : 1;
+    type = (uint32_t)take_int(c, 4);
+    t->offset = take_int(c, 8);
     t->n_dims = (int)n_dims;
     t->fmt = format_find(type);
     if (c->past)
         return BAD(g, "%s: the file ends before its shape and offset", t->name);
-    if (n_dims < 1 || n_dims > 4)
-        return BAD(g, "%s: %lu dimensions, expected 1 to 4", t->name,
-                   (unsigned long)n_dims);
+    TRY(in_range(g, t->name, n_dims, " dimensions", 1, 4));
     if (!t->fmt)
         return OTHER(g, "%s: weight type %s (%lu), expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
                      "IQ4_XS", t->name, other_name(type), (unsigned long)type);
     for (int d = 0; d < 4; d++) {
-        if (t->dims[d] < 1 || t->dims[d] > INT32_MAX ||
-            elements > (UINT64_MAX >> 8) / t->dims[d])
-            return BAD(g, "%s: dimension %d is %llu, expected 1 to %d and a "
-                       "product below 2^56", t->name, d, ull(t->dims[d]),
-                       INT32_MAX);
+        TRY(in_range(g, t->name, (double)t->dims[d], unit[d], 1, INT32_MAX));
+        if (elements > (UINT64_MAX >> 8) / t->dims[d])
+            return BAD(g, "%s: its dimensions give more than 2^56 elements",
+                       t->name);
         elements *= t->dims[d];
     }
     if (t->dims[0] % (uint64_t)t->fmt->block != 0)
@@ -4413,9 +4876,9 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     const struct str magic = { (const char *)g->bytes, g->size < 4 ? g->size
                                                                    : 4 };
     take(c, 4);
-    const uint32_t version = take_u32(c);
-    *n_tensors = take_u64(c);
-    *n_kv = take_u64(c);
+    const uint32_t version = (uint32_t)take_int(c, 4);
+    *n_tensors = take_int(c, 8);
+    *n_kv = take_int(c, 8);
     if (!str_is(magic, "GGUF") && !str_is(magic, "FUGG"))
         return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
                    show(magic).s);
@@ -4428,18 +4891,14 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     if (version != 2 && version != 3)
         return OTHER(g, "GGUF version %lu, expected 2 or 3",
                      (unsigned long)version);
-    if (*n_tensors > MAX_TENSOR || *n_kv > MAX_KV)
-        return BAD(g, "%llu tensors and %llu metadata keys, expected at most "
-                   "%d and %d", ull(*n_tensors), ull(*n_kv), MAX_TENSOR,
-                   MAX_KV);
-    if (*n_tensors * 33 + *n_kv * 14 > (uint64_t)(c->end - c->at))
-        return BAD(g, "%llu tensors and %llu metadata keys do not fit in %zu "
-                   "bytes", ull(*n_tensors), ull(*n_kv), g->size);
-    return LFM2_OK;
+    TRY(in_range(g, "the header", (double)*n_tensors, " tensors", 0,
+                 MAX_TENSOR));
+    return in_range(g, "the header", (double)*n_kv, " metadata keys", 0,
+                    MAX_KV);
 }
 
-/* Only entries found to be good are counted.  gguf_free() is for the caller to
- * call, after an error too. */
+/* Only entries found to be good are counted.  The caller calls gguf_free(),
+ * after an error too. */
 static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
                       lfm2_error *err)
 {
@@ -4493,112 +4952,92 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
     return gguf_find(m->gguf, key);
 }
 
-enum { MAY, MUST };                       /* the key be there                */
+/* The keys that are understood.  INTEGER, REAL: a value between min and max for
+ * a field of the configuration.  KNOWN: not used, because it changes nothing or
+ * a tensor has it right.  ONLY: must be min.  LIKE: must be what the field is.
+ * Any other value would mean another arithmetic. */
+enum { INTEGER, REAL, KNOWN, ONLY, LIKE };
+enum { MAY, MUST, MOE };                  /* be there; MOE: only in lfm2moe  */
 
-/* Without the key *out stays as it was. */
-static int is_missing(const struct lfm2_model *m, const char *name, int need)
-{
-    if (need == MAY)
-        return LFM2_OK;
-    return BAD(m->gguf, "%s.%s: missing, expected in every %s file", m->arch,
-               name, m->arch);
-}
-
-static int read_count(const struct lfm2_model *m, const char *name, int need,
-                      int min, int max, int *out)
-{
-    const struct gguf_kv *kv = arch_find(m, name);
-    int64_t value;
-
-    if (!kv)
-        return is_missing(m, name, need);
-    TRY(kv_count(m->gguf, kv, &value));
-    if (value < min || value > max)
-        return BAD(m->gguf, "%s: %lld, expected %d to %d", kv->key,
-                   (long long)value, min, max);
-    *out = (int)value;
-    return LFM2_OK;
-}
-
-static int read_float(const struct lfm2_model *m, const char *name, int need,
-                      float min, float max, float *out)
-{
-    const struct gguf_kv *kv = arch_find(m, name);
-
-    if (!kv)
-        return is_missing(m, name, need);
-    if (kv->type != GGUF_F32)
-        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
-                   gguf_type[kv->type].name);
-    *out = load_f32(kv->value);
-    if (!(*out >= min && *out <= max))
-        return BAD(m->gguf, "%s: %g, expected %g to %g", kv->key, (double)*out,
-                   (double)min, (double)max);
-    return LFM2_OK;
-}
-
-static int read_architecture(struct lfm2_model *m)
-{
-    struct str arch;
-    uint32_t parts = 1;
-
-    if (!gguf_string(m->gguf, "general.architecture", &arch))
-        return BAD(m->gguf, "general.architecture: missing or no string, "
-                   "expected lfm2 or lfm2moe");
-    m->arch = str_is(arch, "lfm2") ? "lfm2"
-            : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
-    if (!m->arch)
-        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
-                     "lfm2moe", show(arch).s,
-                     strncmp(show(arch).s, "lfm3", 4) == 0 ? " (the next "
-                     "generation, which computes differently)"
-                     : str_is(arch, "lfm2-bidir") ? " (a bidirectional encoder)"
-                     : str_is(arch, "clip") ? " (the image or audio part of a "
-                     "model; open its text part)" : "");
-    TRY(gguf_u32(m->gguf, "split.count", &parts));
-    if (parts > 1)
-        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
-                     "model; join the parts first", (unsigned long)parts);
-    return LFM2_OK;
-}
-
-/* The keys below the architecture that are understood.  NEEDS_x: understood
- * only with that value, because any other means another arithmetic. */
-enum { ANY_VALUE, NEEDS_0, NEEDS_1, NEEDS_NONE, N_RULES };
-
-static const char *const known_key[N_RULES][24] = {
-    [ANY_VALUE] = {
-        "block_count", "context_length", "embedding_length",
-        "feed_forward_length", "vocab_size", "attention.head_count",
-        "attention.head_count_kv", "attention.key_length",
-        "attention.value_length", "attention.layer_norm_rms_epsilon",
-        "attention.layer_norm_epsilon", "attention.recurrent_layers",
-        "rope.freq_base", "rope.dimension_count",
-        "rope.scaling.original_context_length", "rope.scaling.finetuned",
-        "shortconv.l_cache", "expert_count", "expert_used_count",
-        "expert_feed_forward_length", "expert_gating_func",
-        "expert_weights_scale", "leading_dense_block_count"
-    },
-    [NEEDS_0] = {
-        "attention.sliding_window", "pooling_type", "expert_shared_count",
-        "expert_group_count", "expert_group_used_count"
-    },
-    [NEEDS_1] = {
-        "attention.causal", "rope.scaling.factor", "expert_weights_norm"
-    },
-    [NEEDS_NONE] = { "rope.scaling.type" }
+static const struct key {
+    const char *name;                     /* after "<architecture>."         */
+    int type, need;
+    size_t field;                         /* in lfm2_config                  */
+    double min, max;
+} keys[] = {
+#define FIELD(f) offsetof(lfm2_config, f)
+    { "block_count", INTEGER, MUST, FIELD(n_layer), 1, LFM2_MAX_LAYER },
+    { "context_length", INTEGER, MUST, FIELD(n_ctx_train), 1, INT32_MAX },
+    { "embedding_length", INTEGER, MUST, FIELD(n_embd), 1, 1 << 20 },
+    { "shortconv.l_cache", INTEGER, MUST, FIELD(l_cache), 2, MAX_TAPS },
+    { "attention.head_count", INTEGER, MUST, FIELD(n_head), 1, 1024 },
+    { "attention.head_count_kv", INTEGER, MAY, FIELD(n_head_kv), 0, 1024 },
+    { "attention.key_length", INTEGER, MAY, FIELD(head_dim), 2, MAX_HEAD_DIM },
+    { "attention.value_length", .type = LIKE, .field = FIELD(head_dim) },
+    { "attention.layer_norm_rms_epsilon", REAL, MUST, FIELD(norm_rms_eps),
+      1e-12, 0.1 },
+    { "attention.layer_norm_epsilon", .type = KNOWN },
+    { "attention.recurrent_layers", .type = KNOWN },
+    { "attention.causal", .type = ONLY, .min = 1 },
+    { "attention.sliding_window", .type = ONLY, .min = 0 },
+    { "rope.dimension_count", .type = LIKE, .field = FIELD(head_dim) },
+    { "rope.freq_base", REAL, MAY, FIELD(rope_freq_base), 1, 1e12 },
+    { "rope.scaling.type", .type = ONLY, .min = 0 },
+    { "rope.scaling.factor", .type = ONLY, .min = 1 },
+    { "rope.scaling.finetuned", .type = KNOWN },
+    { "rope.scaling.original_context_length", .type = KNOWN },
+    { "leading_dense_block_count", INTEGER, MOE, FIELD(n_layer_dense), 0,
+      LFM2_MAX_LAYER },
+    { "expert_count", INTEGER, MUST | MOE, FIELD(n_expert), 1, 256 },
+    { "expert_used_count", INTEGER, MUST | MOE, FIELD(n_expert_used), 1, 256 },
+    { "expert_gating_func", ONLY, MUST | MOE, 0, 2, 2 },       /* sigmoid    */
+    { "expert_weights_scale", REAL, MOE, FIELD(expert_weights_scale), 0, 1e4 },
+    { "expert_weights_norm", .type = ONLY, .min = 1 },
+    { "expert_shared_count", .type = ONLY, .min = 0 },
+    { "expert_group_count", .type = ONLY, .min = 0 },
+    { "expert_group_used_count", .type = ONLY, .min = 0 },
+    { "expert_feed_forward_length", .type = KNOWN },
+    { "feed_forward_length", .type = KNOWN },
+    { "pooling_type", .type = ONLY, .min = 0 },
+    { "vocab_size", .type = KNOWN },
+#undef FIELD
 };
 
-static int has_value(const struct gguf *g, const struct gguf_kv *kv, int rule)
+/* Without the key the field stays as it was. */
+static int read_key(struct lfm2_model *m, const struct key *key)
 {
-    const int number = rule == NEEDS_1;
-    struct str s;
+    const struct gguf_kv *kv = arch_find(m, key->name);
+    void *field = (char *)&m->cfg + key->field;
+    int64_t n = 0;
+    double value;
+
+    if (!kv && key->need & MUST)
+        return BAD(m->gguf, "%s.%s: missing, expected in every %s file",
+                   m->arch, key->name, m->arch);
+    if (!kv || key->type > REAL)
+        return LFM2_OK;
+    if (key->type == INTEGER)
+        TRY(kv_count(m->gguf, kv, &n));
+    else if (kv->type != GGUF_F32)
+        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
+                   gguf_type[kv->type].name);
+    value = key->type == INTEGER ? (double)n : (double)load_f32(kv->value);
+    TRY(in_range(m->gguf, kv->key, value, "", key->min, key->max));
+    if (key->type == INTEGER)
+        *(int *)field = (int)value;
+    else
+        *(float *)field = (float)value;
+    return LFM2_OK;
+}
+
+/* "none" is a way to say 0. */
+static int has_value(const struct gguf_kv *kv, int number)
+{
+    struct str text;
     int64_t i;
 
-    if (rule == ANY_VALUE)
-        return 1;
-    if (gguf_string(g, kv->key, &s))
-        return rule == NEEDS_NONE && str_is(s, "none");
+    if (kv_string(kv, &text))
+        return number == 0 && str_is(text, "none");
     if (kv->type == GGUF_F32)
         return load_f32(kv->value) == (float)number;
     if (kv->type == GGUF_BOOL)
@@ -4606,27 +5045,32 @@ static int has_value(const struct gguf *g, const struct gguf_kv *kv, int rule)
     return kv->type != GGUF_ARRAY && kv_integer(kv, 0, &i) == 0 && i == number;
 }
 
-/* One key "<architecture>.<name>". */
+static int is_moe(const struct lfm2_model *m)
+{
+    return strcmp(m->arch, "lfm2moe") == 0;
+}
+
+/* A key of the file, "<architecture>.<name>": does it mean another model? */
 static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
                      const char *name)
 {
-    static const char *const needed[N_RULES] = {
-        "", "0 (off)", "1 (true)", "\"none\""
-    };
     static const char *const arithmetic[] = {
         "attention.", "rope.", "shortconv.", "expert", "scale", "softcap"
     };
 
-    for (int rule = 0; rule < N_RULES; rule++)
-        for (int i = 0; known_key[rule][i]; i++) {
-            if (strcmp(known_key[rule][i], name) != 0)
-                continue;
-            if (has_value(m->gguf, kv, rule))
-                return LFM2_OK;
-            return OTHER(m->gguf, "%s: set to what changes the arithmetic of "
-                         "this model, expected %s or no such key", kv->key,
-                         needed[rule]);
-        }
+    for (size_t i = 0; i < COUNT(keys); i++) {
+        const struct key *key = &keys[i];
+        int value = (int)key->min;
+        if (strcmp(key->name, name) != 0)
+            continue;
+        if (key->type == LIKE)
+            value = *(int *)((char *)&m->cfg + key->field);
+        if (key->type < ONLY || has_value(kv, value) ||
+            (key->need & MOE && !is_moe(m)))
+            return LFM2_OK;
+        return OTHER(m->gguf, "%s: %s, expected %d; the model is of another "
+                     "kind", kv->key, kv_text(kv).s, value);
+    }
     for (size_t i = 0; i < COUNT(arithmetic); i++)
         if (strstr(name, arithmetic[i]))
             return OTHER(m->gguf, "%s: an unknown key that may change the "
@@ -4648,13 +5092,44 @@ static int check_keys(struct lfm2_model *m)
     return LFM2_OK;
 }
 
+static int read_architecture(struct lfm2_model *m)
+{
+    static const struct { const char *arch, *note; } others[] = {
+        { "lfm3", " (the next generation, which computes differently)" },
+        { "lfm2-bidir", " (a bidirectional encoder)" },
+        { "clip", " (the image or audio part of a model; open its text part)" }
+    };
+    const char *note = "";
+    struct str arch;
+    uint32_t parts = 1;
+
+    if (!gguf_string(m->gguf, "general.architecture", &arch))
+        return BAD(m->gguf, "general.architecture: missing or no string, "
+                   "expected lfm2 or lfm2moe");
+    m->arch = str_is(arch, "lfm2") ? "lfm2"
+            : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
+    for (size_t i = 0; i < COUNT(others); i++)
+        if (strncmp(show(arch).s, others[i].arch, strlen(others[i].arch)) == 0)
+            note = others[i].note;
+    if (!m->arch)
+        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
+                     "lfm2moe", show(arch).s, note);
+    TRY(gguf_u32(m->gguf, "split.count", &parts));
+    if (parts > 1)
+        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
+                     "model; join the parts first", (unsigned long)parts);
+    return LFM2_OK;
+}
+
 /* Which layers attend: those whose entry in head_count_kv is not 0. */
-static int read_layer_kinds(struct lfm2_model *m)
+static int find_attention(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *kv = arch_find(m, "attention.head_count_kv");
     const int is_array = kv && kv->type == GGUF_ARRAY;
 
+    if (!kv)
+        c->n_head_kv = c->n_head;
     if (is_array && kv->n != (uint64_t)c->n_layer)
         return BAD(m->gguf, "%s: %llu entries, expected one for each of %d "
                    "blocks", kv->key, ull(kv->n), c->n_layer);
@@ -4668,9 +5143,6 @@ static int read_layer_kinds(struct lfm2_model *m)
     }
     if (c->n_head_kv == 0)
         c->n_head_kv = c->n_head;         /* nobody's: a size like any other */
-    if (c->n_head % c->n_head_kv != 0)
-        return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
-                   "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     return LFM2_OK;
 }
 
@@ -4678,13 +5150,10 @@ static int read_heads(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
 
-    TRY(read_count(m, "attention.head_count", MUST, 1, 1024, &c->n_head));
-    c->n_head_kv = c->n_head;
-    TRY(read_count(m, "attention.head_count_kv", MAY, 0, c->n_head,
-                   &c->n_head_kv));
-    TRY(read_layer_kinds(m));
-    TRY(read_count(m, "attention.key_length", MAY, 2, MAX_HEAD_DIM,
-                   &c->head_dim));
+    TRY(find_attention(m));
+    if (c->n_head % c->n_head_kv != 0)
+        return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
+                   "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
     if (c->head_dim == 0 && c->n_embd % c->n_head != 0)
         return BAD(m->gguf, "%s.embedding_length: %d, expected a multiple of "
                    "the %d heads", m->arch, c->n_embd, c->n_head);
@@ -4693,34 +5162,6 @@ static int read_heads(struct lfm2_model *m)
     if (c->head_dim < 2 || c->head_dim > MAX_HEAD_DIM || c->head_dim % 2 != 0)
         return BAD(m->gguf, "heads of %d dimensions, expected an even number "
                    "up to %d", c->head_dim, MAX_HEAD_DIM);
-    int same = c->head_dim;
-    TRY(read_count(m, "attention.value_length", MAY, same, same, &same));
-    return read_count(m, "rope.dimension_count", MAY, same, same, &same);
-}
-
-static int read_experts(struct lfm2_model *m)
-{
-    lfm2_config *c = &m->cfg;
-    int gating = 0;
-
-    c->n_layer_dense = c->n_layer;
-    c->expert_weights_scale = 1;
-    if (strcmp(m->arch, "lfm2") == 0)
-        return LFM2_OK;
-    c->n_layer_dense = 0;
-    TRY(read_count(m, "leading_dense_block_count", MAY, 0, c->n_layer,
-                   &c->n_layer_dense));
-    TRY(read_count(m, "expert_count", MUST, 1, 256, &c->n_expert));
-    TRY(read_count(m, "expert_used_count", MUST, 1, c->n_expert,
-                   &c->n_expert_used));
-    TRY(read_count(m, "expert_gating_func", MUST, 0, 255, &gating));
-    if (gating != 2)
-        return OTHER(m->gguf, "%s.expert_gating_func: %d, expected 2 (sigmoid)",
-                     m->arch, gating);
-    TRY(read_float(m, "expert_weights_scale", MAY, 0, 1e4f,
-                   &c->expert_weights_scale));
-    if (c->expert_weights_scale == 0)
-        c->expert_weights_scale = 1;      /* 0 is how some files say "none" */
     return LFM2_OK;
 }
 
@@ -4729,19 +5170,24 @@ static int read_config(struct lfm2_model *m)
     lfm2_config *c = &m->cfg;
 
     TRY(read_architecture(m));
-    TRY(check_keys(m));
-    TRY(read_count(m, "block_count", MUST, 1, LFM2_MAX_LAYER, &c->n_layer));
-    TRY(read_count(m, "context_length", MUST, 1, INT32_MAX, &c->n_ctx_train));
-    TRY(read_count(m, "embedding_length", MUST, 1, 1 << 20, &c->n_embd));
-    TRY(read_count(m, "shortconv.l_cache", MUST, 2, MAX_TAPS, &c->l_cache));
-    TRY(read_float(m, "attention.layer_norm_rms_epsilon", MUST, 1e-12f,
-                   0.1f, &c->norm_rms_eps));
-    c->rope_freq_base = 10000;
-    TRY(read_float(m, "rope.freq_base", MAY, 1, 1e12f, &c->rope_freq_base));
-    if (!arch_find(m, "rope.freq_base"))
+    for (size_t i = 0; i < COUNT(keys); i++)
+        if (is_moe(m) || !(keys[i].need & MOE))
+            TRY(read_key(m, &keys[i]));
+    if (is_moe(m)) {
+        TRY(in_range(m->gguf, "lfm2moe.leading_dense_block_count",
+                     c->n_layer_dense, "", 0, c->n_layer));
+        TRY(in_range(m->gguf, "lfm2moe.expert_used_count", c->n_expert_used, "",
+                     1, c->n_expert));
+    } else
+        c->n_layer_dense = c->n_layer;
+    if (c->expert_weights_scale == 0)
+        c->expert_weights_scale = 1;      /* 0 is how some files say "none"  */
+    if (c->rope_freq_base == 0) {
+        c->rope_freq_base = 10000;
         warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
+    }
     TRY(read_heads(m));
-    return read_experts(m);
+    return check_keys(m);
 }
 
 /* ------------------------------------------------------- 17. Binding tensors
@@ -4771,7 +5217,8 @@ static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
         return BAD(m->gguf, "%s: shape %llu x %llu x %llu, expected %d x %d x "
                    "%d", t->name, ull(t->dims[0]), ull(t->dims[1]),
                    ull(t->dims[2]), cols, rows, depth);
-    *out = (struct tensor){ t->fmt, rows, cols, m->gguf->data + t->offset };
+    *out = (struct tensor){ .fmt = t->fmt, .rows = rows, .cols = cols,
+                            .data = m->gguf->data + t->offset };
     return LFM2_OK;
 }
 
@@ -4780,29 +5227,22 @@ static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
 static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
                        int rows, float **pool, const float **out)
 {
-    enum { PIECE = 256 };
     struct tensor w;
-    float row[PIECE];
 
     TRY(bind_matrix(m, name, cols, rows, 1, &w));
     if (!w.fmt->floats)
         return OTHER(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
                      name, w.fmt->name);
     *out = *pool;
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c += PIECE) {
-            int n = cols - c < PIECE ? cols - c : PIECE;
-            w.fmt->floats(row, w.data + (size_t)r * row_bytes(&w) +
-                          (size_t)c * (size_t)w.fmt->bytes, n);
-            for (int i = 0; i < n; i++) {
-                if (!(fabsf(row[i]) <= FLT_MAX))
-                    return BAD(m->gguf, "%s: element %d of row %d is %g, "
-                               "expected a finite number", name, c + i, r,
-                               (double)row[i]);
-                (*pool)[(size_t)(c + i) * rows + r] = row[i];
-            }
+    for (int c = 0; c < cols; c++)
+        for (int r = 0; r < rows; r++) {
+            const size_t i = (size_t)r * (size_t)cols + (size_t)c;
+            float *x = (*pool)++;
+            w.fmt->floats(x, w.data + i * (size_t)w.fmt->bytes, 1);
+            if (!(fabsf(*x) <= FLT_MAX))
+                return BAD(m->gguf, "%s: element %d of row %d is %g, expected "
+                           "a finite number", name, c, r, (double)*x);
         }
-    *pool += (size_t)rows * cols;
     return LFM2_OK;
 }
 
@@ -4824,51 +5264,46 @@ static size_t count_floats(const struct lfm2_model *m)
 /* The sizes a shape is made of, and the layers a tensor can be in. */
 enum { ONE, EMBD, EMBD_3, HEADS, HEADS_KV, HEAD, TAPS, FF, FF_EXP, EXPERTS,
        N_SIZES };
-enum { IN_ALL, IN_CONV, IN_ATTN, IN_DENSE, IN_MOE };
+enum { IN_CONV = 1, IN_ATTN = 2, IN_DENSE = 4, IN_MOE = 8, IN_ALL = 15 };
+
+/* The sizes that are cut into groups of 32, and the keys they come from. */
+static const char *const cut_key[N_SIZES] = {
+    [EMBD] = "embedding_length", [HEADS] = "attention.head_count",
+    [FF] = "feed_forward_length", [FF_EXP] = "expert_feed_forward_length"
+};
 
 static const struct binding {
     const char *name;                     /* after "blk.<layer>."            */
     size_t field;                         /* in struct layer                 */
-    int where, floats, cols, rows, depth;
+    int where, floats, cols, rows, depth, module;
 } bindings[] = {
 #define FIELD(f)  offsetof(struct layer, f)
 #define WEIGHT(f) #f ".weight", FIELD(f)
     { WEIGHT(attn_norm), IN_ALL, 1, EMBD, ONE, ONE },
     { WEIGHT(ffn_norm), IN_ALL, 1, EMBD, ONE, ONE },
     { "shortconv.in_proj.weight", FIELD(shortconv_in_proj),
-      IN_CONV, 0, EMBD, EMBD_3, ONE },
+      IN_CONV, 0, EMBD, EMBD_3, ONE, CONV_IN_PROJ },
     { "shortconv.conv.weight", FIELD(shortconv_conv),
       IN_CONV, 1, TAPS, EMBD, ONE },
     { "shortconv.out_proj.weight", FIELD(shortconv_out_proj),
-      IN_CONV, 0, EMBD, EMBD, ONE },
-    { WEIGHT(attn_q), IN_ATTN, 0, EMBD, HEADS, ONE },
-    { WEIGHT(attn_k), IN_ATTN, 0, EMBD, HEADS_KV, ONE },
-    { WEIGHT(attn_v), IN_ATTN, 0, EMBD, HEADS_KV, ONE },
-    { WEIGHT(attn_output), IN_ATTN, 0, HEADS, EMBD, ONE },
+      IN_CONV, 0, EMBD, EMBD, ONE, CONV_OUT_PROJ },
+    { WEIGHT(attn_q), IN_ATTN, 0, EMBD, HEADS, ONE, ATTN_Q },
+    { WEIGHT(attn_k), IN_ATTN, 0, EMBD, HEADS_KV, ONE, ATTN_K },
+    { WEIGHT(attn_v), IN_ATTN, 0, EMBD, HEADS_KV, ONE, ATTN_V },
+    { WEIGHT(attn_output), IN_ATTN, 0, HEADS, EMBD, ONE, ATTN_OUT },
     { WEIGHT(attn_q_norm), IN_ATTN, 1, HEAD, ONE, ONE },
     { WEIGHT(attn_k_norm), IN_ATTN, 1, HEAD, ONE, ONE },
-    { WEIGHT(ffn_gate), IN_DENSE, 0, EMBD, FF, ONE },
-    { WEIGHT(ffn_up), IN_DENSE, 0, EMBD, FF, ONE },
-    { WEIGHT(ffn_down), IN_DENSE, 0, FF, EMBD, ONE },
-    { WEIGHT(ffn_gate_inp), IN_MOE, 0, EMBD, EXPERTS, ONE },
+    { WEIGHT(ffn_gate), IN_DENSE, 0, EMBD, FF, ONE, FFN_W1 },
+    { WEIGHT(ffn_up), IN_DENSE, 0, EMBD, FF, ONE, FFN_W3 },
+    { WEIGHT(ffn_down), IN_DENSE, 0, FF, EMBD, ONE, FFN_W2 },
+    { WEIGHT(ffn_gate_inp), IN_MOE, 0, EMBD, EXPERTS, ONE, MOE_GATE },
     { "exp_probs_b.bias", FIELD(exp_probs_b), IN_MOE, 1, EXPERTS, ONE, ONE },
-    { WEIGHT(ffn_gate_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS },
-    { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS },
-    { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS },
+    { WEIGHT(ffn_gate_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W1 },
+    { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W3 },
+    { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS, FFN_W2 },
 #undef WEIGHT
 #undef FIELD
 };
-
-static int is_in_layer(const lfm2_config *c, int il, int where)
-{
-    switch (where) {
-    case IN_CONV:  return !c->is_attn[il];
-    case IN_ATTN:  return c->is_attn[il];
-    case IN_DENSE: return il < c->n_layer_dense;
-    case IN_MOE:   return il >= c->n_layer_dense;
-    default:       return 1;
-    }
-}
 
 /* Files converted with fused projections: the rows of q, then k, then v. */
 static int bind_qkv(const struct lfm2_model *m, struct layer *l, int il,
@@ -4894,6 +5329,8 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
                       float **pool)
 {
     struct layer *l = &m->layer[il];
+    const int kind = (m->cfg.is_attn[il] ? IN_ATTN : IN_CONV) |
+                     (il < m->cfg.n_layer_dense ? IN_DENSE : IN_MOE);
     char name[MAX_NAME + 1];
 
     if (m->cfg.is_attn[il])
@@ -4903,13 +5340,15 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
         const int cols = size[b->cols], rows = size[b->rows];
         void *field = (char *)l + b->field;
 
-        if (!is_in_layer(&m->cfg, il, b->where))
+        if (!(b->where & kind))
             continue;
         snprintf(name, sizeof name, "blk.%d.%s", il, b->name);
         if (b->floats)
             TRY(bind_floats(m, name, cols, rows, pool, field));
         else if (!((struct tensor *)field)->data)     /* not from attn_qkv */
             TRY(bind_matrix(m, name, cols, rows, size[b->depth], field));
+        if (!b->floats)
+            ((struct tensor *)field)->module = b->module;
     }
     if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
         return OTHER(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
@@ -4918,29 +5357,25 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
     return LFM2_OK;
 }
 
-/* More than any model has, and few enough to be counted in twice over. */
+/* More rows than any model has, and twice as many still fit in an int. */
 enum { MAX_WIDTH = 1 << 24 };
 
-/* The rows of a tensor: a width that a key may get wrong but a shape cannot, so
- * what kv_count() has against the key is told to nobody. */
+/* A width is the number of rows of a tensor.  Some files have a wrong key for
+ * it: that is a warning, so kv_count() must not fill in the error. */
 static int read_width(struct lfm2_model *m, const char *name, const char *key,
                       int *out)
 {
     struct gguf_tensor *t;
     const struct gguf_kv *kv = arch_find(m, key);
-    int64_t said = 0;
+    int64_t said;
 
     TRY(find_tensor(m, name, &t));
-    if (t->dims[1] > MAX_WIDTH)
-        return BAD(m->gguf, "%s: %llu rows, expected at most %d", name,
-                   ull(t->dims[1]), MAX_WIDTH);
+    TRY(in_range(m->gguf, name, (double)t->dims[1], " rows", 1, MAX_WIDTH));
     *out = (int)t->dims[1];
-    if (kv && kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK)
-        warn(m, "%s: no single integer, but %s has %d rows; the tensor is "
-             "right", kv->key, name, *out);
-    else if (kv && said != *out)
-        warn(m, "%s: %lld, but %s has %d rows; the tensor is right", kv->key,
-             (long long)said, name, *out);
+    if (kv && (kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK ||
+               said != *out))
+        warn(m, "%s: %s %s, but %s has %d rows; the tensor is right", kv->key,
+             gguf_type[kv->type].name, kv_text(kv).s, name, *out);
     return LFM2_OK;
 }
 
@@ -4951,10 +5386,9 @@ static int read_widths(struct lfm2_model *m)
     char name[MAX_NAME + 1];
 
     TRY(read_width(m, "token_embd.weight", "vocab_size", &c->n_vocab));
-    if (tokens && tokens->n > (uint64_t)c->n_vocab)
-        return BAD(m->gguf, "tokenizer.ggml.tokens: %llu tokens, expected at "
-                   "most the %d rows of token_embd.weight", ull(tokens->n),
-                   c->n_vocab);
+    if (tokens)
+        TRY(in_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
+                     c->n_vocab));
     if (tokens && tokens->n < (uint64_t)c->n_vocab)
         warn(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
              "token_embd.weight", ull(tokens->n), c->n_vocab);
@@ -4968,8 +5402,8 @@ static int read_widths(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-/* Tensors nobody asked for: in a block they mean that the model computes
- * something else; elsewhere they are baggage. */
+/* Tensors that nobody asked for: in a block they mean that the model computes
+ * something else; elsewhere they do no harm. */
 static int check_unbound(struct lfm2_model *m)
 {
     static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
@@ -4987,33 +5421,10 @@ static int check_unbound(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-/* None of the names that it may have: say which there are, for this has been
- * what files for other engines differ in. */
-static int no_last_norm(const struct lfm2_model *m)
-{
-    char found[100] = "none";
-    size_t n = 0;
-
-    for (int i = 0; i < m->gguf->n_tensors && n < sizeof found; i++) {
-        const char *name = m->gguf->tensor[i].name;
-        if (strstr(name, "norm") && strncmp(name, "blk.", 4) != 0)
-            n += (size_t)snprintf(found + n, sizeof found - n, "%s%s",
-                                  n ? ", " : "", name);
-    }
-    return BAD(m->gguf, "the norm before the logits: outside of blocks %s, "
-               "expected token_embd_norm.weight or output_norm.weight", found);
-}
-
-/* The norm before the logits is called token_embd_norm in most files, after the
- * official embedding_norm, and output_norm in others.  It is the last one all
- * the same; nothing is normed after the embedding. */
 static int bind_ends(struct lfm2_model *m, float **pool)
 {
-    static const char *const norms[] = {
-        "output_norm.weight", "token_embd_norm.weight"
-    };
     const lfm2_config *c = &m->cfg;
-    size_t i = 0;
+    const char *norm = "output_norm.weight";
 
     TRY(bind_matrix(m, "token_embd.weight", c->n_embd, c->n_vocab, 1,
                     &m->token_embd));
@@ -5021,29 +5432,35 @@ static int bind_ends(struct lfm2_model *m, float **pool)
     if (gguf_tensor_find(m->gguf, "output.weight"))
         TRY(bind_matrix(m, "output.weight", c->n_embd, c->n_vocab, 1,
                         &m->output));
-    while (i < COUNT(norms) && !gguf_tensor_find(m->gguf, norms[i]))
-        i++;
-    return i == COUNT(norms) ? no_last_norm(m) :
-           bind_floats(m, norms[i], c->n_embd, 1, pool, &m->output_norm);
+
+    /* Most files call it so, after the official embedding_norm.  It is the last
+     * norm all the same; nothing is normed after the embedding. */
+    if (!gguf_tensor_find(m->gguf, norm))
+        norm = "token_embd_norm.weight";
+    return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm);
 }
 
-/* What is multiplied by a matrix is cut into groups of 32 columns. */
-static int check_columns(const struct lfm2_model *m, const int size[N_SIZES])
+/* What a pass reads after each matrix.  Which experts it reads is not known
+ * before they are chosen. */
+static void bind_next(struct lfm2_model *m)
 {
-    static const struct { const char *key; int size; } of[] = {
-        { "embedding_length", EMBD }, { "attention.head_count", HEADS },
-        { "feed_forward_length", FF }, { "expert_feed_forward_length", FF_EXP }
-    };
+    const struct tensor *next = &m->output;
 
-    for (size_t i = 0; i < COUNT(of); i++)
-        if (size[of[i].size] % UNIT != 0)
-            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
-                         "multiple of %d", m->arch, of[i].key,
-                         size[of[i].size], UNIT);
-    return LFM2_OK;
+    for (int il = m->cfg.n_layer - 1; il >= 0; il--) {
+        struct layer *l = &m->layer[il];
+        const struct tensor *ffn = l->ffn_gate.data ? &l->ffn_gate
+                                                    : &l->ffn_gate_inp;
+        l->ffn_down.next = l->ffn_down_exps.next = next;
+        l->ffn_gate.next = &l->ffn_down;   /* and not of ffn_up, too */
+        l->attn_output.next = l->shortconv_out_proj.next = ffn;
+        l->shortconv_in_proj.next = &l->shortconv_out_proj;
+        l->attn_v.next = &l->attn_output;
+        l->attn_k.next = &l->attn_v;
+        l->attn_q.next = &l->attn_k;
+        next = m->cfg.is_attn[il] ? &l->attn_q : &l->shortconv_in_proj;
+    }
+    m->output.next = next;
 }
-
-static void name_modules(struct layer *l); /* see section 21 */
 
 static int bind_model(struct lfm2_model *m)
 {
@@ -5058,7 +5475,10 @@ static int bind_model(struct lfm2_model *m)
         [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
         [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
     };
-    TRY(check_columns(m, size));
+    for (int i = 0; i < N_SIZES; i++)
+        if (cut_key[i] && size[i] % UNIT != 0)
+            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
+                         "multiple of %d", m->arch, cut_key[i], size[i], UNIT);
     float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (!m->floats || !m->layer)
@@ -5068,8 +5488,8 @@ static int bind_model(struct lfm2_model *m)
     for (int il = 0; il < c->n_layer; il++) {
         m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
         TRY(bind_layer(m, il, size, &pool));
-        name_modules(&m->layer[il]);
     }
+    bind_next(m);
     m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
     return check_unbound(m);
 }
@@ -5077,7 +5497,7 @@ static int bind_model(struct lfm2_model *m)
 /* ------------------------------------------------------- 18. Open and close */
 
 /* The model and what it points to, in one piece; the model is first. */
-struct opened {
+struct model_file {
     struct lfm2_model model;
     struct file file;
     struct gguf gguf;
@@ -5093,7 +5513,7 @@ const char *lfm2_weight_type(int i)
     return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
 }
 
-/* What is left of a file that is no model: its list of keys and tensors. */
+/* A file that is no model keeps its list of keys and tensors. */
 static void drop_layers(struct lfm2_model *m)
 {
     free(m->layer);
@@ -5112,12 +5532,13 @@ void lfm2_model_close(lfm2_model *m)
     free(m);
 }
 
-/* Takes over an open file.  With `any`, what is no model is left open without
- * layers. */
+/* Takes over an open file.  With `any`, a file that is no model is left open
+ * without layers. */
 static int open_model(lfm2_model **out, const struct file *file, int any,
                       lfm2_error *err)
 {
-    struct opened *o = calloc(1, sizeof *o);
+    struct model_file *o = calloc(1, sizeof *o);
+    fenv_t callers;
     int code;
 
     if (!o) {
@@ -5127,11 +5548,13 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
     o->file = *file;
     o->model.file = &o->file;
     o->model.gguf = &o->gguf;
+    enter_arithmetic(&callers);
     code = gguf_parse(&o->gguf, file->data, file->size, err);
     if (code == LFM2_OK)
         code = read_config(&o->model);
     if (code == LFM2_OK)
         code = bind_model(&o->model);
+    fesetenv(&callers);
     o->gguf.err = NULL;
     if (code != LFM2_OK)
         drop_layers(&o->model);
@@ -5212,13 +5635,17 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
 {
     lfm2_tensor_info t;
     struct tensor w;
+    fenv_t callers;
 
     if (lfm2_model_tensor(m, i, &t) != LFM2_OK || !t.data ||
         row >= t.dims[1] * t.dims[2] * t.dims[3])
         return LFM2_EARG;
-    w = (struct tensor){ m->gguf->tensor[i].fmt, 1, (int)t.dims[0], t.data };
+    w = (struct tensor){ .fmt = m->gguf->tensor[i].fmt, .rows = 1,
+                         .cols = (int)t.dims[0], .data = t.data };
     w.data += (size_t)row * row_bytes(&w);
+    enter_arithmetic(&callers);
     get_row(out, &w, 0);
+    fesetenv(&callers);
     return LFM2_OK;
 }
 
@@ -5235,26 +5662,10 @@ const char *lfm2_model_string(const lfm2_model *m, const char *key,
 
 const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
 {
-    const struct gguf_kv *kv;
-    struct str s;
-    int64_t value = 0;
-
     if (i < 0 || i >= m->gguf->n_kv)
         return NULL;
-    kv = &m->gguf->kv[i];
-    if (kv->type == GGUF_ARRAY)
-        snprintf(buf, cap, "[%llu x %s]", ull(kv->n), gguf_type[kv->elem].name);
-    else if (gguf_string(m->gguf, kv->key, &s))
-        snprintf(buf, cap, "%s%s", show(s).s, s.n > 48 ? "..." : "");
-    else if (kv->type == GGUF_F32)
-        snprintf(buf, cap, "%g", (double)load_f32(kv->value));
-    else if (kv->type == GGUF_BOOL)
-        snprintf(buf, cap, "%s", kv->value[0] ? "true" : "false");
-    else if (kv_integer(kv, 0, &value) == 0)
-        snprintf(buf, cap, "%lld", (long long)value);
-    else
-        snprintf(buf, cap, "(%s)", gguf_type[kv->type].name);
-    return kv->key;
+    snprintf(buf, cap, "%s", kv_text(&m->gguf->kv[i]).s);
+    return m->gguf->kv[i].key;
 }
 
 void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
@@ -5498,7 +5909,11 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
         CARVE(a, s.q, cols * rows);
         CARVE(a, s.d, cols / 16 * rows);
         CARVE(a, s.m, cols / 16 * rows);
-        CARVE(a, s.f, cols);
+        CARVE(a, s.few, FEW_BYTES);
+        CARVE(a, s.f, cols * UNIT);
+        CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
+        CARVE(a, s.tile, TILE * ((uint64_t)c->head_dim + 1));
+        CARVE(a, s.score, (uint64_t)(rows_together(c) * group) * CHUNK);
         if (a->base)
             ctx->thread[i] = (struct thread){ ctx, i, 1, s };
     }
@@ -5622,11 +6037,7 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
 
 /* ---- what the machine can do at best: lfm2_exercise() */
 
-struct exercise {
-    int what;
-    int64_t done;                         /* by one thread, or by all        */
-    atomic_uint sink;                     /* so that nothing is left out     */
-};
+struct exercise { int what; int64_t done; atomic_uint sink; };
 
 /* A thread's share of the first n bytes of the weights. */
 static unsigned read_share(const struct thread *me, int64_t n)
@@ -5645,43 +6056,41 @@ static unsigned read_share(const struct thread *me, int64_t n)
     return (unsigned)sum;
 }
 
-/* Products of one row with as many rows of weights as the second-level cache
- * holds easily, again and again; the bytes of weights. */
-static int64_t decode_again(const struct thread *me)
+/* Products with as many rows of weights as the second-level cache holds easily,
+ * again and again: the bytes of weights for one row of x, or the multiply-adds
+ * for many. */
+static int64_t multiply_again(const struct thread *me, int many)
 {
-    enum { AGAIN = 64, CACHE = 512 << 10 };
+    enum { AGAIN = 64, CACHE = 512 << 10, ROWS = 48 };
     const struct lfm2_context *ctx = me->ctx;
     const struct layer *l = &ctx->model->layer[0];
     const struct tensor *w = l->ffn_gate.data ? &l->ffn_gate
                                               : &l->ffn_gate_exps;
     const size_t fit = CACHE / (UNIT * row_bytes(w)) + 1;
     const int n = fit < (size_t)(w->rows / UNIT) ? (int)fit : w->rows / UNIT;
+    const int rows = ctx->par.n_batch < ROWS ? ctx->par.n_batch : ROWS;
     struct input in = ctx->in;
 
-    in.n = 1;
+    in.n = many ? rows : 1;
     for (int i = 0; i < AGAIN; i++)
         for (int u = 0; u < n; u++)
             ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
                               unit_data(w, n), w->data);
-    return (int64_t)AGAIN * n * UNIT * (int64_t)row_bytes(w);
+    return (int64_t)AGAIN * n * UNIT *
+           (many ? (int64_t)rows * w->cols : (int64_t)row_bytes(w));
 }
 
-static void exercise_thread(const struct thread *me)
+static void exercise(const struct thread *me)
 {
     struct exercise *e = me->ctx->exercise;
-    int64_t done = 0;
-    int sum = 0;
 
-    if (e->what == LFM2_READ)
-        sum = (int)read_share(me, e->done);
-    else if (e->what == LFM2_DECODE)
-        done = decode_again(me);
-    else
-        for (int i = 0; i < 50; i++)
-            done += me->ctx->isa->exercise(&sum);
-    if (e->what != LFM2_READ && me->id == 0)
-        e->done = done * me->of;
-    atomic_fetch_add(&e->sink, (unsigned)sum);
+    if (e->what == LFM2_READ) {
+        atomic_fetch_add(&e->sink, read_share(me, e->done));
+        return;
+    }
+    const int64_t done = multiply_again(me, e->what == LFM2_DOT) * me->of;
+    if (me->id == 0)
+        e->done = done;
 }
 
 int64_t lfm2_exercise(lfm2_context *ctx, int what)
@@ -5691,8 +6100,10 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
     const int64_t most = (int64_t)1 << 31;
     struct exercise e = { what, size < most ? size : most, 0 };
 
+    if (!pool_is_here(ctx))
+        return LFM2_EARG;
     ctx->exercise = &e;
-    parallel(ctx, ctx->par.n_threads, exercise_thread);
+    parallel(ctx, ctx->par.n_threads, exercise);
     ctx->exercise = NULL;
     return e.done;
 }
@@ -6243,20 +6654,6 @@ static const char *const module_names[N_MODULES] = {
     [MOE_CHOSEN] = "feed_forward.selected_experts"
 };
 
-static void name_modules(struct layer *l)
-{
-    l->shortconv_in_proj.module = CONV_IN_PROJ;
-    l->shortconv_out_proj.module = CONV_OUT_PROJ;
-    l->attn_q.module = ATTN_Q;
-    l->attn_k.module = ATTN_K;
-    l->attn_v.module = ATTN_V;
-    l->attn_output.module = ATTN_OUT;
-    l->ffn_gate_inp.module = MOE_GATE;
-    l->ffn_gate.module = l->ffn_gate_exps.module = FFN_W1;
-    l->ffn_up.module = l->ffn_up_exps.module = FFN_W3;
-    l->ffn_down.module = l->ffn_down_exps.module = FFN_W2;
-}
-
 /* How many numbers a module gives for a row. */
 static int module_width(const lfm2_config *c, int module, int is_dense)
 {
@@ -6434,9 +6831,7 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
  *
  * Byte-level byte pair encoding.  A token is a string of bytes.  Text is cut
  * into pieces, roughly words; a piece begins as single bytes, and neighbours
- * are merged, always the pair that stands first in the list of merges.  That
- * list may lead through strings that are no tokens.  Tokens and these strings
- * together are called symbols here; ids from n_vocab up are never given out.
+ * are merged, always the pair that stands first in the list of merges.
  * Control tokens stand outside of all this: no text can become one. */
 
 enum {                                    /* as in tokenizer.ggml.token_type */
@@ -6448,36 +6843,44 @@ enum {                                    /* as in tokenizer.ggml.token_type */
     TOKEN_BYTE = 6
 };
 
+enum {                                    /* sets of types                   */
+    FROM_TEXT = 1 << TOKEN_NORMAL | 1 << TOKEN_USER_DEFINED | 1 << TOKEN_BYTE,
+    CUT_OUT = 1 << TOKEN_USER_DEFINED,
+    CUT_OUT_SPECIAL = CUT_OUT | 1 << TOKEN_CONTROL,
+    ANY_TYPE = ~0
+};
+
 enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
-       MAX_SPECIAL = 256 };               /* looked for at every byte        */
+       MAX_MARKER = 256 };                /* searched for at every byte      */
 
 #define NO_RANK UINT32_MAX
 
-struct merge { int32_t left, right, result; };
+struct token {
+    uint32_t start;                       /* its bytes in text end where     */
+    int32_t next;                         /* those of the next one start     */
+    uint8_t type;                         /* TOKEN_...                       */
+};
 
-/* Open addressing: a power of two of slots, at most half of them taken, and
- * behind them one that stays free, for what is not there. */
-struct table { uint32_t *slot, n; };      /* number + 1, or 0: free          */
+struct merge { int32_t left, right, result, next; };
 
-/* How far from its place a thing may be.  In true vocabularies that is 14; one
- * made for it could make a search long, and at every byte of a text there are as
- * many as a marker may have lengths. */
-enum { MAX_PROBES = 200 };
+/* A hash table: entries with the same hash form a chain, the newest first.
+ * Each entry knows the next, -1 for none.  Chains of real vocabularies have at
+ * most 6 entries; the limit is for files made to slow a search down. */
+enum { MAX_CHAIN = 64 };
+
+struct chain { int32_t first, n; };       /* first: entry + 1, or 0          */
+struct table { struct chain *chain; uint32_t n; };      /* a power of two    */
 
 struct lfm2_tokenizer {
-    int n_vocab, n_symbols;
-    uint8_t *text;                        /* symbol i is the bytes start[i]  */
-    uint32_t *start;                      /* to start[i+1] of text           */
-    uint8_t *type;                        /* [n_vocab] TOKEN_...             */
-
-    struct table symbols;                 /* by bytes: what text can become  */
+    int n_vocab;
+    uint8_t *text;                        /* the bytes of all tokens         */
+    struct token *token;                  /* [n_vocab + 1]                   */
+    struct table tokens;                  /* by their bytes                  */
     struct merge *merge;                  /* [n_merges]; the index is the    */
     uint32_t n_merges;                    /* rank, the lowest comes first    */
     struct table merges;                  /* by left and right               */
 
-    struct table specials;                /* by bytes: tokens looked for     */
-                                          /* before text is cut into pieces  */
-    uint32_t special_max[256];            /* longest, by first byte; 0: none */
+    uint16_t longest_marker[256];         /* by first byte; 0: there is none */
     int32_t byte[256];                    /* the token of a single byte      */
     int32_t bos, eos, eot, im_start, im_end;        /* -1: there is none     */
     int add_bos;
@@ -6486,516 +6889,98 @@ struct lfm2_tokenizer {
 
 static uint8_t *make_classes(void);       /* on the last page                */
 
-static const uint8_t *symbol_bytes(const lfm2_tokenizer *t, int32_t id)
+static const uint8_t *token_bytes(const lfm2_tokenizer *t, int32_t id)
 {
-    return t->text + t->start[id];
+    return t->text + t->token[id].start;
 }
 
-static uint32_t symbol_len(const lfm2_tokenizer *t, int32_t id)
+static uint32_t token_len(const lfm2_tokenizer *t, int32_t id)
 {
-    return t->start[id + 1] - t->start[id];
+    return t->token[id + 1].start - t->token[id].start;
 }
 
-/* The slot that holds s[n], or a free one: where it belongs, or the last.  If
- * type is not 0 it must be that of the token. */
-static uint32_t *symbol_slot(const lfm2_tokenizer *t, struct table in,
-                             uint64_t hash, const uint8_t *s, size_t n,
-                             int type)
+static int has_type(const lfm2_tokenizer *t, int32_t id, int types)
 {
-    const uint32_t first = (uint32_t)(hash ^ hash >> 32);
-
-    for (uint32_t i = 0; i < MAX_PROBES; i++) {
-        uint32_t *slot = &in.slot[(first + i) & (in.n - 1)];
-        const int32_t id = (int32_t)*slot - 1;
-        if (id < 0 || (symbol_len(t, id) == n &&
-                       memcmp(symbol_bytes(t, id), s, n) == 0 &&
-                       (type == 0 || t->type[id] == type)))
-            return slot;
-    }
-    return &in.slot[in.n];
+    return types >> t->token[id].type & 1;
 }
 
-/* Let an empty slot have a number; -1 if it is the one that stays free. */
-static int take_slot(struct table in, uint32_t *slot, uint32_t number)
+static struct chain *chain_of(struct table t, uint64_t hash)
 {
-    if (slot == in.slot + in.n)
+    return &t.chain[(hash ^ hash >> 32) & (t.n - 1)];
+}
+
+/* Put an entry into a chain; -1 if that is full. */
+static int add_to_chain(struct chain *c, int32_t entry, int32_t *next)
+{
+    if (c->n == MAX_CHAIN)
         return -1;
-    *slot = number + 1;
+    c->n++;
+    *next = c->first - 1;
+    c->first = entry + 1;
     return 0;
 }
 
-/* The symbol with these bytes that text can become, or -1. */
-static int32_t find_symbol(const lfm2_tokenizer *t, const uint8_t *s, size_t n)
+/* The token with the bytes s[n], of one of these types; -1 if there is none.
+ * If there are several, the lowest id: it was added first, so it comes last. */
+static int32_t find_hashed(const lfm2_tokenizer *t, uint64_t hash,
+                           const uint8_t *s, size_t n, int types)
 {
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    return (int32_t)*symbol_slot(t, t->symbols, hash, s, n, 0) - 1;
+    int32_t id = chain_of(t->tokens, hash)->first - 1, found = -1;
+
+    for (; id >= 0; id = t->token[id].next)
+        if (token_len(t, id) == n && has_type(t, id, types) &&
+            memcmp(token_bytes(t, id), s, n) == 0)
+            found = id;
+    return found;
 }
 
-/* Control tokens, unused and unknown ones are not made from text. */
-static int is_from_text(int type)
+static int32_t find_token(const lfm2_tokenizer *t, const uint8_t *s, size_t n,
+                          int types)
 {
-    return type == TOKEN_NORMAL || type == TOKEN_USER_DEFINED ||
-           type == TOKEN_BYTE;
+    return find_hashed(t, hash_bytes(HASH_START, s, n), s, n, types);
 }
 
-/* The next symbol; there is room for it.  Its bytes lead to it, or to an
- * earlier symbol that has the same.  -1: too many collide. */
-static int32_t add_symbol(lfm2_tokenizer *t, const uint8_t *s, size_t n,
-                          int type)
-{
-    const int32_t id = t->n_symbols++;
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    const int is_special = type == TOKEN_CONTROL || type == TOKEN_USER_DEFINED;
-    uint32_t *slot;
-
-    memcpy(t->text + t->start[id], s, n);
-    t->start[id + 1] = t->start[id] + (uint32_t)n;
-    slot = symbol_slot(t, t->symbols, hash, s, n, 0);
-    if (is_from_text(type) && n > 0 && *slot == 0 &&
-        take_slot(t->symbols, slot, (uint32_t)id) != 0)
-        return -1;
-    if (is_special && n > 0) {
-        slot = symbol_slot(t, t->specials, hash, s, n, type);
-        if (*slot == 0 && take_slot(t->specials, slot, (uint32_t)id) != 0)
-            return -1;
-        if (t->special_max[s[0]] < n)
-            t->special_max[s[0]] = (uint32_t)n;
-    }
-    return id;
-}
-
-static int32_t find_or_add(lfm2_tokenizer *t, const uint8_t *s, size_t n)
-{
-    const int32_t id = find_symbol(t, s, n);
-    return id >= 0 ? id : add_symbol(t, s, n, TOKEN_NORMAL);
-}
-
-/* The slot of the merge of a pair, or a free one as above. */
-static uint32_t *merge_slot(const lfm2_tokenizer *t, int32_t left,
-                            int32_t right)
+static struct chain *merge_chain(const lfm2_tokenizer *t, int32_t left,
+                                 int32_t right)
 {
     const uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    const uint64_t hash = pair * 0x9e3779b97f4a7c15u >> 32;
 
-    for (uint32_t i = 0; i < MAX_PROBES; i++) {
-        uint32_t *slot = &t->merges.slot[(hash + i) & (t->merges.n - 1)];
-        if (*slot == 0 || (t->merge[*slot - 1].left == left &&
-                           t->merge[*slot - 1].right == right))
-            return slot;
-    }
-    return &t->merges.slot[t->merges.n];
+    return chain_of(t->merges, pair * 0x9e3779b97f4a7c15u);
+}
+
+/* The rank of merging two tokens. */
+static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
+{
+    int32_t i = merge_chain(t, left, right)->first - 1;
+
+    while (i >= 0 && (t->merge[i].left != left || t->merge[i].right != right))
+        i = t->merge[i].next;
+    return i >= 0 ? (uint32_t)i : NO_RANK;
 }
 
 /* ------------------------------------------------- 23. Reading a vocabulary
  *
  * In a GGUF, tokens and merges are text in which every byte is written as a
- * printable character: those that are printable in Latin-1 as themselves, the
+ * printable character: bytes that are printable in Latin-1 as themselves, the
  * 68 others as U+0100 and following, in order.  A space becomes U+0120 that
- * way, so the one space in a merge parts its two sides.  Control and
+ * way, so the one space in a merge separates its two sides.  Control and
  * user-defined tokens are literal. */
 
-/* What the file lists, and room for one text of it. */
-struct lists {
-    const struct gguf *g;
-    const struct gguf_kv *tokens, *merges;
-    const struct gguf_kv *types;          /* NULL: all are normal            */
-    uint8_t *scratch;                     /* [MAX_TOKEN]                     */
-    int16_t byte_of[256 + 68];            /* character to byte; -1: to none  */
+/* The keys that are read, in the order in which they are exported. */
+enum { KEY_MODEL, KEY_PRE, KEY_BOS, KEY_EOS, KEY_ADD_BOS, KEY_TYPES, KEY_TOKENS,
+       KEY_MERGES, N_WORD_KEYS };
+
+static const char *const word_key[N_WORD_KEYS] = {
+    "tokenizer.ggml.model", "tokenizer.ggml.pre",
+    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.token_type",
+    "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 };
 
-/* The character for a byte in that alphabet. */
-static uint32_t char_of(uint8_t b)
-{
-    return b <= 32 ? 256u + b : b >= 127 && b <= 160 ? 256u + 33 + b - 127 :
-           b == 173 ? 256u + 67 : b;
-}
-
-static int is_mapped(int type)
-{
-    return type == TOKEN_NORMAL || type == TOKEN_BYTE;
-}
-
-/* Write the bytes that a text stands for and return how many.  Text that is not
- * in the alphabet stands for itself. */
-static size_t unmap(const struct lists *f, uint8_t *out, struct str text,
-                    int64_t type)
-{
-    const uint8_t *s = (const uint8_t *)text.s;
-    size_t n = 0, i = 0;
-
-    while (i < text.n && is_mapped((int)type)) {
-        uint32_t c = s[i++];
-        if (c >= 0xc2 && c < 0xe0 && i < text.n && (s[i] & 0xc0) == 0x80)
-            c = (c & 0x1f) << 6 | (s[i++] & 0x3fu);
-        else if (c >= 0x80)
-            c = 0;
-        if (c >= COUNT(f->byte_of) || f->byte_of[c] < 0)
-            break;
-        out[n++] = (uint8_t)f->byte_of[c];
-        if (i == text.n)
-            return n;
-    }
-    memcpy(out, s, text.n);
-    return text.n;
-}
-
-/* Slots for n entries; -1 without memory. */
-static int open_table(struct table *t, uint64_t n)
-{
-    t->n = 2;
-    while (t->n < 2 * n)
-        t->n *= 2;
-    t->slot = calloc((size_t)t->n + 1, sizeof *t->slot);
-    return t->slot ? 0 : -1;
-}
-
-/* Room for all that the lists may lead to: a merge may add its left side, its
- * right side and both together. */
-static int reserve(lfm2_tokenizer *t, struct lists *f)
-{
-    const uint64_t n_text = f->tokens->size + 2 * (uint64_t)f->merges->size;
-    const size_t n_vocab = (size_t)f->tokens->n;
-    const size_t n_merges = (size_t)f->merges->n;
-    const size_t n_symbols = n_vocab + 3 * n_merges;
-
-    if (n_text > INT32_MAX || open_table(&t->symbols, n_symbols) != 0 ||
-        open_table(&t->merges, n_merges) != 0 ||
-        open_table(&t->specials, n_vocab) != 0)
-        return -1;
-    t->text = malloc((size_t)n_text + 1);
-    t->start = malloc((n_symbols + 1) * sizeof *t->start);
-    t->type = malloc(n_vocab);
-    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
-    t->classes = make_classes();
-    f->scratch = malloc(MAX_TOKEN);
-    if (!t->text || !t->start || !t->type || !t->merge || !t->classes ||
-        !f->scratch)
-        return -1;
-    t->start[0] = 0;
-    return 0;
-}
-
-static int add_tokens(lfm2_tokenizer *t, const struct lists *f)
-{
-    struct cursor c = kv_cursor(f->tokens);
-
-    t->n_vocab = (int)f->tokens->n;
-    for (int i = 0; i < t->n_vocab; i++) {
-        const struct str s = take_string(&c);
-        int64_t type = TOKEN_NORMAL;
-        if (f->types)
-            kv_integer(f->types, (uint64_t)i, &type);
-        if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
-            return BAD(f->g, "token %d: of type %lld, expected %d to %d", i,
-                       (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
-        if (s.n > MAX_TOKEN)
-            return BAD(f->g, "token %d: %zu bytes, expected at most %d", i, s.n,
-                       MAX_TOKEN);
-        if (s.n > MAX_SPECIAL && (type == TOKEN_CONTROL ||
-                                  type == TOKEN_USER_DEFINED))
-            return BAD(f->g, "token %d: a marker of %zu bytes, expected at "
-                       "most %d", i, s.n, MAX_SPECIAL);
-        t->type[i] = (uint8_t)type;
-        if (add_symbol(t, f->scratch, unmap(f, f->scratch, s, type),
-                       t->type[i]) < 0)
-            return BAD(f->g, "token %d: its hash and those of %d others "
-                       "collide", i, MAX_PROBES);
-    }
-    return LFM2_OK;
-}
-
-/* "left right" to the ids of left, right and both together. */
-static int add_merges(lfm2_tokenizer *t, const struct lists *f)
-{
-    struct cursor c = kv_cursor(f->merges);
-
-    for (uint64_t i = 0; i < f->merges->n; i++) {
-        const struct str s = take_string(&c);
-        const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
-        if (s.n > MAX_TOKEN)
-            return BAD(f->g, "merge %llu: %zu bytes, expected at most %d",
-                       ull(i), s.n, MAX_TOKEN);
-        if (!space || space == s.s || space + 1 == end ||
-            memchr(space + 1, ' ', (size_t)(end - space) - 1))
-            return BAD(f->g, "merge %llu: \"%s\", expected two parts with one "
-                       "space between them", ull(i), show(s).s);
-        const struct str left = { s.s, (size_t)(space - s.s) };
-        const struct str right = { space + 1, (size_t)(end - space) - 1 };
-        const size_t n = unmap(f, f->scratch, left, TOKEN_NORMAL);
-        const size_t k = unmap(f, f->scratch + n, right, TOKEN_NORMAL);
-        struct merge m;
-        m.left = find_or_add(t, f->scratch, n);
-        m.right = find_or_add(t, f->scratch + n, k);
-        m.result = find_or_add(t, f->scratch, n + k);
-        uint32_t *slot = merge_slot(t, m.left, m.right);
-        if (m.left < 0 || m.right < 0 || m.result < 0 ||
-            (*slot == 0 && take_slot(t->merges, slot, t->n_merges) != 0))
-            return BAD(f->g, "merge %llu: its hash and those of %d others "
-                       "collide", ull(i), MAX_PROBES);
-        t->merge[t->n_merges++] = m;      /* of two, the first rank stays    */
-    }
-    return LFM2_OK;
-}
-
-static int check_kind(const struct gguf *g)
-{
-    struct str model, arch, pre = { "", 0 };
-
-    if (!gguf_string(g, "tokenizer.ggml.model", &model))
-        return BAD(g, "tokenizer.ggml.model: no such string, expected "
-                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
-                   "tokenizer.bin can stand in for it");
-    if (!str_is(model, "gpt2"))
-        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
-                     "byte-level BPE", show(model).s);
-    /* An LFM2 model can only mean one thing, whatever it calls it. */
-    if (gguf_string(g, "general.architecture", &arch) &&
-        (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
-        return LFM2_OK;
-    if (gguf_string(g, "tokenizer.ggml.pre", &pre) &&
-        (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
-        return LFM2_OK;
-    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
-                 "\"llama-bpe\"", show(pre).s);
-}
-
-/* An array of strings, or of numbers; these may be absent: *out is NULL. */
-static int find_array(const struct gguf *g, const char *key, int strings,
-                      const struct gguf_kv **out)
-{
-    const struct gguf_kv *kv = *out = gguf_find(g, key);
-    const char *what = strings ? "strings" : "i32";
-
-    if (!kv && !strings)
-        return LFM2_OK;
-    if (!kv)
-        return BAD(g, "%s: absent, expected an array of %s", key, what);
-    if (kv->type != GGUF_ARRAY ||
-        (strings ? kv->elem != GGUF_STRING
-                 : kv->elem != GGUF_I32 && kv->elem != GGUF_U32))
-        return BAD(g, "%s: %s %s, expected an array of %s", key,
-                   kv->type == GGUF_ARRAY ? "an array of" : "one",
-                   gguf_type[kv->elem].name, what);
-    return LFM2_OK;
-}
-
-static int find_lists(struct lists *f)
-{
-    TRY(check_kind(f->g));
-    TRY(find_array(f->g, "tokenizer.ggml.tokens", 1, &f->tokens));
-    TRY(find_array(f->g, "tokenizer.ggml.token_type", 0, &f->types));
-    TRY(find_array(f->g, "tokenizer.ggml.merges", 1, &f->merges));
-    if (f->tokens->n < 1 || f->tokens->n > MAX_VOCAB)
-        return BAD(f->g, "the vocabulary: %llu tokens, expected 1 to %d",
-                   ull(f->tokens->n), MAX_VOCAB);
-    if (f->types && f->types->n != f->tokens->n)
-        return BAD(f->g, "the vocabulary: %llu token types, expected %llu, one "
-                   "for each token", ull(f->types->n), ull(f->tokens->n));
-    if (f->merges->n > MAX_MERGE)
-        return BAD(f->g, "the vocabulary: %llu merges, expected at most %d",
-                   ull(f->merges->n), MAX_MERGE);
-    return LFM2_OK;
-}
-
-/* A token the file gives by its id; -1 if it does not. */
-static int read_id(const struct lists *f, const char *key, const char *name,
-                   int32_t *out)
-{
-    uint32_t id = UINT32_MAX;
-
-    TRY(gguf_u32(f->g, key, &id));
-    if (id != UINT32_MAX && id >= f->tokens->n)
-        return BAD(f->g, "the %s token: id %lu, expected one below %llu", name,
-                   (unsigned long)id, ull(f->tokens->n));
-    *out = id == UINT32_MAX ? -1 : (int32_t)id;
-    return LFM2_OK;
-}
-
-static int read_vocab(lfm2_tokenizer *t, struct lists *f)
-{
-    const struct gguf_kv *add = gguf_find(f->g, "tokenizer.ggml.add_bos_token");
-
-    TRY(find_lists(f));
-    TRY(read_id(f, "tokenizer.ggml.bos_token_id", "BOS", &t->bos));
-    TRY(read_id(f, "tokenizer.ggml.eos_token_id", "EOS", &t->eos));
-    if (add && add->type != GGUF_BOOL)
-        return BAD(f->g, "%s: of type %s, expected a bool", add->key,
-                   gguf_type[add->type].name);
-    t->add_bos = !add || add->value[0];
-    if (reserve(t, f) != 0)
-        return fail(f->g->err, LFM2_ENOMEM, "no memory for the vocabulary");
-    memset(f->byte_of, -1, sizeof f->byte_of);
-    for (int b = 0; b < 256; b++)
-        f->byte_of[char_of((uint8_t)b)] = (int16_t)b;
-    TRY(add_tokens(t, f));
-    TRY(add_merges(t, f));
-    t->im_start = lfm2_token_id(t, "<|im_start|>");
-    t->im_end = lfm2_token_id(t, "<|im_end|>");
-    t->eot = lfm2_token_id(t, "<|endoftext|>");
-    for (int b = 0; b < 256; b++) {
-        t->byte[b] = find_symbol(t, &(uint8_t){ (uint8_t)b }, 1);
-        if (t->byte[b] < 0 || t->byte[b] >= t->n_vocab)
-            return BAD(f->g, "the vocabulary: no token for the single byte "
-                       "0x%02x, expected all 256", (unsigned)b);
-    }
-    return LFM2_OK;
-}
-
-void lfm2_tokenizer_close(lfm2_tokenizer *t)
-{
-    if (!t)
-        return;
-    free(t->text);
-    free(t->start);
-    free(t->type);
-    free(t->merge);
-    free(t->symbols.slot);
-    free(t->merges.slot);
-    free(t->specials.slot);
-    free(t->classes);
-    free(t);
-}
-
-int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
-                               size_t size, lfm2_error *err)
-{
-    lfm2_tokenizer *t;
-    struct gguf g = { 0 };
-    struct lists f = { .g = &g };
-    int code;
-
-    *out = NULL;
-    if (!data)
-        return fail(err, LFM2_EARG, "no data to open");
-    t = calloc(1, sizeof *t);
-    code = t ? gguf_parse(&g, data, size, err)
-             : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    if (code == LFM2_OK)
-        code = read_vocab(t, &f);
-    free(f.scratch);
-    gguf_free(&g);
-    if (code == LFM2_OK)
-        *out = t;
-    else
-        lfm2_tokenizer_close(t);
-    return code;
-}
-
-int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
-                        lfm2_error *err)
-{
-    struct file file;
-    int code;
-
-    *out = NULL;
-    TRY(file_open(&file, path, LFM2_LOAD_MAP, err));
-    code = lfm2_tokenizer_open_memory(out, file.data, file.size, err);
-    file_close(&file);
-    return code;
-}
-
-/* And back: tokenizer.bin is a GGUF with these keys and no tensors. */
-
-struct writer { uint8_t *out; size_t cap, n; };
-
-/* Like snprintf: counts everything, writes what there is room for. */
-static void put(struct writer *w, const void *p, size_t n)
-{
-    if (w->n < w->cap)
-        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
-    w->n += n;
-}
-
-static void put_int(struct writer *w, uint64_t v, int bytes)
-{
-    for (; bytes > 0; bytes--, v >>= 8)
-        put(w, &(uint8_t){ (uint8_t)v }, 1);
-}
-
-static void put_string(struct writer *w, const void *s, size_t n)
-{
-    put_int(w, n, 8);
-    put(w, s, n);
-}
-
-/* A key and the type of its value; for an array, elem and n of it. */
-static void begin_key(struct writer *w, const char *name, uint32_t type,
-                      uint32_t elem, uint64_t n)
-{
-    char key[64];
-    const int len = snprintf(key, sizeof key, "tokenizer.ggml.%s", name);
-
-    put_string(w, key, (size_t)len);
-    put_int(w, type, 4);
-    if (type == GGUF_ARRAY) {
-        put_int(w, elem, 4);
-        put_int(w, n, 8);
-    }
-}
-
-/* The bytes of a symbol, in the byte alphabet or literal. */
-static void put_symbol(struct writer *w, const lfm2_tokenizer *t, int32_t id,
-                       int mapped)
-{
-    for (uint32_t i = 0; i < symbol_len(t, id); i++) {
-        const uint8_t byte = symbol_bytes(t, id)[i];
-        const uint32_t c = mapped ? char_of(byte) : byte;
-        if (mapped && c >= 0x80)
-            put_int(w, 0xc0 | c >> 6, 1);
-        put_int(w, mapped && c >= 0x80 ? 0x80 | (c & 0x3f) : c, 1);
-    }
-}
-
-/* A token, or if there is a right side a merge: its length, then its text. */
-static void put_text(struct writer *w, const lfm2_tokenizer *t, int32_t id,
-                     int32_t right)
-{
-    struct writer length = { 0 }, *to[] = { &length, w };
-
-    for (int pass = 0; pass < 2; pass++) {
-        if (pass == 1)
-            put_int(w, length.n, 8);
-        put_symbol(to[pass], t, id, right >= 0 || is_mapped(t->type[id]));
-        if (right >= 0) {
-            put_int(to[pass], ' ', 1);
-            put_symbol(to[pass], t, right, 1);
-        }
-    }
-}
-
-size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap)
-{
-    struct writer w = { buf, buf ? cap : 0, 0 };
-
-    put(&w, "GGUF\3\0\0\0\0\0\0\0\0\0\0\0", 16);         /* no tensors      */
-    put_int(&w, 8, 8);                                    /* and eight keys  */
-    begin_key(&w, "model", GGUF_STRING, 0, 0);
-    put_string(&w, "gpt2", 4);
-    begin_key(&w, "pre", GGUF_STRING, 0, 0);
-    put_string(&w, "lfm2", 4);
-    begin_key(&w, "bos_token_id", GGUF_U32, 0, 0);        /* 2^32-1: none    */
-    put_int(&w, (uint32_t)t->bos, 4);
-    begin_key(&w, "eos_token_id", GGUF_U32, 0, 0);
-    put_int(&w, (uint32_t)t->eos, 4);
-    begin_key(&w, "add_bos_token", GGUF_BOOL, 0, 0);
-    put_int(&w, t->add_bos, 1);
-    begin_key(&w, "token_type", GGUF_ARRAY, GGUF_I32, (uint64_t)t->n_vocab);
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        put_int(&w, t->type[id], 4);
-    begin_key(&w, "tokens", GGUF_ARRAY, GGUF_STRING, (uint64_t)t->n_vocab);
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        put_text(&w, t, id, -1);
-    begin_key(&w, "merges", GGUF_ARRAY, GGUF_STRING, t->n_merges);
-    for (uint32_t i = 0; i < t->n_merges; i++)
-        put_text(&w, t, t->merge[i].left, t->merge[i].right);
-    return w.n;
-}
-
-/* ------------------------------------------------------ 24. Text to tokens
- *
- * First the special tokens are cut out, then what lies between is cut into
- * pieces, then each piece becomes tokens.  All three are linear in the text, or
- * n log n for the last: a page of one letter is no trap. */
+struct word_file {
+    struct gguf g;
+    const struct gguf_kv *kv[N_WORD_KEYS];          /* NULL: not in the file */
+};
 
 /* The character that starts at p, of which n bytes (1 or more) are there: its
  * length; 0 if more bytes could complete it; -1 if it is none.  Overlong forms,
@@ -7017,6 +7002,345 @@ static int utf8_length(const uint8_t *p, size_t n)
     return len;
 }
 
+/* A whole character of len bytes as a number. */
+static uint32_t utf8_value(const uint8_t *p, int len)
+{
+    uint32_t c = len == 1 ? *p : *p & (0x7fu >> len);
+
+    for (int i = 1; i < len; i++)
+        c = c << 6 | (p[i] & 0x3fu);
+    return c;
+}
+
+/* The byte that a character of the alphabet stands for; -1: it is not in it. */
+static int byte_of(uint32_t c)
+{
+    if (c < 256)
+        return c < 33 || (c > 126 && c < 161) || c == 173 ? -1 : (int)c;
+    c -= 256;
+    return c < 33 ? (int)c : c < 67 ? (int)c - 33 + 127 : c == 67 ? 173 : -1;
+}
+
+/* Write the bytes that a text stands for and return how many.  A text that is
+ * not all in the alphabet stands for itself. */
+static size_t unmap(uint8_t *out, int type, const char *text, const char *end)
+{
+    const int is_mapped = type == TOKEN_NORMAL || type == TOKEN_BYTE;
+    const uint8_t *p = (const uint8_t *)text;
+    size_t left = (size_t)(end - text), n = 0;
+
+    while (left > 0 && is_mapped) {
+        const int len = utf8_length(p, left);
+        const int byte = len > 0 ? byte_of(utf8_value(p, len)) : -1;
+        if (byte < 0)
+            break;
+        out[n++] = (uint8_t)byte;
+        p += len;
+        left -= (size_t)len;
+    }
+    if (left == 0)
+        return n;
+    memcpy(out, text, (size_t)(end - text));
+    return (size_t)(end - text);
+}
+
+static int add_tokens(lfm2_tokenizer *t, const struct word_file *w)
+{
+    const struct gguf_kv *types = w->kv[KEY_TYPES];
+    struct cursor c = kv_cursor(w->kv[KEY_TOKENS]);
+
+    for (int32_t id = 0; id < t->n_vocab; id++) {
+        const struct str s = take_string(&c);
+        int64_t type = TOKEN_NORMAL;
+        if (types)
+            kv_integer(types, (uint64_t)id, &type);
+        if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
+            return BAD(&w->g, "token %d: of type %lld, expected %d to %d", id,
+                       (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
+        struct token *token = &t->token[id];
+        token->type = (uint8_t)type;
+        const int is_marker = has_type(t, id, CUT_OUT_SPECIAL);
+        const size_t max = is_marker ? MAX_MARKER : MAX_TOKEN;
+        if (s.n > max)
+            return BAD(&w->g, "token %d: %s%zu bytes, expected at most %zu", id,
+                       is_marker ? "a marker of " : "", s.n, max);
+        uint8_t *bytes = t->text + token->start;
+        const size_t n = unmap(bytes, (int)type, s.s, s.s + s.n);
+        const uint64_t hash = hash_bytes(HASH_START, bytes, n);
+        token[1].start = token->start + (uint32_t)n;
+        if (is_marker && n > 0 && n > t->longest_marker[bytes[0]])
+            t->longest_marker[bytes[0]] = (uint16_t)n;
+        if (find_hashed(t, hash, bytes, n, 1 << type) < 0 &&
+            add_to_chain(chain_of(t->tokens, hash), id, &token->next) != 0)
+            return BAD(&w->g, "token %d: its hash and those of %d others "
+                       "collide", id, MAX_CHAIN);
+    }
+    return LFM2_OK;
+}
+
+/* "left right" to the ids of left, right and both together. */
+static int add_merges(lfm2_tokenizer *t, const struct word_file *w)
+{
+    uint8_t *bytes = t->text + t->token[t->n_vocab].start;
+    struct cursor c = kv_cursor(w->kv[KEY_MERGES]);
+
+    for (uint64_t i = 0; i < w->kv[KEY_MERGES]->n; i++) {
+        const struct str s = take_string(&c);
+        const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
+        const char *right = space ? space + 1 : end;
+        const size_t n = unmap(bytes, TOKEN_NORMAL, s.s, space ? space : end);
+        const size_t k = unmap(bytes + n, TOKEN_NORMAL, right, end);
+        struct merge m = { find_token(t, bytes, n, ANY_TYPE),
+                           find_token(t, bytes + n, k, ANY_TYPE),
+                           find_token(t, bytes, n + k, ANY_TYPE), -1 };
+        if (n == 0 || k == 0 || m.left < 0 || m.right < 0 || m.result < 0)
+            return BAD(&w->g, "merge %llu: \"%s\", expected two tokens that "
+                       "make a third, with a space between them", ull(i),
+                       show(s).s);
+        /* no text becomes a control token; of two merges the first counts */
+        if (!has_type(t, m.result, FROM_TEXT) ||
+            find_merge(t, m.left, m.right) != NO_RANK)
+            continue;
+        if (add_to_chain(merge_chain(t, m.left, m.right), (int32_t)t->n_merges,
+                         &m.next) != 0)
+            return BAD(&w->g, "merge %llu: its hash and those of %d others "
+                       "collide", ull(i), MAX_CHAIN);
+        t->merge[t->n_merges++] = m;
+    }
+    return LFM2_OK;
+}
+
+static int check_kind(const struct gguf *g)
+{
+    struct str model, arch, pre = { "", 0 };
+
+    if (!gguf_string(g, word_key[KEY_MODEL], &model))
+        return BAD(g, "tokenizer.ggml.model: no such string, expected "
+                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
+                   "tokenizer.bin can stand in for it");
+    if (!str_is(model, "gpt2"))
+        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
+                     "byte-level BPE", show(model).s);
+    /* An LFM2 model can only mean one thing, whatever it calls it. */
+    if (gguf_string(g, "general.architecture", &arch) &&
+        (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
+        return LFM2_OK;
+    if (gguf_string(g, word_key[KEY_PRE], &pre) &&
+        (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
+        return LFM2_OK;
+    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
+                 "\"llama-bpe\"", show(pre).s);
+}
+
+/* An array of strings or of 32-bit integers, with min to max elements. */
+static int check_array(const struct word_file *w, int key, uint64_t min,
+                       uint64_t max)
+{
+    const struct gguf_kv *kv = w->kv[key];
+    const char *what = key == KEY_TYPES ? "i32" : "strings";
+
+    if (!kv)
+        return BAD(&w->g, "%s: absent, expected an array of %s", word_key[key],
+                   what);
+    if (kv->type != GGUF_ARRAY ||
+        (key == KEY_TYPES ? kv->elem != GGUF_I32 && kv->elem != GGUF_U32
+                          : kv->elem != GGUF_STRING))
+        return BAD(&w->g, "%s: %s %s, expected an array of %s", kv->key,
+                   kv->type == GGUF_ARRAY ? "an array of" : "one",
+                   gguf_type[kv->elem].name, what);
+    if (kv->n < min || kv->n > max)
+        return BAD(&w->g, "%s: %llu elements, expected %llu to %llu", kv->key,
+                   ull(kv->n), ull(min), ull(max));
+    return LFM2_OK;
+}
+
+/* To be closed with gguf_free(), after an error too. */
+static int open_keys(struct word_file *w, const void *data, size_t size,
+                     lfm2_error *err)
+{
+    *w = (struct word_file){ 0 };
+    if (!data)
+        return fail(err, LFM2_EARG, "no data to read a vocabulary from");
+    TRY(gguf_parse(&w->g, data, size, err));
+    for (int key = 0; key < N_WORD_KEYS; key++)
+        w->kv[key] = gguf_find(&w->g, word_key[key]);
+    TRY(check_kind(&w->g));
+    TRY(check_array(w, KEY_TOKENS, 1, MAX_VOCAB));
+    TRY(check_array(w, KEY_MERGES, 0, MAX_MERGE));
+    const uint64_t n_vocab = w->kv[KEY_TOKENS]->n;
+    return w->kv[KEY_TYPES] ? check_array(w, KEY_TYPES, n_vocab, n_vocab)
+                            : LFM2_OK;
+}
+
+/* A token that the file gives by its id; -1 if it does not. */
+static int read_id(const struct word_file *w, int key, int32_t *out)
+{
+    uint32_t id = UINT32_MAX;
+
+    TRY(gguf_u32(&w->g, word_key[key], &id));
+    if (id != UINT32_MAX && id >= w->kv[KEY_TOKENS]->n)
+        return BAD(&w->g, "%s: %lu, expected an id below %llu", word_key[key],
+                   (unsigned long)id, ull(w->kv[KEY_TOKENS]->n));
+    *out = id == UINT32_MAX ? -1 : (int32_t)id;
+    return LFM2_OK;
+}
+
+/* Chains for n entries, so many that few share one; -1 without memory. */
+static int open_table(struct table *t, uint64_t n)
+{
+    for (t->n = 1; t->n < 2 * n; t->n *= 2)
+        ;
+    t->chain = calloc(t->n, sizeof *t->chain);
+    return t->chain ? 0 : -1;
+}
+
+/* Behind the text of all tokens there is room for that of any merge. */
+static int allocate(lfm2_tokenizer *t, const struct word_file *w)
+{
+    const size_t n_text = w->kv[KEY_TOKENS]->size;
+    const size_t n_merges = (size_t)w->kv[KEY_MERGES]->n;
+
+    t->n_vocab = (int)w->kv[KEY_TOKENS]->n;
+    if (n_text < INT32_MAX)
+        t->text = malloc(n_text + w->kv[KEY_MERGES]->size);
+    t->token = calloc((size_t)t->n_vocab + 1, sizeof *t->token);
+    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
+    t->classes = make_classes();
+    if (!t->text || !t->token || !t->merge || !t->classes ||
+        open_table(&t->tokens, (uint64_t)t->n_vocab) != 0 ||
+        open_table(&t->merges, n_merges) != 0)
+        return fail(w->g.err, LFM2_ENOMEM, "no memory for the vocabulary");
+    return LFM2_OK;
+}
+
+/* The tokens that begin and end a text or a turn.  Text never becomes one of
+ * them, even where the file calls them user-defined. */
+static void find_roles(lfm2_tokenizer *t)
+{
+    t->im_start = lfm2_token_id(t, "<|im_start|>");
+    t->im_end = lfm2_token_id(t, "<|im_end|>");
+    t->eot = lfm2_token_id(t, "<|endoftext|>");
+    const int32_t role[] = { t->bos, t->eos, t->eot, t->im_start, t->im_end };
+    for (size_t i = 0; i < COUNT(role); i++)
+        if (role[i] >= 0 && t->token[role[i]].type == TOKEN_USER_DEFINED)
+            t->token[role[i]].type = TOKEN_CONTROL;
+}
+
+static int read_words(lfm2_tokenizer *t, const struct word_file *w)
+{
+    const struct gguf_kv *add = w->kv[KEY_ADD_BOS];
+
+    TRY(read_id(w, KEY_BOS, &t->bos));
+    TRY(read_id(w, KEY_EOS, &t->eos));
+    if (add && add->type != GGUF_BOOL)
+        return BAD(&w->g, "%s: of type %s, expected a bool", add->key,
+                   gguf_type[add->type].name);
+    t->add_bos = !add || add->value[0];
+    TRY(allocate(t, w));
+    TRY(add_tokens(t, w));
+    find_roles(t);
+    TRY(add_merges(t, w));
+    for (int b = 0; b < 256; b++) {
+        t->byte[b] = find_token(t, &(uint8_t){ (uint8_t)b }, 1, FROM_TEXT);
+        if (t->byte[b] < 0)
+            return BAD(&w->g, "the vocabulary: no token for the single byte "
+                       "0x%02x, expected all 256", (unsigned)b);
+    }
+    return LFM2_OK;
+}
+
+void lfm2_tokenizer_close(lfm2_tokenizer *t)
+{
+    if (!t)
+        return;
+    free(t->text);
+    free(t->token);
+    free(t->merge);
+    free(t->tokens.chain);
+    free(t->merges.chain);
+    free(t->classes);
+    free(t);
+}
+
+int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
+                               size_t size, lfm2_error *err)
+{
+    lfm2_tokenizer *t = calloc(1, sizeof *t);
+    struct word_file w;
+    int code = open_keys(&w, data, size, err);
+
+    *out = NULL;
+    if (code == LFM2_OK)
+        code = t ? read_words(t, &w)
+                 : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
+    gguf_free(&w.g);
+    if (code == LFM2_OK)
+        *out = t;
+    else
+        lfm2_tokenizer_close(t);
+    return code;
+}
+
+int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
+                        lfm2_error *err)
+{
+    struct file file;
+    int code;
+
+    *out = NULL;
+    TRY(file_open(&file, path, LFM2_LOAD_MAP, err));
+    code = lfm2_tokenizer_open_memory(out, file.data, file.size, err);
+    file_close(&file);
+    return code;
+}
+
+/* Like snprintf: counts everything, writes what there is room for. */
+struct writer { uint8_t *out; size_t cap, n; };
+
+static void put(struct writer *w, const void *p, size_t n)
+{
+    if (w->n < w->cap)
+        memcpy(w->out + w->n, p, n < w->cap - w->n ? n : w->cap - w->n);
+    w->n += n;
+}
+
+/* A tokenizer.bin is a GGUF with copies of the keys that are read and no
+ * tensors.  It lacks the architecture, and so it says what `pre` is. */
+size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
+                             size_t cap, lfm2_error *err)
+{
+    static const char pre[] = "\22\0\0\0\0\0\0\0tokenizer.ggml.pre"
+                              "\10\0\0\0" "\4\0\0\0\0\0\0\0lfm2";
+    uint8_t header[24] = "GGUF\3";
+    struct writer out = { buf, buf ? cap : 0, 0 };
+    struct word_file w;
+    const int code = open_keys(&w, data, size, err);
+
+    for (int key = 0; key < N_WORD_KEYS; key++)
+        if (key == KEY_PRE || w.kv[key])
+            header[16]++;                 /* the number of keys              */
+    if (code == LFM2_OK)
+        put(&out, header, sizeof header);
+    for (int key = 0; code == LFM2_OK && key < N_WORD_KEYS; key++) {
+        const struct gguf_kv *kv = w.kv[key];
+        if (key == KEY_PRE)
+            put(&out, pre, sizeof pre - 1);
+        else if (kv) {
+            const uint8_t *from = kv->value - strlen(kv->key) -
+                                  (kv->type == GGUF_ARRAY ? 24 : 12);
+            put(&out, from, (size_t)(kv->value - from) + kv->size);
+        }
+    }
+    gguf_free(&w.g);
+    return out.n;
+}
+
+/* ------------------------------------------------------ 24. Text to tokens
+ *
+ * First the special tokens are cut out, then what lies between is cut into
+ * pieces, then each piece becomes tokens.  All three are linear in the text, or
+ * n log n for the last: a page of one letter is no trap. */
+
 enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CLASS_END };
 enum { MAX_CLASSED = 0x32400 };           /* from here on all are OTHER      */
 
@@ -7037,9 +7361,7 @@ static int class_at(const lfm2_tokenizer *t, const uint8_t *p,
     if (n <= 0)
         return CLASS_OTHER;
     *len = n;
-    c = *p & (0x7fu >> n);
-    for (int i = 1; i < n; i++)
-        c = c << 6 | (p[i] & 0x3fu);
+    c = utf8_value(p, n);
     return c < MAX_CLASSED ? t->classes[c] : CLASS_OTHER;
 }
 
@@ -7130,188 +7452,156 @@ static void emit(struct tokens *o, int32_t id)
     o->n++;
 }
 
-/* A piece of n bytes on its way to tokens.  A symbol is known by the index of
- * its first byte; its id stands at its first byte and at its last, so that both
- * neighbours can be reached.  rank[i] is that of merging symbol i with the one
- * after it.  The best of all, the leftmost if several, is found by a knockout
- * tournament: node v plays the winners of nodes 2v and 2v+1, node n+i is byte
- * i, and node 1 is the final. */
-struct bpe {
-    int32_t *id;                          /* [n]                             */
-    uint32_t *rank;                       /* [n]                             */
-    uint32_t *winner;                     /* [n], from 1                     */
-    uint32_t n;
-    uint32_t *memory;
-    size_t cap;
+/* A piece of text on its way to tokens.  A symbol is known by the index of its
+ * first byte; its token stands there and at its last byte, so that both
+ * neighbours can be reached.  The best pair to merge, the leftmost if several,
+ * is found by a knockout tournament over the ranks: node v plays the winners of
+ * nodes 2v and 2v+1, node n+i is byte i, and node 1 is the final. */
+struct symbol {
+    int32_t id;                           /* the token that begins or ends   */
+    uint32_t rank;                        /* of merging it with the next one */
+    uint32_t winner;                      /* of the node with this index     */
 };
 
-static void play(struct bpe *b, uint32_t node)
+struct symbols { struct symbol *at; uint32_t n; };
+
+static void play(struct symbols p, uint32_t node)
 {
     const uint32_t left = 2 * node, right = left + 1;
-    const uint32_t x = left < b->n ? b->winner[left] : left - b->n;
-    const uint32_t y = right < b->n ? b->winner[right] : right - b->n;
+    const uint32_t x = left < p.n ? p.at[left].winner : left - p.n;
+    const uint32_t y = right < p.n ? p.at[right].winner : right - p.n;
 
-    b->winner[node] = b->rank[x] < b->rank[y] ||
-                      (b->rank[x] == b->rank[y] && x < y) ? x : y;
+    p.at[node].winner = p.at[x].rank < p.at[y].rank ||
+                        (p.at[x].rank == p.at[y].rank && x < y) ? x : y;
 }
 
-/* The rank of merging symbol i with the next one.  A free slot holds 0, and
- * 0 - 1 is NO_RANK. */
-static uint32_t rank_at(const lfm2_tokenizer *t, const struct bpe *b,
-                        uint32_t i)
+/* The rank of merging symbol i with the next one. */
+static uint32_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
 {
-    const uint32_t next = i + symbol_len(t, b->id[i]);
+    const uint32_t next = i + token_len(t, p.at[i].id);
 
-    return next < b->n ? *merge_slot(t, b->id[i], b->id[next]) - 1 : NO_RANK;
+    return next < p.n ? find_merge(t, p.at[i].id, p.at[next].id) : NO_RANK;
 }
 
-static void set_rank(struct bpe *b, uint32_t i, uint32_t rank)
+static void set_rank(struct symbols p, uint32_t i, uint32_t rank)
 {
-    b->rank[i] = rank;
-    for (uint32_t node = (i + b->n) / 2; node > 0; node /= 2)
-        play(b, node);
+    p.at[i].rank = rank;
+    for (uint32_t node = (i + p.n) / 2; node > 0; node /= 2)
+        play(p, node);
 }
 
-/* Every byte of the piece a symbol, every pair ranked. */
-static int start_merging(const lfm2_tokenizer *t, struct bpe *b,
-                         const uint8_t *s, uint32_t n)
-{
-    if (3 * (size_t)n > b->cap) {
-        free(b->memory);
-        b->cap = 3 * (size_t)(n < 256 ? 256 : n);
-        b->memory = b->cap <= SIZE_MAX / 4 ? malloc(4 * b->cap) : NULL;
-        if (!b->memory)
-            return LFM2_ENOMEM;
-    }
-    b->n = n;
-    b->rank = b->memory;
-    b->winner = b->rank + n;
-    b->id = (int32_t *)(b->winner + n);
-    for (uint32_t i = 0; i < n; i++)
-        b->id[i] = t->byte[s[i]];
-    for (uint32_t i = 0; i < n; i++)
-        b->rank[i] = rank_at(t, b, i);
-    for (uint32_t node = n - 1; node > 0; node--)
-        play(b, node);
-    return LFM2_OK;
-}
-
-static void merge_all(const lfm2_tokenizer *t, struct bpe *b)
+static void merge_all(const lfm2_tokenizer *t, struct symbols p)
 {
     for (;;) {
-        const uint32_t i = b->winner[1];
-        if (b->rank[i] == NO_RANK)
+        const uint32_t i = p.at[1].winner;
+        if (p.at[i].rank == NO_RANK)
             return;
-        const struct merge *m = &t->merge[b->rank[i]];
-        const uint32_t right = i + symbol_len(t, m->left);
-        b->id[i] = m->result;
-        b->id[i + symbol_len(t, m->result) - 1] = m->result;
-        set_rank(b, right, NO_RANK);
-        set_rank(b, i, rank_at(t, b, i));
+        const struct merge *m = &t->merge[p.at[i].rank];
+        const uint32_t right = i + token_len(t, m->left);
+        p.at[i].id = m->result;
+        p.at[i + token_len(t, m->result) - 1].id = m->result;
+        set_rank(p, right, NO_RANK);
+        set_rank(p, i, rank_at(t, p, i));
         if (i > 0) {
-            const uint32_t left = i - symbol_len(t, b->id[i - 1]);
-            set_rank(b, left, rank_at(t, b, left));
+            const uint32_t left = i - token_len(t, p.at[i - 1].id);
+            set_rank(p, left, rank_at(t, p, left));
         }
     }
 }
 
 /* A piece that is a token as a whole becomes that token, even where merging
- * would not get there (so does llama.cpp with these vocabularies). */
-static int encode_piece(const lfm2_tokenizer *t, struct tokens *o,
-                        struct bpe *b, const uint8_t *s, uint32_t n)
+ * would not get there (so does llama.cpp with these vocabularies).  All others
+ * have two bytes or more. */
+static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
+                         struct symbol *room, const uint8_t *s, uint32_t n)
 {
-    const int32_t whole = find_symbol(t, s, n);
+    const int32_t whole = find_token(t, s, n, FROM_TEXT);
+    const struct symbols p = { room, n };
 
-    if (whole >= 0 && whole < t->n_vocab) {
+    if (whole >= 0) {
         emit(o, whole);
-        return LFM2_OK;
+        return;
     }
-    if (start_merging(t, b, s, n) != LFM2_OK)
-        return LFM2_ENOMEM;
-    merge_all(t, b);
-    for (uint32_t i = 0, len; i < n; i += len) {
-        len = symbol_len(t, b->id[i]);
-        if (b->id[i] < t->n_vocab)
-            emit(o, b->id[i]);
-        else                              /* a step on a way not gone to end */
-            for (uint32_t k = 0; k < len; k++)
-                emit(o, t->byte[s[i + k]]);
-    }
-    return LFM2_OK;
+    for (uint32_t i = 0; i < n; i++)
+        p.at[i].id = t->byte[s[i]];
+    for (uint32_t i = 0; i < n; i++)
+        p.at[i].rank = rank_at(t, p, i);
+    for (uint32_t node = n - 1; node > 0; node--)
+        play(p, node);
+    merge_all(t, p);
+    for (uint32_t i = 0; i < n; i += token_len(t, p.at[i].id))
+        emit(o, p.at[i].id);
 }
 
-/* The longest special token that stands at p < end, and its length; or -1. */
-static int32_t special_at(const lfm2_tokenizer *t, const uint8_t *p,
-                          const uint8_t *end, int control, uint32_t *len)
+/* The longest marker that stands at p < end, of these types; or -1. */
+static int32_t marker_at(const lfm2_tokenizer *t, const uint8_t *p,
+                         const uint8_t *end, int types)
 {
-    const int type = control ? 0 : TOKEN_USER_DEFINED;
-    const size_t left = (size_t)(end - p);
     uint64_t hash = HASH_START;
     int32_t found = -1;
 
-    for (uint32_t n = 1; n <= t->special_max[*p] && n <= left; n++) {
+    for (int n = 1; n <= t->longest_marker[*p] && n <= end - p; n++) {
         hash = hash_bytes(hash, p + n - 1, 1);
-        const uint32_t id_1 = *symbol_slot(t, t->specials, hash, p, n, type);
-        if (id_1) {
-            found = (int32_t)id_1 - 1;
-            *len = n;
-        }
+        const int32_t id = find_hashed(t, hash, p, (size_t)n, types);
+        found = id >= 0 ? id : found;
     }
     return found;
 }
 
-static int encode_plain(const lfm2_tokenizer *t, struct tokens *o,
-                        struct bpe *b, const uint8_t *p, const uint8_t *end)
+static void encode_plain(const lfm2_tokenizer *t, struct tokens *o,
+                         struct symbol *room, const uint8_t *p,
+                         const uint8_t *end)
 {
-    while (p < end) {
-        const uint8_t *next = piece_end(t, p, end);
-        TRY(encode_piece(t, o, b, p, (uint32_t)(next - p)));
-        p = next;
+    for (const uint8_t *next; p < end; p = next) {
+        next = piece_end(t, p, end);
+        encode_piece(t, o, room, p, (uint32_t)(next - p));
     }
-    return LFM2_OK;
 }
 
-/* Cut out the special tokens from left to right, the longest at each place, and
- * encode what is between them.  (llama.cpp takes the longest anywhere first,
- * which is the same unless two of them overlap in the text.) */
+enum { MAX_ENCODE = 1 << 30 };            /* bytes of one text, and tokens   */
+                                          /* before it                       */
+
+/* Cut out the markers from left to right, the longest at each place, and encode
+ * what is between them.  (llama.cpp takes the longest anywhere first, which is
+ * the same unless two of them overlap in the text.) */
 static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
-                       const uint8_t *text, size_t len, int control)
+                       const uint8_t *text, size_t len, int types)
 {
     const uint8_t *p = text, *from = text, *end = text + len;
-    struct bpe b = { 0 };
-    int code = LFM2_OK;
+    struct symbol *room;
 
-    while (p < end && code == LFM2_OK) {
-        uint32_t n;
-        const int32_t id = special_at(t, p, end, control, &n);
+    if (len > MAX_ENCODE || o->n > MAX_ENCODE - 8)
+        return LFM2_EARG;
+    room = calloc(len, sizeof *room);
+    if (!room)
+        return LFM2_ENOMEM;
+    while (p < end) {
+        const int32_t id = marker_at(t, p, end, types);
         if (id < 0) {
             p++;
             continue;
         }
-        code = encode_plain(t, o, &b, from, p);
+        encode_plain(t, o, room, from, p);
         emit(o, id);
-        from = p += n;
+        from = p += token_len(t, id);
     }
-    if (code == LFM2_OK)
-        code = encode_plain(t, o, &b, from, end);
-    free(b.memory);
-    return code;
+    encode_plain(t, o, room, from, end);
+    free(room);
+    return LFM2_OK;
 }
-
-enum { MAX_ENCODE = 1 << 30 };            /* bytes of text in one call       */
 
 int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
                 int flags, int32_t *out, int cap)
 {
+    const int types = flags & LFM2_ENCODE_SPECIAL ? CUT_OUT_SPECIAL : CUT_OUT;
     struct tokens o = { out, out ? cap : 0, 0 };
 
-    if (len > MAX_ENCODE || (!text && len > 0))
+    if (!text && len > 0)
         return LFM2_EARG;
     if ((flags & LFM2_ENCODE_BOS) && t->bos >= 0)
         emit(&o, t->bos);
     if (len > 0)
-        TRY(encode_text(t, &o, (const uint8_t *)text, len,
-                        flags & LFM2_ENCODE_SPECIAL));
+        TRY(encode_text(t, &o, (const uint8_t *)text, len, types));
     return o.n;
 }
 
@@ -7328,20 +7618,23 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
                        const lfm2_message *msg)
 {
     const size_t n_role = strlen(msg->role), n = strlen(msg->content);
-    uint8_t *text = malloc(n_role + 1 + n);
+    uint8_t *text;
     int code;
 
+    if (n_role > MAX_ENCODE || n > MAX_ENCODE)
+        return LFM2_EARG;
+    text = malloc(n_role + 1 + n);
     if (!text)
         return LFM2_ENOMEM;
     memcpy(text, msg->role, n_role);
     text[n_role] = '\n';
     memcpy(text + n_role + 1, msg->content, n);
     emit(o, t->im_start);
-    code = encode_text(t, o, text, n_role + 1 + n, 0);
+    code = encode_text(t, o, text, n_role + 1 + n, CUT_OUT);
     emit(o, t->im_end);
     free(text);
     TRY(code);
-    return encode_text(t, o, (const uint8_t *)"\n", 1, 0);
+    return encode_text(t, o, (const uint8_t *)"\n", 1, CUT_OUT);
 }
 
 int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
@@ -7349,25 +7642,20 @@ int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
 {
     const char opening[] = "assistant\n";
     struct tokens o = { out, out ? cap : 0, 0 };
-    size_t room = MAX_ENCODE;
 
     if (t->im_start < 0 || t->im_end < 0 || n_msgs < 0)
         return LFM2_EARG;
-    for (int i = 0; i < n_msgs; i++) {
+    for (int i = 0; i < n_msgs; i++)
         if (!msgs[i].role || !msgs[i].content)
             return LFM2_EARG;
-        const size_t n_role = strlen(msgs[i].role), n = strlen(msgs[i].content);
-        if (n_role > room || n > room - n_role || room - n_role - n < 4)
-            return LFM2_EARG;
-        room -= n_role + n + 4;           /* as many as tokens around them   */
-    }
     if (t->bos >= 0)
         emit(&o, t->bos);
     for (int i = 0; i < n_msgs; i++)
         TRY(encode_turn(t, &o, &msgs[i]));
     if (generate) {
         emit(&o, t->im_start);
-        TRY(encode_text(t, &o, (const uint8_t *)opening, strlen(opening), 0));
+        TRY(encode_text(t, &o, (const uint8_t *)opening, strlen(opening),
+                        CUT_OUT));
     }
     return o.n;
 }
@@ -7400,26 +7688,20 @@ const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
 {
     *len = 0;
     if (token < 0 || token >= t->n_vocab ||
-        (!special && !is_from_text(t->type[token])))
+        (!special && !has_type(t, token, FROM_TEXT)))
         return "";
-    *len = (int)symbol_len(t, token);
-    return (const char *)symbol_bytes(t, token);
+    *len = (int)token_len(t, token);
+    return (const char *)token_bytes(t, token);
 }
 
-/* Markers first: should another token have the same bytes, they are meant. */
+/* If a marker and another token have the same bytes, the marker is meant. */
 int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 {
     const uint8_t *s = (const uint8_t *)text;
     const size_t n = strlen(text);
-    const uint64_t hash = hash_bytes(HASH_START, s, n);
-    const uint32_t id_1 = *symbol_slot(t, t->specials, hash, s, n, 0);
+    const int32_t marker = find_token(t, s, n, CUT_OUT_SPECIAL);
 
-    if (id_1)
-        return (int32_t)id_1 - 1;
-    for (int32_t id = 0; id < t->n_vocab; id++)
-        if (symbol_len(t, id) == n && memcmp(symbol_bytes(t, id), s, n) == 0)
-            return id;
-    return -1;
+    return marker >= 0 ? marker : find_token(t, s, n, ANY_TYPE);
 }
 
 size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
@@ -7458,31 +7740,46 @@ static int comes_before(struct candidate a, struct candidate b)
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
-/* top[0], top[-1] ... top[1-n] is a heap with the first in order on top, but
- * for top[-i], which may have to go down. */
-static void sift_down(struct candidate *top, int n, int i)
+/* c[n] is a heap with the last in order on top, but for c[i], which may have to
+ * go down. */
+static void sift_down(struct candidate *c, int n, int i)
 {
-    const struct candidate moved = top[-i];
+    const struct candidate moved = c[i];
 
     for (int child = 2 * i + 1; child < n; child = 2 * i + 1) {
-        if (child + 1 < n && comes_before(top[-child - 1], top[-child]))
+        if (child + 1 < n && comes_before(c[child], c[child + 1]))
             child++;
-        if (!comes_before(top[-child], moved))
+        if (!comes_before(moved, c[child]))
             break;
-        top[-i] = top[-child];
+        c[i] = c[child];
         i = child;
     }
-    top[-i] = moved;
+    c[i] = moved;
 }
 
-/* Bring the first of such a heap c[n] to its front; the rest stays a heap. */
-static void pop_first(struct candidate *c, int n)
+static void swap(struct candidate *a, struct candidate *b)
 {
-    const struct candidate first = c[n - 1];
+    const struct candidate was = *a;
 
-    c[n - 1] = c[0];
-    c[0] = first;
-    sift_down(&c[n - 1], n - 1, 0);
+    *a = *b;
+    *b = was;
+}
+
+/* Bring the first k of c[n] to its front, sorted.  A heap of k takes in what
+ * comes before its last, which little does; then it is emptied from the top. */
+static void sort_first(struct candidate *c, int n, int k)
+{
+    for (int i = k / 2; i-- > 0;)
+        sift_down(c, k, i);
+    for (int i = k; i < n; i++)
+        if (comes_before(c[i], c[0])) {
+            swap(&c[0], &c[i]);
+            sift_down(c, k, 0);
+        }
+    for (int i = k; i-- > 1;) {
+        swap(&c[0], &c[i]);
+        sift_down(c, i, 0);
+    }
 }
 
 /* The index of the highest logit, the first of several; -1 if there is none or
@@ -7527,46 +7824,11 @@ static void penalise(const lfm2_sampler *s, struct candidate *mark,
     }
 }
 
-/* The lowest x with e^x >= p, so that probabilities need not be computed to be
- * compared. */
-static float log_of(float p)
+/* Does min-p keep a logit that differs from the highest by x?  Where x is below
+ * `least`, e^x is surely below min_p and need not be computed. */
+static int is_likely(float x, float min_p, float least)
 {
-    float low = -88, high = 0;
-
-    for (int i = 0; i < 40; i++) {
-        const float mid = (low + high) / 2;
-        if (exp_f32(mid) < p)
-            low = mid;
-        else
-            high = mid;
-    }
-    return high;
-}
-
-static void make_heap(struct candidate *c, int n)
-{
-    for (int i = n / 2; i-- > 0;)
-        sift_down(&c[n - 1], n, i);
-}
-
-/* The k likeliest of c[n], k < n, sorted: first a heap of k with the least
- * likely on top, which most others do not beat.  There both numbers are
- * negative, which turns the order round. */
-static void keep_first(struct candidate *c, int n, int k)
-{
-    for (int i = 0; i < n; i++) {
-        const struct candidate x = { -c[i].p, -c[i].id };
-        if (i < k)
-            c[i] = x;
-        if (i == k - 1)
-            make_heap(c, k);
-        if (i < k || !comes_before(c[k - 1], x))
-            continue;
-        c[k - 1] = x;
-        sift_down(&c[k - 1], k, 0);
-    }
-    for (int i = 0; i < k; i++)
-        c[i] = (struct candidate){ -c[i].p, -c[i].id };
+    return x == 0 || !(min_p > 0) || (x >= least && exp_f32(x) >= min_p);
 }
 
 /* Leave in c what top-k, top-p and min-p leave over, at least one: the highest
@@ -7575,35 +7837,38 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
                              const float *logits, int n_vocab, float max)
 {
     const int by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p < 1;
-    const float least = s->min_p > 0 ? log_of(s->min_p) : -INFINITY;
     double sum = 0, mass = 0;
+    float least = 0;
     int n = 0, kept = 0, sorted = 0;
 
+    while (least > -88 && exp_f32(least) >= s->min_p)
+        least -= 1;
     /* min-p keeps the front of the same order as the others do, so it may come
      * first, unless top-p is to see all that top-k leaves. */
     for (int32_t id = 0; id < n_vocab; id++)
-        if (logits[id] >= -FLT_MAX &&
-            ((by_k && by_p) || logits[id] - max >= least))
+        if (logits[id] >= -FLT_MAX && ((by_k && by_p) ||
+            is_likely(logits[id] - max, s->min_p, least)))
             c[n++] = (struct candidate){ logits[id], id };
     if (!by_k && !by_p)
         return n;
-    if (by_k && s->top_k < n) {
-        keep_first(c, n, s->top_k);
-        n = s->top_k;
+    if (by_k) {
+        sorted = s->top_k < n ? s->top_k : n;
+        sort_first(c, n, sorted);
+        n = sorted;
     }
-    make_heap(c, n);
-    for (; by_k && sorted < n; sorted++)
-        pop_first(c + sorted, n - sorted);
     if (!by_p)
         return n;
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
         sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
     for (; kept < n && (kept == 0 || mass < s->top_p * sum); kept++) {
-        if (kept == sorted)
-            pop_first(c + sorted++, n - kept);
+        if (kept == sorted) {             /* then four times as many         */
+            const int left = n - sorted, more = 3 * sorted + 64;
+            sort_first(c + sorted, left, more < left ? more : left);
+            sorted += more < left ? more : left;
+        }
         mass += exp_f32(c[kept].p - max);
     }
-    while (kept > 1 && c[kept - 1].p - max < least)
+    while (kept > 1 && !is_likely(c[kept - 1].p - max, s->min_p, least))
         kept--;
     return kept;
 }
@@ -7640,8 +7905,8 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
     return last;
 }
 
-int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
-                    const int32_t *history, int n_history)
+static int32_t sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                      const int32_t *history, int n_history)
 {
     const int n_vocab = ctx->model->cfg.n_vocab;
     int32_t best;
@@ -7657,6 +7922,18 @@ int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
     const int n = choose_candidates(s, ctx->candidates, logits, n_vocab,
                                     logits[best]);
     return draw(ctx->candidates, n, logits[best], s->temperature, u);
+}
+
+int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
+                    const int32_t *history, int n_history)
+{
+    fenv_t callers;
+    int32_t token;
+
+    enter_arithmetic(&callers);
+    token = sample(ctx, s, logits, history, n_history);
+    fesetenv(&callers);
+    return token;
 }
 
 /* --------------------------------------------------------- 27. Unicode classes

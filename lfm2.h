@@ -265,11 +265,11 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
 
 /* What the machine can do at best, to hold a speed against: busy all threads of
  * the context with one thing.  READ reads weights of the model as they lie in
- * memory (all, or the first 2 GiB) and returns how many bytes; DOT multiplies
- * int8 numbers in registers with the instruction the context's kernels use, and
- * returns how many multiply-adds; DECODE multiplies one row with weights that
- * stay in the second-level cache, half a MiB for each thread, and returns how
- * many bytes of weights.  The caller takes the time. */
+ * memory (all, or the first 2 GiB) and returns how many bytes; DECODE multiplies
+ * one row with weights that stay in the second-level cache, half a MiB for each
+ * thread, and returns how many bytes of weights; DOT does so with 48 rows, and
+ * returns how many multiply-adds.  The caller takes the time.  LFM2_EARG in the child of
+ * a fork(), as of lfm2_forward(). */
 enum { LFM2_READ, LFM2_DOT, LFM2_DECODE };
 int64_t lfm2_exercise(lfm2_context *ctx, int what);
 
@@ -320,9 +320,11 @@ int  lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
                                 size_t size, lfm2_error *err);
 void lfm2_tokenizer_close(lfm2_tokenizer *t);
 
-/* Write tokenizer.bin into buf[cap]; returns the bytes it takes, like
- * snprintf. */
-size_t lfm2_tokenizer_export(const lfm2_tokenizer *t, void *buf, size_t cap);
+/* Write a tokenizer.bin into buf[cap]: the vocabulary of a GGUF, given by its
+ * bytes, as it is there.  Returns how many bytes it takes, like snprintf; 0 and
+ * an error if the file holds no vocabulary. */
+size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
+                             size_t cap, lfm2_error *err);
 
 int     lfm2_n_vocab(const lfm2_tokenizer *t);
 int32_t lfm2_bos(const lfm2_tokenizer *t);        /* -1 if there is none     */
@@ -332,8 +334,10 @@ int     lfm2_is_eog(const lfm2_tokenizer *t, int32_t token);  /* ends a turn */
 /* Text in, token ids out: returns how many there are and writes no more than
  * `cap`, like snprintf; len + 1 is always enough.  Text is only ever text:
  * "<|im_end|>" typed by a user becomes ordinary tokens, unless SPECIAL asks for
- * control tokens to be recognised.  Negative: LFM2_ENOMEM or LFM2_EARG (more
- * than 1 GiB). */
+ * control tokens to be recognised.  Some files have user-defined tokens besides
+ * ("python" in those of LFM2): these are recognised in any text.  BOS, EOS and
+ * the markers of a turn count as control tokens even if the file calls them
+ * user-defined.  Negative: LFM2_ENOMEM or LFM2_EARG (more than 1 GiB). */
 enum { LFM2_ENCODE_BOS = 1, LFM2_ENCODE_SPECIAL = 2 };
 
 int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,

@@ -3564,17 +3564,34 @@ static int finish_file(FILE *f, const char *path, int code)
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
 
-static int export_words(const struct settings *s, const lfm2_tokenizer *words)
+static int export_words(const struct settings *s)
 {
-    const size_t n = lfm2_tokenizer_export(words, NULL, 0);
-    void *buf = malloc(n);
+    const char *path = s->tokenizer ? s->tokenizer : s->model;
+    lfm2_model *model;
+    lfm2_error err;
+    const void *data;
+    void *buf = NULL;
+    size_t size, n = 0;
     FILE *f;
 
+    watch_file(path);
+    lfm2_model_examine(&model, path, LFM2_LOAD_MAP, &err);
+    if (model) {
+        data = lfm2_model_file(model, &size);
+        n = lfm2_tokenizer_export(data, size, NULL, 0, &err);
+        buf = n > 0 ? malloc(n) : NULL;
+        if (buf)
+            n = lfm2_tokenizer_export(data, size, buf, n, &err);
+    }
+    lfm2_model_close(model);
+    unwatch_file();
+    if (n == 0)
+        return report(path, &err);
     if (!buf)
         return say(NO_MEMORY, "no memory for %zu bytes", n);
     f = create_file(s->export_to);
     if (f)
-        fwrite(buf, 1, lfm2_tokenizer_export(words, buf, n), f);
+        fwrite(buf, 1, n, f);
     free(buf);
     return f ? finish_file(f, s->export_to, DONE) : BAD_FILE;
 }
@@ -3590,7 +3607,7 @@ static int work_on_words(const struct settings *s)
     if (code != DONE)
         return code;
     if (s->export_to)
-        code = export_words(s, words);
+        code = export_words(s);
     else
         code = read_text(s, &t);
     if (code == DONE && s->tokenize)

@@ -127,6 +127,37 @@ START_TEST(default_parameters_open)
 }
 END_TEST
 
+START_TEST(without_a_length_it_is_that_of_the_training)
+{
+    static const struct { uint64_t train; int n_ctx; } known[] = {
+        { 1, 1 }, { 4096, 4096 }, { 1 << 20, 1 << 20 }, { 1 << 24, 1 << 24 },
+        { 0x7fffffff, 1 << 24 }
+    };
+    lfm2_params p = { .n_seq = 1, .n_batch = 1, .n_logits = 1, .n_threads = 1 };
+
+    for (size_t i = 0; i < COUNT(known); i++) {
+        const struct edit edits[] = {
+            { .kind = SET, .name = "lfm2.context_length", .a = T_U32,
+              .b = known[i].train }, { .kind = NO_EDIT }
+        };
+        struct bytes other = tiny_model(&(struct tiny){ .edits = edits });
+        lfm2_model *m;
+        ck_assert(lfm2_model_open_memory(&m, other.p, other.n, NULL) == 0);
+        p.n_ctx = known[i].n_ctx;
+        const uint64_t size = lfm2_context_size(m, &p);
+        p.n_ctx = 0;
+        ck_assert(size > 0 && lfm2_context_size(m, &p) == size);
+        if (known[i].n_ctx <= 4096) {
+            lfm2_context *ctx = open_context(m, p);
+            ck_assert_int_eq(lfm2_context_params(ctx).n_ctx, known[i].n_ctx);
+            lfm2_context_close(ctx);
+        }
+        lfm2_model_close(m);
+        free(other.p);
+    }
+}
+END_TEST
+
 static const struct { const char *name; size_t field; int value; } bad_param[]
 = {
     { "n_ctx", offsetof(lfm2_params, n_ctx), -1 },
@@ -606,6 +637,7 @@ Suite *api_suite(void)
     tcase_add_test(c, the_version_is_that_of_the_header);
     tcase_add_test(c, kernels_and_weight_types_are_listed);
     tcase_add_test(c, default_parameters_open);
+    tcase_add_test(c, without_a_length_it_is_that_of_the_training);
     tcase_add_loop_test(c, parameters_out_of_range_are_named, 0,
                         (int)COUNT(bad_param));
     tcase_add_test(c, the_size_grows_with_what_is_asked_for);

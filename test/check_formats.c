@@ -17,7 +17,7 @@ static int same_value(float a, double b)
 /* Row 0 of a tensor at p, as the engine reads it and as the reference does. */
 static void expect_row(int type, const uint8_t *p, int cols, const char *what)
 {
-    const struct tensor w = { format_find((uint32_t)type), 1, cols, p };
+    const struct tensor w = { format_find((uint32_t)type), 1, cols, p, NULL };
     float *row = malloc((size_t)cols * sizeof *row);
     double *exact = malloc((size_t)cols * sizeof *exact);
 
@@ -93,7 +93,7 @@ START_TEST(blocks_of_noise_are_read_alike)
 
     ck_assert(b != NULL);
     for (int round = 0; round < 3000; round++) {
-        const struct tensor w = { f, 1, cols, b };
+        const struct tensor w = { f, 1, cols, b, NULL };
         for (size_t i = 0; i < size; i++)
             b[i] = (uint8_t)random_u32(&rng);
         get_row(row, &w, 0);
@@ -142,7 +142,8 @@ START_TEST(rows_and_experts_are_found_where_they_lie)
     const int type = weight_types[_i];
     uint64_t rng = 3;
     struct bytes b = random_weights(type, COLS, ROWS * DEPTH, &rng);
-    const struct tensor all = { format_find((uint32_t)type), ROWS, COLS, b.p };
+    const struct tensor all = { format_find((uint32_t)type), ROWS, COLS, b.p,
+                                NULL };
     const size_t row_size = b.n / (ROWS * DEPTH);
     float row[COLS];
     double exact[COLS];
@@ -163,7 +164,7 @@ END_TEST
 
 /* ---------------------------------------------------------- matrix products */
 
-enum { PRODUCT_COLS = 512, PRODUCT_ROWS = 7, PRODUCT_TOKENS = 5 };
+enum { PRODUCT_COLS = 512, PRODUCT_ROWS = 71, PRODUCT_TOKENS = 5 };
 
 /* What the engine multiplies: for float weights the input itself, else the
  * input as it was rounded. */
@@ -199,6 +200,20 @@ static void expect_product(const struct tensor *w, const struct input *in,
     free(exact);
 }
 
+/* What all threads of a context compute. */
+static struct {
+    struct input *in;
+    const struct tensor *w;
+    float *y;
+} multiplied;
+
+static void multiply(const struct thread *me)
+{
+    round_rows(me, multiplied.in);
+    barrier(me);
+    matmul(me, ASSIGN, multiplied.y, multiplied.w, multiplied.in);
+}
+
 START_TEST(a_product_is_the_sum_of_its_terms)
 {
     const int type = weight_types[_i];
@@ -206,7 +221,9 @@ START_TEST(a_product_is_the_sum_of_its_terms)
     struct bytes file = tiny_model(&t), b;
     const lfm2_params p = { .n_ctx = 8, .n_seq = 1, .n_batch = 8,
                             .n_threads = 2 };
-    float x[PRODUCT_TOKENS * PRODUCT_COLS], y[PRODUCT_TOKENS * PRODUCT_ROWS];
+    static float x[PRODUCT_TOKENS * PRODUCT_COLS];
+    static float y[PRODUCT_TOKENS * PRODUCT_ROWS];
+    static struct q8_block q[PRODUCT_TOKENS * PRODUCT_COLS / 32];
     lfm2_model *m;
     lfm2_context *ctx;
     uint64_t rng = 4;
@@ -220,14 +237,88 @@ START_TEST(a_product_is_the_sum_of_its_terms)
         b = random_weights(type, PRODUCT_COLS, PRODUCT_ROWS, &rng);
         const struct tensor w = { format_find((uint32_t)type), PRODUCT_ROWS,
                                   PRODUCT_COLS, b.p };
-        load_input(ctx, &ctx->hidden, x, PRODUCT_TOKENS, PRODUCT_COLS);
-        matmul(ctx, ASSIGN, y, &w, &ctx->hidden);
-        expect_product(&w, &ctx->hidden, y);
+        struct input in = { .n = PRODUCT_TOKENS, .cols = PRODUCT_COLS, .f = x,
+                            .q = q };
+        multiplied.in = &in;
+        multiplied.w = &w;
+        multiplied.y = y;
+        parallel(ctx, 2, multiply);
+        expect_product(&w, &in, y);
         free(b.p);
     }
     lfm2_context_close(ctx);
     lfm2_model_close(m);
     free(file.p);
+}
+END_TEST
+
+/* -------------------------------------------------------- what follows what */
+
+/* "blk.<layer>.<name>" of a matrix, or what else it is. */
+static const char *name_of(const lfm2_model *m, const struct tensor *w)
+{
+    static char name[80];
+
+    for (int il = 0; il < m->cfg.n_layer; il++)
+        for (size_t i = 0; i < COUNT(bindings); i++)
+            if ((char *)w == (char *)&m->layer[il] + bindings[i].field) {
+                snprintf(name, sizeof name, "blk.%d.%s", il, bindings[i].name);
+                *strrchr(name, '.') = 0;
+                return name;
+            }
+    return w == &m->output ? "output" : w ? "unknown" : "none";
+}
+
+/* From the first matrix on, each by the one before it; and back to it. */
+static void expect_order(const struct tiny *t, const char *const *names)
+{
+    struct bytes file = tiny_model(t);
+    lfm2_model *m;
+
+    ck_assert(lfm2_model_open_memory(&m, file.p, file.n, NULL) == LFM2_OK);
+    const struct tensor *w = &m->layer[0].shortconv_in_proj;
+    for (int i = 0; names[i]; w = w->next, i++) {
+        ck_assert_str_eq(name_of(m, w), names[i]);
+        ck_assert(w->data && w->rows > 0);
+        if (strcmp(names[i], "blk.1.ffn_gate_inp") == 0) {
+            ck_assert(!w->next && !m->layer[1].ffn_gate_exps.next);
+            ck_assert(!m->layer[1].ffn_up_exps.next);
+            w = &m->layer[1].ffn_down_exps;
+        }
+    }
+    for (int il = 0; il < m->cfg.n_layer_dense; il++)
+        ck_assert(m->layer[il].ffn_up.next == NULL);
+    for (int il = m->cfg.n_layer_dense; il < 4; il++)
+        ck_assert_str_eq(name_of(m, m->layer[il].ffn_down_exps.next), il == 3 ?
+                         "output" : il == 2 ? "blk.3.attn_q" :
+                         "blk.2.shortconv.in_proj");
+    ck_assert(m->output.next == &m->layer[0].shortconv_in_proj);
+    ck_assert(m->token_embd.next == NULL);
+    lfm2_model_close(m);
+    free(file.p);
+}
+
+START_TEST(each_matrix_knows_which_is_read_next)
+{
+    static const char *const dense[] = {
+        "blk.0.shortconv.in_proj", "blk.0.shortconv.out_proj", "blk.0.ffn_gate",
+        "blk.0.ffn_down", "blk.1.attn_q", "blk.1.attn_k", "blk.1.attn_v",
+        "blk.1.attn_output", "blk.1.ffn_gate", "blk.1.ffn_down",
+        "blk.2.shortconv.in_proj", "blk.2.shortconv.out_proj", "blk.2.ffn_gate",
+        "blk.2.ffn_down", "blk.3.attn_q", "blk.3.attn_k", "blk.3.attn_v",
+        "blk.3.attn_output", "blk.3.ffn_gate", "blk.3.ffn_down", "output",
+        "blk.0.shortconv.in_proj", NULL
+    };
+    static const char *const moe[] = {
+        "blk.0.shortconv.in_proj", "blk.0.shortconv.out_proj", "blk.0.ffn_gate",
+        "blk.0.ffn_down", "blk.1.attn_q", "blk.1.attn_k", "blk.1.attn_v",
+        "blk.1.attn_output", "blk.1.ffn_gate_inp", "blk.2.shortconv.in_proj",
+        "blk.2.shortconv.out_proj", "blk.2.ffn_gate_inp", NULL
+    };
+
+    expect_order(&(struct tiny){ .untied = _i }, dense);
+    expect_order(&(struct tiny){ .fused_qkv = 1, .untied = _i }, dense);
+    expect_order(&(struct tiny){ .moe = 1, .untied = _i }, moe);
 }
 END_TEST
 
@@ -248,6 +339,7 @@ Suite *formats_suite(void)
                         N_WEIGHT_TYPES);
     tcase_add_loop_test(c, a_product_is_the_sum_of_its_terms, 0,
                         N_WEIGHT_TYPES);
+    tcase_add_loop_test(c, each_matrix_knows_which_is_read_next, 0, 2);
     suite_add_tcase(s, c);
     return s;
 }

@@ -277,10 +277,10 @@ patch() {
 
 patch lfm2moe.feed_forward_length 4 '\0\060\0\0'
 expect 0 "a width that is wrong" "$dir/odd.gguf"
-says "tolerated: lfm2moe.feed_forward_length: 12288, but blk.0.ffn_gate.weight"
+says "tolerated: lfm2moe.feed_forward_length: u32 12288, but blk.0.ffn_gate"
 says "dense FFN     n_ff 512"
 expect 0 "a width that is wrong" --json "$dir/odd.gguf"
-has level '"tolerated", "message": "lfm2moe.feed_forward_length: 12288,'
+has level '"tolerated", "message": "lfm2moe.feed_forward_length: u32 12288,'
 patch tokenizer.ggml.pre 12 'qwen'
 expect 0 "another pre-tokenizer" "$dir/odd.gguf"
 says 'tolerated: tokenizer.ggml.pre: "qwen", expected "lfm2", as which'

@@ -152,18 +152,26 @@ static void expect_chunk(const struct isa *isa, const struct kv_head *kv,
 {
     const struct attn_rows rows = { q, (size_t)n_q * (size_t)kv->head_dim,
                                     n_rows, n_q, pos + n - n_rows };
-    struct attn_partial a[9], b[9];
-    struct scratch s = { 0 };
+    const size_t hd = (size_t)kv->head_dim, n_all = (size_t)(n_rows * n_q);
+    struct attn_partial *a = room(n_all * sizeof *a);
+    struct attn_partial *b = room(n_all * sizeof *b);
+    struct scratch s = { .tile = room((hd + 1) * TILE * 4),
+                         .score = room(n_all * CHUNK * 4) };
 
     isa->attend_chunk(a, &rows, kv, pos, &s);
     attend_chunk(b, &rows, kv, pos, &s);
     for (int i = 0; i < n_rows * n_q; i++)
         if (chunk_seen(&rows, i / n_q, pos) > 0)
-        EXPECT_MSG(bits_of(a[i].max) == bits_of(b[i].max) &&
-                   bits_of(a[i].sum) == bits_of(b[i].sum) &&
-                   memcmp(a[i].o, b[i].o, (size_t)kv->head_dim * 4) == 0,
-                   "head_dim %d, %d queries, %d positions from %d, f16 %d",
-                   kv->head_dim, n_q, n, pos, kv->f16);
+            EXPECT_MSG(bits_of(a[i].max) == bits_of(b[i].max) &&
+                       bits_of(a[i].sum) == bits_of(b[i].sum) &&
+                       memcmp(a[i].o, b[i].o, hd * 4) == 0,
+                       "head_dim %d, %d rows of %d queries, %d positions from "
+                       "%d, f16 %d", kv->head_dim, n_rows, n_q, n, pos,
+                       kv->f16);
+    free(a);
+    free(b);
+    free(s.tile);
+    free(s.score);
 }
 
 START_TEST(chunks_of_attention)
@@ -171,7 +179,7 @@ START_TEST(chunks_of_attention)
     static const int dims[] = { 2, 16, 32, 48, 64, 80, 96, 128, 256 };
     const struct isa *isa = isa_or_none(_i);
     uint64_t rng = 5;
-    float q[9 * 256], k[256], v[256];
+    float q[27 * 256], k[256], v[256];
 
     for (size_t i = 0; isa && i < 2 * COUNT(dims); i++) {
         const int hd = dims[i / 2], f16 = i % 2;
@@ -183,11 +191,17 @@ START_TEST(chunks_of_attention)
             kv_store(&kv, pos, k, v);
         }
         fill(q, COUNT(q), &rng);
-        for (int n = 1; n <= CHUNK; n += STEP + n / 20)
-            if (n % 3 > 0)
-                expect_chunk(isa, &kv, q, 1, 1 + n % 9, n % 2 * CHUNK, n);
-            else
-                expect_chunk(isa, &kv, q, 1 + n % 2, 4, n % 2 * CHUNK, n);
+        for (int n = 1; n <= CHUNK; n += STEP + n / 20) {
+            expect_chunk(isa, &kv, q, 1, 1 + n % 9, n % 2 * CHUNK, n);
+            for (int rows = 2; rows <= 9 && rows <= n; rows += 1 + n % 3)
+                expect_chunk(isa, &kv, q, rows, 1 + n % 5 % 3, n % 2 * CHUNK,
+                             n);
+        }
+        /* rows of the chunk before, which see nothing, and of the one after,
+         * which see all */
+        expect_chunk(isa, &kv, q, 9, 3, CHUNK, 2);
+        expect_chunk(isa, &kv, q, 6, 4, 0, CHUNK + 3);
+        expect_chunk(isa, &kv, q, 9, 3, 0, 2 * CHUNK);
         free(kv.k);
         free(kv.v);
     }
@@ -208,7 +222,9 @@ static void expect_products(const struct isa *isa, int type, int cols, int rows,
     const size_t n = (size_t)MOST_TOKENS * (size_t)cols, c = (size_t)cols;
     float *out[2] = { room(MOST_TOKENS * UNIT * 4), room(MOST_TOKENS * UNIT * 4) };
     struct scratch s = { .q = room(c * 32), .d = room(c * 8),
-                         .m = room(c * 8), .f = room(c * 4) };
+                         .m = room(c * 8), .f = room(c * UNIT * 4),
+                         .chain = room(MOST_X_ROWS * UNIT * 16 * 4),
+                         .few = room(FEW_BYTES) };
     struct input in = { 0, cols, NULL, room(n * 4),
                         room(n / 32 * sizeof *in.q) };
     int order[MOST_TOKENS];
@@ -237,6 +253,8 @@ static void expect_products(const struct isa *isa, int type, int cols, int rows,
     free(s.d);
     free(s.m);
     free(s.f);
+    free(s.chain);
+    free(s.few);
     free(in.f);
     free(in.q);
     free(b.p);
@@ -252,11 +270,13 @@ START_TEST(products)
     uint64_t rng = 6;
 
     for (int rows = 1; isa && rows <= 75; rows += 37)
-        for (int n = 1; n <= (block == 32 ? 9 : 2); n += block == 32 ? 4 : 1)
+        for (int n = 1; n <= (block == 32 ? 9 : 2); n += n % 4 == 0 || block > 32 ? 1 : 3)
             expect_products(isa, type, n * block, rows, &rng);
     for (int cols = 8; isa && weight_type_block(type) == 1 && cols < 64;
          cols += 16)
         expect_products(isa, type, cols, 40, &rng);
+    if (isa && weight_type_block(type) == 1)
+        expect_products(isa, type, 2 * BLOCK_COLS + 48, 43, &rng);
 }
 END_TEST
 

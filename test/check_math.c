@@ -102,6 +102,41 @@ START_TEST(sine_and_cosine_are_right_for_every_position)
 }
 END_TEST
 
+/* The longest context there is has 2^24 positions. */
+START_TEST(sine_and_cosine_hold_for_the_longest_context)
+{
+    uint64_t rng = 6;
+
+    for (int i = 0; i <= 2 * MILLION; i++) {
+        float a = i % 2 ? (float)(random_u32(&rng) >> 8)
+                        : (random_float(&rng) + 1) * 0x1p23f, s, c;
+        if (i == 0)
+            a = MAX_CTX;
+        sin_cos((double)a, &s, &c);
+        EXPECT_MSG(fabs((double)s - sin((double)a)) < 3.1e-8 &&
+                   fabs((double)c - cos((double)a)) < 3.1e-8,
+                   "%a: %a and %a", (double)a, (double)s, (double)c);
+    }
+    ck_assert(same_bits(lfm2_math(LFM2_SIN, 0x1p24f, 0, 0),
+                        (float)sin(0x1p24)));
+}
+END_TEST
+
+/* What was computed before angles above 800,000 were reduced twice. */
+START_TEST(sine_and_cosine_are_what_they_were)
+{
+    uint64_t h = HASH_START;
+
+    for (int i = 0; i < 2 * MILLION; i++) {
+        float s, c;
+        sin_cos(i * 0.4, &s, &c);
+        h = (h ^ bits_of(s)) * 0x100000001b3u;
+        h = (h ^ bits_of(c)) * 0x100000001b3u;
+    }
+    EXPECT_MSG(h == 0x53ed995e49dcb38bu, "hash %016llx", ull(h));
+}
+END_TEST
+
 START_TEST(roots_are_right)
 {
     const double base[] = { 1, 10000, 1e6, 5e6, 1e7, 1e12 };
@@ -111,6 +146,32 @@ START_TEST(roots_are_right)
             double r = nth_root(base[b], n);
             EXPECT(fabs(r / pow(base[b], 1.0 / n) - 1) < 1e-14);
         }
+}
+END_TEST
+
+/* What is computed of a file when it is opened. */
+START_TEST(a_model_is_opened_alike_whatever_the_rounding)
+{
+    static const int modes[] = {
+        FE_TONEAREST,
+#ifdef FE_UPWARD
+        FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO
+#endif
+    };
+    const struct tiny t = { 0 };
+    struct bytes file = tiny_model(&t);
+    double root = 0;
+
+    for (size_t i = 0; i < COUNT(modes); i++) {
+        lfm2_model *m;
+        ck_assert(fesetround(modes[i]) == 0);
+        ck_assert(lfm2_model_open_memory(&m, file.p, file.n, NULL) == LFM2_OK);
+        fesetround(FE_TONEAREST);
+        root = i == 0 ? m->rope_root : root;
+        ck_assert(memcmp(&root, &m->rope_root, sizeof root) == 0);
+        lfm2_model_close(m);
+    }
+    free(file.p);
 }
 END_TEST
 
@@ -242,7 +303,10 @@ Suite *math_suite(void)
     tcase_add_test(c, exp_is_within_one_and_a_half_ulp);
     tcase_add_test(c, exp_at_its_edges);
     tcase_add_test(c, sine_and_cosine_are_right_for_every_position);
+    tcase_add_test(c, sine_and_cosine_hold_for_the_longest_context);
+    tcase_add_test(c, sine_and_cosine_are_what_they_were);
     tcase_add_test(c, roots_are_right);
+    tcase_add_test(c, a_model_is_opened_alike_whatever_the_rounding);
     tcase_add_test(c, the_functions_can_be_called_from_outside);
     tcase_add_test(c, every_half_becomes_a_float_and_back);
     tcase_add_test(c, floats_round_to_the_nearest_half);

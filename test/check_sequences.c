@@ -26,11 +26,12 @@ static void feed(lfm2_context *ctx, int seq, const int32_t *tokens, int n)
     EXPECT_MSG(lfm2_forward(ctx, &span, 1, &err) == LFM2_OK, "%s", err.msg);
 }
 
-static lfm2_context *open_context(const lfm2_model *m, int n_ctx, int kv_type)
+static lfm2_context *open_batch(const lfm2_model *m, int n_ctx, int kv_type,
+                                int n_batch)
 {
-    const lfm2_params p = { .n_ctx = n_ctx, .n_seq = 3, .n_batch = 100,
-                            .n_logits = n_ctx, .n_threads = 1,
-                            .kv_type = kv_type };
+    const lfm2_params p = { .n_ctx = n_ctx, .n_seq = 3, .n_batch = n_batch,
+                            .n_logits = n_ctx < 600 ? n_ctx : 600,
+                            .n_threads = 1, .kv_type = kv_type };
     lfm2_context *ctx;
     lfm2_error err;
 
@@ -38,19 +39,23 @@ static lfm2_context *open_context(const lfm2_model *m, int n_ctx, int kv_type)
     return ctx;
 }
 
+static lfm2_context *open_context(const lfm2_model *m, int n_ctx, int kv_type)
+{
+    return open_batch(m, n_ctx, kv_type, 100);
+}
+
 /* With the step at which the conv state is kept.  What decides it is how much
  * state there is; so the model gets layers of conv state that no layer uses. */
-static struct rig *open_rig(int step)
+static struct rig *open_rig_of(struct tiny t, int kv_type, int step)
 {
     struct rig *r = calloc(1, sizeof *r);
-    const struct tiny t = { .type = 2, .moe = 1 };
     uint64_t rng = 5;
 
     r->file = tiny_model(&t);
     ck_assert(lfm2_model_open_memory(&r->model, r->file.p, r->file.n, NULL) ==
               LFM2_OK);
     r->model->n_conv = step == 64 ? 2 : step == 128 ? 5 : 12;
-    r->ctx = open_context(r->model, 600, LFM2_KV_F16);
+    r->ctx = open_context(r->model, 600, kv_type);
     ck_assert_int_eq(lfm2_seq_step(r->ctx), step);
     for (int i = 0; i < N; i++)
         r->tokens[i] = (int32_t)(random_u32(&rng) % N_VOCAB_ALL);
@@ -60,6 +65,17 @@ static struct rig *open_rig(int step)
     memcpy(r->logits, lfm2_logits(r->ctx, 0, 0),
            N * N_VOCAB_ALL * sizeof *r->logits);
     return r;
+}
+
+static struct rig *open_rig(int step)
+{
+    return open_rig_of((struct tiny){ .type = 2, .moe = 1 }, LFM2_KV_F16, step);
+}
+
+/* With so many taps. */
+static struct rig *open_taps(int l_cache)
+{
+    return open_rig_of((struct tiny){ .l_cache = l_cache }, LFM2_KV_F32, 64);
 }
 
 static void close_rig(struct rig *r)
@@ -388,6 +404,244 @@ START_TEST(a_context_too_short_is_full)
 }
 END_TEST
 
+/* ---------------------------------------------- the last tokens taken back */
+
+enum { BACK = 16 };
+
+/* Trim a copy of sequence 0 to `len`: `kept` are left, and it goes on. */
+static void expect_trim(const struct rig *r, lfm2_context *ctx, int len,
+                        int kept)
+{
+    ck_assert(lfm2_seq_copy(ctx, 1, 0, NULL) == LFM2_OK);
+    ck_assert_int_eq(lfm2_seq_trim(ctx, 1, len), kept);
+    expect_continues(r, ctx, 1, kept, len + 3);
+}
+
+/* At the start of a text and later, with every number of taps. */
+START_TEST(up_to_sixteen_tokens_are_taken_back_exactly)
+{
+    static const int calls[] = { 1, 5, 16, 17, 40 };
+    struct rig *r = open_taps(_i);
+
+    for (int before = 0; before <= 70; before += 70)
+        for (size_t i = 0; i < COUNT(calls); i++) {
+            const int len = before + calls[i];
+            lfm2_seq_trim(r->ctx, 0, 0);
+            if (before > 0)
+                feed(r->ctx, 0, r->tokens, before);
+            feed(r->ctx, 0, r->tokens + before, calls[i]);
+            for (int back = 1; back <= BACK && back <= len; back++)
+                expect_trim(r, r->ctx, len - back, len - back);
+            if (len > BACK)
+                expect_trim(r, r->ctx, len - BACK - 1,
+                            (len - BACK - 1) / 64 * 64);
+        }
+    close_rig(r);
+}
+END_TEST
+
+START_TEST(what_was_taken_back_counts)
+{
+    struct rig *r = open_taps(_i);
+
+    lfm2_seq_trim(r->ctx, 0, 100);
+    ck_assert_int_eq(lfm2_seq_trim(r->ctx, 0, 0), 0);
+    feed(r->ctx, 0, r->tokens, 100);
+    ck_assert_int_eq(lfm2_seq_trim(r->ctx, 0, 90), 90);
+    expect_trim(r, r->ctx, 84, 84);
+    expect_trim(r, r->ctx, 83, 64);
+    feed(r->ctx, 0, r->tokens + 200, 5);              /* other ones, in vain */
+    ck_assert_int_eq(lfm2_seq_trim(r->ctx, 0, 90), 90);
+    ck_assert_int_eq(lfm2_seq_trim(r->ctx, 0, 84), 84);
+    expect_continues(r, r->ctx, 0, 84, 87);
+    expect_trim(r, r->ctx, 84, 84);
+    expect_trim(r, r->ctx, 83, 64);
+
+    /* From a mark on, only what is read again. */
+    ck_assert_int_eq(lfm2_seq_trim(r->ctx, 0, 80), 64);
+    expect_trim(r, r->ctx, 63, 0);
+    feed(r->ctx, 0, r->tokens + 64, 6);
+    for (int len = 64; len < 70; len++)
+        expect_trim(r, r->ctx, len, len);
+    expect_trim(r, r->ctx, 63, 0);
+    close_rig(r);
+}
+END_TEST
+
+/* As those do who guess what comes next: read some right tokens and some wrong
+ * ones, and take back the wrong ones. */
+START_TEST(wrong_guesses_leave_nothing)
+{
+    struct rig *r = open_taps(_i);
+    uint64_t rng = 9;
+
+    for (int round = 0; round < 40; round++) {
+        int len = lfm2_seq_len(r->ctx, 0), kept;
+        int32_t guess[20];
+        if (len > N - 30)
+            len = lfm2_seq_trim(r->ctx, 0, len % 64);
+        const int n = 1 + (int)(random_u32(&rng) % COUNT(guess));
+        const int right = (int)(random_u32(&rng) % (uint32_t)(n + 1));
+        for (int i = 0; i < n; i++)
+            guess[i] = i < right ? r->tokens[len + i]
+                                 : (r->tokens[len + i] + 1) % N_VOCAB_ALL;
+        feed(r->ctx, 0, guess, n);
+        EXPECT(memcmp(lfm2_logits(r->ctx, 0, 0),
+                      r->logits + (size_t)len * N_VOCAB_ALL,
+                      (size_t)right * N_VOCAB_ALL * sizeof(float)) == 0);
+        kept = lfm2_seq_trim(r->ctx, 0, len + right);
+        ck_assert(kept == len + right || n - right > BACK);
+        expect_continues(r, r->ctx, 0, kept, len + right + 1);
+    }
+    close_rig(r);
+}
+END_TEST
+
+/* Loaded, it can be taken back no further than it is read from then on. */
+START_TEST(a_loaded_sequence_has_to_read_on_first)
+{
+    struct rig *r = open_taps(_i);
+
+    for (int len = 40; len <= 70; len += 30) {
+        lfm2_seq_trim(r->ctx, 0, 0);
+        feed(r->ctx, 0, r->tokens, len);
+        struct state s = save(r->ctx, 0);
+        feed(r->ctx, 0, r->tokens + 100, 30);
+        ck_assert(lfm2_seq_load(r->ctx, 0, s.p, s.n, NULL) == LFM2_OK);
+        expect_trim(r, r->ctx, len, len);
+        expect_trim(r, r->ctx, len - 1, (len - 1) / 64 * 64);
+        feed(r->ctx, 0, r->tokens + len, 5);
+        expect_trim(r, r->ctx, len, len);
+        expect_trim(r, r->ctx, len + 4, len + 4);
+        expect_trim(r, r->ctx, len - 1, (len - 1) / 64 * 64);
+        feed(r->ctx, 0, r->tokens + len + 5, 20);
+        expect_trim(r, r->ctx, len + 9, len + 9);
+        free(s.p);
+    }
+    close_rig(r);
+}
+END_TEST
+
+/* Cancels once it has been called so many times. */
+struct canceller { lfm2_context *ctx; int calls; };
+
+static void count_down(void *user, const lfm2_activation *a)
+{
+    struct canceller *c = user;
+
+    (void)a;
+    if (--c->calls == 0)
+        lfm2_cancel(c->ctx);
+}
+
+/* A call of n tokens ended after `calls` records; 0 if it was not. */
+static int cancel_after(struct rig *r, lfm2_context *ctx, int n, int calls)
+{
+    struct canceller c = { ctx, calls };
+    const lfm2_span span = { 0, r->tokens + 200, n, 0 };
+    int code;
+
+    ck_assert(lfm2_trace(ctx, count_down, &c, NULL) == LFM2_OK);
+    code = lfm2_forward(ctx, &span, 1, NULL);
+    lfm2_trace(ctx, NULL, NULL, NULL);
+    if (code == LFM2_OK && c.calls <= 0)  /* too late: the next one is hit   */
+        ck_assert(lfm2_forward(ctx, &span, 1, NULL) == LFM2_ECANCELLED);
+    return code == LFM2_ECANCELLED;
+}
+
+/* A short call has written over the columns that are furthest back; a long one
+ * over all, and the last ones are put back. */
+START_TEST(after_a_cancelled_call_it_goes_on_and_back)
+{
+    static const int calls[] = { 1, 5, 16, 17, 40 };
+    enum { LEN = 90 };
+    struct rig *r = open_taps(_i);
+    lfm2_context *ctx = open_batch(r->model, 300, LFM2_KV_F32, 7);
+
+    feed(ctx, 2, r->tokens, LEN);
+    struct state was = save(ctx, 2);
+    for (size_t i = 0; i < COUNT(calls); i++)
+        for (int at = 1;; at += 10 * calls[i] + 7) {
+            const int left = calls[i] > BACK ? 0 : BACK - calls[i];
+            ck_assert(lfm2_seq_copy(ctx, 0, 2, NULL) == LFM2_OK);
+            const int cancelled = cancel_after(r, ctx, calls[i], at);
+            if (cancelled) {
+                expect_state(ctx, 0, was);
+                expect_trim(r, ctx, LEN, LEN);
+                expect_trim(r, ctx, LEN - left, LEN - left);
+                expect_trim(r, ctx, LEN - left - 1, 64);
+            }
+            if (!cancelled)
+                break;
+        }
+    free(was.p);
+    lfm2_context_close(ctx);
+    close_rig(r);
+}
+END_TEST
+
+/* --------------------------------------------------- memory that goes back */
+
+/* Bytes of this process that are in memory; 0 if the system does not say. */
+static uint64_t resident(void)
+{
+    FILE *f = fopen("/proc/self/statm", "r");
+    unsigned long long pages = 0;
+
+    if (f && fscanf(f, "%*s %llu", &pages) != 1)
+        pages = 0;
+    if (f)
+        fclose(f);
+    return pages * 4096;
+}
+
+/* A text of `len` tokens, all of whose state is 0, without reading it. */
+static void load_zeros(lfm2_context *ctx, int seq, int len)
+{
+    struct state s = save(ctx, seq);
+    const uint64_t n = state_size(ctx, len);
+    uint8_t *p = calloc(1, (size_t)n);
+
+    ck_assert(p != NULL);
+    memcpy(p, s.p, STATE_HEAD);
+    store_le(p + 20, (uint64_t)len, 4);
+    seal((struct state){ p, n });
+    ck_assert(lfm2_seq_load(ctx, seq, p, n, NULL) == LFM2_OK);
+    free(s.p);
+    free(p);
+}
+
+START_TEST(an_emptied_sequence_gives_its_memory_back)
+{
+    enum { LONG = 60000 };
+    struct rig *r = open_rig(64);
+    lfm2_context *ctx = open_context(r->model, LONG + 100, _i);
+    const uint64_t kv = kv_bytes(ctx);
+    uint64_t before, full;
+
+    feed(ctx, 0, r->tokens, 70);
+    feed(ctx, 2, r->tokens, 90);
+    struct state first = save(ctx, 0), last = save(ctx, 2);
+    before = resident();
+    load_zeros(ctx, 1, LONG);
+    full = resident();
+    ck_assert_int_eq(lfm2_seq_trim(ctx, 1, 0), 0);
+    if (before > 0) {
+        EXPECT(full > before + kv / 10 * 9);
+        EXPECT_MSG(resident() < full - kv / 10 * 9, "%llu bytes, then %llu",
+                   ull(full), ull(resident()));
+    }
+    expect_state(ctx, 0, first);
+    expect_state(ctx, 2, last);
+    feed(ctx, 1, r->tokens, 90);
+    expect_state(ctx, 1, last);
+    free(first.p);
+    free(last.p);
+    lfm2_context_close(ctx);
+    close_rig(r);
+}
+END_TEST
+
 /* The state of a real model is kept at the step the header promises. */
 START_TEST(the_step_follows_from_the_shape)
 {
@@ -427,6 +681,12 @@ Suite *sequences_suite(void)
     tcase_add_test(c, a_state_of_another_model_is_refused);
     tcase_add_test(c, a_context_too_short_is_full);
     tcase_add_test(c, the_step_follows_from_the_shape);
+    tcase_add_loop_test(c, up_to_sixteen_tokens_are_taken_back_exactly, 2, 7);
+    tcase_add_loop_test(c, what_was_taken_back_counts, 2, 7);
+    tcase_add_loop_test(c, wrong_guesses_leave_nothing, 2, 7);
+    tcase_add_loop_test(c, a_loaded_sequence_has_to_read_on_first, 2, 7);
+    tcase_add_loop_test(c, after_a_cancelled_call_it_goes_on_and_back, 2, 7);
+    tcase_add_loop_test(c, an_emptied_sequence_gives_its_memory_back, 0, 2);
     suite_add_tcase(s, c);
     return s;
 }

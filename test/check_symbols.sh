@@ -58,6 +58,20 @@ nm -u build/run.o | sed 's/.* //' | cat - "$dir/wanted" |
     grep -E "^_*($functions)\$" >"$dir/outside"
 none "it opens connections or starts programs" outside
 
+# Without SIMD, threads and mmap, C11 is enough: headers of POSIX that stop the
+# compiler, a strict dialect, and no function that C does not have.
+mkdir -p "$dir/no/sys"
+for header in fcntl unistd pthread sched sys/mman sys/stat; do
+    echo "#error \"<$header.h> is not C11\"" >"$dir/no/$header.h"
+done
+holds "the library is C11 when all else is left out" ${CC:-cc} -std=c11 \
+    -pedantic -Werror -ffp-contract=off -DLFM2_NO_SIMD -DLFM2_NO_THREADS \
+    -DLFM2_NO_MMAP -I"$dir/no" -c -o "$dir/bare.o" lfm2.c
+functions="open|openat|fdopen|fileno|f?stat|read|close|mmap|munmap|sysconf"
+nm -u "$dir/bare.o" | sed 's/.* //' |
+    grep -E "^_*($functions|pthread_.*|sched_.*)(64)?\$" >"$dir/posix"
+none "left bare, the library calls POSIX" posix
+
 sed -e 's:/\*.*\*/::' -e '/^typedef/d' lfm2.h |
     grep -oE '\blfm2_[a-z0-9_]+\(' | tr -d '(' | sort -u >"$dir/declared"
 comm -23 "$dir/given" "$dir/declared" >"$dir/extra"

@@ -1,19 +1,15 @@
 /* Threads: the workers of a context, callers that share a model and a
- * tokenizer, and cancelling from outside.  The bits are compared as well, but
- * the point of this suite is to be run under ThreadSanitizer: make check-tsan. */
-#define _POSIX_C_SOURCE 200809L
-
-#include "../lfm2.h"
+ * tokenizer, cancelling from outside, and fork().  The bits are compared as
+ * well; what they do not show ThreadSanitizer does: make check-tsan. */
+#include "../lfm2.c"
 
 #include "util.h"
 
 #include <check.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdlib.h>
-#include <string.h>
+#include <signal.h>
+#include <sys/wait.h>
 
-enum { N = 40, N_CALLERS = 3 };
+enum { N = 40, N_CALLERS = 3, N_LONG = 300, N_VOCAB_ALL = 264 };
 
 static const struct tiny kinds[] = {
     { .type = 2, .n_embd = 32, .words = 1 },
@@ -24,7 +20,7 @@ static struct bytes file;
 static lfm2_model *model;
 static lfm2_tokenizer *words;
 
-static void open_model(int kind)
+static void open_tiny(int kind)
 {
     file = tiny_model(&kinds[kind]);
     ck_assert(lfm2_model_open_memory(&model, file.p, file.n, NULL) == LFM2_OK);
@@ -32,20 +28,23 @@ static void open_model(int kind)
               LFM2_OK);
 }
 
-static void close_model(void)
+static void close_tiny(void)
 {
     lfm2_tokenizer_close(words);
     lfm2_model_close(model);
     free(file.p);
 }
 
+/* Tiny as the model is, its work is shared: one row counts as enough. */
 static lfm2_context *open_context(int n_threads)
 {
-    const lfm2_params p = { .n_ctx = 2 * N, .n_seq = 2, .n_batch = 16,
+    const lfm2_params p = { .n_ctx = N_LONG, .n_seq = 2, .n_batch = 16,
                             .n_logits = 2, .n_threads = n_threads };
     lfm2_context *ctx;
 
     ck_assert(lfm2_context_open(&ctx, model, &p, NULL) == LFM2_OK);
+    ck_assert_int_eq(lfm2_context_params(ctx).n_threads, n_threads);
+    ctx->row_work = TOO_SMALL;
     return ctx;
 }
 
@@ -53,13 +52,13 @@ static lfm2_context *open_context(int n_threads)
  * chosen: what of a context is used by threads.  The logits go to out. */
 static int use_context(lfm2_context *ctx, float *out)
 {
-    static const char text[] = "hello hello <|im_end|>";
+    static const char said[] = "hello hello <|im_end|>";
     const int n_vocab = lfm2_model_config(model)->n_vocab;
     int32_t id[N] = { 1, 2, 3 };
     const lfm2_span prompt = { 0, id, N, 1 };
     const lfm2_span both[2] = { { 0, id, 3, 1 }, { 1, id + 1, 1, 1 } };
     lfm2_sampler s = { .temperature = 1, .top_k = 9, .top_p = 1, .rng = 1 };
-    const int n = lfm2_encode(words, text, sizeof text - 1, 0, id, N);
+    const int n = lfm2_encode(words, said, sizeof said - 1, 0, id, N);
     int code = lfm2_forward(ctx, &prompt, 1, NULL);
     uint8_t *state;
     uint64_t size;
@@ -102,7 +101,7 @@ START_TEST(callers_share_a_model)
     struct caller caller[N_CALLERS];
     pthread_t thread[N_CALLERS];
 
-    open_model(_i);
+    open_tiny(_i);
     const size_t size = (size_t)lfm2_model_config(model)->n_vocab *
                         sizeof(float);
     for (int i = 0; i < N_CALLERS; i++) {
@@ -117,7 +116,7 @@ START_TEST(callers_share_a_model)
     }
     for (int i = 0; i < N_CALLERS; i++)
         free(caller[i].logits);
-    close_model();
+    close_tiny();
 }
 END_TEST
 
@@ -139,7 +138,7 @@ START_TEST(a_call_is_cancelled_from_outside)
     pthread_t thread;
     float *out;
 
-    open_model(_i);
+    open_tiny(_i);
     c.ctx = open_context(3);
     out = malloc((size_t)lfm2_model_config(model)->n_vocab * sizeof *out);
     ck_assert(out && pthread_create(&thread, NULL, cancel, &c) == 0);
@@ -155,7 +154,190 @@ START_TEST(a_call_is_cancelled_from_outside)
         ck_assert_int_eq(use_context(c.ctx, out), LFM2_OK);
     lfm2_context_close(c.ctx);
     free(out);
-    close_model();
+    close_tiny();
+}
+END_TEST
+
+/* -------------------------------------------------------- how many threads */
+
+static int32_t text[N_LONG];
+
+static void write_text(void)
+{
+    uint64_t rng = 3;
+
+    for (int i = 0; i < N_LONG; i++)
+        text[i] = (int32_t)(random_u32(&rng) % N_VOCAB_ALL);
+}
+
+/* Calls of the first n tokens, of several lengths; the logits after each of
+ * them go to out. */
+static void read_text(lfm2_context *ctx, int n, float *out)
+{
+    static const int calls[] = { 1, 250, 1, 16, 1, 3 };
+
+    for (int t = 0, i = 0; t < n; i++, out += N_VOCAB_ALL) {
+        const int room = n - t, len = calls[i % 6] < room ? calls[i % 6] : room;
+        const lfm2_span span = { 0, text + t, len, 1 };
+        ck_assert(lfm2_forward(ctx, &span, 1, NULL) == LFM2_OK);
+        memcpy(out, lfm2_logits(ctx, 0, 0), N_VOCAB_ALL * sizeof *out);
+        t += len;
+    }
+}
+
+/* More threads than CPUs, than heads, than units of a matrix, than rows; over
+ * the border of a chunk of attention. */
+START_TEST(any_number_of_threads_gives_the_same_bits)
+{
+    static const int threads[] = { 2, 3, 5, 8 };
+    static float expected[12][N_VOCAB_ALL], logits[12][N_VOCAB_ALL];
+    lfm2_context *ctx;
+
+    open_tiny(_i);
+    write_text();
+    ctx = open_context(1);
+    read_text(ctx, N_LONG, expected[0]);
+    lfm2_context_close(ctx);
+    for (size_t i = 0; i < COUNT(threads); i++) {
+        ctx = open_context(threads[i]);
+        read_text(ctx, N_LONG, logits[0]);
+        EXPECT_MSG(memcmp(logits, expected, sizeof logits) == 0,
+                   "%d threads: other bits", threads[i]);
+        lfm2_context_close(ctx);
+    }
+    close_tiny();
+}
+END_TEST
+
+/* They do not spin where others need the CPU, so they come to an end. */
+START_TEST(far_more_threads_than_cpus_come_to_an_end)
+{
+    float expected[N_VOCAB_ALL], logits[N_VOCAB_ALL];
+    lfm2_context *one, *many;
+
+    open_tiny(0);
+    write_text();
+    one = open_context(1);
+    many = open_context(64);
+    ck_assert_int_eq(many->pool->spins, usable_cpus() < 64 ? 0 : SPINS);
+    read_text(one, 1, expected);
+    read_text(many, 1, logits);
+    ck_assert(memcmp(logits, expected, sizeof logits) == 0);
+    ck_assert(lfm2_exercise(many, LFM2_READ) > 0);
+    lfm2_context_close(one);
+    lfm2_context_close(many);
+    close_tiny();
+}
+END_TEST
+
+static unsigned wake_ups(const lfm2_context *ctx)
+{
+    return atomic_load(&ctx->pool->pass);
+}
+
+/* Nobody is woken for less than he could do while he wakes up. */
+START_TEST(little_work_is_done_by_the_caller_alone)
+{
+    const lfm2_params p = { .n_ctx = N, .n_seq = 1, .n_batch = 8,
+                            .n_logits = 1, .n_threads = 2 };
+    const lfm2_span three = { 0, text, 3, 1 }, four = { 0, text, 4, 1 };
+    uint64_t total, active;
+    lfm2_context *ctx;
+
+    open_tiny(_i);
+    ck_assert(lfm2_context_open(&ctx, model, &p, NULL) == LFM2_OK);
+    lfm2_model_params(model, &total, &active);
+    ck_assert(ctx->row_work == active && active < TOO_SMALL / 4);
+    ck_assert(lfm2_forward(ctx, &four, 1, NULL) == LFM2_OK);
+    ck_assert_uint_eq(wake_ups(ctx), 0);
+    ctx->row_work = TOO_SMALL / 4;
+    ck_assert(lfm2_forward(ctx, &three, 1, NULL) == LFM2_OK);
+    ck_assert_uint_eq(wake_ups(ctx), 0);
+    ck_assert(lfm2_forward(ctx, &four, 1, NULL) == LFM2_OK);
+    ck_assert_uint_eq(wake_ups(ctx), 1);
+    ck_assert(lfm2_forward(ctx, &three, 1, NULL) == LFM2_OK);
+    ck_assert(lfm2_forward(ctx, &four, 1, NULL) == LFM2_OK);
+    ck_assert_uint_eq(wake_ups(ctx), 2);
+    lfm2_context_close(ctx);
+    close_tiny();
+}
+END_TEST
+
+/* -------------------------------------------------------------------- fork */
+
+/* One more token; the code, or 1 if the logits are not those expected. */
+static int read_one(lfm2_context *ctx, const float *expected)
+{
+    const lfm2_span span = { 0, text + N, 1, 1 };
+    const int code = lfm2_forward(ctx, &span, 1, NULL);
+
+    return code != LFM2_OK ? code
+         : memcmp(lfm2_logits(ctx, 0, 0), expected,
+                  N_VOCAB_ALL * sizeof *expected) != 0;
+}
+
+/* What fails in the child, as a number; 0 if nothing does. */
+static int use_in_child(lfm2_context *one, lfm2_context *many,
+                        const float *expected)
+{
+    const lfm2_span span = { 0, text + N, 1, 1 };
+    lfm2_error err = { 0 };
+
+    signal(SIGALRM, SIG_DFL);             /* if it waits for its workers     */
+    alarm(60);
+    if (lfm2_forward(many, &span, 1, &err) != LFM2_EARG ||
+        err.code != LFM2_EARG || !strstr(err.msg, "3 threads after fork()") ||
+        lfm2_exercise(many, LFM2_READ) != LFM2_EARG)
+        return 1;
+    if (lfm2_seq_len(many, 0) != N || lfm2_seq_trim(many, 0, N - 1) != N - 1 ||
+        lfm2_seq_copy(many, 1, 0, NULL) != LFM2_OK)
+        return 2;
+    lfm2_context_close(many);
+    if (read_one(one, expected) != LFM2_OK)
+        return 3;
+    lfm2_context_close(one);
+#ifndef __SANITIZE_THREAD__               /* which allows no threads there   */
+    static float logits[12][N_VOCAB_ALL];
+    many = open_context(3);
+    read_text(many, N, logits[0]);
+    if (read_one(many, expected) != LFM2_OK)
+        return 4;
+    lfm2_context_close(many);
+#endif
+    return 0;
+}
+
+START_TEST(a_child_is_told_that_it_has_no_workers)
+{
+    static float logits[12][N_VOCAB_ALL];
+    float expected[N_VOCAB_ALL];
+    const lfm2_span next = { 0, text + N, 1, 1 };
+    lfm2_context *one, *many, *other;
+    int status;
+    pid_t child;
+
+    open_tiny(_i);
+    write_text();
+    one = open_context(1);
+    many = open_context(3);
+    other = open_context(1);
+    read_text(one, N, logits[0]);
+    read_text(many, N, logits[0]);
+    read_text(other, N, logits[0]);
+    ck_assert(lfm2_forward(other, &next, 1, NULL) == LFM2_OK);
+    memcpy(expected, lfm2_logits(other, 0, 0), sizeof expected);
+    child = fork();
+    ck_assert(child >= 0);
+    if (child == 0)
+        _exit(use_in_child(one, many, expected));
+    ck_assert(waitpid(child, &status, 0) == child);
+    ck_assert_int_eq(status, 0);
+    ck_assert_int_eq(read_one(many, expected), LFM2_OK);
+    ck_assert_int_eq(read_one(one, expected), LFM2_OK);
+    lfm2_context_close(one);
+    lfm2_context_close(many);
+    lfm2_context_close(other);
+    close_tiny();
 }
 END_TEST
 
@@ -167,6 +349,13 @@ Suite *threads_suite(void)
     tcase_set_timeout(c, 300);
     tcase_add_loop_test(c, callers_share_a_model, 0, (int)COUNT(kinds));
     tcase_add_loop_test(c, a_call_is_cancelled_from_outside, 0,
+                        (int)COUNT(kinds));
+    tcase_add_loop_test(c, any_number_of_threads_gives_the_same_bits, 0,
+                        (int)COUNT(kinds));
+    tcase_add_test(c, far_more_threads_than_cpus_come_to_an_end);
+    tcase_add_loop_test(c, little_work_is_done_by_the_caller_alone, 0,
+                        (int)COUNT(kinds));
+    tcase_add_loop_test(c, a_child_is_told_that_it_has_no_workers, 0,
                         (int)COUNT(kinds));
     suite_add_tcase(s, c);
     return s;

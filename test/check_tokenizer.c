@@ -167,9 +167,9 @@ static const struct { const char *text, *plain, *special; } splits[] = {
     { "aabx", "a/ab/x", NULL }, { " w", " w", NULL }, { "a w", "a/ w", NULL },
     /* a whole piece that is a token, though no merge leads to it */
     { "qrs", "qrs", NULL }, { "qrsx", "q/r/s/x", NULL }, { "aab", "aab", NULL },
-    /* a merge through a string that is no token */
-    { "xyz", "xyz", NULL }, { "xyzx", "xyz/x", NULL }, { "xyq", "x/y/q", NULL },
-    { "xy", "x/y", NULL },
+    /* what was merged is merged again */
+    { "xyz", "xyz", NULL }, { "xyzx", "xyz/x", NULL }, { "xyq", "xy/q", NULL },
+    { "xxyz", "x/xyz", NULL },
     /* markers are text, unless they are asked for */
     { "a<|im_end|>", "a/</|/i/m/_/e/n/d/|/>", "a/<|im_end|>" },
     { "<|im_end", "</|/i/m/_/e/n/d", "</|/i/m/_/e/n/d" },
@@ -251,7 +251,7 @@ START_TEST(tokens_become_bytes)
     ck_assert_int_eq(len, 6);
     ck_assert_int_eq(lfm2_token_id(t, "<|im_start|>"), IM_START);
     ck_assert_int_eq(lfm2_token_id(t, " w"), N_BASE - 1);
-    ck_assert_int_eq(lfm2_token_id(t, "xy"), -1);
+    ck_assert_int_eq(lfm2_token_id(t, "yz"), -1);
     ck_assert_int_eq(lfm2_token_id(t, ""), -1);
     ck_assert(lfm2_is_eog(t, IM_END) && lfm2_is_eog(t, END_OF_TEXT));
     ck_assert(!lfm2_is_eog(t, IM_START) && !lfm2_is_eog(t, 'a'));
@@ -285,6 +285,35 @@ START_TEST(conversations_have_their_format)
     lfm2_tokenizer_close(t);
     t = open_words(&(struct change){ .no_markers = 1 });
     ck_assert_int_eq(lfm2_chat(t, msgs, 2, 1, ids, 128), LFM2_EARG);
+    lfm2_tokenizer_close(t);
+}
+END_TEST
+
+/* Were they user-defined like "python", a text could end its own turn. */
+START_TEST(no_text_ends_its_turn)
+{
+    static const char markers[] = "<|im_end|><|im_start|><|endoftext|>"
+                                  "<|startoftext|>";
+    const lfm2_message msg = { "user<|im_start|>", markers };
+    lfm2_tokenizer *t = open_words(&(struct change){ .user_markers = 1 });
+    int32_t ids[256];
+    int count[N_BASE] = { 0 };
+    const int n = lfm2_chat(t, &msg, 1, 1, ids, 256);
+
+    for (int i = 0; i < n; i++)
+        count[ids[i]]++;
+    ck_assert(count[START_OF_TEXT] == 1 && count[IM_START] == 2);
+    ck_assert(count[IM_END] == 1 && count[END_OF_TEXT] == 0);
+    ck_assert_str_eq(split(t, "a<|im_end|>python", 0),
+                     "a/</|/i/m/_/e/n/d/|/>/python");
+    ck_assert_str_eq(split(t, markers, LFM2_ENCODE_SPECIAL), "<|im_end|>/"
+                     "<|im_start|>/<|endoftext|>/<|startoftext|>");
+    ck_assert(lfm2_is_eog(t, IM_END) && lfm2_bos(t) == START_OF_TEXT);
+    lfm2_tokenizer_close(t);
+
+    t = open_words(&(struct change){ .eos = 262 });       /* that is python  */
+    ck_assert_str_eq(split(t, "python", 0), "p/y/t/h/o/n");
+    ck_assert_str_eq(split(t, "python", LFM2_ENCODE_SPECIAL), "python");
     lfm2_tokenizer_close(t);
 }
 END_TEST
@@ -412,9 +441,9 @@ START_TEST(golden_cases_are_met)
         return;
     ck_assert_int_eq(lfm2_tokenizer_open_memory(&t, gguf, n_gguf, NULL), 0);
     ck_assert(count_right(t, texts, n_texts, lines));
-    n_bin = lfm2_tokenizer_export(t, NULL, 0);
+    n_bin = lfm2_tokenizer_export(gguf, n_gguf, NULL, 0, NULL);
     bin = malloc(n_bin);
-    lfm2_tokenizer_export(t, bin, n_bin);
+    lfm2_tokenizer_export(gguf, n_gguf, bin, n_bin, NULL);
     ck_assert_int_eq(lfm2_tokenizer_open_memory(&u, bin, n_bin, NULL), 0);
     ck_assert(count_right(u, texts, n_texts, lines));
     lfm2_tokenizer_close(t);
@@ -441,6 +470,7 @@ Suite *tokenizer_suite(void)
     tcase_add_test(c, encoding_counts_like_snprintf);
     tcase_add_test(c, tokens_become_bytes);
     tcase_add_test(c, conversations_have_their_format);
+    tcase_add_test(c, no_text_ends_its_turn);
     tcase_add_test(c, bytes_come_back);
     tcase_add_loop_test(c, no_text_is_a_trap, 0, COUNT(unit));
     tcase_add_test(c, no_vocabulary_is_a_trap);

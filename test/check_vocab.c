@@ -30,11 +30,12 @@ static void *test_calloc(size_t n, size_t size)
 
 #include <check.h>
 
+#include "util.h"
 #include "vocab.h"
 
 /* --------------------------------------------------------- bad vocabularies */
 
-static char too_long[MAX_TOKEN + 3], long_marker[MAX_SPECIAL + 2];
+static char too_long[MAX_TOKEN + 3], long_marker[MAX_MARKER + 2];
 
 #define KEY(name) "tokenizer.ggml." name
 
@@ -54,44 +55,50 @@ static const struct { struct change x; int code; const char *says; } bad[] = {
       "array of strings" },
     { { .floats = KEY("tokens") }, LFM2_EFORMAT, "tokens: an array of f32, "
       "expected an array of strings" },
-    { { .n_tokens = -1 }, LFM2_EFORMAT, "0 tokens, expected 1 to 1000000" },
-    { { .n_tokens = MAX_VOCAB + 1 }, LFM2_EFORMAT, "1000001 tokens, expected 1 "
-      "to 1000000" },
+    { { .n_tokens = -1 }, LFM2_EFORMAT, "tokens: 0 elements, "
+      "expected 1 to 1000000" },
+    { { .n_tokens = MAX_VOCAB + 1 }, LFM2_EFORMAT, "tokens: 1000001 elements, "
+      "expected 1 to 1000000" },
     { { .scalar = KEY("token_type") }, LFM2_EFORMAT, "token_type: one u32, "
       "expected an array of i32" },
     { { .floats = KEY("token_type") }, LFM2_EFORMAT, "token_type: an array of "
       "f32, expected an array of i32" },
-    { { .n_types = 1, .type = 1 }, LFM2_EFORMAT, "274 token types, expected "
-      "273" },
-    { { .token = "t", .type = 0 }, LFM2_EFORMAT, "token 273: of type 0, "
+    { { .n_types = 1, .type = 1 }, LFM2_EFORMAT, "token_type: 275 elements, "
+      "expected 274 to 274" },
+    { { .token = "t", .type = 0 }, LFM2_EFORMAT, "token 274: of type 0, "
       "expected 1 to 6" },
     { { .token = "t", .type = 7 }, LFM2_EFORMAT, "of type 7, expected 1 to 6" },
     { { .token = "t", .type = -1 }, LFM2_EFORMAT, "of type -1" },
-    { { .token = too_long, .type = 1 }, LFM2_EFORMAT, "token 273: 1048578 "
+    { { .token = too_long, .type = 1 }, LFM2_EFORMAT, "token 274: 1048578 "
       "bytes, expected at most 1048576" },
     { { .token = long_marker, .type = TOKEN_CONTROL }, LFM2_EFORMAT,
-      "token 273: a marker of 257 bytes, expected at most 256" },
+      "token 274: a marker of 257 bytes, expected at most 256" },
     { { .token = long_marker, .type = TOKEN_USER_DEFINED }, LFM2_EFORMAT,
       "a marker of 257 bytes" },
     { { .n_crowd = 300, .drop = KEY("token_type") }, LFM2_EFORMAT,
-      ": its hash and those of 200 others collide" },
+      ": its hash and those of 64 others collide" },
+    { { .n_pairs = 65, .drop = KEY("token_type") }, LFM2_EFORMAT, "merge 73: "
+      "its hash and those of 64 others collide" },
     { { .drop = KEY("merges") }, LFM2_EFORMAT, "merges: absent, expected an "
       "array of strings" },
     { { .scalar = KEY("merges") }, LFM2_EFORMAT, "merges: one u32" },
     { { .floats = KEY("merges") }, LFM2_EFORMAT, "merges: an array of f32" },
-    { { .merge = "" }, LFM2_EFORMAT, "merge 9: \"\", expected two parts with "
-      "one space between them" },
+    { { .merge = "" }, LFM2_EFORMAT, "merge 9: \"\", expected two tokens "
+      "that make a third, with a space between them" },
     { { .merge = "ab" }, LFM2_EFORMAT, "merge 9: \"ab\"" },
     { { .merge = " b" }, LFM2_EFORMAT, "merge 9: \" b\"" },
     { { .merge = "a " }, LFM2_EFORMAT, "merge 9: \"a \"" },
     { { .merge = "a  b" }, LFM2_EFORMAT, "merge 9: \"a  b\"" },
     { { .merge = "a b c" }, LFM2_EFORMAT, "merge 9: \"a b c\"" },
-    { { .merge = too_long }, LFM2_EFORMAT, "merge 9: 1048578 bytes, expected "
-      "at most 1048576" },
-    { { .bos = N_BASE }, LFM2_EFORMAT, "the BOS token: id 273, expected one "
-      "below 273" },
-    { { .eos = 0xfffffffe }, LFM2_EFORMAT, "the EOS token: id 4294967294, "
-      "expected one below 273" },
+    { { .merge = "q r" }, LFM2_EFORMAT, "merge 9: \"q r\", expected two "
+      "tokens that make a third" },
+    { { .merge = "yz a" }, LFM2_EFORMAT, "merge 9: \"yz a\", expected two" },
+    { { .merge = "a bb" }, LFM2_EFORMAT, "merge 9: \"a bb\", expected two" },
+    { { .merge = too_long }, LFM2_EFORMAT, "merge 9: \"xxxxxxxxxx" },
+    { { .bos = N_BASE }, LFM2_EFORMAT, "bos_token_id: 274, expected an id "
+      "below 274" },
+    { { .eos = 0xfffffffe }, LFM2_EFORMAT, "eos_token_id: 4294967294, "
+      "expected an id below 274" },
     { { .floats = KEY("bos_token_id") }, LFM2_EFORMAT, "expected an integer" },
     { { .scalar = KEY("add_bos_token") }, LFM2_EFORMAT, "expected a bool" },
     { { .no_byte = 1 }, LFM2_EFORMAT, "no token for the single byte 0x00, "
@@ -159,21 +166,23 @@ START_TEST(unusual_vocabularies_are_read)
         { { .token = "<0xZZ>", .type = TOKEN_BYTE }, 259, 1 },
         { { .token = "<0x00>", .type = TOKEN_BYTE }, 259, 1 },
         { { .token = megabyte, .type = 1 }, 259, 1 },
-        { { .merge = "qx xq" }, 259, 1 },             /* of no tokens        */
-        { { .n_crowd = 100, .drop = KEY("token_type") }, 259, 1 },
+        { { .merge = "x y" }, 259, 1 },               /* once more           */
+        { { .token = "xx", .type = TOKEN_CONTROL, .merge = "x x" }, 259, 1 },
+        { { .n_crowd = 60, .drop = KEY("token_type") }, 259, 1 },
+        { { .n_pairs = 60, .drop = KEY("token_type") }, 259, 1 },
     };
 
     memset(megabyte, 'y', sizeof megabyte - 1);
     for (size_t i = 0; i < COUNT(row); i++) {
         lfm2_tokenizer *t = open_words(&row[i].x);
         ck_assert_int_eq(lfm2_n_vocab(t), N_BASE + !!row[i].x.token +
-                         row[i].x.n_crowd);
+                         row[i].x.n_crowd + row[i].x.n_pairs);
         ck_assert_int_eq(lfm2_bos(t), row[i].bos);
         ck_assert_int_eq(lfm2_add_bos(t), row[i].add_bos);
         int32_t id[2];                    /* of two tokens, the first counts */
         ck_assert(lfm2_encode(t, "ab", 2, 0, id, 2) == 1 && id[0] == 265);
         ck_assert_int_eq(lfm2_token_id(t, "ab"), 265);
-        if (t->type[263] == TOKEN_USER_DEFINED)
+        if (t->token[263].type == TOKEN_USER_DEFINED)
             ck_assert(lfm2_encode(t, "<a>", 3, 0, id, 2) == 1 && id[0] == 263);
         ck_assert_str_eq(split(t, "abxx1\xe4\xb8\xad", 0),
                          row[i].x.token && row[i].x.token[0] == '\xe4'
@@ -185,16 +194,25 @@ END_TEST
 
 /* ------------------------------------------------------------ tokenizer.bin */
 
-static uint8_t *export(const lfm2_tokenizer *t, size_t *n)
+static uint8_t *export(const uint8_t *data, size_t size, size_t *n)
 {
     uint8_t *bin;
 
-    *n = lfm2_tokenizer_export(t, NULL, 0);
+    *n = lfm2_tokenizer_export(data, size, NULL, 0, NULL);
     bin = malloc(*n + 1);
     ck_assert_ptr_nonnull(bin);
     bin[*n] = 0xee;
-    ck_assert_uint_eq(lfm2_tokenizer_export(t, bin, *n), *n);
+    ck_assert_uint_eq(lfm2_tokenizer_export(data, size, bin, *n, NULL), *n);
     ck_assert_uint_eq(bin[*n], 0xee);
+    return bin;
+}
+
+static uint8_t *export_change(const struct change *x, size_t *n)
+{
+    size_t size;
+    uint8_t *gguf = make_gguf(x, &size), *bin = export(gguf, size, n);
+
+    free(gguf);
     return bin;
 }
 
@@ -203,37 +221,86 @@ START_TEST(an_exported_vocabulary_is_the_same)
     static const struct change changes[] = {
         { 0 }, { .drop = KEY("bos_token_id") }, { .no_add_bos = 1 },
         { .token = "\xe4\xb8\xad", .type = 1 }, { .token = "", .type = 1 },
-        { .merge = "\xe4\xb8 \xad" }, { .drop = KEY("token_type") },
+        { .merge = "a b" }, { .drop = KEY("token_type") }, { .u32_types = 1 },
+        { .drop = KEY("pre") }, { .pre = "default", .arch = "lfm2moe" },
+        { .pre = "llama-bpe", .arch = "llama" }, { .user_markers = 1 },
     };
 
     for (size_t i = 0; i < COUNT(changes); i++) {
         lfm2_tokenizer *t = open_words(&changes[i]), *u;
         lfm2_error err = { 0 };
-        size_t n, k;
-        uint8_t *bin = export(t, &n), *again, small[40];
+        size_t n, k, n_gguf;
+        uint8_t *gguf = make_gguf(&changes[i], &n_gguf), small[40];
+        uint8_t *bin = export(gguf, n_gguf, &n), *again;
         ck_assert_msg(lfm2_tokenizer_open_memory(&u, bin, n, &err) == LFM2_OK,
                       "%s", err.msg);
-        again = export(u, &k);
+        again = export(bin, n, &k);
         ck_assert(n == k && memcmp(bin, again, n) == 0);
         ck_assert(lfm2_n_vocab(t) == lfm2_n_vocab(u));
         ck_assert(t->bos == u->bos && t->eos == u->eos);
         ck_assert(t->im_start == u->im_start && t->add_bos == u->add_bos);
-        ck_assert(t->n_symbols == u->n_symbols);
-        ck_assert(memcmp(t->text, u->text, t->start[t->n_symbols]) == 0);
-        ck_assert(memcmp(t->start, u->start, ((size_t)t->n_symbols + 1) *
-                         sizeof *t->start) == 0);
-        ck_assert(memcmp(t->type, u->type, (size_t)t->n_vocab) == 0);
+        ck_assert(memcmp(t->token, u->token, ((size_t)t->n_vocab + 1) *
+                         sizeof *t->token) == 0);
+        ck_assert(memcmp(t->text, u->text, t->token[t->n_vocab].start) == 0);
         ck_assert(t->n_merges == u->n_merges);
         ck_assert(memcmp(t->merge, u->merge, t->n_merges * sizeof *t->merge)
                   == 0);
         memset(small, 7, sizeof small);
-        ck_assert_uint_eq(lfm2_tokenizer_export(t, small, 39), n);
+        ck_assert_uint_eq(lfm2_tokenizer_export(gguf, n_gguf, small, 39, NULL),
+                          n);
         ck_assert(memcmp(small, bin, 39) == 0 && small[39] == 7);
+        free(gguf);
         free(bin);
         free(again);
         lfm2_tokenizer_close(t);
         lfm2_tokenizer_close(u);
     }
+}
+END_TEST
+
+/* And from a whole model: nothing else is in it. */
+START_TEST(the_exported_vocabulary_is_in_the_repository)
+{
+    struct bytes model = load_file("test/tiny.gguf");
+    struct bytes there = load_file("tokenizer.bin");
+    size_t n;
+    uint8_t *bin = export(model.p, model.n, &n);
+
+    ck_assert_uint_eq(n, there.n);
+    ck_assert_mem_eq(bin, there.p, n);
+    free(bin);
+    free(model.p);
+    free(there.p);
+}
+END_TEST
+
+START_TEST(what_has_no_vocabulary_is_not_exported)
+{
+    static const struct { struct change x; int code; } row[] = {
+        { { .drop = KEY("model") }, LFM2_EFORMAT },
+        { { .model = "llama" }, LFM2_EUNSUPPORTED },
+        { { .pre = "qwen2", .arch = "llama" }, LFM2_EUNSUPPORTED },
+        { { .drop = KEY("tokens") }, LFM2_EFORMAT },
+        { { .drop = KEY("merges") }, LFM2_EFORMAT },
+        { { .scalar = KEY("token_type") }, LFM2_EFORMAT },
+    };
+    uint8_t buf[16] = { 7 };
+    lfm2_error err;
+    size_t n;
+
+    for (size_t i = 0; i < COUNT(row); i++) {
+        uint8_t *gguf = make_gguf(&row[i].x, &n);
+        err.code = LFM2_OK;
+        ck_assert_uint_eq(lfm2_tokenizer_export(gguf, n, buf, 16, &err), 0);
+        ck_assert_int_eq(err.code, row[i].code);
+        free(gguf);
+    }
+    ck_assert_uint_eq(lfm2_tokenizer_export("text, text", 10, buf, 16, &err),
+                      0);
+    ck_assert_int_eq(err.code, LFM2_EFORMAT);
+    ck_assert_uint_eq(lfm2_tokenizer_export(NULL, 9, buf, 16, &err), 0);
+    ck_assert_int_eq(err.code, LFM2_EARG);
+    ck_assert_int_eq(buf[0], 7);
 }
 END_TEST
 
@@ -259,7 +326,7 @@ static int use(const uint8_t *data, size_t n)
     ck_assert(k >= 0 && k <= 256);
     for (int i = 0; i < k; i++)
         lfm2_token_bytes(t, ids[i], 1, &len);
-    lfm2_tokenizer_export(t, NULL, 0);
+    ck_assert_uint_gt(lfm2_tokenizer_export(data, n, NULL, 0, NULL), 0);
     lfm2_tokenizer_close(t);
     return 1;
 }
@@ -276,18 +343,18 @@ START_TEST(a_damaged_export_is_refused)
         { 15, 1, "72057594037927936 tensors" },
         { 16, 9, "metadata key 8 runs past the end" },
         { 16, 7, "merges: absent" },
-        { 23, 1, "72057594037927944 metadata keys" },
+        { 23, 1, "72057594037927936 metadata keys" },
         { 24, 0, "0 bytes, expected 1 to 256" },
         { 31, 1, "metadata key 0 runs past the end" },
         { 32, 0, "byte 0x00, expected printable ASCII" },
         { 52, 99, "model: value type 99" },
-        { 63, 1, "model: string 0 runs past the end" },
+        { 63, 1, "model: 1 x string runs past the end" },
         { 64, 'G', "model: \"Gpt2\", expected \"gpt2\"" },
     };
-    lfm2_tokenizer *t = open_words(&good), *u;
+    lfm2_tokenizer *u;
     lfm2_error err = { 0 };
     size_t n;
-    uint8_t *bin = export(t, &n);
+    uint8_t *bin = export_change(&good, &n);
 
     for (size_t i = 0; i < n; i++) {
         ck_assert_int_eq(use(bin, i), 0);
@@ -305,7 +372,6 @@ START_TEST(a_damaged_export_is_refused)
         bin[row[i].at] = was;
     }
     free(bin);
-    lfm2_tokenizer_close(t);
 }
 END_TEST
 
@@ -320,9 +386,8 @@ START_TEST(hostile_counts_in_an_export_are_refused)
         0, 1, 255, 1000001, UINT32_MAX, (uint64_t)1 << 61, UINT64_MAX / 4 + 1,
         INT64_MAX, UINT64_MAX
     };
-    lfm2_tokenizer *t = open_words(&good);
     size_t n;
-    uint8_t *bin = export(t, &n);
+    uint8_t *bin = export_change(&good, &n);
 
     for (size_t k = 0; k < COUNT(key); k++) {
         size_t at = 24;
@@ -344,7 +409,6 @@ START_TEST(hostile_counts_in_an_export_are_refused)
             }
     }
     free(bin);
-    lfm2_tokenizer_close(t);
 }
 END_TEST
 
@@ -356,12 +420,11 @@ static uint64_t next(uint64_t *state)
 START_TEST(damaged_vocabularies_do_no_harm)
 {
     size_t n_gguf, n_bin;
-    uint8_t *gguf = make_gguf(&good, &n_gguf), *bin, damaged[8192];
-    lfm2_tokenizer *t = open_words(&good);
+    uint8_t *gguf = make_gguf(&good, &n_gguf), damaged[8192];
+    uint8_t *bin = export(gguf, n_gguf, &n_bin);
     uint64_t rng = 1;
     int opened = 0;
 
-    bin = export(t, &n_bin);
     ck_assert(n_gguf < sizeof damaged && n_bin < sizeof damaged);
     for (size_t n = 0; n < n_gguf; n++)
         ck_assert_int_eq(use(gguf, n), 0);
@@ -375,7 +438,6 @@ START_TEST(damaged_vocabularies_do_no_harm)
     ck_assert_int_gt(opened, 100);
     free(gguf);
     free(bin);
-    lfm2_tokenizer_close(t);
 }
 END_TEST
 
@@ -404,7 +466,13 @@ START_TEST(every_allocation_may_fail)
         fail_at = i;
         code = lfm2_chat(t, &msg, 1, 1, ids, 64);
     }
-    ck_assert(code > 0 && i == 5);        /* the turn and two mergings       */
+    ck_assert(code > 0 && i == 6);        /* the turn and three texts        */
+    for (i = 1; i < 3; i++) {             /* keys and tensors                */
+        fail_at = i;
+        err.code = LFM2_OK;
+        ck_assert_uint_eq(lfm2_tokenizer_export(data, n, NULL, 0, &err), 0);
+        ck_assert_int_eq(err.code, LFM2_ENOMEM);
+    }
     fail_at = 0;
     free(data);
     lfm2_tokenizer_close(t);
@@ -421,6 +489,8 @@ Suite *vocab_suite(void)
     tcase_add_test(c, other_files_are_refused);
     tcase_add_test(c, unusual_vocabularies_are_read);
     tcase_add_test(c, an_exported_vocabulary_is_the_same);
+    tcase_add_test(c, the_exported_vocabulary_is_in_the_repository);
+    tcase_add_test(c, what_has_no_vocabulary_is_not_exported);
     tcase_add_test(c, a_damaged_export_is_refused);
     tcase_add_test(c, hostile_counts_in_an_export_are_refused);
     tcase_add_test(c, damaged_vocabularies_do_no_harm);

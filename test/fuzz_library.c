@@ -44,16 +44,25 @@ static void check_text(const lfm2_tokenizer *t, const char *text, size_t len,
 }
 
 /* Written out and read again it is the same tokenizer. */
-static void check_export(const lfm2_tokenizer *t)
+static void check_export(const lfm2_tokenizer *t, const uint8_t *data,
+                         size_t size)
 {
-    const size_t n = lfm2_tokenizer_export(t, NULL, 0);
+    const size_t n = lfm2_tokenizer_export(data, size, NULL, 0, NULL);
     uint8_t *bin = malloc(n), *again = malloc(n);
     lfm2_tokenizer *u;
 
-    REQUIRE(bin && again && lfm2_tokenizer_export(t, bin, n) == n);
+    REQUIRE(n > 0 && bin && again);
+    REQUIRE(lfm2_tokenizer_export(data, size, bin, n, NULL) == n);
     REQUIRE(lfm2_tokenizer_open_memory(&u, bin, n, NULL) == LFM2_OK);
-    REQUIRE(lfm2_tokenizer_export(u, again, n) == n);
+    REQUIRE(lfm2_tokenizer_export(bin, n, again, n, NULL) == n);
     REQUIRE(memcmp(bin, again, n) == 0);
+    REQUIRE(lfm2_n_vocab(t) == lfm2_n_vocab(u) && lfm2_bos(t) == lfm2_bos(u));
+    for (int32_t id = 0; id < lfm2_n_vocab(t); id++) {
+        int len, len_u;
+        const char *s = lfm2_token_bytes(t, id, 0, &len);
+        const char *s_u = lfm2_token_bytes(u, id, 0, &len_u);
+        REQUIRE(len == len_u && memcmp(s, s_u, (size_t)len) == 0);
+    }
     lfm2_tokenizer_close(u);
     free(bin);
     free(again);
@@ -82,7 +91,7 @@ static void check_words(const uint8_t *data, size_t n)
         lfm2_is_eog(t, id);
     }
     REQUIRE(lfm2_bos(t) >= -1 && lfm2_bos(t) < lfm2_n_vocab(t));
-    check_export(t);
+    check_export(t, data, n);
     lfm2_tokenizer_close(t);
 }
 

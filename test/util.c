@@ -353,13 +353,13 @@ static void write_operator(struct gguf_writer *w, const struct tiny *t, int il,
                            int n, uint64_t *rng)
 {
     const int hd = n / 4, q = n, kv = N_KV * hd;
-    uint64_t taps[2] = { 3, (uint64_t)n };
+    uint64_t taps[2] = { t->l_cache ? (uint64_t)t->l_cache : 3, (uint64_t)n };
     struct bytes b;
 
     if (il % 2 == 0 || t->kv_form == KV_NONE) {
         matrix(w, layer_name(il, "shortconv.in_proj.weight"), t->type, n,
                3 * n, 1, rng);
-        b = random_weights(0, 3, (uint64_t)n, rng);
+        b = random_weights(0, (int)taps[0], (uint64_t)n, rng);
         gguf_write_tensor(w, layer_name(il, "shortconv.conv.weight"), 0, 2, taps,
                      &b);
         free(b.p);
@@ -448,9 +448,10 @@ static void write_metadata(struct gguf_writer *w, const struct tiny *t, int n)
 {
     const int heads = t->kv_form == KV_NONE ? 0 : N_KV;
     const int kv[N_LAYER] = { 0, heads, 0, heads };
-    static const struct { const char *name; int dense, moe; } count[] = {
+    const int l_cache = t->l_cache ? t->l_cache : 3;
+    const struct { const char *name; int dense, moe; } count[] = {
         { "block_count", N_LAYER, N_LAYER }, { "context_length", 4096, 4096 },
-        { "attention.head_count", 4, 4 }, { "shortconv.l_cache", 3, 3 },
+        { "attention.head_count", 4, 4 }, { "shortconv.l_cache", l_cache, l_cache },
         { "vocab_size", N_VOCAB, N_VOCAB }, { "expert_count", 0, N_EXPERT },
         { "expert_used_count", 0, N_USED }, { "expert_gating_func", 0, 2 },
         { "leading_dense_block_count", 0, 1 }

@@ -111,6 +111,7 @@ struct tiny {
     int untied;                           /* with an output.weight           */
     int fused_qkv;
     int words;                            /* with a byte-level vocabulary    */
+    int l_cache;                          /* taps: 3                         */
     uint64_t seed;
     const struct edit *edits;
 };

@@ -3,7 +3,7 @@
 #ifndef VOCAB_H
 #define VOCAB_H
 
-enum { IM_START = 256, IM_END, END_OF_TEXT, START_OF_TEXT, N_BASE = 273 };
+enum { IM_START = 256, IM_END, END_OF_TEXT, START_OF_TEXT, N_BASE = 274 };
 
 /* After the 256 single bytes. */
 static const struct { const char *text; int type; } more_tokens[] = {
@@ -12,8 +12,9 @@ static const struct { const char *text; int type; } more_tokens[] = {
     { "[PAD1]", TOKEN_UNUSED }, { "<unk>", TOKEN_UNKNOWN },
     { "python", TOKEN_USER_DEFINED }, { "<a>", TOKEN_USER_DEFINED },
     { "<a><b>", TOKEN_USER_DEFINED },
-    { "ab", 1 }, { "bc", 1 }, { "aa", 1 }, { "aaaa", 1 }, { "xyz", 1 },
-    { "aab", 1 }, { "qrs", 1 }, { "\xc4\xa0w", 1 },          /* that is " w" */
+    { "ab", 1 }, { "bc", 1 }, { "aa", 1 }, { "aaaa", 1 }, { "xy", 1 },
+    { "xyz", 1 }, { "aab", 1 }, { "qrs", 1 },
+    { "\xc4\xa0w", 1 },                                     /* that is " w" */
 };
 
 static const char *const base_merges[] = {
@@ -29,17 +30,43 @@ struct change {
     int type;                             /* ... and its type                */
     const char *merge;                    /* one more merge                  */
     int no_byte;                          /* no token for this byte - 1      */
-    int no_markers;                       /* the control tokens are normal   */
+    int no_markers;                       /* the control tokens are not      */
+    int user_markers;                     /* they are user-defined           */
     int n_types;                          /* so many more types              */
     int n_tokens;                         /* so many empty tokens instead;   */
                                           /* -1: none at all                 */
     int n_crowd;                          /* and so many whose hashes        */
                                           /* collide                         */
+    int n_pairs;                          /* and so many whose merges do     */
     int n_deep;                           /* and runs of a, each made of two */
                                           /* of half its length              */
     int u32_types, no_add_bos;
     uint32_t bos, eos;                    /* not 259 and 257                 */
 };
+
+static void put_int(struct writer *w, uint64_t v, int bytes)
+{
+    for (; bytes > 0; bytes--, v >>= 8)
+        put(w, &(uint8_t){ (uint8_t)v }, 1);
+}
+
+/* Bytes as text in the byte alphabet: how long it is, or with w the text. */
+static uint64_t put_mapped(struct writer *w, const uint8_t *s, int n)
+{
+    struct writer none = { NULL, 0, 0 };
+    const size_t before = (w = w ? w : &none)->n;
+
+    for (int i = 0; i < n; i++) {
+        const uint8_t b = s[i];
+        const uint32_t c = b <= 32 ? 256u + b :
+                           b >= 127 && b <= 160 ? 256u + 33 + b - 127 :
+                           b == 173 ? 256u + 67 : b;
+        if (c >= 0x80)
+            put_int(w, 0xc0 | c >> 6, 1);
+        put_int(w, c >= 0x80 ? 0x80 | (c & 0x3f) : c, 1);
+    }
+    return w->n - before;
+}
 
 static void put_str(struct writer *w, const char *s)
 {
@@ -93,7 +120,7 @@ static void put_u32_key(struct writer *w, const struct change *x,
     }
 }
 
-/* Tokens that belong into the first eight of 8192 slots. */
+/* Tokens that belong into the first of 8192 chains. */
 static void put_crowd(struct writer *w, int n)
 {
     char name[9];
@@ -102,10 +129,28 @@ static void put_crowd(struct writer *w, int n)
         snprintf(name, sizeof name, "%x", k);
         const uint64_t hash = hash_bytes(HASH_START, (uint8_t *)name,
                                          strlen(name));
-        if (((hash ^ hash >> 32) & 8191) < 8) {
+        if (((hash ^ hash >> 32) & 8191) == 0) {
             put_str(w, name);
             n--;
         }
+    }
+}
+
+/* Pairs of bytes that belong into the first of 256 chains, as tokens or as
+ * merges. */
+static void put_pairs(struct writer *w, int n, int merges)
+{
+    for (uint64_t k = 0; n > 0; k++) {
+        const uint64_t hash = (k >> 8 << 32 | (k & 255)) * 0x9e3779b97f4a7c15u;
+        const uint8_t pair[2] = { (uint8_t)(k >> 8), (uint8_t)k };
+        ck_assert(k < 65536);
+        if (((hash ^ hash >> 32) & 255) != 0)
+            continue;
+        put_int(w, put_mapped(NULL, pair, 2) + (uint64_t)merges, 8);
+        put_mapped(w, pair, 1);
+        put(w, " ", (size_t)merges);
+        put_mapped(w, pair + 1, 1);
+        n--;
     }
 }
 
@@ -118,26 +163,28 @@ static void put_run(struct writer *w, int n)
 
 static void put_tokens(struct writer *w, const struct change *x)
 {
-    char text[3];
-
     put_array(w, GGUF_STRING, x->n_tokens < 0 ? 0 : x->n_tokens > 0
                               ? (uint64_t)x->n_tokens
                               : N_BASE + (uint64_t)!!x->token +
-                                (uint64_t)(x->n_crowd + x->n_deep));
+                                (uint64_t)(x->n_crowd + x->n_pairs +
+                                           x->n_deep));
     for (int i = 0; i < x->n_tokens; i++)
         put_str(w, "");
     for (int b = 0; b < 256 && !x->n_tokens; b++) {
-        const uint32_t c = char_of((uint8_t)b);
-        text[0] = (char)(c < 0x80 ? c : 0xc0 | c >> 6);
-        text[1] = (char)(c < 0x80 ? 0 : 0x80 | (c & 0x3f));
-        text[2] = 0;
-        put_str(w, b == x->no_byte - 1 ? "nothing" : text);
+        const uint8_t byte = (uint8_t)b;
+        if (b == x->no_byte - 1) {
+            put_str(w, "nothing");
+            continue;
+        }
+        put_int(w, put_mapped(NULL, &byte, 1), 8);
+        put_mapped(w, &byte, 1);
     }
     for (size_t i = 0; i < COUNT(more_tokens) && !x->n_tokens; i++)
         put_str(w, i < 4 && x->no_markers ? "marker" : more_tokens[i].text);
     if (x->token)
         put_str(w, x->token);
     put_crowd(w, x->n_crowd);
+    put_pairs(w, x->n_pairs, 0);
     for (int i = 0; i < x->n_deep; i++) {
         put_int(w, (uint64_t)8 << i, 8);
         put_run(w, 8 << i);
@@ -147,11 +194,12 @@ static void put_tokens(struct writer *w, const struct change *x)
 static void put_merges(struct writer *w, const struct change *x)
 {
     put_array(w, GGUF_STRING, COUNT(base_merges) + !!x->merge +
-                              (uint64_t)x->n_deep);
+                              (uint64_t)(x->n_pairs + x->n_deep));
     for (size_t i = 0; i < COUNT(base_merges); i++)
         put_str(w, base_merges[i]);
     if (x->merge)
         put_str(w, x->merge);
+    put_pairs(w, x->n_pairs, 1);
     for (int i = 0; i < x->n_deep; i++) {
         put_int(w, ((uint64_t)8 << i) + 1, 8);
         put_run(w, 4 << i);
@@ -167,7 +215,8 @@ static void put_types(struct writer *w, const struct change *x)
     for (int i = 0; i < 256; i++)
         put_int(w, TOKEN_NORMAL, 4);
     for (size_t i = 0; i < COUNT(more_tokens); i++)
-        put_int(w, (uint32_t)more_tokens[i].type, 4);
+        put_int(w, x->user_markers && more_tokens[i].type == TOKEN_CONTROL
+                   ? TOKEN_USER_DEFINED : (uint32_t)more_tokens[i].type, 4);
     for (int i = 0; i < !!x->token + x->n_types; i++)
         put_int(w, (uint32_t)x->type, 4);
 }
