@@ -118,6 +118,14 @@ const char *lfm2_model_warning(const lfm2_model *m, int i);
  * lfm2_model_close().  A vocabulary can be opened from them. */
 const void *lfm2_model_file(const lfm2_model *m, size_t *size);
 
+/* A mapped file reaches memory page by page, as they are touched; a mixture of
+ * experts touches them in an order that disks are slow at.  This reads the n
+ * bytes from `from` on, and asks the system to begin with the n after those: in
+ * a thread of its own, piece after piece of some MiB, it brings the whole file
+ * while the first tokens are computed.  Returns how many bytes of the file there
+ * were to read; 0 at its end, if it is not mapped, or if it cannot be read. */
+uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n);
+
 typedef struct {
     const char    *name;                  /* borrowed until model close      */
     const char    *type;                  /* "Q4_K", "F32", ...              */
