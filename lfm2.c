@@ -5435,9 +5435,13 @@ const char *lfm2_model_string(const lfm2_model *m, const char *key,
 
 const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
 {
+    fenv_t callers;
+
     if (i < 0 || i >= m->gguf->n_kv)
         return NULL;
+    enter_arithmetic(&callers);           /* which numbers are written in    */
     snprintf(buf, cap, "%s", kv_text(&m->gguf->kv[i]).s);
+    fesetenv(&callers);
     return m->gguf->kv[i].key;
 }
 

@@ -519,7 +519,7 @@ static void watched_floats(float *out, const uint8_t *row, int n)
 }
 
 static const struct format watched = {
-    "F32", 0, 1, 4, 0, 0, NULL, watched_floats
+    .name = "F32", .block = 1, .bytes = 4, .floats = watched_floats
 };
 
 START_TEST(cancelled_anywhere_all_sequences_are_as_they_were)
