@@ -353,8 +353,6 @@ static float kv_value(const struct kv_head *kv, int pos, int d);
 struct attn_partial;
 struct attn_rows;
 
-enum { FEW_BYTES = 8192 };
-
 /* What a thread works with. */
 struct scratch {
     float *out[3];                        /* [n_batch][UNIT], of product()   */
@@ -365,7 +363,6 @@ struct scratch {
     float *d, *m;                         /* [groups][2][panel rows]         */
     float *f;                             /* [cols][UNIT], float formats     */
     float *chain;                         /* [X_ROWS][UNIT][16], those too   */
-    uint8_t *few;                         /* [FEW_BYTES], see section 12     */
 
     float *tile;                          /* [TILE][head_dim] of K or V, with
                                              room for another TILE           */
@@ -2868,11 +2865,14 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
  *                                                        on ARM s8: weight
  *     d, m [groups][2 halves][2 tiles][LANES rows]       float
  *
- * A panel stays in the second-level cache for all rows of x. */
+ * A panel has all columns and stays in the second-level cache for all rows of
+ * x; or eight groups, in the first, while these are not many. */
 
 #ifndef KERNELS
 enum {
-    AT_ONCE = 7,                          /* rows of x that are few          */
+    FEW = 3,                              /* rows of x, ...                  */
+    SOME = 7,                             /* ... or so many: panels of eight
+                                             groups, in the first-level cache*/
     AHEAD = 16384,                        /* bytes to fetch ahead, besides a
                                              tile; found by measuring        */
 
@@ -3421,10 +3421,12 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
         }
 }
 
-/* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
+/* out[t][row of the panel] = `groups` groups of it times those at x[t]; or it
+ * goes on with what is there, if these are not the first. */
 KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
                                 const struct q8_block *const *x, int offset,
-                                const int tokens, const struct format *k)
+                                int is_first, const int tokens,
+                                const struct format *k)
 {
     const INTS *w = (const void *)p->q;
     const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
@@ -3432,7 +3434,10 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
 
     UNROLL
     for (int t = 0; t < tokens; t++)
-        acc[t][0] = acc[t][1] = FN(splat)(0);
+        UNROLL
+        for (int j = 0; j < 2; j++)
+            acc[t][j] = is_first ? FN(splat)(0)
+                                 : FN(load)(out + t * UNIT + j * LANES);
     for (int g = 0; g < groups; g++, w += 16, d += 4, m += 4)
         FN(panel_group)(acc, w, d, m, x, g, tokens, offset, k);
     UNROLL
@@ -3448,7 +3453,7 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
     KERNEL void FN(multiply_##type)(float *out, const struct scratch *p, \
                                     int groups, \
                                     const struct q8_block *const *x, \
-                                    int offset, int n) \
+                                    int offset, int is_first, int n) \
     { \
         const struct format *k = &formats[type]; \
         switch (n) { \
@@ -3459,7 +3464,7 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
 #define CASE(tokens) \
     case tokens: \
         if (tokens <= TOKENS) \
-            FN(multiply)(out, p, groups, x, offset, tokens, k); \
+            FN(multiply)(out, p, groups, x, offset, is_first, tokens, k); \
         return;
 
 MULTIPLY(Q4_0)                            /* nibbles or five bits, offset    */
@@ -3511,7 +3516,8 @@ static const struct {
     void (*tile)(const struct scratch *p, int tile, const uint8_t *row,
                  size_t stride, int groups, const uint8_t *next);
     void (*multiply)(float *out, const struct scratch *p, int groups,
-                     const struct q8_block *const *x, int offset, int n);
+                     const struct q8_block *const *x, int offset, int is_first,
+                     int n);
     int offset;
 } FN(formats)[N_FORMAT] = {
     [Q4_0] = USE(Q4_0, Q4_0, 8), [Q4_1] = USE(Q4_1, Q4_K, 0),
@@ -3534,10 +3540,10 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
 /* LANES rows, from `row` on, times a few rows of x. */
 KERNEL void FN(product_few)(float *out, const struct tensor *w,
                             const uint8_t *row, const struct input *in,
-                            const struct scratch *s, const uint8_t *next)
+                            const uint8_t *next)
 {
     const int f = (int)(w->fmt - formats), groups = w->cols / 32;
-    struct FN(few) *to = (void *)s->few;
+    struct FN(few) to[FEW];
 
     for (int t = 0; t < in->n; t++) {
         to[t].x = in->q + row_at(in, t) * (size_t)groups;
@@ -3549,23 +3555,39 @@ KERNEL void FN(product_few)(float *out, const struct tensor *w,
         FN(store)(out + t * UNIT, to[t].acc);
 }
 
+/* Groups g .. g+n-1 of the panel in scratch times those of all rows of x. */
+KERNEL void FN(multiply_all)(float *out, const struct tensor *w,
+                             const struct input *in, const struct scratch *s,
+                             int g, int n)
+{
+    const int f = (int)(w->fmt - formats), offset = FN(formats)[f].offset;
+    const struct q8_block *x[TOKENS];
+
+    for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
+        m = FN(take_rows)(in->n - t, TOKENS);
+        for (int i = 0; i < m; i++)
+            x[i] = in->q + row_at(in, t + i) * (size_t)(w->cols / 32) + g;
+        FN(formats)[f].multiply(out, s, n, x, offset, g == 0, m);
+    }
+}
+
 /* The rows of a panel times any number of rows of x. */
 KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                               const uint8_t *row, const struct input *in,
                               const struct scratch *s, const uint8_t *next)
 {
-    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
+    const struct format *f = w->fmt;
+    const int groups = w->cols / 32, most = in->n <= SOME ? 8 : groups;
     const size_t stride = row_bytes(w);
 
-    for (size_t i = 0; i < 2; i++)
-        FN(formats)[f].tile(s, (int)i, row + i * LANES * stride, stride, groups,
-                            next + i * LANES * stride);
-    for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
-        const struct q8_block *x[TOKENS];
-        m = FN(take_rows)(in->n - t, TOKENS);
-        for (int i = 0; i < m; i++)
-            x[i] = in->q + row_at(in, t + i) * (size_t)groups;
-        FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
+    for (int g = 0, n; g < groups; g += n) {
+        n = groups - g < most ? groups - g : most;
+        const size_t bytes = (size_t)(n * 32 / f->block * f->bytes);
+        for (size_t i = 0; i < 2; i++, next += LANES * bytes)
+            FN(formats)[f - formats].tile(s, (int)i, row + i * LANES * stride,
+                                          stride, n, next);
+        FN(multiply_all)(out, w, in, s, g, n);
+        row += bytes;
     }
 }
 
@@ -3753,7 +3775,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         const struct scratch *s, const uint8_t *end,
                         const uint8_t *next)
 {
-    const int floats = w->fmt->floats != NULL, few = in->n <= AT_ONCE;
+    const int floats = w->fmt->floats != NULL, few = in->n <= FEW;
     const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
                             : few ? LANES : FN(PANEL);
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
@@ -3767,7 +3789,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
         if (floats)
             FN(product_floats)(out + done, w, row, rows, in, s, ahead);
         else if (few)
-            FN(product_few)(out + done, w, row, in, s, ahead);
+            FN(product_few)(out + done, w, row, in, ahead);
         else
             FN(product_panel)(out + done, w, row, in, s, ahead);
     }
@@ -5686,7 +5708,6 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
         CARVE(a, s.q, cols * rows);
         CARVE(a, s.d, cols / 16 * rows);
         CARVE(a, s.m, cols / 16 * rows);
-        CARVE(a, s.few, FEW_BYTES);
         CARVE(a, s.f, cols * UNIT);
         CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
         CARVE(a, s.tile, TILE * ((uint64_t)c->head_dim + 1));

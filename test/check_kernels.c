@@ -223,8 +223,7 @@ static void expect_products(const struct isa *isa, int type, int cols, int rows,
     float *out[2] = { room(MOST_TOKENS * UNIT * 4), room(MOST_TOKENS * UNIT * 4) };
     struct scratch s = { .q = room(c * 32), .d = room(c * 8),
                          .m = room(c * 8), .f = room(c * UNIT * 4),
-                         .chain = room(MOST_X_ROWS * UNIT * 16 * 4),
-                         .few = room(FEW_BYTES) };
+                         .chain = room(MOST_X_ROWS * UNIT * 16 * 4) };
     struct input in = { 0, cols, NULL, room(n * 4),
                         room(n / 32 * sizeof *in.q) };
     int order[MOST_TOKENS];
@@ -254,7 +253,6 @@ static void expect_products(const struct isa *isa, int type, int cols, int rows,
     free(s.m);
     free(s.f);
     free(s.chain);
-    free(s.few);
     free(in.f);
     free(in.q);
     free(b.p);
