@@ -9866,8 +9866,8 @@ static void print_limits(const struct bench *b)
 {
     const int n = b->n_results;
 
-    printf("\n| threads | test | reads GB/s | of bandwidth | GMAC/s | of int8 "
-           "peak |\n| ---: | ---: | ---: | ---: | ---: | ---: |\n");
+    printf("\n| threads | test | reads GB/s | of bandwidth | GMAC/s | of "
+           "cached |\n| ---: | ---: | ---: | ---: | ---: | ---: |\n");
     for (const struct result *r = b->result; r < b->result + n; r++)
         printf("| %d | %s | %s | %s | %s | %s |\n", r->n_threads,
                name_test(&r->test).s, cell(r->read / 1e9, "%.1f").s,
@@ -9887,8 +9887,8 @@ static void print_machine(const struct bench *b)
     for (int i = 0; i < b->n_results; i++) {
         const struct result *r = &b->result[i];
         if (i == 0 || r->n_threads != r[-1].n_threads)
-            printf("limits    %d thread%s read %.1f GB/s and multiply %.0f "
-                   "G int8/s; kernels %s GB/s a core in L2\n", r->n_threads,
+            printf("limits    %d thread%s read %.1f GB/s; with cached weights "
+                   "%.0f GMAC/s, or %s GB/s a core\n", r->n_threads,
                    r->n_threads == 1 ? "" : "s",
                    r->best.read / 1e9, r->best.dot / 1e9,
                    cell(r->best.cached / 1e9, "%.1f").s);
