@@ -3987,6 +3987,10 @@ static const struct isa FN(isa) = {
 
 /* ------------------------------------------------- 13. Choosing the kernels */
 
+enum {
+    HAS_AVX2 = 1, HAS_AVXVNNI = 2, HAS_AVX512 = 4, HAS_VNNI = 8, HAS_DOTPROD = 16
+};
+
 #ifdef LFM2_X86
 
 #define KERNELS
@@ -4027,11 +4031,10 @@ static const struct isa FN(isa) = {
 #undef KERNELS
 
 /* What the CPU has, and the system saves when it switches threads. */
-static int cpu_has(int isa)
+static int cpu_features(void)
 {
-    unsigned a, b, c, d, b7, c7, a71, os = 0, os_high;
-    const unsigned avx2 = 1u << 5, fma = 1u << 12, f16c = 1u << 29;
-    const unsigned osxsave = 1u << 27, avxvnni = 1u << 4, vnni = 1u << 11;
+    unsigned a, b, c, d, b7, c7, a71, os, os_high;
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29;
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
 
     if (__get_cpuid_max(0, NULL) < 7)
@@ -4042,14 +4045,12 @@ static int cpu_has(int isa)
     __cpuid_count(7, 0, a, b7, c7, d);
     __cpuid_count(7, 1, a71, b, c, d);
     __asm__("xgetbv" : "=a"(os), "=d"(os_high) : "c"(0));
-    if ((os & 0x06) != 0x06 || !(b7 & avx2))
+    if ((os & 0x06) != 0x06 || !(b7 >> 5 & 1))
         return 0;
-    if (isa == LFM2_ISA_AVX2)
-        return 1;
-    if (isa == LFM2_ISA_AVXVNNI)
-        return (a71 & avxvnni) != 0;
-    return (os & 0xe6) == 0xe6 && (b7 & avx512) == avx512 &&
-           (isa == LFM2_ISA_AVX512 || (c7 & vnni));
+    const int has = HAS_AVX2 | (a71 >> 4 & 1 ? HAS_AVXVNNI : 0);
+    if ((os & 0xe6) != 0xe6 || (b7 & avx512) != avx512)
+        return has;
+    return has | HAS_AVX512 | (c7 >> 11 & 1 ? HAS_VNNI : 0);
 }
 
 #elif defined LFM2_ARM
@@ -4073,55 +4074,55 @@ static int cpu_has(int isa)
 
 #undef KERNELS
 
-static int cpu_has(int isa)
+static int cpu_features(void)
 {
-#ifdef __ARM_FEATURE_DOTPROD              /* compiled for such CPUs alone    */
-    return isa >= LFM2_ISA_NEON;
+#if defined __ARM_FEATURE_DOTPROD         /* compiled for such CPUs alone    */
+    return HAS_DOTPROD;
 #elif defined __linux__
     const unsigned long asimddp = 1ul << 20;
-    return isa == LFM2_ISA_NEON || (getauxval(AT_HWCAP) & asimddp) != 0;
+    return getauxval(AT_HWCAP) & asimddp ? HAS_DOTPROD : 0;
 #else
-    return isa == LFM2_ISA_NEON;
+    return 0;
 #endif
 }
 
 #else
 
-static int cpu_has(int isa)
+static int cpu_features(void)
 {
-    (void)isa;
     return 0;
 }
 
 #endif
 
-/* The kernels of LFM2_ISA_x, or NULL if this build has none. */
-static const struct isa *isa_table(int isa)
-{
-    static const struct isa *const all[LFM2_N_ISA] = {
-        [LFM2_ISA_SCALAR] = &scalar,
+/* The kernels of LFM2_ISA_x, if this build has them, and what they need. */
+static const struct { const struct isa *isa; int needs; } kernels[] = {
+    [LFM2_ISA_SCALAR] = { &scalar, 0 },
 #ifdef LFM2_X86
-        [LFM2_ISA_AVX2] = &isa_avx2,
+    [LFM2_ISA_AVX2] = { &isa_avx2, HAS_AVX2 },
 #ifdef LFM2_AVXVNNI
-        [LFM2_ISA_AVXVNNI] = &isa_avxvnni,
+    [LFM2_ISA_AVXVNNI] = { &isa_avxvnni, HAS_AVXVNNI },
 #endif
 #ifndef LFM2_AVX2_ONLY
-        [LFM2_ISA_AVX512] = &isa_avx512,
-        [LFM2_ISA_AVX512VNNI] = &isa_avx512vnni,
+    [LFM2_ISA_AVX512] = { &isa_avx512, HAS_AVX512 },
+    [LFM2_ISA_AVX512VNNI] = { &isa_avx512vnni, HAS_AVX512 | HAS_VNNI },
 #endif
 #endif
 #ifdef LFM2_ARM
-        [LFM2_ISA_NEON] = &isa_neon,
-        [LFM2_ISA_DOTPROD] = &isa_dotprod,
+    [LFM2_ISA_NEON] = { &isa_neon, 0 },
+    [LFM2_ISA_DOTPROD] = { &isa_dotprod, HAS_DOTPROD },
 #endif
-    };
-    return isa >= 0 && isa < LFM2_N_ISA ? all[isa] : NULL;
+};
+
+static const struct isa *isa_table(int isa)
+{
+    return isa >= 0 && isa < (int)COUNT(kernels) ? kernels[isa].isa : NULL;
 }
 
 int lfm2_isa_available(int isa)
 {
-    return isa == LFM2_ISA_AUTO || isa == LFM2_ISA_SCALAR ||
-           (isa_table(isa) && cpu_has(isa));
+    return isa == LFM2_ISA_AUTO ||
+           (isa_table(isa) && !(kernels[isa].needs & ~cpu_features()));
 }
 
 /* The last in the list that is there. */

@@ -268,7 +268,8 @@ START_TEST(products)
     uint64_t rng = 6;
 
     for (int rows = 1; isa && rows <= 75; rows += 37)
-        for (int n = 1; n <= (block == 32 ? 9 : 2); n += n % 4 == 0 || block > 32 ? 1 : 3)
+        for (int n = 1; n <= (block == 32 ? 9 : 2);   /* 4, 8: whole steps   */
+             n += block > 32 || n % 4 == 0 ? 1 : 3)
             expect_products(isa, type, n * block, rows, &rng);
     for (int cols = 8; isa && weight_type_block(type) == 1 && cols < 64;
          cols += 16)
