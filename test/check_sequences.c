@@ -563,6 +563,8 @@ START_TEST(after_a_cancelled_call_it_goes_on_and_back)
     for (size_t i = 0; i < COUNT(calls); i++)
         for (int at = 1;; at += 10 * calls[i] + 7) {
             const int left = calls[i] > BACK ? 0 : BACK - calls[i];
+            lfm2_seq_trim(ctx, 0, 0);                 /* it had another past */
+            feed(ctx, 0, r->tokens + 100, 20);
             ck_assert(lfm2_seq_copy(ctx, 0, 2, NULL) == LFM2_OK);
             const int cancelled = cancel_after(r, ctx, calls[i], at);
             if (cancelled) {
