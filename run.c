@@ -6491,7 +6491,7 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
  *
  * A guess costs about a tenth of a forward, and saves one if it is right.  A
  * reply begins with half a forward to its credit and earns two hundredths with
- * each, so that guesses that are always wrong cost it little more than these. */
+ * each, so that guesses that are always wrong cost it little more than that. */
 
 enum {
     MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that must be alike       */
@@ -6652,7 +6652,7 @@ static void note_prompt(const struct engine *e, struct reply *r, int span,
 }
 
 /* Say the next token, and as many more as were guessed.  What was guessed wrong
- * leaves the cache, and maybe some of what is before it, which is read again. */
+ * leaves the cache, and maybe some of what is before it, to be read again. */
 static void say_tokens(struct engine *e, struct reply *r, int span)
 {
     struct ids *cached = &e->cached[r->seq];
