@@ -417,7 +417,7 @@ static float *product(const struct thread *me, int to, const struct tensor *w,
                       int u, const struct input *in);
 
 /* This thread's share of y = in w^T, [in->n][w->rows], or of y += in w^T. */
-enum { ASSIGN, ADD };
+enum { ASSIGN, INCREASE };
 static void matmul(const struct thread *me, int how, float *y,
                    const struct tensor *w, const struct input *in);
 
@@ -590,7 +590,7 @@ static void short_conv(const struct thread *me, const struct layer *l)
         set_unit(me, &ctx->mixed, 0, ctx->mixed.n, u, c);
     }
     barrier(me);
-    matmul(me, ADD, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
+    matmul(me, INCREASE, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
     barrier(me);
     trace(me, l, CONV_IN_PROJ, CONV_OUT_PROJ);
 }
@@ -717,7 +717,7 @@ static void attention(const struct thread *me, const struct layer *l)
     barrier(me);
     round_rows(me, &ctx->heads);          /* heads.f is q                    */
     barrier(me);
-    matmul(me, ADD, ctx->x, &l->attn_output, &ctx->heads);
+    matmul(me, INCREASE, ctx->x, &l->attn_output, &ctx->heads);
     barrier(me);
     trace(me, l, ATTN_Q, ATTN_OUT);
 }
@@ -746,7 +746,7 @@ static void ffn(const struct thread *me, const struct layer *l)
 
     gated(me, &ctx->hidden, &l->ffn_gate, &l->ffn_up, &ctx->in);
     barrier(me);
-    matmul(me, ADD, ctx->x, &l->ffn_down, &ctx->hidden);
+    matmul(me, INCREASE, ctx->x, &l->ffn_down, &ctx->hidden);
     barrier(me);
     trace(me, l, FFN_W1, FFN_W2);
 }
@@ -2146,7 +2146,7 @@ static void matmul(const struct thread *me, int how, float *y,
         for (int t = 0; t < in->n; t++, unit += UNIT) {
             float *to = y + (size_t)t * (size_t)w->rows + u * UNIT;
             for (int r = 0; r < rows; r++)
-                to[r] = how == ADD ? to[r] + unit[r] : unit[r];
+                to[r] = how == INCREASE ? to[r] + unit[r] : unit[r];
         }
     }
 }
