@@ -7716,33 +7716,25 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
     return last;
 }
 
-static int32_t sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
-                      const int32_t *history, int n_history)
-{
-    const int n_vocab = ctx->model->cfg.n_vocab;
-    int32_t best;
-    double u;
-
-    if (highest(logits, n_vocab) < 0)
-        return LFM2_ENAN;
-    penalise(s, ctx->candidates, logits, n_vocab, history, n_history);
-    best = highest(logits, n_vocab);
-    u = random_next(&s->rng);
-    if (!(s->temperature > 0))
-        return best;
-    const int n = choose_candidates(s, ctx->candidates, logits, n_vocab,
-                                    logits[best]);
-    return draw(ctx->candidates, n, logits[best], s->temperature, u);
-}
-
 int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
                     const int32_t *history, int n_history)
 {
+    const int n_vocab = ctx->model->cfg.n_vocab;
+    struct candidate *c = ctx->candidates;
+    int32_t token = LFM2_ENAN;
     fenv_t callers;
-    int32_t token;
 
     enter_arithmetic(&callers);
-    token = sample(ctx, s, logits, history, n_history);
+    if (highest(logits, n_vocab) >= 0) {
+        penalise(s, c, logits, n_vocab, history, n_history);
+        token = highest(logits, n_vocab);
+        const float max = logits[token];
+        const double u = random_next(&s->rng);
+        if (s->temperature > 0) {
+            const int n = choose_candidates(s, c, logits, n_vocab, max);
+            token = draw(c, n, max, s->temperature, u);
+        }
+    }
     fesetenv(&callers);
     return token;
 }
