@@ -295,8 +295,8 @@ compare 0 plain three
 ${CC:-cc} -O0 -std=c11 -I. -c -o "$dir/run.o" run.c 2>"$dir/err"
 result $? "run.c: to be compiled"
 plant taps \
-    's/v = w\[i\] \* win\[i\];/v = w[last * n + i] * win[i];/
-     s/v = fma_f32(w\[last \* n + i\], u, v);/v = fma_f32(w[i], u, v);/' 2
+    's/v = w\[i\] \* u\[0\]\[i\];/v = w[last * n + i] * u[0][i];/
+     s/v = fma_f32(w\[k \* n + i\], u/v = fma_f32(w[(last - k) * n + i], u/' 2
 plant softmax 's/^ *score\[e\] = sigmoid(score\[e\]);/'"\
         score[e] = exp_f32(score[e]), sum += score[e]; \
     for (int e = 0; e < c->n_expert; e++) score[e] \/= sum; sum = 0;/" 1
