@@ -5501,7 +5501,9 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
     }
 }
 
-/* Linux 5.14 reads pages, or says that it cannot; before, they are touched. */
+/* Linux takes of one advice no more than the disk likes to read at once, so it
+ * is given in strides.  From 5.14 on it reads pages when told to, or says that it
+ * cannot; before, they are touched. */
 #if defined __linux__ && !defined MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -5510,7 +5512,7 @@ uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
 {
 #if defined __linux__ && !defined LFM2_NO_MMAP
     const struct file *f = m->file;
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), stride = 512 << 10;
 
     if (f->how != LFM2_LOAD_MAP || from >= f->size)
         return 0;
@@ -5519,8 +5521,9 @@ uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
     uint8_t *data = (uint8_t *)(uintptr_t)f->data + (from - before);
 
     n = n < left ? n : left;
-    madvise(data, (size_t)(2 * n < left ? 2 * n : left) + before,
-            MADV_WILLNEED);
+    for (uint64_t i = 0; i < 2 * n && i < left; i += stride)
+        madvise(data + i, stride < left - i ? stride : (size_t)(left - i),
+                MADV_WILLNEED);
     if (madvise(data, (size_t)n + before, MADV_POPULATE_READ) == 0)
         return n;
     if (errno != EINVAL)
