@@ -5,7 +5,8 @@
  * sequences and give the logits of what could come next.  The interface is in
  * lfm2.h.  Nothing else is needed: C11, libc, and POSIX threads if wanted.
  *
- * One block of the model.  Every layer is this; only the operator differs:
+ * One layer.  All have this shape; they differ in the operator (short_conv or
+ * attention) and in the feed-forward part (ffn or moe):
  *
  *      x ──┬── rms_norm(attn_norm) ── short_conv or attention ──(+)──┐
  *          └─────────────────────────────────────────────────────┘   │
@@ -13,28 +14,30 @@
  *      └─┬── rms_norm(ffn_norm) ── ffn or moe ──(+)── x of the next layer
  *        └───────────────────────────────────────┘
  *
- * Before the first block x is a row of token_embd; after the last one it is
- * normed once more and multiplied with token_embd again: the logits.
+ * Before the first layer x is a row of token_embd.  After the last one it is
+ * normed once more and multiplied with the output matrix, which mostly is
+ * token_embd again: that gives the logits.
  *
  * The file, in the order it is meant to be read:
  *
  *   I    The model       1 data   2 what the machine provides   3 small blocks
  *                        4 the operators that mix time   5 feed-forward
  *                        6 forward
- *   II   The machine     7 exact arithmetic   8 threads   9 weight formats
- *                        10 matrix products, in plain C   11, 12 the same with
- *                        vectors   13 choosing the kernels
+ *   II   The machine     7 exact arithmetic   8 threads, KV cache, lists of
+ *                        experts   9 weight formats   10 matrix products, in
+ *                        plain C   11, 12 the same with vectors   13 choosing
+ *                        the kernels
  *   III  The file        14 reading bytes   15 GGUF   16 configuration
  *                        17 binding tensors   18 open and close
- *   IV   The state       19 memory of a context   20 sequences: trim, copy,
- *                        save, load   21 traces
+ *   IV   The state       19 memory of a context   20 lfm2_forward();
+ *                        sequences: trim, copy, save, load   21 traces
  *   V    Words           22, 23 vocabulary   24 text to tokens   25 chat
  *                        26 sampling   27 Unicode classes
  *
  * Conventions.  Matrices are row-major; [rows][cols] beside a pointer is its
- * shape.  x is the residual stream, il a layer, t a row of the batch (one token
- * of one sequence), n_* a count, me the thread that runs.  Weights carry their
- * GGUF names.
+ * shape.  x is the residual stream, il a layer, n_* a count, me the thread that
+ * runs; t counts rows: of the batch, or of the piece or input that is named
+ * beside it.  Weights carry their GGUF names.
  *
  * The arithmetic contract.  The logits are the same bits on every CPU, with
  * every compiler, thread count, batch size, neighbour and cut of the prompt:
@@ -140,9 +143,8 @@ struct tensor {
     int rows, cols;
     const uint8_t *data;
     const struct tensor *next;            /* read after this one, or NULL    */
-    int module, first;                    /* for traces: what its product is
-                                             called, and of which a part that
-                                             begins there                    */
+    int module;                           /* traces: its product is this ... */
+    int first;                            /* ... from this number on         */
 };
 
 struct layer {
@@ -209,8 +211,9 @@ enum { UNDO = 16, MAX_TAPS = 8 };
 struct seq {
     int len;                              /* tokens                          */
     int start;                            /* length before a running forward */
-    int oldest;                           /* the first column that u has     */
-    int span;                             /* that is for it now, or -1       */
+    int oldest;                           /* position of the oldest column
+                                             that is still in u              */
+    int span;                             /* number of its span, or -1       */
     uint8_t *kv;
     float *u;                             /* [n_conv][UNDO+l_cache-1][n_embd]*/
     float *u_start;                       /* [n_conv][l_cache-1][n_embd]: the
@@ -227,9 +230,10 @@ struct q8_block {
     int16_t sum[2];
 };
 
-/* The input of matrix products: n rows as they are, for weights in floats, and
- * rounded, for all others.  Row i lies at row[i], or else at first + i; what is
- * made of it has the place first + i, too. */
+/* The input of a matrix product: n rows, in f as they are (for weights in
+ * floats) and in q rounded (for all others).  Row i is number row[i] of these
+ * arrays, or first + i if row is NULL; what is made of it is number first + i
+ * in any case. */
 struct input {
     int n, cols;
     const int *row;                       /* [n], or NULL                    */
@@ -257,7 +261,7 @@ struct batch {
     int n_rows, n_pieces;
     struct row *row;                      /* [n_rows]                        */
     struct piece *piece;                  /* [n_seq]                         */
-    float *rope;                          /* [n_rows][head_dim/2] cos, sin   */
+    float *rope;                          /* [n_rows][2][head_dim/2] cos, sin*/
 };
 
 /* Which experts work for which rows.  A slot is one choice of one row; slots
@@ -268,7 +272,7 @@ struct routing {
     float *weight;                        /* [n_rows][n_expert_used]         */
     int *slot_row;                        /* [slots]                         */
     float *slot_weight;                   /* [slots]                         */
-    int *slot_end;                        /* [n_expert+1] bounds of groups   */
+    int *slot_begin;                      /* [n_expert+1] bounds of groups   */
     int *active, n_active;                /* experts that somebody chose     */
     struct tensor *gate, *up, *down;      /* [n_active] their matrices       */
 };
@@ -319,8 +323,8 @@ struct lfm2_context {
 
 /* ------------------------------------------ 2. What the machine provides
  *
- * Enough to read Part I.  The definitions are in Part II, those for traces in
- * section 21. */
+ * Enough to read Part I.  The definitions are in Part II, those of u_column()
+ * and conv_mark() in section 20, those for traces in section 21. */
 
 static float fma_f32(float a, float b, float c);    /* a*b+c, rounded once   */
 static float exp_f32(float x);
@@ -353,27 +357,24 @@ static float kv_value(const struct kv_head *kv, int pos, int d);
 struct attn_partial;
 struct attn_rows;
 
-enum { FEW_BYTES = 8192 };
-
 /* What a thread works with. */
 struct scratch {
     float *out[3];                        /* [n_batch][UNIT], of product()   */
     struct attn_partial *partial;         /* see attend_rows()               */
 
     /* rows of weights, unpacked: here one row, in section 12 a panel */
-    uint8_t *q;                           /* [cols][panel rows]              */
-    float *d, *m;                         /* [groups][2][panel rows]         */
-    float *f;                             /* [cols][UNIT], float formats     */
-    float *chain;                         /* [X_ROWS][UNIT][16], those too   */
-    uint8_t *few;                         /* [FEW_BYTES], see section 12     */
+    uint8_t *q;                           /* cols x panel rows               */
+    float *d, *m;                         /* groups x 2 x panel rows         */
+    float *f;                             /* cols x UNIT, for floats         */
+    float *chain;                         /* [MOST_X_ROWS][UNIT][16] sums    */
 
-    float *tile;                          /* [TILE][head_dim] of K or V, with
-                                             room for another TILE           */
+    float *tile;                          /* [TILE][head_dim] of K or V, and
+                                             TILE more floats of room        */
     float *score;                         /* [queries][CHUNK]                */
 };
 
-/* What an instruction set brings: the functions of that name in sections 3, 4,
- * 7 and 10, with the same bits. */
+/* The kernels of one instruction set.  All sets give the same bits.  The plain
+ * C versions are listed in the table `scalar`, at the end of section 10. */
 struct isa {
     int panel_rows;                       /* see section 12                  */
     float (*dot)(const float *a, const float *b, int n);
@@ -437,11 +438,11 @@ static void attend(const struct thread *me, const struct layer *l);
 /* Sort the slots by expert, and bind the matrices of those in use. */
 static void group_by_expert(struct lfm2_context *ctx, const struct layer *l);
 
-/* For lfm2_trace().  Nothing of this does anything while nobody traces.  What
- * product() computes is kept by itself, under the name that the module has in
- * the official implementation; keep() keeps n other numbers of a row.  trace()
- * shows some modules of a layer when all threads are done with them, and
- * trace_rows() what lies in y, [n_rows][n]; il is -1 outside of layers. */
+/* For lfm2_trace(); while nobody traces, these do nothing.  product() keeps
+ * what it computes by itself; keep() keeps n other numbers of a row.  trace()
+ * shows the modules first .. last of a layer, trace_rows() the rows of y,
+ * [n_rows][n].  il is -1 outside of layers; a layer itself has the name "".
+ * (Officially w1 is the gate, w3 is up and w2 is down.) */
 enum module {
     NOT_TRACED, CONV_IN_PROJ, CONV_CONV, CONV_OUT_PROJ, ATTN_Q, ATTN_K, ATTN_V,
     ATTN_Q_NORM, ATTN_K_NORM, ATTN_OUT, FFN_W1, FFN_W3, FFN_W2, MOE_GATE,
@@ -647,7 +648,8 @@ static void merge_chunk(const struct isa *isa, struct attn_partial *a,
                         const struct attn_partial *b, int hd)
 {
     float max = b->max > a->max ? b->max : a->max;
-    float wa = exp_f32(a->max - max), wb = exp_f32(b->max - max);
+    float wa = a->max < max ? exp_f32(a->max - max) : 1;
+    float wb = b->max < max ? exp_f32(b->max - max) : 1;
 
     a->max = max;
     a->sum = fma_f32(b->sum, wb, a->sum * wa);
@@ -664,7 +666,7 @@ static void finish_head(float *out, const struct attn_partial *all, int hd)
 }
 
 /* Norm and rotate the heads of row t of a piece that share a kv head; remember
- * k and v.  q is divided by sqrt(head_dim) here, so that scores are products. */
+ * k and v.  q is divided by sqrt(head_dim) here, so scores are products. */
 static void prepare_heads(const struct thread *me, const struct layer *l,
                           const struct piece *p, int t, int head)
 {
@@ -713,7 +715,7 @@ static void attention(const struct thread *me, const struct layer *l)
     barrier(me);
     attend(me, l);
     barrier(me);
-    round_rows(me, &ctx->heads);
+    round_rows(me, &ctx->heads);          /* heads.f is q                    */
     barrier(me);
     matmul(me, INCREASE, ctx->x, &l->attn_output, &ctx->heads);
     barrier(me);
@@ -785,12 +787,12 @@ static void route(const lfm2_config *c, const float *bias, float *score,
 static struct input choosers(const struct routing *r, const struct input *x,
                              int i)
 {
-    const int *end = &r->slot_end[r->active[i]];
+    const int *begin = &r->slot_begin[r->active[i]];
     struct input some = *x;
 
-    some.first = end[0];
-    some.n = end[1] - end[0];
-    some.row = r->slot_row + end[0];
+    some.first = begin[0];
+    some.n = begin[1] - begin[0];
+    some.row = r->slot_row + begin[0];
     return some;
 }
 
@@ -901,9 +903,9 @@ static void set_rows(struct lfm2_context *ctx, int n)
     ctx->in.n = ctx->mixed.n = ctx->heads.n = ctx->hidden.n = n;
 }
 
-/* Go on with the rows of which at least so much is wanted, where nothing mixes
- * rows any more. */
-static void keep_rows(const struct thread *me, int least)
+/* Drop the rows of which less than `least` is wanted, once nothing looks at
+ * other rows any more. */
+static void drop_rows(const struct thread *me, int least)
 {
     struct lfm2_context *ctx = me->ctx;
     struct batch *b = &ctx->batch;
@@ -922,7 +924,8 @@ static void keep_rows(const struct thread *me, int least)
     barrier(me);
 }
 
-/* The states that are wanted, and the logits, behind those of earlier passes. */
+/* The states that are wanted, and the logits, behind those of earlier passes
+ * of the call. */
 static void output(const struct thread *me)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -937,7 +940,7 @@ static void output(const struct thread *me)
                      n * (size_t)t, m->output_norm, m->cfg.n_embd,
                      m->cfg.norm_rms_eps);
     barrier(me);
-    keep_rows(me, LOGITS);
+    drop_rows(me, LOGITS);
     norm_rows(me, m->output_norm);
     trace_rows(me, -1, "model.embedding_norm", ctx->in.f, m->cfg.n_embd);
     if (b->n_rows > 0)
@@ -977,7 +980,7 @@ static void forward(const struct thread *me)
             short_conv(me, l);
 
         if (il + 1 == c->n_layer && !ctx->hook)
-            keep_rows(me, STATE);
+            drop_rows(me, STATE);
         if (ctx->batch.n_rows == 0)
             return;
         norm_rows(me, l->ffn_norm);
@@ -1000,7 +1003,8 @@ static void forward(const struct thread *me)
  * Every function here gives the same bits everywhere: it uses nothing but IEEE
  * addition, multiplication, division and conversion, and integer operations. */
 
-/* Compute so, whatever the caller has set; fesetenv() gives it back. */
+/* Round to nearest and flush nothing to zero from now on, whatever the caller
+ * has set; fesetenv() with *callers gives it back. */
 static void enter_arithmetic(fenv_t *callers)
 {
     fegetenv(callers);
@@ -1021,10 +1025,10 @@ static float float_of(uint32_t u)
     return f;
 }
 
-/* a*b+c rounded once.  The product of two floats is exact in double.  The sum
- * is not, and rounding it a second time could go the wrong way, so it is first
- * rounded to odd: if it is inexact, its last bit becomes 1, and what is left to
- * round is never a tie. */
+/* a*b+c rounded once.  The product of two floats is exact in double.  The sum s
+ * is not, and rounding it a second time could go the wrong way.  So if err is
+ * not 0 and s is even, s moves to its neighbour on the side of err, which is
+ * odd; and an odd s is never halfway between two floats. */
 static inline float fma_f32(float a, float b, float c)
 {
 #if defined FP_FAST_FMAF || defined __aarch64__     /* clang does not say it */
@@ -1077,7 +1081,7 @@ static const double half_pi[3] = {
     2.02226624879595063154e-21
 };
 
-/* Longer contexts than any model has, and angles of all their positions. */
+/* The longest context; an angle is at most a position. */
 enum { MAX_CTX = 1 << 24 };
 
 /* Sine and cosine of an angle up to MAX_CTX, in double.  The angle is reduced
@@ -1126,7 +1130,8 @@ float lfm2_math(int function, float a, float b, float c)
     return y;
 }
 
-/* base^(1/n) by Newton's method, from above, where it falls until found. */
+/* base^(1/n) by Newton's method.  It starts above the root, so every step goes
+ * down; when rounding stops that, it is done. */
 static double nth_root(double base, int n)
 {
     double r = 1 + (base - 1) / n;
@@ -1192,7 +1197,7 @@ static float bf16_to_f32(uint16_t b)
     return float_of((uint32_t)b << 16);
 }
 
-/* ------------------------------------------------------------- 8. Threads
+/* --------------------- 8. Threads, and how attention and experts share them
  *
  * A context owns n_threads - 1 workers; the caller is thread 0.  They are woken
  * once for a pass, run the same function, and meet at its barriers.  Each takes
@@ -1206,10 +1211,9 @@ static struct range share(const struct thread *me, int n)
     return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
 }
 
-/* About 200 microseconds.  A tenth of it would leave the CPU to others sooner.
- * But the system puts threads that sleep all the time on one CPU, and beside a
- * busy process they lose more by waking up than they win by sleeping: 18 % of
- * the undisturbed speed was left, instead of 48 %. */
+/* A fifth to half of a millisecond.  A tenth would leave the CPU to others
+ * sooner, but the system packs threads that sleep often onto one CPU: beside a
+ * busy process 18 % of the undisturbed speed was left then, instead of 48 %. */
 enum { SPINS = 10000 };
 
 /* Multiply-adds of a pass that one thread does in less time than it takes to
@@ -1238,7 +1242,7 @@ struct pool { int unused; };
 
 struct pool {
     int spins;                            /* before going to sleep           */
-    pid_t process;                        /* that the workers belong to      */
+    pid_t owner;                          /* process that has the workers    */
     void (*run)(const struct thread *me); /* NULL: the workers end           */
     atomic_uint pass;                     /* how many have been started      */
     atomic_uint arrived;                  /* threads that wait at a barrier  */
@@ -1266,7 +1270,7 @@ static int usable_cpus(void)
 #endif
     if (n < 1)
         n = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n > 64 ? 64 : n;
+    return n < 1 ? 1 : n;
 }
 
 /* Tell the CPU that this is a waiting loop. */
@@ -1345,7 +1349,7 @@ static void *worker_main(void *arg)
 /* After fork() a child has the memory of the workers, but not the workers. */
 static int pool_is_here(const struct lfm2_context *ctx)
 {
-    return ctx->par.n_threads == 1 || ctx->pool->process == getpid();
+    return ctx->par.n_threads == 1 || ctx->pool->owner == getpid();
 }
 
 static void pool_close(struct lfm2_context *ctx)
@@ -1361,8 +1365,8 @@ static void pool_close(struct lfm2_context *ctx)
     pthread_mutex_destroy(&p->lock);
 }
 
-/* Fewer threads than asked for, if the system gives no more.  A loop must not
- * wait for a thread that needs the same CPU. */
+/* Fewer threads than asked for, if the system gives no more.  With more threads
+ * than CPUs nobody spins: the thread waited for may need this CPU. */
 static void pool_open(struct lfm2_context *ctx)
 {
     struct pool *p = ctx->pool;
@@ -1370,7 +1374,7 @@ static void pool_open(struct lfm2_context *ctx)
     int n = 1;
 
     p->spins = most <= usable_cpus() ? SPINS : 0;
-    p->process = getpid();
+    p->owner = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->changed, NULL);
     while (n < most && pthread_create(&p->worker[n], NULL, worker_main,
@@ -1497,7 +1501,7 @@ static void attend_chunk(struct attn_partial *part, const struct attn_rows *a,
                          chunk_seen(a, t, pos));
 }
 
-/* How many rows look back together. */
+/* How many rows look back together: about 32 queries share what is loaded. */
 static int rows_together(const lfm2_config *c)
 {
     const int group = c->n_head / c->n_head_kv;
@@ -1525,7 +1529,8 @@ static void attend_rows(const struct thread *me, const struct attn_rows *a,
                     (size_t)(i % a->group * hd), &all[i], hd);
 }
 
-/* Later rows see more, so the threads take turns. */
+/* Later rows see more positions, so jobs are dealt out in turn: neighbours
+ * would not be equal work. */
 static void attend(const struct thread *me, const struct layer *l)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -1553,26 +1558,23 @@ static void attend(const struct thread *me, const struct layer *l)
 
 /* ---- experts: which rows they have */
 
-/* Sort the slots by expert, rows ascending (a counting sort): those of expert e
- * become slot_end[e] .. slot_end[e+1]-1.  end[e+1] first counts the slots of e,
- * then is where they end, and comes down to where they begin while they are
- * put in their places, the last row first. */
+/* Sort the slots by expert, rows ascending: a counting sort.  begin[e] counts
+ * the slots of e, then is where they end, and comes down to where they begin
+ * while they are put in their places, the last row first. */
 static void sort_slots(struct routing *r, int n, int n_expert, int used)
 {
-    int *end = r->slot_end;
+    int *begin = r->slot_begin;
 
-    memset(end, 0, ((size_t)n_expert + 1) * sizeof *end);
+    memset(begin, 0, ((size_t)n_expert + 1) * sizeof *begin);
     for (int i = 0; i < n; i++)
-        end[r->chosen[i] + 1]++;
-    for (int e = 0; e < n_expert; e++)
-        end[e + 1] += end[e];
+        begin[r->chosen[i]]++;
+    for (int e = 1; e <= n_expert; e++)
+        begin[e] += begin[e - 1];
     for (int i = n - 1; i >= 0; i--) {
-        int s = --end[r->chosen[i] + 1];
+        int s = --begin[r->chosen[i]];
         r->slot_row[s] = i / used;
         r->slot_weight[s] = r->weight[i];
     }
-    memmove(end, end + 1, (size_t)n_expert * sizeof *end);
-    end[n_expert] = n;
 }
 
 /* Each matrix leads to that of the next expert. */
@@ -1586,7 +1588,7 @@ static void group_by_expert(struct lfm2_context *ctx, const struct layer *l)
     r->n_active = 0;
     for (int e = 0; e < c->n_expert; e++) {
         const int i = r->n_active;
-        if (r->slot_end[e] == r->slot_end[e + 1])
+        if (r->slot_begin[e] == r->slot_begin[e + 1])
             continue;
         r->active[r->n_active++] = e;
         r->gate[i] = expert(&l->ffn_gate_exps, e);
@@ -1722,8 +1724,8 @@ static void scales_iq4_xs(const uint8_t *b, int g, float *d, float *m)
     d[0] = load_f16(b) * (float)((low | high << 4) - 32);
 }
 
-/* Some bits of the weights of a block.  Those of the first 16 columns of group
- * g are the lowest ones of 16 bytes, at + of[g], when these are shifted down. */
+/* Some bits of the weights of a block.  Column i of group g has them in byte
+ * at + of[g] + i: shift it down by shift[g], then apply the mask. */
 struct bit_field {
     uint8_t at, mask, of[8], shift[8];
 };
@@ -1750,21 +1752,20 @@ struct format {
     int is_signed;                        /* they are whole signed bytes     */
 
     /* for vectors */
-    int terms;                            /* on x86, how many products by four
-                                             columns can be added in 16 bits;
-                                             of signed bytes 1               */
+    int terms;                            /* on x86 without VNNI: how many
+                                             pairs of products 16 bits hold  */
     int scale_offset;                     /* of the scales in a K block      */
 };
 
-/* Blocks of 32 columns, with their nibbles at `at`, in as many as a vector
- * takes at once. */
+/* Blocks of one group, with nibbles at `at`.  A vector takes up to four blocks
+ * at once, so of[1..3] point into the next ones. */
 #define EACH(n) { 0, n, 2 * n, 3 * n }
 #define NIBBLES(size, at) \
     .block = 32, .bytes = size, .scales = scales_32, \
     .split = 1, .low = { at, 15, EACH(size), { 0 } }
 
-/* The 8 groups of a K block: two in the nibbles of 32 bytes, four in their pairs
- * of bits, or all in their bits. */
+/* The 8 groups of a K block: two in the nibbles of 32 bytes, four in their
+ * pairs of bits, or all in their bits. */
 #define LOW_4 { 0, 0, 32, 32, 64, 64, 96, 96 }, { 0, 4, 0, 4, 0, 4, 0, 4 }
 #define LOW_2 { 0, 0, 0, 0, 32, 32, 32, 32 }, { 0, 2, 4, 6, 0, 2, 4, 6 }
 #define ONE_BIT { 0 }, { 0, 1, 2, 3, 4, 5, 6, 7 }
@@ -2473,7 +2474,7 @@ KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
 #define MM_INTS __m512i
 #define FLOATS __m512
 #define BLOCK(name) name##_avx2
-#define TOKENS 6
+#define TOKENS (DOT ? 6 : 4)
 #define X_ROWS 6
 enum { FN(WIDE) = 4 };
 
@@ -2557,7 +2558,7 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
     v[3] = (INTS)_mm512_shuffle_i32x4(high, high2, 0xdd);
 }
 
-/* Where w is 0 its product is 0 whatever v is. */
+/* v with its sign changed where w is negative. */
 KERNEL_INLINE __m512i FN(sign)(INTS v, INTS w)
 {
     return _mm512_mask_sub_epi8((__m512i)v,
@@ -2853,11 +2854,15 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 
 /* ------------------------------------------------ 12. Kernels: products
  *
- * Few rows of x: weights are read once, so it is a matter of how fast memory
- * gives them.  A step takes QUADS groups of LANES rows, straight from the file:
- * a row's 16 bytes of each group, in a quad each, are multiplied with those of
- * x.  Then not the weights but their sums are transposed, so that the sums of
- * one group stand side by side for all rows, and are scaled and added up.
+ * Few rows of x (FEW at most): the speed of the memory decides.  Weights go
+ * from the file to registers and are never stored.  A step takes QUADS groups
+ * of LANES rows:
+ *
+ *   1. of one row, each quad of a register holds 16 bytes of another group;
+ *   2. dot_4() multiplies them with the same groups of x;
+ *   3. sum_4() and transpose_quads() turn the sums around, so that a register
+ *      has those of one group for all LANES rows;
+ *   4. add_group() scales them and adds them to the results.
  *
  * Many rows of x: LANES rows are unpacked to a tile, two tiles to a panel.
  * A vector holds four columns of the LANES rows of a tile, so that multiplying
@@ -2867,11 +2872,14 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
  *                                                        on ARM s8: weight
  *     d, m [groups][2 halves][2 tiles][LANES rows]       float
  *
- * A panel stays in the second-level cache for all rows of x. */
+ * With more than SOME rows of x a panel covers all columns and stays in the
+ * second-level cache; with fewer it covers eight groups at a time and stays in
+ * the first. */
 
 #ifndef KERNELS
 enum {
-    AT_ONCE = 7,                          /* rows of x that are few          */
+    FEW = 3,                              /* at most: straight from the file */
+    SOME = 7,                             /* at most: panels of eight groups */
     AHEAD = 16384,                        /* bytes to fetch ahead, besides a
                                              tile; found by measuring        */
 
@@ -3123,6 +3131,12 @@ KERNEL_INLINE FLOATS FN(add_scaled_sums)(FLOATS acc, const INTS s[2],
     return acc;
 }
 
+/* Of the bytes that are multiplied. */
+KERNEL_INLINE int FN(offset)(const struct format *k)
+{
+    return k->is_signed ? FN(SIGNED) : k->offset;
+}
+
 /* What the offset of the weights takes from the sum of half h, or of all. */
 KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
                             const struct format *k)
@@ -3133,54 +3147,7 @@ KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
     return FN(pairs)(FN(repeat)(x->sum), FN(splat_int)((int32_t)both));
 }
 
-/* -- few rows of x */
-
-#if DOT
-
-/* s + four products in each number. */
-KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x)
-{
-#if LANES == 4
-    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
-    return s;
-#else
-    return (INTS)DPBUSD((MM_INTS)s, (MM_INTS)w, (MM_INTS)x);
-#endif
-}
-
-/* Halves `first` .. `last` of a row times those of x, in sums of columns. */
-KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
-                           const int last, const struct format *k)
-{
-    INTS s = { 0 };
-
-    (void)k;
-    for (int h = first; h <= last; h++)
-        s = FN(dot_4)(s, w[h], x[h]);
-    return s;
-}
-
-#elif LANES == 4
-
-KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
-                           const int last, const struct format *k)
-{
-    INTS s = { 0 };
-    int16x8_t p;
-
-    for (int h = first; h <= last; h++) {
-        int8x16_t a = (int8x16_t)w[h], b = (int8x16_t)x[h];
-        int8x8_t low = vget_low_s8(a);
-        p = h > first && !k->is_signed ? vmlal_s8(p, low, vget_low_s8(b))
-                                       : vmull_s8(low, vget_low_s8(b));
-        p = vmlal_high_s8(p, a, b);
-        if (h == last || k->is_signed)
-            s = vpadalq_s16(s, p);
-    }
-    return s;
-}
-
-#else
+#if LANES > 4 && !DOT
 
 /* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
 KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
@@ -3191,21 +3158,41 @@ KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
         : (FN(words16))MM(maddubs_epi16)((MM_INTS)w, (MM_INTS)x);
 }
 
+#endif
+
+/* s + four products of bytes in each number.  Not every compiler has a function
+ * for sdot where the default CPU lacks it. */
+KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
+{
+    (void)is_signed;
+#if DOT && LANES == 4
+    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
+    return s;
+#elif DOT
+    return (INTS)DPBUSD((MM_INTS)s, (MM_INTS)w, (MM_INTS)x);
+#elif LANES == 4
+    int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
+    int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
+    return (INTS)vpadalq_s16((int32x4_t)s,
+                             vpaddq_s16(low, vmull_high_s8(a, b)));
+#else
+    return s + FN(pairs)((INTS)FN(byte_pairs)(w, x, is_signed),
+                         FN(splat_int)(0x00010001));
+#endif
+}
+
+/* -- few rows of x */
+
+/* Halves `first` .. `last` of a row times those of x, in sums of columns. */
 KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
                            const int last, const struct format *k)
 {
-    const INTS one = FN(splat_int)(0x00010001);
-    FN(words16) p = FN(byte_pairs)(w[first], x[first], k->is_signed);
+    INTS s = { 0 };
 
-    if (last > first && k->is_signed)
-        return FN(pairs)((INTS)p, one) +
-               FN(pairs)((INTS)FN(byte_pairs)(w[last], x[last], 1), one);
-    if (last > first)
-        p += FN(byte_pairs)(w[last], x[last], 0);
-    return FN(pairs)((INTS)p, one);
+    for (int h = first; h <= last; h++)
+        s = FN(dot_4)(s, w[h], x[h], k->is_signed);
+    return s;
 }
-
-#endif
 
 /* One of the few rows of x: its next groups, what they give with LANES rows of
  * weights, and the results so far. */
@@ -3243,7 +3230,7 @@ KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
                                  const struct format *k)
 {
     const int halves = k->per_16 ? 2 : 1;
-    const int offset = k->is_signed ? FN(SIGNED) : k->offset;
+    const int offset = FN(offset)(k);
     FLOATS d[2], m[2];
     INTS sum[2];
 
@@ -3382,60 +3369,15 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
     }
 }
 
-#if DOT && LANES == 4
-
-/* s += four columns of w times columns 4k .. 4k+3 of v, which holds 16.  Not
- * every compiler has a function for it where the default CPU lacks it. */
-KERNEL_INLINE INTS FN(sdot)(INTS s, INTS w, INTS v, const int k)
-{
-#undef SDOT
-#define SDOT(i) \
-    ASM("sdot %0.4s, %1.16b, %2.4b[" #i "]" : "+w"(s) : "w"(w), "w"(v))
-    switch (k % 4) {
-    case 0: SDOT(0); break;
-    case 1: SDOT(1); break;
-    case 2: SDOT(2); break;
-    case 3: SDOT(3); break;
-    }
-    return s;
-}
-
-#endif
-
 /* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
-#if DOT
-
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_block *const *x, int g,
                             const int first, const int last, const int tokens,
                             const struct format *k)
 {
-    (void)k;
-    UNROLL
-    for (int i = first; i < last; i++)
-        UNROLL
-        for (int t = 0; t < tokens; t++)
-            UNROLL
-            for (int j = 0; j < 2; j++) {
-#if LANES == 4
-                const INTS v = FN(repeat_16)(x[t][g].q + i / 4 * 16);
-                s[t][j] = FN(sdot)(s[t][j], w[2 * i + j], v, i);
-#else
-                const INTS v = FN(repeat)(x[t][g].q + 4 * i);
-                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v);
-#endif
-            }
-}
-
-#elif LANES > 4
-
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_block *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const struct format *k)
-{
-    const INTS one = FN(splat_int)(0x00010001);
+#if LANES > 4 && !DOT                     /* `terms` of them in 16 bits      */
     FN(words16) part[TOKENS][2];
+#endif
 
     UNROLL
     for (int i = first; i < last; i++)
@@ -3444,61 +3386,19 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
             const INTS v = FN(repeat)(x[t][g].q + 4 * i);
             UNROLL
             for (int j = 0; j < 2; j++) {
+#if LANES > 4 && !DOT
                 const int n = (i - first) % k->terms;
                 FN(words16) p = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
                 part[t][j] = n ? part[t][j] + p : p;
                 if (n == k->terms - 1)
-                    s[t][j] += FN(pairs)((INTS)part[t][j], one);
-            }
-        }
-}
-
+                    s[t][j] += FN(pairs)((INTS)part[t][j],
+                                         FN(splat_int)(0x00010001));
 #else
-
-/* Products of bytes are added up in 16 bits, those of two rows in each half of
- * part: of eight columns if the bytes of w use all their bits, else of all.  If
- * clang saw that the halves of v are equal, it would not use smlal2. */
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_block *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const struct format *k)
-{
-    const int terms = k->is_signed ? 2 : last - first;
-    int16x8_t part[TOKENS][2][2];
-    int32x4_t sum[TOKENS][2][2];
-
-    UNROLL
-    for (int i = first; i < last; i++)
-        UNROLL
-        for (int t = 0; t < tokens; t++) {
-            INTS all = FN(repeat_16)(x[t][g].q + i / 4 * 16);
-            int8x16_t v = (int8x16_t)vdupq_n_s32(all[i % 4]);
-            ASM("" : "+w"(v));
-            UNROLL
-            for (int j = 0; j < 2; j++) {
-                const int n = (i - first) % terms;
-                int16x8_t *p = part[t][j];
-                int8x16_t wi = (int8x16_t)w[2 * i + j];
-                int8x8_t low = vget_low_s8(wi), vl = vget_low_s8(v);
-                p[0] = n ? vmlal_s8(p[0], low, vl) : vmull_s8(low, vl);
-                p[1] = n ? vmlal_high_s8(p[1], wi, v) : vmull_high_s8(wi, v);
-                if (n < terms - 1)
-                    continue;
-                UNROLL
-                for (int h = 0; h < 2; h++)
-                    sum[t][j][h] = i < first + terms
-                        ? vpaddlq_s16(p[h])
-                        : vpadalq_s16(sum[t][j][h], p[h]);
+                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v, k->is_signed);
+#endif
             }
         }
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < 2; j++)
-            s[t][j] += (INTS)vpaddq_s32(sum[t][j][0], sum[t][j][1]);
 }
-
-#endif
 
 /* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
 KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
@@ -3534,10 +3434,12 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
         }
 }
 
-/* out[t][row of the panel] = `groups` groups of it times those at x[t]. */
+/* out[t][row of the panel] = `groups` groups of it times those at x[t]; or it
+ * goes on with what is there, if these are not the first. */
 KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
                                 const struct q8_block *const *x, int offset,
-                                const int tokens, const struct format *k)
+                                int is_first, const int tokens,
+                                const struct format *k)
 {
     const INTS *w = (const void *)p->q;
     const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
@@ -3545,7 +3447,10 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
 
     UNROLL
     for (int t = 0; t < tokens; t++)
-        acc[t][0] = acc[t][1] = FN(splat)(0);
+        UNROLL
+        for (int j = 0; j < 2; j++)
+            acc[t][j] = is_first ? FN(splat)(0)
+                                 : FN(load)(out + t * UNIT + j * LANES);
     for (int g = 0; g < groups; g++, w += 16, d += 4, m += 4)
         FN(panel_group)(acc, w, d, m, x, g, tokens, offset, k);
     UNROLL
@@ -3555,13 +3460,21 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
             FN(store)(out + t * UNIT + j * LANES, acc[t][j]);
 }
 
-/* For every number of rows of x its own code, and for every way to add up. */
+/* Each number of rows of x has its own code, and so has each way to add up. */
+typedef void FN(multiply_fn)(float *out, const struct scratch *p, int groups,
+                             const struct q8_block *const *x, int offset,
+                             int is_first, int n);
+typedef void FN(few_fn)(struct FN(few) *to, int n, const uint8_t *row,
+                        size_t stride, int groups, const uint8_t *next);
+typedef void FN(tile_fn)(const struct scratch *p, int tile, const uint8_t *row,
+                         size_t stride, int groups, const uint8_t *next);
+
 #undef MULTIPLY
 #define MULTIPLY(type) \
     KERNEL void FN(multiply_##type)(float *out, const struct scratch *p, \
                                     int groups, \
                                     const struct q8_block *const *x, \
-                                    int offset, int n) \
+                                    int offset, int is_first, int n) \
     { \
         const struct format *k = &formats[type]; \
         switch (n) { \
@@ -3572,7 +3485,7 @@ KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
 #define CASE(tokens) \
     case tokens: \
         if (tokens <= TOKENS) \
-            FN(multiply)(out, p, groups, x, offset, tokens, k); \
+            FN(multiply)(out, p, groups, x, offset, is_first, tokens, k); \
         return;
 
 MULTIPLY(Q4_0)                            /* nibbles or five bits, offset    */
@@ -3610,31 +3523,20 @@ MULTIPLY(Q6_K)                            /* the same, six bits              */
 USES(Q4_0) USES(Q4_1) USES(Q5_0) USES(Q5_1) USES(Q8_0) USES(Q2_K) USES(Q3_K)
 USES(Q4_K) USES(Q5_K) USES(Q6_K) USES(IQ4_NL) USES(IQ4_XS)
 
-typedef void FN(few_fn)(struct FN(few) *to, int n, const uint8_t *row,
-                        size_t stride, int groups, const uint8_t *next);
-
 #undef USE
-#define USE(type, sums, offset) \
-    { FN(one_##type), FN(few_##type), FN(tile_##type), FN(multiply_##sums), \
-      offset }
+#define USE(type, sums) \
+    [type] = { FN(one_##type), FN(few_##type), FN(tile_##type), \
+               FN(multiply_##sums) }
 
-/* What serves a format: one row of x, few and many; and the offset of panels. */
+/* What serves a format: one row of x, few and many. */
 static const struct {
     FN(few_fn) *one, *few;
-    void (*tile)(const struct scratch *p, int tile, const uint8_t *row,
-                 size_t stride, int groups, const uint8_t *next);
-    void (*multiply)(float *out, const struct scratch *p, int groups,
-                     const struct q8_block *const *x, int offset, int n);
-    int offset;
-} FN(formats)[N_FORMAT] = {
-    [Q4_0] = USE(Q4_0, Q4_0, 8), [Q4_1] = USE(Q4_1, Q4_K, 0),
-    [Q5_0] = USE(Q5_0, Q4_0, 16), [Q5_1] = USE(Q5_1, Q4_K, 0),
-    [Q8_0] = USE(Q8_0, Q8_0, FN(SIGNED)),
-    [Q2_K] = USE(Q2_K, Q2_K, 0), [Q3_K] = USE(Q3_K, Q3_K, 4),
-    [Q4_K] = USE(Q4_K, Q4_K, 0), [Q5_K] = USE(Q5_K, Q4_K, 0),
-    [Q6_K] = USE(Q6_K, Q6_K, 32),
-    [IQ4_NL] = USE(IQ4_NL, Q8_0, FN(SIGNED)),
-    [IQ4_XS] = USE(IQ4_XS, Q8_0, FN(SIGNED)),
+    FN(tile_fn) *tile;
+    FN(multiply_fn) *multiply;
+} FN(routines)[N_FORMAT] = {
+    USE(Q4_0, Q4_0), USE(Q4_1, Q4_K), USE(Q5_0, Q4_0), USE(Q5_1, Q4_K),
+    USE(Q8_0, Q8_0), USE(Q2_K, Q2_K), USE(Q3_K, Q3_K), USE(Q4_K, Q4_K),
+    USE(Q5_K, Q4_K), USE(Q6_K, Q6_K), USE(IQ4_NL, Q8_0), USE(IQ4_XS, Q8_0)
 };
 
 /* How many of n rows of x to take next, so that all takes are nearly equal. */
@@ -3647,19 +3549,35 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
 /* LANES rows, from `row` on, times a few rows of x. */
 KERNEL void FN(product_few)(float *out, const struct tensor *w,
                             const uint8_t *row, const struct input *in,
-                            const struct scratch *s, const uint8_t *next)
+                            const uint8_t *next)
 {
     const int f = (int)(w->fmt - formats), groups = w->cols / 32;
-    struct FN(few) *to = (void *)s->few;
+    struct FN(few) to[FEW];
 
     for (int t = 0; t < in->n; t++) {
         to[t].x = in->q + row_at(in, t) * (size_t)groups;
         to[t].acc = FN(splat)(0);
     }
-    (in->n == 1 ? FN(formats)[f].one : FN(formats)[f].few)(
+    (in->n == 1 ? FN(routines)[f].one : FN(routines)[f].few)(
         to, in->n, row, row_bytes(w), groups, next);
     for (int t = 0; t < in->n; t++)
         FN(store)(out + t * UNIT, to[t].acc);
+}
+
+/* Groups g .. g+n-1 of the panel in scratch times those of all rows of x. */
+KERNEL void FN(multiply_all)(float *out, const struct tensor *w,
+                             const struct input *in, const struct scratch *s,
+                             int g, int n)
+{
+    const int f = (int)(w->fmt - formats), offset = FN(offset)(w->fmt);
+    const struct q8_block *x[TOKENS];
+
+    for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
+        m = FN(take_rows)(in->n - t, TOKENS);
+        for (int i = 0; i < m; i++)
+            x[i] = in->q + row_at(in, t + i) * (size_t)(w->cols / 32) + g;
+        FN(routines)[f].multiply(out, s, n, x, offset, g == 0, m);
+    }
 }
 
 /* The rows of a panel times any number of rows of x. */
@@ -3667,18 +3585,18 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                               const uint8_t *row, const struct input *in,
                               const struct scratch *s, const uint8_t *next)
 {
-    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
+    const struct format *f = w->fmt;
+    const int groups = w->cols / 32, most = in->n <= SOME ? 8 : groups;
     const size_t stride = row_bytes(w);
 
-    for (size_t i = 0; i < 2; i++)
-        FN(formats)[f].tile(s, (int)i, row + i * LANES * stride, stride, groups,
-                            next + i * LANES * stride);
-    for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
-        const struct q8_block *x[TOKENS];
-        m = FN(take_rows)(in->n - t, TOKENS);
-        for (int i = 0; i < m; i++)
-            x[i] = in->q + row_at(in, t + i) * (size_t)groups;
-        FN(formats)[f].multiply(out, s, groups, x, FN(formats)[f].offset, m);
+    for (int g = 0, n; g < groups; g += n) {
+        n = groups - g < most ? groups - g : most;
+        const size_t bytes = (size_t)(n * 32 / f->block * f->bytes);
+        for (size_t i = 0; i < 2; i++, next += LANES * bytes)
+            FN(routines)[f - formats].tile(s, (int)i, row + i * LANES * stride,
+                                          stride, n, next);
+        FN(multiply_all)(out, w, in, s, g, n);
+        row += bytes;
     }
 }
 
@@ -3866,7 +3784,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         const struct scratch *s, const uint8_t *end,
                         const uint8_t *next)
 {
-    const int floats = w->fmt->floats != NULL, few = in->n <= AT_ONCE;
+    const int floats = w->fmt->floats != NULL, few = in->n <= FEW;
     const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
                             : few ? LANES : FN(PANEL);
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
@@ -3880,7 +3798,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
         if (floats)
             FN(product_floats)(out + done, w, row, rows, in, s, ahead);
         else if (few)
-            FN(product_few)(out + done, w, row, in, s, ahead);
+            FN(product_few)(out + done, w, row, in, ahead);
         else
             FN(product_panel)(out + done, w, row, in, s, ahead);
     }
@@ -4078,6 +3996,11 @@ static const struct isa FN(isa) = {
 
 /* ------------------------------------------------- 13. Choosing the kernels */
 
+enum {
+    HAS_AVX2 = 1, HAS_AVXVNNI = 2, HAS_AVX512 = 4, HAS_VNNI = 8,
+    HAS_DOTPROD = 16
+};
+
 #ifdef LFM2_X86
 
 #define KERNELS
@@ -4118,11 +4041,10 @@ static const struct isa FN(isa) = {
 #undef KERNELS
 
 /* What the CPU has, and the system saves when it switches threads. */
-static int cpu_has(int isa)
+static int cpu_features(void)
 {
-    unsigned a, b, c, d, b7, c7, a71, os = 0, os_high;
-    const unsigned avx2 = 1u << 5, fma = 1u << 12, f16c = 1u << 29;
-    const unsigned osxsave = 1u << 27, avxvnni = 1u << 4, vnni = 1u << 11;
+    unsigned a, b, c, d, b7, c7, a71, os, os_high;
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29;
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
 
     if (__get_cpuid_max(0, NULL) < 7)
@@ -4133,14 +4055,12 @@ static int cpu_has(int isa)
     __cpuid_count(7, 0, a, b7, c7, d);
     __cpuid_count(7, 1, a71, b, c, d);
     __asm__("xgetbv" : "=a"(os), "=d"(os_high) : "c"(0));
-    if ((os & 0x06) != 0x06 || !(b7 & avx2))
+    if ((os & 0x06) != 0x06 || !(b7 >> 5 & 1))
         return 0;
-    if (isa == LFM2_ISA_AVX2)
-        return 1;
-    if (isa == LFM2_ISA_AVXVNNI)
-        return (a71 & avxvnni) != 0;
-    return (os & 0xe6) == 0xe6 && (b7 & avx512) == avx512 &&
-           (isa == LFM2_ISA_AVX512 || (c7 & vnni));
+    const int has = HAS_AVX2 | (a71 >> 4 & 1 ? HAS_AVXVNNI : 0);
+    if ((os & 0xe6) != 0xe6 || (b7 & avx512) != avx512)
+        return has;
+    return has | HAS_AVX512 | (c7 >> 11 & 1 ? HAS_VNNI : 0);
 }
 
 #elif defined LFM2_ARM
@@ -4164,55 +4084,55 @@ static int cpu_has(int isa)
 
 #undef KERNELS
 
-static int cpu_has(int isa)
+static int cpu_features(void)
 {
-#ifdef __ARM_FEATURE_DOTPROD              /* compiled for such CPUs alone    */
-    return isa >= LFM2_ISA_NEON;
+#if defined __ARM_FEATURE_DOTPROD         /* compiled for such CPUs alone    */
+    return HAS_DOTPROD;
 #elif defined __linux__
     const unsigned long asimddp = 1ul << 20;
-    return isa == LFM2_ISA_NEON || (getauxval(AT_HWCAP) & asimddp) != 0;
+    return getauxval(AT_HWCAP) & asimddp ? HAS_DOTPROD : 0;
 #else
-    return isa == LFM2_ISA_NEON;
+    return 0;
 #endif
 }
 
 #else
 
-static int cpu_has(int isa)
+static int cpu_features(void)
 {
-    (void)isa;
     return 0;
 }
 
 #endif
 
-/* The kernels of LFM2_ISA_x, or NULL if this build has none. */
-static const struct isa *isa_table(int isa)
-{
-    static const struct isa *const all[LFM2_N_ISA] = {
-        [LFM2_ISA_SCALAR] = &scalar,
+/* The kernels of LFM2_ISA_x, if this build has them, and what they need. */
+static const struct { const struct isa *isa; int needs; } kernels[] = {
+    [LFM2_ISA_SCALAR] = { &scalar, 0 },
 #ifdef LFM2_X86
-        [LFM2_ISA_AVX2] = &isa_avx2,
+    [LFM2_ISA_AVX2] = { &isa_avx2, HAS_AVX2 },
 #ifdef LFM2_AVXVNNI
-        [LFM2_ISA_AVXVNNI] = &isa_avxvnni,
+    [LFM2_ISA_AVXVNNI] = { &isa_avxvnni, HAS_AVXVNNI },
 #endif
 #ifndef LFM2_AVX2_ONLY
-        [LFM2_ISA_AVX512] = &isa_avx512,
-        [LFM2_ISA_AVX512VNNI] = &isa_avx512vnni,
+    [LFM2_ISA_AVX512] = { &isa_avx512, HAS_AVX512 },
+    [LFM2_ISA_AVX512VNNI] = { &isa_avx512vnni, HAS_AVX512 | HAS_VNNI },
 #endif
 #endif
 #ifdef LFM2_ARM
-        [LFM2_ISA_NEON] = &isa_neon,
-        [LFM2_ISA_DOTPROD] = &isa_dotprod,
+    [LFM2_ISA_NEON] = { &isa_neon, 0 },
+    [LFM2_ISA_DOTPROD] = { &isa_dotprod, HAS_DOTPROD },
 #endif
-    };
-    return isa >= 0 && isa < LFM2_N_ISA ? all[isa] : NULL;
+};
+
+static const struct isa *isa_table(int isa)
+{
+    return isa >= 0 && isa < (int)COUNT(kernels) ? kernels[isa].isa : NULL;
 }
 
 int lfm2_isa_available(int isa)
 {
-    return isa == LFM2_ISA_AUTO || isa == LFM2_ISA_SCALAR ||
-           (isa_table(isa) && cpu_has(isa));
+    return isa == LFM2_ISA_AUTO ||
+           (isa_table(isa) && !(kernels[isa].needs & ~cpu_features()));
 }
 
 /* The last in the list that is there. */
@@ -4843,7 +4763,7 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
  * a tensor has it right.  ONLY: must be min.  LIKE: must be what the field is.
  * Any other value would mean another arithmetic. */
 enum { INTEGER, REAL, KNOWN, ONLY, LIKE };
-enum { MAY, MUST, MOE };                  /* be there; MOE: only in lfm2moe  */
+enum { MAY = 0, MUST = 1, MOE = 2 };      /* be there; MOE: only in lfm2moe  */
 
 static const struct key {
     const char *name;                     /* after "<architecture>."         */
@@ -5149,7 +5069,7 @@ static size_t count_floats(const struct lfm2_model *m)
 
 /* The sizes a shape is made of, and the layers a tensor can be in. */
 enum { ONE, EMBD, EMBD_3, HEADS, HEADS_KV, HEAD, TAPS, FF, FF_EXP, EXPERTS,
-       N_SIZES };
+       USED, N_SIZES };
 enum { IN_CONV = 1, IN_ATTN = 2, IN_DENSE = 4, IN_MOE = 8, IN_ALL = 15 };
 
 /* The sizes that are cut into groups of 32, and the keys they come from. */
@@ -5337,7 +5257,7 @@ static void bind_next(struct lfm2_model *m)
         const struct tensor *ffn = l->ffn_gate.data ? &l->ffn_gate
                                                     : &l->ffn_gate_inp;
         l->ffn_down.next = l->ffn_down_exps.next = next;
-        l->ffn_gate.next = &l->ffn_down;   /* and not of ffn_up, too */
+        l->ffn_gate.next = &l->ffn_down;  /* ffn_up is read beside ffn_gate  */
         l->attn_output.next = l->shortconv_out_proj.next = ffn;
         l->shortconv_in_proj.next = &l->shortconv_out_proj;
         l->attn_v.next = &l->attn_output;
@@ -5348,19 +5268,26 @@ static void bind_next(struct lfm2_model *m)
     m->output.next = next;
 }
 
-static int bind_model(struct lfm2_model *m)
+static void get_sizes(const lfm2_config *c, int size[N_SIZES])
 {
-    const lfm2_config *c = &m->cfg;
-    int n_conv = 0, n_attn = 0;
-
-    TRY(read_widths(m));
-    const int size[N_SIZES] = {
+    const int all[N_SIZES] = {
         [ONE] = 1, [EMBD] = c->n_embd, [EMBD_3] = 3 * c->n_embd,
         [HEADS] = c->n_head * c->head_dim,
         [HEADS_KV] = c->n_head_kv * c->head_dim,
         [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
-        [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert
+        [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert,
+        [USED] = c->n_expert_used
     };
+    memcpy(size, all, sizeof all);
+}
+
+static int bind_model(struct lfm2_model *m)
+{
+    const lfm2_config *c = &m->cfg;
+    int n_conv = 0, n_attn = 0, size[N_SIZES];
+
+    TRY(read_widths(m));
+    get_sizes(c, size);
     for (int i = 0; i < N_SIZES; i++)
         if (cut_key[i] && size[i] % UNIT != 0)
             return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
@@ -5574,6 +5501,41 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
     }
 }
 
+/* Linux 5.14 reads pages, or says that it cannot; before, they are touched. */
+#if defined __linux__ && !defined MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+
+uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
+{
+#if defined __linux__ && !defined LFM2_NO_MMAP
+    const struct file *f = m->file;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+
+    if (f->how != LFM2_LOAD_MAP || from >= f->size)
+        return 0;
+    const uint64_t left = f->size - from;
+    const size_t before = (size_t)(from % page);       /* of the first page  */
+    uint8_t *data = (uint8_t *)(uintptr_t)f->data + (from - before);
+
+    n = n < left ? n : left;
+    madvise(data, (size_t)(2 * n < left ? 2 * n : left) + before,
+            MADV_WILLNEED);
+    if (madvise(data, (size_t)n + before, MADV_POPULATE_READ) == 0)
+        return n;
+    if (errno != EINVAL)
+        return 0;
+    for (size_t i = 0; i < n + before; i += page)
+        (void)*(volatile uint8_t *)(data + i);
+    return n;
+#else
+    (void)m;
+    (void)from;
+    (void)n;
+    return 0;
+#endif
+}
+
 /* =========================================================================
  * Part IV.  The state
  * =========================================================================
@@ -5683,7 +5645,7 @@ static void carve_batch(struct arena *a, struct lfm2_context *ctx)
     CARVE(a, r->weight, slots);
     CARVE(a, r->slot_row, slots);
     CARVE(a, r->slot_weight, slots);
-    CARVE(a, r->slot_end, experts + 1);
+    CARVE(a, r->slot_begin, experts + 1);
     CARVE(a, r->active, experts);
     CARVE(a, r->gate, experts);
     CARVE(a, r->up, experts);
@@ -5764,7 +5726,6 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
         CARVE(a, s.q, cols * rows);
         CARVE(a, s.d, cols / 16 * rows);
         CARVE(a, s.m, cols / 16 * rows);
-        CARVE(a, s.few, FEW_BYTES);
         CARVE(a, s.f, cols * UNIT);
         CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
         CARVE(a, s.tile, TILE * ((uint64_t)c->head_dim + 1));
@@ -5774,8 +5735,8 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
     }
 }
 
-/* Set every pointer of ctx into memory at `base`, of which ctx itself is the
- * beginning; how much there is. */
+/* Point every buffer of ctx into the memory at `base`, which begins with ctx
+ * itself; without a base only count.  Returns the size of all. */
 static uint64_t lay_out(struct lfm2_context *ctx, void *base)
 {
     struct arena a = { base, sizeof *ctx };
@@ -5822,7 +5783,7 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
     if (p->isa == LFM2_ISA_AUTO)
         p->isa = best_isa();
     if (p->n_threads == 0)
-        p->n_threads = usable_cpus();
+        p->n_threads = usable_cpus() < 64 ? usable_cpus() : 64;
     if (p->n_batch > (int64_t)p->n_ctx * p->n_seq)
         p->n_batch = p->n_ctx * p->n_seq;
     return LFM2_OK;
@@ -5892,7 +5853,12 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
 
 /* ---- what the machine can do at best: lfm2_exercise() */
 
-struct exercise { int what; int64_t done; atomic_uint sink; };
+struct exercise {
+    int what;
+    int64_t done;
+    atomic_uint sink;                     /* keeps the compiler from leaving
+                                             out what is read                */
+};
 
 /* A thread's share of the first n bytes of the weights. */
 static unsigned read_share(const struct thread *me, int64_t n)
@@ -5954,12 +5920,15 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
     const int64_t size = g->bytes + g->size - g->data;
     const int64_t most = (int64_t)1 << 31;
     struct exercise e = { what, size < most ? size : most, 0 };
+    fenv_t callers;
 
-    if (!pool_is_here(ctx))
+    if (!pool_is_here(ctx) || what < LFM2_READ || what > LFM2_DECODE)
         return LFM2_EARG;
+    enter_arithmetic(&callers);
     ctx->exercise = &e;
     parallel(ctx, ctx->par.n_threads, exercise);
     ctx->exercise = NULL;
+    fesetenv(&callers);
     return e.done;
 }
 
@@ -6064,7 +6033,8 @@ static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
     return LFM2_OK;
 }
 
-/* A short span does not reach the columns before its start: u has UNDO more. */
+/* Save what a cancelled call must restore.  A span of at most UNDO tokens does
+ * not overwrite the columns before its start, so nothing is saved for it. */
 static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
                         int n_spans)
 {
@@ -6081,7 +6051,7 @@ static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
     }
 }
 
-/* Columns up to `end` have been written, over the oldest. */
+/* Columns before `end` have been written, each over the oldest one left. */
 static void forget_columns(const struct lfm2_context *ctx, struct seq *s,
                            int end)
 {
@@ -6360,20 +6330,19 @@ static uint64_t move_bits(struct stream *s, uint64_t value, int bytes)
     return s->to ? value : read;
 }
 
-static void move_floats(struct stream *s, float *f, size_t n)
+/* n numbers of 2 or 4 bytes each; memory is only written to load it. */
+static void move(struct stream *s, void *p, size_t n, int bytes)
 {
-    for (size_t i = 0; i < n; i++)
-        f[i] = float_of((uint32_t)move_bits(s, bits_of(f[i]), 4));
-}
-
-static void move_cached(struct stream *s, uint8_t *cache, int f16, size_t i)
-{
-    uint16_t *half = (uint16_t *)(void *)cache + i;
-
-    if (f16)
-        *half = (uint16_t)move_bits(s, *half, 2);
-    else
-        move_floats(s, (float *)(void *)cache + i, 1);
+    for (uint8_t *at = p; n > 0; n--, at += bytes) {
+        uint16_t half = 0;
+        uint32_t word = 0;
+        memcpy(bytes == 2 ? (void *)&half : &word, at, (size_t)bytes);
+        const uint64_t v = move_bits(s, half | word, bytes);
+        half = (uint16_t)v;
+        word = (uint32_t)v;
+        if (s->from)
+            memcpy(at, bytes == 2 ? (void *)&half : &word, (size_t)bytes);
+    }
 }
 
 static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
@@ -6381,20 +6350,21 @@ static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
 {
     const size_t conv = (size_t)conv_elements(ctx->model);
     const int n_head_kv = ctx->model->cfg.n_head_kv;
+    const int hd = ctx->model->cfg.head_dim;
+    const int bytes = ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
 
     if (s->to)
         move_columns(ctx, q, len, SAVE, q->u_start);
-    move_floats(s, q->u_start, conv);
+    move(s, q->u_start, conv, 4);
     if (s->from)
         move_columns(ctx, q, len, LOAD, q->u_start);
-    move_floats(s, q->marks, conv * (size_t)(len / ctx->seq_step));
+    move(s, q->marks, conv * (size_t)(len / ctx->seq_step), 4);
     for (int i = 0; i < ctx->model->n_attn * n_head_kv; i++) {
         struct kv_head kv = kv_head_at(ctx, q, i / n_head_kv, i % n_head_kv);
         for (int pos = 0; pos < len; pos++)
-            for (int d = 0; d < kv.head_dim; d++)
-                move_cached(s, kv.k, kv.f16, k_index(pos, d, kv.head_dim));
-        for (size_t e = 0; e < (size_t)len * (size_t)kv.head_dim; e++)
-            move_cached(s, kv.v, kv.f16, e);
+            for (int d = 0; d < hd; d++)
+                move(s, kv.k + k_index(pos, d, hd) * (size_t)bytes, 1, bytes);
+        move(s, kv.v, (size_t)len * (size_t)hd, bytes);
     }
 }
 
@@ -6492,46 +6462,31 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
 
 struct kept { float *y; size_t stride; };  /* [rows or slots][stride]         */
 
-static const char *const module_names[N_MODULES] = {
-    [CONV_IN_PROJ] = "conv.in_proj",
-    [CONV_CONV] = "conv.conv",
-    [CONV_OUT_PROJ] = "conv.out_proj",
-    [ATTN_Q] = "self_attn.q_proj",
-    [ATTN_K] = "self_attn.k_proj",
-    [ATTN_V] = "self_attn.v_proj",
-    [ATTN_Q_NORM] = "self_attn.q_layernorm",
-    [ATTN_K_NORM] = "self_attn.k_layernorm",
-    [ATTN_OUT] = "self_attn.out_proj",
-    [FFN_W1] = "feed_forward.w1",
-    [FFN_W3] = "feed_forward.w3",
-    [FFN_W2] = "feed_forward.w2",
-    [MOE_GATE] = "feed_forward.gate",
-    [MOE_CHOSEN] = "feed_forward.selected_experts"
+static const struct { const char *name; int width; } modules[N_MODULES] = {
+    [CONV_IN_PROJ] = { "conv.in_proj", EMBD_3 },
+    [CONV_CONV] = { "conv.conv", EMBD },
+    [CONV_OUT_PROJ] = { "conv.out_proj", EMBD },
+    [ATTN_Q] = { "self_attn.q_proj", HEADS },
+    [ATTN_K] = { "self_attn.k_proj", HEADS_KV },
+    [ATTN_V] = { "self_attn.v_proj", HEADS_KV },
+    [ATTN_Q_NORM] = { "self_attn.q_layernorm", HEADS },
+    [ATTN_K_NORM] = { "self_attn.k_layernorm", HEADS_KV },
+    [ATTN_OUT] = { "self_attn.out_proj", EMBD },
+    [FFN_W1] = { "feed_forward.w1", FF },
+    [FFN_W3] = { "feed_forward.w3", FF },
+    [FFN_W2] = { "feed_forward.w2", EMBD },
+    [MOE_GATE] = { "feed_forward.gate", EXPERTS },
+    [MOE_CHOSEN] = { "feed_forward.selected_experts", USED }
 };
 
 /* How many numbers a module gives for a row. */
 static int module_width(const lfm2_config *c, int module, int is_dense)
 {
-    switch (module) {
-    case CONV_IN_PROJ:
-        return 3 * c->n_embd;
-    case ATTN_Q:
-    case ATTN_Q_NORM:
-        return c->n_head * c->head_dim;
-    case ATTN_K:
-    case ATTN_V:
-    case ATTN_K_NORM:
-        return c->n_head_kv * c->head_dim;
-    case FFN_W1:
-    case FFN_W3:
-        return is_dense ? c->n_ff : c->n_ff_expert;
-    case MOE_GATE:
-        return c->n_expert;
-    case MOE_CHOSEN:
-        return c->n_expert_used;
-    default:
-        return c->n_embd;
-    }
+    const int width = modules[module].width;
+    int size[N_SIZES];
+
+    get_sizes(c, size);
+    return size[width == FF && !is_dense ? FF_EXP : width];
 }
 
 static void keep(const struct lfm2_context *ctx, int module, int row, int col,
@@ -6597,7 +6552,7 @@ static void trace(const struct thread *me, const struct layer *l, int first,
     if (!ctx->hook)
         return;
     for (int i = first; me->id == 0 && i <= last; i++)
-        show_rows(ctx, (int)(l - ctx->model->layer), -1, module_names[i], NULL,
+        show_rows(ctx, (int)(l - ctx->model->layer), -1, modules[i].name, NULL,
                   ctx->batch.n_rows, ctx->kept[i],
                   module_width(&ctx->model->cfg, i, 1));
     barrier(me);
@@ -6611,10 +6566,10 @@ static void show_experts(const struct lfm2_context *ctx, int il)
 
     for (int i = 0; i < r->n_active; i++)
         for (size_t k = 0; k < COUNT(order); k++) {
-            const int *end = &r->slot_end[r->active[i]];
+            const int *end = &r->slot_begin[r->active[i]];
             struct kept kept = ctx->kept[order[k]];
             kept.y += (size_t)end[0] * kept.stride;
-            show_rows(ctx, il, r->active[i], module_names[order[k]],
+            show_rows(ctx, il, r->active[i], modules[order[k]].name,
                       r->slot_row + end[0], end[1] - end[0], kept,
                       module_width(&ctx->model->cfg, order[k], 0));
         }
@@ -6624,7 +6579,8 @@ static void trace_moe(const struct thread *me, const struct layer *l)
 {
     const struct lfm2_context *ctx = me->ctx;
     const struct routing *r = &ctx->routing;
-    const int used = ctx->model->cfg.n_expert_used, il = (int)(l - ctx->model->layer);
+    const int il = (int)(l - ctx->model->layer);
+    const int used = ctx->model->cfg.n_expert_used;
 
     if (!ctx->hook)
         return;
@@ -7760,33 +7716,25 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
     return last;
 }
 
-static int32_t sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
-                      const int32_t *history, int n_history)
-{
-    const int n_vocab = ctx->model->cfg.n_vocab;
-    int32_t best;
-    double u;
-
-    if (highest(logits, n_vocab) < 0)
-        return LFM2_ENAN;
-    penalise(s, ctx->candidates, logits, n_vocab, history, n_history);
-    best = highest(logits, n_vocab);
-    u = random_next(&s->rng);
-    if (!(s->temperature > 0))
-        return best;
-    const int n = choose_candidates(s, ctx->candidates, logits, n_vocab,
-                                    logits[best]);
-    return draw(ctx->candidates, n, logits[best], s->temperature, u);
-}
-
 int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
                     const int32_t *history, int n_history)
 {
+    const int n_vocab = ctx->model->cfg.n_vocab;
+    struct candidate *c = ctx->candidates;
+    int32_t token = LFM2_ENAN;
     fenv_t callers;
-    int32_t token;
 
     enter_arithmetic(&callers);
-    token = sample(ctx, s, logits, history, n_history);
+    if (highest(logits, n_vocab) >= 0) {
+        penalise(s, c, logits, n_vocab, history, n_history);
+        token = highest(logits, n_vocab);
+        const float max = logits[token];
+        const double u = random_next(&s->rng);
+        if (s->temperature > 0) {
+            const int n = choose_candidates(s, c, logits, n_vocab, max);
+            token = draw(c, n, max, s->temperature, u);
+        }
+    }
     fesetenv(&callers);
     return token;
 }

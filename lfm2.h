@@ -118,6 +118,14 @@ const char *lfm2_model_warning(const lfm2_model *m, int i);
  * lfm2_model_close().  A vocabulary can be opened from them. */
 const void *lfm2_model_file(const lfm2_model *m, size_t *size);
 
+/* A mapped file reaches memory page by page, as they are touched; a mixture of
+ * experts touches them in an order that disks are slow at.  This reads the n
+ * bytes from `from` on, and asks the system to begin with the n after those: in
+ * a thread of its own, piece after piece of some MiB, it brings the whole file
+ * while the first tokens are computed.  Returns how many bytes there were to
+ * read; 0 at the end of the file, if it is not mapped or cannot be read. */
+uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n);
+
 typedef struct {
     const char    *name;                  /* borrowed until model close      */
     const char    *type;                  /* "Q4_K", "F32", ...              */
@@ -209,8 +217,9 @@ typedef struct {
 
 /* Append every span to its sequence.  A sequence appears at most once.  Errors:
  * LFM2_EARG (an id, a count, a sequence, a context with threads in the child of
- * a fork()), LFM2_EFULL, LFM2_ECANCELLED; after any of them all sequences are
- * as they were. */
+ * a fork()), LFM2_EFULL, LFM2_ECANCELLED; after any of them all sequences hold
+ * what they held.  (After a cancelled call fewer of the last tokens can go back
+ * exactly, and the logits of the call before are gone.) */
 int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
                  lfm2_error *err);
 
@@ -257,11 +266,11 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
 
 /* What the machine can do at best, to hold a speed against: busy all threads of
  * the context with one thing.  READ reads weights of the model as they lie in
- * memory (all, or the first 2 GiB) and returns how many bytes; DECODE multiplies
- * one row with weights that stay in the second-level cache, half a MiB for each
+ * memory (all, or the first 2 GiB) and returns how many bytes.  DECODE takes one
+ * row times weights that stay in the second-level cache, half a MiB for each
  * thread, and returns how many bytes of weights; DOT does so with 48 rows, and
- * returns how many multiply-adds.  The caller takes the time.  LFM2_EARG in the child of
- * a fork(), as of lfm2_forward(). */
+ * returns how many multiply-adds.  The caller takes the time.  LFM2_EARG for
+ * anything else, and in the child of a fork(), as of lfm2_forward(). */
 enum { LFM2_READ, LFM2_DOT, LFM2_DECODE };
 int64_t lfm2_exercise(lfm2_context *ctx, int what);
 

@@ -29,6 +29,9 @@
 #include <limits.h>
 #include <math.h>
 #include <poll.h>
+#ifndef LFM2_NO_THREADS
+#include <pthread.h>
+#endif
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -1508,9 +1511,9 @@ static void grant_option(int set, const char *path, int how, uint64_t known)
         grant(set, path, READ_FILE | READ_DIR);
 }
 
-/* What options name; how many CPUs there are to use; and in a chat /save and
- * /load, which may name anything, have the working directory and that for
- * temporary files. */
+/* What options name; how many CPUs and how much memory there are to use; and in
+ * a chat /save and /load, which may name anything, have the working directory
+ * and that for temporary files. */
 static void grant_all(int set, const struct settings *s, int chats,
                       uint64_t known)
 {
@@ -1526,8 +1529,7 @@ static void grant_all(int set, const struct settings *s, int chats,
     }
     grant(set, "/proc/self/cgroup", READ_FILE);
     grant(set, "/sys/fs/cgroup", READ_FILE);
-    if (s->inspect)
-        grant(set, "/proc/meminfo", READ_FILE);
+    grant(set, "/proc/meminfo", READ_FILE);
     if (chats && s->sandbox == SANDBOX_AUTO) {
         grant(set, ".", words);
         grant(set, tmp && *tmp ? tmp : "/tmp", words);
@@ -1633,7 +1635,7 @@ static const struct system_call system_calls[] = {
     IF(fcntl, STARTING, 1, F_SETLK),
     { SYS_clone, STARTING, CLONE_ARG, A_THREAD, A_THREAD },
     CALL(set_robust_list, ANY_TIME), CALL(sched_getaffinity, STARTING),
-    CALL(seccomp, STARTING),
+    CALL(seccomp, STARTING), CALL(mincore, STARTING),
 #ifdef SYS_rseq
     CALL(rseq, ANY_TIME),
 #endif
@@ -5197,6 +5199,7 @@ struct engine {
     struct ids ends;                      /* tokens that end a turn          */
     struct trace *trace;                  /* NULL: nobody looks              */
     int told;                             /* of calls without a place        */
+    struct fetch *fetch;                  /* NULL: the file is in memory     */
 };
 
 static lfm2_sampler make_sampler(const struct sampling *is, uint64_t seed)
@@ -5296,6 +5299,99 @@ static int open_model(struct engine *e)
     return DONE;
 }
 
+/* ---- a file that is not in memory
+ *
+ * Its pages would come as they are touched, which in a mixture of experts is
+ * here and there.  A thread reads it from the front to the end meanwhile. */
+
+#if defined __linux__ && !defined LFM2_NO_MMAP && !defined LFM2_NO_THREADS
+
+struct fetch {
+    const lfm2_model *model;
+    pthread_t thread;
+    atomic_int stop;
+};
+
+static void *fetch_file(void *fetch)
+{
+    struct fetch *f = fetch;
+    const uint64_t piece = 8 << 20;
+
+    for (uint64_t at = 0, n = 1; n > 0 && !f->stop; at += n)
+        n = lfm2_model_read_ahead(f->model, at, piece);
+    return NULL;
+}
+
+/* Is much of the file not in memory?  Some pages, spread over it, are asked
+ * for.  Of a file that is not ours to write Linux does not tell: then it is
+ * read, which does no harm. */
+static int is_cold(const struct engine *e)
+{
+    enum { PROBES = 256, ABSENT = 8 };
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t size;
+    const unsigned char *file = lfm2_model_file(e->model, &size);
+    int absent = 0;
+
+    for (int i = 0; i < PROBES; i++) {
+        const size_t at = size / PROBES * (size_t)i;
+        unsigned char there = 1;
+        if (mincore((void *)(uintptr_t)(file + at - at % page), 1, &there) == 0)
+            absent += !(there & 1);
+    }
+    return absent > ABSENT || access(e->s->model, W_OK) != 0;
+}
+
+/* If there is memory for all of it.  Signals are for the main thread. */
+static void start_fetch(struct engine *e)
+{
+    const struct settings *s = e->s;
+    sigset_t all, before;
+    size_t size;
+
+    lfm2_model_file(e->model, &size);
+    if (s->no_mmap || !is_cold(e) || free_memory() < (double)size +
+        (double)lfm2_context_size(e->model, &e->par))
+        return;
+    e->fetch = calloc(1, sizeof *e->fetch);
+    if (!e->fetch)
+        return;
+    e->fetch->model = e->model;
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (pthread_create(&e->fetch->thread, NULL, fetch_file, e->fetch) != 0) {
+        free(e->fetch);
+        e->fetch = NULL;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (e->fetch && s->verbose)
+        say(DONE, "%s: not all in memory, read ahead", s->model);
+}
+
+static void stop_fetch(struct engine *e)
+{
+    if (!e->fetch)
+        return;
+    e->fetch->stop = 1;
+    pthread_join(e->fetch->thread, NULL);
+    free(e->fetch);
+}
+
+#else
+
+static void start_fetch(struct engine *e)
+{
+    (void)e;
+}
+
+static void stop_fetch(struct engine *e)
+{
+    (void)e;
+}
+
+#endif
+
 static void print_settings(struct engine *e)
 {
     const lfm2_params p = lfm2_context_params(e->ctx);
@@ -5313,6 +5409,7 @@ static int open_context(struct engine *e)
 
     if (e->s->sandbox == SANDBOX_AUTO)
         begin_sandbox(e->s, e->chats);
+    start_fetch(e);
     if (lfm2_context_open(&e->ctx, e->model, &e->par, &err) != LFM2_OK)
         return report(e->s->model, &err);
     e->cached = calloc((size_t)e->par.n_seq, sizeof *e->cached);
@@ -5384,6 +5481,7 @@ static int open_engine(struct engine *e)
 
 static void close_engine(struct engine *e)
 {
+    stop_fetch(e);
     for (int i = 0; e->cached && i < e->par.n_seq; i++)
         free(e->cached[i].id);
     free(e->cached);
@@ -6393,7 +6491,7 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
  *
  * A guess costs about a tenth of a forward, and saves one if it is right.  A
  * reply begins with half a forward to its credit and earns two hundredths with
- * each, so that guesses that are always wrong cost it little more than these. */
+ * each, so that guesses that are always wrong cost it little more than that. */
 
 enum {
     MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that must be alike       */
@@ -6554,7 +6652,7 @@ static void note_prompt(const struct engine *e, struct reply *r, int span,
 }
 
 /* Say the next token, and as many more as were guessed.  What was guessed wrong
- * leaves the cache, and maybe some of what is before it, which is read again. */
+ * leaves the cache, and maybe some of what is before it, to be read again. */
 static void say_tokens(struct engine *e, struct reply *r, int span)
 {
     struct ids *cached = &e->cached[r->seq];
@@ -8887,8 +8985,10 @@ static void report_progress(struct batch *b, int last)
         "%.0f s%s", b->done, b->failed, b->skipped, b->tokens / took, took,
         left);
     if (last && s->verbose)
-        say(DONE, "%.0f tokens, %.0f of them reused; guessed %.0f, %.0f of "
-            "them right", b->tokens, b->reused, b->guessed, b->right);
+        say(DONE, "%.0f tokens, %.0f of them reused", b->tokens, b->reused);
+    if (last && s->verbose && b->guessed > 0)
+        say(DONE, "guessed %.0f tokens, %.0f of them right", b->guessed,
+            b->right);
 }
 
 static int run_batch(struct batch *b)
@@ -9766,8 +9866,8 @@ static void print_limits(const struct bench *b)
 {
     const int n = b->n_results;
 
-    printf("\n| threads | test | reads GB/s | of bandwidth | GMAC/s | of int8 "
-           "peak |\n| ---: | ---: | ---: | ---: | ---: | ---: |\n");
+    printf("\n| threads | test | reads GB/s | of bandwidth | GMAC/s | of "
+           "cached |\n| ---: | ---: | ---: | ---: | ---: | ---: |\n");
     for (const struct result *r = b->result; r < b->result + n; r++)
         printf("| %d | %s | %s | %s | %s | %s |\n", r->n_threads,
                name_test(&r->test).s, cell(r->read / 1e9, "%.1f").s,
@@ -9787,8 +9887,8 @@ static void print_machine(const struct bench *b)
     for (int i = 0; i < b->n_results; i++) {
         const struct result *r = &b->result[i];
         if (i == 0 || r->n_threads != r[-1].n_threads)
-            printf("limits    %d thread%s read %.1f GB/s and multiply %.0f "
-                   "G int8/s; kernels %s GB/s a core in L2\n", r->n_threads,
+            printf("limits    %d thread%s read %.1f GB/s; with cached weights "
+                   "%.0f GMAC/s, or %s GB/s a core\n", r->n_threads,
                    r->n_threads == 1 ? "" : "s",
                    r->best.read / 1e9, r->best.dot / 1e9,
                    cell(r->best.cached / 1e9, "%.1f").s);

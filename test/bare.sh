@@ -20,15 +20,15 @@ bare=$PWD/build/bare
 rm -rf "$bare"
 mkdir -p "$bare"
 trap 'rm -rf "$dir" "$bare"' EXIT
+trap 'exit 130' INT
 
-# What is mounted and started here ends with the command.
-limit=
-timeout -k 1 1 true 2>/dev/null && limit="timeout -k 10 5400"
+# What is mounted and started here ends with the command, and that with its time.
+longest=5400
 
 # inside COMMAND: in the bare system, with nothing of this one's environment.
 inside() {
-    # shellcheck disable=SC2016,SC2086
-    $limit $enter sh -c '
+    # shellcheck disable=SC2016
+    limited $enter sh -c '
         mount -t proc proc "$1/proc" &&
         mount -t devpts -o newinstance,ptmxmode=666 devpts "$1/dev/pts" &&
         exec chroot "$1" env -i HOME=/root http_proxy="${http_proxy-}" \
@@ -36,16 +36,15 @@ inside() {
     ' inside "$bare" "$1" </dev/null
 }
 
-# step WHAT COMMAND...: as holds, with the time it takes; what it says is in
-# build/bare.log, too.
+# step WHAT COMMAND...: as holds, with the time it takes; what it says goes to
+# build/bare.log.
 step() {
     what=$1 began=$(date +%s)
     shift
     echo "-- $what begins"
-    "$@" >"$dir/log" 2>&1
+    "$@" >>build/bare.log 2>&1
     status=$?
-    cat "$dir/log" >>build/bare.log
-    tail -n 40 "$dir/log" >"$dir/said"
+    tail -n 40 build/bare.log >"$dir/said"
     result $status "$what: status $status"
     [ $status != 0 ] || echo "ok     $what, $(($(date +%s) - began)) s"
     return $status
@@ -53,8 +52,7 @@ step() {
 
 : >build/bare.log
 packages=git,gcc,libc6-dev,make,ca-certificates
-# shellcheck disable=SC2086
-step "Debian" $limit $enter debootstrap --variant=minbase --include=$packages \
+step "Debian" limited $enter debootstrap --variant=minbase --include=$packages \
     "${DEBIAN:-stable}" "$bare" "$mirror" || finish
 
 # The way to packages is this machine's.
@@ -63,12 +61,12 @@ apt-config dump Acquire 2>/dev/null | grep -E '^Acquire::(https?|Check)' \
     >"$bare/etc/apt/apt.conf.d/99here"
 
 # A bundle, for this may be a worktree, whose repository lies elsewhere.
-git bundle create "$bare/root/lfm2.bundle" HEAD 2>"$dir/err"
-step "git clone" inside "git clone lfm2.bundle lfm2.c" || finish
+git bundle create -q "$bare/root/lfm2.bundle" HEAD
+step "git clone" inside "git clone -q lfm2.bundle lfm2.c" || finish
 for target in demo check; do
     holds "the README names make $target" grep -q "^    make $target " README.md
     step "make $target" inside "cd lfm2.c && make $target"
 done
-grep '^skipped:' "$dir/log"
-tail -n 1 "$dir/log"
+grep -E '^(FAIL|skipped:)' build/bare.log
+tail -n 1 build/bare.log
 finish

@@ -26,6 +26,7 @@ compile() {
             cp "build/$2" "$dir/$name"
     else
         "$cc" -std=c11 -ffp-contract=off -Wall -Wextra -pedantic -Wshadow \
+            -Wno-missing-field-initializers \
             -Werror -pthread "$@" -o "$dir/$name" run.c lfm2.c -lm \
             2>"$dir/$name.log"
     fi && return

@@ -965,6 +965,75 @@ START_TEST(no_groups_no_limit)
 }
 END_TEST
 
+/* -------------------------------------------------- a file not in memory */
+
+#ifdef __linux__
+
+/* The shipped model, and behind it a hole that nobody has read. */
+static uint64_t make_cold(char *path)
+{
+    struct text file = { 0 };
+    const off_t size = 40 << 20;
+    const int fd = mkstemp(path);
+
+    ck_assert_int_eq(read_file("test/tiny.gguf", &file), DONE);
+    ck_assert_int_eq(write(fd, file.s, file.n), (ssize_t)file.n);
+    ck_assert_int_eq(ftruncate(fd, size), 0);
+    ck_assert_int_eq(close(fd), 0);
+    free(file.s);
+    return (uint64_t)size;
+}
+
+START_TEST(a_file_is_read_ahead)
+{
+    static const uint64_t piece[] = { 1, 4095, 4097, 3 << 20, 1 << 30 };
+    char path[] = "/tmp/lfm2_cold_XXXXXX";
+    const struct settings s = { .model = path };
+    struct engine e = { .s = &s };
+    const uint64_t size = make_cold(path);
+    uint64_t at = size - 3 * piece[_i];
+    size_t n;
+
+    ck_assert_int_eq(lfm2_model_open(&e.model, path, LFM2_LOAD_MAP, NULL), 0);
+    lfm2_model_file(e.model, &n);
+    ck_assert_uint_eq(n, size);
+    ck_assert_int_eq(is_cold(&e), 1);
+    if (piece[_i] > 1 << 20)
+        at = 0;
+    for (uint64_t got; (got = lfm2_model_read_ahead(e.model, at, piece[_i]));
+         at += got)
+        ck_assert_uint_le(got, piece[_i]);
+    ck_assert_uint_eq(at, size);
+    ck_assert_int_eq(is_cold(&e), piece[_i] <= 1 << 20);
+    ck_assert_uint_eq(lfm2_model_read_ahead(e.model, UINT64_MAX, 8), 0);
+    lfm2_model_close(e.model);
+    remove(path);
+}
+END_TEST
+
+/* Before Linux 5.14, whoever reads beyond the end is sent a signal. */
+START_TEST(a_file_that_is_cut_is_read_no_further)
+{
+    char path[] = "/tmp/lfm2_cold_XXXXXX";
+    const uint64_t size = make_cold(path);
+    lfm2_model *m;
+
+    if (madvise(NULL, 0, 22) != 0)
+        return;
+    ck_assert_int_eq(lfm2_model_open(&m, path, LFM2_LOAD_MAP, NULL), 0);
+    ck_assert_int_eq(truncate(path, (off_t)size / 2), 0);
+    ck_assert_uint_eq(lfm2_model_read_ahead(m, size / 4, 4096), 4096);
+    ck_assert_uint_eq(lfm2_model_read_ahead(m, size / 2, 4096), 0);
+    lfm2_model_close(m);
+    ck_assert_int_eq(lfm2_model_open(&m, path, LFM2_LOAD_READ, NULL), 0);
+    ck_assert_uint_eq(lfm2_model_read_ahead(m, 0, 4096), 0);
+    lfm2_model_close(m);
+    remove(path);
+}
+END_TEST
+
+#endif
+
 /* ---------------------------------------------------------------- self-test */
 
 START_TEST(another_hash_is_no_success)
@@ -1094,6 +1163,10 @@ Suite *answer_suite(void)
     tcase_add_test(c, wrong_guesses_cost_little);
     tcase_add_loop_test(c, groups_limit_those_within, 0, COUNT(limits));
     tcase_add_test(c, no_groups_no_limit);
+#ifdef __linux__
+    tcase_add_loop_test(c, a_file_is_read_ahead, 0, 5);
+    tcase_add_test(c, a_file_that_is_cut_is_read_no_further);
+#endif
     tcase_add_test(c, another_hash_is_no_success);
     tcase_add_test(c, what_is_no_number_is_a_string);
     tcase_add_loop_test(c, digests_are_those_of_the_standard, 0,

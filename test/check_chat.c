@@ -1,5 +1,6 @@
 /* What run.c makes of words: JSON, chat templates and tool calls. */
 #define _POSIX_C_SOURCE 200809L          /* as run.c does */
+#define _GNU_SOURCE
 
 #include <limits.h>
 #include <stddef.h>

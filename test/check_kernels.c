@@ -148,7 +148,7 @@ END_TEST
 
 /* A chunk for rows that see it as far as `n`, the others less. */
 static void expect_chunk(const struct isa *isa, const struct kv_head *kv,
-                         const float *q, int n_rows, int n_q, int pos, int n)
+                         float *q, int n_rows, int n_q, int pos, int n)
 {
     const struct attn_rows rows = { q, (size_t)n_q * (size_t)kv->head_dim,
                                     n_rows, n_q, pos + n - n_rows };
@@ -223,8 +223,7 @@ static void expect_products(const struct isa *isa, int type, int cols, int rows,
     float *out[2] = { room(MOST_TOKENS * UNIT * 4), room(MOST_TOKENS * UNIT * 4) };
     struct scratch s = { .q = room(c * 32), .d = room(c * 8),
                          .m = room(c * 8), .f = room(c * UNIT * 4),
-                         .chain = room(MOST_X_ROWS * UNIT * 16 * 4),
-                         .few = room(FEW_BYTES) };
+                         .chain = room(MOST_X_ROWS * UNIT * 16 * 4) };
     struct input in = { 0, cols, NULL, room(n * 4),
                         room(n / 32 * sizeof *in.q) };
     int order[MOST_TOKENS];
@@ -254,7 +253,6 @@ static void expect_products(const struct isa *isa, int type, int cols, int rows,
     free(s.m);
     free(s.f);
     free(s.chain);
-    free(s.few);
     free(in.f);
     free(in.q);
     free(b.p);
@@ -270,7 +268,8 @@ START_TEST(products)
     uint64_t rng = 6;
 
     for (int rows = 1; isa && rows <= 75; rows += 37)
-        for (int n = 1; n <= (block == 32 ? 9 : 2); n += n % 4 == 0 || block > 32 ? 1 : 3)
+        for (int n = 1; n <= (block == 32 ? 9 : 2);   /* 4, 8: whole steps   */
+             n += block > 32 || n % 4 == 0 ? 1 : 3)
             expect_products(isa, type, n * block, rows, &rng);
     for (int cols = 8; isa && weight_type_block(type) == 1 && cols < 64;
          cols += 16)
