@@ -12,8 +12,8 @@
 enum { N = 40, N_CALLERS = 3, N_LONG = 300, N_VOCAB_ALL = 264 };
 
 static const struct tiny kinds[] = {
-    { .type = 2, .n_embd = 32, .words = 1 },
-    { .type = 8, .n_embd = 32, .moe = 1, .words = 1 }
+    { .type = 2, .n_embd = 96, .words = 1 },
+    { .type = 8, .n_embd = 64, .moe = 1, .words = 1 }
 };
 
 static struct bytes file;
@@ -49,14 +49,18 @@ static lfm2_context *open_context(int n_threads)
 }
 
 /* A prompt, two sequences at once, a copy, a state saved and loaded, a token
- * chosen: what of a context is used by threads.  The logits go to out. */
+ * chosen: what of a context is used by threads.  Logits and a state go to out,
+ * [n_vocab + n_embd]. */
 static int use_context(lfm2_context *ctx, float *out)
 {
     static const char said[] = "hello hello <|im_end|>";
     const int n_vocab = lfm2_model_config(model)->n_vocab;
     int32_t id[N] = { 1, 2, 3 };
     const lfm2_span prompt = { 0, id, N, 1 };
-    const lfm2_span both[2] = { { 0, id, 3, 1 }, { 1, id + 1, 1, 1 } };
+    const lfm2_span both[2] = {
+        { .seq = 0, .tokens = id, .n_tokens = 3, .state = 1 },
+        { 1, id + 1, 1, 1 }
+    };
     lfm2_sampler s = { .temperature = 1, .top_k = 9, .top_p = 1, .rng = 1 };
     const int n = lfm2_encode(words, said, sizeof said - 1, 0, id, N);
     int code = lfm2_forward(ctx, &prompt, 1, NULL);
@@ -77,8 +81,16 @@ static int use_context(lfm2_context *ctx, float *out)
     if (code != LFM2_OK)
         return code;
     memcpy(out, lfm2_logits(ctx, 1, 0), (size_t)n_vocab * sizeof *out);
-    code = lfm2_sample(ctx, &s, lfm2_logits(ctx, 0, 0), id, N);
+    memcpy(out + n_vocab, lfm2_state(ctx, 0), (size_t)model->cfg.n_embd *
+           sizeof *out);
+    code = lfm2_sample(ctx, &s, lfm2_logits(ctx, 1, 0), id, N);
     return code >= 0 ? LFM2_OK : code;
+}
+
+static size_t out_size(void)
+{
+    const lfm2_config *c = lfm2_model_config(model);
+    return (size_t)(c->n_vocab + c->n_embd) * sizeof(float);
 }
 
 /* One caller with a context of his own; contexts come and go. */
@@ -102,8 +114,7 @@ START_TEST(callers_share_a_model)
     pthread_t thread[N_CALLERS];
 
     open_tiny(_i);
-    const size_t size = (size_t)lfm2_model_config(model)->n_vocab *
-                        sizeof(float);
+    const size_t size = out_size();
     for (int i = 0; i < N_CALLERS; i++) {
         caller[i] = (struct caller){ 1 + i, LFM2_OK, malloc(size) };
         ck_assert(caller[i].logits != NULL);
@@ -140,7 +151,7 @@ START_TEST(a_call_is_cancelled_from_outside)
 
     open_tiny(_i);
     c.ctx = open_context(3);
-    out = malloc((size_t)lfm2_model_config(model)->n_vocab * sizeof *out);
+    out = malloc(out_size());
     ck_assert(out && pthread_create(&thread, NULL, cancel, &c) == 0);
     for (int round = 0; round < 5; round++) {
         const int code = use_context(c.ctx, out);
