@@ -244,7 +244,8 @@ void lfm2_cancel(lfm2_context *ctx);
  * module in the official implementation (transformers): "model.embed_tokens",
  * "model.layers.3.conv.in_proj", "model.layers.5.feed_forward.gate", "lm_head";
  * lfm2.c has the same names where it computes them.  No bit of a result
- * changes.  The hook must not use the context but for lfm2_cancel(). */
+ * changes.  (Of a row whose state is wanted the last norm is not shown: it is
+ * lfm2_state().)  The hook must not use the context but for lfm2_cancel(). */
 typedef struct {
     const char  *name;         /* valid, as x, until the hook returns        */
     int          layer;        /* -1: of none                                */
