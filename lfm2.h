@@ -267,8 +267,8 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
 
 /* What the machine can do at best, to hold a speed against: busy all threads of
  * the context with one thing.  READ reads weights of the model as they lie in
- * memory (all, or the first 2 GiB) and returns how many bytes.  DECODE is for one
- * row and weights that stay in the second-level cache, half a MiB for each
+ * memory (all, or the first 2 GiB) and returns how many bytes.  DECODE has one
+ * row, and weights that stay in the second-level cache, half a MiB for each
  * thread, and returns how many bytes of weights; DOT does so with 48 rows, and
  * returns how many multiply-adds.  The caller takes the time.  LFM2_EARG for
  * anything else, and in the child of a fork(), as of lfm2_forward(). */
