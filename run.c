@@ -147,21 +147,64 @@ static size_t drop_controls(char *s, size_t n)
     return kept;
 }
 
-/* One line on standard error; returns `code` for the caller to pass on.  It may
- * quote what is hostile. */
-static int say(int code, const char *fmt, ...)
+/* It may quote what is hostile. */
+static void print_line(const char *fmt, va_list args)
 {
     char s[4096];
-    va_list args;
-    int n;
+    int n = vsnprintf(s, sizeof s, fmt, args);
 
-    va_start(args, fmt);
-    n = vsnprintf(s, sizeof s, fmt, args);
-    va_end(args);
     n = n < (int)sizeof s ? n : (int)sizeof s - 1;
     n = (int)drop_controls(s, n > 0 ? (size_t)n : 0);
     fprintf(stderr, "%s: %.*s\n", program, n, s);
+}
+
+/* One line on standard error; returns `code` for the caller to pass on. */
+static int say(int code, const char *fmt, ...)
+{
+    va_list args;
+
+    va_start(args, fmt);
+    print_line(fmt, args);
+    va_end(args);
     return code;
+}
+
+static int quiet;                         /* -q: errors only                 */
+
+/* Worth knowing, but no error. */
+static void note(const char *fmt, ...)
+{
+    va_list args;
+
+    va_start(args, fmt);
+    if (!quiet)
+        print_line(fmt, args);
+    va_end(args);
+}
+
+/* ---- memory
+ *
+ * Where there is none, the program ends with one sentence: what it has written
+ * so far is whole, and a batch can be resumed. */
+
+/* realloc() that succeeds. */
+static void *resize(void *p, size_t n)
+{
+    p = realloc(p, n > 0 ? n : 1);
+    if (!p)
+        exit(say(NO_MEMORY, "no memory for %zu bytes", n));
+    return p;
+}
+
+/* n zeroed elements; freed by the caller. */
+static void *zeroed(size_t n, size_t size)
+{
+    void *p = n < SIZE_MAX / 2 / (size ? size : 1) ? calloc(n ? n : 1, size) :
+              NULL;
+
+    if (!p)
+        exit(say(NO_MEMORY, "no memory for %zu times %zu bytes", n, size));
+    return p;
 }
 
 /* Why something cannot be done, for those who say it elsewhere than on standard
@@ -972,39 +1015,27 @@ static int parse(struct settings *to, char **argv)
 
 /* ------------------------------------------------- 3. Reading what is given */
 
-/* Text that grows.  s[n] is NUL, or s is NULL; once there is no memory for it,
- * `failed` stays and nothing more is added. */
+/* Text that grows.  s[n] is NUL, or s is NULL. */
 struct text { char *s; size_t n, cap; int failed; };
 
 struct ids { int32_t *id; int n; };
 
-enum { MAX_TEXT = 1 << 30 };
-
 /* Make room for `more` bytes and the NUL. */
-static int reserve(struct text *t, size_t more)
+static void reserve(struct text *t, size_t more)
 {
     size_t cap = t->cap ? t->cap : 64;
-    char *s = NULL;
 
-    if (!t->failed && more < MAX_TEXT - t->n) {
-        while (cap <= t->n + more)
-            cap *= 2;
-        s = cap > t->cap ? realloc(t->s, cap) : t->s;
-    }
-    if (!s) {
-        t->failed = 1;
-        return -1;
-    }
-    t->s = s;
-    t->cap = cap;
+    while (cap <= t->n + more && cap <= SIZE_MAX / 2)
+        cap *= 2;
+    if (cap > t->cap)
+        t->s = resize(t->s, cap > t->n + more ? cap : SIZE_MAX);
+    t->cap = cap > t->cap ? cap : t->cap;
     t->s[t->n] = '\0';
-    return 0;
 }
 
 static void add(struct text *t, const char *s, size_t n)
 {
-    if (reserve(t, n) != 0)
-        return;
+    reserve(t, n);
     if (n > 0)
         memcpy(t->s + t->n, s, n);
     t->n += n;
@@ -1049,8 +1080,7 @@ static void show_text(struct text *t)
 static int read_stream(FILE *f, const char *name, struct text *out)
 {
     for (size_t got = 1; got > 0; out->n += got) {
-        if (reserve(out, 1 << 14) != 0)
-            return say(NO_MEMORY, "%s: too long to be read", name);
+        reserve(out, 1 << 14);
         got = fread(out->s + out->n, 1, out->cap - out->n - 1, f);
         if (ferror(f))
             return say(BAD_FILE, "%s: %s", name, strerror(errno));
@@ -1110,8 +1140,8 @@ static int read_text(const struct settings *s, struct text *out)
 
 static int alloc_ids(struct ids *out, size_t n)
 {
-    out->id = n < SIZE_MAX / 4 ? malloc(n * sizeof *out->id) : NULL;
-    return out->id ? DONE : say(NO_MEMORY, "no memory for %zu tokens", n);
+    out->id = zeroed(n, sizeof *out->id);
+    return DONE;
 }
 
 /* Numbers in files are little-endian. */
@@ -8592,11 +8622,7 @@ static int is_ready(int fd, int wait)
 static int next_line(struct source *in, int wait, struct piece *line)
 {
     for (;;) {
-        if (reserve(&in->buf, 1 << 16) != 0) {
-            in->error = ENOMEM;
-            in->ended = 1;
-            return 0;
-        }
+        reserve(&in->buf, 1 << 16);
         char *from = in->buf.s + in->at;
         size_t n = in->buf.n - in->at;
         const char *end = memchr(from + in->seen, '\n', n - in->seen);
@@ -9208,8 +9234,7 @@ static int ppl_open_base(struct ppl *p)
     p->base = fopen(path, "rb");
     if (!p->base)
         return say(BAD_FILE, "%s: %s", path, strerror(errno));
-    if (reserve(&has, p->header.n) != 0)
-        return say(NO_MEMORY, "no memory for %s", path);
+    reserve(&has, p->header.n);
     has.n = fread(has.s, 1, p->header.n, p->base);
     code = ferror(p->base) ? say(BAD_FILE, "%s: %s", path, strerror(errno)) :
            ppl_check_header(p, &has);
@@ -9465,7 +9490,8 @@ static int ppl_open_context(struct ppl *p)
     p->base_row = calloc((size_t)p->n_vocab, sizeof *p->base_row);
     p->every_kl = calloc((size_t)p->n_windows * (size_t)p->n_rows,
                          sizeof *p->every_kl);
-    if (!p->base_row || !p->every_kl || reserve(&p->row, ppl_row_size(p)) != 0)
+    reserve(&p->row, ppl_row_size(p));
+    if (!p->base_row || !p->every_kl)
         return say(NO_MEMORY, "no memory for the scores of %d windows",
                    p->n_windows);
     return open_context(&p->e);
@@ -10842,6 +10868,7 @@ int main(int argc, char **argv)
     signal(SIGXFSZ, SIG_IGN);
 #endif
     code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
+    quiet = s.quiet;
     if (code == DONE && s.system_file)
         code = read_system(&s, &system);
     code = flush_output(code == DONE ? work(&s) : code);
