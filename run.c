@@ -22,6 +22,7 @@
 #include "lfm2.h"
 
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -243,14 +244,6 @@ static int status_of(int code)
     return status[-code];
 }
 
-/* Its sentence about a file it could not open already begins with the path. */
-static int report(const char *path, const lfm2_error *err)
-{
-    if (strncmp(err->msg, path, strlen(path)) == 0)
-        return say(status_of(err->code), "%s", err->msg);
-    return say(status_of(err->code), "%s: %s", path, err->msg);
-}
-
 /* Everything written must have arrived: disks fill up, readers leave, who need
  * not be told. */
 static int flush_output(int code)
@@ -279,7 +272,7 @@ struct settings {
     const char *logits, *export_to, *tokenizer, *ignored;
     const char *system_file, *messages, *tools, *session, *date;
     int raw, tokenize, detokenize, inspect, null, bos, special;
-    const char *shard, *resume;
+    const char *shard, *resume, *save_dir;
     int dump_prompt, dump_tokens, interactive, escape, json;
     int selftest, batch_mode, batch_raw, parallel, heartbeat, hadoop;
     int template, think, think_budget, ignore_eos, logprobs, color;
@@ -362,6 +355,8 @@ static const struct option table[] = {
           "FILE"),
     SWITCH("-cnv --interactive", interactive, "chat, even if not at a terminal "
            "or after a prompt"),
+    WORDS("--save-dir", "DIR", save_dir, "where /save and /load of a chat find "
+          "files"),
     SWITCH("--raw | -no-cnv", raw, "no chat template: continue plain text"),
     SWITCH("-e --escape", escape, "\\n, \\t and \\\\ in PROMPT are what they "
            "are in C"),
@@ -507,8 +502,9 @@ enum { N_OPTIONS = sizeof table / sizeof *table };
 static int print_help(void)
 {
     printf("usage: %s [options] MODEL.gguf [PROMPT]\n\nAnswers PROMPT and "
-           "exits.  Without one, what is piped in is the prompt;\nat a "
-           "terminal, a chat begins.\n", program);
+           "exits; text that is piped in follows it after a blank line.\n"
+           "Without PROMPT, what is piped in is the prompt; at a terminal, a "
+           "chat begins.\n", program);
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &table[i];
         int n = (int)strcspn(o->names, "|"), gap = 28;
@@ -804,7 +800,7 @@ static int check_prompts(const struct settings *s)
     const int plain = s->raw || s->ids || s->tokenize ||
                       s->template == TEMPLATE_NONE;
 
-    if (!!s->prompt + !!s->file + !!s->ids + !!s->messages > 1)
+    if ((s->prompt || s->file) + !!s->ids + !!s->messages > 1)
         return usage("more than one prompt: PROMPT or -p, -f, --ids, "
                      "--messages");
     if (plain && chat_option(s))
@@ -1013,12 +1009,16 @@ static int parse(struct settings *to, char **argv)
     return code == DONE ? check_settings(to) : code;
 }
 
-/* ------------------------------------------------- 3. Reading what is given */
+/* -------------------------------------------------------- 3. Files and text */
 
 /* Text that grows.  s[n] is NUL, or s is NULL. */
 struct text { char *s; size_t n, cap; int failed; };
 
 struct ids { int32_t *id; int n; };
+
+static volatile sig_atomic_t interrupted;             /* see section 4       */
+static size_t utf8_put(char *out, uint32_t c);
+static void unescape(struct text *t);
 
 /* Make room for `more` bytes and the NUL. */
 static void reserve(struct text *t, size_t more)
@@ -1077,20 +1077,28 @@ static void show_text(struct text *t)
     fwrite(t->s ? t->s : "", 1, t->n, stdout);
 }
 
+/* ---- bytes in and out */
+
 static int read_stream(FILE *f, const char *name, struct text *out)
 {
-    for (size_t got = 1; got > 0; out->n += got) {
-        reserve(out, 1 << 14);
-        got = fread(out->s + out->n, 1, out->cap - out->n - 1, f);
-        if (ferror(f))
-            return say(BAD_FILE, "%s: %s", name, strerror(errno));
+    for (;;) {
+        reserve(out, out->n < 1 << 14 ? 1 << 14 : out->n);
+        out->n += fread(out->s + out->n, 1, out->cap - out->n - 1, f);
+        out->s[out->n] = '\0';
+        if (ferror(f) && errno == EINTR && interrupted)
+            return INTERRUPTED;
+        if (ferror(f) && errno != EINTR)
+            return say(BAD_FILE, f == stdin && errno == EISDIR ? "%s is closed "
+                       "or a directory, expected text" : "%s: %s", name,
+                       strerror(errno));
+        if (feof(f))
+            return DONE;
+        clearerr(f);
     }
-    out->s[out->n] = '\0';
-    return DONE;
 }
 
-/* The bytes of a file, or of standard input for "-".  The caller frees out->s,
- * after a failure too. */
+/* The bytes of a file, or of standard input for "-", behind what `out` has.
+ * The caller frees out->s, after a failure too. */
 static int read_file(const char *path, struct text *out)
 {
     const int piped = is_dash(path);
@@ -1105,38 +1113,325 @@ static int read_file(const char *path, struct text *out)
     return code;
 }
 
-/* One newline at the end of a file or pipe is not part of the text. */
-static void drop_newline(struct text *t)
+/* Up to n bytes from the beginning of a file; 0 if it cannot be read. */
+static size_t read_head(const char *path, char *to, size_t n)
 {
-    if (t->n > 0 && t->s[t->n - 1] == '\n')
-        t->s[--t->n] = '\0';
+    FILE *f = fopen(path, "rb");
+
+    if (!f)
+        return 0;
+    n = fread(to, 1, n, f);
+    fclose(f);
+    return n;
+}
+
+/* A file for output that comes piece by piece, or standard output for "-"; NULL
+ * after saying why not. */
+static FILE *create_file(const char *path)
+{
+    FILE *f = is_dash(path) ? stdout : fopen(path, "wb");
+
+    if (!f)
+        say(BAD_FILE, "%s: %s", path, strerror(errno));
+    return f;
+}
+
+static int finish_file(FILE *f, const char *path, int code)
+{
+    int failed;
+
+    if (f == stdout)
+        return code;
+    failed = ferror(f);
+    failed |= fclose(f) != 0;
+    return !failed || code != DONE ? code :
+           say(BAD_FILE, "%s: %s", path, strerror(errno));
+}
+
+/* All of it: 0, or -1 and errno. */
+static int write_all(int fd, const char *s, size_t n)
+{
+    for (ssize_t done; n > 0; s += done, n -= (size_t)done) {
+        done = write(fd, s, n < 1 << 30 ? n : 1 << 30);
+        if (done < 0 && errno != EINTR)
+            return -1;
+        done = done < 0 ? 0 : done;
+    }
+    return 0;
+}
+
+/* Can a file be kept there, in place of one that there may be?  Better told
+ * before the work than after it. */
+static int can_replace(const char *path)
+{
+    char *real = realpath(path, NULL);
+    struct text dir = { 0 };
+    struct stat st;
+    const int is = lstat(real ? real : path, &st) == 0;
+    const char *odd = !is || S_ISREG(st.st_mode) ? NULL :
+                      S_ISDIR(st.st_mode) ? "a directory" :
+                      S_ISFIFO(st.st_mode) ? "a pipe" :
+                      S_ISLNK(st.st_mode) ? "a link that leads nowhere" :
+                      "a device or socket";
+    int code = DONE;
+
+    add_directory(&dir, real ? real : path);
+    if (odd)
+        code = say(BAD_FILE, "%s: %s, expected a file", path, odd);
+    else if (access(dir.s, W_OK | X_OK) != 0)
+        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
+    free(dir.s);
+    free(real);
+    return code;
+}
+
+/* Write the parts one after the other, whole or not at all: to a new file
+ * beside this one, which then takes its place.  It is for its owner alone, or
+ * for those who could read the old one.  A link stays a link. */
+static int replace_file(const char *path, const struct text *part, int n_parts)
+{
+    char *real;
+    struct text name = { 0 };
+    struct stat old;
+    int fd, good, error, code = can_replace(path);
+
+    if (code != DONE)
+        return code;
+    real = realpath(path, NULL);
+    add_string(&name, real ? real : path);
+    add_string(&name, ".XXXXXX");
+    fd = mkstemp(name.s);
+    good = fd >= 0;
+    if (good && stat(path, &old) == 0)
+        fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
+    for (int i = 0; good && i < n_parts; i++)
+        good = write_all(fd, part[i].s, part[i].n) == 0;
+    if (good && fsync(fd) != 0)           /* not every file system knows it  */
+        good = errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP;
+    error = errno;
+    if (fd >= 0 && close(fd) != 0 && good)
+        good = 0, error = errno;
+    if (good && rename(name.s, real ? real : path) != 0)
+        good = 0, error = errno;
+    if (!good) {
+        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
+        if (fd >= 0)
+            remove(name.s);
+    }
+    free(name.s);
+    free(real);
+    return code;
+}
+
+/* ---- models */
+
+/* Map it, or read it where that cannot be: some shared folders have no mmap(). */
+static int open_file(int (*open_it)(lfm2_model **, const char *, int,
+                                    lfm2_error *),
+                     lfm2_model **out, const char *path, int no_mmap,
+                     lfm2_error *err)
+{
+    int code = open_it(out, path, no_mmap ? LFM2_LOAD_READ : LFM2_LOAD_MAP,
+                       err);
+
+    if (code != LFM2_EIO || no_mmap || !strstr(err->msg, "cannot map"))
+        return code;
+    note("%s: its file system cannot map files, so it is read", path);
+    return open_it(out, path, LFM2_LOAD_READ, err);
+}
+
+/* What is taken for a model now and then: where and how it begins, and what to
+ * do with it. */
+static const struct { int at; const char *begins, *what; } no_model[] = {
+    { 0, "version https://git-lfs", "it is a git-lfs pointer; \"git lfs pull\" "
+      "gets the file itself" },
+    { 0, "<", "it is a web page; scripts/download.sh gets models" },
+    { 0, "PK\3\4", "it is a zip archive or a PyTorch file; expected a GGUF, "
+      "which scripts/download.sh gets" },
+    { 0, "\x1f\x8b", "it is compressed; gunzip gets the file itself" },
+    { 8, "{\"", "it is a safetensors file; expected a GGUF, which "
+      "scripts/download.sh gets" },
+    { 0, "LFM2CHT", "it is a conversation; --session names it beside a model" },
+    { 0, "{", "it is JSON; --messages or --tools name it beside a model" },
+    { 0, "[", "it is JSON; --messages or --tools name it beside a model" },
+    { 4, "\3\0\0\0\0\0\0\0\0\0\0\0", "it is a vocabulary without a model; "
+      "--tokenizer names it" }
+};
+
+/* The sentence of the library about a file that it could not open already begins
+ * with the path. */
+static int report(const char *path, const lfm2_error *err)
+{
+    const int code = status_of(err->code);
+    const size_t n = strlen(path);
+    char head[24] = "";
+
+    say(code, "%s%s%s", strncmp(err->msg, path, n) == 0 ? "" : path,
+        strncmp(err->msg, path, n) == 0 ? "" : ": ", err->msg);
+    if (code != BAD_MODEL || read_head(path, head, sizeof head) == 0)
+        return code;
+    for (size_t i = 0; i < sizeof no_model / sizeof *no_model; i++) {
+        const char *begins = no_model[i].begins;
+        const size_t len = *begins == '\3' ? 12 : strlen(begins);
+        if (memcmp(head + no_model[i].at, begins, len) == 0)
+            return say(code, "%s: %s", path, no_model[i].what);
+    }
+    return code;
+}
+
+/* ---- text for people
+ *
+ * Prompts, conversations and commands come from editors, shells and
+ * spreadsheets of all systems: a byte order mark is dropped, UTF-16 becomes
+ * UTF-8, and lines end with \n.  What is there for the sake of its bytes stays
+ * as it is: --ids, --tokenize, --detokenize, --ppl. */
+
+/* Where the high byte of each pair is, if this is UTF-16; else -1.  It says so
+ * itself, or most of the high bytes are 0 and none of the others. */
+static int utf16_high(const struct text *t)
+{
+    size_t zeros[2] = { 0, 0 };
+
+    for (size_t i = 0; i < t->n; i++)
+        zeros[i % 2] += !t->s[i];
+    return t->n < 2 ? -1 : memcmp(t->s, "\xff\xfe", 2) == 0 ? 1 :
+           memcmp(t->s, "\xfe\xff", 2) == 0 ? 0 : t->n < 4 ? -1 :
+           !zeros[0] && zeros[1] >= t->n * 3 / 8 ? 1 :
+           !zeros[1] && zeros[0] >= t->n * 3 / 8 ? 0 : -1;
+}
+
+static void utf16_to_utf8(struct text *t, int high)
+{
+    const unsigned char *s = (const unsigned char *)t->s;
+    struct text out = { 0 };
+    char to[4];
+
+    for (size_t i = 0; i < t->n; i += 2) {
+        uint32_t c = i + 1 == t->n ? 0xfffd : s[i + !high] | s[i + high] << 8,
+                 low = i + 3 < t->n ? s[i + 2 + !high] | s[i + 2 + high] << 8 :
+                       0;
+        if (c >> 10 == 0xd800 >> 10 && low >> 10 == 0xdc00 >> 10) {
+            c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
+            i += 2;
+        }
+        add(&out, to, utf8_put(to, c >> 11 == 0xd800 >> 11 ? 0xfffd : c));
+    }
+    free(t->s);
+    *t = out;
+}
+
+static void clean_text(struct text *t)
+{
+    const int high = utf16_high(t);
+    size_t n = 0, i;
+
+    if (high >= 0)
+        utf16_to_utf8(t, high);
+    i = t->n >= 3 && memcmp(t->s, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+    for (; i < t->n; i++) {
+        const int ends = t->s[i] == '\r';
+        i += ends && i + 1 < t->n && t->s[i + 1] == '\n';
+        t->s[n++] = ends ? '\n' : t->s[i];
+    }
+    t->n = n;
+    add(t, "", 0);
+}
+
+/* A conversation is text, and kept as such.  In another encoding a model would
+ * read letters that nobody wrote. */
+static int check_text(const struct text *t, const char *name)
+{
+    uint32_t c;
+
+    for (size_t i = 0, size; i < t->n; i += size) {
+        size = (size_t)utf8_get(t->s + i, t->s + t->n, &c);
+        if (size > 0 && c == 0)
+            return say(USAGE, "%s has a NUL byte after %zu bytes, expected "
+                       "text", name, i);
+        if (size == 0)
+            return say(USAGE, "%s is not UTF-8: byte %02x after %zu bytes; "
+                       "iconv -f LATIN1 -t UTF-8 converts Latin-1", name,
+                       (unsigned char)t->s[i], i);
+    }
+    return DONE;
+}
+
+/* Text from a file; one newline at its end is not part of it. */
+static int read_text_file(const char *path, struct text *out)
+{
+    int code = read_file(path, out);
+
+    if (code != DONE)
+        return code;
+    clean_text(out);
+    if (out->n > 0 && out->s[out->n - 1] == '\n')
+        out->s[--out->n] = '\0';
+    return DONE;
 }
 
 /* -sysf.  It lies in *out, which the caller frees. */
 static int read_system(struct settings *s, struct text *out)
 {
-    int code = read_file(s->system_file, out);
+    int code = read_text_file(s->system_file, out);
 
-    if (code != DONE)
-        return code;
-    drop_newline(out);
     s->system = out->s;
-    return strlen(out->s) == out->n ? DONE :
-           say(USAGE, "%s: a NUL byte after %zu bytes, expected text",
-               s->system_file, strlen(out->s));
+    return code == DONE ? check_text(out, s->system_file) : code;
 }
 
-/* The text to work on: given as an argument, in a file, or piped in. */
-static int read_text(const struct settings *s, struct text *out)
+/* Was text piped in beside a prompt?  A file that was read before belongs to a
+ * loop in a shell; terminals, devices, and the sockets of ssh may never end. */
+static int has_piped_text(const struct settings *s)
 {
+    struct stat st;
+
+    return !is_dash(s->file) && !is_dash(s->tools) && !is_dash(s->prompt) &&
+           fstat(STDIN_FILENO, &st) == 0 && (S_ISFIFO(st.st_mode) ||
+           (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
+}
+
+/* Text from a file, after a blank line if there is some already. */
+static int add_text_file(const char *path, struct text *out)
+{
+    struct text more = { 0 };
+    int code = read_text_file(path, &more);
+
+    if (out->n > 0 && more.n > 0)
+        add_string(out, "\n\n");
+    add(out, more.s ? more.s : "", more.n);
+    free(more.s);
+    return code;
+}
+
+/* The prompt: what was given as an argument, then a file, then what was piped
+ * in, which in a chat are messages. */
+static int read_prompt(const struct settings *s, int chats, struct text *out)
+{
+    struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
+    const int given = s->prompt && !is_dash(s->prompt);
+    int code = DONE;
+
     if (!s->prompt && !s->file && isatty(STDIN_FILENO))
         return usage("no prompt given; try %s MODEL.gguf \"a question\"",
                      program);
-    if (!s->prompt)
-        return read_file(s->file ? s->file : "-", out);
-    add_string(out, s->prompt);
-    return out->failed ? say(NO_MEMORY, "no memory for the prompt") : DONE;
+    if (given)
+        add_string(out, s->prompt);
+    if (given && s->escape)
+        unescape(out);
+    if (given)
+        clean_text(out);
+    if (s->file)
+        code = add_text_file(s->file, out);
+    if (code != DONE || ((given || s->file) && (chats || !has_piped_text(s))))
+        return code;
+    if (given && poll(&in, 1, 2000) == 0)
+        note("standard input is read, too, and has not ended; </dev/null is "
+             "without it");
+    code = add_text_file("-", out);
+    return code == DONE && out->n == 0 ? usage("no prompt: standard input is "
+           "empty") : code;
 }
+
+/* ---- numbers */
 
 static int alloc_ids(struct ids *out, size_t n)
 {
@@ -1298,14 +1593,75 @@ static void sha256_hex(struct sha256 d, char out[65])
         snprintf(out + 8 * i, 9, "%08x", (unsigned)d.h[i]);
 }
 
-/* ---- what becomes of a file
- *
- * Models and vocabularies are mapped, and nothing else is.  A file that becomes
- * shorter meanwhile sends SIGBUS to who reads behind its end, and that deserves
- * a sentence.  It is made beforehand: a signal handler may only write. */
+/* ---------------------------------------------- 4. Signals and the terminal */
+
+#ifndef __wasi__
+#include <sys/ioctl.h>
+#include <termios.h>
+#endif
 
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
 static const char bright[] = "\033[0m\n";
+
+/* The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
+ * somebody looks at `interrupted` and stops the work in good order.  Then the
+ * second does nothing more, and the third ends it whatever is lost: by then
+ * something hangs.  They are handled from the beginning, as the first process of
+ * a container is sent no others; one that was ignored then, as by nohup, stays
+ * ignored. */
+static lfm2_context *volatile running;
+static volatile sig_atomic_t last_signal, is_heard;
+
+static int set_terminal(int is_edited);
+
+static void on_interrupt(int number)
+{
+    if (last_signal == 0 || last_signal == SIGINT)
+        last_signal = number;
+    if (!is_heard || ++interrupted > 2) {
+        set_terminal(0);
+        (void)!write(STDERR_FILENO, bright, is_dim ? sizeof bright - 1 : 0);
+        _exit(128 + number);
+    }
+    if (running)
+        lfm2_cancel(running);
+}
+
+/* Without SA_RESTART, so that waiting for input ends, too. */
+static void handle(int number, void (*handler)(int))
+{
+    struct sigaction action = { .sa_handler = handler }, had;
+
+    sigaction(number, NULL, &had);
+    if (had.sa_handler != SIG_IGN)
+        sigaction(number, &action, NULL);
+}
+
+static void start_signals(void)
+{
+    handle(SIGINT, on_interrupt);
+    handle(SIGTERM, on_interrupt);
+#ifndef __wasi__
+    handle(SIGHUP, on_interrupt);
+    handle(SIGQUIT, on_interrupt);
+#endif
+    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);
+#endif
+}
+
+/* From here on somebody looks at `interrupted`. */
+static void catch_interrupt(void)
+{
+    is_heard = 1;
+}
+
+/* ---- a model that becomes shorter
+ *
+ * Models are mapped, and nothing else is.  Who reads behind the end of a file
+ * that was cut meanwhile gets SIGBUS, and that deserves a sentence.  It is made
+ * beforehand: a signal handler may only write. */
 
 #ifndef LFM2_NO_MMAP
 
@@ -1342,8 +1698,7 @@ static void watch_file(const char *path)
     add_string(&lost, path);
     add_string(&lost, ": it became shorter while it was used, or its disk "
                "failed; --no-mmap reads it first\n");
-    if (!lost.failed)
-        sigaction(SIGBUS, &action, NULL);
+    sigaction(SIGBUS, &action, NULL);
 }
 
 static void unwatch_file(void)
@@ -1366,436 +1721,550 @@ static void unwatch_file(void)
 
 #endif
 
-/* ----------------------------------------------------------- 4. The sandbox
- *
- * A model, a prompt or a session may be made by someone who knows of a fault in
- * this program.  So it gives away what it does not need, and whoever takes it
- * over finds nothing to use: --sandbox auto once the model is open, because
- * nothing may go wrong that went well without; --sandbox require before a byte
- * of it is looked at, or not at all.  In this order:
- *
- *   begin_sandbox()  no new privileges and no core dump; Landlock leaves only
- *                    the files that options name; with `require`, a first
- *                    filter allows what starting threads takes, too.
- *   open the context, whose threads inherit all of this
- *   lock_sandbox()   the filter that stays, in all threads: it opens no file,
- *                    unless a session or the commands of a chat need it.
- *
- * Filters add up: what one has denied no later one allows.  A denied call fails
- * with EPERM; the program lives on, because a C library that has learnt a new
- * habit is likelier than an attack, and an attacker gains nothing by the error.
- * Calls newer than this list fail with ENOSYS, as on an older kernel: then C
- * libraries use the old ones.
- *
- * This is Linux alone, by its own names and numbers: neither its headers nor a
- * library are needed. */
+/* ---- bytes that are typed or piped in */
 
-/* Sanitizers do things of their own that it forbids. */
-#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-#define LFM2_NO_SANDBOX
-#elif defined __has_feature
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || \
-    __has_feature(memory_sanitizer)
-#define LFM2_NO_SANDBOX
-#endif
-#endif
+enum { INPUT_ENDS = -1, STOPPED_BY_SIGNAL = -2, LOOKS_OLD = -3 };
 
-/* What ELF and seccomp call this machine; 0 if it was never tried. */
-#if !defined __linux__ || defined LFM2_NO_SANDBOX
-#define ELF_MACHINE 0
-#elif defined __x86_64__ && !defined __ILP32__
-#define ELF_MACHINE 62
-#elif defined __i386__
-#define ELF_MACHINE 3
-#elif defined __aarch64__ && defined __LP64__
-#define ELF_MACHINE 183
-#elif defined __arm__ && defined __ARM_EABI__
-#define ELF_MACHINE 40
-#elif defined __riscv && __riscv_xlen == 64
-#define ELF_MACHINE 243
-#elif defined __powerpc64__
-#define ELF_MACHINE 21
-#elif defined __s390x__
-#define ELF_MACHINE 22
-#else
-#define ELF_MACHINE 0
-#endif
-
-#if ELF_MACHINE
-#include <sys/syscall.h>
-#ifdef SYS_seccomp
-#define HAVE_SANDBOX
-#endif
-#endif
-
-/* Something is missing: a reason to stop if all is required. */
-static int lacks(const struct settings *s, const char *what, const char *why)
+/* The next byte.  A signal between a look and the wait is heard a second later;
+ * after one that does not end anything the line may look wrong. */
+static int next_byte(int *is_last)
 {
-    if (s->sandbox == SANDBOX_REQUIRE)
-        return say(FAILED, "--sandbox require: no %s: %s", what, why);
-    if (s->verbose)
-        say(DONE, "sandbox: no %s: %s", what, why);
-    return DONE;
+    static unsigned char s[4096];
+    static ssize_t at, n;
+    struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
+
+    while (at == n) {
+        const int ready = poll(&in, 1, 1000);
+        if (interrupted)
+            return STOPPED_BY_SIGNAL;
+        if (ready < 0)
+            return LOOKS_OLD;
+        if (ready == 0)
+            continue;
+        at = 0;
+        n = read(STDIN_FILENO, s, sizeof s);
+        if (n == 0 || (n < 0 && errno != EINTR)) {
+            n = 0;
+            return INPUT_ENDS;
+        }
+        n = n > 0 ? n : 0;
+    }
+    *is_last = at + 1 == n;
+    return s[at++];
 }
 
-#ifndef HAVE_SANDBOX
-
-static int begin_sandbox(const struct settings *s, int chats)
+/* Does a signal end the chat?  Ctrl-C clears a line, and leaves only if it comes
+ * twice to an empty one. */
+static int leaves(size_t n_typed, int *is_warned)
 {
-    (void)chats;
-    return s->sandbox == SANDBOX_OFF ? DONE :
-           lacks(s, "sandbox", "it is not in this build");
+    interrupted = 0;
+    if (last_signal != SIGINT || (n_typed == 0 && *is_warned)) {
+        interrupted = 1;
+        return 1;
+    }
+    if (n_typed == 0)
+        fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+    *is_warned = n_typed == 0;
+    return 0;
 }
 
-static int lock_sandbox(const struct settings *s, int chats)
+#ifndef __wasi__
+
+/* ---- the terminal while a line is edited
+ *
+ * Whatever ends or stops the program meanwhile leaves it as it was. */
+
+static struct termios plain_terminal;
+static volatile sig_atomic_t is_changed, is_editing;
+
+/* Returns 0, or -1 if it cannot be changed. */
+static int set_terminal(int is_edited)
 {
-    (void)s;
-    (void)chats;
-    return DONE;
+    static const char paste[2][9] = { "\033[?2004l", "\033[?2004h" };
+    struct termios t;
+
+    if (!is_changed && (!is_edited ||
+                        tcgetattr(STDIN_FILENO, &plain_terminal) != 0))
+        return -1;
+    t = plain_terminal;
+    if (is_edited) {
+        t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
+        t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
+        t.c_cc[VMIN] = 1;
+        t.c_cc[VTIME] = 0;
+    }
+    if (tcsetattr(STDIN_FILENO, TCSANOW, &t) != 0)
+        return -1;
+    is_changed = is_edited;
+    (void)!write(STDERR_FILENO, paste[is_edited], 8);
+    return 0;
 }
 
-#else
+static void on_stop(int number)
+{
+    set_terminal(0);
+    signal(number, SIG_DFL);
+    raise(number);                        /* when this is done               */
+}
 
-long syscall(long number, ...);           /* not in POSIX                    */
+/* After a stop, or with a window of another size. */
+static void on_change(int number)
+{
+    (void)number;
+    if (is_editing) {
+        handle(SIGTSTP, on_stop);
+        set_terminal(1);
+    }
+}
 
-/* ---- files: Landlock */
+static void leave_terminal(void)
+{
+    set_terminal(0);
+}
 
-enum { PR_DUMPABLE = 4, PR_NO_NEW_PRIVS = 38, PATH_ONLY = 010000000 };
-enum { CREATE_RULESET = 444, ADD_RULE, RESTRICT_SELF, PATH_BENEATH = 1 };
+/* 0, unless lines cannot be edited here. */
+static int begin_editing(void)
+{
+    const char *term = getenv("TERM");
 
-/* Rights to files, and those of them that only directories have. */
-enum {
-    WRITE_FILE = 1 << 1, READ_FILE = 1 << 2, READ_DIR = 1 << 3,
-    REMOVE_FILE = 1 << 5, MAKE_REG = 1 << 8, TRUNCATE = 1 << 14,
-    IN_DIRS = 0x3ff8
+    if (!isatty(STDERR_FILENO) || !term || !term[0] ||
+        strcmp(term, "dumb") == 0 || set_terminal(1) != 0)
+        return -1;
+    is_editing = 1;
+    handle(SIGTSTP, on_stop);
+    handle(SIGCONT, on_change);
+    handle(SIGWINCH, on_change);
+    return 0;
+}
+
+static void end_editing(void)
+{
+    is_editing = 0;
+    set_terminal(0);
+}
+
+/* ---- a line that is edited
+ *
+ * It is shown in one row of the terminal, as much of it as there is room for
+ * around the cursor, and whole when it is done. */
+
+struct editor {
+    struct text *line;
+    size_t at;                            /* of the cursor                   */
+    const char *prompt;
+    int shown;                            /* of the history                  */
+    int is_pasting, after_cr;
 };
 
-/* What a rule set decides about: all that the kernel's version of Landlock
- * knows of, and nothing of it is allowed. */
-struct ruleset { uint64_t files, net, scopes; };
+static struct text *history;              /* what was typed, the oldest first */
+static int n_history;
+static struct text draft;                 /* the line while older are shown  */
 
-struct rule { uint64_t rights; int32_t fd; };
-
-static struct ruleset all_rights(long version)
-{
-    static const uint64_t files[] = { 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff };
-
-    return (struct ruleset){
-        files[version < 5 ? version - 1 : 4],
-        version >= 4 ? 3 : 0,             /* TCP: bind and connect           */
-        version >= 6 ? 3 : 0              /* abstract sockets, signals       */
-    };
-}
-
-/* How options use the files they name. */
-enum { READS, WRITES, BESIDE, INSIDE };
-
-static const struct { size_t at; int how; } file_options[] = {
-    { AT(model), READS }, { AT(tokenizer), READS }, { AT(file), READS },
-    { AT(ids), READS }, { AT(messages), READS }, { AT(tools), READS },
-    { AT(ppl), READS }, { AT(ppl_compare), READS }, { AT(session), READS },
-    { AT(session), BESIDE }, { AT(resume), WRITES }, { AT(logits), WRITES },
-    { AT(ppl_save), WRITES }, { AT(export_to), WRITES },
-    { AT(trace), WRITES }, { AT(experts), WRITES }, { AT(trace_npy), INSIDE }
+/* Marks that are drawn over the character before, and characters that take two
+ * columns: by ranges, the first and the last. */
+static const uint32_t no_columns[] = {
+    0x300, 0x36f, 0x483, 0x489, 0x591, 0x5bd, 0x610, 0x61a, 0x64b, 0x65f,
+    0x6d6, 0x6dc, 0x900, 0x902, 0x93c, 0x93c, 0x941, 0x948, 0x94d, 0x94d,
+    0xe31, 0xe31, 0xe34, 0xe3a, 0xe47, 0xe4e, 0x1ab0, 0x1aff, 0x1dc0, 0x1dff,
+    0x200b, 0x200f, 0x202a, 0x202e, 0x2060, 0x2064, 0x20d0, 0x20ff,
+    0x302a, 0x302d, 0x3099, 0x309a, 0xfe00, 0xfe0f, 0xfe20, 0xfe2f,
+    0xfeff, 0xfeff, 0xe0100, 0xe01ef
+}, two_columns[] = {
+    0x1100, 0x115f, 0x231a, 0x231b, 0x23e9, 0x23ec, 0x25fd, 0x25fe,
+    0x2614, 0x2615, 0x2648, 0x2653, 0x26a1, 0x26a1, 0x26bd, 0x26be,
+    0x26d4, 0x26d4, 0x2705, 0x2705, 0x270a, 0x270b, 0x2728, 0x2728,
+    0x274c, 0x274c, 0x2753, 0x2757, 0x2795, 0x2797, 0x2b50, 0x2b50,
+    0x2e80, 0x303e, 0x3041, 0xa4cf, 0xa960, 0xa97c, 0xac00, 0xd7a3,
+    0xf900, 0xfaff, 0xfe30, 0xfe6f, 0xff00, 0xff60, 0xffe0, 0xffe6,
+    0x16fe0, 0x1b2ff, 0x1f18e, 0x1f19a, 0x1f200, 0x1f320, 0x1f32d, 0x1f64f,
+    0x1f680, 0x1f6ff, 0x1f7e0, 0x1f7eb, 0x1f900, 0x1faff, 0x20000, 0x3fffd
 };
 
-enum { N_FILE_OPTIONS = sizeof file_options / sizeof *file_options };
-
-/* Allow to open what is at `path`, and in it.  What cannot be granted stays
- * forbidden. */
-static void grant(int set, const char *path, uint64_t rights)
+static int is_among(uint32_t c, const uint32_t *range, size_t n)
 {
-    struct rule rule = { rights, open(path, PATH_ONLY | O_CLOEXEC) };
-    struct stat st;
+    for (size_t i = 0; i < n && range[i] <= c; i += 2)
+        if (c <= range[i + 1])
+            return 1;
+    return 0;
+}
 
-    if (rule.fd < 0)
+#define IS_AMONG(c, ranges) is_among(c, ranges, sizeof ranges / sizeof *ranges)
+
+/* The character at byte i: its bytes, with the marks that follow, and columns.
+ * What is no character is shown as a question mark, a newline as an arrow. */
+static size_t character(const struct text *t, size_t i, int *columns)
+{
+    const char *const end = t->s + t->n, *s = t->s + i;
+    uint32_t c;
+    int n = utf8_get(s, end, &c);
+
+    *columns = n > 0 && IS_AMONG(c, two_columns) ? 2 : 1;
+    for (s += n > 0 ? n : 1; s < end; s += n) {
+        n = utf8_get(s, end, &c);
+        if (n == 0 || !IS_AMONG(c, no_columns))
+            break;
+    }
+    return (size_t)(s - t->s) - i;
+}
+
+/* Where the character before the cursor begins. */
+static size_t before(const struct editor *e)
+{
+    size_t from = 0, n;
+    int columns;
+
+    while (from < e->at && from + (n = character(e->line, from, &columns)) <
+           e->at)
+        from += n;
+    return from;
+}
+
+/* As it is shown: whole, or in one row. */
+static void add_shown(struct text *to, const char *s, size_t n, int whole)
+{
+    const char *const end = s + n;
+    uint32_t c;
+
+    for (int size; s < end; s += size) {
+        size = utf8_get(s, end, &c);
+        if (c == '\n' || c == '\t')
+            add_string(to, whole ? (c == '\n' ? "\n" : "\t") :
+                       c == '\n' ? "\xe2\x86\xb5" : " ");
+        else if (size == 0 || is_control(c))
+            add_string(to, "?");
+        else
+            add(to, s, (size_t)size);
+        size = size > 0 ? size : 1;
+    }
+}
+
+/* The window may have another size each time. */
+static void show_line(const struct editor *e, int whole)
+{
+    const struct text *t = e->line;
+    const int prompt = (int)strlen(e->prompt);
+    struct winsize size = { 0 };
+    struct text out = { 0 };
+    size_t from = 0, n;
+    int room, columns, cursor = 0, used = 0;
+
+    ioctl(STDERR_FILENO, TIOCGWINSZ, &size);
+    room = (size.ws_col > 8 ? size.ws_col : 80) - prompt - 1;
+    for (size_t i = 0; i < e->at; i += n, cursor += columns)
+        n = character(t, i, &columns);
+    for (; !whole && cursor >= room; cursor -= columns)
+        from += character(t, from, &columns);
+    add_string(&out, "\r");
+    add_string(&out, e->prompt);
+    for (size_t i = from; i < t->n; i += n) {
+        n = character(t, i, &columns);
+        used += columns;
+        if (!whole && used > room)
+            break;
+        add_shown(&out, t->s + i, n, whole);
+    }
+    add_string(&out, whole ? "\033[K\n" : "\033[K\r");
+    if (!whole)
+        add_format(&out, "\033[%dC", prompt + cursor);
+    write_all(STDERR_FILENO, out.s, out.n);
+    free(out.s);
+}
+
+/* Put n bytes in the place of some, and the cursor behind them. */
+static void put(struct editor *e, size_t from, size_t to, const char *s,
+                size_t n)
+{
+    struct text *t = e->line;
+
+    reserve(t, n);
+    memmove(t->s + from + n, t->s + to, t->n - to + 1);
+    if (n > 0)
+        memcpy(t->s + from, s, n);
+    t->n = t->n + n - (to - from);
+    e->at = from + n;
+}
+
+/* An older or newer line of the history, behind which the draft is. */
+static void recall(struct editor *e, int step)
+{
+    const int next = e->shown + step;
+    const struct text *t;
+
+    if (next < 0 || next > n_history)
         return;
-    if (fstat(rule.fd, &st) == 0 && !S_ISDIR(st.st_mode))
-        rule.rights &= ~(uint64_t)IN_DIRS;
-    syscall(ADD_RULE, set, PATH_BENEATH, &rule, 0);
-    close(rule.fd);
+    if (e->shown == n_history) {
+        draft.n = 0;
+        add(&draft, e->line->s, e->line->n);
+    }
+    t = next == n_history ? &draft : &history[next];
+    e->shown = next;
+    put(e, 0, e->line->n, t->s, t->n);
 }
 
-/* A file to write must be there to be granted, and so must a directory.  A file
- * to replace is written anew beside it, which takes its directory. */
-static void grant_option(int set, const char *path, int how, uint64_t known)
+static void remember(const struct text *t)
 {
-    const uint64_t writes = known & (READ_FILE | WRITE_FILE | TRUNCATE);
-    struct text dir = { 0 };
-    int fd;
+    const struct text *last = n_history ? &history[n_history - 1] : NULL;
 
-    if (how == WRITES) {
-        fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (fd >= 0)
-            close(fd);
-        grant(set, path, writes);
-    } else if (how == INSIDE) {
-        mkdir(path, 0777);
-        grant(set, path, writes | MAKE_REG);
-    } else if (how == BESIDE) {
-        add_directory(&dir, path);
-        if (!dir.failed)
-            grant(set, dir.s, READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE);
-        free(dir.s);
+    if (t->n == 0 || (last && last->n == t->n &&
+                      memcmp(last->s, t->s, t->n) == 0))
+        return;
+    history = resize(history, ((size_t)n_history + 1) * sizeof *history);
+    history[n_history] = (struct text){ 0 };
+    add(&history[n_history++], t->s, t->n);
+}
+
+static void move_right(struct editor *e)
+{
+    int columns;
+
+    if (e->at < e->line->n)
+        e->at += character(e->line, e->at, &columns);
+}
+
+/* Delete the character at the cursor. */
+static void delete(struct editor *e)
+{
+    const size_t from = e->at;
+
+    move_right(e);
+    put(e, from, e->at, "", 0);
+}
+
+/* What follows ESC: a key that has no character, or the ends of a paste. */
+static void escape(struct editor *e)
+{
+    int number = 0, counts = 1, is_last, c = next_byte(&is_last);
+
+    if (c == '\r' || c == '\n')
+        put(e, e->at, e->at, "\n", 1);
+    if (c != '[' && c != 'O')
+        return;
+    while ((c = next_byte(&is_last)) >= ' ' && c < '@') {
+        counts &= c >= '0' && c <= '9';
+        if (counts && number < 1000)
+            number = 10 * number + c - '0';
+    }
+    if (c == '~')
+        c = number == 1 || number == 7 ? 'H' : number == 4 || number == 8 ?
+            'F' : number == 3 ? 'x' : number == 200 ? 'p' : number == 201 ?
+            'q' : 0;
+    switch (c) {
+    case 'A': recall(e, -1); break;
+    case 'B': recall(e, 1); break;
+    case 'C': move_right(e); break;
+    case 'D': e->at = before(e); break;
+    case 'H': e->at = 0; break;
+    case 'F': e->at = e->line->n; break;
+    case 'x': delete(e); break;
+    case 'p': e->is_pasting = 1; break;
+    case 'q': e->is_pasting = 0; break;
+    }
+}
+
+enum { CTRL = 0x40, ESC = 27, BACKSPACE = 127 };
+
+static void press(struct editor *e, int c)
+{
+    const struct text *t = e->line;
+    const int is_newline = c == '\n' || c == '\r';
+    size_t from = e->at;
+
+    if (c == ESC)
+        escape(e);
+    else if (c >= ' ' && c != BACKSPACE)
+        put(e, e->at, e->at, &(char){ (char)c }, 1);
+    else if (e->is_pasting && (is_newline || c == '\t') &&
+             !(c == '\n' && e->after_cr))
+        put(e, e->at, e->at, c == '\t' ? "\t" : "\n", 1);
+    else if (!e->is_pasting)
+        switch (c == BACKSPACE ? c : c + CTRL) {
+        case 'A': e->at = 0; break;
+        case 'B': e->at = before(e); break;
+        case 'D': delete(e); break;
+        case 'E': e->at = t->n; break;
+        case 'F': move_right(e); break;
+        case 'H': case BACKSPACE: put(e, before(e), e->at, "", 0); break;
+        case 'I': put(e, e->at, e->at, "\t", 1); break;
+        case 'K': put(e, e->at, t->n, "", 0); break;
+        case 'L': write_all(STDERR_FILENO, "\033[H\033[2J", 7); break;
+        case 'N': recall(e, 1); break;
+        case 'P': recall(e, -1); break;
+        case 'U': put(e, 0, e->at, "", 0); break;
+        case 'W':
+            while (from > 0 && t->s[from - 1] == ' ')
+                from--;
+            while (from > 0 && t->s[from - 1] != ' ')
+                from--;
+            put(e, from, e->at, "", 0);
+        }
+    e->after_cr = c == '\r';
+}
+
+/* As read_line(), with keys. */
+static int edit_line(struct text *line, const char *prompt)
+{
+    struct editor e = { .line = line, .prompt = prompt, .shown = n_history };
+    int is_last = 1, is_warned = 0;
+
+    add(line, "", 0);
+    for (;;) {
+        if (is_last)
+            show_line(&e, 0);
+        const int c = next_byte(&is_last);
+        const int ends = !e.is_pasting && (c == '\r' || c == '\n');
+        if (ends || c < 0)
+            is_last = 1;
+        if (ends || c == INPUT_ENDS || (c + CTRL == 'D' && line->n == 0)) {
+            show_line(&e, 1);
+            return ends;
+        }
+        if (c == STOPPED_BY_SIGNAL) {
+            show_line(&e, 1);
+            if (leaves(line->n, &is_warned))
+                return -1;
+            put(&e, 0, line->n, "", 0);
+            e.is_pasting = 0;
+        } else if (c >= 0) {
+            press(&e, c);
+            is_warned = 0;
+        }
+    }
+}
+
+#else
+
+static int set_terminal(int is_edited)
+{
+    (void)is_edited;
+    return -1;
+}
+
+static int begin_editing(void)
+{
+    return -1;
+}
+
+static void end_editing(void)
+{
+}
+
+static void leave_terminal(void)
+{
+}
+
+static void remember(const struct text *line)
+{
+    (void)line;
+}
+
+static int edit_line(struct text *line, const char *prompt)
+{
+    (void)line;
+    (void)prompt;
+    return -1;
+}
+
+#endif
+
+/* ---- lines and messages */
+
+/* A line as it comes, from a pipe or a terminal that can no more.  Some of these
+ * cut what is longer than 4095 bytes. */
+static int read_plain_line(struct text *line, int shows, const char *prompt)
+{
+    int is_warned = !shows, is_last, c = STOPPED_BY_SIGNAL;
+
+    for (;;) {
+        if (shows && c == STOPPED_BY_SIGNAL)
+            fputs(prompt, stderr);
+        while ((c = next_byte(&is_last)) >= 0 && c != '\n')
+            add(line, &(char){ (char)c }, 1);
+        if (c == INPUT_ENDS && shows)
+            fputc('\n', stderr);
+        if (c == '\n' || c == INPUT_ENDS)
+            break;
+        if (c == STOPPED_BY_SIGNAL) {
+            line->n = 0;
+            if (shows)
+                fputc('\n', stderr);
+            if (leaves(0, &is_warned))
+                return -1;
+        }
+    }
+    if (shows && line->n == 4095)
+        note("a line of 4095 bytes: the terminal may have cut it");
+    if (line->n > 0 && line->s[line->n - 1] == '\r')
+        line->n--;
+    return c == '\n' || line->n > 0;
+}
+
+/* A line without its end, behind what is in `out`: 1; 0 at the end of the input,
+ * -1 after a signal that ends the chat. */
+static int read_line(struct text *out, int shows, const char *prompt)
+{
+    struct text line = { 0 };
+    int got;
+
+    fflush(stdout);
+    if (shows && begin_editing() == 0) {
+        got = edit_line(&line, prompt);
+        end_editing();
+        remember(&line);
     } else
-        grant(set, path, READ_FILE | READ_DIR);
+        got = read_plain_line(&line, shows, prompt);
+    add(out, line.s ? line.s : "", line.n);
+    free(line.s);
+    return got;
 }
 
-/* What options name; how many CPUs and how much memory there are to use; and in
- * a chat /save and /load, which may name anything, have the working directory
- * and that for temporary files. */
-static void grant_all(int set, const struct settings *s, int chats,
-                      uint64_t known)
+static int ends_with(const struct text *t, const char *word)
 {
-    const uint64_t words = known & (READ_FILE | WRITE_FILE | MAKE_REG |
-                                    TRUNCATE);
-    const char *tmp = getenv("TMPDIR");
+    const size_t n = strlen(word);
 
-    for (size_t i = 0; i < N_FILE_OPTIONS; i++) {
-        const char *path = *(const char *const *)((const char *)s +
-                                                  file_options[i].at);
-        if (path && !is_dash(path))
-            grant_option(set, path, file_options[i].how, known);
+    return t->n >= n && memcmp(t->s + t->n - n, word, n) == 0;
+}
+
+/* A message, of one line or several: 1; 0 at the end of the input, -1 after a
+ * signal that ends the chat.  Ctrl-C before it is forgotten: it stopped what was
+ * done then. */
+static int read_message(struct text *out, int shows)
+{
+    static const char quotes[] = "\"\"\"";
+    const size_t len = strlen(quotes);
+    int quoted, got;
+
+    interrupted = 0;
+    if (last_signal && last_signal != SIGINT)
+        return -1;
+    out->n = 0;
+    got = read_line(out, shows, "> ");
+    if (got <= 0)
+        return got;
+    quoted = out->n >= len && memcmp(out->s, quotes, len) == 0;
+    if (quoted)
+        memmove(out->s, out->s + len, (out->n -= len) + 1);
+    while (quoted ? !ends_with(out, quotes) : ends_with(out, "\\")) {
+        out->n -= !quoted;
+        if (out->n > 0 || !quoted)        /* not after the quotes            */
+            add(out, "\n", 1);
+        got = read_line(out, shows, ". ");
+        if (got < 0)
+            return got;
+        if (got == 0)
+            break;
     }
-    grant(set, "/proc/self/cgroup", READ_FILE);
-    grant(set, "/sys/fs/cgroup", READ_FILE);
-    grant(set, "/proc/meminfo", READ_FILE);
-    if (chats && s->sandbox == SANDBOX_AUTO) {
-        grant(set, ".", words);
-        grant(set, tmp && *tmp ? tmp : "/tmp", words);
-    }
+    if (quoted && ends_with(out, quotes))
+        out->n -= len;
+    if (quoted && ends_with(out, "\n"))
+        out->n--;
+    clean_text(out);
+    return 1;
 }
 
-static int confine_files(const struct settings *s, int chats)
-{
-    const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
-    struct ruleset is;
-    int set, failed;
-
-    if (version < 1)
-        return lacks(s, "Landlock", strerror(errno));
-    is = all_rights(version);
-    set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
-    if (set < 0)
-        return lacks(s, "Landlock", strerror(errno));
-    grant_all(set, s, chats, is.files);
-    failed = syscall(RESTRICT_SELF, set, 0) != 0;
-    close(set);
-    if (failed)
-        return lacks(s, "Landlock", strerror(errno));
-    if (s->verbose)
-        say(DONE, "sandbox: Landlock %ld", version);
-    return DONE;
-}
-
-/* ---- system calls: seccomp */
-
-/* When a call is allowed: while threads start, if files are opened later, and
- * at all times. */
-enum { STARTING = 1, OPENING = 2, ANY_TIME = 4 };
-
-/* If arg >= 0, only with (argument & mask) == is. */
-struct system_call { long number; int when, arg; uint32_t mask, is; };
-
-enum { EXECUTABLE = 4, A_THREAD = 0x10100, CLONE_ARG = ELF_MACHINE == 22 };
-
-/* What isatty() asks, in older and newer libraries, and what musl does. */
-#if ELF_MACHINE == 21
-enum { GET_TERMINAL = 0x402c7413, GET_WINDOW = 0x40087468 };
-#else
-enum { GET_TERMINAL = 0x5401, GET_WINDOW = 0x5413 };
-#endif
-#define GET_TERMINAL_2 0x802c542au
-
-#define CALL(name, when)        { SYS_##name, when, -1, 0, 0 }
-#define IF(name, when, arg, is) { SYS_##name, when, arg, UINT32_MAX, is }
-#define NOT(name, arg, bits)    { SYS_##name, ANY_TIME, arg, bits, 0 }
-
-/* Not every machine has all of them: newer ones lack what those with "at" in
- * their names can do, those of 32 bits have doubles for 64.  Files that were
- * not opened here cannot be written, so that it does no harm to look at their
- * size.  Memory is never executed that was not before; a clone is a thread, and
- * threads may still be on their way when the last filter comes. */
-static const struct system_call system_calls[] = {
-    CALL(futex, ANY_TIME), CALL(write, ANY_TIME), CALL(writev, ANY_TIME),
-    CALL(read, ANY_TIME), CALL(readv, ANY_TIME), CALL(close, ANY_TIME),
-    CALL(lseek, ANY_TIME), CALL(fstat, ANY_TIME), CALL(fsync, ANY_TIME),
-    CALL(brk, ANY_TIME), CALL(munmap, ANY_TIME), CALL(mremap, ANY_TIME),
-    CALL(madvise, ANY_TIME), NOT(mprotect, 2, EXECUTABLE),
-#if ELF_MACHINE == 22                     /* there, it is given a pointer    */
-    CALL(mmap, ANY_TIME),
-#else
-#ifdef SYS_mmap2
-    NOT(mmap2, 2, EXECUTABLE), CALL(_llseek, ANY_TIME),
-    CALL(fstat64, ANY_TIME), CALL(fstatat64, ANY_TIME),
-    CALL(stat64, ANY_TIME), IF(fcntl64, ANY_TIME, 1, F_GETFL),
-    IF(fcntl64, ANY_TIME, 1, F_SETFD), IF(fcntl64, STARTING, 1, F_SETLK),
-    CALL(ftruncate64, STARTING | OPENING),
-#else
-    NOT(mmap, 2, EXECUTABLE),
-#endif
-#endif
-#ifdef SYS_newfstatat
-    CALL(newfstatat, ANY_TIME),
-#endif
-#ifdef SYS_statx
-    CALL(statx, ANY_TIME),
-#endif
-    CALL(getpid, ANY_TIME), CALL(gettid, ANY_TIME), CALL(exit, ANY_TIME),
-    CALL(exit_group, ANY_TIME), CALL(restart_syscall, ANY_TIME),
-    CALL(rt_sigaction, ANY_TIME), CALL(rt_sigprocmask, ANY_TIME),
-    CALL(rt_sigreturn, ANY_TIME), CALL(sigaltstack, ANY_TIME),
-#ifdef SYS_sigreturn
-    CALL(sigreturn, ANY_TIME),
-#endif
-    CALL(sched_yield, ANY_TIME), CALL(getrandom, ANY_TIME),
-    CALL(getrusage, ANY_TIME), CALL(sysinfo, ANY_TIME), CALL(ppoll, ANY_TIME),
-#ifdef SYS_ppoll_time64
-    CALL(ppoll_time64, ANY_TIME), CALL(futex_time64, ANY_TIME),
-#endif
-#ifdef SYS_clock_gettime
-    CALL(clock_gettime, ANY_TIME),
-#endif
-#ifdef SYS_clock_gettime64
-    CALL(clock_gettime64, ANY_TIME),
-#endif
-    IF(ioctl, ANY_TIME, 1, GET_TERMINAL),
-    IF(ioctl, ANY_TIME, 1, GET_TERMINAL_2), IF(ioctl, ANY_TIME, 1, GET_WINDOW),
-    IF(fcntl, ANY_TIME, 1, F_GETFL), IF(fcntl, ANY_TIME, 1, F_SETFD),
-    IF(fcntl, STARTING, 1, F_SETLK),
-    { SYS_clone, STARTING, CLONE_ARG, A_THREAD, A_THREAD },
-    CALL(set_robust_list, ANY_TIME), CALL(sched_getaffinity, STARTING),
-    CALL(seccomp, STARTING), CALL(mincore, STARTING),
-#ifdef SYS_rseq
-    CALL(rseq, ANY_TIME),
-#endif
-    CALL(openat, STARTING | OPENING), CALL(ftruncate, STARTING | OPENING),
-    CALL(faccessat, STARTING | OPENING), CALL(mkdirat, STARTING),
-    CALL(fchmod, OPENING), CALL(unlinkat, OPENING),
-#ifdef SYS_renameat
-    CALL(renameat, OPENING),
-#endif
-#ifdef SYS_renameat2
-    CALL(renameat2, OPENING),
-#endif
-#ifdef SYS_open
-    CALL(poll, ANY_TIME), CALL(open, STARTING | OPENING),
-    CALL(access, STARTING | OPENING), CALL(mkdir, STARTING),
-    CALL(stat, ANY_TIME),
-    CALL(unlink, OPENING), CALL(rename, OPENING),
-#endif
-};
-
-/* Instructions of the kernel's little machine, and where it finds the number of
- * a call, the architecture, and the low halves of the arguments. */
-enum {
-    LOAD = 0x20, AND = 0x54, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
-    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16
-};
-
-#define ALLOW      0x7fff0000u
-#define FAIL(code) (0x00050000u | (unsigned)(code))
-
-enum { N_CALLS = sizeof system_calls / sizeof *system_calls };
-enum { MAX_CODE = 13 + 6 * N_CALLS };
-enum { NEWER = 403 };      /* from here, numbers are the same on all machines */
-
-struct code { uint16_t op; uint8_t then, otherwise; uint32_t k; };
-
-struct filter { unsigned short n; struct code *code; };
-
-static void emit(struct filter *f, int op, uint32_t k, int then, int otherwise)
-{
-    f->code[f->n++] = (struct code){
-        (uint16_t)op, (uint8_t)then, (uint8_t)otherwise, k
-    };
-}
-
-/* If it is this call, allow it.  Otherwise its number is loaded again. */
-static void emit_call(struct filter *f, const struct system_call *c)
-{
-    const uint32_t low = is_little_endian() ? 0 : 4;
-
-    if (c->arg < 0) {
-        emit(f, IF_EQUAL, (uint32_t)c->number, 0, 1);
-        emit(f, RETURN, ALLOW, 0, 0);
-        return;
-    }
-    emit(f, IF_EQUAL, (uint32_t)c->number, 0, 5);
-    emit(f, LOAD, ARGUMENTS + 8 * (uint32_t)c->arg + low, 0, 0);
-    emit(f, AND, c->mask, 0, 0);
-    emit(f, IF_EQUAL, c->is, 0, 1);
-    emit(f, RETURN, ALLOW, 0, 0);
-    emit(f, LOAD, CALL_NUMBER, 0, 0);
-}
-
-/* From now on only the calls of these times, in all threads.  Calls of another
- * architecture are other calls by the same numbers. */
-static int confine_calls(int when)
-{
-    const uint32_t machine = ELF_MACHINE |
-                             (sizeof(void *) == 8 ? 0x80000000u : 0) |
-                             (is_little_endian() ? 0x40000000u : 0);
-    struct code code[MAX_CODE];
-    struct filter f = { 0, code };
-
-    emit(&f, LOAD, MACHINE, 0, 0);
-    emit(&f, IF_EQUAL, machine, 1, 0);
-    emit(&f, RETURN, FAIL(EPERM), 0, 0);
-    emit(&f, LOAD, CALL_NUMBER, 0, 0);
-    for (int i = 0; i < N_CALLS; i++)
-        if (system_calls[i].when & when)
-            emit_call(&f, &system_calls[i]);
-    emit_call(&f, &(struct system_call){ SYS_tgkill, 0, 0, UINT32_MAX,
-                                  (uint32_t)getpid() });
-    emit(&f, IF_AT_LEAST, NEWER, 0, 1);
-    emit(&f, RETURN, FAIL(ENOSYS), 0, 0);
-    emit(&f, RETURN, FAIL(EPERM), 0, 0);
-    return syscall(SYS_seccomp, 1, 1, &f) == 0 ? 0 : -1;
-}
-
-/* ---- both */
-
-static int opens_late(const struct settings *s, int chats)
-{
-    return s->session || s->trace_npy ||
-           (chats && (s->file || s->sandbox == SANDBOX_AUTO)) ? OPENING : 0;
-}
-
-/* Dates need to know the time zone, which is a file, before. */
-static int begin_sandbox(const struct settings *s, int chats)
-{
-    int code;
-
-    if (s->sandbox == SANDBOX_OFF)
-        return DONE;
-    tzset();
-    setrlimit(RLIMIT_CORE, &(struct rlimit){ 0, 0 });
-    if (syscall(SYS_prctl, PR_NO_NEW_PRIVS, 1L, 0L, 0L, 0L) != 0)
-        return lacks(s, "sandbox", strerror(errno));
-    syscall(SYS_prctl, PR_DUMPABLE, 0L, 0L, 0L, 0L);
-    code = confine_files(s, chats);
-    if (code == DONE && s->sandbox == SANDBOX_REQUIRE &&
-        confine_calls(STARTING | ANY_TIME | opens_late(s, chats)) != 0)
-        code = lacks(s, "seccomp", strerror(errno));
-    return code;
-}
-
-static int lock_sandbox(const struct settings *s, int chats)
-{
-    const int late = opens_late(s, chats);
-
-    if (s->sandbox == SANDBOX_OFF)
-        return DONE;
-    if (confine_calls(ANY_TIME | late) != 0)
-        return lacks(s, "seccomp", strerror(errno));
-    if (s->verbose)
-        say(DONE, "sandbox: seccomp; files can%s be opened", late ? "" :
-            "not");
-    return DONE;
-}
-
-#endif
+/* See section 20. */
+static int enter_sandbox(const struct settings *s, int chats);
+static int keep_file(const char *path, const struct text *part, int n_parts);
+static const char *save_dir(const struct settings *s);
 
 /* ------------------------------------------------------------------ 5. JSON
  *
@@ -3572,28 +4041,6 @@ static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
     return DONE;
 }
 
-/* A new file, or standard output for "-"; NULL after saying why not. */
-static FILE *create_file(const char *path)
-{
-    FILE *f = is_dash(path) ? stdout : fopen(path, "wb");
-
-    if (!f)
-        say(BAD_FILE, "%s: %s", path, strerror(errno));
-    return f;
-}
-
-static int finish_file(FILE *f, const char *path, int code)
-{
-    int failed;
-
-    if (f == stdout)
-        return code;
-    failed = ferror(f);
-    failed |= fclose(f) != 0;
-    return !failed || code != DONE ? code :
-           say(BAD_FILE, "%s: %s", path, strerror(errno));
-}
-
 static int export_words(const struct settings *s)
 {
     const char *path = s->tokenizer ? s->tokenizer : s->model;
@@ -3605,7 +4052,7 @@ static int export_words(const struct settings *s)
     FILE *f;
 
     watch_file(path);
-    lfm2_model_examine(&model, path, LFM2_LOAD_MAP, &err);
+    open_file(lfm2_model_examine, &model, path, s->no_mmap, &err);
     if (model) {
         data = lfm2_model_file(model, &size);
         n = lfm2_tokenizer_export(data, size, NULL, 0, &err);
@@ -3630,7 +4077,7 @@ static int work_on_words(const struct settings *s)
 {
     struct text t = { 0 };
     lfm2_tokenizer *words;
-    int code = s->sandbox == SANDBOX_REQUIRE ? begin_sandbox(s, 0) : DONE;
+    int code = enter_sandbox(s, 0);
 
     if (code == DONE)
         code = open_words(s, NULL, &words);
@@ -3639,7 +4086,8 @@ static int work_on_words(const struct settings *s)
     if (s->export_to)
         code = export_words(s);
     else
-        code = read_text(s, &t);
+        code = s->prompt && !is_dash(s->prompt) ? (add_string(&t, s->prompt), DONE) :
+               read_file(s->file ? s->file : "-", &t);
     if (code == DONE && s->tokenize)
         code = tokenize(s, words, &t);
     if (code == DONE && s->detokenize)
@@ -5182,14 +5630,14 @@ static int inspect_all(struct facts *f)
 static int inspect_file(const struct settings *s)
 {
     struct facts f = { .s = s };
-    int code = s->sandbox == SANDBOX_REQUIRE ? begin_sandbox(s, 0) : DONE;
+    int code = enter_sandbox(s, 0);
 
     if (code != DONE)
         return code;
     if (!s->no_mmap)
         watch_file(s->model);
-    f.code = lfm2_model_examine(&f.model, s->model, s->no_mmap ?
-                                LFM2_LOAD_READ : LFM2_LOAD_MAP, &f.err);
+    f.code = open_file(lfm2_model_examine, &f.model, s->model, s->no_mmap,
+                       &f.err);
     f.is_model = f.code == LFM2_OK;
     if (!f.model)
         code = report(s->model, &f.err);
@@ -5316,12 +5764,12 @@ static int open_model(struct engine *e)
         watch_file(s->model);
     if (s->verbose || s->bench)
         e->status = fopen("/proc/self/status", "r");
-    if (s->sandbox == SANDBOX_REQUIRE)
-        code = begin_sandbox(s, e->chats);
+    if (!s->bench)
+        code = enter_sandbox(s, e->chats);
     if (code != DONE)
         return code;
-    if (lfm2_model_open(&e->model, s->model, s->no_mmap ? LFM2_LOAD_READ :
-                        LFM2_LOAD_MAP, &err) != LFM2_OK)
+    if (open_file(lfm2_model_open, &e->model, s->model, s->no_mmap, &err) !=
+        LFM2_OK)
         return report(s->model, &err);
     e->par = choose_params(s, e->model);
     for (int i = 0; !s->quiet && lfm2_model_warning(e->model, i); i++)
@@ -5437,8 +5885,6 @@ static int open_context(struct engine *e)
     const int n_train = lfm2_model_config(e->model)->n_ctx_train;
     lfm2_error err;
 
-    if (e->s->sandbox == SANDBOX_AUTO)
-        begin_sandbox(e->s, e->chats);
     start_fetch(e);
     if (lfm2_context_open(&e->ctx, e->model, &e->par, &err) != LFM2_OK)
         return report(e->s->model, &err);
@@ -5524,31 +5970,6 @@ static void close_engine(struct engine *e)
     unwatch_file();
     if (e->status)
         fclose(e->status);
-}
-
-/* A signal stops the work; a second one before the first was heard ends the
- * program at once. */
-static lfm2_context *volatile running;
-static volatile sig_atomic_t interrupted, last_signal;
-
-static void on_interrupt(int signal_number)
-{
-    if (interrupted++) {
-        (void)!write(STDERR_FILENO, bright, is_dim ? sizeof bright - 1 : 0);
-        _exit(128 + signal_number);
-    }
-    last_signal = signal_number;
-    if (running)
-        lfm2_cancel(running);
-}
-
-/* Without SA_RESTART, so that waiting for a line ends, too. */
-static void catch_interrupt(void)
-{
-    struct sigaction action = { .sa_handler = on_interrupt };
-
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
 }
 
 static double seconds(void)
@@ -6827,7 +7248,7 @@ static int read_json(struct talk *t, const char *path, struct json **out)
 {
     struct text text = { 0 };
     struct why why;
-    int code = read_file(path, &text);
+    int code = read_text_file(path, &text);
 
     if (code == DONE && (code = json_parse(&t->pool, text.s, text.n, out,
                                            &why)) != DONE)
@@ -7313,19 +7734,6 @@ static void unescape(struct text *t)
     t->s[t->n = n] = '\0';
 }
 
-static int read_prompt(const struct settings *s, struct text *out)
-{
-    int code = read_text(s, out);
-
-    if (code == DONE && !s->prompt)
-        drop_newline(out);
-    if (code == DONE && !s->prompt && !s->file && out->n == 0)
-        code = usage("no prompt: standard input is empty");
-    if (code == DONE && s->prompt && s->escape)
-        unescape(out);
-    return code;
-}
-
 /* The next thing the user says, put behind what was said before. */
 static int ask(struct talk *t, const struct text *question)
 {
@@ -7334,9 +7742,8 @@ static int ask(struct talk *t, const struct text *question)
 
     if (s->system && !t->messages->first)
         code = add_message(t, "system", s->system, strlen(s->system));
-    if (code == DONE && strlen(question->s) != question->n)
-        return say(USAGE, "the prompt has a NUL byte after %zu bytes, expected "
-                   "text", strlen(question->s));
+    if (code == DONE)
+        code = check_text(question, "the prompt");
     return code != DONE ? code :
            add_message(t, "user", question->s, question->n);
 }
@@ -7351,7 +7758,7 @@ static int prepare_prompt(struct talk *t)
 
     if (s->ids)
         return read_ids(s->ids, &t->q.prompt);
-    code = s->messages ? DONE : read_prompt(s, &text);
+    code = s->messages ? DONE : read_prompt(s, 0, &text);
     if (code == DONE && e->template == TEMPLATE_NONE) {
         add(&t->prompt.text, t->said.s ? t->said.s : "", t->said.n);
         add(&t->prompt.text, text.s, text.n);
@@ -7375,7 +7782,7 @@ static int write_logits(struct talk *t)
     const struct engine *e = t->e;
     const size_t n_vocab = (size_t)lfm2_model_config(e->model)->n_vocab;
     FILE *f = create_file(e->s->logits);
-    int code = lock_sandbox(e->s, 0);
+    int code = DONE;
 
     running = e->ctx;
     for (int at = 0, n; f && code == DONE && at < t->q.prompt.n; at += n) {
@@ -7587,32 +7994,25 @@ static void restore(struct talk *t, const struct text *file)
         say(DONE, "%s: %d tokens", path, t->e->cached[0].n);
 }
 
-/* A file that is not there yet is the beginning of a session, if it can be kept
- * in its directory: better told now than when all has been said. */
-static int begin_session(const char *path)
-{
-    struct text dir = { 0 };
-    int code = DONE;
-
-    add_directory(&dir, path);
-    if (!dir.failed && access(dir.s, W_OK | X_OK) != 0)
-        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
-    free(dir.s);
-    return code;
-}
-
 /* Go on where the file left off.  Only a file that cannot be read at all is an
  * error. */
 static int load_session(struct talk *t)
 {
     const char *path = t->e->s->session;
     struct text file = { 0 };
-    int code;
+    const int plain = t->e->template == TEMPLATE_NONE;
+    char head[8];
+    size_t n;
+    int code = can_replace(path);
 
     t->keeps_session = 1;
-    if (access(path, F_OK) != 0 && errno == ENOENT)
-        return begin_session(path);
-    code = read_file(path, &file);
+    if (code != DONE || (access(path, F_OK) != 0 && errno == ENOENT))
+        return code;
+    n = read_head(path, head, 8);
+    if (n == 8 && memcmp(head, session_magic[plain], 8) == 0)
+        code = read_file(path, &file);
+    else
+        add(&file, head, n);
     if (code == DONE && file.n > 0)
         restore(t, &file);
     if (t->pool.failed || t->said.failed)             /* keep what it holds  */
@@ -7651,75 +8051,24 @@ static void write_talk(struct talk *t, struct text *out)
     free(json.s);
 }
 
-static int write_session(struct talk *t, FILE *f)
-{
-    const uint64_t n = lfm2_seq_state_size(t->e->ctx, 0);
-    struct text head = { 0 };
-    void *state = n <= SIZE_MAX ? malloc((size_t)n) : NULL;
-    lfm2_error err;
-    int good;
-
-    write_talk(t, &head);
-    add_le(&head, n, 8);
-    good = state && !head.failed &&
-           lfm2_seq_save(t->e->ctx, 0, state, n, &err) == LFM2_OK;
-    if (good) {
-        fwrite(head.s, 1, head.n, f);
-        fwrite(state, 1, (size_t)n, f);
-    }
-    free(head.s);
-    free(state);
-    return good ? DONE : say(NO_MEMORY, "no memory to keep the session");
-}
-
-/* A new file beside this one, for the owner alone if there is none yet. */
-static FILE *create_beside(const char *path, struct text *name)
-{
-    struct stat old;
-    FILE *f;
-    int fd;
-
-    add_string(name, path);
-    add_string(name, ".XXXXXX");
-    if (name->failed)
-        return NULL;
-    fd = mkstemp(name->s);
-    if (fd >= 0 && stat(path, &old) == 0)
-        fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
-    f = fd >= 0 ? fdopen(fd, "wb") : NULL;
-    if (fd >= 0 && !f) {
-        remove(name->s);
-        close(fd);
-    }
-    return f;
-}
-
-/* Whole or not at all: written beside the file, then put in its place. */
 static int save_session(struct talk *t)
 {
-    const char *path = t->e->s->session;
-    struct text temporary = { 0 };
-    FILE *f = NULL;
+    struct text part[2] = { { 0 }, { 0 } };
+    const uint64_t n = lfm2_seq_state_size(t->e->ctx, 0);
+    lfm2_error err;
     int code;
 
-    if (!path || !t->keeps_session)
+    if (!t->e->s->session || !t->keeps_session)
         return DONE;
-    f = create_beside(path, &temporary);
-    if (temporary.failed)
-        code = say(NO_MEMORY, "%s: cannot be kept: no memory", path);
-    else if (!f)
-        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
-    else {
-        code = write_session(t, f);
-        if (code == DONE && (fflush(f) != 0 || fsync(fileno(f)) != 0))
-            code = say(BAD_FILE, "%s: %s", path, strerror(errno));
-        code = finish_file(f, path, code);
-        if (code == DONE && rename(temporary.s, path) != 0)
-            code = say(BAD_FILE, "%s: %s", path, strerror(errno));
-        if (code != DONE)
-            remove(temporary.s);
-    }
-    free(temporary.s);
+    write_talk(t, &part[0]);
+    add_le(&part[0], n, 8);
+    reserve(&part[1], (size_t)n);
+    part[1].n = (size_t)n;
+    code = lfm2_seq_save(t->e->ctx, 0, part[1].s, n, &err) == LFM2_OK ?
+           keep_file(t->e->s->session, part, 2) :
+           report(t->e->s->session, &err);
+    free(part[0].s);
+    free(part[1].s);
     return code;
 }
 
@@ -7760,68 +8109,6 @@ static const char chat_help[] =
     "  /stats        tokens, speed and memory\n"
     "  /quit         leave\n";
 
-/* A line without its end, behind what is in `out`.  Returns 0 at the end of the
- * input, and -1 after a signal that ends the chat. */
-static int read_line(struct text *out, int shows, const char *prompt)
-{
-    const size_t had = out->n;
-    int c;
-
-    for (;;) {
-        if (shows)
-            fprintf(stderr, "%s", prompt);
-        errno = 0;
-        while ((c = getchar()) != EOF && c != '\n')
-            add(out, &(char){ (char)c }, 1);
-        add(out, "", 0);
-        if (c != EOF || errno != EINTR)
-            break;
-        if (!shows || last_signal != SIGINT)
-            return -1;
-        clearerr(stdin);
-        out->n = had;
-        fprintf(stderr, "\n(Ctrl-C once more, or Ctrl-D, leaves)\n");
-    }
-    if (c == EOF && shows)
-        fputc('\n', stderr);
-    return c != EOF || out->n > had;
-}
-
-static int ends_with(const struct text *t, const char *word)
-{
-    const size_t n = strlen(word);
-
-    return t->n >= n && memcmp(t->s + t->n - n, word, n) == 0;
-}
-
-/* A message, of one line or several.  Returns 0 at the end of the input. */
-static int read_message(struct text *out, int shows)
-{
-    static const char quotes[] = "\"\"\"";
-    const size_t len = strlen(quotes);
-    int quoted, got;
-
-    out->n = 0;
-    if (read_line(out, shows, "> ") <= 0)
-        return 0;
-    quoted = out->n >= len && memcmp(out->s, quotes, len) == 0;
-    if (quoted)
-        memmove(out->s, out->s + len, (out->n -= len) + 1);
-    while (quoted ? !ends_with(out, quotes) : ends_with(out, "\\")) {
-        out->n -= !quoted;
-        if (out->n > 0 || !quoted)        /* not after the quotes            */
-            add(out, "\n", 1);
-        if ((got = read_line(out, shows, ". ")) <= 0)
-            return got == 0;
-    }
-    if (quoted)
-        out->n -= len;
-    if (quoted && ends_with(out, "\n"))
-        out->n--;
-    add(out, "", 0);                      /* the NUL                         */
-    return 1;
-}
-
 /* The last message, if it is of this role. */
 static const struct json *last_message(const struct talk *t, const char *role)
 {
@@ -7847,7 +8134,6 @@ static int answer_turn(struct talk *t)
 
     if (code == DONE) {
         free_reply(&t->r);
-        interrupted = 0;
         code = run_reply(t);
     }
     if (code == TOO_LONG || code == USAGE) {
@@ -7896,9 +8182,10 @@ static int blame_sandbox(const struct talk *t)
 
     if (sandbox == SANDBOX_OFF || (errno != EACCES && errno != EPERM))
         return DONE;
-    return say(DONE, "in this sandbox a chat opens %s; --sandbox off is "
-               "without one", sandbox == SANDBOX_REQUIRE ? "no files" :
-               "files in the directory it began in and temporary ones");
+    return say(DONE, "in this sandbox a chat opens %s%s; --save-dir DIR names a "
+               "directory, --sandbox off is without one", save_dir(t->e->s) ?
+               "files only in " : "no files", save_dir(t->e->s) ?
+               save_dir(t->e->s) : "");
 }
 
 static int save_talk(struct talk *t, const char *path)
@@ -7984,7 +8271,7 @@ static int answer_first(struct talk *t, struct text *line)
     int code;
 
     if (s->prompt || s->file) {
-        code = read_prompt(s, line);
+        code = read_prompt(s, 1, line);
         if (code == DONE)
             code = ask(t, line);
         return code == DONE ? answer_turn(t) : code;
@@ -8000,16 +8287,16 @@ static int answer_first(struct talk *t, struct text *line)
 
 static int chat(struct talk *t)
 {
-    const int shows = isatty(STDIN_FILENO) && !t->e->s->quiet;
+    const int shows = isatty(STDIN_FILENO);
     struct text line = { 0 };
-    int code;
+    int code, got = 1;
 
-    if (shows)
+    if (shows && !t->e->s->quiet)
         fprintf(stderr, "/help tells what there is beside talking; Ctrl-D "
                 "leaves.\n");
     t->is_chat = 1;
     code = answer_first(t, &line);
-    while (code == DONE && read_message(&line, shows)) {
+    while (code == DONE && (got = read_message(&line, shows)) > 0) {
         if (line.failed)
             code = say(NO_MEMORY, "no memory for the message");
         else if (line.n == 0)
@@ -8022,7 +8309,7 @@ static int chat(struct talk *t)
             code = DONE;                  /* only this message is wrong      */
     }
     free(line.s);
-    if (code == DONE && interrupted && (!shows || last_signal != SIGINT))
+    if (code == DONE && got < 0)
         return INTERRUPTED;
     return code < 0 ? DONE : code;
 }
@@ -8036,13 +8323,10 @@ static int answer(struct talk *t)
     catch_interrupt();
     if (code == DONE)
         code = open_trace(t->e);
-    if (code == DONE && !s->logits)
-        code = lock_sandbox(s, t->e->chats);
     if (code == DONE)
         code = s->logits ? write_logits(t) : t->e->chats ? chat(t) :
                answer_once(t);
     code = close_trace(t->e, code);
-    signal(SIGINT, SIG_DFL);
     return code;
 }
 
@@ -9084,8 +9368,6 @@ static int batch(const struct settings *s)
     struct batch b = { .e.s = s, .out = STDOUT_FILENO };
     int code = open_batch(&b);
 
-    if (code == DONE)
-        code = lock_sandbox(s, 0);
     if (code == DONE) {
         catch_interrupt();
         b.started = b.beat = seconds();
@@ -9586,13 +9868,10 @@ static int perplexity(const struct settings *s)
     plain.raw = 1;                        /* no chat template                */
     if (code == DONE)
         code = ppl_open(&p);
-    if (code == DONE)
-        code = lock_sandbox(s, 0);
     if (code == DONE) {
         running = p.e.ctx;
         catch_interrupt();
         code = ppl_run(&p);
-        signal(SIGINT, SIG_DFL);
         running = NULL;
     }
     if (p.save)
@@ -10250,7 +10529,6 @@ static int bench(const struct settings *s)
         catch_interrupt();
         code = run_all(&b);
         end_output(&b, code);
-        signal(SIGINT, SIG_DFL);
     }
     close_engine(&b.e);
     free(b.token);
@@ -10828,7 +11106,512 @@ static int selftest(void)
     return self_end(&t);
 }
 
-/* --------------------------------------------------------------- 20. main */
+/* ---------------------------------------------------------- 20. The sandbox
+ *
+ * A model, a prompt or a session may be made by someone who knows of a fault in
+ * this program.  So before a byte of them is looked at it gives away what it
+ * does not need, and whoever takes it over finds nothing to use: no privileges,
+ * no core dump, by Landlock no files but those that options name, and by seccomp
+ * no system calls but those below.  --sandbox auto takes what the system has;
+ * with --sandbox require all of it must be there.
+ *
+ * A denied call fails with EPERM; the program lives on, because a C library that
+ * has learnt a new habit is likelier than an attack, and an attacker gains
+ * nothing by the error.  Calls newer than the list fail with ENOSYS, as on an
+ * older kernel: then C libraries use the old ones.
+ *
+ * This is Linux alone, by its own names and numbers: neither its headers nor a
+ * library are needed. */
+
+/* Sanitizers do things of their own that it forbids. */
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+#define LFM2_NO_SANDBOX
+#elif defined __has_feature
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || \
+    __has_feature(memory_sanitizer)
+#define LFM2_NO_SANDBOX
+#endif
+#endif
+
+/* What ELF and seccomp call this machine; 0 if it was never tried. */
+#if !defined __linux__ || defined LFM2_NO_SANDBOX
+#define ELF_MACHINE 0
+#elif defined __x86_64__ && !defined __ILP32__
+#define ELF_MACHINE 62
+#elif defined __i386__
+#define ELF_MACHINE 3
+#elif defined __aarch64__ && defined __LP64__
+#define ELF_MACHINE 183
+#elif defined __arm__ && defined __ARM_EABI__
+#define ELF_MACHINE 40
+#elif defined __riscv && __riscv_xlen == 64
+#define ELF_MACHINE 243
+#elif defined __powerpc64__
+#define ELF_MACHINE 21
+#elif defined __s390x__
+#define ELF_MACHINE 22
+#else
+#define ELF_MACHINE 0
+#endif
+
+#if ELF_MACHINE
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#ifdef SYS_seccomp
+#define HAVE_SANDBOX
+#endif
+#endif
+
+/* Where a chat may /save and /load: the directory that is named; else the one it
+ * began in, unless that is the home directory, where programs keep what they
+ * run, or has it inside.  NULL: nowhere. */
+static const char *save_dir(const struct settings *s)
+{
+    const char *named = getenv("HOME");
+    char *home = realpath(named && *named ? named : "/", NULL);
+    char *here = realpath(".", NULL);
+    const size_t n = here ? strlen(here) : 0;
+    const int is_home = n <= 1 || (home && strncmp(home, here, n) == 0 &&
+                                   (home[n] == '/' || !home[n]));
+
+    free(home);
+    free(here);
+    return s->save_dir ? s->save_dir :
+           is_home || s->sandbox == SANDBOX_REQUIRE ? NULL : ".";
+}
+
+/* Something is missing: a reason to stop if all is required. */
+static int lacks(const struct settings *s, const char *what, const char *why)
+{
+    if (s->sandbox == SANDBOX_REQUIRE)
+        return say(FAILED, "--sandbox require: no %s: %s", what, why);
+    if (s->verbose)
+        note("sandbox: no %s: %s", what, why);
+    return DONE;
+}
+
+#ifndef HAVE_SANDBOX
+
+static int enter_sandbox(const struct settings *s, int chats)
+{
+    (void)chats;
+    return s->sandbox == SANDBOX_OFF ? DONE :
+           lacks(s, "sandbox", "it is not in this build");
+}
+
+static int keep_file(const char *path, const struct text *part, int n_parts)
+{
+    return replace_file(path, part, n_parts);
+}
+
+#else
+
+long syscall(long number, ...);           /* not in POSIX                    */
+
+/* ---- the keeper
+ *
+ * A session is written beside the old one and then takes its place, and who may
+ * do that in a directory may put anything there; in a home directory that would
+ * be enough.  So another process does it, from outside: it gets a length and so
+ * many bytes, looks at nothing, and replaces this one file. */
+
+static int keeper = -1;                   /* a socket                        */
+
+static int read_all(int fd, void *to, size_t n)
+{
+    for (size_t had = 0; had < n;) {
+        const ssize_t got = read(fd, (char *)to + had, n - had);
+        if (got == 0 || (got < 0 && errno != EINTR))
+            return -1;
+        had += got > 0 ? (size_t)got : 0;
+    }
+    return 0;
+}
+
+static void keep(const char *path, int fd)
+{
+    struct text t = { 0 };
+    unsigned char size[8], code;
+
+    signal(SIGINT, SIG_IGN);
+    signal(SIGTERM, SIG_IGN);
+    signal(SIGHUP, SIG_IGN);
+    signal(SIGQUIT, SIG_IGN);
+    close(STDIN_FILENO);
+    close(STDOUT_FILENO);
+    while (read_all(fd, size, sizeof size) == 0) {
+        const size_t n = (size_t)get_le(size, 8);
+        t.n = 0;
+        reserve(&t, n);
+        if (read_all(fd, t.s, t.n = n) != 0)
+            break;
+        code = (unsigned char)replace_file(path, &t, 1);
+        write_all(fd, (char *)&code, 1);
+    }
+    _exit(0);
+}
+
+/* Where there can be none, its directory is granted. */
+static void start_keeper(const char *path)
+{
+    int fd[2];
+    pid_t pid;
+
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, fd) != 0)
+        return;
+    fflush(stdout);
+    pid = fork();
+    if (pid == 0)
+        keep(path, (close(fd[0]), fd[1]));
+    close(fd[1]);
+    if (pid > 0)
+        keeper = fd[0];
+    else
+        close(fd[0]);
+}
+
+/* As replace_file(), for the session. */
+static int keep_file(const char *path, const struct text *part, int n_parts)
+{
+    struct text size = { 0 };
+    uint64_t n = 0;
+    unsigned char code;
+    int good;
+
+    if (keeper < 0)
+        return replace_file(path, part, n_parts);
+    for (int i = 0; i < n_parts; i++)
+        n += part[i].n;
+    add_le(&size, n, 8);
+    good = write_all(keeper, size.s, size.n) == 0;
+    for (int i = 0; good && i < n_parts; i++)
+        good = write_all(keeper, part[i].s, part[i].n) == 0;
+    good = good && read_all(keeper, &code, 1) == 0;
+    free(size.s);
+    return good ? code : say(BAD_FILE, "%s: cannot be kept: the process that "
+                             "writes it has ended", path);
+}
+
+/* ---- files: Landlock */
+
+enum { PR_DUMPABLE = 4, PR_NO_NEW_PRIVS = 38, PATH_ONLY = 010000000 };
+enum { CREATE_RULESET = 444, ADD_RULE, RESTRICT_SELF, PATH_BENEATH = 1 };
+
+/* Rights to files, and those of them that only directories have. */
+enum {
+    WRITE_FILE = 1 << 1, READ_FILE = 1 << 2, READ_DIR = 1 << 3,
+    REMOVE_FILE = 1 << 5, MAKE_REG = 1 << 8, TRUNCATE = 1 << 14,
+    IN_DIRS = 0x3ff8, REPLACES = WRITE_FILE | MAKE_REG | REMOVE_FILE
+};
+
+/* What a rule set decides about: all that the kernel's version of Landlock
+ * knows of, and nothing of it is allowed. */
+struct ruleset { uint64_t files, net, scopes; };
+
+struct rule { uint64_t rights; int32_t fd; };
+
+/* Of the files that options name. */
+enum { READS = READ_FILE | READ_DIR, WRITES = READ_FILE | WRITE_FILE | TRUNCATE };
+
+static const struct { size_t at; uint64_t rights; } file_options[] = {
+    { AT(model), READS }, { AT(tokenizer), READS }, { AT(file), READS },
+    { AT(ids), READS }, { AT(messages), READS }, { AT(tools), READS },
+    { AT(ppl), READS }, { AT(session), READS }, { AT(resume), WRITES },
+    { AT(logits), WRITES }, { AT(export_to), WRITES }, { AT(trace), WRITES },
+    { AT(experts), WRITES }
+};
+
+enum { N_FILE_OPTIONS = sizeof file_options / sizeof *file_options };
+
+/* Allow to open what is at `path`, and in it.  What cannot be granted stays
+ * forbidden. */
+static void grant(int set, const char *path, uint64_t rights)
+{
+    struct rule rule = { rights, open(path, PATH_ONLY | O_CLOEXEC) };
+    struct stat st;
+
+    if (rule.fd < 0)
+        return;
+    if (fstat(rule.fd, &st) == 0 && !S_ISDIR(st.st_mode))
+        rule.rights &= ~(uint64_t)IN_DIRS;
+    syscall(ADD_RULE, set, PATH_BENEATH, &rule, 0);
+    close(rule.fd);
+}
+
+/* What options name, where a chat keeps its files, and what tells how many CPUs
+ * and how much memory there are to use.  A file to write must be there to be
+ * granted; none is made if there will be nothing to write. */
+static void grant_all(int set, const struct settings *s, int chats,
+                      uint64_t known)
+{
+    const int begins = !s->model || access(s->model, R_OK) == 0;
+
+    for (size_t i = 0; i < N_FILE_OPTIONS; i++) {
+        const char *path = *(const char *const *)((const char *)s +
+                                                  file_options[i].at);
+        const uint64_t rights = file_options[i].rights & known;
+        if (!path || is_dash(path))
+            continue;
+        if (begins && (rights & WRITE_FILE)) {
+            const int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC,
+                                0666);
+            if (fd >= 0)
+                close(fd);
+        }
+        grant(set, path, rights);
+    }
+    if (s->session && keeper < 0) {
+        struct text dir = { 0 };
+        add_directory(&dir, s->session);
+        grant(set, dir.s, REPLACES & known);
+        free(dir.s);
+    }
+    if (chats && save_dir(s))
+        grant(set, save_dir(s), (READS | REPLACES | TRUNCATE) & known);
+    grant(set, "/proc/self/status", READ_FILE);
+    grant(set, "/proc/self/cgroup", READ_FILE);
+    grant(set, "/sys/fs/cgroup", READ_FILE);
+    grant(set, "/proc/meminfo", READ_FILE);
+}
+
+/* Bind and connect of TCP come with version 4; abstract sockets and signals to
+ * others with 6. */
+static int confine_files(const struct settings *s, int chats)
+{
+    static const uint64_t files[] = { 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff };
+    const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
+    struct ruleset is;
+    int set, failed;
+
+    if (version < 1)
+        return lacks(s, "Landlock", strerror(errno));
+    is = (struct ruleset){ files[version < 5 ? version - 1 : 4],
+                           version >= 4 ? 3 : 0, version >= 6 ? 3 : 0 };
+    set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
+    if (set < 0)
+        return lacks(s, "Landlock", strerror(errno));
+    grant_all(set, s, chats, is.files);
+    failed = syscall(RESTRICT_SELF, set, 0) != 0;
+    close(set);
+    if (failed)
+        return lacks(s, "Landlock", strerror(errno));
+    if (s->verbose)
+        note("sandbox: Landlock %ld", version);
+    return DONE;
+}
+
+/* ---- system calls: seccomp */
+
+/* If arg >= 0, only with (argument & mask) == is. */
+struct system_call { long number; int arg; uint32_t mask, is; };
+
+enum { EXECUTABLE = 4, A_THREAD = 0x10100, CLONE_ARG = ELF_MACHINE == 22 };
+
+/* What is asked of a terminal, or done to it, in older and newer libraries. */
+#if ELF_MACHINE == 21
+enum { GET_TERMINAL = 0x402c7413, GET_WINDOW = 0x40087468 };
+#define SET_TERMINAL 0x802c7414u
+#else
+enum { GET_TERMINAL = 0x5401, SET_TERMINAL, GET_WINDOW = 0x5413 };
+#endif
+#define GET_TERMINAL_2 0x802c542au
+#define SET_TERMINAL_2 0x402c542bu
+
+#define CALL(name)        { SYS_##name, -1, 0, 0 }
+#define IF(name, arg, is) { SYS_##name, arg, UINT32_MAX, is }
+#define NOT(name, bits)   { SYS_##name, 2, bits, 0 }
+
+/* Not every machine has all of them: newer ones lack what those with "at" in
+ * their names can do, those of 32 bits have doubles for 64.  Which files can be
+ * opened is for Landlock to say.  Memory is never executed that was not before,
+ * and a clone is a thread. */
+static const struct system_call system_calls[] = {
+    CALL(futex), CALL(write), CALL(writev), CALL(read), CALL(readv),
+    CALL(close), CALL(lseek), CALL(fstat), CALL(fsync), CALL(brk),
+    CALL(munmap), CALL(mremap), CALL(madvise), NOT(mprotect, EXECUTABLE),
+    CALL(mincore), { SYS_clone, CLONE_ARG, A_THREAD, A_THREAD },
+    CALL(set_robust_list), CALL(sched_getaffinity), CALL(sched_yield),
+    CALL(getpid), CALL(gettid), CALL(exit), CALL(exit_group),
+    CALL(restart_syscall), CALL(rt_sigaction), CALL(rt_sigprocmask),
+    CALL(rt_sigreturn), CALL(sigaltstack), CALL(getrandom), CALL(getrusage),
+    CALL(sysinfo), CALL(ppoll), CALL(openat), CALL(faccessat), CALL(ftruncate),
+    CALL(fchmod), CALL(unlinkat), CALL(readlinkat), CALL(getcwd),
+    IF(ioctl, 1, GET_TERMINAL), IF(ioctl, 1, GET_TERMINAL_2),
+    IF(ioctl, 1, SET_TERMINAL), IF(ioctl, 1, SET_TERMINAL_2),
+    IF(ioctl, 1, GET_WINDOW), IF(fcntl, 1, F_GETFL), IF(fcntl, 1, F_SETFD),
+    IF(fcntl, 1, F_SETLK),
+#if ELF_MACHINE == 22                     /* there, it is given a pointer    */
+    CALL(mmap),
+#elif defined SYS_mmap2
+    NOT(mmap2, EXECUTABLE), CALL(_llseek), CALL(fstat64), CALL(fstatat64),
+    CALL(stat64), CALL(lstat64), CALL(ftruncate64), IF(fcntl64, 1, F_GETFL),
+    IF(fcntl64, 1, F_SETFD), IF(fcntl64, 1, F_SETLK),
+#else
+    NOT(mmap, EXECUTABLE),
+#endif
+#ifdef SYS_newfstatat
+    CALL(newfstatat),
+#endif
+#ifdef SYS_statx
+    CALL(statx),
+#endif
+#ifdef SYS_sigreturn
+    CALL(sigreturn),
+#endif
+#ifdef SYS_ppoll_time64
+    CALL(ppoll_time64), CALL(futex_time64),
+#endif
+#ifdef SYS_clock_gettime
+    CALL(clock_gettime),
+#endif
+#ifdef SYS_clock_gettime64
+    CALL(clock_gettime64),
+#endif
+#ifdef SYS_rseq
+    CALL(rseq),
+#endif
+#ifdef SYS_renameat
+    CALL(renameat),
+#endif
+#ifdef SYS_renameat2
+    CALL(renameat2),
+#endif
+#ifdef SYS_open
+    CALL(poll), CALL(open), CALL(access), CALL(stat), CALL(lstat),
+    CALL(readlink), CALL(unlink), CALL(rename),
+#endif
+};
+
+/* Instructions of the kernel's little machine, and where it finds the number of
+ * a call, the architecture, and the low halves of the arguments. */
+enum {
+    LOAD = 0x20, AND = 0x54, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
+    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16
+};
+
+#define ALLOW      0x7fff0000u
+#define FAIL(code) (0x00050000u | (unsigned)(code))
+
+enum { N_CALLS = sizeof system_calls / sizeof *system_calls };
+enum { MAX_CODE = 13 + 6 * N_CALLS };
+enum { NEWER = 403 };      /* from here, numbers are the same on all machines */
+
+struct code { uint16_t op; uint8_t then, otherwise; uint32_t k; };
+
+struct filter { unsigned short n; struct code *code; };
+
+static void emit(struct filter *f, int op, uint32_t k, int then, int otherwise)
+{
+    f->code[f->n++] = (struct code){
+        (uint16_t)op, (uint8_t)then, (uint8_t)otherwise, k
+    };
+}
+
+/* If it is this call, allow it.  Otherwise its number is loaded again. */
+static void emit_call(struct filter *f, const struct system_call *c)
+{
+    const uint32_t low = is_little_endian() ? 0 : 4;
+
+    if (c->arg < 0) {
+        emit(f, IF_EQUAL, (uint32_t)c->number, 0, 1);
+        emit(f, RETURN, ALLOW, 0, 0);
+        return;
+    }
+    emit(f, IF_EQUAL, (uint32_t)c->number, 0, 5);
+    emit(f, LOAD, ARGUMENTS + 8 * (uint32_t)c->arg + low, 0, 0);
+    emit(f, AND, c->mask, 0, 0);
+    emit(f, IF_EQUAL, c->is, 0, 1);
+    emit(f, RETURN, ALLOW, 0, 0);
+    emit(f, LOAD, CALL_NUMBER, 0, 0);
+}
+
+/* From now on only these calls, and signals to itself.  Calls of another
+ * architecture are other calls by the same numbers. */
+static int confine_calls(const struct settings *s)
+{
+    const uint32_t machine = ELF_MACHINE |
+                             (sizeof(void *) == 8 ? 0x80000000u : 0) |
+                             (is_little_endian() ? 0x40000000u : 0);
+    struct code code[MAX_CODE];
+    struct filter f = { 0, code };
+
+    emit(&f, LOAD, MACHINE, 0, 0);
+    emit(&f, IF_EQUAL, machine, 1, 0);
+    emit(&f, RETURN, FAIL(EPERM), 0, 0);
+    emit(&f, LOAD, CALL_NUMBER, 0, 0);
+    for (int i = 0; i < N_CALLS; i++)
+        emit_call(&f, &system_calls[i]);
+    emit_call(&f, &(struct system_call){ SYS_tgkill, 0, UINT32_MAX,
+                                         (uint32_t)getpid() });
+    emit(&f, IF_AT_LEAST, NEWER, 0, 1);
+    emit(&f, RETURN, FAIL(ENOSYS), 0, 0);
+    emit(&f, RETURN, FAIL(EPERM), 0, 0);
+    if (syscall(SYS_seccomp, 1, 0, &f) != 0)
+        return lacks(s, "seccomp", strerror(errno));
+    if (s->verbose)
+        note("sandbox: seccomp");
+    return DONE;
+}
+
+/* ---- all of it */
+
+/* How many of seccomp and Landlock may be called at all: where a sandbox above
+ * this one answers with a signal, as on Android, a child dies of it.  Where
+ * there can be no child, none above is so strict. */
+static int count_answered(void)
+{
+    int fd[2], n = 0;
+    char c;
+    pid_t pid;
+
+    if (pipe(fd) != 0)
+        return 2;
+    pid = fork();
+    if (pid == 0) {
+        signal(SIGSYS, SIG_DFL);
+        syscall(SYS_seccomp, 99, 0, NULL);
+        write_all(fd[1], "", 1);
+        syscall(CREATE_RULESET, NULL, (size_t)0, 1);
+        syscall(ADD_RULE, -1, 0, NULL, 0);
+        syscall(RESTRICT_SELF, -1, 0);
+        write_all(fd[1], "", 1);
+        _exit(0);
+    }
+    close(fd[1]);
+    while (pid > 0 && read(fd[0], &c, 1) == 1)
+        n++;
+    close(fd[0]);
+    if (pid > 0)
+        waitpid(pid, NULL, 0);
+    return pid > 0 ? n : 2;
+}
+
+/* Dates need to know the time zone, which is a file, before. */
+static int enter_sandbox(const struct settings *s, int chats)
+{
+    static const char by_signal[] = "this system answers it with a signal";
+    int n, code;
+
+    if (s->sandbox == SANDBOX_OFF)
+        return DONE;
+    tzset();
+    setrlimit(RLIMIT_CORE, &(struct rlimit){ 0, 0 });
+    n = count_answered();
+    if (s->session)
+        start_keeper(s->session);
+    if (syscall(SYS_prctl, PR_NO_NEW_PRIVS, 1L, 0L, 0L, 0L) != 0)
+        return lacks(s, "sandbox", strerror(errno));
+    syscall(SYS_prctl, PR_DUMPABLE, 0L, 0L, 0L, 0L);
+    code = n < 2 ? lacks(s, "Landlock", by_signal) : confine_files(s, chats);
+    if (code != DONE)
+        return code;
+    return n < 1 ? lacks(s, "seccomp", by_signal) : confine_calls(s);
+}
+
+#endif
+
+/* --------------------------------------------------------------- 21. main */
 
 /* Where the shell closed one of the first three descriptors (">&-"), the next
  * file to be opened would get its number, and words or messages would go into
@@ -10842,6 +11625,31 @@ static void hold_descriptors(void)
     while (fd >= 0 && fd <= STDERR_FILENO);
     if (fd >= 0)
         close(fd);
+}
+
+/* Other files that whoever started this left open would be open in the sandbox,
+ * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
+static void close_inherited(char **argv)
+{
+#ifndef __wasi__
+    DIR *dir = opendir("/dev/fd");
+    struct dirent *entry;
+
+    while (dir && (entry = readdir(dir))) {
+        const int fd = atoi(entry->d_name);
+        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
+        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
+            const char *name = strstr(argv[i], "/fd/");
+            is_named = name && strcmp(name + 4, entry->d_name) == 0;
+        }
+        if (!is_named)
+            close(fd);
+    }
+    if (dir)
+        closedir(dir);
+#else
+    (void)argv;
+#endif
 }
 
 static int work(const struct settings *s)
@@ -10861,12 +11669,11 @@ int main(int argc, char **argv)
     int code;
 
     hold_descriptors();
+    close_inherited(argv);
+    start_signals();
+    atexit(leave_terminal);
     if (argc > 0 && argv[0][0])
         program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
-    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
-#ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN);
-#endif
     code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
     quiet = s.quiet;
     if (code == DONE && s.system_file)
