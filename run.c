@@ -1651,6 +1651,30 @@ static void start_signals(void)
 #endif
 }
 
+/* Threads that begin now leave signals to this one, which may be waiting for
+ * input; but SIGBUS is for who reads. */
+static void block_signals(sigset_t *before)
+{
+#ifndef LFM2_NO_THREADS
+    sigset_t all;
+
+    sigfillset(&all);
+    sigdelset(&all, SIGBUS);
+    pthread_sigmask(SIG_SETMASK, &all, before);
+#else
+    (void)before;
+#endif
+}
+
+static void unblock_signals(const sigset_t *before)
+{
+#ifndef LFM2_NO_THREADS
+    pthread_sigmask(SIG_SETMASK, before, NULL);
+#else
+    (void)before;
+#endif
+}
+
 /* From here on somebody looks at `interrupted`. */
 static void catch_interrupt(void)
 {
@@ -1725,8 +1749,11 @@ static void unwatch_file(void)
 
 enum { INPUT_ENDS = -1, STOPPED_BY_SIGNAL = -2, LOOKS_OLD = -3 };
 
-/* The next byte.  A signal between a look and the wait is heard a second later;
- * after one that does not end anything the line may look wrong. */
+static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
+                                             window of another size          */
+
+/* The next byte.  A signal between a look and the wait is heard a second
+ * later. */
 static int next_byte(int *is_last)
 {
     static unsigned char s[4096];
@@ -1737,9 +1764,11 @@ static int next_byte(int *is_last)
         const int ready = poll(&in, 1, 1000);
         if (interrupted)
             return STOPPED_BY_SIGNAL;
-        if (ready < 0)
+        if (looks_old) {
+            looks_old = 0;
             return LOOKS_OLD;
-        if (ready == 0)
+        }
+        if (ready <= 0)
             continue;
         at = 0;
         n = read(STDIN_FILENO, s, sizeof s);
@@ -1814,6 +1843,7 @@ static void on_change(int number)
     if (is_editing) {
         handle(SIGTSTP, on_stop);
         set_terminal(1);
+        looks_old = 1;
     }
 }
 
@@ -5824,7 +5854,7 @@ static int is_cold(const struct engine *e)
 static void start_fetch(struct engine *e)
 {
     const struct settings *s = e->s;
-    sigset_t all, before;
+    sigset_t before;
     size_t size;
 
     lfm2_model_file(e->model, &size);
@@ -5835,14 +5865,12 @@ static void start_fetch(struct engine *e)
     if (!e->fetch)
         return;
     e->fetch->model = e->model;
-    sigfillset(&all);
-    sigdelset(&all, SIGBUS);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    block_signals(&before);
     if (pthread_create(&e->fetch->thread, NULL, fetch_file, e->fetch) != 0) {
         free(e->fetch);
         e->fetch = NULL;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    unblock_signals(&before);
     if (e->fetch && s->verbose)
         say(DONE, "%s: not all in memory, read ahead", s->model);
 }
@@ -5884,9 +5912,14 @@ static int open_context(struct engine *e)
 {
     const int n_train = lfm2_model_config(e->model)->n_ctx_train;
     lfm2_error err;
+    sigset_t before;
+    int code;
 
     start_fetch(e);
-    if (lfm2_context_open(&e->ctx, e->model, &e->par, &err) != LFM2_OK)
+    block_signals(&before);
+    code = lfm2_context_open(&e->ctx, e->model, &e->par, &err);
+    unblock_signals(&before);
+    if (code != LFM2_OK)
         return report(e->s->model, &err);
     e->cached = calloc((size_t)e->par.n_seq, sizeof *e->cached);
     e->span = calloc((size_t)e->par.n_seq, sizeof *e->span);
