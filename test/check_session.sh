@@ -125,7 +125,7 @@ same "is left alone" "$dir/kept" "$s"
 rm "$s"
 mkdir "$s"
 expect 3 "a directory" --session "$s" $m hello
-says "s a directory"
+says "a directory, expected a file"
 rmdir "$s"
 expect 3 "a directory that is not there" -n 1 --session "$dir/no/s" $m hello
 says "cannot be kept"
@@ -189,7 +189,7 @@ few "feeds only new tokens" "$dir/err"
 holds "each time" [ "$(grep -c 'prompt .* of them new' "$dir/err")" = 5 ]
 # ... | chat ARGUMENTS...: in a process of its own, so it cannot count tests.
 chat() {
-    limited "$run" -cnv -q -t 1 --temp 0 $m "$@" >"$dir/out" 2>"$dir/err" ||
+    limited "$run" -cnv -q -t 1 --temp 0 --save-dir "$dir" $m "$@" >"$dir/out" 2>"$dir/err" ||
         echo "status $?" >>"$dir/chats"
 }
 one=$(cat "$dir/answer1") two=$(cat "$dir/answer2")
@@ -207,8 +207,9 @@ same "/save" "$dir/expected" "$dir/saved"
 printf '/load %s\n/save %s\n' "$dir/saved" "$dir/again" | chat
 same "/load" "$dir/saved" "$dir/again"
 says "4 messages"
-printf '/load %s\n/load Makefile\n/load /no\n/load\n/save\n/save %s\n' \
-    "$dir/saved" "$dir/again" | chat
+cp Makefile "$dir/none"
+printf '/load %s\n/load %s/none\n/load /no\n/load\n/save\n/save %s\n' \
+    "$dir/saved" "$dir" "$dir/again" | chat
 same "a file that is none changes nothing" "$dir/saved" "$dir/again"
 echo '[{"role": "user", "content": 3}]' >"$dir/bad"
 printf '/load %s\n/load %s\n/save %s\n' "$dir/saved" "$dir/bad" "$dir/again" |
@@ -324,28 +325,6 @@ printf '/stats\n' >&3
 shows 1 "tokens in the context"
 printf '\004' >&3
 leaves 0 "Ctrl-D"
-
-open_terminal -v --ignore-eos --isa scalar $m
-shows 1 "/help tells"
-printf 'What is LFM2?\n' >&3
-shows 1 "LFM2 is a family"
-printf '\003' >&3
-shows 1 "tok/s"
-printf '/stats\n' >&3
-shows 1 "tokens in the context"
-printf '\003' >&3
-leaves 130 "Ctrl-C twice"
-
-open_terminal -v --ignore-eos --isa scalar $m
-shows 1 "/help tells"
-printf '\003' >&3
-shows 1 "once more"
-printf 'What is LFM2?\n' >&3
-shows 1 "LFM2 is a family"
-printf '\003' >&3
-shows 1 "tok/s"
-printf '\004' >&3
-leaves 0 "Ctrl-D after a stopped answer"
 
 open_terminal $m
 shows 1 "/help tells"

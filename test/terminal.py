@@ -31,6 +31,8 @@ class Terminal:
     def __init__(self, command, columns=80, **environment):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            for number in signal.SIGINT, signal.SIGQUIT, signal.SIGHUP:
+                signal.signal(number, signal.SIG_DFL)
             os.environ.update(TERM="xterm")
             os.environ.update(environment)
             os.execvp(command[0], command)
@@ -166,6 +168,34 @@ holds("it clears a line first", t.waits_for(b"once more") is not None, t.shown)
 t.types(b"\x03")
 status = t.ends()
 holds("and leaves when it comes twice", status == 130, status)
+
+# It stops an answer, and nothing else that was typed before or after.
+t = Terminal([run, "-v", "--ignore-eos", "--isa", "scalar", "--temp", "0", "-t",
+              "1", model])
+t.waits_for(PASTE)
+for turn in range(2):
+    t.types(b"What is LFM2?\r")
+    t.waits_for(b"LFM2 is a family")
+    t.types(b"\x03")
+    holds("Ctrl-C stops an answer", t.waits_for(b"tok/s") is not None, t.shown)
+    t.waits_for(PASTE)
+t.types(b"\x03")
+holds("and leaves the chat", t.waits_for(b"once more") is not None, t.shown)
+t.types(b"\x04")
+status = t.ends()
+holds("Ctrl-D after a stopped answer", status == 0, status)
+trace = os.path.join(folder, "trace")
+t = Terminal([run, "-q", "-n", "2", "--trace", trace, model])
+t.waits_for(PASTE)
+t.types(b"hello\r")
+t.waits_for(PASTE)
+t.types(b"\x03")
+t.waits_for(b"once more")
+t.types(b"\x03")
+status = t.ends()
+lines = open(trace).read().splitlines()
+holds("a trace is whole after two of them", status == 130 and len(lines) > 9 and
+      all(json.loads(line) for line in lines), (status, len(lines)))
 
 # What is shown fits into the row, and the cursor is where it belongs.
 t = chat(columns=20)
