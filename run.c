@@ -11397,7 +11397,7 @@ static void grant_all(int set, const struct settings *s, int chats,
     if (s->session && keeper < 0) {
         struct text dir = { 0 };
         add_directory(&dir, s->session);
-        grant(set, dir.s, REPLACES & known);
+        grant(set, dir.s, (READ_FILE | REPLACES) & known);
         free(dir.s);
     }
     if (chats && save_dir(s))

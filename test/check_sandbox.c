@@ -107,7 +107,11 @@ static int try_code(void)
                           -1, 0) == MAP_FAILED ? -1 : 0;
 }
 
-static int try_remove(void) { return denied(unlink("build/test/no")) ? -1 : 0; }
+/* A file that find_out() made. */
+static int try_remove(void)
+{
+    return denied(unlink("build/test/there")) ? -1 : 0;
+}
 
 static int try_move(void)
 {
@@ -390,6 +394,7 @@ static int begins_at_all(int sandbox, uint64_t unused)
 
 static void find_out(void)
 {
+    close(open("build/test/there", O_WRONLY | O_CREAT, 0600));
     have_sandbox = in_child(begins_at_all, SANDBOX_REQUIRE, 0) == 0;
     if (!have_sandbox)
         printf("skipped: the sandbox, which this system does not have\n");

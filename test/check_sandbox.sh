@@ -118,13 +118,12 @@ in_all_modes() {
     mode chat chat "$@" -cnv $m
     mode chat_session chat "$@" -cnv --session "$to/talk" -f "$dir/question" $m
     mode ids "$@" --ids test/tiny.ids --logits "$to/logits" $m
-    mode trace "$@" --trace "$to/records" --trace-npy "$to/arrays" \
-        --trace-filter 'model.layers.3.*' --experts "$to/experts.csv" $m hello
+    mode trace "$@" --trace "$to/records" --trace-filter 'model.layers.3.*' \
+        $m hello
     mode batch "$@" --batch -f "$dir/requests" $m
     mode resume1 "$@" --batch -f "$dir/first" --resume "$to/answers" $m
     mode resume2 "$@" --batch -f "$dir/requests" --resume "$to/answers" $m
-    mode ppl1 "$@" --ppl "$dir/text" -c 40 --ppl-save "$to/saved" $m
-    mode ppl2 "$@" --ppl "$dir/text" -c 40 --ppl-compare "$to/saved" $m
+    mode ppl "$@" --ppl "$dir/text" -c 40 $m
     mode tokenize "$@" --tokenize -f "$dir/text" $m
     mode export "$@" --export-tokenizer "$to/vocabulary" $m
     mode words "$@" --tokenizer "$to/vocabulary" $m "What is LFM2?"
@@ -151,29 +150,89 @@ fi
 
 # ------------------------------------------------------- what a chat may open
 
-# Under `auto` the working directory and that for temporary files, under
-# `require` nothing.
+# The directory it began in, unless that is a home or holds one; else none but
+# that of --save-dir.
 here=$PWD
 case $run in
 /*) program=$run ;;
 *) program=$here/$run ;;
 esac
-printf '/save %s\n/save %s/tmp/in\n/save %s/escaped\n/load /etc/passwd\n' in \
+mkdir "$dir/home" "$dir/home/work" "$dir/saves"
+printf '/save in\n/save %s/saves/in\n/save %s/escaped\n/load /etc/passwd\n' \
     "$dir" "$dir" >"$dir/lines"
-mkdir "$dir/work" "$dir/tmp"
-(cd "$dir/work" && TMPDIR=$dir/tmp "$program" -cnv -q "$here/$m" \
-    <"$dir/lines" 2>"$dir/err")
-holds "/save in the working directory" [ -s "$dir/work/in" ]
-holds "and in that for temporary files" [ -s "$dir/tmp/in" ]
-holds "but not outside of them" [ ! -e "$dir/escaped" ]
-holds "nor /load" [ "$(grep -c 'Permission denied' "$dir/err")" -eq 2 ]
-holds "which is explained" [ "$(grep -c 'opens files in the dir' "$dir/err")" \
-    -eq 2 ]
-rm "$dir/work/in"
-(cd "$dir/work" && "$program" -cnv -q --sandbox require "$here/$m" \
-    <"$dir/lines" 2>"$dir/err")
-holds "nothing with require" [ ! -e "$dir/work/in" ]
-holds "which is explained" [ "$(grep -c 'opens no files' "$dir/err")" -eq 4 ]
+# chat_in DIRECTORY OPTIONS...: with a home of its own.
+chat_in() {
+    (cd "$dir/$1" && shift && HOME=$dir/home "$program" -cnv -q "$@" \
+        "$here/$m" <"$dir/lines" 2>"$dir/err")
+}
+# saved WHAT DIRECTORY...: files were saved there, and nowhere else.
+saved() {
+    what=$1
+    shift
+    found=$(cd "$dir" && find home saves escaped -type f 2>/dev/null | sort)
+    holds "$what" [ "$(echo $found)" = "$*" ]
+    rm -f "$dir"/home/in "$dir"/home/work/in "$dir"/saves/in
+}
+chat_in home/work
+saved "/save in the working directory" home/work/in
+holds "but not outside of it" [ "$(grep -c 'Permission denied' "$dir/err")" = 3 ]
+holds "which is explained" [ "$(grep -c 'files only in \.;' "$dir/err")" = 3 ]
+chat_in home
+saved "not in the home directory"
+holds "which is explained" [ "$(grep -c 'opens no files' "$dir/err")" = 4 ]
+chat_in .
+saved "nor in one that has it inside"
+chat_in home --save-dir "$dir/saves"
+saved "--save-dir names another" saves/in
+chat_in home/work --sandbox require
+saved "nothing with require"
+holds "which is explained" [ "$(grep -c 'opens no files' "$dir/err")" = 4 ]
+chat_in home --sandbox require --save-dir "$dir/saves"
+saved "but what is named" saves/in
+
+# A session takes nothing but its own file, not even in a home directory.
+(cd "$dir/home" && HOME=$dir/home "$program" -q --sandbox require -n 1 \
+    --session talk "$here/$m" hello >"$dir/out" 2>"$dir/err" </dev/null)
+holds "a session in a home directory" [ -s "$dir/home/talk" ]
+
+# Descriptors that somebody left open are closed, those that are named are not.
+"$run" -q --temp 0 -n 6 -f /dev/fd/7 $m 7<"$dir/question" >"$dir/out" \
+    2>"$dir/err"
+holds "a descriptor that is named" cmp "$dir/out" "$dir/off/answer"
+"$run" -q -cnv $m 7<"$dir/question" <"$dir/keys" >"$dir/out" 2>"$dir/err" &
+pid=$!
+exec 3>"$dir/keys"
+echo "What is LFM2?" >&3
+waits_for LFM2 "$dir/out"
+holds "another is closed" [ ! -e /proc/$pid/fd/7 ]
+exec 3>&-
+wait_within 60 $pid
+
+# A sandbox above this one, which answers Landlock with a signal, as Android
+# does.
+if ${CC:-cc} -o "$dir/deny" test/deny.c 2>"$dir/err"; then
+    for how in trap kill 1 38; do
+        "$dir/deny" $how 444,445,446 "$run" -q --temp 0 -n 6 $m \
+            "What is LFM2?" >"$dir/out" 2>"$dir/err" </dev/null
+        holds "Landlock is answered with $how" [ $? = 0 ]
+        holds "and the program answers" cmp "$dir/out" "$dir/off/answer"
+        "$dir/deny" $how 444,445,446 "$run" -q --sandbox require $m hello \
+            >"$dir/out" 2>"$dir/err" </dev/null
+        holds "which require refuses" [ $? = 1 ]
+        says "--sandbox require: no Landlock"
+    done
+    case $(uname -m) in
+    x86_64) forks=56,57,58 ;;
+    aarch64 | riscv64) forks=220 ;;
+    *) forks=-1 ;;
+    esac
+    "$dir/deny" 1 $forks "$run" -q -t 1 --temp 0 -n 6 --session "$dir/s" $m \
+        "What is LFM2?" >"$dir/out" 2>"$dir/err" </dev/null
+    holds "without processes of its own" [ $? = 0 ]
+    holds "the session is kept" [ -s "$dir/s" ]
+else
+    echo "skipped: a sandbox above this one, which needs a compiler"
+fi
 
 "$run" --sandbox require -q $m -f "$dir/no" >"$dir/out" 2>"$dir/err"
 holds "a file that is not there" [ $? -eq 3 ]
@@ -202,7 +261,7 @@ if script -qec true /dev/null </dev/null >"$dir/tty" 2>&1; then
     wait_within 60 $pid
     holds "a chat at a terminal" [ $? -eq 0 ]
     exec 3>&-
-    holds "and its session" [ "$(head -c 8 "$dir/session")" = LFM2CHT1 ]
+    holds "and its session" [ "$(head -c 7 "$dir/session")" = LFM2CHT ]
 else
     echo "skipped: a chat at a terminal, which needs script of util-linux"
 fi
