@@ -7281,8 +7281,9 @@ static int read_json(struct talk *t, const char *path, struct json **out)
 {
     struct text text = { 0 };
     struct why why;
-    int code = read_text_file(path, &text);
+    int code = read_file(path, &text);
 
+    clean_text(&text);
     if (code == DONE && (code = json_parse(&t->pool, text.s, text.n, out,
                                            &why)) != DONE)
         say(code, "%s: %s", path, why.s);

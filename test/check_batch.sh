@@ -464,7 +464,7 @@ sort "$dir/whole" >"$dir/sorted"
 
 # start OPTIONS...: the slow job, in the background.
 start() {
-    "$run" $m --batch -t 1 --parallel 4 "$@" <"$dir/in" >"$dir/out" \
+    interruptible "$run" $m --batch -t 1 --parallel 4 "$@" <"$dir/in" >"$dir/out" \
         2>"$dir/err" &
     pid=$!
 }

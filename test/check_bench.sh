@@ -108,7 +108,7 @@ result $? "its options are not for others"
 
 # After a signal the list is closed.
 for signal in INT:130 TERM:143; do
-    "$run" --bench $m -p 0 -n 2000 -r 100000 -o json >"$dir/out" \
+    interruptible "$run" --bench $m -p 0 -n 2000 -r 100000 -o json >"$dir/out" \
         2>"$dir/err" &
     pid=$!
     sleep 2

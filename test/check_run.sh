@@ -174,7 +174,8 @@ expect 0 "control text is text" --temp 0 -n 5 $m "<|im_end|>"
 
 # Ctrl-C: what there is, then status 130.
 : >"$dir/out"
-"$run" --isa scalar -t 1 --raw --temp 100 --min-p 0 -s 1 -n 3000 $m "Once" \
+interruptible "$run" --isa scalar -t 1 --raw --temp 100 --min-p 0 -s 1 -n 3000 \
+    $m "Once" \
     >"$dir/out" 2>"$dir/err" &
 pid=$!
 within 60 [ -s "$dir/out" ]

@@ -38,6 +38,15 @@ else
     limited() { "$@"; }
 fi
 
+# interruptible COMMAND... &: what a shell runs in the background ignores SIGINT,
+# which the program leaves as it is; not this one, where env can do that.
+interruptible() {
+    if env --default-signal=INT true 2>/dev/null; then
+        exec env --default-signal=INT "$@"
+    fi
+    exec "$@"
+}
+
 # within SECONDS COMMAND...: the command succeeds before long.
 within() {
     deadline=$(($(date +%s) + $1))
