@@ -1296,8 +1296,8 @@ static int utf16_high(const struct text *t)
         zeros[i % 2] += !t->s[i];
     return t->n < 2 ? -1 : memcmp(t->s, "\xff\xfe", 2) == 0 ? 1 :
            memcmp(t->s, "\xfe\xff", 2) == 0 ? 0 : t->n < 4 ? -1 :
-           !zeros[0] && zeros[1] >= t->n * 3 / 8 ? 1 :
-           !zeros[1] && zeros[0] >= t->n * 3 / 8 ? 0 : -1;
+           !zeros[0] && zeros[1] * 8 >= t->n * 3 ? 1 :
+           !zeros[1] && zeros[0] * 8 >= t->n * 3 ? 0 : -1;
 }
 
 static void utf16_to_utf8(struct text *t, int high)
