@@ -18,6 +18,7 @@
 # make static       build/run-static, which needs nothing but a kernel
 # make wasm         build/run.wasm, for node scripts/run_wasm.mjs
 # make install      DESTDIR= PREFIX=/usr/local
+# make uninstall    the same
 # make pictures     those of the README again
 # make bench        models of the real shapes with random weights, and their speed;
 #                   BENCH_MODELS="350m:q4_0 1.2b:q4_0" names them (needs numpy),
@@ -75,16 +76,28 @@ build/lfm2.pc: Makefile lfm2.h | build
 	    'Version: $(VERSION)' 'Cflags: -I$${prefix}/include' \
 	    'Libs: -L$${prefix}/lib -llfm2' 'Libs.private: $(LIBS)' > $@
 
+INSTALLED := bin/lfm2 include/lfm2.h lib/liblfm2.a lib/liblfm2.so.0 \
+             lib/liblfm2.so lib/pkgconfig/lfm2.pc share/man/man1/lfm2.1
+TO         = $(DESTDIR)$(PREFIX)
+
+# A program finds the new library only when the loader's list has it.
 install: run lib build/lfm2.pc
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/include \
-	    $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/share/man/man1
-	install -m 755 run $(DESTDIR)$(PREFIX)/bin/lfm2
-	install -m 644 lfm2.h $(DESTDIR)$(PREFIX)/include/
-	install -m 644 build/liblfm2.a $(DESTDIR)$(PREFIX)/lib/
-	install -m 755 build/liblfm2.so $(DESTDIR)$(PREFIX)/lib/liblfm2.so.0
-	ln -sf liblfm2.so.0 $(DESTDIR)$(PREFIX)/lib/liblfm2.so
-	install -m 644 build/lfm2.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
-	install -m 644 scripts/lfm2.1 $(DESTDIR)$(PREFIX)/share/man/man1/
+	install -d $(TO)/bin $(TO)/include $(TO)/lib/pkgconfig \
+	    $(TO)/share/man/man1
+	install -m 755 run $(TO)/bin/lfm2
+	install -m 644 lfm2.h $(TO)/include/
+	install -m 644 build/liblfm2.a $(TO)/lib/
+	install -m 755 build/liblfm2.so $(TO)/lib/liblfm2.so.0
+	ln -sf liblfm2.so.0 $(TO)/lib/liblfm2.so
+	install -m 644 build/lfm2.pc $(TO)/lib/pkgconfig/
+	install -m 644 scripts/lfm2.1 $(TO)/share/man/man1/
+	@if [ -n "$(DESTDIR)" ] || ! command -v ldconfig >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ]; then ldconfig; \
+	else echo "programs that link -llfm2 find it after: sudo ldconfig, or" \
+	    "with LD_LIBRARY_PATH=$(PREFIX)/lib"; fi
+
+uninstall:
+	rm -f $(INSTALLED:%=$(TO)/%)
 
 # ------------------------------------------------------------------- elsewhere
 
@@ -190,12 +203,12 @@ $(RUN:%=build/test/%) $(RUN:%=build/debug/test/%): run.c
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh
 
-check: run lib $(SUITES:%=build/test/%) build/test/replay
+check: have-check run lib $(SUITES:%=build/test/%) build/test/replay
 	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%) \
 	    build/test/replay
 
 # Of the scripts, those that run the program for its own sake.
-check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%) \
+check-debug: have-check build/debug/quick/run $(SUITES:%=build/debug/test/%) \
              build/debug/test/replay
 	@sh test/all.sh build/debug/quick/run \
 	    $$(grep -l '"$$run"' $(filter-out %pictures.sh,$(SCRIPTS))) \
@@ -294,6 +307,6 @@ clean:
 
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
-.PHONY: demo pictures lib install static wasm debug have-check check check-debug \
-        check-bits check-ports check-boot check-bare check-tsan check-valgrind \
-        fuzz fuzz-replay bench clean
+.PHONY: demo pictures lib install uninstall static wasm debug have-check check \
+        check-debug check-bits check-ports check-boot check-bare check-tsan \
+        check-valgrind fuzz fuzz-replay bench clean

@@ -64,6 +64,11 @@
 
 #ifndef KERNELS                           /* see section 11                  */
 
+#ifdef __cplusplus
+#error "this is C: compile it with a C compiler; C++ includes lfm2.h"
+#include "a C compiler"                   /* which ends it here              */
+#endif
+
 /* The contract, whatever the compiler is told: no a*b+c is fused by itself, and
  * nothing is compiled that may reorder sums. */
 #ifdef __clang__
@@ -91,7 +96,6 @@
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -102,9 +106,16 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
-#ifndef LFM2_NO_THREADS
+#ifdef LFM2_NO_THREADS                    /* then nobody is in between       */
+typedef volatile int atomic_int;
+typedef volatile unsigned atomic_uint;
+#define atomic_load(p)         (*(p))
+#define atomic_store(p, x)     (*(p) = (x))
+#define atomic_fetch_add(p, x) ((*(p) += (x)) - (x))
+#else
 #include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <unistd.h>
 #endif
 

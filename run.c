@@ -14,6 +14,11 @@
  *   9  --inspect                     19  --selftest
  *  10  the model in use              20  main */
 
+#ifdef __cplusplus
+#error "this is C: compile it with a C compiler; C++ includes lfm2.h"
+#include "a C compiler"                   /* which ends it here              */
+#endif
+
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity(), mincore()  */
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
@@ -32,13 +37,13 @@
 #include <poll.h>
 #ifndef LFM2_NO_THREADS
 #include <pthread.h>
+#include <stdatomic.h>
 #endif
 #ifdef __linux__
 #include <sched.h>
 #endif
 #include <signal.h>
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -1694,16 +1699,20 @@ static struct text lost;
 /* Several threads may come here at once; one tells. */
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
-    static atomic_flag told = ATOMIC_FLAG_INIT;
     const size_t from = is_dim ? 0 : sizeof bright - 1;
+#ifndef LFM2_NO_THREADS
+    static atomic_flag told = ATOMIC_FLAG_INIT;
+#endif
 
     (void)context;
     if (info->si_code <= 0 || info->si_code == BUS_ADRALN) {
         signal(number, SIG_DFL);          /* and it comes again              */
         return;
     }
+#ifndef LFM2_NO_THREADS
     while (atomic_flag_test_and_set(&told))
         continue;
+#endif
     (void)!write(STDERR_FILENO, lost.s + from, lost.n - from);
     _exit(BAD_FILE);
 }

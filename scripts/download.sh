@@ -54,7 +54,45 @@ file=$base-$(echo "$2" | tr a-z A-Z).gguf
 url=$mirror/LiquidAI/$base-GGUF/resolve/main/$file
 target=$folder/$file
 
-command -v curl >/dev/null || { say "curl is not installed"; exit 1; }
+# get URL FILE: the rest of FILE, or all of it.  head_of URL: what is said of it.
+# why STATUS: what went wrong.
+if command -v curl >/dev/null; then
+    head_of() { curl -fsSIL "$1"; }
+    text_of() { curl -fsL "$1"; }
+    # 416: the part has all the bytes there are, or more; the checksum will tell.
+    get() {
+        code=$(curl -fL --retry 5 --retry-delay 1 -C - -o "$2" -w '%{http_code}' \
+            "$1") || [ "$code" = 416 ]
+    }
+    why() {
+        case $1 in
+        5 | 6) echo "no network, or no such server" ;;
+        7) echo "the server refuses connections, or a firewall does" ;;
+        22) echo "the server has no such file, or does not give it away" ;;
+        28) echo "the server does not answer in time" ;;
+        35 | 51 | 60) echo "no safe connection: is the clock right, and are" \
+            "ca-certificates installed?" ;;
+        *) echo "curl ends with status $1" ;;
+        esac
+    }
+elif command -v wget >/dev/null; then
+    head_of() { wget -q -S --spider "$1" 2>&1; }
+    text_of() { wget -qO - "$1"; }
+    get() { wget -q -c -O "$2" "$1"; }
+    why() {
+        case $1 in
+        4) echo "no network, no such server, or it refuses connections" ;;
+        5) echo "no safe connection: is the clock right, and are" \
+            "ca-certificates installed?" ;;
+        6 | 8) echo "the server has no such file, or does not give it away" ;;
+        *) echo "wget ends with status $1" ;;
+        esac
+    }
+else
+    say "needs curl or wget: apt-get install curl, dnf install curl, apk add" \
+        "curl or brew install curl"
+    exit 1
+fi
 if command -v sha256sum >/dev/null; then
     hash_of() { sha256sum "$1" | cut -d' ' -f1; }
 else
@@ -62,25 +100,28 @@ else
 fi
 
 # 64 hexadecimal digits, or nothing.
-expected=$(curl -fsIL "$url" | tr -d '\r"' |
-    sed -n 's/^[Xx]-[Ll]inked-[Ee][Tt]ag: *\([0-9a-f]\{64\}\)$/\1/p' | tail -1)
-[ -n "$expected" ] || expected=$(curl -fsL "$url.sha256" |
+status=0
+head=$(head_of "$url" 2>/dev/null) || status=$?
+[ $status -eq 0 ] || { say "$url: $(why $status)"; exit 3; }
+expected=$(echo "$head" | tr -d '\r"' |
+    sed -n 's/^ *[Xx]-[Ll]inked-[Ee][Tt]ag: *\([0-9a-f]\{64\}\)$/\1/p' | tail -1)
+[ -n "$expected" ] || expected=$(text_of "$url.sha256" |
     sed -n 's/^\([0-9a-f]\{64\}\).*/\1/p' | head -1)
 
 if [ -e "$target" ] && [ "$(hash_of "$target")" = "$expected" ]; then
     say "$target is there already, checksum right"
     exit 0
 fi
-[ -n "$expected" ] ||
-    { say "$url: not to be had, or without a checksum"; exit 3; }
+[ -n "$expected" ] || { say "$url: the server gives no checksum"; exit 3; }
 mkdir -p "$folder"
 say "$url"
-# 416: the part has all the bytes there are, or more; the checksum will tell.
-status=$(curl -fL --retry 5 --retry-delay 1 -C - -o "$target.part" \
-    -w '%{http_code}' "$url") || [ "$status" = 416 ] || {
-    say "$url: interrupted; the same command goes on where it stopped"
+status=0
+get "$url" "$target.part" || status=$?
+if [ $status -ne 0 ]; then
+    say "$url: interrupted: $(why $status); the same command goes on where it" \
+        "stopped"
     exit 3
-}
+fi
 found=$(hash_of "$target.part")
 if [ "$found" != "$expected" ]; then
     rm -f "$target.part"

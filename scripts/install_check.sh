@@ -13,20 +13,28 @@ int main(void) { srunner_free(srunner_create(suite_create("x"))); }' |
 }
 
 have_check && exit 0
-echo "libcheck is missing: installing it" >&2
-root=
-[ "$(id -u)" = 0 ] || root=sudo
-if command -v apt-get >/dev/null; then
-    $root apt-get update -qq
-    $root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
-        --no-install-recommends check pkg-config
-elif command -v dnf >/dev/null; then
-    $root dnf install -y check-devel pkgconf
-elif command -v apk >/dev/null; then
-    $root apk add check-dev pkgconf
-elif command -v brew >/dev/null; then
-    brew install check pkg-config
-fi >&2
+case $(command -v apt-get || command -v dnf || command -v apk ||
+    command -v brew) in
+*apt-get) install="apt-get install -y --no-install-recommends check pkg-config" ;;
+*dnf) install="dnf install -y check-devel pkgconf" ;;
+*apk) install="apk add check-dev pkgconf" ;;
+*brew) install="brew install check pkg-config" ;;
+*) install= ;;
+esac
+
+# Only root may install; Homebrew is for everybody.
+if [ -n "$install" ] && [ "${install#brew}" = "$install" ] &&
+    [ "$(id -u)" != 0 ]; then
+    echo "the tests need libcheck; please run: sudo $install" >&2
+    exit 1
+fi
+if [ -n "$install" ]; then
+    echo "libcheck is missing: $install" >&2
+    case $install in
+    apt-get*) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $install -qq ;;
+    *) $install ;;
+    esac >&2
+fi
 have_check && exit 0
 echo "libcheck cannot be installed from here; please install it (Debian:" \
      "check, Fedora: check-devel, Alpine: check-dev, Homebrew: check)" >&2
