@@ -35,7 +35,7 @@ fi
 # ---------------------------------------------------------------- only C11 left
 
 mkdir -p "$dir/without/sys"
-for name in unistd fcntl sys/stat sys/mman pthread sched; do
+for name in unistd fcntl sys/stat sys/mman pthread sched stdatomic; do
     echo "#error \"there is no <$name.h>\"" >"$dir/without/$name.h"
 done
 functions="open(at)?|creat|f?l?stat(at)?|p?read|close|lseek|mmap|munmap|m?advise"
@@ -53,6 +53,21 @@ for cc in $compilers; do
     holds "$cc compiles it" [ -s "$dir/$cc.o" ]
     holds "$cc, no functions of the system" [ ! -s "$dir/err" ]
 done
+
+# C++ and compilers that know less of C11.
+for cc in g++ clang++; do
+    command -v $cc >/dev/null || continue
+    for file in lfm2.c run.c; do
+        "$cc" -c -o "$dir/c++.o" $file 2>"$dir/err"
+        holds "$cc is told, in a few lines: $file" [ "$(wc -l <"$dir/err")" -lt 12 ]
+        says "compile it with a C compiler"
+    done
+done
+if command -v tcc >/dev/null; then
+    holds "tcc" tcc -DLFM2_NO_THREADS -DLFM2_NO_SIMD -o "$dir/tcc" run.c lfm2.c -lm
+    holds "tcc's program answers" sh -c "$dir/tcc -q -n 1 test/tiny.gguf hi \
+        </dev/null | grep ."
+fi
 
 # -------------------------------------------------------- the bits, any flags
 

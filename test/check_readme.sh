@@ -54,4 +54,6 @@ for target in $(grep -o 'make [a-z][a-z-]*' README.md | sort -u |
     sed 's/make //'); do
     holds "make $target exists" grep -q "^$target:" Makefile
 done
+holds "make uninstall" make -s uninstall DESTDIR="$dir/root" PREFIX=/usr
+holds "leaves nothing" [ -z "$(find "$dir/root" ! -type d)" ]
 finish
