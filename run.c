@@ -1230,7 +1230,8 @@ static int replace_file(const char *path, const struct text *part, int n_parts)
 
 /* ---- models */
 
-/* Map it, or read it where that cannot be: some shared folders have no mmap(). */
+/* Map it, or read it where that cannot be done: some shared folders have no
+ * mmap(). */
 static int open_file(int (*open_it)(lfm2_model **, const char *, int,
                                     lfm2_error *),
                      lfm2_model **out, const char *path, int no_mmap,
@@ -1248,23 +1249,23 @@ static int open_file(int (*open_it)(lfm2_model **, const char *, int,
 /* What is taken for a model now and then: where and how it begins, and what to
  * do with it. */
 static const struct { int at; const char *begins, *what; } no_model[] = {
-    { 0, "version https://git-lfs", "it is a git-lfs pointer; \"git lfs pull\" "
-      "gets the file itself" },
+    { 0, "version https://git-lfs", "it is a git-lfs pointer; \"git lfs "
+      "pull\" gets the file itself" },
     { 0, "<", "it is a web page; scripts/download.sh gets models" },
-    { 0, "PK\3\4", "it is a zip archive or a PyTorch file; expected a GGUF, "
-      "which scripts/download.sh gets" },
+    { 0, "PK\3\4", "it is a zip archive or a PyTorch file, expected a GGUF; "
+      "scripts/download.sh gets one" },
+    { 8, "{\"", "it is a safetensors file, expected a GGUF; "
+      "scripts/download.sh gets one" },
     { 0, "\x1f\x8b", "it is compressed; gunzip gets the file itself" },
-    { 8, "{\"", "it is a safetensors file; expected a GGUF, which "
-      "scripts/download.sh gets" },
     { 0, "LFM2CHT", "it is a conversation; --session names it beside a model" },
     { 0, "{", "it is JSON; --messages or --tools name it beside a model" },
     { 0, "[", "it is JSON; --messages or --tools name it beside a model" },
-    { 4, "\3\0\0\0\0\0\0\0\0\0\0\0", "it is a vocabulary without a model; "
-      "--tokenizer names it" }
+    { 4, "\3\0\0\0\0\0\0\0\0\0\0\0", "it is a vocabulary without a "
+      "model; --tokenizer names it" }
 };
 
-/* The sentence of the library about a file that it could not open already begins
- * with the path. */
+/* The library's sentence about a file that it could not open begins with the path
+ * already. */
 static int report(const char *path, const lfm2_error *err)
 {
     const int code = status_of(err->code);
@@ -1603,6 +1604,9 @@ static void sha256_hex(struct sha256 d, char out[65])
 #ifndef __wasi__
 #include <sys/ioctl.h>
 #include <termios.h>
+static int set_terminal(int is_edited);
+#else
+#define set_terminal(is_edited) (-1)
 #endif
 
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
@@ -1611,13 +1615,11 @@ static const char bright[] = "\033[0m\n";
 /* The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
  * somebody looks at `interrupted` and stops the work in good order.  Then the
  * second does nothing more, and the third ends it whatever is lost: by then
- * something hangs.  They are handled from the beginning, as the first process of
- * a container is sent no others; one that was ignored then, as by nohup, stays
+ * something hangs.  They are handled from the beginning, as the first process
+ * of a container gets no others; one that was ignored then, as by nohup, stays
  * ignored. */
 static lfm2_context *volatile running;
 static volatile sig_atomic_t last_signal, is_heard;
-
-static int set_terminal(int is_edited);
 
 static void on_interrupt(int number)
 {
@@ -1656,27 +1658,20 @@ static void start_signals(void)
 #endif
 }
 
-/* Threads that begin now leave signals to this one, which may be waiting for
- * input; but SIGBUS is for who reads. */
-static void block_signals(sigset_t *before)
+/* Threads that begin between two such calls leave signals to this one, which
+ * may be waiting for input; but SIGBUS is for the one that reads. */
+static void block_signals(int are_blocked)
 {
 #ifndef LFM2_NO_THREADS
+    static sigset_t before;
     sigset_t all;
 
     sigfillset(&all);
     sigdelset(&all, SIGBUS);
-    pthread_sigmask(SIG_SETMASK, &all, before);
+    pthread_sigmask(SIG_SETMASK, are_blocked ? &all : &before,
+                    are_blocked ? &before : NULL);
 #else
-    (void)before;
-#endif
-}
-
-static void unblock_signals(const sigset_t *before)
-{
-#ifndef LFM2_NO_THREADS
-    pthread_sigmask(SIG_SETMASK, before, NULL);
-#else
-    (void)before;
+    (void)are_blocked;
 #endif
 }
 
@@ -1694,7 +1689,7 @@ static void catch_interrupt(void)
 
 #ifndef LFM2_NO_MMAP
 
-static struct text lost;
+static char lost[4500];
 
 /* Several threads may come here at once; one tells. */
 static void on_bus_error(int number, siginfo_t *info, void *context)
@@ -1713,7 +1708,8 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
     while (atomic_flag_test_and_set(&told))
         continue;
 #endif
-    (void)!write(STDERR_FILENO, lost.s + from, lost.n - from);
+    set_terminal(0);
+    (void)!write(STDERR_FILENO, lost + from, strlen(lost + from));
     _exit(BAD_FILE);
 }
 
@@ -1724,21 +1720,10 @@ static void watch_file(const char *path)
         .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO
     };
 
-    lost.n = 0;
-    add_string(&lost, bright);
-    add_string(&lost, program);
-    add_string(&lost, ": ");
-    add_string(&lost, path);
-    add_string(&lost, ": it became shorter while it was used, or its disk "
-               "failed; --no-mmap reads it first\n");
+    snprintf(lost, sizeof lost, "%s%s: %s: it became shorter while it was "
+             "used, or its disk failed; --no-mmap reads it first\n", bright,
+             program, path);
     sigaction(SIGBUS, &action, NULL);
-}
-
-static void unwatch_file(void)
-{
-    signal(SIGBUS, SIG_DFL);
-    free(lost.s);
-    lost = (struct text){ 0 };
 }
 
 #else
@@ -1746,10 +1731,6 @@ static void unwatch_file(void)
 static void watch_file(const char *path)
 {
     (void)path;
-}
-
-static void unwatch_file(void)
-{
 }
 
 #endif
@@ -1791,8 +1772,8 @@ static int next_byte(int *is_last)
     return s[at++];
 }
 
-/* Does a signal end the chat?  Ctrl-C clears a line, and leaves only if it comes
- * twice to an empty one. */
+/* Does a signal end the chat?  Ctrl-C clears a line, and leaves only if it
+ * comes twice to an empty one. */
 static int leaves(size_t n_typed, int *is_warned)
 {
     interrupted = 0;
@@ -1861,27 +1842,6 @@ static void leave_terminal(void)
     set_terminal(0);
 }
 
-/* 0, unless lines cannot be edited here. */
-static int begin_editing(void)
-{
-    const char *term = getenv("TERM");
-
-    if (!isatty(STDERR_FILENO) || !term || !term[0] ||
-        strcmp(term, "dumb") == 0 || set_terminal(1) != 0)
-        return -1;
-    is_editing = 1;
-    handle(SIGTSTP, on_stop);
-    handle(SIGCONT, on_change);
-    handle(SIGWINCH, on_change);
-    return 0;
-}
-
-static void end_editing(void)
-{
-    is_editing = 0;
-    set_terminal(0);
-}
-
 /* ---- a line that is edited
  *
  * It is shown in one row of the terminal, as much of it as there is room for
@@ -1903,20 +1863,15 @@ static struct text draft;                 /* the line while older are shown  */
  * columns: by ranges, the first and the last. */
 static const uint32_t no_columns[] = {
     0x300, 0x36f, 0x483, 0x489, 0x591, 0x5bd, 0x610, 0x61a, 0x64b, 0x65f,
-    0x6d6, 0x6dc, 0x900, 0x902, 0x93c, 0x93c, 0x941, 0x948, 0x94d, 0x94d,
-    0xe31, 0xe31, 0xe34, 0xe3a, 0xe47, 0xe4e, 0x1ab0, 0x1aff, 0x1dc0, 0x1dff,
-    0x200b, 0x200f, 0x202a, 0x202e, 0x2060, 0x2064, 0x20d0, 0x20ff,
-    0x302a, 0x302d, 0x3099, 0x309a, 0xfe00, 0xfe0f, 0xfe20, 0xfe2f,
-    0xfeff, 0xfeff, 0xe0100, 0xe01ef
+    0x93c, 0x93c, 0x941, 0x948, 0x94d, 0x94d, 0xe31, 0xe31, 0xe34, 0xe3a,
+    0xe47, 0xe4e, 0x1ab0, 0x1aff, 0x1dc0, 0x1dff, 0x200b, 0x200f, 0x20d0,
+    0x20ff, 0x3099, 0x309a, 0xfe00, 0xfe0f, 0xfe20, 0xfe2f
 }, two_columns[] = {
-    0x1100, 0x115f, 0x231a, 0x231b, 0x23e9, 0x23ec, 0x25fd, 0x25fe,
-    0x2614, 0x2615, 0x2648, 0x2653, 0x26a1, 0x26a1, 0x26bd, 0x26be,
-    0x26d4, 0x26d4, 0x2705, 0x2705, 0x270a, 0x270b, 0x2728, 0x2728,
-    0x274c, 0x274c, 0x2753, 0x2757, 0x2795, 0x2797, 0x2b50, 0x2b50,
-    0x2e80, 0x303e, 0x3041, 0xa4cf, 0xa960, 0xa97c, 0xac00, 0xd7a3,
-    0xf900, 0xfaff, 0xfe30, 0xfe6f, 0xff00, 0xff60, 0xffe0, 0xffe6,
-    0x16fe0, 0x1b2ff, 0x1f18e, 0x1f19a, 0x1f200, 0x1f320, 0x1f32d, 0x1f64f,
-    0x1f680, 0x1f6ff, 0x1f7e0, 0x1f7eb, 0x1f900, 0x1faff, 0x20000, 0x3fffd
+    0x1100, 0x115f, 0x231a, 0x231b, 0x26a1, 0x26a1, 0x2705, 0x2705, 0x2728,
+    0x2728, 0x274c, 0x274c, 0x2753, 0x2757, 0x2b50, 0x2b50, 0x2e80, 0x303e,
+    0x3041, 0xa4cf, 0xac00, 0xd7a3, 0xf900, 0xfaff, 0xfe30, 0xfe6f, 0xff00,
+    0xff60, 0xffe0, 0xffe6, 0x1f300, 0x1f320, 0x1f32d, 0x1f64f, 0x1f680,
+    0x1f6ff, 0x1f900, 0x1faff, 0x20000, 0x3fffd
 };
 
 static int is_among(uint32_t c, const uint32_t *range, size_t n)
@@ -2139,76 +2094,66 @@ static void press(struct editor *e, int c)
     e->after_cr = c == '\r';
 }
 
-/* As read_line(), with keys. */
-static int edit_line(struct text *line, const char *prompt)
+/* The keys of a line, to its end: as read_line(). */
+static int press_keys(struct editor *e)
 {
-    struct editor e = { .line = line, .prompt = prompt, .shown = n_history };
     int is_last = 1, is_warned = 0;
 
-    add(line, "", 0);
     for (;;) {
         if (is_last)
-            show_line(&e, 0);
+            show_line(e, 0);
         const int c = next_byte(&is_last);
-        const int ends = !e.is_pasting && (c == '\r' || c == '\n');
-        if (ends || c < 0)
-            is_last = 1;
-        if (ends || c == INPUT_ENDS || (c + CTRL == 'D' && line->n == 0)) {
-            show_line(&e, 1);
+        const int ends = !e->is_pasting && (c == '\r' || c == '\n');
+        is_last |= ends || c < 0;
+        if (ends || c == INPUT_ENDS || (c + CTRL == 'D' && e->line->n == 0)) {
+            show_line(e, 1);
             return ends;
         }
         if (c == STOPPED_BY_SIGNAL) {
-            show_line(&e, 1);
-            if (leaves(line->n, &is_warned))
+            show_line(e, 1);
+            if (leaves(e->line->n, &is_warned))
                 return -1;
-            put(&e, 0, line->n, "", 0);
-            e.is_pasting = 0;
+            put(e, 0, e->line->n, "", 0);
+            e->is_pasting = 0;
         } else if (c >= 0) {
-            press(&e, c);
+            press(e, c);
             is_warned = 0;
         }
     }
 }
 
-#else
-
-static int set_terminal(int is_edited)
-{
-    (void)is_edited;
-    return -1;
-}
-
-static int begin_editing(void)
-{
-    return -1;
-}
-
-static void end_editing(void)
-{
-}
-
-static void leave_terminal(void)
-{
-}
-
-static void remember(const struct text *line)
-{
-    (void)line;
-}
-
+/* As read_line(), or -2 where lines cannot be edited. */
 static int edit_line(struct text *line, const char *prompt)
 {
-    (void)line;
-    (void)prompt;
-    return -1;
+    struct editor e = { .line = line, .prompt = prompt, .shown = n_history };
+    const char *term = getenv("TERM");
+    int got;
+
+    if (!isatty(STDERR_FILENO) || !term || !term[0] ||
+        strcmp(term, "dumb") == 0 || set_terminal(1) != 0)
+        return -2;
+    is_editing = 1;
+    handle(SIGTSTP, on_stop);
+    handle(SIGCONT, on_change);
+    handle(SIGWINCH, on_change);
+    add(line, "", 0);
+    got = press_keys(&e);
+    is_editing = 0;
+    set_terminal(0);
+    remember(line);
+    return got;
 }
+
+#else
+
+#define edit_line(line, prompt)  (-2)
 
 #endif
 
 /* ---- lines and messages */
 
-/* A line as it comes, from a pipe or a terminal that can no more.  Some of these
- * cut what is longer than 4095 bytes. */
+/* A line as it comes, from a pipe or a simple terminal.  Some of these cut what
+ * is longer than 4095 bytes. */
 static int read_plain_line(struct text *line, int shows, const char *prompt)
 {
     int is_warned = !shows, is_last, c = STOPPED_BY_SIGNAL;
@@ -2237,19 +2182,16 @@ static int read_plain_line(struct text *line, int shows, const char *prompt)
     return c == '\n' || line->n > 0;
 }
 
-/* A line without its end, behind what is in `out`: 1; 0 at the end of the input,
- * -1 after a signal that ends the chat. */
+/* A line without its end, behind what is in `out`: 1; 0 at the end of the
+ * input, -1 after a signal that ends the chat. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
     struct text line = { 0 };
     int got;
 
     fflush(stdout);
-    if (shows && begin_editing() == 0) {
-        got = edit_line(&line, prompt);
-        end_editing();
-        remember(&line);
-    } else
+    got = shows ? edit_line(&line, prompt) : -2;
+    if (got == -2)
         got = read_plain_line(&line, shows, prompt);
     add(out, line.s ? line.s : "", line.n);
     free(line.s);
@@ -2264,8 +2206,8 @@ static int ends_with(const struct text *t, const char *word)
 }
 
 /* A message, of one line or several: 1; 0 at the end of the input, -1 after a
- * signal that ends the chat.  Ctrl-C before it is forgotten: it stopped what was
- * done then. */
+ * signal that ends the chat.  Ctrl-C before it is forgotten: it stopped what
+ * was done then. */
 static int read_message(struct text *out, int shows)
 {
     static const char quotes[] = "\"\"\"";
@@ -3995,7 +3937,6 @@ static int load_words(const struct settings *s, const lfm2_model *model,
     }
     watch_file(path);
     code = lfm2_tokenizer_open(out, path, err);
-    unwatch_file();
     if (model && !s->no_mmap)
         watch_file(s->model);
     return code;
@@ -4100,7 +4041,6 @@ static int export_words(const struct settings *s)
             n = lfm2_tokenizer_export(data, size, buf, n, &err);
     }
     lfm2_model_close(model);
-    unwatch_file();
     if (n == 0)
         return report(path, &err);
     if (!buf)
@@ -4110,6 +4050,18 @@ static int export_words(const struct settings *s)
         fwrite(buf, 1, n, f);
     free(buf);
     return f ? finish_file(f, s->export_to, DONE) : BAD_FILE;
+}
+
+/* Words are for the sake of their bytes, which stay as they are. */
+static int read_bytes(const struct settings *s, struct text *out)
+{
+    if (!s->prompt && !s->file && isatty(STDIN_FILENO))
+        return usage("no text given; it can be an argument, a file (-f) or "
+                     "piped in");
+    if (!s->prompt || is_dash(s->prompt))
+        return read_file(s->file ? s->file : "-", out);
+    add_string(out, s->prompt);
+    return DONE;
 }
 
 static int work_on_words(const struct settings *s)
@@ -4125,8 +4077,7 @@ static int work_on_words(const struct settings *s)
     if (s->export_to)
         code = export_words(s);
     else
-        code = s->prompt && !is_dash(s->prompt) ? (add_string(&t, s->prompt), DONE) :
-               read_file(s->file ? s->file : "-", &t);
+        code = read_bytes(s, &t);
     if (code == DONE && s->tokenize)
         code = tokenize(s, words, &t);
     if (code == DONE && s->detokenize)
@@ -5684,7 +5635,6 @@ static int inspect_file(const struct settings *s)
         code = s->tensor ? inspect_tensor(&f) : inspect_all(&f);
     lfm2_tokenizer_close(f.words);
     lfm2_model_close(f.model);
-    unwatch_file();
     return code;
 }
 
@@ -5863,7 +5813,6 @@ static int is_cold(const struct engine *e)
 static void start_fetch(struct engine *e)
 {
     const struct settings *s = e->s;
-    sigset_t before;
     size_t size;
 
     lfm2_model_file(e->model, &size);
@@ -5874,12 +5823,12 @@ static void start_fetch(struct engine *e)
     if (!e->fetch)
         return;
     e->fetch->model = e->model;
-    block_signals(&before);
+    block_signals(1);
     if (pthread_create(&e->fetch->thread, NULL, fetch_file, e->fetch) != 0) {
         free(e->fetch);
         e->fetch = NULL;
     }
-    unblock_signals(&before);
+    block_signals(0);
     if (e->fetch && s->verbose)
         say(DONE, "%s: not all in memory, read ahead", s->model);
 }
@@ -5921,13 +5870,12 @@ static int open_context(struct engine *e)
 {
     const int n_train = lfm2_model_config(e->model)->n_ctx_train;
     lfm2_error err;
-    sigset_t before;
     int code;
 
     start_fetch(e);
-    block_signals(&before);
+    block_signals(1);
     code = lfm2_context_open(&e->ctx, e->model, &e->par, &err);
-    unblock_signals(&before);
+    block_signals(0);
     if (code != LFM2_OK)
         return report(e->s->model, &err);
     e->cached = calloc((size_t)e->par.n_seq, sizeof *e->cached);
@@ -6009,7 +5957,6 @@ static void close_engine(struct engine *e)
     lfm2_context_close(e->ctx);
     lfm2_tokenizer_close(e->words);
     lfm2_model_close(e->model);
-    unwatch_file();
     if (e->status)
         fclose(e->status);
 }
@@ -8225,10 +8172,10 @@ static int blame_sandbox(const struct talk *t)
 
     if (sandbox == SANDBOX_OFF || (errno != EACCES && errno != EPERM))
         return DONE;
-    return say(DONE, "in this sandbox a chat opens %s%s; --save-dir DIR names a "
-               "directory, --sandbox off is without one", save_dir(t->e->s) ?
-               "files only in " : "no files", save_dir(t->e->s) ?
-               save_dir(t->e->s) : "");
+    return say(DONE, "in this sandbox a chat opens %s%s; --save-dir DIR names "
+               "a directory, --sandbox off is without one",
+               save_dir(t->e->s) ? "files only in " : "no files",
+               save_dir(t->e->s) ? save_dir(t->e->s) : "");
 }
 
 static int save_talk(struct talk *t, const char *path)
@@ -11152,14 +11099,14 @@ static int selftest(void)
 /* ---------------------------------------------------------- 20. The sandbox
  *
  * A model, a prompt or a session may be made by someone who knows of a fault in
- * this program.  So before a byte of them is looked at it gives away what it
+ * this program.  So before it looks at a byte of them it gives away what it
  * does not need, and whoever takes it over finds nothing to use: no privileges,
- * no core dump, by Landlock no files but those that options name, and by seccomp
- * no system calls but those below.  --sandbox auto takes what the system has;
- * with --sandbox require all of it must be there.
+ * no core dump, by Landlock no files but those that options name, by seccomp no
+ * system calls but those below.  --sandbox auto takes what the system has; with
+ * --sandbox require all of it must be there.
  *
- * A denied call fails with EPERM; the program lives on, because a C library that
- * has learnt a new habit is likelier than an attack, and an attacker gains
+ * A denied call fails with EPERM; the program lives on, because a C library
+ * that has learnt a new habit is likelier than an attack, and an attacker gains
  * nothing by the error.  Calls newer than the list fail with ENOSYS, as on an
  * older kernel: then C libraries use the old ones.
  *
@@ -11206,8 +11153,8 @@ static int selftest(void)
 #endif
 #endif
 
-/* Where a chat may /save and /load: the directory that is named; else the one it
- * began in, unless that is the home directory, where programs keep what they
+/* Where a chat may /save and /load: the directory that is named; else the one
+ * it began in, unless that is the home directory, where programs keep what they
  * run, or has it inside.  NULL: nowhere. */
 static const char *save_dir(const struct settings *s)
 {
@@ -11355,7 +11302,10 @@ struct ruleset { uint64_t files, net, scopes; };
 struct rule { uint64_t rights; int32_t fd; };
 
 /* Of the files that options name. */
-enum { READS = READ_FILE | READ_DIR, WRITES = READ_FILE | WRITE_FILE | TRUNCATE };
+enum {
+    READS = READ_FILE | READ_DIR,
+    WRITES = READ_FILE | WRITE_FILE | TRUNCATE
+};
 
 static const struct { size_t at; uint64_t rights; } file_options[] = {
     { AT(model), READS }, { AT(tokenizer), READS }, { AT(file), READS },
@@ -11714,7 +11664,9 @@ int main(int argc, char **argv)
     hold_descriptors();
     close_inherited(argv);
     start_signals();
+#ifndef __wasi__
     atexit(leave_terminal);
+#endif
     if (argc > 0 && argv[0][0])
         program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
     code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
