@@ -358,10 +358,10 @@ static const struct option table[] = {
     WORDS("--tools", "FILE", tools, "tools the model may call, in JSON"),
     WORDS("--session", "FILE", session, "go on with the conversation kept in "
           "FILE"),
-    SWITCH("-cnv --interactive", interactive, "chat, even if not at a terminal "
-           "or after a prompt"),
     WORDS("--save-dir", "DIR", save_dir, "where /save and /load of a chat find "
           "files"),
+    SWITCH("-cnv --interactive", interactive, "chat, even if not at a terminal "
+           "or after a prompt"),
     SWITCH("--raw | -no-cnv", raw, "no chat template: continue plain text"),
     SWITCH("-e --escape", escape, "\\n, \\t and \\\\ in PROMPT are what they "
            "are in C"),
@@ -507,9 +507,9 @@ enum { N_OPTIONS = sizeof table / sizeof *table };
 static int print_help(void)
 {
     printf("usage: %s [options] MODEL.gguf [PROMPT]\n\nAnswers PROMPT and "
-           "exits; text that is piped in follows it after a blank line.\n"
-           "Without PROMPT, what is piped in is the prompt; at a terminal, a "
-           "chat begins.\n", program);
+           "exits.  Text that is piped in follows it after a blank line, or\n"
+           "is the prompt if there is none; at a terminal, a chat begins.\n",
+           program);
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &table[i];
         int n = (int)strcspn(o->names, "|"), gap = 28;
@@ -1264,8 +1264,8 @@ static const struct { int at; const char *begins, *what; } no_model[] = {
       "model; --tokenizer names it" }
 };
 
-/* The library's sentence about a file that it could not open begins with the path
- * already. */
+/* The sentence of the library about a file that it could not open begins with
+ * the path already. */
 static int report(const char *path, const lfm2_error *err)
 {
     const int code = status_of(err->code);
