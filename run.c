@@ -507,8 +507,8 @@ enum { N_OPTIONS = sizeof table / sizeof *table };
 static int print_help(void)
 {
     printf("usage: %s [options] MODEL.gguf [PROMPT]\n\nAnswers PROMPT and "
-           "exits.  Text that is piped in follows it after a blank line, or\n"
-           "is the prompt if there is none; at a terminal, a chat begins.\n",
+           "exits.  Text that is piped in follows it after a blank line,\n"
+           "or is the prompt if there is none; at a terminal, a chat begins.\n",
            program);
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &table[i];

@@ -191,7 +191,7 @@ if unshare -pf true 2>/dev/null; then
 else
     echo "skipped: the first process of a container, which needs root"
 fi
-(trap '' INT; exec "$run" -q --ignore-eos -n 400 --isa scalar -t 1 $m hello) \
+(trap '' INT; exec "$run" -q --ignore-eos -n 100 --isa scalar -t 1 $m hello) \
     >"$dir/out" 2>"$dir/err" </dev/null &
 pid=$!
 within 60 [ -s "$dir/out" ]
