@@ -4022,23 +4022,6 @@ static struct phrase amount(double n, const char *unit)
     return phrase("%.*f %s%s", scale > 1 ? 2 : 0, n / scale, letter, unit);
 }
 
-/* What a file says, for a terminal: a question mark for each byte that is no
- * character, and for characters that could steer it. */
-static void print_clean(const char *s, size_t n)
-{
-    const char *const end = s + (n < 200 ? n : 200);
-    uint32_t c;
-
-    for (int size; s < end; s += size) {
-        size = utf8_get(s, end, &c);
-        if (size == 0 || is_control(c)) {
-            putchar('?');
-            size = size ? size : 1;
-        } else
-            fwrite(s, 1, (size_t)size, stdout);
-    }
-}
-
 static double count_elements(const lfm2_tensor_info *t)
 {
     double n = 1;
@@ -4475,25 +4458,23 @@ struct inspection {
     struct found_template template;
 };
 
+/* The first two are outside of layers, and known by their whole names. */
 static enum role role_of_tensor(const char *name, const char *norm)
 {
     static const struct { const char *part; enum role role; } known[] = {
+        { "token_embd.weight", EMBEDDING }, { "output.weight", OUTPUT },
         { "_norm.", NORMS }, { "shortconv.", CONV_MIXERS },
         { "attn_", ATTENTION }, { "ffn_gate_inp.", ROUTER },
         { "exp_probs_b.", ROUTER }, { "_exps.", EXPERTS },
         { "ffn_", DENSE_FFN }
     };
+    const int in_layer = strncmp(name, "blk.", 4) == 0;
 
-    if (strcmp(name, "token_embd.weight") == 0)
-        return EMBEDDING;
-    if (strcmp(name, "output.weight") == 0)
-        return OUTPUT;
-    if (strcmp(name, norm) == 0)
-        return NORMS;
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strncmp(name, "blk.", 4) == 0 && strstr(name, known[i].part))
+    for (size_t i = in_layer ? 2 : 0; i < sizeof known / sizeof *known; i++)
+        if (in_layer ? strstr(name, known[i].part) != NULL :
+            strcmp(name, known[i].part) == 0)
             return known[i].role;
-    return UNUSED;
+    return strcmp(name, norm) == 0 ? NORMS : UNUSED;
 }
 
 /* Of the experts a token reads those that are chosen; of an embedding that is
@@ -4691,7 +4672,6 @@ static void add_memory_facts(struct inspection *f)
     member_count(to, "assumed_gb_per_s", ASSUMED_BANDWIDTH);
     member_real(to, "tokens_per_s", f->all.read ? round(ASSUMED_BANDWIDTH *
                 1e10 / (double)f->all.read) / 10 : NAN);
-    add_string(to, "}");
     qsort(ctx, 5, sizeof *ctx, by_number);
     member_open(to, "contexts", "[");
     for (int i = 0; i < 5; i++) {
@@ -4707,7 +4687,7 @@ static void add_memory_facts(struct inspection *f)
         member_real(to, "bytes_per_token", (double)f->all.read + kv * ctx[i]);
         add_string(to, "}");
     }
-    add_string(to, "]");
+    add_string(to, "]}");
 }
 
 static void add_special(struct inspection *f, const char *role, int32_t id)
@@ -4817,19 +4797,18 @@ static void add_contents(struct inspection *f)
     add_string(to, "]");
 }
 
-static void add_problem(struct text *to, const char *level, const char *fmt,
-                        ...)
+static void add_problem(struct text *to, const char *level, const char *what,
+                        const char *is)
 {
-    char s[320];
-    va_list args;
+    struct text message = { 0 };
 
-    va_start(args, fmt);
-    vsnprintf(s, sizeof s, fmt, args);
-    va_end(args);
+    add_string(&message, what);
+    add_string(&message, is);
     member_open(to, NULL, "{");
     member_text(to, "level", level);
-    member_text(to, "message", s);
+    member_bytes(to, "message", message.s, message.n);
     add_string(to, "}");
+    free(message.s);
 }
 
 /* The library knows the keys of the model's own architecture; those of its kin
@@ -4845,21 +4824,20 @@ static void add_problems(struct inspection *f)
 
     member_open(to, "anomalies", "[");
     for (int i = 0; (s = lfm2_model_warning(f->model, i)); i++)
-        add_problem(to, "tolerated", "%s", s);
+        add_problem(to, "tolerated", s, "");
     for (int i = 0; f->is_model &&
          (s = lfm2_model_key(f->model, i, value, sizeof value)); i++)
         if (strncmp(s, "lfm2", 4) == 0 &&
             (strncmp(s, arch.s, n) != 0 || s[n] != '.'))
-            add_problem(to, "tolerated", "%s: the key is not used, expected "
-                        "keys of %s", s, arch.s);
+            add_problem(to, "tolerated", s, ": the key is not used");
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
-        add_problem(to, "tolerated", "tokenizer.ggml.pre: \"%s\", expected "
-                    "\"lfm2\", as which it is taken", pre.s);
+        add_problem(to, "tolerated", "tokenizer.ggml.pre: ", phrase("\"%.60s\", "
+                    "expected \"lfm2\", as which it is taken", pre.s).s);
     if (f->template.how > BY_HASH)
         add_problem(to, "tolerated", "tokenizer.chat_template: none that is "
-                    "known, taken as %s", template_names[f->template.template]);
+                    "known, taken as ", template_names[f->template.template]);
     if (f->code != LFM2_OK)
-        add_problem(to, "fatal", "%s", f->err.msg);
+        add_problem(to, "fatal", f->err.msg, "");
     add_string(to, "]");
 }
 
@@ -4867,197 +4845,145 @@ static void add_problems(struct inspection *f)
  *
  * A line for each member, objects of objects and arrays of them as tables. */
 
-struct item { const char *key, *s; size_t n_key, n; };
-
-/* The end of a string at s, in JSON that was written here. */
-static const char *string_end(const char *s)
+static int is_table(const struct json *v)
 {
-    for (s++; *s != '"'; s++)
-        s += *s == '\\';
-    return s + 1;
-}
-
-static const char *value_end(const char *s)
-{
-    int depth = 0;
-
-    do {
-        depth += (*s == '{' || *s == '[') - (*s == '}' || *s == ']');
-        s = *s == '"' ? string_end(s) : s + 1;
-    } while (depth > 0 || !strchr(",}]", *s));
-    return s;
-}
-
-/* The next member of an object or array, behind its bracket or the member
- * before; 0 at its end. */
-static int next_item(const char **at, struct item *x)
-{
-    const char *s = *at + strspn(*at, ", ");
-
-    if (*s == '}' || *s == ']')
-        return 0;
-    *x = (struct item){ "", s, 0, 0 };
-    if (*s == '"' && *string_end(s) == ':') {
-        x->key = s + 1;
-        x->n_key = (size_t)(string_end(s) - s) - 2;
-        x->s = string_end(s) + 2;
-    }
-    *at = value_end(x->s);
-    x->n = (size_t)(*at - x->s);
-    return 1;
-}
-
-static int is_table(const char *s)
-{
-    struct item x;
-
-    return (*s == '{' || *s == '[') && next_item(&(const char *){ s + 1 }, &x)
-           && *x.s == '{';
+    return v->type >= JSON_ARRAY && v->first && v->first->type == JSON_OBJECT;
 }
 
 /* A value in a few words: amounts are rounded, members follow by commas. */
-static void add_value_text(struct text *to, const struct item *x)
+static void add_value_text(struct text *to, const struct json *v)
 {
-    const struct phrase key = phrase("%.*s", (int)x->n_key, x->key);
-    const char *at = x->s + 1, *before = "";
-    struct item part;
+    const struct phrase key = phrase("%.*s", (int)v->n_key, v->key ? v->key :
+                                     "");
+    const int params = strcmp(key.s, "parameters") == 0 ||
+                       strcmp(key.s, "active") == 0;
 
-    if (*x->s == '"')
-        add(to, x->s + 1, x->n - 2);
-    else if (*x->s == 'n')
-        add_string(to, "-");
-    else if (strstr(key.s, "bytes"))
-        add_string(to, amount(strtod(x->s, NULL), "B").s);
-    else if (strcmp(key.s, "parameters") == 0 || strcmp(key.s, "active") == 0)
-        add_string(to, amount(strtod(x->s, NULL), "").s);
-    else if (*x->s != '{' && *x->s != '[')
-        add(to, x->s, x->n);
+    if (v->type == JSON_NUMBER && (params || strstr(key.s, "bytes")))
+        add_string(to, amount(strtod(v->s, NULL), params ? "" : "B").s);
+    else if (v->type == JSON_NUMBER || v->type == JSON_STRING)
+        add(to, v->s, v->n);
+    else if (v->type < JSON_NUMBER)
+        add_string(to, v->type == JSON_NULL ? "-" : json_names[v->type]);
     else
-        for (; next_item(&at, &part); before = ", ") {
-            add_string(to, before);
-            add(to, part.key, part.n_key);
-            add_string(to, part.n_key ? " " : "");
-            add_value_text(to, &part);
+        for (const struct json *x = v->first; x; x = x->next) {
+            add(to, x->key, x->n_key);
+            add_string(to, x->n_key ? " " : "");
+            add_value_text(to, x);
+            add_string(to, x->next ? ", " : "");
         }
 }
 
+/* Nothing that a file says steers the terminal or begins a line. */
 static void end_line(struct text *line)
 {
+    line->n = drop_controls(line->s, line->n);
     while (line->n > 0 && line->s[line->n - 1] == ' ')
         line->n--;
-    print_clean(line->s, line->n);
+    for (size_t i = 0; i < line->n; i++)
+        putchar(line->s[i] == '\n' || line->s[i] == '\t' ? ' ' : line->s[i]);
     putchar('\n');
     line->n = 0;
 }
 
-/* A cell, as wide as the widest of its column: numbers stand to the right. */
+/* A cell, as wide as the widest of its column so far. */
 static void add_cell(struct text *line, const char *s, size_t n, int right,
-                     size_t *width, int measuring)
+                     size_t *width)
 {
     *width = n > *width ? n : *width;
-    for (size_t i = n; !measuring && right && i < *width; i++)
-        add_string(line, " ");
+    add_format(line, "%*s", right ? (int)(*width - n) : 0, "");
     add(line, s, n);
-    for (size_t i = n; !measuring && !right && i < *width; i++)
-        add_string(line, " ");
-    add_string(line, "  ");
+    add_format(line, "%*s  ", right ? 0 : (int)(*width - n), "");
 }
 
-/* Rows with the same members, and before each its key. */
-static void print_table(const char *s, int measuring, size_t *width)
+static void add_row(struct text *line, const struct json *row, int is_head,
+                    int indent, size_t *width)
 {
-    struct text line = { 0 }, value = { 0 };
-    struct item row, x;
-    const char *rows = s + 1, *at;
+    struct text cell = { 0 };
 
-    for (int i = -1; i < 0 || next_item(&rows, &row); i++) {
-        const int head = i < 0;
-        int column = 1;
-        if (head)
-            next_item(&(const char *){ s + 1 }, &row);
-        add_string(&line, "  ");
-        if (row.n_key)
-            add_cell(&line, row.key, head ? 0 : row.n_key, 0, width, measuring);
-        for (at = row.s + 1; next_item(&at, &x) && column < MAX_COLUMNS;) {
-            value.n = 0;
-            if (head)
-                add(&value, x.key, x.n_key);
-            else
-                add_value_text(&value, &x);
-            add_cell(&line, value.s, value.n, *x.s >= '0' && *x.s <= '9',
-                     &width[column++], measuring);
-        }
-        if (measuring)
-            line.n = 0;
+    line->n = 0;
+    add_format(line, "%*s", indent, "");
+    if (row->n_key)
+        add_cell(line, row->key, is_head ? 0 : row->n_key, 0, width++);
+    for (const struct json *x = row->first; x; x = x->next) {
+        cell.n = 0;
+        if (is_head)
+            add(&cell, x->key, x->n_key);
         else
+            add_value_text(&cell, x);
+        add_cell(line, cell.s, cell.n, x->type == JSON_NUMBER, width++);
+    }
+    free(cell.s);
+}
+
+/* In the second pass the widths are known. */
+static void print_rows(const struct json *rows, int indent)
+{
+    size_t width[MAX_COLUMNS] = { 0 };
+    struct text line = { 0 };
+
+    for (int printing = 0; printing < 2; printing++) {
+        add_row(&line, rows->first, 1, indent, width);
+        if (printing)
             end_line(&line);
+        for (const struct json *row = rows->first; row; row = row->next) {
+            add_row(&line, row, 0, indent, width);
+            if (printing)
+                end_line(&line);
+        }
     }
     free(line.s);
-    free(value.s);
 }
 
-static void print_object(const char *s, int indent)
+static void print_object(const struct json *v, int indent)
 {
     struct text line = { 0 };
-    const char *at = s + 1;
     size_t longest = 0;
-    struct item x;
 
-    while (next_item(&at, &x))
-        longest = x.n_key > longest && !is_table(x.s) ? x.n_key : longest;
-    for (at = s + 1; next_item(&at, &x);) {
-        size_t width[MAX_COLUMNS] = { 0 };
-        const int nested = *x.s == '{' && indent == 0;
+    for (const struct json *x = v->first; x; x = x->next)
+        if (x->n_key > longest && !is_table(x))
+            longest = x->n_key;
+    for (const struct json *x = v->first; x; x = x->next) {
+        const int nested = x->type == JSON_OBJECT && indent == 0;
         add_format(&line, "%*s", indent, "");
-        add(&line, x.key, x.n_key);
-        for (size_t n = x.n_key; !nested && n < longest + 2; n++)
-            add_string(&line, " ");
-        if (!nested && !is_table(x.s))
-            add_value_text(&line, &x);
+        add(&line, x->key, x->n_key);
+        if (!nested && !is_table(x)) {
+            add_format(&line, "%*s", (int)(longest + 2 - x->n_key), "");
+            add_value_text(&line, x);
+        }
         end_line(&line);
-        if (is_table(x.s)) {
-            print_table(x.s, 1, width);
-            print_table(x.s, 0, width);
-        } else if (nested)
-            print_object(x.s, 2);
+        if (is_table(x))
+            print_rows(x, indent + 2);
+        else if (nested)
+            print_object(x, 2);
     }
     free(line.s);
 }
 
-/* ---- the report */
-
-/* Problems are listed last. */
-static void print_report(struct inspection *f)
+/* Problems stand last, each in a line of its own. */
+static int print_report(struct text *json)
 {
-    struct text *to = &f->json;
-    const char *at;
-    size_t n;
-    struct item x, level, message;
+    struct pool pool = { 0 };
+    struct json *v, *last = NULL;
+    struct why why;
+    int code = json_parse(&pool, json->s, json->n, &v, &why);
 
-    n = to->n;
-    if (!f->s->json) {
-        add_string(to, "}");
-        print_object(to->s, 0);
-        to->s[to->n = n] = '\0';
-    }
-    add_problems(f);
-    add_string(to, "}\n");
-    if (f->s->json) {
-        show_text(to);
-        return;
-    }
-    at = strchr(to->s + n, '[') + 1;
-    for (const char *in; next_item(&at, &x);) {
+    if (code != DONE)
+        return say(FAILED, "the report: %s", why.s);
+    for (last = v->first; last->next->next; last = last->next)
+        ;
+    struct json *problem = last->next->first;
+    last->next = NULL;
+    print_object(v, 0);
+    for (; problem; problem = problem->next) {
         struct text line = { 0 };
-        in = x.s + 1;
-        next_item(&in, &level);
-        next_item(&in, &message);
-        add_value_text(&line, &level);
+        add_value_text(&line, problem->first);
         add_string(&line, ": ");
-        add_value_text(&line, &message);
+        add_value_text(&line, problem->first->next);
         end_line(&line);
         free(line.s);
     }
+    pool_free(&pool);
+    return DONE;
 }
 
 /* A file that is no model is explained, too, if it can be read at all. */
@@ -5085,12 +5011,18 @@ static int inspect_file(const struct settings *s)
     }
     if (s->verbose)
         add_contents(&f);
-    print_report(&f);
+    add_problems(&f);
+    add_string(&f.json, "}\n");
+    code = status_of(f.code);
+    if (s->json)
+        show_text(&f.json);
+    else if (print_report(&f.json) != DONE)
+        code = FAILED;
     free(f.json.s);
     lfm2_tokenizer_close(f.words);
     lfm2_model_close(f.model);
     unwatch_file();
-    return status_of(f.code);
+    return code;
 }
 
 /* ---------------------------------------------------- 10. The model in use */
