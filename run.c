@@ -8697,7 +8697,6 @@ struct bench {
     struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
     double load_s, context_s, first_s;    /* first: all, from the start      */
     double rss_anon;                      /* the most there ever was         */
-    double sample_s, token_s;             /* choosing a token; having one    */
     double most_share;                    /* of a limit                      */
     struct test test[MAX_TESTS];          /* of each depth                   */
     int n_tests, n_done;
@@ -8784,28 +8783,6 @@ static double measure_rate(struct bench *b, int what)
         return 0;
     qsort(rate, (size_t)n, sizeof *rate, ascending);
     return rate[n / 2];
-}
-
-/* Of the logits that are there, by the settings that would choose a word. */
-static void measure_sampling(struct bench *b)
-{
-    const size_t n = (size_t)lfm2_model_config(b->e.model)->n_vocab;
-    const float *logits = lfm2_logits(b->e.ctx, 0, 0);
-    float *copy = zeroed(n, sizeof *copy);
-    lfm2_sampler sampler = make_sampler(&b->e.sampling, 0);
-    double took[9];
-
-    for (int i = 0; logits && i < 9; i++) {
-        memcpy(copy, logits, n * sizeof *copy);
-        const double start = seconds();
-        lfm2_sample(b->e.ctx, &sampler, copy, b->token, START_TOKENS);
-        took[i] = seconds() - start;
-    }
-    free(copy);
-    if (logits) {
-        qsort(took, 9, sizeof *took, ascending);
-        b->sample_s = took[4];
-    }
 }
 
 /* ---- names */
@@ -8997,7 +8974,6 @@ static int print_test(struct bench *b, const struct test *t, struct estimate ns,
 static void print_footer(const struct bench *b)
 {
     const struct phrase cpu = look_up("/proc/cpuinfo", "model name", "unknown");
-    const struct sampling s = b->e.sampling;
     const lfm2_params *p = &b->e.par;
 
     printf("\nmachine   %s, %d usable CPUs\nkernels   %s, KV in %s, batch %d\n",
@@ -9015,11 +8991,6 @@ static void print_footer(const struct bench *b)
     printf("memory    %s resident at most, %s of it anonymous\n",
            binary_amount(peak_memory()).s, b->rss_anon > 0 ?
            binary_amount(b->rss_anon).s : "n/a");
-    if (b->sample_s > 0)
-        printf("sampling  temp %g, top-k %d, top-p %g, min-p %g: %.0f us%s\n",
-               s.temp, s.top_k, s.top_p, s.min_p, b->sample_s * 1e6,
-               b->token_s > 0 ? phrase(", %.2f %% of a token", 100 *
-               b->sample_s / b->token_s).s : "");
 }
 
 /* ---- the run */
@@ -9054,8 +9025,6 @@ static int run_test(struct bench *b, const struct test *t)
     }
     if (code != DONE)
         return code;
-    if (t->n_prompt == 0 && b->token_s <= 0)
-        b->token_s = t->n_seq / mean_and_deviation(b->ts, reps).mean;
     if (gmtime_r(&now, &utc))
         strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &utc);
     return print_test(b, t, mean_and_deviation(b->ns, reps),
@@ -9128,8 +9097,6 @@ static int run_tests(struct bench *b, int n_threads, int depth)
         b->test[i].depth = depth;
         code = interrupted ? INTERRUPTED : run_test(b, &b->test[i]);
     }
-    if (code == DONE && b->sample_s <= 0)
-        measure_sampling(b);
     close_bench_context(b);
     return code;
 }
@@ -9181,7 +9148,6 @@ static int run_all(struct bench *b)
     if (code != DONE)
         return code;
     b->cost = count_cost(b->e.model, s->kv);
-    b->e.sampling = choose_sampling(s, b->e.model);
     b->type = name_type(b->e.model);
     for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
         b->limit = &b->best[i];
@@ -9321,17 +9287,15 @@ static void add_counted(struct text *to, const char *s)
     add_string(to, s);
 }
 
-static void add_key(struct text *to, const char *key, int type)
+/* type: G_ARRAY + that of its n elements for an array. */
+static void add_key(struct text *to, const char *key, int type, int n)
 {
     add_counted(to, key);
-    add_le(to, (uint64_t)type, 4);
-}
-
-static void add_array_key(struct text *to, const char *key, int type, int n)
-{
-    add_key(to, key, G_ARRAY);
-    add_le(to, (uint64_t)type, 4);
-    add_le(to, (uint64_t)n, 8);
+    add_le(to, type > G_ARRAY ? G_ARRAY : (uint64_t)type, 4);
+    if (type > G_ARRAY) {
+        add_le(to, (uint64_t)(type - G_ARRAY), 4);
+        add_le(to, (uint64_t)n, 8);
+    }
 }
 
 /* The 256 bytes as byte-level vocabularies write them, a few merges, and the
@@ -9342,23 +9306,25 @@ static int add_metadata_keys(struct text *to)
         "he", "ll", "hell", "hello", BOS, TURN_START, TURN_END
     };
     static const char *const merges[] = { "h e", "l l", "he ll", "hell o" };
+    static const char *const names[3][2] = {
+        { "general.architecture", "lfm2moe" },
+        { "tokenizer.ggml.model", "gpt2" }, { "tokenizer.ggml.pre", "lfm2" }
+    };
     const int n = sizeof self_numbers / sizeof *self_numbers;
     uint32_t unseen = 256;
 
-    add_key(to, "general.architecture", G_STRING);
-    add_counted(to, "lfm2moe");
-    add_key(to, "tokenizer.ggml.model", G_STRING);
-    add_counted(to, "gpt2");
-    add_key(to, "tokenizer.ggml.pre", G_STRING);
-    add_counted(to, "lfm2");
+    for (int i = 0; i < 3; i++) {
+        add_key(to, names[i][0], G_STRING, 0);
+        add_counted(to, names[i][1]);
+    }
     for (int i = 0; i < n; i++) {
-        add_key(to, self_numbers[i].key, self_numbers[i].type);
+        add_key(to, self_numbers[i].key, self_numbers[i].type, 0);
         add_le(to, self_numbers[i].bits, 4);
     }
-    add_array_key(to, "lfm2moe.attention.head_count_kv", G_I32, 4);
+    add_key(to, "lfm2moe.attention.head_count_kv", G_ARRAY + G_I32, 4);
     for (int il = 0; il < 4; il++)
         add_le(to, il % 2 ? 2 : 0, 4);
-    add_array_key(to, "tokenizer.ggml.tokens", G_STRING, SELF_VOCAB);
+    add_key(to, "tokenizer.ggml.tokens", G_ARRAY + G_STRING, SELF_VOCAB);
     for (uint32_t c = 0; c < 256; c++) {
         const int seen = (c > ' ' && c < 127) || (c > 160 && c != 173);
         char s[5] = "";
@@ -9367,10 +9333,10 @@ static int add_metadata_keys(struct text *to)
     }
     for (int i = 0; i < 7; i++)
         add_counted(to, words[i]);
-    add_array_key(to, "tokenizer.ggml.token_type", G_I32, SELF_VOCAB);
+    add_key(to, "tokenizer.ggml.token_type", G_ARRAY + G_I32, SELF_VOCAB);
     for (int i = 0; i < SELF_VOCAB; i++)
         add_le(to, i < 256 + 4 ? 1 : 3, 4);           /* normal, control     */
-    add_array_key(to, "tokenizer.ggml.merges", G_STRING, 4);
+    add_key(to, "tokenizer.ggml.merges", G_ARRAY + G_STRING, 4);
     for (int i = 0; i < 4; i++)
         add_counted(to, merges[i]);
     return n + 7;
@@ -9447,14 +9413,12 @@ struct self {
     uint64_t all;                         /* hash of all hashes              */
 };
 
-static void self_result(struct self *t, int good, const char *fmt, ...)
+static void self_result(struct self *t, int good, const char *what,
+                        const char *how, uint64_t hash)
 {
-    va_list args;
-
-    printf("%-4s  ", good ? "ok" : "FAIL");
-    va_start(args, fmt);
-    vprintf(fmt, args);
-    va_end(args);
+    printf("%-4s  %s%s", good ? "ok" : "FAIL", what, how);
+    if (hash)
+        printf(": %016llx", (unsigned long long)hash);
     putchar('\n');
     t->failed |= !good;
 }
@@ -9507,70 +9471,63 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
     return h;
 }
 
-/* One weight type: plain C against the number that is known, each kernel and
- * token by token against plain C. */
-static void self_weights(struct self *t, const struct self_type *type)
+/* A weight type: plain C against the number that is known, each kernel, at once
+ * and token by token, against plain C.  And of the last type by each kernel: a
+ * text longer than what attention works on at once, a cache of floats, and
+ * threads. */
+static void self_kernels(struct self *t, const struct self_type *type, int all)
 {
+    static const struct {
+        const char *what;
+        int n_threads, kv_type, n_tokens, step;
+        uint64_t known;
+    } run[] = {
+        { "a long text, by ", 1, LFM2_KV_F16, SELF_LONG, SELF_TOKENS,
+          0x75627de54a6b322fu },
+        { "a KV cache of floats, by ", 1, LFM2_KV_F32, SELF_TOKENS, 7,
+          0x18980a03e2fcd3dcu },
+        { "two threads, pieces of five tokens, by ", 2, LFM2_KV_F16,
+          SELF_TOKENS, 5, 0x83b254a4c39ab7deu }
+    };
     const int kv = LFM2_KV_F16, n = SELF_TOKENS;
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, kv, n, n);
 
     t->all = hash_number(t->all, h);
-    self_result(t, h == type->hash, "%s in plain C: %016llx", type->name,
-                (unsigned long long)h);
-    for (int isa = LFM2_ISA_SCALAR + 1; isa < LFM2_N_ISA; isa++)
-        if (lfm2_isa_available(isa))
-            self_result(t, self_hash(t, isa, 1, kv, n, n) == h &&
-                        self_hash(t, isa, 1, kv, n, 1) == h, "%s with %s",
-                        type->name, isa_name[isa]);
-}
-
-/* A text longer than what attention works on at once, and a cache of floats. */
-static void self_attention(struct self *t)
-{
-    static const uint64_t known[2] = {
-        0x75627de54a6b322fu, 0x18980a03e2fcd3dcu
-    };
-
+    self_result(t, h == type->hash, type->name, " in plain C", h);
     for (int isa = LFM2_ISA_SCALAR; isa < LFM2_N_ISA; isa++) {
         if (!lfm2_isa_available(isa))
             continue;
-        self_result(t, self_hash(t, isa, 1, LFM2_KV_F16, SELF_LONG,
-                                 SELF_TOKENS) == known[0],
-                    "a long text, by %s", isa_name[isa]);
-        self_result(t, self_hash(t, isa, 1, LFM2_KV_F32, SELF_TOKENS, 7) ==
-                    known[1], "a KV cache of floats, by %s", isa_name[isa]);
+        if (isa > LFM2_ISA_SCALAR)
+            self_result(t, self_hash(t, isa, 1, kv, n, n) == h &&
+                        self_hash(t, isa, 1, kv, n, 1) == h, type->name,
+                        phrase(" with %s", isa_name[isa]).s, 0);
+        for (int i = 0; all && i < 3; i++)
+            self_result(t, self_hash(t, isa, run[i].n_threads, run[i].kv_type,
+                                     run[i].n_tokens, run[i].step) ==
+                        run[i].known, run[i].what, isa_name[isa], 0);
     }
 }
 
-/* Threads and pieces; sequences that are saved, restored and shortened. */
+/* Sequences that are saved, restored and shortened. */
 static void self_sequences(struct self *t)
 {
-    const int isa = LFM2_ISA_AUTO, n = SELF_TOKENS;
-    const uint64_t h = self_hash(t, isa, 1, LFM2_KV_F16, n, n);
-    uint64_t size, again;
-    char *state;
+    const uint64_t known = 0x18980a03e2fcd3dcu, saved = 0x11417c4fd0aea9f3u;
+    int good = self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F32) == LFM2_OK &&
+               self_feed(t, 0, SELF_TOKENS, 7) == known;
+    const uint64_t size = good ? lfm2_seq_state_size(t->ctx, 0) : 0;
+    char *state = zeroed((size_t)size, 1);
 
-    self_result(t, self_hash(t, isa, 1, LFM2_KV_F16, n, 1) == h,
-                "token by token");
-    self_result(t, self_hash(t, isa, 2, LFM2_KV_F16, n, 5) == h,
-                "two threads, pieces of five tokens");
-    if (self_open(t, isa, 1, LFM2_KV_F32) != LFM2_OK) {
-        self_result(t, 0, "a KV cache of floats");
-        return;
-    }
-    again = self_feed(t, 0, n, 7);
-    size = lfm2_seq_state_size(t->ctx, 0);
-    state = zeroed((size_t)size, 1);
-    self_result(t, lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
-                hash_bytes(HASH_START, state, (size_t)size) ==
-                0x9ee20d817a3a6aa1u &&
-                lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
-                lfm2_seq_len(t->ctx, 1) == n, "a sequence saved and restored");
+    good = good && lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
+           hash_bytes(HASH_START, state, (size_t)size) == saved &&
+           lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
+           lfm2_seq_len(t->ctx, 1) == SELF_TOKENS;
+    self_result(t, good, "a sequence saved and restored", "", 0);
+    self_result(t, good && lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
+                self_feed(t, 1, SELF_TOKENS, 4) == known,
+                "a sequence shortened and read again", "", 0);
     free(state);
-    self_result(t, lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
-                self_feed(t, 1, n, 4) == again,
-                "a sequence shortened and read again");
     lfm2_context_close(t->ctx);
+    t->ctx = NULL;
 }
 
 /* A generator that is the same everywhere chooses the same words. */
@@ -9590,10 +9547,9 @@ static void self_sampler(struct self *t)
         made[i] = lfm2_sample(t->ctx, &s, logits, made, i);
         h = hash_number(h, (uint32_t)made[i]);
     }
-    self_result(t, h == 0x4cb658387d2a6170u, "the sampler's choices");
+    self_result(t, h == 0x4cb658387d2a6170u, "the sampler's choices", "", 0);
     t->all = hash_number(t->all, h);
-    if (opened)
-        lfm2_context_close(t->ctx);
+    lfm2_context_close(opened ? t->ctx : NULL);
 }
 
 /* Words, merges, bytes that are no character, control tokens; and back. */
@@ -9618,8 +9574,9 @@ static void self_tokenizer(struct self *t, const struct text *file)
         lfm2_tokenizer_close(words);
     }
     self_result(t, (size_t)n == sizeof want / sizeof *want &&
-                memcmp(id, want, sizeof want) == 0, "the tokenizer");
-    self_result(t, back.s && strcmp(back.s, text) == 0, "and back to text");
+                memcmp(id, want, sizeof want) == 0, "the tokenizer", "", 0);
+    self_result(t, back.s && strcmp(back.s, text) == 0, "and back to text",
+                "", 0);
     free(back.s);
 }
 
@@ -9632,18 +9589,22 @@ static void self_arithmetic(struct self *t)
 
     self_result(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
                 minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4,
-                "integers of two's complement, 8 bits a byte");
+                "integers of two's complement, 8 bits a byte",
+                "", 0);
     memcpy(&bits, &d, sizeof bits);
     self_result(t, float_bits(one) == 0x3f800000 &&
                 bits == (uint64_t)0x3ff00000 << 32,
-                "floats and integers in the same byte order");
+                "floats and integers in the same byte order",
+                "", 0);
     self_result(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
                 one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
                 third * 3 == one,
-                "floats of 24 bits, doubles of 53, rounded to nearest even");
+                "floats of 24 bits, doubles of 53, rounded to nearest even",
+                "", 0);
     self_result(t, tiny * one > 0 && tiny * half == 0 &&
                 (0x1p-126f * half) * 2 == 0x1p-126f,
-                "denormal numbers are kept");
+                "denormal numbers are kept",
+                "", 0);
 }
 
 /* What the functions give for some thousand numbers: the bits that are known,
@@ -9677,8 +9638,7 @@ static void self_functions(struct self *t)
             h = hash_number(h, float_bits(y));
             good &= fabs(y - exact) <= all[k].bound * 0x1p-24 * fabs(exact);
         }
-        self_result(t, good && h == all[k].known, "%s: %016llx", all[k].name,
-                    (unsigned long long)h);
+        self_result(t, good && h == all[k].known, all[k].name, "", h);
     }
 }
 
@@ -9718,17 +9678,15 @@ static int selftest(void)
         struct text file = { 0 };
         make_file(i, &file);
         if (lfm2_model_open_memory(&t.model, file.s, file.n, &err) == LFM2_OK) {
-            self_weights(&t, &self_types[i]);
+            self_kernels(&t, &self_types[i], i == N_SELF_TYPES - 1);
             if (i == N_SELF_TYPES - 1) {
-                self_attention(&t);
                 self_sequences(&t);
                 self_sampler(&t);
                 self_tokenizer(&t, &file);
             }
             lfm2_model_close(t.model);
         } else
-            self_result(&t, 0, "a model of %s: %s", self_types[i].name,
-                        err.msg);
+            self_result(&t, 0, self_types[i].name, err.msg, 0);
         free(file.s);
     }
     print_version();
