@@ -114,7 +114,7 @@ def main():
         p.error("expected --ids or --n-vocab")
     n = len(ids) if ids else size // 4 // args.n_vocab
     width = size // 4 // max(n, 1)
-    if n == 0 or size != n * width * 4 or width < 2:
+    if n == 0 or size != n * width * 4 or width <= max(ids or [1]):
         raise ValueError("%s: %d bytes, expected float32 for each of %d positions" %
                          (args.a, size, n))
     kl, same, nll = [], [], ([], [])

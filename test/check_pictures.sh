@@ -279,17 +279,17 @@ done
 # ---------------------------------------------------------- those of the README
 
 # The same bits everywhere, so the same pictures.
-same() {
-    holds "$1.svg is what it was" cmp "$dir/$1.svg" "scripts/pictures/$1.svg"
-    holds "it is small" small 40000 "scripts/pictures/$1.svg"
-}
 story="--raw -n 0 -f scripts/pictures/story.txt"
 "$run" $story test/tiny.gguf --json --logprobs 3 >"$dir/story.json" 2>"$dir/err"
 draw surprisal "$dir/story.json" -o "$dir/surprisal.svg" 2>"$dir/err"
-"$run" $story test/tiny.gguf --experts "$dir/story.csv" 2>"$dir/err"
+"$run" $story test/tiny.gguf --trace "$dir/story.jsonl" \
+    --trace-raw "$dir/story.f32" 2>"$dir/err"
+"$python" scripts/trace.py experts "$dir/story.jsonl" "$dir/story.f32" \
+    -o "$dir/story.csv" 2>"$dir/err"
 draw routing "$dir/story.csv" -o "$dir/routing.svg" 2>"$dir/err"
 cp "$dir/model.svg" "$dir/block.svg"
-same surprisal
-same routing
-same block
+for name in surprisal routing block; do
+    same "$name.svg is what it was" "$dir/$name.svg" scripts/pictures/$name.svg
+    holds "it is small" small 40000 "scripts/pictures/$name.svg"
+done
 finish
