@@ -4959,31 +4959,32 @@ static void print_object(const struct json *v, int indent)
     free(line.s);
 }
 
-/* Problems stand last, each in a line of its own. */
-static int print_report(struct text *json)
+/* Problems stand last, each in a line of its own.  What has too many members to
+ * be read back is shown as it is. */
+static void print_report(struct text *json, int as_text)
 {
     struct pool pool = { 0 };
-    struct json *v, *last = NULL;
+    struct json *v, *last, *problem;
+    struct text line = { 0 };
     struct why why;
-    int code = json_parse(&pool, json->s, json->n, &v, &why);
 
-    if (code != DONE)
-        return say(FAILED, "the report: %s", why.s);
+    if (!as_text || json_parse(&pool, json->s, json->n, &v, &why) != DONE) {
+        show_text(json);
+        return;
+    }
     for (last = v->first; last->next->next; last = last->next)
         ;
-    struct json *problem = last->next->first;
+    problem = last->next->first;
     last->next = NULL;
     print_object(v, 0);
     for (; problem; problem = problem->next) {
-        struct text line = { 0 };
         add_value_text(&line, problem->first);
         add_string(&line, ": ");
         add_value_text(&line, problem->first->next);
         end_line(&line);
-        free(line.s);
     }
+    free(line.s);
     pool_free(&pool);
-    return DONE;
 }
 
 /* A file that is no model is explained, too, if it can be read at all. */
@@ -4996,8 +4997,8 @@ static int inspect_file(const struct settings *s)
         return code;
     if (!s->no_mmap)
         watch_file(s->model);
-    f.code = lfm2_model_examine(&f.model, s->model, s->no_mmap ?
-                                LFM2_LOAD_READ : LFM2_LOAD_MAP, &f.err);
+    f.code = open_file(lfm2_model_examine, &f.model, s->model, s->no_mmap,
+                       &f.err);
     f.is_model = f.code == LFM2_OK;
     if (!f.model)
         return report(s->model, &f.err);
@@ -5013,16 +5014,12 @@ static int inspect_file(const struct settings *s)
         add_contents(&f);
     add_problems(&f);
     add_string(&f.json, "}\n");
-    code = status_of(f.code);
-    if (s->json)
-        show_text(&f.json);
-    else if (print_report(&f.json) != DONE)
-        code = FAILED;
+    print_report(&f.json, !s->json);
     free(f.json.s);
     lfm2_tokenizer_close(f.words);
     lfm2_model_close(f.model);
     unwatch_file();
-    return code;
+    return status_of(f.code);
 }
 
 /* ---------------------------------------------------- 10. The model in use */
@@ -8983,9 +8980,9 @@ static void print_footer(const struct bench *b)
         printf("limits    %d threads read %.1f GB/s; with cached weights %.0f "
                "GMAC/s, or %.1f GB/s a core\n", l->n_threads, l->read / 1e9,
                l->dot / 1e9, l->cached / 1e9);
-    printf("share     of the bandwidth for tg, of the arithmetic for pp%s\n",
-           b->most_share > 1 ? "; above 100 %: what stays\n          in the "
-           "caches of the CPU comes faster than from memory" : "");
+    printf("share     of the bandwidth by answers, of the arithmetic by prompts"
+           "%s\n", b->most_share > 1 ? "; above 100 %:\n          what stays "
+           "in the caches of the CPU comes faster than from memory" : "");
     printf("start     model %.1f ms, context %.1f ms; first token of 8 after "
            "%.1f ms\n", b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
     printf("memory    %s resident at most, %s of it anonymous\n",
