@@ -700,33 +700,6 @@ START_TEST(calls_do_not_steer_a_terminal)
 }
 END_TEST
 
-/* What a pass noted before it was cancelled is not there twice. */
-START_TEST(choices_of_a_cancelled_pass_are_dropped)
-{
-    const lfm2_config c = { .n_layer = 3, .n_layer_dense = 1, .n_expert = 2,
-                            .n_expert_used = 1 };
-    const struct settings s = { .experts = "x" };
-    float zero[6] = { 0 }, weight = 1;
-    struct text line = { 0 };
-    struct trace t = { .s = &s, .c = &c, .r = {
-        .csv = tmpfile(), .bias = zero, .logits = zero, .chosen = zero,
-        .lines = &line, .n_batch = 1
-    } };
-    static const int layer[] = { 1, 1, 2 };
-    char got[128] = "";
-
-    ck_assert(t.r.csv != NULL);
-    for (int i = 0; i < 3; i++)
-        note_choices(&t, &(lfm2_activation){ .layer = layer[i], .n = 1,
-                                             .x = &weight }, 0);
-    rewind(t.r.csv);
-    ck_assert_uint_gt(fread(got, 1, sizeof got - 1, t.r.csv), 0);
-    ck_assert_str_eq(got, "0,0,1,0,0,0.5,0,1\n0,0,2,0,0,0.5,0,1\n");
-    fclose(t.r.csv);
-    free(line.s);
-}
-END_TEST
-
 START_TEST(escapes_are_those_of_c)
 {
     static const struct { const char *from, *to; } row[] = {
@@ -1102,7 +1075,6 @@ Suite *answer_suite(void)
     tcase_add_test(c, nothing_steers_a_terminal);
     tcase_add_test(c, text_for_a_terminal_comes_in_pieces);
     tcase_add_test(c, calls_do_not_steer_a_terminal);
-    tcase_add_test(c, choices_of_a_cancelled_pass_are_dropped);
     tcase_add_test(c, escapes_are_those_of_c);
     tcase_add_test(c, damaged_sessions_are_whole_or_nothing);
     tcase_add_loop_test(c, a_guess_goes_on_as_the_text_did, 0, COUNT(earlier));
