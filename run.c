@@ -4831,8 +4831,9 @@ static void add_problems(struct inspection *f)
             (strncmp(s, arch.s, n) != 0 || s[n] != '.'))
             add_problem(to, "tolerated", s, ": the key is not used");
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
-        add_problem(to, "tolerated", "tokenizer.ggml.pre: ", phrase("\"%.60s\", "
-                    "expected \"lfm2\", as which it is taken", pre.s).s);
+        add_problem(to, "tolerated", "tokenizer.ggml.pre: ",
+                    phrase("\"%.60s\", expected \"lfm2\", as which it is "
+                           "taken", pre.s).s);
     if (f->template.how > BY_HASH)
         add_problem(to, "tolerated", "tokenizer.chat_template: none that is "
                     "known, taken as ", template_names[f->template.template]);
