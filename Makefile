@@ -141,7 +141,9 @@ pictures: run
 	    $(PICTURE) block - -o scripts/pictures/block.svg
 	./run $(STORY) --json --logprobs 3 | \
 	    $(PICTURE) surprisal - -o scripts/pictures/surprisal.svg
-	./run $(STORY) --experts build/experts.csv
+	./run $(STORY) --trace build/story.jsonl --trace-raw build/story.f32
+	python3 scripts/trace.py experts build/story.jsonl build/story.f32 \
+	    -o build/experts.csv
 	$(PICTURE) routing build/experts.csv -o scripts/pictures/routing.svg
 
 # ------------------------------------------------------------------- the tests

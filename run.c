@@ -14,11 +14,6 @@
  *   9  --inspect                     19  --selftest
  *  10  the model in use              20  main */
 
-#ifdef __cplusplus
-#error "this is C: compile it with a C compiler; C++ includes lfm2.h"
-#include "a C compiler"                   /* which ends it here              */
-#endif
-
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity(), mincore()  */
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
@@ -37,13 +32,13 @@
 #include <poll.h>
 #ifndef LFM2_NO_THREADS
 #include <pthread.h>
-#include <stdatomic.h>
 #endif
 #ifdef __linux__
 #include <sched.h>
 #endif
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -59,6 +54,10 @@
 
 #ifdef __GLIBC__
 #include <gnu/libc-version.h>
+#endif
+#ifndef __wasi__
+#include <sys/ioctl.h>
+#include <termios.h>
 #endif
 #ifdef __wasi__
 
@@ -260,770 +259,12 @@ static int flush_output(int code)
            say(BAD_FILE, "standard output: %s", strerror(errno));
 }
 
-/* --------------------------------------------------------------- 2. Options
- *
- * The table alone decides what is parsed, which values are good, and what
- * --help says. */
-
-enum { RAW_LEN = 256, UNSET = -2, MAX_CTX = 1 << 24, MAX_LIST = 16 };
-enum { LOOKUP = 7, MAX_LOOKUP = 15 };     /* tokens guessed at once          */
-
-struct list { int n, v[MAX_LIST]; };      /* numbers, by commas              */
-
-struct texts { int n; const char *v[MAX_LIST]; };     /* of repeated options */
-
-struct settings {
-    const char *model, *prompt, *file, *system, *ids;
-    const char *logits, *export_to, *tokenizer, *ignored;
-    const char *system_file, *messages, *tools, *session, *date;
-    int raw, tokenize, detokenize, inspect, null, bos, special;
-    const char *shard, *resume, *save_dir;
-    int dump_prompt, dump_tokens, interactive, escape, json;
-    int selftest, batch_mode, batch_raw, parallel, heartbeat, hadoop;
-    int template, think, think_budget, ignore_eos, logprobs, color;
-    int no_mmap, sandbox, quiet, verbose, help, version, bench;
-    int predict, ctx, threads, batch, isa, kv, top_k, repeat_last_n, lookup;
-    double temp, top_p, min_p, repeat;
-    long long seed;
-    struct texts stop;
-    struct list bench_prompt, bench_gen, bench_both, bench_depth;
-    struct list bench_threads, bench_seqs;
-    int reps, output;
-    const char *ppl, *ppl_save, *ppl_compare;
-    const char *trace, *trace_tokens, *trace_npy, *experts;
-    struct texts trace_filter;
-    int sha256;
-    const char *tensor, *rows;
-    double bandwidth;
-};
-
-/* In the order of the words of -o, --template, --think, --color and
- * --sandbox. */
-enum { MD, JSON, JSONL, CSV };
-enum {
-    TEMPLATE_AUTO, TEMPLATE_LFM2, TEMPLATE_INSTRUCT, TEMPLATE_NEW, TEMPLATE_VL,
-    TEMPLATE_8B, TEMPLATE_NONE
-};
-enum { THINK_AUTO, THINK_SHOW, THINK_HIDE, THINK_RAW };
-enum { COLOR_AUTO, COLOR_ON, COLOR_OFF };
-enum { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
-
-/* What is UNSET depends on the model. */
-static const struct settings defaults = {
-    .predict = UNSET, .ctx = UNSET, .batch = UNSET, .temp = UNSET,
-    .top_k = UNSET, .top_p = UNSET, .min_p = UNSET, .repeat = UNSET,
-    .repeat_last_n = UNSET, .seed = -1, .think_budget = -1, .logprobs = -1,
-    .lookup = UNSET,
-    .parallel = 32, .heartbeat = 10, .threads = UNSET,
-    .bench_prompt = { 1, { 512 } }, .bench_gen = { 1, { 128 } },
-    .bench_depth = { 1, { 0 } }, .bench_threads = { 1, { 0 } },
-    .bench_seqs = { 1, { 1 } }, .reps = 5
-};
-
-/* Options after BENCH are for --bench alone, and go before others of the same
- * name. */
-enum kind {
-    HEADING, BENCH, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, TEXTS, LIST, PAIR
-};
-
-struct option {
-    enum kind kind;
-    const char *names;            /* by spaces; those after | are not listed */
-    const char *arg;              /* its name; of a CHOICE, the words by |   */
-    size_t at;                    /* where in struct settings it goes        */
-    double min, max;
-    const char *help;             /* NULL: not listed at all                 */
-};
-
-#define AT(field)                   offsetof(struct settings, field)
-#define GROUP(title)                { HEADING, "", 0, 0, 0, 0, title }
-#define SWITCH(names, field, help)  { FLAG, names, 0, AT(field), 0, 0, help }
-#define WORDS(names, arg, field, help) \
-    { TEXT, names, arg, AT(field), 0, 0, help }
-#define NUMBER(kind, names, arg, field, min, max, help) \
-    { kind, names, arg, AT(field), min, max, help }
-
-static const struct option table[] = {
-    GROUP("What to do"),
-    WORDS("-m --model", "FILE", model, "the model, if not the first argument"),
-    WORDS("-p --prompt", "TEXT", prompt, "the prompt, if not the second one"),
-    WORDS("-f --file | --prompt-file", "FILE", file,
-          "the prompt from FILE (- is standard input)"),
-    WORDS("-sys --system-prompt | -y", "TEXT", system, "what the model is to "
-          "be"),
-    WORDS("-sysf --system-prompt-file", "FILE", system_file, "the same from "
-          "FILE (- is standard input)"),
-    WORDS("--messages", "FILE", messages, "a conversation in JSON instead of a "
-          "prompt"),
-    WORDS("--tools", "FILE", tools, "tools the model may call, in JSON"),
-    WORDS("--session", "FILE", session, "go on with the conversation kept in "
-          "FILE"),
-    WORDS("--save-dir", "DIR", save_dir, "where /save and /load of a chat find "
-          "files"),
-    SWITCH("-cnv --interactive", interactive, "chat, even if not at a terminal "
-           "or after a prompt"),
-    SWITCH("--raw | -no-cnv", raw, "no chat template: continue plain text"),
-    SWITCH("-e --escape", escape, "\\n, \\t and \\\\ in PROMPT are what they "
-           "are in C"),
-    SWITCH("--dump-prompt", dump_prompt, "print the prompt as the template "
-           "makes it"),
-    SWITCH("--dump-tokens", dump_tokens, "print its token ids"),
-    WORDS("--ids", "FILE", ids, "the prompt as int32 little-endian token ids"),
-    WORDS("--logits", "OUT", logits, "write the logits of all prompt tokens, "
-          "float32"),
-    SWITCH("--tokenize", tokenize, "print the token ids of the prompt"),
-    SWITCH("--detokenize", detokenize, "print the text of lines of token ids"),
-    SWITCH("--null", null, "for these two: texts end with a NUL byte"),
-    SWITCH("--bos", bos, "begin plain text with the BOS token"),
-    SWITCH("--special", special, "markers in what is given are control "
-           "tokens"),
-    SWITCH("--batch", batch_mode, "answer JSON lines; its options are below"),
-    SWITCH("--inspect", inspect, "explain the file; its options are below"),
-    SWITCH("--selftest", selftest, "try this build on this machine; needs no "
-           "model"),
-    SWITCH("--bench", bench, "measure the speed; its options are below"),
-    WORDS("--export-tokenizer", "FILE", export_to, "write the vocabulary as a "
-          "tokenizer.bin"),
-    WORDS("--tokenizer", "FILE", tokenizer, "a vocabulary to use instead of "
-          "the model's"),
-    WORDS("--ppl", "FILE", ppl, "the perplexity of a text, as of "
-          "llama-perplexity"),
-    WORDS("--ppl-save", "OUT", ppl_save, "and its logits to OUT, 4 bytes each"),
-    WORDS("--ppl-compare", "IN", ppl_compare, "and the KL divergence from "
-          "saved logits"),
-
-    GROUP("How to answer"),
-    NUMBER(WHOLE, "-n --predict | --n-predict --tokens --max-tokens", "N",
-           predict, -1, 1 << 30,
-           "at most N tokens (-1: to the end; plain text: 256)"),
-    NUMBER(CHOICE, "--template | --chat-template",
-           "auto|lfm2|lfm2.5-instruct|lfm2.5-new|lfm2.5-vl|lfm2.5-8b-a1b|none",
-           template, 0, 0, "format of the conversation: auto, none, lfm2,\n"
-           "                            lfm2.5-instruct, -new, -vl or "
-           "-8b-a1b"),
-    WORDS("--date", "YYYY-MM-DD", date, "today, for templates that tell it"),
-    NUMBER(CHOICE, "--think | --reasoning", "auto|show|hide|raw", think, 0, 0,
-           "what <think> holds (auto: shown at a terminal)"),
-    NUMBER(WHOLE, "--think-budget | --reasoning-budget", "N", think_budget, -1,
-           1 << 30, "close a thought after N tokens (-1: never)"),
-    NUMBER(TEXTS, "--stop | -r --reverse-prompt", "TEXT", stop, 0, 0,
-           "end before TEXT; may be repeated"),
-    SWITCH("--ignore-eos", ignore_eos, "go on when the model would end"),
-    SWITCH("--json", json, "the answer and all about it, as JSON"),
-    NUMBER(WHOLE, "--logprobs", "K", logprobs, 0, 20, "with --json: log "
-           "probabilities, and the K likeliest"),
-
-    GROUP("How to choose words (unless given, as is best for the model)"),
-    NUMBER(REAL, "--temp --temperature", "F", temp, 0, 100,
-           "0 always takes the likeliest"),
-    NUMBER(WHOLE, "--top-k", "N", top_k, 0, 1 << 30,
-           "only the N likeliest (0: off)"),
-    NUMBER(REAL, "--top-p", "F", top_p, 0, 1,
-           "only the likeliest that make up F (1: off)"),
-    NUMBER(REAL, "--min-p", "F", min_p, 0, 1,
-           "only those at least F times the likeliest (0: off)"),
-    NUMBER(REAL, "--repeat-penalty | --repetition-penalty", "F", repeat, 0.01,
-           100, "repeat less (1: off, as with --temp 0)"),
-    NUMBER(WHOLE, "--repeat-last-n", "N", repeat_last_n, -1, 1 << 30,
-           "of the last N tokens (64; -1: all)"),
-    NUMBER(SEED, "-s --seed", "N", seed, -1, 9e18,
-           "the same seed, the same text (-1: random)"),
-
-    GROUP("To look inside"),
-    WORDS("--trace", "FILE", trace, "what every module puts out, as JSON "
-          "lines"),
-    NUMBER(TEXTS, "--trace-filter", "GLOB", trace_filter, 0, 0,
-           "only modules of such names; may be repeated"),
-    WORDS("--trace-tokens", "A-B", trace_tokens, "only at positions A to B, "
-          "from 0; or A, or A-"),
-    WORDS("--trace-npy", "DIR", trace_npy, "and all the numbers, in "
-          "DIR/NAME.npy"),
-    WORDS("--experts", "FILE", experts, "which experts tokens chose, as CSV "
-          "(-: a summary)"),
-
-    GROUP("With --inspect"),
-    SWITCH("--sha256", sha256, "digests of the file and of every tensor"),
-    WORDS("--tensor", "NAME", tensor, "one tensor: what is in it"),
-    WORDS("--rows", "A-B", rows, "of its values, these rows (0-7)"),
-    NUMBER(REAL, "--bandwidth", "GB/s", bandwidth, 0.001, 1e6,
-           "of the memory, to say how fast it can be"),
-
-    GROUP("With --batch"),
-    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024,
-           "lines answered at once (32)"),
-    SWITCH("--batch-raw", batch_raw, "every line is a prompt, not JSON"),
-    WORDS("--shard", "I/N", shard, "only part I of N, from 0; auto: as Slurm "
-          "says"),
-    WORDS("--resume", "OUT", resume, "write to OUT, leaving out what it "
-          "answers"),
-    NUMBER(WHOLE, "--heartbeat", "N", heartbeat, 0, 1 << 30,
-           "a line on progress every N seconds (10; 0: none)"),
-    SWITCH("--hadoop", hadoop, "written so that Hadoop counts it"),
-
-    GROUP("How to run"),
-    NUMBER(WHOLE, "-c --ctx-size | --ctx", "N", ctx, 0, MAX_CTX,
-           "longest text in tokens (4096; 0: the model's)"),
-    NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, "0: one per CPU"),
-    NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16,
-           "tokens worked on at once (512; with experts 2048)"),
-    NUMBER(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP,
-           "guess N tokens from the text so far; the answer\n"
-           "                            stays the same (7; with experts 0)"),
-    NUMBER(CHOICE, "--isa",
-           "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
-           "instruction set"),
-    NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, "precision of the KV cache"),
-    SWITCH("--no-mmap", no_mmap, "read the file instead of mapping it"),
-    NUMBER(CHOICE, "--sandbox", "auto|require|off", sandbox, 0, 0,
-           "give up what is not needed; require: or fail"),
-    WORDS("-ngl --gpu-layers | --n-gpu-layers", "N", ignored, NULL),
-    NUMBER(CHOICE, "--color | -co", "auto|on|off", color, 0, 0, "of thoughts"),
-    SWITCH("-q --quiet", quiet, "say nothing but errors"),
-    SWITCH("-v --verbose", verbose, "settings, seed and speed; more --inspect"),
-    SWITCH("-h --help", help, "this text"),
-    SWITCH("--version", version, "version, compiler, weight types"),
-
-    { BENCH, "", 0, 0, 0, 0, "With --bench, where these are lists by commas" },
-    NUMBER(LIST, "-p --n-prompt | --prompt", "N,..", bench_prompt, 0, MAX_CTX,
-           "read prompts of N tokens (512; 0: none)"),
-    NUMBER(LIST, "-n --n-gen | --predict --n-predict --tokens", "N,..",
-           bench_gen, 0, MAX_CTX, "generate N tokens (128; 0: none)"),
-    NUMBER(PAIR, "-pg", "P,G", bench_both, 1, MAX_CTX,
-           "read P and generate G; may be repeated"),
-    NUMBER(LIST, "-npl", "N,..", bench_seqs, 1, 4096,
-           "generate for N sequences at once (1)"),
-    NUMBER(LIST, "-d --n-depth", "N,..", bench_depth, 0, MAX_CTX,
-           "after a text of N tokens (0)"),
-    NUMBER(LIST, "-t --threads", "N,..", bench_threads, 1, 1024,
-           "with N threads (one per CPU)"),
-    NUMBER(WHOLE, "-r --repetitions", "N", reps, 1, 100000,
-           "how often, after one to warm up (5)"),
-    NUMBER(CHOICE, "-o --output", "md|json|jsonl|csv", output, 0, 0,
-           "as a table or as records"),
-};
-
-enum { N_OPTIONS = sizeof table / sizeof *table };
-
-static int print_help(void)
-{
-    printf("usage: %s [options] MODEL.gguf [PROMPT]\n\nAnswers PROMPT and "
-           "exits.  Text that is piped in follows it after a blank line,\n"
-           "or is the prompt if there is none; at a terminal, a chat begins.\n",
-           program);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const struct option *o = &table[i];
-        int n = (int)strcspn(o->names, "|"), gap = 28;
-
-        if (o->kind == HEADING || o->kind == BENCH)
-            printf("\n%s\n", o->help);
-        if (o->kind == HEADING || o->kind == BENCH || !o->help)
-            continue;
-        n -= o->names[n] == '|';
-        gap -= printf("  %.*s %s", n, o->names, !o->arg ? "" :
-                      strlen(o->arg) > 60 ? "NAME" : o->arg);
-        printf(gap > 0 ? "%*s%s\n" : "\n%*s%s\n", gap > 0 ? gap : 28, "",
-               o->help);
-    }
-    printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
-           "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
-           "prompt longer than the context,\n7 some lines of a batch failed, 8 "
-           "the self-test failed, 130 interrupted,\n143 terminated.\n"
-           "LFM2_MODEL and LFM2_THREADS in the environment stand in for -m and "
-           "-t,\nand NO_COLOR is --color off.\n");
-    return DONE;
-}
-
-/* In the order of LFM2_ISA_... */
-static const char *const isa_name[] = {
-    "auto", "scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "neon",
-    "dotprod"
-};
-
-static const char *kv_name(int kv_type)
-{
-    return kv_type == LFM2_KV_F16 ? "f16" : "f32";
-}
-
-static int is_little_endian(void)
-{
-    return *(const unsigned char *)&(const uint16_t){ 1 };
-}
-
-static int print_version(void)
-{
-    const char *type;
-
-    printf("lfm2.c      %s\n", lfm2_version());
-#if defined __clang__
-    printf("compiler    clang %s\n", __clang_version__);
-#elif defined __GNUC__
-    printf("compiler    gcc %s\n", __VERSION__);
-#endif
-    printf("isa        ");
-    for (int i = LFM2_ISA_SCALAR; i < LFM2_N_ISA; i++)
-        if (lfm2_isa_available(i))
-            printf(" %s", isa_name[i]);
-    printf("\nbyte order  %s-endian, %d bits\nweights    ",
-           is_little_endian() ? "little" : "big",
-           (int)sizeof(void *) * 8);
-    for (int i = 0; (type = lfm2_weight_type(i)); i++)
-        printf(" %s", type);
-    putchar('\n');
-    return DONE;
-}
-
-/* How many letters must be changed, added or dropped to make `a` into the n
- * letters at b, fewer than 64. */
-static int distance(const char *a, const char *b, int n)
-{
-    int row[64];
-
-    for (int j = 0; j <= n; j++)
-        row[j] = j;
-    for (int i = 1; a[i - 1]; i++) {
-        int diagonal = row[0];
-        row[0] = i;
-        for (int j = 1; j <= n; j++) {
-            int best = diagonal + (a[i - 1] != b[j - 1]);
-            diagonal = row[j];
-            best = row[j - 1] + 1 < best ? row[j - 1] + 1 : best;
-            row[j] = row[j] + 1 < best ? row[j] + 1 : best;
-        }
-    }
-    return row[n];
-}
-
-/* The option of this name; or NULL, and the nearest name there is. */
-static const struct option *find_option(const char *name, int with_bench,
-                                        const char **nearest, int *n_nearest)
-{
-    const struct option *found = NULL;
-    int least = 1 << 29;
-
-    *nearest = "";
-    *n_nearest = 0;
-    for (int i = 0; i < N_OPTIONS; i++) {
-        if (table[i].kind == BENCH && !with_bench)
-            break;
-        for (const char *s = table[i].names; *s;) {
-            int n = (int)strcspn(s, " ");
-            int d = *s == '-' ? distance(name, s, n) : least + 1;
-            if (d == 0)
-                found = &table[i];
-            if (d < least)
-                least = d, *nearest = s, *n_nearest = n;
-            s += n + (s[n] == ' ');
-        }
-    }
-    return found;
-}
-
-static int bad_value(const struct option *o, const char *name,
-                     const char *value)
-{
-    if (o->at == AT(threads) && strchr(value, '.'))
-        return say(USAGE, "%s %s: this is how many threads; did you mean "
-                   "--temp %s?", name, value, value);
-    if (o->kind == CHOICE)
-        return say(USAGE, "%s %s: expected %s", name, value, o->arg);
-    if (o->kind == LIST)
-        return say(USAGE, "%s %s: expected at most %d whole numbers from %.0f "
-                   "to %.0f, by commas", name, value, MAX_LIST, o->min, o->max);
-    if (o->kind == PAIR)
-        return say(USAGE, "%s %s: expected two whole numbers from %.0f to %.0f "
-                   "by a comma, and at most %d such pairs", name, value, o->min,
-                   o->max, MAX_LIST / 2);
-    return say(USAGE, "%s %s: expected a %snumber from %.10g to %.19g", name,
-               value, o->kind == REAL ? "" : "whole ", o->min, o->max);
-}
-
-/* Which of the words `value` is, or -1; they are in the order of lfm2.h. */
-static int find_word(const char *words, const char *value)
-{
-    const size_t n = strlen(value);
-
-    for (int i = 0; *words; i++) {
-        size_t len = strcspn(words, "|");
-        if (len == n && memcmp(words, value, n) == 0)
-            return i;
-        words += len + (words[len] == '|');
-    }
-    return -1;
-}
-
-/* Append whole numbers to a list; -1 if they are no such list. */
-static int parse_list(struct list *to, const struct option *o,
-                      const char *value)
-{
-    char *end;
-
-    for (;; value = end + 1) {
-        errno = 0;
-        const long x = strtol(value, &end, 10);
-        if (end == value || (*end && *end != ',') || errno || x < o->min ||
-            x > o->max || to->n == MAX_LIST)
-            return -1;
-        to->v[to->n++] = (int)x;
-        if (!*end)
-            return 0;
-    }
-}
-
-/* A list replaces the one before; a pair goes behind those before. */
-static int set_list(struct list *to, const struct option *o, const char *name,
-                    const char *value)
-{
-    const int had = o->kind == PAIR ? to->n : 0;
-
-    to->n = had;
-    if (parse_list(to, o, value) == 0 &&
-        (o->kind == LIST || to->n == had + 2))
-        return DONE;
-    return bad_value(o, name, value);
-}
-
-/* Values of an option that may be repeated. */
-static int add_value(struct texts *to, const struct option *o,
-                     const char *name, const char *value)
-{
-    if (!*value)
-        return say(USAGE, "%s: expected a %s that is not empty", name, o->arg);
-    if (to->n == MAX_LIST)
-        return say(USAGE, "%s %s: expected at most %d of them", name, value,
-                   MAX_LIST);
-    to->v[to->n++] = value;
-    return DONE;
-}
-
-static int set_option(struct settings *to, const struct option *o,
-                      const char *name, const char *value)
-{
-    void *slot = (char *)to + o->at;
-    long long whole = 0;
-    double real;
-    char *end;
-
-    if (o->kind == TEXT) {
-        *(const char **)slot = value;
-        return DONE;
-    }
-    if (o->kind == TEXTS)
-        return add_value(slot, o, name, value);
-    if (o->kind == CHOICE) {
-        *(int *)slot = find_word(o->arg, value);
-        return *(int *)slot < 0 ? bad_value(o, name, value) : DONE;
-    }
-    if (o->kind == LIST || o->kind == PAIR)
-        return set_list(slot, o, name, value);
-    errno = 0;
-    if (o->kind == REAL)
-        real = strtod(value, &end);
-    else
-        real = (double)(whole = strtoll(value, &end, 10));
-    if (end == value || *end || errno || !(real >= o->min && real <= o->max))
-        return bad_value(o, name, value);
-    if (o->kind == REAL)
-        *(double *)slot = real;
-    else if (o->kind == SEED)
-        *(long long *)slot = whole;
-    else
-        *(int *)slot = (int)whole;
-    return DONE;
-}
-
-/* Take the option at argv[*i], and its value, which may be the next word. */
-static int take_option(struct settings *to, char **argv, int *i)
-{
-    const char *arg = argv[*i], *equals = strchr(arg, '='), *value, *nearest;
-    const struct option *o;
-    int n_nearest;
-    char name[40];
-
-    snprintf(name, sizeof name, "%.*s", (int)strcspn(arg, "="), arg);
-    o = find_option(name, to->bench, &nearest, &n_nearest);
-    if (!o && strcmp(name, "-i") == 0)
-        return usage("unknown option -i: -p gives a prompt, -cnv begins a "
-                     "chat");
-    if (!o && find_option(name, 1, &nearest, &n_nearest))
-        return usage("%s is for --bench", name);
-    if (!o && distance(name, nearest, n_nearest) > (int)strlen(name) / 3)
-        return usage("unknown option %s", name);
-    if (!o)
-        return usage("unknown option %s; the nearest is %.*s", name, n_nearest,
-                     nearest);
-    if (o->kind == FLAG && equals)
-        return usage("%s takes no value, but is given %s", name, equals + 1);
-    if (o->kind == FLAG) {
-        *(int *)((char *)to + o->at) = 1;
-        return DONE;
-    }
-    value = equals ? equals + 1 : argv[++*i];
-    if (!value)
-        return usage("%s needs a value, %s", name, o->arg);
-    return set_option(to, o, name, value);
-}
-
-/* --bench makes up its text, and a context that its tests just fit in. */
-static int check_bench(const struct settings *s)
-{
-    if (s->prompt || s->file || s->ids || s->system || s->raw)
-        return usage("--bench measures with tokens of its own and takes no "
-                     "prompt");
-    if (s->ctx != UNSET)
-        return usage("-c: --bench makes the context as long as the tests "
-                     "need");
-    return DONE;
-}
-
-/* Whether it is a day as templates write it, 2026-11-20. */
-static int is_date(const char *s)
-{
-    static const char form[] = "0000-00-00";
-
-    for (int i = 0; i < 10; i++)
-        if (form[i] == '-' ? s[i] != '-' : s[i] < '0' || s[i] > '9')
-            return 0;
-    return !s[10] && strncmp(s + 5, "01", 2) >= 0 &&
-           strncmp(s + 5, "12", 2) <= 0 && strncmp(s + 8, "01", 2) >= 0 &&
-           strncmp(s + 8, "31", 2) <= 0;
-}
-
-/* The first option given that needs a chat template, or NULL. */
-static const char *chat_option(const struct settings *s)
-{
-    return s->system ? "-sys" : s->messages ? "--messages" :
-           s->tools ? "--tools" : s->interactive ? "-cnv" : NULL;
-}
-
-static int is_dash(const char *path)
-{
-    return path && strcmp(path, "-") == 0;
-}
-
-static int check_prompts(const struct settings *s)
-{
-    const int plain = s->raw || s->ids || s->tokenize ||
-                      s->template == TEMPLATE_NONE;
-
-    if ((s->prompt || s->file) + !!s->ids + !!s->messages > 1)
-        return usage("more than one prompt: PROMPT or -p, -f, --ids, "
-                     "--messages");
-    if (plain && chat_option(s))
-        return usage("%s is for the chat template, which --raw, --ids and "
-                     "--tokenize do without", chat_option(s));
-    if (s->ids && (s->tokenize || s->detokenize))
-        return usage("--ids is for generating text and for --logits");
-    if (s->session && (s->ids || s->logits))
-        return usage("--session keeps text, and %s gives none", s->ids ?
-                     "--ids" : "--logits");
-    if (is_dash(s->session))
-        return usage("--session -: expected a file");
-    if (s->system && s->messages)
-        return usage("-sys: the conversation of --messages has its own system "
-                     "message");
-    return DONE;
-}
-
-/* "5", "5-" and "5-7". */
-static int parse_range(const char *s, int *first, int *last)
-{
-    char *end;
-    long a = -1, b;
-
-    errno = 0;
-    if (*s >= '0' && *s <= '9')
-        a = b = strtol(s, &end, 10);
-    if (a < 0)
-        return -1;
-    if (*end == '-' && !end[1])
-        b = INT_MAX, end++;
-    else if (*end == '-' && end[1] >= '0' && end[1] <= '9')
-        b = strtol(end + 1, &end, 10);
-    if (*end || errno || a > b || b > INT_MAX)
-        return -1;
-    *first = (int)a;
-    *last = (int)b;
-    return 0;
-}
-
-static int wants_ppl(const struct settings *s)
-{
-    return s->ppl || s->ppl_save || s->ppl_compare;
-}
-
-static int check_trace(const struct settings *s)
-{
-    int first, last;
-
-    if (!s->trace && (s->trace_filter.n || s->trace_tokens || s->trace_npy))
-        return usage("%s needs --trace FILE", s->trace_npy ? "--trace-npy" :
-                     s->trace_tokens ? "--trace-tokens" : "--trace-filter");
-    if (s->trace_tokens && parse_range(s->trace_tokens, &first, &last) != 0)
-        return usage("--trace-tokens %s: expected positions like 5, 5- or "
-                     "5-7", s->trace_tokens);
-    if ((s->trace || s->experts) &&
-        (s->tokenize || s->detokenize || s->inspect || s->bench ||
-         s->export_to || s->dump_prompt || s->dump_tokens || s->batch_mode ||
-         wants_ppl(s)))
-        return usage("%s looks into a single answer, a chat or --logits",
-                     s->trace ? "--trace" : "--experts");
-    if (is_dash(s->trace))
-        return usage("--trace -: expected a file, standard output is for the "
-                     "answer");
-    if (s->json && is_dash(s->experts))
-        return usage("--experts -: expected a file, standard output is for "
-                     "the JSON");
-    return DONE;
-}
-
-static int check_settings(const struct settings *s)
-{
-    int code = check_prompts(s);
-
-    if (code == DONE)
-        code = check_trace(s);
-    if (code != DONE)
-        return code;
-    if (!s->model && !(s->tokenizer && (s->tokenize || s->detokenize ||
-                                        s->export_to)))
-        return usage("no model given");
-    if (s->tokenize + s->detokenize + s->inspect + s->bench + !!s->logits +
-        !!s->export_to + (s->dump_prompt || s->dump_tokens) + s->interactive +
-        s->batch_mode + wants_ppl(s) > 1)
-        return usage("more than one of --tokenize, --detokenize, --inspect, "
-                     "--bench, --logits, --export-tokenizer, --dump-prompt, "
-                     "--dump-tokens, -cnv, --batch and --ppl");
-    if (s->logprobs >= 0 && !s->json)
-        return usage("--logprobs needs --json");
-    if (s->json && s->interactive)
-        return usage("--json is for a single answer, not for a chat");
-    if ((s->sha256 || s->tensor || s->rows || s->bandwidth > 0) && !s->inspect)
-        return usage("%s is for --inspect", s->sha256 ? "--sha256" : s->tensor ?
-                     "--tensor" : s->rows ? "--rows" : "--bandwidth");
-    if (s->rows && !s->tensor)
-        return usage("--rows are those of --tensor");
-    if ((s->shard || s->resume || s->batch_raw || s->hadoop) && !s->batch_mode)
-        return usage("%s is for --batch", s->shard ? "--shard" : s->resume ?
-                     "--resume" : s->batch_raw ? "--batch-raw" : "--hadoop");
-    if (s->batch_mode && (s->prompt || s->ids || s->messages || s->session))
-        return usage("%s: --batch reads its prompts from -f FILE or standard "
-                     "input", s->prompt ? "-p" : s->ids ? "--ids" :
-                     s->messages ? "--messages" : "--session");
-    if (s->batch_mode && (s->tools || (s->system && !s->batch_raw)))
-        return usage("%s: every request of --batch has its own", s->tools ?
-                     "--tools" : "-sys");
-    if (s->date && !is_date(s->date))
-        return usage("--date %s: expected a day like 2026-11-20", s->date);
-    if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
-        return say(USAGE, "--isa %s: not on this CPU or not in this build; "
-                   "--version lists what is", isa_name[s->isa]);
-    if (s->ignored && !s->quiet)
-        say(DONE, "-ngl is ignored: everything runs on the CPU");
-    return s->bench ? check_bench(s) : DONE;
-}
-
-/* Before all other options, as it changes what they mean. */
-static int asks_for_bench(char **argv)
-{
-    for (int i = 1; argv[i] && strcmp(argv[i], "--") != 0; i++)
-        if (strcmp(argv[i], "--bench") == 0)
-            return 1;
-    return 0;
-}
-
-static int name_ends(const char *s, const char *end)
-{
-    const size_t n = strlen(s), k = strlen(end);
-
-    return n >= k && strcmp(s + n - k, end) == 0;
-}
-
-/* A word alone is the prompt if the environment names a model, unless it looks
- * like the name of one.  Words that were used are taken away. */
-static void take_model(struct settings *to, const char **word, int *n_words)
-{
-    const char *named = getenv("LFM2_MODEL");
-    const int is_file = *n_words && (name_ends(word[0], ".gguf") ||
-                                     name_ends(word[0], ".bin"));
-
-    if (named && !named[0])
-        named = NULL;
-    if (*n_words > (named && !is_file)) {
-        to->model = word[0];
-        word[0] = word[1];
-        --*n_words;
-    } else if (named) {
-        to->model = named;
-        if (to->verbose)
-            say(DONE, "LFM2_MODEL: %s", named);
-    }
-}
-
-/* The environment has a say where no option has. */
-static int take_threads(struct settings *to)
-{
-    const char *n = getenv("LFM2_THREADS"), *nearest;
-    const int given = to->bench ? to->bench_threads.v[0] != 0 :
-                      to->threads != UNSET;
-    int n_nearest;
-
-    if (to->threads == UNSET)
-        to->threads = 0;
-    if (given || !n || !n[0] || strcmp(n, "0") == 0)
-        return DONE;
-    if (to->verbose)
-        say(DONE, "LFM2_THREADS: %s", n);
-    return set_option(to, find_option("-t", to->bench, &nearest, &n_nearest),
-                      "LFM2_THREADS", n);
-}
-
-static int parse(struct settings *to, char **argv)
-{
-    const char *word[2] = { NULL, NULL };
-    int n_words = 0, options = 1, code = DONE;
-
-    to->bench = asks_for_bench(argv);
-    for (int i = 1; code == DONE && argv[i]; i++)
-        if (options && strcmp(argv[i], "--") == 0)
-            options = 0;
-        else if (options && argv[i][0] == '-' && argv[i][1])
-            code = take_option(to, argv, &i);
-        else if (n_words < 2)
-            word[n_words++] = argv[i];
-        else
-            code = usage("unexpected argument %s; a prompt of several words "
-                         "needs quotes", argv[i]);
-    if (code == DONE && to->sandbox == SANDBOX_REQUIRE &&
-        (to->bench || to->selftest))
-        return usage("--sandbox require: %s runs without one", to->bench ?
-                     "--bench" : "--selftest");
-    if (code != DONE || to->help || to->version || to->selftest)
-        return code;
-    if (!to->model)
-        take_model(to, word, &n_words);
-    if (n_words > 1 || (n_words > 0 && to->prompt))
-        return usage("unexpected argument %s: there is a prompt already",
-                     word[n_words - 1]);
-    if (n_words > 0)
-        to->prompt = word[0];
-    if (to->system && to->system_file)
-        return usage("more than one system prompt: -sys, -sysf");
-    if (to->system_file)
-        to->system = "";                  /* until read_system()             */
-    code = take_threads(to);
-    return code == DONE ? check_settings(to) : code;
-}
-
-/* -------------------------------------------------------- 3. Files and text */
+/* ---- text and numbers */
 
 /* Text that grows.  s[n] is NUL, or s is NULL. */
-struct text { char *s; size_t n, cap; int failed; };
+struct text { char *s; size_t n, cap; };
 
 struct ids { int32_t *id; int n; };
-
-static volatile sig_atomic_t interrupted;             /* see section 4       */
-static size_t utf8_put(char *out, uint32_t c);
-static void unescape(struct text *t);
 
 /* Make room for `more` bytes and the NUL. */
 static void reserve(struct text *t, size_t more)
@@ -1065,6 +306,4620 @@ static void add_format(struct text *t, const char *fmt, ...)
     if (n > 0)
         add(t, s, n < (int)sizeof s ? (size_t)n : sizeof s - 1);
 }
+
+/* Some bytes within a text. */
+struct piece { const char *s; size_t n; };
+
+/* A few words, made on the spot. */
+struct phrase { char s[128]; };
+
+static struct phrase phrase(const char *fmt, ...)
+{
+    struct phrase out;
+    va_list args;
+
+    va_start(args, fmt);
+    vsnprintf(out.s, sizeof out.s, fmt, args);
+    va_end(args);
+    return out;
+}
+
+/* "23.84 B" parameters or, with unit "B", "13.51 GB". */
+static struct phrase amount(double n, const char *unit)
+{
+    const char *letter = n >= 1e9 ? *unit ? "G" : "B" :
+                         n >= 1e6 ? "M" : n >= 1e3 ? "K" : "";
+    const double scale = n >= 1e9 ? 1e9 : n >= 1e6 ? 1e6 : n >= 1e3 ? 1e3 : 1;
+
+    return phrase("%.*f %s%s", scale > 1 ? 2 : 0, n / scale, letter, unit);
+}
+
+/* Numbers in files are little-endian. */
+static void put_le(unsigned char *p, uint64_t x, int n_bytes)
+{
+    for (int i = 0; i < n_bytes; i++)
+        p[i] = x >> 8 * i & 255;
+}
+
+static uint64_t get_le(const unsigned char *p, int n_bytes)
+{
+    uint64_t x = 0;
+
+    for (int i = 0; i < n_bytes; i++)
+        x |= (uint64_t)p[i] << 8 * i;
+    return x;
+}
+
+static void add_le(struct text *to, uint64_t x, int n_bytes)
+{
+    unsigned char b[8];
+
+    put_le(b, x, n_bytes);
+    add(to, (char *)b, (size_t)n_bytes);
+}
+
+static uint32_t float_bits(float x)
+{
+    uint32_t bits;
+
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* FNV-1a, to be begun with HASH_START. */
+#define HASH_START 0xcbf29ce484222325u
+
+static uint64_t hash_number(uint64_t h, uint64_t x)
+{
+    return (h ^ x) * 0x100000001b3u;
+}
+
+static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        h = hash_number(h, (unsigned char)s[i]);
+    return h;
+}
+
+static double seconds(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static int smaller(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+/* ---- what is defined further down
+ *
+ * Sections 2 to 9 are the program; the rest is what it is made with. */
+
+/* Section 13: memory that is released at once, and JSON that is only read.  All
+ * before `key` is the value, from there on its place in another. */
+struct chunk { struct chunk *next; size_t used, size; };
+
+struct pool { struct chunk *chunks; size_t total; };
+
+enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
+       JSON_OBJECT };
+
+struct json {
+    int type;
+    int n_members;
+    const char *s;                        /* of a string or number           */
+    size_t n;
+    struct json *first;                   /* its members                     */
+    const char *key;                      /* in an object                    */
+    size_t n_key;
+    struct json *next;
+};
+
+/* Section 14: the templates, in the order of --template, and marks in what they
+ * write. */
+enum {
+    TEMPLATE_AUTO, TEMPLATE_LFM2, TEMPLATE_INSTRUCT, TEMPLATE_NEW, TEMPLATE_VL,
+    TEMPLATE_8B, TEMPLATE_26B, TEMPLATE_NONE
+};
+
+#define TEMPLATES \
+    "auto|lfm2|lfm2.5-instruct|lfm2.5-new|lfm2.5-vl|lfm2.5-8b-a1b|" \
+    "lfm2.5-2.6b|none"
+
+#define BOS        "<|startoftext|>"
+#define TURN_START "<|im_start|>"
+#define TURN_END   "<|im_end|>"
+#define CALL_START "<|tool_call_start|>"
+#define CALL_END   "<|tool_call_end|>"
+#define THINK      "<think>"
+#define THINK_END  "</think>"
+
+struct conversation {
+    const struct json *messages, *tools;  /* arrays; tools may be NULL       */
+    const char *date;                     /* YYYY-MM-DD                      */
+    int generate;                         /* an answer is to follow          */
+    int keep_thinking;                    /* of past answers                 */
+    int continue_last;                    /* the last message goes on        */
+    int open_thought;                     /* the answer begins with <think>  */
+};
+
+struct mark { size_t from, n; };
+
+struct rendered {
+    struct text text;
+    struct mark *mark;                    /* control tokens, in order        */
+    int n_marks;
+    int lost_calls;                       /* that the template passed over   */
+};
+
+/* Section 15: what the model wants to be called, its arguments as a JSON
+ * object. */
+struct call { struct text name, arguments; };
+
+struct calls { struct call *call; int n; };
+
+/* Section 12 */
+static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
+static volatile sig_atomic_t interrupted, last_signal;
+static lfm2_context *volatile running;    /* what a signal is to stop        */
+
+/* ------------------------------------------------------ 2. Settings and main
+ *
+ * What the command line asks for; section 10 reads it. */
+
+enum {
+    UNSET = INT_MIN,                      /* then it depends on the model    */
+    MAX_CTX = 1 << 24, MAX_LIST = 16, MAX_LOOKUP = 15, MAX_LOGPROBS = 20,
+    PLAIN_LENGTH = 256                    /* tokens of plain text, unless -n */
+};
+
+/* What the program is to do. */
+enum mode {
+    ANSWER = 1, CHAT = 2, BATCH = 4, LOGITS = 8, DUMP = 16, TOKENIZE = 32,
+    DETOKENIZE = 64, EXPORT = 128, INSPECT = 256, PPL = 512, BENCH = 1024,
+    SELFTEST = 2048,
+    TALK = ANSWER | CHAT, PROMPT = TALK | LOGITS | DUMP,
+    GENERATE = TALK | BATCH, RUN = GENERATE | LOGITS | DUMP | PPL,
+    WORDS = TOKENIZE | DETOKENIZE | EXPORT, ANY = 4095
+};
+
+struct list { int n, v[MAX_LIST]; };      /* numbers, by commas              */
+
+struct texts { int n; const char *v[MAX_LIST]; };     /* of repeated options */
+
+struct bias { int32_t id; float by; };
+
+struct sampling {
+    double temp;
+    int top_k;
+    double top_p, min_p, repeat;
+    int last_n;                           /* -1: all                         */
+};
+
+/* How an answer is made.  Options fill the first half, and so does the body of
+ * a request; the rest follows from the prompt. */
+struct request {
+    struct sampling sampling;
+    double presence, frequency;           /* taken off what was said before  */
+    int limit;                            /* most tokens; < 0: to the end    */
+    int think_budget;                     /* most tokens of thought; -1: any */
+    int ignore_eos, echo;                 /* echo: the prompt is told, too   */
+    int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
+    long long seed;                       /* -1: random                      */
+    struct texts stop;
+    struct bias *bias;                    /* [n_bias]                        */
+    int n_bias;
+    struct ids prompt;
+    int is_completion;                    /* of plain text, not of messages  */
+    int in_thought;                       /* the prompt has opened one       */
+};
+
+enum { MAX_OPTIONS = 96 };
+
+struct settings {
+    int mode;                             /* 0: none named                   */
+    const char *given[MAX_OPTIONS];       /* by which name, in table order   */
+    const char *model, *prompt, *file, *system, *system_file, *messages;
+    const char *tools, *session, *save_dir, *ids, *logits, *export_to;
+    const char *tokenizer, *ppl, *date, *trace, *trace_tokens, *trace_raw;
+    const char *shard, *resume;
+    struct texts trace_filter;
+    struct request ask;
+    int raw, dump_prompt, dump_tokens, null, bos, special, json;
+    int template, think, color, sandbox, quiet, verbose, help, version;
+    int ctx, threads, batch, isa, kv, lookup, no_mmap, parallel, piece;
+    struct list bench_prompt, bench_gen, bench_depth, bench_threads;
+    struct list bench_seqs;
+    int reps, output;
+};
+
+/* In the order of the words of --think, --color, --sandbox and -o. */
+enum { THINK_AUTO, THINK_SHOW, THINK_HIDE, THINK_RAW };
+enum { COLOR_AUTO, COLOR_ON, COLOR_OFF };
+enum { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
+enum { MD, JSON };
+
+static const struct settings defaults = {
+    .ask = {
+        .sampling = { UNSET, UNSET, UNSET, UNSET, UNSET, UNSET },
+        .limit = UNSET, .think_budget = -1, .logprobs = -1,
+        .prompt_logprobs = -1, .seed = -1
+    },
+    .ctx = UNSET, .batch = UNSET, .lookup = UNSET, .parallel = 32,
+    .piece = UNSET,
+    .bench_prompt = { 1, { 512 } }, .bench_gen = { 1, { 128 } },
+    .bench_depth = { 1, { 0 } }, .bench_threads = { 1, { 0 } },
+    .bench_seqs = { 1, { 1 } }, .reps = 5
+};
+
+enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, TEXTS, LIST };
+
+/* A row without names is for bodies of requests only; one without help is not
+ * listed.  An option that names a mode has it as `mode`. */
+struct option {
+    enum kind kind;
+    const char *names;                    /* by spaces                       */
+    const char *arg;                      /* of a CHOICE, the words by |     */
+    size_t at;                            /* in struct settings              */
+    double min, max;
+    const char *json;                     /* names in a body, by spaces      */
+    int modes, mode;
+    const char *help;
+};
+
+#define AT(field) offsetof(struct settings, field)
+
+/* ---- what sections 2 to 9 take from each other and from the rest */
+
+struct engine;
+struct reply;
+struct talk;
+struct job;
+struct editor;
+struct reader;
+struct rendering;
+
+struct trace;
+struct source;
+struct found_template;
+/* Section 3 */
+static int opens_thought(const lfm2_model *m);
+
+/* Section 7 */
+static int ask(struct talk *t, const struct text *question);
+static int uses_date(const struct talk *t);
+static int dump_prompt(struct talk *t);
+static int work_on_model(const struct settings *s);
+
+/* Section 8 */
+static int obey(struct talk *t, const char *line);
+static int chat(struct talk *t);
+
+/* Section 9 */
+static int batch(const struct settings *s);
+
+/* Section 10 */
+static int find_word(const char *words, int separator, const char *word);
+static const struct option *option_of_member(const char *key);
+static const char *isa_name(int isa);
+static const char *kv_name(int kv_type);
+static int print_help(void);
+static int print_version(void);
+static struct phrase values_of(const struct option *o);
+static int add_text(struct texts *to, const char *s);
+static int set_number(void *slot, const struct option *o, double x,
+    long long whole);
+static int is_dash(const char *path);
+static const char *chat_option(const struct settings *s);
+static int parse(struct settings *to, char **argv);
+
+/* Section 11 */
+static void show_text(struct text *t);
+static int read_file(const char *path, struct text *out);
+static size_t read_head(const char *path, char *to, size_t n);
+static FILE *create_file(const char *path);
+static int finish_file(FILE *f, const char *path, int code);
+static int can_replace(const char *path);
+static int replace_file(const char *path, const struct text *part, int n_parts);
+static int open_file(int (*open_it)(lfm2_model **, const char *, int,
+    lfm2_error *),
+    lfm2_model **out, const char *path, int no_mmap,
+    lfm2_error *err);
+static int report(const char *path, const lfm2_error *err);
+static void clean_text(struct text *t);
+static int check_text(const struct text *t, const char *name);
+static int read_text_file(const char *path, struct text *out);
+static int read_prompt(const struct settings *s, int chats, struct text *out);
+static int read_ids(const char *path, struct ids *out);
+
+/* Section 12 */
+static void block_signals(int are_blocked);
+static void catch_interrupt(void);
+static void watch_file(const char *path);
+static int read_message(struct text *out, int shows);
+static void prepare_process(char **argv);
+
+/* Section 13 */
+static void pool_free(struct pool *p);
+static size_t utf8_put(char *out, uint32_t c);
+static int json_is(const struct json *v, int type);
+static struct json *json_get(const struct json *object, const char *key);
+static const struct json *given(const struct json *object, const char *key);
+static const char *json_text(const struct json *v);
+static int json_bool(const struct json *v, int *out);
+static int json_double(const struct json *v, double *out);
+static int json_int(const struct json *v, long long least, long long most,
+    long long *out);
+static int json_parse(struct pool *pool, const char *text, size_t n,
+    struct json **out, struct why *why);
+static void add_json_string(struct text *t, const char *s, size_t n);
+static void add_json(struct text *t, const struct json *v);
+static void member(struct text *to, const char *key);
+static void member_bytes(struct text *to, const char *key, const char *s,
+    size_t n);
+static void member_text(struct text *to, const char *key, const char *s);
+static void member_count(struct text *to, const char *key, uint64_t n);
+static void member_real(struct text *to, const char *key, double x);
+static void member_open(struct text *to, const char *key, const char *bracket);
+
+/* Section 14 */
+static const char *template_name(int template);
+static int template_is_dated(int template);
+static void rendered_free(struct rendered *r);
+static int begins(const char *s, const char *end, const char *word);
+static const char *find(const char *s, const char *end, const char *word);
+static int has_role(const struct json *message, const char *role);
+static int render(const struct conversation *conv, int template,
+    struct rendered *out, struct why *why);
+static int encode_rendered(const lfm2_tokenizer *words,
+    const struct rendered *r, int special,
+    struct ids *out, struct why *why);
+static void today(char date[11]);
+static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
+    int *known, struct why *evidence);
+
+/* Section 15 */
+static void free_calls(struct calls *calls);
+static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
+    struct text *rest);
+
+/* Section 16 */
+static int open_words(const struct settings *s, const lfm2_model *model,
+    lfm2_tokenizer **out);
+static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
+    const char *text, size_t n, struct ids *out);
+static int work_on_words(const struct settings *s);
+
+/* Section 17 */
+static int inspect_file(const struct settings *s);
+
+/* Section 18 */
+static int open_trace(struct engine *e);
+static int close_trace(struct engine *e, int code);
+
+/* Section 19 */
+static int perplexity(const struct settings *s);
+
+/* Section 20 */
+static int bench(const struct settings *s);
+
+/* Section 21 */
+static int selftest(void);
+
+/* Section 20 */
+static const char *save_dir(const struct settings *s);
+static int enter_sandbox(const struct settings *s, int chats);
+static int keep_file(const char *path, const struct text *part, int n_parts);
+
+static int work(const struct settings *s)
+{
+    switch (s->help ? 0 : s->version ? -1 : s->mode) {
+    case 0: return print_help();
+    case -1: return print_version();
+    case SELFTEST: return selftest();
+    case TOKENIZE: case DETOKENIZE: case EXPORT: return work_on_words(s);
+    case PPL: return perplexity(s);
+    case BENCH: return bench(s);
+    case INSPECT: return inspect_file(s);
+    case BATCH: return batch(s);
+    default: return work_on_model(s);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    struct settings s = defaults;
+    int code;
+
+    prepare_process(argv);
+    if (argc > 0 && argv[0][0])
+        program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
+    code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
+    code = flush_output(code == DONE ? work(&s) : code);
+    return code == INTERRUPTED ? 128 + (int)last_signal : code;
+}
+
+/* ------------------------------------------------------ 3. The model in use
+ *
+ * What the machine gives, what a token costs, how a model wants its words
+ * chosen; and then the model, its vocabulary and a context, opened together. */
+
+enum {
+    LOGITS_CHUNK = 64,                    /* rows of logits, of any prompt   */
+    TRACE_BATCH = 64,                     /* tokens, as each takes much      */
+    LOOKUP = 7,                           /* tokens guessed at once          */
+    PROMPT_PIECE = 128,                   /* tokens read while others write  */
+    EXACT_TRIM = 16                       /* tokens that can be taken back   */
+};
+
+/* A sequence of the context: what its cache holds, and for whom. */
+struct slot { struct ids cached; struct job *job; double used; };
+
+/* What is written of a pass, see section 18. */
+struct trace {
+    const struct settings *s;
+    int code;                             /* DONE until something fails      */
+    int first, last;                      /* positions to be shown           */
+    int records, raw;                     /* descriptors; raw: -1 for none   */
+    uint64_t offset;                      /* of what comes next in raw       */
+    int has_some;                         /* behind the line about the model */
+    struct text line, bytes;              /* a record, and its numbers       */
+};
+
+struct engine {
+    const struct settings *s;
+    lfm2_model *model;
+    lfm2_tokenizer *words;                /* NULL: ids in, logits out        */
+    lfm2_context *ctx;
+    lfm2_params par;
+    int template;                         /* TEMPLATE_NONE: plain text       */
+    int opens_thought;                    /* the prompt ends with <think>    */
+    int lookup;                           /* most tokens guessed at once     */
+    int piece;                            /* of a prompt, while others write */
+    struct sampling preset;
+    char date[12];
+    struct ids ends;                      /* tokens that end a turn          */
+    struct trace *trace;                  /* NULL: nobody looks              */
+    struct fetch *fetch;                  /* NULL: the file is in memory     */
+    struct slot *slot;                    /* [n_seq]                         */
+    struct job *jobs;                     /* waiting or active, oldest first */
+    lfm2_span *span;                      /* [n_seq]                         */
+    float *raw_logits;                    /* [n_vocab], before penalties     */
+    int lost_calls;                       /* told already                    */
+};
+
+/* ---- what the system gives
+ *
+ * On Linux a control group, as that of a container, may have less than the
+ * machine: by its files in version 2, or in a tree of each controller's own in
+ * version 1.  What limits a group limits the groups within it. */
+
+static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
+
+/* The number in a file of a group's directory, the first or the second; 0 if it
+ * has none, as where it says "max". */
+static double number_in(const char *dir, const char *name, int second)
+{
+    char path[640];
+    double x[2] = { 0, 0 };
+    FILE *f;
+
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    f = fopen(path, "r");
+    if (f) {
+        (void)!fscanf(f, "%lf %lf", &x[0], &x[1]);
+        fclose(f);
+    }
+    return x[second];
+}
+
+/* In whole CPUs.  Threads beyond the quota are stopped in the middle of their
+ * work, and all others wait for them: two threads were faster than one with 1.5
+ * CPUs, and slower with 1.2. */
+static double cpu_limit(const char *dir)
+{
+    double quota = number_in(dir, "cpu.max", 0);
+    double period = number_in(dir, "cpu.max", 1);
+
+    if (quota <= 0) {
+        quota = number_in(dir, "cpu.cfs_quota_us", 0);
+        period = number_in(dir, "cpu.cfs_period_us", 0);
+    }
+    return quota > 0 && period > 0 ? fmax(1, floor(quota / period + 0.5)) : 0;
+}
+
+/* What a file of Linux says of `key`, behind a colon or a blank; or something
+ * else. */
+static struct phrase look_up(const char *path, const char *key,
+                             const char *otherwise)
+{
+    FILE *f = fopen(path, "r");
+    struct phrase out = phrase("%s", otherwise);
+    const size_t n = strlen(key);
+    char line[256];
+
+    while (f && fgets(line, sizeof line, f))
+        if (strncmp(line, key, n) == 0 && strchr(": \t", line[n])) {
+            const char *s = line + n + strspn(line + n, ": \t");
+            out = phrase("%.*s", (int)strcspn(s, "\n"), s);
+            break;
+        }
+    if (f)
+        fclose(f);
+    return out;
+}
+
+/* Memory that a group may take beside what its processes have; the pages of
+ * files give way. */
+static double memory_left(const char *dir)
+{
+    const double most = fmax(number_in(dir, "memory.max", 0),
+                             number_in(dir, "memory.limit_in_bytes", 0));
+    char path[640];
+
+    snprintf(path, sizeof path, "%s/memory.stat", dir);
+    return most <= 0 ? 0 :
+           fmax(1, most - strtod(look_up(path, "anon", "0").s, NULL) -
+                   strtod(look_up(path, "total_rss", "0").s, NULL));
+}
+
+/* The least limit, 0 for none, of the groups of this process and those they are
+ * in.  A line is "0::/path", or "4:memory:/path" in version 1. */
+static double least_limit(double (*limit)(const char *dir))
+{
+    FILE *f = fopen(groups, "r");
+    char line[512], dir[600], *end;
+    double least = 0;
+
+    while (f && fgets(line, sizeof line, f)) {
+        char *tree = strchr(line, ':');
+        char *path = tree ? strchr(tree + 1, ':') : NULL;
+        if (!path)
+            continue;
+        *tree = *path++ = '\0';
+        tree++;
+        path[strcspn(path, "\n")] = '\0';
+        do {
+            snprintf(dir, sizeof dir, "%s/%s%s", group_root, tree, path);
+            const double x = limit(dir);
+            least = x > 0 && (least <= 0 || x < least) ? x : least;
+            end = strrchr(path, '/');
+            if (end)
+                *end = '\0';
+        } while (end);
+    }
+    if (f)
+        fclose(f);
+    return least;
+}
+
+/* CPUs that this process may use. */
+static int usable_cpus(void)
+{
+    double n = 0, most;
+
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        n = CPU_COUNT(&set);
+#endif
+    if (n < 1)
+        n = (double)sysconf(_SC_NPROCESSORS_ONLN);
+    most = least_limit(cpu_limit);
+    if (most > 0)
+        n = fmin(n, most);
+    return (int)fmax(1, fmin(n, 64));
+}
+
+/* Memory that can be had without taking it from another program; 0 if the
+ * system does not tell. */
+static double free_memory(void)
+{
+    const double have = strtod(look_up("/proc/meminfo", "MemAvailable", "0").s,
+                               NULL) * 1024;
+    const double most = least_limit(memory_left);
+
+    return most > 0 ? fmin(have, most) : have;
+}
+
+/* Of the KV cache, for one token. */
+static double kv_bytes(const lfm2_config *c, int kv_type)
+{
+    double sum = 0;
+
+    for (int il = 0; il < c->n_layer; il++)
+        if (c->is_attn[il])
+            sum += 2.0 * c->n_head_kv * c->head_dim *
+                   (kv_type == LFM2_KV_F16 ? 2 : 4);
+    return sum;
+}
+/* ---- what a token costs, and the process */
+
+static double count_elements(const lfm2_tensor_info *t)
+{
+    double n = 1;
+
+    for (int d = 0; d < t->n_dims; d++)
+        n *= (double)t->dims[d];
+    return n;
+}
+
+/* What a token costs, by the tensors of the file. */
+struct cost {
+    double bytes, params;                 /* of the whole file               */
+    double shared, experts;               /* bytes: read for every token, and
+                                             of all experts together         */
+    double macs, head;                    /* multiply-adds; for logits       */
+    double kv;                            /* bytes of cache a token of text  */
+};
+
+static struct cost count_cost(const lfm2_model *m, int kv_type)
+{
+    const lfm2_config *c = lfm2_model_config(m);
+    struct cost sum = { .kv = kv_bytes(c, kv_type) };
+    double embedding = 0, output = 0;
+    lfm2_tensor_info t;
+
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
+        const double bytes = (double)t.n_bytes, n = count_elements(&t);
+        sum.bytes += bytes;
+        sum.params += n;
+        if (strcmp(t.name, "token_embd.weight") == 0)
+            embedding = bytes, sum.head = n;
+        else if (strcmp(t.name, "output.weight") == 0)
+            output = bytes;
+        else if (strstr(t.name, "_exps.") && c->n_expert > 0) {
+            sum.experts += bytes;
+            sum.macs += n * c->n_expert_used / c->n_expert;
+        } else {
+            sum.shared += bytes;
+            sum.macs += t.n_dims > 1 ? n : 0;
+        }
+    }
+    sum.shared += output > 0 ? output : embedding;
+    return sum;
+}
+
+/* Bytes that one step reads for a token of each sequence: weights once, of the
+ * experts those that are expected to be chosen, if all are as likely; and the
+ * cache, `depth` tokens of it. */
+static double step_bytes(const lfm2_model *m, const struct cost *cost,
+                         int n_seq, double depth)
+{
+    const lfm2_config *c = lfm2_model_config(m);
+    double idle = 1;
+
+    for (int i = 0; c->n_expert > 0 && i < n_seq; i++)
+        idle *= 1 - (double)c->n_expert_used / c->n_expert;
+    return cost->shared + cost->experts * (1 - idle) +
+           cost->kv * n_seq * depth;
+}
+
+/* Memory of the process's own, which the mapped file is not; 0 if the system
+ * does not tell. */
+static double anonymous_memory(void)
+{
+    return strtod(look_up("/proc/self/status", "RssAnon", "0").s, NULL) * 1024;
+}
+
+static double peak_memory(void)
+{
+    struct rusage use;
+
+    if (getrusage(RUSAGE_SELF, &use) != 0)
+        return 0;
+#if defined __APPLE__
+    return (double)use.ru_maxrss;
+#elif defined __wasi__
+    return (double)__builtin_wasm_memory_size(0) * 65536;
+#else
+    return (double)use.ru_maxrss * 1024;
+#endif
+}
+
+/* ---- presets
+ *
+ * What the makers publish for each model, found by its name: the first row all
+ * of whose words are in it.  The small models for one task are greedy. */
+
+static const struct preset {
+    const char *name, *words[2];
+    struct sampling is;
+} presets[] = {
+    { "LFM2 Extract", { "-extract-", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2 RAG", { "-rag-", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2 Tool", { "-tool-", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2 PII", { "-pii-", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2 MT", { "-mt-", "" }, { 0, 0, 1, 0, 1, 64 } },
+    { "LFM2-VL", { "-vl-", "" }, { 0.1, 0, 1, 0.15, 1.05, 64 } },
+    { "LFM2.5-8B-A1B", { "-lfm2.5-", "-8b-" }, { 0.2, 80, 1, 0, 1.05, 64 } },
+    { "LFM2.5-2.6B", { "-lfm2.5-", "-2.6b-" }, { 0.1, 50, 1, 0, 1.1, 64 } },
+    { "LFM2.5-Thinking", { "-lfm2.5-", "-thinking-" },
+      { 0.05, 50, 1, 0, 1.05, 64 } },
+    { "LFM2.5-JP-202606", { "-lfm2.5-", "-jp-202606-" },
+      { 0.1, 50, 1, 0, 1.05, 64 } },
+    { "LFM2.5-JP", { "-lfm2.5-", "-jp-" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
+    { "LFM2.5-Base", { "-lfm2.5-", "-base-" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
+    { "LFM2.5", { "-lfm2.5-", "" }, { 0.1, 50, 1, 0, 1.05, 64 } },
+    { "LFM2-24B-A2B", { "-24b-", "" }, { 0.1, 50, 1, 0, 1.05, 64 } },
+    { "LFM2", { "", "" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
+};
+
+/* All the file says of its name, like "-lfm2-1.2b-extract-"; and what its sizes
+ * say of it, if it says nothing of a size. */
+static void describe(const lfm2_model *m, struct text *out)
+{
+    static const char *const key[] = {
+        "general.name", "general.basename", "general.finetune",
+        "general.size_label"
+    };
+    const lfm2_config *c = lfm2_model_config(m);
+    size_t n;
+
+    for (int i = 0; i < 4; i++) {
+        const char *s = lfm2_model_string(m, key[i], &n);
+        add_string(out, "-");
+        add(out, s ? s : "", s ? n : 0);
+    }
+    if (c->n_expert == 64)
+        add_string(out, c->n_vocab >= 128000 ? "-lfm2.5-24b" : "-lfm2-24b");
+    else if (c->n_vocab >= 128000)
+        add_string(out, c->n_expert ? "-lfm2.5-8b" : "-lfm2.5-2.6b");
+    add_string(out, "-");
+    for (size_t i = 0; i < out->n; i++)
+        if (out->s[i] == '_' || out->s[i] == ' ' || out->s[i] == '/')
+            out->s[i] = '-';
+        else if (out->s[i] >= 'A' && out->s[i] <= 'Z')
+            out->s[i] = (char)(out->s[i] - 'A' + 'a');
+}
+
+static const struct preset *find_preset(const lfm2_model *m)
+{
+    const struct preset *p = presets;
+    struct text name = { 0 };
+
+    describe(m, &name);
+    while (!strstr(name.s, p->words[0]) || !strstr(name.s, p->words[1]))
+        p++;
+    free(name.s);
+    return p;
+}
+
+/* A value of the metadata as text; empty if there is none. */
+static struct phrase value_of(const lfm2_model *m, const char *key)
+{
+    struct phrase out;
+    const char *found;
+
+    for (int i = 0; (found = lfm2_model_key(m, i, out.s, sizeof out.s)); i++)
+        if (strcmp(found, key) == 0)
+            return out;
+    return phrase("%s", "");
+}
+
+/* A number in the metadata, within the bounds of its option; 0 if there is
+ * none. */
+static int file_number(const lfm2_model *m, const char *key, double least,
+                       double most, double *out)
+{
+    const struct phrase value = value_of(m, key);
+    char *end;
+    const double x = strtod(value.s, &end);
+
+    if (end == value.s || *end || !(x >= least && x <= most))
+        return 0;
+    *out = x;
+    return 1;
+}
+
+/* The preset, and before it what the file itself wishes.  A penalty would only
+ * spoil a greedy choice, so then it must be asked for.  *named: how many of the
+ * wishes there are. */
+static struct sampling preset_of(const lfm2_model *m, int *named)
+{
+    struct sampling to = find_preset(m)->is;
+    double top_k = to.top_k, last_n = to.last_n;
+    int penalty;
+
+    *named = file_number(m, "general.sampling.temp", 0, 100, &to.temp);
+    *named += file_number(m, "general.sampling.top_k", 0, 1 << 30, &top_k);
+    *named += file_number(m, "general.sampling.top_p", 0, 1, &to.top_p);
+    *named += file_number(m, "general.sampling.min_p", 0, 1, &to.min_p);
+    *named += file_number(m, "general.sampling.penalty_last_n", -1, 1 << 30,
+                          &last_n);
+    *named += penalty = file_number(m, "general.sampling.penalty_repeat", 0.01,
+                                    100, &to.repeat);
+    to.top_k = (int)top_k;
+    to.last_n = (int)last_n;
+    if (to.temp == 0 && !penalty)
+        to.repeat = 1;
+    return to;
+}
+
+/* What was not asked for is as the preset has it. */
+static void complete(struct sampling *is, const struct sampling *preset)
+{
+    if (is->repeat == UNSET)
+        is->repeat = is->temp == 0 ? 1 : preset->repeat;
+    if (is->temp == UNSET)
+        is->temp = preset->temp;
+    if (is->top_k == UNSET)
+        is->top_k = preset->top_k;
+    if (is->top_p == UNSET)
+        is->top_p = preset->top_p;
+    if (is->min_p == UNSET)
+        is->min_p = preset->min_p;
+    if (is->last_n == UNSET)
+        is->last_n = preset->last_n;
+}
+
+static struct phrase describe_sampling(const struct sampling *is)
+{
+    return phrase("temperature %g, top-k %d, top-p %g, min-p %g, repeat penalty "
+                  "%g over %d", is->temp, is->top_k, is->top_p, is->min_p,
+                  is->repeat, is->last_n);
+}
+
+/* ---- opening */
+
+/* What the command line asks of a context. */
+static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
+{
+    lfm2_params p = lfm2_default_params(m);
+    const int n_cpus = usable_cpus();
+
+    if (s->ctx != UNSET)
+        p.n_ctx = s->ctx ? s->ctx : lfm2_model_config(m)->n_ctx_train;
+    if (s->batch != UNSET)
+        p.n_batch = s->batch;
+    p.n_threads = s->threads ? s->threads : n_cpus;
+    if (p.n_threads > 2 * n_cpus)
+        note("-t %d: more threads than the %d CPUs here make it slower",
+             p.n_threads, n_cpus);
+    p.isa = s->isa;
+    p.kv_type = s->kv;
+    return p;
+}
+
+/* Does the file's template end the prompt inside a thought? */
+static int opens_thought(const lfm2_model *m)
+{
+    size_t n = 0;
+    const char *s = lfm2_model_string(m, "tokenizer.chat_template", &n);
+
+    return s && find(s, s + n, TURN_START "assistant\\n" THINK);
+}
+
+/* Which format the conversation has, or that there is none. */
+static int settle_template(struct engine *e)
+{
+    const struct settings *s = e->s;
+    struct why why = { "" };
+    int known = 1;
+
+    e->template = s->raw || s->ids ? TEMPLATE_NONE : s->template;
+    if (e->template == TEMPLATE_AUTO)
+        e->template = choose_template(e->model, e->words, &known, &why);
+    if (s->verbose && !why.s[0])
+        note("template %s", template_name(e->template));
+    else if (s->verbose || !known)
+        note("%s: %s", s->model, why.s);
+    e->opens_thought = e->template != TEMPLATE_NONE && e->words &&
+                       opens_thought(e->model);
+    if (e->template != TEMPLATE_NONE || s->raw || s->ids)
+        return DONE;
+    if (chat_option(s))
+        return say(USAGE, "%s: no chat template, so %s cannot be used; "
+                   "--template names one", s->model, chat_option(s));
+    if (s->mode == ANSWER)
+        note("%s: no chat template, the prompt is continued as plain text",
+             s->model);
+    return DONE;
+}
+
+/* A model may have spare rows behind its own vocabulary; a vocabulary from
+ * elsewhere that is shorter is another model's. */
+static int open_model_words(struct engine *e)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    int code, n;
+
+    if (e->s->ids && e->s->mode == LOGITS)
+        return DONE;
+    code = open_words(e->s, e->model, &e->words);
+    if (code != DONE)
+        return code;
+    n = lfm2_n_vocab(e->words);
+    e->ends.id = zeroed((size_t)n, sizeof *e->ends.id);
+    for (int32_t id = 0; id < n; id++)
+        if (lfm2_is_eog(e->words, id))
+            e->ends.id[e->ends.n++] = id;
+    if (n > n_vocab || (n < n_vocab && e->s->tokenizer))
+        return say(BAD_MODEL, "%s: a vocabulary of %d tokens, expected the %d "
+                   "of the model", e->s->tokenizer ? e->s->tokenizer :
+                   e->s->model, n, n_vocab);
+    return DONE;
+}
+
+static int open_model(struct engine *e)
+{
+    const struct settings *s = e->s;
+    lfm2_error err;
+    int code;
+
+    code = enter_sandbox(s, s->mode == CHAT);
+    if (code != DONE)
+        return code;
+    if (!s->no_mmap)
+        watch_file(s->model);
+    if (open_file(lfm2_model_open, &e->model, s->model, s->no_mmap, &err) !=
+        LFM2_OK)
+        return report(s->model, &err);
+    e->par = choose_params(s, e->model);
+    for (int i = 0; lfm2_model_warning(e->model, i); i++)
+        note("%s: %s", s->model, lfm2_model_warning(e->model, i));
+    return DONE;
+}
+
+/* ---- a file that is not in memory
+ *
+ * Its pages would come as they are touched, which in a mixture of experts is
+ * here and there.  A thread reads it from the front to the end meanwhile. */
+
+#if defined __linux__ && !defined LFM2_NO_MMAP && !defined LFM2_NO_THREADS
+
+struct fetch {
+    const lfm2_model *model;
+    pthread_t thread;
+    atomic_int stop;
+};
+
+static void *fetch_file(void *fetch)
+{
+    struct fetch *f = fetch;
+    const uint64_t piece = 8 << 20;
+
+    for (uint64_t at = 0, n = 1; n > 0 && !f->stop; at += n)
+        n = lfm2_model_read_ahead(f->model, at, piece);
+    return NULL;
+}
+
+/* Is much of the file not in memory?  Some pages, spread over it, are asked
+ * for.  Of a file that is not ours to write Linux does not tell: then it is
+ * read, which does no harm. */
+static int is_cold(const struct engine *e)
+{
+    enum { PROBES = 256, ABSENT = 8 };
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t size;
+    const unsigned char *file = lfm2_model_file(e->model, &size);
+    int absent = 0;
+
+    for (int i = 0; i < PROBES; i++) {
+        const size_t at = size / PROBES * (size_t)i;
+        unsigned char there = 1;
+        if (mincore((void *)(uintptr_t)(file + at - at % page), 1, &there) == 0)
+            absent += !(there & 1);
+    }
+    return absent > ABSENT || access(e->s->model, W_OK) != 0;
+}
+
+/* If there is memory for all of it.  Signals are for the main thread. */
+static void start_fetch(struct engine *e)
+{
+    const struct settings *s = e->s;
+    size_t size;
+
+    lfm2_model_file(e->model, &size);
+    if (s->no_mmap || !is_cold(e) || free_memory() < (double)size +
+        (double)lfm2_context_size(e->model, &e->par))
+        return;
+    e->fetch = zeroed(1, sizeof *e->fetch);
+    e->fetch->model = e->model;
+    block_signals(1);
+    if (pthread_create(&e->fetch->thread, NULL, fetch_file, e->fetch) != 0) {
+        free(e->fetch);
+        e->fetch = NULL;
+    }
+    block_signals(0);
+    if (e->fetch && s->verbose)
+        note("%s: not all in memory, read ahead", s->model);
+}
+
+static void stop_fetch(struct engine *e)
+{
+    if (!e->fetch)
+        return;
+    e->fetch->stop = 1;
+    pthread_join(e->fetch->thread, NULL);
+    free(e->fetch);
+}
+
+#else
+
+static void start_fetch(struct engine *e)
+{
+    (void)e;
+}
+
+static void stop_fetch(struct engine *e)
+{
+    (void)e;
+}
+
+#endif
+
+static void print_settings(const struct engine *e)
+{
+    const lfm2_params p = lfm2_context_params(e->ctx);
+
+    note("context %d, batch %d, threads %d, isa %s, kv %s; %s beside the file",
+         p.n_ctx, p.n_batch, p.n_threads, isa_name(p.isa), kv_name(p.kv_type),
+         amount((double)lfm2_context_size(e->model, &p), "B").s);
+}
+
+static int open_context(struct engine *e)
+{
+    const int n_train = lfm2_model_config(e->model)->n_ctx_train;
+    const size_t n_seq = (size_t)e->par.n_seq;
+    lfm2_error err;
+    int code;
+
+    start_fetch(e);
+    block_signals(1);
+    code = lfm2_context_open(&e->ctx, e->model, &e->par, &err);
+    block_signals(0);
+    if (code != LFM2_OK)
+        return report(e->s->model, &err);
+    catch_interrupt();
+    e->slot = zeroed(n_seq, sizeof *e->slot);
+    e->span = zeroed(n_seq, sizeof *e->span);
+    e->raw_logits = zeroed((size_t)lfm2_model_config(e->model)->n_vocab,
+                           sizeof *e->raw_logits);
+    for (size_t i = 0; i < n_seq; i++)
+        e->slot[i].cached.id = zeroed((size_t)e->par.n_ctx + 1,
+                                      sizeof *e->slot[i].cached.id);
+    if (e->s->verbose)
+        print_settings(e);
+    if (e->par.n_ctx > n_train)
+        note("%s: a context of %d tokens, but the model was trained for %d",
+             e->s->model, e->par.n_ctx, n_train);
+    return DONE;
+}
+
+/* How many tokens to guess, and the rows of logits that takes.  Unless it is
+ * asked for, none where a guess costs too much: with experts, as it chooses its
+ * own, and in plain C, where arithmetic takes longer than reading.  A trace
+ * would show tokens that nobody said. */
+static void settle_lookup(struct engine *e)
+{
+    const struct settings *s = e->s;
+    int isa = LFM2_ISA_SCALAR + 1, pays;
+
+    while (isa < LFM2_N_ISA && !lfm2_isa_available(isa))
+        isa++;
+    pays = lfm2_model_config(e->model)->n_expert == 0 && isa < LFM2_N_ISA &&
+           s->isa != LFM2_ISA_SCALAR;
+    e->lookup = s->trace ? 0 : s->lookup != UNSET ? s->lookup :
+                pays ? LOOKUP : 0;
+    if (e->par.n_logits < 1 + e->lookup)
+        e->par.n_logits = 1 + e->lookup;
+}
+
+/* Everything but the context, which takes the most memory. */
+static int open_engine(struct engine *e)
+{
+    const struct settings *s = e->s;
+    int named, code = open_model(e);
+
+    if (code == DONE)
+        code = open_model_words(e);
+    if (code == DONE)
+        code = settle_template(e);
+    if (code != DONE)
+        return code;
+    e->preset = preset_of(e->model, &named);
+    if (s->verbose)
+        note("preset %s%s: %s", find_preset(e->model)->name, named ? " and the "
+             "file's own general.sampling" : "",
+             describe_sampling(&e->preset).s);
+    if (s->date)
+        snprintf(e->date, sizeof e->date, "%s", s->date);
+    else
+        today(e->date);
+    if (s->mode == LOGITS || s->ask.logprobs >= 0)
+        e->par.n_logits = LOGITS_CHUNK;
+    if (s->trace && s->batch == UNSET)
+        e->par.n_batch = TRACE_BATCH;
+    settle_lookup(e);
+    e->piece = s->piece != UNSET ? s->piece :
+               s->mode == BATCH ? e->par.n_batch : PROMPT_PIECE;
+    return DONE;
+}
+
+static void close_engine(struct engine *e)
+{
+    stop_fetch(e);
+    for (int i = 0; e->slot && i < e->par.n_seq; i++)
+        free(e->slot[i].cached.id);
+    free(e->slot);
+    free(e->span);
+    free(e->raw_logits);
+    free(e->ends.id);
+    lfm2_context_close(e->ctx);
+    lfm2_tokenizer_close(e->words);
+    lfm2_model_close(e->model);
+}
+
+/* --------------------------------------------------- 4. Request, reply, step
+ *
+ * Everything that answers is a job: a request, and the reply that grows token
+ * by token.  engine_step() moves all jobs on by one forward, so a question on
+ * the command line, a chat and a batch are the same loop.  A job's sink does
+ * something with the words. */
+
+enum finish { UNFINISHED, STOPPED, BY_LENGTH, BY_CONTEXT, BROKEN };
+
+/* Where in an answer the next byte belongs. */
+enum part {
+    AT_START, IN_THOUGHT, AFTER_THOUGHT, IN_TEXT, IN_CALL, IN_PLAIN_TEXT
+};
+
+/* A token, its log probability, and the likeliest ones in its place. */
+struct scored { int32_t id; double logprob; };
+
+struct score { struct scored is, top[MAX_LOGPROBS + 1]; int n_top; };
+
+struct scores { struct score *v; int n; };
+
+struct reply {
+    const struct request *q;
+    int seq;
+    int keeps_marks;                      /* --think raw: nothing is parted  */
+    struct ids ids;                       /* prompt, then answer: [n_ctx]    */
+    int n_fed, n_reused;                  /* of ids: in the cache; from it   */
+    int n_made, n_thought;                /* tokens made, of them in thought */
+    int n_sampled, n_steps;               /* chosen; forwards for all but
+                                             the first                       */
+    int n_guessed, n_right;               /* tokens by lookup, right ones    */
+    int bold, credit;                     /* how many it may guess           */
+    lfm2_sampler sampler;
+    enum finish finish;
+    enum part part;
+    struct text raw;                      /* all that was said               */
+    size_t seen;                          /* of raw: parted                  */
+    struct text text, thought, calls;     /* the parts of it                 */
+    struct scores prompt_scores, scores;
+    struct bias *said;                    /* tokens made, and how often      */
+    int n_said;
+    int32_t stop_id[MAX_LIST];            /* control tokens among the stops  */
+    int n_stop_ids;
+    uint64_t hash;                        /* of all logits sampled from      */
+    double started, read, ended;          /* seconds()                       */
+};
+
+struct job {
+    struct request q;
+    struct reply r;
+    const struct sink *to;
+    void *owner;
+    enum { WAITING, ACTIVE, FINISHED } state;
+    uint64_t id;
+    struct job *next;
+};
+
+struct sink {
+    void (*more)(struct job *j);          /* after each of its tokens        */
+    void (*end)(struct job *j);           /* r.finish says how               */
+};
+
+static void free_reply(struct reply *r)
+{
+    free(r->ids.id);
+    free(r->raw.s);
+    free(r->text.s);
+    free(r->thought.s);
+    free(r->calls.s);
+    free(r->prompt_scores.v);
+    free(r->scores.v);
+    free(r->said);
+    *r = (struct reply){ .q = NULL };
+}
+
+static void free_request(struct request *q)
+{
+    free(q->prompt.id);
+    free(q->bias);
+}
+
+/* ---- thought, text, calls and stop strings
+ *
+ * Words that change what follows may arrive in pieces, so the end of the text
+ * is held back while it could be the beginning of one. */
+
+/* How much of the end of s[n] could be the beginning of the word. */
+static size_t overlap(const char *s, size_t n, const char *word, size_t len)
+{
+    size_t k = n < len ? n : len - 1;
+
+    while (k > 0 && memcmp(s + n - k, word, k) != 0)
+        k--;
+    return k;
+}
+
+struct cut { size_t at, len, held; int is_stop; };
+
+/* Is the word in s[n], and complete before what was found so far?  Of two that
+ * end together the longer counts, or the later one: so it does not matter in
+ * which pieces the text arrives. */
+static void look_for(struct cut *c, const char *s, size_t n, const char *word,
+                     int is_stop)
+{
+    const size_t len = strlen(word), held = overlap(s, n, word, len);
+    const size_t before = c->len > 0 ? c->at + c->len : n;
+
+    for (size_t at = 0; at + len <= before; at++)
+        if (s[at] == word[0] && memcmp(s + at, word, len) == 0) {
+            if (c->len == 0 || at + len < before || len >= c->len)
+                *c = (struct cut){ at, len, 0, is_stop };
+            return;
+        }
+    if (held > c->held && c->len == 0)
+        c->held = held;
+}
+
+/* A reader sees no thoughts and calls, unless all is shown as it comes. */
+static struct cut find_cut(const struct reply *r, const char *s, size_t n)
+{
+    const char *const ends[] = {
+        [IN_THOUGHT] = THINK_END, [IN_TEXT] = CALL_START, [IN_CALL] = CALL_END,
+        [IN_PLAIN_TEXT] = NULL
+    };
+    struct cut c = { n, 0, 0, 0 };
+
+    if (ends[r->part])
+        look_for(&c, s, n, ends[r->part], 0);
+    if (r->part == IN_TEXT && r->calls.n > 0)         /* said once more      */
+        look_for(&c, s, n, CALL_END, 0);
+    if (r->part == IN_TEXT || r->part == IN_PLAIN_TEXT || r->keeps_marks)
+        for (int i = 0; i < r->q->stop.n; i++)
+            look_for(&c, s, n, r->q->stop.v[i], 1);
+    return c;
+}
+
+/* A thought is one only if nothing else comes before it.  Returns 1 once that
+ * is known. */
+static int begin_part(struct reply *r, int last)
+{
+    const char *s = r->raw.s + r->seen;
+    const size_t n = r->raw.n - r->seen, len = strlen(THINK);
+    size_t blank = 0;
+
+    while (blank < n && strchr(" \n\r\t", s[blank]) && s[blank])
+        blank++;
+    if (!last && (blank == n ||
+                  overlap(s + blank, n - blank, THINK, len) == n - blank))
+        return 0;
+    if (r->part == AT_START && n - blank >= len &&
+        memcmp(s + blank, THINK, len) == 0) {
+        r->part = IN_THOUGHT;
+        r->seen += blank + len;
+        return 1;
+    }
+    if (r->part == AFTER_THOUGHT)
+        r->seen += blank;
+    r->part = IN_TEXT;
+    return 1;
+}
+
+/* The marks between parts belong to none, those around a call to the call. */
+static void end_part(struct reply *r, const char *word, struct cut c)
+{
+    if (c.is_stop) {
+        r->finish = STOPPED;
+        r->raw.n = r->seen -= c.len;
+        r->raw.s[r->raw.n] = '\0';
+    } else if (r->part == IN_THOUGHT)
+        r->part = AFTER_THOUGHT;
+    else {
+        r->part = c.len == strlen(CALL_END) ? IN_TEXT : IN_CALL;
+        if (!r->keeps_marks)
+            add(&r->calls, word, c.len);
+    }
+}
+
+static void split_parts(struct reply *r, int last)
+{
+    while (r->seen < r->raw.n && r->finish != STOPPED) {
+        if (r->part == AT_START || r->part == AFTER_THOUGHT) {
+            if (!begin_part(r, last))
+                return;
+            continue;
+        }
+        const char *s = r->raw.s + r->seen;
+        const struct cut c = find_cut(r, s, r->raw.n - r->seen);
+        const size_t n = c.at - (last ? 0 : c.held);
+        if (!r->keeps_marks)
+            add(r->part == IN_THOUGHT ? &r->thought : r->part == IN_CALL ?
+                &r->calls : &r->text, s, n);
+        r->seen += n + c.len;
+        if (c.len == 0)
+            return;
+        end_part(r, s + c.at, c);
+    }
+}
+
+/* Part what is new in r->raw; `last` lets go of what is held back. */
+static void split(struct reply *r, int last)
+{
+    const size_t from = r->seen;
+
+    split_parts(r, last);
+    if (r->keeps_marks && r->seen > from)
+        add(&r->text, r->raw.s + from, r->seen - from);
+}
+
+/* The text of a token; of the control tokens only those that set parts of an
+ * answer apart. */
+static const char *visible(const struct engine *e, int32_t id, int *len)
+{
+    static const char *const marks[] = { THINK, THINK_END, CALL_START,
+                                         CALL_END };
+    const char *s = lfm2_token_bytes(e->words, id, 0, len);
+
+    if (*len > 0)
+        return s;
+    s = lfm2_token_bytes(e->words, id, 1, len);
+    for (int i = 0; i < 4; i++)
+        if ((size_t)*len == strlen(marks[i]) &&
+            memcmp(s, marks[i], (size_t)*len) == 0)
+            return s;
+    *len = 0;
+    return s;
+}
+
+/* ---- log probabilities */
+
+static double log_sum(const float *logits, int n_vocab)
+{
+    float most = logits[0];
+    double sum = 0;
+
+    for (int i = 1; i < n_vocab; i++)
+        most = logits[i] > most ? logits[i] : most;
+    for (int i = 0; i < n_vocab; i++)
+        sum += exp((double)logits[i] - (double)most);
+    return (double)most + log(sum);
+}
+
+/* Note a token and the k likeliest, best first, of equals the lower id first.
+ * Without logits, as for the first token of a text, it has no probability. */
+static void note_score(const struct engine *e, struct scores *to,
+                       const float *logits, int32_t id, int k)
+{
+    const int n_vocab = lfm2_n_vocab(e->words);       /* those with names    */
+    const size_t n = (size_t)to->n;
+    struct score *s;
+    double all;
+
+    if ((n & (n - 1)) == 0)
+        to->v = resize(to->v, (n ? 2 * n : 1) * sizeof *to->v);
+    s = &to->v[to->n++];
+    *s = (struct score){ .is = { id, NAN } };
+    if (!logits)
+        return;
+    for (int i = 0; k > 0 && i < n_vocab; i++) {
+        const struct scored x = { i, (double)logits[i] };
+        if (s->n_top == k && !(x.logprob > s->top[k - 1].logprob))
+            continue;
+        int at = s->n_top < k ? s->n_top++ : k - 1;
+        for (; at > 0 && x.logprob > s->top[at - 1].logprob; at--)
+            s->top[at] = s->top[at - 1];
+        s->top[at] = x;
+    }
+    all = log_sum(logits, lfm2_model_config(e->model)->n_vocab);
+    s->is.logprob = (double)logits[id] - all;
+    for (int i = 0; i < s->n_top; i++)
+        s->top[i].logprob -= all;
+}
+
+/* ---- token by token */
+
+/* FNV-1a over whole numbers: the same on every machine, as the logits are. */
+static uint64_t hash_floats(uint64_t h, const float *x, int n)
+{
+    for (int i = 0; i < n; i++)
+        h = hash_number(h, float_bits(x[i]));
+    return h;
+}
+
+/* Change logits as the request asks, before its sampler sees them. */
+static void adjust_logits(const struct engine *e, const struct reply *r,
+                          float *logits)
+{
+    const struct request *q = r->q;
+
+    for (int i = 0; i < q->n_bias; i++)
+        logits[q->bias[i].id] += q->bias[i].by;
+    for (int i = 0; i < r->n_said; i++)
+        logits[r->said[i].id] -= (float)(q->presence + q->frequency *
+                                         (double)r->said[i].by);
+    for (int i = 0; q->ignore_eos && i < e->ends.n; i++)
+        logits[e->ends.id[i]] = -INFINITY;
+}
+
+/* For the presence and frequency penalties. */
+static void count_token(struct reply *r, int32_t id)
+{
+    int i = 0;
+
+    while (i < r->n_said && r->said[i].id != id)
+        i++;
+    if (i == r->n_said)
+        r->said[r->n_said++] = (struct bias){ id, 0 };
+    r->said[i].by++;
+}
+
+/* Append a token to the answer, or end it. */
+static void take_token(const struct engine *e, struct reply *r, int32_t id)
+{
+    const enum part before = r->part;
+    int len;
+    const char *s = visible(e, id, &len);
+
+    add(&r->raw, s, (size_t)len);
+    split(r, 0);
+    r->n_made++;
+    if (r->said)
+        count_token(r, id);
+    r->n_thought += before == IN_THOUGHT;
+    if (r->finish != UNFINISHED)
+        return;
+    if (r->n_made == r->q->limit)
+        r->finish = BY_LENGTH;
+    else if (r->ids.n == e->par.n_ctx)
+        r->finish = BY_CONTEXT;
+    else
+        r->ids.id[r->ids.n++] = id;
+}
+
+/* A thought that takes too long is closed for the model.  Returns whether it
+ * was. */
+static int close_thought(const struct engine *e, struct reply *r)
+{
+    static const char closing[] = "\n</think>\n\n";
+    int32_t id[16];
+    int n;
+
+    if (r->part != IN_THOUGHT || r->q->think_budget < 0 ||
+        r->n_thought < r->q->think_budget)
+        return 0;
+    n = lfm2_encode(e->words, closing, strlen(closing), LFM2_ENCODE_SPECIAL,
+                    id, 16);
+    for (int i = 0; i < n && i < 16 && r->finish == UNFINISHED; i++)
+        take_token(e, r, id[i]);
+    return n > 0;
+}
+
+static int is_end(const struct engine *e, const struct reply *r, int32_t id)
+{
+    for (int i = 0; i < r->n_stop_ids; i++)
+        if (r->stop_id[i] == id)
+            return 1;
+    return lfm2_is_eog(e->words, id);
+}
+
+/* The next token, from the logits of the last.  Scores are what the model said,
+ * before anything changes it. */
+static void sample_token(struct engine *e, struct reply *r, float *logits)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    const struct request *q = r->q;
+    int32_t id;
+    int ends;
+
+    if (close_thought(e, r))
+        return;
+    if (e->s->json)
+        r->hash = hash_floats(r->hash, logits, n_vocab);
+    if (q->logprobs >= 0)
+        memcpy(e->raw_logits, logits, (size_t)n_vocab * sizeof *logits);
+    adjust_logits(e, r, logits);
+    id = lfm2_sample(e->ctx, &r->sampler, logits, r->ids.id, r->ids.n);
+    if (id < 0) {
+        r->finish = BROKEN;
+        return;
+    }
+    r->n_sampled++;
+    ends = is_end(e, r, id);
+    if (q->logprobs >= 0 && (!ends || q->is_completion))
+        note_score(e, &r->scores, e->raw_logits, id, q->logprobs);
+    if (ends)
+        r->finish = STOPPED;
+    else
+        take_token(e, r, id);
+}
+
+/* ---- prompt lookup
+ *
+ * Text repeats itself: an edit repeats a page, an answer its question, JSON its
+ * keys.  What followed the last few tokens earlier is a guess at what follows
+ * them now, and one forward reads several guesses for little more than the
+ * price of a token.  From each of them the next token is chosen as ever; a
+ * guess only decides whether the logits for it are there already.  So the
+ * answer is the same, to the byte.
+ *
+ * A guess costs about a tenth of a forward, and saves one if it is right.  A
+ * reply begins with half a forward to its credit and earns two hundredths with
+ * each, so that guesses that are always wrong cost it little more than that. */
+
+enum {
+    MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that must be alike       */
+    A_FORWARD = 100, A_GUESS = 10, EARNED = 2, CREDIT = 50, MAX_CREDIT = 400
+};
+
+/* Where the text went on when it was last like its end now: the longer this
+ * goes back, the better.  0 if it never was.  The search is short beside what
+ * attention reads of the same tokens. */
+static int find_earlier(const struct ids *text)
+{
+    const int32_t *end = text->id + text->n;
+    int best = 0, longest = MIN_MATCH - 1;
+
+    for (int at = text->n - 1; at > longest && longest < MAX_MATCH; at--) {
+        int n = 0;
+        while (n < at && n < MAX_MATCH && text->id[at - 1 - n] == end[-1 - n])
+            n++;
+        if (n > longest)
+            longest = n, best = at;
+    }
+    return best;
+}
+
+/* Put at most n guesses behind the text, and say how many. */
+static int guess(const struct engine *e, struct reply *r, int n)
+{
+    struct ids *text = &r->ids;
+    int from;
+
+    n = smaller(smaller(n, r->bold), r->credit / A_GUESS);
+    n = smaller(n, e->par.n_ctx - text->n);
+    if (r->q->limit >= 0)
+        n = smaller(n, r->q->limit - r->n_made - 1);
+    from = n > 0 ? find_earlier(text) : 0;
+    for (int i = 0; from > 0 && i < n; i++)
+        text->id[text->n + i] = text->id[from + i];
+    return from > 0 ? n : 0;
+}
+
+/* Of n guesses so many were right: guess more, or less. */
+static void note_guesses(struct reply *r, int n, int n_right)
+{
+    r->n_guessed += n;
+    r->n_right += n_right;
+    r->credit += EARNED + n_right * A_FORWARD - n * A_GUESS;
+    r->credit = smaller(r->credit, MAX_CREDIT);
+    if (n > 0)
+        r->bold = smaller(n_right < n ? n_right + 1 : 2 * n + 1, MAX_LOOKUP);
+}
+
+/* ---- many at once */
+
+/* A request shares this much with the text in a sequence. */
+static int shared_prefix(const struct ids *a, const struct ids *b)
+{
+    int n = 0;
+
+    while (n < a->n && n < b->n && a->id[n] == b->id[n])
+        n++;
+    return n;
+}
+
+static int check_prompt(const struct engine *e, const struct request *q,
+                        struct why *why)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+
+    if (q->prompt.n == 0)
+        return because(why, USAGE, "the prompt has no tokens");
+    if (q->prompt.n > e->par.n_ctx)
+        return because(why, TOO_LONG, "the prompt has %d tokens, the context "
+                       "%d; -c N makes it longer", q->prompt.n, e->par.n_ctx);
+    for (int i = 0; i < q->prompt.n; i++)
+        if (q->prompt.id[i] < 0 || q->prompt.id[i] >= n_vocab)
+            return because(why, USAGE, "token %d is %ld, expected 0 to %d", i,
+                           (long)q->prompt.id[i], n_vocab - 1);
+    return DONE;
+}
+
+/* Queue a job, whose request and sink are filled in. */
+static int engine_add(struct engine *e, struct job *j, struct why *why)
+{
+    struct job **end = &e->jobs;
+    const int code = check_prompt(e, &j->q, why);
+
+    if (code != DONE)
+        return code;
+    while (*end)
+        end = &(*end)->next;
+    *end = j;
+    j->next = NULL;
+    j->state = WAITING;
+    return DONE;
+}
+
+/* Forget a job, done or not.  What it has read stays in the cache. */
+static void engine_drop(struct engine *e, struct job *j)
+{
+    struct job **at = &e->jobs;
+
+    while (*at && *at != j)
+        at = &(*at)->next;
+    if (*at)
+        *at = j->next;
+    if (j->state == ACTIVE) {
+        e->slot[j->r.seq].job = NULL;
+        e->slot[j->r.seq].used = seconds();
+    }
+    j->state = FINISHED;
+    split(&j->r, 1);
+    j->r.ended = seconds();
+}
+
+static lfm2_sampler make_sampler(const struct sampling *is, uint64_t seed)
+{
+    return (lfm2_sampler){
+        (float)is->temp, is->top_k < 0 ? 0 : is->top_k, (float)is->top_p,
+        (float)is->min_p, (float)is->repeat,
+        is->last_n < 0 ? 1 << 30 : is->last_n, seed
+    };
+}
+
+/* Begin to answer in a sequence.  One token at least is always read, for its
+ * logits; all are, if the prompt's own are wanted. */
+static void start_reply(struct engine *e, struct job *j, struct slot *slot)
+{
+    const size_t n_ctx = (size_t)e->par.n_ctx;
+    const struct request *q = &j->q;
+    struct reply *r = &j->r;
+    int same = q->prompt_logprobs < 0 ? shared_prefix(&slot->cached, &q->prompt)
+                                      : 0;
+
+    *r = (struct reply){
+        .q = q, .seq = (int)(slot - e->slot), .hash = HASH_START,
+        .keeps_marks = e->s->think == THINK_RAW, .bold = MIN_MATCH,
+        .credit = CREDIT, .sampler = make_sampler(&q->sampling,
+                                                  (uint64_t)q->seed),
+        .part = q->is_completion ? IN_PLAIN_TEXT : q->in_thought ? IN_THOUGHT :
+                AT_START
+    };
+    r->ids.id = zeroed(n_ctx + 1, sizeof *r->ids.id);
+    if (q->presence != 0 || q->frequency != 0)
+        r->said = zeroed(n_ctx + 1, sizeof *r->said);
+    memcpy(r->ids.id, q->prompt.id, (size_t)q->prompt.n * sizeof *r->ids.id);
+    r->ids.n = q->prompt.n;
+    for (int i = 0; e->words && i < q->stop.n; i++) {
+        const int32_t id = lfm2_token_id(e->words, q->stop.v[i]);
+        int len = 1;
+        if (id >= 0)
+            lfm2_token_bytes(e->words, id, 0, &len);
+        if (len == 0)                     /* a control token, by its name    */
+            r->stop_id[r->n_stop_ids++] = id;
+    }
+    same = smaller(same, q->prompt.n - 1);
+    slot->cached.n = lfm2_seq_trim(e->ctx, r->seq, same);
+    r->n_fed = r->n_reused = slot->cached.n;
+    r->started = r->read = r->ended = seconds();
+    slot->job = j;
+    j->state = ACTIVE;
+}
+
+/* The sequence to answer a prompt in.  A conversation goes on where it was;
+ * another one takes an empty sequence or the one that has waited longest, and
+ * copies there what it shares with any.  NULL if all are busy. */
+static struct slot *choose_slot(const struct engine *e,
+                                const struct ids *prompt,
+                                const struct slot **from, int *same)
+{
+    struct slot *best = NULL;
+
+    *from = NULL;
+    *same = 0;
+    for (int i = 0; i < e->par.n_seq; i++) {
+        struct slot *s = &e->slot[i];
+        const int n = shared_prefix(&s->cached, prompt);
+        if (n > *same) {
+            *same = n;
+            *from = s;
+            best = NULL;
+        }
+        if (n == *same && n > 0 && !s->job && s->cached.n - n <= EXACT_TRIM)
+            best = s;
+    }
+    if (best)
+        return best;
+    for (int i = 0; i < e->par.n_seq; i++) {
+        struct slot *s = &e->slot[i];
+        if (s->job)
+            continue;
+        if (!best || (s->cached.n == 0) > (best->cached.n == 0) ||
+            ((s->cached.n == 0) == (best->cached.n == 0) &&
+             s->used < best->used))
+            best = s;
+    }
+    return best;
+}
+
+/* Will a prompt that is being read right now be worth waiting for? */
+static int worth_waiting(const struct engine *e, const struct ids *prompt,
+                         int have)
+{
+    for (const struct job *j = e->jobs; j; j = j->next)
+        if (j->state == ACTIVE && j->r.n_fed < j->q.prompt.n) {
+            const int n = shared_prefix(&j->q.prompt, prompt);
+            if (n > j->r.n_fed && n >= have + lfm2_seq_step(e->ctx))
+                return 1;
+        }
+    return 0;
+}
+
+/* Start what waits, oldest first.  One that had better wait does not keep back
+ * those behind it.  A prompt whose own log probabilities are wanted is read from
+ * its beginning. */
+static void start_jobs(struct engine *e)
+{
+    static const struct ids none = { NULL, 0 };
+
+    for (struct job *j = e->jobs; j; j = j->next) {
+        const struct ids *prompt = j->q.prompt_logprobs < 0 ? &j->q.prompt :
+                                   &none;
+        const struct slot *from;
+        struct slot *to;
+        int same;
+        if (j->state != WAITING)
+            continue;
+        to = choose_slot(e, prompt, &from, &same);
+        if (!to)
+            return;
+        if (worth_waiting(e, prompt, same))
+            continue;
+        if (from && from != to && same >= shared_prefix(&to->cached, prompt) +
+            lfm2_seq_step(e->ctx) &&
+            lfm2_seq_copy(e->ctx, (int)(to - e->slot), (int)(from - e->slot),
+                          NULL) == LFM2_OK) {
+            to->cached.n = from->cached.n;
+            memcpy(to->cached.id, from->cached.id,
+                   (size_t)from->cached.n * sizeof *from->cached.id);
+        }
+        start_reply(e, j, to);
+    }
+}
+
+/* The tokens of a reply that go into the next forward: all that are not in the
+ * cache, as far as there is room, and then guesses.  *room and *rows shrink. */
+static lfm2_span next_span(const struct engine *e, struct reply *r,
+                           int n_guesses, int *room, int *rows)
+{
+    const int rest = r->ids.n - r->n_fed;
+    const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
+    const int most = all_rows && *rows < *room ? *rows : *room;
+    const int n = rest - 1 < most ? rest : most + 1;
+    int guesses = 0;
+
+    *room -= n - 1;
+    *rows -= all_rows ? n - 1 : 0;
+    if (n == rest)
+        guesses = guess(e, r, smaller(n_guesses, smaller(*room, *rows)));
+    *room -= guesses;
+    *rows -= guesses;
+    return (lfm2_span){ .seq = r->seq, .tokens = r->ids.id + r->n_fed,
+                        .n_tokens = n + guesses,
+                        .n_logits = (all_rows ? n : n == rest) + guesses };
+}
+
+/* What the model thought of the prompt: of each token but the first. */
+static void note_prompt(const struct engine *e, struct reply *r, int span,
+                        int n)
+{
+    const struct request *q = r->q;
+
+    if (r->n_fed == 0)
+        note_score(e, &r->prompt_scores, NULL, r->ids.id[0], 0);
+    for (int i = 0; i < n && r->n_fed + i + 1 < q->prompt.n; i++)
+        note_score(e, &r->prompt_scores, lfm2_logits(e->ctx, span, i),
+                   r->ids.id[r->n_fed + i + 1], q->prompt_logprobs);
+}
+
+/* Say the next token, and as many more as were guessed.  What was guessed wrong
+ * leaves the cache, and maybe some of what is before it, to be read again. */
+static void say_tokens(struct engine *e, struct reply *r, int span)
+{
+    struct ids *cached = &e->slot[r->seq].cached;
+    const int from = r->n_fed, n = cached->n - from;
+    const int row = e->span[span].n_logits - 1 - n;
+
+    while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
+        sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
+        while (r->n_fed < r->ids.n && r->n_fed < cached->n &&
+               r->ids.id[r->n_fed] == cached->id[r->n_fed])
+            r->n_fed++;
+    }
+    note_guesses(r, n, r->n_fed - from);
+    if (r->n_fed < cached->n)
+        r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
+}
+
+/* What was fed is in the cache; who has all of it there says its next token. */
+static void move_on(struct engine *e, struct reply *r, int span)
+{
+    const lfm2_span *fed = &e->span[span];
+    struct ids *cached = &e->slot[r->seq].cached;
+
+    memcpy(cached->id + cached->n, fed->tokens,
+           (size_t)fed->n_tokens * sizeof *cached->id);
+    cached->n += fed->n_tokens;
+    if (r->q->prompt_logprobs >= 0 && r->n_made == 0)
+        note_prompt(e, r, span, fed->n_logits);
+    r->n_fed = smaller(cached->n, r->ids.n);
+    if (r->n_sampled == 0)
+        r->read = seconds();
+    else
+        r->n_steps++;
+    if (r->n_fed == r->ids.n && r->q->limit == 0)
+        r->finish = BY_LENGTH;
+    else if (r->n_fed == r->ids.n)
+        say_tokens(e, r, span);
+}
+
+static int forward(const struct engine *e, const lfm2_span *spans, int n)
+{
+    lfm2_error err;
+
+    if (lfm2_forward(e->ctx, spans, n, &err) == LFM2_OK)
+        return e->trace ? e->trace->code : DONE;
+    if (err.code == LFM2_ECANCELLED)
+        return INTERRUPTED;
+    return report(e->s->ids ? e->s->ids : e->s->model, &err);
+}
+
+/* Move all jobs on by one forward.  Prompts share the room that those who write
+ * leave, and are read in pieces while anybody writes, so that nobody waits long
+ * for the next token. */
+static int engine_step(struct engine *e)
+{
+    int n = 0, writing = 0, room, rows, code, span = 0;
+    struct job *j, *next;
+
+    start_jobs(e);
+    for (j = e->jobs; j; j = j->next)
+        if (j->state == ACTIVE) {
+            writing |= j->r.n_sampled > 0;
+            n++;
+        }
+    if (n == 0)
+        return DONE;
+    room = e->par.n_batch > n ? e->par.n_batch - n : 0;
+    room = writing ? smaller(room, e->piece) : room;
+    rows = e->par.n_logits - n;
+    for (j = e->jobs; j; j = j->next)
+        if (j->state == ACTIVE)
+            e->span[span++] = next_span(e, &j->r, e->lookup / n, &room, &rows);
+    code = forward(e, e->span, n);
+    span = 0;
+    for (j = e->jobs; code == DONE && j; j = next) {
+        next = j->next;
+        if (j->state != ACTIVE)
+            continue;
+        move_on(e, &j->r, span++);
+        if (j->r.finish == UNFINISHED)
+            j->to->more(j);
+        else {
+            engine_drop(e, j);
+            j->to->end(j);
+        }
+    }
+    return code;
+}
+
+/* ---- what is asked for */
+
+static uint64_t random_seed(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_REALTIME, &t);
+    return ((uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec ^
+            (uint64_t)getpid() << 20) & UINT32_MAX;
+}
+
+/* A request by the options, or by them and a body, is completed by what the
+ * model's makers advise. */
+static void complete_request(const struct engine *e, struct request *q)
+{
+    complete(&q->sampling, &e->preset);
+    if (q->limit == UNSET)
+        q->limit = q->is_completion ? PLAIN_LENGTH : -1;
+    if (q->seed == -1)
+        q->seed = (long long)random_seed();
+}
+
+/* ------------------------------------------------------------------ 5. Sinks
+ *
+ * What becomes of a reply: words on a screen as they come, or one JSON object,
+ * as OpenAI's API writes it, once all is there. */
+
+/* ---- on the screen */
+
+struct output { FILE *f; lfm2_utf8 utf8; int terminal; };
+
+/* Only whole characters come out; len 0 lets go of an unfinished one. */
+static void put_text(struct output *o, const char *bytes, size_t len)
+{
+    char out[256 + 3];
+    size_t n;
+
+    do {
+        const size_t part = len < 256 ? len : 256;
+        n = lfm2_utf8_push(&o->utf8, bytes, part, out);
+        if (o->terminal)
+            n = drop_controls(out, n);
+        fwrite(out, 1, n, o->f);
+        bytes += part;
+        len -= part;
+    } while (len > 0);
+}
+
+/* How much of a reply is on the screen already. */
+struct printer {
+    struct output out, thoughts;          /* f NULL: not shown               */
+    int colour;                           /* thoughts are dim                */
+    int in_thought, code;
+    size_t text, thought;
+};
+
+static int wants_colour(const struct settings *s)
+{
+    const char *no = getenv("NO_COLOR"), *term = getenv("TERM");
+
+    if (s->color != COLOR_AUTO)
+        return s->color == COLOR_ON;
+    return isatty(STDOUT_FILENO) && !(no && no[0]) && term &&
+           strcmp(term, "dumb") != 0;
+}
+
+/* Thoughts go where a person looks, or where they were sent. */
+static struct printer start_printer(const struct settings *s)
+{
+    const int terminal = isatty(STDOUT_FILENO);
+    struct printer p = { .colour = wants_colour(s) };
+
+    p.out = (struct output){ .f = stdout, .terminal = terminal };
+    if (s->think == THINK_SHOW || (s->think == THINK_AUTO && terminal))
+        p.thoughts = (struct output){
+            .f = terminal ? stdout : stderr,
+            .terminal = isatty(terminal ? STDOUT_FILENO : STDERR_FILENO)
+        };
+    return p;
+}
+
+static void enter_thought(struct printer *p, int inside)
+{
+    if (p->in_thought == inside)
+        return;
+    put_text(inside ? &p->out : &p->thoughts, "", 0);
+    p->in_thought = inside;
+    is_dim = p->colour && inside;
+    if (p->colour)
+        fputs(inside ? "\033[2m" : "\033[0m\n\n", p->thoughts.f);
+    else
+        fputs(inside ? THINK : THINK_END "\n\n", p->thoughts.f);
+}
+
+/* Print what is new. */
+static void print_reply(struct printer *p, const struct reply *r)
+{
+    if (p->thoughts.f && r->thought.n > p->thought) {
+        enter_thought(p, 1);
+        put_text(&p->thoughts, r->thought.s + p->thought,
+                 r->thought.n - p->thought);
+        fflush(p->thoughts.f);
+        p->thought = r->thought.n;
+    }
+    if (r->text.n == p->text)
+        return;
+    enter_thought(p, 0);
+    put_text(&p->out, r->text.s + p->text, r->text.n - p->text);
+    p->text = r->text.n;
+    p->code = flush_output(p->code);
+}
+
+/* The calls in a reply that has ended; what is none becomes text. */
+static struct calls take_calls(struct reply *r)
+{
+    struct calls calls = { NULL, 0 };
+
+    if (r->calls.n > 0)
+        parse_calls(r->calls.s, r->calls.n, r->finish != STOPPED, &calls,
+                    &r->text);
+    r->calls.n = 0;
+    return calls;
+}
+
+/* What is left at the end; calls are one line of JSON. */
+static void print_end(struct printer *p, struct reply *r)
+{
+    struct calls calls = take_calls(r);
+    struct text line = { 0 };
+
+    print_reply(p, r);
+    enter_thought(p, 0);
+    for (int i = 0; i < calls.n; i++) {
+        add_string(&line, i ? ", " : r->text.n ? "\n[" : "[");
+        add_string(&line, "{");
+        member_bytes(&line, "name", calls.call[i].name.s,
+                     calls.call[i].name.n);
+        member(&line, "arguments");
+        add(&line, calls.call[i].arguments.s, calls.call[i].arguments.n);
+        add_string(&line, i + 1 < calls.n ? "}" : "}]");
+    }
+    put_text(&p->out, line.s ? line.s : "", line.n);
+    put_text(&p->out, "", 0);
+    if (r->text.n > 0 || line.n > 0 || r->thought.n > 0)
+        putchar('\n');
+    free(line.s);
+    free_calls(&calls);
+    p->code = flush_output(p->code);
+}
+
+/* ---- as JSON */
+
+static void add_log(struct text *to, double logprob)
+{
+    if (isnan(logprob))
+        add_string(to, "null");
+    else
+        add_format(to, "%.6f", logprob > -9999 ? logprob : -9999.0);
+}
+
+/* {"token": ..., "id": ..., "logprob": ..., "bytes": [...] */
+static void add_scored(const struct engine *e, struct text *to,
+                       const struct scored *x)
+{
+    int len;
+    const char *s = lfm2_token_bytes(e->words, x->id, 1, &len);
+
+    add_string(to, "{\"token\": ");
+    add_json_string(to, s, (size_t)len);
+    add_format(to, ", \"id\": %ld, \"logprob\": ", (long)x->id);
+    add_log(to, x->logprob);
+    add_string(to, ", \"bytes\": [");
+    for (int i = 0; i < len; i++)
+        add_format(to, "%s%d", i ? ", " : "", (unsigned char)s[i]);
+    add_string(to, "]");
+}
+
+/* An array of tokens with the likeliest in their places. */
+static void add_scores(const struct engine *e, struct text *to,
+                       const struct scores *scores)
+{
+    add_string(to, "[");
+    for (int i = 0; i < scores->n; i++) {
+        const struct score *s = &scores->v[i];
+        add_string(to, i ? ", " : "");
+        if (isnan(s->is.logprob)) {
+            add_string(to, "null");
+            continue;
+        }
+        add_scored(e, to, &s->is);
+        add_string(to, ", \"top_logprobs\": [");
+        for (int k = 0; k < s->n_top; k++) {
+            add_string(to, k ? ", " : "");
+            add_scored(e, to, &s->top[k]);
+            add_string(to, "}");
+        }
+        add_string(to, "]}");
+    }
+    add_string(to, "]");
+}
+
+/* Names of tokens are keys of an object and must differ, so parts of characters
+ * are written as bytes. */
+static void add_token_name(const struct engine *e, struct text *to, int32_t id)
+{
+    uint32_t c;
+    int len, at = 0, n = 1;
+    const char *s = lfm2_token_bytes(e->words, id, 1, &len);
+
+    for (; at < len && n > 0; at += n)
+        n = utf8_get(s + at, s + len, &c);
+    if (n > 0) {
+        add_json_string(to, s, (size_t)len);
+        return;
+    }
+    add_string(to, "\"bytes:");
+    for (int i = 0; i < len; i++)
+        add_format(to, "\\\\x%02x", (unsigned char)s[i]);
+    add_string(to, "\"");
+}
+
+/* "name": log probability, of the likeliest and of the token itself. */
+static void add_best(const struct engine *e, struct text *to,
+                     const struct score *s)
+{
+    int has = 0;
+
+    if (isnan(s->is.logprob)) {
+        add_string(to, "null");
+        return;
+    }
+    for (int i = 0; i <= s->n_top; i++) {
+        const struct scored *x = i < s->n_top ? &s->top[i] : &s->is;
+        has |= i < s->n_top && x->id == s->is.id;
+        if (i == s->n_top && has)
+            break;
+        add_string(to, i ? ", " : "{");
+        add_token_name(e, to, x->id);
+        add_string(to, ": ");
+        add_log(to, x->logprob);
+    }
+    add_string(to, "}");
+}
+
+/* As /v1/completions writes them: an array for each of four columns, of the
+ * prompt's tokens first if it is told, too. */
+static void add_columns(const struct engine *e, struct text *to,
+                        const struct reply *r)
+{
+    static const char *const column[] = {
+        "{\"tokens\": [", "], \"token_logprobs\": [", "], \"top_logprobs\": [",
+        "], \"text_offset\": ["
+    };
+    const int n_prompt = r->q->echo ? r->prompt_scores.n : 0;
+
+    for (int c = 0; c < 4; c++) {
+        int offset = 0, len;
+        add_string(to, column[c]);
+        for (int i = 0; i < n_prompt + r->scores.n; i++) {
+            const struct score *s = i < n_prompt ? &r->prompt_scores.v[i] :
+                                    &r->scores.v[i - n_prompt];
+            const char *bytes = visible(e, s->is.id, &len);
+            add_string(to, i ? ", " : "");
+            if (c == 0)
+                add_token_name(e, to, s->is.id);
+            else if (c == 1)
+                add_log(to, s->is.logprob);
+            else if (c == 2)
+                add_best(e, to, s);
+            else
+                add_format(to, "%d", offset);
+            for (int k = 0; k < len; k++)
+                offset += (bytes[k] & 0xc0) != 0x80;
+        }
+    }
+    add_string(to, "]}");
+}
+
+static void add_logprobs(const struct engine *e, struct text *to,
+                         const struct reply *r)
+{
+    if (r->q->logprobs >= 0) {
+        member(to, "logprobs");
+        if (r->q->is_completion)
+            add_columns(e, to, r);
+        else {
+            add_string(to, "{\"content\": ");
+            add_scores(e, to, &r->scores);
+            add_string(to, "}");
+        }
+    }
+    if (r->q->prompt_logprobs >= 0 &&
+        !(r->q->is_completion && r->q->logprobs >= 0 && r->q->echo)) {
+        member(to, "prompt_logprobs");
+        add_scores(e, to, &r->prompt_scores);
+    }
+}
+
+/* The arguments of a call are JSON within a string. */
+static void add_calls(struct text *to, const struct calls *calls, uint64_t id)
+{
+    member_open(to, "tool_calls", "[");
+    for (int i = 0; i < calls->n; i++) {
+        const struct call *c = &calls->call[i];
+        member_open(to, NULL, "{");
+        member_text(to, "id", phrase("call_%016llx", (unsigned long long)
+                                     hash_number(id, (uint64_t)i)).s);
+        member_text(to, "type", "function");
+        member_open(to, "function", "{");
+        member_bytes(to, "name", c->name.s, c->name.n);
+        member_bytes(to, "arguments", c->arguments.s, c->arguments.n);
+        add_string(to, "}}");
+    }
+    add_string(to, "]");
+}
+
+/* What was said: a text, of the prompt too if it is wanted; or a message. */
+static void add_said(const struct engine *e, struct text *to,
+                     const struct job *j, const struct calls *calls)
+{
+    const struct reply *r = &j->r;
+    struct text whole = { 0 };
+    int len;
+
+    if (!j->q.is_completion) {
+        member_open(to, "message", "{");
+        member_text(to, "role", "assistant");
+        member_bytes(to, "content", r->text.s ? r->text.s : "", r->text.n);
+        if (r->thought.n > 0)
+            member_bytes(to, "reasoning_content", r->thought.s, r->thought.n);
+        if (calls->n > 0)
+            add_calls(to, calls, j->id);
+        add_string(to, "}");
+        return;
+    }
+    for (int i = 0; j->q.echo && i < j->q.prompt.n; i++) {
+        const char *s = visible(e, j->q.prompt.id[i], &len);
+        add(&whole, s, (size_t)len);
+    }
+    add(&whole, r->text.s, r->text.n);
+    member_bytes(to, "text", whole.s ? whole.s : "", whole.n);
+    free(whole.s);
+}
+
+/* The object of /v1/chat/completions or /v1/completions, but for its last
+ * bracket. */
+static void add_completion(const struct engine *e, struct text *to,
+                           struct job *j, long long created)
+{
+    struct reply *r = &j->r;
+    struct calls calls = take_calls(r);
+    size_t n = 0;
+    const char *model = lfm2_model_string(e->model, "general.name", &n);
+
+    add_string(to, "{");
+    member_text(to, "id", phrase("%s-%016llx", j->q.is_completion ? "cmpl" :
+                                 "chatcmpl", (unsigned long long)j->id).s);
+    member_text(to, "object", j->q.is_completion ? "text_completion" :
+                "chat.completion");
+    member_count(to, "created", (uint64_t)created);
+    member_bytes(to, "model", model ? model : "", n);
+    member_open(to, "choices", "[{\"index\": 0");
+    add_said(e, to, j, &calls);
+    add_logprobs(e, to, r);
+    member_text(to, "finish_reason", calls.n > 0 ? "tool_calls" :
+                r->finish == STOPPED ? "stop" :
+                r->finish == BY_LENGTH || r->finish == BY_CONTEXT ? "length" :
+                NULL);
+    add_string(to, "}]");
+    member_open(to, "usage", "{");
+    member_count(to, "prompt_tokens", (uint64_t)j->q.prompt.n);
+    member_count(to, "completion_tokens", (uint64_t)r->n_made);
+    member_count(to, "total_tokens", (uint64_t)(j->q.prompt.n + r->n_made));
+    member_open(to, "completion_tokens_details", "{");
+    member_count(to, "reasoning_tokens", (uint64_t)r->n_thought);
+    add_string(to, "}}");
+    free_calls(&calls);
+}
+
+/* Tokens a second of the prompt, and of the answer without its first token,
+ * which the prompt's forward gives; NAN where there are none. */
+static double prompt_speed(const struct reply *r)
+{
+    return r->read > r->started ?
+           (r->q->prompt.n - r->n_reused) / (r->read - r->started) : NAN;
+}
+
+static double answer_speed(const struct reply *r)
+{
+    return r->n_steps > 0 && r->ended > r->read ?
+           (r->n_sampled - 1) / (r->ended - r->read) : NAN;
+}
+
+/* Which model said it, how it can be said again, and how long it took. */
+static void add_origin(const struct engine *e, struct text *to,
+                       const struct job *j, int uses_date)
+{
+    static const char *const finish[] = { "interrupted", "stop", "length",
+                                          "context", "error" };
+    const struct reply *r = &j->r;
+    const struct sampling *is = &j->q.sampling;
+
+    member_open(to, "lfm2", "{");
+    member_text(to, "finish", finish[r->finish]);
+    member_text(to, "model_hash", phrase("%016llx", (unsigned long long)
+                                         lfm2_model_hash(e->model)).s);
+    member_text(to, "logits_hash", phrase("%016llx",
+                                          (unsigned long long)r->hash).s);
+    member_text(to, "template", template_name(e->template));
+    member_text(to, "date", uses_date ? e->date : NULL);
+    member(to, "seed");
+    add_format(to, "%lld", j->q.seed);
+    member_real(to, "temperature", is->temp);
+    member_real(to, "top_k", is->top_k);
+    member_real(to, "top_p", is->top_p);
+    member_real(to, "min_p", is->min_p);
+    member_real(to, "repeat_penalty", is->repeat);
+    member_real(to, "repeat_last_n", is->last_n);
+    member_open(to, "timings", "{");
+    member_count(to, "cache_n", (uint64_t)r->n_reused);
+    member_count(to, "prompt_n", (uint64_t)(r->q->prompt.n - r->n_reused));
+    member_real(to, "prompt_ms", (r->read - r->started) * 1e3);
+    member_real(to, "prompt_per_second", prompt_speed(r));
+    member_count(to, "predicted_n", (uint64_t)r->n_made);
+    member_real(to, "predicted_ms", (r->ended - r->read) * 1e3);
+    member_real(to, "predicted_per_second", answer_speed(r));
+    member_count(to, "draft_n", (uint64_t)r->n_guessed);
+    member_count(to, "draft_n_accepted", (uint64_t)r->n_right);
+    add_string(to, "}}");
+}
+
+/* ----------------------------------------------------- 6. What a body asks for
+ *
+ * The body of a request as OpenAI's clients send it: a line of --batch, or the
+ * file of --messages. */
+
+/* Members that are read by name below. */
+static const char read_elsewhere[] =
+    "custom_id messages prompt tools model logprobs logit_bias "
+    "add_generation_prompt continue_final_message chat_template_kwargs "
+    "keep_past_thinking preserve_thinking";
+
+/* Members that mean nothing here and change no answer. */
+static const char harmless[] =
+    "user metadata store service_tier stream_options safety_identifier "
+    "prompt_cache_key prompt_cache_retention cache_prompt";
+
+/* Members that are known with these values only, as JSON. */
+static const struct { const char *key, *values; } neutral[] = {
+    { "n", "1" }, { "best_of", "1" }, { "stream", "false" },
+    { "suffix", "\"\"" }, { "parallel_tool_calls", "true" },
+    { "tool_choice", "\"auto\"|\"none\"" }, { "modalities", "[\"text\"]" },
+    { "response_format", "{\"type\": \"text\"}" }
+};
+
+/* Put the value of a member where the option of that name puts its own. */
+static int set_member(struct request *q, const struct option *o,
+                      const char *key, const struct json *x, struct why *why)
+{
+    void *slot = (char *)q + (o->at - AT(ask));
+    double value = NAN;
+    long long whole = 0;
+
+    if (o->kind == FLAG)
+        return json_bool(x, slot) == 0 ? DONE :
+               because(why, USAGE, "\"%s\": expected true or false", key);
+    if (o->kind == TEXTS) {
+        const struct json *list = x->type == JSON_ARRAY ? x->first : x;
+        for (; list; list = list->next) {
+            const char *s = json_text(list);
+            if (!s || add_text(slot, s) != 0)
+                return because(why, USAGE, "\"%s\": expected %s", key,
+                               values_of(o).s);
+            if (x->type != JSON_ARRAY)
+                break;
+        }
+        return DONE;
+    }
+    json_double(x, &value);
+    if (o->kind != REAL && value >= o->min && value <= o->max &&
+        value == floor(value) && json_int(x, (long long)o->min,
+                                          (long long)o->max, &whole) != 0)
+        whole = (long long)value;         /* written as 1e3, or 5.0          */
+    if ((o->kind != REAL && value != floor(value)) ||
+        set_number(slot, o, value, whole) != 0)
+        return because(why, USAGE, "\"%s\": expected %s", key, values_of(o).s);
+    return DONE;
+}
+
+/* A member without an option of its own. */
+static int check_member(const char *key, const struct json *x, struct why *why)
+{
+    static unsigned told;
+    struct text value = { 0 };
+    int good = 0;
+    const int i = find_word(harmless, ' ', key);
+
+    if (find_word(read_elsewhere, ' ', key) >= 0)
+        return DONE;
+    if (i >= 0) {
+        if (!(told & 1u << i))
+            note("\"%s\" changes nothing here", key);
+        told |= 1u << i;
+        return DONE;
+    }
+    for (size_t k = 0; k < sizeof neutral / sizeof *neutral; k++)
+        if (strcmp(neutral[k].key, key) == 0) {
+            add_json(&value, x);
+            good = find_word(neutral[k].values, '|', value.s) >= 0;
+            free(value.s);
+            return good ? DONE : because(why, USAGE, "\"%s\": expected %s", key,
+                                         neutral[k].values);
+        }
+    return because(why, USAGE, "\"%.60s\" is not known here, and might change "
+                   "the answer", key);
+}
+
+/* {"id": how much its logit is raised, ...} */
+static int read_bias(const struct engine *e, struct request *q,
+                     const struct json *x, struct why *why)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+
+    if (!x)
+        return DONE;
+    if (x->type != JSON_OBJECT)
+        return because(why, USAGE, "\"logit_bias\": expected an object");
+    q->bias = zeroed((size_t)x->n_members, sizeof *q->bias);
+    for (x = x->first; x; x = x->next) {
+        char *end;
+        const long id = strtol(x->key, &end, 10);
+        double by;
+        if (end == x->key || *end || id < 0 || id >= n_vocab ||
+            json_double(x, &by) != 0 || !(by >= -1000 && by <= 1000))
+            return because(why, USAGE, "\"logit_bias\": \"%.40s\", expected "
+                           "token ids from 0 to %d, and numbers from -1000 to "
+                           "1000", x->key, n_vocab - 1);
+        q->bias[q->n_bias++] = (struct bias){ (int32_t)id, (float)by };
+    }
+    return DONE;
+}
+
+/* "logprobs" is true or false beside messages, a number beside a prompt; with
+ * "echo" those of the prompt are wanted, too. */
+static int read_logprobs(struct request *q, const struct json *x,
+                         struct why *why)
+{
+    long long k;
+    int wanted;
+
+    if (x && json_bool(x, &wanted) == 0)
+        q->logprobs = !wanted ? -1 : q->logprobs < 0 ? 0 : q->logprobs;
+    else if (x && json_int(x, 0, MAX_LOGPROBS, &k) != 0)
+        return because(why, USAGE, "\"logprobs\": expected true, false or a "
+                       "whole number from 0 to %d", MAX_LOGPROBS);
+    else if (x)
+        q->logprobs = (int)k;
+    if (q->echo && q->logprobs >= 0 && q->prompt_logprobs < 0)
+        q->prompt_logprobs = q->logprobs;
+    return DONE;
+}
+
+/* All of a body but its prompt; *q holds what the options ask for.  The texts
+ * stay in the body. */
+static int read_body(const struct engine *e, struct request *q,
+                     const struct json *body, struct why *why)
+{
+    int code = DONE;
+
+    for (const struct json *x = body->first; x && code == DONE; x = x->next) {
+        const struct option *o = option_of_member(x->key);
+        if (x->type != JSON_NULL)
+            code = o ? set_member(q, o, x->key, x, why) :
+                   check_member(x->key, x, why);
+    }
+    if (code == DONE)
+        code = read_bias(e, q, given(body, "logit_bias"), why);
+    return code == DONE ? read_logprobs(q, given(body, "logprobs"), why) : code;
+}
+
+/* ---- from messages to a prompt */
+
+/* Set *out if the object has this flag; one of another type is an error. */
+static int read_flag(const struct json *object, const char *key, int *out,
+                     struct why *why)
+{
+    const struct json *x = given(object, key);
+
+    return !x || json_bool(x, out) == 0 ? DONE :
+           because(why, USAGE, "\"%s\": expected true or false", key);
+}
+
+/* What the prompt has of the answer already: nothing, "<think>", or the message
+ * to go on with. */
+static const char *answer_of(const struct rendered *r)
+{
+    const char *const end = r->text.s + r->text.n, *from = end;
+
+    for (int i = 0; i < r->n_marks; i++) {
+        const char *mark = r->text.s + r->mark[i].from;
+        if (begins(mark, end, TURN_START "assistant\n"))
+            from = mark + strlen(TURN_START "assistant\n");
+        else if (begins(mark, end, TURN_START) || begins(mark, end, TURN_END))
+            from = end;
+    }
+    return from;
+}
+
+/* Does the answer begin inside a thought? */
+static int ends_in_thought(const struct rendered *r)
+{
+    const char *const end = r->text.s + r->text.n, *from = answer_of(r), *p;
+    int inside = 0;
+
+    while ((p = find(from, end, inside ? THINK_END : THINK))) {
+        inside = !inside;
+        from = p + 1;
+    }
+    return inside;
+}
+
+/* The prompt of these messages, as text in *out and tokens in q->prompt.  `body`
+ * may be NULL, and its members about the last message no longer count once the
+ * conversation has `grown`. */
+static int make_prompt(struct engine *e, struct request *q,
+                       const struct json *messages, const struct json *tools,
+                       const struct json *body, int grown,
+                       struct rendered *out, struct why *why)
+{
+    static const char *const keep[] = { "keep_past_thinking",
+                                        "preserve_thinking" };
+    const struct json *kwargs = given(body, "chat_template_kwargs");
+    struct conversation c = {
+        .messages = messages, .tools = tools, .date = e->date,
+        .open_thought = e->opens_thought
+    };
+    int code = DONE;
+
+    for (int i = 0; i < 4 && code == DONE; i++)
+        if (!c.keep_thinking)
+            code = read_flag(i < 2 ? body : kwargs, keep[i % 2],
+                             &c.keep_thinking, why);
+    if (code == DONE && !grown)
+        code = read_flag(body, "continue_final_message", &c.continue_last, why);
+    c.generate = !c.continue_last;
+    if (code == DONE && !grown)
+        code = read_flag(body, "add_generation_prompt", &c.generate, why);
+    rendered_free(out);
+    free(q->prompt.id);
+    q->prompt = (struct ids){ NULL, 0 };
+    if (code == DONE)
+        code = render(&c, e->template, out, why);
+    if (code == DONE)
+        code = encode_rendered(e->words, out, e->s->special, &q->prompt, why);
+    if (out->lost_calls && !e->lost_calls++)
+        note("template %s has no place for the tool_calls of messages, here "
+             "and below; what their content says of them stays",
+             template_name(e->template));
+    q->in_thought = code == DONE && ends_in_thought(out);
+    return code;
+}
+
+/* "prompt": a text, or the ids of its tokens. */
+static int read_plain_prompt(const struct engine *e, struct request *q,
+                             const struct json *prompt, struct why *why)
+{
+    long long id;
+
+    if (prompt->type == JSON_STRING)
+        return encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
+    if (prompt->type != JSON_ARRAY)
+        return because(why, USAGE, "\"prompt\": expected a string, or an array "
+                       "of token ids");
+    q->prompt.id = zeroed((size_t)prompt->n_members, sizeof *q->prompt.id);
+    for (const struct json *c = prompt->first; c; c = c->next) {
+        if (json_int(c, 0, INT32_MAX, &id) != 0)
+            return because(why, USAGE, "\"prompt\": expected a string, or an "
+                           "array of token ids");
+        q->prompt.id[q->prompt.n++] = (int32_t)id;
+    }
+    return DONE;
+}
+
+static int is_word(const struct json *x, const char *word)
+{
+    return x && x->type == JSON_STRING && strcmp(x->s, word) == 0;
+}
+
+/* A whole body: how to answer, and what. */
+static int read_request(struct engine *e, struct request *q,
+                        const struct json *body, struct why *why)
+{
+    const struct json *messages = given(body, "messages");
+    const struct json *prompt = given(body, "prompt");
+    struct rendered rendered = { .n_marks = 0 };
+    int code;
+
+    if (body->type != JSON_OBJECT)
+        return because(why, USAGE, "expected a JSON object as the request");
+    if (!messages == !prompt)
+        return because(why, USAGE, "expected either \"messages\" or "
+                       "\"prompt\"");
+    q->is_completion = prompt != NULL;
+    code = read_body(e, q, body, why);
+    if (code != DONE)
+        return code;
+    if (messages && e->template == TEMPLATE_NONE)
+        return because(why, USAGE, "the model has no chat template: expected "
+                       "\"prompt\", or --template");
+    if (prompt)
+        return read_plain_prompt(e, q, prompt, why);
+    code = make_prompt(e, q, messages,
+                       is_word(given(body, "tool_choice"), "none") ? NULL :
+                       given(body, "tools"), body, 0, &rendered, why);
+    rendered_free(&rendered);
+    return code;
+}
+
+/* ------------------------------------------ 7. Answers, conversations, sessions
+ *
+ * A conversation is kept as text, the members of a JSON array, and read again
+ * for every turn.  What the cache has of it is not computed again. */
+
+struct talk {
+    struct engine *e;
+    struct text messages;
+    struct pool pool;                     /* of body and tools               */
+    const struct json *body, *tools;      /* NULL: none                      */
+    int grown;                            /* beyond what the body is about   */
+    struct rendered prompt;
+    struct job job;
+    struct printer printer;
+    int keeps_session;
+};
+
+static void add_message(struct talk *t, const char *role, const char *s,
+                        size_t n)
+{
+    member_open(&t->messages, NULL, "{");
+    member_text(&t->messages, "role", role);
+    member_bytes(&t->messages, "content", s, n);
+    add_string(&t->messages, "}");
+    t->grown = 1;
+}
+
+/* The messages as a tree in a pool. */
+static const struct json *parse_messages(const struct talk *t,
+                                         struct pool *pool)
+{
+    struct text list = { 0 };
+    struct json *out = NULL;
+    struct why why;
+
+    add_string(&list, "[");
+    add(&list, t->messages.s, t->messages.n);
+    add_string(&list, "]");
+    if (json_parse(pool, list.s, list.n, &out, &why) != DONE)
+        say(FAILED, "the conversation cannot be read again: %s", why.s);
+    free(list.s);
+    return out;
+}
+
+/* Put these messages in the place of those there were. */
+static void keep_messages(struct talk *t, const struct json *m)
+{
+    struct text list = { 0 };
+
+    for (; m; m = m->next) {
+        add_json(&list, m);
+        add_string(&list, m->next ? ", " : "");
+    }
+    free(t->messages.s);
+    t->messages = list;
+}
+
+/* Is the last message of this role?  With `drop`, it is taken away. */
+static int ends_with_role(struct talk *t, const char *role, int drop)
+{
+    struct pool pool = { 0 };
+    const struct json *list = parse_messages(t, &pool), *last;
+    struct json *before = NULL;
+    int found = 0;
+
+    last = list ? list->first : NULL;
+    while (last && last->next) {
+        before = (struct json *)(uintptr_t)last;
+        last = last->next;
+    }
+    if (last)
+        found = has_role(last, role);
+    if (found && drop) {
+        if (before)
+            before->next = NULL;
+        keep_messages(t, before ? list->first : NULL);
+    }
+    pool_free(&pool);
+    return found;
+}
+
+/* The JSON of a file: an array, or an object with one under this key. */
+static int read_list(struct talk *t, const char *path, const char *key,
+                     const struct json **whole, const struct json **list)
+{
+    struct text text = { 0 };
+    struct json *v;
+    struct why why;
+    int code = read_text_file(path, &text);
+
+    if (code == DONE && (code = json_parse(&t->pool, text.s, text.n, &v, &why))
+        != DONE)
+        say(code, "%s: %s", path, why.s);
+    free(text.s);
+    if (code != DONE)
+        return code;
+    *whole = v;
+    *list = v->type == JSON_OBJECT ? json_get(v, key) : v;
+    if (!json_is(*list, JSON_ARRAY))
+        return say(USAGE, "%s: expected a JSON array, or an object with one as "
+                   "\"%s\"", path, key);
+    return DONE;
+}
+
+/* The messages and tools that options name, and what is asked besides. */
+static int read_talk(struct talk *t)
+{
+    const struct settings *s = t->e->s;
+    const struct json *whole, *list;
+    struct request *q = &t->job.q;
+    struct why why;
+    int code = DONE;
+
+    *q = s->ask;
+    q->prompt_logprobs = q->logprobs;
+    q->is_completion = t->e->template == TEMPLATE_NONE;
+    if (s->messages) {
+        code = read_list(t, s->messages, "messages", &whole, &list);
+        if (code == DONE && whole->type == JSON_OBJECT) {
+            t->body = whole;
+            t->tools = given(whole, "tools");
+            code = read_body(t->e, q, whole, &why);
+            if (code != DONE)
+                say(code, "%s: %s", s->messages, why.s);
+        }
+        if (code == DONE)
+            keep_messages(t, list->first);
+    }
+    if (code == DONE && s->tools) {
+        code = read_list(t, s->tools, "tools", &whole, &list);
+        t->tools = list;
+    }
+    complete_request(t->e, q);
+    return code;
+}
+
+/* The prompt of all messages so far; `path` is where they are from, or NULL. */
+static int prompt_talk(struct talk *t, const char *path)
+{
+    struct pool pool = { 0 };
+    const struct json *list = parse_messages(t, &pool);
+    struct why why;
+    int code = list ? make_prompt(t->e, &t->job.q, list, t->tools, t->body,
+                                  t->grown, &t->prompt, &why) : FAILED;
+
+    pool_free(&pool);
+    if (code != DONE && list)
+        say(code, "%s%s%s", path ? path : "", path ? ": " : "", why.s);
+    return code;
+}
+
+/* What the user says next, behind the system prompt if it is the first. */
+static int ask(struct talk *t, const struct text *question)
+{
+    const struct settings *s = t->e->s;
+    struct text system = { 0 };
+    int code = check_text(question, "the prompt");
+
+    if (code == DONE && t->messages.n == 0 && s->system_file)
+        code = read_text_file(s->system_file, &system);
+    else if (t->messages.n == 0 && s->system)
+        add_string(&system, s->system);
+    if (code == DONE && system.n > 0 &&
+        (code = check_text(&system, s->system_file ? s->system_file : "-sys"))
+        == DONE)
+        add_message(t, "system", system.s, system.n);
+    if (code == DONE)
+        add_message(t, "user", question->s, question->n);
+    free(system.s);
+    return code;
+}
+
+/* ---- one answer */
+
+/* With -v, why it is not faster: what had to be read for every token. */
+static void print_speed(const struct talk *t)
+{
+    const struct engine *e = t->e;
+    const struct reply *r = &t->job.r;
+    const struct cost cost = count_cost(e->model, e->par.kv_type);
+    const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
+    const double own = anonymous_memory();
+    const int n_new = r->q->prompt.n - r->n_reused;
+
+    note("prompt of %d tokens, %d of them new%s; answer of %d tokens%s",
+         r->q->prompt.n, n_new, isfinite(prompt_speed(r)) ?
+         phrase(", %.1f tok/s", prompt_speed(r)).s : "", r->n_made,
+         isfinite(answer_speed(r)) ?
+         phrase(", %.1f tok/s", answer_speed(r)).s : "");
+    note("a token reads %s of weights and cache%s; memory %s%s",
+         amount(bytes, "B").s, r->n_steps > 0 && r->ended > r->read ?
+         phrase(", %s/s", amount(bytes * r->n_steps / (r->ended - r->read),
+                                 "B").s).s : "", amount(peak_memory(), "B").s,
+         own > 0 ? phrase(", of it %s not the file's", amount(own, "B").s).s :
+         "");
+    if (r->n_guessed > 0)
+        note("guessed %d tokens, %d of them right", r->n_guessed, r->n_right);
+}
+
+static void print_more(struct job *j)
+{
+    struct talk *t = j->owner;
+
+    if (!t->e->s->json)
+        print_reply(&t->printer, &j->r);
+}
+
+static int uses_date(const struct talk *t)
+{
+    return t->tools && t->tools->first &&
+           template_is_dated(t->e->template);
+}
+
+/* The whole answer; also one that was interrupted. */
+static void print_answer(struct job *j)
+{
+    struct talk *t = j->owner;
+    const struct engine *e = t->e;
+    struct text out = { 0 };
+
+    if (!e->s->json) {
+        print_end(&t->printer, &j->r);
+        return;
+    }
+    add_completion(e, &out, j, (long long)time(NULL));
+    add_origin(e, &out, j, uses_date(t));
+    add_string(&out, "}\n");
+    show_text(&out);
+    free(out.s);
+    t->printer.code = flush_output(DONE);
+}
+
+static const struct sink to_user = { print_more, print_answer };
+
+/* Answer t->job.q.prompt.  What was said before an interruption stays. */
+static int run_reply(struct talk *t)
+{
+    struct engine *e = t->e;
+    struct job *j = &t->job;
+    struct why why;
+    int code;
+
+    free_reply(&j->r);
+    t->printer = start_printer(e->s);
+    j->to = &to_user;
+    j->owner = t;
+    j->id = hash_bytes(HASH_START, (const char *)&j->q.seed, 8) ^
+            hash_bytes(HASH_START, (const char *)j->q.prompt.id,
+                       (size_t)j->q.prompt.n * 4);
+    code = engine_add(e, j, &why);
+    if (code != DONE)
+        return say(code, "%s", why.s);
+    if (e->s->verbose)
+        note("seed %lld; %s", j->q.seed, describe_sampling(&j->q.sampling).s);
+    running = e->ctx;
+    while (code == DONE && j->state != FINISHED) {
+        code = engine_step(e);
+        if (code == INTERRUPTED && !interrupted)
+            code = DONE;                  /* meant for the answer before     */
+        code = code == DONE ? t->printer.code : code;
+    }
+    running = NULL;
+    if (j->state != FINISHED) {
+        engine_drop(e, j);
+        if (j->r.n_made > 0 && code != BAD_FILE)
+            print_answer(j);
+    }
+    if (j->r.finish == BROKEN)
+        code = say(FAILED, "%s: logits that are not finite", e->s->model);
+    if (j->r.finish == BY_CONTEXT)
+        note("stopped: the context of %d tokens is full", e->par.n_ctx);
+    if (e->s->verbose && j->r.q)
+        print_speed(t);
+    return code == DONE ? t->printer.code : code;
+}
+
+/* Fill t->job.q.prompt from what the options name. */
+static int prepare_prompt(struct talk *t)
+{
+    struct engine *e = t->e;
+    const struct settings *s = e->s;
+    struct text text = { 0 };
+    int code = DONE;
+
+    if (s->ids)
+        return read_ids(s->ids, &t->job.q.prompt);
+    if (!s->messages)
+        code = read_prompt(s, 0, &text);
+    if (code == DONE && e->template == TEMPLATE_NONE)
+        code = encode_plain(s, e->words, text.s, text.n, &t->job.q.prompt);
+    else {
+        if (code == DONE && !s->messages)
+            code = ask(t, &text);
+        if (code == DONE)
+            code = prompt_talk(t, s->messages);
+    }
+    free(text.s);
+    return code;
+}
+
+static int write_logits(struct talk *t)
+{
+    const struct engine *e = t->e;
+    const struct ids *prompt = &t->job.q.prompt;
+    const size_t n_vocab = (size_t)lfm2_model_config(e->model)->n_vocab;
+    FILE *f = create_file(e->s->logits);
+    struct why why;
+    int code = check_prompt(e, &t->job.q, &why);
+
+    if (code != DONE)
+        say(code, "%s", why.s);
+    running = e->ctx;
+    for (int at = 0, n; f && code == DONE && at < prompt->n; at += n) {
+        n = smaller(prompt->n - at, LOGITS_CHUNK);
+        code = forward(e, &(lfm2_span){ .tokens = prompt->id + at,
+                                        .n_tokens = n, .n_logits = n }, 1);
+        const float *l = code == DONE ? lfm2_logits(e->ctx, 0, 0) : NULL;
+        for (size_t i = 0; l && i < (size_t)n * n_vocab; i++) {
+            unsigned char b[4];
+            put_le(b, float_bits(l[i]), 4);
+            fwrite(b, 1, 4, f);
+        }
+    }
+    running = NULL;
+    return f ? finish_file(f, e->s->logits, code) : BAD_FILE;
+}
+
+static int dump_prompt(struct talk *t)
+{
+    const struct ids *prompt = &t->job.q.prompt;
+
+    if (t->e->s->dump_prompt)
+        show_text(&t->prompt.text);
+    for (int i = 0; t->e->s->dump_tokens && i < prompt->n; i++)
+        printf("%ld%s", (long)prompt->id[i], i + 1 < prompt->n ? " " : "\n");
+    return DONE;
+}
+
+/* After an answer, its text is a message of the conversation, together with
+ * what the prompt had of it.  None is one only if the model wanted it so. */
+static void keep_answer(struct talk *t)
+{
+    const struct rendered *p = &t->prompt;
+    const struct reply *r = &t->job.r;
+    const char *from = answer_of(p);
+    struct text whole = { 0 };
+    int go_on = 0;
+    struct why why;
+
+    if (r->n_made == 0 && r->finish != STOPPED)
+        return;
+    if (!t->grown)
+        read_flag(t->body, "continue_final_message", &go_on, &why);
+    if (go_on)
+        ends_with_role(t, "assistant", 1);
+    add(&whole, from, (size_t)(p->text.s + p->text.n - from));
+    add(&whole, r->raw.s, r->raw.n);
+    add_message(t, "assistant", whole.s ? whole.s : "", whole.n);
+    free(whole.s);
+}
+
+/* ---- sessions
+ *
+ * What --session keeps between runs, all little-endian:
+ *
+ *     "LFM2SES1"
+ *     u64 n | the conversation: n bytes of JSON, {"messages": [...]}
+ *     u64 n | n token ids in the cache, u32
+ *     u64 hash of all before (FNV-1a)
+ *     u64 n | the sequence, as lfm2_seq_save() writes it, with its own check
+ *
+ * If only the sequence does not fit, as another model's, the conversation is
+ * read again.  A file that is anything else is left alone. */
+
+static const char session_magic[] = "LFM2SES1";
+
+/* Take a number, or n of these many bytes each, from the front. */
+static int take_le(struct piece *from, int bytes, uint64_t *out)
+{
+    if (from->n < (size_t)bytes)
+        return -1;
+    *out = get_le((const unsigned char *)from->s, bytes);
+    from->s += bytes;
+    from->n -= (size_t)bytes;
+    return 0;
+}
+
+static int take_bytes(struct piece *from, uint64_t each, struct piece *out)
+{
+    uint64_t n;
+
+    if (take_le(from, 8, &n) != 0 || n > from->n / each)
+        return -1;
+    *out = (struct piece){ from->s, (size_t)(n * each) };
+    from->s += out->n;
+    from->n -= out->n;
+    return 0;
+}
+
+/* The token ids of a session, in place of what was cached.  Why there is
+ * nothing in the cache, or NULL. */
+static const char *take_state(struct engine *e, struct piece ids,
+                              struct piece state, lfm2_error *err)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    struct ids *to = &e->slot[0].cached;
+    uint64_t id;
+
+    if (lfm2_seq_load(e->ctx, 0, state.s, state.n, err) != LFM2_OK)
+        return err->msg;
+    if (ids.n / 4 == (size_t)lfm2_seq_len(e->ctx, 0))
+        while (take_le(&ids, 4, &id) == 0 && id < (uint64_t)n_vocab)
+            to->id[to->n++] = (int32_t)id;
+    if (ids.n == 0 && to->n == lfm2_seq_len(e->ctx, 0))
+        return NULL;
+    lfm2_seq_trim(e->ctx, 0, 0);
+    to->n = 0;
+    return "its tokens are not those of its state";
+}
+
+/* Go on where the bytes of a session left off. */
+static int restore(struct talk *t, const struct text *file)
+{
+    const char *path = t->e->s->session, *why_not;
+    struct piece from = { file->s + 8, file->n - 8 }, said, ids, state;
+    struct json *whole = NULL;
+    struct pool pool = { 0 };
+    uint64_t hash;
+    size_t n;
+    struct why why;
+    lfm2_error err;
+    int good = take_bytes(&from, 1, &said) == 0 &&
+               take_bytes(&from, 4, &ids) == 0;
+
+    n = file->n - from.n;
+    good = good && take_le(&from, 8, &hash) == 0 &&
+           hash == hash_bytes(HASH_START, file->s, n) &&
+           take_bytes(&from, 1, &state) == 0 && from.n == 0 &&
+           json_parse(&pool, said.s, said.n, &whole, &why) == DONE &&
+           json_is(json_get(whole, "messages"), JSON_ARRAY);
+    if (good && !t->e->s->messages)
+        keep_messages(t, json_get(whole, "messages")->first);
+    pool_free(&pool);
+    if (!good)
+        return say(BAD_FILE, "%s: this session is cut or damaged; it is left "
+                   "as it is", path);
+    why_not = take_state(t->e, ids, state, &err);
+    if (why_not)
+        note("%s: the conversation is read again: %s", path, why_not);
+    else if (t->e->s->verbose)
+        note("%s: %d tokens", path, t->e->slot[0].cached.n);
+    return DONE;
+}
+
+/* A file that is not there yet begins a session. */
+static int load_session(struct talk *t)
+{
+    const char *path = t->e->s->session;
+    struct text file = { 0 };
+    char head[8];
+    const int code = can_replace(path);
+    const size_t n = read_head(path, head, sizeof head);
+
+    if (code != DONE)
+        return code;
+    if (n > 0 && (n < 8 || memcmp(head, session_magic, 8) != 0))
+        return say(BAD_FILE, "%s: %s; it is left as it is", path, n == 8 &&
+                   memcmp(head, "LFM2", 4) == 0 ? "a session of another "
+                   "version of this program" : "no session");
+    t->keeps_session = 1;
+    if (n == 0)
+        return DONE;
+    if (read_file(path, &file) != DONE || restore(t, &file) != DONE) {
+        free(file.s);
+        return BAD_FILE;
+    }
+    if ((t->e->s->system || t->e->s->system_file) &&
+        t->messages.n > 0)
+        note("%s: goes on as it began, so -sys is not used", path);
+    free(file.s);
+    return DONE;
+}
+
+static void add_talk(struct text *to, const struct talk *t)
+{
+    add_string(to, "{\"messages\": [");
+    add(to, t->messages.s, t->messages.n);
+    add_string(to, "]}\n");
+}
+
+static int save_session(struct talk *t)
+{
+    struct engine *e = t->e;
+    const struct ids *ids = &e->slot[0].cached;
+    const uint64_t n = lfm2_seq_state_size(e->ctx, 0);
+    struct text said = { 0 }, part[2] = { { 0 } };
+    struct text *const head = &part[0], *const state = &part[1];
+    lfm2_error err;
+    int code = DONE;
+
+    if (!t->keeps_session)
+        return DONE;
+    add_talk(&said, t);
+    add_string(head, session_magic);
+    add_le(head, said.n, 8);
+    add(head, said.s, said.n);
+    add_le(head, (uint64_t)ids->n, 8);
+    for (int i = 0; i < ids->n; i++)
+        add_le(head, (uint32_t)ids->id[i], 4);
+    add_le(head, hash_bytes(HASH_START, head->s, head->n), 8);
+    add_le(head, n, 8);
+    reserve(state, n < SIZE_MAX ? (size_t)n : SIZE_MAX);
+    state->n = (size_t)n;
+    if (lfm2_seq_save(e->ctx, 0, state->s, n, &err) != LFM2_OK)
+        code = report(e->s->session, &err);
+    else
+        code = keep_file(e->s->session, part, 2);
+    free(said.s);
+    free(head->s);
+    free(state->s);
+    return code;
+}
+
+/* One question, one answer, and the session for the next. */
+static int answer_once(struct talk *t)
+{
+    const int code = run_reply(t);
+    int kept = DONE;
+
+    if (t->keeps_session && (code == DONE || (code == INTERRUPTED &&
+                                              t->job.r.n_made > 0))) {
+        keep_answer(t);
+        kept = save_session(t);
+    }
+    return kept == DONE ? code : kept;
+}
+
+/* The answer, the answers, or what else there is to see. */
+static int answer(struct talk *t)
+{
+    const struct settings *s = t->e->s;
+    int code = t->e->ctx ? DONE : open_context(t->e);
+
+    if (code == DONE)
+        code = open_trace(t->e);
+    if (code == DONE)
+        code = s->mode == LOGITS ? write_logits(t) : s->mode == CHAT ? chat(t) :
+               answer_once(t);
+    return close_trace(t->e, code);
+}
+
+/* Anything that answers with a model, but --batch. */
+static int work_on_model(const struct settings *s)
+{
+    struct engine e = { .s = s };
+    struct talk t = { .e = &e };
+    int code = open_engine(&e);
+
+    if (code == DONE && s->mode == CHAT && e.template == TEMPLATE_NONE)
+        code = usage("no prompt given, and no chat without a template");
+    if (code == DONE)
+        code = read_talk(&t);
+    if (code == DONE && s->session) {
+        code = open_context(&e);
+        if (code == DONE)
+            code = load_session(&t);
+    }
+    if (code == DONE && s->mode != CHAT)
+        code = prepare_prompt(&t);
+    if (code == DONE)
+        code = s->mode == DUMP ? dump_prompt(&t) : answer(&t);
+    free_reply(&t.job.r);
+    free_request(&t.job.q);
+    rendered_free(&t.prompt);
+    pool_free(&t.pool);
+    free(t.messages.s);
+    close_engine(&e);
+    return code;
+}
+
+/* ------------------------------------------------------------------- 8. Chat
+ *
+ * At a terminal or, with -cnv, from a pipe, where no prompt is shown. */
+
+/* Answer the messages so far.  A turn that cannot be answered is taken back.
+ * Each has a seed of its own. */
+static int answer_turn(struct talk *t)
+{
+    int code = prompt_talk(t, NULL);
+
+    if (code == DONE) {
+        interrupted = 0;
+        code = run_reply(t);
+    }
+    if (code == TOO_LONG || code == USAGE) {
+        ends_with_role(t, "user", 1);
+        return DONE;
+    }
+    if (code != DONE && (code != INTERRUPTED || last_signal != SIGINT))
+        return code;
+    t->job.q.seed = (t->job.q.seed + 1) & INT64_MAX;
+    keep_answer(t);
+    return save_session(t);
+}
+
+static int forget(struct talk *t, const char *rest)
+{
+    (void)rest;
+    t->messages.n = 0;
+    t->body = NULL;
+    t->grown = 1;
+    return DONE;
+}
+
+static int regenerate(struct talk *t, const char *rest)
+{
+    (void)rest;
+    ends_with_role(t, "assistant", 1);
+    if (ends_with_role(t, "user", 0))
+        return answer_turn(t);
+    note("there is no message to answer");
+    return DONE;
+}
+
+/* The new first message is not there if it has no text. */
+static int set_system(struct talk *t, const char *text)
+{
+    struct pool pool = { 0 };
+    const struct json *list = parse_messages(t, &pool);
+    const struct json *m = list ? list->first : NULL;
+
+    if (m && has_role(m, "system"))
+        m = m->next;
+    t->messages.n = 0;
+    if (text[0])
+        add_message(t, "system", text, strlen(text));
+    for (; m; m = m->next) {
+        add_string(&t->messages, t->messages.n ? ", " : "");
+        add_json(&t->messages, m);
+    }
+    pool_free(&pool);
+    return DONE;
+}
+
+/* Who is told that a file cannot be opened should hear what may be why. */
+static void blame_sandbox(const struct talk *t)
+{
+    const char *dir = save_dir(t->e->s);
+
+    if (t->e->s->sandbox != SANDBOX_OFF && (errno == EACCES || errno == EPERM))
+        note("in this sandbox a chat opens %s%s; --save-dir DIR names a "
+             "directory", dir ? "files only in " : "no files", dir ? dir : "");
+}
+
+static int save_talk(struct talk *t, const char *path)
+{
+    struct text out = { 0 };
+
+    if (!path[0] || t->messages.n == 0) {
+        note(path[0] ? "there is nothing to save" : "/save needs a file");
+        return DONE;
+    }
+    add_talk(&out, t);
+    if (replace_file(path, &out, 1) == DONE)
+        note("%s: saved", path);
+    else
+        blame_sandbox(t);
+    free(out.s);
+    return DONE;
+}
+
+/* A file that is no conversation leaves the one there is. */
+static int load_talk(struct talk *t, const char *path)
+{
+    struct talk had = *t;
+    const struct json *whole, *list;
+
+    if (!path[0] || read_list(t, path, "messages", &whole, &list) != DONE) {
+        if (path[0])
+            blame_sandbox(t);
+        else
+            note("/load needs a file");
+        return DONE;
+    }
+    t->messages = (struct text){ 0 };
+    forget(t, "");
+    keep_messages(t, list->first);
+    if (list->first && prompt_talk(t, path) != DONE) {
+        free(t->messages.s);
+        t->messages = had.messages;
+        t->body = had.body;
+        t->grown = had.grown;
+        return DONE;
+    }
+    free(had.messages.s);
+    note("%s: %d messages", path, list->n_members);
+    return DONE;
+}
+
+static int print_stats(struct talk *t, const char *rest)
+{
+    (void)rest;
+    note("%d of %d tokens in the context", t->e->slot[0].cached.n,
+         t->e->par.n_ctx);
+    print_settings(t->e);
+    if (t->job.r.q)
+        print_speed(t);
+    return DONE;
+}
+
+static int print_commands(struct talk *t, const char *rest);
+
+static const struct command {
+    const char *word;
+    int (*obey)(struct talk *t, const char *rest);    /* NULL: leave         */
+    const char *help;
+} commands[] = {
+    { "/help", print_commands, "/help         this text" },
+    { "/clear", forget, "/clear        forget the conversation" },
+    { "/regen", regenerate, "/regen        answer the last message once more" },
+    { "/system", set_system, "/system TEXT  change the system prompt" },
+    { "/save", save_talk, "/save FILE    write the conversation as JSON" },
+    { "/load", load_talk, "/load FILE    go on with one" },
+    { "/stats", print_stats, "/stats        tokens, speed and memory" },
+    { "/quit", NULL, "/quit         leave; so does Ctrl-D" },
+    { "/exit", NULL, NULL }, { "/bye", NULL, NULL },
+};
+
+enum { N_COMMANDS = sizeof commands / sizeof *commands };
+
+static int print_commands(struct talk *t, const char *rest)
+{
+    (void)t, (void)rest;
+    fputs("Type a message, and its answer follows.  \"\"\" begins and ends one "
+          "of several\nlines, a \\ at the end of a line goes on with the next, "
+          "and a message may begin\nwith a blank where it would be a command.  "
+          "Ctrl-C stops an answer.\n", stderr);
+    for (int i = 0; i < N_COMMANDS; i++)
+        if (commands[i].help)
+            fprintf(stderr, "  %s\n", commands[i].help);
+    return DONE;
+}
+
+/* A line that begins with / .  Returns -1 to leave. */
+static int obey(struct talk *t, const char *line)
+{
+    const size_t n = strcspn(line, " ");
+    const char *rest = line + n + strspn(line + n, " ");
+
+    for (int i = 0; i < N_COMMANDS; i++)
+        if (strlen(commands[i].word) == n &&
+            memcmp(line, commands[i].word, n) == 0)
+            return commands[i].obey ? commands[i].obey(t, rest) : -1;
+    note("%.*s: no such command; /help lists them", (int)n, line);
+    return DONE;
+}
+
+/* What there is to answer before anything is typed: the options' prompt, or
+ * messages that do not end with an answer. */
+static int answer_first(struct talk *t, struct text *line)
+{
+    const struct settings *s = t->e->s;
+    struct why why;
+    int code, go_on = 0;
+
+    if (s->prompt || s->file) {
+        code = read_prompt(s, 1, line);
+        if (code == DONE)
+            code = ask(t, line);
+        return code == DONE ? answer_turn(t) : code;
+    }
+    if (!s->messages)
+        return DONE;
+    read_flag(t->body, "continue_final_message", &go_on, &why);
+    code = prompt_talk(t, s->messages);
+    if (code != DONE || (ends_with_role(t, "assistant", 0) && !go_on))
+        return code;
+    return answer_turn(t);
+}
+
+static int chat(struct talk *t)
+{
+    const int shows = isatty(STDIN_FILENO);
+    struct text line = { 0 };
+    size_t n = 0;
+    const char *name = lfm2_model_string(t->e->model, "general.name", &n);
+    int code, got = 0;
+
+    if (shows)
+        note("%.*s; /help lists commands, Ctrl-D leaves", (int)n,
+             name ? name : "");
+    code = answer_first(t, &line);
+    while (code == DONE && (got = read_message(&line, shows)) > 0) {
+        if (line.n == 0)
+            continue;
+        if (line.s[0] == '/' && !strchr(line.s, '\n'))
+            code = obey(t, line.s);
+        else if ((code = ask(t, &line)) == DONE)
+            code = answer_turn(t);
+        else if (code == USAGE)
+            code = DONE;                  /* only this message is wrong      */
+    }
+    free(line.s);
+    if (code == DONE && got < 0)
+        return INTERRUPTED;
+    return code < 0 ? DONE : code;
+}
+
+/* ---------------------------------------------------------------- 9. --batch
+ *
+ * JSON lines in, JSON lines out, in the same order.  A line is an OpenAI batch
+ * line {"custom_id", "method", "url", "body"} or a body alone.  Up to
+ * --parallel of them are answered at once, so the weights are read once for
+ * all.  What is answered depends on the line alone: bits do not depend on
+ * neighbours, and the seed comes from the line unless it names one. */
+
+enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines read per sequence  */
+
+struct entry {                            /* a line, from reading to writing */
+    struct job job;
+    struct pool pool;                     /* of its JSON                     */
+    struct batch *batch;
+    int is_done, is_error;
+    long long line;                       /* of the input, from 1            */
+    size_t bytes;                         /* of it                           */
+    struct text id, out;                  /* custom_id; the line of output   */
+};
+
+/* Lines that come in pieces. */
+struct source {
+    int fd;
+    struct text buf;
+    size_t at, seen;                      /* of buf: taken; without a newline
+                                             behind at                       */
+    int torn;                             /* the last line had no newline    */
+    int ended, error;                     /* errno, or 0                     */
+    long long line;
+};
+
+/* An id that a run before has answered, and how often. */
+struct known { struct text id; int times; };
+
+struct batch {
+    struct engine e;
+    struct source in;
+    const char *in_name, *out_name;
+    int out;
+    struct entry *entry;                  /* ring of [n_ring]                */
+    int n_ring, first, n_entries;
+    struct known *known;                  /* [n_known], sorted               */
+    int n_known, shard, n_shards;
+    long long done, failed, skipped, failed_before;
+    double tokens, reused, guessed, right, bytes, size, started, beat;
+};
+
+/* ---- a line of output */
+
+static const char output_start[] = "{\"id\": \"batch_req_";
+
+static void begin_output(struct entry *x)
+{
+    add_string(&x->out, output_start);
+    add_format(&x->out, "%016llx\"", (unsigned long long)x->job.id);
+    member_bytes(&x->out, "custom_id", x->id.s, x->id.n);
+}
+
+static void finish_error(struct entry *x, int code, const char *why)
+{
+    static const char *const name[] = {
+        [FAILED] = "failed", [USAGE] = "invalid_request",
+        [BAD_MODEL] = "bad_model", [TOO_LONG] = "context_length_exceeded"
+    };
+
+    begin_output(x);
+    member(&x->out, "response");
+    add_string(&x->out, "null");
+    member_open(&x->out, "error", "{");
+    member_text(&x->out, "code", name[code]);
+    member_count(&x->out, "line", (uint64_t)x->line);
+    member_text(&x->out, "message", why);
+    add_string(&x->out, "}}\n");
+    x->is_done = x->is_error = 1;
+    x->batch->failed++;
+}
+
+/* No time is in it: the same line has the same answer, byte for byte. */
+static void finish_entry(struct job *j)
+{
+    struct entry *x = j->owner;
+    struct batch *b = x->batch;
+
+    b->tokens += j->q.prompt.n + j->r.n_made;
+    b->reused += j->r.n_reused;
+    b->guessed += j->r.n_guessed;
+    b->right += j->r.n_right;
+    if (j->r.finish == BROKEN) {
+        finish_error(x, FAILED, "logits that are not finite");
+    } else {
+        begin_output(x);
+        add_format(&x->out, ", \"response\": {\"status_code\": 200, "
+                   "\"request_id\": \"req_%016llx\", \"body\": ",
+                   (unsigned long long)j->id);
+        add_completion(&b->e, &x->out, j, 0);
+        add_string(&x->out, "}}, \"error\": null}\n");
+        x->is_done = 1;
+        b->done++;
+    }
+    free_reply(&j->r);
+}
+
+static void wait_for_end(struct job *j)
+{
+    (void)j;
+}
+
+static const struct sink to_line = { wait_for_end, finish_entry };
+
+static void free_entry(struct entry *x)
+{
+    free_reply(&x->job.r);
+    free_request(&x->job.q);
+    pool_free(&x->pool);
+    free(x->id.s);
+    free(x->out.s);
+}
+
+/* At once, if that is possible, so that a line is whole or not there. */
+static int write_line(const struct batch *b, const struct text *line)
+{
+    for (size_t at = 0; at < line->n;) {
+        const ssize_t n = write(b->out, line->s + at, line->n - at);
+        if (n < 0 && errno != EINTR)
+            return say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
+        at += n > 0 ? (size_t)n : 0;
+    }
+    return DONE;
+}
+
+/* Write what is finished, in the order of the input. */
+static int write_finished(struct batch *b)
+{
+    int code = DONE;
+
+    while (code == DONE && b->n_entries > 0 && b->entry[b->first].is_done) {
+        struct entry *x = &b->entry[b->first];
+        if (isatty(b->out))
+            x->out.n = drop_controls(x->out.s, x->out.n);
+        code = write_line(b, &x->out);
+        b->bytes += (double)x->bytes;
+        free_entry(x);
+        b->first = (b->first + 1) % b->n_ring;
+        b->n_entries--;
+    }
+    return code;
+}
+
+/* ---- the input */
+
+/* Is there something to read, or the end of it?  A signal ends the waiting; one
+ * that comes just before it is heard a second later. */
+static int is_ready(int fd, int wait)
+{
+    struct pollfd p = { fd, POLLIN, 0 };
+    int n;
+
+    do
+        n = poll(&p, 1, wait ? 1000 : 0);
+    while (n <= 0 && wait && !interrupted);
+    return n > 0 && !interrupted;
+}
+
+/* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
+ * yet or will not.  Of one that is too long some of the end may be missing. */
+static int next_line(struct source *in, int wait, struct piece *line)
+{
+    for (;;) {
+        reserve(&in->buf, 1 << 16);
+        char *from = in->buf.s + in->at;
+        size_t n = in->buf.n - in->at;
+        const char *end = memchr(from + in->seen, '\n', n - in->seen);
+        if (end || (in->ended && n > 0)) {
+            n = end ? (size_t)(end - from) : n;
+            in->at += n + (end != NULL);
+            in->seen = 0;
+            in->torn = !end;
+            in->line++;
+            n -= n > 0 && from[n - 1] == '\r';
+            from[n] = '\0';
+            *line = (struct piece){ from, n };
+            return 1;
+        }
+        in->seen = n = n <= MAX_LINE ? n : MAX_LINE + 1;
+        if (in->at > 0)
+            memmove(in->buf.s, from, n);
+        in->buf.n = n;
+        in->at = 0;
+        if (in->ended || !is_ready(in->fd, wait))
+            return 0;
+        const ssize_t got = read(in->fd, in->buf.s + n, 1 << 16);
+        in->ended = got == 0 || (got < 0 && errno != EINTR);
+        in->error = got < 0 && in->ended ? errno : 0;
+        in->buf.n += got > 0 ? (size_t)got : 0;
+    }
+}
+
+/* The same line, the same seed; another with another -s. */
+static int read_entry(struct batch *b, struct entry *x,
+                      const struct json *line, struct why *why)
+{
+    const struct json *id = given(line, "custom_id");
+    const struct json *body = given(line, "body");
+    const struct json *method = given(line, "method");
+    const struct json *url = given(line, "url");
+    struct request *q = &x->job.q;
+    struct text asked = { 0 };
+    uint64_t hash;
+    int code;
+
+    if (id && id->type != JSON_STRING)
+        return because(why, USAGE, "\"custom_id\": expected a string");
+    if (id) {
+        x->id.n = 0;
+        add(&x->id, id->s, id->n);
+        add_json(&asked, id);
+    }
+    add_json(&asked, body ? body : line);
+    hash = hash_bytes(HASH_START, asked.s, asked.n);
+    x->job.id = hash_number(hash, (uint64_t)x->line);
+    free(asked.s);
+    if (body && method && !is_word(method, "POST"))
+        return because(why, USAGE, "\"method\": expected \"POST\"");
+    if (body && url && !is_word(url, "/v1/chat/completions") &&
+        !is_word(url, "/v1/completions"))
+        return because(why, USAGE, "\"url\": expected \"/v1/chat/completions\" "
+                       "or \"/v1/completions\"");
+    hash ^= q->seed == -1 ? 0 : (uint64_t)q->seed;
+    q->seed = (long long)hash;
+    code = read_request(&b->e, q, body ? body : line, why);
+    complete_request(&b->e, q);
+    return code;
+}
+
+/* ---- a run that goes on */
+
+static int by_id(const void *a, const void *b)
+{
+    const struct text *x = &((const struct known *)a)->id;
+    const struct text *y = &((const struct known *)b)->id;
+    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
+
+    return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+/* What begins otherwise was not written here. */
+static int is_ours(const struct piece *line)
+{
+    const size_t len = strlen(output_start);
+
+    return memcmp(line->s, output_start, line->n < len ? line->n : len) == 0;
+}
+
+/* The custom_id of a line of output, as one that needs no answer any more. */
+static int know_line(struct batch *b, const struct piece *line,
+                     long long number)
+{
+    const size_t n = (size_t)b->n_known;
+    struct pool pool = { 0 };
+    struct json *whole = NULL;
+    const struct json *id;
+    struct why why;
+
+    if ((n & (n - 1)) == 0)
+        b->known = resize(b->known, (n ? 2 * n : 1) * sizeof *b->known);
+    if (is_ours(line))
+        json_parse(&pool, line->s, line->n, &whole, &why);
+    id = given(whole, "custom_id");
+    if (json_is(id, JSON_STRING)) {
+        struct known *k = &b->known[b->n_known++];
+        *k = (struct known){ .times = 1 };
+        add(&k->id, id->s, id->n);
+        b->failed_before += given(whole, "error") != NULL;
+    }
+    pool_free(&pool);
+    return b->n_known > (int)n ? DONE :
+           say(BAD_FILE, "%s: line %lld is none that --batch writes",
+               b->out_name, number);
+}
+
+/* Sort what is known, and count what is there more than once. */
+static void sort_known(struct batch *b)
+{
+    int n = 0;
+
+    if (b->n_known > 0)
+        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_id);
+    for (int i = 0; i < b->n_known; i++)
+        if (n > 0 && by_id(&b->known[n - 1], &b->known[i]) == 0) {
+            b->known[n - 1].times++;
+            free(b->known[i].id.s);
+        } else
+            b->known[n++] = b->known[i];
+    b->n_known = n;
+}
+
+/* Does another process write to this file?  Both would answer the same lines.
+ * Where there are no locks nobody knows. */
+static int is_taken(int fd)
+{
+#ifdef F_SETLK
+    struct flock all = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+
+    return fcntl(fd, F_SETLK, &all) != 0 && (errno == EAGAIN ||
+                                             errno == EACCES);
+#else
+    return (void)fd, 0;
+#endif
+}
+
+/* What a run before has written; a line that it was killed in is cut off. */
+static int open_resumed(struct batch *b)
+{
+    const char *path = b->out_name = b->e.s->resume;
+    const int fd = open(path, O_RDWR | O_CREAT | O_APPEND, 0666);
+    struct source from = { .fd = fd };
+    struct piece line;
+    struct stat st;
+    int code = DONE;
+
+    b->out = fd;
+    if (fd < 0 || fstat(fd, &st) != 0)
+        return say(BAD_FILE, "%s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        return say(BAD_FILE, "%s: not a regular file", path);
+    if (is_taken(fd))
+        return say(BAD_FILE, "%s: another process is writing to it", path);
+    while (code == DONE && next_line(&from, 1, &line))
+        if (!from.torn || !is_ours(&line))
+            code = know_line(b, &line, from.line);
+        else if (ftruncate(fd, st.st_size - (off_t)line.n) != 0)
+            from.error = errno;
+    if (code == DONE && from.error)
+        code = say(BAD_FILE, "%s: %s", path, strerror(from.error));
+    free(from.buf.s);
+    if (code == DONE)
+        note("%s: %d lines are there already", path, b->n_known);
+    sort_known(b);
+    return code;
+}
+
+/* Is the answer with this id there already?  It counts once. */
+static int take_known(struct batch *b, const struct text *id)
+{
+    const struct known asked = { .id = *id };
+    struct known *k = b->n_known ? bsearch(&asked, b->known,
+        (size_t)b->n_known, sizeof *b->known, by_id) : NULL;
+
+    return k && k->times > 0 && k->times--;
+}
+
+/* I/N, counted from 0. */
+static int choose_shard(struct batch *b)
+{
+    const char *s = b->e.s->shard ? b->e.s->shard : "0/1";
+    int end = 0;
+
+    if (sscanf(s, "%d/%d%n", &b->shard, &b->n_shards, &end) != 2 || s[end] ||
+        b->shard < 0 || b->shard >= b->n_shards)
+        return usage("--shard %s: expected I/N with I from 0 to N-1", s);
+    return DONE;
+}
+
+/* ---- many requests */
+
+/* A line becomes a job, or is left to an earlier run. */
+static void add_entry(struct batch *b, const struct piece *line)
+{
+    struct entry *x = &b->entry[(b->first + b->n_entries) % b->n_ring];
+    struct text text = { 0 };
+    struct json *whole = NULL;
+    struct why why;
+    int code;
+
+    *x = (struct entry){
+        .batch = b, .line = b->in.line, .bytes = line->n + 1,
+        .job = { .q = b->e.s->ask, .to = &to_line, .owner = x }
+    };
+    add_format(&x->id, "line-%lld", x->line);
+    x->job.id = hash_number(hash_bytes(HASH_START, line->s, line->n),
+                            (uint64_t)x->line);
+    add(&text, line->s, line->n);
+    clean_text(&text);
+    if (line->n > MAX_LINE)
+        code = because(&why, USAGE, "longer than %d bytes", MAX_LINE);
+    else if (line->n > 1 && (memcmp(line->s, "\xff\xfe", 2) == 0 ||
+                             memcmp(line->s, "\xfe\xff", 2) == 0))
+        code = because(&why, USAGE, "UTF-16, expected UTF-8: iconv -f UTF-16 "
+                       "-t UTF-8 makes it of this file");
+    else
+        code = json_parse(&x->pool, text.s, text.n, &whole, &why);
+    free(text.s);
+    if (code == DONE)
+        code = read_entry(b, x, whole, &why);
+    if (take_known(b, &x->id)) {
+        b->skipped++;
+        b->bytes += (double)x->bytes;
+        free_entry(x);
+        return;
+    }
+    if (x->job.q.stop.n == b->e.s->ask.stop.n)        /* no texts of it left */
+        pool_free(&x->pool);
+    if (code == DONE)
+        code = engine_add(&b->e, &x->job, &why);
+    if (code != DONE)                     /* columns, but no lines, in JSON  */
+        finish_error(x, code, strncmp(why.s, "line 1, ", 8) ? why.s :
+                     why.s + 8);
+    b->n_entries++;
+}
+
+/* Read lines while there is room; wait for one only if there is nothing else to
+ * do. */
+static void read_lines(struct batch *b)
+{
+    struct piece line;
+
+    while (b->n_entries < b->n_ring &&
+           next_line(&b->in, b->n_entries == 0, &line)) {
+        if (strspn(line.s, " \t\r") >= line.n ||
+            (b->in.line - 1) % b->n_shards != b->shard)
+            b->bytes += (double)line.n + 1;
+        else
+            add_entry(b, &line);
+    }
+}
+
+/* A line on standard error every ten seconds, and at the end. */
+static void report_progress(struct batch *b, int last)
+{
+    const double now = seconds(), took = now - b->started + 1e-9;
+    const double part = b->size > 0 ? b->bytes / b->size : 0;
+
+    if (!last && now - b->beat < 10)
+        return;
+    b->beat = now;
+    note("%lld answered, %lld failed, %lld were there; %.1f tok/s, %.0f s%s",
+         b->done, b->failed, b->skipped, b->tokens / took, took,
+         !last && part > 0 && part < 1 ?
+         phrase(", %.0f %%, %.0f s to go", part * 100,
+                took / part * (1 - part)).s : "");
+    if (last && b->e.s->verbose)
+        note("%.0f tokens, %.0f of them reused; guessed %.0f, %.0f of them "
+             "right", b->tokens, b->reused, b->guessed, b->right);
+}
+
+static int run_batch(struct batch *b)
+{
+    int code;
+
+    for (;;) {
+        read_lines(b);
+        code = write_finished(b);
+        if (code != DONE || interrupted || (b->n_entries == 0 && b->in.ended &&
+                                            b->in.at == b->in.buf.n))
+            break;
+        code = engine_step(&b->e);
+        if (code != DONE)
+            break;
+        report_progress(b, 0);
+    }
+    if (code == DONE && interrupted)
+        code = INTERRUPTED;
+    if (code == DONE && b->in.error)
+        code = say(BAD_FILE, "%s: %s", b->in_name, strerror(b->in.error));
+    for (; b->n_entries > 0; b->n_entries--) {
+        free_entry(&b->entry[b->first]);
+        b->first = (b->first + 1) % b->n_ring;
+    }
+    return code;
+}
+
+static int open_batch(struct batch *b)
+{
+    const struct settings *s = b->e.s;
+    struct stat st;
+    int code = choose_shard(b);
+
+    if (code != DONE)
+        return code;
+    b->in.fd = !s->file || is_dash(s->file) ? STDIN_FILENO :
+               open(s->file, O_RDONLY);
+    b->in_name = s->file ? s->file : "standard input";
+    if (b->in.fd < 0)
+        return say(BAD_FILE, "%s: %s", s->file, strerror(errno));
+    if (fstat(b->in.fd, &st) == 0 && S_ISREG(st.st_mode))
+        b->size = (double)st.st_size;
+    b->out_name = "standard output";
+    code = open_engine(&b->e);
+    if (code == DONE && s->resume)
+        code = open_resumed(b);
+    if (code != DONE)
+        return code;
+    b->e.par.n_seq = s->parallel;
+    b->e.par.n_logits = s->parallel + LOGITS_CHUNK;
+    b->n_ring = s->parallel * AHEAD;
+    b->entry = zeroed((size_t)b->n_ring, sizeof *b->entry);
+    return open_context(&b->e);
+}
+
+static int batch(const struct settings *s)
+{
+    struct batch b = { .e.s = s, .out = STDOUT_FILENO };
+    int code = open_batch(&b);
+
+    if (code == DONE) {
+        b.started = b.beat = seconds();
+        running = b.e.ctx;
+        code = run_batch(&b);
+        running = NULL;
+        report_progress(&b, 1);
+    }
+    if (b.out > STDOUT_FILENO && close(b.out) != 0 && code == DONE)
+        code = say(BAD_FILE, "%s: %s", b.out_name, strerror(errno));
+    if (b.in.fd > STDIN_FILENO)
+        close(b.in.fd);
+    for (int i = 0; i < b.n_known; i++)
+        free(b.known[i].id.s);
+    free(b.known);
+    free(b.in.buf.s);
+    free(b.entry);
+    close_engine(&b.e);
+    return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
+}
+
+/* ------------------------------------------------------ 10. The command line
+ *
+ * One table says which options there are, which values are good, in which modes
+ * they mean something, what the body of a request calls them, and what --help
+ * says. */
+
+#define GROUP(title)            { .help = title }
+#define SWITCH(names, field, modes, help) \
+    { FLAG, names, NULL, AT(field), 0, 0, NULL, modes, 0, help }
+#define STRING(names, arg, field, modes, help) \
+    { TEXT, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
+#define NUMBER(kind, names, arg, field, min, max, json, modes, help) \
+    { kind, names, arg, AT(field), min, max, json, modes, 0, help }
+#define MODE(kind, names, arg, field, mode, help) \
+    { kind, names, arg, AT(field), 0, 0, NULL, mode, mode, help }
+
+static const struct option table[] = {
+    GROUP("What to do"),
+    STRING("-m --model", "FILE", model, ANY - SELFTEST,
+           "the model, if it is not the first argument"),
+    STRING("-p --prompt", "TEXT", prompt, PROMPT | TOKENIZE | DETOKENIZE,
+           "the prompt, if it is not the second argument; text that is piped "
+           "in follows it"),
+    STRING("-f --file", "FILE", file, PROMPT | BATCH | TOKENIZE | DETOKENIZE,
+           "the prompt, or the lines of --batch, from FILE (-: standard "
+           "input)"),
+    STRING("-sys --system-prompt", "TEXT", system, PROMPT,
+           "the system prompt"),
+    STRING("-sysf --system-prompt-file", "FILE", system_file, PROMPT,
+           "the system prompt from FILE"),
+    STRING("--messages", "FILE", messages, PROMPT,
+           "a conversation in JSON, or a whole request, instead of a prompt"),
+    STRING("--tools", "FILE", tools, PROMPT,
+           "tools that the model may call, in JSON"),
+    STRING("--session", "FILE", session, TALK | DUMP,
+           "keep the conversation in FILE, and go on with it"),
+    MODE(FLAG, "-cnv --interactive", NULL, mode, CHAT,
+         "chat, even after a prompt or without a terminal"),
+    STRING("--save-dir", "DIR", save_dir, CHAT,
+           "where a chat may save and load conversations"),
+    SWITCH("--raw", raw, ANSWER | LOGITS | DUMP | BATCH,
+           "no chat template: plain text is continued"),
+    MODE(FLAG, "--dump-prompt", NULL, dump_prompt, DUMP,
+         "print the prompt as the chat template writes it"),
+    MODE(FLAG, "--dump-tokens", NULL, dump_tokens, DUMP,
+         "print the token ids of the prompt"),
+    STRING("--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
+           "the prompt as token ids, int32, little-endian"),
+    MODE(TEXT, "--logits", "OUT", logits, LOGITS,
+         "write the logits of all tokens of the prompt, float32"),
+    MODE(FLAG, "--tokenize", NULL, mode, TOKENIZE,
+         "print the token ids of a text"),
+    MODE(FLAG, "--detokenize", NULL, mode, DETOKENIZE,
+         "print the text of lines of token ids"),
+    SWITCH("--null", null, TOKENIZE | DETOKENIZE,
+           "texts of --tokenize and --detokenize end with a NUL byte"),
+    SWITCH("--bos", bos, RUN | TOKENIZE,
+           "begin plain text with the BOS token"),
+    SWITCH("--special", special, RUN | TOKENIZE | DETOKENIZE,
+           "control tokens written in the text count as such"),
+    MODE(FLAG, "--batch", NULL, mode, BATCH,
+         "answer JSON lines, in OpenAI's batch format"),
+    MODE(FLAG, "--inspect", NULL, mode, INSPECT,
+         "what is in a model file, and what it takes to run it"),
+    MODE(FLAG, "--selftest", NULL, mode, SELFTEST,
+         "try this build on this machine; needs no model"),
+    MODE(FLAG, "--bench", NULL, mode, BENCH,
+         "measure the speed; its options are listed last"),
+    MODE(TEXT, "--export-tokenizer", "FILE", export_to, EXPORT,
+         "write the vocabulary of a model as a tokenizer.bin"),
+    STRING("--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
+           "a vocabulary to use instead of the model's"),
+    MODE(TEXT, "--ppl", "FILE", ppl, PPL,
+         "perplexity of a text, measured like llama-perplexity"),
+
+    GROUP("How to answer"),
+    NUMBER(WHOLE, "-n --predict --n-predict --max-tokens", "N", ask.limit, -2,
+           1 << 30, "max_tokens max_completion_tokens", GENERATE,
+           "at most N tokens (-1: no limit; for plain text 256)"),
+    NUMBER(CHOICE, "--template --chat-template", TEMPLATES, template, 0, 0, NULL, RUN,
+           "chat template (auto: by the file)"),
+    STRING("--date", "YYYY-MM-DD", date, PROMPT | BATCH,
+           "the date for templates that state it (today)"),
+    NUMBER(CHOICE, "--think", "auto|show|hide|raw", think, 0, 0, NULL,
+           GENERATE, "thoughts of the model (auto: shown at a terminal)"),
+    NUMBER(WHOLE, "--think-budget", "N", ask.think_budget, -1, 1 << 30,
+           "thinking_budget", GENERATE,
+           "close a thought after N tokens (-1: never)"),
+    NUMBER(TEXTS, "--stop -r --reverse-prompt", "TEXT", ask.stop, 0, 0, "stop",
+           GENERATE, "end the answer before TEXT; may be repeated"),
+    NUMBER(FLAG, "--ignore-eos", NULL, ask.ignore_eos, 0, 0, "ignore_eos",
+           GENERATE, "go on when the model would end"),
+    SWITCH("--json", json, ANSWER | INSPECT | PPL,
+           "print one JSON object: the answer as OpenAI's API writes it, or "
+           "the report"),
+    NUMBER(WHOLE, "--logprobs", "K", ask.logprobs, 0, MAX_LOGPROBS,
+           "top_logprobs", ANSWER,
+           "log probabilities, and those of the K likeliest tokens, in --json"),
+    NUMBER(WHOLE, "", "K", ask.prompt_logprobs, 0, MAX_LOGPROBS,
+           "prompt_logprobs", BATCH, NULL),
+    NUMBER(FLAG, "", NULL, ask.echo, 0, 0, "echo", BATCH, NULL),
+
+    GROUP("How to choose words (by default as the model's makers advise)"),
+    NUMBER(REAL, "--temp --temperature", "F", ask.sampling.temp, 0, 100,
+           "temperature", GENERATE,
+           "temperature (0: always the likeliest token)"),
+    NUMBER(WHOLE, "--top-k", "N", ask.sampling.top_k, -1, 1 << 30, "top_k",
+           GENERATE, "choose from the N likeliest tokens (0: off)"),
+    NUMBER(REAL, "--top-p", "F", ask.sampling.top_p, 0, 1, "top_p", GENERATE,
+           "choose from the likeliest tokens that together have probability F "
+           "(1: off)"),
+    NUMBER(REAL, "--min-p", "F", ask.sampling.min_p, 0, 1, "min_p", GENERATE,
+           "drop tokens less than F times as likely as the likeliest (0: off)"),
+    NUMBER(REAL, "--repeat-penalty --repetition-penalty", "F",
+           ask.sampling.repeat, 0.01, 100, "repetition_penalty repeat_penalty",
+           GENERATE, "make recent tokens less likely (1: off, as with --temp "
+           "0)"),
+    NUMBER(WHOLE, "--repeat-last-n", "N", ask.sampling.last_n, -1, 1 << 30,
+           NULL, GENERATE, "how many tokens are recent (64; -1: all)"),
+    NUMBER(REAL, "--presence-penalty", "F", ask.presence, -100, 100,
+           "presence_penalty", GENERATE,
+           "make tokens of the answer less likely to come again (0)"),
+    NUMBER(REAL, "--frequency-penalty", "F", ask.frequency, -100, 100,
+           "frequency_penalty", GENERATE,
+           "the same for each time they came (0)"),
+    NUMBER(SEED, "-s --seed", "N", ask.seed, -9e18, 9e18, "seed", GENERATE,
+           "the same seed gives the same answer (-1: random)"),
+
+    GROUP("To look inside"),
+    STRING("--trace", "FILE", trace, TALK | LOGITS,
+           "write what every module computes, as JSON lines"),
+    NUMBER(TEXTS, "--trace-filter", "GLOB", trace_filter, 0, 0, NULL,
+           TALK | LOGITS, "trace only modules of such names; may be repeated"),
+    STRING("--trace-tokens", "A-B", trace_tokens, TALK | LOGITS,
+           "trace only positions A to B, counted from 0"),
+    STRING("--trace-raw", "FILE", trace_raw, TALK | LOGITS,
+           "with --trace: all the numbers, float32"),
+
+    GROUP("With --batch"),
+    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, BATCH,
+           "answer up to N lines at once (32)"),
+    NUMBER(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, BATCH,
+           "while answers are written, read at most N tokens of new prompts "
+           "between two of their tokens (all that fit)"),
+    STRING("--shard", "I/N", shard, BATCH,
+           "answer only part I of N, counted from 0"),
+    STRING("--resume", "OUT", resume, BATCH,
+           "append to OUT, and skip lines that are answered there"),
+
+    GROUP("How to run"),
+    NUMBER(WHOLE, "-c --ctx-size", "N", ctx, 0, MAX_CTX, NULL, RUN | INSPECT,
+           "longest text, in tokens (4096; 0: all the model was trained for)"),
+    NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, NULL, RUN | INSPECT,
+           "threads (0: one for each CPU)"),
+    NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16, NULL,
+           RUN | INSPECT | BENCH,
+           "tokens computed at once (512; with experts 2048)"),
+    NUMBER(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP, NULL, GENERATE,
+           "guess up to N tokens from the text so far; the answer stays the "
+           "same (7; with experts 0)"),
+    NUMBER(CHOICE, "--isa",
+           "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
+           NULL, RUN | INSPECT | BENCH, "instruction set"),
+    NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, NULL, RUN | INSPECT | BENCH,
+           "precision of the KV cache"),
+    SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
+           "read the model into memory instead of mapping the file"),
+    NUMBER(CHOICE, "--sandbox", "auto|require|off", sandbox, 0, 0, NULL,
+           ANY - BENCH - SELFTEST,
+           "give up rights that are not needed (require: or fail)"),
+    NUMBER(CHOICE, "--color", "auto|on|off", color, 0, 0, NULL, TALK,
+           "dim the thoughts of the model"),
+    SWITCH("-q --quiet", quiet, ANY, "print errors only"),
+    SWITCH("-v --verbose", verbose, ANY, "print settings, seed and speed"),
+    SWITCH("-h --help", help, ANY, "print this text"),
+    SWITCH("--version", version, ANY,
+           "print version, compiler and weight types"),
+
+    GROUP("With --bench"),
+    NUMBER(LIST, "-p --n-prompt --prompt", "N,..", bench_prompt, 0, MAX_CTX,
+           NULL, BENCH, "read prompts of N tokens (512; 0: none)"),
+    NUMBER(LIST, "-n --n-gen --predict --n-predict", "N,..", bench_gen, 0,
+           MAX_CTX, NULL, BENCH, "generate N tokens (128; 0: none)"),
+    NUMBER(LIST, "-npl", "N,..", bench_seqs, 1, 4096, NULL, BENCH,
+           "generate for N sequences at once (1)"),
+    NUMBER(LIST, "-d --n-depth", "N,..", bench_depth, 0, MAX_CTX, NULL, BENCH,
+           "after a text of N tokens (0)"),
+    NUMBER(LIST, "-t --threads", "N,..", bench_threads, 1, 1024, NULL, BENCH,
+           "with N threads (one for each CPU)"),
+    NUMBER(WHOLE, "-r --repetitions", "N", reps, 1, 100000, NULL, BENCH,
+           "measure N times, after one to warm up (5)"),
+    NUMBER(CHOICE, "-o --output", "md|json", output, 0, 0, NULL, BENCH,
+           "print a table or records"),
+};
+
+enum { N_OPTIONS = sizeof table / sizeof *table };
+
+_Static_assert(sizeof table / sizeof *table <= MAX_OPTIONS,
+               "settings.given is too short");
+
+/* What other programs of this kind know.  Most would change nothing here; what
+ * would change the result is refused. */
+static const struct foreign {
+    const char *names;
+    int takes_value, is_error;
+    const char *why;
+} foreign[] = {
+    { "-ngl --gpu-layers --n-gpu-layers", 1, 0, "everything runs on the CPU" },
+    { "-fa --flash-attn", 2, 0, "attention is always computed this way" },
+    { "--jinja -st --single-turn --no-warmup --no-display-prompt --simple-io "
+      "--log-disable --no-perf -no-cnv --no-conversation", 0, 0, "it is so "
+      "already" },
+    { "--mlock", 0, 0, "the file is mapped, and stays in memory while it is "
+      "used" },
+    { "-hf -hfr --hf-repo -mu --model-url", 1, 1, "nothing is downloaded here; "
+      "scripts/download.sh fetches a model" },
+    { "--prompt-cache", 1, 1, "--session FILE keeps a conversation" },
+    { "-i", 0, 1, "-p gives a prompt, -cnv begins a chat" },
+    { "--grammar --grammar-file -j --json-schema", 1, 1, "answers in a grammar "
+      "are not there yet" },
+};
+
+/* Is the word one of a list, whose words are separated by that character?
+ * Returns its number, or -1. */
+static int find_word(const char *words, int separator, const char *word)
+{
+    const size_t n = strlen(word);
+
+    for (int i = 0; words && *words; i++) {
+        const char *end = strchr(words, separator);
+        const size_t len = end ? (size_t)(end - words) : strlen(words);
+        if (len == n && memcmp(words, word, n) == 0)
+            return i;
+        words += len + (end != NULL);
+    }
+    return -1;
+}
+
+/* The i-th word of a list by |. */
+static struct phrase word_of(const char *words, int i)
+{
+    for (; i > 0; i--)
+        words = strchr(words, '|') + 1;
+    return phrase("%.*s", (int)strcspn(words, "|"), words);
+}
+
+/* The option of this name, of two the one for this mode; or NULL. */
+static const struct option *find_option(const char *name, int mode)
+{
+    const struct option *found = NULL;
+
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (find_word(table[i].names, ' ', name) >= 0 &&
+            (!found || (table[i].modes & mode)))
+            found = &table[i];
+    return found;
+}
+
+/* The option that a body calls so, or NULL. */
+static const struct option *option_of_member(const char *key)
+{
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (find_word(table[i].json, ' ', key) >= 0)
+            return &table[i];
+    return NULL;
+}
+
+static const struct option *option_at(size_t at)
+{
+    const struct option *o = table;
+
+    while (o->kind == HEADING || o->at != at)
+        o++;
+    return o;
+}
+
+static const char *isa_name(int isa)
+{
+    static struct phrase name;
+
+    name = word_of(option_at(AT(isa))->arg, isa);
+    return name.s;
+}
+
+static const char *kv_name(int kv_type)
+{
+    return kv_type == LFM2_KV_F16 ? "f16" : "f32";
+}
+
+/* Help starts in column 28 and is wrapped at column 80. */
+static void print_entry(const char *head, const char *help)
+{
+    int column = printf("  %s", head);
+
+    while (*help) {
+        size_t n = strlen(help), most = 52;
+        if (n > most) {
+            for (n = most; n > 0 && help[n] != ' '; n--)
+                continue;
+        }
+        if (column >= 28)
+            column = printf("\n") - 1;
+        printf("%*s%.*s\n", 28 - column, "", (int)n, help);
+        help += n + (help[n] == ' ');
+        column = 0;
+    }
+}
+
+static int print_help(void)
+{
+    printf("usage: %s [options] MODEL.gguf [PROMPT]\n\n"
+           "Answers PROMPT and exits.  Without one, piped text is the prompt; "
+           "at a terminal,\na chat begins.\n", program);
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &table[i];
+        if (o->kind == HEADING)
+            printf("\n%s\n", o->help);
+        else if (o->help)
+            print_entry(phrase("%s%s%s", o->names, o->arg ? " " : "",
+                               o->arg ? o->arg : "").s, o->help);
+    }
+    printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
+           "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
+           "prompt longer than the context,\n7 some lines of a batch failed, 8 "
+           "the self-test failed, 130 interrupted,\n143 terminated.\n");
+    return DONE;
+}
+
+static int is_little_endian(void)
+{
+    return *(const unsigned char *)&(const uint16_t){ 1 };
+}
+
+static int print_version(void)
+{
+    const char *type;
+
+    printf("lfm2.c      %s\n", lfm2_version());
+#if defined __clang__
+    printf("compiler    clang %s\n", __clang_version__);
+#elif defined __GNUC__
+    printf("compiler    gcc %s\n", __VERSION__);
+#endif
+    printf("isa        ");
+    for (int i = LFM2_ISA_SCALAR; i < LFM2_N_ISA; i++)
+        if (lfm2_isa_available(i))
+            printf(" %s", isa_name(i));
+    printf("\nbyte order  %s-endian, %d bits\nweights    ",
+           is_little_endian() ? "little" : "big",
+           (int)sizeof(void *) * 8);
+    for (int i = 0; (type = lfm2_weight_type(i)); i++)
+        printf(" %s", type);
+    putchar('\n');
+    return DONE;
+}
+
+/* ---- one value */
+
+/* What a good value of this option is. */
+static struct phrase values_of(const struct option *o)
+{
+    const char *whole = o->kind == REAL ? "" : "whole ";
+
+    return o->kind == CHOICE ? phrase("%s", o->arg) :
+           o->kind == LIST ?
+           phrase("at most %d whole numbers from %.0f to %.0f, by commas",
+                  MAX_LIST, o->min, o->max) :
+           o->kind == TEXTS ? phrase("at most %d texts that are not empty",
+                                     MAX_LIST) :
+           phrase("a %snumber from %.10g to %.19g", whole, o->min, o->max);
+}
+
+/* Whole numbers by commas; -1 if they are none. */
+static int parse_list(struct list *to, const struct option *o, const char *s)
+{
+    char *end;
+
+    for (to->n = 0;; s = end + 1) {
+        errno = 0;
+        const long x = strtol(s, &end, 10);
+        if (end == s || (*end && *end != ',') || errno || x < o->min ||
+            x > o->max || to->n == MAX_LIST)
+            return -1;
+        to->v[to->n++] = (int)x;
+        if (!*end)
+            return 0;
+    }
+}
+
+static int add_text(struct texts *to, const char *s)
+{
+    if (!*s || to->n == MAX_LIST)
+        return -1;
+    to->v[to->n++] = s;
+    return 0;
+}
+
+/* Put a number where it belongs; -1 if it is out of bounds. */
+static int set_number(void *slot, const struct option *o, double x,
+                      long long whole)
+{
+    if (!(x >= o->min && x <= o->max))
+        return -1;
+    if (o->kind == REAL)
+        *(double *)slot = x;
+    else if (o->kind == SEED)
+        *(long long *)slot = whole;
+    else
+        *(int *)slot = (int)whole;
+    return 0;
+}
+
+static int parse_value(struct settings *to, const struct option *o,
+                       const char *value)
+{
+    void *slot = (char *)to + o->at;
+    long long whole = 0;
+    double x;
+    char *end;
+
+    switch (o->kind) {
+    case TEXT: *(const char **)slot = value; return 0;
+    case TEXTS: return add_text(slot, value);
+    case LIST: return parse_list(slot, o, value);
+    case CHOICE: *(int *)slot = find_word(o->arg, '|', value);
+                 return *(int *)slot < 0 ? -1 : 0;
+    default: break;
+    }
+    errno = 0;
+    x = o->kind == REAL ? strtod(value, &end) :
+        (double)(whole = strtoll(value, &end, 10));
+    return end == value || *end || errno ? -1 : set_number(slot, o, x, whole);
+}
+
+/* ---- the command line */
+
+static int take_foreign(const char *name, char **argv, int *i)
+{
+    for (size_t k = 0; k < sizeof foreign / sizeof *foreign; k++) {
+        const struct foreign *f = &foreign[k];
+        const char *next = argv[*i + 1];
+        if (find_word(f->names, ' ', name) < 0)
+            continue;
+        if (f->is_error)
+            return usage("%s: %s", name, f->why);
+        if (!strchr(argv[*i], '=') && (f->takes_value == 1 ||
+            (f->takes_value == 2 && next &&
+             find_word("on off auto", ' ', next) >= 0)))
+            *i += next != NULL;
+        note("%s changes nothing: %s", name, f->why);
+        return DONE;
+    }
+    return -1;
+}
+
+static int bad_value(const struct option *o, const char *name,
+                     const char *value)
+{
+    if (o->at == AT(threads) && strchr(value, '.'))
+        return say(USAGE, "%s %s: expected a number of threads; did you mean "
+                   "--temp %s?", name, value, value);
+    return say(USAGE, "%s %s: expected %s", name, value, values_of(o).s);
+}
+
+/* Take the option at argv[*i], and its value, which may be the next word. */
+static int take_option(struct settings *to, int bench, char **argv, int *i)
+{
+    const char *arg = argv[*i], *equals = strchr(arg, '='), *value;
+    const struct phrase name = phrase("%.*s", (int)strcspn(arg, "="), arg);
+    const struct option *o = find_option(name.s, bench ? BENCH : ANY - BENCH);
+    int code;
+
+    if (!o && (code = take_foreign(name.s, argv, i)) >= 0)
+        return code;
+    if (!o)
+        return usage("unknown option %s", name.s);
+    if (o->kind == FLAG && equals)
+        return usage("%s takes no value, but is given %s", name.s, equals + 1);
+    if (o->kind == TEXT && to->given[o - table])
+        return usage("%s is given twice", name.s);
+    to->given[o - table] = arg;
+    if (o->mode && to->mode && to->mode != o->mode)
+        return usage("%s does something else than the options before it",
+                     name.s);
+    to->mode |= o->mode;
+    if (o->kind == FLAG) {
+        if (o->at != AT(mode))
+            *(int *)((char *)to + o->at) = 1;
+        return DONE;
+    }
+    value = equals ? equals + 1 : argv[*i + 1] ? argv[++*i] : NULL;
+    if (!value)
+        return usage("%s needs a value, %s", name.s, o->arg);
+    return parse_value(to, o, value) == 0 ? DONE : bad_value(o, name.s, value);
+}
+
+static int is_dash(const char *path)
+{
+    return path && strcmp(path, "-") == 0;
+}
+
+/* "5", "5-" and "5-7". */
+static int parse_range(const char *s, int *first, int *last)
+{
+    char *end;
+    long a = -1, b;
+
+    errno = 0;
+    if (*s >= '0' && *s <= '9')
+        a = b = strtol(s, &end, 10);
+    if (a < 0)
+        return -1;
+    if (*end == '-' && !end[1])
+        b = INT_MAX, end++;
+    else if (*end == '-' && end[1] >= '0' && end[1] <= '9')
+        b = strtol(end + 1, &end, 10);
+    if (*end || errno || a > b || b > INT_MAX)
+        return -1;
+    *first = (int)a;
+    *last = (int)b;
+    return 0;
+}
+
+/* Is it a day as templates write it, 2026-11-20? */
+static int is_date(const char *s)
+{
+    static const int days[] = { 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30,
+                                31 };
+    int y, m, d, n = 0;
+
+    return strspn(s, "0123456789-") == 10 && !s[10] &&
+           sscanf(s, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10 &&
+           m >= 1 && m <= 12 && d >= 1 && d <= days[m - 1] &&
+           (m != 2 || d < 29 || (y % 4 == 0 && (y % 100 || y % 400 == 0)));
+}
+
+/* The first option given that needs a chat template, or NULL. */
+static const char *chat_option(const struct settings *s)
+{
+    return s->system || s->system_file ? "-sys" : s->messages ? "--messages" :
+           s->tools ? "--tools" : s->session ? "--session" :
+           s->mode == CHAT ? "-cnv" : NULL;
+}
+
+/* The name of a mode, for sentences. */
+static const char *mode_name(const struct settings *s)
+{
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (s->given[i] && table[i].mode == s->mode)
+            return s->given[i];
+    return s->mode == CHAT ? "a chat" : "a single answer";
+}
+
+/* Options must mean something in this mode, and not exclude each other. */
+static int check_settings(const struct settings *s)
+{
+    const int plain = s->raw || s->ids ||
+                      strcmp(template_name(s->template), "none") == 0;
+    int first, last;
+
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (s->given[i] && !(table[i].modes & s->mode))
+            return usage("%.*s means nothing with %s",
+                         (int)strcspn(s->given[i], "="), s->given[i],
+                         mode_name(s));
+    if (!s->model && s->mode != SELFTEST &&
+        !(s->tokenizer && (s->mode & WORDS)))
+        return usage("no model given");
+    if ((s->prompt || (s->file && s->mode != BATCH)) + !!s->ids +
+        !!s->messages > 1)
+        return usage("more than one prompt: PROMPT or -p and -f, --ids, "
+                     "--messages");
+    if (s->system && s->system_file)
+        return usage("more than one system prompt: -sys, -sysf");
+    if (plain && chat_option(s))
+        return usage("%s needs a chat template, and --raw, --ids and --template "
+                     "none go without", chat_option(s));
+    if ((s->system || s->system_file) && s->messages)
+        return usage("-sys: the conversation of --messages has its own system "
+                     "message");
+    if (is_dash(s->session) || is_dash(s->trace))
+        return usage("%s -: expected a file", s->session ? "--session" :
+                     "--trace");
+    if (!s->trace && (s->trace_filter.n || s->trace_tokens || s->trace_raw))
+        return usage("%s needs --trace FILE", s->trace_raw ? "--trace-raw" :
+                     s->trace_tokens ? "--trace-tokens" : "--trace-filter");
+    if (s->trace_tokens && parse_range(s->trace_tokens, &first, &last) != 0)
+        return usage("--trace-tokens %s: expected positions like 5, 5- or "
+                     "5-7", s->trace_tokens);
+    if (s->ask.logprobs >= 0 && !s->json)
+        return usage("--logprobs needs --json");
+    if (s->date && !is_date(s->date))
+        return usage("--date %s: expected a day like 2026-11-20", s->date);
+    if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
+        return say(USAGE, "--isa %s: not on this CPU or not in this build; "
+                   "--version lists the sets there are", isa_name(s->isa));
+    return DONE;
+}
+
+/* A chat begins where nothing else is asked and a person sits there. */
+static int default_mode(const struct settings *s)
+{
+    return s->prompt || s->file || s->ids || s->messages || s->json ||
+           !isatty(STDIN_FILENO) ? ANSWER : CHAT;
+}
+
+static int parse(struct settings *to, char **argv)
+{
+    const char *words[2] = { NULL, NULL };
+    int n_words = 0, options = 1, bench = 0, code = DONE;
+
+    for (int i = 1; argv[i] && strcmp(argv[i], "--") != 0; i++) {
+        bench |= strcmp(argv[i], "--bench") == 0;
+        quiet |= find_word("-q --quiet", ' ', argv[i]) >= 0;
+    }
+    for (int i = 1; code == DONE && argv[i]; i++)
+        if (options && strcmp(argv[i], "--") == 0)
+            options = 0;
+        else if (options && argv[i][0] == '-' && argv[i][1])
+            code = take_option(to, bench, argv, &i);
+        else if (n_words < 2)
+            words[n_words++] = argv[i];
+        else
+            code = usage("unexpected argument %s; a prompt of several words "
+                         "needs quotes", argv[i]);
+    if (code != DONE || to->help || to->version)
+        return code;
+    if (!to->model && n_words > 0) {
+        to->model = words[0];
+        words[0] = words[1];
+        n_words--;
+        to->given[option_at(AT(model)) - table] = "MODEL.gguf";
+    }
+    if (n_words > 1 || (n_words > 0 && to->prompt))
+        return usage("unexpected argument %s: there is a prompt already",
+                     words[n_words - 1]);
+    if (n_words > 0) {
+        to->prompt = words[0];
+        to->given[option_at(AT(prompt)) - table] = "PROMPT";
+    }
+    if (!to->mode)
+        to->mode = default_mode(to);
+    return check_settings(to);
+}
+
+/* ---------------------------------------------------- 11. Files and text */
 
 /* The directory that a file is in, or will be. */
 static void add_directory(struct text *t, const char *path)
@@ -1375,15 +5230,6 @@ static int read_text_file(const char *path, struct text *out)
     return DONE;
 }
 
-/* -sysf.  It lies in *out, which the caller frees. */
-static int read_system(struct settings *s, struct text *out)
-{
-    int code = read_text_file(s->system_file, out);
-
-    s->system = out->s;
-    return code == DONE ? check_text(out, s->system_file) : code;
-}
-
 /* Was text piped in beside a prompt?  A file that was read before belongs to a
  * loop in a shell; terminals, devices, and the sockets of ssh may never end. */
 static int has_piped_text(const struct settings *s)
@@ -1421,8 +5267,6 @@ static int read_prompt(const struct settings *s, int chats, struct text *out)
                      program);
     if (given)
         add_string(out, s->prompt);
-    if (given && s->escape)
-        unescape(out);
     if (given)
         clean_text(out);
     if (s->file)
@@ -1437,46 +5281,6 @@ static int read_prompt(const struct settings *s, int chats, struct text *out)
            "empty") : code;
 }
 
-/* ---- numbers */
-
-static int alloc_ids(struct ids *out, size_t n)
-{
-    out->id = zeroed(n, sizeof *out->id);
-    return DONE;
-}
-
-/* Numbers in files are little-endian. */
-static void put_le(unsigned char *p, uint64_t x, int n_bytes)
-{
-    for (int i = 0; i < n_bytes; i++)
-        p[i] = x >> 8 * i & 255;
-}
-
-static uint64_t get_le(const unsigned char *p, int n_bytes)
-{
-    uint64_t x = 0;
-
-    for (int i = 0; i < n_bytes; i++)
-        x |= (uint64_t)p[i] << 8 * i;
-    return x;
-}
-
-static void add_le(struct text *to, uint64_t x, int n_bytes)
-{
-    unsigned char b[8];
-
-    put_le(b, x, n_bytes);
-    add(to, (char *)b, (size_t)n_bytes);
-}
-
-static uint32_t float_bits(float x)
-{
-    uint32_t bits;
-
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
 static int read_ids(const char *path, struct ids *out)
 {
     struct text t = { 0 };
@@ -1485,8 +5289,7 @@ static int read_ids(const char *path, struct ids *out)
     if (code == DONE && t.n % 4 != 0)
         code = say(BAD_FILE, "%s: %zu bytes, expected a multiple of 4", path,
                    t.n);
-    if (code == DONE)
-        code = alloc_ids(out, t.n / 4 + 1);
+    out->id = zeroed(t.n / 4 + 1, sizeof *out->id);
     for (size_t i = 0; code == DONE && i < t.n; i += 4) {
         const uint64_t id = get_le((const unsigned char *)t.s + i, 4);
         out->id[out->n++] = id > INT32_MAX ? -1 : (int32_t)id;
@@ -1495,111 +5298,7 @@ static int read_ids(const char *path, struct ids *out)
     return code;
 }
 
-/* ---- SHA-256 (FIPS 180-4) of bytes that come in any pieces */
-
-struct sha256 { uint32_t h[8]; uint64_t n; unsigned char block[64]; };
-
-static const struct sha256 sha256_start = {
-    { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c,
-      0x1f83d9ab, 0x5be0cd19 }, 0, { 0 }
-};
-
-static uint32_t rotated(uint32_t x, int n)
-{
-    return x >> n | x << (32 - n);
-}
-
-/* The constants of the rounds are the fractions of the cube roots of the first
- * 64 primes. */
-static const uint32_t sha256_round[64] = {
-    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
-    0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
-    0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786,
-    0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
-    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147,
-    0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13,
-    0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
-    0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
-    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a,
-    0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
-    0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2
-};
-
-/* w: the 16 words of the block, and 48 made of them. */
-static void sha256_words(uint32_t w[64], const unsigned char block[64])
-{
-    for (int i = 0; i < 16; i++)
-        w[i] = (uint32_t)block[4 * i] << 24 | (uint32_t)block[4 * i + 1] << 16
-             | (uint32_t)block[4 * i + 2] << 8 | block[4 * i + 3];
-    for (int i = 16; i < 64; i++) {
-        const uint32_t a = w[i - 15], b = w[i - 2];
-        w[i] = w[i - 16] + w[i - 7]
-             + (rotated(a, 7) ^ rotated(a, 18) ^ a >> 3)
-             + (rotated(b, 17) ^ rotated(b, 19) ^ b >> 10);
-    }
-}
-
-/* Instead of moving on, a .. h change their places, and are back after eight
- * rounds. */
-static void sha256_block(uint32_t state[8], const unsigned char block[64])
-{
-    uint32_t w[64], s[8];
-
-    sha256_words(w, block);
-    memcpy(s, state, sizeof s);
-    for (int i = 0; i < 64; i += 8)
-        for (int j = 0; j < 8; j++) {
-            uint32_t *a = s + (8 - j) % 8, *d = s + (11 - j) % 8;
-            uint32_t *h = s + (15 - j) % 8;
-            const uint32_t b = s[(9 - j) % 8], c = s[(10 - j) % 8];
-            const uint32_t e = s[(12 - j) % 8], f = s[(13 - j) % 8];
-            const uint32_t g = s[(14 - j) % 8];
-            const uint32_t t = *h + sha256_round[i + j] + w[i + j]
-                + (rotated(e, 6) ^ rotated(e, 11) ^ rotated(e, 25))
-                + ((e & f) ^ (~e & g));
-
-            *d += t;
-            *h = t + (rotated(*a, 2) ^ rotated(*a, 13) ^ rotated(*a, 22))
-                + ((*a & b) ^ (*a & c) ^ (b & c));
-        }
-    for (int i = 0; i < 8; i++)
-        state[i] += s[i];
-}
-
-static void sha256_add(struct sha256 *d, const void *bytes, size_t n)
-{
-    const unsigned char *p = bytes;
-
-    while (n > 0) {
-        const size_t at = d->n % 64;
-        const size_t part = n < 64 - at ? n : 64 - at;
-        memcpy(d->block + at, p, part);
-        d->n += part;
-        p += part;
-        n -= part;
-        if (at + part == 64)
-            sha256_block(d->h, d->block);
-    }
-}
-
-/* out: 64 hexadecimal digits and a NUL.  A copy of d is finished, so more may
- * be added to d itself. */
-static void sha256_hex(struct sha256 d, char out[65])
-{
-    const uint64_t bits = d.n * 8;
-    unsigned char end[8];
-
-    for (int i = 0; i < 8; i++)
-        end[i] = bits >> (56 - 8 * i) & 255;
-    sha256_add(&d, "\x80", 1);
-    while (d.n % 64 != 56)
-        sha256_add(&d, "", 1);
-    sha256_add(&d, end, 8);
-    for (int i = 0; i < 8; i++)
-        snprintf(out + 8 * i, 9, "%08x", (unsigned)d.h[i]);
-}
-
-/* ---------------------------------------------- 4. Signals and the terminal */
+/* ---------------------------------------------- 12. Signals and the terminal */
 
 #ifndef __wasi__
 #include <sys/ioctl.h>
@@ -1609,17 +5308,14 @@ static int set_terminal(int is_edited);
 #define set_terminal(is_edited) (-1)
 #endif
 
-static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
-static const char bright[] = "\033[0m\n";
-
 /* The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
  * somebody looks at `interrupted` and stops the work in good order.  Then the
  * second does nothing more, and the third ends it whatever is lost: by then
  * something hangs.  They are handled from the beginning, as the first process
  * of a container gets no others; one that was ignored then, as by nohup, stays
  * ignored. */
-static lfm2_context *volatile running;
-static volatile sig_atomic_t last_signal, is_heard;
+static const char bright[] = "\033[0m\n";
+static volatile sig_atomic_t is_heard;
 
 static void on_interrupt(int number)
 {
@@ -2242,100 +5938,101 @@ static int read_message(struct text *out, int shows)
     return 1;
 }
 
-/* See section 20. */
-static int enter_sandbox(const struct settings *s, int chats);
-static int keep_file(const char *path, const struct text *part, int n_parts);
-static const char *save_dir(const struct settings *s);
+/* ---- the process */
 
-/* ------------------------------------------------------------------ 5. JSON
+/* Where the shell closed one of the first three descriptors (">&-"), the next
+ * file to be opened would get its number, and words or messages would go into
+ * it.  A directory takes the place: it can be neither read nor written. */
+static void hold_descriptors(void)
+{
+    int fd;
+
+    do
+        fd = open("/", O_RDONLY);
+    while (fd >= 0 && fd <= STDERR_FILENO);
+    if (fd >= 0)
+        close(fd);
+}
+
+/* Other files that whoever started this left open would be open in the sandbox,
+ * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
+static void close_inherited(char **argv)
+{
+#ifndef __wasi__
+    DIR *dir = opendir("/dev/fd");
+    struct dirent *entry;
+
+    while (dir && (entry = readdir(dir))) {
+        const int fd = atoi(entry->d_name);
+        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
+        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
+            const char *name = strstr(argv[i], "/fd/");
+            is_named = name && strcmp(name + 4, entry->d_name) == 0;
+        }
+        if (!is_named)
+            close(fd);
+    }
+    if (dir)
+        closedir(dir);
+#else
+    (void)argv;
+#endif
+}
+
+/* Before anything else. */
+static void prepare_process(char **argv)
+{
+    hold_descriptors();
+    close_inherited(argv);
+    start_signals();
+    atexit(leave_terminal);
+}
+
+/* ------------------------------------------------------------------ 13. JSON
  *
  * Requests arrive as JSON (RFC 8259), tools are described in it, and results
  * leave as it.  The reader is strict: what it takes, every other reader takes.
- * A text becomes a tree of nodes out of a pool, and one call releases a whole
- * request.  Nothing calls itself, so how deep a text may nest is decided by a
- * limit and not by the stack.
+ * A text becomes a tree that is only read, out of a pool: one call releases a
+ * whole request.  Who writes JSON adds it to a text.
  *
- * The same loop reads the Python literals in which models call tools, see
- * section 7. */
+ * The same reader reads the Python literals in which models call tools, see
+ * section 15. */
 
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
     MAX_POOL = 1 << 28,                   /* bytes of nodes and strings      */
     MAX_DEPTH = 64,
-    MAX_MEMBERS = 4096                    /* of an object                    */
+    MAX_MEMBERS = 1024                    /* of an object                    */
 };
-
-/* Some bytes within a text. */
-struct piece { const char *s; size_t n; };
-
-/* Memory that is released at once.  A zeroed one is empty and good; once there
- * is no more memory `failed` stays, and what asks for some gets NULL. */
-struct block { struct block *next; };
-
-struct pool { struct block *blocks; size_t total; int failed; };
-
-enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
-       JSON_OBJECT };
 
 static const char *const json_names[] = {
     "null", "false", "true", "a number", "a string", "an array", "an object"
 };
 
-/* A string's bytes are well-formed UTF-8 if they were read from JSON, and s[n]
- * is NUL; \u0000 makes another NUL before it, so json_text() gives out a string
- * only if it is whole as a C string.  Numbers are kept as they were written.
- * All before `key` is the value, from there on its place in another. */
-struct json {
-    int type;
-    int close;                            /* the bracket that will end it    */
-    const char *s;
-    size_t n;
-    struct json *first, *last;            /* its members                     */
-    int n_members;
-    const char *key;                      /* in an object; not always UTF-8  */
-    size_t n_key;
-    struct json *next;
-};
-
-/* n zeroed bytes, aligned for a node; or NULL. */
+/* n zeroed bytes, aligned for a node. */
 static void *pool_get(struct pool *p, size_t n)
 {
-    struct block *b = NULL;
+    const size_t aligned = (n + 15) / 16 * 16, least = 1 << 14;
+    struct chunk *c = p->chunks;
 
-    if (!p->failed && n < MAX_POOL - p->total)
-        b = calloc(1, sizeof *b + n);
-    p->failed |= !b;
-    if (!b)
-        return NULL;
-    b->next = p->blocks;
-    p->blocks = b;
-    p->total += n;
-    return b + 1;
+    if (!c || c->size - c->used < aligned) {
+        c = resize(NULL, sizeof *c + (aligned > least ? aligned : least));
+        *c = (struct chunk){ p->chunks, 0, aligned > least ? aligned : least };
+        p->chunks = c;
+    }
+    c->used += aligned;
+    p->total += aligned;
+    return memset((char *)(c + 1) + c->used - aligned, 0, aligned);
 }
 
 static void pool_free(struct pool *p)
 {
-    while (p->blocks) {
-        struct block *next = p->blocks->next;
-        free(p->blocks);
-        p->blocks = next;
+    while (p->chunks) {
+        struct chunk *next = p->chunks->next;
+        free(p->chunks);
+        p->chunks = next;
     }
-    *p = (struct pool){ NULL, 0, 0 };
-}
-
-/* FNV-1a, to be begun with HASH_START. */
-#define HASH_START 0xcbf29ce484222325u
-
-static uint64_t hash_number(uint64_t h, uint64_t x)
-{
-    return (h ^ x) * 0x100000001b3u;
-}
-
-static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        h = hash_number(h, (unsigned char)s[i]);
-    return h;
+    p->total = 0;
 }
 
 /* Write a character below 0x110000; returns its length, at most 4. */
@@ -2350,130 +6047,38 @@ static size_t utf8_put(char *out, uint32_t c)
     return (size_t)n;
 }
 
-/* ---- trees
+/* ---- values
  *
- * Any of these may be given NULL, for what is not there or had no memory. */
+ * Any of these may be given NULL, for what is not there. */
 
-static struct json *json_new(struct pool *p, int type)
+static int json_is(const struct json *v, int type)
 {
-    struct json *v = pool_get(p, sizeof *v);
-
-    if (v)
-        v->type = type;
-    return v;
-}
-
-static struct json *json_array(struct pool *p)
-{
-    return json_new(p, JSON_ARRAY);
-}
-
-static struct json *json_object(struct pool *p)
-{
-    return json_new(p, JSON_OBJECT);
-}
-
-static char *copy_bytes(struct pool *p, const char *s, size_t n)
-{
-    char *out = pool_get(p, n + 1);
-
-    return out && n > 0 ? memcpy(out, s, n) : out;
-}
-
-static struct json *json_string(struct pool *p, const char *s, size_t n)
-{
-    const char *copy = copy_bytes(p, s, n);
-    struct json *v = copy ? json_new(p, JSON_STRING) : NULL;
-
-    if (v) {
-        v->s = copy;
-        v->n = n;
-    }
-    return v;
+    return v && v->type == type;
 }
 
 /* Looks at all keys: MAX_MEMBERS keeps that fast. */
-static struct json *find_key(const struct json *object, const char *key,
-                             size_t n)
+static struct json *find_key(const struct json *in, const char *key, size_t n)
 {
-    struct json *v = object->first;
+    struct json *v = in->first;
 
     while (v && (v->n_key != n || memcmp(v->key, key, n) != 0))
         v = v->next;
     return v;
 }
 
-/* A new node at the end, for now null. */
-static struct json *new_member(struct pool *p, struct json *parent)
-{
-    struct json *v = parent ? json_new(p, JSON_NULL) : NULL;
-
-    if (!v)
-        return NULL;
-    if (parent->last)
-        parent->last->next = v;
-    else
-        parent->first = v;
-    parent->last = v;
-    parent->n_members++;
-    return v;
-}
-
-/* Give a node another value; it stays where it is. */
-static void json_fill(struct json *v, const struct json *value)
-{
-    memcpy(v, value, offsetof(struct json, key));
-}
-
-/* The member of this key, new or emptied: the last of equal keys wins, in the
- * place of the first, as in Python.  The key is borrowed. */
-static struct json *key_member(struct pool *p, struct json *object,
-                               const char *key, size_t n)
-{
-    static const struct json null;
-    struct json *v = find_key(object, key, n);
-
-    if (v)
-        json_fill(v, &null);
-    else if ((v = new_member(p, object)) != NULL) {
-        v->key = key;
-        v->n_key = n;
-    }
-    return v;
-}
-
-/* Both share what is inside of the value, but not its node. */
-static void json_append(struct pool *p, struct json *array,
-                        const struct json *value)
-{
-    struct json *v = value ? new_member(p, array) : NULL;
-
-    if (v)
-        json_fill(v, value);
-}
-
-static void json_set(struct pool *p, struct json *object, const char *key,
-                     const struct json *value)
-{
-    const size_t n = strlen(key);
-    const char *copy = object && value ? copy_bytes(p, key, n) : NULL;
-    struct json *v = copy ? key_member(p, object, copy, n) : NULL;
-
-    if (v)
-        json_fill(v, value);
-}
-
 /* NULL if there is no such key, or no object. */
 static struct json *json_get(const struct json *object, const char *key)
 {
-    if (!object || object->type != JSON_OBJECT)
-        return NULL;
-    return find_key(object, key, strlen(key));
+    return json_is(object, JSON_OBJECT) ? find_key(object, key, strlen(key)) :
+           NULL;
 }
 
-static int json_is(const struct json *v, int type)
+/* The member of this key; null is the same as nothing, but for one template. */
+static const struct json *given(const struct json *object, const char *key)
 {
-    return v && v->type == type;
+    const struct json *v = json_get(object, key);
+
+    return json_is(v, JSON_NULL) ? NULL : v;
 }
 
 static const char *json_text(const struct json *v)
@@ -2492,11 +6097,9 @@ static int json_bool(const struct json *v, int *out)
 
 static int json_double(const struct json *v, double *out)
 {
-    const double x = json_is(v, JSON_NUMBER) ? strtod(v->s, NULL) : NAN;
-
-    if (!isfinite(x))
+    if (!json_is(v, JSON_NUMBER))
         return -1;
-    *out = x;
+    *out = strtod(v->s, NULL);
     return 0;
 }
 
@@ -2520,18 +6123,25 @@ static int json_int(const struct json *v, long long least, long long most,
 /* ---- reading
  *
  * A reader works on a copy that ends with NUL, where strings are decoded in
- * place: no escape is shorter than what it stands for. */
+ * place: no escape is shorter than what it stands for.  Python's literals get
+ * the values of ast.literal_eval(), as far as JSON has them. */
 
 struct reader {
     struct pool *pool;
     const char *text;                     /* n bytes, as they came           */
     size_t n;
     char *start, *at, *end;               /* of the copy                     */
-    int python;                           /* literals and calls, not JSON    */
-    struct json *open[MAX_DEPTH + 2];     /* brackets, the root being one    */
     int depth;
+    enum { AS_JSON, AS_PYTHON, AS_BAD_PYTHON } as;
     struct why *why;
 };
+
+static void start_reading(struct reader *r)
+{
+    r->start = r->at = memcpy(pool_get(r->pool, r->n + 1), r->text, r->n);
+    r->end = r->at + r->n;
+    r->depth = 0;
+}
 
 /* What was found, where, and what should have been there. */
 static int expected(struct reader *r, const char *what)
@@ -2540,9 +6150,6 @@ static int expected(struct reader *r, const char *what)
     char found[16] = "the end";
     int n = 1;
 
-    if (r->pool->failed)
-        return because(r->why, NO_MEMORY, "no memory for what %zu bytes of "
-                       "JSON hold", r->n);
     for (const char *p = line; p < at; p++)
         if (*p == '\n') {
             line = p + 1;
@@ -2555,11 +6162,15 @@ static int expected(struct reader *r, const char *what)
                    n, (size_t)(at - line) + 1, found, what);
 }
 
-/* The next character that is not blank, or EOF. */
+/* The next character that is not blank, or EOF.  Python has comments, too. */
 static int peek(struct reader *r)
 {
-    r->at += strspn(r->at, " \n\t\r");
-    return r->at < r->end ? (unsigned char)*r->at : EOF;
+    for (;; r->at += strcspn(r->at, "\n")) {
+        r->at += strspn(r->at, r->as == AS_JSON ? " \n\t\r" : " \n\t\f");
+        if (r->as == AS_JSON ||
+            (*r->at != '#' && (*r->at != '\\' || r->at[1] != '\n')))
+            return r->at < r->end ? (unsigned char)*r->at : EOF;
+    }
 }
 
 /* Step over the next character if it is this one. */
@@ -2583,345 +6194,214 @@ static int read_hex(const char *s, size_t n, uint32_t *out)
     return 1;
 }
 
-/* What lies beyond 0xffff is written as a pair; half of one is no character. */
-static int join_pair(struct reader *r, uint32_t *c)
+/* A character of n hexadecimal digits behind a backslash and a letter.  What
+ * lies beyond 0xffff may be a pair; half of one is no character. */
+static int read_code(struct reader *r, size_t n, char **out)
 {
-    uint32_t low;
+    uint32_t c, low;
 
-    if (*c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
+    if (!read_hex(r->at + 1, n, &c))
+        return expected(r, "hexadecimal digits after a backslash");
+    r->at += 1 + n;
+    if (c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
         read_hex(r->at + 2, 4, &low) && low >> 10 == 0xdc00 >> 10) {
-        *c = 0x10000 + ((*c & 0x3ff) << 10 | (low & 0x3ff));
+        c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
         r->at += 6;
     }
-    if (*c <= 0x10ffff && *c >> 11 != 0xd800 >> 11)
-        return 1;
-    *c = 0xfffd;
-    return r->python;
+    if (c > 0x10ffff || c >> 11 == 0xd800 >> 11)
+        return expected(r, "surrogates in pairs after a backslash");
+    *out += utf8_put(*out, c);
+    return DONE;
 }
 
-/* What follows a backslash.  Python has more escapes than JSON, and what is
- * none of them keeps its backslash. */
+/* What follows a backslash.  In Python one that begins no escape stays. */
 static int read_escape(struct reader *r, char **out)
 {
-    static const char name[] = "\"\\/bfnrt'av";
-    static const char value[] = "\"\\/\b\f\n\r\t'\a\v";
-    const char *p = memchr(name, *r->at, r->python ? 11 : 8);
-    const size_t n_hex = *r->at == 'u' ? 4 : !r->python ? 0 :
-                         *r->at == 'x' ? 2 : *r->at == 'U' ? 8 : 0;
-    uint32_t c = '\\';
-    int good = r->python;
+    static const char name[] = "/\"\\bfnrt'av";
+    static const char value[] = "/\"\\\b\f\n\r\t'\a\v";
+    const int json = r->as == AS_JSON;
+    const char *p = memchr(name + !json, *r->at, json ? 8 : 10);
+    const size_t n_hex = *r->at == 'u' ? 4 : json ? 0 : *r->at == 'x' ? 2 :
+                         *r->at == 'U' ? 8 : 0;
+    uint32_t c = 0;
+    int n = 0;
 
-    if (r->python && *r->at == '\n') {
-        r->at++;
-        return DONE;
-    }
-    if (p) {
-        c = (unsigned char)value[p - name];
-        r->at++;
-        good = 1;
-    } else if (n_hex > 0 && read_hex(r->at + 1, n_hex, &c)) {
-        r->at += 1 + n_hex;
-        good = join_pair(r, &c);
-    }
-    *out += utf8_put(*out, c);
-    return good ? DONE : expected(r, "\" \\ / b f n r t or u and hexadecimal "
-                                  "digits, surrogates in pairs, after a "
-                                  "backslash");
+    if (n_hex > 0)
+        return read_code(r, n_hex, out);
+    if ((json && !p) || *r->at == 'N')
+        return expected(r, "\" \\ / b f n r t or u after a backslash");
+    for (; !json && n < 3 && *r->at >= '0' && *r->at <= '7'; n++)
+        c = c * 8 + (uint32_t)(*r->at++ - '0');
+    if (n > 0)
+        *out += utf8_put(*out, c);
+    else if (p || *r->at != '\n')
+        *(*out)++ = p ? value[p - name] : '\\';
+    r->at += p || (n == 0 && *r->at == '\n');
+    return DONE;
 }
 
-/* Does the quote at s end a string?  Models forget the backslash before a quote
- * within one: it ends where its container could go on. */
-static int ends_string(const char *s)
-{
-    s += 1 + strspn(s + 1, " \t\r\n");
-    return *s && strchr(",)]}:", *s);
-}
-
-/* One character, an escape or not. */
-static int read_character(struct reader *r, char **out)
+/* A character that stands for itself. */
+static int read_plain(struct reader *r, char **out)
 {
     uint32_t c;
-    int n;
+    const int n = utf8_get(r->at, r->end, &c);
 
-    if (*r->at == '\\') {
-        r->at++;
-        return read_escape(r, out);
-    }
-    n = utf8_get(r->at, r->end, &c);
     if (n == 0)
         return expected(r, "UTF-8");
-    if (!r->python && c < ' ')
-        return expected(r, "no control character in a string, but an escape");
     memmove(*out, r->at, (size_t)n);
     *out += n;
     r->at += n;
     return DONE;
 }
 
-static int read_string(struct reader *r, const char **s, size_t *n)
+/* How many letters are before the quote of a string, none, one or r and f; or
+ * -1, and it is no string that has a value in JSON. */
+static int prefix_length(const char *s)
 {
-    const char quote = *r->at++;
+    const int n = (int)strspn(s, "rRuUfF");
+
+    return (s[n] != '"' && s[n] != '\'') || n > 2 ||
+           (n == 2 && (s[0] | 32) + (s[1] | 32) != 'r' + 'f') ? -1 : n;
+}
+
+static int is_letter(char c)
+{
+    return isalnum((unsigned char)c) || c == '_' || (c & 0x80);
+}
+
+/* Models forget the backslash before a quote within a string.  Python reads no
+ * word behind a string, but those that join values and those that are prefixes:
+ * otherwise the quote at s is inside of one. */
+static int is_inner(const char *s)
+{
+    static const char *const joins[] = {
+        "if", "else", "and", "or", "in", "is", "not", "for", "async"
+    };
+    const char *const word = s + 1 + strspn(s + 1, " \t\n\f"), *end = word;
+    size_t n;
+
+    while (is_letter(*end))
+        end++;
+    n = (size_t)(end - word);
+    for (int i = 0; i < 9; i++)
+        if (n == strlen(joins[i]) && memcmp(word, joins[i], n) == 0)
+            return 0;
+    return n > 0 && !(n <= 2 && strspn(word, "rRbBuUfFtT") == n &&
+                      (*end == '"' || *end == '\''));
+}
+
+/* Up to the quote that ends it, or the three.  Inner ones have to be in pairs,
+ * but for apostrophes. */
+static int read_quoted(struct reader *r, char **out)
+{
+    const int json = r->as == AS_JSON, bad = r->as == AS_BAD_PYTHON;
+    const int n = json ? 0 : prefix_length(r->at);
+    const int is_raw = (int)strcspn(r->at, "rR\"'") < n;
+    const int is_format = (int)strcspn(r->at, "fF\"'") < n;
+    const char quote = r->at[n], three[] = { quote, quote, quote, '\0' };
+    const int is_long = !json && strncmp(r->at + n, three, 3) == 0;
+    const size_t n_quotes = is_long ? 3 : 1;
+    int inner = 0, code = DONE;
+
+    r->at += (size_t)n + n_quotes;
+    while (code == DONE && (strncmp(r->at, three, n_quotes) != 0 ||
+                            (bad && !is_long && is_inner(r->at)))) {
+        const char c = *r->at;
+        if (r->at == r->end || (!json && (!c || (c == '\n' && !is_long &&
+                                                 !bad))))
+            return expected(r, "a quote after the string");
+        if (json && c >= 0 && c < ' ')
+            return expected(r, "no control character in a string, but an "
+                            "escape");
+        if (is_format && (c == '{' || c == '}') && *++r->at != c)
+            return expected(r, "a string without placeholders");
+        inner += c == quote && !is_long &&
+                 !(c == '\'' && is_letter(r->at[-1]) && is_letter(r->at[1]));
+        r->at += c == '\\' && !is_raw;
+        code = c == '\\' && !is_raw ? read_escape(r, out) : read_plain(r, out);
+        if (code == DONE && c == '\\' && is_raw && *r->at)
+            code = read_plain(r, out);
+    }
+    r->at += n_quotes;
+    return code == DONE && inner % 2 ? expected(r, "quotes in pairs") : code;
+}
+
+/* In Python, strings side by side are one; with forgotten backslashes that is
+ * not clear. */
+static int read_string(struct reader *r, struct json *v)
+{
     char *out = r->at;
 
-    *s = out;
-    while (*r->at != quote || (r->python && !ends_string(r->at))) {
-        if (r->at == r->end)
-            return expected(r, "a quote after the string");
-        if (read_character(r, &out) != DONE)
+    v->type = JSON_STRING;
+    v->s = out;
+    do
+        if (read_quoted(r, &out) != DONE)
             return USAGE;
-    }
-    r->at++;
-    *n = (size_t)(out - *s);
+    while (r->as == AS_PYTHON && peek(r) != EOF && prefix_length(r->at) >= 0);
+    v->n = (size_t)(out - v->s);
     *out = '\0';
     return DONE;
 }
 
-/* How long the number at s is; 0 if there is none. */
-static size_t number_length(const char *s)
+/* Digits, in Python with single underscores between them: how many bytes. */
+static size_t digits_length(const char *s, const char *digits)
+{
+    size_t n = strspn(s, digits);
+
+    while (n > 0 && s[n] == '_' && strspn(s + n + 1, digits) > 0)
+        n += 1 + strspn(s + n + 1, digits);
+    return n;
+}
+
+/* A number with a fraction or an exponent; or 0, and it is a whole one. */
+static size_t float_length(const char *s)
 {
     static const char digits[] = "0123456789";
-    const char *p = s + (*s == '-');
-    size_t n = strspn(p, digits);
+    const size_t whole = digits_length(s, digits);
+    size_t n = whole, more;
 
-    if (n == 0 || (*p == '0' && n > 1))
+    if (s[n] == '.')
+        n += 1 + digits_length(s + n + 1, digits);
+    if (n < 2 && whole == 0)
         return 0;
-    p += n;
-    if (*p == '.') {
-        n = strspn(++p, digits);
-        p += n;
+    if (s[n] == 'e' || s[n] == 'E') {
+        const size_t sign = s[n + 1] == '+' || s[n + 1] == '-';
+        more = digits_length(s + n + 1 + sign, digits);
+        n += more ? 1 + sign + more : 0;
     }
-    if (n > 0 && (*p == 'e' || *p == 'E')) {
-        p += p[1] == '+' || p[1] == '-' ? 2 : 1;
-        n = strspn(p, digits);
-        p += n;
-    }
-    return n > 0 ? (size_t)(p - s) : 0;
+    return n > whole ? n : 0;
 }
 
-/* Python may have a plus in front.  A call has no number beyond all others, for
- * it leaves as JSON. */
-static int read_number(struct reader *r, struct json *v)
+/* Make decimal of a whole number in another base. */
+static void make_decimal(struct text *t, unsigned base)
 {
-    r->at += *r->at == '+';
-    v->n = number_length(r->at);
-    if (v->n == 0)
-        return expected(r, "a number: -, digits without leading zeros, .digits,"
-                        " exponent");
-    v->type = JSON_NUMBER;
-    v->s = copy_bytes(r->pool, r->at, v->n);
-    if (!v->s || (r->python && !isfinite(strtod(v->s, NULL))))
-        return expected(r, "a finite number");
-    r->at += v->n;
-    return DONE;
-}
+    enum { BILLION = 1000000000 };
+    uint32_t *limb = zeroed(t->n / 7 + 2, sizeof *limb);
+    size_t n = 1;
 
-/* Step over the letters of a name, as tools and their arguments have; may be
- * none. */
-static size_t read_name(struct reader *r)
-{
-    const char *const from = r->at;
-
-    while (isalnum((unsigned char)*r->at) || (*r->at & 0x80) ||
-           (*r->at && strchr("_.-", *r->at)))
-        r->at++;
-    return (size_t)(r->at - from);
-}
-
-/* Calls stand alone or in one list. */
-static int may_call(const struct reader *r)
-{
-    return r->python && (r->depth == 1 ||
-                         (r->depth == 2 && r->open[1]->close == ']'));
-}
-
-/* A call is an object with the arguments as members and the name in s[n], which
- * no NUL ends. */
-static int read_word(struct reader *r, struct json *v)
-{
-    static const struct { const char *word; int type; } known[] = {
-        { "null", JSON_NULL }, { "false", JSON_FALSE }, { "true", JSON_TRUE },
-        { "None", JSON_NULL }, { "False", JSON_FALSE }, { "True", JSON_TRUE }
-    };
-    char *const name = r->at;
-    const size_t n = read_name(r);
-
-    if (n > 0 && may_call(r) && took(r, '(')) {
-        v->type = JSON_OBJECT;
-        v->close = ')';
-        v->s = name;
-        v->n = n;
-        return DONE;
-    }
-    for (int i = 0; i < (r->python ? 6 : 3); i++)
-        if (strlen(known[i].word) == n && memcmp(name, known[i].word, n) == 0) {
-            v->type = known[i].type;
-            return DONE;
+    for (size_t i = 0; i < t->n; i++) {
+        const int c = t->s[i];
+        uint64_t carry = (uint64_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+        for (size_t k = 0; k < n; k++, carry /= BILLION) {
+            carry += (uint64_t)limb[k] * base;
+            limb[k] = (uint32_t)(carry % BILLION);
         }
-    r->at = name;
-    return expected(r, "a value");
-}
-
-/* A value, or the beginning of one that has members. */
-static int read_value(struct reader *r, struct json *v)
-{
-    const int c = peek(r);
-
-    if (c == '{' || c == '[' || (r->python && c == '(')) {
-        r->at++;
-        v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
-        v->close = c == '{' ? '}' : c == '[' ? ']' : ')';
-        return DONE;
+        limb[n] = (uint32_t)carry;
+        n += carry > 0;
     }
-    if (c == '"' || (r->python && c == '\'')) {
-        v->type = JSON_STRING;
-        return read_string(r, &v->s, &v->n);
-    }
-    if (c == '-' || (c >= '0' && c <= '9') || (r->python && c == '+'))
-        return read_number(r, v);
-    return read_word(r, v);
-}
-
-/* "key": in an object and name= in a call, whose only argument may have none if
- * it is a dict. */
-static int read_key(struct reader *r, const struct json *in, const char **key,
-                    size_t *n)
-{
-    const int c = peek(r), call = in->close == ')';
-
-    *key = r->at;
-    *n = 0;
-    if (call && c == '{' && !in->first)
-        return DONE;
-    if (!call && (c == '"' || (r->python && c == '\''))) {
-        if (read_string(r, key, n) != DONE)
-            return USAGE;
-    } else if (!r->python || (*n = read_name(r)) == 0)
-        return expected(r, "a key in double quotes");
-    return took(r, call ? '=' : ':') ? DONE : expected(r, "':' and a value");
-}
-
-static int read_member(struct reader *r, struct json *in, struct json **out)
-{
-    const char *key;
-    size_t n;
-
-    if (in->type == JSON_ARRAY)
-        *out = new_member(r->pool, in);
-    else if (in->n_members == MAX_MEMBERS)
-        return expected(r, "no more than 4096 members");
-    else if (read_key(r, in, &key, &n) != DONE)
-        return USAGE;
-    else
-        *out = key_member(r->pool, in, key, n);
-    return *out ? read_value(r, *out) : expected(r, "memory");
-}
-
-/* A comma after a member that does not end its container. */
-static int read_comma(struct reader *r, const struct json *in)
-{
-    char what[] = "',' or ' '";
-
-    if ((r->python || in->close != EOF) && took(r, ','))
-        return DONE;
-    what[8] = (char)in->close;
-    return expected(r, in->close == EOF ? "the end" : what);
-}
-
-/* All values up to the end, as members of a root that closes there. */
-static int read_tree(struct reader *r, struct json *root)
-{
-    enum { VALUE, VALUE_OR_END, COMMA_OR_END } next = VALUE;
-    int code = DONE;
-
-    *root = (struct json){ .type = JSON_ARRAY, .close = EOF };
-    r->start = r->at = copy_bytes(r->pool, r->text, r->n);
-    if (!r->at)
-        return expected(r, "memory");
-    r->end = r->at + r->n;
-    r->open[0] = root;
-    r->depth = 1;
-    while (code == DONE && r->depth > 0) {
-        struct json *in = r->open[r->depth - 1], *v = NULL;
-        if (next != VALUE && took(r, in->close)) {
-            r->depth--;
-            next = COMMA_OR_END;
-        } else if (next == COMMA_OR_END) {
-            code = read_comma(r, in);
-            next = r->python ? VALUE_OR_END : VALUE;
-        } else {
-            code = read_member(r, in, &v);
-            next = v && v->close ? VALUE_OR_END : COMMA_OR_END;
-        }
-        if (code != DONE || !v || !v->close)
-            continue;
-        if (r->depth > MAX_DEPTH)
-            return because(r->why, USAGE, "JSON nested deeper than %d levels",
-                           MAX_DEPTH);
-        r->open[r->depth++] = v;
-    }
-    return code;
-}
-
-/* The tree of a whole text; DONE, USAGE or NO_MEMORY. */
-static int json_parse(struct pool *pool, const char *text, size_t n,
-                      struct json **out, struct why *why)
-{
-    struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
-    struct json root;
-    int code;
-
-    *out = NULL;
-    if (n > MAX_JSON)
-        return because(why, USAGE, "JSON of %zu bytes, expected at most %d", n,
-                       MAX_JSON);
-    if (n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
-        return because(why, USAGE, "the JSON begins with a byte order mark, "
-                       "expected none");
-    code = read_tree(&r, &root);
-    if (code == DONE)
-        *out = root.first;
-    return code;
-}
-
-/* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
-
-/* Each byte that is no UTF-8 becomes a replacement character. */
-static void add_json_string(struct text *t, const char *s, size_t n)
-{
-    static const char value[] = "\"\\\b\f\n\r\t", name[] = "\"\\bfnrt";
-    const char *const end = s + n, *plain = s;
-
-    add_string(t, "\"");
-    while (s < end) {
-        const char *p = *s ? strchr(value, *s) : NULL;
-        uint32_t c;
-        const int size = utf8_get(s, end, &c);
-        if (size > 0 && c >= ' ' && !p) {
-            s += size;
-            continue;
-        }
-        add(t, plain, (size_t)(s - plain));
-        if (p)
-            add_format(t, "\\%c", name[p - value]);
-        else
-            add_format(t, size ? "\\u%04x" : "\xef\xbf\xbd", (unsigned)c);
-        plain = ++s;
-    }
-    add(t, plain, (size_t)(end - plain));
-    add_string(t, "\"");
+    t->n = 0;
+    add_format(t, "%u", (unsigned)limb[n - 1]);
+    while (--n > 0)
+        add_format(t, "%09u", (unsigned)limb[n - 1]);
+    free(limb);
 }
 
 /* The fewest digits that are this number, as Python prints floats. */
-static void add_float(struct text *t, double x, int python)
+static void add_float(struct text *t, double x)
 {
     char s[40];
     int n = 0, e;
 
-    if (isinf(x)) {
-        add_string(t, x < 0 ? "-" : "");
-        add_string(t, python ? "inf" : "Infinity");
-        return;
-    }
     do
         snprintf(s, sizeof s, "%.*e", n, x);
     while (strtod(s, NULL) != x && ++n < 17);
@@ -2932,78 +6412,311 @@ static void add_float(struct text *t, double x, int python)
         add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* A string as Python's repr() writes it, but for rare characters without a
- * picture of their own. */
-static void add_python_string(struct text *t, const char *s, size_t n)
+/* Digits as JSON has them: decimal, below all infinities, and as in Python no
+ * more than 4300. */
+static int add_digits(struct reader *r, struct text *t)
 {
-    const char *const end = s + n;
-    const int quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
-    uint32_t c;
+    static const struct { char letter; unsigned base; const char *digits; }
+    all[] = {
+        { 'x', 16, "0123456789abcdefABCDEF" }, { 'o', 8, "01234567" },
+        { 'b', 2, "01" }, { '\0', 10, "0123456789" }
+    };
+    const size_t n_float = float_length(r->at);
+    const char *s = r->at;
+    size_t n = n_float;
+    int i = 0;
 
-    add_format(t, "%c", quote);
-    for (int size; s < end; s += size) {
-        size = utf8_get(s, end, &c);
-        size = size ? size : 1;
-        if (c == '\\' || c == (uint32_t)quote)
-            add_format(t, "\\%c", (int)c);
-        else if (c == '\n' || c == '\r' || c == '\t')
-            add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
-        else if (is_control(c) || c == 0xa0 || c == 0xad)
-            add_format(t, "\\x%02x", (unsigned)c);
-        else
-            add(t, s, (size_t)size);
+    while (i < 3 && !(s[0] == '0' && (s[1] | 32) == all[i].letter))
+        i++;
+    if (n_float == 0) {
+        s += i == 3 ? 0 : s[2] == '_' ? 3 : 2;
+        n = digits_length(s, all[i].digits);
     }
-    add_format(t, "%c", quote);
+    for (size_t k = 0; k < n; k++)
+        if (s[k] != '_')
+            add(t, s + k, 1);
+    if (n == 0 || (r->as == AS_JSON && (i < 3 || memchr(s, '_', n) ||
+        *s == '.' || (*s == '0' && isdigit((unsigned char)s[1])) ||
+        (memchr(s, '.', n) && !isdigit((unsigned char)strchr(s, '.')[1])))))
+        return expected(r, "a number: -, digits without leading zeros, .digits,"
+                        " exponent");
+    if (n_float > 0) {
+        const double x = strtod(t->s, NULL);
+        if (!isfinite(x))
+            return expected(r, "a number below 1.8e308");
+        t->n = 0;
+        add_float(t, x);
+    } else if (t->n > 4300 || (i == 3 && *s == '0' && strspn(t->s, "0") < t->n))
+        return expected(r, "at most 4300 digits without leading zeros");
+    else if (i < 3 || *s == '0')
+        make_decimal(t, all[i].base);
+    r->at += s + n - r->at;
+    return t->n <= 4300 ? DONE : expected(r, "at most 4300 digits");
 }
 
-/* A value, or how one that has members begins. */
-static void add_scalar(struct text *t, const struct json *v, int python)
+/* Behind its sign Python may have parentheses. */
+static int read_number(struct reader *r, struct json *v)
 {
-    static const char *const word[][JSON_OBJECT + 1] = {
-        { [JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true",
-          [JSON_ARRAY] = "[", [JSON_OBJECT] = "{" },
-        { [JSON_NULL] = "None", [JSON_FALSE] = "False", [JSON_TRUE] = "True",
-          [JSON_ARRAY] = "[", [JSON_OBJECT] = "{" }
+    const int minus = *r->at == '-', is_signed = minus || *r->at == '+';
+    struct text t = { 0 };
+    int open = 0, code;
+
+    r->at += is_signed;
+    while (is_signed && r->as != AS_JSON && took(r, '('))
+        open++;
+    code = add_digits(r, &t);
+    while (code == DONE && open-- > 0)
+        code = took(r, ')') ? DONE : expected(r, "')'");
+    if (code == DONE) {
+        char *s = pool_get(r->pool, t.n + 2);
+        v->type = JSON_NUMBER;
+        v->n = (size_t)snprintf(s, t.n + 2, "%s%s", minus &&
+                                strcmp(t.s, "0") != 0 ? "-" : "", t.s);
+        v->s = s;
+    }
+    free(t.s);
+    return code;
+}
+
+/* Python writes an empty set as a call. */
+static int read_word(struct reader *r, struct json *v)
+{
+    static const char *const word[] = { "null", "false", "true",
+                                        "None", "False", "True", "set" };
+    const char *end = r->at;
+    size_t n;
+    int i = 0;
+
+    while (is_letter(*end))
+        end++;
+    n = (size_t)(end - r->at);
+    while (i < 7 && (strlen(word[i]) != n || memcmp(word[i], r->at, n) != 0))
+        i++;
+    if (i == 7 || (i > 2 && r->as == AS_JSON))
+        return expected(r, "a value");
+    r->at += n;
+    v->type = i < 6 ? i % 3 : JSON_ARRAY; /* in the order of the types       */
+    return i < 6 || (took(r, '(') && took(r, ')')) ? DONE :
+           expected(r, "a value");
+}
+
+/* Step over a name, as tools and their arguments have: words with . or -
+ * between them.  Returns its length, or 0. */
+static size_t read_name(struct reader *r)
+{
+    const char *const from = r->at, *s = from;
+
+    while (s == from || *s == '.' || *s == '-') {
+        const char *const word = s += s > from;
+        while (is_letter(*s))
+            s++;
+        if (s == word || (word == from && isdigit((unsigned char)*from)))
+            return 0;
+    }
+    r->at += s - from;
+    return (size_t)(s - from);
+}
+
+static int read_value(struct reader *r, struct json *v);
+
+/* "key": in an object, name= in a call.  In a dict of Python, keys are strings
+ * or whole numbers: others may be equal and yet not the same in JSON.  Without
+ * a value, the first one makes *in a set, whose elements have one type. */
+static int read_key(struct reader *r, struct json *in, struct json *v,
+                    int close)
+{
+    peek(r);
+    if (close == ')') {
+        v->key = r->at;
+        v->n_key = read_name(r);
+        return v->n_key > 0 && took(r, '=') ? DONE :
+               expected(r, "a name, '=' and a value");
+    }
+    if (r->as == AS_JSON && *r->at != '"')
+        return expected(r, "a key in double quotes");
+    if (read_value(r, v) != DONE)
+        return USAGE;
+    if (v->type != JSON_STRING && (v->type != JSON_NUMBER ||
+                                   strpbrk(v->s, ".e")))
+        return expected(r, "a string or a whole number before it");
+    v->key = v->s;
+    v->n_key = v->n;
+    if (r->as != AS_JSON && !in->first && peek(r) != ':')
+        in->type = JSON_ARRAY;
+    if (in->type == JSON_ARRAY)
+        return !in->first || v->type == in->first->type ? DONE :
+               expected(r, "elements of one type");
+    return took(r, ':') ? DONE : expected(r, "':' and a value");
+}
+
+/* A member up to its end.  The last of equal keys wins, in the place of the
+ * first, as in Python. */
+static int read_member(struct reader *r, struct json *in, struct json **at,
+                       int close)
+{
+    struct json *v = pool_get(r->pool, sizeof *v), *same = NULL;
+
+    if (in->type == JSON_OBJECT || close == '}') {
+        if (in->n_members == MAX_MEMBERS)
+            return expected(r, "no more than 1024 members");
+        if (read_key(r, in, v, close) != DONE)
+            return USAGE;
+        same = find_key(in, v->key, v->n_key);
+    }
+    if (same && close == ')')
+        return expected(r, "each argument once");
+    if (!same) {
+        *at = v;
+        in->n_members++;
+    }
+    if (close == '}' && in->type == JSON_ARRAY)
+        return DONE;
+    v = same ? same : v;
+    memset(v, 0, offsetof(struct json, key));
+    return read_value(r, v);
+}
+
+/* All up to the bracket that closes *in; Python may have a comma before it.
+ * Counts commas in in->n. */
+static int read_members(struct reader *r, struct json *in, int close)
+{
+    struct json **at = &in->first;
+    char what[] = "',' or ' '";
+
+    what[8] = (char)close;
+    r->at++;
+    if (++r->depth > MAX_DEPTH)
+        return because(r->why, USAGE, "JSON nested deeper than %d levels",
+                       MAX_DEPTH);
+    while (!took(r, close)) {
+        if (in->first && !took(r, ','))
+            return expected(r, what);
+        in->n += in->first != NULL;
+        if (in->first && r->as != AS_JSON && took(r, close))
+            break;
+        if (r->pool->total > MAX_POOL)
+            return because(r->why, USAGE, "JSON of too many values, expected "
+                           "what fits into %d bytes", MAX_POOL);
+        if (read_member(r, in, at, close) != DONE)
+            return USAGE;
+        at = *at ? &(*at)->next : at;
+    }
+    r->depth--;
+    for (at = &in->first; *at && in->type == JSON_ARRAY; at = &(*at)->next)
+        (*at)->key = NULL;                /* of a set                        */
+    return DONE;
+}
+
+static int read_value(struct reader *r, struct json *v)
+{
+    const int c = peek(r), python = r->as != AS_JSON;
+
+    if (c == '{' || c == '[' || (python && c == '(')) {
+        v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
+        if (read_members(r, v, c == '{' ? '}' : c == '[' ? ']' : ')') != DONE)
+            return USAGE;
+        if (c == '(' && v->n_members == 1 && v->n == 0)
+            memcpy(v, v->first, offsetof(struct json, key));   /* no tuple   */
+        return DONE;
+    }
+    if (c == '"' || (python && prefix_length(r->at) >= 0))
+        return read_string(r, v);
+    if (c == '-' || (c >= '0' && c <= '9') || (python && (c == '+' ||
+                                                          c == '.')))
+        return read_number(r, v);
+    return read_word(r, v);
+}
+
+/* The tree of a whole text; DONE or USAGE. */
+static int json_parse(struct pool *pool, const char *text, size_t n,
+                      struct json **out, struct why *why)
+{
+    struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
+    struct json *v;
+    int code;
+
+    *out = NULL;
+    if (n > MAX_JSON)
+        return because(why, USAGE, "JSON of %zu bytes, expected at most %d", n,
+                       MAX_JSON);
+    if (n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
+        return because(why, USAGE, "the JSON begins with a byte order mark, "
+                       "expected none");
+    start_reading(&r);
+    v = pool_get(pool, sizeof *v);
+    code = read_value(&r, v);
+    if (code == DONE && !took(&r, EOF))
+        code = expected(&r, "the end");
+    *out = code == DONE ? v : NULL;
+    return code;
+}
+
+/* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
+
+/* What Python's str.strip() takes away. */
+static int is_blank(uint32_t c)
+{
+    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 ||
+           c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+           c == 0x3000;
+}
+
+/* A string of JSON, or as Python's repr() has it but for some characters
+ * without a picture.  Each byte that is no UTF-8 becomes a replacement
+ * character. */
+static void add_quoted(struct text *t, const char *s, size_t n, int python)
+{
+    const char *const end = s + n;
+    const char quote = !python || (memchr(s, '\'', n) && !memchr(s, '"', n)) ?
+                       '"' : '\'';
+    const char value[] = { quote, '\\', '\n', '\r', '\t', '\b', '\f' };
+    const char name[] = { quote, '\\', 'n', 'r', 't', 'b', 'f' };
+    uint32_t c;
+
+    add(t, &quote, 1);
+    for (int size; s < end; s += size ? size : 1) {
+        const char *p = memchr(value, *s, python ? 5 : 7);
+        size = utf8_get(s, end, &c);
+        if (p)
+            add_format(t, "\\%c", name[p - value]);
+        else if (c < ' ' || (python && c != ' ' && (is_control(c) ||
+                 is_blank(c) || c == 0xad || (c >= 0x200b && c <= 0x200f))))
+            add_format(t, python && c < 256 ? "\\x%02x" : "\\u%04x",
+                       (unsigned)c);
+        else
+            add(t, size ? s : "\xef\xbf\xbd", size ? (size_t)size : 3);
+    }
+    add(t, &quote, 1);
+}
+
+static void add_json_string(struct text *t, const char *s, size_t n)
+{
+    add_quoted(t, s, n, 0);
+}
+
+static void add_tree(struct text *t, const struct json *v, int python)
+{
+    static const char *const word[][2] = {
+        [JSON_NULL] = { "null", "None" }, [JSON_FALSE] = { "false", "False" },
+        [JSON_TRUE] = { "true", "True" }, [JSON_ARRAY] = { "[", "[" },
+        [JSON_OBJECT] = { "{", "{" }
     };
 
     if (v->type == JSON_STRING)
-        (python ? add_python_string : add_json_string)(t, v->s, v->n);
-    else if (v->type != JSON_NUMBER)
-        add_string(t, word[python][v->type]);
-    else if (strpbrk(v->s, ".eE"))
-        add_float(t, strtod(v->s, NULL), python);
+        add_quoted(t, v->s, v->n, python);
     else
-        add_string(t, strcmp(v->s, "-0") == 0 ? "0" : v->s);
-}
-
-/* What is deeper than anything that is ever read is left out. */
-static void add_tree(struct text *t, const struct json *v, int python)
-{
-    const struct json *open[2 * MAX_DEPTH];
-    int depth = 0;
-
-    while (v) {
-        if (depth > 0 && v->key) {
-            (python ? add_python_string : add_json_string)(t, v->key, v->n_key);
+        add_string(t, v->type == JSON_NUMBER ? v->s : word[v->type][python]);
+    for (const struct json *m = v->first; m; m = m->next) {
+        if (m->key) {
+            add_quoted(t, m->key, m->n_key, python);
             add_string(t, ": ");
         }
-        add_scalar(t, v, python);
-        if (v->first && depth < 2 * MAX_DEPTH) {
-            open[depth++] = v;
-            v = v->first;
-            continue;
-        }
-        for (;; v = open[--depth]) {
-            if (v->type >= JSON_ARRAY)
-                add_string(t, v->type == JSON_ARRAY ? "]" : "}");
-            if (depth == 0)
-                return;
-            if (v->next)
-                break;
-        }
-        add_string(t, ", ");
-        v = v->next;
+        add_tree(t, m, python);
+        add_string(t, m->next ? ", " : "");
     }
+    if (v->type >= JSON_ARRAY)
+        add_string(t, v->type == JSON_ARRAY ? "]" : "}");
 }
 
 static void add_json(struct text *t, const struct json *v)
@@ -3066,56 +6779,25 @@ static void member_open(struct text *to, const char *key, const char *bracket)
     add_string(to, bracket);
 }
 
-/* Print a whole text and let go of it. */
-static int print_text(struct text *t, const char *what)
-{
-    const int failed = t->failed;
-
-    if (!failed)
-        show_text(t);
-    free(t->s);
-    return failed ? say(NO_MEMORY, "no memory for %s", what) : DONE;
-}
-
-/* -------------------------------------------------------- 6. Chat templates
+/* -------------------------------------------------------- 14. Chat templates
  *
- * The models of the family were trained on five ways to write down the same
+ * The models of the family were trained on six ways to write down the same
  * conversation.  Their files carry them as Jinja programs; here they are one
  * function and a table of what tells them apart.  The result is text together
  * with the places in it that are control tokens because the template put them
  * there: what a user writes is never more than text. */
 
-#define BOS        "<|startoftext|>"
-#define TURN_START "<|im_start|>"
-#define TURN_END   "<|im_end|>"
-#define CALL_START "<|tool_call_start|>"
-#define CALL_END   "<|tool_call_end|>"
-#define THINK      "<think>"
-#define THINK_END  "</think>"
+/* The word of --template. */
+static const char *template_name(int template)
+{
+    static char word[TEMPLATE_NONE + 1][24];
+    const char *s = TEMPLATES;
 
-/* The words of --template, in the order of TEMPLATE_... */
-static const char *const template_names[] = {
-    "auto", "lfm2", "lfm2.5-instruct", "lfm2.5-new", "lfm2.5-vl",
-    "lfm2.5-8b-a1b", "none"
-};
-
-struct conversation {
-    const struct json *messages, *tools;  /* arrays; tools may be NULL       */
-    const char *date;                     /* YYYY-MM-DD                      */
-    int generate;                         /* an answer is to follow          */
-    int keep_thinking;                    /* of past answers                 */
-    int continue_last;                    /* the last message goes on        */
-    int open_thought;                     /* the answer begins with <think>  */
-};
-
-struct mark { size_t from, n; };
-
-struct rendered {
-    struct text text;
-    struct mark *mark;                    /* control tokens, in order        */
-    int n_marks;
-    int lost_calls;                       /* that the template passed over   */
-};
+    for (int i = 0; i < template; i++)
+        s += strcspn(s, "|") + 1;
+    snprintf(word[template], sizeof *word, "%.*s", (int)strcspn(s, "|"), s);
+    return word[template];
+}
 
 static const struct dialect {
     int marked;                           /* tools and results in markers    */
@@ -3123,18 +6805,31 @@ static const struct dialect {
     enum { ALL, SINCE_ANSWER, SINCE_QUESTION } thoughts;  /* that are kept   */
     enum { NO_CALLS, CALLS_FIRST, CALLS_LAST } calls;     /* and the content */
     const char *quote;                    /* of an argument; NULL: as JSON   */
+    int always_thinks;                    /* and escapes what it quotes      */
 } dialects[] = {
-    [TEMPLATE_LFM2]     = { 1, 0, ALL, NO_CALLS, NULL },
-    [TEMPLATE_INSTRUCT] = { 0, 0, SINCE_ANSWER, NO_CALLS, NULL },
-    [TEMPLATE_NEW]      = { 0, 1, SINCE_ANSWER, CALLS_LAST, NULL },
-    [TEMPLATE_VL]       = { 0, 1, SINCE_ANSWER, CALLS_FIRST, "\"" },
-    [TEMPLATE_8B]       = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'" },
+    [TEMPLATE_LFM2]     = { 1, 0, ALL, NO_CALLS, NULL, 0 },
+    [TEMPLATE_INSTRUCT] = { 0, 0, SINCE_ANSWER, NO_CALLS, NULL, 0 },
+    [TEMPLATE_NEW]      = { 0, 1, SINCE_ANSWER, CALLS_LAST, NULL, 0 },
+    [TEMPLATE_VL]       = { 0, 1, SINCE_ANSWER, CALLS_FIRST, "\"", 0 },
+    [TEMPLATE_8B]       = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'", 0 },
+    [TEMPLATE_26B]      = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'", 1 }
 };
 
+/* Does the prompt depend on the day? */
+static int template_is_dated(int template)
+{
+    return template != TEMPLATE_NONE && dialects[template].dated;
+}
+
+/* A conversation is judged while it is written down.  The first fault counts,
+ * and what is written after it does not. */
 struct rendering {
     const struct conversation *conv;
     const struct dialect *as;
     struct rendered *out;
+    struct why *why;
+    int code;
+    int i;                                /* the message it is at            */
     struct text parts;                    /* the content of one message      */
     struct pool pool;
 };
@@ -3146,20 +6841,14 @@ static void rendered_free(struct rendered *r)
     *r = (struct rendered){ .n_marks = 0 };
 }
 
-/* Room for marks doubles whenever their number is a power of two.  There are
- * not too many for that, as the text has bytes of each. */
+/* Room for marks doubles whenever their number is a power of two. */
 static void add_mark(struct rendered *r, const char *token)
 {
-    const size_t n = (size_t)r->n_marks;
-    struct mark *mark = r->mark;
+    const size_t n = (size_t)r->n_marks++;
 
-    if (!r->text.failed && (n & (n - 1)) == 0)
-        mark = realloc(mark, (n ? 2 * n : 1) * sizeof *mark);
-    r->text.failed |= !mark;
-    if (r->text.failed)
-        return;
-    r->mark = mark;
-    r->mark[r->n_marks++] = (struct mark){ r->text.n, strlen(token) };
+    if ((n & (n - 1)) == 0)
+        r->mark = resize(r->mark, (n ? 2 * n : 1) * sizeof *r->mark);
+    r->mark[n] = (struct mark){ r->text.n, strlen(token) };
     add_string(&r->text, token);
 }
 
@@ -3188,54 +6877,36 @@ static const char *kind(const struct json *v)
     return v ? json_names[v->type] : "nothing";
 }
 
-/* The member of this key; null is the same as nothing, but for one template. */
-static const struct json *given(const struct json *object, const char *key)
+static void fault(struct rendering *r, const char *fmt, ...)
 {
-    const struct json *v = json_get(object, key);
-
-    return json_is(v, JSON_NULL) ? NULL : v;
-}
-
-/* Is it of this type?  A string has to be text without NUL characters, too. */
-static int check(const struct json *v, int type, struct why *why,
-                 const char *name, ...)
-{
-    char s[64];
     va_list args;
 
-    va_start(args, name);
-    vsnprintf(s, sizeof s, name, args);
+    va_start(args, fmt);
+    if (r->code == DONE)
+        vsnprintf(r->why->s, sizeof r->why->s, fmt, args);
     va_end(args);
-    if (!json_is(v, type))
-        return because(why, USAGE, "%s is %s, expected %s", s, kind(v),
-                       json_names[type]);
-    if (type == JSON_STRING && !json_text(v))
-        return because(why, USAGE, "%s has a NUL character after %zu bytes, "
-                       "expected text", s, strlen(v->s));
-    return DONE;
+    r->code = USAGE;
 }
 
-/* Text, or parts that are all text. */
-static int check_content(const struct json *content, int i, struct why *why)
+/* Is it of this type?  A string has to be text without NUL characters, too.
+ * The path has the numbers i and k. */
+static int check(struct rendering *r, const struct json *v, int type,
+                 const char *path, int i, int k)
 {
-    const struct json *part = content->first;
-    int code = DONE;
+    char s[64];
 
-    if (content->type != JSON_ARRAY)
-        return check(content, JSON_STRING, why, "messages[%d].content", i);
-    for (int k = 0; part && code == DONE; part = part->next, k++) {
-        const char *type = json_text(json_get(part, "type"));
-        if (!type || strcmp(type, "text") != 0)
-            return because(why, USAGE, "messages[%d].content[%d] is no part of "
-                           "type \"text\", and this program reads text only", i,
-                           k);
-        code = check(json_get(part, "text"), JSON_STRING, why,
-                     "messages[%d].content[%d].text", i, k);
-    }
-    return code;
+    if (json_is(v, type) && (type != JSON_STRING || json_text(v)))
+        return 1;
+    snprintf(s, sizeof s, path, i, k);
+    if (!json_is(v, type))
+        fault(r, "%s is %s, expected %s", s, kind(v), json_names[type]);
+    else
+        fault(r, "%s has a NUL character after %zu bytes, expected text", s,
+              strlen(v->s));
+    return 0;
 }
 
-/* The function of a tool call, which may be wrapped or not. */
+/* The function of a tool or call, which may be wrapped or not. */
 static const struct json *function_of(const struct json *call)
 {
     const struct json *function = json_get(call, "function");
@@ -3247,35 +6918,16 @@ static const struct json *function_of(const struct json *call)
  * JSON; NULL if they are neither. */
 static const struct json *arguments_of(struct pool *pool, const struct json *v)
 {
+    static const struct json none = { .type = JSON_OBJECT };
     struct json *parsed;
     struct why why;
 
     if (!v || v->type == JSON_NULL || (v->type == JSON_STRING && v->n == 0))
-        return json_object(pool);
+        return &none;
     if (v->type == JSON_STRING && json_parse(pool, v->s, v->n, &parsed, &why)
         == DONE)
         v = parsed;
     return v->type == JSON_OBJECT ? v : NULL;
-}
-
-static int check_calls(struct pool *pool, const struct json *calls, int i,
-                       struct why *why)
-{
-    const struct json *call = calls->first;
-    int code = check(calls, JSON_ARRAY, why, "messages[%d].tool_calls", i);
-
-    for (int k = 0; code == DONE && call; call = call->next, k++) {
-        const struct json *function = function_of(call);
-        const struct json *args = json_get(function, "arguments");
-        if (!json_text(json_get(function, "name")))
-            return because(why, USAGE, "messages[%d].tool_calls[%d] has no "
-                           "function with a name", i, k);
-        if (!arguments_of(pool, args))
-            return because(why, USAGE, "messages[%d].tool_calls[%d].function."
-                           "arguments is %s, expected an object or a string "
-                           "with one", i, k, kind(args));
-    }
-    return code;
 }
 
 /* Messages of a "developer" are those of the system under a newer name. */
@@ -3291,105 +6943,71 @@ static const char *role_of(const struct json *message)
     return NULL;
 }
 
-/* What the model thought before this answer, by either name. */
-static const struct json *thinking_of(const struct json *message)
+static int has_role(const struct json *message, const char *role)
 {
-    const struct json *v = given(message, "thinking");
+    const char *is = role_of(message);
 
-    return v ? v : given(message, "reasoning_content");
+    return is && strcmp(is, role) == 0;
 }
 
-static int check_message(struct pool *pool, const struct json *m, int i,
-                         struct why *why)
+/* Who says it, and is there anything? */
+static void check_message(struct rendering *r, const struct json *m)
 {
-    const struct json *role = json_get(m, "role"), *thinking = thinking_of(m);
-    const struct json *content = given(m, "content");
-    const struct json *calls = given(m, "tool_calls");
-    int code = check(m, JSON_OBJECT, why, "messages[%d]", i);
+    const struct json *role = json_get(m, "role");
 
-    if (code == DONE && !role_of(m))
-        return because(why, USAGE, "messages[%d].role is %s, expected "
-                       "\"system\", \"user\", \"assistant\" or \"tool\"", i,
-                       json_is(role, JSON_STRING) ? "another string" :
-                       kind(role));
-    if (code == DONE && content)
-        code = check_content(content, i, why);
-    if (code == DONE && thinking)
-        code = check(thinking, JSON_STRING, why, "messages[%d].thinking", i);
-    if (code == DONE && calls)
-        code = check_calls(pool, calls, i, why);
-    return code;
-}
-
-static int has_tools(const struct conversation *c)
-{
-    return c->tools && c->tools->first;
-}
-
-static int check_conversation(struct pool *pool, const struct conversation *c,
-                              struct why *why)
-{
-    const struct json *m = c->messages, *tool;
-    int code = DONE, i = 0;
-
-    if (!json_is(m, JSON_ARRAY) || !m->first)
-        return because(why, USAGE, "messages is %s, expected an array of "
-                       "messages", json_is(m, JSON_ARRAY) ? "empty" : kind(m));
-    for (m = m->first; m && code == DONE; m = m->next)
-        code = check_message(pool, m, i++, why);
-    m = c->messages->last;
-    if (code == DONE && c->continue_last &&
-        strcmp(role_of(m), "assistant") != 0)
-        return because(why, USAGE, "messages[%d] is of role %s, expected "
-                       "\"assistant\" to continue it", i - 1, role_of(m));
-    if (code == DONE && c->tools && c->tools->type != JSON_NULL)
-        code = check(c->tools, JSON_ARRAY, why, "tools");
-    tool = has_tools(c) ? c->tools->first : NULL;
-    for (i = 0; tool && code == DONE; tool = tool->next, i++)
-        if (tool->type != JSON_STRING)
-            code = check(tool, JSON_OBJECT, why, "tools[%d]", i);
-    return code;
+    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i, 0))
+        return;
+    if (!role_of(m))
+        fault(r, "messages[%d].role is %s, expected \"system\", \"user\", "
+              "\"assistant\" or \"tool\"", r->i, json_is(role, JSON_STRING) ?
+              "another string" : kind(role));
+    else if (r->conv->continue_last && !m->next && !has_role(m, "assistant"))
+        fault(r, "messages[%d] is of role %s, expected \"assistant\" to "
+              "continue it", r->i, role_of(m));
+    else if (!given(m, "content") && !has_role(m, "assistant"))
+        fault(r, "messages[%d].content is %s, expected a string", r->i,
+              kind(json_get(m, "content")));
 }
 
 /* ---- as Python has it */
 
-/* What Python's str.strip() takes away. */
-static int is_blank(uint32_t c)
-{
-    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 ||
-           c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
-           c == 0x3000;
-}
-
+/* As str.strip() does. */
 static struct piece trim(const char *s, const char *end)
 {
+    const char *from = end, *to = end;
     uint32_t c;
-    int n = 0;
 
-    while (s < end && (n = utf8_get(s, end, &c)) > 0 && is_blank(c))
-        s += n;
-    while (s < end) {
-        const char *p = end - 1;
-        while (p > s && (*p & 0xc0) == 0x80)
-            p--;
-        if (utf8_get(p, end, &c) == 0 || !is_blank(c))
-            break;
-        end = p;
+    for (int n; s < end; s += n) {
+        n = utf8_get(s, end, &c);
+        n = n ? n : 1;
+        if (is_blank(c))
+            continue;
+        from = from < end ? from : s;
+        to = s + n;
     }
-    return (struct piece){ s, (size_t)(end - s) };
+    return (struct piece){ from, (size_t)(to - from) };
 }
 
-/* The value of an argument in a call: Python's, but for strings and dicts. */
+/* The value of an argument in a call: Python's, but for strings, dicts and,
+ * with one template, lists. */
 static void add_argument(struct text *t, const struct json *v,
-                         const char *quote)
+                         const struct dialect *as)
 {
-    if (v->type == JSON_STRING && quote) {
-        add_string(t, quote);
-        add(t, v->s, v->n);
-        add_string(t, quote);
-    } else
-        add_tree(t, v, v->type != JSON_STRING && v->type != JSON_OBJECT);
+    static const char value[] = "\\'\n\r", name[] = "\\'nr";
+
+    if (v->type != JSON_STRING || !as->quote) {
+        add_tree(t, v, v->type != JSON_STRING && v->type != JSON_OBJECT &&
+                 !(v->type == JSON_ARRAY && as->always_thinks));
+        return;
+    }
+    add_string(t, as->quote);
+    for (size_t i = 0; i < v->n; i++) {
+        const char *p = as->always_thinks ? memchr(value, v->s[i], 4) : NULL;
+        add(t, p ? "\\" : v->s + i, 1);
+        if (p)
+            add(t, name + (p - value), 1);
+    }
+    add_string(t, as->quote);
 }
 
 /* ---- the parts of a conversation */
@@ -3407,89 +7025,117 @@ static void end_turn(struct rendering *r)
     add_string(&r->out->text, "\n");
 }
 
-/* Add a marker, if the template marks tools and what they return. */
-static void put_marker(struct rendering *r, const char *token)
-{
-    if (r->as->marked)
-        add_mark(r->out, token);
-}
-
 static void put_tools(struct rendering *r)
 {
-    const struct json *tools = r->conv->tools;
+    const struct json *tool = r->conv->tools->first;
     struct text *t = &r->out->text;
 
     if (r->as->dated)
         add_format(t, "Today's date: %s\n\n", r->conv->date);
     add_string(t, "List of tools: ");
-    if (r->as->dated) {
-        add_json(t, tools);
-        return;
-    }
-    put_marker(r, "<|tool_list_start|>");
-    for (const struct json *tool = tools->first; tool; tool = tool->next) {
-        add_string(t, tool == tools->first ? "[" : ", ");
-        if (tool->type == JSON_STRING)
+    if (r->as->marked)
+        add_mark(r->out, "<|tool_list_start|>");
+    for (int i = 0; tool; tool = tool->next, i++) {
+        const int is_text = tool->type == JSON_STRING;
+        const char *name = json_text(json_get(function_of(tool), "name"));
+        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i, 0) &&
+            (!name || !name[0]))
+            fault(r, "tools[%d] has no name, expected a function with one", i);
+        add_string(t, i == 0 ? "[" : ", ");
+        if (is_text && !r->as->dated)
             add(t, tool->s, tool->n);
         else
             add_json(t, tool);
     }
     add_string(t, "]");
-    put_marker(r, "<|tool_list_end|>");
+    if (r->as->marked)
+        add_mark(r->out, "<|tool_list_end|>");
 }
 
 static void put_system(struct rendering *r, struct piece text)
 {
-    if (text.n == 0 && !has_tools(r->conv))
+    const int tools = r->conv->tools && r->conv->tools->first;
+
+    if (text.n == 0 && !tools)
         return;
     begin_turn(r, "system");
     add(&r->out->text, text.s, text.n);
-    if (has_tools(r->conv) && text.n > 0)
+    if (text.n > 0 && tools)
         add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
-    if (has_tools(r->conv))
+    if (tools)
         put_tools(r);
     end_turn(r);
 }
 
-static void put_calls(struct rendering *r, const struct json *calls)
+static void put_call(struct rendering *r, const struct json *call, int k)
 {
-    const struct json *call = calls->first, *arg;
+    const struct json *function = function_of(call);
+    const struct json *given_args = json_get(function, "arguments");
+    const struct json *args = arguments_of(&r->pool, given_args);
+    const char *name = json_text(json_get(function, "name"));
     struct text *t = &r->out->text;
 
-    add_mark(r->out, CALL_START);
-    add_string(t, "[");
-    for (; call; call = call->next) {
-        const struct json *function = function_of(call);
-        const struct json *name = json_get(function, "name");
-        const struct json *args =
-            arguments_of(&r->pool, json_get(function, "arguments"));
-        add(t, name->s, name->n);
+    if (!name)
+        fault(r, "messages[%d].tool_calls[%d] has no function with a name",
+              r->i, k);
+    else if (!args)
+        fault(r, "messages[%d].tool_calls[%d].function.arguments is %s, "
+              "expected an object or a string with one", r->i, k,
+              kind(given_args));
+    else {
+        add_string(t, k > 0 ? ", " : "");
+        add_string(t, name);
         add_string(t, "(");
-        for (arg = args ? args->first : NULL; arg; arg = arg->next) {
+        for (const struct json *arg = args->first; arg; arg = arg->next) {
             add(t, arg->key, arg->n_key);
             add_string(t, "=");
-            add_argument(t, arg, r->as->quote);
+            add_argument(t, arg, r->as);
             add_string(t, arg->next ? ", " : "");
         }
-        add_string(t, call->next ? "), " : ")");
+        add_string(t, ")");
     }
-    add_string(t, "]");
-    add_mark(r->out, CALL_END);
 }
 
-/* Clients hand calls back with their markers in the content. */
+/* Those that the template has no place for are judged, but not kept. */
+static void put_calls(struct rendering *r, const struct json *calls)
+{
+    const struct json *call = calls->first;
+    const size_t n = r->out->text.n;
+    const int n_marks = r->out->n_marks;
+
+    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i, 0))
+        return;
+    add_mark(r->out, CALL_START);
+    add_string(&r->out->text, "[");
+    for (int k = 0; call; call = call->next, k++)
+        put_call(r, call, k);
+    add_string(&r->out->text, "]");
+    add_mark(r->out, CALL_END);
+    if (r->as->calls == NO_CALLS) {
+        r->out->text.n = n;
+        r->out->n_marks = n_marks;
+        r->out->lost_calls |= calls->first != NULL;
+    }
+}
+
+/* Clients hand calls and thoughts back with their markers in the content. */
 static void put_answer(struct rendering *r, struct piece text)
 {
-    const char *const end = text.s + text.n, *from = text.s;
+    static const char *const marker[] = {
+        CALL_START, CALL_END, THINK, THINK_END
+    };
+    const char *const end = text.s + text.n, *from = text.s, *p = from;
 
-    for (const char *p = from; p < end; p++) {
-        const char *token = begins(p, end, CALL_START) ? CALL_START :
-                            begins(p, end, CALL_END) ? CALL_END : NULL;
-        if (!token)
-            continue;
-        add(&r->out->text, from, (size_t)(p - from));
-        add_mark(r->out, token);
-        from = p + strlen(token);
+    while ((p = memchr(p, '<', (size_t)(end - p))) != NULL) {
+        int i = 0;
+        while (i < 4 && !begins(p, end, marker[i]))
+            i++;
+        if (i < 4) {
+            add(&r->out->text, from, (size_t)(p - from));
+            add_mark(r->out, marker[i]);
+            from = p + strlen(marker[i]);
+        }
+        p = i < 4 ? from : p + 1;
     }
     add(&r->out->text, from, (size_t)(end - from));
 }
@@ -3497,18 +7143,46 @@ static void put_answer(struct rendering *r, struct piece text)
 /* The text of a message, its parts joined. */
 static struct piece content_of(struct rendering *r, const struct json *message)
 {
-    const struct json *content = json_get(message, "content"), *part;
+    const struct json *content = given(message, "content");
+    const struct json *part = content ? content->first : NULL;
 
-    if (json_is(content, JSON_STRING))
-        return (struct piece){ content->s, content->n };
     r->parts.n = 0;
-    part = json_is(content, JSON_ARRAY) ? content->first : NULL;
-    for (; part; part = part->next) {
-        const struct json *text = json_get(part, "text");
-        add(&r->parts, text->s, text->n);
+    add_string(&r->parts, "");
+    if (content && content->type != JSON_ARRAY) {
+        if (check(r, content, JSON_STRING, "messages[%d].content", r->i, 0))
+            return (struct piece){ content->s, content->n };
+        part = NULL;
     }
-    r->out->text.failed |= r->parts.failed;
-    return (struct piece){ r->parts.n ? r->parts.s : "", r->parts.n };
+    for (int k = 0; part; part = part->next, k++) {
+        const struct json *text = json_get(part, "text");
+        const char *type = json_text(json_get(part, "type"));
+        if (!type || strcmp(type, "text") != 0)
+            fault(r, "messages[%d].content[%d] is no part of type \"text\", "
+                  "and this program reads text only", r->i, k);
+        else if (check(r, text, JSON_STRING, "messages[%d].content[%d].text",
+                       r->i, k))
+            add(&r->parts, text->s, text->n);
+    }
+    return (struct piece){ r->parts.s, r->parts.n };
+}
+
+/* What the model thought before this answer, or NULL. */
+static const struct json *thinking_of(struct rendering *r,
+                                      const struct json *message)
+{
+    static const struct { const char *key, *path; } all[] = {
+        { "thinking", "messages[%d].thinking" },
+        { "reasoning", "messages[%d].reasoning" },
+        { "reasoning_content", "messages[%d].reasoning_content" }
+    };
+
+    for (int i = 0; i < 3; i++) {
+        const struct json *v = given(message, all[i].key);
+        if (v && check(r, v, JSON_STRING, all[i].path, r->i, 0) &&
+            (v->n > 0 || !r->as->always_thinks))
+            return v;
+    }
+    return NULL;
 }
 
 /* The text behind the last </think>, trimmed; all of it if there is none. */
@@ -3521,44 +7195,46 @@ static struct piece without_thought(struct piece text)
     return last ? trim(last, end) : text;
 }
 
-/* A `recent` answer keeps what was thought before it.  Of the templates that
- * write down calls, only the newest leaves out an empty list of them. */
+/* A `recent` answer keeps what was thought before it.  Some templates write
+ * down an empty list of calls. */
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
-    const struct json *thinking = thinking_of(m);
+    const struct json *thinking = thinking_of(r, m);
     const struct json *calls = given(m, "tool_calls");
-    const int order = !calls || (!r->as->quote && !calls->first) ? NO_CALLS :
-                      r->as->calls;
-    struct piece text = content_of(r, m);
+    const int writes_none = r->as->quote && !r->as->always_thinks;
+    const struct piece text = content_of(r, m);
 
-    r->out->lost_calls |= calls && calls->first && order == NO_CALLS;
+    if (!calls && !thinking && !given(m, "content"))
+        fault(r, "messages[%d] has no content, expected a string or "
+              "tool_calls", r->i);
+    if (json_is(calls, JSON_ARRAY) && !calls->first && !writes_none)
+        calls = NULL;
     if (thinking && r->as->calls != NO_CALLS && recent) {
         add_mark(r->out, THINK);
         add(&r->out->text, thinking->s, thinking->n);
         add_mark(r->out, THINK_END);
     }
-    if (order == CALLS_FIRST)
+    if (calls && r->as->calls != CALLS_LAST)
         put_calls(r, calls);
     put_answer(r, recent ? text : without_thought(text));
-    if (order == CALLS_LAST)
+    if (calls && r->as->calls == CALLS_LAST)
         put_calls(r, calls);
 }
 
 static void put_message(struct rendering *r, const struct json *m, int recent)
 {
-    const char *role = role_of(m);
-    const int is_tool = strcmp(role, "tool") == 0;
+    const int marked = r->as->marked && has_role(m, "tool");
 
-    begin_turn(r, role);
-    if (strcmp(role, "assistant") == 0)
+    begin_turn(r, role_of(m));
+    if (has_role(m, "assistant"))
         put_assistant(r, m, recent);
     else {
         const struct piece text = content_of(r, m);
-        if (is_tool)
-            put_marker(r, "<|tool_response_start|>");
+        if (marked)
+            add_mark(r->out, "<|tool_response_start|>");
         add(&r->out->text, text.s, text.n);
-        if (is_tool)
-            put_marker(r, "<|tool_response_end|>");
+        if (marked)
+            add_mark(r->out, "<|tool_response_end|>");
     }
     /* The template of VL forgets the end of a message without content. */
     if ((m->next || !r->conv->continue_last) &&
@@ -3577,53 +7253,56 @@ static const struct json *recent_from(const struct rendering *r,
     if (r->as->thoughts == ALL || r->conv->keep_thinking)
         return m;
     for (; m; m = m->next)
-        if (strcmp(role_of(m), question ? "user" : "assistant") == 0)
+        if (has_role(m, question ? "user" : "assistant"))
             from = m;
     return from;
 }
 
 static void put_conversation(struct rendering *r)
 {
-    const struct json *m = r->conv->messages->first, *recent;
-    const int system = strcmp(role_of(m), "system") == 0;
+    const struct json *first = r->conv->messages->first, *recent;
+    const int system = has_role(first, "system");
     int is_recent = 0;
 
     add_mark(r->out, BOS);
-    put_system(r, system ? content_of(r, m) : (struct piece){ "", 0 });
-    m = system ? m->next : m;
-    recent = recent_from(r, m);
-    for (; m; m = m->next) {
+    put_system(r, system ? content_of(r, first) : (struct piece){ "", 0 });
+    recent = recent_from(r, system ? first->next : first);
+    for (const struct json *m = first; m; m = m->next, r->i++) {
         is_recent |= m == recent;
-        put_message(r, m, is_recent);
+        check_message(r, m);
+        if (r->code == DONE && !(system && m == first))
+            put_message(r, m, is_recent);
     }
     if (!r->conv->generate || r->conv->continue_last)
         return;
     begin_turn(r, "assistant");
-    if (r->conv->open_thought)
+    if (r->conv->open_thought || r->as->always_thinks)
         add_mark(r->out, THINK);
 }
 
-/* A conversation as the template writes it; DONE, USAGE or NO_MEMORY.  The
- * caller releases *out in any case. */
+/* A conversation as the template writes it; DONE or USAGE.  The caller releases
+ * *out in any case. */
 static int render(const struct conversation *conv, int template,
                   struct rendered *out, struct why *why)
 {
-    struct rendering r = { .conv = conv, .out = out };
-    int code;
+    struct rendering r = { .conv = conv, .out = out, .why = why };
+    const struct json *m = conv->messages, *tools = conv->tools;
 
     *out = (struct rendered){ .n_marks = 0 };
     if (template <= TEMPLATE_AUTO || template >= TEMPLATE_NONE)
         return because(why, USAGE, "the model has no chat template, expected a "
                        "prompt and no messages");
     r.as = &dialects[template];
-    code = check_conversation(&r.pool, conv, why);
-    if (code == DONE)
-        put_conversation(&r);
-    if (out->text.failed || r.pool.failed)
-        code = because(why, NO_MEMORY, "no memory for the conversation");
+    if (!json_is(m, JSON_ARRAY) || !m->first)
+        return because(why, USAGE, "messages is %s, expected an array of "
+                       "messages", json_is(m, JSON_ARRAY) ? "empty" : kind(m));
+    if (tools && tools->type != JSON_NULL && tools->type != JSON_ARRAY)
+        return because(why, USAGE, "tools is %s, expected an array",
+                       kind(tools));
+    put_conversation(&r);
     free(r.parts.s);
     pool_free(&r.pool);
-    return code;
+    return r.code;
 }
 
 /* ---- its tokens */
@@ -3654,9 +7333,7 @@ static int encode_rendered(const lfm2_tokenizer *words,
         return because(why, BAD_MODEL, "the chat format needs the tokens "
                        TURN_START " and " TURN_END ", which the vocabulary "
                        "lacks");
-    *out = (struct ids){ calloc((size_t)room, sizeof *out->id), 0 };
-    if (!out->id)
-        return because(why, NO_MEMORY, "no memory for %d tokens", room);
+    *out = (struct ids){ zeroed((size_t)room, sizeof *out->id), 0 };
     for (int i = 0; i <= r->n_marks; i++) {
         const struct mark end = { r->text.n, 0 };
         const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
@@ -3702,40 +7379,12 @@ static uint64_t template_hash(const char *s, size_t n)
     return h;
 }
 
-/* An edited template is still like one of ours in what matters; *word is
- * that. */
-static int template_by_text(const char *s, const char *end, const char **word)
-{
-    static const struct { const char *word; int template; } telling[] = {
-        { "<|tool_list_start|>", TEMPLATE_LFM2 },
-        { "preserve_thinking", TEMPLATE_8B },
-        { "Today's date", TEMPLATE_NEW }, { "strftime_now", TEMPLATE_NEW },
-        { "List of tools: [", TEMPLATE_INSTRUCT }
-    };
-    const char *calls = find(s, end, "render_tool_calls(message");
-    const char *content = find(s, end, "parse_content(message.content)");
-
-    for (size_t i = 0; i < sizeof telling / sizeof *telling; i++) {
-        if (!find(s, end, telling[i].word))
-            continue;
-        *word = telling[i].word;
-        return telling[i].template == TEMPLATE_NEW && calls && content &&
-               calls < content ? TEMPLATE_VL : telling[i].template;
-    }
-    return TEMPLATE_AUTO;
-}
-
 static int name_has(const lfm2_model *model, const char *word)
 {
-    static const char *const key[] = { "general.name", "general.basename" };
     size_t n;
+    const char *s = lfm2_model_string(model, "general.name", &n);
 
-    for (int i = 0; i < 2; i++) {
-        const char *s = lfm2_model_string(model, key[i], &n);
-        if (s && find(s, s + n, word))
-            return 1;
-    }
-    return 0;
+    return s && find(s, s + n, word);
 }
 
 static int template_by_model(const lfm2_model *model,
@@ -3743,7 +7392,7 @@ static int template_by_model(const lfm2_model *model,
 {
     if ((words ? lfm2_n_vocab(words) : lfm2_model_config(model)->n_vocab) >
         100000)
-        return TEMPLATE_8B;
+        return name_has(model, "2.6B") ? TEMPLATE_26B : TEMPLATE_8B;
     if (!name_has(model, "2.5"))
         return TEMPLATE_LFM2;
     return name_has(model, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
@@ -3758,35 +7407,40 @@ struct found_template {
     uint64_t hash;
 };
 
-/* `words` may be NULL. */
+/* `words` may be NULL.  A template under a name is for another purpose than
+ * conversation, and never taken for it. */
 static struct found_template find_template(const lfm2_model *model,
                                            const lfm2_tokenizer *words)
 {
-    static const struct { uint64_t hash; int template; } published[] = {
-        { 0x64c90fcede246b34u, TEMPLATE_LFM2 },
-        { 0xe176bd72cee9ff33u, TEMPLATE_LFM2 },     /* of test/tiny.gguf     */
-        { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT },
-        { 0x7aeb1f9c89e15fb8u, TEMPLATE_NEW },
-        { 0x6ebe17e9a93f4638u, TEMPLATE_VL },
-        { 0x9b5e9322adfff1aau, TEMPLATE_8B }
+    /* Of the published ones the hash, and a word that an edited one keeps. */
+    static const struct { uint64_t hash; int template; const char *word; }
+    known[] = {
+        { 0x64c90fcede246b34u, TEMPLATE_LFM2, "<|tool_list_start|>" },
+        { 0xe176bd72cee9ff33u, TEMPLATE_LFM2, "<|tool_list_end|>" },
+        { 0xdf1dafa110337cb9u, TEMPLATE_26B, "message.reasoning" },
+        { 0x9b5e9322adfff1aau, TEMPLATE_8B, "preserve_thinking" },
+        { 0x6ebe17e9a93f4638u, TEMPLATE_VL, "continue_final_message" },
+        { 0x7aeb1f9c89e15fb8u, TEMPLATE_NEW, "strftime_now" },
+        { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT, "List of tools: [" }
     };
+    struct found_template to = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
     size_t n;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
-    struct found_template to = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
 
     if (!s)
         return to;
     to.hash = template_hash(s, n);
-    to.how = BY_HASH;
-    for (size_t i = 0; i < sizeof published / sizeof *published; i++)
-        if (published[i].hash == to.hash)
-            to.template = published[i].template;
-    if (to.template != TEMPLATE_NONE)
-        return to;
-    to.template = template_by_text(s, s + n, &to.word);
-    to.how = to.word ? BY_WORDS : BY_MODEL;
-    if (!to.word)
+    for (int i = 0; i < 14 && to.how == NO_TEMPLATE; i++)
+        if (i < 7 ? known[i].hash == to.hash :
+            find(s, s + n, known[i % 7].word) != NULL) {
+            to.template = known[i % 7].template;
+            to.how = i < 7 ? BY_HASH : BY_WORDS;
+            to.word = i < 7 ? NULL : known[i % 7].word;
+        }
+    if (to.how == NO_TEMPLATE) {
         to.template = template_by_model(model, words);
+        to.how = BY_MODEL;
+    }
     return to;
 }
 
@@ -3803,52 +7457,132 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                      "file is unknown"
     };
     const struct found_template f = find_template(model, words);
+    char named[128] = "";
 
     *known = f.how <= BY_HASH;
+    for (int i = 0; f.how == NO_TEMPLATE && !named[0]; i++) {
+        char value[64];
+        const char *key = lfm2_model_key(model, i, value, sizeof value);
+        if (!key)
+            break;
+        if (begins(key, key + strlen(key), "tokenizer.chat_template."))
+            snprintf(named, sizeof named, " but %s, which is not for this",
+                     key);
+    }
     if (f.how == NO_TEMPLATE)
-        return because(evidence, f.template, "the file has no chat template, "
-                       "so text is continued as it is");
+        return because(evidence, f.template, "the file has no chat template%s, "
+                       "so text is continued as it is", named);
     return because(evidence, f.template, "chat template %s: %s (hash %016llx)",
-                   template_names[f.template], how[f.how],
+                   template_name(f.template), how[f.how],
                    (unsigned long long)f.hash);
 }
 
-/* ------------------------------------------------------------ 7. Tool calls
+/* ------------------------------------------------------------ 15. Tool calls
  *
  * A model that wants a tool writes <|tool_call_start|>, Python, and
  * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some write JSON
- * there: {"name": "time", "arguments": {}}.  Literals of both kinds are read
- * alike, and strings with quotes inside that lack a backslash, too.  What is
- * still not understood is left in the text. */
+ * there: {"name": "time", "arguments": {}}.  An argument has the value that
+ * Python's ast.literal_eval() gives it, or is one of JSON's words.  Text that
+ * has no value in JSON (bytes, complex numbers) or has to be computed is not
+ * understood, and stays text.
+ *
+ * Where Python would see an error of syntax, some things are clear all the
+ * same: new lines and forgotten backslashes in strings, names like get-time,
+ * calls on lines of their own, a bracket missing at the very end. */
 
-/* {"name": ..., "arguments": {...}} out of a call in either notation, or NULL.
- * An argument without a name is good if it is the only one, and a dict. */
-static struct json *call_of(struct pool *pool, const struct json *v)
+/* Those from number n on. */
+static void drop_calls(struct calls *calls, int n)
 {
-    const struct json *args = v, *function = function_of(v);
-    struct json *name = json_get(function, "name");
-    struct json *out = json_object(pool);
-
-    if (v->type == JSON_OBJECT && v->close == ')') {
-        name = json_string(pool, v->s, v->n);
-        if (args->first && args->first->n_key == 0)
-            args = args->first->next ? NULL : args->first;
-    } else {
-        args = json_get(function, "arguments");
-        if (!args)
-            args = json_get(function, "parameters");
-        args = arguments_of(pool, args);
+    while (calls->n > n) {
+        free(calls->call[--calls->n].name.s);
+        free(calls->call[calls->n].arguments.s);
     }
-    if (!json_text(name) || !json_is(args, JSON_OBJECT))
-        return NULL;
-    json_set(pool, out, "name", name);
-    json_set(pool, out, "arguments", args);
-    return out;
 }
 
-/* out[3 * n]: a replacement character for each byte that is no UTF-8.  Returns
- * how many bytes it has become. */
-static size_t replace_broken(char *out, const char *s, size_t n)
+static void free_calls(struct calls *calls)
+{
+    drop_calls(calls, 0);
+    free(calls->call);
+    *calls = (struct calls){ NULL, 0 };
+}
+
+static void add_call(struct calls *to, const char *name, size_t n,
+                     const struct json *arguments)
+{
+    struct call call = { { 0 }, { 0 } };
+
+    add(&call.name, name, n);
+    add_json(&call.arguments, arguments);
+    to->call = resize(to->call, (size_t)(to->n + 1) * sizeof *to->call);
+    to->call[to->n++] = call;
+}
+
+/* In either notation.  An argument without a name is good if it is the only
+ * one, and a dict. */
+static int read_call(struct reader *r, struct calls *to)
+{
+    struct json *v = pool_get(r->pool, sizeof *v);
+    const struct json *function, *args, *named;
+    const char *name;
+    char *open;
+    size_t n;
+    int is_dict;
+
+    if (peek(r) != '{') {
+        name = r->at;
+        n = read_name(r);
+        if (r->as == AS_JSON || n == 0 || peek(r) != '(')
+            return expected(r, "a call");
+        open = r->at++;
+        is_dict = peek(r) == '{';
+        r->at = open;
+        v->type = JSON_OBJECT;
+        if ((is_dict ? read_value(r, v) : read_members(r, v, ')')) != DONE)
+            return USAGE;
+        v = v->type == JSON_ARRAY && v->n_members == 1 ? v->first : v;
+        if (v->type != JSON_OBJECT)
+            return expected(r, "a dict before it");
+        add_call(to, name, n, v);
+        return DONE;
+    }
+    if (read_value(r, v) != DONE)
+        return USAGE;
+    function = function_of(v);
+    named = json_get(function, "name");
+    args = json_get(function, "arguments");
+    args = arguments_of(r->pool, args ? args :
+                        json_get(function, "parameters"));
+    if (!json_text(named) || named->n == 0 || !args)
+        return expected(r, "a call before it");
+    add_call(to, named->s, named->n, args);
+    return DONE;
+}
+
+/* Calls, or one list of them, up to the end.  A comma or a new line is between
+ * two. */
+static int read_block(struct reader *r, int is_whole, struct calls *to)
+{
+    const int list = took(r, '[');
+    const char *from = r->at;
+
+    for (int n = 0; !list || !took(r, ']'); n++) {
+        const int comma = n > 0 && took(r, ',');
+        if (peek(r) == EOF && n > 0 && (!list || is_whole))
+            return DONE;
+        if (n > 0 && !comma && !memchr(from, '\n', (size_t)(r->at - from)))
+            return expected(r, "',' or a new line");
+        if (list && comma && took(r, ']'))
+            break;
+        if (read_call(r, to) != DONE)
+            return USAGE;
+        from = r->at;
+    }
+    return took(r, EOF) ? DONE : expected(r, "the end");
+}
+
+/* out[3 * n + 1]: a replacement character for each byte that is no UTF-8, and
+ * new lines as Python sees them.  Returns how many bytes it has become. */
+static size_t clean_source(char *out, const char *s, size_t n)
 {
     const char *const end = s + n;
     char *to = out;
@@ -3856,68 +7590,78 @@ static size_t replace_broken(char *out, const char *s, size_t n)
 
     for (int size; s < end; s += size ? size : 1) {
         size = utf8_get(s, end, &c);
-        to += utf8_put(to, size ? c : 0xfffd);
+        if (c == '\r' && s + 1 < end && s[1] == '\n')
+            continue;
+        to += utf8_put(to, size == 0 ? 0xfffd : c == '\r' ? '\n' : c);
     }
     return (size_t)(to - out);
 }
 
-/* What stands between two markers: calls, or one list of them; all or none. */
+/* What stands between two markers, all or none: as JSON, as Python, or as
+ * Python with quotes that lack a backslash. */
 static int read_calls(struct pool *pool, const char *s, const char *end,
-                      struct json *calls)
+                      int is_whole, struct calls *to)
 {
-    struct json root, *found = json_array(pool), *v;
+    const int before = to->n;
     char *text = pool_get(pool, 3 * (size_t)(end - s) + 1);
     struct why why;
-    struct reader r = { .pool = pool, .text = text, .python = 1, .why = &why };
+    struct reader r = { .pool = pool, .text = text, .why = &why };
 
-    if (!found || !text)
-        return USAGE;
-    r.n = replace_broken(text, s, (size_t)(end - s));
-    if (read_tree(&r, &root) != DONE)
-        return USAGE;
-    v = root.first->type == JSON_ARRAY && !root.first->next ? root.first->first
-                                                            : root.first;
-    for (; v; v = v->next) {
-        struct json *call = call_of(pool, v);
-        if (!call)
-            return USAGE;
-        json_append(pool, found, call);
+    r.n = clean_source(text, s, (size_t)(end - s));
+    for (r.as = AS_JSON; r.as <= AS_BAD_PYTHON; r.as++) {
+        start_reading(&r);
+        if (read_block(&r, is_whole, to) == DONE)
+            return 1;
+        drop_calls(to, before);
     }
-    for (v = found->first; v; v = v->next)
-        json_append(pool, calls, v);
-    return DONE;
+    return 0;
 }
 
-/* The calls in an answer as an array; the text around them, and calls that were
- * not understood, markers included, go to `rest`.  Returns how many were not
+/* Add the text between two calls.  Models write the last marker of a call once
+ * more after it, which nobody should see. */
+static void add_around(struct text *rest, const char *s, const char *end,
+                       const struct calls *before)
+{
+    const char *marker;
+
+    for (; before->n > 0 && (marker = find(s, end, CALL_END)) != NULL;
+         s = marker + strlen(CALL_END))
+        add(rest, s, (size_t)(marker - s));
+    add(rest, s, (size_t)(end - s));
+}
+
+/* The calls in an answer; the text around them, and calls that were not
+ * understood, markers included, go to `rest`.  Returns how many were not
  * understood.  A call at the end may lack its last marker; one that is not
- * complete does not count if the answer was `cut` for its length.  No memory
- * shows in pool->failed and rest->failed. */
-static int parse_calls(struct pool *pool, const char *s, size_t n, int cut,
-                       struct json **calls, struct text *rest)
+ * complete does not count if the answer was `cut` for its length. */
+static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
+                       struct text *rest)
 {
     const char *const end = s + n, *start, *stop;
+    struct pool pool = { 0 };
     int bad = 0;
 
-    *calls = json_array(pool);
-    while ((start = find(s, end, CALL_START)) != NULL) {
-        add(rest, s, (size_t)(start - s));
-        s = start + strlen(CALL_START);
-        for (stop = s; (stop = find(stop, end, "<|tool_call_")); stop++)
+    *out = (struct calls){ NULL, 0 };
+    for (; (start = find(s, end, CALL_START)) != NULL; s = stop) {
+        const char *const body = start + strlen(CALL_START);
+        add_around(rest, s, start, out);
+        for (stop = body; (stop = find(stop, end, "<|tool_call_")); stop++)
             if (begins(stop, end, CALL_START) || begins(stop, end, CALL_END))
                 break;
         stop = stop ? stop : end;
-        const int good = read_calls(pool, s, stop, *calls) == DONE;
-        s = stop + (begins(stop, end, CALL_END) ? strlen(CALL_END) : 0);
+        const int ended = begins(stop, end, CALL_END);
+        const int good = read_calls(&pool, body, stop, ended || !cut, out);
+        stop += ended ? strlen(CALL_END) : 0;
         if (!good)
-            add(rest, start, (size_t)(s - start));
-        bad += !good && !(cut && stop == end);
+            add(rest, start, (size_t)(stop - start));
+        bad += !good && !(cut && stop == end && !ended);
     }
-    add(rest, s, (size_t)(end - s));
+    add_around(rest, s, end, out);
+    pool_free(&pool);
     return bad;
 }
 
-/* ------------------------------------------------------ 8. Tokens in and out
+/* ------------------------------------------------------ 16. Tokens in and out
  *
  * --tokenize, --detokenize and --export-tokenizer need a vocabulary only. */
 
@@ -3956,10 +7700,8 @@ static int encode(const struct settings *s, const lfm2_tokenizer *words,
 {
     const int flags = (bos ? LFM2_ENCODE_BOS : 0) |
                       (s->special ? LFM2_ENCODE_SPECIAL : 0);
-    int code = alloc_ids(out, n + 1);
 
-    if (code != DONE)
-        return code;
+    out->id = zeroed(n + 1, sizeof *out->id);
     out->n = lfm2_encode(words, text, n, flags, out->id, (int)n + 1);
     return out->n >= 0 ? DONE :
            say(NO_MEMORY, "no memory for %zu bytes of text", n);
@@ -3978,26 +7720,27 @@ static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
 {
     for (size_t at = 0, n; at < t->n || (at == 0 && !s->null); at += n + 1) {
         struct ids ids = { NULL, 0 };
-        int code;
 
         n = s->null ? strlen(t->s + at) : t->n;
-        code = encode(s, words, t->s + at, n, s->bos, &ids);
-        for (int i = 0; code == DONE && i < ids.n; i++)
+        if (encode(s, words, t->s + at, n, s->bos, &ids) != DONE)
+            return NO_MEMORY;
+        for (int i = 0; i < ids.n; i++)
             printf("%s%ld", i ? " " : "", (long)ids.id[i]);
         free(ids.id);
-        if (code != DONE)
-            return code;
         putchar('\n');
     }
     return DONE;
 }
 
-/* The text of every line of ids; the last may lack its newline. */
+/* The text of every line of ids.  The inverse of tokenize(), which ends the
+ * last line: a text of the last line alone is all there is, and between those
+ * of several stands a newline.  With --null each ends with a NUL instead. */
 static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
                       const struct text *t)
 {
     static const char blank[] = " \t\r";
     const char *p = t->s, *const stop = t->s + t->n;
+    struct text out = { 0 };
     char *end;
     int len;
 
@@ -4006,18 +7749,24 @@ static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
             errno = 0;
             const long id = strtol(p, &end, 10);
             if (end == p || !strchr(" \t\r\n", *end) || errno || id < 0 ||
-                id >= lfm2_n_vocab(words))
+                id >= lfm2_n_vocab(words)) {
+                free(out.s);
                 return say(FAILED, "line %d: \"%.*s\", expected a token id "
                            "from 0 to %d", line, (int)strcspn(p, " \t\r\n"), p,
                            lfm2_n_vocab(words) - 1);
+            }
             const char *bytes = lfm2_token_bytes(words, (int32_t)id,
                                                  s->special, &len);
-            fwrite(bytes, 1, (size_t)len, stdout);
+            add(&out, bytes, (size_t)len);
             end += strspn(end, blank);
         }
-        putchar(s->null ? '\0' : '\n');
         p++;
+        if (s->null || p < stop)
+            add(&out, s->null ? "" : "\n", 1);
+        show_text(&out);
+        out.n = 0;
     }
+    free(out.s);
     return DONE;
 }
 
@@ -4036,32 +7785,16 @@ static int export_words(const struct settings *s)
     if (model) {
         data = lfm2_model_file(model, &size);
         n = lfm2_tokenizer_export(data, size, NULL, 0, &err);
-        buf = n > 0 ? malloc(n) : NULL;
-        if (buf)
-            n = lfm2_tokenizer_export(data, size, buf, n, &err);
+        buf = resize(NULL, n);
+        n = n > 0 ? lfm2_tokenizer_export(data, size, buf, n, &err) : 0;
     }
     lfm2_model_close(model);
-    if (n == 0)
-        return report(path, &err);
-    if (!buf)
-        return say(NO_MEMORY, "no memory for %zu bytes", n);
-    f = create_file(s->export_to);
+    f = n > 0 ? create_file(s->export_to) : NULL;
     if (f)
         fwrite(buf, 1, n, f);
     free(buf);
-    return f ? finish_file(f, s->export_to, DONE) : BAD_FILE;
-}
-
-/* Words are for the sake of their bytes, which stay as they are. */
-static int read_bytes(const struct settings *s, struct text *out)
-{
-    if (!s->prompt && !s->file && isatty(STDIN_FILENO))
-        return usage("no text given; it can be an argument, a file (-f) or "
-                     "piped in");
-    if (!s->prompt || is_dash(s->prompt))
-        return read_file(s->file ? s->file : "-", out);
-    add_string(out, s->prompt);
-    return DONE;
+    return n == 0 ? report(path, &err) : f ? finish_file(f, s->export_to, DONE)
+                                           : BAD_FILE;
 }
 
 static int work_on_words(const struct settings *s)
@@ -4074,482 +7807,43 @@ static int work_on_words(const struct settings *s)
         code = open_words(s, NULL, &words);
     if (code != DONE)
         return code;
-    if (s->export_to)
+    if (s->mode == EXPORT)
         code = export_words(s);
+    else if (s->prompt && !is_dash(s->prompt))
+        add_string(&t, s->prompt);
     else
-        code = read_bytes(s, &t);
-    if (code == DONE && s->tokenize)
+        code = read_file(s->file ? s->file : "-", &t);
+    if (code == DONE && s->mode == TOKENIZE)
         code = tokenize(s, words, &t);
-    if (code == DONE && s->detokenize)
+    if (code == DONE && s->mode == DETOKENIZE)
         code = detokenize(s, words, &t);
     free(t.s);
     lfm2_tokenizer_close(words);
     return code;
 }
 
-/* -------------------------------------------------------------- 9. --inspect
+/* -------------------------------------------------------------- 17. --inspect
  *
  * What is in a file, in the terms its makers use; what it will take to run it;
  * and what is wrong with it.  The facts are found once, then printed as text or
  * as JSON. */
 
-/* A few words, made on the spot. */
-struct phrase { char s[128]; };
-
-static struct phrase phrase(const char *fmt, ...)
-{
-    struct phrase out;
-    va_list args;
-
-    va_start(args, fmt);
-    vsnprintf(out.s, sizeof out.s, fmt, args);
-    va_end(args);
-    return out;
-}
-
-/* "23.84 B" parameters or, with unit "B", "13.51 GB". */
-static struct phrase amount(double n, const char *unit)
-{
-    const char *letter = n >= 1e9 ? *unit ? "G" : "B" :
-                         n >= 1e6 ? "M" : n >= 1e3 ? "K" : "";
-    const double scale = n >= 1e9 ? 1e9 : n >= 1e6 ? 1e6 : n >= 1e3 ? 1e3 : 1;
-
-    return phrase("%.*f %s%s", scale > 1 ? 2 : 0, n / scale, letter, unit);
-}
-
-/* What a file says, for a terminal: a question mark for each byte that is no
- * character, and for characters that could steer it. */
-static void print_clean(const char *s, size_t n)
-{
-    const char *const end = s + (n < 200 ? n : 200);
-    uint32_t c;
-
-    for (int size; s < end; s += size) {
-        size = utf8_get(s, end, &c);
-        if (size == 0 || is_control(c)) {
-            putchar('?');
-            size = size ? size : 1;
-        } else
-            fwrite(s, 1, (size_t)size, stdout);
-    }
-}
-
-static double count_elements(const lfm2_tensor_info *t)
-{
-    double n = 1;
-
-    for (int d = 0; d < t->n_dims; d++)
-        n *= (double)t->dims[d];
-    return n;
-}
-
-/* ---- what the system gives
- *
- * On Linux a control group, as that of a container, may have less than the
- * machine: by its files in version 2, or in a tree of each controller's own in
- * version 1.  What limits a group limits the groups within it. */
-
-static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
-
-/* The number in a file of a group's directory, the first or the second; 0 if it
- * has none, as where it says "max". */
-static double number_in(const char *dir, const char *name, int second)
-{
-    char path[640];
-    double x[2] = { 0, 0 };
-    FILE *f;
-
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    f = fopen(path, "r");
-    if (f) {
-        (void)!fscanf(f, "%lf %lf", &x[0], &x[1]);
-        fclose(f);
-    }
-    return x[second];
-}
-
-static double cpu_limit(const char *dir)
-{
-    double quota = number_in(dir, "cpu.max", 0);
-    double period = number_in(dir, "cpu.max", 1);
-
-    if (quota <= 0) {
-        quota = number_in(dir, "cpu.cfs_quota_us", 0);
-        period = number_in(dir, "cpu.cfs_period_us", 0);
-    }
-    return quota > 0 && period > 0 ? ceil(quota / period) : 0;
-}
-
-static double memory_limit(const char *dir)
-{
-    return fmax(number_in(dir, "memory.max", 0),
-                number_in(dir, "memory.limit_in_bytes", 0));
-}
-
-/* The least limit, 0 for none, of the groups of this process and those they are
- * in.  A line is "0::/path", or "4:memory:/path" in version 1. */
-static double least_limit(double (*limit)(const char *dir))
-{
-    FILE *f = fopen(groups, "r");
-    char line[512], dir[600], *end;
-    double least = 0;
-
-    while (f && fgets(line, sizeof line, f)) {
-        char *tree = strchr(line, ':');
-        char *path = tree ? strchr(tree + 1, ':') : NULL;
-        if (!path)
-            continue;
-        *tree = *path++ = '\0';
-        tree++;
-        path[strcspn(path, "\n")] = '\0';
-        do {
-            snprintf(dir, sizeof dir, "%s/%s%s", group_root, tree, path);
-            const double x = limit(dir);
-            least = x > 0 && (least <= 0 || x < least) ? x : least;
-            end = strrchr(path, '/');
-            if (end)
-                *end = '\0';
-        } while (end);
-    }
-    if (f)
-        fclose(f);
-    return least;
-}
-
-/* What a file of Linux says of `key`, behind a colon; or something else. */
-static struct phrase look_up_in(FILE *f, const char *key,
-                                const char *otherwise)
-{
-    struct phrase out = phrase("%s", otherwise);
-    char line[256];
-
-    if (f) {
-        fflush(f);                        /* or an earlier state is told     */
-        rewind(f);
-    }
-    while (f && fgets(line, sizeof line, f)) {
-        const char *s = strchr(line, ':');
-        if (!s || strncmp(line, key, strlen(key)) != 0)
-            continue;
-        s += 1 + strspn(s + 1, " \t");
-        out = phrase("%.*s", (int)strcspn(s, "\n"), s);
-        break;
-    }
-    return out;
-}
-
-static struct phrase look_up(const char *path, const char *key,
-                             const char *otherwise)
-{
-    FILE *f = fopen(path, "r");
-    const struct phrase out = look_up_in(f, key, otherwise);
-
-    if (f)
-        fclose(f);
-    return out;
-}
-
-/* CPUs that this process may use. */
-static int usable_cpus(void)
-{
-    double n = 0, most;
-
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        n = CPU_COUNT(&set);
-#endif
-    if (n < 1)
-        n = (double)sysconf(_SC_NPROCESSORS_ONLN);
-    most = least_limit(cpu_limit);
-    if (most > 0)
-        n = fmin(n, most);
-    return (int)fmax(1, fmin(n, 64));
-}
-
-/* Memory that can be had without taking it from another program; 0 if the
- * system does not tell. */
-static double free_memory(void)
-{
-    const double have = strtod(look_up("/proc/meminfo", "MemAvailable", "0").s,
-                               NULL) * 1024;
-    const double most = least_limit(memory_limit);
-
-    return most > 0 ? fmin(have, most) : have;
-}
-
-/* What the command line asks of a context. */
-static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
-{
-    lfm2_params p = lfm2_default_params(m);
-
-    if (s->ctx != UNSET)
-        p.n_ctx = s->ctx ? s->ctx : lfm2_model_config(m)->n_ctx_train;
-    if (s->batch != UNSET)
-        p.n_batch = s->batch;
-    p.n_threads = s->threads ? s->threads : usable_cpus();
-    p.isa = s->isa;
-    p.kv_type = s->kv;
-    return p;
-}
-
-/* Of the KV cache, for one token. */
-static double kv_bytes(const lfm2_config *c, int kv_type)
-{
-    double sum = 0;
-
-    for (int il = 0; il < c->n_layer; il++)
-        if (c->is_attn[il])
-            sum += 2.0 * c->n_head_kv * c->head_dim *
-                   (kv_type == LFM2_KV_F16 ? 2 : 4);
-    return sum;
-}
-
-/* ---- what a token costs, and the process */
-
-/* What a token costs, by the tensors of the file. */
-struct cost {
-    double bytes, params;                 /* of the whole file               */
-    double shared, experts;               /* bytes: read for every token, and
-                                             of all experts together         */
-    double macs, head;                    /* multiply-adds; for logits       */
-    double kv;                            /* bytes of cache a token of text  */
-};
-
-static struct cost count_cost(const lfm2_model *m, int kv_type)
-{
-    const lfm2_config *c = lfm2_model_config(m);
-    struct cost sum = { .kv = kv_bytes(c, kv_type) };
-    double embedding = 0, output = 0;
-    lfm2_tensor_info t;
-
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
-        const double bytes = (double)t.n_bytes, n = count_elements(&t);
-        sum.bytes += bytes;
-        sum.params += n;
-        if (strcmp(t.name, "token_embd.weight") == 0)
-            embedding = bytes, sum.head = n;
-        else if (strcmp(t.name, "output.weight") == 0)
-            output = bytes;
-        else if (strstr(t.name, "_exps.") && c->n_expert > 0) {
-            sum.experts += bytes;
-            sum.macs += n * c->n_expert_used / c->n_expert;
-        } else {
-            sum.shared += bytes;
-            sum.macs += t.n_dims > 1 ? n : 0;
-        }
-    }
-    sum.shared += output > 0 ? output : embedding;
-    return sum;
-}
-
-/* Bytes that one step reads for a token of each sequence: weights once, of the
- * experts those that are expected to be chosen, if all are as likely; and the
- * cache, `depth` tokens of it. */
-static double step_bytes(const lfm2_model *m, const struct cost *cost,
-                         int n_seq, double depth)
-{
-    const lfm2_config *c = lfm2_model_config(m);
-    double idle = 1;
-
-    for (int i = 0; c->n_expert > 0 && i < n_seq; i++)
-        idle *= 1 - (double)c->n_expert_used / c->n_expert;
-    return cost->shared + cost->experts * (1 - idle) +
-           cost->kv * n_seq * depth;
-}
-
-/* Memory of the process's own, which the mapped file is not, from
- * /proc/self/status; 0 if the system does not tell. */
-static double anonymous_memory(FILE *status)
-{
-    return strtod(look_up_in(status, "RssAnon", "0").s, NULL) * 1024;
-}
-
-static double peak_memory(void)
-{
-    struct rusage use;
-
-    if (getrusage(RUSAGE_SELF, &use) != 0)
-        return 0;
-#if defined __APPLE__
-    return (double)use.ru_maxrss;
-#elif defined __wasi__
-    return (double)__builtin_wasm_memory_size(0) * 65536;
-#else
-    return (double)use.ru_maxrss * 1024;
-#endif
-}
-
-/* ---- presets
- *
- * What the makers publish for each model, found by its name: the first row all
- * of whose words are in it.  The small models for one task are greedy. */
-
-/* How words are chosen, before a seed. */
-struct sampling {
-    double temp;
-    int top_k;
-    double top_p, min_p, repeat;
-    int last_n;
-};
-
-static const struct preset_row {
-    const char *name, *words[2];
-    struct sampling is;
-} presets[] = {
-    { "LFM2 Extract", { "-extract", "" }, { 0, 0, 1, 0, 1, 64 } },
-    { "LFM2 RAG", { "-rag", "" }, { 0, 0, 1, 0, 1, 64 } },
-    { "LFM2 Tool", { "-tool", "" }, { 0, 0, 1, 0, 1, 64 } },
-    { "LFM2 PII", { "-pii", "" }, { 0, 0, 1, 0, 1, 64 } },
-    { "LFM2 MT", { "-mt", "" }, { 0, 0, 1, 0, 1, 64 } },
-    { "LFM2-VL", { "-vl", "" }, { 0.1, 0, 1, 0.15, 1.05, 64 } },
-    { "LFM2.5-8B-A1B", { "lfm2.5", "-8b" }, { 0.2, 80, 1, 0, 1.05, 64 } },
-    { "LFM2.5-2.6B", { "lfm2.5", "-2.6b" }, { 0.1, 50, 1, 0, 1.1, 64 } },
-    { "LFM2.5-Thinking", { "lfm2.5", "-thinking" },
-      { 0.05, 50, 1, 0, 1.05, 64 } },
-    { "LFM2.5-JP-202606", { "lfm2.5", "-jp-202606" },
-      { 0.1, 50, 1, 0, 1.05, 64 } },
-    { "LFM2.5-JP", { "lfm2.5", "-jp" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
-    { "LFM2.5-Base", { "lfm2.5", "-base" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
-    { "LFM2.5", { "lfm2.5", "" }, { 0.1, 50, 1, 0, 1.05, 64 } },
-    { "LFM2-24B-A2B", { "-24b", "" }, { 0.1, 50, 1, 0, 1.05, 64 } },
-    { "LFM2", { "", "" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
-};
-
-/* All the file says of its name, like "lfm2-1.2b-extract", and what its sizes
- * say of it. */
-static void describe(const lfm2_model *m, struct text *out)
-{
-    static const char *const key[] = {
-        "general.name", "general.basename", "general.finetune",
-        "general.size_label"
-    };
-    const lfm2_config *c = lfm2_model_config(m);
-    size_t n;
-
-    for (int i = 0; i < 4; i++) {
-        const char *s = lfm2_model_string(m, key[i], &n);
-        add_string(out, " -");
-        add(out, s ? s : "", s ? n : 0);
-    }
-    if (c->n_vocab >= 128000)
-        add_string(out, c->n_expert ? " lfm2.5-8b" : " lfm2.5-2.6b");
-    if (c->n_expert == 64)
-        add_string(out, " lfm2-24b");
-    for (size_t i = 0; i < out->n; i++)
-        if (out->s[i] == '_' || out->s[i] == ' ')
-            out->s[i] = '-';
-        else if (out->s[i] >= 'A' && out->s[i] <= 'Z')
-            out->s[i] = (char)(out->s[i] - 'A' + 'a');
-}
-
-static const struct preset_row *find_preset(const lfm2_model *m)
-{
-    const struct preset_row *p = presets;
-    struct text name = { 0 };
-
-    describe(m, &name);
-    while (p->words[0][0] && (name.failed || !strstr(name.s, p->words[0]) ||
-                              !strstr(name.s, p->words[1])))
-        p++;
-    free(name.s);
-    return p;
-}
-
-/* A value of the metadata as text; empty if there is none. */
-static struct phrase value_of(const lfm2_model *m, const char *key)
-{
-    struct phrase out;
-    const char *found;
-
-    for (int i = 0; (found = lfm2_model_key(m, i, out.s, sizeof out.s)); i++)
-        if (strcmp(found, key) == 0)
-            return out;
-    return phrase("%s", "");
-}
-
-/* A number in the metadata, within the bounds of its option; 0 if there is
- * none. */
-static int file_number(const lfm2_model *m, const char *key, double least,
-                       double most, double *out)
-{
-    const struct phrase value = value_of(m, key);
-    char *end;
-    const double x = strtod(value.s, &end);
-
-    if (end == value.s || *end || !(x >= least && x <= most))
-        return 0;
-    *out = x;
-    return 1;
-}
-
-static int has_wishes(const lfm2_model *m)
-{
-    char value[8];
-    const char *key;
-
-    for (int i = 0; (key = lfm2_model_key(m, i, value, sizeof value)); i++)
-        if (strncmp(key, "general.sampling.", 17) == 0)
-            return 1;
-    return 0;
-}
-
-static double given_or(double given, double otherwise)
-{
-    return given != UNSET ? given : otherwise;
-}
-
-/* The file's own wishes come before the table, and options before both.  A
- * penalty would only spoil a greedy choice, so then it must be asked for. */
-static struct sampling choose_sampling(const struct settings *s,
-                                       const lfm2_model *m)
-{
-    const struct preset_row *p = find_preset(m);
-    struct sampling to = p->is;
-    double top_k = p->is.top_k, last_n = p->is.last_n;
-    int named = 0, penalty;
-
-    named += file_number(m, "general.sampling.temp", 0, 100, &to.temp);
-    named += file_number(m, "general.sampling.top_k", 0, 1 << 30, &top_k);
-    named += file_number(m, "general.sampling.top_p", 0, 1, &to.top_p);
-    named += file_number(m, "general.sampling.min_p", 0, 1, &to.min_p);
-    named += file_number(m, "general.sampling.penalty_last_n", -1, 1 << 30,
-                         &last_n);
-    penalty = file_number(m, "general.sampling.penalty_repeat", 0.01, 100,
-                          &to.repeat);
-    if (s->temp == 0 || (to.temp == 0 && s->temp == UNSET && !penalty))
-        to.repeat = 1;
-    to.temp = given_or(s->temp, to.temp);
-    to.top_k = (int)given_or(s->top_k, top_k);
-    to.top_p = given_or(s->top_p, to.top_p);
-    to.min_p = given_or(s->min_p, to.min_p);
-    to.repeat = given_or(s->repeat, to.repeat);
-    to.last_n = (int)given_or(s->repeat_last_n, last_n);
-    if (s->verbose)
-        say(DONE, "preset %s%s: temperature %g, top-k %d, top-p %g, min-p %g, "
-            "repeat penalty %g over %d", p->name, named + penalty ? " and the "
-            "file's own general.sampling" : "", to.temp, to.top_k, to.top_p,
-            to.min_p, to.repeat, to.last_n);
-    return to;
-}
-
 /* ---- facts
  *
- * Every tensor has a role; embedding and output are one where they are tied. */
+ * Each is written once, as JSON; the text is made of that.  Every tensor has a
+ * role; embedding and output are one where they are tied. */
 
 enum role {
     EMBEDDING, OUTPUT, CONV_MIXERS, ATTENTION, DENSE_FFN, ROUTER, EXPERTS,
     NORMS, UNUSED, N_ROLES
 };
 
-static const struct { const char *name, *key; } roles[N_ROLES] = {
-    { "embedding", "embedding" }, { "output", "output" },
-    { "conv mixers", "conv" }, { "attention", "attention" },
-    { "dense FFN", "dense_ffn" }, { "router", "router" },
-    { "experts", "experts" }, { "norms", "norms" }, { "unused", "unused" }
+static const char *const role_name[N_ROLES] = {
+    "embedding", "output", "conv", "attention", "dense_ffn", "router",
+    "experts", "norms", "unused"
 };
 
-enum { MAX_TYPES = 32, MAX_ROOMS = 5, MAX_SPEEDS = 3, MAX_SPECIAL = 16 };
+enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
 
 /* What the tensors of a role take. */
 struct portion {
@@ -4559,620 +7853,69 @@ struct portion {
     int of_type[MAX_TYPES];               /* tensors, by lfm2_weight_type()  */
 };
 
-/* What a context of some length takes. */
-struct room {
-    int ctx;
-    double kv, read;                      /* bytes, and what a token reads   */
-    uint64_t beside;                      /* all memory but for the file     */
-};
-
-struct special { const char *label, *key; int32_t id; };
-
-struct facts {
+struct inspection {
     const struct settings *s;
     lfm2_model *model;
-    int is_model;                         /* and not only the wreck of one   */
     lfm2_tokenizer *words;                /* NULL: no vocabulary             */
+    int is_model;                         /* and not only the wreck of one   */
     int code;                             /* LFM2_OK, or what is fatal       */
     lfm2_error err;
-    struct why odd[2];                    /* what else could be tolerated    */
-    int n_odd;
-    double size;                          /* of the file                     */
-    int version;                          /* of GGUF; 0: it is none          */
-    uint64_t n_tensors, n_keys;           /* that it announces,              */
-    int tensors_read, keys_read;          /* and that could be read          */
-    char file_hash[65], template_hash[65];        /* "": not known           */
-    struct portion part[N_ROLES], all;    /* all: without what is unused     */
-    const char *norm;
-    int tied;
-    struct room room[MAX_ROOMS];
-    int n_rooms;
-    double bandwidth[MAX_SPEEDS];         /* GB/s                            */
-    int n_bandwidths;
-    double kv, conv;                      /* bytes of a token, of all states */
-    double free;                          /* bytes of memory; 0: not known   */
-    int fits;                             /* a context in it; 0: none        */
-    struct special special[MAX_SPECIAL];
-    int n_special;
+    struct text json;
+    struct portion all;                   /* without what is unused          */
     struct found_template template;
-    struct sampling sampling;
-    int has_wishes;                       /* the file, general.sampling.*    */
 };
 
+/* The first two are outside of layers, and known by their whole names. */
 static enum role role_of_tensor(const char *name, const char *norm)
 {
     static const struct { const char *part; enum role role; } known[] = {
+        { "token_embd.weight", EMBEDDING }, { "output.weight", OUTPUT },
         { "_norm.", NORMS }, { "shortconv.", CONV_MIXERS },
         { "attn_", ATTENTION }, { "ffn_gate_inp.", ROUTER },
         { "exp_probs_b.", ROUTER }, { "_exps.", EXPERTS },
         { "ffn_", DENSE_FFN }
     };
+    const int in_layer = strncmp(name, "blk.", 4) == 0;
 
-    if (strcmp(name, "token_embd.weight") == 0)
-        return EMBEDDING;
-    if (strcmp(name, "output.weight") == 0)
-        return OUTPUT;
-    if (strcmp(name, norm) == 0)
-        return NORMS;
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strncmp(name, "blk.", 4) == 0 && strstr(name, known[i].part))
+    for (size_t i = in_layer ? 2 : 0; i < sizeof known / sizeof *known; i++)
+        if (in_layer ? strstr(name, known[i].part) != NULL :
+            strcmp(name, known[i].part) == 0)
             return known[i].role;
-    return UNUSED;
-}
-
-static int type_number(const char *type)
-{
-    const char *name;
-    int i = 0;
-
-    while (i < MAX_TYPES - 1 && (name = lfm2_weight_type(i)) != NULL &&
-           strcmp(name, type) != 0)
-        i++;
-    return i;
-}
-
-static void add_part(struct portion *to, const struct portion *p)
-{
-    to->n += p->n;
-    to->params += p->params;
-    to->active += p->active;
-    to->bytes += p->bytes;
-    to->read += p->read;
-    for (int i = 0; i < MAX_TYPES; i++)
-        to->of_type[i] += p->of_type[i];
+    return strcmp(name, norm) == 0 ? NORMS : UNUSED;
 }
 
 /* Of the experts a token reads those that are chosen; of an embedding that is
  * not the output, too, one row. */
-static struct portion measure(const struct facts *f, const lfm2_tensor_info *t,
-                              enum role role)
+static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
+                       enum role role, const lfm2_config *c, int tied)
 {
-    const lfm2_config *c = lfm2_model_config(f->model);
-    struct portion p = { .n = 1, .params = 1, .bytes = t->n_bytes };
+    const int shared = role == EXPERTS && c->n_expert > 0;
+    const uint64_t of = shared ? (uint64_t)c->n_expert : 1;
+    const uint64_t used = shared ? (uint64_t)c->n_expert_used : role != UNUSED;
+    uint64_t params = 1;
+    const char *type;
 
     for (int d = 0; d < t->n_dims; d++)
-        p.params *= t->dims[d];
-    p.active = p.params;
-    p.read = p.bytes;
-    if (role == EXPERTS && c->n_expert > 0) {
-        const uint64_t n = (uint64_t)c->n_expert;
-        p.active = p.params / n * (uint64_t)c->n_expert_used;
-        p.read = p.bytes / n * (uint64_t)c->n_expert_used;
-    }
-    if (role == EMBEDDING && !f->tied)
-        p.read /= t->dims[1];
-    if (role == UNUSED)
-        p.active = p.read = 0;
-    p.of_type[type_number(t->type)] = 1;
-    return p;
+        params *= t->dims[d];
+    to->n++;
+    to->params += params;
+    to->active += params / of * used;
+    to->bytes += t->n_bytes;
+    to->read += role == EMBEDDING && !tied ? t->n_bytes / t->dims[1] :
+                t->n_bytes / of * used;
+    for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
+        to->of_type[i] += strcmp(type, t->type) == 0;
 }
 
-/* The number of a tensor, or -1. */
-static int find_tensor(const lfm2_model *m, const char *name)
+static int has_tensor(const lfm2_model *m, const char *name)
 {
     lfm2_tensor_info t;
 
     for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++)
         if (strcmp(t.name, name) == 0)
-            return i;
-    return -1;
+            return 1;
+    return 0;
 }
-
-static void find_parts(struct facts *f)
-{
-    lfm2_tensor_info t;
-
-    f->norm = find_tensor(f->model, "output_norm.weight") >= 0 ?
-              "output_norm.weight" : "token_embd_norm.weight";
-    f->tied = find_tensor(f->model, "output.weight") < 0;
-    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        const enum role role = role_of_tensor(t.name, f->norm);
-        const struct portion p = measure(f, &t, role);
-        add_part(&f->part[role], &p);
-        if (role != UNUSED)
-            add_part(&f->all, &p);
-    }
-}
-
-/* The longest context that there is memory for besides the weights. */
-static int largest_context(const struct facts *f, lfm2_params p)
-{
-    const int n_train = lfm2_model_config(f->model)->n_ctx_train;
-    int fits = 0, least_not = (n_train < MAX_CTX ? n_train : MAX_CTX) + 1;
-
-    while (least_not - fits > 1) {
-        uint64_t beside;
-        p.n_ctx = fits + (least_not - fits) / 2;
-        beside = lfm2_context_size(f->model, &p);
-        if (beside > 0 && (double)f->all.bytes + (double)beside <= f->free)
-            fits = p.n_ctx;
-        else
-            least_not = p.n_ctx;
-    }
-    return fits;
-}
-
-static void add_room(struct facts *f, lfm2_params p, int ctx)
-{
-    struct room *r = &f->room[f->n_rooms];
-
-    for (int i = 0; i < f->n_rooms; i++)
-        if (f->room[i].ctx == ctx)
-            return;
-    p.n_ctx = ctx;
-    *r = (struct room){ .ctx = ctx, .kv = f->kv * ctx };
-    r->read = (double)f->all.read + r->kv;
-    r->beside = lfm2_context_size(f->model, &p);
-    for (; r > f->room && r[-1].ctx > ctx; r--) {
-        const struct room longer = r[-1];
-        r[-1] = r[0];
-        r[0] = longer;
-    }
-    f->n_rooms++;
-}
-
-/* Contexts that one may ask for, and how fast the memory lets them be. */
-static void find_rooms(struct facts *f)
-{
-    const lfm2_config *c = lfm2_model_config(f->model);
-    const int most = c->n_ctx_train < MAX_CTX ? c->n_ctx_train : MAX_CTX;
-    const int wanted[] = { 4096, 32768, most };
-    lfm2_params p = choose_params(f->s, f->model);
-
-    p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
-    f->kv = kv_bytes(c, p.kv_type);
-    for (int il = 0; il < c->n_layer; il++)
-        if (!c->is_attn[il])
-            f->conv += 4.0 * (c->l_cache - 1) * c->n_embd;
-    for (int i = 0; i < 3; i++)
-        if (wanted[i] <= most)
-            add_room(f, p, wanted[i]);
-    if (f->s->ctx != UNSET)
-        add_room(f, p, p.n_ctx < MAX_CTX ? p.n_ctx : MAX_CTX);
-    f->free = free_memory();
-    f->fits = f->free > 0 ? largest_context(f, p) : 0;
-    f->n_bandwidths = f->s->bandwidth > 0 ? 1 : MAX_SPEEDS;
-    for (int i = 0; i < f->n_bandwidths; i++)
-        f->bandwidth[i] = f->s->bandwidth > 0 ? f->s->bandwidth :
-                          (double[]){ 20, 50, 100 }[i];
-}
-
-static void add_special(struct facts *f, const char *label, const char *key,
-                        int32_t id)
-{
-    if (id >= 0 && id < lfm2_n_vocab(f->words) && f->n_special < MAX_SPECIAL)
-        f->special[f->n_special++] = (struct special){ label, key, id };
-}
-
-/* Tokens with a meaning of their own, in the order of the lines that show
- * them. */
-static void find_special(struct facts *f)
-{
-    static const char *const marker[] = {
-        TURN_START, "<|tool_list_start|>", CALL_START,
-        "<|tool_response_start|>", THINK
-    };
-    double pad = -1;
-
-    if (lfm2_add_bos(f->words))
-        add_special(f, "begins with", "bos", lfm2_bos(f->words));
-    for (int32_t id = 0; id < lfm2_n_vocab(f->words); id++)
-        if (lfm2_is_eog(f->words, id))
-            add_special(f, "ends with", "end", id);
-    for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
-        add_special(f, "markers", "marker", lfm2_token_id(f->words, marker[i]));
-    file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30, &pad);
-    add_special(f, "padding", "pad", (int32_t)pad);
-}
-
-/* By "[65536 x string]"; 0 if it is no array. */
-static uint64_t array_length(const lfm2_model *m, const char *key)
-{
-    const struct phrase value = value_of(m, key);
-
-    return value.s[0] == '[' ? strtoull(value.s + 1, NULL, 10) : 0;
-}
-
-static void digest(const void *bytes, size_t n, char out[65])
-{
-    struct sha256 d = sha256_start;
-
-    sha256_add(&d, bytes, n);
-    sha256_hex(d, out);
-}
-
-/* What the model's words are, how they are written down and chosen. */
-static void find_words(struct facts *f)
-{
-    const struct phrase pre = value_of(f->model, "tokenizer.ggml.pre");
-    size_t n;
-    const char *s = lfm2_model_string(f->model, "tokenizer.chat_template", &n);
-
-    f->code = load_words(f->s, f->model, &f->words, &f->err);
-    if (f->words)
-        find_special(f);
-    if (s)
-        digest(s, n, f->template_hash);
-    f->template = find_template(f->model, f->words);
-    f->sampling = choose_sampling(&defaults, f->model);
-    f->has_wishes = has_wishes(f->model);
-    if (pre.s[0] && strcmp(pre.s, "lfm2") != 0)
-        because(&f->odd[f->n_odd++], 0, "tokenizer.ggml.pre: \"%s\", expected "
-                "\"lfm2\", as which it is taken", pre.s);
-    if (f->template.how > BY_HASH)
-        because(&f->odd[f->n_odd++], 0, "tokenizer.chat_template: none that is "
-                "known, taken as %s", template_names[f->template.template]);
-}
-
-/* The i-th thing that is not as it should be; NULL past the last. */
-static const char *find_oddity(const struct facts *f, int i, int *fatal)
-{
-    int n = 0;
-
-    while (lfm2_model_warning(f->model, n))
-        n++;
-    *fatal = i == n + f->n_odd;
-    if (i < n)
-        return lfm2_model_warning(f->model, i);
-    return i < n + f->n_odd ? f->odd[i - n].s :
-           *fatal && f->code != LFM2_OK ? f->err.msg : NULL;
-}
-
-/* The first bytes, which say as much as there is of a bad file. */
-static void find_header(struct facts *f)
-{
-    size_t n;
-    const unsigned char *head = lfm2_model_file(f->model, &n);
-
-    f->size = (double)n;
-    if (n >= 24 && memcmp(head, "GGUF", 4) == 0) {
-        f->version = (int)(get_le(head + 4, 4) & INT_MAX);
-        f->n_tensors = get_le(head + 8, 8);
-        f->n_keys = get_le(head + 16, 8);
-    }
-    if (f->s->sha256)
-        digest(head, n, f->file_hash);
-}
-
-static void find_facts(struct facts *f)
-{
-    lfm2_tensor_info t;
-    char value[8];
-
-    find_header(f);
-    while (lfm2_model_key(f->model, f->keys_read, value, sizeof value))
-        f->keys_read++;
-    while (lfm2_model_tensor(f->model, f->tensors_read, &t) == LFM2_OK)
-        f->tensors_read++;
-    if (!f->is_model)
-        return;
-    find_parts(f);
-    find_rooms(f);
-    find_words(f);
-}
-
-/* c and A for short convolutions and attention, d and e for dense networks and
- * experts. */
-struct map { char mixers[LFM2_MAX_LAYER + 1], ffns[LFM2_MAX_LAYER + 1]; };
-
-static struct map layer_map(const lfm2_config *c)
-{
-    struct map out = { "", "" };
-
-    for (int il = 0; il < c->n_layer; il++) {
-        out.mixers[il] = c->is_attn[il] ? 'A' : 'c';
-        out.ffns[il] = il < c->n_layer_dense ? 'd' : 'e';
-    }
-    return out;
-}
-
-static int count_attention(const lfm2_config *c)
-{
-    int n = 0;
-
-    for (int il = 0; il < c->n_layer; il++)
-        n += c->is_attn[il];
-    return n;
-}
-
-static double bits_per_weight(const struct portion *p)
-{
-    return p->params > 0 ? (double)p->bytes * 8 / (double)p->params : 0;
-}
-
-/* Of a token, with so much in the cache. */
-static double speed_limit(const struct facts *f, double read, int i)
-{
-    return read > 0 ? f->bandwidth[i] * 1e9 / read : 0;
-}
-
-/* ---- in text */
-
-static void print_string(const lfm2_model *m, const char *label,
-                         const char *key)
-{
-    size_t n = 0;
-    const char *s = lfm2_model_string(m, key, &n);
-
-    printf("%s", label);
-    print_clean(s ? s : "(none)", s ? n : 6);
-}
-
-static void print_head(const struct facts *f)
-{
-    printf("file          ");
-    print_clean(f->s->model, strlen(f->s->model));
-    printf(", %s", amount(f->size, "B").s);
-    if (f->version)
-        printf(", GGUF version %d", f->version);
-    if (f->file_hash[0])
-        printf("\nsha256        %s", f->file_hash);
-    print_string(f->model, "\nname          ", "general.name");
-    print_string(f->model, "\narchitecture  ", "general.architecture");
-    printf("\n");
-}
-
-static void print_layers(const struct facts *f)
-{
-    const lfm2_config *c = lfm2_model_config(f->model);
-    const struct map map = layer_map(c);
-    const int n_attn = count_attention(c);
-
-    printf("size          %s parameters, %s active per token\n",
-           amount((double)f->all.params, "").s,
-           amount((double)f->all.active, "").s);
-    printf("sizes         n_embd %d, n_vocab %d, trained for %d tokens\n\n",
-           c->n_embd, c->n_vocab, c->n_ctx_train);
-    printf("layers        %d: %d with a short convolution (c), %d with "
-           "attention (A)\nlayer map     %s\n", c->n_layer, c->n_layer - n_attn,
-           n_attn, map.mixers);
-    if (c->n_expert > 0)
-        printf("  and FFN     %s\n", map.ffns);
-    printf("convolution   l_cache %d\nattention     %d heads, %d of keys and "
-           "values, head_dim %d, rope_freq_base %g\n", c->l_cache, c->n_head,
-           c->n_head_kv, c->head_dim, (double)c->rope_freq_base);
-    if (c->n_layer_dense > 0)
-        printf("dense FFN     n_ff %d, in %s%s\n", c->n_ff, c->n_expert == 0 ?
-               "all layers" : c->n_layer_dense == 1 ? "the first layer" :
-               phrase("the first %d layers", c->n_layer_dense).s,
-               c->n_expert ? " (d)" : "");
-    if (c->n_expert > 0)
-        printf("experts       %d of n_ff %d, %d used per token, in %s (e)\n",
-               c->n_expert, c->n_ff_expert, c->n_expert_used,
-               c->n_layer_dense ? "the others" : "all layers");
-    printf("last norm     %s, eps %g\noutput        %s\n\n", f->norm,
-           (double)c->norm_rms_eps, f->tied ? "token_embd.weight, tied" :
-           "output.weight");
-}
-
-static void print_part(const char *name, const struct portion *p)
-{
-    const char *type, *comma = "";
-
-    printf("  %-11s %10s %10s  %10s %6.2f  %10s  ", name,
-           amount((double)p->params, "").s, amount((double)p->active, "").s,
-           amount((double)p->bytes, "B").s, bits_per_weight(p),
-           amount((double)p->read, "B").s);
-    for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
-        if (p->of_type[i] > 0) {
-            printf("%s%s", comma, type);
-            comma = ", ";
-        }
-    printf("\n");
-}
-
-static void print_parts(const struct facts *f)
-{
-    printf("weights       %s, %.2f bits per weight; a token reads %s\n"
-           "              parameters     active       bytes   bits   per token"
-           "  types\n", amount((double)f->all.bytes, "B").s,
-           bits_per_weight(&f->all), amount((double)f->all.read, "B").s);
-    for (int i = 0; i < N_ROLES; i++)
-        if (f->part[i].n > 0)
-            print_part(roles[i].name, &f->part[i]);
-    printf("\n");
-}
-
-static void print_speeds(const struct facts *f, double read)
-{
-    for (int i = 0; i < f->n_bandwidths; i++)
-        printf(" %9.*f", speed_limit(f, read, i) < 100,
-               speed_limit(f, read, i));
-    printf("\n");
-}
-
-/* What fits is that of the machine this runs on, now. */
-static void print_fit(const struct facts *f)
-{
-    const int n_train = lfm2_model_config(f->model)->n_ctx_train;
-
-    printf("fits now      ");
-    if (f->free <= 0)
-        printf("not known, as the system does not tell how much memory is "
-               "free\n");
-    else if (f->fits > 0)
-        printf("%d tokens%s, with %s of memory free\n", f->fits,
-               f->fits == n_train ? ", all it was trained for" : "",
-               amount(f->free, "B").s);
-    else
-        printf("no: %s of memory are free, and what is missing is read from "
-               "the file\n              again for every token\n",
-               amount(f->free, "B").s);
-}
-
-static void print_rooms(const struct facts *f)
-{
-    printf("memory        KV cache in %s, %s a token; conv state %s\n",
-           kv_name(f->s->kv), amount(f->kv, "B").s, amount(f->conv, "B").s);
-    printf("speed         in tokens/s, at most, by bandwidth of the memory\n"
-           "  context       KV cache  in all, beside the file");
-    for (int i = 0; i < f->n_bandwidths; i++)
-        printf(" %9s", phrase("%g GB/s", f->bandwidth[i]).s);
-    printf("\n  %-10s %13s  %24s", "empty", "", "");
-    print_speeds(f, (double)f->all.read);
-    for (int i = 0; i < f->n_rooms; i++) {
-        const struct room *r = &f->room[i];
-        printf("  %-10d %13s  %24s", r->ctx, amount(r->kv, "B").s,
-               r->beside ? amount((double)r->beside, "B").s : "too much");
-        print_speeds(f, r->read);
-    }
-    print_fit(f);
-    printf("\n");
-}
-
-/* One line for each label, or more where it gets too long. */
-static void print_special(const struct facts *f)
-{
-    const char *label = "";
-    int at = 0, len;
-
-    for (int i = 0; i < f->n_special; i++) {
-        const struct special *sp = &f->special[i];
-        const char *s = lfm2_token_bytes(f->words, sp->id, 1, &len);
-        const int same = strcmp(sp->label, label) == 0;
-        at += len + 8;
-        if (same && at <= 80)
-            printf(", ");
-        else {
-            printf("%s%s%-14s", same ? "," : "", i ? "\n" : "",
-                   same ? "" : sp->label);
-            at = 14 + len + 8;
-        }
-        printf("%ld ", (long)sp->id);
-        print_clean(s, (size_t)len);
-        label = sp->label;
-    }
-    printf("%s", f->n_special ? "\n" : "");
-}
-
-static void print_preset(const struct facts *f)
-{
-    const struct preset_row *p = find_preset(f->model);
-    const struct sampling *is = &f->sampling;
-
-    printf("preset        %s, as its name ", p->name);
-    if (p->words[0][0])
-        printf("or sizes say \"%s%s%s\"", p->words[0], p->words[1][0] ?
-               "\" and \"" : "", p->words[1]);
-    else
-        printf("says no other");
-    printf("%s\n", f->has_wishes ? "; the file has settings of its own" : "");
-    printf("  sampling    temperature %g%s%s%s%s\n", is->temp,
-           is->top_k ? phrase(", top-k %d", is->top_k).s : "",
-           is->top_p < 1 ? phrase(", top-p %g", is->top_p).s : "",
-           is->min_p > 0 ? phrase(", min-p %g", is->min_p).s : "",
-           is->repeat != 1 ? phrase(", repeat penalty %g over %d", is->repeat,
-                                    is->last_n).s : "");
-}
-
-static void print_words(const struct facts *f)
-{
-    static const char *const how[] = {
-        [NO_TEMPLATE] = "the file has none",
-        [BY_HASH] = "a known one, by its hash",
-        [BY_WORDS] = "unknown, but it has the words",
-        [BY_MODEL] = "unknown; chosen by name and vocabulary"
-    };
-    const struct found_template *t = &f->template;
-
-    if (f->words) {
-        printf("vocabulary    %d tokens, %llu merges", lfm2_n_vocab(f->words),
-               (unsigned long long)
-               array_length(f->model, "tokenizer.ggml.merges"));
-        print_string(f->model, ", type ", "tokenizer.ggml.model");
-        print_string(f->model, ", pre ", "tokenizer.ggml.pre");
-        printf("\n");
-        print_special(f);
-    } else
-        printf("vocabulary    none\n");
-    printf("template      %s: %s", template_names[t->template], how[t->how]);
-    printf(t->word ? " \"%s\"\n" : "\n", t->word);
-    if (f->template_hash[0])
-        printf("  sha256      %s\n", f->template_hash);
-    print_preset(f);
-}
-
-static struct phrase shape_of(const lfm2_tensor_info *t)
-{
-    struct phrase out = { "" };
-
-    for (int d = 0; d < t->n_dims; d++)
-        out = phrase("%.90s%s%llu", out.s, d ? " x " : "",
-                     (unsigned long long)t->dims[d]);
-    return out;
-}
-
-/* The digest goes first, as it is always of the same length. */
-static void print_tensors(const struct facts *f)
-{
-    lfm2_tensor_info t;
-    char hash[65];
-
-    printf("\ntensors\n");
-    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++)
-        if (f->s->sha256 && t.data) {
-            digest(t.data, (size_t)t.n_bytes, hash);
-            printf("  %s  %-7s %-17s  %s\n", hash, t.type, shape_of(&t).s,
-                   t.name);
-        } else
-            printf("  %-34s %-7s %s\n", t.name, t.type, shape_of(&t).s);
-}
-
-static void print_metadata(const struct facts *f)
-{
-    const char *key;
-    char value[128];
-
-    printf("\nmetadata\n");
-    for (int i = 0; (key = lfm2_model_key(f->model, i, value, sizeof value));
-         i++)
-        printf("  %s = %s\n", key, value);
-}
-
-static void print_facts(const struct facts *f)
-{
-    const char *odd;
-    int fatal;
-
-    print_head(f);
-    if (f->is_model) {
-        print_layers(f);
-        print_parts(f);
-        print_rooms(f);
-        print_words(f);
-    } else if (f->version)
-        printf("readable      %d of %llu keys, %d of %llu tensors\n",
-               f->keys_read, (unsigned long long)f->n_keys, f->tensors_read,
-               (unsigned long long)f->n_tensors);
-    for (int i = 0; (odd = find_oddity(f, i, &fatal)); i++)
-        printf("%s%s: %s\n", i ? "" : "\n", fatal ? "fatal" : "tolerated", odd);
-    if (f->s->verbose)
-        print_metadata(f);
-    if (f->s->verbose || (f->s->sha256 && f->is_model))
-        print_tensors(f);
-}
-
-/* ---- in JSON */
 
 static void member_string(struct text *to, const char *key,
                           const lfm2_model *m, const char *in_file)
@@ -5183,29 +7926,40 @@ static void member_string(struct text *to, const char *key,
     member_bytes(to, key, s, n);
 }
 
-static void add_head(struct text *to, const struct facts *f)
+/* The first bytes say as much as there is of a bad file. */
+static void add_file_facts(struct inspection *f)
 {
+    struct text *to = &f->json;
+    lfm2_tensor_info t;
+    char value[8];
+    size_t n;
+    const unsigned char *head = lfm2_model_file(f->model, &n);
+    int keys = 0, tensors = 0;
+
+    while (lfm2_model_key(f->model, keys, value, sizeof value))
+        keys++;
+    while (lfm2_model_tensor(f->model, tensors, &t) == LFM2_OK)
+        tensors++;
     member_open(to, "file", "{");
     member_text(to, "path", f->s->model);
-    member_count(to, "bytes", (uint64_t)f->size);
-    if (f->version) {
-        member_count(to, "gguf_version", (uint64_t)f->version);
-        member_count(to, "n_keys", f->n_keys);
-        member_count(to, "n_tensors", f->n_tensors);
-        member_count(to, "keys_read", (uint64_t)f->keys_read);
-        member_count(to, "tensors_read", (uint64_t)f->tensors_read);
+    member_count(to, "bytes", n);
+    if (n >= 24 && memcmp(head, "GGUF", 4) == 0) {
+        member_count(to, "gguf_version", get_le(head + 4, 4));
+        member_count(to, "n_keys", get_le(head + 16, 8));
+        member_count(to, "n_tensors", get_le(head + 8, 8));
+        member_count(to, "keys_read", (uint64_t)keys);
+        member_count(to, "tensors_read", (uint64_t)tensors);
     }
-    if (f->file_hash[0])
-        member_text(to, "sha256", f->file_hash);
     add_string(to, "}");
     member_bool(to, "opens", f->is_model);
     member_string(to, "name", f->model, "general.name");
     member_string(to, "architecture", f->model, "general.architecture");
 }
 
-static void add_layers(struct text *to, const struct facts *f)
+/* In the maps c and A are short convolutions and attention, d and e dense
+ * networks and experts. */
+static void add_size_facts(struct text *to, const lfm2_config *c)
 {
-    const lfm2_config *c = lfm2_model_config(f->model);
     const struct { const char *key; int n; } size[] = {
         { "n_layer", c->n_layer }, { "n_embd", c->n_embd },
         { "n_vocab", c->n_vocab }, { "n_ctx_train", c->n_ctx_train },
@@ -5215,20 +7969,22 @@ static void add_layers(struct text *to, const struct facts *f)
         { "n_expert", c->n_expert }, { "n_expert_used", c->n_expert_used },
         { "n_ff_expert", c->n_ff_expert }
     };
-    const struct map map = layer_map(c);
+    char mixers[LFM2_MAX_LAYER + 1] = "", ffns[LFM2_MAX_LAYER + 1] = "";
 
+    for (int il = 0; il < c->n_layer; il++) {
+        mixers[il] = c->is_attn[il] ? 'A' : 'c';
+        ffns[il] = il < c->n_layer_dense ? 'd' : 'e';
+    }
     member_open(to, "sizes", "{");
     for (size_t i = 0; i < sizeof size / sizeof *size; i++)
         member_count(to, size[i].key, (uint64_t)size[i].n);
-    add_format(to, ", \"rope_freq_base\": %g, \"norm_rms_eps\": %g}",
-               (double)c->rope_freq_base, (double)c->norm_rms_eps);
-    member_text(to, "layer_map", map.mixers);
-    member_text(to, "ffn_map", map.ffns);
-    member_text(to, "last_norm", f->norm);
-    member_bool(to, "tied", f->tied);
+    member_real(to, "rope_freq_base", (double)c->rope_freq_base);
+    add_format(to, ", \"norm_rms_eps\": %g}", (double)c->norm_rms_eps);
+    member_text(to, "layer_map", mixers);
+    member_text(to, "ffn_map", ffns);
 }
 
-static void add_weights(struct text *to, const char *key,
+static void add_portion(struct text *to, const char *key,
                         const struct portion *p)
 {
     const char *type;
@@ -5239,7 +7995,8 @@ static void add_weights(struct text *to, const char *key,
     member_count(to, "active", p->active);
     member_count(to, "bytes", p->bytes);
     member_count(to, "bytes_per_token", p->read);
-    member_real(to, "bits_per_weight", bits_per_weight(p));
+    member_real(to, "bits_per_weight", round(p->params ? (double)p->bytes *
+                800 / (double)p->params : 0) / 100);
     member_open(to, "types", "{");
     for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
         if (p->of_type[i] > 0)
@@ -5247,126 +8004,182 @@ static void add_weights(struct text *to, const char *key,
     add_string(to, "}}");
 }
 
-static void add_room_json(struct text *to, const struct facts *f,
-                          const struct room *r)
+static void add_weight_facts(struct inspection *f)
 {
-    member_open(to, NULL, "{");
-    member_count(to, "context", (uint64_t)r->ctx);
-    member_real(to, "kv_bytes", r->kv);
-    member_count(to, "bytes_beside_file", r->beside);
-    member_real(to, "bytes_per_token", r->read);
-    member_open(to, "tokens_per_s", "[");
-    for (int i = 0; i < f->n_bandwidths; i++)
-        member_real(to, NULL, speed_limit(f, r->read, i));
-    add_string(to, "]}");
+    const char *norm = has_tensor(f->model, "output_norm.weight") ?
+                       "output_norm.weight" : "token_embd_norm.weight";
+    const int tied = !has_tensor(f->model, "output.weight");
+    const lfm2_config *c = lfm2_model_config(f->model);
+    struct portion part[N_ROLES] = { 0 };
+    lfm2_tensor_info t;
+
+    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
+        const enum role role = role_of_tensor(t.name, norm);
+        add_tensor(&part[role], &t, role, c, tied);
+        if (role != UNUSED)
+            add_tensor(&f->all, &t, role, c, tied);
+    }
+    member_text(&f->json, "last_norm", norm);
+    member_bool(&f->json, "tied", tied);
+    add_portion(&f->json, "weights", &f->all);
+    member_open(&f->json, "roles", "{");
+    for (int i = 0; i < N_ROLES; i++)
+        if (part[i].n > 0)
+            add_portion(&f->json, role_name[i], &part[i]);
+    add_string(&f->json, "}");
 }
 
-static void add_memory(struct text *to, const struct facts *f)
+/* The longest context that there is memory for besides the weights. */
+static int largest_context(const struct inspection *f, lfm2_params p, int most,
+                           double memory)
 {
-    const struct room empty = { .read = (double)f->all.read };
+    int fits = 0, least_not = most + 1;
 
+    while (least_not - fits > 1) {
+        p.n_ctx = fits + (least_not - fits) / 2;
+        const uint64_t beside = lfm2_context_size(f->model, &p);
+        if (beside > 0 && (double)f->all.bytes + (double)beside <= memory)
+            fits = p.n_ctx;
+        else
+            least_not = p.n_ctx;
+    }
+    return fits;
+}
+
+static int by_number(const void *a, const void *b)
+{
+    return *(const int *)a - *(const int *)b;
+}
+
+/* What contexts take that one may ask for; what fits is that of the machine
+ * this runs on, now. */
+static void add_memory_facts(struct inspection *f)
+{
+    const lfm2_config *c = lfm2_model_config(f->model);
+    const int most = c->n_ctx_train < MAX_CTX ? c->n_ctx_train : MAX_CTX;
+    const double memory = free_memory();
+    lfm2_params p = choose_params(f->s, f->model);
+    const double kv = kv_bytes(c, p.kv_type);
+    int ctx[] = { 0, 4096, 32768, most,
+                  f->s->ctx == UNSET ? 0 : p.n_ctx < MAX_CTX ? p.n_ctx :
+                  MAX_CTX };
+    struct text *to = &f->json;
+    double conv = 0;
+
+    p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
+    for (int il = 0; il < c->n_layer; il++)
+        conv += c->is_attn[il] ? 0 : 4.0 * (c->l_cache - 1) * c->n_embd;
     member_open(to, "memory", "{");
-    member_text(to, "kv_type", kv_name(f->s->kv));
-    member_real(to, "kv_bytes_per_token", f->kv);
-    member_real(to, "conv_state_bytes", f->conv);
-    member_real(to, "free_bytes", f->free > 0 ? f->free : NAN);
-    member_real(to, "largest_context", f->free > 0 ? f->fits : NAN);
-    member_open(to, "gb_per_s", "[");
-    for (int i = 0; i < f->n_bandwidths; i++)
-        member_real(to, NULL, f->bandwidth[i]);
-    add_string(to, "]");
+    member_text(to, "kv_type", kv_name(p.kv_type));
+    member_real(to, "kv_bytes_per_token", kv);
+    member_real(to, "conv_state_bytes", conv);
+    member_real(to, "free_bytes", memory > 0 ? memory : NAN);
+    member_real(to, "largest_context", memory > 0 ?
+                largest_context(f, p, most, memory) : NAN);
+    member_count(to, "assumed_gb_per_s", ASSUMED_BANDWIDTH);
+    member_real(to, "tokens_per_s", f->all.read ? round(ASSUMED_BANDWIDTH *
+                1e10 / (double)f->all.read) / 10 : NAN);
+    qsort(ctx, 5, sizeof *ctx, by_number);
     member_open(to, "contexts", "[");
-    add_room_json(to, f, &empty);
-    for (int i = 0; i < f->n_rooms; i++)
-        add_room_json(to, f, &f->room[i]);
+    for (int i = 0; i < 5; i++) {
+        p.n_ctx = ctx[i];
+        if ((i > 0 && ctx[i] == ctx[i - 1]) ||
+            (ctx[i] > most && f->s->ctx == UNSET))
+            continue;
+        member_open(to, NULL, "{");
+        member_count(to, "context", (uint64_t)ctx[i]);
+        member_real(to, "kv_bytes", kv * ctx[i]);
+        member_count(to, "bytes_beside_file", ctx[i] ?
+                     lfm2_context_size(f->model, &p) : 0);
+        member_real(to, "bytes_per_token", (double)f->all.read + kv * ctx[i]);
+        add_string(to, "}");
+    }
     add_string(to, "]}");
 }
 
-static void add_vocabulary(struct text *to, const struct facts *f)
+static void add_special(struct inspection *f, const char *role, int32_t id)
 {
+    struct text *to = &f->json;
+    const char *s;
     int len;
 
+    if (id < 0 || id >= lfm2_n_vocab(f->words))
+        return;
+    s = lfm2_token_bytes(f->words, id, 1, &len);
+    member_open(to, NULL, "{");
+    member_text(to, "role", role);
+    member_count(to, "id", (uint64_t)id);
+    member_bytes(to, "piece", s, (size_t)len);
+    add_string(to, "}");
+}
+
+/* "[65536 x string]" has the length of an array. */
+static void add_vocabulary(struct inspection *f)
+{
+    static const char *const marker[] = {
+        TURN_START, "<|tool_list_start|>", CALL_START,
+        "<|tool_response_start|>", THINK
+    };
+    const struct phrase merges = value_of(f->model, "tokenizer.ggml.merges");
+    struct text *to = &f->json;
+    double pad = -1;
+
+    file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30, &pad);
     member_open(to, "vocabulary", "{");
     member_count(to, "n_tokens", (uint64_t)lfm2_n_vocab(f->words));
-    member_count(to, "n_merges",
-                 array_length(f->model, "tokenizer.ggml.merges"));
+    member_count(to, "n_merges", merges.s[0] != '[' ? 0 :
+                 strtoull(merges.s + 1, NULL, 10));
     member_string(to, "model", f->model, "tokenizer.ggml.model");
     member_string(to, "pre", f->model, "tokenizer.ggml.pre");
     member_open(to, "special", "[");
-    for (int i = 0; i < f->n_special; i++) {
-        const int32_t id = f->special[i].id;
-        const char *s = lfm2_token_bytes(f->words, id, 1, &len);
-        member_open(to, NULL, "{");
-        member_text(to, "role", f->special[i].key);
-        member_count(to, "id", (uint64_t)id);
-        member_bytes(to, "piece", s, (size_t)len);
-        add_string(to, "}");
-    }
+    if (lfm2_add_bos(f->words))
+        add_special(f, "bos", lfm2_bos(f->words));
+    for (int32_t id = 0; id < lfm2_n_vocab(f->words); id++)
+        if (lfm2_is_eog(f->words, id))
+            add_special(f, "end", id);
+    for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
+        add_special(f, "marker", lfm2_token_id(f->words, marker[i]));
+    add_special(f, "pad", (int32_t)pad);
     add_string(to, "]}");
 }
 
-static void add_settings(struct text *to, const struct facts *f)
+/* How words are written down, and how they are chosen. */
+static void add_word_facts(struct inspection *f)
 {
     static const char *const how[] = { "none", "hash", "words", "model" };
-    const struct found_template *t = &f->template;
-    const struct preset_row *p = find_preset(f->model);
-    const struct sampling *is = &f->sampling;
+    const struct preset *p = find_preset(f->model);
+    int from_file;
+    const struct sampling is = preset_of(f->model, &from_file);
+    struct text *to = &f->json;
 
+    f->code = load_words(f->s, f->model, &f->words, &f->err);
+    f->template = find_template(f->model, f->words);
+    if (f->words)
+        add_vocabulary(f);
     member_open(to, "template", "{");
-    member_text(to, "name", template_names[t->template]);
-    member_text(to, "by", how[t->how]);
-    member_text(to, "words", t->word);
-    member_text(to, "sha256", f->template_hash[0] ? f->template_hash : NULL);
+    member_text(to, "name", template_name(f->template.template));
+    member_text(to, "by", how[f->template.how]);
+    member_text(to, "words", f->template.word);
+    member_text(to, "hash", f->template.how == NO_TEMPLATE ? NULL :
+                phrase("%016llx", (unsigned long long)f->template.hash).s);
     add_string(to, "}");
     member_open(to, "preset", "{");
     member_text(to, "name", p->name);
-    member_open(to, "words", "[");
-    for (int i = 0; i < 2 && p->words[i][0]; i++)
-        member_text(to, NULL, p->words[i]);
-    add_string(to, "]");
-    member_bool(to, "from_file", f->has_wishes);
-    member_real(to, "temperature", is->temp);
-    member_count(to, "top_k", (uint64_t)is->top_k);
-    member_real(to, "top_p", is->top_p);
-    member_real(to, "min_p", is->min_p);
-    member_real(to, "repeat_penalty", is->repeat);
-    member_real(to, "repeat_last_n", is->last_n);
+    member_bool(to, "from_file", from_file > 0);
+    member_real(to, "temperature", is.temp);
+    member_count(to, "top_k", (uint64_t)is.top_k);
+    member_real(to, "top_p", is.top_p);
+    member_real(to, "min_p", is.min_p);
+    member_real(to, "repeat_penalty", is.repeat);
+    member_real(to, "repeat_last_n", is.last_n);
     add_string(to, "}");
 }
 
-static void add_shape(struct text *to, const lfm2_tensor_info *t)
+/* All that the file says: its keys and its tensors. */
+static void add_contents(struct inspection *f)
 {
-    member_text(to, "name", t->name);
-    member_text(to, "type", t->type);
-    member_open(to, "shape", "[");
-    for (int d = 0; d < t->n_dims; d++)
-        member_count(to, NULL, t->dims[d]);
-    add_string(to, "]");
-    member_count(to, "bytes", t->n_bytes);
-    if (t->data)
-        member_count(to, "offset", t->offset);
-}
-
-static void add_tensors(struct text *to, const struct facts *f)
-{
+    struct text *to = &f->json;
     lfm2_tensor_info t;
-    char hash[65];
-
-    member_open(to, "tensors", "[");
-    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        member_open(to, NULL, "{");
-        add_shape(to, &t);
-        if (f->s->sha256 && t.data) {
-            digest(t.data, (size_t)t.n_bytes, hash);
-            member_text(to, "sha256", hash);
-        }
-        add_string(to, "}");
-    }
-    add_string(to, "]");
-}
-
-static void add_metadata(struct text *to, const struct facts *f)
-{
     const char *key;
     char value[128];
 
@@ -5375,251 +8188,218 @@ static void add_metadata(struct text *to, const struct facts *f)
          i++)
         member_text(to, key, value);
     add_string(to, "}");
+    member_open(to, "tensors", "[");
+    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
+        member_open(to, NULL, "{");
+        member_text(to, "name", t.name);
+        member_text(to, "type", t.type);
+        member_open(to, "shape", "[");
+        for (int d = 0; d < t.n_dims; d++)
+            member_count(to, NULL, t.dims[d]);
+        add_string(to, "]");
+        member_count(to, "bytes", t.n_bytes);
+        if (t.data)
+            member_count(to, "offset", t.offset);
+        add_string(to, "}");
+    }
+    add_string(to, "]");
 }
 
-static void add_oddities(struct text *to, const struct facts *f)
+static void add_problem(struct text *to, const char *level, const char *what,
+                        const char *is)
 {
-    const char *odd;
-    int fatal;
+    struct text message = { 0 };
+
+    add_string(&message, what);
+    add_string(&message, is);
+    member_open(to, NULL, "{");
+    member_text(to, "level", level);
+    member_bytes(to, "message", message.s, message.n);
+    add_string(to, "}");
+    free(message.s);
+}
+
+/* The library knows the keys of the model's own architecture; those of its kin
+ * are told here. */
+static void add_problems(struct inspection *f)
+{
+    const struct phrase pre = value_of(f->model, "tokenizer.ggml.pre");
+    const struct phrase arch = value_of(f->model, "general.architecture");
+    const size_t n = strlen(arch.s);
+    const char *s;
+    struct text *to = &f->json;
+    char value[8];
 
     member_open(to, "anomalies", "[");
-    for (int i = 0; (odd = find_oddity(f, i, &fatal)); i++) {
-        member_open(to, NULL, "{");
-        member_text(to, "level", fatal ? "fatal" : "tolerated");
-        member_text(to, "message", odd);
-        add_string(to, "}");
-    }
+    for (int i = 0; (s = lfm2_model_warning(f->model, i)); i++)
+        add_problem(to, "tolerated", s, "");
+    for (int i = 0; f->is_model &&
+         (s = lfm2_model_key(f->model, i, value, sizeof value)); i++)
+        if (strncmp(s, "lfm2", 4) == 0 &&
+            (strncmp(s, arch.s, n) != 0 || s[n] != '.'))
+            add_problem(to, "tolerated", s, ": the key is not used");
+    if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
+        add_problem(to, "tolerated", "tokenizer.ggml.pre: ",
+                    phrase("\"%.60s\", expected \"lfm2\", as which it is "
+                           "taken", pre.s).s);
+    if (f->template.how > BY_HASH)
+        add_problem(to, "tolerated", "tokenizer.chat_template: none that is "
+                    "known, taken as ", template_name(f->template.template));
+    if (f->code != LFM2_OK)
+        add_problem(to, "fatal", f->err.msg, "");
     add_string(to, "]");
 }
 
-static void add_facts(struct text *to, const struct facts *f)
+/* ---- in text
+ *
+ * A line for each member, objects of objects and arrays of them as tables. */
+
+static int is_table(const struct json *v)
 {
-    add_head(to, f);
-    if (f->is_model) {
-        add_layers(to, f);
-        add_weights(to, "weights", &f->all);
-        member_open(to, "roles", "{");
-        for (int i = 0; i < N_ROLES; i++)
-            if (f->part[i].n > 0)
-                add_weights(to, roles[i].key, &f->part[i]);
-        add_string(to, "}");
-        add_memory(to, f);
-        if (f->words)
-            add_vocabulary(to, f);
-        add_settings(to, f);
-    }
-    add_oddities(to, f);
-    if (f->s->verbose)
-        add_metadata(to, f);
-    if (f->s->verbose || (f->s->sha256 && f->is_model))
-        add_tensors(to, f);
+    return v->type >= JSON_ARRAY && v->first && v->first->type == JSON_OBJECT;
 }
 
-/* ---- one tensor */
-
-enum { SHOWN = 8 };                       /* columns, and rows unless asked  */
-
-struct values {
-    const struct facts *f;
-    int number;                           /* of the tensor                   */
-    lfm2_tensor_info is;
-    float *row;                           /* [dims[0]]                       */
-    uint64_t n_rows, first, last;         /* of all; those to be shown       */
-    double least, most, sum, squares;     /* of what is finite               */
-    uint64_t n_finite, n_odd;
-    char hash[65];
-};
-
-/* The names most like one that is not there. */
-static int say_nearest(const lfm2_model *m, const char *name)
+/* A value in a few words: amounts are rounded, members follow by commas. */
+static void add_value_text(struct text *to, const struct json *v)
 {
-    enum { N = 3 };
-    const char *best[N] = { "", "", "" };
-    int least[N] = { INT_MAX, INT_MAX, INT_MAX };
-    lfm2_tensor_info t;
+    const struct phrase key = phrase("%.*s", (int)v->n_key, v->key ? v->key :
+                                     "");
+    const int params = strcmp(key.s, "parameters") == 0 ||
+                       strcmp(key.s, "active") == 0;
 
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
-        const char *s = t.name;
-        int d = distance(name, s, (int)strlen(s));
-        for (int k = 0; k < N; k++)
-            if (d < least[k]) {
-                const char *worse = best[k];
-                const int much = least[k];
-                best[k] = s, least[k] = d;
-                s = worse, d = much;
-            }
-    }
-    return say(USAGE, "--tensor %s: no such tensor; the nearest are %s, %s and "
-               "%s", name, best[0], best[1], best[2]);
-}
-
-static int read_rows(struct values *v)
-{
-    const char *s = v->f->s->rows;
-    const uint64_t n = v->n_rows;
-    int first = 0, last = n < SHOWN ? (int)n - 1 : SHOWN - 1;
-
-    if (s && (parse_range(s, &first, &last) != 0 || (uint64_t)first >= n ||
-              (last < INT_MAX && (uint64_t)last >= n)))
-        return say(USAGE, "--rows %s: expected A-B, of the rows from 0 to %llu",
-                   s, (unsigned long long)n - 1);
-    v->first = (uint64_t)first;
-    v->last = last < INT_MAX ? (uint64_t)last : n - 1;
-    return DONE;
-}
-
-static void measure_row(struct values *v)
-{
-    for (uint64_t c = 0; c < v->is.dims[0]; c++) {
-        const double x = (double)v->row[c];
-        if (!isfinite(x)) {
-            v->n_odd++;
-            continue;
+    if (v->type == JSON_NUMBER && (params || strstr(key.s, "bytes")))
+        add_string(to, amount(strtod(v->s, NULL), params ? "" : "B").s);
+    else if (v->type == JSON_NUMBER || v->type == JSON_STRING)
+        add(to, v->s, v->n);
+    else if (v->type < JSON_NUMBER)
+        add_string(to, v->type == JSON_NULL ? "-" : json_names[v->type]);
+    else
+        for (const struct json *x = v->first; x; x = x->next) {
+            add(to, x->key, x->n_key);
+            add_string(to, x->n_key ? " " : "");
+            add_value_text(to, x);
+            add_string(to, x->next ? ", " : "");
         }
-        v->least = v->n_finite && v->least < x ? v->least : x;
-        v->most = v->n_finite && v->most > x ? v->most : x;
-        v->sum += x;
-        v->squares += x * x;
-        v->n_finite++;
+}
+
+/* Nothing that a file says steers the terminal or begins a line. */
+static void end_line(struct text *line)
+{
+    line->n = drop_controls(line->s, line->n);
+    while (line->n > 0 && line->s[line->n - 1] == ' ')
+        line->n--;
+    for (size_t i = 0; i < line->n; i++)
+        putchar(line->s[i] == '\n' || line->s[i] == '\t' ? ' ' : line->s[i]);
+    putchar('\n');
+    line->n = 0;
+}
+
+/* A cell, as wide as the widest of its column so far. */
+static void add_cell(struct text *line, const char *s, size_t n, int right,
+                     size_t *width)
+{
+    *width = n > *width ? n : *width;
+    add_format(line, "%*s", right ? (int)(*width - n) : 0, "");
+    add(line, s, n);
+    add_format(line, "%*s  ", right ? 0 : (int)(*width - n), "");
+}
+
+static void add_row(struct text *line, const struct json *row, int is_head,
+                    int indent, size_t *width)
+{
+    struct text cell = { 0 };
+
+    line->n = 0;
+    add_format(line, "%*s", indent, "");
+    if (row->n_key)
+        add_cell(line, row->key, is_head ? 0 : row->n_key, 0, width++);
+    for (const struct json *x = row->first; x; x = x->next) {
+        cell.n = 0;
+        if (is_head)
+            add(&cell, x->key, x->n_key);
+        else
+            add_value_text(&cell, x);
+        add_cell(line, cell.s, cell.n, x->type == JSON_NUMBER, width++);
     }
+    free(cell.s);
 }
 
-static double mean_of(const struct values *v, double sum)
+/* In the second pass the widths are known. */
+static void print_rows(const struct json *rows, int indent)
 {
-    return v->n_finite ? sum / (double)v->n_finite : NAN;
-}
+    size_t width[MAX_COLUMNS] = { 0 };
+    struct text line = { 0 };
 
-static int shown_columns(const struct values *v)
-{
-    return v->is.dims[0] < SHOWN ? (int)v->is.dims[0] : SHOWN;
-}
-
-/* As many digits as fit in a line, for numbers of the size that weights have
- * and for others. */
-static void print_rows(struct values *v)
-{
-    const double big = fmax(fabs(v->least), fabs(v->most));
-    const int usual = big >= 0.01 && big < 100;
-
-    printf("\n%8s", "row");
-    for (int c = 0; c < shown_columns(v); c++)
-        printf("%*d", usual ? 9 : 10, c);
-    printf("\n");
-    for (uint64_t r = v->first; r <= v->last; r++) {
-        lfm2_model_row(v->f->model, v->number, r, v->row);
-        printf("%8llu", (unsigned long long)r);
-        for (int c = 0; c < shown_columns(v); c++)
-            printf(usual ? "%9.4f" : "%10.2e", (double)v->row[c]);
-        printf("\n");
+    for (int printing = 0; printing < 2; printing++) {
+        add_row(&line, rows->first, 1, indent, width);
+        if (printing)
+            end_line(&line);
+        for (const struct json *row = rows->first; row; row = row->next) {
+            add_row(&line, row, 0, indent, width);
+            if (printing)
+                end_line(&line);
+        }
     }
+    free(line.s);
 }
 
-static void print_values(struct values *v)
+static void print_object(const struct json *v, int indent)
 {
-    const lfm2_tensor_info *t = &v->is;
-    const double weights = (double)t->dims[0] * (double)v->n_rows;
+    struct text line = { 0 };
+    size_t longest = 0;
 
-    printf("tensor        %s\ntype          %s, %.2f bits per weight\n"
-           "shape         %s", t->name, t->type,
-           (double)t->n_bytes * 8 / weights, shape_of(t).s);
-    if (v->n_rows > 1)
-        printf(": %llu rows of %llu columns", (unsigned long long)v->n_rows,
-               (unsigned long long)t->dims[0]);
-    printf("\nplace         %llu bytes at offset %llu\nsha256        %s\n",
-           (unsigned long long)t->n_bytes, (unsigned long long)t->offset,
-           v->hash);
-    if (v->n_finite)
-        printf("values        from %g to %g, mean %g, rms %g\n", v->least,
-               v->most, mean_of(v, v->sum), sqrt(mean_of(v, v->squares)));
-    if (v->n_odd)
-        printf("not finite    %llu of them\n", (unsigned long long)v->n_odd);
-    print_rows(v);
-}
-
-static void add_values(struct text *to, struct values *v)
-{
-    add_shape(to, &v->is);
-    member_text(to, "sha256", v->hash);
-    member_real(to, "min", v->n_finite ? v->least : NAN);
-    member_real(to, "max", v->n_finite ? v->most : NAN);
-    member_real(to, "mean", mean_of(v, v->sum));
-    member_real(to, "rms", sqrt(mean_of(v, v->squares)));
-    member_count(to, "not_finite", v->n_odd);
-    member_count(to, "first_row", v->first);
-    member_open(to, "values", "[");
-    for (uint64_t r = v->first; r <= v->last && !to->failed; r++) {
-        lfm2_model_row(v->f->model, v->number, r, v->row);
-        member_open(to, NULL, "[");
-        for (int c = 0; c < shown_columns(v); c++)
-            member_real(to, NULL, (double)v->row[c]);
-        add_string(to, "]");
+    for (const struct json *x = v->first; x; x = x->next)
+        if (x->n_key > longest && !is_table(x))
+            longest = x->n_key;
+    for (const struct json *x = v->first; x; x = x->next) {
+        const int nested = x->type == JSON_OBJECT && indent == 0;
+        add_format(&line, "%*s", indent, "");
+        add(&line, x->key, x->n_key);
+        if (!nested && !is_table(x)) {
+            add_format(&line, "%*s", (int)(longest + 2 - x->n_key), "");
+            add_value_text(&line, x);
+        }
+        end_line(&line);
+        if (is_table(x))
+            print_rows(x, indent + 2);
+        else if (nested)
+            print_object(x, 2);
     }
-    add_string(to, "]");
+    free(line.s);
 }
 
-static int read_values(struct values *v)
+/* Problems stand last, each in a line of its own.  What has too many members to
+ * be read back is shown as it is. */
+static void print_report(struct text *json, int as_text)
 {
-    const lfm2_model *m = v->f->model;
-    const uint64_t *dims = v->is.dims;
-    int code;
+    struct pool pool = { 0 };
+    struct json *v, *last, *problem;
+    struct text line = { 0 };
+    struct why why;
 
-    v->number = find_tensor(m, v->f->s->tensor);
-    if (lfm2_model_tensor(m, v->number, &v->is) != LFM2_OK)
-        return say_nearest(m, v->f->s->tensor);
-    v->n_rows = dims[1] * dims[2] * dims[3];
-    code = read_rows(v);
-    if (code != DONE)
-        return code;
-    v->row = dims[0] < SIZE_MAX / 4 ? malloc((size_t)dims[0] * 4) : NULL;
-    if (!v->row)
-        return say(NO_MEMORY, "no memory for a row of %s", v->is.name);
-    for (uint64_t r = 0; r < v->n_rows; r++) {
-        lfm2_model_row(m, v->number, r, v->row);
-        measure_row(v);
+    if (!as_text || json_parse(&pool, json->s, json->n, &v, &why) != DONE) {
+        show_text(json);
+        return;
     }
-    digest(v->is.data, (size_t)v->is.n_bytes, v->hash);
-    return DONE;
-}
-
-/* ---- the report */
-
-static int inspect_tensor(const struct facts *f)
-{
-    struct values v = { .f = f };
-    struct text out = { 0 };
-    int code = f->is_model ? read_values(&v) : report(f->s->model, &f->err);
-
-    if (code == DONE && f->s->json) {
-        add_string(&out, "{");
-        add_values(&out, &v);
-        add_string(&out, "}\n");
-        code = print_text(&out, "the report");
-    } else if (code == DONE)
-        print_values(&v);
-    free(v.row);
-    return code;
-}
-
-static int inspect_all(struct facts *f)
-{
-    struct text out = { 0 };
-    int code = DONE;
-
-    find_facts(f);
-    if (f->s->json) {
-        add_string(&out, "{");
-        add_facts(&out, f);
-        add_string(&out, "}\n");
-        code = print_text(&out, "the report");
-    } else
-        print_facts(f);
-    return code != DONE ? code : status_of(f->code);
+    for (last = v->first; last->next->next; last = last->next)
+        ;
+    problem = last->next->first;
+    last->next = NULL;
+    print_object(v, 0);
+    for (; problem; problem = problem->next) {
+        add_value_text(&line, problem->first);
+        add_string(&line, ": ");
+        add_value_text(&line, problem->first->next);
+        end_line(&line);
+    }
+    free(line.s);
+    pool_free(&pool);
 }
 
 /* A file that is no model is explained, too, if it can be read at all. */
 static int inspect_file(const struct settings *s)
 {
-    struct facts f = { .s = s };
+    struct inspection f = { .s = s };
     int code = enter_sandbox(s, 0);
 
     if (code != DONE)
@@ -5630,454 +8410,115 @@ static int inspect_file(const struct settings *s)
                        &f.err);
     f.is_model = f.code == LFM2_OK;
     if (!f.model)
-        code = report(s->model, &f.err);
-    else
-        code = s->tensor ? inspect_tensor(&f) : inspect_all(&f);
+        return report(s->model, &f.err);
+    add_string(&f.json, "{");
+    add_file_facts(&f);
+    if (f.is_model) {
+        add_size_facts(&f.json, lfm2_model_config(f.model));
+        add_weight_facts(&f);
+        add_memory_facts(&f);
+        add_word_facts(&f);
+    }
+    if (s->verbose)
+        add_contents(&f);
+    add_problems(&f);
+    add_string(&f.json, "}\n");
+    print_report(&f.json, !s->json);
+    free(f.json.s);
     lfm2_tokenizer_close(f.words);
     lfm2_model_close(f.model);
-    return code;
+    return status_of(f.code);
 }
 
-/* ---------------------------------------------------- 10. The model in use */
-
-/* Logits of a whole prompt come in chunks of this many tokens, so that the
- * memory for them does not grow with it. */
-enum { LOGITS_CHUNK = 64 };
-
-/* A trace takes much memory for every token of a batch. */
-enum { TRACE_BATCH = 64 };
-
-struct engine {
-    const struct settings *s;
-    int chats;                            /* line by line                    */
-    FILE *status;                         /* /proc/self/status, if wanted    */
-    lfm2_model *model;
-    lfm2_tokenizer *words;                /* NULL: ids in, logits out        */
-    lfm2_context *ctx;
-    lfm2_params par;
-    int template;                         /* TEMPLATE_NONE: plain text       */
-    int opens_thought;                    /* the prompt ends with <think>    */
-    int lookup;                           /* most tokens guessed at once     */
-    struct sampling sampling;
-    char date[12];
-    struct ids *cached;                   /* [n_seq]: tokens in the cache    */
-    lfm2_span *span;                      /* [n_seq]                         */
-    float *unbent;                        /* [n_vocab]: logits as they came  */
-    struct ids ends;                      /* tokens that end a turn          */
-    struct trace *trace;                  /* NULL: nobody looks              */
-    int told;                             /* of calls without a place        */
-    struct fetch *fetch;                  /* NULL: the file is in memory     */
-};
-
-static lfm2_sampler make_sampler(const struct sampling *is, uint64_t seed)
-{
-    return (lfm2_sampler){
-        (float)is->temp, is->top_k, (float)is->top_p, (float)is->min_p,
-        (float)is->repeat, is->last_n < 0 ? 1 << 30 : is->last_n, seed
-    };
-}
-
-/* ---- opening */
-
-/* Does the file's template end the prompt inside a thought? */
-static int opens_thought(const lfm2_model *m)
-{
-    size_t n = 0;
-    const char *s = lfm2_model_string(m, "tokenizer.chat_template", &n);
-
-    return s && find(s, s + n, TURN_START "assistant\\n" THINK);
-}
-
-/* Which format the conversation has, or that there is none. */
-static int settle_template(struct engine *e)
-{
-    const struct settings *s = e->s;
-    struct why why = { "" };
-    int known = 1;
-
-    e->template = s->template;
-    if (s->raw || s->ids)
-        e->template = TEMPLATE_NONE;
-    else if (s->template == TEMPLATE_AUTO)
-        e->template = choose_template(e->model, e->words, &known, &why);
-    if (s->verbose)
-        say(DONE, "template %s%s%s", template_names[e->template],
-            why.s[0] ? ": " : "", why.s);
-    else if (!known && !s->quiet)
-        say(DONE, "%s: %s", s->model, why.s);
-    e->opens_thought = e->template != TEMPLATE_NONE && e->words &&
-                       opens_thought(e->model);
-    if (e->template != TEMPLATE_NONE || s->raw || s->ids)
-        return DONE;
-    if (chat_option(s))
-        return say(USAGE, "%s: no chat template, so %s cannot be used; "
-                   "--template names one", s->model, chat_option(s));
-    if (!s->quiet && !s->logits)
-        say(DONE, "%s: no chat template, the prompt is continued as plain "
-            "text", s->model);
-    return DONE;
-}
-
-/* A model may have spare rows behind its own vocabulary; a vocabulary from
- * elsewhere that is shorter is another model's. */
-static int open_model_words(struct engine *e)
-{
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
-    int code, n;
-
-    if (e->s->ids && e->s->logits)
-        return DONE;
-    code = open_words(e->s, e->model, &e->words);
-    if (code == DONE)
-        code = alloc_ids(&e->ends, (size_t)lfm2_n_vocab(e->words));
-    if (code != DONE)
-        return code;
-    n = lfm2_n_vocab(e->words);
-    for (int32_t id = 0; id < n; id++)
-        if (lfm2_is_eog(e->words, id))
-            e->ends.id[e->ends.n++] = id;
-    if (n > n_vocab || (n < n_vocab && e->s->tokenizer))
-        return say(BAD_MODEL, "%s: a vocabulary of %d tokens, expected the %d "
-                   "of the model", e->s->tokenizer ? e->s->tokenizer :
-                   e->s->model, n, n_vocab);
-    return DONE;
-}
-
-static int open_model(struct engine *e)
-{
-    const struct settings *s = e->s;
-    lfm2_error err;
-    int code = DONE;
-
-    if (!s->no_mmap)
-        watch_file(s->model);
-    if (s->verbose || s->bench)
-        e->status = fopen("/proc/self/status", "r");
-    if (!s->bench)
-        code = enter_sandbox(s, e->chats);
-    if (code != DONE)
-        return code;
-    if (open_file(lfm2_model_open, &e->model, s->model, s->no_mmap, &err) !=
-        LFM2_OK)
-        return report(s->model, &err);
-    e->par = choose_params(s, e->model);
-    for (int i = 0; !s->quiet && lfm2_model_warning(e->model, i); i++)
-        say(DONE, "%s: %s", s->model, lfm2_model_warning(e->model, i));
-    return DONE;
-}
-
-/* ---- a file that is not in memory
- *
- * Its pages would come as they are touched, which in a mixture of experts is
- * here and there.  A thread reads it from the front to the end meanwhile. */
-
-#if defined __linux__ && !defined LFM2_NO_MMAP && !defined LFM2_NO_THREADS
-
-struct fetch {
-    const lfm2_model *model;
-    pthread_t thread;
-    atomic_int stop;
-};
-
-static void *fetch_file(void *fetch)
-{
-    struct fetch *f = fetch;
-    const uint64_t piece = 8 << 20;
-
-    for (uint64_t at = 0, n = 1; n > 0 && !f->stop; at += n)
-        n = lfm2_model_read_ahead(f->model, at, piece);
-    return NULL;
-}
-
-/* Is much of the file not in memory?  Some pages, spread over it, are asked
- * for.  Of a file that is not ours to write Linux does not tell: then it is
- * read, which does no harm. */
-static int is_cold(const struct engine *e)
-{
-    enum { PROBES = 256, ABSENT = 8 };
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    size_t size;
-    const unsigned char *file = lfm2_model_file(e->model, &size);
-    int absent = 0;
-
-    for (int i = 0; i < PROBES; i++) {
-        const size_t at = size / PROBES * (size_t)i;
-        unsigned char there = 1;
-        if (mincore((void *)(uintptr_t)(file + at - at % page), 1, &there) == 0)
-            absent += !(there & 1);
-    }
-    return absent > ABSENT || access(e->s->model, W_OK) != 0;
-}
-
-/* If there is memory for all of it.  Signals are for the main thread. */
-static void start_fetch(struct engine *e)
-{
-    const struct settings *s = e->s;
-    size_t size;
-
-    lfm2_model_file(e->model, &size);
-    if (s->no_mmap || !is_cold(e) || free_memory() < (double)size +
-        (double)lfm2_context_size(e->model, &e->par))
-        return;
-    e->fetch = calloc(1, sizeof *e->fetch);
-    if (!e->fetch)
-        return;
-    e->fetch->model = e->model;
-    block_signals(1);
-    if (pthread_create(&e->fetch->thread, NULL, fetch_file, e->fetch) != 0) {
-        free(e->fetch);
-        e->fetch = NULL;
-    }
-    block_signals(0);
-    if (e->fetch && s->verbose)
-        say(DONE, "%s: not all in memory, read ahead", s->model);
-}
-
-static void stop_fetch(struct engine *e)
-{
-    if (!e->fetch)
-        return;
-    e->fetch->stop = 1;
-    pthread_join(e->fetch->thread, NULL);
-    free(e->fetch);
-}
-
-#else
-
-static void start_fetch(struct engine *e)
-{
-    (void)e;
-}
-
-static void stop_fetch(struct engine *e)
-{
-    (void)e;
-}
-
-#endif
-
-static void print_settings(struct engine *e)
-{
-    const lfm2_params p = lfm2_context_params(e->ctx);
-
-    say(DONE, "context %d, batch %d, threads %d, isa %s, kv %s; %s beside the "
-        "file", p.n_ctx, p.n_batch, p.n_threads, isa_name[p.isa],
-        kv_name(p.kv_type),
-        amount((double)lfm2_context_size(e->model, &p), "B").s);
-}
-
-static int open_context(struct engine *e)
-{
-    const int n_train = lfm2_model_config(e->model)->n_ctx_train;
-    lfm2_error err;
-    int code;
-
-    start_fetch(e);
-    block_signals(1);
-    code = lfm2_context_open(&e->ctx, e->model, &e->par, &err);
-    block_signals(0);
-    if (code != LFM2_OK)
-        return report(e->s->model, &err);
-    e->cached = calloc((size_t)e->par.n_seq, sizeof *e->cached);
-    e->span = calloc((size_t)e->par.n_seq, sizeof *e->span);
-    e->unbent = calloc((size_t)lfm2_model_config(e->model)->n_vocab,
-                       sizeof *e->unbent);
-    if (!e->cached || !e->span || !e->unbent)
-        return say(NO_MEMORY, "no memory for %d sequences", e->par.n_seq);
-    for (int i = 0; i < e->par.n_seq; i++)
-        if (alloc_ids(&e->cached[i], (size_t)e->par.n_ctx + 1) != DONE)
-            return NO_MEMORY;
-    if (e->s->verbose)
-        print_settings(e);
-    if (e->par.n_ctx > n_train && !e->s->quiet)
-        say(DONE, "%s: a context of %d tokens, but the model was trained for "
-            "%d", e->s->model, e->par.n_ctx, n_train);
-    return DONE;
-}
-
-static int has_vectors(const struct settings *s)
-{
-    int isa = LFM2_ISA_SCALAR + 1;
-
-    while (isa < LFM2_N_ISA && !lfm2_isa_available(isa))
-        isa++;
-    return isa < LFM2_N_ISA && s->isa != LFM2_ISA_SCALAR;
-}
-
-/* How many tokens to guess, and the rows of logits that takes.  Unless it is
- * asked for, none where a guess costs too much: with experts, as it chooses its
- * own, and in plain C, where arithmetic takes longer than reading.  A trace
- * would show tokens that nobody said. */
-static void settle_lookup(struct engine *e)
-{
-    const struct settings *s = e->s;
-    const int pays = lfm2_model_config(e->model)->n_expert == 0 &&
-                     has_vectors(s);
-
-    e->lookup = s->trace || s->experts ? 0 : s->lookup != UNSET ? s->lookup :
-                pays ? LOOKUP : 0;
-    if (e->par.n_logits < 1 + e->lookup)
-        e->par.n_logits = 1 + e->lookup;
-}
-
-/* Everything but the context, which takes the most memory. */
-static int open_engine(struct engine *e)
-{
-    const struct settings *s = e->s;
-    int code = open_model(e);
-
-    if (code == DONE)
-        code = open_model_words(e);
-    if (code == DONE)
-        code = settle_template(e);
-    if (code != DONE)
-        return code;
-    e->sampling = choose_sampling(s, e->model);
-    if (s->date)
-        snprintf(e->date, sizeof e->date, "%s", s->date);
-    else
-        today(e->date);
-    if (s->logits || s->logprobs >= 0)
-        e->par.n_logits = LOGITS_CHUNK;
-    if ((s->trace || s->experts) && s->batch == UNSET)
-        e->par.n_batch = TRACE_BATCH;
-    settle_lookup(e);
-    return DONE;
-}
-
-static void close_engine(struct engine *e)
-{
-    stop_fetch(e);
-    for (int i = 0; e->cached && i < e->par.n_seq; i++)
-        free(e->cached[i].id);
-    free(e->cached);
-    free(e->span);
-    free(e->unbent);
-    free(e->ends.id);
-    lfm2_context_close(e->ctx);
-    lfm2_tokenizer_close(e->words);
-    lfm2_model_close(e->model);
-    if (e->status)
-        fclose(e->status);
-}
-
-static double seconds(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
-/* -------------------------------------------------------------- 11. Traces
+/* -------------------------------------------------------------- 18. Traces
  *
  * What happens between a token and its logits.  The library calls
  * note_activation() with every activation; --trace makes a record of each, and
- * --experts notes which experts the tokens chose. */
-
-/* One array of --trace-npy, [rows][n]. */
-struct npy { char *name; int n, rows; };
-
-/* Which experts were chosen.  A pass is at most n_batch positions in a row, so
- * their remainders tell them apart. */
-struct routing {
-    FILE *csv;                            /* NULL: a summary instead         */
-    int n_batch, n_tokens;
-    float *bias;                          /* [n_layer][n_expert]             */
-    float *logits;                        /* [n_batch][n_expert], one layer  */
-    float *chosen;                        /* [n_batch][n_expert_used]        */
-    struct text *lines;                   /* [n_batch], until the last layer */
-    int *count;                           /* [n_layer][n_expert] choices     */
-    int *latest;                          /* the same: who was the last      */
-    int *again;                           /* [n_layer] by two in a row       */
-};
-
-struct trace {
-    const struct settings *s;
-    const lfm2_config *c;
-    int code;                             /* DONE until something fails      */
-    int first, last;                      /* positions to be shown           */
-    FILE *records;
-    int has_some;                         /* behind the line about the model */
-    struct text line, bytes;              /* a record, and its numbers       */
-    FILE *array;                          /* of npy[at], the one that is open*/
-    struct npy *npy;
-    int n_npy, at;
-    struct text path;
-    struct routing r;
-};
-
-/* ---- records */
+ * --trace-raw keeps all its numbers.  Whatever ends the program, each record is
+ * written at once and whole, and its numbers before it. */
 
 static void add_number(struct text *to, const char *name, double x)
 {
     add_string(to, name);
-    if (x != x)
-        add_string(to, "\"nan\"");
-    else if (x - x != 0)
-        add_string(to, x > 0 ? "\"inf\"" : "\"-inf\"");
-    else
+    if (isfinite(x))
         add_format(to, "%.9g", x);
+    else
+        add_string(to, x != x ? "\"nan\"" : x > 0 ? "\"inf\"" : "\"-inf\"");
 }
 
-static void add_numbers(struct text *to, const char *name, const float *x,
-                        int n)
-{
-    add_string(to, name);
-    for (int i = 0; i < n; i++)
-        add_number(to, i ? "," : "[", (double)x[i]);
-    add_string(to, "]");
-}
-
-/* One that is no number is the smallest and the largest. */
+/* The first and the last numbers, and what all of them come to.  One that is no
+ * number is the smallest and the largest. */
 static void add_statistics(struct text *to, const float *x, int n)
 {
+    const int few = n < 4 ? n : 4;
     float min = x[0], max = x[0];
     double sum = 0, squares = 0;
 
+    for (int i = 0; i < few; i++)
+        add_number(to, i ? "," : ",\"first\":[", (double)x[i]);
+    for (int i = n - few; i < n; i++)
+        add_number(to, i > n - few ? "," : "],\"last\":[", (double)x[i]);
     for (int i = 0; i < n; i++) {
         min = x[i] < min || x[i] != x[i] ? x[i] : min;
         max = x[i] > max || x[i] != x[i] ? x[i] : max;
         sum += (double)x[i];
         squares += (double)x[i] * (double)x[i];
     }
-    add_number(to, ",\"min\":", (double)min);
+    add_number(to, "],\"min\":", (double)min);
     add_number(to, ",\"max\":", (double)max);
     add_number(to, ",\"mean\":", sum / n);
     add_number(to, ",\"l2\":", sqrt(squares));
+    add_format(to, ",\"hash\":\"%016llx\"",
+               (unsigned long long)hash_floats(HASH_START, x, n));
 }
 
-static void write_to(struct trace *t, FILE *f, const char *path,
-                     const struct text *what)
+static void write_trace(struct trace *t, int fd, const char *path,
+                        const struct text *what)
 {
-    if (what->failed)
-        t->code = say(NO_MEMORY, "%s: no memory for a record", path);
-    else if (fwrite(what->s, 1, what->n, f) != what->n)
+    if (t->code == DONE && write_all(fd, what->s, what->n) != 0)
         t->code = say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
 
-static void write_record(struct trace *t, const lfm2_activation *a)
+static void note_activation(void *user, const lfm2_activation *a)
 {
-    const int few = a->n < 4 ? a->n : 4;
-    struct sha256 sum = sha256_start;
-    char hex[65];
+    struct trace *t = user;
+    int wanted = t->s->trace_filter.n == 0;
 
-    sha256_add(&sum, t->bytes.s, t->bytes.n);
-    sha256_hex(sum, hex);
-    t->line.n = 0;
+    for (int i = 0; i < t->s->trace_filter.n; i++)
+        wanted |= fnmatch(t->s->trace_filter.v[i], a->name, 0) == 0;
+    if (!wanted || a->pos < t->first || a->pos > t->last || t->code != DONE)
+        return;
+    t->has_some = 1;
+    t->line.n = t->bytes.n = 0;
     add_format(&t->line, "{\"name\":\"%s\",\"pos\":%d", a->name, a->pos);
     if (strcmp(a->name, "model.embed_tokens") == 0)
         add_format(&t->line, ",\"token\":%ld", (long)a->token);
     add_format(&t->line, ",\"shape\":[%d]", a->n);
-    add_numbers(&t->line, ",\"first\":", a->x, few);
-    add_numbers(&t->line, ",\"last\":", a->x + a->n - few, few);
     add_statistics(&t->line, a->x, a->n);
-    add_format(&t->line, ",\"sha256\":\"%s\"}\n", hex);
-    write_to(t, t->records, t->s->trace, &t->line);
+    if (t->raw >= 0) {
+        for (int i = 0; i < a->n; i++)
+            add_le(&t->bytes, float_bits(a->x[i]), 4);
+        add_format(&t->line, ",\"offset\":%llu", (unsigned long long)t->offset);
+        t->offset += t->bytes.n;
+        write_trace(t, t->raw, t->s->trace_raw, &t->bytes);
+    }
+    add_string(&t->line, "}\n");
+    write_trace(t, t->records, t->s->trace, &t->line);
+}
+
+/* A descriptor, or -1 after saying why there is none. */
+static int create_trace(const char *path)
+{
+    const int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+
+    if (fd < 0)
+        say(BAD_FILE, "%s: %s", path, strerror(errno));
+    return fd;
 }
 
 static void write_head(struct trace *t, const struct engine *e)
 {
+    const lfm2_config *c = lfm2_model_config(e->model);
     size_t n = 0;
     const char *arch = lfm2_model_string(e->model, "general.architecture", &n);
 
@@ -6085,318 +8526,33 @@ static void write_head(struct trace *t, const struct engine *e)
                "\"%.*s\",\"model_hash\":\"%016llx\",", lfm2_version(), (int)n,
                arch ? arch : "", (unsigned long long)lfm2_model_hash(e->model));
     add_format(&t->line, "\"n_layer\":%d,\"n_embd\":%d,\"n_vocab\":%d,\"kv\":"
-               "\"%s\"}\n", t->c->n_layer, t->c->n_embd, t->c->n_vocab,
+               "\"%s\"}\n", c->n_layer, c->n_embd, c->n_vocab,
                kv_name(e->par.kv_type));
-    write_to(t, t->records, t->s->trace, &t->line);
-}
-
-/* ---- arrays, in NumPy's format 1.0
- *
- * A head of 128 bytes says how many rows follow, so it is written when they are
- * there.  One file is open at a time: the tokens of a module come one after the
- * other. */
-
-static void close_array(struct trace *t)
-{
-    const struct npy *a = &t->npy[t->at];
-    char head[129] = "\x93NUMPY\1\0v", about[100];  /* v: 118 bytes follow */
-    FILE *f = t->array;
-
-    if (!f)
-        return;
-    t->array = NULL;
-    snprintf(about, sizeof about, "{'descr': '<f4', 'fortran_order': False, "
-             "'shape': (%d, %d), }", a->rows, a->n);
-    snprintf(head + 10, sizeof head - 10, "%-117s\n", about);
-    if (fseek(f, 0, SEEK_SET) != 0 || fwrite(head, 1, 128, f) != 128 ||
-        ferror(f))
-        t->code = say(BAD_FILE, "%s: %s", t->path.s, strerror(errno));
-    t->code = finish_file(f, t->path.s, t->code);
-}
-
-/* The number of the array of that name, which may be a new one; or -1. */
-static int find_array(struct trace *t, const lfm2_activation *a)
-{
-    struct npy *more;
-    int i = 0;
-
-    while (i < t->n_npy && strcmp(t->npy[i].name, a->name) != 0)
-        i++;
-    if (i < t->n_npy)
-        return i;
-    more = realloc(t->npy, ((size_t)i + 1) * sizeof *more);
-    if (!more)
-        return -1;
-    t->npy = more;
-    more[i] = (struct npy){ malloc(strlen(a->name) + 1), a->n, 0 };
-    if (!more[i].name)
-        return -1;
-    strcpy(more[i].name, a->name);
-    return t->n_npy++;
-}
-
-static void open_array(struct trace *t, const lfm2_activation *a)
-{
-    const int i = find_array(t, a);
-
-    t->path.n = 0;
-    add_string(&t->path, t->s->trace_npy);
-    add_format(&t->path, "/%s.npy", a->name);
-    if (i < 0 || t->path.failed) {
-        t->code = say(NO_MEMORY, "%s: no memory", t->s->trace_npy);
-        return;
-    }
-    t->at = i;
-    t->array = fopen(t->path.s, t->npy[i].rows ? "r+b" : "wb");
-    if (!t->array || fseek(t->array, t->npy[i].rows ? 0 : 128,
-                           t->npy[i].rows ? SEEK_END : SEEK_SET) != 0)
-        t->code = say(BAD_FILE, "%s: %s", t->path.s, strerror(errno));
-}
-
-static void write_array(struct trace *t, const lfm2_activation *a)
-{
-    if (t->array && strcmp(t->npy[t->at].name, a->name) != 0)
-        close_array(t);
-    if (!t->array && t->code == DONE)
-        open_array(t, a);
-    if (t->code != DONE)
-        return;
-    write_to(t, t->array, t->path.s, &t->bytes);
-    t->npy[t->at].rows++;
-}
-
-static void note_values(struct trace *t, const lfm2_activation *a)
-{
-    int wanted = t->s->trace_filter.n == 0;
-
-    for (int i = 0; i < t->s->trace_filter.n; i++)
-        wanted |= fnmatch(t->s->trace_filter.v[i], a->name, 0) == 0;
-    if (!wanted || a->pos < t->first || a->pos > t->last)
-        return;
-    t->has_some = 1;
-    t->bytes.n = 0;
-    for (int i = 0; i < a->n; i++)
-        add_le(&t->bytes, float_bits(a->x[i]), 4);
-    if (t->bytes.failed)
-        t->code = say(NO_MEMORY, "%s: no memory", t->s->trace);
-    if (t->code == DONE)
-        write_record(t, a);
-    if (t->code == DONE && t->s->trace_npy)
-        write_array(t, a);
-}
-
-/* ---- experts */
-
-/* A line for each choice of a token in a layer; those of a pass are held back
- * until its last layer, so that they come out by position. */
-static void note_choices(struct trace *t, const lfm2_activation *a, int row)
-{
-    const struct routing *r = &t->r;
-    const float *logits = r->logits + (size_t)row * t->c->n_expert;
-    const float *bias = r->bias + (size_t)a->layer * t->c->n_expert;
-    struct text *to = &r->lines[row];
-
-    if (a->layer == t->c->n_layer_dense)  /* those of a pass that was        */
-        to->n = 0;                        /* written, or cancelled           */
-    for (int i = 0; i < a->n; i++) {
-        const int e = (int)r->chosen[row * t->c->n_expert_used + i];
-        add_format(to, "%d,%ld,%d,%d,%d,", a->pos, (long)a->token, a->layer, i,
-                   e);
-        add_format(to, "%.9g,%.9g,%.9g\n",
-                   (double)(float)(1 / (1 + exp(-(double)logits[e]))),
-                   (double)bias[e], (double)a->x[i]);
-    }
-    if (a->layer == t->c->n_layer - 1)
-        write_to(t, r->csv, t->s->experts, to);
-}
-
-static void count_choices(struct trace *t, const lfm2_activation *a)
-{
-    struct routing *r = &t->r;
-
-    for (int i = 0; i < a->n; i++) {
-        const size_t e = (size_t)a->layer * t->c->n_expert + (size_t)a->x[i];
-        r->count[e]++;
-        r->again[a->layer] += r->latest[e] == a->pos + 1;
-        r->latest[e] = a->pos + 2;
-    }
-    r->n_tokens += a->layer == t->c->n_layer - 1;
-}
-
-static void note_routing(struct trace *t, const lfm2_activation *a)
-{
-    const int row = a->pos % t->r.n_batch;
-    float *logits = t->r.logits + (size_t)row * t->c->n_expert;
-    float *chosen = t->r.chosen + (size_t)row * t->c->n_expert_used;
-
-    if (name_ends(a->name, ".feed_forward.gate")) {
-        memcpy(logits, a->x, (size_t)a->n * sizeof *logits);
-    } else if (name_ends(a->name, ".feed_forward.selected_experts")) {
-        memcpy(chosen, a->x, (size_t)a->n * sizeof *chosen);
-        count_choices(t, a);
-    } else if (name_ends(a->name, ".feed_forward.routing_weights") &&
-               t->r.csv) {
-        note_choices(t, a, row);
-    }
-}
-
-/* The load of an expert, 1 for an even share. */
-static char heat(double load)
-{
-    return load <= 0 ? ' ' : load < 0.25 ? '.' : load < 0.5 ? ':' :
-           load < 1 ? '-' : load < 2 ? '+' : load < 4 ? '*' : '#';
-}
-
-static void print_layer(const struct trace *t, int il)
-{
-    const int n = t->c->n_expert, used = t->c->n_expert_used;
-    const int *count = t->r.count + (size_t)il * n;
-    const double all = (double)t->r.n_tokens * used;
-    double entropy = 0;
-    int unused = 0;
-
-    printf("%5d  |", il);
-    for (int e = 0; e < n; e++) {
-        const double p = count[e] / all;
-        putchar(heat(p * n));
-        entropy -= p > 0 ? p * log2(p) : 0;
-        unused += count[e] == 0;
-    }
-    printf("|  %7.2f  %6d", entropy, unused);
-    if (t->r.n_tokens > 1)
-        printf("  %4.0f%%", 100.0 * t->r.again[il] / (all - used));
-    putchar('\n');
-}
-
-/* How the load is shared, and how often the expert of a token is that of the
- * one before, whose weights are still near. */
-static void print_routing(const struct trace *t)
-{
-    const int n = t->c->n_expert;
-
-    printf("%d tokens, each with %d of %d experts in every layer\n\n"
-           "layer  |%-*s|  entropy  unused  again\n", t->r.n_tokens,
-           t->c->n_expert_used, n, n, n < 7 ? "" : "experts");
-    for (int il = t->c->n_layer_dense; t->r.n_tokens > 0 && il < t->c->n_layer;
-         il++)
-        print_layer(t, il);
-    printf("\nexperts: of an even share, . below 1/4, : 1/2, - 1, + 2, * 4, # "
-           "more\nentropy: in bits, %.2f if all are used alike\n"
-           "again:   of the experts of a token, those that the one before it "
-           "chose, too\n", log2(n));
-}
-
-/* ---- from the first token to the last */
-
-static void note_activation(void *user, const lfm2_activation *a)
-{
-    struct trace *t = user;
-
-    if (t->code == DONE && t->records)
-        note_values(t, a);
-    if (t->code == DONE && t->s->experts)
-        note_routing(t, a);
-}
-
-/* Where the file has none, they are 0. */
-static void read_biases(struct trace *t, const lfm2_model *m)
-{
-    const size_t n = (size_t)t->c->n_expert;
-    lfm2_tensor_info info;
-
-    for (int il = 0; il < t->c->n_layer; il++) {
-        const int i = find_tensor(m, phrase("blk.%d.exp_probs_b.bias", il).s);
-        if (lfm2_model_tensor(m, i, &info) == LFM2_OK && info.dims[0] == n)
-            lfm2_model_row(m, i, 0, t->r.bias + n * (size_t)il);
-    }
-}
-
-static int open_routing(struct trace *t, const struct engine *e)
-{
-    const size_t n_layer = (size_t)t->c->n_layer;
-    const size_t n = (size_t)t->c->n_expert;
-    const size_t n_batch = (size_t)lfm2_context_params(e->ctx).n_batch;
-    struct routing *r = &t->r;
-
-    if (n == 0)
-        return say(USAGE, "--experts: %s has none", t->s->model);
-    r->n_batch = (int)n_batch;
-    r->bias = calloc(n_layer * n, sizeof *r->bias);
-    r->logits = calloc(n_batch * n, sizeof *r->logits);
-    r->chosen = calloc(n_batch * n, sizeof *r->chosen);
-    r->lines = calloc(n_batch, sizeof *r->lines);
-    r->count = calloc(n_layer * n, sizeof *r->count);
-    r->latest = calloc(n_layer * n, sizeof *r->latest);
-    r->again = calloc(n_layer, sizeof *r->again);
-    if (!r->bias || !r->logits || !r->chosen || !r->lines || !r->count ||
-        !r->latest || !r->again)
-        return say(NO_MEMORY, "--experts: no memory");
-    read_biases(t, e->model);
-    if (is_dash(t->s->experts))
-        return DONE;
-    r->csv = create_file(t->s->experts);
-    if (!r->csv)
-        return BAD_FILE;
-    fputs("position,token,layer,rank,expert,score,bias,weight\n", r->csv);
-    return DONE;
-}
-
-static int open_records(struct trace *t, const struct engine *e)
-{
-    const struct settings *s = t->s;
-
-    if (s->trace_tokens)
-        parse_range(s->trace_tokens, &t->first, &t->last);
-    if (s->trace_npy && mkdir(s->trace_npy, 0777) != 0 && errno != EEXIST)
-        return say(BAD_FILE, "%s: %s", s->trace_npy, strerror(errno));
-    t->records = create_file(s->trace);
-    if (!t->records)
-        return BAD_FILE;
-    write_head(t, e);
-    return t->code;
+    write_trace(t, t->records, t->s->trace, &t->line);
 }
 
 static int open_trace(struct engine *e)
 {
     const struct settings *s = e->s;
+    struct trace *t;
     lfm2_error err;
-    int code = DONE;
 
-    if (!s->trace && !s->experts)
+    if (!s->trace)
         return DONE;
-    e->trace = calloc(1, sizeof *e->trace);
-    if (!e->trace)
-        return say(NO_MEMORY, "no memory for a trace");
-    *e->trace = (struct trace){ .s = s, .c = lfm2_model_config(e->model),
-                                .last = INT_MAX };
-    if (s->experts)
-        code = open_routing(e->trace, e);
-    if (code == DONE && s->trace)
-        code = open_records(e->trace, e);
-    if (code == DONE && lfm2_trace(e->ctx, note_activation, e->trace, &err) !=
-        LFM2_OK)
-        code = report(s->model, &err);
-    return code;
-}
-
-static void free_trace(struct trace *t)
-{
-    for (int i = 0; i < t->n_npy; i++)
-        free(t->npy[i].name);
-    for (int i = 0; t->r.lines && i < t->r.n_batch; i++)
-        free(t->r.lines[i].s);
-    free(t->npy);
-    free(t->line.s);
-    free(t->bytes.s);
-    free(t->path.s);
-    free(t->r.bias);
-    free(t->r.logits);
-    free(t->r.chosen);
-    free(t->r.lines);
-    free(t->r.count);
-    free(t->r.latest);
-    free(t->r.again);
-    free(t);
+    t = e->trace = zeroed(1, sizeof *t);
+    *t = (struct trace){ .s = s, .last = INT_MAX, .raw = -1 };
+    if (s->trace_tokens)
+        parse_range(s->trace_tokens, &t->first, &t->last);
+    t->records = create_trace(s->trace);
+    if (t->records >= 0 && s->trace_raw)
+        t->raw = create_trace(s->trace_raw);
+    if (t->records < 0 || (s->trace_raw && t->raw < 0))
+        return t->code = BAD_FILE;
+    write_head(t, e);
+    if (t->code == DONE &&
+        lfm2_trace(e->ctx, note_activation, t, &err) != LFM2_OK)
+        t->code = report(s->model, &err);
+    return t->code;
 }
 
 /* What was to be written is there, or `code` and a message say why not. */
@@ -6407,2981 +8563,21 @@ static int close_trace(struct engine *e, int code)
     if (!t)
         return code;
     lfm2_trace(e->ctx, NULL, NULL, NULL);
-    close_array(t);
     code = code == DONE ? t->code : code;
-    if (t->records && code == DONE && !t->has_some)
-        say(DONE, "%s: no module of such a name at such a position",
-            t->s->trace);
-    if (t->records)
-        code = finish_file(t->records, t->s->trace, code);
-    if (t->r.csv)
-        code = finish_file(t->r.csv, t->s->experts, code);
-    else if (t->s->experts && (code == DONE || code == INTERRUPTED))
-        print_routing(t);
-    free_trace(t);
+    if (code == DONE && !t->has_some)
+        note("%s: no module of such a name at such a position", t->s->trace);
+    if (t->raw >= 0 && close(t->raw) != 0 && code == DONE)
+        code = say(BAD_FILE, "%s: %s", t->s->trace_raw, strerror(errno));
+    if (t->records >= 0 && close(t->records) != 0 && code == DONE)
+        code = say(BAD_FILE, "%s: %s", t->s->trace, strerror(errno));
+    free(t->line.s);
+    free(t->bytes.s);
+    free(t);
     e->trace = NULL;
     return code;
 }
 
-/* ------------------------------------------------------------ 12. An answer
- *
- * A request is tokens to read and how to go on; a reply is what comes of it,
- * and grows token by token.  step() moves any number of replies on by one
- * forward, so a question on the command line, a chat and a batch are the same
- * loop. */
-
-enum { MAX_STOPS = 16 };
-
-struct bias { int32_t id; float by; };
-
-struct request {
-    struct ids prompt;
-    struct sampling sampling;
-    uint64_t seed;
-    int limit;                            /* most tokens; -1: to the end     */
-    int ignore_eos;
-    int split;                            /* thoughts and calls are known    */
-    int raw;                              /* but left in the text            */
-    int in_thought;                       /* the prompt has opened one       */
-    int think_budget;                     /* most tokens of one; -1: any     */
-    int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
-    int echo;                             /* the prompt is told, too         */
-    int columns;                          /* as /v1/completions writes them  */
-    double presence, frequency;           /* taken off what was said before  */
-    struct bias *bias;
-    int n_bias;
-    struct text stop[MAX_STOPS];
-    int n_stops;
-};
-
-/* Log probabilities of /v1/completions: an array for each of these. */
-enum { TOKENS, LOGPROBS, BEST, OFFSETS, N_COLUMNS };
-
-enum finish { UNFINISHED, STOPPED, BY_LENGTH, BY_CONTEXT, BROKEN };
-
-/* Where in an answer the next byte belongs. */
-enum part { START, THOUGHT, AFTER_THOUGHT, ANSWER, CALL, PLAIN };
-
-struct reply {
-    const struct request *q;
-    int seq;
-    struct ids ids;                       /* prompt, then answer: [n_ctx]    */
-    int n_fed, n_reused;                  /* of ids: in the cache; from it   */
-    int n_made, n_thought;                /* tokens made, of them in thought */
-    int n_guessed, n_right;               /* tokens by lookup, right ones    */
-    int bold, credit;                     /* how many it may guess           */
-    lfm2_sampler sampler;
-    enum finish finish;
-    enum part part;
-    struct text raw;                      /* all that was said               */
-    size_t seen;                          /* of raw: told apart              */
-    struct text text, thought, calls;     /* the parts of it                 */
-    struct text logprobs, prompt_logprobs;   /* JSON values, by commas       */
-    struct text column[N_COLUMNS];        /* the same                        */
-    int offset;                           /* characters before the next one  */
-    struct bias *said;                    /* tokens made, and how often      */
-    int n_said;
-    uint64_t hash;                        /* of all logits sampled from      */
-    double started, read, ended;          /* seconds()                       */
-};
-
-static void free_request(struct request *q)
-{
-    for (int i = 0; i < q->n_stops; i++)
-        free(q->stop[i].s);
-    free(q->prompt.id);
-    free(q->bias);
-}
-
-static void free_reply(struct reply *r)
-{
-    free(r->ids.id);
-    free(r->raw.s);
-    free(r->text.s);
-    free(r->thought.s);
-    free(r->calls.s);
-    free(r->logprobs.s);
-    free(r->prompt_logprobs.s);
-    for (int i = 0; i < N_COLUMNS; i++)
-        free(r->column[i].s);
-    free(r->said);
-}
-
-/* ---- thought, answer, calls and stop strings
- *
- * Words that change what follows may arrive in pieces, so the end of the text
- * is held back while it could be the beginning of one. */
-
-/* How much of the end of s[n] could be the beginning of the word. */
-static size_t overlap(const char *s, size_t n, const char *word, size_t len)
-{
-    size_t k = n < len ? n : len - 1;
-
-    while (k > 0 && memcmp(s + n - k, word, k) != 0)
-        k--;
-    return k;
-}
-
-struct cut { size_t at, len, held; int is_stop; };
-
-/* Is the word in s[n], and complete before what was found so far?  Of two that
- * end together the longer counts, or the later one: so it does not matter in
- * which pieces the text arrives. */
-static void look_for(struct cut *c, const char *s, size_t n, const char *word,
-                     size_t len, int is_stop)
-{
-    const size_t held = len > 0 ? overlap(s, n, word, len) : 0;
-    const size_t before = c->len > 0 ? c->at + c->len : n;
-
-    for (size_t at = 0; len > 0 && at + len <= before; at++)
-        if (s[at] == word[0] && memcmp(s + at, word, len) == 0) {
-            if (c->len == 0 || at + len < before || len >= c->len)
-                *c = (struct cut){ at, len, 0, is_stop };
-            return;
-        }
-    if (held > c->held && c->len == 0)
-        c->held = held;
-}
-
-static struct cut find_cut(const struct reply *r, const char *s, size_t n)
-{
-    struct cut c = { n, 0, 0, 0 };
-
-    if (r->part == THOUGHT)
-        look_for(&c, s, n, THINK_END, strlen(THINK_END), 0);
-    if (r->part == ANSWER)
-        look_for(&c, s, n, CALL_START, strlen(CALL_START), 0);
-    if (r->part == CALL)
-        look_for(&c, s, n, CALL_END, strlen(CALL_END), 0);
-    for (int i = 0; r->part >= ANSWER && r->part != CALL && i < r->q->n_stops;
-         i++)
-        look_for(&c, s, n, r->q->stop[i].s, r->q->stop[i].n, 1);
-    return c;
-}
-
-/* A thought is one only if nothing else comes before it.  Returns 1 once that
- * is known. */
-static int begin_part(struct reply *r, int last)
-{
-    const char *s = r->raw.s + r->seen;
-    const size_t n = r->raw.n - r->seen, len = strlen(THINK);
-    size_t blank = 0;
-
-    while (blank < n && strchr(" \n\r\t", s[blank]) && s[blank])
-        blank++;
-    if (!last && (blank == n ||
-                  overlap(s + blank, n - blank, THINK, len) == n - blank))
-        return 0;
-    if (r->part == START && n - blank >= len &&
-        memcmp(s + blank, THINK, len) == 0) {
-        r->part = THOUGHT;
-        r->seen += blank + len;
-        return 1;
-    }
-    if (r->part == AFTER_THOUGHT)
-        r->seen += blank;
-    r->part = ANSWER;
-    return 1;
-}
-
-/* The words between parts belong to none, those around a call to the call. */
-static void end_part(struct reply *r, const char *word, struct cut c)
-{
-    if (c.is_stop) {
-        r->finish = STOPPED;
-        r->raw.n = r->seen -= c.len;
-        r->raw.s[r->raw.n] = '\0';
-    } else if (r->part == THOUGHT)
-        r->part = AFTER_THOUGHT;
-    else {
-        r->part = r->part == CALL ? ANSWER : CALL;
-        if (!r->q->raw)
-            add(&r->calls, word, c.len);
-    }
-}
-
-static void tell_apart(struct reply *r, int last)
-{
-    while (r->seen < r->raw.n) {
-        if (r->part == START || r->part == AFTER_THOUGHT) {
-            if (!begin_part(r, last))
-                return;
-            continue;
-        }
-        const char *s = r->raw.s + r->seen;
-        const struct cut c = find_cut(r, s, r->raw.n - r->seen);
-        const size_t n = c.at - (last ? 0 : c.held);
-        if (!r->q->raw)
-            add(r->part == THOUGHT ? &r->thought : r->part == CALL ? &r->calls :
-                &r->text, s, n);
-        r->seen += n + c.len;
-        if (c.len == 0)
-            return;
-        end_part(r, s + c.at, c);
-    }
-}
-
-/* Tell apart what is new in r->raw; `last` lets go of what is held back. */
-static void split(struct reply *r, int last)
-{
-    const size_t from = r->seen;
-
-    tell_apart(r, last);
-    if (r->q->raw && r->seen > from)
-        add(&r->text, r->raw.s + from, r->seen - from);
-}
-
-static int is_marker(const char *s, int len)
-{
-    static const char *const marker[] = {
-        THINK, THINK_END, CALL_START, CALL_END
-    };
-
-    for (int i = 0; i < 4; i++)
-        if ((size_t)len == strlen(marker[i]) &&
-            memcmp(s, marker[i], (size_t)len) == 0)
-            return 1;
-    return 0;
-}
-
-/* The text of a token; of the control tokens only those that set parts of an
- * answer apart. */
-static const char *spoken(const struct engine *e, int32_t id, int *len)
-{
-    const char *s = lfm2_token_bytes(e->words, id, 0, len);
-
-    if (*len > 0)
-        return s;
-    s = lfm2_token_bytes(e->words, id, 1, len);
-    if (!is_marker(s, *len))
-        *len = 0;
-    return s;
-}
-
-/* ---- log probabilities, as OpenAI writes them */
-
-static int by_value(const void *a, const void *b)
-{
-    const struct bias *x = a, *y = b;     /* an id and its logit             */
-
-    return x->by != y->by ? (x->by < y->by) - (x->by > y->by) :
-           (x->id > y->id) - (x->id < y->id);
-}
-
-/* The k likeliest of the logits, best first. */
-static void find_best(const float *logits, int n_vocab, struct bias *best,
-                      int k)
-{
-    int n = 0;
-
-    for (int id = 0; id < n_vocab; id++) {
-        const struct bias x = { id, logits[id] };
-        if (n == k && (k == 0 || by_value(&x, &best[n - 1]) > 0))
-            continue;
-        int at = n < k ? n++ : n - 1;
-        for (; at > 0 && by_value(&x, &best[at - 1]) < 0; at--)
-            best[at] = best[at - 1];
-        best[at] = x;
-    }
-}
-
-static double log_sum(const float *logits, int n_vocab)
-{
-    float most = logits[0];
-    double sum = 0;
-
-    for (int i = 1; i < n_vocab; i++)
-        most = logits[i] > most ? logits[i] : most;
-    for (int i = 0; i < n_vocab; i++)
-        sum += exp((double)logits[i] - (double)most);
-    return (double)most + log(sum);
-}
-
-static void add_log(struct text *to, double logprob)
-{
-    add_format(to, "%.6f", logprob > -9999 ? logprob : -9999.0);
-}
-
-/* {"token": ..., "id": ..., "logprob": ..., "bytes": [...] */
-static void add_logprob(const struct engine *e, struct text *to, int32_t id,
-                        double logprob)
-{
-    int len;
-    const char *s = lfm2_token_bytes(e->words, id, 1, &len);
-
-    add_string(to, "{\"token\": ");
-    add_json_string(to, s, (size_t)len);
-    add_format(to, ", \"id\": %ld, \"logprob\": ", (long)id);
-    add_log(to, logprob);
-    add_string(to, ", \"bytes\": [");
-    for (int i = 0; i < len; i++)
-        add_format(to, "%s%d", i ? ", " : "", (unsigned char)s[i]);
-    add_string(to, "]");
-}
-
-enum { MAX_LOGPROBS = 20 };
-
-static void note_logprob(const struct engine *e, struct text *to,
-                         const float *logits, int32_t id, int k)
-{
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
-    const double all = log_sum(logits, n_vocab);
-    struct bias best[MAX_LOGPROBS];
-
-    k = k < n_vocab ? k : n_vocab;
-    find_best(logits, n_vocab, best, k);
-    if (to->n > 0)
-        add_string(to, ", ");
-    add_logprob(e, to, id, (double)logits[id] - all);
-    add_string(to, ", \"top_logprobs\": [");
-    for (int i = 0; i < k; i++) {
-        add_string(to, i ? ", " : "");
-        add_logprob(e, to, best[i].id, (double)best[i].by - all);
-        add_string(to, "}");
-    }
-    add_string(to, "]}");
-}
-
-/* ---- the same for /v1/completions
- *
- * Its names of tokens are keys of an object and must differ, so parts of
- * characters are written as bytes. */
-
-static void add_token_name(const struct engine *e, struct text *to, int32_t id)
-{
-    uint32_t c;
-    int len, at = 0, n = 1;
-    const char *s = lfm2_token_bytes(e->words, id, 1, &len);
-
-    for (; at < len && n > 0; at += n)
-        n = utf8_get(s + at, s + len, &c);
-    if (n > 0) {
-        add_json_string(to, s, (size_t)len);
-        return;
-    }
-    add_string(to, "\"bytes:");
-    for (int i = 0; i < len; i++)
-        add_format(to, "\\\\x%02x", (unsigned char)s[i]);
-    add_string(to, "\"");
-}
-
-/* "name": log probability, of the k likeliest and of the token itself. */
-static void add_best(const struct engine *e, struct text *to,
-                     const float *logits, int32_t id, int k, double all)
-{
-    const int n_vocab = lfm2_n_vocab(e->words);       /* all that have names */
-    struct bias best[MAX_LOGPROBS + 1];
-    int has = 0;
-
-    k = k < n_vocab ? k : n_vocab;
-    find_best(logits, n_vocab, best, k);
-    for (int i = 0; i < k; i++)
-        has |= best[i].id == id;
-    if (!has)
-        best[k++] = (struct bias){ id, logits[id] };
-    for (int i = 0; i < k; i++) {
-        add_string(to, i ? ", " : "{");
-        add_token_name(e, to, best[i].id);
-        add_string(to, ": ");
-        add_log(to, (double)best[i].by - all);
-    }
-    add_string(to, "}");
-}
-
-/* A row of the columns; without logits for the first token of a text. */
-static void note_columns(const struct engine *e, struct reply *r,
-                         const float *logits, int32_t id)
-{
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
-    const double all = logits ? log_sum(logits, n_vocab) : 0;
-    int len;
-    const char *s = spoken(e, id, &len);
-
-    for (int i = 0; i < N_COLUMNS && r->column[TOKENS].n > 0; i++)
-        add_string(&r->column[i], ", ");
-    add_token_name(e, &r->column[TOKENS], id);
-    add_format(&r->column[OFFSETS], "%d", r->offset);
-    for (int i = 0; i < len; i++)
-        r->offset += (s[i] & 0xc0) != 0x80;
-    if (!logits) {
-        add_string(&r->column[LOGPROBS], "null");
-        add_string(&r->column[BEST], "null");
-        return;
-    }
-    add_log(&r->column[LOGPROBS], (double)logits[id] - all);
-    add_best(e, &r->column[BEST], logits, id, r->q->logprobs, all);
-}
-
-/* ---- token by token */
-
-/* FNV-1a over whole numbers: the same on every machine, as the logits are. */
-static uint64_t hash_floats(uint64_t h, const float *x, int n)
-{
-    for (int i = 0; i < n; i++)
-        h = hash_number(h, float_bits(x[i]));
-    return h;
-}
-
-/* Change logits as the request wishes, before its sampler sees them. */
-static void bend_logits(const struct engine *e, const struct reply *r,
-                        float *logits)
-{
-    const struct request *q = r->q;
-
-    for (int i = 0; i < q->n_bias; i++)
-        logits[q->bias[i].id] += q->bias[i].by;
-    for (int i = 0; i < r->n_said; i++)
-        logits[r->said[i].id] -= (float)(q->presence + q->frequency *
-                                         (double)r->said[i].by);
-    for (int i = 0; q->ignore_eos && i < e->ends.n; i++)
-        logits[e->ends.id[i]] = -INFINITY;
-}
-
-/* For the presence and frequency penalties. */
-static void count_token(struct reply *r, int32_t id)
-{
-    int i = 0;
-
-    while (i < r->n_said && r->said[i].id != id)
-        i++;
-    if (i == r->n_said)
-        r->said[r->n_said++] = (struct bias){ id, 0 };
-    r->said[i].by++;
-}
-
-/* Append a token to the answer, or end it. */
-static void take_token(const struct engine *e, struct reply *r, int32_t id)
-{
-    const enum part before = r->part;
-    int len;
-    const char *s = spoken(e, id, &len);
-
-    add(&r->raw, s, (size_t)len);
-    split(r, 0);
-    r->n_made++;
-    if (r->said)
-        count_token(r, id);
-    r->n_thought += before == THOUGHT;
-    if (r->finish != UNFINISHED)
-        return;
-    if (r->n_made == r->q->limit)
-        r->finish = BY_LENGTH;
-    else if (r->ids.n == e->par.n_ctx)
-        r->finish = BY_CONTEXT;
-    else
-        r->ids.id[r->ids.n++] = id;
-}
-
-/* A thought that takes too long is closed for the model.  Returns whether it
- * was. */
-static int close_thought(const struct engine *e, struct reply *r)
-{
-    static const char closing[] = "\n</think>\n\n";
-    int32_t id[16];
-    int n;
-
-    if (r->part != THOUGHT || r->q->think_budget < 0 ||
-        r->n_thought < r->q->think_budget)
-        return 0;
-    n = lfm2_encode(e->words, closing, strlen(closing), LFM2_ENCODE_SPECIAL,
-                    id, 16);
-    for (int i = 0; i < n && i < 16 && r->finish == UNFINISHED; i++)
-        take_token(e, r, id[i]);
-    return n > 0;
-}
-
-/* The next token, from the logits of the last.  What is noted of them is what
- * the model said, before anything bends it. */
-static void sample_token(struct engine *e, struct reply *r, float *logits)
-{
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
-    int32_t id;
-
-    if (close_thought(e, r))
-        return;
-    if (e->s->json)
-        r->hash = hash_floats(r->hash, logits, n_vocab);
-    if (r->q->logprobs >= 0)
-        memcpy(e->unbent, logits, (size_t)n_vocab * sizeof *logits);
-    bend_logits(e, r, logits);
-    id = lfm2_sample(e->ctx, &r->sampler, logits, r->ids.id, r->ids.n);
-    if (id < 0) {
-        r->finish = BROKEN;
-        return;
-    }
-    if (r->q->columns)
-        note_columns(e, r, e->unbent, id);
-    if (lfm2_is_eog(e->words, id)) {
-        r->finish = STOPPED;
-        return;
-    }
-    if (r->q->logprobs >= 0 && !r->q->columns)
-        note_logprob(e, &r->logprobs, e->unbent, id, r->q->logprobs);
-    take_token(e, r, id);
-}
-
-/* ---- prompt lookup
- *
- * Text repeats itself: an edit repeats a page, an answer its question, JSON its
- * keys.  What followed the last few tokens earlier is a guess at what follows
- * them now, and one forward reads several guesses for little more than the
- * price of a token.  From each of them the next token is chosen as ever; a
- * guess only decides whether the logits for it are there already.  So the
- * answer is the same, to the byte.
- *
- * A guess costs about a tenth of a forward, and saves one if it is right.  A
- * reply begins with half a forward to its credit and earns two hundredths with
- * each, so that guesses that are always wrong cost it little more than that. */
-
-enum {
-    MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that must be alike       */
-    A_FORWARD = 100, A_GUESS = 10, EARNED = 2, CREDIT = 50, MAX_CREDIT = 400
-};
-
-/* Where the text went on when it was last like its end now: the longer this
- * goes back, the better.  0 if it never was.  The search is short beside what
- * attention reads of the same tokens. */
-static int find_earlier(const struct ids *text)
-{
-    const int32_t *end = text->id + text->n;
-    int best = 0, longest = MIN_MATCH - 1;
-
-    for (int at = text->n - 1; at > longest && longest < MAX_MATCH; at--) {
-        int n = 0;
-        while (n < at && n < MAX_MATCH && text->id[at - 1 - n] == end[-1 - n])
-            n++;
-        if (n > longest)
-            longest = n, best = at;
-    }
-    return best;
-}
-
-static int smaller(int a, int b)
-{
-    return a < b ? a : b;
-}
-
-/* Put at most n guesses behind the text, and say how many. */
-static int guess(const struct engine *e, struct reply *r, int n)
-{
-    struct ids *text = &r->ids;
-    int from;
-
-    n = smaller(smaller(n, r->bold), r->credit / A_GUESS);
-    n = smaller(n, e->par.n_ctx - text->n);
-    if (r->q->limit >= 0)
-        n = smaller(n, r->q->limit - r->n_made - 1);
-    from = n > 0 ? find_earlier(text) : 0;
-    for (int i = 0; from > 0 && i < n; i++)
-        text->id[text->n + i] = text->id[from + i];
-    return from > 0 ? n : 0;
-}
-
-/* Of n guesses so many were right: guess more, or less. */
-static void note_guesses(struct reply *r, int n, int n_right)
-{
-    r->n_guessed += n;
-    r->n_right += n_right;
-    r->credit += EARNED + n_right * A_FORWARD - n * A_GUESS;
-    r->credit = smaller(r->credit, MAX_CREDIT);
-    if (n > 0)
-        r->bold = smaller(n_right < n ? n_right + 1 : 2 * n + 1, MAX_LOOKUP);
-}
-
-/* ---- many at once */
-
-/* What a reply shares with the text in a sequence need not be read again. */
-static int shared_prefix(const struct ids *a, const struct ids *b)
-{
-    int n = 0;
-
-    while (n < a->n && n < b->n && a->id[n] == b->id[n])
-        n++;
-    return n;
-}
-
-static int check_prompt(const struct engine *e, const struct request *q,
-                        struct why *why)
-{
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
-
-    if (q->prompt.n == 0)
-        return because(why, USAGE, "the prompt has no tokens");
-    if (q->prompt.n > e->par.n_ctx)
-        return because(why, TOO_LONG, "the prompt has %d tokens, the context "
-                       "%d; -c N makes it longer", q->prompt.n, e->par.n_ctx);
-    for (int i = 0; i < q->prompt.n; i++)
-        if (q->prompt.id[i] < 0 || q->prompt.id[i] >= n_vocab)
-            return because(why, USAGE, "token %d is %ld, expected 0 to %d", i,
-                           (long)q->prompt.id[i], n_vocab - 1);
-    return DONE;
-}
-
-/* Begin to answer in a sequence.  One token at least is always read, for its
- * logits; all are, if the prompt's own are wanted. */
-static int start_reply(struct engine *e, struct reply *r,
-                       const struct request *q, int seq, struct why *why)
-{
-    const size_t n_ctx = (size_t)e->par.n_ctx;
-    struct ids *cached = &e->cached[seq];
-    int code = check_prompt(e, q, why), same;
-
-    *r = (struct reply){ .q = q, .seq = seq, .hash = HASH_START };
-    if (code != DONE)
-        return code;
-    r->ids.id = malloc((n_ctx + 1) * sizeof *r->ids.id);
-    if (q->presence != 0 || q->frequency != 0)
-        r->said = malloc((n_ctx + 1) * sizeof *r->said);
-    if (!r->ids.id || (!r->said && (q->presence != 0 || q->frequency != 0)))
-        return because(why, NO_MEMORY, "no memory for %zu tokens", n_ctx);
-    memcpy(r->ids.id, q->prompt.id, (size_t)q->prompt.n * sizeof *r->ids.id);
-    r->ids.n = q->prompt.n;
-    same = q->prompt_logprobs < 0 ? shared_prefix(cached, &q->prompt) : 0;
-    same = same < q->prompt.n ? same : q->prompt.n - 1;
-    cached->n = lfm2_seq_trim(e->ctx, seq, same);
-    r->n_fed = r->n_reused = cached->n;
-    r->part = !q->split ? PLAIN : q->in_thought ? THOUGHT : START;
-    r->sampler = make_sampler(&q->sampling, q->seed);
-    r->bold = MIN_MATCH;
-    r->credit = CREDIT;
-    r->started = r->read = r->ended = seconds();
-    return DONE;
-}
-
-/* The tokens of a reply that go into the next forward: all that are not in the
- * cache, as far as there is room, and then guesses.  *room and *rows shrink. */
-static lfm2_span next_span(const struct engine *e, struct reply *r,
-                           int n_guesses, int *room, int *rows)
-{
-    const int rest = r->ids.n - r->n_fed;
-    const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
-    const int most = all_rows && *rows < *room ? *rows : *room;
-    const int n = rest - 1 < most ? rest : most + 1;
-    int guesses = 0;
-
-    *room -= n - 1;
-    *rows -= all_rows ? n - 1 : 0;
-    if (n == rest)
-        guesses = guess(e, r, smaller(n_guesses, smaller(*room, *rows)));
-    *room -= guesses;
-    *rows -= guesses;
-    return (lfm2_span){ r->seq, r->ids.id + r->n_fed, n + guesses,
-                        (all_rows ? n : n == rest) + guesses };
-}
-
-/* What the model thought of the prompt: of each token but the first. */
-static void note_prompt(const struct engine *e, struct reply *r, int span,
-                        int n)
-{
-    const struct request *q = r->q;
-    const int columns = q->columns && q->echo;
-
-    if (r->n_fed == 0 && columns)
-        note_columns(e, r, NULL, r->ids.id[0]);
-    else if (r->n_fed == 0)
-        add_string(&r->prompt_logprobs, "null");
-    for (int i = 0; i < n && r->n_fed + i + 1 < q->prompt.n; i++) {
-        const float *logits = lfm2_logits(e->ctx, span, i);
-        const int32_t id = r->ids.id[r->n_fed + i + 1];
-        if (columns)
-            note_columns(e, r, logits, id);
-        else
-            note_logprob(e, &r->prompt_logprobs, logits, id,
-                         q->prompt_logprobs);
-    }
-}
-
-/* Say the next token, and as many more as were guessed.  What was guessed wrong
- * leaves the cache, and maybe some of what is before it, to be read again. */
-static void say_tokens(struct engine *e, struct reply *r, int span)
-{
-    struct ids *cached = &e->cached[r->seq];
-    const int from = r->n_fed, n = cached->n - from;
-    const int row = e->span[span].n_logits - 1 - n;
-
-    while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
-        sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
-        while (r->n_fed < r->ids.n && r->n_fed < cached->n &&
-               r->ids.id[r->n_fed] == cached->id[r->n_fed])
-            r->n_fed++;
-    }
-    note_guesses(r, n, r->n_fed - from);
-    if (r->n_fed < cached->n)
-        r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
-}
-
-/* What was fed is in the cache; who has all of it there says its next token. */
-static void move_on(struct engine *e, struct reply *r, int span)
-{
-    const lfm2_span *fed = &e->span[span];
-    struct ids *cached = &e->cached[r->seq];
-
-    memcpy(cached->id + cached->n, fed->tokens,
-           (size_t)fed->n_tokens * sizeof *cached->id);
-    cached->n += fed->n_tokens;
-    if (r->q->prompt_logprobs >= 0 && r->n_made == 0)
-        note_prompt(e, r, span, fed->n_logits);
-    r->n_fed = smaller(cached->n, r->ids.n);
-    if (r->n_made == 0)
-        r->read = seconds();
-    if (r->n_fed == r->ids.n && r->q->limit == 0)
-        r->finish = BY_LENGTH;
-    else if (r->n_fed == r->ids.n)
-        say_tokens(e, r, span);
-    if (r->finish != UNFINISHED) {
-        split(r, 1);
-        r->ended = seconds();
-    }
-}
-
-static int forward(const struct engine *e, const lfm2_span *spans, int n)
-{
-    lfm2_error err;
-
-    if (lfm2_forward(e->ctx, spans, n, &err) == LFM2_OK)
-        return e->trace ? e->trace->code : DONE;
-    if (err.code == LFM2_ECANCELLED)
-        return INTERRUPTED;
-    return report(e->s->ids ? e->s->ids : e->s->model, &err);
-}
-
-/* Move n unfinished replies on by one forward.  Those that read their prompts
- * share the room that those who write leave, and all of them the guesses. */
-static int step(struct engine *e, struct reply *const *r, int n)
-{
-    int room = e->par.n_batch - n, rows = e->par.n_logits - n, code;
-
-    room = room > 0 ? room : 0;
-    for (int i = 0; i < n; i++)
-        e->span[i] = next_span(e, r[i], e->lookup / n, &room, &rows);
-    code = forward(e, e->span, n);
-    for (int i = 0; code == DONE && i < n; i++)
-        move_on(e, r[i], i);
-    return code;
-}
-
-/* ---- what is asked for */
-
-static uint64_t random_seed(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_REALTIME, &t);
-    return ((uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec ^
-            (uint64_t)getpid() << 20) & UINT32_MAX;
-}
-
-static int add_stop(struct request *q, const char *s, size_t n)
-{
-    if (q->n_stops == MAX_STOPS)
-        return -1;
-    add(&q->stop[q->n_stops], s, n);
-    return q->stop[q->n_stops++].failed ? -1 : 0;
-}
-
-/* What the options ask for, without a prompt. */
-static int make_request(const struct engine *e, struct request *q)
-{
-    const struct settings *s = e->s;
-    const int plain = e->template == TEMPLATE_NONE;
-
-    *q = (struct request){
-        .sampling = e->sampling, .limit = s->predict,
-        .seed = s->seed < 0 ? random_seed() : (uint64_t)s->seed,
-        .ignore_eos = s->ignore_eos, .think_budget = s->think_budget,
-        .logprobs = s->logprobs, .prompt_logprobs = s->logprobs,
-        .split = !plain, .raw = s->think == THINK_RAW,
-        .in_thought = e->opens_thought
-    };
-    if (q->limit == UNSET)
-        q->limit = plain ? RAW_LEN : -1;
-    for (int i = 0; i < s->stop.n; i++)
-        if (add_stop(q, s->stop.v[i], strlen(s->stop.v[i])) != 0)
-            return say(NO_MEMORY, "no memory for the stop strings");
-    return DONE;
-}
-
-/* ------------------------------------------------------ 13. A conversation
- *
- * Its messages are JSON as OpenAI's clients send it, wherever they come from:
- * -p and -sys are two of them, --messages brings all. */
-
-struct talk {
-    struct engine *e;
-    struct pool pool;
-    struct json *messages;                /* array                           */
-    const struct json *tools;             /* array, or NULL                  */
-    const struct json *form;              /* what --messages says besides    */
-    struct rendered prompt;
-    struct request q;
-    struct reply r;
-    struct text said;                     /* plain text of the session       */
-    int grown;                            /* beyond what the form is about   */
-    int is_chat;                          /* and not a single answer         */
-    int keeps_session;
-};
-
-static int add_message(struct talk *t, const char *role, const char *s,
-                       size_t n)
-{
-    struct json *m = json_object(&t->pool);
-
-    json_set(&t->pool, m, "role", json_string(&t->pool, role, strlen(role)));
-    json_set(&t->pool, m, "content", json_string(&t->pool, s, n));
-    json_append(&t->pool, t->messages, m);
-    t->grown = 1;
-    return t->pool.failed ? say(NO_MEMORY, "no memory for a message") : DONE;
-}
-
-static int read_json(struct talk *t, const char *path, struct json **out)
-{
-    struct text text = { 0 };
-    struct why why;
-    int code = read_file(path, &text);
-
-    clean_text(&text);
-    if (code == DONE && (code = json_parse(&t->pool, text.s, text.n, out,
-                                           &why)) != DONE)
-        say(code, "%s: %s", path, why.s);
-    free(text.s);
-    return code;
-}
-
-/* An array, or an object with one under this key. */
-static int read_list(struct talk *t, const char *path, const char *key,
-                     struct json **whole, struct json **list)
-{
-    int code = read_json(t, path, whole);
-
-    if (code != DONE)
-        return code;
-    *list = (*whole)->type == JSON_OBJECT ? json_get(*whole, key) : *whole;
-    if (!*list || (*list)->type != JSON_ARRAY)
-        return say(USAGE, "%s: expected a JSON array, or an object with one as "
-                   "\"%s\"", path, key);
-    return DONE;
-}
-
-/* The messages and tools that the options name. */
-static int read_talk(struct talk *t)
-{
-    const struct settings *s = t->e->s;
-    struct json *whole = NULL, *tools = NULL;
-    int code = DONE;
-
-    if (s->messages) {
-        code = read_list(t, s->messages, "messages", &whole, &t->messages);
-        if (code == DONE && whole->type == JSON_OBJECT) {
-            t->form = whole;
-            t->tools = json_get(whole, "tools");
-        }
-    } else if (!t->messages)
-        t->messages = json_array(&t->pool);
-    if (code == DONE && s->tools) {
-        code = read_list(t, s->tools, "tools", &whole, &tools);
-        t->tools = tools;
-    }
-    return code;
-}
-
-static int flag_of(const struct json *form, const char *key, int otherwise)
-{
-    json_bool(json_get(form, key), &otherwise);
-    return otherwise;
-}
-
-/* What the prompt has of the answer already: nothing, "<think>", or the message
- * to go on with. */
-static const char *answer_of(const struct rendered *r)
-{
-    const char *const end = r->text.s + r->text.n, *from = end;
-
-    for (int i = 0; i < r->n_marks; i++) {
-        const char *mark = r->text.s + r->mark[i].from;
-        if (begins(mark, end, TURN_START "assistant\n"))
-            from = mark + strlen(TURN_START "assistant\n");
-        else if (begins(mark, end, TURN_START) || begins(mark, end, TURN_END))
-            from = end;
-    }
-    return from;
-}
-
-/* Does the answer begin inside a thought? */
-static int ends_in_thought(const struct rendered *r)
-{
-    const char *const end = r->text.s + r->text.n, *from = answer_of(r), *p;
-    int inside = 0;
-
-    while ((p = find(from, end, inside ? THINK_END : THINK))) {
-        inside = !inside;
-        from = p + 1;
-    }
-    return inside;
-}
-
-static int uses_date(const struct talk *t)
-{
-    return t->e->template != TEMPLATE_NONE && t->tools && t->tools->first &&
-           dialects[t->e->template].dated;
-}
-
-/* The older templates have no place for calls, which a program may count on. */
-static void tell_lost_calls(struct engine *e, const struct rendered *prompt)
-{
-    if (!prompt->lost_calls || e->told || e->s->quiet)
-        return;
-    say(DONE, "template %s passes over the tool_calls of messages, here and "
-        "below; in their content it writes them down",
-        template_names[e->template]);
-    e->told = 1;
-}
-
-/* The prompt of all messages so far. */
-static int render_talk(struct talk *t, struct why *why)
-{
-    struct engine *e = t->e;
-    const struct json *kwargs = json_get(t->form, "chat_template_kwargs");
-    const int keep = flag_of(t->form, "keep_past_thinking", 0) ||
-                     flag_of(t->form, "preserve_thinking", 0) ||
-                     flag_of(kwargs, "keep_past_thinking", 0) ||
-                     flag_of(kwargs, "preserve_thinking", 0);
-    const struct json *end = t->grown ? NULL : t->form;
-    const int go_on = flag_of(end, "continue_final_message", 0);
-    const struct conversation c = {
-        .messages = t->messages, .tools = t->tools, .keep_thinking = keep,
-        .generate = flag_of(end, "add_generation_prompt", !go_on),
-        .continue_last = go_on, .date = e->date,
-        .open_thought = e->opens_thought
-    };
-    int code;
-
-    rendered_free(&t->prompt);
-    free(t->q.prompt.id);
-    t->q.prompt = (struct ids){ NULL, 0 };
-    code = render(&c, e->template, &t->prompt, why);
-    if (code == DONE)
-        code = encode_rendered(e->words, &t->prompt, e->s->special,
-                               &t->q.prompt, why);
-    tell_lost_calls(e, &t->prompt);
-    t->q.in_thought = code == DONE && ends_in_thought(&t->prompt);
-    return code;
-}
-
-/* The same, saying why not; `path` is where the messages are from, or NULL. */
-static int make_prompt(struct talk *t, const char *path)
-{
-    struct why why;
-    const int code = render_talk(t, &why);
-
-    if (code != DONE)
-        say(code, "%s%s%s", path ? path : "", path ? ": " : "", why.s);
-    return code;
-}
-
-/* ---- on the screen */
-
-struct output { FILE *f; lfm2_utf8 utf8; int terminal; };
-
-/* Only whole characters come out; len 0 lets go of an unfinished one. */
-static void put_text(struct output *o, const char *bytes, size_t len)
-{
-    char out[256 + 3];
-    size_t n;
-
-    do {
-        const size_t part = len < 256 ? len : 256;
-        n = lfm2_utf8_push(&o->utf8, bytes, part, out);
-        if (o->terminal)
-            n = drop_controls(out, n);
-        fwrite(out, 1, n, o->f);
-        bytes += part;
-        len -= part;
-    } while (len > 0);
-}
-
-/* How much of a reply is on the screen already. */
-struct printer {
-    struct output out, thoughts;          /* f NULL: not shown               */
-    int colour;                           /* thoughts are dim                */
-    int in_thought;
-    size_t text, thought;
-};
-
-static int wants_colour(const struct settings *s)
-{
-    const char *no = getenv("NO_COLOR"), *term = getenv("TERM");
-
-    if (s->color != COLOR_AUTO)
-        return s->color == COLOR_ON;
-    return isatty(STDOUT_FILENO) && !(no && no[0]) && term &&
-           strcmp(term, "dumb") != 0;
-}
-
-/* Thoughts go where a person looks, or where they were sent. */
-static struct printer start_printer(const struct settings *s)
-{
-    const int terminal = isatty(STDOUT_FILENO);
-    struct printer p = { .colour = wants_colour(s) };
-
-    p.out = (struct output){ .f = stdout, .terminal = terminal };
-    if (s->think == THINK_SHOW || (s->think == THINK_AUTO && terminal))
-        p.thoughts = (struct output){
-            .f = terminal ? stdout : stderr,
-            .terminal = isatty(terminal ? STDOUT_FILENO : STDERR_FILENO)
-        };
-    return p;
-}
-
-static void enter_thought(struct printer *p, int inside)
-{
-    if (p->in_thought == inside)
-        return;
-    put_text(inside ? &p->out : &p->thoughts, "", 0);
-    p->in_thought = inside;
-    is_dim = p->colour && inside;
-    if (p->colour)
-        fputs(inside ? "\033[2m" : "\033[0m\n\n", p->thoughts.f);
-    else
-        fputs(inside ? THINK : THINK_END "\n\n", p->thoughts.f);
-}
-
-/* Print what is new. */
-static int print_reply(struct printer *p, const struct reply *r)
-{
-    if (p->thoughts.f && r->thought.n > p->thought) {
-        enter_thought(p, 1);
-        put_text(&p->thoughts, r->thought.s + p->thought,
-                 r->thought.n - p->thought);
-        fflush(p->thoughts.f);
-        p->thought = r->thought.n;
-    }
-    if (r->text.n == p->text)
-        return DONE;
-    enter_thought(p, 0);
-    put_text(&p->out, r->text.s + p->text, r->text.n - p->text);
-    p->text = r->text.n;
-    return flush_output(DONE);
-}
-
-/* The calls in a reply, or NULL; what cannot be understood becomes text. */
-static struct json *take_calls(struct talk *t)
-{
-    struct reply *r = &t->r;
-    struct json *calls = NULL;
-
-    if (r->calls.n > 0)
-        parse_calls(&t->pool, r->calls.s, r->calls.n, r->finish != STOPPED,
-                    &calls, &r->text);
-    return calls;
-}
-
-/* Is some of the answer lost for want of memory? */
-static int is_cut(const struct talk *t)
-{
-    const struct reply *r = &t->r;
-
-    return t->pool.failed || r->raw.failed || r->text.failed ||
-           r->thought.failed || r->calls.failed;
-}
-
-/* The calls, one line of JSON. */
-static void print_calls(struct printer *p, struct talk *t)
-{
-    const struct json *calls = take_calls(t);
-    struct text line = { 0 };
-
-    print_reply(p, &t->r);
-    if (calls && calls->first) {
-        add_string(&line, t->r.text.n ? "\n" : "");
-        add_json(&line, calls);
-        put_text(&p->out, line.s, line.failed ? 0 : line.n);
-        t->r.calls.failed |= line.failed;
-    }
-    free(line.s);
-}
-
-/* ---- as JSON */
-
-static const char *finish_name(const struct reply *r, const struct json *calls)
-{
-    return calls && calls->first ? "tool_calls" :
-           r->finish == STOPPED ? "stop" :
-           r->finish == BROKEN ? "error" :
-           r->finish == UNFINISHED ? "interrupted" : "length";
-}
-
-/* The calls as OpenAI writes them: the arguments are JSON within a string. */
-static void add_calls(struct text *to, const struct json *calls)
-{
-    const struct json *call = calls ? calls->first : NULL;
-    int n = 0;
-
-    member_open(to, "tool_calls", "[");
-    for (; call; call = call->next, n++) {
-        const struct json *name = json_get(call, "name");
-        struct text args = { 0 };
-        add_format(to, "%s{\"id\": \"call_%d\", \"type\": \"function\", "
-                   "\"function\": {\"name\": ", n ? ", " : "", n);
-        add_json_string(to, name->s, name->n);
-        add_json(&args, json_get(call, "arguments"));
-        member_bytes(to, "arguments", args.s, args.n);
-        add_string(to, "}}");
-        to->failed |= args.failed;
-        free(args.s);
-    }
-    add_string(to, "]");
-}
-
-static void add_usage(struct text *to, const struct reply *r)
-{
-    add_format(to, ", \"usage\": {\"prompt_tokens\": %d, "
-               "\"completion_tokens\": %d, \"total_tokens\": %d, "
-               "\"completion_tokens_details\": {\"reasoning_tokens\": %d}}",
-               r->q->prompt.n, r->n_made, r->q->prompt.n + r->n_made,
-               r->n_thought);
-}
-
-static void add_columns(struct text *to, const struct reply *r)
-{
-    static const char *const name[] = {
-        "{\"tokens\": [", ", \"token_logprobs\": [", ", \"top_logprobs\": [",
-        ", \"text_offset\": ["
-    };
-
-    add_string(to, ", \"logprobs\": ");
-    for (int i = 0; i < N_COLUMNS; i++) {
-        add_string(to, name[i]);
-        add(to, r->column[i].s, r->column[i].n);
-        add_string(to, "]");
-        to->failed |= r->column[i].failed;
-    }
-    add_string(to, "}");
-}
-
-static void add_logprobs(struct text *to, const struct reply *r)
-{
-    if (r->q->columns)
-        add_columns(to, r);
-    else if (r->q->logprobs >= 0) {
-        add_string(to, ", \"logprobs\": {\"content\": [");
-        add(to, r->logprobs.s, r->logprobs.n);
-        add_string(to, "]}");
-    }
-    if (r->q->prompt_logprobs >= 0 && !(r->q->columns && r->q->echo)) {
-        add_string(to, ", \"prompt_logprobs\": [");
-        add(to, r->prompt_logprobs.s, r->prompt_logprobs.n);
-        add_string(to, "]");
-    }
-    to->failed |= r->logprobs.failed | r->prompt_logprobs.failed;
-}
-
-static void add_timings(struct text *to, const struct reply *r)
-{
-    const double read = r->read - r->started, wrote = r->ended - r->read;
-    const int n = r->q->prompt.n - r->n_reused;
-
-    add_format(to, ", \"timings\": {\"cache_n\": %d, \"prompt_n\": %d, "
-               "\"prompt_ms\": %.3f, \"prompt_per_second\": %.3f, ",
-               r->n_reused, n, read * 1e3, n / (read + 1e-9));
-    add_format(to, "\"predicted_n\": %d, \"predicted_ms\": %.3f, "
-               "\"predicted_per_second\": %.3f, ", r->n_made, wrote * 1e3,
-               r->n_made / (wrote + 1e-9));
-    add_format(to, "\"draft_n\": %d, \"draft_n_accepted\": %d}",
-               r->n_guessed, r->n_right);
-}
-
-/* Which model said it, and how it can be said again. */
-static void add_origin(struct text *to, const struct talk *t)
-{
-    const struct engine *e = t->e;
-    const struct sampling *is = &t->q.sampling;
-    size_t n = 0;
-    const char *name = lfm2_model_string(e->model, "general.name", &n);
-
-    member_bytes(to, "model", name ? name : "", n);
-    add_format(to, ", \"model_hash\": \"%016llx\", \"logits_hash\": "
-               "\"%016llx\"", (unsigned long long)lfm2_model_hash(e->model),
-               (unsigned long long)t->r.hash);
-    add_format(to, ", \"template\": \"%s\", \"date\": ",
-               template_names[e->template]);
-    add_format(to, uses_date(t) ? "\"%s\"" : "null", e->date);
-    add_format(to, ", \"seed\": %llu, \"temperature\": %g, \"top_k\": %d, "
-               "\"top_p\": %g, \"min_p\": %g, \"repeat_penalty\": %g",
-               (unsigned long long)t->q.seed, is->temp, is->top_k, is->top_p,
-               is->min_p, is->repeat);
-}
-
-static int print_answer_json(struct talk *t)
-{
-    struct reply *r = &t->r;
-    const struct json *calls = take_calls(t);
-    struct text out = { 0 };
-
-    add_string(&out, "{");
-    member_bytes(&out, "text", r->text.s ? r->text.s : "", r->text.n);
-    member_bytes(&out, "reasoning", r->thought.n ? r->thought.s : NULL,
-                 r->thought.n);
-    add_calls(&out, calls);
-    member_text(&out, "finish_reason", finish_name(r, calls));
-    add_usage(&out, r);
-    add_logprobs(&out, r);
-    add_timings(&out, r);
-    add_origin(&out, t);
-    add_string(&out, "}\n");
-    out.failed |= is_cut(t);
-    return flush_output(print_text(&out, "the answer"));
-}
-
-/* ---- one answer */
-
-/* With -v, why it is not faster: what had to be read for every token. */
-static void print_speed(const struct talk *t)
-{
-    const struct engine *e = t->e;
-    const struct reply *r = &t->r;
-    const int n_new = r->q->prompt.n - r->n_reused;
-    const double speed = r->n_made / (r->ended - r->read + 1e-9);
-
-    say(DONE, "prompt %d tokens, %d of them new, %.1f tok/s; generated %d "
-        "tokens, %.1f tok/s", r->q->prompt.n, n_new,
-        n_new / (r->read - r->started + 1e-9), r->n_made, speed);
-    if (e->s->verbose) {
-        const struct cost cost = count_cost(e->model, e->par.kv_type);
-        const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
-        const double steps = speed * (r->n_made - r->n_right) /
-                             (r->n_made + 1e-9);
-        const double own = anonymous_memory(e->status);
-        struct phrase of_it = { "" };
-        if (own > 0)
-            of_it = phrase(", of it %s not the file's", amount(own, "B").s);
-        say(DONE, "a token reads %s of weights and cache, %s/s; memory %s%s",
-            amount(bytes, "B").s, amount(bytes * steps, "B").s,
-            amount(peak_memory(), "B").s, of_it.s);
-        if (r->n_guessed > 0)
-            say(DONE, "guessed %d tokens, %d of them right", r->n_guessed,
-                r->n_right);
-    }
-}
-
-/* Answer t->q.prompt.  What was said before an interruption stays. */
-static int run_reply(struct talk *t)
-{
-    struct engine *e = t->e;
-    struct reply *const all[] = { &t->r };
-    struct printer p = start_printer(e->s);
-    struct why why;
-    int code = start_reply(e, &t->r, &t->q, 0, &why);
-
-    if (code != DONE)
-        return say(code, "%s", why.s);
-    if (e->s->verbose)
-        say(DONE, "seed %llu", (unsigned long long)t->q.seed);
-    running = e->ctx;
-    while (code == DONE && t->r.finish == UNFINISHED) {
-        code = step(e, all, 1);
-        if (code == INTERRUPTED && !interrupted)
-            code = DONE;                  /* meant for the answer before     */
-        if (code == DONE && !e->s->json)
-            code = print_reply(&p, &t->r);
-    }
-    running = NULL;
-    split(&t->r, 1);
-    t->r.ended = seconds();
-    if (t->r.finish == BROKEN)
-        code = say(FAILED, "%s: logits that are not finite", e->s->model);
-    if (code != DONE && (t->r.n_made == 0 || code == BAD_FILE))
-        return code;
-    if (e->s->json) {
-        const int printed = print_answer_json(t);
-        return printed == DONE ? code : printed;
-    }
-    print_calls(&p, t);
-    enter_thought(&p, 0);
-    put_text(&p.out, "", 0);
-    putchar('\n');
-    if (t->r.finish == BY_CONTEXT)
-        say(DONE, "stopped: the context of %d tokens is full", e->par.n_ctx);
-    if (e->s->verbose ||
-        (isatty(STDERR_FILENO) && !e->s->quiet && !t->is_chat))
-        print_speed(t);
-    if (is_cut(t))
-        code = say(NO_MEMORY, "no memory for the whole answer");
-    return flush_output(code);
-}
-
-/* \n, \t, \r, \", \' and \\; another \ stays. */
-static void unescape(struct text *t)
-{
-    static const char from[] = "ntr\"'\\", to[] = "\n\t\r\"'\\";
-    size_t n = 0;
-
-    for (size_t i = 0; i < t->n; i++, n++) {
-        const char *known = t->s[i] == '\\' && t->s[i + 1] ?
-                            strchr(from, t->s[i + 1]) : NULL;
-        t->s[n] = known ? to[known - from] : t->s[i];
-        i += known != NULL;
-    }
-    t->s[t->n = n] = '\0';
-}
-
-/* The next thing the user says, put behind what was said before. */
-static int ask(struct talk *t, const struct text *question)
-{
-    const struct settings *s = t->e->s;
-    int code = DONE;
-
-    if (s->system && !t->messages->first)
-        code = add_message(t, "system", s->system, strlen(s->system));
-    if (code == DONE)
-        code = check_text(question, "the prompt");
-    return code != DONE ? code :
-           add_message(t, "user", question->s, question->n);
-}
-
-/* Fill t->q.prompt from what the options name. */
-static int prepare_prompt(struct talk *t)
-{
-    struct engine *e = t->e;
-    const struct settings *s = e->s;
-    struct text text = { 0 };
-    int code;
-
-    if (s->ids)
-        return read_ids(s->ids, &t->q.prompt);
-    code = s->messages ? DONE : read_prompt(s, 0, &text);
-    if (code == DONE && e->template == TEMPLATE_NONE) {
-        add(&t->prompt.text, t->said.s ? t->said.s : "", t->said.n);
-        add(&t->prompt.text, text.s, text.n);
-        code = t->prompt.text.failed ?
-               say(NO_MEMORY, "no memory for the prompt") :
-               encode_plain(s, e->words, t->prompt.text.s, t->prompt.text.n,
-                            &t->q.prompt);
-        free(text.s);
-        return code;
-    }
-    if (code == DONE && !s->messages)
-        code = ask(t, &text);
-    if (code == DONE)
-        code = make_prompt(t, s->messages);
-    free(text.s);
-    return code;
-}
-
-static int write_logits(struct talk *t)
-{
-    const struct engine *e = t->e;
-    const size_t n_vocab = (size_t)lfm2_model_config(e->model)->n_vocab;
-    FILE *f = create_file(e->s->logits);
-    int code = DONE;
-
-    running = e->ctx;
-    for (int at = 0, n; f && code == DONE && at < t->q.prompt.n; at += n) {
-        n = t->q.prompt.n - at < LOGITS_CHUNK ? t->q.prompt.n - at :
-            LOGITS_CHUNK;
-        code = forward(e, &(lfm2_span){ 0, t->q.prompt.id + at, n, n }, 1);
-        const float *l = code == DONE ? lfm2_logits(e->ctx, 0, 0) : NULL;
-        for (size_t i = 0; l && i < (size_t)n * n_vocab; i++) {
-            unsigned char b[4];
-            put_le(b, float_bits(l[i]), 4);
-            fwrite(b, 1, 4, f);
-        }
-    }
-    running = NULL;
-    return f ? finish_file(f, e->s->logits, code) : BAD_FILE;
-}
-
-static int dump_prompt(struct talk *t)
-{
-    if (t->e->s->dump_prompt)
-        show_text(&t->prompt.text);
-    for (int i = 0; t->e->s->dump_tokens && i < t->q.prompt.n; i++)
-        printf("%ld%s", (long)t->q.prompt.id[i],
-               i + 1 < t->q.prompt.n ? " " : "\n");
-    return DONE;
-}
-
-static void free_talk(struct talk *t)
-{
-    free_reply(&t->r);
-    free_request(&t->q);
-    rendered_free(&t->prompt);
-    pool_free(&t->pool);
-    free(t->said.s);
-}
-
-static void drop_last(struct talk *t)
-{
-    struct json **m = &t->messages->first, *before = NULL;
-
-    for (; *m && (*m)->next; m = &(*m)->next)
-        before = *m;
-    *m = NULL;
-    t->messages->last = before;
-}
-
-/* After an answer, its text is a message of the conversation, together with
- * what the prompt had of it.  None is one only if the model wanted it so. */
-static int keep_answer(struct talk *t)
-{
-    const struct rendered *p = &t->prompt;
-    const char *from = answer_of(p);
-    struct text whole = { 0 };
-    int code;
-
-    if (t->r.n_made == 0 && t->r.finish != STOPPED)
-        return DONE;
-    if (!t->grown && flag_of(t->form, "continue_final_message", 0))
-        drop_last(t);
-    add(&whole, from, (size_t)(p->text.s + p->text.n - from));
-    add(&whole, t->r.raw.s ? t->r.raw.s : "", t->r.raw.n);
-    code = whole.failed ? say(NO_MEMORY, "no memory for the answer") :
-           add_message(t, "assistant", whole.s, whole.n);
-    free(whole.s);
-    return code;
-}
-
-/* ------------------------------------------------------------ 14. Sessions
- *
- * What --session keeps between runs, all little-endian:
- *
- *     "LFM2CHT", or "LFM2TXT" for plain text | u8 version, '1'
- *     u64 n | what was said: n bytes of JSON, {"messages": [...]}, or of text
- *     u64 n | n token ids in the cache, u32
- *     u64 hash of all before (FNV-1a)
- *     u64 n | the sequence, as lfm2_seq_save() writes it, with its own check
- *
- * If only the sequence does not fit, as another model's, what was said is read
- * again.  With any other fault the conversation begins anew.  Either way the
- * file is replaced at the end, unless it is no session of this kind: it could
- * be anything. */
-
-static const char session_magic[2][9] = { "LFM2CHT1", "LFM2TXT1" };
-
-static int take_le(struct piece *from, int bytes, uint64_t *out)
-{
-    if (from->n < (size_t)bytes)
-        return -1;
-    *out = get_le((const unsigned char *)from->s, bytes);
-    from->s += bytes;
-    from->n -= (size_t)bytes;
-    return 0;
-}
-
-static int take_bytes(struct piece *from, uint64_t each, struct piece *out)
-{
-    uint64_t n;
-
-    if (take_le(from, 8, &n) != 0 || n > from->n / each)
-        return -1;
-    *out = (struct piece){ from->s, (size_t)(n * each) };
-    from->s += out->n;
-    from->n -= out->n;
-    return 0;
-}
-
-/* The parts of a session. */
-struct session { struct piece said, ids, state; };
-
-/* Why they cannot be told apart, or NULL. */
-static const char *open_session(const struct text *file, int plain,
-                                struct session *out)
-{
-    struct piece from = { file->s, file->n };
-    uint64_t hash;
-    size_t n;
-
-    if (file->n < 8 || memcmp(file->s, session_magic[plain], 7) != 0)
-        return plain ? "it is no session of plain text, and will not be "
-               "replaced" : "it is no session of a conversation, and will not "
-               "be replaced";
-    if (file->s[7] != session_magic[plain][7])
-        return "it is a session of another version of this program";
-    from.s += 8, from.n -= 8;
-    if (take_bytes(&from, 1, &out->said) != 0 ||
-        take_bytes(&from, 4, &out->ids) != 0)
-        return "it is cut or damaged";
-    n = file->n - from.n;
-    if (take_le(&from, 8, &hash) != 0 ||
-        hash != hash_bytes(HASH_START, file->s, n) ||
-        take_bytes(&from, 1, &out->state) != 0 || from.n != 0)
-        return "it is cut or damaged";
-    return NULL;
-}
-
-/* What was said: messages, or a text to go on with.  The messages of --messages
- * are all there are. */
-static int take_talk(struct talk *t, const struct piece *said)
-{
-    struct json *whole, *messages;
-    struct why why;
-
-    if (t->e->template == TEMPLATE_NONE) {
-        add(&t->said, said->s, said->n);
-        return t->said.failed ? -1 : 0;
-    }
-    if (json_parse(&t->pool, said->s, said->n, &whole, &why) != DONE)
-        return -1;
-    messages = json_get(whole, "messages");
-    if (!json_is(messages, JSON_ARRAY))
-        return -1;
-    if (!t->e->s->messages)
-        t->messages = messages;
-    return 0;
-}
-
-/* The ids of a session, in place of what was cached. */
-static int take_ids(struct engine *e, struct piece *from)
-{
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
-    struct ids *to = &e->cached[0];
-    uint64_t id;
-
-    to->n = 0;
-    if (from->n / 4 != (size_t)lfm2_seq_len(e->ctx, 0))
-        return -1;
-    while (take_le(from, 4, &id) == 0) {
-        if (id >= (uint64_t)n_vocab)
-            return -1;
-        to->id[to->n++] = (int32_t)id;
-    }
-    return 0;
-}
-
-/* Why there is nothing in the cache, or NULL. */
-static const char *take_state(struct engine *e, struct session *from,
-                              lfm2_error *err)
-{
-    if (lfm2_seq_load(e->ctx, 0, from->state.s, from->state.n, err) != LFM2_OK)
-        return err->msg;
-    if (take_ids(e, &from->ids) == 0)
-        return NULL;
-    lfm2_seq_trim(e->ctx, 0, 0);
-    e->cached[0].n = 0;
-    return "its tokens are not those of its state";
-}
-
-static void restore(struct talk *t, const struct text *file)
-{
-    const char *path = t->e->s->session;
-    const int plain = t->e->template == TEMPLATE_NONE;
-    struct session parts;
-    const char *why_not = open_session(file, plain, &parts);
-    lfm2_error err;
-
-    t->keeps_session = file->n >= 7 &&
-                       memcmp(file->s, session_magic[plain], 7) == 0;
-    if (!why_not && take_talk(t, &parts.said) != 0)
-        why_not = "it holds no conversation";
-    if (why_not) {
-        say(DONE, "%s: not used, the conversation begins anew: %s", path,
-            why_not);
-        return;
-    }
-    why_not = take_state(t->e, &parts, &err);
-    if (why_not)
-        say(DONE, "%s: what was said is read again: %s", path, why_not);
-    else if (t->e->s->verbose)
-        say(DONE, "%s: %d tokens", path, t->e->cached[0].n);
-}
-
-/* Go on where the file left off.  Only a file that cannot be read at all is an
- * error. */
-static int load_session(struct talk *t)
-{
-    const char *path = t->e->s->session;
-    struct text file = { 0 };
-    const int plain = t->e->template == TEMPLATE_NONE;
-    char head[8];
-    size_t n;
-    int code = can_replace(path);
-
-    t->keeps_session = 1;
-    if (code != DONE || (access(path, F_OK) != 0 && errno == ENOENT))
-        return code;
-    n = read_head(path, head, 8);
-    if (n == 8 && memcmp(head, session_magic[plain], 8) == 0)
-        code = read_file(path, &file);
-    else
-        add(&file, head, n);
-    if (code == DONE && file.n > 0)
-        restore(t, &file);
-    if (t->pool.failed || t->said.failed)             /* keep what it holds  */
-        code = say(NO_MEMORY, "%s: no memory for its %zu bytes", path, file.n);
-    if (t->e->s->system && t->messages && t->messages->first)
-        say(DONE, "%s: goes on as it began, so -sys is not used", path);
-    free(file.s);
-    return code;
-}
-
-static void add_talk(struct text *to, const struct json *messages)
-{
-    add_string(to, "{\"messages\": ");
-    add_json(to, messages);
-    add_string(to, "}\n");
-}
-
-/* All of a session but the state. */
-static void write_talk(struct talk *t, struct text *out)
-{
-    const struct ids *ids = &t->e->cached[0];
-    const int plain = t->e->template == TEMPLATE_NONE;
-    struct text json = { 0 };
-    const struct text *said = plain ? &t->said : &json;
-
-    if (!plain)
-        add_talk(&json, t->messages);
-    add_string(out, session_magic[plain]);
-    add_le(out, said->n, 8);
-    add(out, said->s, said->n);
-    add_le(out, (uint64_t)ids->n, 8);
-    for (int i = 0; i < ids->n; i++)
-        add_le(out, (uint32_t)ids->id[i], 4);
-    add_le(out, hash_bytes(HASH_START, out->s, out->n), 8);
-    out->failed |= said->failed;
-    free(json.s);
-}
-
-static int save_session(struct talk *t)
-{
-    struct text part[2] = { { 0 }, { 0 } };
-    const uint64_t n = lfm2_seq_state_size(t->e->ctx, 0);
-    lfm2_error err;
-    int code;
-
-    if (!t->e->s->session || !t->keeps_session)
-        return DONE;
-    write_talk(t, &part[0]);
-    add_le(&part[0], n, 8);
-    reserve(&part[1], (size_t)n);
-    part[1].n = (size_t)n;
-    code = lfm2_seq_save(t->e->ctx, 0, part[1].s, n, &err) == LFM2_OK ?
-           keep_file(t->e->s->session, part, 2) :
-           report(t->e->s->session, &err);
-    free(part[0].s);
-    free(part[1].s);
-    return code;
-}
-
-/* One question, one answer, and the session for the next. */
-static int answer_once(struct talk *t)
-{
-    int code = run_reply(t), kept;
-
-    if (!t->e->s->session || (code != DONE && code != INTERRUPTED) ||
-        (code == INTERRUPTED && t->r.n_made == 0))
-        return code;
-    if (t->e->template == TEMPLATE_NONE) {
-        t->said.n = 0;
-        add(&t->said, t->prompt.text.s, t->prompt.text.n);
-        add(&t->said, t->r.raw.s, t->r.raw.n);
-    } else if (keep_answer(t) != DONE)
-        return NO_MEMORY;
-    kept = save_session(t);
-    return kept == DONE ? code : kept;
-}
-
-/* ----------------------------------------------------------------- 15. Chat
- *
- * Line by line, at a terminal or, with -cnv, from a pipe, where no prompt is
- * shown.  Each turn renders the whole conversation; what the cache has of it is
- * not read again. */
-
-static const char chat_help[] =
-    "Type a message, and its answer follows.  \"\"\" begins and ends one of\n"
-    "several lines, a \\ at its end goes on with the next.  Ctrl-C stops an\n"
-    "answer, a second one leaves; so does Ctrl-D.\n"
-    "  /help         this text\n"
-    "  /clear        forget the conversation\n"
-    "  /regen        answer the last message once more\n"
-    "  /system TEXT  what the model is to be\n"
-    "  /save FILE    write the conversation as JSON\n"
-    "  /load FILE    go on with one\n"
-    "  /stats        tokens, speed and memory\n"
-    "  /quit         leave\n";
-
-/* The last message, if it is of this role. */
-static const struct json *last_message(const struct talk *t, const char *role)
-{
-    const struct json *m = t->messages->last;
-    const char *is = m ? role_of(m) : NULL;
-
-    return is && strcmp(is, role) == 0 ? m : NULL;
-}
-
-/* A conversation of its own, so that what --messages said of it is gone. */
-static void forget(struct talk *t)
-{
-    t->messages = json_array(&t->pool);
-    t->form = NULL;
-    t->grown = 1;
-}
-
-/* Answer the messages so far.  A turn that cannot be answered is taken back.
- * Each has a seed of its own. */
-static int answer_turn(struct talk *t)
-{
-    int code = make_prompt(t, NULL);
-
-    if (code == DONE) {
-        free_reply(&t->r);
-        code = run_reply(t);
-    }
-    if (code == TOO_LONG || code == USAGE) {
-        drop_last(t);
-        return DONE;
-    }
-    if (code != DONE && (code != INTERRUPTED || last_signal != SIGINT))
-        return code;
-    t->q.seed = (t->q.seed + 1) & INT64_MAX;
-    code = keep_answer(t);
-    return code == DONE ? save_session(t) : code;
-}
-
-/* The new first message is not there if it has no text. */
-static int set_system(struct talk *t, const char *text)
-{
-    const struct json *m = t->messages->first;
-    const char *role = m ? role_of(m) : NULL;
-
-    if (role && strcmp(role, "system") == 0)
-        m = m->next;
-    t->messages = json_array(&t->pool);
-    if (t->pool.failed || (text[0] &&
-        add_message(t, "system", text, strlen(text)) != DONE))
-        return NO_MEMORY;
-    for (; m; m = m->next)
-        json_append(&t->pool, t->messages, m);
-    return t->pool.failed ? NO_MEMORY : DONE;
-}
-
-static int regenerate(struct talk *t)
-{
-    if (last_message(t, "assistant"))
-        drop_last(t);
-    if (!last_message(t, "user")) {
-        say(DONE, "there is no message to answer");
-        return DONE;
-    }
-    return answer_turn(t);
-}
-
-/* Who is told that a file cannot be opened should hear what may be why. */
-static int blame_sandbox(const struct talk *t)
-{
-    const int sandbox = t->e->s->sandbox;
-
-    if (sandbox == SANDBOX_OFF || (errno != EACCES && errno != EPERM))
-        return DONE;
-    return say(DONE, "in this sandbox a chat opens %s%s; --save-dir DIR names "
-               "a directory, --sandbox off is without one",
-               save_dir(t->e->s) ? "files only in " : "no files",
-               save_dir(t->e->s) ? save_dir(t->e->s) : "");
-}
-
-static int save_talk(struct talk *t, const char *path)
-{
-    struct text out = { 0 };
-    FILE *f = path[0] ? create_file(path) : NULL;
-
-    if (!f)
-        return path[0] ? blame_sandbox(t) : say(DONE, "/save needs a file");
-    add_talk(&out, t->messages);
-    if (!out.failed)
-        fwrite(out.s, 1, out.n, f);
-    if (finish_file(f, path, out.failed ? NO_MEMORY : DONE) == DONE)
-        say(DONE, "%s: saved", path);
-    free(out.s);
-    return out.failed ? NO_MEMORY : DONE;
-}
-
-/* A file that is no conversation leaves the one there is. */
-static int load_talk(struct talk *t, const char *path)
-{
-    const struct talk had = *t;
-    struct json *whole, *list;
-
-    if (!path[0])
-        return say(DONE, "/load needs a file");
-    if (read_list(t, path, "messages", &whole, &list) != DONE)
-        return blame_sandbox(t);
-    forget(t);
-    t->messages = list;
-    if (list->first && make_prompt(t, path) != DONE) {
-        t->messages = had.messages;
-        t->form = had.form;
-        t->grown = had.grown;
-        return DONE;
-    }
-    return say(DONE, "%s: %d messages", path, list->n_members);
-}
-
-static void print_stats(struct talk *t)
-{
-    const struct engine *e = t->e;
-
-    say(DONE, "%d of %d tokens in the context", e->cached[0].n, e->par.n_ctx);
-    print_settings(t->e);
-    if (t->r.q)
-        print_speed(t);
-}
-
-/* A line that begins with / .  Returns -1 to leave. */
-static int obey(struct talk *t, const char *line)
-{
-    const size_t n = strcspn(line, " ");
-    const char *rest = line + n + strspn(line + n, " ");
-    const char *const word[] = {
-        "/help", "/clear", "/regen", "/system", "/save", "/load", "/stats",
-        "/quit", "/exit", "/bye"
-    };
-    int i = 0;
-
-    while (i < 10 && (strlen(word[i]) != n || memcmp(line, word[i], n) != 0))
-        i++;
-    errno = 0;
-    switch (i) {
-    case 0: fputs(chat_help, stderr); return DONE;
-    case 1: forget(t); return t->pool.failed ? NO_MEMORY : DONE;
-    case 2: return regenerate(t);
-    case 3: return set_system(t, rest);
-    case 4: return save_talk(t, rest);
-    case 5: return load_talk(t, rest);
-    case 6: print_stats(t); return DONE;
-    case 10: say(DONE, "%.*s: no such command; /help lists them", (int)n,
-                 line); return DONE;
-    default: return -1;
-    }
-}
-
-/* What there is to answer before anything is typed: the options' prompt, or
- * messages that do not end with an answer. */
-static int answer_first(struct talk *t, struct text *line)
-{
-    const struct settings *s = t->e->s;
-    int code;
-
-    if (s->prompt || s->file) {
-        code = read_prompt(s, 1, line);
-        if (code == DONE)
-            code = ask(t, line);
-        return code == DONE ? answer_turn(t) : code;
-    }
-    if (!s->messages)
-        return DONE;
-    code = make_prompt(t, s->messages);
-    if (code != DONE || (last_message(t, "assistant") &&
-                         !flag_of(t->form, "continue_final_message", 0)))
-        return code;
-    return answer_turn(t);
-}
-
-static int chat(struct talk *t)
-{
-    const int shows = isatty(STDIN_FILENO);
-    struct text line = { 0 };
-    int code, got = 1;
-
-    if (shows && !t->e->s->quiet)
-        fprintf(stderr, "/help tells what there is beside talking; Ctrl-D "
-                "leaves.\n");
-    t->is_chat = 1;
-    code = answer_first(t, &line);
-    while (code == DONE && (got = read_message(&line, shows)) > 0) {
-        if (line.failed)
-            code = say(NO_MEMORY, "no memory for the message");
-        else if (line.n == 0)
-            continue;
-        else if (line.s[0] == '/')
-            code = obey(t, line.s);
-        else if ((code = ask(t, &line)) == DONE)
-            code = answer_turn(t);
-        else if (code == USAGE)
-            code = DONE;                  /* only this message is wrong      */
-    }
-    free(line.s);
-    if (code == DONE && got < 0)
-        return INTERRUPTED;
-    return code < 0 ? DONE : code;
-}
-
-/* The answer, the answers, or what else there is to see. */
-static int answer(struct talk *t)
-{
-    const struct settings *s = t->e->s;
-    int code = t->e->ctx ? DONE : open_context(t->e);
-
-    catch_interrupt();
-    if (code == DONE)
-        code = open_trace(t->e);
-    if (code == DONE)
-        code = s->logits ? write_logits(t) : t->e->chats ? chat(t) :
-               answer_once(t);
-    code = close_trace(t->e, code);
-    return code;
-}
-
-/* Anything that answers with a model, but --batch. */
-static int work_on_model(const struct settings *s)
-{
-    struct engine e = { .s = s };
-    struct talk t = { .e = &e };
-    const int dumps = s->dump_prompt || s->dump_tokens;
-    const int chats = s->interactive || (!s->prompt && !s->file && !s->ids &&
-                      !s->messages && isatty(STDIN_FILENO) && !s->logits &&
-                      !dumps);
-    int code;
-
-    e.chats = chats;
-    code = open_engine(&e);
-    if (code == DONE && chats && (e.template == TEMPLATE_NONE || s->json))
-        code = usage("no prompt given, and no chat %s", s->json ? "in JSON" :
-                     "without a template");
-    if (code == DONE)
-        code = make_request(&e, &t.q);
-    if (code == DONE)
-        code = read_talk(&t);
-    if (code == DONE && s->session)
-        code = open_context(&e);
-    if (code == DONE && s->session)
-        code = load_session(&t);
-    if (code == DONE && !chats)
-        code = prepare_prompt(&t);
-    if (code == DONE)
-        code = dumps ? dump_prompt(&t) : answer(&t);
-    free_talk(&t);
-    close_engine(&e);
-    return code;
-}
-
-/* -------------------------------------------------------------- 16. --batch
- *
- * JSON lines in, JSON lines out, in the same order.  A line is an OpenAI batch
- * line {"custom_id", "method", "url", "body"} or a body alone.  Up to
- * --parallel of them are answered at once: one forward moves all of them on, so
- * the weights are read once for all.  A finished one makes room at once; a
- * prompt that begins like a text in some cache is read from there on.  What is
- * answered depends on the line alone: bits do not depend on neighbours, and the
- * seed comes from the line unless it names one. */
-
-enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines read per sequence  */
-
-enum state { WAITING, ACTIVE, FINISHED };
-
-struct job {
-    struct talk t;
-    enum state state;
-    long long line;                       /* of the input, from 1            */
-    size_t bytes;                         /* of it                           */
-    int completion;                       /* "prompt", not "messages"        */
-    uint64_t hash;                        /* of what was asked               */
-    struct text id, out;                  /* custom_id; the line of output   */
-};
-
-/* Lines that come in pieces. */
-struct source {
-    int fd;
-    struct text buf;
-    size_t at, seen;                      /* of buf: taken; without a newline
-                                             behind at                       */
-    int torn;                             /* the last line had no newline    */
-    int ended, error;                     /* errno, or 0                     */
-    long long line;
-};
-
-/* An id that a run before has answered, and how often. */
-struct known { struct text id; int times; };
-
-struct batch {
-    struct engine e;
-    struct source in;
-    const char *in_name, *out_name;
-    int out;
-    struct job *job;                      /* ring of [n_ring]                */
-    int n_ring, first, n_jobs, n_active;
-    struct reply **active;                /* [n_seq]                         */
-    char *busy;                           /* [n_seq]: who answers            */
-    struct known *known;                  /* [n_known], sorted               */
-    int n_known;
-    int shard, n_shards;
-    int told;                             /* of a member that is not known   */
-    long long done, failed, skipped, failed_before;
-    double tokens, reused, guessed, right, bytes, size, started, beat;
-};
-
-/* ---- what a line asks for */
-
-#define OF(field) offsetof(struct request, field)
-
-static const struct body_number {
-    const char *key;
-    int whole;
-    size_t at;
-    double min, max;
-} body_numbers[] = {
-    { "temperature", 0, OF(sampling.temp), 0, 100 },
-    { "top_p", 0, OF(sampling.top_p), 0, 1 },
-    { "min_p", 0, OF(sampling.min_p), 0, 1 },
-    { "top_k", 1, OF(sampling.top_k), -1, 1 << 30 },
-    { "repeat_penalty", 0, OF(sampling.repeat), 0.01, 100 },
-    { "repetition_penalty", 0, OF(sampling.repeat), 0.01, 100 },
-    { "presence_penalty", 0, OF(presence), -100, 100 },
-    { "frequency_penalty", 0, OF(frequency), -100, 100 },
-    { "max_tokens", 1, OF(limit), 0, 1 << 30 },
-    { "max_completion_tokens", 1, OF(limit), 0, 1 << 30 },
-    { "thinking_budget", 1, OF(think_budget), -1, 1 << 30 },
-    { "top_logprobs", 1, OF(logprobs), 0, MAX_LOGPROBS },
-    { "prompt_logprobs", 1, OF(prompt_logprobs), 0, MAX_LOGPROBS },
-};
-
-/* What is read elsewhere, or means nothing to us. */
-static const char *const body_others[] = {
-    "custom_id", "messages", "prompt", "tools", "model", "seed", "stop",
-    "logprobs", "echo", "ignore_eos", "logit_bias", "n", "stream",
-    "stream_options", "user", "metadata", "store", "response_format",
-    "tool_choice", "parallel_tool_calls", "add_generation_prompt",
-    "continue_final_message", "chat_template_kwargs", "keep_past_thinking",
-    "preserve_thinking", "service_tier"
-};
-
-static int read_numbers(struct job *j, const struct json *body,
-                        struct why *why)
-{
-    for (size_t i = 0; i < sizeof body_numbers / sizeof *body_numbers; i++) {
-        const struct body_number *n = &body_numbers[i];
-        const struct json *x = given(body, n->key);
-        void *slot = (char *)&j->t.q + n->at;
-        double value;
-        if (!x)
-            continue;
-        if (json_double(x, &value) != 0 || !(value >= n->min) ||
-            !(value <= n->max) || (n->whole && value != floor(value)))
-            return because(why, USAGE, "\"%s\": expected a %snumber from %g to "
-                           "%g", n->key, n->whole ? "whole " : "", n->min,
-                           n->max);
-        if (n->whole)
-            *(int *)slot = (int)value;
-        else
-            *(double *)slot = value;
-    }
-    if (j->t.q.sampling.top_k < 0)
-        j->t.q.sampling.top_k = 0;
-    return DONE;
-}
-
-static int add_stop_json(struct request *q, const struct json *x,
-                         struct why *why)
-{
-    if (x->type != JSON_STRING || x->n == 0)
-        return because(why, USAGE, "\"stop\": expected strings that are not "
-                       "empty");
-    return add_stop(q, x->s, x->n) == 0 ? DONE :
-           because(why, USAGE, "\"stop\": expected at most %d", MAX_STOPS);
-}
-
-static int read_stops(struct job *j, const struct json *body, struct why *why)
-{
-    const struct json *x = given(body, "stop");
-    int code = DONE;
-
-    if (x && x->type == JSON_STRING)
-        return add_stop_json(&j->t.q, x, why);
-    if (x && x->type != JSON_ARRAY)
-        return because(why, USAGE, "\"stop\": expected a string or an array");
-    for (x = x ? x->first : NULL; x && code == DONE; x = x->next)
-        code = add_stop_json(&j->t.q, x, why);
-    return code;
-}
-
-/* {"id": how much its logit is raised, ...} */
-static int read_bias(struct job *j, const struct json *body, struct why *why)
-{
-    const struct json *x = given(body, "logit_bias");
-    const int n_vocab = lfm2_model_config(j->t.e->model)->n_vocab;
-    const int n = x ? x->n_members : 0;
-    struct request *q = &j->t.q;
-
-    if (x && x->type != JSON_OBJECT)
-        return because(why, USAGE, "\"logit_bias\": expected an object");
-    q->bias = n ? calloc((size_t)n, sizeof *q->bias) : NULL;
-    if (n && !q->bias)
-        return because(why, NO_MEMORY, "no memory for \"logit_bias\"");
-    for (const struct json *c = x ? x->first : NULL; c; c = c->next) {
-        char *end;
-        const long id = strtol(c->key, &end, 10);
-        double by;
-        if (end == c->key || *end || id < 0 || id >= n_vocab ||
-            json_double(c, &by) != 0 || !(by >= -1000 && by <= 1000))
-            return because(why, USAGE, "\"logit_bias\": \"%.40s\", expected "
-                           "token ids from 0 to %d, and numbers from -1000 to "
-                           "1000", c->key, n_vocab - 1);
-        q->bias[q->n_bias++] = (struct bias){ (int32_t)id, (float)by };
-    }
-    return DONE;
-}
-
-static int is_word(const struct json *x, const char *word)
-{
-    return x && x->type == JSON_STRING && strcmp(x->s, word) == 0;
-}
-
-/* Refuse what would be answered wrongly. */
-static int refuse_others(const struct json *body, struct why *why)
-{
-    const struct json *n = given(body, "n"),
-                      *stream = given(body, "stream"),
-                      *format = given(body, "response_format"),
-                      *choice = given(body, "tool_choice");
-    double x = 1;
-
-    if (n && (json_double(n, &x) != 0 || x != 1))
-        return because(why, USAGE, "\"n\": expected 1");
-    if (stream && stream->type == JSON_TRUE)
-        return because(why, USAGE, "\"stream\": expected false");
-    if (format && !is_word(json_get(format, "type"), "text"))
-        return because(why, USAGE, "\"response_format\": expected the type "
-                       "\"text\"");
-    if (choice && !is_word(choice, "auto") && !is_word(choice, "none"))
-        return because(why, USAGE, "\"tool_choice\": expected \"auto\" or "
-                       "\"none\"");
-    return DONE;
-}
-
-/* A member that has no meaning here is told of once. */
-static void tell_unknown(struct batch *b, const struct job *j,
-                         const struct json *body)
-{
-    const size_t n_others = sizeof body_others / sizeof *body_others;
-    const size_t n_numbers = sizeof body_numbers / sizeof *body_numbers;
-
-    for (const struct json *c = body->first; c && !b->told; c = c->next) {
-        int known = 0;
-        for (size_t i = 0; i < n_others; i++)
-            known |= strcmp(c->key, body_others[i]) == 0;
-        for (size_t i = 0; i < n_numbers; i++)
-            known |= strcmp(c->key, body_numbers[i].key) == 0;
-        b->told = !known;
-        if (!known && !b->e.s->quiet)
-            say(DONE, "line %lld: \"%.60s\" is ignored, here and below",
-                j->line, c->key);
-    }
-}
-
-/* The same line, the same seed; another with another -s. */
-static uint64_t line_seed(const struct job *j)
-{
-    const long long given = j->t.e->s->seed;
-
-    return j->hash ^ (given < 0 ? 0 : (uint64_t)given);
-}
-
-/* How a line wants to be answered: by the options, then by its own members. */
-static int read_wishes(struct job *j, const struct json *body, struct why *why)
-{
-    struct request *q = &j->t.q;
-    const struct json *x;
-    long long seed;
-    int code = make_request(j->t.e, q);
-
-    q->seed = line_seed(j);
-    if (code == DONE)
-        code = read_numbers(j, body, why);
-    if (code == DONE)
-        code = read_stops(j, body, why);
-    if (code == DONE)
-        code = read_bias(j, body, why);
-    if (code == DONE)
-        code = refuse_others(body, why);
-    if (code != DONE)
-        return code;
-    if (q->sampling.temp == 0 && !given(body, "repetition_penalty") &&
-        !given(body, "repeat_penalty") && j->t.e->s->repeat == UNSET)
-        q->sampling.repeat = 1;
-    if ((x = given(body, "seed"))) {
-        if (json_int(x, INT64_MIN, INT64_MAX, &seed) != 0)
-            return because(why, USAGE, "\"seed\": expected a whole number");
-        q->seed = (uint64_t)seed;
-    }
-    q->ignore_eos |= flag_of(body, "ignore_eos", 0);
-    q->echo = flag_of(body, "echo", 0);
-    return DONE;
-}
-
-/* "logprobs" is true or false beside messages, a number beside a prompt; with
- * "echo" those of the prompt are wanted, too. */
-static int read_logprobs(struct job *j, const struct json *body,
-                         struct why *why)
-{
-    const struct json *x = given(body, "logprobs");
-    struct request *q = &j->t.q;
-    double k;
-
-    if (x && x->type == JSON_TRUE)
-        q->logprobs = q->logprobs < 0 ? 0 : q->logprobs;
-    else if (x && x->type == JSON_FALSE)
-        q->logprobs = -1;
-    else if (x && (json_double(x, &k) != 0 || k != floor(k) || k < 0 ||
-                   k > MAX_LOGPROBS))
-        return because(why, USAGE, "\"logprobs\": expected true, false or a "
-                       "whole number from 0 to %d", MAX_LOGPROBS);
-    else if (x)
-        q->logprobs = (int)k;
-    q->columns = j->completion && q->logprobs >= 0;
-    if (q->echo && q->logprobs >= 0 && q->prompt_logprobs < 0)
-        q->prompt_logprobs = q->logprobs;
-    return DONE;
-}
-
-/* ---- from a line to a prompt */
-
-/* "prompt": a text, or the ids of its tokens. */
-static int read_body_prompt(struct job *j, const struct json *prompt,
-                            struct why *why)
-{
-    const struct engine *e = j->t.e;
-    struct ids *ids = &j->t.q.prompt;
-    long long id;
-
-    j->t.q.split = 0;
-    if (j->t.q.limit < 0 && e->s->predict == UNSET)
-        j->t.q.limit = RAW_LEN;
-    if (prompt->type == JSON_STRING)
-        return encode_plain(e->s, e->words, prompt->s, prompt->n, ids);
-    if (prompt->type != JSON_ARRAY)
-        return because(why, USAGE, "\"prompt\": expected a string, or an array "
-                       "of token ids");
-    if (alloc_ids(ids, (size_t)prompt->n_members + 1) != DONE)
-        return because(why, NO_MEMORY, "no memory for the prompt");
-    for (const struct json *c = prompt->first; c; c = c->next) {
-        if (json_int(c, 0, INT32_MAX, &id) != 0)
-            return because(why, USAGE, "\"prompt\": expected token ids");
-        ids->id[ids->n++] = (int32_t)id;
-    }
-    return DONE;
-}
-
-static int read_body(struct batch *b, struct job *j, const struct json *body,
-                     struct why *why)
-{
-    const struct json *messages = given(body, "messages");
-    const struct json *prompt = given(body, "prompt");
-    int code;
-
-    if (body->type != JSON_OBJECT)
-        return because(why, USAGE, "expected a JSON object as the request");
-    if (!messages == !prompt)
-        return because(why, USAGE, "expected either \"messages\" or "
-                       "\"prompt\"");
-    j->completion = prompt != NULL;
-    code = read_wishes(j, body, why);
-    if (code == DONE)
-        code = read_logprobs(j, body, why);
-    tell_unknown(b, j, body);
-    if (code == DONE && prompt)
-        return read_body_prompt(j, prompt, why);
-    if (code != DONE)
-        return code;
-    if (j->t.e->template == TEMPLATE_NONE)
-        return because(why, USAGE, "the model has no chat template: expected "
-                       "\"prompt\", or --template");
-    j->t.form = body;
-    j->t.messages = (struct json *)(uintptr_t)messages;
-    if (!is_word(given(body, "tool_choice"), "none"))
-        j->t.tools = given(body, "tools");
-    return render_talk(&j->t, why);
-}
-
-/* OpenAI's envelope around a body, or a body alone. */
-static int read_envelope(struct batch *b, struct job *j,
-                         const struct json *line, struct why *why)
-{
-    const struct json *id = given(line, "custom_id");
-    const struct json *body = given(line, "body");
-    const struct json *method = given(line, "method");
-    const struct json *url = given(line, "url");
-    struct text asked = { 0 };
-
-    if (id && id->type != JSON_STRING)
-        return because(why, USAGE, "\"custom_id\": expected a string");
-    if (id) {
-        j->id.n = 0;
-        add(&j->id, id->s, id->n);
-        add_json(&asked, id);
-    }
-    add_json(&asked, body ? body : line);
-    j->hash = hash_bytes(HASH_START, asked.s ? asked.s : "", asked.n);
-    free(asked.s);
-    if (body && method && !is_word(method, "POST"))
-        return because(why, USAGE, "\"method\": expected \"POST\"");
-    if (body && url && !is_word(url, "/v1/chat/completions") &&
-        !is_word(url, "/v1/completions"))
-        return because(why, USAGE, "\"url\": expected \"/v1/chat/completions\" "
-                       "or \"/v1/completions\"");
-    return read_body(b, j, body ? body : line, why);
-}
-
-/* With --batch-raw a line is a question. */
-static int read_raw(struct job *j, const char *s, size_t n, struct why *why)
-{
-    struct talk *t = &j->t;
-    const struct text text = { (char *)(uintptr_t)s, n, 0, 0 };
-    int code = make_request(t->e, &t->q);
-
-    t->q.seed = line_seed(j);
-    j->completion = t->e->template == TEMPLATE_NONE;
-    if (code == DONE && j->completion)
-        return encode_plain(t->e->s, t->e->words, s, n, &t->q.prompt);
-    t->messages = json_array(&t->pool);
-    if (memchr(s, '\0', n))
-        return because(why, USAGE, "a NUL byte, expected text");
-    if (code == DONE)
-        code = ask(t, &text);
-    return code == DONE ? render_talk(t, why) : code;
-}
-
-/* How every line of output begins. */
-static const char output_start[] = "{\"id\": \"batch_req_";
-
-static void begin_output(struct job *j)
-{
-    add_string(&j->out, output_start);
-    add_format(&j->out, "%016llx\", \"custom_id\": ",
-               (unsigned long long)j->hash);
-    add_json_string(&j->out, j->id.s ? j->id.s : "", j->id.n);
-}
-
-static void finish_error(struct batch *b, struct job *j, int code,
-                         const char *why)
-{
-    static const char *const name[] = {
-        [FAILED] = "failed", [USAGE] = "invalid_request",
-        [BAD_MODEL] = "bad_model", [NO_MEMORY] = "out_of_memory",
-        [TOO_LONG] = "context_length_exceeded"
-    };
-
-    begin_output(j);
-    add_format(&j->out, ", \"response\": null, \"error\": {\"code\": \"%s\", "
-               "\"line\": %lld, \"message\": ", name[code], j->line);
-    add_json_string(&j->out, why, strlen(why));
-    add_string(&j->out, "}}\n");
-    free_talk(&j->t);
-    j->t = (struct talk){ .e = &b->e };
-    j->state = FINISHED;
-    b->failed++;
-}
-
-/* ---- from a reply to a line */
-
-static void add_message_json(struct job *j, struct text *to,
-                             const struct json *calls)
-{
-    const struct reply *r = &j->t.r;
-    const struct request *q = r->q;
-    struct text text = { 0 };
-    int len;
-
-    if (j->completion) {
-        for (int i = 0; q->echo && i < q->prompt.n; i++) {
-            const char *s = spoken(j->t.e, q->prompt.id[i], &len);
-            add(&text, s, (size_t)len);
-        }
-        add(&text, r->text.s, r->text.n);
-        member_bytes(to, "text", text.s ? text.s : "", text.n);
-        to->failed |= text.failed;
-        free(text.s);
-        return;
-    }
-    add_string(to, ", \"message\": {\"role\": \"assistant\"");
-    member_bytes(to, "content", r->text.s ? r->text.s : "", r->text.n);
-    if (r->thought.n > 0)
-        member_bytes(to, "reasoning_content", r->thought.s, r->thought.n);
-    if (calls && calls->first)
-        add_calls(to, calls);
-    add_string(to, "}");
-}
-
-/* No time is in it: the same line has the same answer, byte for byte. */
-static void finish_reply(struct batch *b, struct job *j)
-{
-    struct reply *r = &j->t.r;
-    struct text *to = &j->out;
-    const struct json *calls;
-    size_t n = 0;
-    const char *model = lfm2_model_string(b->e.model, "general.name", &n);
-    const unsigned long long id = (unsigned long long)j->hash;
-
-    if (r->finish == BROKEN) {
-        finish_error(b, j, FAILED, "logits that are not finite");
-        return;
-    }
-    calls = take_calls(&j->t);
-    if (is_cut(&j->t)) {
-        finish_error(b, j, NO_MEMORY, "no memory for the whole answer");
-        return;
-    }
-    begin_output(j);
-    add_format(to, ", \"response\": {\"status_code\": 200, \"request_id\": "
-               "\"req_%016llx\", \"body\": {\"id\": \"%s-%016llx\"", id,
-               j->completion ? "cmpl" : "chatcmpl", id);
-    add_format(to, ", \"object\": \"%s\", \"created\": 0", j->completion ?
-               "text_completion" : "chat.completion");
-    member_bytes(to, "model", model ? model : "", n);
-    add_string(to, ", \"choices\": [{\"index\": 0");
-    add_message_json(j, to, calls);
-    add_logprobs(to, r);
-    add_format(to, ", \"finish_reason\": \"%s\"}]", finish_name(r, calls));
-    add_usage(to, r);
-    add_string(to, "}}, \"error\": null}\n");
-    j->state = FINISHED;
-    b->done++;
-}
-
-static void free_job(struct job *j)
-{
-    free_talk(&j->t);
-    free(j->id.s);
-    free(j->out.s);
-}
-
-/* At once, if that is possible, so that a line is whole or not there. */
-static int write_line(const struct batch *b, const struct text *line)
-{
-    for (size_t at = 0; at < line->n;) {
-        const ssize_t n = write(b->out, line->s + at, line->n - at);
-        if (n < 0 && errno != EINTR)
-            return say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
-        at += n > 0 ? (size_t)n : 0;
-    }
-    return DONE;
-}
-
-/* Write what is finished, in the order of the input; at the end, `all`. */
-static int write_finished(struct batch *b, int all)
-{
-    while (b->n_jobs > 0) {
-        struct job *j = &b->job[b->first];
-        if (j->state != FINISHED && !all)
-            break;
-        if (j->out.failed)
-            return say(NO_MEMORY, "no memory for the answer to line %lld",
-                       j->line);
-        if (j->state == FINISHED && isatty(b->out))
-            j->out.n = drop_controls(j->out.s, j->out.n);
-        if (j->state == FINISHED && write_line(b, &j->out) != DONE)
-            return BAD_FILE;
-        b->bytes += (double)j->bytes;
-        free_job(j);
-        b->first = (b->first + 1) % b->n_ring;
-        b->n_jobs--;
-    }
-    return DONE;
-}
-
-/* ---- the input */
-
-/* Is there something to read, or the end of it?  A signal ends the waiting; one
- * that comes just before it is heard a second later. */
-static int is_ready(int fd, int wait)
-{
-    struct pollfd p = { fd, POLLIN, 0 };
-    int n;
-
-    do
-        n = poll(&p, 1, wait ? 1000 : 0);
-    while (n <= 0 && wait && !interrupted);
-    return n > 0 && !interrupted;
-}
-
-/* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
- * yet or will not.  Of one that is too long some of the end may be missing. */
-static int next_line(struct source *in, int wait, struct piece *line)
-{
-    for (;;) {
-        reserve(&in->buf, 1 << 16);
-        char *from = in->buf.s + in->at;
-        size_t n = in->buf.n - in->at;
-        const char *end = memchr(from + in->seen, '\n', n - in->seen);
-        if (end || (in->ended && n > 0)) {
-            n = end ? (size_t)(end - from) : n;
-            in->at += n + (end != NULL);
-            in->seen = 0;
-            in->torn = !end;
-            in->line++;
-            n -= n > 0 && from[n - 1] == '\r';
-            from[n] = '\0';
-            *line = (struct piece){ from, n };
-            return 1;
-        }
-        in->seen = n = n <= MAX_LINE ? n : MAX_LINE + 1;
-        if (in->at > 0)
-            memmove(in->buf.s, from, n);
-        in->buf.n = n;
-        in->at = 0;
-        if (in->ended || !is_ready(in->fd, wait))
-            return 0;
-        const ssize_t got = read(in->fd, in->buf.s + n, 1 << 16);
-        in->ended = got == 0 || (got < 0 && errno != EINTR);
-        in->error = got < 0 && in->ended ? errno : 0;
-        in->buf.n += got > 0 ? (size_t)got : 0;
-    }
-}
-
-/* ---- a run that goes on */
-
-static int by_id(const void *a, const void *b)
-{
-    const struct text *x = &((const struct known *)a)->id;
-    const struct text *y = &((const struct known *)b)->id;
-    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
-
-    return order ? order : (x->n > y->n) - (x->n < y->n);
-}
-
-/* What begins otherwise was not written here. */
-static int is_ours(const struct piece *line)
-{
-    const size_t len = strlen(output_start);
-
-    return memcmp(line->s, output_start, line->n < len ? line->n : len) == 0;
-}
-
-/* The custom_id of a line of output, as one that needs no answer any more. */
-static int know_line(struct batch *b, const struct piece *line,
-                     long long number)
-{
-    const int n = b->n_known;
-    struct known *more = b->known;
-    struct pool pool = { 0 };
-    struct json *whole = NULL;
-    const struct json *id;
-    struct why why;
-
-    if ((n & (n - 1)) == 0)
-        more = realloc(more, (n ? 2 * (size_t)n : 1) * sizeof *more);
-    if (!more)
-        return say(NO_MEMORY, "no memory for the lines of %s", b->out_name);
-    b->known = more;
-    if (is_ours(line))
-        json_parse(&pool, line->s, line->n, &whole, &why);
-    id = given(whole, "custom_id");
-    if (id && id->type == JSON_STRING) {
-        more[n] = (struct known){ .times = 1 };
-        add(&more[n].id, id->s, id->n);
-        b->n_known += !more[n].id.failed;
-        b->failed_before += given(whole, "error") != NULL;
-    }
-    pool_free(&pool);
-    return b->n_known > n ? DONE :
-           say(BAD_FILE, "%s: line %lld is none that --batch writes",
-               b->out_name, number);
-}
-
-/* Sort what is known, and count what is there more than once. */
-static void sort_known(struct batch *b)
-{
-    int n = 0;
-
-    if (b->n_known > 0)
-        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_id);
-    for (int i = 0; i < b->n_known; i++)
-        if (n > 0 && by_id(&b->known[n - 1], &b->known[i]) == 0) {
-            b->known[n - 1].times++;
-            free(b->known[i].id.s);
-        } else
-            b->known[n++] = b->known[i];
-    b->n_known = n;
-}
-
-/* Does another process write to this file?  Both would answer the same lines.
- * Where there are no locks nobody knows. */
-static int is_taken(int fd)
-{
-#ifdef F_SETLK
-    struct flock all = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
-
-    return fcntl(fd, F_SETLK, &all) != 0 && (errno == EAGAIN ||
-                                             errno == EACCES);
-#else
-    return (void)fd, 0;
-#endif
-}
-
-/* What a run before has written; a line that it was killed in is cut off. */
-static int open_resumed(struct batch *b)
-{
-    const char *path = b->out_name = b->e.s->resume;
-    const int fd = open(path, O_RDWR | O_CREAT | O_APPEND, 0666);
-    struct source from = { .fd = fd };
-    struct piece line;
-    struct stat st;
-    int code = DONE;
-
-    b->out = fd;
-    if (fd < 0 || fstat(fd, &st) != 0)
-        return say(BAD_FILE, "%s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
-        return say(BAD_FILE, "%s: not a regular file", path);
-    if (is_taken(fd))
-        return say(BAD_FILE, "%s: another process is writing to it", path);
-    while (code == DONE && next_line(&from, 1, &line))
-        if (!from.torn || !is_ours(&line))
-            code = know_line(b, &line, from.line);
-        else if (ftruncate(fd, st.st_size - (off_t)line.n) != 0)
-            from.error = errno;
-    if (code == DONE && from.error)
-        code = say(BAD_FILE, "%s: %s", path, strerror(from.error));
-    free(from.buf.s);
-    if (code == DONE && !b->e.s->quiet)
-        say(DONE, "%s: %d lines are there already", path, b->n_known);
-    sort_known(b);
-    return code;
-}
-
-/* Is the answer with this id there already?  It counts once. */
-static int take_known(struct batch *b, const struct text *id)
-{
-    const struct known asked = { .id = *id };
-    struct known *k = b->n_known ? bsearch(&asked, b->known,
-        (size_t)b->n_known, sizeof *b->known, by_id) : NULL;
-
-    return k && k->times > 0 && k->times--;
-}
-
-static int number_of(const char *variable, long *out)
-{
-    const char *s = getenv(variable);
-    char *end;
-
-    if (!s || !*s)
-        return -1;
-    *out = strtol(s, &end, 10);
-    return *end || *out < 0 || *out > 1 << 30 ? -1 : 0;
-}
-
-/* Of a job array: its tasks are counted from the first, so all of them must be
- * there; part of an array says how many it was cut from, auto/N. */
-static int array_shard(const char *s, long *i, long *n)
-{
-    long first = 0, last = 0, step = 1;
-    char *end;
-
-    if (number_of("SLURM_ARRAY_TASK_ID", i) != 0 &&
-        number_of("JOB_COMPLETION_INDEX", i) != 0)
-        return usage("--shard %s: expected SLURM_ARRAY_TASK_ID or "
-                     "JOB_COMPLETION_INDEX in the environment", s);
-    if (s[4] == '/') {
-        *n = strtol(s + 5, &end, 10);
-        return *end || end == s + 5 ? usage("--shard %s: expected auto/N", s) :
-               DONE;
-    }
-    number_of("SLURM_ARRAY_TASK_STEP", &step);
-    if (s[4] || number_of("SLURM_ARRAY_TASK_COUNT", n) != 0 ||
-        number_of("SLURM_ARRAY_TASK_MIN", &first) != 0 ||
-        number_of("SLURM_ARRAY_TASK_MAX", &last) != 0 || step < 1 ||
-        (last - first) / step + 1 != *n)
-        return usage("--shard %s: expected a whole Slurm array in the "
-                     "environment, or --shard auto/N", s);
-    *i = (*i - first) / step;
-    return DONE;
-}
-
-/* "I/N", or "auto" and "auto/N" by what Slurm or Kubernetes say. */
-static int choose_shard(struct batch *b)
-{
-    const char *s = b->e.s->shard;
-    long i = 0, n = 1;
-    char *end = NULL;
-
-    if (s && strncmp(s, "auto", 4) == 0) {
-        if (array_shard(s, &i, &n) != DONE)
-            return USAGE;
-    } else if (s) {
-        i = strtol(s, &end, 10);
-        n = end > s && *end == '/' ? strtol(end + 1, &end, 10) : 0;
-    }
-    if ((end && *end) || n < 1 || n > 1 << 24 || i < 0 || i >= n)
-        return usage("--shard %s: part %ld of %ld, expected I/N with I from 0 "
-                     "to N-1", s, i, n);
-    b->shard = (int)i;
-    b->n_shards = (int)n;
-    return DONE;
-}
-
-/* ---- many requests */
-
-static struct job *job_at(const struct batch *b, int i)
-{
-    return &b->job[(b->first + i) % b->n_ring];
-}
-
-/* A line becomes a job, or is left to an earlier run.  Its JSON is not kept. */
-static void add_job(struct batch *b, const struct piece *line)
-{
-    struct job *j = job_at(b, b->n_jobs);
-    struct json *whole = NULL;
-    struct why why = { "no memory for the request" };
-    int code;
-
-    *j = (struct job){ .t.e = &b->e, .line = b->in.line, .bytes = line->n + 1 };
-    j->hash = hash_bytes(HASH_START, line->s, line->n);
-    add_format(&j->id, "line-%lld", j->line);
-    if (line->n > MAX_LINE)
-        code = because(&why, USAGE, "longer than %d bytes", MAX_LINE);
-    else if (b->e.s->batch_raw)
-        code = read_raw(j, line->s, line->n, &why);
-    else if ((code = json_parse(&j->t.pool, line->s, line->n, &whole, &why)) ==
-             DONE)
-        code = read_envelope(b, j, whole, &why);
-    if (code == DONE)
-        code = check_prompt(&b->e, &j->t.q, &why);
-    if (take_known(b, &j->id)) {
-        b->skipped++;
-        b->bytes += (double)j->bytes;
-        free_job(j);
-        return;
-    }
-    if (code == DONE)
-        pool_free(&j->t.pool);
-    else                                  /* columns, but no lines, in JSON  */
-        finish_error(b, j, code, strncmp(why.s, "line 1, ", 8) ? why.s :
-                     why.s + 8);
-    b->n_jobs++;
-}
-
-/* Read lines while there is room; wait for one only if there is nothing else to
- * do. */
-static void read_lines(struct batch *b)
-{
-    struct piece line;
-
-    while (b->n_jobs < b->n_ring &&
-           next_line(&b->in, b->n_jobs == 0, &line)) {
-        if (strspn(line.s, " \t\r") >= line.n ||
-            (b->in.line - 1) % b->n_shards != b->shard)
-            b->bytes += (double)line.n + 1;
-        else
-            add_job(b, &line);
-    }
-}
-
-/* The sequence whose cache has most of a prompt, of all or the idle ones. */
-static int best_sequence(const struct batch *b, const struct ids *prompt,
-                         int idle, int *same)
-{
-    int best = -1;
-
-    *same = 0;
-    for (int seq = 0; seq < b->e.par.n_seq; seq++) {
-        const int n = shared_prefix(&b->e.cached[seq], prompt);
-        if ((idle && b->busy[seq]) || (best >= 0 && n <= *same))
-            continue;
-        best = seq;
-        *same = n;
-    }
-    return best;
-}
-
-/* Will a prompt that is being read right now be worth waiting for? */
-static int worth_waiting(const struct batch *b, const struct ids *prompt,
-                         int have)
-{
-    for (int i = 0; i < b->n_active; i++) {
-        const struct reply *r = b->active[i];
-        if (r->n_fed < r->q->prompt.n) {
-            const int n = shared_prefix(&r->q->prompt, prompt);
-            if (n > r->n_fed && n >= have + lfm2_seq_step(b->e.ctx))
-                return 1;
-        }
-    }
-    return 0;
-}
-
-/* Begin to answer a line in an idle sequence, from the longest beginning of its
- * prompt that any sequence has.  One whose own log probabilities are wanted has
- * no use for that.  Returns 0 if it should wait. */
-static int begin_job(struct batch *b, struct job *j)
-{
-    static const struct ids none = { NULL, 0 };
-    struct engine *e = &b->e;
-    const struct ids *prompt = j->t.q.prompt_logprobs < 0 ? &j->t.q.prompt :
-                               &none;
-    int have, same, code;
-    const int seq = best_sequence(b, prompt, 1, &have);
-    const int from = best_sequence(b, prompt, 0, &same);
-    struct why why;
-
-    if (worth_waiting(b, prompt, same))
-        return 0;
-    if (same >= have + lfm2_seq_step(e->ctx) &&
-        lfm2_seq_copy(e->ctx, seq, from, NULL) == LFM2_OK) {
-        memcpy(e->cached[seq].id, e->cached[from].id,
-               (size_t)e->cached[from].n * sizeof *e->cached[from].id);
-        e->cached[seq].n = e->cached[from].n;
-    }
-    code = start_reply(e, &j->t.r, &j->t.q, seq, &why);
-    if (code != DONE) {
-        finish_error(b, j, code, why.s);
-        return 1;
-    }
-    j->state = ACTIVE;
-    b->busy[seq] = 1;
-    b->active[b->n_active++] = &j->t.r;
-    return 1;
-}
-
-static void begin_jobs(struct batch *b)
-{
-    int n_free = b->e.par.n_seq;
-
-    memset(b->busy, 0, (size_t)n_free);
-    b->n_active = 0;
-    for (int i = 0; i < b->n_jobs; i++) {
-        struct job *j = job_at(b, i);
-        if (j->state == ACTIVE) {
-            b->busy[j->t.r.seq] = 1;
-            b->active[b->n_active++] = &j->t.r;
-        }
-    }
-    for (int i = 0; i < b->n_jobs && b->n_active < n_free; i++) {
-        struct job *j = job_at(b, i);
-        if (j->state == WAITING && !begin_job(b, j))
-            break;
-    }
-}
-
-static void end_jobs(struct batch *b)
-{
-    for (int i = 0; i < b->n_jobs; i++) {
-        struct job *j = job_at(b, i);
-        if (j->state != ACTIVE || j->t.r.finish == UNFINISHED)
-            continue;
-        b->tokens += j->t.q.prompt.n + j->t.r.n_made;
-        b->reused += j->t.r.n_reused;
-        b->guessed += j->t.r.n_guessed;
-        b->right += j->t.r.n_right;
-        finish_reply(b, j);
-        free_reply(&j->t.r);
-        j->t.r = (struct reply){ 0 };
-    }
-}
-
-/* One line on standard error now and then; at the end, always. */
-static void report_progress(struct batch *b, int last)
-{
-    const struct settings *s = b->e.s;
-    const double now = seconds(), took = now - b->started + 1e-9;
-    const double part = b->size > 0 ? b->bytes / b->size : 0;
-    char left[48] = "";
-
-    if (s->quiet || (!last && (s->heartbeat == 0 ||
-                               now - b->beat < s->heartbeat)))
-        return;
-    b->beat = now;
-    if (!last && part > 0 && part < 1)
-        snprintf(left, sizeof left, ", %.0f %%, %.0f s to go", part * 100,
-                 took / part * (1 - part));
-    if (s->hadoop)
-        fprintf(stderr, "reporter:status:");
-    say(DONE, "%lld answered, %lld failed, %lld were there; %.1f tok/s, "
-        "%.0f s%s", b->done, b->failed, b->skipped, b->tokens / took, took,
-        left);
-    if (last && s->verbose)
-        say(DONE, "%.0f tokens, %.0f of them reused", b->tokens, b->reused);
-    if (last && s->verbose && b->guessed > 0)
-        say(DONE, "guessed %.0f tokens, %.0f of them right", b->guessed,
-            b->right);
-}
-
-static int run_batch(struct batch *b)
-{
-    int code = DONE;
-
-    for (;;) {
-        read_lines(b);
-        begin_jobs(b);
-        code = write_finished(b, 0);
-        if (code != DONE || interrupted || (b->n_jobs == 0 && b->in.ended &&
-                                            b->in.at == b->in.buf.n))
-            break;
-        if (b->n_active > 0)
-            code = step(&b->e, b->active, b->n_active);
-        if (code != DONE)
-            break;
-        end_jobs(b);
-        report_progress(b, 0);
-    }
-    if (code == DONE && interrupted)
-        code = INTERRUPTED;
-    if (code == INTERRUPTED && write_finished(b, 1) != DONE)
-        code = BAD_FILE;
-    if (code == DONE && b->in.error)
-        code = say(b->in.error == ENOMEM ? NO_MEMORY : BAD_FILE, "%s: %s",
-                   b->in_name, strerror(b->in.error));
-    for (int i = 0; i < b->n_jobs; i++)
-        free_job(job_at(b, i));
-    return code;
-}
-
-static int open_batch(struct batch *b)
-{
-    const struct settings *s = b->e.s;
-    struct stat st;
-    int code = choose_shard(b);
-
-    if (code != DONE)
-        return code;
-    b->in.fd = !s->file || is_dash(s->file) ? STDIN_FILENO :
-               open(s->file, O_RDONLY);
-    b->in_name = s->file ? s->file : "standard input";
-    if (b->in.fd < 0)
-        return say(BAD_FILE, "%s: %s", s->file, strerror(errno));
-    if (fstat(b->in.fd, &st) == 0 && S_ISREG(st.st_mode))
-        b->size = (double)st.st_size;
-    b->out_name = "standard output";
-    code = open_engine(&b->e);
-    if (code == DONE && s->resume)
-        code = open_resumed(b);
-    if (code != DONE)
-        return code;
-    b->e.par.n_seq = s->parallel;
-    b->e.par.n_logits = s->parallel + LOGITS_CHUNK;
-    b->n_ring = s->parallel * AHEAD;
-    b->job = calloc((size_t)b->n_ring, sizeof *b->job);
-    b->active = calloc((size_t)s->parallel, sizeof *b->active);
-    b->busy = malloc((size_t)s->parallel);
-    if (!b->job || !b->active || !b->busy)
-        return say(NO_MEMORY, "no memory for %d requests", b->n_ring);
-    return open_context(&b->e);
-}
-
-static int batch(const struct settings *s)
-{
-    struct batch b = { .e.s = s, .out = STDOUT_FILENO };
-    int code = open_batch(&b);
-
-    if (code == DONE) {
-        catch_interrupt();
-        b.started = b.beat = seconds();
-        running = b.e.ctx;
-        code = run_batch(&b);
-        running = NULL;
-        report_progress(&b, 1);
-    }
-    if (b.out > STDOUT_FILENO && close(b.out) != 0 && code == DONE)
-        code = say(BAD_FILE, "%s: %s", b.out_name, strerror(errno));
-    if (b.in.fd > STDIN_FILENO)
-        close(b.in.fd);
-    for (int i = 0; i < b.n_known; i++)
-        free(b.known[i].id.s);
-    free(b.known);
-    free(b.in.buf.s);
-    free(b.job);
-    free(b.active);
-    free(b.busy);
-    close_engine(&b.e);
-    return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
-}
-
-/* ---------------------------------------------------------------- 17. --ppl
+/* ---------------------------------------------------------------- 19. --ppl
  *
  * How well a model foresees a text, measured as llama-perplexity does, so that
  * the figures can be compared.  The text is cut into windows of n_ctx tokens,
@@ -9390,21 +8586,12 @@ static int batch(const struct settings *s)
  * something to go by: positions n_ctx / 2 to n_ctx - 2, each by the token after
  * it.  The perplexity is e to the power of the mean surprise.
  *
- * To see what other weights or another format change, the logits of one run can
- * be saved and those of a second compared with them:
- *
- *     "lfm2ppl\n"; u32 version, n_vocab, n_ctx, windows
- *     i32 token[windows][n_ctx], as they were read; u64 checksum of all this
- *     for every scored position: f32 logit[n_vocab], u64 checksum of these
- *
- * all little-endian.  Whole floats make it large, 67 MB a window of 512 tokens
- * with a vocabulary of 65536, but exact: the divergence of a run from itself is
- * 0, and differences of 1e-9 can be seen. */
+ * What other weights or another format change is found by
+ * scripts/compare_logits.py, from two files of --logits. */
 
-enum { PPL_CTX = 512, PPL_VERSION = 1, PPL_FIELDS = 24, PPL_SUM = 8 };
-enum { PPL_LOGITS = 1 << 27 };            /* bytes of logits held at once    */
+enum { PPL_CTX = 512, PPL_LOGITS = 1 << 27 };         /* bytes held at once  */
 
-/* Sums over the scored positions: of x, and of x * x. */
+/* Sums over samples: of x, and of x * x. */
 struct sums { double x, xx; };
 
 struct estimate { double mean, error; };  /* with its standard error         */
@@ -9412,157 +8599,14 @@ struct estimate { double mean, error; };  /* with its standard error         */
 struct ppl {
     struct engine e;
     struct ids ids;                       /* the windows, one by one         */
-    int n_ctx, n_vocab, n_windows;
+    int n_ctx, n_windows;
     int n_rows;                           /* scored in a window              */
     int n_piece, n_seq;                   /* rows asked for at once in each
                                              of so many windows              */
-    FILE *save, *base;
-    struct text header, row;              /* of their files                  */
-    float *base_row;                      /* [n_vocab]                       */
-    struct sums nll, base_nll, kl, same_top;
-    double nll_base_nll;                  /* sum of the products             */
-    double *every_kl;                     /* [n_windows * n_rows]            */
+    struct sums nll;
     int n_scored;
     double start;                         /* when it began                   */
 };
-
-/* ---- files */
-
-static size_t ppl_row_size(const struct ppl *p)
-{
-    return (size_t)p->n_vocab * 4 + PPL_SUM;
-}
-
-static void add_checksum(struct text *t)
-{
-    add_le(t, hash_bytes(HASH_START, t->s, t->n), PPL_SUM);
-}
-
-/* What a file of this very run begins with. */
-static int ppl_make_header(struct ppl *p)
-{
-    struct text *h = &p->header;
-
-    add_string(h, "lfm2ppl\n");
-    add_le(h, PPL_VERSION, 4);
-    add_le(h, (uint64_t)p->n_vocab, 4);
-    add_le(h, (uint64_t)p->n_ctx, 4);
-    add_le(h, (uint64_t)p->n_windows, 4);
-    for (int i = 0; i < p->n_windows * p->n_ctx; i++)
-        add_le(h, (uint32_t)p->ids.id[i], 4);
-    add_checksum(h);
-    return h->failed ? say(NO_MEMORY, "no memory for %d tokens", p->ids.n) :
-           DONE;
-}
-
-/* Is a file that begins so one of this very run?  Those who made it with
- * something else will want to know with what. */
-static int ppl_check_header(const struct ppl *p, const struct text *file)
-{
-    static const char *const field[] = {
-        "version", "a vocabulary of", "windows of (-c)", "windows:"
-    };
-    const size_t n = p->header.n - PPL_SUM;
-    const unsigned char *want = (unsigned char *)p->header.s;
-    const unsigned char *has = (unsigned char *)file->s;
-    const char *path = p->e.s->ppl_compare;
-
-    if (file->n < PPL_FIELDS || memcmp(has, want, 8) != 0)
-        return say(BAD_FILE, "%s: not a file of --ppl-save", path);
-    for (int i = 0; i < 4; i++)
-        if (get_le(has + 8 + 4 * i, 4) != get_le(want + 8 + 4 * i, 4))
-            return say(BAD_FILE, "%s: %s %lu, expected %lu", path, field[i],
-                       (unsigned long)get_le(has + 8 + 4 * i, 4),
-                       (unsigned long)get_le(want + 8 + 4 * i, 4));
-    if (file->n < n + PPL_SUM)
-        return say(BAD_FILE, "%s: cut short after %zu bytes", path, file->n);
-    if (get_le(has + n, PPL_SUM) != hash_bytes(HASH_START, file->s, n))
-        return say(BAD_FILE, "%s: damaged, its checksum is wrong", path);
-    return memcmp(has, want, n) == 0 ? DONE :
-           say(BAD_FILE, "%s: of another text, or tokens", path);
-}
-
-/* A file that is too short is better refused now than after hours. */
-static int ppl_check_size(const struct ppl *p)
-{
-    const uint64_t n_rows = (uint64_t)p->n_windows * (uint64_t)p->n_rows;
-    const uint64_t size = p->header.n + n_rows * ppl_row_size(p);
-    struct stat st;
-
-    if (fstat(fileno(p->base), &st) == 0 && S_ISREG(st.st_mode) &&
-        (uint64_t)st.st_size != size)
-        return say(BAD_FILE, "%s: %lld bytes, expected %llu",
-                   p->e.s->ppl_compare, (long long)st.st_size,
-                   (unsigned long long)size);
-    return DONE;
-}
-
-static int ppl_open_base(struct ppl *p)
-{
-    const char *path = p->e.s->ppl_compare;
-    struct text has = { 0 };
-    int code;
-
-    p->base = fopen(path, "rb");
-    if (!p->base)
-        return say(BAD_FILE, "%s: %s", path, strerror(errno));
-    reserve(&has, p->header.n);
-    has.n = fread(has.s, 1, p->header.n, p->base);
-    code = ferror(p->base) ? say(BAD_FILE, "%s: %s", path, strerror(errno)) :
-           ppl_check_header(p, &has);
-    free(has.s);
-    return code == DONE ? ppl_check_size(p) : code;
-}
-
-/* The file to compare with first: if it is refused, nothing is overwritten. */
-static int ppl_open_files(struct ppl *p)
-{
-    const struct settings *s = p->e.s;
-    int code = ppl_make_header(p);
-
-    if (code == DONE && s->ppl_compare)
-        code = ppl_open_base(p);
-    if (code != DONE || !s->ppl_save)
-        return code;
-    p->save = create_file(s->ppl_save);
-    if (!p->save)
-        return BAD_FILE;
-    fwrite(p->header.s, 1, p->header.n, p->save);
-    return DONE;
-}
-
-static int ppl_save_row(struct ppl *p, const float *logits)
-{
-    struct text *row = &p->row;
-
-    row->n = 0;
-    for (int i = 0; i < p->n_vocab; i++)
-        add_le(row, float_bits(logits[i]), 4);
-    add_checksum(row);
-    return fwrite(row->s, 1, row->n, p->save) == row->n ? DONE :
-           say(BAD_FILE, "%s: %s", p->e.s->ppl_save, strerror(errno));
-}
-
-static int ppl_load_row(struct ppl *p)
-{
-    const size_t n = (size_t)p->n_vocab * 4;
-    const unsigned char *row = (unsigned char *)p->row.s;
-    const char *path = p->e.s->ppl_compare;
-
-    if (fread(p->row.s, 1, n + PPL_SUM, p->base) != n + PPL_SUM)
-        return say(BAD_FILE, "%s: %s", path, ferror(p->base) ?
-                   strerror(errno) : "cut short");
-    if (get_le(row + n, PPL_SUM) != hash_bytes(HASH_START, p->row.s, n))
-        return say(BAD_FILE, "%s: damaged, the checksum of row %d is wrong",
-                   path, p->n_scored);
-    for (int i = 0; i < p->n_vocab; i++) {
-        const uint32_t u = (uint32_t)get_le(row + 4 * i, 4);
-        memcpy(p->base_row + i, &u, sizeof u);
-    }
-    return DONE;
-}
-
-/* ---- scores */
 
 static void add_to(struct sums *s, double x)
 {
@@ -9579,143 +8623,21 @@ static struct estimate mean_and_error(struct sums s, int n)
     };
 }
 
-/* The likeliest; of equals, the first. */
-static int top_of(const float *logits, int n)
+/* The tokens of the text, in windows; what is left over is not used. */
+static int ppl_read(struct ppl *p)
 {
-    int top = 0;
+    const int32_t bos = lfm2_add_bos(p->e.words) ? lfm2_bos(p->e.words) : -1;
+    struct ids *ids = &p->ids;
+    struct text t = { 0 };
+    int code = read_file(p->e.s->ppl, &t);
 
-    for (int i = 1; i < n; i++)
-        if (logits[i] > logits[top])
-            top = i;
-    return top;
-}
-
-/* The sum of p (log p - log q), for p of the saved run and q of this one, is
- * the mean under p of the difference of logits, less that of log_sum().
- * Where the logits are equal, each of these is exactly 0. */
-static int ppl_compare(struct ppl *p, const float *logits, double all, int top,
-                       int32_t target)
-{
-    const float *base = p->base_row;
-    double sum = 0, difference = 0, base_all, kl;
-    int base_top, code = ppl_load_row(p);
-
+    if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
+        t.n--;
+    if (code == DONE)
+        code = encode_plain(p->e.s, p->e.words, t.s, t.n, ids);
+    free(t.s);
     if (code != DONE)
         return code;
-    base_top = top_of(base, p->n_vocab);
-    for (int i = 0; i < p->n_vocab; i++) {
-        const double e = exp((double)base[i] - base[base_top]);
-        sum += e;
-        difference += e * ((double)base[i] - logits[i]);
-    }
-    base_all = base[base_top] + log(sum);
-    kl = difference / sum - (base_all - all);
-    p->every_kl[p->n_scored] = kl;
-    add_to(&p->kl, kl);
-    add_to(&p->base_nll, base_all - base[target]);
-    add_to(&p->same_top, top == base_top);
-    p->nll_base_nll += (all - logits[target]) * (base_all - base[target]);
-    return DONE;
-}
-
-/* One position, of which the token `target` came next. */
-static int ppl_score(struct ppl *p, const float *logits, int32_t target)
-{
-    const int top = top_of(logits, p->n_vocab);
-    const double all = log_sum(logits, p->n_vocab);
-    int code = DONE;
-
-    if (!isfinite(all) || !isfinite(logits[target]))
-        return say(FAILED, "%s: logits that are not finite", p->e.s->model);
-    if (p->save)
-        code = ppl_save_row(p, logits);
-    if (code == DONE && p->base)
-        code = ppl_compare(p, logits, all, top, target);
-    add_to(&p->nll, all - logits[target]);
-    p->n_scored++;
-    return code;
-}
-
-static struct estimate exp_of(struct estimate e)
-{
-    return (struct estimate){ exp(e.mean), exp(e.mean) * e.error };
-}
-
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-
-    return (x > y) - (x < y);
-}
-
-/* The text is the same, so the two perplexities vary together; what they have
- * in common is no error of their difference. */
-static double error_of_difference(const struct ppl *p, struct estimate ppl,
-                                  struct estimate base)
-{
-    const double n = p->n_scored;
-    const double common = (p->nll_base_nll / n - p->nll.x / n *
-                           p->base_nll.x / n) / (n - 1);
-    const double variance = ppl.error * ppl.error + base.error * base.error -
-                            2 * common * ppl.mean * base.mean;
-
-    return variance > 0 ? sqrt(variance) : 0;
-}
-
-/* There are two windows at least, so n > 1. */
-static void ppl_print_comparison(const struct ppl *p, struct estimate ppl)
-{
-    const int n = p->n_scored;
-    const double at = 0.99 * (n - 1), *kls = p->every_kl + (int)at;
-    const struct estimate base = exp_of(mean_and_error(p->base_nll, n));
-    const struct estimate kl = mean_and_error(p->kl, n);
-    const struct estimate same = mean_and_error(p->same_top, n);
-
-    qsort(p->every_kl, (size_t)n, sizeof *p->every_kl, ascending);
-    printf("saved run      %.4f +/- %.5f\n", base.mean, base.error);
-    printf("difference     %.6f +/- %.6f\n", ppl.mean - base.mean,
-           error_of_difference(p, ppl, base));
-    printf("KL divergence  %.6g +/- %.2g\n", kl.mean, kl.error);
-    printf("  99 %%         %.6g\n", kls[0] + (at - (int)at) *
-           (kls[1] - kls[0]));
-    printf("  maximum      %.6g\n", p->every_kl[n - 1]);
-    printf("same top token %.3f +/- %.3f %%\n", 100 * same.mean,
-           100 * same.error);
-}
-
-static void ppl_print(const struct ppl *p)
-{
-    const struct estimate ppl = exp_of(mean_and_error(p->nll, p->n_scored));
-
-    printf("perplexity     %.4f +/- %.5f\n", ppl.mean, ppl.error);
-    printf("scored         %d tokens in %d windows of %d\n", p->n_scored,
-           p->n_windows, p->n_ctx);
-    if (p->base)
-        ppl_print_comparison(p, ppl);
-}
-
-/* ---- the run */
-
-static int ppl_check(const struct settings *s)
-{
-    if (!s->ppl)
-        return usage("--ppl-save and --ppl-compare are for --ppl");
-    if (s->prompt || s->file || s->ids || s->system)
-        return usage("--ppl FILE takes no other text");
-    if (is_dash(s->ppl_save) || is_dash(s->ppl_compare))
-        return usage("--ppl-save and --ppl-compare need a file, not -");
-    if (s->ppl_save && s->ppl_compare &&
-        strcmp(s->ppl_save, s->ppl_compare) == 0)
-        return usage("--ppl-save would overwrite %s before it is compared",
-                     s->ppl_save);
-    return DONE;
-}
-
-/* Cut the tokens of the text into windows; what is left over is not used. */
-static int ppl_cut(struct ppl *p)
-{
-    struct ids *ids = &p->ids;
-
     if (p->n_ctx < 3)
         return say(USAGE, "-c %d: expected windows of at least 3 tokens",
                    p->n_ctx);
@@ -9725,32 +8647,27 @@ static int ppl_cut(struct ppl *p)
                    2 * p->n_ctx);
     p->n_windows = ids->n / p->n_ctx;
     p->n_rows = p->n_ctx - 1 - p->n_ctx / 2;
-    for (int i = 0; lfm2_add_bos(p->e.words) && lfm2_bos(p->e.words) >= 0 &&
-         i < p->n_windows; i++)
-        ids->id[(size_t)i * (size_t)p->n_ctx] = lfm2_bos(p->e.words);
+    for (int i = 0; bos >= 0 && i < p->n_windows; i++)
+        ids->id[(size_t)i * (size_t)p->n_ctx] = bos;
     return DONE;
-}
-
-static int ppl_read(struct ppl *p)
-{
-    struct text t = { 0 };
-    int code = read_file(p->e.s->ppl, &t);
-
-    if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
-        t.n--;
-    if (code == DONE)
-        code = encode_plain(p->e.s, p->e.words, t.s, t.n, &p->ids);
-    free(t.s);
-    return code == DONE ? ppl_cut(p) : code;
 }
 
 /* A window whose rows are too many is read in pieces; short windows are read
  * several at once, so that the weights are not read for a few tokens only. */
-static int ppl_open_context(struct ppl *p)
+static int ppl_open(struct ppl *p)
 {
-    const int most = PPL_LOGITS / 4 / p->n_vocab;
+    int code = open_model(&p->e), most;
     lfm2_params *par = &p->e.par;
 
+    if (code == DONE)
+        code = open_model_words(&p->e);
+    if (code != DONE)
+        return code;
+    p->n_ctx = p->e.s->ctx == UNSET ? PPL_CTX : par->n_ctx;
+    code = ppl_read(p);
+    if (code != DONE)
+        return code;
+    most = PPL_LOGITS / 4 / lfm2_model_config(p->e.model)->n_vocab;
     p->n_piece = p->n_rows < most ? p->n_rows : most > 0 ? most : 1;
     p->n_seq = 1;
     while (p->n_seq < p->n_windows && p->n_seq < most / p->n_rows &&
@@ -9759,13 +8676,6 @@ static int ppl_open_context(struct ppl *p)
     par->n_ctx = p->n_ctx;
     par->n_seq = p->n_seq;
     par->n_logits = p->n_seq * p->n_piece;
-    p->base_row = calloc((size_t)p->n_vocab, sizeof *p->base_row);
-    p->every_kl = calloc((size_t)p->n_windows * (size_t)p->n_rows,
-                         sizeof *p->every_kl);
-    reserve(&p->row, ppl_row_size(p));
-    if (!p->base_row || !p->every_kl)
-        return say(NO_MEMORY, "no memory for the scores of %d windows",
-                   p->n_windows);
     return open_context(&p->e);
 }
 
@@ -9776,34 +8686,40 @@ static void ppl_progress(const struct ppl *p, int n_done)
     const double took = seconds() - p->start;
 
     if (p->e.s->verbose)
-        say(DONE, "window %d of %d: perplexity %.4f, %.0f s", n_done,
-            p->n_windows, perplexity, took);
+        note("window %d of %d: perplexity %.4f, %.0f s", n_done, p->n_windows,
+             perplexity, took);
     else if (isatty(STDERR_FILENO) && !p->e.s->quiet)
-        fprintf(stderr, "\rwindow %d of %d, perplexity %.4f, %.0f s to go   ",
-                n_done, p->n_windows, perplexity,
-                took / n_done * (p->n_windows - n_done));
+        fprintf(stderr, "\rwindow %d of %d, perplexity %.4f, %.0f s to go   %s",
+                n_done, p->n_windows, perplexity, took / n_done *
+                (p->n_windows - n_done), n_done < p->n_windows ? "" : "\n");
 }
 
 /* Positions `from` to `to` of n windows, from the first; the last n_rows of
- * them are scored. */
+ * them are scored, each by the token that came next. */
 static int ppl_piece(struct ppl *p, int first, int n, int from, int to,
                      int n_rows)
 {
+    const int n_vocab = lfm2_model_config(p->e.model)->n_vocab;
     const int32_t *token = p->ids.id + (size_t)first * (size_t)p->n_ctx;
-    int code = DONE;
+    int code;
 
     for (int i = 0; i < n; i++)
         p->e.span[i] = (lfm2_span){
             i, token + (size_t)i * (size_t)p->n_ctx + from, to - from, n_rows
         };
-    if (interrupted)
-        return INTERRUPTED;
-    code = forward(&p->e, p->e.span, n);
+    code = interrupted ? INTERRUPTED : forward(&p->e, p->e.span, n);
     for (int i = 0; code == DONE && i < n; i++) {
         const int32_t *next = p->e.span[i].tokens + (to - from) - n_rows + 1;
-        for (int k = 0; code == DONE && k < n_rows; k++)
-            code = ppl_score(p, lfm2_logits(p->e.ctx, i, k), next[k]);
-        if (code == DONE && to == p->n_ctx - 1)
+        for (int k = 0; k < n_rows; k++) {
+            const float *logits = lfm2_logits(p->e.ctx, i, k);
+            const double nll = log_sum(logits, n_vocab) - logits[next[k]];
+            if (!isfinite(nll))
+                return say(FAILED, "%s: logits that are not finite",
+                           p->e.s->model);
+            add_to(&p->nll, nll);
+            p->n_scored++;
+        }
+        if (to == p->n_ctx - 1)
             ppl_progress(p, first + i + 1);
     }
     return code;
@@ -9827,59 +8743,48 @@ static int ppl_run(struct ppl *p)
         for (int i = 0; i < n; i++)
             lfm2_seq_trim(p->e.ctx, i, 0);
     }
-    if (p->n_scored > 0 && isatty(STDERR_FILENO) && !p->e.s->quiet)
-        fputc('\n', stderr);
     return code;
 }
 
-static int ppl_open(struct ppl *p)
+static void ppl_print(const struct ppl *p)
 {
-    const struct settings *s = p->e.s;
-    int code = open_model(&p->e);
+    const struct estimate e = mean_and_error(p->nll, p->n_scored);
+    const double ppl = exp(e.mean);
 
-    if (code != DONE)
-        return code;
-    p->n_vocab = lfm2_model_config(p->e.model)->n_vocab;
-    p->n_ctx = s->ctx == UNSET ? PPL_CTX : p->e.par.n_ctx;
-    code = open_model_words(&p->e);
-    if (code == DONE)
-        code = ppl_read(p);
-    if (code == DONE)
-        code = ppl_open_context(p);
-    return code == DONE ? ppl_open_files(p) : code;
+    if (p->e.s->json)
+        printf("{\"perplexity\": %.9g, \"error\": %.9g, \"scored\": %d, "
+               "\"windows\": %d, \"n_ctx\": %d}\n", ppl, ppl * e.error,
+               p->n_scored, p->n_windows, p->n_ctx);
+    else
+        printf("perplexity     %.4f +/- %.5f\nscored         %d tokens in %d "
+               "windows of %d\n", ppl, ppl * e.error, p->n_scored,
+               p->n_windows, p->n_ctx);
 }
 
 static int perplexity(const struct settings *s)
 {
     struct settings plain = *s;
     struct ppl p = { .e.s = &plain };
-    int code = ppl_check(s);
+    int code;
 
+    if (s->prompt || s->file || s->ids || s->system)
+        return usage("--ppl FILE takes no other text");
     plain.raw = 1;                        /* no chat template                */
-    if (code == DONE)
-        code = ppl_open(&p);
+    code = ppl_open(&p);
     if (code == DONE) {
         running = p.e.ctx;
         catch_interrupt();
         code = ppl_run(&p);
         running = NULL;
     }
-    if (p.save)
-        code = finish_file(p.save, s->ppl_save, code);
     if (code == DONE)
         ppl_print(&p);
-    if (p.base)
-        fclose(p.base);
-    free(p.header.s);
-    free(p.row.s);
-    free(p.base_row);
-    free(p.every_kl);
     free(p.ids.id);
     close_engine(&p.e);
     return code;
 }
 
-/* -------------------------------------------------------------- 18. --bench
+/* -------------------------------------------------------------- 20. --bench
  *
  * The tests, names and table of llama-bench, and beside every figure how much
  * of the machine it makes use of.  Generating reads all weights for each token,
@@ -9887,43 +8792,30 @@ static int perplexity(const struct settings *s)
  * tokens, so arithmetic does.  Both limits are measured in the same run. */
 
 enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
+enum { MAX_TESTS = MAX_LIST * (MAX_LIST + 1) };       /* at one depth        */
 
 struct test { int n_prompt, n_gen, n_seq, depth; };
 
 /* A second: bytes from memory, multiply-adds, and bytes that a kernel makes of
  * weights in the second-level cache, of each thread. */
-struct limits { double read, dot, cached; };
-
-struct result {
-    struct test test;
-    struct limits best;
-    int n_threads;
-    struct estimate ns, ts;               /* with the standard deviation     */
-    double read, macs;                    /* a second; 0: not to be said     */
-    double rss_peak, rss_anon;
-    char when[24];
-};
-
-enum { MAX_TESTS = MAX_LIST * (MAX_LIST + 2) };       /* at one depth        */
+struct limits { int n_threads; double read, dot, cached; };
 
 struct bench {
     const struct settings *s;
     struct engine e;                      /* e.par: of its context, in force */
+    FILE *status;                         /* of this process, where told     */
     struct cost cost;
-    struct limits best;                   /* of its number of threads        */
+    struct limits best[MAX_LIST], *limit; /* of each number of threads       */
     struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
     double load_s, context_s, first_s;    /* first: all, from the start      */
     double rss_anon;                      /* the most there ever was         */
-    double sample_s, token_s;             /* choosing a token; having one    */
-    int n_cpus;
+    double most_share;                    /* of a limit                      */
     struct test test[MAX_TESTS];          /* of each depth                   */
-    int n_tests;
-    int longest, deepest, n_seq;          /* the most tokens, sequences      */
+    int n_tests, n_done;
+    int longest, n_seq;                   /* the most tokens, sequences      */
     int32_t *token;                       /* [n_tokens]: of all at any depth */
     int n_tokens;
     double *ns, *ts;                      /* [s->reps] of the last test      */
-    struct result *result;                /* [n_results] so far              */
-    int n_results;
 };
 
 /* ---- the work */
@@ -9955,61 +8847,30 @@ static int prepare(struct bench *b, const struct test *t)
 }
 
 /* Which tokens are generated does not matter, so none is chosen. */
-static int bench_generate(struct bench *b, const struct test *t, int n)
-{
-    int32_t *token = b->token + t->depth + t->n_prompt;
-    int code = DONE;
-
-    for (int i = 0; code == DONE && i < n; i++) {
-        for (int k = 0; k < t->n_seq; k++)
-            b->e.span[k] = (lfm2_span){ k, token + i, 1, 1 };
-        code = interrupted ? INTERRUPTED : forward(&b->e, b->e.span, t->n_seq);
-    }
-    return code;
-}
-
 static int run_once(struct bench *b, const struct test *t, int n_gen,
                     double *took)
 {
+    const int32_t *token = b->token + t->depth + t->n_prompt;
     int code = prepare(b, t);
     const double start = seconds();
 
     if (code == DONE)
         code = feed(b, 0, t->depth, t->depth + t->n_prompt, t->n_prompt > 0);
-    if (code == DONE)
-        code = bench_generate(b, t, n_gen);
+    for (int i = 0; code == DONE && i < n_gen; i++) {
+        for (int k = 0; k < t->n_seq; k++)
+            b->e.span[k] = (lfm2_span){ k, token + i, 1, 1 };
+        code = interrupted ? INTERRUPTED : forward(&b->e, b->e.span, t->n_seq);
+    }
     *took = seconds() - start;
     return code;
 }
 
-/* The warm-up generates but one token, as llama-bench's does. */
-static int run_repeatedly(struct bench *b, const struct test *t)
+static int ascending(const void *a, const void *b)
 {
-    const double n = (double)t->n_prompt + (double)t->n_gen * t->n_seq;
-    double took;
-    int code = run_once(b, t, t->n_gen > 0, &took);
+    const double x = *(const double *)a, y = *(const double *)b;
 
-    for (int i = 0; code == DONE && i < b->s->reps; i++) {
-        code = run_once(b, t, t->n_gen, &took);
-        b->ns[i] = took * 1e9;
-        b->ts[i] = n / (took + 1e-9);
-    }
-    return code;
+    return (x > y) - (x < y);
 }
-
-static struct estimate mean_and_deviation(const double *x, int n)
-{
-    struct sums sum = { 0, 0 };
-    struct estimate out;
-
-    for (int i = 0; i < n; i++)
-        add_to(&sum, x[i]);
-    out = mean_and_error(sum, n);
-    out.error *= sqrt(n);
-    return out;
-}
-
-/* ---- the machine */
 
 /* The median of several turns of at least 20 ms each, after one that does not
  * count. */
@@ -10036,37 +8897,7 @@ static double measure_rate(struct bench *b, int what)
     return rate[n / 2];
 }
 
-/* Of the logits that are there, by the settings that would choose a word. */
-static void measure_sampling(struct bench *b)
-{
-    const size_t n = (size_t)lfm2_model_config(b->e.model)->n_vocab;
-    const float *logits = lfm2_logits(b->e.ctx, 0, 0);
-    float *copy = logits ? malloc(n * sizeof *copy) : NULL;
-    lfm2_sampler sampler = make_sampler(&b->e.sampling, 0);
-    double took[9];
-
-    for (int i = 0; copy && i < 9; i++) {
-        memcpy(copy, logits, n * sizeof *copy);
-        const double start = seconds();
-        lfm2_sample(b->e.ctx, &sampler, copy, b->token, START_TOKENS);
-        took[i] = seconds() - start;
-    }
-    if (copy) {
-        qsort(took, 9, sizeof *took, ascending);
-        b->sample_s = took[4];
-    }
-    free(copy);
-}
-
-static struct phrase name_cpu(void)
-{
-    struct utsname host;
-
-    return look_up("/proc/cpuinfo", "model name", uname(&host) == 0 ?
-                   host.machine : "unknown");
-}
-
-/* ---- the model */
+/* ---- names */
 
 /* The mix of types as quantisers name it, by the number in the file. */
 static const char *mix_name(const lfm2_model *m)
@@ -10093,7 +8924,7 @@ static const char *mix_name(const lfm2_model *m)
 static struct phrase name_type(const lfm2_model *m)
 {
     uint64_t total, active;
-    struct phrase size, used = phrase("");
+    struct phrase size, used = phrase("%s", "");
 
     lfm2_model_params(m, &total, &active);
     const double n = (double)total;
@@ -10107,17 +8938,15 @@ static struct phrase name_type(const lfm2_model *m)
                   mix_name(m));
 }
 
-/* ---- what is printed */
-
+/* "tg128 x 8 @ d1024" */
 static struct phrase name_test(const struct test *t)
 {
-    const struct phrase prompt = phrase(t->n_prompt ? "pp%d" : "", t->n_prompt),
-                        gen = phrase(t->n_gen ? "tg%d" : "", t->n_gen),
-                        times = phrase(t->n_seq > 1 ? " x %d" : "", t->n_seq),
-                        depth = phrase(t->depth ? " @ d%d" : "", t->depth);
+    struct phrase out = phrase(t->n_prompt ? "pp%d" : "tg%d", t->n_prompt +
+                               t->n_gen);
 
-    return phrase("%s%s%s%s%s", prompt.s, t->n_prompt && t->n_gen ? "+" : "",
-                  gen.s, times.s, depth.s);
+    if (t->n_seq > 1)
+        out = phrase("%.30s x %d", out.s, t->n_seq);
+    return t->depth ? phrase("%.60s @ d%d", out.s, t->depth) : out;
 }
 
 /* "694.76 MiB", as llama-bench has it. */
@@ -10129,225 +8958,189 @@ static struct phrase binary_amount(double bytes)
                   "MiB");
 }
 
-static int print_row(const struct bench *b, const struct result *r)
-{
-    static const char dashes[] = "------------------------------";
+/* ---- what is printed */
 
-    if (r == b->result)
-        printf("| %-30s | %10s | %10s | %-10s | %7s | %15s | %20s |\n"
-               "| %.30s | %.9s: | %.9s: | %.10s | %.6s: | %.14s: | %.19s: |\n",
-               "model", "size", "params", "backend", "threads", "test", "t/s",
-               dashes, dashes, dashes, dashes, dashes, dashes, dashes);
-    printf("| %-30s | %10s | %10s | %-10s | %7d | %15s | %11.2f ± %6.2f |\n",
-           b->type.s, binary_amount(b->cost.bytes).s,
-           amount(b->cost.params, "").s, "CPU", r->n_threads,
-           name_test(&r->test).s, r->ts.mean, r->ts.error);
-    return DONE;
+/* One thing that is told of a test: a word, a number or all samples; as a member
+ * of a record, as a column of the table, or both. */
+struct field {
+    const char *name, *column;
+    int width;                            /* of the column, - : to the left  */
+    const char *text;
+    double number;                        /* NAN: it could not be measured   */
+    int digits;
+    const double *samples;
+    struct phrase cell;                   /* unless empty, in the table      */
+};
+
+static void print_record(const struct bench *b, const struct field *f, int n)
+{
+    struct text t = { 0 };
+
+    add_string(&t, b->n_done > 0 ? ",\n  {\n" : "[\n  {\n");
+    for (int i = 0, some = 0; i < n; i++) {
+        if (!f[i].name)
+            continue;
+        add_format(&t, "%s    \"%s\": ", some++ ? ",\n" : "", f[i].name);
+        if (f[i].text)
+            add_json_string(&t, f[i].text, strlen(f[i].text));
+        else if (!f[i].samples)
+            add_format(&t, isnan(f[i].number) ? "null" : "%.*f", f[i].digits,
+                       f[i].number);
+        for (int k = 0; f[i].samples && k < b->s->reps; k++)
+            add_format(&t, "%s%.*f", k ? ", " : "[ ", f[i].digits,
+                       f[i].samples[k]);
+        add_string(&t, f[i].samples ? " ]" : "");
+    }
+    add_string(&t, "\n  }");
+    fwrite(t.s, 1, t.n, stdout);
+    free(t.s);
 }
 
-/* 0 where one of them is not known. */
-static double share(double rate, double limit)
+static void print_row(const struct bench *b, const struct field *f, int n)
 {
-    return limit > 0 ? rate / limit : 0;
+    static const char dashes[] = "--------------------------------";
+
+    for (int line = b->n_done > 0 ? 2 : 0; line < 3; line++) {
+        for (int i = 0; i < n; i++) {
+            const int left = f[i].width < 0, w = abs(f[i].width);
+            if (!f[i].column)
+                continue;
+            if (line == 0)
+                printf("| %*s ", f[i].width, f[i].column);
+            else if (line == 1)
+                printf("| %.*s%s ", w - !left, dashes, left ? "" : ":");
+            else
+                printf("| %*s ", f[i].width, f[i].text ? f[i].text :
+                       f[i].cell.s[0] ? f[i].cell.s : isnan(f[i].number) ? "-" :
+                       phrase("%.*f", f[i].digits, f[i].number).s);
+        }
+        printf("|\n");
+    }
 }
 
-/* A table cell: the number, or a dash for one that is not known. */
-static struct phrase cell(double x, const char *format)
+/* What could not be measured is not 0. */
+static double known(double x)
 {
-    return phrase(x > 0 ? format : "–", x);
+    return x > 0 && isfinite(x) ? x : NAN;
 }
 
-static void print_limits(const struct bench *b)
-{
-    const int n = b->n_results;
-
-    printf("\n| threads | test | reads GB/s | of bandwidth | GMAC/s | of "
-           "cached |\n| ---: | ---: | ---: | ---: | ---: | ---: |\n");
-    for (const struct result *r = b->result; r < b->result + n; r++)
-        printf("| %d | %s | %s | %s | %s | %s |\n", r->n_threads,
-               name_test(&r->test).s, cell(r->read / 1e9, "%.1f").s,
-               cell(100 * share(r->read, r->best.read), "%.0f %%").s,
-               cell(r->macs / 1e9, "%.1f").s,
-               cell(100 * share(r->macs, r->best.dot), "%.1f %%").s);
-}
-
-/* The limits are those of a number of threads: a line for each. */
-static void print_machine(const struct bench *b)
+/* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
+ * answer against memory. */
+static int print_test(struct bench *b, const struct test *t, struct estimate ns,
+                      struct estimate ts, const char *when)
 {
     const lfm2_params *p = &b->e.par;
+    const struct limits *best = b->limit;
+    const char *kv = kv_name(p->kv_type);
+    const struct phrase name = name_test(t), cpu = look_up("/proc/cpuinfo",
+                                                           "model name", "?");
+    const double gen = t->n_gen, read = gen > 0 ? ts.mean / t->n_seq *
+        step_bytes(b->e.model, &b->cost, t->n_seq, t->depth + gen / 2) : 0;
+    const double macs = ts.mean * (b->cost.macs + (gen > 0 ? b->cost.head : 0));
+    const double share = known(gen > 0 ? read / best->read : macs / best->dot);
+    const double rss = anonymous_memory();
+    const struct field f[] = {
+        { "build_commit", .text = "" }, { "build_number" },
+        { "cpu_info", .text = cpu.s }, { "model_filename", .text = b->s->model },
+        { "model_type", "model", -30, b->type.s },
+        { "model_size", "size", 10, NULL, b->cost.bytes,
+          .cell = binary_amount(b->cost.bytes) },
+        { "model_n_params", "params", 10, NULL, b->cost.params,
+          .cell = amount(b->cost.params, "") },
+        { "backends", "backend", -7, "CPU" },
+        { "n_batch", .number = p->n_batch },
+        { "n_threads", "threads", 7, .number = p->n_threads },
+        { "type_k", .text = kv }, { "type_v", .text = kv },
+        { "n_prompt", .number = t->n_prompt }, { "n_gen", .number = gen },
+        { "n_depth", .number = t->depth }, { "test_time", .text = when },
+        { "avg_ns", .number = ns.mean }, { "stddev_ns", .number = ns.error },
+        { "avg_ts", .number = ts.mean, .digits = 6 },
+        { "stddev_ts", .number = ts.error, .digits = 6 },
+        { "samples_ns", .samples = b->ns },
+        { "samples_ts", .samples = b->ts, .digits = 6 },
+        { NULL, "test", 15, name.s },
+        { NULL, "t/s", 17, .cell = phrase("%.2f ± %.2f", ts.mean, ts.error) },
+        { "n_sequences", .number = t->n_seq },
+        { "isa", .text = isa_name(p->isa) },
+        { "read_bandwidth", .number = known(best->read / 1e9), .digits = 3 },
+        { "int8_rate", .number = known(best->dot / 1e9), .digits = 3 },
+        { "l2_gbs_core", .number = known(best->cached / 1e9), .digits = 3 },
+        { "gb_per_s", "GB/s", 6, NULL, known(read / 1e9), 1 },
+        { "gmac_per_s", "GMAC/s", 7, NULL, known(macs / 1e9), 1 },
+        { "share", "share", 6, NULL, share, 4, .cell = phrase(isnan(share) ?
+          "-" : "%.0f %%", 100 * share) },
+        { "rss_peak", .number = peak_memory() },
+        { "rss_anon", .number = known(rss) },
+        { "load_ms", .number = b->load_s * 1e3, .digits = 3 },
+        { "context_ms", .number = b->context_s * 1e3, .digits = 3 },
+        { "first_token_ms", .number = b->first_s * 1e3, .digits = 3 }
+    };
 
-    printf("\nmachine   %s, %d usable CPU%s\nkernels   %s, KV in %s, batch "
-           "%d\n", name_cpu().s, b->n_cpus, b->n_cpus == 1 ? "" : "s",
-           isa_name[p->isa], kv_name(p->kv_type), p->n_batch);
-    for (int i = 0; i < b->n_results; i++) {
-        const struct result *r = &b->result[i];
-        if (i == 0 || r->n_threads != r[-1].n_threads)
-            printf("limits    %d thread%s read %.1f GB/s; with cached weights "
-                   "%.0f GMAC/s, or %s GB/s a core\n", r->n_threads,
-                   r->n_threads == 1 ? "" : "s",
-                   r->best.read / 1e9, r->best.dot / 1e9,
-                   cell(r->best.cached / 1e9, "%.1f").s);
-    }
+    (b->s->output == MD ? print_row : print_record)(b, f, sizeof f / sizeof *f);
+    b->most_share = fmax(b->most_share, share);
+    b->rss_anon = fmax(b->rss_anon, rss);
+    b->n_done++;
+    return flush_output(DONE);
 }
 
 static void print_footer(const struct bench *b)
 {
-    const struct sampling s = b->e.sampling;
+    const struct phrase cpu = look_up("/proc/cpuinfo", "model name", "unknown");
+    const lfm2_params *p = &b->e.par;
 
-    print_limits(b);
-    print_machine(b);
+    printf("\nmachine   %s, %d usable CPUs\nkernels   %s, KV in %s, batch %d\n",
+           cpu.s, usable_cpus(), isa_name(p->isa), kv_name(p->kv_type),
+           p->n_batch);
+    for (const struct limits *l = b->best; l <= b->limit; l++)
+        printf("limits    %d threads read %.1f GB/s; with cached weights %.0f "
+               "GMAC/s, or %.1f GB/s a core\n", l->n_threads, l->read / 1e9,
+               l->dot / 1e9, l->cached / 1e9);
+    printf("share     of the bandwidth by answers, of the arithmetic by prompts"
+           "%s\n", b->most_share > 1 ? "; above 100 %:\n          what stays "
+           "in the caches of the CPU comes faster than from memory" : "");
     printf("start     model %.1f ms, context %.1f ms; first token of 8 after "
            "%.1f ms\n", b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
     printf("memory    %s resident at most, %s of it anonymous\n",
            binary_amount(peak_memory()).s, b->rss_anon > 0 ?
            binary_amount(b->rss_anon).s : "n/a");
-    if (b->sample_s > 0)
-        printf("sampling  temp %g, top-k %d, top-p %g, min-p %g: %.0f us",
-               s.temp, s.top_k, s.top_p, s.min_p, b->sample_s * 1e6);
-    if (b->sample_s > 0 && b->token_s > 0)
-        printf(", %.2f %% of a token", 100 * b->sample_s / b->token_s);
-    if (b->sample_s > 0)
-        putchar('\n');
-}
-
-/* One column of a record: text, a number, or all samples of a test. */
-struct field {
-    const char *name, *text;
-    const double *samples;
-    double number;
-    int digits;
-};
-
-#define WORD(name, text)           { name, text, NULL, 0, 0 }
-#define COUNT(name, number)        { name, NULL, NULL, number, 0 }
-#define FIGURE(name, number, n)    { name, NULL, NULL, number, n }
-#define SAMPLES(name, samples, n)  { name, NULL, samples, 0, n }
-/* What could not be measured is null, not 0. */
-#define KNOWN(name, number, n) \
-    FIGURE(name, (number) > 0 ? (number) : NAN, n)
-
-/* What is around the fields of a record, in the order of the words of -o. */
-static const struct layout { const char *begin, *name, *between, *end; }
-layouts[] = {
-    [JSON] = { "  {\n", "    \"%s\": ", ",\n", "\n  }" },
-    [JSONL] = { "{", "\"%s\": ", ", ", "}\n" },
-    [CSV] = { "", "", ",", "\n" }
-};
-
-static void add_csv(struct text *t, const char *s)
-{
-    add_string(t, "\"");
-    for (; *s; s++)
-        add_string(t, *s == '"' ? "\"\"" : (char[]){ *s, '\0' });
-    add_string(t, "\"");
-}
-
-static void add_field(struct text *t, const struct field *f, int reps, int csv)
-{
-    if (f->samples) {
-        for (int i = 0; i < reps; i++)
-            add_format(t, "%s%.*f", i ? ", " : "[ ", f->digits, f->samples[i]);
-        add_string(t, " ]");
-    } else if (csv)
-        add_csv(t, f->text ? f->text : isnan(f->number) ? "" :
-                phrase("%.*f", f->digits, f->number).s);
-    else if (f->text)
-        add_json_string(t, f->text, strlen(f->text));
-    else
-        add_format(t, isnan(f->number) ? "null" : "%.*f", f->digits, f->number);
-}
-
-/* A line of CSV has no room for samples; the first is one of names. */
-static int print_fields(const struct bench *b, const struct field *f, int n)
-{
-    const struct layout *as = &layouts[b->s->output];
-    const int csv = b->s->output == CSV, first = b->n_results == 1;
-    struct text t = { 0 };
-
-    for (int i = 0; csv && first && i < n; i++)
-        if (!f[i].samples)
-            add_format(&t, i + 1 < n ? "%s," : "%s\n", f[i].name);
-    if (b->s->output == JSON)
-        add_string(&t, first ? "[\n" : ",\n");
-    for (int i = 0; i < n; i++) {
-        if (csv && f[i].samples)
-            continue;
-        add_string(&t, i ? as->between : as->begin);
-        add_format(&t, as->name, f[i].name);
-        add_field(&t, &f[i], b->s->reps, csv);
-    }
-    add_string(&t, as->end);
-    return print_text(&t, "a record");
-}
-
-/* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
- * answer against memory. */
-static int print_record(const struct bench *b, const struct result *r)
-{
-    const lfm2_params *p = &b->e.par;
-    const char *kv = kv_name(p->kv_type);
-    const struct phrase cpu = name_cpu();
-    const struct field f[] = {
-        WORD("build_commit", ""), COUNT("build_number", 0),
-        WORD("cpu_info", cpu.s), WORD("backends", "CPU"),
-        WORD("model_filename", b->s->model), WORD("model_type", b->type.s),
-        COUNT("model_size", b->cost.bytes),
-        COUNT("model_n_params", b->cost.params),
-        COUNT("n_batch", p->n_batch), COUNT("n_threads", r->n_threads),
-        WORD("type_k", kv), WORD("type_v", kv),
-        COUNT("n_prompt", r->test.n_prompt), COUNT("n_gen", r->test.n_gen),
-        COUNT("n_depth", r->test.depth), WORD("test_time", r->when),
-        COUNT("avg_ns", r->ns.mean), COUNT("stddev_ns", r->ns.error),
-        FIGURE("avg_ts", r->ts.mean, 6), FIGURE("stddev_ts", r->ts.error, 6),
-        SAMPLES("samples_ns", b->ns, 0), SAMPLES("samples_ts", b->ts, 6),
-
-        COUNT("n_sequences", r->test.n_seq), WORD("isa", isa_name[p->isa]),
-        KNOWN("read_bandwidth", r->best.read / 1e9, 3),
-        KNOWN("int8_rate", r->best.dot / 1e9, 3),
-        KNOWN("l2_gbs_core", r->best.cached / 1e9, 3),
-        KNOWN("gb_per_s", r->read / 1e9, 3),
-        KNOWN("gmac_per_s", r->macs / 1e9, 3),
-        KNOWN("share", r->test.n_gen > 0 ? share(r->read, r->best.read) :
-              share(r->macs, r->best.dot), 4),
-        COUNT("rss_peak", r->rss_peak), KNOWN("rss_anon", r->rss_anon, 0),
-        FIGURE("load_ms", b->load_s * 1e3, 3),
-        FIGURE("context_ms", b->context_s * 1e3, 3),
-        FIGURE("first_token_ms", b->first_s * 1e3, 3)
-    };
-
-    return print_fields(b, f, sizeof f / sizeof *f);
 }
 
 /* ---- the run */
 
+static struct estimate mean_and_deviation(const double *x, int n)
+{
+    struct sums sum = { 0, 0 };
+    struct estimate out;
+
+    for (int i = 0; i < n; i++)
+        add_to(&sum, x[i]);
+    out = mean_and_error(sum, n);
+    out.error *= sqrt(n);
+    return out;
+}
+
+/* The warm-up generates but one token, as llama-bench's does. */
 static int run_test(struct bench *b, const struct test *t)
 {
-    struct result *r = &b->result[b->n_results];
+    const double n = (double)t->n_prompt + (double)t->n_gen * t->n_seq;
+    const int reps = b->s->reps;
     const time_t now = time(NULL);
+    char when[24] = "";
     struct tm utc;
-    int code = run_repeatedly(b, t);
+    double took;
+    int code = run_once(b, t, t->n_gen > 0, &took);
 
+    for (int i = 0; code == DONE && i < reps; i++) {
+        code = run_once(b, t, t->n_gen, &took);
+        b->ns[i] = took * 1e9;
+        b->ts[i] = n / (took + 1e-9);
+    }
     if (code != DONE)
         return code;
-    *r = (struct result){
-        .test = *t, .best = b->best, .n_threads = b->e.par.n_threads,
-        .ns = mean_and_deviation(b->ns, b->s->reps),
-        .ts = mean_and_deviation(b->ts, b->s->reps),
-        .rss_peak = peak_memory(), .rss_anon = anonymous_memory(b->e.status)
-    };
     if (gmtime_r(&now, &utc))
-        strftime(r->when, sizeof r->when, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    if (t->n_prompt == 0)
-        r->read = step_bytes(b->e.model, &b->cost, t->n_seq,
-                             t->depth + t->n_gen / 2.0) *
-                  r->ts.mean / t->n_seq;
-    if (t->n_prompt == 0 || t->n_gen == 0)
-        r->macs = (b->cost.macs + (t->n_gen ? b->cost.head : 0)) * r->ts.mean;
-    b->rss_anon = fmax(b->rss_anon, r->rss_anon);
-    if (t->n_prompt == 0 && b->token_s <= 0)
-        b->token_s = t->n_seq / r->ts.mean;
-    b->n_results++;
-    return flush_output((b->s->output == MD ? print_row : print_record)(b, r));
+        strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    return print_test(b, t, mean_and_deviation(b->ns, reps),
+                      mean_and_deviation(b->ts, reps), when);
 }
 
 static int open_bench_context(struct bench *b, const lfm2_params *p)
@@ -10368,17 +9161,9 @@ static void close_bench_context(struct bench *b)
     b->e.ctx = NULL;
 }
 
-/* Any will do, if they are not always the same few: those of a mixture's tokens
+/* From nothing to the first token, before anything else has warmed the way.
+ * Any tokens will do, if they are not always the same few: those of a mixture
  * choose its experts. */
-static void spread_tokens(struct bench *b)
-{
-    const int n_vocab = lfm2_model_config(b->e.model)->n_vocab;
-
-    for (int i = 0; i < b->n_tokens; i++)
-        b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)n_vocab);
-}
-
-/* From nothing to the first token, before anything else has warmed the way. */
 static int measure_start(struct bench *b)
 {
     const double start = seconds();
@@ -10388,10 +9173,12 @@ static int measure_start(struct bench *b)
     if (code != DONE)
         return code;
     b->load_s = seconds() - start;
-    spread_tokens(b);
+    for (int i = 0; i < b->n_tokens; i++)
+        b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)
+                                lfm2_model_config(b->e.model)->n_vocab);
     p = b->e.par;
     p.n_threads = b->s->bench_threads.v[0] ? b->s->bench_threads.v[0] :
-                  b->n_cpus;
+                  usable_cpus();
     code = open_bench_context(b, &p);
     b->context_s = seconds() - start - b->load_s;
     if (code == DONE)
@@ -10403,26 +9190,25 @@ static int measure_start(struct bench *b)
 
 /* All tests with so many threads at one depth, in a context no larger than they
  * need. */
-static int run_tests(struct bench *b, int n_threads, int depth, int first)
+static int run_tests(struct bench *b, int n_threads, int depth)
 {
     lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
-    p.n_threads = n_threads ? n_threads : b->n_cpus;
+    p.n_threads = n_threads ? n_threads : usable_cpus();
     p.n_ctx = depth + b->longest;
     p.n_seq = p.n_logits = b->n_seq;
     code = open_bench_context(b, &p);
-    if (code == DONE && first)
-        b->best = (struct limits){
-            measure_rate(b, LFM2_READ), measure_rate(b, LFM2_DOT),
+    if (code == DONE && b->limit->n_threads == 0)
+        *b->limit = (struct limits){
+            b->e.par.n_threads, measure_rate(b, LFM2_READ),
+            measure_rate(b, LFM2_DOT),
             measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
         };
     for (int i = 0; code == DONE && i < b->n_tests; i++) {
         b->test[i].depth = depth;
         code = interrupted ? INTERRUPTED : run_test(b, &b->test[i]);
     }
-    if (code == DONE && b->sample_s <= 0)
-        measure_sampling(b);
     close_bench_context(b);
     return code;
 }
@@ -10438,97 +9224,76 @@ static void add_test(struct bench *b, int n_prompt, int n_gen, int n_seq)
     b->n_seq = n_seq > b->n_seq ? n_seq : b->n_seq;
 }
 
-/* llama-bench's order. */
-static void list_tests(struct bench *b)
-{
-    const struct list *prompt = &b->s->bench_prompt, *gen = &b->s->bench_gen;
-    const struct list *seqs = &b->s->bench_seqs, *both = &b->s->bench_both;
-
-    for (int i = 0; i < prompt->n; i++)
-        add_test(b, prompt->v[i], 0, 1);
-    for (int i = 0; i < gen->n; i++)
-        for (int k = 0; k < seqs->n; k++)
-            add_test(b, 0, gen->v[i], seqs->v[k]);
-    for (int i = 0; i < both->n; i += 2)
-        add_test(b, both->v[i], both->v[i + 1], 1);
-    for (int i = 0; i < b->s->bench_depth.n; i++)
-        if (b->s->bench_depth.v[i] > b->deepest)
-            b->deepest = b->s->bench_depth.v[i];
-}
-
-/* All there will be to remember, before any clock runs. */
-static int alloc_bench(struct bench *b)
+/* llama-bench's order.  All there will be to remember is there before any clock
+ * runs. */
+static int list_tests(struct bench *b)
 {
     const struct settings *s = b->s;
-    const size_t rounds = (size_t)s->bench_depth.n * (size_t)s->bench_threads.n;
-    const size_t n_results = (size_t)b->n_tests * rounds;
+    int deepest = 0;
 
+    for (int i = 0; i < s->bench_prompt.n; i++)
+        add_test(b, s->bench_prompt.v[i], 0, 1);
+    for (int i = 0; i < s->bench_gen.n; i++)
+        for (int k = 0; k < s->bench_seqs.n; k++)
+            add_test(b, 0, s->bench_gen.v[i], s->bench_seqs.v[k]);
+    for (int i = 0; i < s->bench_depth.n; i++)
+        if (s->bench_depth.v[i] > deepest)
+            deepest = s->bench_depth.v[i];
     if (b->n_tests == 0)
-        return usage("nothing to measure: no -p, -n or -pg above 0");
-    if (b->longest > MAX_CTX - b->deepest)
+        return usage("nothing to measure: no -p or -n above 0");
+    if (b->longest > MAX_CTX - deepest)
         return usage("a test of %d tokens at a depth of %d is longer than any "
-                     "context, %d", b->longest, b->deepest, MAX_CTX);
-    b->n_tokens = b->longest + b->deepest + START_TOKENS;
-    b->token = calloc((size_t)b->n_tokens, sizeof *b->token);
-    b->result = calloc(n_results, sizeof *b->result);
-    b->ns = calloc((size_t)s->reps, sizeof *b->ns);
-    b->ts = calloc((size_t)s->reps, sizeof *b->ts);
-    b->e.span = calloc((size_t)b->n_seq, sizeof *b->e.span);
-    if (!b->token || !b->result || !b->ns || !b->ts || !b->e.span)
-        return say(NO_MEMORY, "no memory for %d tokens and %zu results",
-                   b->n_tokens, n_results);
+                     "context, %d", b->longest, deepest, MAX_CTX);
+    b->n_tokens = b->longest + deepest + START_TOKENS;
+    b->token = zeroed((size_t)b->n_tokens, sizeof *b->token);
+    b->ns = zeroed((size_t)s->reps, sizeof *b->ns);
+    b->ts = zeroed((size_t)s->reps, sizeof *b->ts);
+    b->e.span = zeroed((size_t)b->n_seq, sizeof *b->e.span);
     return DONE;
 }
 
 static int run_all(struct bench *b)
 {
     const struct settings *s = b->s;
-    int code;
+    int code = measure_start(b);
 
-    b->n_cpus = usable_cpus();
-    code = measure_start(b);
     if (code != DONE)
         return code;
     b->cost = count_cost(b->e.model, s->kv);
-    b->e.sampling = choose_sampling(s, b->e.model);
     b->type = name_type(b->e.model);
-    for (int i = 0; code == DONE && i < s->bench_threads.n; i++)
+    for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
+        b->limit = &b->best[i];
         for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
-            code = run_tests(b, s->bench_threads.v[i], s->bench_depth.v[k],
-                             k == 0);
+            code = run_tests(b, s->bench_threads.v[i], s->bench_depth.v[k]);
+    }
     return code;
 }
 
 /* What is printed so far is complete, even after Ctrl-C. */
-static void end_output(struct bench *b, int code)
-{
-    if (b->s->output == MD && code == DONE)
-        print_footer(b);
-    if (b->s->output == JSON && (b->n_results > 0 || code == INTERRUPTED))
-        printf(b->n_results > 0 ? "\n]\n" : "[]\n");
-}
-
 static int bench(const struct settings *s)
 {
     struct bench b = { .s = s, .e.s = s };
-    int code;
+    int code = list_tests(&b);
 
-    list_tests(&b);
-    code = alloc_bench(&b);
     if (code == DONE) {
+        b.status = fopen("/proc/self/status", "r");
         catch_interrupt();
         code = run_all(&b);
-        end_output(&b, code);
+        if (s->output == MD && code == DONE)
+            print_footer(&b);
+        if (s->output == JSON && (b.n_done > 0 || code == INTERRUPTED))
+            printf(b.n_done > 0 ? "\n]\n" : "[]\n");
     }
     close_engine(&b.e);
+    if (b.status)
+        fclose(b.status);
     free(b.token);
-    free(b.result);
     free(b.ns);
     free(b.ts);
     return code;
 }
 
-/* ----------------------------------------------------------- 19. --selftest
+/* ----------------------------------------------------------- 21. --selftest
  *
  * Is this build right on this machine?  No file is needed: a small model of
  * every weight type is made here, of random numbers that are the same
@@ -10536,14 +9301,9 @@ static int bench(const struct settings *s)
  * differs only between kernels is found by running each of them. */
 
 enum { SELF_TOKENS = 24, SELF_LONG = 260, SELF_EMBD = 256, SELF_HEAD = 64,
-       SELF_EXPERTS = 4 };
+       SELF_EXPERTS = 4, SELF_VOCAB = 256 + 7 };
 
-/* A GGUF that grows.  Every number in it is little-endian. */
-struct maker {
-    struct text kv, info, data;
-    uint64_t n_kv, n_tensors, rng;
-    int type;                             /* of the matrices                 */
-};
+enum { G_U32 = 4, G_I32 = 5, G_F32 = 6, G_STRING = 8, G_ARRAY = 9 };
 
 static uint64_t next_random(uint64_t *state)
 {
@@ -10552,41 +9312,6 @@ static uint64_t next_random(uint64_t *state)
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
     return z ^ z >> 31;
-}
-
-static void add_counted(struct text *to, const char *s)
-{
-    add_le(to, strlen(s), 8);
-    add_string(to, s);
-}
-
-enum { G_U32 = 4, G_I32 = 5, G_F32 = 6, G_STRING = 8, G_ARRAY = 9 };
-
-static void make_key(struct maker *m, const char *key, int type)
-{
-    add_counted(&m->kv, key);
-    add_le(&m->kv, (uint64_t)type, 4);
-    m->n_kv++;
-}
-
-static void make_number(struct maker *m, const char *key, int type,
-                        uint64_t bits)
-{
-    make_key(m, key, type);
-    add_le(&m->kv, bits, 4);
-}
-
-static void make_string(struct maker *m, const char *key, const char *s)
-{
-    make_key(m, key, G_STRING);
-    add_counted(&m->kv, s);
-}
-
-static void make_array(struct maker *m, const char *key, int type, int n)
-{
-    make_key(m, key, G_ARRAY);
-    add_le(&m->kv, (uint64_t)type, 4);
-    add_le(&m->kv, (uint64_t)n, 8);
 }
 
 /* The weight types: GGUF's number, bytes and columns of a block, and where in
@@ -10615,174 +9340,179 @@ static const struct self_type {
 
 enum { N_SELF_TYPES = sizeof self_types / sizeof *self_types };
 
+/* The layers: conv and dense, attention and dense, and both with experts.  Of
+ * each the bit, or ONCE before all layers; the tensors are [experts][rows]
+ * [cols], a vector has no rows, a matrix no experts. */
+enum { ONCE = 0, CONV = 5, ATTN = 10, DENSE = 3, MOE = 12, EVERY = 15 };
+
+static const struct self_tensor {
+    int layers;
+    const char *name;
+    int is_plain, experts, rows, cols;    /* plain: F32 in every model       */
+} self_tensors[] = {
+    { ONCE, "token_embd.weight", 0, 0, SELF_VOCAB, SELF_EMBD },
+    { ONCE, "token_embd_norm.weight", 1, 0, 0, SELF_EMBD },
+    { EVERY, "attn_norm.weight", 1, 0, 0, SELF_EMBD },
+    { EVERY, "ffn_norm.weight", 1, 0, 0, SELF_EMBD },
+    { CONV, "shortconv.in_proj.weight", 0, 0, 3 * SELF_EMBD, SELF_EMBD },
+    { CONV, "shortconv.conv.weight", 1, 0, SELF_EMBD, 3 },
+    { CONV, "shortconv.out_proj.weight", 0, 0, SELF_EMBD, SELF_EMBD },
+    { ATTN, "attn_q.weight", 0, 0, SELF_EMBD, SELF_EMBD },
+    { ATTN, "attn_k.weight", 0, 0, SELF_EMBD / 2, SELF_EMBD },
+    { ATTN, "attn_v.weight", 0, 0, SELF_EMBD / 2, SELF_EMBD },
+    { ATTN, "attn_output.weight", 0, 0, SELF_EMBD, SELF_EMBD },
+    { ATTN, "attn_q_norm.weight", 1, 0, 0, SELF_HEAD },
+    { ATTN, "attn_k_norm.weight", 1, 0, 0, SELF_HEAD },
+    { MOE, "ffn_gate_inp.weight", 1, 0, SELF_EXPERTS, SELF_EMBD },
+    { MOE, "exp_probs_b.bias", 1, 0, 0, SELF_EXPERTS },
+    { DENSE, "ffn_gate.weight", 0, 0, SELF_EMBD, SELF_EMBD },
+    { DENSE, "ffn_up.weight", 0, 0, SELF_EMBD, SELF_EMBD },
+    { DENSE, "ffn_down.weight", 0, 0, SELF_EMBD, SELF_EMBD },
+    { MOE, "ffn_gate_exps.weight", 0, SELF_EXPERTS, SELF_EMBD, SELF_EMBD },
+    { MOE, "ffn_up_exps.weight", 0, SELF_EXPERTS, SELF_EMBD, SELF_EMBD },
+    { MOE, "ffn_down_exps.weight", 0, SELF_EXPERTS, SELF_EMBD, SELF_EMBD },
+};
+
+static const struct { const char *key; int type; uint32_t bits; }
+self_numbers[] = {
+    { "lfm2moe.block_count", G_U32, 4 },
+    { "lfm2moe.context_length", G_U32, 128 },
+    { "lfm2moe.embedding_length", G_U32, SELF_EMBD },
+    { "lfm2moe.feed_forward_length", G_U32, SELF_EMBD },
+    { "lfm2moe.attention.head_count", G_U32, SELF_EMBD / SELF_HEAD },
+    { "lfm2moe.vocab_size", G_U32, SELF_VOCAB },
+    { "lfm2moe.shortconv.l_cache", G_U32, 3 },
+    { "lfm2moe.leading_dense_block_count", G_U32, 2 },
+    { "lfm2moe.expert_count", G_U32, SELF_EXPERTS },
+    { "lfm2moe.expert_used_count", G_U32, 2 },
+    { "lfm2moe.expert_feed_forward_length", G_U32, SELF_EMBD },
+    { "lfm2moe.expert_gating_func", G_U32, 2 },
+    { "lfm2moe.attention.layer_norm_rms_epsilon", G_F32, 0x3727c5ac },
+    { "lfm2moe.rope.freq_base", G_F32, 0x49742400 },  /* 1e-5 and 1e6        */
+    { "tokenizer.ggml.bos_token_id", G_U32, 256 + 4 },
+    { "tokenizer.ggml.eos_token_id", G_U32, 256 + 6 },
+};
+
+static void add_counted(struct text *to, const char *s)
+{
+    add_le(to, strlen(s), 8);
+    add_string(to, s);
+}
+
+/* type: G_ARRAY + that of its n elements for an array. */
+static void add_key(struct text *to, const char *key, int type, int n)
+{
+    add_counted(to, key);
+    add_le(to, type > G_ARRAY ? G_ARRAY : (uint64_t)type, 4);
+    if (type > G_ARRAY) {
+        add_le(to, (uint64_t)(type - G_ARRAY), 4);
+        add_le(to, (uint64_t)n, 8);
+    }
+}
+
+/* The 256 bytes as byte-level vocabularies write them, a few merges, and the
+ * tokens of a conversation.  Returns how many keys. */
+static int add_metadata_keys(struct text *to)
+{
+    static const char *const words[] = {
+        "he", "ll", "hell", "hello", BOS, TURN_START, TURN_END
+    };
+    static const char *const merges[] = { "h e", "l l", "he ll", "hell o" };
+    static const char *const names[3][2] = {
+        { "general.architecture", "lfm2moe" },
+        { "tokenizer.ggml.model", "gpt2" }, { "tokenizer.ggml.pre", "lfm2" }
+    };
+    const int n = sizeof self_numbers / sizeof *self_numbers;
+    uint32_t unseen = 256;
+
+    for (int i = 0; i < 3; i++) {
+        add_key(to, names[i][0], G_STRING, 0);
+        add_counted(to, names[i][1]);
+    }
+    for (int i = 0; i < n; i++) {
+        add_key(to, self_numbers[i].key, self_numbers[i].type, 0);
+        add_le(to, self_numbers[i].bits, 4);
+    }
+    add_key(to, "lfm2moe.attention.head_count_kv", G_ARRAY + G_I32, 4);
+    for (int il = 0; il < 4; il++)
+        add_le(to, il % 2 ? 2 : 0, 4);
+    add_key(to, "tokenizer.ggml.tokens", G_ARRAY + G_STRING, SELF_VOCAB);
+    for (uint32_t c = 0; c < 256; c++) {
+        const int seen = (c > ' ' && c < 127) || (c > 160 && c != 173);
+        char s[5] = "";
+        utf8_put(s, seen ? c : unseen++);
+        add_counted(to, s);
+    }
+    for (int i = 0; i < 7; i++)
+        add_counted(to, words[i]);
+    add_key(to, "tokenizer.ggml.token_type", G_ARRAY + G_I32, SELF_VOCAB);
+    for (int i = 0; i < SELF_VOCAB; i++)
+        add_le(to, i < 256 + 4 ? 1 : 3, 4);           /* normal, control     */
+    add_key(to, "tokenizer.ggml.merges", G_ARRAY + G_STRING, 4);
+    for (int i = 0; i < 4; i++)
+        add_counted(to, merges[i]);
+    return n + 7;
+}
+
 /* One block: bits at random, except where they would mean no number. */
-static void make_block(struct maker *m, const struct self_type *t)
+static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
 {
     unsigned char b[256];
 
     for (int i = 0; i < t->bytes; i += 8)
-        put_le(b + i, next_random(&m->rng), 8);
-    for (int i = 0; i < 2 && t->scale[i] >= 0; i++)    /* about 2^-8        */
-        put_le(b + t->scale[i], 0x1c00 | (next_random(&m->rng) & 0x3ff), 2);
-    if (t->id == 0)                                    /* +-2^-5 or so       */
-        put_le(b, 0x3d000000 | (next_random(&m->rng) & 0x807fffff), 4);
+        put_le(b + i, next_random(rng), 8);
+    for (int i = 0; i < 2 && t->scale[i] >= 0; i++)   /* about 2^-8          */
+        put_le(b + t->scale[i], 0x1c00 | (next_random(rng) & 0x3ff), 2);
+    if (t->id == 0)                                   /* +-2^-5 or so        */
+        put_le(b, 0x3d000000 | (next_random(rng) & 0x807fffff), 4);
     if (t->id == 1)
-        put_le(b, 0x2800 | (next_random(&m->rng) & 0x83ff), 2);
+        put_le(b, 0x2800 | (next_random(rng) & 0x83ff), 2);
     if (t->id == 30)
-        put_le(b, 0x3d00 | (next_random(&m->rng) & 0x807f), 2);
-    add(&m->data, (char *)b, (size_t)t->bytes);
+        put_le(b, 0x3d00 | (next_random(rng) & 0x807f), 2);
+    add(to, (char *)b, (size_t)t->bytes);
 }
 
-/* A tensor [experts][rows][cols]; a vector has no rows, a matrix no experts. */
-static void make_tensor(struct maker *m, const char *name, int type,
-                        int experts, int rows, int cols)
-{
-    const struct self_type *t = &self_types[type];
-    const int n = (experts ? experts : 1) * (rows ? rows : 1) * cols;
-
-    add_counted(&m->info, name);
-    add_le(&m->info, experts ? 3 : rows ? 2 : 1, 4);
-    add_le(&m->info, (uint64_t)cols, 8);
-    if (rows)
-        add_le(&m->info, (uint64_t)rows, 8);
-    if (experts)
-        add_le(&m->info, (uint64_t)experts, 8);
-    add_le(&m->info, (uint64_t)t->id, 4);
-    add_le(&m->info, m->data.n, 8);
-    for (int i = 0; i < n; i += t->cols)
-        make_block(m, t);
-    while (m->data.n % 32)
-        add(&m->data, "", 1);
-    m->n_tensors++;
-}
-
-static void make_layer_tensor(struct maker *m, int il, const char *what,
-                              int type, int experts, int rows, int cols)
-{
-    char name[64];
-
-    snprintf(name, sizeof name, "blk.%d.%s", il, what);
-    make_tensor(m, name, type, experts, rows, cols);
-}
-
-/* Layers: conv and dense, attention and dense, and both with experts. */
-static void make_layer(struct maker *m, int il)
-{
-    const int n = SELF_EMBD, kv = n / 2, x = il < 2 ? 0 : SELF_EXPERTS;
-    const char *const ffn[2][3] = {
-        { "ffn_gate.weight", "ffn_up.weight", "ffn_down.weight" },
-        { "ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight" }
-    };
-
-    make_layer_tensor(m, il, "attn_norm.weight", 0, 0, 0, n);
-    make_layer_tensor(m, il, "ffn_norm.weight", 0, 0, 0, n);
-    if (il % 2 == 0) {
-        make_layer_tensor(m, il, "shortconv.in_proj.weight", m->type, 0, 3 * n,
-                          n);
-        make_layer_tensor(m, il, "shortconv.conv.weight", 0, 0, n, 3);
-        make_layer_tensor(m, il, "shortconv.out_proj.weight", m->type, 0, n, n);
-    } else {
-        make_layer_tensor(m, il, "attn_q.weight", m->type, 0, n, n);
-        make_layer_tensor(m, il, "attn_k.weight", m->type, 0, kv, n);
-        make_layer_tensor(m, il, "attn_v.weight", m->type, 0, kv, n);
-        make_layer_tensor(m, il, "attn_output.weight", m->type, 0, n, n);
-        make_layer_tensor(m, il, "attn_q_norm.weight", 0, 0, 0, SELF_HEAD);
-        make_layer_tensor(m, il, "attn_k_norm.weight", 0, 0, 0, SELF_HEAD);
-    }
-    if (x) {
-        make_layer_tensor(m, il, "ffn_gate_inp.weight", 0, 0, x, n);
-        make_layer_tensor(m, il, "exp_probs_b.bias", 0, 0, 0, x);
-    }
-    for (int i = 0; i < 3; i++)
-        make_layer_tensor(m, il, ffn[x > 0][i], m->type, x, n, n);
-}
-
-/* The 256 bytes as byte-level vocabularies write them, a few merges, and the
- * tokens of a conversation. */
-static const char *const self_words[] = {
-    "he", "ll", "hell", "hello", BOS, TURN_START, TURN_END
-};
-
-enum { SELF_VOCAB = 256 + 7 };
-
-static void make_words(struct maker *m)
-{
-    static const char *const merges[] = { "h e", "l l", "he ll", "hell o" };
-    uint32_t unseen = 256;
-
-    make_string(m, "tokenizer.ggml.model", "gpt2");
-    make_string(m, "tokenizer.ggml.pre", "lfm2");
-    make_number(m, "tokenizer.ggml.bos_token_id", G_U32, 256 + 4);
-    make_number(m, "tokenizer.ggml.eos_token_id", G_U32, 256 + 6);
-    make_array(m, "tokenizer.ggml.tokens", G_STRING, SELF_VOCAB);
-    for (uint32_t c = 0; c < 256; c++) {
-        const int seen = (c > ' ' && c < 127) || (c > 160 && c != 173);
-        char s[4];
-        const size_t n = utf8_put(s, seen ? c : unseen++);
-        add_le(&m->kv, n, 8);
-        add(&m->kv, s, n);
-    }
-    for (int i = 0; i < 7; i++)
-        add_counted(&m->kv, self_words[i]);
-    make_array(m, "tokenizer.ggml.token_type", G_I32, SELF_VOCAB);
-    for (int i = 0; i < SELF_VOCAB; i++)
-        add_le(&m->kv, i < 256 + 4 ? 1 : 3, 4);       /* normal, control    */
-    make_array(m, "tokenizer.ggml.merges", G_STRING, 4);
-    for (int i = 0; i < 4; i++)
-        add_counted(&m->kv, merges[i]);
-}
-
-static void make_metadata(struct maker *m)
-{
-    static const struct { const char *key; uint64_t value; } number[] = {
-        { "block_count", 4 }, { "context_length", 128 },
-        { "embedding_length", SELF_EMBD }, { "feed_forward_length", SELF_EMBD },
-        { "attention.head_count", SELF_EMBD / SELF_HEAD },
-        { "vocab_size", SELF_VOCAB }, { "shortconv.l_cache", 3 },
-        { "leading_dense_block_count", 2 }, { "expert_count", SELF_EXPERTS },
-        { "expert_used_count", 2 },
-        { "expert_feed_forward_length", SELF_EMBD },
-        { "expert_gating_func", 2 }
-    };
-    char key[64];
-
-    make_string(m, "general.architecture", "lfm2moe");
-    for (size_t i = 0; i < sizeof number / sizeof *number; i++) {
-        snprintf(key, sizeof key, "lfm2moe.%s", number[i].key);
-        make_number(m, key, G_U32, number[i].value);
-    }
-    make_number(m, "lfm2moe.attention.layer_norm_rms_epsilon", G_F32,
-                0x3727c5ac);                           /* 1e-5               */
-    make_number(m, "lfm2moe.rope.freq_base", G_F32, 0x49742400);       /* 1e6 */
-    make_array(m, "lfm2moe.attention.head_count_kv", G_I32, 4);
-    for (int il = 0; il < 4; il++)
-        add_le(&m->kv, il % 2 ? 2 : 0, 4);
-    make_words(m);
-}
-
-/* The whole file.  The caller frees out->s. */
+/* A GGUF, all little-endian.  The caller frees out->s. */
 static void make_file(int type, struct text *out)
 {
-    struct maker m = { .rng = (uint64_t)type, .type = type };
+    struct text keys = { 0 }, info = { 0 }, data = { 0 };
+    const int n_keys = add_metadata_keys(&keys);
+    const int n = sizeof self_tensors / sizeof *self_tensors;
+    uint64_t rng = (uint64_t)type, n_tensors = 0;
 
-    make_metadata(&m);
-    make_tensor(&m, "token_embd.weight", type, 0, SELF_VOCAB, SELF_EMBD);
-    make_tensor(&m, "token_embd_norm.weight", 0, 0, 0, SELF_EMBD);
-    for (int il = 0; il < 4; il++)
-        make_layer(&m, il);
+    for (int il = -1; il < 4; il++)
+        for (const struct self_tensor *t = self_tensors; t < self_tensors + n;
+             t++) {
+            const struct self_type *is = &self_types[t->is_plain ? 0 : type];
+            const int dims[] = { t->cols, t->rows, t->experts };
+            int size = 1, n_dims = 1 + !!t->rows + !!t->experts;
+            if (il < 0 ? t->layers != ONCE : !(t->layers >> il & 1))
+                continue;
+            add_counted(&info, il < 0 ? t->name :
+                        phrase("blk.%d.%s", il, t->name).s);
+            add_le(&info, (uint64_t)n_dims, 4);
+            for (int d = 0; d < n_dims; d++, size *= dims[d - 1])
+                add_le(&info, (uint64_t)dims[d], 8);
+            add_le(&info, (uint64_t)is->id, 4);
+            add_le(&info, data.n, 8);
+            for (int i = 0; i < size; i += is->cols)
+                add_block(&data, is, &rng);
+            while (data.n % 32)
+                add(&data, "", 1);
+            n_tensors++;
+        }
     add_string(out, "GGUF");
     add_le(out, 3, 4);
-    add_le(out, m.n_tensors, 8);
-    add_le(out, m.n_kv, 8);
-    add(out, m.kv.s, m.kv.n);
-    add(out, m.info.s, m.info.n);
+    add_le(out, n_tensors, 8);
+    add_le(out, (uint64_t)n_keys, 8);
+    add(out, keys.s, keys.n);
+    add(out, info.s, info.n);
     while (out->n % 32)
         add(out, "", 1);
-    add(out, m.data.s, m.data.n);
-    out->failed |= m.kv.failed | m.info.failed | m.data.failed;
-    free(m.kv.s);
-    free(m.info.s);
-    free(m.data.s);
+    add(out, data.s, data.n);
+    free(keys.s);
+    free(info.s);
+    free(data.s);
 }
 
 /* ---- what is tried */
@@ -10795,14 +9525,12 @@ struct self {
     uint64_t all;                         /* hash of all hashes              */
 };
 
-static void self_result(struct self *t, int good, const char *fmt, ...)
+static void self_result(struct self *t, int good, const char *what,
+                        const char *how, uint64_t hash)
 {
-    va_list args;
-
-    printf("%-4s  ", good ? "ok" : "FAIL");
-    va_start(args, fmt);
-    vprintf(fmt, args);
-    va_end(args);
+    printf("%-4s  %s%s", good ? "ok" : "FAIL", what, how);
+    if (hash)
+        printf(": %016llx", (unsigned long long)hash);
     putchar('\n');
     t->failed |= !good;
 }
@@ -10855,71 +9583,63 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
     return h;
 }
 
-/* One weight type: plain C against the number that is known, each kernel and
- * token by token against plain C. */
-static void self_weights(struct self *t, const struct self_type *type)
+/* A weight type: plain C against the number that is known, each kernel, at once
+ * and token by token, against plain C.  And of the last type by each kernel: a
+ * text longer than what attention works on at once, a cache of floats, and
+ * threads. */
+static void self_kernels(struct self *t, const struct self_type *type, int all)
 {
+    static const struct {
+        const char *what;
+        int n_threads, kv_type, n_tokens, step;
+        uint64_t known;
+    } run[] = {
+        { "a long text, by ", 1, LFM2_KV_F16, SELF_LONG, SELF_TOKENS,
+          0x75627de54a6b322fu },
+        { "a KV cache of floats, by ", 1, LFM2_KV_F32, SELF_TOKENS, 7,
+          0x18980a03e2fcd3dcu },
+        { "two threads, pieces of five tokens, by ", 2, LFM2_KV_F16,
+          SELF_TOKENS, 5, 0x83b254a4c39ab7deu }
+    };
     const int kv = LFM2_KV_F16, n = SELF_TOKENS;
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, kv, n, n);
 
     t->all = hash_number(t->all, h);
-    self_result(t, h == type->hash, "%s in plain C: %016llx", type->name,
-                (unsigned long long)h);
-    for (int isa = LFM2_ISA_SCALAR + 1; isa < LFM2_N_ISA; isa++)
-        if (lfm2_isa_available(isa))
-            self_result(t, self_hash(t, isa, 1, kv, n, n) == h &&
-                        self_hash(t, isa, 1, kv, n, 1) == h, "%s with %s",
-                        type->name, isa_name[isa]);
-}
-
-/* A text longer than what attention works on at once, and a cache of floats. */
-static void self_attention(struct self *t)
-{
-    static const uint64_t known[2] = {
-        0x75627de54a6b322fu, 0x18980a03e2fcd3dcu
-    };
-
+    self_result(t, h == type->hash, type->name, " in plain C", h);
     for (int isa = LFM2_ISA_SCALAR; isa < LFM2_N_ISA; isa++) {
         if (!lfm2_isa_available(isa))
             continue;
-        self_result(t, self_hash(t, isa, 1, LFM2_KV_F16, SELF_LONG,
-                                 SELF_TOKENS) == known[0],
-                    "a long text, by %s", isa_name[isa]);
-        self_result(t, self_hash(t, isa, 1, LFM2_KV_F32, SELF_TOKENS, 7) ==
-                    known[1], "a KV cache of floats, by %s", isa_name[isa]);
+        if (isa > LFM2_ISA_SCALAR)
+            self_result(t, self_hash(t, isa, 1, kv, n, n) == h &&
+                        self_hash(t, isa, 1, kv, n, 1) == h, type->name,
+                        phrase(" with %s", isa_name(isa)).s, 0);
+        for (int i = 0; all && i < 3; i++)
+            self_result(t, self_hash(t, isa, run[i].n_threads, run[i].kv_type,
+                                     run[i].n_tokens, run[i].step) ==
+                        run[i].known, run[i].what, isa_name(isa), 0);
     }
 }
 
-/* Threads and pieces; sequences that are saved, restored and shortened. */
+/* Sequences that are saved, restored and shortened. */
 static void self_sequences(struct self *t)
 {
-    const int isa = LFM2_ISA_AUTO, n = SELF_TOKENS;
-    const uint64_t h = self_hash(t, isa, 1, LFM2_KV_F16, n, n);
-    uint64_t size, again;
-    char *state;
+    const uint64_t known = 0x18980a03e2fcd3dcu, saved = 0x11417c4fd0aea9f3u;
+    int good = self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F32) == LFM2_OK &&
+               self_feed(t, 0, SELF_TOKENS, 7) == known;
+    const uint64_t size = good ? lfm2_seq_state_size(t->ctx, 0) : 0;
+    char *state = zeroed((size_t)size, 1);
 
-    self_result(t, self_hash(t, isa, 1, LFM2_KV_F16, n, 1) == h,
-                "token by token");
-    self_result(t, self_hash(t, isa, 2, LFM2_KV_F16, n, 5) == h,
-                "two threads, pieces of five tokens");
-    if (self_open(t, isa, 1, LFM2_KV_F32) != LFM2_OK) {
-        self_result(t, 0, "a KV cache of floats");
-        return;
-    }
-    again = self_feed(t, 0, n, 7);
-    size = lfm2_seq_state_size(t->ctx, 0);
-    state = malloc((size_t)size);
-    self_result(t, state &&
-                lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
-                hash_bytes(HASH_START, state, (size_t)size) ==
-                0x9ee20d817a3a6aa1u &&
-                lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
-                lfm2_seq_len(t->ctx, 1) == n, "a sequence saved and restored");
+    good = good && lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
+           hash_bytes(HASH_START, state, (size_t)size) == saved &&
+           lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
+           lfm2_seq_len(t->ctx, 1) == SELF_TOKENS;
+    self_result(t, good, "a sequence saved and restored", "", 0);
+    self_result(t, good && lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
+                self_feed(t, 1, SELF_TOKENS, 4) == known,
+                "a sequence shortened and read again", "", 0);
     free(state);
-    self_result(t, lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
-                self_feed(t, 1, n, 4) == again,
-                "a sequence shortened and read again");
     lfm2_context_close(t->ctx);
+    t->ctx = NULL;
 }
 
 /* A generator that is the same everywhere chooses the same words. */
@@ -10928,26 +9648,20 @@ static void self_sampler(struct self *t)
     lfm2_sampler s = { .temperature = 0.8f, .top_k = 40, .top_p = 0.95f,
                        .min_p = 0.02f, .repeat_penalty = 1.1f,
                        .repeat_last_n = 16, .rng = 1 };
-    const int n_vocab = lfm2_model_config(t->model)->n_vocab;
-    float *logits = malloc((size_t)n_vocab * sizeof *logits);
+    const int opened = self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F16) == LFM2_OK;
+    float logits[SELF_VOCAB];
     uint64_t rng = 2, h = HASH_START;
     int32_t made[32];
 
-    if (!logits || self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F16) != LFM2_OK) {
-        free(logits);
-        self_result(t, 0, "the sampler");
-        return;
-    }
-    for (int i = 0; i < 32; i++) {
-        for (int id = 0; id < n_vocab; id++)
+    for (int i = 0; opened && i < 32; i++) {
+        for (int id = 0; id < SELF_VOCAB; id++)
             logits[id] = (float)(int)(next_random(&rng) >> 49) * 0x1p-12f - 4;
         made[i] = lfm2_sample(t->ctx, &s, logits, made, i);
         h = hash_number(h, (uint32_t)made[i]);
     }
-    self_result(t, h == 0x4cb658387d2a6170u, "the sampler's choices");
+    self_result(t, h == 0x4cb658387d2a6170u, "the sampler's choices", "", 0);
     t->all = hash_number(t->all, h);
-    lfm2_context_close(t->ctx);
-    free(logits);
+    lfm2_context_close(opened ? t->ctx : NULL);
 }
 
 /* Words, merges, bytes that are no character, control tokens; and back. */
@@ -10972,12 +9686,13 @@ static void self_tokenizer(struct self *t, const struct text *file)
         lfm2_tokenizer_close(words);
     }
     self_result(t, (size_t)n == sizeof want / sizeof *want &&
-                memcmp(id, want, sizeof want) == 0, "the tokenizer");
-    self_result(t, back.s && strcmp(back.s, text) == 0, "and back to text");
+                memcmp(id, want, sizeof want) == 0, "the tokenizer", "", 0);
+    self_result(t, back.s && strcmp(back.s, text) == 0, "and back to text",
+                "", 0);
     free(back.s);
 }
 
-static void self_numbers(struct self *t)
+static void self_arithmetic(struct self *t)
 {
     volatile float one = 1, tiny = 0x1p-149f, third = 1.0f / 3, half = 0.5f;
     volatile int minus = -5;
@@ -10986,50 +9701,57 @@ static void self_numbers(struct self *t)
 
     self_result(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
                 minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4,
-                "integers of two's complement, 8 bits a byte");
+                "integers of two's complement, 8 bits a byte",
+                "", 0);
     memcpy(&bits, &d, sizeof bits);
     self_result(t, float_bits(one) == 0x3f800000 &&
                 bits == (uint64_t)0x3ff00000 << 32,
-                "floats and integers in the same byte order");
+                "floats and integers in the same byte order",
+                "", 0);
     self_result(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
                 one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
                 third * 3 == one,
-                "floats of 24 bits, doubles of 53, rounded to nearest even");
+                "floats of 24 bits, doubles of 53, rounded to nearest even",
+                "", 0);
     self_result(t, tiny * one > 0 && tiny * half == 0 &&
                 (0x1p-126f * half) * 2 == 0x1p-126f,
-                "denormal numbers are kept");
+                "denormal numbers are kept",
+                "", 0);
 }
 
-/* What a function gives for some thousand numbers: the bits that are known, and
- * no farther than `bound` units of 2^-24 from what the C library computes in
- * double, if it has the function. */
-static void self_function(struct self *t, int function, const char *name,
-                          double (*libc)(double), double bound, uint64_t known)
-{
-    uint64_t rng = 3, h = HASH_START;
-    int good = 1;
-
-    for (int i = 0; i < 4096; i++) {
-        const float x = (float)(int)(next_random(&rng) >> 40);
-        const float b = (float)(int)(next_random(&rng) >> 40) - 0x1p23f;
-        const float a = function == LFM2_EXP ? (x - 0x1p23f) * 0x1p-17f :
-                                               x * 0x1p-4f;
-        const float c = i % 2 ? -a * b : b * 0x1p-20f;
-        const float y = lfm2_math(function, a, b, c);
-        const double exact = libc ? libc(a) : y;
-        h = hash_number(h, float_bits(y));
-        good &= fabs(y - exact) <= bound * 0x1p-24 * fabs(exact);
-    }
-    self_result(t, good && h == known, "%s: %016llx", name,
-                (unsigned long long)h);
-}
-
+/* What the functions give for some thousand numbers: the bits that are known,
+ * and no farther than `bound` units of 2^-24 from what the C library computes
+ * in double, if it has the function. */
 static void self_functions(struct self *t)
 {
-    self_function(t, LFM2_FMA, "a*b+c", NULL, 0, 0x70172052f8b00d38u);
-    self_function(t, LFM2_EXP, "exp", exp, 2, 0x7ebd348940bf194fu);
-    self_function(t, LFM2_SIN, "sin", sin, 1, 0x84f7d324c069e130u);
-    self_function(t, LFM2_COS, "cos", cos, 1, 0x2f6e6bf977c0a2e9u);
+    static const struct {
+        int id;
+        const char *name;
+        double (*libc)(double), bound;
+        uint64_t known;
+    } all[] = {
+        { LFM2_FMA, "a*b+c", NULL, 0, 0x70172052f8b00d38u },
+        { LFM2_EXP, "exp", exp, 2, 0x7ebd348940bf194fu },
+        { LFM2_SIN, "sin", sin, 1, 0x84f7d324c069e130u },
+        { LFM2_COS, "cos", cos, 1, 0x2f6e6bf977c0a2e9u }
+    };
+
+    for (int k = 0; k < 4; k++) {
+        uint64_t rng = 3, h = HASH_START;
+        int good = 1;
+        for (int i = 0; i < 4096; i++) {
+            const float x = (float)(int)(next_random(&rng) >> 40);
+            const float b = (float)(int)(next_random(&rng) >> 40) - 0x1p23f;
+            const float a = all[k].id == LFM2_EXP ? (x - 0x1p23f) * 0x1p-17f :
+                                                    x * 0x1p-4f;
+            const float c = i % 2 ? -a * b : b * 0x1p-20f;
+            const float y = lfm2_math(all[k].id, a, b, c);
+            const double exact = all[k].libc ? all[k].libc(a) : y;
+            h = hash_number(h, float_bits(y));
+            good &= fabs(y - exact) <= all[k].bound * 0x1p-24 * fabs(exact);
+        }
+        self_result(t, good && h == all[k].known, all[k].name, "", h);
+    }
 }
 
 /* The C library, as far as it tells its name. */
@@ -11053,47 +9775,37 @@ static void print_libc(void)
 #endif
 }
 
-/* What belongs into a report, and whether all is well. */
-static int self_end(const struct self *t)
-{
-    const uint64_t known = 0xf7e0c42c140c71edu;
-
-    print_version();
-    print_libc();
-    printf("hash        %016llx, expected %016llx on every machine\n",
-           (unsigned long long)t->all, (unsigned long long)known);
-    return t->failed || t->all != known ? SELFTEST_FAILED : DONE;
-}
-
+/* All of it, and what belongs into a report. */
 static int selftest(void)
 {
+    const uint64_t known = 0xf7e0c42c140c71edu;
     struct self t = { .all = HASH_START };
     lfm2_error err;
 
     for (int i = 0; i < SELF_LONG; i++)
         t.token[i] = (i * 37 + 5) % SELF_VOCAB;
-    self_numbers(&t);
+    self_arithmetic(&t);
     self_functions(&t);
     for (int i = 0; i < N_SELF_TYPES; i++) {
         struct text file = { 0 };
         make_file(i, &file);
-        if (file.failed || lfm2_model_open_memory(&t.model, file.s, file.n,
-                                                  &err) != LFM2_OK) {
-            self_result(&t, 0, "a model of %s", self_types[i].name);
-            say(FAILED, "%s", file.failed ? "no memory" : err.msg);
-        } else {
-            self_weights(&t, &self_types[i]);
+        if (lfm2_model_open_memory(&t.model, file.s, file.n, &err) == LFM2_OK) {
+            self_kernels(&t, &self_types[i], i == N_SELF_TYPES - 1);
             if (i == N_SELF_TYPES - 1) {
-                self_attention(&t);
                 self_sequences(&t);
                 self_sampler(&t);
                 self_tokenizer(&t, &file);
             }
             lfm2_model_close(t.model);
-        }
+        } else
+            self_result(&t, 0, self_types[i].name, err.msg, 0);
         free(file.s);
     }
-    return self_end(&t);
+    print_version();
+    print_libc();
+    printf("hash        %016llx, expected %016llx on every machine\n",
+           (unsigned long long)t.all, (unsigned long long)known);
+    return t.failed || t.all != known ? SELFTEST_FAILED : DONE;
 }
 
 /* ---------------------------------------------------------- 20. The sandbox
@@ -11312,7 +10024,7 @@ static const struct { size_t at; uint64_t rights; } file_options[] = {
     { AT(ids), READS }, { AT(messages), READS }, { AT(tools), READS },
     { AT(ppl), READS }, { AT(session), READS }, { AT(resume), WRITES },
     { AT(logits), WRITES }, { AT(export_to), WRITES }, { AT(trace), WRITES },
-    { AT(experts), WRITES }
+    { AT(trace_raw), WRITES }, { AT(system_file), READS }
 };
 
 enum { N_FILE_OPTIONS = sizeof file_options / sizeof *file_options };
@@ -11603,77 +10315,3 @@ static int enter_sandbox(const struct settings *s, int chats)
 }
 
 #endif
-
-/* --------------------------------------------------------------- 21. main */
-
-/* Where the shell closed one of the first three descriptors (">&-"), the next
- * file to be opened would get its number, and words or messages would go into
- * it.  A directory takes the place: it can be neither read nor written. */
-static void hold_descriptors(void)
-{
-    int fd;
-
-    do
-        fd = open("/", O_RDONLY);
-    while (fd >= 0 && fd <= STDERR_FILENO);
-    if (fd >= 0)
-        close(fd);
-}
-
-/* Other files that whoever started this left open would be open in the sandbox,
- * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
-static void close_inherited(char **argv)
-{
-#ifndef __wasi__
-    DIR *dir = opendir("/dev/fd");
-    struct dirent *entry;
-
-    while (dir && (entry = readdir(dir))) {
-        const int fd = atoi(entry->d_name);
-        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
-        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
-            const char *name = strstr(argv[i], "/fd/");
-            is_named = name && strcmp(name + 4, entry->d_name) == 0;
-        }
-        if (!is_named)
-            close(fd);
-    }
-    if (dir)
-        closedir(dir);
-#else
-    (void)argv;
-#endif
-}
-
-static int work(const struct settings *s)
-{
-    return s->help ? print_help() : s->version ? print_version() :
-           s->selftest ? selftest() :
-           s->tokenize || s->detokenize || s->export_to ? work_on_words(s) :
-           wants_ppl(s) ? perplexity(s) : s->bench ? bench(s) :
-           s->inspect ? inspect_file(s) : s->batch_mode ? batch(s) :
-           work_on_model(s);
-}
-
-int main(int argc, char **argv)
-{
-    struct settings s = defaults;
-    struct text system = { 0 };
-    int code;
-
-    hold_descriptors();
-    close_inherited(argv);
-    start_signals();
-#ifndef __wasi__
-    atexit(leave_terminal);
-#endif
-    if (argc > 0 && argv[0][0])
-        program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
-    code = parse(&s, argc > 0 ? argv : (char *[]){ "run", NULL });
-    quiet = s.quiet;
-    if (code == DONE && s.system_file)
-        code = read_system(&s, &system);
-    code = flush_output(code == DONE ? work(&s) : code);
-    free(system.s);
-    return code == INTERRUPTED ? 128 + (int)last_signal : code;
-}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """compare_trace.py - where do two computations of the same model part?
 
-    python3 scripts/compare_trace.py A.jsonl B.jsonl [--bound X] [--all] [--npy A_DIR B_DIR]
+    python3 scripts/compare_trace.py A.jsonl B.jsonl [--bound X] [--all] [--raw A.f32 B.f32]
     python3 scripts/compare_trace.py A.jsonl --transformers MODEL_DIR [--write B.jsonl]
 
 A and B are traces of the same tokens, from `run --trace`: one record for every module and
@@ -16,8 +16,8 @@ that differs by more than the bound.  All that comes before it agrees, so the er
 The distance is the largest |a - b| of the values both records tell of (the first, the last,
 smallest, largest, mean and root mean square), over the root mean square of the vector.  None of
 them can be further apart than some two elements are, so it never says too much, but may say too
-little; with --npy, the folders of --trace-npy, it is the largest of all elements.  Equal SHA-256
-is no distance.
+little; with --raw, the files of --trace-raw, it is the largest of all elements.  Equal hashes
+(FNV-1a over the bits of the numbers) are no distance.
 
 The bound of 1e-3 lies between what rounding does and what errors do: sums of float32 in another
 order part by 2e-5 after 4 layers and 2e-4 after 30, a wrong formula by 1e-2 or more.  Keys and
@@ -29,15 +29,11 @@ Exit status: 0 nothing differs, 1 something does, 2 the input cannot be compared
 """
 import argparse
 import array
-import ast
 import collections
-import hashlib
 import io
 import json
 import math
-import os
 import re
-import struct
 import sys
 
 BOUND = 1e-3
@@ -91,19 +87,19 @@ def is_traced(name):
 # --------------------------------------------------------------------- reading
 
 # What is compared of a record.  l2 becomes the root mean square.
-Record = collections.namedtuple("Record", "shape values rms sha256 row")
+Record = collections.namedtuple("Record", "shape values rms hash offset")
 
 
 def number(x):
     return float(x)                            # also of "nan", "inf" and "-inf"
 
 
-def make_record(r, row):
+def make_record(r):
     shape = [int(n) for n in r["shape"]]
     rms = number(r["l2"]) / math.sqrt(max(1, math.prod(shape)))
     values = [number(x) for x in r["first"]] + [number(x) for x in r["last"]]
     values += [number(r[key]) for key in ("min", "max", "mean")] + [rms]
-    return Record(shape, values, rms, r.get("sha256"), row)
+    return Record(shape, values, rms, r.get("hash"), r.get("offset"))
 
 
 class Trace:
@@ -112,12 +108,12 @@ class Trace:
 
     def __init__(self, path, lines=None):
         self.path, self.header, self.records, self.tokens = path, None, {}, {}
-        rows, seen = collections.Counter(), collections.Counter()
+        seen = collections.Counter()
         try:
             with open(path, encoding="utf-8") if lines is None else io.StringIO(lines) as f:
                 for n, line in enumerate(f, 1):
                     if line.strip():
-                        self.add(line, n, rows, seen)
+                        self.add(line, n, seen)
         except (OSError, UnicodeDecodeError) as e:
             raise Unreadable("%s: %s" % (path, getattr(e, "strerror", None) or e))
         if self.header is None:
@@ -125,7 +121,7 @@ class Trace:
         if not self.records:
             raise Unreadable("%s: no record, expected one for every module" % path)
 
-    def add(self, line, n, rows, seen):
+    def add(self, line, n, seen):
         try:
             r = json.loads(line)
             if "trace" in r:                   # the first, or, sorted, the last
@@ -134,7 +130,7 @@ class Trace:
                 self.header = r
                 return
             name, pos = str(r["name"]), int(r["pos"])
-            record = make_record(r, rows[name])
+            record = make_record(r)
             token = int(r["token"]) if "token" in r else None
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise Unreadable("%s: line %d is no record of a trace (%s: %s)" %
@@ -143,7 +139,6 @@ class Trace:
         self.records[name, pos, again] = record
         if token is not None:
             self.tokens[pos, again] = token
-        rows[name] += 1
         seen[name, pos] += 1
 
     def title(self):
@@ -153,49 +148,29 @@ class Trace:
                           for key in ("arch", "model_hash", "kv") if key in h])
 
 
-def read_npy(path):
-    """The rows of a file that --trace-npy wrote."""
-    try:
-        with open(path, "rb") as f:
-            head = f.read(10)
-            if head[:8] != b"\x93NUMPY\1\0":
-                raise ValueError("no NumPy file of format 1.0")
-            about = ast.literal_eval(f.read(struct.unpack("<H", head[8:])[0]).decode("latin-1"))
-            data = array.array("f", f.read())
-            if about["descr"] != "<f4" or about["fortran_order"]:
-                raise ValueError("%s, expected <f4 in C order" % about["descr"])
-            rows, columns = about["shape"]
-            if len(data) != rows * columns:
-                raise ValueError("%d values, expected %d x %d" % (len(data), rows, columns))
-    except OSError as e:
-        raise Unreadable("%s: %s" % (path, e.strerror))
-    except (ValueError, KeyError, TypeError, SyntaxError, struct.error) as e:
-        raise Unreadable("%s: %s" % (path, e))
-    if sys.byteorder == "big":
-        data.byteswap()
-    return [data[i * columns:(i + 1) * columns] for i in range(rows)]
-
-
 class Vectors:
-    """The whole vectors of a trace, one file at a time: records come module by module."""
+    """The whole vectors of a trace, in a file of --trace-raw."""
 
-    def __init__(self, folder):
-        self.folder, self.path, self.rows = folder, None, []
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.file = path and open(path, "rb")
+        except OSError as e:
+            raise Unreadable("%s: %s" % (path, e.strerror))
 
-    def load(self, name):
-        return read_npy(os.path.join(self.folder, name + ".npy"))
-
-    def row(self, name, record):
-        path = os.path.join(self.folder, name + ".npy")
-        if path != self.path:
-            self.path, self.rows = path, self.load(name)
-        if record.row >= len(self.rows):
-            raise Unreadable("%s: %d rows, but the trace has more records" % (path, len(self.rows)))
-        row = self.rows[record.row]
-        if not all(map(same, row[:4], array.array("f", record.values))):
-            raise Unreadable("%s: row %d is not what the trace has at that place" %
-                             (path, record.row))
-        return row
+    def vector(self, name, pos, record):
+        n = math.prod(record.shape)
+        if record.offset is None:
+            raise Unreadable("%s: no offset in the record of %s, expected a trace made with "
+                             "--trace-raw" % (self.path, name))
+        self.file.seek(record.offset)
+        x = array.array("f", self.file.read(4 * n))
+        if sys.byteorder == "big":
+            x.byteswap()
+        if len(x) != n or not all(map(same, x[:4], array.array("f", record.values))):
+            raise Unreadable("%s: at %d is not what the trace has of %s" %
+                             (self.path, record.offset, name))
+        return x
 
 
 # -------------------------------------------------------------------- distance
@@ -217,7 +192,7 @@ def compare_records(a, b, whole=None):
     """How far; whole: both vectors, if there are."""
     if a.shape != b.shape:
         return math.inf
-    if a.sha256 is not None and a.sha256 == b.sha256:
+    if a.hash is not None and a.hash == b.hash:
         return 0.0
     rms = max(a.rms, b.rms)
     return distance(*(whole or (a.values, b.values)), rms)
@@ -249,9 +224,9 @@ def compare(a, b, bound, vectors=()):
         x, y = a.records[key], b.records[key]
         whole = None
         if vectors and x.shape == y.shape:
-            whole = [v.row(key[0], r) for v, r in zip(vectors, (x, y))]
+            whole = [v.vector(key[0], key[1], r) for v, r in zip(vectors, (x, y))]
         far = compare_records(x, y, whole)
-        bytes_differ = None not in (x.sha256, y.sha256) and x.sha256 != y.sha256
+        bytes_differ = None not in (x.hash, y.hash) and x.hash != y.hash
         note = "shapes %s and %s" % (x.shape, y.shape) if x.shape != y.shape else \
             "other bytes" if bytes_differ and far == 0 else ""
         pairs.append(Pair(key[0], key[1], far, far > bound or (bound == 0 and bytes_differ), note))
@@ -275,6 +250,14 @@ def text(x):
     return float("%.9g" % x) if math.isfinite(x) else str(x)
 
 
+def hash_of(data):
+    """FNV-1a over the bits of each float32."""
+    h = 0xcbf29ce484222325
+    for i in range(0, len(data), 4):
+        h = (h ^ int.from_bytes(data[i:i + 4], "little")) * 0x100000001b3 & (1 << 64) - 1
+    return "%016x" % h
+
+
 def describe(name, pos, v, hashed=True):
     """The record of a vector, a float32 tensor of one dimension."""
     d = v.double()
@@ -283,7 +266,7 @@ def describe(name, pos, v, hashed=True):
          "min": text(d.min().item()), "max": text(d.max().item()),
          "mean": text(d.mean().item()), "l2": text(d.norm().item())}
     if hashed:
-        r["sha256"] = hashlib.sha256(v.numpy().astype("<f4").tobytes()).hexdigest()
+        r["hash"] = hash_of(v.numpy().astype("<f4").tobytes())
     return r
 
 
@@ -304,7 +287,7 @@ class Official(Vectors):
     """What the modules of a model in transformers put out, recorded by hooks."""
 
     def __init__(self, model, ids):
-        super().__init__("transformers")
+        super().__init__(None)
         self.model, self.ids, self.n = model, ids, len(ids)
         self.kept, self.left_out, self.inputs, self.stacks = {}, [], None, []
 
@@ -386,8 +369,8 @@ class Official(Vectors):
             return chosen, weights
         block.route_tokens_to_experts = watched
 
-    def load(self, name):                      # as Vectors
-        return [self.kept[name][pos].tolist() for pos in sorted(self.kept[name])]
+    def vector(self, name, pos, record):       # as Vectors
+        return self.kept[name][pos].tolist()
 
     def header(self, version):
         c = self.model.config
@@ -500,16 +483,16 @@ def arguments():
     p.add_argument("--bound", type=not_negative, default=BOUND, metavar="X",
                    help="the relative distance allowed; 0: the same bytes (%g)" % BOUND)
     p.add_argument("--all", action="store_true", help="a line for every position")
-    p.add_argument("--npy", nargs="+", metavar="DIR", default=[],
-                   help="compare the whole vectors in A's folder and B's; only the first of "
+    p.add_argument("--raw", nargs="+", metavar="FILE", default=[],
+                   help="compare the whole vectors in A's file and B's; only the first of "
                    "these with --transformers")
     args = p.parse_args()
     if (args.b is None) == (args.transformers is None):
         p.error("expected a second trace or --transformers MODEL_DIR")
     if args.write and not args.transformers:
         p.error("--write: there is nothing to write without --transformers")
-    if args.npy and len(args.npy) != (1 if args.transformers else 2):
-        p.error("--npy: expected the folder of every trace")
+    if args.raw and len(args.raw) != (1 if args.transformers else 2):
+        p.error("--raw: expected the file of every trace")
     return args
 
 
@@ -524,7 +507,7 @@ def write(path, lines):
 def main():
     args = arguments()
     try:
-        a, vectors = Trace(args.a), [Vectors(folder) for folder in args.npy]
+        a, vectors = Trace(args.a), [Vectors(path) for path in args.raw]
         if args.transformers:
             official, lines = run_official(args.transformers, tokens_of(a))
             b = Trace(args.transformers, lines)

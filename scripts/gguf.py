@@ -1,6 +1,7 @@
 """gguf.py - reads and writes GGUF files, quantises and dequantises their tensors.
 
-    python3 scripts/gguf.py show FILE      list metadata and tensors
+    python3 scripts/gguf.py show FILE                          list metadata and tensors
+    python3 scripts/gguf.py FILE --tensor NAME [--rows A-B]    what is in one of them
 
 A GGUF file, version 3, all numbers little-endian:
 
@@ -15,6 +16,10 @@ A GGUF file, version 3, all numbers little-endian:
 In Python a tensor has its dimensions the other way round, slowest first, as
 NumPy has them: [out][in] for a matrix, [expert][out][in] for experts.
 """
+import argparse
+import difflib
+import hashlib
+import re
 import struct
 import sys
 
@@ -479,7 +484,46 @@ def show(path):
         print("  %-44s %-8s %s" % (x.name, x.type, " x ".join(map(str, x.shape[::-1]))))
 
 
+def show_tensor(path, name, rows="0-7"):
+    """What a tensor holds: its place, the range of its weights, and the first columns of some
+    of its rows."""
+    f = File(path)
+    if name not in f.tensors:
+        near = difflib.get_close_matches(name, f.tensors, 3, 0)
+        sys.exit("gguf.py: %s: no tensor %s; the nearest are %s" % (path, name, ", ".join(near)))
+    t = f.tensors[name]
+    x = t.array(np.float64).reshape(-1, t.shape[-1] if t.shape else 1)
+    found = re.fullmatch(r"([0-9]{1,18})(-?)([0-9]{0,18})", rows)
+    first, last = (int(found[1]), int(found[3] or len(x) - 1 if found[2] else found[1])) \
+        if found else (1, 0)
+    last = min(last, len(x) - 1) if rows == "0-7" else last
+    if not first <= last < len(x):
+        sys.exit("gguf.py: --rows %s: expected A-B, of the rows from 0 to %d" % (rows, len(x) - 1))
+    good = x[np.isfinite(x)]
+    print("%s: %s, %s, %d bytes, sha256 %s" % (
+        name, t.type, " x ".join(map(str, t.shape[::-1])), len(t.raw),
+        hashlib.sha256(t.raw).hexdigest()))
+    if good.size:
+        print("min %.9g, max %.9g, mean %.9g, rms %.9g, not finite %d" % (
+            good.min(), good.max(), good.mean(), np.sqrt((good * good).mean()),
+            x.size - good.size))
+    for i in range(first, last + 1):
+        print("%8d  %s" % (i, " ".join("%9.4g" % v for v in x[i, :8])))
+
+
+def main():
+    if len(sys.argv) == 3 and sys.argv[1] == "show":
+        return show(sys.argv[2])
+    p = argparse.ArgumentParser(description="What is in a tensor; `show FILE` lists them.")
+    p.add_argument("file")
+    p.add_argument("--tensor", required=True, metavar="NAME")
+    p.add_argument("--rows", default="0-7", metavar="A-B")
+    args = p.parse_args()
+    show_tensor(args.file, args.tensor, args.rows)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "show":
-        sys.exit("usage: python3 scripts/gguf.py show FILE")
-    show(sys.argv[2])
+    try:
+        main()
+    except (OSError, ValueError, IndexError, KeyError) as e:
+        sys.exit("gguf.py: %s" % e)

@@ -3,7 +3,8 @@
 
     ./run --inspect --json MODEL.gguf > model.json
     ./run MODEL.gguf -f TEXT --raw -n 0 --json --logprobs 3 > text.json
-    ./run MODEL.gguf -f TEXT --raw -n 0 --experts experts.csv --trace trace.jsonl
+    ./run MODEL.gguf -f TEXT --raw -n 0 --trace trace.jsonl --trace-raw trace.f32
+    python3 scripts/trace.py experts trace.jsonl trace.f32 -o experts.csv
 
     python3 scripts/picture.py block      model.json   -o block.svg
     python3 scripts/picture.py surprisal  text.json    -o text.svg      (or text.html)

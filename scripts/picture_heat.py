@@ -37,7 +37,7 @@ class Layer:
 
 
 def read_experts(f):
-    """{layer: Layer} of what --experts wrote."""
+    """{layer: Layer} of what trace.py experts wrote."""
     lines, layers = numbered_lines(f), collections.defaultdict(Layer)
     names = next(lines, (0, ""))[1].split(",")
     try:

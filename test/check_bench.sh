@@ -15,17 +15,15 @@ row() {
 
 # -------------------------------------------------------------------- the table
 
-expect 0 "a table" -p 16 -n 4 -npl 1,3 -pg 8,2 -d 0,40 -r 2 -t 2
-for name in pp16 tg4 "tg4 x 3" "pp8+tg2" "pp16 @ d40" "tg4 @ d40" \
-    "tg4 x 3 @ d40" "pp8+tg2 @ d40"; do
+expect 0 "a table" -p 16 -n 4 -npl 1,3 -d 0,40 -r 2 -t 2
+for name in pp16 tg4 "tg4 x 3" "pp16 @ d40" "tg4 @ d40" "tg4 x 3 @ d40"; do
     holds "it has $name" row "$name"
 done
 holds "llama-bench's columns" sh -c \
     "head -1 $dir/out | tr -d ' ' |
-     grep -qF '|model|size|params|backend|threads|test|t/s|'"
-for word in "reads GB/s" "of cached" "usable CPU" kernels \
-    "2 threads read" "first token of 8" "resident at most" \
-    "sampling  temp 0.3" "GB/s a core"; do
+     grep -qF '|model|size|params|backend|threads|test|t/s|GB/s|GMAC/s|share|'"
+for word in "usable CPU" kernels "2 threads read" "first token of 8" \
+    "resident at most" "GB/s a core" "of the bandwidth by answers"; do
     holds "it says $word" grep -qF "$word" "$dir/out"
 done
 holds "and nothing else" [ ! -s "$dir/err" ]
@@ -36,9 +34,9 @@ holds "no answers" sh -c "! grep -q tg $dir/out"
 expect 0 "threads" -p 8 -n 0 -r 1 -t 1,2
 holds "a limit for each number of them" \
     [ "$(grep -c '^limits ' "$dir/out")" -eq 2 ]
-"$run" --bench "$dir/none.gguf" >"$dir/out" 2>"$dir/err"
-[ $? -eq 3 ]
-result $? "a model that is not there is status 3"
+# A model that fits in the caches is faster than memory, which needs a word.
+holds "a share above 100 % is explained" sh -c "! cut -d '|' -f 12 '$dir/out' |
+    grep -q '[1-9][0-9][1-9] %' || grep -q 'above 100 %' '$dir/out'"
 
 # ---------------------------------------------------------------------- records
 
@@ -67,19 +65,11 @@ for r in records:
     assert all(v > 0 for v in r["samples_ts"])
     assert r["l2_gbs_core"] > 0
 END
-    expect 0 "JSON lines" -p 8 -n 2 -r 1 -o jsonl
-    holds "each a record" python3 -c "
-import json
-assert [json.loads(s)['n_prompt'] for s in open('$dir/out')] == [8, 0]"
-    expect 0 "memory" -p 0 -n 1 -npl 1,64 -d 1024 -r 1 -o jsonl
+    expect 0 "memory" -p 0 -n 1 -npl 1,64 -d 1024 -r 1 -o json
     holds "is that of now" python3 -c "
 import json
-one, many = [json.loads(s)['rss_anon'] for s in open('$dir/out')]
+one, many = [r['rss_anon'] for r in json.load(open('$dir/out'))]
 assert one is None or many > one + 64 * 1024 * 100, (one, many)"
-    expect 0 "CSV" -p 8 -n 2 -r 1 -o csv
-    holds "a head and two lines" python3 -c "
-import csv
-assert [r['n_gen'] for r in csv.DictReader(open('$dir/out'))] == ['0', '2']"
 else
     echo "skipped: the records, there is no python3"
 fi
@@ -93,9 +83,8 @@ refuses 2 "whole numbers from 0" -n 8,x
 refuses 2 "whole numbers from 0" -d -1
 refuses 2 "whole numbers from 1" -npl 0
 refuses 2 "at most 16" -p 1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17
-refuses 2 "two whole numbers" -pg 8
-refuses 2 "two whole numbers" -pg 8,0
-refuses 2 "expected md|json|jsonl|csv" -o xml
+refuses 2 "unknown option -pg" -pg 8,2
+refuses 2 "expected md|json" -o csv
 refuses 2 "nothing to measure" -p 0 -n 0
 refuses 2 "longer than any context" -d 16777216
 refuses 2 "as long as the tests need" -c 100
@@ -209,7 +198,7 @@ assert len(of('g')) == 4 and len(of('polyline')) == 16
 said = ''.join(t.firstChild.data for t in of('text'))
 assert 'lfm2.c' in said and 'llama.cpp' in said and '<&> ' in said" \
         "$dir/a plot.svg"
-    expect 0 "one depth" -p 8 -n 2 -r 1 -o jsonl
+    expect 0 "one depth" -p 8 -n 2 -r 1 -o json
     holds "nothing to draw is said" sh -c "
         ! python3 $plot -o $dir/none.svg $dir/out 2>$dir/err &&
         grep -q 'nothing to draw' $dir/err && [ ! -e $dir/none.svg ]"

@@ -6,12 +6,12 @@
 needs_python json "the comparison of traces"
 m=test/tiny.gguf d=$dir
 
-# trace NAME OPTION...: $d/NAME, and $d/NAME.npy.
+# trace NAME OPTION...: $d/NAME, and $d/NAME.f32.
 trace() {
     name=$1
     shift
     "$run" -q --raw --temp 0 -n 3 -t 1 --trace "$d/$name" \
-        --trace-npy "$d/$name.npy" "$@" $m "What is a short convolution?" \
+        --trace-raw "$d/$name.f32" "$@" $m "What is a short convolution?" \
         >/dev/null
 }
 
@@ -38,7 +38,7 @@ holds "nor is the order of the lines looked at" sh -c \
 holds "rounded keys and values show in the first attention" \
     compare 1 "$attention" "$d/a" "$d/c" --bound 0
 holds "in the whole vectors, too" compare 1 "$attention" "$d/a" "$d/c" \
-    --bound 0 --npy "$d/a.npy" "$d/c.npy"
+    --bound 0 --raw "$d/a.f32" "$d/c.f32"
 holds "a large bound allows that" compare 0 '^no module .* (the furthest: ' \
     "$d/a" "$d/c" --bound 10
 holds "every position can be shown" sh -c \
@@ -49,7 +49,7 @@ holds "every position can be shown" sh -c \
 further() {
     "$python" scripts/compare_trace.py "$d/a" "$d/c" >"$d/few"
     "$python" scripts/compare_trace.py "$d/a" "$d/c" \
-        --npy "$d/a.npy" "$d/c.npy" >"$d/whole"
+        --raw "$d/a.f32" "$d/c.f32" >"$d/whole"
     paste "$d/few" "$d/whole" | awk '/^model\.|^lm_head/ {
         for (i = 4; $i !~ /^model|^lm_head/; i++)
             ;
@@ -71,7 +71,7 @@ holds "another model" compare 2 'arch is lfm2, but lfm2moe' "$d/other" "$d/a"
 sed 's/"token":[0-9]*/"token":1/' "$d/a" >"$d/other"
 holds "another prompt" compare 2 'position 1 is token 1, but' "$d/other" "$d/a"
 holds "other vectors than the trace's" compare 2 'not what the trace has' \
-    "$d/a" "$d/c" --npy "$d/c.npy" "$d/a.npy"
+    "$d/a" "$d/c" --raw "$d/c.f32" "$d/a.f32"
 grep -v embed_tokens "$d/a" >"$d/cut"
 holds "no tokens for the official run" compare 2 'no token at position 0' \
     "$d/cut" --transformers "$d/none"

@@ -49,20 +49,6 @@ shrinks 0 -t 4 --no-mmap
 holds "what was read is no matter" [ ! -s "$dir/err" ]
 holds "both are answered" [ "$(wc -l <"$dir/out")" -eq 2 ]
 
-# A digest of that much takes a while.
-cp $m "$dir/m.gguf"
-dd if=/dev/null of="$dir/m.gguf" bs=1 seek=4000000000 2>/dev/null
-"$run" --inspect --sha256 "$dir/m.gguf" >"$dir/out" 2>"$dir/err" &
-pid=$!
-mapped() {
-    has_ended $pid || grep -q m.gguf /proc/$pid/maps
-}
-within 60 mapped
-cp $m "$dir/m.gguf"
-wait_within 60 $pid
-holds "--inspect of a file that is cut" [ $? -eq 3 ]
-holds "says so" grep -q 'm.gguf: it became shorter' "$dir/err"
-
 # ---------------------------------------------------------- where there is none
 
 "$run" --bench --sandbox require $m >"$dir/out" 2>"$dir/err"
@@ -118,8 +104,8 @@ in_all_modes() {
     mode chat chat "$@" -cnv $m
     mode chat_session chat "$@" -cnv --session "$to/talk" -f "$dir/question" $m
     mode ids "$@" --ids test/tiny.ids --logits "$to/logits" $m
-    mode trace "$@" --trace "$to/records" --trace-filter 'model.layers.3.*' \
-        $m hello
+    mode trace "$@" --trace "$to/records" --trace-raw "$to/numbers" \
+        --trace-filter 'model.layers.3.*' $m hello
     mode batch "$@" --batch -f "$dir/requests" $m
     mode resume1 "$@" --batch -f "$dir/first" --resume "$to/answers" $m
     mode resume2 "$@" --batch -f "$dir/requests" --resume "$to/answers" $m

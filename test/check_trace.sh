@@ -1,5 +1,5 @@
 #!/bin/sh
-# --trace and --experts, and that three planted errors are found where they are.
+# --trace and what scripts make of it, and that three planted errors are found where they are.
 #     RUN=./run test/check_trace.sh
 . test/lib.sh
 
@@ -7,15 +7,6 @@ m=test/tiny.gguf
 prompt='What is a short convolution?'
 unset LFM2_MODEL LFM2_THREADS
 export LC_ALL=C
-
-# refuses STATUS SENTENCE ARGUMENTS...
-refuses() {
-    want=$1 sentence=$2
-    shift 2
-    expect "$want" "$*" -t 1 "$@"
-    grep -qF -- "$sentence" "$dir/err"
-    result $? "$*: expected \"$sentence\""
-}
 
 # look NAME ARGUMENTS...: the trace of the prompt, which has 7 tokens.
 look() {
@@ -32,10 +23,6 @@ names() {
 # field NAME TRACE: of the first record.
 field() {
     sed -n "2s/.*\"$1\":\"\\{0,1\\}\\([^,\"]*\\).*/\\1/p" "$dir/$2.jsonl"
-}
-
-sum_of() {
-    { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1
 }
 
 # --------------------------------------------------------------------- --trace
@@ -55,7 +42,7 @@ form=$form"\"shape\":\\[[0-9]*\\],\"first\":$four,\"last\":$four,"
 for key in min max mean l2; do
     form="$form\"$key\":$number,"
 done
-form="\{$form\"sha256\":\"[0-9a-f]{64}\"\}"
+form="\{$form\"hash\":\"[0-9a-f]{16}\"\}"
 grep -cxE "$form" "$dir/plain.jsonl" >"$dir/count"
 holds "all others have one form" \
     [ "$(cat "$dir/count")" = $(($(wc -l <"$dir/plain.jsonl") - 1)) ]
@@ -99,31 +86,20 @@ positions 4 4
 positions $((n - 2))- "$((n - 2)) $((n - 1))"
 positions $((n - 1))-2147483647 $((n - 1))
 
-look npy --trace-npy "$dir/npy"
-holds "a file for each name" [ "$(ls "$dir/npy" | wc -l)" -eq \
-    "$(names npy | sort -u | wc -l)" ]
-look token --trace-filter 'model.layers.1.conv.in_proj' --trace-tokens 0
-array=$dir/npy/model.layers.1.conv.in_proj.npy
-tail -c +129 "$array" >"$dir/numbers"
-holds "of float32" [ "$(wc -c <"$dir/numbers")" -eq $((n * 3 * 256 * 4)) ]
-holds "that the sum is of" [ "$(head -c 3072 "$dir/numbers" | sum_of)" = \
-    "$(field sha256 token)" ]
-head -c 128 "$array" | tail -c +11 >"$dir/head"
-about="{'descr': '<f4', 'fortran_order': False, 'shape': ($n, 768), }"
-printf '%-117s\n' "$about" >"$dir/about"
-holds "the head says how many" cmp "$dir/head" "$dir/about"
-cp -r "$dir/npy" "$dir/before"
-look npy --trace-npy "$dir/npy" -b 2
-holds "files that were there are replaced, and a cut changes none" \
-    diff -r "$dir/npy" "$dir/before"
+look raw --trace-raw "$dir/raw.f32"
+sed 's/,"offset":[0-9]*//' "$dir/raw.jsonl" >"$dir/without"
+holds "the same records, with an offset" cmp "$dir/without" "$dir/plain.jsonl"
+cp "$dir/raw.f32" "$dir/before"
+look raw --trace-raw "$dir/raw.f32"
+holds "files that were there are replaced" cmp "$dir/raw.f32" "$dir/before"
 
 expect 0 "--logits" --ids test/tiny.ids --logits "$dir/logits" $m
 cp "$dir/logits" "$dir/without"
 expect 0 "--logits" --ids test/tiny.ids --logits "$dir/logits" $m \
-    --trace "$dir/logits.jsonl" --trace-filter lm_head
+    --trace "$dir/logits.jsonl" --trace-filter lm_head \
+    --trace-raw "$dir/logits.f32"
 holds "logits do not change" cmp "$dir/logits" "$dir/without"
-holds "and are what is traced" [ "$(head -c 8192 "$dir/logits" | sum_of)" = \
-    "$(field sha256 logits)" ]
+holds "and are what is traced" cmp "$dir/logits" "$dir/logits.f32"
 holds "all of them" [ "$(names logits | wc -l)" -eq \
     $(($(wc -c <test/tiny.ids) / 4)) ]
 expect 0 "an answer" -t 1 $m --temp 0 -n 12 "$prompt"
@@ -142,10 +118,111 @@ holds "a chat is one text" [ "$(sed -n 's/.*"pos":\([0-9]*\).*/\1/p' \
     $(($(sed -n 's/.*"pos":\([0-9]*\).*/\1/p' "$dir/chat.jsonl" | sort -nu |
         wc -l) - 1)) ]
 
-# ------------------------------------------------------------------- --experts
+# Whatever ends the program, there is no half of a record.
+"$run" -t 1 $m --raw --bos -n 100000 -c 0 --ignore-eos "$prompt" \
+    --trace "$dir/killed.jsonl" --trace-raw "$dir/killed.f32" >"$dir/out" \
+    2>"$dir/err" &
+pid=$!
+within 20 [ -s "$dir/killed.f32" ]
+kill -KILL $pid
+wait $pid 2>/dev/null
+holds "killed at any time: the last line is whole" \
+    sh -c "tail -1 '$dir/killed.jsonl' | grep -qE '\}$'"
+last=$(tail -1 "$dir/killed.jsonl")
+n_last=${last#*shape\":[} at=${last#*offset\":}
+holds "and its numbers are there" [ "$(wc -c <"$dir/killed.f32")" -ge \
+    $((${at%\}} + 4 * ${n_last%%]*})) ]
 
-look experts --experts "$dir/experts.csv"
-holds "the trace is the same" cmp "$dir/experts.jsonl" "$dir/plain.jsonl"
+# -------------------------------------------------------------------- refusals
+
+for option in "--trace-raw F" "--trace-filter x" "--trace-tokens 1"; do
+    refuses 2 "needs --trace" $option $m x
+done
+for range in "" - 3-2 -1 1-2-3 x 1-x " 1" 99999999999; do
+    refuses 2 "expected positions like" --trace "$dir/t" \
+        --trace-tokens="$range" $m x
+done
+for mode in --tokenize --inspect --bench --batch --dump-prompt "--ppl x"; do
+    refuses 2 "looks into a single answer" --trace "$dir/t" $mode $m
+done
+refuses 2 "standard output is for the answer" --trace - $m x
+refuses 3 "/there: No such file" --trace "$dir/not/there" $m x
+refuses 3 "/there: No such file" --trace "$dir/t" --trace-raw "$dir/not/there" \
+    $m x
+if [ -c /dev/full ]; then
+    refuses 3 "/dev/full: No space left" --trace /dev/full $m x
+    holds "which ends the work at once" [ ! -s "$dir/out" ]
+    refuses 3 "/dev/full: No space left" --trace /dev/full -n 0 \
+        --trace-filter lm_head $m x
+    refuses 3 "/dev/full: No space left" --trace "$dir/t" \
+        --trace-raw /dev/full -n 0 $m x
+else
+    echo "skipped: full disks, which need /dev/full"
+fi
+
+# ---------------------------------------------------------- what records tell
+
+needs_python json "the numbers in records"
+cat >"$dir/check.py" <<'END'
+import array, json, math, sys
+
+names, wrong = set(), 0
+
+def same(a, b):
+    return abs(a - b) <= 1e-8 * max(abs(a), abs(b), 1e-3)
+
+raw = open(sys.argv[2], "rb")
+for line in list(open(sys.argv[1]))[1:]:
+    r = json.loads(line)
+    n = r["shape"][0]
+    names.add(r["name"])
+    wrong += raw.tell() != r["offset"]
+    x, h = raw.read(4 * n), 0xcbf29ce484222325
+    for i in range(0, len(x), 4):
+        h = (h ^ int.from_bytes(x[i:i + 4], "little")) * 0x100000001b3 % 2 ** 64
+    wrong += "%016x" % h != r["hash"]
+    x = array.array("f", x)
+    if sys.byteorder == "big":
+        x.byteswap()
+    for key, is_ in (("min", min(x)), ("max", max(x)), ("mean", sum(x) / n),
+                     ("l2", math.sqrt(sum(v * v for v in x)))):
+        wrong += not same(r[key], is_)
+    wrong += len(x) != n
+    wrong += array.array("f", r["first"] + r["last"]) != x[:4] + x[-4:]
+sys.exit(wrong or raw.read(1) != b"" or len(names) < 50)
+END
+holds "are those of the vector" "$python" "$dir/check.py" "$dir/raw.jsonl" \
+    "$dir/raw.f32"
+
+# ------------------------------------------------------------- scripts/trace.py
+
+# make STATUS KIND ARGUMENT...: of the trace in $made.
+make() {
+    want=$1 what="trace.py $2"
+    kind=$2
+    shift 2
+    "$python" scripts/trace.py "$kind" "$dir/$made.jsonl" "$dir/raw.f32" "$@" \
+        >"$dir/out" 2>"$dir/err"
+    status=$?
+    [ $status -eq "$want" ]
+    result $? "$what: status $status, expected $want"
+}
+
+made=raw
+make 0 npy -o "$dir/npy"
+holds "a file for each name" [ "$(ls "$dir/npy" | wc -l)" -eq \
+    "$(names raw | sort -u | wc -l)" ]
+array=$dir/npy/model.layers.1.conv.in_proj.npy
+head -c 128 "$array" | tail -c +11 >"$dir/head"
+about="{'descr': '<f4', 'fortran_order': False, 'shape': ($n, 768), }"
+printf '%-117s\n' "$about" >"$dir/about"
+holds "the head says how many" cmp "$dir/head" "$dir/about"
+holds "and so many follow" [ "$(tail -c +129 "$array" | wc -c)" -eq \
+    $((n * 768 * 4)) ]
+model=
+"$python" -c 'import numpy' 2>/dev/null && model="--model $m"
+# shellcheck disable=SC2086
+make 0 experts -o "$dir/experts.csv" $model
 holds "the columns" [ "$(head -1 "$dir/experts.csv")" = \
     position,token,layer,rank,expert,score,bias,weight ]
 holds "two of eight experts in four layers" [ "$(wc -l <"$dir/experts.csv")" \
@@ -157,7 +234,8 @@ NR > 1 {
         $6 <= 0 || $6 >= 1)
         exit 1
     by = $6 + $7
-    if ($4 == 1 && (by > first || sum + $8 < 0.9999 || sum + $8 > 1.0001 ||
+    if ($4 == 1 && ((by > first && $7 != "") || sum + $8 < 0.9999 ||
+                    sum + $8 > 1.0001 ||
                     $6 * sum / ($8 * score) < 0.9999 ||
                     $6 * sum / ($8 * score) > 1.0001))
         exit 1
@@ -169,10 +247,7 @@ NR > 1 {
 END
 holds "weights are shares of the scores, chosen by score and bias" \
     awk -F, -f "$dir/sums.awk" "$dir/experts.csv"
-cp "$dir/experts.csv" "$dir/before.csv"
-look cut -b 2 --experts "$dir/experts.csv"
-holds "a cut changes nothing" cmp "$dir/experts.csv" "$dir/before.csv"
-expect 0 "a summary" -t 1 $m --raw --bos -n 0 "$prompt" --experts -
+make 0 summary
 holds "has a line for each layer" [ "$(grep -cE \
     '^ *[2-5]  \|[ .:+*#-]{8}\|  +[0-3]\.[0-9]{2}  +[0-7]  +[0-9]+%$' \
     "$dir/out")" = 4 ]
@@ -180,79 +255,17 @@ awk -F, '$3 == 2 { print $5 }' "$dir/experts.csv" | sort | uniq -c |
     awk -v all=$((n * 2)) '{ p = $1 / all; h -= p * log(p) / log(2) }
                            END { printf "%.2f", h }' >"$dir/entropy"
 holds "its entropy" grep -qE "^ *2  .*\|  +$(cat "$dir/entropy")  " "$dir/out"
-awk -F, '$3 == 2 { now[$5] = $1; hit += $1 > 0 && was[$5] == $1 && ($5 in was)
-                   was[$5] = $1 + 1 }
+awk -F, '$3 == 2 { hit += ($5 in was) && was[$5] == $1; was[$5] = $1 + 1 }
          END { printf "%.0f%%", 100 * hit / '$((n * 2 - 2))' }' \
     "$dir/experts.csv" >"$dir/again"
 holds "and how many were chosen again" \
     grep -qE "^ *2  .* $(cat "$dir/again")\$" "$dir/out"
-
-# -------------------------------------------------------------------- refusals
-
-for option in "--trace-npy D" "--trace-filter x" "--trace-tokens 1"; do
-    refuses 2 "needs --trace" $option $m x
-done
-for range in "" - 3-2 -1 1-2-3 x 1-x " 1" 99999999999; do
-    refuses 2 "expected positions like" --trace "$dir/t" \
-        --trace-tokens="$range" $m x
-done
-for mode in --tokenize --inspect --bench --batch --dump-prompt "--ppl x"; do
-    refuses 2 "looks into a single answer" --trace "$dir/t" $mode $m
-    refuses 2 "looks into a single answer" --experts "$dir/t" $mode $m
-done
-refuses 2 "standard output is for the answer" --trace - $m x
-refuses 2 "standard output is for the JSON" --experts - --json $m x
-refuses 3 "/there: No such file" --trace "$dir/not/there" $m x
-refuses 3 "/there: No such file" --experts "$dir/not/there" $m x
-refuses 3 "/there: No such file" --trace "$dir/t" --trace-npy "$dir/not/there" \
-    $m x
-: >"$dir/file"
-refuses 3 "Not a directory" --trace "$dir/t" --trace-npy "$dir/file" $m x
-if [ -c /dev/full ]; then
-    refuses 3 "/dev/full: No space left" --trace /dev/full $m x
-    holds "which ends the work at once" [ ! -s "$dir/out" ]
-    refuses 3 "/dev/full: No space left" --trace /dev/full -n 0 \
-        --trace-filter lm_head $m x
-    refuses 3 "/dev/full: No space left" --experts /dev/full -n 0 $m x
-    mkdir "$dir/full"
-    ln -s /dev/full "$dir/full/lm_head.npy"
-    refuses 3 "lm_head.npy: No space left" --sandbox off --trace "$dir/t" \
-        --trace-npy "$dir/full" --trace-filter lm_head -n 0 $m x
-else
-    echo "skipped: full disks, which need /dev/full"
-fi
-
-# ---------------------------------------------------------- what records tell
-
-needs_python json "the numbers in records"
-cat >"$dir/check.py" <<'END'
-import array, hashlib, json, math, sys
-
-rows, wrong = {}, 0
-
-def same(a, b):
-    return abs(a - b) <= 1e-8 * max(abs(a), abs(b), 1e-3)
-
-for line in list(open(sys.argv[1]))[1:]:
-    r = json.loads(line)
-    name, n = r["name"], r["shape"][0]
-    with open("%s/%s.npy" % (sys.argv[2], name), "rb") as f:
-        f.seek(128 + 4 * n * rows.setdefault(name, 0))
-        x = f.read(4 * n)
-    rows[name] += 1
-    sum_ok = hashlib.sha256(x).hexdigest() == r["sha256"]
-    x = array.array("f", x)
-    if sys.byteorder == "big":
-        x.byteswap()
-    for key, is_ in (("min", min(x)), ("max", max(x)), ("mean", sum(x) / n),
-                     ("l2", math.sqrt(sum(v * v for v in x)))):
-        wrong += not same(r[key], is_)
-    wrong += not sum_ok or len(x) != n
-    wrong += array.array("f", r["first"] + r["last"]) != x[:4] + x[-4:]
-sys.exit(wrong or len(rows) < 50)
-END
-holds "are those of the vector" "$python" "$dir/check.py" "$dir/npy.jsonl" \
-    "$dir/npy"
+made=plain
+make 1 npy -o "$dir/npy"
+says "no record with an offset"
+made=logits
+make 1 summary
+says "no record of a router"
 
 # ------------------------------------------------- scripts/compare_trace.py
 #
@@ -313,7 +326,6 @@ if [ ! -f "$golden/small_dense-F32.gguf" ]; then
     finish
 fi
 set -- "$golden/small_dense-F32.gguf" --ids "$golden/tokens.i32"
-refuses 2 "has none" --experts - "$@" -n 0
 expect 0 "a dense model" -t 1 -n 0 "$@" --trace "$dir/dense.jsonl"
 finds taps model.layers.0.conv.conv dense "$@"
 finds q_norm model.layers.1.self_attn.q_layernorm dense "$@"

@@ -113,6 +113,17 @@ says() {
     result $? "expected \"$1\""
 }
 
+# prints TEXT: the output of the last call has TEXT.
+prints() {
+    grep -qF -- "$1" "$dir/out"
+    result $? "$what: expected \"$1\""
+}
+
+# has KEY VALUE: so the JSON says, in one place at least.
+has() {
+    prints "\"$1\": $2"
+}
+
 # refuses STATUS TEXT ARGUMENTS...: one sentence with TEXT, and no output.
 refuses() {
     code=$1 words=$2

@@ -8,7 +8,7 @@ printf '%s\n' '{"prompt": "a b c", "max_tokens": 3}' \
     '{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}' \
     '{"prompt": "once", "max_tokens": 4}' >"$dir/lines"
 expect 0 "requests side by side" --batch --parallel 2 -f "$dir/lines"
-expect 0 "a trace" --trace "$dir/trace" --experts "$dir/experts" -n 2 hi
+expect 0 "a trace" --trace "$dir/trace" --trace-raw "$dir/raw" -n 2 hi
 expect 0 "a session" --session "$dir/session" -n 2 hi
 
 # Ended, in the middle of an answer or before it.
