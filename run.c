@@ -304,8 +304,10 @@ struct settings {
 enum { MD, JSON, JSONL, CSV };
 enum {
     TEMPLATE_AUTO, TEMPLATE_LFM2, TEMPLATE_INSTRUCT, TEMPLATE_NEW, TEMPLATE_VL,
-    TEMPLATE_8B, TEMPLATE_NONE
+    TEMPLATE_8B, TEMPLATE_26B, TEMPLATE_NONE
 };
+#define TEMPLATES "auto|lfm2|lfm2.5-instruct|lfm2.5-new|lfm2.5-vl|" \
+                  "lfm2.5-8b-a1b|lfm2.5-2.6b|none"
 enum { THINK_AUTO, THINK_SHOW, THINK_HIDE, THINK_RAW };
 enum { COLOR_AUTO, COLOR_ON, COLOR_OFF };
 enum { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
@@ -397,10 +399,10 @@ static const struct option table[] = {
            predict, -1, 1 << 30,
            "at most N tokens (-1: to the end; plain text: 256)"),
     NUMBER(CHOICE, "--template | --chat-template",
-           "auto|lfm2|lfm2.5-instruct|lfm2.5-new|lfm2.5-vl|lfm2.5-8b-a1b|none",
+           TEMPLATES,
            template, 0, 0, "format of the conversation: auto, none, lfm2,\n"
-           "                            lfm2.5-instruct, -new, -vl or "
-           "-8b-a1b"),
+           "                            lfm2.5-instruct, -new, -vl, -8b-a1b or "
+           "-2.6b"),
     WORDS("--date", "YYYY-MM-DD", date, "today, for templates that tell it"),
     NUMBER(CHOICE, "--think | --reasoning", "auto|show|hide|raw", think, 0, 0,
            "what <think> holds (auto: shown at a terminal)"),
@@ -1801,28 +1803,25 @@ static int lock_sandbox(const struct settings *s, int chats)
  *
  * Requests arrive as JSON (RFC 8259), tools are described in it, and results
  * leave as it.  The reader is strict: what it takes, every other reader takes.
- * A text becomes a tree of nodes out of a pool, and one call releases a whole
- * request.  Nothing calls itself, so how deep a text may nest is decided by a
- * limit and not by the stack.
+ * A text becomes a tree that is only read, out of a pool: one call releases a
+ * whole request.  Who writes JSON adds it to a text.
  *
- * The same loop reads the Python literals in which models call tools, see
+ * The same reader reads the Python literals in which models call tools, see
  * section 7. */
 
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
     MAX_POOL = 1 << 28,                   /* bytes of nodes and strings      */
-    MAX_DEPTH = 64,
-    MAX_MEMBERS = 4096                    /* of an object                    */
+    MAX_DEPTH = 64
 };
 
 /* Some bytes within a text. */
 struct piece { const char *s; size_t n; };
 
-/* Memory that is released at once.  A zeroed one is empty and good; once there
- * is no more memory `failed` stays, and what asks for some gets NULL. */
-struct block { struct block *next; };
+/* Memory that is released at once.  A zeroed one is empty. */
+struct chunk { struct chunk *next; size_t used, size; };
 
-struct pool { struct block *blocks; size_t total; int failed; };
+struct pool { struct chunk *chunks; size_t total; int failed; };
 
 enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
        JSON_OBJECT };
@@ -1831,46 +1830,45 @@ static const char *const json_names[] = {
     "null", "false", "true", "a number", "a string", "an array", "an object"
 };
 
-/* A string's bytes are well-formed UTF-8 if they were read from JSON, and s[n]
- * is NUL; \u0000 makes another NUL before it, so json_text() gives out a string
- * only if it is whole as a C string.  Numbers are kept as they were written.
- * All before `key` is the value, from there on its place in another. */
+/* Strings are well-formed UTF-8, and s[n] is NUL; \u0000 makes another NUL
+ * before it, so json_text() gives out a string only if it is whole as a C
+ * string.  Numbers are kept as they were written.  All before `key` is the
+ * value, from there on its place in another. */
 struct json {
     int type;
-    int close;                            /* the bracket that will end it    */
+    int n_members;
     const char *s;
     size_t n;
-    struct json *first, *last;            /* its members                     */
-    int n_members;
-    const char *key;                      /* in an object; not always UTF-8  */
+    struct json *first;                   /* its members                     */
+    const char *key;                      /* in an object                    */
     size_t n_key;
     struct json *next;
 };
 
-/* n zeroed bytes, aligned for a node; or NULL. */
+/* n zeroed bytes, aligned for a node. */
 static void *pool_get(struct pool *p, size_t n)
 {
-    struct block *b = NULL;
+    const size_t aligned = (n + 15) / 16 * 16, least = 1 << 14;
+    struct chunk *c = p->chunks;
 
-    if (!p->failed && n < MAX_POOL - p->total)
-        b = calloc(1, sizeof *b + n);
-    p->failed |= !b;
-    if (!b)
-        return NULL;
-    b->next = p->blocks;
-    p->blocks = b;
-    p->total += n;
-    return b + 1;
+    if (!c || c->size - c->used < aligned) {
+        c = resize(NULL, sizeof *c + (aligned > least ? aligned : least));
+        *c = (struct chunk){ p->chunks, 0, aligned > least ? aligned : least };
+        p->chunks = c;
+    }
+    c->used += aligned;
+    p->total += aligned;
+    return memset((char *)(c + 1) + c->used - aligned, 0, aligned);
 }
 
 static void pool_free(struct pool *p)
 {
-    while (p->blocks) {
-        struct block *next = p->blocks->next;
-        free(p->blocks);
-        p->blocks = next;
+    while (p->chunks) {
+        struct chunk *next = p->chunks->next;
+        free(p->chunks);
+        p->chunks = next;
     }
-    *p = (struct pool){ NULL, 0, 0 };
+    p->total = 0;
 }
 
 /* FNV-1a, to be begun with HASH_START. */
@@ -1900,130 +1898,32 @@ static size_t utf8_put(char *out, uint32_t c)
     return (size_t)n;
 }
 
-/* ---- trees
+/* ---- values
  *
- * Any of these may be given NULL, for what is not there or had no memory. */
+ * Any of these may be given NULL, for what is not there. */
 
-static struct json *json_new(struct pool *p, int type)
+static int json_is(const struct json *v, int type)
 {
-    struct json *v = pool_get(p, sizeof *v);
-
-    if (v)
-        v->type = type;
-    return v;
+    return v && v->type == type;
 }
 
-static struct json *json_array(struct pool *p)
+/* NULL if there is no such key, or no object. */
+static struct json *json_get(const struct json *object, const char *key)
 {
-    return json_new(p, JSON_ARRAY);
-}
-
-static struct json *json_object(struct pool *p)
-{
-    return json_new(p, JSON_OBJECT);
-}
-
-static char *copy_bytes(struct pool *p, const char *s, size_t n)
-{
-    char *out = pool_get(p, n + 1);
-
-    return out && n > 0 ? memcpy(out, s, n) : out;
-}
-
-static struct json *json_string(struct pool *p, const char *s, size_t n)
-{
-    const char *copy = copy_bytes(p, s, n);
-    struct json *v = copy ? json_new(p, JSON_STRING) : NULL;
-
-    if (v) {
-        v->s = copy;
-        v->n = n;
-    }
-    return v;
-}
-
-/* Looks at all keys: MAX_MEMBERS keeps that fast. */
-static struct json *find_key(const struct json *object, const char *key,
-                             size_t n)
-{
-    struct json *v = object->first;
+    const size_t n = strlen(key);
+    struct json *v = json_is(object, JSON_OBJECT) ? object->first : NULL;
 
     while (v && (v->n_key != n || memcmp(v->key, key, n) != 0))
         v = v->next;
     return v;
 }
 
-/* A new node at the end, for now null. */
-static struct json *new_member(struct pool *p, struct json *parent)
+/* The member of this key; null is the same as nothing, but for one template. */
+static const struct json *given(const struct json *object, const char *key)
 {
-    struct json *v = parent ? json_new(p, JSON_NULL) : NULL;
+    const struct json *v = json_get(object, key);
 
-    if (!v)
-        return NULL;
-    if (parent->last)
-        parent->last->next = v;
-    else
-        parent->first = v;
-    parent->last = v;
-    parent->n_members++;
-    return v;
-}
-
-/* Give a node another value; it stays where it is. */
-static void json_fill(struct json *v, const struct json *value)
-{
-    memcpy(v, value, offsetof(struct json, key));
-}
-
-/* The member of this key, new or emptied: the last of equal keys wins, in the
- * place of the first, as in Python.  The key is borrowed. */
-static struct json *key_member(struct pool *p, struct json *object,
-                               const char *key, size_t n)
-{
-    static const struct json null;
-    struct json *v = find_key(object, key, n);
-
-    if (v)
-        json_fill(v, &null);
-    else if ((v = new_member(p, object)) != NULL) {
-        v->key = key;
-        v->n_key = n;
-    }
-    return v;
-}
-
-/* Both share what is inside of the value, but not its node. */
-static void json_append(struct pool *p, struct json *array,
-                        const struct json *value)
-{
-    struct json *v = value ? new_member(p, array) : NULL;
-
-    if (v)
-        json_fill(v, value);
-}
-
-static void json_set(struct pool *p, struct json *object, const char *key,
-                     const struct json *value)
-{
-    const size_t n = strlen(key);
-    const char *copy = object && value ? copy_bytes(p, key, n) : NULL;
-    struct json *v = copy ? key_member(p, object, copy, n) : NULL;
-
-    if (v)
-        json_fill(v, value);
-}
-
-/* NULL if there is no such key, or no object. */
-static struct json *json_get(const struct json *object, const char *key)
-{
-    if (!object || object->type != JSON_OBJECT)
-        return NULL;
-    return find_key(object, key, strlen(key));
-}
-
-static int json_is(const struct json *v, int type)
-{
-    return v && v->type == type;
+    return json_is(v, JSON_NULL) ? NULL : v;
 }
 
 static const char *json_text(const struct json *v)
@@ -2042,11 +1942,9 @@ static int json_bool(const struct json *v, int *out)
 
 static int json_double(const struct json *v, double *out)
 {
-    const double x = json_is(v, JSON_NUMBER) ? strtod(v->s, NULL) : NAN;
-
-    if (!isfinite(x))
+    if (!json_is(v, JSON_NUMBER))
         return -1;
-    *out = x;
+    *out = strtod(v->s, NULL);
     return 0;
 }
 
@@ -2077,11 +1975,21 @@ struct reader {
     const char *text;                     /* n bytes, as they came           */
     size_t n;
     char *start, *at, *end;               /* of the copy                     */
-    int python;                           /* literals and calls, not JSON    */
-    struct json *open[MAX_DEPTH + 2];     /* brackets, the root being one    */
     int depth;
+    enum { AS_JSON, AS_PYTHON, AS_BAD_PYTHON } as;
     struct why *why;
 };
+
+static int read_literal(struct reader *r, struct json *v);
+static int read_literal_key(struct reader *r, struct json *in, struct json *v);
+static int read_argument_name(struct reader *r, struct json *v);
+
+static void start_reading(struct reader *r)
+{
+    r->start = r->at = memcpy(pool_get(r->pool, r->n + 1), r->text, r->n);
+    r->end = r->at + r->n;
+    r->depth = 0;
+}
 
 /* What was found, where, and what should have been there. */
 static int expected(struct reader *r, const char *what)
@@ -2090,9 +1998,6 @@ static int expected(struct reader *r, const char *what)
     char found[16] = "the end";
     int n = 1;
 
-    if (r->pool->failed)
-        return because(r->why, NO_MEMORY, "no memory for what %zu bytes of "
-                       "JSON hold", r->n);
     for (const char *p = line; p < at; p++)
         if (*p == '\n') {
             line = p + 1;
@@ -2105,10 +2010,14 @@ static int expected(struct reader *r, const char *what)
                    n, (size_t)(at - line) + 1, found, what);
 }
 
-/* The next character that is not blank, or EOF. */
+/* The next character that is not blank, or EOF.  Python has comments, too. */
 static int peek(struct reader *r)
 {
-    r->at += strspn(r->at, " \n\t\r");
+    r->at += strspn(r->at, r->as != AS_JSON ? " \n\t\r\f" : " \n\t\r");
+    while (r->as != AS_JSON && (*r->at == '#' || (*r->at == '\\' && r->at[1] == '\n'))) {
+        r->at += strcspn(r->at, "\n");
+        r->at += strspn(r->at, " \n\t\r\f");
+    }
     return r->at < r->end ? (unsigned char)*r->at : EOF;
 }
 
@@ -2133,97 +2042,80 @@ static int read_hex(const char *s, size_t n, uint32_t *out)
     return 1;
 }
 
-/* What lies beyond 0xffff is written as a pair; half of one is no character. */
-static int join_pair(struct reader *r, uint32_t *c)
+/* A character of n hexadecimal digits behind a backslash and a letter.  What
+ * lies beyond 0xffff may be a pair; half of one is no character. */
+static int read_code(struct reader *r, size_t n, char **out)
 {
-    uint32_t low;
+    uint32_t c, low;
 
-    if (*c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
+    if (!read_hex(r->at + 1, n, &c))
+        return expected(r, "hexadecimal digits after a backslash");
+    r->at += 1 + n;
+    if (c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
         read_hex(r->at + 2, 4, &low) && low >> 10 == 0xdc00 >> 10) {
-        *c = 0x10000 + ((*c & 0x3ff) << 10 | (low & 0x3ff));
+        c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
         r->at += 6;
     }
-    if (*c <= 0x10ffff && *c >> 11 != 0xd800 >> 11)
-        return 1;
-    *c = 0xfffd;
-    return r->python;
-}
-
-/* What follows a backslash.  Python has more escapes than JSON, and what is
- * none of them keeps its backslash. */
-static int read_escape(struct reader *r, char **out)
-{
-    static const char name[] = "\"\\/bfnrt'av";
-    static const char value[] = "\"\\/\b\f\n\r\t'\a\v";
-    const char *p = memchr(name, *r->at, r->python ? 11 : 8);
-    const size_t n_hex = *r->at == 'u' ? 4 : !r->python ? 0 :
-                         *r->at == 'x' ? 2 : *r->at == 'U' ? 8 : 0;
-    uint32_t c = '\\';
-    int good = r->python;
-
-    if (r->python && *r->at == '\n') {
-        r->at++;
-        return DONE;
-    }
-    if (p) {
-        c = (unsigned char)value[p - name];
-        r->at++;
-        good = 1;
-    } else if (n_hex > 0 && read_hex(r->at + 1, n_hex, &c)) {
-        r->at += 1 + n_hex;
-        good = join_pair(r, &c);
-    }
+    if (c > 0x10ffff || c >> 11 == 0xd800 >> 11)
+        return expected(r, "surrogates in pairs after a backslash");
     *out += utf8_put(*out, c);
-    return good ? DONE : expected(r, "\" \\ / b f n r t or u and hexadecimal "
-                                  "digits, surrogates in pairs, after a "
-                                  "backslash");
+    return DONE;
 }
 
-/* Does the quote at s end a string?  Models forget the backslash before a quote
- * within one: it ends where its container could go on. */
-static int ends_string(const char *s)
-{
-    s += 1 + strspn(s + 1, " \t\r\n");
-    return *s && strchr(",)]}:", *s);
-}
-
-/* One character, an escape or not. */
-static int read_character(struct reader *r, char **out)
+/* A character that stands for itself. */
+static int read_plain(struct reader *r, char **out)
 {
     uint32_t c;
-    int n;
+    const int n = utf8_get(r->at, r->end, &c);
 
-    if (*r->at == '\\') {
-        r->at++;
-        return read_escape(r, out);
-    }
-    n = utf8_get(r->at, r->end, &c);
     if (n == 0)
         return expected(r, "UTF-8");
-    if (!r->python && c < ' ')
-        return expected(r, "no control character in a string, but an escape");
     memmove(*out, r->at, (size_t)n);
     *out += n;
     r->at += n;
     return DONE;
 }
 
+/* One of these letters behind a backslash stands for a control character, or
+ * for itself. */
+static int read_short_escape(struct reader *r, const char *name,
+                             const char *value, char **out)
+{
+    const char *p = *r->at ? strchr(name, *r->at) : NULL;
+
+    if (!p)
+        return 0;
+    *(*out)++ = value[p - name];
+    r->at++;
+    return 1;
+}
+
 static int read_string(struct reader *r, const char **s, size_t *n)
 {
-    const char quote = *r->at++;
-    char *out = r->at;
+    char *out = ++r->at;
+    int code = DONE;
 
     *s = out;
-    while (*r->at != quote || (r->python && !ends_string(r->at))) {
+    while (code == DONE && *r->at != '"') {
         if (r->at == r->end)
             return expected(r, "a quote after the string");
-        if (read_character(r, &out) != DONE)
-            return USAGE;
+        if (*r->at == '\\') {
+            r->at++;
+            if (*r->at == 'u')
+                code = read_code(r, 4, &out);
+            else if (!read_short_escape(r, "\"\\/bfnrt", "\"\\/\b\f\n\r\t",
+                                        &out))
+                return expected(r, "\" \\ / b f n r t or u after a backslash");
+        } else if (*r->at >= 0 && *r->at < ' ')
+            return expected(r, "no control character in a string, but an "
+                            "escape");
+        else
+            code = read_plain(r, &out);
     }
     r->at++;
     *n = (size_t)(out - *s);
     *out = '\0';
-    return DONE;
+    return code;
 }
 
 /* How long the number at s is; 0 if there is none. */
@@ -2248,176 +2140,179 @@ static size_t number_length(const char *s)
     return n > 0 ? (size_t)(p - s) : 0;
 }
 
-/* Python may have a plus in front.  A call has no number beyond all others, for
- * it leaves as JSON. */
+/* Not beyond all doubles: such a number could not be written again. */
 static int read_number(struct reader *r, struct json *v)
 {
-    r->at += *r->at == '+';
-    v->n = number_length(r->at);
-    if (v->n == 0)
+    const size_t n = number_length(r->at);
+
+    if (n == 0)
         return expected(r, "a number: -, digits without leading zeros, .digits,"
                         " exponent");
     v->type = JSON_NUMBER;
-    v->s = copy_bytes(r->pool, r->at, v->n);
-    if (!v->s || (r->python && !isfinite(strtod(v->s, NULL))))
-        return expected(r, "a finite number");
-    r->at += v->n;
+    v->s = memcpy(pool_get(r->pool, n + 1), r->at, n);
+    v->n = n;
+    if (!isfinite(strtod(v->s, NULL)))
+        return expected(r, "a number below 1.8e308");
+    r->at += n;
     return DONE;
 }
 
-/* Step over the letters of a name, as tools and their arguments have; may be
- * none. */
-static size_t read_name(struct reader *r)
+/* Step over a word, if it is the next and goes no further. */
+static int took_word(struct reader *r, const char *word)
 {
-    const char *const from = r->at;
+    const size_t n = strlen(word);
 
-    while (isalnum((unsigned char)*r->at) || (*r->at & 0x80) ||
-           (*r->at && strchr("_.-", *r->at)))
-        r->at++;
-    return (size_t)(r->at - from);
+    if (strncmp(r->at, word, n) != 0 || isalnum((unsigned char)r->at[n]) ||
+        r->at[n] == '_' || (r->at[n] & 0x80))
+        return 0;
+    r->at += n;
+    return 1;
 }
 
-/* Calls stand alone or in one list. */
-static int may_call(const struct reader *r)
-{
-    return r->python && (r->depth == 1 ||
-                         (r->depth == 2 && r->open[1]->close == ']'));
-}
-
-/* A call is an object with the arguments as members and the name in s[n], which
- * no NUL ends. */
 static int read_word(struct reader *r, struct json *v)
 {
-    static const struct { const char *word; int type; } known[] = {
-        { "null", JSON_NULL }, { "false", JSON_FALSE }, { "true", JSON_TRUE },
-        { "None", JSON_NULL }, { "False", JSON_FALSE }, { "True", JSON_TRUE }
-    };
-    char *const name = r->at;
-    const size_t n = read_name(r);
+    static const char *const word[] = { "null", "false", "true" };
 
-    if (n > 0 && may_call(r) && took(r, '(')) {
-        v->type = JSON_OBJECT;
-        v->close = ')';
-        v->s = name;
-        v->n = n;
-        return DONE;
-    }
-    for (int i = 0; i < (r->python ? 6 : 3); i++)
-        if (strlen(known[i].word) == n && memcmp(name, known[i].word, n) == 0) {
-            v->type = known[i].type;
+    for (int i = 0; i < 3; i++)
+        if (took_word(r, word[i])) {
+            v->type = i;                  /* in the order of the types       */
             return DONE;
         }
-    r->at = name;
     return expected(r, "a value");
 }
 
-/* A value, or the beginning of one that has members. */
+/* The member with its number, as sorting may change the order of equals. */
+struct ranked { struct json *v; int i; };
+
+static int compare_keys(const struct json *a, const struct json *b)
+{
+    const size_t n = a->n_key < b->n_key ? a->n_key : b->n_key;
+    const int order = memcmp(a->key, b->key, n);
+
+    return order ? order : (a->n_key > b->n_key) - (a->n_key < b->n_key);
+}
+
+static int by_key(const void *a, const void *b)
+{
+    const struct ranked *x = a, *y = b;
+    const int order = compare_keys(x->v, y->v);
+
+    return order ? order : x->i - y->i;
+}
+
+/* The last of equal keys wins, in the place of the first, as in Python.
+ * Returns how many members are gone. */
+static int merge_equal_keys(struct json *in)
+{
+    const int before = in->n_members;
+    struct ranked *all = resize(NULL, (size_t)before * sizeof *all);
+    struct json **at = &in->first;
+
+    for (struct json *v = in->first; v; v = v->next)
+        all[--in->n_members] = (struct ranked){ v, before - in->n_members };
+    qsort(all, (size_t)before, sizeof *all, by_key);
+    for (int i = 1; i < before; i++)
+        if (compare_keys(all[i - 1].v, all[i].v) == 0) {
+            memcpy(all[i - 1].v, all[i].v, offsetof(struct json, key));
+            all[i].v->key = NULL;
+            all[i].v = all[i - 1].v;
+        }
+    while (*at)
+        if ((*at)->key) {
+            at = &(*at)->next;
+            in->n_members++;
+        } else
+            *at = (*at)->next;
+    free(all);
+    return before - in->n_members;
+}
+
+static int read_value(struct reader *r, struct json *v);
+
+/* "key": in an object, a literal in a dict or set, name= in a call. */
+static int read_key(struct reader *r, struct json *in, struct json *v,
+                    int close)
+{
+    if (close == ')')
+        return read_argument_name(r, v);
+    if (r->as != AS_JSON)
+        return read_literal_key(r, in, v);
+    if (peek(r) != '"')
+        return expected(r, "a key in double quotes");
+    if (read_string(r, &v->key, &v->n_key) != DONE)
+        return USAGE;
+    return took(r, ':') ? DONE : expected(r, "':' and a value");
+}
+
+static int go_deeper(struct reader *r)
+{
+    return ++r->depth <= MAX_DEPTH ? DONE :
+           because(r->why, USAGE, "JSON nested deeper than %d levels",
+                   MAX_DEPTH);
+}
+
+/* All up to the bracket that closes *in.  Python may have a comma before it,
+ * and braces around elements without values, which make an array of them. */
+static int read_members(struct reader *r, struct json *in, int close)
+{
+    struct json **at = in->first ? &in->first->next : &in->first;
+    char what[] = "',' or ' '";
+
+    what[8] = (char)close;
+    if (go_deeper(r) != DONE)
+        return USAGE;
+    while (!took(r, close)) {
+        if (in->first && !took(r, ','))
+            return expected(r, what);
+        if (in->first && r->as != AS_JSON && took(r, close))
+            break;
+        if (r->pool->total > MAX_POOL)
+            return because(r->why, USAGE, "JSON of too many values, expected "
+                           "what fits into %d bytes", MAX_POOL);
+        *at = pool_get(r->pool, sizeof **at);
+        in->n_members++;
+        if (in->type == JSON_OBJECT || close == '}')
+            if (read_key(r, in, *at, close) != DONE)
+                return USAGE;
+        if (in->type == JSON_OBJECT || close != '}')
+            if (read_value(r, *at) != DONE)
+                return USAGE;
+        at = &(*at)->next;
+    }
+    r->depth--;
+    if (in->first && in->first->key && merge_equal_keys(in) && close == ')')
+        return expected(r, "each argument once");
+    for (at = &in->first; *at && in->type == JSON_ARRAY; at = &(*at)->next)
+        (*at)->key = NULL;
+    return DONE;
+}
+
 static int read_value(struct reader *r, struct json *v)
 {
     const int c = peek(r);
 
-    if (c == '{' || c == '[' || (r->python && c == '(')) {
+    if (c == '{' || c == '[') {
         r->at++;
         v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
-        v->close = c == '{' ? '}' : c == '[' ? ']' : ')';
-        return DONE;
+        return read_members(r, v, c == '{' ? '}' : ']');
     }
-    if (c == '"' || (r->python && c == '\'')) {
+    if (r->as != AS_JSON)
+        return read_literal(r, v);
+    if (c == '"') {
         v->type = JSON_STRING;
         return read_string(r, &v->s, &v->n);
     }
-    if (c == '-' || (c >= '0' && c <= '9') || (r->python && c == '+'))
+    if (c == '-' || (c >= '0' && c <= '9'))
         return read_number(r, v);
     return read_word(r, v);
 }
 
-/* "key": in an object and name= in a call, whose only argument may have none if
- * it is a dict. */
-static int read_key(struct reader *r, const struct json *in, const char **key,
-                    size_t *n)
-{
-    const int c = peek(r), call = in->close == ')';
-
-    *key = r->at;
-    *n = 0;
-    if (call && c == '{' && !in->first)
-        return DONE;
-    if (!call && (c == '"' || (r->python && c == '\''))) {
-        if (read_string(r, key, n) != DONE)
-            return USAGE;
-    } else if (!r->python || (*n = read_name(r)) == 0)
-        return expected(r, "a key in double quotes");
-    return took(r, call ? '=' : ':') ? DONE : expected(r, "':' and a value");
-}
-
-static int read_member(struct reader *r, struct json *in, struct json **out)
-{
-    const char *key;
-    size_t n;
-
-    if (in->type == JSON_ARRAY)
-        *out = new_member(r->pool, in);
-    else if (in->n_members == MAX_MEMBERS)
-        return expected(r, "no more than 4096 members");
-    else if (read_key(r, in, &key, &n) != DONE)
-        return USAGE;
-    else
-        *out = key_member(r->pool, in, key, n);
-    return *out ? read_value(r, *out) : expected(r, "memory");
-}
-
-/* A comma after a member that does not end its container. */
-static int read_comma(struct reader *r, const struct json *in)
-{
-    char what[] = "',' or ' '";
-
-    if ((r->python || in->close != EOF) && took(r, ','))
-        return DONE;
-    what[8] = (char)in->close;
-    return expected(r, in->close == EOF ? "the end" : what);
-}
-
-/* All values up to the end, as members of a root that closes there. */
-static int read_tree(struct reader *r, struct json *root)
-{
-    enum { VALUE, VALUE_OR_END, COMMA_OR_END } next = VALUE;
-    int code = DONE;
-
-    *root = (struct json){ .type = JSON_ARRAY, .close = EOF };
-    r->start = r->at = copy_bytes(r->pool, r->text, r->n);
-    if (!r->at)
-        return expected(r, "memory");
-    r->end = r->at + r->n;
-    r->open[0] = root;
-    r->depth = 1;
-    while (code == DONE && r->depth > 0) {
-        struct json *in = r->open[r->depth - 1], *v = NULL;
-        if (next != VALUE && took(r, in->close)) {
-            r->depth--;
-            next = COMMA_OR_END;
-        } else if (next == COMMA_OR_END) {
-            code = read_comma(r, in);
-            next = r->python ? VALUE_OR_END : VALUE;
-        } else {
-            code = read_member(r, in, &v);
-            next = v && v->close ? VALUE_OR_END : COMMA_OR_END;
-        }
-        if (code != DONE || !v || !v->close)
-            continue;
-        if (r->depth > MAX_DEPTH)
-            return because(r->why, USAGE, "JSON nested deeper than %d levels",
-                           MAX_DEPTH);
-        r->open[r->depth++] = v;
-    }
-    return code;
-}
-
-/* The tree of a whole text; DONE, USAGE or NO_MEMORY. */
+/* The tree of a whole text; DONE or USAGE. */
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why)
 {
     struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
-    struct json root;
+    struct json *v;
     int code;
 
     *out = NULL;
@@ -2427,9 +2322,12 @@ static int json_parse(struct pool *pool, const char *text, size_t n,
     if (n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
         return because(why, USAGE, "the JSON begins with a byte order mark, "
                        "expected none");
-    code = read_tree(&r, &root);
-    if (code == DONE)
-        *out = root.first;
+    start_reading(&r);
+    v = pool_get(pool, sizeof *v);
+    code = read_value(&r, v);
+    if (code == DONE && !took(&r, EOF))
+        code = expected(&r, "the end");
+    *out = code == DONE ? v : NULL;
     return code;
 }
 
@@ -2462,16 +2360,11 @@ static void add_json_string(struct text *t, const char *s, size_t n)
 }
 
 /* The fewest digits that are this number, as Python prints floats. */
-static void add_float(struct text *t, double x, int python)
+static void add_float(struct text *t, double x)
 {
     char s[40];
     int n = 0, e;
 
-    if (isinf(x)) {
-        add_string(t, x < 0 ? "-" : "");
-        add_string(t, python ? "inf" : "Infinity");
-        return;
-    }
     do
         snprintf(s, sizeof s, "%.*e", n, x);
     while (strtod(s, NULL) != x && ++n < 17);
@@ -2493,7 +2386,6 @@ static void add_python_string(struct text *t, const char *s, size_t n)
     add_format(t, "%c", quote);
     for (int size; s < end; s += size) {
         size = utf8_get(s, end, &c);
-        size = size ? size : 1;
         if (c == '\\' || c == (uint32_t)quote)
             add_format(t, "\\%c", (int)c);
         else if (c == '\n' || c == '\r' || c == '\t')
@@ -2521,39 +2413,24 @@ static void add_scalar(struct text *t, const struct json *v, int python)
     else if (v->type != JSON_NUMBER)
         add_string(t, word[python][v->type]);
     else if (strpbrk(v->s, ".eE"))
-        add_float(t, strtod(v->s, NULL), python);
+        add_float(t, strtod(v->s, NULL));
     else
         add_string(t, strcmp(v->s, "-0") == 0 ? "0" : v->s);
 }
 
-/* What is deeper than anything that is ever read is left out. */
 static void add_tree(struct text *t, const struct json *v, int python)
 {
-    const struct json *open[2 * MAX_DEPTH];
-    int depth = 0;
-
-    while (v) {
-        if (depth > 0 && v->key) {
-            (python ? add_python_string : add_json_string)(t, v->key, v->n_key);
+    add_scalar(t, v, python);
+    for (const struct json *m = v->first; m; m = m->next) {
+        if (m->key) {
+            (python ? add_python_string : add_json_string)(t, m->key, m->n_key);
             add_string(t, ": ");
         }
-        add_scalar(t, v, python);
-        if (v->first && depth < 2 * MAX_DEPTH) {
-            open[depth++] = v;
-            v = v->first;
-            continue;
-        }
-        for (;; v = open[--depth]) {
-            if (v->type >= JSON_ARRAY)
-                add_string(t, v->type == JSON_ARRAY ? "]" : "}");
-            if (depth == 0)
-                return;
-            if (v->next)
-                break;
-        }
-        add_string(t, ", ");
-        v = v->next;
+        add_tree(t, m, python);
+        add_string(t, m->next ? ", " : "");
     }
+    if (v->type >= JSON_ARRAY)
+        add_string(t, v->type == JSON_ARRAY ? "]" : "}");
 }
 
 static void add_json(struct text *t, const struct json *v)
@@ -2619,17 +2496,66 @@ static void member_open(struct text *to, const char *key, const char *bracket)
 /* Print a whole text and let go of it. */
 static int print_text(struct text *t, const char *what)
 {
-    const int failed = t->failed;
-
-    if (!failed)
-        show_text(t);
+    (void)what;
+    show_text(t);
     free(t->s);
-    return failed ? say(NO_MEMORY, "no memory for %s", what) : DONE;
+    return DONE;
+}
+
+/* ---- until sections 13-16 are rewritten */
+
+static struct json *json_value(struct pool *p, int type)
+{
+    struct json *v = pool_get(p, sizeof *v);
+
+    v->type = type;
+    return v;
+}
+
+static struct json *json_array(struct pool *p)
+{
+    return json_value(p, JSON_ARRAY);
+}
+
+static struct json *json_object(struct pool *p)
+{
+    return json_value(p, JSON_OBJECT);
+}
+
+static struct json *json_string(struct pool *p, const char *s, size_t n)
+{
+    struct json *v = json_value(p, JSON_STRING);
+
+    v->s = memcpy(pool_get(p, n + 1), s, n);
+    v->n = n;
+    return v;
+}
+
+static struct json *json_append(struct pool *p, struct json *in,
+                                const struct json *value)
+{
+    struct json **at = &in->first;
+
+    while (*at)
+        at = &(*at)->next;
+    *at = json_value(p, JSON_NULL);
+    memcpy(*at, value, offsetof(struct json, key));
+    in->n_members++;
+    return *at;
+}
+
+static void json_set(struct pool *p, struct json *object, const char *key,
+                     const struct json *value)
+{
+    struct json *v = json_append(p, object, value);
+
+    v->key = json_string(p, key, strlen(key))->s;
+    v->n_key = strlen(key);
 }
 
 /* -------------------------------------------------------- 6. Chat templates
  *
- * The models of the family were trained on five ways to write down the same
+ * The models of the family were trained on six ways to write down the same
  * conversation.  Their files carry them as Jinja programs; here they are one
  * function and a table of what tells them apart.  The result is text together
  * with the places in it that are control tokens because the template put them
@@ -2643,11 +2569,17 @@ static int print_text(struct text *t, const char *what)
 #define THINK      "<think>"
 #define THINK_END  "</think>"
 
-/* The words of --template, in the order of TEMPLATE_... */
-static const char *const template_names[] = {
-    "auto", "lfm2", "lfm2.5-instruct", "lfm2.5-new", "lfm2.5-vl",
-    "lfm2.5-8b-a1b", "none"
-};
+/* The word of --template. */
+static const char *template_name(int template)
+{
+    static char word[TEMPLATE_NONE + 1][24];
+    const char *s = TEMPLATES;
+
+    for (int i = 0; i < template; i++)
+        s += strcspn(s, "|") + 1;
+    snprintf(word[template], sizeof *word, "%.*s", (int)strcspn(s, "|"), s);
+    return word[template];
+}
 
 struct conversation {
     const struct json *messages, *tools;  /* arrays; tools may be NULL       */
@@ -2673,18 +2605,25 @@ static const struct dialect {
     enum { ALL, SINCE_ANSWER, SINCE_QUESTION } thoughts;  /* that are kept   */
     enum { NO_CALLS, CALLS_FIRST, CALLS_LAST } calls;     /* and the content */
     const char *quote;                    /* of an argument; NULL: as JSON   */
+    int always_thinks;                    /* and escapes what it quotes      */
 } dialects[] = {
-    [TEMPLATE_LFM2]     = { 1, 0, ALL, NO_CALLS, NULL },
-    [TEMPLATE_INSTRUCT] = { 0, 0, SINCE_ANSWER, NO_CALLS, NULL },
-    [TEMPLATE_NEW]      = { 0, 1, SINCE_ANSWER, CALLS_LAST, NULL },
-    [TEMPLATE_VL]       = { 0, 1, SINCE_ANSWER, CALLS_FIRST, "\"" },
-    [TEMPLATE_8B]       = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'" },
+    [TEMPLATE_LFM2]     = { 1, 0, ALL, NO_CALLS, NULL, 0 },
+    [TEMPLATE_INSTRUCT] = { 0, 0, SINCE_ANSWER, NO_CALLS, NULL, 0 },
+    [TEMPLATE_NEW]      = { 0, 1, SINCE_ANSWER, CALLS_LAST, NULL, 0 },
+    [TEMPLATE_VL]       = { 0, 1, SINCE_ANSWER, CALLS_FIRST, "\"", 0 },
+    [TEMPLATE_8B]       = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'", 0 },
+    [TEMPLATE_26B]      = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'", 1 }
 };
 
+/* A conversation is judged while it is written down.  The first fault counts,
+ * and what is written after it does not. */
 struct rendering {
     const struct conversation *conv;
     const struct dialect *as;
     struct rendered *out;
+    struct why *why;
+    int code;
+    int i;                                /* the message it is at            */
     struct text parts;                    /* the content of one message      */
     struct pool pool;
 };
@@ -2696,20 +2635,14 @@ static void rendered_free(struct rendered *r)
     *r = (struct rendered){ .n_marks = 0 };
 }
 
-/* Room for marks doubles whenever their number is a power of two.  There are
- * not too many for that, as the text has bytes of each. */
+/* Room for marks doubles whenever their number is a power of two. */
 static void add_mark(struct rendered *r, const char *token)
 {
-    const size_t n = (size_t)r->n_marks;
-    struct mark *mark = r->mark;
+    const size_t n = (size_t)r->n_marks++;
 
-    if (!r->text.failed && (n & (n - 1)) == 0)
-        mark = realloc(mark, (n ? 2 * n : 1) * sizeof *mark);
-    r->text.failed |= !mark;
-    if (r->text.failed)
-        return;
-    r->mark = mark;
-    r->mark[r->n_marks++] = (struct mark){ r->text.n, strlen(token) };
+    if ((n & (n - 1)) == 0)
+        r->mark = resize(r->mark, (n ? 2 * n : 1) * sizeof *r->mark);
+    r->mark[n] = (struct mark){ r->text.n, strlen(token) };
     add_string(&r->text, token);
 }
 
@@ -2738,16 +2671,19 @@ static const char *kind(const struct json *v)
     return v ? json_names[v->type] : "nothing";
 }
 
-/* The member of this key; null is the same as nothing, but for one template. */
-static const struct json *given(const struct json *object, const char *key)
+static void fault(struct rendering *r, const char *fmt, ...)
 {
-    const struct json *v = json_get(object, key);
+    va_list args;
 
-    return json_is(v, JSON_NULL) ? NULL : v;
+    va_start(args, fmt);
+    if (r->code == DONE)
+        vsnprintf(r->why->s, sizeof r->why->s, fmt, args);
+    va_end(args);
+    r->code = USAGE;
 }
 
 /* Is it of this type?  A string has to be text without NUL characters, too. */
-static int check(const struct json *v, int type, struct why *why,
+static int check(struct rendering *r, const struct json *v, int type,
                  const char *name, ...)
 {
     char s[64];
@@ -2757,35 +2693,16 @@ static int check(const struct json *v, int type, struct why *why,
     vsnprintf(s, sizeof s, name, args);
     va_end(args);
     if (!json_is(v, type))
-        return because(why, USAGE, "%s is %s, expected %s", s, kind(v),
-                       json_names[type]);
-    if (type == JSON_STRING && !json_text(v))
-        return because(why, USAGE, "%s has a NUL character after %zu bytes, "
-                       "expected text", s, strlen(v->s));
-    return DONE;
+        fault(r, "%s is %s, expected %s", s, kind(v), json_names[type]);
+    else if (type == JSON_STRING && !json_text(v))
+        fault(r, "%s has a NUL character after %zu bytes, expected text", s,
+              strlen(v->s));
+    else
+        return 1;
+    return 0;
 }
 
-/* Text, or parts that are all text. */
-static int check_content(const struct json *content, int i, struct why *why)
-{
-    const struct json *part = content->first;
-    int code = DONE;
-
-    if (content->type != JSON_ARRAY)
-        return check(content, JSON_STRING, why, "messages[%d].content", i);
-    for (int k = 0; part && code == DONE; part = part->next, k++) {
-        const char *type = json_text(json_get(part, "type"));
-        if (!type || strcmp(type, "text") != 0)
-            return because(why, USAGE, "messages[%d].content[%d] is no part of "
-                           "type \"text\", and this program reads text only", i,
-                           k);
-        code = check(json_get(part, "text"), JSON_STRING, why,
-                     "messages[%d].content[%d].text", i, k);
-    }
-    return code;
-}
-
-/* The function of a tool call, which may be wrapped or not. */
+/* The function of a tool or call, which may be wrapped or not. */
 static const struct json *function_of(const struct json *call)
 {
     const struct json *function = json_get(call, "function");
@@ -2797,35 +2714,16 @@ static const struct json *function_of(const struct json *call)
  * JSON; NULL if they are neither. */
 static const struct json *arguments_of(struct pool *pool, const struct json *v)
 {
+    static const struct json none = { .type = JSON_OBJECT };
     struct json *parsed;
     struct why why;
 
     if (!v || v->type == JSON_NULL || (v->type == JSON_STRING && v->n == 0))
-        return json_object(pool);
+        return &none;
     if (v->type == JSON_STRING && json_parse(pool, v->s, v->n, &parsed, &why)
         == DONE)
         v = parsed;
     return v->type == JSON_OBJECT ? v : NULL;
-}
-
-static int check_calls(struct pool *pool, const struct json *calls, int i,
-                       struct why *why)
-{
-    const struct json *call = calls->first;
-    int code = check(calls, JSON_ARRAY, why, "messages[%d].tool_calls", i);
-
-    for (int k = 0; code == DONE && call; call = call->next, k++) {
-        const struct json *function = function_of(call);
-        const struct json *args = json_get(function, "arguments");
-        if (!json_text(json_get(function, "name")))
-            return because(why, USAGE, "messages[%d].tool_calls[%d] has no "
-                           "function with a name", i, k);
-        if (!arguments_of(pool, args))
-            return because(why, USAGE, "messages[%d].tool_calls[%d].function."
-                           "arguments is %s, expected an object or a string "
-                           "with one", i, k, kind(args));
-    }
-    return code;
 }
 
 /* Messages of a "developer" are those of the system under a newer name. */
@@ -2841,64 +2739,35 @@ static const char *role_of(const struct json *message)
     return NULL;
 }
 
-/* What the model thought before this answer, by either name. */
-static const struct json *thinking_of(const struct json *message)
+static int has_role(const struct json *message, const char *role)
 {
-    const struct json *v = given(message, "thinking");
+    const char *is = role_of(message);
 
-    return v ? v : given(message, "reasoning_content");
+    return is && strcmp(is, role) == 0;
 }
 
-static int check_message(struct pool *pool, const struct json *m, int i,
-                         struct why *why)
+/* Who says it, and is there anything? */
+static void check_message(struct rendering *r, const struct json *m)
 {
-    const struct json *role = json_get(m, "role"), *thinking = thinking_of(m);
-    const struct json *content = given(m, "content");
-    const struct json *calls = given(m, "tool_calls");
-    int code = check(m, JSON_OBJECT, why, "messages[%d]", i);
+    const struct json *role = json_get(m, "role");
 
-    if (code == DONE && !role_of(m))
-        return because(why, USAGE, "messages[%d].role is %s, expected "
-                       "\"system\", \"user\", \"assistant\" or \"tool\"", i,
-                       json_is(role, JSON_STRING) ? "another string" :
-                       kind(role));
-    if (code == DONE && content)
-        code = check_content(content, i, why);
-    if (code == DONE && thinking)
-        code = check(thinking, JSON_STRING, why, "messages[%d].thinking", i);
-    if (code == DONE && calls)
-        code = check_calls(pool, calls, i, why);
-    return code;
+    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i))
+        return;
+    if (!role_of(m))
+        fault(r, "messages[%d].role is %s, expected \"system\", \"user\", "
+              "\"assistant\" or \"tool\"", r->i, json_is(role, JSON_STRING) ?
+              "another string" : kind(role));
+    else if (r->conv->continue_last && !m->next && !has_role(m, "assistant"))
+        fault(r, "messages[%d] is of role %s, expected \"assistant\" to "
+              "continue it", r->i, role_of(m));
+    else if (!given(m, "content") && !has_role(m, "assistant"))
+        fault(r, "messages[%d].content is %s, expected a string", r->i,
+              kind(json_get(m, "content")));
 }
 
 static int has_tools(const struct conversation *c)
 {
     return c->tools && c->tools->first;
-}
-
-static int check_conversation(struct pool *pool, const struct conversation *c,
-                              struct why *why)
-{
-    const struct json *m = c->messages, *tool;
-    int code = DONE, i = 0;
-
-    if (!json_is(m, JSON_ARRAY) || !m->first)
-        return because(why, USAGE, "messages is %s, expected an array of "
-                       "messages", json_is(m, JSON_ARRAY) ? "empty" : kind(m));
-    for (m = m->first; m && code == DONE; m = m->next)
-        code = check_message(pool, m, i++, why);
-    m = c->messages->last;
-    if (code == DONE && c->continue_last &&
-        strcmp(role_of(m), "assistant") != 0)
-        return because(why, USAGE, "messages[%d] is of role %s, expected "
-                       "\"assistant\" to continue it", i - 1, role_of(m));
-    if (code == DONE && c->tools && c->tools->type != JSON_NULL)
-        code = check(c->tools, JSON_ARRAY, why, "tools");
-    tool = has_tools(c) ? c->tools->first : NULL;
-    for (i = 0; tool && code == DONE; tool = tool->next, i++)
-        if (tool->type != JSON_STRING)
-            code = check(tool, JSON_OBJECT, why, "tools[%d]", i);
-    return code;
 }
 
 /* ---- as Python has it */
@@ -2930,16 +2799,26 @@ static struct piece trim(const char *s, const char *end)
     return (struct piece){ s, (size_t)(end - s) };
 }
 
-/* The value of an argument in a call: Python's, but for strings and dicts. */
+/* The value of an argument in a call: Python's, but for strings, dicts and,
+ * with one template, lists. */
 static void add_argument(struct text *t, const struct json *v,
-                         const char *quote)
+                         const struct dialect *as)
 {
-    if (v->type == JSON_STRING && quote) {
-        add_string(t, quote);
-        add(t, v->s, v->n);
-        add_string(t, quote);
-    } else
-        add_tree(t, v, v->type != JSON_STRING && v->type != JSON_OBJECT);
+    static const char value[] = "\\'\n\r", name[] = "\\'nr";
+
+    if (v->type != JSON_STRING || !as->quote) {
+        add_tree(t, v, v->type != JSON_STRING && v->type != JSON_OBJECT &&
+                 !(v->type == JSON_ARRAY && as->always_thinks));
+        return;
+    }
+    add_string(t, as->quote);
+    for (size_t i = 0; i < v->n; i++) {
+        const char *p = as->always_thinks ? memchr(value, v->s[i], 4) : NULL;
+        add(t, p ? "\\" : v->s + i, 1);
+        if (p)
+            add(t, name + (p - value), 1);
+    }
+    add_string(t, as->quote);
 }
 
 /* ---- the parts of a conversation */
@@ -2966,20 +2845,21 @@ static void put_marker(struct rendering *r, const char *token)
 
 static void put_tools(struct rendering *r)
 {
-    const struct json *tools = r->conv->tools;
+    const struct json *tool = r->conv->tools->first;
     struct text *t = &r->out->text;
 
     if (r->as->dated)
         add_format(t, "Today's date: %s\n\n", r->conv->date);
     add_string(t, "List of tools: ");
-    if (r->as->dated) {
-        add_json(t, tools);
-        return;
-    }
     put_marker(r, "<|tool_list_start|>");
-    for (const struct json *tool = tools->first; tool; tool = tool->next) {
-        add_string(t, tool == tools->first ? "[" : ", ");
-        if (tool->type == JSON_STRING)
+    for (int i = 0; tool; tool = tool->next, i++) {
+        const int is_text = tool->type == JSON_STRING;
+        const char *name = json_text(json_get(function_of(tool), "name"));
+        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i) &&
+            (!name || !name[0]))
+            fault(r, "tools[%d] has no name, expected a function with one", i);
+        add_string(t, i == 0 ? "[" : ", ");
+        if (is_text && !r->as->dated)
             add(t, tool->s, tool->n);
         else
             add_json(t, tool);
@@ -2994,52 +2874,75 @@ static void put_system(struct rendering *r, struct piece text)
         return;
     begin_turn(r, "system");
     add(&r->out->text, text.s, text.n);
-    if (has_tools(r->conv) && text.n > 0)
-        add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
-    if (has_tools(r->conv))
+    if (has_tools(r->conv)) {
+        if (text.n > 0)
+            add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
         put_tools(r);
+    }
     end_turn(r);
+}
+
+static void put_call(struct rendering *r, const struct json *call, int k)
+{
+    const struct json *function = function_of(call);
+    const struct json *given_args = json_get(function, "arguments");
+    const struct json *args = arguments_of(&r->pool, given_args);
+    const char *name = json_text(json_get(function, "name"));
+    struct text *t = &r->out->text;
+
+    if (!name)
+        fault(r, "messages[%d].tool_calls[%d] has no function with a name",
+              r->i, k);
+    else if (!args)
+        fault(r, "messages[%d].tool_calls[%d].function.arguments is %s, "
+              "expected an object or a string with one", r->i, k,
+              kind(given_args));
+    else {
+        add_string(t, k > 0 ? ", " : "");
+        add_string(t, name);
+        add_string(t, "(");
+        for (const struct json *arg = args->first; arg; arg = arg->next) {
+            add(t, arg->key, arg->n_key);
+            add_string(t, "=");
+            add_argument(t, arg, r->as);
+            add_string(t, arg->next ? ", " : "");
+        }
+        add_string(t, ")");
+    }
 }
 
 static void put_calls(struct rendering *r, const struct json *calls)
 {
-    const struct json *call = calls->first, *arg;
-    struct text *t = &r->out->text;
+    const struct json *call = calls->first;
 
+    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i))
+        return;
     add_mark(r->out, CALL_START);
-    add_string(t, "[");
-    for (; call; call = call->next) {
-        const struct json *function = function_of(call);
-        const struct json *name = json_get(function, "name");
-        const struct json *args =
-            arguments_of(&r->pool, json_get(function, "arguments"));
-        add(t, name->s, name->n);
-        add_string(t, "(");
-        for (arg = args ? args->first : NULL; arg; arg = arg->next) {
-            add(t, arg->key, arg->n_key);
-            add_string(t, "=");
-            add_argument(t, arg, r->as->quote);
-            add_string(t, arg->next ? ", " : "");
-        }
-        add_string(t, call->next ? "), " : ")");
-    }
-    add_string(t, "]");
+    add_string(&r->out->text, "[");
+    for (int k = 0; call; call = call->next, k++)
+        put_call(r, call, k);
+    add_string(&r->out->text, "]");
     add_mark(r->out, CALL_END);
 }
 
-/* Clients hand calls back with their markers in the content. */
+/* Clients hand calls and thoughts back with their markers in the content. */
 static void put_answer(struct rendering *r, struct piece text)
 {
-    const char *const end = text.s + text.n, *from = text.s;
+    static const char *const marker[] = {
+        CALL_START, CALL_END, THINK, THINK_END
+    };
+    const char *const end = text.s + text.n, *from = text.s, *p = from;
 
-    for (const char *p = from; p < end; p++) {
-        const char *token = begins(p, end, CALL_START) ? CALL_START :
-                            begins(p, end, CALL_END) ? CALL_END : NULL;
-        if (!token)
-            continue;
-        add(&r->out->text, from, (size_t)(p - from));
-        add_mark(r->out, token);
-        from = p + strlen(token);
+    while ((p = memchr(p, '<', (size_t)(end - p))) != NULL) {
+        int i = 0;
+        while (i < 4 && !begins(p, end, marker[i]))
+            i++;
+        if (i < 4) {
+            add(&r->out->text, from, (size_t)(p - from));
+            add_mark(r->out, marker[i]);
+            from = p + strlen(marker[i]);
+        }
+        p = i < 4 ? from : p + 1;
     }
     add(&r->out->text, from, (size_t)(end - from));
 }
@@ -3047,18 +2950,43 @@ static void put_answer(struct rendering *r, struct piece text)
 /* The text of a message, its parts joined. */
 static struct piece content_of(struct rendering *r, const struct json *message)
 {
-    const struct json *content = json_get(message, "content"), *part;
+    const struct json *content = given(message, "content");
+    const struct json *part = content ? content->first : NULL;
 
-    if (json_is(content, JSON_STRING))
-        return (struct piece){ content->s, content->n };
     r->parts.n = 0;
-    part = json_is(content, JSON_ARRAY) ? content->first : NULL;
-    for (; part; part = part->next) {
-        const struct json *text = json_get(part, "text");
-        add(&r->parts, text->s, text->n);
+    add_string(&r->parts, "");
+    if (content && content->type != JSON_ARRAY) {
+        if (check(r, content, JSON_STRING, "messages[%d].content", r->i))
+            return (struct piece){ content->s, content->n };
+        part = NULL;
     }
-    r->out->text.failed |= r->parts.failed;
-    return (struct piece){ r->parts.n ? r->parts.s : "", r->parts.n };
+    for (int k = 0; part; part = part->next, k++) {
+        const struct json *text = json_get(part, "text");
+        const char *type = json_text(json_get(part, "type"));
+        if (!type || strcmp(type, "text") != 0)
+            fault(r, "messages[%d].content[%d] is no part of type \"text\", "
+                  "and this program reads text only", r->i, k);
+        else if (check(r, text, JSON_STRING, "messages[%d].content[%d].text",
+                       r->i, k))
+            add(&r->parts, text->s, text->n);
+    }
+    return (struct piece){ r->parts.s, r->parts.n };
+}
+
+/* What the model thought before this answer, or NULL. */
+static const struct json *thinking_of(struct rendering *r,
+                                      const struct json *message)
+{
+    static const char *const name[] = { "thinking", "reasoning",
+                                        "reasoning_content" };
+
+    for (int i = 0; i < 3; i++) {
+        const struct json *v = given(message, name[i]);
+        if (v && check(r, v, JSON_STRING, "messages[%d].%s", r->i, name[i]) &&
+            (v->n > 0 || !r->as->always_thinks))
+            return v;
+    }
+    return NULL;
 }
 
 /* The text behind the last </think>, trimmed; all of it if there is none. */
@@ -3071,17 +2999,34 @@ static struct piece without_thought(struct piece text)
     return last ? trim(last, end) : text;
 }
 
-/* A `recent` answer keeps what was thought before it.  Of the templates that
- * write down calls, only the newest leaves out an empty list of them. */
+/* Calls where the template has no place for them are only judged. */
+static void lose_calls(struct rendering *r, const struct json *calls)
+{
+    const size_t n = r->out->text.n;
+    const int n_marks = r->out->n_marks;
+
+    put_calls(r, calls);
+    r->out->text.n = n;
+    r->out->n_marks = n_marks;
+    r->out->lost_calls |= calls->first != NULL;
+}
+
+/* A `recent` answer keeps what was thought before it.  Some templates write
+ * down an empty list of calls. */
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
-    const struct json *thinking = thinking_of(m);
+    const struct json *thinking = thinking_of(r, m);
     const struct json *calls = given(m, "tool_calls");
-    const int order = !calls || (!r->as->quote && !calls->first) ? NO_CALLS :
+    const int writes_none = r->as->quote && !r->as->always_thinks;
+    const int order = !calls || (!calls->first && !writes_none) ? NO_CALLS :
                       r->as->calls;
-    struct piece text = content_of(r, m);
+    const struct piece text = content_of(r, m);
 
-    r->out->lost_calls |= calls && calls->first && order == NO_CALLS;
+    if (!calls && !thinking && !given(m, "content"))
+        fault(r, "messages[%d] has no content, expected a string or "
+              "tool_calls", r->i);
+    if (calls && order == NO_CALLS)
+        lose_calls(r, calls);
     if (thinking && r->as->calls != NO_CALLS && recent) {
         add_mark(r->out, THINK);
         add(&r->out->text, thinking->s, thinking->n);
@@ -3096,11 +3041,10 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
 
 static void put_message(struct rendering *r, const struct json *m, int recent)
 {
-    const char *role = role_of(m);
-    const int is_tool = strcmp(role, "tool") == 0;
+    const int is_tool = has_role(m, "tool");
 
-    begin_turn(r, role);
-    if (strcmp(role, "assistant") == 0)
+    begin_turn(r, role_of(m));
+    if (has_role(m, "assistant"))
         put_assistant(r, m, recent);
     else {
         const struct piece text = content_of(r, m);
@@ -3127,53 +3071,56 @@ static const struct json *recent_from(const struct rendering *r,
     if (r->as->thoughts == ALL || r->conv->keep_thinking)
         return m;
     for (; m; m = m->next)
-        if (strcmp(role_of(m), question ? "user" : "assistant") == 0)
+        if (has_role(m, question ? "user" : "assistant"))
             from = m;
     return from;
 }
 
 static void put_conversation(struct rendering *r)
 {
-    const struct json *m = r->conv->messages->first, *recent;
-    const int system = strcmp(role_of(m), "system") == 0;
+    const struct json *first = r->conv->messages->first, *recent;
+    const int system = has_role(first, "system");
     int is_recent = 0;
 
     add_mark(r->out, BOS);
-    put_system(r, system ? content_of(r, m) : (struct piece){ "", 0 });
-    m = system ? m->next : m;
-    recent = recent_from(r, m);
-    for (; m; m = m->next) {
+    put_system(r, system ? content_of(r, first) : (struct piece){ "", 0 });
+    recent = recent_from(r, system ? first->next : first);
+    for (const struct json *m = first; m; m = m->next, r->i++) {
         is_recent |= m == recent;
-        put_message(r, m, is_recent);
+        check_message(r, m);
+        if (r->code == DONE && !(system && m == first))
+            put_message(r, m, is_recent);
     }
     if (!r->conv->generate || r->conv->continue_last)
         return;
     begin_turn(r, "assistant");
-    if (r->conv->open_thought)
+    if (r->conv->open_thought || r->as->always_thinks)
         add_mark(r->out, THINK);
 }
 
-/* A conversation as the template writes it; DONE, USAGE or NO_MEMORY.  The
- * caller releases *out in any case. */
+/* A conversation as the template writes it; DONE or USAGE.  The caller releases
+ * *out in any case. */
 static int render(const struct conversation *conv, int template,
                   struct rendered *out, struct why *why)
 {
-    struct rendering r = { .conv = conv, .out = out };
-    int code;
+    struct rendering r = { .conv = conv, .out = out, .why = why };
+    const struct json *m = conv->messages, *tools = conv->tools;
 
     *out = (struct rendered){ .n_marks = 0 };
     if (template <= TEMPLATE_AUTO || template >= TEMPLATE_NONE)
         return because(why, USAGE, "the model has no chat template, expected a "
                        "prompt and no messages");
     r.as = &dialects[template];
-    code = check_conversation(&r.pool, conv, why);
-    if (code == DONE)
-        put_conversation(&r);
-    if (out->text.failed || r.pool.failed)
-        code = because(why, NO_MEMORY, "no memory for the conversation");
+    if (!json_is(m, JSON_ARRAY) || !m->first)
+        return because(why, USAGE, "messages is %s, expected an array of "
+                       "messages", json_is(m, JSON_ARRAY) ? "empty" : kind(m));
+    if (tools && tools->type != JSON_NULL && tools->type != JSON_ARRAY)
+        return because(why, USAGE, "tools is %s, expected an array",
+                       kind(tools));
+    put_conversation(&r);
     free(r.parts.s);
     pool_free(&r.pool);
-    return code;
+    return r.code;
 }
 
 /* ---- its tokens */
@@ -3204,9 +3151,7 @@ static int encode_rendered(const lfm2_tokenizer *words,
         return because(why, BAD_MODEL, "the chat format needs the tokens "
                        TURN_START " and " TURN_END ", which the vocabulary "
                        "lacks");
-    *out = (struct ids){ calloc((size_t)room, sizeof *out->id), 0 };
-    if (!out->id)
-        return because(why, NO_MEMORY, "no memory for %d tokens", room);
+    *out = (struct ids){ zeroed((size_t)room, sizeof *out->id), 0 };
     for (int i = 0; i <= r->n_marks; i++) {
         const struct mark end = { r->text.n, 0 };
         const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
@@ -3252,29 +3197,6 @@ static uint64_t template_hash(const char *s, size_t n)
     return h;
 }
 
-/* An edited template is still like one of ours in what matters; *word is
- * that. */
-static int template_by_text(const char *s, const char *end, const char **word)
-{
-    static const struct { const char *word; int template; } telling[] = {
-        { "<|tool_list_start|>", TEMPLATE_LFM2 },
-        { "preserve_thinking", TEMPLATE_8B },
-        { "Today's date", TEMPLATE_NEW }, { "strftime_now", TEMPLATE_NEW },
-        { "List of tools: [", TEMPLATE_INSTRUCT }
-    };
-    const char *calls = find(s, end, "render_tool_calls(message");
-    const char *content = find(s, end, "parse_content(message.content)");
-
-    for (size_t i = 0; i < sizeof telling / sizeof *telling; i++) {
-        if (!find(s, end, telling[i].word))
-            continue;
-        *word = telling[i].word;
-        return telling[i].template == TEMPLATE_NEW && calls && content &&
-               calls < content ? TEMPLATE_VL : telling[i].template;
-    }
-    return TEMPLATE_AUTO;
-}
-
 static int name_has(const lfm2_model *model, const char *word)
 {
     static const char *const key[] = { "general.name", "general.basename" };
@@ -3293,7 +3215,7 @@ static int template_by_model(const lfm2_model *model,
 {
     if ((words ? lfm2_n_vocab(words) : lfm2_model_config(model)->n_vocab) >
         100000)
-        return TEMPLATE_8B;
+        return name_has(model, "2.6B") ? TEMPLATE_26B : TEMPLATE_8B;
     if (!name_has(model, "2.5"))
         return TEMPLATE_LFM2;
     return name_has(model, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
@@ -3308,7 +3230,8 @@ struct found_template {
     uint64_t hash;
 };
 
-/* `words` may be NULL. */
+/* `words` may be NULL.  A template under a name is for another purpose than
+ * conversation, and never taken for it. */
 static struct found_template find_template(const lfm2_model *model,
                                            const lfm2_tokenizer *words)
 {
@@ -3318,26 +3241,34 @@ static struct found_template find_template(const lfm2_model *model,
         { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT },
         { 0x7aeb1f9c89e15fb8u, TEMPLATE_NEW },
         { 0x6ebe17e9a93f4638u, TEMPLATE_VL },
-        { 0x9b5e9322adfff1aau, TEMPLATE_8B }
+        { 0x9b5e9322adfff1aau, TEMPLATE_8B },
+        { 0xdf1dafa110337cb9u, TEMPLATE_26B }
+    };
+    /* An edited template is still like one of ours in what matters. */
+    static const struct { const char *word; int template; } telling[] = {
+        { "<|tool_list_start|>", TEMPLATE_LFM2 },
+        { "message.reasoning", TEMPLATE_26B },
+        { "preserve_thinking", TEMPLATE_8B },
+        { "continue_final_message", TEMPLATE_VL },
+        { "Today's date", TEMPLATE_NEW }, { "strftime_now", TEMPLATE_NEW },
+        { "List of tools: [", TEMPLATE_INSTRUCT }
     };
     size_t n;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
-    struct found_template to = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
+    const uint64_t hash = s ? template_hash(s, n) : 0;
 
     if (!s)
-        return to;
-    to.hash = template_hash(s, n);
-    to.how = BY_HASH;
+        return (struct found_template){ TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
     for (size_t i = 0; i < sizeof published / sizeof *published; i++)
-        if (published[i].hash == to.hash)
-            to.template = published[i].template;
-    if (to.template != TEMPLATE_NONE)
-        return to;
-    to.template = template_by_text(s, s + n, &to.word);
-    to.how = to.word ? BY_WORDS : BY_MODEL;
-    if (!to.word)
-        to.template = template_by_model(model, words);
-    return to;
+        if (published[i].hash == hash)
+            return (struct found_template){ published[i].template, BY_HASH,
+                                            NULL, hash };
+    for (size_t i = 0; i < sizeof telling / sizeof *telling; i++)
+        if (find(s, s + n, telling[i].word))
+            return (struct found_template){ telling[i].template, BY_WORDS,
+                                            telling[i].word, hash };
+    return (struct found_template){ template_by_model(model, words), BY_MODEL,
+                                    NULL, hash };
 }
 
 /* The template of a model, and a sentence about how it was found.  *known is 0
@@ -3353,13 +3284,22 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                      "file is unknown"
     };
     const struct found_template f = find_template(model, words);
+    char named[128] = "";
 
     *known = f.how <= BY_HASH;
+    for (int i = 0; f.how == NO_TEMPLATE && !named[0]; i++) {
+        char value[64];
+        const char *key = lfm2_model_key(model, i, value, sizeof value);
+        if (!key)
+            break;
+        if (begins(key, key + strlen(key), "tokenizer.chat_template."))
+            snprintf(named, sizeof named, " but %s, which is not for this", key);
+    }
     if (f.how == NO_TEMPLATE)
-        return because(evidence, f.template, "the file has no chat template, "
-                       "so text is continued as it is");
+        return because(evidence, f.template, "the file has no chat template%s, "
+                       "so text is continued as it is", named);
     return because(evidence, f.template, "chat template %s: %s (hash %016llx)",
-                   template_names[f.template], how[f.how],
+                   template_name(f.template), how[f.how],
                    (unsigned long long)f.hash);
 }
 
@@ -3367,38 +3307,441 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
  *
  * A model that wants a tool writes <|tool_call_start|>, Python, and
  * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some write JSON
- * there: {"name": "time", "arguments": {}}.  Literals of both kinds are read
- * alike, and strings with quotes inside that lack a backslash, too.  What is
- * still not understood is left in the text. */
+ * there: {"name": "time", "arguments": {}}.  An argument has the value that
+ * Python's ast.literal_eval() gives it, or is one of JSON's words.  Text that
+ * has no value in JSON (bytes, complex numbers) or has to be computed is not
+ * understood, and stays text.
+ *
+ * Where Python would see an error of syntax, some things are clear all the
+ * same: new lines and forgotten backslashes in strings, names like get-time,
+ * calls on lines of their own, a bracket missing at the very end. */
 
-/* {"name": ..., "arguments": {...}} out of a call in either notation, or NULL.
- * An argument without a name is good if it is the only one, and a dict. */
-static struct json *call_of(struct pool *pool, const struct json *v)
+struct call { struct text name, arguments; };       /* JSON's object as text */
+
+struct calls { struct call *call; int n; };
+
+/* Those from number n on. */
+static void drop_calls(struct calls *calls, int n)
 {
-    const struct json *args = v, *function = function_of(v);
-    struct json *name = json_get(function, "name");
-    struct json *out = json_object(pool);
-
-    if (v->type == JSON_OBJECT && v->close == ')') {
-        name = json_string(pool, v->s, v->n);
-        if (args->first && args->first->n_key == 0)
-            args = args->first->next ? NULL : args->first;
-    } else {
-        args = json_get(function, "arguments");
-        if (!args)
-            args = json_get(function, "parameters");
-        args = arguments_of(pool, args);
+    while (calls->n > n) {
+        free(calls->call[--calls->n].name.s);
+        free(calls->call[calls->n].arguments.s);
     }
-    if (!json_text(name) || !json_is(args, JSON_OBJECT))
-        return NULL;
-    json_set(pool, out, "name", name);
-    json_set(pool, out, "arguments", args);
-    return out;
 }
 
-/* out[3 * n]: a replacement character for each byte that is no UTF-8.  Returns
- * how many bytes it has become. */
-static size_t replace_broken(char *out, const char *s, size_t n)
+static void free_calls(struct calls *calls)
+{
+    drop_calls(calls, 0);
+    free(calls->call);
+    *calls = (struct calls){ NULL, 0 };
+}
+
+/* ---- literals */
+
+static const char decimal[] = "0123456789";
+
+/* Digits, with single underscores between them: how many bytes. */
+static size_t digits_length(const char *s, const char *digits)
+{
+    size_t n = strspn(s, digits);
+
+    while (n > 0 && s[n] == '_' && strspn(s + n + 1, digits) > 0)
+        n += 1 + strspn(s + n + 1, digits);
+    return n;
+}
+
+/* A number with a fraction or an exponent; or 0, and it is a whole one. */
+static size_t float_length(const char *s)
+{
+    const size_t whole = digits_length(s, decimal);
+    size_t n = whole, sign, more;
+
+    if (s[n] == '.')
+        n += 1 + digits_length(s + n + 1, decimal);
+    if (n == 1 && whole == 0)
+        return 0;
+    sign = (s[n] | 32) == 'e' && (s[n + 1] == '+' || s[n + 1] == '-');
+    more = (s[n] | 32) == 'e' ? digits_length(s + n + 1 + sign, decimal) : 0;
+    n += more ? 1 + sign + more : 0;
+    return n > whole ? n : 0;
+}
+
+/* Add the n digits of a whole number in decimal.  Python, too, writes no more
+ * than 4300 of them; returns -1 for more. */
+static int add_whole(struct text *t, const char *s, size_t n, unsigned base)
+{
+    enum { BILLION = 1000000000, MAX_LIMBS = 478 };
+    uint32_t limb[MAX_LIMBS] = { 0 };
+    int n_limbs = 1;
+
+    for (size_t i = 0; i < n; i++) {
+        uint64_t carry = (uint64_t)(s[i] <= '9' ? s[i] - '0' :
+                                    (s[i] | 32) - 'a' + 10);
+        for (int k = 0; k < n_limbs && s[i] != '_'; k++) {
+            carry += (uint64_t)limb[k] * base;
+            limb[k] = (uint32_t)(carry % BILLION);
+            carry /= BILLION;
+        }
+        if (s[i] == '_' || carry == 0)
+            continue;
+        if (n_limbs == MAX_LIMBS)
+            return -1;
+        limb[n_limbs++] = (uint32_t)carry;
+    }
+    add_format(t, "%u", (unsigned)limb[--n_limbs]);
+    while (n_limbs > 0)
+        add_format(t, "%09u", (unsigned)limb[--n_limbs]);
+    return t->n <= 4300 ? 0 : -1;
+}
+
+/* The value of a float. */
+static double float_value(const char *s, size_t n)
+{
+    struct text t = { 0 };
+    double x;
+
+    for (size_t i = 0; i < n; i++)
+        if (s[i] != '_')
+            add(&t, s + i, 1);
+    x = strtod(t.s, NULL);
+    free(t.s);
+    return x;
+}
+
+/* A number without a sign of its own, as JSON has it. */
+static int read_unsigned(struct reader *r, int minus, struct json *v)
+{
+    static const struct { char letter; unsigned base; const char *digits; }
+    prefix[] = {
+        { 'x', 16, "0123456789abcdefABCDEF" }, { 'o', 8, "01234567" },
+        { 'b', 2, "01" }, { '\0', 10, decimal }
+    };
+    const char *s = r->at;
+    struct text t = { 0 };
+    size_t n = float_length(s);
+    int i = 0, good = 1;
+
+    if (n > 0) {
+        const double x = float_value(s, n);
+        good = isfinite(x);
+        if (good)
+            add_float(&t, x);
+    } else {
+        while (prefix[i].letter && !(s[0] == '0' && (s[1] | 32) ==
+                                     prefix[i].letter))
+            i++;
+        s += i == 3 ? 0 : s[2] == '_' ? 3 : 2;
+        n = digits_length(s, prefix[i].digits);
+        good = n > 0 && add_whole(&t, s, n, prefix[i].base) == 0 &&
+               (i < 3 || *s != '0' || strcmp(t.s, "0") == 0);
+    }
+    if (good) {
+        r->at += s + n - r->at;
+        v->type = JSON_NUMBER;
+        v->n = t.n + (minus && strcmp(t.s, "0") != 0);
+        v->s = memcpy(pool_get(r->pool, v->n + 1), "-", 1);
+        memcpy((char *)(uintptr_t)v->s + v->n - t.n, t.s, t.n);
+    }
+    free(t.s);
+    return good ? DONE : expected(r, "a finite number of Python");
+}
+
+/* One with a sign, and maybe parentheses. */
+static int read_signed(struct reader *r, struct json *v)
+{
+    const int minus = *r->at++ == '-';
+    int open = 0;
+
+    while (took(r, '('))
+        open++;
+    if (read_unsigned(r, minus, v) != DONE)
+        return USAGE;
+    while (open-- > 0)
+        if (!took(r, ')'))
+            return expected(r, "')'");
+    return DONE;
+}
+
+/* How many letters are before the quote of a string, none, one or r and f; or
+ * -1, and it is no string that has a value in JSON. */
+static int prefix_length(const char *s)
+{
+    const int n = (int)strspn(s, "rRuUfF");
+
+    return (s[n] != '"' && s[n] != '\'') || n > 2 ||
+           (n == 2 && (s[0] | 32) + (s[1] | 32) != 'r' + 'f') ? -1 : n;
+}
+
+/* Is the quote at s inside of a string?  Python reads no word behind one, but
+ * those that join values and those that are prefixes. */
+static int is_inner(const char *s)
+{
+    static const char *const joins[] = {
+        "if", "else", "and", "or", "in", "is", "not", "for", "async"
+    };
+    const char *const word = s + 1 + strspn(s + 1, " \t\n\f"), *end = word;
+    size_t n;
+
+    while (isalnum((unsigned char)*end) || *end == '_' || (*end & 0x80))
+        end++;
+    n = (size_t)(end - word);
+    for (int i = 0; i < 9; i++)
+        if (n == strlen(joins[i]) && memcmp(word, joins[i], n) == 0)
+            return 0;
+    return n > 0 && !(n <= 2 && strspn(word, "rRbBuUfFtT") == n &&
+                      (*end == '"' || *end == '\''));
+}
+
+/* As in it's: such a quote needs no second one. */
+static int is_apostrophe(const char *s)
+{
+    const unsigned char before = (unsigned char)s[-1], after =
+                        (unsigned char)s[1];
+
+    return *s == '\'' && (isalpha(before) || before > 127) &&
+           (isalpha(after) || after > 127);
+}
+
+/* What follows a backslash.  One that begins no escape stays. */
+static int read_python_escape(struct reader *r, char **out)
+{
+    const size_t n_hex = *r->at == 'x' ? 2 : *r->at == 'u' ? 4 :
+                         *r->at == 'U' ? 8 : 0;
+    uint32_t c = 0;
+    int n = 0;
+
+    if (n_hex > 0)
+        return read_code(r, n_hex, out);
+    if (*r->at == 'N')
+        return expected(r, "no name of a character");
+    for (; n < 3 && *r->at >= '0' && *r->at <= '7'; n++)
+        c = c * 8 + (uint32_t)(*r->at++ - '0');
+    if (n > 0)
+        *out += utf8_put(*out, c);
+    else if (*r->at == '\n')
+        r->at++;
+    else if (!read_short_escape(r, "\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", out))
+        *(*out)++ = '\\';
+    return DONE;
+}
+
+/* Up to the quote that ends it, one or three together. */
+static int read_quoted(struct reader *r, char **out)
+{
+    const int n = prefix_length(r->at), bad = r->as == AS_BAD_PYTHON;
+    const size_t raw = strcspn(r->at, "rR\"'"), plain = strcspn(r->at, "fF\"'");
+    const int is_raw = (int)raw < n, is_format = (int)plain < n;
+    const char quote = r->at[n], three[] = { quote, quote, quote, '\0' };
+    const size_t n_quotes = strncmp(r->at + n, three, 3) == 0 ? 3 : 1;
+    int inner = 0, code = DONE;
+
+    r->at += (size_t)n + n_quotes;
+    while (code == DONE && (strncmp(r->at, three, n_quotes) != 0 ||
+                            (bad && n_quotes == 1 && is_inner(r->at)))) {
+        if (!*r->at || (*r->at == '\n' && n_quotes == 1 && !bad))
+            return expected(r, "a quote after the string");
+        if (is_format && (*r->at == '{' || *r->at == '}'))
+            return expected(r, "a string without placeholders");
+        inner += *r->at == quote && n_quotes == 1 && !is_apostrophe(r->at);
+        if (*r->at != '\\')
+            code = read_plain(r, out);
+        else if (!is_raw) {
+            r->at++;
+            code = read_python_escape(r, out);
+        } else {
+            code = read_plain(r, out);
+            if (code == DONE && *r->at)
+                code = read_plain(r, out);
+        }
+    }
+    r->at += n_quotes;
+    return code == DONE && inner % 2 ? expected(r, "quotes in pairs") : code;
+}
+
+/* Strings side by side are one; with forgotten backslashes that is not clear. */
+static int read_strings(struct reader *r, struct json *v)
+{
+    char *out = r->at;
+
+    v->type = JSON_STRING;
+    v->s = out;
+    do
+        if (read_quoted(r, &out) != DONE)
+            return USAGE;
+    while (r->as == AS_PYTHON && peek(r) != EOF && prefix_length(r->at) >= 0);
+    v->n = (size_t)(out - v->s);
+    *out = '\0';
+    return DONE;
+}
+
+/* A value in parentheses, or a tuple. */
+static int read_parentheses(struct reader *r, struct json *v)
+{
+    struct json *first;
+
+    r->at++;
+    if (took(r, ')')) {
+        v->type = JSON_ARRAY;
+        return DONE;
+    }
+    if (go_deeper(r) != DONE || read_value(r, v) != DONE)
+        return USAGE;
+    r->depth--;
+    if (took(r, ')'))
+        return DONE;
+    first = pool_get(r->pool, sizeof *first);
+    memcpy(first, v, offsetof(struct json, key));
+    memset(v, 0, offsetof(struct json, key));
+    v->type = JSON_ARRAY;
+    v->n_members = 1;
+    v->first = first;
+    return read_members(r, v, ')');
+}
+
+static int read_literal(struct reader *r, struct json *v)
+{
+    static const char *const word[] = { "None", "False", "True" };
+    const int c = peek(r);
+
+    if (c == '(')
+        return read_parentheses(r, v);
+    if (c == '+' || c == '-')
+        return read_signed(r, v);
+    if (c == '.' || (c >= '0' && c <= '9'))
+        return read_unsigned(r, 0, v);
+    if (prefix_length(r->at) >= 0)
+        return read_strings(r, v);
+    for (int i = 0; i < 3; i++)
+        if (took_word(r, word[i])) {
+            v->type = i;                  /* in the order of the types       */
+            return DONE;
+        }
+    if (took_word(r, "set")) {
+        v->type = JSON_ARRAY;
+        return took(r, '(') && took(r, ')') ? DONE : expected(r, "a value");
+    }
+    return read_word(r, v);
+}
+
+/* The key of a dict, or an element of a set: strings or whole numbers, for
+ * others may be equal and yet not the same in JSON. */
+static int read_literal_key(struct reader *r, struct json *in, struct json *v)
+{
+    const int is_first = v == in->first;
+
+    peek(r);
+    if (read_literal(r, v) != DONE)
+        return USAGE;
+    if ((v->type != JSON_STRING && v->type != JSON_NUMBER) ||
+        (v->type == JSON_NUMBER && strpbrk(v->s, ".e")))
+        return expected(r, "a string or a whole number before it");
+    v->key = v->s;
+    v->n_key = v->n;
+    if (is_first && peek(r) != ':')
+        in->type = JSON_ARRAY;
+    if (in->type == JSON_ARRAY)
+        return v->type == in->first->type ? DONE :
+               expected(r, "elements of one type");
+    return took(r, ':') ? DONE : expected(r, "':' and a value");
+}
+
+/* ---- calls */
+
+/* Step over the letters of a name, as tools and their arguments have; may be
+ * none. */
+static size_t read_name(struct reader *r)
+{
+    const char *const from = r->at;
+
+    if (strchr("0123456789.-", *r->at))
+        return 0;
+    while (isalnum((unsigned char)*r->at) || (*r->at & 0x80) ||
+           (*r->at && strchr("_.-", *r->at)))
+        r->at++;
+    return (size_t)(r->at - from);
+}
+
+static int read_argument_name(struct reader *r, struct json *v)
+{
+    peek(r);
+    v->key = r->at;
+    v->n_key = read_name(r);
+    return v->n_key > 0 && took(r, '=') ? DONE :
+           expected(r, "a name, '=' and a value");
+}
+
+static void add_call(struct calls *to, const char *name, size_t n,
+                     const struct json *arguments)
+{
+    struct call call = { { 0 }, { 0 } };
+
+    add(&call.name, name, n);
+    add_json(&call.arguments, arguments);
+    to->call = resize(to->call, (size_t)(to->n + 1) * sizeof *to->call);
+    to->call[to->n++] = call;
+}
+
+/* In either notation.  An argument without a name is good if it is the only
+ * one, and a dict. */
+static int read_call(struct reader *r, struct calls *to)
+{
+    struct json *v = pool_get(r->pool, sizeof *v);
+    const struct json *function, *args, *named;
+    const char *name;
+    size_t n;
+
+    if (peek(r) != '{') {
+        name = r->at;
+        n = read_name(r);
+        if (r->as == AS_JSON || n == 0 || !took(r, '('))
+            return expected(r, "a call");
+        v->type = JSON_OBJECT;
+        if (peek(r) != '{' ? read_members(r, v, ')') != DONE :
+            read_value(r, v) != DONE || (took(r, ','), !took(r, ')')))
+            return USAGE;
+        if (v->type != JSON_OBJECT)
+            return expected(r, "a dict before it");
+        add_call(to, name, n, v);
+        return DONE;
+    }
+    if (read_value(r, v) != DONE)
+        return USAGE;
+    function = function_of(v);
+    named = json_get(function, "name");
+    args = json_get(function, "arguments");
+    args = arguments_of(r->pool, args ? args :
+                        json_get(function, "parameters"));
+    if (!json_text(named) || !args)
+        return expected(r, "a call before it");
+    add_call(to, named->s, named->n, args);
+    return DONE;
+}
+
+/* Calls, or one list of them, up to the end.  A comma or a new line is between
+ * two. */
+static int read_block(struct reader *r, int is_whole, struct calls *to)
+{
+    const int list = took(r, '[');
+    const char *from = r->at;
+
+    for (int n = 0; !list || !took(r, ']'); n++) {
+        const int comma = n > 0 && took(r, ',');
+        if (peek(r) == EOF && n > 0 && (!list || is_whole))
+            return DONE;
+        if (n > 0 && !comma && !memchr(from, '\n', (size_t)(r->at - from)))
+            return expected(r, "',' or a new line");
+        if (list && comma && took(r, ']'))
+            break;
+        if (read_call(r, to) != DONE)
+            return USAGE;
+        from = r->at;
+    }
+    return took(r, EOF) ? DONE : expected(r, "the end");
+}
+
+/* out[3 * n + 1]: a replacement character for each byte that is no UTF-8, and
+ * new lines as Python sees them.  Returns how many bytes it has become. */
+static size_t clean_source(char *out, const char *s, size_t n)
 {
     const char *const end = s + n;
     char *to = out;
@@ -3406,65 +3749,88 @@ static size_t replace_broken(char *out, const char *s, size_t n)
 
     for (int size; s < end; s += size ? size : 1) {
         size = utf8_get(s, end, &c);
-        to += utf8_put(to, size ? c : 0xfffd);
+        if (c == '\r' && s + 1 < end && s[1] == '\n')
+            continue;
+        to += utf8_put(to, size == 0 ? 0xfffd : c == '\r' ? '\n' : c);
     }
     return (size_t)(to - out);
 }
 
-/* What stands between two markers: calls, or one list of them; all or none. */
+/* What stands between two markers, all or none: as JSON, as Python, or as
+ * Python with quotes that lack a backslash. */
 static int read_calls(struct pool *pool, const char *s, const char *end,
-                      struct json *calls)
+                      int is_whole, struct calls *to)
 {
-    struct json root, *found = json_array(pool), *v;
+    const int before = to->n;
     char *text = pool_get(pool, 3 * (size_t)(end - s) + 1);
     struct why why;
-    struct reader r = { .pool = pool, .text = text, .python = 1, .why = &why };
+    struct reader r = { .pool = pool, .text = text, .why = &why };
 
-    if (!found || !text)
-        return USAGE;
-    r.n = replace_broken(text, s, (size_t)(end - s));
-    if (read_tree(&r, &root) != DONE)
-        return USAGE;
-    v = root.first->type == JSON_ARRAY && !root.first->next ? root.first->first
-                                                            : root.first;
-    for (; v; v = v->next) {
-        struct json *call = call_of(pool, v);
-        if (!call)
-            return USAGE;
-        json_append(pool, found, call);
+    r.n = clean_source(text, s, (size_t)(end - s));
+    for (r.as = AS_JSON; r.as <= AS_BAD_PYTHON; r.as++) {
+        start_reading(&r);
+        if (read_block(&r, is_whole, to) == DONE)
+            return 1;
+        drop_calls(to, before);
     }
-    for (v = found->first; v; v = v->next)
-        json_append(pool, calls, v);
-    return DONE;
+    return 0;
 }
 
-/* The calls in an answer as an array; the text around them, and calls that were
- * not understood, markers included, go to `rest`.  Returns how many were not
+/* The calls in an answer; the text around them, and calls that were not
+ * understood, markers included, go to `rest`.  Returns how many were not
  * understood.  A call at the end may lack its last marker; one that is not
- * complete does not count if the answer was `cut` for its length.  No memory
- * shows in pool->failed and rest->failed. */
-static int parse_calls(struct pool *pool, const char *s, size_t n, int cut,
-                       struct json **calls, struct text *rest)
+ * complete does not count if the answer was `cut` for its length.  Models may
+ * echo the body of a call and the last marker behind it. */
+static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
+                       struct text *rest)
 {
     const char *const end = s + n, *start, *stop;
+    struct pool pool = { 0 };
     int bad = 0;
 
-    *calls = json_array(pool);
+    *out = (struct calls){ NULL, 0 };
     while ((start = find(s, end, CALL_START)) != NULL) {
-        add(rest, s, (size_t)(start - s));
-        s = start + strlen(CALL_START);
-        for (stop = s; (stop = find(stop, end, "<|tool_call_")); stop++)
+        const char *const body = start + strlen(CALL_START);
+        for (stop = body; (stop = find(stop, end, "<|tool_call_")); stop++)
             if (begins(stop, end, CALL_START) || begins(stop, end, CALL_END))
                 break;
         stop = stop ? stop : end;
-        const int good = read_calls(pool, s, stop, *calls) == DONE;
-        s = stop + (begins(stop, end, CALL_END) ? strlen(CALL_END) : 0);
+        const int ended = begins(stop, end, CALL_END);
+        const size_t echo = (size_t)(stop - body) + strlen(CALL_END);
+        const int good = read_calls(&pool, body, stop, ended || !cut, out);
+        add(rest, s, (size_t)(start - s));
+        s = stop + (ended ? strlen(CALL_END) : 0);
+        while (good && ended && (size_t)(end - s) >= echo &&
+               memcmp(s, body, echo) == 0)
+            s += echo;
         if (!good)
             add(rest, start, (size_t)(s - start));
         bad += !good && !(cut && stop == end);
     }
     add(rest, s, (size_t)(end - s));
+    pool_free(&pool);
     return bad;
+}
+
+/* ---- until sections 13-16 are rewritten */
+
+static void calls_as_tree(struct pool *pool, const char *s, size_t n, int cut,
+                          struct json **out, struct text *rest)
+{
+    struct calls calls;
+    struct why why;
+
+    parse_calls(s, n, cut, &calls, rest);
+    *out = json_array(pool);
+    for (int i = 0; i < calls.n; i++) {
+        const struct call *call = &calls.call[i];
+        struct json *v = json_append(pool, *out, json_object(pool)), *args;
+        json_set(pool, v, "name", json_string(pool, call->name.s,
+                                              call->name.n));
+        json_parse(pool, call->arguments.s, call->arguments.n, &args, &why);
+        json_set(pool, v, "arguments", args);
+    }
+    free_calls(&calls);
 }
 
 /* ------------------------------------------------------ 8. Tokens in and out
@@ -4383,7 +4749,7 @@ static void find_words(struct facts *f)
                 "\"lfm2\", as which it is taken", pre.s);
     if (f->template.how > BY_HASH)
         because(&f->odd[f->n_odd++], 0, "tokenizer.chat_template: none that is "
-                "known, taken as %s", template_names[f->template.template]);
+                "known, taken as %s", template_name(f->template.template));
 }
 
 /* The i-th thing that is not as it should be; NULL past the last. */
@@ -4667,7 +5033,7 @@ static void print_words(const struct facts *f)
         print_special(f);
     } else
         printf("vocabulary    none\n");
-    printf("template      %s: %s", template_names[t->template], how[t->how]);
+    printf("template      %s: %s", template_name(t->template), how[t->how]);
     printf(t->word ? " \"%s\"\n" : "\n", t->word);
     if (f->template_hash[0])
         printf("  sha256      %s\n", f->template_hash);
@@ -4875,7 +5241,7 @@ static void add_settings(struct text *to, const struct facts *f)
     const struct sampling *is = &f->sampling;
 
     member_open(to, "template", "{");
-    member_text(to, "name", template_names[t->template]);
+    member_text(to, "name", template_name(t->template));
     member_text(to, "by", how[t->how]);
     member_text(to, "words", t->word);
     member_text(to, "sha256", f->template_hash[0] ? f->template_hash : NULL);
@@ -5264,7 +5630,7 @@ static int settle_template(struct engine *e)
     else if (s->template == TEMPLATE_AUTO)
         e->template = choose_template(e->model, e->words, &known, &why);
     if (s->verbose)
-        say(DONE, "template %s%s%s", template_names[e->template],
+        say(DONE, "template %s%s%s", template_name(e->template),
             why.s[0] ? ": " : "", why.s);
     else if (!known && !s->quiet)
         say(DONE, "%s: %s", s->model, why.s);
@@ -6921,7 +7287,7 @@ static void tell_lost_calls(struct engine *e, const struct rendered *prompt)
         return;
     say(DONE, "template %s passes over the tool_calls of messages, here and "
         "below; in their content it writes them down",
-        template_names[e->template]);
+        template_name(e->template));
     e->told = 1;
 }
 
@@ -7059,8 +7425,8 @@ static struct json *take_calls(struct talk *t)
     struct json *calls = NULL;
 
     if (r->calls.n > 0)
-        parse_calls(&t->pool, r->calls.s, r->calls.n, r->finish != STOPPED,
-                    &calls, &r->text);
+        calls_as_tree(&t->pool, r->calls.s, r->calls.n, r->finish != STOPPED,
+                      &calls, &r->text);
     return calls;
 }
 
@@ -7192,7 +7558,7 @@ static void add_origin(struct text *to, const struct talk *t)
                "\"%016llx\"", (unsigned long long)lfm2_model_hash(e->model),
                (unsigned long long)t->r.hash);
     add_format(to, ", \"template\": \"%s\", \"date\": ",
-               template_names[e->template]);
+               template_name(e->template));
     add_format(to, uses_date(t) ? "\"%s\"" : "null", e->date);
     add_format(to, ", \"seed\": %llu, \"temperature\": %g, \"top_k\": %d, "
                "\"top_p\": %g, \"min_p\": %g, \"repeat_penalty\": %g",
@@ -7414,12 +7780,12 @@ static void free_talk(struct talk *t)
 
 static void drop_last(struct talk *t)
 {
-    struct json **m = &t->messages->first, *before = NULL;
+    struct json **m = &t->messages->first;
 
-    for (; *m && (*m)->next; m = &(*m)->next)
-        before = *m;
+    while (*m && (*m)->next)
+        m = &(*m)->next;
     *m = NULL;
-    t->messages->last = before;
+    t->messages->n_members--;
 }
 
 /* After an answer, its text is a message of the conversation, together with
@@ -7825,7 +8191,9 @@ static int read_message(struct text *out, int shows)
 /* The last message, if it is of this role. */
 static const struct json *last_message(const struct talk *t, const char *role)
 {
-    const struct json *m = t->messages->last;
+    const struct json *m = t->messages->first;
+    while (m && m->next)
+        m = m->next;
     const char *is = m ? role_of(m) : NULL;
 
     return is && strcmp(is, role) == 0 ? m : NULL;
