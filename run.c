@@ -3358,7 +3358,7 @@ static size_t float_length(const char *s)
 
     if (s[n] == '.')
         n += 1 + digits_length(s + n + 1, decimal);
-    if (n == 1 && whole == 0)
+    if (n < 2 && whole == 0)
         return 0;
     sign = (s[n] | 32) == 'e' && (s[n + 1] == '+' || s[n + 1] == '-');
     more = (s[n] | 32) == 'e' ? digits_length(s + n + 1 + sign, decimal) : 0;
@@ -3540,7 +3540,8 @@ static int read_quoted(struct reader *r, char **out)
                             (bad && n_quotes == 1 && is_inner(r->at)))) {
         if (!*r->at || (*r->at == '\n' && n_quotes == 1 && !bad))
             return expected(r, "a quote after the string");
-        if (is_format && (*r->at == '{' || *r->at == '}'))
+        if (is_format && (*r->at == '{' || *r->at == '}') &&
+            *r->at++ != *r->at)
             return expected(r, "a string without placeholders");
         inner += *r->at == quote && n_quotes == 1 && !is_apostrophe(r->at);
         if (*r->at != '\\')
@@ -3647,18 +3648,21 @@ static int read_literal_key(struct reader *r, struct json *in, struct json *v)
 
 /* ---- calls */
 
-/* Step over the letters of a name, as tools and their arguments have; may be
- * none. */
+/* Step over a name, as tools and their arguments have: words with . or -
+ * between them.  Returns its length, or 0. */
 static size_t read_name(struct reader *r)
 {
-    const char *const from = r->at;
+    const char *const from = r->at, *s = from;
 
-    if (strchr("0123456789.-", *r->at))
-        return 0;
-    while (isalnum((unsigned char)*r->at) || (*r->at & 0x80) ||
-           (*r->at && strchr("_.-", *r->at)))
-        r->at++;
-    return (size_t)(r->at - from);
+    while (s == from || *s == '.' || *s == '-') {
+        const char *const word = s += s > from;
+        while (isalnum((unsigned char)*s) || *s == '_' || (*s & 0x80))
+            s++;
+        if (s == word || (word == from && isdigit((unsigned char)*from)))
+            return 0;
+    }
+    r->at += s - from;
+    return (size_t)(s - from);
 }
 
 static int read_argument_name(struct reader *r, struct json *v)
