@@ -3540,9 +3540,11 @@ static int read_quoted(struct reader *r, char **out)
                             (bad && n_quotes == 1 && is_inner(r->at)))) {
         if (!*r->at || (*r->at == '\n' && n_quotes == 1 && !bad))
             return expected(r, "a quote after the string");
-        if (is_format && (*r->at == '{' || *r->at == '}') &&
-            *r->at++ != *r->at)
-            return expected(r, "a string without placeholders");
+        if (is_format && (*r->at == '{' || *r->at == '}')) {
+            if (r->at[1] != *r->at)
+                return expected(r, "a string without placeholders");
+            r->at++;
+        }
         inner += *r->at == quote && n_quotes == 1 && !is_apostrophe(r->at);
         if (*r->at != '\\')
             code = read_plain(r, out);
@@ -3780,11 +3782,23 @@ static int read_calls(struct pool *pool, const char *s, const char *end,
     return 0;
 }
 
+/* Add the text between two calls.  Models write the last marker of a call once
+ * more after it, which nobody should see. */
+static void add_around(struct text *rest, const char *s, const char *end,
+                       const struct calls *before)
+{
+    const char *marker;
+
+    for (; before->n > 0 && (marker = find(s, end, CALL_END)) != NULL;
+         s = marker + strlen(CALL_END))
+        add(rest, s, (size_t)(marker - s));
+    add(rest, s, (size_t)(end - s));
+}
+
 /* The calls in an answer; the text around them, and calls that were not
  * understood, markers included, go to `rest`.  Returns how many were not
  * understood.  A call at the end may lack its last marker; one that is not
- * complete does not count if the answer was `cut` for its length.  Models may
- * echo the body of a call and the last marker behind it. */
+ * complete does not count if the answer was `cut` for its length. */
 static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                        struct text *rest)
 {
@@ -3793,25 +3807,21 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
     int bad = 0;
 
     *out = (struct calls){ NULL, 0 };
-    while ((start = find(s, end, CALL_START)) != NULL) {
+    for (; (start = find(s, end, CALL_START)) != NULL; s = stop) {
         const char *const body = start + strlen(CALL_START);
+        add_around(rest, s, start, out);
         for (stop = body; (stop = find(stop, end, "<|tool_call_")); stop++)
             if (begins(stop, end, CALL_START) || begins(stop, end, CALL_END))
                 break;
         stop = stop ? stop : end;
         const int ended = begins(stop, end, CALL_END);
-        const size_t echo = (size_t)(stop - body) + strlen(CALL_END);
         const int good = read_calls(&pool, body, stop, ended || !cut, out);
-        add(rest, s, (size_t)(start - s));
-        s = stop + (ended ? strlen(CALL_END) : 0);
-        while (good && ended && (size_t)(end - s) >= echo &&
-               memcmp(s, body, echo) == 0)
-            s += echo;
+        stop += ended ? strlen(CALL_END) : 0;
         if (!good)
-            add(rest, start, (size_t)(s - start));
-        bad += !good && !(cut && stop == end);
+            add(rest, start, (size_t)(stop - start));
+        bad += !good && !(cut && stop == end && !ended);
     }
-    add(rest, s, (size_t)(end - s));
+    add_around(rest, s, end, out);
     pool_free(&pool);
     return bad;
 }
@@ -5634,8 +5644,8 @@ static int settle_template(struct engine *e)
     else if (s->template == TEMPLATE_AUTO)
         e->template = choose_template(e->model, e->words, &known, &why);
     if (s->verbose)
-        say(DONE, "template %s%s%s", template_name(e->template),
-            why.s[0] ? ": " : "", why.s);
+        say(DONE, "%s%s", why.s[0] ? "" : "chat template ",
+            why.s[0] ? why.s : template_name(e->template));
     else if (!known && !s->quiet)
         say(DONE, "%s: %s", s->model, why.s);
     e->opens_thought = e->template != TEMPLATE_NONE && e->words &&
@@ -6511,7 +6521,7 @@ static struct cut find_cut(const struct reply *r, const char *s, size_t n)
         look_for(&c, s, n, THINK_END, strlen(THINK_END), 0);
     if (r->part == ANSWER)
         look_for(&c, s, n, CALL_START, strlen(CALL_START), 0);
-    if (r->part == CALL)
+    if (r->part == CALL || (r->part == ANSWER && r->calls.n > 0))
         look_for(&c, s, n, CALL_END, strlen(CALL_END), 0);
     for (int i = 0; r->part >= ANSWER && r->part != CALL && i < r->q->n_stops;
          i++)
@@ -6554,7 +6564,7 @@ static void end_part(struct reply *r, const char *word, struct cut c)
     } else if (r->part == THOUGHT)
         r->part = AFTER_THOUGHT;
     else {
-        r->part = r->part == CALL ? ANSWER : CALL;
+        r->part = c.len == strlen(CALL_END) ? ANSWER : CALL;
         if (!r->q->raw)
             add(&r->calls, word, c.len);
     }

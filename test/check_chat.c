@@ -961,7 +961,7 @@ static const struct calls_row {
     { CALL_START "[f()]" C("[g()]"), "[" G("f", "") ", " G("g", "") "]", "", 0,
       0 },
     { "x" CALL_END "y", "[]", "x" CALL_END "y", 0, 0 },
-    { C("[f()]") "[f()]" CALL_END "[f()]" CALL_END "y", F(""), "y", 0, 0 },
+    { C("[f()]") CALL_END "[f()]" CALL_END "y", F(""), "[f()]y", 0, 0 },
     { "<|tool_call_" C("[f()]") "<|tool_call_st", F(""),
       "<|tool_call_<|tool_call_st", 0, 0 },
     /* not understood */
