@@ -1812,7 +1812,8 @@ static int lock_sandbox(const struct settings *s, int chats)
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
     MAX_POOL = 1 << 28,                   /* bytes of nodes and strings      */
-    MAX_DEPTH = 64
+    MAX_DEPTH = 64,
+    MAX_MEMBERS = 1024                    /* of an object                    */
 };
 
 /* Some bytes within a text. */
@@ -1907,15 +1908,21 @@ static int json_is(const struct json *v, int type)
     return v && v->type == type;
 }
 
-/* NULL if there is no such key, or no object. */
-static struct json *json_get(const struct json *object, const char *key)
+/* Looks at all keys: MAX_MEMBERS keeps that fast. */
+static struct json *find_key(const struct json *in, const char *key, size_t n)
 {
-    const size_t n = strlen(key);
-    struct json *v = json_is(object, JSON_OBJECT) ? object->first : NULL;
+    struct json *v = in->first;
 
     while (v && (v->n_key != n || memcmp(v->key, key, n) != 0))
         v = v->next;
     return v;
+}
+
+/* NULL if there is no such key, or no object. */
+static struct json *json_get(const struct json *object, const char *key)
+{
+    return json_is(object, JSON_OBJECT) ? find_key(object, key, strlen(key)) :
+           NULL;
 }
 
 /* The member of this key; null is the same as nothing, but for one template. */
@@ -1968,7 +1975,8 @@ static int json_int(const struct json *v, long long least, long long most,
 /* ---- reading
  *
  * A reader works on a copy that ends with NUL, where strings are decoded in
- * place: no escape is shorter than what it stands for. */
+ * place: no escape is shorter than what it stands for.  Python's literals get
+ * the values of ast.literal_eval(), as far as JSON has them. */
 
 struct reader {
     struct pool *pool;
@@ -1979,10 +1987,6 @@ struct reader {
     enum { AS_JSON, AS_PYTHON, AS_BAD_PYTHON } as;
     struct why *why;
 };
-
-static int read_literal(struct reader *r, struct json *v);
-static int read_literal_key(struct reader *r, struct json *in, struct json *v);
-static int read_argument_name(struct reader *r, struct json *v);
 
 static void start_reading(struct reader *r)
 {
@@ -2013,10 +2017,13 @@ static int expected(struct reader *r, const char *what)
 /* The next character that is not blank, or EOF.  Python has comments, too. */
 static int peek(struct reader *r)
 {
-    r->at += strspn(r->at, r->as != AS_JSON ? " \n\t\r\f" : " \n\t\r");
-    while (r->as != AS_JSON && (*r->at == '#' || (*r->at == '\\' && r->at[1] == '\n'))) {
+    const char *blank = r->as == AS_JSON ? " \n\t\r" : " \n\t\f";
+
+    r->at += strspn(r->at, blank);
+    while (r->as != AS_JSON && (*r->at == '#' || (*r->at == '\\' &&
+                                                  r->at[1] == '\n'))) {
         r->at += strcspn(r->at, "\n");
-        r->at += strspn(r->at, " \n\t\r\f");
+        r->at += strspn(r->at, blank);
     }
     return r->at < r->end ? (unsigned char)*r->at : EOF;
 }
@@ -2062,6 +2069,31 @@ static int read_code(struct reader *r, size_t n, char **out)
     return DONE;
 }
 
+/* What follows a backslash.  In Python one that begins no escape stays. */
+static int read_escape(struct reader *r, char **out)
+{
+    static const char name[] = "/\"\\bfnrt'av", value[] = "/\"\\\b\f\n\r\t'\a\v";
+    const int json = r->as == AS_JSON;
+    const char *p = memchr(name + !json, *r->at, json ? 8 : 10);
+    const size_t n_hex = *r->at == 'u' ? 4 : json ? 0 : *r->at == 'x' ? 2 :
+                         *r->at == 'U' ? 8 : 0;
+    uint32_t c = 0;
+    int n = 0;
+
+    if (n_hex > 0)
+        return read_code(r, n_hex, out);
+    if ((json && !p) || *r->at == 'N')
+        return expected(r, "\" \\ / b f n r t or u after a backslash");
+    for (; !json && n < 3 && *r->at >= '0' && *r->at <= '7'; n++)
+        c = c * 8 + (uint32_t)(*r->at++ - '0');
+    if (n > 0)
+        *out += utf8_put(*out, c);
+    else if (p || *r->at != '\n')
+        *(*out)++ = p ? value[p - name] : '\\';
+    r->at += p || (n == 0 && *r->at == '\n');
+    return DONE;
+}
+
 /* A character that stands for itself. */
 static int read_plain(struct reader *r, char **out)
 {
@@ -2076,172 +2108,311 @@ static int read_plain(struct reader *r, char **out)
     return DONE;
 }
 
-/* One of these letters behind a backslash stands for a control character, or
- * for itself. */
-static int read_short_escape(struct reader *r, const char *name,
-                             const char *value, char **out)
+/* How many letters are before the quote of a string, none, one or r and f; or
+ * -1, and it is no string that has a value in JSON. */
+static int prefix_length(const char *s)
 {
-    const char *p = *r->at ? strchr(name, *r->at) : NULL;
+    const int n = (int)strspn(s, "rRuUfF");
 
-    if (!p)
-        return 0;
-    *(*out)++ = value[p - name];
-    r->at++;
-    return 1;
+    return (s[n] != '"' && s[n] != '\'') || n > 2 ||
+           (n == 2 && (s[0] | 32) + (s[1] | 32) != 'r' + 'f') ? -1 : n;
 }
 
-static int read_string(struct reader *r, const char **s, size_t *n)
+static int is_letter(char c)
 {
-    char *out = ++r->at;
-    int code = DONE;
+    return isalnum((unsigned char)c) || c == '_' || (c & 0x80);
+}
 
-    *s = out;
-    while (code == DONE && *r->at != '"') {
-        if (r->at == r->end)
+/* Models forget the backslash before a quote within a string.  Python reads no
+ * word behind a string, but those that join values and those that are prefixes:
+ * otherwise the quote at s is inside of one. */
+static int is_inner(const char *s)
+{
+    static const char *const joins[] = {
+        "if", "else", "and", "or", "in", "is", "not", "for", "async"
+    };
+    const char *const word = s + 1 + strspn(s + 1, " \t\n\f"), *end = word;
+    size_t n;
+
+    while (is_letter(*end))
+        end++;
+    n = (size_t)(end - word);
+    for (int i = 0; i < 9; i++)
+        if (n == strlen(joins[i]) && memcmp(word, joins[i], n) == 0)
+            return 0;
+    return n > 0 && !(n <= 2 && strspn(word, "rRbBuUfFtT") == n &&
+                      (*end == '"' || *end == '\''));
+}
+
+/* Up to the quote that ends it, or the three.  Inner ones have to be in pairs,
+ * but for apostrophes. */
+static int read_quoted(struct reader *r, char **out)
+{
+    const int json = r->as == AS_JSON, bad = r->as == AS_BAD_PYTHON;
+    const int n = json ? 0 : prefix_length(r->at);
+    const int is_raw = (int)strcspn(r->at, "rR\"'") < n;
+    const int is_format = (int)strcspn(r->at, "fF\"'") < n;
+    const char quote = r->at[n], three[] = { quote, quote, quote, '\0' };
+    const int is_long = !json && strncmp(r->at + n, three, 3) == 0;
+    const size_t n_quotes = is_long ? 3 : 1;
+    int inner = 0, code = DONE;
+
+    r->at += (size_t)n + n_quotes;
+    while (code == DONE && (strncmp(r->at, three, n_quotes) != 0 ||
+                            (bad && !is_long && is_inner(r->at)))) {
+        const char c = *r->at;
+        if (r->at == r->end || (!json && (!c || (c == '\n' && !is_long &&
+                                                 !bad))))
             return expected(r, "a quote after the string");
-        if (*r->at == '\\') {
-            r->at++;
-            if (*r->at == 'u')
-                code = read_code(r, 4, &out);
-            else if (!read_short_escape(r, "\"\\/bfnrt", "\"\\/\b\f\n\r\t",
-                                        &out))
-                return expected(r, "\" \\ / b f n r t or u after a backslash");
-        } else if (*r->at >= 0 && *r->at < ' ')
+        if (json && c >= 0 && c < ' ')
             return expected(r, "no control character in a string, but an "
                             "escape");
-        else
-            code = read_plain(r, &out);
+        if (is_format && (c == '{' || c == '}') && *++r->at != c)
+            return expected(r, "a string without placeholders");
+        inner += c == quote && !is_long &&
+                 !(c == '\'' && is_letter(r->at[-1]) && is_letter(r->at[1]));
+        r->at += c == '\\' && !is_raw;
+        code = c == '\\' && !is_raw ? read_escape(r, out) : read_plain(r, out);
+        if (code == DONE && c == '\\' && is_raw && *r->at)
+            code = read_plain(r, out);
     }
-    r->at++;
-    *n = (size_t)(out - *s);
+    r->at += n_quotes;
+    return code == DONE && inner % 2 ? expected(r, "quotes in pairs") : code;
+}
+
+/* In Python, strings side by side are one; with forgotten backslashes that is
+ * not clear. */
+static int read_string(struct reader *r, struct json *v)
+{
+    char *out = r->at;
+
+    v->type = JSON_STRING;
+    v->s = out;
+    do
+        if (read_quoted(r, &out) != DONE)
+            return USAGE;
+    while (r->as == AS_PYTHON && peek(r) != EOF && prefix_length(r->at) >= 0);
+    v->n = (size_t)(out - v->s);
     *out = '\0';
-    return code;
-}
-
-/* How long the number at s is; 0 if there is none. */
-static size_t number_length(const char *s)
-{
-    static const char digits[] = "0123456789";
-    const char *p = s + (*s == '-');
-    size_t n = strspn(p, digits);
-
-    if (n == 0 || (*p == '0' && n > 1))
-        return 0;
-    p += n;
-    if (*p == '.') {
-        n = strspn(++p, digits);
-        p += n;
-    }
-    if (n > 0 && (*p == 'e' || *p == 'E')) {
-        p += p[1] == '+' || p[1] == '-' ? 2 : 1;
-        n = strspn(p, digits);
-        p += n;
-    }
-    return n > 0 ? (size_t)(p - s) : 0;
-}
-
-/* Not beyond all doubles: such a number could not be written again. */
-static int read_number(struct reader *r, struct json *v)
-{
-    const size_t n = number_length(r->at);
-
-    if (n == 0)
-        return expected(r, "a number: -, digits without leading zeros, .digits,"
-                        " exponent");
-    v->type = JSON_NUMBER;
-    v->s = memcpy(pool_get(r->pool, n + 1), r->at, n);
-    v->n = n;
-    if (!isfinite(strtod(v->s, NULL)))
-        return expected(r, "a number below 1.8e308");
-    r->at += n;
     return DONE;
 }
 
-/* Step over a word, if it is the next and goes no further. */
-static int took_word(struct reader *r, const char *word)
+/* Digits, in Python with single underscores between them: how many bytes. */
+static size_t digits_length(const char *s, const char *digits)
 {
-    const size_t n = strlen(word);
+    size_t n = strspn(s, digits);
 
-    if (strncmp(r->at, word, n) != 0 || isalnum((unsigned char)r->at[n]) ||
-        r->at[n] == '_' || (r->at[n] & 0x80))
-        return 0;
-    r->at += n;
-    return 1;
+    while (n > 0 && s[n] == '_' && strspn(s + n + 1, digits) > 0)
+        n += 1 + strspn(s + n + 1, digits);
+    return n;
 }
 
+/* A number with a fraction or an exponent; or 0, and it is a whole one. */
+static size_t float_length(const char *s)
+{
+    static const char digits[] = "0123456789";
+    const size_t whole = digits_length(s, digits);
+    size_t n = whole, more;
+
+    if (s[n] == '.')
+        n += 1 + digits_length(s + n + 1, digits);
+    if (n < 2 && whole == 0)
+        return 0;
+    if (s[n] == 'e' || s[n] == 'E') {
+        const size_t sign = s[n + 1] == '+' || s[n + 1] == '-';
+        more = digits_length(s + n + 1 + sign, digits);
+        n += more ? 1 + sign + more : 0;
+    }
+    return n > whole ? n : 0;
+}
+
+/* Make decimal of a whole number in another base. */
+static void make_decimal(struct text *t, unsigned base)
+{
+    enum { BILLION = 1000000000 };
+    uint32_t *limb = zeroed(t->n / 7 + 2, sizeof *limb);
+    size_t n = 1;
+
+    for (size_t i = 0; i < t->n; i++) {
+        const int c = t->s[i];
+        uint64_t carry = (uint64_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+        for (size_t k = 0; k < n; k++, carry /= BILLION) {
+            carry += (uint64_t)limb[k] * base;
+            limb[k] = (uint32_t)(carry % BILLION);
+        }
+        limb[n] = (uint32_t)carry;
+        n += carry > 0;
+    }
+    t->n = 0;
+    add_format(t, "%u", (unsigned)limb[n - 1]);
+    while (--n > 0)
+        add_format(t, "%09u", (unsigned)limb[n - 1]);
+    free(limb);
+}
+
+static void add_float(struct text *t, double x);
+
+/* Digits as JSON has them: decimal, below all infinities, and as in Python no
+ * more than 4300. */
+static int add_digits(struct reader *r, struct text *t)
+{
+    static const struct { const char *prefix, *digits; unsigned base; } all[] = {
+        { "xX", "0123456789abcdefABCDEF", 16 }, { "oO", "01234567", 8 },
+        { "bB", "01", 2 }, { "", "0123456789", 10 }
+    };
+    const size_t n_float = float_length(r->at);
+    const char *s = r->at;
+    size_t n = n_float;
+    int i = 0;
+
+    while (i < 3 && !(s[0] == '0' && s[1] && strchr(all[i].prefix, s[1])))
+        i++;
+    if (n_float == 0) {
+        s += i == 3 ? 0 : s[2] == '_' ? 3 : 2;
+        n = digits_length(s, all[i].digits);
+    }
+    for (size_t k = 0; k < n; k++)
+        if (s[k] != '_')
+            add(t, s + k, 1);
+    if (n == 0 || (r->as == AS_JSON && (i < 3 || memchr(s, '_', n) ||
+        *s == '.' || (*s == '0' && isdigit((unsigned char)s[1])) ||
+        (memchr(s, '.', n) && !isdigit((unsigned char)strchr(s, '.')[1])))))
+        return expected(r, "a number: -, digits without leading zeros, .digits,"
+                        " exponent");
+    if (n_float > 0) {
+        const double x = strtod(t->s, NULL);
+        if (!isfinite(x))
+            return expected(r, "a number below 1.8e308");
+        t->n = 0;
+        add_float(t, x);
+    } else if (t->n > 4300 || (i == 3 && *s == '0' && strspn(t->s, "0") < t->n))
+        return expected(r, "at most 4300 digits without leading zeros");
+    else if (i < 3 || *s == '0')
+        make_decimal(t, all[i].base);
+    r->at += s + n - r->at;
+    return t->n <= 4300 ? DONE : expected(r, "at most 4300 digits");
+}
+
+/* Behind its sign Python may have parentheses. */
+static int read_number(struct reader *r, struct json *v)
+{
+    const int minus = *r->at == '-', is_signed = minus || *r->at == '+';
+    struct text t = { 0 };
+    int open = 0, code;
+
+    r->at += is_signed;
+    while (is_signed && r->as != AS_JSON && took(r, '('))
+        open++;
+    code = add_digits(r, &t);
+    while (code == DONE && open-- > 0)
+        code = took(r, ')') ? DONE : expected(r, "')'");
+    if (code == DONE) {
+        char *s = pool_get(r->pool, t.n + 2);
+        v->type = JSON_NUMBER;
+        v->n = (size_t)snprintf(s, t.n + 2, "%s%s", minus &&
+                                strcmp(t.s, "0") != 0 ? "-" : "", t.s);
+        v->s = s;
+    }
+    free(t.s);
+    return code;
+}
+
+/* Python writes an empty set as a call. */
 static int read_word(struct reader *r, struct json *v)
 {
-    static const char *const word[] = { "null", "false", "true" };
+    static const char *const word[] = { "null", "false", "true",
+                                        "None", "False", "True", "set" };
+    const char *end = r->at;
+    size_t n;
+    int i = 0;
 
-    for (int i = 0; i < 3; i++)
-        if (took_word(r, word[i])) {
-            v->type = i;                  /* in the order of the types       */
-            return DONE;
-        }
-    return expected(r, "a value");
+    while (is_letter(*end))
+        end++;
+    n = (size_t)(end - r->at);
+    while (i < 7 && (strlen(word[i]) != n || memcmp(word[i], r->at, n) != 0))
+        i++;
+    if (i == 7 || (i > 2 && r->as == AS_JSON))
+        return expected(r, "a value");
+    r->at += n;
+    v->type = i < 6 ? i % 3 : JSON_ARRAY; /* in the order of the types       */
+    return i < 6 || (took(r, '(') && took(r, ')')) ? DONE :
+           expected(r, "a value");
 }
 
-/* The member with its number, as sorting may change the order of equals. */
-struct ranked { struct json *v; int i; };
-
-static int compare_keys(const struct json *a, const struct json *b)
+/* Step over a name, as tools and their arguments have: words with . or -
+ * between them.  Returns its length, or 0. */
+static size_t read_name(struct reader *r)
 {
-    const size_t n = a->n_key < b->n_key ? a->n_key : b->n_key;
-    const int order = memcmp(a->key, b->key, n);
+    const char *const from = r->at, *s = from;
 
-    return order ? order : (a->n_key > b->n_key) - (a->n_key < b->n_key);
-}
-
-static int by_key(const void *a, const void *b)
-{
-    const struct ranked *x = a, *y = b;
-    const int order = compare_keys(x->v, y->v);
-
-    return order ? order : x->i - y->i;
-}
-
-/* The last of equal keys wins, in the place of the first, as in Python.
- * Returns how many members are gone. */
-static int merge_equal_keys(struct json *in)
-{
-    const int before = in->n_members;
-    struct ranked *all = resize(NULL, (size_t)before * sizeof *all);
-    struct json **at = &in->first;
-
-    for (struct json *v = in->first; v; v = v->next)
-        all[--in->n_members] = (struct ranked){ v, before - in->n_members };
-    qsort(all, (size_t)before, sizeof *all, by_key);
-    for (int i = 1; i < before; i++)
-        if (compare_keys(all[i - 1].v, all[i].v) == 0) {
-            memcpy(all[i - 1].v, all[i].v, offsetof(struct json, key));
-            all[i].v->key = NULL;
-            all[i].v = all[i - 1].v;
-        }
-    while (*at)
-        if ((*at)->key) {
-            at = &(*at)->next;
-            in->n_members++;
-        } else
-            *at = (*at)->next;
-    free(all);
-    return before - in->n_members;
+    while (s == from || *s == '.' || *s == '-') {
+        const char *const word = s += s > from;
+        while (is_letter(*s))
+            s++;
+        if (s == word || (word == from && isdigit((unsigned char)*from)))
+            return 0;
+    }
+    r->at += s - from;
+    return (size_t)(s - from);
 }
 
 static int read_value(struct reader *r, struct json *v);
 
-/* "key": in an object, a literal in a dict or set, name= in a call. */
+/* "key": in an object, name= in a call.  In a dict of Python, keys are strings
+ * or whole numbers: others may be equal and yet not the same in JSON.  Without
+ * a value, the first one makes *in a set, whose elements have one type. */
 static int read_key(struct reader *r, struct json *in, struct json *v,
                     int close)
 {
-    if (close == ')')
-        return read_argument_name(r, v);
-    if (r->as != AS_JSON)
-        return read_literal_key(r, in, v);
-    if (peek(r) != '"')
+    peek(r);
+    if (close == ')') {
+        v->key = r->at;
+        v->n_key = read_name(r);
+        return v->n_key > 0 && took(r, '=') ? DONE :
+               expected(r, "a name, '=' and a value");
+    }
+    if (r->as == AS_JSON && *r->at != '"')
         return expected(r, "a key in double quotes");
-    if (read_string(r, &v->key, &v->n_key) != DONE)
+    if (read_value(r, v) != DONE)
         return USAGE;
+    if (v->type != JSON_STRING && (v->type != JSON_NUMBER ||
+                                   strpbrk(v->s, ".e")))
+        return expected(r, "a string or a whole number before it");
+    v->key = v->s;
+    v->n_key = v->n;
+    if (r->as != AS_JSON && !in->first && peek(r) != ':')
+        in->type = JSON_ARRAY;
+    if (in->type == JSON_ARRAY)
+        return !in->first || v->type == in->first->type ? DONE :
+               expected(r, "elements of one type");
     return took(r, ':') ? DONE : expected(r, "':' and a value");
+}
+
+/* A member up to its end.  The last of equal keys wins, in the place of the
+ * first, as in Python. */
+static int read_member(struct reader *r, struct json *in, struct json **at,
+                       int close)
+{
+    struct json *v = pool_get(r->pool, sizeof *v), *same = NULL;
+
+    if (in->type == JSON_OBJECT || close == '}') {
+        if (in->n_members == MAX_MEMBERS)
+            return expected(r, "no more than 1024 members");
+        if (read_key(r, in, v, close) != DONE)
+            return USAGE;
+        same = find_key(in, v->key, v->n_key);
+    }
+    if (same && close == ')')
+        return expected(r, "each argument once");
+    if (!same) {
+        *at = v;
+        in->n_members++;
+    }
+    if (close == '}' && in->type == JSON_ARRAY)
+        return DONE;
+    v = same ? same : v;
+    memset(v, 0, offsetof(struct json, key));
+    return read_value(r, v);
 }
 
 static int go_deeper(struct reader *r)
@@ -2251,8 +2422,7 @@ static int go_deeper(struct reader *r)
                    MAX_DEPTH);
 }
 
-/* All up to the bracket that closes *in.  Python may have a comma before it,
- * and braces around elements without values, which make an array of them. */
+/* All up to the bracket that closes *in; Python may have a comma before it. */
 static int read_members(struct reader *r, struct json *in, int close)
 {
     struct json **at = in->first ? &in->first->next : &in->first;
@@ -2269,40 +2439,52 @@ static int read_members(struct reader *r, struct json *in, int close)
         if (r->pool->total > MAX_POOL)
             return because(r->why, USAGE, "JSON of too many values, expected "
                            "what fits into %d bytes", MAX_POOL);
-        *at = pool_get(r->pool, sizeof **at);
-        in->n_members++;
-        if (in->type == JSON_OBJECT || close == '}')
-            if (read_key(r, in, *at, close) != DONE)
-                return USAGE;
-        if (in->type == JSON_OBJECT || close != '}')
-            if (read_value(r, *at) != DONE)
-                return USAGE;
-        at = &(*at)->next;
+        if (read_member(r, in, at, close) != DONE)
+            return USAGE;
+        at = *at ? &(*at)->next : at;
     }
     r->depth--;
-    if (in->first && in->first->key && merge_equal_keys(in) && close == ')')
-        return expected(r, "each argument once");
     for (at = &in->first; *at && in->type == JSON_ARRAY; at = &(*at)->next)
-        (*at)->key = NULL;
+        (*at)->key = NULL;                /* of a set                        */
     return DONE;
+}
+
+/* A value in parentheses, or a tuple. */
+static int read_parentheses(struct reader *r, struct json *v)
+{
+    struct json *first = pool_get(r->pool, sizeof *first);
+
+    r->at++;
+    if (peek(r) != ')') {
+        if (go_deeper(r) != DONE || read_value(r, v) != DONE)
+            return USAGE;
+        r->depth--;
+        if (took(r, ')'))
+            return DONE;
+        memcpy(first, v, offsetof(struct json, key));
+        memset(v, 0, offsetof(struct json, key));
+        v->n_members = 1;
+        v->first = first;
+    }
+    v->type = JSON_ARRAY;
+    return read_members(r, v, ')');
 }
 
 static int read_value(struct reader *r, struct json *v)
 {
-    const int c = peek(r);
+    const int c = peek(r), python = r->as != AS_JSON;
 
     if (c == '{' || c == '[') {
         r->at++;
         v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
         return read_members(r, v, c == '{' ? '}' : ']');
     }
-    if (r->as != AS_JSON)
-        return read_literal(r, v);
-    if (c == '"') {
-        v->type = JSON_STRING;
-        return read_string(r, &v->s, &v->n);
-    }
-    if (c == '-' || (c >= '0' && c <= '9'))
+    if (python && c == '(')
+        return read_parentheses(r, v);
+    if (c == '"' || (python && prefix_length(r->at) >= 0))
+        return read_string(r, v);
+    if (c == '-' || (c >= '0' && c <= '9') || (python && (c == '+' ||
+                                                          c == '.')))
         return read_number(r, v);
     return read_word(r, v);
 }
@@ -3334,346 +3516,6 @@ static void free_calls(struct calls *calls)
     drop_calls(calls, 0);
     free(calls->call);
     *calls = (struct calls){ NULL, 0 };
-}
-
-/* ---- literals */
-
-static const char decimal[] = "0123456789";
-
-/* Digits, with single underscores between them: how many bytes. */
-static size_t digits_length(const char *s, const char *digits)
-{
-    size_t n = strspn(s, digits);
-
-    while (n > 0 && s[n] == '_' && strspn(s + n + 1, digits) > 0)
-        n += 1 + strspn(s + n + 1, digits);
-    return n;
-}
-
-/* A number with a fraction or an exponent; or 0, and it is a whole one. */
-static size_t float_length(const char *s)
-{
-    const size_t whole = digits_length(s, decimal);
-    size_t n = whole, sign, more;
-
-    if (s[n] == '.')
-        n += 1 + digits_length(s + n + 1, decimal);
-    if (n < 2 && whole == 0)
-        return 0;
-    sign = (s[n] | 32) == 'e' && (s[n + 1] == '+' || s[n + 1] == '-');
-    more = (s[n] | 32) == 'e' ? digits_length(s + n + 1 + sign, decimal) : 0;
-    n += more ? 1 + sign + more : 0;
-    return n > whole ? n : 0;
-}
-
-/* Add the n digits of a whole number in decimal.  Python, too, writes no more
- * than 4300 of them; returns -1 for more. */
-static int add_whole(struct text *t, const char *s, size_t n, unsigned base)
-{
-    enum { BILLION = 1000000000, MAX_LIMBS = 478 };
-    uint32_t limb[MAX_LIMBS] = { 0 };
-    int n_limbs = 1;
-
-    for (size_t i = 0; i < n; i++) {
-        uint64_t carry = (uint64_t)(s[i] <= '9' ? s[i] - '0' :
-                                    (s[i] | 32) - 'a' + 10);
-        for (int k = 0; k < n_limbs && s[i] != '_'; k++) {
-            carry += (uint64_t)limb[k] * base;
-            limb[k] = (uint32_t)(carry % BILLION);
-            carry /= BILLION;
-        }
-        if (s[i] == '_' || carry == 0)
-            continue;
-        if (n_limbs == MAX_LIMBS)
-            return -1;
-        limb[n_limbs++] = (uint32_t)carry;
-    }
-    add_format(t, "%u", (unsigned)limb[--n_limbs]);
-    while (n_limbs > 0)
-        add_format(t, "%09u", (unsigned)limb[--n_limbs]);
-    return t->n <= 4300 ? 0 : -1;
-}
-
-/* The value of a float. */
-static double float_value(const char *s, size_t n)
-{
-    struct text t = { 0 };
-    double x;
-
-    for (size_t i = 0; i < n; i++)
-        if (s[i] != '_')
-            add(&t, s + i, 1);
-    x = strtod(t.s, NULL);
-    free(t.s);
-    return x;
-}
-
-/* A number without a sign of its own, as JSON has it. */
-static int read_unsigned(struct reader *r, int minus, struct json *v)
-{
-    static const struct { char letter; unsigned base; const char *digits; }
-    prefix[] = {
-        { 'x', 16, "0123456789abcdefABCDEF" }, { 'o', 8, "01234567" },
-        { 'b', 2, "01" }, { '\0', 10, decimal }
-    };
-    const char *s = r->at;
-    struct text t = { 0 };
-    size_t n = float_length(s);
-    int i = 0, good = 1;
-
-    if (n > 0) {
-        const double x = float_value(s, n);
-        good = isfinite(x);
-        if (good)
-            add_float(&t, x);
-    } else {
-        while (prefix[i].letter && !(s[0] == '0' && (s[1] | 32) ==
-                                     prefix[i].letter))
-            i++;
-        s += i == 3 ? 0 : s[2] == '_' ? 3 : 2;
-        n = digits_length(s, prefix[i].digits);
-        good = n > 0 && add_whole(&t, s, n, prefix[i].base) == 0 &&
-               (i < 3 || *s != '0' || strcmp(t.s, "0") == 0);
-    }
-    if (good) {
-        r->at += s + n - r->at;
-        v->type = JSON_NUMBER;
-        v->n = t.n + (minus && strcmp(t.s, "0") != 0);
-        v->s = memcpy(pool_get(r->pool, v->n + 1), "-", 1);
-        memcpy((char *)(uintptr_t)v->s + v->n - t.n, t.s, t.n);
-    }
-    free(t.s);
-    return good ? DONE : expected(r, "a finite number of Python");
-}
-
-/* One with a sign, and maybe parentheses. */
-static int read_signed(struct reader *r, struct json *v)
-{
-    const int minus = *r->at++ == '-';
-    int open = 0;
-
-    while (took(r, '('))
-        open++;
-    if (read_unsigned(r, minus, v) != DONE)
-        return USAGE;
-    while (open-- > 0)
-        if (!took(r, ')'))
-            return expected(r, "')'");
-    return DONE;
-}
-
-/* How many letters are before the quote of a string, none, one or r and f; or
- * -1, and it is no string that has a value in JSON. */
-static int prefix_length(const char *s)
-{
-    const int n = (int)strspn(s, "rRuUfF");
-
-    return (s[n] != '"' && s[n] != '\'') || n > 2 ||
-           (n == 2 && (s[0] | 32) + (s[1] | 32) != 'r' + 'f') ? -1 : n;
-}
-
-/* Is the quote at s inside of a string?  Python reads no word behind one, but
- * those that join values and those that are prefixes. */
-static int is_inner(const char *s)
-{
-    static const char *const joins[] = {
-        "if", "else", "and", "or", "in", "is", "not", "for", "async"
-    };
-    const char *const word = s + 1 + strspn(s + 1, " \t\n\f"), *end = word;
-    size_t n;
-
-    while (isalnum((unsigned char)*end) || *end == '_' || (*end & 0x80))
-        end++;
-    n = (size_t)(end - word);
-    for (int i = 0; i < 9; i++)
-        if (n == strlen(joins[i]) && memcmp(word, joins[i], n) == 0)
-            return 0;
-    return n > 0 && !(n <= 2 && strspn(word, "rRbBuUfFtT") == n &&
-                      (*end == '"' || *end == '\''));
-}
-
-/* As in it's: such a quote needs no second one. */
-static int is_apostrophe(const char *s)
-{
-    const unsigned char before = (unsigned char)s[-1], after =
-                        (unsigned char)s[1];
-
-    return *s == '\'' && (isalpha(before) || before > 127) &&
-           (isalpha(after) || after > 127);
-}
-
-/* What follows a backslash.  One that begins no escape stays. */
-static int read_python_escape(struct reader *r, char **out)
-{
-    const size_t n_hex = *r->at == 'x' ? 2 : *r->at == 'u' ? 4 :
-                         *r->at == 'U' ? 8 : 0;
-    uint32_t c = 0;
-    int n = 0;
-
-    if (n_hex > 0)
-        return read_code(r, n_hex, out);
-    if (*r->at == 'N')
-        return expected(r, "no name of a character");
-    for (; n < 3 && *r->at >= '0' && *r->at <= '7'; n++)
-        c = c * 8 + (uint32_t)(*r->at++ - '0');
-    if (n > 0)
-        *out += utf8_put(*out, c);
-    else if (*r->at == '\n')
-        r->at++;
-    else if (!read_short_escape(r, "\\'\"abfnrtv", "\\'\"\a\b\f\n\r\t\v", out))
-        *(*out)++ = '\\';
-    return DONE;
-}
-
-/* Up to the quote that ends it, one or three together. */
-static int read_quoted(struct reader *r, char **out)
-{
-    const int n = prefix_length(r->at), bad = r->as == AS_BAD_PYTHON;
-    const size_t raw = strcspn(r->at, "rR\"'"), plain = strcspn(r->at, "fF\"'");
-    const int is_raw = (int)raw < n, is_format = (int)plain < n;
-    const char quote = r->at[n], three[] = { quote, quote, quote, '\0' };
-    const size_t n_quotes = strncmp(r->at + n, three, 3) == 0 ? 3 : 1;
-    int inner = 0, code = DONE;
-
-    r->at += (size_t)n + n_quotes;
-    while (code == DONE && (strncmp(r->at, three, n_quotes) != 0 ||
-                            (bad && n_quotes == 1 && is_inner(r->at)))) {
-        if (!*r->at || (*r->at == '\n' && n_quotes == 1 && !bad))
-            return expected(r, "a quote after the string");
-        if (is_format && (*r->at == '{' || *r->at == '}')) {
-            if (r->at[1] != *r->at)
-                return expected(r, "a string without placeholders");
-            r->at++;
-        }
-        inner += *r->at == quote && n_quotes == 1 && !is_apostrophe(r->at);
-        if (*r->at != '\\')
-            code = read_plain(r, out);
-        else if (!is_raw) {
-            r->at++;
-            code = read_python_escape(r, out);
-        } else {
-            code = read_plain(r, out);
-            if (code == DONE && *r->at)
-                code = read_plain(r, out);
-        }
-    }
-    r->at += n_quotes;
-    return code == DONE && inner % 2 ? expected(r, "quotes in pairs") : code;
-}
-
-/* Strings side by side are one; with forgotten backslashes that is not clear. */
-static int read_strings(struct reader *r, struct json *v)
-{
-    char *out = r->at;
-
-    v->type = JSON_STRING;
-    v->s = out;
-    do
-        if (read_quoted(r, &out) != DONE)
-            return USAGE;
-    while (r->as == AS_PYTHON && peek(r) != EOF && prefix_length(r->at) >= 0);
-    v->n = (size_t)(out - v->s);
-    *out = '\0';
-    return DONE;
-}
-
-/* A value in parentheses, or a tuple. */
-static int read_parentheses(struct reader *r, struct json *v)
-{
-    struct json *first;
-
-    r->at++;
-    if (took(r, ')')) {
-        v->type = JSON_ARRAY;
-        return DONE;
-    }
-    if (go_deeper(r) != DONE || read_value(r, v) != DONE)
-        return USAGE;
-    r->depth--;
-    if (took(r, ')'))
-        return DONE;
-    first = pool_get(r->pool, sizeof *first);
-    memcpy(first, v, offsetof(struct json, key));
-    memset(v, 0, offsetof(struct json, key));
-    v->type = JSON_ARRAY;
-    v->n_members = 1;
-    v->first = first;
-    return read_members(r, v, ')');
-}
-
-static int read_literal(struct reader *r, struct json *v)
-{
-    static const char *const word[] = { "None", "False", "True" };
-    const int c = peek(r);
-
-    if (c == '(')
-        return read_parentheses(r, v);
-    if (c == '+' || c == '-')
-        return read_signed(r, v);
-    if (c == '.' || (c >= '0' && c <= '9'))
-        return read_unsigned(r, 0, v);
-    if (prefix_length(r->at) >= 0)
-        return read_strings(r, v);
-    for (int i = 0; i < 3; i++)
-        if (took_word(r, word[i])) {
-            v->type = i;                  /* in the order of the types       */
-            return DONE;
-        }
-    if (took_word(r, "set")) {
-        v->type = JSON_ARRAY;
-        return took(r, '(') && took(r, ')') ? DONE : expected(r, "a value");
-    }
-    return read_word(r, v);
-}
-
-/* The key of a dict, or an element of a set: strings or whole numbers, for
- * others may be equal and yet not the same in JSON. */
-static int read_literal_key(struct reader *r, struct json *in, struct json *v)
-{
-    const int is_first = v == in->first;
-
-    peek(r);
-    if (read_literal(r, v) != DONE)
-        return USAGE;
-    if ((v->type != JSON_STRING && v->type != JSON_NUMBER) ||
-        (v->type == JSON_NUMBER && strpbrk(v->s, ".e")))
-        return expected(r, "a string or a whole number before it");
-    v->key = v->s;
-    v->n_key = v->n;
-    if (is_first && peek(r) != ':')
-        in->type = JSON_ARRAY;
-    if (in->type == JSON_ARRAY)
-        return v->type == in->first->type ? DONE :
-               expected(r, "elements of one type");
-    return took(r, ':') ? DONE : expected(r, "':' and a value");
-}
-
-/* ---- calls */
-
-/* Step over a name, as tools and their arguments have: words with . or -
- * between them.  Returns its length, or 0. */
-static size_t read_name(struct reader *r)
-{
-    const char *const from = r->at, *s = from;
-
-    while (s == from || *s == '.' || *s == '-') {
-        const char *const word = s += s > from;
-        while (isalnum((unsigned char)*s) || *s == '_' || (*s & 0x80))
-            s++;
-        if (s == word || (word == from && isdigit((unsigned char)*from)))
-            return 0;
-    }
-    r->at += s - from;
-    return (size_t)(s - from);
-}
-
-static int read_argument_name(struct reader *r, struct json *v)
-{
-    peek(r);
-    v->key = r->at;
-    v->n_key = read_name(r);
-    return v->n_key > 0 && took(r, '=') ? DONE :
-           expected(r, "a name, '=' and a value");
 }
 
 static void add_call(struct calls *to, const char *name, size_t n,

@@ -73,8 +73,8 @@ static const struct json_row bad_json[] = {
     { "{\"a\":1]", "expected ',' or '}'" }, { "{\"a\"", "expected ':'" },
     { "01", "without leading zeros" }, { "-", "a number" },
     { "1.", "a number" }, { ".5", "a value" }, { "1.e5", "a number" },
-    { "1e", "a number" }, { "1e+", "a number" }, { "+1", "a value" },
-    { "0x10", "expected the end" }, { "1_0", "expected the end" },
+    { "1e", "the end" }, { "1e+", "the end" }, { "+1", "a value" },
+    { "0x10", "a number" }, { "1_0", "a number" },
     { "\"a", "expected a quote" }, { "\"a\\", "after a backslash" },
     { "\"a\\\"", "expected a quote" }, { "\"\\x41\"", "after a backslash" },
     { "\"\\'\"", "after a backslash" }, { "\"\\u12\"", "hexadecimal" },
@@ -225,25 +225,30 @@ START_TEST(json_nests_only_so_deep)
 }
 END_TEST
 
-/* Keys in any number, equal ones among them, long ones too. */
-START_TEST(large_objects_take_no_time)
+/* As many as stay fast: a megabyte of such objects is read in no time. */
+START_TEST(objects_have_only_so_many_members)
 {
-    struct text t = { 0 };
     struct why why;
-    struct json *v;
-    long long x;
 
-    add_string(&t, "{\"last\":-1");
-    for (int i = 0; i < 300000; i++)
-        add_format(&t, ",\"%0*d\":%d", i % 2 ? 100 : 6, i % 200000, i);
-    add_string(&t, "}");
-    v = parse_text(t.s, t.n, &why);
-    ck_assert_msg(v != NULL, "%s", why.s);
-    ck_assert_int_eq(v->n_members, 200001);
-    ck_assert_str_eq(v->first->key, "last");
-    ck_assert_str_eq(v->first->next->key, "000000");
-    ck_assert(json_int(v->first->next, 0, 1 << 20, &x) == 0 && x == 200000);
-    free(t.s);
+    for (int more = 0; more <= 1; more++) {
+        struct text t = { 0 };
+        struct json *v;
+        long long x;
+        add_string(&t, "[{}");
+        while (t.n < 1 << 20) {
+            add_string(&t, ",{\"last\":-1");
+            for (int i = 1; i < MAX_MEMBERS + more; i++)
+                add_format(&t, ",\"%d\":%d", i, i);
+            add_string(&t, "}");
+        }
+        add_string(&t, "]");
+        v = parse_text(t.s, t.n, &why);
+        ck_assert_int_eq(v != NULL, !more);
+        ck_assert(!more || strstr(why.s, "no more than 1024 members"));
+        ck_assert(more || json_int(json_get(v->first->next, "1023"), 0, 1023,
+                                   &x) == 0);
+        free(t.s);
+    }
     forget_text();
 }
 END_TEST
@@ -1136,7 +1141,7 @@ Suite *chat_suite(void)
     tcase_add_test(c, each_part_of_a_json_text_is_no_json);
     tcase_add_test(c, damaged_json_does_no_harm);
     tcase_add_test(c, json_nests_only_so_deep);
-    tcase_add_test(c, large_objects_take_no_time);
+    tcase_add_test(c, objects_have_only_so_many_members);
     tcase_add_test(c, there_is_an_end_to_memory);
     tcase_add_test(c, values_are_what_they_are);
     tcase_add_test(c, strings_are_written_as_utf8_whatever_they_are);
