@@ -2947,11 +2947,6 @@ static void check_message(struct rendering *r, const struct json *m)
               kind(json_get(m, "content")));
 }
 
-static int has_tools(const struct conversation *c)
-{
-    return c->tools && c->tools->first;
-}
-
 /* ---- as Python has it */
 
 /* What Python's str.strip() takes away. */
@@ -3018,13 +3013,6 @@ static void end_turn(struct rendering *r)
     add_string(&r->out->text, "\n");
 }
 
-/* Add a marker, if the template marks tools and what they return. */
-static void put_marker(struct rendering *r, const char *token)
-{
-    if (r->as->marked)
-        add_mark(r->out, token);
-}
-
 static void put_tools(struct rendering *r)
 {
     const struct json *tool = r->conv->tools->first;
@@ -3033,7 +3021,8 @@ static void put_tools(struct rendering *r)
     if (r->as->dated)
         add_format(t, "Today's date: %s\n\n", r->conv->date);
     add_string(t, "List of tools: ");
-    put_marker(r, "<|tool_list_start|>");
+    if (r->as->marked)
+        add_mark(r->out, "<|tool_list_start|>");
     for (int i = 0; tool; tool = tool->next, i++) {
         const int is_text = tool->type == JSON_STRING;
         const char *name = json_text(json_get(function_of(tool), "name"));
@@ -3047,20 +3036,22 @@ static void put_tools(struct rendering *r)
             add_json(t, tool);
     }
     add_string(t, "]");
-    put_marker(r, "<|tool_list_end|>");
+    if (r->as->marked)
+        add_mark(r->out, "<|tool_list_end|>");
 }
 
 static void put_system(struct rendering *r, struct piece text)
 {
-    if (text.n == 0 && !has_tools(r->conv))
+    const int tools = r->conv->tools && r->conv->tools->first;
+
+    if (text.n == 0 && !tools)
         return;
     begin_turn(r, "system");
     add(&r->out->text, text.s, text.n);
-    if (has_tools(r->conv)) {
-        if (text.n > 0)
-            add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
+    if (text.n > 0 && tools)
+        add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
+    if (tools)
         put_tools(r);
-    }
     end_turn(r);
 }
 
@@ -3093,9 +3084,12 @@ static void put_call(struct rendering *r, const struct json *call, int k)
     }
 }
 
+/* Those that the template has no place for are judged, but not kept. */
 static void put_calls(struct rendering *r, const struct json *calls)
 {
     const struct json *call = calls->first;
+    const size_t n = r->out->text.n;
+    const int n_marks = r->out->n_marks;
 
     if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i))
         return;
@@ -3105,6 +3099,11 @@ static void put_calls(struct rendering *r, const struct json *calls)
         put_call(r, call, k);
     add_string(&r->out->text, "]");
     add_mark(r->out, CALL_END);
+    if (r->as->calls == NO_CALLS) {
+        r->out->text.n = n;
+        r->out->n_marks = n_marks;
+        r->out->lost_calls |= calls->first != NULL;
+    }
 }
 
 /* Clients hand calls and thoughts back with their markers in the content. */
@@ -3181,18 +3180,6 @@ static struct piece without_thought(struct piece text)
     return last ? trim(last, end) : text;
 }
 
-/* Calls where the template has no place for them are only judged. */
-static void lose_calls(struct rendering *r, const struct json *calls)
-{
-    const size_t n = r->out->text.n;
-    const int n_marks = r->out->n_marks;
-
-    put_calls(r, calls);
-    r->out->text.n = n;
-    r->out->n_marks = n_marks;
-    r->out->lost_calls |= calls->first != NULL;
-}
-
 /* A `recent` answer keeps what was thought before it.  Some templates write
  * down an empty list of calls. */
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
@@ -3200,41 +3187,39 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
     const struct json *thinking = thinking_of(r, m);
     const struct json *calls = given(m, "tool_calls");
     const int writes_none = r->as->quote && !r->as->always_thinks;
-    const int order = !calls || (!calls->first && !writes_none) ? NO_CALLS :
-                      r->as->calls;
     const struct piece text = content_of(r, m);
 
     if (!calls && !thinking && !given(m, "content"))
         fault(r, "messages[%d] has no content, expected a string or "
               "tool_calls", r->i);
-    if (calls && order == NO_CALLS)
-        lose_calls(r, calls);
+    if (json_is(calls, JSON_ARRAY) && !calls->first && !writes_none)
+        calls = NULL;
     if (thinking && r->as->calls != NO_CALLS && recent) {
         add_mark(r->out, THINK);
         add(&r->out->text, thinking->s, thinking->n);
         add_mark(r->out, THINK_END);
     }
-    if (order == CALLS_FIRST)
+    if (calls && r->as->calls != CALLS_LAST)
         put_calls(r, calls);
     put_answer(r, recent ? text : without_thought(text));
-    if (order == CALLS_LAST)
+    if (calls && r->as->calls == CALLS_LAST)
         put_calls(r, calls);
 }
 
 static void put_message(struct rendering *r, const struct json *m, int recent)
 {
-    const int is_tool = has_role(m, "tool");
+    const int marked = r->as->marked && has_role(m, "tool");
 
     begin_turn(r, role_of(m));
     if (has_role(m, "assistant"))
         put_assistant(r, m, recent);
     else {
         const struct piece text = content_of(r, m);
-        if (is_tool)
-            put_marker(r, "<|tool_response_start|>");
+        if (marked)
+            add_mark(r->out, "<|tool_response_start|>");
         add(&r->out->text, text.s, text.n);
-        if (is_tool)
-            put_marker(r, "<|tool_response_end|>");
+        if (marked)
+            add_mark(r->out, "<|tool_response_end|>");
     }
     /* The template of VL forgets the end of a message without content. */
     if ((m->next || !r->conv->continue_last) &&
@@ -3381,15 +3366,10 @@ static uint64_t template_hash(const char *s, size_t n)
 
 static int name_has(const lfm2_model *model, const char *word)
 {
-    static const char *const key[] = { "general.name", "general.basename" };
     size_t n;
+    const char *s = lfm2_model_string(model, "general.name", &n);
 
-    for (int i = 0; i < 2; i++) {
-        const char *s = lfm2_model_string(model, key[i], &n);
-        if (s && find(s, s + n, word))
-            return 1;
-    }
-    return 0;
+    return s && find(s, s + n, word);
 }
 
 static int template_by_model(const lfm2_model *model,
@@ -3417,40 +3397,36 @@ struct found_template {
 static struct found_template find_template(const lfm2_model *model,
                                            const lfm2_tokenizer *words)
 {
-    static const struct { uint64_t hash; int template; } published[] = {
-        { 0x64c90fcede246b34u, TEMPLATE_LFM2 },
-        { 0xe176bd72cee9ff33u, TEMPLATE_LFM2 },     /* of test/tiny.gguf     */
-        { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT },
-        { 0x7aeb1f9c89e15fb8u, TEMPLATE_NEW },
-        { 0x6ebe17e9a93f4638u, TEMPLATE_VL },
-        { 0x9b5e9322adfff1aau, TEMPLATE_8B },
-        { 0xdf1dafa110337cb9u, TEMPLATE_26B }
+    /* Of the published ones the hash, and a word that an edited one keeps. */
+    static const struct { uint64_t hash; int template; const char *word; }
+    known[] = {
+        { 0x64c90fcede246b34u, TEMPLATE_LFM2, "<|tool_list_start|>" },
+        { 0xe176bd72cee9ff33u, TEMPLATE_LFM2, "<|tool_list_end|>" },
+        { 0xdf1dafa110337cb9u, TEMPLATE_26B, "message.reasoning" },
+        { 0x9b5e9322adfff1aau, TEMPLATE_8B, "preserve_thinking" },
+        { 0x6ebe17e9a93f4638u, TEMPLATE_VL, "continue_final_message" },
+        { 0x7aeb1f9c89e15fb8u, TEMPLATE_NEW, "strftime_now" },
+        { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT, "List of tools: [" }
     };
-    /* An edited template is still like one of ours in what matters. */
-    static const struct { const char *word; int template; } telling[] = {
-        { "<|tool_list_start|>", TEMPLATE_LFM2 },
-        { "message.reasoning", TEMPLATE_26B },
-        { "preserve_thinking", TEMPLATE_8B },
-        { "continue_final_message", TEMPLATE_VL },
-        { "Today's date", TEMPLATE_NEW }, { "strftime_now", TEMPLATE_NEW },
-        { "List of tools: [", TEMPLATE_INSTRUCT }
-    };
+    struct found_template to = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
     size_t n;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
-    const uint64_t hash = s ? template_hash(s, n) : 0;
 
     if (!s)
-        return (struct found_template){ TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
-    for (size_t i = 0; i < sizeof published / sizeof *published; i++)
-        if (published[i].hash == hash)
-            return (struct found_template){ published[i].template, BY_HASH,
-                                            NULL, hash };
-    for (size_t i = 0; i < sizeof telling / sizeof *telling; i++)
-        if (find(s, s + n, telling[i].word))
-            return (struct found_template){ telling[i].template, BY_WORDS,
-                                            telling[i].word, hash };
-    return (struct found_template){ template_by_model(model, words), BY_MODEL,
-                                    NULL, hash };
+        return to;
+    to.hash = template_hash(s, n);
+    for (int i = 0; i < 14 && to.how == NO_TEMPLATE; i++)
+        if (i < 7 ? known[i].hash == to.hash :
+            find(s, s + n, known[i % 7].word) != NULL) {
+            to.template = known[i % 7].template;
+            to.how = i < 7 ? BY_HASH : BY_WORDS;
+            to.word = i < 7 ? NULL : known[i % 7].word;
+        }
+    if (to.how == NO_TEMPLATE) {
+        to.template = template_by_model(model, words);
+        to.how = BY_MODEL;
+    }
+    return to;
 }
 
 /* The template of a model, and a sentence about how it was found.  *known is 0

@@ -790,7 +790,7 @@ START_TEST(an_edited_template_is_recognised)
         { NULL, "LFM2.5", TEMPLATE_NONE },
         { "x <|tool_list_start|> List of tools: [", "LFM2.5", LFM2 },
         { "List of tools: [ preserve_thinking", "x", A1B },
-        { "Today's date: List of tools: [", "x", NEW },
+        { "strftime_now List of tools: [", "x", NEW },
         { "strftime_now", "VL", NEW },
         { "strftime_now continue_final_message", "x", VL },
         { "preserve_thinking message.reasoning", "x", B26 },
