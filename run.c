@@ -2250,7 +2250,21 @@ static void make_decimal(struct text *t, unsigned base)
     free(limb);
 }
 
-static void add_float(struct text *t, double x);
+/* The fewest digits that are this number, as Python prints floats. */
+static void add_float(struct text *t, double x)
+{
+    char s[40];
+    int n = 0, e;
+
+    do
+        snprintf(s, sizeof s, "%.*e", n, x);
+    while (strtod(s, NULL) != x && ++n < 17);
+    e = atoi(strchr(s, 'e') + 1);
+    if (e < -4 || e >= 16)
+        add_string(t, s);
+    else
+        add_format(t, "%.*f", n > e ? n - e : 1, x);
+}
 
 /* Digits as JSON has them: decimal, below all infinities, and as in Python no
  * more than 4300. */
@@ -2515,97 +2529,62 @@ static int json_parse(struct pool *pool, const char *text, size_t n,
 
 /* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
 
-/* Each byte that is no UTF-8 becomes a replacement character. */
-static void add_json_string(struct text *t, const char *s, size_t n)
+/* What Python's str.strip() takes away. */
+static int is_blank(uint32_t c)
 {
-    static const char value[] = "\"\\\b\f\n\r\t", name[] = "\"\\bfnrt";
-    const char *const end = s + n, *plain = s;
-
-    add_string(t, "\"");
-    while (s < end) {
-        const char *p = *s ? strchr(value, *s) : NULL;
-        uint32_t c;
-        const int size = utf8_get(s, end, &c);
-        if (size > 0 && c >= ' ' && !p) {
-            s += size;
-            continue;
-        }
-        add(t, plain, (size_t)(s - plain));
-        if (p)
-            add_format(t, "\\%c", name[p - value]);
-        else
-            add_format(t, size ? "\\u%04x" : "\xef\xbf\xbd", (unsigned)c);
-        plain = ++s;
-    }
-    add(t, plain, (size_t)(end - plain));
-    add_string(t, "\"");
+    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 ||
+           c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+           c == 0x3000;
 }
 
-/* The fewest digits that are this number, as Python prints floats. */
-static void add_float(struct text *t, double x)
-{
-    char s[40];
-    int n = 0, e;
-
-    do
-        snprintf(s, sizeof s, "%.*e", n, x);
-    while (strtod(s, NULL) != x && ++n < 17);
-    e = atoi(strchr(s, 'e') + 1);
-    if (e < -4 || e >= 16)
-        add_string(t, s);
-    else
-        add_format(t, "%.*f", n > e ? n - e : 1, x);
-}
-
-/* A string as Python's repr() writes it, but for rare characters without a
- * picture of their own. */
-static void add_python_string(struct text *t, const char *s, size_t n)
+/* A string of JSON, or as Python's repr() has it but for some characters without
+ * a picture.  Each byte that is no UTF-8 becomes a replacement character. */
+static void add_quoted(struct text *t, const char *s, size_t n, int python)
 {
     const char *const end = s + n;
-    const int quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
+    const char quote = !python || (memchr(s, '\'', n) && !memchr(s, '"', n)) ?
+                       '"' : '\'';
+    const char value[] = { quote, '\\', '\n', '\r', '\t', '\b', '\f' };
+    const char name[] = { quote, '\\', 'n', 'r', 't', 'b', 'f' };
     uint32_t c;
 
-    add_format(t, "%c", quote);
-    for (int size; s < end; s += size) {
+    add(t, &quote, 1);
+    for (int size; s < end; s += size ? size : 1) {
+        const char *p = memchr(value, *s, python ? 5 : 7);
         size = utf8_get(s, end, &c);
-        if (c == '\\' || c == (uint32_t)quote)
-            add_format(t, "\\%c", (int)c);
-        else if (c == '\n' || c == '\r' || c == '\t')
-            add_string(t, c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t");
-        else if (is_control(c) || c == 0xa0 || c == 0xad)
-            add_format(t, "\\x%02x", (unsigned)c);
+        if (p)
+            add_format(t, "\\%c", name[p - value]);
+        else if (c < ' ' || (python && c != ' ' && (is_control(c) ||
+                 is_blank(c) || c == 0xad || (c >= 0x200b && c <= 0x200f))))
+            add_format(t, python && c < 256 ? "\\x%02x" : "\\u%04x",
+                       (unsigned)c);
         else
-            add(t, s, (size_t)size);
+            add(t, size ? s : "\xef\xbf\xbd", size ? (size_t)size : 3);
     }
-    add_format(t, "%c", quote);
+    add(t, &quote, 1);
 }
 
-/* A value, or how one that has members begins. */
-static void add_scalar(struct text *t, const struct json *v, int python)
+static void add_json_string(struct text *t, const char *s, size_t n)
 {
-    static const char *const word[][JSON_OBJECT + 1] = {
-        { [JSON_NULL] = "null", [JSON_FALSE] = "false", [JSON_TRUE] = "true",
-          [JSON_ARRAY] = "[", [JSON_OBJECT] = "{" },
-        { [JSON_NULL] = "None", [JSON_FALSE] = "False", [JSON_TRUE] = "True",
-          [JSON_ARRAY] = "[", [JSON_OBJECT] = "{" }
-    };
-
-    if (v->type == JSON_STRING)
-        (python ? add_python_string : add_json_string)(t, v->s, v->n);
-    else if (v->type != JSON_NUMBER)
-        add_string(t, word[python][v->type]);
-    else if (strpbrk(v->s, ".eE"))
-        add_float(t, strtod(v->s, NULL));
-    else
-        add_string(t, strcmp(v->s, "-0") == 0 ? "0" : v->s);
+    add_quoted(t, s, n, 0);
 }
 
 static void add_tree(struct text *t, const struct json *v, int python)
 {
-    add_scalar(t, v, python);
+    static const char *const word[][2] = {
+        [JSON_NULL] = { "null", "None" }, [JSON_FALSE] = { "false", "False" },
+        [JSON_TRUE] = { "true", "True" }, [JSON_ARRAY] = { "[", "[" },
+        [JSON_OBJECT] = { "{", "{" }
+    };
+
+    if (v->type == JSON_STRING)
+        add_quoted(t, v->s, v->n, python);
+    else
+        add_string(t, v->type == JSON_NUMBER ? v->s : word[v->type][python]);
     for (const struct json *m = v->first; m; m = m->next) {
         if (m->key) {
-            (python ? add_python_string : add_json_string)(t, m->key, m->n_key);
+            add_quoted(t, m->key, m->n_key, python);
             add_string(t, ": ");
         }
         add_tree(t, m, python);
@@ -2949,31 +2928,21 @@ static void check_message(struct rendering *r, const struct json *m)
 
 /* ---- as Python has it */
 
-/* What Python's str.strip() takes away. */
-static int is_blank(uint32_t c)
-{
-    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 ||
-           c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
-           c == 0x3000;
-}
-
+/* As str.strip() does. */
 static struct piece trim(const char *s, const char *end)
 {
+    const char *from = end, *to = end;
     uint32_t c;
-    int n = 0;
 
-    while (s < end && (n = utf8_get(s, end, &c)) > 0 && is_blank(c))
-        s += n;
-    while (s < end) {
-        const char *p = end - 1;
-        while (p > s && (*p & 0xc0) == 0x80)
-            p--;
-        if (utf8_get(p, end, &c) == 0 || !is_blank(c))
-            break;
-        end = p;
+    for (int n; s < end; s += n) {
+        n = utf8_get(s, end, &c);
+        n = n ? n : 1;
+        if (is_blank(c))
+            continue;
+        from = from < end ? from : s;
+        to = s + n;
     }
-    return (struct piece){ s, (size_t)(end - s) };
+    return (struct piece){ from, (size_t)(to - from) };
 }
 
 /* The value of an argument in a call: Python's, but for strings, dicts and,
