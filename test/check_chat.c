@@ -684,6 +684,27 @@ START_TEST(marks_without_a_token_are_text)
 }
 END_TEST
 
+/* Clients hand thoughts back in the content; here <think> is a token. */
+START_TEST(thoughts_have_their_tokens)
+{
+    struct bytes file = load_file("tokenizer.bin");
+    lfm2_tokenizer *words;
+    uint8_t *p = file.p;
+
+    while (memcmp(p, "<|pad|>", 7) != 0)
+        p++;
+    memcpy(p, "<think>", 7);
+    ck_assert_int_eq(lfm2_tokenizer_open_memory(&words, file.p, file.n, NULL),
+                     LFM2_OK);
+    ck_assert_str_eq(spell_json(words, CHAT(USER("\"<think>\"") ","
+        M("assistant", "\"content\":\"<think>t</think>c\"")), LFM2, 0, 0),
+        "{<|startoftext|>}{<|im_start|>}user\n<think>{<|im_end|>}\n"
+        "{<|im_start|>}assistant\n{<think>}t</think>c{<|im_end|>}\n");
+    lfm2_tokenizer_close(words);
+    free(file.p);
+}
+END_TEST
+
 START_TEST(tokens_are_those_of_lfm2_chat)
 {
     static const char *const text[] = {
@@ -756,12 +777,12 @@ END_TEST
 
 /* ---------------------------------------------------- the choice of a model */
 
-/* A model with this template and name; its choice. */
-static int choice(const char *template, const char *name, int *known,
-                  struct why *why)
+/* A model with this template under this key, and a name; its choice. */
+static int choice_of(const char *key, const char *template, const char *name,
+                     int *known, struct why *why)
 {
     const struct edit edits[] = {
-        { RENAME, "lfm2.vocab_size", 0, 0, "tokenizer.chat_template", 0 },
+        { RENAME, "lfm2.vocab_size", 0, 0, key, 0 },
         { SET_STRING, "lfm2.vocab_size", 0, 0, template, 0 },
         { SET_STRING, "general.name", 0, 0, name, 0 },
         { NO_EDIT, NULL, 0, 0, NULL, 0 }
@@ -784,6 +805,27 @@ static int choice(const char *template, const char *name, int *known,
     return chosen;
 }
 
+static int choice(const char *template, const char *name, int *known,
+                  struct why *why)
+{
+    return choice_of("tokenizer.chat_template", template, name, known, why);
+}
+
+START_TEST(a_template_for_something_else_is_none)
+{
+    struct why why = { "" };
+    int known = 0;
+
+    ck_assert_int_eq(choice_of("tokenizer.chat_template.systemone",
+                               "List of tools: [", "x", &known, &why),
+                     TEMPLATE_NONE);
+    ck_assert_int_eq(known, 1);
+    ck_assert_str_eq(why.s, "the file has no chat template but "
+                     "tokenizer.chat_template.systemone, which is not for "
+                     "this, so text is continued as it is");
+}
+END_TEST
+
 START_TEST(an_edited_template_is_recognised)
 {
     static const struct { const char *template, *name; int chosen; } row[] = {
@@ -794,6 +836,8 @@ START_TEST(an_edited_template_is_recognised)
         { "strftime_now", "VL", NEW },
         { "strftime_now continue_final_message", "x", VL },
         { "preserve_thinking message.reasoning", "x", B26 },
+        { "preserve_thinking <|im_start|>assistant\\n<think>",
+          "LFM2.5-24B-A2B", A1B },
         { "List of tools: [", "x", INSTRUCT },
         { "", "LFM2-1.2B", LFM2 },
         { "{{ chatml }}", "LFM2.5-1.2B", INSTRUCT },
@@ -1095,8 +1139,10 @@ START_TEST(values_are_those_of_python)
     long n_read = 0, known = 0;
     FILE *f;
 
-    if (system("python3 -c 'import ast' 2>/dev/null") != 0)
+    if (system("python3 -c 'import ast' 2>/dev/null") != 0) {
+        puts("skipped: python3 is not there");
         return;
+    }
     snprintf(command, sizeof command, "python3 test/calls.py -n %ld",
              n ? atol(n) : 4000);
     ck_assert((f = popen(command, "r")) != NULL);
@@ -1151,8 +1197,10 @@ Suite *chat_suite(void)
     tcase_add_test(c, renderings_are_those_of_the_templates);
     tcase_add_test(c, only_what_the_template_wrote_is_a_marker);
     tcase_add_test(c, marks_without_a_token_are_text);
+    tcase_add_test(c, thoughts_have_their_tokens);
     tcase_add_test(c, tokens_are_those_of_lfm2_chat);
     tcase_add_test(c, a_vocabulary_without_markers_cannot_chat);
+    tcase_add_test(c, a_template_for_something_else_is_none);
     tcase_add_test(c, an_edited_template_is_recognised);
     tcase_add_test(c, the_model_that_ships_is_known);
     tcase_add_test(c, published_templates_are_known);
