@@ -1833,7 +1833,7 @@ static const char *const json_names[] = {
 
 /* Strings are well-formed UTF-8, and s[n] is NUL; \u0000 makes another NUL
  * before it, so json_text() gives out a string only if it is whole as a C
- * string.  Numbers are kept as they were written.  All before `key` is the
+ * string.  Numbers are text as Python writes them.  All before `key` is the
  * value, from there on its place in another. */
 struct json {
     int type;
@@ -2072,7 +2072,8 @@ static int read_code(struct reader *r, size_t n, char **out)
 /* What follows a backslash.  In Python one that begins no escape stays. */
 static int read_escape(struct reader *r, char **out)
 {
-    static const char name[] = "/\"\\bfnrt'av", value[] = "/\"\\\b\f\n\r\t'\a\v";
+    static const char name[] = "/\"\\bfnrt'av";
+    static const char value[] = "/\"\\\b\f\n\r\t'\a\v";
     const int json = r->as == AS_JSON;
     const char *p = memchr(name + !json, *r->at, json ? 8 : 10);
     const size_t n_hex = *r->at == 'u' ? 4 : json ? 0 : *r->at == 'x' ? 2 :
@@ -2270,16 +2271,17 @@ static void add_float(struct text *t, double x)
  * more than 4300. */
 static int add_digits(struct reader *r, struct text *t)
 {
-    static const struct { const char *prefix, *digits; unsigned base; } all[] = {
-        { "xX", "0123456789abcdefABCDEF", 16 }, { "oO", "01234567", 8 },
-        { "bB", "01", 2 }, { "", "0123456789", 10 }
+    static const struct { char letter; unsigned base; const char *digits; }
+    all[] = {
+        { 'x', 16, "0123456789abcdefABCDEF" }, { 'o', 8, "01234567" },
+        { 'b', 2, "01" }, { '\0', 10, "0123456789" }
     };
     const size_t n_float = float_length(r->at);
     const char *s = r->at;
     size_t n = n_float;
     int i = 0;
 
-    while (i < 3 && !(s[0] == '0' && s[1] && strchr(all[i].prefix, s[1])))
+    while (i < 3 && !(s[0] == '0' && (s[1] | 32) == all[i].letter))
         i++;
     if (n_float == 0) {
         s += i == 3 ? 0 : s[2] == '_' ? 3 : 2;
@@ -2538,8 +2540,8 @@ static int is_blank(uint32_t c)
            c == 0x3000;
 }
 
-/* A string of JSON, or as Python's repr() has it but for some characters without
- * a picture.  Each byte that is no UTF-8 becomes a replacement character. */
+/* A string of JSON, or as Python's repr() has it but for some characters
+ * without a picture.  Each byte that is no UTF-8 becomes a replacement character. */
 static void add_quoted(struct text *t, const char *s, size_t n, int python)
 {
     const char *const end = s + n;
@@ -3420,7 +3422,8 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
         if (!key)
             break;
         if (begins(key, key + strlen(key), "tokenizer.chat_template."))
-            snprintf(named, sizeof named, " but %s, which is not for this", key);
+            snprintf(named, sizeof named, " but %s, which is not for this",
+                     key);
     }
     if (f.how == NO_TEMPLATE)
         return because(evidence, f.template, "the file has no chat template%s, "

@@ -146,16 +146,18 @@ def read(text):
 
 # ------------------------------------------------------------ random calls
 
-PIECES = ["a", "it's", '"', "'", "\\", "\\\\", "\n", "\\n", "\\'", '\\"', "x y",
-          "\\101", "\\0", "\\377", "\\x41", "\\u00e9", "\\U0001F600", "\\q", "é",
-          "😀", "{", "}", "]", ")", ",", " ", "#", "\\\n", "=", "\\/", "\\N", "0",
-          "\\a\\b\\f\\v", "\t", "f(", "\r\n", "if", " in ", "\\x4", "\\8"]
-NUMBERS = ["0", "1", "00", "007", "1_000", "1__0", "0x1F", "0X_ff", "0o17",
-           "0b101", "0b2", "1.", ".5", "1.5e3", "1e5", "1E-7", "1_0.0_1", "1e",
-           "1e999", "12345678901234567890123", "0xfffffffffffffffffffff", "1j",
-           "01.5", "0_0", "1e1_0", "5._1", "0.1", "1e22", "123456789.0"]
-WORDS_OF_ALL = ["True", "False", "None", "true", "null", "x", "...", "set()",
-                "nan", "Truex", "b'a'", "lambda: 0", "f'{x}'", "()", "__debug__"]
+PIECES = [
+    "a", "it's", '"', "'", "\\", "\\\\", "\n", "\\n", "\\'", '\\"', "x y",
+    "\\101", "\\0", "\\377", "\\x41", "\\u00e9", "\\U0001F600", "\\q", "\u00e9",
+    "\U0001f600", "{", "}", "]", ")", ",", " ", "#", "\\\n", "=", "\\/", "\\N",
+    "0", "\\a\\b\\f\\v", "\t", "f(", "\r\n", "if", " in ", "\\x4", "\\8"]
+NUMBERS = [
+    "0", "1", "00", "007", "1_000", "1__0", "0x1F", "0X_ff", "0o17", "0b101",
+    "0b2", "1.", ".5", "1.5e3", "1e5", "1E-7", "1_0.0_1", "1e", "1e999", "1j",
+    "12345678901234567890123", "0xfffffffffffffffffffff", "01.5", "0_0",
+    "1e1_0", "5._1", "0.1", "1e22", "123456789.0"]
+OTHERS = ["True", "False", "None", "true", "null", "x", "...", "set()", "nan",
+          "Truex", "b'a'", "lambda: 0", "f'{x}'", "()", "__debug__"]
 
 
 def string(rng):
@@ -187,7 +189,7 @@ def value(rng, depth=0):
         return rng.choice(["", "", "-", "+", "- ", "--", "-("]) + \
             rng.choice(NUMBERS) + rng.choice([""] * 9 + [")", "+1", "-2j"])
     if kind == 5:
-        return rng.choice(WORDS_OF_ALL)
+        return rng.choice(OTHERS)
     if kind == 6:
         return str(rng.randrange(100))
     if kind == 7:
@@ -206,7 +208,7 @@ def value(rng, depth=0):
 def call(rng):
     if rng.random() < 0.1:
         return '{"name": "f", "arguments": {"x": %s}}' % value(rng)
-    name = rng.choice(["f", "f", "get_time", "a.b", "get-time", "é"])
+    name = rng.choice(["f", "f", "get_time", "a.b", "get-time", "\u00e9"])
     names = [rng.choice(["x", "y", "from_", "z1"]) for _ in
              range(rng.randrange(4))]
     return name + blank(rng) + "(" + ",".join(

@@ -391,8 +391,8 @@ static const struct {
     { LFM2, 0, CHAT(SYSTEM("\"\"") "," SYSTEM("\"\"")), B S("") },
     { INSTRUCT, 0, "{\"messages\":[" SYSTEM("\"x\"") "],\"tools\":[]}",
       B S("x") },
-    { INSTRUCT, 0, "{\"messages\":[" USER("\"a\"") "],\"tools\":[\"t\"," TOOL "]}",
-      B S("List of tools: [t, {\"name\": \"f\"}]") U("a") },
+    { INSTRUCT, 0, "{\"messages\":[" USER("\"a\"") "],\"tools\":[\"t\","
+      TOOL "]}", B S("List of tools: [t, {\"name\": \"f\"}]") U("a") },
     { VL, 0, "{\"messages\":[" SYSTEM("\"x\"") "],\"tools\":[\"t\"," TOOL "]}",
       B S("x\n\nToday's date: 2026-11-20\n\nList of tools: [\"t\", "
           "{\"name\": \"f\"}]") },
@@ -438,7 +438,8 @@ static const struct {
     { A1B, KEEP, CHAT(M("assistant", "\"reasoning_content\":\"t\"") ","
                       USER("\"a\"")), B A("<think>t</think>") U("a") },
     { NEW, 0, CHAT(M("assistant", "\"content\":\"<think>x</think>y</think>\\n"
-                     "\\u3000z \\u0085\"") "," M("assistant", "\"content\":\"\"")),
+                     "\\u3000z \\u0085\"") ","
+                   M("assistant", "\"content\":\"\"")),
       B A("z") A("") },
     { INSTRUCT, KEEP, CHAT(M("assistant", "\"content\":\"x</think> y\"") ","
                            M("assistant", "\"content\":\"\"")),
@@ -637,7 +638,8 @@ START_TEST(only_what_the_template_wrote_is_a_marker)
         "{\"messages\":[" SYSTEM("\"<|im_end|>\"") ","
         USER("\"<|tool_call_start|>\"") "," M("assistant", "\"content\":"
         "\"x<|tool_call_start|>[]<|tool_call_end|><|tool_call_<|im_end|>\"") ","
-        M("tool", "\"content\":\"<|tool_response_end|>\"") "],\"tools\":[\"t\"]}";
+        M("tool", "\"content\":\"<|tool_response_end|>\"") "],\"tools\":["
+        "\"t\"]}";
     lfm2_tokenizer *words = open_tokenizer();
 
     ck_assert_str_eq(spell_json(words, json, LFM2, 0, 0),
