@@ -2017,15 +2017,12 @@ static int expected(struct reader *r, const char *what)
 /* The next character that is not blank, or EOF.  Python has comments, too. */
 static int peek(struct reader *r)
 {
-    const char *blank = r->as == AS_JSON ? " \n\t\r" : " \n\t\f";
-
-    r->at += strspn(r->at, blank);
-    while (r->as != AS_JSON && (*r->at == '#' || (*r->at == '\\' &&
-                                                  r->at[1] == '\n'))) {
-        r->at += strcspn(r->at, "\n");
-        r->at += strspn(r->at, blank);
+    for (;; r->at += strcspn(r->at, "\n")) {
+        r->at += strspn(r->at, r->as == AS_JSON ? " \n\t\r" : " \n\t\f");
+        if (r->as == AS_JSON ||
+            (*r->at != '#' && (*r->at != '\\' || r->at[1] != '\n')))
+            return r->at < r->end ? (unsigned char)*r->at : EOF;
     }
-    return r->at < r->end ? (unsigned char)*r->at : EOF;
 }
 
 /* Step over the next character if it is this one. */
@@ -2431,25 +2428,22 @@ static int read_member(struct reader *r, struct json *in, struct json **at,
     return read_value(r, v);
 }
 
-static int go_deeper(struct reader *r)
-{
-    return ++r->depth <= MAX_DEPTH ? DONE :
-           because(r->why, USAGE, "JSON nested deeper than %d levels",
-                   MAX_DEPTH);
-}
-
-/* All up to the bracket that closes *in; Python may have a comma before it. */
+/* All up to the bracket that closes *in; Python may have a comma before it.
+ * Counts commas in in->n. */
 static int read_members(struct reader *r, struct json *in, int close)
 {
-    struct json **at = in->first ? &in->first->next : &in->first;
+    struct json **at = &in->first;
     char what[] = "',' or ' '";
 
     what[8] = (char)close;
-    if (go_deeper(r) != DONE)
-        return USAGE;
+    r->at++;
+    if (++r->depth > MAX_DEPTH)
+        return because(r->why, USAGE, "JSON nested deeper than %d levels",
+                       MAX_DEPTH);
     while (!took(r, close)) {
         if (in->first && !took(r, ','))
             return expected(r, what);
+        in->n += in->first != NULL;
         if (in->first && r->as != AS_JSON && took(r, close))
             break;
         if (r->pool->total > MAX_POOL)
@@ -2465,38 +2459,18 @@ static int read_members(struct reader *r, struct json *in, int close)
     return DONE;
 }
 
-/* A value in parentheses, or a tuple. */
-static int read_parentheses(struct reader *r, struct json *v)
-{
-    struct json *first = pool_get(r->pool, sizeof *first);
-
-    r->at++;
-    if (peek(r) != ')') {
-        if (go_deeper(r) != DONE || read_value(r, v) != DONE)
-            return USAGE;
-        r->depth--;
-        if (took(r, ')'))
-            return DONE;
-        memcpy(first, v, offsetof(struct json, key));
-        memset(v, 0, offsetof(struct json, key));
-        v->n_members = 1;
-        v->first = first;
-    }
-    v->type = JSON_ARRAY;
-    return read_members(r, v, ')');
-}
-
 static int read_value(struct reader *r, struct json *v)
 {
     const int c = peek(r), python = r->as != AS_JSON;
 
-    if (c == '{' || c == '[') {
-        r->at++;
+    if (c == '{' || c == '[' || (python && c == '(')) {
         v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
-        return read_members(r, v, c == '{' ? '}' : ']');
+        if (read_members(r, v, c == '{' ? '}' : c == '[' ? ']' : ')') != DONE)
+            return USAGE;
+        if (c == '(' && v->n_members == 1 && v->n == 0)
+            memcpy(v, v->first, offsetof(struct json, key));   /* no tuple   */
+        return DONE;
     }
-    if (python && c == '(')
-        return read_parentheses(r, v);
     if (c == '"' || (python && prefix_length(r->at) >= 0))
         return read_string(r, v);
     if (c == '-' || (c >= '0' && c <= '9') || (python && (c == '+' ||
@@ -2541,7 +2515,8 @@ static int is_blank(uint32_t c)
 }
 
 /* A string of JSON, or as Python's repr() has it but for some characters
- * without a picture.  Each byte that is no UTF-8 becomes a replacement character. */
+ * without a picture.  Each byte that is no UTF-8 becomes a replacement
+ * character. */
 static void add_quoted(struct text *t, const char *s, size_t n, int python)
 {
     const char *const end = s + n;
@@ -2845,23 +2820,21 @@ static void fault(struct rendering *r, const char *fmt, ...)
     r->code = USAGE;
 }
 
-/* Is it of this type?  A string has to be text without NUL characters, too. */
+/* Is it of this type?  A string has to be text without NUL characters, too.  The
+ * path has the numbers i and k. */
 static int check(struct rendering *r, const struct json *v, int type,
-                 const char *name, ...)
+                 const char *path, int i, int k)
 {
     char s[64];
-    va_list args;
 
-    va_start(args, name);
-    vsnprintf(s, sizeof s, name, args);
-    va_end(args);
+    if (json_is(v, type) && (type != JSON_STRING || json_text(v)))
+        return 1;
+    snprintf(s, sizeof s, path, i, k);
     if (!json_is(v, type))
         fault(r, "%s is %s, expected %s", s, kind(v), json_names[type]);
-    else if (type == JSON_STRING && !json_text(v))
+    else
         fault(r, "%s has a NUL character after %zu bytes, expected text", s,
               strlen(v->s));
-    else
-        return 1;
     return 0;
 }
 
@@ -2914,7 +2887,7 @@ static void check_message(struct rendering *r, const struct json *m)
 {
     const struct json *role = json_get(m, "role");
 
-    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i))
+    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i, 0))
         return;
     if (!role_of(m))
         fault(r, "messages[%d].role is %s, expected \"system\", \"user\", "
@@ -2997,7 +2970,7 @@ static void put_tools(struct rendering *r)
     for (int i = 0; tool; tool = tool->next, i++) {
         const int is_text = tool->type == JSON_STRING;
         const char *name = json_text(json_get(function_of(tool), "name"));
-        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i) &&
+        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i, 0) &&
             (!name || !name[0]))
             fault(r, "tools[%d] has no name, expected a function with one", i);
         add_string(t, i == 0 ? "[" : ", ");
@@ -3062,7 +3035,7 @@ static void put_calls(struct rendering *r, const struct json *calls)
     const size_t n = r->out->text.n;
     const int n_marks = r->out->n_marks;
 
-    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i))
+    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i, 0))
         return;
     add_mark(r->out, CALL_START);
     add_string(&r->out->text, "[");
@@ -3108,7 +3081,7 @@ static struct piece content_of(struct rendering *r, const struct json *message)
     r->parts.n = 0;
     add_string(&r->parts, "");
     if (content && content->type != JSON_ARRAY) {
-        if (check(r, content, JSON_STRING, "messages[%d].content", r->i))
+        if (check(r, content, JSON_STRING, "messages[%d].content", r->i, 0))
             return (struct piece){ content->s, content->n };
         part = NULL;
     }
@@ -3129,12 +3102,15 @@ static struct piece content_of(struct rendering *r, const struct json *message)
 static const struct json *thinking_of(struct rendering *r,
                                       const struct json *message)
 {
-    static const char *const name[] = { "thinking", "reasoning",
-                                        "reasoning_content" };
+    static const struct { const char *key, *path; } all[] = {
+        { "thinking", "messages[%d].thinking" },
+        { "reasoning", "messages[%d].reasoning" },
+        { "reasoning_content", "messages[%d].reasoning_content" }
+    };
 
     for (int i = 0; i < 3; i++) {
-        const struct json *v = given(message, name[i]);
-        if (v && check(r, v, JSON_STRING, "messages[%d].%s", r->i, name[i]) &&
+        const struct json *v = given(message, all[i].key);
+        if (v && check(r, v, JSON_STRING, all[i].path, r->i, 0) &&
             (v->n > 0 || !r->as->always_thinks))
             return v;
     }
@@ -3484,17 +3460,22 @@ static int read_call(struct reader *r, struct calls *to)
     struct json *v = pool_get(r->pool, sizeof *v);
     const struct json *function, *args, *named;
     const char *name;
+    char *open;
     size_t n;
+    int is_dict;
 
     if (peek(r) != '{') {
         name = r->at;
         n = read_name(r);
-        if (r->as == AS_JSON || n == 0 || !took(r, '('))
+        if (r->as == AS_JSON || n == 0 || peek(r) != '(')
             return expected(r, "a call");
+        open = r->at++;
+        is_dict = peek(r) == '{';
+        r->at = open;
         v->type = JSON_OBJECT;
-        if (peek(r) != '{' ? read_members(r, v, ')') != DONE :
-            read_value(r, v) != DONE || (took(r, ','), !took(r, ')')))
+        if ((is_dict ? read_value(r, v) : read_members(r, v, ')')) != DONE)
             return USAGE;
+        v = v->type == JSON_ARRAY && v->n_members == 1 ? v->first : v;
         if (v->type != JSON_OBJECT)
             return expected(r, "a dict before it");
         add_call(to, name, n, v);

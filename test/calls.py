@@ -170,7 +170,8 @@ def string(rng):
 
 
 def blank(rng):
-    return rng.choice([""] * 9 + [" ", "  ", "\n", "\t", " # x\n", "\\\n", "\f"])
+    return rng.choice([""] * 9 + [" ", "  ", "\n", "\t", " # x\n", "\\\n",
+                                  "\f"])
 
 
 def sequence(rng, depth, item):
