@@ -2820,8 +2820,8 @@ static void fault(struct rendering *r, const char *fmt, ...)
     r->code = USAGE;
 }
 
-/* Is it of this type?  A string has to be text without NUL characters, too.  The
- * path has the numbers i and k. */
+/* Is it of this type?  A string has to be text without NUL characters, too.
+ * The path has the numbers i and k. */
 static int check(struct rendering *r, const struct json *v, int type,
                  const char *path, int i, int k)
 {
