@@ -3488,7 +3488,7 @@ static int read_call(struct reader *r, struct calls *to)
     args = json_get(function, "arguments");
     args = arguments_of(r->pool, args ? args :
                         json_get(function, "parameters"));
-    if (!json_text(named) || !args)
+    if (!json_text(named) || named->n == 0 || !args)
         return expected(r, "a call before it");
     add_call(to, named->s, named->n, args);
     return DONE;

@@ -81,9 +81,10 @@ def call_in(value):
     """(name, arguments) of a call as JSON has it."""
     value = value.get("function", value)
     args = value.get("arguments", value.get("parameters")) or {}
-    if not isinstance(value.get("name"), str) or not isinstance(args, dict):
+    name = value.get("name")
+    if not name or not isinstance(name, str) or not isinstance(args, dict):
         raise NoValue
-    return value["name"], args
+    return name, args
 
 
 def call_of(node):

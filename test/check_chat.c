@@ -1034,6 +1034,7 @@ static const struct calls_row {
     { C("[f(x='\\ud83d')]"), TEXT("[f(x='\\ud83d')]") },
     { C("[f(x='\\"), TEXT("[f(x='\\") }, { C("['f']"), TEXT("['f']") },
     { C("{\"name\": 1}"), TEXT("{\"name\": 1}") },
+    { C("{\"name\": \"\"}"), TEXT("{\"name\": \"\"}") },
     { C("{\"name\": \"f\", \"arguments\": [1]}"),
       TEXT("{\"name\": \"f\", \"arguments\": [1]}") },
     { "a" C("[") "b" C("[f()]") "c" C("]") "d", F(""),
