@@ -68,6 +68,8 @@ static const struct row {
     { CALL_ "[f('" THEN OVER "')]" _CALL, NULL, NULL,
       CALL_ "[f('" THEN OVER "')]" _CALL, { 0 }, 0, 0, NULL },
     { "a" _CALL "b", "a" _CALL "b", NULL, NULL, { 0 }, 0, 0, NULL },
+    { CALL_ "[f()]" _CALL "[f()]" _CALL "b", "[f()]b", NULL,
+      CALL_ "[f()]" _CALL _CALL, { 0 }, 0, 0, NULL },
     /* stop strings */
     { "one STOP two", "one ", NULL, NULL, { "STOP" }, 0, 0, "one " },
     { "STOP", NULL, NULL, NULL, { "STOP" }, 0, 0, "" },

@@ -3,63 +3,10 @@
 #define _GNU_SOURCE
 
 #include <limits.h>
-#include <stddef.h>
-#include <stdlib.h>
 
-/* The stand-ins that run.c is compiled with here: `left` allocations succeed,
- * and then none, or all but `once` more. */
-static struct { long left, live, failed; int once; } sys = { -1, 0, 0, 0 };
-
-static int refuses(void)
-{
-    if (sys.left < 0 || sys.left-- > 0)
-        return 0;
-    sys.left = sys.once ? -1 : 0;
-    sys.failed++;
-    return 1;
-}
-
-static void *test_malloc(size_t n)
-{
-    void *p = refuses() ? NULL : malloc(n);
-
-    sys.live += p != NULL;
-    return p;
-}
-
-static void *test_calloc(size_t n, size_t size)
-{
-    void *p = refuses() ? NULL : calloc(n, size);
-
-    sys.live += p != NULL;
-    return p;
-}
-
-static void *test_realloc(void *old, size_t n)
-{
-    void *p = refuses() ? NULL : realloc(old, n);
-
-    sys.live += !old && p;
-    return p;
-}
-
-static void test_free(void *p)
-{
-    sys.live -= p != NULL;
-    free(p);
-}
-
-#define malloc test_malloc
-#define calloc test_calloc
-#define realloc test_realloc
-#define free test_free
 #define main run_main
 #include "../run.c"
 #undef main
-#undef malloc
-#undef calloc
-#undef realloc
-#undef free
 
 #include "util.h"
 
@@ -68,12 +15,6 @@ static void test_free(void *p)
 #undef COUNT                              /* run.c has others                */
 #undef CALL
 #define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
-
-/* Nothing that run.c allocated is left. */
-static void check_freed(void)
-{
-    EXPECT_MSG(sys.live == 0, "%ld blocks never freed", sys.live);
-}
 
 /* --------------------------------------------------------------------- JSON
  *
@@ -109,8 +50,7 @@ static const struct json_row good_json[] = {
     { "1e16", "1e+16" }, { "123456789012345678.0", "1.2345678901234568e+17" },
     { "0.0001", "0.0001" }, { "0.00001", "1e-05" }, { "-2.5e-10", "-2.5e-10" },
     { "5e-324", "5e-324" }, { "1e-999", "0.0" },
-    { "1.7976931348623157e308", "1.7976931348623157e+308" },
-    { "1E400", "Infinity" }, { "-1E400", "-Infinity" }
+    { "1.7976931348623157e308", "1.7976931348623157e+308" }
 };
 
 static const struct json_row bad_json[] = {
@@ -133,8 +73,8 @@ static const struct json_row bad_json[] = {
     { "{\"a\":1]", "expected ',' or '}'" }, { "{\"a\"", "expected ':'" },
     { "01", "without leading zeros" }, { "-", "a number" },
     { "1.", "a number" }, { ".5", "a value" }, { "1.e5", "a number" },
-    { "1e", "a number" }, { "1e+", "a number" }, { "+1", "a value" },
-    { "0x10", "expected the end" }, { "1_0", "expected the end" },
+    { "1e", "the end" }, { "1e+", "the end" }, { "+1", "a value" },
+    { "0x10", "a number" }, { "1_0", "a number" },
     { "\"a", "expected a quote" }, { "\"a\\", "after a backslash" },
     { "\"a\\\"", "expected a quote" }, { "\"\\x41\"", "after a backslash" },
     { "\"\\'\"", "after a backslash" }, { "\"\\u12\"", "hexadecimal" },
@@ -147,6 +87,7 @@ static const struct json_row bad_json[] = {
     { "\"\xed\xa0\x80\"", "UTF-8" }, { "\"\xf4\x90\x80\x80\"", "UTF-8" },
     { "\"\xc3\"", "UTF-8" }, { "\xc3\xa9", "byte 0xc3, expected a value" },
     { "\xef\xbb\xbf{}", "byte order mark" },
+    { "1E400", "a number below 1.8e308" }, { "[-1e400]", "below 1.8e308" }
 };
 
 static struct pool pool_of_text;
@@ -183,15 +124,12 @@ START_TEST(good_json_comes_back)
     ck_assert_msg(v != NULL, "%s: %s", row->text, why.s);
     add_json(&t, v);
     ck_assert_str_eq(t.s, row->result);
-    if (!strstr(row->result, "Infinity")) {
-        v = parse_text(t.s, t.n, &why);
-        add_json(&again, v);
-        ck_assert_str_eq(again.s, row->result);
-    }
-    test_free(t.s);
-    test_free(again.s);
+    v = parse_text(t.s, t.n, &why);
+    add_json(&again, v);
+    ck_assert_str_eq(again.s, row->result);
+    free(t.s);
+    free(again.s);
     forget_text();
-    check_freed();
 }
 END_TEST
 
@@ -204,7 +142,6 @@ START_TEST(bad_json_is_refused)
     ck_assert_msg(strstr(why.s, row->result) != NULL, "%s: %s", row->text,
                   why.s);
     forget_text();
-    check_freed();
 }
 END_TEST
 
@@ -247,12 +184,11 @@ START_TEST(damaged_json_does_no_harm)
         EXPECT_MSG(v != NULL, "%s became %s: %s", s, one.s, why.s);
         add_json(&two, v);
         EXPECT(strcmp(one.s, two.s) == 0);
-        test_free(one.s);
-        test_free(two.s);
+        free(one.s);
+        free(two.s);
     }
     ck_assert_int_gt(n_good, 100);
     forget_text();
-    check_freed();
 }
 END_TEST
 
@@ -282,13 +218,14 @@ START_TEST(json_nests_only_so_deep)
             ck_assert_str_eq(t.s, s);
         } else
             ck_assert_str_eq(why.s, "JSON nested deeper than 64 levels");
-        test_free(t.s);
+        free(t.s);
         free(s);
     }
     forget_text();
 }
 END_TEST
 
+/* As many as stay fast: a megabyte of such objects is read in no time. */
 START_TEST(objects_have_only_so_many_members)
 {
     struct why why;
@@ -297,15 +234,20 @@ START_TEST(objects_have_only_so_many_members)
         struct text t = { 0 };
         struct json *v;
         long long x;
-        add_string(&t, "{\"last\":-1");
-        for (int i = 1; i < MAX_MEMBERS + more; i++)
-            add_format(&t, ",\"k%d\":%d", i, i);
-        add_string(&t, "}");
+        add_string(&t, "[{}");
+        while (t.n < 1 << 20) {
+            add_string(&t, ",{\"last\":-1");
+            for (int i = 1; i < MAX_MEMBERS + more; i++)
+                add_format(&t, ",\"%d\":%d", i, i);
+            add_string(&t, "}");
+        }
+        add_string(&t, "]");
         v = parse_text(t.s, t.n, &why);
         ck_assert_int_eq(v != NULL, !more);
-        ck_assert(!more || strstr(why.s, "no more than 4096 members"));
-        ck_assert(more || json_int(json_get(v, "k4095"), 0, 4095, &x) == 0);
-        test_free(t.s);
+        ck_assert(!more || strstr(why.s, "no more than 1024 members"));
+        ck_assert(more || json_int(json_get(v->first->next, "1023"), 0, 1023,
+                                   &x) == 0);
+        free(t.s);
     }
     forget_text();
 }
@@ -322,10 +264,9 @@ START_TEST(there_is_an_end_to_memory)
     for (int i = 0; i < MAX_JSON; i += 2)
         memcpy(text + i, i ? ",1" : "[1", 2);
     ck_assert(!parse_text(text, MAX_JSON, &why));
-    ck_assert(strstr(why.s, "no memory"));
+    ck_assert(strstr(why.s, "too many values"));
     free(text);
     forget_text();
-    check_freed();
 }
 END_TEST
 
@@ -360,31 +301,6 @@ START_TEST(values_are_what_they_are)
 }
 END_TEST
 
-START_TEST(trees_can_be_built)
-{
-    struct pool p = { 0 };
-    struct json *o = json_object(&p), *a = json_array(&p);
-    struct text t = { 0 };
-
-    json_append(&p, a, json_string(&p, "x\0y", 3));
-    json_append(&p, a, json_object(&p));
-    json_append(&p, a, NULL);
-    json_set(&p, o, "first", a);
-    json_set(&p, o, "second", json_string(&p, "old", 3));
-    json_set(&p, o, "third", a);
-    json_set(&p, o, "second", json_string(&p, "new", 3));
-    json_set(&p, o, "none", NULL);
-    json_set(&p, NULL, "none", a);
-    add_json(&t, o);
-    add_json(&t, NULL);
-    ck_assert_str_eq(t.s, "{\"first\": [\"x\\u0000y\", {}], \"second\": \"new\""
-                     ", \"third\": [\"x\\u0000y\", {}]}");
-    test_free(t.s);
-    pool_free(&p);
-    check_freed();
-}
-END_TEST
-
 START_TEST(strings_are_written_as_utf8_whatever_they_are)
 {
     static const struct { const char *bytes; size_t n; const char *json; }
@@ -403,7 +319,7 @@ START_TEST(strings_are_written_as_utf8_whatever_they_are)
         struct text t = { 0 };
         add_json_string(&t, row[i].bytes, row[i].n);
         ck_assert_str_eq(t.s, row[i].json);
-        test_free(t.s);
+        free(t.s);
     }
     for (int i = 0; i < 3000; i++) {
         struct text t = { 0 };
@@ -413,7 +329,7 @@ START_TEST(strings_are_written_as_utf8_whatever_they_are)
                                                : random_u32(&rng));
         add_json_string(&t, s, sizeof s);
         EXPECT_MSG(parse_text(t.s, t.n, &why), "%s: %s", t.s, why.s);
-        test_free(t.s);
+        free(t.s);
     }
     forget_text();
 }
@@ -443,7 +359,7 @@ static int render_json(const char *text, int template, struct conversation c,
 #define SYSTEM(text) "{\"role\":\"system\",\"content\":" text "}"
 #define CHAT(messages) "{\"messages\":[" messages "]}"
 
-enum { LFM2 = TEMPLATE_LFM2, INSTRUCT, NEW, VL, A1B };
+enum { LFM2 = TEMPLATE_LFM2, INSTRUCT, NEW, VL, A1B, B26 };
 enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, OPEN = 8 };
 
 #define B "<|startoftext|>"
@@ -451,6 +367,7 @@ enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, OPEN = 8 };
 #define S(text) "<|im_start|>system\n" text "<|im_end|>\n"
 #define A(text) "<|im_start|>assistant\n" text "<|im_end|>\n"
 #define M(role, fields) "{\"role\":\"" role "\"," fields "}"
+#define TOOL "{\"name\":\"f\"}"
 #undef CALL                               /* run.c has another             */
 #define CALL(arguments) "\"tool_calls\":[{\"function\":{\"name\":\"f\"," \
                         "\"arguments\":" arguments "}}]"
@@ -466,10 +383,7 @@ static const struct {
     /* parts are joined, null is nothing */
     { LFM2, 0, CHAT(USER("[{\"type\":\"text\",\"text\":\"a\"},"
                          "{\"type\":\"text\",\"text\":\"b\"}]")), B U("ab") },
-    { INSTRUCT, 0, CHAT(USER("[]") "," USER("null")), B U("") U("") },
-    { VL, 0, CHAT(M("user", "\"x\":1") "," USER("null") "," USER("\"a\"")),
-      B "<|im_start|>user\n" U("") U("a") },
-    { NEW, 0, CHAT(M("user", "\"x\":1")), B U("") },
+    { INSTRUCT, 0, CHAT(USER("[]") "," USER("\"\"")), B U("") U("") },
     /* the system */
     { A1B, 0, CHAT(M("developer", "\"content\":\"x\"") "," USER("\"a\"")),
       B S("x") U("a") },
@@ -477,10 +391,11 @@ static const struct {
     { LFM2, 0, CHAT(SYSTEM("\"\"") "," SYSTEM("\"\"")), B S("") },
     { INSTRUCT, 0, "{\"messages\":[" SYSTEM("\"x\"") "],\"tools\":[]}",
       B S("x") },
-    { INSTRUCT, 0, "{\"messages\":[" USER("\"a\"") "],\"tools\":[\"t\",{}]}",
-      B S("List of tools: [t, {}]") U("a") },
-    { VL, 0, "{\"messages\":[" SYSTEM("\"x\"") "],\"tools\":[\"t\",{}]}",
-      B S("x\n\nToday's date: 2026-11-20\n\nList of tools: [\"t\", {}]") },
+    { INSTRUCT, 0, "{\"messages\":[" USER("\"a\"") "],\"tools\":[\"t\","
+      TOOL "]}", B S("List of tools: [t, {\"name\": \"f\"}]") U("a") },
+    { VL, 0, "{\"messages\":[" SYSTEM("\"x\"") "],\"tools\":[\"t\"," TOOL "]}",
+      B S("x\n\nToday's date: 2026-11-20\n\nList of tools: [\"t\", "
+          "{\"name\": \"f\"}]") },
     /* calls: strings in the manner of the template, the rest in Python's */
     { NEW, 0, CHAT(USER("\"a\"") ","
                    M("assistant", CALL("\"{\\\"x\\\": [\\\"it's\\\", 1e5, true,"
@@ -502,7 +417,17 @@ static const struct {
     { A1B, 0, CHAT(M("assistant", "\"tool_calls\":[]")),
       B A(CALL_START "[]" CALL_END) },
     { NEW, 0, CHAT(M("assistant", "\"tool_calls\":[]")), B A("") },
-    { A1B, 0, CHAT(M("assistant", "\"tool_calls\":null")), B A("") },
+    { A1B, 0, CHAT(M("assistant", "\"content\":\"\",\"tool_calls\":null")),
+      B A("") },
+    { B26, 0, CHAT(M("assistant", CALL("{\"x\":\"it's\\\\\\n\\r\",\"y\":"
+                                       "[null,\"'\"],\"z\":null}"))),
+      B A(CALL_START "[f(x='it\\'s\\\\\\n\\r', y=[null, \"'\"], z=None)]"
+          CALL_END) },
+    { B26, 0, CHAT(M("assistant", "\"tool_calls\":[],\"reasoning\":\"t\"")),
+      B A("<think>t</think>") },
+    { B26, GENERATE, CHAT(M("assistant", "\"reasoning\":\"t\",\"content\":"
+                            "\"</think> c\"") "," USER("\"a\"")),
+      B A("c") U("a") "<|im_start|>assistant\n<think>" },
     { LFM2, 0, CHAT(M("assistant", CALL("{}") ",\"content\":\"c\"")),
       B A("c") },
     /* thoughts of the past */
@@ -513,7 +438,8 @@ static const struct {
     { A1B, KEEP, CHAT(M("assistant", "\"reasoning_content\":\"t\"") ","
                       USER("\"a\"")), B A("<think>t</think>") U("a") },
     { NEW, 0, CHAT(M("assistant", "\"content\":\"<think>x</think>y</think>\\n"
-                     "\\u3000z \\u0085\"") "," M("assistant", "\"x\":1")),
+                     "\\u3000z \\u0085\"") ","
+                   M("assistant", "\"content\":\"\"")),
       B A("z") A("") },
     { INSTRUCT, KEEP, CHAT(M("assistant", "\"content\":\"x</think> y\"") ","
                            M("assistant", "\"content\":\"\"")),
@@ -544,7 +470,6 @@ START_TEST(conversations_are_written_down)
                               &why) == DONE, "%s", why.s);
     ck_assert_str_eq(r.text.s, rendering[_i].text);
     rendered_free(&r);
-    check_freed();
 }
 END_TEST
 
@@ -559,6 +484,10 @@ static const struct { const char *json, *why; } refused[] = {
       "messages[1].role is another string, expected" },
     { CHAT("{\"role\":7}"), "messages[0].role is a number" },
     { CHAT("{\"role\":\"user\\u0000\"}"), "messages[0].role is another" },
+    { CHAT(M("user", "\"x\":1")), "messages[0].content is nothing, expected" },
+    { CHAT(USER("null")), "messages[0].content is null, expected a string" },
+    { CHAT(M("assistant", "\"content\":null,\"tool_calls\":null")),
+      "messages[0] has no content, expected a string or tool_calls" },
     { CHAT(USER("7")), "messages[0].content is a number, expected a string" },
     { CHAT(USER("{}")), "messages[0].content is an object" },
     { CHAT(USER("\"a\\u0000b\"")), "messages[0].content has a NUL character "
@@ -585,8 +514,10 @@ static const struct { const char *json, *why; } refused[] = {
     { CHAT(M("assistant", CALL("\"[]\""))), "arguments is a string" },
     { "{\"messages\":[" USER("\"a\"") "],\"tools\":{}}",
       "tools is an object, expected an array" },
-    { "{\"messages\":[" USER("\"a\"") "],\"tools\":[{},7]}",
+    { "{\"messages\":[" USER("\"a\"") "],\"tools\":[" TOOL ",7]}",
       "tools[1] is a number, expected an object" },
+    { "{\"messages\":[" USER("\"a\"") "],\"tools\":[{\"type\":\"function\","
+      "\"function\":{\"name\":\"\"}}]}", "tools[0] has no name, expected a" },
 };
 
 START_TEST(bad_conversations_are_refused)
@@ -595,12 +526,11 @@ START_TEST(bad_conversations_are_refused)
     struct rendered r;
     struct why why = { "" };
 
-    for (int t = LFM2; t <= A1B; t++) {
+    for (int t = LFM2; t <= B26; t++) {
         ck_assert_int_eq(render_json(refused[_i].json, t, c, &r, &why), USAGE);
         ck_assert_msg(strstr(why.s, refused[_i].why) != NULL, "%s", why.s);
         rendered_free(&r);
     }
-    check_freed();
 }
 END_TEST
 
@@ -639,8 +569,8 @@ START_TEST(renderings_are_those_of_the_templates)
             struct conversation c = { .generate = 1, .date = "2026-11-20" };
             struct rendered r;
             int template = LFM2;
-            while (strcmp(template_names[template], t->key) != 0)
-                ck_assert_int_lt(template++, A1B);
+            while (strcmp(template_name(template), t->key) != 0)
+                ck_assert_int_lt(template++, B26);
             c.messages = json_get(v, "messages");
             c.tools = json_get(v, "tools");
             json_bool(json_get(v, "add_generation_prompt"), &c.generate);
@@ -651,7 +581,6 @@ START_TEST(renderings_are_those_of_the_templates)
     ck_assert_int_eq(n, 65);
     pool_free(&pool);
     free(file.p);
-    check_freed();
 }
 END_TEST
 
@@ -698,9 +627,8 @@ static const char *spell_json(const lfm2_tokenizer *words, const char *json,
                   why.s);
     ck_assert(encode_rendered(words, &r, special, &ids, &why) == DONE);
     s = spell(words, &ids);
-    test_free(ids.id);
+    free(ids.id);
     rendered_free(&r);
-    check_freed();
     return s;
 }
 
@@ -710,12 +638,13 @@ START_TEST(only_what_the_template_wrote_is_a_marker)
         "{\"messages\":[" SYSTEM("\"<|im_end|>\"") ","
         USER("\"<|tool_call_start|>\"") "," M("assistant", "\"content\":"
         "\"x<|tool_call_start|>[]<|tool_call_end|><|tool_call_<|im_end|>\"") ","
-        M("tool", "\"content\":\"<|tool_response_end|>\"") "],\"tools\":[{}]}";
+        M("tool", "\"content\":\"<|tool_response_end|>\"") "],\"tools\":["
+        "\"t\"]}";
     lfm2_tokenizer *words = open_tokenizer();
 
     ck_assert_str_eq(spell_json(words, json, LFM2, 0, 0),
         "{<|startoftext|>}{<|im_start|>}system\n<|im_end|>\nList of tools: "
-        "{<|tool_list_start|>}[{}]{<|tool_list_end|>}{<|im_end|>}\n"
+        "{<|tool_list_start|>}[t]{<|tool_list_end|>}{<|im_end|>}\n"
         "{<|im_start|>}user\n<|tool_call_start|>{<|im_end|>}\n"
         "{<|im_start|>}assistant\nx{<|tool_call_start|>}[]{<|tool_call_end|>}"
         "<|tool_call_<|im_end|>{<|im_end|>}\n{<|im_start|>}tool\n"
@@ -751,9 +680,30 @@ START_TEST(marks_without_a_token_are_text)
     n = lfm2_encode(words, text, strlen(text), 0, piece, 64);
     ck_assert_int_gt(ids.n, n + 2);
     ck_assert_mem_eq(piece, ids.id + ids.n - n - 2, (size_t)n * sizeof *piece);
-    test_free(ids.id);
+    free(ids.id);
     rendered_free(&r);
     lfm2_tokenizer_close(words);
+}
+END_TEST
+
+/* Clients hand thoughts back in the content; here <think> is a token. */
+START_TEST(thoughts_have_their_tokens)
+{
+    struct bytes file = load_file("tokenizer.bin");
+    lfm2_tokenizer *words;
+    uint8_t *p = file.p;
+
+    while (memcmp(p, "<|pad|>", 7) != 0)
+        p++;
+    memcpy(p, "<think>", 7);
+    ck_assert_int_eq(lfm2_tokenizer_open_memory(&words, file.p, file.n, NULL),
+                     LFM2_OK);
+    ck_assert_str_eq(spell_json(words, CHAT(USER("\"<think>\"") ","
+        M("assistant", "\"content\":\"<think>t</think>c\"")), LFM2, 0, 0),
+        "{<|startoftext|>}{<|im_start|>}user\n<think>{<|im_end|>}\n"
+        "{<|im_start|>}assistant\n{<think>}t</think>c{<|im_end|>}\n");
+    lfm2_tokenizer_close(words);
+    free(file.p);
 }
 END_TEST
 
@@ -768,39 +718,35 @@ START_TEST(tokens_are_those_of_lfm2_chat)
     for (int i = 0; i < COUNT(text) * COUNT(text) * 2; i++) {
         const char *role[] = { "system", "user", "assistant", "user" };
         lfm2_message msg[4];
-        struct pool pool = { 0 };
-        struct json *messages = json_array(&pool);
+        struct text t = { 0 };
         struct rendered r;
         struct ids ids = { NULL, 0 };
         struct why why;
         int32_t want[512];
         int first, n;
+        add_string(&t, "{\"messages\": [");
         for (int k = 0; k < 4; k++) {
-            struct json *m = json_object(&pool);
             msg[k].role = role[k];
             msg[k].content = text[(i / (k % 2 ? 1 : COUNT(text)) + k / 2) %
                                   COUNT(text)];
-            json_set(&pool, m, "role", json_string(&pool, role[k],
-                                                   strlen(role[k])));
-            json_set(&pool, m, "content",
-                     json_string(&pool, msg[k].content,
-                                 strlen(msg[k].content)));
-            json_append(&pool, messages, m);
+            member_open(&t, NULL, "{");
+            member_text(&t, "role", role[k]);
+            member_text(&t, "content", msg[k].content);
+            add_string(&t, "}");
         }
-        const struct conversation c = { .messages = messages,
-                                        .generate = i % 2 };
-        ck_assert(render(&c, LFM2, &r, &why) == DONE);
+        add_string(&t, "]}");
+        const struct conversation c = { .generate = i % 2 };
+        ck_assert(render_json(t.s, LFM2, c, &r, &why) == DONE);
         ck_assert(encode_rendered(words, &r, 0, &ids, &why) == DONE);
         first = msg[0].content[0] == '\0';      /* the template drops it     */
         n = lfm2_chat(words, msg + first, 4 - first, i % 2, want, 512);
         ck_assert_int_eq(ids.n, n);
         ck_assert_mem_eq(ids.id, want, (size_t)n * sizeof *want);
-        test_free(ids.id);
+        free(ids.id);
         rendered_free(&r);
-        pool_free(&pool);
+        free(t.s);
     }
     lfm2_tokenizer_close(words);
-    check_freed();
 }
 END_TEST
 
@@ -833,12 +779,12 @@ END_TEST
 
 /* ---------------------------------------------------- the choice of a model */
 
-/* A model with this template and name; its choice. */
-static int choice(const char *template, const char *name, int *known,
-                  struct why *why)
+/* A model with this template under this key, and a name; its choice. */
+static int choice_of(const char *key, const char *template, const char *name,
+                     int *known, struct why *why)
 {
     const struct edit edits[] = {
-        { RENAME, "lfm2.vocab_size", 0, 0, "tokenizer.chat_template", 0 },
+        { RENAME, "lfm2.vocab_size", 0, 0, key, 0 },
         { SET_STRING, "lfm2.vocab_size", 0, 0, template, 0 },
         { SET_STRING, "general.name", 0, 0, name, 0 },
         { NO_EDIT, NULL, 0, 0, NULL, 0 }
@@ -861,17 +807,39 @@ static int choice(const char *template, const char *name, int *known,
     return chosen;
 }
 
+static int choice(const char *template, const char *name, int *known,
+                  struct why *why)
+{
+    return choice_of("tokenizer.chat_template", template, name, known, why);
+}
+
+START_TEST(a_template_for_something_else_is_none)
+{
+    struct why why = { "" };
+    int known = 0;
+
+    ck_assert_int_eq(choice_of("tokenizer.chat_template.systemone",
+                               "List of tools: [", "x", &known, &why),
+                     TEMPLATE_NONE);
+    ck_assert_int_eq(known, 1);
+    ck_assert_str_eq(why.s, "the file has no chat template but "
+                     "tokenizer.chat_template.systemone, which is not for "
+                     "this, so text is continued as it is");
+}
+END_TEST
+
 START_TEST(an_edited_template_is_recognised)
 {
     static const struct { const char *template, *name; int chosen; } row[] = {
         { NULL, "LFM2.5", TEMPLATE_NONE },
         { "x <|tool_list_start|> List of tools: [", "LFM2.5", LFM2 },
         { "List of tools: [ preserve_thinking", "x", A1B },
-        { "Today's date: List of tools: [", "x", NEW },
-        { "strftime_now parse_content(message.content) "
-          "render_tool_calls(message.tool_calls)", "VL", NEW },
-        { "strftime_now render_tool_calls(message.tool_calls) "
-          "parse_content(message.content)", "x", VL },
+        { "strftime_now List of tools: [", "x", NEW },
+        { "strftime_now", "VL", NEW },
+        { "strftime_now continue_final_message", "x", VL },
+        { "preserve_thinking message.reasoning", "x", B26 },
+        { "preserve_thinking <|im_start|>assistant\\n<think>",
+          "LFM2.5-24B-A2B", A1B },
         { "List of tools: [", "x", INSTRUCT },
         { "", "LFM2-1.2B", LFM2 },
         { "{{ chatml }}", "LFM2.5-1.2B", INSTRUCT },
@@ -911,14 +879,15 @@ END_TEST
 /* The published templates, as they are and with other ends of lines. */
 START_TEST(published_templates_are_known)
 {
-    for (int t = LFM2; t <= A1B; t++) {
+    for (int t = LFM2; t <= B26; t++) {
         struct text crlf = { 0 };
         struct why why;
         struct bytes file;
         char name[64];
         const char *path;
         int known = 0;
-        snprintf(name, sizeof name, "chat/%s.jinja", template_names[t]);
+        snprintf(name, sizeof name, "%s/%s.jinja", t == B26 ? "review/cases" :
+                 "chat", template_name(t));
         path = shared_file(name);
         if (!path)
             return;
@@ -936,7 +905,7 @@ START_TEST(published_templates_are_known)
         crlf.s[100]++;
         ck_assert_int_eq(choice(crlf.s, "x", &known, &why), t);
         ck_assert_int_eq(known, 0);
-        test_free(crlf.s);
+        free(crlf.s);
         free(file.p);
     }
 }
@@ -956,8 +925,10 @@ END_TEST
 /* --------------------------------------------------------------- tool calls */
 
 #define C(body) CALL_START body CALL_END
-#define F(args) "[{\"name\": \"f\", \"arguments\": {" args "}}]"
+#define G(name, args) "[\"" name "\", {" args "}]"
+#define F(args) "[" G("f", args) "]"
 #define X(value) F("\"x\": " value)
+#define TEXT(body) "[]", C(body), 1, 0
 
 /* What a model wrote, the calls in it, the text around them, and how many were
  * not understood. */
@@ -971,118 +942,125 @@ static const struct calls_row {
     { "Let me see." C("[f()]") " Wait.", F(""), "Let me see. Wait.", 0, 0 },
     { C(" [ f ( x = 1 , ) , ] "), X("1"), "", 0, 0 },
     { C("f(x=1)"), X("1"), "", 0, 0 },
-    { C("f(x=1), f()"), "[{\"name\": \"f\", \"arguments\": {\"x\": 1}}, "
-      "{\"name\": \"f\", \"arguments\": {}}]", "", 0, 0 },
-    { C("[a.b-c.d_e(x_1=1)]"),
-      "[{\"name\": \"a.b-c.d_e\", \"arguments\": {\"x_1\": 1}}]", "", 0, 0 },
-    { C("[f(x=1), g(y=2)]"), "[{\"name\": \"f\", \"arguments\": {\"x\": 1}}, "
-      "{\"name\": \"g\", \"arguments\": {\"y\": 2}}]", "", 0, 0 },
-    { C("[f()]") "and" C("[f()]"), "[{\"name\": \"f\", \"arguments\": {}}, "
-      "{\"name\": \"f\", \"arguments\": {}}]", "and", 0, 0 },
+    { C("f(x=1), g()"), "[" G("f", "\"x\": 1") ", " G("g", "") "]", "", 0, 0 },
+    { C("[a.b-c.d_e(from=1)]"), "[" G("a.b-c.d_e", "\"from\": 1") "]", "", 0,
+      0 },
+    { C("[f(x=1), g(y=2)]"), "[" G("f", "\"x\": 1") ", " G("g", "\"y\": 2") "]",
+      "", 0, 0 },
+    { C("[f()]") "and" C("[g()]"), "[" G("f", "") ", " G("g", "") "]", "and", 0,
+      0 },
     { C("[]"), "[]", "", 0, 0 },
-    /* values */
-    { C("[f(x=[1, [2], {'a': {\"b\": (3, 4)}}, ()])]"),
-      X("[1, [2], {\"a\": {\"b\": [3, 4]}}, []]"), "", 0, 0 },
+    { C("f()\ng()"), "[" G("f", "") ", " G("g", "") "]", "", 0, 0 },
+    { C("f() g()"), TEXT("f() g()") },
+    /* values, besides those of test/calls.py */
+    { C("[f(x=[1, [2], {'a': {\"b\": (3, 4)}}, (), (5), (6,)])]"),
+      X("[1, [2], {\"a\": {\"b\": [3, 4]}}, [], 5, [6]]"), "", 0, 0 },
     { C("[f(x=[True, False, None, true, false, null])]"),
       X("[true, false, null, true, false, null]"), "", 0, 0 },
-    { C("[f(x=[0, -1, +2, 1.5, -2.5e-3, 1e5])]"),
-      X("[0, -1, 2, 1.5, -0.0025, 100000.0]"), "", 0, 0 },
-    { C("[f(x={1: 'a', b: 2, 'c': 3,})]"),
-      X("{\"1\": \"a\", \"b\": 2, \"c\": 3}"), "", 0, 0 },
-    { C("[f(x=1, x=2)]"), X("2"), "", 0, 0 },
-    { C("[f({'x': 1})]"), X("1"), "", 0, 0 },
-    /* strings */
-    { C("[f(x=\"it's\")]"), X("\"it's\""), "", 0, 0 },
-    { C("[f(x='say \"hi\"')]"), X("\"say \\\"hi\\\"\""), "", 0, 0 },
-    { C("[f(x='it\\'s', y=\"a\\\"b\\\\\")]"),
-      F("\"x\": \"it's\", \"y\": \"a\\\"b\\\\\""), "", 0, 0 },
-    { C("[f(x='it's')]"), X("\"it's\""), "", 0, 0 },
+    { C("[f(x=[-0, -1, +2, -(3), 0x1F, .5, 5., 1_000, -0.0])]"),
+      X("[0, -1, 2, -3, 31, 0.5, 5.0, 1000, -0.0]"), "", 0, 0 },
+    { C("[f(x={1: 'a', 'b': 2, 0x1: 'c',})]"),
+      X("{\"1\": \"c\", \"b\": 2}"), "", 0, 0 },
+    { C("[f(x={3, 1, 3}, y={'b', 'a',}, z=set())]"),
+      F("\"x\": [3, 1], \"y\": [\"b\", \"a\"], \"z\": []"), "", 0, 0 },
+    { C("[f({'x': 1},)]"), X("1"), "", 0, 0 },
+    { C("[f(x='a' \"b\" r'\\n' f'c' '''d'e''')]"), X("\"ab\\\\ncd'e\""), "", 0,
+      0 },
+    { C("[f(x='\\ud83d\\ude00\\U0001F600\\101\\/\\\r\n')]"),
+      X("\"\U0001f600\U0001f600A\\\\/\""), "", 0, 0 },
+    { C("[f(x='a\\x00b')]"), X("\"a\\u0000b\""), "", 0, 0 },
+    { C("[f(x\xff='\xff', x\x80\xfe=2)]"),
+      F("\"x\ufffd\": \"\ufffd\", \"x\ufffd\ufffd\": 2"), "", 0, 0 },
+    /* clear where Python sees an error */
     { C("[f(x='it's', y='o'clock')]"),
       F("\"x\": \"it's\", \"y\": \"o'clock\""), "", 0, 0 },
     { C("[f(x=\"a \"quoted\" word\")]"), X("\"a \\\"quoted\\\" word\""), "",
       0, 0 },
-    { C("[f(x='\\n\\t\\r\\a\\x41\\u00e9\\U0001F600\\/\\q')]"),
-      X("\"\\n\\t\\r\\u0007A\u00e9\U0001f600/\\\\q\""), "", 0, 0 },
-    { C("[f(x='\\ud83d\\ude00 \\ud83d \\ud83d\\u0041 \\UFFFFFFFF')]"),
-      X("\"\U0001f600 \ufffd \ufffdA \ufffd\""), "", 0, 0 },
-    { C("[f(x='C:\\users\\x\\777')]"), X("\"C:\\\\users\\\\x\\\\777\""), "",
-      0, 0 },
     { C("[f(x='a\nb\\\nc')]"), X("\"a\\nbc\""), "", 0, 0 },
-    { C("[f(x='')]"), X("\"\""), "", 0, 0 },
-    { C("[f(x='', y='')]"), F("\"x\": \"\", \"y\": \"\""), "", 0, 0 },
-    { C("[f(x='S\u00e3o [1] (2) {3}')]"), X("\"S\u00e3o [1] (2) {3}\""), "",
-      0, 0 },
-    { C("[f(x='\xff')]"), X("\"\ufffd\""), "", 0, 0 },
-    { C("[f(x\xff=1, x\x80=2)]"),
-      "[{\"name\": \"f\", \"arguments\": {\"x\ufffd\": 2}}]", "", 0, 0 },
-    { C("[f(x='a\\x00b')]"), X("\"a\\u0000b\""), "", 0, 0 },
+    { C("[f(x=\"say \"a\", b=\"c\" now\")]"),
+      TEXT("[f(x=\"say \"a\", b=\"c\" now\")]") },
+    { C("[f(x='a'if 1 else'b')]"), TEXT("[f(x='a'if 1 else'b')]") },
+    { C("[f(x='a' in 'b's')]"), TEXT("[f(x='a' in 'b's')]") },
+    { C("[f(x='a' + 'b')]"), TEXT("[f(x='a' + 'b')]") },
+    { C("[f(x='a' b'c')]"), TEXT("[f(x='a' b'c')]") },
+    { C("[f(x='it's' 'a')]"), TEXT("[f(x='it's' 'a')]") },
+    { C("[f(x='a' f'{b}')]"), TEXT("[f(x='a' f'{b}')]") },
+    { C("[f(x='5\" tall', y=\"5\" tall\")]"),
+      TEXT("[f(x='5\" tall', y=\"5\" tall\")]") },
     /* JSON */
-    { C("{\"name\": \"f\", \"arguments\": {\"x\": 1}}"), X("1"), "", 0, 0 },
+    { C("{\"name\": \"f\", \"arguments\": {\"x\": \"\\/\"}}"), X("\"/\""), "",
+      0, 0 },
     { C("[{\"name\": \"f\", \"parameters\": {\"x\": null}}]"), X("null"), "",
       0, 0 },
     { C("{\"name\": \"f\", \"arguments\": \"{\\\"x\\\": 1}\"}"), X("1"), "",
       0, 0 },
     { C("{\"type\": \"function\", \"function\": {\"name\": \"f\"}}"), F(""), "",
       0, 0 },
-    { C("{\"name\": \"f\"}, {\"name\": \"f\", \"arguments\": null}"),
-      "[{\"name\": \"f\", \"arguments\": {}}, {\"name\": \"f\", \"arguments\": "
-      "{}}]", "", 0, 0 },
-    /* the end is missing */
+    { C("{\"name\": \"f\"}\n{\"name\": \"g\", \"arguments\": null}"),
+      "[" G("f", "") ", " G("g", "") "]", "", 0, 0 },
+    { C("{\"name\": \"f\", \"arguments\": {\"x\": 1e400}}"),
+      TEXT("{\"name\": \"f\", \"arguments\": {\"x\": 1e400}}") },
+    /* the end is missing, or written twice */
     { "a" CALL_START "[f(x=1)]", X("1"), "a", 0, 0 },
     { CALL_START "[f(x=1)]", X("1"), "", 0, 1 },
+    { C("[f(x=1)"), X("1"), "", 0, 1 }, { CALL_START "[f()", F(""), "", 0, 0 },
+    { CALL_START "[f()", "[]", CALL_START "[f()", 0, 1 },
     { "a" CALL_START "[f(x='b", "[]", "a" CALL_START "[f(x='b", 1, 0 },
     { "a" CALL_START "[f(x='b", "[]", "a" CALL_START "[f(x='b", 0, 1 },
     { CALL_START "[f(x=1), g(", "[]", CALL_START "[f(x=1), g(", 0, 1 },
     { CALL_START, "[]", CALL_START, 0, 1 },
-    { CALL_START "[f()]" CALL_START "[g()]" CALL_END,
-      "[{\"name\": \"f\", \"arguments\": {}}, {\"name\": \"g\", \"arguments\": "
-      "{}}]", "", 0, 0 },
+    { CALL_START "[f()]" C("[g()]"), "[" G("f", "") ", " G("g", "") "]", "", 0,
+      0 },
     { "x" CALL_END "y", "[]", "x" CALL_END "y", 0, 0 },
+    { C("[f()]") CALL_END "[f()]" CALL_END "y", F(""), "[f()]y", 0, 0 },
     { "<|tool_call_" C("[f()]") "<|tool_call_st", F(""),
       "<|tool_call_<|tool_call_st", 0, 0 },
     /* not understood */
-    { C(""), "[]", C(""), 1, 0 }, { C("hello"), "[]", C("hello"), 1, 0 },
-    { C("[f(1)]"), "[]", C("[f(1)]"), 1, 0 },
-    { C("[f('a')]"), "[]", C("[f('a')]"), 1, 0 },
-    { C("[f({'a': 1}, b=2)]"), "[]", C("[f({'a': 1}, b=2)]"), 1, 0 },
-    { C("[f(x=g())]"), "[]", C("[f(x=g())]"), 1, 0 },
-    { C("[f()], f()"), "[]", C("[f()], f()"), 1, 0 },
-    { C("{\"name\": \"f\", \"arguments\": g()}"), "[]",
-      C("{\"name\": \"f\", \"arguments\": g()}"), 1, 0 },
-    { C("[[f()]]"), "[]", C("[[f()]]"), 1, 0 },
-    { C("[f(**{'a': 1})]"), "[]", C("[f(**{'a': 1})]"), 1, 0 },
-    { C("[f(x={1, 2})]"), "[]", C("[f(x={1, 2})]"), 1, 0 },
-    { C("[f(x=1 y=2)]"), "[]", C("[f(x=1 y=2)]"), 1, 0 },
-    { C("[f(x=1_000)]"), "[]", C("[f(x=1_000)]"), 1, 0 },
-    { C("[f(x=007)]"), "[]", C("[f(x=007)]"), 1, 0 },
-    { C("[f(x=1e999)]"), "[]", C("[f(x=1e999)]"), 1, 0 },
-    { C("[f(x=1-2)]"), "[]", C("[f(x=1-2)]"), 1, 0 },
-    { C("[f(x=]"), "[]", C("[f(x=]"), 1, 0 },
-    { C("[f(x=1]"), "[]", C("[f(x=1]"), 1, 0 },
-    { C("[f(),,f()]"), "[]", C("[f(),,f()]"), 1, 0 },
-    { C("[f(x='\\"), "[]", C("[f(x='\\"), 1, 0 },
-    { C("['f']"), "[]", C("['f']"), 1, 0 },
-    { C("{\"name\": 1}"), "[]", C("{\"name\": 1}"), 1, 0 },
-    { C("{\"name\": \"f\", \"arguments\": [1]}"), "[]",
-      C("{\"name\": \"f\", \"arguments\": [1]}"), 1, 0 },
+    { C(""), TEXT("") }, { C("hello"), TEXT("hello") },
+    { C("[f(1)]"), TEXT("[f(1)]") }, { C("[f('a')]"), TEXT("[f('a')]") },
+    { C("[f({'a': 1}, b=2)]"), TEXT("[f({'a': 1}, b=2)]") },
+    { C("[f({1})]"), TEXT("[f({1})]") },
+    { C("[f(x=g())]"), TEXT("[f(x=g())]") },
+    { C("[f()], f()"), TEXT("[f()], f()") },
+    { C("{\"name\": \"f\", \"arguments\": g()}"),
+      TEXT("{\"name\": \"f\", \"arguments\": g()}") },
+    { C("[[f()]]"), TEXT("[[f()]]") }, { C("[-f()]"), TEXT("[-f()]") },
+    { C("[f(**{'a': 1})]"), TEXT("[f(**{'a': 1})]") },
+    { C("[f(x=1, x=2)]"), TEXT("[f(x=1, x=2)]") },
+    { C("[f(x={1, 'a'}, y={a: 1})]"), TEXT("[f(x={1, 'a'}, y={a: 1})]") },
+    { C("[f(x=1 y=2)]"), TEXT("[f(x=1 y=2)]") },
+    { C("[f(x=1-2)]"), TEXT("[f(x=1-2)]") }, { C("[f(x=]"), TEXT("[f(x=]") },
+    { C("[f(x=1]"), TEXT("[f(x=1]") }, { C("[f(),,f()]"), TEXT("[f(),,f()]") },
+    { C("[f(x='\\ud83d')]"), TEXT("[f(x='\\ud83d')]") },
+    { C("[f(x='\\"), TEXT("[f(x='\\") }, { C("['f']"), TEXT("['f']") },
+    { C("{\"name\": 1}"), TEXT("{\"name\": 1}") },
+    { C("{\"name\": \"\"}"), TEXT("{\"name\": \"\"}") },
+    { C("{\"name\": \"f\", \"arguments\": [1]}"),
+      TEXT("{\"name\": \"f\", \"arguments\": [1]}") },
     { "a" C("[") "b" C("[f()]") "c" C("]") "d", F(""),
       "a" C("[") "bc" C("]") "d", 2, 0 },
 };
 
 /* Reads a copy that ends where the text ends. */
-static int calls_in(const char *s, size_t n, int cut, struct text *calls,
+static int calls_in(const char *s, size_t n, int cut, struct text *out,
                     struct text *rest)
 {
-    struct pool pool = { 0 };
-    struct json *v;
+    struct calls calls;
     char *copy = malloc(n + !n);
     int bad;
 
     memcpy(copy, s, n);
-    calls->n = rest->n = 0;
-    bad = parse_calls(&pool, copy, n, cut, &v, rest);
-    add_json(calls, v);
-    pool_free(&pool);
+    out->n = rest->n = 0;
+    bad = parse_calls(copy, n, cut, &calls, rest);
+    member_open(out, NULL, "[");
+    for (int i = 0; i < calls.n; i++) {
+        member_open(out, NULL, "[");
+        member_text(out, NULL, calls.call[i].name.s);
+        member_open(out, NULL, calls.call[i].arguments.s);
+        add_string(out, "]");
+    }
+    add_string(out, "]");
+    free_calls(&calls);
     free(copy);
     return bad;
 }
@@ -1096,9 +1074,8 @@ START_TEST(calls_are_understood)
                               &rest), row->bad);
     ck_assert_str_eq(calls.s, row->calls);
     ck_assert_str_eq(rest.s, row->rest);
-    test_free(calls.s);
-    test_free(rest.s);
-    check_freed();
+    free(calls.s);
+    free(rest.s);
 }
 END_TEST
 
@@ -1124,9 +1101,8 @@ START_TEST(damaged_calls_do_no_harm)
                 EXPECT(rest.n <= n);
         }
     }
-    test_free(calls.s);
-    test_free(rest.s);
-    check_freed();
+    free(calls.s);
+    free(rest.s);
 }
 END_TEST
 
@@ -1149,144 +1125,57 @@ START_TEST(hostile_calls_take_no_time)
         ck_assert_uint_eq(rest.n, t.n);
         ck_assert_mem_eq(rest.s, t.s, t.n);
     }
-    test_free(calls.s);
-    test_free(rest.s);
-    test_free(t.s);
+    free(calls.s);
+    free(rest.s);
+    free(t.s);
 }
 END_TEST
 
-/* ---------------------------------------------- every allocation may fail */
-
-static int try_parse(void)
+/* Random calls, damaged ones among them, against Python's own reader.  More of
+ * them: LFM2_CALLS=100000 build/test/check_chat */
+START_TEST(values_are_those_of_python)
 {
-    static const char text[] = "{\"a\":[1,\"b\",{\"c\":2.5}],\"a\":null}";
-    struct pool pool = { 0 };
-    struct why why = { "" };
-    struct json *v;
-    int code = json_parse(&pool, text, sizeof text - 1, &v, &why);
+    const char *n = getenv("LFM2_CALLS");
+    char command[128], *line = NULL;
+    struct text calls = { 0 }, rest = { 0 }, t = { 0 };
+    size_t cap = 0;
+    long n_read = 0, known = 0;
+    FILE *f;
 
-    pool_free(&pool);
-    EXPECT(code == DONE || strstr(why.s, "no memory"));
-    return code;
-}
-
-static int try_render(void)
-{
-    static const char text[] = "{\"messages\":[" USER("[{\"type\":\"text\","
-        "\"text\":\"a\"}]") "," M("assistant", CALL("\"{}\"") ",\"content\":"
-        "\"x<|tool_call_start|>\"") "],\"tools\":[{}]}";
-    struct pool pool = { 0 };
-    struct why why = { "" };
-    struct json *v;
-    struct rendered r = { .n_marks = 0 };
-    int code = json_parse(&pool, text, sizeof text - 1, &v, &why);
-
-    if (code == DONE) {
-        const struct conversation c = { .messages = json_get(v, "messages"),
-                                        .tools = json_get(v, "tools"),
-                                        .date = "2026-11-20", .generate = 1 };
-        code = render(&c, NEW, &r, &why);
+    if (system("python3 -c 'import ast' 2>/dev/null") != 0) {
+        puts("skipped: python3 is not there");
+        return;
     }
-    rendered_free(&r);
-    pool_free(&pool);
-    EXPECT_MSG(code == DONE || strstr(why.s, "no memory"), "%s", why.s);
-    return code;
-}
-
-static int try_calls(void)
-{
-    static const char text[] = "a" C("[f(x='y', z=[1, 2.5], u={'v': 1})]")
-                               C("{\"name\": \"f\", \"arguments\": \"\"}") "b";
-    struct pool pool = { 0 };
-    struct text rest = { 0 }, out = { 0 };
-    struct json *v;
-    int failed;
-
-    parse_calls(&pool, text, sizeof text - 1, 0, &v, &rest);
-    add_json(&out, v);
-    failed = pool.failed || rest.failed || out.failed;
-    pool_free(&pool);
-    test_free(rest.s);
-    test_free(out.s);
-    return failed ? NO_MEMORY : DONE;
-}
-
-START_TEST(each_allocation_may_fail)
-{
-    static int (*const try[])(void) = { try_parse, try_render, try_calls };
-
-    for (int i = 0; i < COUNT(try); i++)
-        for (int k = 0;; k++) {
-            int code;
-            sys.left = k;
-            sys.failed = 0;
-            code = try[i]();
-            sys.left = -1;
-            check_freed();
-            EXPECT(code == (sys.failed ? NO_MEMORY : DONE));
-            if (!sys.failed) {
-                EXPECT(k > 0);
-                break;
-            }
+    snprintf(command, sizeof command, "python3 test/calls.py -n %ld",
+             n ? atol(n) : 4000);
+    ck_assert((f = popen(command, "r")) != NULL);
+    for (ssize_t len; (len = getline(&line, &cap, f)) > 0; n_read++) {
+        struct why why;
+        struct json *v = parse_text(line, (size_t)len, &why);
+        const struct json *want = json_get(v, "calls");
+        ck_assert_msg(v != NULL, "%s: %s", line, why.s);
+        t.n = 0;
+        add_string(&t, CALL_START);
+        add(&t, json_get(v, "text")->s, json_get(v, "text")->n);
+        add_string(&t, CALL_END);
+        const int bad = calls_in(t.s, t.n, 0, &calls, &rest);
+        EXPECT(bad ? rest.n == t.n : rest.n == 0);
+        if (json_is(want, JSON_STRING))
+            continue;
+        known++;
+        EXPECT_MSG(bad == json_is(want, JSON_NULL), "%s: %s", t.s, calls.s);
+        t.n = 0;
+        if (json_is(want, JSON_ARRAY)) {
+            add_json(&t, want);
+            EXPECT_MSG(strcmp(t.s, calls.s) == 0, "%s: %s", line, calls.s);
         }
-}
-END_TEST
-
-/* The program from the file to the last word.  The library is not compiled
- * with the stand-ins, see check_alloc.c. */
-static void write_temporary(char *path, const void *p, size_t n)
-{
-    const int fd = mkstemp(path);
-
-    ck_assert(fd >= 0 && write(fd, p, n) == (ssize_t)n && close(fd) == 0);
-}
-
-static int (*const ways[])(const struct settings *) = { work_on_model, batch };
-
-START_TEST(each_allocation_of_a_run_may_fail)
-{
-    static const char lines[] =
-        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n"
-        "{\"prompt\": \"a\", \"logprobs\": 1, \"echo\": true, \"stop\": "
-        "[\"x\", \"y\"], \"logit_bias\": {\"1\": 2}}\n";
-    const struct tiny tiny = { .n_embd = 32, .words = 1 };
-    struct bytes file = tiny_model(&tiny);
-    char model[] = "/tmp/lfm2-model-XXXXXX", in[] = "/tmp/lfm2-in-XXXXXX";
-    char session[] = "/tmp/lfm2-session-XXXXXX";
-    struct settings s = defaults;
-    int code = NO_MEMORY, errors = 0;
-
-    write_temporary(model, file.p, file.n);
-    write_temporary(in, lines, sizeof lines - 1);
-    write_temporary(session, "", 0);
-    s.model = model;
-    s.template = TEMPLATE_LFM2;
-    s.sandbox = SANDBOX_OFF;              /* there is more than one run      */
-    s.threads = s.parallel = s.json = s.quiet = 1;
-    s.predict = 2;
-    s.logprobs = _i / 2 ? -1 : 1;
-    s.file = _i / 2 ? in : NULL;
-    s.prompt = "a";
-    s.session = session;
-    sys.once = _i % 2;
-    ck_assert(freopen("/dev/null", "w", stdout) && work_on_model(&s) == DONE);
-    ck_assert_ptr_nonnull(freopen("/dev/null", "w", stderr));
-    for (int k = 0; code != DONE || sys.failed; k++) {
-        sys.left = k;
-        sys.failed = 0;
-        code = ways[_i / 2](&s);
-        sys.left = -1;
-        check_freed();
-        EXPECT_MSG(code == NO_MEMORY || code == DONE ||
-                   (_i / 2 && code == PARTLY), "allocation %d: %d", k, code);
-        EXPECT(sys.failed || code == DONE);
-        errors += code != DONE;
     }
-    EXPECT_MSG(errors > 30, "%d", errors);
-    remove(model);
-    remove(in);
-    remove(session);
-    free(file.p);
+    ck_assert(pclose(f) == 0 && n_read > 0 && known > n_read / 4);
+    free(line);
+    free(calls.s);
+    free(rest.s);
+    free(t.s);
+    forget_text();
 }
 END_TEST
 
@@ -1304,7 +1193,6 @@ Suite *chat_suite(void)
     tcase_add_test(c, objects_have_only_so_many_members);
     tcase_add_test(c, there_is_an_end_to_memory);
     tcase_add_test(c, values_are_what_they_are);
-    tcase_add_test(c, trees_can_be_built);
     tcase_add_test(c, strings_are_written_as_utf8_whatever_they_are);
     tcase_add_loop_test(c, conversations_are_written_down, 0, COUNT(rendering));
     tcase_add_loop_test(c, bad_conversations_are_refused, 0, COUNT(refused));
@@ -1312,8 +1200,10 @@ Suite *chat_suite(void)
     tcase_add_test(c, renderings_are_those_of_the_templates);
     tcase_add_test(c, only_what_the_template_wrote_is_a_marker);
     tcase_add_test(c, marks_without_a_token_are_text);
+    tcase_add_test(c, thoughts_have_their_tokens);
     tcase_add_test(c, tokens_are_those_of_lfm2_chat);
     tcase_add_test(c, a_vocabulary_without_markers_cannot_chat);
+    tcase_add_test(c, a_template_for_something_else_is_none);
     tcase_add_test(c, an_edited_template_is_recognised);
     tcase_add_test(c, the_model_that_ships_is_known);
     tcase_add_test(c, published_templates_are_known);
@@ -1321,8 +1211,7 @@ Suite *chat_suite(void)
     tcase_add_loop_test(c, calls_are_understood, 0, COUNT(calls_row));
     tcase_add_test(c, damaged_calls_do_no_harm);
     tcase_add_test(c, hostile_calls_take_no_time);
-    tcase_add_test(c, each_allocation_may_fail);
-    tcase_add_loop_test(c, each_allocation_of_a_run_may_fail, 0, 4);
+    tcase_add_test(c, values_are_those_of_python);
     suite_add_tcase(s, c);
     return s;
 }

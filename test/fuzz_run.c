@@ -45,19 +45,6 @@ static int same(const struct text *a, const struct text *b)
 
 /* --------------------------------------------------------------------- JSON */
 
-/* Infinity is how Python writes what is beyond all numbers; nobody reads it. */
-static int is_finite(const struct json *v)
-{
-    double x;
-
-    if (v->type == JSON_NUMBER && json_double(v, &x) != 0)
-        return 0;
-    for (const struct json *c = v->first; c; c = c->next)
-        if (!is_finite(c))
-            return 0;
-    return 1;
-}
-
 /* What was written is read again as the same. */
 static void check_again(const struct json *v)
 {
@@ -88,8 +75,7 @@ void fuzz_json(const uint8_t *data, size_t n)
         REQUIRE(!python.failed);
         json_int(v, -100, 100, &whole);
         json_text(json_get(v, "a"));
-        if (is_finite(v))
-            check_again(v);
+        check_again(v);
     }
     free(python.s);
     pool_free(&pool);
@@ -135,20 +121,23 @@ void fuzz_calls(const uint8_t *data, size_t n)
 {
     struct pool pool = { 0 };
     struct text rest = { 0 };
-    struct json *calls;
+    struct calls calls;
+    struct json *v;
+    struct why why = { "" };
     const char *s = (const char *)data;
-    int bad;
 
     if (n == 0)
         return;
-    bad = parse_calls(&pool, s + 1, n - 1, s[0] & 1, &calls, &rest);
-    REQUIRE(bad >= 0 && calls && !rest.failed && !pool.failed);
+    REQUIRE(parse_calls(s + 1, n - 1, s[0] & 1, &calls, &rest) >= 0);
     REQUIRE(rest.n <= n - 1);
-    check_again(calls);
-    for (const struct json *c = calls->first; c; c = c->next) {
-        REQUIRE(json_text(json_get(c, "name")));
-        REQUIRE(json_is(json_get(c, "arguments"), JSON_OBJECT));
+    for (int i = 0; i < calls.n; i++) {
+        const struct text *t = &calls.call[i].arguments;
+        REQUIRE(calls.call[i].name.n > 0);
+        REQUIRE(json_parse(&pool, t->s, t->n, &v, &why) == DONE);
+        REQUIRE(json_is(v, JSON_OBJECT));
+        check_again(v);
     }
+    free_calls(&calls);
     free(rest.s);
     pool_free(&pool);
     check_parts(s + 1, n - 1);
