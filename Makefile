@@ -19,6 +19,7 @@
 # make wasm         build/run.wasm, for node scripts/run_wasm.mjs
 # make install      DESTDIR= PREFIX=/usr/local
 # make pictures     those of the README again
+# make man          the options of --help into scripts/lfm2.1
 # make bench        models of the real shapes with random weights, and their speed;
 #                   BENCH_MODELS="350m:q4_0 1.2b:q4_0" names them (needs numpy),
 #                   BENCH="-p 512 -n 128" sets options of ./run --bench, and
@@ -130,6 +131,12 @@ pictures: run
 	    $(PICTURE) surprisal - -o scripts/pictures/surprisal.svg
 	./run $(STORY) --experts build/experts.csv
 	$(PICTURE) routing build/experts.csv -o scripts/pictures/routing.svg
+
+# ------------------------------------------------------------------ the manual
+
+man: run | build
+	scripts/make_man.sh ./run > build/lfm2.1
+	mv build/lfm2.1 scripts/lfm2.1
 
 # ------------------------------------------------------------------- the tests
 
@@ -294,6 +301,6 @@ clean:
 
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
-.PHONY: demo pictures lib install static wasm debug have-check check check-debug \
+.PHONY: demo pictures man lib install static wasm debug have-check check check-debug \
         check-bits check-ports check-boot check-bare check-tsan check-valgrind \
         fuzz fuzz-replay bench clean
