@@ -1,6 +1,7 @@
 #!/bin/sh
 # What the README promises: its C program compiles against the installed library
-# and answers; the commands it names exist.
+# and answers, its commands work, its numbers are those of the small model, and
+# what it names exists.
 . test/lib.sh
 
 sed -n '/^```c$/,/^```$/p' README.md | sed '/^```/d' >"$dir/program.c"
@@ -43,9 +44,9 @@ sed -n 's/^| \(`embed_tokens`\|`layers[^|]*`\) |.*|.*| \([0-9]*\) | \(.*\) |$/\1
 holds "it follows one token" [ "$(wc -l <"$dir/told")" -ge 20 ]
 comm -23 "$dir/told" "$dir/numbers" >"$dir/wrong"
 holds "with the numbers of a trace" sh -c "cat '$dir/wrong'; [ ! -s '$dir/wrong' ]"
-for function in $(sed -n '/^## One token/,/^## /p' README.md |
-    grep -o '`[a-z_]*()`' | tr -d '`()' | sort -u); do
-    holds "$function() exists" grep -q "^static .*[ *]$function(" lfm2.c
+for function in $(grep -o '`[a-z0-9_]*()`' README.md | tr -d '`()' |
+    sort -u); do
+    holds "$function() exists" grep -q "^[a-z].*[ *]$function(" lfm2.c
 done
 for script in $(grep -o 'scripts/[a-z_]*\.[a-z]*' README.md | sort -u); do
     holds "$script exists" [ -e "$script" ]
@@ -54,4 +55,27 @@ for target in $(grep -o 'make [a-z][a-z-]*' README.md | sort -u |
     sed 's/make //'); do
     holds "make $target exists" grep -q "^$target:" Makefile
 done
+
+# Each command is run with the small model for every other, and standard input
+# for those that want it.  --bench and chats would take long, or a terminal.
+root=$PWD
+case $run in /*) ;; *) run=$root/$run ;; esac
+mkdir "$dir/here"
+cd "$dir/here" || exit 1
+ln -s "$run" run
+ln -s "$root/test" "$root/scripts" .
+for name in $(grep -o '[A-Za-z0-9._-]*\.gguf' "$root/README.md" | sort -u); do
+    ln -s test/tiny.gguf "$name"
+done
+echo "What is GGUF?" | tee question >notes.txt
+echo '{"custom_id": "a1", "prompt": "GGUF is", "max_tokens": 3}' >in.jsonl
+sed -n '/^```/,/^```/d; s/^    //p' "$root/README.md" |
+    sed -e :more -e '/[|\\]$/N; s/\\*\n */ /; t more' |
+    grep '^\./run ' | grep -v -e --bench >"$dir/commands"
+holds "there are commands" [ "$(wc -l <"$dir/commands")" -ge 12 ]
+while read -r command; do
+    limited sh -c "$command" <question >"$dir/out" 2>"$dir/said"
+    result $? "$command"
+done <"$dir/commands"
+cd "$root" || exit 1
 finish
