@@ -15,6 +15,17 @@ cc=${CC:-cc}
 holds "it compiles without a warning" "$cc" -std=c11 -Wall -Wextra -Werror \
     -pedantic -I "$dir/root/usr/include" -o "$dir/program" "$dir/program.c" \
     "$dir/root/usr/lib/liblfm2.a" -lm -pthread
+if command -v pkg-config >/dev/null; then
+    # This root is none of the system's, so what it holds is named in full.
+    line=$(sed -n "s|^    cc \(-o program .*\)|$cc \1|p" README.md)
+    holds "it compiles as the README says" env \
+        PKG_CONFIG_SYSROOT_DIR="$dir/root" \
+        PKG_CONFIG_PATH="$dir/root/usr/lib/pkgconfig" \
+        PKG_CONFIG_ALLOW_SYSTEM_CFLAGS=1 PKG_CONFIG_ALLOW_SYSTEM_LIBS=1 \
+        sh -c "cd '$dir' && $line"
+else
+    echo "skipped: the line that compiles it, there is no pkg-config"
+fi
 if command -v c++ >/dev/null; then
     holds "the header is good C++" c++ -x c++ -std=c++11 -Wall -Wextra \
         -pedantic -fsyntax-only -include "$dir/root/usr/include/lfm2.h" \
@@ -22,7 +33,8 @@ if command -v c++ >/dev/null; then
 else
     echo "skipped: the header as C++, there is no c++"
 fi
-"$dir/program" test/tiny.gguf "What is LFM2?" >"$dir/answer" 2>&1
+LD_LIBRARY_PATH="$dir/root/usr/lib" "$dir/program" test/tiny.gguf \
+    "What is LFM2?" >"$dir/answer" 2>&1
 "$run" -q --temp 0 test/tiny.gguf "What is LFM2?" >"$dir/expected"
 holds "and answers as the command line does" cmp "$dir/expected" "$dir/answer"
 holds "the shared library exports the header and nothing else" sh -c "
@@ -30,6 +42,8 @@ holds "the shared library exports the header and nothing else" sh -c "
     sed '/^typedef/d' lfm2.h | grep -o 'lfm2_[a-z0-9_]*(' | tr -d '(' |
         sort -u >'$dir/all'
     diff '$dir/all' '$dir/has'"
+holds "make uninstall" make -s uninstall DESTDIR="$dir/root" PREFIX=/usr
+holds "leaves no file" [ -z "$(find "$dir/root" ! -type d)" ]
 # One token, step by step: names, sizes and numbers are those of a trace.
 "$run" -q test/tiny.gguf --raw -n 0 --trace "$dir/trace" --trace-tokens 2 \
     "A short convolution"
