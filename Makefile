@@ -18,7 +18,6 @@
 # make static       build/run-static, which needs nothing but a kernel
 # make wasm         build/run.wasm, for node scripts/run_wasm.mjs
 # make install      DESTDIR= PREFIX=/usr/local
-# make uninstall    the same
 # make pictures     those of the README again
 # make man          the options of --help into scripts/lfm2.1
 # make bench        models of the real shapes with random weights, and their speed;
@@ -71,7 +70,8 @@ SONAME  := $(if $(filter Darwin,$(shell uname)),,-Wl,-soname,liblfm2.so.0)
 build/liblfm2.so: build/pic/lfm2.o
 	$(CC) $(CFLAGS) $(LDFLAGS) -shared $(SONAME) -o $@ $^ $(LIBS)
 
-build/lfm2.pc: | build                    # for each PREFIX again
+.PHONY: build/lfm2.pc                     # PREFIX may be another each time
+build/lfm2.pc: | build
 	printf '%s\n' 'prefix=$(PREFIX)' 'Name: lfm2' \
 	    'Description: LFM2 language models on the CPU' \
 	    'Version: $(VERSION)' 'Cflags: -I$${prefix}/include' \
@@ -87,15 +87,6 @@ install: run lib build/lfm2.pc
 	ln -sf liblfm2.so.0 $(DESTDIR)$(PREFIX)/lib/liblfm2.so
 	install -m 644 build/lfm2.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/
 	install -m 644 scripts/lfm2.1 $(DESTDIR)$(PREFIX)/share/man/man1/
-	@[ -n "$(DESTDIR)" ] || { ldconfig 2>/dev/null && \
-	    ldconfig -p | grep -q '$(PREFIX)/lib/liblfm2.so.0'; } || \
-	    echo "programs find liblfm2.so with LD_LIBRARY_PATH=$(PREFIX)/lib, or" \
-	        "after ldconfig as root if that folder is one of the system's"
-
-uninstall:
-	cd $(DESTDIR)$(PREFIX) && rm -f bin/lfm2 include/lfm2.h lib/liblfm2.a \
-	    lib/liblfm2.so lib/liblfm2.so.0 lib/pkgconfig/lfm2.pc \
-	    share/man/man1/lfm2.1
 
 # ------------------------------------------------------------------- elsewhere
 
@@ -144,6 +135,7 @@ pictures: run
 
 # ------------------------------------------------------------------ the manual
 
+.PHONY: man
 man: run | build
 	scripts/make_man.sh ./run > build/lfm2.1
 	mv build/lfm2.1 scripts/lfm2.1
@@ -311,6 +303,6 @@ clean:
 
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
-.PHONY: demo pictures man lib build/lfm2.pc install uninstall static wasm \
-        debug have-check check check-debug check-bits check-ports check-boot \
-        check-bare check-tsan check-valgrind fuzz fuzz-replay bench clean
+.PHONY: demo pictures lib install static wasm debug have-check check check-debug \
+        check-bits check-ports check-boot check-bare check-tsan check-valgrind \
+        fuzz fuzz-replay bench clean
