@@ -20,6 +20,7 @@
 # make install      DESTDIR= PREFIX=/usr/local
 # make uninstall    the same
 # make pictures     those of the README again
+# make man          the options of --help into scripts/lfm2.1
 # make bench        models of the real shapes with random weights, and their speed;
 #                   BENCH_MODELS="350m:q4_0 1.2b:q4_0" names them (needs numpy),
 #                   BENCH="-p 512 -n 128" sets options of ./run --bench, and
@@ -70,7 +71,8 @@ SONAME  := $(if $(filter Darwin,$(shell uname)),,-Wl,-soname,liblfm2.so.0)
 build/liblfm2.so: build/pic/lfm2.o
 	$(CC) $(CFLAGS) $(LDFLAGS) -shared $(SONAME) -o $@ $^ $(LIBS)
 
-build/lfm2.pc: Makefile lfm2.h | build
+.PHONY: build/lfm2.pc                     # PREFIX may be another each time
+build/lfm2.pc: | build
 	printf '%s\n' 'prefix=$(PREFIX)' 'Name: lfm2' \
 	    'Description: LFM2 language models on the CPU' \
 	    'Version: $(VERSION)' 'Cflags: -I$${prefix}/include' \
@@ -145,6 +147,13 @@ pictures: run
 	python3 scripts/trace.py experts build/story.jsonl build/story.f32 \
 	    -o build/experts.csv
 	$(PICTURE) routing build/experts.csv -o scripts/pictures/routing.svg
+
+# ------------------------------------------------------------------ the manual
+
+.PHONY: man
+man: run | build
+	scripts/make_man.sh ./run > build/lfm2.1
+	mv build/lfm2.1 scripts/lfm2.1
 
 # ------------------------------------------------------------------- the tests
 

@@ -20,6 +20,17 @@
 #
 #     awk '{ sub(/{/, "{\"custom_id\":\"" NR "\","); print }' IN >IN.jsonl
 #
+# On one machine the same goes without this script (not with --resume-failed or
+# --retries: with --pipepart, parallel 20221122 then repeats the wrong parts):
+#
+#     parallel --pipepart -a IN.jsonl --block -1 -k -j4 \
+#         ./run MODEL.gguf --batch -t 1 >OUT.jsonl
+#
+# Spark, where a part of the text is a file of its own, in Python:
+#
+#     sc.textFile("IN.jsonl").pipe(
+#         "sh -c './run MODEL.gguf --batch || [ $? -eq 7 ]'", checkCode=True)
+#
 # Exit status: 0 done, 1 some parts failed (-r tries them again), 2 usage,
 # 3 a file, 7 done, but some lines could not be answered.
 set -eu

@@ -32,11 +32,11 @@ def tokens_of(content, answer):
             for t in content if t is not None]
 
 
-def tokens_of_columns(log):
+def tokens_of_columns(log, answer):
     """Of the log probabilities of /v1/completions."""
     best = log.get("top_logprobs") or [None] * len(log["tokens"])
     return [Token(str(t)[:MOST_LETTERS], bits(l),
-                  [(str(k), bits(v)) for k, v in (b or {}).items()], False)
+                  [(str(k), bits(v)) for k, v in (b or {}).items()], answer)
             for t, l, b in zip(log["tokens"], log["token_logprobs"], best)]
 
 
@@ -47,10 +47,10 @@ def read_tokens(f):
         doc = doc["response"]["body"] if "response" in doc else doc
         said = doc["choices"][0] if "choices" in doc else doc
         log = said.get("logprobs") or {}
-        if "tokens" in log:
-            return tokens_of_columns(log)
-        return tokens_of(said.get("prompt_logprobs") or (), False) + \
-            tokens_of(log.get("content") or (), True)
+        prompt = tokens_of(said.get("prompt_logprobs") or (), False)
+        if "tokens" in log:               # of the prompt, too, if that was told with "echo"
+            return prompt + tokens_of_columns(log, len(prompt) > 0)
+        return prompt + tokens_of(log.get("content") or (), True)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as e:
         raise Unfit("no log probabilities of tokens (%s: %.60s)" % (type(e).__name__, e))
 

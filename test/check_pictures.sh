@@ -96,8 +96,8 @@ END
 "$run" test/tiny.gguf --raw -n 4 --temp 0 --json --logprobs 3 \
     "A short <convolution> & \"more\"" >"$dir/text.json" 2>"$dir/err"
 n=$("$python" -c 'import json, sys
-d = json.load(sys.stdin)
-print(len(d["prompt_logprobs"]) - 1 + len(d["logprobs"]["content"]))' \
+d = json.load(sys.stdin)["choices"][0]
+print(len(d["prompt_logprobs"]) - 1 + len(d["logprobs"]["tokens"]))' \
     <"$dir/text.json")
 holds "a text is drawn" draw surprisal "$dir/text.json" -o "$dir/text.svg"
 holds "all its tokens" drawn "$n" rect bits, "$dir/text.svg"
