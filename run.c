@@ -4191,8 +4191,9 @@ static void report_progress(struct batch *b, int last)
          phrase(", %.0f %%, %.0f s to go", part * 100,
                 took / part * (1 - part)).s : "");
     if (last && b->e.s->verbose)
-        note("%.0f tokens, %.0f of them reused; guessed %.0f, %.0f of them "
-             "right", b->tokens, b->reused, b->guessed, b->right);
+        note("%.0f tokens, %.0f of them reused%s", b->tokens, b->reused,
+             b->guessed > 0 ? phrase("; guessed %.0f, %.0f of them right",
+                                     b->guessed, b->right).s : "");
 }
 
 static int run_batch(struct batch *b)
@@ -4354,7 +4355,8 @@ static const struct option table[] = {
            1 << 30, "max_tokens max_completion_tokens", GENERATE,
            "at most N tokens (-1: no limit; for plain text 256)"),
     NUMBER(CHOICE, "--template --chat-template", TEMPLATES, template, 0, 0, NULL, RUN,
-           "chat template (auto: by the file)"),
+           "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
+           "none (auto: by the file)"),
     STRING("--date", "YYYY-MM-DD", date, PROMPT | BATCH,
            "the date for templates that state it (today)"),
     NUMBER(CHOICE, "--think", "auto|show|hide|raw", think, 0, 0, NULL,
@@ -4436,7 +4438,8 @@ static const struct option table[] = {
            "same (7; with experts 0)"),
     NUMBER(CHOICE, "--isa",
            "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
-           NULL, RUN | INSPECT | BENCH, "instruction set"),
+           NULL, RUN | INSPECT | BENCH, "instruction set: auto, scalar, avx2, "
+           "avxvnni, avx512, avx512vnni, neon or dotprod"),
     NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, NULL, RUN | INSPECT | BENCH,
            "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
@@ -4592,8 +4595,9 @@ static int print_help(void)
         if (o->kind == HEADING)
             printf("\n%s\n", o->help);
         else if (o->help)
-            print_entry(phrase("%s%s%s", o->names, o->arg ? " " : "",
-                               o->arg ? o->arg : "").s, o->help);
+            print_entry(phrase("%s %s", o->names, !o->arg ? "" :
+                               strlen(o->arg) > 48 ? "NAME" : o->arg).s,
+                        o->help);
     }
     printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
            "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
