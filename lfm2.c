@@ -277,7 +277,11 @@ struct routing {
     struct tensor *gate, *up, *down;      /* [n_active] their matrices       */
 };
 
-struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
+/* What a span has asked for: logits, or the state of its sequence. */
+struct result { int first, n_logits, state; };  /* state: the sequence, or -1 */
+
+/* What the sampler chooses from; value is the logit, then a probability. */
+struct candidate { float value; int32_t id; };
 
 struct lfm2_context {
     const struct lfm2_model *model;
@@ -310,14 +314,13 @@ struct lfm2_context {
     float *logits;                        /* [n_logits][n_vocab]             */
     float *states;                        /* [n_seq][n_embd], normed         */
     int n_logits;                         /* rows that are there             */
+    struct result *results;               /* [n_spans] where to look         */
     int n_spans;
-    int *span_logits;                     /* [n_seq+1] first row of a span   */
-    int *span_state;                      /* [n_seq] its sequence, or -1     */
     struct candidate *candidates;         /* [n_vocab]                       */
 
     lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
     void *hook_user;
-    struct kept *kept;                    /* see section 21                  */
+    struct traced *traced;                /* see section 21                  */
     struct exercise *exercise;            /* see lfm2_exercise()             */
 };
 
@@ -1624,11 +1627,6 @@ static uint16_t load_le16(const uint8_t *p)
 static uint32_t load_le32(const uint8_t *p)
 {
     return load_le16(p) | (uint32_t)load_le16(p + 2) << 16;
-}
-
-static uint64_t load_le64(const uint8_t *p)
-{
-    return load_le32(p) | (uint64_t)load_le32(p + 4) << 32;
 }
 
 static float load_f16(const uint8_t *p)
@@ -5548,137 +5546,109 @@ uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
  * One layout function hands out all of it.  Run without memory it only counts,
  * so the size foretold and the size reserved cannot differ. */
 
-struct arena { uint8_t *base; uint64_t used; };
+struct arena { uint8_t *base; int64_t used; };
 
 /* Where counting stops: more than any machine has. */
-static const uint64_t TOO_MUCH = (uint64_t)1 << 62;
+static const int64_t TOO_MUCH = (int64_t)1 << 62;
 
-static void *carve(struct arena *a, uint64_t n, size_t size)
+static void *carve(struct arena *a, int64_t n, size_t size)
 {
-    uint64_t at = (a->used + 63) / 64 * 64;
+    const int64_t at = (a->used + 63) / 64 * 64, each = (int64_t)size;
 
-    if (at >= TOO_MUCH || n > (TOO_MUCH - at) / size)
-        a->used = TOO_MUCH;
-    else
-        a->used = at + n * size;
+    a->used = n > (TOO_MUCH - at) / each ? TOO_MUCH : at + n * each;
     return a->base ? a->base + at : NULL;
 }
 
 /* Let p have n elements. */
 #define CARVE(a, p, n) ((p) = carve(a, n, sizeof *(p)))
 
-static uint64_t larger(uint64_t a, uint64_t b)
+static int64_t larger(int64_t a, int64_t b)
 {
     return a > b ? a : b;
 }
 
-/* The columns that all convolutions look back to, and those in seq.u. */
-static uint64_t conv_elements(const struct lfm2_model *m)
+/* Elements of the columns that all convolutions look back to, with `more` of
+ * them for each. */
+static int64_t columns(const struct lfm2_model *m, int more)
 {
-    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
-           (uint64_t)m->cfg.n_embd;
+    return (int64_t)m->n_conv * (m->cfg.l_cache - 1 + more) * m->cfg.n_embd;
 }
 
-static uint64_t u_elements(const struct lfm2_model *m)
+/* Bytes of a number in the KV cache, and of all that belongs to a token. */
+static int kv_size(const struct lfm2_context *ctx)
 {
-    return (uint64_t)m->n_conv * (uint64_t)(UNDO + m->cfg.l_cache - 1) *
-           (uint64_t)m->cfg.n_embd;
+    return ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
 }
 
-static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
+static int64_t kv_bytes_per_token(const struct lfm2_context *ctx)
 {
-    return 2 * (uint64_t)m->n_attn * (uint64_t)m->cfg.n_head_kv *
-           (uint64_t)m->cfg.head_dim * (kv_type == LFM2_KV_F16 ? 2 : 4);
+    const lfm2_config *c = &ctx->model->cfg;
+
+    return (int64_t)2 * ctx->model->n_attn * c->n_head_kv * c->head_dim *
+           kv_size(ctx);
 }
 
-static uint64_t kv_bytes(const struct lfm2_context *ctx)
+static int64_t kv_bytes(const struct lfm2_context *ctx)
 {
-    return ((uint64_t)ctx->par.n_ctx + TILE - 1) / TILE * TILE *
-           kv_bytes_per_token(ctx->model, ctx->par.kv_type);
+    return (ctx->par.n_ctx + TILE - 1) / TILE * TILE * kv_bytes_per_token(ctx);
 }
 
 /* Marks are kept every 64 tokens, or more rarely where they would take more
  * than a tenth of what the KV cache takes. */
-static int seq_step(const struct lfm2_model *m, int kv_type)
+static int seq_step(const struct lfm2_context *ctx)
 {
-    uint64_t mark = conv_elements(m) * sizeof(float);
-    uint64_t kv = kv_bytes_per_token(m, kv_type);
+    const int64_t marks = columns(ctx->model, 0) * (int64_t)sizeof(float) * 10;
+    const int64_t kv = kv_bytes_per_token(ctx);
 
-    return mark * 10 <= kv * 64 ? 64 : mark * 10 <= kv * 128 ? 128 : 256;
+    return marks <= kv * 64 ? 64 : marks <= kv * 128 ? 128 : 256;
 }
 
 static void carve_sequences(struct arena *a, struct lfm2_context *ctx)
 {
     const struct lfm2_model *m = ctx->model;
-    const uint64_t n_seq = (uint64_t)ctx->par.n_seq;
+    const int n_seq = ctx->par.n_seq, n_vocab = m->cfg.n_vocab;
 
     CARVE(a, ctx->seq, n_seq);
-    for (uint64_t i = 0; i < n_seq; i++) {
+    for (int i = 0; i < n_seq; i++) {
         struct seq s = { .oldest = 1 - m->cfg.l_cache };
         s.kv = carve(a, kv_bytes(ctx), 1);
-        CARVE(a, s.u, u_elements(m));
-        CARVE(a, s.u_start, conv_elements(m));
-        CARVE(a, s.marks, (uint64_t)(ctx->par.n_ctx / ctx->seq_step) *
-                          conv_elements(m));
+        CARVE(a, s.u, columns(m, UNDO));
+        CARVE(a, s.u_start, columns(m, 0));
+        CARVE(a, s.marks, ctx->par.n_ctx / ctx->seq_step * columns(m, 0));
         if (a->base)
             ctx->seq[i] = s;
     }
-    CARVE(a, ctx->states, n_seq * (uint64_t)m->cfg.n_embd);
-    CARVE(a, ctx->span_logits, n_seq + 1);
-    CARVE(a, ctx->span_state, n_seq);
-    CARVE(a, ctx->logits, (uint64_t)ctx->par.n_logits *
-                          (uint64_t)m->cfg.n_vocab);
-    CARVE(a, ctx->candidates, (uint64_t)m->cfg.n_vocab);
+    CARVE(a, ctx->states, (int64_t)n_seq * m->cfg.n_embd);
+    CARVE(a, ctx->results, n_seq);
+    CARVE(a, ctx->logits, (int64_t)ctx->par.n_logits * n_vocab);
+    CARVE(a, ctx->candidates, n_vocab);
 }
 
 static void carve_batch(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t slots = rows * (uint64_t)c->n_expert_used;
-    const uint64_t experts = (uint64_t)c->n_expert;
+    const int64_t rows = ctx->par.n_batch, slots = rows * c->n_expert_used;
     struct routing *r = &ctx->routing;
-    struct batch *b = &ctx->batch;
 
-    CARVE(a, b->piece, (uint64_t)ctx->par.n_seq);
-    CARVE(a, b->row, rows);
-    CARVE(a, b->rope, rows * (uint64_t)c->head_dim);
-    CARVE(a, r->score, rows * experts);
+    CARVE(a, ctx->batch.piece, ctx->par.n_seq);
+    CARVE(a, ctx->batch.row, rows);
+    CARVE(a, ctx->batch.rope, rows * c->head_dim);
+    CARVE(a, r->score, rows * c->n_expert);
     CARVE(a, r->chosen, slots);
     CARVE(a, r->weight, slots);
     CARVE(a, r->slot_row, slots);
     CARVE(a, r->slot_weight, slots);
-    CARVE(a, r->slot_begin, experts + 1);
-    CARVE(a, r->active, experts);
-    CARVE(a, r->gate, experts);
-    CARVE(a, r->up, experts);
-    CARVE(a, r->down, experts);
-}
-
-/* The hidden layer is only kept unrounded for weights that are in floats. */
-static int hidden_in_floats(const struct lfm2_model *m)
-{
-    for (int il = 0; il < m->cfg.n_layer; il++) {
-        const struct layer *l = &m->layer[il];
-        const struct tensor *w = il < m->cfg.n_layer_dense ? &l->ffn_down
-                                                           : &l->ffn_down_exps;
-        if (w->fmt->floats)
-            return 1;
-    }
-    return 0;
-}
-
-/* Columns of the hidden layer of a row, with all of its experts. */
-static uint64_t hidden_width(const lfm2_config *c)
-{
-    return larger((uint64_t)c->n_ff,
-                  (uint64_t)c->n_ff_expert * (uint64_t)c->n_expert_used);
+    CARVE(a, r->slot_begin, c->n_expert + 1);
+    CARVE(a, r->active, c->n_expert);
+    CARVE(a, r->gate, c->n_expert);
+    CARVE(a, r->up, c->n_expert);
+    CARVE(a, r->down, c->n_expert);
 }
 
 /* Two inputs that are never used at the same time, in one place. */
 static void carve_inputs(struct arena *a, struct input *one, int cols,
-                         struct input *other, int other_cols,
-                         uint64_t elements, int floats)
+                         struct input *other, int other_cols, int64_t elements,
+                         int floats)
 {
     CARVE(a, one->q, elements / UNIT);
     one->f = floats ? carve(a, elements, sizeof *one->f) : NULL;
@@ -5687,24 +5657,31 @@ static void carve_inputs(struct arena *a, struct input *one, int cols,
     other->cols = other_cols;
 }
 
+/* The hidden layer, that of all experts of a row, is only kept unrounded for
+ * weights that are in floats. */
 static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 {
-    const lfm2_config *c = &ctx->model->cfg;
-    const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t n = (uint64_t)c->n_embd;
-    const uint64_t kv = rows * (uint64_t)c->n_head_kv * (uint64_t)c->head_dim;
+    const struct lfm2_model *m = ctx->model;
+    const lfm2_config *c = &m->cfg;
+    const int64_t rows = ctx->par.n_batch, n = c->n_embd;
+    const int64_t kv = rows * c->n_head_kv * c->head_dim;
     const int heads = c->n_head * c->head_dim;
+    int floats = 0;
     struct input unused;
 
+    for (const struct layer *l = m->layer; l < m->layer + c->n_layer; l++)
+        floats |= (l->ffn_down.data ? &l->ffn_down : &l->ffn_down_exps)
+                  ->fmt->floats != NULL;
     CARVE(a, ctx->x, rows * n);
     CARVE(a, ctx->y, c->n_expert ? rows * n : 0);
     CARVE(a, ctx->k, kv);
     CARVE(a, ctx->v, kv);
     carve_inputs(a, &ctx->in, c->n_embd, &unused, 0, rows * n, 1);
     carve_inputs(a, &ctx->mixed, c->n_embd, &ctx->heads, heads,
-                 rows * larger(n, (uint64_t)heads), 1);
+                 rows * larger(n, heads), 1);
     carve_inputs(a, &ctx->hidden, c->n_ff, &ctx->hidden_exps, c->n_ff_expert,
-                 rows * hidden_width(c), hidden_in_floats(ctx->model));
+                 rows * larger(c->n_ff, (int64_t)c->n_ff_expert *
+                                        c->n_expert_used), floats);
     ctx->q = ctx->heads.f;
 }
 
@@ -5712,27 +5689,25 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 static void carve_threads(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const uint64_t cols = larger(larger((uint64_t)c->n_ff, (uint64_t)c->n_embd),
-                                 larger((uint64_t)c->n_ff_expert,
-                                        (uint64_t)c->n_head *
-                                        (uint64_t)c->head_dim));
-    const uint64_t rows = (uint64_t)ctx->isa->panel_rows;
-    const int group = c->n_head / c->n_head_kv;
+    const int64_t cols = larger(larger(c->n_ff, c->n_ff_expert),
+                                larger(c->n_embd, c->n_head * c->head_dim));
+    const int rows = ctx->isa->panel_rows;
+    const int queries = rows_together(c) * (c->n_head / c->n_head_kv);
 
     ctx->pool = carve(a, 1, pool_size(ctx->par.n_threads));
-    CARVE(a, ctx->thread, (uint64_t)ctx->par.n_threads);
+    CARVE(a, ctx->thread, ctx->par.n_threads);
     for (int i = 0; i < ctx->par.n_threads; i++) {
         struct scratch s = { 0 };
         for (int k = 0; k < 3; k++)
-            CARVE(a, s.out[k], (uint64_t)ctx->par.n_batch * UNIT);
-        CARVE(a, s.partial, (uint64_t)(2 * rows_together(c) * group));
+            CARVE(a, s.out[k], ctx->par.n_batch * UNIT);
+        CARVE(a, s.partial, 2 * queries);
         CARVE(a, s.q, cols * rows);
         CARVE(a, s.d, cols / 16 * rows);
         CARVE(a, s.m, cols / 16 * rows);
         CARVE(a, s.f, cols * UNIT);
         CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
-        CARVE(a, s.tile, TILE * ((uint64_t)c->head_dim + 1));
-        CARVE(a, s.score, (uint64_t)(rows_together(c) * group) * CHUNK);
+        CARVE(a, s.tile, TILE * (c->head_dim + 1));
+        CARVE(a, s.score, queries * CHUNK);
         if (a->base)
             ctx->thread[i] = (struct thread){ ctx, i, 1, s };
     }
@@ -5740,7 +5715,7 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
 
 /* Point every buffer of ctx into the memory at `base`, which begins with ctx
  * itself; without a base only count.  Returns the size of all. */
-static uint64_t lay_out(struct lfm2_context *ctx, void *base)
+static int64_t lay_out(struct lfm2_context *ctx, void *base)
 {
     struct arena a = { base, sizeof *ctx };
 
@@ -5755,29 +5730,26 @@ lfm2_params lfm2_default_params(const lfm2_model *m)
 {
     return (lfm2_params){
         .n_ctx = m->cfg.n_ctx_train < 4096 ? m->cfg.n_ctx_train : 4096,
-        .n_seq = 1, .n_batch = m->cfg.n_expert ? 2048 : 512, .n_logits = 1,
-        .n_threads = 0, .kv_type = LFM2_KV_F16, .isa = LFM2_ISA_AUTO
+        .n_seq = 1, .n_batch = m->cfg.n_expert ? 2048 : 512, .n_logits = 1
     };
-}
-
-static int check_range(const char *name, int value, int min, int max,
-                       lfm2_error *err)
-{
-    if (value >= min && value <= max)
-        return LFM2_OK;
-    return fail(err, LFM2_EARG, "%s: %d, expected %d to %d", name, value, min,
-                max);
 }
 
 /* Check the parameters and fill in what was left to choose. */
 static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 {
-    TRY(check_range("n_ctx", p->n_ctx, 0, MAX_CTX, err));
-    TRY(check_range("n_seq", p->n_seq, 1, 4096, err));
-    TRY(check_range("n_batch", p->n_batch, 1, 1 << 16, err));
-    TRY(check_range("n_logits", p->n_logits, 0, 1 << 20, err));
-    TRY(check_range("n_threads", p->n_threads, 0, 1024, err));
-    TRY(check_range("kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32, err));
+    const struct { const char *name; int value, min, max; } row[] = {
+        { "n_ctx", p->n_ctx, 0, MAX_CTX },
+        { "n_seq", p->n_seq, 1, 4096 },
+        { "n_batch", p->n_batch, 1, 1 << 16 },
+        { "n_logits", p->n_logits, 0, 1 << 20 },
+        { "n_threads", p->n_threads, 0, 1024 },
+        { "kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32 }
+    };
+
+    for (size_t i = 0; i < COUNT(row); i++)
+        if (row[i].value < row[i].min || row[i].value > row[i].max)
+            return fail(err, LFM2_EARG, "%s: %d, expected %d to %d",
+                        row[i].name, row[i].value, row[i].min, row[i].max);
     if (!lfm2_isa_available(p->isa))
         return fail(err, LFM2_EARG, "isa: %d, expected one that this CPU and "
                     "this build have", p->isa);
@@ -5793,17 +5765,18 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 }
 
 /* A context without memory; how much it needs, or TOO_MUCH. */
-static uint64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
-                     const lfm2_params *p)
+static int64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
+                    const lfm2_params *p)
 {
-    uint64_t total, size;
+    uint64_t total;
+    int64_t size;
 
     *ctx = (struct lfm2_context){ .model = m, .par = *p };
     ctx->isa = isa_table(p->isa);
-    ctx->seq_step = seq_step(m, p->kv_type);
+    ctx->seq_step = seq_step(ctx);
     lfm2_model_params(m, &total, &ctx->row_work);
     size = lay_out(ctx, NULL) + 64;       /* to begin at a multiple of 64    */
-    return size < TOO_MUCH && size < SIZE_MAX ? size : TOO_MUCH;
+    return size < TOO_MUCH && (uint64_t)size < SIZE_MAX ? size : TOO_MUCH;
 }
 
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
@@ -5812,7 +5785,7 @@ uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
     lfm2_params par = *p;
 
     return m->layer && resolve_params(m, &par, NULL) == LFM2_OK
-        ? plan(&ctx, m, &par) : 0;
+        ? (uint64_t)plan(&ctx, m, &par) : 0;
 }
 
 void lfm2_context_close(lfm2_context *ctx)
@@ -5820,7 +5793,7 @@ void lfm2_context_close(lfm2_context *ctx)
     if (!ctx)
         return;
     pool_close(ctx);
-    free(ctx->kept);
+    free(ctx->traced);
     free(ctx->memory);
 }
 
@@ -5829,7 +5802,7 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
 {
     lfm2_params par = *p;
     struct lfm2_context c, *ctx;
-    uint64_t size;
+    int64_t size;
 
     *out = NULL;
     if (!m->layer)
@@ -5838,9 +5811,9 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
     size = plan(&c, m, &par);
     c.memory = size < TOO_MUCH ? calloc(1, (size_t)size) : NULL;
     if (!c.memory)
-        return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
-                    "(n_ctx %d, n_seq %d, n_batch %d)", ull(size), par.n_ctx,
-                    par.n_seq, par.n_batch);
+        return fail(err, LFM2_ENOMEM, "no memory for a context of %lld bytes "
+                    "(n_ctx %d, n_seq %d, n_batch %d)", (long long)size,
+                    par.n_ctx, par.n_seq, par.n_batch);
     ctx = (void *)((uint8_t *)c.memory + 64 - (uintptr_t)c.memory % 64);
     *ctx = c;
     lay_out(ctx, ctx);
@@ -5953,8 +5926,7 @@ static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
 {
     if (pos == 0 || pos % ctx->seq_step != 0)
         return NULL;
-    return s->marks + (size_t)(pos / ctx->seq_step - 1) *
-                      (size_t)conv_elements(ctx->model);
+    return s->marks + (pos / ctx->seq_step - 1) * columns(ctx->model, 0);
 }
 
 /* Save or load the columns that a text of `len` tokens looks back to. */
@@ -5964,16 +5936,16 @@ static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
                          int how, float *columns)
 {
     const size_t n = (size_t)ctx->model->cfg.n_embd;
-    const int past = ctx->model->cfg.l_cache - 1;
+    const int first = len - ctx->model->cfg.l_cache + 1;
 
     for (int i = 0; i < ctx->model->n_conv; i++)
-        for (int k = 0; k < past; k++, columns += n) {
-            float *u = u_column(ctx, s, i, len - past + k);
+        for (int pos = first; pos < len; pos++, columns += n) {
+            float *u = u_column(ctx, s, i, pos);
             memcpy(how == LOAD ? u : columns, how == LOAD ? columns : u,
                    n * sizeof *u);
         }
     if (how == LOAD)
-        s->oldest = len - past;
+        s->oldest = first;
 }
 
 static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
@@ -6041,16 +6013,19 @@ static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
 static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
                         int n_spans)
 {
+    int n_logits = 0;
+
     ctx->n_logits = 0;
     ctx->n_spans = n_spans;
-    ctx->span_logits[0] = 0;
     for (int i = 0; i < n_spans; i++) {
         struct seq *s = &ctx->seq[spans[i].seq];
         s->start = s->len;
         if (spans[i].n_tokens > UNDO)
             move_columns(ctx, s, s->len, SAVE, s->u_start);
-        ctx->span_logits[i + 1] = ctx->span_logits[i] + spans[i].n_logits;
-        ctx->span_state[i] = spans[i].state ? spans[i].seq : -1;
+        ctx->results[i] = (struct result){
+            n_logits, spans[i].n_logits, spans[i].state ? spans[i].seq : -1
+        };
+        n_logits += spans[i].n_logits;
     }
 }
 
@@ -6074,14 +6049,6 @@ static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
         else
             forget_columns(ctx, s, s->len + spans[i].n_tokens);
     }
-}
-
-static void advance(struct lfm2_context *ctx, const struct piece *p)
-{
-    struct seq *s = &ctx->seq[p->seq];
-
-    s->len += p->n;
-    forget_columns(ctx, s, s->len);
 }
 
 /* Cut the next pass, at most n_batch rows, from what is left of the spans. */
@@ -6126,8 +6093,11 @@ static int run_spans(struct lfm2_context *ctx, const lfm2_span *spans,
         if (ctx->stop)
             return 1;
         ctx->n_logits += ctx->batch.n_rows;
-        for (int i = 0; i < ctx->batch.n_pieces; i++)
-            advance(ctx, &ctx->batch.piece[i]);
+        for (int i = 0; i < ctx->batch.n_pieces; i++) {
+            struct seq *s = &ctx->seq[ctx->batch.piece[i].seq];
+            s->len += ctx->batch.piece[i].n;
+            forget_columns(ctx, s, s->len);
+        }
     }
 }
 
@@ -6152,18 +6122,18 @@ int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
 float *lfm2_logits(lfm2_context *ctx, int span, int row)
 {
     if (span < 0 || span >= ctx->n_spans || row < 0 ||
-        row >= ctx->span_logits[span + 1] - ctx->span_logits[span])
+        row >= ctx->results[span].n_logits)
         return NULL;
     return ctx->logits +
-           (size_t)(ctx->span_logits[span] + row) * ctx->model->cfg.n_vocab;
+           (size_t)(ctx->results[span].first + row) * ctx->model->cfg.n_vocab;
 }
 
 const float *lfm2_state(const lfm2_context *ctx, int span)
 {
-    if (span < 0 || span >= ctx->n_spans || ctx->span_state[span] < 0)
+    if (span < 0 || span >= ctx->n_spans || ctx->results[span].state < 0)
         return NULL;
-    return ctx->states + (size_t)ctx->span_state[span] *
-                         (size_t)ctx->model->cfg.n_embd;
+    return ctx->states +
+           (size_t)ctx->results[span].state * ctx->model->cfg.n_embd;
 }
 
 void lfm2_cancel(lfm2_context *ctx)
@@ -6185,7 +6155,7 @@ int lfm2_seq_step(const lfm2_context *ctx)
 }
 
 /* Give whole pages back to the system; they read as 0 from then on. */
-static void give_back(void *memory, uint64_t size)
+static void give_back(void *memory, int64_t size)
 {
 #if defined __linux__ && !defined LFM2_NO_MMAP
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -6201,17 +6171,16 @@ static void give_back(void *memory, uint64_t size)
 #endif
 }
 
-/* As if nothing had been read. */
-static void empty(const struct lfm2_context *ctx, struct seq *s)
+static void forget_all(const struct lfm2_context *ctx, struct seq *s)
 {
-    const struct lfm2_model *m = ctx->model;
-    const size_t marks = (size_t)(ctx->par.n_ctx / ctx->seq_step);
+    const int64_t u = columns(ctx->model, UNDO), mark = columns(ctx->model, 0);
 
     s->len = 0;
-    s->oldest = 1 - m->cfg.l_cache;
-    memset(s->u, 0, (size_t)u_elements(m) * sizeof *s->u);
+    s->oldest = 1 - ctx->model->cfg.l_cache;
+    memset(s->u, 0, (size_t)u * sizeof *s->u);
     give_back(s->kv, kv_bytes(ctx));
-    give_back(s->marks, marks * conv_elements(m) * sizeof *s->marks);
+    give_back(s->marks, ctx->par.n_ctx / ctx->seq_step * mark *
+                        (int64_t)sizeof *s->marks);
 }
 
 int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
@@ -6228,7 +6197,7 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
     }
     s->len = len - len % ctx->seq_step;
     if (s->len == 0)
-        empty(ctx, s);
+        forget_all(ctx, s);
     else
         move_columns(ctx, s, s->len, LOAD, conv_mark(ctx, s, s->len));
     return s->len;
@@ -6239,21 +6208,21 @@ static void copy_kv(struct lfm2_context *ctx, struct seq *dst,
                     const struct seq *src)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const size_t e = ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
-    const size_t stride = kv_head_elements(ctx) * e;
+    const size_t size = (size_t)kv_size(ctx);
+    const size_t stride = kv_head_elements(ctx) * size;
+    const size_t tile = (size_t)TILE * (size_t)c->head_dim * size;
     const size_t tiles = ((size_t)src->len + TILE - 1) / TILE;
-    const size_t n = 2 * (size_t)ctx->model->n_attn * (size_t)c->n_head_kv;
+    const int n = 2 * ctx->model->n_attn * c->n_head_kv;
 
-    for (size_t i = 0; i < n; i++)
-        memcpy(dst->kv + i * stride, src->kv + i * stride,
-               tiles * TILE * (size_t)c->head_dim * e);
+    for (size_t at = 0; at < (size_t)n * stride; at += stride)
+        memcpy(dst->kv + at, src->kv + at, tiles * tile);
 }
 
 int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
 {
     struct seq *to = find_seq(ctx, dst);
     const struct seq *from = find_seq(ctx, src);
-    const struct lfm2_model *m = ctx->model;
+    const int64_t u = columns(ctx->model, UNDO), mark = columns(ctx->model, 0);
 
     if (!to || !from)
         return fail(err, LFM2_EARG, "copy of sequence %d to %d, expected 0 to "
@@ -6261,9 +6230,9 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
     if (to == from)
         return LFM2_OK;
     copy_kv(ctx, to, from);
-    memcpy(to->u, from->u, (size_t)u_elements(m) * sizeof *to->u);
-    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step) *
-           (size_t)conv_elements(m) * sizeof *to->marks);
+    memcpy(to->u, from->u, (size_t)u * sizeof *to->u);
+    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step * mark) *
+                                   sizeof *to->marks);
     to->len = from->len;
     to->oldest = from->oldest;
     return LFM2_OK;
@@ -6311,7 +6280,7 @@ uint64_t lfm2_model_hash(const lfm2_model *m)
 static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
 {
     for (; n >= 8; n -= 8, p += 8) {
-        h = (h ^ load_le64(p)) * 0x100000001b3u;
+        h = (h ^ load_int(p, 8)) * 0x100000001b3u;
         h ^= h >> 32;
     }
     return hash_bytes(h, p, n);
@@ -6321,62 +6290,49 @@ static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
  * same walk saves and loads. */
 struct stream { uint8_t *to; const uint8_t *from; };
 
-static uint64_t move_bits(struct stream *s, uint64_t value, int bytes)
+/* n numbers of `size` bytes each; memory is only written to load it. */
+static void move(struct stream *s, void *p, size_t n, int size)
 {
-    uint64_t read = 0;
+    const int is_little = *(const uint8_t *)&(const uint16_t){ 1 };
 
-    for (int i = 0; i < bytes; i++)
-        if (s->to)
-            *s->to++ = (uint8_t)(value >> 8 * i);
-        else
-            read |= (uint64_t)*s->from++ << 8 * i;
-    return s->to ? value : read;
-}
-
-/* n numbers of 2 or 4 bytes each; memory is only written to load it. */
-static void move(struct stream *s, void *p, size_t n, int bytes)
-{
-    for (uint8_t *at = p; n > 0; n--, at += bytes) {
-        uint16_t half = 0;
-        uint32_t word = 0;
-        memcpy(bytes == 2 ? (void *)&half : &word, at, (size_t)bytes);
-        const uint64_t v = move_bits(s, half | word, bytes);
-        half = (uint16_t)v;
-        word = (uint32_t)v;
-        if (s->from)
-            memcpy(at, bytes == 2 ? (void *)&half : &word, (size_t)bytes);
-    }
+    for (uint8_t *at = p; n > 0; n--, at += size)
+        for (int i = 0; i < size; i++) {
+            uint8_t *byte = at + (is_little ? i : size - 1 - i);
+            if (s->to)
+                *s->to++ = *byte;
+            else
+                *byte = *s->from++;
+        }
 }
 
 static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
                        struct stream *s)
 {
-    const size_t conv = (size_t)conv_elements(ctx->model);
+    const size_t mark = (size_t)columns(ctx->model, 0);
     const int n_head_kv = ctx->model->cfg.n_head_kv;
-    const int hd = ctx->model->cfg.head_dim;
-    const int bytes = ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
+    const int hd = ctx->model->cfg.head_dim, size = kv_size(ctx);
 
     if (s->to)
         move_columns(ctx, q, len, SAVE, q->u_start);
-    move(s, q->u_start, conv, 4);
+    move(s, q->u_start, mark, 4);
     if (s->from)
         move_columns(ctx, q, len, LOAD, q->u_start);
-    move(s, q->marks, conv * (size_t)(len / ctx->seq_step), 4);
+    move(s, q->marks, mark * (size_t)(len / ctx->seq_step), 4);
     for (int i = 0; i < ctx->model->n_attn * n_head_kv; i++) {
         struct kv_head kv = kv_head_at(ctx, q, i / n_head_kv, i % n_head_kv);
         for (int pos = 0; pos < len; pos++)
             for (int d = 0; d < hd; d++)
-                move(s, kv.k + k_index(pos, d, hd) * (size_t)bytes, 1, bytes);
-        move(s, kv.v, (size_t)len * (size_t)hd, bytes);
+                move(s, kv.k + k_index(pos, d, hd) * (size_t)size, 1, size);
+        move(s, kv.v, (size_t)len * (size_t)hd, size);
     }
 }
 
 static uint64_t state_size(const struct lfm2_context *ctx, int len)
 {
-    uint64_t columns = conv_elements(ctx->model) *
-                       (uint64_t)(1 + len / ctx->seq_step);
-    return STATE_HEAD + columns * 4 + (uint64_t)len *
-           kv_bytes_per_token(ctx->model, ctx->par.kv_type) + 8;
+    const int64_t marks = columns(ctx->model, 0) * (1 + len / ctx->seq_step);
+
+    return (uint64_t)(STATE_HEAD + marks * 4 + len * kv_bytes_per_token(ctx) +
+                      8);
 }
 
 uint64_t lfm2_seq_state_size(const lfm2_context *ctx, int seq)
@@ -6390,7 +6346,8 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
 {
     struct seq *q = find_seq(ctx, seq);
     struct stream s = { buf, NULL };
-    uint64_t need;
+    uint64_t need, hash = lfm2_model_hash(ctx->model);
+    uint32_t kv_type = (uint32_t)ctx->par.kv_type, len;
 
     if (!q || !buf)
         return fail(err, LFM2_EARG, "save of sequence %d, expected 0 to %d and "
@@ -6401,11 +6358,13 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
                     ull(size), ull(need));
     memcpy(buf, "LFM2SEQ2", 8);
     s.to += 8;
-    move_bits(&s, lfm2_model_hash(ctx->model), 8);
-    move_bits(&s, (uint64_t)ctx->par.kv_type, 4);
-    move_bits(&s, (uint64_t)q->len, 4);
+    len = (uint32_t)q->len;
+    move(&s, &hash, 1, 8);
+    move(&s, &kv_type, 1, 4);
+    move(&s, &len, 1, 4);
     move_state(ctx, q, q->len, &s);
-    move_bits(&s, hash_words(HASH_START, buf, (size_t)need - 8), 8);
+    hash = hash_words(HASH_START, buf, (size_t)need - 8);
+    move(&s, &hash, 1, 8);
     return LFM2_OK;
 }
 
@@ -6413,30 +6372,30 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
 static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
                        uint64_t size, lfm2_error *err)
 {
-    uint32_t len;
+    uint64_t kv_type, len;
 
     if (size < STATE_HEAD + 8 || size > SIZE_MAX ||
         memcmp(buf, "LFM2SEQ2", 8) != 0)
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
                     "expected \"LFM2SEQ2\" at their beginning", ull(size));
     if (hash_words(HASH_START, buf, (size_t)size - 8) !=
-        load_le64(buf + size - 8))
+        load_int(buf + size - 8, 8))
         return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
                     "cut: its checksum does not match its %llu bytes",
                     ull(size));
-    if (load_le64(buf + 8) != lfm2_model_hash(ctx->model))
+    if (load_int(buf + 8, 8) != lfm2_model_hash(ctx->model))
         return fail(err, LFM2_EFORMAT, "a sequence saved with another model");
-    if (load_le32(buf + 16) != (uint32_t)ctx->par.kv_type)
-        return fail(err, LFM2_EFORMAT, "a sequence saved with kv_type %lu, "
-                    "expected %d", (unsigned long)load_le32(buf + 16),
-                    ctx->par.kv_type);
-    len = load_le32(buf + 20);
-    if (len > (uint32_t)ctx->par.n_ctx)
-        return fail(err, LFM2_EFULL, "a saved sequence of %lu tokens, expected "
-                    "at most %d (n_ctx)", (unsigned long)len, ctx->par.n_ctx);
+    kv_type = load_int(buf + 16, 4);
+    if (kv_type != (uint64_t)ctx->par.kv_type)
+        return fail(err, LFM2_EFORMAT, "a sequence saved with kv_type %llu, "
+                    "expected %d", ull(kv_type), ctx->par.kv_type);
+    len = load_int(buf + 20, 4);
+    if (len > (uint64_t)ctx->par.n_ctx)
+        return fail(err, LFM2_EFULL, "a saved sequence of %llu tokens, expected "
+                    "at most %d (n_ctx)", ull(len), ctx->par.n_ctx);
     if (size != state_size(ctx, (int)len))
-        return fail(err, LFM2_EFORMAT, "a saved sequence of %lu tokens in %llu "
-                    "bytes, expected %llu", (unsigned long)len, ull(size),
+        return fail(err, LFM2_EFORMAT, "a saved sequence of %llu tokens in "
+                    "%llu bytes, expected %llu", ull(len), ull(size),
                     ull(state_size(ctx, (int)len)));
     return (int)len;
 }
@@ -6463,7 +6422,7 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
  * The threads keep what a module gives, in memory that is there only while
  * somebody traces; at the end of an operator the caller's thread shows it. */
 
-struct kept { float *y; size_t stride; };  /* [rows or slots][stride]         */
+struct traced { float *y; size_t stride; };  /* [rows or slots][stride]       */
 
 static const struct { const char *name; int width; } modules[N_MODULES] = {
     [CONV_IN_PROJ] = { "conv.in_proj", EMBD_3 },
@@ -6495,42 +6454,36 @@ static int module_width(const lfm2_config *c, int module, int is_dense)
 static void keep(const struct lfm2_context *ctx, int module, int row, int col,
                  const float *x, int n)
 {
+    const struct traced *all = &ctx->traced[module];
+
     if (ctx->hook && module != NOT_TRACED)
-        memcpy(ctx->kept[module].y + (size_t)row * ctx->kept[module].stride +
-               col, x, (size_t)n * sizeof *x);
-}
-
-enum { MAX_MODULE = 80 };
-
-static void name_module(char name[MAX_MODULE], int il, int e,
-                        const char *module)
-{
-    if (il < 0)
-        snprintf(name, MAX_MODULE, "%s", module);
-    else if (e < 0)
-        snprintf(name, MAX_MODULE, "model.layers.%d%s%s", il,
-                 module[0] ? "." : "", module);
-    else
-        snprintf(name, MAX_MODULE, "model.layers.%d.feed_forward.experts.%d.%s",
-                 il, e, module + strlen("feed_forward."));
+        memcpy(all->y + (size_t)row * all->stride + col, x,
+               (size_t)n * sizeof *x);
 }
 
 /* Show n numbers for each of n_rows rows of the pass, those in `row` or the
  * first ones. */
 static void show_rows(const struct lfm2_context *ctx, int il, int e,
                       const char *module, const int *row, int n_rows,
-                      struct kept kept, int n)
+                      struct traced all, int n)
 {
-    char name[MAX_MODULE];
+    char block[64] = "", name[128];
     lfm2_activation a = { .name = name, .layer = il, .expert = e, .n = n };
 
-    name_module(name, il, e, module);
+    if (il >= 0)
+        snprintf(block, sizeof block, "model.layers.%d%s", il,
+                 module[0] ? "." : "");
+    if (e >= 0)
+        snprintf(name, sizeof name, "%sfeed_forward.experts.%d.%s", block, e,
+                 module + strlen("feed_forward."));
+    else
+        snprintf(name, sizeof name, "%s%s", block, module);
     for (int i = 0; i < n_rows; i++) {
         const struct row *r = &ctx->batch.row[row ? row[i] : i];
         a.seq = r->seq;
         a.pos = r->pos;
         a.token = r->token;
-        a.x = kept.y + (size_t)i * kept.stride;
+        a.x = all.y + (size_t)i * all.stride;
         ctx->hook(ctx->hook_user, &a);
     }
 }
@@ -6538,7 +6491,7 @@ static void show_rows(const struct lfm2_context *ctx, int il, int e,
 static void trace_rows(const struct thread *me, int il, const char *module,
                        float *y, int n)
 {
-    const struct kept all = { y, (size_t)n };
+    const struct traced all = { y, (size_t)n };
 
     if (!me->ctx->hook)
         return;
@@ -6556,30 +6509,14 @@ static void trace(const struct thread *me, const struct layer *l, int first,
         return;
     for (int i = first; me->id == 0 && i <= last; i++)
         show_rows(ctx, (int)(l - ctx->model->layer), -1, modules[i].name, NULL,
-                  ctx->batch.n_rows, ctx->kept[i],
+                  ctx->batch.n_rows, ctx->traced[i],
                   module_width(&ctx->model->cfg, i, 1));
     barrier(me);
 }
 
-/* The slots of every expert in use. */
-static void show_experts(const struct lfm2_context *ctx, int il)
-{
-    static const int order[] = { FFN_W1, FFN_W3, FFN_W2 };
-    const struct routing *r = &ctx->routing;
-
-    for (int i = 0; i < r->n_active; i++)
-        for (size_t k = 0; k < COUNT(order); k++) {
-            const int *end = &r->slot_begin[r->active[i]];
-            struct kept kept = ctx->kept[order[k]];
-            kept.y += (size_t)end[0] * kept.stride;
-            show_rows(ctx, il, r->active[i], modules[order[k]].name,
-                      r->slot_row + end[0], end[1] - end[0], kept,
-                      module_width(&ctx->model->cfg, order[k], 0));
-        }
-}
-
 static void trace_moe(const struct thread *me, const struct layer *l)
 {
+    static const int order[] = { FFN_W1, FFN_W3, FFN_W2 };
     const struct lfm2_context *ctx = me->ctx;
     const struct routing *r = &ctx->routing;
     const int il = (int)(l - ctx->model->layer);
@@ -6592,25 +6529,31 @@ static void trace_moe(const struct thread *me, const struct layer *l)
              &(float){ (float)r->chosen[i] }, 1);
     trace(me, l, MOE_GATE, MOE_CHOSEN);
     trace_rows(me, il, "feed_forward.routing_weights", r->weight, used);
-    if (me->id == 0)
-        show_experts(ctx, il);
+    for (int i = 0; me->id == 0 && i < r->n_active; i++)
+        for (size_t k = 0; k < COUNT(order); k++) {
+            const int e = r->active[i], first = r->slot_begin[e];
+            struct traced all = ctx->traced[order[k]];
+            all.y += (size_t)first * all.stride;
+            show_rows(ctx, il, e, modules[order[k]].name, r->slot_row + first,
+                      r->slot_begin[e + 1] - first, all,
+                      module_width(&ctx->model->cfg, order[k], 0));
+        }
     trace_rows(me, il, "feed_forward", ctx->y, ctx->model->cfg.n_embd);
 }
 
-/* Set every pointer of kept into memory at `base`; how much there is. */
-static uint64_t lay_out_kept(const struct lfm2_context *ctx, struct kept *kept,
-                             void *base)
+/* Point all modules into the memory at `base`; returns its size. */
+static int64_t lay_out_traced(const struct lfm2_context *ctx,
+                              struct traced *all, void *base)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t slots = rows * larger((uint64_t)c->n_expert_used, 1);
+    const int64_t rows = ctx->par.n_batch;
+    const int64_t slots = rows * larger(c->n_expert_used, 1);
     struct arena a = { base, 0 };
 
     for (int i = 0; i < N_MODULES; i++) {
-        const uint64_t n = larger((uint64_t)module_width(c, i, 0),
-                                  (uint64_t)module_width(c, i, 1));
-        kept[i].stride = (size_t)n;
-        CARVE(&a, kept[i].y, n * (i >= FFN_W1 && i <= FFN_W2 ? slots : rows));
+        const int64_t n = larger(module_width(c, i, 0), module_width(c, i, 1));
+        all[i].stride = (size_t)n;
+        CARVE(&a, all[i].y, n * (i >= FFN_W1 && i <= FFN_W2 ? slots : rows));
     }
     return a.used;
 }
@@ -6618,19 +6561,19 @@ static uint64_t lay_out_kept(const struct lfm2_context *ctx, struct kept *kept,
 int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
                lfm2_error *err)
 {
-    struct kept kept[N_MODULES];
-    const uint64_t size = lay_out_kept(ctx, kept, NULL);
+    struct traced all[N_MODULES];
+    const int64_t size = lay_out_traced(ctx, all, NULL) + (int64_t)sizeof all;
 
     if (!fn) {
-        free(ctx->kept);
-        ctx->kept = NULL;
-    } else if (!ctx->kept) {
-        if (size < TOO_MUCH && size < SIZE_MAX - sizeof kept - 64)
-            ctx->kept = malloc(sizeof kept + 64 + (size_t)size);
-        if (!ctx->kept)
-            return fail(err, LFM2_ENOMEM, "no memory for a trace, %llu bytes "
-                        "(n_batch %d)", ull(size), ctx->par.n_batch);
-        lay_out_kept(ctx, ctx->kept, ctx->kept + N_MODULES);
+        free(ctx->traced);
+        ctx->traced = NULL;
+    } else if (!ctx->traced) {
+        if (size < TOO_MUCH && (uint64_t)size < SIZE_MAX)
+            ctx->traced = malloc((size_t)size);
+        if (!ctx->traced)
+            return fail(err, LFM2_ENOMEM, "no memory for a trace, %lld bytes "
+                        "(n_batch %d)", (long long)size, ctx->par.n_batch);
+        lay_out_traced(ctx, ctx->traced, ctx->traced + N_MODULES);
     }
     ctx->hook = fn;
     ctx->hook_user = user;
@@ -7551,7 +7494,7 @@ size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
 
 static int comes_before(struct candidate a, struct candidate b)
 {
-    return a.p > b.p || (a.p == b.p && a.id < b.id);
+    return a.value > b.value || (a.value == b.value && a.id < b.id);
 }
 
 /* c[n] is a heap with the last in order on top, but for c[i], which may have to
@@ -7612,9 +7555,9 @@ static int32_t highest(const float *logits, int n)
     return best;
 }
 
-/* Push down what the recent tokens would repeat, each token once.  An id in
- * `mark` says that a token has still to be done. */
-static void penalise(const lfm2_sampler *s, struct candidate *mark,
+/* Push down what the recent tokens would repeat, each token once: todo[t].id is
+ * not 0 while token t has still to be done. */
+static void penalise(const lfm2_sampler *s, struct candidate *todo,
                      float *logits, int n_vocab, const int32_t *history, int n)
 {
     const float penalty = s->repeat_penalty;
@@ -7625,12 +7568,12 @@ static void penalise(const lfm2_sampler *s, struct candidate *mark,
     const int first = n > s->repeat_last_n ? n - s->repeat_last_n : 0;
     for (int i = first; i < n; i++)
         if (history[i] >= 0 && history[i] < n_vocab)
-            mark[history[i]].id = 1;
+            todo[history[i]].id = 1;
     for (int i = first; i < n; i++) {
         const int32_t id = history[i];
-        if (id < 0 || id >= n_vocab || !mark[id].id)
+        if (id < 0 || id >= n_vocab || !todo[id].id)
             continue;
-        mark[id].id = 0;
+        todo[id].id = 0;
         if (logits[id] < -FLT_MAX)        /* ruled out by the caller         */
             continue;
         float l = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
@@ -7653,7 +7596,7 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
     const int by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p < 1;
     double sum = 0, mass = 0;
     float least = 0;
-    int n = 0, kept = 0, sorted = 0;
+    int n = 0, taken = 0, sorted = 0;
 
     while (least > -88 && exp_f32(least) >= s->min_p)
         least -= 1;
@@ -7673,18 +7616,18 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
     if (!by_p)
         return n;
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
-        sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
-    for (; kept < n && (kept == 0 || mass < s->top_p * sum); kept++) {
-        if (kept == sorted) {             /* then four times as many         */
+        sum += exp_f32((by_k ? c[i].value : logits[i]) - max);
+    for (; taken < n && (taken == 0 || mass < s->top_p * sum); taken++) {
+        if (taken == sorted) {             /* then four times as many         */
             const int left = n - sorted, more = 3 * sorted + 64;
             sort_first(c + sorted, left, more < left ? more : left);
             sorted += more < left ? more : left;
         }
-        mass += exp_f32(c[kept].p - max);
+        mass += exp_f32(c[taken].value - max);
     }
-    while (kept > 1 && !is_likely(c[kept - 1].p - max, s->min_p, least))
-        kept--;
-    return kept;
+    while (taken > 1 && !is_likely(c[taken - 1].value - max, s->min_p, least))
+        taken--;
+    return taken;
 }
 
 /* SplitMix64 (Steele, Lea, Flood 2014), as a number in [0, 1). */
@@ -7705,14 +7648,14 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
     int32_t last = c[0].id;
 
     for (int i = 0; i < n; i++) {
-        const float x = (c[i].p - max) / temperature;
-        c[i].p = x <= 0 ? exp_f32(x) : 0;           /* or 0 for inf / inf    */
-        sum += c[i].p;
+        const float x = (c[i].value - max) / temperature;
+        c[i].value = x <= 0 ? exp_f32(x) : 0;           /* or 0 for inf / inf    */
+        sum += c[i].value;
     }
     for (int i = 0; i < n; i++) {
-        if (c[i].p > 0)
+        if (c[i].value > 0)
             last = c[i].id;
-        passed += c[i].p;
+        passed += c[i].value;
         if (passed > u * sum)
             break;
     }
