@@ -4260,7 +4260,7 @@ enum { BORROWED = -1 };
 struct file {
     const uint8_t *data;
     size_t size;
-    int how;                              /* LFM2_LOAD_x or BORROWED         */
+    int how;                              /* LFM2_LOAD_MAP, _READ, BORROWED  */
 };
 
 /* fopen() alone would wait at a pipe until somebody writes to it. */
@@ -4342,8 +4342,8 @@ static int file_open(struct file *f, const char *path, int load,
 
     *f = (struct file){ .how = load };
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
-        return fail(err, LFM2_EARG, "no path, or a way to load it that is not "
-                    "LFM2_LOAD_MAP or LFM2_LOAD_READ");
+        return fail(err, LFM2_EARG, "%s, loaded in way %d, expected a path and "
+                    "LFM2_LOAD_MAP or _READ", path ? path : "no path", load);
     s = open_stream(path);
     if (!s)
         return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
@@ -4532,6 +4532,26 @@ static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
     return 0;
 }
 
+/* Any number as a double; 0 if it is none, or an integer above 2^63. */
+static int kv_number(const struct gguf_kv *kv, uint64_t i, double *out)
+{
+    const uint8_t *p = kv->value + i * gguf_type[kv->elem].size;
+    const uint64_t bits = gguf_type[kv->elem].size == 8 ? load_int(p, 8) : 0;
+    int64_t n;
+
+    if (kv->elem == GGUF_F64)
+        memcpy(out, &bits, sizeof *out);
+    else if (kv->elem == GGUF_F32)
+        *out = load_f32(p);
+    else if (kv->elem == GGUF_BOOL)
+        *out = *p;
+    else if (kv_integer(kv, i, &n) == 0)
+        *out = (double)n;
+    else
+        return 0;
+    return 1;
+}
+
 /* The one value of an integer, or of an array whose elements other than 0 all
  * agree (0 stands for layers it does not concern). */
 static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
@@ -4593,6 +4613,7 @@ static struct printable kv_text(const struct gguf_kv *kv)
     struct printable out;
     const size_t cap = sizeof out.s;
     struct str text;
+    double number;
     int64_t value;
 
     if (kv_string(kv, &text))
@@ -4600,12 +4621,12 @@ static struct printable kv_text(const struct gguf_kv *kv)
     if (kv->type == GGUF_ARRAY)
         snprintf(out.s, cap, "[%llu x %s]", ull(kv->n),
                  gguf_type[kv->elem].name);
-    else if (kv->type == GGUF_F32)
-        snprintf(out.s, cap, "%g", (double)load_f32(kv->value));
     else if (kv->type == GGUF_BOOL)
         snprintf(out.s, cap, "%s", kv->value[0] ? "true" : "false");
     else if (kv_integer(kv, 0, &value) == 0)
         snprintf(out.s, cap, "%lld", (long long)value);
+    else if (kv_number(kv, 0, &number))
+        snprintf(out.s, cap, "%g", number);
     else
         snprintf(out.s, cap, "(%s)", gguf_type[kv->type].name);
     return out;
@@ -4683,13 +4704,13 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     const uint32_t version = (uint32_t)take_int(c, 4);
     *n_tensors = take_int(c, 8);
     *n_kv = take_int(c, 8);
-    if (!str_is(magic, "GGUF") && !str_is(magic, "FUGG"))
+    if (!str_is(magic, "GGUF"))
         return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
                    show(magic).s);
     if (c->past)
         return BAD(g, "the file has %zu bytes, expected a GGUF header of 24",
                    g->size);
-    if (magic.s[0] == 'F' || (version > 0 && (version & 0xffff) == 0))
+    if (version > 0 && (version & 0xffff) == 0)
         return OTHER(g, "a big-endian GGUF file, expected the usual "
                      "little-endian one");
     if (version != 2 && version != 3)
@@ -4759,8 +4780,9 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
 /* The keys that are understood.  INTEGER, REAL: a value between min and max for
  * a field of the configuration.  KNOWN: not used, because it changes nothing or
  * a tensor has it right.  ONLY: must be min.  LIKE: must be what the field is.
- * Any other value would mean another arithmetic. */
-enum { INTEGER, REAL, KNOWN, ONLY, LIKE };
+ * SCALE: must be 1/sqrt(head_dim).  Any other value would mean another
+ * arithmetic. */
+enum { INTEGER, REAL, KNOWN, ONLY, LIKE, SCALE };
 enum { MAY = 0, MUST = 1, MOE = 2 };      /* be there; MOE: only in lfm2moe  */
 
 static const struct key {
@@ -4783,11 +4805,14 @@ static const struct key {
     { "attention.layer_norm_epsilon", .type = KNOWN },
     { "attention.recurrent_layers", .type = KNOWN },
     { "attention.causal", .type = ONLY, .min = 1 },
+    { "attention.scale", .type = SCALE },
     { "attention.sliding_window", .type = ONLY, .min = 0 },
+    { "attention.sliding_window_pattern", .type = ONLY, .min = 0 },
     { "rope.dimension_count", .type = LIKE, .field = FIELD(head_dim) },
     { "rope.freq_base", REAL, MAY, FIELD(rope_freq_base), 1, 1e12 },
     { "rope.scaling.type", .type = ONLY, .min = 0 },
     { "rope.scaling.factor", .type = ONLY, .min = 1 },
+    { "rope.scaling.attn_factor", .type = ONLY, .min = 1 },
     { "rope.scaling.finetuned", .type = KNOWN },
     { "rope.scaling.original_context_length", .type = KNOWN },
     { "leading_dense_block_count", INTEGER, MOE, FIELD(n_layer_dense), 0,
@@ -4802,6 +4827,7 @@ static const struct key {
     { "expert_group_used_count", .type = ONLY, .min = 0 },
     { "expert_feed_forward_length", .type = KNOWN },
     { "feed_forward_length", .type = KNOWN },
+    { "final_logit_softcapping", .type = ONLY, .min = 0 },
     { "pooling_type", .type = ONLY, .min = 0 },
     { "vocab_size", .type = KNOWN },
 #undef FIELD
@@ -4813,19 +4839,19 @@ static int read_key(struct lfm2_model *m, const struct key *key)
     const struct gguf_kv *kv = arch_find(m, key->name);
     void *field = (char *)&m->cfg + key->field;
     int64_t n = 0;
-    double value;
+    double value = 0;
 
     if (!kv && key->need & MUST)
         return BAD(m->gguf, "%s.%s: missing, expected in every %s file",
                    m->arch, key->name, m->arch);
     if (!kv || key->type > REAL)
         return LFM2_OK;
-    if (key->type == INTEGER)
+    if (key->type == INTEGER) {
         TRY(kv_count(m->gguf, kv, &n));
-    else if (kv->type != GGUF_F32)
-        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
+        value = (double)n;
+    } else if (gguf_type[kv->type].kind != 'f' || !kv_number(kv, 0, &value))
+        return BAD(m->gguf, "%s: of type %s, expected f32 or f64", kv->key,
                    gguf_type[kv->type].name);
-    value = key->type == INTEGER ? (double)n : (double)load_f32(kv->value);
     TRY(in_range(m->gguf, kv->key, value, "", key->min, key->max));
     if (key->type == INTEGER)
         *(int *)field = (int)value;
@@ -4834,19 +4860,19 @@ static int read_key(struct lfm2_model *m, const struct key *key)
     return LFM2_OK;
 }
 
-/* "none" is a way to say 0. */
-static int has_value(const struct gguf_kv *kv, int number)
+/* All elements of an array must have it.  "none" is a way to say 0. */
+static int has_value(const struct gguf_kv *kv, float wanted)
 {
     struct str text;
-    int64_t i;
+    double value = wanted;
+    int is_same = 1;
 
     if (kv_string(kv, &text))
-        return number == 0 && str_is(text, "none");
-    if (kv->type == GGUF_F32)
-        return load_f32(kv->value) == (float)number;
-    if (kv->type == GGUF_BOOL)
-        return kv->value[0] == number;
-    return kv->type != GGUF_ARRAY && kv_integer(kv, 0, &i) == 0 && i == number;
+        return wanted == 0 && str_is(text, "none");
+    for (uint64_t i = 0; is_same && i < kv->n; i++)
+        is_same = kv_number(kv, i, &value) &&
+                  fabs(value - wanted) <= 1e-6 * fabsf(wanted);
+    return is_same;
 }
 
 static int is_moe(const struct lfm2_model *m)
@@ -4864,35 +4890,24 @@ static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
 
     for (size_t i = 0; i < COUNT(keys); i++) {
         const struct key *key = &keys[i];
-        int value = (int)key->min;
+        float value = (float)key->min;
         if (strcmp(key->name, name) != 0)
             continue;
         if (key->type == LIKE)
-            value = *(int *)((char *)&m->cfg + key->field);
+            value = (float)*(int *)((char *)&m->cfg + key->field);
+        if (key->type == SCALE)
+            value = 1 / sqrtf((float)m->cfg.head_dim);
         if (key->type < ONLY || has_value(kv, value) ||
             (key->need & MOE && !is_moe(m)))
             return LFM2_OK;
-        return OTHER(m->gguf, "%s: %s, expected %d; the model is of another "
-                     "kind", kv->key, kv_text(kv).s, value);
+        return OTHER(m->gguf, "%s: %s, expected %g", kv->key, kv_text(kv).s,
+                     (double)value);
     }
     for (size_t i = 0; i < COUNT(arithmetic); i++)
         if (strstr(name, arithmetic[i]))
             return OTHER(m->gguf, "%s: an unknown key that may change the "
-                         "arithmetic, expected none; the model is newer than "
-                         "this program or of another kind", kv->key);
+                         "arithmetic, expected none", kv->key);
     warn(m, "%s: an unknown key, ignored", kv->key);
-    return LFM2_OK;
-}
-
-static int check_keys(struct lfm2_model *m)
-{
-    const size_t n = strlen(m->arch);
-
-    for (int i = 0; i < m->gguf->n_kv; i++) {
-        const struct gguf_kv *kv = &m->gguf->kv[i];
-        if (strncmp(kv->key, m->arch, n) == 0 && kv->key[n] == '.')
-            TRY(check_key(m, kv, kv->key + n + 1));
-    }
     return LFM2_OK;
 }
 
@@ -4921,7 +4936,7 @@ static int read_architecture(struct lfm2_model *m)
     TRY(gguf_u32(m->gguf, "split.count", &parts));
     if (parts > 1)
         return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
-                     "model; join the parts first", (unsigned long)parts);
+                     "model", (unsigned long)parts);
     return LFM2_OK;
 }
 
@@ -4991,7 +5006,13 @@ static int read_config(struct lfm2_model *m)
         warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
     }
     TRY(read_heads(m));
-    return check_keys(m);
+    for (int i = 0; i < m->gguf->n_kv; i++) {
+        const struct gguf_kv *kv = &m->gguf->kv[i];
+        const size_t n = strlen(m->arch);
+        if (strncmp(kv->key, m->arch, n) == 0 && kv->key[n] == '.')
+            TRY(check_key(m, kv, kv->key + n + 1));
+    }
+    return LFM2_OK;
 }
 
 /* ------------------------------------------------------- 17. Binding tensors
@@ -5218,8 +5239,8 @@ static int check_unbound(struct lfm2_model *m)
             continue;
         for (size_t k = 0; k < COUNT(part); k++)
             if (strncmp(t->name, part[k], strlen(part[k])) == 0)
-                return OTHER(m->gguf, "%s: a tensor that %s does not have; the "
-                             "model is of another kind", t->name, m->arch);
+                return OTHER(m->gguf, "%s: a tensor that %s does not have",
+                             t->name, m->arch);
         warn(m, "%s: an unknown tensor, ignored", t->name);
     }
     return LFM2_OK;
@@ -5324,20 +5345,12 @@ const char *lfm2_weight_type(int i)
     return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
 }
 
-/* A file that is no model keeps its list of keys and tensors. */
-static void drop_layers(struct lfm2_model *m)
-{
-    free(m->layer);
-    free(m->floats);
-    m->layer = NULL;
-    m->floats = NULL;
-}
-
 void lfm2_model_close(lfm2_model *m)
 {
     if (!m)
         return;
-    drop_layers(m);
+    free(m->layer);
+    free(m->floats);
     gguf_free(m->gguf);
     file_close(m->file);
     free(m);
@@ -5367,35 +5380,26 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
         code = bind_model(&o->model);
     fesetenv(&callers);
     o->gguf.err = NULL;
-    if (code != LFM2_OK)
-        drop_layers(&o->model);
-    if (code == LFM2_OK || (any && code != LFM2_ENOMEM))
-        *out = &o->model;
-    else
+    if (code != LFM2_OK && (!any || code == LFM2_ENOMEM)) {
         lfm2_model_close(&o->model);
+        return code;
+    }
+    if (code != LFM2_OK) {
+        free(o->model.layer);
+        o->model.layer = NULL;
+    }
+    *out = &o->model;
     return code;
-}
-
-static int open_path(lfm2_model **out, const char *path, int load, int any,
-                     lfm2_error *err)
-{
-    struct file file;
-
-    *out = NULL;
-    TRY(file_open(&file, path, load, err));
-    return open_model(out, &file, any, err);
 }
 
 int lfm2_model_open(lfm2_model **out, const char *path, int load,
                     lfm2_error *err)
 {
-    return open_path(out, path, load, 0, err);
-}
+    struct file file;
 
-int lfm2_model_examine(lfm2_model **out, const char *path, int load,
-                       lfm2_error *err)
-{
-    return open_path(out, path, load, 1, err);
+    *out = NULL;
+    TRY(file_open(&file, path, load & ~LFM2_LOAD_ANY, err));
+    return open_model(out, &file, load & LFM2_LOAD_ANY, err);
 }
 
 int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
@@ -6391,8 +6395,8 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
                     "expected %d", ull(kv_type), ctx->par.kv_type);
     len = load_int(buf + 20, 4);
     if (len > (uint64_t)ctx->par.n_ctx)
-        return fail(err, LFM2_EFULL, "a saved sequence of %llu tokens, expected "
-                    "at most %d (n_ctx)", ull(len), ctx->par.n_ctx);
+        return fail(err, LFM2_EFULL, "a saved sequence of %llu tokens, "
+                    "expected at most %d (n_ctx)", ull(len), ctx->par.n_ctx);
     if (size != state_size(ctx, (int)len))
         return fail(err, LFM2_EFORMAT, "a saved sequence of %llu tokens in "
                     "%llu bytes, expected %llu", ull(len), ull(size),
@@ -7649,7 +7653,7 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
 
     for (int i = 0; i < n; i++) {
         const float x = (c[i].value - max) / temperature;
-        c[i].value = x <= 0 ? exp_f32(x) : 0;           /* or 0 for inf / inf    */
+        c[i].value = x <= 0 ? exp_f32(x) : 0;       /* or 0 for inf / inf    */
         sum += c[i].value;
     }
     for (int i = 0; i < n; i++) {

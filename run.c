@@ -3605,7 +3605,7 @@ static int export_words(const struct settings *s)
     FILE *f;
 
     watch_file(path);
-    lfm2_model_examine(&model, path, LFM2_LOAD_MAP, &err);
+    lfm2_model_open(&model, path, LFM2_LOAD_MAP | LFM2_LOAD_ANY, &err);
     if (model) {
         data = lfm2_model_file(model, &size);
         n = lfm2_tokenizer_export(data, size, NULL, 0, &err);
@@ -5188,8 +5188,8 @@ static int inspect_file(const struct settings *s)
         return code;
     if (!s->no_mmap)
         watch_file(s->model);
-    f.code = lfm2_model_examine(&f.model, s->model, s->no_mmap ?
-                                LFM2_LOAD_READ : LFM2_LOAD_MAP, &f.err);
+    f.code = lfm2_model_open(&f.model, s->model, LFM2_LOAD_ANY | (s->no_mmap ?
+                             LFM2_LOAD_READ : LFM2_LOAD_MAP), &f.err);
     f.is_model = f.code == LFM2_OK;
     if (!f.model)
         code = report(s->model, &f.err);

@@ -40,7 +40,7 @@ static const struct facts *look_at(const struct tiny *t)
     ck_assert(f && fwrite(file.p, 1, file.n, f) == file.n && !fclose(f));
     free(file.p);
     facts.s = &set;
-    facts.code = lfm2_model_examine(&facts.model, path, 0, &facts.err);
+    facts.code = lfm2_model_open(&facts.model, path, LFM2_LOAD_ANY, &facts.err);
     facts.is_model = facts.code == LFM2_OK;
     ck_assert_ptr_nonnull(facts.model);
     find_facts(&facts);
