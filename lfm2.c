@@ -6738,10 +6738,10 @@ static const char *const word_key[N_WORD_KEYS] = {
     "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 };
 
-struct word_file {
-    struct gguf g;
-    const struct gguf_kv *kv[N_WORD_KEYS];          /* NULL: not in the file */
-};
+static const struct gguf_kv *word_kv(const struct gguf *g, int key)
+{
+    return gguf_find(g, word_key[key]);
+}
 
 /* The character that starts at p, of which n bytes (1 or more) are there: its
  * length; 0 if more bytes could complete it; -1 if it is none.  Overlong forms,
@@ -6805,10 +6805,10 @@ static size_t unmap(uint8_t *out, int type, const char *text, const char *end)
     return (size_t)(end - text);
 }
 
-static int add_tokens(lfm2_tokenizer *t, const struct word_file *w)
+static int add_tokens(lfm2_tokenizer *t, const struct gguf *g)
 {
-    const struct gguf_kv *types = w->kv[KEY_TYPES];
-    struct cursor c = kv_cursor(w->kv[KEY_TOKENS]);
+    const struct gguf_kv *types = word_kv(g, KEY_TYPES);
+    struct cursor c = kv_cursor(word_kv(g, KEY_TOKENS));
 
     for (int32_t id = 0; id < t->n_vocab; id++) {
         const struct str s = take_string(&c);
@@ -6816,14 +6816,14 @@ static int add_tokens(lfm2_tokenizer *t, const struct word_file *w)
         if (types)
             kv_integer(types, (uint64_t)id, &type);
         if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
-            return BAD(&w->g, "token %d: of type %lld, expected %d to %d", id,
+            return BAD(g, "token %d: of type %lld, expected %d to %d", id,
                        (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
         struct token *token = &t->token[id];
         token->type = (uint8_t)type;
         const int is_marker = has_type(t, id, CUT_OUT_SPECIAL);
         const size_t max = is_marker ? MAX_MARKER : MAX_TOKEN;
         if (s.n > max)
-            return BAD(&w->g, "token %d: %s%zu bytes, expected at most %zu", id,
+            return BAD(g, "token %d: %s%zu bytes, expected at most %zu", id,
                        is_marker ? "a marker of " : "", s.n, max);
         uint8_t *bytes = t->text + token->start;
         const size_t n = unmap(bytes, (int)type, s.s, s.s + s.n);
@@ -6833,19 +6833,20 @@ static int add_tokens(lfm2_tokenizer *t, const struct word_file *w)
             t->longest_marker[bytes[0]] = (uint16_t)n;
         if (find_hashed(t, hash, bytes, n, 1 << type) < 0 &&
             add_to_chain(chain_of(t->tokens, hash), id, &token->next) != 0)
-            return BAD(&w->g, "token %d: its hash and those of %d others "
+            return BAD(g, "token %d: its hash and those of %d others "
                        "collide", id, MAX_CHAIN);
     }
     return LFM2_OK;
 }
 
 /* "left right" to the ids of left, right and both together. */
-static int add_merges(lfm2_tokenizer *t, const struct word_file *w)
+static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
 {
     uint8_t *bytes = t->text + t->token[t->n_vocab].start;
-    struct cursor c = kv_cursor(w->kv[KEY_MERGES]);
+    const struct gguf_kv *merges = word_kv(g, KEY_MERGES);
+    struct cursor c = kv_cursor(merges);
 
-    for (uint64_t i = 0; i < w->kv[KEY_MERGES]->n; i++) {
+    for (uint64_t i = 0; i < merges->n; i++) {
         const struct str s = take_string(&c);
         const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
         const char *right = space ? space + 1 : end;
@@ -6855,7 +6856,7 @@ static int add_merges(lfm2_tokenizer *t, const struct word_file *w)
                            find_token(t, bytes + n, k, ANY_TYPE),
                            find_token(t, bytes, n + k, ANY_TYPE), -1 };
         if (n == 0 || k == 0 || m.left < 0 || m.right < 0 || m.result < 0)
-            return BAD(&w->g, "merge %llu: \"%s\", expected two tokens that "
+            return BAD(g, "merge %llu: \"%s\", expected two tokens that "
                        "make a third, with a space between them", ull(i),
                        show(s).s);
         /* no text becomes a control token; of two merges the first counts */
@@ -6864,7 +6865,7 @@ static int add_merges(lfm2_tokenizer *t, const struct word_file *w)
             continue;
         if (add_to_chain(merge_chain(t, m.left, m.right), (int32_t)t->n_merges,
                          &m.next) != 0)
-            return BAD(&w->g, "merge %llu: its hash and those of %d others "
+            return BAD(g, "merge %llu: its hash and those of %d others "
                        "collide", ull(i), MAX_CHAIN);
         t->merge[t->n_merges++] = m;
     }
@@ -6877,8 +6878,7 @@ static int check_kind(const struct gguf *g)
 
     if (!gguf_string(g, word_key[KEY_MODEL], &model))
         return BAD(g, "tokenizer.ggml.model: no such string, expected "
-                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
-                   "tokenizer.bin can stand in for it");
+                   "\"gpt2\"");
     if (!str_is(model, "gpt2"))
         return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
                      "byte-level BPE", show(model).s);
@@ -6894,54 +6894,50 @@ static int check_kind(const struct gguf *g)
 }
 
 /* An array of strings or of 32-bit integers, with min to max elements. */
-static int check_array(const struct word_file *w, int key, uint64_t min,
+static int check_array(const struct gguf *g, int key, uint64_t min,
                        uint64_t max)
 {
-    const struct gguf_kv *kv = w->kv[key];
+    const struct gguf_kv *kv = word_kv(g, key);
     const char *what = key == KEY_TYPES ? "i32" : "strings";
 
     if (!kv)
-        return BAD(&w->g, "%s: absent, expected an array of %s", word_key[key],
+        return BAD(g, "%s: absent, expected an array of %s", word_key[key],
                    what);
     if (kv->type != GGUF_ARRAY ||
         (key == KEY_TYPES ? kv->elem != GGUF_I32 && kv->elem != GGUF_U32
                           : kv->elem != GGUF_STRING))
-        return BAD(&w->g, "%s: %s %s, expected an array of %s", kv->key,
+        return BAD(g, "%s: %s %s, expected an array of %s", kv->key,
                    kv->type == GGUF_ARRAY ? "an array of" : "one",
                    gguf_type[kv->elem].name, what);
-    if (kv->n < min || kv->n > max)
-        return BAD(&w->g, "%s: %llu elements, expected %llu to %llu", kv->key,
-                   ull(kv->n), ull(min), ull(max));
-    return LFM2_OK;
+    return in_range(g, kv->key, (double)kv->n, " elements", (double)min,
+                    (double)max);
 }
 
 /* To be closed with gguf_free(), after an error too. */
-static int open_keys(struct word_file *w, const void *data, size_t size,
-                     lfm2_error *err)
+static int open_vocabulary(struct gguf *g, const void *data, size_t size,
+                           lfm2_error *err)
 {
-    *w = (struct word_file){ 0 };
+    *g = (struct gguf){ 0 };
     if (!data)
         return fail(err, LFM2_EARG, "no data to read a vocabulary from");
-    TRY(gguf_parse(&w->g, data, size, err));
-    for (int key = 0; key < N_WORD_KEYS; key++)
-        w->kv[key] = gguf_find(&w->g, word_key[key]);
-    TRY(check_kind(&w->g));
-    TRY(check_array(w, KEY_TOKENS, 1, MAX_VOCAB));
-    TRY(check_array(w, KEY_MERGES, 0, MAX_MERGE));
-    const uint64_t n_vocab = w->kv[KEY_TOKENS]->n;
-    return w->kv[KEY_TYPES] ? check_array(w, KEY_TYPES, n_vocab, n_vocab)
-                            : LFM2_OK;
+    TRY(gguf_parse(g, data, size, err));
+    TRY(check_kind(g));
+    TRY(check_array(g, KEY_TOKENS, 1, MAX_VOCAB));
+    TRY(check_array(g, KEY_MERGES, 0, MAX_MERGE));
+    const uint64_t n_vocab = word_kv(g, KEY_TOKENS)->n;
+    return word_kv(g, KEY_TYPES) ? check_array(g, KEY_TYPES, n_vocab, n_vocab)
+                                 : LFM2_OK;
 }
 
 /* A token that the file gives by its id; -1 if it does not. */
-static int read_id(const struct word_file *w, int key, int32_t *out)
+static int read_id(const struct gguf *g, int key, int32_t *out)
 {
+    const uint64_t n_vocab = word_kv(g, KEY_TOKENS)->n;
     uint32_t id = UINT32_MAX;
 
-    TRY(gguf_u32(&w->g, word_key[key], &id));
-    if (id != UINT32_MAX && id >= w->kv[KEY_TOKENS]->n)
-        return BAD(&w->g, "%s: %lu, expected an id below %llu", word_key[key],
-                   (unsigned long)id, ull(w->kv[KEY_TOKENS]->n));
+    TRY(gguf_u32(g, word_key[key], &id));
+    if (id != UINT32_MAX)
+        TRY(in_range(g, word_key[key], id, "", 0, (double)(n_vocab - 1)));
     *out = id == UINT32_MAX ? -1 : (int32_t)id;
     return LFM2_OK;
 }
@@ -6956,21 +6952,21 @@ static int open_table(struct table *t, uint64_t n)
 }
 
 /* Behind the text of all tokens there is room for that of any merge. */
-static int allocate(lfm2_tokenizer *t, const struct word_file *w)
+static int allocate(lfm2_tokenizer *t, const struct gguf *g)
 {
-    const size_t n_text = w->kv[KEY_TOKENS]->size;
-    const size_t n_merges = (size_t)w->kv[KEY_MERGES]->n;
+    const struct gguf_kv *tokens = word_kv(g, KEY_TOKENS);
+    const struct gguf_kv *merges = word_kv(g, KEY_MERGES);
 
-    t->n_vocab = (int)w->kv[KEY_TOKENS]->n;
-    if (n_text < INT32_MAX)
-        t->text = malloc(n_text + w->kv[KEY_MERGES]->size);
+    t->n_vocab = (int)tokens->n;
+    if (tokens->size < INT32_MAX)
+        t->text = malloc(tokens->size + merges->size);
     t->token = calloc((size_t)t->n_vocab + 1, sizeof *t->token);
-    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
+    t->merge = malloc(((size_t)merges->n + 1) * sizeof *t->merge);
     t->classes = make_classes();
     if (!t->text || !t->token || !t->merge || !t->classes ||
-        open_table(&t->tokens, (uint64_t)t->n_vocab) != 0 ||
-        open_table(&t->merges, n_merges) != 0)
-        return fail(w->g.err, LFM2_ENOMEM, "no memory for the vocabulary");
+        open_table(&t->tokens, tokens->n) != 0 ||
+        open_table(&t->merges, merges->n) != 0)
+        return fail(g->err, LFM2_ENOMEM, "no memory for the vocabulary");
     return LFM2_OK;
 }
 
@@ -6987,24 +6983,24 @@ static void find_roles(lfm2_tokenizer *t)
             t->token[role[i]].type = TOKEN_CONTROL;
 }
 
-static int read_words(lfm2_tokenizer *t, const struct word_file *w)
+static int read_vocabulary(lfm2_tokenizer *t, const struct gguf *g)
 {
-    const struct gguf_kv *add = w->kv[KEY_ADD_BOS];
+    const struct gguf_kv *add = word_kv(g, KEY_ADD_BOS);
 
-    TRY(read_id(w, KEY_BOS, &t->bos));
-    TRY(read_id(w, KEY_EOS, &t->eos));
+    TRY(read_id(g, KEY_BOS, &t->bos));
+    TRY(read_id(g, KEY_EOS, &t->eos));
     if (add && add->type != GGUF_BOOL)
-        return BAD(&w->g, "%s: of type %s, expected a bool", add->key,
+        return BAD(g, "%s: of type %s, expected a bool", add->key,
                    gguf_type[add->type].name);
     t->add_bos = !add || add->value[0];
-    TRY(allocate(t, w));
-    TRY(add_tokens(t, w));
+    TRY(allocate(t, g));
+    TRY(add_tokens(t, g));
     find_roles(t);
-    TRY(add_merges(t, w));
+    TRY(add_merges(t, g));
     for (int b = 0; b < 256; b++) {
         t->byte[b] = find_token(t, &(uint8_t){ (uint8_t)b }, 1, FROM_TEXT);
         if (t->byte[b] < 0)
-            return BAD(&w->g, "the vocabulary: no token for the single byte "
+            return BAD(g, "the vocabulary: no token for the single byte "
                        "0x%02x, expected all 256", (unsigned)b);
     }
     return LFM2_OK;
@@ -7027,14 +7023,14 @@ int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
                                size_t size, lfm2_error *err)
 {
     lfm2_tokenizer *t = calloc(1, sizeof *t);
-    struct word_file w;
-    int code = open_keys(&w, data, size, err);
+    struct gguf g;
+    int code = open_vocabulary(&g, data, size, err);
 
     *out = NULL;
     if (code == LFM2_OK)
-        code = t ? read_words(t, &w)
+        code = t ? read_vocabulary(t, &g)
                  : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    gguf_free(&w.g);
+    gguf_free(&g);
     if (code == LFM2_OK)
         *out = t;
     else
@@ -7074,16 +7070,15 @@ size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
                               "\10\0\0\0" "\4\0\0\0\0\0\0\0lfm2";
     uint8_t header[24] = "GGUF\3";
     struct writer out = { buf, buf ? cap : 0, 0 };
-    struct word_file w;
-    const int code = open_keys(&w, data, size, err);
+    struct gguf g;
+    const int code = open_vocabulary(&g, data, size, err);
 
     for (int key = 0; key < N_WORD_KEYS; key++)
-        if (key == KEY_PRE || w.kv[key])
-            header[16]++;                 /* the number of keys              */
+        header[16] += key == KEY_PRE || word_kv(&g, key);  /* how many keys  */
     if (code == LFM2_OK)
         put(&out, header, sizeof header);
     for (int key = 0; code == LFM2_OK && key < N_WORD_KEYS; key++) {
-        const struct gguf_kv *kv = w.kv[key];
+        const struct gguf_kv *kv = word_kv(&g, key);
         if (key == KEY_PRE)
             put(&out, pre, sizeof pre - 1);
         else if (kv) {
@@ -7092,7 +7087,7 @@ size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
             put(&out, from, (size_t)(kv->value - from) + kv->size);
         }
     }
-    gguf_free(&w.g);
+    gguf_free(&g);
     return out.n;
 }
 
