@@ -277,12 +277,6 @@ struct routing {
     struct tensor *gate, *up, *down;      /* [n_active] their matrices       */
 };
 
-/* What a span has asked for: logits, or the state of its sequence. */
-struct result { int first, n_logits, state; };  /* state: the sequence, or -1 */
-
-/* What the sampler chooses from; value is the logit, then a probability. */
-struct candidate { float value; int32_t id; };
-
 struct lfm2_context {
     const struct lfm2_model *model;
     lfm2_params par;
@@ -314,9 +308,9 @@ struct lfm2_context {
     float *logits;                        /* [n_logits][n_vocab]             */
     float *states;                        /* [n_seq][n_embd], normed         */
     int n_logits;                         /* rows that are there             */
-    struct result *results;               /* [n_spans] where to look         */
+    struct result *results;               /* [n_spans] which of them to show */
     int n_spans;
-    struct candidate *candidates;         /* [n_vocab]                       */
+    struct candidate *candidates;         /* [n_vocab], see section 26       */
 
     lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
     void *hook_user;
@@ -441,11 +435,10 @@ static void attend(const struct thread *me, const struct layer *l);
 /* Sort the slots by expert, and bind the matrices of those in use. */
 static void group_by_expert(struct lfm2_context *ctx, const struct layer *l);
 
-/* For lfm2_trace(); while nobody traces, these do nothing.  product() keeps
- * what it computes by itself; keep() keeps n other numbers of a row.  trace()
- * shows the modules first .. last of a layer, trace_rows() the rows of y,
- * [n_rows][n].  il is -1 outside of layers; a layer itself has the name "".
- * (Officially w1 is the gate, w3 is up and w2 is down.) */
+/* For lfm2_trace(), else these do nothing.  product() keeps what it computes by
+ * itself; keep() keeps n other numbers of a row.  trace() shows the modules
+ * first .. last of a layer, trace_rows() the rows of y, [n_rows][n].  il is -1
+ * outside of layers; a layer itself has the name "".  w1 is gate, w2 down. */
 enum module {
     NOT_TRACED, CONV_IN_PROJ, CONV_CONV, CONV_OUT_PROJ, ATTN_Q, ATTN_K, ATTN_V,
     ATTN_Q_NORM, ATTN_K_NORM, ATTN_OUT, FFN_W1, FFN_W3, FFN_W2, MOE_GATE,
@@ -668,8 +661,8 @@ static void finish_head(float *out, const struct attn_partial *all, int hd)
         out[d] = all->o[d] / all->sum;
 }
 
-/* Norm and rotate the heads of row t of a piece that share a kv head; remember
- * k and v.  q is divided by sqrt(head_dim) here, so scores are products. */
+/* The heads of row t of a piece that share a kv head, up to the rotation; k and
+ * v are remembered.  q is divided by sqrt(head_dim) already here. */
 static void prepare_heads(const struct thread *me, const struct layer *l,
                           const struct piece *p, int t, int head)
 {
@@ -698,8 +691,13 @@ static void prepare_heads(const struct thread *me, const struct layer *l,
     }
 }
 
-/* Grouped-query attention: q, k, v from h; q and k normed per head before they
- * are rotated; each kv head serves a group of query heads. */
+/* Grouped-query attention.  For each token
+ *
+ *     q, k, v = attn_q h, attn_k h, attn_v h
+ *     q, k    = rope(rms_norm(q)), rope(rms_norm(k))          head by head
+ *     y       = attn_output (softmax(q k^T / sqrt(head_dim)) v)
+ *
+ * over all tokens up to this one; a kv head serves a group of query heads. */
 static void attention(const struct thread *me, const struct layer *l)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -799,7 +797,7 @@ static struct input choosers(const struct routing *r, const struct input *x,
     return some;
 }
 
-/* x += sum over the chosen e, ascending, of weight[e] * down_e h. */
+/* The last step of moe(), with h the hidden layer and e ascending. */
 static void add_experts(const struct thread *me, const struct layer *l)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -827,9 +825,13 @@ static void add_experts(const struct thread *me, const struct layer *l)
             ctx->x[j] += ctx->y[j];
 }
 
-/* Mixture of experts: each row is sent to the few networks the router chooses
- * for it.  Expert by expert, so that the weights of one are read once for all
- * the rows that chose it. */
+/* Mixture of experts: each row is sent to the few networks e that the router
+ * chooses for it,
+ *
+ *     x += sum over e of weight[e] * down_e (silu(gate_e h) * (up_e h))
+ *
+ * expert by expert, so that the weights of one are read once for all the rows
+ * that chose it. */
 static void moe(const struct thread *me, const struct layer *l)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -906,8 +908,7 @@ static void set_rows(struct lfm2_context *ctx, int n)
     ctx->in.n = ctx->mixed.n = ctx->heads.n = ctx->hidden.n = n;
 }
 
-/* Drop the rows of which less than `least` is wanted, once nothing looks at
- * other rows any more. */
+/* Drop rows of which less than `least` is wanted. */
 static void drop_rows(const struct thread *me, int least)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -927,8 +928,7 @@ static void drop_rows(const struct thread *me, int least)
     barrier(me);
 }
 
-/* The states that are wanted, and the logits, behind those of earlier passes
- * of the call. */
+/* The states and logits that are wanted, behind those of earlier passes. */
 static void output(const struct thread *me)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -960,10 +960,14 @@ static int is_cancelled(const struct thread *me)
     return me->ctx->stop;
 }
 
-/* The model.  Row t of x is one token of one sequence.  Only short_conv() and
- * attention() look outside a row, and they do it piece by piece; everything
- * else sees n_rows independent vectors, whoever they belong to.  Every thread
- * runs this. */
+/* The model: x = embedding, then in each layer
+ *
+ *     x += operator(rms_norm(x)),   x += feed_forward(rms_norm(x))
+ *
+ * and logits = output rms_norm(x).  Row t of x is one token of one sequence.
+ * Only short_conv() and attention() look outside a row, and they do it piece by
+ * piece; all else sees n_rows independent vectors, whoever they belong to.
+ * Every thread runs this. */
 static void forward(const struct thread *me)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -978,12 +982,12 @@ static void forward(const struct thread *me)
         norm_rows(me, l->attn_norm);
         trace_rows(me, il, "operator_norm", ctx->in.f, c->n_embd);
         if (c->is_attn[il])
-            attention(me, l);                          /* x += ... */
+            attention(me, l);
         else
             short_conv(me, l);
 
         if (il + 1 == c->n_layer && !ctx->hook)
-            drop_rows(me, STATE);
+            drop_rows(me, STATE);         /* nobody will look at them        */
         if (ctx->batch.n_rows == 0)
             return;
         norm_rows(me, l->ffn_norm);
@@ -4193,7 +4197,7 @@ static unsigned long long ull(uint64_t n)
 
 struct cursor {
     const uint8_t *at, *end;
-    int past;                             /* more was taken than there was   */
+    int cut;                              /* more was taken than there was   */
 };
 
 struct str { const char *s; size_t n; };
@@ -4203,8 +4207,8 @@ static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->at;
 
-    c->past |= n > (uint64_t)(c->end - p);
-    if (c->past)
+    c->cut |= n > (uint64_t)(c->end - p);
+    if (c->cut)
         return NULL;
     c->at += n;
     return p;
@@ -4220,7 +4224,7 @@ static uint64_t load_int(const uint8_t *p, int n_bytes)
 }
 
 /* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
- * not there; c->past tells. */
+ * not there; c->cut tells. */
 static uint64_t take_int(struct cursor *c, int n_bytes)
 {
     const uint8_t *p = take(c, (uint64_t)n_bytes);
@@ -4426,7 +4430,7 @@ struct gguf {
 
 /* Refuse a file: it contradicts itself, or it is meant for another engine. */
 #define BAD(g, ...)   fail((g)->err, LFM2_EFORMAT, __VA_ARGS__)
-#define OTHER(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
+#define ALIEN(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
 
 static int in_range(const struct gguf *g, const char *name, double value,
                     const char *unit, double min, double max)
@@ -4466,12 +4470,12 @@ static int skip_elements(struct gguf *g, struct cursor *c, struct gguf_kv *kv)
     const uint64_t size = gguf_type[kv->elem].size;
 
     kv->value = c->at;
-    c->past = kv->n > (uint64_t)(c->end - c->at) / size;
+    c->cut = kv->n > (uint64_t)(c->end - c->at) / size;
     if (kv->elem != GGUF_STRING)
         take(c, kv->n * size);
-    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->past; i++)
+    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->cut; i++)
         take_string(c);
-    if (c->past)
+    if (c->cut)
         return BAD(g, "%s: %llu x %s runs past the end of the file", kv->key,
                    ull(kv->n), gguf_type[kv->elem].name);
     kv->size = (size_t)(c->at - kv->value);
@@ -4488,7 +4492,7 @@ static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
     char what[48];
 
     snprintf(what, sizeof what, "the name of %s %d", of, number);
-    if (c->past)
+    if (c->cut)
         return BAD(g, "%s runs past the end of the file", what);
     TRY(in_range(g, what, (double)name.n, " bytes", 1, max));
     for (size_t i = 0; i < name.n; i++)
@@ -4510,7 +4514,7 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     kv->type = (uint32_t)take_int(c, 4);
     kv->elem = kv->type == GGUF_ARRAY ? (uint32_t)take_int(c, 4) : kv->type;
     kv->n = kv->type == GGUF_ARRAY ? take_int(c, 8) : 1;
-    if (c->past)
+    if (c->cut)
         return BAD(g, "%s: the file ends before its value", kv->key);
     if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
         return BAD(g, "%s: value type %lu, expected 0 to 8 or 10 to 12",
@@ -4564,7 +4568,7 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
             return BAD(g, "%s: of type %s, expected an integer below 2^63",
                        kv->key, gguf_type[kv->elem].name);
         if (*out != 0 && value != 0 && value != *out)
-            return OTHER(g, "%s: both %lld and %lld, expected one value in all "
+            return ALIEN(g, "%s: both %lld and %lld, expected one value in all "
                          "layers", kv->key, (long long)*out, (long long)value);
         *out = value != 0 ? value : *out;
     }
@@ -4652,11 +4656,11 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     t->offset = take_int(c, 8);
     t->n_dims = (int)n_dims;
     t->fmt = format_find(type);
-    if (c->past)
+    if (c->cut)
         return BAD(g, "%s: the file ends before its shape and offset", t->name);
     TRY(in_range(g, t->name, n_dims, " dimensions", 1, 4));
     if (!t->fmt)
-        return OTHER(g, "%s: weight type %lu of GGUF, expected F32, F16, BF16, "
+        return ALIEN(g, "%s: weight type %lu of GGUF, expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
                      "IQ4_XS", t->name, (unsigned long)type);
     for (int d = 0; d < 4; d++) {
@@ -4707,14 +4711,14 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     if (!str_is(magic, "GGUF"))
         return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
                    show(magic).s);
-    if (c->past)
+    if (c->cut)
         return BAD(g, "the file has %zu bytes, expected a GGUF header of 24",
                    g->size);
     if (version > 0 && (version & 0xffff) == 0)
-        return OTHER(g, "a big-endian GGUF file, expected the usual "
+        return ALIEN(g, "a big-endian GGUF file, expected the usual "
                      "little-endian one");
     if (version != 2 && version != 3)
-        return OTHER(g, "GGUF version %lu, expected 2 or 3",
+        return ALIEN(g, "GGUF version %lu, expected 2 or 3",
                      (unsigned long)version);
     TRY(in_range(g, "the header", (double)*n_tensors, " tensors", 0,
                  MAX_TENSOR));
@@ -4900,12 +4904,12 @@ static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
         if (key->type < ONLY || has_value(kv, value) ||
             (key->need & MOE && !is_moe(m)))
             return LFM2_OK;
-        return OTHER(m->gguf, "%s: %s, expected %g", kv->key, kv_text(kv).s,
+        return ALIEN(m->gguf, "%s: %s, expected %g", kv->key, kv_text(kv).s,
                      (double)value);
     }
     for (size_t i = 0; i < COUNT(arithmetic); i++)
         if (strstr(name, arithmetic[i]))
-            return OTHER(m->gguf, "%s: an unknown key that may change the "
+            return ALIEN(m->gguf, "%s: an unknown key that may change the "
                          "arithmetic, expected none", kv->key);
     warn(m, "%s: an unknown key, ignored", kv->key);
     return LFM2_OK;
@@ -4931,45 +4935,35 @@ static int read_architecture(struct lfm2_model *m)
         if (strncmp(show(arch).s, others[i].arch, strlen(others[i].arch)) == 0)
             note = others[i].note;
     if (!m->arch)
-        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
+        return ALIEN(m->gguf, "general.architecture: %s%s, expected lfm2 or "
                      "lfm2moe", show(arch).s, note);
     TRY(gguf_u32(m->gguf, "split.count", &parts));
     if (parts > 1)
-        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
+        return ALIEN(m->gguf, "split.count: one part of %lu, expected a whole "
                      "model", (unsigned long)parts);
     return LFM2_OK;
 }
 
-/* Which layers attend: those whose entry in head_count_kv is not 0. */
-static int find_attention(struct lfm2_model *m)
+/* Layers attend where their entry in head_count_kv is not 0. */
+static int read_heads(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *kv = arch_find(m, "attention.head_count_kv");
     const int is_array = kv && kv->type == GGUF_ARRAY;
 
-    if (!kv)
-        c->n_head_kv = c->n_head;
     if (is_array && kv->n != (uint64_t)c->n_layer)
         return BAD(m->gguf, "%s: %llu entries, expected one for each of %d "
                    "blocks", kv->key, ull(kv->n), c->n_layer);
     for (int il = 0; il < c->n_layer; il++) {
-        int64_t heads = c->n_head_kv;
+        int64_t heads = kv ? c->n_head_kv : c->n_head;
         if (is_array)
             kv_integer(kv, (uint64_t)il, &heads);
         c->is_attn[il] = heads != 0;
-        m->n_attn += c->is_attn[il];
-        m->n_conv += !c->is_attn[il];
+        m->n_attn += heads != 0;
     }
+    m->n_conv = c->n_layer - m->n_attn;
     if (c->n_head_kv == 0)
-        c->n_head_kv = c->n_head;         /* nobody's: a size like any other */
-    return LFM2_OK;
-}
-
-static int read_heads(struct lfm2_model *m)
-{
-    lfm2_config *c = &m->cfg;
-
-    TRY(find_attention(m));
+        c->n_head_kv = c->n_head;         /* as many, or nobody's            */
     if (c->n_head % c->n_head_kv != 0)
         return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
                    "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
@@ -5056,7 +5050,7 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
 
     TRY(bind_matrix(m, name, cols, rows, 1, &w));
     if (!w.fmt->floats)
-        return OTHER(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
+        return ALIEN(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
                      name, w.fmt->name);
     *out = *pool;
     for (int c = 0; c < cols; c++)
@@ -5176,7 +5170,7 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
             ((struct tensor *)field)->module = b->module;
     }
     if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
-        return OTHER(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
+        return ALIEN(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
                      "expected F32, F16 or BF16 (a rounded router chooses "
                      "other experts)", il, l->ffn_gate_inp.fmt->name);
     return LFM2_OK;
@@ -5239,7 +5233,7 @@ static int check_unbound(struct lfm2_model *m)
             continue;
         for (size_t k = 0; k < COUNT(part); k++)
             if (strncmp(t->name, part[k], strlen(part[k])) == 0)
-                return OTHER(m->gguf, "%s: a tensor that %s does not have",
+                return ALIEN(m->gguf, "%s: a tensor that %s does not have",
                              t->name, m->arch);
         warn(m, "%s: an unknown tensor, ignored", t->name);
     }
@@ -5309,7 +5303,7 @@ static int bind_model(struct lfm2_model *m)
     get_sizes(c, size);
     for (int i = 0; i < N_SIZES; i++)
         if (cut_key[i] && size[i] % UNIT != 0)
-            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
+            return ALIEN(m->gguf, "%s.%s: %d columns in all, expected a "
                          "multiple of %d", m->arch, cut_key[i], size[i], UNIT);
     float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
@@ -5504,8 +5498,8 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
 }
 
 /* Linux takes of one advice no more than the disk likes to read at once, so it
- * is given in strides.  From 5.14 on it reads pages when told to, or says that it
- * cannot; before, they are touched. */
+ * is given in strides.  From 5.14 on it reads pages when told to, or says that
+ * it cannot; before, they are touched. */
 #if defined __linux__ && !defined MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -5549,6 +5543,12 @@ uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
  *
  * One layout function hands out all of it.  Run without memory it only counts,
  * so the size foretold and the size reserved cannot differ. */
+
+/* What a span has asked for: logits, or the state of its sequence. */
+struct result { int first, n_logits, state; };  /* state: the sequence, or -1 */
+
+/* What the sampler chooses from; value is the logit, then a probability. */
+struct candidate { float value; int32_t id; };
 
 struct arena { uint8_t *base; int64_t used; };
 
@@ -5628,27 +5628,6 @@ static void carve_sequences(struct arena *a, struct lfm2_context *ctx)
     CARVE(a, ctx->candidates, n_vocab);
 }
 
-static void carve_batch(struct arena *a, struct lfm2_context *ctx)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const int64_t rows = ctx->par.n_batch, slots = rows * c->n_expert_used;
-    struct routing *r = &ctx->routing;
-
-    CARVE(a, ctx->batch.piece, ctx->par.n_seq);
-    CARVE(a, ctx->batch.row, rows);
-    CARVE(a, ctx->batch.rope, rows * c->head_dim);
-    CARVE(a, r->score, rows * c->n_expert);
-    CARVE(a, r->chosen, slots);
-    CARVE(a, r->weight, slots);
-    CARVE(a, r->slot_row, slots);
-    CARVE(a, r->slot_weight, slots);
-    CARVE(a, r->slot_begin, c->n_expert + 1);
-    CARVE(a, r->active, c->n_expert);
-    CARVE(a, r->gate, c->n_expert);
-    CARVE(a, r->up, c->n_expert);
-    CARVE(a, r->down, c->n_expert);
-}
-
 /* Two inputs that are never used at the same time, in one place. */
 static void carve_inputs(struct arena *a, struct input *one, int cols,
                          struct input *other, int other_cols, int64_t elements,
@@ -5665,16 +5644,30 @@ static void carve_inputs(struct arena *a, struct input *one, int cols,
  * weights that are in floats. */
 static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 {
-    const struct lfm2_model *m = ctx->model;
-    const lfm2_config *c = &m->cfg;
-    const int64_t rows = ctx->par.n_batch, n = c->n_embd;
-    const int64_t kv = rows * c->n_head_kv * c->head_dim;
+    const struct layer *l = ctx->model->layer;
+    const lfm2_config *c = &ctx->model->cfg;
+    const int64_t rows = ctx->par.n_batch, slots = rows * c->n_expert_used;
+    const int64_t n = c->n_embd, kv = rows * c->n_head_kv * c->head_dim;
     const int heads = c->n_head * c->head_dim;
-    int floats = 0;
+    struct routing *r = &ctx->routing;
     struct input unused;
+    int floats = 0;
 
-    for (const struct layer *l = m->layer; l < m->layer + c->n_layer; l++)
-        floats |= (l->ffn_down.data ? &l->ffn_down : &l->ffn_down_exps)
+    CARVE(a, ctx->batch.piece, ctx->par.n_seq);
+    CARVE(a, ctx->batch.row, rows);
+    CARVE(a, ctx->batch.rope, rows * c->head_dim);
+    CARVE(a, r->score, rows * c->n_expert);
+    CARVE(a, r->chosen, slots);
+    CARVE(a, r->weight, slots);
+    CARVE(a, r->slot_row, slots);
+    CARVE(a, r->slot_weight, slots);
+    CARVE(a, r->slot_begin, c->n_expert + 1);
+    CARVE(a, r->active, c->n_expert);
+    CARVE(a, r->gate, c->n_expert);
+    CARVE(a, r->up, c->n_expert);
+    CARVE(a, r->down, c->n_expert);
+    for (int il = 0; il < c->n_layer; il++)
+        floats |= (l[il].ffn_down.data ? &l[il].ffn_down : &l[il].ffn_down_exps)
                   ->fmt->floats != NULL;
     CARVE(a, ctx->x, rows * n);
     CARVE(a, ctx->y, c->n_expert ? rows * n : 0);
@@ -5684,8 +5677,7 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
     carve_inputs(a, &ctx->mixed, c->n_embd, &ctx->heads, heads,
                  rows * larger(n, heads), 1);
     carve_inputs(a, &ctx->hidden, c->n_ff, &ctx->hidden_exps, c->n_ff_expert,
-                 rows * larger(c->n_ff, (int64_t)c->n_ff_expert *
-                                        c->n_expert_used), floats);
+                 larger(rows * c->n_ff, slots * c->n_ff_expert), floats);
     ctx->q = ctx->heads.f;
 }
 
@@ -5724,7 +5716,6 @@ static int64_t lay_out(struct lfm2_context *ctx, void *base)
     struct arena a = { base, sizeof *ctx };
 
     carve_sequences(&a, ctx);
-    carve_batch(&a, ctx);
     carve_pass(&a, ctx);
     carve_threads(&a, ctx);
     return a.used;
@@ -5840,7 +5831,7 @@ struct exercise {
                                              out what is read                */
 };
 
-/* A thread's share of the first n bytes of the weights. */
+/* Read a share of the first n bytes of the weights. */
 static unsigned read_share(const struct thread *me, int64_t n)
 {
     const uint8_t *p = me->ctx->model->gguf->data;
@@ -5857,10 +5848,9 @@ static unsigned read_share(const struct thread *me, int64_t n)
     return (unsigned)sum;
 }
 
-/* Products with as many rows of weights as the second-level cache holds easily,
- * again and again: the bytes of weights for one row of x, or the multiply-adds
- * for many. */
-static int64_t multiply_again(const struct thread *me, int many)
+/* READ; or products with as many rows of weights as the second-level cache
+ * holds easily, again and again, for one row of x or for many. */
+static void exercise(const struct thread *me)
 {
     enum { AGAIN = 64, CACHE = 512 << 10, ROWS = 48 };
     const struct lfm2_context *ctx = me->ctx;
@@ -5870,28 +5860,22 @@ static int64_t multiply_again(const struct thread *me, int many)
     const size_t fit = CACHE / (UNIT * row_bytes(w)) + 1;
     const int n = fit < (size_t)(w->rows / UNIT) ? (int)fit : w->rows / UNIT;
     const int rows = ctx->par.n_batch < ROWS ? ctx->par.n_batch : ROWS;
+    struct exercise *e = ctx->exercise;
     struct input in = ctx->in;
-
-    in.n = many ? rows : 1;
-    for (int i = 0; i < AGAIN; i++)
-        for (int u = 0; u < n; u++)
-            ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
-                              unit_data(w, n), w->data);
-    return (int64_t)AGAIN * n * UNIT *
-           (many ? (int64_t)rows * w->cols : (int64_t)row_bytes(w));
-}
-
-static void exercise(const struct thread *me)
-{
-    struct exercise *e = me->ctx->exercise;
 
     if (e->what == LFM2_READ) {
         atomic_fetch_add(&e->sink, read_share(me, e->done));
         return;
     }
-    const int64_t done = multiply_again(me, e->what == LFM2_DOT) * me->of;
+    in.n = e->what == LFM2_DOT ? rows : 1;
+    for (int i = 0; i < AGAIN; i++)
+        for (int u = 0; u < n; u++)
+            ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
+                              unit_data(w, n), w->data);
     if (me->id == 0)
-        e->done = done;
+        e->done = (int64_t)AGAIN * n * UNIT * me->of *
+                  (e->what == LFM2_DOT ? (int64_t)rows * w->cols
+                                       : (int64_t)row_bytes(w));
 }
 
 int64_t lfm2_exercise(lfm2_context *ctx, int what)
@@ -5920,9 +5904,9 @@ static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
                        int i_conv, int pos)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const int kept = UNDO + c->l_cache - 1;
+    const int n = UNDO + c->l_cache - 1;
 
-    return s->u + ((size_t)i_conv * kept + (pos + kept) % kept) * c->n_embd;
+    return s->u + ((size_t)i_conv * n + (pos + n) % n) * c->n_embd;
 }
 
 static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
@@ -6254,7 +6238,7 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
  * Nothing in it depends on n_ctx, on how the cache is laid out or on the
  * machine. */
 
-enum { STATE_HEAD = 24 };
+enum { SAVED_HEAD = 24 };
 
 static uint64_t hash_bytes(uint64_t h, const uint8_t *p, size_t n)
 {
@@ -6290,7 +6274,7 @@ static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
     return hash_bytes(h, p, n);
 }
 
-/* Where the bytes of a state go to or come from: one of the two is set, and the
+/* Where saved bytes go to or come from: one of the two is set, and the
  * same walk saves and loads. */
 struct stream { uint8_t *to; const uint8_t *from; };
 
@@ -6309,7 +6293,7 @@ static void move(struct stream *s, void *p, size_t n, int size)
         }
 }
 
-static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
+static void move_saved(const struct lfm2_context *ctx, struct seq *q, int len,
                        struct stream *s)
 {
     const size_t mark = (size_t)columns(ctx->model, 0);
@@ -6331,18 +6315,18 @@ static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
     }
 }
 
-static uint64_t state_size(const struct lfm2_context *ctx, int len)
+static uint64_t saved_size(const struct lfm2_context *ctx, int len)
 {
     const int64_t marks = columns(ctx->model, 0) * (1 + len / ctx->seq_step);
 
-    return (uint64_t)(STATE_HEAD + marks * 4 + len * kv_bytes_per_token(ctx) +
+    return (uint64_t)(SAVED_HEAD + marks * 4 + len * kv_bytes_per_token(ctx) +
                       8);
 }
 
 uint64_t lfm2_seq_state_size(const lfm2_context *ctx, int seq)
 {
     const struct seq *s = find_seq(ctx, seq);
-    return s ? state_size(ctx, s->len) : 0;
+    return s ? saved_size(ctx, s->len) : 0;
 }
 
 int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
@@ -6356,7 +6340,7 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
     if (!q || !buf)
         return fail(err, LFM2_EARG, "save of sequence %d, expected 0 to %d and "
                     "a buffer", seq, ctx->par.n_seq - 1);
-    need = state_size(ctx, q->len);
+    need = saved_size(ctx, q->len);
     if (size < need)
         return fail(err, LFM2_EARG, "a buffer of %llu bytes, expected %llu",
                     ull(size), ull(need));
@@ -6366,19 +6350,19 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
     move(&s, &hash, 1, 8);
     move(&s, &kv_type, 1, 4);
     move(&s, &len, 1, 4);
-    move_state(ctx, q, q->len, &s);
+    move_saved(ctx, q, q->len, &s);
     hash = hash_words(HASH_START, buf, (size_t)need - 8);
     move(&s, &hash, 1, 8);
     return LFM2_OK;
 }
 
-/* The length of the sequence in a state, or why it cannot be loaded. */
-static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
+/* The length of a saved sequence, or why it cannot be loaded. */
+static int check_saved(const struct lfm2_context *ctx, const uint8_t *buf,
                        uint64_t size, lfm2_error *err)
 {
     uint64_t kv_type, len;
 
-    if (size < STATE_HEAD + 8 || size > SIZE_MAX ||
+    if (size < SAVED_HEAD + 8 || size > SIZE_MAX ||
         memcmp(buf, "LFM2SEQ2", 8) != 0)
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
                     "expected \"LFM2SEQ2\" at their beginning", ull(size));
@@ -6397,10 +6381,10 @@ static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
     if (len > (uint64_t)ctx->par.n_ctx)
         return fail(err, LFM2_EFULL, "a saved sequence of %llu tokens, "
                     "expected at most %d (n_ctx)", ull(len), ctx->par.n_ctx);
-    if (size != state_size(ctx, (int)len))
+    if (size != saved_size(ctx, (int)len))
         return fail(err, LFM2_EFORMAT, "a saved sequence of %llu tokens in "
                     "%llu bytes, expected %llu", ull(len), ull(size),
-                    ull(state_size(ctx, (int)len)));
+                    ull(saved_size(ctx, (int)len)));
     return (int)len;
 }
 
@@ -6414,9 +6398,9 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
     if (!q || !buf)
         return fail(err, LFM2_EARG, "load of sequence %d, expected 0 to %d and "
                     "a buffer", seq, ctx->par.n_seq - 1);
-    TRY(len = check_state(ctx, buf, size, err));
-    s.from += STATE_HEAD;
-    move_state(ctx, q, len, &s);
+    TRY(len = check_saved(ctx, buf, size, err));
+    s.from += SAVED_HEAD;
+    move_saved(ctx, q, len, &s);
     q->len = len;
     return LFM2_OK;
 }
@@ -6880,7 +6864,7 @@ static int check_kind(const struct gguf *g)
         return BAD(g, "tokenizer.ggml.model: no such string, expected "
                    "\"gpt2\"");
     if (!str_is(model, "gpt2"))
-        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
+        return ALIEN(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
                      "byte-level BPE", show(model).s);
     /* An LFM2 model can only mean one thing, whatever it calls it. */
     if (gguf_string(g, "general.architecture", &arch) &&
@@ -6889,7 +6873,7 @@ static int check_kind(const struct gguf *g)
     if (gguf_string(g, word_key[KEY_PRE], &pre) &&
         (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
         return LFM2_OK;
-    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
+    return ALIEN(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
                  "\"llama-bpe\"", show(pre).s);
 }
 
@@ -7374,19 +7358,17 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
                        const lfm2_message *msg)
 {
     const size_t n_role = strlen(msg->role), n = strlen(msg->content);
-    uint8_t *text;
+    char *text;
     int code;
 
-    if (n_role > MAX_ENCODE || n > MAX_ENCODE)
+    if (n_role > MAX_ENCODE || n > MAX_ENCODE - n_role)
         return LFM2_EARG;
-    text = malloc(n_role + 1 + n);
+    text = malloc(n_role + 1 + n + 1);
     if (!text)
         return LFM2_ENOMEM;
-    memcpy(text, msg->role, n_role);
-    text[n_role] = '\n';
-    memcpy(text + n_role + 1, msg->content, n);
+    sprintf(text, "%s\n%s", msg->role, msg->content);
     emit(o, t->im_start);
-    code = encode_text(t, o, text, n_role + 1 + n, CUT_OUT);
+    code = encode_text(t, o, (uint8_t *)text, n_role + 1 + n, CUT_OUT);
     emit(o, t->im_end);
     free(text);
     TRY(code);
@@ -7630,9 +7612,9 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
 }
 
 /* SplitMix64 (Steele, Lea, Flood 2014), as a number in [0, 1). */
-static double random_next(uint64_t *state)
+static double random_next(uint64_t *seed)
 {
-    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+    uint64_t z = *seed += 0x9e3779b97f4a7c15u;
 
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;

@@ -601,11 +601,11 @@ static uint64_t resident(void)
 static void load_zeros(lfm2_context *ctx, int seq, int len)
 {
     struct state s = save(ctx, seq);
-    const uint64_t n = state_size(ctx, len);
+    const uint64_t n = saved_size(ctx, len);
     uint8_t *p = calloc(1, (size_t)n);
 
     ck_assert(p != NULL);
-    memcpy(p, s.p, STATE_HEAD);
+    memcpy(p, s.p, SAVED_HEAD);
     store_le(p + 20, (uint64_t)len, 4);
     seal((struct state){ p, n });
     ck_assert(lfm2_seq_load(ctx, seq, p, n, NULL) == LFM2_OK);

@@ -95,8 +95,8 @@ static const struct { struct change x; int code; const char *says; } bad[] = {
     { { .merge = "yz a" }, LFM2_EFORMAT, "merge 9: \"yz a\", expected two" },
     { { .merge = "a bb" }, LFM2_EFORMAT, "merge 9: \"a bb\", expected two" },
     { { .merge = too_long }, LFM2_EFORMAT, "merge 9: \"xxxxxxxxxx" },
-    { { .bos = N_BASE }, LFM2_EFORMAT, "bos_token_id: 274, expected an id "
-      "expected 0 to 273" },
+    { { .bos = N_BASE }, LFM2_EFORMAT, "bos_token_id: 274, expected 0 "
+      "to 273" },
     { { .eos = 0xfffffffe }, LFM2_EFORMAT, "eos_token_id: 4294967294, "
       "expected 0 to 273" },
     { { .floats = KEY("bos_token_id") }, LFM2_EFORMAT, "expected an integer" },
