@@ -6601,20 +6601,19 @@ enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
 #define NO_RANK UINT32_MAX
 
 struct token {
-    uint32_t start;                       /* its bytes in text end where     */
-    int32_t next;                         /* those of the next one start     */
+    uint32_t start;                       /* its bytes in text end where
+                                             those of the next one start     */
     uint8_t type;                         /* TOKEN_...                       */
 };
 
-struct merge { int32_t left, right, result, next; };
+struct merge { int32_t left, right, result; };
 
-/* A hash table: entries with the same hash form a chain, the newest first.
- * Each entry knows the next, -1 for none.  Chains of real vocabularies have at
- * most 6 entries; the limit is for files made to slow a search down. */
-enum { MAX_CHAIN = 64 };
+/* A hash table: an entry is in the first free one of MAX_PROBES slots, from
+ * that of its hash on, so the first to be added is the first to be found.  The
+ * limit is for files made to slow a search down. */
+enum { MAX_PROBES = 64 };
 
-struct chain { int32_t first, n; };       /* first: entry + 1, or 0          */
-struct table { struct chain *chain; uint32_t n; };      /* a power of two    */
+struct table { int32_t *slot; uint32_t n; };    /* entry + 1, or 0; n = 2^k  */
 
 struct lfm2_tokenizer {
     int n_vocab;
@@ -6649,34 +6648,34 @@ static int has_type(const lfm2_tokenizer *t, int32_t id, int types)
     return types >> t->token[id].type & 1;
 }
 
-static struct chain *chain_of(struct table t, uint64_t hash)
+static int32_t *slot_of(struct table t, uint64_t hash, uint32_t probe)
 {
-    return &t.chain[(hash ^ hash >> 32) & (t.n - 1)];
+    return &t.slot[((hash ^ hash >> 32) + probe) & (t.n - 1)];
 }
 
-/* Put an entry into a chain; -1 if that is full. */
-static int add_to_chain(struct chain *c, int32_t entry, int32_t *next)
+/* -1 if the slots are taken. */
+static int add_entry(struct table t, uint64_t hash, int32_t entry)
 {
-    if (c->n == MAX_CHAIN)
-        return -1;
-    c->n++;
-    *next = c->first - 1;
-    c->first = entry + 1;
-    return 0;
+    for (uint32_t i = 0; i < MAX_PROBES; i++)
+        if (*slot_of(t, hash, i) == 0) {
+            *slot_of(t, hash, i) = entry + 1;
+            return 0;
+        }
+    return -1;
 }
 
-/* The token with the bytes s[n], of one of these types; -1 if there is none.
- * If there are several, the lowest id: it was added first, so it comes last. */
+/* The token with the bytes s[n], of one of these types, the lowest id if there
+ * are several; -1 if there is none. */
 static int32_t find_hashed(const lfm2_tokenizer *t, uint64_t hash,
                            const uint8_t *s, size_t n, int types)
 {
-    int32_t id = chain_of(t->tokens, hash)->first - 1, found = -1;
-
-    for (; id >= 0; id = t->token[id].next)
-        if (token_len(t, id) == n && has_type(t, id, types) &&
-            memcmp(token_bytes(t, id), s, n) == 0)
-            found = id;
-    return found;
+    for (uint32_t i = 0; i < MAX_PROBES; i++) {
+        const int32_t id = *slot_of(t->tokens, hash, i) - 1;
+        if (id < 0 || (token_len(t, id) == n && has_type(t, id, types) &&
+                       memcmp(token_bytes(t, id), s, n) == 0))
+            return id;
+    }
+    return -1;
 }
 
 static int32_t find_token(const lfm2_tokenizer *t, const uint8_t *s, size_t n,
@@ -6685,22 +6684,21 @@ static int32_t find_token(const lfm2_tokenizer *t, const uint8_t *s, size_t n,
     return find_hashed(t, hash_bytes(HASH_START, s, n), s, n, types);
 }
 
-static struct chain *merge_chain(const lfm2_tokenizer *t, int32_t left,
-                                 int32_t right)
+static uint64_t hash_pair(int32_t left, int32_t right)
 {
-    const uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-
-    return chain_of(t->merges, pair * 0x9e3779b97f4a7c15u);
+    return ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) *
+           0x9e3779b97f4a7c15u;
 }
 
 /* The rank of merging two tokens. */
 static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
 {
-    int32_t i = merge_chain(t, left, right)->first - 1;
-
-    while (i >= 0 && (t->merge[i].left != left || t->merge[i].right != right))
-        i = t->merge[i].next;
-    return i >= 0 ? (uint32_t)i : NO_RANK;
+    for (uint32_t i = 0; i < MAX_PROBES; i++) {
+        const int32_t m = *slot_of(t->merges, hash_pair(left, right), i) - 1;
+        if (m < 0 || (t->merge[m].left == left && t->merge[m].right == right))
+            return m < 0 ? NO_RANK : (uint32_t)m;
+    }
+    return NO_RANK;
 }
 
 /* ------------------------------------------------- 23. Reading a vocabulary
@@ -6816,9 +6814,9 @@ static int add_tokens(lfm2_tokenizer *t, const struct gguf *g)
         if (is_marker && n > 0 && n > t->longest_marker[bytes[0]])
             t->longest_marker[bytes[0]] = (uint16_t)n;
         if (find_hashed(t, hash, bytes, n, 1 << type) < 0 &&
-            add_to_chain(chain_of(t->tokens, hash), id, &token->next) != 0)
-            return BAD(g, "token %d: its hash and those of %d others "
-                       "collide", id, MAX_CHAIN);
+            add_entry(t->tokens, hash, id) != 0)
+            return BAD(g, "token %d: its hash and those of %d others collide",
+                       id, MAX_PROBES);
     }
     return LFM2_OK;
 }
@@ -6838,7 +6836,7 @@ static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
         const size_t k = unmap(bytes + n, TOKEN_NORMAL, right, end);
         struct merge m = { find_token(t, bytes, n, ANY_TYPE),
                            find_token(t, bytes + n, k, ANY_TYPE),
-                           find_token(t, bytes, n + k, ANY_TYPE), -1 };
+                           find_token(t, bytes, n + k, ANY_TYPE) };
         if (n == 0 || k == 0 || m.left < 0 || m.right < 0 || m.result < 0)
             return BAD(g, "merge %llu: \"%s\", expected two tokens that "
                        "make a third, with a space between them", ull(i),
@@ -6847,10 +6845,10 @@ static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
         if (!has_type(t, m.result, FROM_TEXT) ||
             find_merge(t, m.left, m.right) != NO_RANK)
             continue;
-        if (add_to_chain(merge_chain(t, m.left, m.right), (int32_t)t->n_merges,
-                         &m.next) != 0)
-            return BAD(g, "merge %llu: its hash and those of %d others "
-                       "collide", ull(i), MAX_CHAIN);
+        if (add_entry(t->merges, hash_pair(m.left, m.right),
+                      (int32_t)t->n_merges) != 0)
+            return BAD(g, "merge %llu: its hash and those of %d others collide",
+                       ull(i), MAX_PROBES);
         t->merge[t->n_merges++] = m;
     }
     return LFM2_OK;
@@ -6926,13 +6924,13 @@ static int read_id(const struct gguf *g, int key, int32_t *out)
     return LFM2_OK;
 }
 
-/* Chains for n entries, so many that few share one; -1 without memory. */
+/* For n entries, with so much room that few collide; -1 without memory. */
 static int open_table(struct table *t, uint64_t n)
 {
-    for (t->n = 1; t->n < 2 * n; t->n *= 2)
+    for (t->n = 1; t->n < 4 * n; t->n *= 2)
         ;
-    t->chain = calloc(t->n, sizeof *t->chain);
-    return t->chain ? 0 : -1;
+    t->slot = calloc(t->n, sizeof *t->slot);
+    return t->slot ? 0 : -1;
 }
 
 /* Behind the text of all tokens there is room for that of any merge. */
@@ -6997,8 +6995,8 @@ void lfm2_tokenizer_close(lfm2_tokenizer *t)
     free(t->text);
     free(t->token);
     free(t->merge);
-    free(t->tokens.chain);
-    free(t->merges.chain);
+    free(t->tokens.slot);
+    free(t->merges.slot);
     free(t->classes);
     free(t);
 }
