@@ -4869,7 +4869,7 @@ static int has_value(const struct gguf_kv *kv, float wanted)
 {
     struct str text;
     double value = wanted;
-    int is_same = 1;
+    int is_same = kv->n > 0;
 
     if (kv_string(kv, &text))
         return wanted == 0 && str_is(text, "none");
@@ -7361,10 +7361,10 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
 
     if (n_role > MAX_ENCODE || n > MAX_ENCODE - n_role)
         return LFM2_EARG;
-    text = malloc(n_role + 1 + n + 1);
+    text = malloc(n_role + n + 2);
     if (!text)
         return LFM2_ENOMEM;
-    sprintf(text, "%s\n%s", msg->role, msg->content);
+    snprintf(text, n_role + n + 2, "%s\n%s", msg->role, msg->content);
     emit(o, t->im_start);
     code = encode_text(t, o, (uint8_t *)text, n_role + 1 + n, CUT_OUT);
     emit(o, t->im_end);

@@ -508,6 +508,12 @@ END_TEST
 /* What takes two edits to be wrong, or to be right again. */
 static const struct { struct edit edits[3]; int moe, code; const char *says; }
 pairs[] = {
+    { { { ADD, "lfm2.attention.sliding_window_pattern", T_BOOL, 0, 0, 0 },
+        { SET_ARRAY, "lfm2.attention.sliding_window_pattern", T_BOOL, 4, 0, 0 }
+      }, 0, LFM2_OK, "" },
+    { { { ADD, "lfm2.rope.scaling.factor", T_F32, 0, 0, 0 },
+        { SET_ARRAY, "lfm2.rope.scaling.factor", T_F32, 4, 0, 0 } }, 0,
+      LFM2_EUNSUPPORTED, "lfm2.rope.scaling.factor: [4 x f32], expected 1" },
     { { { DIM, "blk.1.ffn_up_exps.weight", 1, INT32_MAX, 0, 0 },
         { DIM, "blk.1.ffn_up_exps.weight", 2, INT32_MAX, 0, 0 }, { 0 } }, 1,
       LFM2_EFORMAT, "blk.1.ffn_up_exps.weight: its dimensions give more than "
