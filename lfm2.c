@@ -5921,15 +5921,15 @@ static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
 enum { SAVE, LOAD };
 
 static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
-                         int how, float *columns)
+                         int how, float *saved)
 {
     const size_t n = (size_t)ctx->model->cfg.n_embd;
     const int first = len - ctx->model->cfg.l_cache + 1;
 
     for (int i = 0; i < ctx->model->n_conv; i++)
-        for (int pos = first; pos < len; pos++, columns += n) {
+        for (int pos = first; pos < len; pos++, saved += n) {
             float *u = u_column(ctx, s, i, pos);
-            memcpy(how == LOAD ? u : columns, how == LOAD ? columns : u,
+            memcpy(how == LOAD ? u : saved, how == LOAD ? saved : u,
                    n * sizeof *u);
         }
     if (how == LOAD)
