@@ -288,8 +288,6 @@ struct routing {
     struct tensor *gate, *up, *down;      /* [n_active] their matrices       */
 };
 
-struct candidate { float p; int32_t id; };  /* what the sampler chooses from */
-
 struct lfm2_context {
     const struct lfm2_model *model;
     lfm2_params par;
@@ -321,14 +319,13 @@ struct lfm2_context {
     float *logits;                        /* [n_logits][n_vocab]             */
     float *states;                        /* [n_seq][n_embd], normed         */
     int n_logits;                         /* rows that are there             */
+    struct result *results;               /* [n_spans] which of them to show */
     int n_spans;
-    int *span_logits;                     /* [n_seq+1] first row of a span   */
-    int *span_state;                      /* [n_seq] its sequence, or -1     */
-    struct candidate *candidates;         /* [n_vocab]                       */
+    struct candidate *candidates;         /* [n_vocab], see section 26       */
 
     lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
     void *hook_user;
-    struct kept *kept;                    /* see section 21                  */
+    struct traced *traced;                /* see section 21                  */
     struct exercise *exercise;            /* see lfm2_exercise()             */
 };
 
@@ -449,11 +446,10 @@ static void attend(const struct thread *me, const struct layer *l);
 /* Sort the slots by expert, and bind the matrices of those in use. */
 static void group_by_expert(struct lfm2_context *ctx, const struct layer *l);
 
-/* For lfm2_trace(); while nobody traces, these do nothing.  product() keeps
- * what it computes by itself; keep() keeps n other numbers of a row.  trace()
- * shows the modules first .. last of a layer, trace_rows() the rows of y,
- * [n_rows][n].  il is -1 outside of layers; a layer itself has the name "".
- * (Officially w1 is the gate, w3 is up and w2 is down.) */
+/* For lfm2_trace(), else these do nothing.  product() keeps what it computes by
+ * itself; keep() keeps n other numbers of a row.  trace() shows the modules
+ * first .. last of a layer, trace_rows() the rows of y, [n_rows][n].  il is -1
+ * outside of layers; a layer itself has the name "".  w1 is gate, w2 down. */
 enum module {
     NOT_TRACED, CONV_IN_PROJ, CONV_CONV, CONV_OUT_PROJ, ATTN_Q, ATTN_K, ATTN_V,
     ATTN_Q_NORM, ATTN_K_NORM, ATTN_OUT, FFN_W1, FFN_W3, FFN_W2, MOE_GATE,
@@ -676,8 +672,8 @@ static void finish_head(float *out, const struct attn_partial *all, int hd)
         out[d] = all->o[d] / all->sum;
 }
 
-/* Norm and rotate the heads of row t of a piece that share a kv head; remember
- * k and v.  q is divided by sqrt(head_dim) here, so scores are products. */
+/* The heads of row t of a piece that share a kv head, up to the rotation; k and
+ * v are remembered.  q is divided by sqrt(head_dim) already here. */
 static void prepare_heads(const struct thread *me, const struct layer *l,
                           const struct piece *p, int t, int head)
 {
@@ -706,8 +702,13 @@ static void prepare_heads(const struct thread *me, const struct layer *l,
     }
 }
 
-/* Grouped-query attention: q, k, v from h; q and k normed per head before they
- * are rotated; each kv head serves a group of query heads. */
+/* Grouped-query attention.  For each token
+ *
+ *     q, k, v = attn_q h, attn_k h, attn_v h
+ *     q, k    = rope(rms_norm(q)), rope(rms_norm(k))          head by head
+ *     y       = attn_output (softmax(q k^T / sqrt(head_dim)) v)
+ *
+ * over all tokens up to this one; a kv head serves a group of query heads. */
 static void attention(const struct thread *me, const struct layer *l)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -807,7 +808,7 @@ static struct input choosers(const struct routing *r, const struct input *x,
     return some;
 }
 
-/* x += sum over the chosen e, ascending, of weight[e] * down_e h. */
+/* The last step of moe(), with h the hidden layer and e ascending. */
 static void add_experts(const struct thread *me, const struct layer *l)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -835,9 +836,13 @@ static void add_experts(const struct thread *me, const struct layer *l)
             ctx->x[j] += ctx->y[j];
 }
 
-/* Mixture of experts: each row is sent to the few networks the router chooses
- * for it.  Expert by expert, so that the weights of one are read once for all
- * the rows that chose it. */
+/* Mixture of experts: each row is sent to the few networks e that the router
+ * chooses for it,
+ *
+ *     x += sum over e of weight[e] * down_e (silu(gate_e h) * (up_e h))
+ *
+ * expert by expert, so that the weights of one are read once for all the rows
+ * that chose it. */
 static void moe(const struct thread *me, const struct layer *l)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -914,8 +919,7 @@ static void set_rows(struct lfm2_context *ctx, int n)
     ctx->in.n = ctx->mixed.n = ctx->heads.n = ctx->hidden.n = n;
 }
 
-/* Drop the rows of which less than `least` is wanted, once nothing looks at
- * other rows any more. */
+/* Drop rows of which less than `least` is wanted. */
 static void drop_rows(const struct thread *me, int least)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -935,8 +939,7 @@ static void drop_rows(const struct thread *me, int least)
     barrier(me);
 }
 
-/* The states that are wanted, and the logits, behind those of earlier passes
- * of the call. */
+/* The states and logits that are wanted, behind those of earlier passes. */
 static void output(const struct thread *me)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -968,10 +971,14 @@ static int is_cancelled(const struct thread *me)
     return me->ctx->stop;
 }
 
-/* The model.  Row t of x is one token of one sequence.  Only short_conv() and
- * attention() look outside a row, and they do it piece by piece; everything
- * else sees n_rows independent vectors, whoever they belong to.  Every thread
- * runs this. */
+/* The model: x = embedding, then in each layer
+ *
+ *     x += operator(rms_norm(x)),   x += feed_forward(rms_norm(x))
+ *
+ * and logits = output rms_norm(x).  Row t of x is one token of one sequence.
+ * Only short_conv() and attention() look outside a row, and they do it piece by
+ * piece; all else sees n_rows independent vectors, whoever they belong to.
+ * Every thread runs this. */
 static void forward(const struct thread *me)
 {
     struct lfm2_context *ctx = me->ctx;
@@ -986,12 +993,12 @@ static void forward(const struct thread *me)
         norm_rows(me, l->attn_norm);
         trace_rows(me, il, "operator_norm", ctx->in.f, c->n_embd);
         if (c->is_attn[il])
-            attention(me, l);                          /* x += ... */
+            attention(me, l);
         else
             short_conv(me, l);
 
         if (il + 1 == c->n_layer && !ctx->hook)
-            drop_rows(me, STATE);
+            drop_rows(me, STATE);         /* nobody will look at them        */
         if (ctx->batch.n_rows == 0)
             return;
         norm_rows(me, l->ffn_norm);
@@ -1635,11 +1642,6 @@ static uint16_t load_le16(const uint8_t *p)
 static uint32_t load_le32(const uint8_t *p)
 {
     return load_le16(p) | (uint32_t)load_le16(p + 2) << 16;
-}
-
-static uint64_t load_le64(const uint8_t *p)
-{
-    return load_le32(p) | (uint64_t)load_le32(p + 4) << 32;
 }
 
 static float load_f16(const uint8_t *p)
@@ -4206,7 +4208,7 @@ static unsigned long long ull(uint64_t n)
 
 struct cursor {
     const uint8_t *at, *end;
-    int past;                             /* more was taken than there was   */
+    int cut;                              /* more was taken than there was   */
 };
 
 struct str { const char *s; size_t n; };
@@ -4216,8 +4218,8 @@ static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->at;
 
-    c->past |= n > (uint64_t)(c->end - p);
-    if (c->past)
+    c->cut |= n > (uint64_t)(c->end - p);
+    if (c->cut)
         return NULL;
     c->at += n;
     return p;
@@ -4233,7 +4235,7 @@ static uint64_t load_int(const uint8_t *p, int n_bytes)
 }
 
 /* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
- * not there; c->past tells. */
+ * not there; c->cut tells. */
 static uint64_t take_int(struct cursor *c, int n_bytes)
 {
     const uint8_t *p = take(c, (uint64_t)n_bytes);
@@ -4273,7 +4275,7 @@ enum { BORROWED = -1 };
 struct file {
     const uint8_t *data;
     size_t size;
-    int how;                              /* LFM2_LOAD_x or BORROWED         */
+    int how;                              /* LFM2_LOAD_MAP, _READ, BORROWED  */
 };
 
 /* fopen() alone would wait at a pipe until somebody writes to it. */
@@ -4355,8 +4357,8 @@ static int file_open(struct file *f, const char *path, int load,
 
     *f = (struct file){ .how = load };
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
-        return fail(err, LFM2_EARG, "no path, or a way to load it that is not "
-                    "LFM2_LOAD_MAP or LFM2_LOAD_READ");
+        return fail(err, LFM2_EARG, "%s, loaded in way %d, expected a path and "
+                    "LFM2_LOAD_MAP or _READ", path ? path : "no path", load);
     s = open_stream(path);
     if (!s)
         return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
@@ -4439,7 +4441,7 @@ struct gguf {
 
 /* Refuse a file: it contradicts itself, or it is meant for another engine. */
 #define BAD(g, ...)   fail((g)->err, LFM2_EFORMAT, __VA_ARGS__)
-#define OTHER(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
+#define ALIEN(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
 
 static int in_range(const struct gguf *g, const char *name, double value,
                     const char *unit, double min, double max)
@@ -4479,12 +4481,12 @@ static int skip_elements(struct gguf *g, struct cursor *c, struct gguf_kv *kv)
     const uint64_t size = gguf_type[kv->elem].size;
 
     kv->value = c->at;
-    c->past = kv->n > (uint64_t)(c->end - c->at) / size;
+    c->cut = kv->n > (uint64_t)(c->end - c->at) / size;
     if (kv->elem != GGUF_STRING)
         take(c, kv->n * size);
-    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->past; i++)
+    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->cut; i++)
         take_string(c);
-    if (c->past)
+    if (c->cut)
         return BAD(g, "%s: %llu x %s runs past the end of the file", kv->key,
                    ull(kv->n), gguf_type[kv->elem].name);
     kv->size = (size_t)(c->at - kv->value);
@@ -4501,7 +4503,7 @@ static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
     char what[48];
 
     snprintf(what, sizeof what, "the name of %s %d", of, number);
-    if (c->past)
+    if (c->cut)
         return BAD(g, "%s runs past the end of the file", what);
     TRY(in_range(g, what, (double)name.n, " bytes", 1, max));
     for (size_t i = 0; i < name.n; i++)
@@ -4523,7 +4525,7 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     kv->type = (uint32_t)take_int(c, 4);
     kv->elem = kv->type == GGUF_ARRAY ? (uint32_t)take_int(c, 4) : kv->type;
     kv->n = kv->type == GGUF_ARRAY ? take_int(c, 8) : 1;
-    if (c->past)
+    if (c->cut)
         return BAD(g, "%s: the file ends before its value", kv->key);
     if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
         return BAD(g, "%s: value type %lu, expected 0 to 8 or 10 to 12",
@@ -4545,6 +4547,26 @@ static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
     return 0;
 }
 
+/* Any number as a double; 0 if it is none, or an integer above 2^63. */
+static int kv_number(const struct gguf_kv *kv, uint64_t i, double *out)
+{
+    const uint8_t *p = kv->value + i * gguf_type[kv->elem].size;
+    const uint64_t bits = gguf_type[kv->elem].size == 8 ? load_int(p, 8) : 0;
+    int64_t n;
+
+    if (kv->elem == GGUF_F64)
+        memcpy(out, &bits, sizeof *out);
+    else if (kv->elem == GGUF_F32)
+        *out = load_f32(p);
+    else if (kv->elem == GGUF_BOOL)
+        *out = *p;
+    else if (kv_integer(kv, i, &n) == 0)
+        *out = (double)n;
+    else
+        return 0;
+    return 1;
+}
+
 /* The one value of an integer, or of an array whose elements other than 0 all
  * agree (0 stands for layers it does not concern). */
 static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
@@ -4557,7 +4579,7 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
             return BAD(g, "%s: of type %s, expected an integer below 2^63",
                        kv->key, gguf_type[kv->elem].name);
         if (*out != 0 && value != 0 && value != *out)
-            return OTHER(g, "%s: both %lld and %lld, expected one value in all "
+            return ALIEN(g, "%s: both %lld and %lld, expected one value in all "
                          "layers", kv->key, (long long)*out, (long long)value);
         *out = value != 0 ? value : *out;
     }
@@ -4606,6 +4628,7 @@ static struct printable kv_text(const struct gguf_kv *kv)
     struct printable out;
     const size_t cap = sizeof out.s;
     struct str text;
+    double number;
     int64_t value;
 
     if (kv_string(kv, &text))
@@ -4613,12 +4636,12 @@ static struct printable kv_text(const struct gguf_kv *kv)
     if (kv->type == GGUF_ARRAY)
         snprintf(out.s, cap, "[%llu x %s]", ull(kv->n),
                  gguf_type[kv->elem].name);
-    else if (kv->type == GGUF_F32)
-        snprintf(out.s, cap, "%g", (double)load_f32(kv->value));
     else if (kv->type == GGUF_BOOL)
         snprintf(out.s, cap, "%s", kv->value[0] ? "true" : "false");
     else if (kv_integer(kv, 0, &value) == 0)
         snprintf(out.s, cap, "%lld", (long long)value);
+    else if (kv_number(kv, 0, &number))
+        snprintf(out.s, cap, "%g", number);
     else
         snprintf(out.s, cap, "(%s)", gguf_type[kv->type].name);
     return out;
@@ -4644,11 +4667,11 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     t->offset = take_int(c, 8);
     t->n_dims = (int)n_dims;
     t->fmt = format_find(type);
-    if (c->past)
+    if (c->cut)
         return BAD(g, "%s: the file ends before its shape and offset", t->name);
     TRY(in_range(g, t->name, n_dims, " dimensions", 1, 4));
     if (!t->fmt)
-        return OTHER(g, "%s: weight type %lu of GGUF, expected F32, F16, BF16, "
+        return ALIEN(g, "%s: weight type %lu of GGUF, expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
                      "IQ4_XS", t->name, (unsigned long)type);
     for (int d = 0; d < 4; d++) {
@@ -4696,17 +4719,17 @@ static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
     const uint32_t version = (uint32_t)take_int(c, 4);
     *n_tensors = take_int(c, 8);
     *n_kv = take_int(c, 8);
-    if (!str_is(magic, "GGUF") && !str_is(magic, "FUGG"))
+    if (!str_is(magic, "GGUF"))
         return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
                    show(magic).s);
-    if (c->past)
+    if (c->cut)
         return BAD(g, "the file has %zu bytes, expected a GGUF header of 24",
                    g->size);
-    if (magic.s[0] == 'F' || (version > 0 && (version & 0xffff) == 0))
-        return OTHER(g, "a big-endian GGUF file, expected the usual "
+    if (version > 0 && (version & 0xffff) == 0)
+        return ALIEN(g, "a big-endian GGUF file, expected the usual "
                      "little-endian one");
     if (version != 2 && version != 3)
-        return OTHER(g, "GGUF version %lu, expected 2 or 3",
+        return ALIEN(g, "GGUF version %lu, expected 2 or 3",
                      (unsigned long)version);
     TRY(in_range(g, "the header", (double)*n_tensors, " tensors", 0,
                  MAX_TENSOR));
@@ -4772,8 +4795,9 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
 /* The keys that are understood.  INTEGER, REAL: a value between min and max for
  * a field of the configuration.  KNOWN: not used, because it changes nothing or
  * a tensor has it right.  ONLY: must be min.  LIKE: must be what the field is.
- * Any other value would mean another arithmetic. */
-enum { INTEGER, REAL, KNOWN, ONLY, LIKE };
+ * SCALE: must be 1/sqrt(head_dim).  Any other value would mean another
+ * arithmetic. */
+enum { INTEGER, REAL, KNOWN, ONLY, LIKE, SCALE };
 enum { MAY = 0, MUST = 1, MOE = 2 };      /* be there; MOE: only in lfm2moe  */
 
 static const struct key {
@@ -4796,11 +4820,14 @@ static const struct key {
     { "attention.layer_norm_epsilon", .type = KNOWN },
     { "attention.recurrent_layers", .type = KNOWN },
     { "attention.causal", .type = ONLY, .min = 1 },
+    { "attention.scale", .type = SCALE },
     { "attention.sliding_window", .type = ONLY, .min = 0 },
+    { "attention.sliding_window_pattern", .type = ONLY, .min = 0 },
     { "rope.dimension_count", .type = LIKE, .field = FIELD(head_dim) },
     { "rope.freq_base", REAL, MAY, FIELD(rope_freq_base), 1, 1e12 },
     { "rope.scaling.type", .type = ONLY, .min = 0 },
     { "rope.scaling.factor", .type = ONLY, .min = 1 },
+    { "rope.scaling.attn_factor", .type = ONLY, .min = 1 },
     { "rope.scaling.finetuned", .type = KNOWN },
     { "rope.scaling.original_context_length", .type = KNOWN },
     { "leading_dense_block_count", INTEGER, MOE, FIELD(n_layer_dense), 0,
@@ -4815,6 +4842,7 @@ static const struct key {
     { "expert_group_used_count", .type = ONLY, .min = 0 },
     { "expert_feed_forward_length", .type = KNOWN },
     { "feed_forward_length", .type = KNOWN },
+    { "final_logit_softcapping", .type = ONLY, .min = 0 },
     { "pooling_type", .type = ONLY, .min = 0 },
     { "vocab_size", .type = KNOWN },
 #undef FIELD
@@ -4826,19 +4854,19 @@ static int read_key(struct lfm2_model *m, const struct key *key)
     const struct gguf_kv *kv = arch_find(m, key->name);
     void *field = (char *)&m->cfg + key->field;
     int64_t n = 0;
-    double value;
+    double value = 0;
 
     if (!kv && key->need & MUST)
         return BAD(m->gguf, "%s.%s: missing, expected in every %s file",
                    m->arch, key->name, m->arch);
     if (!kv || key->type > REAL)
         return LFM2_OK;
-    if (key->type == INTEGER)
+    if (key->type == INTEGER) {
         TRY(kv_count(m->gguf, kv, &n));
-    else if (kv->type != GGUF_F32)
-        return BAD(m->gguf, "%s: of type %s, expected f32", kv->key,
+        value = (double)n;
+    } else if (gguf_type[kv->type].kind != 'f' || !kv_number(kv, 0, &value))
+        return BAD(m->gguf, "%s: of type %s, expected f32 or f64", kv->key,
                    gguf_type[kv->type].name);
-    value = key->type == INTEGER ? (double)n : (double)load_f32(kv->value);
     TRY(in_range(m->gguf, kv->key, value, "", key->min, key->max));
     if (key->type == INTEGER)
         *(int *)field = (int)value;
@@ -4847,19 +4875,19 @@ static int read_key(struct lfm2_model *m, const struct key *key)
     return LFM2_OK;
 }
 
-/* "none" is a way to say 0. */
-static int has_value(const struct gguf_kv *kv, int number)
+/* All elements of an array must have it.  "none" is a way to say 0. */
+static int has_value(const struct gguf_kv *kv, float wanted)
 {
     struct str text;
-    int64_t i;
+    double value = wanted;
+    int is_same = kv->n > 0;
 
     if (kv_string(kv, &text))
-        return number == 0 && str_is(text, "none");
-    if (kv->type == GGUF_F32)
-        return load_f32(kv->value) == (float)number;
-    if (kv->type == GGUF_BOOL)
-        return kv->value[0] == number;
-    return kv->type != GGUF_ARRAY && kv_integer(kv, 0, &i) == 0 && i == number;
+        return wanted == 0 && str_is(text, "none");
+    for (uint64_t i = 0; is_same && i < kv->n; i++)
+        is_same = kv_number(kv, i, &value) &&
+                  fabs(value - wanted) <= 1e-6 * fabsf(wanted);
+    return is_same;
 }
 
 static int is_moe(const struct lfm2_model *m)
@@ -4877,35 +4905,24 @@ static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
 
     for (size_t i = 0; i < COUNT(keys); i++) {
         const struct key *key = &keys[i];
-        int value = (int)key->min;
+        float value = (float)key->min;
         if (strcmp(key->name, name) != 0)
             continue;
         if (key->type == LIKE)
-            value = *(int *)((char *)&m->cfg + key->field);
+            value = (float)*(int *)((char *)&m->cfg + key->field);
+        if (key->type == SCALE)
+            value = 1 / sqrtf((float)m->cfg.head_dim);
         if (key->type < ONLY || has_value(kv, value) ||
             (key->need & MOE && !is_moe(m)))
             return LFM2_OK;
-        return OTHER(m->gguf, "%s: %s, expected %d; the model is of another "
-                     "kind", kv->key, kv_text(kv).s, value);
+        return ALIEN(m->gguf, "%s: %s, expected %g", kv->key, kv_text(kv).s,
+                     (double)value);
     }
     for (size_t i = 0; i < COUNT(arithmetic); i++)
         if (strstr(name, arithmetic[i]))
-            return OTHER(m->gguf, "%s: an unknown key that may change the "
-                         "arithmetic, expected none; the model is newer than "
-                         "this program or of another kind", kv->key);
+            return ALIEN(m->gguf, "%s: an unknown key that may change the "
+                         "arithmetic, expected none", kv->key);
     warn(m, "%s: an unknown key, ignored", kv->key);
-    return LFM2_OK;
-}
-
-static int check_keys(struct lfm2_model *m)
-{
-    const size_t n = strlen(m->arch);
-
-    for (int i = 0; i < m->gguf->n_kv; i++) {
-        const struct gguf_kv *kv = &m->gguf->kv[i];
-        if (strncmp(kv->key, m->arch, n) == 0 && kv->key[n] == '.')
-            TRY(check_key(m, kv, kv->key + n + 1));
-    }
     return LFM2_OK;
 }
 
@@ -4929,45 +4946,35 @@ static int read_architecture(struct lfm2_model *m)
         if (strncmp(show(arch).s, others[i].arch, strlen(others[i].arch)) == 0)
             note = others[i].note;
     if (!m->arch)
-        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
+        return ALIEN(m->gguf, "general.architecture: %s%s, expected lfm2 or "
                      "lfm2moe", show(arch).s, note);
     TRY(gguf_u32(m->gguf, "split.count", &parts));
     if (parts > 1)
-        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
-                     "model; join the parts first", (unsigned long)parts);
+        return ALIEN(m->gguf, "split.count: one part of %lu, expected a whole "
+                     "model", (unsigned long)parts);
     return LFM2_OK;
 }
 
-/* Which layers attend: those whose entry in head_count_kv is not 0. */
-static int find_attention(struct lfm2_model *m)
+/* Layers attend where their entry in head_count_kv is not 0. */
+static int read_heads(struct lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *kv = arch_find(m, "attention.head_count_kv");
     const int is_array = kv && kv->type == GGUF_ARRAY;
 
-    if (!kv)
-        c->n_head_kv = c->n_head;
     if (is_array && kv->n != (uint64_t)c->n_layer)
         return BAD(m->gguf, "%s: %llu entries, expected one for each of %d "
                    "blocks", kv->key, ull(kv->n), c->n_layer);
     for (int il = 0; il < c->n_layer; il++) {
-        int64_t heads = c->n_head_kv;
+        int64_t heads = kv ? c->n_head_kv : c->n_head;
         if (is_array)
             kv_integer(kv, (uint64_t)il, &heads);
         c->is_attn[il] = heads != 0;
-        m->n_attn += c->is_attn[il];
-        m->n_conv += !c->is_attn[il];
+        m->n_attn += heads != 0;
     }
+    m->n_conv = c->n_layer - m->n_attn;
     if (c->n_head_kv == 0)
-        c->n_head_kv = c->n_head;         /* nobody's: a size like any other */
-    return LFM2_OK;
-}
-
-static int read_heads(struct lfm2_model *m)
-{
-    lfm2_config *c = &m->cfg;
-
-    TRY(find_attention(m));
+        c->n_head_kv = c->n_head;         /* as many, or nobody's            */
     if (c->n_head % c->n_head_kv != 0)
         return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
                    "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
@@ -5004,7 +5011,13 @@ static int read_config(struct lfm2_model *m)
         warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
     }
     TRY(read_heads(m));
-    return check_keys(m);
+    for (int i = 0; i < m->gguf->n_kv; i++) {
+        const struct gguf_kv *kv = &m->gguf->kv[i];
+        const size_t n = strlen(m->arch);
+        if (strncmp(kv->key, m->arch, n) == 0 && kv->key[n] == '.')
+            TRY(check_key(m, kv, kv->key + n + 1));
+    }
+    return LFM2_OK;
 }
 
 /* ------------------------------------------------------- 17. Binding tensors
@@ -5048,7 +5061,7 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
 
     TRY(bind_matrix(m, name, cols, rows, 1, &w));
     if (!w.fmt->floats)
-        return OTHER(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
+        return ALIEN(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
                      name, w.fmt->name);
     *out = *pool;
     for (int c = 0; c < cols; c++)
@@ -5168,7 +5181,7 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
             ((struct tensor *)field)->module = b->module;
     }
     if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
-        return OTHER(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
+        return ALIEN(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
                      "expected F32, F16 or BF16 (a rounded router chooses "
                      "other experts)", il, l->ffn_gate_inp.fmt->name);
     return LFM2_OK;
@@ -5231,8 +5244,8 @@ static int check_unbound(struct lfm2_model *m)
             continue;
         for (size_t k = 0; k < COUNT(part); k++)
             if (strncmp(t->name, part[k], strlen(part[k])) == 0)
-                return OTHER(m->gguf, "%s: a tensor that %s does not have; the "
-                             "model is of another kind", t->name, m->arch);
+                return ALIEN(m->gguf, "%s: a tensor that %s does not have",
+                             t->name, m->arch);
         warn(m, "%s: an unknown tensor, ignored", t->name);
     }
     return LFM2_OK;
@@ -5301,7 +5314,7 @@ static int bind_model(struct lfm2_model *m)
     get_sizes(c, size);
     for (int i = 0; i < N_SIZES; i++)
         if (cut_key[i] && size[i] % UNIT != 0)
-            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
+            return ALIEN(m->gguf, "%s.%s: %d columns in all, expected a "
                          "multiple of %d", m->arch, cut_key[i], size[i], UNIT);
     float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
@@ -5337,20 +5350,12 @@ const char *lfm2_weight_type(int i)
     return i >= 0 && i < (int)COUNT(formats) ? formats[i].name : NULL;
 }
 
-/* A file that is no model keeps its list of keys and tensors. */
-static void drop_layers(struct lfm2_model *m)
-{
-    free(m->layer);
-    free(m->floats);
-    m->layer = NULL;
-    m->floats = NULL;
-}
-
 void lfm2_model_close(lfm2_model *m)
 {
     if (!m)
         return;
-    drop_layers(m);
+    free(m->layer);
+    free(m->floats);
     gguf_free(m->gguf);
     file_close(m->file);
     free(m);
@@ -5380,35 +5385,26 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
         code = bind_model(&o->model);
     fesetenv(&callers);
     o->gguf.err = NULL;
-    if (code != LFM2_OK)
-        drop_layers(&o->model);
-    if (code == LFM2_OK || (any && code != LFM2_ENOMEM))
-        *out = &o->model;
-    else
+    if (code != LFM2_OK && (!any || code == LFM2_ENOMEM)) {
         lfm2_model_close(&o->model);
+        return code;
+    }
+    if (code != LFM2_OK) {
+        free(o->model.layer);
+        o->model.layer = NULL;
+    }
+    *out = &o->model;
     return code;
-}
-
-static int open_path(lfm2_model **out, const char *path, int load, int any,
-                     lfm2_error *err)
-{
-    struct file file;
-
-    *out = NULL;
-    TRY(file_open(&file, path, load, err));
-    return open_model(out, &file, any, err);
 }
 
 int lfm2_model_open(lfm2_model **out, const char *path, int load,
                     lfm2_error *err)
 {
-    return open_path(out, path, load, 0, err);
-}
+    struct file file;
 
-int lfm2_model_examine(lfm2_model **out, const char *path, int load,
-                       lfm2_error *err)
-{
-    return open_path(out, path, load, 1, err);
+    *out = NULL;
+    TRY(file_open(&file, path, load & ~LFM2_LOAD_ANY, err));
+    return open_model(out, &file, load & LFM2_LOAD_ANY, err);
 }
 
 int lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
@@ -5513,8 +5509,8 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
 }
 
 /* Linux takes of one advice no more than the disk likes to read at once, so it
- * is given in strides.  From 5.14 on it reads pages when told to, or says that it
- * cannot; before, they are touched. */
+ * is given in strides.  From 5.14 on it reads pages when told to, or says that
+ * it cannot; before, they are touched. */
 #if defined __linux__ && !defined MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -5559,137 +5555,94 @@ uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
  * One layout function hands out all of it.  Run without memory it only counts,
  * so the size foretold and the size reserved cannot differ. */
 
-struct arena { uint8_t *base; uint64_t used; };
+/* What a span has asked for: logits, or the state of its sequence. */
+struct result { int first, n_logits, state; };  /* state: the sequence, or -1 */
+
+/* What the sampler chooses from; value is the logit, then a probability. */
+struct candidate { float value; int32_t id; };
+
+struct arena { uint8_t *base; int64_t used; };
 
 /* Where counting stops: more than any machine has. */
-static const uint64_t TOO_MUCH = (uint64_t)1 << 62;
+static const int64_t TOO_MUCH = (int64_t)1 << 62;
 
-static void *carve(struct arena *a, uint64_t n, size_t size)
+static void *carve(struct arena *a, int64_t n, size_t size)
 {
-    uint64_t at = (a->used + 63) / 64 * 64;
+    const int64_t at = (a->used + 63) / 64 * 64, each = (int64_t)size;
 
-    if (at >= TOO_MUCH || n > (TOO_MUCH - at) / size)
-        a->used = TOO_MUCH;
-    else
-        a->used = at + n * size;
+    a->used = n > (TOO_MUCH - at) / each ? TOO_MUCH : at + n * each;
     return a->base ? a->base + at : NULL;
 }
 
 /* Let p have n elements. */
 #define CARVE(a, p, n) ((p) = carve(a, n, sizeof *(p)))
 
-static uint64_t larger(uint64_t a, uint64_t b)
+static int64_t larger(int64_t a, int64_t b)
 {
     return a > b ? a : b;
 }
 
-/* The columns that all convolutions look back to, and those in seq.u. */
-static uint64_t conv_elements(const struct lfm2_model *m)
+/* Elements of the columns that all convolutions look back to, with `more` of
+ * them for each. */
+static int64_t columns(const struct lfm2_model *m, int more)
 {
-    return (uint64_t)m->n_conv * (uint64_t)(m->cfg.l_cache - 1) *
-           (uint64_t)m->cfg.n_embd;
+    return (int64_t)m->n_conv * (m->cfg.l_cache - 1 + more) * m->cfg.n_embd;
 }
 
-static uint64_t u_elements(const struct lfm2_model *m)
+/* Bytes of a number in the KV cache, and of all that belongs to a token. */
+static int kv_size(const struct lfm2_context *ctx)
 {
-    return (uint64_t)m->n_conv * (uint64_t)(UNDO + m->cfg.l_cache - 1) *
-           (uint64_t)m->cfg.n_embd;
+    return ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
 }
 
-static uint64_t kv_bytes_per_token(const struct lfm2_model *m, int kv_type)
+static int64_t kv_bytes_per_token(const struct lfm2_context *ctx)
 {
-    return 2 * (uint64_t)m->n_attn * (uint64_t)m->cfg.n_head_kv *
-           (uint64_t)m->cfg.head_dim * (kv_type == LFM2_KV_F16 ? 2 : 4);
+    const lfm2_config *c = &ctx->model->cfg;
+
+    return (int64_t)2 * ctx->model->n_attn * c->n_head_kv * c->head_dim *
+           kv_size(ctx);
 }
 
-static uint64_t kv_bytes(const struct lfm2_context *ctx)
+static int64_t kv_bytes(const struct lfm2_context *ctx)
 {
-    return ((uint64_t)ctx->par.n_ctx + TILE - 1) / TILE * TILE *
-           kv_bytes_per_token(ctx->model, ctx->par.kv_type);
+    return (ctx->par.n_ctx + TILE - 1) / TILE * TILE * kv_bytes_per_token(ctx);
 }
 
 /* Marks are kept every 64 tokens, or more rarely where they would take more
  * than a tenth of what the KV cache takes. */
-static int seq_step(const struct lfm2_model *m, int kv_type)
+static int seq_step(const struct lfm2_context *ctx)
 {
-    uint64_t mark = conv_elements(m) * sizeof(float);
-    uint64_t kv = kv_bytes_per_token(m, kv_type);
+    const int64_t marks = columns(ctx->model, 0) * (int64_t)sizeof(float) * 10;
+    const int64_t kv = kv_bytes_per_token(ctx);
 
-    return mark * 10 <= kv * 64 ? 64 : mark * 10 <= kv * 128 ? 128 : 256;
+    return marks <= kv * 64 ? 64 : marks <= kv * 128 ? 128 : 256;
 }
 
 static void carve_sequences(struct arena *a, struct lfm2_context *ctx)
 {
     const struct lfm2_model *m = ctx->model;
-    const uint64_t n_seq = (uint64_t)ctx->par.n_seq;
+    const int n_seq = ctx->par.n_seq, n_vocab = m->cfg.n_vocab;
 
     CARVE(a, ctx->seq, n_seq);
-    for (uint64_t i = 0; i < n_seq; i++) {
+    for (int i = 0; i < n_seq; i++) {
         struct seq s = { .oldest = 1 - m->cfg.l_cache };
         s.kv = carve(a, kv_bytes(ctx), 1);
-        CARVE(a, s.u, u_elements(m));
-        CARVE(a, s.u_start, conv_elements(m));
-        CARVE(a, s.marks, (uint64_t)(ctx->par.n_ctx / ctx->seq_step) *
-                          conv_elements(m));
+        CARVE(a, s.u, columns(m, UNDO));
+        CARVE(a, s.u_start, columns(m, 0));
+        CARVE(a, s.marks, ctx->par.n_ctx / ctx->seq_step * columns(m, 0));
         if (a->base)
             ctx->seq[i] = s;
     }
-    CARVE(a, ctx->states, n_seq * (uint64_t)m->cfg.n_embd);
-    CARVE(a, ctx->span_logits, n_seq + 1);
-    CARVE(a, ctx->span_state, n_seq);
-    CARVE(a, ctx->logits, (uint64_t)ctx->par.n_logits *
-                          (uint64_t)m->cfg.n_vocab);
-    CARVE(a, ctx->candidates, (uint64_t)m->cfg.n_vocab);
-}
-
-static void carve_batch(struct arena *a, struct lfm2_context *ctx)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t slots = rows * (uint64_t)c->n_expert_used;
-    const uint64_t experts = (uint64_t)c->n_expert;
-    struct routing *r = &ctx->routing;
-    struct batch *b = &ctx->batch;
-
-    CARVE(a, b->piece, (uint64_t)ctx->par.n_seq);
-    CARVE(a, b->row, rows);
-    CARVE(a, b->rope, rows * (uint64_t)c->head_dim);
-    CARVE(a, r->score, rows * experts);
-    CARVE(a, r->chosen, slots);
-    CARVE(a, r->weight, slots);
-    CARVE(a, r->slot_row, slots);
-    CARVE(a, r->slot_weight, slots);
-    CARVE(a, r->slot_begin, experts + 1);
-    CARVE(a, r->active, experts);
-    CARVE(a, r->gate, experts);
-    CARVE(a, r->up, experts);
-    CARVE(a, r->down, experts);
-}
-
-/* The hidden layer is only kept unrounded for weights that are in floats. */
-static int hidden_in_floats(const struct lfm2_model *m)
-{
-    for (int il = 0; il < m->cfg.n_layer; il++) {
-        const struct layer *l = &m->layer[il];
-        const struct tensor *w = il < m->cfg.n_layer_dense ? &l->ffn_down
-                                                           : &l->ffn_down_exps;
-        if (w->fmt->floats)
-            return 1;
-    }
-    return 0;
-}
-
-/* Columns of the hidden layer of a row, with all of its experts. */
-static uint64_t hidden_width(const lfm2_config *c)
-{
-    return larger((uint64_t)c->n_ff,
-                  (uint64_t)c->n_ff_expert * (uint64_t)c->n_expert_used);
+    CARVE(a, ctx->states, (int64_t)n_seq * m->cfg.n_embd);
+    CARVE(a, ctx->results, n_seq);
+    CARVE(a, ctx->logits, (int64_t)ctx->par.n_logits * n_vocab);
+    CARVE(a, ctx->candidates, n_vocab);
 }
 
 /* Two inputs that are never used at the same time, in one place. */
 static void carve_inputs(struct arena *a, struct input *one, int cols,
-                         struct input *other, int other_cols,
-                         uint64_t elements, int floats)
+                         struct input *other, int other_cols, int64_t elements,
+                         int floats)
 {
     CARVE(a, one->q, elements / UNIT);
     one->f = floats ? carve(a, elements, sizeof *one->f) : NULL;
@@ -5698,24 +5651,44 @@ static void carve_inputs(struct arena *a, struct input *one, int cols,
     other->cols = other_cols;
 }
 
+/* The hidden layer, that of all experts of a row, is only kept unrounded for
+ * weights that are in floats. */
 static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 {
+    const struct layer *l = ctx->model->layer;
     const lfm2_config *c = &ctx->model->cfg;
-    const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t n = (uint64_t)c->n_embd;
-    const uint64_t kv = rows * (uint64_t)c->n_head_kv * (uint64_t)c->head_dim;
+    const int64_t rows = ctx->par.n_batch, slots = rows * c->n_expert_used;
+    const int64_t n = c->n_embd, kv = rows * c->n_head_kv * c->head_dim;
     const int heads = c->n_head * c->head_dim;
+    struct routing *r = &ctx->routing;
     struct input unused;
+    int floats = 0;
 
+    CARVE(a, ctx->batch.piece, ctx->par.n_seq);
+    CARVE(a, ctx->batch.row, rows);
+    CARVE(a, ctx->batch.rope, rows * c->head_dim);
+    CARVE(a, r->score, rows * c->n_expert);
+    CARVE(a, r->chosen, slots);
+    CARVE(a, r->weight, slots);
+    CARVE(a, r->slot_row, slots);
+    CARVE(a, r->slot_weight, slots);
+    CARVE(a, r->slot_begin, c->n_expert + 1);
+    CARVE(a, r->active, c->n_expert);
+    CARVE(a, r->gate, c->n_expert);
+    CARVE(a, r->up, c->n_expert);
+    CARVE(a, r->down, c->n_expert);
+    for (int il = 0; il < c->n_layer; il++)
+        floats |= (l[il].ffn_down.data ? &l[il].ffn_down : &l[il].ffn_down_exps)
+                  ->fmt->floats != NULL;
     CARVE(a, ctx->x, rows * n);
     CARVE(a, ctx->y, c->n_expert ? rows * n : 0);
     CARVE(a, ctx->k, kv);
     CARVE(a, ctx->v, kv);
     carve_inputs(a, &ctx->in, c->n_embd, &unused, 0, rows * n, 1);
     carve_inputs(a, &ctx->mixed, c->n_embd, &ctx->heads, heads,
-                 rows * larger(n, (uint64_t)heads), 1);
+                 rows * larger(n, heads), 1);
     carve_inputs(a, &ctx->hidden, c->n_ff, &ctx->hidden_exps, c->n_ff_expert,
-                 rows * hidden_width(c), hidden_in_floats(ctx->model));
+                 larger(rows * c->n_ff, slots * c->n_ff_expert), floats);
     ctx->q = ctx->heads.f;
 }
 
@@ -5723,27 +5696,25 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 static void carve_threads(struct arena *a, struct lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const uint64_t cols = larger(larger((uint64_t)c->n_ff, (uint64_t)c->n_embd),
-                                 larger((uint64_t)c->n_ff_expert,
-                                        (uint64_t)c->n_head *
-                                        (uint64_t)c->head_dim));
-    const uint64_t rows = (uint64_t)ctx->isa->panel_rows;
-    const int group = c->n_head / c->n_head_kv;
+    const int64_t cols = larger(larger(c->n_ff, c->n_ff_expert),
+                                larger(c->n_embd, c->n_head * c->head_dim));
+    const int rows = ctx->isa->panel_rows;
+    const int queries = rows_together(c) * (c->n_head / c->n_head_kv);
 
     ctx->pool = carve(a, 1, pool_size(ctx->par.n_threads));
-    CARVE(a, ctx->thread, (uint64_t)ctx->par.n_threads);
+    CARVE(a, ctx->thread, ctx->par.n_threads);
     for (int i = 0; i < ctx->par.n_threads; i++) {
         struct scratch s = { 0 };
         for (int k = 0; k < 3; k++)
-            CARVE(a, s.out[k], (uint64_t)ctx->par.n_batch * UNIT);
-        CARVE(a, s.partial, (uint64_t)(2 * rows_together(c) * group));
+            CARVE(a, s.out[k], ctx->par.n_batch * UNIT);
+        CARVE(a, s.partial, 2 * queries);
         CARVE(a, s.q, cols * rows);
         CARVE(a, s.d, cols / 16 * rows);
         CARVE(a, s.m, cols / 16 * rows);
         CARVE(a, s.f, cols * UNIT);
         CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
-        CARVE(a, s.tile, TILE * ((uint64_t)c->head_dim + 1));
-        CARVE(a, s.score, (uint64_t)(rows_together(c) * group) * CHUNK);
+        CARVE(a, s.tile, TILE * (c->head_dim + 1));
+        CARVE(a, s.score, queries * CHUNK);
         if (a->base)
             ctx->thread[i] = (struct thread){ ctx, i, 1, s };
     }
@@ -5751,12 +5722,11 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
 
 /* Point every buffer of ctx into the memory at `base`, which begins with ctx
  * itself; without a base only count.  Returns the size of all. */
-static uint64_t lay_out(struct lfm2_context *ctx, void *base)
+static int64_t lay_out(struct lfm2_context *ctx, void *base)
 {
     struct arena a = { base, sizeof *ctx };
 
     carve_sequences(&a, ctx);
-    carve_batch(&a, ctx);
     carve_pass(&a, ctx);
     carve_threads(&a, ctx);
     return a.used;
@@ -5766,29 +5736,26 @@ lfm2_params lfm2_default_params(const lfm2_model *m)
 {
     return (lfm2_params){
         .n_ctx = m->cfg.n_ctx_train < 4096 ? m->cfg.n_ctx_train : 4096,
-        .n_seq = 1, .n_batch = m->cfg.n_expert ? 2048 : 512, .n_logits = 1,
-        .n_threads = 0, .kv_type = LFM2_KV_F16, .isa = LFM2_ISA_AUTO
+        .n_seq = 1, .n_batch = m->cfg.n_expert ? 2048 : 512, .n_logits = 1
     };
-}
-
-static int check_range(const char *name, int value, int min, int max,
-                       lfm2_error *err)
-{
-    if (value >= min && value <= max)
-        return LFM2_OK;
-    return fail(err, LFM2_EARG, "%s: %d, expected %d to %d", name, value, min,
-                max);
 }
 
 /* Check the parameters and fill in what was left to choose. */
 static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 {
-    TRY(check_range("n_ctx", p->n_ctx, 0, MAX_CTX, err));
-    TRY(check_range("n_seq", p->n_seq, 1, 4096, err));
-    TRY(check_range("n_batch", p->n_batch, 1, 1 << 16, err));
-    TRY(check_range("n_logits", p->n_logits, 0, 1 << 20, err));
-    TRY(check_range("n_threads", p->n_threads, 0, 1024, err));
-    TRY(check_range("kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32, err));
+    const struct { const char *name; int value, min, max; } row[] = {
+        { "n_ctx", p->n_ctx, 0, MAX_CTX },
+        { "n_seq", p->n_seq, 1, 4096 },
+        { "n_batch", p->n_batch, 1, 1 << 16 },
+        { "n_logits", p->n_logits, 0, 1 << 20 },
+        { "n_threads", p->n_threads, 0, 1024 },
+        { "kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32 }
+    };
+
+    for (size_t i = 0; i < COUNT(row); i++)
+        if (row[i].value < row[i].min || row[i].value > row[i].max)
+            return fail(err, LFM2_EARG, "%s: %d, expected %d to %d",
+                        row[i].name, row[i].value, row[i].min, row[i].max);
     if (!lfm2_isa_available(p->isa))
         return fail(err, LFM2_EARG, "isa: %d, expected one that this CPU and "
                     "this build have", p->isa);
@@ -5804,17 +5771,18 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 }
 
 /* A context without memory; how much it needs, or TOO_MUCH. */
-static uint64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
-                     const lfm2_params *p)
+static int64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
+                    const lfm2_params *p)
 {
-    uint64_t total, size;
+    uint64_t total;
+    int64_t size;
 
     *ctx = (struct lfm2_context){ .model = m, .par = *p };
     ctx->isa = isa_table(p->isa);
-    ctx->seq_step = seq_step(m, p->kv_type);
+    ctx->seq_step = seq_step(ctx);
     lfm2_model_params(m, &total, &ctx->row_work);
     size = lay_out(ctx, NULL) + 64;       /* to begin at a multiple of 64    */
-    return size < TOO_MUCH && size < SIZE_MAX ? size : TOO_MUCH;
+    return size < TOO_MUCH && (uint64_t)size < SIZE_MAX ? size : TOO_MUCH;
 }
 
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
@@ -5823,7 +5791,7 @@ uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
     lfm2_params par = *p;
 
     return m->layer && resolve_params(m, &par, NULL) == LFM2_OK
-        ? plan(&ctx, m, &par) : 0;
+        ? (uint64_t)plan(&ctx, m, &par) : 0;
 }
 
 void lfm2_context_close(lfm2_context *ctx)
@@ -5831,7 +5799,7 @@ void lfm2_context_close(lfm2_context *ctx)
     if (!ctx)
         return;
     pool_close(ctx);
-    free(ctx->kept);
+    free(ctx->traced);
     free(ctx->memory);
 }
 
@@ -5840,7 +5808,7 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
 {
     lfm2_params par = *p;
     struct lfm2_context c, *ctx;
-    uint64_t size;
+    int64_t size;
 
     *out = NULL;
     if (!m->layer)
@@ -5849,9 +5817,9 @@ int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
     size = plan(&c, m, &par);
     c.memory = size < TOO_MUCH ? calloc(1, (size_t)size) : NULL;
     if (!c.memory)
-        return fail(err, LFM2_ENOMEM, "no memory for a context of %llu bytes "
-                    "(n_ctx %d, n_seq %d, n_batch %d)", ull(size), par.n_ctx,
-                    par.n_seq, par.n_batch);
+        return fail(err, LFM2_ENOMEM, "no memory for a context of %lld bytes "
+                    "(n_ctx %d, n_seq %d, n_batch %d)", (long long)size,
+                    par.n_ctx, par.n_seq, par.n_batch);
     ctx = (void *)((uint8_t *)c.memory + 64 - (uintptr_t)c.memory % 64);
     *ctx = c;
     lay_out(ctx, ctx);
@@ -5874,7 +5842,7 @@ struct exercise {
                                              out what is read                */
 };
 
-/* A thread's share of the first n bytes of the weights. */
+/* Read a share of the first n bytes of the weights. */
 static unsigned read_share(const struct thread *me, int64_t n)
 {
     const uint8_t *p = me->ctx->model->gguf->data;
@@ -5891,10 +5859,9 @@ static unsigned read_share(const struct thread *me, int64_t n)
     return (unsigned)sum;
 }
 
-/* Products with as many rows of weights as the second-level cache holds easily,
- * again and again: the bytes of weights for one row of x, or the multiply-adds
- * for many. */
-static int64_t multiply_again(const struct thread *me, int many)
+/* READ; or products with as many rows of weights as the second-level cache
+ * holds easily, again and again, for one row of x or for many. */
+static void exercise(const struct thread *me)
 {
     enum { AGAIN = 64, CACHE = 512 << 10, ROWS = 48 };
     const struct lfm2_context *ctx = me->ctx;
@@ -5904,28 +5871,22 @@ static int64_t multiply_again(const struct thread *me, int many)
     const size_t fit = CACHE / (UNIT * row_bytes(w)) + 1;
     const int n = fit < (size_t)(w->rows / UNIT) ? (int)fit : w->rows / UNIT;
     const int rows = ctx->par.n_batch < ROWS ? ctx->par.n_batch : ROWS;
+    struct exercise *e = ctx->exercise;
     struct input in = ctx->in;
-
-    in.n = many ? rows : 1;
-    for (int i = 0; i < AGAIN; i++)
-        for (int u = 0; u < n; u++)
-            ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
-                              unit_data(w, n), w->data);
-    return (int64_t)AGAIN * n * UNIT *
-           (many ? (int64_t)rows * w->cols : (int64_t)row_bytes(w));
-}
-
-static void exercise(const struct thread *me)
-{
-    struct exercise *e = me->ctx->exercise;
 
     if (e->what == LFM2_READ) {
         atomic_fetch_add(&e->sink, read_share(me, e->done));
         return;
     }
-    const int64_t done = multiply_again(me, e->what == LFM2_DOT) * me->of;
+    in.n = e->what == LFM2_DOT ? rows : 1;
+    for (int i = 0; i < AGAIN; i++)
+        for (int u = 0; u < n; u++)
+            ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
+                              unit_data(w, n), w->data);
     if (me->id == 0)
-        e->done = done;
+        e->done = (int64_t)AGAIN * n * UNIT * me->of *
+                  (e->what == LFM2_DOT ? (int64_t)rows * w->cols
+                                       : (int64_t)row_bytes(w));
 }
 
 int64_t lfm2_exercise(lfm2_context *ctx, int what)
@@ -5954,9 +5915,9 @@ static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
                        int i_conv, int pos)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const int kept = UNDO + c->l_cache - 1;
+    const int n = UNDO + c->l_cache - 1;
 
-    return s->u + ((size_t)i_conv * kept + (pos + kept) % kept) * c->n_embd;
+    return s->u + ((size_t)i_conv * n + (pos + n) % n) * c->n_embd;
 }
 
 static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
@@ -5964,27 +5925,26 @@ static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
 {
     if (pos == 0 || pos % ctx->seq_step != 0)
         return NULL;
-    return s->marks + (size_t)(pos / ctx->seq_step - 1) *
-                      (size_t)conv_elements(ctx->model);
+    return s->marks + (pos / ctx->seq_step - 1) * columns(ctx->model, 0);
 }
 
 /* Save or load the columns that a text of `len` tokens looks back to. */
 enum { SAVE, LOAD };
 
 static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
-                         int how, float *columns)
+                         int how, float *saved)
 {
     const size_t n = (size_t)ctx->model->cfg.n_embd;
-    const int past = ctx->model->cfg.l_cache - 1;
+    const int first = len - ctx->model->cfg.l_cache + 1;
 
     for (int i = 0; i < ctx->model->n_conv; i++)
-        for (int k = 0; k < past; k++, columns += n) {
-            float *u = u_column(ctx, s, i, len - past + k);
-            memcpy(how == LOAD ? u : columns, how == LOAD ? columns : u,
+        for (int pos = first; pos < len; pos++, saved += n) {
+            float *u = u_column(ctx, s, i, pos);
+            memcpy(how == LOAD ? u : saved, how == LOAD ? saved : u,
                    n * sizeof *u);
         }
     if (how == LOAD)
-        s->oldest = len - past;
+        s->oldest = first;
 }
 
 static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
@@ -6052,16 +6012,19 @@ static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
 static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
                         int n_spans)
 {
+    int n_logits = 0;
+
     ctx->n_logits = 0;
     ctx->n_spans = n_spans;
-    ctx->span_logits[0] = 0;
     for (int i = 0; i < n_spans; i++) {
         struct seq *s = &ctx->seq[spans[i].seq];
         s->start = s->len;
         if (spans[i].n_tokens > UNDO)
             move_columns(ctx, s, s->len, SAVE, s->u_start);
-        ctx->span_logits[i + 1] = ctx->span_logits[i] + spans[i].n_logits;
-        ctx->span_state[i] = spans[i].state ? spans[i].seq : -1;
+        ctx->results[i] = (struct result){
+            n_logits, spans[i].n_logits, spans[i].state ? spans[i].seq : -1
+        };
+        n_logits += spans[i].n_logits;
     }
 }
 
@@ -6085,14 +6048,6 @@ static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
         else
             forget_columns(ctx, s, s->len + spans[i].n_tokens);
     }
-}
-
-static void advance(struct lfm2_context *ctx, const struct piece *p)
-{
-    struct seq *s = &ctx->seq[p->seq];
-
-    s->len += p->n;
-    forget_columns(ctx, s, s->len);
 }
 
 /* Cut the next pass, at most n_batch rows, from what is left of the spans. */
@@ -6137,8 +6092,11 @@ static int run_spans(struct lfm2_context *ctx, const lfm2_span *spans,
         if (ctx->stop)
             return 1;
         ctx->n_logits += ctx->batch.n_rows;
-        for (int i = 0; i < ctx->batch.n_pieces; i++)
-            advance(ctx, &ctx->batch.piece[i]);
+        for (int i = 0; i < ctx->batch.n_pieces; i++) {
+            struct seq *s = &ctx->seq[ctx->batch.piece[i].seq];
+            s->len += ctx->batch.piece[i].n;
+            forget_columns(ctx, s, s->len);
+        }
     }
 }
 
@@ -6163,18 +6121,18 @@ int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
 float *lfm2_logits(lfm2_context *ctx, int span, int row)
 {
     if (span < 0 || span >= ctx->n_spans || row < 0 ||
-        row >= ctx->span_logits[span + 1] - ctx->span_logits[span])
+        row >= ctx->results[span].n_logits)
         return NULL;
     return ctx->logits +
-           (size_t)(ctx->span_logits[span] + row) * ctx->model->cfg.n_vocab;
+           (size_t)(ctx->results[span].first + row) * ctx->model->cfg.n_vocab;
 }
 
 const float *lfm2_state(const lfm2_context *ctx, int span)
 {
-    if (span < 0 || span >= ctx->n_spans || ctx->span_state[span] < 0)
+    if (span < 0 || span >= ctx->n_spans || ctx->results[span].state < 0)
         return NULL;
-    return ctx->states + (size_t)ctx->span_state[span] *
-                         (size_t)ctx->model->cfg.n_embd;
+    return ctx->states +
+           (size_t)ctx->results[span].state * ctx->model->cfg.n_embd;
 }
 
 void lfm2_cancel(lfm2_context *ctx)
@@ -6196,7 +6154,7 @@ int lfm2_seq_step(const lfm2_context *ctx)
 }
 
 /* Give whole pages back to the system; they read as 0 from then on. */
-static void give_back(void *memory, uint64_t size)
+static void give_back(void *memory, int64_t size)
 {
 #if defined __linux__ && !defined LFM2_NO_MMAP
     const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -6212,17 +6170,16 @@ static void give_back(void *memory, uint64_t size)
 #endif
 }
 
-/* As if nothing had been read. */
-static void empty(const struct lfm2_context *ctx, struct seq *s)
+static void forget_all(const struct lfm2_context *ctx, struct seq *s)
 {
-    const struct lfm2_model *m = ctx->model;
-    const size_t marks = (size_t)(ctx->par.n_ctx / ctx->seq_step);
+    const int64_t u = columns(ctx->model, UNDO), mark = columns(ctx->model, 0);
 
     s->len = 0;
-    s->oldest = 1 - m->cfg.l_cache;
-    memset(s->u, 0, (size_t)u_elements(m) * sizeof *s->u);
+    s->oldest = 1 - ctx->model->cfg.l_cache;
+    memset(s->u, 0, (size_t)u * sizeof *s->u);
     give_back(s->kv, kv_bytes(ctx));
-    give_back(s->marks, marks * conv_elements(m) * sizeof *s->marks);
+    give_back(s->marks, ctx->par.n_ctx / ctx->seq_step * mark *
+                        (int64_t)sizeof *s->marks);
 }
 
 int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
@@ -6239,7 +6196,7 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
     }
     s->len = len - len % ctx->seq_step;
     if (s->len == 0)
-        empty(ctx, s);
+        forget_all(ctx, s);
     else
         move_columns(ctx, s, s->len, LOAD, conv_mark(ctx, s, s->len));
     return s->len;
@@ -6250,21 +6207,21 @@ static void copy_kv(struct lfm2_context *ctx, struct seq *dst,
                     const struct seq *src)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const size_t e = ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
-    const size_t stride = kv_head_elements(ctx) * e;
+    const size_t size = (size_t)kv_size(ctx);
+    const size_t stride = kv_head_elements(ctx) * size;
+    const size_t tile = (size_t)TILE * (size_t)c->head_dim * size;
     const size_t tiles = ((size_t)src->len + TILE - 1) / TILE;
-    const size_t n = 2 * (size_t)ctx->model->n_attn * (size_t)c->n_head_kv;
+    const int n = 2 * ctx->model->n_attn * c->n_head_kv;
 
-    for (size_t i = 0; i < n; i++)
-        memcpy(dst->kv + i * stride, src->kv + i * stride,
-               tiles * TILE * (size_t)c->head_dim * e);
+    for (size_t at = 0; at < (size_t)n * stride; at += stride)
+        memcpy(dst->kv + at, src->kv + at, tiles * tile);
 }
 
 int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
 {
     struct seq *to = find_seq(ctx, dst);
     const struct seq *from = find_seq(ctx, src);
-    const struct lfm2_model *m = ctx->model;
+    const int64_t u = columns(ctx->model, UNDO), mark = columns(ctx->model, 0);
 
     if (!to || !from)
         return fail(err, LFM2_EARG, "copy of sequence %d to %d, expected 0 to "
@@ -6272,9 +6229,9 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
     if (to == from)
         return LFM2_OK;
     copy_kv(ctx, to, from);
-    memcpy(to->u, from->u, (size_t)u_elements(m) * sizeof *to->u);
-    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step) *
-           (size_t)conv_elements(m) * sizeof *to->marks);
+    memcpy(to->u, from->u, (size_t)u * sizeof *to->u);
+    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step * mark) *
+                                   sizeof *to->marks);
     to->len = from->len;
     to->oldest = from->oldest;
     return LFM2_OK;
@@ -6292,7 +6249,7 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
  * Nothing in it depends on n_ctx, on how the cache is laid out or on the
  * machine. */
 
-enum { STATE_HEAD = 24 };
+enum { SAVED_HEAD = 24 };
 
 static uint64_t hash_bytes(uint64_t h, const uint8_t *p, size_t n)
 {
@@ -6322,78 +6279,65 @@ uint64_t lfm2_model_hash(const lfm2_model *m)
 static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
 {
     for (; n >= 8; n -= 8, p += 8) {
-        h = (h ^ load_le64(p)) * 0x100000001b3u;
+        h = (h ^ load_int(p, 8)) * 0x100000001b3u;
         h ^= h >> 32;
     }
     return hash_bytes(h, p, n);
 }
 
-/* Where the bytes of a state go to or come from: one of the two is set, and the
+/* Where saved bytes go to or come from: one of the two is set, and the
  * same walk saves and loads. */
 struct stream { uint8_t *to; const uint8_t *from; };
 
-static uint64_t move_bits(struct stream *s, uint64_t value, int bytes)
+/* n numbers of `size` bytes each; memory is only written to load it. */
+static void move(struct stream *s, void *p, size_t n, int size)
 {
-    uint64_t read = 0;
+    const int is_little = *(const uint8_t *)&(const uint16_t){ 1 };
 
-    for (int i = 0; i < bytes; i++)
-        if (s->to)
-            *s->to++ = (uint8_t)(value >> 8 * i);
-        else
-            read |= (uint64_t)*s->from++ << 8 * i;
-    return s->to ? value : read;
+    for (uint8_t *at = p; n > 0; n--, at += size)
+        for (int i = 0; i < size; i++) {
+            uint8_t *byte = at + (is_little ? i : size - 1 - i);
+            if (s->to)
+                *s->to++ = *byte;
+            else
+                *byte = *s->from++;
+        }
 }
 
-/* n numbers of 2 or 4 bytes each; memory is only written to load it. */
-static void move(struct stream *s, void *p, size_t n, int bytes)
-{
-    for (uint8_t *at = p; n > 0; n--, at += bytes) {
-        uint16_t half = 0;
-        uint32_t word = 0;
-        memcpy(bytes == 2 ? (void *)&half : &word, at, (size_t)bytes);
-        const uint64_t v = move_bits(s, half | word, bytes);
-        half = (uint16_t)v;
-        word = (uint32_t)v;
-        if (s->from)
-            memcpy(at, bytes == 2 ? (void *)&half : &word, (size_t)bytes);
-    }
-}
-
-static void move_state(const struct lfm2_context *ctx, struct seq *q, int len,
+static void move_saved(const struct lfm2_context *ctx, struct seq *q, int len,
                        struct stream *s)
 {
-    const size_t conv = (size_t)conv_elements(ctx->model);
+    const size_t mark = (size_t)columns(ctx->model, 0);
     const int n_head_kv = ctx->model->cfg.n_head_kv;
-    const int hd = ctx->model->cfg.head_dim;
-    const int bytes = ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
+    const int hd = ctx->model->cfg.head_dim, size = kv_size(ctx);
 
     if (s->to)
         move_columns(ctx, q, len, SAVE, q->u_start);
-    move(s, q->u_start, conv, 4);
+    move(s, q->u_start, mark, 4);
     if (s->from)
         move_columns(ctx, q, len, LOAD, q->u_start);
-    move(s, q->marks, conv * (size_t)(len / ctx->seq_step), 4);
+    move(s, q->marks, mark * (size_t)(len / ctx->seq_step), 4);
     for (int i = 0; i < ctx->model->n_attn * n_head_kv; i++) {
         struct kv_head kv = kv_head_at(ctx, q, i / n_head_kv, i % n_head_kv);
         for (int pos = 0; pos < len; pos++)
             for (int d = 0; d < hd; d++)
-                move(s, kv.k + k_index(pos, d, hd) * (size_t)bytes, 1, bytes);
-        move(s, kv.v, (size_t)len * (size_t)hd, bytes);
+                move(s, kv.k + k_index(pos, d, hd) * (size_t)size, 1, size);
+        move(s, kv.v, (size_t)len * (size_t)hd, size);
     }
 }
 
-static uint64_t state_size(const struct lfm2_context *ctx, int len)
+static uint64_t saved_size(const struct lfm2_context *ctx, int len)
 {
-    uint64_t columns = conv_elements(ctx->model) *
-                       (uint64_t)(1 + len / ctx->seq_step);
-    return STATE_HEAD + columns * 4 + (uint64_t)len *
-           kv_bytes_per_token(ctx->model, ctx->par.kv_type) + 8;
+    const int64_t marks = columns(ctx->model, 0) * (1 + len / ctx->seq_step);
+
+    return (uint64_t)(SAVED_HEAD + marks * 4 + len * kv_bytes_per_token(ctx) +
+                      8);
 }
 
 uint64_t lfm2_seq_state_size(const lfm2_context *ctx, int seq)
 {
     const struct seq *s = find_seq(ctx, seq);
-    return s ? state_size(ctx, s->len) : 0;
+    return s ? saved_size(ctx, s->len) : 0;
 }
 
 int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
@@ -6401,54 +6345,57 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
 {
     struct seq *q = find_seq(ctx, seq);
     struct stream s = { buf, NULL };
-    uint64_t need;
+    uint64_t need, hash = lfm2_model_hash(ctx->model);
+    uint32_t kv_type = (uint32_t)ctx->par.kv_type, len;
 
     if (!q || !buf)
         return fail(err, LFM2_EARG, "save of sequence %d, expected 0 to %d and "
                     "a buffer", seq, ctx->par.n_seq - 1);
-    need = state_size(ctx, q->len);
+    need = saved_size(ctx, q->len);
     if (size < need)
         return fail(err, LFM2_EARG, "a buffer of %llu bytes, expected %llu",
                     ull(size), ull(need));
     memcpy(buf, "LFM2SEQ2", 8);
     s.to += 8;
-    move_bits(&s, lfm2_model_hash(ctx->model), 8);
-    move_bits(&s, (uint64_t)ctx->par.kv_type, 4);
-    move_bits(&s, (uint64_t)q->len, 4);
-    move_state(ctx, q, q->len, &s);
-    move_bits(&s, hash_words(HASH_START, buf, (size_t)need - 8), 8);
+    len = (uint32_t)q->len;
+    move(&s, &hash, 1, 8);
+    move(&s, &kv_type, 1, 4);
+    move(&s, &len, 1, 4);
+    move_saved(ctx, q, q->len, &s);
+    hash = hash_words(HASH_START, buf, (size_t)need - 8);
+    move(&s, &hash, 1, 8);
     return LFM2_OK;
 }
 
-/* The length of the sequence in a state, or why it cannot be loaded. */
-static int check_state(const struct lfm2_context *ctx, const uint8_t *buf,
+/* The length of a saved sequence, or why it cannot be loaded. */
+static int check_saved(const struct lfm2_context *ctx, const uint8_t *buf,
                        uint64_t size, lfm2_error *err)
 {
-    uint32_t len;
+    uint64_t kv_type, len;
 
-    if (size < STATE_HEAD + 8 || size > SIZE_MAX ||
+    if (size < SAVED_HEAD + 8 || size > SIZE_MAX ||
         memcmp(buf, "LFM2SEQ2", 8) != 0)
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
                     "expected \"LFM2SEQ2\" at their beginning", ull(size));
     if (hash_words(HASH_START, buf, (size_t)size - 8) !=
-        load_le64(buf + size - 8))
+        load_int(buf + size - 8, 8))
         return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
                     "cut: its checksum does not match its %llu bytes",
                     ull(size));
-    if (load_le64(buf + 8) != lfm2_model_hash(ctx->model))
+    if (load_int(buf + 8, 8) != lfm2_model_hash(ctx->model))
         return fail(err, LFM2_EFORMAT, "a sequence saved with another model");
-    if (load_le32(buf + 16) != (uint32_t)ctx->par.kv_type)
-        return fail(err, LFM2_EFORMAT, "a sequence saved with kv_type %lu, "
-                    "expected %d", (unsigned long)load_le32(buf + 16),
-                    ctx->par.kv_type);
-    len = load_le32(buf + 20);
-    if (len > (uint32_t)ctx->par.n_ctx)
-        return fail(err, LFM2_EFULL, "a saved sequence of %lu tokens, expected "
-                    "at most %d (n_ctx)", (unsigned long)len, ctx->par.n_ctx);
-    if (size != state_size(ctx, (int)len))
-        return fail(err, LFM2_EFORMAT, "a saved sequence of %lu tokens in %llu "
-                    "bytes, expected %llu", (unsigned long)len, ull(size),
-                    ull(state_size(ctx, (int)len)));
+    kv_type = load_int(buf + 16, 4);
+    if (kv_type != (uint64_t)ctx->par.kv_type)
+        return fail(err, LFM2_EFORMAT, "a sequence saved with kv_type %llu, "
+                    "expected %d", ull(kv_type), ctx->par.kv_type);
+    len = load_int(buf + 20, 4);
+    if (len > (uint64_t)ctx->par.n_ctx)
+        return fail(err, LFM2_EFULL, "a saved sequence of %llu tokens, "
+                    "expected at most %d (n_ctx)", ull(len), ctx->par.n_ctx);
+    if (size != saved_size(ctx, (int)len))
+        return fail(err, LFM2_EFORMAT, "a saved sequence of %llu tokens in "
+                    "%llu bytes, expected %llu", ull(len), ull(size),
+                    ull(saved_size(ctx, (int)len)));
     return (int)len;
 }
 
@@ -6462,9 +6409,9 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
     if (!q || !buf)
         return fail(err, LFM2_EARG, "load of sequence %d, expected 0 to %d and "
                     "a buffer", seq, ctx->par.n_seq - 1);
-    TRY(len = check_state(ctx, buf, size, err));
-    s.from += STATE_HEAD;
-    move_state(ctx, q, len, &s);
+    TRY(len = check_saved(ctx, buf, size, err));
+    s.from += SAVED_HEAD;
+    move_saved(ctx, q, len, &s);
     q->len = len;
     return LFM2_OK;
 }
@@ -6474,7 +6421,7 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
  * The threads keep what a module gives, in memory that is there only while
  * somebody traces; at the end of an operator the caller's thread shows it. */
 
-struct kept { float *y; size_t stride; };  /* [rows or slots][stride]         */
+struct traced { float *y; size_t stride; };  /* [rows or slots][stride]       */
 
 static const struct { const char *name; int width; } modules[N_MODULES] = {
     [CONV_IN_PROJ] = { "conv.in_proj", EMBD_3 },
@@ -6506,42 +6453,36 @@ static int module_width(const lfm2_config *c, int module, int is_dense)
 static void keep(const struct lfm2_context *ctx, int module, int row, int col,
                  const float *x, int n)
 {
+    const struct traced *all = &ctx->traced[module];
+
     if (ctx->hook && module != NOT_TRACED)
-        memcpy(ctx->kept[module].y + (size_t)row * ctx->kept[module].stride +
-               col, x, (size_t)n * sizeof *x);
-}
-
-enum { MAX_MODULE = 80 };
-
-static void name_module(char name[MAX_MODULE], int il, int e,
-                        const char *module)
-{
-    if (il < 0)
-        snprintf(name, MAX_MODULE, "%s", module);
-    else if (e < 0)
-        snprintf(name, MAX_MODULE, "model.layers.%d%s%s", il,
-                 module[0] ? "." : "", module);
-    else
-        snprintf(name, MAX_MODULE, "model.layers.%d.feed_forward.experts.%d.%s",
-                 il, e, module + strlen("feed_forward."));
+        memcpy(all->y + (size_t)row * all->stride + col, x,
+               (size_t)n * sizeof *x);
 }
 
 /* Show n numbers for each of n_rows rows of the pass, those in `row` or the
  * first ones. */
 static void show_rows(const struct lfm2_context *ctx, int il, int e,
                       const char *module, const int *row, int n_rows,
-                      struct kept kept, int n)
+                      struct traced all, int n)
 {
-    char name[MAX_MODULE];
+    char block[64] = "", name[128];
     lfm2_activation a = { .name = name, .layer = il, .expert = e, .n = n };
 
-    name_module(name, il, e, module);
+    if (il >= 0)
+        snprintf(block, sizeof block, "model.layers.%d%s", il,
+                 module[0] ? "." : "");
+    if (e >= 0)
+        snprintf(name, sizeof name, "%sfeed_forward.experts.%d.%s", block, e,
+                 module + strlen("feed_forward."));
+    else
+        snprintf(name, sizeof name, "%s%s", block, module);
     for (int i = 0; i < n_rows; i++) {
         const struct row *r = &ctx->batch.row[row ? row[i] : i];
         a.seq = r->seq;
         a.pos = r->pos;
         a.token = r->token;
-        a.x = kept.y + (size_t)i * kept.stride;
+        a.x = all.y + (size_t)i * all.stride;
         ctx->hook(ctx->hook_user, &a);
     }
 }
@@ -6549,7 +6490,7 @@ static void show_rows(const struct lfm2_context *ctx, int il, int e,
 static void trace_rows(const struct thread *me, int il, const char *module,
                        float *y, int n)
 {
-    const struct kept all = { y, (size_t)n };
+    const struct traced all = { y, (size_t)n };
 
     if (!me->ctx->hook)
         return;
@@ -6567,30 +6508,14 @@ static void trace(const struct thread *me, const struct layer *l, int first,
         return;
     for (int i = first; me->id == 0 && i <= last; i++)
         show_rows(ctx, (int)(l - ctx->model->layer), -1, modules[i].name, NULL,
-                  ctx->batch.n_rows, ctx->kept[i],
+                  ctx->batch.n_rows, ctx->traced[i],
                   module_width(&ctx->model->cfg, i, 1));
     barrier(me);
 }
 
-/* The slots of every expert in use. */
-static void show_experts(const struct lfm2_context *ctx, int il)
-{
-    static const int order[] = { FFN_W1, FFN_W3, FFN_W2 };
-    const struct routing *r = &ctx->routing;
-
-    for (int i = 0; i < r->n_active; i++)
-        for (size_t k = 0; k < COUNT(order); k++) {
-            const int *end = &r->slot_begin[r->active[i]];
-            struct kept kept = ctx->kept[order[k]];
-            kept.y += (size_t)end[0] * kept.stride;
-            show_rows(ctx, il, r->active[i], modules[order[k]].name,
-                      r->slot_row + end[0], end[1] - end[0], kept,
-                      module_width(&ctx->model->cfg, order[k], 0));
-        }
-}
-
 static void trace_moe(const struct thread *me, const struct layer *l)
 {
+    static const int order[] = { FFN_W1, FFN_W3, FFN_W2 };
     const struct lfm2_context *ctx = me->ctx;
     const struct routing *r = &ctx->routing;
     const int il = (int)(l - ctx->model->layer);
@@ -6603,25 +6528,31 @@ static void trace_moe(const struct thread *me, const struct layer *l)
              &(float){ (float)r->chosen[i] }, 1);
     trace(me, l, MOE_GATE, MOE_CHOSEN);
     trace_rows(me, il, "feed_forward.routing_weights", r->weight, used);
-    if (me->id == 0)
-        show_experts(ctx, il);
+    for (int i = 0; me->id == 0 && i < r->n_active; i++)
+        for (size_t k = 0; k < COUNT(order); k++) {
+            const int e = r->active[i], first = r->slot_begin[e];
+            struct traced all = ctx->traced[order[k]];
+            all.y += (size_t)first * all.stride;
+            show_rows(ctx, il, e, modules[order[k]].name, r->slot_row + first,
+                      r->slot_begin[e + 1] - first, all,
+                      module_width(&ctx->model->cfg, order[k], 0));
+        }
     trace_rows(me, il, "feed_forward", ctx->y, ctx->model->cfg.n_embd);
 }
 
-/* Set every pointer of kept into memory at `base`; how much there is. */
-static uint64_t lay_out_kept(const struct lfm2_context *ctx, struct kept *kept,
-                             void *base)
+/* Point all modules into the memory at `base`; returns its size. */
+static int64_t lay_out_traced(const struct lfm2_context *ctx,
+                              struct traced *all, void *base)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    const uint64_t rows = (uint64_t)ctx->par.n_batch;
-    const uint64_t slots = rows * larger((uint64_t)c->n_expert_used, 1);
+    const int64_t rows = ctx->par.n_batch;
+    const int64_t slots = rows * larger(c->n_expert_used, 1);
     struct arena a = { base, 0 };
 
     for (int i = 0; i < N_MODULES; i++) {
-        const uint64_t n = larger((uint64_t)module_width(c, i, 0),
-                                  (uint64_t)module_width(c, i, 1));
-        kept[i].stride = (size_t)n;
-        CARVE(&a, kept[i].y, n * (i >= FFN_W1 && i <= FFN_W2 ? slots : rows));
+        const int64_t n = larger(module_width(c, i, 0), module_width(c, i, 1));
+        all[i].stride = (size_t)n;
+        CARVE(&a, all[i].y, n * (i >= FFN_W1 && i <= FFN_W2 ? slots : rows));
     }
     return a.used;
 }
@@ -6629,19 +6560,19 @@ static uint64_t lay_out_kept(const struct lfm2_context *ctx, struct kept *kept,
 int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
                lfm2_error *err)
 {
-    struct kept kept[N_MODULES];
-    const uint64_t size = lay_out_kept(ctx, kept, NULL);
+    struct traced all[N_MODULES];
+    const int64_t size = lay_out_traced(ctx, all, NULL) + (int64_t)sizeof all;
 
     if (!fn) {
-        free(ctx->kept);
-        ctx->kept = NULL;
-    } else if (!ctx->kept) {
-        if (size < TOO_MUCH && size < SIZE_MAX - sizeof kept - 64)
-            ctx->kept = malloc(sizeof kept + 64 + (size_t)size);
-        if (!ctx->kept)
-            return fail(err, LFM2_ENOMEM, "no memory for a trace, %llu bytes "
-                        "(n_batch %d)", ull(size), ctx->par.n_batch);
-        lay_out_kept(ctx, ctx->kept, ctx->kept + N_MODULES);
+        free(ctx->traced);
+        ctx->traced = NULL;
+    } else if (!ctx->traced) {
+        if (size < TOO_MUCH && (uint64_t)size < SIZE_MAX)
+            ctx->traced = malloc((size_t)size);
+        if (!ctx->traced)
+            return fail(err, LFM2_ENOMEM, "no memory for a trace, %lld bytes "
+                        "(n_batch %d)", (long long)size, ctx->par.n_batch);
+        lay_out_traced(ctx, ctx->traced, ctx->traced + N_MODULES);
     }
     ctx->hook = fn;
     ctx->hook_user = user;
@@ -6681,20 +6612,19 @@ enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
 #define NO_RANK UINT32_MAX
 
 struct token {
-    uint32_t start;                       /* its bytes in text end where     */
-    int32_t next;                         /* those of the next one start     */
+    uint32_t start;                       /* its bytes in text end where
+                                             those of the next one start     */
     uint8_t type;                         /* TOKEN_...                       */
 };
 
-struct merge { int32_t left, right, result, next; };
+struct merge { int32_t left, right, result; };
 
-/* A hash table: entries with the same hash form a chain, the newest first.
- * Each entry knows the next, -1 for none.  Chains of real vocabularies have at
- * most 6 entries; the limit is for files made to slow a search down. */
-enum { MAX_CHAIN = 64 };
+/* A hash table: an entry is in the first free one of MAX_PROBES slots, from
+ * that of its hash on, so the first to be added is the first to be found.  The
+ * limit is for files made to slow a search down. */
+enum { MAX_PROBES = 64 };
 
-struct chain { int32_t first, n; };       /* first: entry + 1, or 0          */
-struct table { struct chain *chain; uint32_t n; };      /* a power of two    */
+struct table { int32_t *slot; uint32_t n; };    /* entry + 1, or 0; n = 2^k  */
 
 struct lfm2_tokenizer {
     int n_vocab;
@@ -6729,34 +6659,34 @@ static int has_type(const lfm2_tokenizer *t, int32_t id, int types)
     return types >> t->token[id].type & 1;
 }
 
-static struct chain *chain_of(struct table t, uint64_t hash)
+static int32_t *slot_of(struct table t, uint64_t hash, uint32_t probe)
 {
-    return &t.chain[(hash ^ hash >> 32) & (t.n - 1)];
+    return &t.slot[((hash ^ hash >> 32) + probe) & (t.n - 1)];
 }
 
-/* Put an entry into a chain; -1 if that is full. */
-static int add_to_chain(struct chain *c, int32_t entry, int32_t *next)
+/* -1 if the slots are taken. */
+static int add_entry(struct table t, uint64_t hash, int32_t entry)
 {
-    if (c->n == MAX_CHAIN)
-        return -1;
-    c->n++;
-    *next = c->first - 1;
-    c->first = entry + 1;
-    return 0;
+    for (uint32_t i = 0; i < MAX_PROBES; i++)
+        if (*slot_of(t, hash, i) == 0) {
+            *slot_of(t, hash, i) = entry + 1;
+            return 0;
+        }
+    return -1;
 }
 
-/* The token with the bytes s[n], of one of these types; -1 if there is none.
- * If there are several, the lowest id: it was added first, so it comes last. */
+/* The token with the bytes s[n], of one of these types, the lowest id if there
+ * are several; -1 if there is none. */
 static int32_t find_hashed(const lfm2_tokenizer *t, uint64_t hash,
                            const uint8_t *s, size_t n, int types)
 {
-    int32_t id = chain_of(t->tokens, hash)->first - 1, found = -1;
-
-    for (; id >= 0; id = t->token[id].next)
-        if (token_len(t, id) == n && has_type(t, id, types) &&
-            memcmp(token_bytes(t, id), s, n) == 0)
-            found = id;
-    return found;
+    for (uint32_t i = 0; i < MAX_PROBES; i++) {
+        const int32_t id = *slot_of(t->tokens, hash, i) - 1;
+        if (id < 0 || (token_len(t, id) == n && has_type(t, id, types) &&
+                       memcmp(token_bytes(t, id), s, n) == 0))
+            return id;
+    }
+    return -1;
 }
 
 static int32_t find_token(const lfm2_tokenizer *t, const uint8_t *s, size_t n,
@@ -6765,22 +6695,21 @@ static int32_t find_token(const lfm2_tokenizer *t, const uint8_t *s, size_t n,
     return find_hashed(t, hash_bytes(HASH_START, s, n), s, n, types);
 }
 
-static struct chain *merge_chain(const lfm2_tokenizer *t, int32_t left,
-                                 int32_t right)
+static uint64_t hash_pair(int32_t left, int32_t right)
 {
-    const uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-
-    return chain_of(t->merges, pair * 0x9e3779b97f4a7c15u);
+    return ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) *
+           0x9e3779b97f4a7c15u;
 }
 
 /* The rank of merging two tokens. */
 static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
 {
-    int32_t i = merge_chain(t, left, right)->first - 1;
-
-    while (i >= 0 && (t->merge[i].left != left || t->merge[i].right != right))
-        i = t->merge[i].next;
-    return i >= 0 ? (uint32_t)i : NO_RANK;
+    for (uint32_t i = 0; i < MAX_PROBES; i++) {
+        const int32_t m = *slot_of(t->merges, hash_pair(left, right), i) - 1;
+        if (m < 0 || (t->merge[m].left == left && t->merge[m].right == right))
+            return m < 0 ? NO_RANK : (uint32_t)m;
+    }
+    return NO_RANK;
 }
 
 /* ------------------------------------------------- 23. Reading a vocabulary
@@ -6802,10 +6731,10 @@ static const char *const word_key[N_WORD_KEYS] = {
     "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 };
 
-struct word_file {
-    struct gguf g;
-    const struct gguf_kv *kv[N_WORD_KEYS];          /* NULL: not in the file */
-};
+static const struct gguf_kv *word_kv(const struct gguf *g, int key)
+{
+    return gguf_find(g, word_key[key]);
+}
 
 /* The character that starts at p, of which n bytes (1 or more) are there: its
  * length; 0 if more bytes could complete it; -1 if it is none.  Overlong forms,
@@ -6869,10 +6798,10 @@ static size_t unmap(uint8_t *out, int type, const char *text, const char *end)
     return (size_t)(end - text);
 }
 
-static int add_tokens(lfm2_tokenizer *t, const struct word_file *w)
+static int add_tokens(lfm2_tokenizer *t, const struct gguf *g)
 {
-    const struct gguf_kv *types = w->kv[KEY_TYPES];
-    struct cursor c = kv_cursor(w->kv[KEY_TOKENS]);
+    const struct gguf_kv *types = word_kv(g, KEY_TYPES);
+    struct cursor c = kv_cursor(word_kv(g, KEY_TOKENS));
 
     for (int32_t id = 0; id < t->n_vocab; id++) {
         const struct str s = take_string(&c);
@@ -6880,14 +6809,14 @@ static int add_tokens(lfm2_tokenizer *t, const struct word_file *w)
         if (types)
             kv_integer(types, (uint64_t)id, &type);
         if (type < TOKEN_NORMAL || type > TOKEN_BYTE)
-            return BAD(&w->g, "token %d: of type %lld, expected %d to %d", id,
+            return BAD(g, "token %d: of type %lld, expected %d to %d", id,
                        (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
         struct token *token = &t->token[id];
         token->type = (uint8_t)type;
         const int is_marker = has_type(t, id, CUT_OUT_SPECIAL);
         const size_t max = is_marker ? MAX_MARKER : MAX_TOKEN;
         if (s.n > max)
-            return BAD(&w->g, "token %d: %s%zu bytes, expected at most %zu", id,
+            return BAD(g, "token %d: %s%zu bytes, expected at most %zu", id,
                        is_marker ? "a marker of " : "", s.n, max);
         uint8_t *bytes = t->text + token->start;
         const size_t n = unmap(bytes, (int)type, s.s, s.s + s.n);
@@ -6896,20 +6825,21 @@ static int add_tokens(lfm2_tokenizer *t, const struct word_file *w)
         if (is_marker && n > 0 && n > t->longest_marker[bytes[0]])
             t->longest_marker[bytes[0]] = (uint16_t)n;
         if (find_hashed(t, hash, bytes, n, 1 << type) < 0 &&
-            add_to_chain(chain_of(t->tokens, hash), id, &token->next) != 0)
-            return BAD(&w->g, "token %d: its hash and those of %d others "
-                       "collide", id, MAX_CHAIN);
+            add_entry(t->tokens, hash, id) != 0)
+            return BAD(g, "token %d: its hash and those of %d others collide",
+                       id, MAX_PROBES);
     }
     return LFM2_OK;
 }
 
 /* "left right" to the ids of left, right and both together. */
-static int add_merges(lfm2_tokenizer *t, const struct word_file *w)
+static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
 {
     uint8_t *bytes = t->text + t->token[t->n_vocab].start;
-    struct cursor c = kv_cursor(w->kv[KEY_MERGES]);
+    const struct gguf_kv *merges = word_kv(g, KEY_MERGES);
+    struct cursor c = kv_cursor(merges);
 
-    for (uint64_t i = 0; i < w->kv[KEY_MERGES]->n; i++) {
+    for (uint64_t i = 0; i < merges->n; i++) {
         const struct str s = take_string(&c);
         const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
         const char *right = space ? space + 1 : end;
@@ -6917,19 +6847,19 @@ static int add_merges(lfm2_tokenizer *t, const struct word_file *w)
         const size_t k = unmap(bytes + n, TOKEN_NORMAL, right, end);
         struct merge m = { find_token(t, bytes, n, ANY_TYPE),
                            find_token(t, bytes + n, k, ANY_TYPE),
-                           find_token(t, bytes, n + k, ANY_TYPE), -1 };
+                           find_token(t, bytes, n + k, ANY_TYPE) };
         if (n == 0 || k == 0 || m.left < 0 || m.right < 0 || m.result < 0)
-            return BAD(&w->g, "merge %llu: \"%s\", expected two tokens that "
+            return BAD(g, "merge %llu: \"%s\", expected two tokens that "
                        "make a third, with a space between them", ull(i),
                        show(s).s);
         /* no text becomes a control token; of two merges the first counts */
         if (!has_type(t, m.result, FROM_TEXT) ||
             find_merge(t, m.left, m.right) != NO_RANK)
             continue;
-        if (add_to_chain(merge_chain(t, m.left, m.right), (int32_t)t->n_merges,
-                         &m.next) != 0)
-            return BAD(&w->g, "merge %llu: its hash and those of %d others "
-                       "collide", ull(i), MAX_CHAIN);
+        if (add_entry(t->merges, hash_pair(m.left, m.right),
+                      (int32_t)t->n_merges) != 0)
+            return BAD(g, "merge %llu: its hash and those of %d others collide",
+                       ull(i), MAX_PROBES);
         t->merge[t->n_merges++] = m;
     }
     return LFM2_OK;
@@ -6941,10 +6871,9 @@ static int check_kind(const struct gguf *g)
 
     if (!gguf_string(g, word_key[KEY_MODEL], &model))
         return BAD(g, "tokenizer.ggml.model: no such string, expected "
-                   "\"gpt2\"; if the vocabulary was stripped from this file, a "
-                   "tokenizer.bin can stand in for it");
+                   "\"gpt2\"");
     if (!str_is(model, "gpt2"))
-        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
+        return ALIEN(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
                      "byte-level BPE", show(model).s);
     /* An LFM2 model can only mean one thing, whatever it calls it. */
     if (gguf_string(g, "general.architecture", &arch) &&
@@ -6953,88 +6882,84 @@ static int check_kind(const struct gguf *g)
     if (gguf_string(g, word_key[KEY_PRE], &pre) &&
         (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
         return LFM2_OK;
-    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
+    return ALIEN(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
                  "\"llama-bpe\"", show(pre).s);
 }
 
 /* An array of strings or of 32-bit integers, with min to max elements. */
-static int check_array(const struct word_file *w, int key, uint64_t min,
+static int check_array(const struct gguf *g, int key, uint64_t min,
                        uint64_t max)
 {
-    const struct gguf_kv *kv = w->kv[key];
+    const struct gguf_kv *kv = word_kv(g, key);
     const char *what = key == KEY_TYPES ? "i32" : "strings";
 
     if (!kv)
-        return BAD(&w->g, "%s: absent, expected an array of %s", word_key[key],
+        return BAD(g, "%s: absent, expected an array of %s", word_key[key],
                    what);
     if (kv->type != GGUF_ARRAY ||
         (key == KEY_TYPES ? kv->elem != GGUF_I32 && kv->elem != GGUF_U32
                           : kv->elem != GGUF_STRING))
-        return BAD(&w->g, "%s: %s %s, expected an array of %s", kv->key,
+        return BAD(g, "%s: %s %s, expected an array of %s", kv->key,
                    kv->type == GGUF_ARRAY ? "an array of" : "one",
                    gguf_type[kv->elem].name, what);
-    if (kv->n < min || kv->n > max)
-        return BAD(&w->g, "%s: %llu elements, expected %llu to %llu", kv->key,
-                   ull(kv->n), ull(min), ull(max));
-    return LFM2_OK;
+    return in_range(g, kv->key, (double)kv->n, " elements", (double)min,
+                    (double)max);
 }
 
 /* To be closed with gguf_free(), after an error too. */
-static int open_keys(struct word_file *w, const void *data, size_t size,
-                     lfm2_error *err)
+static int open_vocabulary(struct gguf *g, const void *data, size_t size,
+                           lfm2_error *err)
 {
-    *w = (struct word_file){ 0 };
+    *g = (struct gguf){ 0 };
     if (!data)
         return fail(err, LFM2_EARG, "no data to read a vocabulary from");
-    TRY(gguf_parse(&w->g, data, size, err));
-    for (int key = 0; key < N_WORD_KEYS; key++)
-        w->kv[key] = gguf_find(&w->g, word_key[key]);
-    TRY(check_kind(&w->g));
-    TRY(check_array(w, KEY_TOKENS, 1, MAX_VOCAB));
-    TRY(check_array(w, KEY_MERGES, 0, MAX_MERGE));
-    const uint64_t n_vocab = w->kv[KEY_TOKENS]->n;
-    return w->kv[KEY_TYPES] ? check_array(w, KEY_TYPES, n_vocab, n_vocab)
-                            : LFM2_OK;
+    TRY(gguf_parse(g, data, size, err));
+    TRY(check_kind(g));
+    TRY(check_array(g, KEY_TOKENS, 1, MAX_VOCAB));
+    TRY(check_array(g, KEY_MERGES, 0, MAX_MERGE));
+    const uint64_t n_vocab = word_kv(g, KEY_TOKENS)->n;
+    return word_kv(g, KEY_TYPES) ? check_array(g, KEY_TYPES, n_vocab, n_vocab)
+                                 : LFM2_OK;
 }
 
 /* A token that the file gives by its id; -1 if it does not. */
-static int read_id(const struct word_file *w, int key, int32_t *out)
+static int read_id(const struct gguf *g, int key, int32_t *out)
 {
+    const uint64_t n_vocab = word_kv(g, KEY_TOKENS)->n;
     uint32_t id = UINT32_MAX;
 
-    TRY(gguf_u32(&w->g, word_key[key], &id));
-    if (id != UINT32_MAX && id >= w->kv[KEY_TOKENS]->n)
-        return BAD(&w->g, "%s: %lu, expected an id below %llu", word_key[key],
-                   (unsigned long)id, ull(w->kv[KEY_TOKENS]->n));
+    TRY(gguf_u32(g, word_key[key], &id));
+    if (id != UINT32_MAX)
+        TRY(in_range(g, word_key[key], id, "", 0, (double)(n_vocab - 1)));
     *out = id == UINT32_MAX ? -1 : (int32_t)id;
     return LFM2_OK;
 }
 
-/* Chains for n entries, so many that few share one; -1 without memory. */
+/* For n entries, with so much room that few collide; -1 without memory. */
 static int open_table(struct table *t, uint64_t n)
 {
-    for (t->n = 1; t->n < 2 * n; t->n *= 2)
+    for (t->n = 1; t->n < 4 * n; t->n *= 2)
         ;
-    t->chain = calloc(t->n, sizeof *t->chain);
-    return t->chain ? 0 : -1;
+    t->slot = calloc(t->n, sizeof *t->slot);
+    return t->slot ? 0 : -1;
 }
 
 /* Behind the text of all tokens there is room for that of any merge. */
-static int allocate(lfm2_tokenizer *t, const struct word_file *w)
+static int allocate(lfm2_tokenizer *t, const struct gguf *g)
 {
-    const size_t n_text = w->kv[KEY_TOKENS]->size;
-    const size_t n_merges = (size_t)w->kv[KEY_MERGES]->n;
+    const struct gguf_kv *tokens = word_kv(g, KEY_TOKENS);
+    const struct gguf_kv *merges = word_kv(g, KEY_MERGES);
 
-    t->n_vocab = (int)w->kv[KEY_TOKENS]->n;
-    if (n_text < INT32_MAX)
-        t->text = malloc(n_text + w->kv[KEY_MERGES]->size);
+    t->n_vocab = (int)tokens->n;
+    if (tokens->size < INT32_MAX)
+        t->text = malloc(tokens->size + merges->size);
     t->token = calloc((size_t)t->n_vocab + 1, sizeof *t->token);
-    t->merge = malloc((n_merges + 1) * sizeof *t->merge);
+    t->merge = malloc(((size_t)merges->n + 1) * sizeof *t->merge);
     t->classes = make_classes();
     if (!t->text || !t->token || !t->merge || !t->classes ||
-        open_table(&t->tokens, (uint64_t)t->n_vocab) != 0 ||
-        open_table(&t->merges, n_merges) != 0)
-        return fail(w->g.err, LFM2_ENOMEM, "no memory for the vocabulary");
+        open_table(&t->tokens, tokens->n) != 0 ||
+        open_table(&t->merges, merges->n) != 0)
+        return fail(g->err, LFM2_ENOMEM, "no memory for the vocabulary");
     return LFM2_OK;
 }
 
@@ -7051,24 +6976,24 @@ static void find_roles(lfm2_tokenizer *t)
             t->token[role[i]].type = TOKEN_CONTROL;
 }
 
-static int read_words(lfm2_tokenizer *t, const struct word_file *w)
+static int read_vocabulary(lfm2_tokenizer *t, const struct gguf *g)
 {
-    const struct gguf_kv *add = w->kv[KEY_ADD_BOS];
+    const struct gguf_kv *add = word_kv(g, KEY_ADD_BOS);
 
-    TRY(read_id(w, KEY_BOS, &t->bos));
-    TRY(read_id(w, KEY_EOS, &t->eos));
+    TRY(read_id(g, KEY_BOS, &t->bos));
+    TRY(read_id(g, KEY_EOS, &t->eos));
     if (add && add->type != GGUF_BOOL)
-        return BAD(&w->g, "%s: of type %s, expected a bool", add->key,
+        return BAD(g, "%s: of type %s, expected a bool", add->key,
                    gguf_type[add->type].name);
     t->add_bos = !add || add->value[0];
-    TRY(allocate(t, w));
-    TRY(add_tokens(t, w));
+    TRY(allocate(t, g));
+    TRY(add_tokens(t, g));
     find_roles(t);
-    TRY(add_merges(t, w));
+    TRY(add_merges(t, g));
     for (int b = 0; b < 256; b++) {
         t->byte[b] = find_token(t, &(uint8_t){ (uint8_t)b }, 1, FROM_TEXT);
         if (t->byte[b] < 0)
-            return BAD(&w->g, "the vocabulary: no token for the single byte "
+            return BAD(g, "the vocabulary: no token for the single byte "
                        "0x%02x, expected all 256", (unsigned)b);
     }
     return LFM2_OK;
@@ -7081,8 +7006,8 @@ void lfm2_tokenizer_close(lfm2_tokenizer *t)
     free(t->text);
     free(t->token);
     free(t->merge);
-    free(t->tokens.chain);
-    free(t->merges.chain);
+    free(t->tokens.slot);
+    free(t->merges.slot);
     free(t->classes);
     free(t);
 }
@@ -7091,14 +7016,14 @@ int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
                                size_t size, lfm2_error *err)
 {
     lfm2_tokenizer *t = calloc(1, sizeof *t);
-    struct word_file w;
-    int code = open_keys(&w, data, size, err);
+    struct gguf g;
+    int code = open_vocabulary(&g, data, size, err);
 
     *out = NULL;
     if (code == LFM2_OK)
-        code = t ? read_words(t, &w)
+        code = t ? read_vocabulary(t, &g)
                  : fail(err, LFM2_ENOMEM, "no memory for the vocabulary");
-    gguf_free(&w.g);
+    gguf_free(&g);
     if (code == LFM2_OK)
         *out = t;
     else
@@ -7138,16 +7063,15 @@ size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
                               "\10\0\0\0" "\4\0\0\0\0\0\0\0lfm2";
     uint8_t header[24] = "GGUF\3";
     struct writer out = { buf, buf ? cap : 0, 0 };
-    struct word_file w;
-    const int code = open_keys(&w, data, size, err);
+    struct gguf g;
+    const int code = open_vocabulary(&g, data, size, err);
 
     for (int key = 0; key < N_WORD_KEYS; key++)
-        if (key == KEY_PRE || w.kv[key])
-            header[16]++;                 /* the number of keys              */
+        header[16] += key == KEY_PRE || word_kv(&g, key);  /* how many keys  */
     if (code == LFM2_OK)
         put(&out, header, sizeof header);
     for (int key = 0; code == LFM2_OK && key < N_WORD_KEYS; key++) {
-        const struct gguf_kv *kv = w.kv[key];
+        const struct gguf_kv *kv = word_kv(&g, key);
         if (key == KEY_PRE)
             put(&out, pre, sizeof pre - 1);
         else if (kv) {
@@ -7156,7 +7080,7 @@ size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
             put(&out, from, (size_t)(kv->value - from) + kv->size);
         }
     }
-    gguf_free(&w.g);
+    gguf_free(&g);
     return out.n;
 }
 
@@ -7443,19 +7367,17 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
                        const lfm2_message *msg)
 {
     const size_t n_role = strlen(msg->role), n = strlen(msg->content);
-    uint8_t *text;
+    char *text;
     int code;
 
-    if (n_role > MAX_ENCODE || n > MAX_ENCODE)
+    if (n_role > MAX_ENCODE || n > MAX_ENCODE - n_role)
         return LFM2_EARG;
-    text = malloc(n_role + 1 + n);
+    text = malloc(n_role + n + 2);
     if (!text)
         return LFM2_ENOMEM;
-    memcpy(text, msg->role, n_role);
-    text[n_role] = '\n';
-    memcpy(text + n_role + 1, msg->content, n);
+    snprintf(text, n_role + n + 2, "%s\n%s", msg->role, msg->content);
     emit(o, t->im_start);
-    code = encode_text(t, o, text, n_role + 1 + n, CUT_OUT);
+    code = encode_text(t, o, (uint8_t *)text, n_role + 1 + n, CUT_OUT);
     emit(o, t->im_end);
     free(text);
     TRY(code);
@@ -7562,7 +7484,7 @@ size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
 
 static int comes_before(struct candidate a, struct candidate b)
 {
-    return a.p > b.p || (a.p == b.p && a.id < b.id);
+    return a.value > b.value || (a.value == b.value && a.id < b.id);
 }
 
 /* c[n] is a heap with the last in order on top, but for c[i], which may have to
@@ -7623,9 +7545,9 @@ static int32_t highest(const float *logits, int n)
     return best;
 }
 
-/* Push down what the recent tokens would repeat, each token once.  An id in
- * `mark` says that a token has still to be done. */
-static void penalise(const lfm2_sampler *s, struct candidate *mark,
+/* Push down what the recent tokens would repeat, each token once: todo[t].id is
+ * not 0 while token t has still to be done. */
+static void penalise(const lfm2_sampler *s, struct candidate *todo,
                      float *logits, int n_vocab, const int32_t *history, int n)
 {
     const float penalty = s->repeat_penalty;
@@ -7636,12 +7558,12 @@ static void penalise(const lfm2_sampler *s, struct candidate *mark,
     const int first = n > s->repeat_last_n ? n - s->repeat_last_n : 0;
     for (int i = first; i < n; i++)
         if (history[i] >= 0 && history[i] < n_vocab)
-            mark[history[i]].id = 1;
+            todo[history[i]].id = 1;
     for (int i = first; i < n; i++) {
         const int32_t id = history[i];
-        if (id < 0 || id >= n_vocab || !mark[id].id)
+        if (id < 0 || id >= n_vocab || !todo[id].id)
             continue;
-        mark[id].id = 0;
+        todo[id].id = 0;
         if (logits[id] < -FLT_MAX)        /* ruled out by the caller         */
             continue;
         float l = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
@@ -7664,7 +7586,7 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
     const int by_k = s->top_k > 0 && s->top_k < n_vocab, by_p = s->top_p < 1;
     double sum = 0, mass = 0;
     float least = 0;
-    int n = 0, kept = 0, sorted = 0;
+    int n = 0, taken = 0, sorted = 0;
 
     while (least > -88 && exp_f32(least) >= s->min_p)
         least -= 1;
@@ -7684,24 +7606,24 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
     if (!by_p)
         return n;
     for (int i = 0; i < (by_k ? n : n_vocab); i++)
-        sum += exp_f32((by_k ? c[i].p : logits[i]) - max);
-    for (; kept < n && (kept == 0 || mass < s->top_p * sum); kept++) {
-        if (kept == sorted) {             /* then four times as many         */
+        sum += exp_f32((by_k ? c[i].value : logits[i]) - max);
+    for (; taken < n && (taken == 0 || mass < s->top_p * sum); taken++) {
+        if (taken == sorted) {             /* then four times as many         */
             const int left = n - sorted, more = 3 * sorted + 64;
             sort_first(c + sorted, left, more < left ? more : left);
             sorted += more < left ? more : left;
         }
-        mass += exp_f32(c[kept].p - max);
+        mass += exp_f32(c[taken].value - max);
     }
-    while (kept > 1 && !is_likely(c[kept - 1].p - max, s->min_p, least))
-        kept--;
-    return kept;
+    while (taken > 1 && !is_likely(c[taken - 1].value - max, s->min_p, least))
+        taken--;
+    return taken;
 }
 
 /* SplitMix64 (Steele, Lea, Flood 2014), as a number in [0, 1). */
-static double random_next(uint64_t *state)
+static double random_next(uint64_t *seed)
 {
-    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+    uint64_t z = *seed += 0x9e3779b97f4a7c15u;
 
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
@@ -7716,14 +7638,14 @@ static int32_t draw(struct candidate *c, int n, float max, float temperature,
     int32_t last = c[0].id;
 
     for (int i = 0; i < n; i++) {
-        const float x = (c[i].p - max) / temperature;
-        c[i].p = x <= 0 ? exp_f32(x) : 0;           /* or 0 for inf / inf    */
-        sum += c[i].p;
+        const float x = (c[i].value - max) / temperature;
+        c[i].value = x <= 0 ? exp_f32(x) : 0;       /* or 0 for inf / inf    */
+        sum += c[i].value;
     }
     for (int i = 0; i < n; i++) {
-        if (c[i].p > 0)
+        if (c[i].value > 0)
             last = c[i].id;
-        passed += c[i].p;
+        passed += c[i].value;
         if (passed > u * sum)
             break;
     }

@@ -85,11 +85,16 @@ typedef struct lfm2_model lfm2_model;
 /* How the file reaches memory.  MAP: shared read-only mapping, the page cache
  * is the only copy.  READ: read into memory of its own (no mmap needed).
  *
+ * Or one of them | ANY, for those who explain files: what is no usable model is
+ * opened, too, as far as it can be read.  The error is returned even so; what
+ * *out is then, if not NULL, is good for lfm2_model_warning(), _file(),
+ * _tensor() (without data), _string(), _key() and _close() only.
+ *
  * If a mapped file becomes shorter, or its disk fails, the thread that reads
  * there gets SIGBUS, in a call of this library or in a worker thread.  Nothing
  * here handles signals: where that can happen, the program does, or it takes
  * READ. */
-enum { LFM2_LOAD_MAP = 0, LFM2_LOAD_READ = 1 };
+enum { LFM2_LOAD_MAP = 0, LFM2_LOAD_READ = 1, LFM2_LOAD_ANY = 2 };
 
 int  lfm2_model_open(lfm2_model **out, const char *path, int load,
                      lfm2_error *err);
@@ -99,13 +104,6 @@ int  lfm2_model_open(lfm2_model **out, const char *path, int load,
 int  lfm2_model_open_memory(lfm2_model **out, const void *data, size_t size,
                             lfm2_error *err);
 void lfm2_model_close(lfm2_model *m);
-
-/* Like lfm2_model_open(), for those who explain files: what is no usable model
- * is opened, too, as far as it can be read.  The error is returned even so;
- * what *out is then, if not NULL, is good for lfm2_model_warning(), _file(),
- * _tensor() (without data), _string(), _key() and _close() only. */
-int  lfm2_model_examine(lfm2_model **out, const char *path, int load,
-                        lfm2_error *err);
 
 /* Borrowed until lfm2_model_close(). */
 const lfm2_config *lfm2_model_config(const lfm2_model *m);

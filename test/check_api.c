@@ -362,7 +362,7 @@ START_TEST(the_whole_file_is_at_hand)
     ck_assert_ptr_eq(lfm2_model_file(model, &n), file.p);
     ck_assert_uint_eq(n, file.n);
     for (int load = LFM2_LOAD_MAP; load <= LFM2_LOAD_READ; load++) {
-        lfm2_model_examine(&m, "tokenizer.bin", load, NULL);
+        lfm2_model_open(&m, "tokenizer.bin", load | LFM2_LOAD_ANY, NULL);
         ck_assert_ptr_nonnull(m);
         const void *bytes = lfm2_model_file(m, &n);
         ck_assert_uint_eq(n, there.n);
@@ -379,15 +379,16 @@ START_TEST(a_bad_file_is_examined)
     lfm2_error err;
     size_t len;
 
-    ck_assert_int_eq(lfm2_model_examine(&m, "no/such/file", 0, &err), LFM2_EIO);
+    ck_assert_int_eq(lfm2_model_open(&m, "no/such/file", LFM2_LOAD_ANY, &err),
+                     LFM2_EIO);
     ck_assert_ptr_null(m);
-    ck_assert_int_eq(lfm2_model_examine(&m, "tokenizer.bin", LFM2_LOAD_MAP,
-                                        &err), LFM2_EFORMAT);
+    ck_assert_int_eq(lfm2_model_open(&m, "tokenizer.bin", LFM2_LOAD_ANY,
+                                     &err), LFM2_EFORMAT);
     ck_assert(strstr(err.msg, "general.architecture"));
     ck_assert(lfm2_model_string(m, "tokenizer.ggml.model", &len) && len == 4);
     lfm2_model_close(m);
-    ck_assert_int_eq(lfm2_model_examine(&m, "test/tiny.gguf", LFM2_LOAD_READ,
-                                        &err), LFM2_OK);
+    ck_assert_int_eq(lfm2_model_open(&m, "test/tiny.gguf", LFM2_LOAD_READ |
+                                     LFM2_LOAD_ANY, &err), LFM2_OK);
     ck_assert(lfm2_model_hash(m) != 0);
     lfm2_model_close(m);
 }

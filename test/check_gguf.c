@@ -115,6 +115,16 @@ tolerated[] = {
       "has 128 rows", 0 },
     { { ADD, "lfm2.expert_gating_func", T_U32, 0, 0, 0 }, NULL, 0 },
     { { ADD, "lfm2.rope.scaling.factor", T_F32, 0x3f800000, 0, 0 }, NULL, 0 },
+    { { ADD, "lfm2.rope.scaling.attn_factor", T_F32, 0x3f800000, 0, 0 }, NULL,
+      0 },
+    { { ADD, "lfm2.attention.scale", T_F32, 0x3e800000, 0, 0 }, NULL, 0 },
+    { { ADD, "lfm2.attention.sliding_window_pattern", T_BOOL, 0, 0, 0 }, NULL,
+      0 },
+    { { ADD, "lfm2.final_logit_softcapping", T_F32, 0, 0, 0 }, NULL, 0 },
+    { { SET, "lfm2.rope.freq_base", T_F64, 0x40c3880000000000u, 0, 0 }, NULL,
+      0 },
+    { { SET, "lfm2.attention.layer_norm_rms_epsilon", T_F64,
+        0x3ee4f8b588e368f1u, 0, 0 }, NULL, 0 },
     { { DROP, "lfm2.vocab_size", 0, 0, 0, 0 }, NULL, 0 },
     { { DROP, "lfm2.feed_forward_length", 0, 0, 0, 0 }, NULL, 0 },
     { { DROP, "general.name", 0, 0, 0, 0 }, NULL, 0 },
@@ -171,7 +181,7 @@ broken[] = {
     /* header */
     { { PATCH, 0, 4, 0x46554740, 0, 0 }, 0, LFM2_EFORMAT,
       "no GGUF file: it begins with \"@GUF\", expected \"GGUF\"" },
-    { { PATCH, 0, 4, 0x47475546, 0, 0 }, 0, LFM2_EUNSUPPORTED, "big-endian" },
+    { { PATCH, 0, 4, 0x47475546, 0, 0 }, 0, LFM2_EFORMAT, "begins with" },
     { { PATCH, 0, 4, 0x6c6d6767, 0, 0 }, 0, LFM2_EFORMAT, "begins with" },
     { { PATCH, 0, 4, 0x67676a74, 0, 0 }, 0, LFM2_EFORMAT, "begins with" },
     { { PATCH, 0, 4, 0, 0, 4 }, 0, LFM2_EUNSUPPORTED,
@@ -279,7 +289,13 @@ broken[] = {
     { { ADD, "lfm2.rope.dimension_sections", T_U32, 1, 0, 0 }, 0,
       LFM2_EUNSUPPORTED, "an unknown key that may change the arithmetic" },
     { { ADD, "lfm2.final_logit_softcapping", T_F32, 0x40000000, 0, 0 }, 0,
-      LFM2_EUNSUPPORTED, "unknown key" },
+      LFM2_EUNSUPPORTED, "lfm2.final_logit_softcapping: 2, expected 0" },
+    { { ADD, "lfm2.attention.scale", T_F32, 0x3f000000, 0, 0 }, 0,
+      LFM2_EUNSUPPORTED, "lfm2.attention.scale: 0.5, expected 0.25" },
+    { { ADD, "lfm2.attention.sliding_window_pattern", T_BOOL, 1, 0, 0 }, 0,
+      LFM2_EUNSUPPORTED, "sliding_window_pattern: true, expected 0" },
+    { { SET, "lfm2.rope.freq_base", T_F64, 0x7ff8000000000000u, 0, 0 }, 0,
+      LFM2_EFORMAT, "lfm2.rope.freq_base: nan, expected" },
     { { ADD, "lfm2.expert_shared_count", T_U32, 1, 0, 0 }, 0,
       LFM2_EUNSUPPORTED, "lfm2.expert_shared_count" },
     /* configuration */
@@ -492,6 +508,12 @@ END_TEST
 /* What takes two edits to be wrong, or to be right again. */
 static const struct { struct edit edits[3]; int moe, code; const char *says; }
 pairs[] = {
+    { { { ADD, "lfm2.attention.sliding_window_pattern", T_BOOL, 0, 0, 0 },
+        { SET_ARRAY, "lfm2.attention.sliding_window_pattern", T_BOOL, 4, 0, 0 }
+      }, 0, LFM2_OK, "" },
+    { { { ADD, "lfm2.rope.scaling.factor", T_F32, 0, 0, 0 },
+        { SET_ARRAY, "lfm2.rope.scaling.factor", T_F32, 4, 0, 0 } }, 0,
+      LFM2_EUNSUPPORTED, "lfm2.rope.scaling.factor: [4 x f32], expected 1" },
     { { { DIM, "blk.1.ffn_up_exps.weight", 1, INT32_MAX, 0, 0 },
         { DIM, "blk.1.ffn_up_exps.weight", 2, INT32_MAX, 0, 0 }, { 0 } }, 1,
       LFM2_EFORMAT, "blk.1.ffn_up_exps.weight: its dimensions give more than "

@@ -120,7 +120,7 @@ static void put_u32_key(struct writer *w, const struct change *x,
     }
 }
 
-/* Tokens that belong into the first of 8192 chains. */
+/* Tokens that belong at the first of 8192 slots. */
 static void put_crowd(struct writer *w, int n)
 {
     char name[9];
@@ -136,7 +136,7 @@ static void put_crowd(struct writer *w, int n)
     }
 }
 
-/* Pairs of bytes that belong into the first of 256 chains, as tokens or as
+/* Pairs of bytes that belong at the first of 512 slots, as tokens or as
  * merges. */
 static void put_pairs(struct writer *w, int n, int merges)
 {
@@ -144,7 +144,7 @@ static void put_pairs(struct writer *w, int n, int merges)
         const uint64_t hash = (k >> 8 << 32 | (k & 255)) * 0x9e3779b97f4a7c15u;
         const uint8_t pair[2] = { (uint8_t)(k >> 8), (uint8_t)k };
         ck_assert(k < 65536);
-        if (((hash ^ hash >> 32) & 255) != 0)
+        if (((hash ^ hash >> 32) & 511) != 0)
             continue;
         put_int(w, put_mapped(NULL, pair, 2) + (uint64_t)merges, 8);
         put_mapped(w, pair, 1);
