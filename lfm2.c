@@ -2187,7 +2187,7 @@ static void matmul(const struct thread *me, int how, float *y,
  *     sum_4(a, b, c, d)        a quad has the sums of the quads of a, b, c, d
  *     transpose_4(v)           in every quad of v[4], 4 x 4 numbers
  *     transpose_quads(v)       of v[QUADS], QUADS x QUADS quads
- *     columns_f16(d, p, ...)   f16 numbers of many rows, see there */
+ *     quad(v, i), fma_4()      quad i, and fma() of quads */
 
 /* Before a loop whose arrays are to become registers: without it clang keeps
  * them in memory, and products take twice as long. */
@@ -2238,6 +2238,7 @@ typedef uint32_t FN(uints) __attribute__((vector_size(4 * LANES)));
 #if LANES == 4
 
 #define FLOATS float32x4_t
+#define FOUR float32x4_t
 #define BLOCK(name) name##_neon
 #define TOKENS (DOT ? 4 : 3)
 #define X_ROWS 6
@@ -2349,18 +2350,20 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
     (void)v;
 }
 
-/* The f16 at p of every row. */
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
+KERNEL_INLINE FOUR FN(quad)(FLOATS v, const int i)
 {
-    uint16x4_t v = vld1_dup_u16((const void *)p);
+    (void)i;
+    return v;
+}
 
-    v = vld1_lane_u16((const void *)(p + stride), v, 1);
-    v = vld1_lane_u16((const void *)(p + 2 * stride), v, 2);
-    v = vld1_lane_u16((const void *)(p + 3 * stride), v, 3);
-    return vcvt_f32_f16(vreinterpret_f16_u16(v));
+KERNEL_INLINE FOUR FN(fma_4)(FOUR a, FOUR b, FOUR c)
+{
+    return vfmaq_f32(c, a, b);
 }
 
 #else /* x86 */
+
+#define FOUR __m128
 
 #if LANES == 8
 
@@ -2462,6 +2465,11 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[2])
     v[1] = (INTS)_mm256_permute2x128_si256(a, b, 0x31);
 }
 
+KERNEL_INLINE FOUR FN(quad)(FLOATS v, const int i)
+{
+    return i == 0 ? _mm256_castps256_ps128(v) : _mm256_extractf128_ps(v, 1);
+}
+
 /* v with its sign changed where w is negative, and 0 where w is. */
 KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
 {
@@ -2558,6 +2566,14 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
     v[3] = (INTS)_mm512_shuffle_i32x4(high, high2, 0xdd);
 }
 
+KERNEL_INLINE FOUR FN(quad)(FLOATS v, const int i)
+{
+    return i == 0 ? _mm512_castps512_ps128(v)
+         : i == 1 ? _mm512_extractf32x4_ps(v, 1)
+         : i == 2 ? _mm512_extractf32x4_ps(v, 2)
+                  : _mm512_extractf32x4_ps(v, 3);
+}
+
 /* v with its sign changed where w is negative. */
 KERNEL_INLINE __m512i FN(sign)(INTS v, INTS w)
 {
@@ -2576,6 +2592,11 @@ KERNEL_INLINE FLOATS FN(splat)(float f)
 KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
 {
     return MM(fmadd_ps)(a, b, c);
+}
+
+KERNEL_INLINE FOUR FN(fma_4)(FOUR a, FOUR b, FOUR c)
+{
+    return _mm_fmadd_ps(a, b, c);
 }
 
 KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
@@ -2622,83 +2643,7 @@ KERNEL_INLINE void FN(transpose_4)(INTS v[4])
     FN(zip_pairs)(v + 2, ab[1], cd[1]);
 }
 
-/* The f16 at p of 8 rows.  A load that begins 2i bytes earlier has that of row
- * i in its place already; it stays within the rows, as there is one before. */
-KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
-{
-    __m128i v = _mm_loadu_si128((const void *)p);
-
-#undef TAKE
-#define TAKE(i) \
-    v = _mm_blend_epi16( \
-        v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), \
-        1 << (i))
-    TAKE(1);
-    TAKE(2);
-    TAKE(3);
-    TAKE(4);
-    TAKE(5);
-    TAKE(6);
-    TAKE(7);
-    return v;
-}
-
-/* The f16 at p of every row. */
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
-{
-#if LANES == 8
-    return _mm256_cvtph_ps(FN(words)(p, stride));
-#else
-    return _mm512_cvtph_ps(_mm256_set_m128i(
-        FN(words)(p + 8 * stride, stride), FN(words)(p, stride)));
-#endif
-}
-
-#if LANES == 16
-
-/* Where blocks have 16 to 20 bytes, number i of a row is in quad i of the 64
- * bytes at p: it becomes number r % 8 of that quad, for r < 8 in h[0]. */
-KERNEL_INLINE void FN(near_columns)(FLOATS d[4], const uint8_t *p,
-                                    size_t stride, const uint8_t bytes)
-{
-    const uint8_t more = bytes - 16;
-    const uint8_t from[4] = { 0, more, 2 * more, 3 * more };
-    const __m512i pick = (__m512i)(FN(quad_ints)(from) * 0x01010101 +
-                                   0x01000100);
-    __m512i h[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
-
-    UNROLL
-    for (size_t r = 0; r < 16; r++)
-        h[r / 8] = _mm512_mask_shuffle_epi8(
-            h[r / 8], 0x0003000300030003u << 2 * (r % 8),
-            _mm512_loadu_si512((const void *)(p + r * stride)), pick);
-    UNROLL
-    for (int i = 0; i < 2; i++) {
-        __m512i v = i == 0 ? _mm512_shuffle_i32x4(h[0], h[1], 0x88)
-                           : _mm512_shuffle_i32x4(h[0], h[1], 0xdd);
-        v = _mm512_shuffle_i32x4(v, v, 0xd8);
-        d[i] = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
-        d[i + 2] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
-    }
-}
-
-#endif
 #endif /* x86 */
-
-/* d[i] = the f16 at p + i * bytes of every row. */
-KERNEL_INLINE void FN(columns_f16)(FLOATS d[QUADS], const uint8_t *p,
-                                   size_t stride, const size_t bytes)
-{
-#if LANES == 16
-    if (bytes <= 20) {
-        FN(near_columns)(d, p, stride, (uint8_t)bytes);
-        return;
-    }
-#endif
-    UNROLL
-    for (size_t i = 0; i < QUADS; i++)
-        d[i] = FN(column_f16)(p + i * bytes, stride);
-}
 
 KERNEL_INLINE INTS FN(splat_int)(int n)
 {
@@ -2894,6 +2839,9 @@ enum {
 #ifdef KERNELS
 
 enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
+#ifndef FOURS
+#define FOURS 1
+#endif
 
 typedef int8_t FN(bytes) __attribute__((vector_size(4 * LANES)));
 typedef int16_t FN(words16) __attribute__((vector_size(4 * LANES)));
@@ -2975,8 +2923,10 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
     }
 }
 
-/* The scales and minima of LANES rows: of QUADS groups; or of a K block, where
- * byte i of s and min, in steps of four, belongs to group or half i. */
+/* The scales and minima of LANES rows, d[i] and m[i] of group i; or of a K
+ * block, where byte i of s and min, in steps of four, belongs to group or half
+ * i.  For few rows of x they are those of four rows: d[0] and m[0] have quad i
+ * for group i; those of a K block, and its s and min, are in all quads. */
 struct FN(scales) {
     FLOATS d[QUADS], m[QUADS];
     INTS s[4], min[4];
@@ -2989,12 +2939,43 @@ KERNEL_INLINE INTS FN(bits)(INTS v, int n, int mask)
 }
 
 /* Bytes 4j .. 4j+3 at p of every row to v[j]. */
-KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
+KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride,
+                               const int few)
 {
     UNROLL
-    for (int i = 0; i < 4; i++)
-        v[i] = FN(row_quads)(p + (size_t)i * stride, stride);
+    for (int i = 0; i < 4; i++, p += stride)
+        v[i] = few ? FN(repeat_16)(p) : FN(row_quads)(p, stride);
     FN(transpose_4)(v);
+}
+
+/* The first four bytes of the next QUADS blocks, a quad each, of four rows.
+ * Where blocks have 16 to 20 bytes, those of block i are in quad i of 64 bytes
+ * of the row. */
+KERNEL_INLINE INTS FN(heads)(const uint8_t *p, size_t stride,
+                             const struct format *k)
+{
+    INTS v[4];
+
+#if LANES == 16
+    if (k->bytes <= 20) {
+        const uint8_t more = (uint8_t)(k->bytes - 16);
+        const uint8_t from[4] = EACH(more);
+        const INTS pick = FN(quad_ints)(from) * 0x01010101 + 0x03020100;
+        __m512i all = _mm512_setzero_si512();
+
+        UNROLL
+        for (int r = 0; r < 4; r++, p += stride)
+            all = _mm512_mask_shuffle_epi8(
+                all, 0x000f000f000f000fu << 4 * r,
+                _mm512_loadu_si512((const void *)p), (__m512i)pick);
+        return (INTS)all;
+    }
+#endif
+    UNROLL
+    for (int r = 0; r < 4; r++, p += stride)
+        v[r] = FN(quads)(p, k->low.of);
+    FN(transpose_4)(v);
+    return v[0];
 }
 
 /* The scales that Q4_K and Q5_K, Q2_K, Q3_K, Q6_K and IQ4_XS have in s[]. */
@@ -3039,38 +3020,47 @@ KERNEL_INLINE void FN(scales_iq4_xs)(struct FN(scales) *to, const INTS h[4])
 
 /* Read the scales at b: of the next QUADS groups, or of a K block. */
 KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
-                                   size_t stride, const struct format *k)
+                                   size_t stride, const int few,
+                                   const struct format *k)
 {
+    const int fours = few ? 1 : QUADS;
     INTS h[4];
 
     if (k->block == 32) {
-        FN(columns_f16)(to->d, b, stride, k->bytes);
-        if (k->has_min)
-            FN(columns_f16)(to->m, b + 2, stride, k->bytes);
         UNROLL
-        for (int i = 0; i < QUADS; i++)
-            to->m[i] = k->has_min ? -to->m[i] : FN(splat)(0);
+        for (int i = 0; i < fours; i++)
+            h[i] = FN(heads)(b + 4 * (size_t)i * stride, stride, k);
+        if (!few)
+            FN(transpose_quads)(h);
+        UNROLL
+        for (int i = 0; i < fours; i++) {
+            to->d[i] = FN(low_f16)(h[i]);
+            to->m[i] = k->has_min ? -FN(low_f16)(FN(shift)(h[i], 16))
+                                  : FN(splat)(0);
+        }
         return;
     }
     if (k == &formats[Q2_K]) {
-        FN(load_16)(h, b + 68, stride);   /* d and dmin are last             */
+        FN(load_16)(h, b + 68, stride, few);      /* d and dmin are last     */
         h[0] = h[3];
         to->d[0] = FN(low_f16)(h[0]);
         to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
-        FN(load_16)(h, b, stride);
+        FN(load_16)(h, b, stride, few);
         FN(scales_q2_k)(to, h);
     } else if (k == &formats[Q3_K]) {
-        FN(load_16)(h, b + 92, stride);
+        FN(load_16)(h, b + 94, stride, few);      /* so is d                 */
+        to->d[0] = FN(low_f16)(FN(shift)(h[3], 16));
+        FN(load_16)(h, b + 92, stride, few);
         FN(scales_q3_k)(to, h);
-        to->d[0] = FN(column_f16)(b + 108, stride);
     } else if (k == &formats[Q6_K]) {
-        FN(load_16)(to->s, b + 192, stride);
+        FN(load_16)(h, b + 194, stride, few);
+        to->d[0] = FN(low_f16)(FN(shift)(h[3], 16));
+        FN(load_16)(to->s, b + 192, stride, few);
         UNROLL
         for (int j = 0; j < 4; j++)
             to->s[j] ^= FN(splat_byte)(128);
-        to->d[0] = FN(column_f16)(b + 208, stride);
     } else {
-        FN(load_16)(h, b, stride);
+        FN(load_16)(h, b, stride, few);
         to->d[0] = FN(low_f16)(h[0]);
         to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
         if (k->iq4)
@@ -3080,55 +3070,80 @@ KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
     }
 }
 
-/* Byte i of every row. */
-KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i)
+/* Byte i of every row; in quad j byte i + j step. */
+KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i, const int step)
 {
-    return FN(to_floats)(FN(shift)(s[i / 4], 8 * (i % 4)) & 255);
+    const uint8_t down[4] = {
+        8 * (i % 4), 8 * ((i + step) % 4), 8 * ((i + 2 * step) % 4),
+        8 * ((i + 3 * step) % 4)
+    };
+    static const uint8_t last[4] = { 0, 0, 1, 1 };
+    INTS v = s[i / 4];
+
+    if (LANES == 16 && step == 2)         /* two quads of this, two of that  */
+        v ^= (v ^ s[i / 4 + 1]) & -FN(quad_ints)(last);
+    v = step ? FN(shift_each)(v, FN(quad_ints)(down)) : FN(shift)(v, down[0]);
+    return FN(to_floats)(v & 255);
 }
 
-/* d and m of half h of group g, out of those that were read. */
+/* d and m of half h of group g, out of those that were read; with `few` those
+ * of groups g .. g+QUADS-1. */
 KERNEL_INLINE FLOATS FN(scale)(const struct FN(scales) *s, const int g,
-                               const int h, const struct format *k)
+                               const int h, const int few,
+                               const struct format *k)
 {
-    const int i = k->per_16 ? 2 * g + h : g;
+    const int halves = k->per_16 ? 2 : 1;
 
     if (k->block == 32)
-        return s->d[g];
-    FLOATS f = FN(byte_of)(s->s, i);
+        return s->d[few ? 0 : g];
+    FLOATS f = FN(byte_of)(s->s, halves * g + h, few ? halves : 0);
     if (k->scale_offset)
         f -= (float)k->scale_offset;
     return s->d[0] * f;
 }
 
 KERNEL_INLINE FLOATS FN(minimum)(const struct FN(scales) *s, const int g,
-                                 const int h, const struct format *k)
+                                 const int h, const int few,
+                                 const struct format *k)
 {
+    const int halves = k->per_16 ? 2 : 1;
+
     if (k->block == 32)
-        return s->m[g];
-    return s->m[0] * FN(byte_of)(s->min, k->per_16 ? 2 * g + h : g);
+        return s->m[few ? 0 : g];
+    return s->m[0] * FN(byte_of)(s->min, halves * g + h, few ? halves : 0);
 }
 
-/* acc + what group x adds, whose halves have the integer sums s, or all of it
- * s[0]; d and m are those of the halves: a step of dot_row(). */
-KERNEL_INLINE FLOATS FN(add_scaled_sums)(FLOATS acc, const INTS s[2],
-                                         const FLOATS d[2], const FLOATS m[2],
-                                         const struct q8_block *x,
-                                         const struct format *k)
+/* What a group of x comes with, as in struct q8_block. */
+struct FN(head) { FLOATS d, s; INTS sum; };
+
+/* Group x adds a[0] b[0] and, if there is a minimum, a[1] b[1] to a result.
+ * The halves have the integer sums s, or all of it s[0]; d and m are those of
+ * the halves: a step of dot_row(). */
+struct FN(addends) { FLOATS a[2], b[2]; };
+
+KERNEL_INLINE struct FN(addends) FN(scale_sums)(const INTS s[2],
+                                                const FLOATS d[2],
+                                                const FLOATS m[2],
+                                                const struct FN(head) *x,
+                                                const struct format *k)
 {
-    const FLOATS dx = FN(splat)(x->d);
+    struct FN(addends) to;
 
     if (!k->per_16) {
-        acc = FN(fma)(d[0] * dx, FN(to_floats)(s[0]), acc);
-        return k->has_min ? FN(fma)(-m[0], FN(splat)(x->s), acc) : acc;
+        to.a[0] = d[0] * x->d;
+        to.b[0] = FN(to_floats)(s[0]);
+        to.a[1] = -m[0];
+        to.b[1] = x->s;
+        return to;
     }
-    FLOATS u = d[0] * FN(to_floats)(s[0]);
-    acc = FN(fma)(dx, FN(fma)(d[1], FN(to_floats)(s[1]), u), acc);
-    if (k->has_min) {
-        FLOATS v = m[0] * (float)x->sum[0];
-        v = FN(fma)(m[1], FN(splat)((float)x->sum[1]), v);
-        acc = FN(fma)(-dx, v, acc);
-    }
-    return acc;
+    to.a[0] = x->d;
+    to.b[0] = FN(fma)(d[1], FN(to_floats)(s[1]), d[0] * FN(to_floats)(s[0]));
+    to.a[1] = -x->d;
+    to.b[1] = m[0] * FN(to_floats)(FN(pairs)(x->sum, FN(splat_int)(1)));
+    to.b[1] = FN(fma)(m[1], FN(to_floats)(FN(pairs)(x->sum,
+                                                    FN(splat_int)(1 << 16))),
+                      to.b[1]);
+    return to;
 }
 
 /* Of the bytes that are multiplied. */
@@ -3138,13 +3153,13 @@ KERNEL_INLINE int FN(offset)(const struct format *k)
 }
 
 /* What the offset of the weights takes from the sum of half h, or of all. */
-KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
+KERNEL_INLINE INTS FN(bias)(INTS sum, const int h, int offset,
                             const struct format *k)
 {
     const uint32_t n = (uint32_t)-offset;
     const uint32_t both = !k->per_16 ? (n & 0xffff) | n << 16
                           : h == 0 ? n & 0xffff : n << 16;
-    return FN(pairs)(FN(repeat)(x->sum), FN(splat_int)((int32_t)both));
+    return FN(pairs)(sum, FN(splat_int)((int32_t)both));
 }
 
 #if LANES > 4 && !DOT
@@ -3194,96 +3209,67 @@ KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
     return s;
 }
 
-/* One of the few rows of x: its next groups, what they give with LANES rows of
- * weights, and the results so far. */
+/* One of the few rows of x: its next groups, and the results so far. */
 struct FN(few) {
     const struct q8_block *x;
-    INTS q[2], sum[2][QUADS];
-    FLOATS acc;
+    FOUR acc[FOURS];
 };
 
-/* Four rows of weights from b on, times all x, to sum[][r]. */
-KERNEL_INLINE void FN(four_rows)(struct FN(few) *to, const int n, const int r,
-                                 const uint8_t *b, size_t stride, const int g,
-                                 const struct format *k)
+/* Element i of every quad, in all of that quad. */
+KERNEL_INLINE INTS FN(spread)(INTS v, const int i)
 {
-    const int halves = k->per_16 ? 2 : 1;
+    return FN(look_up)(v, FN(splat_int)(0x03020100 + i * 0x04040404));
+}
+
+/* Groups g .. g+QUADS-1 of the blocks at b, of four rows. */
+KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
+                            const uint8_t *b, size_t stride, const int g,
+                            const struct FN(scales) *s, const struct format *k)
+{
+    static const uint8_t each[4] = EACH(sizeof(struct q8_block));
+    const int halves = k->per_16 ? 2 : 1, offset = FN(offset)(k);
+    FLOATS d[2], m[2] = { FN(splat)(0), FN(splat)(0) };
     INTS w[4][2];
 
     UNROLL
     for (int i = 0; i < 4; i++)
         FN(unpack)(w[i], b + (size_t)i * stride, g, k);
-    for (int t = 0; t < n; t++)
+    UNROLL
+    for (int h = 0; h < halves; h++) {
+        d[h] = FN(scale)(s, g, h, 1, k);
+        if (k->has_min)
+            m[h] = FN(minimum)(s, g, h, 1, k);
+    }
+    for (int t = 0; t < n; t++) {
+        const uint8_t *x = (const uint8_t *)(to[t].x + g);
+        const INTS q[2] = { FN(quads)(x, each), FN(quads)(x + 16, each) };
+        const INTS end = FN(quads)(x + 28, each);
+        const struct FN(head) head = { (FLOATS)FN(spread)(end, 1),
+                                       (FLOATS)FN(spread)(end, 2),
+                                       FN(spread)(end, 3) };
+        INTS sum[2];
+
         UNROLL
         for (int h = 0; h < halves; h++) {
             const int last = k->per_16 ? h : 1;
-            to[t].sum[h][r] = FN(sum_4)(FN(dot)(w[0], to[t].q, h, last, k),
-                                        FN(dot)(w[1], to[t].q, h, last, k),
-                                        FN(dot)(w[2], to[t].q, h, last, k),
-                                        FN(dot)(w[3], to[t].q, h, last, k));
-        }
-}
-
-/* Group i of a step, which has the scales of group `from`, to the results. */
-KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
-                                 const struct FN(scales) *s, const int from,
-                                 const struct format *k)
-{
-    const int halves = k->per_16 ? 2 : 1;
-    const int offset = FN(offset)(k);
-    FLOATS d[2], m[2];
-    INTS sum[2];
-
-    UNROLL
-    for (int h = 0; h < halves; h++) {
-        d[h] = FN(scale)(s, from, h, k);
-        if (k->has_min)
-            m[h] = FN(minimum)(s, from, h, k);
-    }
-    for (int t = 0; t < n; t++) {
-        UNROLL
-        for (int h = 0; h < halves; h++) {
-            sum[h] = to[t].sum[h][i];
+            sum[h] = FN(sum_4)(
+                FN(dot)(w[0], q, h, last, k), FN(dot)(w[1], q, h, last, k),
+                FN(dot)(w[2], q, h, last, k), FN(dot)(w[3], q, h, last, k));
             if (offset)
-                sum[h] += FN(bias)(to[t].x + i, h, offset, k);
+                sum[h] += FN(bias)(head.sum, h, offset, k);
         }
-        to[t].acc = FN(add_scaled_sums)(to[t].acc, sum, d, m, to[t].x + i, k);
+        const struct FN(addends) add = FN(scale_sums)(sum, d, m, &head, k);
+        UNROLL
+        for (int i = 0; i < QUADS; i++)
+            UNROLL
+            for (int j = 0; j <= k->has_min; j++)
+                to[t].acc[four] = FN(fma_4)(FN(quad)(add.a[j], i),
+                                            FN(quad)(add.b[j], i),
+                                            to[t].acc[four]);
     }
 }
 
-/* Groups g .. g+QUADS-1 of the blocks at b. */
-KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
-                            size_t stride, const int g,
-                            const struct FN(scales) *s, const uint8_t *next,
-                            const struct format *k)
-{
-    static const uint8_t each[4] = EACH(sizeof(struct q8_block));
-    const int halves = k->per_16 ? 2 : 1;
-    const int lines = (LANES * QUADS * k->bytes * 32 / k->block + 63) / 64;
-
-    for (int t = 0; t < n; t++)
-        UNROLL
-        for (int h = 0; h < 2; h++)
-            to[t].q[h] = FN(quads)((const uint8_t *)to[t].x->q + 16 * h, each);
-    UNROLL
-    for (int r = 0; r < QUADS; r++) {
-        UNROLL
-        for (int i = r * lines / QUADS; i < (r + 1) * lines / QUADS; i++)
-            FETCH_FAR(next + 64 * i);
-        FN(four_rows)(to, n, r, b + 4 * (size_t)r * stride, stride, g, k);
-    }
-    for (int t = 0; t < n; t++)
-        UNROLL
-        for (int h = 0; h < halves; h++)
-            FN(transpose_quads)(to[t].sum[h]);
-    UNROLL
-    for (int i = 0; i < QUADS; i++)
-        FN(add_group)(to, n, i, s, k->block == 32 ? i : g + i, k);
-    for (int t = 0; t < n; t++)
-        to[t].x += QUADS;
-}
-
-/* LANES rows from `row` on times n rows of x. */
+/* Some fours of rows from `row` on times n rows of x. */
 KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
                                 const uint8_t *row, size_t stride, int groups,
                                 const uint8_t *next, const struct format *k)
@@ -3293,12 +3279,20 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
     struct FN(scales) s;
 
     for (; groups > 0; groups -= per_step, row += bytes) {
-        FN(read_scales)(&s, row, stride, k);
         UNROLL
-        for (int g = 0; g < per_step; g += QUADS)
-            FN(step)(to, n, row, stride, g, &s,
-                     next + (size_t)g * LANES * bytes / per_step, k);
-        next += bytes * LANES;
+        for (size_t i = 0; i < 4 * FOURS * bytes; i += 64)
+            FETCH_FAR(next + i);
+        next += 4 * FOURS * bytes;
+        UNROLL
+        for (int i = 0; i < FOURS; i++) {
+            const uint8_t *b = row + 4 * (size_t)i * stride;
+            FN(read_scales)(&s, b, stride, 1, k);
+            UNROLL
+            for (int g = 0; g < per_step; g += QUADS)
+                FN(step)(to, n, i, b, stride, g, &s, k);
+        }
+        for (int t = 0; t < n; t++)
+            to[t].x += per_step;
     }
 }
 
@@ -3354,7 +3348,7 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
         for (size_t i = 0; i < bytes * LANES; i += 64)
             FETCH_FAR(next + i);
         next += bytes * LANES;
-        FN(read_scales)(&s, row, stride, k);
+        FN(read_scales)(&s, row, stride, 0, k);
         UNROLL
         for (int g = 0; g < per_step; g += QUADS, q += 16 * QUADS)
             FN(to_tile)(q, row, stride, g, k);
@@ -3362,9 +3356,9 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
         for (int g = 0; g < per_step; g++, d += 4, m += 4)
             UNROLL
             for (int h = 0; h < halves; h++) {
-                d[2 * h] = FN(scale)(&s, g, h, k);
+                d[2 * h] = FN(scale)(&s, g, h, 0, k);
                 if (k->has_min)
-                    m[2 * h] = FN(minimum)(&s, g, h, k);
+                    m[2 * h] = FN(minimum)(&s, g, h, 0, k);
             }
     }
 }
@@ -3415,11 +3409,15 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
         UNROLL
         for (int t = 0; t < tokens; t++)
             s[h][t][0] = s[h][t][1] = LANES > 4 && !k->has_min
-                ? FN(bias)(&x[t][g], h, offset, k) : FN(splat_int)(0);
+                ? FN(bias)(FN(repeat)(x[t][g].sum), h, offset, k)
+                : FN(splat_int)(0);
         FN(dots)(s[h], w, x, g, 4 * h, h == halves - 1 ? 8 : 4, tokens, k);
     }
     UNROLL
-    for (int t = 0; t < tokens; t++)
+    for (int t = 0; t < tokens; t++) {
+        const struct q8_block *xg = &x[t][g];
+        const struct FN(head) head = { FN(splat)(xg->d), FN(splat)(xg->s),
+                                       FN(repeat)(xg->sum) };
         UNROLL
         for (int j = 0; j < 2; j++) {
             const INTS sum[2] = { s[0][t][j], s[halves - 1][t][j] };
@@ -3429,9 +3427,12 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
                 mj[0] = m[j];
                 mj[1] = m[2 * halves - 2 + j];
             }
-            acc[t][j] = FN(add_scaled_sums)(acc[t][j], sum, dj, mj, &x[t][g],
-                                            k);
+            const struct FN(addends) add =
+                FN(scale_sums)(sum, dj, mj, &head, k);
+            for (int i = 0; i <= k->has_min; i++)
+                acc[t][j] = FN(fma)(add.a[i], add.b[i], acc[t][j]);
         }
+    }
 }
 
 /* out[t][row of the panel] = `groups` groups of it times those at x[t]; or it
@@ -3508,10 +3509,10 @@ MULTIPLY(Q6_K)                            /* the same, six bits              */
                                size_t stride, int groups, \
                                const uint8_t *next) \
     { \
-        struct FN(few) one = { .x = to->x }; \
+        struct FN(few) one = *to; \
         (void)n; \
         FN(few_rows)(&one, 1, row, stride, groups, next, &formats[type]); \
-        to->acc = one.acc; \
+        *to = one; \
     } \
     KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
                                 const uint8_t *row, size_t stride, \
@@ -3546,7 +3547,7 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
     return (n + takes - 1) / takes;
 }
 
-/* LANES rows, from `row` on, times a few rows of x. */
+/* Some fours of rows, from `row` on, times a few rows of x. */
 KERNEL void FN(product_few)(float *out, const struct tensor *w,
                             const uint8_t *row, const struct input *in,
                             const uint8_t *next)
@@ -3554,14 +3555,14 @@ KERNEL void FN(product_few)(float *out, const struct tensor *w,
     const int f = (int)(w->fmt - formats), groups = w->cols / 32;
     struct FN(few) to[FEW];
 
-    for (int t = 0; t < in->n; t++) {
-        to[t].x = in->q + row_at(in, t) * (size_t)groups;
-        to[t].acc = FN(splat)(0);
-    }
+    for (int t = 0; t < in->n; t++)
+        to[t] = (struct FN(few)){
+            .x = in->q + row_at(in, t) * (size_t)groups
+        };
     (in->n == 1 ? FN(routines)[f].one : FN(routines)[f].few)(
         to, in->n, row, row_bytes(w), groups, next);
     for (int t = 0; t < in->n; t++)
-        FN(store)(out + t * UNIT, to[t].acc);
+        memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
 }
 
 /* Groups g .. g+n-1 of the panel in scratch times those of all rows of x. */
@@ -3786,7 +3787,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
 {
     const int floats = w->fmt->floats != NULL, few = in->n <= FEW;
     const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
-                            : few ? LANES : FN(PANEL);
+                            : few ? 4 * FOURS : FN(PANEL);
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
     const size_t bytes = row_bytes(w) * (size_t)rows;
     const uint8_t *row = w->data + (size_t)first * row_bytes(w);
@@ -3981,6 +3982,7 @@ static const struct isa FN(isa) = {
 #undef UINTS
 #undef QUADS
 #undef FLOATS
+#undef FOUR
 #undef BLOCK
 #undef TOKENS
 #undef X_ROWS
