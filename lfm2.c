@@ -2516,33 +2516,19 @@ KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
 
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
-    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p));
+    __m256i low = (__m256i)quads_avx2(p, at);
 
-    if (at[0] != 0)
-        v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p + at[0])));
-#undef PUT_QUAD
-#define PUT_QUAD(i, is_new) \
-    if (is_new) \
-        v = _mm512_mask_broadcast_i32x4( \
-            v, (__mmask16)((at[1] == at[i] ? 0x00f0 : 0) | \
-                           (at[2] == at[i] ? 0x0f00 : 0) | \
-                           (at[3] == at[i] ? 0xf000 : 0)), \
-            _mm_loadu_si128((const void *)(p + at[i])))
-    PUT_QUAD(1, at[1] != at[0]);
-    PUT_QUAD(2, at[2] != at[0] && at[2] != at[1]);
-    PUT_QUAD(3, at[3] != at[0] && at[3] != at[1] && at[3] != at[2]);
-    return (INTS)v;
+    if (at[2] == at[0] && at[3] == at[1])
+        return (INTS)_mm512_broadcast_i64x4(low);
+    return (INTS)_mm512_inserti64x4(_mm512_castsi256_si512(low),
+                                    (__m256i)quads_avx2(p, at + 2), 1);
 }
 
 KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
 {
-    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
-    const void *p12 = p + 12 * stride;
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
-
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
-    return (INTS)_mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
+    return (INTS)_mm512_inserti64x4(
+        _mm512_castsi256_si512((__m256i)row_quads_avx2(p, stride)),
+        (__m256i)row_quads_avx2(p + 8 * stride, stride), 1);
 }
 
 KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
