@@ -2419,8 +2419,8 @@ KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
     const __m256i low = (__m256i)quads_avx2(p, at);
 
-    return at[2] == at[0] && at[3] == at[1]
-        ? (INTS)_mm512_broadcast_i64x4(low)
+    return at[1] == at[0] && at[2] == at[0] && at[3] == at[0]
+        ? (INTS)_mm512_broadcast_i32x4(_mm256_castsi256_si128(low))
         : FN(join)(low, (__m256i)quads_avx2(p, at + 2));
 }
 
@@ -3032,16 +3032,18 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
     struct FN(scales) s;
 
     for (int left = w->groups; left > 0; left -= per_step, row += bytes) {
-        for (size_t i = 0; i < 4 * FOURS * bytes; i += 64)
-            FETCH_FAR(next + i);
-        next += 4 * FOURS * bytes;
         UNROLL
         for (int i = 0; i < FOURS; i++) {
             const uint8_t *b = row + 4 * (size_t)i * w->stride;
             FN(read_scales)(&s, b, w->stride, 1, k);
             UNROLL
-            for (int g = 0; g < per_step; g += QUADS)
+            for (int g = 0; g < per_step; g += QUADS) {
+                UNROLL
+                for (size_t j = 0; j < 4 * bytes * QUADS / per_step; j += 64)
+                    FETCH_FAR(next + j);
+                next += 4 * bytes * QUADS / per_step;
                 FN(step)(to, n, i, b, w->stride, g, &s, k);
+            }
         }
         for (int t = 0; t < n; t++)
             to[t].x += per_step;
