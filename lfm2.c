@@ -1418,15 +1418,10 @@ static struct kv_head kv_head_at(const struct lfm2_context *ctx,
     return (struct kv_head){ k, k + bytes, f16, c->head_dim };
 }
 
-/* Where element d of a key lies, and of a value. */
+/* Where element d of a key lies; that of a value is at pos * head_dim + d. */
 static size_t k_index(int pos, int d, int head_dim)
 {
     return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
-}
-
-static size_t v_index(int pos, int d, int head_dim)
-{
-    return (size_t)pos * head_dim + d;
 }
 
 static void kv_set(uint8_t *cache, int f16, size_t i, float value)
@@ -1450,7 +1445,7 @@ static float kv_key(const struct kv_head *kv, int pos, int d)
 
 static float kv_value(const struct kv_head *kv, int pos, int d)
 {
-    return kv_get(kv->v, kv->f16, v_index(pos, d, kv->head_dim));
+    return kv_get(kv->v, kv->f16, (size_t)pos * kv->head_dim + d);
 }
 
 static void kv_store(const struct kv_head *kv, int pos, const float *k,
@@ -1458,7 +1453,7 @@ static void kv_store(const struct kv_head *kv, int pos, const float *k,
 {
     for (int d = 0; d < kv->head_dim; d++) {
         kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
-        kv_set(kv->v, kv->f16, v_index(pos, d, kv->head_dim), v[d]);
+        kv_set(kv->v, kv->f16, (size_t)pos * kv->head_dim + d, v[d]);
     }
 }
 
@@ -2357,7 +2352,6 @@ KERNEL_INLINE __m128i FN(eight_f16)(const uint8_t *p, size_t stride)
 {
     __m128i v = _mm_loadu_si128((const void *)p);
 
-#undef TAKE
 #define TAKE(i) \
     v = _mm_blend_epi16( \
         v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), \
@@ -2402,11 +2396,6 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[2])
     v[1] = (INTS)_mm256_permute2x128_si256(a, b, 0x31);
 }
 
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
-{
-    return FROM_F16(FN(eight_f16)(p, stride));
-}
-
 #else /* LANES == 16 */
 
 typedef __m256i HALF;
@@ -2432,13 +2421,18 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
     v[3] = (INTS)_mm512_shuffle_i32x4(high, high2, 0xdd);
 }
 
+#endif /* LANES */
+
 KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
 {
+#if LANES == 8
+    return FROM_F16(FN(eight_f16)(p, stride));
+#else
     return FROM_F16(_mm256_set_m128i(FN(eight_f16)(p + 8 * stride, stride),
                                      FN(eight_f16)(p, stride)));
+#endif
 }
 
-#endif /* LANES */
 #endif /* x86 */
 
 KERNEL_INLINE FLOATS FN(load)(const float *p)
@@ -2482,10 +2476,13 @@ KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
     return v;
 }
 
+/* The 16 bytes at p in all quads. */
+#define REPEAT_16(p) FN(put_quads)(SPLAT_INT(0), (1u << LANES) - 1, p)
+
 /* Quad i is the 16 bytes at p + at[i].  Equal quads are loaded once. */
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
-    INTS v = FN(put_quads)((INTS){ 0 }, (1u << LANES) - 1, p + at[0]);
+    INTS v = REPEAT_16(p + at[0]);
 
     UNROLL
     for (int i = 1; i < QUADS; i++) {
@@ -2506,7 +2503,7 @@ KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 /* Quad i is the 16 bytes at p + 4 i stride. */
 KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
 {
-    INTS v = FN(put_quads)((INTS){ 0 }, (1u << LANES) - 1, p);
+    INTS v = REPEAT_16(p);
 
     UNROLL
     for (int i = 1; i < QUADS; i++)
@@ -2573,10 +2570,7 @@ KERNEL_INLINE void FN(columns_f16)(FLOATS d[QUADS], const uint8_t *p,
 }
 
 /* The lower half of every number is an f16. */
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    return FROM_F16((HALF)__builtin_convertvector(v, FN(half_words)));
-}
+#define LOW_F16(v) FROM_F16((HALF)__builtin_convertvector(v, FN(half_words)))
 
 /* The small blocks.  Each is its namesake of Part I or section 7 or 10, with
  * the same operations on every element in the same order. */
@@ -2727,17 +2721,12 @@ KERNEL void FN(quantize)(struct q8_group *to, const float *x)
 /* Signed bytes are made unsigned where the instruction wants it. */
 #define SIGNED (DOT && LANES > 4 ? 128 : 0)
 
-/* Four bytes, or 16 of them, repeated everywhere. */
+/* Four bytes, repeated everywhere. */
 KERNEL_INLINE INTS FN(repeat)(const void *p)
 {
     int32_t four;
     memcpy(&four, p, sizeof four);
     return SPLAT_INT(four);
-}
-
-KERNEL_INLINE INTS FN(repeat_16)(const void *p)
-{
-    return FN(put_quads)(SPLAT_INT(0), (1u << LANES) - 1, p);
 }
 
 /* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
@@ -2759,8 +2748,8 @@ KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
         { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
         { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 }
     };
-    const INTS bit = FN(repeat_16)(which);
-    INTS v = LOOK_UP(FN(quads)(p, of), FN(repeat_16)(byte[h])) & bit;
+    const INTS bit = REPEAT_16(which);
+    INTS v = LOOK_UP(FN(quads)(p, of), REPEAT_16(byte[h])) & bit;
 
     return (INTS)((FN(bytes))v == (FN(bytes))bit) & SPLAT_BYTE(16);
 }
@@ -2785,7 +2774,7 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
         if (k->fifth)
             w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
         if (k->iq4)
-            w[h] = LOOK_UP(FN(repeat_16)(iq4_value), w[h]);
+            w[h] = LOOK_UP(REPEAT_16((const void *)iq4_value), w[h]);
         if (k->is_signed)
             w[h] ^= SPLAT_BYTE(SIGNED);
     }
@@ -2811,7 +2800,6 @@ KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
 KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
                                      const struct format *k)
 {
-#undef BYTE_BITS
 #define BYTE_BITS(v, n, mask) (SHIFT(v, n) & SPLAT_BYTE(mask))
     if (k->scales == scales_q4_k) {
         to->s[0] = BYTE_BITS(h[1], 0, 63);
@@ -2866,15 +2854,12 @@ KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
         FN(load_16)(h, b + k->d_at - 12, stride);
         h[0] = h[3];
     }
-    to->d[0] = FN(low_f16)(h[0]);
-    to->m[0] = FN(low_f16)(SHIFT(h[0], 16));
+    to->d[0] = LOW_F16(h[0]);
+    to->m[0] = LOW_F16(SHIFT(h[0], 16));
 }
 
 /* Byte i of every row. */
-KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i)
-{
-    return TO_FLOATS(SHIFT(s[i / 4], 8 * (i % 4)) & 255);
-}
+#define BYTE_OF(s, i) TO_FLOATS(SHIFT((s)[(i) / 4], 8 * ((i) % 4)) & 255)
 
 /* d and m of the halves of group g, out of those that were read. */
 KERNEL_INLINE void FN(scale)(FLOATS d[2], FLOATS m[2],
@@ -2889,9 +2874,9 @@ KERNEL_INLINE void FN(scale)(FLOATS d[2], FLOATS m[2],
             m[h] = s->m[g];
             continue;
         }
-        d[h] = s->d[0] * (FN(byte_of)(s->s, i) - (float)k->scale_offset);
+        d[h] = s->d[0] * (BYTE_OF(s->s, i) - (float)k->scale_offset);
         if (k->has_min)
-            m[h] = s->m[0] * FN(byte_of)(s->min, i);
+            m[h] = s->m[0] * BYTE_OF(s->min, i);
     }
 }
 
@@ -2920,10 +2905,7 @@ KERNEL_INLINE FLOATS FN(add_sums)(FLOATS acc, const INTS s[2],
 
 /* Of the bytes that are multiplied; and what it adds to the sum of half h of
  * group x, or to all of it, with its sign changed. */
-KERNEL_INLINE int FN(offset)(const struct format *k)
-{
-    return k->is_signed ? SIGNED : k->offset;
-}
+#define OFFSET(k) ((k)->is_signed ? SIGNED : (k)->offset)
 
 KERNEL_INLINE INTS FN(less_offset)(const struct q8_group *x, const int h,
                                    int offset, const struct format *k)
@@ -3016,7 +2998,7 @@ KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
                                  const struct FN(scales) *s, const int from,
                                  const struct format *k)
 {
-    const int offset = FN(offset)(k);
+    const int offset = OFFSET(k);
     FLOATS d[2], m[2];
     INTS sum[2];
 
@@ -3083,27 +3065,18 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
     }
 }
 
-/* out[t][r] = the rows times those of x.  A single one has its own code, in
- * which everything is in registers. */
-KERNEL_INLINE void FN(few)(float *out, const struct weight_rows *w,
-                           const struct input *in, const struct format *k)
+/* A single row of x has its own code, in which everything is in registers. */
+KERNEL_INLINE void FN(few)(struct FN(few) *to, int n,
+                           const struct weight_rows *w, const struct format *k)
 {
-    struct FN(few) to[FEW], one;
+    struct FN(few) one = *to;
 
-    for (int t = 0; t < in->n; t++) {
-        to[t].x = in->q + row_at(in, t) * (size_t)w->groups;
-        to[t].acc = SPLAT(0);
-    }
-    if (in->n == 1) {
-        one.x = to[0].x;
-        one.acc = SPLAT(0);
-        FN(few_rows)(&one, 1, w, k);
-        STORE(out, one.acc);
+    if (n > 1) {
+        FN(few_rows)(to, n, w, k);
         return;
     }
-    FN(few_rows)(to, in->n, w, k);
-    for (int t = 0; t < in->n; t++)
-        STORE(out + t * UNIT, to[t].acc);
+    FN(few_rows)(&one, 1, w, k);
+    to->acc = one.acc;
 }
 
 /* ---- many rows of x */
@@ -3258,7 +3231,6 @@ KERNEL_INLINE void FN(multiply)(const int tokens, const struct panel_job *p,
 }
 
 /* Every number of rows, up to `most`, has its own code. */
-#undef BY_ROWS
 #define BY_ROWS(n, most, function, ...) \
     switch (n) { \
     case 1: function(1, __VA_ARGS__); break; \
@@ -3269,7 +3241,6 @@ KERNEL_INLINE void FN(multiply)(const int tokens, const struct panel_job *p,
     case 6: if ((most) >= 6) function(6, __VA_ARGS__); break; \
     }
 
-#undef MULTIPLY
 #define MULTIPLY(type) \
     KERNEL void FN(multiply_##type)(const struct panel_job *p, int n) \
     { \
@@ -3282,12 +3253,11 @@ MULTIPLY(Q2_K)                            /* d and m for 16 columns          */
 MULTIPLY(Q3_K)                            /* d for 16                        */
 MULTIPLY(Q6_K)                            /* the same, six bits              */
 
-#undef USES
 #define USES(type) \
-    KERNEL void FN(few_##type)(float *out, const struct weight_rows *w, \
-                               const struct input *in) \
+    KERNEL void FN(few_##type)(struct FN(few) *to, int n, \
+                               const struct weight_rows *w) \
     { \
-        FN(few)(out, w, in, &formats[type]); \
+        FN(few)(to, n, w, &formats[type]); \
     } \
     KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
                                 const struct weight_rows *w) \
@@ -3297,13 +3267,11 @@ MULTIPLY(Q6_K)                            /* the same, six bits              */
 USES(Q4_0) USES(Q4_1) USES(Q5_0) USES(Q5_1) USES(Q8_0) USES(Q2_K) USES(Q3_K)
 USES(Q4_K) USES(Q5_K) USES(Q6_K) USES(IQ4_NL) USES(IQ4_XS)
 
-#undef USE
 #define USE(type, sums) \
     [type] = { FN(few_##type), FN(tile_##type), FN(multiply_##sums) }
 
 static const struct {
-    void (*few)(float *out, const struct weight_rows *w,
-                const struct input *in);
+    void (*few)(struct FN(few) *to, int n, const struct weight_rows *w);
     void (*tile)(const struct scratch *p, int tile,
                  const struct weight_rows *w);
     void (*multiply)(const struct panel_job *p, int n);
@@ -3320,6 +3288,22 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
     return (n + takes - 1) / takes;
 }
 
+/* out[t][r] = the rows times those of x, if these are few. */
+KERNEL void FN(product_few)(float *out, const struct tensor *w,
+                            const struct weight_rows *all,
+                            const struct input *in)
+{
+    struct FN(few) to[FEW];
+
+    for (int t = 0; t < in->n; t++) {
+        to[t].x = in->q + row_at(in, t) * (size_t)all->groups;
+        to[t].acc = SPLAT(0);
+    }
+    FN(routines)[w->fmt - formats].few(to, in->n, all);
+    for (int t = 0; t < in->n; t++)
+        STORE(out + t * UNIT, to[t].acc);
+}
+
 /* The rows of a panel times any number of rows of x. */
 KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                               const struct weight_rows *all,
@@ -3328,7 +3312,7 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
     const struct format *f = w->fmt;
     const int most = in->n <= SOME ? 8 : all->groups;
     struct weight_rows part = *all;
-    struct panel_job p = { .s = s, .offset = FN(offset)(f) };
+    struct panel_job p = { .s = s, .offset = OFFSET(f) };
 
     for (int g = 0; g < all->groups; g += part.groups) {
         const int left = all->groups - g;
@@ -3517,7 +3501,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
         if (floats)
             FN(product_floats)(out + done, w, &some, rows, in, s);
         else if (few)
-            FN(routines)[w->fmt - formats].few(out + done, &some, in);
+            FN(product_few)(out + done, w, &some, in);
         else
             FN(product_panel)(out + done, w, &some, in, s);
     }
@@ -4472,7 +4456,6 @@ static const struct key {
     { "feed_forward_length", .type = KNOWN },
     { "pooling_type", .type = ONLY, .min = 0 },
     { "vocab_size", .type = KNOWN },
-#undef BYTE_BITS
 };
 
 /* Without the key the field stays as it was. */
@@ -4774,7 +4757,6 @@ static const struct binding {
     { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W3 },
     { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS, FFN_W2 },
 #undef WEIGHT
-#undef BYTE_BITS
 };
 
 /* Files converted with fused projections: the rows of q, then k, then v. */
