@@ -1418,15 +1418,10 @@ static struct kv_head kv_head_at(const struct lfm2_context *ctx,
     return (struct kv_head){ k, k + bytes, f16, c->head_dim };
 }
 
-/* Where element d of a key lies, and of a value. */
+/* Where element d of a key lies; that of a value is at pos * head_dim + d. */
 static size_t k_index(int pos, int d, int head_dim)
 {
     return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
-}
-
-static size_t v_index(int pos, int d, int head_dim)
-{
-    return (size_t)pos * head_dim + d;
 }
 
 static void kv_set(uint8_t *cache, int f16, size_t i, float value)
@@ -1450,7 +1445,7 @@ static float kv_key(const struct kv_head *kv, int pos, int d)
 
 static float kv_value(const struct kv_head *kv, int pos, int d)
 {
-    return kv_get(kv->v, kv->f16, v_index(pos, d, kv->head_dim));
+    return kv_get(kv->v, kv->f16, (size_t)pos * kv->head_dim + d);
 }
 
 static void kv_store(const struct kv_head *kv, int pos, const float *k,
@@ -1458,7 +1453,7 @@ static void kv_store(const struct kv_head *kv, int pos, const float *k,
 {
     for (int d = 0; d < kv->head_dim; d++) {
         kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
-        kv_set(kv->v, kv->f16, v_index(pos, d, kv->head_dim), v[d]);
+        kv_set(kv->v, kv->f16, (size_t)pos * kv->head_dim + d, v[d]);
     }
 }
 
@@ -2497,6 +2492,9 @@ KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
     return v;
 }
 
+/* The 16 bytes at p in all quads. */
+#define REPEAT_16(p) FN(quads)(p, (const uint8_t[4]){ 0 })
+
 /* In every quad, 4 x 4 numbers. */
 KERNEL_INLINE void FN(transpose_4)(INTS v[4])
 {
@@ -2511,10 +2509,7 @@ KERNEL_INLINE void FN(transpose_4)(INTS v[4])
 }
 
 /* The lower half of every number is an f16. */
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    return FROM_F16((HALF)__builtin_convertvector(v, FN(half_words)));
-}
+#define LOW_F16(v) FROM_F16((HALF)__builtin_convertvector(v, FN(half_words)))
 
 /* The small blocks.  Each is its namesake of Part I or section 7 or 10, with
  * the same operations on every element in the same order. */
@@ -2666,18 +2661,12 @@ KERNEL void FN(quantize)(struct q8_group *to, const float *x)
 /* Signed bytes are made unsigned where the instruction wants it. */
 #define SIGNED (DOT && LANES > 4 ? 128 : 0)
 
-/* Four bytes, or 16 of them, repeated everywhere. */
+/* Four bytes, repeated everywhere. */
 KERNEL_INLINE INTS FN(repeat)(const void *p)
 {
     int32_t four;
     memcpy(&four, p, sizeof four);
     return SPLAT_INT(four);
-}
-
-KERNEL_INLINE INTS FN(repeat_16)(const void *p)
-{
-    static const uint8_t same[4] = { 0 };
-    return FN(quads)(p, same);
 }
 
 /* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
@@ -2699,8 +2688,8 @@ KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
         { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
         { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 }
     };
-    const INTS bit = FN(repeat_16)(which);
-    INTS v = LOOK_UP(FN(quads)(p, of), FN(repeat_16)(byte[h])) & bit;
+    const INTS bit = REPEAT_16(which);
+    INTS v = LOOK_UP(FN(quads)(p, of), REPEAT_16(byte[h])) & bit;
 
     return (INTS)((FN(bytes))v == (FN(bytes))bit) & SPLAT_BYTE(16);
 }
@@ -2725,7 +2714,7 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
         if (k->fifth)
             w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
         if (k->iq4)
-            w[h] = LOOK_UP(FN(repeat_16)(iq4_value), w[h]);
+            w[h] = LOOK_UP(REPEAT_16((const void *)iq4_value), w[h]);
         if (k->is_signed)
             w[h] ^= SPLAT_BYTE(SIGNED);
     }
@@ -2747,7 +2736,7 @@ KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride,
 {
     UNROLL
     for (int i = 0; i < 4; i++, p += stride)
-        v[i] = four ? FN(repeat_16)(p) : FN(row_quads)(p, stride);
+        v[i] = four ? REPEAT_16(p) : FN(row_quads)(p, stride);
     FN(transpose_4)(v);
 }
 
@@ -2783,7 +2772,6 @@ KERNEL_INLINE INTS FN(heads)(const uint8_t *p, size_t stride,
 KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
                                      const struct format *k)
 {
-#undef BYTE_BITS
 #define BYTE_BITS(v, n, mask) (SHIFT(v, n) & SPLAT_BYTE(mask))
     if (k->scales == scales_q4_k) {
         to->s[0] = BYTE_BITS(h[1], 0, 63);
@@ -2836,8 +2824,8 @@ KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
     }
     UNROLL
     for (int i = 0; i < n; i++) {
-        to->d[i] = FN(low_f16)(head[i]);
-        to->m[i] = FN(low_f16)(SHIFT(head[i], 16));
+        to->d[i] = LOW_F16(head[i]);
+        to->m[i] = LOW_F16(SHIFT(head[i], 16));
         if (k->block == 32)
             to->m[i] = -to->m[i];
     }
@@ -2909,10 +2897,7 @@ KERNEL_INLINE struct FN(addends) FN(scale_sums)(const INTS s[2],
 
 /* Of the bytes that are multiplied; and what it adds to the sum of half h of a
  * group with the sums of x, or to all of it, with its sign changed. */
-KERNEL_INLINE int FN(offset)(const struct format *k)
-{
-    return k->is_signed ? SIGNED : k->offset;
-}
+#define OFFSET(k) ((k)->is_signed ? SIGNED : (k)->offset)
 
 KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
                                    const struct format *k)
@@ -2980,7 +2965,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
                             const struct FN(scales) *s, const struct format *k)
 {
     static const uint8_t each[4] = EACH(sizeof(struct q8_group));
-    const int offset = FN(offset)(k);
+    const int offset = OFFSET(k);
     FLOATS d[2], m[2];
     INTS w[4][2];
 
@@ -3050,24 +3035,18 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
     }
 }
 
-/* out[t][r] = the rows times those of x.  A single one has its own code, in
- * which everything is in registers. */
-KERNEL_INLINE void FN(few)(float *out, const struct weight_rows *w,
-                           const struct input *in, const struct format *k)
+/* A single row of x has its own code, in which everything is in registers. */
+KERNEL_INLINE void FN(few)(struct FN(few) *to, int n,
+                           const struct weight_rows *w, const struct format *k)
 {
-    struct FN(few) to[FEW] = { { .x = NULL } }, one = to[0];
+    struct FN(few) one = *to;
 
-    for (int t = 0; t < in->n; t++)
-        to[t].x = in->q + row_at(in, t) * (size_t)w->groups;
-    if (in->n == 1) {
-        one.x = to[0].x;
-        FN(few_rows)(&one, 1, w, k);
-        memcpy(out, one.acc, sizeof one.acc);
+    if (n > 1) {
+        FN(few_rows)(to, n, w, k);
         return;
     }
-    FN(few_rows)(to, in->n, w, k);
-    for (int t = 0; t < in->n; t++)
-        memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
+    FN(few_rows)(&one, 1, w, k);
+    *to = one;
 }
 
 /* ---- many rows of x */
@@ -3229,7 +3208,6 @@ KERNEL_INLINE void FN(multiply)(const int tokens, const struct panel_job *p,
 }
 
 /* Every number of rows, up to `most`, has its own code. */
-#undef BY_ROWS
 #define BY_ROWS(n, most, function, ...) \
     switch (n) { \
     case 1: function(1, __VA_ARGS__); break; \
@@ -3240,7 +3218,6 @@ KERNEL_INLINE void FN(multiply)(const int tokens, const struct panel_job *p,
     case 6: if ((most) >= 6) function(6, __VA_ARGS__); break; \
     }
 
-#undef MULTIPLY
 #define MULTIPLY(type) \
     KERNEL void FN(multiply_##type)(const struct panel_job *p, int n) \
     { \
@@ -3253,12 +3230,11 @@ MULTIPLY(Q2_K)                            /* d and m for 16 columns          */
 MULTIPLY(Q3_K)                            /* d for 16                        */
 MULTIPLY(Q6_K)                            /* the same, six bits              */
 
-#undef USES
 #define USES(type) \
-    KERNEL void FN(few_##type)(float *out, const struct weight_rows *w, \
-                               const struct input *in) \
+    KERNEL void FN(few_##type)(struct FN(few) *to, int n, \
+                               const struct weight_rows *w) \
     { \
-        FN(few)(out, w, in, &formats[type]); \
+        FN(few)(to, n, w, &formats[type]); \
     } \
     KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
                                 const struct weight_rows *w) \
@@ -3268,13 +3244,11 @@ MULTIPLY(Q6_K)                            /* the same, six bits              */
 USES(Q4_0) USES(Q4_1) USES(Q5_0) USES(Q5_1) USES(Q8_0) USES(Q2_K) USES(Q3_K)
 USES(Q4_K) USES(Q5_K) USES(Q6_K) USES(IQ4_NL) USES(IQ4_XS)
 
-#undef USE
 #define USE(type, sums) \
     [type] = { FN(few_##type), FN(tile_##type), FN(multiply_##sums) }
 
 static const struct {
-    void (*few)(float *out, const struct weight_rows *w,
-                const struct input *in);
+    void (*few)(struct FN(few) *to, int n, const struct weight_rows *w);
     void (*tile)(const struct scratch *p, int tile,
                  const struct weight_rows *w);
     void (*multiply)(const struct panel_job *p, int n);
@@ -3291,6 +3265,22 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
     return (n + takes - 1) / takes;
 }
 
+/* out[t][r] = the rows times those of x, if these are few. */
+KERNEL void FN(product_few)(float *out, const struct tensor *w,
+                            const struct weight_rows *all,
+                            const struct input *in)
+{
+    struct FN(few) to[FEW];
+
+    for (int t = 0; t < in->n; t++) {
+        const struct q8_group *x = in->q + row_at(in, t) * (size_t)all->groups;
+        to[t] = (struct FN(few)){ .x = x };
+    }
+    FN(routines)[w->fmt - formats].few(to, in->n, all);
+    for (int t = 0; t < in->n; t++)
+        memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
+}
+
 /* The rows of a panel times any number of rows of x. */
 KERNEL void FN(product_panel)(float *out, const struct tensor *w,
                               const struct weight_rows *all,
@@ -3299,7 +3289,7 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
     const struct format *f = w->fmt;
     const int most = in->n <= SOME ? 8 : all->groups;
     struct weight_rows part = *all;
-    struct panel_job p = { .s = s, .offset = FN(offset)(f) };
+    struct panel_job p = { .s = s, .offset = OFFSET(f) };
 
     for (int g = 0; g < all->groups; g += part.groups) {
         const int left = all->groups - g;
@@ -3488,7 +3478,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
         if (floats)
             FN(product_floats)(out + done, w, &some, rows, in, s);
         else if (few)
-            FN(routines)[w->fmt - formats].few(out + done, &some, in);
+            FN(product_few)(out + done, w, &some, in);
         else
             FN(product_panel)(out + done, w, &some, in, s);
     }
@@ -4443,7 +4433,6 @@ static const struct key {
     { "feed_forward_length", .type = KNOWN },
     { "pooling_type", .type = ONLY, .min = 0 },
     { "vocab_size", .type = KNOWN },
-#undef BYTE_BITS
 };
 
 /* Without the key the field stays as it was. */
@@ -4745,7 +4734,6 @@ static const struct binding {
     { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W3 },
     { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS, FFN_W2 },
 #undef WEIGHT
-#undef BYTE_BITS
 };
 
 /* Files converted with fused projections: the rows of q, then k, then v. */
