@@ -235,7 +235,7 @@ struct seq {
 /* 32 columns of a row, rounded: x ~ d q.  sum holds the sums of q over 16
  * columns each, and s is d times both, for weights that have a minimum or are
  * stored with an offset. */
-struct q8_block {
+struct q8_group {
     int8_t q[32];
     float d, s;
     int16_t sum[2];
@@ -249,7 +249,7 @@ struct input {
     int n, cols;
     const int *row;                       /* [n], or NULL                    */
     float *f;                             /* [rows][cols]                    */
-    struct q8_block *q;                   /* [rows][cols/32]                 */
+    struct q8_group *q;                   /* [rows][cols/32]                 */
     int first;
 };
 
@@ -386,7 +386,7 @@ struct scratch {
 struct isa {
     int panel_rows;                       /* see section 12                  */
     float (*dot)(const float *a, const float *b, int n);
-    void (*quantize)(struct q8_block *to, const float *x);
+    void (*quantize)(struct q8_group *to, const float *x);
     void (*swiglu)(float *gate, const float *up, int n);
     void (*add_scaled)(float *y, float a, const float *x, int n);
     void (*rope)(float *head, const float *turn, int head_dim);
@@ -665,15 +665,8 @@ static void merge_chunk(const struct isa *isa, struct attn_partial *a,
     isa->add_scaled(a->o, wb, b->o, hd);
 }
 
-/* The result for one head, when all chunks are merged. */
-static void finish_head(float *out, const struct attn_partial *all, int hd)
-{
-    for (int d = 0; d < hd; d++)
-        out[d] = all->o[d] / all->sum;
-}
-
-/* The heads of row t of a piece that share a kv head, up to the rotation; k and
- * v are remembered.  q is divided by sqrt(head_dim) already here. */
+/* Norm and rotate the heads of row t of a piece that share a kv head; remember
+ * k and v.  q is divided by sqrt(head_dim) here, so scores are products. */
 static void prepare_heads(const struct thread *me, const struct layer *l,
                           const struct piece *p, int t, int head)
 {
@@ -1070,6 +1063,10 @@ static inline float fma_f32(float a, float b, float c)
 /* e^x = 2^n e^r with n = rint(x / ln 2), |r| <= ln(2)/2, and a polynomial for
  * e^r; ln 2 is split so that n times its upper part is exact.  Below -87 the
  * result is 0, above 88 it is e^88. */
+static const float exp_factor[8] = {
+    1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1
+};
+
 static float exp_f32(float x)
 {
     if (x != x)
@@ -1081,14 +1078,9 @@ static float exp_f32(float x)
     float t = fma_f32(x, 1.44269504f, ROUND_MAGIC), n = t - ROUND_MAGIC;
     float r = fma_f32(n, -0.693145752f, x);
     r = fma_f32(n, -1.42860677e-6f, r);
-    float p = 1.0f / 5040;
-    p = fma_f32(p, r, 1.0f / 720);
-    p = fma_f32(p, r, 1.0f / 120);
-    p = fma_f32(p, r, 1.0f / 24);
-    p = fma_f32(p, r, 1.0f / 6);
-    p = fma_f32(p, r, 0.5f);
-    p = fma_f32(p, r, 1.0f);
-    p = fma_f32(p, r, 1.0f);
+    float p = exp_factor[0];
+    for (int i = 1; i < 8; i++)
+        p = fma_f32(p, r, exp_factor[i]);
     return float_of(bits_of(p) + (bits_of(t) << 23));
 }
 
@@ -1114,12 +1106,11 @@ static void sin_cos(double a, float *s, float *c)
 
     for (int i = 0; i < 3; i++)
         a -= turns * (half_pi[i] * 1048576);
-    double n = a * 0.63661977236758134308 + magic;
+    double n = a * 0.63661977236758134308 + magic, r = a;
     memcpy(&quadrant, &n, sizeof quadrant);
     n -= magic;
-    double r = a - n * half_pi[0];
-    r -= n * half_pi[1];
-    r -= n * half_pi[2];
+    for (int i = 0; i < 3; i++)
+        r -= n * half_pi[i];
     double z = r * r, sine = 1, cosine = 1;
     for (int k = 18; k >= 2; k -= 2) {
         sine = 1 - sine * z / (k * (k + 1));
@@ -1133,19 +1124,18 @@ static void sin_cos(double a, float *s, float *c)
 
 float lfm2_math(int function, float a, float b, float c)
 {
-    float sine, cosine, y = float_of(0x7fc00000);
+    float sine, cosine;
     fenv_t callers;
 
     enter_arithmetic(&callers);
     sin_cos(a, &sine, &cosine);
-    switch (function) {
-    case LFM2_EXP: y = exp_f32(a); break;
-    case LFM2_SIN: y = sine; break;
-    case LFM2_COS: y = cosine; break;
-    case LFM2_FMA: y = fma_f32(a, b, c); break;
-    }
+    const float y[] = {
+        [LFM2_EXP] = exp_f32(a), [LFM2_SIN] = sine, [LFM2_COS] = cosine,
+        [LFM2_FMA] = fma_f32(a, b, c)
+    };
     fesetenv(&callers);
-    return y;
+    return function < 0 || function > LFM2_FMA ? float_of(0x7fc00000)
+                                               : y[function];
 }
 
 /* base^(1/n) by Newton's method.  It starts above the root, so every step goes
@@ -1446,15 +1436,10 @@ static struct kv_head kv_head_at(const struct lfm2_context *ctx,
     return (struct kv_head){ k, k + bytes, f16, c->head_dim };
 }
 
-/* Where element d of a key lies, and of a value. */
+/* Where element d of a key lies; that of a value is at pos * head_dim + d. */
 static size_t k_index(int pos, int d, int head_dim)
 {
     return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
-}
-
-static size_t v_index(int pos, int d, int head_dim)
-{
-    return (size_t)pos * head_dim + d;
 }
 
 static void kv_set(uint8_t *cache, int f16, size_t i, float value)
@@ -1478,7 +1463,7 @@ static float kv_key(const struct kv_head *kv, int pos, int d)
 
 static float kv_value(const struct kv_head *kv, int pos, int d)
 {
-    return kv_get(kv->v, kv->f16, v_index(pos, d, kv->head_dim));
+    return kv_get(kv->v, kv->f16, (size_t)pos * kv->head_dim + d);
 }
 
 static void kv_store(const struct kv_head *kv, int pos, const float *k,
@@ -1486,7 +1471,7 @@ static void kv_store(const struct kv_head *kv, int pos, const float *k,
 {
     for (int d = 0; d < kv->head_dim; d++) {
         kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
-        kv_set(kv->v, kv->f16, v_index(pos, d, kv->head_dim), v[d]);
+        kv_set(kv->v, kv->f16, (size_t)pos * kv->head_dim + d, v[d]);
     }
 }
 
@@ -1497,6 +1482,13 @@ struct attn_rows {
     size_t stride;                        /* ... rows so many floats apart   */
     int n, group, pos;
 };
+
+/* Query i of all, [n group]. */
+static float *query_at(const struct attn_rows *a, int i, int head_dim)
+{
+    return a->q + (size_t)(i / a->group) * a->stride +
+           (size_t)(i % a->group * head_dim);
+}
 
 /* How many positions of the chunk at `pos` row t sees. */
 static int chunk_seen(const struct attn_rows *a, int t, int pos)
@@ -1511,12 +1503,10 @@ static void attend_chunk(struct attn_partial *part, const struct attn_rows *a,
                          const struct scratch *s)
 {
     (void)s;
-    for (int t = 0; t < a->n; t++)
-        for (int i = 0; i < a->group && chunk_seen(a, t, pos) > 0; i++)
-            attend_query(&part[t * a->group + i],
-                         a->q + (size_t)t * a->stride +
-                         (size_t)(i * kv->head_dim), kv, pos,
-                         chunk_seen(a, t, pos));
+    for (int i = 0; i < a->n * a->group; i++)
+        if (chunk_seen(a, i / a->group, pos) > 0)
+            attend_query(&part[i], query_at(a, i, kv->head_dim), kv, pos,
+                         chunk_seen(a, i / a->group, pos));
 }
 
 /* How many rows look back together: about 32 queries share what is loaded. */
@@ -1543,8 +1533,8 @@ static void attend_rows(const struct thread *me, const struct attn_rows *a,
                 merge_chunk(isa, &all[i], &part[i], hd);
     }
     for (int i = 0; i < n; i++)
-        finish_head(a->q + (size_t)(i / a->group) * a->stride +
-                    (size_t)(i % a->group * hd), &all[i], hd);
+        for (int d = 0; d < hd; d++)
+            query_at(a, i, hd)[d] = all[i].o[d] / all[i].sum;
 }
 
 /* Later rows see more positions, so jobs are dealt out in turn: neighbours
@@ -1600,27 +1590,23 @@ static void group_by_expert(struct lfm2_context *ctx, const struct layer *l)
 {
     struct routing *r = &ctx->routing;
     const lfm2_config *c = &ctx->model->cfg;
+    const struct tensor *all[] = { &l->ffn_gate_exps, &l->ffn_up_exps,
+                                   &l->ffn_down_exps };
+    struct tensor *active[] = { r->gate, r->up, r->down };
 
     sort_slots(r, ctx->batch.n_rows * c->n_expert_used, c->n_expert,
                c->n_expert_used);
     r->n_active = 0;
-    for (int e = 0; e < c->n_expert; e++) {
-        const int i = r->n_active;
-        if (r->slot_begin[e] == r->slot_begin[e + 1])
-            continue;
-        r->active[r->n_active++] = e;
-        r->gate[i] = expert(&l->ffn_gate_exps, e);
-        r->up[i] = expert(&l->ffn_up_exps, e);
-        r->down[i] = expert(&l->ffn_down_exps, e);
-        r->gate[i].next = &r->gate[i + 1];
-        r->up[i].next = &r->up[i + 1];
-        r->down[i].next = &r->down[i + 1];
-    }
-    r->gate[r->n_active - 1].next = &r->down[0];
-    r->up[r->n_active - 1].next = NULL;
-    r->down[r->n_active - 1].next = l->ffn_down_exps.next;
+    for (int e = 0; e < c->n_expert; e++)
+        if (r->slot_begin[e] < r->slot_begin[e + 1])
+            r->active[r->n_active++] = e;
+    for (int k = 0; k < 3; k++)
+        for (int i = 0; i < r->n_active; i++) {
+            active[k][i] = expert(all[k], r->active[i]);
+            active[k][i].next = i + 1 < r->n_active ? &active[k][i + 1]
+                              : k == 0 ? r->down : k == 1 ? NULL : all[k]->next;
+        }
 }
-
 
 /* --------------------------------------------------------- 9. Weight formats
  *
@@ -1677,64 +1663,40 @@ static int8_t signed_byte(uint8_t b)
     return (int8_t)(b < 128 ? b : b - 256);
 }
 
-/* The scales of group g of the block at b, as they are drawn below. */
-static void scales_32(const uint8_t *b, int g, float *d, float *m)
+/* What d and dmin are multiplied with, for group or half j of a K block with
+ * its scales at s, as they are drawn below. */
+struct scale { int d, m; };
+
+static struct scale scales_q2_k(const uint8_t *s, int j)
 {
-    (void)g;
-    d[0] = load_f16(b);
-    m[0] = -load_f16(b + 2);              /* where there is a minimum        */
+    return (struct scale){ s[j] & 15, s[j] >> 4 };
 }
 
-static void scales_q2_k(const uint8_t *b, int g, float *d, float *m)
+static struct scale scales_q3_k(const uint8_t *s, int j)
 {
-    for (int h = 0; h < 2; h++) {
-        d[h] = load_f16(b + 80) * (float)(b[2 * g + h] & 15);
-        m[h] = load_f16(b + 82) * (float)(b[2 * g + h] >> 4);
-    }
+    const int low = s[4 + j % 8] >> j / 8 * 4 & 15;
+    const int high = s[12 + j % 4] >> j / 4 * 2 & 3;
+    return (struct scale){ (low | high << 4) - 32, 0 };
 }
 
-static void scales_q3_k(const uint8_t *b, int g, float *d, float *m)
+static struct scale scales_q4_k(const uint8_t *s, int j)
 {
-    const uint8_t *s = b + 96;
-
-    (void)m;
-    for (int j = 2 * g; j < 2 * g + 2; j++) {
-        int low = j < 8 ? s[j] & 15 : s[j - 8] >> 4;
-        int high = s[8 + j % 4] >> j / 4 * 2 & 3;
-        d[j % 2] = load_f16(b + 108) * (float)((low | high << 4) - 32);
-    }
+    if (j < 4)
+        return (struct scale){ s[j + 4] & 63, s[j + 8] & 63 };
+    return (struct scale){ (s[j + 8] & 15) | s[j] >> 6 << 4,
+                           s[j + 8] >> 4 | s[j + 4] >> 6 << 4 };
 }
 
-static void scales_q4_k(const uint8_t *b, int g, float *d, float *m)
+static struct scale scales_q6_k(const uint8_t *s, int j)
 {
-    const uint8_t *s = b + 4;
-    int scale, min;
-
-    if (g < 4) {
-        scale = s[g] & 63;
-        min = s[g + 4] & 63;
-    } else {
-        scale = (s[g + 4] & 15) | s[g - 4] >> 6 << 4;
-        min = s[g + 4] >> 4 | s[g] >> 6 << 4;
-    }
-    d[0] = load_f16(b) * (float)scale;
-    m[0] = load_f16(b + 2) * (float)min;
+    return (struct scale){ signed_byte(s[j]), 0 };
 }
 
-static void scales_q6_k(const uint8_t *b, int g, float *d, float *m)
+static struct scale scales_iq4_xs(const uint8_t *s, int j)
 {
-    (void)m;
-    for (int h = 0; h < 2; h++)
-        d[h] = load_f16(b + 208) * (float)signed_byte(b[192 + 2 * g + h]);
-}
-
-static void scales_iq4_xs(const uint8_t *b, int g, float *d, float *m)
-{
-    int high = load_le16(b + 2) >> 2 * g & 3;
-    int low = b[4 + g / 2] >> g % 2 * 4 & 15;
-
-    (void)m;
-    d[0] = load_f16(b) * (float)((low | high << 4) - 32);
+    const int low = s[4 + j / 2] >> j % 2 * 4 & 15;
+    const int high = load_le16(s + 2) >> 2 * j & 3;
+    return (struct scale){ (low | high << 4) - 32, 0 };
 }
 
 /* Some bits of the weights of a block.  Column i of group g has them in byte
@@ -1750,9 +1712,12 @@ struct format {
     int id;                               /* GGUF's number                   */
     int block, bytes;                     /* columns and bytes of a block    */
     void (*floats)(float *out, const uint8_t *row, int n);
-    void (*scales)(const uint8_t *block, int g, float *d, float *m);
-    int per_16;                           /* d and m for 16 columns, not 32  */
+    int halves;                           /* d and m: 1 for 32 columns, or 2
+                                             for 16 each                     */
+    int d_at;                             /* byte of d; of m two later       */
     int has_min;
+    int scales_at;                        /* 16 bytes with the scales        */
+    struct scale (*scales)(const uint8_t *s, int j);
     int split;                            /* the low nibbles of 16 bytes are
                                              columns 0..15, the high 16..31;
                                              else 32 bytes are 32 columns    */
@@ -1774,7 +1739,7 @@ struct format {
  * at once, so of[1..3] point into the next ones. */
 #define EACH(n) { 0, n, 2 * n, 3 * n }
 #define NIBBLES(size, at) \
-    .block = 32, .bytes = size, .scales = scales_32, \
+    .block = 32, .bytes = size, .halves = 1, \
     .split = 1, .low = { at, 15, EACH(size), { 0 } }
 
 /* The 8 groups of a K block: two in the nibbles of 32 bytes, four in their
@@ -1818,7 +1783,7 @@ static const struct format formats[N_FORMAT] = {
     /* 34 bytes                         weight = d q
      *
      *     | f16 d | 32 x i8: q[i] |                                         */
-    [Q8_0] = { "Q8_0", 8, 32, 34, .scales = scales_32,
+    [Q8_0] = { "Q8_0", 8, 32, 34, .halves = 1,
                .low = { 2, 255, EACH(34), { 0 } }, .is_signed = 1,
                .terms = 1 },
 
@@ -1826,8 +1791,8 @@ static const struct format formats[N_FORMAT] = {
      *
      *     | 16 x u8: lo = s[j], hi = m[j] | 64 x u8: 2-bit q |
      *     | f16 d | f16 dmin |                                              */
-    [Q2_K] = { "Q2_K", 10, 256, 84, .scales = scales_q2_k, .per_16 = 1,
-               .has_min = 1, .low = { 16, 3, LOW_2 }, .terms = 4 },
+    [Q2_K] = { "Q2_K", 10, 256, 84, .scales = scales_q2_k, .halves = 2,
+               .d_at = 80, .has_min = 1, .low = { 16, 3, LOW_2 }, .terms = 4 },
 
     /* 110 bytes                        weight = d (s - 32) (q - 4), s per 16
      *
@@ -1836,7 +1801,8 @@ static const struct format formats[N_FORMAT] = {
      *
      * s[j]: 4 bits in byte j of 8 (low nibbles for j < 8, then high ones), 2
      * bits in one of the last 4 bytes. */
-    [Q3_K] = { "Q3_K", 11, 256, 110, .scales = scales_q3_k, .per_16 = 1,
+    [Q3_K] = { "Q3_K", 11, 256, 110, .scales = scales_q3_k, .halves = 2,
+               .d_at = 108, .scales_at = 92,
                .low = { 32, 3, LOW_2 }, .high = { 0, 1, ONE_BIT },
                .high_to = 2, .offset = 4, .scale_offset = 32, .terms = 4 },
 
@@ -1847,14 +1813,16 @@ static const struct format formats[N_FORMAT] = {
      *     byte 0..3    s[0..3] in bits 0-5, bits 4, 5 of s[4..7] in bits 6, 7
      *     byte 4..7    m[0..3] in bits 0-5, bits 4, 5 of m[4..7] in bits 6, 7
      *     byte 8..11   lo = low bits of s[4..7], hi = low bits of m[4..7]   */
-    [Q4_K] = { "Q4_K", 12, 256, 144, .scales = scales_q4_k, .has_min = 1,
+    [Q4_K] = { "Q4_K", 12, 256, 144, .scales = scales_q4_k, .halves = 1,
+               .has_min = 1,
                .low = { 16, 15, LOW_4 }, .terms = 4 },
 
     /* 176 bytes                        weight = d s q - dmin m, s, m per 32
      *
      *     | f16 d | f16 dmin | 12 x u8: s, m as in Q4_K |
      *     | 32 x u8: bit i = bit 4 of q in group i | 128 x u8: bits 0-3 |   */
-    [Q5_K] = { "Q5_K", 13, 256, 176, .scales = scales_q4_k, .has_min = 1,
+    [Q5_K] = { "Q5_K", 13, 256, 176, .scales = scales_q4_k, .halves = 1,
+               .has_min = 1,
                .low = { 48, 15, LOW_4 }, .high = { 16, 1, ONE_BIT },
                .high_to = 4, .terms = 4 },
 
@@ -1863,7 +1831,8 @@ static const struct format formats[N_FORMAT] = {
      *     | 128 x u8: bits 0-3 | 64 x u8: bits 4, 5 | 16 x i8: s | f16 d |
      *
      * Half a block is 64 bytes of nibbles, groups 0 and 1 low, 2 and 3 high. */
-    [Q6_K] = { "Q6_K", 14, 256, 210, .scales = scales_q6_k, .per_16 = 1,
+    [Q6_K] = { "Q6_K", 14, 256, 210, .scales = scales_q6_k, .halves = 2,
+               .d_at = 208, .scales_at = 192,
                .low = { 0, 15, { 0, 32, 0, 32, 64, 96, 64, 96 },
                         { 0, 0, 4, 4, 0, 0, 4, 4 } },
                .high = { 128, 3, LOW_2 }, .high_to = 4, .offset = 32,
@@ -1879,7 +1848,8 @@ static const struct format formats[N_FORMAT] = {
      *
      *     | f16 d | 8 x 2 bits: upper s | 8 x 4 bits: lower s |
      *     | 8 groups of 16 x u8: lo = q[i], hi = q[i+16] |                  */
-    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, .scales = scales_iq4_xs, .split = 1,
+    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, .scales = scales_iq4_xs, .halves = 1,
+               .split = 1,
                  .low = { 8, 15, { 0, 16, 32, 48, 64, 80, 96, 112 }, { 0 } },
                  .iq4 = 1, .is_signed = 1, .scale_offset = 32, .terms = 1 },
 };
@@ -1906,7 +1876,13 @@ static void unpack(const struct format *f, const uint8_t *b, int g, int8_t *q,
         q[i] = f->iq4 ? iq4_value[v] : f->is_signed ? signed_byte((uint8_t)v)
                                      : (int8_t)(v - f->offset);
     }
-    f->scales(b, g, d, m);
+    for (int h = 0; h < f->halves; h++) {
+        struct scale s = { 1, -1 };
+        if (f->scales)
+            s = f->scales(b + f->scales_at, f->halves * g + h);
+        d[h] = load_f16(b + f->d_at) * (float)s.d;
+        m[h] = f->has_min ? load_f16(b + f->d_at + 2) * (float)s.m : 0;
+    }
 }
 
 #define COUNT(array) (sizeof (array) / sizeof *(array))
@@ -1948,15 +1924,13 @@ static void get_row(float *out, const struct tensor *w, int r)
     int8_t q[32];
     int g;
 
-    if (f->floats) {
+    if (f->floats)
         f->floats(out, row, w->cols);
-        return;
-    }
-    for (int c = 0; c < w->cols; c += 32, out += 32) {
+    for (int c = 0; c < w->cols && !f->floats; c += 32, out += 32) {
         const uint8_t *b = block_at(f, row, c, &g);
         unpack(f, b, g, q, d, m);
         for (int i = 0; i < 32; i++) {
-            const int h = f->per_16 ? i / 16 : 0;
+            const int h = i / 16 * (f->halves - 1);
             out[i] = fma_f32(d[h], (float)q[i], f->has_min ? -m[h] : -0.0f);
         }
     }
@@ -1971,7 +1945,7 @@ static void get_row(float *out, const struct tensor *w, int r)
 /* Round 32 columns to d q with q in -127 .. 127.  A group that is not finite
  * gets d = NaN, which every product then shows; one too small to divide by
  * (below 2^-100) is 0. */
-static void quantize(struct q8_block *to, const float *x)
+static void quantize(struct q8_group *to, const float *x)
 {
     uint32_t top = 0;
 
@@ -2014,15 +1988,6 @@ static void round_rows(const struct thread *me, struct input *in)
         me->ctx->isa->quantize(&in->q[i], in->f + i * UNIT);
 }
 
-static void unpack_row(const struct scratch *s, const struct tensor *w,
-                       const uint8_t *row)
-{
-    for (int c = 0, g; c < w->cols; c += 32) {
-        const uint8_t *b = block_at(w->fmt, row, c, &g);
-        unpack(w->fmt, b, g, (int8_t *)s->q + c, s->d + c / 16, s->m + c / 16);
-    }
-}
-
 static int dot_16(const int8_t *a, const int8_t *b)
 {
     int sum = 0;
@@ -2037,7 +2002,7 @@ static int dot_16(const int8_t *a, const int8_t *b)
  *     d for 32:   acc += (d dx) dot            - m (dx sum)
  *     d for 16:   acc += dx (d0 dot0 + d1 dot1) - dx (m0 sum0 + m1 sum1)    */
 static float dot_row(const struct scratch *w, const struct format *f,
-                     const struct q8_block *x, int groups)
+                     const struct q8_group *x, int groups)
 {
     const int8_t *q = (const int8_t *)w->q;
     const float *d = w->d, *m = w->m;
@@ -2046,7 +2011,7 @@ static float dot_row(const struct scratch *w, const struct format *f,
     for (; groups > 0; groups--, x++, q += 32, d += 2, m += 2) {
         int dot0 = dot_16(q, x->q), dot1 = dot_16(q + 16, x->q + 16);
 
-        if (!f->per_16) {
+        if (f->halves == 1) {
             acc = fma_f32(d[0] * x->d, (float)(dot0 + dot1), acc);
             if (f->has_min)
                 acc = fma_f32(-m[0], x->s, acc);
@@ -2080,17 +2045,20 @@ static void product_rows(float *out, const struct tensor *w, int first,
     (void)end;
     (void)next;
     for (int r = 0; r < n_rows; r++, out++) {
+        const struct format *f = w->fmt;
         const uint8_t *row = w->data + (size_t)(first + r) * row_bytes(w);
 
-        if (w->fmt->floats)
-            w->fmt->floats(s->f, row, w->cols);
-        else
-            unpack_row(s, w, row);
-        for (int t = 0; t < in->n; t++)
-            out[t * UNIT] = w->fmt->floats
-                ? dot_f32(s->f, in->f + row_at(in, t) * cols, w->cols)
-                : dot_row(s, w->fmt, in->q + row_at(in, t) * (cols / 32),
-                          w->cols / 32);
+        if (f->floats)
+            f->floats(s->f, row, w->cols);
+        for (int c = 0, g; c < w->cols && !f->floats; c += 32) {
+            const uint8_t *b = block_at(f, row, c, &g);
+            unpack(f, b, g, (int8_t *)s->q + c, s->d + c / 16, s->m + c / 16);
+        }
+        for (int t = 0; t < in->n; t++) {
+            const size_t at = row_at(in, t) * cols;
+            out[t * UNIT] = f->floats ? dot_f32(s->f, in->f + at, w->cols)
+                          : dot_row(s, f, in->q + at / 32, w->cols / 32);
+        }
     }
 }
 
@@ -2166,41 +2134,91 @@ static void matmul(const struct thread *me, int how, float *y,
 
 /* ------------------------------------------------- 11. Vectors: small blocks
  *
- * Sections 11 and 12 are compiled once for every instruction set, for
+ * Sections 11 and 12 are compiled once for every instruction set, by including
+ * this file into itself further down.  A set is
  *
- *     LANES     4: NEON     8: AVX2     16: AVX-512 (F, BW, VL, DQ)
+ *     SET       its name: FN(exp) is exp_avx2() in the set avx2
+ *     BITS      of a register: 128 on ARM; 256 or 512 (F, BW, VL, DQ) on x86
  *     DOT       1: with an instruction that multiplies four bytes by four
  *                  bytes and adds them to a 32-bit number: sdot on ARM,
  *                  vpdpbusd on x86, whose first bytes are unsigned
+ *     TARGET    what to tell the compiler
  *
- * by including this file into itself further down.  FN(name) is the name of a
- * function in this set, BLOCK(name) of a small block: all of x86 uses those of
- * AVX2.
+ * FLOATS, INTS and UINTS are registers of LANES numbers.  They are GNU vectors,
+ * so arithmetic on them is written with operators; what operators cannot say is
+ * said by these, on ARM and on x86:
  *
- * FLOATS and INTS are registers of LANES numbers.  They are GNU vectors, so
- * arithmetic on them is written with operators; what operators cannot say, the
- * sets say in functions of the same names, side by side below:
- *
- *     splat(f), splat_int(n)   the same number everywhere
- *     fma(a, b, c)             a * b + c, rounded once
- *     choose(m, a, b)          a where m is true, b elsewhere
- *     load_f16(p)              LANES binary16 numbers at p, and
- *     low_f16(v)               the lower halves of the elements of v, as floats
- *     tree(chains)             the sum of 16 chains, added as sum_16() does
- *     largest(v)               the largest element, if none is negative
- *     store_bytes(to, q)       32 small integers become the bytes of a group
- *
- * Products look at a register as QUADS times 16 bytes or four numbers:
- *
- *     quads(p, at)             quad i is the 16 bytes at p + at[i]
+ *     SPLAT(f)                 f everywhere
+ *     FMA(a, b, c)             a * b + c, rounded once
+ *     FROM_F16(h), FROM_BF16(h)  LANES 16-bit numbers as floats
+ *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (A register
+ *                              is QUADS times 16 bytes or four numbers.)
  *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
- *     quad_ints(n)             n[i] in all elements of quad i
- *     look_up(table, i)        byte i of the table, for every byte, by quads
- *     pairs(a, b)              a0 b0 + a1 b1 for the pairs of 16-bit numbers
+ *     QUAD(v, i)               quad i of FLOATS; FOUR is its type
+ *     FMA_4(a, b, c)           FMA of quads
+ *     LOOK_UP(table, i)        byte i of the table, for every byte, by quads
+ *     ZIP_LOW(a, b), ..        a0 b0 a1 b1 and a2 b2 a3 b3, in every quad
+ *     PAIR_LOW(a, b), ..       a0 a1 b0 b1 and a2 a3 b2 b3
  *     sum_4(a, b, c, d)        a quad has the sums of the quads of a, b, c, d
- *     transpose_4(v)           in every quad of v[4], 4 x 4 numbers
- *     transpose_quads(v)       of v[QUADS], QUADS x QUADS quads
- *     columns_f16(d, p, ...)   f16 numbers of many rows, see there */
+ *     pairs(a, b)              a0 b0 + a1 b1 for the pairs of 16-bit numbers
+ *     store_bytes(to, q)       32 small integers become the bytes of a group
+ *     transpose_quads(v)       of v[QUADS], QUADS x QUADS quads             */
+
+#define JOIN_(a, b, c) a##b##c
+#define JOIN(a, b, c) JOIN_(a, b, c)
+#define FN(name) JOIN(name, _, SET)
+#define KERNEL static TARGET
+#define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
+
+#define LANES (BITS / 32)
+#define QUADS (LANES / 4)
+#define CHAINS (16 / LANES)               /* registers for those of dot_f32()*/
+
+#ifdef LFM2_ARM
+
+#define BLOCK(name) name##_neon
+#define FLOATS float32x4_t
+#define INTS int32x4_t
+#define UINTS uint32x4_t
+#define HALF uint16x4_t                   /* half a register                 */
+#define SPLAT(f) vdupq_n_f32(f)
+#define FMA(a, b, c) vfmaq_f32(c, a, b)
+#define FOUR float32x4_t
+#define FMA_4 FMA
+#define QUAD(v, i) (v)
+#define FROM_F16(h) vcvt_f32_f16(vreinterpret_f16_u16(h))
+#define FROM_BF16(h) vreinterpretq_f32_u32(vshll_n_u16(h, 16))
+#define LOOK_UP(table, i) \
+    ((INTS)vqtbl1q_u8((uint8x16_t)(table), (uint8x16_t)(i)))
+#define ZIP_LOW(a, b) vzip1q_s32(a, b)
+#define ZIP_HIGH(a, b) vzip2q_s32(a, b)
+#define PAIR_LOW(a, b) ((INTS)vzip1q_s64((int64x2_t)(a), (int64x2_t)(b)))
+#define PAIR_HIGH(a, b) ((INTS)vzip2q_s64((int64x2_t)(a), (int64x2_t)(b)))
+
+#else
+
+#define MM(op) JOIN(_mm, BITS, _##op)
+#define MM_INTS JOIN(__m, BITS, i)
+#define BLOCK(name) name##_avx2           /* all of x86 uses these           */
+#define FLOATS JOIN(__m, BITS, )
+#define INTS FN(ints)
+#define UINTS FN(uints)
+#define HALF FN(half)
+#define SPLAT(f) MM(set1_ps)(f)
+#define FMA(a, b, c) MM(fmadd_ps)(a, b, c)
+#define FOUR __m128
+#define FMA_4 _mm_fmadd_ps
+#define QUAD(v, i) FN(quad)(v, i)
+#define FROM_F16(h) MM(cvtph_ps)(h)
+#define FROM_BF16(h) ((FLOATS)MM(slli_epi32)(MM(cvtepu16_epi32)(h), 16))
+#define LOOK_UP(table, i) \
+    ((INTS)MM(shuffle_epi8)((MM_INTS)(table), (MM_INTS)(i)))
+#define ZIP_LOW(a, b) ((INTS)MM(unpacklo_epi32)((MM_INTS)(a), (MM_INTS)(b)))
+#define ZIP_HIGH(a, b) ((INTS)MM(unpackhi_epi32)((MM_INTS)(a), (MM_INTS)(b)))
+#define PAIR_LOW(a, b) ((INTS)MM(unpacklo_epi64)((MM_INTS)(a), (MM_INTS)(b)))
+#define PAIR_HIGH(a, b) ((INTS)MM(unpackhi_epi64)((MM_INTS)(a), (MM_INTS)(b)))
+
+#endif
 
 /* Before a loop whose arrays are to become registers: without it clang keeps
  * them in memory, and products take twice as long. */
@@ -2227,88 +2245,69 @@ static void matmul(const struct thread *me, int how, float *y,
 #define ASM __asm__ volatile
 #endif
 
+enum {
+    FEW = 3,                              /* rows of x that are few: weights
+                                             come straight from the file     */
+    FOURS = 2,                            /* times four rows of weights, that
+                                             few rows are multiplied with    */
+    SOME = 7,                             /* at most: panels of eight groups */
+    AHEAD = 16384,                        /* bytes to fetch ahead, besides a
+                                             tile; found by measuring        */
+
+    MANY = 16,                            /* rows of x that are many for
+                                             weights in floats, ...          */
+    BLOCK_COLS = 512,                     /* ... taken in blocks of columns  */
+    MOST_X_ROWS = 6                       /* of X_ROWS and TOKENS            */
+};
+
+/* Rows of x that are multiplied at once, by a panel and by weights in floats,
+ * and registers for a row of a tile in attention.  AVX2 has 16 registers, the
+ * others have 32. */
+#define TOKENS (LANES == 16 ? 4 + 2 * DOT : LANES == 4 ? 3 + DOT : 3)
+#define X_ROWS (LANES == 8 ? 3 : 6)
+#define WIDE (LANES == 8 ? 2 : 4)
+
+/* LANES rows of weights, `groups` of them; and what to fetch meanwhile. */
+struct weight_rows {
+    const uint8_t *at;
+    size_t stride;
+    int groups;
+    const uint8_t *next;
+};
+
+/* `groups` groups of the panel in s times those at x[t], to out[t]; or on top
+ * of what is there, if these are not the first. */
+struct panel_job {
+    const struct scratch *s;
+    const struct q8_group *x[MOST_X_ROWS];
+    float *out;
+    int groups, is_first;
+    int offset;                           /* of the bytes of the panel       */
+};
+
+/* A block of `cols` columns: rows of weights in floats at w times n rows of x.
+ * Meanwhile the next columns of n_next rows of x are fetched, then weights from
+ * `next` to `end`, `step` bytes for every 16 columns. */
+struct float_job {
+    const uint8_t *w;
+    size_t stride;
+    const float *x[MOST_X_ROWS], *next_x[MOST_X_ROWS];
+    int n, cols, type, n_next, step;
+    const uint8_t *next, *end;
+    float *chain;                         /* [n][UNIT][16]                   */
+};
+
 #endif /* not KERNELS */
 
 #ifdef KERNELS
 
-#ifdef TARGET
-#define KERNEL static __attribute__((target(TARGET)))
-#else
-#define KERNEL static
-#endif
-#define KERNEL_INLINE KERNEL inline __attribute__((always_inline))
-
-/* QUADS of a register; a row of floats in steps of 16 columns: chain i % 16 of
- * dot_f32() is a lane. */
-enum { FN(QUADS) = LANES / 4, FN(CHAINS) = 16 / LANES };
-
-typedef int32_t FN(ints) __attribute__((vector_size(4 * LANES)));
-typedef uint32_t FN(uints) __attribute__((vector_size(4 * LANES)));
-#define INTS FN(ints)
-#define UINTS FN(uints)
-#define QUADS FN(QUADS)
+typedef int32_t FN(ints) __attribute__((vector_size(BITS / 8)));
+typedef uint32_t FN(uints) __attribute__((vector_size(BITS / 8)));
+typedef int8_t FN(bytes) __attribute__((vector_size(BITS / 8)));
+typedef int16_t FN(words) __attribute__((vector_size(BITS / 8)));
+typedef uint16_t FN(half_words) __attribute__((vector_size(BITS / 16)));
 
 #if LANES == 4
-
-#define FLOATS float32x4_t
-#define BLOCK(name) name##_neon
-#define TOKENS (DOT ? 4 : 3)
-#define X_ROWS 6
-enum { FN(WIDE) = 4 };
-
-KERNEL_INLINE FLOATS FN(splat)(float f)
-{
-    return vdupq_n_f32(f);
-}
-
-KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
-{
-    return vfmaq_f32(c, a, b);
-}
-
-KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
-{
-    return vbslq_f32((uint32x4_t)m, a, b);
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
-}
-
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    uint16x4_t low = vmovn_u32((uint32x4_t)v);
-    return vcvt_f32_f16(vreinterpret_f16_u16(low));
-}
-
-KERNEL_INLINE float FN(tree)(const FLOATS chains[4])
-{
-    FLOATS a = (chains[0] + chains[2]) + (chains[1] + chains[3]);
-    return vpadds_f32(vadd_f32(vget_low_f32(a), vget_high_f32(a)));
-}
-
-KERNEL_INLINE uint32_t FN(largest)(INTS v)
-{
-    return vmaxvq_u32((uint32x4_t)v);
-}
-
-KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[8])
-{
-    UNROLL
-    for (int h = 0; h < 2; h++, q += 4) {
-        int8x16_t b = vuzp1q_s8(
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
-        vst1q_s8(to->q + 16 * h, b);
-        to->sum[h] = vaddlvq_s8(b);
-    }
-}
 
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
@@ -2321,39 +2320,27 @@ KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
     return (INTS)vld1q_u8(p);
 }
 
-KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
 {
-    return (INTS)vdupq_n_s32(n[0]);
-}
-
-KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
-{
-    return (INTS)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)i);
+    return vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
 }
 
 KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
 {
     int16x8_t v = (int16x8_t)a, w = (int16x8_t)b;
-    return (INTS)vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(w)),
-                            vmull_high_s16(v, w));
+    return vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(w)),
+                      vmull_high_s16(v, w));
 }
 
-KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
+KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
 {
-    return (INTS)vpaddq_s32(vpaddq_s32((int32x4_t)a, (int32x4_t)b),
-                            vpaddq_s32((int32x4_t)c, (int32x4_t)d));
-}
-
-KERNEL_INLINE void FN(transpose_4)(INTS v[4])
-{
-    int32x4x2_t ac = vzipq_s32((int32x4_t)v[0], (int32x4_t)v[2]);
-    int32x4x2_t bd = vzipq_s32((int32x4_t)v[1], (int32x4_t)v[3]);
-
     UNROLL
-    for (int i = 0; i < 2; i++) {
-        int32x4x2_t two = vzipq_s32(ac.val[i], bd.val[i]);
-        v[2 * i] = (INTS)two.val[0];
-        v[2 * i + 1] = (INTS)two.val[1];
+    for (int h = 0; h < 2; h++, q += 4) {
+        int8x16_t b = vuzp1q_s8(
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
+            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
+        vst1q_s8(to->q + 16 * h, b);
+        to->sum[h] = vaddlvq_s8(b);
     }
 }
 
@@ -2362,74 +2349,49 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
     (void)v;
 }
 
-/* The f16 at p of every row. */
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
-{
-    uint16x4_t v = vld1_dup_u16((const void *)p);
+#else /* x86 */
 
-    v = vld1_lane_u16((const void *)(p + stride), v, 1);
-    v = vld1_lane_u16((const void *)(p + 2 * stride), v, 2);
-    v = vld1_lane_u16((const void *)(p + 3 * stride), v, 3);
-    return vcvt_f32_f16(vreinterpret_f16_u16(v));
+KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
+{
+    INTS ab = ZIP_LOW(a, b) + ZIP_HIGH(a, b);
+    INTS cd = ZIP_LOW(c, d) + ZIP_HIGH(c, d);
+
+    return PAIR_LOW(ab, cd) + PAIR_HIGH(ab, cd);
 }
 
-#else /* x86 */
+KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
+{
+    return (INTS)MM(madd_epi16)((MM_INTS)a, (MM_INTS)b);
+}
 
 #if LANES == 8
 
-#define MM(op) _mm256_##op
-#define MM_INTS __m256i
-#define FLOATS __m256
-#define BLOCK(name) name##_avx2
-#define TOKENS 3
-#define X_ROWS 3
-enum { FN(WIDE) = 2 };
+typedef __m128i HALF;
 
-KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
-    return _mm256_blendv_ps(b, a, (FLOATS)m);
+    const __m128i low = _mm_loadu_si128((const void *)(p + at[0]));
+    const __m128i high = _mm_loadu_si128((const void *)(p + at[1]));
+
+    return at[1] == at[0] ? (INTS)_mm256_broadcastsi128_si256(low)
+                          : (INTS)_mm256_set_m128i(high, low);
 }
 
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
 {
-    return _mm256_cvtph_ps(_mm_loadu_si128(p));
+    const __m128i low = _mm_loadu_si128((const void *)p);
+    const __m128i high = _mm_loadu_si128((const void *)(p + 4 * stride));
+
+    return (INTS)_mm256_set_m128i(high, low);
 }
 
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
+KERNEL_INLINE __m128 FN(quad)(__m256 v, const int i)
 {
-    return (FLOATS)_mm256_slli_epi32(
-        _mm256_cvtepu16_epi32(_mm_loadu_si128(p)), 16);
-}
-
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    __m256i low = (__m256i)(v & 0xffff);
-
-    low = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
-    return _mm256_cvtph_ps(_mm256_castsi256_si128(low));
-}
-
-KERNEL_INLINE float FN(tree)(const FLOATS chains[2])
-{
-    FLOATS a = chains[0] + chains[1];
-    __m128 b = _mm256_castps256_ps128(a) + _mm256_extractf128_ps(a, 1);
-
-    b += _mm_movehl_ps(b, b);
-    return b[0] + b[1];
-}
-
-KERNEL_INLINE uint32_t FN(largest)(INTS v)
-{
-    __m128i m = _mm_max_epu32(_mm256_castsi256_si128((__m256i)v),
-                              _mm256_extracti128_si256((__m256i)v, 1));
-
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-    m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-    return (uint32_t)_mm_cvtsi128_si32(m);
+    return i == 0 ? _mm256_castps256_ps128(v) : _mm256_extractf128_ps(v, 1);
 }
 
 /* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
-KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
+KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[4])
 {
     __m256i v = _mm256_packs_epi16(
         _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]),
@@ -2439,32 +2401,9 @@ KERNEL_INLINE void FN(store_bytes)(struct q8_block *to, const INTS q[4])
         v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     memcpy(to->q, &v, sizeof v);
     v = _mm256_maddubs_epi16(_mm256_set1_epi8(1), v);
-    INTS sum = (INTS)_mm256_madd_epi16(v, _mm256_set1_epi16(1));
+    INTS sum = FN(pairs)((INTS)v, (INTS){ 0 } + 0x00010001);
     to->sum[0] = (int16_t)(sum[0] + sum[1] + sum[2] + sum[3]);
     to->sum[1] = (int16_t)(sum[4] + sum[5] + sum[6] + sum[7]);
-}
-
-KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
-{
-    const void *first = p + at[0], *second = p + at[1];
-    __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(first));
-
-    if (at[1] != at[0])
-        v = _mm256_inserti128_si256(v, _mm_loadu_si128(second), 1);
-    return (INTS)v;
-}
-
-KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
-{
-    const void *first = p, *second = p + 4 * stride;
-    return (INTS)_mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128(first)),
-        _mm_loadu_si128(second), 1);
-}
-
-KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
-{
-    return (INTS) { n[0], n[0], n[0], n[0], n[1], n[1], n[1], n[1] };
 }
 
 KERNEL_INLINE void FN(transpose_quads)(INTS v[2])
@@ -2475,85 +2414,36 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[2])
     v[1] = (INTS)_mm256_permute2x128_si256(a, b, 0x31);
 }
 
-/* v with its sign changed where w is negative, and 0 where w is. */
-KERNEL_INLINE __m256i FN(sign)(INTS v, INTS w)
-{
-    return _mm256_sign_epi8((__m256i)v, (__m256i)w);
-}
-
 #else /* LANES == 16 */
 
-#define MM(op) _mm512_##op
-#define MM_INTS __m512i
-#define FLOATS __m512
-#define BLOCK(name) name##_avx2
-#define TOKENS (DOT ? 6 : 4)
-#define X_ROWS 6
-enum { FN(WIDE) = 4 };
+typedef __m256i HALF;
 
-KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
+KERNEL_INLINE INTS FN(join)(__m256i low, __m256i high)
 {
-    return _mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)m), b, a);
-}
-
-KERNEL_INLINE FLOATS FN(load_f16)(const void *p)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256(p));
-}
-
-KERNEL_INLINE FLOATS FN(load_bf16)(const void *p)
-{
-    return (FLOATS)_mm512_slli_epi32(
-        _mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16);
-}
-
-KERNEL_INLINE FLOATS FN(low_f16)(INTS v)
-{
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v));
-}
-
-KERNEL_INLINE float FN(tree)(const FLOATS chains[1])
-{
-    const __m256 halves[2] = { _mm512_castps512_ps256(chains[0]),
-                               _mm512_extractf32x8_ps(chains[0], 1) };
-    return tree_avx2(halves);
+    return (INTS)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
-    __m512i v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)p));
+    const __m256i low = (__m256i)quads_avx2(p, at);
 
-    if (at[0] != 0)
-        v = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)(p + at[0])));
-#undef PUT_QUAD
-#define PUT_QUAD(i, is_new) \
-    if (is_new) \
-        v = _mm512_mask_broadcast_i32x4( \
-            v, (__mmask16)((at[1] == at[i] ? 0x00f0 : 0) | \
-                           (at[2] == at[i] ? 0x0f00 : 0) | \
-                           (at[3] == at[i] ? 0xf000 : 0)), \
-            _mm_loadu_si128((const void *)(p + at[i])))
-    PUT_QUAD(1, at[1] != at[0]);
-    PUT_QUAD(2, at[2] != at[0] && at[2] != at[1]);
-    PUT_QUAD(3, at[3] != at[0] && at[3] != at[1] && at[3] != at[2]);
-    return (INTS)v;
+    return at[1] == at[0] && at[2] == at[0] && at[3] == at[0]
+        ? (INTS)_mm512_broadcast_i32x4(_mm256_castsi256_si128(low))
+        : FN(join)(low, (__m256i)quads_avx2(p, at + 2));
 }
 
 KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
 {
-    const void *p4 = p + 4 * stride, *p8 = p + 8 * stride;
-    const void *p12 = p + 12 * stride;
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const void *)p));
-
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p4), 1);
-    v = _mm512_inserti32x4(v, _mm_loadu_si128(p8), 2);
-    return (INTS)_mm512_inserti32x4(v, _mm_loadu_si128(p12), 3);
+    return FN(join)((__m256i)row_quads_avx2(p, stride),
+                    (__m256i)row_quads_avx2(p + 8 * stride, stride));
 }
 
-KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
+KERNEL_INLINE __m128 FN(quad)(__m512 v, const int i)
 {
-    return (INTS) { n[0], n[0], n[0], n[0], n[1], n[1], n[1], n[1],
-                    n[2], n[2], n[2], n[2], n[3], n[3], n[3], n[3] };
+    return i == 0 ? _mm512_castps512_ps128(v)
+         : i == 1 ? _mm512_extractf32x4_ps(v, 1)
+         : i == 2 ? _mm512_extractf32x4_ps(v, 2)
+                  : _mm512_extractf32x4_ps(v, 3);
 }
 
 KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
@@ -2571,152 +2461,8 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
     v[3] = (INTS)_mm512_shuffle_i32x4(high, high2, 0xdd);
 }
 
-/* v with its sign changed where w is negative. */
-KERNEL_INLINE __m512i FN(sign)(INTS v, INTS w)
-{
-    return _mm512_mask_sub_epi8((__m512i)v,
-                                _mm512_movepi8_mask((__m512i)w),
-                                _mm512_setzero_si512(), (__m512i)v);
-}
-
 #endif /* LANES */
-
-KERNEL_INLINE FLOATS FN(splat)(float f)
-{
-    return MM(set1_ps)(f);
-}
-
-KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
-{
-    return MM(fmadd_ps)(a, b, c);
-}
-
-KERNEL_INLINE INTS FN(look_up)(INTS table, INTS i)
-{
-    return (INTS)MM(shuffle_epi8)((MM_INTS)table, (MM_INTS)i);
-}
-
-KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
-{
-    return (INTS)MM(madd_epi16)((MM_INTS)a, (MM_INTS)b);
-}
-
-/* The even and the odd numbers of two registers, pair by pair: numbers of a
- * and b change places by fours in `to`. */
-KERNEL_INLINE void FN(zip)(INTS to[2], INTS a, INTS b)
-{
-    to[0] = (INTS)MM(unpacklo_epi32)((MM_INTS)a, (MM_INTS)b);
-    to[1] = (INTS)MM(unpackhi_epi32)((MM_INTS)a, (MM_INTS)b);
-}
-
-KERNEL_INLINE void FN(zip_pairs)(INTS to[2], INTS a, INTS b)
-{
-    to[0] = (INTS)MM(unpacklo_epi64)((MM_INTS)a, (MM_INTS)b);
-    to[1] = (INTS)MM(unpackhi_epi64)((MM_INTS)a, (MM_INTS)b);
-}
-
-KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
-{
-    INTS ab[2], cd[2], all[2];
-
-    FN(zip)(ab, a, b);
-    FN(zip)(cd, c, d);
-    FN(zip_pairs)(all, ab[0] + ab[1], cd[0] + cd[1]);
-    return all[0] + all[1];
-}
-
-KERNEL_INLINE void FN(transpose_4)(INTS v[4])
-{
-    INTS ab[2], cd[2];
-
-    FN(zip)(ab, v[0], v[1]);
-    FN(zip)(cd, v[2], v[3]);
-    FN(zip_pairs)(v, ab[0], cd[0]);
-    FN(zip_pairs)(v + 2, ab[1], cd[1]);
-}
-
-/* The f16 at p of 8 rows.  A load that begins 2i bytes earlier has that of row
- * i in its place already; it stays within the rows, as there is one before. */
-KERNEL_INLINE __m128i FN(words)(const uint8_t *p, size_t stride)
-{
-    __m128i v = _mm_loadu_si128((const void *)p);
-
-#undef TAKE
-#define TAKE(i) \
-    v = _mm_blend_epi16( \
-        v, _mm_loadu_si128((const void *)(p + (i) * stride - 2 * (i))), \
-        1 << (i))
-    TAKE(1);
-    TAKE(2);
-    TAKE(3);
-    TAKE(4);
-    TAKE(5);
-    TAKE(6);
-    TAKE(7);
-    return v;
-}
-
-/* The f16 at p of every row. */
-KERNEL_INLINE FLOATS FN(column_f16)(const uint8_t *p, size_t stride)
-{
-#if LANES == 8
-    return _mm256_cvtph_ps(FN(words)(p, stride));
-#else
-    return _mm512_cvtph_ps(_mm256_set_m128i(
-        FN(words)(p + 8 * stride, stride), FN(words)(p, stride)));
-#endif
-}
-
-#if LANES == 16
-
-/* Where blocks have 16 to 20 bytes, number i of a row is in quad i of the 64
- * bytes at p: it becomes number r % 8 of that quad, for r < 8 in h[0]. */
-KERNEL_INLINE void FN(near_columns)(FLOATS d[4], const uint8_t *p,
-                                    size_t stride, const uint8_t bytes)
-{
-    const uint8_t more = bytes - 16;
-    const uint8_t from[4] = { 0, more, 2 * more, 3 * more };
-    const __m512i pick = (__m512i)(FN(quad_ints)(from) * 0x01010101 +
-                                   0x01000100);
-    __m512i h[2] = { _mm512_setzero_si512(), _mm512_setzero_si512() };
-
-    UNROLL
-    for (size_t r = 0; r < 16; r++)
-        h[r / 8] = _mm512_mask_shuffle_epi8(
-            h[r / 8], 0x0003000300030003u << 2 * (r % 8),
-            _mm512_loadu_si512((const void *)(p + r * stride)), pick);
-    UNROLL
-    for (int i = 0; i < 2; i++) {
-        __m512i v = i == 0 ? _mm512_shuffle_i32x4(h[0], h[1], 0x88)
-                           : _mm512_shuffle_i32x4(h[0], h[1], 0xdd);
-        v = _mm512_shuffle_i32x4(v, v, 0xd8);
-        d[i] = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
-        d[i + 2] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
-    }
-}
-
-#endif
 #endif /* x86 */
-
-/* d[i] = the f16 at p + i * bytes of every row. */
-KERNEL_INLINE void FN(columns_f16)(FLOATS d[QUADS], const uint8_t *p,
-                                   size_t stride, const size_t bytes)
-{
-#if LANES == 16
-    if (bytes <= 20) {
-        FN(near_columns)(d, p, stride, (uint8_t)bytes);
-        return;
-    }
-#endif
-    UNROLL
-    for (size_t i = 0; i < QUADS; i++)
-        d[i] = FN(column_f16)(p + i * bytes, stride);
-}
-
-KERNEL_INLINE INTS FN(splat_int)(int n)
-{
-    return (INTS) { 0 } + n;
-}
 
 KERNEL_INLINE FLOATS FN(load)(const float *p)
 {
@@ -2730,67 +2476,95 @@ KERNEL_INLINE void FN(store)(float *p, FLOATS v)
     memcpy(p, &v, sizeof v);
 }
 
-KERNEL_INLINE FLOATS FN(to_floats)(INTS v)
-{
-    return __builtin_convertvector(v, FLOATS);
-}
+#define LOAD(p) FN(load)(p)
+#define STORE(p, v) FN(store)(p, v)
+
+/* The same number everywhere, or the same byte. */
+#define SPLAT_INT(n) ((INTS){ 0 } + (n))
+#define SPLAT_BYTE(n) SPLAT_INT((int32_t)((uint32_t)(n) * 0x01010101u))
 
 /* Shifted down, zeros coming in: by one number, or each by its own. */
-KERNEL_INLINE INTS FN(shift)(INTS v, int n)
+#define SHIFT(v, n) ((INTS)((UINTS)(v) >> (UINTS)((INTS){ 0 } + (n))))
+
+#define TO_FLOATS(v) __builtin_convertvector(v, FLOATS)
+
+/* a where m is true, b elsewhere. */
+KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
-    return (INTS)((UINTS)v >> (uint32_t)n);
+    return (FLOATS)(((INTS)a & m) | ((INTS)b & ~m));
 }
 
-KERNEL_INLINE INTS FN(shift_each)(INTS v, INTS n)
+/* n[i] in all elements of quad i. */
+KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
 {
-    return (INTS)((UINTS)v >> (UINTS)n);
+    INTS v = { 0 };
+
+    UNROLL
+    for (int i = 0; i < LANES; i++)
+        v[i] = n[i / 4];
+    return v;
 }
 
+/* The 16 bytes at p in all quads. */
+#define REPEAT_16(p) FN(quads)(p, (const uint8_t[4]){ 0 })
+
+/* In every quad, 4 x 4 numbers. */
+KERNEL_INLINE void FN(transpose_4)(INTS v[4])
+{
+    const INTS ab[2] = { ZIP_LOW(v[0], v[1]), ZIP_HIGH(v[0], v[1]) };
+    const INTS cd[2] = { ZIP_LOW(v[2], v[3]), ZIP_HIGH(v[2], v[3]) };
+
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        v[2 * i] = PAIR_LOW(ab[i], cd[i]);
+        v[2 * i + 1] = PAIR_HIGH(ab[i], cd[i]);
+    }
+}
+
+/* The lower half of every number is an f16. */
+#define LOW_F16(v) FROM_F16((HALF)__builtin_convertvector(v, FN(half_words)))
+
+/* The small blocks.  Each is its namesake of Part I or section 7 or 10, with
+ * the same operations on every element in the same order. */
 KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
 {
-    const FLOATS magic = FN(splat)(ROUND_MAGIC), one = FN(splat)(1);
-    FLOATS y = FN(choose)(x > 88.0f, FN(splat)(88), x);
-    FLOATS t = FN(fma)(y, FN(splat)(1.44269504f), magic);
-    FLOATS n = t - magic;
-    FLOATS r = FN(fma)(n, FN(splat)(-0.693145752f), y);
-    FLOATS p = FN(splat)(1.0f / 5040);
+    FLOATS y = FN(choose)(x > 88.0f, SPLAT(88.0f), x);
+    FLOATS t = FMA(y, SPLAT(1.44269504f), SPLAT(ROUND_MAGIC));
+    FLOATS n = t - ROUND_MAGIC;
+    FLOATS r = FMA(n, SPLAT(-0.693145752f), y), p = SPLAT(exp_factor[0]);
 
-    r = FN(fma)(n, FN(splat)(-1.42860677e-6f), r);
-    p = FN(fma)(p, r, FN(splat)(1.0f / 720));
-    p = FN(fma)(p, r, FN(splat)(1.0f / 120));
-    p = FN(fma)(p, r, FN(splat)(1.0f / 24));
-    p = FN(fma)(p, r, FN(splat)(1.0f / 6));
-    p = FN(fma)(p, r, FN(splat)(0.5f));
-    p = FN(fma)(p, r, one);
-    p = FN(fma)(p, r, one);
+    r = FMA(n, SPLAT(-1.42860677e-6f), r);
+    UNROLL
+    for (int i = 1; i < 8; i++)
+        p = FMA(p, r, SPLAT(exp_factor[i]));
     p = (FLOATS)((UINTS)p + ((UINTS)t << 23));
-    p = FN(choose)(x < -87.0f, FN(splat)(0), p);
+    p = (FLOATS)((INTS)p & ~(INTS)(x < -87.0f));
     return FN(choose)(x == x, p, x);
 }
 
-/* The small blocks.  Each is its namesake of Part I or section 10, with the
- * same operations on every element in the same order. */
 #if LANES < 16 && !DOT
 
 KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
 {
-    FLOATS chain[FN(CHAINS)] = { { 0 } };
+    FLOATS chain[CHAINS] = { { 0 } };
+    float all[16];
 
     if (n % 16 != 0)
         return dot_f32(a, b, n);
     for (int i = 0; i < n; i += 16)
         UNROLL
-        for (int h = 0; h < FN(CHAINS); h++)
-            chain[h] = FN(fma)(FN(load)(a + i + h * LANES),
-                               FN(load)(b + i + h * LANES), chain[h]);
-    return FN(tree)(chain);
+        for (int h = 0; h < CHAINS; h++)
+            chain[h] = FMA(LOAD(a + i + h * LANES), LOAD(b + i + h * LANES),
+                           chain[h]);
+    memcpy(all, chain, sizeof all);
+    return sum_16(all);
 }
 
 KERNEL void FN(swiglu)(float *gate, const float *up, int n)
 {
     for (int i = 0; i < n; i += LANES) {
-        FLOATS g = FN(load)(gate + i), u = FN(load)(up + i);
-        FN(store)(gate + i, g / (1.0f + FN(exp)(-g)) * u);
+        FLOATS g = LOAD(gate + i), u = LOAD(up + i);
+        STORE(gate + i, g / (1.0f + FN(exp)(-g)) * u);
     }
 }
 
@@ -2799,8 +2573,7 @@ KERNEL void FN(add_scaled)(float *y, float a, const float *x, int n)
     int i = 0;
 
     for (; i + LANES <= n; i += LANES)
-        FN(store)(y + i, FN(fma)(FN(splat)(a), FN(load)(x + i),
-                                 FN(load)(y + i)));
+        STORE(y + i, FMA(SPLAT(a), LOAD(x + i), LOAD(y + i)));
     add_scaled(y + i, a, x + i, n - i);
 }
 
@@ -2813,10 +2586,10 @@ KERNEL void FN(rope)(float *head, const float *turn, int head_dim)
         return;
     }
     for (int i = 0; i < half; i += LANES) {
-        FLOATS c = FN(load)(turn + i), s = FN(load)(turn + half + i);
-        FLOATS a = FN(load)(head + i), b = FN(load)(head + half + i);
-        FN(store)(head + i, FN(fma)(a, c, -(b * s)));
-        FN(store)(head + half + i, FN(fma)(b, c, a * s));
+        FLOATS c = LOAD(turn + i), s = LOAD(turn + half + i);
+        FLOATS a = LOAD(head + i), b = LOAD(head + half + i);
+        STORE(head + i, FMA(a, c, -(b * s)));
+        STORE(head + half + i, FMA(b, c, a * s));
     }
 }
 
@@ -2827,33 +2600,37 @@ KERNEL void FN(conv_step)(float *y, float *const *u, const float *w,
     const size_t last = (size_t)l_cache - 1;
 
     for (size_t i = 0; i < UNIT; i += LANES) {
-        FLOATS v = FN(load)(w + i) * FN(load)(u[0] + i);
-        FN(store)(u[last] + i, FN(load)(b + i) * FN(load)(x + i));
+        FLOATS v = LOAD(w + i) * LOAD(u[0] + i);
+        STORE(u[last] + i, LOAD(b + i) * LOAD(x + i));
         for (size_t k = 1; k <= last; k++)
-            v = FN(fma)(FN(load)(w + k * n + i), FN(load)(u[k] + i), v);
-        FN(store)(x + i, v);
-        FN(store)(y + i, FN(load)(c + i) * v);
+            v = FMA(LOAD(w + k * n + i), LOAD(u[k] + i), v);
+        STORE(x + i, v);
+        STORE(y + i, LOAD(c + i) * v);
     }
 }
 
-KERNEL void FN(quantize)(struct q8_block *to, const float *x)
+KERNEL void FN(quantize)(struct q8_group *to, const float *x)
 {
-    FLOATS v[32 / LANES];
-    INTS q[32 / LANES], top = { 0 };
+    FLOATS v[CHAINS * 2];
+    INTS q[CHAINS * 2], top = { 0 };
+    int32_t largest = 0;
 
     UNROLL
-    for (int i = 0; i < 32 / LANES; i++) {
-        v[i] = FN(load)(x + LANES * i);
+    for (int i = 0; i < 2 * CHAINS; i++) {
+        v[i] = LOAD(x + LANES * i);
         INTS size = (INTS)v[i] & 0x7fffffff;
         top ^= (top ^ size) & (size > top);
     }
-    const float amax = float_of(FN(largest)(top));
+    UNROLL
+    for (int i = 0; i < LANES; i++)
+        largest = top[i] > largest ? top[i] : largest;
+    const float amax = float_of((uint32_t)largest);
     if (!(amax >= 0x1p-100f && amax <= FLT_MAX)) {
         quantize(to, x);
         return;
     }
     UNROLL
-    for (int i = 0; i < 32 / LANES; i++) {
+    for (int i = 0; i < 2 * CHAINS; i++) {
         FLOATS r = v[i] * (127 / amax) + ROUND_MAGIC;
         q[i] = __builtin_convertvector(r - ROUND_MAGIC, INTS);
     }
@@ -2863,19 +2640,19 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
 }
 
 #endif
-#endif /* KERNELS */
 
 /* ------------------------------------------------ 12. Kernels: products
  *
  * Few rows of x (FEW at most): the speed of the memory decides.  Weights go
- * from the file to registers and are never stored.  A step takes QUADS groups
- * of LANES rows:
+ * from the file to registers and are never stored.  They are taken four rows at
+ * a time, because CPUs foresee what is read from a few places only, in steps of
+ * QUADS groups:
  *
  *   1. of one row, each quad of a register holds 16 bytes of another group;
  *   2. dot_4() multiplies them with the same groups of x;
- *   3. sum_4() and transpose_quads() turn the sums around, so that a register
- *      has those of one group for all LANES rows;
- *   4. add_group() scales them and adds them to the results.
+ *   3. sum_4() makes one register of those of four rows: a quad has the sums of
+ *      its group for each row, and the scales are laid out alike;
+ *   4. one quad after the other is scaled and added to the four results.
  *
  * Many rows of x: LANES rows are unpacked to a tile, two tiles to a panel.
  * A vector holds four columns of the LANES rows of a tile, so that multiplying
@@ -2887,52 +2664,22 @@ KERNEL void FN(quantize)(struct q8_block *to, const float *x)
  *
  * With more than SOME rows of x a panel covers all columns and stays in the
  * second-level cache; with fewer it covers eight groups at a time and stays in
- * the first. */
+ * the first.
+ *
+ * Functions that take a format k are compiled for each one: few_Q4_0_avx2() in
+ * a profile is FN(few_##type) here. */
 
-#ifndef KERNELS
-enum {
-    FEW = 3,                              /* at most: straight from the file */
-    SOME = 7,                             /* at most: panels of eight groups */
-    AHEAD = 16384,                        /* bytes to fetch ahead, besides a
-                                             tile; found by measuring        */
-
-    MANY = 16,                            /* rows of x that are many for
-                                             weights in floats, ...          */
-    BLOCK_COLS = 512,                     /* ... taken in blocks of columns  */
-    MOST_X_ROWS = 6                       /* of X_ROWS, below                */
-};
-
-#endif /* not KERNELS */
-
-#ifdef KERNELS
-
-enum { FN(PANEL) = 2 * LANES };           /* rows of weights                 */
-
-typedef int8_t FN(bytes) __attribute__((vector_size(4 * LANES)));
-typedef int16_t FN(words16) __attribute__((vector_size(4 * LANES)));
+#define PANEL (2 * LANES)                 /* rows of weights                 */
 
 /* Signed bytes are made unsigned where the instruction wants it. */
-enum { FN(SIGNED) = DOT && LANES > 4 ? 128 : 0 };
-
-/* A byte everywhere. */
-KERNEL_INLINE INTS FN(splat_byte)(int n)
-{
-    return FN(splat_int)((int)((uint32_t)n * 0x01010101u));
-}
+#define SIGNED (DOT && LANES > 4 ? 128 : 0)
 
 /* Four bytes, repeated everywhere. */
 KERNEL_INLINE INTS FN(repeat)(const void *p)
 {
     int32_t four;
     memcpy(&four, p, sizeof four);
-    return FN(splat_int)(four);
-}
-
-/* 16 bytes in every quad. */
-KERNEL_INLINE INTS FN(repeat_16)(const void *p)
-{
-    static const uint8_t same[4] = { 0 };
-    return FN(quads)(p, same);
+    return SPLAT_INT(four);
 }
 
 /* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
@@ -2940,8 +2687,7 @@ KERNEL_INLINE INTS FN(field)(const struct bit_field *f, const uint8_t *b,
                              const int g, const int h)
 {
     INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
-    v = FN(shift_each)(v, FN(quad_ints)(f->shift + g));
-    return v & FN(splat_byte)(f->mask);
+    return SHIFT(v, FN(quad_ints)(f->shift + g)) & SPLAT_BYTE(f->mask);
 }
 
 /* Bit i of the 32-bit number at p becomes bit 4 of byte i; 16 of them. */
@@ -2955,10 +2701,10 @@ KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
         { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
         { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 }
     };
-    const INTS bit = FN(repeat_16)(which);
-    INTS v = FN(look_up)(FN(quads)(p, of), FN(repeat_16)(byte[h])) & bit;
+    const INTS bit = REPEAT_16(which);
+    INTS v = LOOK_UP(FN(quads)(p, of), REPEAT_16(byte[h])) & bit;
 
-    return (INTS)((FN(bytes))v == (FN(bytes))bit) & FN(splat_byte)(16);
+    return (INTS)((FN(bytes))v == (FN(bytes))bit) & SPLAT_BYTE(16);
 }
 
 /* Groups g .. g+QUADS-1 of the block at b of a row, a quad each: columns 0..15
@@ -2969,206 +2715,228 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
 {
     if (k->split) {
         INTS v = FN(quads)(b + k->low.at, k->low.of + g);
-        w[0] = v & FN(splat_byte)(15);
-        w[1] = FN(shift)(v, 4) & FN(splat_byte)(15);
+        w[0] = v & SPLAT_BYTE(15);
+        w[1] = SHIFT(v, 4) & SPLAT_BYTE(15);
     }
     UNROLL
     for (int h = 0; h < 2; h++) {
         if (!k->split)
             w[h] = FN(field)(&k->low, b, g, h);
         if (k->high.mask)
-            w[h] |= (INTS)((UINTS)FN(field)(&k->high, b, g, h) <<
-                           (uint32_t)k->high_to);
+            w[h] |= FN(field)(&k->high, b, g, h) << k->high_to;
         if (k->fifth)
             w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
         if (k->iq4)
-            w[h] = FN(look_up)(FN(repeat_16)(iq4_value), w[h]);
+            w[h] = LOOK_UP(REPEAT_16((const void *)iq4_value), w[h]);
         if (k->is_signed)
-            w[h] ^= FN(splat_byte)(FN(SIGNED));
+            w[h] ^= SPLAT_BYTE(SIGNED);
     }
 }
 
-/* The scales and minima of LANES rows: of QUADS groups; or of a K block, where
- * byte i of s and min, in steps of four, belongs to group or half i. */
+/* The scales and minima of LANES rows: d[i], m[i] of group i; or of a K block,
+ * where byte i of s and min, in steps of four, belongs to group or half i.
+ *
+ * Or those of only four rows: quad i of d[0], m[0] is of group i; what a K block
+ * has is the same in all quads. */
 struct FN(scales) {
     FLOATS d[QUADS], m[QUADS];
     INTS s[4], min[4];
 };
 
-/* Bits n and up of every byte, as many as are set in `mask`. */
-KERNEL_INLINE INTS FN(bits)(INTS v, int n, int mask)
-{
-    return FN(shift)(v, n) & FN(splat_byte)(mask);
-}
-
 /* Bytes 4j .. 4j+3 at p of every row to v[j]. */
-KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
+KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride,
+                               const int four)
 {
     UNROLL
-    for (int i = 0; i < 4; i++)
-        v[i] = FN(row_quads)(p + (size_t)i * stride, stride);
+    for (int i = 0; i < 4; i++, p += stride)
+        v[i] = four ? REPEAT_16(p) : FN(row_quads)(p, stride);
     FN(transpose_4)(v);
 }
 
-/* The scales that Q4_K and Q5_K, Q2_K, Q3_K, Q6_K and IQ4_XS have in s[]. */
-KERNEL_INLINE void FN(scales_q4_k)(struct FN(scales) *to, const INTS h[4])
+/* The first four bytes of QUADS blocks, a quad for each, of four rows.  Where
+ * blocks have 16 to 20 bytes, those of block i are in quad i of 64 bytes. */
+KERNEL_INLINE INTS FN(heads)(const uint8_t *p, size_t stride,
+                             const struct format *k)
 {
-    to->s[0] = FN(bits)(h[1], 0, 63);
-    to->min[0] = FN(bits)(h[2], 0, 63);
-    to->s[1] = FN(bits)(h[3], 0, 15) | FN(bits)(h[1], 2, 48);
-    to->min[1] = FN(bits)(h[3], 4, 15) | FN(bits)(h[2], 2, 48);
-}
+    INTS v[4];
 
-KERNEL_INLINE void FN(scales_q2_k)(struct FN(scales) *to, const INTS h[4])
-{
-    UNROLL
-    for (int j = 0; j < 4; j++) {
-        to->s[j] = FN(bits)(h[j], 0, 15);
-        to->min[j] = FN(bits)(h[j], 4, 15);
+#if LANES == 16
+    if (k->bytes <= 20) {
+        const uint8_t from[4] = EACH((uint8_t)(k->bytes - 16));
+        const INTS pick = FN(quad_ints)(from) * 0x01010101 + 0x03020100;
+        __m512i all = _mm512_setzero_si512();
+
+        UNROLL
+        for (int r = 0; r < 4; r++, p += stride)
+            all = _mm512_mask_shuffle_epi8(
+                all, 0x000f000f000f000fu << 4 * r,
+                _mm512_loadu_si512((const void *)p), (__m512i)pick);
+        return (INTS)all;
     }
+#endif
+    UNROLL
+    for (int r = 0; r < 4; r++, p += stride)
+        v[r] = FN(quads)(p, k->low.of);
+    FN(transpose_4)(v);
+    return v[0];
 }
 
-KERNEL_INLINE void FN(scales_q3_k)(struct FN(scales) *to, const INTS h[4])
+/* The scales and minima of a K block, out of the 16 bytes with them. */
+KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
+                                     const struct format *k)
 {
+#define BYTE_BITS(v, n, mask) (SHIFT(v, n) & SPLAT_BYTE(mask))
+    if (k->scales == scales_q4_k) {
+        to->s[0] = BYTE_BITS(h[1], 0, 63);
+        to->min[0] = BYTE_BITS(h[2], 0, 63);
+        to->s[1] = BYTE_BITS(h[3], 0, 15) | BYTE_BITS(h[1], 2, 48);
+        to->min[1] = BYTE_BITS(h[3], 4, 15) | BYTE_BITS(h[2], 2, 48);
+    }
     UNROLL
     for (int j = 0; j < 4; j++)
-        to->s[j] = FN(bits)(h[1 + j % 2], j / 2 * 4, 15) |
-                   (INTS)((UINTS)FN(bits)(h[3], j * 2, 3) << 4u);
+        if (k->scales == scales_q2_k) {
+            to->s[j] = BYTE_BITS(h[j], 0, 15);
+            to->min[j] = BYTE_BITS(h[j], 4, 15);
+        } else if (k->scales == scales_q3_k) {
+            to->s[j] = BYTE_BITS(h[1 + j % 2], j / 2 * 4, 15) |
+                       BYTE_BITS(h[3], j * 2, 3) << 4;
+        } else if (k->scales == scales_q6_k) {
+            to->s[j] = h[j] ^ SPLAT_BYTE(128);
+        } else if (k->scales == scales_iq4_xs && j < 2) {
+            INTS low = SHIFT(h[1], 16 * j) & 0xffff;
+            INTS high = SHIFT(h[0], 16 + 8 * j) & 0xff;
+            low = (low | low << 8) & 0x00ff00ff;
+            low = (low | low << 4) & 0x0f0f0f0f;
+            high = (high | high << 12) & 0x000f000f;
+            high = (high | high << 6) & 0x03030303;
+            to->s[j] = low | high << 4;
+        }
 }
 
-KERNEL_INLINE void FN(scales_iq4_xs)(struct FN(scales) *to, const INTS h[4])
-{
-    UNROLL
-    for (int j = 0; j < 2; j++) {
-        UINTS low = (UINTS)h[1] >> (16u * (uint32_t)j) & 0xffffu;
-        UINTS high = (UINTS)h[0] >> (16 + 8u * (uint32_t)j) & 0xffu;
-        low = (low | low << 8u) & 0x00ff00ffu;
-        low = (low | low << 4u) & 0x0f0f0f0fu;
-        high = (high | high << 12u) & 0x000f000fu;
-        high = (high | high << 6u) & 0x03030303u;
-        to->s[j] = (INTS)(low | high << 4u);
-    }
-}
-
-/* Read the scales at b: of the next QUADS groups, or of a K block. */
+/* Read the scales at b: of the next QUADS groups, or of a K block.  If that
+ * begins with d and dmin, they are among the 16 bytes. */
 KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
-                                   size_t stride, const struct format *k)
+                                   size_t stride, const int four,
+                                   const struct format *k)
 {
-    INTS h[4];
+    const int n = k->block == 32 && !four ? QUADS : 1;
+    INTS h[4], head[QUADS];
 
     if (k->block == 32) {
-        FN(columns_f16)(to->d, b, stride, k->bytes);
-        if (k->has_min)
-            FN(columns_f16)(to->m, b + 2, stride, k->bytes);
         UNROLL
-        for (int i = 0; i < QUADS; i++)
-            to->m[i] = k->has_min ? -to->m[i] : FN(splat)(0);
-        return;
-    }
-    if (k == &formats[Q2_K]) {
-        FN(load_16)(h, b + 68, stride);   /* d and dmin are last             */
-        h[0] = h[3];
-        to->d[0] = FN(low_f16)(h[0]);
-        to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
-        FN(load_16)(h, b, stride);
-        FN(scales_q2_k)(to, h);
-    } else if (k == &formats[Q3_K]) {
-        FN(load_16)(h, b + 92, stride);
-        FN(scales_q3_k)(to, h);
-        to->d[0] = FN(column_f16)(b + 108, stride);
-    } else if (k == &formats[Q6_K]) {
-        FN(load_16)(to->s, b + 192, stride);
-        UNROLL
-        for (int j = 0; j < 4; j++)
-            to->s[j] ^= FN(splat_byte)(128);
-        to->d[0] = FN(column_f16)(b + 208, stride);
+        for (int i = 0; i < n; i++, b += 4 * stride)
+            head[i] = FN(heads)(b, stride, k);
+        if (n > 1)
+            FN(transpose_quads)(head);
     } else {
-        FN(load_16)(h, b, stride);
-        to->d[0] = FN(low_f16)(h[0]);
-        to->m[0] = FN(low_f16)(FN(shift)(h[0], 16));
-        if (k->iq4)
-            FN(scales_iq4_xs)(to, h);
-        else
-            FN(scales_q4_k)(to, h);
+        FN(load_16)(h, b + k->scales_at, stride, four);
+        FN(unpack_scales)(to, h, k);
+        if (k->d_at > 0)                  /* there it ends with d, or dmin   */
+            FN(load_16)(h, b + k->bytes - 16, stride, four);
+        head[0] = k->d_at == 0 ? h[0] : k->has_min ? h[3] : SHIFT(h[3], 16);
+    }
+    UNROLL
+    for (int i = 0; i < n; i++) {
+        to->d[i] = LOW_F16(head[i]);
+        to->m[i] = LOW_F16(SHIFT(head[i], 16));
+        if (k->block == 32)
+            to->m[i] = -to->m[i];
     }
 }
 
-/* Byte i of every row. */
-KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i)
+/* Byte i of every row; or, a quad each, bytes i, i + step, ... */
+KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i, const int step)
 {
-    return FN(to_floats)(FN(shift)(s[i / 4], 8 * (i % 4)) & 255);
+    static const uint8_t upper[4] = { 0, 0, 255, 255 };
+    uint8_t down[4];
+    INTS v = s[i / 4];
+
+    UNROLL
+    for (int j = 0; j < 4; j++)
+        down[j] = (uint8_t)((i + j * step) % 4 * 8);
+    if (LANES == 16 && step == 2)         /* two of them are in the next     */
+        v ^= (v ^ s[i / 4 + 1]) & FN(quad_ints)(upper) * 0x01010101;
+    return TO_FLOATS(SHIFT(v, FN(quad_ints)(down)) & 255);
 }
 
-/* d and m of half h of group g, out of those that were read. */
-KERNEL_INLINE FLOATS FN(scale)(const struct FN(scales) *s, const int g,
-                               const int h, const struct format *k)
+/* d and m of the halves of group g, or of groups g .. g+QUADS-1 of four rows,
+ * out of those that were read. */
+KERNEL_INLINE void FN(scale)(FLOATS d[2], FLOATS m[2],
+                             const struct FN(scales) *s, const int g,
+                             const int four, const struct format *k)
 {
-    const int i = k->per_16 ? 2 * g + h : g;
+    const int step = four ? k->halves : 0;
 
-    if (k->block == 32)
-        return s->d[g];
-    FLOATS f = FN(byte_of)(s->s, i);
-    if (k->scale_offset)
-        f -= (float)k->scale_offset;
-    return s->d[0] * f;
-}
-
-KERNEL_INLINE FLOATS FN(minimum)(const struct FN(scales) *s, const int g,
-                                 const int h, const struct format *k)
-{
-    if (k->block == 32)
-        return s->m[g];
-    return s->m[0] * FN(byte_of)(s->min, k->per_16 ? 2 * g + h : g);
-}
-
-/* acc + what group x adds, whose halves have the integer sums s, or all of it
- * s[0]; d and m are those of the halves: a step of dot_row(). */
-KERNEL_INLINE FLOATS FN(add_scaled_sums)(FLOATS acc, const INTS s[2],
-                                         const FLOATS d[2], const FLOATS m[2],
-                                         const struct q8_block *x,
-                                         const struct format *k)
-{
-    const FLOATS dx = FN(splat)(x->d);
-
-    if (!k->per_16) {
-        acc = FN(fma)(d[0] * dx, FN(to_floats)(s[0]), acc);
-        return k->has_min ? FN(fma)(-m[0], FN(splat)(x->s), acc) : acc;
+    m[0] = m[1] = SPLAT(0);
+    UNROLL
+    for (int h = 0; h < k->halves; h++) {
+        const int i = k->halves * g + h;
+        if (k->block == 32) {
+            d[h] = s->d[four ? 0 : g];
+            m[h] = s->m[four ? 0 : g];
+            continue;
+        }
+        d[h] = s->d[0] * (FN(byte_of)(s->s, i, step) - (float)k->scale_offset);
+        if (k->has_min)
+            m[h] = s->m[0] * FN(byte_of)(s->min, i, step);
     }
-    FLOATS u = d[0] * FN(to_floats)(s[0]);
-    acc = FN(fma)(dx, FN(fma)(d[1], FN(to_floats)(s[1]), u), acc);
-    if (k->has_min) {
-        FLOATS v = m[0] * (float)x->sum[0];
-        v = FN(fma)(m[1], FN(splat)((float)x->sum[1]), v);
-        acc = FN(fma)(-dx, v, acc);
-    }
-    return acc;
 }
 
-/* Of the bytes that are multiplied. */
-KERNEL_INLINE int FN(offset)(const struct format *k)
+/* What comes with a group of x, see struct q8_group. */
+struct FN(head) { FLOATS d, s; INTS sum; };
+
+/* A group adds a[0] b[0] to a result and, if there is a minimum, a[1] b[1]. */
+struct FN(addends) { FLOATS a[2], b[2]; };
+
+/* What group x adds.  The halves have the integer sums s, or all of it s[0]; d
+ * and m are those of the halves: a step of dot_row(). */
+KERNEL_INLINE struct FN(addends) FN(scale_sums)(const INTS s[2],
+                                                const FLOATS d[2],
+                                                const FLOATS m[2],
+                                                const struct FN(head) *x,
+                                                const struct format *k)
 {
-    return k->is_signed ? FN(SIGNED) : k->offset;
+    if (k->halves == 1)
+        return (struct FN(addends)){ { d[0] * x->d, -m[0] },
+                                     { TO_FLOATS(s[0]), x->s } };
+    const FLOATS sum0 = TO_FLOATS(FN(pairs)(x->sum, SPLAT_INT(1)));
+    const FLOATS sum1 = TO_FLOATS(FN(pairs)(x->sum, SPLAT_INT(1 << 16)));
+    return (struct FN(addends)){
+        { x->d, -x->d },
+        { FMA(d[1], TO_FLOATS(s[1]), d[0] * TO_FLOATS(s[0])),
+          FMA(m[1], sum1, m[0] * sum0) }
+    };
 }
 
-/* What the offset of the weights takes from the sum of half h, or of all. */
-KERNEL_INLINE INTS FN(bias)(const struct q8_block *x, const int h, int offset,
-                            const struct format *k)
+/* Of the bytes that are multiplied; and what it adds to the sum of half h of a
+ * group with the sums of x, or to all of it, with its sign changed. */
+#define OFFSET(k) ((k)->is_signed ? SIGNED : (k)->offset)
+
+KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
+                                   const struct format *k)
 {
-    const uint32_t n = (uint32_t)-offset;
-    const uint32_t both = !k->per_16 ? (n & 0xffff) | n << 16
-                          : h == 0 ? n & 0xffff : n << 16;
-    return FN(pairs)(FN(repeat)(x->sum), FN(splat_int)((int32_t)both));
+    const uint32_t n = (uint32_t)-offset & 0xffff;
+    const uint32_t both = k->halves == 1 ? n | n << 16 : n << 16 * h;
+    return FN(pairs)(sum, SPLAT_INT((int32_t)both));
 }
 
 #if LANES > 4 && !DOT
 
 /* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
-KERNEL_INLINE FN(words16) FN(byte_pairs)(INTS w, INTS x, int is_signed)
+KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 {
-    return is_signed
-        ? (FN(words16))MM(maddubs_epi16)(MM(abs_epi8)((MM_INTS)w),
-                                         FN(sign)(x, w))
-        : (FN(words16))MM(maddubs_epi16)((MM_INTS)w, (MM_INTS)x);
+    MM_INTS a = (MM_INTS)w, b = (MM_INTS)x;
+
+    if (is_signed) {
+#if LANES == 8
+        b = _mm256_sign_epi8(b, a);
+#else
+        b = _mm512_mask_sub_epi8(b, _mm512_movepi8_mask(a),
+                                 _mm512_setzero_si512(), b);
+#endif
+        a = MM(abs_epi8)(a);
+    }
+    return (FN(words))MM(maddubs_epi16)(a, b);
 }
 
 #endif
@@ -3181,147 +2949,126 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 #if DOT && LANES == 4
     ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
     return s;
+#elif DOT && LANES == 8
+    return (INTS)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, (__m256i)x);
 #elif DOT
-    return (INTS)DPBUSD((MM_INTS)s, (MM_INTS)w, (MM_INTS)x);
+    return (INTS)_mm512_dpbusd_epi32((__m512i)s, (__m512i)w, (__m512i)x);
 #elif LANES == 4
     int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
     int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
-    return (INTS)vpadalq_s16((int32x4_t)s,
-                             vpaddq_s16(low, vmull_high_s8(a, b)));
+    return vpadalq_s16(s, vpaddq_s16(low, vmull_high_s8(a, b)));
 #else
     return s + FN(pairs)((INTS)FN(byte_pairs)(w, x, is_signed),
-                         FN(splat_int)(0x00010001));
+                         SPLAT_INT(0x00010001));
 #endif
 }
 
-/* -- few rows of x */
+/* ---- few rows of x */
 
-/* Halves `first` .. `last` of a row times those of x, in sums of columns. */
-KERNEL_INLINE INTS FN(dot)(const INTS w[2], const INTS x[2], const int first,
-                           const int last, const struct format *k)
-{
-    INTS s = { 0 };
-
-    for (int h = first; h <= last; h++)
-        s = FN(dot_4)(s, w[h], x[h], k->is_signed);
-    return s;
-}
-
-/* One of the few rows of x: its next groups, what they give with LANES rows of
- * weights, and the results so far. */
+/* One of them: its next groups, and the results so far. */
 struct FN(few) {
-    const struct q8_block *x;
-    INTS q[2], sum[2][QUADS];
-    FLOATS acc;
+    const struct q8_group *x;
+    FOUR acc[FOURS];
 };
 
-/* Four rows of weights from b on, times all x, to sum[][r]. */
-KERNEL_INLINE void FN(four_rows)(struct FN(few) *to, const int n, const int r,
-                                 const uint8_t *b, size_t stride, const int g,
-                                 const struct format *k)
+/* Groups g .. g+QUADS-1 of the blocks at b, of four rows, times those of all x,
+ * to acc[four]. */
+KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
+                            const uint8_t *b, size_t stride, const int g,
+                            const struct FN(scales) *s, const struct format *k)
 {
-    const int halves = k->per_16 ? 2 : 1;
+    static const uint8_t each[4] = EACH(sizeof(struct q8_group));
+    const int offset = OFFSET(k);
+    FLOATS d[2], m[2];
     INTS w[4][2];
 
+    FN(scale)(d, m, s, g, 1, k);
     UNROLL
     for (int i = 0; i < 4; i++)
         FN(unpack)(w[i], b + (size_t)i * stride, g, k);
-    for (int t = 0; t < n; t++)
-        UNROLL
-        for (int h = 0; h < halves; h++) {
-            const int last = k->per_16 ? h : 1;
-            to[t].sum[h][r] = FN(sum_4)(FN(dot)(w[0], to[t].q, h, last, k),
-                                        FN(dot)(w[1], to[t].q, h, last, k),
-                                        FN(dot)(w[2], to[t].q, h, last, k),
-                                        FN(dot)(w[3], to[t].q, h, last, k));
-        }
-}
-
-/* Group i of a step, which has the scales of group `from`, to the results. */
-KERNEL_INLINE void FN(add_group)(struct FN(few) *to, const int n, const int i,
-                                 const struct FN(scales) *s, const int from,
-                                 const struct format *k)
-{
-    const int halves = k->per_16 ? 2 : 1;
-    const int offset = FN(offset)(k);
-    FLOATS d[2], m[2];
-    INTS sum[2];
-
-    UNROLL
-    for (int h = 0; h < halves; h++) {
-        d[h] = FN(scale)(s, from, h, k);
-        if (k->has_min)
-            m[h] = FN(minimum)(s, from, h, k);
-    }
     for (int t = 0; t < n; t++) {
+        const uint8_t *x = (const uint8_t *)(to[t].x + g);
+        const INTS q[2] = { FN(quads)(x, each), FN(quads)(x + 16, each) };
+        const INTS last = FN(quads)(x + 28, each);        /* q[28], d, s, sum */
+        const struct FN(head) head = {
+            (FLOATS)LOOK_UP(last, SPLAT_INT(0x07060504)),
+            (FLOATS)LOOK_UP(last, SPLAT_INT(0x0b0a0908)),
+            LOOK_UP(last, SPLAT_INT(0x0f0e0d0c))
+        };
+        INTS sum[2];
+
         UNROLL
-        for (int h = 0; h < halves; h++) {
-            sum[h] = to[t].sum[h][i];
+        for (int h = 0; h < k->halves; h++) {
+            INTS dot[4];
+            UNROLL
+            for (int i = 0; i < 4; i++) {
+                dot[i] = FN(dot_4)(SPLAT_INT(0), w[i][h], q[h], k->is_signed);
+                if (k->halves == 1)
+                    dot[i] = FN(dot_4)(dot[i], w[i][1], q[1], k->is_signed);
+            }
+            sum[h] = FN(sum_4)(dot[0], dot[1], dot[2], dot[3]);
             if (offset)
-                sum[h] += FN(bias)(to[t].x + i, h, offset, k);
+                sum[h] += FN(less_offset)(head.sum, h, offset, k);
         }
-        to[t].acc = FN(add_scaled_sums)(to[t].acc, sum, d, m, to[t].x + i, k);
+        const struct FN(addends) add = FN(scale_sums)(sum, d, m, &head, k);
+        UNROLL
+        for (int i = 0; i < QUADS; i++)
+            UNROLL
+            for (int j = 0; j <= k->has_min; j++)
+                to[t].acc[four] = FMA_4(QUAD(add.a[j], i), QUAD(add.b[j], i),
+                                        to[t].acc[four]);
     }
 }
 
-/* Groups g .. g+QUADS-1 of the blocks at b. */
-KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
-                            size_t stride, const int g,
-                            const struct FN(scales) *s, const uint8_t *next,
-                            const struct format *k)
-{
-    static const uint8_t each[4] = EACH(sizeof(struct q8_block));
-    const int halves = k->per_16 ? 2 : 1;
-    const int lines = (LANES * QUADS * k->bytes * 32 / k->block + 63) / 64;
-
-    for (int t = 0; t < n; t++)
-        UNROLL
-        for (int h = 0; h < 2; h++)
-            to[t].q[h] = FN(quads)((const uint8_t *)to[t].x->q + 16 * h, each);
-    UNROLL
-    for (int r = 0; r < QUADS; r++) {
-        UNROLL
-        for (int i = r * lines / QUADS; i < (r + 1) * lines / QUADS; i++)
-            FETCH_FAR(next + 64 * i);
-        FN(four_rows)(to, n, r, b + 4 * (size_t)r * stride, stride, g, k);
-    }
-    for (int t = 0; t < n; t++)
-        UNROLL
-        for (int h = 0; h < halves; h++)
-            FN(transpose_quads)(to[t].sum[h]);
-    UNROLL
-    for (int i = 0; i < QUADS; i++)
-        FN(add_group)(to, n, i, s, k->block == 32 ? i : g + i, k);
-    for (int t = 0; t < n; t++)
-        to[t].x += QUADS;
-}
-
-/* LANES rows from `row` on times n rows of x. */
 KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
-                                const uint8_t *row, size_t stride, int groups,
-                                const uint8_t *next, const struct format *k)
+                                const struct weight_rows *w,
+                                const struct format *k)
 {
     const int per_step = k->block == 32 ? QUADS : 8;
     const size_t bytes = (size_t)(per_step * 32 / k->block * k->bytes);
+    const uint8_t *row = w->at, *next = w->next;
     struct FN(scales) s;
 
-    for (; groups > 0; groups -= per_step, row += bytes) {
-        FN(read_scales)(&s, row, stride, k);
+    for (int left = w->groups; left > 0; left -= per_step, row += bytes) {
         UNROLL
-        for (int g = 0; g < per_step; g += QUADS)
-            FN(step)(to, n, row, stride, g, &s,
-                     next + (size_t)g * LANES * bytes / per_step, k);
-        next += bytes * LANES;
+        for (int i = 0; i < FOURS; i++) {
+            const uint8_t *b = row + 4 * (size_t)i * w->stride;
+            FN(read_scales)(&s, b, w->stride, 1, k);
+            UNROLL
+            for (int g = 0; g < per_step; g += QUADS) {
+                UNROLL
+                for (size_t j = 0; j < 4 * bytes * QUADS / per_step; j += 64)
+                    FETCH_FAR(next + j);
+                next += 4 * bytes * QUADS / per_step;
+                FN(step)(to, n, i, b, w->stride, g, &s, k);
+            }
+        }
+        for (int t = 0; t < n; t++)
+            to[t].x += per_step;
     }
 }
 
-/* -- many rows of x */
+/* A single row of x has its own code, in which everything is in registers. */
+KERNEL_INLINE void FN(few)(struct FN(few) *to, int n,
+                           const struct weight_rows *w, const struct format *k)
+{
+    struct FN(few) one = *to;
+
+    if (n > 1) {
+        FN(few_rows)(to, n, w, k);
+        return;
+    }
+    FN(few_rows)(&one, 1, w, k);
+    *to = one;
+}
+
+/* ---- many rows of x */
 
 /* Groups g .. g+QUADS-1 of the blocks at b become those at q of a tile. */
 KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
                                const int g, const struct format *k)
 {
-    const INTS offset = FN(splat_byte)(LANES == 4 ? k->offset : 0);
+    const INTS offset = SPLAT_BYTE(LANES == 4 ? k->offset : 0);
     INTS v[2][4][QUADS];
 
     UNROLL
@@ -3349,47 +3096,49 @@ KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
     }
 }
 
-/* A tile of a panel: LANES rows from `row` on. */
+/* Tile number `tile` of the panel in p. */
 KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
-                                   const uint8_t *row, size_t stride,
-                                   int groups, const uint8_t *next,
+                                   const struct weight_rows *w,
                                    const struct format *k)
 {
     const int per_step = k->block == 32 ? QUADS : 8;
-    const int halves = k->per_16 ? 2 : 1;
     const size_t bytes = (size_t)(per_step * 32 / k->block * k->bytes);
     INTS *q = (INTS *)(void *)p->q + tile;
     FLOATS *d = (FLOATS *)(void *)p->d + tile;
     FLOATS *m = (FLOATS *)(void *)p->m + tile;
+    const uint8_t *row = w->at, *next = w->next;
     struct FN(scales) s;
 
-    for (; groups > 0; groups -= per_step, row += bytes) {
+    for (int left = w->groups; left > 0; left -= per_step, row += bytes) {
         for (size_t i = 0; i < bytes * LANES; i += 64)
             FETCH_FAR(next + i);
         next += bytes * LANES;
-        FN(read_scales)(&s, row, stride, k);
+        FN(read_scales)(&s, row, w->stride, 0, k);
         UNROLL
         for (int g = 0; g < per_step; g += QUADS, q += 16 * QUADS)
-            FN(to_tile)(q, row, stride, g, k);
+            FN(to_tile)(q, row, w->stride, g, k);
         UNROLL
-        for (int g = 0; g < per_step; g++, d += 4, m += 4)
+        for (int g = 0; g < per_step; g++, d += 4, m += 4) {
+            FLOATS dg[2], mg[2];
+            FN(scale)(dg, mg, &s, g, 0, k);
             UNROLL
-            for (int h = 0; h < halves; h++) {
-                d[2 * h] = FN(scale)(&s, g, h, k);
+            for (int h = 0; h < k->halves; h++) {
+                d[2 * h] = dg[h];
                 if (k->has_min)
-                    m[2 * h] = FN(minimum)(&s, g, h, k);
+                    m[2 * h] = mg[h];
             }
+        }
     }
 }
 
 /* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_block *const *x, int g,
+                            const struct q8_group *const *x, int g,
                             const int first, const int last, const int tokens,
                             const struct format *k)
 {
 #if LANES > 4 && !DOT                     /* `terms` of them in 16 bits      */
-    FN(words16) part[TOKENS][2];
+    FN(words) part[TOKENS][2];
 #endif
 
     UNROLL
@@ -3401,11 +3150,11 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
             for (int j = 0; j < 2; j++) {
 #if LANES > 4 && !DOT
                 const int n = (i - first) % k->terms;
-                FN(words16) p = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
+                FN(words) p = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
                 part[t][j] = n ? part[t][j] + p : p;
                 if (n == k->terms - 1)
                     s[t][j] += FN(pairs)((INTS)part[t][j],
-                                         FN(splat_int)(0x00010001));
+                                         SPLAT_INT(0x00010001));
 #else
                 s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v, k->is_signed);
 #endif
@@ -3416,91 +3165,77 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
 /* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
 KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
                                    const FLOATS *d, const FLOATS *m,
-                                   const struct q8_block *const *x, int g,
-                                   const int tokens, int offset,
-                                   const struct format *k)
+                                   const struct panel_job *p, int g,
+                                   const int tokens, const struct format *k)
 {
-    const int halves = k->per_16 ? 2 : 1;
+    const int last = k->halves - 1;
     INTS s[2][TOKENS][2];
 
     UNROLL
-    for (int h = 0; h < halves; h++) {
+    for (int h = 0; h <= last; h++) {
         UNROLL
         for (int t = 0; t < tokens; t++)
             s[h][t][0] = s[h][t][1] = LANES > 4 && !k->has_min
-                ? FN(bias)(&x[t][g], h, offset, k) : FN(splat_int)(0);
-        FN(dots)(s[h], w, x, g, 4 * h, h == halves - 1 ? 8 : 4, tokens, k);
+                ? FN(less_offset)(FN(repeat)(p->x[t][g].sum), h, p->offset, k)
+                : SPLAT_INT(0);
+        FN(dots)(s[h], w, p->x, g, 4 * h, h == last ? 8 : 4, tokens, k);
     }
     UNROLL
-    for (int t = 0; t < tokens; t++)
+    for (int t = 0; t < tokens; t++) {
+        const struct q8_group *x = &p->x[t][g];
+        const struct FN(head) head = { SPLAT(x->d), SPLAT(x->s),
+                                       FN(repeat)(x->sum) };
         UNROLL
         for (int j = 0; j < 2; j++) {
-            const INTS sum[2] = { s[0][t][j], s[halves - 1][t][j] };
-            const FLOATS dj[2] = { d[j], d[2 * halves - 2 + j] };
-            FLOATS mj[2] = { FN(splat)(0), FN(splat)(0) };
+            const INTS sum[2] = { s[0][t][j], s[last][t][j] };
+            const FLOATS dj[2] = { d[j], d[2 * last + j] };
+            FLOATS mj[2] = { { 0 }, { 0 } };
             if (k->has_min) {
                 mj[0] = m[j];
-                mj[1] = m[2 * halves - 2 + j];
+                mj[1] = m[2 * last + j];
             }
-            acc[t][j] = FN(add_scaled_sums)(acc[t][j], sum, dj, mj, &x[t][g],
-                                            k);
+            const struct FN(addends) add =
+                FN(scale_sums)(sum, dj, mj, &head, k);
+            for (int i = 0; i <= k->has_min; i++)
+                acc[t][j] = FMA(add.a[i], add.b[i], acc[t][j]);
         }
+    }
 }
 
-/* out[t][row of the panel] = `groups` groups of it times those at x[t]; or it
- * goes on with what is there, if these are not the first. */
-KERNEL_INLINE void FN(multiply)(float *out, const struct scratch *p, int groups,
-                                const struct q8_block *const *x, int offset,
-                                int is_first, const int tokens,
+KERNEL_INLINE void FN(multiply)(const int tokens, const struct panel_job *p,
                                 const struct format *k)
 {
-    const INTS *w = (const void *)p->q;
-    const FLOATS *d = (const void *)p->d, *m = (const void *)p->m;
+    const INTS *w = (const void *)p->s->q;
+    const FLOATS *d = (const void *)p->s->d, *m = (const void *)p->s->m;
     FLOATS acc[TOKENS][2];
 
     UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < 2; j++)
-            acc[t][j] = is_first ? FN(splat)(0)
-                                 : FN(load)(out + t * UNIT + j * LANES);
-    for (int g = 0; g < groups; g++, w += 16, d += 4, m += 4)
-        FN(panel_group)(acc, w, d, m, x, g, tokens, offset, k);
+    for (int i = 0; i < 2 * tokens; i++)
+        acc[i / 2][i % 2] = p->is_first ? SPLAT(0)
+            : LOAD(p->out + i / 2 * UNIT + i % 2 * LANES);
+    for (int g = 0; g < p->groups; g++, w += 16, d += 4, m += 4)
+        FN(panel_group)(acc, w, d, m, p, g, tokens, k);
     UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int j = 0; j < 2; j++)
-            FN(store)(out + t * UNIT + j * LANES, acc[t][j]);
+    for (int i = 0; i < 2 * tokens; i++)
+        STORE(p->out + i / 2 * UNIT + i % 2 * LANES, acc[i / 2][i % 2]);
 }
 
-/* Each number of rows of x has its own code, and so has each way to add up. */
-typedef void FN(multiply_fn)(float *out, const struct scratch *p, int groups,
-                             const struct q8_block *const *x, int offset,
-                             int is_first, int n);
-typedef void FN(few_fn)(struct FN(few) *to, int n, const uint8_t *row,
-                        size_t stride, int groups, const uint8_t *next);
-typedef void FN(tile_fn)(const struct scratch *p, int tile, const uint8_t *row,
-                         size_t stride, int groups, const uint8_t *next);
-
-#undef MULTIPLY
-#define MULTIPLY(type) \
-    KERNEL void FN(multiply_##type)(float *out, const struct scratch *p, \
-                                    int groups, \
-                                    const struct q8_block *const *x, \
-                                    int offset, int is_first, int n) \
-    { \
-        const struct format *k = &formats[type]; \
-        switch (n) { \
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) \
-        } \
+/* Every number of rows, up to `most`, has its own code. */
+#define BY_ROWS(n, most, function, ...) \
+    switch (n) { \
+    case 1: function(1, __VA_ARGS__); break; \
+    case 2: function(2, __VA_ARGS__); break; \
+    case 3: function(3, __VA_ARGS__); break; \
+    case 4: if ((most) >= 4) function(4, __VA_ARGS__); break; \
+    case 5: if ((most) >= 5) function(5, __VA_ARGS__); break; \
+    case 6: if ((most) >= 6) function(6, __VA_ARGS__); break; \
     }
-#undef CASE
-#define CASE(tokens) \
-    case tokens: \
-        if (tokens <= TOKENS) \
-            FN(multiply)(out, p, groups, x, offset, is_first, tokens, k); \
-        return;
 
+#define MULTIPLY(type) \
+    KERNEL void FN(multiply_##type)(const struct panel_job *p, int n) \
+    { \
+        BY_ROWS(n, TOKENS, FN(multiply), p, &formats[type]) \
+    }
 MULTIPLY(Q4_0)                            /* nibbles or five bits, offset    */
 MULTIPLY(Q8_0)                            /* signed bytes                    */
 MULTIPLY(Q4_K)                            /* with a minimum                  */
@@ -3508,44 +3243,28 @@ MULTIPLY(Q2_K)                            /* d and m for 16 columns          */
 MULTIPLY(Q3_K)                            /* d for 16                        */
 MULTIPLY(Q6_K)                            /* the same, six bits              */
 
-/* The uses of a format: FN(few_Q4_0), for instance, and FN(tile_Q4_0). */
-#undef USES
 #define USES(type) \
-    KERNEL void FN(few_##type)(struct FN(few) *to, int n, const uint8_t *row, \
-                               size_t stride, int groups, \
-                               const uint8_t *next) \
+    KERNEL void FN(few_##type)(struct FN(few) *to, int n, \
+                               const struct weight_rows *w) \
     { \
-        FN(few_rows)(to, n, row, stride, groups, next, &formats[type]); \
-    } \
-    KERNEL void FN(one_##type)(struct FN(few) *to, int n, const uint8_t *row, \
-                               size_t stride, int groups, \
-                               const uint8_t *next) \
-    { \
-        struct FN(few) one = { .x = to->x }; \
-        (void)n; \
-        FN(few_rows)(&one, 1, row, stride, groups, next, &formats[type]); \
-        to->acc = one.acc; \
+        FN(few)(to, n, w, &formats[type]); \
     } \
     KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
-                                const uint8_t *row, size_t stride, \
-                                int groups, const uint8_t *next) \
+                                const struct weight_rows *w) \
     { \
-        FN(unpack_tile)(p, tile, row, stride, groups, next, &formats[type]); \
+        FN(unpack_tile)(p, tile, w, &formats[type]); \
     }
-
 USES(Q4_0) USES(Q4_1) USES(Q5_0) USES(Q5_1) USES(Q8_0) USES(Q2_K) USES(Q3_K)
 USES(Q4_K) USES(Q5_K) USES(Q6_K) USES(IQ4_NL) USES(IQ4_XS)
 
-#undef USE
 #define USE(type, sums) \
-    [type] = { FN(one_##type), FN(few_##type), FN(tile_##type), \
-               FN(multiply_##sums) }
+    [type] = { FN(few_##type), FN(tile_##type), FN(multiply_##sums) }
 
-/* What serves a format: one row of x, few and many. */
 static const struct {
-    FN(few_fn) *one, *few;
-    FN(tile_fn) *tile;
-    FN(multiply_fn) *multiply;
+    void (*few)(struct FN(few) *to, int n, const struct weight_rows *w);
+    void (*tile)(const struct scratch *p, int tile,
+                 const struct weight_rows *w);
+    void (*multiply)(const struct panel_job *p, int n);
 } FN(routines)[N_FORMAT] = {
     USE(Q4_0, Q4_0), USE(Q4_1, Q4_K), USE(Q5_0, Q4_0), USE(Q5_1, Q4_K),
     USE(Q8_0, Q8_0), USE(Q2_K, Q2_K), USE(Q3_K, Q3_K), USE(Q4_K, Q4_K),
@@ -3559,57 +3278,49 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
     return (n + takes - 1) / takes;
 }
 
-/* LANES rows, from `row` on, times a few rows of x. */
+/* out[t][r] = the rows times those of x, if these are few. */
 KERNEL void FN(product_few)(float *out, const struct tensor *w,
-                            const uint8_t *row, const struct input *in,
-                            const uint8_t *next)
+                            const struct weight_rows *all,
+                            const struct input *in)
 {
-    const int f = (int)(w->fmt - formats), groups = w->cols / 32;
     struct FN(few) to[FEW];
 
     for (int t = 0; t < in->n; t++) {
-        to[t].x = in->q + row_at(in, t) * (size_t)groups;
-        to[t].acc = FN(splat)(0);
+        const struct q8_group *x = in->q + row_at(in, t) * (size_t)all->groups;
+        to[t] = (struct FN(few)){ .x = x };
     }
-    (in->n == 1 ? FN(routines)[f].one : FN(routines)[f].few)(
-        to, in->n, row, row_bytes(w), groups, next);
+    FN(routines)[w->fmt - formats].few(to, in->n, all);
     for (int t = 0; t < in->n; t++)
-        FN(store)(out + t * UNIT, to[t].acc);
-}
-
-/* Groups g .. g+n-1 of the panel in scratch times those of all rows of x. */
-KERNEL void FN(multiply_all)(float *out, const struct tensor *w,
-                             const struct input *in, const struct scratch *s,
-                             int g, int n)
-{
-    const int f = (int)(w->fmt - formats), offset = FN(offset)(w->fmt);
-    const struct q8_block *x[TOKENS];
-
-    for (int t = 0, m; t < in->n; t += m, out += m * UNIT) {
-        m = FN(take_rows)(in->n - t, TOKENS);
-        for (int i = 0; i < m; i++)
-            x[i] = in->q + row_at(in, t + i) * (size_t)(w->cols / 32) + g;
-        FN(routines)[f].multiply(out, s, n, x, offset, g == 0, m);
-    }
+        memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
 }
 
 /* The rows of a panel times any number of rows of x. */
 KERNEL void FN(product_panel)(float *out, const struct tensor *w,
-                              const uint8_t *row, const struct input *in,
-                              const struct scratch *s, const uint8_t *next)
+                              const struct weight_rows *all,
+                              const struct input *in, const struct scratch *s)
 {
     const struct format *f = w->fmt;
-    const int groups = w->cols / 32, most = in->n <= SOME ? 8 : groups;
-    const size_t stride = row_bytes(w);
+    const int most = in->n <= SOME ? 8 : all->groups;
+    struct weight_rows part = *all;
+    struct panel_job p = { .s = s, .offset = OFFSET(f) };
 
-    for (int g = 0, n; g < groups; g += n) {
-        n = groups - g < most ? groups - g : most;
-        const size_t bytes = (size_t)(n * 32 / f->block * f->bytes);
-        for (size_t i = 0; i < 2; i++, next += LANES * bytes)
-            FN(routines)[f - formats].tile(s, (int)i, row + i * LANES * stride,
-                                          stride, n, next);
-        FN(multiply_all)(out, w, in, s, g, n);
-        row += bytes;
+    for (int g = 0; g < all->groups; g += part.groups) {
+        const int left = all->groups - g;
+        part.groups = p.groups = left < most ? left : most;
+        const size_t bytes = (size_t)(p.groups * 32 / f->block * f->bytes);
+        p.is_first = g == 0;
+        for (size_t i = 0; i < 2; i++, part.next += LANES * bytes) {
+            part.at = all->at + i * LANES * all->stride +
+                      (size_t)(g * 32 / f->block * f->bytes);
+            FN(routines)[f - formats].tile(s, (int)i, &part);
+        }
+        for (int t = 0, n; t < in->n; t += n) {
+            n = FN(take_rows)(in->n - t, TOKENS);
+            p.out = out + t * UNIT;
+            for (int i = 0; i < n; i++)
+                p.x[i] = in->q + row_at(in, t + i) * (size_t)all->groups + g;
+            FN(routines)[f - formats].multiply(&p, n);
+        }
     }
 }
 
@@ -3618,105 +3329,75 @@ KERNEL void FN(product_panel)(float *out, const struct tensor *w,
 /* Numbers i .. i+LANES-1 of those at p. */
 KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 {
-    return type == F32 ? FN(load)((const float *)(const void *)p + i)
-         : type == F16 ? FN(load_f16)(p + 2 * i) : FN(load_bf16)(p + 2 * i);
+    HALF h;
+
+    if (type == F32)
+        return LOAD((const float *)(const void *)p + i);
+    memcpy(&h, p + 2 * i, sizeof h);
+    return type == F16 ? FROM_F16(h) : FROM_BF16(h);
 }
 
-KERNEL_INLINE float FN(chain_sum)(const float *chain)
+/* LANES chains from chain h on, of 4 rows at w times each x, go on for the
+ * columns of the block. */
+KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
+                                  float *chain, const uint8_t *w, int h,
+                                  const uint8_t *next, const int type)
 {
-    FLOATS v[FN(CHAINS)];
-
-    UNROLL
-    for (int h = 0; h < FN(CHAINS); h++)
-        v[h] = FN(load)(chain + h * LANES);
-    return FN(tree)(v);
-}
-
-/* LANES chains from chain h on, of 4 rows at w times each x, go on for `cols`
- * columns; they are kept in chain[tokens][UNIT][16].  Meanwhile what is at
- * `next` is fetched, `step` bytes for every 16 columns. */
-KERNEL_INLINE void FN(float_tile)(float *chain, const uint8_t *w, size_t stride,
-                                  const float *const *x, int h, int cols,
-                                  const uint8_t *next, int step,
-                                  const int tokens, const int type)
-{
+    const float *x[X_ROWS];
     FLOATS acc[X_ROWS][4], v[X_ROWS];
 
     UNROLL
-    for (int t = 0; t < tokens; t++)
+    for (int t = 0; t < tokens; t++) {
+        x[t] = b->x[t];
         UNROLL
         for (int r = 0; r < 4; r++)
-            acc[t][r] = FN(load)(chain + (t * UNIT + r) * 16 + h);
-    for (int c = h; c < cols; c += 16, next += step) {
+            acc[t][r] = LOAD(chain + (t * UNIT + r) * 16 + h);
+    }
+    for (int c = h; c < b->cols; c += 16, next += b->step) {
         for (int i = 0; i < 8 * LANES; i += 64)
             FETCH(next + i);
         UNROLL
         for (int t = 0; t < tokens; t++)
-            v[t] = FN(load)(x[t] + c);
+            v[t] = LOAD(x[t] + c);
         UNROLL
         for (int r = 0; r < 4; r++) {
-            FLOATS wr = FN(load_floats)(w + (size_t)r * stride, (size_t)c,
+            FLOATS wr = FN(load_floats)(w + (size_t)r * b->stride, (size_t)c,
                                         type);
             UNROLL
             for (int t = 0; t < tokens; t++)
-                acc[t][r] = FN(fma)(wr, v[t], acc[t][r]);
+                acc[t][r] = FMA(wr, v[t], acc[t][r]);
         }
     }
     UNROLL
     for (int t = 0; t < tokens; t++)
         UNROLL
         for (int r = 0; r < 4; r++)
-            FN(store)(chain + (t * UNIT + r) * 16 + h, acc[t][r]);
+            STORE(chain + (t * UNIT + r) * 16 + h, acc[t][r]);
 }
 
-#undef FLOAT_TILE
-#define FLOAT_TILE(tokens, type) \
-    case tokens: \
-        if (tokens <= X_ROWS) \
-            FN(float_tile)(chain, w, stride, x, h, cols, next, step, tokens, \
-                           type); \
-        return;
-#undef FLOAT_TILES
-#define FLOAT_TILES(type) \
-    switch (n) { \
-    FLOAT_TILE(1, type) FLOAT_TILE(2, type) FLOAT_TILE(3, type) \
-    FLOAT_TILE(4, type) FLOAT_TILE(5, type) FLOAT_TILE(6, type) \
-    }
-
-KERNEL void FN(float_tiles)(float *chain, const uint8_t *w, size_t stride,
-                            const float *const *x, int h, int cols,
-                            const uint8_t *next, int step, int n, int type)
+KERNEL void FN(float_tiles)(const struct float_job *b, float *chain,
+                            const uint8_t *w, int h, const uint8_t *next)
 {
-    if (type == F32) {
-        FLOAT_TILES(F32)
-    } else if (type == F16) {
-        FLOAT_TILES(F16)
-    } else {
-        FLOAT_TILES(BF16)
-    }
+    if (b->type == F32)
+        BY_ROWS(b->n, X_ROWS, FN(float_tile), b, chain, w, h, next, F32)
+    else if (b->type == F16)
+        BY_ROWS(b->n, X_ROWS, FN(float_tile), b, chain, w, h, next, F16)
+    else
+        BY_ROWS(b->n, X_ROWS, FN(float_tile), b, chain, w, h, next, BF16)
 }
 
-/* What comes next: rows of x, and weights up to `end`. */
-struct FN(float_ahead) {
-    const float *x[X_ROWS];
-    int n, step;
-    const uint8_t *w, *end;
-};
-
-/* A block of columns: `rows` rows at w times n rows of x. */
-KERNEL void FN(float_block)(float *chain, const uint8_t *w, size_t stride,
-                            int rows, const float *const *x, int n, int cols,
-                            int type, struct FN(float_ahead) *ahead)
+/* A block of columns of `rows` rows. */
+KERNEL void FN(float_block)(struct float_job *b, int rows)
 {
-    for (int i = 0; i < rows / 4 * FN(CHAINS); i++) {
-        const int r = i / FN(CHAINS) * 4, h = i % FN(CHAINS) * LANES;
-        const int bytes = cols / 16 * ahead->step;
-        const void *next = i < ahead->n ? (const void *)ahead->x[i] : ahead->w;
+    const int bytes = b->cols / 16 * b->step;
 
-        FN(float_tiles)(chain + r * 16, w + (size_t)r * stride, stride, x, h,
-                        cols, next, ahead->step, n, type);
-        if (i >= ahead->n && ahead->end - ahead->w > bytes)
-            ahead->w += bytes;
+    for (int i = 0; i < rows / 4 * CHAINS; i++) {
+        const int r = i / CHAINS * 4, h = i % CHAINS * LANES;
+
+        FN(float_tiles)(b, b->chain + r * 16, b->w + (size_t)r * b->stride, h,
+                        i < b->n_next ? (const void *)b->next_x[i] : b->next);
+        if (i >= b->n_next && b->end - b->next > bytes)
+            b->next += bytes;
     }
 }
 
@@ -3730,8 +3411,8 @@ KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
         for (int c = 0; c < cols; c += LANES, row += LANES * size) {
             const int block = c / BLOCK_COLS * BLOCK_COLS, left = cols - block;
             const int n = left < BLOCK_COLS ? left : BLOCK_COLS;
-            FN(store)(to + block * rows + r * n + c - block,
-                      FN(load_floats)(row, 0, type));
+            STORE(to + block * rows + r * n + c - block,
+                  FN(load_floats)(row, 0, type));
         }
 }
 
@@ -3739,43 +3420,41 @@ KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
  * some of them stay in the first-level cache while a block of all the weights,
  * in the second, goes by; then come their next columns. */
 KERNEL void FN(product_floats)(float *out, const struct tensor *w,
-                               const uint8_t *row, int rows,
-                               const struct input *in, const struct scratch *s,
-                               const uint8_t *next)
+                               const struct weight_rows *all, int rows,
+                               const struct input *in, const struct scratch *s)
 {
     const int many = in->n >= MANY, cols = w->cols;
-    const int type = (int)(w->fmt - formats), in_block = many ? F32 : type;
-    const size_t size = in_block == F32 ? 4 : 2;
-    struct FN(float_ahead) ahead = {
-        .step = many ? 64 : 64 * (int)size / FN(CHAINS), .w = next,
-        .end = next + (size_t)rows * row_bytes(w)
+    const int type = (int)(w->fmt - formats);
+    const size_t size = many || type == F32 ? 4 : 2;
+    struct float_job b = {
+        .type = many ? F32 : type, .step = many ? 64 : 4 * (int)size * LANES,
+        .next = all->next, .end = all->next + (size_t)rows * all->stride,
+        .chain = s->chain
     };
 
     if (many)
-        FN(float_panel)(s->f, row, rows, cols, type);
-    for (int t = 0, n; t < in->n; t += n) {
-        const float *x[X_ROWS];
-
-        n = FN(take_rows)(in->n - t, X_ROWS);
-        ahead.n = many ? n : 0;
-        memset(s->chain, 0, (size_t)n * UNIT * 16 * sizeof *s->chain);
-        for (int c = 0, m; c < cols; c += m) {
-            m = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
-            for (int i = 0; i < n; i++) {
-                const int then = t + n + i < in->n ? t + n + i : t;
-                x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
-                ahead.x[i] = c + m < cols ? x[i] + m
-                           : in->f + row_at(in, then) * (size_t)cols;
+        FN(float_panel)(s->f, all->at, rows, cols, type);
+    for (int t = 0; t < in->n; t += b.n) {
+        b.n = FN(take_rows)(in->n - t, X_ROWS);
+        b.n_next = many ? b.n : 0;
+        memset(s->chain, 0, (size_t)b.n * UNIT * 16 * sizeof *s->chain);
+        for (int c = 0; c < cols; c += b.cols) {
+            b.cols = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
+            b.w = many ? (const void *)(s->f + c * rows)
+                       : all->at + (size_t)c * size;
+            b.stride = (size_t)(many ? b.cols : cols) * size;
+            for (int i = 0; i < b.n; i++) {
+                const int then = t + b.n + i < in->n ? t + b.n + i : t;
+                b.x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
+                b.next_x[i] = c + b.cols < cols ? b.x[i] + b.cols
+                            : in->f + row_at(in, then) * (size_t)cols;
             }
-            FN(float_block)(s->chain, many ? (const void *)(s->f + c * rows)
-                                           : row + (size_t)c * size,
-                            (size_t)(many ? m : cols) * size, rows, x, n, m,
-                            in_block, &ahead);
+            FN(float_block)(&b, rows);
         }
-        for (int i = 0; i < n; i++)
+        for (int i = 0; i < b.n; i++)
             for (int r = 0; r < rows; r++)
                 out[(t + i) * UNIT + r] =
-                    FN(chain_sum)(s->chain + (i * UNIT + r) * 16);
+                    sum_16(s->chain + (i * UNIT + r) * 16);
     }
 }
 
@@ -3799,21 +3478,22 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
 {
     const int floats = w->fmt->floats != NULL, few = in->n <= FEW;
     const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
-                            : few ? LANES : FN(PANEL);
+                            : few ? 4 * FOURS : PANEL;
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
-    const size_t bytes = row_bytes(w) * (size_t)rows;
-    const uint8_t *row = w->data + (size_t)first * row_bytes(w);
+    const size_t stride = row_bytes(w), bytes = stride * (size_t)rows;
+    const uint8_t *row = w->data + (size_t)first * stride;
     int done = 0;
 
     for (; whole && rows > 0 && done + rows <= n_rows;
          done += rows, row += bytes) {
-        const uint8_t *ahead = FN(ahead)(row, bytes, end, next);
+        const struct weight_rows some = { row, stride, w->cols / 32,
+                                          FN(ahead)(row, bytes, end, next) };
         if (floats)
-            FN(product_floats)(out + done, w, row, rows, in, s, ahead);
+            FN(product_floats)(out + done, w, &some, rows, in, s);
         else if (few)
-            FN(product_few)(out + done, w, row, in, ahead);
+            FN(product_few)(out + done, w, &some, in);
         else
-            FN(product_panel)(out + done, w, row, in, s, ahead);
+            FN(product_panel)(out + done, w, &some, in, s);
     }
     product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
 }
@@ -3827,119 +3507,97 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
 KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 {
     const int end = (n + 15) / 16 * 16;
-    FLOATS max = FN(splat)(-INFINITY), sum[FN(CHAINS)] = { { 0 } };
+    FLOATS max = SPLAT(-INFINITY), sum[CHAINS] = { { 0 } };
+    float all[16];
 
     for (int p = n; p < end; p++)
         s[p] = -INFINITY;
-    for (int p = 0; p < end; p += LANES) {
-        FLOATS v = FN(load)(s + p);
-        max = FN(choose)(v > max, v, max);
-    }
+    for (int p = 0; p < end; p += LANES)
+        max = FN(choose)(LOAD(s + p) > max, LOAD(s + p), max);
     g->max = max[0];
     for (int i = 1; i < LANES; i++)
         g->max = max[i] > g->max ? max[i] : g->max;
     for (int p = 0; p < end; p += 16)
         UNROLL
-        for (int h = 0; h < FN(CHAINS); h++) {
+        for (int h = 0; h < CHAINS; h++) {
             float *at = s + p + h * LANES;
-            FLOATS e = FN(exp)(FN(load)(at) - g->max);
-            FN(store)(at, e);
+            FLOATS e = FN(exp)(LOAD(at) - g->max);
+            STORE(at, e);
             sum[h] += e;
         }
-    g->sum = FN(tree)(sum);
+    memcpy(all, sum, sizeof all);
+    g->sum = sum_16(all);
 }
 
-/* Queries of a chunk, taken four at a time; all four see `seen` positions of
- * it.  If there are only n, the last one is repeated: its result is computed
- * again, and is the same. */
-struct FN(four) {
-    const float *q[4];                    /* [head_dim]                      */
-    float *s[4], *o[4];                   /* [CHUNK], [head_dim]             */
-    int n, seen;
-};
-
-/* Those from query i on. */
-KERNEL_INLINE struct FN(four) FN(take_four)(struct attn_partial *part,
-                                            const struct attn_rows *a, int i,
-                                            int hd, int pos, float *score)
+/* For four queries, n rows of a tile, [n][width]:
+ *
+ *     to = a[0] row 0 + a[1] row 1 + ...         or to += the same
+ *
+ * Meanwhile what is at `next` is fetched. */
+KERNEL_INLINE void FN(add_rows)(float *const to[4], int is_more,
+                                const float *const a[4], const float *tile,
+                                int width, int n, const uint8_t *next)
 {
-    const int whole = chunk_seen(a, 0, pos) == CHUNK, row = i / a->group;
-    const int left = (whole ? a->n : row + 1) * a->group - i;
-    struct FN(four) f = { .n = left < 4 ? left : 4,
-                          .seen = chunk_seen(a, row, pos) };
+    enum { W = WIDE };
+    FLOATS acc[4][W], row[W];
 
-    for (int k = 0; k < 4; k++) {
-        const int j = i + (k < f.n ? k : f.n - 1);
-        f.q[k] = a->q + (size_t)(j / a->group) * a->stride +
-                 (size_t)(j % a->group * hd);
-        f.s[k] = score + (size_t)j * CHUNK;
-        f.o[k] = part[j].o;
-    }
-    return f;
-}
-
-/* n elements of the cache from p on, as floats. */
-KERNEL void FN(load_tile)(float *to, const uint8_t *p, int f16, int n)
-{
-    for (int i = 0; i < n; i += LANES)
-        FN(store)(to + i, FN(load_floats)(p, (size_t)i, f16 ? F16 : F32));
-}
-
-/* The scores of a tile of K, [head_dim][TILE], from position p of the chunk.
- * The one at `next` is fetched. */
-KERNEL_INLINE void FN(scores)(const struct FN(four) *f, const float *tile,
-                              int hd, int p, const uint8_t *next)
-{
-    enum { W = FN(WIDE) };
-    FLOATS acc[4][W], k[W];
-
-    for (int at = 0; at < TILE; at += W * LANES) {
+    for (int at = 0; at < width; at += W * LANES) {
         UNROLL
         for (int i = 0; i < 4 * W; i++)
-            acc[i / W][i % W] = FN(splat)(0);
-        for (int d = 0; d < hd; d++, next += 2 * W * LANES) {
-            for (int i = 0; i < 2 * W * LANES; i += 64)
-                FETCH(next + i);
-            UNROLL
-            for (int i = 0; i < W; i++)
-                k[i] = FN(load)(tile + d * TILE + at + i * LANES);
-            UNROLL
-            for (int i = 0; i < 4 * W; i++)
-                acc[i / W][i % W] = FN(fma)(FN(splat)(f->q[i / W][d]), k[i % W],
-                                            acc[i / W][i % W]);
-        }
-        UNROLL
-        for (int i = 0; i < 4 * W; i++)
-            FN(store)(f->s[i / W] + p + at + i % W * LANES, acc[i / W][i % W]);
-    }
-}
-
-/* o += the weighted values of n positions of a tile of V, [TILE][head_dim],
- * from position p of the chunk. */
-KERNEL_INLINE void FN(values)(const struct FN(four) *f, const float *tile,
-                              int hd, int p, int n, const uint8_t *next)
-{
-    enum { W = FN(WIDE) };
-    FLOATS acc[4][W], v[W];
-
-    for (int d = 0; d < hd; d += W * LANES) {
-        UNROLL
-        for (int i = 0; i < 4 * W; i++)
-            acc[i / W][i % W] = FN(load)(f->o[i / W] + d + i % W * LANES);
+            acc[i / W][i % W] = is_more
+                ? LOAD(to[i / W] + at + i % W * LANES) : SPLAT(0);
         for (int k = 0; k < n; k++, next += 2 * W * LANES) {
             for (int i = 0; i < 2 * W * LANES; i += 64)
                 FETCH(next + i);
             UNROLL
             for (int i = 0; i < W; i++)
-                v[i] = FN(load)(tile + k * hd + d + i * LANES);
+                row[i] = LOAD(tile + k * width + at + i * LANES);
             UNROLL
             for (int i = 0; i < 4 * W; i++)
-                acc[i / W][i % W] = FN(fma)(FN(splat)(f->s[i / W][p + k]),
-                                            v[i % W], acc[i / W][i % W]);
+                acc[i / W][i % W] = FMA(SPLAT(a[i / W][k]), row[i % W],
+                                        acc[i / W][i % W]);
         }
         UNROLL
         for (int i = 0; i < 4 * W; i++)
-            FN(store)(f->o[i / W] + d + i % W * LANES, acc[i / W][i % W]);
+            STORE(to[i / W] + at + i % W * LANES, acc[i / W][i % W]);
+    }
+}
+
+/* The scores of the chunk at pos, out of K, [head_dim][TILE] in each tile; or
+ * the weighted values, out of V, [TILE][head_dim].  Four queries are taken that
+ * see equally much.  If fewer are left, the last one is repeated: its result is
+ * computed again, and is the same. */
+KERNEL void FN(attend_tiles)(struct attn_partial *part,
+                             const struct attn_rows *a,
+                             const struct kv_head *kv, int pos, int first,
+                             const struct scratch *s, int is_v)
+{
+    const int hd = kv->head_dim, whole = chunk_seen(a, 0, pos) == CHUNK;
+    const size_t bytes = (size_t)hd * (kv->f16 ? 2 : 4);
+    const uint8_t *from = (is_v ? kv->v : kv->k) + (size_t)pos * bytes;
+
+    for (int p = 0; p < chunk_seen(a, a->n - 1, pos); p += TILE) {
+        for (int i = 0; i < TILE * hd; i += LANES)
+            STORE(s->tile + i,
+                  FN(load_floats)(from, (size_t)i, kv->f16 ? F16 : F32));
+        from += TILE * bytes;
+        for (int i = first, n; i < a->n * a->group; i += n) {
+            const int row = i / a->group;
+            const int left = (whole ? a->n : row + 1) * a->group - i;
+            const int seen = chunk_seen(a, row, pos) - p;
+            const float *by[4];
+            float *to[4];
+
+            n = left < 4 ? left : 4;
+            for (int k = 0; k < 4; k++) {
+                const int j = i + (k < n ? k : n - 1);
+                float *score = s->score + (size_t)j * CHUNK + p;
+                to[k] = is_v ? part[j].o : score;
+                by[k] = is_v ? score : query_at(a, j, hd);
+            }
+            FN(add_rows)(to, is_v && p > 0, by, s->tile, is_v ? hd : TILE,
+                         !is_v ? hd : seen < TILE ? seen : TILE, from);
+        }
     }
 }
 
@@ -3948,60 +3606,26 @@ KERNEL void FN(attend_chunk)(struct attn_partial *part,
                              const struct kv_head *kv, int pos,
                              const struct scratch *s)
 {
-    const int hd = kv->head_dim, n = a->n * a->group;
-    const int most = chunk_seen(a, a->n - 1, pos);
     const int first = pos > a->pos ? (pos - a->pos) * a->group : 0;
-    const size_t size = kv->f16 ? 2 : 4, bytes = (size_t)TILE * hd * size;
-    struct FN(four) f;
 
-    for (int p = 0; p < most; p += TILE) {
-        const uint8_t *k = kv->k + k_index(pos + p, 0, hd) * size;
-
-        FN(load_tile)(s->tile, k, kv->f16, TILE * hd);
-        for (int i = first; i < n; i += f.n) {
-            f = FN(take_four)(part, a, i, hd, pos, s->score);
-            FN(scores)(&f, s->tile, hd, p, k + bytes);
-        }
-    }
-    for (int i = first; i < n; i++) {
+    FN(attend_tiles)(part, a, kv, pos, first, s, 0);
+    for (int i = first; i < a->n * a->group; i++)
         FN(softmax)(&part[i], s->score + (size_t)i * CHUNK,
                     chunk_seen(a, i / a->group, pos));
-        memset(part[i].o, 0, (size_t)(hd + 63) / 64 * 64 * sizeof *part[i].o);
-    }
-    for (int p = 0; p < most; p += TILE) {
-        const uint8_t *v = kv->v + (size_t)(pos + p) * hd * size;
-
-        FN(load_tile)(s->tile, v, kv->f16, TILE * hd);
-        for (int i = first; i < n; i += f.n) {
-            f = FN(take_four)(part, a, i, hd, pos, s->score);
-            FN(values)(&f, s->tile, hd, p,
-                       f.seen - p < TILE ? f.seen - p : TILE, v + bytes);
-        }
-    }
+    FN(attend_tiles)(part, a, kv, pos, first, s, 1);
 }
 
 static const struct isa FN(isa) = {
-    .panel_rows = FN(PANEL), .dot = BLOCK(dot_f32),
+    .panel_rows = PANEL, .dot = BLOCK(dot_f32),
     .quantize = BLOCK(quantize), .swiglu = BLOCK(swiglu),
     .add_scaled = BLOCK(add_scaled), .rope = BLOCK(rope),
     .conv_step = BLOCK(conv_step), .attend_chunk = FN(attend_chunk),
     .product = FN(product)
 };
 
-#undef MM
-#undef MM_INTS
-#undef INTS
-#undef UINTS
-#undef QUADS
-#undef FLOATS
-#undef BLOCK
-#undef TOKENS
-#undef X_ROWS
-#undef FN
-#undef LANES
+#undef SET
+#undef BITS
 #undef DOT
-#undef DPBUSD
-#undef KERNEL
 #undef TARGET
 #endif /* KERNELS */
 
@@ -4018,10 +3642,10 @@ enum {
 
 #define KERNELS
 
-#define FN(name) name##_avx2
-#define LANES 8
+#define SET avx2
+#define BITS 256
 #define DOT 0
-#define TARGET "avx2,fma,f16c"
+#define TARGET __attribute__((target("avx2,fma,f16c")))
 #include "lfm2.c"
 
 #ifndef LFM2_AVX2_ONLY
@@ -4029,25 +3653,25 @@ enum {
 #if (defined __clang__ && __clang_major__ >= 12) || \
     (!defined __clang__ && __GNUC__ >= 11)
 #define LFM2_AVXVNNI                      /* older compilers do not know it  */
-#define FN(name) name##_avxvnni
-#define LANES 8
+#define SET avxvnni
+#define BITS 256
 #define DOT 1
-#define DPBUSD _mm256_dpbusd_avx_epi32
-#define TARGET "avxvnni,avx2,fma,f16c"
+#define TARGET __attribute__((target("avxvnni,avx2,fma,f16c")))
 #include "lfm2.c"
 #endif
 
-#define FN(name) name##_avx512
-#define LANES 16
+#define SET avx512
+#define BITS 512
 #define DOT 0
-#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #include "lfm2.c"
 
-#define FN(name) name##_avx512vnni
-#define LANES 16
+#define SET avx512vnni
+#define BITS 512
 #define DOT 1
-#define DPBUSD _mm512_dpbusd_epi32
-#define TARGET "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define TARGET __attribute__((target( \
+    "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
 #include "lfm2.c"
 
 #endif
@@ -4080,18 +3704,21 @@ static int cpu_features(void)
 
 #define KERNELS
 
-#define FN(name) name##_neon
-#define LANES 4
+#define SET neon
+#define BITS 128
 #define DOT 0
+#define TARGET
 #include "lfm2.c"
 
-#define FN(name) name##_dotprod
-#define LANES 4
+#define SET dotprod
+#define BITS 128
 #define DOT 1
 #if defined __clang__
-#define TARGET "dotprod"
+#define TARGET __attribute__((target("dotprod")))
 #elif !defined __ARM_FEATURE_DOTPROD
-#define TARGET "arch=armv8.2-a+dotprod"
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#else
+#define TARGET
 #endif
 #include "lfm2.c"
 
@@ -5132,7 +4759,6 @@ static const struct binding {
     { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W3 },
     { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS, FFN_W2 },
 #undef WEIGHT
-#undef FIELD
 };
 
 /* Files converted with fused projections: the rows of q, then k, then v. */

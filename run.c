@@ -624,9 +624,7 @@ static FILE *create_file(const char *path);
 static int finish_file(FILE *f, const char *path, int code);
 static int can_replace(const char *path);
 static int replace_file(const char *path, const struct text *part, int n_parts);
-static int open_file(int (*open_it)(lfm2_model **, const char *, int,
-    lfm2_error *),
-    lfm2_model **out, const char *path, int no_mmap,
+static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
     lfm2_error *err);
 static int report(const char *path, const lfm2_error *err);
 static void clean_text(struct text *t);
@@ -1255,8 +1253,7 @@ static int open_model(struct engine *e)
         return code;
     if (!s->no_mmap)
         watch_file(s->model);
-    if (open_file(lfm2_model_open, &e->model, s->model, s->no_mmap, &err) !=
-        LFM2_OK)
+    if (open_file(&e->model, s->model, s->no_mmap, 0, &err) != LFM2_OK)
         return report(s->model, &err);
     e->par = choose_params(s, e->model);
     for (int i = 0; lfm2_model_warning(e->model, i); i++)
@@ -5089,20 +5086,18 @@ static int replace_file(const char *path, const struct text *part, int n_parts)
 
 /* ---- models */
 
-/* Map it, or read it where that cannot be done: some shared folders have no
- * mmap(). */
-static int open_file(int (*open_it)(lfm2_model **, const char *, int,
-                                    lfm2_error *),
-                     lfm2_model **out, const char *path, int no_mmap,
+/* Map it, or read it where that cannot be: some shared folders have no mmap().
+ * `any`, LFM2_LOAD_ANY or 0, takes what is no model for us, too. */
+static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
                      lfm2_error *err)
 {
-    int code = open_it(out, path, no_mmap ? LFM2_LOAD_READ : LFM2_LOAD_MAP,
-                       err);
+    int code = lfm2_model_open(out, path, (no_mmap ? LFM2_LOAD_READ :
+                               LFM2_LOAD_MAP) | any, err);
 
     if (code != LFM2_EIO || no_mmap || !strstr(err->msg, "cannot map"))
         return code;
     note("%s: its file system cannot map files, so it is read", path);
-    return open_it(out, path, LFM2_LOAD_READ, err);
+    return lfm2_model_open(out, path, LFM2_LOAD_READ | any, err);
 }
 
 /* What is taken for a model now and then: where and how it begins, and what to
@@ -7785,7 +7780,7 @@ static int export_words(const struct settings *s)
     FILE *f;
 
     watch_file(path);
-    open_file(lfm2_model_examine, &model, path, s->no_mmap, &err);
+    open_file(&model, path, s->no_mmap, LFM2_LOAD_ANY, &err);
     if (model) {
         data = lfm2_model_file(model, &size);
         n = lfm2_tokenizer_export(data, size, NULL, 0, &err);
@@ -8410,7 +8405,7 @@ static int inspect_file(const struct settings *s)
         return code;
     if (!s->no_mmap)
         watch_file(s->model);
-    f.code = open_file(lfm2_model_examine, &f.model, s->model, s->no_mmap,
+    f.code = open_file(&f.model, s->model, s->no_mmap, LFM2_LOAD_ANY,
                        &f.err);
     f.is_model = f.code == LFM2_OK;
     if (!f.model)

@@ -169,7 +169,7 @@ static double input_at(const struct input *in, const struct format *f, int t,
                        int c)
 {
     const size_t i = (size_t)t * PRODUCT_COLS + (size_t)c;
-    const struct q8_block *x = &in->q[i / 32];
+    const struct q8_group *x = &in->q[i / 32];
     return f->floats ? (double)in->f[i] : (double)x->d * x->q[i % 32];
 }
 
@@ -220,7 +220,7 @@ START_TEST(a_product_is_the_sum_of_its_terms)
                             .n_threads = 2 };
     static float x[PRODUCT_TOKENS * PRODUCT_COLS];
     static float y[PRODUCT_TOKENS * PRODUCT_ROWS];
-    static struct q8_block q[PRODUCT_TOKENS * PRODUCT_COLS / 32];
+    static struct q8_group q[PRODUCT_TOKENS * PRODUCT_COLS / 32];
     lfm2_model *m;
     lfm2_context *ctx;
     uint64_t rng = 4;

@@ -80,7 +80,7 @@ END_TEST
 START_TEST(rounding_of_groups)
 {
     const struct isa *isa = isa_or_none(_i);
-    struct q8_block a, b;
+    struct q8_group a, b;
     uint64_t rng = 2;
     float x[32];
 

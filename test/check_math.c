@@ -260,7 +260,7 @@ START_TEST(groups_are_rounded_to_the_nearest_of_127_steps)
 
     for (int round = 0; round < 20000; round++) {
         float x[32], amax = 0;
-        struct q8_block r;
+        struct q8_group r;
         int total[2] = { 0 };
         for (int i = 0; i < 32; i++) {
             x[i] = ldexpf(random_float(&rng), round % 60 - 30);
@@ -282,7 +282,7 @@ START_TEST(groups_at_the_edges)
 {
     const float odd[] = { NAN, INFINITY, -INFINITY };
     float x[32] = { 0 };
-    struct q8_block r;
+    struct q8_group r;
 
     quantize(&r, x);
     EXPECT(same_bits(r.d, 0) && r.q[0] == 0 && r.sum[0] == 0);

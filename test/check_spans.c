@@ -293,7 +293,7 @@ END_TEST
 /* The logits are what the output matrix makes of it. */
 START_TEST(logits_are_the_product_of_a_state)
 {
-    static struct q8_block q[256 / UNIT];
+    static struct q8_group q[256 / UNIT];
     float state[256], logits[N_VOCAB_ALL], *expected;
 
     open_tiny(_i);
