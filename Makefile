@@ -190,13 +190,16 @@ $(RUN:%=build/test/%) $(RUN:%=build/debug/test/%): run.c
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh
 
-check: run lib $(SUITES:%=build/test/%) build/test/replay
+build/test/parrot: test/parrot.c test/util.c test/util.h | build/test
+	$(CC) $(CPPFLAGS) -std=c11 -O1 -Wall -Wextra -o $@ $(filter %.c,$^) $(LIBS)
+
+check: run lib $(SUITES:%=build/test/%) build/test/replay build/test/parrot
 	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%) \
 	    build/test/replay
 
 # Of the scripts, those that run the program for its own sake.
 check-debug: build/debug/quick/run $(SUITES:%=build/debug/test/%) \
-             build/debug/test/replay
+             build/debug/test/replay build/test/parrot
 	@sh test/all.sh build/debug/quick/run \
 	    $$(grep -l '"$$run"' $(filter-out %pictures.sh,$(SCRIPTS))) \
 	    $(SUITES:%=build/debug/test/%) build/debug/test/replay
