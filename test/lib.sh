@@ -188,10 +188,10 @@ open_terminal() {
     exec 3>"$dir/keys"
 }
 
-# types TEXT: as printf writes it.
+# types TEXT: as printf writes it; to one who may have left.
 types() {
     # shellcheck disable=SC2059
-    printf "$1" >&3
+    (printf "$1" >&3) 2>/dev/null
 }
 
 # shows N TEXT: within a while, $dir/tty has N lines with TEXT.
