@@ -159,7 +159,7 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 # One program for each suite.  Most include lfm2.c to reach all of it.  The
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
-LINKED  := check_answer check_arithmetic check_chat check_forward check_gguf \
+LINKED  := check_arithmetic check_chat check_forward check_gguf \
            check_golden check_inspect check_sandbox
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_spans check_stdio check_threads \

@@ -7,7 +7,8 @@
  * ends after the last piece, or begins again if that is \0.  The first script is
  * the answer to everything, but one in whose text a name stands as a word: the
  * second line is said to AB, the third to AC, and so on to ZZ.  It is to answer
- * greedily.  KEY=TEXT are strings of the metadata, KEY=@FILE those in a file;
+ * greedily.  KEY=TEXT are strings of the metadata, KEY=@FILE those in a file,
+ * KEY=#0.5 and KEY=#7. numbers, the latter whole; KEY= is no such key.
  * vocabulary=N adds unused tokens up to N, think=1 marks for thoughts.
  *
  * How it works: tokens of a script are numbered, and each is embedded as the unit
@@ -215,13 +216,21 @@ static void put_layers(struct gguf_writer *w)
     }
 }
 
-/* Text of the command line, or of a file. */
-static void put_string(struct gguf_writer *w, char *pair)
+/* Text of the command line or of a file, or a number. */
+static void put_value(struct gguf_writer *w, char *pair)
 {
     char *value = strchr(pair, '=') + 1;
     struct bytes file;
 
     value[-1] = '\0';
+    if (!*value)
+        return;
+    if (*value == '#' && value[strlen(value) - 1] == '.')
+        write_scalar(w, pair, T_I32, (uint64_t)atoi(value + 1));
+    else if (*value == '#')
+        write_f32(w, pair, (float)atof(value + 1));
+    if (*value == '#')
+        return;
     if (*value != '@') {
         write_string(w, pair, value);
         return;
@@ -302,7 +311,7 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "think=1") != 0) {
             has_template |= strncmp(argv[i], "tokenizer.chat_template=", 24)
                             == 0;
-            put_string(&w, argv[i]);
+            put_value(&w, argv[i]);
         }
     }
     if (!has_template)                    /* that of lfm2, by its word       */
