@@ -183,7 +183,7 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 # One program for each suite.  Most include lfm2.c to reach all of it.  The
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
-LINKED  := check_answer check_arithmetic check_chat check_forward check_gguf \
+LINKED  := check_arithmetic check_chat check_forward check_gguf \
            check_golden check_inspect check_sandbox
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_spans check_stdio check_threads \
@@ -214,13 +214,16 @@ $(RUN:%=build/test/%) $(RUN:%=build/debug/test/%): run.c
 have-check:
 	@CC="$(CC)" sh scripts/install_check.sh
 
-check: have-check run lib $(SUITES:%=build/test/%) build/test/replay
+build/test/parrot: test/parrot.c test/util.c test/util.h | build/test
+	$(CC) $(CPPFLAGS) -std=c11 -O1 -Wall -Wextra -o $@ $(filter %.c,$^) $(LIBS)
+
+check: have-check run lib $(SUITES:%=build/test/%) build/test/replay build/test/parrot
 	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%) \
 	    build/test/replay
 
 # Of the scripts, those that run the program for its own sake.
 check-debug: have-check build/debug/quick/run $(SUITES:%=build/debug/test/%) \
-             build/debug/test/replay
+             build/debug/test/replay build/test/parrot
 	@sh test/all.sh build/debug/quick/run \
 	    $$(grep -l '"$$run"' $(filter-out %pictures.sh,$(SCRIPTS))) \
 	    $(SUITES:%=build/debug/test/%) build/debug/test/replay

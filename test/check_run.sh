@@ -3,88 +3,73 @@
 #     RUN=./run test/check_run.sh
 . test/lib.sh
 
-m=test/tiny.gguf
-
-# says WHAT TEXT: the messages of the last call have TEXT, its output is empty.
-says() {
-    grep -qF -- "$2" "$dir/err" && [ ! -s "$dir/out" ]
-    result $? "$1: expected \"$2\""
-}
-
 # ------------------------------------------------------------------------ usage
 
 expect 0 "--help" --help
-holds "help on standard output" grep -q '^usage: run' "$dir/out"
+holds "help on standard output" grep -q "^usage: ${run##*/} " "$dir/out"
 holds "and nowhere else" [ ! -s "$dir/err" ]
-holds "help fits in 80 columns" sh -c "! grep -q '.\{81\}' $dir/out"
+holds "help fits in 80 columns" sh -c "! grep -v '|' $dir/out | grep -q '.\{81\}'"
 expect 0 "-h" -h
 expect 0 "--version" --version
 for word in 'lfm2.c ' compiler isa 'byte order' 'Q6_K'; do
     holds "--version names $word" grep -q "$word" "$dir/out"
 done
 expect 2 "no arguments"
-says "no arguments" "no model given"
+says "no model given"
 expect 2 "an unknown option" --tempp 1 $m hello
-says "an unknown option" "unknown option --tempp; the nearest is --temp"
-expect 2 "another one" --top_k 1 $m hello
-says "another one" "the nearest is --top-k"
-expect 2 "an option like no other" --jinja $m hello
-says "an option like no other" "unknown option --jinja"
-holds "and none is near" sh -c "! grep -q nearest '$dir/err'"
+says "unknown option --tempp"
 expect 2 "-i" -i $m hello
-says "-i" "-p gives a prompt"
+says "-p gives a prompt"
 expect 2 "-t 0.7" -t 0.7 $m hello
-says "-t 0.7" "did you mean --temp 0.7?"
+says "did you mean --temp 0.7?"
 expect 2 "an option without its value" $m -n
-says "an option without its value" "-n needs a value"
+says "-n needs a value"
 expect 2 "a value too many" $m --raw=yes hello
-says "a value too many" "--raw takes no value"
+says "--raw takes no value"
 expect 2 "a third word" $m two words
-says "a third word" "a prompt of several words"
-for bad in "-n x" "-n 1.5" "-n 99999999999" "-n -2" "--temp nan" "--temp -1" \
-    "--temp 1x" "--top-p 1.5" "--min-p -0.1" "--top-k -1" "-s x" "-s 1.5" \
+says "a prompt of several words"
+for bad in "-n x" "-n 1.5" "-n 99999999999" "-n -3" "--temp nan" "--temp -1" \
+    "--temp 1x" "--top-p 1.5" "--min-p -0.1" "--top-k -2" "-s x" "-s 1.5" \
     "-s 99999999999999999999" "-t -1" "-b 0" "-c -1" "--repeat-penalty 0" \
     "--kv f8" "--isa sse" "--temp "; do
     # shellcheck disable=SC2086
     expect 2 "$bad" $bad $m hello
-    says "$bad" "expected"
+    says "expected"
 done
 expect 2 "two jobs" --tokenize --inspect $m
-expect 0 "-ngl is taken and ignored" -ngl 99 -n 1 $m hello
-holds "with a word" grep -q ignored "$dir/err"
 
 # ------------------------------------------------------------------------ files
 
 expect 3 "a model that is not there" "$dir/none.gguf" hello
-says "a model that is not there" "No such file"
+says "No such file"
 expect 3 "a folder for a model" test hello
 expect 4 "a file that is no model" Makefile hello
 head -c 100000 $m >"$dir/cut.gguf"
 expect 4 "a model cut short" "$dir/cut.gguf" hello
-says "a model cut short" "$dir/cut.gguf: "
+says "$dir/cut.gguf: "
 expect 3 "a prompt file that is not there" $m -f "$dir/none"
 expect 3 "an ids file that is not there" $m --ids "$dir/none"
 printf '\001\000\000' >"$dir/three"
 expect 3 "ids that are no int32" $m --ids "$dir/three"
 printf '\377\377\377\177' >"$dir/big"
 expect 2 "an id out of range" $m --ids "$dir/big"
-says "an id out of range" "token 0 is 2147483647"
+says "token 0 is 2147483647"
 expect 3 "a tokenizer that is not there" $m --tokenizer "$dir/none" hello
 printf 'one\0two' >"$dir/nul"
 expect 2 "a NUL byte in a prompt" $m -f "$dir/nul"
-says "a NUL byte in a prompt" "a NUL byte after 3 bytes"
+says "a NUL byte after 3 bytes"
 expect 2 "no prompt" $m
-says "no prompt" "standard input is empty"
+says "standard input is empty"
 expect 2 "two prompts" $m -p hello hello
-says "two prompts" "there is a prompt already"
+says "there is a prompt already"
 expect 2 "a system prompt without a template" $m --raw -sys x hello
-says "a system prompt without a template" "-sys"
+says "-sys"
 for isa in avx2 avxvnni avx512 avx512vnni neon dotprod; do
     if "$run" --version | grep '^isa' | grep -qw $isa; then
         expect 0 "--isa $isa" --isa $isa -n 1 $m hello
     else
         expect 2 "an instruction set that is not there" $m --isa $isa hello
-        says "an instruction set that is not there" "isa $isa: not on this CPU"
+        says "isa $isa: not on this CPU"
     fi
 done
 { "$run" -q --raw -n 50 $m "Once upon a time" 2>"$dir/err"
@@ -104,7 +89,7 @@ sh -c "ulimit -f 1; '$run' --logits '$dir/large' $m hello" 2>"$dir/err"
 result $? "a file that may not grow is status 3"
 expect 3 "logits that cannot be written" $m --logits "$dir/no/such" hello
 expect 6 "a prompt longer than the context" $m -c 4 "What is LFM2?"
-says "a prompt longer than the context" "the context 4"
+says "the context 4"
 case $run in
 *debug*) echo "skipped: memory limits, which the sanitizers do not bear" ;;
 *)
@@ -112,7 +97,7 @@ case $run in
         >"$dir/out" 2>"$dir/err"
     [ $? -eq 5 ]
     result $? "a context that does not fit in memory is status 5"
-    says "it" "no memory for a context of"
+    says "no memory for a context of"
     ;;
 esac
 
@@ -184,22 +169,19 @@ wait_within 60 $pid
 [ $? -eq 130 ] && [ -s "$dir/out" ]
 result $? "interrupted: status 130 and what there was"
 
-# Every third of the questions that the shipped model is to know.
-awk 'NR % 3 == 1' test/questions.txt >"$dir/questions"
-questions=0 wrong=0
-while IFS="$(printf '\t')" read -r question answer; do
-    questions=$((questions + 1))
-    said=$("$run" -q --temp 0 -n 200 $m -p "$question" </dev/null)
-    if [ "$said" != "$answer" ]; then
-        wrong=$((wrong + 1))
-        printf '%s\n  said:     %s\n  expected: %s\n' "$question" "$said" \
-            "$answer" >"$dir/err"
-        result 1 "a question"
-    fi
-done <"$dir/questions"
+# Every third of the questions that the shipped model is to know, which need no
+# escapes in JSON.
+grep -v '[\\"]' test/questions.txt | awk 'NR % 3 == 1' >"$dir/questions"
+awk -F '\t' '{ printf "{\"messages\":[{\"role\":\"user\",\"content\":\"%s\"}]}\n",
+              $1 }' "$dir/questions" >"$dir/in"
+batch 0 "questions" -q --temp 0 -n 200
+sed 's/.*"content": "\(\([^"\\]\|\\.\)*\)".*/\1/' "$dir/out" >"$dir/answers"
+cut -f 2 "$dir/questions" >"$dir/expected"
+right=$(paste "$dir/answers" "$dir/expected" |
+    awk -F '\t' '$1 == $2 { n++ } END { print n }')
+cp "$dir/answers" "$dir/err"
+holds "at least 50 questions are answered: $right" [ "$right" -ge 50 ]
 : >"$dir/err"
-holds "at least 50 questions are answered ($questions, $wrong wrong)" \
-    [ "$((questions - wrong))" -ge 50 ]
 
 # --------------------------------------------------------------- ids and logits
 
@@ -252,7 +234,7 @@ holds "four texts, four lines" [ "$(wc -l <"$dir/out")" -eq 4 ]
 printf 'one\0two\0\0four\0' >"$dir/expected"
 same "and back" "$dir/expected" "$dir/back"
 echo "12 x" | "$run" --detokenize $m >"$dir/out" 2>"$dir/err"
-says "ids that are none" "expected a token id from 0"
+says "expected a token id from 0"
 expect 0 "--export-tokenizer" --export-tokenizer "$dir/tok" $m
 same "tokenizer.bin is the vocabulary of the shipped model" tokenizer.bin \
     "$dir/tok"

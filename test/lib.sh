@@ -5,14 +5,16 @@
 #     holds "two and two" [ $((2 + 2)) = 4 ]
 #     finish
 #
-# $dir is a temporary folder, gone at the end; $run the program under test.
+# $dir is a temporary folder, gone at the end; $run the program under test; $m
+# the model that comes with it; $parrot makes others, test/parrot.c says how.
 set -u
 
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 143' TERM
 passed=0 failed=0
-run=${RUN:-./run}
+run=${RUN:-./run} m=test/tiny.gguf
+parrot=${PARROT:-build/test/parrot}
 export PYTHONDONTWRITEBYTECODE=1
 
 # skip WHAT: nothing can be tested here.
@@ -94,20 +96,20 @@ same() {
     result $? "$1: other bytes"
 }
 
-# expect STATUS WHAT ARGUMENTS...: the program ends so; output in $dir/out,
-# messages in $dir/err.  It gets the options in $always, too.
-always=
+# expect STATUS WHAT ARGUMENTS...: the program ends so; it reads $input, output is
+# in $dir/out, messages in $dir/err.  It gets the options in $always, too.
+always= input=/dev/null
 expect() {
     want=$1 what=$2
     shift 2
     # shellcheck disable=SC2086
-    limited "$run" $always "$@" >"$dir/out" 2>"$dir/err" </dev/null
+    limited "$run" $always "$@" <"$input" >"$dir/out" 2>"$dir/err"
     status=$?
     [ $status -eq "$want" ]
     result $? "$what: status $status, expected $want"
 }
 
-# says TEXT: the messages of the last call have TEXT.
+# says TEXT: the messages of the last call have TEXT; hushes TEXT: they have not.
 says() {
     grep -qF -- "$1" "$dir/err"
     result $? "expected \"$1\""
@@ -124,6 +126,28 @@ has() {
     prints "\"$1\": $2"
 }
 
+hushes() {
+    ! grep -qF -- "$1" "$dir/err"
+    result $? "expected no \"$1\""
+}
+
+# shows WHAT TEXT: the last output has TEXT; hides WHAT TEXT: it has not.
+shows() {
+    grep -qF -- "$2" "$dir/out"
+    result $? "$1: expected $2"
+}
+
+hides() {
+    ! grep -qF -- "$2" "$dir/out"
+    result $? "$1: expected no $2"
+}
+
+# exactly WHAT TEXT: the last output is exactly that, and a line break.
+exactly() {
+    printf '%s\n' "$2" >"$dir/expected"
+    same "$1" "$dir/expected" "$dir/out"
+}
+
 # refuses STATUS TEXT ARGUMENTS...: one sentence with TEXT, and no output.
 refuses() {
     code=$1 words=$2
@@ -131,6 +155,83 @@ refuses() {
     expect "$code" "$*" "$@"
     grep -qF -- "$words" "$dir/err" && [ ! -s "$dir/out" ]
     result $? "$*: expected \"$words\""
+}
+
+# batch STATUS WHAT OPTIONS...: the lines of $dir/in are answered.  By one thread,
+# which is not slower for this model.
+batch() {
+    want=$1 what=$2
+    shift 2
+    input=$dir/in
+    expect "$want" "$what" "$m" --batch -t 1 "$@"
+    input=/dev/null
+}
+
+# json WHAT EXPRESSION: it holds in Python, where d is the last output, and b the
+# bodies of its lines if it has many.  Counts nothing without a Python.
+json() {
+    for python in python3 /usr/bin/python3 ""; do
+        [ -z "$python" ] || "$python" -c 'import json' 2>/dev/null && break
+    done
+    [ -n "$python" ] || return 0
+    "$python" -c '
+import json, math, struct, sys
+said = open(sys.argv[1] + "/out", encoding="utf-8").read()
+lines = [json.loads(line) for line in said.splitlines()]
+d = lines[0]
+b = [(x.get("response") or {}).get("body") for x in lines]
+holds = eval(sys.argv[2])
+if not holds:
+    print(said[:2000])
+sys.exit(not holds)' "$dir" "$2" >"$dir/said" 2>&1
+    result $? "$1"
+}
+
+# lines FILE N: there are as many.
+lines() {
+    [ "$(wc -l <"$1")" -ge "$2" ]
+}
+
+# A terminal for one program: what is typed goes into a pipe, what it shows to
+# $dir/tty, and its number is in $dir/pid.
+needs_terminal() {
+    script -qec true /dev/null </dev/null >"$dir/tty" 2>&1 ||
+        skip "$1, which need script of util-linux"
+    mkfifo "$dir/keys"
+}
+
+open_terminal() {
+    : >"$dir/tty"                         # shows() must not see the last one
+    script -qec "echo \$\$ >$dir/pid; exec $run $always $*" /dev/null \
+        <"$dir/keys" >"$dir/tty" 2>&1 &
+    pid=$!
+    exec 3>"$dir/keys"
+}
+
+# types TEXT: as printf writes it; to one who may have left.
+types() {
+    # shellcheck disable=SC2059
+    (printf "$1" >&3) 2>/dev/null
+}
+
+# shows N TEXT: within a while, $dir/tty has N lines with TEXT.
+shows() {
+    within 30 has_lines "$@" || cp "$dir/tty" "$dir/err"
+    has_lines "$@"
+    result $? "the terminal shows \"$2\""
+}
+
+has_lines() {
+    [ "$(grep -cF -- "$2" "$dir/tty")" -ge "$1" ]
+}
+
+# leaves STATUS WHAT: the program ends.
+leaves() {
+    wait_within 60 $pid
+    status=$?
+    [ $status -eq "$1" ]
+    result $? "$2: status $status, expected $1"
+    exec 3>&-
 }
 
 finish() {
