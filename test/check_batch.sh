@@ -317,35 +317,8 @@ cp "$dir/lines" "$dir/in"
 
 # ------------------------------------------------------------------------ parts
 
-# part WHAT PART VARIABLES...: --shard auto is that part.
-part() {
-    what=$1 expected=$2
-    shift 2
-    batch 0 "--shard $expected" --shard "$expected"
-    mv "$dir/out" "$dir/expected"
-    env "$@" "$run" $m --batch -t 1 --shard "$auto" <"$dir/in" >"$dir/out" \
-        2>"$dir/err"
-    result $? "$what"
-    same "$what is --shard $expected" "$dir/expected" "$dir/out"
-}
-
-auto=auto
-part "an array from 0" 1/3 SLURM_ARRAY_TASK_ID=1 SLURM_ARRAY_TASK_COUNT=3 \
-    SLURM_ARRAY_TASK_MIN=0 SLURM_ARRAY_TASK_MAX=2
-part "an array from 2 by 3" 2/3 SLURM_ARRAY_TASK_ID=8 SLURM_ARRAY_TASK_COUNT=3 \
-    SLURM_ARRAY_TASK_MIN=2 SLURM_ARRAY_TASK_MAX=8 SLURM_ARRAY_TASK_STEP=3
-auto=auto/20
-part "part of an array" 7/20 SLURM_ARRAY_TASK_ID=7 SLURM_ARRAY_TASK_COUNT=2 \
-    SLURM_ARRAY_TASK_MIN=5 SLURM_ARRAY_TASK_MAX=7
-part "an indexed job" 3/20 JOB_COMPLETION_INDEX=3
-batch 2 "--shard auto without an array" --shard auto
-says "SLURM_ARRAY_TASK_ID"
-SLURM_ARRAY_TASK_ID=7 SLURM_ARRAY_TASK_COUNT=2 SLURM_ARRAY_TASK_MIN=3 \
-    SLURM_ARRAY_TASK_MAX=7 batch 2 "part of an array without its size" \
-    --shard auto
-says "expected a whole Slurm array"
-for bad in 3/3 -1/3 x 1 1/ /2 1/2x auto/ auto/x autox 1/0; do
-    SLURM_ARRAY_TASK_ID=0 batch 2 "--shard $bad" --shard $bad
+for bad in 3/3 -1/3 x 1 1/ /2 1/2x auto 1/0; do
+    batch 2 "--shard $bad" --shard $bad
     says "expected"
 done
 batch 2 "--batch and a prompt" hello
@@ -408,7 +381,7 @@ sort "$dir/whole" >"$dir/sorted"
 
 # start OPTIONS...: the slow job, in the background.
 start() {
-    "$run" $m --batch -t 1 --parallel 4 "$@" <"$dir/in" >"$dir/out" \
+    interruptible "$run" $m --batch -t 1 --parallel 4 "$@" <"$dir/in" >"$dir/out" \
         2>"$dir/err" &
     pid=$!
 }

@@ -322,7 +322,8 @@ case $(now) in
 *N) echo "skipped: prompts in pieces, which need a clock of nanoseconds" ;;
 *)
     began=$(now)
-    "$run" $m --batch -q -t 1 -b 512 -c 4096 --temp 0 <"$dir/in" \
+    "$run" $m --batch -q -t 1 -b 512 -c 4096 --temp 0 \
+        --prompt-piece 128 <"$dir/in" \
         >"$dir/out" 2>"$dir/err" &
     pid=$!
     within 100 lines "$dir/out" 1
@@ -358,8 +359,8 @@ same "the order of a resumed batch" "$dir/order" "$dir/ids"
 # ------------------------------------------------------------------ interrupts
 
 # An answer that is interrupted is an object all the same, in OpenAI's words.
-"$run" -q --json --raw --temp 0 --ignore-eos --isa scalar -t 1 -c 60000 \
-    -n 50000 $m Once >"$dir/out" 2>"$dir/err" &
+interruptible "$run" -q --json --raw --temp 0 --ignore-eos --isa scalar -t 1 \
+    -c 60000 -n 50000 $m Once >"$dir/out" 2>"$dir/err" &
 pid=$!
 sleep 0.7
 kill -INT $pid

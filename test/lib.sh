@@ -57,6 +57,15 @@ wait_within() {
     wait "$2"
 }
 
+# interruptible COMMAND...: one in the background that SIGINT ends: a shell that
+# runs a script starts those with SIGINT ignored, and so they stay.
+interruptible() {
+    if env --default-signal=INT true 2>/dev/null; then
+        exec env --default-signal=INT "$@"
+    fi
+    exec "$@"
+}
+
 has_ended() {
     ! kill -0 "$1"
 }
@@ -182,8 +191,8 @@ needs_terminal() {
 
 open_terminal() {
     : >"$dir/tty"                         # shows() must not see the last one
-    script -qec "echo \$\$ >$dir/pid; exec $run $always $*" /dev/null \
-        <"$dir/keys" >"$dir/tty" 2>&1 &
+    interruptible script -qec "echo \$\$ >$dir/pid; exec $run $always $*" \
+        /dev/null <"$dir/keys" >"$dir/tty" 2>&1 &
     pid=$!
     exec 3>"$dir/keys"
 }
