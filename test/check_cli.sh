@@ -3,16 +3,9 @@
 #     RUN=./run test/check_cli.sh
 . test/lib.sh
 
-m=test/tiny.gguf
-unset LFM2_MODEL LFM2_THREADS NO_COLOR
+unset NO_COLOR
 
 always="-t 1"
-
-# prints WHAT TEXT: the last output is exactly that, and a line break.
-prints() {
-    printf '%s\n' "$2" >"$dir/expected"
-    same "$1" "$dir/expected" "$dir/out"
-}
 
 # Without a template, and with one that opens a thought: the file, edited.
 export LC_ALL=C
