@@ -1630,7 +1630,7 @@ static void end_part(struct reply *r, const char *word, struct cut c)
 
 static void split_parts(struct reply *r, int last)
 {
-    while (r->seen < r->raw.n && r->finish != STOPPED) {
+    while (r->seen < r->raw.n) {
         if (r->part == AT_START || r->part == AFTER_THOUGHT) {
             if (!begin_part(r, last))
                 return;

@@ -149,8 +149,8 @@ holds "--think raw leaves all where it was" "$python" "$dir/check.py" "$dir"
 
 # On a screen: words are the same, a thought stays away, calls are a line.
 expect 0 "a thought" -q --template lfm2 "$m" AE
-exactly "a thought is not printed" "$(sed -n '1p' "$dir/out")"
-hides "a thought" "hm"
+prints "a thought is not printed" "$(sed -n '1p' "$dir/out")"
+hasnt "a thought" "hm"
 
 # Bytes that are no characters, and those that steer a terminal.
 printf 'a\\xc2\t\\x9bb\t\\xf0\\x9f\t\\x98\t\\x80\t\\x1b[31mc\t\\xc3\n<|tool_call_start|>\t[f(a="\\xc2\\x9b31m")]\t<|tool_call_end|>\n' |
@@ -184,7 +184,7 @@ preset() {
     # shellcheck disable=SC2086
     "$run" -q --json -t 1 -n 1 --template lfm2 "$dir/named.gguf" hi $options \
         >"$dir/out" 2>"$dir/err" </dev/null
-    shows "$*" "\"temperature\": $temp, \"top_k\": $top_k, \"top_p\": 1, \"min_p\": $min_p, \"repeat_penalty\": $repeat"
+    has "$*" "\"temperature\": $temp, \"top_k\": $top_k, \"top_p\": 1, \"min_p\": $min_p, \"repeat_penalty\": $repeat"
 }
 
 options=
@@ -237,7 +237,7 @@ template() {
     printf 'I\n' | "$parrot" "$dir/named.gguf" "$@"
     "$run" -q --json -t 1 -n 1 "$dir/named.gguf" hi >"$dir/out" 2>"$dir/err" \
         </dev/null
-    shows "template of $*" "\"template\": \"$want\""
+    has "template of $*" "\"template\": \"$want\""
 }
 template lfm2 "tokenizer.chat_template=<|tool_list_start|>"
 template none tokenizer.chat_template=

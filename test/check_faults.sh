@@ -106,7 +106,7 @@ holds "statistics begin a line" sh -c "! grep -q '[^ ]run[^ ]*: ' $dir/out"
 
 # A speed is of the tokens that were computed: the first comes with the prompt.
 expect 0 "a token" --json --temp 0 -n 1 $m "$q"
-shows "a single token has no speed" '"predicted_per_second": null'
+has "a single token has no speed" '"predicted_per_second": null'
 expect 0 "three tokens" --json --temp 0 -n 3 $m "$q"
 echo "$(field predicted_per_second) $(field predicted_ms)" |
     awk '{ exit !($1 > 1990 / $2 && $1 < 2010 / $2) }'
@@ -166,7 +166,7 @@ holds "ten are refused" [ "$(grep -c '"wrong".*"error": {"code"' "$dir/out")" = 
 holds "three are not" [ "$(grep -c '"good".*"error": null' "$dir/out")" = 3 ]
 for name in json_schema grammar guided_json num_predict suffix best_of echo \
     ignore_eos frobs; do
-    shows "the member is named" "\\\"$name\\\""
+    has "the member is named" "\\\"$name\\\""
 done
 for name in cache_prompt user; do
     holds "$name is named once" [ "$(grep -c "\"$name\"" "$dir/err")" = 1 ]
@@ -174,7 +174,7 @@ done
 echo '{"messages":[{"role":"user","content":"What is LFM2?"}],"max_tokens":-1}' \
     >"$dir/in"
 batch 0 "max_tokens -1 is no limit" --temp 0
-shows "max_tokens -1" '"finish_reason": "stop"'
+has "max_tokens -1" '"finish_reason": "stop"'
 
 # Objects of many members.
 awk 'BEGIN { printf "{\"prompt\":\"a\",\"max_tokens\":1,\"metadata\":["
@@ -322,7 +322,8 @@ case $(now) in
 *N) echo "skipped: prompts in pieces, which need a clock of nanoseconds" ;;
 *)
     began=$(now)
-    "$run" $m --batch -q -t 1 -b 512 -c 4096 --temp 0 <"$dir/in" \
+    "$run" $m --batch -q -t 1 -b 512 -c 4096 --temp 0 \
+        --prompt-piece 128 <"$dir/in" \
         >"$dir/out" 2>"$dir/err" &
     pid=$!
     within 100 lines "$dir/out" 1
@@ -358,15 +359,15 @@ same "the order of a resumed batch" "$dir/order" "$dir/ids"
 # ------------------------------------------------------------------ interrupts
 
 # An answer that is interrupted is an object all the same, in OpenAI's words.
-"$run" -q --json --raw --temp 0 --ignore-eos --isa scalar -t 1 -c 60000 \
-    -n 50000 $m Once >"$dir/out" 2>"$dir/err" &
+interruptible "$run" -q --json --raw --temp 0 --ignore-eos --isa scalar -t 1 \
+    -c 60000 -n 50000 $m Once >"$dir/out" 2>"$dir/err" &
 pid=$!
 sleep 0.7
 kill -INT $pid
 wait_within 20 $pid
 holds "interrupted: status 130" [ $? -eq 130 ]
-hides "interrupted" '"finish_reason": "interrupted"'
-shows "interrupted" '"finish_reason": null'
+hasnt "interrupted" '"finish_reason": "interrupted"'
+has "interrupted" '"finish_reason": null'
 
 needs_terminal "interrupts at a terminal"
 export TERM=xterm

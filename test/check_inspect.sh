@@ -44,19 +44,19 @@ counts() {
     p=$(((2 * (conv + attn) + 1) * d + attn * 2 * 64))
     role norms $p $p
     role weights $((all + p)) $((active + p))
-    has kv_bytes_per_token $((attn * 2 * kv * 2))
-    has conv_state_bytes $((conv * 2 * d * 4))
+    json_has kv_bytes_per_token $((attn * 2 * kv * 2))
+    json_has conv_state_bytes $((conv * 2 * d * 4))
 }
 
 counts $m 256 2048 512 4 2 256 128 2 4 8 2 256
-has layer_map '"ccAcAc"'
-has ffn_map '"ddeeee"'
-has last_norm '"token_embd_norm.weight"'
-has tied true
-has n_tensors 64
-has tensors_read 64
-has bytes 5768000
-has largest_context 2048
+json_has layer_map '"ccAcAc"'
+json_has ffn_map '"ddeeee"'
+json_has last_norm '"token_embd_norm.weight"'
+json_has tied true
+json_has n_tensors 64
+json_has tensors_read 64
+json_has bytes 5768000
+json_has largest_context 2048
 holds "nothing is odd" grep -qF '"anomalies": []' "$dir/out"
 holds "it is one line" [ "$(wc -l <"$dir/out")" -eq 1 ]
 for model in dense-Q4_0 dense-Q4_K_M dense-F16; do
@@ -90,13 +90,13 @@ on && $1 != "name" {
 END { printf "%d %d\n", all, read }' "$dir/out" >"$dir/sum"
 read -r all read <"$dir/sum"
 expect 0 "the sum" --json $m
-has bytes "$all"
-has bytes_per_token "$read"
+json_has bytes "$all"
+json_has bytes_per_token "$read"
 expect 0 "other contexts" --json -c 100 --kv f32 $m
-has kv_bytes_per_token 2048
-has context 100
-has context 2048
-has assumed_gb_per_s 50
+json_has kv_bytes_per_token 2048
+json_has context 100
+json_has context 2048
+json_has assumed_gb_per_s 50
 
 # ------------------------------------------------------------------------- text
 
@@ -108,14 +108,14 @@ for line in "name          LFM2-Tiny-MoE" "layer_map     ccAcAc" \
     "4.65  Q4_K 10, Q6_K 1, IQ4_XS 1" "  kv_bytes_per_token  1.02 KB" \
     "       2048   2.10 MB" "  bos      1  <|startoftext|>" \
     "  name   lfm2" "  by     hash" "  temperature     0.3"; do
-    prints "$line"
+    out_has "$line"
 done
 holds "nothing is odd" sh -c "! grep -E '^(tolerated|fatal)' $dir/out"
 holds "and there are no messages" [ ! -s "$dir/err" ]
 holds "nothing stands at the end of a line" sh -c "! grep -q ' $' $dir/out"
 expect 0 "with all it has" -v $m
-prints "  blk.0.ffn_down.weight            Q6_K    512, 256"
-prints "  lfm2moe.block_count                       6"
+out_has "  blk.0.ffn_down.weight            Q6_K    512, 256"
+out_has "  lfm2moe.block_count                       6"
 
 # ------------------------------------------------------------------- gguf.py
 
@@ -131,9 +131,9 @@ if [ "$python" ]; then
     }
     name=blk.3.ffn_gate_inp.weight
     gguf --tensor $name --rows 2-5
-    prints "$name: F32, 256 x 8, 8192 bytes, sha256 af929fc3ab18433a"
-    prints "min -0.299587429, max 0.294693053, mean -0.00462498135, rms 0.0951"
-    prints "       2   -0.06334  -0.04004  -0.05643    0.1114"
+    out_has "$name: F32, 256 x 8, 8192 bytes, sha256 af929fc3ab18433a"
+    out_has "min -0.299587429, max 0.294693053, mean -0.00462498135, rms 0.0951"
+    out_has "       2   -0.06334  -0.04004  -0.05643    0.1114"
     holds "four rows" [ "$(grep -c '^ ' "$dir/out")" -eq 4 ]
     gguf --tensor token_embd.weight
     holds "eight rows unless asked" [ "$(grep -c '^ ' "$dir/out")" -eq 8 ]
@@ -198,58 +198,58 @@ patch() {
 
 patch lfm2moe.feed_forward_length 4 '\0\060\0\0'
 expect 0 "a width that is wrong" "$dir/odd.gguf"
-prints "tolerated: lfm2moe.feed_forward_length: u32 12288, but blk.0.ffn_gate"
-prints "  n_ff            512"
+out_has "tolerated: lfm2moe.feed_forward_length: u32 12288, but blk.0.ffn_gate"
+out_has "  n_ff            512"
 expect 0 "a width that is wrong" --json "$dir/odd.gguf"
-has level '"tolerated", "message": "lfm2moe.feed_forward_length: u32 12288,'
+json_has level '"tolerated", "message": "lfm2moe.feed_forward_length: u32 12288,'
 patch tokenizer.ggml.pre 12 'qwen'
 expect 0 "another pre-tokenizer" "$dir/odd.gguf"
-prints 'tolerated: tokenizer.ggml.pre: "qwen", expected "lfm2", as which'
+out_has 'tolerated: tokenizer.ggml.pre: "qwen", expected "lfm2", as which'
 patch tokenizer.chat_template 12 '  '
 expect 0 "a blank in the template" "$dir/odd.gguf"
-prints "  by     model"
-prints "tolerated: tokenizer.chat_template: none that is known, taken as lfm2"
+out_has "  by     model"
+out_has "tolerated: tokenizer.chat_template: none that is known, taken as lfm2"
 patch tokenizer.chat_template 12 '<|tool_list_start|>'
 expect 0 "an edited template" "$dir/odd.gguf"
-prints "  words  <|tool_list_start|>"
-prints "tolerated: tokenizer.chat_template: "
+out_has "  words  <|tool_list_start|>"
+out_has "tolerated: tokenizer.chat_template: "
 # shellcheck disable=SC2016
 patch general.name 12 '\033[31m\302\233\377'
 expect 0 "a name that would steer the terminal" "$dir/odd.gguf"
 holds "does not" sh -c "! LC_ALL=C grep -q '[[:cntrl:]]' $dir/out"
 expect 0 "nor does it in JSON" --json "$dir/odd.gguf"
-has name '"\u001b[31m'
+json_has name '"\u001b[31m'
 
 patch lfm2moe.embedding_length 4 '\0\0\0\0'
 expect 4 "a width of 0" "$dir/odd.gguf"
-prints "fatal: lfm2moe.embedding_length: 0, expected 1 to 1048576"
-prints "architecture  lfm2moe"
-prints "  keys_read     34"
-prints "  tensors_read  64"
+out_has "fatal: lfm2moe.embedding_length: 0, expected 1 to 1048576"
+out_has "architecture  lfm2moe"
+out_has "  keys_read     34"
+out_has "  tensors_read  64"
 holds "the sentence is in the report alone" [ ! -s "$dir/err" ]
 expect 4 "a width of 0" --json -v "$dir/odd.gguf"
-has opens false
-has level '"fatal", "message": "lfm2moe.embedding_length: 0'
-has lfm2moe.block_count '"6"'
+json_has opens false
+json_has level '"fatal", "message": "lfm2moe.embedding_length: 0'
+json_has lfm2moe.block_count '"6"'
 patch general.architecture 12 'llama3x'
 expect 4 "another architecture" "$dir/odd.gguf"
-prints "architecture  llama3x"
-prints "fatal: general.architecture: llama3x, expected lfm2 or lfm2moe"
+out_has "architecture  llama3x"
+out_has "fatal: general.architecture: llama3x, expected lfm2 or lfm2moe"
 patch tokenizer.ggml.model 12 'bert'
 expect 4 "another tokenizer" "$dir/odd.gguf"
-prints "layer_map     ccAcAc"
-prints 'fatal: tokenizer.ggml.model: "bert"'
+out_has "layer_map     ccAcAc"
+out_has 'fatal: tokenizer.ggml.model: "bert"'
 expect 0 "with a vocabulary from elsewhere" --tokenizer $m "$dir/odd.gguf"
-prints "  bos      1  <|startoftext|>"
+out_has "  bos      1  <|startoftext|>"
 
 for n in 4 23 24 100 20000 80000 5767999; do
     head -c $n $m >"$dir/cut.gguf"
     expect 4 "cut to $n bytes" "$dir/cut.gguf"
-    prints "fatal: "
+    out_has "fatal: "
     expect 4 "cut to $n bytes" --json "$dir/cut.gguf"
-    has opens false
+    json_has opens false
 done
-prints '"tensors_read": 64'
+out_has '"tensors_read": 64'
 : >"$dir/empty"
 "$run" --inspect "$dir/empty" >"$dir/out" 2>"$dir/err"
 status=$?

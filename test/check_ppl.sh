@@ -24,7 +24,7 @@ expect 0 "-v" -v
 same "-v changes nothing on standard output" "$dir/first" "$dir/out"
 says 'window 2 of '
 expect 0 "as JSON" --json
-has n_ctx 32
+json_has n_ctx 32
 cp "$dir/out" "$dir/json"
 
 # ---------------------------------------------------------------------- refused

@@ -3,8 +3,8 @@
 #     RUN=./run test/check_session.sh
 . test/lib.sh
 
-m=test/tiny.gguf s=$dir/session
-unset LFM2_MODEL LFM2_THREADS NO_COLOR
+s=$dir/session
+unset NO_COLOR
 export TERM=xterm
 
 always="-t 1 --temp 0"
@@ -15,9 +15,16 @@ alone() {
     result $? "$1: temporary files are left"
 }
 
+# dumps WHAT OPTIONS...: the prompt, which no temperature changes.
+dumps() {
+    always="-t 1"
+    expect 0 "$@"
+    always="-t 1 --temp 0"
+}
+
 # few WHAT FILE: the last prompt in the messages had old tokens, and few new.
 few() {
-    sed -n 's/.*prompt \([0-9]*\) tokens, \([0-9]*\) of them new.*/\1 \2/p' \
+    sed -n 's/.*prompt of \([0-9]*\) tokens, \([0-9]*\) of them new.*/\1 \2/p' \
         "$2" >"$dir/counts"
     tail=$(tail -1 "$dir/counts")
     new=${tail#* }
@@ -52,10 +59,10 @@ $questions
 END
 holds "it is for its owner" [ "$(ls -l "$s" | cut -c1-10)" = -rw------- ]
 cp "$s" "$dir/kept"
-expect 0 "--dump-prompt" --session "$s" --dump-prompt $m hello
+dumps "--dump-prompt" --session "$s" --dump-prompt $m hello
 holds "shows all that was said" [ "$(grep -c 'im_start|>' "$dir/out")" = 12 ]
 same "and changes nothing" "$s" "$dir/kept"
-expect 0 "-sys in the middle" --session "$s" --dump-prompt -sys "Be brief." \
+dumps "-sys in the middle" --session "$s" --dump-prompt -sys "Be brief." \
     $m hello
 says "goes on as it began, so -sys is not used"
 holds "-sys in the middle" [ "$(grep -c 'Be brief' "$dir/out")" = 0 ]
@@ -64,7 +71,7 @@ same "--messages is the conversation" "$dir/answer5" "$dir/out"
 chmod 644 "$s"
 rm "$s"
 expect 0 "no answer" --session "$s" -n 0 $m "What is LFM2?"
-expect 0 "no answer is no message" --session "$s" --dump-prompt $m hello
+dumps "no answer is no message" --session "$s" --dump-prompt $m hello
 holds "no answer is no message" \
     [ "$(grep -c 'start|>assistant' "$dir/out")" = 1 ]
 printf '[%s, %s]' '{"role": "user", "content": "What is LFM2?"}' \
@@ -72,7 +79,7 @@ printf '[%s, %s]' '{"role": "user", "content": "What is LFM2?"}' \
     sed 's/.*/{"messages": &, "continue_final_message": true}/' >"$dir/half"
 rm "$s"
 expect 0 "an answer that goes on" --session "$s" $m --messages "$dir/half"
-expect 0 "is one message" --session "$s" --dump-prompt $m hello
+dumps "is one message" --session "$s" --dump-prompt $m hello
 holds "is one message" grep -qF "LFM2 is$(cat "$dir/answer1" |
     sed 's/^LFM2 is//')" "$dir/out"
 
@@ -81,20 +88,20 @@ export LC_ALL=C
 sed 's/LFM2-Tiny-MoE/LFM2-Tiny-Mo3/' $m >"$dir/foreign.gguf"
 cp "$dir/kept" "$s"
 expect 0 "another model" --session "$s" "$dir/foreign.gguf" "Define training."
-says "what was said is read again"
+says "the conversation is read again"
 same "another model" "$dir/answer3" "$dir/out"
 cp "$dir/kept" "$s"
 expect 0 "another --kv" --kv f32 --session "$s" $m "Define training."
-says "what was said is read again"
+says "the conversation is read again"
 cp "$dir/kept" "$s"
 expect 6 "a short context" -c 64 --session "$s" $m "Define training."
-says "what was said is read again"
+says "the conversation is read again"
 same "and what there was stays" "$s" "$dir/kept"
 expect 0 "turn 1" $m "What is LFM2?"
 { printf LFM2CHT9; tail -c +9 "$dir/kept"; } >"$s"
-expect 0 "another version" --session "$s" $m "What is LFM2?"
-says "another version of this program"
-same "another version" "$dir/answer1" "$dir/out"
+cp "$s" "$dir/other"
+refuses 3 "another version of this program" --session "$s" $m "What is LFM2?"
+same "another version is left alone" "$s" "$dir/other"
 : >"$s"
 expect 0 "an empty file" --session "$s" $m "What is LFM2?"
 holds "is an empty session" [ ! -s "$dir/err" ]
@@ -104,28 +111,21 @@ few "and becomes one" "$dir/err"
 size=$(wc -c <"$dir/kept")
 for n in 1 7 8 9 97 970 1500 $((size / 2)) $((size - 1)); do
     head -c "$n" "$dir/kept" >"$s"
-    expect 0 "cut after $n bytes" --session "$s" $m "What is LFM2?"
-    same "cut after $n bytes" "$dir/answer1" "$dir/out"
-    says "begins anew"
+    cp "$s" "$dir/other"
+    refuses 3 "it is left as it is" --session "$s" $m "What is LFM2?"
+    same "cut after $n bytes it is left alone" "$s" "$dir/other"
 done
 { cat "$dir/kept"; echo; } >"$s"
-expect 0 "a byte too many" --session "$s" $m "What is LFM2?"
-says "begins anew"
-expect 0 "it was replaced" --session "$s" -v $m "What is inference?"
-few "it was replaced" "$dir/err"
+refuses 3 "it is left as it is" --session "$s" $m "What is LFM2?"
 cp Makefile "$s"
-expect 0 "no session" --session "$s" $m "What is LFM2?"
-says "will not be replaced"
-same "no session" "$dir/answer1" "$dir/out"
-same "is left alone" Makefile "$s"
+refuses 3 "it is left as it is" --session "$s" $m "What is LFM2?"
+same "no session is left alone" Makefile "$s"
 cp "$dir/kept" "$s"
-expect 0 "another kind" --raw -n 3 --session "$s" $m "What is LFM2?"
-says "no session of plain text"
-same "is left alone" "$dir/kept" "$s"
+refuses 2 "needs a chat template" --raw -n 3 --session "$s" $m "What is LFM2?"
 rm "$s"
 mkdir "$s"
 expect 3 "a directory" --session "$s" $m hello
-says "a directory, expected a file"
+says "a directory"
 rmdir "$s"
 expect 3 "a directory that is not there" -n 1 --session "$dir/no/s" $m hello
 says "cannot be kept"
@@ -160,24 +160,6 @@ for n in 0 1 2 3 4 5 6 7 8 9; do
 done
 holds "killed while saving: $bad times neither old nor new" [ $bad -eq 0 ]
 
-# Plain text.
-rm -f "$s"
-text='Once upon a time'
-expect 0 "plain text" --raw -n 10 --session "$s" $m "$text"
-first=$(cat "$dir/out")
-expect 0 "goes on" --raw -n 10 --session "$s" -v $m " and"
-cp "$dir/out" "$dir/second"
-says "session: "
-expect 0 "at once" --raw -n 10 $m "$text$first and"
-same "plain text goes on" "$dir/second" "$dir/out"
-rm "$s"
-expect 0 "half a character" --raw -n 0 --session "$s" $m "$(printf '\303')"
-expect 0 "and the rest" --raw --dump-tokens --session "$s" $m \
-    "$(printf '\251')"
-cp "$dir/out" "$dir/halves"
-expect 0 "at once" --raw --dump-tokens $m "$(printf '\303\251')"
-same "a character in two halves" "$dir/halves" "$dir/out"
-
 # ------------------------------------------------------------- chat from a pipe
 
 echo "$questions" | "$run" -cnv -v -t 1 --temp 0 $m >"$dir/out" 2>"$dir/err"
@@ -186,10 +168,10 @@ cat "$dir"/answer[12345] >"$dir/expected"
 same "has the same five answers" "$dir/expected" "$dir/out"
 holds "and no prompt" sh -c "! grep -q '^>' $dir/err"
 few "feeds only new tokens" "$dir/err"
-holds "each time" [ "$(grep -c 'prompt .* of them new' "$dir/err")" = 5 ]
+holds "each time" [ "$(grep -c 'prompt of .* of them new' "$dir/err")" = 5 ]
 # ... | chat ARGUMENTS...: in a process of its own, so it cannot count tests.
 chat() {
-    limited "$run" -cnv -q -t 1 --temp 0 --save-dir "$dir" $m "$@" >"$dir/out" 2>"$dir/err" ||
+    limited "$run" -cnv -t 1 --temp 0 --save-dir "$dir" $m "$@" >"$dir/out" 2>"$dir/err" ||
         echo "status $?" >>"$dir/chats"
 }
 one=$(cat "$dir/answer1") two=$(cat "$dir/answer2")
@@ -207,9 +189,8 @@ same "/save" "$dir/expected" "$dir/saved"
 printf '/load %s\n/save %s\n' "$dir/saved" "$dir/again" | chat
 same "/load" "$dir/saved" "$dir/again"
 says "4 messages"
-cp Makefile "$dir/none"
-printf '/load %s\n/load %s/none\n/load /no\n/load\n/save\n/save %s\n' \
-    "$dir/saved" "$dir" "$dir/again" | chat
+printf '/load %s\n/load Makefile\n/load /no\n/load\n/save\n/save %s\n' \
+    "$dir/saved" "$dir/again" | chat
 same "a file that is none changes nothing" "$dir/saved" "$dir/again"
 echo '[{"role": "user", "content": 3}]' >"$dir/bad"
 printf '/load %s\n/load %s\n/save %s\n' "$dir/saved" "$dir/bad" "$dir/again" |
@@ -232,11 +213,13 @@ holds "several lines" [ "$(tr ',' '\n' <"$dir/again" | sed -n \
 printf '/hello\n/help\n/stats\n/quit\nWhat is LFM2?\n' | chat
 says "/hello: no such command; /help lists them"
 says "/regen        answer the last message once more"
-says "tokens in the context"
+says "in the context"
 holds "/quit leaves" [ ! -s "$dir/out" ]
-printf '/save /no/where\n/save %s\n' "$dir/empty" | chat
+printf '/save %s\n' "$dir/empty" | chat
+says "nothing to save"
+printf 'hello\n/save %s/no/where\n' "$dir" | chat
 says "No such file"
-holds "nothing said is nothing saved" grep -qx '{"messages": \[\]}' "$dir/empty"
+holds "nothing said is nothing saved" [ ! -e "$dir/empty" ]
 printf 'What is inference?\n' | chat -p "What is LFM2?"
 printf '%s\n%s\n' "$one" "$two" >"$dir/expected"
 same "-p is the first message" "$dir/expected" "$dir/out"
@@ -263,46 +246,14 @@ holds "all of these chats end well" [ ! -e "$dir/chats" ]
 
 # ------------------------------------------------------------ chat at a terminal
 
-# A terminal for one program: what is typed goes into a pipe, what it shows to
-# $dir/tty, and its number is in $dir/pid.
-if ! script -qec true /dev/null </dev/null >"$dir/tty" 2>&1; then
-    skip "chats at a terminal, which need script of util-linux"
-fi
-mkfifo "$dir/keys"
-open_terminal() {
-    : >"$dir/tty"                         # shows() must not see the last one
-    script -qec "echo \$\$ >$dir/pid; exec $run -t 1 --temp 0 $*" /dev/null \
-        <"$dir/keys" >"$dir/tty" 2>&1 &
-    pid=$!
-    exec 3>"$dir/keys"
-}
-
-# shows N TEXT: within a while, $dir/tty has N lines with TEXT.
-shows() {
-    within 30 has_lines "$@" || cp "$dir/tty" "$dir/err"
-    has_lines "$@"
-    result $? "the terminal shows \"$2\""
-}
-
-has_lines() {
-    [ "$(grep -cF -- "$2" "$dir/tty")" -ge "$1" ]
-}
-
-# leaves STATUS WHAT: the program ends.
-leaves() {
-    wait_within 60 $pid
-    status=$?
-    [ $status -eq "$1" ]
-    result $? "$2: status $status, expected $1"
-    exec 3>&-
-}
+needs_terminal "chats at a terminal"
 
 open_terminal -v $m
-shows 1 "/help tells"
+shows 1 "/help lists"
 n=0
 while read -r question; do
     n=$((n + 1))
-    printf '%s\n' "$question" >&3
+    types "$question\\n"
     shows $n "of them new"
     shows 1 "$(cat "$dir/answer$n")"
     [ $n -eq 1 ] || few "turn $n at a terminal" "$dir/tty"
@@ -310,24 +261,48 @@ done <<END
 $questions
 END
 shows 5 "> "
-printf '/help\n' >&3
+types '/help\n'
 shows 1 "go on with one"
-printf '/hm\n' >&3
+types '/hm\n'
 shows 1 "no such command"
-printf '"""\nWhat is LFM2?\n' >&3
+types '"""\nWhat is LFM2?\n'
 shows 2 ". "
-printf '"""\n' >&3
+types '"""\n'
 shows 6 "of them new"
-printf 'What is \\\n' >&3
-printf 'LFM2?\n' >&3
+types 'What is \\\n'
+types 'LFM2?\n'
 shows 7 "of them new"
-printf '/stats\n' >&3
-shows 1 "tokens in the context"
-printf '\004' >&3
+types '/stats\n'
+shows 1 "in the context"
+types '\004'
 leaves 0 "Ctrl-D"
 
+open_terminal -v --ignore-eos --isa scalar $m
+shows 1 "/help lists"
+types 'What is LFM2?\n'
+shows 1 "LFM2 is a family"
+types '\003'
+shows 1 "tok/s"
+types '/stats\n'
+shows 1 "in the context"
+types '\003'
+shows 1 "once more"
+types '\003'
+leaves 130 "Ctrl-C twice"
+
+open_terminal -v --ignore-eos --isa scalar $m
+shows 1 "/help lists"
+types '\003'
+shows 1 "once more"
+types 'What is LFM2?\n'
+shows 1 "LFM2 is a family"
+types '\003'
+shows 1 "tok/s"
+types '\004'
+leaves 0 "Ctrl-D after a stopped answer"
+
 open_terminal $m
-shows 1 "/help tells"
+shows 1 "/help lists"
 kill -TERM "$(cat "$dir/pid")"
 leaves 143 "SIGTERM"
 

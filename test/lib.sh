@@ -40,15 +40,6 @@ else
     limited() { "$@"; }
 fi
 
-# interruptible COMMAND... &: what a shell runs in the background ignores SIGINT,
-# which the program leaves as it is; not this one, where env can do that.
-interruptible() {
-    if env --default-signal=INT true 2>/dev/null; then
-        exec env --default-signal=INT "$@"
-    fi
-    exec "$@"
-}
-
 # within SECONDS COMMAND...: the command succeeds before long.
 within() {
     deadline=$(($(date +%s) + $1))
@@ -64,6 +55,15 @@ within() {
 wait_within() {
     within "$1" has_ended "$2" || kill -KILL "$2"
     wait "$2"
+}
+
+# interruptible COMMAND...: one in the background that SIGINT ends: a shell that
+# runs a script starts those with SIGINT ignored, and so they stay.
+interruptible() {
+    if env --default-signal=INT true 2>/dev/null; then
+        exec env --default-signal=INT "$@"
+    fi
+    exec "$@"
 }
 
 has_ended() {
@@ -115,35 +115,35 @@ says() {
     result $? "expected \"$1\""
 }
 
-# prints TEXT: the output of the last call has TEXT.
-prints() {
-    grep -qF -- "$1" "$dir/out"
-    result $? "$what: expected \"$1\""
-}
-
-# has KEY VALUE: so the JSON says, in one place at least.
-has() {
-    prints "\"$1\": $2"
-}
-
 hushes() {
     ! grep -qF -- "$1" "$dir/err"
     result $? "expected no \"$1\""
 }
 
-# shows WHAT TEXT: the last output has TEXT; hides WHAT TEXT: it has not.
-shows() {
+# out_has TEXT: the output of the last call has TEXT.
+out_has() {
+    grep -qF -- "$1" "$dir/out"
+    result $? "$what: expected \"$1\""
+}
+
+# json_has KEY VALUE: so the JSON says, in one place at least.
+json_has() {
+    out_has "\"$1\": $2"
+}
+
+# has WHAT TEXT: the last output has TEXT; hasnt WHAT TEXT: it has not.
+has() {
     grep -qF -- "$2" "$dir/out"
     result $? "$1: expected $2"
 }
 
-hides() {
+hasnt() {
     ! grep -qF -- "$2" "$dir/out"
     result $? "$1: expected no $2"
 }
 
-# exactly WHAT TEXT: the last output is exactly that, and a line break.
-exactly() {
+# prints WHAT TEXT: the last output is exactly that, and a line break.
+prints() {
     printf '%s\n' "$2" >"$dir/expected"
     same "$1" "$dir/expected" "$dir/out"
 }
@@ -202,8 +202,8 @@ needs_terminal() {
 
 open_terminal() {
     : >"$dir/tty"                         # shows() must not see the last one
-    script -qec "echo \$\$ >$dir/pid; exec $run $always $*" /dev/null \
-        <"$dir/keys" >"$dir/tty" 2>&1 &
+    interruptible script -qec "echo \$\$ >$dir/pid; exec $run $always $*" \
+        /dev/null <"$dir/keys" >"$dir/tty" 2>&1 &
     pid=$!
     exec 3>"$dir/keys"
 }
