@@ -6016,12 +6016,13 @@ static const char *const json_names[] = {
 /* n zeroed bytes, aligned for a node. */
 static void *pool_get(struct pool *p, size_t n)
 {
-    const size_t aligned = (n + 15) / 16 * 16, least = 1 << 14;
+    const size_t aligned = (n + 15) / 16 * 16;
+    const size_t size = aligned > 1 << 14 ? aligned : 1 << 14;
     struct chunk *c = p->chunks;
 
     if (!c || c->size - c->used < aligned) {
-        c = resize(NULL, sizeof *c + (aligned > least ? aligned : least));
-        *c = (struct chunk){ p->chunks, 0, aligned > least ? aligned : least };
+        c = resize(NULL, sizeof *c + size);
+        *c = (struct chunk){ p->chunks, 0, size };
         p->chunks = c;
     }
     c->used += aligned;
@@ -6273,25 +6274,27 @@ static int is_letter(char c)
     return isalnum((unsigned char)c) || c == '_' || (c & 0x80);
 }
 
+static int word_length(const char *s)
+{
+    int n = 0;
+
+    while (is_letter(s[n]))
+        n++;
+    return n;
+}
+
 /* Models forget the backslash before a quote within a string.  Python reads no
  * word behind a string, but those that join values and those that are prefixes:
  * otherwise the quote at s is inside of one. */
 static int is_inner(const char *s)
 {
-    static const char *const joins[] = {
-        "if", "else", "and", "or", "in", "is", "not", "for", "async"
-    };
-    const char *const word = s + 1 + strspn(s + 1, " \t\n\f"), *end = word;
-    size_t n;
+    const char *const word = s + 1 + strspn(s + 1, " \t\n\f");
+    const int n = word_length(word);
 
-    while (is_letter(*end))
-        end++;
-    n = (size_t)(end - word);
-    for (int i = 0; i < 9; i++)
-        if (n == strlen(joins[i]) && memcmp(word, joins[i], n) == 0)
-            return 0;
-    return n > 0 && !(n <= 2 && strspn(word, "rRbBuUfFtT") == n &&
-                      (*end == '"' || *end == '\''));
+    return n > 0 && !strstr(" if else and or in is not for async ",
+                            phrase(" %.*s ", smaller(n, 9), word).s) &&
+           !(n <= 2 && (int)strspn(word, "rRbBuUfFtT") == n &&
+             strchr("\"'", word[n]) && word[n]);
 }
 
 /* Up to the quote that ends it, or the three.  Inner ones have to be in pairs,
@@ -6376,30 +6379,6 @@ static size_t float_length(const char *s)
     return n > whole ? n : 0;
 }
 
-/* Make decimal of a whole number in another base. */
-static void make_decimal(struct text *t, unsigned base)
-{
-    enum { BILLION = 1000000000 };
-    uint32_t *limb = zeroed(t->n / 7 + 2, sizeof *limb);
-    size_t n = 1;
-
-    for (size_t i = 0; i < t->n; i++) {
-        const int c = t->s[i];
-        uint64_t carry = (uint64_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
-        for (size_t k = 0; k < n; k++, carry /= BILLION) {
-            carry += (uint64_t)limb[k] * base;
-            limb[k] = (uint32_t)(carry % BILLION);
-        }
-        limb[n] = (uint32_t)carry;
-        n += carry > 0;
-    }
-    t->n = 0;
-    add_format(t, "%u", (unsigned)limb[n - 1]);
-    while (--n > 0)
-        add_format(t, "%09u", (unsigned)limb[n - 1]);
-    free(limb);
-}
-
 /* The fewest digits that are this number, as Python prints floats. */
 static void add_float(struct text *t, double x)
 {
@@ -6417,45 +6396,47 @@ static void add_float(struct text *t, double x)
 }
 
 /* Digits as JSON has them: decimal, below all infinities, and as in Python no
- * more than 4300. */
+ * more than 4300; of other bases, what fits into 64 bits. */
 static int add_digits(struct reader *r, struct text *t)
 {
-    static const struct { char letter; unsigned base; const char *digits; }
-    all[] = {
-        { 'x', 16, "0123456789abcdefABCDEF" }, { 'o', 8, "01234567" },
-        { 'b', 2, "01" }, { '\0', 10, "0123456789" }
+    static const struct { int base; const char *digits; } all[] = {
+        { 16, "0123456789abcdefABCDEF" }, { 8, "01234567" }, { 2, "01" },
+        { 10, "0123456789" }
     };
     const size_t n_float = float_length(r->at);
-    const char *s = r->at;
+    const char *s = r->at, *dot;
     size_t n = n_float;
     int i = 0;
 
-    while (i < 3 && !(s[0] == '0' && (s[1] | 32) == all[i].letter))
+    while (i < 3 && !(s[0] == '0' && (s[1] | 32) == "xob"[i]))
         i++;
     if (n_float == 0) {
         s += i == 3 ? 0 : s[2] == '_' ? 3 : 2;
         n = digits_length(s, all[i].digits);
     }
     for (size_t k = 0; k < n; k++)
-        if (s[k] != '_')
-            add(t, s + k, 1);
+        add(t, s + k, s[k] != '_');
+    dot = memchr(s, '.', n);
     if (n == 0 || (r->as == AS_JSON && (i < 3 || memchr(s, '_', n) ||
-        *s == '.' || (*s == '0' && isdigit((unsigned char)s[1])) ||
-        (memchr(s, '.', n) && !isdigit((unsigned char)strchr(s, '.')[1])))))
+        dot == s || (*s == '0' && isdigit((unsigned char)s[1])) ||
+        (dot && !isdigit((unsigned char)dot[1])))))
         return expected(r, "a number: -, digits without leading zeros, .digits,"
                         " exponent");
+    errno = 0;
     if (n_float > 0) {
         const double x = strtod(t->s, NULL);
         if (!isfinite(x))
             return expected(r, "a number below 1.8e308");
         t->n = 0;
         add_float(t, x);
-    } else if (t->n > 4300 || (i == 3 && *s == '0' && strspn(t->s, "0") < t->n))
+    } else if (i < 3 || strspn(t->s, "0") == t->n) {
+        const unsigned long long x = strtoull(t->s, NULL, all[i].base);
+        t->n = 0;
+        add_format(t, "%llu", x);
+    } else if (t->n > 4300 || *s == '0')
         return expected(r, "at most 4300 digits without leading zeros");
-    else if (i < 3 || *s == '0')
-        make_decimal(t, all[i].base);
     r->at += s + n - r->at;
-    return t->n <= 4300 ? DONE : expected(r, "at most 4300 digits");
+    return n_float > 0 || errno == 0 ? DONE : expected(r, "at most 64 bits");
 }
 
 /* Behind its sign Python may have parentheses. */
@@ -6487,13 +6468,9 @@ static int read_word(struct reader *r, struct json *v)
 {
     static const char *const word[] = { "null", "false", "true",
                                         "None", "False", "True", "set" };
-    const char *end = r->at;
-    size_t n;
+    const size_t n = (size_t)word_length(r->at);
     int i = 0;
 
-    while (is_letter(*end))
-        end++;
-    n = (size_t)(end - r->at);
     while (i < 7 && (strlen(word[i]) != n || memcmp(word[i], r->at, n) != 0))
         i++;
     if (i == 7 || (i > 2 && r->as == AS_JSON))
@@ -6508,17 +6485,16 @@ static int read_word(struct reader *r, struct json *v)
  * between them.  Returns its length, or 0. */
 static size_t read_name(struct reader *r)
 {
-    const char *const from = r->at, *s = from;
+    const char *s = r->at;
+    int n = isdigit((unsigned char)*s) ? 0 : word_length(s);
 
-    while (s == from || *s == '.' || *s == '-') {
-        const char *const word = s += s > from;
-        while (is_letter(*s))
-            s++;
-        if (s == word || (word == from && isdigit((unsigned char)*from)))
-            return 0;
-    }
-    r->at += s - from;
-    return (size_t)(s - from);
+    for (s += n; n > 0 && (*s == '.' || *s == '-'); s += n)
+        n = word_length(++s);
+    if (n == 0)
+        return 0;
+    n = (int)(s - r->at);
+    r->at += n;
+    return (size_t)n;
 }
 
 static int read_value(struct reader *r, struct json *v);
