@@ -603,6 +603,7 @@ static int batch(const struct settings *s);
 
 /* Section 10 */
 static int find_word(const char *words, int separator, const char *word);
+static struct phrase word_of(const char *words, int i);
 static const struct option *option_of_member(const char *key);
 static const char *isa_name(int isa);
 static const char *kv_name(int kv_type);
@@ -6770,13 +6771,10 @@ static void member_open(struct text *to, const char *key, const char *bracket)
 /* The word of --template. */
 static const char *template_name(int template)
 {
-    static char word[TEMPLATE_NONE + 1][24];
-    const char *s = TEMPLATES;
+    static struct phrase name[TEMPLATE_NONE + 1];
 
-    for (int i = 0; i < template; i++)
-        s += strcspn(s, "|") + 1;
-    snprintf(word[template], sizeof *word, "%.*s", (int)strcspn(s, "|"), s);
-    return word[template];
+    name[template] = word_of(TEMPLATES, template);
+    return name[template].s;
 }
 
 static const struct dialect {
@@ -6868,16 +6866,18 @@ static void fault(struct rendering *r, const char *fmt, ...)
     r->code = USAGE;
 }
 
-/* Is it of this type?  A string has to be text without NUL characters, too.
- * The path has the numbers i and k. */
+/* Is it of this type?  A string has to be text without NUL characters, too. */
 static int check(struct rendering *r, const struct json *v, int type,
-                 const char *path, int i, int k)
+                 const char *path, ...)
 {
     char s[64];
+    va_list args;
 
     if (json_is(v, type) && (type != JSON_STRING || json_text(v)))
         return 1;
-    snprintf(s, sizeof s, path, i, k);
+    va_start(args, path);
+    vsnprintf(s, sizeof s, path, args);
+    va_end(args);
     if (!json_is(v, type))
         fault(r, "%s is %s, expected %s", s, kind(v), json_names[type]);
     else
@@ -6935,7 +6935,7 @@ static void check_message(struct rendering *r, const struct json *m)
 {
     const struct json *role = json_get(m, "role");
 
-    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i, 0))
+    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i))
         return;
     if (!role_of(m))
         fault(r, "messages[%d].role is %s, expected \"system\", \"user\", "
@@ -7018,7 +7018,7 @@ static void put_tools(struct rendering *r)
     for (int i = 0; tool; tool = tool->next, i++) {
         const int is_text = tool->type == JSON_STRING;
         const char *name = json_text(json_get(function_of(tool), "name"));
-        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i, 0) &&
+        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i) &&
             (!name || !name[0]))
             fault(r, "tools[%d] has no name, expected a function with one", i);
         add_string(t, i == 0 ? "[" : ", ");
@@ -7083,7 +7083,7 @@ static void put_calls(struct rendering *r, const struct json *calls)
     const size_t n = r->out->text.n;
     const int n_marks = r->out->n_marks;
 
-    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i, 0))
+    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i))
         return;
     add_mark(r->out, CALL_START);
     add_string(&r->out->text, "[");
@@ -7129,7 +7129,7 @@ static struct piece content_of(struct rendering *r, const struct json *message)
     r->parts.n = 0;
     add_string(&r->parts, "");
     if (content && content->type != JSON_ARRAY) {
-        if (check(r, content, JSON_STRING, "messages[%d].content", r->i, 0))
+        if (check(r, content, JSON_STRING, "messages[%d].content", r->i))
             return (struct piece){ content->s, content->n };
         part = NULL;
     }
@@ -7146,44 +7146,28 @@ static struct piece content_of(struct rendering *r, const struct json *message)
     return (struct piece){ r->parts.s, r->parts.n };
 }
 
-/* What the model thought before this answer, or NULL. */
-static const struct json *thinking_of(struct rendering *r,
-                                      const struct json *message)
-{
-    static const struct { const char *key, *path; } all[] = {
-        { "thinking", "messages[%d].thinking" },
-        { "reasoning", "messages[%d].reasoning" },
-        { "reasoning_content", "messages[%d].reasoning_content" }
-    };
-
-    for (int i = 0; i < 3; i++) {
-        const struct json *v = given(message, all[i].key);
-        if (v && check(r, v, JSON_STRING, all[i].path, r->i, 0) &&
-            (v->n > 0 || !r->as->always_thinks))
-            return v;
-    }
-    return NULL;
-}
-
-/* The text behind the last </think>, trimmed; all of it if there is none. */
-static struct piece without_thought(struct piece text)
-{
-    const char *const end = text.s + text.n, *p = text.s, *last = NULL;
-
-    while ((p = find(p, end, THINK_END)) != NULL)
-        last = p += strlen(THINK_END);
-    return last ? trim(last, end) : text;
-}
-
-/* A `recent` answer keeps what was thought before it.  Some templates write
- * down an empty list of calls. */
+/* A `recent` answer keeps what was thought before it, others only what is
+ * behind the last </think>.  Some templates write down an empty list of calls.
+ */
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
-    const struct json *thinking = thinking_of(r, m);
-    const struct json *calls = given(m, "tool_calls");
+    static const char *const keys[] = { "thinking", "reasoning",
+                                        "reasoning_content" };
+    const struct json *thinking = NULL, *calls = given(m, "tool_calls");
     const int writes_none = r->as->quote && !r->as->always_thinks;
-    const struct piece text = content_of(r, m);
+    struct piece text = content_of(r, m);
+    const char *const end = text.s + text.n, *p = text.s;
 
+    for (int i = 0; i < 3 && !thinking; i++) {
+        const struct json *v = given(m, keys[i]);
+        if (v && check(r, v, JSON_STRING, "messages[%d].%s", r->i, keys[i]) &&
+            (v->n > 0 || !r->as->always_thinks))
+            thinking = v;
+    }
+    while (!recent && (p = find(p, end, THINK_END)) != NULL) {
+        p += strlen(THINK_END);
+        text = trim(p, end);
+    }
     if (!calls && !thinking && !given(m, "content"))
         fault(r, "messages[%d] has no content, expected a string or "
               "tool_calls", r->i);
@@ -7196,7 +7180,7 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
     }
     if (calls && r->as->calls != CALLS_LAST)
         put_calls(r, calls);
-    put_answer(r, recent ? text : without_thought(text));
+    put_answer(r, text);
     if (calls && r->as->calls == CALLS_LAST)
         put_calls(r, calls);
 }
@@ -7222,31 +7206,22 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
         end_turn(r);
 }
 
-/* The answers from here on keep their thoughts: the last one, or those after
- * the last question. */
-static const struct json *recent_from(const struct rendering *r,
-                                      const struct json *m)
-{
-    const int question = r->as->thoughts == SINCE_QUESTION;
-    const struct json *from = question ? m : NULL;
-
-    if (r->as->thoughts == ALL || r->conv->keep_thinking)
-        return m;
-    for (; m; m = m->next)
-        if (has_role(m, question ? "user" : "assistant"))
-            from = m;
-    return from;
-}
-
+/* The last answer keeps its thoughts, or those after the last question do. */
 static void put_conversation(struct rendering *r)
 {
-    const struct json *first = r->conv->messages->first, *recent;
-    const int system = has_role(first, "system");
-    int is_recent = 0;
+    const struct json *const first = r->conv->messages->first;
+    const struct json *recent = NULL;
+    const int system = has_role(first, "system"),
+              all = r->as->thoughts == ALL || r->conv->keep_thinking,
+              question = r->as->thoughts == SINCE_QUESTION;
+    int is_recent = all;
 
     add_mark(r->out, BOS);
     put_system(r, system ? content_of(r, first) : (struct piece){ "", 0 });
-    recent = recent_from(r, system ? first->next : first);
+    for (const struct json *m = first; m; m = m->next)
+        if (has_role(m, question ? "user" : "assistant") ||
+            (question && !recent))
+            recent = m;
     for (const struct json *m = first; m; m = m->next, r->i++) {
         is_recent |= m == recent;
         check_message(r, m);
@@ -7287,19 +7262,8 @@ static int render(const struct conversation *conv, int template,
 
 /* ---- its tokens */
 
-/* The id of a mark; or -1, and then it is no mark but text. */
-static int32_t mark_id(const lfm2_tokenizer *words, const struct rendered *r,
-                       const struct mark *m)
-{
-    char token[32];
-
-    snprintf(token, sizeof token, "%.*s", (int)m->n, r->text.s + m->from);
-    return strcmp(token, BOS) == 0 ? lfm2_bos(words) :
-           lfm2_token_id(words, token);
-}
-
-/* What lies between two marks is one piece of text.  With `special`, control
- * tokens written in it count, too. */
+/* What lies between two marks is one piece of text, and so is a mark without a
+ * token.  With `special`, control tokens written in it count, too. */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
                            struct ids *out, struct why *why)
@@ -7317,7 +7281,10 @@ static int encode_rendered(const lfm2_tokenizer *words,
     for (int i = 0; i <= r->n_marks; i++) {
         const struct mark end = { r->text.n, 0 };
         const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
-        const int32_t id = m->n ? mark_id(words, r, m) : -1;
+        const struct phrase token = phrase("%.*s", (int)m->n,
+                                           r->text.s + m->from);
+        const int32_t id = m->n == 0 ? -1 : strcmp(token.s, BOS) == 0 ?
+                           lfm2_bos(words) : lfm2_token_id(words, token.s);
         int n;
         if (m->n && id < 0 && i > 0)      /* the first is BOS, or nothing    */
             continue;
@@ -7359,23 +7326,19 @@ static uint64_t template_hash(const char *s, size_t n)
     return h;
 }
 
-static int name_has(const lfm2_model *model, const char *word)
-{
-    size_t n;
-    const char *s = lfm2_model_string(model, "general.name", &n);
-
-    return s && find(s, s + n, word);
-}
-
 static int template_by_model(const lfm2_model *model,
                              const lfm2_tokenizer *words)
 {
-    if ((words ? lfm2_n_vocab(words) : lfm2_model_config(model)->n_vocab) >
-        100000)
-        return name_has(model, "2.6B") ? TEMPLATE_26B : TEMPLATE_8B;
-    if (!name_has(model, "2.5"))
-        return TEMPLATE_LFM2;
-    return name_has(model, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
+    const int n_vocab = words ? lfm2_n_vocab(words) :
+                        lfm2_model_config(model)->n_vocab;
+    size_t n = 0;
+    const char *s = lfm2_model_string(model, "general.name", &n);
+    const char *const name = s ? s : "", *const end = name + n;
+
+    return n_vocab > 100000 ?
+           find(name, end, "2.6B") ? TEMPLATE_26B : TEMPLATE_8B :
+           !find(name, end, "2.5") ? TEMPLATE_LFM2 :
+           find(name, end, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
 }
 
 /* How it was found: the one in the file is one of those that this program was
@@ -7410,17 +7373,16 @@ static struct found_template find_template(const lfm2_model *model,
     if (!s)
         return to;
     to.hash = template_hash(s, n);
-    for (int i = 0; i < 14 && to.how == NO_TEMPLATE; i++)
-        if (i < 7 ? known[i].hash == to.hash :
-            find(s, s + n, known[i % 7].word) != NULL) {
-            to.template = known[i % 7].template;
-            to.how = i < 7 ? BY_HASH : BY_WORDS;
-            to.word = i < 7 ? NULL : known[i % 7].word;
-        }
-    if (to.how == NO_TEMPLATE) {
-        to.template = template_by_model(model, words);
-        to.how = BY_MODEL;
-    }
+    for (int i = 0; i < 7; i++)
+        if (known[i].hash == to.hash)
+            return (struct found_template){ known[i].template, BY_HASH, NULL,
+                                            to.hash };
+    for (int i = 0; i < 7; i++)
+        if (find(s, s + n, known[i].word))
+            return (struct found_template){ known[i].template, BY_WORDS,
+                                            known[i].word, to.hash };
+    to.template = template_by_model(model, words);
+    to.how = BY_MODEL;
     return to;
 }
 
@@ -7437,21 +7399,18 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                      "file is unknown"
     };
     const struct found_template f = find_template(model, words);
-    char named[128] = "";
+    struct phrase named = { "" };
+    const char *key;
+    char value[64];
 
     *known = f.how <= BY_HASH;
-    for (int i = 0; f.how == NO_TEMPLATE && !named[0]; i++) {
-        char value[64];
-        const char *key = lfm2_model_key(model, i, value, sizeof value);
-        if (!key)
-            break;
+    for (int i = 0; f.how == NO_TEMPLATE && !named.s[0] &&
+         (key = lfm2_model_key(model, i, value, sizeof value)); i++)
         if (begins(key, key + strlen(key), "tokenizer.chat_template."))
-            snprintf(named, sizeof named, " but %s, which is not for this",
-                     key);
-    }
+            named = phrase(" but %s, which is not for this", key);
     if (f.how == NO_TEMPLATE)
         return because(evidence, f.template, "the file has no chat template%s, "
-                       "so text is continued as it is", named);
+                       "so text is continued as it is", named.s);
     return because(evidence, f.template, "chat template %s: %s (hash %016llx)",
                    template_name(f.template), how[f.how],
                    (unsigned long long)f.hash);
