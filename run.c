@@ -6188,61 +6188,51 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* n hexadecimal digits, up to 8. */
-static int read_hex(const char *s, size_t n, uint32_t *out)
+/* Up to n digits, at most 8, of base 8 or 16; returns how many. */
+static int read_code(const char *s, int n, int base, uint32_t *out)
 {
     char digits[9] = "";
 
-    if (strspn(s, "0123456789abcdefABCDEF") < n)
-        return 0;
-    memcpy(digits, s, n);
-    *out = (uint32_t)strtoul(digits, NULL, 16);
-    return 1;
+    for (int i = 0; i < n && isxdigit((unsigned char)s[i]) &&
+         (base == 16 || s[i] < '8'); i++)
+        digits[i] = s[i];
+    *out = (uint32_t)strtoul(digits, NULL, base);
+    return (int)strlen(digits);
 }
 
-/* A character of n hexadecimal digits behind a backslash and a letter.  What
+/* What follows a backslash.  In Python one that begins no escape stays.  What
  * lies beyond 0xffff may be a pair; half of one is no character. */
-static int read_code(struct reader *r, size_t n, char **out)
+static int read_escape(struct reader *r, char **out)
 {
+    static const char name[] = "/\"\\bfnrt'av";
+    static const char value[] = "/\"\\\b\f\n\r\t'\a\v";
+    const int json = r->as == AS_JSON, octal = !json && *r->at >= '0' &&
+                                               *r->at <= '7';
+    const char *p = memchr(name + !json, *r->at, json ? 8 : 10);
+    const int n = *r->at == 'u' ? 4 : json ? 0 : *r->at == 'x' ? 2 :
+                  *r->at == 'U' ? 8 : octal ? 3 : 0;
     uint32_t c, low;
 
-    if (!read_hex(r->at + 1, n, &c))
+    if ((json && !p && n == 0) || *r->at == 'N')
+        return expected(r, "\" \\ / b f n r t or u after a backslash");
+    if (n == 0) {
+        if (p || *r->at != '\n')
+            *(*out)++ = p ? value[p - name] : '\\';
+        r->at += p || *r->at == '\n';
+        return DONE;
+    }
+    const int n_read = read_code(r->at + !octal, n, octal ? 8 : 16, &c);
+    if (!octal && n_read < n)
         return expected(r, "hexadecimal digits after a backslash");
-    r->at += 1 + n;
+    r->at += !octal + n_read;
     if (c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
-        read_hex(r->at + 2, 4, &low) && low >> 10 == 0xdc00 >> 10) {
+        read_code(r->at + 2, 4, 16, &low) == 4 && low >> 10 == 0xdc00 >> 10) {
         c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
         r->at += 6;
     }
     if (c > 0x10ffff || c >> 11 == 0xd800 >> 11)
         return expected(r, "surrogates in pairs after a backslash");
     *out += utf8_put(*out, c);
-    return DONE;
-}
-
-/* What follows a backslash.  In Python one that begins no escape stays. */
-static int read_escape(struct reader *r, char **out)
-{
-    static const char name[] = "/\"\\bfnrt'av";
-    static const char value[] = "/\"\\\b\f\n\r\t'\a\v";
-    const int json = r->as == AS_JSON;
-    const char *p = memchr(name + !json, *r->at, json ? 8 : 10);
-    const size_t n_hex = *r->at == 'u' ? 4 : json ? 0 : *r->at == 'x' ? 2 :
-                         *r->at == 'U' ? 8 : 0;
-    uint32_t c = 0;
-    int n = 0;
-
-    if (n_hex > 0)
-        return read_code(r, n_hex, out);
-    if ((json && !p) || *r->at == 'N')
-        return expected(r, "\" \\ / b f n r t or u after a backslash");
-    for (; !json && n < 3 && *r->at >= '0' && *r->at <= '7'; n++)
-        c = c * 8 + (uint32_t)(*r->at++ - '0');
-    if (n > 0)
-        *out += utf8_put(*out, c);
-    else if (p || *r->at != '\n')
-        *(*out)++ = p ? value[p - name] : '\\';
-    r->at += p || (n == 0 && *r->at == '\n');
     return DONE;
 }
 
@@ -7104,20 +7094,18 @@ static void put_answer(struct rendering *r, struct piece text)
     static const char *const marker[] = {
         CALL_START, CALL_END, THINK, THINK_END
     };
-    const char *const end = text.s + text.n, *from = text.s, *p = from;
+    const char *const end = text.s + text.n;
 
-    while ((p = memchr(p, '<', (size_t)(end - p))) != NULL) {
-        int i = 0;
+    for (const char *p = text.s; p < end; p++) {
+        int i = *p == '<' ? 0 : 4;
         while (i < 4 && !begins(p, end, marker[i]))
             i++;
         if (i < 4) {
-            add(&r->out->text, from, (size_t)(p - from));
             add_mark(r->out, marker[i]);
-            from = p + strlen(marker[i]);
-        }
-        p = i < 4 ? from : p + 1;
+            p += strlen(marker[i]) - 1;
+        } else
+            add(&r->out->text, p, 1);
     }
-    add(&r->out->text, from, (size_t)(end - from));
 }
 
 /* The text of a message, its parts joined. */
