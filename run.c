@@ -7022,21 +7022,6 @@ static void put_tools(struct rendering *r)
         add_mark(r->out, "<|tool_list_end|>");
 }
 
-static void put_system(struct rendering *r, struct piece text)
-{
-    const int tools = r->conv->tools && r->conv->tools->first;
-
-    if (text.n == 0 && !tools)
-        return;
-    begin_turn(r, "system");
-    add(&r->out->text, text.s, text.n);
-    if (text.n > 0 && tools)
-        add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
-    if (tools)
-        put_tools(r);
-    end_turn(r);
-}
-
 static void put_call(struct rendering *r, const struct json *call, int k)
 {
     const struct json *function = function_of(call);
@@ -7199,13 +7184,25 @@ static void put_conversation(struct rendering *r)
 {
     const struct json *const first = r->conv->messages->first;
     const struct json *recent = NULL;
-    const int system = has_role(first, "system"),
+    struct piece text = { "", 0 };
+    const int tools = r->conv->tools && r->conv->tools->first,
+              system = has_role(first, "system"),
               all = r->as->thoughts == ALL || r->conv->keep_thinking,
               question = r->as->thoughts == SINCE_QUESTION;
     int is_recent = all;
 
     add_mark(r->out, BOS);
-    put_system(r, system ? content_of(r, first) : (struct piece){ "", 0 });
+    if (system)
+        text = content_of(r, first);
+    if (text.n > 0 || tools) {
+        begin_turn(r, "system");
+        add(&r->out->text, text.s, text.n);
+        if (text.n > 0 && tools)
+            add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
+        if (tools)
+            put_tools(r);
+        end_turn(r);
+    }
     for (const struct json *m = first; m; m = m->next)
         if (has_role(m, question ? "user" : "assistant") ||
             (question && !recent))
@@ -7433,55 +7430,44 @@ static void free_calls(struct calls *calls)
     *calls = (struct calls){ NULL, 0 };
 }
 
-static void add_call(struct calls *to, const char *name, size_t n,
-                     const struct json *arguments)
-{
-    struct call call = { { 0 }, { 0 } };
-
-    add(&call.name, name, n);
-    add_json(&call.arguments, arguments);
-    to->call = resize(to->call, (size_t)(to->n + 1) * sizeof *to->call);
-    to->call[to->n++] = call;
-}
-
 /* In either notation.  An argument without a name is good if it is the only
  * one, and a dict. */
 static int read_call(struct reader *r, struct calls *to)
 {
     struct json *v = pool_get(r->pool, sizeof *v);
-    const struct json *function, *args, *named;
-    const char *name;
-    char *open;
-    size_t n;
-    int is_dict;
+    const struct json *args = v, *named;
+    struct piece name;
 
-    if (peek(r) != '{') {
-        name = r->at;
-        n = read_name(r);
-        if (r->as == AS_JSON || n == 0 || peek(r) != '(')
+    if (peek(r) == '{') {
+        if (read_value(r, v) != DONE)
+            return USAGE;
+        args = function_of(v);
+        named = json_get(args, "name");
+        v = json_get(args, "arguments");
+        args = arguments_of(r->pool, v ? v : json_get(args, "parameters"));
+        if (!json_text(named) || named->n == 0 || !args)
+            return expected(r, "a call before it");
+        name = (struct piece){ named->s, named->n };
+    } else {
+        name.s = r->at;
+        name.n = read_name(r);
+        if (r->as == AS_JSON || name.n == 0 || peek(r) != '(')
             return expected(r, "a call");
-        open = r->at++;
-        is_dict = peek(r) == '{';
+        char *const open = r->at++;
+        const int is_dict = peek(r) == '{';
         r->at = open;
         v->type = JSON_OBJECT;
         if ((is_dict ? read_value(r, v) : read_members(r, v, ')')) != DONE)
             return USAGE;
-        v = v->type == JSON_ARRAY && v->n_members == 1 ? v->first : v;
-        if (v->type != JSON_OBJECT)
+        if (v->type == JSON_ARRAY && v->n_members == 1)
+            args = v->first;
+        if (args->type != JSON_OBJECT)
             return expected(r, "a dict before it");
-        add_call(to, name, n, v);
-        return DONE;
     }
-    if (read_value(r, v) != DONE)
-        return USAGE;
-    function = function_of(v);
-    named = json_get(function, "name");
-    args = json_get(function, "arguments");
-    args = arguments_of(r->pool, args ? args :
-                        json_get(function, "parameters"));
-    if (!json_text(named) || named->n == 0 || !args)
-        return expected(r, "a call before it");
-    add_call(to, named->s, named->n, args);
+    to->call = resize(to->call, (size_t)(to->n + 1) * sizeof *to->call);
+    to->call[to->n] = (struct call){ { 0 }, { 0 } };
+    add(&to->call[to->n].name, name.s, name.n);
+    add_json(&to->call[to->n++].arguments, args);
     return DONE;
 }
 
@@ -7622,9 +7608,11 @@ static int open_words(const struct settings *s, const lfm2_model *model,
            report(s->tokenizer ? s->tokenizer : s->model, &err);
 }
 
-static int encode(const struct settings *s, const lfm2_tokenizer *words,
-                  const char *text, size_t n, int bos, struct ids *out)
+/* Text as it is.  What is to be gone on with may have to begin with BOS. */
+static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
+                        const char *text, size_t n, struct ids *out)
 {
+    const int bos = s->bos || (s->mode != TOKENIZE && lfm2_add_bos(words));
     const int flags = (bos ? LFM2_ENCODE_BOS : 0) |
                       (s->special ? LFM2_ENCODE_SPECIAL : 0);
 
@@ -7632,13 +7620,6 @@ static int encode(const struct settings *s, const lfm2_tokenizer *words,
     out->n = lfm2_encode(words, text, n, flags, out->id, (int)n + 1);
     return out->n >= 0 ? DONE :
            say(NO_MEMORY, "no memory for %zu bytes of text", n);
-}
-
-/* Text that is to be gone on with, as it is. */
-static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
-                        const char *text, size_t n, struct ids *out)
-{
-    return encode(s, words, text, n, s->bos || lfm2_add_bos(words), out);
 }
 
 /* A line of ids for the whole text, or for each of its NUL-ended records. */
@@ -7649,7 +7630,7 @@ static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
         struct ids ids = { NULL, 0 };
 
         n = s->null ? strlen(t->s + at) : t->n;
-        if (encode(s, words, t->s + at, n, s->bos, &ids) != DONE)
+        if (encode_plain(s, words, t->s + at, n, &ids) != DONE)
             return NO_MEMORY;
         for (int i = 0; i < ids.n; i++)
             printf("%s%ld", i ? " " : "", (long)ids.id[i]);
