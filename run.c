@@ -6153,7 +6153,9 @@ static void start_reading(struct reader *r)
 static int expected(struct reader *r, const char *what)
 {
     const char *line = r->text, *const at = line + (r->at - r->start);
-    char found[16] = "the end";
+    const struct phrase found = r->at == r->end ? phrase("the end") :
+        phrase(*at > ' ' && *at < 127 ? "'%c'" : "byte 0x%02x",
+               (unsigned char)*at);
     int n = 1;
 
     for (const char *p = line; p < at; p++)
@@ -6161,11 +6163,8 @@ static int expected(struct reader *r, const char *what)
             line = p + 1;
             n++;
         }
-    if (r->at < r->end)
-        snprintf(found, sizeof found, *at > ' ' && *at < 127 ? "'%c'" :
-                 "byte 0x%02x", (unsigned char)*at);
     return because(r->why, USAGE, "line %d, column %zu: found %s, expected %s",
-                   n, (size_t)(at - line) + 1, found, what);
+                   n, (size_t)(at - line) + 1, found.s, what);
 }
 
 /* The next character that is not blank, or EOF.  Python has comments, too. */
@@ -6573,8 +6572,6 @@ static int read_members(struct reader *r, struct json *in, int close)
         at = *at ? &(*at)->next : at;
     }
     r->depth--;
-    for (at = &in->first; *at && in->type == JSON_ARRAY; at = &(*at)->next)
-        (*at)->key = NULL;                /* of a set                        */
     return DONE;
 }
 
@@ -6679,7 +6676,7 @@ static void add_tree(struct text *t, const struct json *v, int python)
     else
         add_string(t, v->type == JSON_NUMBER ? v->s : word[v->type][python]);
     for (const struct json *m = v->first; m; m = m->next) {
-        if (m->key) {
+        if (v->type == JSON_OBJECT) {
             add_quoted(t, m->key, m->n_key, python);
             add_string(t, ": ");
         }
@@ -6830,12 +6827,7 @@ static int begins(const char *s, const char *end, const char *word)
 /* Where `word` first is from s to `end`, or NULL. */
 static const char *find(const char *s, const char *end, const char *word)
 {
-    while (s < end && (s = memchr(s, *word, (size_t)(end - s))) != NULL) {
-        if (begins(s, end, word))
-            return s;
-        s++;
-    }
-    return NULL;
+    return memmem(s, (size_t)(end - s), word, strlen(word));
 }
 
 /* ---- what is good */
@@ -7493,25 +7485,9 @@ static int read_block(struct reader *r, int is_whole, struct calls *to)
     return took(r, EOF) ? DONE : expected(r, "the end");
 }
 
-/* out[3 * n + 1]: a replacement character for each byte that is no UTF-8, and
- * new lines as Python sees them.  Returns how many bytes it has become. */
-static size_t clean_source(char *out, const char *s, size_t n)
-{
-    const char *const end = s + n;
-    char *to = out;
-    uint32_t c;
-
-    for (int size; s < end; s += size ? size : 1) {
-        size = utf8_get(s, end, &c);
-        if (c == '\r' && s + 1 < end && s[1] == '\n')
-            continue;
-        to += utf8_put(to, size == 0 ? 0xfffd : c == '\r' ? '\n' : c);
-    }
-    return (size_t)(to - out);
-}
-
 /* What stands between two markers, all or none: as JSON, as Python, or as
- * Python with quotes that lack a backslash. */
+ * Python with quotes that lack a backslash.  Before, each byte that is no UTF-8
+ * becomes a replacement character, and new lines are as Python sees them. */
 static int read_calls(struct pool *pool, const char *s, const char *end,
                       int is_whole, struct calls *to)
 {
@@ -7519,8 +7495,13 @@ static int read_calls(struct pool *pool, const char *s, const char *end,
     char *text = pool_get(pool, 3 * (size_t)(end - s) + 1);
     struct why why;
     struct reader r = { .pool = pool, .text = text, .why = &why };
+    uint32_t c;
 
-    r.n = clean_source(text, s, (size_t)(end - s));
+    for (int size; s < end; s += size ? size : 1) {
+        size = utf8_get(s, end, &c);
+        if (c != '\r' || s + 1 == end || s[1] != '\n')
+            r.n += utf8_put(text + r.n, c == '\r' ? '\n' : c);
+    }
     for (r.as = AS_JSON; r.as <= AS_BAD_PYTHON; r.as++) {
         start_reading(&r);
         if (read_block(&r, is_whole, to) == DONE)
