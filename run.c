@@ -6965,9 +6965,8 @@ static void add_argument(struct text *t, const struct json *v,
     add_string(t, as->quote);
     for (size_t i = 0; i < v->n; i++) {
         const char *p = as->always_thinks ? memchr(value, v->s[i], 4) : NULL;
-        add(t, p ? "\\" : v->s + i, 1);
-        if (p)
-            add(t, name + (p - value), 1);
+        add(t, "\\", p != NULL);
+        add(t, p ? name + (p - value) : v->s + i, 1);
     }
     add_string(t, as->quote);
 }
@@ -7121,7 +7120,7 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
     const struct json *thinking = NULL, *calls = given(m, "tool_calls");
     const int writes_none = r->as->quote && !r->as->always_thinks;
     struct piece text = content_of(r, m);
-    const char *const end = text.s + text.n, *p = text.s;
+    const char *const end = text.s + text.n, *p = text.s, *after = NULL;
 
     for (int i = 0; i < 3 && !thinking; i++) {
         const struct json *v = given(m, keys[i]);
@@ -7129,10 +7128,10 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
             (v->n > 0 || !r->as->always_thinks))
             thinking = v;
     }
-    while (!recent && (p = find(p, end, THINK_END)) != NULL) {
-        p += strlen(THINK_END);
-        text = trim(p, end);
-    }
+    while (!recent && (p = find(p, end, THINK_END)) != NULL)
+        after = p += strlen(THINK_END);
+    if (after)
+        text = trim(after, end);
     if (!calls && !thinking && !given(m, "content"))
         fault(r, "messages[%d] has no content, expected a string or "
               "tool_calls", r->i);
@@ -7179,9 +7178,8 @@ static void put_conversation(struct rendering *r)
     struct piece text = { "", 0 };
     const int tools = r->conv->tools && r->conv->tools->first,
               system = has_role(first, "system"),
-              all = r->as->thoughts == ALL || r->conv->keep_thinking,
               question = r->as->thoughts == SINCE_QUESTION;
-    int is_recent = all;
+    int is_recent = r->as->thoughts == ALL || r->conv->keep_thinking;
 
     add_mark(r->out, BOS);
     if (system)
