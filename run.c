@@ -603,6 +603,7 @@ static int batch(const struct settings *s);
 
 /* Section 10 */
 static int find_word(const char *words, int separator, const char *word);
+static struct phrase word_of(const char *words, int i);
 static const struct option *option_of_member(const char *key);
 static const char *isa_name(int isa);
 static const char *kv_name(int kv_type);
@@ -6011,12 +6012,13 @@ static const char *const json_names[] = {
 /* n zeroed bytes, aligned for a node. */
 static void *pool_get(struct pool *p, size_t n)
 {
-    const size_t aligned = (n + 15) / 16 * 16, least = 1 << 14;
+    const size_t aligned = (n + 15) / 16 * 16;
+    const size_t size = aligned > 1 << 14 ? aligned : 1 << 14;
     struct chunk *c = p->chunks;
 
     if (!c || c->size - c->used < aligned) {
-        c = resize(NULL, sizeof *c + (aligned > least ? aligned : least));
-        *c = (struct chunk){ p->chunks, 0, aligned > least ? aligned : least };
+        c = resize(NULL, sizeof *c + size);
+        *c = (struct chunk){ p->chunks, 0, size };
         p->chunks = c;
     }
     c->used += aligned;
@@ -6146,7 +6148,9 @@ static void start_reading(struct reader *r)
 static int expected(struct reader *r, const char *what)
 {
     const char *line = r->text, *const at = line + (r->at - r->start);
-    char found[16] = "the end";
+    const struct phrase found = r->at == r->end ? phrase("the end") :
+        phrase(*at > ' ' && *at < 127 ? "'%c'" : "byte 0x%02x",
+               (unsigned char)*at);
     int n = 1;
 
     for (const char *p = line; p < at; p++)
@@ -6154,11 +6158,8 @@ static int expected(struct reader *r, const char *what)
             line = p + 1;
             n++;
         }
-    if (r->at < r->end)
-        snprintf(found, sizeof found, *at > ' ' && *at < 127 ? "'%c'" :
-                 "byte 0x%02x", (unsigned char)*at);
     return because(r->why, USAGE, "line %d, column %zu: found %s, expected %s",
-                   n, (size_t)(at - line) + 1, found, what);
+                   n, (size_t)(at - line) + 1, found.s, what);
 }
 
 /* The next character that is not blank, or EOF.  Python has comments, too. */
@@ -6181,61 +6182,51 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* n hexadecimal digits, up to 8. */
-static int read_hex(const char *s, size_t n, uint32_t *out)
+/* Up to n digits, at most 8, of base 8 or 16; returns how many. */
+static int read_code(const char *s, int n, int base, uint32_t *out)
 {
     char digits[9] = "";
 
-    if (strspn(s, "0123456789abcdefABCDEF") < n)
-        return 0;
-    memcpy(digits, s, n);
-    *out = (uint32_t)strtoul(digits, NULL, 16);
-    return 1;
+    for (int i = 0; i < n && isxdigit((unsigned char)s[i]) &&
+         (base == 16 || s[i] < '8'); i++)
+        digits[i] = s[i];
+    *out = (uint32_t)strtoul(digits, NULL, base);
+    return (int)strlen(digits);
 }
 
-/* A character of n hexadecimal digits behind a backslash and a letter.  What
+/* What follows a backslash.  In Python one that begins no escape stays.  What
  * lies beyond 0xffff may be a pair; half of one is no character. */
-static int read_code(struct reader *r, size_t n, char **out)
+static int read_escape(struct reader *r, char **out)
 {
+    static const char name[] = "/\"\\bfnrt'av";
+    static const char value[] = "/\"\\\b\f\n\r\t'\a\v";
+    const int json = r->as == AS_JSON, octal = !json && *r->at >= '0' &&
+                                               *r->at <= '7';
+    const char *p = memchr(name + !json, *r->at, json ? 8 : 10);
+    const int n = *r->at == 'u' ? 4 : json ? 0 : *r->at == 'x' ? 2 :
+                  *r->at == 'U' ? 8 : octal ? 3 : 0;
     uint32_t c, low;
 
-    if (!read_hex(r->at + 1, n, &c))
+    if ((json && !p && n == 0) || *r->at == 'N')
+        return expected(r, "\" \\ / b f n r t or u after a backslash");
+    if (n == 0) {
+        if (p || *r->at != '\n')
+            *(*out)++ = p ? value[p - name] : '\\';
+        r->at += p || *r->at == '\n';
+        return DONE;
+    }
+    const int n_read = read_code(r->at + !octal, n, octal ? 8 : 16, &c);
+    if (!octal && n_read < n)
         return expected(r, "hexadecimal digits after a backslash");
-    r->at += 1 + n;
+    r->at += !octal + n_read;
     if (c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
-        read_hex(r->at + 2, 4, &low) && low >> 10 == 0xdc00 >> 10) {
+        read_code(r->at + 2, 4, 16, &low) == 4 && low >> 10 == 0xdc00 >> 10) {
         c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
         r->at += 6;
     }
     if (c > 0x10ffff || c >> 11 == 0xd800 >> 11)
         return expected(r, "surrogates in pairs after a backslash");
     *out += utf8_put(*out, c);
-    return DONE;
-}
-
-/* What follows a backslash.  In Python one that begins no escape stays. */
-static int read_escape(struct reader *r, char **out)
-{
-    static const char name[] = "/\"\\bfnrt'av";
-    static const char value[] = "/\"\\\b\f\n\r\t'\a\v";
-    const int json = r->as == AS_JSON;
-    const char *p = memchr(name + !json, *r->at, json ? 8 : 10);
-    const size_t n_hex = *r->at == 'u' ? 4 : json ? 0 : *r->at == 'x' ? 2 :
-                         *r->at == 'U' ? 8 : 0;
-    uint32_t c = 0;
-    int n = 0;
-
-    if (n_hex > 0)
-        return read_code(r, n_hex, out);
-    if ((json && !p) || *r->at == 'N')
-        return expected(r, "\" \\ / b f n r t or u after a backslash");
-    for (; !json && n < 3 && *r->at >= '0' && *r->at <= '7'; n++)
-        c = c * 8 + (uint32_t)(*r->at++ - '0');
-    if (n > 0)
-        *out += utf8_put(*out, c);
-    else if (p || *r->at != '\n')
-        *(*out)++ = p ? value[p - name] : '\\';
-    r->at += p || (n == 0 && *r->at == '\n');
     return DONE;
 }
 
@@ -6268,25 +6259,27 @@ static int is_letter(char c)
     return isalnum((unsigned char)c) || c == '_' || (c & 0x80);
 }
 
+static int word_length(const char *s)
+{
+    int n = 0;
+
+    while (is_letter(s[n]))
+        n++;
+    return n;
+}
+
 /* Models forget the backslash before a quote within a string.  Python reads no
  * word behind a string, but those that join values and those that are prefixes:
  * otherwise the quote at s is inside of one. */
 static int is_inner(const char *s)
 {
-    static const char *const joins[] = {
-        "if", "else", "and", "or", "in", "is", "not", "for", "async"
-    };
-    const char *const word = s + 1 + strspn(s + 1, " \t\n\f"), *end = word;
-    size_t n;
+    const char *const word = s + 1 + strspn(s + 1, " \t\n\f");
+    const int n = word_length(word);
 
-    while (is_letter(*end))
-        end++;
-    n = (size_t)(end - word);
-    for (int i = 0; i < 9; i++)
-        if (n == strlen(joins[i]) && memcmp(word, joins[i], n) == 0)
-            return 0;
-    return n > 0 && !(n <= 2 && strspn(word, "rRbBuUfFtT") == n &&
-                      (*end == '"' || *end == '\''));
+    return n > 0 && !strstr(" if else and or in is not for async ",
+                            phrase(" %.*s ", smaller(n, 9), word).s) &&
+           !(n <= 2 && (int)strspn(word, "rRbBuUfFtT") == n &&
+             strchr("\"'", word[n]) && word[n]);
 }
 
 /* Up to the quote that ends it, or the three.  Inner ones have to be in pairs,
@@ -6371,30 +6364,6 @@ static size_t float_length(const char *s)
     return n > whole ? n : 0;
 }
 
-/* Make decimal of a whole number in another base. */
-static void make_decimal(struct text *t, unsigned base)
-{
-    enum { BILLION = 1000000000 };
-    uint32_t *limb = zeroed(t->n / 7 + 2, sizeof *limb);
-    size_t n = 1;
-
-    for (size_t i = 0; i < t->n; i++) {
-        const int c = t->s[i];
-        uint64_t carry = (uint64_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
-        for (size_t k = 0; k < n; k++, carry /= BILLION) {
-            carry += (uint64_t)limb[k] * base;
-            limb[k] = (uint32_t)(carry % BILLION);
-        }
-        limb[n] = (uint32_t)carry;
-        n += carry > 0;
-    }
-    t->n = 0;
-    add_format(t, "%u", (unsigned)limb[n - 1]);
-    while (--n > 0)
-        add_format(t, "%09u", (unsigned)limb[n - 1]);
-    free(limb);
-}
-
 /* The fewest digits that are this number, as Python prints floats. */
 static void add_float(struct text *t, double x)
 {
@@ -6412,45 +6381,47 @@ static void add_float(struct text *t, double x)
 }
 
 /* Digits as JSON has them: decimal, below all infinities, and as in Python no
- * more than 4300. */
+ * more than 4300; of other bases, what fits into 64 bits. */
 static int add_digits(struct reader *r, struct text *t)
 {
-    static const struct { char letter; unsigned base; const char *digits; }
-    all[] = {
-        { 'x', 16, "0123456789abcdefABCDEF" }, { 'o', 8, "01234567" },
-        { 'b', 2, "01" }, { '\0', 10, "0123456789" }
+    static const struct { int base; const char *digits; } all[] = {
+        { 16, "0123456789abcdefABCDEF" }, { 8, "01234567" }, { 2, "01" },
+        { 10, "0123456789" }
     };
     const size_t n_float = float_length(r->at);
-    const char *s = r->at;
+    const char *s = r->at, *dot;
     size_t n = n_float;
     int i = 0;
 
-    while (i < 3 && !(s[0] == '0' && (s[1] | 32) == all[i].letter))
+    while (i < 3 && !(s[0] == '0' && (s[1] | 32) == "xob"[i]))
         i++;
     if (n_float == 0) {
         s += i == 3 ? 0 : s[2] == '_' ? 3 : 2;
         n = digits_length(s, all[i].digits);
     }
     for (size_t k = 0; k < n; k++)
-        if (s[k] != '_')
-            add(t, s + k, 1);
+        add(t, s + k, s[k] != '_');
+    dot = memchr(s, '.', n);
     if (n == 0 || (r->as == AS_JSON && (i < 3 || memchr(s, '_', n) ||
-        *s == '.' || (*s == '0' && isdigit((unsigned char)s[1])) ||
-        (memchr(s, '.', n) && !isdigit((unsigned char)strchr(s, '.')[1])))))
+        dot == s || (*s == '0' && isdigit((unsigned char)s[1])) ||
+        (dot && !isdigit((unsigned char)dot[1])))))
         return expected(r, "a number: -, digits without leading zeros, .digits,"
                         " exponent");
+    errno = 0;
     if (n_float > 0) {
         const double x = strtod(t->s, NULL);
         if (!isfinite(x))
             return expected(r, "a number below 1.8e308");
         t->n = 0;
         add_float(t, x);
-    } else if (t->n > 4300 || (i == 3 && *s == '0' && strspn(t->s, "0") < t->n))
+    } else if (i < 3 || strspn(t->s, "0") == t->n) {
+        const unsigned long long x = strtoull(t->s, NULL, all[i].base);
+        t->n = 0;
+        add_format(t, "%llu", x);
+    } else if (t->n > 4300 || *s == '0')
         return expected(r, "at most 4300 digits without leading zeros");
-    else if (i < 3 || *s == '0')
-        make_decimal(t, all[i].base);
     r->at += s + n - r->at;
-    return t->n <= 4300 ? DONE : expected(r, "at most 4300 digits");
+    return n_float > 0 || errno == 0 ? DONE : expected(r, "at most 64 bits");
 }
 
 /* Behind its sign Python may have parentheses. */
@@ -6482,13 +6453,9 @@ static int read_word(struct reader *r, struct json *v)
 {
     static const char *const word[] = { "null", "false", "true",
                                         "None", "False", "True", "set" };
-    const char *end = r->at;
-    size_t n;
+    const size_t n = (size_t)word_length(r->at);
     int i = 0;
 
-    while (is_letter(*end))
-        end++;
-    n = (size_t)(end - r->at);
     while (i < 7 && (strlen(word[i]) != n || memcmp(word[i], r->at, n) != 0))
         i++;
     if (i == 7 || (i > 2 && r->as == AS_JSON))
@@ -6503,17 +6470,16 @@ static int read_word(struct reader *r, struct json *v)
  * between them.  Returns its length, or 0. */
 static size_t read_name(struct reader *r)
 {
-    const char *const from = r->at, *s = from;
+    const char *s = r->at;
+    int n = isdigit((unsigned char)*s) ? 0 : word_length(s);
 
-    while (s == from || *s == '.' || *s == '-') {
-        const char *const word = s += s > from;
-        while (is_letter(*s))
-            s++;
-        if (s == word || (word == from && isdigit((unsigned char)*from)))
-            return 0;
-    }
-    r->at += s - from;
-    return (size_t)(s - from);
+    for (s += n; n > 0 && (*s == '.' || *s == '-'); s += n)
+        n = word_length(++s);
+    if (n == 0)
+        return 0;
+    n = (int)(s - r->at);
+    r->at += n;
+    return (size_t)n;
 }
 
 static int read_value(struct reader *r, struct json *v);
@@ -6601,8 +6567,6 @@ static int read_members(struct reader *r, struct json *in, int close)
         at = *at ? &(*at)->next : at;
     }
     r->depth--;
-    for (at = &in->first; *at && in->type == JSON_ARRAY; at = &(*at)->next)
-        (*at)->key = NULL;                /* of a set                        */
     return DONE;
 }
 
@@ -6707,7 +6671,7 @@ static void add_tree(struct text *t, const struct json *v, int python)
     else
         add_string(t, v->type == JSON_NUMBER ? v->s : word[v->type][python]);
     for (const struct json *m = v->first; m; m = m->next) {
-        if (m->key) {
+        if (v->type == JSON_OBJECT) {
             add_quoted(t, m->key, m->n_key, python);
             add_string(t, ": ");
         }
@@ -6789,13 +6753,10 @@ static void member_open(struct text *to, const char *key, const char *bracket)
 /* The word of --template. */
 static const char *template_name(int template)
 {
-    static char word[TEMPLATE_NONE + 1][24];
-    const char *s = TEMPLATES;
+    static struct phrase name[TEMPLATE_NONE + 1];
 
-    for (int i = 0; i < template; i++)
-        s += strcspn(s, "|") + 1;
-    snprintf(word[template], sizeof *word, "%.*s", (int)strcspn(s, "|"), s);
-    return word[template];
+    name[template] = word_of(TEMPLATES, template);
+    return name[template].s;
 }
 
 static const struct dialect {
@@ -6861,12 +6822,7 @@ static int begins(const char *s, const char *end, const char *word)
 /* Where `word` first is from s to `end`, or NULL. */
 static const char *find(const char *s, const char *end, const char *word)
 {
-    while (s < end && (s = memchr(s, *word, (size_t)(end - s))) != NULL) {
-        if (begins(s, end, word))
-            return s;
-        s++;
-    }
-    return NULL;
+    return memmem(s, (size_t)(end - s), word, strlen(word));
 }
 
 /* ---- what is good */
@@ -6887,16 +6843,18 @@ static void fault(struct rendering *r, const char *fmt, ...)
     r->code = USAGE;
 }
 
-/* Is it of this type?  A string has to be text without NUL characters, too.
- * The path has the numbers i and k. */
+/* Is it of this type?  A string has to be text without NUL characters, too. */
 static int check(struct rendering *r, const struct json *v, int type,
-                 const char *path, int i, int k)
+                 const char *path, ...)
 {
     char s[64];
+    va_list args;
 
     if (json_is(v, type) && (type != JSON_STRING || json_text(v)))
         return 1;
-    snprintf(s, sizeof s, path, i, k);
+    va_start(args, path);
+    vsnprintf(s, sizeof s, path, args);
+    va_end(args);
     if (!json_is(v, type))
         fault(r, "%s is %s, expected %s", s, kind(v), json_names[type]);
     else
@@ -6954,7 +6912,7 @@ static void check_message(struct rendering *r, const struct json *m)
 {
     const struct json *role = json_get(m, "role");
 
-    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i, 0))
+    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i))
         return;
     if (!role_of(m))
         fault(r, "messages[%d].role is %s, expected \"system\", \"user\", "
@@ -7002,9 +6960,8 @@ static void add_argument(struct text *t, const struct json *v,
     add_string(t, as->quote);
     for (size_t i = 0; i < v->n; i++) {
         const char *p = as->always_thinks ? memchr(value, v->s[i], 4) : NULL;
-        add(t, p ? "\\" : v->s + i, 1);
-        if (p)
-            add(t, name + (p - value), 1);
+        add(t, "\\", p != NULL);
+        add(t, p ? name + (p - value) : v->s + i, 1);
     }
     add_string(t, as->quote);
 }
@@ -7037,7 +6994,7 @@ static void put_tools(struct rendering *r)
     for (int i = 0; tool; tool = tool->next, i++) {
         const int is_text = tool->type == JSON_STRING;
         const char *name = json_text(json_get(function_of(tool), "name"));
-        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i, 0) &&
+        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i) &&
             (!name || !name[0]))
             fault(r, "tools[%d] has no name, expected a function with one", i);
         add_string(t, i == 0 ? "[" : ", ");
@@ -7049,21 +7006,6 @@ static void put_tools(struct rendering *r)
     add_string(t, "]");
     if (r->as->marked)
         add_mark(r->out, "<|tool_list_end|>");
-}
-
-static void put_system(struct rendering *r, struct piece text)
-{
-    const int tools = r->conv->tools && r->conv->tools->first;
-
-    if (text.n == 0 && !tools)
-        return;
-    begin_turn(r, "system");
-    add(&r->out->text, text.s, text.n);
-    if (text.n > 0 && tools)
-        add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
-    if (tools)
-        put_tools(r);
-    end_turn(r);
 }
 
 static void put_call(struct rendering *r, const struct json *call, int k)
@@ -7102,7 +7044,7 @@ static void put_calls(struct rendering *r, const struct json *calls)
     const size_t n = r->out->text.n;
     const int n_marks = r->out->n_marks;
 
-    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i, 0))
+    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i))
         return;
     add_mark(r->out, CALL_START);
     add_string(&r->out->text, "[");
@@ -7123,20 +7065,18 @@ static void put_answer(struct rendering *r, struct piece text)
     static const char *const marker[] = {
         CALL_START, CALL_END, THINK, THINK_END
     };
-    const char *const end = text.s + text.n, *from = text.s, *p = from;
+    const char *const end = text.s + text.n;
 
-    while ((p = memchr(p, '<', (size_t)(end - p))) != NULL) {
-        int i = 0;
+    for (const char *p = text.s; p < end; p++) {
+        int i = *p == '<' ? 0 : 4;
         while (i < 4 && !begins(p, end, marker[i]))
             i++;
         if (i < 4) {
-            add(&r->out->text, from, (size_t)(p - from));
             add_mark(r->out, marker[i]);
-            from = p + strlen(marker[i]);
-        }
-        p = i < 4 ? from : p + 1;
+            p += strlen(marker[i]) - 1;
+        } else
+            add(&r->out->text, p, 1);
     }
-    add(&r->out->text, from, (size_t)(end - from));
 }
 
 /* The text of a message, its parts joined. */
@@ -7148,7 +7088,7 @@ static struct piece content_of(struct rendering *r, const struct json *message)
     r->parts.n = 0;
     add_string(&r->parts, "");
     if (content && content->type != JSON_ARRAY) {
-        if (check(r, content, JSON_STRING, "messages[%d].content", r->i, 0))
+        if (check(r, content, JSON_STRING, "messages[%d].content", r->i))
             return (struct piece){ content->s, content->n };
         part = NULL;
     }
@@ -7165,44 +7105,28 @@ static struct piece content_of(struct rendering *r, const struct json *message)
     return (struct piece){ r->parts.s, r->parts.n };
 }
 
-/* What the model thought before this answer, or NULL. */
-static const struct json *thinking_of(struct rendering *r,
-                                      const struct json *message)
-{
-    static const struct { const char *key, *path; } all[] = {
-        { "thinking", "messages[%d].thinking" },
-        { "reasoning", "messages[%d].reasoning" },
-        { "reasoning_content", "messages[%d].reasoning_content" }
-    };
-
-    for (int i = 0; i < 3; i++) {
-        const struct json *v = given(message, all[i].key);
-        if (v && check(r, v, JSON_STRING, all[i].path, r->i, 0) &&
-            (v->n > 0 || !r->as->always_thinks))
-            return v;
-    }
-    return NULL;
-}
-
-/* The text behind the last </think>, trimmed; all of it if there is none. */
-static struct piece without_thought(struct piece text)
-{
-    const char *const end = text.s + text.n, *p = text.s, *last = NULL;
-
-    while ((p = find(p, end, THINK_END)) != NULL)
-        last = p += strlen(THINK_END);
-    return last ? trim(last, end) : text;
-}
-
-/* A `recent` answer keeps what was thought before it.  Some templates write
- * down an empty list of calls. */
+/* A `recent` answer keeps what was thought before it, others only what is
+ * behind the last </think>.  Some templates write down an empty list of calls.
+ */
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
-    const struct json *thinking = thinking_of(r, m);
-    const struct json *calls = given(m, "tool_calls");
+    static const char *const keys[] = { "thinking", "reasoning",
+                                        "reasoning_content" };
+    const struct json *thinking = NULL, *calls = given(m, "tool_calls");
     const int writes_none = r->as->quote && !r->as->always_thinks;
-    const struct piece text = content_of(r, m);
+    struct piece text = content_of(r, m);
+    const char *const end = text.s + text.n, *p = text.s, *after = NULL;
 
+    for (int i = 0; i < 3 && !thinking; i++) {
+        const struct json *v = given(m, keys[i]);
+        if (v && check(r, v, JSON_STRING, "messages[%d].%s", r->i, keys[i]) &&
+            (v->n > 0 || !r->as->always_thinks))
+            thinking = v;
+    }
+    while (!recent && (p = find(p, end, THINK_END)) != NULL)
+        after = p += strlen(THINK_END);
+    if (after)
+        text = trim(after, end);
     if (!calls && !thinking && !given(m, "content"))
         fault(r, "messages[%d] has no content, expected a string or "
               "tool_calls", r->i);
@@ -7215,7 +7139,7 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
     }
     if (calls && r->as->calls != CALLS_LAST)
         put_calls(r, calls);
-    put_answer(r, recent ? text : without_thought(text));
+    put_answer(r, text);
     if (calls && r->as->calls == CALLS_LAST)
         put_calls(r, calls);
 }
@@ -7241,31 +7165,33 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
         end_turn(r);
 }
 
-/* The answers from here on keep their thoughts: the last one, or those after
- * the last question. */
-static const struct json *recent_from(const struct rendering *r,
-                                      const struct json *m)
-{
-    const int question = r->as->thoughts == SINCE_QUESTION;
-    const struct json *from = question ? m : NULL;
-
-    if (r->as->thoughts == ALL || r->conv->keep_thinking)
-        return m;
-    for (; m; m = m->next)
-        if (has_role(m, question ? "user" : "assistant"))
-            from = m;
-    return from;
-}
-
+/* The last answer keeps its thoughts, or those after the last question do. */
 static void put_conversation(struct rendering *r)
 {
-    const struct json *first = r->conv->messages->first, *recent;
-    const int system = has_role(first, "system");
-    int is_recent = 0;
+    const struct json *const first = r->conv->messages->first;
+    const struct json *recent = NULL;
+    struct piece text = { "", 0 };
+    const int tools = r->conv->tools && r->conv->tools->first,
+              system = has_role(first, "system"),
+              question = r->as->thoughts == SINCE_QUESTION;
+    int is_recent = r->as->thoughts == ALL || r->conv->keep_thinking;
 
     add_mark(r->out, BOS);
-    put_system(r, system ? content_of(r, first) : (struct piece){ "", 0 });
-    recent = recent_from(r, system ? first->next : first);
+    if (system)
+        text = content_of(r, first);
+    if (text.n > 0 || tools) {
+        begin_turn(r, "system");
+        add(&r->out->text, text.s, text.n);
+        if (text.n > 0 && tools)
+            add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
+        if (tools)
+            put_tools(r);
+        end_turn(r);
+    }
+    for (const struct json *m = first; m; m = m->next)
+        if (has_role(m, question ? "user" : "assistant") ||
+            (question && !recent))
+            recent = m;
     for (const struct json *m = first; m; m = m->next, r->i++) {
         is_recent |= m == recent;
         check_message(r, m);
@@ -7306,19 +7232,8 @@ static int render(const struct conversation *conv, int template,
 
 /* ---- its tokens */
 
-/* The id of a mark; or -1, and then it is no mark but text. */
-static int32_t mark_id(const lfm2_tokenizer *words, const struct rendered *r,
-                       const struct mark *m)
-{
-    char token[32];
-
-    snprintf(token, sizeof token, "%.*s", (int)m->n, r->text.s + m->from);
-    return strcmp(token, BOS) == 0 ? lfm2_bos(words) :
-           lfm2_token_id(words, token);
-}
-
-/* What lies between two marks is one piece of text.  With `special`, control
- * tokens written in it count, too. */
+/* What lies between two marks is one piece of text, and so is a mark without a
+ * token.  With `special`, control tokens written in it count, too. */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
                            struct ids *out, struct why *why)
@@ -7336,7 +7251,10 @@ static int encode_rendered(const lfm2_tokenizer *words,
     for (int i = 0; i <= r->n_marks; i++) {
         const struct mark end = { r->text.n, 0 };
         const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
-        const int32_t id = m->n ? mark_id(words, r, m) : -1;
+        const struct phrase token = phrase("%.*s", (int)m->n,
+                                           r->text.s + m->from);
+        const int32_t id = m->n == 0 ? -1 : strcmp(token.s, BOS) == 0 ?
+                           lfm2_bos(words) : lfm2_token_id(words, token.s);
         int n;
         if (m->n && id < 0 && i > 0)      /* the first is BOS, or nothing    */
             continue;
@@ -7378,23 +7296,19 @@ static uint64_t template_hash(const char *s, size_t n)
     return h;
 }
 
-static int name_has(const lfm2_model *model, const char *word)
-{
-    size_t n;
-    const char *s = lfm2_model_string(model, "general.name", &n);
-
-    return s && find(s, s + n, word);
-}
-
 static int template_by_model(const lfm2_model *model,
                              const lfm2_tokenizer *words)
 {
-    if ((words ? lfm2_n_vocab(words) : lfm2_model_config(model)->n_vocab) >
-        100000)
-        return name_has(model, "2.6B") ? TEMPLATE_26B : TEMPLATE_8B;
-    if (!name_has(model, "2.5"))
-        return TEMPLATE_LFM2;
-    return name_has(model, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
+    const int n_vocab = words ? lfm2_n_vocab(words) :
+                        lfm2_model_config(model)->n_vocab;
+    size_t n = 0;
+    const char *s = lfm2_model_string(model, "general.name", &n);
+    const char *const name = s ? s : "", *const end = name + n;
+
+    return n_vocab > 100000 ?
+           find(name, end, "2.6B") ? TEMPLATE_26B : TEMPLATE_8B :
+           !find(name, end, "2.5") ? TEMPLATE_LFM2 :
+           find(name, end, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
 }
 
 /* How it was found: the one in the file is one of those that this program was
@@ -7429,17 +7343,16 @@ static struct found_template find_template(const lfm2_model *model,
     if (!s)
         return to;
     to.hash = template_hash(s, n);
-    for (int i = 0; i < 14 && to.how == NO_TEMPLATE; i++)
-        if (i < 7 ? known[i].hash == to.hash :
-            find(s, s + n, known[i % 7].word) != NULL) {
-            to.template = known[i % 7].template;
-            to.how = i < 7 ? BY_HASH : BY_WORDS;
-            to.word = i < 7 ? NULL : known[i % 7].word;
-        }
-    if (to.how == NO_TEMPLATE) {
-        to.template = template_by_model(model, words);
-        to.how = BY_MODEL;
-    }
+    for (int i = 0; i < 7; i++)
+        if (known[i].hash == to.hash)
+            return (struct found_template){ known[i].template, BY_HASH, NULL,
+                                            to.hash };
+    for (int i = 0; i < 7; i++)
+        if (find(s, s + n, known[i].word))
+            return (struct found_template){ known[i].template, BY_WORDS,
+                                            known[i].word, to.hash };
+    to.template = template_by_model(model, words);
+    to.how = BY_MODEL;
     return to;
 }
 
@@ -7456,21 +7369,18 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                      "file is unknown"
     };
     const struct found_template f = find_template(model, words);
-    char named[128] = "";
+    struct phrase named = { "" };
+    const char *key;
+    char value[64];
 
     *known = f.how <= BY_HASH;
-    for (int i = 0; f.how == NO_TEMPLATE && !named[0]; i++) {
-        char value[64];
-        const char *key = lfm2_model_key(model, i, value, sizeof value);
-        if (!key)
-            break;
+    for (int i = 0; f.how == NO_TEMPLATE && !named.s[0] &&
+         (key = lfm2_model_key(model, i, value, sizeof value)); i++)
         if (begins(key, key + strlen(key), "tokenizer.chat_template."))
-            snprintf(named, sizeof named, " but %s, which is not for this",
-                     key);
-    }
+            named = phrase(" but %s, which is not for this", key);
     if (f.how == NO_TEMPLATE)
         return because(evidence, f.template, "the file has no chat template%s, "
-                       "so text is continued as it is", named);
+                       "so text is continued as it is", named.s);
     return because(evidence, f.template, "chat template %s: %s (hash %016llx)",
                    template_name(f.template), how[f.how],
                    (unsigned long long)f.hash);
@@ -7505,55 +7415,44 @@ static void free_calls(struct calls *calls)
     *calls = (struct calls){ NULL, 0 };
 }
 
-static void add_call(struct calls *to, const char *name, size_t n,
-                     const struct json *arguments)
-{
-    struct call call = { { 0 }, { 0 } };
-
-    add(&call.name, name, n);
-    add_json(&call.arguments, arguments);
-    to->call = resize(to->call, (size_t)(to->n + 1) * sizeof *to->call);
-    to->call[to->n++] = call;
-}
-
 /* In either notation.  An argument without a name is good if it is the only
  * one, and a dict. */
 static int read_call(struct reader *r, struct calls *to)
 {
     struct json *v = pool_get(r->pool, sizeof *v);
-    const struct json *function, *args, *named;
-    const char *name;
-    char *open;
-    size_t n;
-    int is_dict;
+    const struct json *args = v, *named;
+    struct piece name;
 
-    if (peek(r) != '{') {
-        name = r->at;
-        n = read_name(r);
-        if (r->as == AS_JSON || n == 0 || peek(r) != '(')
+    if (peek(r) == '{') {
+        if (read_value(r, v) != DONE)
+            return USAGE;
+        args = function_of(v);
+        named = json_get(args, "name");
+        v = json_get(args, "arguments");
+        args = arguments_of(r->pool, v ? v : json_get(args, "parameters"));
+        if (!json_text(named) || named->n == 0 || !args)
+            return expected(r, "a call before it");
+        name = (struct piece){ named->s, named->n };
+    } else {
+        name.s = r->at;
+        name.n = read_name(r);
+        if (r->as == AS_JSON || name.n == 0 || peek(r) != '(')
             return expected(r, "a call");
-        open = r->at++;
-        is_dict = peek(r) == '{';
+        char *const open = r->at++;
+        const int is_dict = peek(r) == '{';
         r->at = open;
         v->type = JSON_OBJECT;
         if ((is_dict ? read_value(r, v) : read_members(r, v, ')')) != DONE)
             return USAGE;
-        v = v->type == JSON_ARRAY && v->n_members == 1 ? v->first : v;
-        if (v->type != JSON_OBJECT)
+        if (v->type == JSON_ARRAY && v->n_members == 1)
+            args = v->first;
+        if (args->type != JSON_OBJECT)
             return expected(r, "a dict before it");
-        add_call(to, name, n, v);
-        return DONE;
     }
-    if (read_value(r, v) != DONE)
-        return USAGE;
-    function = function_of(v);
-    named = json_get(function, "name");
-    args = json_get(function, "arguments");
-    args = arguments_of(r->pool, args ? args :
-                        json_get(function, "parameters"));
-    if (!json_text(named) || named->n == 0 || !args)
-        return expected(r, "a call before it");
-    add_call(to, named->s, named->n, args);
+    to->call = resize(to->call, (size_t)(to->n + 1) * sizeof *to->call);
+    to->call[to->n] = (struct call){ { 0 }, { 0 } };
+    add(&to->call[to->n].name, name.s, name.n);
+    add_json(&to->call[to->n++].arguments, args);
     return DONE;
 }
 
@@ -7579,25 +7478,9 @@ static int read_block(struct reader *r, int is_whole, struct calls *to)
     return took(r, EOF) ? DONE : expected(r, "the end");
 }
 
-/* out[3 * n + 1]: a replacement character for each byte that is no UTF-8, and
- * new lines as Python sees them.  Returns how many bytes it has become. */
-static size_t clean_source(char *out, const char *s, size_t n)
-{
-    const char *const end = s + n;
-    char *to = out;
-    uint32_t c;
-
-    for (int size; s < end; s += size ? size : 1) {
-        size = utf8_get(s, end, &c);
-        if (c == '\r' && s + 1 < end && s[1] == '\n')
-            continue;
-        to += utf8_put(to, size == 0 ? 0xfffd : c == '\r' ? '\n' : c);
-    }
-    return (size_t)(to - out);
-}
-
 /* What stands between two markers, all or none: as JSON, as Python, or as
- * Python with quotes that lack a backslash. */
+ * Python with quotes that lack a backslash.  Before, each byte that is no UTF-8
+ * becomes a replacement character, and new lines are as Python sees them. */
 static int read_calls(struct pool *pool, const char *s, const char *end,
                       int is_whole, struct calls *to)
 {
@@ -7605,8 +7488,13 @@ static int read_calls(struct pool *pool, const char *s, const char *end,
     char *text = pool_get(pool, 3 * (size_t)(end - s) + 1);
     struct why why;
     struct reader r = { .pool = pool, .text = text, .why = &why };
+    uint32_t c;
 
-    r.n = clean_source(text, s, (size_t)(end - s));
+    for (int size; s < end; s += size ? size : 1) {
+        size = utf8_get(s, end, &c);
+        if (c != '\r' || s + 1 == end || s[1] != '\n')
+            r.n += utf8_put(text + r.n, c == '\r' ? '\n' : c);
+    }
     for (r.as = AS_JSON; r.as <= AS_BAD_PYTHON; r.as++) {
         start_reading(&r);
         if (read_block(&r, is_whole, to) == DONE)
@@ -7694,9 +7582,11 @@ static int open_words(const struct settings *s, const lfm2_model *model,
            report(s->tokenizer ? s->tokenizer : s->model, &err);
 }
 
-static int encode(const struct settings *s, const lfm2_tokenizer *words,
-                  const char *text, size_t n, int bos, struct ids *out)
+/* Text as it is.  What is to be gone on with may have to begin with BOS. */
+static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
+                        const char *text, size_t n, struct ids *out)
 {
+    const int bos = s->bos || (s->mode != TOKENIZE && lfm2_add_bos(words));
     const int flags = (bos ? LFM2_ENCODE_BOS : 0) |
                       (s->special ? LFM2_ENCODE_SPECIAL : 0);
 
@@ -7704,13 +7594,6 @@ static int encode(const struct settings *s, const lfm2_tokenizer *words,
     out->n = lfm2_encode(words, text, n, flags, out->id, (int)n + 1);
     return out->n >= 0 ? DONE :
            say(NO_MEMORY, "no memory for %zu bytes of text", n);
-}
-
-/* Text that is to be gone on with, as it is. */
-static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
-                        const char *text, size_t n, struct ids *out)
-{
-    return encode(s, words, text, n, s->bos || lfm2_add_bos(words), out);
 }
 
 /* A line of ids for the whole text, or for each of its NUL-ended records. */
@@ -7721,7 +7604,7 @@ static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
         struct ids ids = { NULL, 0 };
 
         n = s->null ? strlen(t->s + at) : t->n;
-        if (encode(s, words, t->s + at, n, s->bos, &ids) != DONE)
+        if (encode_plain(s, words, t->s + at, n, &ids) != DONE)
             return NO_MEMORY;
         for (int i = 0; i < ids.n; i++)
             printf("%s%ld", i ? " " : "", (long)ids.id[i]);
