@@ -2138,8 +2138,8 @@ static void matmul(const struct thread *me, int how, float *y,
  *     SPLAT(f)                 f everywhere
  *     FMA(a, b, c)             a * b + c, rounded once
  *     FROM_F16(h), FROM_BF16(h)  LANES 16-bit numbers as floats
- *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (A register
- *                              is QUADS times 16 bytes or four numbers.)
+ *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (A
+ *                              register has QUADS times 16 bytes, or numbers.)
  *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
  *     QUAD(v, i)               quad i of FLOATS; FOUR is its type
  *     FMA_4(a, b, c)           FMA of quads
@@ -2238,7 +2238,7 @@ enum {
     FOURS = 2,                            /* times four rows of weights, that
                                              few rows are multiplied with    */
     SOME = 7,                             /* at most: panels of eight groups */
-    AHEAD = 16384,                        /* bytes to fetch ahead, besides a
+    AHEAD = 8192,                         /* bytes to fetch ahead, besides a
                                              tile; found by measuring        */
 
     MANY = 16,                            /* rows of x that are many for
@@ -2669,12 +2669,20 @@ KERNEL_INLINE INTS FN(repeat)(const void *p)
     return SPLAT_INT(four);
 }
 
+/* vpdpbusd multiplies by all eight bits of a byte.  So with few rows of x, the
+ * bits of these formats stay where they are in it, and the sum is shifted. */
+#define IN_PLACE(k) (DOT && LANES > 4 && !(k)->split && !(k)->high.mask && \
+                     !(k)->is_signed)
+
 /* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
 KERNEL_INLINE INTS FN(field)(const struct bit_field *f, const uint8_t *b,
-                             const int g, const int h)
+                             const int g, const int h, const int in_place)
 {
-    INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
-    return SHIFT(v, FN(quad_ints)(f->shift + g)) & SPLAT_BYTE(f->mask);
+    const INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
+    const INTS shift = FN(quad_ints)(f->shift + g);
+    const INTS mask = SPLAT_BYTE(f->mask);
+
+    return in_place ? v & mask << shift : SHIFT(v, shift) & mask;
 }
 
 /* Bit i of the 32-bit number at p becomes bit 4 of byte i; 16 of them. */
@@ -2698,7 +2706,7 @@ KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
  * to w[0], 16..31 to w[1], as unsigned bytes with their offset; or as signed
  * ones, see SIGNED. */
 KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
-                              const struct format *k)
+                              const int in_place, const struct format *k)
 {
     if (k->split) {
         INTS v = FN(quads)(b + k->low.at, k->low.of + g);
@@ -2708,9 +2716,9 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
     UNROLL
     for (int h = 0; h < 2; h++) {
         if (!k->split)
-            w[h] = FN(field)(&k->low, b, g, h);
+            w[h] = FN(field)(&k->low, b, g, h, in_place);
         if (k->high.mask)
-            w[h] |= FN(field)(&k->high, b, g, h) << k->high_to;
+            w[h] |= FN(field)(&k->high, b, g, h, 0) << k->high_to;
         if (k->fifth)
             w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
         if (k->iq4)
@@ -2723,8 +2731,8 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
 /* The scales and minima of LANES rows: d[i], m[i] of group i; or of a K block,
  * where byte i of s and min, in steps of four, belongs to group or half i.
  *
- * Or those of only four rows: quad i of d[0], m[0] is of group i; what a K block
- * has is the same in all quads. */
+ * Or those of only four rows: quad i of d[0], m[0] is of group i; what a K
+ * block has is the same in all quads. */
 struct FN(scales) {
     FLOATS d[QUADS], m[QUADS];
     INTS s[4], min[4];
@@ -2972,7 +2980,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
     FN(scale)(d, m, s, g, 1, k);
     UNROLL
     for (int i = 0; i < 4; i++)
-        FN(unpack)(w[i], b + (size_t)i * stride, g, k);
+        FN(unpack)(w[i], b + (size_t)i * stride, g, IN_PLACE(k), k);
     for (int t = 0; t < n; t++) {
         const uint8_t *x = (const uint8_t *)(to[t].x + g);
         const INTS q[2] = { FN(quads)(x, each), FN(quads)(x + 16, each) };
@@ -2994,6 +3002,8 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
                     dot[i] = FN(dot_4)(dot[i], w[i][1], q[1], k->is_signed);
             }
             sum[h] = FN(sum_4)(dot[0], dot[1], dot[2], dot[3]);
+            if (IN_PLACE(k))
+                sum[h] >>= FN(quad_ints)(k->low.shift + g);
             if (offset)
                 sum[h] += FN(less_offset)(head.sum, h, offset, k);
         }
@@ -3063,7 +3073,7 @@ KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
         INTS w[4][2], t[4];
         UNROLL
         for (int i = 0; i < 4; i++)
-            FN(unpack)(w[i], b + (size_t)(4 * r + i) * stride, g, k);
+            FN(unpack)(w[i], b + (size_t)(4 * r + i) * stride, g, 0, k);
         UNROLL
         for (int h = 0; h < 2; h++) {
             for (int i = 0; i < 4; i++)
