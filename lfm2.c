@@ -2138,8 +2138,8 @@ static void matmul(const struct thread *me, int how, float *y,
  *     SPLAT(f)                 f everywhere
  *     FMA(a, b, c)             a * b + c, rounded once
  *     FROM_F16(h), FROM_BF16(h)  LANES 16-bit numbers as floats
- *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (A
- *                              register has QUADS times 16 bytes, or numbers.)
+ *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (There are
+ *                              QUADS in a register: 16 bytes or four numbers.)
  *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
  *     QUAD(v, i)               quad i of FLOATS; FOUR is its type
  *     FMA_4(a, b, c)           FMA of quads
