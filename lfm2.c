@@ -2960,11 +2960,37 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 
 /* ---- few rows of x */
 
-/* One of them: its next groups, and the results so far. */
+/* QUADS groups of x, a quad each: their columns 0..15 and 16..31, and what
+ * comes with them. */
+struct FN(x_quads) { INTS q[2]; struct FN(head) head; };
+
+/* One of the rows: its next groups, and the results so far. */
 struct FN(few) {
-    const struct q8_group *x;
+    const struct FN(x_quads) *x;
     FOUR acc[FOURS];
 };
+
+/* All rows of weights of a unit use x like this: [rows][groups / QUADS], which
+ * lies where a panel would. */
+KERNEL void FN(arrange)(const struct scratch *s, const struct input *in)
+{
+    static const uint8_t each[4] = EACH(sizeof(struct q8_group));
+    struct FN(x_quads) *to = (void *)s->q;
+
+    for (int t = 0; t < in->n; t++) {
+        const struct q8_group *x =
+            in->q + row_at(in, t) * (size_t)(in->cols / 32);
+        for (int g = 0; g < in->cols / 32; g += QUADS, to++) {
+            const uint8_t *p = (const uint8_t *)(x + g);
+            const INTS last = FN(quads)(p + 28, each);   /* q[28], d, s, sum */
+            to->q[0] = FN(quads)(p, each);
+            to->q[1] = FN(quads)(p + 16, each);
+            to->head.d = (FLOATS)LOOK_UP(last, SPLAT_INT(0x07060504));
+            to->head.s = (FLOATS)LOOK_UP(last, SPLAT_INT(0x0b0a0908));
+            to->head.sum = LOOK_UP(last, SPLAT_INT(0x0f0e0d0c));
+        }
+    }
+}
 
 /* Groups g .. g+QUADS-1 of the blocks at b, of four rows, times those of all x,
  * to acc[four]. */
@@ -2972,7 +2998,6 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
                             const uint8_t *b, size_t stride, const int g,
                             const struct FN(scales) *s, const struct format *k)
 {
-    static const uint8_t each[4] = EACH(sizeof(struct q8_group));
     const int offset = OFFSET(k);
     FLOATS d[2], m[2];
     INTS w[4][2];
@@ -2982,14 +3007,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
     for (int i = 0; i < 4; i++)
         FN(unpack)(w[i], b + (size_t)i * stride, g, IN_PLACE(k), k);
     for (int t = 0; t < n; t++) {
-        const uint8_t *x = (const uint8_t *)(to[t].x + g);
-        const INTS q[2] = { FN(quads)(x, each), FN(quads)(x + 16, each) };
-        const INTS last = FN(quads)(x + 28, each);        /* q[28], d, s, sum */
-        const struct FN(head) head = {
-            (FLOATS)LOOK_UP(last, SPLAT_INT(0x07060504)),
-            (FLOATS)LOOK_UP(last, SPLAT_INT(0x0b0a0908)),
-            LOOK_UP(last, SPLAT_INT(0x0f0e0d0c))
-        };
+        const struct FN(x_quads) *x = to[t].x + g / QUADS;
         INTS sum[2];
 
         UNROLL
@@ -2997,17 +3015,19 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
             INTS dot[4];
             UNROLL
             for (int i = 0; i < 4; i++) {
-                dot[i] = FN(dot_4)(SPLAT_INT(0), w[i][h], q[h], k->is_signed);
+                dot[i] = FN(dot_4)(SPLAT_INT(0), w[i][h], x->q[h],
+                                   k->is_signed);
                 if (k->halves == 1)
-                    dot[i] = FN(dot_4)(dot[i], w[i][1], q[1], k->is_signed);
+                    dot[i] = FN(dot_4)(dot[i], w[i][1], x->q[1],
+                                       k->is_signed);
             }
             sum[h] = FN(sum_4)(dot[0], dot[1], dot[2], dot[3]);
             if (IN_PLACE(k))
                 sum[h] >>= FN(quad_ints)(k->low.shift + g);
             if (offset)
-                sum[h] += FN(less_offset)(head.sum, h, offset, k);
+                sum[h] += FN(less_offset)(x->head.sum, h, offset, k);
         }
-        const struct FN(addends) add = FN(scale_sums)(sum, d, m, &head, k);
+        const struct FN(addends) add = FN(scale_sums)(sum, d, m, &x->head, k);
         UNROLL
         for (int i = 0; i < QUADS; i++)
             UNROLL
@@ -3041,7 +3061,7 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
             }
         }
         for (int t = 0; t < n; t++)
-            to[t].x += per_step;
+            to[t].x += per_step / QUADS;
     }
 }
 
@@ -3278,13 +3298,13 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
 /* out[t][r] = the rows times those of x, if these are few. */
 KERNEL void FN(product_few)(float *out, const struct tensor *w,
                             const struct weight_rows *all,
-                            const struct input *in)
+                            const struct input *in, const struct scratch *s)
 {
     struct FN(few) to[FEW];
 
     for (int t = 0; t < in->n; t++) {
-        const struct q8_group *x = in->q + row_at(in, t) * (size_t)all->groups;
-        to[t] = (struct FN(few)){ .x = x };
+        const struct FN(x_quads) *x = (const void *)s->q;
+        to[t] = (struct FN(few)){ .x = x + t * (all->groups / QUADS) };
     }
     FN(routines)[w->fmt - formats].few(to, in->n, all);
     for (int t = 0; t < in->n; t++)
@@ -3481,6 +3501,8 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
     const uint8_t *row = w->data + (size_t)first * stride;
     int done = 0;
 
+    if (whole && few && !floats)
+        FN(arrange)(s, in);
     for (; whole && rows > 0 && done + rows <= n_rows;
          done += rows, row += bytes) {
         const struct weight_rows some = { row, stride, w->cols / 32,
@@ -3488,7 +3510,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
         if (floats)
             FN(product_floats)(out + done, w, &some, rows, in, s);
         else if (few)
-            FN(product_few)(out + done, w, &some, in);
+            FN(product_few)(out + done, w, &some, in, s);
         else
             FN(product_panel)(out + done, w, &some, in, s);
     }
