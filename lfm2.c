@@ -2151,8 +2151,8 @@ static void matmul(const struct thread *me, int how, float *y,
  *     SPLAT(f)                 f everywhere
  *     FMA(a, b, c)             a * b + c, rounded once
  *     FROM_F16(h), FROM_BF16(h)  LANES 16-bit numbers as floats
- *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (A register
- *                              is QUADS times 16 bytes or four numbers.)
+ *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (There are
+ *                              QUADS in a register: 16 bytes or four numbers.)
  *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
  *     QUAD(v, i)               quad i of FLOATS; FOUR is its type
  *     FMA_4(a, b, c)           FMA of quads
@@ -2251,7 +2251,7 @@ enum {
     FOURS = 2,                            /* times four rows of weights, that
                                              few rows are multiplied with    */
     SOME = 7,                             /* at most: panels of eight groups */
-    AHEAD = 16384,                        /* bytes to fetch ahead, besides a
+    AHEAD = 8192,                         /* bytes to fetch ahead, besides a
                                              tile; found by measuring        */
 
     MANY = 16,                            /* rows of x that are many for
@@ -2682,12 +2682,20 @@ KERNEL_INLINE INTS FN(repeat)(const void *p)
     return SPLAT_INT(four);
 }
 
+/* vpdpbusd multiplies by all eight bits of a byte.  So with few rows of x, the
+ * bits of these formats stay where they are in it, and the sum is shifted. */
+#define IN_PLACE(k) (DOT && LANES > 4 && !(k)->split && !(k)->high.mask && \
+                     !(k)->is_signed)
+
 /* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
 KERNEL_INLINE INTS FN(field)(const struct bit_field *f, const uint8_t *b,
-                             const int g, const int h)
+                             const int g, const int h, const int in_place)
 {
-    INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
-    return SHIFT(v, FN(quad_ints)(f->shift + g)) & SPLAT_BYTE(f->mask);
+    const INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
+    const INTS shift = FN(quad_ints)(f->shift + g);
+    const INTS mask = SPLAT_BYTE(f->mask);
+
+    return in_place ? v & mask << shift : SHIFT(v, shift) & mask;
 }
 
 /* Bit i of the 32-bit number at p becomes bit 4 of byte i; 16 of them. */
@@ -2711,7 +2719,7 @@ KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
  * to w[0], 16..31 to w[1], as unsigned bytes with their offset; or as signed
  * ones, see SIGNED. */
 KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
-                              const struct format *k)
+                              const int in_place, const struct format *k)
 {
     if (k->split) {
         INTS v = FN(quads)(b + k->low.at, k->low.of + g);
@@ -2721,9 +2729,9 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
     UNROLL
     for (int h = 0; h < 2; h++) {
         if (!k->split)
-            w[h] = FN(field)(&k->low, b, g, h);
+            w[h] = FN(field)(&k->low, b, g, h, in_place);
         if (k->high.mask)
-            w[h] |= FN(field)(&k->high, b, g, h) << k->high_to;
+            w[h] |= FN(field)(&k->high, b, g, h, 0) << k->high_to;
         if (k->fifth)
             w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
         if (k->iq4)
@@ -2736,8 +2744,8 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
 /* The scales and minima of LANES rows: d[i], m[i] of group i; or of a K block,
  * where byte i of s and min, in steps of four, belongs to group or half i.
  *
- * Or those of only four rows: quad i of d[0], m[0] is of group i; what a K block
- * has is the same in all quads. */
+ * Or those of only four rows: quad i of d[0], m[0] is of group i; what a K
+ * block has is the same in all quads. */
 struct FN(scales) {
     FLOATS d[QUADS], m[QUADS];
     INTS s[4], min[4];
@@ -2965,11 +2973,37 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 
 /* ---- few rows of x */
 
-/* One of them: its next groups, and the results so far. */
+/* QUADS groups of x, a quad each: their columns 0..15 and 16..31, and what
+ * comes with them. */
+struct FN(x_quads) { INTS q[2]; struct FN(head) head; };
+
+/* One of the rows: its next groups, and the results so far. */
 struct FN(few) {
-    const struct q8_group *x;
+    const struct FN(x_quads) *x;
     FOUR acc[FOURS];
 };
+
+/* All rows of weights of a unit use x like this: [rows][groups / QUADS], which
+ * lies where a panel would. */
+KERNEL void FN(arrange)(const struct scratch *s, const struct input *in)
+{
+    static const uint8_t each[4] = EACH(sizeof(struct q8_group));
+    struct FN(x_quads) *to = (void *)s->q;
+
+    for (int t = 0; t < in->n; t++) {
+        const struct q8_group *x =
+            in->q + row_at(in, t) * (size_t)(in->cols / 32);
+        for (int g = 0; g < in->cols / 32; g += QUADS, to++) {
+            const uint8_t *p = (const uint8_t *)(x + g);
+            const INTS last = FN(quads)(p + 28, each);   /* q[28], d, s, sum */
+            to->q[0] = FN(quads)(p, each);
+            to->q[1] = FN(quads)(p + 16, each);
+            to->head.d = (FLOATS)LOOK_UP(last, SPLAT_INT(0x07060504));
+            to->head.s = (FLOATS)LOOK_UP(last, SPLAT_INT(0x0b0a0908));
+            to->head.sum = LOOK_UP(last, SPLAT_INT(0x0f0e0d0c));
+        }
+    }
+}
 
 /* Groups g .. g+QUADS-1 of the blocks at b, of four rows, times those of all x,
  * to acc[four]. */
@@ -2977,7 +3011,6 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
                             const uint8_t *b, size_t stride, const int g,
                             const struct FN(scales) *s, const struct format *k)
 {
-    static const uint8_t each[4] = EACH(sizeof(struct q8_group));
     const int offset = OFFSET(k);
     FLOATS d[2], m[2];
     INTS w[4][2];
@@ -2985,16 +3018,9 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
     FN(scale)(d, m, s, g, 1, k);
     UNROLL
     for (int i = 0; i < 4; i++)
-        FN(unpack)(w[i], b + (size_t)i * stride, g, k);
+        FN(unpack)(w[i], b + (size_t)i * stride, g, IN_PLACE(k), k);
     for (int t = 0; t < n; t++) {
-        const uint8_t *x = (const uint8_t *)(to[t].x + g);
-        const INTS q[2] = { FN(quads)(x, each), FN(quads)(x + 16, each) };
-        const INTS last = FN(quads)(x + 28, each);        /* q[28], d, s, sum */
-        const struct FN(head) head = {
-            (FLOATS)LOOK_UP(last, SPLAT_INT(0x07060504)),
-            (FLOATS)LOOK_UP(last, SPLAT_INT(0x0b0a0908)),
-            LOOK_UP(last, SPLAT_INT(0x0f0e0d0c))
-        };
+        const struct FN(x_quads) *x = to[t].x + g / QUADS;
         INTS sum[2];
 
         UNROLL
@@ -3002,15 +3028,19 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
             INTS dot[4];
             UNROLL
             for (int i = 0; i < 4; i++) {
-                dot[i] = FN(dot_4)(SPLAT_INT(0), w[i][h], q[h], k->is_signed);
+                dot[i] = FN(dot_4)(SPLAT_INT(0), w[i][h], x->q[h],
+                                   k->is_signed);
                 if (k->halves == 1)
-                    dot[i] = FN(dot_4)(dot[i], w[i][1], q[1], k->is_signed);
+                    dot[i] = FN(dot_4)(dot[i], w[i][1], x->q[1],
+                                       k->is_signed);
             }
             sum[h] = FN(sum_4)(dot[0], dot[1], dot[2], dot[3]);
+            if (IN_PLACE(k))
+                sum[h] >>= FN(quad_ints)(k->low.shift + g);
             if (offset)
-                sum[h] += FN(less_offset)(head.sum, h, offset, k);
+                sum[h] += FN(less_offset)(x->head.sum, h, offset, k);
         }
-        const struct FN(addends) add = FN(scale_sums)(sum, d, m, &head, k);
+        const struct FN(addends) add = FN(scale_sums)(sum, d, m, &x->head, k);
         UNROLL
         for (int i = 0; i < QUADS; i++)
             UNROLL
@@ -3044,7 +3074,7 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
             }
         }
         for (int t = 0; t < n; t++)
-            to[t].x += per_step;
+            to[t].x += per_step / QUADS;
     }
 }
 
@@ -3076,7 +3106,7 @@ KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
         INTS w[4][2], t[4];
         UNROLL
         for (int i = 0; i < 4; i++)
-            FN(unpack)(w[i], b + (size_t)(4 * r + i) * stride, g, k);
+            FN(unpack)(w[i], b + (size_t)(4 * r + i) * stride, g, 0, k);
         UNROLL
         for (int h = 0; h < 2; h++) {
             for (int i = 0; i < 4; i++)
@@ -3281,13 +3311,13 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
 /* out[t][r] = the rows times those of x, if these are few. */
 KERNEL void FN(product_few)(float *out, const struct tensor *w,
                             const struct weight_rows *all,
-                            const struct input *in)
+                            const struct input *in, const struct scratch *s)
 {
     struct FN(few) to[FEW];
 
     for (int t = 0; t < in->n; t++) {
-        const struct q8_group *x = in->q + row_at(in, t) * (size_t)all->groups;
-        to[t] = (struct FN(few)){ .x = x };
+        const struct FN(x_quads) *x = (const void *)s->q;
+        to[t] = (struct FN(few)){ .x = x + t * (all->groups / QUADS) };
     }
     FN(routines)[w->fmt - formats].few(to, in->n, all);
     for (int t = 0; t < in->n; t++)
@@ -3484,6 +3514,8 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
     const uint8_t *row = w->data + (size_t)first * stride;
     int done = 0;
 
+    if (whole && few && !floats)
+        FN(arrange)(s, in);
     for (; whole && rows > 0 && done + rows <= n_rows;
          done += rows, row += bytes) {
         const struct weight_rows some = { row, stride, w->cols / 32,
@@ -3491,7 +3523,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
         if (floats)
             FN(product_floats)(out + done, w, &some, rows, in, s);
         else if (few)
-            FN(product_few)(out + done, w, &some, in);
+            FN(product_few)(out + done, w, &some, in, s);
         else
             FN(product_panel)(out + done, w, &some, in, s);
     }
