@@ -3366,6 +3366,7 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
     const int cols = b->cols, step = b->step;
     const float *x[X_ROWS];
     FLOATS acc[X_ROWS][4], v[X_ROWS];
+    int c = h;
 
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -3374,7 +3375,7 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
         for (int r = 0; r < 4; r++)
             acc[t][r] = LOAD(chain + (t * UNIT + r) * 16 + h);
     }
-    for (int c = h; c < cols; c += 16, next += step) {
+    do {                                  /* h < cols: saves copies of acc   */
         for (int i = 0; i < 8 * LANES; i += 64)
             FETCH(next + i);
         UNROLL
@@ -3388,7 +3389,9 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
             for (int t = 0; t < tokens; t++)
                 acc[t][r] = FMA(wr, v[t], acc[t][r]);
         }
-    }
+        c += 16;
+        next += step;
+    } while (c < cols);
     UNROLL
     for (int t = 0; t < tokens; t++)
         UNROLL
