@@ -2488,6 +2488,17 @@ KERNEL_INLINE void FN(store)(float *p, FLOATS v)
 
 #define TO_FLOATS(v) __builtin_convertvector(v, FLOATS)
 
+/* sum_16(), four sums at a time. */
+KERNEL_INLINE float FN(tree)(const void *chains)
+{
+    typedef float four __attribute__((vector_size(16)));
+    four v[4];
+
+    memcpy(v, chains, sizeof v);
+    v[0] = (v[0] + v[2]) + (v[1] + v[3]);
+    return (v[0][0] + v[0][2]) + (v[0][1] + v[0][3]);
+}
+
 /* a where m is true, b elsewhere. */
 KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
 {
@@ -2547,7 +2558,6 @@ KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
 KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
 {
     FLOATS chain[CHAINS] = { { 0 } };
-    float all[16];
 
     if (n % 16 != 0)
         return dot_f32(a, b, n);
@@ -2556,8 +2566,7 @@ KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
         for (int h = 0; h < CHAINS; h++)
             chain[h] = FMA(LOAD(a + i + h * LANES), LOAD(b + i + h * LANES),
                            chain[h]);
-    memcpy(all, chain, sizeof all);
-    return sum_16(all);
+    return FN(tree)(chain);
 }
 
 KERNEL void FN(swiglu)(float *gate, const float *up, int n)
@@ -3373,8 +3382,11 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
                                   float *chain, const uint8_t *w, int h,
                                   const uint8_t *next, const int type)
 {
+    const size_t stride = b->stride;
+    const int cols = b->cols, step = b->step;
     const float *x[X_ROWS];
     FLOATS acc[X_ROWS][4], v[X_ROWS];
+    int c = h;
 
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -3383,7 +3395,7 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
         for (int r = 0; r < 4; r++)
             acc[t][r] = LOAD(chain + (t * UNIT + r) * 16 + h);
     }
-    for (int c = h; c < b->cols; c += 16, next += b->step) {
+    do {                                  /* h < cols: saves copies of acc   */
         for (int i = 0; i < 8 * LANES; i += 64)
             FETCH(next + i);
         UNROLL
@@ -3391,13 +3403,15 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
             v[t] = LOAD(x[t] + c);
         UNROLL
         for (int r = 0; r < 4; r++) {
-            FLOATS wr = FN(load_floats)(w + (size_t)r * b->stride, (size_t)c,
+            FLOATS wr = FN(load_floats)(w + (size_t)r * stride, (size_t)c,
                                         type);
             UNROLL
             for (int t = 0; t < tokens; t++)
                 acc[t][r] = FMA(wr, v[t], acc[t][r]);
         }
-    }
+        c += 16;
+        next += step;
+    } while (c < cols);
     UNROLL
     for (int t = 0; t < tokens; t++)
         UNROLL
@@ -3484,7 +3498,7 @@ KERNEL void FN(product_floats)(float *out, const struct tensor *w,
         for (int i = 0; i < b.n; i++)
             for (int r = 0; r < rows; r++)
                 out[(t + i) * UNIT + r] =
-                    sum_16(s->chain + (i * UNIT + r) * 16);
+                    FN(tree)(s->chain + (i * UNIT + r) * 16);
     }
 }
 
@@ -3540,7 +3554,6 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 {
     const int end = (n + 15) / 16 * 16;
     FLOATS max = SPLAT(-INFINITY), sum[CHAINS] = { { 0 } };
-    float all[16];
 
     for (int p = n; p < end; p++)
         s[p] = -INFINITY;
@@ -3557,8 +3570,7 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
             STORE(at, e);
             sum[h] += e;
         }
-    memcpy(all, sum, sizeof all);
-    g->sum = sum_16(all);
+    g->sum = FN(tree)(sum);
 }
 
 /* For four queries, n rows of a tile, [n][width]:
