@@ -3306,7 +3306,7 @@ static void keep_answer(struct talk *t)
  * What --session keeps between runs, all little-endian:
  *
  *     "LFM2SES1"
- *     u64 n | the conversation: n bytes of JSON, {"messages": [...]}
+ *     u64 n | the conversation: n bytes of JSON, an array of messages
  *     u64 n | n token ids in the cache, u32
  *     u64 hash of all before (FNV-1a)
  *     u64 n | the sequence, as lfm2_seq_save() writes it, with its own check
@@ -3379,9 +3379,9 @@ static int restore(struct talk *t, const struct text *file)
            hash == hash_bytes(HASH_START, file->s, n) &&
            take_bytes(&from, 1, &state) == 0 && from.n == 0 &&
            json_parse(&pool, said.s, said.n, &whole, &why) == DONE &&
-           json_is(json_get(whole, "messages"), JSON_ARRAY);
+           json_is(whole, JSON_ARRAY);
     if (good && !t->e->s->messages)
-        keep_messages(t, json_get(whole, "messages")->first);
+        keep_messages(t, whole->first);
     pool_free(&pool);
     if (!good)
         return say(BAD_FILE, "%s: this session is cut or damaged; it is left "
@@ -3442,7 +3442,9 @@ static int save_session(struct talk *t)
 
     if (!t->keeps_session)
         return DONE;
-    add_talk(&said, t);
+    add_string(&said, "[");
+    add(&said, t->messages.s, t->messages.n);
+    add_string(&said, "]");
     add_string(head, session_magic);
     add_le(head, said.n, 8);
     add(head, said.s, said.n);
@@ -3560,7 +3562,7 @@ static int regenerate(struct talk *t, const char *rest)
     ends_with_role(t, "assistant", 1);
     if (ends_with_role(t, "user", 0))
         return answer_turn(t);
-    note("there is no message to answer");
+    say(DONE, "there is no message to answer");
     return DONE;
 }
 
@@ -3599,12 +3601,12 @@ static int save_talk(struct talk *t, const char *path)
     struct text out = { 0 };
 
     if (!path[0] || t->messages.n == 0) {
-        note(path[0] ? "there is nothing to save" : "/save needs a file");
+        say(DONE, path[0] ? "there is nothing to save" : "/save needs a file");
         return DONE;
     }
     add_talk(&out, t);
     if (replace_file(path, &out, 1) == DONE)
-        note("%s: saved", path);
+        say(DONE, "%s: saved", path);
     else
         blame_sandbox(t);
     free(out.s);
@@ -3621,7 +3623,7 @@ static int load_talk(struct talk *t, const char *path)
         if (path[0])
             blame_sandbox(t);
         else
-            note("/load needs a file");
+            say(DONE, "/load needs a file");
         return DONE;
     }
     t->messages = (struct text){ 0 };
@@ -3635,14 +3637,14 @@ static int load_talk(struct talk *t, const char *path)
         return DONE;
     }
     free(had.messages.s);
-    note("%s: %d messages", path, list->n_members);
+    say(DONE, "%s: %d messages", path, list->n_members);
     return DONE;
 }
 
 static int print_stats(struct talk *t, const char *rest)
 {
     (void)rest;
-    note("%d of %d tokens in the context", t->e->slot[0].cached.n,
+    say(DONE, "%d of %d tokens in the context", t->e->slot[0].cached.n,
          t->e->par.n_ctx);
     print_settings(t->e);
     if (t->job.r.q)
@@ -3693,7 +3695,7 @@ static int obey(struct talk *t, const char *line)
         if (strlen(commands[i].word) == n &&
             memcmp(line, commands[i].word, n) == 0)
             return commands[i].obey ? commands[i].obey(t, rest) : -1;
-    note("%.*s: no such command; /help lists them", (int)n, line);
+    say(DONE, "%.*s: no such command; /help lists them", (int)n, line);
     return DONE;
 }
 
@@ -4564,13 +4566,13 @@ static const char *kv_name(int kv_type)
     return kv_type == LFM2_KV_F16 ? "f16" : "f32";
 }
 
-/* Help starts in column 28 and is wrapped at column 80. */
+/* Help starts in column 28 and is wrapped at column 79. */
 static void print_entry(const char *head, const char *help)
 {
     int column = printf("  %s", head);
 
     while (*help) {
-        size_t n = strlen(help), most = 52;
+        size_t n = strlen(help), most = 51;
         if (n > most) {
             for (n = most; n > 0 && help[n] != ' '; n--)
                 continue;
@@ -4587,7 +4589,7 @@ static int print_help(void)
 {
     printf("usage: %s [options] MODEL.gguf [PROMPT]\n\n"
            "Answers PROMPT and exits.  Without one, piped text is the prompt; "
-           "at a terminal,\na chat begins.\n", program);
+           "at a\nterminal, a chat begins.\n", program);
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &table[i];
         if (o->kind == HEADING)
@@ -5801,7 +5803,8 @@ static int press_keys(struct editor *e)
         const int c = next_byte(&is_last);
         const int ends = !e->is_pasting && (c == '\r' || c == '\n');
         is_last |= ends || c < 0;
-        if (ends || c == INPUT_ENDS || (c + CTRL == 'D' && e->line->n == 0)) {
+        if (ends || c == INPUT_ENDS || (e->line->n == 0 &&
+            (c + CTRL == 'D' || c == 0))) {   /* 0: before it was raw    */
             show_line(e, 1);
             return ends;
         }

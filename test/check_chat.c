@@ -360,7 +360,7 @@ static int render_json(const char *text, int template, struct conversation c,
 #define CHAT(messages) "{\"messages\":[" messages "]}"
 
 enum { LFM2 = TEMPLATE_LFM2, INSTRUCT, NEW, VL, A1B, B26 };
-enum { GENERATE = 1, KEEP = 2, CONTINUE = 4, OPEN = 8 };
+enum { GENERATES = 1, KEEP = 2, CONTINUE = 4, OPEN = 8 };
 
 #define B "<|startoftext|>"
 #define U(text) "<|im_start|>user\n" text "<|im_end|>\n"
@@ -376,9 +376,9 @@ static const struct {
     int template, flags;
     const char *json, *text;
 } rendering[] = {
-    { LFM2, GENERATE, CHAT(USER("\"Hi\"")),
+    { LFM2, GENERATES, CHAT(USER("\"Hi\"")),
       B U("Hi") "<|im_start|>assistant\n" },
-    { A1B, GENERATE | OPEN, CHAT(USER("\"Hi\"")),
+    { A1B, GENERATES | OPEN, CHAT(USER("\"Hi\"")),
       B U("Hi") "<|im_start|>assistant\n<think>" },
     /* parts are joined, null is nothing */
     { LFM2, 0, CHAT(USER("[{\"type\":\"text\",\"text\":\"a\"},"
@@ -425,7 +425,7 @@ static const struct {
           CALL_END) },
     { B26, 0, CHAT(M("assistant", "\"tool_calls\":[],\"reasoning\":\"t\"")),
       B A("<think>t</think>") },
-    { B26, GENERATE, CHAT(M("assistant", "\"reasoning\":\"t\",\"content\":"
+    { B26, GENERATES, CHAT(M("assistant", "\"reasoning\":\"t\",\"content\":"
                             "\"</think> c\"") "," USER("\"a\"")),
       B A("c") U("a") "<|im_start|>assistant\n<think>" },
     { LFM2, 0, CHAT(M("assistant", CALL("{}") ",\"content\":\"c\"")),
@@ -448,7 +448,7 @@ static const struct {
                     M("assistant", "\"thinking\":\"t\"")),
       B A("x</think> y") A("") },
     /* an answer that goes on */
-    { LFM2, GENERATE | CONTINUE, CHAT(USER("\"a\"") ","
+    { LFM2, GENERATES | CONTINUE, CHAT(USER("\"a\"") ","
                                       M("assistant", "\"content\":\"So\"")),
       B U("a") "<|im_start|>assistant\nSo" },
     { VL, CONTINUE, CHAT(M("assistant", CALL("{}"))),
@@ -459,7 +459,7 @@ START_TEST(conversations_are_written_down)
 {
     const int flags = rendering[_i].flags;
     const struct conversation c = {
-        .generate = !!(flags & GENERATE), .keep_thinking = !!(flags & KEEP),
+        .generate = !!(flags & GENERATES), .keep_thinking = !!(flags & KEEP),
         .continue_last = !!(flags & CONTINUE),
         .open_thought = !!(flags & OPEN)
     };
