@@ -102,19 +102,19 @@ static const lfm2_sampler settings[] = {
  * the limits lie between them. */
 START_TEST(frequencies_are_the_probabilities)
 {
-    enum { TOKENS = 12, DRAWS = 20000 };
-    const float logits[TOKENS] = { -3, 1.5f, 0.5f, 4, -8, 3.25f, 2, 0.5f, 3,
+    enum { N_TOKENS = 12, DRAWS = 20000 };
+    const float logits[N_TOKENS] = { -3, 1.5f, 0.5f, 4, -8, 3.25f, 2, 0.5f, 3,
                                    -INFINITY, -1, 2.75f };
-    double p[TOKENS], chi = 0;
-    int count[TOKENS] = { 0 }, n = 0;
+    double p[N_TOKENS], chi = 0;
+    int count[N_TOKENS] = { 0 }, n = 0;
 
-    probabilities(p, logits, TOKENS, &settings[_i]);
+    probabilities(p, logits, N_TOKENS, &settings[_i]);
     for (uint64_t seed = 0; seed < DRAWS; seed++) {
-        const int32_t id = sample(logits, TOKENS, &settings[_i], seed);
-        ck_assert(id >= 0 && id < TOKENS);
+        const int32_t id = sample(logits, N_TOKENS, &settings[_i], seed);
+        ck_assert(id >= 0 && id < N_TOKENS);
         count[id]++;
     }
-    for (int i = 0; i < TOKENS; i++) {
+    for (int i = 0; i < N_TOKENS; i++) {
         const double expected = p[i] * DRAWS;
         ck_assert(count[i] == 0 || p[i] > 0);
         if (expected >= 5) {
