@@ -14,6 +14,11 @@
  *   9  --inspect                     19  --selftest
  *  10  the model in use              20  main */
 
+#ifdef __cplusplus
+#error "this is C: compile it with a C compiler; C++ includes lfm2.h"
+#include "a C compiler"                   /* which ends it here              */
+#endif
+
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* sched_getaffinity(), mincore()  */
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
@@ -32,13 +37,13 @@
 #include <poll.h>
 #ifndef LFM2_NO_THREADS
 #include <pthread.h>
+#include <stdatomic.h>
 #endif
 #ifdef __linux__
 #include <sched.h>
 #endif
 #include <signal.h>
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -156,11 +161,13 @@ static size_t drop_controls(char *s, size_t n)
 static void print_line(const char *fmt, va_list args)
 {
     char s[4096];
+    const int error = errno;
     int n = vsnprintf(s, sizeof s, fmt, args);
 
     n = n < (int)sizeof s ? n : (int)sizeof s - 1;
     n = (int)drop_controls(s, n > 0 ? (size_t)n : 0);
     fprintf(stderr, "%s: %.*s\n", program, n, s);
+    errno = error;
 }
 
 /* One line on standard error; returns `code` for the caller to pass on. */
@@ -1569,7 +1576,7 @@ static void look_for(struct cut *c, const char *s, size_t n, const char *word,
         c->held = held;
 }
 
-/* A reader sees no thoughts and calls, unless all is shown as it comes. */
+/* Stop strings are those of the text, not of thoughts and calls. */
 static struct cut find_cut(const struct reply *r, const char *s, size_t n)
 {
     const char *const ends[] = {
@@ -1582,7 +1589,7 @@ static struct cut find_cut(const struct reply *r, const char *s, size_t n)
         look_for(&c, s, n, ends[r->part], 0);
     if (r->part == IN_TEXT && r->calls.n > 0)         /* said once more      */
         look_for(&c, s, n, CALL_END, 0);
-    if (r->part == IN_TEXT || r->part == IN_PLAIN_TEXT || r->keeps_marks)
+    if (r->part == IN_TEXT || r->part == IN_PLAIN_TEXT)
         for (int i = 0; i < r->q->stop.n; i++)
             look_for(&c, s, n, r->q->stop.v[i], 1);
     return c;
@@ -3394,17 +3401,41 @@ static int restore(struct talk *t, const struct text *file)
     return DONE;
 }
 
+/* Do the lengths in a session make up the file?  It may be long, so this is
+ * asked before all of it is read. */
+static int is_whole(const char *path)
+{
+    static const uint64_t each[] = { 1, 4, 1 };
+    FILE *f = fopen(path, "rb");
+    struct stat st;
+    unsigned char b[8];
+    uint64_t at = 8, n;
+    int good = f && fstat(fileno(f), &st) == 0;
+
+    for (int i = 0; good && i < 3; i++) {
+        at += i == 2 ? 8 : 0;             /* the hash                        */
+        good = fseeko(f, (off_t)at, SEEK_SET) == 0 && fread(b, 1, 8, f) == 8;
+        n = good ? get_le(b, 8) : 0;
+        good = good && n <= ((uint64_t)st.st_size - at) / each[i];
+        at += 8 + n * each[i];
+    }
+    good = good && at == (uint64_t)st.st_size;
+    if (f)
+        fclose(f);
+    return good;
+}
+
 /* A file that is not there yet begins a session. */
 static int load_session(struct talk *t)
 {
     const char *path = t->e->s->session;
     struct text file = { 0 };
     char head[8];
-    const int code = can_replace(path);
-    const size_t n = read_head(path, head, sizeof head);
+    size_t n;
 
-    if (code != DONE)
-        return code;
+    if (can_replace(path) != DONE)
+        return BAD_FILE;
+    n = read_head(path, head, sizeof head);
     if (n > 0 && (n < 8 || memcmp(head, session_magic, 8) != 0))
         return say(BAD_FILE, "%s: %s; it is left as it is", path, n == 8 &&
                    memcmp(head, "LFM2", 4) == 0 ? "a session of another "
@@ -3412,6 +3443,9 @@ static int load_session(struct talk *t)
     t->keeps_session = 1;
     if (n == 0)
         return DONE;
+    if (!is_whole(path))
+        return say(BAD_FILE, "%s: this session is cut or damaged; it is left as "
+                   "it is", path);
     if (read_file(path, &file) != DONE || restore(t, &file) != DONE) {
         free(file.s);
         return BAD_FILE;
@@ -3589,11 +3623,12 @@ static int set_system(struct talk *t, const char *text)
 /* Who is told that a file cannot be opened should hear what may be why. */
 static void blame_sandbox(const struct talk *t)
 {
+    const int error = errno;
     const char *dir = save_dir(t->e->s);
 
-    if (t->e->s->sandbox != SANDBOX_OFF && (errno == EACCES || errno == EPERM))
-        note("in this sandbox a chat opens %s%s; --save-dir DIR names a "
-             "directory", dir ? "files only in " : "no files", dir ? dir : "");
+    if (t->e->s->sandbox != SANDBOX_OFF && (error == EACCES || error == EPERM))
+        say(DONE, "in this sandbox a chat opens %s%s; --save-dir DIR names a "
+            "directory", dir ? "files only in " : "no files", dir ? dir : "");
 }
 
 static int save_talk(struct talk *t, const char *path)
@@ -5081,6 +5116,7 @@ static int replace_file(const char *path, const struct text *part, int n_parts)
         code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
         if (fd >= 0)
             remove(name.s);
+        errno = error;                    /* for who explains it             */
     }
     free(name.s);
     free(real);
@@ -5114,7 +5150,7 @@ static const struct { int at; const char *begins, *what; } no_model[] = {
     { 8, "{\"", "it is a safetensors file, expected a GGUF; "
       "scripts/download.sh gets one" },
     { 0, "\x1f\x8b", "it is compressed; gunzip gets the file itself" },
-    { 0, "LFM2CHT", "it is a conversation; --session names it beside a model" },
+    { 0, "LFM2SES", "it is a conversation; --session names it beside a model" },
     { 0, "{", "it is JSON; --messages or --tools name it beside a model" },
     { 0, "[", "it is JSON; --messages or --tools name it beside a model" },
     { 4, "\3\0\0\0\0\0\0\0\0\0\0\0", "it is a vocabulary without a "

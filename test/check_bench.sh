@@ -87,12 +87,12 @@ refuses 2 "unknown option -pg" -pg 8,2
 refuses 2 "expected md|json" -o csv
 refuses 2 "nothing to measure" -p 0 -n 0
 refuses 2 "longer than any context" -d 16777216
-refuses 2 "as long as the tests need" -c 100
-refuses 2 "takes no prompt" hello
-refuses 2 "takes no prompt" -f Makefile
-refuses 2 "more than one of" --inspect
+refuses 2 "-c means nothing with --bench" -c 100
+refuses 2 "PROMPT means nothing" hello
+refuses 2 "-f means nothing" -f Makefile
+refuses 2 "does something else" --inspect
 "$run" -d 8 $m hello >"$dir/out" 2>"$dir/err"
-[ $? -eq 2 ] && grep -q -- "-d is for --bench" "$dir/err"
+[ $? -eq 2 ] && grep -q -- "-d means nothing" "$dir/err"
 result $? "its options are not for others"
 
 # After a signal the list is closed.

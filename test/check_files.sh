@@ -43,17 +43,25 @@ says "a NUL byte after 1 bytes"
 prompt '' 2
 says "standard input is empty"
 printf 'h\303' >"$dir/half"
+always="-t 1"
 expect 0 "--raw takes any bytes" --raw --dump-tokens -f "$dir/half" $m
+always="-t 1 --temp 0 -n 2"
 printf 'Be brief.\r\n' >"$dir/system"
 printf '\357\273\277[{"role": "user",\r\n"content": "Hi"}]\r\n' >"$dir/talk"
+always="-t 1"
 expect 0 "-sysf" -sysf "$dir/system" --dump-prompt $m Hi
+always="-t 1 --temp 0 -n 2"
 holds "has no CR" sh -c "! grep -q '$(printf '\r')' $dir/out"
+always="-t 1"
 expect 0 "JSON with a mark" --messages "$dir/talk" --dump-prompt $m
+always="-t 1 --temp 0 -n 2"
 printf '\357\273\277Hi\r\n/save %s\r\n' "$dir/saved" | "$run" -q -cnv -n 1 \
     --save-dir "$dir" $m >"$dir/out" 2>"$dir/err"
 holds "lines of a chat" grep -q '"content": "Hi"' "$dir/saved"
 printf 'a\r\n' >"$dir/crlf"
+always=
 expect 0 "--tokenize" --tokenize -f "$dir/crlf" $m
+always="-t 1 --temp 0 -n 2"
 holds "takes bytes as they are" [ "$(wc -w <"$dir/out")" = 3 ]
 
 # ----------------------------------------------------------- beside the prompt
@@ -108,12 +116,16 @@ if mknod "$dir/null" c 1 3 2>/dev/null; then
     refuses 3 "a device or socket, expected" --session "$dir/null" $m hello
     holds "a device stays" [ -c "$dir/null" ]
 fi
+always="-t 1"
 refuses 3 "Is a directory" --logits "$dir" $m hello
+always="-t 1 --temp 0 -n 2"
+always="-t 1"
 expect 0 "logits to a pipe" --logits /dev/stdout $m hello
+always="-t 1 --temp 0 -n 2"
 if truncate -s 1500M "$dir/big" 2>/dev/null; then
     longest=2
-    expect 0 "a large file that is no session" --session "$dir/big" $m hello
-    says "will not be replaced"
+    expect 3 "a large file that is no session" --session "$dir/big" $m hello
+    says "it is left as it is"
     longest=300
     rm "$dir/big"
 fi

@@ -94,27 +94,28 @@ in_all_modes() {
     inspect() {
         "$@" | sed -n 1,12p                # head would close the pipe
     }
+    runs="$program -q $* " words="$program -q $3 $4"
     set -- "$program" -q --temp 0 -n 6 "$@"
     mode answer "$@" $m "What is LFM2?"
     mode read "$@" --no-mmap $m "What is LFM2?"
-    mode file "$@" -f "$dir/question" -e $m
+    mode file "$@" -f "$dir/question" $m
     mode messages "$@" --messages "$dir/talk" --tools "$dir/tools" $m
     mode session1 "$@" --session "$to/session" $m "What is LFM2?"
     mode session2 "$@" --session "$to/session" -f "$dir/question" $m
     mode chat chat "$@" -cnv $m
     mode chat_session chat "$@" -cnv --session "$to/talk" -f "$dir/question" $m
-    mode ids "$@" --ids test/tiny.ids --logits "$to/logits" $m
+    mode ids $runs --ids test/tiny.ids --logits "$to/logits" $m
     mode trace "$@" --trace "$to/records" --trace-raw "$to/numbers" \
         --trace-filter 'model.layers.3.*' $m hello
     mode batch "$@" --batch -f "$dir/requests" $m
     mode resume1 "$@" --batch -f "$dir/first" --resume "$to/answers" $m
     mode resume2 "$@" --batch -f "$dir/requests" --resume "$to/answers" $m
-    mode ppl "$@" --ppl "$dir/text" -c 40 $m
-    mode tokenize "$@" --tokenize -f "$dir/text" $m
-    mode export "$@" --export-tokenizer "$to/vocabulary" $m
+    mode ppl $runs --ppl "$dir/text" -c 40 $m
+    mode tokenize $words --tokenize -f "$dir/text" $m
+    mode export $words --export-tokenizer "$to/vocabulary" $m
     mode words "$@" --tokenizer "$to/vocabulary" $m "What is LFM2?"
-    mode dump "$@" --dump-prompt $m "What is LFM2?"
-    mode inspect inspect "$@" --inspect $m
+    mode dump $runs --dump-prompt $m "What is LFM2?"
+    mode inspect inspect $runs --inspect $m
 }
 
 in_all_modes off "$run" -t 1 --sandbox off
@@ -144,7 +145,7 @@ case $run in
 *) program=$here/$run ;;
 esac
 mkdir "$dir/home" "$dir/home/work" "$dir/saves"
-printf '/save in\n/save %s/saves/in\n/save %s/escaped\n/load /etc/passwd\n' \
+printf 'hello\n/save in\n/save %s/saves/in\n/save %s/escaped\n/load /etc/passwd\n' \
     "$dir" "$dir" >"$dir/lines"
 # chat_in DIRECTORY OPTIONS...: with a home of its own.
 chat_in() {
@@ -226,7 +227,7 @@ holds "is called so" grep -q 'no: No such file' "$dir/err"
 echo "What is LFM2?" | "$run" --sandbox require -q --temp 0 -n 6 -f /dev/stdin \
     $m >"$dir/out" 2>"$dir/err"
 holds "/dev/stdin" cmp "$dir/out" "$dir/off/answer"
-"$run" --sandbox require -q -n 6 --temp 0 --ids test/tiny.ids $m \
+"$run" --sandbox require -q --ids test/tiny.ids $m \
     --logits /dev/stdout 2>"$dir/err" | cmp -s - "$dir/off/logits"
 holds "/dev/stdout" [ $? -eq 0 ]
 "$run" --sandbox require -v -n 1 $m hello >"$dir/out" 2>"$dir/err"
@@ -247,7 +248,7 @@ if script -qec true /dev/null </dev/null >"$dir/tty" 2>&1; then
     wait_within 60 $pid
     holds "a chat at a terminal" [ $? -eq 0 ]
     exec 3>&-
-    holds "and its session" [ "$(head -c 7 "$dir/session")" = LFM2CHT ]
+    holds "and its session" [ "$(head -c 7 "$dir/session")" = LFM2SES ]
 else
     echo "skipped: a chat at a terminal, which needs script of util-linux"
 fi

@@ -143,9 +143,9 @@ for range in "" - 3-2 -1 1-2-3 x 1-x " 1" 99999999999; do
         --trace-tokens="$range" $m x
 done
 for mode in --tokenize --inspect --bench --batch --dump-prompt "--ppl x"; do
-    refuses 2 "looks into a single answer" --trace "$dir/t" $mode $m
+    refuses 2 "--trace means nothing with" --trace "$dir/t" $mode $m
 done
-refuses 2 "standard output is for the answer" --trace - $m x
+refuses 2 "--trace -: expected a file" --trace - $m x
 refuses 3 "/there: No such file" --trace "$dir/not/there" $m x
 refuses 3 "/there: No such file" --trace "$dir/t" --trace-raw "$dir/not/there" \
     $m x
