@@ -320,16 +320,19 @@ struct piece { const char *s; size_t n; };
 /* A few words, made on the spot. */
 struct phrase { char s[128]; };
 
-static struct phrase phrase(const char *fmt, ...)
+static struct phrase *write_phrase(struct phrase *out, const char *fmt, ...)
 {
-    struct phrase out;
     va_list args;
 
     va_start(args, fmt);
-    vsnprintf(out.s, sizeof out.s, fmt, args);
+    vsnprintf(out->s, sizeof out->s, fmt, args);
     va_end(args);
     return out;
 }
+
+/* A macro: tcc 0.9.27 mistakes the arguments of a variadic function that returns
+ * a struct. */
+#define phrase(...) (*write_phrase(&(struct phrase) { "" }, __VA_ARGS__))
 
 /* "23.84 B" parameters or, with unit "B", "13.51 GB". */
 static struct phrase amount(double n, const char *unit)
