@@ -6344,7 +6344,7 @@ static int read_quoted(struct reader *r, char **out)
         if (r->at == r->end || (!json && (!c || (c == '\n' && !is_long &&
                                                  !bad))))
             return expected(r, "a quote after the string");
-        if (json && c >= 0 && c < ' ')
+        if (json && (unsigned char)c < ' ')
             return expected(r, "no control character in a string, but an "
                             "escape");
         if (is_format && (c == '{' || c == '}') && *++r->at != c)
