@@ -4,7 +4,6 @@
 #     RUN=./run test/check_bench.sh
 . test/lib.sh
 
-m=test/tiny.gguf
 always="--bench $m"
 
 # row TEST: the table has a line for it, with a speed that is not 0.

@@ -38,7 +38,7 @@ mkdir -p "$dir/without/sys"
 for name in unistd fcntl sys/stat sys/mman pthread sched stdatomic; do
     echo "#error \"there is no <$name.h>\"" >"$dir/without/$name.h"
 done
-functions="open(at)?|creat|f?l?stat(at)?|p?read|close|lseek|mmap|munmap|m?advise"
+functions="open(at)?|creat|f?l?stat(at)?|fdopen|p?read|close|lseek|mmap|munmap|m?advise"
 functions="$functions|mprotect|mremap|posix_(madvise|fadvise|memalign)|fileno"
 functions="$functions|pthread_.*|sysconf|getpagesize|sched_.*|syscall|getauxval"
 for cc in $compilers; do

@@ -4,7 +4,7 @@
 . test/lib.sh
 
 needs_python json "the comparison of traces"
-m=test/tiny.gguf d=$dir
+d=$dir
 
 # trace NAME OPTION...: $d/NAME, and $d/NAME.f32.
 trace() {

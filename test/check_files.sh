@@ -5,9 +5,7 @@
 #     RUN=./run test/check_files.sh
 . test/lib.sh
 
-m=test/tiny.gguf
-unset LFM2_MODEL LFM2_THREADS NO_COLOR
-always="-t 1 --temp 0 -n 2"
+unset NO_COLOR
 
 # ------------------------------------------------------------------------ text
 
@@ -43,25 +41,17 @@ says "a NUL byte after 1 bytes"
 prompt '' 2
 says "standard input is empty"
 printf 'h\303' >"$dir/half"
-always="-t 1"
 expect 0 "--raw takes any bytes" --raw --dump-tokens -f "$dir/half" $m
-always="-t 1 --temp 0 -n 2"
 printf 'Be brief.\r\n' >"$dir/system"
 printf '\357\273\277[{"role": "user",\r\n"content": "Hi"}]\r\n' >"$dir/talk"
-always="-t 1"
 expect 0 "-sysf" -sysf "$dir/system" --dump-prompt $m Hi
-always="-t 1 --temp 0 -n 2"
-holds "has no CR" sh -c "! grep -q '$(printf '\r')' $dir/out"
-always="-t 1"
+hasnt "has no CR" "$(printf '\r')"
 expect 0 "JSON with a mark" --messages "$dir/talk" --dump-prompt $m
-always="-t 1 --temp 0 -n 2"
 printf '\357\273\277Hi\r\n/save %s\r\n' "$dir/saved" | "$run" -q -cnv -n 1 \
     --save-dir "$dir" $m >"$dir/out" 2>"$dir/err"
 holds "lines of a chat" grep -q '"content": "Hi"' "$dir/saved"
 printf 'a\r\n' >"$dir/crlf"
-always=
 expect 0 "--tokenize" --tokenize -f "$dir/crlf" $m
-always="-t 1 --temp 0 -n 2"
 holds "takes bytes as they are" [ "$(wc -w <"$dir/out")" = 3 ]
 
 # ----------------------------------------------------------- beside the prompt
@@ -103,11 +93,11 @@ chmod 640 "$dir/real"
 ln -s real "$dir/link"
 ln -s nowhere "$dir/broken"
 mkfifo "$dir/pipe"
-expect 0 "a session by a link" --session "$dir/link" $m hello
+expect 0 "a session by a link" --session "$dir/link" -n 2 $m hello
 holds "is still a link" [ -L "$dir/link" ]
 holds "to the session" [ -s "$dir/real" ]
 holds "of the same mode" [ "$(ls -l "$dir/real" | cut -c1-10)" = -rw-r----- ]
-expect 0 "again" -v --session "$dir/link" $m hello
+expect 0 "again" -v --session "$dir/link" -n 2 $m hello
 holds "is read by it" grep -q 'link: [0-9]* tokens' "$dir/err"
 refuses 3 "a link that leads nowhere" --session "$dir/broken" $m hello
 refuses 3 "a pipe, expected a file" --session "$dir/pipe" $m hello
@@ -116,12 +106,8 @@ if mknod "$dir/null" c 1 3 2>/dev/null; then
     refuses 3 "a device or socket, expected" --session "$dir/null" $m hello
     holds "a device stays" [ -c "$dir/null" ]
 fi
-always="-t 1"
 refuses 3 "Is a directory" --logits "$dir" $m hello
-always="-t 1 --temp 0 -n 2"
-always="-t 1"
 expect 0 "logits to a pipe" --logits /dev/stdout $m hello
-always="-t 1 --temp 0 -n 2"
 if truncate -s 1500M "$dir/big" 2>/dev/null; then
     longest=2
     expect 3 "a large file that is no session" --session "$dir/big" $m hello
@@ -187,7 +173,7 @@ ends() {
     pid=$!
     exec 4>"$dir/never"
     within 10 grep -q . "/proc/$pid/task/$pid/children"
-    child=$(cat /proc/$pid/task/$pid/children)
+    read -r child <"/proc/$pid/task/$pid/children"
     within 10 grep -q "^SigCgt.*4[0-9a-f]\{3\}$" /proc/$child/status
     kill -"$number" $child
     wait_within 10 $pid

@@ -4,7 +4,7 @@
 #     RUN=./run test/check_ppl.sh
 . test/lib.sh
 
-m=test/tiny.gguf text=$dir/text
+text=$dir/text
 always="$m --ppl $text -c 32"
 head -c 1500 test/questions.txt >"$text"
 
@@ -31,8 +31,8 @@ cp "$dir/out" "$dir/json"
 
 refuses 2 "at least 1600, two windows" -c 800
 refuses 2 "at least 3 tokens" -c 2
-refuses 2 "takes no other text" hello
-refuses 2 "more than one of" --tokenize
+refuses 2 "PROMPT means nothing with --ppl" hello
+refuses 2 "does something else than the options before" --tokenize
 always=$m
 expect 3 "a text that is not there" --ppl "$dir/none"
 

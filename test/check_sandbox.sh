@@ -4,8 +4,7 @@
 #     RUN=./run test/check_sandbox.sh
 . test/lib.sh
 
-m=test/tiny.gguf
-unset LFM2_MODEL LFM2_THREADS NO_COLOR
+unset NO_COLOR
 export TERM=xterm
 trap '' PIPE                    # who is written to may have ended already
 
@@ -51,17 +50,16 @@ holds "both are answered" [ "$(wc -l <"$dir/out")" -eq 2 ]
 
 # ---------------------------------------------------------- where there is none
 
-"$run" --bench --sandbox require $m >"$dir/out" 2>"$dir/err"
-holds "--bench with --sandbox require" [ $? -eq 2 ]
+refuses 2 "means nothing with --bench" --bench --sandbox require $m
 "$run" --sandbox require -v -n 1 $m hello >"$dir/out" 2>"$dir/err"
 status=$?
 if grep -q 'sandbox require: no' "$dir/err"; then
     holds "what is missing ends it" [ $status -eq 1 ]
     holds "without an answer" [ ! -s "$dir/out" ]
-    "$run" -v -n 1 $m hello >"$dir/out" 2>"$dir/told"
-    holds "--sandbox auto goes on" [ $? -eq 0 ]
-    holds "and says so with -v" grep -q 'sandbox: no' "$dir/told"
-    skip "all modes in the sandbox: $(sed -n 's/.*require: //p' "$dir/err")"
+    why=$(sed -n 's/.*require: //p' "$dir/err")
+    expect 0 "--sandbox auto goes on" -v -n 1 $m hello
+    says "sandbox: no"
+    skip "all modes in the sandbox: $why"
 fi
 
 # ---------------------------------------------------------------- in all modes
@@ -185,7 +183,7 @@ holds "a session in a home directory" [ -s "$dir/home/talk" ]
 # Descriptors that somebody left open are closed, those that are named are not.
 "$run" -q --temp 0 -n 6 -f /dev/fd/7 $m 7<"$dir/question" >"$dir/out" \
     2>"$dir/err"
-holds "a descriptor that is named" cmp "$dir/out" "$dir/off/answer"
+same "a descriptor that is named" "$dir/out" "$dir/off/answer"
 "$run" -q -cnv $m 7<"$dir/question" <"$dir/keys" >"$dir/out" 2>"$dir/err" &
 pid=$!
 exec 3>"$dir/keys"
@@ -202,7 +200,7 @@ if ${CC:-cc} -o "$dir/deny" test/deny.c 2>"$dir/err"; then
         "$dir/deny" $how 444,445,446 "$run" -q --temp 0 -n 6 $m \
             "What is LFM2?" >"$dir/out" 2>"$dir/err" </dev/null
         holds "Landlock is answered with $how" [ $? = 0 ]
-        holds "and the program answers" cmp "$dir/out" "$dir/off/answer"
+        same "and the program answers" "$dir/out" "$dir/off/answer"
         "$dir/deny" $how 444,445,446 "$run" -q --sandbox require $m hello \
             >"$dir/out" 2>"$dir/err" </dev/null
         holds "which require refuses" [ $? = 1 ]
@@ -221,20 +219,19 @@ else
     echo "skipped: a sandbox above this one, which needs a compiler"
 fi
 
-"$run" --sandbox require -q $m -f "$dir/no" >"$dir/out" 2>"$dir/err"
-holds "a file that is not there" [ $? -eq 3 ]
-holds "is called so" grep -q 'no: No such file' "$dir/err"
-echo "What is LFM2?" | "$run" --sandbox require -q --temp 0 -n 6 -f /dev/stdin \
-    $m >"$dir/out" 2>"$dir/err"
-holds "/dev/stdin" cmp "$dir/out" "$dir/off/answer"
+always="--sandbox require"
+refuses 3 "no: No such file" -q $m -f "$dir/no"
+input=$dir/question
+expect 0 "/dev/stdin" -q --temp 0 -n 6 -f /dev/stdin $m
+input=/dev/null
+same "/dev/stdin" "$dir/out" "$dir/off/answer"
 "$run" --sandbox require -q --ids test/tiny.ids $m \
     --logits /dev/stdout 2>"$dir/err" | cmp -s - "$dir/off/logits"
 holds "/dev/stdout" [ $? -eq 0 ]
-"$run" --sandbox require -v -n 1 $m hello >"$dir/out" 2>"$dir/err"
+expect 0 "-v" -v -n 1 $m hello
 holds "-v tells what there is" [ "$(grep -c ' sandbox: ' "$dir/err")" -eq 2 ]
 shrinks 3 -t 4 --sandbox require
-holds "a file that is cut, told from inside" grep -q 'it became shorter' \
-    "$dir/err"
+says "it became shorter"
 
 if script -qec true /dev/null </dev/null >"$dir/tty" 2>&1; then
     script -qec "exec $run --sandbox require -t 4 --temp 0 -n 6 --session \

@@ -4,7 +4,7 @@
 . test/lib.sh
 
 needs_python pty "lines edited at a terminal"
-unset LFM2_MODEL LFM2_THREADS NO_COLOR
+unset NO_COLOR
 "$python" test/terminal.py "$run" test/tiny.gguf "$dir" >"$dir/said"
 status=$?
 sed '$d' "$dir/said"

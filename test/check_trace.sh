@@ -1,11 +1,10 @@
 #!/bin/sh
-# --trace and what scripts make of it, and that three planted errors are found where they are.
+# --trace and what scripts make of it, and that three planted errors are found
+# where they are.
 #     RUN=./run test/check_trace.sh
 . test/lib.sh
 
-m=test/tiny.gguf
 prompt='What is a short convolution?'
-unset LFM2_MODEL LFM2_THREADS
 export LC_ALL=C
 
 # look NAME ARGUMENTS...: the trace of the prompt, which has 7 tokens.
@@ -49,7 +48,7 @@ holds "all others have one form" \
 sed -n 's/.*"token":\([0-9]*\).*/\1/p' "$dir/plain.jsonl" | tr '\n' ' ' \
     >"$dir/ids"
 "$run" $m --tokenize --bos "$prompt" | sed 's/$/ /' | tr -d '\n' >"$dir/list"
-holds "and the tokens" cmp "$dir/ids" "$dir/list"
+same "and the tokens" "$dir/ids" "$dir/list"
 # Of every token: 4 convolutions and 2 attentions, 2 dense networks and 4 with
 # experts; the last token has logits.
 holds "a record for each module and position" [ "$(names plain | wc -l)" -eq \
@@ -61,7 +60,7 @@ for cut in one three scalar; do
     for trace in plain $cut; do
         sort "$dir/$trace.jsonl" >"$dir/$trace.sorted"
     done
-    holds "$cut: the same records" cmp "$dir/plain.sorted" "$dir/$cut.sorted"
+    same "$cut: the same records" "$dir/plain.sorted" "$dir/$cut.sorted"
 done
 
 look filter --trace-filter '*.conv.conv' --trace-filter 'lm_h?ad'
@@ -88,25 +87,25 @@ positions $((n - 1))-2147483647 $((n - 1))
 
 look raw --trace-raw "$dir/raw.f32"
 sed 's/,"offset":[0-9]*//' "$dir/raw.jsonl" >"$dir/without"
-holds "the same records, with an offset" cmp "$dir/without" "$dir/plain.jsonl"
+same "the same records, with an offset" "$dir/without" "$dir/plain.jsonl"
 cp "$dir/raw.f32" "$dir/before"
 look raw --trace-raw "$dir/raw.f32"
-holds "files that were there are replaced" cmp "$dir/raw.f32" "$dir/before"
+same "files that were there are replaced" "$dir/raw.f32" "$dir/before"
 
 expect 0 "--logits" --ids test/tiny.ids --logits "$dir/logits" $m
 cp "$dir/logits" "$dir/without"
 expect 0 "--logits" --ids test/tiny.ids --logits "$dir/logits" $m \
     --trace "$dir/logits.jsonl" --trace-filter lm_head \
     --trace-raw "$dir/logits.f32"
-holds "logits do not change" cmp "$dir/logits" "$dir/without"
-holds "and are what is traced" cmp "$dir/logits" "$dir/logits.f32"
+same "logits do not change" "$dir/logits" "$dir/without"
+same "and are what is traced" "$dir/logits" "$dir/logits.f32"
 holds "all of them" [ "$(names logits | wc -l)" -eq \
     $(($(wc -c <test/tiny.ids) / 4)) ]
 expect 0 "an answer" -t 1 $m --temp 0 -n 12 "$prompt"
 cp "$dir/out" "$dir/answer"
 expect 0 "an answer" -t 1 $m --temp 0 -n 12 "$prompt" \
     --trace "$dir/answer.jsonl" --trace-filter model.embed_tokens
-holds "is the same" cmp "$dir/out" "$dir/answer"
+same "is the same" "$dir/out" "$dir/answer"
 n_prompt=$("$run" $m --dump-tokens "$prompt" | wc -w)
 holds "each of its tokens is traced" [ "$(names answer | wc -l)" -eq \
     $((n_prompt + 11)) ]
@@ -216,7 +215,7 @@ array=$dir/npy/model.layers.1.conv.in_proj.npy
 head -c 128 "$array" | tail -c +11 >"$dir/head"
 about="{'descr': '<f4', 'fortran_order': False, 'shape': ($n, 768), }"
 printf '%-117s\n' "$about" >"$dir/about"
-holds "the head says how many" cmp "$dir/head" "$dir/about"
+same "the head says how many" "$dir/head" "$dir/about"
 holds "and so many follow" [ "$(tail -c +129 "$array" | wc -c)" -eq \
     $((n * 768 * 4)) ]
 model=
