@@ -1,5 +1,5 @@
-/* Which sequence a job gets and what it need not read again, who waits for whom,
- * and how prompts share a forward: what no answer shows. */
+/* Which sequence a job gets and what it need not read again, who waits for
+ * whom, and how prompts share a forward: what no answer shows. */
 #define _POSIX_C_SOURCE 200809L          /* as run.c does */
 
 #define main run_main
@@ -171,8 +171,8 @@ START_TEST(the_least_recently_used_makes_room)
 }
 END_TEST
 
-/* What two texts share is copied, as far as the step of the conv state goes, and
- * the one that was there stays. */
+/* What two texts share is copied, as far as the step of the conv state goes,
+ * and the one that was there stays. */
 START_TEST(the_longest_beginning_is_copied)
 {
     struct reply *first = &job[0].r, *last = &job[2].r;
