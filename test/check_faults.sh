@@ -338,7 +338,7 @@ esac
 # What is resumed has the order of its input.
 awk 'BEGIN { while (i++ < 60)
     printf "{\"custom_id\":\"q%d\",\"prompt\":\"Story %d\",\"ignore_eos\":true,"\
-           "\"max_tokens\":%d}\n", i, i, i % 4 == 1 ? 300 : 3 }' >"$dir/in"
+           "\"max_tokens\":%d}\n", i, i, i % 4 == 1 ? 120 : 3 }' >"$dir/in"
 batch 0 "undisturbed" -q --temp 0
 cp "$dir/out" "$dir/whole"
 sed 's/.*"custom_id": "\([^"]*\)".*/\1/' "$dir/whole" >"$dir/order"
@@ -346,7 +346,7 @@ sed 's/.*"custom_id": "\([^"]*\)".*/\1/' "$dir/whole" >"$dir/order"
 "$run" $m --batch -q -t 1 --isa scalar --temp 0 --resume "$dir/part" \
     <"$dir/in" >"$dir/out" 2>"$dir/err" &
 pid=$!
-within 30 lines "$dir/part" 1
+within 60 lines "$dir/part" 1
 kill -TERM $pid
 wait_within 60 $pid
 n=$(wc -l <"$dir/part")
