@@ -101,19 +101,21 @@ def messages(path):
     return [m["content"] for m in said if m["role"] == "user"]
 
 
-def arrives(what, lines, expected, *options):
-    """Each of the lines is typed when the program waits for one."""
+def leaves_with(what, t, lines, expected):
+    """The lines are typed, and the chat has these messages when it is left."""
     path = os.path.join(folder, "typed.json")
-    t = chat("--save-dir", folder, *options)
-    for line in lines:
+    for line in [*lines, b"/save " + path.encode() + b"\r"]:
         t.types(line)
         t.waits_for(PASTE)
-    t.types(b"/save " + path.encode() + b"\r")
-    t.waits_for(PASTE)
     t.types(b"\x04")
     status = t.ends()
     found = messages(path)
     holds(what, found == expected and status == 0, (found, status))
+
+
+def arrives(what, lines, expected, *options):
+    """Each of the lines is typed when the program waits for one."""
+    leaves_with(what, chat("--save-dir", folder, *options), lines, expected)
 
 
 UP, DOWN, RIGHT, LEFT = b"\x1b[A", b"\x1b[B", b"\x1b[C", b"\x1b[D"
@@ -241,15 +243,7 @@ shown = t.waits_for(b"stopped") is not None and t.waits_for(b"echok")
 holds("Ctrl-Z", shown and b" icanon" in shown and b" echo " in shown, shown)
 t.types(b"\n")
 holds("fg", t.waits_for(b"> hel\x1b[K") is not None, t.shown)
-path = os.path.join(folder, "typed.json")
-t.types(b"lo\r")
-t.waits_for(PASTE)
-t.types(b"/save " + path.encode() + b"\r")
-t.waits_for(PASTE)
-t.types(b"\x04")
-status = t.ends()
-found = messages(path)
-holds("goes on", found == ["hello"] and status == 0, (found, status))
+leaves_with("goes on", t, [b"lo\r"], ["hello"])
 
 # A dumb terminal has none of this.
 t = Terminal([run, "-q", "-n", "1", model], TERM="dumb")
