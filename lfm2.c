@@ -1238,13 +1238,17 @@ static int threads_for(const struct lfm2_context *ctx, int n_rows)
 
 struct pool { int unused; };
 
-#define usable_cpus()       1
 #define pool_size(n)        sizeof(struct pool)
 #define pool_open(ctx)      ((ctx)->par.n_threads = 1)
 #define pool_close(ctx)     ((void)(ctx))
 #define pool_is_here(ctx)   1
 #define start(pool, run)    ((void)(pool))
 #define meet(pool, n)       ((void)(pool))
+
+int lfm2_n_cpus(void)
+{
+    return 1;
+}
 
 #else
 
@@ -1266,8 +1270,7 @@ static size_t pool_size(int n_threads)
     return sizeof(struct pool) + (size_t)n_threads * sizeof(pthread_t);
 }
 
-/* CPUs that this process may run on. */
-static int usable_cpus(void)
+int lfm2_n_cpus(void)
 {
     int n = 0;
 
@@ -1381,7 +1384,7 @@ static void pool_open(struct lfm2_context *ctx)
     const int most = ctx->par.n_threads;
     int n = 1;
 
-    p->spins = most <= usable_cpus() ? SPINS : 0;
+    p->spins = most <= lfm2_n_cpus() ? SPINS : 0;
     p->owner = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->changed, NULL);
@@ -5434,7 +5437,7 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
     if (p->isa == LFM2_ISA_AUTO)
         p->isa = best_isa();
     if (p->n_threads == 0)
-        p->n_threads = usable_cpus() < 64 ? usable_cpus() : 64;
+        p->n_threads = lfm2_n_cpus() < 64 ? lfm2_n_cpus() : 64;
     if (p->n_batch > (int64_t)p->n_ctx * p->n_seq)
         p->n_batch = p->n_ctx * p->n_seq;
     return LFM2_OK;

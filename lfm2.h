@@ -170,6 +170,9 @@ enum { LFM2_KV_F16, LFM2_KV_F32 };
 /* 1 if this build on this CPU has the kernels of LFM2_ISA_x, else 0. */
 int lfm2_isa_available(int isa);
 
+/* CPUs that this process may run on, at least 1; without threads always 1. */
+int lfm2_n_cpus(void);
+
 typedef struct {
     int n_ctx;        /* longest sequence, in tokens; 0: as long as the model
                          was trained for, 2^24 at most                       */

@@ -3,16 +3,20 @@
  * Standard output carries the model's words, or the data that was asked for,
  * and nothing else; everything meant for a human being goes to standard error.
  *
- *   1  messages and exit codes       11  traces
- *   2  options                       12  an answer
- *   3  reading what is given         13  a conversation
- *   4  the sandbox                   14  sessions
- *   5  JSON                          15  chat
- *   6  chat templates                16  --batch
- *   7  tool calls                    17  --ppl
- *   8  tokens in and out             18  --bench
- *   9  --inspect                     19  --selftest
- *  10  the model in use              20  main */
+ * Sections 2 to 9 are the program, in the order it is meant to be read; the
+ * others are what it is made with.
+ *
+ *   1  messages, memory, text          12  signals and the terminal
+ *   2  settings and main               13  JSON
+ *   3  the model in use                14  chat templates
+ *   4  request, reply, step            15  tool calls
+ *   5  sinks                           16  tokens in and out
+ *   6  what a body asks for            17  --inspect
+ *   7  answers, conversations          18  traces
+ *   8  chat                            19  --ppl
+ *   9  --batch                         20  --bench
+ *  10  the command line                21  --selftest
+ *  11  files and text                  22  the sandbox */
 
 #ifdef __cplusplus
 #error "this is C: compile it with a C compiler; C++ includes lfm2.h"
@@ -20,7 +24,7 @@
 #endif
 
 #define _POSIX_C_SOURCE 200809L
-#define _GNU_SOURCE                       /* sched_getaffinity(), mincore()  */
+#define _GNU_SOURCE                       /* mincore(), memmem()             */
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
 #define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
 
@@ -38,9 +42,6 @@
 #ifndef LFM2_NO_THREADS
 #include <pthread.h>
 #include <stdatomic.h>
-#endif
-#ifdef __linux__
-#include <sched.h>
 #endif
 #include <signal.h>
 #include <stdarg.h>
@@ -63,8 +64,7 @@
 #ifndef __wasi__
 #include <sys/ioctl.h>
 #include <termios.h>
-#endif
-#ifdef __wasi__
+#else
 
 /* WebAssembly has one process, no signals, files without owners, and no way to
  * know whether a read would wait. */
@@ -330,8 +330,8 @@ static struct phrase *write_phrase(struct phrase *out, const char *fmt, ...)
     return out;
 }
 
-/* A macro: tcc 0.9.27 mistakes the arguments of a variadic function that returns
- * a struct. */
+/* A macro: tcc 0.9.27 mistakes the arguments of a variadic function that
+ * returns a struct. */
 #define phrase(...) (*write_phrase(&(struct phrase) { "" }, __VA_ARGS__))
 
 /* "23.84 B" parameters or, with unit "B", "13.51 GB". */
@@ -471,7 +471,7 @@ struct call { struct text name, arguments; };
 
 struct calls { struct call *call; int n; };
 
-/* Section 12 */
+/* Section 12. */
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
 static volatile sig_atomic_t interrupted, last_signal;
 static lfm2_context *volatile running;    /* what a signal is to stop        */
@@ -582,38 +582,24 @@ struct option {
 
 #define AT(field) offsetof(struct settings, field)
 
-/* ---- what sections 2 to 9 take from each other and from the rest */
+/* ---- what is defined further down
+ *
+ * Sections 2 to 9 are the program, the others what it is made with. */
 
 struct engine;
-struct reply;
 struct talk;
-struct job;
-struct editor;
-struct reader;
-struct rendering;
 
-struct trace;
-struct source;
-struct found_template;
-/* Section 3 */
-static int opens_thought(const lfm2_model *m);
-
-/* Section 7 */
-static int ask(struct talk *t, const struct text *question);
-static int uses_date(const struct talk *t);
-static int dump_prompt(struct talk *t);
+/* 7. Answers, conversations, sessions */
 static int work_on_model(const struct settings *s);
 
-/* Section 8 */
-static int obey(struct talk *t, const char *line);
+/* 8. Chat */
 static int chat(struct talk *t);
 
-/* Section 9 */
+/* 9. --batch */
 static int batch(const struct settings *s);
 
-/* Section 10 */
+/* 10. The command line */
 static int find_word(const char *words, int separator, const char *word);
-static struct phrase word_of(const char *words, int i);
 static const struct option *option_of_member(const char *key);
 static const char *isa_name(int isa);
 static const char *kv_name(int kv_type);
@@ -622,12 +608,12 @@ static int print_version(void);
 static struct phrase values_of(const struct option *o);
 static int add_text(struct texts *to, const char *s);
 static int set_number(void *slot, const struct option *o, double x,
-    long long whole);
+                      long long whole);
 static int is_dash(const char *path);
 static const char *chat_option(const struct settings *s);
 static int parse(struct settings *to, char **argv);
 
-/* Section 11 */
+/* 11. Files and text */
 static void show_text(struct text *t);
 static int read_file(const char *path, struct text *out);
 static size_t read_head(const char *path, char *to, size_t n);
@@ -636,22 +622,22 @@ static int finish_file(FILE *f, const char *path, int code);
 static int can_replace(const char *path);
 static int replace_file(const char *path, const struct text *part, int n_parts);
 static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
-    lfm2_error *err);
+                     lfm2_error *err);
 static int report(const char *path, const lfm2_error *err);
 static void clean_text(struct text *t);
 static int check_text(const struct text *t, const char *name);
 static int read_text_file(const char *path, struct text *out);
-static int read_prompt(const struct settings *s, int chats, struct text *out);
+static int read_prompt(const struct settings *s, struct text *out);
 static int read_ids(const char *path, struct ids *out);
 
-/* Section 12 */
+/* 12. Signals and the terminal */
 static void block_signals(int are_blocked);
 static void catch_interrupt(void);
 static void watch_file(const char *path);
 static int read_message(struct text *out, int shows);
 static void prepare_process(char **argv);
 
-/* Section 13 */
+/* 13. JSON */
 static void pool_free(struct pool *p);
 static size_t utf8_put(char *out, uint32_t c);
 static int json_is(const struct json *v, int type);
@@ -661,20 +647,20 @@ static const char *json_text(const struct json *v);
 static int json_bool(const struct json *v, int *out);
 static int json_double(const struct json *v, double *out);
 static int json_int(const struct json *v, long long least, long long most,
-    long long *out);
+                    long long *out);
 static int json_parse(struct pool *pool, const char *text, size_t n,
-    struct json **out, struct why *why);
+                      struct json **out, struct why *why);
 static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
 static void member(struct text *to, const char *key);
 static void member_bytes(struct text *to, const char *key, const char *s,
-    size_t n);
+                         size_t n);
 static void member_text(struct text *to, const char *key, const char *s);
 static void member_count(struct text *to, const char *key, uint64_t n);
 static void member_real(struct text *to, const char *key, double x);
 static void member_open(struct text *to, const char *key, const char *bracket);
 
-/* Section 14 */
+/* 14. Chat templates */
 static const char *template_name(int template);
 static int template_is_dated(int template);
 static void rendered_free(struct rendered *r);
@@ -682,45 +668,45 @@ static int begins(const char *s, const char *end, const char *word);
 static const char *find(const char *s, const char *end, const char *word);
 static int has_role(const struct json *message, const char *role);
 static int render(const struct conversation *conv, int template,
-    struct rendered *out, struct why *why);
+                  struct rendered *out, struct why *why);
 static int encode_rendered(const lfm2_tokenizer *words,
-    const struct rendered *r, int special,
-    struct ids *out, struct why *why);
+                           const struct rendered *r, int special,
+                           struct ids *out, struct why *why);
 static void today(char date[11]);
 static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
-    int *known, struct why *evidence);
+                           int *known, struct why *evidence);
 
-/* Section 15 */
+/* 15. Tool calls */
 static void free_calls(struct calls *calls);
 static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
-    struct text *rest);
+                       struct text *rest);
 
-/* Section 16 */
+/* 16. Tokens in and out */
 static int open_words(const struct settings *s, const lfm2_model *model,
-    lfm2_tokenizer **out);
+                      lfm2_tokenizer **out);
 static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
-    const char *text, size_t n, struct ids *out);
+                        const char *text, size_t n, struct ids *out);
 static int work_on_words(const struct settings *s);
 
-/* Section 17 */
+/* 17. --inspect */
 static int inspect_file(const struct settings *s);
 
-/* Section 18 */
+/* 18. Traces */
 static int open_trace(struct engine *e);
 static int close_trace(struct engine *e, int code);
 
-/* Section 19 */
+/* 19. --ppl */
 static int perplexity(const struct settings *s);
 
-/* Section 20 */
+/* 20. --bench */
 static int bench(const struct settings *s);
 
-/* Section 21 */
+/* 21. --selftest */
 static int selftest(void);
 
-/* Section 20 */
+/* 22. The sandbox */
 static const char *save_dir(const struct settings *s);
-static int enter_sandbox(const struct settings *s, int chats);
+static int enter_sandbox(const struct settings *s);
 static int keep_file(const char *path, const struct text *part, int n_parts);
 
 static int work(const struct settings *s)
@@ -905,22 +891,13 @@ static double least_limit(double (*limit)(const char *dir))
     return least;
 }
 
-/* CPUs that this process may use. */
+/* CPUs that this process may use, 64 at most. */
 static int usable_cpus(void)
 {
-    double n = 0, most;
+    const double most = least_limit(cpu_limit);
+    const int n = smaller(lfm2_n_cpus(), 64);
 
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        n = CPU_COUNT(&set);
-#endif
-    if (n < 1)
-        n = (double)sysconf(_SC_NPROCESSORS_ONLN);
-    most = least_limit(cpu_limit);
-    if (most > 0)
-        n = fmin(n, most);
-    return (int)fmax(1, fmin(n, 64));
+    return most > 0 ? smaller(n, (int)fmin(most, 64)) : n;
 }
 
 /* Memory that can be had without taking it from another program; 0 if the
@@ -945,6 +922,7 @@ static double kv_bytes(const lfm2_config *c, int kv_type)
                    (kv_type == LFM2_KV_F16 ? 2 : 4);
     return sum;
 }
+
 /* ---- what a token costs, and the process */
 
 static double count_elements(const lfm2_tensor_info *t)
@@ -1057,8 +1035,8 @@ static const struct preset {
     { "LFM2", { "", "" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
 };
 
-/* All the file says of its name, like "-lfm2-1.2b-extract-"; and what its sizes
- * say of it, if it says nothing of a size. */
+/* All the file says of its name, like "-lfm2-1.2b-extract-", and what its sizes
+ * say of it. */
 static void describe(const lfm2_model *m, struct text *out)
 {
     static const char *const key[] = {
@@ -1167,9 +1145,9 @@ static void complete(struct sampling *is, const struct sampling *preset)
 
 static struct phrase describe_sampling(const struct sampling *is)
 {
-    return phrase("temperature %g, top-k %d, top-p %g, min-p %g, repeat penalty "
-                  "%g over %d", is->temp, is->top_k, is->top_p, is->min_p,
-                  is->repeat, is->last_n);
+    return phrase("temperature %g, top-k %d, top-p %g, min-p %g, repeat "
+                  "penalty %g over %d", is->temp, is->top_k, is->top_p,
+                  is->min_p, is->repeat, is->last_n);
 }
 
 /* ---- opening */
@@ -1259,7 +1237,7 @@ static int open_model(struct engine *e)
     lfm2_error err;
     int code;
 
-    code = enter_sandbox(s, s->mode == CHAT);
+    code = enter_sandbox(s);
     if (code != DONE)
         return code;
     if (!s->no_mmap)
@@ -2075,8 +2053,8 @@ static int worth_waiting(const struct engine *e, const struct ids *prompt,
 }
 
 /* Start what waits, oldest first.  One that had better wait does not keep back
- * those behind it.  A prompt whose own log probabilities are wanted is read from
- * its beginning. */
+ * those behind it.  A prompt whose own log probabilities are wanted is read
+ * from its beginning. */
 static void start_jobs(struct engine *e)
 {
     static const struct ids none = { NULL, 0 };
@@ -2853,9 +2831,9 @@ static int ends_in_thought(const struct rendered *r)
     return inside;
 }
 
-/* The prompt of these messages, as text in *out and tokens in q->prompt.  `body`
- * may be NULL, and its members about the last message no longer count once the
- * conversation has `grown`. */
+/* The prompt of these messages, as text in *out and tokens in q->prompt.
+ * `body` may be NULL, and its members about the last message no longer count
+ * once the conversation has `grown`. */
 static int make_prompt(struct engine *e, struct request *q,
                        const struct json *messages, const struct json *tools,
                        const struct json *body, int grown,
@@ -2950,7 +2928,7 @@ static int read_request(struct engine *e, struct request *q,
     return code;
 }
 
-/* ------------------------------------------ 7. Answers, conversations, sessions
+/* ----------------------------------------- 7. Answers, conversations, sessions
  *
  * A conversation is kept as text, the members of a JSON array, and read again
  * for every turn.  What the cache has of it is not computed again. */
@@ -3237,7 +3215,7 @@ static int prepare_prompt(struct talk *t)
     if (s->ids)
         return read_ids(s->ids, &t->job.q.prompt);
     if (!s->messages)
-        code = read_prompt(s, 0, &text);
+        code = read_prompt(s, &text);
     if (code == DONE && e->template == TEMPLATE_NONE)
         code = encode_plain(s, e->words, text.s, text.n, &t->job.q.prompt);
     else {
@@ -3447,8 +3425,8 @@ static int load_session(struct talk *t)
     if (n == 0)
         return DONE;
     if (!is_whole(path))
-        return say(BAD_FILE, "%s: this session is cut or damaged; it is left as "
-                   "it is", path);
+        return say(BAD_FILE, "%s: this session is cut or damaged; it is left "
+                   "as it is", path);
     if (read_file(path, &file) != DONE || restore(t, &file) != DONE) {
         free(file.s);
         return BAD_FILE;
@@ -3746,7 +3724,7 @@ static int answer_first(struct talk *t, struct text *line)
     int code, go_on = 0;
 
     if (s->prompt || s->file) {
-        code = read_prompt(s, 1, line);
+        code = read_prompt(s, line);
         if (code == DONE)
             code = ask(t, line);
         return code == DONE ? answer_turn(t) : code;
@@ -4353,7 +4331,8 @@ static const struct option table[] = {
          "chat, even after a prompt or without a terminal"),
     STRING("--save-dir", "DIR", save_dir, CHAT,
            "where a chat may save and load conversations"),
-    SWITCH("--raw", raw, ANSWER | LOGITS | DUMP | BATCH,
+    SWITCH("--raw -no-cnv --no-conversation", raw,
+           ANSWER | LOGITS | DUMP | BATCH,
            "no chat template: plain text is continued"),
     MODE(FLAG, "--dump-prompt", NULL, dump_prompt, DUMP,
          "print the prompt as the chat template writes it"),
@@ -4392,7 +4371,8 @@ static const struct option table[] = {
     NUMBER(WHOLE, "-n --predict --n-predict --max-tokens", "N", ask.limit, -2,
            1 << 30, "max_tokens max_completion_tokens", GENERATE,
            "at most N tokens (-1: no limit; for plain text 256)"),
-    NUMBER(CHOICE, "--template --chat-template", TEMPLATES, template, 0, 0, NULL, RUN,
+    NUMBER(CHOICE, "--template --chat-template", TEMPLATES, template, 0, 0,
+           NULL, RUN,
            "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
            "none (auto: by the file)"),
     STRING("--date", "YYYY-MM-DD", date, PROMPT | BATCH,
@@ -4525,8 +4505,7 @@ static const struct foreign {
     { "-ngl --gpu-layers --n-gpu-layers", 1, 0, "everything runs on the CPU" },
     { "-fa --flash-attn", 2, 0, "attention is always computed this way" },
     { "--jinja -st --single-turn --no-warmup --no-display-prompt --simple-io "
-      "--log-disable --no-perf -no-cnv --no-conversation", 0, 0, "it is so "
-      "already" },
+      "--log-disable --no-perf", 0, 0, "it is so already" },
     { "--mlock", 0, 0, "the file is mapped, and stays in memory while it is "
       "used" },
     { "-hf -hfr --hf-repo -mu --model-url", 1, 1, "nothing is downloaded here; "
@@ -4891,8 +4870,8 @@ static int check_settings(const struct settings *s)
     if (s->system && s->system_file)
         return usage("more than one system prompt: -sys, -sysf");
     if (plain && chat_option(s))
-        return usage("%s needs a chat template, and --raw, --ids and --template "
-                     "none go without", chat_option(s));
+        return usage("%s needs a chat template, and --raw, --ids and "
+                     "--template none go without", chat_option(s));
     if ((s->system || s->system_file) && s->messages)
         return usage("-sys: the conversation of --messages has its own system "
                      "message");
@@ -5297,7 +5276,7 @@ static int add_text_file(const char *path, struct text *out)
 
 /* The prompt: what was given as an argument, then a file, then what was piped
  * in, which in a chat are messages. */
-static int read_prompt(const struct settings *s, int chats, struct text *out)
+static int read_prompt(const struct settings *s, struct text *out)
 {
     struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
     const int given = s->prompt && !is_dash(s->prompt);
@@ -5312,7 +5291,8 @@ static int read_prompt(const struct settings *s, int chats, struct text *out)
         clean_text(out);
     if (s->file)
         code = add_text_file(s->file, out);
-    if (code != DONE || ((given || s->file) && (chats || !has_piped_text(s))))
+    if (code != DONE || ((given || s->file) &&
+                         (s->mode == CHAT || !has_piped_text(s))))
         return code;
     if (given && poll(&in, 1, 2000) == 0)
         note("standard input is read, too, and has not ended; </dev/null is "
@@ -5339,7 +5319,7 @@ static int read_ids(const char *path, struct ids *out)
     return code;
 }
 
-/* ---------------------------------------------- 12. Signals and the terminal */
+/* --------------------------------------------- 12. Signals and the terminal */
 
 #ifndef __wasi__
 #include <sys/ioctl.h>
@@ -7725,7 +7705,7 @@ static int work_on_words(const struct settings *s)
 {
     struct text t = { 0 };
     lfm2_tokenizer *words;
-    int code = enter_sandbox(s, 0);
+    int code = enter_sandbox(s);
 
     if (code == DONE)
         code = open_words(s, NULL, &words);
@@ -8324,7 +8304,7 @@ static void print_report(struct text *json, int as_text)
 static int inspect_file(const struct settings *s)
 {
     struct inspection f = { .s = s };
-    int code = enter_sandbox(s, 0);
+    int code = enter_sandbox(s);
 
     if (code != DONE)
         return code;
@@ -8884,8 +8864,8 @@ static struct phrase binary_amount(double bytes)
 
 /* ---- what is printed */
 
-/* One thing that is told of a test: a word, a number or all samples; as a member
- * of a record, as a column of the table, or both. */
+/* One thing that is told of a test: a word, a number or all samples; as a
+ * member of a record, as a column of the table, or both. */
 struct field {
     const char *name, *column;
     int width;                            /* of the column, - : to the left  */
@@ -8965,7 +8945,8 @@ static int print_test(struct bench *b, const struct test *t, struct estimate ns,
     const double rss = anonymous_memory();
     const struct field f[] = {
         { "build_commit", .text = "" }, { "build_number" },
-        { "cpu_info", .text = cpu.s }, { "model_filename", .text = b->s->model },
+        { "cpu_info", .text = cpu.s },
+        { "model_filename", .text = b->s->model },
         { "model_type", "model", -30, b->type.s },
         { "model_size", "size", 10, NULL, b->cost.bytes,
           .cell = binary_amount(b->cost.bytes) },
@@ -9732,7 +9713,7 @@ static int selftest(void)
     return t.failed || t.all != known ? SELFTEST_FAILED : DONE;
 }
 
-/* ---------------------------------------------------------- 20. The sandbox
+/* ---------------------------------------------------------- 22. The sandbox
  *
  * A model, a prompt or a session may be made by someone who knows of a fault in
  * this program.  So before it looks at a byte of them it gives away what it
@@ -9819,9 +9800,8 @@ static int lacks(const struct settings *s, const char *what, const char *why)
 
 #ifndef HAVE_SANDBOX
 
-static int enter_sandbox(const struct settings *s, int chats)
+static int enter_sandbox(const struct settings *s)
 {
-    (void)chats;
     return s->sandbox == SANDBOX_OFF ? DONE :
            lacks(s, "sandbox", "it is not in this build");
 }
@@ -9971,8 +9951,7 @@ static void grant(int set, const char *path, uint64_t rights)
 /* What options name, where a chat keeps its files, and what tells how many CPUs
  * and how much memory there are to use.  A file to write must be there to be
  * granted; none is made if there will be nothing to write. */
-static void grant_all(int set, const struct settings *s, int chats,
-                      uint64_t known)
+static void grant_all(int set, const struct settings *s, uint64_t known)
 {
     const int begins = !s->model || access(s->model, R_OK) == 0;
 
@@ -9996,7 +9975,7 @@ static void grant_all(int set, const struct settings *s, int chats,
         grant(set, dir.s, (READ_FILE | REPLACES) & known);
         free(dir.s);
     }
-    if (chats && save_dir(s))
+    if (s->mode == CHAT && save_dir(s))
         grant(set, save_dir(s), (READS | REPLACES | TRUNCATE) & known);
     grant(set, "/proc/self/status", READ_FILE);
     grant(set, "/proc/self/cgroup", READ_FILE);
@@ -10006,7 +9985,7 @@ static void grant_all(int set, const struct settings *s, int chats,
 
 /* Bind and connect of TCP come with version 4; abstract sockets and signals to
  * others with 6. */
-static int confine_files(const struct settings *s, int chats)
+static int confine_files(const struct settings *s)
 {
     static const uint64_t files[] = { 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff };
     const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
@@ -10020,7 +9999,7 @@ static int confine_files(const struct settings *s, int chats)
     set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
     if (set < 0)
         return lacks(s, "Landlock", strerror(errno));
-    grant_all(set, s, chats, is.files);
+    grant_all(set, s, is.files);
     failed = syscall(RESTRICT_SELF, set, 0) != 0;
     close(set);
     if (failed)
@@ -10217,7 +10196,7 @@ static int count_answered(void)
 }
 
 /* Dates need to know the time zone, which is a file, before. */
-static int enter_sandbox(const struct settings *s, int chats)
+static int enter_sandbox(const struct settings *s)
 {
     static const char by_signal[] = "this system answers it with a signal";
     int n, code;
@@ -10232,7 +10211,7 @@ static int enter_sandbox(const struct settings *s, int chats)
     if (syscall(SYS_prctl, PR_NO_NEW_PRIVS, 1L, 0L, 0L, 0L) != 0)
         return lacks(s, "sandbox", strerror(errno));
     syscall(SYS_prctl, PR_DUMPABLE, 0L, 0L, 0L, 0L);
-    code = n < 2 ? lacks(s, "Landlock", by_signal) : confine_files(s, chats);
+    code = n < 2 ? lacks(s, "Landlock", by_signal) : confine_files(s);
     if (code != DONE)
         return code;
     return n < 1 ? lacks(s, "seccomp", by_signal) : confine_calls(s);

@@ -318,7 +318,7 @@ static int with_session(int sandbox, uint64_t unused)
     s.model = MODEL;
     s.session = path;
     s.sandbox = sandbox;
-    if (enter_sandbox(&s, 0) != DONE)
+    if (enter_sandbox(&s) != DONE)
         return oops("it does not begin");
     add_string(&part[0], "new ");
     add_string(&part[1], "words");
@@ -367,7 +367,7 @@ static int again(int sandbox, uint64_t unused)
     s.model = MODEL;
     s.sandbox = sandbox;
     s.quiet = 1;
-    if (enter_sandbox(&s, 0) != DONE)
+    if (enter_sandbox(&s) != DONE)
         return oops("it does not begin");
     s.sandbox = SANDBOX_REQUIRE;
     if (confine_calls(&s) == DONE)
@@ -389,7 +389,7 @@ static int begins_at_all(int sandbox, uint64_t unused)
     (void)unused;
     s.model = MODEL;
     s.sandbox = sandbox;
-    return enter_sandbox(&s, 0) == DONE ? 0 : 1;
+    return enter_sandbox(&s) == DONE ? 0 : 1;
 }
 
 static void find_out(void)
