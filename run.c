@@ -650,6 +650,8 @@ static int json_int(const struct json *v, long long least, long long most,
                     long long *out);
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why);
+static int json_parse_list(struct pool *pool, const struct text *t,
+                           struct json **out, struct why *why);
 static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
 static void member(struct text *to, const char *key);
@@ -3018,8 +3020,8 @@ static int read_list(struct talk *t, const char *path, const char *key,
     struct why why;
     int code = read_text_file(path, &text);
 
-    if (code == DONE && (code = json_parse(&t->pool, text.s, text.n, &v, &why))
-        != DONE)
+    if (code == DONE &&
+        (code = json_parse_list(&t->pool, &text, &v, &why)) != DONE)
         say(code, "%s: %s", path, why.s);
     free(text.s);
     if (code != DONE)
@@ -6613,8 +6615,8 @@ static int read_value(struct reader *r, struct json *v)
 }
 
 /* The tree of a whole text; DONE or USAGE. */
-static int json_parse(struct pool *pool, const char *text, size_t n,
-                      struct json **out, struct why *why)
+static int json_parse_to(struct pool *pool, const char *text, size_t n,
+                         int depth, struct json **out, struct why *why)
 {
     struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
     struct json *v;
@@ -6628,12 +6630,29 @@ static int json_parse(struct pool *pool, const char *text, size_t n,
         return because(why, USAGE, "the JSON begins with a byte order mark, "
                        "expected none");
     start_reading(&r);
+    r.depth = MAX_DEPTH - depth;
     v = pool_get(pool, sizeof *v);
     code = read_value(&r, v);
     if (code == DONE && !took(&r, EOF))
         code = expected(&r, "the end");
     *out = code == DONE ? v : NULL;
     return code;
+}
+
+static int json_parse(struct pool *pool, const char *text, size_t n,
+                      struct json **out, struct why *why)
+{
+    return json_parse_to(pool, text, n, MAX_DEPTH, out, why);
+}
+
+/* The same for an array, or an object with one in it: both are equally deep, so
+ * that one may be written as the other. */
+static int json_parse_list(struct pool *pool, const struct text *t,
+                           struct json **out, struct why *why)
+{
+    const int is_object = t->s[strspn(t->s, " \t\r\n")] == '{';
+
+    return json_parse_to(pool, t->s, t->n, MAX_DEPTH + is_object, out, why);
 }
 
 /* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
