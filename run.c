@@ -760,10 +760,13 @@ struct trace {
     const struct settings *s;
     int code;                             /* DONE until something fails      */
     int first, last;                      /* positions to be shown           */
-    int records, raw;                     /* descriptors; raw: -1 for none   */
-    uint64_t offset;                      /* of what comes next in raw       */
+    struct trace_file {
+        const char *path;                 /* NULL: not asked for             */
+        int fd;
+        struct text text;                 /* of what comes next              */
+    } records, raw;
+    uint64_t offset;                      /* in raw                          */
     int has_some;                         /* behind the line about the model */
-    struct text line, bytes;              /* a record, and its numbers       */
 };
 
 struct engine {
@@ -8350,7 +8353,7 @@ static void add_number(struct text *to, const char *name, double x)
  * number is the smallest and the largest. */
 static void add_statistics(struct text *to, const float *x, int n)
 {
-    const int few = n < 4 ? n : 4;
+    const int few = smaller(n, 4);
     float min = x[0], max = x[0];
     double sum = 0, squares = 0;
 
@@ -8372,16 +8375,16 @@ static void add_statistics(struct text *to, const float *x, int n)
                (unsigned long long)hash_floats(HASH_START, x, n));
 }
 
-static void write_trace(struct trace *t, int fd, const char *path,
-                        const struct text *what)
+static void write_trace(struct trace *t, const struct trace_file *to)
 {
-    if (t->code == DONE && write_all(fd, what->s, what->n) != 0)
-        t->code = say(BAD_FILE, "%s: %s", path, strerror(errno));
+    if (t->code == DONE && write_all(to->fd, to->text.s, to->text.n) != 0)
+        t->code = say(BAD_FILE, "%s: %s", to->path, strerror(errno));
 }
 
 static void note_activation(void *user, const lfm2_activation *a)
 {
     struct trace *t = user;
+    struct text *line = &t->records.text, *bytes = &t->raw.text;
     int wanted = t->s->trace_filter.n == 0;
 
     for (int i = 0; i < t->s->trace_filter.n; i++)
@@ -8389,66 +8392,66 @@ static void note_activation(void *user, const lfm2_activation *a)
     if (!wanted || a->pos < t->first || a->pos > t->last || t->code != DONE)
         return;
     t->has_some = 1;
-    t->line.n = t->bytes.n = 0;
-    add_format(&t->line, "{\"name\":\"%s\",\"pos\":%d", a->name, a->pos);
+    line->n = bytes->n = 0;
+    add_format(line, "{\"name\":\"%s\",\"pos\":%d", a->name, a->pos);
     if (strcmp(a->name, "model.embed_tokens") == 0)
-        add_format(&t->line, ",\"token\":%ld", (long)a->token);
-    add_format(&t->line, ",\"shape\":[%d]", a->n);
-    add_statistics(&t->line, a->x, a->n);
-    if (t->raw >= 0) {
+        add_format(line, ",\"token\":%ld", (long)a->token);
+    add_format(line, ",\"shape\":[%d]", a->n);
+    add_statistics(line, a->x, a->n);
+    if (t->raw.path) {
         for (int i = 0; i < a->n; i++)
-            add_le(&t->bytes, float_bits(a->x[i]), 4);
-        add_format(&t->line, ",\"offset\":%llu", (unsigned long long)t->offset);
-        t->offset += t->bytes.n;
-        write_trace(t, t->raw, t->s->trace_raw, &t->bytes);
+            add_le(bytes, float_bits(a->x[i]), 4);
+        add_format(line, ",\"offset\":%llu", (unsigned long long)t->offset);
+        t->offset += bytes->n;
+        write_trace(t, &t->raw);
     }
-    add_string(&t->line, "}\n");
-    write_trace(t, t->records, t->s->trace, &t->line);
+    add_string(line, "}\n");
+    write_trace(t, &t->records);
 }
 
-/* A descriptor, or -1 after saying why there is none. */
-static int create_trace(const char *path)
+static void open_trace_file(struct trace *t, struct trace_file *to,
+                            const char *path)
 {
-    const int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-
-    if (fd < 0)
-        say(BAD_FILE, "%s: %s", path, strerror(errno));
-    return fd;
+    to->path = path;
+    to->fd = path && t->code == DONE ?
+             open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666) : -1;
+    if (path && t->code == DONE && to->fd < 0)
+        t->code = say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
 
-static void write_head(struct trace *t, const struct engine *e)
+static int close_trace_file(struct trace_file *to, int code)
 {
-    const lfm2_config *c = lfm2_model_config(e->model);
-    size_t n = 0;
-    const char *arch = lfm2_model_string(e->model, "general.architecture", &n);
-
-    add_format(&t->line, "{\"trace\":1,\"program\":\"lfm2.c %s\",\"arch\":"
-               "\"%.*s\",\"model_hash\":\"%016llx\",", lfm2_version(), (int)n,
-               arch ? arch : "", (unsigned long long)lfm2_model_hash(e->model));
-    add_format(&t->line, "\"n_layer\":%d,\"n_embd\":%d,\"n_vocab\":%d,\"kv\":"
-               "\"%s\"}\n", c->n_layer, c->n_embd, c->n_vocab,
-               kv_name(e->par.kv_type));
-    write_trace(t, t->records, t->s->trace, &t->line);
+    if (to->fd >= 0 && close(to->fd) != 0 && code == DONE)
+        code = say(BAD_FILE, "%s: %s", to->path, strerror(errno));
+    free(to->text.s);
+    return code;
 }
 
 static int open_trace(struct engine *e)
 {
     const struct settings *s = e->s;
+    const lfm2_config *c = lfm2_model_config(e->model);
     struct trace *t;
     lfm2_error err;
+    size_t n = 0;
+    const char *arch = lfm2_model_string(e->model, "general.architecture", &n);
 
     if (!s->trace)
         return DONE;
     t = e->trace = zeroed(1, sizeof *t);
-    *t = (struct trace){ .s = s, .last = INT_MAX, .raw = -1 };
+    t->s = s;
+    t->last = INT_MAX;
     if (s->trace_tokens)
         parse_range(s->trace_tokens, &t->first, &t->last);
-    t->records = create_trace(s->trace);
-    if (t->records >= 0 && s->trace_raw)
-        t->raw = create_trace(s->trace_raw);
-    if (t->records < 0 || (s->trace_raw && t->raw < 0))
-        return t->code = BAD_FILE;
-    write_head(t, e);
+    open_trace_file(t, &t->records, s->trace);
+    open_trace_file(t, &t->raw, s->trace_raw);
+    add_format(&t->records.text, "{\"trace\":1,\"program\":\"lfm2.c %s\","
+               "\"arch\":\"%.*s\",\"model_hash\":\"%016llx\",\"n_layer\":%d,"
+               "\"n_embd\":%d,\"n_vocab\":%d,\"kv\":\"%s\"}\n", lfm2_version(),
+               (int)n, arch ? arch : "",
+               (unsigned long long)lfm2_model_hash(e->model), c->n_layer,
+               c->n_embd, c->n_vocab, kv_name(e->par.kv_type));
+    write_trace(t, &t->records);
     if (t->code == DONE &&
         lfm2_trace(e->ctx, note_activation, t, &err) != LFM2_OK)
         t->code = report(s->model, &err);
@@ -8466,12 +8469,8 @@ static int close_trace(struct engine *e, int code)
     code = code == DONE ? t->code : code;
     if (code == DONE && !t->has_some)
         note("%s: no module of such a name at such a position", t->s->trace);
-    if (t->raw >= 0 && close(t->raw) != 0 && code == DONE)
-        code = say(BAD_FILE, "%s: %s", t->s->trace_raw, strerror(errno));
-    if (t->records >= 0 && close(t->records) != 0 && code == DONE)
-        code = say(BAD_FILE, "%s: %s", t->s->trace, strerror(errno));
-    free(t->line.s);
-    free(t->bytes.s);
+    code = close_trace_file(&t->raw, code);
+    code = close_trace_file(&t->records, code);
     free(t);
     e->trace = NULL;
     return code;
