@@ -8499,9 +8499,6 @@ struct ppl {
     struct engine e;
     struct ids ids;                       /* the windows, one by one         */
     int n_ctx, n_windows;
-    int n_rows;                           /* scored in a window              */
-    int n_piece, n_seq;                   /* rows asked for at once in each
-                                             of so many windows              */
     struct sums nll;
     int n_scored;
     double start;                         /* when it began                   */
@@ -8522,60 +8519,30 @@ static struct estimate mean_and_error(struct sums s, int n)
     };
 }
 
-/* The tokens of the text, in windows; what is left over is not used. */
+/* The tokens of the text; what is left over behind the last window is not
+ * used. */
 static int ppl_read(struct ppl *p)
 {
-    const int32_t bos = lfm2_add_bos(p->e.words) ? lfm2_bos(p->e.words) : -1;
-    struct ids *ids = &p->ids;
+    const struct settings *s = p->e.s;
     struct text t = { 0 };
-    int code = read_file(p->e.s->ppl, &t);
+    int code = read_file(s->ppl, &t);
 
     if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
         t.n--;
     if (code == DONE)
-        code = encode_plain(p->e.s, p->e.words, t.s, t.n, ids);
+        code = encode_plain(s, p->e.words, t.s, t.n, &p->ids);
     free(t.s);
     if (code != DONE)
         return code;
+    p->n_ctx = s->ctx == UNSET ? PPL_CTX : p->e.par.n_ctx;
+    p->n_windows = p->ids.n / p->n_ctx;
     if (p->n_ctx < 3)
         return say(USAGE, "-c %d: expected windows of at least 3 tokens",
                    p->n_ctx);
-    if (ids->n / 2 < p->n_ctx)
+    if (p->n_windows < 2)
         return say(USAGE, "%s: %d tokens, expected at least %d, two windows; "
-                   "-c N makes them shorter", p->e.s->ppl, ids->n,
-                   2 * p->n_ctx);
-    p->n_windows = ids->n / p->n_ctx;
-    p->n_rows = p->n_ctx - 1 - p->n_ctx / 2;
-    for (int i = 0; bos >= 0 && i < p->n_windows; i++)
-        ids->id[(size_t)i * (size_t)p->n_ctx] = bos;
+                   "-c N makes them shorter", s->ppl, p->ids.n, 2 * p->n_ctx);
     return DONE;
-}
-
-/* A window whose rows are too many is read in pieces; short windows are read
- * several at once, so that the weights are not read for a few tokens only. */
-static int ppl_open(struct ppl *p)
-{
-    int code = open_model(&p->e), most;
-    lfm2_params *par = &p->e.par;
-
-    if (code == DONE)
-        code = open_model_words(&p->e);
-    if (code != DONE)
-        return code;
-    p->n_ctx = p->e.s->ctx == UNSET ? PPL_CTX : par->n_ctx;
-    code = ppl_read(p);
-    if (code != DONE)
-        return code;
-    most = PPL_LOGITS / 4 / lfm2_model_config(p->e.model)->n_vocab;
-    p->n_piece = p->n_rows < most ? p->n_rows : most > 0 ? most : 1;
-    p->n_seq = 1;
-    while (p->n_seq < p->n_windows && p->n_seq < most / p->n_rows &&
-           p->n_seq < par->n_batch / p->n_ctx)
-        p->n_seq++;
-    par->n_ctx = p->n_ctx;
-    par->n_seq = p->n_seq;
-    par->n_logits = p->n_seq * p->n_piece;
-    return open_context(&p->e);
 }
 
 /* So far, and how long still. */
@@ -8593,54 +8560,32 @@ static void ppl_progress(const struct ppl *p, int n_done)
                 (p->n_windows - n_done), n_done < p->n_windows ? "" : "\n");
 }
 
-/* Positions `from` to `to` of n windows, from the first; the last n_rows of
- * them are scored, each by the token that came next. */
-static int ppl_piece(struct ppl *p, int first, int n, int from, int to,
-                     int n_rows)
+/* A window.  Of long ones the rows are too many to be held at once.  The last
+ * token foretells nothing that is scored, so it is not read at all. */
+static int ppl_window(struct ppl *p, int32_t *token)
 {
     const int n_vocab = lfm2_model_config(p->e.model)->n_vocab;
-    const int32_t *token = p->ids.id + (size_t)first * (size_t)p->n_ctx;
-    int code;
+    const int end = p->n_ctx - 1;
+    int code = DONE;
 
-    for (int i = 0; i < n; i++)
-        p->e.span[i] = (lfm2_span){
-            i, token + (size_t)i * (size_t)p->n_ctx + from, to - from, n_rows
-        };
-    code = interrupted ? INTERRUPTED : forward(&p->e, p->e.span, n);
-    for (int i = 0; code == DONE && i < n; i++) {
-        const int32_t *next = p->e.span[i].tokens + (to - from) - n_rows + 1;
-        for (int k = 0; k < n_rows; k++) {
-            const float *logits = lfm2_logits(p->e.ctx, i, k);
-            const double nll = log_sum(logits, n_vocab) - logits[next[k]];
+    if (lfm2_add_bos(p->e.words))
+        token[0] = lfm2_bos(p->e.words);
+    lfm2_seq_trim(p->e.ctx, 0, 0);
+    for (int from = 0, at = p->n_ctx / 2, n; code == DONE && at < end;
+         from = at) {
+        n = smaller(end - at, p->e.par.n_logits);
+        const lfm2_span span = { 0, token + from, at + n - from, n };
+        code = interrupted ? INTERRUPTED : forward(&p->e, &span, 1);
+        for (int k = 0; code == DONE && k < n; k++) {
+            const float *logits = lfm2_logits(p->e.ctx, 0, k);
+            const double nll = log_sum(logits, n_vocab) -
+                               logits[token[++at]];
             if (!isfinite(nll))
-                return say(FAILED, "%s: logits that are not finite",
+                code = say(FAILED, "%s: logits that are not finite",
                            p->e.s->model);
             add_to(&p->nll, nll);
             p->n_scored++;
         }
-        if (to == p->n_ctx - 1)
-            ppl_progress(p, first + i + 1);
-    }
-    return code;
-}
-
-/* The last token of a window foretells nothing that is scored, so it is not
- * read at all. */
-static int ppl_run(struct ppl *p)
-{
-    const int end = p->n_ctx - 1;
-    int code = DONE, n;
-
-    p->start = seconds();
-    for (int first = 0; code == DONE && first < p->n_windows; first += n) {
-        n = p->n_windows - first < p->n_seq ? p->n_windows - first : p->n_seq;
-        for (int from = 0, to; code == DONE && from < end; from = to) {
-            const int scored = from ? from : p->n_ctx / 2;
-            to = end - scored < p->n_piece ? end : scored + p->n_piece;
-            code = ppl_piece(p, first, n, from, to, to - scored);
-        }
-        for (int i = 0; i < n; i++)
-            lfm2_seq_trim(p->e.ctx, i, 0);
     }
     return code;
 }
@@ -8662,20 +8607,27 @@ static void ppl_print(const struct ppl *p)
 
 static int perplexity(const struct settings *s)
 {
-    struct settings plain = *s;
-    struct ppl p = { .e.s = &plain };
-    int code;
+    struct ppl p = { .e.s = s };
+    int code = open_model(&p.e), most;
 
-    if (s->prompt || s->file || s->ids || s->system)
-        return usage("--ppl FILE takes no other text");
-    plain.raw = 1;                        /* no chat template                */
-    code = ppl_open(&p);
+    if (code == DONE)
+        code = open_model_words(&p.e);
+    if (code == DONE)
+        code = ppl_read(&p);
     if (code == DONE) {
-        running = p.e.ctx;
-        catch_interrupt();
-        code = ppl_run(&p);
-        running = NULL;
+        most = PPL_LOGITS / 4 / lfm2_model_config(p.e.model)->n_vocab;
+        p.e.par.n_ctx = p.n_ctx;
+        p.e.par.n_logits = smaller(p.n_ctx, most > 0 ? most : 1);
+        code = open_context(&p.e);
     }
+    running = p.e.ctx;
+    p.start = seconds();
+    for (int i = 0; code == DONE && i < p.n_windows; i++) {
+        code = ppl_window(&p, p.ids.id + (size_t)i * (size_t)p.n_ctx);
+        if (code == DONE)
+            ppl_progress(&p, i + 1);
+    }
+    running = NULL;
     if (code == DONE)
         ppl_print(&p);
     free(p.ids.id);
