@@ -8643,9 +8643,14 @@ static int perplexity(const struct settings *s)
  * tokens, so arithmetic does.  Both limits are measured in the same run. */
 
 enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
-enum { MAX_TESTS = MAX_LIST * (MAX_LIST + 1) };       /* at one depth        */
 
-struct test { int n_prompt, n_gen, n_seq, depth; };
+/* What is done, and what came of it.  NAN could not be measured. */
+struct test {
+    int n_prompt, n_gen, n_seq, depth;
+    time_t when;
+    struct estimate ns, ts;               /* ts: tokens a second             */
+    double read, macs, share;             /* a second, 1e9; of the limit     */
+};
 
 /* A second: bytes from memory, multiply-adds, and bytes that a kernel makes of
  * weights in the second-level cache, of each thread. */
@@ -8654,15 +8659,12 @@ struct limits { int n_threads; double read, dot, cached; };
 struct bench {
     const struct settings *s;
     struct engine e;                      /* e.par: of its context, in force */
-    FILE *status;                         /* of this process, where told     */
     struct cost cost;
     struct limits best[MAX_LIST], *limit; /* of each number of threads       */
     struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
     double load_s, context_s, first_s;    /* first: all, from the start      */
-    double rss_anon;                      /* the most there ever was         */
-    double most_share;                    /* of a limit                      */
-    struct test test[MAX_TESTS];          /* of each depth                   */
-    int n_tests, n_done;
+    double rss_anon, most_share;          /* the most there ever was         */
+    int n_done;                           /* tests                           */
     int longest, n_seq;                   /* the most tokens, sequences      */
     int32_t *token;                       /* [n_tokens]: of all at any depth */
     int n_tokens;
@@ -8753,21 +8755,19 @@ static double measure_rate(struct bench *b, int what)
 /* The mix of types as quantisers name it, by the number in the file. */
 static const char *mix_name(const lfm2_model *m)
 {
-    static const struct { int number; const char *name; } mix[] = {
-        { 0, "all F32" }, { 1, "F16" }, { 2, "Q4_0" }, { 3, "Q4_1" },
-        { 7, "Q8_0" }, { 8, "Q5_0" }, { 9, "Q5_1" }, { 10, "Q2_K - Medium" },
-        { 11, "Q3_K - Small" }, { 12, "Q3_K - Medium" },
-        { 13, "Q3_K - Large" }, { 14, "Q4_K - Small" },
-        { 15, "Q4_K - Medium" }, { 16, "Q5_K - Small" },
-        { 17, "Q5_K - Medium" }, { 18, "Q6_K" }, { 21, "Q2_K - Small" },
-        { 25, "IQ4_NL - 4.5 bpw" }, { 30, "IQ4_XS - 4.25 bpw" }, { 32, "BF16" }
+    static const char *const mix[] = {
+        [0] = "all F32", [1] = "F16", [2] = "Q4_0", [3] = "Q4_1", [7] = "Q8_0",
+        [8] = "Q5_0", [9] = "Q5_1", [10] = "Q2_K - Medium",
+        [11] = "Q3_K - Small", [12] = "Q3_K - Medium", [13] = "Q3_K - Large",
+        [14] = "Q4_K - Small", [15] = "Q4_K - Medium", [16] = "Q5_K - Small",
+        [17] = "Q5_K - Medium", [18] = "Q6_K", [21] = "Q2_K - Small",
+        [25] = "IQ4_NL - 4.5 bpw", [30] = "IQ4_XS - 4.25 bpw", [32] = "BF16"
     };
     double number;
 
-    if (file_number(m, "general.file_type", 0, 1000, &number))
-        for (size_t i = 0; i < sizeof mix / sizeof *mix; i++)
-            if (mix[i].number == (int)number)
-                return mix[i].name;
+    if (file_number(m, "general.file_type", 0, 32, &number) &&
+        mix[(int)number])
+        return mix[(int)number];
     return "unknown mix";
 }
 
@@ -8811,128 +8811,68 @@ static struct phrase binary_amount(double bytes)
 
 /* ---- what is printed */
 
-/* One thing that is told of a test: a word, a number or all samples; as a
- * member of a record, as a column of the table, or both. */
-struct field {
-    const char *name, *column;
-    int width;                            /* of the column, - : to the left  */
-    const char *text;
-    double number;                        /* NAN: it could not be measured   */
-    int digits;
-    const double *samples;
-    struct phrase cell;                   /* unless empty, in the table      */
-};
-
-static void print_record(const struct bench *b, const struct field *f, int n)
-{
-    struct text t = { 0 };
-
-    add_string(&t, b->n_done > 0 ? ",\n  {\n" : "[\n  {\n");
-    for (int i = 0, some = 0; i < n; i++) {
-        if (!f[i].name)
-            continue;
-        add_format(&t, "%s    \"%s\": ", some++ ? ",\n" : "", f[i].name);
-        if (f[i].text)
-            add_json_string(&t, f[i].text, strlen(f[i].text));
-        else if (!f[i].samples)
-            add_format(&t, isnan(f[i].number) ? "null" : "%.*f", f[i].digits,
-                       f[i].number);
-        for (int k = 0; f[i].samples && k < b->s->reps; k++)
-            add_format(&t, "%s%.*f", k ? ", " : "[ ", f[i].digits,
-                       f[i].samples[k]);
-        add_string(&t, f[i].samples ? " ]" : "");
-    }
-    add_string(&t, "\n  }");
-    fwrite(t.s, 1, t.n, stdout);
-    free(t.s);
-}
-
-static void print_row(const struct bench *b, const struct field *f, int n)
-{
-    static const char dashes[] = "--------------------------------";
-
-    for (int line = b->n_done > 0 ? 2 : 0; line < 3; line++) {
-        for (int i = 0; i < n; i++) {
-            const int left = f[i].width < 0, w = abs(f[i].width);
-            if (!f[i].column)
-                continue;
-            if (line == 0)
-                printf("| %*s ", f[i].width, f[i].column);
-            else if (line == 1)
-                printf("| %.*s%s ", w - !left, dashes, left ? "" : ":");
-            else
-                printf("| %*s ", f[i].width, f[i].text ? f[i].text :
-                       f[i].cell.s[0] ? f[i].cell.s : isnan(f[i].number) ? "-" :
-                       phrase("%.*f", f[i].digits, f[i].number).s);
-        }
-        printf("|\n");
-    }
-}
-
 /* What could not be measured is not 0. */
 static double known(double x)
 {
     return x > 0 && isfinite(x) ? x : NAN;
 }
 
-/* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
- * answer against memory. */
-static int print_test(struct bench *b, const struct test *t, struct estimate ns,
-                      struct estimate ts, const char *when)
+/* llama-bench's keys, then ours. */
+static void print_record(const struct bench *b, const struct test *t)
 {
     const lfm2_params *p = &b->e.par;
     const struct limits *best = b->limit;
     const char *kv = kv_name(p->kv_type);
-    const struct phrase name = name_test(t), cpu = look_up("/proc/cpuinfo",
-                                                           "model name", "?");
-    const double gen = t->n_gen, read = gen > 0 ? ts.mean / t->n_seq *
-        step_bytes(b->e.model, &b->cost, t->n_seq, t->depth + gen / 2) : 0;
-    const double macs = ts.mean * (b->cost.macs + (gen > 0 ? b->cost.head : 0));
-    const double share = known(gen > 0 ? read / best->read : macs / best->dot);
-    const double rss = anonymous_memory();
-    const struct field f[] = {
-        { "build_commit", .text = "" }, { "build_number" },
-        { "cpu_info", .text = cpu.s },
-        { "model_filename", .text = b->s->model },
-        { "model_type", "model", -30, b->type.s },
-        { "model_size", "size", 10, NULL, b->cost.bytes,
-          .cell = binary_amount(b->cost.bytes) },
-        { "model_n_params", "params", 10, NULL, b->cost.params,
-          .cell = amount(b->cost.params, "") },
-        { "backends", "backend", -7, "CPU" },
-        { "n_batch", .number = p->n_batch },
-        { "n_threads", "threads", 7, .number = p->n_threads },
-        { "type_k", .text = kv }, { "type_v", .text = kv },
-        { "n_prompt", .number = t->n_prompt }, { "n_gen", .number = gen },
-        { "n_depth", .number = t->depth }, { "test_time", .text = when },
-        { "avg_ns", .number = ns.mean }, { "stddev_ns", .number = ns.error },
-        { "avg_ts", .number = ts.mean, .digits = 6 },
-        { "stddev_ts", .number = ts.error, .digits = 6 },
-        { "samples_ns", .samples = b->ns },
-        { "samples_ts", .samples = b->ts, .digits = 6 },
-        { NULL, "test", 15, name.s },
-        { NULL, "t/s", 17, .cell = phrase("%.2f ± %.2f", ts.mean, ts.error) },
-        { "n_sequences", .number = t->n_seq },
-        { "isa", .text = isa_name(p->isa) },
-        { "read_bandwidth", .number = known(best->read / 1e9), .digits = 3 },
-        { "int8_rate", .number = known(best->dot / 1e9), .digits = 3 },
-        { "l2_gbs_core", .number = known(best->cached / 1e9), .digits = 3 },
-        { "gb_per_s", "GB/s", 6, NULL, known(read / 1e9), 1 },
-        { "gmac_per_s", "GMAC/s", 7, NULL, known(macs / 1e9), 1 },
-        { "share", "share", 6, NULL, share, 4, .cell = phrase(isnan(share) ?
-          "-" : "%.0f %%", 100 * share) },
-        { "rss_peak", .number = peak_memory() },
-        { "rss_anon", .number = known(rss) },
-        { "load_ms", .number = b->load_s * 1e3, .digits = 3 },
-        { "context_ms", .number = b->context_s * 1e3, .digits = 3 },
-        { "first_token_ms", .number = b->first_s * 1e3, .digits = 3 }
-    };
+    char when[24] = "";
+    struct text out = { 0 };
+    struct tm utc;
 
-    (b->s->output == MD ? print_row : print_record)(b, f, sizeof f / sizeof *f);
-    b->most_share = fmax(b->most_share, share);
-    b->rss_anon = fmax(b->rss_anon, rss);
-    b->n_done++;
-    return flush_output(DONE);
+    if (gmtime_r(&t->when, &utc))
+        strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    add_members(&out, "{build_commit: %s, build_number: %d, cpu_info: %s, "
+                "model_filename: %s, model_type: %s, model_size: %g, "
+                "model_n_params: %g, backends: %s, n_batch: %d, n_threads: %d, "
+                "type_k: %s, type_v: %s, n_prompt: %d, n_gen: %d, n_depth: %d, "
+                "test_time: %s, avg_ns: %g, stddev_ns: %g, avg_ts: %g, "
+                "stddev_ts: %g, samples_ns: [", "", 0,
+                look_up("/proc/cpuinfo", "model name", "?").s, b->s->model,
+                b->type.s, b->cost.bytes, b->cost.params, "CPU", p->n_batch,
+                p->n_threads, kv, kv, t->n_prompt, t->n_gen, t->depth, when,
+                round(t->ns.mean), round(t->ns.error), t->ts.mean, t->ts.error);
+    for (int i = 0; i < b->s->reps; i++)
+        add_members(&out, "%g", round(b->ns[i]));
+    add_members(&out, "], samples_ts: [");
+    for (int i = 0; i < b->s->reps; i++)
+        add_members(&out, "%g", b->ts[i]);
+    add_members(&out, "], n_sequences: %d, isa: %s, read_bandwidth: %g, "
+                "int8_rate: %g, l2_gbs_core: %g, gb_per_s: %g, gmac_per_s: %g, "
+                "share: %g, rss_peak: %g, rss_anon: %g, load_ms: %g, "
+                "context_ms: %g, first_token_ms: %g}", t->n_seq,
+                isa_name(p->isa), known(best->read / 1e9),
+                known(best->dot / 1e9), known(best->cached / 1e9), t->read,
+                t->macs, t->share, peak_memory(), known(anonymous_memory()),
+                b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
+    printf(b->n_done > 0 ? ",\n" : "[\n");
+    fwrite(out.s, 1, out.n, stdout);
+    free(out.s);
+}
+
+/* llama-bench's columns, then ours. */
+static void print_row(const struct bench *b, const struct test *t)
+{
+    if (b->n_done == 0)
+        printf("| model                          |       size |     params | "
+               "backend | threads |            test |               t/s |   "
+               "GB/s |  GMAC/s |  share |\n"
+               "| ------------------------------ | ---------: | ---------: | "
+               "------- | ------: | --------------: | ----------------: | "
+               "-----: | ------: | -----: |\n");
+    printf("| %-30s | %10s | %10s | CPU     | %7d | %15s | %17s | %6s | %7.1f |"
+           " %6s |\n", b->type.s, binary_amount(b->cost.bytes).s,
+           amount(b->cost.params, "").s, b->e.par.n_threads, name_test(t).s,
+           phrase("%.2f ± %.2f", t->ts.mean, t->ts.error).s,
+           isnan(t->read) ? "-" : phrase("%.1f", t->read).s, t->macs,
+           isnan(t->share) ? "-" : phrase("%.0f %%", 100 * t->share).s);
 }
 
 static void print_footer(const struct bench *b)
@@ -8971,28 +8911,36 @@ static struct estimate mean_and_deviation(const double *x, int n)
     return out;
 }
 
-/* The warm-up generates but one token, as llama-bench's does. */
-static int run_test(struct bench *b, const struct test *t)
+/* The warm-up generates but one token, as llama-bench's does.  A prompt is held
+ * against arithmetic, an answer against memory. */
+static int run_test(struct bench *b, struct test t)
 {
-    const double n = (double)t->n_prompt + (double)t->n_gen * t->n_seq;
-    const int reps = b->s->reps;
-    const time_t now = time(NULL);
-    char when[24] = "";
-    struct tm utc;
+    const double n = (double)t.n_prompt + (double)t.n_gen * t.n_seq;
+    const struct cost *cost = &b->cost;
     double took;
-    int code = run_once(b, t, t->n_gen > 0, &took);
+    int code = run_once(b, &t, t.n_gen > 0, &took);
 
-    for (int i = 0; code == DONE && i < reps; i++) {
-        code = run_once(b, t, t->n_gen, &took);
+    t.when = time(NULL);
+    for (int i = 0; code == DONE && i < b->s->reps; i++) {
+        code = run_once(b, &t, t.n_gen, &took);
         b->ns[i] = took * 1e9;
         b->ts[i] = n / (took + 1e-9);
     }
     if (code != DONE)
         return code;
-    if (gmtime_r(&now, &utc))
-        strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    return print_test(b, t, mean_and_deviation(b->ns, reps),
-                      mean_and_deviation(b->ts, reps), when);
+    t.ns = mean_and_deviation(b->ns, b->s->reps);
+    t.ts = mean_and_deviation(b->ts, b->s->reps);
+    t.macs = t.ts.mean * (cost->macs + (t.n_gen ? cost->head : 0)) / 1e9;
+    t.read = t.n_gen ? t.ts.mean / t.n_seq / 1e9 *
+             step_bytes(b->e.model, cost, t.n_seq, t.depth + t.n_gen / 2.0) :
+             NAN;
+    t.share = known(1e9 * (t.n_gen ? t.read / b->limit->read :
+                                     t.macs / b->limit->dot));
+    (b->s->output == MD ? print_row : print_record)(b, &t);
+    b->most_share = fmax(b->most_share, t.share);
+    b->rss_anon = fmax(b->rss_anon, anonymous_memory());
+    b->n_done++;
+    return flush_output(DONE);
 }
 
 static int open_bench_context(struct bench *b, const lfm2_params *p)
@@ -9040,10 +8988,11 @@ static int measure_start(struct bench *b)
     return code;
 }
 
-/* All tests with so many threads at one depth, in a context no larger than they
- * need. */
+/* All tests with so many threads at one depth, in llama-bench's order, and in a
+ * context no larger than they need. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
+    const struct list *gen = &b->s->bench_gen, *seqs = &b->s->bench_seqs;
     lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
@@ -9057,41 +9006,37 @@ static int run_tests(struct bench *b, int n_threads, int depth)
             measure_rate(b, LFM2_DOT),
             measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
         };
-    for (int i = 0; code == DONE && i < b->n_tests; i++) {
-        b->test[i].depth = depth;
-        code = interrupted ? INTERRUPTED : run_test(b, &b->test[i]);
-    }
+    for (int i = 0; code == DONE && i < b->s->bench_prompt.n; i++)
+        if (b->s->bench_prompt.v[i] > 0)
+            code = run_test(b, (struct test){ b->s->bench_prompt.v[i], 0, 1,
+                                              depth });
+    for (int i = 0; code == DONE && i < gen->n; i++)
+        for (int k = 0; code == DONE && gen->v[i] && k < seqs->n; k++)
+            code = run_test(b, (struct test){ 0, gen->v[i], seqs->v[k],
+                                              depth });
     close_bench_context(b);
     return code;
 }
 
-static void add_test(struct bench *b, int n_prompt, int n_gen, int n_seq)
+static int largest(const struct list *l)
 {
-    const int n = n_prompt + n_gen;
+    int most = 0;
 
-    if (n == 0)
-        return;
-    b->test[b->n_tests++] = (struct test){ n_prompt, n_gen, n_seq, 0 };
-    b->longest = n > b->longest ? n : b->longest;
-    b->n_seq = n_seq > b->n_seq ? n_seq : b->n_seq;
+    for (int i = 0; i < l->n; i++)
+        most = l->v[i] > most ? l->v[i] : most;
+    return most;
 }
 
-/* llama-bench's order.  All there will be to remember is there before any clock
- * runs. */
-static int list_tests(struct bench *b)
+/* All there will be to remember is there before any clock runs. */
+static int prepare_tests(struct bench *b)
 {
     const struct settings *s = b->s;
-    int deepest = 0;
+    const int prompt = largest(&s->bench_prompt), gen = largest(&s->bench_gen);
+    const int deepest = largest(&s->bench_depth);
 
-    for (int i = 0; i < s->bench_prompt.n; i++)
-        add_test(b, s->bench_prompt.v[i], 0, 1);
-    for (int i = 0; i < s->bench_gen.n; i++)
-        for (int k = 0; k < s->bench_seqs.n; k++)
-            add_test(b, 0, s->bench_gen.v[i], s->bench_seqs.v[k]);
-    for (int i = 0; i < s->bench_depth.n; i++)
-        if (s->bench_depth.v[i] > deepest)
-            deepest = s->bench_depth.v[i];
-    if (b->n_tests == 0)
+    b->longest = prompt > gen ? prompt : gen;
+    b->n_seq = gen ? largest(&s->bench_seqs) : 1;
+    if (b->longest == 0)
         return usage("nothing to measure: no -p or -n above 0");
     if (b->longest > MAX_CTX - deepest)
         return usage("a test of %d tokens at a depth of %d is longer than any "
@@ -9104,41 +9049,30 @@ static int list_tests(struct bench *b)
     return DONE;
 }
 
-static int run_all(struct bench *b)
-{
-    const struct settings *s = b->s;
-    int code = measure_start(b);
-
-    if (code != DONE)
-        return code;
-    b->cost = count_cost(b->e.model, s->kv);
-    b->type = name_type(b->e.model);
-    for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
-        b->limit = &b->best[i];
-        for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
-            code = run_tests(b, s->bench_threads.v[i], s->bench_depth.v[k]);
-    }
-    return code;
-}
-
 /* What is printed so far is complete, even after Ctrl-C. */
 static int bench(const struct settings *s)
 {
     struct bench b = { .s = s, .e.s = s };
-    int code = list_tests(&b);
+    int code = prepare_tests(&b);
 
+    if (code != DONE)
+        return code;
+    catch_interrupt();
+    code = measure_start(&b);
     if (code == DONE) {
-        b.status = fopen("/proc/self/status", "r");
-        catch_interrupt();
-        code = run_all(&b);
-        if (s->output == MD && code == DONE)
-            print_footer(&b);
-        if (s->output == JSON && (b.n_done > 0 || code == INTERRUPTED))
-            printf(b.n_done > 0 ? "\n]\n" : "[]\n");
+        b.cost = count_cost(b.e.model, s->kv);
+        b.type = name_type(b.e.model);
     }
+    for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
+        b.limit = &b.best[i];
+        for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
+            code = run_tests(&b, s->bench_threads.v[i], s->bench_depth.v[k]);
+    }
+    if (s->output == MD && code == DONE)
+        print_footer(&b);
+    if (s->output == JSON && (b.n_done > 0 || code == INTERRUPTED))
+        printf(b.n_done > 0 ? "\n]\n" : "[]\n");
     close_engine(&b.e);
-    if (b.status)
-        fclose(b.status);
     free(b.token);
     free(b.ns);
     free(b.ts);
