@@ -8937,48 +8937,23 @@ static int run_test(struct bench *b, struct test t)
     return flush_output(DONE);
 }
 
-static int open_bench_context(struct bench *b, const lfm2_params *p)
+/* From nothing to the first token, before anything else has warmed the way;
+ * and, with so many threads, the limits of the machine. */
+static int measure_machine(struct bench *b, double start)
 {
-    lfm2_error err;
+    int code = DONE;
 
-    if (lfm2_context_open(&b->e.ctx, b->e.model, p, &err) != LFM2_OK)
-        return report(b->s->model, &err);
-    running = b->e.ctx;
-    b->e.par = lfm2_context_params(b->e.ctx);
-    return DONE;
-}
-
-static void close_bench_context(struct bench *b)
-{
-    running = NULL;
-    lfm2_context_close(b->e.ctx);
-    b->e.ctx = NULL;
-}
-
-/* From nothing to the first token, before anything else has warmed the way.
- * Any tokens will do, if they are not always the same few: those of a mixture
- * choose its experts. */
-static int measure_start(struct bench *b)
-{
-    const double start = seconds();
-    lfm2_params p;
-    int code = open_model(&b->e);
-
-    if (code != DONE)
-        return code;
-    b->load_s = seconds() - start;
-    for (int i = 0; i < b->n_tokens; i++)
-        b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)
-                                lfm2_model_config(b->e.model)->n_vocab);
-    p = b->e.par;
-    p.n_threads = b->s->bench_threads.v[0] ? b->s->bench_threads.v[0] :
-                  usable_cpus();
-    code = open_bench_context(b, &p);
-    b->context_s = seconds() - start - b->load_s;
-    if (code == DONE)
+    if (b->first_s == 0) {
+        b->context_s = seconds() - start;
         code = feed(b, 0, 0, START_TOKENS, 1);
-    b->first_s = seconds() - start;
-    close_bench_context(b);
+        b->first_s = b->load_s + seconds() - start;
+    }
+    if (b->limit->n_threads == 0)
+        *b->limit = (struct limits){
+            b->e.par.n_threads, measure_rate(b, LFM2_READ),
+            measure_rate(b, LFM2_DOT),
+            measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
+        };
     return code;
 }
 
@@ -8986,29 +8961,31 @@ static int measure_start(struct bench *b)
  * context no larger than they need. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
-    const struct list *gen = &b->s->bench_gen, *seqs = &b->s->bench_seqs;
+    const struct list *prompt = &b->s->bench_prompt, *gen = &b->s->bench_gen;
+    const struct list *seqs = &b->s->bench_seqs;
+    const double start = seconds();
     lfm2_params p = choose_params(b->s, b->e.model);
+    lfm2_error err;
     int code;
 
     p.n_threads = n_threads ? n_threads : usable_cpus();
     p.n_ctx = depth + b->longest;
     p.n_seq = p.n_logits = b->n_seq;
-    code = open_bench_context(b, &p);
-    if (code == DONE && b->limit->n_threads == 0)
-        *b->limit = (struct limits){
-            b->e.par.n_threads, measure_rate(b, LFM2_READ),
-            measure_rate(b, LFM2_DOT),
-            measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
-        };
-    for (int i = 0; code == DONE && i < b->s->bench_prompt.n; i++)
-        if (b->s->bench_prompt.v[i] > 0)
-            code = run_test(b, (struct test){ b->s->bench_prompt.v[i], 0, 1,
-                                              depth });
+    if (lfm2_context_open(&b->e.ctx, b->e.model, &p, &err) != LFM2_OK)
+        return report(b->s->model, &err);
+    running = b->e.ctx;
+    b->e.par = lfm2_context_params(b->e.ctx);
+    code = measure_machine(b, start);
+    for (int i = 0; code == DONE && i < prompt->n; i++)
+        if (prompt->v[i] > 0)
+            code = run_test(b, (struct test){ prompt->v[i], 0, 1, depth });
     for (int i = 0; code == DONE && i < gen->n; i++)
         for (int k = 0; code == DONE && gen->v[i] && k < seqs->n; k++)
             code = run_test(b, (struct test){ 0, gen->v[i], seqs->v[k],
                                               depth });
-    close_bench_context(b);
+    running = NULL;
+    lfm2_context_close(b->e.ctx);
+    b->e.ctx = NULL;
     return code;
 }
 
@@ -9035,11 +9012,31 @@ static int prepare_tests(struct bench *b)
     if (b->longest > MAX_CTX - deepest)
         return usage("a test of %d tokens at a depth of %d is longer than any "
                      "context, %d", b->longest, deepest, MAX_CTX);
-    b->n_tokens = b->longest + deepest + START_TOKENS;
+    if (b->longest < START_TOKENS)
+        b->longest = START_TOKENS;
+    b->n_tokens = b->longest + deepest;
     b->token = zeroed((size_t)b->n_tokens, sizeof *b->token);
     b->ns = zeroed((size_t)s->reps, sizeof *b->ns);
     b->ts = zeroed((size_t)s->reps, sizeof *b->ts);
     b->e.span = zeroed((size_t)b->n_seq, sizeof *b->e.span);
+    return DONE;
+}
+
+/* Any tokens will do, if they are not always the same few: those of a mixture
+ * choose its experts. */
+static int open_bench(struct bench *b)
+{
+    const double start = seconds();
+    const int code = open_model(&b->e);
+
+    if (code != DONE)
+        return code;
+    b->load_s = seconds() - start;
+    for (int i = 0; i < b->n_tokens; i++)
+        b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)
+                                lfm2_model_config(b->e.model)->n_vocab);
+    b->cost = count_cost(b->e.model, b->s->kv);
+    b->type = name_type(b->e.model);
     return DONE;
 }
 
@@ -9052,11 +9049,7 @@ static int bench(const struct settings *s)
     if (code != DONE)
         return code;
     catch_interrupt();
-    code = measure_start(&b);
-    if (code == DONE) {
-        b.cost = count_cost(b.e.model, s->kv);
-        b.type = name_type(b.e.model);
-    }
+    code = open_bench(&b);
     for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
         b.limit = &b.best[i];
         for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
