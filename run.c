@@ -4403,7 +4403,7 @@ long syscall(long number, ...);           /* not in POSIX                    */
 #endif
 
 enum {
-    MAX_CLIENTS = 1056, MAX_CHOICES = 128, MAX_KEYS = 64,
+    MAX_CLIENTS = 1056, MAX_CHOICES = 128,
     MAX_HEAD = 1 << 14, MAX_FIELDS = 100, /* of a request                    */
     MAX_UNSENT = 1 << 22, MAX_AHEAD = 1 << 16,
     SERVE_BATCH = 512                     /* so that no step takes too long  */
@@ -4423,24 +4423,41 @@ enum { N_EDGES = sizeof edges / sizeof *edges };
 
 struct histogram { uint64_t n[N_EDGES + 1]; double sum; };
 
-static const struct status { int code; const char *text, *type; } statuses[] = {
-    { 200, "OK", NULL }, { 204, "No Content", NULL },
-    { 400, "Bad Request", "invalid_request_error" },
-    { 401, "Unauthorized", "authentication_error" },
-    { 403, "Forbidden", "permission_error" },
-    { 404, "Not Found", "not_found_error" },
-    { 405, "Method Not Allowed", "invalid_request_error" },
-    { 408, "Request Timeout", "invalid_request_error" },
-    { 411, "Length Required", "invalid_request_error" },
-    { 413, "Content Too Large", "invalid_request_error" },
-    { 415, "Unsupported Media Type", "invalid_request_error" },
-    { 417, "Expectation Failed", "invalid_request_error" },
-    { 429, "Too Many Requests", "rate_limit_error" },
-    { 431, "Request Header Fields Too Large", "invalid_request_error" },
-    { 500, "Internal Server Error", "server_error" },
-    { 501, "Not Implemented", "invalid_request_error" },
-    { 503, "Service Unavailable", "unavailable_error" },
-    { 505, "HTTP Version Not Supported", "invalid_request_error" },
+/* What a status means, and what to say with it where nothing else is said. */
+static const struct status { int code; const char *text, *type, *why; }
+statuses[] = {
+    { 200, "OK", NULL, NULL }, { 204, "No Content", NULL, NULL },
+    { 400, "Bad Request", "invalid_request_error",
+      "not a request of HTTP/1.1 as this server reads it" },
+    { 401, "Unauthorized", "authentication_error",
+      "expected a key of --api-key-file as \"Authorization: Bearer KEY\"" },
+    { 403, "Forbidden", "permission_error", "requests for other hosts, and "
+      "from pages of other origins, are not answered; --cors allows an "
+      "origin" },
+    { 404, "Not Found", "not_found_error", "nothing is at this address" },
+    { 405, "Method Not Allowed", "invalid_request_error",
+      "another method is expected here" },
+    { 408, "Request Timeout", "invalid_request_error",
+      "the request took too long to arrive" },
+    { 411, "Length Required", "invalid_request_error",
+      "expected a Content-Length, or a chunked body" },
+    { 413, "Content Too Large", "invalid_request_error",
+      "the body is longer than --max-body allows" },
+    { 415, "Unsupported Media Type", "invalid_request_error",
+      "expected \"Content-Type: application/json\"" },
+    { 417, "Expectation Failed", "invalid_request_error",
+      "expected nothing but \"Expect: 100-continue\"" },
+    { 429, "Too Many Requests", "rate_limit_error",
+      "more answers are under way or wait than --parallel and --queue allow" },
+    { 431, "Request Header Fields Too Large", "invalid_request_error",
+      "expected a head of at most 16 KiB and 100 fields" },
+    { 500, "Internal Server Error", "server_error",
+      "the model could not be run" },
+    { 501, "Not Implemented", "invalid_request_error",
+      "expected \"Transfer-Encoding: chunked\"" },
+    { 503, "Service Unavailable", "unavailable_error", "the server stops" },
+    { 505, "HTTP Version Not Supported", "invalid_request_error",
+      "expected HTTP/1.0 or HTTP/1.1" },
 };
 
 enum { N_STATUSES = sizeof statuses / sizeof *statuses };
@@ -4481,9 +4498,7 @@ struct server {
     int listener[2], n_listeners;
     struct phrase address;
     int is_local;                         /* nobody else can reach it        */
-    char *key[MAX_KEYS];                  /* into keys                       */
-    int n_keys;
-    struct text keys, page;
+    struct text keys, page;               /* keys: one on each line          */
     struct client *client[MAX_CLIENTS];
     int n_clients;
     double now, stopping;                 /* since when; 0: it serves        */
@@ -4510,13 +4525,13 @@ static void note_time(struct histogram *h, double took)
     h->sum += took;
 }
 
-static int status_index(int code)
+static const struct status *status_for(int code)
 {
-    int i = 0;
+    const struct status *is = statuses;
 
-    while (statuses[i].code != code)
-        i++;
-    return i;
+    while (is->code != code)
+        is++;
+    return is;
 }
 
 /* The head of a response; n < 0: how long it will be is not known. */
@@ -4524,17 +4539,17 @@ static void begin_response(struct client *c, int code, const char *type,
                            long long n, const char *more)
 {
     struct server *v = c->server;
-    const int i = status_index(code);
+    const struct status *is = status_for(code);
     const char *origin = v->e.s->cors;
     const time_t now = time(NULL);
     struct tm tm;
     char date[40];
 
-    v->answered[i]++;
+    v->answered[is - statuses]++;
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT",
              gmtime_r(&now, &tm));
     add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: "
-               "%016llx\r\nConnection: %s\r\n", code, statuses[i].text, date,
+               "%016llx\r\nConnection: %s\r\n", code, is->text, date,
                (unsigned long long)c->id, c->keeps ? "keep-alive" : "close");
     if (type)
         add_format(&c->out, "Content-Type: %s\r\n", type);
@@ -4602,7 +4617,7 @@ static void add_error(struct text *to, int status, int code, const char *why)
 
     add_string(to, "{\"error\": {");
     member_text(to, "message", why);
-    member_text(to, "type", statuses[status_index(status)].type);
+    member_text(to, "type", status_for(status)->type);
     member_bytes(to, "param", end ? why + 1 : NULL,
                  end ? (size_t)(end - why - 1) : 0);
     member_text(to, "code", code == TOO_LONG ? "context_length_exceeded" :
@@ -4610,35 +4625,29 @@ static void add_error(struct text *to, int status, int code, const char *why)
     add_string(to, "}}");
 }
 
-/* An error: the connection stays only where the request was read to its end. */
-static void refuse(struct client *c, int status, int code, const char *fmt, ...)
+/* An error; without a sentence of its own, the one for this status.  The
+ * connection stays only where the request was read to its end. */
+static void refuse(struct client *c, int status, int code, const char *why)
 {
     struct text body = { 0 };
-    struct phrase more = phrase("%s", "");
-    struct why why;
-    va_list args;
+    const char *more = status == 401 ? "WWW-Authenticate: Bearer\r\n" :
+                       status == 429 || status == 503 ? "Retry-After: 5\r\n" :
+                       "";
 
-    va_start(args, fmt);
-    vsnprintf(why.s, sizeof why.s, fmt, args);
-    va_end(args);
+    why = why ? why : status_for(status)->why;
     c->keeps &= c->state == WORKING;
-    if (status == 401)
-        more = phrase("%s", "WWW-Authenticate: Bearer\r\n");
-    if (status == 405)
-        more = phrase("Allow: %s, OPTIONS\r\n", c->route->methods);
-    if (status == 429 || status == 503)
-        more = phrase("%s", "Retry-After: 5\r\n");
-    add_error(&body, status, code, why.s);
+    add_error(&body, status, code, why);
     if (c->server->e.s->verbose)
-        note("%d: %s", status, why.s);
-    respond(c, status, "application/json", &body, more.s);
+        note("%d: %s", status, why);
+    respond(c, status, "application/json", &body, status != 405 ? more :
+            phrase("Allow: %s, OPTIONS\r\n", c->route->methods).s);
     free(body.s);
 }
 
-/* The status for the program's own codes. */
+/* What is wrong with a body.  It has columns, but no lines. */
 static void refuse_body(struct client *c, int code, const struct why *why)
 {
-    refuse(c, code == USAGE || code == TOO_LONG ? 400 : 500, code, "%s",
+    refuse(c, code == USAGE || code == TOO_LONG ? 400 : 500, code,
            strncmp(why->s, "line 1, ", 8) ? why->s : why->s + 8);
 }
 
@@ -4870,7 +4879,7 @@ static void finish_answer(struct client *c)
         return;
     }
     if (error) {
-        refuse(c, 500, FAILED, "%s", error);
+        refuse(c, 500, FAILED, error);
         return;
     }
     add_head(e, &body, q->is_completion, c->id, q->is_completion ?
@@ -4886,15 +4895,6 @@ static void finish_answer(struct client *c)
 }
 
 /* ---- endpoints */
-
-static int n_waiting(const struct engine *e)
-{
-    int n = 0;
-
-    for (const struct job *j = e->jobs; j; j = j->next)
-        n += j->state == WAITING;
-    return n;
-}
 
 /* The JSON object in the body, or NULL after an error was sent. */
 static const struct json *parse_body(struct client *c)
@@ -4956,15 +4956,13 @@ static void complete_body(struct client *c)
         return;
     for (const struct job *j = e->jobs; j; j = j->next)
         n_jobs++;
-    if (!given(body, is_chat ? "messages" : "prompt")) {
-        refuse(c, 400, USAGE, "\"%s\": expected %s", is_chat ? "messages" :
-               "prompt", is_chat ? "an array of messages" : "a text");
-        return;
-    }
-    code = read_choices(c, body, &why);
+    code = given(body, is_chat ? "messages" : "prompt") ? DONE :
+           because(&why, USAGE, is_chat ? "\"messages\": expected an array" :
+                   "\"prompt\": expected a text");
+    if (code == DONE)
+        code = read_choices(c, body, &why);
     if (code == DONE && n_jobs + c->n_choices > e->par.n_seq + e->s->queue) {
-        refuse(c, 429, USAGE, "%d answers are under way or wait, more than "
-               "--parallel and --queue allow", n_jobs);
+        refuse(c, 429, USAGE, NULL);
         return;
     }
     for (int i = 0; code == DONE && i < c->n_choices; i++)
@@ -4992,8 +4990,7 @@ static void tell_models(struct client *c)
 
     if (c->model.n > 0 && (c->model.n != name.n ||
                            memcmp(c->model.s, name.s, name.n) != 0)) {
-        refuse(c, 404, USAGE, "no model \"%.*s\" here",
-               (int)(c->model.n < 100 ? c->model.n : 100), c->model.s);
+        refuse(c, 404, USAGE, "no other model is here than /v1/models says");
         return;
     }
     add_string(&body, c->model.n > 0 ? "{" :
@@ -5013,20 +5010,15 @@ static void tell_health(struct client *c)
     struct text body = { 0 };
 
     add_string(&body, "{\"status\": \"ok\"}");
-    if (c->server->stopping > 0)
-        refuse(c, 503, FAILED, "the server stops");
-    else
-        respond_json(c, &body);
+    respond_json(c, &body);
     free(body.s);
 }
 
 static void add_metric(struct text *to, const char *name, const char *type,
-                       const char *help, double value)
+                       const char *help)
 {
     add_format(to, "# HELP lfm2_%s %s\n# TYPE lfm2_%s %s\n", name, help, name,
                type);
-    if (isfinite(value))
-        add_format(to, "lfm2_%s %.17g\n", name, value);
 }
 
 static void add_histogram(struct text *to, const char *name, const char *help,
@@ -5034,40 +5026,44 @@ static void add_histogram(struct text *to, const char *name, const char *help,
 {
     uint64_t sum = 0;
 
-    add_metric(to, name, "histogram", help, NAN);
-    for (int i = 0; i <= N_EDGES; i++) {
-        sum += h->n[i];
+    add_metric(to, name, "histogram", help);
+    for (int i = 0; i <= N_EDGES; i++)
         add_format(to, "lfm2_%s_bucket{le=\"%s\"} %llu\n", name, i < N_EDGES ?
-                   phrase("%g", edges[i]).s : "+Inf", (unsigned long long)sum);
-    }
+                   phrase("%g", edges[i]).s : "+Inf",
+                   (unsigned long long)(sum += h->n[i]));
     add_format(to, "lfm2_%s_sum %.9g\nlfm2_%s_count %llu\n", name, h->sum,
                name, (unsigned long long)sum);
 }
 
+/* In the text format of Prometheus. */
 static void tell_metrics(struct client *c)
 {
     const struct server *v = c->server;
-    const int waiting = n_waiting(&v->e);
-    struct text to = { 0 };
-    int busy = 0;
+    int waiting = 0, busy = 0;
 
-    for (int i = 0; i < v->e.par.n_seq; i++)
-        busy += v->e.slot[i].job != NULL;
-    add_metric(&to, "requests_total", "counter", "Requests by status.", NAN);
+    for (const struct job *j = v->e.jobs; j; j = j->next)
+        *(j->state == WAITING ? &waiting : &busy) += 1;
+    const struct { const char *name, *type, *help; double value; } all[] = {
+        { "prompt_tokens_total", "counter", "Tokens read.", v->read },
+        { "cached_tokens_total", "counter",
+          "Tokens of prompts that were in a cache.", v->reused },
+        { "generated_tokens_total", "counter", "Tokens generated.", v->made },
+        { "connections", "gauge", "Open connections.", v->n_clients },
+        { "queue", "gauge", "Answers that wait.", waiting },
+        { "slots", "gauge", "Answers there can be at once.", v->e.par.n_seq },
+        { "slots_busy", "gauge", "Answers under way.", busy }
+    };
+    struct text to = { 0 };
+
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        add_metric(&to, all[i].name, all[i].type, all[i].help);
+        add_format(&to, "lfm2_%s %.17g\n", all[i].name, all[i].value);
+    }
+    add_metric(&to, "requests_total", "counter", "Requests by status.");
     for (int i = 0; i < N_STATUSES; i++)
         if (v->answered[i] > 0)
             add_format(&to, "lfm2_requests_total{status=\"%d\"} %llu\n",
                        statuses[i].code, (unsigned long long)v->answered[i]);
-    add_metric(&to, "prompt_tokens_total", "counter", "Tokens read.", v->read);
-    add_metric(&to, "cached_tokens_total", "counter",
-               "Tokens of prompts that were in a cache.", v->reused);
-    add_metric(&to, "generated_tokens_total", "counter", "Tokens generated.",
-               v->made);
-    add_metric(&to, "connections", "gauge", "Open connections.", v->n_clients);
-    add_metric(&to, "queue", "gauge", "Answers that wait.", waiting);
-    add_metric(&to, "slots", "gauge", "Answers there can be at once.",
-               v->e.par.n_seq);
-    add_metric(&to, "slots_busy", "gauge", "Answers under way.", busy);
     add_histogram(&to, "first_token_seconds",
                   "From a request to its first token.", &v->first);
     add_histogram(&to, "token_seconds", "From one token to the next.",
@@ -5136,8 +5132,8 @@ static void detokenize_body(struct client *c)
     if (json_is(list, JSON_ARRAY))
         respond_json(c, &to);
     else
-        refuse(c, 400, USAGE, "\"tokens\": expected an array of token ids from "
-               "0 to %d", lfm2_n_vocab(e->words) - 1);
+        refuse(c, 400, USAGE, phrase("\"tokens\": expected an array of token "
+               "ids from 0 to %d", lfm2_n_vocab(e->words) - 1).s);
     free(to.s);
     free(content.s);
 }
@@ -5145,7 +5141,7 @@ static void detokenize_body(struct client *c)
 static void send_page(struct client *c)
 {
     if (c->server->page.n == 0)
-        refuse(c, 404, USAGE, "nothing is at this address");
+        refuse(c, 404, USAGE, NULL);
     else
         respond(c, 200, "text/html; charset=utf-8", &c->server->page, "");
 }
@@ -5289,17 +5285,18 @@ static int is_known_key(const struct server *v, const struct piece *given)
     static const char scheme[] = "bearer ";
     const size_t len = strlen(scheme);
     struct phrase word = phrase("%.7s", given->n > len ? given->s : "");
-    int found = v->n_keys == 0;
+    int found = v->keys.n == 0;
 
     lower(word.s, strlen(word.s));
     if (strcmp(word.s, scheme) != 0)
         return found;
-    for (int k = 0; k < v->n_keys; k++) {
-        const size_t n = strlen(v->key[k]);
-        unsigned differ = n != given->n - len;
+    for (const char *key = v->keys.s; key && *key;) {
+        const size_t n = strcspn(key, "\n");
+        unsigned differ = n == 0 || n != given->n - len;
         for (size_t i = len; i < given->n; i++)
-            differ |= (unsigned)(given->s[i] ^ v->key[k][(i - len) % (n + 1)]);
+            differ |= (unsigned)(given->s[i] ^ key[n ? (i - len) % n : 0]);
         found |= !differ;
+        key += n + (key[n] == '\n');
     }
     return found;
 }
@@ -5352,30 +5349,6 @@ static int check_head(struct client *c, const struct piece *field)
     return field[EXPECT].s && !is(&field[EXPECT], "100-continue") ? 417 : 0;
 }
 
-static void refuse_head(struct client *c, int status)
-{
-    static const struct { int status; const char *why; } reasons[] = {
-        { 400, "not a request of HTTP/1.1 as this server reads it" },
-        { 401, "expected a key of --api-key-file as \"Authorization: Bearer "
-               "KEY\"" },
-        { 403, "requests for other hosts, and from pages of other origins, are "
-               "not answered; --cors allows an origin" },
-        { 404, "nothing is at this address" },
-        { 405, "another method is expected here" },
-        { 411, "expected a Content-Length, or a chunked body" },
-        { 413, "the body is longer than --max-body allows" },
-        { 415, "expected \"Content-Type: application/json\"" },
-        { 417, "expected nothing but \"Expect: 100-continue\"" },
-        { 501, "expected \"Transfer-Encoding: chunked\"" },
-        { 505, "expected HTTP/1.0 or HTTP/1.1" },
-    };
-    int i = 0;
-
-    while (reasons[i].status != status)
-        i++;
-    refuse(c, status, USAGE, "%s", reasons[i].why);
-}
-
 /* A whole head, of n bytes with its empty line. */
 static void check_request(struct client *c, size_t n)
 {
@@ -5400,16 +5373,11 @@ static void check_request(struct client *c, size_t n)
     c->keeps = c->is_http11 && !(field[CONNECTION].s &&
                find(field[CONNECTION].s, field[CONNECTION].s +
                     field[CONNECTION].n, "close"));
-    if (bad)
-        status = 400;
-    else if (n_lines > MAX_FIELDS) {
-        refuse(c, 431, USAGE, "more than %d fields", MAX_FIELDS);
-        return;
-    }
+    status = bad ? 400 : n_lines > MAX_FIELDS ? 431 : status;
     status = status ? status : read_length(c, field);
     status = status ? status : check_head(c, field);
     if (status)
-        refuse_head(c, status);
+        refuse(c, status, USAGE, NULL);
     else if (field[EXPECT].s && c->is_http11 && c->in.n == n)
         add_string(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
 }
@@ -5489,7 +5457,7 @@ static void answer_request(struct client *c)
                 "Access-Control-Allow-Headers: *, Authorization\r\n",
                 c->route->methods).s);
     else if (v->stopping > 0)
-        refuse(c, 503, FAILED, "the server stops");
+        refuse(c, 503, FAILED, NULL);
     else
         c->route->answer(c);
 }
@@ -5511,7 +5479,7 @@ static void read_head_part(struct client *c)
     n = end ? (size_t)(end - c->in.s) + 4 : c->in.n;
     c->seen = n;
     if (n > MAX_HEAD)
-        refuse(c, 431, USAGE, "a head longer than %d bytes", MAX_HEAD);
+        refuse(c, 431, USAGE, NULL);
     else if (end) {
         c->deadline = c->server->now + BODY_TIME;
         check_request(c, n);
@@ -5539,7 +5507,7 @@ static void read_more(struct client *c)
         more = c->state == IN_LENGTH ? 0 : read_chunk(c);
     c->seen = c->in.n;
     if (more < 0)
-        refuse_head(c, more == -1 ? 400 : 413);
+        refuse(c, more == -1 ? 400 : 413, USAGE, NULL);
     else if (c->state == WORKING)
         answer_request(c);
 }
@@ -5618,7 +5586,7 @@ static void check_time(struct client *c)
              (c->state == IN_HEAD && c->in.n == 0))
         hang_up(c);
     else if (c->state < WORKING)
-        refuse(c, 408, USAGE, "the request took too long to arrive");
+        refuse(c, 408, USAGE, NULL);
 }
 
 /* One that waits for its next request has had its answer. */
@@ -5713,9 +5681,9 @@ static void fail_answers(struct server *v)
         for (int k = 0; k < c->n_choices; k++)
             failed |= c->choice[k].job.state == ACTIVE;
         if (failed && c->stream)
-            end_stream(c, "the model could not be run");
+            end_stream(c, status_for(500)->why);
         else if (failed)
-            refuse(c, 500, FAILED, "the model could not be run");
+            refuse(c, 500, FAILED, NULL);
     }
 }
 
@@ -5755,9 +5723,9 @@ static void run_server(struct server *v)
     for (int i = 0; i < v->n_clients; i++) {
         struct client *c = v->client[i];
         if (c->state == WORKING && c->stream)
-            end_stream(c, "the server stops");
+            end_stream(c, status_for(503)->why);
         else if (c->state == WORKING)
-            refuse(c, 503, FAILED, "the server stops");
+            refuse(c, 503, FAILED, NULL);
         transmit(c);
         if (c->state != GONE)
             hang_up(c);
@@ -5823,7 +5791,7 @@ static int listen_at_port(struct server *v, const char *where)
                      "address in numbers, or a path with a slash", where);
     v->is_local = is4 ? ntohl(a4.sin_addr.s_addr) >> 24 == 127 :
                   IN6_IS_ADDR_LOOPBACK(&a6.sin6_addr);
-    if (!v->is_local && v->n_keys == 0)
+    if (!v->is_local && v->keys.n == 0)
         return usage("--serve %s: others can reach it, so --api-key-file is "
                      "needed", where);
     a4.sin_port = htons((uint16_t)port);
@@ -5844,26 +5812,6 @@ static int listen_at_port(struct server *v, const char *where)
     return DONE;
 }
 
-/* One on each line. */
-static int read_keys(struct server *v, const char *path)
-{
-    int code = read_text_file(path, &v->keys);
-
-    for (char *s = v->keys.s; code == DONE && s && *s;) {
-        const size_t n = strcspn(s, "\n"), len = strcspn(s, "\r\n");
-        const int more = s[n] != '\0';
-        s[len] = '\0';
-        if (len > 0 && v->n_keys == MAX_KEYS)
-            return say(USAGE, "%s: more than %d keys", path, MAX_KEYS);
-        if (len > 0)
-            v->key[v->n_keys++] = s;
-        s += n + (size_t)more;
-    }
-    if (code == DONE && v->n_keys == 0)
-        code = say(USAGE, "%s: no key in it, expected one on each line", path);
-    return code;
-}
-
 /* Everything that the sandbox will not allow comes first. */
 static int open_server(struct server *v)
 {
@@ -5872,7 +5820,10 @@ static int open_server(struct server *v)
     int code = DONE;
 
     if (s->api_key_file)
-        code = read_keys(v, s->api_key_file);
+        code = read_text_file(s->api_key_file, &v->keys);
+    if (code == DONE && s->api_key_file && strspn(v->keys.s, "\n") == v->keys.n)
+        code = say(USAGE, "%s: no key in it, expected one on each line",
+                   s->api_key_file);
     if (code == DONE && s->page)
         code = read_file(s->page, &v->page);
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
