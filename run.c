@@ -4406,6 +4406,7 @@ enum {
     MAX_CLIENTS = 1056, MAX_CHOICES = 128,
     MAX_HEAD = 1 << 14, MAX_FIELDS = 100, /* of a request                    */
     MAX_UNSENT = 1 << 22, MAX_AHEAD = 1 << 16,
+    MAX_HELD = 1 << 30,                   /* bytes, for all clients together */
     SERVE_BATCH = 512                     /* so that no step takes too long  */
 };
 
@@ -4568,6 +4569,25 @@ static void begin_response(struct client *c, int code, const char *type,
     c->spoke = v->now;
 }
 
+/* Let go of the body's text, and of what it said. */
+static void drop_body(struct client *c)
+{
+    free(c->body.s);
+    c->body = (struct text){ NULL, 0, 0 };
+    pool_free(&c->pool);
+}
+
+/* Bytes that clients make the server keep. */
+static size_t held(const struct server *v)
+{
+    size_t n = 0;
+
+    for (int i = 0; i < v->n_clients; i++)
+        n += v->client[i]->in.cap + v->client[i]->body.cap +
+             v->client[i]->pool.total;
+    return n;
+}
+
 /* What was asked is answered; the next request may follow. */
 static void finish_request(struct client *c)
 {
@@ -4579,16 +4599,11 @@ static void finish_request(struct client *c)
         free_request(&j->q);
     }
     free(c->choice);
-    pool_free(&c->pool);
+    drop_body(c);
     c->choice = NULL;
-    c->n_choices = c->n_done = 0;
-    c->body.n = c->length = c->seen = 0;
+    c->n_choices = c->n_done = c->stream = 0;
+    c->length = c->seen = 0;
     c->id = 0;
-    c->stream = 0;
-    if (c->body.cap > MAX_AHEAD) {
-        free(c->body.s);
-        c->body = (struct text){ NULL, 0, 0 };
-    }
     c->state = c->keeps ? IN_HEAD : LEAVING;
     c->deadline = c->server->now + (c->keeps ? IDLE_TIME : SEND_TIME);
 }
@@ -4901,7 +4916,13 @@ static const struct json *parse_body(struct client *c)
 {
     struct json *body = NULL;
     struct why why;
-    int code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n,
+    int code;
+
+    if (held(c->server) > MAX_HELD) {
+        refuse(c, 503, FAILED, "too much is waiting here already");
+        return NULL;
+    }
+    code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n,
                           &body, &why);
 
     if (code == DONE && body->type != JSON_OBJECT)
@@ -4973,13 +4994,12 @@ static void complete_body(struct client *c)
     }
     c->created = (long long)time(NULL);
     c->stream = c->choice[0].job.q.stream;
-    c->include_usage = 0;
-    if (c->stream) {
-        const struct json *options = given(body, "stream_options");
-        const struct json *usage = given(options, "include_usage");
-        c->include_usage = json_is(usage, JSON_TRUE);
+    c->include_usage = json_is(given(given(body, "stream_options"),
+                                     "include_usage"), JSON_TRUE);
+    if (c->stream)
         begin_response(c, 200, "text/event-stream", -1, "");
-    }
+    if (c->choice[0].job.q.stop.n == e->s->ask.stop.n)
+        drop_body(c);                     /* no texts of it are needed       */
 }
 
 static void tell_models(struct client *c)
@@ -5496,6 +5516,10 @@ static void read_more(struct client *c)
         read_head_part(c);
     if (c->state == IN_HEAD || c->state == LEAVING)
         return;
+    if (c->in.n + c->body.n > MAX_AHEAD && held(c->server) > MAX_HELD) {
+        refuse(c, 503, FAILED, "too much is waiting here already");
+        return;
+    }
     if (c->state == IN_LENGTH) {
         const size_t rest = c->length - c->body.n;
         const size_t n = c->in.n < rest ? c->in.n : rest;
@@ -5522,7 +5546,6 @@ static void hang_up(struct client *c)
         close(c->fd);
     free(c->in.s);
     free(c->out.s);
-    free(c->body.s);
     c->state = GONE;
 }
 
@@ -5532,6 +5555,10 @@ static void receive(struct client *c)
 
     if (c->state == LEAVING)
         c->in.n = 0;
+    if (c->in.n == 0 && c->in.cap > 4 * MAX_AHEAD) {
+        free(c->in.s);
+        c->in = (struct text){ NULL, 0, 0 };
+    }
     reserve(&c->in, 1 << 16);
     n = read(c->fd, c->in.s + c->in.n, 1 << 16);
     if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
