@@ -8349,17 +8349,90 @@ static void add_json(struct text *t, const struct json *v)
  *
  * Those of arrays have no key. */
 
+/* The comma before a member, unless it is the first or what a key is for. */
+static void begin_member(struct text *to)
+{
+    if (to->n > 0 && !strchr("{[ ", to->s[to->n - 1]))
+        add_string(to, ", ");
+}
+
 static void member(struct text *to, const char *key)
 {
-    if (to->n > 0 && !strchr("{[", to->s[to->n - 1]))
-        add_string(to, ", ");
+    begin_member(to);
     if (key) {
         add_json_string(to, key, strlen(key));
         add_string(to, ": ");
     }
 }
 
-/* Text that is not there, and numbers that are none, are null. */
+/* Numbers that are none are null. */
+static void add_real(struct text *to, double x)
+{
+    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
+               "%.0f" : "%.9g", x);
+}
+
+/* The value of one conversion of add_members(); returns its last letter. */
+static const char *add_value(struct text *to, const char *how, va_list *args)
+{
+    const char *const end = how + strcspn(how, "sdiugx");
+    const int n = *how == '.' ? va_arg(*args, int) : -1;
+    const char *s;
+
+    if (*end == 's') {
+        s = va_arg(*args, const char *);
+        if (s)
+            add_json_string(to, s, n < 0 ? strlen(s) : (size_t)n);
+        else
+            add_string(to, "null");
+    } else if (*end == 'd')
+        add_format(to, "%d", va_arg(*args, int));
+    else if (*end == 'i')
+        add_string(to, va_arg(*args, int) ? "true" : "false");
+    else if (*end == 'g')
+        add_real(to, va_arg(*args, double));
+    else if (*how == 'z')
+        add_format(to, "%zu", va_arg(*args, size_t));
+    else
+        add_format(to, *end == 'x' ? "\"%016llx\"" : "%llu",
+                   va_arg(*args, unsigned long long));
+    return end;
+}
+
+/* Members by a format, in which keys are bare words:
+ *
+ *     add_members(to, "name: %s, sizes: {width: %d, bytes: %llu}", ...);
+ *
+ * It may end within an object, for the next call to go on, and commas between
+ * members come by themselves.  %s is a string and %.*s some bytes, or null if
+ * they are not there; %d, %zu, %llu and %g are numbers, %016llx a hash, and %i
+ * true or false. */
+#ifdef __GNUC__
+__attribute__((format(printf, 2, 3)))
+#endif
+static void add_members(struct text *to, const char *format, ...)
+{
+    va_list args;
+
+    va_start(args, format);
+    for (const char *s = format; *s; s++) {
+        const size_t n = strspn(s, "abcdefghijklmnopqrstuvwxyz_0123456789");
+        if (strchr("{[%", *s) || n > 0)
+            begin_member(to);
+        if (n > 0) {
+            add_json_string(to, s, n);
+            s += n - 1;
+        } else if (*s == '%')
+            s = add_value(to, s + 1, &args);
+        else if (*s == ':')
+            add_string(to, ": ");
+        else
+            add(to, s, !strchr(", ", *s));
+    }
+    va_end(args);
+}
+
+/* Text that is not there is null. */
 static void member_bytes(struct text *to, const char *key, const char *s,
                          size_t n)
 {
@@ -8384,14 +8457,7 @@ static void member_count(struct text *to, const char *key, uint64_t n)
 static void member_real(struct text *to, const char *key, double x)
 {
     member(to, key);
-    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
-               "%.0f" : "%.9g", x);
-}
-
-static void member_bool(struct text *to, const char *key, int x)
-{
-    member(to, key);
-    add_string(to, x ? "true" : "false");
+    add_real(to, x);
 }
 
 static void member_open(struct text *to, const char *key, const char *bracket)
@@ -9365,22 +9431,13 @@ static int work_on_words(const struct settings *s)
 /* -------------------------------------------------------------- 17. --inspect
  *
  * What is in a file, in the terms its makers use; what it will take to run it;
- * and what is wrong with it.  The facts are found once, then printed as text or
- * as JSON. */
+ * and what is wrong with it.  Each fact is written once, as JSON; the text is
+ * made of that. */
 
-/* ---- facts
- *
- * Each is written once, as JSON; the text is made of that.  Every tensor has a
- * role; embedding and output are one where they are tied. */
-
+/* What a tensor is for.  Embedding and output are one where they are tied. */
 enum role {
     EMBEDDING, OUTPUT, CONV_MIXERS, ATTENTION, DENSE_FFN, ROUTER, EXPERTS,
     NORMS, UNUSED, N_ROLES
-};
-
-static const char *const role_name[N_ROLES] = {
-    "embedding", "output", "conv", "attention", "dense_ffn", "router",
-    "experts", "norms", "unused"
 };
 
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
@@ -9388,8 +9445,8 @@ enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
 /* What the tensors of a role take. */
 struct portion {
     int n;                                /* tensors                         */
-    uint64_t params, active;              /* these for every token           */
-    uint64_t bytes, read;
+    unsigned long long params, bytes;
+    unsigned long long active, read;      /* for every token                 */
     int of_type[MAX_TYPES];               /* tensors, by lfm2_weight_type()  */
 };
 
@@ -9401,12 +9458,16 @@ struct inspection {
     int code;                             /* LFM2_OK, or what is fatal       */
     lfm2_error err;
     struct text json;
+    const char *last_norm;                /* its name                        */
+    int tied;
     struct portion all;                   /* without what is unused          */
     struct found_template template;
 };
 
+/* ---- facts */
+
 /* The first two are outside of layers, and known by their whole names. */
-static enum role role_of_tensor(const char *name, const char *norm)
+static enum role role_of_tensor(const char *name, const char *last_norm)
 {
     static const struct { const char *part; enum role role; } known[] = {
         { "token_embd.weight", EMBEDDING }, { "output.weight", OUTPUT },
@@ -9421,7 +9482,7 @@ static enum role role_of_tensor(const char *name, const char *norm)
         if (in_layer ? strstr(name, known[i].part) != NULL :
             strcmp(name, known[i].part) == 0)
             return known[i].role;
-    return strcmp(name, norm) == 0 ? NORMS : UNUSED;
+    return strcmp(name, last_norm) == 0 ? NORMS : UNUSED;
 }
 
 /* Of the experts a token reads those that are chosen; of an embedding that is
@@ -9432,11 +9493,9 @@ static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
     const int shared = role == EXPERTS && c->n_expert > 0;
     const uint64_t of = shared ? (uint64_t)c->n_expert : 1;
     const uint64_t used = shared ? (uint64_t)c->n_expert_used : role != UNUSED;
-    uint64_t params = 1;
+    const uint64_t params = (uint64_t)count_elements(t);
     const char *type;
 
-    for (int d = 0; d < t->n_dims; d++)
-        params *= t->dims[d];
     to->n++;
     to->params += params;
     to->active += params / of * used;
@@ -9447,23 +9506,14 @@ static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
         to->of_type[i] += strcmp(type, t->type) == 0;
 }
 
-static int has_tensor(const lfm2_model *m, const char *name)
-{
-    lfm2_tensor_info t;
-
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++)
-        if (strcmp(t.name, name) == 0)
-            return 1;
-    return 0;
-}
-
-static void member_string(struct text *to, const char *key,
-                          const lfm2_model *m, const char *in_file)
+/* A string of the metadata, whole. */
+static void add_file_string(struct inspection *f, const char *key,
+                            const char *in_file)
 {
     size_t n = 0;
-    const char *s = lfm2_model_string(m, in_file, &n);
+    const char *s = lfm2_model_string(f->model, in_file, &n);
 
-    member_bytes(to, key, s, n);
+    member_bytes(&f->json, key, s, n);
 }
 
 /* The first bytes say as much as there is of a bad file. */
@@ -9480,92 +9530,88 @@ static void add_file_facts(struct inspection *f)
         keys++;
     while (lfm2_model_tensor(f->model, tensors, &t) == LFM2_OK)
         tensors++;
-    member_open(to, "file", "{");
-    member_text(to, "path", f->s->model);
-    member_count(to, "bytes", n);
-    if (n >= 24 && memcmp(head, "GGUF", 4) == 0) {
-        member_count(to, "gguf_version", get_le(head + 4, 4));
-        member_count(to, "n_keys", get_le(head + 16, 8));
-        member_count(to, "n_tensors", get_le(head + 8, 8));
-        member_count(to, "keys_read", (uint64_t)keys);
-        member_count(to, "tensors_read", (uint64_t)tensors);
-    }
-    add_string(to, "}");
-    member_bool(to, "opens", f->is_model);
-    member_string(to, "name", f->model, "general.name");
-    member_string(to, "architecture", f->model, "general.architecture");
+    add_members(to, "file: {path: %s, bytes: %zu", f->s->model, n);
+    if (n >= 24 && memcmp(head, "GGUF", 4) == 0)
+        add_members(to, "gguf_version: %llu, n_keys: %llu, n_tensors: %llu, "
+                    "keys_read: %d, tensors_read: %d",
+                    (unsigned long long)get_le(head + 4, 4),
+                    (unsigned long long)get_le(head + 16, 8),
+                    (unsigned long long)get_le(head + 8, 8), keys, tensors);
+    add_members(to, "} opens: %i", f->is_model);
+    add_file_string(f, "name", "general.name");
+    add_file_string(f, "architecture", "general.architecture");
 }
 
 /* In the maps c and A are short convolutions and attention, d and e dense
  * networks and experts. */
-static void add_size_facts(struct text *to, const lfm2_config *c)
+static void add_shape(struct inspection *f)
 {
-    const struct { const char *key; int n; } size[] = {
-        { "n_layer", c->n_layer }, { "n_embd", c->n_embd },
-        { "n_vocab", c->n_vocab }, { "n_ctx_train", c->n_ctx_train },
-        { "l_cache", c->l_cache }, { "n_head", c->n_head },
-        { "n_head_kv", c->n_head_kv }, { "head_dim", c->head_dim },
-        { "n_ff", c->n_ff }, { "n_layer_dense", c->n_layer_dense },
-        { "n_expert", c->n_expert }, { "n_expert_used", c->n_expert_used },
-        { "n_ff_expert", c->n_ff_expert }
-    };
+    const lfm2_config *c = lfm2_model_config(f->model);
     char mixers[LFM2_MAX_LAYER + 1] = "", ffns[LFM2_MAX_LAYER + 1] = "";
+    lfm2_tensor_info t;
 
     for (int il = 0; il < c->n_layer; il++) {
         mixers[il] = c->is_attn[il] ? 'A' : 'c';
         ffns[il] = il < c->n_layer_dense ? 'd' : 'e';
     }
-    member_open(to, "sizes", "{");
-    for (size_t i = 0; i < sizeof size / sizeof *size; i++)
-        member_count(to, size[i].key, (uint64_t)size[i].n);
-    member_real(to, "rope_freq_base", (double)c->rope_freq_base);
-    add_format(to, ", \"norm_rms_eps\": %g}", (double)c->norm_rms_eps);
-    member_text(to, "layer_map", mixers);
-    member_text(to, "ffn_map", ffns);
+    f->last_norm = "token_embd_norm.weight";
+    f->tied = 1;
+    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
+        f->tied &= strcmp(t.name, "output.weight") != 0;
+        if (strcmp(t.name, "output_norm.weight") == 0)
+            f->last_norm = "output_norm.weight";
+    }
+    add_members(&f->json, "layer_map: %s, ffn_map: %s, last_norm: %s, tied: %i",
+                mixers, ffns, f->last_norm, f->tied);
+    add_members(&f->json, "sizes: {n_layer: %d, n_embd: %d, n_vocab: %d, "
+                "n_ctx_train: %d, l_cache: %d, n_head: %d, n_head_kv: %d, "
+                "head_dim: %d, n_ff: %d, n_layer_dense: %d, n_expert: %d, "
+                "n_expert_used: %d, n_ff_expert: %d, rope_freq_base: %g, "
+                "norm_rms_eps: ", c->n_layer, c->n_embd, c->n_vocab,
+                c->n_ctx_train, c->l_cache, c->n_head, c->n_head_kv,
+                c->head_dim, c->n_ff, c->n_layer_dense, c->n_expert,
+                c->n_expert_used, c->n_ff_expert, (double)c->rope_freq_base);
+    add_format(&f->json, "%g}", (double)c->norm_rms_eps);
 }
 
 static void add_portion(struct text *to, const char *key,
                         const struct portion *p)
 {
+    const double bits = p->params ? 8.0 * (double)p->bytes / (double)p->params :
+                        0;
     const char *type;
 
-    member_open(to, key, "{");
-    member_count(to, "n_tensors", (uint64_t)p->n);
-    member_count(to, "parameters", p->params);
-    member_count(to, "active", p->active);
-    member_count(to, "bytes", p->bytes);
-    member_count(to, "bytes_per_token", p->read);
-    member_real(to, "bits_per_weight", round(p->params ? (double)p->bytes *
-                800 / (double)p->params : 0) / 100);
-    member_open(to, "types", "{");
+    add_members(to, "%s: {n_tensors: %d, parameters: %llu, active: %llu, "
+                "bytes: %llu, bytes_per_token: %llu, bits_per_weight: %g, "
+                "types: {", key, p->n, p->params, p->active, p->bytes,
+                p->read, round(100 * bits) / 100);
     for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
         if (p->of_type[i] > 0)
-            member_count(to, type, (uint64_t)p->of_type[i]);
+            add_members(to, "%s: %d", type, p->of_type[i]);
     add_string(to, "}}");
 }
 
-static void add_weight_facts(struct inspection *f)
+static void add_weights(struct inspection *f)
 {
-    const char *norm = has_tensor(f->model, "output_norm.weight") ?
-                       "output_norm.weight" : "token_embd_norm.weight";
-    const int tied = !has_tensor(f->model, "output.weight");
+    static const char *const name[N_ROLES] = {
+        "embedding", "output", "conv", "attention", "dense_ffn", "router",
+        "experts", "norms", "unused"
+    };
     const lfm2_config *c = lfm2_model_config(f->model);
     struct portion part[N_ROLES] = { 0 };
     lfm2_tensor_info t;
 
     for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        const enum role role = role_of_tensor(t.name, norm);
-        add_tensor(&part[role], &t, role, c, tied);
+        const enum role role = role_of_tensor(t.name, f->last_norm);
+        add_tensor(&part[role], &t, role, c, f->tied);
         if (role != UNUSED)
-            add_tensor(&f->all, &t, role, c, tied);
+            add_tensor(&f->all, &t, role, c, f->tied);
     }
-    member_text(&f->json, "last_norm", norm);
-    member_bool(&f->json, "tied", tied);
     add_portion(&f->json, "weights", &f->all);
-    member_open(&f->json, "roles", "{");
+    add_members(&f->json, "roles: {");
     for (int i = 0; i < N_ROLES; i++)
         if (part[i].n > 0)
-            add_portion(&f->json, role_name[i], &part[i]);
+            add_portion(&f->json, name[i], &part[i]);
     add_string(&f->json, "}");
 }
 
@@ -9573,84 +9619,65 @@ static void add_weight_facts(struct inspection *f)
 static int largest_context(const struct inspection *f, lfm2_params p, int most,
                            double memory)
 {
-    int fits = 0, least_not = most + 1;
+    int fits = 0;
 
-    while (least_not - fits > 1) {
-        p.n_ctx = fits + (least_not - fits) / 2;
-        const uint64_t beside = lfm2_context_size(f->model, &p);
-        if (beside > 0 && (double)f->all.bytes + (double)beside <= memory)
+    for (int step = MAX_CTX; step > 0; step /= 2) {
+        p.n_ctx = fits + step;
+        if (p.n_ctx <= most && (double)lfm2_context_size(f->model, &p) +
+            (double)f->all.bytes <= memory)
             fits = p.n_ctx;
-        else
-            least_not = p.n_ctx;
     }
     return fits;
 }
 
-static int by_number(const void *a, const void *b)
-{
-    return *(const int *)a - *(const int *)b;
-}
-
 /* What contexts take that one may ask for; what fits is that of the machine
  * this runs on, now. */
-static void add_memory_facts(struct inspection *f)
+static void add_memory(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
-    const int most = c->n_ctx_train < MAX_CTX ? c->n_ctx_train : MAX_CTX;
-    const double memory = free_memory();
+    const int most = smaller(c->n_ctx_train, MAX_CTX);
+    const double memory = free_memory(), read = (double)f->all.read;
     lfm2_params p = choose_params(f->s, f->model);
+    const int asked = f->s->ctx == UNSET ? 0 : smaller(p.n_ctx, MAX_CTX);
+    const int ctx[] = { 4096, 32768, most, asked };
     const double kv = kv_bytes(c, p.kv_type);
-    int ctx[] = { 0, 4096, 32768, most,
-                  f->s->ctx == UNSET ? 0 : p.n_ctx < MAX_CTX ? p.n_ctx :
-                  MAX_CTX };
-    struct text *to = &f->json;
     double conv = 0;
 
     p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
     for (int il = 0; il < c->n_layer; il++)
         conv += c->is_attn[il] ? 0 : 4.0 * (c->l_cache - 1) * c->n_embd;
-    member_open(to, "memory", "{");
-    member_text(to, "kv_type", kv_name(p.kv_type));
-    member_real(to, "kv_bytes_per_token", kv);
-    member_real(to, "conv_state_bytes", conv);
-    member_real(to, "free_bytes", memory > 0 ? memory : NAN);
-    member_real(to, "largest_context", memory > 0 ?
-                largest_context(f, p, most, memory) : NAN);
-    member_count(to, "assumed_gb_per_s", ASSUMED_BANDWIDTH);
-    member_real(to, "tokens_per_s", f->all.read ? round(ASSUMED_BANDWIDTH *
-                1e10 / (double)f->all.read) / 10 : NAN);
-    qsort(ctx, 5, sizeof *ctx, by_number);
-    member_open(to, "contexts", "[");
-    for (int i = 0; i < 5; i++) {
-        p.n_ctx = ctx[i];
-        if ((i > 0 && ctx[i] == ctx[i - 1]) ||
-            (ctx[i] > most && f->s->ctx == UNSET))
-            continue;
-        member_open(to, NULL, "{");
-        member_count(to, "context", (uint64_t)ctx[i]);
-        member_real(to, "kv_bytes", kv * ctx[i]);
-        member_count(to, "bytes_beside_file", ctx[i] ?
-                     lfm2_context_size(f->model, &p) : 0);
-        member_real(to, "bytes_per_token", (double)f->all.read + kv * ctx[i]);
-        add_string(to, "}");
+    add_members(&f->json, "memory: {kv_type: %s, kv_bytes_per_token: %g, "
+                "conv_state_bytes: %g, free_bytes: %g, largest_context: %g, "
+                "assumed_gb_per_s: %d, tokens_per_s: %g, contexts: [",
+                kv_name(p.kv_type), kv, conv, memory > 0 ? memory : NAN,
+                memory > 0 ? largest_context(f, p, most, memory) : NAN,
+                ASSUMED_BANDWIDTH,
+                round(ASSUMED_BANDWIDTH * 1e10 / read) / 10);
+    for (int n = 0, next; n >= 0; n = next) {
+        p.n_ctx = n;
+        add_members(&f->json, "{context: %d, kv_bytes: %g, bytes_beside_file: "
+                    "%g, bytes_per_token: %g}", n, kv * n,
+                    n ? (double)lfm2_context_size(f->model, &p) : 0.0,
+                    read + kv * n);
+        next = -1;
+        for (int i = 0; i < 4; i++)
+            if (ctx[i] > n && (ctx[i] <= most || ctx[i] == asked) &&
+                (next < 0 || ctx[i] < next))
+                next = ctx[i];
     }
-    add_string(to, "]}");
+    add_string(&f->json, "]}");
 }
 
 static void add_special(struct inspection *f, const char *role, int32_t id)
 {
-    struct text *to = &f->json;
     const char *s;
     int len;
 
     if (id < 0 || id >= lfm2_n_vocab(f->words))
         return;
     s = lfm2_token_bytes(f->words, id, 1, &len);
-    member_open(to, NULL, "{");
-    member_text(to, "role", role);
-    member_count(to, "id", (uint64_t)id);
-    member_bytes(to, "piece", s, (size_t)len);
-    add_string(to, "}");
+    add_members(&f->json, "{role: %s, id: %d, piece: %.*s}", role, (int)id, len,
+                s);
 }
 
 /* "[65536 x string]" has the length of an array. */
@@ -9661,58 +9688,47 @@ static void add_vocabulary(struct inspection *f)
         "<|tool_response_start|>", THINK
     };
     const struct phrase merges = value_of(f->model, "tokenizer.ggml.merges");
-    struct text *to = &f->json;
+    const int n_vocab = lfm2_n_vocab(f->words);
     double pad = -1;
 
     file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30, &pad);
-    member_open(to, "vocabulary", "{");
-    member_count(to, "n_tokens", (uint64_t)lfm2_n_vocab(f->words));
-    member_count(to, "n_merges", merges.s[0] != '[' ? 0 :
-                 strtoull(merges.s + 1, NULL, 10));
-    member_string(to, "model", f->model, "tokenizer.ggml.model");
-    member_string(to, "pre", f->model, "tokenizer.ggml.pre");
-    member_open(to, "special", "[");
+    add_members(&f->json, "vocabulary: {n_tokens: %d, n_merges: %llu", n_vocab,
+                merges.s[0] == '[' ? strtoull(merges.s + 1, NULL, 10) : 0);
+    add_file_string(f, "model", "tokenizer.ggml.model");
+    add_file_string(f, "pre", "tokenizer.ggml.pre");
+    add_members(&f->json, "special: [");
     if (lfm2_add_bos(f->words))
         add_special(f, "bos", lfm2_bos(f->words));
-    for (int32_t id = 0; id < lfm2_n_vocab(f->words); id++)
+    for (int32_t id = 0; id < n_vocab; id++)
         if (lfm2_is_eog(f->words, id))
             add_special(f, "end", id);
     for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
         add_special(f, "marker", lfm2_token_id(f->words, marker[i]));
     add_special(f, "pad", (int32_t)pad);
-    add_string(to, "]}");
+    add_string(&f->json, "]}");
 }
 
 /* How words are written down, and how they are chosen. */
-static void add_word_facts(struct inspection *f)
+static void add_words(struct inspection *f)
 {
     static const char *const how[] = { "none", "hash", "words", "model" };
-    const struct preset *p = find_preset(f->model);
+    const struct found_template *t = &f->template;
     int from_file;
     const struct sampling is = preset_of(f->model, &from_file);
-    struct text *to = &f->json;
 
     f->code = load_words(f->s, f->model, &f->words, &f->err);
     f->template = find_template(f->model, f->words);
     if (f->words)
         add_vocabulary(f);
-    member_open(to, "template", "{");
-    member_text(to, "name", template_name(f->template.template));
-    member_text(to, "by", how[f->template.how]);
-    member_text(to, "words", f->template.word);
-    member_text(to, "hash", f->template.how == NO_TEMPLATE ? NULL :
-                phrase("%016llx", (unsigned long long)f->template.hash).s);
-    add_string(to, "}");
-    member_open(to, "preset", "{");
-    member_text(to, "name", p->name);
-    member_bool(to, "from_file", from_file > 0);
-    member_real(to, "temperature", is.temp);
-    member_count(to, "top_k", (uint64_t)is.top_k);
-    member_real(to, "top_p", is.top_p);
-    member_real(to, "min_p", is.min_p);
-    member_real(to, "repeat_penalty", is.repeat);
-    member_real(to, "repeat_last_n", is.last_n);
-    add_string(to, "}");
+    add_members(&f->json, "template: {name: %s, by: %s, words: %s, hash: %s}",
+                template_name(t->template), how[t->how], t->word,
+                t->how == NO_TEMPLATE ? NULL :
+                phrase("%016llx", (unsigned long long)t->hash).s);
+    add_members(&f->json, "preset: {name: %s, from_file: %i, temperature: %g, "
+                "top_k: %d, top_p: %g, min_p: %g, repeat_penalty: %g, "
+                "repeat_last_n: %d}", find_preset(f->model)->name,
+                from_file > 0, is.temp, is.top_k, is.top_p, is.min_p,
+                is.repeat, is.last_n);
 }
 
 /* All that the file says: its keys and its tensors. */
@@ -9723,40 +9739,26 @@ static void add_contents(struct inspection *f)
     const char *key;
     char value[128];
 
-    member_open(to, "metadata", "{");
+    add_members(to, "metadata: {");
     for (int i = 0; (key = lfm2_model_key(f->model, i, value, sizeof value));
          i++)
-        member_text(to, key, value);
-    add_string(to, "}");
-    member_open(to, "tensors", "[");
+        add_members(to, "%s: %s", key, value);
+    add_members(to, "} tensors: [");
     for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        member_open(to, NULL, "{");
-        member_text(to, "name", t.name);
-        member_text(to, "type", t.type);
-        member_open(to, "shape", "[");
+        add_members(to, "{name: %s, type: %s, shape: [", t.name, t.type);
         for (int d = 0; d < t.n_dims; d++)
-            member_count(to, NULL, t.dims[d]);
-        add_string(to, "]");
-        member_count(to, "bytes", t.n_bytes);
+            add_members(to, "%llu", (unsigned long long)t.dims[d]);
+        add_members(to, "] bytes: %llu", (unsigned long long)t.n_bytes);
         if (t.data)
-            member_count(to, "offset", t.offset);
+            add_members(to, "offset: %llu", (unsigned long long)t.offset);
         add_string(to, "}");
     }
     add_string(to, "]");
 }
 
-static void add_problem(struct text *to, const char *level, const char *what,
-                        const char *is)
+static void add_problem(struct inspection *f, const char *level, const char *s)
 {
-    struct text message = { 0 };
-
-    add_string(&message, what);
-    add_string(&message, is);
-    member_open(to, NULL, "{");
-    member_text(to, "level", level);
-    member_bytes(to, "message", message.s, message.n);
-    add_string(to, "}");
-    free(message.s);
+    add_members(&f->json, "{level: %s, message: %s}", level, s);
 }
 
 /* The library knows the keys of the model's own architecture; those of its kin
@@ -9767,145 +9769,121 @@ static void add_problems(struct inspection *f)
     const struct phrase arch = value_of(f->model, "general.architecture");
     const size_t n = strlen(arch.s);
     const char *s;
-    struct text *to = &f->json;
     char value[8];
 
-    member_open(to, "anomalies", "[");
+    add_members(&f->json, "anomalies: [");
     for (int i = 0; (s = lfm2_model_warning(f->model, i)); i++)
-        add_problem(to, "tolerated", s, "");
+        add_problem(f, "tolerated", s);
     for (int i = 0; f->is_model &&
          (s = lfm2_model_key(f->model, i, value, sizeof value)); i++)
         if (strncmp(s, "lfm2", 4) == 0 &&
             (strncmp(s, arch.s, n) != 0 || s[n] != '.'))
-            add_problem(to, "tolerated", s, ": the key is not used");
+            add_problem(f, "tolerated",
+                        phrase("%.90s: the key is not used", s).s);
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
-        add_problem(to, "tolerated", "tokenizer.ggml.pre: ",
-                    phrase("\"%.60s\", expected \"lfm2\", as which it is "
-                           "taken", pre.s).s);
+        add_problem(f, "tolerated", phrase("tokenizer.ggml.pre: \"%.60s\", "
+                    "expected \"lfm2\", as which it is taken", pre.s).s);
     if (f->template.how > BY_HASH)
-        add_problem(to, "tolerated", "tokenizer.chat_template: none that is "
-                    "known, taken as ", template_name(f->template.template));
+        add_problem(f, "tolerated", phrase("tokenizer.chat_template: none that "
+                    "is known, taken as %s",
+                    template_name(f->template.template)).s);
     if (f->code != LFM2_OK)
-        add_problem(to, "fatal", f->err.msg, "");
-    add_string(to, "]");
+        add_problem(f, "fatal", f->err.msg);
+    add_string(&f->json, "]");
 }
 
 /* ---- in text
  *
  * A line for each member, objects of objects and arrays of them as tables. */
 
-static int is_table(const struct json *v)
-{
-    return v->type >= JSON_ARRAY && v->first && v->first->type == JSON_OBJECT;
-}
+/* Rows of cells.  How wide their columns are is known when all are gone through
+ * for the second time, to be printed. */
+struct grid {
+    struct text cell;
+    size_t width[MAX_COLUMNS];
+    int column, gap, is_printing;         /* gap: blanks before the next     */
+};
 
 /* A value in a few words: amounts are rounded, members follow by commas. */
 static void add_value_text(struct text *to, const struct json *v)
 {
-    const struct phrase key = phrase("%.*s", (int)v->n_key, v->key ? v->key :
-                                     "");
-    const int params = strcmp(key.s, "parameters") == 0 ||
-                       strcmp(key.s, "active") == 0;
+    const char *key = v->key ? v->key : "";
+    const int bytes = strstr(key, "bytes") != NULL;
 
-    if (v->type == JSON_NUMBER && (params || strstr(key.s, "bytes")))
-        add_string(to, amount(strtod(v->s, NULL), params ? "" : "B").s);
+    if (v->type == JSON_NUMBER && (bytes || strcmp(key, "active") == 0 ||
+                                   strcmp(key, "parameters") == 0))
+        add_string(to, amount(strtod(v->s, NULL), bytes ? "B" : "").s);
     else if (v->type == JSON_NUMBER || v->type == JSON_STRING)
         add(to, v->s, v->n);
     else if (v->type < JSON_NUMBER)
         add_string(to, v->type == JSON_NULL ? "-" : json_names[v->type]);
-    else
-        for (const struct json *x = v->first; x; x = x->next) {
-            add(to, x->key, x->n_key);
-            add_string(to, x->n_key ? " " : "");
-            add_value_text(to, x);
-            add_string(to, x->next ? ", " : "");
-        }
-}
-
-/* Nothing that a file says steers the terminal or begins a line. */
-static void end_line(struct text *line)
-{
-    line->n = drop_controls(line->s, line->n);
-    while (line->n > 0 && line->s[line->n - 1] == ' ')
-        line->n--;
-    for (size_t i = 0; i < line->n; i++)
-        putchar(line->s[i] == '\n' || line->s[i] == '\t' ? ' ' : line->s[i]);
-    putchar('\n');
-    line->n = 0;
-}
-
-/* A cell, as wide as the widest of its column so far. */
-static void add_cell(struct text *line, const char *s, size_t n, int right,
-                     size_t *width)
-{
-    *width = n > *width ? n : *width;
-    add_format(line, "%*s", right ? (int)(*width - n) : 0, "");
-    add(line, s, n);
-    add_format(line, "%*s  ", right ? 0 : (int)(*width - n), "");
-}
-
-static void add_row(struct text *line, const struct json *row, int is_head,
-                    int indent, size_t *width)
-{
-    struct text cell = { 0 };
-
-    line->n = 0;
-    add_format(line, "%*s", indent, "");
-    if (row->n_key)
-        add_cell(line, row->key, is_head ? 0 : row->n_key, 0, width++);
-    for (const struct json *x = row->first; x; x = x->next) {
-        cell.n = 0;
-        if (is_head)
-            add(&cell, x->key, x->n_key);
-        else
-            add_value_text(&cell, x);
-        add_cell(line, cell.s, cell.n, x->type == JSON_NUMBER, width++);
-    }
-    free(cell.s);
-}
-
-/* In the second pass the widths are known. */
-static void print_rows(const struct json *rows, int indent)
-{
-    size_t width[MAX_COLUMNS] = { 0 };
-    struct text line = { 0 };
-
-    for (int printing = 0; printing < 2; printing++) {
-        add_row(&line, rows->first, 1, indent, width);
-        if (printing)
-            end_line(&line);
-        for (const struct json *row = rows->first; row; row = row->next) {
-            add_row(&line, row, 0, indent, width);
-            if (printing)
-                end_line(&line);
-        }
-    }
-    free(line.s);
-}
-
-static void print_object(const struct json *v, int indent)
-{
-    struct text line = { 0 };
-    size_t longest = 0;
-
-    for (const struct json *x = v->first; x; x = x->next)
-        if (x->n_key > longest && !is_table(x))
-            longest = x->n_key;
     for (const struct json *x = v->first; x; x = x->next) {
-        const int nested = x->type == JSON_OBJECT && indent == 0;
-        add_format(&line, "%*s", indent, "");
-        add(&line, x->key, x->n_key);
-        if (!nested && !is_table(x)) {
-            add_format(&line, "%*s", (int)(longest + 2 - x->n_key), "");
-            add_value_text(&line, x);
-        }
-        end_line(&line);
-        if (is_table(x))
-            print_rows(x, indent + 2);
-        else if (nested)
-            print_object(x, 2);
+        add(to, x->key, x->n_key);
+        add_string(to, x->n_key ? " " : "");
+        add_value_text(to, x);
+        add_string(to, x->next ? ", " : "");
     }
-    free(line.s);
+}
+
+/* A key or a value.  Nothing that a file says steers the terminal or begins a
+ * line. */
+static void put_cell(struct grid *g, const struct json *v, int is_key,
+                     int right)
+{
+    struct text *t = &g->cell;
+    size_t *width = &g->width[g->column++];
+
+    t->n = 0;
+    if (is_key)
+        add(t, v->key, v->n_key);
+    else
+        add_value_text(t, v);
+    t->n = t->n ? drop_controls(t->s, t->n) : 0;
+    for (size_t i = 0; i < t->n; i++)
+        t->s[i] = strchr("\n\t", t->s[i]) ? ' ' : t->s[i];
+    *width = t->n > *width ? t->n : *width;
+    g->gap += right ? (int)(*width - t->n) : 0;
+    if (g->is_printing && t->n > 0) {
+        printf("%*s%.*s", g->gap, "", (int)t->n, t->s);
+        g->gap = 0;
+    }
+    g->gap += 2 + (right ? 0 : (int)(*width - t->n));
+}
+
+static int is_table(const struct json *v)
+{
+    return v->first && v->first->type == JSON_OBJECT;
+}
+
+/* The head of a table has the keys of its first row. */
+static void print_rows(const struct json *first, const struct json *end,
+                       int indent, int in_table)
+{
+    static const struct json blank = { .type = JSON_STRING, .s = "" };
+    struct grid g = { 0 };
+
+    for (; g.is_printing < 2; g.is_printing++) {
+        int is_head = in_table;
+        for (const struct json *x = first; x != end;
+             x = is_head ? x : x->next, is_head = 0) {
+            const int opens = !in_table && (is_table(x) ||
+                              (x->type == JSON_OBJECT && indent == 0));
+            g.column = 0;
+            g.gap = indent;
+            if (x->n_key)
+                put_cell(&g, is_head ? &blank : x, !is_head, 0);
+            if (!in_table && !opens)
+                put_cell(&g, x, 0, 0);
+            for (const struct json *y = in_table ? x->first : NULL; y;
+                 y = y->next)
+                put_cell(&g, y, is_head, y->type == JSON_NUMBER);
+            if (g.is_printing)
+                putchar('\n');
+            if (g.is_printing && opens)
+                print_rows(x->first, NULL, indent + 2, is_table(x));
+        }
+    }
+    free(g.cell.s);
 }
 
 /* Problems stand last, each in a line of its own.  What has too many members to
@@ -9913,26 +9891,25 @@ static void print_object(const struct json *v, int indent)
 static void print_report(struct text *json, int as_text)
 {
     struct pool pool = { 0 };
-    struct json *v, *last, *problem;
-    struct text line = { 0 };
+    struct json *v;
+    struct grid g = { .is_printing = 1 };
     struct why why;
 
     if (!as_text || json_parse(&pool, json->s, json->n, &v, &why) != DONE) {
         show_text(json);
         return;
     }
-    for (last = v->first; last->next->next; last = last->next)
-        ;
-    problem = last->next->first;
-    last->next = NULL;
-    print_object(v, 0);
-    for (; problem; problem = problem->next) {
-        add_value_text(&line, problem->first);
-        add_string(&line, ": ");
-        add_value_text(&line, problem->first->next);
-        end_line(&line);
+    const struct json *problems = json_get(v, "anomalies");
+    print_rows(v->first, problems, 0, 0);
+    for (const struct json *x = problems->first; x; x = x->next) {
+        g.gap = g.column = 0;
+        put_cell(&g, x->first, 0, 0);
+        putchar(':');
+        g.gap = 1;
+        put_cell(&g, x->first->next, 0, 0);
+        putchar('\n');
     }
-    free(line.s);
+    free(g.cell.s);
     pool_free(&pool);
 }
 
@@ -9954,10 +9931,10 @@ static int inspect_file(const struct settings *s)
     add_string(&f.json, "{");
     add_file_facts(&f);
     if (f.is_model) {
-        add_size_facts(&f.json, lfm2_model_config(f.model));
-        add_weight_facts(&f);
-        add_memory_facts(&f);
-        add_word_facts(&f);
+        add_shape(&f);
+        add_weights(&f);
+        add_memory(&f);
+        add_words(&f);
     }
     if (s->verbose)
         add_contents(&f);
