@@ -660,13 +660,7 @@ static int json_parse_list(struct pool *pool, const struct text *t,
                            struct json **out, struct why *why);
 static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
-static void member(struct text *to, const char *key);
-static void member_bytes(struct text *to, const char *key, const char *s,
-                         size_t n);
-static void member_text(struct text *to, const char *key, const char *s);
-static void member_count(struct text *to, const char *key, uint64_t n);
-static void member_real(struct text *to, const char *key, double x);
-static void member_open(struct text *to, const char *key, const char *bracket);
+static void add_members(struct text *to, const char *format, ...);
 
 /* 14. Chat templates */
 static const char *template_name(int template);
@@ -2353,10 +2347,8 @@ static void print_end(struct printer *p, struct reply *r)
     enter_thought(p, 0);
     for (int i = 0; i < calls.n; i++) {
         add_string(&line, i ? ", " : r->text.n ? "\n[" : "[");
-        add_string(&line, "{");
-        member_bytes(&line, "name", calls.call[i].name.s,
-                     calls.call[i].name.n);
-        member(&line, "arguments");
+        add_members(&line, "{name: %.*s, arguments: ",
+                    (int)calls.call[i].name.n, calls.call[i].name.s);
         add(&line, calls.call[i].arguments.s, calls.call[i].arguments.n);
         add_string(&line, i + 1 < calls.n ? "}" : "}]");
     }
@@ -2505,7 +2497,7 @@ static void add_logprobs(const struct engine *e, struct text *to,
                          const struct reply *r, int from)
 {
     if (r->q->logprobs >= 0) {
-        member(to, "logprobs");
+        add_members(to, "logprobs: ");
         if (r->q->is_completion)
             add_columns(e, to, r, from);
         else {
@@ -2516,7 +2508,7 @@ static void add_logprobs(const struct engine *e, struct text *to,
     }
     if (r->q->prompt_logprobs >= 0 && from == 0 &&
         !(r->q->is_completion && r->q->logprobs >= 0 && r->q->echo)) {
-        member(to, "prompt_logprobs");
+        add_members(to, "prompt_logprobs: ");
         add_scores(e, to, &r->prompt_scores, 0);
     }
 }
@@ -2526,19 +2518,17 @@ static void add_logprobs(const struct engine *e, struct text *to,
 static void add_calls(struct text *to, const struct calls *calls, uint64_t id,
                       int is_stream)
 {
-    member_open(to, "tool_calls", "[");
+    add_members(to, "tool_calls: [");
     for (int i = 0; i < calls->n; i++) {
         const struct call *c = &calls->call[i];
-        member_open(to, NULL, "{");
+        add_members(to, "{");
         if (is_stream)
-            member_count(to, "index", (uint64_t)i);
-        member_text(to, "id", phrase("call_%016llx", (unsigned long long)
-                                     hash_number(id, (uint64_t)i)).s);
-        member_text(to, "type", "function");
-        member_open(to, "function", "{");
-        member_bytes(to, "name", c->name.s, c->name.n);
-        member_bytes(to, "arguments", c->arguments.s, c->arguments.n);
-        add_string(to, "}}");
+            add_members(to, "index: %d", i);
+        add_members(to, "id: %s, type: %s, function: {name: %.*s, arguments: "
+                    "%.*s}}", phrase("call_%016llx", (unsigned long long)
+                                     hash_number(id, (uint64_t)i)).s,
+                    "function", (int)c->name.n, c->name.s,
+                    (int)c->arguments.n, c->arguments.s);
     }
     add_string(to, "]");
 }
@@ -2560,11 +2550,11 @@ static void add_said(const struct engine *e, struct text *to,
     struct text whole = { 0 };
 
     if (!j->q.is_completion) {
-        member_open(to, "message", "{");
-        member_text(to, "role", "assistant");
-        member_bytes(to, "content", r->text.s ? r->text.s : "", r->text.n);
+        add_members(to, "message: {role: %s, content: %.*s", "assistant",
+                    (int)r->text.n, r->text.s ? r->text.s : "");
         if (r->thought.n > 0)
-            member_bytes(to, "reasoning_content", r->thought.s, r->thought.n);
+            add_members(to, "reasoning_content: %.*s", (int)r->thought.n,
+                        r->thought.s);
         if (calls->n > 0)
             add_calls(to, calls, j->id, 0);
         add_string(to, "}");
@@ -2573,7 +2563,7 @@ static void add_said(const struct engine *e, struct text *to,
     if (j->q.echo)
         add_tokens(e, &whole, &j->q.prompt);
     add(&whole, r->text.s, r->text.n);
-    member_bytes(to, "text", whole.s ? whole.s : "", whole.n);
+    add_members(to, "text: %.*s", (int)whole.n, whole.s);
     free(whole.s);
 }
 
@@ -2593,12 +2583,10 @@ static void add_head(const struct engine *e, struct text *to,
 {
     const struct piece model = model_name(e);
 
-    add_string(to, "{");
-    member_text(to, "id", phrase("%s-%016llx", is_completion ? "cmpl" :
-                                 "chatcmpl", (unsigned long long)id).s);
-    member_text(to, "object", object);
-    member_count(to, "created", (uint64_t)created);
-    member_bytes(to, "model", model.s, model.n);
+    add_members(to, "{id: %s, object: %s, created: %llu, model: %.*s",
+                phrase("%s-%016llx", is_completion ? "cmpl" : "chatcmpl",
+                       (unsigned long long)id).s,
+                object, (unsigned long long)created, (int)model.n, model.s);
 }
 
 static const char *finish_reason(const struct reply *r, int n_calls)
@@ -2612,12 +2600,10 @@ static void add_choice(const struct engine *e, struct text *to, struct job *j,
 {
     struct calls calls = take_calls(&j->r);
 
-    member_open(to, NULL, "{");
-    member_count(to, "index", (uint64_t)index);
+    add_members(to, "{index: %d", index);
     add_said(e, to, j, &calls);
     add_logprobs(e, to, &j->r, 0);
-    member_text(to, "finish_reason", finish_reason(&j->r, calls.n));
-    add_string(to, "}");
+    add_members(to, "finish_reason: %s}", finish_reason(&j->r, calls.n));
     free_calls(&calls);
 }
 
@@ -2626,18 +2612,12 @@ static void add_choice(const struct engine *e, struct text *to, struct job *j,
 static void add_usage(struct text *to, int prompt, int made, int thought,
                       int cached)
 {
-    member_open(to, "usage", "{");
-    member_count(to, "prompt_tokens", (uint64_t)prompt);
-    member_count(to, "completion_tokens", (uint64_t)made);
-    member_count(to, "total_tokens", (uint64_t)(prompt + made));
-    if (cached >= 0) {
-        member_open(to, "prompt_tokens_details", "{");
-        member_count(to, "cached_tokens", (uint64_t)cached);
-        add_string(to, "}");
-    }
-    member_open(to, "completion_tokens_details", "{");
-    member_count(to, "reasoning_tokens", (uint64_t)thought);
-    add_string(to, "}}");
+    add_members(to, "usage: {prompt_tokens: %d, completion_tokens: %d, "
+                "total_tokens: %d", prompt, made, prompt + made);
+    if (cached >= 0)
+        add_members(to, "prompt_tokens_details: {cached_tokens: %d}", cached);
+    add_members(to, "completion_tokens_details: {reasoning_tokens: %d}}",
+                thought);
 }
 
 /* The whole object for one answer, but for its last bracket. */
@@ -2646,7 +2626,7 @@ static void add_completion(const struct engine *e, struct text *to,
 {
     add_head(e, to, j->q.is_completion, j->id, j->q.is_completion ?
              "text_completion" : "chat.completion", created);
-    member_open(to, "choices", "[");
+    add_members(to, "choices: [");
     add_choice(e, to, j, 0);
     add_string(to, "]");
     add_usage(to, j->q.prompt.n, j->r.n_made, j->r.n_thought, -1);
@@ -2675,33 +2655,22 @@ static void add_origin(const struct engine *e, struct text *to,
     const struct reply *r = &j->r;
     const struct sampling *is = &j->q.sampling;
 
-    member_open(to, "lfm2", "{");
-    member_text(to, "finish", finish[r->finish]);
-    member_text(to, "model_hash", phrase("%016llx", (unsigned long long)
-                                         lfm2_model_hash(e->model)).s);
-    member_text(to, "logits_hash", phrase("%016llx",
-                                          (unsigned long long)r->hash).s);
-    member_text(to, "template", template_name(e->template));
-    member_text(to, "date", uses_date ? e->date : NULL);
-    member(to, "seed");
+    add_members(to, "lfm2: {finish: %s, model_hash: %016llx, "
+                "logits_hash: %016llx, template: %s, date: %s, seed: ",
+                finish[r->finish], (unsigned long long)
+                lfm2_model_hash(e->model), (unsigned long long)r->hash,
+                template_name(e->template), uses_date ? e->date : NULL);
     add_format(to, "%lld", j->q.seed);
-    member_real(to, "temperature", is->temp);
-    member_real(to, "top_k", is->top_k);
-    member_real(to, "top_p", is->top_p);
-    member_real(to, "min_p", is->min_p);
-    member_real(to, "repeat_penalty", is->repeat);
-    member_real(to, "repeat_last_n", is->last_n);
-    member_open(to, "timings", "{");
-    member_count(to, "cache_n", (uint64_t)r->n_reused);
-    member_count(to, "prompt_n", (uint64_t)(r->q->prompt.n - r->n_reused));
-    member_real(to, "prompt_ms", (r->read - r->started) * 1e3);
-    member_real(to, "prompt_per_second", prompt_speed(r));
-    member_count(to, "predicted_n", (uint64_t)r->n_made);
-    member_real(to, "predicted_ms", (r->ended - r->read) * 1e3);
-    member_real(to, "predicted_per_second", answer_speed(r));
-    member_count(to, "draft_n", (uint64_t)r->n_guessed);
-    member_count(to, "draft_n_accepted", (uint64_t)r->n_right);
-    add_string(to, "}}");
+    add_members(to, "temperature: %g, top_k: %d, top_p: %g, min_p: %g, "
+                "repeat_penalty: %g, repeat_last_n: %d", is->temp, is->top_k,
+                is->top_p, is->min_p, is->repeat, is->last_n);
+    add_members(to, "timings: {cache_n: %d, prompt_n: %d, prompt_ms: %g, "
+                "prompt_per_second: %g, predicted_n: %d, predicted_ms: %g, "
+                "predicted_per_second: %g, draft_n: %d, draft_n_accepted: "
+                "%d}}", r->n_reused, r->q->prompt.n - r->n_reused,
+                (r->read - r->started) * 1e3, prompt_speed(r), r->n_made,
+                (r->ended - r->read) * 1e3, answer_speed(r), r->n_guessed,
+                r->n_right);
 }
 
 /* ----------------------------------------------------- 6. What a body asks for
@@ -3026,10 +2995,7 @@ struct talk {
 static void add_message(struct talk *t, const char *role, const char *s,
                         size_t n)
 {
-    member_open(&t->messages, NULL, "{");
-    member_text(&t->messages, "role", role);
-    member_bytes(&t->messages, "content", s, n);
-    add_string(&t->messages, "}");
+    add_members(&t->messages, "{role: %s, content: %.*s}", role, (int)n, s);
     t->grown = 1;
 }
 
@@ -3899,7 +3865,7 @@ static void begin_output(struct entry *x)
 {
     add_string(&x->out, output_start);
     add_format(&x->out, "%016llx\"", (unsigned long long)x->job.id);
-    member_bytes(&x->out, "custom_id", x->id.s, x->id.n);
+    add_members(&x->out, "custom_id: %.*s", (int)x->id.n, x->id.s);
 }
 
 static void finish_error(struct entry *x, int code, const char *why)
@@ -3910,13 +3876,9 @@ static void finish_error(struct entry *x, int code, const char *why)
     };
 
     begin_output(x);
-    member(&x->out, "response");
-    add_string(&x->out, "null");
-    member_open(&x->out, "error", "{");
-    member_text(&x->out, "code", name[code]);
-    member_count(&x->out, "line", (uint64_t)x->line);
-    member_text(&x->out, "message", why);
-    add_string(&x->out, "}}\n");
+    add_members(&x->out, "response: %s, error: {code: %s, line: %llu, message: "
+                "%s}}", NULL, name[code], (unsigned long long)x->line, why);
+    add_string(&x->out, "\n");
     x->is_done = x->is_error = 1;
     x->batch->failed++;
 }
@@ -4630,14 +4592,11 @@ static void add_error(struct text *to, int status, int code, const char *why)
 {
     const char *end = *why == '"' ? strchr(why + 1, '"') : NULL;
 
-    add_string(to, "{\"error\": {");
-    member_text(to, "message", why);
-    member_text(to, "type", status_for(status)->type);
-    member_bytes(to, "param", end ? why + 1 : NULL,
-                 end ? (size_t)(end - why - 1) : 0);
-    member_text(to, "code", code == TOO_LONG ? "context_length_exceeded" :
+    add_members(to, "{error: {message: %s, type: %s, param: %.*s, code: %s}}",
+                why, status_for(status)->type,
+                end ? (int)(end - why - 1) : 0, end ? why + 1 : NULL,
+                code == TOO_LONG ? "context_length_exceeded" :
                 status == 401 ? "invalid_api_key" : NULL);
-    add_string(to, "}}");
 }
 
 /* An error; without a sentence of its own, the one for this status.  The
@@ -4711,8 +4670,8 @@ static void begin_event(struct client *c, struct text *to)
     add_head(&c->server->e, to, plain, c->id, plain ? "text_completion" :
              "chat.completion.chunk", c->created);
     if (c->include_usage)
-        member_text(to, "usage", NULL);
-    member_open(to, "choices", "[");
+        add_members(to, "usage: %s", NULL);
+    add_members(to, "choices: [");
 }
 
 /* Send these members as what is new in a choice. */
@@ -4725,10 +4684,9 @@ static void send_choice(struct choice *o, const struct text *delta,
     struct text event = { 0 };
 
     begin_event(c, &event);
-    member_open(&event, NULL, "{");
-    member_count(&event, "index", (uint64_t)o->index);
+    add_members(&event, "{index: %d", o->index);
     if (!q->is_completion)
-        member_open(&event, "delta", "{");
+        add_members(&event, "delta: {");
     else
         add_string(&event, ", ");
     add(&event, delta->s, delta->n);
@@ -4737,16 +4695,15 @@ static void send_choice(struct choice *o, const struct text *delta,
     if (q->logprobs >= 0 && all->n > o->scores)
         add_logprobs(&c->server->e, &event, &o->job.r, o->scores);
     else
-        member_text(&event, "logprobs", NULL);
+        add_members(&event, "logprobs: %s", NULL);
     o->scores = all->n;
-    member_text(&event, "finish_reason", finish);
-    add_string(&event, "}]}");
+    add_members(&event, "finish_reason: %s}]}", finish);
     send_event(c, &event);
     free(event.s);
 }
 
 /* Add what is new of a text: whole characters, and at the end all of it. */
-static void add_new(struct text *to, const char *key, const struct text *all,
+static void add_new(struct text *to, const char *format, const struct text *all,
                     size_t *sent, int last)
 {
     const size_t n = all->n - *sent;
@@ -4754,7 +4711,7 @@ static void add_new(struct text *to, const char *key, const struct text *all,
                          whole_characters(all->s + *sent, n);
 
     if (whole > 0)
-        member_bytes(to, key, all->s + *sent, whole);
+        add_members(to, format, (int)whole, all->s + *sent);
     *sent += whole;
 }
 
@@ -4765,18 +4722,19 @@ static void send_new(struct choice *o, int last)
     struct text delta = { 0 }, prompt = { 0 };
 
     if (!plain && !o->has_role)
-        member_text(&delta, "role", "assistant");
+        add_members(&delta, "role: %s", "assistant");
     if (plain && !o->has_role && o->job.q.echo) {
         add_tokens(&o->client->server->e, &prompt, &o->job.q.prompt);
-        member_bytes(&delta, "text", prompt.s, prompt.n);
+        add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
         send_choice(o, &delta, NULL);
         delta.n = 0;
         free(prompt.s);
     }
     o->has_role = 1;
     if (!plain)
-        add_new(&delta, "reasoning_content", &r->thought, &o->thought, last);
-    add_new(&delta, plain ? "text" : "content", &r->text, &o->text, last);
+        add_new(&delta, "reasoning_content: %.*s", &r->thought, &o->thought, last);
+    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &r->text, &o->text,
+            last);
     if (delta.n > 0)
         send_choice(o, &delta, NULL);
     free(delta.s);
@@ -4827,7 +4785,7 @@ static void answer_end(struct job *j)
         delta.n = 0;
     }
     if (j->q.is_completion)
-        member_text(&delta, "text", "");
+        add_members(&delta, "text: %s", "");
     send_choice(o, &delta, finish_reason(&j->r, calls.n));
     free_calls(&calls);
     free(delta.s);
@@ -4899,7 +4857,7 @@ static void finish_answer(struct client *c)
     }
     add_head(e, &body, q->is_completion, c->id, q->is_completion ?
              "text_completion" : "chat.completion", c->created);
-    member_open(&body, "choices", "[");
+    add_members(&body, "choices: [");
     for (int i = 0; i < c->n_choices; i++)
         add_choice(e, &body, &c->choice[i].job, i);
     add_string(&body, "]");
@@ -5013,14 +4971,12 @@ static void tell_models(struct client *c)
         refuse(c, 404, USAGE, "no other model is here than /v1/models says");
         return;
     }
-    add_string(&body, c->model.n > 0 ? "{" :
-               "{\"object\": \"list\", \"data\": [{");
-    member_bytes(&body, "id", name.s, name.n);
-    member_text(&body, "object", "model");
-    member_count(&body, "created", 0);
-    member_text(&body, "owned_by", "lfm2.c");
-    member_count(&body, "max_model_len", (uint64_t)e->par.n_ctx);
-    add_string(&body, c->model.n > 0 ? "}" : "}]}");
+    if (c->model.n == 0)
+        add_members(&body, "{object: %s, data: [", "list");
+    add_members(&body, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
+                "max_model_len: %d}", (int)name.n, name.s, "model", 0,
+                "lfm2.c", e->par.n_ctx);
+    add_string(&body, c->model.n > 0 ? "" : "]}");
     respond_json(c, &body);
     free(body.s);
 }
@@ -5146,9 +5102,8 @@ static void detokenize_body(struct client *c)
         if (!list)
             break;
     }
-    add_string(&to, "{");
-    member_bytes(&to, "content", content.s ? content.s : "", content.n);
-    add_string(&to, "}");
+    add_members(&to, "{content: %.*s}", (int)content.n,
+                content.s ? content.s : "");
     if (json_is(list, JSON_ARRAY))
         respond_json(c, &to);
     else
@@ -8356,15 +8311,6 @@ static void begin_member(struct text *to)
         add_string(to, ", ");
 }
 
-static void member(struct text *to, const char *key)
-{
-    begin_member(to);
-    if (key) {
-        add_json_string(to, key, strlen(key));
-        add_string(to, ": ");
-    }
-}
-
 /* Numbers that are none are null. */
 static void add_real(struct text *to, double x)
 {
@@ -8407,7 +8353,7 @@ static const char *add_value(struct text *to, const char *how, va_list *args)
  * members come by themselves.  %s is a string and %.*s some bytes, or null if
  * they are not there; %d, %zu, %llu and %g are numbers, %016llx a hash, and %i
  * true or false. */
-#ifdef __GNUC__
+#ifdef __clang__                          /* gcc would warn of every NULL    */
 __attribute__((format(printf, 2, 3)))
 #endif
 static void add_members(struct text *to, const char *format, ...)
@@ -8430,40 +8376,6 @@ static void add_members(struct text *to, const char *format, ...)
             add(to, s, !strchr(", ", *s));
     }
     va_end(args);
-}
-
-/* Text that is not there is null. */
-static void member_bytes(struct text *to, const char *key, const char *s,
-                         size_t n)
-{
-    member(to, key);
-    if (s)
-        add_json_string(to, s, n);
-    else
-        add_string(to, "null");
-}
-
-static void member_text(struct text *to, const char *key, const char *s)
-{
-    member_bytes(to, key, s, s ? strlen(s) : 0);
-}
-
-static void member_count(struct text *to, const char *key, uint64_t n)
-{
-    member(to, key);
-    add_format(to, "%llu", (unsigned long long)n);
-}
-
-static void member_real(struct text *to, const char *key, double x)
-{
-    member(to, key);
-    add_real(to, x);
-}
-
-static void member_open(struct text *to, const char *key, const char *bracket)
-{
-    member(to, key);
-    add_string(to, bracket);
 }
 
 /* -------------------------------------------------------- 14. Chat templates
@@ -9513,7 +9425,7 @@ static void add_file_string(struct inspection *f, const char *key,
     size_t n = 0;
     const char *s = lfm2_model_string(f->model, in_file, &n);
 
-    member_bytes(&f->json, key, s, n);
+    add_members(&f->json, phrase("%s: %%.*s", key).s, (int)n, s);
 }
 
 /* The first bytes say as much as there is of a bad file. */
