@@ -4446,7 +4446,7 @@ struct client {
     double deadline;                      /* of what it is to do; 0: none    */
 
     const struct route *route;            /* of the request                  */
-    struct piece model;                   /* named in the path               */
+    struct phrase model;                  /* named in the path, or empty     */
     int is_head, is_http11, is_preflight, is_allowed_origin, keeps, is_shut;
     uint64_t id;
     double asked, spoke;                  /* when; the last byte to it       */
@@ -4966,17 +4966,17 @@ static void tell_models(struct client *c)
     const struct piece name = model_name(e);
     struct text body = { 0 };
 
-    if (c->model.n > 0 && (c->model.n != name.n ||
-                           memcmp(c->model.s, name.s, name.n) != 0)) {
+    if (c->model.s[0] && (strlen(c->model.s) != name.n ||
+                          memcmp(c->model.s, name.s, name.n) != 0)) {
         refuse(c, 404, USAGE, "no other model is here than /v1/models says");
         return;
     }
-    if (c->model.n == 0)
+    if (!c->model.s[0])
         add_members(&body, "{object: %s, data: [", "list");
     add_members(&body, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
                 "max_model_len: %d}", (int)name.n, name.s, "model", 0,
                 "lfm2.c", e->par.n_ctx);
-    add_string(&body, c->model.n > 0 ? "" : "]}");
+    add_string(&body, c->model.s[0] ? "" : "]}");
     respond_json(c, &body);
     free(body.s);
 }
@@ -5215,7 +5215,7 @@ static int read_request_line(struct client *c, char *line, size_t n)
         if (len >= k && memcmp(path, routes[i].path, k) == 0 &&
             (len == k || (k > 1 && path[k - 1] == '/')))
             c->route = &routes[i];
-        c->model = (struct piece){ path + k, c->route ? len - k : 0 };
+        c->model = phrase("%s", c->route ? path + k : "");
     }
     c->is_preflight = c->route && strcmp(method.s, "OPTIONS") == 0;
     if (!c->route)
