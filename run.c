@@ -5620,12 +5620,19 @@ static void sweep(struct server *v)
 
 /* ---- the loop */
 
+/* Has it sent what can be looked at now? */
+static int has_more(const struct client *c)
+{
+    return c->state < WORKING && c->in.n > c->seen && c->out.n == 0;
+}
+
 /* Wait for sockets, but not while there is an answer to go on with. */
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
     const int open = v->n_clients < MAX_CLIENTS ? v->n_listeners : 0;
     const int n = v->n_clients;
+    int waits = !v->e.jobs;
 
     for (int i = 0; i < open; i++)
         p[i] = (struct pollfd){ v->listener[i], POLLIN, 0 };
@@ -5637,14 +5644,15 @@ static void serve_sockets(struct server *v)
             c->fd, (short)((is_full ? 0 : POLLIN) |
                            (c->sent < c->out.n ? POLLOUT : 0)), 0
         };
+        waits &= !has_more(c);
     }
-    poll(p, (nfds_t)(open + n), v->e.jobs ? 0 : 1000);
+    poll(p, (nfds_t)(open + n), waits ? 1000 : 0);
     v->now = seconds();
     for (int i = 0; i < n; i++) {
         struct client *c = v->client[i];
         if (p[open + i].revents & (POLLIN | POLLHUP | POLLERR))
             receive(c);
-        if (c->state < WORKING && c->in.n > c->seen && c->out.n == 0)
+        if (has_more(c))
             read_more(c);
         if (c->state != GONE)
             transmit(c);
