@@ -4898,7 +4898,7 @@ static int read_choices(struct client *c, const struct json *body,
     int code = DONE, n = 1, total;
 
     total = c->n_prompts = count_prompts(body);
-    for (int i = 0; code == DONE && i < total; i++) {
+    for (int i = 0; code == DONE && i < total && total <= MAX_CHOICES; i++) {
         struct request q = e->s->ask;
         code = read_request(e, &q, body, i / n, why);
         complete_request(e, &q);
