@@ -568,7 +568,8 @@ static const struct settings defaults = {
     .bench_seqs = { 1, { 1 } }, .reps = 5
 };
 
-enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, TEXTS, LIST };
+enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, IN_FILE, OUT_FILE,
+            TEXTS, LIST };
 
 /* A row without names is for bodies of requests only; one without help is not
  * listed.  An option that names a mode has it as `mode`. */
@@ -5929,6 +5930,8 @@ static int serve(const struct settings *s)
     { FLAG, names, NULL, AT(field), 0, 0, NULL, modes, 0, help }
 #define STRING(names, arg, field, modes, help) \
     { TEXT, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
+#define PATH(kind, names, arg, field, modes, help) \
+    { kind, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
 #define NUMBER(kind, names, arg, field, min, max, json, modes, help) \
     { kind, names, arg, AT(field), min, max, json, modes, 0, help }
 #define MODE(kind, names, arg, field, mode, help) \
@@ -5936,24 +5939,25 @@ static int serve(const struct settings *s)
 
 static const struct option table[] = {
     GROUP("What to do"),
-    STRING("-m --model", "FILE", model, ANY - SELFTEST,
-           "the model, if it is not the first argument"),
+    PATH(IN_FILE, "-m --model", "FILE", model, ANY - SELFTEST,
+         "the model, if it is not the first argument"),
     STRING("-p --prompt", "TEXT", prompt, PROMPT | TOKENIZE | DETOKENIZE,
            "the prompt, if it is not the second argument; text that is piped "
            "in follows it"),
-    STRING("-f --file", "FILE", file, PROMPT | BATCH | TOKENIZE | DETOKENIZE,
+    PATH(IN_FILE, "-f --file", "FILE", file,
+         PROMPT | BATCH | TOKENIZE | DETOKENIZE,
            "the prompt, or the lines of --batch, from FILE (-: standard "
            "input)"),
     STRING("-sys --system-prompt", "TEXT", system, PROMPT,
            "the system prompt"),
-    STRING("-sysf --system-prompt-file", "FILE", system_file, PROMPT,
-           "the system prompt from FILE"),
-    STRING("--messages", "FILE", messages, PROMPT,
-           "a conversation in JSON, or a whole request, instead of a prompt"),
-    STRING("--tools", "FILE", tools, PROMPT,
-           "tools that the model may call, in JSON"),
-    STRING("--session", "FILE", session, TALK | DUMP,
-           "keep the conversation in FILE, and go on with it"),
+    PATH(IN_FILE, "-sysf --system-prompt-file", "FILE", system_file, PROMPT,
+         "the system prompt from FILE"),
+    PATH(IN_FILE, "--messages", "FILE", messages, PROMPT,
+         "a conversation in JSON, or a whole request, instead of a prompt"),
+    PATH(IN_FILE, "--tools", "FILE", tools, PROMPT,
+         "tools that the model may call, in JSON"),
+    PATH(IN_FILE, "--session", "FILE", session, TALK | DUMP,
+         "keep the conversation in FILE, and go on with it"),
     MODE(FLAG, "-cnv --interactive", NULL, mode, CHAT,
          "chat, even after a prompt or without a terminal"),
     STRING("--save-dir", "DIR", save_dir, CHAT,
@@ -5965,9 +5969,9 @@ static const struct option table[] = {
          "print the prompt as the chat template writes it"),
     MODE(FLAG, "--dump-tokens", NULL, dump_tokens, DUMP,
          "print the token ids of the prompt"),
-    STRING("--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
-           "the prompt as token ids, int32, little-endian"),
-    MODE(TEXT, "--logits", "OUT", logits, LOGITS,
+    PATH(IN_FILE, "--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
+         "the prompt as token ids, int32, little-endian"),
+    MODE(OUT_FILE, "--logits", "OUT", logits, LOGITS,
          "write the logits of all tokens of the prompt, float32"),
     MODE(FLAG, "--tokenize", NULL, mode, TOKENIZE,
          "print the token ids of a text"),
@@ -5990,11 +5994,11 @@ static const struct option table[] = {
          "try this build on this machine; needs no model"),
     MODE(FLAG, "--bench", NULL, mode, BENCH,
          "measure the speed; its options are listed last"),
-    MODE(TEXT, "--export-tokenizer", "FILE", export_to, EXPORT,
+    MODE(OUT_FILE, "--export-tokenizer", "FILE", export_to, EXPORT,
          "write the vocabulary of a model as a tokenizer.bin"),
-    STRING("--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
-           "a vocabulary to use instead of the model's"),
-    MODE(TEXT, "--ppl", "FILE", ppl, PPL,
+    PATH(IN_FILE, "--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
+         "a vocabulary to use instead of the model's"),
+    MODE(IN_FILE, "--ppl", "FILE", ppl, PPL,
          "perplexity of a text, measured like llama-perplexity"),
 
     GROUP("How to answer"),
@@ -6055,14 +6059,14 @@ static const struct option table[] = {
            "the same seed gives the same answer (-1: random)"),
 
     GROUP("To look inside"),
-    STRING("--trace", "FILE", trace, TALK | LOGITS,
-           "write what every module computes, as JSON lines"),
+    PATH(OUT_FILE, "--trace", "FILE", trace, TALK | LOGITS,
+         "write what every module computes, as JSON lines"),
     NUMBER(TEXTS, "--trace-filter", "GLOB", trace_filter, 0, 0, NULL,
            TALK | LOGITS, "trace only modules of such names; may be repeated"),
     STRING("--trace-tokens", "A-B", trace_tokens, TALK | LOGITS,
            "trace only positions A to B, counted from 0"),
-    STRING("--trace-raw", "FILE", trace_raw, TALK | LOGITS,
-           "with --trace: all the numbers, float32"),
+    PATH(OUT_FILE, "--trace-raw", "FILE", trace_raw, TALK | LOGITS,
+         "with --trace: all the numbers, float32"),
 
     GROUP("With --batch and --serve"),
     NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, MANY,
@@ -6081,8 +6085,8 @@ static const struct option table[] = {
     STRING("--page", "FILE", page, SERVE, "a page to show at /"),
     STRING("--shard", "I/N", shard, BATCH,
            "answer only part I of N, counted from 0"),
-    STRING("--resume", "OUT", resume, BATCH,
-           "append to OUT, and skip lines that are answered there"),
+    PATH(OUT_FILE, "--resume", "OUT", resume, BATCH,
+         "append to OUT, and skip lines that are answered there"),
 
     GROUP("How to run"),
     NUMBER(WHOLE, "-c --ctx-size", "N", ctx, 0, MAX_CTX, NULL, RUN | INSPECT,
@@ -6357,7 +6361,8 @@ static int parse_value(struct settings *to, const struct option *o,
     char *end;
 
     switch (o->kind) {
-    case TEXT: *(const char **)slot = value; return 0;
+    case TEXT: case IN_FILE: case OUT_FILE:
+        *(const char **)slot = value; return 0;
     case TEXTS: return add_text(slot, value);
     case LIST: return parse_list(slot, o, value);
     case CHOICE: *(int *)slot = find_word(o->arg, '|', value);
@@ -6414,7 +6419,7 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
         return usage("unknown option %s", name.s);
     if (o->kind == FLAG && equals)
         return usage("%s takes no value, but is given %s", name.s, equals + 1);
-    if (o->kind == TEXT && to->given[o - table])
+    if (o->kind >= TEXT && o->kind <= OUT_FILE && to->given[o - table])
         return usage("%s is given twice", name.s);
     to->given[o - table] = arg;
     if (o->mode && to->mode && to->mode != o->mode)
@@ -11456,23 +11461,6 @@ static int lacks(const struct settings *s, const char *what, const char *why)
     return DONE;
 }
 
-#ifndef HAVE_SANDBOX
-
-static int enter_sandbox(const struct settings *s)
-{
-    return s->sandbox == SANDBOX_OFF ? DONE :
-           lacks(s, "sandbox", "it is not in this build");
-}
-
-static int keep_file(const char *path, const struct text *part, int n_parts)
-{
-    return replace_file(path, part, n_parts);
-}
-
-#else
-
-long syscall(long number, ...);           /* not in POSIX                    */
-
 /* ---- the keeper
  *
  * A session is written beside the old one and then takes its place, and who may
@@ -11493,15 +11481,46 @@ static int read_all(int fd, void *to, size_t n)
     return 0;
 }
 
+/* As replace_file(), for the session. */
+static int keep_file(const char *path, const struct text *part, int n_parts)
+{
+    unsigned char size[8], code;
+    uint64_t n = 0;
+    int good;
+
+    if (keeper < 0)
+        return replace_file(path, part, n_parts);
+    for (int i = 0; i < n_parts; i++)
+        n += part[i].n;
+    put_le(size, n, 8);
+    good = write_all(keeper, (char *)size, 8) == 0;
+    for (int i = 0; good && i < n_parts; i++)
+        good = write_all(keeper, part[i].s, part[i].n) == 0;
+    return good && read_all(keeper, &code, 1) == 0 ? code :
+           say(BAD_FILE, "%s: cannot be kept: the process that writes it has "
+               "ended", path);
+}
+
+#ifndef HAVE_SANDBOX
+
+static int enter_sandbox(const struct settings *s)
+{
+    return s->sandbox == SANDBOX_OFF ? DONE :
+           lacks(s, "sandbox", "it is not in this build");
+}
+
+#else
+
+long syscall(long number, ...);           /* not in POSIX                    */
+
 static void keep(const char *path, int fd)
 {
+    static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
     struct text t = { 0 };
     unsigned char size[8], code;
 
-    signal(SIGINT, SIG_IGN);
-    signal(SIGTERM, SIG_IGN);
-    signal(SIGHUP, SIG_IGN);
-    signal(SIGQUIT, SIG_IGN);
+    for (int i = 0; i < 4; i++)
+        signal(ignored[i], SIG_IGN);
     close(STDIN_FILENO);
     close(STDOUT_FILENO);
     while (read_all(fd, size, sizeof size) == 0) {
@@ -11535,28 +11554,6 @@ static void start_keeper(const char *path)
         close(fd[0]);
 }
 
-/* As replace_file(), for the session. */
-static int keep_file(const char *path, const struct text *part, int n_parts)
-{
-    struct text size = { 0 };
-    uint64_t n = 0;
-    unsigned char code;
-    int good;
-
-    if (keeper < 0)
-        return replace_file(path, part, n_parts);
-    for (int i = 0; i < n_parts; i++)
-        n += part[i].n;
-    add_le(&size, n, 8);
-    good = write_all(keeper, size.s, size.n) == 0;
-    for (int i = 0; good && i < n_parts; i++)
-        good = write_all(keeper, part[i].s, part[i].n) == 0;
-    good = good && read_all(keeper, &code, 1) == 0;
-    free(size.s);
-    return good ? code : say(BAD_FILE, "%s: cannot be kept: the process that "
-                             "writes it has ended", path);
-}
-
 /* ---- files: Landlock */
 
 enum { PR_DUMPABLE = 4, PR_NO_NEW_PRIVS = 38, PATH_ONLY = 010000000 };
@@ -11566,7 +11563,8 @@ enum { CREATE_RULESET = 444, ADD_RULE, RESTRICT_SELF, PATH_BENEATH = 1 };
 enum {
     WRITE_FILE = 1 << 1, READ_FILE = 1 << 2, READ_DIR = 1 << 3,
     REMOVE_FILE = 1 << 5, MAKE_REG = 1 << 8, TRUNCATE = 1 << 14,
-    IN_DIRS = 0x3ff8, REPLACES = WRITE_FILE | MAKE_REG | REMOVE_FILE
+    IN_DIRS = 0x3ff8, READS = READ_FILE | READ_DIR,
+    REPLACES = READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE
 };
 
 /* What a rule set decides about: all that the kernel's version of Landlock
@@ -11574,22 +11572,6 @@ enum {
 struct ruleset { uint64_t files, net, scopes; };
 
 struct rule { uint64_t rights; int32_t fd; };
-
-/* Of the files that options name. */
-enum {
-    READS = READ_FILE | READ_DIR,
-    WRITES = READ_FILE | WRITE_FILE | TRUNCATE
-};
-
-static const struct { size_t at; uint64_t rights; } file_options[] = {
-    { AT(model), READS }, { AT(tokenizer), READS }, { AT(file), READS },
-    { AT(ids), READS }, { AT(messages), READS }, { AT(tools), READS },
-    { AT(ppl), READS }, { AT(session), READS }, { AT(resume), WRITES },
-    { AT(logits), WRITES }, { AT(export_to), WRITES }, { AT(trace), WRITES },
-    { AT(trace_raw), WRITES }, { AT(system_file), READS }
-};
-
-enum { N_FILE_OPTIONS = sizeof file_options / sizeof *file_options };
 
 /* Allow to open what is at `path`, and in it.  What cannot be granted stays
  * forbidden. */
@@ -11611,57 +11593,57 @@ static void grant(int set, const char *path, uint64_t rights)
  * granted; none is made if there will be nothing to write. */
 static void grant_all(int set, const struct settings *s, uint64_t known)
 {
+    static const char *const limits[] = {
+        "/proc/self/status", "/proc/self/cgroup", "/sys/fs/cgroup",
+        "/proc/meminfo"
+    };
     const int begins = !s->model || access(s->model, R_OK) == 0;
+    struct text dir = { 0 };
 
-    for (size_t i = 0; i < N_FILE_OPTIONS; i++) {
-        const char *path = *(const char *const *)((const char *)s +
-                                                  file_options[i].at);
-        const uint64_t rights = file_options[i].rights & known;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &table[i];
+        const int writes = o->kind == OUT_FILE;
+        const char *path = o->kind != IN_FILE && !writes ? NULL :
+                           *(const char *const *)((const char *)s + o->at);
         if (!path || is_dash(path))
             continue;
-        if (begins && (rights & WRITE_FILE)) {
-            const int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC,
-                                0666);
-            if (fd >= 0)
-                close(fd);
-        }
-        grant(set, path, rights);
+        if (begins && writes)
+            close(open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+        grant(set, path, (writes ? READ_FILE | WRITE_FILE | TRUNCATE : READS) &
+              known);
     }
     if (s->session && keeper < 0) {
-        struct text dir = { 0 };
         add_directory(&dir, s->session);
-        grant(set, dir.s, (READ_FILE | REPLACES) & known);
+        grant(set, dir.s, REPLACES & known);
         free(dir.s);
     }
     if (s->mode == CHAT && save_dir(s))
         grant(set, save_dir(s), (READS | REPLACES | TRUNCATE) & known);
-    grant(set, "/proc/self/status", READ_FILE);
-    grant(set, "/proc/self/cgroup", READ_FILE);
-    grant(set, "/sys/fs/cgroup", READ_FILE);
-    grant(set, "/proc/meminfo", READ_FILE);
+    for (int i = 0; i < 4; i++)
+        grant(set, limits[i], READ_FILE);
 }
 
 /* Bind and connect of TCP come with version 4; abstract sockets and signals to
  * others with 6. */
 static int confine_files(const struct settings *s)
 {
-    static const uint64_t files[] = { 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff };
+    static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
+                                      0xffff };
     const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
     struct ruleset is;
     int set, failed;
 
     if (version < 1)
         return lacks(s, "Landlock", strerror(errno));
-    is = (struct ruleset){ files[version < 5 ? version - 1 : 4],
+    is = (struct ruleset){ files[version < 5 ? version : 5],
                            version >= 4 ? 3 : 0, version >= 6 ? 3 : 0 };
     set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
-    if (set < 0)
-        return lacks(s, "Landlock", strerror(errno));
-    grant_all(set, s, is.files);
-    failed = syscall(RESTRICT_SELF, set, 0) != 0;
-    close(set);
+    if (set >= 0)
+        grant_all(set, s, is.files);
+    failed = set < 0 || syscall(RESTRICT_SELF, set, 0) != 0;
     if (failed)
         return lacks(s, "Landlock", strerror(errno));
+    close(set);
     if (s->verbose)
         note("sandbox: Landlock %ld", version);
     return DONE;
@@ -11669,155 +11651,114 @@ static int confine_files(const struct settings *s)
 
 /* ---- system calls: seccomp */
 
-/* If arg >= 0, only with (argument & mask) == is. */
+/* Only with (argument & mask) == is. */
 struct system_call { long number; int arg; uint32_t mask, is; };
 
-enum { EXECUTABLE = 4, A_THREAD = 0x10100, CLONE_ARG = ELF_MACHINE == 22 };
+enum { EXECUTABLE = 4, A_THREAD = 0x10100, ITSELF = -1 };
 
-/* What is asked of a terminal, or done to it, in older and newer libraries. */
-#if ELF_MACHINE == 21
-enum { GET_TERMINAL = 0x402c7413, GET_WINDOW = 0x40087468 };
-#define SET_TERMINAL 0x802c7414u
-#else
-enum { GET_TERMINAL = 0x5401, SET_TERMINAL, GET_WINDOW = 0x5413 };
-#endif
-#define GET_TERMINAL_2 0x802c542au
-#define SET_TERMINAL_2 0x402c542bu
-
-#define CALL(name)        { SYS_##name, -1, 0, 0 }
+#define CALL(name)        { SYS_##name, 0, 0, 0 }
 #define IF(name, arg, is) { SYS_##name, arg, UINT32_MAX, is }
 #define NOT(name, bits)   { SYS_##name, 2, bits, 0 }
 
 /* Not every machine has all of them: newer ones lack what those with "at" in
- * their names can do, those of 32 bits have doubles for 64.  Which files can be
- * opened is for Landlock to say.  Memory is never executed that was not before,
- * and a clone is a thread. */
+ * their names can do, those of 32 bits have doubles for 64, and PowerPC has its
+ * own numbers for terminals.  Which files can be opened is for Landlock to say.
+ * Memory is never executed that was not before, a clone is a thread, a signal
+ * is one to itself, and a terminal is asked and set as older and newer
+ * libraries do it. */
 static const struct system_call system_calls[] = {
     CALL(futex), CALL(write), CALL(writev), CALL(read), CALL(readv),
     CALL(close), CALL(lseek), CALL(fstat), CALL(fsync), CALL(brk),
     CALL(munmap), CALL(mremap), CALL(madvise), NOT(mprotect, EXECUTABLE),
-    CALL(mincore), { SYS_clone, CLONE_ARG, A_THREAD, A_THREAD },
+    CALL(mincore), { SYS_clone, ELF_MACHINE == 22, A_THREAD, A_THREAD },
     CALL(set_robust_list), CALL(sched_getaffinity), CALL(sched_yield),
     CALL(getpid), CALL(gettid), CALL(exit), CALL(exit_group),
     CALL(restart_syscall), CALL(rt_sigaction), CALL(rt_sigprocmask),
     CALL(rt_sigreturn), CALL(sigaltstack), CALL(getrandom), CALL(getrusage),
     CALL(sysinfo), CALL(ppoll), CALL(openat), CALL(faccessat), CALL(ftruncate),
     CALL(fchmod), CALL(unlinkat), CALL(readlinkat), CALL(getcwd),
-    IF(ioctl, 1, GET_TERMINAL), IF(ioctl, 1, GET_TERMINAL_2),
-    IF(ioctl, 1, SET_TERMINAL), IF(ioctl, 1, SET_TERMINAL_2),
-    IF(ioctl, 1, GET_WINDOW), IF(fcntl, 1, F_GETFL), IF(fcntl, 1, F_SETFD),
-    IF(fcntl, 1, F_SETLK),
-#if ELF_MACHINE == 22                     /* there, it is given a pointer    */
-    CALL(mmap),
-#elif defined SYS_mmap2
+    CALL(renameat2), CALL(clock_gettime), IF(tgkill, 0, (uint32_t)ITSELF),
+    IF(fcntl, 1, F_GETFL), IF(fcntl, 1, F_SETFD), IF(fcntl, 1, F_SETLK),
+    IF(ioctl, 1, TIOCGWINSZ), IF(ioctl, 1, 0x802c542a),
+    IF(ioctl, 1, 0x402c542b),             /* TCGETS2 and TCSETS2             */
+#if ELF_MACHINE == 21
+    IF(ioctl, 1, 0x402c7413), IF(ioctl, 1, 0x802c7414),
+#else
+    IF(ioctl, 1, TCGETS), IF(ioctl, 1, TCSETS),
+#endif
+#ifdef SYS_mmap2
     NOT(mmap2, EXECUTABLE), CALL(_llseek), CALL(fstat64), CALL(fstatat64),
     CALL(stat64), CALL(lstat64), CALL(ftruncate64), IF(fcntl64, 1, F_GETFL),
     IF(fcntl64, 1, F_SETFD), IF(fcntl64, 1, F_SETLK),
+#elif ELF_MACHINE == 22                   /* there, it is given a pointer    */
+    CALL(mmap), CALL(newfstatat),
 #else
-    NOT(mmap, EXECUTABLE),
+    NOT(mmap, EXECUTABLE), CALL(newfstatat),
 #endif
-#ifdef SYS_newfstatat
-    CALL(newfstatat),
+#ifdef SYS_clock_gettime64
+    CALL(clock_gettime64), CALL(ppoll_time64), CALL(futex_time64),
 #endif
-#ifdef SYS_statx
-    CALL(statx),
+#ifdef SYS_rseq
+    CALL(rseq), CALL(statx),
 #endif
 #ifdef SYS_sigreturn
     CALL(sigreturn),
 #endif
-#ifdef SYS_ppoll_time64
-    CALL(ppoll_time64), CALL(futex_time64),
-#endif
-#ifdef SYS_clock_gettime
-    CALL(clock_gettime),
-#endif
-#ifdef SYS_clock_gettime64
-    CALL(clock_gettime64),
-#endif
-#ifdef SYS_rseq
-    CALL(rseq),
-#endif
 #ifdef SYS_renameat
     CALL(renameat),
-#endif
-#ifdef SYS_renameat2
-    CALL(renameat2),
 #endif
 #ifdef SYS_open
     CALL(poll), CALL(open), CALL(access), CALL(stat), CALL(lstat),
     CALL(readlink), CALL(unlink), CALL(rename),
 #endif
+    CALL(accept4), CALL(shutdown)         /* only for --serve                */
 };
+
+enum { N_CALLS = sizeof system_calls / sizeof *system_calls, N_SERVE = 2 };
 
 /* Instructions of the kernel's little machine, and where it finds the number of
  * a call, the architecture, and the low halves of the arguments. */
 enum {
     LOAD = 0x20, AND = 0x54, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
-    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16
+    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16,
+    NEWER = 403            /* from here, numbers are the same on all machines */
 };
 
 #define ALLOW      0x7fff0000u
 #define FAIL(code) (0x00050000u | (unsigned)(code))
 
-enum { N_CALLS = sizeof system_calls / sizeof *system_calls };
-enum { MAX_CODE = 13 + 6 * N_CALLS };
-enum { NEWER = 403 };      /* from here, numbers are the same on all machines */
-
 struct code { uint16_t op; uint8_t then, otherwise; uint32_t k; };
 
-struct filter { unsigned short n; struct code *code; };
-
-static void emit(struct filter *f, int op, uint32_t k, int then, int otherwise)
-{
-    f->code[f->n++] = (struct code){
-        (uint16_t)op, (uint8_t)then, (uint8_t)otherwise, k
-    };
-}
-
-/* If it is this call, allow it.  Otherwise its number is loaded again. */
-static void emit_call(struct filter *f, const struct system_call *c)
-{
-    const uint32_t low = is_little_endian() ? 0 : 4;
-
-    if (c->arg < 0) {
-        emit(f, IF_EQUAL, (uint32_t)c->number, 0, 1);
-        emit(f, RETURN, ALLOW, 0, 0);
-        return;
-    }
-    emit(f, IF_EQUAL, (uint32_t)c->number, 0, 5);
-    emit(f, LOAD, ARGUMENTS + 8 * (uint32_t)c->arg + low, 0, 0);
-    emit(f, AND, c->mask, 0, 0);
-    emit(f, IF_EQUAL, c->is, 0, 1);
-    emit(f, RETURN, ALLOW, 0, 0);
-    emit(f, LOAD, CALL_NUMBER, 0, 0);
-}
-
-/* From now on only these calls, and signals to itself.  Calls of another
- * architecture are other calls by the same numbers. */
+/* From now on only these calls.  Those of another architecture are other calls
+ * by the same numbers. */
 static int confine_calls(const struct settings *s)
 {
-    const uint32_t machine = ELF_MACHINE |
-                             (sizeof(void *) == 8 ? 0x80000000u : 0) |
-                             (is_little_endian() ? 0x40000000u : 0);
-    struct code code[MAX_CODE];
-    struct filter f = { 0, code };
+    const uint32_t low = is_little_endian() ? 0 : 4, machine = ELF_MACHINE |
+        (sizeof(void *) == 8 ? 0x80000000u : 0) | (low ? 0 : 0x40000000u);
+    const int n_calls = N_CALLS - (s->mode == SERVE ? 0 : N_SERVE);
+    struct code code[4 + 6 * N_CALLS + 3] = {
+        { LOAD, 0, 0, MACHINE }, { IF_EQUAL, 1, 0, machine },
+        { RETURN, 0, 0, FAIL(EPERM) }, { LOAD, 0, 0, CALL_NUMBER }
+    }, *to = code + 4;
+    struct { unsigned short n; struct code *code; } filter = { 0, code };
 
-    emit(&f, LOAD, MACHINE, 0, 0);
-    emit(&f, IF_EQUAL, machine, 1, 0);
-    emit(&f, RETURN, FAIL(EPERM), 0, 0);
-    emit(&f, LOAD, CALL_NUMBER, 0, 0);
-    for (int i = 0; i < N_CALLS; i++)
-        emit_call(&f, &system_calls[i]);
-    emit_call(&f, &(struct system_call){ SYS_tgkill, 0, UINT32_MAX,
-                                         (uint32_t)getpid() });
-    if (s->mode == SERVE) {
-        emit_call(&f, &(struct system_call)CALL(accept4));
-        emit_call(&f, &(struct system_call)CALL(shutdown));
+    for (int i = 0; i < n_calls; i++, to += 6) {
+        const struct system_call *c = &system_calls[i];
+        const struct code one[6] = {
+            { IF_EQUAL, 0, 5, (uint32_t)c->number },
+            { LOAD, 0, 0, ARGUMENTS + 8 * (uint32_t)c->arg + low },
+            { AND, 0, 0, c->mask },
+            { IF_EQUAL, 0, 1, c->is == (uint32_t)ITSELF ?
+              (uint32_t)getpid() : c->is },
+            { RETURN, 0, 0, ALLOW }, { LOAD, 0, 0, CALL_NUMBER }
+        };
+        memcpy(to, one, sizeof one);
     }
-    emit(&f, IF_AT_LEAST, NEWER, 0, 1);
-    emit(&f, RETURN, FAIL(ENOSYS), 0, 0);
-    emit(&f, RETURN, FAIL(EPERM), 0, 0);
-    if (syscall(SYS_seccomp, 1, 0, &f) != 0)
+    *to++ = (struct code){ IF_AT_LEAST, 0, 1, NEWER };
+    *to++ = (struct code){ RETURN, 0, 0, FAIL(ENOSYS) };
+    *to++ = (struct code){ RETURN, 0, 0, FAIL(EPERM) };
+    filter.n = (unsigned short)(to - code);
+    if (syscall(SYS_seccomp, 1, 0, &filter) != 0)
         return lacks(s, "seccomp", strerror(errno));
     if (s->verbose)
         note("sandbox: seccomp");
@@ -11826,57 +11767,45 @@ static int confine_calls(const struct settings *s)
 
 /* ---- all of it */
 
-/* How many of seccomp and Landlock may be called at all: where a sandbox above
- * this one answers with a signal, as on Android, a child dies of it.  Where
- * there can be no child, none above is so strict. */
-static int count_answered(void)
+/* May these calls be made at all?  Where a sandbox above this one answers with
+ * a signal, as on Android, a child dies of it.  Where there can be no child,
+ * none above is so strict. */
+static int is_answered(long number, int n_calls)
 {
-    int fd[2], n = 0;
-    char c;
-    pid_t pid;
+    const pid_t pid = fork();
+    int status = 0;
 
-    if (pipe(fd) != 0)
-        return 2;
-    pid = fork();
     if (pid == 0) {
         signal(SIGSYS, SIG_DFL);
-        syscall(SYS_seccomp, 99, 0, NULL);
-        write_all(fd[1], "", 1);
-        syscall(CREATE_RULESET, NULL, (size_t)0, 1);
-        syscall(ADD_RULE, -1, 0, NULL, 0);
-        syscall(RESTRICT_SELF, -1, 0);
-        write_all(fd[1], "", 1);
+        for (int i = 0; i < n_calls; i++)
+            syscall(number + i, -1L, 0L, 0L, 0L);
         _exit(0);
     }
-    close(fd[1]);
-    while (pid > 0 && read(fd[0], &c, 1) == 1)
-        n++;
-    close(fd[0]);
-    if (pid > 0)
-        waitpid(pid, NULL, 0);
-    return pid > 0 ? n : 2;
+    return pid < 0 || waitpid(pid, &status, 0) < 0 || !WIFSIGNALED(status);
 }
 
 /* Dates need to know the time zone, which is a file, before. */
 static int enter_sandbox(const struct settings *s)
 {
     static const char by_signal[] = "this system answers it with a signal";
-    int n, code;
+    int calls, files, code;
 
     if (s->sandbox == SANDBOX_OFF)
         return DONE;
     tzset();
     setrlimit(RLIMIT_CORE, &(struct rlimit){ 0, 0 });
-    n = count_answered();
+    signal(SIGCHLD, SIG_DFL);             /* else none could be waited for   */
+    calls = is_answered(SYS_seccomp, 1);
+    files = is_answered(CREATE_RULESET, 3);
     if (s->session)
         start_keeper(s->session);
     if (syscall(SYS_prctl, PR_NO_NEW_PRIVS, 1L, 0L, 0L, 0L) != 0)
         return lacks(s, "sandbox", strerror(errno));
     syscall(SYS_prctl, PR_DUMPABLE, 0L, 0L, 0L, 0L);
-    code = n < 2 ? lacks(s, "Landlock", by_signal) : confine_files(s);
+    code = files ? confine_files(s) : lacks(s, "Landlock", by_signal);
     if (code != DONE)
         return code;
-    return n < 1 ? lacks(s, "seccomp", by_signal) : confine_calls(s);
+    return calls ? confine_calls(s) : lacks(s, "seccomp", by_signal);
 }
 
 #endif
