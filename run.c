@@ -69,6 +69,7 @@
 /* WebAssembly has one process, no signals, files without owners, and no way to
  * know whether a read would wait. */
 #define poll(fds, n, timeout) ((void)(fds), (void)(timeout), 1)
+#define realpath(path, to)    ((void)(path), (char *)(to))
 
 struct sigaction { void (*sa_handler)(int); };
 
@@ -6965,24 +6966,96 @@ static int read_ids(const char *path, struct ids *out)
     return code;
 }
 
-/* --------------------------------------------- 12. Signals and the terminal */
-
-#ifndef __wasi__
-#include <sys/ioctl.h>
-#include <termios.h>
-static int set_terminal(int is_edited);
-#else
-#define set_terminal(is_edited) (-1)
-#endif
-
-/* The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
+/* --------------------------------------------- 12. Signals and the terminal
+ *
+ * The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
  * somebody looks at `interrupted` and stops the work in good order.  Then the
  * second does nothing more, and the third ends it whatever is lost: by then
  * something hangs.  They are handled from the beginning, as the first process
  * of a container gets no others; one that was ignored then, as by nohup, stays
  * ignored. */
+
 static const char bright[] = "\033[0m\n";
-static volatile sig_atomic_t is_heard;
+static volatile sig_atomic_t is_heard, is_editing;
+static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
+                                             window of another size          */
+
+/* Without SA_RESTART, so that waiting for input ends, too. */
+static void handle(int number, void (*handler)(int))
+{
+    struct sigaction action = { .sa_handler = handler }, had;
+
+    sigaction(number, NULL, &had);
+    if (had.sa_handler != SIG_IGN)
+        sigaction(number, &action, NULL);
+}
+
+#ifdef __wasi__
+
+#define set_terminal(is_edited) (-1)
+#define count_columns()         80
+
+#else
+
+static void on_stop(int number);
+static void on_change(int number);
+
+/* For a line to be edited, or as it was: 0, or -1 if it cannot be changed. */
+static int set_terminal(int is_edited)
+{
+    static const char paste[2][9] = { "\033[?2004l", "\033[?2004h" };
+    static volatile sig_atomic_t is_changed;
+    static struct termios plain;
+    struct termios t;
+
+    if (!is_changed && (!is_edited || tcgetattr(STDIN_FILENO, &plain) != 0))
+        return -1;
+    t = plain;
+    if (is_edited) {
+        t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
+        t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
+        t.c_cc[VMIN] = 1;
+        t.c_cc[VTIME] = 0;
+        handle(SIGTSTP, on_stop);
+        handle(SIGCONT, on_change);
+        handle(SIGWINCH, on_change);
+    }
+    if (tcsetattr(STDIN_FILENO, TCSANOW, &t) != 0)
+        return -1;
+    is_changed = is_edited;
+    (void)!write(STDERR_FILENO, paste[is_edited], 8);
+    return 0;
+}
+
+static void on_stop(int number)
+{
+    set_terminal(0);
+    signal(number, SIG_DFL);
+    raise(number);                        /* when this is done               */
+}
+
+/* After a stop, or with a window of another size. */
+static void on_change(int number)
+{
+    (void)number;
+    if (is_editing)
+        looks_old = set_terminal(1) == 0;
+}
+
+static int count_columns(void)
+{
+    struct winsize size = { 0 };
+
+    ioctl(STDERR_FILENO, TIOCGWINSZ, &size);
+    return size.ws_col > 8 ? size.ws_col : 80;
+}
+
+#endif
+
+static void leave_terminal(void)
+{
+    set_terminal(0);
+}
 
 static void on_interrupt(int number)
 {
@@ -6995,30 +7068,6 @@ static void on_interrupt(int number)
     }
     if (running)
         lfm2_cancel(running);
-}
-
-/* Without SA_RESTART, so that waiting for input ends, too. */
-static void handle(int number, void (*handler)(int))
-{
-    struct sigaction action = { .sa_handler = handler }, had;
-
-    sigaction(number, NULL, &had);
-    if (had.sa_handler != SIG_IGN)
-        sigaction(number, &action, NULL);
-}
-
-static void start_signals(void)
-{
-    handle(SIGINT, on_interrupt);
-    handle(SIGTERM, on_interrupt);
-#ifndef __wasi__
-    handle(SIGHUP, on_interrupt);
-    handle(SIGQUIT, on_interrupt);
-#endif
-    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
-#ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN);
-#endif
 }
 
 /* Threads that begin between two such calls leave signals to this one, which
@@ -7042,6 +7091,50 @@ static void block_signals(int are_blocked)
 static void catch_interrupt(void)
 {
     is_heard = 1;
+}
+
+/* Before anything else.
+ *
+ * Where the shell closed one of the first three descriptors (">&-"), the next
+ * file to be opened would get its number, and words or messages would go into
+ * it.  A directory takes the place: it can be neither read nor written.
+ *
+ * Other files that whoever started this left open would be open in the sandbox,
+ * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
+static void prepare_process(char **argv)
+{
+    int fd;
+
+    while ((fd = open("/", O_RDONLY)) >= 0 && fd <= STDERR_FILENO)
+        continue;
+    close(fd);
+#ifndef __wasi__
+    DIR *dir = opendir("/dev/fd");
+    struct dirent *entry;
+    while (dir && (entry = readdir(dir))) {
+        fd = atoi(entry->d_name);
+        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
+        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
+            const char *name = strstr(argv[i], "/fd/");
+            is_named = name && strcmp(name + 4, entry->d_name) == 0;
+        }
+        if (!is_named)
+            close(fd);
+    }
+    if (dir)
+        closedir(dir);
+    handle(SIGHUP, on_interrupt);
+    handle(SIGQUIT, on_interrupt);
+#else
+    (void)argv;
+#endif
+    handle(SIGINT, on_interrupt);
+    handle(SIGTERM, on_interrupt);
+    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);
+#endif
+    atexit(leave_terminal);
 }
 
 /* ---- a model that becomes shorter
@@ -7076,9 +7169,12 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
     _exit(BAD_FILE);
 }
 
+#endif
+
 /* The file is about to be mapped, or is the one that stays so. */
 static void watch_file(const char *path)
 {
+#ifndef LFM2_NO_MMAP
     const struct sigaction action = {
         .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO
     };
@@ -7087,131 +7183,17 @@ static void watch_file(const char *path)
              "used, or its disk failed; --no-mmap reads it first\n", bright,
              program, path);
     sigaction(SIGBUS, &action, NULL);
-}
-
 #else
-
-static void watch_file(const char *path)
-{
     (void)path;
+#endif
 }
 
-#endif
-
-/* ---- bytes that are typed or piped in */
+/* ---- a line that is edited */
 
 enum { INPUT_ENDS = -1, STOPPED_BY_SIGNAL = -2, LOOKS_OLD = -3 };
 
-static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
-                                             window of another size          */
-
-/* The next byte.  A signal between a look and the wait is heard a second
- * later. */
-static int next_byte(int *is_last)
-{
-    static unsigned char s[4096];
-    static ssize_t at, n;
-    struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
-
-    while (at == n) {
-        const int ready = poll(&in, 1, 1000);
-        if (interrupted)
-            return STOPPED_BY_SIGNAL;
-        if (looks_old) {
-            looks_old = 0;
-            return LOOKS_OLD;
-        }
-        if (ready <= 0)
-            continue;
-        at = 0;
-        n = read(STDIN_FILENO, s, sizeof s);
-        if (n == 0 || (n < 0 && errno != EINTR)) {
-            n = 0;
-            return INPUT_ENDS;
-        }
-        n = n > 0 ? n : 0;
-    }
-    *is_last = at + 1 == n;
-    return s[at++];
-}
-
-/* Does a signal end the chat?  Ctrl-C clears a line, and leaves only if it
- * comes twice to an empty one. */
-static int leaves(size_t n_typed, int *is_warned)
-{
-    interrupted = 0;
-    if (last_signal != SIGINT || (n_typed == 0 && *is_warned)) {
-        interrupted = 1;
-        return 1;
-    }
-    if (n_typed == 0)
-        fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
-    *is_warned = n_typed == 0;
-    return 0;
-}
-
-#ifndef __wasi__
-
-/* ---- the terminal while a line is edited
- *
- * Whatever ends or stops the program meanwhile leaves it as it was. */
-
-static struct termios plain_terminal;
-static volatile sig_atomic_t is_changed, is_editing;
-
-/* Returns 0, or -1 if it cannot be changed. */
-static int set_terminal(int is_edited)
-{
-    static const char paste[2][9] = { "\033[?2004l", "\033[?2004h" };
-    struct termios t;
-
-    if (!is_changed && (!is_edited ||
-                        tcgetattr(STDIN_FILENO, &plain_terminal) != 0))
-        return -1;
-    t = plain_terminal;
-    if (is_edited) {
-        t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
-        t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
-        t.c_cc[VMIN] = 1;
-        t.c_cc[VTIME] = 0;
-    }
-    if (tcsetattr(STDIN_FILENO, TCSANOW, &t) != 0)
-        return -1;
-    is_changed = is_edited;
-    (void)!write(STDERR_FILENO, paste[is_edited], 8);
-    return 0;
-}
-
-static void on_stop(int number)
-{
-    set_terminal(0);
-    signal(number, SIG_DFL);
-    raise(number);                        /* when this is done               */
-}
-
-/* After a stop, or with a window of another size. */
-static void on_change(int number)
-{
-    (void)number;
-    if (is_editing) {
-        handle(SIGTSTP, on_stop);
-        set_terminal(1);
-        looks_old = 1;
-    }
-}
-
-static void leave_terminal(void)
-{
-    set_terminal(0);
-}
-
-/* ---- a line that is edited
- *
- * It is shown in one row of the terminal, as much of it as there is room for
- * around the cursor, and whole when it is done. */
-
 struct editor {
-    struct text *line;
+    struct text line;
     size_t at;                            /* of the cursor                   */
     const char *prompt;
     int shown;                            /* of the history                  */
@@ -7222,103 +7204,121 @@ static struct text *history;              /* what was typed, the oldest first */
 static int n_history;
 static struct text draft;                 /* the line while older are shown  */
 
+/* The next byte that is typed or piped in.  A signal between a look and the
+ * wait is heard a second later. */
+static int next_byte(int *is_last)
+{
+    static unsigned char s[4096];
+    static ssize_t at, n;
+    struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
+
+    while (at == n) {
+        const int ready = poll(&in, 1, 1000);
+        if (interrupted || looks_old) {
+            looks_old = 0;
+            return interrupted ? STOPPED_BY_SIGNAL : LOOKS_OLD;
+        }
+        if (ready <= 0)
+            continue;
+        n = read(STDIN_FILENO, s, sizeof s);
+        if (n == 0 || (n < 0 && errno != EINTR)) {
+            at = n = 0;
+            return INPUT_ENDS;
+        }
+        at = 0;
+        n = n > 0 ? n : 0;
+    }
+    *is_last = at + 1 == n;
+    return s[at++];
+}
+
 /* Marks that are drawn over the character before, and characters that take two
  * columns: by ranges, the first and the last. */
 static const uint32_t no_columns[] = {
     0x300, 0x36f, 0x483, 0x489, 0x591, 0x5bd, 0x610, 0x61a, 0x64b, 0x65f,
     0x93c, 0x93c, 0x941, 0x948, 0x94d, 0x94d, 0xe31, 0xe31, 0xe34, 0xe3a,
     0xe47, 0xe4e, 0x1ab0, 0x1aff, 0x1dc0, 0x1dff, 0x200b, 0x200f, 0x20d0,
-    0x20ff, 0x3099, 0x309a, 0xfe00, 0xfe0f, 0xfe20, 0xfe2f
+    0x20ff, 0x3099, 0x309a, 0xfe00, 0xfe0f, 0xfe20, 0xfe2f, UINT32_MAX
 }, two_columns[] = {
     0x1100, 0x115f, 0x231a, 0x231b, 0x26a1, 0x26a1, 0x2705, 0x2705, 0x2728,
     0x2728, 0x274c, 0x274c, 0x2753, 0x2757, 0x2b50, 0x2b50, 0x2e80, 0x303e,
     0x3041, 0xa4cf, 0xac00, 0xd7a3, 0xf900, 0xfaff, 0xfe30, 0xfe6f, 0xff00,
     0xff60, 0xffe0, 0xffe6, 0x1f300, 0x1f320, 0x1f32d, 0x1f64f, 0x1f680,
-    0x1f6ff, 0x1f900, 0x1faff, 0x20000, 0x3fffd
+    0x1f6ff, 0x1f900, 0x1faff, 0x20000, 0x3fffd, UINT32_MAX
 };
 
-static int is_among(uint32_t c, const uint32_t *range, size_t n)
+static int is_among(uint32_t c, const uint32_t *range)
 {
-    for (size_t i = 0; i < n && range[i] <= c; i += 2)
-        if (c <= range[i + 1])
-            return 1;
-    return 0;
+    while (range[0] <= c && range[1] < c)
+        range += 2;
+    return range[0] <= c;
 }
 
-#define IS_AMONG(c, ranges) is_among(c, ranges, sizeof ranges / sizeof *ranges)
-
-/* The character at byte i: its bytes, with the marks that follow, and columns.
- * What is no character is shown as a question mark, a newline as an arrow. */
-static size_t character(const struct text *t, size_t i, int *columns)
+/* The character at byte i as it is shown, its bytes and its columns. */
+static size_t character(const struct text *t, size_t i, uint32_t *c,
+                        int *columns)
 {
-    const char *const end = t->s + t->n, *s = t->s + i;
-    uint32_t c;
-    int n = utf8_get(s, end, &c);
+    const int n = utf8_get(t->s + i, t->s + t->n, c);
 
-    *columns = n > 0 && IS_AMONG(c, two_columns) ? 2 : 1;
-    for (s += n > 0 ? n : 1; s < end; s += n) {
-        n = utf8_get(s, end, &c);
-        if (n == 0 || !IS_AMONG(c, no_columns))
-            break;
-    }
-    return (size_t)(s - t->s) - i;
+    if (n == 0 || (is_control(*c) && *c != '\n' && *c != '\t'))
+        *c = '?';
+    *columns = is_among(*c, no_columns) ? 0 : is_among(*c, two_columns) ? 2 : 1;
+    return n > 0 ? (size_t)n : 1;
+}
+
+/* The end of the character at byte i, and of its marks. */
+static size_t after(const struct text *t, size_t i)
+{
+    int columns = 0;
+    uint32_t c;
+    size_t n;
+
+    if (i < t->n)
+        i += character(t, i, &c, &columns);
+    while (i < t->n && (n = character(t, i, &c, &columns), columns == 0))
+        i += n;
+    return i;
 }
 
 /* Where the character before the cursor begins. */
 static size_t before(const struct editor *e)
 {
-    size_t from = 0, n;
-    int columns;
+    size_t from = 0, next;
 
-    while (from < e->at && from + (n = character(e->line, from, &columns)) <
-           e->at)
-        from += n;
+    while ((next = after(&e->line, from)) < e->at)
+        from = next;
     return from;
 }
 
-/* As it is shown: whole, or in one row. */
-static void add_shown(struct text *to, const char *s, size_t n, int whole)
-{
-    const char *const end = s + n;
-    uint32_t c;
-
-    for (int size; s < end; s += size) {
-        size = utf8_get(s, end, &c);
-        if (c == '\n' || c == '\t')
-            add_string(to, whole ? (c == '\n' ? "\n" : "\t") :
-                       c == '\n' ? "\xe2\x86\xb5" : " ");
-        else if (size == 0 || is_control(c))
-            add_string(to, "?");
-        else
-            add(to, s, (size_t)size);
-        size = size > 0 ? size : 1;
-    }
-}
-
-/* The window may have another size each time. */
+/* In one row of the terminal, as much of it as there is room for around the
+ * cursor; or whole, when it is done.  The window may have another size each
+ * time. */
 static void show_line(const struct editor *e, int whole)
 {
-    const struct text *t = e->line;
+    const struct text *t = &e->line;
     const int prompt = (int)strlen(e->prompt);
-    struct winsize size = { 0 };
+    const int room = whole ? INT_MAX : count_columns() - prompt - 1;
     struct text out = { 0 };
-    size_t from = 0, n;
-    int room, columns, cursor = 0, used = 0;
+    size_t from = 0;
+    int columns, cursor = 0, used = 0;
+    uint32_t c;
+    char s[4];
 
-    ioctl(STDERR_FILENO, TIOCGWINSZ, &size);
-    room = (size.ws_col > 8 ? size.ws_col : 80) - prompt - 1;
-    for (size_t i = 0; i < e->at; i += n, cursor += columns)
-        n = character(t, i, &columns);
-    for (; !whole && cursor >= room; cursor -= columns)
-        from += character(t, from, &columns);
-    add_string(&out, "\r");
-    add_string(&out, e->prompt);
-    for (size_t i = from; i < t->n; i += n) {
-        n = character(t, i, &columns);
+    for (size_t i = 0; i < e->at; cursor += columns)
+        i += character(t, i, &c, &columns);
+    for (; cursor >= room; cursor -= columns) {
+        character(t, from, &c, &columns);
+        from = after(t, from);
+    }
+    add_format(&out, "\r%s", e->prompt);
+    while (from < t->n) {
+        from += character(t, from, &c, &columns);
         used += columns;
-        if (!whole && used > room)
+        if (used > room)
             break;
-        add_shown(&out, t->s + i, n, whole);
+        if (!whole && (c == '\n' || c == '\t'))
+            c = c == '\n' ? 0x21b5 : ' ';  /* an arrow                       */
+        add(&out, s, utf8_put(s, c));
     }
     add_string(&out, whole ? "\033[K\n" : "\033[K\r");
     if (!whole)
@@ -7331,7 +7331,7 @@ static void show_line(const struct editor *e, int whole)
 static void put(struct editor *e, size_t from, size_t to, const char *s,
                 size_t n)
 {
-    struct text *t = e->line;
+    struct text *t = &e->line;
 
     reserve(t, n);
     memmove(t->s + from + n, t->s + to, t->n - to + 1);
@@ -7349,13 +7349,13 @@ static void recall(struct editor *e, int step)
 
     if (next < 0 || next > n_history)
         return;
+    t = next == n_history ? &draft : &history[next];
     if (e->shown == n_history) {
         draft.n = 0;
-        add(&draft, e->line->s, e->line->n);
+        add(&draft, e->line.s, e->line.n);
     }
-    t = next == n_history ? &draft : &history[next];
     e->shown = next;
-    put(e, 0, e->line->n, t->s, t->n);
+    put(e, 0, e->line.n, t->s, t->n);
 }
 
 static void remember(const struct text *t)
@@ -7370,196 +7370,157 @@ static void remember(const struct text *t)
     add(&history[n_history++], t->s, t->n);
 }
 
-static void move_right(struct editor *e)
+#define CONTROL(c) ((c) - '@')
+
+/* Keys that are no bytes, beside those with Ctrl. */
+enum { BACKSPACE = 127, NEWLINE = 256, PASTE, PASTE_ENDS };
+
+/* What follows ESC, and the key that does the same. */
+static const struct { const char *s; int key; } sequences[] = {
+    { "[A", CONTROL('P') }, { "[B", CONTROL('N') }, { "[C", CONTROL('F') },
+    { "[D", CONTROL('B') }, { "[H", CONTROL('A') }, { "[1~", CONTROL('A') },
+    { "[7~", CONTROL('A') }, { "[F", CONTROL('E') }, { "[4~", CONTROL('E') },
+    { "[8~", CONTROL('E') }, { "[3~", CONTROL('D') }, { "\r", NEWLINE },
+    { "\n", NEWLINE }, { "[200~", PASTE }, { "[201~", PASTE_ENDS }
+};
+
+/* Some terminals write O for [. */
+static int read_sequence(void)
 {
-    int columns;
+    char s[8] = "";
+    size_t n = 0;
+    int is_last, c;
 
-    if (e->at < e->line->n)
-        e->at += character(e->line, e->at, &columns);
+    do {
+        c = next_byte(&is_last);
+        if (n < sizeof s - 1)
+            s[n] = (char)(n == 0 && c == 'O' ? '[' : c);
+    } while (c >= ' ' && (n++ == 0 ? s[0] == '[' : c < '@'));
+    for (size_t i = 0; i < sizeof sequences / sizeof *sequences; i++)
+        if (strcmp(s, sequences[i].s) == 0)
+            return sequences[i].key;
+    return 0;
 }
-
-/* Delete the character at the cursor. */
-static void delete(struct editor *e)
-{
-    const size_t from = e->at;
-
-    move_right(e);
-    put(e, from, e->at, "", 0);
-}
-
-/* What follows ESC: a key that has no character, or the ends of a paste. */
-static void escape(struct editor *e)
-{
-    int number = 0, counts = 1, is_last, c = next_byte(&is_last);
-
-    if (c == '\r' || c == '\n')
-        put(e, e->at, e->at, "\n", 1);
-    if (c != '[' && c != 'O')
-        return;
-    while ((c = next_byte(&is_last)) >= ' ' && c < '@') {
-        counts &= c >= '0' && c <= '9';
-        if (counts && number < 1000)
-            number = 10 * number + c - '0';
-    }
-    if (c == '~')
-        c = number == 1 || number == 7 ? 'H' : number == 4 || number == 8 ?
-            'F' : number == 3 ? 'x' : number == 200 ? 'p' : number == 201 ?
-            'q' : 0;
-    switch (c) {
-    case 'A': recall(e, -1); break;
-    case 'B': recall(e, 1); break;
-    case 'C': move_right(e); break;
-    case 'D': e->at = before(e); break;
-    case 'H': e->at = 0; break;
-    case 'F': e->at = e->line->n; break;
-    case 'x': delete(e); break;
-    case 'p': e->is_pasting = 1; break;
-    case 'q': e->is_pasting = 0; break;
-    }
-}
-
-enum { CTRL = 0x40, ESC = 27, BACKSPACE = 127 };
 
 static void press(struct editor *e, int c)
 {
-    const struct text *t = e->line;
-    const int is_newline = c == '\n' || c == '\r';
+    const struct text *t = &e->line;
+    const int ends_crlf = c == '\n' && e->after_cr;
     size_t from = e->at;
 
-    if (c == ESC)
-        escape(e);
-    else if (c >= ' ' && c != BACKSPACE)
-        put(e, e->at, e->at, &(char){ (char)c }, 1);
-    else if (e->is_pasting && (is_newline || c == '\t') &&
-             !(c == '\n' && e->after_cr))
-        put(e, e->at, e->at, c == '\t' ? "\t" : "\n", 1);
-    else if (!e->is_pasting)
-        switch (c == BACKSPACE ? c : c + CTRL) {
-        case 'A': e->at = 0; break;
-        case 'B': e->at = before(e); break;
-        case 'D': delete(e); break;
-        case 'E': e->at = t->n; break;
-        case 'F': move_right(e); break;
-        case 'H': case BACKSPACE: put(e, before(e), e->at, "", 0); break;
-        case 'I': put(e, e->at, e->at, "\t", 1); break;
-        case 'K': put(e, e->at, t->n, "", 0); break;
-        case 'L': write_all(STDERR_FILENO, "\033[H\033[2J", 7); break;
-        case 'N': recall(e, 1); break;
-        case 'P': recall(e, -1); break;
-        case 'U': put(e, 0, e->at, "", 0); break;
-        case 'W':
-            while (from > 0 && t->s[from - 1] == ' ')
-                from--;
-            while (from > 0 && t->s[from - 1] != ' ')
-                from--;
-            put(e, from, e->at, "", 0);
-        }
     e->after_cr = c == '\r';
-}
-
-/* The keys of a line, to its end: as read_line(). */
-static int press_keys(struct editor *e)
-{
-    int is_last = 1, is_warned = 0;
-
-    for (;;) {
-        if (is_last)
-            show_line(e, 0);
-        const int c = next_byte(&is_last);
-        const int ends = !e->is_pasting && (c == '\r' || c == '\n');
-        is_last |= ends || c < 0;
-        if (ends || c == INPUT_ENDS || (e->line->n == 0 &&
-            (c + CTRL == 'D' || c == 0))) {   /* 0: before it was raw    */
-            show_line(e, 1);
-            return ends;
-        }
-        if (c == STOPPED_BY_SIGNAL) {
-            show_line(e, 1);
-            if (leaves(e->line->n, &is_warned))
-                return -1;
-            put(e, 0, e->line->n, "", 0);
-            e->is_pasting = 0;
-        } else if (c >= 0) {
-            press(e, c);
-            is_warned = 0;
-        }
+    if (c == CONTROL('['))
+        c = read_sequence();
+    if (e->is_pasting && (c < ' ' || c == BACKSPACE) && c != '\t')
+        c = (c == '\r' || c == '\n') && !ends_crlf ? NEWLINE : 0;
+    switch (c) {
+    case 0: break;
+    case PASTE: case PASTE_ENDS: e->is_pasting = c == PASTE; break;
+    case NEWLINE: put(e, from, from, "\n", 1); break;
+    case CONTROL('A'): e->at = 0; break;
+    case CONTROL('B'): e->at = before(e); break;
+    case CONTROL('D'): put(e, from, after(t, from), "", 0); break;
+    case CONTROL('E'): e->at = t->n; break;
+    case CONTROL('F'): e->at = after(t, from); break;
+    case CONTROL('H'): case BACKSPACE: put(e, before(e), from, "", 0); break;
+    case CONTROL('K'): put(e, from, t->n, "", 0); break;
+    case CONTROL('L'): write_all(STDERR_FILENO, "\033[H\033[2J", 7); break;
+    case CONTROL('N'): recall(e, 1); break;
+    case CONTROL('P'): recall(e, -1); break;
+    case CONTROL('U'): put(e, 0, from, "", 0); break;
+    case CONTROL('W'):
+        while (from > 0 && t->s[from - 1] == ' ')
+            from--;
+        while (from > 0 && t->s[from - 1] != ' ')
+            from--;
+        put(e, from, e->at, "", 0);
+        break;
+    default:
+        if (c >= ' ' || c == '\t')
+            put(e, from, from, &(char){ (char)c }, 1);
     }
 }
-
-/* As read_line(), or -2 where lines cannot be edited. */
-static int edit_line(struct text *line, const char *prompt)
-{
-    struct editor e = { .line = line, .prompt = prompt, .shown = n_history };
-    const char *term = getenv("TERM");
-    int got;
-
-    if (!isatty(STDERR_FILENO) || !term || !term[0] ||
-        strcmp(term, "dumb") == 0 || set_terminal(1) != 0)
-        return -2;
-    is_editing = 1;
-    handle(SIGTSTP, on_stop);
-    handle(SIGCONT, on_change);
-    handle(SIGWINCH, on_change);
-    add(line, "", 0);
-    got = press_keys(&e);
-    is_editing = 0;
-    set_terminal(0);
-    remember(line);
-    return got;
-}
-
-#else
-
-#define edit_line(line, prompt)  (-2)
-
-#endif
 
 /* ---- lines and messages */
 
-/* A line as it comes, from a pipe or a simple terminal.  Some of these cut what
- * is longer than 4095 bytes. */
-static int read_plain_line(struct text *line, int shows, const char *prompt)
+/* May a line be edited at this terminal?  Whatever ends or stops the program
+ * meanwhile leaves it as it was. */
+static int begin_editing(void)
 {
-    int is_warned = !shows, is_last, c = STOPPED_BY_SIGNAL;
+    const char *term = getenv("TERM");
 
-    for (;;) {
-        if (shows && c == STOPPED_BY_SIGNAL)
-            fputs(prompt, stderr);
-        while ((c = next_byte(&is_last)) >= 0 && c != '\n')
-            add(line, &(char){ (char)c }, 1);
-        if (c == INPUT_ENDS && shows)
-            fputc('\n', stderr);
-        if (c == '\n' || c == INPUT_ENDS)
-            break;
-        if (c == STOPPED_BY_SIGNAL) {
-            line->n = 0;
-            if (shows)
-                fputc('\n', stderr);
-            if (leaves(0, &is_warned))
-                return -1;
-        }
+    is_editing = isatty(STDERR_FILENO) && term && term[0] &&
+                 strcmp(term, "dumb") != 0;
+    if (is_editing && set_terminal(1) != 0)
+        is_editing = 0;
+    return is_editing;
+}
+
+/* Does a signal end the chat?  Ctrl-C clears a line, and leaves only if it
+ * comes twice to an empty one. */
+static int leaves(size_t n_typed, int *is_warned)
+{
+    interrupted = 0;
+    if (last_signal != SIGINT || (n_typed == 0 && *is_warned)) {
+        interrupted = 1;
+        return 1;
     }
-    if (shows && line->n == 4095)
-        note("a line of 4095 bytes: the terminal may have cut it");
-    if (line->n > 0 && line->s[line->n - 1] == '\r')
-        line->n--;
-    return c == '\n' || line->n > 0;
+    if (n_typed == 0)
+        fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+    *is_warned = n_typed == 0;
+    return 0;
 }
 
 /* A line without its end, behind what is in `out`: 1; 0 at the end of the
- * input, -1 after a signal that ends the chat. */
+ * input, -1 after a signal that ends the chat.  From a pipe or a simple
+ * terminal it is taken as it comes; some of these cut what is longer than 4095
+ * bytes. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
-    struct text line = { 0 };
-    int got;
+    struct editor e = { .prompt = prompt, .shown = n_history };
+    const int edits = shows && begin_editing();
+    int is_warned = !shows, is_last = 1, ends = 0, c = STOPPED_BY_SIGNAL;
 
     fflush(stdout);
-    got = shows ? edit_line(&line, prompt) : -2;
-    if (got == -2)
-        got = read_plain_line(&line, shows, prompt);
-    add(out, line.s ? line.s : "", line.n);
-    free(line.s);
-    return got;
+    add(&e.line, "", 0);
+    while (!ends) {
+        if (edits && is_last)
+            show_line(&e, 0);
+        else if (shows && !edits && c == STOPPED_BY_SIGNAL)
+            fputs(prompt, stderr);
+        c = next_byte(&is_last);
+        is_last |= c < 0;
+        ends = c == INPUT_ENDS || (!e.is_pasting && c == '\n') ||
+               (edits && !e.is_pasting && c == '\r') ||
+               (edits && e.line.n == 0 && (c == CONTROL('D') || c == 0));
+        if (edits && (ends || c == STOPPED_BY_SIGNAL))
+            show_line(&e, 1);
+        else if (shows && !edits && c < 0)
+            fputc('\n', stderr);
+        if (c == STOPPED_BY_SIGNAL) {
+            ends = leaves(edits ? e.line.n : 0, &is_warned);
+            put(&e, 0, e.line.n, "", 0);
+            e.is_pasting = 0;
+        } else if (c >= 0 && !ends) {
+            is_warned = !shows;
+            if (edits)
+                press(&e, c);
+            else
+                add(&e.line, &(char){ (char)c }, 1);
+        }
+    }
+    is_editing = 0;
+    set_terminal(0);
+    if (edits)
+        remember(&e.line);
+    else if (shows && e.line.n == 4095)
+        note("a line of 4095 bytes: the terminal may have cut it");
+    if (e.line.n > 0 && e.line.s[e.line.n - 1] == '\r')
+        e.line.n--;
+    add(out, e.line.s, e.line.n);
+    ends = e.line.n > 0;
+    free(e.line.s);
+    return c == STOPPED_BY_SIGNAL ? -1 : ends || c == '\n' || c == '\r';
 }
 
 static int ends_with(const struct text *t, const char *word)
@@ -7575,7 +7536,6 @@ static int ends_with(const struct text *t, const char *word)
 static int read_message(struct text *out, int shows)
 {
     static const char quotes[] = "\"\"\"";
-    const size_t len = strlen(quotes);
     int quoted, got;
 
     interrupted = 0;
@@ -7585,75 +7545,22 @@ static int read_message(struct text *out, int shows)
     got = read_line(out, shows, "> ");
     if (got <= 0)
         return got;
-    quoted = out->n >= len && memcmp(out->s, quotes, len) == 0;
+    quoted = out->n >= 3 && memcmp(out->s, quotes, 3) == 0;
     if (quoted)
-        memmove(out->s, out->s + len, (out->n -= len) + 1);
-    while (quoted ? !ends_with(out, quotes) : ends_with(out, "\\")) {
+        memmove(out->s, out->s + 3, (out->n -= 3) + 1);
+    while (got > 0 && (quoted ? !ends_with(out, quotes) :
+                       ends_with(out, "\\"))) {
         out->n -= !quoted;
         if (out->n > 0 || !quoted)        /* not after the quotes            */
             add(out, "\n", 1);
         got = read_line(out, shows, ". ");
-        if (got < 0)
-            return got;
-        if (got == 0)
-            break;
     }
-    if (quoted && ends_with(out, quotes))
-        out->n -= len;
-    if (quoted && ends_with(out, "\n"))
-        out->n--;
+    if (got < 0)
+        return got;
+    out->n -= quoted && ends_with(out, quotes) ? 3 : 0;
+    out->n -= quoted && ends_with(out, "\n");
     clean_text(out);
     return 1;
-}
-
-/* ---- the process */
-
-/* Where the shell closed one of the first three descriptors (">&-"), the next
- * file to be opened would get its number, and words or messages would go into
- * it.  A directory takes the place: it can be neither read nor written. */
-static void hold_descriptors(void)
-{
-    int fd;
-
-    do
-        fd = open("/", O_RDONLY);
-    while (fd >= 0 && fd <= STDERR_FILENO);
-    if (fd >= 0)
-        close(fd);
-}
-
-/* Other files that whoever started this left open would be open in the sandbox,
- * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
-static void close_inherited(char **argv)
-{
-#ifndef __wasi__
-    DIR *dir = opendir("/dev/fd");
-    struct dirent *entry;
-
-    while (dir && (entry = readdir(dir))) {
-        const int fd = atoi(entry->d_name);
-        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
-        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
-            const char *name = strstr(argv[i], "/fd/");
-            is_named = name && strcmp(name + 4, entry->d_name) == 0;
-        }
-        if (!is_named)
-            close(fd);
-    }
-    if (dir)
-        closedir(dir);
-#else
-    (void)argv;
-#endif
-}
-
-/* Before anything else. */
-static void prepare_process(char **argv)
-{
-    hold_descriptors();
-    close_inherited(argv);
-    start_signals();
-    atexit(leave_terminal);
 }
 
 /* ------------------------------------------------------------------ 13. JSON
