@@ -6607,37 +6607,30 @@ static void show_text(struct text *t)
 
 /* ---- bytes in and out */
 
-static int read_stream(FILE *f, const char *name, struct text *out)
-{
-    for (;;) {
-        reserve(out, out->n < 1 << 14 ? 1 << 14 : out->n);
-        out->n += fread(out->s + out->n, 1, out->cap - out->n - 1, f);
-        out->s[out->n] = '\0';
-        if (ferror(f) && errno == EINTR && interrupted)
-            return INTERRUPTED;
-        if (ferror(f) && errno != EINTR)
-            return say(BAD_FILE, f == stdin && errno == EISDIR ? "%s is closed "
-                       "or a directory, expected text" : "%s: %s", name,
-                       strerror(errno));
-        if (feof(f))
-            return DONE;
-        clearerr(f);
-    }
-}
-
 /* The bytes of a file, or of standard input for "-", behind what `out` has.
  * The caller frees out->s, after a failure too. */
 static int read_file(const char *path, struct text *out)
 {
     const int piped = is_dash(path);
-    FILE *f = piped ? stdin : fopen(path, "rb");
-    int code;
+    const int fd = piped ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
+    int code = DONE;
+    ssize_t got;
 
-    if (!f)
+    if (fd < 0)
         return say(BAD_FILE, "%s: %s", path, strerror(errno));
-    code = read_stream(f, piped ? "standard input" : path, out);
+    do {
+        reserve(out, out->n < 1 << 14 ? 1 << 14 : out->n);
+        got = read(fd, out->s + out->n, out->cap - out->n - 1);
+        out->n += got > 0 ? (size_t)got : 0;
+        out->s[out->n] = '\0';
+    } while (got > 0 || (got < 0 && errno == EINTR && !interrupted));
+    if (got < 0)
+        code = errno == EINTR ? INTERRUPTED :
+               say(BAD_FILE, piped && errno == EISDIR ? "%s is closed or a "
+                   "directory, expected text" : "%s: %s", piped ?
+                   "standard input" : path, strerror(errno));
     if (!piped)
-        fclose(f);
+        close(fd);
     return code;
 }
 
@@ -6666,12 +6659,8 @@ static FILE *create_file(const char *path)
 
 static int finish_file(FILE *f, const char *path, int code)
 {
-    int failed;
+    const int failed = f != stdout && (ferror(f) | (fclose(f) != 0));
 
-    if (f == stdout)
-        return code;
-    failed = ferror(f);
-    failed |= fclose(f) != 0;
     return !failed || code != DONE ? code :
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
@@ -6715,13 +6704,14 @@ static int can_replace(const char *path)
 
 /* Write the parts one after the other, whole or not at all: to a new file
  * beside this one, which then takes its place.  It is for its owner alone, or
- * for those who could read the old one.  A link stays a link. */
+ * for those who could read the old one.  A link stays a link.  After a failure
+ * errno says why. */
 static int replace_file(const char *path, const struct text *part, int n_parts)
 {
-    char *real;
     struct text name = { 0 };
     struct stat old;
-    int fd, good, error, code = can_replace(path);
+    char *real;
+    int fd, good, code = can_replace(path);
 
     if (code != DONE)
         return code;
@@ -6734,18 +6724,15 @@ static int replace_file(const char *path, const struct text *part, int n_parts)
         fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
     for (int i = 0; good && i < n_parts; i++)
         good = write_all(fd, part[i].s, part[i].n) == 0;
-    if (good && fsync(fd) != 0)           /* not every file system knows it  */
-        good = errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP;
-    error = errno;
-    if (fd >= 0 && close(fd) != 0 && good)
-        good = 0, error = errno;
-    if (good && rename(name.s, real ? real : path) != 0)
-        good = 0, error = errno;
-    if (!good) {
+    good = good && (fsync(fd) == 0 ||     /* not every file system knows it  */
+                    errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
+    if (fd >= 0 && close(fd) != 0)
+        good = 0;
+    if (!good || rename(name.s, real ? real : path) != 0) {
+        const int error = errno;
         code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
-        if (fd >= 0)
-            remove(name.s);
-        errno = error;                    /* for who explains it             */
+        remove(name.s);
+        errno = error;
     }
     free(name.s);
     free(real);
@@ -6791,11 +6778,10 @@ static const struct { int at; const char *begins, *what; } no_model[] = {
 static int report(const char *path, const lfm2_error *err)
 {
     const int code = status_of(err->code);
-    const size_t n = strlen(path);
+    const int has_path = strncmp(err->msg, path, strlen(path)) == 0;
     char head[24] = "";
 
-    say(code, "%s%s%s", strncmp(err->msg, path, n) == 0 ? "" : path,
-        strncmp(err->msg, path, n) == 0 ? "" : ": ", err->msg);
+    say(code, "%s%s%s", has_path ? "" : path, has_path ? "" : ": ", err->msg);
     if (code != BAD_MODEL || read_head(path, head, sizeof head) == 0)
         return code;
     for (size_t i = 0; i < sizeof no_model / sizeof *no_model; i++) {
@@ -6835,14 +6821,16 @@ static void utf16_to_utf8(struct text *t, int high)
     char to[4];
 
     for (size_t i = 0; i < t->n; i += 2) {
-        uint32_t c = i + 1 == t->n ? 0xfffd : s[i + !high] | s[i + high] << 8,
-                 low = i + 3 < t->n ? s[i + 2 + !high] | s[i + 2 + high] << 8 :
-                       0;
-        if (c >> 10 == 0xd800 >> 10 && low >> 10 == 0xdc00 >> 10) {
-            c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
+        uint32_t unit[2] = { 0xfffd, 0 };
+        for (size_t k = 0; k < 2 && i + 2 * k + 1 < t->n; k++)
+            unit[k] = s[i + 2 * k + !high] | s[i + 2 * k + high] << 8;
+        if (unit[0] >> 10 == 0xd800 >> 10 && unit[1] >> 10 == 0xdc00 >> 10) {
+            unit[0] = 0x10000 + ((unit[0] & 0x3ff) << 10 | (unit[1] & 0x3ff));
             i += 2;
         }
-        add(&out, to, utf8_put(to, c >> 11 == 0xd800 >> 11 ? 0xfffd : c));
+        if (unit[0] >> 11 == 0xd800 >> 11)
+            unit[0] = 0xfffd;
+        add(&out, to, utf8_put(to, unit[0]));
     }
     free(t->s);
     *t = out;
@@ -6884,17 +6872,21 @@ static int check_text(const struct text *t, const char *name)
     return DONE;
 }
 
-/* Text from a file; one newline at its end is not part of it. */
+/* Text from a file, after a blank line if there is some already; one newline at
+ * its end is not part of it. */
 static int read_text_file(const char *path, struct text *out)
 {
-    int code = read_file(path, out);
+    struct text more = { 0 };
+    int code = read_file(path, &more);
 
-    if (code != DONE)
-        return code;
-    clean_text(out);
-    if (out->n > 0 && out->s[out->n - 1] == '\n')
-        out->s[--out->n] = '\0';
-    return DONE;
+    clean_text(&more);
+    if (more.n > 0 && more.s[more.n - 1] == '\n')
+        more.n--;
+    if (out->n > 0 && more.n > 0)
+        add_string(out, "\n\n");
+    add(out, more.s, more.n);
+    free(more.s);
+    return code;
 }
 
 /* Was text piped in beside a prompt?  A file that was read before belongs to a
@@ -6906,19 +6898,6 @@ static int has_piped_text(const struct settings *s)
     return !is_dash(s->file) && !is_dash(s->tools) && !is_dash(s->prompt) &&
            fstat(STDIN_FILENO, &st) == 0 && (S_ISFIFO(st.st_mode) ||
            (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
-}
-
-/* Text from a file, after a blank line if there is some already. */
-static int add_text_file(const char *path, struct text *out)
-{
-    struct text more = { 0 };
-    int code = read_text_file(path, &more);
-
-    if (out->n > 0 && more.n > 0)
-        add_string(out, "\n\n");
-    add(out, more.s ? more.s : "", more.n);
-    free(more.s);
-    return code;
 }
 
 /* The prompt: what was given as an argument, then a file, then what was piped
@@ -6937,14 +6916,14 @@ static int read_prompt(const struct settings *s, struct text *out)
     if (given)
         clean_text(out);
     if (s->file)
-        code = add_text_file(s->file, out);
+        code = read_text_file(s->file, out);
     if (code != DONE || ((given || s->file) &&
                          (s->mode == CHAT || !has_piped_text(s))))
         return code;
     if (given && poll(&in, 1, 2000) == 0)
         note("standard input is read, too, and has not ended; </dev/null is "
              "without it");
-    code = add_text_file("-", out);
+    code = read_text_file("-", out);
     return code == DONE && out->n == 0 ? usage("no prompt: standard input is "
            "empty") : code;
 }
