@@ -569,8 +569,8 @@ static const struct settings defaults = {
     .bench_seqs = { 1, { 1 } }, .reps = 5
 };
 
-enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, IN_FILE, OUT_FILE,
-            TEXTS, LIST };
+enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, DATE, RANGE,
+            IN_FILE, OUT_FILE, TEXTS, LIST };
 
 /* A row without names is for bodies of requests only; one without help is not
  * listed.  An option that names a mode has it as `mode`. */
@@ -5929,40 +5929,41 @@ static int serve(const struct settings *s)
 #define GROUP(title)            { .help = title }
 #define SWITCH(names, field, modes, help) \
     { FLAG, names, NULL, AT(field), 0, 0, NULL, modes, 0, help }
-#define STRING(names, arg, field, modes, help) \
-    { TEXT, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
-#define PATH(kind, names, arg, field, modes, help) \
+#define VALUE(kind, names, arg, field, modes, help) \
     { kind, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
 #define NUMBER(kind, names, arg, field, min, max, json, modes, help) \
     { kind, names, arg, AT(field), min, max, json, modes, 0, help }
 #define MODE(kind, names, arg, field, mode, help) \
     { kind, names, arg, AT(field), 0, 0, NULL, mode, mode, help }
+#define ACTION(names, does, help) \
+    { FLAG, names, NULL, AT(mode), 0, 0, NULL, does, does, help }
+
+#define SETS "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod"
 
 static const struct option table[] = {
     GROUP("What to do"),
-    PATH(IN_FILE, "-m --model", "FILE", model, ANY - SELFTEST,
-         "the model, if it is not the first argument"),
-    STRING("-p --prompt", "TEXT", prompt, PROMPT | TOKENIZE | DETOKENIZE,
-           "the prompt, if it is not the second argument; text that is piped "
-           "in follows it"),
-    PATH(IN_FILE, "-f --file", "FILE", file,
-         PROMPT | BATCH | TOKENIZE | DETOKENIZE,
-           "the prompt, or the lines of --batch, from FILE (-: standard "
-           "input)"),
-    STRING("-sys --system-prompt", "TEXT", system, PROMPT,
-           "the system prompt"),
-    PATH(IN_FILE, "-sysf --system-prompt-file", "FILE", system_file, PROMPT,
-         "the system prompt from FILE"),
-    PATH(IN_FILE, "--messages", "FILE", messages, PROMPT,
-         "a conversation in JSON, or a whole request, instead of a prompt"),
-    PATH(IN_FILE, "--tools", "FILE", tools, PROMPT,
-         "tools that the model may call, in JSON"),
-    PATH(IN_FILE, "--session", "FILE", session, TALK | DUMP,
-         "keep the conversation in FILE, and go on with it"),
-    MODE(FLAG, "-cnv --interactive", NULL, mode, CHAT,
-         "chat, even after a prompt or without a terminal"),
-    STRING("--save-dir", "DIR", save_dir, CHAT,
-           "where a chat may save and load conversations"),
+    VALUE(IN_FILE, "-m --model", "FILE", model, ANY - SELFTEST,
+          "the model, if it is not the first argument"),
+    VALUE(TEXT, "-p --prompt", "TEXT", prompt, PROMPT | TOKENIZE | DETOKENIZE,
+          "the prompt, if it is not the second argument; text that is piped in "
+          "follows it"),
+    VALUE(IN_FILE, "-f --file", "FILE", file,
+          PROMPT | BATCH | TOKENIZE | DETOKENIZE,
+          "the prompt, or the lines of --batch, from FILE (-: standard input)"),
+    VALUE(TEXT, "-sys --system-prompt", "TEXT", system, PROMPT,
+          "the system prompt"),
+    VALUE(IN_FILE, "-sysf --system-prompt-file", "FILE", system_file, PROMPT,
+          "the system prompt from FILE"),
+    VALUE(IN_FILE, "--messages", "FILE", messages, PROMPT,
+          "a conversation in JSON, or a whole request, instead of a prompt"),
+    VALUE(IN_FILE, "--tools", "FILE", tools, PROMPT,
+          "tools that the model may call, in JSON"),
+    VALUE(IN_FILE, "--session", "FILE", session, TALK | DUMP,
+          "keep the conversation in FILE, and go on with it"),
+    ACTION("-cnv --interactive", CHAT,
+           "chat, even after a prompt or without a terminal"),
+    VALUE(TEXT, "--save-dir", "DIR", save_dir, CHAT,
+          "where a chat may save and load conversations"),
     SWITCH("--raw -no-cnv --no-conversation", raw,
            ANSWER | LOGITS | DUMP | MANY,
            "no chat template: plain text is continued"),
@@ -5970,35 +5971,29 @@ static const struct option table[] = {
          "print the prompt as the chat template writes it"),
     MODE(FLAG, "--dump-tokens", NULL, dump_tokens, DUMP,
          "print the token ids of the prompt"),
-    PATH(IN_FILE, "--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
-         "the prompt as token ids, int32, little-endian"),
+    VALUE(IN_FILE, "--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
+          "the prompt as token ids, int32, little-endian"),
     MODE(OUT_FILE, "--logits", "OUT", logits, LOGITS,
          "write the logits of all tokens of the prompt, float32"),
-    MODE(FLAG, "--tokenize", NULL, mode, TOKENIZE,
-         "print the token ids of a text"),
-    MODE(FLAG, "--detokenize", NULL, mode, DETOKENIZE,
-         "print the text of lines of token ids"),
+    ACTION("--tokenize", TOKENIZE, "print the token ids of a text"),
+    ACTION("--detokenize", DETOKENIZE, "print the text of lines of token ids"),
     SWITCH("--null", null, TOKENIZE | DETOKENIZE,
            "texts of --tokenize and --detokenize end with a NUL byte"),
-    SWITCH("--bos", bos, RUN | TOKENIZE,
-           "begin plain text with the BOS token"),
+    SWITCH("--bos", bos, RUN | TOKENIZE, "begin plain text with the BOS token"),
     SWITCH("--special", special, RUN | TOKENIZE | DETOKENIZE,
            "control tokens written in the text count as such"),
-    MODE(FLAG, "--batch", NULL, mode, BATCH,
-         "answer JSON lines, in OpenAI's batch format"),
-    MODE(TEXT, "--serve", "[HOST:]PORT", serve, SERVE,
-         "answer OpenAI's API over HTTP, for this machine or at HOST; or at a "
-         "path, a Unix socket"),
-    MODE(FLAG, "--inspect", NULL, mode, INSPECT,
-         "what is in a model file, and what it takes to run it"),
-    MODE(FLAG, "--selftest", NULL, mode, SELFTEST,
-         "try this build on this machine; needs no model"),
-    MODE(FLAG, "--bench", NULL, mode, BENCH,
-         "measure the speed; its options are listed last"),
+    ACTION("--batch", BATCH, "answer JSON lines, in OpenAI's batch format"),
+    MODE(TEXT, "--serve", "[HOST:]PORT", serve, SERVE, "answer OpenAI's API "
+         "over HTTP, for this machine or at HOST; or at a path, a Unix socket"),
+    ACTION("--inspect", INSPECT,
+           "what is in a model file, and what it takes to run it"),
+    ACTION("--selftest", SELFTEST,
+           "try this build on this machine; needs no model"),
+    ACTION("--bench", BENCH, "measure the speed; its options are listed last"),
     MODE(OUT_FILE, "--export-tokenizer", "FILE", export_to, EXPORT,
          "write the vocabulary of a model as a tokenizer.bin"),
-    PATH(IN_FILE, "--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
-         "a vocabulary to use instead of the model's"),
+    VALUE(IN_FILE, "--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
+          "a vocabulary to use instead of the model's"),
     MODE(IN_FILE, "--ppl", "FILE", ppl, PPL,
          "perplexity of a text, measured like llama-perplexity"),
 
@@ -6006,14 +6001,13 @@ static const struct option table[] = {
     NUMBER(WHOLE, "-n --predict --n-predict --max-tokens", "N", ask.limit, -2,
            1 << 30, "max_tokens max_completion_tokens", GENERATE,
            "at most N tokens (-1: no limit; for plain text 256)"),
-    NUMBER(CHOICE, "--template --chat-template", TEMPLATES, template, 0, 0,
-           NULL, RUN,
-           "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
-           "none (auto: by the file)"),
-    STRING("--date", "YYYY-MM-DD", date, PROMPT | MANY,
-           "the date for templates that state it (today)"),
-    NUMBER(CHOICE, "--think", "auto|show|hide|raw", think, 0, 0, NULL,
-           GENERATE, "thoughts of the model (auto: shown at a terminal)"),
+    VALUE(CHOICE, "--template --chat-template", TEMPLATES, template, RUN,
+          "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
+          "none (auto: by the file)"),
+    VALUE(DATE, "--date", "YYYY-MM-DD", date, PROMPT | MANY,
+          "the date for templates that state it (today)"),
+    VALUE(CHOICE, "--think", "auto|show|hide|raw", think, GENERATE,
+          "thoughts of the model (auto: shown at a terminal)"),
     NUMBER(WHOLE, "--think-budget", "N", ask.think_budget, -1, 1 << 30,
            "thinking_budget", GENERATE,
            "close a thought after N tokens (-1: never)"),
@@ -6021,9 +6015,8 @@ static const struct option table[] = {
            GENERATE, "end the answer before TEXT; may be repeated"),
     NUMBER(FLAG, "--ignore-eos", NULL, ask.ignore_eos, 0, 0, "ignore_eos",
            GENERATE, "go on when the model would end"),
-    SWITCH("--json", json, ANSWER | INSPECT | PPL,
-           "print one JSON object: the answer as OpenAI's API writes it, or "
-           "the report"),
+    SWITCH("--json", json, ANSWER | INSPECT | PPL, "print one JSON object: the "
+           "answer as OpenAI's API writes it, or the report"),
     NUMBER(WHOLE, "--logprobs", "K", ask.logprobs, 0, MAX_LOGPROBS,
            "top_logprobs", ANSWER,
            "log probabilities, and those of the K likeliest tokens, in --json"),
@@ -6046,8 +6039,8 @@ static const struct option table[] = {
            "drop tokens less than F times as likely as the likeliest (0: off)"),
     NUMBER(REAL, "--repeat-penalty --repetition-penalty", "F",
            ask.sampling.repeat, 0.01, 100, "repetition_penalty repeat_penalty",
-           GENERATE, "make recent tokens less likely (1: off, as with --temp "
-           "0)"),
+           GENERATE,
+           "make recent tokens less likely (1: off, as with --temp 0)"),
     NUMBER(WHOLE, "--repeat-last-n", "N", ask.sampling.last_n, -1, 1 << 30,
            NULL, GENERATE, "how many tokens are recent (64; -1: all)"),
     NUMBER(REAL, "--presence-penalty", "F", ask.presence, -100, 100,
@@ -6060,14 +6053,14 @@ static const struct option table[] = {
            "the same seed gives the same answer (-1: random)"),
 
     GROUP("To look inside"),
-    PATH(OUT_FILE, "--trace", "FILE", trace, TALK | LOGITS,
-         "write what every module computes, as JSON lines"),
-    NUMBER(TEXTS, "--trace-filter", "GLOB", trace_filter, 0, 0, NULL,
-           TALK | LOGITS, "trace only modules of such names; may be repeated"),
-    STRING("--trace-tokens", "A-B", trace_tokens, TALK | LOGITS,
-           "trace only positions A to B, counted from 0"),
-    PATH(OUT_FILE, "--trace-raw", "FILE", trace_raw, TALK | LOGITS,
-         "with --trace: all the numbers, float32"),
+    VALUE(OUT_FILE, "--trace", "FILE", trace, TALK | LOGITS,
+          "write what every module computes, as JSON lines"),
+    VALUE(TEXTS, "--trace-filter", "GLOB", trace_filter, TALK | LOGITS,
+          "trace only modules of such names; may be repeated"),
+    VALUE(RANGE, "--trace-tokens", "A-B", trace_tokens, TALK | LOGITS,
+          "trace only positions A to B, counted from 0"),
+    VALUE(OUT_FILE, "--trace-raw", "FILE", trace_raw, TALK | LOGITS,
+          "with --trace: all the numbers, float32"),
 
     GROUP("With --batch and --serve"),
     NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, MANY,
@@ -6079,15 +6072,15 @@ static const struct option table[] = {
            "up to N requests wait; more are refused (1024)"),
     NUMBER(WHOLE, "--max-body", "MIB", max_body, 1, 1024, NULL, SERVE,
            "longest body of a request (8)"),
-    STRING("--api-key-file", "FILE", api_key_file, SERVE,
-           "clients need a key from FILE, which has one on each line"),
-    STRING("--cors", "ORIGIN", cors, SERVE,
-           "pages from ORIGIN may ask, too (*: from anywhere)"),
-    STRING("--page", "FILE", page, SERVE, "a page to show at /"),
-    STRING("--shard", "I/N", shard, BATCH,
-           "answer only part I of N, counted from 0"),
-    PATH(OUT_FILE, "--resume", "OUT", resume, BATCH,
-         "append to OUT, and skip lines that are answered there"),
+    VALUE(TEXT, "--api-key-file", "FILE", api_key_file, SERVE,
+          "clients need a key from FILE, which has one on each line"),
+    VALUE(TEXT, "--cors", "ORIGIN", cors, SERVE,
+          "pages from ORIGIN may ask, too (*: from anywhere)"),
+    VALUE(TEXT, "--page", "FILE", page, SERVE, "a page to show at /"),
+    VALUE(TEXT, "--shard", "I/N", shard, BATCH,
+          "answer only part I of N, counted from 0"),
+    VALUE(OUT_FILE, "--resume", "OUT", resume, BATCH,
+          "append to OUT, and skip lines that are answered there"),
 
     GROUP("How to run"),
     NUMBER(WHOLE, "-c --ctx-size", "N", ctx, 0, MAX_CTX, NULL, RUN | INSPECT,
@@ -6100,19 +6093,17 @@ static const struct option table[] = {
     NUMBER(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP, NULL, GENERATE,
            "guess up to N tokens from the text so far; the answer stays the "
            "same (7; with experts 0)"),
-    NUMBER(CHOICE, "--isa",
-           "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
-           NULL, RUN | INSPECT | BENCH, "instruction set: auto, scalar, avx2, "
-           "avxvnni, avx512, avx512vnni, neon or dotprod"),
-    NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, NULL, RUN | INSPECT | BENCH,
-           "precision of the KV cache"),
+    VALUE(CHOICE, "--isa", SETS, isa, RUN | INSPECT | BENCH, "instruction set: "
+          "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon or dotprod"),
+    VALUE(CHOICE, "--kv", "f16|f32", kv, RUN | INSPECT | BENCH,
+          "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
            "read the model into memory instead of mapping the file"),
-    NUMBER(CHOICE, "--sandbox", "auto|require|off", sandbox, 0, 0, NULL,
-           ANY - BENCH - SELFTEST,
-           "give up rights that are not needed (require: or fail)"),
-    NUMBER(CHOICE, "--color", "auto|on|off", color, 0, 0, NULL, TALK,
-           "dim the thoughts of the model"),
+    VALUE(CHOICE, "--sandbox", "auto|require|off", sandbox,
+          ANY - BENCH - SELFTEST,
+          "give up rights that are not needed (require: or fail)"),
+    VALUE(CHOICE, "--color", "auto|on|off", color, TALK,
+          "dim the thoughts of the model"),
     SWITCH("-q --quiet", quiet, ANY, "print errors only"),
     SWITCH("-v --verbose", verbose, ANY, "print settings, seed and speed"),
     SWITCH("-h --help", help, ANY, "print this text"),
@@ -6132,8 +6123,8 @@ static const struct option table[] = {
            "with N threads (one for each CPU)"),
     NUMBER(WHOLE, "-r --repetitions", "N", reps, 1, 100000, NULL, BENCH,
            "measure N times, after one to warm up (5)"),
-    NUMBER(CHOICE, "-o --output", "md|json", output, 0, 0, NULL, BENCH,
-           "print a table or records"),
+    VALUE(CHOICE, "-o --output", "md|json", output, BENCH,
+          "print a table or records"),
 };
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
@@ -6143,23 +6134,24 @@ _Static_assert(sizeof table / sizeof *table <= MAX_OPTIONS,
 
 /* What other programs of this kind know.  Most would change nothing here; what
  * would change the result is refused. */
-static const struct foreign {
+static const struct {
     const char *names;
-    int takes_value, is_error;
+    enum { NO_VALUE, ONE_VALUE, ON_OFF, REFUSED } kind;
     const char *why;
 } foreign[] = {
-    { "-ngl --gpu-layers --n-gpu-layers", 1, 0, "everything runs on the CPU" },
-    { "-fa --flash-attn", 2, 0, "attention is always computed this way" },
+    { "-ngl --gpu-layers --n-gpu-layers", ONE_VALUE,
+      "everything runs on the CPU" },
+    { "-fa --flash-attn", ON_OFF, "attention is always computed this way" },
     { "--jinja -st --single-turn --no-warmup --no-display-prompt --simple-io "
-      "--log-disable --no-perf", 0, 0, "it is so already" },
-    { "--mlock", 0, 0, "the file is mapped, and stays in memory while it is "
-      "used" },
-    { "-hf -hfr --hf-repo -mu --model-url", 1, 1, "nothing is downloaded here; "
-      "scripts/download.sh fetches a model" },
-    { "--prompt-cache", 1, 1, "--session FILE keeps a conversation" },
-    { "-i", 0, 1, "-p gives a prompt, -cnv begins a chat" },
-    { "--grammar --grammar-file -j --json-schema", 1, 1, "answers in a grammar "
-      "are not there yet" },
+      "--log-disable --no-perf", NO_VALUE, "it is so already" },
+    { "--mlock", NO_VALUE,
+      "the file is mapped, and stays in memory while it is used" },
+    { "-hf -hfr --hf-repo -mu --model-url", REFUSED,
+      "nothing is downloaded here; scripts/download.sh fetches a model" },
+    { "--prompt-cache", REFUSED, "--session FILE keeps a conversation" },
+    { "-i", REFUSED, "-p gives a prompt, -cnv begins a chat" },
+    { "--grammar --grammar-file -j --json-schema", REFUSED,
+      "answers in a grammar are not there yet" },
 };
 
 /* Is the word one of a list, whose words are separated by that character?
@@ -6207,20 +6199,11 @@ static const struct option *option_of_member(const char *key)
     return NULL;
 }
 
-static const struct option *option_at(size_t at)
-{
-    const struct option *o = table;
-
-    while (o->kind == HEADING || o->at != at)
-        o++;
-    return o;
-}
-
 static const char *isa_name(int isa)
 {
     static struct phrase name;
 
-    name = word_of(option_at(AT(isa))->arg, isa);
+    name = word_of(SETS, isa);
     return name.s;
 }
 
@@ -6235,11 +6218,9 @@ static void print_entry(const char *head, const char *help)
     int column = printf("  %s", head);
 
     while (*help) {
-        size_t n = strlen(help), most = 51;
-        if (n > most) {
-            for (n = most; n > 0 && help[n] != ' '; n--)
-                continue;
-        }
+        size_t n = strlen(help);
+        while (n > 51 || (help[n] && help[n] != ' '))
+            n--;
         if (column >= 28)
             column = printf("\n") - 1;
         printf("%*s%.*s\n", 28 - column, "", (int)n, help);
@@ -6302,15 +6283,54 @@ static int print_version(void)
 /* What a good value of this option is. */
 static struct phrase values_of(const struct option *o)
 {
-    const char *whole = o->kind == REAL ? "" : "whole ";
+    switch (o->kind) {
+    case CHOICE: return phrase("%s", o->arg);
+    case DATE: return phrase("a day like 2026-11-20");
+    case RANGE: return phrase("positions like 5, 5- or 5-7");
+    case TEXTS: return phrase("at most %d texts that are not empty", MAX_LIST);
+    case LIST: return phrase("at most %d whole numbers from %.0f to %.0f, by "
+                             "commas", MAX_LIST, o->min, o->max);
+    default: return phrase("a %snumber from %.10g to %.19g", o->kind == REAL ?
+                           "" : "whole ", o->min, o->max);
+    }
+}
 
-    return o->kind == CHOICE ? phrase("%s", o->arg) :
-           o->kind == LIST ?
-           phrase("at most %d whole numbers from %.0f to %.0f, by commas",
-                  MAX_LIST, o->min, o->max) :
-           o->kind == TEXTS ? phrase("at most %d texts that are not empty",
-                                     MAX_LIST) :
-           phrase("a %snumber from %.10g to %.19g", whole, o->min, o->max);
+static int is_dash(const char *path)
+{
+    return path && strcmp(path, "-") == 0;
+}
+
+/* "5", "5-" and "5-7". */
+static int parse_range(const char *s, int *first, int *last)
+{
+    char *end;
+    long a, b;
+
+    errno = 0;
+    a = b = strtol(s, &end, 10);
+    if (end != s && is_dash(end))
+        b = INT_MAX, end++;
+    else if (end != s && *end == '-')
+        b = strtol(end + 1, &end, 10);
+    if (end == s || *end || s[strspn(s, "0123456789-")] || errno || a < 0 ||
+        b < a || b > INT_MAX)
+        return -1;
+    *first = (int)a;
+    *last = (int)b;
+    return 0;
+}
+
+/* Is it a day as templates write it, 2026-11-20? */
+static int is_date(const char *s)
+{
+    static const int days[] = { 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30,
+                                31 };
+    int y, m, d, n = 0;
+
+    return strspn(s, "0123456789-") == 10 && !s[10] &&
+           sscanf(s, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10 &&
+           m >= 1 && m <= 12 && d >= 1 && d <= days[m - 1] &&
+           (m != 2 || d < 29 || (y % 4 == 0 && (y % 100 || y % 400 == 0)));
 }
 
 /* Whole numbers by commas; -1 if they are none. */
@@ -6353,6 +6373,7 @@ static int set_number(void *slot, const struct option *o, double x,
     return 0;
 }
 
+/* 0, or -1 if the value is not good. */
 static int parse_value(struct settings *to, const struct option *o,
                        const char *value)
 {
@@ -6360,15 +6381,19 @@ static int parse_value(struct settings *to, const struct option *o,
     long long whole = 0;
     double x;
     char *end;
+    int i;
 
+    if ((o->kind == DATE && !is_date(value)) ||
+        (o->kind == RANGE && parse_range(value, &i, &i) != 0))
+        return -1;
     switch (o->kind) {
-    case TEXT: case IN_FILE: case OUT_FILE:
-        *(const char **)slot = value; return 0;
     case TEXTS: return add_text(slot, value);
     case LIST: return parse_list(slot, o, value);
-    case CHOICE: *(int *)slot = find_word(o->arg, '|', value);
-                 return *(int *)slot < 0 ? -1 : 0;
-    default: break;
+    case CHOICE: *(int *)slot = i = find_word(o->arg, '|', value);
+                 return i < 0 ? -1 : 0;
+    case REAL: case WHOLE: case SEED: break;
+    default: *(const char **)slot = value;
+             return 0;
     }
     errno = 0;
     x = o->kind == REAL ? strtod(value, &end) :
@@ -6378,32 +6403,22 @@ static int parse_value(struct settings *to, const struct option *o,
 
 /* ---- the command line */
 
+/* -1 if nobody knows it. */
 static int take_foreign(const char *name, char **argv, int *i)
 {
     for (size_t k = 0; k < sizeof foreign / sizeof *foreign; k++) {
-        const struct foreign *f = &foreign[k];
-        const char *next = argv[*i + 1];
-        if (find_word(f->names, ' ', name) < 0)
+        const int kind = foreign[k].kind;
+        const char *next = strchr(argv[*i], '=') ? NULL : argv[*i + 1];
+        if (find_word(foreign[k].names, ' ', name) < 0)
             continue;
-        if (f->is_error)
-            return usage("%s: %s", name, f->why);
-        if (!strchr(argv[*i], '=') && (f->takes_value == 1 ||
-            (f->takes_value == 2 && next &&
-             find_word("on off auto", ' ', next) >= 0)))
-            *i += next != NULL;
-        note("%s changes nothing: %s", name, f->why);
+        if (kind == REFUSED)
+            return usage("%s: %s", name, foreign[k].why);
+        *i += next && (kind == ONE_VALUE || (kind == ON_OFF &&
+                       find_word("on off auto", ' ', next) >= 0));
+        note("%s changes nothing: %s", name, foreign[k].why);
         return DONE;
     }
     return -1;
-}
-
-static int bad_value(const struct option *o, const char *name,
-                     const char *value)
-{
-    if (o->at == AT(threads) && strchr(value, '.'))
-        return say(USAGE, "%s %s: expected a number of threads; did you mean "
-                   "--temp %s?", name, value, value);
-    return say(USAGE, "%s %s: expected %s", name, value, values_of(o).s);
 }
 
 /* Take the option at argv[*i], and its value, which may be the next word. */
@@ -6420,7 +6435,7 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
         return usage("unknown option %s", name.s);
     if (o->kind == FLAG && equals)
         return usage("%s takes no value, but is given %s", name.s, equals + 1);
-    if (o->kind >= TEXT && o->kind <= OUT_FILE && to->given[o - table])
+    if (o->kind >= TEXT && o->kind < TEXTS && to->given[o - table])
         return usage("%s is given twice", name.s);
     to->given[o - table] = arg;
     if (o->mode && to->mode && to->mode != o->mode)
@@ -6435,47 +6450,12 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
     value = equals ? equals + 1 : argv[*i + 1] ? argv[++*i] : NULL;
     if (!value)
         return usage("%s needs a value, %s", name.s, o->arg);
-    return parse_value(to, o, value) == 0 ? DONE : bad_value(o, name.s, value);
-}
-
-static int is_dash(const char *path)
-{
-    return path && strcmp(path, "-") == 0;
-}
-
-/* "5", "5-" and "5-7". */
-static int parse_range(const char *s, int *first, int *last)
-{
-    char *end;
-    long a = -1, b;
-
-    errno = 0;
-    if (*s >= '0' && *s <= '9')
-        a = b = strtol(s, &end, 10);
-    if (a < 0)
-        return -1;
-    if (*end == '-' && !end[1])
-        b = INT_MAX, end++;
-    else if (*end == '-' && end[1] >= '0' && end[1] <= '9')
-        b = strtol(end + 1, &end, 10);
-    if (*end || errno || a > b || b > INT_MAX)
-        return -1;
-    *first = (int)a;
-    *last = (int)b;
-    return 0;
-}
-
-/* Is it a day as templates write it, 2026-11-20? */
-static int is_date(const char *s)
-{
-    static const int days[] = { 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30,
-                                31 };
-    int y, m, d, n = 0;
-
-    return strspn(s, "0123456789-") == 10 && !s[10] &&
-           sscanf(s, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10 &&
-           m >= 1 && m <= 12 && d >= 1 && d <= days[m - 1] &&
-           (m != 2 || d < 29 || (y % 4 == 0 && (y % 100 || y % 400 == 0)));
+    if (parse_value(to, o, value) == 0)
+        return DONE;
+    if (o->at == AT(threads) && strchr(value, '.'))
+        return say(USAGE, "%s %s: expected a number of threads; did you mean "
+                   "--temp %s?", name.s, value, value);
+    return say(USAGE, "%s %s: expected %s", name.s, value, values_of(o).s);
 }
 
 /* The first option given that needs a chat template, or NULL. */
@@ -6498,9 +6478,7 @@ static const char *mode_name(const struct settings *s)
 /* Options must mean something in this mode, and not exclude each other. */
 static int check_settings(const struct settings *s)
 {
-    const int plain = s->raw || s->ids ||
-                      strcmp(template_name(s->template), "none") == 0;
-    int first, last;
+    const int plain = s->raw || s->ids || s->template == TEMPLATE_NONE;
 
     for (int i = 0; i < N_OPTIONS; i++)
         if (s->given[i] && !(table[i].modes & s->mode))
@@ -6528,24 +6506,12 @@ static int check_settings(const struct settings *s)
     if (!s->trace && (s->trace_filter.n || s->trace_tokens || s->trace_raw))
         return usage("%s needs --trace FILE", s->trace_raw ? "--trace-raw" :
                      s->trace_tokens ? "--trace-tokens" : "--trace-filter");
-    if (s->trace_tokens && parse_range(s->trace_tokens, &first, &last) != 0)
-        return usage("--trace-tokens %s: expected positions like 5, 5- or "
-                     "5-7", s->trace_tokens);
     if (s->ask.logprobs >= 0 && !s->json)
         return usage("--logprobs needs --json");
-    if (s->date && !is_date(s->date))
-        return usage("--date %s: expected a day like 2026-11-20", s->date);
     if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
         return say(USAGE, "--isa %s: not on this CPU or not in this build; "
                    "--version lists the sets there are", isa_name(s->isa));
     return DONE;
-}
-
-/* A chat begins where nothing else is asked and a person sits there. */
-static int default_mode(const struct settings *s)
-{
-    return s->prompt || s->file || s->ids || s->messages || s->json ||
-           !isatty(STDIN_FILENO) ? ANSWER : CHAT;
 }
 
 static int parse(struct settings *to, char **argv)
@@ -6573,17 +6539,18 @@ static int parse(struct settings *to, char **argv)
         to->model = words[0];
         words[0] = words[1];
         n_words--;
-        to->given[option_at(AT(model)) - table] = "MODEL.gguf";
+        to->given[find_option("-m", ANY) - table] = "MODEL.gguf";
     }
     if (n_words > 1 || (n_words > 0 && to->prompt))
         return usage("unexpected argument %s: there is a prompt already",
                      words[n_words - 1]);
     if (n_words > 0) {
         to->prompt = words[0];
-        to->given[option_at(AT(prompt)) - table] = "PROMPT";
+        to->given[find_option("-p", ANY - BENCH) - table] = "PROMPT";
     }
-    if (!to->mode)
-        to->mode = default_mode(to);
+    if (!to->mode)                        /* a chat is with a person         */
+        to->mode = to->prompt || to->file || to->ids || to->messages ||
+                   to->json || !isatty(STDIN_FILENO) ? ANSWER : CHAT;
     return check_settings(to);
 }
 
@@ -11479,10 +11446,6 @@ static void grant(int set, const char *path, uint64_t rights)
  * granted; none is made if there will be nothing to write. */
 static void grant_all(int set, const struct settings *s, uint64_t known)
 {
-    static const char *const limits[] = {
-        "/proc/self/status", "/proc/self/cgroup", "/sys/fs/cgroup",
-        "/proc/meminfo"
-    };
     const int begins = !s->model || access(s->model, R_OK) == 0;
     struct text dir = { 0 };
 
@@ -11505,8 +11468,10 @@ static void grant_all(int set, const struct settings *s, uint64_t known)
     }
     if (s->mode == CHAT && save_dir(s))
         grant(set, save_dir(s), (READS | REPLACES | TRUNCATE) & known);
-    for (int i = 0; i < 4; i++)
-        grant(set, limits[i], READ_FILE);
+    grant(set, "/proc/self/status", READ_FILE);
+    grant(set, "/proc/self/cgroup", READ_FILE);
+    grant(set, "/sys/fs/cgroup", READ_FILE);
+    grant(set, "/proc/meminfo", READ_FILE);
 }
 
 /* Bind and connect of TCP come with version 4; abstract sockets and signals to
@@ -11517,7 +11482,7 @@ static int confine_files(const struct settings *s)
                                       0xffff };
     const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
     struct ruleset is;
-    int set, failed;
+    int set;
 
     if (version < 1)
         return lacks(s, "Landlock", strerror(errno));
@@ -11526,8 +11491,7 @@ static int confine_files(const struct settings *s)
     set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
     if (set >= 0)
         grant_all(set, s, is.files);
-    failed = set < 0 || syscall(RESTRICT_SELF, set, 0) != 0;
-    if (failed)
+    if (set < 0 || syscall(RESTRICT_SELF, set, 0) != 0)
         return lacks(s, "Landlock", strerror(errno));
     close(set);
     if (s->verbose)
