@@ -69,6 +69,7 @@
 /* WebAssembly has one process, no signals, files without owners, and no way to
  * know whether a read would wait. */
 #define poll(fds, n, timeout) ((void)(fds), (void)(timeout), 1)
+#define realpath(path, to)    ((void)(path), (char *)(to))
 
 struct sigaction { void (*sa_handler)(int); };
 
@@ -568,7 +569,8 @@ static const struct settings defaults = {
     .bench_seqs = { 1, { 1 } }, .reps = 5
 };
 
-enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, TEXTS, LIST };
+enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, DATE, RANGE,
+            IN_FILE, OUT_FILE, TEXTS, LIST };
 
 /* A row without names is for bodies of requests only; one without help is not
  * listed.  An option that names a mode has it as `mode`. */
@@ -5868,37 +5870,41 @@ static int serve(const struct settings *s)
 #define GROUP(title)            { .help = title }
 #define SWITCH(names, field, modes, help) \
     { FLAG, names, NULL, AT(field), 0, 0, NULL, modes, 0, help }
-#define STRING(names, arg, field, modes, help) \
-    { TEXT, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
+#define VALUE(kind, names, arg, field, modes, help) \
+    { kind, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
 #define NUMBER(kind, names, arg, field, min, max, json, modes, help) \
     { kind, names, arg, AT(field), min, max, json, modes, 0, help }
 #define MODE(kind, names, arg, field, mode, help) \
     { kind, names, arg, AT(field), 0, 0, NULL, mode, mode, help }
+#define ACTION(names, does, help) \
+    { FLAG, names, NULL, AT(mode), 0, 0, NULL, does, does, help }
+
+#define SETS "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod"
 
 static const struct option table[] = {
     GROUP("What to do"),
-    STRING("-m --model", "FILE", model, ANY - SELFTEST,
-           "the model, if it is not the first argument"),
-    STRING("-p --prompt", "TEXT", prompt, PROMPT | TOKENIZE | DETOKENIZE,
-           "the prompt, if it is not the second argument; text that is piped "
-           "in follows it"),
-    STRING("-f --file", "FILE", file, PROMPT | BATCH | TOKENIZE | DETOKENIZE,
-           "the prompt, or the lines of --batch, from FILE (-: standard "
-           "input)"),
-    STRING("-sys --system-prompt", "TEXT", system, PROMPT,
-           "the system prompt"),
-    STRING("-sysf --system-prompt-file", "FILE", system_file, PROMPT,
-           "the system prompt from FILE"),
-    STRING("--messages", "FILE", messages, PROMPT,
-           "a conversation in JSON, or a whole request, instead of a prompt"),
-    STRING("--tools", "FILE", tools, PROMPT,
-           "tools that the model may call, in JSON"),
-    STRING("--session", "FILE", session, TALK | DUMP,
-           "keep the conversation in FILE, and go on with it"),
-    MODE(FLAG, "-cnv --interactive", NULL, mode, CHAT,
-         "chat, even after a prompt or without a terminal"),
-    STRING("--save-dir", "DIR", save_dir, CHAT,
-           "where a chat may save and load conversations"),
+    VALUE(IN_FILE, "-m --model", "FILE", model, ANY - SELFTEST,
+          "the model, if it is not the first argument"),
+    VALUE(TEXT, "-p --prompt", "TEXT", prompt, PROMPT | TOKENIZE | DETOKENIZE,
+          "the prompt, if it is not the second argument; text that is piped in "
+          "follows it"),
+    VALUE(IN_FILE, "-f --file", "FILE", file,
+          PROMPT | BATCH | TOKENIZE | DETOKENIZE,
+          "the prompt, or the lines of --batch, from FILE (-: standard input)"),
+    VALUE(TEXT, "-sys --system-prompt", "TEXT", system, PROMPT,
+          "the system prompt"),
+    VALUE(IN_FILE, "-sysf --system-prompt-file", "FILE", system_file, PROMPT,
+          "the system prompt from FILE"),
+    VALUE(IN_FILE, "--messages", "FILE", messages, PROMPT,
+          "a conversation in JSON, or a whole request, instead of a prompt"),
+    VALUE(IN_FILE, "--tools", "FILE", tools, PROMPT,
+          "tools that the model may call, in JSON"),
+    VALUE(IN_FILE, "--session", "FILE", session, TALK | DUMP,
+          "keep the conversation in FILE, and go on with it"),
+    ACTION("-cnv --interactive", CHAT,
+           "chat, even after a prompt or without a terminal"),
+    VALUE(TEXT, "--save-dir", "DIR", save_dir, CHAT,
+          "where a chat may save and load conversations"),
     SWITCH("--raw -no-cnv --no-conversation", raw,
            ANSWER | LOGITS | DUMP | MANY,
            "no chat template: plain text is continued"),
@@ -5906,50 +5912,43 @@ static const struct option table[] = {
          "print the prompt as the chat template writes it"),
     MODE(FLAG, "--dump-tokens", NULL, dump_tokens, DUMP,
          "print the token ids of the prompt"),
-    STRING("--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
-           "the prompt as token ids, int32, little-endian"),
-    MODE(TEXT, "--logits", "OUT", logits, LOGITS,
+    VALUE(IN_FILE, "--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
+          "the prompt as token ids, int32, little-endian"),
+    MODE(OUT_FILE, "--logits", "OUT", logits, LOGITS,
          "write the logits of all tokens of the prompt, float32"),
-    MODE(FLAG, "--tokenize", NULL, mode, TOKENIZE,
-         "print the token ids of a text"),
-    MODE(FLAG, "--detokenize", NULL, mode, DETOKENIZE,
-         "print the text of lines of token ids"),
+    ACTION("--tokenize", TOKENIZE, "print the token ids of a text"),
+    ACTION("--detokenize", DETOKENIZE, "print the text of lines of token ids"),
     SWITCH("--null", null, TOKENIZE | DETOKENIZE,
            "texts of --tokenize and --detokenize end with a NUL byte"),
-    SWITCH("--bos", bos, RUN | TOKENIZE,
-           "begin plain text with the BOS token"),
+    SWITCH("--bos", bos, RUN | TOKENIZE, "begin plain text with the BOS token"),
     SWITCH("--special", special, RUN | TOKENIZE | DETOKENIZE,
            "control tokens written in the text count as such"),
-    MODE(FLAG, "--batch", NULL, mode, BATCH,
-         "answer JSON lines, in OpenAI's batch format"),
-    MODE(TEXT, "--serve", "[HOST:]PORT", serve, SERVE,
-         "answer OpenAI's API over HTTP, for this machine or at HOST; or at a "
-         "path, a Unix socket"),
-    MODE(FLAG, "--inspect", NULL, mode, INSPECT,
-         "what is in a model file, and what it takes to run it"),
-    MODE(FLAG, "--selftest", NULL, mode, SELFTEST,
-         "try this build on this machine; needs no model"),
-    MODE(FLAG, "--bench", NULL, mode, BENCH,
-         "measure the speed; its options are listed last"),
-    MODE(TEXT, "--export-tokenizer", "FILE", export_to, EXPORT,
+    ACTION("--batch", BATCH, "answer JSON lines, in OpenAI's batch format"),
+    MODE(TEXT, "--serve", "[HOST:]PORT", serve, SERVE, "answer OpenAI's API "
+         "over HTTP, for this machine or at HOST; or at a path, a Unix socket"),
+    ACTION("--inspect", INSPECT,
+           "what is in a model file, and what it takes to run it"),
+    ACTION("--selftest", SELFTEST,
+           "try this build on this machine; needs no model"),
+    ACTION("--bench", BENCH, "measure the speed; its options are listed last"),
+    MODE(OUT_FILE, "--export-tokenizer", "FILE", export_to, EXPORT,
          "write the vocabulary of a model as a tokenizer.bin"),
-    STRING("--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
-           "a vocabulary to use instead of the model's"),
-    MODE(TEXT, "--ppl", "FILE", ppl, PPL,
+    VALUE(IN_FILE, "--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
+          "a vocabulary to use instead of the model's"),
+    MODE(IN_FILE, "--ppl", "FILE", ppl, PPL,
          "perplexity of a text, measured like llama-perplexity"),
 
     GROUP("How to answer"),
     NUMBER(WHOLE, "-n --predict --n-predict --max-tokens", "N", ask.limit, -2,
            1 << 30, "max_tokens max_completion_tokens", GENERATE,
            "at most N tokens (-1: no limit; for plain text 256)"),
-    NUMBER(CHOICE, "--template --chat-template", TEMPLATES, template, 0, 0,
-           NULL, RUN,
-           "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
-           "none (auto: by the file)"),
-    STRING("--date", "YYYY-MM-DD", date, PROMPT | MANY,
-           "the date for templates that state it (today)"),
-    NUMBER(CHOICE, "--think", "auto|show|hide|raw", think, 0, 0, NULL,
-           GENERATE, "thoughts of the model (auto: shown at a terminal)"),
+    VALUE(CHOICE, "--template --chat-template", TEMPLATES, template, RUN,
+          "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
+          "none (auto: by the file)"),
+    VALUE(DATE, "--date", "YYYY-MM-DD", date, PROMPT | MANY,
+          "the date for templates that state it (today)"),
+    VALUE(CHOICE, "--think", "auto|show|hide|raw", think, GENERATE,
+          "thoughts of the model (auto: shown at a terminal)"),
     NUMBER(WHOLE, "--think-budget", "N", ask.think_budget, -1, 1 << 30,
            "thinking_budget", GENERATE,
            "close a thought after N tokens (-1: never)"),
@@ -5957,9 +5956,8 @@ static const struct option table[] = {
            GENERATE, "end the answer before TEXT; may be repeated"),
     NUMBER(FLAG, "--ignore-eos", NULL, ask.ignore_eos, 0, 0, "ignore_eos",
            GENERATE, "go on when the model would end"),
-    SWITCH("--json", json, ANSWER | INSPECT | PPL,
-           "print one JSON object: the answer as OpenAI's API writes it, or "
-           "the report"),
+    SWITCH("--json", json, ANSWER | INSPECT | PPL, "print one JSON object: the "
+           "answer as OpenAI's API writes it, or the report"),
     NUMBER(WHOLE, "--logprobs", "K", ask.logprobs, 0, MAX_LOGPROBS,
            "top_logprobs", ANSWER,
            "log probabilities, and those of the K likeliest tokens, in --json"),
@@ -5982,8 +5980,8 @@ static const struct option table[] = {
            "drop tokens less than F times as likely as the likeliest (0: off)"),
     NUMBER(REAL, "--repeat-penalty --repetition-penalty", "F",
            ask.sampling.repeat, 0.01, 100, "repetition_penalty repeat_penalty",
-           GENERATE, "make recent tokens less likely (1: off, as with --temp "
-           "0)"),
+           GENERATE,
+           "make recent tokens less likely (1: off, as with --temp 0)"),
     NUMBER(WHOLE, "--repeat-last-n", "N", ask.sampling.last_n, -1, 1 << 30,
            NULL, GENERATE, "how many tokens are recent (64; -1: all)"),
     NUMBER(REAL, "--presence-penalty", "F", ask.presence, -100, 100,
@@ -5996,14 +5994,14 @@ static const struct option table[] = {
            "the same seed gives the same answer (-1: random)"),
 
     GROUP("To look inside"),
-    STRING("--trace", "FILE", trace, TALK | LOGITS,
-           "write what every module computes, as JSON lines"),
-    NUMBER(TEXTS, "--trace-filter", "GLOB", trace_filter, 0, 0, NULL,
-           TALK | LOGITS, "trace only modules of such names; may be repeated"),
-    STRING("--trace-tokens", "A-B", trace_tokens, TALK | LOGITS,
-           "trace only positions A to B, counted from 0"),
-    STRING("--trace-raw", "FILE", trace_raw, TALK | LOGITS,
-           "with --trace: all the numbers, float32"),
+    VALUE(OUT_FILE, "--trace", "FILE", trace, TALK | LOGITS,
+          "write what every module computes, as JSON lines"),
+    VALUE(TEXTS, "--trace-filter", "GLOB", trace_filter, TALK | LOGITS,
+          "trace only modules of such names; may be repeated"),
+    VALUE(RANGE, "--trace-tokens", "A-B", trace_tokens, TALK | LOGITS,
+          "trace only positions A to B, counted from 0"),
+    VALUE(OUT_FILE, "--trace-raw", "FILE", trace_raw, TALK | LOGITS,
+          "with --trace: all the numbers, float32"),
 
     GROUP("With --batch and --serve"),
     NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, MANY,
@@ -6015,15 +6013,15 @@ static const struct option table[] = {
            "up to N requests wait; more are refused (1024)"),
     NUMBER(WHOLE, "--max-body", "MIB", max_body, 1, 1024, NULL, SERVE,
            "longest body of a request (8)"),
-    STRING("--api-key-file", "FILE", api_key_file, SERVE,
-           "clients need a key from FILE, which has one on each line"),
-    STRING("--cors", "ORIGIN", cors, SERVE,
-           "pages from ORIGIN may ask, too (*: from anywhere)"),
-    STRING("--page", "FILE", page, SERVE, "a page to show at /"),
-    STRING("--shard", "I/N", shard, BATCH,
-           "answer only part I of N, counted from 0"),
-    STRING("--resume", "OUT", resume, BATCH,
-           "append to OUT, and skip lines that are answered there"),
+    VALUE(TEXT, "--api-key-file", "FILE", api_key_file, SERVE,
+          "clients need a key from FILE, which has one on each line"),
+    VALUE(TEXT, "--cors", "ORIGIN", cors, SERVE,
+          "pages from ORIGIN may ask, too (*: from anywhere)"),
+    VALUE(TEXT, "--page", "FILE", page, SERVE, "a page to show at /"),
+    VALUE(TEXT, "--shard", "I/N", shard, BATCH,
+          "answer only part I of N, counted from 0"),
+    VALUE(OUT_FILE, "--resume", "OUT", resume, BATCH,
+          "append to OUT, and skip lines that are answered there"),
 
     GROUP("How to run"),
     NUMBER(WHOLE, "-c --ctx-size", "N", ctx, 0, MAX_CTX, NULL, RUN | INSPECT,
@@ -6036,19 +6034,17 @@ static const struct option table[] = {
     NUMBER(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP, NULL, GENERATE,
            "guess up to N tokens from the text so far; the answer stays the "
            "same (7; with experts 0)"),
-    NUMBER(CHOICE, "--isa",
-           "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
-           NULL, RUN | INSPECT | BENCH, "instruction set: auto, scalar, avx2, "
-           "avxvnni, avx512, avx512vnni, neon or dotprod"),
-    NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, NULL, RUN | INSPECT | BENCH,
-           "precision of the KV cache"),
+    VALUE(CHOICE, "--isa", SETS, isa, RUN | INSPECT | BENCH, "instruction set: "
+          "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon or dotprod"),
+    VALUE(CHOICE, "--kv", "f16|f32", kv, RUN | INSPECT | BENCH,
+          "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
            "read the model into memory instead of mapping the file"),
-    NUMBER(CHOICE, "--sandbox", "auto|require|off", sandbox, 0, 0, NULL,
-           ANY - BENCH - SELFTEST,
-           "give up rights that are not needed (require: or fail)"),
-    NUMBER(CHOICE, "--color", "auto|on|off", color, 0, 0, NULL, TALK,
-           "dim the thoughts of the model"),
+    VALUE(CHOICE, "--sandbox", "auto|require|off", sandbox,
+          ANY - BENCH - SELFTEST,
+          "give up rights that are not needed (require: or fail)"),
+    VALUE(CHOICE, "--color", "auto|on|off", color, TALK,
+          "dim the thoughts of the model"),
     SWITCH("-q --quiet", quiet, ANY, "print errors only"),
     SWITCH("-v --verbose", verbose, ANY, "print settings, seed and speed"),
     SWITCH("-h --help", help, ANY, "print this text"),
@@ -6068,8 +6064,8 @@ static const struct option table[] = {
            "with N threads (one for each CPU)"),
     NUMBER(WHOLE, "-r --repetitions", "N", reps, 1, 100000, NULL, BENCH,
            "measure N times, after one to warm up (5)"),
-    NUMBER(CHOICE, "-o --output", "md|json", output, 0, 0, NULL, BENCH,
-           "print a table or records"),
+    VALUE(CHOICE, "-o --output", "md|json", output, BENCH,
+          "print a table or records"),
 };
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
@@ -6079,23 +6075,24 @@ _Static_assert(sizeof table / sizeof *table <= MAX_OPTIONS,
 
 /* What other programs of this kind know.  Most would change nothing here; what
  * would change the result is refused. */
-static const struct foreign {
+static const struct {
     const char *names;
-    int takes_value, is_error;
+    enum { NO_VALUE, ONE_VALUE, ON_OFF, REFUSED } kind;
     const char *why;
 } foreign[] = {
-    { "-ngl --gpu-layers --n-gpu-layers", 1, 0, "everything runs on the CPU" },
-    { "-fa --flash-attn", 2, 0, "attention is always computed this way" },
+    { "-ngl --gpu-layers --n-gpu-layers", ONE_VALUE,
+      "everything runs on the CPU" },
+    { "-fa --flash-attn", ON_OFF, "attention is always computed this way" },
     { "--jinja -st --single-turn --no-warmup --no-display-prompt --simple-io "
-      "--log-disable --no-perf", 0, 0, "it is so already" },
-    { "--mlock", 0, 0, "the file is mapped, and stays in memory while it is "
-      "used" },
-    { "-hf -hfr --hf-repo -mu --model-url", 1, 1, "nothing is downloaded here; "
-      "scripts/download.sh fetches a model" },
-    { "--prompt-cache", 1, 1, "--session FILE keeps a conversation" },
-    { "-i", 0, 1, "-p gives a prompt, -cnv begins a chat" },
-    { "--grammar --grammar-file -j --json-schema", 1, 1, "answers in a grammar "
-      "are not there yet" },
+      "--log-disable --no-perf", NO_VALUE, "it is so already" },
+    { "--mlock", NO_VALUE,
+      "the file is mapped, and stays in memory while it is used" },
+    { "-hf -hfr --hf-repo -mu --model-url", REFUSED,
+      "nothing is downloaded here; scripts/download.sh fetches a model" },
+    { "--prompt-cache", REFUSED, "--session FILE keeps a conversation" },
+    { "-i", REFUSED, "-p gives a prompt, -cnv begins a chat" },
+    { "--grammar --grammar-file -j --json-schema", REFUSED,
+      "answers in a grammar are not there yet" },
 };
 
 /* Is the word one of a list, whose words are separated by that character?
@@ -6143,20 +6140,11 @@ static const struct option *option_of_member(const char *key)
     return NULL;
 }
 
-static const struct option *option_at(size_t at)
-{
-    const struct option *o = table;
-
-    while (o->kind == HEADING || o->at != at)
-        o++;
-    return o;
-}
-
 static const char *isa_name(int isa)
 {
     static struct phrase name;
 
-    name = word_of(option_at(AT(isa))->arg, isa);
+    name = word_of(SETS, isa);
     return name.s;
 }
 
@@ -6171,11 +6159,9 @@ static void print_entry(const char *head, const char *help)
     int column = printf("  %s", head);
 
     while (*help) {
-        size_t n = strlen(help), most = 51;
-        if (n > most) {
-            for (n = most; n > 0 && help[n] != ' '; n--)
-                continue;
-        }
+        size_t n = strlen(help);
+        while (n > 51 || (help[n] && help[n] != ' '))
+            n--;
         if (column >= 28)
             column = printf("\n") - 1;
         printf("%*s%.*s\n", 28 - column, "", (int)n, help);
@@ -6238,15 +6224,54 @@ static int print_version(void)
 /* What a good value of this option is. */
 static struct phrase values_of(const struct option *o)
 {
-    const char *whole = o->kind == REAL ? "" : "whole ";
+    switch (o->kind) {
+    case CHOICE: return phrase("%s", o->arg);
+    case DATE: return phrase("a day like 2026-11-20");
+    case RANGE: return phrase("positions like 5, 5- or 5-7");
+    case TEXTS: return phrase("at most %d texts that are not empty", MAX_LIST);
+    case LIST: return phrase("at most %d whole numbers from %.0f to %.0f, by "
+                             "commas", MAX_LIST, o->min, o->max);
+    default: return phrase("a %snumber from %.10g to %.19g", o->kind == REAL ?
+                           "" : "whole ", o->min, o->max);
+    }
+}
 
-    return o->kind == CHOICE ? phrase("%s", o->arg) :
-           o->kind == LIST ?
-           phrase("at most %d whole numbers from %.0f to %.0f, by commas",
-                  MAX_LIST, o->min, o->max) :
-           o->kind == TEXTS ? phrase("at most %d texts that are not empty",
-                                     MAX_LIST) :
-           phrase("a %snumber from %.10g to %.19g", whole, o->min, o->max);
+static int is_dash(const char *path)
+{
+    return path && strcmp(path, "-") == 0;
+}
+
+/* "5", "5-" and "5-7". */
+static int parse_range(const char *s, int *first, int *last)
+{
+    char *end;
+    long a, b;
+
+    errno = 0;
+    a = b = strtol(s, &end, 10);
+    if (end != s && is_dash(end))
+        b = INT_MAX, end++;
+    else if (end != s && *end == '-')
+        b = strtol(end + 1, &end, 10);
+    if (end == s || *end || s[strspn(s, "0123456789-")] || errno || a < 0 ||
+        b < a || b > INT_MAX)
+        return -1;
+    *first = (int)a;
+    *last = (int)b;
+    return 0;
+}
+
+/* Is it a day as templates write it, 2026-11-20? */
+static int is_date(const char *s)
+{
+    static const int days[] = { 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30,
+                                31 };
+    int y, m, d, n = 0;
+
+    return strspn(s, "0123456789-") == 10 && !s[10] &&
+           sscanf(s, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10 &&
+           m >= 1 && m <= 12 && d >= 1 && d <= days[m - 1] &&
+           (m != 2 || d < 29 || (y % 4 == 0 && (y % 100 || y % 400 == 0)));
 }
 
 /* Whole numbers by commas; -1 if they are none. */
@@ -6289,6 +6314,7 @@ static int set_number(void *slot, const struct option *o, double x,
     return 0;
 }
 
+/* 0, or -1 if the value is not good. */
 static int parse_value(struct settings *to, const struct option *o,
                        const char *value)
 {
@@ -6296,14 +6322,19 @@ static int parse_value(struct settings *to, const struct option *o,
     long long whole = 0;
     double x;
     char *end;
+    int i;
 
+    if ((o->kind == DATE && !is_date(value)) ||
+        (o->kind == RANGE && parse_range(value, &i, &i) != 0))
+        return -1;
     switch (o->kind) {
-    case TEXT: *(const char **)slot = value; return 0;
     case TEXTS: return add_text(slot, value);
     case LIST: return parse_list(slot, o, value);
-    case CHOICE: *(int *)slot = find_word(o->arg, '|', value);
-                 return *(int *)slot < 0 ? -1 : 0;
-    default: break;
+    case CHOICE: *(int *)slot = i = find_word(o->arg, '|', value);
+                 return i < 0 ? -1 : 0;
+    case REAL: case WHOLE: case SEED: break;
+    default: *(const char **)slot = value;
+             return 0;
     }
     errno = 0;
     x = o->kind == REAL ? strtod(value, &end) :
@@ -6313,32 +6344,22 @@ static int parse_value(struct settings *to, const struct option *o,
 
 /* ---- the command line */
 
+/* -1 if nobody knows it. */
 static int take_foreign(const char *name, char **argv, int *i)
 {
     for (size_t k = 0; k < sizeof foreign / sizeof *foreign; k++) {
-        const struct foreign *f = &foreign[k];
-        const char *next = argv[*i + 1];
-        if (find_word(f->names, ' ', name) < 0)
+        const int kind = foreign[k].kind;
+        const char *next = strchr(argv[*i], '=') ? NULL : argv[*i + 1];
+        if (find_word(foreign[k].names, ' ', name) < 0)
             continue;
-        if (f->is_error)
-            return usage("%s: %s", name, f->why);
-        if (!strchr(argv[*i], '=') && (f->takes_value == 1 ||
-            (f->takes_value == 2 && next &&
-             find_word("on off auto", ' ', next) >= 0)))
-            *i += next != NULL;
-        note("%s changes nothing: %s", name, f->why);
+        if (kind == REFUSED)
+            return usage("%s: %s", name, foreign[k].why);
+        *i += next && (kind == ONE_VALUE || (kind == ON_OFF &&
+                       find_word("on off auto", ' ', next) >= 0));
+        note("%s changes nothing: %s", name, foreign[k].why);
         return DONE;
     }
     return -1;
-}
-
-static int bad_value(const struct option *o, const char *name,
-                     const char *value)
-{
-    if (o->at == AT(threads) && strchr(value, '.'))
-        return say(USAGE, "%s %s: expected a number of threads; did you mean "
-                   "--temp %s?", name, value, value);
-    return say(USAGE, "%s %s: expected %s", name, value, values_of(o).s);
 }
 
 /* Take the option at argv[*i], and its value, which may be the next word. */
@@ -6355,7 +6376,7 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
         return usage("unknown option %s", name.s);
     if (o->kind == FLAG && equals)
         return usage("%s takes no value, but is given %s", name.s, equals + 1);
-    if (o->kind == TEXT && to->given[o - table])
+    if (o->kind >= TEXT && o->kind < TEXTS && to->given[o - table])
         return usage("%s is given twice", name.s);
     to->given[o - table] = arg;
     if (o->mode && to->mode && to->mode != o->mode)
@@ -6370,47 +6391,12 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
     value = equals ? equals + 1 : argv[*i + 1] ? argv[++*i] : NULL;
     if (!value)
         return usage("%s needs a value, %s", name.s, o->arg);
-    return parse_value(to, o, value) == 0 ? DONE : bad_value(o, name.s, value);
-}
-
-static int is_dash(const char *path)
-{
-    return path && strcmp(path, "-") == 0;
-}
-
-/* "5", "5-" and "5-7". */
-static int parse_range(const char *s, int *first, int *last)
-{
-    char *end;
-    long a = -1, b;
-
-    errno = 0;
-    if (*s >= '0' && *s <= '9')
-        a = b = strtol(s, &end, 10);
-    if (a < 0)
-        return -1;
-    if (*end == '-' && !end[1])
-        b = INT_MAX, end++;
-    else if (*end == '-' && end[1] >= '0' && end[1] <= '9')
-        b = strtol(end + 1, &end, 10);
-    if (*end || errno || a > b || b > INT_MAX)
-        return -1;
-    *first = (int)a;
-    *last = (int)b;
-    return 0;
-}
-
-/* Is it a day as templates write it, 2026-11-20? */
-static int is_date(const char *s)
-{
-    static const int days[] = { 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30,
-                                31 };
-    int y, m, d, n = 0;
-
-    return strspn(s, "0123456789-") == 10 && !s[10] &&
-           sscanf(s, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10 &&
-           m >= 1 && m <= 12 && d >= 1 && d <= days[m - 1] &&
-           (m != 2 || d < 29 || (y % 4 == 0 && (y % 100 || y % 400 == 0)));
+    if (parse_value(to, o, value) == 0)
+        return DONE;
+    if (o->at == AT(threads) && strchr(value, '.'))
+        return say(USAGE, "%s %s: expected a number of threads; did you mean "
+                   "--temp %s?", name.s, value, value);
+    return say(USAGE, "%s %s: expected %s", name.s, value, values_of(o).s);
 }
 
 /* The first option given that needs a chat template, or NULL. */
@@ -6433,9 +6419,7 @@ static const char *mode_name(const struct settings *s)
 /* Options must mean something in this mode, and not exclude each other. */
 static int check_settings(const struct settings *s)
 {
-    const int plain = s->raw || s->ids ||
-                      strcmp(template_name(s->template), "none") == 0;
-    int first, last;
+    const int plain = s->raw || s->ids || s->template == TEMPLATE_NONE;
 
     for (int i = 0; i < N_OPTIONS; i++)
         if (s->given[i] && !(table[i].modes & s->mode))
@@ -6463,24 +6447,12 @@ static int check_settings(const struct settings *s)
     if (!s->trace && (s->trace_filter.n || s->trace_tokens || s->trace_raw))
         return usage("%s needs --trace FILE", s->trace_raw ? "--trace-raw" :
                      s->trace_tokens ? "--trace-tokens" : "--trace-filter");
-    if (s->trace_tokens && parse_range(s->trace_tokens, &first, &last) != 0)
-        return usage("--trace-tokens %s: expected positions like 5, 5- or "
-                     "5-7", s->trace_tokens);
     if (s->ask.logprobs >= 0 && !s->json)
         return usage("--logprobs needs --json");
-    if (s->date && !is_date(s->date))
-        return usage("--date %s: expected a day like 2026-11-20", s->date);
     if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
         return say(USAGE, "--isa %s: not on this CPU or not in this build; "
                    "--version lists the sets there are", isa_name(s->isa));
     return DONE;
-}
-
-/* A chat begins where nothing else is asked and a person sits there. */
-static int default_mode(const struct settings *s)
-{
-    return s->prompt || s->file || s->ids || s->messages || s->json ||
-           !isatty(STDIN_FILENO) ? ANSWER : CHAT;
 }
 
 static int parse(struct settings *to, char **argv)
@@ -6508,17 +6480,18 @@ static int parse(struct settings *to, char **argv)
         to->model = words[0];
         words[0] = words[1];
         n_words--;
-        to->given[option_at(AT(model)) - table] = "MODEL.gguf";
+        to->given[find_option("-m", ANY) - table] = "MODEL.gguf";
     }
     if (n_words > 1 || (n_words > 0 && to->prompt))
         return usage("unexpected argument %s: there is a prompt already",
                      words[n_words - 1]);
     if (n_words > 0) {
         to->prompt = words[0];
-        to->given[option_at(AT(prompt)) - table] = "PROMPT";
+        to->given[find_option("-p", ANY - BENCH) - table] = "PROMPT";
     }
-    if (!to->mode)
-        to->mode = default_mode(to);
+    if (!to->mode)                        /* a chat is with a person         */
+        to->mode = to->prompt || to->file || to->ids || to->messages ||
+                   to->json || !isatty(STDIN_FILENO) ? ANSWER : CHAT;
     return check_settings(to);
 }
 
@@ -6542,37 +6515,30 @@ static void show_text(struct text *t)
 
 /* ---- bytes in and out */
 
-static int read_stream(FILE *f, const char *name, struct text *out)
-{
-    for (;;) {
-        reserve(out, out->n < 1 << 14 ? 1 << 14 : out->n);
-        out->n += fread(out->s + out->n, 1, out->cap - out->n - 1, f);
-        out->s[out->n] = '\0';
-        if (ferror(f) && errno == EINTR && interrupted)
-            return INTERRUPTED;
-        if (ferror(f) && errno != EINTR)
-            return say(BAD_FILE, f == stdin && errno == EISDIR ? "%s is closed "
-                       "or a directory, expected text" : "%s: %s", name,
-                       strerror(errno));
-        if (feof(f))
-            return DONE;
-        clearerr(f);
-    }
-}
-
 /* The bytes of a file, or of standard input for "-", behind what `out` has.
  * The caller frees out->s, after a failure too. */
 static int read_file(const char *path, struct text *out)
 {
     const int piped = is_dash(path);
-    FILE *f = piped ? stdin : fopen(path, "rb");
-    int code;
+    const int fd = piped ? STDIN_FILENO : open(path, O_RDONLY | O_CLOEXEC);
+    int code = DONE;
+    ssize_t got;
 
-    if (!f)
+    if (fd < 0)
         return say(BAD_FILE, "%s: %s", path, strerror(errno));
-    code = read_stream(f, piped ? "standard input" : path, out);
+    do {
+        reserve(out, out->n < 1 << 14 ? 1 << 14 : out->n);
+        got = read(fd, out->s + out->n, out->cap - out->n - 1);
+        out->n += got > 0 ? (size_t)got : 0;
+        out->s[out->n] = '\0';
+    } while (got > 0 || (got < 0 && errno == EINTR && !interrupted));
+    if (got < 0)
+        code = errno == EINTR ? INTERRUPTED :
+               say(BAD_FILE, piped && errno == EISDIR ? "%s is closed or a "
+                   "directory, expected text" : "%s: %s", piped ?
+                   "standard input" : path, strerror(errno));
     if (!piped)
-        fclose(f);
+        close(fd);
     return code;
 }
 
@@ -6601,12 +6567,8 @@ static FILE *create_file(const char *path)
 
 static int finish_file(FILE *f, const char *path, int code)
 {
-    int failed;
+    const int failed = f != stdout && (ferror(f) | (fclose(f) != 0));
 
-    if (f == stdout)
-        return code;
-    failed = ferror(f);
-    failed |= fclose(f) != 0;
     return !failed || code != DONE ? code :
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
@@ -6650,13 +6612,14 @@ static int can_replace(const char *path)
 
 /* Write the parts one after the other, whole or not at all: to a new file
  * beside this one, which then takes its place.  It is for its owner alone, or
- * for those who could read the old one.  A link stays a link. */
+ * for those who could read the old one.  A link stays a link.  After a failure
+ * errno says why. */
 static int replace_file(const char *path, const struct text *part, int n_parts)
 {
-    char *real;
     struct text name = { 0 };
     struct stat old;
-    int fd, good, error, code = can_replace(path);
+    char *real;
+    int fd, good, code = can_replace(path);
 
     if (code != DONE)
         return code;
@@ -6669,18 +6632,15 @@ static int replace_file(const char *path, const struct text *part, int n_parts)
         fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
     for (int i = 0; good && i < n_parts; i++)
         good = write_all(fd, part[i].s, part[i].n) == 0;
-    if (good && fsync(fd) != 0)           /* not every file system knows it  */
-        good = errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP;
-    error = errno;
-    if (fd >= 0 && close(fd) != 0 && good)
-        good = 0, error = errno;
-    if (good && rename(name.s, real ? real : path) != 0)
-        good = 0, error = errno;
-    if (!good) {
+    good = good && (fsync(fd) == 0 ||     /* not every file system knows it  */
+                    errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
+    if (fd >= 0 && close(fd) != 0)
+        good = 0;
+    if (!good || rename(name.s, real ? real : path) != 0) {
+        const int error = errno;
         code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
-        if (fd >= 0)
-            remove(name.s);
-        errno = error;                    /* for who explains it             */
+        remove(name.s);
+        errno = error;
     }
     free(name.s);
     free(real);
@@ -6726,11 +6686,10 @@ static const struct { int at; const char *begins, *what; } no_model[] = {
 static int report(const char *path, const lfm2_error *err)
 {
     const int code = status_of(err->code);
-    const size_t n = strlen(path);
+    const int has_path = strncmp(err->msg, path, strlen(path)) == 0;
     char head[24] = "";
 
-    say(code, "%s%s%s", strncmp(err->msg, path, n) == 0 ? "" : path,
-        strncmp(err->msg, path, n) == 0 ? "" : ": ", err->msg);
+    say(code, "%s%s%s", has_path ? "" : path, has_path ? "" : ": ", err->msg);
     if (code != BAD_MODEL || read_head(path, head, sizeof head) == 0)
         return code;
     for (size_t i = 0; i < sizeof no_model / sizeof *no_model; i++) {
@@ -6770,14 +6729,16 @@ static void utf16_to_utf8(struct text *t, int high)
     char to[4];
 
     for (size_t i = 0; i < t->n; i += 2) {
-        uint32_t c = i + 1 == t->n ? 0xfffd : s[i + !high] | s[i + high] << 8,
-                 low = i + 3 < t->n ? s[i + 2 + !high] | s[i + 2 + high] << 8 :
-                       0;
-        if (c >> 10 == 0xd800 >> 10 && low >> 10 == 0xdc00 >> 10) {
-            c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
+        uint32_t unit[2] = { 0xfffd, 0 };
+        for (size_t k = 0; k < 2 && i + 2 * k + 1 < t->n; k++)
+            unit[k] = s[i + 2 * k + !high] | s[i + 2 * k + high] << 8;
+        if (unit[0] >> 10 == 0xd800 >> 10 && unit[1] >> 10 == 0xdc00 >> 10) {
+            unit[0] = 0x10000 + ((unit[0] & 0x3ff) << 10 | (unit[1] & 0x3ff));
             i += 2;
         }
-        add(&out, to, utf8_put(to, c >> 11 == 0xd800 >> 11 ? 0xfffd : c));
+        if (unit[0] >> 11 == 0xd800 >> 11)
+            unit[0] = 0xfffd;
+        add(&out, to, utf8_put(to, unit[0]));
     }
     free(t->s);
     *t = out;
@@ -6819,17 +6780,21 @@ static int check_text(const struct text *t, const char *name)
     return DONE;
 }
 
-/* Text from a file; one newline at its end is not part of it. */
+/* Text from a file, after a blank line if there is some already; one newline at
+ * its end is not part of it. */
 static int read_text_file(const char *path, struct text *out)
 {
-    int code = read_file(path, out);
+    struct text more = { 0 };
+    int code = read_file(path, &more);
 
-    if (code != DONE)
-        return code;
-    clean_text(out);
-    if (out->n > 0 && out->s[out->n - 1] == '\n')
-        out->s[--out->n] = '\0';
-    return DONE;
+    clean_text(&more);
+    if (more.n > 0 && more.s[more.n - 1] == '\n')
+        more.n--;
+    if (out->n > 0 && more.n > 0)
+        add_string(out, "\n\n");
+    add(out, more.s, more.n);
+    free(more.s);
+    return code;
 }
 
 /* Was text piped in beside a prompt?  A file that was read before belongs to a
@@ -6841,19 +6806,6 @@ static int has_piped_text(const struct settings *s)
     return !is_dash(s->file) && !is_dash(s->tools) && !is_dash(s->prompt) &&
            fstat(STDIN_FILENO, &st) == 0 && (S_ISFIFO(st.st_mode) ||
            (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
-}
-
-/* Text from a file, after a blank line if there is some already. */
-static int add_text_file(const char *path, struct text *out)
-{
-    struct text more = { 0 };
-    int code = read_text_file(path, &more);
-
-    if (out->n > 0 && more.n > 0)
-        add_string(out, "\n\n");
-    add(out, more.s ? more.s : "", more.n);
-    free(more.s);
-    return code;
 }
 
 /* The prompt: what was given as an argument, then a file, then what was piped
@@ -6872,14 +6824,14 @@ static int read_prompt(const struct settings *s, struct text *out)
     if (given)
         clean_text(out);
     if (s->file)
-        code = add_text_file(s->file, out);
+        code = read_text_file(s->file, out);
     if (code != DONE || ((given || s->file) &&
                          (s->mode == CHAT || !has_piped_text(s))))
         return code;
     if (given && poll(&in, 1, 2000) == 0)
         note("standard input is read, too, and has not ended; </dev/null is "
              "without it");
-    code = add_text_file("-", out);
+    code = read_text_file("-", out);
     return code == DONE && out->n == 0 ? usage("no prompt: standard input is "
            "empty") : code;
 }
@@ -6901,24 +6853,96 @@ static int read_ids(const char *path, struct ids *out)
     return code;
 }
 
-/* --------------------------------------------- 12. Signals and the terminal */
-
-#ifndef __wasi__
-#include <sys/ioctl.h>
-#include <termios.h>
-static int set_terminal(int is_edited);
-#else
-#define set_terminal(is_edited) (-1)
-#endif
-
-/* The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
+/* --------------------------------------------- 12. Signals and the terminal
+ *
+ * The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
  * somebody looks at `interrupted` and stops the work in good order.  Then the
  * second does nothing more, and the third ends it whatever is lost: by then
  * something hangs.  They are handled from the beginning, as the first process
  * of a container gets no others; one that was ignored then, as by nohup, stays
  * ignored. */
+
 static const char bright[] = "\033[0m\n";
-static volatile sig_atomic_t is_heard;
+static volatile sig_atomic_t is_heard, is_editing;
+static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
+                                             window of another size          */
+
+/* Without SA_RESTART, so that waiting for input ends, too. */
+static void handle(int number, void (*handler)(int))
+{
+    struct sigaction action = { .sa_handler = handler }, had;
+
+    sigaction(number, NULL, &had);
+    if (had.sa_handler != SIG_IGN)
+        sigaction(number, &action, NULL);
+}
+
+#ifdef __wasi__
+
+#define set_terminal(is_edited) (-1)
+#define count_columns()         80
+
+#else
+
+static void on_stop(int number);
+static void on_change(int number);
+
+/* For a line to be edited, or as it was: 0, or -1 if it cannot be changed. */
+static int set_terminal(int is_edited)
+{
+    static const char paste[2][9] = { "\033[?2004l", "\033[?2004h" };
+    static volatile sig_atomic_t is_changed;
+    static struct termios plain;
+    struct termios t;
+
+    if (!is_changed && (!is_edited || tcgetattr(STDIN_FILENO, &plain) != 0))
+        return -1;
+    t = plain;
+    if (is_edited) {
+        t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
+        t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
+        t.c_cc[VMIN] = 1;
+        t.c_cc[VTIME] = 0;
+        handle(SIGTSTP, on_stop);
+        handle(SIGCONT, on_change);
+        handle(SIGWINCH, on_change);
+    }
+    if (tcsetattr(STDIN_FILENO, TCSANOW, &t) != 0)
+        return -1;
+    is_changed = is_edited;
+    (void)!write(STDERR_FILENO, paste[is_edited], 8);
+    return 0;
+}
+
+static void on_stop(int number)
+{
+    set_terminal(0);
+    signal(number, SIG_DFL);
+    raise(number);                        /* when this is done               */
+}
+
+/* After a stop, or with a window of another size. */
+static void on_change(int number)
+{
+    (void)number;
+    if (is_editing)
+        looks_old = set_terminal(1) == 0;
+}
+
+static int count_columns(void)
+{
+    struct winsize size = { 0 };
+
+    ioctl(STDERR_FILENO, TIOCGWINSZ, &size);
+    return size.ws_col > 8 ? size.ws_col : 80;
+}
+
+#endif
+
+static void leave_terminal(void)
+{
+    set_terminal(0);
+}
 
 static void on_interrupt(int number)
 {
@@ -6931,30 +6955,6 @@ static void on_interrupt(int number)
     }
     if (running)
         lfm2_cancel(running);
-}
-
-/* Without SA_RESTART, so that waiting for input ends, too. */
-static void handle(int number, void (*handler)(int))
-{
-    struct sigaction action = { .sa_handler = handler }, had;
-
-    sigaction(number, NULL, &had);
-    if (had.sa_handler != SIG_IGN)
-        sigaction(number, &action, NULL);
-}
-
-static void start_signals(void)
-{
-    handle(SIGINT, on_interrupt);
-    handle(SIGTERM, on_interrupt);
-#ifndef __wasi__
-    handle(SIGHUP, on_interrupt);
-    handle(SIGQUIT, on_interrupt);
-#endif
-    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
-#ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN);
-#endif
 }
 
 /* Threads that begin between two such calls leave signals to this one, which
@@ -6978,6 +6978,50 @@ static void block_signals(int are_blocked)
 static void catch_interrupt(void)
 {
     is_heard = 1;
+}
+
+/* Before anything else.
+ *
+ * Where the shell closed one of the first three descriptors (">&-"), the next
+ * file to be opened would get its number, and words or messages would go into
+ * it.  A directory takes the place: it can be neither read nor written.
+ *
+ * Other files that whoever started this left open would be open in the sandbox,
+ * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
+static void prepare_process(char **argv)
+{
+    int fd;
+
+    while ((fd = open("/", O_RDONLY)) >= 0 && fd <= STDERR_FILENO)
+        continue;
+    close(fd);
+#ifndef __wasi__
+    DIR *dir = opendir("/dev/fd");
+    struct dirent *entry;
+    while (dir && (entry = readdir(dir))) {
+        fd = atoi(entry->d_name);
+        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
+        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
+            const char *name = strstr(argv[i], "/fd/");
+            is_named = name && strcmp(name + 4, entry->d_name) == 0;
+        }
+        if (!is_named)
+            close(fd);
+    }
+    if (dir)
+        closedir(dir);
+    handle(SIGHUP, on_interrupt);
+    handle(SIGQUIT, on_interrupt);
+#else
+    (void)argv;
+#endif
+    handle(SIGINT, on_interrupt);
+    handle(SIGTERM, on_interrupt);
+    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
+#ifdef SIGXFSZ
+    signal(SIGXFSZ, SIG_IGN);
+#endif
+    atexit(leave_terminal);
 }
 
 /* ---- a model that becomes shorter
@@ -7012,9 +7056,12 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
     _exit(BAD_FILE);
 }
 
+#endif
+
 /* The file is about to be mapped, or is the one that stays so. */
 static void watch_file(const char *path)
 {
+#ifndef LFM2_NO_MMAP
     const struct sigaction action = {
         .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO
     };
@@ -7023,131 +7070,17 @@ static void watch_file(const char *path)
              "used, or its disk failed; --no-mmap reads it first\n", bright,
              program, path);
     sigaction(SIGBUS, &action, NULL);
-}
-
 #else
-
-static void watch_file(const char *path)
-{
     (void)path;
+#endif
 }
 
-#endif
-
-/* ---- bytes that are typed or piped in */
+/* ---- a line that is edited */
 
 enum { INPUT_ENDS = -1, STOPPED_BY_SIGNAL = -2, LOOKS_OLD = -3 };
 
-static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
-                                             window of another size          */
-
-/* The next byte.  A signal between a look and the wait is heard a second
- * later. */
-static int next_byte(int *is_last)
-{
-    static unsigned char s[4096];
-    static ssize_t at, n;
-    struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
-
-    while (at == n) {
-        const int ready = poll(&in, 1, 1000);
-        if (interrupted)
-            return STOPPED_BY_SIGNAL;
-        if (looks_old) {
-            looks_old = 0;
-            return LOOKS_OLD;
-        }
-        if (ready <= 0)
-            continue;
-        at = 0;
-        n = read(STDIN_FILENO, s, sizeof s);
-        if (n == 0 || (n < 0 && errno != EINTR)) {
-            n = 0;
-            return INPUT_ENDS;
-        }
-        n = n > 0 ? n : 0;
-    }
-    *is_last = at + 1 == n;
-    return s[at++];
-}
-
-/* Does a signal end the chat?  Ctrl-C clears a line, and leaves only if it
- * comes twice to an empty one. */
-static int leaves(size_t n_typed, int *is_warned)
-{
-    interrupted = 0;
-    if (last_signal != SIGINT || (n_typed == 0 && *is_warned)) {
-        interrupted = 1;
-        return 1;
-    }
-    if (n_typed == 0)
-        fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
-    *is_warned = n_typed == 0;
-    return 0;
-}
-
-#ifndef __wasi__
-
-/* ---- the terminal while a line is edited
- *
- * Whatever ends or stops the program meanwhile leaves it as it was. */
-
-static struct termios plain_terminal;
-static volatile sig_atomic_t is_changed, is_editing;
-
-/* Returns 0, or -1 if it cannot be changed. */
-static int set_terminal(int is_edited)
-{
-    static const char paste[2][9] = { "\033[?2004l", "\033[?2004h" };
-    struct termios t;
-
-    if (!is_changed && (!is_edited ||
-                        tcgetattr(STDIN_FILENO, &plain_terminal) != 0))
-        return -1;
-    t = plain_terminal;
-    if (is_edited) {
-        t.c_lflag &= ~(tcflag_t)(ICANON | ECHO | IEXTEN);
-        t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
-        t.c_cc[VMIN] = 1;
-        t.c_cc[VTIME] = 0;
-    }
-    if (tcsetattr(STDIN_FILENO, TCSANOW, &t) != 0)
-        return -1;
-    is_changed = is_edited;
-    (void)!write(STDERR_FILENO, paste[is_edited], 8);
-    return 0;
-}
-
-static void on_stop(int number)
-{
-    set_terminal(0);
-    signal(number, SIG_DFL);
-    raise(number);                        /* when this is done               */
-}
-
-/* After a stop, or with a window of another size. */
-static void on_change(int number)
-{
-    (void)number;
-    if (is_editing) {
-        handle(SIGTSTP, on_stop);
-        set_terminal(1);
-        looks_old = 1;
-    }
-}
-
-static void leave_terminal(void)
-{
-    set_terminal(0);
-}
-
-/* ---- a line that is edited
- *
- * It is shown in one row of the terminal, as much of it as there is room for
- * around the cursor, and whole when it is done. */
-
 struct editor {
-    struct text *line;
+    struct text line;
     size_t at;                            /* of the cursor                   */
     const char *prompt;
     int shown;                            /* of the history                  */
@@ -7158,103 +7091,121 @@ static struct text *history;              /* what was typed, the oldest first */
 static int n_history;
 static struct text draft;                 /* the line while older are shown  */
 
+/* The next byte that is typed or piped in.  A signal between a look and the
+ * wait is heard a second later. */
+static int next_byte(int *is_last)
+{
+    static unsigned char s[4096];
+    static ssize_t at, n;
+    struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
+
+    while (at == n) {
+        const int ready = poll(&in, 1, 1000);
+        if (interrupted || looks_old) {
+            looks_old = 0;
+            return interrupted ? STOPPED_BY_SIGNAL : LOOKS_OLD;
+        }
+        if (ready <= 0)
+            continue;
+        n = read(STDIN_FILENO, s, sizeof s);
+        if (n == 0 || (n < 0 && errno != EINTR)) {
+            at = n = 0;
+            return INPUT_ENDS;
+        }
+        at = 0;
+        n = n > 0 ? n : 0;
+    }
+    *is_last = at + 1 == n;
+    return s[at++];
+}
+
 /* Marks that are drawn over the character before, and characters that take two
  * columns: by ranges, the first and the last. */
 static const uint32_t no_columns[] = {
     0x300, 0x36f, 0x483, 0x489, 0x591, 0x5bd, 0x610, 0x61a, 0x64b, 0x65f,
     0x93c, 0x93c, 0x941, 0x948, 0x94d, 0x94d, 0xe31, 0xe31, 0xe34, 0xe3a,
     0xe47, 0xe4e, 0x1ab0, 0x1aff, 0x1dc0, 0x1dff, 0x200b, 0x200f, 0x20d0,
-    0x20ff, 0x3099, 0x309a, 0xfe00, 0xfe0f, 0xfe20, 0xfe2f
+    0x20ff, 0x3099, 0x309a, 0xfe00, 0xfe0f, 0xfe20, 0xfe2f, UINT32_MAX
 }, two_columns[] = {
     0x1100, 0x115f, 0x231a, 0x231b, 0x26a1, 0x26a1, 0x2705, 0x2705, 0x2728,
     0x2728, 0x274c, 0x274c, 0x2753, 0x2757, 0x2b50, 0x2b50, 0x2e80, 0x303e,
     0x3041, 0xa4cf, 0xac00, 0xd7a3, 0xf900, 0xfaff, 0xfe30, 0xfe6f, 0xff00,
     0xff60, 0xffe0, 0xffe6, 0x1f300, 0x1f320, 0x1f32d, 0x1f64f, 0x1f680,
-    0x1f6ff, 0x1f900, 0x1faff, 0x20000, 0x3fffd
+    0x1f6ff, 0x1f900, 0x1faff, 0x20000, 0x3fffd, UINT32_MAX
 };
 
-static int is_among(uint32_t c, const uint32_t *range, size_t n)
+static int is_among(uint32_t c, const uint32_t *range)
 {
-    for (size_t i = 0; i < n && range[i] <= c; i += 2)
-        if (c <= range[i + 1])
-            return 1;
-    return 0;
+    while (range[0] <= c && range[1] < c)
+        range += 2;
+    return range[0] <= c;
 }
 
-#define IS_AMONG(c, ranges) is_among(c, ranges, sizeof ranges / sizeof *ranges)
-
-/* The character at byte i: its bytes, with the marks that follow, and columns.
- * What is no character is shown as a question mark, a newline as an arrow. */
-static size_t character(const struct text *t, size_t i, int *columns)
+/* The character at byte i as it is shown, its bytes and its columns. */
+static size_t character(const struct text *t, size_t i, uint32_t *c,
+                        int *columns)
 {
-    const char *const end = t->s + t->n, *s = t->s + i;
-    uint32_t c;
-    int n = utf8_get(s, end, &c);
+    const int n = utf8_get(t->s + i, t->s + t->n, c);
 
-    *columns = n > 0 && IS_AMONG(c, two_columns) ? 2 : 1;
-    for (s += n > 0 ? n : 1; s < end; s += n) {
-        n = utf8_get(s, end, &c);
-        if (n == 0 || !IS_AMONG(c, no_columns))
-            break;
-    }
-    return (size_t)(s - t->s) - i;
+    if (n == 0 || (is_control(*c) && *c != '\n' && *c != '\t'))
+        *c = '?';
+    *columns = is_among(*c, no_columns) ? 0 : is_among(*c, two_columns) ? 2 : 1;
+    return n > 0 ? (size_t)n : 1;
+}
+
+/* The end of the character at byte i, and of its marks. */
+static size_t after(const struct text *t, size_t i)
+{
+    int columns = 0;
+    uint32_t c;
+    size_t n;
+
+    if (i < t->n)
+        i += character(t, i, &c, &columns);
+    while (i < t->n && (n = character(t, i, &c, &columns), columns == 0))
+        i += n;
+    return i;
 }
 
 /* Where the character before the cursor begins. */
 static size_t before(const struct editor *e)
 {
-    size_t from = 0, n;
-    int columns;
+    size_t from = 0, next;
 
-    while (from < e->at && from + (n = character(e->line, from, &columns)) <
-           e->at)
-        from += n;
+    while ((next = after(&e->line, from)) < e->at)
+        from = next;
     return from;
 }
 
-/* As it is shown: whole, or in one row. */
-static void add_shown(struct text *to, const char *s, size_t n, int whole)
-{
-    const char *const end = s + n;
-    uint32_t c;
-
-    for (int size; s < end; s += size) {
-        size = utf8_get(s, end, &c);
-        if (c == '\n' || c == '\t')
-            add_string(to, whole ? (c == '\n' ? "\n" : "\t") :
-                       c == '\n' ? "\xe2\x86\xb5" : " ");
-        else if (size == 0 || is_control(c))
-            add_string(to, "?");
-        else
-            add(to, s, (size_t)size);
-        size = size > 0 ? size : 1;
-    }
-}
-
-/* The window may have another size each time. */
+/* In one row of the terminal, as much of it as there is room for around the
+ * cursor; or whole, when it is done.  The window may have another size each
+ * time. */
 static void show_line(const struct editor *e, int whole)
 {
-    const struct text *t = e->line;
+    const struct text *t = &e->line;
     const int prompt = (int)strlen(e->prompt);
-    struct winsize size = { 0 };
+    const int room = whole ? INT_MAX : count_columns() - prompt - 1;
     struct text out = { 0 };
-    size_t from = 0, n;
-    int room, columns, cursor = 0, used = 0;
+    size_t from = 0;
+    int columns, cursor = 0, used = 0;
+    uint32_t c;
+    char s[4];
 
-    ioctl(STDERR_FILENO, TIOCGWINSZ, &size);
-    room = (size.ws_col > 8 ? size.ws_col : 80) - prompt - 1;
-    for (size_t i = 0; i < e->at; i += n, cursor += columns)
-        n = character(t, i, &columns);
-    for (; !whole && cursor >= room; cursor -= columns)
-        from += character(t, from, &columns);
-    add_string(&out, "\r");
-    add_string(&out, e->prompt);
-    for (size_t i = from; i < t->n; i += n) {
-        n = character(t, i, &columns);
+    for (size_t i = 0; i < e->at; cursor += columns)
+        i += character(t, i, &c, &columns);
+    for (; cursor >= room; cursor -= columns) {
+        character(t, from, &c, &columns);
+        from = after(t, from);
+    }
+    add_format(&out, "\r%s", e->prompt);
+    while (from < t->n) {
+        from += character(t, from, &c, &columns);
         used += columns;
-        if (!whole && used > room)
+        if (used > room)
             break;
-        add_shown(&out, t->s + i, n, whole);
+        if (!whole && (c == '\n' || c == '\t'))
+            c = c == '\n' ? 0x21b5 : ' ';  /* an arrow                       */
+        add(&out, s, utf8_put(s, c));
     }
     add_string(&out, whole ? "\033[K\n" : "\033[K\r");
     if (!whole)
@@ -7267,7 +7218,7 @@ static void show_line(const struct editor *e, int whole)
 static void put(struct editor *e, size_t from, size_t to, const char *s,
                 size_t n)
 {
-    struct text *t = e->line;
+    struct text *t = &e->line;
 
     reserve(t, n);
     memmove(t->s + from + n, t->s + to, t->n - to + 1);
@@ -7285,13 +7236,13 @@ static void recall(struct editor *e, int step)
 
     if (next < 0 || next > n_history)
         return;
+    t = next == n_history ? &draft : &history[next];
     if (e->shown == n_history) {
         draft.n = 0;
-        add(&draft, e->line->s, e->line->n);
+        add(&draft, e->line.s, e->line.n);
     }
-    t = next == n_history ? &draft : &history[next];
     e->shown = next;
-    put(e, 0, e->line->n, t->s, t->n);
+    put(e, 0, e->line.n, t->s, t->n);
 }
 
 static void remember(const struct text *t)
@@ -7306,196 +7257,157 @@ static void remember(const struct text *t)
     add(&history[n_history++], t->s, t->n);
 }
 
-static void move_right(struct editor *e)
+#define CONTROL(c) ((c) - '@')
+
+/* Keys that are no bytes, beside those with Ctrl. */
+enum { BACKSPACE = 127, NEWLINE = 256, PASTE, PASTE_ENDS };
+
+/* What follows ESC, and the key that does the same. */
+static const struct { const char *s; int key; } sequences[] = {
+    { "[A", CONTROL('P') }, { "[B", CONTROL('N') }, { "[C", CONTROL('F') },
+    { "[D", CONTROL('B') }, { "[H", CONTROL('A') }, { "[1~", CONTROL('A') },
+    { "[7~", CONTROL('A') }, { "[F", CONTROL('E') }, { "[4~", CONTROL('E') },
+    { "[8~", CONTROL('E') }, { "[3~", CONTROL('D') }, { "\r", NEWLINE },
+    { "\n", NEWLINE }, { "[200~", PASTE }, { "[201~", PASTE_ENDS }
+};
+
+/* Some terminals write O for [. */
+static int read_sequence(void)
 {
-    int columns;
+    char s[8] = "";
+    size_t n = 0;
+    int is_last, c;
 
-    if (e->at < e->line->n)
-        e->at += character(e->line, e->at, &columns);
+    do {
+        c = next_byte(&is_last);
+        if (n < sizeof s - 1)
+            s[n] = (char)(n == 0 && c == 'O' ? '[' : c);
+    } while (c >= ' ' && (n++ == 0 ? s[0] == '[' : c < '@'));
+    for (size_t i = 0; i < sizeof sequences / sizeof *sequences; i++)
+        if (strcmp(s, sequences[i].s) == 0)
+            return sequences[i].key;
+    return 0;
 }
-
-/* Delete the character at the cursor. */
-static void delete(struct editor *e)
-{
-    const size_t from = e->at;
-
-    move_right(e);
-    put(e, from, e->at, "", 0);
-}
-
-/* What follows ESC: a key that has no character, or the ends of a paste. */
-static void escape(struct editor *e)
-{
-    int number = 0, counts = 1, is_last, c = next_byte(&is_last);
-
-    if (c == '\r' || c == '\n')
-        put(e, e->at, e->at, "\n", 1);
-    if (c != '[' && c != 'O')
-        return;
-    while ((c = next_byte(&is_last)) >= ' ' && c < '@') {
-        counts &= c >= '0' && c <= '9';
-        if (counts && number < 1000)
-            number = 10 * number + c - '0';
-    }
-    if (c == '~')
-        c = number == 1 || number == 7 ? 'H' : number == 4 || number == 8 ?
-            'F' : number == 3 ? 'x' : number == 200 ? 'p' : number == 201 ?
-            'q' : 0;
-    switch (c) {
-    case 'A': recall(e, -1); break;
-    case 'B': recall(e, 1); break;
-    case 'C': move_right(e); break;
-    case 'D': e->at = before(e); break;
-    case 'H': e->at = 0; break;
-    case 'F': e->at = e->line->n; break;
-    case 'x': delete(e); break;
-    case 'p': e->is_pasting = 1; break;
-    case 'q': e->is_pasting = 0; break;
-    }
-}
-
-enum { CTRL = 0x40, ESC = 27, BACKSPACE = 127 };
 
 static void press(struct editor *e, int c)
 {
-    const struct text *t = e->line;
-    const int is_newline = c == '\n' || c == '\r';
+    const struct text *t = &e->line;
+    const int ends_crlf = c == '\n' && e->after_cr;
     size_t from = e->at;
 
-    if (c == ESC)
-        escape(e);
-    else if (c >= ' ' && c != BACKSPACE)
-        put(e, e->at, e->at, &(char){ (char)c }, 1);
-    else if (e->is_pasting && (is_newline || c == '\t') &&
-             !(c == '\n' && e->after_cr))
-        put(e, e->at, e->at, c == '\t' ? "\t" : "\n", 1);
-    else if (!e->is_pasting)
-        switch (c == BACKSPACE ? c : c + CTRL) {
-        case 'A': e->at = 0; break;
-        case 'B': e->at = before(e); break;
-        case 'D': delete(e); break;
-        case 'E': e->at = t->n; break;
-        case 'F': move_right(e); break;
-        case 'H': case BACKSPACE: put(e, before(e), e->at, "", 0); break;
-        case 'I': put(e, e->at, e->at, "\t", 1); break;
-        case 'K': put(e, e->at, t->n, "", 0); break;
-        case 'L': write_all(STDERR_FILENO, "\033[H\033[2J", 7); break;
-        case 'N': recall(e, 1); break;
-        case 'P': recall(e, -1); break;
-        case 'U': put(e, 0, e->at, "", 0); break;
-        case 'W':
-            while (from > 0 && t->s[from - 1] == ' ')
-                from--;
-            while (from > 0 && t->s[from - 1] != ' ')
-                from--;
-            put(e, from, e->at, "", 0);
-        }
     e->after_cr = c == '\r';
-}
-
-/* The keys of a line, to its end: as read_line(). */
-static int press_keys(struct editor *e)
-{
-    int is_last = 1, is_warned = 0;
-
-    for (;;) {
-        if (is_last)
-            show_line(e, 0);
-        const int c = next_byte(&is_last);
-        const int ends = !e->is_pasting && (c == '\r' || c == '\n');
-        is_last |= ends || c < 0;
-        if (ends || c == INPUT_ENDS || (e->line->n == 0 &&
-            (c + CTRL == 'D' || c == 0))) {   /* 0: before it was raw    */
-            show_line(e, 1);
-            return ends;
-        }
-        if (c == STOPPED_BY_SIGNAL) {
-            show_line(e, 1);
-            if (leaves(e->line->n, &is_warned))
-                return -1;
-            put(e, 0, e->line->n, "", 0);
-            e->is_pasting = 0;
-        } else if (c >= 0) {
-            press(e, c);
-            is_warned = 0;
-        }
+    if (c == CONTROL('['))
+        c = read_sequence();
+    if (e->is_pasting && (c < ' ' || c == BACKSPACE) && c != '\t')
+        c = (c == '\r' || c == '\n') && !ends_crlf ? NEWLINE : 0;
+    switch (c) {
+    case 0: break;
+    case PASTE: case PASTE_ENDS: e->is_pasting = c == PASTE; break;
+    case NEWLINE: put(e, from, from, "\n", 1); break;
+    case CONTROL('A'): e->at = 0; break;
+    case CONTROL('B'): e->at = before(e); break;
+    case CONTROL('D'): put(e, from, after(t, from), "", 0); break;
+    case CONTROL('E'): e->at = t->n; break;
+    case CONTROL('F'): e->at = after(t, from); break;
+    case CONTROL('H'): case BACKSPACE: put(e, before(e), from, "", 0); break;
+    case CONTROL('K'): put(e, from, t->n, "", 0); break;
+    case CONTROL('L'): write_all(STDERR_FILENO, "\033[H\033[2J", 7); break;
+    case CONTROL('N'): recall(e, 1); break;
+    case CONTROL('P'): recall(e, -1); break;
+    case CONTROL('U'): put(e, 0, from, "", 0); break;
+    case CONTROL('W'):
+        while (from > 0 && t->s[from - 1] == ' ')
+            from--;
+        while (from > 0 && t->s[from - 1] != ' ')
+            from--;
+        put(e, from, e->at, "", 0);
+        break;
+    default:
+        if (c >= ' ' || c == '\t')
+            put(e, from, from, &(char){ (char)c }, 1);
     }
 }
-
-/* As read_line(), or -2 where lines cannot be edited. */
-static int edit_line(struct text *line, const char *prompt)
-{
-    struct editor e = { .line = line, .prompt = prompt, .shown = n_history };
-    const char *term = getenv("TERM");
-    int got;
-
-    if (!isatty(STDERR_FILENO) || !term || !term[0] ||
-        strcmp(term, "dumb") == 0 || set_terminal(1) != 0)
-        return -2;
-    is_editing = 1;
-    handle(SIGTSTP, on_stop);
-    handle(SIGCONT, on_change);
-    handle(SIGWINCH, on_change);
-    add(line, "", 0);
-    got = press_keys(&e);
-    is_editing = 0;
-    set_terminal(0);
-    remember(line);
-    return got;
-}
-
-#else
-
-#define edit_line(line, prompt)  (-2)
-
-#endif
 
 /* ---- lines and messages */
 
-/* A line as it comes, from a pipe or a simple terminal.  Some of these cut what
- * is longer than 4095 bytes. */
-static int read_plain_line(struct text *line, int shows, const char *prompt)
+/* May a line be edited at this terminal?  Whatever ends or stops the program
+ * meanwhile leaves it as it was. */
+static int begin_editing(void)
 {
-    int is_warned = !shows, is_last, c = STOPPED_BY_SIGNAL;
+    const char *term = getenv("TERM");
 
-    for (;;) {
-        if (shows && c == STOPPED_BY_SIGNAL)
-            fputs(prompt, stderr);
-        while ((c = next_byte(&is_last)) >= 0 && c != '\n')
-            add(line, &(char){ (char)c }, 1);
-        if (c == INPUT_ENDS && shows)
-            fputc('\n', stderr);
-        if (c == '\n' || c == INPUT_ENDS)
-            break;
-        if (c == STOPPED_BY_SIGNAL) {
-            line->n = 0;
-            if (shows)
-                fputc('\n', stderr);
-            if (leaves(0, &is_warned))
-                return -1;
-        }
+    is_editing = isatty(STDERR_FILENO) && term && term[0] &&
+                 strcmp(term, "dumb") != 0;
+    if (is_editing && set_terminal(1) != 0)
+        is_editing = 0;
+    return is_editing;
+}
+
+/* Does a signal end the chat?  Ctrl-C clears a line, and leaves only if it
+ * comes twice to an empty one. */
+static int leaves(size_t n_typed, int *is_warned)
+{
+    interrupted = 0;
+    if (last_signal != SIGINT || (n_typed == 0 && *is_warned)) {
+        interrupted = 1;
+        return 1;
     }
-    if (shows && line->n == 4095)
-        note("a line of 4095 bytes: the terminal may have cut it");
-    if (line->n > 0 && line->s[line->n - 1] == '\r')
-        line->n--;
-    return c == '\n' || line->n > 0;
+    if (n_typed == 0)
+        fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+    *is_warned = n_typed == 0;
+    return 0;
 }
 
 /* A line without its end, behind what is in `out`: 1; 0 at the end of the
- * input, -1 after a signal that ends the chat. */
+ * input, -1 after a signal that ends the chat.  From a pipe or a simple
+ * terminal it is taken as it comes; some of these cut what is longer than 4095
+ * bytes. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
-    struct text line = { 0 };
-    int got;
+    struct editor e = { .prompt = prompt, .shown = n_history };
+    const int edits = shows && begin_editing();
+    int is_warned = !shows, is_last = 1, ends = 0, c = STOPPED_BY_SIGNAL;
 
     fflush(stdout);
-    got = shows ? edit_line(&line, prompt) : -2;
-    if (got == -2)
-        got = read_plain_line(&line, shows, prompt);
-    add(out, line.s ? line.s : "", line.n);
-    free(line.s);
-    return got;
+    add(&e.line, "", 0);
+    while (!ends) {
+        if (edits && is_last)
+            show_line(&e, 0);
+        else if (shows && !edits && c == STOPPED_BY_SIGNAL)
+            fputs(prompt, stderr);
+        c = next_byte(&is_last);
+        is_last |= c < 0;
+        ends = c == INPUT_ENDS || (!e.is_pasting && c == '\n') ||
+               (edits && !e.is_pasting && c == '\r') ||
+               (edits && e.line.n == 0 && (c == CONTROL('D') || c == 0));
+        if (edits && (ends || c == STOPPED_BY_SIGNAL))
+            show_line(&e, 1);
+        else if (shows && !edits && c < 0)
+            fputc('\n', stderr);
+        if (c == STOPPED_BY_SIGNAL) {
+            ends = leaves(edits ? e.line.n : 0, &is_warned);
+            put(&e, 0, e.line.n, "", 0);
+            e.is_pasting = 0;
+        } else if (c >= 0 && !ends) {
+            is_warned = !shows;
+            if (edits)
+                press(&e, c);
+            else
+                add(&e.line, &(char){ (char)c }, 1);
+        }
+    }
+    is_editing = 0;
+    set_terminal(0);
+    if (edits)
+        remember(&e.line);
+    else if (shows && e.line.n == 4095)
+        note("a line of 4095 bytes: the terminal may have cut it");
+    if (e.line.n > 0 && e.line.s[e.line.n - 1] == '\r')
+        e.line.n--;
+    add(out, e.line.s, e.line.n);
+    ends = e.line.n > 0;
+    free(e.line.s);
+    return c == STOPPED_BY_SIGNAL ? -1 : ends || c == '\n' || c == '\r';
 }
 
 static int ends_with(const struct text *t, const char *word)
@@ -7511,7 +7423,6 @@ static int ends_with(const struct text *t, const char *word)
 static int read_message(struct text *out, int shows)
 {
     static const char quotes[] = "\"\"\"";
-    const size_t len = strlen(quotes);
     int quoted, got;
 
     interrupted = 0;
@@ -7521,75 +7432,22 @@ static int read_message(struct text *out, int shows)
     got = read_line(out, shows, "> ");
     if (got <= 0)
         return got;
-    quoted = out->n >= len && memcmp(out->s, quotes, len) == 0;
+    quoted = out->n >= 3 && memcmp(out->s, quotes, 3) == 0;
     if (quoted)
-        memmove(out->s, out->s + len, (out->n -= len) + 1);
-    while (quoted ? !ends_with(out, quotes) : ends_with(out, "\\")) {
+        memmove(out->s, out->s + 3, (out->n -= 3) + 1);
+    while (got > 0 && (quoted ? !ends_with(out, quotes) :
+                       ends_with(out, "\\"))) {
         out->n -= !quoted;
         if (out->n > 0 || !quoted)        /* not after the quotes            */
             add(out, "\n", 1);
         got = read_line(out, shows, ". ");
-        if (got < 0)
-            return got;
-        if (got == 0)
-            break;
     }
-    if (quoted && ends_with(out, quotes))
-        out->n -= len;
-    if (quoted && ends_with(out, "\n"))
-        out->n--;
+    if (got < 0)
+        return got;
+    out->n -= quoted && ends_with(out, quotes) ? 3 : 0;
+    out->n -= quoted && ends_with(out, "\n");
     clean_text(out);
     return 1;
-}
-
-/* ---- the process */
-
-/* Where the shell closed one of the first three descriptors (">&-"), the next
- * file to be opened would get its number, and words or messages would go into
- * it.  A directory takes the place: it can be neither read nor written. */
-static void hold_descriptors(void)
-{
-    int fd;
-
-    do
-        fd = open("/", O_RDONLY);
-    while (fd >= 0 && fd <= STDERR_FILENO);
-    if (fd >= 0)
-        close(fd);
-}
-
-/* Other files that whoever started this left open would be open in the sandbox,
- * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
-static void close_inherited(char **argv)
-{
-#ifndef __wasi__
-    DIR *dir = opendir("/dev/fd");
-    struct dirent *entry;
-
-    while (dir && (entry = readdir(dir))) {
-        const int fd = atoi(entry->d_name);
-        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
-        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
-            const char *name = strstr(argv[i], "/fd/");
-            is_named = name && strcmp(name + 4, entry->d_name) == 0;
-        }
-        if (!is_named)
-            close(fd);
-    }
-    if (dir)
-        closedir(dir);
-#else
-    (void)argv;
-#endif
-}
-
-/* Before anything else. */
-static void prepare_process(char **argv)
-{
-    hold_descriptors();
-    close_inherited(argv);
-    start_signals();
-    atexit(leave_terminal);
 }
 
 /* ------------------------------------------------------------------ 13. JSON
@@ -11331,23 +11189,6 @@ static int lacks(const struct settings *s, const char *what, const char *why)
     return DONE;
 }
 
-#ifndef HAVE_SANDBOX
-
-static int enter_sandbox(const struct settings *s)
-{
-    return s->sandbox == SANDBOX_OFF ? DONE :
-           lacks(s, "sandbox", "it is not in this build");
-}
-
-static int keep_file(const char *path, const struct text *part, int n_parts)
-{
-    return replace_file(path, part, n_parts);
-}
-
-#else
-
-long syscall(long number, ...);           /* not in POSIX                    */
-
 /* ---- the keeper
  *
  * A session is written beside the old one and then takes its place, and who may
@@ -11368,15 +11209,46 @@ static int read_all(int fd, void *to, size_t n)
     return 0;
 }
 
+/* As replace_file(), for the session. */
+static int keep_file(const char *path, const struct text *part, int n_parts)
+{
+    unsigned char size[8], code;
+    uint64_t n = 0;
+    int good;
+
+    if (keeper < 0)
+        return replace_file(path, part, n_parts);
+    for (int i = 0; i < n_parts; i++)
+        n += part[i].n;
+    put_le(size, n, 8);
+    good = write_all(keeper, (char *)size, 8) == 0;
+    for (int i = 0; good && i < n_parts; i++)
+        good = write_all(keeper, part[i].s, part[i].n) == 0;
+    return good && read_all(keeper, &code, 1) == 0 ? code :
+           say(BAD_FILE, "%s: cannot be kept: the process that writes it has "
+               "ended", path);
+}
+
+#ifndef HAVE_SANDBOX
+
+static int enter_sandbox(const struct settings *s)
+{
+    return s->sandbox == SANDBOX_OFF ? DONE :
+           lacks(s, "sandbox", "it is not in this build");
+}
+
+#else
+
+long syscall(long number, ...);           /* not in POSIX                    */
+
 static void keep(const char *path, int fd)
 {
+    static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
     struct text t = { 0 };
     unsigned char size[8], code;
 
-    signal(SIGINT, SIG_IGN);
-    signal(SIGTERM, SIG_IGN);
-    signal(SIGHUP, SIG_IGN);
-    signal(SIGQUIT, SIG_IGN);
+    for (int i = 0; i < 4; i++)
+        signal(ignored[i], SIG_IGN);
     close(STDIN_FILENO);
     close(STDOUT_FILENO);
     while (read_all(fd, size, sizeof size) == 0) {
@@ -11410,28 +11282,6 @@ static void start_keeper(const char *path)
         close(fd[0]);
 }
 
-/* As replace_file(), for the session. */
-static int keep_file(const char *path, const struct text *part, int n_parts)
-{
-    struct text size = { 0 };
-    uint64_t n = 0;
-    unsigned char code;
-    int good;
-
-    if (keeper < 0)
-        return replace_file(path, part, n_parts);
-    for (int i = 0; i < n_parts; i++)
-        n += part[i].n;
-    add_le(&size, n, 8);
-    good = write_all(keeper, size.s, size.n) == 0;
-    for (int i = 0; good && i < n_parts; i++)
-        good = write_all(keeper, part[i].s, part[i].n) == 0;
-    good = good && read_all(keeper, &code, 1) == 0;
-    free(size.s);
-    return good ? code : say(BAD_FILE, "%s: cannot be kept: the process that "
-                             "writes it has ended", path);
-}
-
 /* ---- files: Landlock */
 
 enum { PR_DUMPABLE = 4, PR_NO_NEW_PRIVS = 38, PATH_ONLY = 010000000 };
@@ -11441,7 +11291,8 @@ enum { CREATE_RULESET = 444, ADD_RULE, RESTRICT_SELF, PATH_BENEATH = 1 };
 enum {
     WRITE_FILE = 1 << 1, READ_FILE = 1 << 2, READ_DIR = 1 << 3,
     REMOVE_FILE = 1 << 5, MAKE_REG = 1 << 8, TRUNCATE = 1 << 14,
-    IN_DIRS = 0x3ff8, REPLACES = WRITE_FILE | MAKE_REG | REMOVE_FILE
+    IN_DIRS = 0x3ff8, READS = READ_FILE | READ_DIR,
+    REPLACES = READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE
 };
 
 /* What a rule set decides about: all that the kernel's version of Landlock
@@ -11449,22 +11300,6 @@ enum {
 struct ruleset { uint64_t files, net, scopes; };
 
 struct rule { uint64_t rights; int32_t fd; };
-
-/* Of the files that options name. */
-enum {
-    READS = READ_FILE | READ_DIR,
-    WRITES = READ_FILE | WRITE_FILE | TRUNCATE
-};
-
-static const struct { size_t at; uint64_t rights; } file_options[] = {
-    { AT(model), READS }, { AT(tokenizer), READS }, { AT(file), READS },
-    { AT(ids), READS }, { AT(messages), READS }, { AT(tools), READS },
-    { AT(ppl), READS }, { AT(session), READS }, { AT(resume), WRITES },
-    { AT(logits), WRITES }, { AT(export_to), WRITES }, { AT(trace), WRITES },
-    { AT(trace_raw), WRITES }, { AT(system_file), READS }
-};
-
-enum { N_FILE_OPTIONS = sizeof file_options / sizeof *file_options };
 
 /* Allow to open what is at `path`, and in it.  What cannot be granted stays
  * forbidden. */
@@ -11487,25 +11322,23 @@ static void grant(int set, const char *path, uint64_t rights)
 static void grant_all(int set, const struct settings *s, uint64_t known)
 {
     const int begins = !s->model || access(s->model, R_OK) == 0;
+    struct text dir = { 0 };
 
-    for (size_t i = 0; i < N_FILE_OPTIONS; i++) {
-        const char *path = *(const char *const *)((const char *)s +
-                                                  file_options[i].at);
-        const uint64_t rights = file_options[i].rights & known;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &table[i];
+        const int writes = o->kind == OUT_FILE;
+        const char *path = o->kind != IN_FILE && !writes ? NULL :
+                           *(const char *const *)((const char *)s + o->at);
         if (!path || is_dash(path))
             continue;
-        if (begins && (rights & WRITE_FILE)) {
-            const int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC,
-                                0666);
-            if (fd >= 0)
-                close(fd);
-        }
-        grant(set, path, rights);
+        if (begins && writes)
+            close(open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+        grant(set, path, (writes ? READ_FILE | WRITE_FILE | TRUNCATE : READS) &
+              known);
     }
     if (s->session && keeper < 0) {
-        struct text dir = { 0 };
         add_directory(&dir, s->session);
-        grant(set, dir.s, (READ_FILE | REPLACES) & known);
+        grant(set, dir.s, REPLACES & known);
         free(dir.s);
     }
     if (s->mode == CHAT && save_dir(s))
@@ -11520,23 +11353,22 @@ static void grant_all(int set, const struct settings *s, uint64_t known)
  * others with 6. */
 static int confine_files(const struct settings *s)
 {
-    static const uint64_t files[] = { 0x1fff, 0x3fff, 0x7fff, 0x7fff, 0xffff };
+    static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
+                                      0xffff };
     const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
     struct ruleset is;
-    int set, failed;
+    int set;
 
     if (version < 1)
         return lacks(s, "Landlock", strerror(errno));
-    is = (struct ruleset){ files[version < 5 ? version - 1 : 4],
+    is = (struct ruleset){ files[version < 5 ? version : 5],
                            version >= 4 ? 3 : 0, version >= 6 ? 3 : 0 };
     set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
-    if (set < 0)
+    if (set >= 0)
+        grant_all(set, s, is.files);
+    if (set < 0 || syscall(RESTRICT_SELF, set, 0) != 0)
         return lacks(s, "Landlock", strerror(errno));
-    grant_all(set, s, is.files);
-    failed = syscall(RESTRICT_SELF, set, 0) != 0;
     close(set);
-    if (failed)
-        return lacks(s, "Landlock", strerror(errno));
     if (s->verbose)
         note("sandbox: Landlock %ld", version);
     return DONE;
@@ -11544,155 +11376,114 @@ static int confine_files(const struct settings *s)
 
 /* ---- system calls: seccomp */
 
-/* If arg >= 0, only with (argument & mask) == is. */
+/* Only with (argument & mask) == is. */
 struct system_call { long number; int arg; uint32_t mask, is; };
 
-enum { EXECUTABLE = 4, A_THREAD = 0x10100, CLONE_ARG = ELF_MACHINE == 22 };
+enum { EXECUTABLE = 4, A_THREAD = 0x10100, ITSELF = -1 };
 
-/* What is asked of a terminal, or done to it, in older and newer libraries. */
-#if ELF_MACHINE == 21
-enum { GET_TERMINAL = 0x402c7413, GET_WINDOW = 0x40087468 };
-#define SET_TERMINAL 0x802c7414u
-#else
-enum { GET_TERMINAL = 0x5401, SET_TERMINAL, GET_WINDOW = 0x5413 };
-#endif
-#define GET_TERMINAL_2 0x802c542au
-#define SET_TERMINAL_2 0x402c542bu
-
-#define CALL(name)        { SYS_##name, -1, 0, 0 }
+#define CALL(name)        { SYS_##name, 0, 0, 0 }
 #define IF(name, arg, is) { SYS_##name, arg, UINT32_MAX, is }
 #define NOT(name, bits)   { SYS_##name, 2, bits, 0 }
 
 /* Not every machine has all of them: newer ones lack what those with "at" in
- * their names can do, those of 32 bits have doubles for 64.  Which files can be
- * opened is for Landlock to say.  Memory is never executed that was not before,
- * and a clone is a thread. */
+ * their names can do, those of 32 bits have doubles for 64, and PowerPC has its
+ * own numbers for terminals.  Which files can be opened is for Landlock to say.
+ * Memory is never executed that was not before, a clone is a thread, a signal
+ * is one to itself, and a terminal is asked and set as older and newer
+ * libraries do it. */
 static const struct system_call system_calls[] = {
     CALL(futex), CALL(write), CALL(writev), CALL(read), CALL(readv),
     CALL(close), CALL(lseek), CALL(fstat), CALL(fsync), CALL(brk),
     CALL(munmap), CALL(mremap), CALL(madvise), NOT(mprotect, EXECUTABLE),
-    CALL(mincore), { SYS_clone, CLONE_ARG, A_THREAD, A_THREAD },
+    CALL(mincore), { SYS_clone, ELF_MACHINE == 22, A_THREAD, A_THREAD },
     CALL(set_robust_list), CALL(sched_getaffinity), CALL(sched_yield),
     CALL(getpid), CALL(gettid), CALL(exit), CALL(exit_group),
     CALL(restart_syscall), CALL(rt_sigaction), CALL(rt_sigprocmask),
     CALL(rt_sigreturn), CALL(sigaltstack), CALL(getrandom), CALL(getrusage),
     CALL(sysinfo), CALL(ppoll), CALL(openat), CALL(faccessat), CALL(ftruncate),
     CALL(fchmod), CALL(unlinkat), CALL(readlinkat), CALL(getcwd),
-    IF(ioctl, 1, GET_TERMINAL), IF(ioctl, 1, GET_TERMINAL_2),
-    IF(ioctl, 1, SET_TERMINAL), IF(ioctl, 1, SET_TERMINAL_2),
-    IF(ioctl, 1, GET_WINDOW), IF(fcntl, 1, F_GETFL), IF(fcntl, 1, F_SETFD),
-    IF(fcntl, 1, F_SETLK),
-#if ELF_MACHINE == 22                     /* there, it is given a pointer    */
-    CALL(mmap),
-#elif defined SYS_mmap2
+    CALL(renameat2), CALL(clock_gettime), IF(tgkill, 0, (uint32_t)ITSELF),
+    IF(fcntl, 1, F_GETFL), IF(fcntl, 1, F_SETFD), IF(fcntl, 1, F_SETLK),
+    IF(ioctl, 1, TIOCGWINSZ), IF(ioctl, 1, 0x802c542a),
+    IF(ioctl, 1, 0x402c542b),             /* TCGETS2 and TCSETS2             */
+#if ELF_MACHINE == 21
+    IF(ioctl, 1, 0x402c7413), IF(ioctl, 1, 0x802c7414),
+#else
+    IF(ioctl, 1, TCGETS), IF(ioctl, 1, TCSETS),
+#endif
+#ifdef SYS_mmap2
     NOT(mmap2, EXECUTABLE), CALL(_llseek), CALL(fstat64), CALL(fstatat64),
     CALL(stat64), CALL(lstat64), CALL(ftruncate64), IF(fcntl64, 1, F_GETFL),
     IF(fcntl64, 1, F_SETFD), IF(fcntl64, 1, F_SETLK),
+#elif ELF_MACHINE == 22                   /* there, it is given a pointer    */
+    CALL(mmap), CALL(newfstatat),
 #else
-    NOT(mmap, EXECUTABLE),
+    NOT(mmap, EXECUTABLE), CALL(newfstatat),
 #endif
-#ifdef SYS_newfstatat
-    CALL(newfstatat),
+#ifdef SYS_clock_gettime64
+    CALL(clock_gettime64), CALL(ppoll_time64), CALL(futex_time64),
 #endif
-#ifdef SYS_statx
-    CALL(statx),
+#ifdef SYS_rseq
+    CALL(rseq), CALL(statx),
 #endif
 #ifdef SYS_sigreturn
     CALL(sigreturn),
 #endif
-#ifdef SYS_ppoll_time64
-    CALL(ppoll_time64), CALL(futex_time64),
-#endif
-#ifdef SYS_clock_gettime
-    CALL(clock_gettime),
-#endif
-#ifdef SYS_clock_gettime64
-    CALL(clock_gettime64),
-#endif
-#ifdef SYS_rseq
-    CALL(rseq),
-#endif
 #ifdef SYS_renameat
     CALL(renameat),
-#endif
-#ifdef SYS_renameat2
-    CALL(renameat2),
 #endif
 #ifdef SYS_open
     CALL(poll), CALL(open), CALL(access), CALL(stat), CALL(lstat),
     CALL(readlink), CALL(unlink), CALL(rename),
 #endif
+    CALL(accept4), CALL(shutdown)         /* only for --serve                */
 };
+
+enum { N_CALLS = sizeof system_calls / sizeof *system_calls, N_SERVE = 2 };
 
 /* Instructions of the kernel's little machine, and where it finds the number of
  * a call, the architecture, and the low halves of the arguments. */
 enum {
     LOAD = 0x20, AND = 0x54, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
-    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16
+    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16,
+    NEWER = 403            /* from here, numbers are the same on all machines */
 };
 
 #define ALLOW      0x7fff0000u
 #define FAIL(code) (0x00050000u | (unsigned)(code))
 
-enum { N_CALLS = sizeof system_calls / sizeof *system_calls };
-enum { MAX_CODE = 13 + 6 * N_CALLS };
-enum { NEWER = 403 };      /* from here, numbers are the same on all machines */
-
 struct code { uint16_t op; uint8_t then, otherwise; uint32_t k; };
 
-struct filter { unsigned short n; struct code *code; };
-
-static void emit(struct filter *f, int op, uint32_t k, int then, int otherwise)
-{
-    f->code[f->n++] = (struct code){
-        (uint16_t)op, (uint8_t)then, (uint8_t)otherwise, k
-    };
-}
-
-/* If it is this call, allow it.  Otherwise its number is loaded again. */
-static void emit_call(struct filter *f, const struct system_call *c)
-{
-    const uint32_t low = is_little_endian() ? 0 : 4;
-
-    if (c->arg < 0) {
-        emit(f, IF_EQUAL, (uint32_t)c->number, 0, 1);
-        emit(f, RETURN, ALLOW, 0, 0);
-        return;
-    }
-    emit(f, IF_EQUAL, (uint32_t)c->number, 0, 5);
-    emit(f, LOAD, ARGUMENTS + 8 * (uint32_t)c->arg + low, 0, 0);
-    emit(f, AND, c->mask, 0, 0);
-    emit(f, IF_EQUAL, c->is, 0, 1);
-    emit(f, RETURN, ALLOW, 0, 0);
-    emit(f, LOAD, CALL_NUMBER, 0, 0);
-}
-
-/* From now on only these calls, and signals to itself.  Calls of another
- * architecture are other calls by the same numbers. */
+/* From now on only these calls.  Those of another architecture are other calls
+ * by the same numbers. */
 static int confine_calls(const struct settings *s)
 {
-    const uint32_t machine = ELF_MACHINE |
-                             (sizeof(void *) == 8 ? 0x80000000u : 0) |
-                             (is_little_endian() ? 0x40000000u : 0);
-    struct code code[MAX_CODE];
-    struct filter f = { 0, code };
+    const uint32_t low = is_little_endian() ? 0 : 4, machine = ELF_MACHINE |
+        (sizeof(void *) == 8 ? 0x80000000u : 0) | (low ? 0 : 0x40000000u);
+    const int n_calls = N_CALLS - (s->mode == SERVE ? 0 : N_SERVE);
+    struct code code[4 + 6 * N_CALLS + 3] = {
+        { LOAD, 0, 0, MACHINE }, { IF_EQUAL, 1, 0, machine },
+        { RETURN, 0, 0, FAIL(EPERM) }, { LOAD, 0, 0, CALL_NUMBER }
+    }, *to = code + 4;
+    struct { unsigned short n; struct code *code; } filter = { 0, code };
 
-    emit(&f, LOAD, MACHINE, 0, 0);
-    emit(&f, IF_EQUAL, machine, 1, 0);
-    emit(&f, RETURN, FAIL(EPERM), 0, 0);
-    emit(&f, LOAD, CALL_NUMBER, 0, 0);
-    for (int i = 0; i < N_CALLS; i++)
-        emit_call(&f, &system_calls[i]);
-    emit_call(&f, &(struct system_call){ SYS_tgkill, 0, UINT32_MAX,
-                                         (uint32_t)getpid() });
-    if (s->mode == SERVE) {
-        emit_call(&f, &(struct system_call)CALL(accept4));
-        emit_call(&f, &(struct system_call)CALL(shutdown));
+    for (int i = 0; i < n_calls; i++, to += 6) {
+        const struct system_call *c = &system_calls[i];
+        const struct code one[6] = {
+            { IF_EQUAL, 0, 5, (uint32_t)c->number },
+            { LOAD, 0, 0, ARGUMENTS + 8 * (uint32_t)c->arg + low },
+            { AND, 0, 0, c->mask },
+            { IF_EQUAL, 0, 1, c->is == (uint32_t)ITSELF ?
+              (uint32_t)getpid() : c->is },
+            { RETURN, 0, 0, ALLOW }, { LOAD, 0, 0, CALL_NUMBER }
+        };
+        memcpy(to, one, sizeof one);
     }
-    emit(&f, IF_AT_LEAST, NEWER, 0, 1);
-    emit(&f, RETURN, FAIL(ENOSYS), 0, 0);
-    emit(&f, RETURN, FAIL(EPERM), 0, 0);
-    if (syscall(SYS_seccomp, 1, 0, &f) != 0)
+    *to++ = (struct code){ IF_AT_LEAST, 0, 1, NEWER };
+    *to++ = (struct code){ RETURN, 0, 0, FAIL(ENOSYS) };
+    *to++ = (struct code){ RETURN, 0, 0, FAIL(EPERM) };
+    filter.n = (unsigned short)(to - code);
+    if (syscall(SYS_seccomp, 1, 0, &filter) != 0)
         return lacks(s, "seccomp", strerror(errno));
     if (s->verbose)
         note("sandbox: seccomp");
@@ -11701,57 +11492,45 @@ static int confine_calls(const struct settings *s)
 
 /* ---- all of it */
 
-/* How many of seccomp and Landlock may be called at all: where a sandbox above
- * this one answers with a signal, as on Android, a child dies of it.  Where
- * there can be no child, none above is so strict. */
-static int count_answered(void)
+/* May these calls be made at all?  Where a sandbox above this one answers with
+ * a signal, as on Android, a child dies of it.  Where there can be no child,
+ * none above is so strict. */
+static int is_answered(long number, int n_calls)
 {
-    int fd[2], n = 0;
-    char c;
-    pid_t pid;
+    const pid_t pid = fork();
+    int status = 0;
 
-    if (pipe(fd) != 0)
-        return 2;
-    pid = fork();
     if (pid == 0) {
         signal(SIGSYS, SIG_DFL);
-        syscall(SYS_seccomp, 99, 0, NULL);
-        write_all(fd[1], "", 1);
-        syscall(CREATE_RULESET, NULL, (size_t)0, 1);
-        syscall(ADD_RULE, -1, 0, NULL, 0);
-        syscall(RESTRICT_SELF, -1, 0);
-        write_all(fd[1], "", 1);
+        for (int i = 0; i < n_calls; i++)
+            syscall(number + i, -1L, 0L, 0L, 0L);
         _exit(0);
     }
-    close(fd[1]);
-    while (pid > 0 && read(fd[0], &c, 1) == 1)
-        n++;
-    close(fd[0]);
-    if (pid > 0)
-        waitpid(pid, NULL, 0);
-    return pid > 0 ? n : 2;
+    return pid < 0 || waitpid(pid, &status, 0) < 0 || !WIFSIGNALED(status);
 }
 
 /* Dates need to know the time zone, which is a file, before. */
 static int enter_sandbox(const struct settings *s)
 {
     static const char by_signal[] = "this system answers it with a signal";
-    int n, code;
+    int calls, files, code;
 
     if (s->sandbox == SANDBOX_OFF)
         return DONE;
     tzset();
     setrlimit(RLIMIT_CORE, &(struct rlimit){ 0, 0 });
-    n = count_answered();
+    signal(SIGCHLD, SIG_DFL);             /* else none could be waited for   */
+    calls = is_answered(SYS_seccomp, 1);
+    files = is_answered(CREATE_RULESET, 3);
     if (s->session)
         start_keeper(s->session);
     if (syscall(SYS_prctl, PR_NO_NEW_PRIVS, 1L, 0L, 0L, 0L) != 0)
         return lacks(s, "sandbox", strerror(errno));
     syscall(SYS_prctl, PR_DUMPABLE, 0L, 0L, 0L, 0L);
-    code = n < 2 ? lacks(s, "Landlock", by_signal) : confine_files(s);
+    code = files ? confine_files(s) : lacks(s, "Landlock", by_signal);
     if (code != DONE)
         return code;
-    return n < 1 ? lacks(s, "seccomp", by_signal) : confine_calls(s);
+    return calls ? confine_calls(s) : lacks(s, "seccomp", by_signal);
 }
 
 #endif
