@@ -72,10 +72,13 @@
 
 struct sigaction { void (*sa_handler)(int); };
 
-static void sigaction(int number, const struct sigaction *now, void *before)
+static void sigaction(int number, const struct sigaction *now,
+                      struct sigaction *before)
 {
-    (void)before;
-    signal(number, now->sa_handler);
+    if (before)
+        before->sa_handler = SIG_DFL;
+    if (now)
+        signal(number, now->sa_handler);
 }
 
 static int mkstemp(char *name)
@@ -89,6 +92,16 @@ static int fchmod(int fd, mode_t mode)
     (void)fd;
     (void)mode;
     return 0;
+}
+
+static char *realpath(const char *name, char *to)
+{
+    (void)to;
+    return access(name, F_OK) == 0 ? strdup(name) : NULL;
+}
+
+static void leave_terminal(void)
+{
 }
 
 #endif
@@ -4457,9 +4470,10 @@ static const struct option table[] = {
            "guess up to N tokens from the text so far; the answer stays the "
            "same (7; with experts 0)"),
     NUMBER(CHOICE, "--isa",
-           "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod", isa, 0, 0,
-           NULL, RUN | INSPECT | BENCH, "instruction set: auto, scalar, avx2, "
-           "avxvnni, avx512, avx512vnni, neon or dotprod"),
+           "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod|simd128",
+           isa, 0, 0, NULL, RUN | INSPECT | BENCH, "instruction set: auto, "
+           "scalar, avx2, avxvnni, avx512, avx512vnni, neon, dotprod or "
+           "simd128"),
     NUMBER(CHOICE, "--kv", "f16|f32", kv, 0, 0, NULL, RUN | INSPECT | BENCH,
            "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
