@@ -503,10 +503,11 @@ enum {
 enum mode {
     ANSWER = 1, CHAT = 2, BATCH = 4, LOGITS = 8, DUMP = 16, TOKENIZE = 32,
     DETOKENIZE = 64, EXPORT = 128, INSPECT = 256, PPL = 512, BENCH = 1024,
-    SELFTEST = 2048,
+    SELFTEST = 2048, SERVE = 4096,
     TALK = ANSWER | CHAT, PROMPT = TALK | LOGITS | DUMP,
-    GENERATE = TALK | BATCH, RUN = GENERATE | LOGITS | DUMP | PPL,
-    WORDS = TOKENIZE | DETOKENIZE | EXPORT, ANY = 4095
+    MANY = BATCH | SERVE, GENERATE = TALK | MANY,
+    RUN = GENERATE | LOGITS | DUMP | PPL,
+    WORDS = TOKENIZE | DETOKENIZE | EXPORT, ANY = 8191
 };
 
 struct list { int n, v[MAX_LIST]; };      /* numbers, by commas              */
@@ -530,6 +531,7 @@ struct request {
     int limit;                            /* most tokens; < 0: to the end    */
     int think_budget;                     /* most tokens of thought; -1: any */
     int ignore_eos, echo;                 /* echo: the prompt is told, too   */
+    int stream, n_choices;                /* for a server                    */
     int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
     long long seed;                       /* -1: random                      */
     struct texts stop;
@@ -548,12 +550,13 @@ struct settings {
     const char *model, *prompt, *file, *system, *system_file, *messages;
     const char *tools, *session, *save_dir, *ids, *logits, *export_to;
     const char *tokenizer, *ppl, *date, *trace, *trace_tokens, *trace_raw;
-    const char *shard, *resume;
+    const char *shard, *resume, *serve, *api_key_file, *cors, *page;
     struct texts trace_filter;
     struct request ask;
     int raw, dump_prompt, dump_tokens, null, bos, special, json;
     int template, think, color, sandbox, quiet, verbose, help, version;
     int ctx, threads, batch, isa, kv, lookup, no_mmap, parallel, piece;
+    int queue, max_body;
     struct list bench_prompt, bench_gen, bench_depth, bench_threads;
     struct list bench_seqs;
     int reps, output;
@@ -569,10 +572,10 @@ static const struct settings defaults = {
     .ask = {
         .sampling = { UNSET, UNSET, UNSET, UNSET, UNSET, UNSET },
         .limit = UNSET, .think_budget = -1, .logprobs = -1,
-        .prompt_logprobs = -1, .seed = -1
+        .prompt_logprobs = -1, .seed = -1, .n_choices = 1
     },
     .ctx = UNSET, .batch = UNSET, .lookup = UNSET, .parallel = 32,
-    .piece = UNSET,
+    .piece = UNSET, .queue = 1024, .max_body = 8,
     .bench_prompt = { 1, { 512 } }, .bench_gen = { 1, { 128 } },
     .bench_depth = { 1, { 0 } }, .bench_threads = { 1, { 0 } },
     .bench_seqs = { 1, { 1 } }, .reps = 5
@@ -611,7 +614,10 @@ static int chat(struct talk *t);
 /* 9. --batch */
 static int batch(const struct settings *s);
 
-/* 10. The command line */
+/* 10. --serve */
+static int serve(const struct settings *s);
+
+/* 11. The command line */
 static int find_word(const char *words, int separator, const char *word);
 static const struct option *option_of_member(const char *key);
 static const char *isa_name(int isa);
@@ -667,13 +673,7 @@ static int json_parse_list(struct pool *pool, const struct text *t,
                            struct json **out, struct why *why);
 static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
-static void member(struct text *to, const char *key);
-static void member_bytes(struct text *to, const char *key, const char *s,
-                         size_t n);
-static void member_text(struct text *to, const char *key, const char *s);
-static void member_count(struct text *to, const char *key, uint64_t n);
-static void member_real(struct text *to, const char *key, double x);
-static void member_open(struct text *to, const char *key, const char *bracket);
+static void add_members(struct text *to, const char *format, ...);
 
 /* 14. Chat templates */
 static const char *template_name(int template);
@@ -735,6 +735,7 @@ static int work(const struct settings *s)
     case BENCH: return bench(s);
     case INSPECT: return inspect_file(s);
     case BATCH: return batch(s);
+    case SERVE: return serve(s);
     default: return work_on_model(s);
     }
 }
@@ -2359,10 +2360,8 @@ static void print_end(struct printer *p, struct reply *r)
     enter_thought(p, 0);
     for (int i = 0; i < calls.n; i++) {
         add_string(&line, i ? ", " : r->text.n ? "\n[" : "[");
-        add_string(&line, "{");
-        member_bytes(&line, "name", calls.call[i].name.s,
-                     calls.call[i].name.n);
-        member(&line, "arguments");
+        add_members(&line, "{name: %.*s, arguments: ",
+                    (int)calls.call[i].name.n, calls.call[i].name.s);
         add(&line, calls.call[i].arguments.s, calls.call[i].arguments.n);
         add_string(&line, i + 1 < calls.n ? "}" : "}]");
     }
@@ -2402,14 +2401,14 @@ static void add_scored(const struct engine *e, struct text *to,
     add_string(to, "]");
 }
 
-/* An array of tokens with the likeliest in their places. */
+/* An array of tokens, `from` this one, with the likeliest in their places. */
 static void add_scores(const struct engine *e, struct text *to,
-                       const struct scores *scores)
+                       const struct scores *scores, int from)
 {
     add_string(to, "[");
-    for (int i = 0; i < scores->n; i++) {
+    for (int i = from; i < scores->n; i++) {
         const struct score *s = &scores->v[i];
-        add_string(to, i ? ", " : "");
+        add_string(to, i > from ? ", " : "");
         if (isnan(s->is.logprob)) {
             add_string(to, "null");
             continue;
@@ -2470,15 +2469,17 @@ static void add_best(const struct engine *e, struct text *to,
 }
 
 /* As /v1/completions writes them: an array for each of four columns, of the
- * prompt's tokens first if it is told, too. */
+ * prompt's tokens first if it is told, too.  The first `from` tokens of the
+ * answer were written before. */
 static void add_columns(const struct engine *e, struct text *to,
-                        const struct reply *r)
+                        const struct reply *r, int from)
 {
     static const char *const column[] = {
         "{\"tokens\": [", "], \"token_logprobs\": [", "], \"top_logprobs\": [",
         "], \"text_offset\": ["
     };
     const int n_prompt = r->q->echo ? r->prompt_scores.n : 0;
+    const int first = from > 0 ? n_prompt + from : 0;
 
     for (int c = 0; c < 4; c++) {
         int offset = 0, len;
@@ -2487,8 +2488,10 @@ static void add_columns(const struct engine *e, struct text *to,
             const struct score *s = i < n_prompt ? &r->prompt_scores.v[i] :
                                     &r->scores.v[i - n_prompt];
             const char *bytes = visible(e, s->is.id, &len);
-            add_string(to, i ? ", " : "");
-            if (c == 0)
+            add_string(to, i > first ? ", " : "");
+            if (i < first)
+                ;
+            else if (c == 0)
                 add_token_name(e, to, s->is.id);
             else if (c == 1)
                 add_log(to, s->is.logprob);
@@ -2504,41 +2507,52 @@ static void add_columns(const struct engine *e, struct text *to,
 }
 
 static void add_logprobs(const struct engine *e, struct text *to,
-                         const struct reply *r)
+                         const struct reply *r, int from)
 {
     if (r->q->logprobs >= 0) {
-        member(to, "logprobs");
+        add_members(to, "logprobs: ");
         if (r->q->is_completion)
-            add_columns(e, to, r);
+            add_columns(e, to, r, from);
         else {
             add_string(to, "{\"content\": ");
-            add_scores(e, to, &r->scores);
+            add_scores(e, to, &r->scores, from);
             add_string(to, "}");
         }
     }
-    if (r->q->prompt_logprobs >= 0 &&
+    if (r->q->prompt_logprobs >= 0 && from == 0 &&
         !(r->q->is_completion && r->q->logprobs >= 0 && r->q->echo)) {
-        member(to, "prompt_logprobs");
-        add_scores(e, to, &r->prompt_scores);
+        add_members(to, "prompt_logprobs: ");
+        add_scores(e, to, &r->prompt_scores, 0);
     }
 }
 
-/* The arguments of a call are JSON within a string. */
-static void add_calls(struct text *to, const struct calls *calls, uint64_t id)
+/* The arguments of a call are JSON within a string.  In a stream, calls have
+ * numbers. */
+static void add_calls(struct text *to, const struct calls *calls, uint64_t id,
+                      int is_stream)
 {
-    member_open(to, "tool_calls", "[");
+    add_members(to, "tool_calls: [");
     for (int i = 0; i < calls->n; i++) {
         const struct call *c = &calls->call[i];
-        member_open(to, NULL, "{");
-        member_text(to, "id", phrase("call_%016llx", (unsigned long long)
-                                     hash_number(id, (uint64_t)i)).s);
-        member_text(to, "type", "function");
-        member_open(to, "function", "{");
-        member_bytes(to, "name", c->name.s, c->name.n);
-        member_bytes(to, "arguments", c->arguments.s, c->arguments.n);
-        add_string(to, "}}");
+        add_members(to, "{");
+        if (is_stream)
+            add_members(to, "index: %d", i);
+        add_members(to, "id: %s, type: %s, function: {name: %.*s, arguments: "
+                    "%.*s}}", phrase("call_%016llx", (unsigned long long)
+                                     hash_number(id, (uint64_t)i)).s,
+                    "function", (int)c->name.n, c->name.s,
+                    (int)c->arguments.n, c->arguments.s);
     }
     add_string(to, "]");
+}
+
+static void add_tokens(const struct engine *e, struct text *to,
+                       const struct ids *ids)
+{
+    for (int i = 0, len; i < ids->n; i++) {
+        const char *s = visible(e, ids->id[i], &len);
+        add(to, s, (size_t)len);
+    }
 }
 
 /* What was said: a text, of the prompt too if it is wanted; or a message. */
@@ -2547,61 +2561,88 @@ static void add_said(const struct engine *e, struct text *to,
 {
     const struct reply *r = &j->r;
     struct text whole = { 0 };
-    int len;
 
     if (!j->q.is_completion) {
-        member_open(to, "message", "{");
-        member_text(to, "role", "assistant");
-        member_bytes(to, "content", r->text.s ? r->text.s : "", r->text.n);
+        add_members(to, "message: {role: %s, content: %.*s", "assistant",
+                    (int)r->text.n, r->text.s ? r->text.s : "");
         if (r->thought.n > 0)
-            member_bytes(to, "reasoning_content", r->thought.s, r->thought.n);
+            add_members(to, "reasoning_content: %.*s", (int)r->thought.n,
+                        r->thought.s);
         if (calls->n > 0)
-            add_calls(to, calls, j->id);
+            add_calls(to, calls, j->id, 0);
         add_string(to, "}");
         return;
     }
-    for (int i = 0; j->q.echo && i < j->q.prompt.n; i++) {
-        const char *s = visible(e, j->q.prompt.id[i], &len);
-        add(&whole, s, (size_t)len);
-    }
+    if (j->q.echo)
+        add_tokens(e, &whole, &j->q.prompt);
     add(&whole, r->text.s, r->text.n);
-    member_bytes(to, "text", whole.s ? whole.s : "", whole.n);
+    add_members(to, "text: %.*s", (int)whole.n, whole.s);
     free(whole.s);
 }
 
-/* The object of /v1/chat/completions or /v1/completions, but for its last
- * bracket. */
+/* What the file calls itself. */
+static struct piece model_name(const struct engine *e)
+{
+    size_t n = 0;
+    const char *s = lfm2_model_string(e->model, "general.name", &n);
+
+    return (struct piece){ s ? s : "", s ? n : 0 };
+}
+
+/* The beginning of the object of /v1/chat/completions or /v1/completions. */
+static void add_head(const struct engine *e, struct text *to,
+                     int is_completion, uint64_t id, const char *object,
+                     long long created)
+{
+    const struct piece model = model_name(e);
+
+    add_members(to, "{id: %s, object: %s, created: %llu, model: %.*s",
+                phrase("%s-%016llx", is_completion ? "cmpl" : "chatcmpl",
+                       (unsigned long long)id).s,
+                object, (unsigned long long)created, (int)model.n, model.s);
+}
+
+static const char *finish_reason(const struct reply *r, int n_calls)
+{
+    return n_calls > 0 ? "tool_calls" : r->finish == STOPPED ? "stop" :
+           r->finish == BY_LENGTH || r->finish == BY_CONTEXT ? "length" : NULL;
+}
+
+static void add_choice(const struct engine *e, struct text *to, struct job *j,
+                       int index)
+{
+    struct calls calls = take_calls(&j->r);
+
+    add_members(to, "{index: %d", index);
+    add_said(e, to, j, &calls);
+    add_logprobs(e, to, &j->r, 0);
+    add_members(to, "finish_reason: %s}", finish_reason(&j->r, calls.n));
+    free_calls(&calls);
+}
+
+/* In tokens; `cached`, what was read before, if it is not negative: it depends
+ * on who else was answered. */
+static void add_usage(struct text *to, int prompt, int made, int thought,
+                      int cached)
+{
+    add_members(to, "usage: {prompt_tokens: %d, completion_tokens: %d, "
+                "total_tokens: %d", prompt, made, prompt + made);
+    if (cached >= 0)
+        add_members(to, "prompt_tokens_details: {cached_tokens: %d}", cached);
+    add_members(to, "completion_tokens_details: {reasoning_tokens: %d}}",
+                thought);
+}
+
+/* The whole object for one answer, but for its last bracket. */
 static void add_completion(const struct engine *e, struct text *to,
                            struct job *j, long long created)
 {
-    struct reply *r = &j->r;
-    struct calls calls = take_calls(r);
-    size_t n = 0;
-    const char *model = lfm2_model_string(e->model, "general.name", &n);
-
-    add_string(to, "{");
-    member_text(to, "id", phrase("%s-%016llx", j->q.is_completion ? "cmpl" :
-                                 "chatcmpl", (unsigned long long)j->id).s);
-    member_text(to, "object", j->q.is_completion ? "text_completion" :
-                "chat.completion");
-    member_count(to, "created", (uint64_t)created);
-    member_bytes(to, "model", model ? model : "", n);
-    member_open(to, "choices", "[{\"index\": 0");
-    add_said(e, to, j, &calls);
-    add_logprobs(e, to, r);
-    member_text(to, "finish_reason", calls.n > 0 ? "tool_calls" :
-                r->finish == STOPPED ? "stop" :
-                r->finish == BY_LENGTH || r->finish == BY_CONTEXT ? "length" :
-                NULL);
-    add_string(to, "}]");
-    member_open(to, "usage", "{");
-    member_count(to, "prompt_tokens", (uint64_t)j->q.prompt.n);
-    member_count(to, "completion_tokens", (uint64_t)r->n_made);
-    member_count(to, "total_tokens", (uint64_t)(j->q.prompt.n + r->n_made));
-    member_open(to, "completion_tokens_details", "{");
-    member_count(to, "reasoning_tokens", (uint64_t)r->n_thought);
-    add_string(to, "}}");
-    free_calls(&calls);
+    add_head(e, to, j->q.is_completion, j->id, j->q.is_completion ?
+             "text_completion" : "chat.completion", created);
+    add_members(to, "choices: [");
+    add_choice(e, to, j, 0);
+    add_string(to, "]");
+    add_usage(to, j->q.prompt.n, j->r.n_made, j->r.n_thought, -1);
 }
 
 /* Tokens a second of the prompt, and of the answer without its first token,
@@ -2627,33 +2668,22 @@ static void add_origin(const struct engine *e, struct text *to,
     const struct reply *r = &j->r;
     const struct sampling *is = &j->q.sampling;
 
-    member_open(to, "lfm2", "{");
-    member_text(to, "finish", finish[r->finish]);
-    member_text(to, "model_hash", phrase("%016llx", (unsigned long long)
-                                         lfm2_model_hash(e->model)).s);
-    member_text(to, "logits_hash", phrase("%016llx",
-                                          (unsigned long long)r->hash).s);
-    member_text(to, "template", template_name(e->template));
-    member_text(to, "date", uses_date ? e->date : NULL);
-    member(to, "seed");
+    add_members(to, "lfm2: {finish: %s, model_hash: %016llx, "
+                "logits_hash: %016llx, template: %s, date: %s, seed: ",
+                finish[r->finish], (unsigned long long)
+                lfm2_model_hash(e->model), (unsigned long long)r->hash,
+                template_name(e->template), uses_date ? e->date : NULL);
     add_format(to, "%lld", j->q.seed);
-    member_real(to, "temperature", is->temp);
-    member_real(to, "top_k", is->top_k);
-    member_real(to, "top_p", is->top_p);
-    member_real(to, "min_p", is->min_p);
-    member_real(to, "repeat_penalty", is->repeat);
-    member_real(to, "repeat_last_n", is->last_n);
-    member_open(to, "timings", "{");
-    member_count(to, "cache_n", (uint64_t)r->n_reused);
-    member_count(to, "prompt_n", (uint64_t)(r->q->prompt.n - r->n_reused));
-    member_real(to, "prompt_ms", (r->read - r->started) * 1e3);
-    member_real(to, "prompt_per_second", prompt_speed(r));
-    member_count(to, "predicted_n", (uint64_t)r->n_made);
-    member_real(to, "predicted_ms", (r->ended - r->read) * 1e3);
-    member_real(to, "predicted_per_second", answer_speed(r));
-    member_count(to, "draft_n", (uint64_t)r->n_guessed);
-    member_count(to, "draft_n_accepted", (uint64_t)r->n_right);
-    add_string(to, "}}");
+    add_members(to, "temperature: %g, top_k: %d, top_p: %g, min_p: %g, "
+                "repeat_penalty: %g, repeat_last_n: %d", is->temp, is->top_k,
+                is->top_p, is->min_p, is->repeat, is->last_n);
+    add_members(to, "timings: {cache_n: %d, prompt_n: %d, prompt_ms: %g, "
+                "prompt_per_second: %g, predicted_n: %d, predicted_ms: %g, "
+                "predicted_per_second: %g, draft_n: %d, draft_n_accepted: "
+                "%d}}", r->n_reused, r->q->prompt.n - r->n_reused,
+                (r->read - r->started) * 1e3, prompt_speed(r), r->n_made,
+                (r->ended - r->read) * 1e3, answer_speed(r), r->n_guessed,
+                r->n_right);
 }
 
 /* ----------------------------------------------------- 6. What a body asks for
@@ -2663,19 +2693,18 @@ static void add_origin(const struct engine *e, struct text *to,
 
 /* Members that are read by name below. */
 static const char read_elsewhere[] =
-    "custom_id messages prompt tools model logprobs logit_bias "
+    "custom_id messages prompt tools model logprobs logit_bias stream_options "
     "add_generation_prompt continue_final_message chat_template_kwargs "
     "keep_past_thinking preserve_thinking";
 
 /* Members that mean nothing here and change no answer. */
 static const char harmless[] =
-    "user metadata store service_tier stream_options safety_identifier "
+    "user metadata store service_tier safety_identifier "
     "prompt_cache_key prompt_cache_retention cache_prompt";
 
 /* Members that are known with these values only, as JSON. */
 static const struct { const char *key, *values; } neutral[] = {
-    { "n", "1" }, { "best_of", "1" }, { "stream", "false" },
-    { "suffix", "\"\"" }, { "parallel_tool_calls", "true" },
+    { "best_of", "1" }, { "suffix", "\"\"" }, { "parallel_tool_calls", "true" },
     { "tool_choice", "\"auto\"|\"none\"" }, { "modalities", "[\"text\"]" },
     { "response_format", "{\"type\": \"text\"}" }
 };
@@ -2800,6 +2829,9 @@ static int read_body(const struct engine *e, struct request *q,
             code = o ? set_member(q, o, x->key, x, why) :
                    check_member(x->key, x, why);
     }
+    if (code == DONE && (q->stream || q->n_choices > 1) && e->s->mode != SERVE)
+        code = because(why, USAGE, "\"%s\": expected %s", q->stream ? "stream" :
+                       "n", q->stream ? "false" : "1");
     if (code == DONE)
         code = read_bias(e, q, given(body, "logit_bias"), why);
     return code == DONE ? read_logprobs(q, given(body, "logprobs"), why) : code;
@@ -2887,6 +2919,16 @@ static int make_prompt(struct engine *e, struct request *q,
     return code;
 }
 
+/* How many prompts a body has: "prompt" may be an array of them. */
+static int count_prompts(const struct json *body)
+{
+    const struct json *prompt = given(body, "prompt");
+    const int is_array = json_is(prompt, JSON_ARRAY) && prompt->first &&
+                         prompt->first->type != JSON_NUMBER;
+
+    return is_array ? prompt->n_members : 1;
+}
+
 /* "prompt": a text, or the ids of its tokens. */
 static int read_plain_prompt(const struct engine *e, struct request *q,
                              const struct json *prompt, struct why *why)
@@ -2913,9 +2955,9 @@ static int is_word(const struct json *x, const char *word)
     return x && x->type == JSON_STRING && strcmp(x->s, word) == 0;
 }
 
-/* A whole body: how to answer, and what. */
+/* A whole body: how to answer, and what; of several prompts this one. */
 static int read_request(struct engine *e, struct request *q,
-                        const struct json *body, struct why *why)
+                        const struct json *body, int which, struct why *why)
 {
     const struct json *messages = given(body, "messages");
     const struct json *prompt = given(body, "prompt");
@@ -2934,6 +2976,9 @@ static int read_request(struct engine *e, struct request *q,
     if (messages && e->template == TEMPLATE_NONE)
         return because(why, USAGE, "the model has no chat template: expected "
                        "\"prompt\", or --template");
+    if (prompt && prompt->first && prompt->first->type != JSON_NUMBER)
+        for (prompt = prompt->first; which > 0; which--)
+            prompt = prompt->next;
     if (prompt)
         return read_plain_prompt(e, q, prompt, why);
     code = make_prompt(e, q, messages,
@@ -2963,10 +3008,7 @@ struct talk {
 static void add_message(struct talk *t, const char *role, const char *s,
                         size_t n)
 {
-    member_open(&t->messages, NULL, "{");
-    member_text(&t->messages, "role", role);
-    member_bytes(&t->messages, "content", s, n);
-    add_string(&t->messages, "}");
+    add_members(&t->messages, "{role: %s, content: %.*s}", role, (int)n, s);
     t->grown = 1;
 }
 
@@ -3836,7 +3878,7 @@ static void begin_output(struct entry *x)
 {
     add_string(&x->out, output_start);
     add_format(&x->out, "%016llx\"", (unsigned long long)x->job.id);
-    member_bytes(&x->out, "custom_id", x->id.s, x->id.n);
+    add_members(&x->out, "custom_id: %.*s", (int)x->id.n, x->id.s);
 }
 
 static void finish_error(struct entry *x, int code, const char *why)
@@ -3847,13 +3889,9 @@ static void finish_error(struct entry *x, int code, const char *why)
     };
 
     begin_output(x);
-    member(&x->out, "response");
-    add_string(&x->out, "null");
-    member_open(&x->out, "error", "{");
-    member_text(&x->out, "code", name[code]);
-    member_count(&x->out, "line", (uint64_t)x->line);
-    member_text(&x->out, "message", why);
-    add_string(&x->out, "}}\n");
+    add_members(&x->out, "response: %s, error: {code: %s, line: %llu, message: "
+                "%s}}", NULL, name[code], (unsigned long long)x->line, why);
+    add_string(&x->out, "\n");
     x->is_done = x->is_error = 1;
     x->batch->failed++;
 }
@@ -4010,7 +4048,9 @@ static int read_entry(struct batch *b, struct entry *x,
                        "or \"/v1/completions\"");
     hash ^= q->seed == -1 ? 0 : (uint64_t)q->seed;
     q->seed = (long long)hash;
-    code = read_request(&b->e, q, body ? body : line, why);
+    if (count_prompts(body ? body : line) > 1)
+        return because(why, USAGE, "\"prompt\": expected one prompt on a line");
+    code = read_request(&b->e, q, body ? body : line, 0, why);
     complete_request(&b->e, q);
     return code;
 }
@@ -4306,7 +4346,1525 @@ static int batch(const struct settings *s)
     return code == DONE && b.failed + b.failed_before > 0 ? PARTLY : code;
 }
 
-/* ------------------------------------------------------ 10. The command line
+/* -------------------------------------------------------------- 10. --serve
+ *
+ * OpenAI's API over HTTP/1.1, for many clients at once.  One thread waits for
+ * the sockets and moves all answers on by a forward in between.  A body is read
+ * as a line of --batch is, and answered in the same bytes.
+ *
+ * Clients are strangers.  What they send is bounded in size and time, and read
+ * strictly: a request that two programs could read in two ways is refused, as
+ * one in front of this might see another request in it.  A client costs a fixed
+ * amount of memory at most, and one that does not read what it asked for is
+ * dropped. */
+
+#ifdef __wasi__
+
+static int serve(const struct settings *s)
+{
+    return say(FAILED, "--serve %s: not in this build", s->serve);
+}
+
+#else
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+long syscall(long number, ...);           /* not in POSIX                    */
+#endif
+
+enum {
+    MAX_CLIENTS = 1056, MAX_CHOICES = 128,
+    MAX_HEAD = 1 << 14, MAX_FIELDS = 100, /* of a request                    */
+    MAX_UNSENT = 1 << 22, MAX_AHEAD = 1 << 16,
+    MAX_HELD = 1 << 30,                   /* bytes, for all clients together */
+    SERVE_BATCH = 512                     /* so that no step takes too long  */
+};
+
+/* Seconds. */
+enum {
+    HEAD_TIME = 10, BODY_TIME = 60, IDLE_TIME = 60, SEND_TIME = 30,
+    LINGER_TIME = 3, SIGN_OF_LIFE = 10, DRAIN_TIME = 30
+};
+
+/* How long things took: how many at most edges[i], and in sum. */
+static const double edges[] = { 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
+                                10, 30, 60 };
+
+enum { N_EDGES = sizeof edges / sizeof *edges };
+
+struct histogram { uint64_t n[N_EDGES + 1]; double sum; };
+
+/* What a status means, and what to say with it where nothing else is said. */
+static const struct status { int code; const char *text, *type, *why; }
+statuses[] = {
+    { 200, "OK", NULL, NULL }, { 204, "No Content", NULL, NULL },
+    { 400, "Bad Request", "invalid_request_error",
+      "not a request of HTTP/1.1 as this server reads it" },
+    { 401, "Unauthorized", "authentication_error",
+      "expected a key of --api-key-file as \"Authorization: Bearer KEY\"" },
+    { 403, "Forbidden", "permission_error", "requests for other hosts, and "
+      "from pages of other origins, are not answered; --cors allows an "
+      "origin" },
+    { 404, "Not Found", "not_found_error", "nothing is at this address" },
+    { 405, "Method Not Allowed", "invalid_request_error",
+      "another method is expected here" },
+    { 408, "Request Timeout", "invalid_request_error",
+      "the request took too long to arrive" },
+    { 411, "Length Required", "invalid_request_error",
+      "expected a Content-Length, or a chunked body" },
+    { 413, "Content Too Large", "invalid_request_error",
+      "the body is longer than --max-body allows" },
+    { 415, "Unsupported Media Type", "invalid_request_error",
+      "expected \"Content-Type: application/json\"" },
+    { 417, "Expectation Failed", "invalid_request_error",
+      "expected nothing but \"Expect: 100-continue\"" },
+    { 429, "Too Many Requests", "rate_limit_error",
+      "more answers are under way or wait than --parallel and --queue allow" },
+    { 431, "Request Header Fields Too Large", "invalid_request_error",
+      "expected a head of at most 16 KiB and 100 fields" },
+    { 500, "Internal Server Error", "server_error",
+      "the model could not be run" },
+    { 501, "Not Implemented", "invalid_request_error",
+      "expected \"Transfer-Encoding: chunked\"" },
+    { 503, "Service Unavailable", "unavailable_error", "the server stops" },
+    { 505, "HTTP Version Not Supported", "invalid_request_error",
+      "expected HTTP/1.0 or HTTP/1.1" },
+};
+
+enum { N_STATUSES = sizeof statuses / sizeof *statuses };
+
+/* An answer among those that a request asks for. */
+struct choice {
+    struct job job;
+    struct client *client;
+    int index, is_done;
+    size_t text, thought;                 /* how much of them is sent        */
+    int scores, has_role;
+    double last;                          /* when it had its latest token    */
+};
+
+struct client {
+    struct server *server;
+    int fd;
+    enum { IN_HEAD, IN_LENGTH, IN_CHUNKS, IN_TRAILER, WORKING, LEAVING, GONE }
+        state;
+    struct text in, out, body;
+    size_t seen, sent;                    /* of in: looked at; of out        */
+    size_t length;                        /* of the body                     */
+    double deadline;                      /* of what it is to do; 0: none    */
+
+    const struct route *route;            /* of the request                  */
+    struct phrase model;                  /* named in the path, or empty     */
+    int is_head, is_http11, is_preflight, is_allowed_origin, keeps, is_shut;
+    uint64_t id;
+    double asked, spoke;                  /* when; the last byte to it       */
+    long long created;
+    struct pool pool;                     /* of the body's JSON              */
+    struct choice *choice;                /* [n_choices]                     */
+    int n_choices, n_done, n_prompts, stream, include_usage;
+};
+
+struct server {
+    struct engine e;
+    int listener[2], n_listeners;
+    struct phrase address;
+    int is_local;                         /* nobody else can reach it        */
+    struct text keys, page;               /* keys: one on each line          */
+    struct client *client[MAX_CLIENTS];
+    int n_clients;
+    double now, stopping;                 /* since when; 0: it serves        */
+    uint64_t n_requests, answered[N_STATUSES];
+    double read, reused, made;            /* tokens                          */
+    struct histogram first, next;         /* seconds to tokens               */
+};
+
+struct route {
+    const char *methods, *path;
+    int is_public;                        /* needs no key                    */
+    void (*answer)(struct client *c);
+};
+
+/* ---- responses */
+
+static void note_time(struct histogram *h, double took)
+{
+    int i = 0;
+
+    while (i < N_EDGES && took > edges[i])
+        i++;
+    h->n[i]++;
+    h->sum += took;
+}
+
+static const struct status *status_for(int code)
+{
+    const struct status *is = statuses;
+
+    while (is->code != code)
+        is++;
+    return is;
+}
+
+/* The head of a response; n < 0: how long it will be is not known. */
+static void begin_response(struct client *c, int code, const char *type,
+                           long long n, const char *more)
+{
+    struct server *v = c->server;
+    const struct status *is = status_for(code);
+    const char *origin = v->e.s->cors;
+    const time_t now = time(NULL);
+    struct tm tm;
+    char date[40];
+
+    v->answered[is - statuses]++;
+    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT",
+             gmtime_r(&now, &tm));
+    add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: "
+               "%016llx\r\nConnection: %s\r\n", code, is->text, date,
+               (unsigned long long)c->id, c->keeps ? "keep-alive" : "close");
+    if (type)
+        add_format(&c->out, "Content-Type: %s\r\n", type);
+    if (n >= 0 && code != 204)
+        add_format(&c->out, "Content-Length: %lld\r\n", n);
+    else if (n < 0)
+        add_format(&c->out, "Cache-Control: no-cache\r\n%s", c->is_http11 ?
+                   "Transfer-Encoding: chunked\r\n" : "");
+    if (origin && c->is_allowed_origin) {
+        add_string(&c->out, "Access-Control-Allow-Origin: ");
+        add_string(&c->out, origin);
+        add_string(&c->out, "\r\nVary: Origin\r\n");
+    }
+    add_string(&c->out, more);
+    add_string(&c->out, "\r\n");
+    c->spoke = v->now;
+}
+
+/* Let go of the body's text, and of what it said. */
+static void drop_body(struct client *c)
+{
+    free(c->body.s);
+    c->body = (struct text){ NULL, 0, 0 };
+    pool_free(&c->pool);
+}
+
+/* Bytes that clients make the server keep. */
+static size_t held(const struct server *v)
+{
+    size_t n = 0;
+
+    for (int i = 0; i < v->n_clients; i++)
+        n += v->client[i]->in.cap + v->client[i]->body.cap +
+             v->client[i]->pool.total;
+    return n;
+}
+
+/* What was asked is answered; the next request may follow. */
+static void finish_request(struct client *c)
+{
+    for (int i = 0; i < c->n_choices; i++) {
+        struct job *j = &c->choice[i].job;
+        if (j->state != FINISHED)
+            engine_drop(&c->server->e, j);
+        free_reply(&j->r);
+        free_request(&j->q);
+    }
+    free(c->choice);
+    drop_body(c);
+    c->choice = NULL;
+    c->n_choices = c->n_done = c->stream = 0;
+    c->length = c->seen = 0;
+    c->id = 0;
+    c->state = c->keeps ? IN_HEAD : LEAVING;
+    c->deadline = c->server->now + (c->keeps ? IDLE_TIME : SEND_TIME);
+}
+
+static void respond(struct client *c, int code, const char *type,
+                    const struct text *body, const char *more)
+{
+    if (c->server->stopping > 0)
+        c->keeps = 0;
+    begin_response(c, code, type, (long long)body->n, more);
+    if (!c->is_head)
+        add(&c->out, body->s ? body->s : "", body->n);
+    finish_request(c);
+}
+
+static void respond_json(struct client *c, const struct text *body)
+{
+    respond(c, 200, "application/json", body, "");
+}
+
+/* OpenAI's object of an error.  A sentence that begins with a name in quotes is
+ * about that member. */
+static void add_error(struct text *to, int status, int code, const char *why)
+{
+    const char *end = *why == '"' ? strchr(why + 1, '"') : NULL;
+
+    add_members(to, "{error: {message: %s, type: %s, param: %.*s, code: %s}}",
+                why, status_for(status)->type,
+                end ? (int)(end - why - 1) : 0, end ? why + 1 : NULL,
+                code == TOO_LONG ? "context_length_exceeded" :
+                status == 401 ? "invalid_api_key" : NULL);
+}
+
+/* An error; without a sentence of its own, the one for this status.  The
+ * connection stays only where the request was read to its end. */
+static void refuse(struct client *c, int status, int code, const char *why)
+{
+    struct text body = { 0 };
+    const char *more = status == 401 ? "WWW-Authenticate: Bearer\r\n" :
+                       status == 429 || status == 503 ? "Retry-After: 5\r\n" :
+                       "";
+
+    why = why ? why : status_for(status)->why;
+    c->keeps &= c->state == WORKING;
+    add_error(&body, status, code, why);
+    if (c->server->e.s->verbose)
+        note("%d: %s", status, why);
+    respond(c, status, "application/json", &body, status != 405 ? more :
+            phrase("Allow: %s, OPTIONS\r\n", c->route->methods).s);
+    free(body.s);
+}
+
+/* What is wrong with a body.  It has columns, but no lines. */
+static void refuse_body(struct client *c, int code, const struct why *why)
+{
+    refuse(c, code == USAGE || code == TOO_LONG ? 400 : 500, code,
+           strncmp(why->s, "line 1, ", 8) ? why->s : why->s + 8);
+}
+
+/* A part of a response whose length is not known. */
+static void send_part(struct client *c, const char *s, size_t n)
+{
+    if (c->is_http11)
+        add_format(&c->out, "%zx\r\n", n);
+    add(&c->out, s, n);
+    if (c->is_http11)
+        add_string(&c->out, "\r\n");
+    c->spoke = c->server->now;
+}
+
+static void send_event(struct client *c, const struct text *data)
+{
+    struct text event = { 0 };
+
+    add_string(&event, "data: ");
+    add(&event, data->s, data->n);
+    add_string(&event, "\n\n");
+    send_part(c, event.s, event.n);
+    free(event.s);
+}
+
+/* ---- answers in pieces */
+
+/* n bytes, but for a character at their end that has not ended. */
+static size_t whole_characters(const char *s, size_t n)
+{
+    for (size_t k = 1; k <= 3 && k <= n; k++) {
+        const unsigned char b = (unsigned char)s[n - k];
+        if (b >= 0xc0)
+            return k < (b < 0xe0 ? 2u : b < 0xf0 ? 3u : 4u) ? n - k : n;
+        if (b < 0x80)
+            break;
+    }
+    return n;
+}
+
+/* An event without choices, but for its last brackets. */
+static void begin_event(struct client *c, struct text *to)
+{
+    const int plain = c->choice[0].job.q.is_completion;
+
+    add_head(&c->server->e, to, plain, c->id, plain ? "text_completion" :
+             "chat.completion.chunk", c->created);
+    if (c->include_usage)
+        add_members(to, "usage: %s", NULL);
+    add_members(to, "choices: [");
+}
+
+/* Send these members as what is new in a choice. */
+static void send_choice(struct choice *o, const struct text *delta,
+                        const char *finish)
+{
+    struct client *c = o->client;
+    const struct request *q = &o->job.q;
+    const struct scores *all = &o->job.r.scores;
+    struct text event = { 0 };
+
+    begin_event(c, &event);
+    add_members(&event, "{index: %d", o->index);
+    if (!q->is_completion)
+        add_members(&event, "delta: {");
+    else
+        add_string(&event, ", ");
+    add(&event, delta->s, delta->n);
+    if (!q->is_completion)
+        add_string(&event, "}");
+    if (q->logprobs >= 0 && all->n > o->scores)
+        add_logprobs(&c->server->e, &event, &o->job.r, o->scores);
+    else
+        add_members(&event, "logprobs: %s", NULL);
+    o->scores = all->n;
+    add_members(&event, "finish_reason: %s}]}", finish);
+    send_event(c, &event);
+    free(event.s);
+}
+
+/* Add what is new of a text: whole characters, and at the end all of it. */
+static void add_new(struct text *to, const char *format, const struct text *all,
+                    size_t *sent, int last)
+{
+    const size_t n = all->n - *sent;
+    const size_t whole = last || n == 0 ? n :
+                         whole_characters(all->s + *sent, n);
+
+    if (whole > 0)
+        add_members(to, format, (int)whole, all->s + *sent);
+    *sent += whole;
+}
+
+static void send_new(struct choice *o, int last)
+{
+    struct reply *r = &o->job.r;
+    const int plain = o->job.q.is_completion;
+    struct text delta = { 0 }, prompt = { 0 };
+
+    if (!plain && !o->has_role)
+        add_members(&delta, "role: %s", "assistant");
+    if (plain && !o->has_role && o->job.q.echo) {
+        add_tokens(&o->client->server->e, &prompt, &o->job.q.prompt);
+        add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
+        send_choice(o, &delta, NULL);
+        delta.n = 0;
+        free(prompt.s);
+    }
+    o->has_role = 1;
+    if (!plain)
+        add_new(&delta, "reasoning_content: %.*s", &r->thought, &o->thought, last);
+    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &r->text, &o->text,
+            last);
+    if (delta.n > 0)
+        send_choice(o, &delta, NULL);
+    free(delta.s);
+}
+
+static void note_token(struct choice *o)
+{
+    struct server *v = o->client->server;
+    const double now = seconds();
+
+    note_time(o->last > 0 ? &v->next : &v->first,
+              now - (o->last > 0 ? o->last : o->client->asked));
+    o->last = now;
+}
+
+static void answer_more(struct job *j)
+{
+    struct choice *o = j->owner;
+
+    if (j->r.n_sampled == 0)
+        return;
+    note_token(o);
+    if (o->client->stream)
+        send_new(o, 0);
+}
+
+/* A choice has ended.  The client is told of it all once the step is over. */
+static void answer_end(struct job *j)
+{
+    struct choice *o = j->owner;
+    struct client *c = o->client;
+    struct text delta = { 0 };
+    struct calls calls;
+
+    note_token(o);
+    o->is_done = 1;
+    c->n_done++;
+    c->server->read += j->q.prompt.n - j->r.n_reused;
+    c->server->reused += j->r.n_reused;
+    c->server->made += j->r.n_made;
+    if (!c->stream || j->r.finish == BROKEN)
+        return;
+    calls = take_calls(&j->r);
+    send_new(o, 1);
+    if (calls.n > 0) {
+        add_calls(&delta, &calls, j->id, 1);
+        send_choice(o, &delta, NULL);
+        delta.n = 0;
+    }
+    if (j->q.is_completion)
+        add_members(&delta, "text: %s", "");
+    send_choice(o, &delta, finish_reason(&j->r, calls.n));
+    free_calls(&calls);
+    free(delta.s);
+}
+
+static const struct sink to_client = { answer_more, answer_end };
+
+/* What all choices of a request took.  Those of one prompt count it once. */
+static void add_whole_usage(const struct client *c, struct text *to)
+{
+    const int n_each = c->n_choices / c->n_prompts;
+    int prompt = 0, made = 0, thought = 0, cached = 0;
+
+    for (int i = 0; i < c->n_choices; i++) {
+        const struct job *j = &c->choice[i].job;
+        prompt += i % n_each == 0 ? j->q.prompt.n : 0;
+        cached += i % n_each == 0 ? j->r.n_reused : 0;
+        made += j->r.n_made;
+        thought += j->r.n_thought;
+    }
+    add_usage(to, prompt, made, thought, cached);
+}
+
+/* The end of a stream: what it took, and that there is no more. */
+static void end_stream(struct client *c, const char *error)
+{
+    static const struct text done = { (char *)(uintptr_t)"[DONE]", 6, 0 };
+    struct text event = { 0 };
+
+    if (error) {
+        add_error(&event, 500, FAILED, error);
+        send_event(c, &event);
+    } else if (c->include_usage) {
+        c->include_usage = 0;             /* in begin_event(): not null here */
+        begin_event(c, &event);
+        add_string(&event, "]");
+        add_whole_usage(c, &event);
+        add_string(&event, "}");
+        send_event(c, &event);
+    }
+    send_event(c, &done);
+    if (c->is_http11)
+        add_string(&c->out, "0\r\n\r\n");
+    free(event.s);
+    finish_request(c);
+}
+
+/* All choices of a request have ended. */
+static void finish_answer(struct client *c)
+{
+    const struct engine *e = &c->server->e;
+    const struct request *q = &c->choice[0].job.q;
+    const char *error = NULL;
+    struct text body = { 0 };
+
+    for (int i = 0; i < c->n_choices; i++)
+        if (c->choice[i].job.r.finish == BROKEN)
+            error = "logits that are not finite";
+    if (e->s->verbose)
+        note("200: %d choices, prompt of %d tokens, %.2f s", c->n_choices,
+             q->prompt.n, c->server->now - c->asked);
+    if (c->stream) {
+        end_stream(c, error);
+        return;
+    }
+    if (error) {
+        refuse(c, 500, FAILED, error);
+        return;
+    }
+    add_head(e, &body, q->is_completion, c->id, q->is_completion ?
+             "text_completion" : "chat.completion", c->created);
+    add_members(&body, "choices: [");
+    for (int i = 0; i < c->n_choices; i++)
+        add_choice(e, &body, &c->choice[i].job, i);
+    add_string(&body, "]");
+    add_whole_usage(c, &body);
+    add_string(&body, "}");
+    respond_json(c, &body);
+    free(body.s);
+}
+
+/* ---- endpoints */
+
+/* The JSON object in the body, or NULL after an error was sent. */
+static const struct json *parse_body(struct client *c)
+{
+    struct json *body = NULL;
+    struct why why;
+    int code;
+
+    if (held(c->server) > MAX_HELD) {
+        refuse(c, 503, FAILED, "too much is waiting here already");
+        return NULL;
+    }
+    code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n,
+                          &body, &why);
+
+    if (code == DONE && body->type != JSON_OBJECT)
+        code = because(&why, USAGE, "expected a JSON object as the request");
+    if (code != DONE)
+        refuse_body(c, code, &why);
+    return code == DONE ? body : NULL;
+}
+
+/* The requests in a body, one for each choice of each prompt. */
+static int read_choices(struct client *c, const struct json *body,
+                        struct why *why)
+{
+    struct engine *e = &c->server->e;
+    int code = DONE, n = 1, total;
+
+    total = c->n_prompts = count_prompts(body);
+    for (int i = 0; code == DONE && i < total; i++) {
+        struct request q = e->s->ask;
+        code = read_request(e, &q, body, i / n, why);
+        complete_request(e, &q);
+        if (i == 0) {
+            n = q.n_choices;
+            total = c->n_prompts * n;
+            c->choice = zeroed((size_t)total, sizeof *c->choice);
+        }
+        q.seed += i % n;
+        c->choice[i] = (struct choice){
+            .client = c, .index = i, .job = {
+                .q = q, .to = &to_client, .owner = &c->choice[i],
+                .id = hash_number(c->id, (uint64_t)i)
+            }
+        };
+        c->n_choices = i + 1;
+    }
+    if (code == DONE && total > MAX_CHOICES)
+        code = because(why, USAGE, "%d prompts with \"n\": %d, expected at "
+                       "most %d choices", c->n_prompts, n, MAX_CHOICES);
+    return code;
+}
+
+/* Both kinds of completions. */
+static void complete_body(struct client *c)
+{
+    struct engine *e = &c->server->e;
+    const int is_chat = strstr(c->route->path, "chat") != NULL;
+    const struct json *body = parse_body(c);
+    struct why why;
+    int code, n_jobs = 0;
+
+    if (!body)
+        return;
+    for (const struct job *j = e->jobs; j; j = j->next)
+        n_jobs++;
+    code = given(body, is_chat ? "messages" : "prompt") ? DONE :
+           because(&why, USAGE, is_chat ? "\"messages\": expected an array" :
+                   "\"prompt\": expected a text");
+    if (code == DONE)
+        code = read_choices(c, body, &why);
+    if (code == DONE && n_jobs + c->n_choices > e->par.n_seq + e->s->queue) {
+        refuse(c, 429, USAGE, NULL);
+        return;
+    }
+    for (int i = 0; code == DONE && i < c->n_choices; i++)
+        code = engine_add(e, &c->choice[i].job, &why);
+    if (code != DONE) {
+        refuse_body(c, code, &why);
+        return;
+    }
+    c->created = (long long)time(NULL);
+    c->stream = c->choice[0].job.q.stream;
+    c->include_usage = json_is(given(given(body, "stream_options"),
+                                     "include_usage"), JSON_TRUE);
+    if (c->stream)
+        begin_response(c, 200, "text/event-stream", -1, "");
+    if (c->choice[0].job.q.stop.n == e->s->ask.stop.n)
+        drop_body(c);                     /* no texts of it are needed       */
+}
+
+static void tell_models(struct client *c)
+{
+    const struct engine *e = &c->server->e;
+    const struct piece name = model_name(e);
+    struct text body = { 0 };
+
+    if (c->model.s[0] && (strlen(c->model.s) != name.n ||
+                          memcmp(c->model.s, name.s, name.n) != 0)) {
+        refuse(c, 404, USAGE, "no other model is here than /v1/models says");
+        return;
+    }
+    if (!c->model.s[0])
+        add_members(&body, "{object: %s, data: [", "list");
+    add_members(&body, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
+                "max_model_len: %d}", (int)name.n, name.s, "model", 0,
+                "lfm2.c", e->par.n_ctx);
+    add_string(&body, c->model.s[0] ? "" : "]}");
+    respond_json(c, &body);
+    free(body.s);
+}
+
+static void tell_health(struct client *c)
+{
+    struct text body = { 0 };
+
+    add_string(&body, "{\"status\": \"ok\"}");
+    respond_json(c, &body);
+    free(body.s);
+}
+
+static void add_metric(struct text *to, const char *name, const char *type,
+                       const char *help)
+{
+    add_format(to, "# HELP lfm2_%s %s\n# TYPE lfm2_%s %s\n", name, help, name,
+               type);
+}
+
+static void add_histogram(struct text *to, const char *name, const char *help,
+                          const struct histogram *h)
+{
+    uint64_t sum = 0;
+
+    add_metric(to, name, "histogram", help);
+    for (int i = 0; i <= N_EDGES; i++)
+        add_format(to, "lfm2_%s_bucket{le=\"%s\"} %llu\n", name, i < N_EDGES ?
+                   phrase("%g", edges[i]).s : "+Inf",
+                   (unsigned long long)(sum += h->n[i]));
+    add_format(to, "lfm2_%s_sum %.9g\nlfm2_%s_count %llu\n", name, h->sum,
+               name, (unsigned long long)sum);
+}
+
+/* In the text format of Prometheus. */
+static void tell_metrics(struct client *c)
+{
+    const struct server *v = c->server;
+    int waiting = 0, busy = 0;
+
+    for (const struct job *j = v->e.jobs; j; j = j->next)
+        *(j->state == WAITING ? &waiting : &busy) += 1;
+    const struct { const char *name, *type, *help; double value; } all[] = {
+        { "prompt_tokens_total", "counter", "Tokens read.", v->read },
+        { "cached_tokens_total", "counter",
+          "Tokens of prompts that were in a cache.", v->reused },
+        { "generated_tokens_total", "counter", "Tokens generated.", v->made },
+        { "connections", "gauge", "Open connections.", v->n_clients },
+        { "queue", "gauge", "Answers that wait.", waiting },
+        { "slots", "gauge", "Answers there can be at once.", v->e.par.n_seq },
+        { "slots_busy", "gauge", "Answers under way.", busy }
+    };
+    struct text to = { 0 };
+
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        add_metric(&to, all[i].name, all[i].type, all[i].help);
+        add_format(&to, "lfm2_%s %.17g\n", all[i].name, all[i].value);
+    }
+    add_metric(&to, "requests_total", "counter", "Requests by status.");
+    for (int i = 0; i < N_STATUSES; i++)
+        if (v->answered[i] > 0)
+            add_format(&to, "lfm2_requests_total{status=\"%d\"} %llu\n",
+                       statuses[i].code, (unsigned long long)v->answered[i]);
+    add_histogram(&to, "first_token_seconds",
+                  "From a request to its first token.", &v->first);
+    add_histogram(&to, "token_seconds", "From one token to the next.",
+                  &v->next);
+    respond(c, 200, "text/plain; version=0.0.4", &to, "");
+    free(to.s);
+}
+
+/* {"content": text, "add_special": BOS before it?, "parse_special": do control
+ * tokens in it count as such?} */
+static void tokenize_body(struct client *c)
+{
+    const struct engine *e = &c->server->e;
+    const struct json *body = parse_body(c);
+    const char *content = json_text(given(body, "content"));
+    struct settings s = *e->s;
+    struct ids ids = { NULL, 0 };
+    struct text to = { 0 };
+    struct why why = { "\"content\": expected a text" };
+    int code = content ? DONE : USAGE;
+
+    s.bos = s.special = 0;
+    if (!body)
+        return;
+    if (code == DONE)
+        code = read_flag(body, "add_special", &s.bos, &why);
+    if (code == DONE)
+        code = read_flag(body, "parse_special", &s.special, &why);
+    if (code == DONE)
+        code = encode_plain(&s, e->words, content, given(body, "content")->n,
+                            &ids);
+    add_string(&to, "{\"tokens\": [");
+    for (int i = 0; i < ids.n; i++)
+        add_format(&to, "%s%ld", i ? ", " : "", (long)ids.id[i]);
+    add_format(&to, "], \"count\": %d}", ids.n);
+    if (code == DONE)
+        respond_json(c, &to);
+    else
+        refuse_body(c, code, &why);
+    free(to.s);
+    free(ids.id);
+}
+
+/* {"tokens": ids} */
+static void detokenize_body(struct client *c)
+{
+    const struct engine *e = &c->server->e;
+    const struct json *body = parse_body(c), *list = given(body, "tokens");
+    struct text to = { 0 }, content = { 0 };
+    long long id = 0;
+    int len;
+
+    if (!body)
+        return;
+    for (const struct json *x = list ? list->first : NULL; x; x = x->next) {
+        if (json_int(x, 0, lfm2_n_vocab(e->words) - 1, &id) != 0)
+            list = NULL;
+        const char *s = lfm2_token_bytes(e->words, (int32_t)id, 1, &len);
+        add(&content, s, (size_t)len);
+        if (!list)
+            break;
+    }
+    add_members(&to, "{content: %.*s}", (int)content.n,
+                content.s ? content.s : "");
+    if (json_is(list, JSON_ARRAY))
+        respond_json(c, &to);
+    else
+        refuse(c, 400, USAGE, phrase("\"tokens\": expected an array of token "
+               "ids from 0 to %d", lfm2_n_vocab(e->words) - 1).s);
+    free(to.s);
+    free(content.s);
+}
+
+static void send_page(struct client *c)
+{
+    if (c->server->page.n == 0)
+        refuse(c, 404, USAGE, NULL);
+    else
+        respond(c, 200, "text/html; charset=utf-8", &c->server->page, "");
+}
+
+/* A path that ends in a slash has something behind it, but for the first. */
+static const struct route routes[] = {
+    { "POST", "/v1/chat/completions", 0, complete_body },
+    { "POST", "/v1/completions", 0, complete_body },
+    { "GET, HEAD", "/v1/models", 0, tell_models },
+    { "GET, HEAD", "/v1/models/", 0, tell_models },
+    { "POST", "/tokenize", 0, tokenize_body },
+    { "POST", "/detokenize", 0, detokenize_body },
+    { "GET, HEAD", "/metrics", 0, tell_metrics },
+    { "GET, HEAD", "/health", 1, tell_health },
+    { "GET, HEAD", "/v1/health", 1, tell_health },
+    { "GET, HEAD", "/", 1, send_page },
+};
+
+enum { N_ROUTES = sizeof routes / sizeof *routes };
+
+/* ---- requests: the head */
+
+/* The fields of a head that are looked at. */
+enum { HOST, ORIGIN, KEY, TYPE, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
+
+static const char field_names[] =
+    "host origin authorization content-type content-length transfer-encoding "
+    "expect connection";
+
+static void lower(char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (s[i] >= 'A' && s[i] <= 'Z')
+            s[i] = (char)(s[i] - 'A' + 'a');
+}
+
+static int is(const struct piece *p, const char *word)
+{
+    return p->n == strlen(word) && memcmp(p->s, word, p->n) == 0;
+}
+
+/* Put a line "Name: value" where it belongs; -1 if it is none, or the second of
+ * its name.  Values that are words become lower case, like names. */
+static int read_field(struct piece *field, char *line, size_t n)
+{
+    static const char others[] = "!#$%&'*+-.^_`|~";
+    char *colon = memchr(line, ':', n), *value = colon ? colon + 1 : line;
+    char *end = line + n;
+    int i;
+
+    if (!colon || colon == line)
+        return -1;
+    for (const char *s = line; s < colon; s++)
+        if (!((*s >= '0' && *s <= '9') || (*s >= 'a' && *s <= 'z') ||
+              (*s >= 'A' && *s <= 'Z') || strchr(others, *s)))
+            return -1;
+    while (value < end && (*value == ' ' || *value == '\t'))
+        value++;
+    while (value < end && (end[-1] == ' ' || end[-1] == '\t'))
+        end--;
+    *colon = '\0';
+    lower(line, (size_t)(colon - line));
+    i = find_word(field_names, ' ', line);
+    if (i < 0)
+        return 0;
+    if (field[i].s && i != CONNECTION)
+        return -1;
+    if (i != KEY)
+        lower(value, (size_t)(end - value));
+    field[i] = (struct piece){ value, (size_t)(end - value) };
+    return 0;
+}
+
+/* "POST /path HTTP/1.1" says which route it is; 0, or the status of an error. */
+static int read_request_line(struct client *c, char *line, size_t n)
+{
+    char *path = memchr(line, ' ', n), *end = line + n, *version;
+    const size_t n_method = path ? (size_t)(path - line) : 0;
+    struct phrase method;
+    size_t len;
+
+    version = path++ ? memchr(path, ' ', (size_t)(end - path)) : NULL;
+    if (!version || n_method > 20 || end - version != 9 ||
+        memcmp(version, " HTTP/", 6) != 0 || *path != '/')
+        return 400;
+    if (memcmp(version + 6, "1.0", 3) != 0 && memcmp(version + 6, "1.1", 3))
+        return 505;
+    c->is_http11 = version[8] == '1';
+    method = phrase("%.*s", (int)n_method, line);
+    c->is_head = strcmp(method.s, "HEAD") == 0;
+    *version = '\0';
+    path[strcspn(path, "?")] = '\0';
+    len = strlen(path);
+    for (int i = 0; i < N_ROUTES && !c->route; i++) {
+        const size_t k = strlen(routes[i].path);
+        if (len >= k && memcmp(path, routes[i].path, k) == 0 &&
+            (len == k || (k > 1 && path[k - 1] == '/')))
+            c->route = &routes[i];
+        c->model = phrase("%s", c->route ? path + k : "");
+    }
+    c->is_preflight = c->route && strcmp(method.s, "OPTIONS") == 0;
+    if (!c->route)
+        return 404;
+    for (const char *s = c->route->methods; s; s = strchr(s, ' '))
+        if (s += *s == ' ', strncmp(s, method.s, n_method) == 0 &&
+            strchr(", ", s[n_method]))
+            return 0;
+    return c->is_preflight ? 0 : 405;
+}
+
+/* Is a Host of this machine alone meant?  A page from elsewhere could get here
+ * by a name of its own that leads to this address. */
+static int names_this_machine(const struct piece *host)
+{
+    size_t n = host->n;
+
+    while (n > 0 && host->s[n - 1] >= '0' && host->s[n - 1] <= '9')
+        n--;
+    n = n > 0 && host->s[n - 1] == ':' ? n - 1 : host->n;
+    const struct phrase name = phrase("%.*s", (int)(n < 100 ? n : 100), host->s);
+    return strcmp(name.s, "localhost") == 0 || strcmp(name.s, "[::1]") == 0 ||
+           (strncmp(name.s, "127.", 4) == 0 &&
+            strspn(name.s, "0123456789.") == strlen(name.s));
+}
+
+/* May pages from there ask?  Those that came from here may. */
+static int is_good_origin(const struct server *v, const struct piece *origin,
+                          const struct piece *host)
+{
+    const char *cors = v->e.s->cors;
+
+    if (cors && (strcmp(cors, "*") == 0 || is(origin, cors)))
+        return 1;
+    return origin->n == host->n + 7 && memcmp(origin->s, "http://", 7) == 0 &&
+           memcmp(origin->s + 7, host->s, host->n) == 0;
+}
+
+/* Takes as long for any wrong key as for any other of its length. */
+static int is_known_key(const struct server *v, const struct piece *given)
+{
+    static const char scheme[] = "bearer ";
+    const size_t len = strlen(scheme);
+    struct phrase word = phrase("%.7s", given->n > len ? given->s : "");
+    int found = v->keys.n == 0;
+
+    lower(word.s, strlen(word.s));
+    if (strcmp(word.s, scheme) != 0)
+        return found;
+    for (const char *key = v->keys.s; key && *key;) {
+        const size_t n = strcspn(key, "\n");
+        unsigned differ = n == 0 || n != given->n - len;
+        for (size_t i = len; i < given->n; i++)
+            differ |= (unsigned)(given->s[i] ^ key[n ? (i - len) % n : 0]);
+        found |= !differ;
+        key += n + (key[n] == '\n');
+    }
+    return found;
+}
+
+/* How long the body is; 0, or the status of an error. */
+static int read_length(struct client *c, const struct piece *field)
+{
+    const struct piece *length = &field[LENGTH];
+    const size_t most = (size_t)c->server->e.s->max_body << 20;
+
+    if (field[CODING].s && (length->s || !c->is_http11))
+        return 400;
+    if (field[CODING].s)
+        return is(&field[CODING], "chunked") ? (c->state = IN_CHUNKS, 0) : 501;
+    if (length->s && length->n == 0)
+        return 400;
+    for (size_t i = 0; i < length->n; i++)
+        if (length->s[i] < '0' || length->s[i] > '9')
+            return 400;
+        else if (c->length <= most)
+            c->length = 10 * c->length + (size_t)(length->s[i] - '0');
+    c->state = IN_LENGTH;
+    return c->length > most ? 413 : 0;
+}
+
+/* Whether a request may be made at all; 0, or the status of an error. */
+static int check_head(struct client *c, const struct piece *field)
+{
+    const struct server *v = c->server;
+    const int is_post = strcmp(c->route->methods, "POST") == 0;
+    const struct piece *type = &field[TYPE];
+
+    if ((c->is_http11 && !field[HOST].s) ||
+        (v->is_local && field[HOST].s && !names_this_machine(&field[HOST])))
+        return field[HOST].s ? 403 : 400;
+    c->is_allowed_origin = field[ORIGIN].s &&
+                           is_good_origin(v, &field[ORIGIN], &field[HOST]);
+    if (field[ORIGIN].s && !c->is_allowed_origin)
+        return 403;
+    if (!c->route->is_public && !c->is_preflight &&
+        !is_known_key(v, &field[KEY]))
+        return 401;
+    if (c->is_preflight)
+        return 0;
+    if (is_post && !(type->n >= 16 && memcmp(type->s, "application/json", 16)
+                     == 0 && (type->n == 16 || strchr("; ", type->s[16]))))
+        return 415;
+    if (is_post && !field[LENGTH].s && !field[CODING].s)
+        return 411;
+    return field[EXPECT].s && !is(&field[EXPECT], "100-continue") ? 417 : 0;
+}
+
+/* A whole head, of n bytes with its empty line. */
+static void check_request(struct client *c, size_t n)
+{
+    struct piece field[N_FIELDS] = { { NULL, 0 } };
+    char *line = c->in.s, *const last = line + n - 2;
+    int status = 0, n_lines = 0, bad = 0;
+
+    c->keeps = c->is_head = 0;
+    c->route = NULL;
+    c->is_allowed_origin = c->is_preflight = 0;
+    for (const char *s = line; s < last; s++)
+        bad |= *s == '\r' ? s[1] != '\n' : *s == '\n' ? s[-1] != '\r' :
+               ((unsigned char)*s < ' ' && *s != '\t') || *s == 127;
+    while (!bad && line < last && n_lines <= MAX_FIELDS) {
+        char *end = memchr(line, '\r', (size_t)(last - line));
+        if (n_lines++ == 0)
+            status = read_request_line(c, line, (size_t)(end - line));
+        else
+            bad = read_field(field, line, (size_t)(end - line)) != 0;
+        line = end + 2;
+    }
+    c->keeps = c->is_http11 && !(field[CONNECTION].s &&
+               find(field[CONNECTION].s, field[CONNECTION].s +
+                    field[CONNECTION].n, "close"));
+    status = bad ? 400 : n_lines > MAX_FIELDS ? 431 : status;
+    status = status ? status : read_length(c, field);
+    status = status ? status : check_head(c, field);
+    if (status)
+        refuse(c, status, USAGE, NULL);
+    else if (field[EXPECT].s && c->is_http11 && c->in.n == n)
+        add_string(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
+}
+
+/* ---- requests: the body */
+
+static void drop_bytes(struct text *t, size_t n)
+{
+    t->n -= n;
+    memmove(t->s, t->s + n, t->n);
+    t->s[t->n] = '\0';
+}
+
+/* The next line of a chunked body; 0 if it has not come yet, -1 if there is
+ * none. */
+static int next_chunk_line(struct client *c, size_t *len)
+{
+    const char *end = memmem(c->in.s, c->in.n, "\r\n", 2);
+
+    *len = end ? (size_t)(end - c->in.s) : c->in.n;
+    if (*len > 256 || memchr(c->in.s, '\n', *len))
+        return -1;
+    return end != NULL;
+}
+
+/* What has come of a chunked body: 1 if something was taken, 0 if more is
+ * needed, -1 if it is wrong, -2 if it is too long. */
+static int read_chunk(struct client *c)
+{
+    const size_t most = (size_t)c->server->e.s->max_body << 20;
+    size_t len, n = 0, digits = 0;
+    const int got = next_chunk_line(c, &len);
+
+    if (got <= 0)
+        return got;
+    if (c->state == IN_TRAILER) {         /* fields that nobody needs        */
+        c->length += len + 2;
+        drop_bytes(&c->in, len + 2);
+        c->state = len == 0 ? WORKING : IN_TRAILER;
+        return c->length > MAX_HEAD ? -1 : 1;
+    }
+    for (; digits < len && isxdigit((unsigned char)c->in.s[digits]); digits++) {
+        const int x = c->in.s[digits];
+        n = n <= most ? 16 * n + (size_t)(x <= '9' ? x - '0' : (x | 32) - 'a'
+                                          + 10) : n;
+    }
+    if (digits == 0 || digits > 16 || (digits < len && c->in.s[digits] != ';'))
+        return -1;
+    if (n > most - c->body.n)
+        return -2;
+    if (n == 0) {
+        drop_bytes(&c->in, len + 2);
+        c->state = IN_TRAILER;
+        return 1;
+    }
+    if (c->in.n < len + 2 + n + 2)
+        return 0;
+    if (memcmp(c->in.s + len + 2 + n, "\r\n", 2) != 0)
+        return -1;
+    add(&c->body, c->in.s + len + 2, n);
+    drop_bytes(&c->in, len + n + 4);
+    return 1;
+}
+
+/* The request is there. */
+static void answer_request(struct client *c)
+{
+    static const struct text none = { NULL, 0, 0 };
+    struct server *v = c->server;
+
+    c->state = WORKING;
+    c->deadline = 0;
+    c->asked = v->now;
+    if (c->is_preflight)
+        respond(c, 204, NULL, &none, phrase("Allow: %s, OPTIONS\r\n"
+                "Access-Control-Allow-Methods: GET, POST\r\n"
+                "Access-Control-Allow-Headers: *, Authorization\r\n",
+                c->route->methods).s);
+    else if (v->stopping > 0)
+        refuse(c, 503, FAILED, NULL);
+    else
+        c->route->answer(c);
+}
+
+/* The head of a request, once all of it is there. */
+static void read_head_part(struct client *c)
+{
+    const char *end;
+    size_t n;
+
+    while (c->in.n >= 2 && memcmp(c->in.s, "\r\n", 2) == 0)
+        drop_bytes(&c->in, 2);
+    if (c->in.n > 0 && !c->id) {
+        c->id = hash_number(hash_number(HASH_START, random_seed()),
+                            ++c->server->n_requests);
+        c->deadline = c->server->now + HEAD_TIME;
+    }
+    end = c->in.n > 0 ? memmem(c->in.s, c->in.n, "\r\n\r\n", 4) : NULL;
+    n = end ? (size_t)(end - c->in.s) + 4 : c->in.n;
+    c->seen = n;
+    if (n > MAX_HEAD)
+        refuse(c, 431, USAGE, NULL);
+    else if (end) {
+        c->deadline = c->server->now + BODY_TIME;
+        check_request(c, n);
+        drop_bytes(&c->in, n);
+    }
+}
+
+/* Look at what has arrived, in whatever pieces. */
+static void read_more(struct client *c)
+{
+    int more = 1;
+
+    if (c->state == IN_HEAD)
+        read_head_part(c);
+    if (c->state == IN_HEAD || c->state == LEAVING)
+        return;
+    if (c->in.n + c->body.n > MAX_AHEAD && held(c->server) > MAX_HELD) {
+        refuse(c, 503, FAILED, "too much is waiting here already");
+        return;
+    }
+    if (c->state == IN_LENGTH) {
+        const size_t rest = c->length - c->body.n;
+        const size_t n = c->in.n < rest ? c->in.n : rest;
+        add(&c->body, c->in.s, n);
+        drop_bytes(&c->in, n);
+        c->state = n == rest ? WORKING : IN_LENGTH;
+    }
+    while (more > 0 && c->state != WORKING)
+        more = c->state == IN_LENGTH ? 0 : read_chunk(c);
+    c->seen = c->in.n;
+    if (more < 0)
+        refuse(c, more == -1 ? 400 : 413, USAGE, NULL);
+    else if (c->state == WORKING)
+        answer_request(c);
+}
+
+/* ---- connections */
+
+static void hang_up(struct client *c)
+{
+    c->keeps = 0;
+    finish_request(c);
+    if (c->fd >= 0)
+        close(c->fd);
+    free(c->in.s);
+    free(c->out.s);
+    c->state = GONE;
+}
+
+static void receive(struct client *c)
+{
+    ssize_t n;
+
+    if (c->state == LEAVING)
+        c->in.n = 0;
+    if (c->in.n == 0 && c->in.cap > 4 * MAX_AHEAD) {
+        free(c->in.s);
+        c->in = (struct text){ NULL, 0, 0 };
+    }
+    reserve(&c->in, 1 << 16);
+    n = read(c->fd, c->in.s + c->in.n, 1 << 16);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
+        hang_up(c);
+        return;
+    }
+    c->in.n += n > 0 ? (size_t)n : 0;
+    c->in.s[c->in.n] = '\0';
+}
+
+/* Send what there is to send.  Whoever leaves is given time to read it. */
+static void transmit(struct client *c)
+{
+    while (c->sent < c->out.n) {
+        const ssize_t n = write(c->fd, c->out.s + c->sent, c->out.n - c->sent);
+        if (n < 0 && errno == EAGAIN)
+            break;
+        if (n < 0 && errno != EINTR) {
+            hang_up(c);
+            return;
+        }
+        c->sent += n > 0 ? (size_t)n : 0;
+        c->deadline = c->server->now + SEND_TIME;
+    }
+    if (c->sent < c->out.n)
+        return;
+    c->out.n = c->sent = 0;
+    if (c->state == WORKING)
+        c->deadline = 0;
+    else if (c->state == LEAVING && !c->is_shut) {
+        c->is_shut = 1;
+        c->deadline = c->server->now + LINGER_TIME;
+        shutdown(c->fd, SHUT_WR);
+    }
+}
+
+/* What time brings: a sign of life in a stream, the end of patience. */
+static void check_time(struct client *c)
+{
+    const double now = c->server->now;
+    const size_t unsent = c->out.n - c->sent;
+
+    if (c->state == WORKING && c->stream && now - c->spoke > SIGN_OF_LIFE)
+        send_part(c, ": waiting\n\n", 11);
+    if (unsent > MAX_UNSENT && c->state == WORKING && c->stream)
+        hang_up(c);
+    else if (unsent > 0 && c->deadline == 0)
+        c->deadline = now + SEND_TIME;
+    else if (c->deadline == 0 || now < c->deadline)
+        return;
+    else if (unsent > 0 || c->state == LEAVING ||
+             (c->state == IN_HEAD && c->in.n == 0))
+        hang_up(c);
+    else if (c->state < WORKING)
+        refuse(c, 408, USAGE, NULL);
+}
+
+/* One that waits for its next request has had its answer. */
+static void stop_idle(struct client *c)
+{
+    if (c->state == IN_HEAD && c->in.n == 0 && c->sent == c->out.n)
+        hang_up(c);
+}
+
+static int accept_client(int listener)
+{
+#if defined __linux__ && defined SYS_accept4
+    return (int)syscall(SYS_accept4, listener, NULL, NULL,
+                        SOCK_NONBLOCK | SOCK_CLOEXEC);
+#else
+    const int fd = accept(listener, NULL, NULL);
+
+    if (fd >= 0)
+        fcntl(fd, F_SETFL, O_NONBLOCK);
+    return fd;
+#endif
+}
+
+static void welcome(struct server *v, int listener)
+{
+    while (v->n_clients < MAX_CLIENTS) {
+        const int fd = accept_client(listener);
+        if (fd < 0)
+            return;
+        struct client *c = zeroed(1, sizeof *c);
+        *c = (struct client){ .server = v, .fd = fd,
+                              .deadline = v->now + IDLE_TIME };
+        v->client[v->n_clients++] = c;
+    }
+}
+
+/* Forget who is gone. */
+static void sweep(struct server *v)
+{
+    int n = 0;
+
+    for (int i = 0; i < v->n_clients; i++)
+        if (v->client[i]->state == GONE)
+            free(v->client[i]);
+        else
+            v->client[n++] = v->client[i];
+    v->n_clients = n;
+}
+
+/* ---- the loop */
+
+/* Wait for sockets, but not while there is an answer to go on with. */
+static void serve_sockets(struct server *v)
+{
+    struct pollfd p[MAX_CLIENTS + 2];
+    const int open = v->n_clients < MAX_CLIENTS ? v->n_listeners : 0;
+    const int n = v->n_clients;
+
+    for (int i = 0; i < open; i++)
+        p[i] = (struct pollfd){ v->listener[i], POLLIN, 0 };
+    for (int i = 0; i < n; i++) {
+        const struct client *c = v->client[i];
+        const int is_full = c->state != LEAVING &&
+            (c->state == WORKING || c->sent < c->out.n) && c->in.n > MAX_AHEAD;
+        p[open + i] = (struct pollfd){
+            c->fd, (short)((is_full ? 0 : POLLIN) |
+                           (c->sent < c->out.n ? POLLOUT : 0)), 0
+        };
+    }
+    poll(p, (nfds_t)(open + n), v->e.jobs ? 0 : 1000);
+    v->now = seconds();
+    for (int i = 0; i < n; i++) {
+        struct client *c = v->client[i];
+        if (p[open + i].revents & (POLLIN | POLLHUP | POLLERR))
+            receive(c);
+        if (c->state < WORKING && c->in.n > c->seen && c->out.n == 0)
+            read_more(c);
+        if (c->state != GONE)
+            transmit(c);
+    }
+    for (int i = 0; i < open; i++)
+        if (p[i].revents)
+            welcome(v, v->listener[i]);
+}
+
+/* A forward failed: those who took part in it cannot be answered. */
+static void fail_answers(struct server *v)
+{
+    for (int i = 0; i < v->n_clients; i++) {
+        struct client *c = v->client[i];
+        int failed = 0;
+        for (int k = 0; k < c->n_choices; k++)
+            failed |= c->choice[k].job.state == ACTIVE;
+        if (failed && c->stream)
+            end_stream(c, status_for(500)->why);
+        else if (failed)
+            refuse(c, 500, FAILED, NULL);
+    }
+}
+
+/* After a signal nobody new is listened to, and what runs may end. */
+static void begin_stop(struct server *v)
+{
+    note("stopping: %d connections, no new ones", v->n_clients);
+    v->stopping = v->now;
+    for (int i = 0; i < v->n_listeners; i++)
+        close(v->listener[i]);
+    v->n_listeners = 0;
+}
+
+static void run_server(struct server *v)
+{
+    while (v->stopping == 0 || v->n_clients > 0) {
+        serve_sockets(v);
+        if (engine_step(&v->e) != DONE)
+            fail_answers(v);
+        v->now = seconds();
+        if (interrupted && v->stopping == 0)
+            begin_stop(v);
+        for (int i = 0; i < v->n_clients; i++) {
+            struct client *c = v->client[i];
+            if (c->state == WORKING && c->n_done == c->n_choices)
+                finish_answer(c);
+            if (c->state != GONE)
+                check_time(c);
+            if (v->stopping > 0 && c->state != GONE)
+                stop_idle(c);
+        }
+        sweep(v);
+        if (v->stopping > 0 && (interrupted > 1 ||
+                                v->now - v->stopping > DRAIN_TIME))
+            break;
+    }
+    for (int i = 0; i < v->n_clients; i++) {
+        struct client *c = v->client[i];
+        if (c->state == WORKING && c->stream)
+            end_stream(c, status_for(503)->why);
+        else if (c->state == WORKING)
+            refuse(c, 503, FAILED, NULL);
+        transmit(c);
+        if (c->state != GONE)
+            hang_up(c);
+    }
+    sweep(v);
+}
+
+/* ---- opening */
+
+static int listen_at(struct server *v, const void *address, socklen_t n)
+{
+    const struct sockaddr *a = address;
+    const int fd = socket(a->sa_family, SOCK_STREAM, 0), yes = 1;
+
+    if (fd < 0)
+        return -1;
+    v->listener[v->n_listeners++] = fd;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+    if (a->sa_family != AF_UNIX)          /* and what is accepted has it     */
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+    if (a->sa_family == AF_INET6)
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes);
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    return bind(fd, a, n) != 0 || listen(fd, 1024) != 0 ? -1 : fd;
+}
+
+/* A path; a socket that an earlier server left there makes room. */
+static int listen_at_path(struct server *v, const char *path)
+{
+    struct sockaddr_un a = { .sun_family = AF_UNIX };
+    struct stat st;
+
+    if (strlen(path) >= sizeof a.sun_path)
+        return usage("--serve %s: a path of a socket has at most %zu bytes",
+                     path, sizeof a.sun_path - 1);
+    snprintf(a.sun_path, sizeof a.sun_path, "%s", path);
+    if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode))
+        unlink(path);
+    return listen_at(v, &a, sizeof a) >= 0 ? DONE :
+           say(BAD_FILE, "--serve %s: %s", path, strerror(errno));
+}
+
+/* [HOST:]PORT, both addresses of this machine's own if no host is named. */
+static int listen_at_port(struct server *v, const char *where)
+{
+    const char *colon = strrchr(where, ':'), *digits = colon ? colon + 1 : where;
+    struct phrase host = phrase("%.*s", colon ? (int)(colon - where) : 0,
+                                where);
+    char *end, *name = host.s;
+    const long port = strtol(digits, &end, 10);
+    struct sockaddr_in a4 = { .sin_family = AF_INET };
+    struct sockaddr_in6 a6 = { .sin6_family = AF_INET6 };
+    int is4, is6, both = !*name || strcmp(name, "localhost") == 0;
+    socklen_t n = sizeof a4;
+
+    if (*name == '[' && name[strlen(name) - 1] == ']')
+        name[strlen(name) - 1] = '\0', name++;
+    is4 = inet_pton(AF_INET, both ? "127.0.0.1" : name, &a4.sin_addr) == 1;
+    is6 = inet_pton(AF_INET6, both ? "::1" : name, &a6.sin6_addr) == 1;
+    if (!*digits || *end || port < 0 || port > 65535 || !(is4 || is6))
+        return usage("--serve %s: expected a PORT, ADDRESS:PORT with an "
+                     "address in numbers, or a path with a slash", where);
+    v->is_local = is4 ? ntohl(a4.sin_addr.s_addr) >> 24 == 127 :
+                  IN6_IS_ADDR_LOOPBACK(&a6.sin6_addr);
+    if (!v->is_local && v->keys.n == 0)
+        return usage("--serve %s: others can reach it, so --api-key-file is "
+                     "needed", where);
+    a4.sin_port = htons((uint16_t)port);
+    if (is4 && (listen_at(v, &a4, sizeof a4) < 0 ||
+                getsockname(v->listener[0], (struct sockaddr *)&a4, &n) != 0))
+        return say(BAD_FILE, "--serve %s: %s", where, strerror(errno));
+    a6.sin6_port = is4 ? a4.sin_port : htons((uint16_t)port);
+    n = sizeof a6;
+    if (is6 && listen_at(v, &a6, sizeof a6) < 0) {
+        if (!is4)
+            return say(BAD_FILE, "--serve %s: %s", where, strerror(errno));
+        close(v->listener[--v->n_listeners]);         /* no IPv6 here        */
+    } else if (!is4)
+        getsockname(v->listener[0], (struct sockaddr *)&a6, &n);
+    v->address = phrase("http://%s%s%s:%d", is6 && !is4 ? "[" : "",
+                        both ? "127.0.0.1" : name, is6 && !is4 ? "]" : "",
+                        ntohs(is4 ? a4.sin_port : a6.sin6_port));
+    return DONE;
+}
+
+/* Everything that the sandbox will not allow comes first. */
+static int open_server(struct server *v)
+{
+    const struct settings *s = v->e.s;
+    struct rlimit files;
+    int code = DONE;
+
+    if (s->api_key_file)
+        code = read_text_file(s->api_key_file, &v->keys);
+    if (code == DONE && s->api_key_file && strspn(v->keys.s, "\n") == v->keys.n)
+        code = say(USAGE, "%s: no key in it, expected one on each line",
+                   s->api_key_file);
+    if (code == DONE && s->page)
+        code = read_file(s->page, &v->page);
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max < MAX_CLIENTS + 64 ? files.rlim_max :
+                         MAX_CLIENTS + 64;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
+    v->address = phrase("%s", s->serve);
+    if (code == DONE)
+        code = strchr(s->serve, '/') ? listen_at_path(v, s->serve) :
+               listen_at_port(v, s->serve);
+    if (code == DONE)
+        code = open_engine(&v->e);
+    if (code != DONE)
+        return code;
+    v->e.par.n_seq = s->parallel;
+    v->e.par.n_logits = s->parallel + LOGITS_CHUNK;
+    if (s->batch == UNSET)
+        v->e.par.n_batch = smaller(v->e.par.n_batch, SERVE_BATCH);
+    return open_context(&v->e);
+}
+
+static int serve(const struct settings *s)
+{
+    struct server *v = zeroed(1, sizeof *v);
+    int code;
+
+    v->e.s = s;
+    code = open_server(v);
+    if (code == DONE) {
+        note("listening on %s", v->address.s);
+        v->now = seconds();
+        run_server(v);
+    }
+    for (int i = 0; i < v->n_listeners; i++)
+        close(v->listener[i]);
+    close_engine(&v->e);
+    free(v->keys.s);
+    free(v->page.s);
+    free(v);
+    return code;
+}
+
+#endif
+
+/* ------------------------------------------------------ 11. The command line
  *
  * One table says which options there are, which values are good, in which modes
  * they mean something, what the body of a request calls them, and what --help
@@ -4347,7 +5905,7 @@ static const struct option table[] = {
     STRING("--save-dir", "DIR", save_dir, CHAT,
            "where a chat may save and load conversations"),
     SWITCH("--raw -no-cnv --no-conversation", raw,
-           ANSWER | LOGITS | DUMP | BATCH,
+           ANSWER | LOGITS | DUMP | MANY,
            "no chat template: plain text is continued"),
     MODE(FLAG, "--dump-prompt", NULL, dump_prompt, DUMP,
          "print the prompt as the chat template writes it"),
@@ -4369,6 +5927,9 @@ static const struct option table[] = {
            "control tokens written in the text count as such"),
     MODE(FLAG, "--batch", NULL, mode, BATCH,
          "answer JSON lines, in OpenAI's batch format"),
+    MODE(TEXT, "--serve", "[HOST:]PORT", serve, SERVE,
+         "answer OpenAI's API over HTTP, for this machine or at HOST; or at a "
+         "path, a Unix socket"),
     MODE(FLAG, "--inspect", NULL, mode, INSPECT,
          "what is in a model file, and what it takes to run it"),
     MODE(FLAG, "--selftest", NULL, mode, SELFTEST,
@@ -4390,7 +5951,7 @@ static const struct option table[] = {
            NULL, RUN,
            "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
            "none (auto: by the file)"),
-    STRING("--date", "YYYY-MM-DD", date, PROMPT | BATCH,
+    STRING("--date", "YYYY-MM-DD", date, PROMPT | MANY,
            "the date for templates that state it (today)"),
     NUMBER(CHOICE, "--think", "auto|show|hide|raw", think, 0, 0, NULL,
            GENERATE, "thoughts of the model (auto: shown at a terminal)"),
@@ -4408,8 +5969,10 @@ static const struct option table[] = {
            "top_logprobs", ANSWER,
            "log probabilities, and those of the K likeliest tokens, in --json"),
     NUMBER(WHOLE, "", "K", ask.prompt_logprobs, 0, MAX_LOGPROBS,
-           "prompt_logprobs", BATCH, NULL),
-    NUMBER(FLAG, "", NULL, ask.echo, 0, 0, "echo", BATCH, NULL),
+           "prompt_logprobs", MANY, NULL),
+    NUMBER(FLAG, "", NULL, ask.echo, 0, 0, "echo", MANY, NULL),
+    NUMBER(FLAG, "", NULL, ask.stream, 0, 0, "stream", SERVE, NULL),
+    NUMBER(WHOLE, "", "N", ask.n_choices, 1, 16, "n", SERVE, NULL),
 
     GROUP("How to choose words (by default as the model's makers advise)"),
     NUMBER(REAL, "--temp --temperature", "F", ask.sampling.temp, 0, 100,
@@ -4447,12 +6010,21 @@ static const struct option table[] = {
     STRING("--trace-raw", "FILE", trace_raw, TALK | LOGITS,
            "with --trace: all the numbers, float32"),
 
-    GROUP("With --batch"),
-    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, BATCH,
-           "answer up to N lines at once (32)"),
-    NUMBER(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, BATCH,
+    GROUP("With --batch and --serve"),
+    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, MANY,
+           "answer up to N requests at once (32)"),
+    NUMBER(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, MANY,
            "while answers are written, read at most N tokens of new prompts "
-           "between two of their tokens (all that fit)"),
+           "between two of their tokens (all that fit; --serve 128)"),
+    NUMBER(WHOLE, "--queue", "N", queue, 0, 1 << 16, NULL, SERVE,
+           "up to N requests wait; more are refused (1024)"),
+    NUMBER(WHOLE, "--max-body", "MIB", max_body, 1, 1024, NULL, SERVE,
+           "longest body of a request (8)"),
+    STRING("--api-key-file", "FILE", api_key_file, SERVE,
+           "clients need a key from FILE, which has one on each line"),
+    STRING("--cors", "ORIGIN", cors, SERVE,
+           "pages from ORIGIN may ask, too (*: from anywhere)"),
+    STRING("--page", "FILE", page, SERVE, "a page to show at /"),
     STRING("--shard", "I/N", shard, BATCH,
            "answer only part I of N, counted from 0"),
     STRING("--resume", "OUT", resume, BATCH,
@@ -6746,55 +8318,78 @@ static void add_json(struct text *t, const struct json *v)
  *
  * Those of arrays have no key. */
 
-static void member(struct text *to, const char *key)
+/* The comma before a member, unless it is the first or what a key is for. */
+static void begin_member(struct text *to)
 {
-    if (to->n > 0 && !strchr("{[", to->s[to->n - 1]))
+    if (to->n > 0 && !strchr("{[ ", to->s[to->n - 1]))
         add_string(to, ", ");
-    if (key) {
-        add_json_string(to, key, strlen(key));
-        add_string(to, ": ");
-    }
 }
 
-/* Text that is not there, and numbers that are none, are null. */
-static void member_bytes(struct text *to, const char *key, const char *s,
-                         size_t n)
+/* Numbers that are none are null. */
+static void add_real(struct text *to, double x)
 {
-    member(to, key);
-    if (s)
-        add_json_string(to, s, n);
-    else
-        add_string(to, "null");
-}
-
-static void member_text(struct text *to, const char *key, const char *s)
-{
-    member_bytes(to, key, s, s ? strlen(s) : 0);
-}
-
-static void member_count(struct text *to, const char *key, uint64_t n)
-{
-    member(to, key);
-    add_format(to, "%llu", (unsigned long long)n);
-}
-
-static void member_real(struct text *to, const char *key, double x)
-{
-    member(to, key);
     add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
                "%.0f" : "%.9g", x);
 }
 
-static void member_bool(struct text *to, const char *key, int x)
+/* The value of one conversion of add_members(); returns its last letter. */
+static const char *add_value(struct text *to, const char *how, va_list *args)
 {
-    member(to, key);
-    add_string(to, x ? "true" : "false");
+    const char *const end = how + strcspn(how, "sdiugx");
+    const int n = *how == '.' ? va_arg(*args, int) : -1;
+    const char *s;
+
+    if (*end == 's') {
+        s = va_arg(*args, const char *);
+        if (s)
+            add_json_string(to, s, n < 0 ? strlen(s) : (size_t)n);
+        else
+            add_string(to, "null");
+    } else if (*end == 'd')
+        add_format(to, "%d", va_arg(*args, int));
+    else if (*end == 'i')
+        add_string(to, va_arg(*args, int) ? "true" : "false");
+    else if (*end == 'g')
+        add_real(to, va_arg(*args, double));
+    else if (*how == 'z')
+        add_format(to, "%zu", va_arg(*args, size_t));
+    else
+        add_format(to, *end == 'x' ? "\"%016llx\"" : "%llu",
+                   va_arg(*args, unsigned long long));
+    return end;
 }
 
-static void member_open(struct text *to, const char *key, const char *bracket)
+/* Members by a format, in which keys are bare words:
+ *
+ *     add_members(to, "name: %s, sizes: {width: %d, bytes: %llu}", ...);
+ *
+ * It may end within an object, for the next call to go on, and commas between
+ * members come by themselves.  %s is a string and %.*s some bytes, or null if
+ * they are not there; %d, %zu, %llu and %g are numbers, %016llx a hash, and %i
+ * true or false. */
+#ifdef __clang__                          /* gcc would warn of every NULL    */
+__attribute__((format(printf, 2, 3)))
+#endif
+static void add_members(struct text *to, const char *format, ...)
 {
-    member(to, key);
-    add_string(to, bracket);
+    va_list args;
+
+    va_start(args, format);
+    for (const char *s = format; *s; s++) {
+        const size_t n = strspn(s, "abcdefghijklmnopqrstuvwxyz_0123456789");
+        if (strchr("{[%", *s) || n > 0)
+            begin_member(to);
+        if (n > 0) {
+            add_json_string(to, s, n);
+            s += n - 1;
+        } else if (*s == '%')
+            s = add_value(to, s + 1, &args);
+        else if (*s == ':')
+            add_string(to, ": ");
+        else
+            add(to, s, !strchr(", ", *s));
+    }
+    va_end(args);
 }
 
 /* -------------------------------------------------------- 14. Chat templates
@@ -7762,22 +9357,13 @@ static int work_on_words(const struct settings *s)
 /* -------------------------------------------------------------- 17. --inspect
  *
  * What is in a file, in the terms its makers use; what it will take to run it;
- * and what is wrong with it.  The facts are found once, then printed as text or
- * as JSON. */
+ * and what is wrong with it.  Each fact is written once, as JSON; the text is
+ * made of that. */
 
-/* ---- facts
- *
- * Each is written once, as JSON; the text is made of that.  Every tensor has a
- * role; embedding and output are one where they are tied. */
-
+/* What a tensor is for.  Embedding and output are one where they are tied. */
 enum role {
     EMBEDDING, OUTPUT, CONV_MIXERS, ATTENTION, DENSE_FFN, ROUTER, EXPERTS,
     NORMS, UNUSED, N_ROLES
-};
-
-static const char *const role_name[N_ROLES] = {
-    "embedding", "output", "conv", "attention", "dense_ffn", "router",
-    "experts", "norms", "unused"
 };
 
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
@@ -7785,8 +9371,8 @@ enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
 /* What the tensors of a role take. */
 struct portion {
     int n;                                /* tensors                         */
-    uint64_t params, active;              /* these for every token           */
-    uint64_t bytes, read;
+    unsigned long long params, bytes;
+    unsigned long long active, read;      /* for every token                 */
     int of_type[MAX_TYPES];               /* tensors, by lfm2_weight_type()  */
 };
 
@@ -7798,12 +9384,16 @@ struct inspection {
     int code;                             /* LFM2_OK, or what is fatal       */
     lfm2_error err;
     struct text json;
+    const char *last_norm;                /* its name                        */
+    int tied;
     struct portion all;                   /* without what is unused          */
     struct found_template template;
 };
 
+/* ---- facts */
+
 /* The first two are outside of layers, and known by their whole names. */
-static enum role role_of_tensor(const char *name, const char *norm)
+static enum role role_of_tensor(const char *name, const char *last_norm)
 {
     static const struct { const char *part; enum role role; } known[] = {
         { "token_embd.weight", EMBEDDING }, { "output.weight", OUTPUT },
@@ -7818,7 +9408,7 @@ static enum role role_of_tensor(const char *name, const char *norm)
         if (in_layer ? strstr(name, known[i].part) != NULL :
             strcmp(name, known[i].part) == 0)
             return known[i].role;
-    return strcmp(name, norm) == 0 ? NORMS : UNUSED;
+    return strcmp(name, last_norm) == 0 ? NORMS : UNUSED;
 }
 
 /* Of the experts a token reads those that are chosen; of an embedding that is
@@ -7829,11 +9419,9 @@ static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
     const int shared = role == EXPERTS && c->n_expert > 0;
     const uint64_t of = shared ? (uint64_t)c->n_expert : 1;
     const uint64_t used = shared ? (uint64_t)c->n_expert_used : role != UNUSED;
-    uint64_t params = 1;
+    const uint64_t params = (uint64_t)count_elements(t);
     const char *type;
 
-    for (int d = 0; d < t->n_dims; d++)
-        params *= t->dims[d];
     to->n++;
     to->params += params;
     to->active += params / of * used;
@@ -7844,23 +9432,14 @@ static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
         to->of_type[i] += strcmp(type, t->type) == 0;
 }
 
-static int has_tensor(const lfm2_model *m, const char *name)
-{
-    lfm2_tensor_info t;
-
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++)
-        if (strcmp(t.name, name) == 0)
-            return 1;
-    return 0;
-}
-
-static void member_string(struct text *to, const char *key,
-                          const lfm2_model *m, const char *in_file)
+/* A string of the metadata, whole. */
+static void add_file_string(struct inspection *f, const char *key,
+                            const char *in_file)
 {
     size_t n = 0;
-    const char *s = lfm2_model_string(m, in_file, &n);
+    const char *s = lfm2_model_string(f->model, in_file, &n);
 
-    member_bytes(to, key, s, n);
+    add_members(&f->json, phrase("%s: %%.*s", key).s, (int)n, s);
 }
 
 /* The first bytes say as much as there is of a bad file. */
@@ -7877,92 +9456,88 @@ static void add_file_facts(struct inspection *f)
         keys++;
     while (lfm2_model_tensor(f->model, tensors, &t) == LFM2_OK)
         tensors++;
-    member_open(to, "file", "{");
-    member_text(to, "path", f->s->model);
-    member_count(to, "bytes", n);
-    if (n >= 24 && memcmp(head, "GGUF", 4) == 0) {
-        member_count(to, "gguf_version", get_le(head + 4, 4));
-        member_count(to, "n_keys", get_le(head + 16, 8));
-        member_count(to, "n_tensors", get_le(head + 8, 8));
-        member_count(to, "keys_read", (uint64_t)keys);
-        member_count(to, "tensors_read", (uint64_t)tensors);
-    }
-    add_string(to, "}");
-    member_bool(to, "opens", f->is_model);
-    member_string(to, "name", f->model, "general.name");
-    member_string(to, "architecture", f->model, "general.architecture");
+    add_members(to, "file: {path: %s, bytes: %zu", f->s->model, n);
+    if (n >= 24 && memcmp(head, "GGUF", 4) == 0)
+        add_members(to, "gguf_version: %llu, n_keys: %llu, n_tensors: %llu, "
+                    "keys_read: %d, tensors_read: %d",
+                    (unsigned long long)get_le(head + 4, 4),
+                    (unsigned long long)get_le(head + 16, 8),
+                    (unsigned long long)get_le(head + 8, 8), keys, tensors);
+    add_members(to, "} opens: %i", f->is_model);
+    add_file_string(f, "name", "general.name");
+    add_file_string(f, "architecture", "general.architecture");
 }
 
 /* In the maps c and A are short convolutions and attention, d and e dense
  * networks and experts. */
-static void add_size_facts(struct text *to, const lfm2_config *c)
+static void add_shape(struct inspection *f)
 {
-    const struct { const char *key; int n; } size[] = {
-        { "n_layer", c->n_layer }, { "n_embd", c->n_embd },
-        { "n_vocab", c->n_vocab }, { "n_ctx_train", c->n_ctx_train },
-        { "l_cache", c->l_cache }, { "n_head", c->n_head },
-        { "n_head_kv", c->n_head_kv }, { "head_dim", c->head_dim },
-        { "n_ff", c->n_ff }, { "n_layer_dense", c->n_layer_dense },
-        { "n_expert", c->n_expert }, { "n_expert_used", c->n_expert_used },
-        { "n_ff_expert", c->n_ff_expert }
-    };
+    const lfm2_config *c = lfm2_model_config(f->model);
     char mixers[LFM2_MAX_LAYER + 1] = "", ffns[LFM2_MAX_LAYER + 1] = "";
+    lfm2_tensor_info t;
 
     for (int il = 0; il < c->n_layer; il++) {
         mixers[il] = c->is_attn[il] ? 'A' : 'c';
         ffns[il] = il < c->n_layer_dense ? 'd' : 'e';
     }
-    member_open(to, "sizes", "{");
-    for (size_t i = 0; i < sizeof size / sizeof *size; i++)
-        member_count(to, size[i].key, (uint64_t)size[i].n);
-    member_real(to, "rope_freq_base", (double)c->rope_freq_base);
-    add_format(to, ", \"norm_rms_eps\": %g}", (double)c->norm_rms_eps);
-    member_text(to, "layer_map", mixers);
-    member_text(to, "ffn_map", ffns);
+    f->last_norm = "token_embd_norm.weight";
+    f->tied = 1;
+    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
+        f->tied &= strcmp(t.name, "output.weight") != 0;
+        if (strcmp(t.name, "output_norm.weight") == 0)
+            f->last_norm = "output_norm.weight";
+    }
+    add_members(&f->json, "layer_map: %s, ffn_map: %s, last_norm: %s, tied: %i",
+                mixers, ffns, f->last_norm, f->tied);
+    add_members(&f->json, "sizes: {n_layer: %d, n_embd: %d, n_vocab: %d, "
+                "n_ctx_train: %d, l_cache: %d, n_head: %d, n_head_kv: %d, "
+                "head_dim: %d, n_ff: %d, n_layer_dense: %d, n_expert: %d, "
+                "n_expert_used: %d, n_ff_expert: %d, rope_freq_base: %g, "
+                "norm_rms_eps: ", c->n_layer, c->n_embd, c->n_vocab,
+                c->n_ctx_train, c->l_cache, c->n_head, c->n_head_kv,
+                c->head_dim, c->n_ff, c->n_layer_dense, c->n_expert,
+                c->n_expert_used, c->n_ff_expert, (double)c->rope_freq_base);
+    add_format(&f->json, "%g}", (double)c->norm_rms_eps);
 }
 
 static void add_portion(struct text *to, const char *key,
                         const struct portion *p)
 {
+    const double bits = p->params ? 8.0 * (double)p->bytes / (double)p->params :
+                        0;
     const char *type;
 
-    member_open(to, key, "{");
-    member_count(to, "n_tensors", (uint64_t)p->n);
-    member_count(to, "parameters", p->params);
-    member_count(to, "active", p->active);
-    member_count(to, "bytes", p->bytes);
-    member_count(to, "bytes_per_token", p->read);
-    member_real(to, "bits_per_weight", round(p->params ? (double)p->bytes *
-                800 / (double)p->params : 0) / 100);
-    member_open(to, "types", "{");
+    add_members(to, "%s: {n_tensors: %d, parameters: %llu, active: %llu, "
+                "bytes: %llu, bytes_per_token: %llu, bits_per_weight: %g, "
+                "types: {", key, p->n, p->params, p->active, p->bytes,
+                p->read, round(100 * bits) / 100);
     for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
         if (p->of_type[i] > 0)
-            member_count(to, type, (uint64_t)p->of_type[i]);
+            add_members(to, "%s: %d", type, p->of_type[i]);
     add_string(to, "}}");
 }
 
-static void add_weight_facts(struct inspection *f)
+static void add_weights(struct inspection *f)
 {
-    const char *norm = has_tensor(f->model, "output_norm.weight") ?
-                       "output_norm.weight" : "token_embd_norm.weight";
-    const int tied = !has_tensor(f->model, "output.weight");
+    static const char *const name[N_ROLES] = {
+        "embedding", "output", "conv", "attention", "dense_ffn", "router",
+        "experts", "norms", "unused"
+    };
     const lfm2_config *c = lfm2_model_config(f->model);
     struct portion part[N_ROLES] = { 0 };
     lfm2_tensor_info t;
 
     for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        const enum role role = role_of_tensor(t.name, norm);
-        add_tensor(&part[role], &t, role, c, tied);
+        const enum role role = role_of_tensor(t.name, f->last_norm);
+        add_tensor(&part[role], &t, role, c, f->tied);
         if (role != UNUSED)
-            add_tensor(&f->all, &t, role, c, tied);
+            add_tensor(&f->all, &t, role, c, f->tied);
     }
-    member_text(&f->json, "last_norm", norm);
-    member_bool(&f->json, "tied", tied);
     add_portion(&f->json, "weights", &f->all);
-    member_open(&f->json, "roles", "{");
+    add_members(&f->json, "roles: {");
     for (int i = 0; i < N_ROLES; i++)
         if (part[i].n > 0)
-            add_portion(&f->json, role_name[i], &part[i]);
+            add_portion(&f->json, name[i], &part[i]);
     add_string(&f->json, "}");
 }
 
@@ -7970,84 +9545,65 @@ static void add_weight_facts(struct inspection *f)
 static int largest_context(const struct inspection *f, lfm2_params p, int most,
                            double memory)
 {
-    int fits = 0, least_not = most + 1;
+    int fits = 0;
 
-    while (least_not - fits > 1) {
-        p.n_ctx = fits + (least_not - fits) / 2;
-        const uint64_t beside = lfm2_context_size(f->model, &p);
-        if (beside > 0 && (double)f->all.bytes + (double)beside <= memory)
+    for (int step = MAX_CTX; step > 0; step /= 2) {
+        p.n_ctx = fits + step;
+        if (p.n_ctx <= most && (double)lfm2_context_size(f->model, &p) +
+            (double)f->all.bytes <= memory)
             fits = p.n_ctx;
-        else
-            least_not = p.n_ctx;
     }
     return fits;
 }
 
-static int by_number(const void *a, const void *b)
-{
-    return *(const int *)a - *(const int *)b;
-}
-
 /* What contexts take that one may ask for; what fits is that of the machine
  * this runs on, now. */
-static void add_memory_facts(struct inspection *f)
+static void add_memory(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
-    const int most = c->n_ctx_train < MAX_CTX ? c->n_ctx_train : MAX_CTX;
-    const double memory = free_memory();
+    const int most = smaller(c->n_ctx_train, MAX_CTX);
+    const double memory = free_memory(), read = (double)f->all.read;
     lfm2_params p = choose_params(f->s, f->model);
+    const int asked = f->s->ctx == UNSET ? 0 : smaller(p.n_ctx, MAX_CTX);
+    const int ctx[] = { 4096, 32768, most, asked };
     const double kv = kv_bytes(c, p.kv_type);
-    int ctx[] = { 0, 4096, 32768, most,
-                  f->s->ctx == UNSET ? 0 : p.n_ctx < MAX_CTX ? p.n_ctx :
-                  MAX_CTX };
-    struct text *to = &f->json;
     double conv = 0;
 
     p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
     for (int il = 0; il < c->n_layer; il++)
         conv += c->is_attn[il] ? 0 : 4.0 * (c->l_cache - 1) * c->n_embd;
-    member_open(to, "memory", "{");
-    member_text(to, "kv_type", kv_name(p.kv_type));
-    member_real(to, "kv_bytes_per_token", kv);
-    member_real(to, "conv_state_bytes", conv);
-    member_real(to, "free_bytes", memory > 0 ? memory : NAN);
-    member_real(to, "largest_context", memory > 0 ?
-                largest_context(f, p, most, memory) : NAN);
-    member_count(to, "assumed_gb_per_s", ASSUMED_BANDWIDTH);
-    member_real(to, "tokens_per_s", f->all.read ? round(ASSUMED_BANDWIDTH *
-                1e10 / (double)f->all.read) / 10 : NAN);
-    qsort(ctx, 5, sizeof *ctx, by_number);
-    member_open(to, "contexts", "[");
-    for (int i = 0; i < 5; i++) {
-        p.n_ctx = ctx[i];
-        if ((i > 0 && ctx[i] == ctx[i - 1]) ||
-            (ctx[i] > most && f->s->ctx == UNSET))
-            continue;
-        member_open(to, NULL, "{");
-        member_count(to, "context", (uint64_t)ctx[i]);
-        member_real(to, "kv_bytes", kv * ctx[i]);
-        member_count(to, "bytes_beside_file", ctx[i] ?
-                     lfm2_context_size(f->model, &p) : 0);
-        member_real(to, "bytes_per_token", (double)f->all.read + kv * ctx[i]);
-        add_string(to, "}");
+    add_members(&f->json, "memory: {kv_type: %s, kv_bytes_per_token: %g, "
+                "conv_state_bytes: %g, free_bytes: %g, largest_context: %g, "
+                "assumed_gb_per_s: %d, tokens_per_s: %g, contexts: [",
+                kv_name(p.kv_type), kv, conv, memory > 0 ? memory : NAN,
+                memory > 0 ? largest_context(f, p, most, memory) : NAN,
+                ASSUMED_BANDWIDTH,
+                round(ASSUMED_BANDWIDTH * 1e10 / read) / 10);
+    for (int n = 0, next; n >= 0; n = next) {
+        p.n_ctx = n;
+        add_members(&f->json, "{context: %d, kv_bytes: %g, bytes_beside_file: "
+                    "%g, bytes_per_token: %g}", n, kv * n,
+                    n ? (double)lfm2_context_size(f->model, &p) : 0.0,
+                    read + kv * n);
+        next = -1;
+        for (int i = 0; i < 4; i++)
+            if (ctx[i] > n && (ctx[i] <= most || ctx[i] == asked) &&
+                (next < 0 || ctx[i] < next))
+                next = ctx[i];
     }
-    add_string(to, "]}");
+    add_string(&f->json, "]}");
 }
 
 static void add_special(struct inspection *f, const char *role, int32_t id)
 {
-    struct text *to = &f->json;
     const char *s;
     int len;
 
     if (id < 0 || id >= lfm2_n_vocab(f->words))
         return;
     s = lfm2_token_bytes(f->words, id, 1, &len);
-    member_open(to, NULL, "{");
-    member_text(to, "role", role);
-    member_count(to, "id", (uint64_t)id);
-    member_bytes(to, "piece", s, (size_t)len);
-    add_string(to, "}");
+    add_members(&f->json, "{role: %s, id: %d, piece: %.*s}", role, (int)id, len,
+                s);
 }
 
 /* "[65536 x string]" has the length of an array. */
@@ -8058,58 +9614,47 @@ static void add_vocabulary(struct inspection *f)
         "<|tool_response_start|>", THINK
     };
     const struct phrase merges = value_of(f->model, "tokenizer.ggml.merges");
-    struct text *to = &f->json;
+    const int n_vocab = lfm2_n_vocab(f->words);
     double pad = -1;
 
     file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30, &pad);
-    member_open(to, "vocabulary", "{");
-    member_count(to, "n_tokens", (uint64_t)lfm2_n_vocab(f->words));
-    member_count(to, "n_merges", merges.s[0] != '[' ? 0 :
-                 strtoull(merges.s + 1, NULL, 10));
-    member_string(to, "model", f->model, "tokenizer.ggml.model");
-    member_string(to, "pre", f->model, "tokenizer.ggml.pre");
-    member_open(to, "special", "[");
+    add_members(&f->json, "vocabulary: {n_tokens: %d, n_merges: %llu", n_vocab,
+                merges.s[0] == '[' ? strtoull(merges.s + 1, NULL, 10) : 0);
+    add_file_string(f, "model", "tokenizer.ggml.model");
+    add_file_string(f, "pre", "tokenizer.ggml.pre");
+    add_members(&f->json, "special: [");
     if (lfm2_add_bos(f->words))
         add_special(f, "bos", lfm2_bos(f->words));
-    for (int32_t id = 0; id < lfm2_n_vocab(f->words); id++)
+    for (int32_t id = 0; id < n_vocab; id++)
         if (lfm2_is_eog(f->words, id))
             add_special(f, "end", id);
     for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
         add_special(f, "marker", lfm2_token_id(f->words, marker[i]));
     add_special(f, "pad", (int32_t)pad);
-    add_string(to, "]}");
+    add_string(&f->json, "]}");
 }
 
 /* How words are written down, and how they are chosen. */
-static void add_word_facts(struct inspection *f)
+static void add_words(struct inspection *f)
 {
     static const char *const how[] = { "none", "hash", "words", "model" };
-    const struct preset *p = find_preset(f->model);
+    const struct found_template *t = &f->template;
     int from_file;
     const struct sampling is = preset_of(f->model, &from_file);
-    struct text *to = &f->json;
 
     f->code = load_words(f->s, f->model, &f->words, &f->err);
     f->template = find_template(f->model, f->words);
     if (f->words)
         add_vocabulary(f);
-    member_open(to, "template", "{");
-    member_text(to, "name", template_name(f->template.template));
-    member_text(to, "by", how[f->template.how]);
-    member_text(to, "words", f->template.word);
-    member_text(to, "hash", f->template.how == NO_TEMPLATE ? NULL :
-                phrase("%016llx", (unsigned long long)f->template.hash).s);
-    add_string(to, "}");
-    member_open(to, "preset", "{");
-    member_text(to, "name", p->name);
-    member_bool(to, "from_file", from_file > 0);
-    member_real(to, "temperature", is.temp);
-    member_count(to, "top_k", (uint64_t)is.top_k);
-    member_real(to, "top_p", is.top_p);
-    member_real(to, "min_p", is.min_p);
-    member_real(to, "repeat_penalty", is.repeat);
-    member_real(to, "repeat_last_n", is.last_n);
-    add_string(to, "}");
+    add_members(&f->json, "template: {name: %s, by: %s, words: %s, hash: %s}",
+                template_name(t->template), how[t->how], t->word,
+                t->how == NO_TEMPLATE ? NULL :
+                phrase("%016llx", (unsigned long long)t->hash).s);
+    add_members(&f->json, "preset: {name: %s, from_file: %i, temperature: %g, "
+                "top_k: %d, top_p: %g, min_p: %g, repeat_penalty: %g, "
+                "repeat_last_n: %d}", find_preset(f->model)->name,
+                from_file > 0, is.temp, is.top_k, is.top_p, is.min_p,
+                is.repeat, is.last_n);
 }
 
 /* All that the file says: its keys and its tensors. */
@@ -8120,40 +9665,26 @@ static void add_contents(struct inspection *f)
     const char *key;
     char value[128];
 
-    member_open(to, "metadata", "{");
+    add_members(to, "metadata: {");
     for (int i = 0; (key = lfm2_model_key(f->model, i, value, sizeof value));
          i++)
-        member_text(to, key, value);
-    add_string(to, "}");
-    member_open(to, "tensors", "[");
+        add_members(to, "%s: %s", key, value);
+    add_members(to, "} tensors: [");
     for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        member_open(to, NULL, "{");
-        member_text(to, "name", t.name);
-        member_text(to, "type", t.type);
-        member_open(to, "shape", "[");
+        add_members(to, "{name: %s, type: %s, shape: [", t.name, t.type);
         for (int d = 0; d < t.n_dims; d++)
-            member_count(to, NULL, t.dims[d]);
-        add_string(to, "]");
-        member_count(to, "bytes", t.n_bytes);
+            add_members(to, "%llu", (unsigned long long)t.dims[d]);
+        add_members(to, "] bytes: %llu", (unsigned long long)t.n_bytes);
         if (t.data)
-            member_count(to, "offset", t.offset);
+            add_members(to, "offset: %llu", (unsigned long long)t.offset);
         add_string(to, "}");
     }
     add_string(to, "]");
 }
 
-static void add_problem(struct text *to, const char *level, const char *what,
-                        const char *is)
+static void add_problem(struct inspection *f, const char *level, const char *s)
 {
-    struct text message = { 0 };
-
-    add_string(&message, what);
-    add_string(&message, is);
-    member_open(to, NULL, "{");
-    member_text(to, "level", level);
-    member_bytes(to, "message", message.s, message.n);
-    add_string(to, "}");
-    free(message.s);
+    add_members(&f->json, "{level: %s, message: %s}", level, s);
 }
 
 /* The library knows the keys of the model's own architecture; those of its kin
@@ -8164,145 +9695,121 @@ static void add_problems(struct inspection *f)
     const struct phrase arch = value_of(f->model, "general.architecture");
     const size_t n = strlen(arch.s);
     const char *s;
-    struct text *to = &f->json;
     char value[8];
 
-    member_open(to, "anomalies", "[");
+    add_members(&f->json, "anomalies: [");
     for (int i = 0; (s = lfm2_model_warning(f->model, i)); i++)
-        add_problem(to, "tolerated", s, "");
+        add_problem(f, "tolerated", s);
     for (int i = 0; f->is_model &&
          (s = lfm2_model_key(f->model, i, value, sizeof value)); i++)
         if (strncmp(s, "lfm2", 4) == 0 &&
             (strncmp(s, arch.s, n) != 0 || s[n] != '.'))
-            add_problem(to, "tolerated", s, ": the key is not used");
+            add_problem(f, "tolerated",
+                        phrase("%.90s: the key is not used", s).s);
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
-        add_problem(to, "tolerated", "tokenizer.ggml.pre: ",
-                    phrase("\"%.60s\", expected \"lfm2\", as which it is "
-                           "taken", pre.s).s);
+        add_problem(f, "tolerated", phrase("tokenizer.ggml.pre: \"%.60s\", "
+                    "expected \"lfm2\", as which it is taken", pre.s).s);
     if (f->template.how > BY_HASH)
-        add_problem(to, "tolerated", "tokenizer.chat_template: none that is "
-                    "known, taken as ", template_name(f->template.template));
+        add_problem(f, "tolerated", phrase("tokenizer.chat_template: none that "
+                    "is known, taken as %s",
+                    template_name(f->template.template)).s);
     if (f->code != LFM2_OK)
-        add_problem(to, "fatal", f->err.msg, "");
-    add_string(to, "]");
+        add_problem(f, "fatal", f->err.msg);
+    add_string(&f->json, "]");
 }
 
 /* ---- in text
  *
  * A line for each member, objects of objects and arrays of them as tables. */
 
-static int is_table(const struct json *v)
-{
-    return v->type >= JSON_ARRAY && v->first && v->first->type == JSON_OBJECT;
-}
+/* Rows of cells.  How wide their columns are is known when all are gone through
+ * for the second time, to be printed. */
+struct grid {
+    struct text cell;
+    size_t width[MAX_COLUMNS];
+    int column, gap, is_printing;         /* gap: blanks before the next     */
+};
 
 /* A value in a few words: amounts are rounded, members follow by commas. */
 static void add_value_text(struct text *to, const struct json *v)
 {
-    const struct phrase key = phrase("%.*s", (int)v->n_key, v->key ? v->key :
-                                     "");
-    const int params = strcmp(key.s, "parameters") == 0 ||
-                       strcmp(key.s, "active") == 0;
+    const char *key = v->key ? v->key : "";
+    const int bytes = strstr(key, "bytes") != NULL;
 
-    if (v->type == JSON_NUMBER && (params || strstr(key.s, "bytes")))
-        add_string(to, amount(strtod(v->s, NULL), params ? "" : "B").s);
+    if (v->type == JSON_NUMBER && (bytes || strcmp(key, "active") == 0 ||
+                                   strcmp(key, "parameters") == 0))
+        add_string(to, amount(strtod(v->s, NULL), bytes ? "B" : "").s);
     else if (v->type == JSON_NUMBER || v->type == JSON_STRING)
         add(to, v->s, v->n);
     else if (v->type < JSON_NUMBER)
         add_string(to, v->type == JSON_NULL ? "-" : json_names[v->type]);
-    else
-        for (const struct json *x = v->first; x; x = x->next) {
-            add(to, x->key, x->n_key);
-            add_string(to, x->n_key ? " " : "");
-            add_value_text(to, x);
-            add_string(to, x->next ? ", " : "");
-        }
-}
-
-/* Nothing that a file says steers the terminal or begins a line. */
-static void end_line(struct text *line)
-{
-    line->n = drop_controls(line->s, line->n);
-    while (line->n > 0 && line->s[line->n - 1] == ' ')
-        line->n--;
-    for (size_t i = 0; i < line->n; i++)
-        putchar(line->s[i] == '\n' || line->s[i] == '\t' ? ' ' : line->s[i]);
-    putchar('\n');
-    line->n = 0;
-}
-
-/* A cell, as wide as the widest of its column so far. */
-static void add_cell(struct text *line, const char *s, size_t n, int right,
-                     size_t *width)
-{
-    *width = n > *width ? n : *width;
-    add_format(line, "%*s", right ? (int)(*width - n) : 0, "");
-    add(line, s, n);
-    add_format(line, "%*s  ", right ? 0 : (int)(*width - n), "");
-}
-
-static void add_row(struct text *line, const struct json *row, int is_head,
-                    int indent, size_t *width)
-{
-    struct text cell = { 0 };
-
-    line->n = 0;
-    add_format(line, "%*s", indent, "");
-    if (row->n_key)
-        add_cell(line, row->key, is_head ? 0 : row->n_key, 0, width++);
-    for (const struct json *x = row->first; x; x = x->next) {
-        cell.n = 0;
-        if (is_head)
-            add(&cell, x->key, x->n_key);
-        else
-            add_value_text(&cell, x);
-        add_cell(line, cell.s, cell.n, x->type == JSON_NUMBER, width++);
-    }
-    free(cell.s);
-}
-
-/* In the second pass the widths are known. */
-static void print_rows(const struct json *rows, int indent)
-{
-    size_t width[MAX_COLUMNS] = { 0 };
-    struct text line = { 0 };
-
-    for (int printing = 0; printing < 2; printing++) {
-        add_row(&line, rows->first, 1, indent, width);
-        if (printing)
-            end_line(&line);
-        for (const struct json *row = rows->first; row; row = row->next) {
-            add_row(&line, row, 0, indent, width);
-            if (printing)
-                end_line(&line);
-        }
-    }
-    free(line.s);
-}
-
-static void print_object(const struct json *v, int indent)
-{
-    struct text line = { 0 };
-    size_t longest = 0;
-
-    for (const struct json *x = v->first; x; x = x->next)
-        if (x->n_key > longest && !is_table(x))
-            longest = x->n_key;
     for (const struct json *x = v->first; x; x = x->next) {
-        const int nested = x->type == JSON_OBJECT && indent == 0;
-        add_format(&line, "%*s", indent, "");
-        add(&line, x->key, x->n_key);
-        if (!nested && !is_table(x)) {
-            add_format(&line, "%*s", (int)(longest + 2 - x->n_key), "");
-            add_value_text(&line, x);
-        }
-        end_line(&line);
-        if (is_table(x))
-            print_rows(x, indent + 2);
-        else if (nested)
-            print_object(x, 2);
+        add(to, x->key, x->n_key);
+        add_string(to, x->n_key ? " " : "");
+        add_value_text(to, x);
+        add_string(to, x->next ? ", " : "");
     }
-    free(line.s);
+}
+
+/* A key or a value.  Nothing that a file says steers the terminal or begins a
+ * line. */
+static void put_cell(struct grid *g, const struct json *v, int is_key,
+                     int right)
+{
+    struct text *t = &g->cell;
+    size_t *width = &g->width[g->column++];
+
+    t->n = 0;
+    if (is_key)
+        add(t, v->key, v->n_key);
+    else
+        add_value_text(t, v);
+    t->n = t->n ? drop_controls(t->s, t->n) : 0;
+    for (size_t i = 0; i < t->n; i++)
+        t->s[i] = strchr("\n\t", t->s[i]) ? ' ' : t->s[i];
+    *width = t->n > *width ? t->n : *width;
+    g->gap += right ? (int)(*width - t->n) : 0;
+    if (g->is_printing && t->n > 0) {
+        printf("%*s%.*s", g->gap, "", (int)t->n, t->s);
+        g->gap = 0;
+    }
+    g->gap += 2 + (right ? 0 : (int)(*width - t->n));
+}
+
+static int is_table(const struct json *v)
+{
+    return v->first && v->first->type == JSON_OBJECT;
+}
+
+/* The head of a table has the keys of its first row. */
+static void print_rows(const struct json *first, const struct json *end,
+                       int indent, int in_table)
+{
+    static const struct json blank = { .type = JSON_STRING, .s = "" };
+    struct grid g = { 0 };
+
+    for (; g.is_printing < 2; g.is_printing++) {
+        int is_head = in_table;
+        for (const struct json *x = first; x != end;
+             x = is_head ? x : x->next, is_head = 0) {
+            const int opens = !in_table && (is_table(x) ||
+                              (x->type == JSON_OBJECT && indent == 0));
+            g.column = 0;
+            g.gap = indent;
+            if (x->n_key)
+                put_cell(&g, is_head ? &blank : x, !is_head, 0);
+            if (!in_table && !opens)
+                put_cell(&g, x, 0, 0);
+            for (const struct json *y = in_table ? x->first : NULL; y;
+                 y = y->next)
+                put_cell(&g, y, is_head, y->type == JSON_NUMBER);
+            if (g.is_printing)
+                putchar('\n');
+            if (g.is_printing && opens)
+                print_rows(x->first, NULL, indent + 2, is_table(x));
+        }
+    }
+    free(g.cell.s);
 }
 
 /* Problems stand last, each in a line of its own.  What has too many members to
@@ -8310,26 +9817,25 @@ static void print_object(const struct json *v, int indent)
 static void print_report(struct text *json, int as_text)
 {
     struct pool pool = { 0 };
-    struct json *v, *last, *problem;
-    struct text line = { 0 };
+    struct json *v;
+    struct grid g = { .is_printing = 1 };
     struct why why;
 
     if (!as_text || json_parse(&pool, json->s, json->n, &v, &why) != DONE) {
         show_text(json);
         return;
     }
-    for (last = v->first; last->next->next; last = last->next)
-        ;
-    problem = last->next->first;
-    last->next = NULL;
-    print_object(v, 0);
-    for (; problem; problem = problem->next) {
-        add_value_text(&line, problem->first);
-        add_string(&line, ": ");
-        add_value_text(&line, problem->first->next);
-        end_line(&line);
+    const struct json *problems = json_get(v, "anomalies");
+    print_rows(v->first, problems, 0, 0);
+    for (const struct json *x = problems->first; x; x = x->next) {
+        g.gap = g.column = 0;
+        put_cell(&g, x->first, 0, 0);
+        putchar(':');
+        g.gap = 1;
+        put_cell(&g, x->first->next, 0, 0);
+        putchar('\n');
     }
-    free(line.s);
+    free(g.cell.s);
     pool_free(&pool);
 }
 
@@ -8351,10 +9857,10 @@ static int inspect_file(const struct settings *s)
     add_string(&f.json, "{");
     add_file_facts(&f);
     if (f.is_model) {
-        add_size_facts(&f.json, lfm2_model_config(f.model));
-        add_weight_facts(&f);
-        add_memory_facts(&f);
-        add_word_facts(&f);
+        add_shape(&f);
+        add_weights(&f);
+        add_memory(&f);
+        add_words(&f);
     }
     if (s->verbose)
         add_contents(&f);
@@ -10185,6 +11691,10 @@ static int confine_calls(const struct settings *s)
         emit_call(&f, &system_calls[i]);
     emit_call(&f, &(struct system_call){ SYS_tgkill, 0, UINT32_MAX,
                                          (uint32_t)getpid() });
+    if (s->mode == SERVE) {
+        emit_call(&f, &(struct system_call)CALL(accept4));
+        emit_call(&f, &(struct system_call)CALL(shutdown));
+    }
     emit(&f, IF_AT_LEAST, NEWER, 0, 1);
     emit(&f, RETURN, FAIL(ENOSYS), 0, 0);
     emit(&f, RETURN, FAIL(EPERM), 0, 0);

@@ -99,7 +99,7 @@ wrong '{"custom_id":"x","url":"/v1/embeddings","body":{"prompt":"a"}}' \
 has "a url" '\"url\": expected'
 wrong '{"method":"GET","body":{"prompt":"a"}}' '\"method\": expected'
 wrong '{"body":[]}' 'expected a JSON object'
-wrong '{"prompt":["a","b"]}' 'token ids'
+wrong '{"prompt":["a","b"]}' 'expected one prompt on a line'
 wrong '{"prompt":[1,2.5]}' 'token ids'
 wrong '{"prompt":[1,99999999]}' 'token 1 is 99999999, expected 0 to'
 wrong '{"prompt":[]}' 'no tokens'
