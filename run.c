@@ -73,10 +73,13 @@
 
 struct sigaction { void (*sa_handler)(int); };
 
-static void sigaction(int number, const struct sigaction *now, void *before)
+static void sigaction(int number, const struct sigaction *now,
+                      struct sigaction *before)
 {
-    (void)before;
-    signal(number, now->sa_handler);
+    if (before)
+        before->sa_handler = SIG_DFL;
+    if (now)
+        signal(number, now->sa_handler);
 }
 
 static int mkstemp(char *name)
@@ -90,6 +93,16 @@ static int fchmod(int fd, mode_t mode)
     (void)fd;
     (void)mode;
     return 0;
+}
+
+static char *realpath(const char *name, char *to)
+{
+    (void)to;
+    return access(name, F_OK) == 0 ? strdup(name) : NULL;
+}
+
+static void leave_terminal(void)
+{
 }
 
 #endif
@@ -5879,7 +5892,8 @@ static int serve(const struct settings *s)
 #define ACTION(names, does, help) \
     { FLAG, names, NULL, AT(mode), 0, 0, NULL, does, does, help }
 
-#define SETS "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod"
+#define SETS \
+    "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod|simd128"
 
 static const struct option table[] = {
     GROUP("What to do"),
@@ -6035,7 +6049,8 @@ static const struct option table[] = {
            "guess up to N tokens from the text so far; the answer stays the "
            "same (7; with experts 0)"),
     VALUE(CHOICE, "--isa", SETS, isa, RUN | INSPECT | BENCH, "instruction set: "
-          "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon or dotprod"),
+          "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon, dotprod or "
+          "simd128"),
     VALUE(CHOICE, "--kv", "f16|f32", kv, RUN | INSPECT | BENCH,
           "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
