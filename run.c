@@ -4441,7 +4441,7 @@ statuses[] = {
 enum { N_STATUSES = sizeof statuses / sizeof *statuses };
 
 /* An answer among those that a request asks for. */
-struct choice {
+struct answer {
     struct job job;
     struct client *client;
     int index, is_done;
@@ -4467,7 +4467,7 @@ struct client {
     double asked, spoke;                  /* when; the last byte to it       */
     long long created;
     struct pool pool;                     /* of the body's JSON              */
-    struct choice *choice;                /* [n_choices]                     */
+    struct answer *choice;                /* [n_choices]                     */
     int n_choices, n_done, n_prompts, stream, include_usage;
 };
 
@@ -4690,7 +4690,7 @@ static void begin_event(struct client *c, struct text *to)
 }
 
 /* Send these members as what is new in a choice. */
-static void send_choice(struct choice *o, const struct text *delta,
+static void send_choice(struct answer *o, const struct text *delta,
                         const char *finish)
 {
     struct client *c = o->client;
@@ -4730,7 +4730,7 @@ static void add_new(struct text *to, const char *format, const struct text *all,
     *sent += whole;
 }
 
-static void send_new(struct choice *o, int last)
+static void send_new(struct answer *o, int last)
 {
     struct reply *r = &o->job.r;
     const int plain = o->job.q.is_completion;
@@ -4755,7 +4755,7 @@ static void send_new(struct choice *o, int last)
     free(delta.s);
 }
 
-static void note_token(struct choice *o)
+static void note_token(struct answer *o)
 {
     struct server *v = o->client->server;
     const double now = seconds();
@@ -4767,7 +4767,7 @@ static void note_token(struct choice *o)
 
 static void answer_more(struct job *j)
 {
-    struct choice *o = j->owner;
+    struct answer *o = j->owner;
 
     if (j->r.n_sampled == 0)
         return;
@@ -4779,7 +4779,7 @@ static void answer_more(struct job *j)
 /* A choice has ended.  The client is told of it all once the step is over. */
 static void answer_end(struct job *j)
 {
-    struct choice *o = j->owner;
+    struct answer *o = j->owner;
     struct client *c = o->client;
     struct text delta = { 0 };
     struct calls calls;
@@ -4923,7 +4923,7 @@ static int read_choices(struct client *c, const struct json *body,
             c->choice = zeroed((size_t)total, sizeof *c->choice);
         }
         q.seed += i % n;
-        c->choice[i] = (struct choice){
+        c->choice[i] = (struct answer){
             .client = c, .index = i, .job = {
                 .q = q, .to = &to_client, .owner = &c->choice[i],
                 .id = hash_number(c->id, (uint64_t)i)
@@ -8186,7 +8186,7 @@ static void add_json(struct text *t, const struct json *v)
  * Those of arrays have no key. */
 
 /* The comma before a member, unless it is the first or what a key is for. */
-static void begin_member(struct text *to)
+static void next_member(struct text *to)
 {
     if (to->n > 0 && !strchr("{[ ", to->s[to->n - 1]))
         add_string(to, ", ");
@@ -8200,7 +8200,7 @@ static void add_real(struct text *to, double x)
 }
 
 /* The value of one conversion of add_members(); returns its last letter. */
-static const char *add_value(struct text *to, const char *how, va_list *args)
+static const char *add_converted(struct text *to, const char *how, va_list *args)
 {
     const char *const end = how + strcspn(how, "sdiugx");
     const int n = *how == '.' ? va_arg(*args, int) : -1;
@@ -8245,12 +8245,12 @@ static void add_members(struct text *to, const char *format, ...)
     for (const char *s = format; *s; s++) {
         const size_t n = strspn(s, "abcdefghijklmnopqrstuvwxyz_0123456789");
         if (strchr("{[%", *s) || n > 0)
-            begin_member(to);
+            next_member(to);
         if (n > 0) {
             add_json_string(to, s, n);
             s += n - 1;
         } else if (*s == '%')
-            s = add_value(to, s + 1, &args);
+            s = add_converted(to, s + 1, &args);
         else if (*s == ':')
             add_string(to, ": ");
         else
