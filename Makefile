@@ -184,7 +184,7 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
 LINKED  := check_arithmetic check_chat check_forward check_gguf \
-           check_golden check_inspect check_jobs check_sandbox
+           check_golden check_inspect check_jobs check_sandbox check_schema
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_spans check_stdio check_threads \
            check_tokenizer check_trace check_vocab

@@ -16,7 +16,8 @@
  *   8  chat                            19  --ppl
  *   9  --batch                         20  --bench
  *  10  the command line                21  --selftest
- *  11  files and text                  22  the sandbox */
+ *  11  files and text                  22  the sandbox
+ *                                      23  answers in a schema */
 
 #ifdef __cplusplus
 #error "this is C: compile it with a C compiler; C++ includes lfm2.h"
@@ -539,6 +540,7 @@ struct request {
     struct bias *bias;                    /* [n_bias]                        */
     int n_bias;
     struct ids prompt;
+    struct schema *schema;                /* NULL: any text                  */
     int is_completion;                    /* of plain text, not of messages  */
     int in_thought;                       /* the prompt has opened one       */
 };
@@ -551,7 +553,8 @@ struct settings {
     const char *model, *prompt, *file, *system, *system_file, *messages;
     const char *tools, *session, *save_dir, *ids, *logits, *export_to;
     const char *tokenizer, *ppl, *date, *trace, *trace_tokens, *trace_raw;
-    const char *shard, *resume, *serve, *api_key_file, *cors, *page;
+    const char *shard, *resume, *json_schema, *serve, *api_key_file, *cors;
+    const char *page;
     struct texts trace_filter;
     struct request ask;
     int raw, dump_prompt, dump_tokens, null, bos, special, json;
@@ -606,6 +609,8 @@ struct option {
 
 struct engine;
 struct talk;
+struct reply;
+struct guide;
 
 /* 7. Answers, conversations, sessions */
 static int work_on_model(const struct settings *s);
@@ -726,6 +731,21 @@ static const char *save_dir(const struct settings *s);
 static int enter_sandbox(const struct settings *s);
 static int keep_file(const char *path, const struct text *part, int n_parts);
 
+/* 23. Answers in a schema */
+static int open_schema(struct engine *e);
+static void close_schema(struct engine *e);
+static void free_schema(struct schema *s);
+static int read_form(const struct engine *e, struct request *q,
+                     const struct json *body, const struct json *tools,
+                     struct why *why);
+static void start_guide(struct engine *e, struct reply *r);
+static int is_guided_text(const struct reply *r);
+static int guide_token(const struct reply *r, struct guide *g, const char *s,
+                       size_t n);
+static void end_guided(struct reply *r);
+static int may_say(const struct engine *e, const struct reply *r, int32_t id);
+static int32_t ask_again(struct engine *e, struct reply *r, float *logits);
+
 static int work(const struct settings *s)
 {
     switch (s->help ? 0 : s->version ? -1 : s->mode) {
@@ -802,6 +822,9 @@ struct engine {
     lfm2_span *span;                      /* [n_seq]                         */
     float *raw_logits;                    /* [n_vocab], before penalties     */
     int lost_calls;                       /* told already                    */
+    struct pool pool;                     /* of this schema:                 */
+    struct json *schema;                  /* --json-schema; NULL: none       */
+    struct spelling *spelling;            /* NULL: not needed yet            */
 };
 
 /* ---- what the system gives
@@ -1423,6 +1446,8 @@ static int open_engine(struct engine *e)
         code = open_model_words(e);
     if (code == DONE)
         code = settle_template(e);
+    if (code == DONE && s->json_schema)
+        code = open_schema(e);
     if (code != DONE)
         return code;
     e->preset = preset_of(e->model, &named);
@@ -1453,6 +1478,7 @@ static void close_engine(struct engine *e)
     free(e->span);
     free(e->raw_logits);
     free(e->ends.id);
+    close_schema(e);
     lfm2_context_close(e->ctx);
     lfm2_tokenizer_close(e->words);
     lfm2_model_close(e->model);
@@ -1491,6 +1517,10 @@ struct reply {
     int n_guessed, n_right;               /* tokens by lookup, right ones    */
     int bold, credit;                     /* how many it may guess           */
     lfm2_sampler sampler;
+    struct guide *guide;                  /* NULL: any text is good          */
+    int n_again;                          /* chosen a second time            */
+    double again;                         /* seconds it took to find what
+                                             could be                        */
     enum finish finish;
     enum part part;
     struct text raw;                      /* all that was said               */
@@ -1530,6 +1560,7 @@ static void free_reply(struct reply *r)
     free(r->prompt_scores.v);
     free(r->scores.v);
     free(r->said);
+    free(r->guide);
     *r = (struct reply){ .q = NULL };
 }
 
@@ -1537,6 +1568,7 @@ static void free_request(struct request *q)
 {
     free(q->prompt.id);
     free(q->bias);
+    free_schema(q->schema);
 }
 
 /* ---- thought, text, calls and stop strings
@@ -1584,7 +1616,7 @@ static struct cut find_cut(const struct reply *r, const char *s, size_t n)
     };
     struct cut c = { n, 0, 0, 0 };
 
-    if (ends[r->part])
+    if (ends[r->part] && !is_guided_text(r))
         look_for(&c, s, n, ends[r->part], 0);
     if (r->part == IN_TEXT && r->calls.n > 0)         /* said once more      */
         look_for(&c, s, n, CALL_END, 0);
@@ -1774,12 +1806,16 @@ static void take_token(const struct engine *e, struct reply *r, int32_t id)
     int len;
     const char *s = visible(e, id, &len);
 
+    if (r->guide)
+        guide_token(r, r->guide, s, (size_t)len);
     add(&r->raw, s, (size_t)len);
     split(r, 0);
     r->n_made++;
     if (r->said)
         count_token(r, id);
     r->n_thought += before == IN_THOUGHT;
+    if (r->guide && r->finish == UNFINISHED)
+        end_guided(r);
     if (r->finish != UNFINISHED)
         return;
     if (r->n_made == r->q->limit)
@@ -1833,8 +1869,10 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
         memcpy(e->raw_logits, logits, (size_t)n_vocab * sizeof *logits);
     adjust_logits(e, r, logits);
     id = lfm2_sample(e->ctx, &r->sampler, logits, r->ids.id, r->ids.n);
+    if (id >= 0 && r->guide && !may_say(e, r, id))
+        id = ask_again(e, r, logits);
     if (id < 0) {
-        r->finish = BROKEN;
+        r->finish = r->finish == UNFINISHED ? BROKEN : r->finish;
         return;
     }
     r->n_sampled++;
@@ -2013,6 +2051,7 @@ static void start_reply(struct engine *e, struct job *j, struct slot *slot)
         if (len == 0)                     /* a control token, by its name    */
             r->stop_id[r->n_stop_ids++] = id;
     }
+    start_guide(e, r);
     same = smaller(same, q->prompt.n - 1);
     slot->cached.n = lfm2_seq_trim(e->ctx, r->seq, same);
     r->n_fed = r->n_reused = slot->cached.n;
@@ -2697,7 +2736,8 @@ static void add_origin(const struct engine *e, struct text *to,
 static const char read_elsewhere[] =
     "custom_id messages prompt tools model logprobs logit_bias stream_options "
     "add_generation_prompt continue_final_message chat_template_kwargs "
-    "keep_past_thinking preserve_thinking";
+    "keep_past_thinking preserve_thinking response_format tool_choice "
+    "parallel_tool_calls";
 
 /* Members that mean nothing here and change no answer. */
 static const char harmless[] =
@@ -2706,9 +2746,7 @@ static const char harmless[] =
 
 /* Members that are known with these values only, as JSON. */
 static const struct { const char *key, *values; } neutral[] = {
-    { "best_of", "1" }, { "suffix", "\"\"" }, { "parallel_tool_calls", "true" },
-    { "tool_choice", "\"auto\"|\"none\"" }, { "modalities", "[\"text\"]" },
-    { "response_format", "{\"type\": \"text\"}" }
+    { "best_of", "1" }, { "suffix", "\"\"" }, { "modalities", "[\"text\"]" }
 };
 
 /* Put the value of a member where the option of that name puts its own. */
@@ -2963,6 +3001,8 @@ static int read_request(struct engine *e, struct request *q,
 {
     const struct json *messages = given(body, "messages");
     const struct json *prompt = given(body, "prompt");
+    const struct json *tools = is_word(given(body, "tool_choice"), "none") ?
+                               NULL : given(body, "tools");
     struct rendered rendered = { .n_marks = 0 };
     int code;
 
@@ -2973,6 +3013,8 @@ static int read_request(struct engine *e, struct request *q,
                        "\"prompt\"");
     q->is_completion = prompt != NULL;
     code = read_body(e, q, body, why);
+    if (code == DONE)
+        code = read_form(e, q, body, tools, why);
     if (code != DONE)
         return code;
     if (messages && e->template == TEMPLATE_NONE)
@@ -2983,9 +3025,7 @@ static int read_request(struct engine *e, struct request *q,
             prompt = prompt->next;
     if (prompt)
         return read_plain_prompt(e, q, prompt, why);
-    code = make_prompt(e, q, messages,
-                       is_word(given(body, "tool_choice"), "none") ? NULL :
-                       given(body, "tools"), body, 0, &rendered, why);
+    code = make_prompt(e, q, messages, tools, body, 0, &rendered, why);
     rendered_free(&rendered);
     return code;
 }
@@ -3107,7 +3147,8 @@ static int read_talk(struct talk *t)
         code = read_list(t, s->messages, "messages", &whole, &list);
         if (code == DONE && whole->type == JSON_OBJECT) {
             t->body = whole;
-            t->tools = given(whole, "tools");
+            t->tools = is_word(given(whole, "tool_choice"), "none") ? NULL :
+                       given(whole, "tools");
             code = read_body(t->e, q, whole, &why);
             if (code != DONE)
                 say(code, "%s: %s", s->messages, why.s);
@@ -3119,6 +3160,10 @@ static int read_talk(struct talk *t)
         code = read_list(t, s->tools, "tools", &whole, &list);
         t->tools = list;
     }
+    if (code == DONE && (code = read_form(t->e, q, t->body, t->tools, &why)) !=
+        DONE)
+        say(code, "%s%s%s", s->messages ? s->messages : s->tools ? s->tools :
+            "", s->messages || s->tools ? ": " : "", why.s);
     complete_request(t->e, q);
     return code;
 }
@@ -3184,6 +3229,9 @@ static void print_speed(const struct talk *t)
          "");
     if (r->n_guessed > 0)
         note("guessed %d tokens, %d of them right", r->n_guessed, r->n_right);
+    if (r->n_again > 0)
+        note("%d tokens did not fit the schema; to find those that did took "
+             "%.2f ms each", r->n_again, r->again * 1e3 / r->n_again);
 }
 
 static void print_more(struct job *j)
@@ -5970,6 +6018,8 @@ static const struct option table[] = {
            GENERATE, "end the answer before TEXT; may be repeated"),
     NUMBER(FLAG, "--ignore-eos", NULL, ask.ignore_eos, 0, 0, "ignore_eos",
            GENERATE, "go on when the model would end"),
+    VALUE(IN_FILE, "--json-schema -jf --json-schema-file", "FILE", json_schema,
+          GENERATE, "answer in JSON, as the JSON schema in FILE has it"),
     SWITCH("--json", json, ANSWER | INSPECT | PPL, "print one JSON object: the "
            "answer as OpenAI's API writes it, or the report"),
     NUMBER(WHOLE, "--logprobs", "K", ask.logprobs, 0, MAX_LOGPROBS,
@@ -6106,8 +6156,8 @@ static const struct {
       "nothing is downloaded here; scripts/download.sh fetches a model" },
     { "--prompt-cache", REFUSED, "--session FILE keeps a conversation" },
     { "-i", REFUSED, "-p gives a prompt, -cnv begins a chat" },
-    { "--grammar --grammar-file -j --json-schema", REFUSED,
-      "answers in a grammar are not there yet" },
+    { "--grammar --grammar-file -j", REFUSED,
+      "--json-schema FILE gives answers in a schema" },
 };
 
 /* Is the word one of a list, whose words are separated by that character?
@@ -11314,13 +11364,13 @@ enum {
  * knows of, and nothing of it is allowed. */
 struct ruleset { uint64_t files, net, scopes; };
 
-struct rule { uint64_t rights; int32_t fd; };
+struct path_rule { uint64_t rights; int32_t fd; };
 
 /* Allow to open what is at `path`, and in it.  What cannot be granted stays
  * forbidden. */
 static void grant(int set, const char *path, uint64_t rights)
 {
-    struct rule rule = { rights, open(path, PATH_ONLY | O_CLOEXEC) };
+    struct path_rule rule = { rights, open(path, PATH_ONLY | O_CLOEXEC) };
     struct stat st;
 
     if (rule.fd < 0)
@@ -11549,3 +11599,1658 @@ static int enter_sandbox(const struct settings *s)
 }
 
 #endif
+
+/* --------------------------------------------------- 23. Answers in a schema
+ *
+ * A JSON schema becomes rules, and a guide follows an answer byte by byte: it
+ * knows which bytes may come next, and whether this may be the end.  It is a
+ * stack of rules, each with its state; while alternatives look alike, there is
+ * one for each.  What the model chooses is taken if it fits; otherwise it is
+ * asked once more, of the tokens that do.  So every answer that ends is good,
+ * and one that is cut is the beginning of a good one.
+ *
+ * Of all the ways to write a value, these are let through: members in the order
+ * of the schema, no blanks but one behind a comma or a colon, no others than
+ * those that the schema names, numbers of at most 18 digits.  A keyword that is
+ * not known here is refused, not ignored.
+ *
+ * Calls are written in Python: [name(key="value", other=True)].  Their marks
+ * are control tokens, which the rules know as the bytes 1 and 2. */
+
+enum {
+    MAX_RULES = 4096, MAX_LEVELS = 64, MAX_WAYS = 32, MAX_WORD = 4000,
+    MAX_WORDS = 8192, MAX_DIGITS = 18, NEVER = 1 << 20,
+    CALL_OPENS = 1, CALL_CLOSES = 2
+};
+
+/* A word of a rule: an alternative, a value, a key or a function, and the rule
+ * for what follows it. */
+struct choice {
+    size_t from, n;                       /* of the schema's text            */
+    int rule;                             /* -1: none                        */
+    int is_required;                      /* no key behind it may come first */
+};
+
+struct rule {
+    enum { CHOICE_OF, WORD, STRING_OF, NUMBER_OF, LIST_OF, MAP_OF, RECORD } is;
+    int first, n;                         /* of the schema's choices         */
+    int child;                            /* of a list or a map              */
+    int min, max;                         /* characters or members; max 0 of
+                                             a number: a whole one           */
+    int levels;                           /* of the stack, that it takes     */
+    int python;
+    char open, close;
+};
+
+struct schema {
+    struct rule *rule;
+    int n_rules, root;
+    struct choice *choice;
+    int n_choices;
+    struct text text;                     /* all words                       */
+    int only_calls;                       /* anything else may be said       */
+    int one_call;
+};
+
+struct level { uint16_t rule, state; int32_t at; };
+
+/* One way to understand the text so far. */
+struct way { int n; struct level level[MAX_LEVELS]; };
+
+struct guide {
+    const struct schema *s;
+    int has_begun, in_call;
+    int n;
+    struct way way[MAX_WAYS];
+};
+
+/* ---- one byte
+ *
+ * A step says what a byte, or EOF, is to the rule on top: nothing that it can
+ * take; a part of it, or the last; something behind its end; or something for
+ * another rule, which goes on top. */
+
+enum step { CANNOT, TAKEN, CLOSED, OVER, DEEPER };
+
+struct move { uint8_t from, least, most, to; };
+
+/* Where a byte leads from a state, or -1. */
+static int find_move(const struct move *m, int from, int c)
+{
+    for (; m->most > 0; m++)
+        if (m->from == from && c >= m->least && c <= m->most)
+            return m->to;
+    return -1;
+}
+
+/* Strings: UTF-8, and escapes, those of surrogates only in pairs. */
+enum {
+    QUOTE, BODY, ESCAPE, LOW_SLASH, LOW_U, MORE, MORE_2, MORE_3, E0, ED, F0, F4,
+    HEX_1, HEX_2, HEX_2D, HEX_3, HEX_4, HIGH_3, HIGH_4, LOW_1, LOW_2,
+    SINGLE = 32, LESS = 64                /* in '', or behind a <            */
+};
+
+static const struct move string_moves[] = {
+    { BODY, ' ', '[', BODY }, { BODY, ']', 0x7f, BODY },
+    { BODY, '\\', '\\', ESCAPE }, { BODY, 0xc2, 0xdf, MORE },
+    { BODY, 0xe0, 0xe0, E0 }, { BODY, 0xe1, 0xec, MORE_2 },
+    { BODY, 0xed, 0xed, ED }, { BODY, 0xee, 0xef, MORE_2 },
+    { BODY, 0xf0, 0xf0, F0 }, { BODY, 0xf1, 0xf3, MORE_3 },
+    { BODY, 0xf4, 0xf4, F4 }, { MORE, 0x80, 0xbf, BODY },
+    { MORE_2, 0x80, 0xbf, MORE }, { MORE_3, 0x80, 0xbf, MORE_2 },
+    { E0, 0xa0, 0xbf, MORE }, { ED, 0x80, 0x9f, MORE },
+    { F0, 0x90, 0xbf, MORE_2 }, { F4, 0x80, 0x8f, MORE_2 },
+    { ESCAPE, 'u', 'u', HEX_1 },
+    { HEX_1, '0', '9', HEX_2 }, { HEX_1, 'a', 'c', HEX_2 },
+    { HEX_1, 'd', 'd', HEX_2D }, { HEX_1, 'e', 'f', HEX_2 },
+    { HEX_2, '0', '9', HEX_3 }, { HEX_2, 'a', 'f', HEX_3 },
+    { HEX_2D, '0', '7', HEX_3 }, { HEX_2D, '8', '9', HIGH_3 },
+    { HEX_2D, 'a', 'b', HIGH_3 },
+    { HEX_3, '0', '9', HEX_4 }, { HEX_3, 'a', 'f', HEX_4 },
+    { HEX_4, '0', '9', BODY }, { HEX_4, 'a', 'f', BODY },
+    { HIGH_3, '0', '9', HIGH_4 }, { HIGH_3, 'a', 'f', HIGH_4 },
+    { HIGH_4, '0', '9', LOW_SLASH }, { HIGH_4, 'a', 'f', LOW_SLASH },
+    { LOW_SLASH, '\\', '\\', LOW_U }, { LOW_U, 'u', 'u', LOW_1 },
+    { LOW_1, 'd', 'd', LOW_2 }, { LOW_2, 'c', 'f', HEX_3 }, { 0 }
+};
+
+/* In a call no string may look like the end of it. */
+static enum step step_string(const struct rule *r, struct level *l, int c)
+{
+    const int single = l->state & SINGLE, state = l->state & (SINGLE - 1);
+    int to;
+
+    if (state == QUOTE) {
+        l->state = (uint16_t)(c == '\'' ? BODY | SINGLE : BODY);
+        return c == '"' || (c == '\'' && r->python) ? TAKEN : CANNOT;
+    }
+    if (state == BODY && c == (single ? '\'' : '"'))
+        return l->at >= r->min ? CLOSED : CANNOT;
+    if ((state == BODY && l->at >= r->max) || ((l->state & LESS) && c == '|'))
+        return CANNOT;
+    if (state == ESCAPE && c > 0 && strchr("\"\\bfnrt", c))
+        to = BODY;
+    else if (state == ESCAPE && c == (r->python ? '\'' : '/'))
+        to = BODY;
+    else
+        to = find_move(string_moves, state,
+                       state >= HEX_1 && c > 0 ? tolower(c) : c);
+    if (to < 0)
+        return CANNOT;
+    l->at += state == BODY && (l->at < r->min || r->max < INT_MAX);
+    l->state = (uint16_t)(to | single | (r->python && state == BODY &&
+                                         c == '<' ? LESS : 0));
+    return TAKEN;
+}
+
+enum { BEGIN, MINUS, ZERO, DIGITS, POINT, FRACTION, EXPONENT, SIGN, POWER,
+       POWER_2 };
+
+static const struct move number_moves[] = {
+    { BEGIN, '-', '-', MINUS }, { BEGIN, '0', '0', ZERO },
+    { BEGIN, '1', '9', DIGITS }, { MINUS, '0', '0', ZERO },
+    { MINUS, '1', '9', DIGITS }, { DIGITS, '0', '9', DIGITS },
+    { ZERO, '.', '.', POINT }, { DIGITS, '.', '.', POINT },
+    { POINT, '0', '9', FRACTION }, { FRACTION, '0', '9', FRACTION },
+    { ZERO, 'e', 'e', EXPONENT }, { DIGITS, 'e', 'e', EXPONENT },
+    { FRACTION, 'e', 'e', EXPONENT }, { EXPONENT, '+', '+', SIGN },
+    { EXPONENT, '-', '-', SIGN }, { EXPONENT, '0', '9', POWER },
+    { SIGN, '0', '9', POWER }, { POWER, '0', '9', POWER_2 }, { 0 }
+};
+
+static enum step step_number(const struct rule *r, struct level *l, int c)
+{
+    static const int is_number = 1 << ZERO | 1 << DIGITS | 1 << FRACTION |
+                                 1 << POWER | 1 << POWER_2;
+    const int to = find_move(number_moves, l->state, c == 'E' ? 'e' : c);
+
+    if (to < 0 || (to == l->state && l->at == MAX_DIGITS) ||
+        (r->max == 0 && to >= POINT))
+        return is_number >> l->state & 1 ? OVER : CANNOT;
+    l->at = to == l->state ? l->at + 1 : 1;
+    l->state = (uint16_t)to;
+    return TAKEN;
+}
+
+/* Is there room on the stack for this rule, if it is one? */
+static int has_room(const struct schema *s, const struct way *w, int rule)
+{
+    return rule < 0 || w->n + s->rule[rule].levels <= MAX_LEVELS;
+}
+
+/* Of the choices from `at` on, the first that begins with so many bytes of
+ * number `at` and then has c; or -1.  EOF: the first that ends there. */
+static int find_choice(const struct schema *s, const struct rule *r,
+                       const struct way *w, int at, size_t n, int c)
+{
+    const struct choice *all = s->choice + r->first;
+
+    for (int i = at; i < r->n; i++) {
+        const char *word = s->text.s + all[i].from;
+        if ((c == EOF ? all[i].n == n : all[i].n > n &&
+             (unsigned char)word[n] == c) && has_room(s, w, all[i].rule) &&
+            memcmp(word, s->text.s + all[at].from, n) == 0)
+            return i;
+        if (all[i].is_required)
+            break;
+    }
+    return -1;
+}
+
+/* Values are in no order, so one may go on where another ends. */
+static enum step step_word(const struct schema *s, const struct way *w,
+                           struct level *l, int c, int *child)
+{
+    const struct rule *r = &s->rule[l->rule];
+    int at;
+
+    if (l->state == UINT16_MAX)
+        return OVER;
+    at = c == EOF ? -1 : find_choice(s, r, w, l->at, l->state, c);
+    if (at >= 0) {
+        l->at = at;
+        l->state++;
+        return TAKEN;
+    }
+    at = find_choice(s, r, w, l->at, l->state, EOF);
+    if (at < 0)
+        return CANNOT;
+    *child = s->choice[r->first + at].rule;
+    l->state = UINT16_MAX;
+    return *child < 0 ? OVER : DEEPER;
+}
+
+/* What has brackets and commas: a list, a map whose keys are any strings, or a
+ * record of known keys. */
+enum { AT_OPEN, AT_FIRST, AT_NEXT, BEHIND_BLANK, AT_COLON, AT_VALUE,
+       BEFORE_VALUE, AFTER_VALUE, IN_KEY };
+
+/* May the bracket be closed, or another member follow? */
+static int may_close(const struct schema *s, const struct rule *r, int at)
+{
+    for (; r->is == RECORD && at < r->n; at++)
+        if (s->choice[r->first + at].is_required)
+            return 0;
+    return r->is == RECORD || at >= r->min;
+}
+
+static int may_go_on(const struct schema *s, const struct rule *r,
+                     const struct way *w, int at)
+{
+    const struct choice *c = s->choice + r->first + at;
+
+    if (r->is != RECORD)
+        return at < r->max && has_room(s, w, r->child);
+    for (; at < r->n; at++, c++)
+        if (has_room(s, w, c->rule))
+            return 1;
+        else if (c->is_required)
+            break;
+    return 0;
+}
+
+/* A byte of a key, from n on.  That of the one argument without a name is
+ * empty. */
+static enum step step_key(const struct schema *s, const struct way *w,
+                          struct level *l, size_t n, int c, int *child)
+{
+    const struct rule *r = &s->rule[l->rule];
+    const struct choice *all = s->choice + r->first;
+    int at;
+
+    if (l->at < r->n && all[l->at].n == 0) {
+        *child = all[l->at++].rule;
+        l->state = AFTER_VALUE;
+        return DEEPER;
+    }
+    at = find_choice(s, r, w, l->at, n, c);
+    if (at < 0)
+        return CANNOT;
+    l->at = at;
+    l->state = (uint16_t)(n + 1 == all[at].n ? AT_VALUE : IN_KEY + n + 1);
+    return TAKEN;
+}
+
+static enum step begin_member(const struct schema *s, const struct way *w,
+                              struct level *l, int c, int *child)
+{
+    const struct rule *r = &s->rule[l->rule];
+
+    if (r->is == RECORD)
+        return step_key(s, w, l, 0, c, child);
+    if (l->at >= r->max || !has_room(s, w, r->child))
+        return CANNOT;
+    l->at += l->at < r->min || r->max < INT_MAX;
+    l->state = r->is == LIST_OF ? AFTER_VALUE : AT_COLON;
+    *child = r->is == LIST_OF ? r->child : r->first;
+    return DEEPER;
+}
+
+/* Python's keys are there twice, in either quotes. */
+static enum step begin_value(const struct schema *s, struct level *l,
+                             int *child)
+{
+    const struct rule *r = &s->rule[l->rule];
+    const int twice = r->python && r->open == '{';
+
+    *child = r->is == RECORD ? s->choice[r->first + l->at].rule : r->child;
+    if (r->is == RECORD)
+        l->at = twice ? l->at / 2 * 2 + 2 : l->at + 1;
+    l->state = AFTER_VALUE;
+    return DEEPER;
+}
+
+static enum step step_members(const struct schema *s, const struct way *w,
+                              struct level *l, int c, int *child)
+{
+    const struct rule *r = &s->rule[l->rule];
+    const int state = l->state;
+
+    if (state == AT_OPEN || state == AT_COLON) {
+        l->state++;
+        return c == (state == AT_OPEN ? r->open : ':') ? TAKEN : CANNOT;
+    }
+    if (c == ' ' && (state == AT_NEXT || state == AT_VALUE)) {
+        l->state++;
+        return TAKEN;
+    }
+    if (state == AT_VALUE || state == BEFORE_VALUE)
+        return begin_value(s, l, child);
+    if ((state == AT_FIRST || state == AFTER_VALUE) && c == r->close)
+        return may_close(s, r, l->at) ? CLOSED : CANNOT;
+    if (state == AFTER_VALUE) {
+        l->state = AT_NEXT;
+        return c == ',' && may_go_on(s, r, w, l->at) ? TAKEN : CANNOT;
+    }
+    return state < IN_KEY ? begin_member(s, w, l, c, child) :
+           step_key(s, w, l, (size_t)state - IN_KEY, c, child);
+}
+
+static enum step step(const struct schema *s, const struct way *w,
+                      struct level *l, int c, int *child)
+{
+    const struct rule *r = &s->rule[l->rule];
+
+    return r->is == STRING_OF ? step_string(r, l, c) :
+           r->is == NUMBER_OF ? step_number(r, l, c) :
+           r->is == WORD ? step_word(s, w, l, c, child) :
+           step_members(s, w, l, c, child);
+}
+
+/* ---- all ways */
+
+static void copy_way(struct way *to, const struct way *from)
+{
+    to->n = from->n;
+    memcpy(to->level, from->level, (size_t)from->n * sizeof *to->level);
+}
+
+/* Two that have come to the same are one.  Where there are more than can be
+ * kept, the last are given up; the others still end well. */
+static void keep_way(struct guide *to, const struct way *w)
+{
+    for (int i = 0; i < to->n; i++)
+        if (to->way[i].n == w->n &&
+            memcmp(to->way[i].level, w->level,
+                   (size_t)w->n * sizeof *w->level) == 0)
+            return;
+    if (to->n < MAX_WAYS)
+        copy_way(&to->way[to->n++], w);
+}
+
+static void enter(struct guide *to, const struct way *w, int rule, int c);
+
+/* Take a byte; w changes.  What there is to say of it goes to `to`. */
+static void try_byte(struct guide *to, struct way *w, int c)
+{
+    int child;
+
+    while (w->n > 0)
+        switch (step(to->s, w, &w->level[w->n - 1], c, &child)) {
+        case CANNOT:
+            return;
+        case DEEPER:
+            enter(to, w, child, c);
+            return;
+        case OVER:
+            w->n--;
+            break;
+        case CLOSED:
+            w->n--;
+            keep_way(to, w);
+            return;
+        default:
+            keep_way(to, w);
+            return;
+        }
+}
+
+/* Begin with this rule, or with each of its alternatives. */
+static void enter(struct guide *to, const struct way *w, int rule, int c)
+{
+    const struct rule *r = &to->s->rule[rule];
+    struct way more;
+
+    for (int i = 0; i < (r->is == CHOICE_OF ? r->n : 1); i++) {
+        const int one = r->is == CHOICE_OF ?
+                        to->s->choice[r->first + i].rule : rule;
+        if (!has_room(to->s, w, one))
+            continue;
+        copy_way(&more, w);
+        more.level[more.n++] = (struct level){ (uint16_t)one, 0, 0 };
+        try_byte(to, &more, c);
+    }
+}
+
+/* What is left of the ways after one more byte.  Returns whether any is. */
+static int guide_byte(const struct guide *from, struct guide *to, int c)
+{
+    struct way w = { 0 };
+
+    to->s = from->s;
+    to->has_begun = 1;
+    to->in_call = from->has_begun ? from->in_call : c == CALL_OPENS;
+    to->n = 0;
+    if (!from->has_begun)
+        enter(to, &w, from->s->root, c);
+    for (int i = 0; from->has_begun && i < from->n; i++) {
+        copy_way(&w, &from->way[i]);
+        try_byte(to, &w, c);
+    }
+    return to->n > 0;
+}
+
+/* May the answer end here? */
+static int guide_may_end(const struct guide *g)
+{
+    struct way w;
+    int child, ends = 0;
+
+    for (int i = 0; g->has_begun && i < g->n && !ends; i++) {
+        copy_way(&w, &g->way[i]);
+        while (w.n > 0 && step(g->s, &w, &w.level[w.n - 1], EOF, &child) ==
+               OVER)
+            w.n--;
+        ends = w.n == 0;
+    }
+    return ends;
+}
+
+/* Does it have to? */
+static int guide_is_done(const struct guide *g)
+{
+    struct guide next;
+    int c = guide_may_end(g) ? 1 : 0;
+
+    while (c > 0 && c < 256 && !guide_byte(g, &next, c))
+        c++;
+    return c == 256;
+}
+
+/* ---- from a schema to rules
+ *
+ * A rule is made empty, and filled when its turn comes; so those that a schema
+ * names again and again, or within themselves, are made once. */
+
+enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
+       IS_STRING = 16, IS_ARRAY = 32, IS_OBJECT = 64, IS_ALL = 127,
+       VALUES = 128, ANY_OF = 256,
+       REF = 512, ARGS = 1024, LOOSE = 2048, MADE = 4096,
+       NOTE = -1 };
+
+static const char type_names[] =
+    "null boolean integer number string array object";
+
+/* What keywords are about; a NOTE changes nothing. */
+static const struct { const char *names; int of; } keywords[] = {
+    { "title description default examples deprecated readOnly writeOnly "
+      "$schema $id $comment $defs definitions", NOTE },
+    { "type", IS_ALL | VALUES }, { "enum const", VALUES }, { "anyOf", ANY_OF },
+    { "$ref", REF }, { "properties required additionalProperties", IS_OBJECT },
+    { "items minItems maxItems", IS_ARRAY },
+    { "minLength maxLength", IS_STRING },
+};
+
+static struct json object_type = { .type = JSON_STRING, .s = "object", .n = 6,
+                                   .key = "type", .n_key = 4 };
+static const struct json anything = { .type = JSON_OBJECT };
+static const struct json any_object = { .type = JSON_OBJECT, .n_members = 1,
+                                        .first = &object_type };
+
+/* Where a rule is from: a schema, or one type of it, in a whole one. */
+struct origin {
+    const struct json *from, *whole;
+    int types;                            /* 0: all that it says             */
+    int parent;                           /* -1: none                        */
+    const char *word, *key;               /* where in it; key may be NULL    */
+};
+
+struct maker {
+    struct schema *s;
+    struct origin *origin;                /* [n_rules]                       */
+    struct why *why;
+    int python;
+};
+
+/* " at properties.name" */
+static struct phrase place(const struct maker *m, int rule)
+{
+    struct phrase path = phrase("%s", "");
+
+    for (; rule >= 0; rule = m->origin[rule].parent) {
+        const struct origin *o = &m->origin[rule];
+        if (o->word)
+            path = phrase("%.30s%s%.40s%s%.50s", o->word, o->key ? "." : "",
+                          o->key ? o->key : "", path.s[0] ? "." : "", path.s);
+    }
+    return path.s[0] ? phrase(" at %.120s", path.s) : path;
+}
+
+static int find_keyword(const char *key)
+{
+    for (size_t i = 0; i < sizeof keywords / sizeof *keywords; i++)
+        if (find_word(keywords[i].names, ' ', key) >= 0)
+            return keywords[i].of;
+    return 0;
+}
+
+/* The types that "type" names, or 0. */
+static int named_types(const struct json *type)
+{
+    const struct json *x = json_is(type, JSON_ARRAY) ? type->first : type;
+    int types = 0;
+
+    for (; x; x = type->type == JSON_ARRAY ? x->next : NULL) {
+        const int i = find_word(type_names, ' ', json_text(x) ? x->s : "");
+        if (i < 0)
+            return 0;
+        types |= 1 << i;
+    }
+    return types & IS_NUMBER ? types & ~IS_INTEGER : types;
+}
+
+/* What a schema says: types, or one of the others.  Where it does not name its
+ * types, they are those that its keywords are about. */
+static int kind_of(const struct json *v)
+{
+    int types = 0;
+
+    if (json_get(v, "$ref") || json_get(v, "anyOf"))
+        return json_get(v, "$ref") ? REF : ANY_OF;
+    if (json_get(v, "enum") || json_get(v, "const"))
+        return VALUES;
+    if (json_get(v, "type"))
+        return named_types(json_get(v, "type"));
+    for (const struct json *x = v->first; x; x = x->next)
+        if (find_keyword(x->key) != NOTE)
+            types |= find_keyword(x->key) & IS_ALL;
+    return types ? types : IS_ALL - IS_INTEGER;
+}
+
+/* No keyword but those that are known, and go together. */
+static int check_keywords(struct maker *m, const struct json *v, int kind,
+                          int at)
+{
+    const struct phrase where = place(m, at);
+
+    for (const struct json *x = v->first; x; x = x->next)
+        if (find_keyword(x->key) == 0)
+            return because(m->why, USAGE, "\"%.60s\"%s is not known here",
+                           x->key, where.s);
+        else if (!(find_keyword(x->key) & kind))
+            return because(m->why, USAGE, "\"%.60s\"%s does not go with the "
+                           "rest there", x->key, where.s);
+    return DONE;
+}
+
+/* Room for n, from s->rule[rule].first on. */
+static int add_choices(struct maker *m, int rule, int n)
+{
+    struct schema *s = m->s;
+
+    if (n > MAX_WORDS - s->n_choices)
+        return because(m->why, USAGE, "a schema of more than %d words",
+                       MAX_WORDS);
+    s->choice = resize(s->choice, (size_t)(s->n_choices + n) *
+                                  sizeof *s->choice);
+    for (int i = 0; i < n; i++)
+        s->choice[s->n_choices + i] = (struct choice){ .rule = -1 };
+    s->rule[rule].first = s->n_choices;
+    s->rule[rule].n = n;
+    s->n_choices += n;
+    return DONE;
+}
+
+static int add_rule(struct maker *m, const struct origin *from, int *out)
+{
+    struct schema *s = m->s;
+    const size_t n = (size_t)s->n_rules;
+
+    if (n == MAX_RULES)
+        return because(m->why, USAGE, "a schema of more than %d parts",
+                       MAX_RULES);
+    if ((n & (n - 1)) == 0) {
+        s->rule = resize(s->rule, (n ? 2 * n : 1) * sizeof *s->rule);
+        m->origin = resize(m->origin, (n ? 2 * n : 1) * sizeof *m->origin);
+    }
+    s->rule[n] = (struct rule){ .max = INT_MAX, .child = -1, .levels = NEVER,
+                                .python = m->python };
+    m->origin[n] = *from;
+    *out = s->n_rules++;
+    return DONE;
+}
+
+/* What "#/$defs/name" means in a whole schema, or NULL. */
+static const struct json *follow_ref(const struct json *whole, const char *ref)
+{
+    struct phrase name;
+
+    if (*ref++ != '#')
+        return NULL;
+    while (whole && *ref == '/') {
+        size_t n = 0;
+        for (ref++; *ref && *ref != '/' && n < sizeof name.s - 1; ref++)
+            name.s[n++] = *ref != '~' ? *ref : *++ref == '1' ? '/' : '~';
+        name.s[n] = '\0';
+        if (whole->type == JSON_ARRAY) {
+            long i = strtol(name.s, NULL, 10);
+            for (whole = whole->first; whole && i > 0; i--)
+                whole = whole->next;
+        } else
+            whole = json_get(whole, name.s);
+    }
+    return *ref ? NULL : whole;
+}
+
+/* The rule for a schema within the one of rule `at`, or for what it refers
+ * to. */
+static int rule_of(struct maker *m, const struct json *v, int at,
+                   const char *word, const char *key, int *out)
+{
+    const struct json *whole = m->origin[at].whole;
+    struct origin o = { v, whole, 0, at, word, key };
+
+    for (int hops = 0; json_get(o.from, "$ref"); hops++) {
+        const struct json *ref = json_get(o.from, "$ref");
+        if (check_keywords(m, o.from, REF, at) != DONE)
+            return USAGE;
+        o.from = json_text(ref) && hops < 64 ? follow_ref(whole, ref->s) : NULL;
+        if (!o.from)
+            return because(m->why, USAGE, "\"$ref\"%s leads nowhere: %.60s",
+                           place(m, at).s, json_text(ref) ? ref->s : "no text");
+    }
+    for (int i = 0; i < m->s->n_rules; i++)
+        if (m->origin[i].from == o.from && m->origin[i].types == 0 &&
+            m->s->rule[i].python == m->python) {
+            *out = i;
+            return DONE;
+        }
+    return add_rule(m, &o, out);
+}
+
+/* A number that is a bound, if it is there. */
+static int read_bound(struct maker *m, const struct json *v, const char *key,
+                      int at, int *out)
+{
+    const struct json *x = json_get(v, key);
+    long long n = *out;
+
+    if (x && json_int(x, 0, INT_MAX, &n) != 0)
+        return because(m->why, USAGE, "\"%s\"%s: expected a whole number", key,
+                       place(m, at).s);
+    *out = (int)n;
+    return DONE;
+}
+
+static int read_bounds(struct maker *m, const struct json *v, const char *least,
+                       const char *most, int at)
+{
+    struct rule *r = &m->s->rule[at];
+
+    if (read_bound(m, v, least, at, &r->min) != DONE ||
+        read_bound(m, v, most, at, &r->max) != DONE)
+        return USAGE;
+    return r->min <= r->max ? DONE :
+           because(m->why, USAGE, "\"%s\"%s is more than \"%s\"", least,
+                   place(m, at).s, most);
+}
+
+/* ---- words */
+
+/* Put text[from..] into a choice. */
+static int end_word(struct maker *m, struct choice *c, size_t from, int at)
+{
+    c->from = from;
+    c->n = m->s->text.n - from;
+    return c->n <= MAX_WORD ? DONE :
+           because(m->why, USAGE, "a word%s of %zu bytes, expected at most %d",
+                   place(m, at).s, c->n, MAX_WORD);
+}
+
+/* A string of JSON, text[from..end), once more in single quotes. */
+static void add_single(struct text *t, size_t from, size_t end)
+{
+    add_string(t, "'");
+    for (size_t i = from + 1; i + 1 < end; i++) {
+        const char two[2] = { t->s[i], t->s[i + 1] };
+        if (two[0] == '\'')
+            add_string(t, "\\'");
+        else if (two[0] != '\\' || two[1] == '"')
+            add(t, two + (two[0] == '\\'), 1);
+        else
+            add(t, two, 2);
+        i += two[0] == '\\';
+    }
+    add_string(t, "'");
+}
+
+/* A value or a key; in Python strings go into two choices, one for each kind of
+ * quotes, and anything else into two that are alike. */
+static int add_value(struct maker *m, int choice, const struct json *v,
+                     const char *behind, int at)
+{
+    struct text *t = &m->s->text;
+    const size_t from = t->n;
+    int code;
+
+    if (v->type == JSON_STRING)
+        add_json_string(t, v->s, v->n);
+    else
+        add_tree(t, v, m->python);
+    const size_t end = t->n;
+    add_string(t, behind);
+    code = end_word(m, &m->s->choice[choice], from, at);
+    if (code != DONE || !m->python)
+        return code;
+    m->s->choice[choice + 1] = m->s->choice[choice];
+    if (v->type != JSON_STRING)
+        return DONE;
+    const size_t again = t->n;
+    add_single(t, from, end);
+    add_string(t, behind);
+    return end_word(m, &m->s->choice[choice + 1], again, at);
+}
+
+static int type_of(const struct json *v)
+{
+    static const int type[] = { IS_NULL, IS_BOOLEAN, IS_BOOLEAN, IS_NUMBER,
+                                IS_STRING, IS_ARRAY, IS_OBJECT };
+    double x = 0.5;
+
+    json_double(v, &x);
+    return type[v->type] | (x == floor(x) ? IS_INTEGER : 0);
+}
+
+/* "enum" or "const", those that are of the type, if there is one. */
+static int make_values(struct maker *m, const struct json *v, int at)
+{
+    const struct json *list = json_get(v, "enum"), *type = json_get(v, "type");
+    const struct json *one = json_get(v, "const");
+    const int types = type ? named_types(type) : IS_ALL;
+    const int n = list ? list->n_members : 1, each = 1 + m->python;
+    int n_good = 0;
+
+    if (!types || (list && (list->type != JSON_ARRAY || one)))
+        return because(m->why, USAGE, "\"%s\"%s: expected %s",
+                       types ? "enum" : "type", place(m, at).s, types ?
+                       "an array, and no \"const\" beside it" : type_names);
+    if (n > MAX_WORDS || add_choices(m, at, n * each) != DONE)
+        return because(m->why, USAGE, "a schema of more than %d words",
+                       MAX_WORDS);
+    m->s->rule[at].is = WORD;
+    for (const struct json *x = list ? list->first : one; x;
+         x = list ? x->next : NULL)
+        if (type_of(x) & types) {
+            if (add_value(m, m->s->rule[at].first + each * n_good++, x, "", at)
+                != DONE)
+                return USAGE;
+        }
+    m->s->rule[at].n = n_good * each;
+    return n_good > 0 ? DONE :
+           because(m->why, USAGE, "\"%s\"%s has no value of the type",
+                   list ? "enum" : "const", place(m, at).s);
+}
+
+static int make_word(struct maker *m, int at, const char *a, const char *b)
+{
+    const char *const word[] = { a, b };
+
+    m->s->rule[at].is = WORD;
+    if (add_choices(m, at, b ? 2 : 1) != DONE)
+        return USAGE;
+    for (int i = 0; i < m->s->rule[at].n; i++) {
+        const size_t from = m->s->text.n;
+        add_string(&m->s->text, word[i]);
+        end_word(m, &m->s->choice[m->s->rule[at].first + i], from, at);
+    }
+    return DONE;
+}
+
+/* ---- members */
+
+/* "required" names properties; is this one of them? */
+static int is_in(const struct json *list, const struct json *x)
+{
+    const struct json *v = list ? list->first : NULL;
+
+    while (v && (v->type != JSON_STRING || v->n != x->n_key ||
+                 memcmp(v->s, x->key, v->n) != 0))
+        v = v->next;
+    return v != NULL;
+}
+
+static int check_members(struct maker *m, const struct json *v, int at)
+{
+    const struct json *list = json_get(v, "required");
+    const struct json *properties = json_get(v, "properties");
+    const struct json *more = json_get(v, "additionalProperties");
+    const struct json *x = json_is(list, JSON_ARRAY) ? list->first : NULL;
+    const char *wrong = list && list->type != JSON_ARRAY ?
+        "\"required\"%s: expected an array" :
+        properties && properties->type != JSON_OBJECT ?
+        "\"properties\"%s: expected an object" :
+        more && (properties || more->type != JSON_OBJECT) &&
+        !json_is(more, JSON_FALSE) && !json_is(more, JSON_TRUE) ?
+        "\"additionalProperties\"%s: expected false" : NULL;
+
+    if (wrong)
+        return because(m->why, USAGE, wrong, place(m, at).s);
+    for (; x; x = x->next)
+        if (x->type != JSON_STRING || !properties ||
+            !find_key(properties, x->s, x->n))
+            return because(m->why, USAGE, "\"required\"%s names %.60s, which "
+                           "is none of \"properties\"", place(m, at).s,
+                           x->type == JSON_STRING ? x->s : "something");
+    return DONE;
+}
+
+/* The members that a schema names, as a dict or as arguments: key= instead of
+ * "key": there.  If they are `loose`, with any values. */
+static int make_record(struct maker *m, const struct json *v, int at, int loose)
+{
+    const int arguments = m->s->rule[at].open == '(';
+    const int each = m->python && !arguments ? 2 : 1;
+    const struct json *properties = json_get(v, "properties");
+    const struct json *required = json_get(v, "required");
+    const struct json *x = properties ? properties->first : NULL;
+    int i = 0, child;
+
+    m->s->rule[at].is = RECORD;
+    if (add_choices(m, at, properties ? properties->n_members * each : 0) !=
+        DONE)
+        return USAGE;
+    for (; x; x = x->next, i += each) {
+        const int first = m->s->rule[at].first + i;
+        const size_t from = m->s->text.n;
+        const struct json key = { .type = JSON_STRING, .s = x->key,
+                                  .n = x->n_key };
+        if (rule_of(m, loose ? &anything : x, at, "properties", x->key,
+                    &child) != DONE)
+            return USAGE;
+        if (!arguments) {
+            if (add_value(m, first, &key, ":", at) != DONE)
+                return USAGE;
+        } else {
+            add(&m->s->text, x->key, x->n_key);
+            add_string(&m->s->text, "=");
+            if (end_word(m, &m->s->choice[first], from, at) != DONE)
+                return USAGE;
+        }
+        for (int k = 0; k < each; k++)
+            m->s->choice[first + k].rule = child;
+        m->s->choice[first + each - 1].is_required = is_in(required, x);
+    }
+    return DONE;
+}
+
+static int make_map(struct maker *m, const struct json *values, int at)
+{
+    static const struct json a_key = { .type = JSON_TRUE };
+    const struct origin key = { &a_key, &a_key, IS_STRING, at, NULL, NULL };
+    int child, first = 0;
+
+    if (rule_of(m, values, at, "additionalProperties", NULL, &child) != DONE ||
+        add_rule(m, &key, &first) != DONE)
+        return USAGE;
+    m->s->rule[at].is = MAP_OF;
+    m->s->rule[at].max = MAX_MEMBERS;
+    m->s->rule[at].child = child;
+    m->s->rule[at].first = first;
+    return DONE;
+}
+
+/* An object has the members that its schema names; if it names none, any. */
+static int make_object(struct maker *m, const struct json *v, int at)
+{
+    const struct json *more = json_get(v, "additionalProperties");
+    const int no_more = json_is(more, JSON_FALSE);
+
+    m->s->rule[at].open = '{';
+    m->s->rule[at].close = '}';
+    if (check_members(m, v, at) != DONE)
+        return USAGE;
+    if (!json_get(v, "properties") && !no_more)
+        return make_map(m, json_is(more, JSON_OBJECT) ? more : &anything, at);
+    return make_record(m, v, at, 0);
+}
+
+static int make_list(struct maker *m, const struct json *v, int at)
+{
+    const struct json *items = json_get(v, "items");
+    int child;
+
+    m->s->rule[at].is = LIST_OF;
+    m->s->rule[at].open = '[';
+    m->s->rule[at].close = ']';
+    if (read_bounds(m, v, "minItems", "maxItems", at) != DONE ||
+        rule_of(m, items ? items : &anything, at, "items", NULL, &child) !=
+        DONE)
+        return USAGE;
+    m->s->rule[at].child = child;
+    return DONE;
+}
+
+/* ---- rules */
+
+/* A schema of several types is a choice of them. */
+static int make_types(struct maker *m, int types, int at)
+{
+    const struct origin was = m->origin[at];
+    int n = 0, i = 0, child;
+
+    for (int bit = 1; bit < IS_ALL; bit <<= 1)
+        n += (types & bit) != 0;
+    m->s->rule[at].is = CHOICE_OF;
+    if (add_choices(m, at, n) != DONE)
+        return USAGE;
+    for (int bit = 1; bit < IS_ALL; bit <<= 1)
+        if (types & bit) {
+            const struct origin one = { was.from, was.whole, bit, at, NULL,
+                                        NULL };
+            if (add_rule(m, &one, &child) != DONE)
+                return USAGE;
+            m->s->choice[m->s->rule[at].first + i++].rule = child;
+        }
+    return DONE;
+}
+
+static int make_any_of(struct maker *m, const struct json *v, int at)
+{
+    const struct json *list = json_get(v, "anyOf");
+    int i = 0, child;
+
+    if (!json_is(list, JSON_ARRAY) || list->n_members == 0 ||
+        list->n_members > MAX_WORDS)
+        return because(m->why, USAGE, "\"anyOf\"%s: expected an array of "
+                       "schemas", place(m, at).s);
+    m->s->rule[at].is = CHOICE_OF;
+    if (add_choices(m, at, list->n_members) != DONE)
+        return USAGE;
+    for (const struct json *x = list->first; x; x = x->next) {
+        if (rule_of(m, x, at, "anyOf", NULL, &child) != DONE)
+            return USAGE;
+        m->s->choice[m->s->rule[at].first + i++].rule = child;
+    }
+    return DONE;
+}
+
+static int make_arguments(struct maker *m, const struct json *v, int at,
+                          int loose);
+
+static int make_type(struct maker *m, const struct json *v, int type, int at)
+{
+    struct rule *r = &m->s->rule[at];
+
+    switch (type) {
+    case IS_NULL: return make_word(m, at, m->python ? "None" : "null", NULL);
+    case IS_BOOLEAN: return make_word(m, at, m->python ? "False" : "false",
+                                     m->python ? "True" : "true");
+    case IS_ARRAY: return make_list(m, v, at);
+    case IS_OBJECT: return make_object(m, v, at);
+    case IS_STRING: r->is = STRING_OF;
+                   return read_bounds(m, v, "minLength", "maxLength", at);
+    case IS_INTEGER: case IS_NUMBER: r->is = NUMBER_OF;
+                                   r->max = type == IS_NUMBER;
+                                   return DONE;
+    case ARGS: case LOOSE: return make_arguments(m, v, at, type == LOOSE);
+    default: return make_types(m, type, at);
+    }
+}
+
+static int make_rule(struct maker *m, int at)
+{
+    const struct json *v = m->origin[at].from;
+    int types = m->origin[at].types;
+
+    m->python = m->s->rule[at].python;
+    if (types == MADE)
+        return DONE;
+    if (types)
+        return make_type(m, v, types, at);
+    if (v->type == JSON_TRUE)
+        v = &anything;
+    if (v->type != JSON_OBJECT)
+        return because(m->why, USAGE, "expected a schema%s", place(m, at).s);
+    types = kind_of(v);
+    if (!types)
+        return because(m->why, USAGE, "\"type\"%s: expected %s",
+                       place(m, at).s, type_names);
+    if (check_keywords(m, v, types, at) != DONE)
+        return USAGE;
+    return types == ANY_OF ? make_any_of(m, v, at) :
+           types == VALUES ? make_values(m, v, at) :
+           make_type(m, v, types, at);
+}
+
+/* Put what a choice comes to in the end, through choices within it, each once,
+ * into to[MAX_WAYS].  How many there are, or more than MAX_WAYS. */
+static int flatten(const struct schema *s, int rule, unsigned char *seen,
+                   int *to, int n)
+{
+    const struct rule *r = &s->rule[rule];
+
+    if (seen[rule] || n > MAX_WAYS)
+        return n;
+    seen[rule] = 1;
+    if (r->is != CHOICE_OF) {
+        if (n < MAX_WAYS)
+            to[n] = rule;
+        return n + 1;
+    }
+    for (int i = 0; i < r->n; i++)
+        n = flatten(s, s->choice[r->first + i].rule, seen, to, n);
+    return n;
+}
+
+static int flatten_all(struct maker *m)
+{
+    struct schema *s = m->s;
+    const int n_rules = s->n_rules;
+    unsigned char *seen = zeroed((size_t)n_rules, 1);
+    int to[MAX_WAYS], code = DONE;
+
+    for (int i = 0; code == DONE && i < n_rules; i++) {
+        if (s->rule[i].is != CHOICE_OF)
+            continue;
+        memset(seen, 0, (size_t)n_rules);
+        const int n = flatten(s, i, seen, to, 0);
+        if (n > MAX_WAYS)
+            code = because(m->why, USAGE, "\"anyOf\"%s: more than %d "
+                           "alternatives", place(m, i).s, MAX_WAYS);
+        else if (n <= s->rule[i].n || (code = add_choices(m, i, n)) == DONE)
+            for (int k = s->rule[i].n = n; k-- > 0;)
+                s->choice[s->rule[i].first + k].rule = to[k];
+    }
+    free(seen);
+    return code;
+}
+
+/* How much of the stack a rule takes at the least, by what is known of
+ * others. */
+static int least_levels(const struct schema *s, const struct rule *r)
+{
+    int least = r->is == WORD || r->is == CHOICE_OF ? NEVER : 0;
+
+    for (int i = 0; i < r->n && r->is != MAP_OF; i++) {
+        const struct choice *c = &s->choice[r->first + i];
+        const int n = c->rule < 0 ? 0 : s->rule[c->rule].levels;
+        if (r->is == RECORD && c->is_required)
+            least = n > least ? n : least;
+        else if (r->is != RECORD)
+            least = smaller(n, least);
+    }
+    if (r->is == LIST_OF && r->min > 0)
+        least = s->rule[r->child].levels;
+    least += r->is != CHOICE_OF;
+    return least <= MAX_LEVELS ? least : NEVER;
+}
+
+/* Until nothing changes: what is within itself without an end stays NEVER. */
+static void count_levels(struct schema *s)
+{
+    for (int changed = 1; changed;) {
+        changed = 0;
+        for (int i = s->n_rules; i-- > 0;) {
+            const int n = least_levels(s, &s->rule[i]);
+            changed |= n != s->rule[i].levels;
+            s->rule[i].levels = n;
+        }
+    }
+}
+
+static int make_all(struct maker *m)
+{
+    struct schema *s = m->s;
+    int code = DONE;
+
+    for (int i = 0; i < s->n_rules && code == DONE; i++)
+        code = make_rule(m, i);
+    if (code == DONE)
+        code = flatten_all(m);
+    if (code != DONE)
+        return code;
+    count_levels(s);
+    return s->rule[s->root].levels <= MAX_LEVELS ? DONE :
+           because(m->why, USAGE, "no value of this schema ends within %d "
+                   "levels", MAX_LEVELS);
+}
+
+/* ---- calls */
+
+static int is_name(const char *s, size_t n)
+{
+    struct reader r = { .at = (char *)(uintptr_t)s };
+
+    return n > 0 && read_name(&r) == n;
+}
+
+/* Can all properties be written as key=value? */
+static int are_names(const struct json *properties)
+{
+    const struct json *x = json_is(properties, JSON_OBJECT) ?
+                           properties->first : NULL;
+
+    while (x && is_name(x->key, x->n_key))
+        x = x->next;
+    return !x;
+}
+
+/* A rule that has one thing in its brackets. */
+static int add_only(struct maker *m, int at, int rule)
+{
+    m->s->rule[at].is = RECORD;
+    if (add_choices(m, at, 1) != DONE)
+        return USAGE;
+    m->s->choice[m->s->rule[at].first].rule = rule;
+    m->s->choice[m->s->rule[at].first].is_required = 1;
+    return DONE;
+}
+
+/* name(key=value); or name({"a key": value}) where the keys are no names.  If
+ * nothing is said of the arguments, there are none. */
+static int make_arguments(struct maker *m, const struct json *v, int at,
+                          int loose)
+{
+    int child;
+
+    m->s->rule[at].open = '(';
+    m->s->rule[at].close = ')';
+    m->s->rule[at].is = RECORD;
+    if (v == &anything)
+        return DONE;
+    if (v->type == JSON_OBJECT && kind_of(v) == IS_OBJECT &&
+        json_get(v, "properties") && are_names(json_get(v, "properties"))) {
+        if (!loose && (check_keywords(m, v, IS_OBJECT, at) != DONE ||
+                       check_members(m, v, at) != DONE))
+            return USAGE;
+        return make_record(m, v, at, loose);
+    }
+    if (rule_of(m, loose ? &any_object : v, at, NULL, NULL, &child) != DONE)
+        return USAGE;
+    v = m->origin[child].from;
+    return v->type == JSON_OBJECT && kind_of(v) == IS_OBJECT ?
+           add_only(m, at, child) :
+           because(m->why, USAGE, "the parameters%s: expected those of an "
+                   "object", place(m, at).s);
+}
+
+/* How calls are to be written. */
+struct call_form {
+    const struct json *tools;             /* NULL: none                      */
+    const char *name;                     /* only this one; NULL: any        */
+    int is_forced, is_single;
+};
+
+/* Arguments follow the parameters of a tool that is strict: by its own word, or
+ * if it is to be called and does not say that it is not. */
+static int is_strict(const struct json *tool, int otherwise)
+{
+    json_bool(given(function_of(tool), "strict"), &otherwise);
+    return otherwise;
+}
+
+static int make_tool(struct maker *m, const struct json *tool, int list,
+                     int choice, int forced)
+{
+    const struct json *f = function_of(tool), *name = json_get(f, "name");
+    const struct json *v = given(f, "parameters");
+    const size_t from = m->s->text.n;
+
+    if (!json_is(name, JSON_STRING) || !is_name(name->s, name->n))
+        return because(m->why, USAGE, "a tool is called %.60s, expected a name",
+                       json_text(name) ? name->s : "nothing");
+    v = v ? v : &anything;
+    add(&m->s->text, name->s, name->n);
+    const struct origin o = { v, v, is_strict(tool, forced) ? ARGS : LOOSE,
+                              list, name->s, NULL };
+    return add_rule(m, &o, &m->s->choice[choice].rule) == DONE ?
+           end_word(m, &m->s->choice[choice], from, list) : USAGE;
+}
+
+/* <|tool_call_start|>[name(arguments), ...]<|tool_call_end|> */
+static int make_calls(struct maker *m, const struct call_form *form, int *out)
+{
+    const struct origin o = { &anything, &anything, MADE, -1, NULL,
+                              NULL };
+    const struct json *x = form->tools->first;
+    int list, name, n = 0;
+
+    m->python = 1;
+    if (add_rule(m, &o, out) != DONE || add_rule(m, &o, &list) != DONE ||
+        add_rule(m, &o, &name) != DONE || add_only(m, *out, list) != DONE ||
+        form->tools->n_members > MAX_WORDS ||
+        add_choices(m, name, form->tools->n_members) != DONE)
+        return because(m->why, USAGE, "too many tools");
+    m->s->rule[*out].open = CALL_OPENS;
+    m->s->rule[*out].close = CALL_CLOSES;
+    m->s->rule[name].is = WORD;
+    m->s->rule[list].is = LIST_OF;
+    m->s->rule[list].open = '[';
+    m->s->rule[list].close = ']';
+    m->s->rule[list].child = name;
+    m->s->rule[list].min = 1;
+    m->s->rule[list].max = form->is_single ? 1 : INT_MAX;
+    for (; x; x = x->next)
+        if (!form->name || is_word(json_get(function_of(x), "name"),
+                                   form->name)) {
+            if (make_tool(m, x, name, m->s->rule[name].first + n++,
+                          form->is_forced) != DONE)
+                return USAGE;
+        }
+    m->s->rule[name].n = n;
+    return n > 0 ? DONE : because(m->why, USAGE, "\"tool_choice\": no tool is "
+                                  "called %.60s", form->name);
+}
+
+/* ---- what a request asks for */
+
+static void free_schema(struct schema *s)
+{
+    if (!s)
+        return;
+    free(s->rule);
+    free(s->choice);
+    free(s->text.s);
+    free(s);
+}
+
+/* The rules for an answer of this schema, or for calls, or for either. */
+static int make_schema(const struct json *answer, const struct call_form *calls,
+                       struct schema **out, struct why *why)
+{
+    struct schema *s = zeroed(1, sizeof *s);
+    struct maker m = { .s = s, .why = why };
+    const struct origin o = { answer, answer, MADE, -1, NULL, NULL };
+    int code = add_rule(&m, &o, &s->root), rule[2], n = 0;
+
+    if (answer && code == DONE)
+        code = rule_of(&m, answer, s->root, NULL, NULL, &rule[n++]);
+    if (calls && code == DONE)
+        code = make_calls(&m, calls, &rule[n++]);
+    if (code == DONE)
+        code = add_choices(&m, s->root, n);
+    if (code == DONE) {
+        s->rule[s->root].is = CHOICE_OF;
+        for (int i = 0; i < n; i++)
+            s->choice[s->rule[s->root].first + i].rule = rule[i];
+        code = make_all(&m);
+    }
+    free(m.origin);
+    if (code != DONE)
+        free_schema(s);
+    else
+        *out = s;
+    return code;
+}
+
+/* Members of `x` that are not in the list of words. */
+static int check_words(const struct json *x, const char *words, struct why *why)
+{
+    for (x = x ? x->first : NULL; x; x = x->next)
+        if (find_word(words, ' ', x->key) < 0)
+            return because(why, USAGE, "\"%.60s\" in \"response_format\" is "
+                           "not known here", x->key);
+    return DONE;
+}
+
+/* "response_format"; without one, --json-schema. */
+static int read_format(const struct engine *e, const struct json *body,
+                       const struct json **out, struct why *why)
+{
+    const struct json *x = given(body, "response_format");
+    const struct json *named = given(x, "json_schema");
+    const struct json *type = given(x, "type");
+
+    *out = x ? NULL : e->schema;
+    if (!x || is_word(type, "text"))
+        return DONE;
+    if (is_word(type, "json_schema"))
+        *out = given(named, "schema");
+    else if (is_word(type, "json_object") && !named)
+        *out = &any_object;
+    if (!*out)
+        return because(why, USAGE, "\"response_format\": expected a \"type\" "
+                       "of text, json_object, or json_schema with its "
+                       "\"schema\" in \"json_schema\"");
+    return check_words(x, "type json_schema", why) != DONE ? USAGE :
+           check_words(named, "name description strict schema", why);
+}
+
+/* "tool_choice" and "parallel_tool_calls"; *form has no tools if none are to be
+ * called, or if any text may be a call. */
+static int read_call_form(const struct json *body, const struct json *tools,
+                          int has_answer, struct call_form *form,
+                          struct why *why)
+{
+    const struct json *choice = given(body, "tool_choice");
+    const struct json *name = json_get(function_of(choice), "name");
+    int parallel = 1, strict = has_answer;
+
+    if (read_flag(body, "parallel_tool_calls", &parallel, why) != DONE)
+        return USAGE;
+    tools = json_is(tools, JSON_ARRAY) && tools->first ? tools : NULL;
+    *form = (struct call_form){
+        .tools = tools, .name = json_text(name),
+        .is_forced = is_word(choice, "required") || json_text(name),
+        .is_single = !parallel || json_text(name)
+    };
+    if (choice && !form->is_forced && !is_word(choice, "auto") &&
+        !is_word(choice, "none"))
+        return because(why, USAGE, "\"tool_choice\": expected none, auto, "
+                       "required or a function");
+    if (form->is_forced && !tools)
+        return because(why, USAGE, "\"tool_choice\": there are no tools");
+    for (const struct json *x = tools ? tools->first : NULL; x; x = x->next)
+        strict |= is_strict(x, 0);
+    if (is_word(choice, "none") || (!form->is_forced && parallel && !strict))
+        form->tools = NULL;
+    return DONE;
+}
+
+/* How the answer has to look. */
+static int read_form(const struct engine *e, struct request *q,
+                     const struct json *body, const struct json *tools,
+                     struct why *why)
+{
+    const struct json *answer;
+    struct call_form calls;
+    int code = read_format(e, body, &answer, why);
+
+    if (code == DONE)
+        code = read_call_form(body, q->is_completion ? NULL : tools,
+                              answer != NULL, &calls, why);
+    if (code != DONE)
+        return code;
+    if (calls.tools && (lfm2_token_id(e->words, CALL_START) < 0 ||
+                        lfm2_token_id(e->words, CALL_END) < 0)) {
+        if (calls.is_forced)
+            return because(why, USAGE, "\"tool_choice\": this model has no "
+                           "tokens for calls");
+        calls.tools = NULL;
+    }
+    if (calls.is_forced)
+        answer = NULL;
+    if (!answer && !calls.tools)
+        return DONE;
+    code = make_schema(answer, calls.tools ? &calls : NULL, &q->schema, why);
+    if (code == DONE) {
+        q->schema->only_calls = !answer && !calls.is_forced;
+        q->schema->one_call = calls.is_single;
+    }
+    return code;
+}
+
+/* ---- choosing tokens
+ *
+ * The vocabulary is walked in the order of its bytes, so that what tokens begin
+ * with is tried once for all of them. */
+
+enum { MAX_BLANKS = 4, LONGEST = 64 };
+
+/* A token, how many bytes it shares with the one before, and how many
+ * characters of a string it is; 0 if it is anything else there. */
+struct spelled { const char *s; int32_t id; uint8_t n, shared, length; };
+
+struct spelling {
+    struct spelled *token;                /* [n], in order                   */
+    int n;
+    uint8_t *fits;                        /* by id                           */
+    struct guide guide[LONGEST + 1];      /* after so many bytes             */
+};
+
+static int by_bytes(const void *a, const void *b)
+{
+    const struct spelled *x = a, *y = b;
+    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
+
+    return order ? order : (x->n > y->n) - (x->n < y->n);
+}
+
+/* Whole characters that are nothing but themselves in any string. */
+static uint8_t string_length(const struct spelled *t)
+{
+    const char *s = t->s, *const end = s + t->n;
+    uint8_t n = 0;
+    uint32_t c;
+
+    for (int size; s < end; s += size, n++) {
+        size = utf8_get(s, end, &c);
+        if (size == 0 || c < ' ' || strchr("\"'\\<|", *s))
+            return 0;
+    }
+    return n;
+}
+
+/* Tokens that could be part of an answer; none has a new line. */
+static void spell_tokens(struct engine *e)
+{
+    const int n_vocab = lfm2_n_vocab(e->words);
+    const int32_t opens = lfm2_token_id(e->words, CALL_START);
+    const int32_t closes = lfm2_token_id(e->words, CALL_END);
+    struct spelling *to = e->spelling = zeroed(1, sizeof *to);
+
+    to->token = zeroed((size_t)n_vocab, sizeof *to->token);
+    to->fits = zeroed((size_t)lfm2_model_config(e->model)->n_vocab, 1);
+    for (int32_t id = 0; id < n_vocab; id++) {
+        int n, k = 0;
+        const char *s = lfm2_token_bytes(e->words, id, 0, &n);
+        while (k < n && k < LONGEST && (unsigned char)s[k] >= ' ')
+            k++;
+        if (id == opens || id == closes)
+            to->token[to->n++] = (struct spelled){ id == opens ? "\1" : "\2",
+                                                   id, 1, 0, 0 };
+        else if (n > 0 && k == n)
+            to->token[to->n++] = (struct spelled){ s, id, (uint8_t)n, 0, 0 };
+    }
+    if (to->n > 0)
+        qsort(to->token, (size_t)to->n, sizeof *to->token, by_bytes);
+    for (int i = 0; i < to->n; i++) {
+        struct spelled *t = &to->token[i];
+        while (i > 0 && t->shared < t->n && t->shared < t[-1].n &&
+               t->s[t->shared] == t[-1].s[t->shared])
+            t->shared++;
+        t->length = string_length(t);
+    }
+}
+
+static void free_spelling(struct spelling *s)
+{
+    if (s) {
+        free(s->token);
+        free(s->fits);
+        free(s);
+    }
+}
+
+static void copy_guide(struct guide *to, const struct guide *from)
+{
+    memcpy(to, from, offsetof(struct guide, way));
+    for (int i = 0; i < from->n; i++)
+        copy_way(&to->way[i], &from->way[i]);
+}
+
+/* How many characters of a string may follow here. */
+static int string_room(const struct guide *g)
+{
+    int room = 0;
+
+    for (int i = 0; i < g->n; i++) {
+        const struct level *l = &g->way[i].level[g->way[i].n - 1];
+        if (g->way[i].n > 0 && g->s->rule[l->rule].is == STRING_OF &&
+            (l->state & ~SINGLE) == BODY) {
+            const int max = g->s->rule[l->rule].max;
+            const int more = max < INT_MAX ? max - l->at : max;
+            room = more > room ? more : room;
+        }
+    }
+    return room;
+}
+
+/* Find all tokens that fit. */
+static void walk_tokens(struct spelling *all, const struct guide *g)
+{
+    const int room = string_room(g);
+    int common = 0, deep = 0, is_dead = 0;
+
+    copy_guide(&all->guide[0], g);
+    for (int i = 0; i < all->n; i++) {
+        const struct spelled *t = &all->token[i];
+        common = smaller(common, t->shared);
+        if (t->length > 0 && t->length <= room)
+            all->fits[t->id] = 1;
+        else if (!is_dead || common <= deep) {
+            deep = smaller(common, deep);
+            while (deep < t->n && guide_byte(&all->guide[deep],
+                                             &all->guide[deep + 1],
+                                             (unsigned char)t->s[deep]))
+                deep++;
+            is_dead = deep < t->n;
+            all->fits[t->id] = !is_dead;
+            common = INT_MAX;
+        }
+    }
+}
+
+/* Where in a token the answer begins: behind the end of a thought, and blanks.
+ * Returns 0 if it must not look so. */
+static int skip_to_answer(const struct reply *r, struct piece *token)
+{
+    const size_t held = r->raw.n - r->seen;
+    size_t blank = r->part == AFTER_THOUGHT ? held : 0, n = token->n;
+    struct text both = { 0 };
+    const char *end = NULL;
+
+    if (r->part == AT_START && held == 0 && n == strlen(THINK) &&
+        memcmp(token->s, THINK, n) == 0)
+        n = 0;
+    if (r->part == IN_THOUGHT) {
+        add(&both, r->raw.s + r->seen, held);
+        add(&both, token->s, n);
+        end = find(both.s, both.s + both.n, THINK_END);
+        n = end ? (size_t)(both.s + both.n - end) - strlen(THINK_END) : 0;
+        free(both.s);
+    }
+    token->s += token->n - n;
+    token->n = n;
+    while ((end || r->part == AFTER_THOUGHT) && token->n > 0 &&
+           strchr(" \n\r\t", *token->s)) {
+        token->s++;
+        token->n--;
+        blank++;
+    }
+    return blank <= MAX_BLANKS;
+}
+
+/* Take a token; 0 if it does not fit, and then the guide is lost. */
+static int guide_token(const struct reply *r, struct guide *g, const char *s,
+                       size_t n)
+{
+    const int is_start = n == strlen(CALL_START) &&
+                         memcmp(s, CALL_START, n) == 0;
+    const int is_end = n == strlen(CALL_END) && memcmp(s, CALL_END, n) == 0;
+    const int is_free = !g->has_begun && (r->part == IN_THOUGHT ||
+                                          (g->s->only_calls && !is_start));
+    struct piece token = is_start ? (struct piece){ "\1", 1 } :
+                         is_end ? (struct piece){ "\2", 1 } :
+                         (struct piece){ s, n };
+    struct guide next;
+
+    if (is_free && (g->s->only_calls || n == 0))
+        return 1;
+    if (n == 0 || (!g->has_begun && !skip_to_answer(r, &token)))
+        return 0;
+    for (size_t i = 0; i < token.n; i++) {
+        const int c = (unsigned char)token.s[i];
+        if ((c < ' ' && !is_start && !is_end) || !guide_byte(g, &next, c))
+            return 0;
+        copy_guide(g, &next);
+    }
+    return 1;
+}
+
+/* May the model end its turn here? */
+static int may_stop(const struct reply *r)
+{
+    const struct guide *g = r->guide;
+
+    return g->s->only_calls && !g->has_begun ? 1 : guide_may_end(g);
+}
+
+static int may_say(const struct engine *e, const struct reply *r, int32_t id)
+{
+    struct guide copy;
+    int n;
+    const char *s = visible(e, id, &n);
+
+    if (is_end(e, r, id))
+        return may_stop(r);
+    copy_guide(&copy, r->guide);
+    return guide_token(r, &copy, s, (size_t)n);
+}
+
+/* The model's choice does not fit: it chooses once more, of what does. */
+static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    const double began = seconds();
+    uint8_t *fits = e->spelling->fits;
+    int32_t id;
+
+    memset(fits, 0, (size_t)n_vocab);
+    if (!r->guide->has_begun && r->part == IN_THOUGHT)
+        for (id = 0; id < lfm2_n_vocab(e->words); id++)
+            fits[id] = (uint8_t)may_say(e, r, id);
+    else
+        walk_tokens(e->spelling, r->guide);
+    for (int i = 0; i < e->ends.n; i++)
+        fits[e->ends.id[i]] = (uint8_t)may_stop(r);
+    for (int i = 0; i < r->n_stop_ids; i++)
+        fits[r->stop_id[i]] = (uint8_t)may_stop(r);
+    for (id = 0; id < n_vocab; id++)
+        if (!fits[id])
+            logits[id] = -INFINITY;
+    r->n_again++;
+    r->again += seconds() - began;
+    id = lfm2_sample(e->ctx, &r->sampler, logits, NULL, 0);
+    if (id < 0)
+        r->finish = guide_may_end(r->guide) ? STOPPED : BY_LENGTH;
+    return id;
+}
+
+/* Begin to guide an answer. */
+static void start_guide(struct engine *e, struct reply *r)
+{
+    if (!r->q->schema)
+        return;
+    if (!e->spelling)
+        spell_tokens(e);
+    r->guide = zeroed(1, sizeof *r->guide);
+    r->guide->s = r->q->schema;
+}
+
+/* After a token: an answer that is complete ends.  Where there may be text
+ * around calls, another may follow. */
+static void end_guided(struct reply *r)
+{
+    if (!guide_is_done(r->guide))
+        return;
+    if (r->guide->s->only_calls && !r->guide->s->one_call)
+        r->guide->has_begun = 0;
+    else
+        r->finish = STOPPED;
+}
+
+/* Is this the text of an answer that must not look like a call? */
+static int is_guided_text(const struct reply *r)
+{
+    return r->guide && r->guide->has_begun && !r->guide->in_call &&
+           r->part == IN_TEXT;
+}
+
+/* ---- --json-schema */
+
+static int open_schema(struct engine *e)
+{
+    const char *path = e->s->json_schema;
+    struct schema *made;
+    struct text text = { 0 };
+    struct why why;
+    int code = read_text_file(path, &text);
+
+    if (code != DONE)
+        return code;
+    code = json_parse(&e->pool, text.s, text.n, &e->schema, &why);
+    if (code == DONE)
+        code = make_schema(e->schema, NULL, &made, &why);
+    free(text.s);
+    if (code != DONE)
+        return say(code, "%s: %s", path, why.s);
+    free_schema(made);
+    return DONE;
+}
+
+static void close_schema(struct engine *e)
+{
+    pool_free(&e->pool);
+    free_spelling(e->spelling);
+}
