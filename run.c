@@ -796,10 +796,13 @@ struct trace {
     const struct settings *s;
     int code;                             /* DONE until something fails      */
     int first, last;                      /* positions to be shown           */
-    int records, raw;                     /* descriptors; raw: -1 for none   */
-    uint64_t offset;                      /* of what comes next in raw       */
+    struct trace_file {
+        const char *path;                 /* NULL: not asked for             */
+        int fd;
+        struct text text;                 /* of what comes next              */
+    } records, raw;
+    uint64_t offset;                      /* in raw                          */
     int has_some;                         /* behind the line about the model */
-    struct text line, bytes;              /* a record, and its numbers       */
 };
 
 struct engine {
@@ -9810,7 +9813,7 @@ static void add_number(struct text *to, const char *name, double x)
  * number is the smallest and the largest. */
 static void add_statistics(struct text *to, const float *x, int n)
 {
-    const int few = n < 4 ? n : 4;
+    const int few = smaller(n, 4);
     float min = x[0], max = x[0];
     double sum = 0, squares = 0;
 
@@ -9832,16 +9835,16 @@ static void add_statistics(struct text *to, const float *x, int n)
                (unsigned long long)hash_floats(HASH_START, x, n));
 }
 
-static void write_trace(struct trace *t, int fd, const char *path,
-                        const struct text *what)
+static void write_trace(struct trace *t, const struct trace_file *to)
 {
-    if (t->code == DONE && write_all(fd, what->s, what->n) != 0)
-        t->code = say(BAD_FILE, "%s: %s", path, strerror(errno));
+    if (t->code == DONE && write_all(to->fd, to->text.s, to->text.n) != 0)
+        t->code = say(BAD_FILE, "%s: %s", to->path, strerror(errno));
 }
 
 static void note_activation(void *user, const lfm2_activation *a)
 {
     struct trace *t = user;
+    struct text *line = &t->records.text, *bytes = &t->raw.text;
     int wanted = t->s->trace_filter.n == 0;
 
     for (int i = 0; i < t->s->trace_filter.n; i++)
@@ -9849,66 +9852,66 @@ static void note_activation(void *user, const lfm2_activation *a)
     if (!wanted || a->pos < t->first || a->pos > t->last || t->code != DONE)
         return;
     t->has_some = 1;
-    t->line.n = t->bytes.n = 0;
-    add_format(&t->line, "{\"name\":\"%s\",\"pos\":%d", a->name, a->pos);
+    line->n = bytes->n = 0;
+    add_format(line, "{\"name\":\"%s\",\"pos\":%d", a->name, a->pos);
     if (strcmp(a->name, "model.embed_tokens") == 0)
-        add_format(&t->line, ",\"token\":%ld", (long)a->token);
-    add_format(&t->line, ",\"shape\":[%d]", a->n);
-    add_statistics(&t->line, a->x, a->n);
-    if (t->raw >= 0) {
+        add_format(line, ",\"token\":%ld", (long)a->token);
+    add_format(line, ",\"shape\":[%d]", a->n);
+    add_statistics(line, a->x, a->n);
+    if (t->raw.path) {
         for (int i = 0; i < a->n; i++)
-            add_le(&t->bytes, float_bits(a->x[i]), 4);
-        add_format(&t->line, ",\"offset\":%llu", (unsigned long long)t->offset);
-        t->offset += t->bytes.n;
-        write_trace(t, t->raw, t->s->trace_raw, &t->bytes);
+            add_le(bytes, float_bits(a->x[i]), 4);
+        add_format(line, ",\"offset\":%llu", (unsigned long long)t->offset);
+        t->offset += bytes->n;
+        write_trace(t, &t->raw);
     }
-    add_string(&t->line, "}\n");
-    write_trace(t, t->records, t->s->trace, &t->line);
+    add_string(line, "}\n");
+    write_trace(t, &t->records);
 }
 
-/* A descriptor, or -1 after saying why there is none. */
-static int create_trace(const char *path)
+static void open_trace_file(struct trace *t, struct trace_file *to,
+                            const char *path)
 {
-    const int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-
-    if (fd < 0)
-        say(BAD_FILE, "%s: %s", path, strerror(errno));
-    return fd;
+    to->path = path;
+    to->fd = path && t->code == DONE ?
+             open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666) : -1;
+    if (path && t->code == DONE && to->fd < 0)
+        t->code = say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
 
-static void write_head(struct trace *t, const struct engine *e)
+static int close_trace_file(struct trace_file *to, int code)
 {
-    const lfm2_config *c = lfm2_model_config(e->model);
-    size_t n = 0;
-    const char *arch = lfm2_model_string(e->model, "general.architecture", &n);
-
-    add_format(&t->line, "{\"trace\":1,\"program\":\"lfm2.c %s\",\"arch\":"
-               "\"%.*s\",\"model_hash\":\"%016llx\",", lfm2_version(), (int)n,
-               arch ? arch : "", (unsigned long long)lfm2_model_hash(e->model));
-    add_format(&t->line, "\"n_layer\":%d,\"n_embd\":%d,\"n_vocab\":%d,\"kv\":"
-               "\"%s\"}\n", c->n_layer, c->n_embd, c->n_vocab,
-               kv_name(e->par.kv_type));
-    write_trace(t, t->records, t->s->trace, &t->line);
+    if (to->fd >= 0 && close(to->fd) != 0 && code == DONE)
+        code = say(BAD_FILE, "%s: %s", to->path, strerror(errno));
+    free(to->text.s);
+    return code;
 }
 
 static int open_trace(struct engine *e)
 {
     const struct settings *s = e->s;
+    const lfm2_config *c = lfm2_model_config(e->model);
     struct trace *t;
     lfm2_error err;
+    size_t n = 0;
+    const char *arch = lfm2_model_string(e->model, "general.architecture", &n);
 
     if (!s->trace)
         return DONE;
     t = e->trace = zeroed(1, sizeof *t);
-    *t = (struct trace){ .s = s, .last = INT_MAX, .raw = -1 };
+    t->s = s;
+    t->last = INT_MAX;
     if (s->trace_tokens)
         parse_range(s->trace_tokens, &t->first, &t->last);
-    t->records = create_trace(s->trace);
-    if (t->records >= 0 && s->trace_raw)
-        t->raw = create_trace(s->trace_raw);
-    if (t->records < 0 || (s->trace_raw && t->raw < 0))
-        return t->code = BAD_FILE;
-    write_head(t, e);
+    open_trace_file(t, &t->records, s->trace);
+    open_trace_file(t, &t->raw, s->trace_raw);
+    add_format(&t->records.text, "{\"trace\":1,\"program\":\"lfm2.c %s\","
+               "\"arch\":\"%.*s\",\"model_hash\":\"%016llx\",\"n_layer\":%d,"
+               "\"n_embd\":%d,\"n_vocab\":%d,\"kv\":\"%s\"}\n", lfm2_version(),
+               (int)n, arch ? arch : "",
+               (unsigned long long)lfm2_model_hash(e->model), c->n_layer,
+               c->n_embd, c->n_vocab, kv_name(e->par.kv_type));
+    write_trace(t, &t->records);
     if (t->code == DONE &&
         lfm2_trace(e->ctx, note_activation, t, &err) != LFM2_OK)
         t->code = report(s->model, &err);
@@ -9926,12 +9929,8 @@ static int close_trace(struct engine *e, int code)
     code = code == DONE ? t->code : code;
     if (code == DONE && !t->has_some)
         note("%s: no module of such a name at such a position", t->s->trace);
-    if (t->raw >= 0 && close(t->raw) != 0 && code == DONE)
-        code = say(BAD_FILE, "%s: %s", t->s->trace_raw, strerror(errno));
-    if (t->records >= 0 && close(t->records) != 0 && code == DONE)
-        code = say(BAD_FILE, "%s: %s", t->s->trace, strerror(errno));
-    free(t->line.s);
-    free(t->bytes.s);
+    code = close_trace_file(&t->raw, code);
+    code = close_trace_file(&t->records, code);
     free(t);
     e->trace = NULL;
     return code;
@@ -9960,9 +9959,6 @@ struct ppl {
     struct engine e;
     struct ids ids;                       /* the windows, one by one         */
     int n_ctx, n_windows;
-    int n_rows;                           /* scored in a window              */
-    int n_piece, n_seq;                   /* rows asked for at once in each
-                                             of so many windows              */
     struct sums nll;
     int n_scored;
     double start;                         /* when it began                   */
@@ -9983,60 +9979,30 @@ static struct estimate mean_and_error(struct sums s, int n)
     };
 }
 
-/* The tokens of the text, in windows; what is left over is not used. */
+/* The tokens of the text; what is left over behind the last window is not
+ * used. */
 static int ppl_read(struct ppl *p)
 {
-    const int32_t bos = lfm2_add_bos(p->e.words) ? lfm2_bos(p->e.words) : -1;
-    struct ids *ids = &p->ids;
+    const struct settings *s = p->e.s;
     struct text t = { 0 };
-    int code = read_file(p->e.s->ppl, &t);
+    int code = read_file(s->ppl, &t);
 
     if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
         t.n--;
     if (code == DONE)
-        code = encode_plain(p->e.s, p->e.words, t.s, t.n, ids);
+        code = encode_plain(s, p->e.words, t.s, t.n, &p->ids);
     free(t.s);
     if (code != DONE)
         return code;
+    p->n_ctx = s->ctx == UNSET ? PPL_CTX : p->e.par.n_ctx;
+    p->n_windows = p->ids.n / p->n_ctx;
     if (p->n_ctx < 3)
         return say(USAGE, "-c %d: expected windows of at least 3 tokens",
                    p->n_ctx);
-    if (ids->n / 2 < p->n_ctx)
+    if (p->n_windows < 2)
         return say(USAGE, "%s: %d tokens, expected at least %d, two windows; "
-                   "-c N makes them shorter", p->e.s->ppl, ids->n,
-                   2 * p->n_ctx);
-    p->n_windows = ids->n / p->n_ctx;
-    p->n_rows = p->n_ctx - 1 - p->n_ctx / 2;
-    for (int i = 0; bos >= 0 && i < p->n_windows; i++)
-        ids->id[(size_t)i * (size_t)p->n_ctx] = bos;
+                   "-c N makes them shorter", s->ppl, p->ids.n, 2 * p->n_ctx);
     return DONE;
-}
-
-/* A window whose rows are too many is read in pieces; short windows are read
- * several at once, so that the weights are not read for a few tokens only. */
-static int ppl_open(struct ppl *p)
-{
-    int code = open_model(&p->e), most;
-    lfm2_params *par = &p->e.par;
-
-    if (code == DONE)
-        code = open_model_words(&p->e);
-    if (code != DONE)
-        return code;
-    p->n_ctx = p->e.s->ctx == UNSET ? PPL_CTX : par->n_ctx;
-    code = ppl_read(p);
-    if (code != DONE)
-        return code;
-    most = PPL_LOGITS / 4 / lfm2_model_config(p->e.model)->n_vocab;
-    p->n_piece = p->n_rows < most ? p->n_rows : most > 0 ? most : 1;
-    p->n_seq = 1;
-    while (p->n_seq < p->n_windows && p->n_seq < most / p->n_rows &&
-           p->n_seq < par->n_batch / p->n_ctx)
-        p->n_seq++;
-    par->n_ctx = p->n_ctx;
-    par->n_seq = p->n_seq;
-    par->n_logits = p->n_seq * p->n_piece;
-    return open_context(&p->e);
 }
 
 /* So far, and how long still. */
@@ -10054,54 +10020,32 @@ static void ppl_progress(const struct ppl *p, int n_done)
                 (p->n_windows - n_done), n_done < p->n_windows ? "" : "\n");
 }
 
-/* Positions `from` to `to` of n windows, from the first; the last n_rows of
- * them are scored, each by the token that came next. */
-static int ppl_piece(struct ppl *p, int first, int n, int from, int to,
-                     int n_rows)
+/* A window.  Of long ones the rows are too many to be held at once.  The last
+ * token foretells nothing that is scored, so it is not read at all. */
+static int ppl_window(struct ppl *p, int32_t *token)
 {
     const int n_vocab = lfm2_model_config(p->e.model)->n_vocab;
-    const int32_t *token = p->ids.id + (size_t)first * (size_t)p->n_ctx;
-    int code;
+    const int end = p->n_ctx - 1;
+    int code = DONE;
 
-    for (int i = 0; i < n; i++)
-        p->e.span[i] = (lfm2_span){
-            i, token + (size_t)i * (size_t)p->n_ctx + from, to - from, n_rows
-        };
-    code = interrupted ? INTERRUPTED : forward(&p->e, p->e.span, n);
-    for (int i = 0; code == DONE && i < n; i++) {
-        const int32_t *next = p->e.span[i].tokens + (to - from) - n_rows + 1;
-        for (int k = 0; k < n_rows; k++) {
-            const float *logits = lfm2_logits(p->e.ctx, i, k);
-            const double nll = log_sum(logits, n_vocab) - logits[next[k]];
+    if (lfm2_add_bos(p->e.words))
+        token[0] = lfm2_bos(p->e.words);
+    lfm2_seq_trim(p->e.ctx, 0, 0);
+    for (int from = 0, at = p->n_ctx / 2, n; code == DONE && at < end;
+         from = at) {
+        n = smaller(end - at, p->e.par.n_logits);
+        const lfm2_span span = { 0, token + from, at + n - from, n };
+        code = interrupted ? INTERRUPTED : forward(&p->e, &span, 1);
+        for (int k = 0; code == DONE && k < n; k++) {
+            const float *logits = lfm2_logits(p->e.ctx, 0, k);
+            const double nll = log_sum(logits, n_vocab) -
+                               logits[token[++at]];
             if (!isfinite(nll))
-                return say(FAILED, "%s: logits that are not finite",
+                code = say(FAILED, "%s: logits that are not finite",
                            p->e.s->model);
             add_to(&p->nll, nll);
             p->n_scored++;
         }
-        if (to == p->n_ctx - 1)
-            ppl_progress(p, first + i + 1);
-    }
-    return code;
-}
-
-/* The last token of a window foretells nothing that is scored, so it is not
- * read at all. */
-static int ppl_run(struct ppl *p)
-{
-    const int end = p->n_ctx - 1;
-    int code = DONE, n;
-
-    p->start = seconds();
-    for (int first = 0; code == DONE && first < p->n_windows; first += n) {
-        n = p->n_windows - first < p->n_seq ? p->n_windows - first : p->n_seq;
-        for (int from = 0, to; code == DONE && from < end; from = to) {
-            const int scored = from ? from : p->n_ctx / 2;
-            to = end - scored < p->n_piece ? end : scored + p->n_piece;
-            code = ppl_piece(p, first, n, from, to, to - scored);
-        }
-        for (int i = 0; i < n; i++)
-            lfm2_seq_trim(p->e.ctx, i, 0);
     }
     return code;
 }
@@ -10123,20 +10067,27 @@ static void ppl_print(const struct ppl *p)
 
 static int perplexity(const struct settings *s)
 {
-    struct settings plain = *s;
-    struct ppl p = { .e.s = &plain };
-    int code;
+    struct ppl p = { .e.s = s };
+    int code = open_model(&p.e), most;
 
-    if (s->prompt || s->file || s->ids || s->system)
-        return usage("--ppl FILE takes no other text");
-    plain.raw = 1;                        /* no chat template                */
-    code = ppl_open(&p);
+    if (code == DONE)
+        code = open_model_words(&p.e);
+    if (code == DONE)
+        code = ppl_read(&p);
     if (code == DONE) {
-        running = p.e.ctx;
-        catch_interrupt();
-        code = ppl_run(&p);
-        running = NULL;
+        most = PPL_LOGITS / 4 / lfm2_model_config(p.e.model)->n_vocab;
+        p.e.par.n_ctx = p.n_ctx;
+        p.e.par.n_logits = smaller(p.n_ctx, most > 0 ? most : 1);
+        code = open_context(&p.e);
     }
+    running = p.e.ctx;
+    p.start = seconds();
+    for (int i = 0; code == DONE && i < p.n_windows; i++) {
+        code = ppl_window(&p, p.ids.id + (size_t)i * (size_t)p.n_ctx);
+        if (code == DONE)
+            ppl_progress(&p, i + 1);
+    }
+    running = NULL;
     if (code == DONE)
         ppl_print(&p);
     free(p.ids.id);
@@ -10152,9 +10103,14 @@ static int perplexity(const struct settings *s)
  * tokens, so arithmetic does.  Both limits are measured in the same run. */
 
 enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
-enum { MAX_TESTS = MAX_LIST * (MAX_LIST + 1) };       /* at one depth        */
 
-struct test { int n_prompt, n_gen, n_seq, depth; };
+/* What is done, and what came of it.  NAN could not be measured. */
+struct test {
+    int n_prompt, n_gen, n_seq, depth;
+    time_t when;
+    struct estimate ns, ts;               /* ts: tokens a second             */
+    double read, macs, share;             /* a second, 1e9; of the limit     */
+};
 
 /* A second: bytes from memory, multiply-adds, and bytes that a kernel makes of
  * weights in the second-level cache, of each thread. */
@@ -10163,15 +10119,12 @@ struct limits { int n_threads; double read, dot, cached; };
 struct bench {
     const struct settings *s;
     struct engine e;                      /* e.par: of its context, in force */
-    FILE *status;                         /* of this process, where told     */
     struct cost cost;
     struct limits best[MAX_LIST], *limit; /* of each number of threads       */
     struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
     double load_s, context_s, first_s;    /* first: all, from the start      */
-    double rss_anon;                      /* the most there ever was         */
-    double most_share;                    /* of a limit                      */
-    struct test test[MAX_TESTS];          /* of each depth                   */
-    int n_tests, n_done;
+    double rss_anon, most_share;          /* the most there ever was         */
+    int n_done;                           /* tests                           */
     int longest, n_seq;                   /* the most tokens, sequences      */
     int32_t *token;                       /* [n_tokens]: of all at any depth */
     int n_tokens;
@@ -10262,21 +10215,19 @@ static double measure_rate(struct bench *b, int what)
 /* The mix of types as quantisers name it, by the number in the file. */
 static const char *mix_name(const lfm2_model *m)
 {
-    static const struct { int number; const char *name; } mix[] = {
-        { 0, "all F32" }, { 1, "F16" }, { 2, "Q4_0" }, { 3, "Q4_1" },
-        { 7, "Q8_0" }, { 8, "Q5_0" }, { 9, "Q5_1" }, { 10, "Q2_K - Medium" },
-        { 11, "Q3_K - Small" }, { 12, "Q3_K - Medium" },
-        { 13, "Q3_K - Large" }, { 14, "Q4_K - Small" },
-        { 15, "Q4_K - Medium" }, { 16, "Q5_K - Small" },
-        { 17, "Q5_K - Medium" }, { 18, "Q6_K" }, { 21, "Q2_K - Small" },
-        { 25, "IQ4_NL - 4.5 bpw" }, { 30, "IQ4_XS - 4.25 bpw" }, { 32, "BF16" }
+    static const char *const mix[] = {
+        [0] = "all F32", [1] = "F16", [2] = "Q4_0", [3] = "Q4_1", [7] = "Q8_0",
+        [8] = "Q5_0", [9] = "Q5_1", [10] = "Q2_K - Medium",
+        [11] = "Q3_K - Small", [12] = "Q3_K - Medium", [13] = "Q3_K - Large",
+        [14] = "Q4_K - Small", [15] = "Q4_K - Medium", [16] = "Q5_K - Small",
+        [17] = "Q5_K - Medium", [18] = "Q6_K", [21] = "Q2_K - Small",
+        [25] = "IQ4_NL - 4.5 bpw", [30] = "IQ4_XS - 4.25 bpw", [32] = "BF16"
     };
     double number;
 
-    if (file_number(m, "general.file_type", 0, 1000, &number))
-        for (size_t i = 0; i < sizeof mix / sizeof *mix; i++)
-            if (mix[i].number == (int)number)
-                return mix[i].name;
+    if (file_number(m, "general.file_type", 0, 32, &number) &&
+        mix[(int)number])
+        return mix[(int)number];
     return "unknown mix";
 }
 
@@ -10284,17 +10235,15 @@ static const char *mix_name(const lfm2_model *m)
 static struct phrase name_type(const lfm2_model *m)
 {
     uint64_t total, active;
-    struct phrase size, used = phrase("%s", "");
 
     lfm2_model_params(m, &total, &active);
-    const double n = (double)total;
-    if (n < 995e6)
-        size = phrase("%.0fM", n >= 1e8 ? 10 * round(n / 1e7) : n / 1e6);
-    else
-        size = phrase("%.*fB", active < total ? 0 : 1, n / 1e9);
-    if (active < total && active >= 1000000000)
-        used = phrase(".A%dB", (int)(active / 1000000000));
-    return phrase("lfm2%s %s%s %s", active < total ? "moe" : "", size.s, used.s,
+    const int moe = active < total;
+    const double n = (double)total, used = (double)active;
+    const struct phrase size = n < 995e6 ?
+        phrase("%.0fM", n >= 1e8 ? 10 * round(n / 1e7) : n / 1e6) :
+        phrase("%.*fB", moe ? 0 : 1, n / 1e9);
+    return phrase("lfm2%s %s%s %s", moe ? "moe" : "", size.s, moe &&
+                  used >= 1e9 ? phrase(".A%.0fB", floor(used / 1e9)).s : "",
                   mix_name(m));
 }
 
@@ -10320,128 +10269,68 @@ static struct phrase binary_amount(double bytes)
 
 /* ---- what is printed */
 
-/* One thing that is told of a test: a word, a number or all samples; as a
- * member of a record, as a column of the table, or both. */
-struct field {
-    const char *name, *column;
-    int width;                            /* of the column, - : to the left  */
-    const char *text;
-    double number;                        /* NAN: it could not be measured   */
-    int digits;
-    const double *samples;
-    struct phrase cell;                   /* unless empty, in the table      */
-};
-
-static void print_record(const struct bench *b, const struct field *f, int n)
-{
-    struct text t = { 0 };
-
-    add_string(&t, b->n_done > 0 ? ",\n  {\n" : "[\n  {\n");
-    for (int i = 0, some = 0; i < n; i++) {
-        if (!f[i].name)
-            continue;
-        add_format(&t, "%s    \"%s\": ", some++ ? ",\n" : "", f[i].name);
-        if (f[i].text)
-            add_json_string(&t, f[i].text, strlen(f[i].text));
-        else if (!f[i].samples)
-            add_format(&t, isnan(f[i].number) ? "null" : "%.*f", f[i].digits,
-                       f[i].number);
-        for (int k = 0; f[i].samples && k < b->s->reps; k++)
-            add_format(&t, "%s%.*f", k ? ", " : "[ ", f[i].digits,
-                       f[i].samples[k]);
-        add_string(&t, f[i].samples ? " ]" : "");
-    }
-    add_string(&t, "\n  }");
-    fwrite(t.s, 1, t.n, stdout);
-    free(t.s);
-}
-
-static void print_row(const struct bench *b, const struct field *f, int n)
-{
-    static const char dashes[] = "--------------------------------";
-
-    for (int line = b->n_done > 0 ? 2 : 0; line < 3; line++) {
-        for (int i = 0; i < n; i++) {
-            const int left = f[i].width < 0, w = abs(f[i].width);
-            if (!f[i].column)
-                continue;
-            if (line == 0)
-                printf("| %*s ", f[i].width, f[i].column);
-            else if (line == 1)
-                printf("| %.*s%s ", w - !left, dashes, left ? "" : ":");
-            else
-                printf("| %*s ", f[i].width, f[i].text ? f[i].text :
-                       f[i].cell.s[0] ? f[i].cell.s : isnan(f[i].number) ? "-" :
-                       phrase("%.*f", f[i].digits, f[i].number).s);
-        }
-        printf("|\n");
-    }
-}
-
 /* What could not be measured is not 0. */
 static double known(double x)
 {
     return x > 0 && isfinite(x) ? x : NAN;
 }
 
-/* llama-bench's columns, then ours.  A prompt is held against arithmetic, an
- * answer against memory. */
-static int print_test(struct bench *b, const struct test *t, struct estimate ns,
-                      struct estimate ts, const char *when)
+/* llama-bench's keys, then ours. */
+static void print_record(const struct bench *b, const struct test *t)
 {
     const lfm2_params *p = &b->e.par;
     const struct limits *best = b->limit;
     const char *kv = kv_name(p->kv_type);
-    const struct phrase name = name_test(t), cpu = look_up("/proc/cpuinfo",
-                                                           "model name", "?");
-    const double gen = t->n_gen, read = gen > 0 ? ts.mean / t->n_seq *
-        step_bytes(b->e.model, &b->cost, t->n_seq, t->depth + gen / 2) : 0;
-    const double macs = ts.mean * (b->cost.macs + (gen > 0 ? b->cost.head : 0));
-    const double share = known(gen > 0 ? read / best->read : macs / best->dot);
-    const double rss = anonymous_memory();
-    const struct field f[] = {
-        { "build_commit", .text = "" }, { "build_number" },
-        { "cpu_info", .text = cpu.s },
-        { "model_filename", .text = b->s->model },
-        { "model_type", "model", -30, b->type.s },
-        { "model_size", "size", 10, NULL, b->cost.bytes,
-          .cell = binary_amount(b->cost.bytes) },
-        { "model_n_params", "params", 10, NULL, b->cost.params,
-          .cell = amount(b->cost.params, "") },
-        { "backends", "backend", -7, "CPU" },
-        { "n_batch", .number = p->n_batch },
-        { "n_threads", "threads", 7, .number = p->n_threads },
-        { "type_k", .text = kv }, { "type_v", .text = kv },
-        { "n_prompt", .number = t->n_prompt }, { "n_gen", .number = gen },
-        { "n_depth", .number = t->depth }, { "test_time", .text = when },
-        { "avg_ns", .number = ns.mean }, { "stddev_ns", .number = ns.error },
-        { "avg_ts", .number = ts.mean, .digits = 6 },
-        { "stddev_ts", .number = ts.error, .digits = 6 },
-        { "samples_ns", .samples = b->ns },
-        { "samples_ts", .samples = b->ts, .digits = 6 },
-        { NULL, "test", 15, name.s },
-        { NULL, "t/s", 17, .cell = phrase("%.2f ± %.2f", ts.mean, ts.error) },
-        { "n_sequences", .number = t->n_seq },
-        { "isa", .text = isa_name(p->isa) },
-        { "read_bandwidth", .number = known(best->read / 1e9), .digits = 3 },
-        { "int8_rate", .number = known(best->dot / 1e9), .digits = 3 },
-        { "l2_gbs_core", .number = known(best->cached / 1e9), .digits = 3 },
-        { "gb_per_s", "GB/s", 6, NULL, known(read / 1e9), 1 },
-        { "gmac_per_s", "GMAC/s", 7, NULL, known(macs / 1e9), 1 },
-        { "share", "share", 6, NULL, share, 4, .cell = phrase(isnan(share) ?
-          "-" : "%.0f %%", 100 * share) },
-        { "rss_peak", .number = peak_memory() },
-        { "rss_anon", .number = known(rss) },
-        { "load_ms", .number = b->load_s * 1e3, .digits = 3 },
-        { "context_ms", .number = b->context_s * 1e3, .digits = 3 },
-        { "first_token_ms", .number = b->first_s * 1e3, .digits = 3 }
-    };
+    char when[24] = "";
+    struct text out = { 0 };
+    struct tm utc;
 
-    (b->s->output == MD ? print_row : print_record)(b, f, sizeof f / sizeof *f);
-    b->most_share = fmax(b->most_share, share);
-    b->rss_anon = fmax(b->rss_anon, rss);
-    b->n_done++;
-    return flush_output(DONE);
+    if (gmtime_r(&t->when, &utc))
+        strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &utc);
+    add_members(&out, "{build_commit: %s, build_number: %d, cpu_info: %s, "
+                "model_filename: %s, model_type: %s, model_size: %g, "
+                "model_n_params: %g, backends: %s, n_batch: %d, n_threads: %d, "
+                "type_k: %s, type_v: %s, n_prompt: %d, n_gen: %d, n_depth: %d, "
+                "test_time: %s, avg_ns: %g, stddev_ns: %g, avg_ts: %g, "
+                "stddev_ts: %g, samples_ns: [", "", 0,
+                look_up("/proc/cpuinfo", "model name", "?").s, b->s->model,
+                b->type.s, b->cost.bytes, b->cost.params, "CPU", p->n_batch,
+                p->n_threads, kv, kv, t->n_prompt, t->n_gen, t->depth, when,
+                round(t->ns.mean), round(t->ns.error), t->ts.mean, t->ts.error);
+    for (int i = 0; i < b->s->reps; i++)
+        add_members(&out, "%g", round(b->ns[i]));
+    add_members(&out, "], samples_ts: [");
+    for (int i = 0; i < b->s->reps; i++)
+        add_members(&out, "%g", b->ts[i]);
+    add_members(&out, "], n_sequences: %d, isa: %s, read_bandwidth: %g, "
+                "int8_rate: %g, l2_gbs_core: %g, gb_per_s: %g, gmac_per_s: %g, "
+                "share: %g, rss_peak: %g, rss_anon: %g, load_ms: %g, "
+                "context_ms: %g, first_token_ms: %g}", t->n_seq,
+                isa_name(p->isa), known(best->read / 1e9),
+                known(best->dot / 1e9), known(best->cached / 1e9), t->read,
+                t->macs, t->share, peak_memory(), known(anonymous_memory()),
+                b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
+    printf(b->n_done > 0 ? ",\n" : "[\n");
+    fwrite(out.s, 1, out.n, stdout);
+    free(out.s);
+}
+
+/* llama-bench's columns, then ours. */
+static void print_row(const struct bench *b, const struct test *t)
+{
+    if (b->n_done == 0)
+        printf("| model                          |       size |     params | "
+               "backend | threads |            test |               t/s |   "
+               "GB/s |  GMAC/s |  share |\n"
+               "| ------------------------------ | ---------: | ---------: | "
+               "------- | ------: | --------------: | ----------------: | "
+               "-----: | ------: | -----: |\n");
+    printf("| %-30s | %10s | %10s | CPU     | %7d | %15s | %17s | %6s | %7.1f |"
+           " %6s |\n", b->type.s, binary_amount(b->cost.bytes).s,
+           amount(b->cost.params, "").s, b->e.par.n_threads, name_test(t).s,
+           phrase("%.2f ± %.2f", t->ts.mean, t->ts.error).s,
+           isnan(t->read) ? "-" : phrase("%.1f", t->read).s, t->macs,
+           isnan(t->share) ? "-" : phrase("%.0f %%", 100 * t->share).s);
 }
 
 static void print_footer(const struct bench *b)
@@ -10468,40 +10357,44 @@ static void print_footer(const struct bench *b)
 
 /* ---- the run */
 
-static struct estimate mean_and_deviation(const double *x, int n)
+static struct estimate mean_and_deviation(struct sums s, int n)
 {
-    struct sums sum = { 0, 0 };
-    struct estimate out;
+    const struct estimate e = mean_and_error(s, n);
 
-    for (int i = 0; i < n; i++)
-        add_to(&sum, x[i]);
-    out = mean_and_error(sum, n);
-    out.error *= sqrt(n);
-    return out;
+    return (struct estimate){ e.mean, e.error * sqrt(n) };
 }
 
-/* The warm-up generates but one token, as llama-bench's does. */
-static int run_test(struct bench *b, const struct test *t)
+/* The warm-up generates but one token, as llama-bench's does.  A prompt is held
+ * against arithmetic, an answer against memory. */
+static int run_test(struct bench *b, struct test t)
 {
-    const double n = (double)t->n_prompt + (double)t->n_gen * t->n_seq;
-    const int reps = b->s->reps;
-    const time_t now = time(NULL);
-    char when[24] = "";
-    struct tm utc;
+    const double n = (double)t.n_prompt + (double)t.n_gen * t.n_seq;
+    const struct cost *cost = &b->cost;
+    struct sums ns = { 0, 0 }, ts = { 0, 0 };
     double took;
-    int code = run_once(b, t, t->n_gen > 0, &took);
+    int code = run_once(b, &t, t.n_gen > 0, &took);
 
-    for (int i = 0; code == DONE && i < reps; i++) {
-        code = run_once(b, t, t->n_gen, &took);
-        b->ns[i] = took * 1e9;
-        b->ts[i] = n / (took + 1e-9);
+    t.when = time(NULL);
+    for (int i = 0; code == DONE && i < b->s->reps; i++) {
+        code = run_once(b, &t, t.n_gen, &took);
+        add_to(&ns, b->ns[i] = took * 1e9);
+        add_to(&ts, b->ts[i] = n / (took + 1e-9));
     }
     if (code != DONE)
         return code;
-    if (gmtime_r(&now, &utc))
-        strftime(when, sizeof when, "%Y-%m-%dT%H:%M:%SZ", &utc);
-    return print_test(b, t, mean_and_deviation(b->ns, reps),
-                      mean_and_deviation(b->ts, reps), when);
+    t.ns = mean_and_deviation(ns, b->s->reps);
+    t.ts = mean_and_deviation(ts, b->s->reps);
+    t.macs = t.ts.mean * (cost->macs + (t.n_gen ? cost->head : 0)) / 1e9;
+    t.read = t.n_gen ? t.ts.mean / t.n_seq / 1e9 *
+             step_bytes(b->e.model, cost, t.n_seq, t.depth + t.n_gen / 2.0) :
+             NAN;
+    t.share = known(1e9 * (t.n_gen ? t.read / b->limit->read :
+                                     t.macs / b->limit->dot));
+    (b->s->output == MD ? print_row : print_record)(b, &t);
+    b->most_share = fmax(b->most_share, t.share);
+    b->rss_anon = fmax(b->rss_anon, anonymous_memory());
+    b->n_done++;
+    return flush_output(DONE);
 }
 
 static int open_bench_context(struct bench *b, const lfm2_params *p)
@@ -10549,10 +10442,11 @@ static int measure_start(struct bench *b)
     return code;
 }
 
-/* All tests with so many threads at one depth, in a context no larger than they
- * need. */
+/* All tests with so many threads at one depth, in llama-bench's order, and in a
+ * context no larger than they need. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
+    const struct list *gen = &b->s->bench_gen, *seqs = &b->s->bench_seqs;
     lfm2_params p = choose_params(b->s, b->e.model);
     int code;
 
@@ -10566,41 +10460,37 @@ static int run_tests(struct bench *b, int n_threads, int depth)
             measure_rate(b, LFM2_DOT),
             measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
         };
-    for (int i = 0; code == DONE && i < b->n_tests; i++) {
-        b->test[i].depth = depth;
-        code = interrupted ? INTERRUPTED : run_test(b, &b->test[i]);
-    }
+    for (int i = 0; code == DONE && i < b->s->bench_prompt.n; i++)
+        if (b->s->bench_prompt.v[i] > 0)
+            code = run_test(b, (struct test){ b->s->bench_prompt.v[i], 0, 1,
+                                              depth });
+    for (int i = 0; code == DONE && i < gen->n; i++)
+        for (int k = 0; code == DONE && gen->v[i] && k < seqs->n; k++)
+            code = run_test(b, (struct test){ 0, gen->v[i], seqs->v[k],
+                                              depth });
     close_bench_context(b);
     return code;
 }
 
-static void add_test(struct bench *b, int n_prompt, int n_gen, int n_seq)
+static int largest(const struct list *l)
 {
-    const int n = n_prompt + n_gen;
+    int most = 0;
 
-    if (n == 0)
-        return;
-    b->test[b->n_tests++] = (struct test){ n_prompt, n_gen, n_seq, 0 };
-    b->longest = n > b->longest ? n : b->longest;
-    b->n_seq = n_seq > b->n_seq ? n_seq : b->n_seq;
+    for (int i = 0; i < l->n; i++)
+        most = l->v[i] > most ? l->v[i] : most;
+    return most;
 }
 
-/* llama-bench's order.  All there will be to remember is there before any clock
- * runs. */
-static int list_tests(struct bench *b)
+/* All there will be to remember is there before any clock runs. */
+static int prepare_tests(struct bench *b)
 {
     const struct settings *s = b->s;
-    int deepest = 0;
+    const int prompt = largest(&s->bench_prompt), gen = largest(&s->bench_gen);
+    const int deepest = largest(&s->bench_depth);
 
-    for (int i = 0; i < s->bench_prompt.n; i++)
-        add_test(b, s->bench_prompt.v[i], 0, 1);
-    for (int i = 0; i < s->bench_gen.n; i++)
-        for (int k = 0; k < s->bench_seqs.n; k++)
-            add_test(b, 0, s->bench_gen.v[i], s->bench_seqs.v[k]);
-    for (int i = 0; i < s->bench_depth.n; i++)
-        if (s->bench_depth.v[i] > deepest)
-            deepest = s->bench_depth.v[i];
-    if (b->n_tests == 0)
+    b->longest = prompt > gen ? prompt : gen;
+    b->n_seq = gen ? largest(&s->bench_seqs) : 1;
+    if (b->longest == 0)
         return usage("nothing to measure: no -p or -n above 0");
     if (b->longest > MAX_CTX - deepest)
         return usage("a test of %d tokens at a depth of %d is longer than any "
@@ -10613,41 +10503,30 @@ static int list_tests(struct bench *b)
     return DONE;
 }
 
-static int run_all(struct bench *b)
-{
-    const struct settings *s = b->s;
-    int code = measure_start(b);
-
-    if (code != DONE)
-        return code;
-    b->cost = count_cost(b->e.model, s->kv);
-    b->type = name_type(b->e.model);
-    for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
-        b->limit = &b->best[i];
-        for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
-            code = run_tests(b, s->bench_threads.v[i], s->bench_depth.v[k]);
-    }
-    return code;
-}
-
 /* What is printed so far is complete, even after Ctrl-C. */
 static int bench(const struct settings *s)
 {
     struct bench b = { .s = s, .e.s = s };
-    int code = list_tests(&b);
+    int code = prepare_tests(&b);
 
+    if (code != DONE)
+        return code;
+    catch_interrupt();
+    code = measure_start(&b);
     if (code == DONE) {
-        b.status = fopen("/proc/self/status", "r");
-        catch_interrupt();
-        code = run_all(&b);
-        if (s->output == MD && code == DONE)
-            print_footer(&b);
-        if (s->output == JSON && (b.n_done > 0 || code == INTERRUPTED))
-            printf(b.n_done > 0 ? "\n]\n" : "[]\n");
+        b.cost = count_cost(b.e.model, s->kv);
+        b.type = name_type(b.e.model);
     }
+    for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
+        b.limit = &b.best[i];
+        for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
+            code = run_tests(&b, s->bench_threads.v[i], s->bench_depth.v[k]);
+    }
+    if (s->output == MD && code == DONE)
+        print_footer(&b);
+    if (s->output == JSON && (b.n_done > 0 || code == INTERRUPTED))
+        printf(b.n_done > 0 ? "\n]\n" : "[]\n");
     close_engine(&b.e);
-    if (b.status)
-        fclose(b.status);
     free(b.token);
     free(b.ns);
     free(b.ts);
@@ -10661,10 +10540,11 @@ static int bench(const struct settings *s)
  * everywhere, and so are its logits: to the bit, or something is wrong.  What
  * differs only between kernels is found by running each of them. */
 
-enum { SELF_TOKENS = 24, SELF_LONG = 260, SELF_EMBD = 256, SELF_HEAD = 64,
-       SELF_EXPERTS = 4, SELF_VOCAB = 256 + 7 };
+enum { WIDTH = 256, HALF = 128, HEAD = 64, N_EXPERT = 4, VOCAB = 256 + 7 };
 
-enum { G_U32 = 4, G_I32 = 5, G_F32 = 6, G_STRING = 8, G_ARRAY = 9 };
+enum { FEW = 24, MANY = 260 };            /* tokens                          */
+
+/* ---- the model */
 
 static uint64_t next_random(uint64_t *state)
 {
@@ -10675,16 +10555,16 @@ static uint64_t next_random(uint64_t *state)
     return z ^ z >> 31;
 }
 
-/* The weight types: GGUF's number, bytes and columns of a block, and where in
- * it half-precision scales lie, which must not be random bits. */
+/* The weight types: GGUF's number, bytes and columns of a block, and where it
+ * has floating-point numbers, which must not be random bits. */
 static const struct self_type {
     const char *name;
     int id, bytes, cols, scale[2];
     uint64_t hash;                        /* of the logits                   */
 } self_types[] = {
-    { "F32", 0, 4, 1, { -1, -1 }, 0xb5fe7d964c5d415eu },
-    { "F16", 1, 2, 1, { -1, -1 }, 0x34e46c18595c0466u },
-    { "BF16", 30, 2, 1, { -1, -1 }, 0xbedf6cbe5b5203abu },
+    { "F32", 0, 4, 1, { 0, -1 }, 0xb5fe7d964c5d415eu },
+    { "F16", 1, 2, 1, { 0, -1 }, 0x34e46c18595c0466u },
+    { "BF16", 30, 2, 1, { 0, -1 }, 0xbedf6cbe5b5203abu },
     { "Q4_0", 2, 18, 32, { 0, -1 }, 0xf0d09a1d26c61f4eu },
     { "Q4_1", 3, 20, 32, { 0, 2 }, 0x105572393c1b123au },
     { "Q5_0", 6, 22, 32, { 0, -1 }, 0x971d8a43b2546d20u },
@@ -10701,57 +10581,59 @@ static const struct self_type {
 
 enum { N_SELF_TYPES = sizeof self_types / sizeof *self_types };
 
-/* The layers: conv and dense, attention and dense, and both with experts.  Of
- * each the bit, or ONCE before all layers; the tensors are [experts][rows]
- * [cols], a vector has no rows, a matrix no experts. */
-enum { ONCE = 0, CONV = 5, ATTN = 10, DENSE = 3, MOE = 12, EVERY = 15 };
+/* Where a tensor is: before all layers, or in some of the four, which are conv
+ * and dense, attention and dense, and both with experts.  And what it is: F32
+ * in every model, one matrix for each expert. */
+enum { ONCE = 1, CONV = 2 + 8, ATTN = 4 + 16, DENSE = 2 + 4, MOE = 8 + 16,
+       EVERY = 2 + 4 + 8 + 16, PLAIN = 32, EACH = 64 };
 
 static const struct self_tensor {
-    int layers;
     const char *name;
-    int is_plain, experts, rows, cols;    /* plain: F32 in every model       */
+    int kind, rows, cols;                 /* rows: 0 of a vector             */
 } self_tensors[] = {
-    { ONCE, "token_embd.weight", 0, 0, SELF_VOCAB, SELF_EMBD },
-    { ONCE, "token_embd_norm.weight", 1, 0, 0, SELF_EMBD },
-    { EVERY, "attn_norm.weight", 1, 0, 0, SELF_EMBD },
-    { EVERY, "ffn_norm.weight", 1, 0, 0, SELF_EMBD },
-    { CONV, "shortconv.in_proj.weight", 0, 0, 3 * SELF_EMBD, SELF_EMBD },
-    { CONV, "shortconv.conv.weight", 1, 0, SELF_EMBD, 3 },
-    { CONV, "shortconv.out_proj.weight", 0, 0, SELF_EMBD, SELF_EMBD },
-    { ATTN, "attn_q.weight", 0, 0, SELF_EMBD, SELF_EMBD },
-    { ATTN, "attn_k.weight", 0, 0, SELF_EMBD / 2, SELF_EMBD },
-    { ATTN, "attn_v.weight", 0, 0, SELF_EMBD / 2, SELF_EMBD },
-    { ATTN, "attn_output.weight", 0, 0, SELF_EMBD, SELF_EMBD },
-    { ATTN, "attn_q_norm.weight", 1, 0, 0, SELF_HEAD },
-    { ATTN, "attn_k_norm.weight", 1, 0, 0, SELF_HEAD },
-    { MOE, "ffn_gate_inp.weight", 1, 0, SELF_EXPERTS, SELF_EMBD },
-    { MOE, "exp_probs_b.bias", 1, 0, 0, SELF_EXPERTS },
-    { DENSE, "ffn_gate.weight", 0, 0, SELF_EMBD, SELF_EMBD },
-    { DENSE, "ffn_up.weight", 0, 0, SELF_EMBD, SELF_EMBD },
-    { DENSE, "ffn_down.weight", 0, 0, SELF_EMBD, SELF_EMBD },
-    { MOE, "ffn_gate_exps.weight", 0, SELF_EXPERTS, SELF_EMBD, SELF_EMBD },
-    { MOE, "ffn_up_exps.weight", 0, SELF_EXPERTS, SELF_EMBD, SELF_EMBD },
-    { MOE, "ffn_down_exps.weight", 0, SELF_EXPERTS, SELF_EMBD, SELF_EMBD },
+    { "token_embd.weight", ONCE, VOCAB, WIDTH },
+    { "token_embd_norm.weight", ONCE + PLAIN, 0, WIDTH },
+    { "attn_norm.weight", EVERY + PLAIN, 0, WIDTH },
+    { "ffn_norm.weight", EVERY + PLAIN, 0, WIDTH },
+    { "shortconv.in_proj.weight", CONV, 3 * WIDTH, WIDTH },
+    { "shortconv.conv.weight", CONV + PLAIN, WIDTH, 3 },
+    { "shortconv.out_proj.weight", CONV, WIDTH, WIDTH },
+    { "attn_q.weight", ATTN, WIDTH, WIDTH },
+    { "attn_k.weight", ATTN, HALF, WIDTH },
+    { "attn_v.weight", ATTN, HALF, WIDTH },
+    { "attn_output.weight", ATTN, WIDTH, WIDTH },
+    { "attn_q_norm.weight", ATTN + PLAIN, 0, HEAD },
+    { "attn_k_norm.weight", ATTN + PLAIN, 0, HEAD },
+    { "ffn_gate_inp.weight", MOE + PLAIN, N_EXPERT, WIDTH },
+    { "exp_probs_b.bias", MOE + PLAIN, 0, N_EXPERT },
+    { "ffn_gate.weight", DENSE, WIDTH, WIDTH },
+    { "ffn_up.weight", DENSE, WIDTH, WIDTH },
+    { "ffn_down.weight", DENSE, WIDTH, WIDTH },
+    { "ffn_gate_exps.weight", MOE + EACH, WIDTH, WIDTH },
+    { "ffn_up_exps.weight", MOE + EACH, WIDTH, WIDTH },
+    { "ffn_down_exps.weight", MOE + EACH, WIDTH, WIDTH },
 };
+
+enum { U32 = 4, I32 = 5, F32 = 6, STRING = 8, ARRAY = 9 };
 
 static const struct { const char *key; int type; uint32_t bits; }
 self_numbers[] = {
-    { "lfm2moe.block_count", G_U32, 4 },
-    { "lfm2moe.context_length", G_U32, 128 },
-    { "lfm2moe.embedding_length", G_U32, SELF_EMBD },
-    { "lfm2moe.feed_forward_length", G_U32, SELF_EMBD },
-    { "lfm2moe.attention.head_count", G_U32, SELF_EMBD / SELF_HEAD },
-    { "lfm2moe.vocab_size", G_U32, SELF_VOCAB },
-    { "lfm2moe.shortconv.l_cache", G_U32, 3 },
-    { "lfm2moe.leading_dense_block_count", G_U32, 2 },
-    { "lfm2moe.expert_count", G_U32, SELF_EXPERTS },
-    { "lfm2moe.expert_used_count", G_U32, 2 },
-    { "lfm2moe.expert_feed_forward_length", G_U32, SELF_EMBD },
-    { "lfm2moe.expert_gating_func", G_U32, 2 },
-    { "lfm2moe.attention.layer_norm_rms_epsilon", G_F32, 0x3727c5ac },
-    { "lfm2moe.rope.freq_base", G_F32, 0x49742400 },  /* 1e-5 and 1e6        */
-    { "tokenizer.ggml.bos_token_id", G_U32, 256 + 4 },
-    { "tokenizer.ggml.eos_token_id", G_U32, 256 + 6 },
+    { "lfm2moe.block_count", U32, 4 },
+    { "lfm2moe.context_length", U32, 128 },
+    { "lfm2moe.embedding_length", U32, WIDTH },
+    { "lfm2moe.feed_forward_length", U32, WIDTH },
+    { "lfm2moe.attention.head_count", U32, WIDTH / HEAD },
+    { "lfm2moe.vocab_size", U32, VOCAB },
+    { "lfm2moe.shortconv.l_cache", U32, 3 },
+    { "lfm2moe.leading_dense_block_count", U32, 2 },
+    { "lfm2moe.expert_count", U32, N_EXPERT },
+    { "lfm2moe.expert_used_count", U32, 2 },
+    { "lfm2moe.expert_feed_forward_length", U32, WIDTH },
+    { "lfm2moe.expert_gating_func", U32, 2 },
+    { "lfm2moe.attention.layer_norm_rms_epsilon", F32, 0x3727c5ac },
+    { "lfm2moe.rope.freq_base", F32, 0x49742400 },   /* 1e-5 and 1e6     */
+    { "tokenizer.ggml.bos_token_id", U32, 256 + 4 },
+    { "tokenizer.ggml.eos_token_id", U32, 256 + 6 },
 };
 
 static void add_counted(struct text *to, const char *s)
@@ -10760,44 +10642,47 @@ static void add_counted(struct text *to, const char *s)
     add_string(to, s);
 }
 
-/* type: G_ARRAY + that of its n elements for an array. */
-static void add_key(struct text *to, const char *key, int type, int n)
+static void add_key(struct text *to, const char *key, int type)
 {
     add_counted(to, key);
-    add_le(to, type > G_ARRAY ? G_ARRAY : (uint64_t)type, 4);
-    if (type > G_ARRAY) {
-        add_le(to, (uint64_t)(type - G_ARRAY), 4);
-        add_le(to, (uint64_t)n, 8);
-    }
+    add_le(to, (uint64_t)type, 4);
 }
 
-/* The 256 bytes as byte-level vocabularies write them, a few merges, and the
- * tokens of a conversation.  Returns how many keys. */
-static int add_metadata_keys(struct text *to)
+static void add_array(struct text *to, const char *key, int type, int n)
 {
+    add_key(to, key, ARRAY);
+    add_le(to, (uint64_t)type, 4);
+    add_le(to, (uint64_t)n, 8);
+}
+
+/* The vocabulary has the 256 bytes as byte-level ones write them, the results
+ * of a few merges, and the tokens of a conversation. */
+static void add_metadata(struct text *to)
+{
+    static const char *const names[] = {
+        "general.architecture", "lfm2moe", "tokenizer.ggml.model", "gpt2",
+        "tokenizer.ggml.pre", "lfm2"
+    };
     static const char *const words[] = {
         "he", "ll", "hell", "hello", BOS, TURN_START, TURN_END
     };
     static const char *const merges[] = { "h e", "l l", "he ll", "hell o" };
-    static const char *const names[3][2] = {
-        { "general.architecture", "lfm2moe" },
-        { "tokenizer.ggml.model", "gpt2" }, { "tokenizer.ggml.pre", "lfm2" }
-    };
     const int n = sizeof self_numbers / sizeof *self_numbers;
     uint32_t unseen = 256;
 
-    for (int i = 0; i < 3; i++) {
-        add_key(to, names[i][0], G_STRING, 0);
-        add_counted(to, names[i][1]);
+    add_le(to, n + 3 + 4, 8);
+    for (int i = 0; i < 6; i += 2) {
+        add_key(to, names[i], STRING);
+        add_counted(to, names[i + 1]);
     }
     for (int i = 0; i < n; i++) {
-        add_key(to, self_numbers[i].key, self_numbers[i].type, 0);
+        add_key(to, self_numbers[i].key, self_numbers[i].type);
         add_le(to, self_numbers[i].bits, 4);
     }
-    add_key(to, "lfm2moe.attention.head_count_kv", G_ARRAY + G_I32, 4);
+    add_array(to, "lfm2moe.attention.head_count_kv", I32, 4);
     for (int il = 0; il < 4; il++)
         add_le(to, il % 2 ? 2 : 0, 4);
-    add_key(to, "tokenizer.ggml.tokens", G_ARRAY + G_STRING, SELF_VOCAB);
+    add_array(to, "tokenizer.ggml.tokens", STRING, VOCAB);
     for (uint32_t c = 0; c < 256; c++) {
         const int seen = (c > ' ' && c < 127) || (c > 160 && c != 173);
         char s[5] = "";
@@ -10806,48 +10691,52 @@ static int add_metadata_keys(struct text *to)
     }
     for (int i = 0; i < 7; i++)
         add_counted(to, words[i]);
-    add_key(to, "tokenizer.ggml.token_type", G_ARRAY + G_I32, SELF_VOCAB);
-    for (int i = 0; i < SELF_VOCAB; i++)
+    add_array(to, "tokenizer.ggml.token_type", I32, VOCAB);
+    for (int i = 0; i < VOCAB; i++)
         add_le(to, i < 256 + 4 ? 1 : 3, 4);           /* normal, control     */
-    add_key(to, "tokenizer.ggml.merges", G_ARRAY + G_STRING, 4);
+    add_array(to, "tokenizer.ggml.merges", STRING, 4);
     for (int i = 0; i < 4; i++)
         add_counted(to, merges[i]);
-    return n + 7;
 }
 
-/* One block: bits at random, except where they would mean no number. */
+/* One block: random bits, but for numbers of about 2^-8, weights of 2^-5. */
 static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
 {
     unsigned char b[256];
 
     for (int i = 0; i < t->bytes; i += 8)
         put_le(b + i, next_random(rng), 8);
-    for (int i = 0; i < 2 && t->scale[i] >= 0; i++)   /* about 2^-8          */
-        put_le(b + t->scale[i], 0x1c00 | (next_random(rng) & 0x3ff), 2);
-    if (t->id == 0)                                   /* +-2^-5 or so        */
-        put_le(b, 0x3d000000 | (next_random(rng) & 0x807fffff), 4);
-    if (t->id == 1)
-        put_le(b, 0x2800 | (next_random(rng) & 0x83ff), 2);
-    if (t->id == 30)
-        put_le(b, 0x3d00 | (next_random(rng) & 0x807f), 2);
+    for (int i = 0; i < 2 && t->scale[i] >= 0; i++) {
+        const uint64_t r = next_random(rng);
+        put_le(b + t->scale[i], t->id == 0 ? 0x3d000000 | (r & 0x807fffff) :
+               t->id == 1 ? 0x2800 | (r & 0x83ff) :
+               t->id == 30 ? 0x3d00 | (r & 0x807f) : 0x1c00 | (r & 0x3ff),
+               t->id == 0 ? 4 : 2);
+    }
     add(to, (char *)b, (size_t)t->bytes);
+}
+
+static void pad(struct text *to)
+{
+    while (to->n % 32)
+        add(to, "", 1);
 }
 
 /* A GGUF, all little-endian.  The caller frees out->s. */
 static void make_file(int type, struct text *out)
 {
-    struct text keys = { 0 }, info = { 0 }, data = { 0 };
-    const int n_keys = add_metadata_keys(&keys);
-    const int n = sizeof self_tensors / sizeof *self_tensors;
+    const struct self_tensor *const end = self_tensors +
+        sizeof self_tensors / sizeof *self_tensors;
+    struct text info = { 0 }, data = { 0 };
     uint64_t rng = (uint64_t)type, n_tensors = 0;
 
     for (int il = -1; il < 4; il++)
-        for (const struct self_tensor *t = self_tensors; t < self_tensors + n;
-             t++) {
-            const struct self_type *is = &self_types[t->is_plain ? 0 : type];
-            const int dims[] = { t->cols, t->rows, t->experts };
-            int size = 1, n_dims = 1 + !!t->rows + !!t->experts;
-            if (il < 0 ? t->layers != ONCE : !(t->layers >> il & 1))
+        for (const struct self_tensor *t = self_tensors; t < end; t++) {
+            const struct self_type *is = &self_types[t->kind & PLAIN ? 0 :
+                                                     type];
+            const int dims[] = { t->cols, t->rows, N_EXPERT };
+            int n_dims = t->kind & EACH ? 3 : t->rows ? 2 : 1, size = 1;
+            if (!(t->kind >> (il + 1) & 1))
                 continue;
             add_counted(&info, il < 0 ? t->name :
                         phrase("blk.%d.%s", il, t->name).s);
@@ -10858,42 +10747,58 @@ static void make_file(int type, struct text *out)
             add_le(&info, data.n, 8);
             for (int i = 0; i < size; i += is->cols)
                 add_block(&data, is, &rng);
-            while (data.n % 32)
-                add(&data, "", 1);
+            pad(&data);
             n_tensors++;
         }
     add_string(out, "GGUF");
     add_le(out, 3, 4);
     add_le(out, n_tensors, 8);
-    add_le(out, (uint64_t)n_keys, 8);
-    add(out, keys.s, keys.n);
+    add_metadata(out);
     add(out, info.s, info.n);
-    while (out->n % 32)
-        add(out, "", 1);
+    pad(out);
     add(out, data.s, data.n);
-    free(keys.s);
     free(info.s);
     free(data.s);
 }
 
 /* ---- what is tried */
 
+#define HASH_F32 0x18980a03e2fcd3dcu      /* of logits: floats in the cache  */
+
 struct self {
     lfm2_model *model;
     lfm2_context *ctx;
-    int32_t token[SELF_LONG];
+    int32_t token[MANY];
     int failed;
     uint64_t all;                         /* hash of all hashes              */
 };
 
-static void self_result(struct self *t, int good, const char *what,
-                        const char *how, uint64_t hash)
+#ifdef __GNUC__
+__attribute__((format(printf, 3, 4)))
+#endif
+static void self_check(struct self *t, int good, const char *what, ...)
 {
-    printf("%-4s  %s%s", good ? "ok" : "FAIL", what, how);
-    if (hash)
-        printf(": %016llx", (unsigned long long)hash);
+    va_list args;
+
+    va_start(args, what);
+    printf("%-4s  ", good ? "ok" : "FAIL");
+    vprintf(what, args);
     putchar('\n');
+    va_end(args);
     t->failed |= !good;
+}
+
+static int self_open(struct self *t, int isa, int n_threads, int kv_type)
+{
+    lfm2_params p = lfm2_default_params(t->model);
+
+    p.isa = isa;
+    p.n_threads = n_threads;
+    p.kv_type = kv_type;
+    p.n_ctx = MANY;
+    p.n_seq = 2;
+    p.n_logits = FEW;
+    return lfm2_context_open(&t->ctx, t->model, &p, NULL) == LFM2_OK;
 }
 
 /* Feed the first n_tokens, `step` at a time; the hash of the logits of all of
@@ -10904,7 +10809,7 @@ static uint64_t self_feed(struct self *t, int seq, int n_tokens, int step)
     uint64_t h = HASH_START;
 
     for (int i = 0, n; i < n_tokens; i += n) {
-        n = n_tokens - i < step ? n_tokens - i : step;
+        n = smaller(n_tokens - i, step);
         const lfm2_span span = { seq, t->token + i, n, n };
         if (lfm2_forward(t->ctx, &span, 1, NULL) != LFM2_OK)
             return 0;
@@ -10918,26 +10823,13 @@ static uint64_t self_feed(struct self *t, int seq, int n_tokens, int step)
     return h;
 }
 
-static int self_open(struct self *t, int isa, int n_threads, int kv_type)
-{
-    lfm2_params p = lfm2_default_params(t->model);
-
-    p.isa = isa;
-    p.n_threads = n_threads;
-    p.kv_type = kv_type;
-    p.n_ctx = SELF_LONG;
-    p.n_seq = 2;
-    p.n_logits = SELF_TOKENS;
-    return lfm2_context_open(&t->ctx, t->model, &p, NULL);
-}
-
 /* The logits' hash under these circumstances, or 0. */
 static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
                           int n_tokens, int step)
 {
     uint64_t h = 0;
 
-    if (self_open(t, isa, n_threads, kv_type) == LFM2_OK) {
+    if (self_open(t, isa, n_threads, kv_type)) {
         h = self_feed(t, 0, n_tokens, step);
         lfm2_context_close(t->ctx);
     }
@@ -10950,78 +10842,64 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
  * threads. */
 static void self_kernels(struct self *t, const struct self_type *type, int all)
 {
-    static const struct {
-        const char *what;
-        int n_threads, kv_type, n_tokens, step;
-        uint64_t known;
-    } run[] = {
-        { "a long text, by ", 1, LFM2_KV_F16, SELF_LONG, SELF_TOKENS,
-          0x75627de54a6b322fu },
-        { "a KV cache of floats, by ", 1, LFM2_KV_F32, SELF_TOKENS, 7,
-          0x18980a03e2fcd3dcu },
-        { "two threads, pieces of five tokens, by ", 2, LFM2_KV_F16,
-          SELF_TOKENS, 5, 0x83b254a4c39ab7deu }
-    };
-    const int kv = LFM2_KV_F16, n = SELF_TOKENS;
-    const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, kv, n, n);
+    const int f16 = LFM2_KV_F16, f32 = LFM2_KV_F32;
+    const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, f16, FEW, FEW);
 
     t->all = hash_number(t->all, h);
-    self_result(t, h == type->hash, type->name, " in plain C", h);
+    self_check(t, h == type->hash, "%s in plain C: %016llx", type->name,
+               (unsigned long long)h);
     for (int isa = LFM2_ISA_SCALAR; isa < LFM2_N_ISA; isa++) {
+        const char *name = isa_name(isa);
         if (!lfm2_isa_available(isa))
             continue;
         if (isa > LFM2_ISA_SCALAR)
-            self_result(t, self_hash(t, isa, 1, kv, n, n) == h &&
-                        self_hash(t, isa, 1, kv, n, 1) == h, type->name,
-                        phrase(" with %s", isa_name(isa)).s, 0);
-        for (int i = 0; all && i < 3; i++)
-            self_result(t, self_hash(t, isa, run[i].n_threads, run[i].kv_type,
-                                     run[i].n_tokens, run[i].step) ==
-                        run[i].known, run[i].what, isa_name(isa), 0);
+            self_check(t, self_hash(t, isa, 1, f16, FEW, FEW) == h &&
+                       self_hash(t, isa, 1, f16, FEW, 1) == h, "%s with %s",
+                       type->name, name);
+        if (!all)
+            continue;
+        self_check(t, self_hash(t, isa, 1, f16, MANY, FEW) ==
+                   0x75627de54a6b322fu, "a long text, by %s", name);
+        self_check(t, self_hash(t, isa, 1, f32, FEW, 7) == HASH_F32,
+                   "a KV cache of floats, by %s", name);
+        self_check(t, self_hash(t, isa, 2, f16, FEW, 5) == type->hash,
+                   "two threads, pieces of five tokens, by %s", name);
     }
 }
 
-/* Sequences that are saved, restored and shortened. */
+/* Sequences that are saved, restored and shortened; and a generator that is the
+ * same everywhere, which chooses the same words. */
 static void self_sequences(struct self *t)
 {
-    const uint64_t known = 0x18980a03e2fcd3dcu, saved = 0x11417c4fd0aea9f3u;
-    int good = self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F32) == LFM2_OK &&
-               self_feed(t, 0, SELF_TOKENS, 7) == known;
+    const uint64_t saved = 0x11417c4fd0aea9f3u;
+    lfm2_sampler s = { .temperature = 0.8f, .top_k = 40, .top_p = 0.95f,
+                       .min_p = 0.02f, .repeat_penalty = 1.1f,
+                       .repeat_last_n = 16, .rng = 1 };
+    const int opened = self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F32);
+    int good = opened && self_feed(t, 0, FEW, 7) == HASH_F32;
     const uint64_t size = good ? lfm2_seq_state_size(t->ctx, 0) : 0;
     char *state = zeroed((size_t)size, 1);
+    float logits[VOCAB];
+    uint64_t rng = 2, h = HASH_START;
+    int32_t made[32];
 
     good = good && lfm2_seq_save(t->ctx, 0, state, size, NULL) == LFM2_OK &&
            hash_bytes(HASH_START, state, (size_t)size) == saved &&
            lfm2_seq_load(t->ctx, 1, state, size, NULL) == LFM2_OK &&
-           lfm2_seq_len(t->ctx, 1) == SELF_TOKENS;
-    self_result(t, good, "a sequence saved and restored", "", 0);
-    self_result(t, good && lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
-                self_feed(t, 1, SELF_TOKENS, 4) == known,
-                "a sequence shortened and read again", "", 0);
-    free(state);
-    lfm2_context_close(t->ctx);
-    t->ctx = NULL;
-}
-
-/* A generator that is the same everywhere chooses the same words. */
-static void self_sampler(struct self *t)
-{
-    lfm2_sampler s = { .temperature = 0.8f, .top_k = 40, .top_p = 0.95f,
-                       .min_p = 0.02f, .repeat_penalty = 1.1f,
-                       .repeat_last_n = 16, .rng = 1 };
-    const int opened = self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F16) == LFM2_OK;
-    float logits[SELF_VOCAB];
-    uint64_t rng = 2, h = HASH_START;
-    int32_t made[32];
-
+           lfm2_seq_len(t->ctx, 1) == FEW;
+    self_check(t, good, "a sequence saved and restored");
+    good = good && lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
+           self_feed(t, 1, FEW, 4) == HASH_F32;
+    self_check(t, good, "a sequence shortened and read again");
     for (int i = 0; opened && i < 32; i++) {
-        for (int id = 0; id < SELF_VOCAB; id++)
+        for (int id = 0; id < VOCAB; id++)
             logits[id] = (float)(int)(next_random(&rng) >> 49) * 0x1p-12f - 4;
         made[i] = lfm2_sample(t->ctx, &s, logits, made, i);
         h = hash_number(h, (uint32_t)made[i]);
     }
-    self_result(t, h == 0x4cb658387d2a6170u, "the sampler's choices", "", 0);
+    self_check(t, h == 0x4cb658387d2a6170u, "the sampler's choices");
     t->all = hash_number(t->all, h);
+    free(state);
     lfm2_context_close(opened ? t->ctx : NULL);
 }
 
@@ -11032,24 +10910,22 @@ static void self_tokenizer(struct self *t, const struct text *file)
     static const int32_t want[] = {
         260, 259, ' ', 258, '\n', ' ', '1', '2', 0xff, ' ', 0xc3, 0xa9, 262
     };
-    lfm2_tokenizer *words;
+    lfm2_tokenizer *words = NULL;
     struct text back = { 0 };
     int32_t id[32];
     int n = 0, len;
 
-    if (lfm2_tokenizer_open_memory(&words, file->s, file->n, NULL) == LFM2_OK) {
+    if (lfm2_tokenizer_open_memory(&words, file->s, file->n, NULL) == LFM2_OK)
         n = lfm2_encode(words, text, strlen(text), LFM2_ENCODE_BOS |
                         LFM2_ENCODE_SPECIAL, id, 32);
-        for (int i = 1; i < n; i++) {
-            const char *s = lfm2_token_bytes(words, id[i], 1, &len);
-            add(&back, s, (size_t)len);
-        }
-        lfm2_tokenizer_close(words);
+    for (int i = 1; i < n; i++) {
+        const char *s = lfm2_token_bytes(words, id[i], 1, &len);
+        add(&back, s, (size_t)len);
     }
-    self_result(t, (size_t)n == sizeof want / sizeof *want &&
-                memcmp(id, want, sizeof want) == 0, "the tokenizer", "", 0);
-    self_result(t, back.s && strcmp(back.s, text) == 0, "and back to text",
-                "", 0);
+    self_check(t, (size_t)n == sizeof want / sizeof *want &&
+               memcmp(id, want, sizeof want) == 0, "the tokenizer");
+    self_check(t, back.s && strcmp(back.s, text) == 0, "and back to text");
+    lfm2_tokenizer_close(words);
     free(back.s);
 }
 
@@ -11060,58 +10936,44 @@ static void self_arithmetic(struct self *t)
     const double d = 1;
     uint64_t bits;
 
-    self_result(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
-                minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4,
-                "integers of two's complement, 8 bits a byte",
-                "", 0);
     memcpy(&bits, &d, sizeof bits);
-    self_result(t, float_bits(one) == 0x3f800000 &&
-                bits == (uint64_t)0x3ff00000 << 32,
-                "floats and integers in the same byte order",
-                "", 0);
-    self_result(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
-                one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
-                third * 3 == one,
-                "floats of 24 bits, doubles of 53, rounded to nearest even",
-                "", 0);
-    self_result(t, tiny * one > 0 && tiny * half == 0 &&
-                (0x1p-126f * half) * 2 == 0x1p-126f,
-                "denormal numbers are kept",
-                "", 0);
+    self_check(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
+               minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4,
+               "integers of two's complement, 8 bits a byte");
+    self_check(t, float_bits(one) == 0x3f800000 &&
+               bits == (uint64_t)0x3ff00000 << 32,
+               "floats and integers in the same byte order");
+    self_check(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
+               one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
+               third * 3 == one,
+               "floats of 24 bits, doubles of 53, rounded to nearest even");
+    self_check(t, tiny * one > 0 && tiny * half == 0 &&
+               (0x1p-126f * half) * 2 == 0x1p-126f,
+               "denormal numbers are kept");
 }
 
-/* What the functions give for some thousand numbers: the bits that are known,
- * and no farther than `bound` units of 2^-24 from what the C library computes
- * in double, if it has the function. */
+/* What the functions give for some thousand numbers. */
 static void self_functions(struct self *t)
 {
-    static const struct {
-        int id;
-        const char *name;
-        double (*libc)(double), bound;
-        uint64_t known;
-    } all[] = {
-        { LFM2_FMA, "a*b+c", NULL, 0, 0x70172052f8b00d38u },
-        { LFM2_EXP, "exp", exp, 2, 0x7ebd348940bf194fu },
-        { LFM2_SIN, "sin", sin, 1, 0x84f7d324c069e130u },
-        { LFM2_COS, "cos", cos, 1, 0x2f6e6bf977c0a2e9u }
+    static const struct { int id; const char *name; uint64_t known; } all[] = {
+        { LFM2_FMA, "a*b+c", 0x70172052f8b00d38u },
+        { LFM2_EXP, "exp", 0x7ebd348940bf194fu },
+        { LFM2_SIN, "sin", 0x84f7d324c069e130u },
+        { LFM2_COS, "cos", 0x2f6e6bf977c0a2e9u }
     };
 
     for (int k = 0; k < 4; k++) {
         uint64_t rng = 3, h = HASH_START;
-        int good = 1;
         for (int i = 0; i < 4096; i++) {
             const float x = (float)(int)(next_random(&rng) >> 40);
             const float b = (float)(int)(next_random(&rng) >> 40) - 0x1p23f;
             const float a = all[k].id == LFM2_EXP ? (x - 0x1p23f) * 0x1p-17f :
                                                     x * 0x1p-4f;
             const float c = i % 2 ? -a * b : b * 0x1p-20f;
-            const float y = lfm2_math(all[k].id, a, b, c);
-            const double exact = all[k].libc ? all[k].libc(a) : y;
-            h = hash_number(h, float_bits(y));
-            good &= fabs(y - exact) <= all[k].bound * 0x1p-24 * fabs(exact);
+            h = hash_number(h, float_bits(lfm2_math(all[k].id, a, b, c)));
         }
-        self_result(t, good && h == all[k].known, all[k].name, "", h);
+        self_check(t, h == all[k].known, "%s: %016llx", all[k].name,
+                   (unsigned long long)h);
     }
 }
 
@@ -11143,23 +11005,23 @@ static int selftest(void)
     struct self t = { .all = HASH_START };
     lfm2_error err;
 
-    for (int i = 0; i < SELF_LONG; i++)
-        t.token[i] = (i * 37 + 5) % SELF_VOCAB;
+    for (int i = 0; i < MANY; i++)
+        t.token[i] = (i * 37 + 5) % VOCAB;
     self_arithmetic(&t);
     self_functions(&t);
     for (int i = 0; i < N_SELF_TYPES; i++) {
+        const int is_last = i == N_SELF_TYPES - 1;
         struct text file = { 0 };
         make_file(i, &file);
         if (lfm2_model_open_memory(&t.model, file.s, file.n, &err) == LFM2_OK) {
-            self_kernels(&t, &self_types[i], i == N_SELF_TYPES - 1);
-            if (i == N_SELF_TYPES - 1) {
+            self_kernels(&t, &self_types[i], is_last);
+            if (is_last) {
                 self_sequences(&t);
-                self_sampler(&t);
                 self_tokenizer(&t, &file);
             }
             lfm2_model_close(t.model);
         } else
-            self_result(&t, 0, self_types[i].name, err.msg, 0);
+            self_check(&t, 0, "%s: %s", self_types[i].name, err.msg);
         free(file.s);
     }
     print_version();
