@@ -471,7 +471,7 @@ struct conversation {
     int open_thought;                     /* the answer begins with <think>  */
 };
 
-struct mark { size_t from, n; };
+struct mark { size_t from; const char *token; };
 
 struct rendered {
     struct text text;
@@ -482,9 +482,9 @@ struct rendered {
 
 /* Section 15: what the model wants to be called, its arguments as a JSON
  * object. */
-struct call { struct text name, arguments; };
+struct call { struct piece name, arguments; };
 
-struct calls { struct call *call; int n; };
+struct calls { struct call *call; int n; struct pool pool; };
 
 /* Section 12. */
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
@@ -507,7 +507,7 @@ enum mode {
     DETOKENIZE = 64, EXPORT = 128, INSPECT = 256, PPL = 512, BENCH = 1024,
     SELFTEST = 2048, SERVE = 4096,
     TALK = ANSWER | CHAT, PROMPT = TALK | LOGITS | DUMP,
-    MANY = BATCH | SERVE, GENERATE = TALK | MANY,
+    REQUESTS = BATCH | SERVE, GENERATE = TALK | REQUESTS,
     RUN = GENERATE | LOGITS | DUMP | PPL,
     WORDS = TOKENIZE | DETOKENIZE | EXPORT, ANY = 8191
 };
@@ -676,8 +676,6 @@ static int json_int(const struct json *v, long long least, long long most,
                     long long *out);
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why);
-static int json_parse_list(struct pool *pool, const struct text *t,
-                           struct json **out, struct why *why);
 static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
 static void add_members(struct text *to, const char *format, ...);
@@ -706,8 +704,8 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
 /* 16. Tokens in and out */
 static int open_words(const struct settings *s, const lfm2_model *model,
                       lfm2_tokenizer **out);
-static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
-                        const char *text, size_t n, struct ids *out);
+static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
+                         const char *text, size_t n, struct ids *out);
 static int work_on_words(const struct settings *s);
 
 /* 17. --inspect */
@@ -2978,8 +2976,10 @@ static int read_plain_prompt(const struct engine *e, struct request *q,
 {
     long long id;
 
-    if (prompt->type == JSON_STRING)
-        return encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
+    if (prompt->type == JSON_STRING) {
+        encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
+        return DONE;
+    }
     if (prompt->type != JSON_ARRAY)
         return because(why, USAGE, "\"prompt\": expected a string, or an array "
                        "of token ids");
@@ -3121,7 +3121,7 @@ static int read_list(struct talk *t, const char *path, const char *key,
     int code = read_text_file(path, &text);
 
     if (code == DONE &&
-        (code = json_parse_list(&t->pool, &text, &v, &why)) != DONE)
+        (code = json_parse(&t->pool, text.s, text.n, &v, &why)) != DONE)
         say(code, "%s: %s", path, why.s);
     free(text.s);
     if (code != DONE)
@@ -3327,7 +3327,7 @@ static int prepare_prompt(struct talk *t)
     if (!s->messages)
         code = read_prompt(s, &text);
     if (code == DONE && e->template == TEMPLATE_NONE)
-        code = encode_plain(s, e->words, text.s, text.n, &t->job.q.prompt);
+        encode_plain(s, e->words, text.s, text.n, &t->job.q.prompt);
     else {
         if (code == DONE && !s->messages)
             code = ask(t, &text);
@@ -4769,8 +4769,8 @@ static void send_choice(struct answer *o, const struct text *delta,
 }
 
 /* Add what is new of a text: whole characters, and at the end all of it. */
-static void add_new(struct text *to, const char *format, const struct text *all,
-                    size_t *sent, int last)
+static void add_new(struct text *to, const char *format,
+                    const struct text *all, size_t *sent, int last)
 {
     const size_t n = all->n - *sent;
     const size_t whole = last || n == 0 ? n :
@@ -4798,7 +4798,8 @@ static void send_new(struct answer *o, int last)
     }
     o->has_role = 1;
     if (!plain)
-        add_new(&delta, "reasoning_content: %.*s", &r->thought, &o->thought, last);
+        add_new(&delta, "reasoning_content: %.*s", &r->thought, &o->thought,
+                last);
     add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &r->text, &o->text,
             last);
     if (delta.n > 0)
@@ -5135,8 +5136,7 @@ static void tokenize_body(struct client *c)
     if (code == DONE)
         code = read_flag(body, "parse_special", &s.special, &why);
     if (code == DONE)
-        code = encode_plain(&s, e->words, content, given(body, "content")->n,
-                            &ids);
+        encode_plain(&s, e->words, content, given(body, "content")->n, &ids);
     add_string(&to, "{\"tokens\": [");
     for (int i = 0; i < ids.n; i++)
         add_format(&to, "%s%ld", i ? ", " : "", (long)ids.id[i]);
@@ -5256,7 +5256,8 @@ static int read_field(struct piece *field, char *line, size_t n)
     return 0;
 }
 
-/* "POST /path HTTP/1.1" says which route it is; 0, or the status of an error. */
+/* "POST /path HTTP/1.1" says which route it is: 0, or the status of an
+ * error. */
 static int read_request_line(struct client *c, char *line, size_t n)
 {
     char *path = memchr(line, ' ', n), *end = line + n, *version;
@@ -5302,7 +5303,7 @@ static int names_this_machine(const struct piece *host)
     while (n > 0 && host->s[n - 1] >= '0' && host->s[n - 1] <= '9')
         n--;
     n = n > 0 && host->s[n - 1] == ':' ? n - 1 : host->n;
-    const struct phrase name = phrase("%.*s", (int)(n < 100 ? n : 100), host->s);
+    const struct phrase name = phrase("%.*s", n < 100 ? (int)n : 100, host->s);
     return strcmp(name.s, "localhost") == 0 || strcmp(name.s, "[::1]") == 0 ||
            (strncmp(name.s, "127.", 4) == 0 &&
             strspn(name.s, "0123456789.") == strlen(name.s));
@@ -5828,7 +5829,8 @@ static int listen_at_path(struct server *v, const char *path)
 /* [HOST:]PORT, both addresses of this machine's own if no host is named. */
 static int listen_at_port(struct server *v, const char *where)
 {
-    const char *colon = strrchr(where, ':'), *digits = colon ? colon + 1 : where;
+    const char *colon = strrchr(where, ':');
+    const char *digits = colon ? colon + 1 : where;
     struct phrase host = phrase("%.*s", colon ? (int)(colon - where) : 0,
                                 where);
     char *end, *name = host.s;
@@ -5971,7 +5973,7 @@ static const struct option table[] = {
     VALUE(TEXT, "--save-dir", "DIR", save_dir, CHAT,
           "where a chat may save and load conversations"),
     SWITCH("--raw -no-cnv --no-conversation", raw,
-           ANSWER | LOGITS | DUMP | MANY,
+           ANSWER | LOGITS | DUMP | REQUESTS,
            "no chat template: plain text is continued"),
     MODE(FLAG, "--dump-prompt", NULL, dump_prompt, DUMP,
          "print the prompt as the chat template writes it"),
@@ -6010,7 +6012,7 @@ static const struct option table[] = {
     VALUE(CHOICE, "--template --chat-template", TEMPLATES, template, RUN,
           "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
           "none (auto: by the file)"),
-    VALUE(DATE, "--date", "YYYY-MM-DD", date, PROMPT | MANY,
+    VALUE(DATE, "--date", "YYYY-MM-DD", date, PROMPT | REQUESTS,
           "the date for templates that state it (today)"),
     VALUE(CHOICE, "--think", "auto|show|hide|raw", think, GENERATE,
           "thoughts of the model (auto: shown at a terminal)"),
@@ -6029,8 +6031,8 @@ static const struct option table[] = {
            "top_logprobs", ANSWER,
            "log probabilities, and those of the K likeliest tokens, in --json"),
     NUMBER(WHOLE, "", "K", ask.prompt_logprobs, 0, MAX_LOGPROBS,
-           "prompt_logprobs", MANY, NULL),
-    NUMBER(FLAG, "", NULL, ask.echo, 0, 0, "echo", MANY, NULL),
+           "prompt_logprobs", REQUESTS, NULL),
+    NUMBER(FLAG, "", NULL, ask.echo, 0, 0, "echo", REQUESTS, NULL),
     NUMBER(FLAG, "", NULL, ask.stream, 0, 0, "stream", SERVE, NULL),
     NUMBER(WHOLE, "", "N", ask.n_choices, 1, 16, "n", SERVE, NULL),
 
@@ -6071,9 +6073,9 @@ static const struct option table[] = {
           "with --trace: all the numbers, float32"),
 
     GROUP("With --batch and --serve"),
-    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, MANY,
+    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, REQUESTS,
            "answer up to N requests at once (32)"),
-    NUMBER(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, MANY,
+    NUMBER(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, REQUESTS,
            "while answers are written, read at most N tokens of new prompts "
            "between two of their tokens (all that fit; --serve 128)"),
     NUMBER(WHOLE, "--queue", "N", queue, 0, 1 << 16, NULL, SERVE,
@@ -7542,18 +7544,16 @@ static const char *const json_names[] = {
 /* n zeroed bytes, aligned for a node. */
 static void *pool_get(struct pool *p, size_t n)
 {
-    const size_t aligned = (n + 15) / 16 * 16;
-    const size_t size = aligned > 1 << 14 ? aligned : 1 << 14;
-    struct chunk *c = p->chunks;
-
-    if (!c || c->size - c->used < aligned) {
-        c = resize(NULL, sizeof *c + size);
+    n = (n + 15) / 16 * 16;
+    if (!p->chunks || p->chunks->size - p->chunks->used < n) {
+        const size_t size = n > 1 << 14 ? n : 1 << 14;
+        struct chunk *c = resize(NULL, sizeof *c + size);
         *c = (struct chunk){ p->chunks, 0, size };
         p->chunks = c;
     }
-    c->used += aligned;
-    p->total += aligned;
-    return memset((char *)(c + 1) + c->used - aligned, 0, aligned);
+    p->chunks->used += n;
+    p->total += n;
+    return memset((char *)(p->chunks + 1) + p->chunks->used - n, 0, n);
 }
 
 static void pool_free(struct pool *p)
@@ -7569,12 +7569,11 @@ static void pool_free(struct pool *p)
 /* Write a character below 0x110000; returns its length, at most 4. */
 static size_t utf8_put(char *out, uint32_t c)
 {
-    static const uint32_t lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
     const int n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
 
     for (int i = n - 1; i > 0; i--, c >>= 6)
         out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)(lead[n] | c);
+    out[0] = (char)(n > 1 ? 0xf00u >> n | c : c);
     return (size_t)n;
 }
 
@@ -7662,7 +7661,7 @@ struct reader {
     const char *text;                     /* n bytes, as they came           */
     size_t n;
     char *start, *at, *end;               /* of the copy                     */
-    int depth;
+    int depth, code;
     enum { AS_JSON, AS_PYTHON, AS_BAD_PYTHON } as;
     struct why *why;
 };
@@ -7671,25 +7670,32 @@ static void start_reading(struct reader *r)
 {
     r->start = r->at = memcpy(pool_get(r->pool, r->n + 1), r->text, r->n);
     r->end = r->at + r->n;
-    r->depth = 0;
+    r->code = DONE;
 }
 
-/* What was found, where, and what should have been there. */
-static int expected(struct reader *r, const char *what)
+/* Unless all is good: what was found, where, and what should have been there.
+ * Behind the first fault there is only the end.  Returns whether there was
+ * none. */
+static int expect(struct reader *r, int is_good, const char *what)
 {
     const char *line = r->text, *const at = line + (r->at - r->start);
-    const struct phrase found = r->at == r->end ? phrase("the end") :
-        phrase(*at > ' ' && *at < 127 ? "'%c'" : "byte 0x%02x",
-               (unsigned char)*at);
+    struct phrase found = { "the end" };
     int n = 1;
 
+    if (is_good || r->code != DONE)
+        return r->code == DONE;
+    if (r->at < r->end)
+        found = phrase(*at > ' ' && *at < 127 ? "'%c'" : "byte 0x%02x",
+                       (unsigned char)*at);
     for (const char *p = line; p < at; p++)
         if (*p == '\n') {
             line = p + 1;
             n++;
         }
-    return because(r->why, USAGE, "line %d, column %zu: found %s, expected %s",
-                   n, (size_t)(at - line) + 1, found.s, what);
+    r->at = r->end;
+    r->code = because(r->why, USAGE, "line %d, column %zu: found %s, expected "
+                      "%s", n, (size_t)(at - line) + 1, found.s, what);
+    return 0;
 }
 
 /* The next character that is not blank, or EOF.  Python has comments, too. */
@@ -7712,66 +7718,66 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* Up to n digits, at most 8, of base 8 or 16; returns how many. */
+/* Those of base 2, 8, 10 or 16. */
+static const char *digits_of(int base)
+{
+    return base == 16 ? "0123456789abcdefABCDEF" : &"9876543210"[10 - base];
+}
+
+/* A character in digits, at most n of them; returns how many. */
 static int read_code(const char *s, int n, int base, uint32_t *out)
 {
-    char digits[9] = "";
-
-    for (int i = 0; i < n && isxdigit((unsigned char)s[i]) &&
-         (base == 16 || s[i] < '8'); i++)
-        digits[i] = s[i];
-    *out = (uint32_t)strtoul(digits, NULL, base);
-    return (int)strlen(digits);
+    n = smaller(n, (int)strspn(s, digits_of(base)));
+    *out = (uint32_t)strtoul(phrase("%.*s", n, s).s, NULL, base);
+    return n;
 }
 
 /* What follows a backslash.  In Python one that begins no escape stays.  What
  * lies beyond 0xffff may be a pair; half of one is no character. */
-static int read_escape(struct reader *r, char **out)
+static void read_escape(struct reader *r, char **out)
 {
     static const char name[] = "/\"\\bfnrt'av";
     static const char value[] = "/\"\\\b\f\n\r\t'\a\v";
-    const int json = r->as == AS_JSON, octal = !json && *r->at >= '0' &&
-                                               *r->at <= '7';
+    const int json = r->as == AS_JSON, is_octal = !json && *r->at >= '0' &&
+                                                  *r->at <= '7';
     const char *p = memchr(name + !json, *r->at, json ? 8 : 10);
     const int n = *r->at == 'u' ? 4 : json ? 0 : *r->at == 'x' ? 2 :
-                  *r->at == 'U' ? 8 : octal ? 3 : 0;
+                  *r->at == 'U' ? 8 : is_octal ? 3 : 0;
     uint32_t c, low;
 
-    if ((json && !p && n == 0) || *r->at == 'N')
-        return expected(r, "\" \\ / b f n r t or u after a backslash");
+    expect(r, (p || n || !json) && *r->at != 'N',
+           "\" \\ / b f n r t or u after a backslash");
     if (n == 0) {
         if (p || *r->at != '\n')
             *(*out)++ = p ? value[p - name] : '\\';
         r->at += p || *r->at == '\n';
-        return DONE;
+        return;
     }
-    const int n_read = read_code(r->at + !octal, n, octal ? 8 : 16, &c);
-    if (!octal && n_read < n)
-        return expected(r, "hexadecimal digits after a backslash");
-    r->at += !octal + n_read;
+    const int n_read = read_code(r->at + !is_octal, n, is_octal ? 8 : 16, &c);
+    if (!expect(r, is_octal || n_read == n, "hexadecimal digits after a "
+                "backslash"))
+        return;
+    r->at += !is_octal + n_read;
     if (c >> 10 == 0xd800 >> 10 && r->at[0] == '\\' && r->at[1] == 'u' &&
         read_code(r->at + 2, 4, 16, &low) == 4 && low >> 10 == 0xdc00 >> 10) {
         c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
         r->at += 6;
     }
-    if (c > 0x10ffff || c >> 11 == 0xd800 >> 11)
-        return expected(r, "surrogates in pairs after a backslash");
-    *out += utf8_put(*out, c);
-    return DONE;
+    if (expect(r, c <= 0x10ffff && c >> 11 != 0xd800 >> 11,
+               "surrogates in pairs after a backslash"))
+        *out += utf8_put(*out, c);
 }
 
 /* A character that stands for itself. */
-static int read_plain(struct reader *r, char **out)
+static void read_plain(struct reader *r, char **out)
 {
     uint32_t c;
     const int n = utf8_get(r->at, r->end, &c);
 
-    if (n == 0)
-        return expected(r, "UTF-8");
-    memmove(*out, r->at, (size_t)n);
+    if (expect(r, n > 0, "UTF-8"))
+        memmove(*out, r->at, (size_t)n);
     *out += n;
     r->at += n;
-    return DONE;
 }
 
 /* How many letters are before the quote of a string, none, one or r and f; or
@@ -7806,15 +7812,15 @@ static int is_inner(const char *s)
     const char *const word = s + 1 + strspn(s + 1, " \t\n\f");
     const int n = word_length(word);
 
-    return n > 0 && !strstr(" if else and or in is not for async ",
-                            phrase(" %.*s ", smaller(n, 9), word).s) &&
+    return n > 0 && find_word("if else and or in is not for async", ' ',
+                              phrase("%.*s", n, word).s) < 0 &&
            !(n <= 2 && (int)strspn(word, "rRbBuUfFtT") == n &&
-             strchr("\"'", word[n]) && word[n]);
+             (word[n] == '"' || word[n] == '\''));
 }
 
 /* Up to the quote that ends it, or the three.  Inner ones have to be in pairs,
  * but for apostrophes. */
-static int read_quoted(struct reader *r, char **out)
+static void read_quoted(struct reader *r, char **out)
 {
     const int json = r->as == AS_JSON, bad = r->as == AS_BAD_PYTHON;
     const int n = json ? 0 : prefix_length(r->at);
@@ -7822,76 +7828,60 @@ static int read_quoted(struct reader *r, char **out)
     const int is_format = (int)strcspn(r->at, "fF\"'") < n;
     const char quote = r->at[n], three[] = { quote, quote, quote, '\0' };
     const int is_long = !json && strncmp(r->at + n, three, 3) == 0;
-    const size_t n_quotes = is_long ? 3 : 1;
-    int inner = 0, code = DONE;
+    const int n_quotes = is_long ? 3 : 1, takes_lines = is_long || bad;
+    int inner = 0;
 
-    r->at += (size_t)n + n_quotes;
-    while (code == DONE && (strncmp(r->at, three, n_quotes) != 0 ||
-                            (bad && !is_long && is_inner(r->at)))) {
+    r->at += n + n_quotes;
+    while (r->code == DONE && (strncmp(r->at, three, (size_t)n_quotes) != 0 ||
+                               (bad && !is_long && is_inner(r->at)))) {
         const char c = *r->at;
-        if (r->at == r->end || (!json && (!c || (c == '\n' && !is_long &&
-                                                 !bad))))
-            return expected(r, "a quote after the string");
-        if (json && (unsigned char)c < ' ')
-            return expected(r, "no control character in a string, but an "
-                            "escape");
-        if (is_format && (c == '{' || c == '}') && *++r->at != c)
-            return expected(r, "a string without placeholders");
+        if (!expect(r, json ? r->at < r->end : c && (c != '\n' || takes_lines),
+                    "a quote after the string") ||
+            !expect(r, !json || (unsigned char)c >= ' ',
+                    "no control character in a string, but an escape") ||
+            !expect(r, !is_format || (c != '{' && c != '}') || *++r->at == c,
+                    "a string without placeholders"))
+            return;
         inner += c == quote && !is_long &&
                  !(c == '\'' && is_letter(r->at[-1]) && is_letter(r->at[1]));
-        r->at += c == '\\' && !is_raw;
-        code = c == '\\' && !is_raw ? read_escape(r, out) : read_plain(r, out);
-        if (code == DONE && c == '\\' && is_raw && *r->at)
-            code = read_plain(r, out);
+        if (c == '\\' && !is_raw) {
+            r->at++;
+            read_escape(r, out);
+        } else
+            read_plain(r, out);
+        if (c == '\\' && is_raw && *r->at)
+            read_plain(r, out);
     }
-    r->at += n_quotes;
-    return code == DONE && inner % 2 ? expected(r, "quotes in pairs") : code;
+    if (expect(r, inner % 2 == 0, "quotes in pairs"))
+        r->at += n_quotes;
 }
 
 /* In Python, strings side by side are one; with forgotten backslashes that is
  * not clear. */
-static int read_string(struct reader *r, struct json *v)
+static void read_string(struct reader *r, struct json *v)
 {
     char *out = r->at;
 
     v->type = JSON_STRING;
     v->s = out;
     do
-        if (read_quoted(r, &out) != DONE)
-            return USAGE;
+        read_quoted(r, &out);
     while (r->as == AS_PYTHON && peek(r) != EOF && prefix_length(r->at) >= 0);
     v->n = (size_t)(out - v->s);
     *out = '\0';
-    return DONE;
 }
 
-/* Digits, in Python with single underscores between them: how many bytes. */
-static size_t digits_length(const char *s, const char *digits)
+/* Digits, without Python's single underscores between them.  Returns what is
+ * behind them. */
+static char *read_digits(struct text *t, char *s, int base)
 {
-    size_t n = strspn(s, digits);
-
-    while (n > 0 && s[n] == '_' && strspn(s + n + 1, digits) > 0)
-        n += 1 + strspn(s + n + 1, digits);
-    return n;
-}
-
-/* A number with a fraction or an exponent; or 0, and it is a whole one. */
-static size_t float_length(const char *s)
-{
-    static const char digits[] = "0123456789";
-    const size_t whole = digits_length(s, digits);
-    size_t n = whole, more;
-
-    if (s[n] == '.')
-        n += 1 + digits_length(s + n + 1, digits);
-    if (n < 2 && whole == 0)
-        return 0;
-    if (s[n] == 'e' || s[n] == 'E') {
-        const size_t sign = s[n + 1] == '+' || s[n + 1] == '-';
-        more = digits_length(s + n + 1 + sign, digits);
-        n += more ? 1 + sign + more : 0;
+    for (size_t n; (n = strspn(s, digits_of(base))) > 0; s++) {
+        add(t, s, n);
+        s += n;
+        if (*s != '_' || strspn(s + 1, digits_of(base)) == 0)
+            break;
     }
-    return n > whole ? n : 0;
+    return s;
 }
 
 /* The fewest digits that are this number, as Python prints floats. */
@@ -7910,255 +7900,213 @@ static void add_float(struct text *t, double x)
         add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* Digits as JSON has them: decimal, below all infinities, and as in Python no
- * more than 4300; of other bases, what fits into 64 bits. */
-static int add_digits(struct reader *r, struct text *t)
+/* A number without a sign, as Python prints it: decimal, below all infinities
+ * and of no more than 4300 digits; of other bases, what fits into 64 bits. */
+static void read_unsigned(struct reader *r, struct text *t)
 {
-    static const struct { int base; const char *digits; } all[] = {
-        { 16, "0123456789abcdefABCDEF" }, { 8, "01234567" }, { 2, "01" },
-        { 10, "0123456789" }
-    };
-    const size_t n_float = float_length(r->at);
-    const char *s = r->at, *dot;
-    size_t n = n_float;
-    int i = 0;
+    const int kind = *r->at == '0' ? r->at[1] | 32 : 0;
+    const int base = kind == 'x' ? 16 : kind == 'o' ? 8 : kind == 'b' ? 2 : 10;
+    char *s = r->at + (base == 10 ? 0 : r->at[2] == '_' ? 3 : 2);
+    const char *dot;
 
-    while (i < 3 && !(s[0] == '0' && (s[1] | 32) == "xob"[i]))
-        i++;
-    if (n_float == 0) {
-        s += i == 3 ? 0 : s[2] == '_' ? 3 : 2;
-        n = digits_length(s, all[i].digits);
+    add_string(t, "");
+    s = read_digits(t, s, base);
+    if (base == 10 && *s == '.') {
+        add(t, s, 1);
+        s = read_digits(t, s + 1, base);
     }
-    for (size_t k = 0; k < n; k++)
-        add(t, s + k, s[k] != '_');
-    dot = memchr(s, '.', n);
-    if (n == 0 || (r->as == AS_JSON && (i < 3 || memchr(s, '_', n) ||
-        dot == s || (*s == '0' && isdigit((unsigned char)s[1])) ||
-        (dot && !isdigit((unsigned char)dot[1])))))
-        return expected(r, "a number: -, digits without leading zeros, .digits,"
-                        " exponent");
+    if (base == 10 && (*s | 32) == 'e' && t->s[*t->s == '.']) {
+        const int n = s[1] == '+' || s[1] == '-' ? 2 : 1;
+        if (isdigit((unsigned char)s[n])) {
+            add(t, s, (size_t)n);
+            s = read_digits(t, s + n, base);
+        }
+    }
+    dot = strchr(t->s, '.');
+    expect(r, t->s[*t->s == '.'] && (r->as != AS_JSON ||
+           (base == 10 && t->n == (size_t)(s - r->at) && dot != t->s &&
+            (*t->s != '0' || !isdigit((unsigned char)t->s[1])) &&
+            (!dot || isdigit((unsigned char)dot[1])))),
+           "a number: -, digits without leading zeros, .digits, exponent");
     errno = 0;
-    if (n_float > 0) {
+    if (base == 10 && strpbrk(t->s, ".eE")) {
         const double x = strtod(t->s, NULL);
-        if (!isfinite(x))
-            return expected(r, "a number below 1.8e308");
         t->n = 0;
-        add_float(t, x);
-    } else if (i < 3 || strspn(t->s, "0") == t->n) {
-        const unsigned long long x = strtoull(t->s, NULL, all[i].base);
+        if (expect(r, isfinite(x), "a number below 1.8e308"))
+            add_float(t, x);
+    } else if (base != 10 || strspn(t->s, "0") == t->n) {
+        const unsigned long long x = strtoull(t->s, NULL, base);
         t->n = 0;
         add_format(t, "%llu", x);
-    } else if (t->n > 4300 || *s == '0')
-        return expected(r, "at most 4300 digits without leading zeros");
-    r->at += s + n - r->at;
-    return n_float > 0 || errno == 0 ? DONE : expected(r, "at most 64 bits");
+        expect(r, errno == 0, "at most 64 bits");
+    } else
+        expect(r, t->n <= 4300 && *t->s != '0', "at most 4300 digits without "
+               "leading zeros");
+    r->at = r->code == DONE ? s : r->end;
 }
 
 /* Behind its sign Python may have parentheses. */
-static int read_number(struct reader *r, struct json *v)
+static void read_number(struct reader *r, struct json *v)
 {
     const int minus = *r->at == '-', is_signed = minus || *r->at == '+';
     struct text t = { 0 };
-    int open = 0, code;
+    int open = 0;
 
     r->at += is_signed;
     while (is_signed && r->as != AS_JSON && took(r, '('))
         open++;
-    code = add_digits(r, &t);
-    while (code == DONE && open-- > 0)
-        code = took(r, ')') ? DONE : expected(r, "')'");
-    if (code == DONE) {
-        char *s = pool_get(r->pool, t.n + 2);
-        v->type = JSON_NUMBER;
-        v->n = (size_t)snprintf(s, t.n + 2, "%s%s", minus &&
-                                strcmp(t.s, "0") != 0 ? "-" : "", t.s);
-        v->s = s;
-    }
+    read_unsigned(r, &t);
+    while (open-- > 0)
+        expect(r, took(r, ')'), "')'");
+    char *const s = pool_get(r->pool, t.n + 2);
+    v->type = JSON_NUMBER;
+    v->n = (size_t)snprintf(s, t.n + 2, "%s%s", minus && strcmp(t.s, "0") != 0 ?
+                            "-" : "", t.s);
+    v->s = s;
     free(t.s);
-    return code;
 }
 
-/* Python writes an empty set as a call. */
-static int read_word(struct reader *r, struct json *v)
+/* In the order of the types.  Python writes an empty set as a call. */
+static void read_word(struct reader *r, struct json *v)
 {
-    static const char *const word[] = { "null", "false", "true",
-                                        "None", "False", "True", "set" };
-    const size_t n = (size_t)word_length(r->at);
-    int i = 0;
+    const int n = word_length(r->at);
+    const int i = find_word("null|false|true|None|False|True|set", '|',
+                            phrase("%.*s", n, r->at).s);
 
-    while (i < 7 && (strlen(word[i]) != n || memcmp(word[i], r->at, n) != 0))
-        i++;
-    if (i == 7 || (i > 2 && r->as == AS_JSON))
-        return expected(r, "a value");
+    if (!expect(r, i >= 0 && (i < 3 || r->as != AS_JSON), "a value"))
+        return;
     r->at += n;
-    v->type = i < 6 ? i % 3 : JSON_ARRAY; /* in the order of the types       */
-    return i < 6 || (took(r, '(') && took(r, ')')) ? DONE :
-           expected(r, "a value");
+    v->type = i < 6 ? i % 3 : JSON_ARRAY;
+    expect(r, i < 6 || (took(r, '(') && took(r, ')')), "a value");
 }
 
-/* Step over a name, as tools and their arguments have: words with . or -
- * between them.  Returns its length, or 0. */
-static size_t read_name(struct reader *r)
+/* A name, as tools and their arguments have: words with . or - between them.
+ * Empty if there is none. */
+static struct piece read_name(struct reader *r)
 {
-    const char *s = r->at;
-    int n = isdigit((unsigned char)*s) ? 0 : word_length(s);
+    struct piece name = { r->at, 0 };
+    int n = isdigit((unsigned char)*r->at) ? 0 : word_length(r->at);
 
-    for (s += n; n > 0 && (*s == '.' || *s == '-'); s += n)
-        n = word_length(++s);
-    if (n == 0)
-        return 0;
-    n = (int)(s - r->at);
-    r->at += n;
-    return (size_t)n;
+    for (r->at += n; n > 0 && (*r->at == '.' || *r->at == '-'); r->at += n)
+        n = word_length(++r->at);
+    name.n = n > 0 ? (size_t)(r->at - name.s) : 0;
+    return name;
 }
 
-static int read_value(struct reader *r, struct json *v);
+static void read_value(struct reader *r, struct json *v);
 
 /* "key": in an object, name= in a call.  In a dict of Python, keys are strings
  * or whole numbers: others may be equal and yet not the same in JSON.  Without
- * a value, the first one makes *in a set, whose elements have one type. */
-static int read_key(struct reader *r, struct json *in, struct json *v,
-                    int close)
+ * a value, the first one makes *in a set, whose elements have one type.
+ * Returns the member of *in that has this key already, or NULL. */
+static struct json *read_key(struct reader *r, struct json *in, struct json *v,
+                             int close)
 {
-    peek(r);
+    const int json = r->as == AS_JSON;
+    struct json *same = NULL;
+    struct piece key;
+
+    expect(r, in->n_members < MAX_MEMBERS, "no more than 1024 members");
+    expect(r, peek(r) == '"' || !json, "a key in double quotes");
     if (close == ')') {
-        v->key = r->at;
-        v->n_key = read_name(r);
-        return v->n_key > 0 && took(r, '=') ? DONE :
-               expected(r, "a name, '=' and a value");
+        key = read_name(r);
+        expect(r, key.n > 0 && took(r, '='), "a name, '=' and a value");
+    } else {
+        read_value(r, v);
+        expect(r, v->type == JSON_STRING || (v->type == JSON_NUMBER &&
+               !strpbrk(v->s, ".e")), "a string or a whole number before it");
+        key = (struct piece){ v->s, v->n };
+        if (!json && !in->first && peek(r) != ':')
+            in->type = JSON_ARRAY;
+        if (in->type == JSON_OBJECT)
+            expect(r, took(r, ':'), "':' and a value");
+        else
+            expect(r, !in->first || v->type == in->first->type,
+                   "elements of one type");
     }
-    if (r->as == AS_JSON && *r->at != '"')
-        return expected(r, "a key in double quotes");
-    if (read_value(r, v) != DONE)
-        return USAGE;
-    if (v->type != JSON_STRING && (v->type != JSON_NUMBER ||
-                                   strpbrk(v->s, ".e")))
-        return expected(r, "a string or a whole number before it");
-    v->key = v->s;
-    v->n_key = v->n;
-    if (r->as != AS_JSON && !in->first && peek(r) != ':')
-        in->type = JSON_ARRAY;
-    if (in->type == JSON_ARRAY)
-        return !in->first || v->type == in->first->type ? DONE :
-               expected(r, "elements of one type");
-    return took(r, ':') ? DONE : expected(r, "':' and a value");
+    v->key = key.s;
+    v->n_key = key.n;
+    if (r->code == DONE)
+        same = find_key(in, key.s, key.n);
+    expect(r, !same || close != ')', "each argument once");
+    return same;
 }
 
-/* A member up to its end.  The last of equal keys wins, in the place of the
- * first, as in Python. */
-static int read_member(struct reader *r, struct json *in, struct json **at,
-                       int close)
-{
-    struct json *v = pool_get(r->pool, sizeof *v), *same = NULL;
-
-    if (in->type == JSON_OBJECT || close == '}') {
-        if (in->n_members == MAX_MEMBERS)
-            return expected(r, "no more than 1024 members");
-        if (read_key(r, in, v, close) != DONE)
-            return USAGE;
-        same = find_key(in, v->key, v->n_key);
-    }
-    if (same && close == ')')
-        return expected(r, "each argument once");
-    if (!same) {
-        *at = v;
-        in->n_members++;
-    }
-    if (close == '}' && in->type == JSON_ARRAY)
-        return DONE;
-    v = same ? same : v;
-    memset(v, 0, offsetof(struct json, key));
-    return read_value(r, v);
-}
-
-/* All up to the bracket that closes *in; Python may have a comma before it.
- * Counts commas in in->n. */
-static int read_members(struct reader *r, struct json *in, int close)
+/* All behind a bracket, up to the one that closes it; Python may have a comma
+ * before that.  The last of equal keys wins, in the place of the first, as in
+ * Python.  Counts commas in in->n. */
+static void read_members(struct reader *r, struct json *in, int close)
 {
     struct json **at = &in->first;
     char what[] = "',' or ' '";
 
     what[8] = (char)close;
-    r->at++;
-    if (++r->depth > MAX_DEPTH)
-        return because(r->why, USAGE, "JSON nested deeper than %d levels",
-                       MAX_DEPTH);
-    while (!took(r, close)) {
-        if (in->first && !took(r, ','))
-            return expected(r, what);
-        in->n += in->first != NULL;
-        if (in->first && r->as != AS_JSON && took(r, close))
-            break;
-        if (r->pool->total > MAX_POOL)
-            return because(r->why, USAGE, "JSON of too many values, expected "
-                           "what fits into %d bytes", MAX_POOL);
-        if (read_member(r, in, at, close) != DONE)
-            return USAGE;
-        at = *at ? &(*at)->next : at;
+    r->depth++;
+    while (r->code == DONE && !took(r, close)) {
+        struct json *v, *same = NULL;
+        if (in->first) {
+            expect(r, took(r, ','), what);
+            in->n++;
+            if (r->as != AS_JSON && took(r, close))
+                break;
+        }
+        expect(r, r->pool->total <= MAX_POOL, "no more values: these take "
+               "268435456 bytes");
+        v = pool_get(r->pool, sizeof *v);
+        if (in->type == JSON_OBJECT || close == '}')
+            same = read_key(r, in, v, close);
+        if (!same) {
+            *at = v;
+            at = &v->next;
+            in->n_members++;
+        }
+        if (close != '}' || in->type == JSON_OBJECT) {
+            v = same ? same : v;
+            memset(v, 0, offsetof(struct json, key));
+            read_value(r, v);
+        }
     }
     r->depth--;
-    return DONE;
 }
 
-static int read_value(struct reader *r, struct json *v)
+static void read_value(struct reader *r, struct json *v)
 {
     const int c = peek(r), python = r->as != AS_JSON;
 
     if (c == '{' || c == '[' || (python && c == '(')) {
+        r->at += expect(r, r->depth < MAX_DEPTH, "no more than 64 levels");
         v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
-        if (read_members(r, v, c == '{' ? '}' : c == '[' ? ']' : ')') != DONE)
-            return USAGE;
+        read_members(r, v, c == '{' ? '}' : c == '[' ? ']' : ')');
         if (c == '(' && v->n_members == 1 && v->n == 0)
             memcpy(v, v->first, offsetof(struct json, key));   /* no tuple   */
-        return DONE;
-    }
-    if (c == '"' || (python && prefix_length(r->at) >= 0))
-        return read_string(r, v);
-    if (c == '-' || (c >= '0' && c <= '9') || (python && (c == '+' ||
-                                                          c == '.')))
-        return read_number(r, v);
-    return read_word(r, v);
+    } else if (c == '"' || (python && prefix_length(r->at) >= 0))
+        read_string(r, v);
+    else if (c == '-' || isdigit(c) || (python && (c == '+' || c == '.')))
+        read_number(r, v);
+    else
+        read_word(r, v);
 }
 
-/* The tree of a whole text; DONE or USAGE. */
-static int json_parse_to(struct pool *pool, const char *text, size_t n,
-                         int depth, struct json **out, struct why *why)
+/* The tree of a whole text; DONE or USAGE.  The brackets of an object that is
+ * all of it are no level: what it has may be an array of its own elsewhere. */
+static int json_parse(struct pool *pool, const char *text, size_t n,
+                      struct json **out, struct why *why)
 {
     struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
     struct json *v;
-    int code;
 
     *out = NULL;
     if (n > MAX_JSON)
         return because(why, USAGE, "JSON of %zu bytes, expected at most %d", n,
                        MAX_JSON);
-    if (n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0)
-        return because(why, USAGE, "the JSON begins with a byte order mark, "
-                       "expected none");
     start_reading(&r);
-    r.depth = MAX_DEPTH - depth;
     v = pool_get(pool, sizeof *v);
-    code = read_value(&r, v);
-    if (code == DONE && !took(&r, EOF))
-        code = expected(&r, "the end");
-    *out = code == DONE ? v : NULL;
-    return code;
-}
-
-static int json_parse(struct pool *pool, const char *text, size_t n,
-                      struct json **out, struct why *why)
-{
-    return json_parse_to(pool, text, n, MAX_DEPTH, out, why);
-}
-
-/* The same for an array, or an object with one in it: both are equally deep, so
- * that one may be written as the other. */
-static int json_parse_list(struct pool *pool, const struct text *t,
-                           struct json **out, struct why *why)
-{
-    const int is_object = t->s[strspn(t->s, " \t\r\n")] == '{';
-
-    return json_parse_to(pool, t->s, t->n, MAX_DEPTH + is_object, out, why);
+    expect(&r, !begins(r.at, r.end, "\xef\xbb\xbf"), "no byte order mark");
+    r.depth = peek(&r) == '{' ? -1 : 0;
+    read_value(&r, v);
+    if (expect(&r, took(&r, EOF), "the end"))
+        *out = v;
+    return r.code;
 }
 
 /* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
@@ -8253,7 +8201,7 @@ static void add_real(struct text *to, double x)
 }
 
 /* The value of one conversion of add_members(); returns its last letter. */
-static const char *add_converted(struct text *to, const char *how, va_list *args)
+static const char *add_one(struct text *to, const char *how, va_list *args)
 {
     const char *const end = how + strcspn(how, "sdiugx");
     const int n = *how == '.' ? va_arg(*args, int) : -1;
@@ -8303,7 +8251,7 @@ static void add_members(struct text *to, const char *format, ...)
             add_json_string(to, s, n);
             s += n - 1;
         } else if (*s == '%')
-            s = add_converted(to, s + 1, &args);
+            s = add_one(to, s + 1, &args);
         else if (*s == ':')
             add_string(to, ": ");
         else
@@ -8351,15 +8299,25 @@ static int template_is_dated(int template)
     return template != TEMPLATE_NONE && dialects[template].dated;
 }
 
+/* The control tokens.  Answers have them in their content, too: only some. */
+static const char *const control[] = {
+    CALL_START, CALL_END, THINK, THINK_END, BOS, TURN_START, TURN_END,
+    "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_response_start|>",
+    "<|tool_response_end|>"
+};
+
+enum { IN_ANSWERS = 4, N_CONTROL = sizeof control / sizeof *control };
+
 /* A conversation is judged while it is written down.  The first fault counts,
  * and what is written after it does not. */
 struct rendering {
     const struct conversation *conv;
     const struct dialect *as;
     struct rendered *out;
+    struct text *to;                      /* out->text                       */
     struct why *why;
     int code;
-    int i;                                /* the message it is at            */
+    struct phrase where;                  /* the message or tool it is at    */
     struct text parts;                    /* the content of one message      */
     struct pool pool;
 };
@@ -8378,7 +8336,7 @@ static void add_mark(struct rendered *r, const char *token)
 
     if ((n & (n - 1)) == 0)
         r->mark = resize(r->mark, (n ? 2 * n : 1) * sizeof *r->mark);
-    r->mark[n] = (struct mark){ r->text.n, strlen(token) };
+    r->mark[n] = (struct mark){ r->text.n, token };
     add_string(&r->text, token);
 }
 
@@ -8402,35 +8360,30 @@ static const char *kind(const struct json *v)
     return v ? json_names[v->type] : "nothing";
 }
 
+/* What is wrong there. */
 static void fault(struct rendering *r, const char *fmt, ...)
 {
+    struct why what;
     va_list args;
 
     va_start(args, fmt);
-    if (r->code == DONE)
-        vsnprintf(r->why->s, sizeof r->why->s, fmt, args);
+    vsnprintf(what.s, sizeof what.s, fmt, args);
     va_end(args);
-    r->code = USAGE;
+    if (r->code == DONE)
+        r->code = because(r->why, USAGE, "%s%s", r->where.s, what.s);
 }
 
-/* Is it of this type?  A string has to be text without NUL characters, too. */
+/* Is `what` of this type?  A string has to be text without NUL characters, too.
+ */
 static int check(struct rendering *r, const struct json *v, int type,
-                 const char *path, ...)
+                 const char *what)
 {
-    char s[64];
-    va_list args;
-
-    if (json_is(v, type) && (type != JSON_STRING || json_text(v)))
-        return 1;
-    va_start(args, path);
-    vsnprintf(s, sizeof s, path, args);
-    va_end(args);
     if (!json_is(v, type))
-        fault(r, "%s is %s, expected %s", s, kind(v), json_names[type]);
-    else
-        fault(r, "%s has a NUL character after %zu bytes, expected text", s,
+        fault(r, "%s is %s, expected %s", what, kind(v), json_names[type]);
+    else if (type == JSON_STRING && !json_text(v))
+        fault(r, "%s has a NUL character after %zu bytes, expected text", what,
               strlen(v->s));
-    return 0;
+    return r->code == DONE;
 }
 
 /* The function of a tool or call, which may be wrapped or not. */
@@ -8460,14 +8413,12 @@ static const struct json *arguments_of(struct pool *pool, const struct json *v)
 /* Messages of a "developer" are those of the system under a newer name. */
 static const char *role_of(const struct json *message)
 {
-    static const char *const known[] = { "system", "user", "assistant", "tool",
-                                         "developer" };
     const char *role = json_text(json_get(message, "role"));
 
-    for (int i = 0; role && i < 5; i++)
-        if (strcmp(role, known[i]) == 0)
-            return known[i < 4 ? i : 0];
-    return NULL;
+    if (role && strcmp(role, "developer") == 0)
+        return "system";
+    return role && find_word("system|user|assistant|tool", '|', role) >= 0 ?
+           role : NULL;
 }
 
 static int has_role(const struct json *message, const char *role)
@@ -8477,42 +8428,22 @@ static int has_role(const struct json *message, const char *role)
     return is && strcmp(is, role) == 0;
 }
 
-/* Who says it, and is there anything? */
-static void check_message(struct rendering *r, const struct json *m)
-{
-    const struct json *role = json_get(m, "role");
-
-    if (!check(r, m, JSON_OBJECT, "messages[%d]", r->i))
-        return;
-    if (!role_of(m))
-        fault(r, "messages[%d].role is %s, expected \"system\", \"user\", "
-              "\"assistant\" or \"tool\"", r->i, json_is(role, JSON_STRING) ?
-              "another string" : kind(role));
-    else if (r->conv->continue_last && !m->next && !has_role(m, "assistant"))
-        fault(r, "messages[%d] is of role %s, expected \"assistant\" to "
-              "continue it", r->i, role_of(m));
-    else if (!given(m, "content") && !has_role(m, "assistant"))
-        fault(r, "messages[%d].content is %s, expected a string", r->i,
-              kind(json_get(m, "content")));
-}
-
 /* ---- as Python has it */
 
 /* As str.strip() does. */
 static struct piece trim(const char *s, const char *end)
 {
-    const char *from = end, *to = end;
+    struct piece to = { end, 0 };
     uint32_t c;
 
-    for (int n; s < end; s += n) {
+    for (int n; s < end; s += n ? n : 1) {
         n = utf8_get(s, end, &c);
-        n = n ? n : 1;
         if (is_blank(c))
             continue;
-        from = from < end ? from : s;
-        to = s + n;
+        to.s = to.s < end ? to.s : s;
+        to.n = (size_t)(s - to.s) + (size_t)(n ? n : 1);
     }
-    return (struct piece){ from, (size_t)(to - from) };
+    return to;
 }
 
 /* The value of an argument in a call: Python's, but for strings, dicts and,
@@ -8538,44 +8469,58 @@ static void add_argument(struct text *t, const struct json *v,
 
 /* ---- the parts of a conversation */
 
-static void begin_turn(struct rendering *r, const char *role)
+/* Add text in which the first n of the control tokens count as such. */
+static void put_marked(struct rendering *r, const char *s, const char *end,
+                       int n)
 {
-    add_mark(r->out, TURN_START);
-    add_string(&r->out->text, role);
-    add_string(&r->out->text, "\n");
+    for (; s < end; s++) {
+        int i = *s == '<' ? 0 : n;
+        while (i < n && !begins(s, end, control[i]))
+            i++;
+        if (i < n) {
+            add_mark(r->out, control[i]);
+            s += strlen(control[i]) - 1;
+        } else
+            add(r->to, s, 1);
+    }
 }
 
-static void end_turn(struct rendering *r)
+/* What the template writes.  What comes in for %s is text and no more. */
+static void put_down(struct rendering *r, const char *s, ...)
 {
-    add_mark(r->out, TURN_END);
-    add_string(&r->out->text, "\n");
+    const char *end;
+    va_list args;
+
+    va_start(args, s);
+    for (; (end = strstr(s, "%s")); s = end + 2) {
+        put_marked(r, s, end, N_CONTROL);
+        add_string(r->to, va_arg(args, const char *));
+    }
+    put_marked(r, s, s + strlen(s), N_CONTROL);
+    va_end(args);
 }
 
 static void put_tools(struct rendering *r)
 {
     const struct json *tool = r->conv->tools->first;
-    struct text *t = &r->out->text;
 
     if (r->as->dated)
-        add_format(t, "Today's date: %s\n\n", r->conv->date);
-    add_string(t, "List of tools: ");
-    if (r->as->marked)
-        add_mark(r->out, "<|tool_list_start|>");
+        put_down(r, "Today's date: %s\n\n", r->conv->date);
+    put_down(r, r->as->marked ? "List of tools: <|tool_list_start|>[" :
+        "List of tools: [");
     for (int i = 0; tool; tool = tool->next, i++) {
         const int is_text = tool->type == JSON_STRING;
         const char *name = json_text(json_get(function_of(tool), "name"));
-        if (!is_text && check(r, tool, JSON_OBJECT, "tools[%d]", i) &&
-            (!name || !name[0]))
-            fault(r, "tools[%d] has no name, expected a function with one", i);
-        add_string(t, i == 0 ? "[" : ", ");
+        r->where = phrase("tools[%d]", i);
+        if (!is_text && check(r, tool, JSON_OBJECT, "") && (!name || !name[0]))
+            fault(r, " has no name, expected a function with one");
+        put_down(r, i > 0 ? ", " : "");
         if (is_text && !r->as->dated)
-            add(t, tool->s, tool->n);
+            add(r->to, tool->s, tool->n);
         else
-            add_json(t, tool);
+            add_json(r->to, tool);
     }
-    add_string(t, "]");
-    if (r->as->marked)
-        add_mark(r->out, "<|tool_list_end|>");
+    put_down(r, r->as->marked ? "]<|tool_list_end|>" : "]");
 }
 
 static void put_call(struct rendering *r, const struct json *call, int k)
@@ -8584,155 +8529,132 @@ static void put_call(struct rendering *r, const struct json *call, int k)
     const struct json *given_args = json_get(function, "arguments");
     const struct json *args = arguments_of(&r->pool, given_args);
     const char *name = json_text(json_get(function, "name"));
-    struct text *t = &r->out->text;
 
     if (!name)
-        fault(r, "messages[%d].tool_calls[%d] has no function with a name",
-              r->i, k);
-    else if (!args)
-        fault(r, "messages[%d].tool_calls[%d].function.arguments is %s, "
-              "expected an object or a string with one", r->i, k,
-              kind(given_args));
-    else {
-        add_string(t, k > 0 ? ", " : "");
-        add_string(t, name);
-        add_string(t, "(");
-        for (const struct json *arg = args->first; arg; arg = arg->next) {
-            add(t, arg->key, arg->n_key);
-            add_string(t, "=");
-            add_argument(t, arg, r->as);
-            add_string(t, arg->next ? ", " : "");
-        }
-        add_string(t, ")");
+        fault(r, ".tool_calls[%d] has no function with a name", k);
+    if (!args)
+        fault(r, ".tool_calls[%d].function.arguments is %s, expected an object "
+              "or a string with one", k, kind(given_args));
+    if (r->code != DONE)
+        return;
+    put_down(r, k > 0 ? ", %s(" : "%s(", name);
+    for (const struct json *arg = args->first; arg; arg = arg->next) {
+        add(r->to, arg->key, arg->n_key);
+        put_down(r, "=");
+        add_argument(r->to, arg, r->as);
+        put_down(r, arg->next ? ", " : "");
     }
+    put_down(r, ")");
 }
 
 /* Those that the template has no place for are judged, but not kept. */
 static void put_calls(struct rendering *r, const struct json *calls)
 {
     const struct json *call = calls->first;
-    const size_t n = r->out->text.n;
+    const size_t n = r->to->n;
     const int n_marks = r->out->n_marks;
 
-    if (!check(r, calls, JSON_ARRAY, "messages[%d].tool_calls", r->i))
-        return;
-    add_mark(r->out, CALL_START);
-    add_string(&r->out->text, "[");
+    put_down(r, CALL_START "[");
     for (int k = 0; call; call = call->next, k++)
         put_call(r, call, k);
-    add_string(&r->out->text, "]");
-    add_mark(r->out, CALL_END);
+    put_down(r, "]" CALL_END);
     if (r->as->calls == NO_CALLS) {
-        r->out->text.n = n;
+        r->to->n = n;
         r->out->n_marks = n_marks;
         r->out->lost_calls |= calls->first != NULL;
     }
 }
 
-/* Clients hand calls and thoughts back with their markers in the content. */
-static void put_answer(struct rendering *r, struct piece text)
-{
-    static const char *const marker[] = {
-        CALL_START, CALL_END, THINK, THINK_END
-    };
-    const char *const end = text.s + text.n;
-
-    for (const char *p = text.s; p < end; p++) {
-        int i = *p == '<' ? 0 : 4;
-        while (i < 4 && !begins(p, end, marker[i]))
-            i++;
-        if (i < 4) {
-            add_mark(r->out, marker[i]);
-            p += strlen(marker[i]) - 1;
-        } else
-            add(&r->out->text, p, 1);
-    }
-}
-
 /* The text of a message, its parts joined. */
-static struct piece content_of(struct rendering *r, const struct json *message)
+static const char *content_of(struct rendering *r, const struct json *message)
 {
     const struct json *content = given(message, "content");
-    const struct json *part = content ? content->first : NULL;
+    const int is_list = json_is(content, JSON_ARRAY);
+    const struct json *part = is_list ? content->first : NULL;
 
     r->parts.n = 0;
     add_string(&r->parts, "");
-    if (content && content->type != JSON_ARRAY) {
-        if (check(r, content, JSON_STRING, "messages[%d].content", r->i))
-            return (struct piece){ content->s, content->n };
-        part = NULL;
-    }
+    if (content && !is_list && check(r, content, JSON_STRING, ".content"))
+        add(&r->parts, content->s, content->n);
     for (int k = 0; part; part = part->next, k++) {
         const struct json *text = json_get(part, "text");
         const char *type = json_text(json_get(part, "type"));
         if (!type || strcmp(type, "text") != 0)
-            fault(r, "messages[%d].content[%d] is no part of type \"text\", "
-                  "and this program reads text only", r->i, k);
-        else if (check(r, text, JSON_STRING, "messages[%d].content[%d].text",
-                       r->i, k))
+            fault(r, ".content[%d] is no part of type \"text\", and this "
+                  "program reads text only", k);
+        else if (check(r, text, JSON_STRING, phrase(".content[%d].text", k).s))
             add(&r->parts, text->s, text->n);
     }
-    return (struct piece){ r->parts.s, r->parts.n };
+    return r->parts.s;
 }
 
 /* A `recent` answer keeps what was thought before it, others only what is
  * behind the last </think>.  Some templates write down an empty list of calls.
- */
+ * Clients hand calls and thoughts back with their markers in the content. */
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
-    static const char *const keys[] = { "thinking", "reasoning",
-                                        "reasoning_content" };
+    static const char *const keys[] = { ".thinking", ".reasoning",
+                                        ".reasoning_content" };
     const struct json *thinking = NULL, *calls = given(m, "tool_calls");
     const int writes_none = r->as->quote && !r->as->always_thinks;
-    struct piece text = content_of(r, m);
-    const char *const end = text.s + text.n, *p = text.s, *after = NULL;
+    const char *s = content_of(r, m), *const end = s + r->parts.n, *p = s;
+    struct piece text = { s, r->parts.n };
 
     for (int i = 0; i < 3 && !thinking; i++) {
-        const struct json *v = given(m, keys[i]);
-        if (v && check(r, v, JSON_STRING, "messages[%d].%s", r->i, keys[i]) &&
+        const struct json *v = given(m, keys[i] + 1);
+        if (v && check(r, v, JSON_STRING, keys[i]) &&
             (v->n > 0 || !r->as->always_thinks))
             thinking = v;
     }
-    while (!recent && (p = find(p, end, THINK_END)) != NULL)
-        after = p += strlen(THINK_END);
-    if (after)
-        text = trim(after, end);
+    while (!recent && (p = find(p, end, THINK_END)))
+        s = p += strlen(THINK_END);
+    if (s > r->parts.s)
+        text = trim(s, end);
     if (!calls && !thinking && !given(m, "content"))
-        fault(r, "messages[%d] has no content, expected a string or "
-              "tool_calls", r->i);
-    if (json_is(calls, JSON_ARRAY) && !calls->first && !writes_none)
+        fault(r, " has no content, expected a string or tool_calls");
+    if (calls && (!check(r, calls, JSON_ARRAY, ".tool_calls") ||
+                  (!calls->first && !writes_none)))
         calls = NULL;
-    if (thinking && r->as->calls != NO_CALLS && recent) {
-        add_mark(r->out, THINK);
-        add(&r->out->text, thinking->s, thinking->n);
-        add_mark(r->out, THINK_END);
-    }
+    if (thinking && r->as->calls != NO_CALLS && recent)
+        put_down(r, THINK "%s" THINK_END, thinking->s);
     if (calls && r->as->calls != CALLS_LAST)
         put_calls(r, calls);
-    put_answer(r, text);
+    put_marked(r, text.s, text.s + text.n, IN_ANSWERS);
     if (calls && r->as->calls == CALLS_LAST)
         put_calls(r, calls);
 }
 
+/* Who says it, and what?  A system that begins has been heard.  The template of
+ * VL forgets the end of a message without content. */
 static void put_message(struct rendering *r, const struct json *m, int recent)
 {
-    const int marked = r->as->marked && has_role(m, "tool");
+    const char *const role = role_of(m);
+    const int answers = has_role(m, "assistant");
+    const struct json *is = json_get(m, "role");
 
-    begin_turn(r, role_of(m));
-    if (has_role(m, "assistant"))
+    if (!check(r, m, JSON_OBJECT, ""))
+        return;
+    if (!role)
+        fault(r, ".role is %s, expected \"system\", \"user\", \"assistant\" or "
+              "\"tool\"", json_is(is, JSON_STRING) ? "another string" :
+              kind(is));
+    else if (r->conv->continue_last && !m->next && !answers)
+        fault(r, " is of role %s, expected \"assistant\" to continue it", role);
+    else if (!given(m, "content") && !answers)
+        check(r, json_get(m, "content"), JSON_STRING, ".content");
+    if (r->code != DONE || (m == r->conv->messages->first &&
+                            has_role(m, "system")))
+        return;
+    put_down(r, TURN_START "%s\n", role);
+    if (answers)
         put_assistant(r, m, recent);
-    else {
-        const struct piece text = content_of(r, m);
-        if (marked)
-            add_mark(r->out, "<|tool_response_start|>");
-        add(&r->out->text, text.s, text.n);
-        if (marked)
-            add_mark(r->out, "<|tool_response_end|>");
-    }
-    /* The template of VL forgets the end of a message without content. */
+    else
+        put_down(r, r->as->marked && has_role(m, "tool") ?
+            "<|tool_response_start|>%s<|tool_response_end|>" : "%s",
+            content_of(r, m));
     if ((m->next || !r->conv->continue_last) &&
         (r->as->calls != CALLS_FIRST || json_get(m, "content")))
-        end_turn(r);
+        put_down(r, TURN_END "\n");
 }
 
 /* The last answer keeps its thoughts, or those after the last question do. */
@@ -8740,39 +8662,37 @@ static void put_conversation(struct rendering *r)
 {
     const struct json *const first = r->conv->messages->first;
     const struct json *recent = NULL;
-    struct piece text = { "", 0 };
+    const char *text = "";
     const int tools = r->conv->tools && r->conv->tools->first,
-              system = has_role(first, "system"),
               question = r->as->thoughts == SINCE_QUESTION;
-    int is_recent = r->as->thoughts == ALL || r->conv->keep_thinking;
+    int is_recent = r->as->thoughts == ALL || r->conv->keep_thinking, i = 0;
 
-    add_mark(r->out, BOS);
-    if (system)
+    put_down(r, BOS);
+    if (has_role(first, "system")) {
+        r->where = phrase("messages[0]");
         text = content_of(r, first);
-    if (text.n > 0 || tools) {
-        begin_turn(r, "system");
-        add(&r->out->text, text.s, text.n);
-        if (text.n > 0 && tools)
-            add_string(&r->out->text, r->as->dated ? "\n\n" : "\n");
+    }
+    if (text[0] || tools) {
+        put_down(r, TURN_START "system\n%s%s", text, !text[0] || !tools ? "" :
+            r->as->dated ? "\n\n" : "\n");
         if (tools)
             put_tools(r);
-        end_turn(r);
+        put_down(r, TURN_END "\n");
     }
     for (const struct json *m = first; m; m = m->next)
         if (has_role(m, question ? "user" : "assistant") ||
             (question && !recent))
             recent = m;
-    for (const struct json *m = first; m; m = m->next, r->i++) {
+    for (const struct json *m = first; m; m = m->next) {
         is_recent |= m == recent;
-        check_message(r, m);
-        if (r->code == DONE && !(system && m == first))
-            put_message(r, m, is_recent);
+        r->where = phrase("messages[%d]", i++);
+        put_message(r, m, is_recent);
     }
     if (!r->conv->generate || r->conv->continue_last)
         return;
-    begin_turn(r, "assistant");
+    put_down(r, TURN_START "assistant\n");
     if (r->conv->open_thought || r->as->always_thinks)
-        add_mark(r->out, THINK);
+        put_down(r, THINK);
 }
 
 /* A conversation as the template writes it; DONE or USAGE.  The caller releases
@@ -8780,7 +8700,8 @@ static void put_conversation(struct rendering *r)
 static int render(const struct conversation *conv, int template,
                   struct rendered *out, struct why *why)
 {
-    struct rendering r = { .conv = conv, .out = out, .why = why };
+    struct rendering r = { .conv = conv, .out = out, .to = &out->text,
+                           .why = why };
     const struct json *m = conv->messages, *tools = conv->tools;
 
     *out = (struct rendered){ .n_marks = 0 };
@@ -8789,12 +8710,11 @@ static int render(const struct conversation *conv, int template,
                        "prompt and no messages");
     r.as = &dialects[template];
     if (!json_is(m, JSON_ARRAY) || !m->first)
-        return because(why, USAGE, "messages is %s, expected an array of "
-                       "messages", json_is(m, JSON_ARRAY) ? "empty" : kind(m));
-    if (tools && tools->type != JSON_NULL && tools->type != JSON_ARRAY)
-        return because(why, USAGE, "tools is %s, expected an array",
-                       kind(tools));
-    put_conversation(&r);
+        fault(&r, "messages is %s, expected an array of messages",
+              json_is(m, JSON_ARRAY) ? "empty" : kind(m));
+    else if (!tools || tools->type == JSON_NULL ||
+             check(&r, tools, JSON_ARRAY, "tools"))
+        put_conversation(&r);
     free(r.parts.s);
     pool_free(&r.pool);
     return r.code;
@@ -8802,14 +8722,26 @@ static int render(const struct conversation *conv, int template,
 
 /* ---- its tokens */
 
+/* Add the tokens of a text, for which there is room. */
+static void encode(const lfm2_tokenizer *words, const char *s, size_t n,
+                   int flags, struct ids *to)
+{
+    const int more = lfm2_encode(words, s, n, flags, to->id + to->n,
+                                 (int)n + 1);
+
+    if (more < 0)
+        exit(say(NO_MEMORY, "no memory for %zu bytes of text", n));
+    to->n += more;
+}
+
 /* What lies between two marks is one piece of text, and so is a mark without a
- * token.  With `special`, control tokens written in it count, too. */
+ * token, but for BOS.  With `special`, control tokens written in it count, too.
+ */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
                            struct ids *out, struct why *why)
 {
     const int flags = special ? LFM2_ENCODE_SPECIAL : 0;
-    const int room = (int)r->text.n + 1;
     size_t at = 0;
 
     if (lfm2_token_id(words, TURN_START) < 0 ||
@@ -8817,27 +8749,19 @@ static int encode_rendered(const lfm2_tokenizer *words,
         return because(why, BAD_MODEL, "the chat format needs the tokens "
                        TURN_START " and " TURN_END ", which the vocabulary "
                        "lacks");
-    *out = (struct ids){ zeroed((size_t)room, sizeof *out->id), 0 };
-    for (int i = 0; i <= r->n_marks; i++) {
-        const struct mark end = { r->text.n, 0 };
-        const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
-        const struct phrase token = phrase("%.*s", (int)m->n,
-                                           r->text.s + m->from);
-        const int32_t id = m->n == 0 ? -1 : strcmp(token.s, BOS) == 0 ?
-                           lfm2_bos(words) : lfm2_token_id(words, token.s);
-        int n;
-        if (m->n && id < 0 && i > 0)      /* the first is BOS, or nothing    */
+    *out = (struct ids){ zeroed(r->text.n + 1, sizeof *out->id), 0 };
+    for (const struct mark *m = r->mark; m < r->mark + r->n_marks; m++) {
+        const int is_bos = strcmp(m->token, BOS) == 0;
+        const int32_t id = is_bos ? lfm2_bos(words) :
+                           lfm2_token_id(words, m->token);
+        if (id < 0 && !is_bos)
             continue;
-        n = lfm2_encode(words, r->text.s + at, m->from - at, flags,
-                        out->id + out->n, room - out->n);
-        if (n < 0)
-            return because(why, NO_MEMORY, "no memory for %zu bytes of text",
-                           r->text.n);
-        out->n += n;
+        encode(words, r->text.s + at, m->from - at, flags, out);
         if (id >= 0)
             out->id[out->n++] = id;
-        at = m->from + m->n;
+        at = m->from + strlen(m->token);
     }
+    encode(words, r->text.s + at, r->text.n - at, flags, out);
     return DONE;
 }
 
@@ -8906,24 +8830,24 @@ static struct found_template find_template(const lfm2_model *model,
         { 0x7aeb1f9c89e15fb8u, TEMPLATE_NEW, "strftime_now" },
         { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT, "List of tools: [" }
     };
-    struct found_template to = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
+    struct found_template f = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
     size_t n;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
 
     if (!s)
-        return to;
-    to.hash = template_hash(s, n);
-    for (int i = 0; i < 7; i++)
-        if (known[i].hash == to.hash)
-            return (struct found_template){ known[i].template, BY_HASH, NULL,
-                                            to.hash };
-    for (int i = 0; i < 7; i++)
-        if (find(s, s + n, known[i].word))
-            return (struct found_template){ known[i].template, BY_WORDS,
-                                            known[i].word, to.hash };
-    to.template = template_by_model(model, words);
-    to.how = BY_MODEL;
-    return to;
+        return f;
+    f.hash = template_hash(s, n);
+    for (f.how = BY_HASH; f.how <= BY_WORDS; f.how++)
+        for (int i = 0; i < 7; i++) {
+            f.template = known[i].template;
+            f.word = f.how == BY_WORDS ? known[i].word : NULL;
+            if (f.word ? find(s, s + n, f.word) != NULL :
+                known[i].hash == f.hash)
+                return f;
+        }
+    f.template = template_by_model(model, words);
+    f.word = NULL;
+    return f;
 }
 
 /* The template of a model, and a sentence about how it was found.  *known is 0
@@ -8969,95 +8893,82 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
  * same: new lines and forgotten backslashes in strings, names like get-time,
  * calls on lines of their own, a bracket missing at the very end. */
 
-/* Those from number n on. */
-static void drop_calls(struct calls *calls, int n)
-{
-    while (calls->n > n) {
-        free(calls->call[--calls->n].name.s);
-        free(calls->call[calls->n].arguments.s);
-    }
-}
-
 static void free_calls(struct calls *calls)
 {
-    drop_calls(calls, 0);
     free(calls->call);
+    pool_free(&calls->pool);
     *calls = (struct calls){ NULL, 0 };
 }
 
 /* In either notation.  An argument without a name is good if it is the only
  * one, and a dict. */
-static int read_call(struct reader *r, struct calls *to)
+static void read_call(struct reader *r, struct calls *to)
 {
     struct json *v = pool_get(r->pool, sizeof *v);
     const struct json *args = v, *named;
+    struct text t = { 0 };
     struct piece name;
 
     if (peek(r) == '{') {
-        if (read_value(r, v) != DONE)
-            return USAGE;
+        read_value(r, v);
         args = function_of(v);
         named = json_get(args, "name");
         v = json_get(args, "arguments");
         args = arguments_of(r->pool, v ? v : json_get(args, "parameters"));
-        if (!json_text(named) || named->n == 0 || !args)
-            return expected(r, "a call before it");
+        if (!expect(r, json_text(named) && named->n > 0 && args, "a call "
+                    "before it"))
+            return;
         name = (struct piece){ named->s, named->n };
     } else {
-        name.s = r->at;
-        name.n = read_name(r);
-        if (r->as == AS_JSON || name.n == 0 || peek(r) != '(')
-            return expected(r, "a call");
-        char *const open = r->at++;
+        name = read_name(r);
+        expect(r, r->as != AS_JSON && name.n > 0 && took(r, '('), "a call");
         const int is_dict = peek(r) == '{';
-        r->at = open;
-        v->type = JSON_OBJECT;
-        if ((is_dict ? read_value(r, v) : read_members(r, v, ')')) != DONE)
-            return USAGE;
-        if (v->type == JSON_ARRAY && v->n_members == 1)
+        v->type = is_dict ? JSON_ARRAY : JSON_OBJECT;
+        read_members(r, v, ')');
+        if (is_dict && v->n_members == 1)
             args = v->first;
-        if (args->type != JSON_OBJECT)
-            return expected(r, "a dict before it");
+        if (!expect(r, args->type == JSON_OBJECT, "a dict before it"))
+            return;
     }
     to->call = resize(to->call, (size_t)(to->n + 1) * sizeof *to->call);
-    to->call[to->n] = (struct call){ { 0 }, { 0 } };
-    add(&to->call[to->n].name, name.s, name.n);
-    add_json(&to->call[to->n++].arguments, args);
-    return DONE;
+    add_json(&t, args);
+    to->call[to->n++] = (struct call){
+        name, { memcpy(pool_get(r->pool, t.n), t.s, t.n), t.n }
+    };
+    free(t.s);
 }
 
 /* Calls, or one list of them, up to the end.  A comma or a new line is between
  * two. */
-static int read_block(struct reader *r, int is_whole, struct calls *to)
+static void read_block(struct reader *r, int is_whole, struct calls *to)
 {
     const int list = took(r, '[');
     const char *from = r->at;
 
-    for (int n = 0; !list || !took(r, ']'); n++) {
+    for (int n = 0; r->code == DONE && (!list || !took(r, ']')); n++) {
         const int comma = n > 0 && took(r, ',');
         if (peek(r) == EOF && n > 0 && (!list || is_whole))
-            return DONE;
-        if (n > 0 && !comma && !memchr(from, '\n', (size_t)(r->at - from)))
-            return expected(r, "',' or a new line");
+            return;
+        expect(r, n == 0 || comma || memchr(from, '\n', (size_t)(r->at - from)),
+               "',' or a new line");
         if (list && comma && took(r, ']'))
             break;
-        if (read_call(r, to) != DONE)
-            return USAGE;
+        read_call(r, to);
         from = r->at;
     }
-    return took(r, EOF) ? DONE : expected(r, "the end");
+    expect(r, took(r, EOF), "the end");
 }
 
 /* What stands between two markers, all or none: as JSON, as Python, or as
  * Python with quotes that lack a backslash.  Before, each byte that is no UTF-8
  * becomes a replacement character, and new lines are as Python sees them. */
-static int read_calls(struct pool *pool, const char *s, const char *end,
-                      int is_whole, struct calls *to)
+static int read_calls(const char *s, const char *end, int is_whole,
+                      struct calls *to)
 {
     const int before = to->n;
-    char *text = pool_get(pool, 3 * (size_t)(end - s) + 1);
+    char *text = pool_get(&to->pool, 3 * (size_t)(end - s) + 1);
     struct why why;
-    struct reader r = { .pool = pool, .text = text, .why = &why };
+    struct reader r = { .pool = &to->pool, .text = text, .why = &why };
     uint32_t c;
 
     for (int size; s < end; s += size ? size : 1) {
@@ -9067,9 +8978,10 @@ static int read_calls(struct pool *pool, const char *s, const char *end,
     }
     for (r.as = AS_JSON; r.as <= AS_BAD_PYTHON; r.as++) {
         start_reading(&r);
-        if (read_block(&r, is_whole, to) == DONE)
+        read_block(&r, is_whole, to);
+        if (r.code == DONE)
             return 1;
-        drop_calls(to, before);
+        to->n = before;
     }
     return 0;
 }
@@ -9095,7 +9007,6 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                        struct text *rest)
 {
     const char *const end = s + n, *start, *stop;
-    struct pool pool = { 0 };
     int bad = 0;
 
     *out = (struct calls){ NULL, 0 };
@@ -9107,14 +9018,13 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                 break;
         stop = stop ? stop : end;
         const int ended = begins(stop, end, CALL_END);
-        const int good = read_calls(&pool, body, stop, ended || !cut, out);
+        const int good = read_calls(body, stop, ended || !cut, out);
         stop += ended ? strlen(CALL_END) : 0;
         if (!good)
             add(rest, start, (size_t)(stop - start));
         bad += !good && !(cut && stop == end && !ended);
     }
     add_around(rest, s, end, out);
-    pool_free(&pool);
     return bad;
 }
 
@@ -9153,35 +9063,30 @@ static int open_words(const struct settings *s, const lfm2_model *model,
 }
 
 /* Text as it is.  What is to be gone on with may have to begin with BOS. */
-static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
-                        const char *text, size_t n, struct ids *out)
+static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
+                         const char *text, size_t n, struct ids *out)
 {
     const int bos = s->bos || (s->mode != TOKENIZE && lfm2_add_bos(words));
-    const int flags = (bos ? LFM2_ENCODE_BOS : 0) |
-                      (s->special ? LFM2_ENCODE_SPECIAL : 0);
 
-    out->id = zeroed(n + 1, sizeof *out->id);
-    out->n = lfm2_encode(words, text, n, flags, out->id, (int)n + 1);
-    return out->n >= 0 ? DONE :
-           say(NO_MEMORY, "no memory for %zu bytes of text", n);
+    *out = (struct ids){ zeroed(n + 1, sizeof *out->id), 0 };
+    encode(words, text, n, (bos ? LFM2_ENCODE_BOS : 0) |
+           (s->special ? LFM2_ENCODE_SPECIAL : 0), out);
 }
 
 /* A line of ids for the whole text, or for each of its NUL-ended records. */
-static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
-                    const struct text *t)
+static void tokenize(const struct settings *s, const lfm2_tokenizer *words,
+                     const struct text *t)
 {
     for (size_t at = 0, n; at < t->n || (at == 0 && !s->null); at += n + 1) {
-        struct ids ids = { NULL, 0 };
+        struct ids ids;
 
         n = s->null ? strlen(t->s + at) : t->n;
-        if (encode_plain(s, words, t->s + at, n, &ids) != DONE)
-            return NO_MEMORY;
+        encode_plain(s, words, t->s + at, n, &ids);
         for (int i = 0; i < ids.n; i++)
             printf("%s%ld", i ? " " : "", (long)ids.id[i]);
         free(ids.id);
         putchar('\n');
     }
-    return DONE;
 }
 
 /* The text of every line of ids.  The inverse of tokenize(), which ends the
@@ -9190,14 +9095,13 @@ static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
 static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
                       const struct text *t)
 {
-    static const char blank[] = " \t\r";
     const char *p = t->s, *const stop = t->s + t->n;
     struct text out = { 0 };
     char *end;
     int len;
 
-    for (int line = 1; p < stop; line++) {
-        for (p += strspn(p, blank); p < stop && *p != '\n'; p = end) {
+    for (int line = 1; p < stop; line++, p++) {
+        for (; p += strspn(p, " \t\r"), p < stop && *p != '\n'; p = end) {
             errno = 0;
             const long id = strtol(p, &end, 10);
             if (end == p || !strchr(" \t\r\n", *end) || errno || id < 0 ||
@@ -9210,10 +9114,8 @@ static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
             const char *bytes = lfm2_token_bytes(words, (int32_t)id,
                                                  s->special, &len);
             add(&out, bytes, (size_t)len);
-            end += strspn(end, blank);
         }
-        p++;
-        if (s->null || p < stop)
+        if (s->null || p + 1 < stop)
             add(&out, s->null ? "" : "\n", 1);
         show_text(&out);
         out.n = 0;
@@ -9266,7 +9168,7 @@ static int work_on_words(const struct settings *s)
     else
         code = read_file(s->file ? s->file : "-", &t);
     if (code == DONE && s->mode == TOKENIZE)
-        code = tokenize(s, words, &t);
+        tokenize(s, words, &t);
     if (code == DONE && s->mode == DETOKENIZE)
         code = detokenize(s, words, &t);
     free(t.s);
@@ -9990,7 +9892,7 @@ static int ppl_read(struct ppl *p)
     if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
         t.n--;
     if (code == DONE)
-        code = encode_plain(s, p->e.words, t.s, t.n, &p->ids);
+        encode_plain(s, p->e.words, t.s, t.n, &p->ids);
     free(t.s);
     if (code != DONE)
         return code;
@@ -12563,7 +12465,7 @@ static int is_name(const char *s, size_t n)
 {
     struct reader r = { .at = (char *)(uintptr_t)s };
 
-    return n > 0 && read_name(&r) == n;
+    return n > 0 && read_name(&r).n == n;
 }
 
 /* Can all properties be written as key=value? */
