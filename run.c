@@ -6626,8 +6626,10 @@ static FILE *create_file(const char *path)
 
 static int finish_file(FILE *f, const char *path, int code)
 {
-    const int failed = f != stdout && (ferror(f) | (fclose(f) != 0));
+    int failed = f != stdout && ferror(f);
 
+    if (f != stdout)
+        failed |= fclose(f) != 0;
     return !failed || code != DONE ? code :
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
@@ -6914,12 +6916,11 @@ static int read_ids(const char *path, struct ids *out)
 
 /* --------------------------------------------- 12. Signals and the terminal
  *
- * The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
- * somebody looks at `interrupted` and stops the work in good order.  Then the
- * second does nothing more, and the third ends it whatever is lost: by then
- * something hangs.  They are handled from the beginning, as the first process
- * of a container gets no others; one that was ignored then, as by nohup, stays
- * ignored. */
+ * A signal ends the program at once, unless somebody looks at `interrupted` and
+ * stops the work in good order; then the third ends it whatever is lost, as by
+ * then something hangs.  Signals are handled from the beginning, because the
+ * first process of a container gets no others.  One that was ignored before, as
+ * by nohup, stays ignored. */
 
 static const char bright[] = "\033[0m\n";
 static volatile sig_atomic_t is_heard, is_editing;
@@ -7039,14 +7040,11 @@ static void catch_interrupt(void)
     is_heard = 1;
 }
 
-/* Before anything else.
- *
- * Where the shell closed one of the first three descriptors (">&-"), the next
- * file to be opened would get its number, and words or messages would go into
- * it.  A directory takes the place: it can be neither read nor written.
- *
- * Other files that whoever started this left open would be open in the sandbox,
- * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
+/* Before anything else.  Where the shell closed one of the first three
+ * descriptors (">&-"), words or messages would go into the next file that is
+ * opened; a directory takes its place, which can be neither read nor written.
+ * Other files that were left open would be open in the sandbox, too, but a
+ * shell leaves some on purpose: <(command) is /dev/fd/63. */
 static void prepare_process(char **argv)
 {
     int fd;
@@ -7085,9 +7083,9 @@ static void prepare_process(char **argv)
 
 /* ---- a model that becomes shorter
  *
- * Models are mapped, and nothing else is.  Who reads behind the end of a file
- * that was cut meanwhile gets SIGBUS, and that deserves a sentence.  It is made
- * beforehand: a signal handler may only write. */
+ * Reading behind the end of a mapped file that was cut meanwhile gives SIGBUS,
+ * and only models are mapped.  A signal handler may only write, so what it says
+ * is made beforehand. */
 
 #ifndef LFM2_NO_MMAP
 
@@ -7418,9 +7416,8 @@ static int leaves(size_t n_typed, int *is_warned)
 }
 
 /* A line without its end, behind what is in `out`: 1; 0 at the end of the
- * input, -1 after a signal that ends the chat.  From a pipe or a simple
- * terminal it is taken as it comes; some of these cut what is longer than 4095
- * bytes. */
+ * input, -1 after a signal that ends the chat.  A simple terminal edits it
+ * itself, and may cut what is longer than 4095 bytes. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
     struct editor e = { .prompt = prompt, .shown = n_history };
@@ -11233,18 +11230,15 @@ static int selftest(void)
  *
  * A model, a prompt or a session may be made by someone who knows of a fault in
  * this program.  So before it looks at a byte of them it gives away what it
- * does not need, and whoever takes it over finds nothing to use: no privileges,
- * no core dump, by Landlock no files but those that options name, by seccomp no
- * system calls but those below.  --sandbox auto takes what the system has; with
- * --sandbox require all of it must be there.
+ * does not need: privileges, core dumps, by Landlock all files but those that
+ * options name, by seccomp all system calls but those below.  --sandbox auto
+ * takes what the system has; with --sandbox require all of it must be there.
  *
- * A denied call fails with EPERM; the program lives on, because a C library
- * that has learnt a new habit is likelier than an attack, and an attacker gains
- * nothing by the error.  Calls newer than the list fail with ENOSYS, as on an
- * older kernel: then C libraries use the old ones.
+ * A denied call fails with EPERM, and the program lives on: a C library with a
+ * new habit is likelier than an attack.  Calls newer than the list fail with
+ * ENOSYS, as on an older kernel: then C libraries use the old ones.
  *
- * This is Linux alone, by its own names and numbers: neither its headers nor a
- * library are needed. */
+ * This is Linux alone, by its own numbers, so its headers are not needed. */
 
 /* Sanitizers do things of their own that it forbids. */
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
@@ -11316,10 +11310,9 @@ static int lacks(const struct settings *s, const char *what, const char *why)
 
 /* ---- the keeper
  *
- * A session is written beside the old one and then takes its place, and who may
- * do that in a directory may put anything there; in a home directory that would
- * be enough.  So another process does it, from outside: it gets a length and so
- * many bytes, looks at nothing, and replaces this one file. */
+ * A session is written beside the old one and then takes its place.  Who may do
+ * that in a home directory may put anything there, so another process does it
+ * from outside: it gets a length and so many bytes, and replaces this file. */
 
 static int keeper = -1;                   /* a socket                        */
 
@@ -11442,8 +11435,8 @@ static void grant(int set, const char *path, uint64_t rights)
 }
 
 /* What options name, where a chat keeps its files, and what tells how many CPUs
- * and how much memory there are to use.  A file to write must be there to be
- * granted; none is made if there will be nothing to write. */
+ * and how much memory there are.  A file to write must be there to be granted;
+ * none is made if there will be nothing to write. */
 static void grant_all(int set, const struct settings *s, uint64_t known)
 {
     const int begins = !s->model || access(s->model, R_OK) == 0;
@@ -11511,11 +11504,9 @@ enum { EXECUTABLE = 4, A_THREAD = 0x10100, ITSELF = -1 };
 #define NOT(name, bits)   { SYS_##name, 2, bits, 0 }
 
 /* Not every machine has all of them: newer ones lack what those with "at" in
- * their names can do, those of 32 bits have doubles for 64, and PowerPC has its
- * own numbers for terminals.  Which files can be opened is for Landlock to say.
- * Memory is never executed that was not before, a clone is a thread, a signal
- * is one to itself, and a terminal is asked and set as older and newer
- * libraries do it. */
+ * their names can do, and those of 32 bits have doubles for 64.  Landlock says
+ * which files can be opened.  Memory is never executed that was not before, a
+ * clone is a thread, and a signal is one to itself. */
 static const struct system_call system_calls[] = {
     CALL(futex), CALL(write), CALL(writev), CALL(read), CALL(readv),
     CALL(close), CALL(lseek), CALL(fstat), CALL(fsync), CALL(brk),
@@ -11527,7 +11518,7 @@ static const struct system_call system_calls[] = {
     CALL(rt_sigreturn), CALL(sigaltstack), CALL(getrandom), CALL(getrusage),
     CALL(sysinfo), CALL(ppoll), CALL(openat), CALL(faccessat), CALL(ftruncate),
     CALL(fchmod), CALL(unlinkat), CALL(readlinkat), CALL(getcwd),
-    CALL(renameat2), CALL(clock_gettime), IF(tgkill, 0, (uint32_t)ITSELF),
+    CALL(renameat2), IF(tgkill, 0, (uint32_t)ITSELF),
     IF(fcntl, 1, F_GETFL), IF(fcntl, 1, F_SETFD), IF(fcntl, 1, F_SETLK),
     IF(ioctl, 1, TIOCGWINSZ), IF(ioctl, 1, 0x802c542a),
     IF(ioctl, 1, 0x402c542b),             /* TCGETS2 and TCSETS2             */
@@ -11544,6 +11535,9 @@ static const struct system_call system_calls[] = {
     CALL(mmap), CALL(newfstatat),
 #else
     NOT(mmap, EXECUTABLE), CALL(newfstatat),
+#endif
+#ifdef SYS_clock_gettime
+    CALL(clock_gettime),
 #endif
 #ifdef SYS_clock_gettime64
     CALL(clock_gettime64), CALL(ppoll_time64), CALL(futex_time64),
