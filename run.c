@@ -530,7 +530,7 @@ struct request {
     int in_thought;                       /* the prompt has opened one       */
 };
 
-enum { MAX_OPTIONS = 96 };
+enum { MAX_OPTIONS = 112 };
 
 struct settings {
     int mode;                             /* 0: none named                   */
@@ -569,8 +569,12 @@ static const struct settings defaults = {
     .bench_seqs = { 1, { 1 } }, .reps = 5
 };
 
-enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, DATE, RANGE,
-            IN_FILE, OUT_FILE, TEXTS, LIST };
+enum kind {
+    HEADING, FLAG, WHOLE, SEED, REAL, CHOICE,
+    TEXT, DATE, RANGE, IN_FILE, OUT_FILE, /* once                            */
+    TEXTS, LIST,
+    IGNORED, IGNORED_FLAG, REFUSED        /* of other programs               */
+};
 
 /* A row without names is for bodies of requests only; one without help is not
  * listed.  An option that names a mode has it as `mode`. */
@@ -5937,6 +5941,9 @@ static int serve(const struct settings *s)
     { kind, names, arg, AT(field), 0, 0, NULL, mode, mode, help }
 #define ACTION(names, does, help) \
     { FLAG, names, NULL, AT(mode), 0, 0, NULL, does, does, help }
+/* What other programs of this kind know.  Most would change nothing here; what
+ * would change the result is refused. */
+#define FOREIGN(kind, names, why) { kind, names, why, .modes = ANY }
 
 #define SETS "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod"
 
@@ -6125,34 +6132,27 @@ static const struct option table[] = {
            "measure N times, after one to warm up (5)"),
     VALUE(CHOICE, "-o --output", "md|json", output, BENCH,
           "print a table or records"),
+
+    FOREIGN(IGNORED, "-ngl --gpu-layers --n-gpu-layers",
+            "everything runs on the CPU"),
+    FOREIGN(IGNORED_FLAG, "-fa --flash-attn",
+            "attention is always computed this way"),
+    FOREIGN(IGNORED_FLAG, "--jinja -st --single-turn --no-warmup --simple-io "
+            "--no-display-prompt --log-disable --no-perf", "it is so already"),
+    FOREIGN(IGNORED_FLAG, "--mlock",
+            "the file is mapped, and stays in memory while it is used"),
+    FOREIGN(REFUSED, "-hf -hfr --hf-repo -mu --model-url",
+            "nothing is downloaded here; scripts/download.sh fetches a model"),
+    FOREIGN(REFUSED, "--prompt-cache", "--session FILE keeps a conversation"),
+    FOREIGN(REFUSED, "-i", "-p gives a prompt, -cnv begins a chat"),
+    FOREIGN(REFUSED, "--grammar --grammar-file -j --json-schema",
+            "answers in a grammar are not there yet"),
 };
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
 _Static_assert(sizeof table / sizeof *table <= MAX_OPTIONS,
                "settings.given is too short");
-
-/* What other programs of this kind know.  Most would change nothing here; what
- * would change the result is refused. */
-static const struct {
-    const char *names;
-    enum { NO_VALUE, ONE_VALUE, ON_OFF, REFUSED } kind;
-    const char *why;
-} foreign[] = {
-    { "-ngl --gpu-layers --n-gpu-layers", ONE_VALUE,
-      "everything runs on the CPU" },
-    { "-fa --flash-attn", ON_OFF, "attention is always computed this way" },
-    { "--jinja -st --single-turn --no-warmup --no-display-prompt --simple-io "
-      "--log-disable --no-perf", NO_VALUE, "it is so already" },
-    { "--mlock", NO_VALUE,
-      "the file is mapped, and stays in memory while it is used" },
-    { "-hf -hfr --hf-repo -mu --model-url", REFUSED,
-      "nothing is downloaded here; scripts/download.sh fetches a model" },
-    { "--prompt-cache", REFUSED, "--session FILE keeps a conversation" },
-    { "-i", REFUSED, "-p gives a prompt, -cnv begins a chat" },
-    { "--grammar --grammar-file -j --json-schema", REFUSED,
-      "answers in a grammar are not there yet" },
-};
 
 /* Is the word one of a list, whose words are separated by that character?
  * Returns its number, or -1. */
@@ -6403,36 +6403,24 @@ static int parse_value(struct settings *to, const struct option *o,
 
 /* ---- the command line */
 
-/* -1 if nobody knows it. */
-static int take_foreign(const char *name, char **argv, int *i)
-{
-    for (size_t k = 0; k < sizeof foreign / sizeof *foreign; k++) {
-        const int kind = foreign[k].kind;
-        const char *next = strchr(argv[*i], '=') ? NULL : argv[*i + 1];
-        if (find_word(foreign[k].names, ' ', name) < 0)
-            continue;
-        if (kind == REFUSED)
-            return usage("%s: %s", name, foreign[k].why);
-        *i += next && (kind == ONE_VALUE || (kind == ON_OFF &&
-                       find_word("on off auto", ' ', next) >= 0));
-        note("%s changes nothing: %s", name, foreign[k].why);
-        return DONE;
-    }
-    return -1;
-}
-
 /* Take the option at argv[*i], and its value, which may be the next word. */
 static int take_option(struct settings *to, int bench, char **argv, int *i)
 {
-    const char *arg = argv[*i], *equals = strchr(arg, '='), *value;
+    const char *arg = argv[*i], *equals = strchr(arg, '=');
+    const char *value = equals ? equals + 1 : argv[*i + 1];
     const struct phrase name = phrase("%.*s", (int)strcspn(arg, "="), arg);
     const struct option *o = find_option(name.s, bench ? BENCH : ANY - BENCH);
-    int code;
 
-    if (!o && (code = take_foreign(name.s, argv, i)) >= 0)
-        return code;
     if (!o)
         return usage("unknown option %s", name.s);
+    if (o->kind == REFUSED)
+        return usage("%s: %s", name.s, o->arg);
+    if (o->kind == IGNORED || o->kind == IGNORED_FLAG) {
+        note("%s changes nothing: %s", name.s, o->arg);
+        *i += !equals && value && (o->kind == IGNORED ||
+              find_word("on off auto", ' ', value) >= 0);
+        return DONE;
+    }
     if (o->kind == FLAG && equals)
         return usage("%s takes no value, but is given %s", name.s, equals + 1);
     if (o->kind >= TEXT && o->kind < TEXTS && to->given[o - table])
@@ -6447,9 +6435,9 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
             *(int *)((char *)to + o->at) = 1;
         return DONE;
     }
-    value = equals ? equals + 1 : argv[*i + 1] ? argv[++*i] : NULL;
     if (!value)
         return usage("%s needs a value, %s", name.s, o->arg);
+    *i += !equals;
     if (parse_value(to, o, value) == 0)
         return DONE;
     if (o->at == AT(threads) && strchr(value, '.'))
