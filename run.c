@@ -6757,37 +6757,35 @@ static int report(const char *path, const lfm2_error *err)
  * UTF-8, and lines end with \n.  What is there for the sake of its bytes stays
  * as it is: --ids, --tokenize, --detokenize, --ppl. */
 
-/* Where the high byte of each pair is, if this is UTF-16; else -1.  It says so
- * itself, or most of the high bytes are 0 and none of the others. */
-static int utf16_high(const struct text *t)
-{
-    size_t zeros[2] = { 0, 0 };
-
-    for (size_t i = 0; i < t->n; i++)
-        zeros[i % 2] += !t->s[i];
-    return t->n < 2 ? -1 : memcmp(t->s, "\xff\xfe", 2) == 0 ? 1 :
-           memcmp(t->s, "\xfe\xff", 2) == 0 ? 0 : t->n < 4 ? -1 :
-           !zeros[0] && zeros[1] * 8 >= t->n * 3 ? 1 :
-           !zeros[1] && zeros[0] * 8 >= t->n * 3 ? 0 : -1;
-}
-
-static void utf16_to_utf8(struct text *t, int high)
+/* If it is UTF-16: it says so itself, or most of the high bytes of its pairs are
+ * 0 and none of the others. */
+static void utf16_to_utf8(struct text *t)
 {
     const unsigned char *s = (const unsigned char *)t->s;
+    size_t zeros[2] = { 0, 0 };
     struct text out = { 0 };
     char to[4];
+    int high;                             /* the first byte, or the second   */
 
+    for (size_t i = 0; i < t->n; i++)
+        zeros[i % 2] += !s[i];
+    high = t->n < 2 ? -1 : memcmp(s, "\xff\xfe", 2) == 0 ? 1 :
+           memcmp(s, "\xfe\xff", 2) == 0 ? 0 : t->n < 4 ? -1 :
+           !zeros[0] && zeros[1] * 8 >= t->n * 3 ? 1 :
+           !zeros[1] && zeros[0] * 8 >= t->n * 3 ? 0 : -1;
+    if (high < 0)
+        return;
     for (size_t i = 0; i < t->n; i += 2) {
-        uint32_t unit[2] = { 0xfffd, 0 };
-        for (size_t k = 0; k < 2 && i + 2 * k + 1 < t->n; k++)
-            unit[k] = s[i + 2 * k + !high] | s[i + 2 * k + high] << 8;
-        if (unit[0] >> 10 == 0xd800 >> 10 && unit[1] >> 10 == 0xdc00 >> 10) {
-            unit[0] = 0x10000 + ((unit[0] & 0x3ff) << 10 | (unit[1] & 0x3ff));
+        uint32_t c = 0xfffd, low = 0;
+        if (i + 1 < t->n)
+            c = s[i + !high] | s[i + high] << 8;
+        if (i + 3 < t->n)
+            low = s[i + 2 + !high] | s[i + 2 + high] << 8;
+        if (c >> 10 == 0xd800 >> 10 && low >> 10 == 0xdc00 >> 10) {
+            c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
             i += 2;
         }
-        if (unit[0] >> 11 == 0xd800 >> 11)
-            unit[0] = 0xfffd;
-        add(&out, to, utf8_put(to, unit[0]));
+        add(&out, to, utf8_put(to, c >> 11 == 0xd800 >> 11 ? 0xfffd : c));
     }
     free(t->s);
     *t = out;
@@ -6795,11 +6793,9 @@ static void utf16_to_utf8(struct text *t, int high)
 
 static void clean_text(struct text *t)
 {
-    const int high = utf16_high(t);
     size_t n = 0, i;
 
-    if (high >= 0)
-        utf16_to_utf8(t, high);
+    utf16_to_utf8(t);
     i = t->n >= 3 && memcmp(t->s, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
     for (; i < t->n; i++) {
         const int ends = t->s[i] == '\r';
