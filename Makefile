@@ -116,7 +116,7 @@ build/run-static: run.c lfm2.c lfm2.h | build
 
 # On Debian: clang, lld, wasi-libc and libclang-rt-dev-wasm32.  The linker would
 # give the stack 64 KiB, and nobody notices when it overflows.
-WASM_CC ?= clang --target=wasm32-wasi
+WASM_CC ?= clang --target=wasm32-wasi -msimd128
 
 wasm: build/run.wasm
 

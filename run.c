@@ -73,10 +73,13 @@
 
 struct sigaction { void (*sa_handler)(int); };
 
-static void sigaction(int number, const struct sigaction *now, void *before)
+static void sigaction(int number, const struct sigaction *now,
+                      struct sigaction *before)
 {
-    (void)before;
-    signal(number, now->sa_handler);
+    if (before)
+        before->sa_handler = SIG_DFL;
+    if (now)
+        signal(number, now->sa_handler);
 }
 
 static int mkstemp(char *name)
@@ -90,6 +93,16 @@ static int fchmod(int fd, mode_t mode)
     (void)fd;
     (void)mode;
     return 0;
+}
+
+static char *realpath(const char *name, char *to)
+{
+    (void)to;
+    return access(name, F_OK) == 0 ? strdup(name) : NULL;
+}
+
+static void leave_terminal(void)
+{
 }
 
 #endif
@@ -666,13 +679,7 @@ static int json_parse_list(struct pool *pool, const struct text *t,
                            struct json **out, struct why *why);
 static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
-static void member(struct text *to, const char *key);
-static void member_bytes(struct text *to, const char *key, const char *s,
-                         size_t n);
-static void member_text(struct text *to, const char *key, const char *s);
-static void member_count(struct text *to, const char *key, uint64_t n);
-static void member_real(struct text *to, const char *key, double x);
-static void member_open(struct text *to, const char *key, const char *bracket);
+static void add_members(struct text *to, const char *format, ...);
 
 /* 14. Chat templates */
 static const char *template_name(int template);
@@ -2359,10 +2366,8 @@ static void print_end(struct printer *p, struct reply *r)
     enter_thought(p, 0);
     for (int i = 0; i < calls.n; i++) {
         add_string(&line, i ? ", " : r->text.n ? "\n[" : "[");
-        add_string(&line, "{");
-        member_bytes(&line, "name", calls.call[i].name.s,
-                     calls.call[i].name.n);
-        member(&line, "arguments");
+        add_members(&line, "{name: %.*s, arguments: ",
+                    (int)calls.call[i].name.n, calls.call[i].name.s);
         add(&line, calls.call[i].arguments.s, calls.call[i].arguments.n);
         add_string(&line, i + 1 < calls.n ? "}" : "}]");
     }
@@ -2511,7 +2516,7 @@ static void add_logprobs(const struct engine *e, struct text *to,
                          const struct reply *r, int from)
 {
     if (r->q->logprobs >= 0) {
-        member(to, "logprobs");
+        add_members(to, "logprobs: ");
         if (r->q->is_completion)
             add_columns(e, to, r, from);
         else {
@@ -2522,7 +2527,7 @@ static void add_logprobs(const struct engine *e, struct text *to,
     }
     if (r->q->prompt_logprobs >= 0 && from == 0 &&
         !(r->q->is_completion && r->q->logprobs >= 0 && r->q->echo)) {
-        member(to, "prompt_logprobs");
+        add_members(to, "prompt_logprobs: ");
         add_scores(e, to, &r->prompt_scores, 0);
     }
 }
@@ -2532,19 +2537,17 @@ static void add_logprobs(const struct engine *e, struct text *to,
 static void add_calls(struct text *to, const struct calls *calls, uint64_t id,
                       int is_stream)
 {
-    member_open(to, "tool_calls", "[");
+    add_members(to, "tool_calls: [");
     for (int i = 0; i < calls->n; i++) {
         const struct call *c = &calls->call[i];
-        member_open(to, NULL, "{");
+        add_members(to, "{");
         if (is_stream)
-            member_count(to, "index", (uint64_t)i);
-        member_text(to, "id", phrase("call_%016llx", (unsigned long long)
-                                     hash_number(id, (uint64_t)i)).s);
-        member_text(to, "type", "function");
-        member_open(to, "function", "{");
-        member_bytes(to, "name", c->name.s, c->name.n);
-        member_bytes(to, "arguments", c->arguments.s, c->arguments.n);
-        add_string(to, "}}");
+            add_members(to, "index: %d", i);
+        add_members(to, "id: %s, type: %s, function: {name: %.*s, arguments: "
+                    "%.*s}}", phrase("call_%016llx", (unsigned long long)
+                                     hash_number(id, (uint64_t)i)).s,
+                    "function", (int)c->name.n, c->name.s,
+                    (int)c->arguments.n, c->arguments.s);
     }
     add_string(to, "]");
 }
@@ -2566,11 +2569,11 @@ static void add_said(const struct engine *e, struct text *to,
     struct text whole = { 0 };
 
     if (!j->q.is_completion) {
-        member_open(to, "message", "{");
-        member_text(to, "role", "assistant");
-        member_bytes(to, "content", r->text.s ? r->text.s : "", r->text.n);
+        add_members(to, "message: {role: %s, content: %.*s", "assistant",
+                    (int)r->text.n, r->text.s ? r->text.s : "");
         if (r->thought.n > 0)
-            member_bytes(to, "reasoning_content", r->thought.s, r->thought.n);
+            add_members(to, "reasoning_content: %.*s", (int)r->thought.n,
+                        r->thought.s);
         if (calls->n > 0)
             add_calls(to, calls, j->id, 0);
         add_string(to, "}");
@@ -2579,7 +2582,7 @@ static void add_said(const struct engine *e, struct text *to,
     if (j->q.echo)
         add_tokens(e, &whole, &j->q.prompt);
     add(&whole, r->text.s, r->text.n);
-    member_bytes(to, "text", whole.s ? whole.s : "", whole.n);
+    add_members(to, "text: %.*s", (int)whole.n, whole.s);
     free(whole.s);
 }
 
@@ -2599,12 +2602,10 @@ static void add_head(const struct engine *e, struct text *to,
 {
     const struct piece model = model_name(e);
 
-    add_string(to, "{");
-    member_text(to, "id", phrase("%s-%016llx", is_completion ? "cmpl" :
-                                 "chatcmpl", (unsigned long long)id).s);
-    member_text(to, "object", object);
-    member_count(to, "created", (uint64_t)created);
-    member_bytes(to, "model", model.s, model.n);
+    add_members(to, "{id: %s, object: %s, created: %llu, model: %.*s",
+                phrase("%s-%016llx", is_completion ? "cmpl" : "chatcmpl",
+                       (unsigned long long)id).s,
+                object, (unsigned long long)created, (int)model.n, model.s);
 }
 
 static const char *finish_reason(const struct reply *r, int n_calls)
@@ -2618,12 +2619,10 @@ static void add_choice(const struct engine *e, struct text *to, struct job *j,
 {
     struct calls calls = take_calls(&j->r);
 
-    member_open(to, NULL, "{");
-    member_count(to, "index", (uint64_t)index);
+    add_members(to, "{index: %d", index);
     add_said(e, to, j, &calls);
     add_logprobs(e, to, &j->r, 0);
-    member_text(to, "finish_reason", finish_reason(&j->r, calls.n));
-    add_string(to, "}");
+    add_members(to, "finish_reason: %s}", finish_reason(&j->r, calls.n));
     free_calls(&calls);
 }
 
@@ -2632,18 +2631,12 @@ static void add_choice(const struct engine *e, struct text *to, struct job *j,
 static void add_usage(struct text *to, int prompt, int made, int thought,
                       int cached)
 {
-    member_open(to, "usage", "{");
-    member_count(to, "prompt_tokens", (uint64_t)prompt);
-    member_count(to, "completion_tokens", (uint64_t)made);
-    member_count(to, "total_tokens", (uint64_t)(prompt + made));
-    if (cached >= 0) {
-        member_open(to, "prompt_tokens_details", "{");
-        member_count(to, "cached_tokens", (uint64_t)cached);
-        add_string(to, "}");
-    }
-    member_open(to, "completion_tokens_details", "{");
-    member_count(to, "reasoning_tokens", (uint64_t)thought);
-    add_string(to, "}}");
+    add_members(to, "usage: {prompt_tokens: %d, completion_tokens: %d, "
+                "total_tokens: %d", prompt, made, prompt + made);
+    if (cached >= 0)
+        add_members(to, "prompt_tokens_details: {cached_tokens: %d}", cached);
+    add_members(to, "completion_tokens_details: {reasoning_tokens: %d}}",
+                thought);
 }
 
 /* The whole object for one answer, but for its last bracket. */
@@ -2652,7 +2645,7 @@ static void add_completion(const struct engine *e, struct text *to,
 {
     add_head(e, to, j->q.is_completion, j->id, j->q.is_completion ?
              "text_completion" : "chat.completion", created);
-    member_open(to, "choices", "[");
+    add_members(to, "choices: [");
     add_choice(e, to, j, 0);
     add_string(to, "]");
     add_usage(to, j->q.prompt.n, j->r.n_made, j->r.n_thought, -1);
@@ -2681,33 +2674,22 @@ static void add_origin(const struct engine *e, struct text *to,
     const struct reply *r = &j->r;
     const struct sampling *is = &j->q.sampling;
 
-    member_open(to, "lfm2", "{");
-    member_text(to, "finish", finish[r->finish]);
-    member_text(to, "model_hash", phrase("%016llx", (unsigned long long)
-                                         lfm2_model_hash(e->model)).s);
-    member_text(to, "logits_hash", phrase("%016llx",
-                                          (unsigned long long)r->hash).s);
-    member_text(to, "template", template_name(e->template));
-    member_text(to, "date", uses_date ? e->date : NULL);
-    member(to, "seed");
+    add_members(to, "lfm2: {finish: %s, model_hash: %016llx, "
+                "logits_hash: %016llx, template: %s, date: %s, seed: ",
+                finish[r->finish], (unsigned long long)
+                lfm2_model_hash(e->model), (unsigned long long)r->hash,
+                template_name(e->template), uses_date ? e->date : NULL);
     add_format(to, "%lld", j->q.seed);
-    member_real(to, "temperature", is->temp);
-    member_real(to, "top_k", is->top_k);
-    member_real(to, "top_p", is->top_p);
-    member_real(to, "min_p", is->min_p);
-    member_real(to, "repeat_penalty", is->repeat);
-    member_real(to, "repeat_last_n", is->last_n);
-    member_open(to, "timings", "{");
-    member_count(to, "cache_n", (uint64_t)r->n_reused);
-    member_count(to, "prompt_n", (uint64_t)(r->q->prompt.n - r->n_reused));
-    member_real(to, "prompt_ms", (r->read - r->started) * 1e3);
-    member_real(to, "prompt_per_second", prompt_speed(r));
-    member_count(to, "predicted_n", (uint64_t)r->n_made);
-    member_real(to, "predicted_ms", (r->ended - r->read) * 1e3);
-    member_real(to, "predicted_per_second", answer_speed(r));
-    member_count(to, "draft_n", (uint64_t)r->n_guessed);
-    member_count(to, "draft_n_accepted", (uint64_t)r->n_right);
-    add_string(to, "}}");
+    add_members(to, "temperature: %g, top_k: %d, top_p: %g, min_p: %g, "
+                "repeat_penalty: %g, repeat_last_n: %d", is->temp, is->top_k,
+                is->top_p, is->min_p, is->repeat, is->last_n);
+    add_members(to, "timings: {cache_n: %d, prompt_n: %d, prompt_ms: %g, "
+                "prompt_per_second: %g, predicted_n: %d, predicted_ms: %g, "
+                "predicted_per_second: %g, draft_n: %d, draft_n_accepted: "
+                "%d}}", r->n_reused, r->q->prompt.n - r->n_reused,
+                (r->read - r->started) * 1e3, prompt_speed(r), r->n_made,
+                (r->ended - r->read) * 1e3, answer_speed(r), r->n_guessed,
+                r->n_right);
 }
 
 /* ----------------------------------------------------- 6. What a body asks for
@@ -3032,10 +3014,7 @@ struct talk {
 static void add_message(struct talk *t, const char *role, const char *s,
                         size_t n)
 {
-    member_open(&t->messages, NULL, "{");
-    member_text(&t->messages, "role", role);
-    member_bytes(&t->messages, "content", s, n);
-    add_string(&t->messages, "}");
+    add_members(&t->messages, "{role: %s, content: %.*s}", role, (int)n, s);
     t->grown = 1;
 }
 
@@ -3905,7 +3884,7 @@ static void begin_output(struct entry *x)
 {
     add_string(&x->out, output_start);
     add_format(&x->out, "%016llx\"", (unsigned long long)x->job.id);
-    member_bytes(&x->out, "custom_id", x->id.s, x->id.n);
+    add_members(&x->out, "custom_id: %.*s", (int)x->id.n, x->id.s);
 }
 
 static void finish_error(struct entry *x, int code, const char *why)
@@ -3916,13 +3895,9 @@ static void finish_error(struct entry *x, int code, const char *why)
     };
 
     begin_output(x);
-    member(&x->out, "response");
-    add_string(&x->out, "null");
-    member_open(&x->out, "error", "{");
-    member_text(&x->out, "code", name[code]);
-    member_count(&x->out, "line", (uint64_t)x->line);
-    member_text(&x->out, "message", why);
-    add_string(&x->out, "}}\n");
+    add_members(&x->out, "response: %s, error: {code: %s, line: %llu, message: "
+                "%s}}", NULL, name[code], (unsigned long long)x->line, why);
+    add_string(&x->out, "\n");
     x->is_done = x->is_error = 1;
     x->batch->failed++;
 }
@@ -4409,9 +4384,10 @@ long syscall(long number, ...);           /* not in POSIX                    */
 #endif
 
 enum {
-    MAX_CLIENTS = 1056, MAX_CHOICES = 128, MAX_KEYS = 64,
+    MAX_CLIENTS = 1056, MAX_CHOICES = 128,
     MAX_HEAD = 1 << 14, MAX_FIELDS = 100, /* of a request                    */
     MAX_UNSENT = 1 << 22, MAX_AHEAD = 1 << 16,
+    MAX_HELD = 1 << 30,                   /* bytes, for all clients together */
     SERVE_BATCH = 512                     /* so that no step takes too long  */
 };
 
@@ -4429,24 +4405,41 @@ enum { N_EDGES = sizeof edges / sizeof *edges };
 
 struct histogram { uint64_t n[N_EDGES + 1]; double sum; };
 
-static const struct status { int code; const char *text, *type; } statuses[] = {
-    { 200, "OK", NULL }, { 204, "No Content", NULL },
-    { 400, "Bad Request", "invalid_request_error" },
-    { 401, "Unauthorized", "authentication_error" },
-    { 403, "Forbidden", "permission_error" },
-    { 404, "Not Found", "not_found_error" },
-    { 405, "Method Not Allowed", "invalid_request_error" },
-    { 408, "Request Timeout", "invalid_request_error" },
-    { 411, "Length Required", "invalid_request_error" },
-    { 413, "Content Too Large", "invalid_request_error" },
-    { 415, "Unsupported Media Type", "invalid_request_error" },
-    { 417, "Expectation Failed", "invalid_request_error" },
-    { 429, "Too Many Requests", "rate_limit_error" },
-    { 431, "Request Header Fields Too Large", "invalid_request_error" },
-    { 500, "Internal Server Error", "server_error" },
-    { 501, "Not Implemented", "invalid_request_error" },
-    { 503, "Service Unavailable", "unavailable_error" },
-    { 505, "HTTP Version Not Supported", "invalid_request_error" },
+/* What a status means, and what to say with it where nothing else is said. */
+static const struct status { int code; const char *text, *type, *why; }
+statuses[] = {
+    { 200, "OK", NULL, NULL }, { 204, "No Content", NULL, NULL },
+    { 400, "Bad Request", "invalid_request_error",
+      "not a request of HTTP/1.1 as this server reads it" },
+    { 401, "Unauthorized", "authentication_error",
+      "expected a key of --api-key-file as \"Authorization: Bearer KEY\"" },
+    { 403, "Forbidden", "permission_error", "requests for other hosts, and "
+      "from pages of other origins, are not answered; --cors allows an "
+      "origin" },
+    { 404, "Not Found", "not_found_error", "nothing is at this address" },
+    { 405, "Method Not Allowed", "invalid_request_error",
+      "another method is expected here" },
+    { 408, "Request Timeout", "invalid_request_error",
+      "the request took too long to arrive" },
+    { 411, "Length Required", "invalid_request_error",
+      "expected a Content-Length, or a chunked body" },
+    { 413, "Content Too Large", "invalid_request_error",
+      "the body is longer than --max-body allows" },
+    { 415, "Unsupported Media Type", "invalid_request_error",
+      "expected \"Content-Type: application/json\"" },
+    { 417, "Expectation Failed", "invalid_request_error",
+      "expected nothing but \"Expect: 100-continue\"" },
+    { 429, "Too Many Requests", "rate_limit_error",
+      "more answers are under way or wait than --parallel and --queue allow" },
+    { 431, "Request Header Fields Too Large", "invalid_request_error",
+      "expected a head of at most 16 KiB and 100 fields" },
+    { 500, "Internal Server Error", "server_error",
+      "the model could not be run" },
+    { 501, "Not Implemented", "invalid_request_error",
+      "expected \"Transfer-Encoding: chunked\"" },
+    { 503, "Service Unavailable", "unavailable_error", "the server stops" },
+    { 505, "HTTP Version Not Supported", "invalid_request_error",
+      "expected HTTP/1.0 or HTTP/1.1" },
 };
 
 enum { N_STATUSES = sizeof statuses / sizeof *statuses };
@@ -4472,7 +4465,7 @@ struct client {
     double deadline;                      /* of what it is to do; 0: none    */
 
     const struct route *route;            /* of the request                  */
-    struct piece model;                   /* named in the path               */
+    struct phrase model;                  /* named in the path, or empty     */
     int is_head, is_http11, is_preflight, is_allowed_origin, keeps, is_shut;
     uint64_t id;
     double asked, spoke;                  /* when; the last byte to it       */
@@ -4487,9 +4480,7 @@ struct server {
     int listener[2], n_listeners;
     struct phrase address;
     int is_local;                         /* nobody else can reach it        */
-    char *key[MAX_KEYS];                  /* into keys                       */
-    int n_keys;
-    struct text keys, page;
+    struct text keys, page;               /* keys: one on each line          */
     struct client *client[MAX_CLIENTS];
     int n_clients;
     double now, stopping;                 /* since when; 0: it serves        */
@@ -4516,13 +4507,13 @@ static void note_time(struct histogram *h, double took)
     h->sum += took;
 }
 
-static int status_index(int code)
+static const struct status *status_for(int code)
 {
-    int i = 0;
+    const struct status *is = statuses;
 
-    while (statuses[i].code != code)
-        i++;
-    return i;
+    while (is->code != code)
+        is++;
+    return is;
 }
 
 /* The head of a response; n < 0: how long it will be is not known. */
@@ -4530,17 +4521,17 @@ static void begin_response(struct client *c, int code, const char *type,
                            long long n, const char *more)
 {
     struct server *v = c->server;
-    const int i = status_index(code);
+    const struct status *is = status_for(code);
     const char *origin = v->e.s->cors;
     const time_t now = time(NULL);
     struct tm tm;
     char date[40];
 
-    v->answered[i]++;
+    v->answered[is - statuses]++;
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT",
              gmtime_r(&now, &tm));
     add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: "
-               "%016llx\r\nConnection: %s\r\n", code, statuses[i].text, date,
+               "%016llx\r\nConnection: %s\r\n", code, is->text, date,
                (unsigned long long)c->id, c->keeps ? "keep-alive" : "close");
     if (type)
         add_format(&c->out, "Content-Type: %s\r\n", type);
@@ -4559,6 +4550,25 @@ static void begin_response(struct client *c, int code, const char *type,
     c->spoke = v->now;
 }
 
+/* Let go of the body's text, and of what it said. */
+static void drop_body(struct client *c)
+{
+    free(c->body.s);
+    c->body = (struct text){ NULL, 0, 0 };
+    pool_free(&c->pool);
+}
+
+/* Bytes that clients make the server keep. */
+static size_t held(const struct server *v)
+{
+    size_t n = 0;
+
+    for (int i = 0; i < v->n_clients; i++)
+        n += v->client[i]->in.cap + v->client[i]->body.cap +
+             v->client[i]->pool.total;
+    return n;
+}
+
 /* What was asked is answered; the next request may follow. */
 static void finish_request(struct client *c)
 {
@@ -4570,16 +4580,11 @@ static void finish_request(struct client *c)
         free_request(&j->q);
     }
     free(c->choice);
-    pool_free(&c->pool);
+    drop_body(c);
     c->choice = NULL;
-    c->n_choices = c->n_done = 0;
-    c->body.n = c->length = c->seen = 0;
+    c->n_choices = c->n_done = c->stream = 0;
+    c->length = c->seen = 0;
     c->id = 0;
-    c->stream = 0;
-    if (c->body.cap > MAX_AHEAD) {
-        free(c->body.s);
-        c->body = (struct text){ NULL, 0, 0 };
-    }
     c->state = c->keeps ? IN_HEAD : LEAVING;
     c->deadline = c->server->now + (c->keeps ? IDLE_TIME : SEND_TIME);
 }
@@ -4606,45 +4611,36 @@ static void add_error(struct text *to, int status, int code, const char *why)
 {
     const char *end = *why == '"' ? strchr(why + 1, '"') : NULL;
 
-    add_string(to, "{\"error\": {");
-    member_text(to, "message", why);
-    member_text(to, "type", statuses[status_index(status)].type);
-    member_bytes(to, "param", end ? why + 1 : NULL,
-                 end ? (size_t)(end - why - 1) : 0);
-    member_text(to, "code", code == TOO_LONG ? "context_length_exceeded" :
+    add_members(to, "{error: {message: %s, type: %s, param: %.*s, code: %s}}",
+                why, status_for(status)->type,
+                end ? (int)(end - why - 1) : 0, end ? why + 1 : NULL,
+                code == TOO_LONG ? "context_length_exceeded" :
                 status == 401 ? "invalid_api_key" : NULL);
-    add_string(to, "}}");
 }
 
-/* An error: the connection stays only where the request was read to its end. */
-static void refuse(struct client *c, int status, int code, const char *fmt, ...)
+/* An error; without a sentence of its own, the one for this status.  The
+ * connection stays only where the request was read to its end. */
+static void refuse(struct client *c, int status, int code, const char *why)
 {
     struct text body = { 0 };
-    struct phrase more = phrase("%s", "");
-    struct why why;
-    va_list args;
+    const char *more = status == 401 ? "WWW-Authenticate: Bearer\r\n" :
+                       status == 429 || status == 503 ? "Retry-After: 5\r\n" :
+                       "";
 
-    va_start(args, fmt);
-    vsnprintf(why.s, sizeof why.s, fmt, args);
-    va_end(args);
+    why = why ? why : status_for(status)->why;
     c->keeps &= c->state == WORKING;
-    if (status == 401)
-        more = phrase("%s", "WWW-Authenticate: Bearer\r\n");
-    if (status == 405)
-        more = phrase("Allow: %s, OPTIONS\r\n", c->route->methods);
-    if (status == 429 || status == 503)
-        more = phrase("%s", "Retry-After: 5\r\n");
-    add_error(&body, status, code, why.s);
+    add_error(&body, status, code, why);
     if (c->server->e.s->verbose)
-        note("%d: %s", status, why.s);
-    respond(c, status, "application/json", &body, more.s);
+        note("%d: %s", status, why);
+    respond(c, status, "application/json", &body, status != 405 ? more :
+            phrase("Allow: %s, OPTIONS\r\n", c->route->methods).s);
     free(body.s);
 }
 
-/* The status for the program's own codes. */
+/* What is wrong with a body.  It has columns, but no lines. */
 static void refuse_body(struct client *c, int code, const struct why *why)
 {
-    refuse(c, code == USAGE || code == TOO_LONG ? 400 : 500, code, "%s",
+    refuse(c, code == USAGE || code == TOO_LONG ? 400 : 500, code,
            strncmp(why->s, "line 1, ", 8) ? why->s : why->s + 8);
 }
 
@@ -4693,8 +4689,8 @@ static void begin_event(struct client *c, struct text *to)
     add_head(&c->server->e, to, plain, c->id, plain ? "text_completion" :
              "chat.completion.chunk", c->created);
     if (c->include_usage)
-        member_text(to, "usage", NULL);
-    member_open(to, "choices", "[");
+        add_members(to, "usage: %s", NULL);
+    add_members(to, "choices: [");
 }
 
 /* Send these members as what is new in a choice. */
@@ -4707,10 +4703,9 @@ static void send_choice(struct choice *o, const struct text *delta,
     struct text event = { 0 };
 
     begin_event(c, &event);
-    member_open(&event, NULL, "{");
-    member_count(&event, "index", (uint64_t)o->index);
+    add_members(&event, "{index: %d", o->index);
     if (!q->is_completion)
-        member_open(&event, "delta", "{");
+        add_members(&event, "delta: {");
     else
         add_string(&event, ", ");
     add(&event, delta->s, delta->n);
@@ -4719,16 +4714,15 @@ static void send_choice(struct choice *o, const struct text *delta,
     if (q->logprobs >= 0 && all->n > o->scores)
         add_logprobs(&c->server->e, &event, &o->job.r, o->scores);
     else
-        member_text(&event, "logprobs", NULL);
+        add_members(&event, "logprobs: %s", NULL);
     o->scores = all->n;
-    member_text(&event, "finish_reason", finish);
-    add_string(&event, "}]}");
+    add_members(&event, "finish_reason: %s}]}", finish);
     send_event(c, &event);
     free(event.s);
 }
 
 /* Add what is new of a text: whole characters, and at the end all of it. */
-static void add_new(struct text *to, const char *key, const struct text *all,
+static void add_new(struct text *to, const char *format, const struct text *all,
                     size_t *sent, int last)
 {
     const size_t n = all->n - *sent;
@@ -4736,7 +4730,7 @@ static void add_new(struct text *to, const char *key, const struct text *all,
                          whole_characters(all->s + *sent, n);
 
     if (whole > 0)
-        member_bytes(to, key, all->s + *sent, whole);
+        add_members(to, format, (int)whole, all->s + *sent);
     *sent += whole;
 }
 
@@ -4747,18 +4741,19 @@ static void send_new(struct choice *o, int last)
     struct text delta = { 0 }, prompt = { 0 };
 
     if (!plain && !o->has_role)
-        member_text(&delta, "role", "assistant");
+        add_members(&delta, "role: %s", "assistant");
     if (plain && !o->has_role && o->job.q.echo) {
         add_tokens(&o->client->server->e, &prompt, &o->job.q.prompt);
-        member_bytes(&delta, "text", prompt.s, prompt.n);
+        add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
         send_choice(o, &delta, NULL);
         delta.n = 0;
         free(prompt.s);
     }
     o->has_role = 1;
     if (!plain)
-        add_new(&delta, "reasoning_content", &r->thought, &o->thought, last);
-    add_new(&delta, plain ? "text" : "content", &r->text, &o->text, last);
+        add_new(&delta, "reasoning_content: %.*s", &r->thought, &o->thought, last);
+    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &r->text, &o->text,
+            last);
     if (delta.n > 0)
         send_choice(o, &delta, NULL);
     free(delta.s);
@@ -4809,7 +4804,7 @@ static void answer_end(struct job *j)
         delta.n = 0;
     }
     if (j->q.is_completion)
-        member_text(&delta, "text", "");
+        add_members(&delta, "text: %s", "");
     send_choice(o, &delta, finish_reason(&j->r, calls.n));
     free_calls(&calls);
     free(delta.s);
@@ -4876,12 +4871,12 @@ static void finish_answer(struct client *c)
         return;
     }
     if (error) {
-        refuse(c, 500, FAILED, "%s", error);
+        refuse(c, 500, FAILED, error);
         return;
     }
     add_head(e, &body, q->is_completion, c->id, q->is_completion ?
              "text_completion" : "chat.completion", c->created);
-    member_open(&body, "choices", "[");
+    add_members(&body, "choices: [");
     for (int i = 0; i < c->n_choices; i++)
         add_choice(e, &body, &c->choice[i].job, i);
     add_string(&body, "]");
@@ -4893,21 +4888,18 @@ static void finish_answer(struct client *c)
 
 /* ---- endpoints */
 
-static int n_waiting(const struct engine *e)
-{
-    int n = 0;
-
-    for (const struct job *j = e->jobs; j; j = j->next)
-        n += j->state == WAITING;
-    return n;
-}
-
 /* The JSON object in the body, or NULL after an error was sent. */
 static const struct json *parse_body(struct client *c)
 {
     struct json *body = NULL;
     struct why why;
-    int code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n,
+    int code;
+
+    if (held(c->server) > MAX_HELD) {
+        refuse(c, 503, FAILED, "too much is waiting here already");
+        return NULL;
+    }
+    code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n,
                           &body, &why);
 
     if (code == DONE && body->type != JSON_OBJECT)
@@ -4925,7 +4917,7 @@ static int read_choices(struct client *c, const struct json *body,
     int code = DONE, n = 1, total;
 
     total = c->n_prompts = count_prompts(body);
-    for (int i = 0; code == DONE && i < total; i++) {
+    for (int i = 0; code == DONE && i < total && total <= MAX_CHOICES; i++) {
         struct request q = e->s->ask;
         code = read_request(e, &q, body, i / n, why);
         complete_request(e, &q);
@@ -4962,15 +4954,13 @@ static void complete_body(struct client *c)
         return;
     for (const struct job *j = e->jobs; j; j = j->next)
         n_jobs++;
-    if (!given(body, is_chat ? "messages" : "prompt")) {
-        refuse(c, 400, USAGE, "\"%s\": expected %s", is_chat ? "messages" :
-               "prompt", is_chat ? "an array of messages" : "a text");
-        return;
-    }
-    code = read_choices(c, body, &why);
+    code = given(body, is_chat ? "messages" : "prompt") ? DONE :
+           because(&why, USAGE, is_chat ? "\"messages\": expected an array" :
+                   "\"prompt\": expected a text");
+    if (code == DONE)
+        code = read_choices(c, body, &why);
     if (code == DONE && n_jobs + c->n_choices > e->par.n_seq + e->s->queue) {
-        refuse(c, 429, USAGE, "%d answers are under way or wait, more than "
-               "--parallel and --queue allow", n_jobs);
+        refuse(c, 429, USAGE, NULL);
         return;
     }
     for (int i = 0; code == DONE && i < c->n_choices; i++)
@@ -4981,13 +4971,12 @@ static void complete_body(struct client *c)
     }
     c->created = (long long)time(NULL);
     c->stream = c->choice[0].job.q.stream;
-    c->include_usage = 0;
-    if (c->stream) {
-        const struct json *options = given(body, "stream_options");
-        const struct json *usage = given(options, "include_usage");
-        c->include_usage = json_is(usage, JSON_TRUE);
+    c->include_usage = json_is(given(given(body, "stream_options"),
+                                     "include_usage"), JSON_TRUE);
+    if (c->stream)
         begin_response(c, 200, "text/event-stream", -1, "");
-    }
+    if (c->choice[0].job.q.stop.n == e->s->ask.stop.n)
+        drop_body(c);                     /* no texts of it are needed       */
 }
 
 static void tell_models(struct client *c)
@@ -4996,20 +4985,17 @@ static void tell_models(struct client *c)
     const struct piece name = model_name(e);
     struct text body = { 0 };
 
-    if (c->model.n > 0 && (c->model.n != name.n ||
-                           memcmp(c->model.s, name.s, name.n) != 0)) {
-        refuse(c, 404, USAGE, "no model \"%.*s\" here",
-               (int)(c->model.n < 100 ? c->model.n : 100), c->model.s);
+    if (c->model.s[0] && (strlen(c->model.s) != name.n ||
+                          memcmp(c->model.s, name.s, name.n) != 0)) {
+        refuse(c, 404, USAGE, "no other model is here than /v1/models says");
         return;
     }
-    add_string(&body, c->model.n > 0 ? "{" :
-               "{\"object\": \"list\", \"data\": [{");
-    member_bytes(&body, "id", name.s, name.n);
-    member_text(&body, "object", "model");
-    member_count(&body, "created", 0);
-    member_text(&body, "owned_by", "lfm2.c");
-    member_count(&body, "max_model_len", (uint64_t)e->par.n_ctx);
-    add_string(&body, c->model.n > 0 ? "}" : "}]}");
+    if (!c->model.s[0])
+        add_members(&body, "{object: %s, data: [", "list");
+    add_members(&body, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
+                "max_model_len: %d}", (int)name.n, name.s, "model", 0,
+                "lfm2.c", e->par.n_ctx);
+    add_string(&body, c->model.s[0] ? "" : "]}");
     respond_json(c, &body);
     free(body.s);
 }
@@ -5019,20 +5005,15 @@ static void tell_health(struct client *c)
     struct text body = { 0 };
 
     add_string(&body, "{\"status\": \"ok\"}");
-    if (c->server->stopping > 0)
-        refuse(c, 503, FAILED, "the server stops");
-    else
-        respond_json(c, &body);
+    respond_json(c, &body);
     free(body.s);
 }
 
 static void add_metric(struct text *to, const char *name, const char *type,
-                       const char *help, double value)
+                       const char *help)
 {
     add_format(to, "# HELP lfm2_%s %s\n# TYPE lfm2_%s %s\n", name, help, name,
                type);
-    if (isfinite(value))
-        add_format(to, "lfm2_%s %.17g\n", name, value);
 }
 
 static void add_histogram(struct text *to, const char *name, const char *help,
@@ -5040,40 +5021,44 @@ static void add_histogram(struct text *to, const char *name, const char *help,
 {
     uint64_t sum = 0;
 
-    add_metric(to, name, "histogram", help, NAN);
-    for (int i = 0; i <= N_EDGES; i++) {
-        sum += h->n[i];
+    add_metric(to, name, "histogram", help);
+    for (int i = 0; i <= N_EDGES; i++)
         add_format(to, "lfm2_%s_bucket{le=\"%s\"} %llu\n", name, i < N_EDGES ?
-                   phrase("%g", edges[i]).s : "+Inf", (unsigned long long)sum);
-    }
+                   phrase("%g", edges[i]).s : "+Inf",
+                   (unsigned long long)(sum += h->n[i]));
     add_format(to, "lfm2_%s_sum %.9g\nlfm2_%s_count %llu\n", name, h->sum,
                name, (unsigned long long)sum);
 }
 
+/* In the text format of Prometheus. */
 static void tell_metrics(struct client *c)
 {
     const struct server *v = c->server;
-    const int waiting = n_waiting(&v->e);
-    struct text to = { 0 };
-    int busy = 0;
+    int waiting = 0, busy = 0;
 
-    for (int i = 0; i < v->e.par.n_seq; i++)
-        busy += v->e.slot[i].job != NULL;
-    add_metric(&to, "requests_total", "counter", "Requests by status.", NAN);
+    for (const struct job *j = v->e.jobs; j; j = j->next)
+        *(j->state == WAITING ? &waiting : &busy) += 1;
+    const struct { const char *name, *type, *help; double value; } all[] = {
+        { "prompt_tokens_total", "counter", "Tokens read.", v->read },
+        { "cached_tokens_total", "counter",
+          "Tokens of prompts that were in a cache.", v->reused },
+        { "generated_tokens_total", "counter", "Tokens generated.", v->made },
+        { "connections", "gauge", "Open connections.", v->n_clients },
+        { "queue", "gauge", "Answers that wait.", waiting },
+        { "slots", "gauge", "Answers there can be at once.", v->e.par.n_seq },
+        { "slots_busy", "gauge", "Answers under way.", busy }
+    };
+    struct text to = { 0 };
+
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        add_metric(&to, all[i].name, all[i].type, all[i].help);
+        add_format(&to, "lfm2_%s %.17g\n", all[i].name, all[i].value);
+    }
+    add_metric(&to, "requests_total", "counter", "Requests by status.");
     for (int i = 0; i < N_STATUSES; i++)
         if (v->answered[i] > 0)
             add_format(&to, "lfm2_requests_total{status=\"%d\"} %llu\n",
                        statuses[i].code, (unsigned long long)v->answered[i]);
-    add_metric(&to, "prompt_tokens_total", "counter", "Tokens read.", v->read);
-    add_metric(&to, "cached_tokens_total", "counter",
-               "Tokens of prompts that were in a cache.", v->reused);
-    add_metric(&to, "generated_tokens_total", "counter", "Tokens generated.",
-               v->made);
-    add_metric(&to, "connections", "gauge", "Open connections.", v->n_clients);
-    add_metric(&to, "queue", "gauge", "Answers that wait.", waiting);
-    add_metric(&to, "slots", "gauge", "Answers there can be at once.",
-               v->e.par.n_seq);
-    add_metric(&to, "slots_busy", "gauge", "Answers under way.", busy);
     add_histogram(&to, "first_token_seconds",
                   "From a request to its first token.", &v->first);
     add_histogram(&to, "token_seconds", "From one token to the next.",
@@ -5136,14 +5121,13 @@ static void detokenize_body(struct client *c)
         if (!list)
             break;
     }
-    add_string(&to, "{");
-    member_bytes(&to, "content", content.s ? content.s : "", content.n);
-    add_string(&to, "}");
+    add_members(&to, "{content: %.*s}", (int)content.n,
+                content.s ? content.s : "");
     if (json_is(list, JSON_ARRAY))
         respond_json(c, &to);
     else
-        refuse(c, 400, USAGE, "\"tokens\": expected an array of token ids from "
-               "0 to %d", lfm2_n_vocab(e->words) - 1);
+        refuse(c, 400, USAGE, phrase("\"tokens\": expected an array of token "
+               "ids from 0 to %d", lfm2_n_vocab(e->words) - 1).s);
     free(to.s);
     free(content.s);
 }
@@ -5151,7 +5135,7 @@ static void detokenize_body(struct client *c)
 static void send_page(struct client *c)
 {
     if (c->server->page.n == 0)
-        refuse(c, 404, USAGE, "nothing is at this address");
+        refuse(c, 404, USAGE, NULL);
     else
         respond(c, 200, "text/html; charset=utf-8", &c->server->page, "");
 }
@@ -5250,7 +5234,7 @@ static int read_request_line(struct client *c, char *line, size_t n)
         if (len >= k && memcmp(path, routes[i].path, k) == 0 &&
             (len == k || (k > 1 && path[k - 1] == '/')))
             c->route = &routes[i];
-        c->model = (struct piece){ path + k, c->route ? len - k : 0 };
+        c->model = phrase("%s", c->route ? path + k : "");
     }
     c->is_preflight = c->route && strcmp(method.s, "OPTIONS") == 0;
     if (!c->route)
@@ -5295,17 +5279,18 @@ static int is_known_key(const struct server *v, const struct piece *given)
     static const char scheme[] = "bearer ";
     const size_t len = strlen(scheme);
     struct phrase word = phrase("%.7s", given->n > len ? given->s : "");
-    int found = v->n_keys == 0;
+    int found = v->keys.n == 0;
 
     lower(word.s, strlen(word.s));
     if (strcmp(word.s, scheme) != 0)
         return found;
-    for (int k = 0; k < v->n_keys; k++) {
-        const size_t n = strlen(v->key[k]);
-        unsigned differ = n != given->n - len;
+    for (const char *key = v->keys.s; key && *key;) {
+        const size_t n = strcspn(key, "\n");
+        unsigned differ = n == 0 || n != given->n - len;
         for (size_t i = len; i < given->n; i++)
-            differ |= (unsigned)(given->s[i] ^ v->key[k][(i - len) % (n + 1)]);
+            differ |= (unsigned)(given->s[i] ^ key[n ? (i - len) % n : 0]);
         found |= !differ;
+        key += n + (key[n] == '\n');
     }
     return found;
 }
@@ -5358,30 +5343,6 @@ static int check_head(struct client *c, const struct piece *field)
     return field[EXPECT].s && !is(&field[EXPECT], "100-continue") ? 417 : 0;
 }
 
-static void refuse_head(struct client *c, int status)
-{
-    static const struct { int status; const char *why; } reasons[] = {
-        { 400, "not a request of HTTP/1.1 as this server reads it" },
-        { 401, "expected a key of --api-key-file as \"Authorization: Bearer "
-               "KEY\"" },
-        { 403, "requests for other hosts, and from pages of other origins, are "
-               "not answered; --cors allows an origin" },
-        { 404, "nothing is at this address" },
-        { 405, "another method is expected here" },
-        { 411, "expected a Content-Length, or a chunked body" },
-        { 413, "the body is longer than --max-body allows" },
-        { 415, "expected \"Content-Type: application/json\"" },
-        { 417, "expected nothing but \"Expect: 100-continue\"" },
-        { 501, "expected \"Transfer-Encoding: chunked\"" },
-        { 505, "expected HTTP/1.0 or HTTP/1.1" },
-    };
-    int i = 0;
-
-    while (reasons[i].status != status)
-        i++;
-    refuse(c, status, USAGE, "%s", reasons[i].why);
-}
-
 /* A whole head, of n bytes with its empty line. */
 static void check_request(struct client *c, size_t n)
 {
@@ -5406,16 +5367,11 @@ static void check_request(struct client *c, size_t n)
     c->keeps = c->is_http11 && !(field[CONNECTION].s &&
                find(field[CONNECTION].s, field[CONNECTION].s +
                     field[CONNECTION].n, "close"));
-    if (bad)
-        status = 400;
-    else if (n_lines > MAX_FIELDS) {
-        refuse(c, 431, USAGE, "more than %d fields", MAX_FIELDS);
-        return;
-    }
+    status = bad ? 400 : n_lines > MAX_FIELDS ? 431 : status;
     status = status ? status : read_length(c, field);
     status = status ? status : check_head(c, field);
     if (status)
-        refuse_head(c, status);
+        refuse(c, status, USAGE, NULL);
     else if (field[EXPECT].s && c->is_http11 && c->in.n == n)
         add_string(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
 }
@@ -5495,7 +5451,7 @@ static void answer_request(struct client *c)
                 "Access-Control-Allow-Headers: *, Authorization\r\n",
                 c->route->methods).s);
     else if (v->stopping > 0)
-        refuse(c, 503, FAILED, "the server stops");
+        refuse(c, 503, FAILED, NULL);
     else
         c->route->answer(c);
 }
@@ -5517,7 +5473,7 @@ static void read_head_part(struct client *c)
     n = end ? (size_t)(end - c->in.s) + 4 : c->in.n;
     c->seen = n;
     if (n > MAX_HEAD)
-        refuse(c, 431, USAGE, "a head longer than %d bytes", MAX_HEAD);
+        refuse(c, 431, USAGE, NULL);
     else if (end) {
         c->deadline = c->server->now + BODY_TIME;
         check_request(c, n);
@@ -5534,6 +5490,10 @@ static void read_more(struct client *c)
         read_head_part(c);
     if (c->state == IN_HEAD || c->state == LEAVING)
         return;
+    if (c->in.n + c->body.n > MAX_AHEAD && held(c->server) > MAX_HELD) {
+        refuse(c, 503, FAILED, "too much is waiting here already");
+        return;
+    }
     if (c->state == IN_LENGTH) {
         const size_t rest = c->length - c->body.n;
         const size_t n = c->in.n < rest ? c->in.n : rest;
@@ -5545,7 +5505,7 @@ static void read_more(struct client *c)
         more = c->state == IN_LENGTH ? 0 : read_chunk(c);
     c->seen = c->in.n;
     if (more < 0)
-        refuse_head(c, more == -1 ? 400 : 413);
+        refuse(c, more == -1 ? 400 : 413, USAGE, NULL);
     else if (c->state == WORKING)
         answer_request(c);
 }
@@ -5560,7 +5520,6 @@ static void hang_up(struct client *c)
         close(c->fd);
     free(c->in.s);
     free(c->out.s);
-    free(c->body.s);
     c->state = GONE;
 }
 
@@ -5570,6 +5529,10 @@ static void receive(struct client *c)
 
     if (c->state == LEAVING)
         c->in.n = 0;
+    if (c->in.n == 0 && c->in.cap > 4 * MAX_AHEAD) {
+        free(c->in.s);
+        c->in = (struct text){ NULL, 0, 0 };
+    }
     reserve(&c->in, 1 << 16);
     n = read(c->fd, c->in.s + c->in.n, 1 << 16);
     if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
@@ -5624,7 +5587,7 @@ static void check_time(struct client *c)
              (c->state == IN_HEAD && c->in.n == 0))
         hang_up(c);
     else if (c->state < WORKING)
-        refuse(c, 408, USAGE, "the request took too long to arrive");
+        refuse(c, 408, USAGE, NULL);
 }
 
 /* One that waits for its next request has had its answer. */
@@ -5676,12 +5639,19 @@ static void sweep(struct server *v)
 
 /* ---- the loop */
 
+/* Has it sent what can be looked at now? */
+static int has_more(const struct client *c)
+{
+    return c->state < WORKING && c->in.n > c->seen && c->out.n == 0;
+}
+
 /* Wait for sockets, but not while there is an answer to go on with. */
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
     const int open = v->n_clients < MAX_CLIENTS ? v->n_listeners : 0;
     const int n = v->n_clients;
+    int waits = !v->e.jobs;
 
     for (int i = 0; i < open; i++)
         p[i] = (struct pollfd){ v->listener[i], POLLIN, 0 };
@@ -5693,14 +5663,15 @@ static void serve_sockets(struct server *v)
             c->fd, (short)((is_full ? 0 : POLLIN) |
                            (c->sent < c->out.n ? POLLOUT : 0)), 0
         };
+        waits &= !has_more(c);
     }
-    poll(p, (nfds_t)(open + n), v->e.jobs ? 0 : 1000);
+    poll(p, (nfds_t)(open + n), waits ? 1000 : 0);
     v->now = seconds();
     for (int i = 0; i < n; i++) {
         struct client *c = v->client[i];
         if (p[open + i].revents & (POLLIN | POLLHUP | POLLERR))
             receive(c);
-        if (c->state < WORKING && c->in.n > c->seen && c->out.n == 0)
+        if (has_more(c))
             read_more(c);
         if (c->state != GONE)
             transmit(c);
@@ -5719,9 +5690,9 @@ static void fail_answers(struct server *v)
         for (int k = 0; k < c->n_choices; k++)
             failed |= c->choice[k].job.state == ACTIVE;
         if (failed && c->stream)
-            end_stream(c, "the model could not be run");
+            end_stream(c, status_for(500)->why);
         else if (failed)
-            refuse(c, 500, FAILED, "the model could not be run");
+            refuse(c, 500, FAILED, NULL);
     }
 }
 
@@ -5761,9 +5732,9 @@ static void run_server(struct server *v)
     for (int i = 0; i < v->n_clients; i++) {
         struct client *c = v->client[i];
         if (c->state == WORKING && c->stream)
-            end_stream(c, "the server stops");
+            end_stream(c, status_for(503)->why);
         else if (c->state == WORKING)
-            refuse(c, 503, FAILED, "the server stops");
+            refuse(c, 503, FAILED, NULL);
         transmit(c);
         if (c->state != GONE)
             hang_up(c);
@@ -5829,7 +5800,7 @@ static int listen_at_port(struct server *v, const char *where)
                      "address in numbers, or a path with a slash", where);
     v->is_local = is4 ? ntohl(a4.sin_addr.s_addr) >> 24 == 127 :
                   IN6_IS_ADDR_LOOPBACK(&a6.sin6_addr);
-    if (!v->is_local && v->n_keys == 0)
+    if (!v->is_local && v->keys.n == 0)
         return usage("--serve %s: others can reach it, so --api-key-file is "
                      "needed", where);
     a4.sin_port = htons((uint16_t)port);
@@ -5850,26 +5821,6 @@ static int listen_at_port(struct server *v, const char *where)
     return DONE;
 }
 
-/* One on each line. */
-static int read_keys(struct server *v, const char *path)
-{
-    int code = read_text_file(path, &v->keys);
-
-    for (char *s = v->keys.s; code == DONE && s && *s;) {
-        const size_t n = strcspn(s, "\n"), len = strcspn(s, "\r\n");
-        const int more = s[n] != '\0';
-        s[len] = '\0';
-        if (len > 0 && v->n_keys == MAX_KEYS)
-            return say(USAGE, "%s: more than %d keys", path, MAX_KEYS);
-        if (len > 0)
-            v->key[v->n_keys++] = s;
-        s += n + (size_t)more;
-    }
-    if (code == DONE && v->n_keys == 0)
-        code = say(USAGE, "%s: no key in it, expected one on each line", path);
-    return code;
-}
-
 /* Everything that the sandbox will not allow comes first. */
 static int open_server(struct server *v)
 {
@@ -5878,7 +5829,10 @@ static int open_server(struct server *v)
     int code = DONE;
 
     if (s->api_key_file)
-        code = read_keys(v, s->api_key_file);
+        code = read_text_file(s->api_key_file, &v->keys);
+    if (code == DONE && s->api_key_file && strspn(v->keys.s, "\n") == v->keys.n)
+        code = say(USAGE, "%s: no key in it, expected one on each line",
+                   s->api_key_file);
     if (code == DONE && s->page)
         code = read_file(s->page, &v->page);
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
@@ -5945,7 +5899,8 @@ static int serve(const struct settings *s)
  * would change the result is refused. */
 #define FOREIGN(kind, names, why) { kind, names, why, .modes = ANY }
 
-#define SETS "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod"
+#define SETS \
+    "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod|simd128"
 
 static const struct option table[] = {
     GROUP("What to do"),
@@ -6101,7 +6056,8 @@ static const struct option table[] = {
            "guess up to N tokens from the text so far; the answer stays the "
            "same (7; with experts 0)"),
     VALUE(CHOICE, "--isa", SETS, isa, RUN | INSPECT | BENCH, "instruction set: "
-          "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon or dotprod"),
+          "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon, dotprod or "
+          "simd128"),
     VALUE(CHOICE, "--kv", "f16|f32", kv, RUN | INSPECT | BENCH,
           "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
@@ -8210,55 +8166,78 @@ static void add_json(struct text *t, const struct json *v)
  *
  * Those of arrays have no key. */
 
-static void member(struct text *to, const char *key)
+/* The comma before a member, unless it is the first or what a key is for. */
+static void begin_member(struct text *to)
 {
-    if (to->n > 0 && !strchr("{[", to->s[to->n - 1]))
+    if (to->n > 0 && !strchr("{[ ", to->s[to->n - 1]))
         add_string(to, ", ");
-    if (key) {
-        add_json_string(to, key, strlen(key));
-        add_string(to, ": ");
-    }
 }
 
-/* Text that is not there, and numbers that are none, are null. */
-static void member_bytes(struct text *to, const char *key, const char *s,
-                         size_t n)
+/* Numbers that are none are null. */
+static void add_real(struct text *to, double x)
 {
-    member(to, key);
-    if (s)
-        add_json_string(to, s, n);
-    else
-        add_string(to, "null");
-}
-
-static void member_text(struct text *to, const char *key, const char *s)
-{
-    member_bytes(to, key, s, s ? strlen(s) : 0);
-}
-
-static void member_count(struct text *to, const char *key, uint64_t n)
-{
-    member(to, key);
-    add_format(to, "%llu", (unsigned long long)n);
-}
-
-static void member_real(struct text *to, const char *key, double x)
-{
-    member(to, key);
     add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
                "%.0f" : "%.9g", x);
 }
 
-static void member_bool(struct text *to, const char *key, int x)
+/* The value of one conversion of add_members(); returns its last letter. */
+static const char *add_value(struct text *to, const char *how, va_list *args)
 {
-    member(to, key);
-    add_string(to, x ? "true" : "false");
+    const char *const end = how + strcspn(how, "sdiugx");
+    const int n = *how == '.' ? va_arg(*args, int) : -1;
+    const char *s;
+
+    if (*end == 's') {
+        s = va_arg(*args, const char *);
+        if (s)
+            add_json_string(to, s, n < 0 ? strlen(s) : (size_t)n);
+        else
+            add_string(to, "null");
+    } else if (*end == 'd')
+        add_format(to, "%d", va_arg(*args, int));
+    else if (*end == 'i')
+        add_string(to, va_arg(*args, int) ? "true" : "false");
+    else if (*end == 'g')
+        add_real(to, va_arg(*args, double));
+    else if (*how == 'z')
+        add_format(to, "%zu", va_arg(*args, size_t));
+    else
+        add_format(to, *end == 'x' ? "\"%016llx\"" : "%llu",
+                   va_arg(*args, unsigned long long));
+    return end;
 }
 
-static void member_open(struct text *to, const char *key, const char *bracket)
+/* Members by a format, in which keys are bare words:
+ *
+ *     add_members(to, "name: %s, sizes: {width: %d, bytes: %llu}", ...);
+ *
+ * It may end within an object, for the next call to go on, and commas between
+ * members come by themselves.  %s is a string and %.*s some bytes, or null if
+ * they are not there; %d, %zu, %llu and %g are numbers, %016llx a hash, and %i
+ * true or false. */
+#ifdef __clang__                          /* gcc would warn of every NULL    */
+__attribute__((format(printf, 2, 3)))
+#endif
+static void add_members(struct text *to, const char *format, ...)
 {
-    member(to, key);
-    add_string(to, bracket);
+    va_list args;
+
+    va_start(args, format);
+    for (const char *s = format; *s; s++) {
+        const size_t n = strspn(s, "abcdefghijklmnopqrstuvwxyz_0123456789");
+        if (strchr("{[%", *s) || n > 0)
+            begin_member(to);
+        if (n > 0) {
+            add_json_string(to, s, n);
+            s += n - 1;
+        } else if (*s == '%')
+            s = add_value(to, s + 1, &args);
+        else if (*s == ':')
+            add_string(to, ": ");
+        else
+            add(to, s, !strchr(", ", *s));
+    }
+    va_end(args);
 }
 
 /* -------------------------------------------------------- 14. Chat templates
@@ -9226,22 +9205,13 @@ static int work_on_words(const struct settings *s)
 /* -------------------------------------------------------------- 17. --inspect
  *
  * What is in a file, in the terms its makers use; what it will take to run it;
- * and what is wrong with it.  The facts are found once, then printed as text or
- * as JSON. */
+ * and what is wrong with it.  Each fact is written once, as JSON; the text is
+ * made of that. */
 
-/* ---- facts
- *
- * Each is written once, as JSON; the text is made of that.  Every tensor has a
- * role; embedding and output are one where they are tied. */
-
+/* What a tensor is for.  Embedding and output are one where they are tied. */
 enum role {
     EMBEDDING, OUTPUT, CONV_MIXERS, ATTENTION, DENSE_FFN, ROUTER, EXPERTS,
     NORMS, UNUSED, N_ROLES
-};
-
-static const char *const role_name[N_ROLES] = {
-    "embedding", "output", "conv", "attention", "dense_ffn", "router",
-    "experts", "norms", "unused"
 };
 
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
@@ -9249,8 +9219,8 @@ enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
 /* What the tensors of a role take. */
 struct portion {
     int n;                                /* tensors                         */
-    uint64_t params, active;              /* these for every token           */
-    uint64_t bytes, read;
+    unsigned long long params, bytes;
+    unsigned long long active, read;      /* for every token                 */
     int of_type[MAX_TYPES];               /* tensors, by lfm2_weight_type()  */
 };
 
@@ -9262,12 +9232,16 @@ struct inspection {
     int code;                             /* LFM2_OK, or what is fatal       */
     lfm2_error err;
     struct text json;
+    const char *last_norm;                /* its name                        */
+    int tied;
     struct portion all;                   /* without what is unused          */
     struct found_template template;
 };
 
+/* ---- facts */
+
 /* The first two are outside of layers, and known by their whole names. */
-static enum role role_of_tensor(const char *name, const char *norm)
+static enum role role_of_tensor(const char *name, const char *last_norm)
 {
     static const struct { const char *part; enum role role; } known[] = {
         { "token_embd.weight", EMBEDDING }, { "output.weight", OUTPUT },
@@ -9282,7 +9256,7 @@ static enum role role_of_tensor(const char *name, const char *norm)
         if (in_layer ? strstr(name, known[i].part) != NULL :
             strcmp(name, known[i].part) == 0)
             return known[i].role;
-    return strcmp(name, norm) == 0 ? NORMS : UNUSED;
+    return strcmp(name, last_norm) == 0 ? NORMS : UNUSED;
 }
 
 /* Of the experts a token reads those that are chosen; of an embedding that is
@@ -9293,11 +9267,9 @@ static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
     const int shared = role == EXPERTS && c->n_expert > 0;
     const uint64_t of = shared ? (uint64_t)c->n_expert : 1;
     const uint64_t used = shared ? (uint64_t)c->n_expert_used : role != UNUSED;
-    uint64_t params = 1;
+    const uint64_t params = (uint64_t)count_elements(t);
     const char *type;
 
-    for (int d = 0; d < t->n_dims; d++)
-        params *= t->dims[d];
     to->n++;
     to->params += params;
     to->active += params / of * used;
@@ -9308,23 +9280,14 @@ static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
         to->of_type[i] += strcmp(type, t->type) == 0;
 }
 
-static int has_tensor(const lfm2_model *m, const char *name)
-{
-    lfm2_tensor_info t;
-
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++)
-        if (strcmp(t.name, name) == 0)
-            return 1;
-    return 0;
-}
-
-static void member_string(struct text *to, const char *key,
-                          const lfm2_model *m, const char *in_file)
+/* A string of the metadata, whole. */
+static void add_file_string(struct inspection *f, const char *key,
+                            const char *in_file)
 {
     size_t n = 0;
-    const char *s = lfm2_model_string(m, in_file, &n);
+    const char *s = lfm2_model_string(f->model, in_file, &n);
 
-    member_bytes(to, key, s, n);
+    add_members(&f->json, phrase("%s: %%.*s", key).s, (int)n, s);
 }
 
 /* The first bytes say as much as there is of a bad file. */
@@ -9341,92 +9304,88 @@ static void add_file_facts(struct inspection *f)
         keys++;
     while (lfm2_model_tensor(f->model, tensors, &t) == LFM2_OK)
         tensors++;
-    member_open(to, "file", "{");
-    member_text(to, "path", f->s->model);
-    member_count(to, "bytes", n);
-    if (n >= 24 && memcmp(head, "GGUF", 4) == 0) {
-        member_count(to, "gguf_version", get_le(head + 4, 4));
-        member_count(to, "n_keys", get_le(head + 16, 8));
-        member_count(to, "n_tensors", get_le(head + 8, 8));
-        member_count(to, "keys_read", (uint64_t)keys);
-        member_count(to, "tensors_read", (uint64_t)tensors);
-    }
-    add_string(to, "}");
-    member_bool(to, "opens", f->is_model);
-    member_string(to, "name", f->model, "general.name");
-    member_string(to, "architecture", f->model, "general.architecture");
+    add_members(to, "file: {path: %s, bytes: %zu", f->s->model, n);
+    if (n >= 24 && memcmp(head, "GGUF", 4) == 0)
+        add_members(to, "gguf_version: %llu, n_keys: %llu, n_tensors: %llu, "
+                    "keys_read: %d, tensors_read: %d",
+                    (unsigned long long)get_le(head + 4, 4),
+                    (unsigned long long)get_le(head + 16, 8),
+                    (unsigned long long)get_le(head + 8, 8), keys, tensors);
+    add_members(to, "} opens: %i", f->is_model);
+    add_file_string(f, "name", "general.name");
+    add_file_string(f, "architecture", "general.architecture");
 }
 
 /* In the maps c and A are short convolutions and attention, d and e dense
  * networks and experts. */
-static void add_size_facts(struct text *to, const lfm2_config *c)
+static void add_shape(struct inspection *f)
 {
-    const struct { const char *key; int n; } size[] = {
-        { "n_layer", c->n_layer }, { "n_embd", c->n_embd },
-        { "n_vocab", c->n_vocab }, { "n_ctx_train", c->n_ctx_train },
-        { "l_cache", c->l_cache }, { "n_head", c->n_head },
-        { "n_head_kv", c->n_head_kv }, { "head_dim", c->head_dim },
-        { "n_ff", c->n_ff }, { "n_layer_dense", c->n_layer_dense },
-        { "n_expert", c->n_expert }, { "n_expert_used", c->n_expert_used },
-        { "n_ff_expert", c->n_ff_expert }
-    };
+    const lfm2_config *c = lfm2_model_config(f->model);
     char mixers[LFM2_MAX_LAYER + 1] = "", ffns[LFM2_MAX_LAYER + 1] = "";
+    lfm2_tensor_info t;
 
     for (int il = 0; il < c->n_layer; il++) {
         mixers[il] = c->is_attn[il] ? 'A' : 'c';
         ffns[il] = il < c->n_layer_dense ? 'd' : 'e';
     }
-    member_open(to, "sizes", "{");
-    for (size_t i = 0; i < sizeof size / sizeof *size; i++)
-        member_count(to, size[i].key, (uint64_t)size[i].n);
-    member_real(to, "rope_freq_base", (double)c->rope_freq_base);
-    add_format(to, ", \"norm_rms_eps\": %g}", (double)c->norm_rms_eps);
-    member_text(to, "layer_map", mixers);
-    member_text(to, "ffn_map", ffns);
+    f->last_norm = "token_embd_norm.weight";
+    f->tied = 1;
+    for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
+        f->tied &= strcmp(t.name, "output.weight") != 0;
+        if (strcmp(t.name, "output_norm.weight") == 0)
+            f->last_norm = "output_norm.weight";
+    }
+    add_members(&f->json, "layer_map: %s, ffn_map: %s, last_norm: %s, tied: %i",
+                mixers, ffns, f->last_norm, f->tied);
+    add_members(&f->json, "sizes: {n_layer: %d, n_embd: %d, n_vocab: %d, "
+                "n_ctx_train: %d, l_cache: %d, n_head: %d, n_head_kv: %d, "
+                "head_dim: %d, n_ff: %d, n_layer_dense: %d, n_expert: %d, "
+                "n_expert_used: %d, n_ff_expert: %d, rope_freq_base: %g, "
+                "norm_rms_eps: ", c->n_layer, c->n_embd, c->n_vocab,
+                c->n_ctx_train, c->l_cache, c->n_head, c->n_head_kv,
+                c->head_dim, c->n_ff, c->n_layer_dense, c->n_expert,
+                c->n_expert_used, c->n_ff_expert, (double)c->rope_freq_base);
+    add_format(&f->json, "%g}", (double)c->norm_rms_eps);
 }
 
 static void add_portion(struct text *to, const char *key,
                         const struct portion *p)
 {
+    const double bits = p->params ? 8.0 * (double)p->bytes / (double)p->params :
+                        0;
     const char *type;
 
-    member_open(to, key, "{");
-    member_count(to, "n_tensors", (uint64_t)p->n);
-    member_count(to, "parameters", p->params);
-    member_count(to, "active", p->active);
-    member_count(to, "bytes", p->bytes);
-    member_count(to, "bytes_per_token", p->read);
-    member_real(to, "bits_per_weight", round(p->params ? (double)p->bytes *
-                800 / (double)p->params : 0) / 100);
-    member_open(to, "types", "{");
+    add_members(to, "%s: {n_tensors: %d, parameters: %llu, active: %llu, "
+                "bytes: %llu, bytes_per_token: %llu, bits_per_weight: %g, "
+                "types: {", key, p->n, p->params, p->active, p->bytes,
+                p->read, round(100 * bits) / 100);
     for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
         if (p->of_type[i] > 0)
-            member_count(to, type, (uint64_t)p->of_type[i]);
+            add_members(to, "%s: %d", type, p->of_type[i]);
     add_string(to, "}}");
 }
 
-static void add_weight_facts(struct inspection *f)
+static void add_weights(struct inspection *f)
 {
-    const char *norm = has_tensor(f->model, "output_norm.weight") ?
-                       "output_norm.weight" : "token_embd_norm.weight";
-    const int tied = !has_tensor(f->model, "output.weight");
+    static const char *const name[N_ROLES] = {
+        "embedding", "output", "conv", "attention", "dense_ffn", "router",
+        "experts", "norms", "unused"
+    };
     const lfm2_config *c = lfm2_model_config(f->model);
     struct portion part[N_ROLES] = { 0 };
     lfm2_tensor_info t;
 
     for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        const enum role role = role_of_tensor(t.name, norm);
-        add_tensor(&part[role], &t, role, c, tied);
+        const enum role role = role_of_tensor(t.name, f->last_norm);
+        add_tensor(&part[role], &t, role, c, f->tied);
         if (role != UNUSED)
-            add_tensor(&f->all, &t, role, c, tied);
+            add_tensor(&f->all, &t, role, c, f->tied);
     }
-    member_text(&f->json, "last_norm", norm);
-    member_bool(&f->json, "tied", tied);
     add_portion(&f->json, "weights", &f->all);
-    member_open(&f->json, "roles", "{");
+    add_members(&f->json, "roles: {");
     for (int i = 0; i < N_ROLES; i++)
         if (part[i].n > 0)
-            add_portion(&f->json, role_name[i], &part[i]);
+            add_portion(&f->json, name[i], &part[i]);
     add_string(&f->json, "}");
 }
 
@@ -9434,84 +9393,65 @@ static void add_weight_facts(struct inspection *f)
 static int largest_context(const struct inspection *f, lfm2_params p, int most,
                            double memory)
 {
-    int fits = 0, least_not = most + 1;
+    int fits = 0;
 
-    while (least_not - fits > 1) {
-        p.n_ctx = fits + (least_not - fits) / 2;
-        const uint64_t beside = lfm2_context_size(f->model, &p);
-        if (beside > 0 && (double)f->all.bytes + (double)beside <= memory)
+    for (int step = MAX_CTX; step > 0; step /= 2) {
+        p.n_ctx = fits + step;
+        if (p.n_ctx <= most && (double)lfm2_context_size(f->model, &p) +
+            (double)f->all.bytes <= memory)
             fits = p.n_ctx;
-        else
-            least_not = p.n_ctx;
     }
     return fits;
 }
 
-static int by_number(const void *a, const void *b)
-{
-    return *(const int *)a - *(const int *)b;
-}
-
 /* What contexts take that one may ask for; what fits is that of the machine
  * this runs on, now. */
-static void add_memory_facts(struct inspection *f)
+static void add_memory(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
-    const int most = c->n_ctx_train < MAX_CTX ? c->n_ctx_train : MAX_CTX;
-    const double memory = free_memory();
+    const int most = smaller(c->n_ctx_train, MAX_CTX);
+    const double memory = free_memory(), read = (double)f->all.read;
     lfm2_params p = choose_params(f->s, f->model);
+    const int asked = f->s->ctx == UNSET ? 0 : smaller(p.n_ctx, MAX_CTX);
+    const int ctx[] = { 4096, 32768, most, asked };
     const double kv = kv_bytes(c, p.kv_type);
-    int ctx[] = { 0, 4096, 32768, most,
-                  f->s->ctx == UNSET ? 0 : p.n_ctx < MAX_CTX ? p.n_ctx :
-                  MAX_CTX };
-    struct text *to = &f->json;
     double conv = 0;
 
     p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
     for (int il = 0; il < c->n_layer; il++)
         conv += c->is_attn[il] ? 0 : 4.0 * (c->l_cache - 1) * c->n_embd;
-    member_open(to, "memory", "{");
-    member_text(to, "kv_type", kv_name(p.kv_type));
-    member_real(to, "kv_bytes_per_token", kv);
-    member_real(to, "conv_state_bytes", conv);
-    member_real(to, "free_bytes", memory > 0 ? memory : NAN);
-    member_real(to, "largest_context", memory > 0 ?
-                largest_context(f, p, most, memory) : NAN);
-    member_count(to, "assumed_gb_per_s", ASSUMED_BANDWIDTH);
-    member_real(to, "tokens_per_s", f->all.read ? round(ASSUMED_BANDWIDTH *
-                1e10 / (double)f->all.read) / 10 : NAN);
-    qsort(ctx, 5, sizeof *ctx, by_number);
-    member_open(to, "contexts", "[");
-    for (int i = 0; i < 5; i++) {
-        p.n_ctx = ctx[i];
-        if ((i > 0 && ctx[i] == ctx[i - 1]) ||
-            (ctx[i] > most && f->s->ctx == UNSET))
-            continue;
-        member_open(to, NULL, "{");
-        member_count(to, "context", (uint64_t)ctx[i]);
-        member_real(to, "kv_bytes", kv * ctx[i]);
-        member_count(to, "bytes_beside_file", ctx[i] ?
-                     lfm2_context_size(f->model, &p) : 0);
-        member_real(to, "bytes_per_token", (double)f->all.read + kv * ctx[i]);
-        add_string(to, "}");
+    add_members(&f->json, "memory: {kv_type: %s, kv_bytes_per_token: %g, "
+                "conv_state_bytes: %g, free_bytes: %g, largest_context: %g, "
+                "assumed_gb_per_s: %d, tokens_per_s: %g, contexts: [",
+                kv_name(p.kv_type), kv, conv, memory > 0 ? memory : NAN,
+                memory > 0 ? largest_context(f, p, most, memory) : NAN,
+                ASSUMED_BANDWIDTH,
+                round(ASSUMED_BANDWIDTH * 1e10 / read) / 10);
+    for (int n = 0, next; n >= 0; n = next) {
+        p.n_ctx = n;
+        add_members(&f->json, "{context: %d, kv_bytes: %g, bytes_beside_file: "
+                    "%g, bytes_per_token: %g}", n, kv * n,
+                    n ? (double)lfm2_context_size(f->model, &p) : 0.0,
+                    read + kv * n);
+        next = -1;
+        for (int i = 0; i < 4; i++)
+            if (ctx[i] > n && (ctx[i] <= most || ctx[i] == asked) &&
+                (next < 0 || ctx[i] < next))
+                next = ctx[i];
     }
-    add_string(to, "]}");
+    add_string(&f->json, "]}");
 }
 
 static void add_special(struct inspection *f, const char *role, int32_t id)
 {
-    struct text *to = &f->json;
     const char *s;
     int len;
 
     if (id < 0 || id >= lfm2_n_vocab(f->words))
         return;
     s = lfm2_token_bytes(f->words, id, 1, &len);
-    member_open(to, NULL, "{");
-    member_text(to, "role", role);
-    member_count(to, "id", (uint64_t)id);
-    member_bytes(to, "piece", s, (size_t)len);
-    add_string(to, "}");
+    add_members(&f->json, "{role: %s, id: %d, piece: %.*s}", role, (int)id, len,
+                s);
 }
 
 /* "[65536 x string]" has the length of an array. */
@@ -9522,58 +9462,47 @@ static void add_vocabulary(struct inspection *f)
         "<|tool_response_start|>", THINK
     };
     const struct phrase merges = value_of(f->model, "tokenizer.ggml.merges");
-    struct text *to = &f->json;
+    const int n_vocab = lfm2_n_vocab(f->words);
     double pad = -1;
 
     file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30, &pad);
-    member_open(to, "vocabulary", "{");
-    member_count(to, "n_tokens", (uint64_t)lfm2_n_vocab(f->words));
-    member_count(to, "n_merges", merges.s[0] != '[' ? 0 :
-                 strtoull(merges.s + 1, NULL, 10));
-    member_string(to, "model", f->model, "tokenizer.ggml.model");
-    member_string(to, "pre", f->model, "tokenizer.ggml.pre");
-    member_open(to, "special", "[");
+    add_members(&f->json, "vocabulary: {n_tokens: %d, n_merges: %llu", n_vocab,
+                merges.s[0] == '[' ? strtoull(merges.s + 1, NULL, 10) : 0);
+    add_file_string(f, "model", "tokenizer.ggml.model");
+    add_file_string(f, "pre", "tokenizer.ggml.pre");
+    add_members(&f->json, "special: [");
     if (lfm2_add_bos(f->words))
         add_special(f, "bos", lfm2_bos(f->words));
-    for (int32_t id = 0; id < lfm2_n_vocab(f->words); id++)
+    for (int32_t id = 0; id < n_vocab; id++)
         if (lfm2_is_eog(f->words, id))
             add_special(f, "end", id);
     for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
         add_special(f, "marker", lfm2_token_id(f->words, marker[i]));
     add_special(f, "pad", (int32_t)pad);
-    add_string(to, "]}");
+    add_string(&f->json, "]}");
 }
 
 /* How words are written down, and how they are chosen. */
-static void add_word_facts(struct inspection *f)
+static void add_words(struct inspection *f)
 {
     static const char *const how[] = { "none", "hash", "words", "model" };
-    const struct preset *p = find_preset(f->model);
+    const struct found_template *t = &f->template;
     int from_file;
     const struct sampling is = preset_of(f->model, &from_file);
-    struct text *to = &f->json;
 
     f->code = load_words(f->s, f->model, &f->words, &f->err);
     f->template = find_template(f->model, f->words);
     if (f->words)
         add_vocabulary(f);
-    member_open(to, "template", "{");
-    member_text(to, "name", template_name(f->template.template));
-    member_text(to, "by", how[f->template.how]);
-    member_text(to, "words", f->template.word);
-    member_text(to, "hash", f->template.how == NO_TEMPLATE ? NULL :
-                phrase("%016llx", (unsigned long long)f->template.hash).s);
-    add_string(to, "}");
-    member_open(to, "preset", "{");
-    member_text(to, "name", p->name);
-    member_bool(to, "from_file", from_file > 0);
-    member_real(to, "temperature", is.temp);
-    member_count(to, "top_k", (uint64_t)is.top_k);
-    member_real(to, "top_p", is.top_p);
-    member_real(to, "min_p", is.min_p);
-    member_real(to, "repeat_penalty", is.repeat);
-    member_real(to, "repeat_last_n", is.last_n);
-    add_string(to, "}");
+    add_members(&f->json, "template: {name: %s, by: %s, words: %s, hash: %s}",
+                template_name(t->template), how[t->how], t->word,
+                t->how == NO_TEMPLATE ? NULL :
+                phrase("%016llx", (unsigned long long)t->hash).s);
+    add_members(&f->json, "preset: {name: %s, from_file: %i, temperature: %g, "
+                "top_k: %d, top_p: %g, min_p: %g, repeat_penalty: %g, "
+                "repeat_last_n: %d}", find_preset(f->model)->name,
+                from_file > 0, is.temp, is.top_k, is.top_p, is.min_p,
+                is.repeat, is.last_n);
 }
 
 /* All that the file says: its keys and its tensors. */
@@ -9584,40 +9513,26 @@ static void add_contents(struct inspection *f)
     const char *key;
     char value[128];
 
-    member_open(to, "metadata", "{");
+    add_members(to, "metadata: {");
     for (int i = 0; (key = lfm2_model_key(f->model, i, value, sizeof value));
          i++)
-        member_text(to, key, value);
-    add_string(to, "}");
-    member_open(to, "tensors", "[");
+        add_members(to, "%s: %s", key, value);
+    add_members(to, "} tensors: [");
     for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        member_open(to, NULL, "{");
-        member_text(to, "name", t.name);
-        member_text(to, "type", t.type);
-        member_open(to, "shape", "[");
+        add_members(to, "{name: %s, type: %s, shape: [", t.name, t.type);
         for (int d = 0; d < t.n_dims; d++)
-            member_count(to, NULL, t.dims[d]);
-        add_string(to, "]");
-        member_count(to, "bytes", t.n_bytes);
+            add_members(to, "%llu", (unsigned long long)t.dims[d]);
+        add_members(to, "] bytes: %llu", (unsigned long long)t.n_bytes);
         if (t.data)
-            member_count(to, "offset", t.offset);
+            add_members(to, "offset: %llu", (unsigned long long)t.offset);
         add_string(to, "}");
     }
     add_string(to, "]");
 }
 
-static void add_problem(struct text *to, const char *level, const char *what,
-                        const char *is)
+static void add_problem(struct inspection *f, const char *level, const char *s)
 {
-    struct text message = { 0 };
-
-    add_string(&message, what);
-    add_string(&message, is);
-    member_open(to, NULL, "{");
-    member_text(to, "level", level);
-    member_bytes(to, "message", message.s, message.n);
-    add_string(to, "}");
-    free(message.s);
+    add_members(&f->json, "{level: %s, message: %s}", level, s);
 }
 
 /* The library knows the keys of the model's own architecture; those of its kin
@@ -9628,145 +9543,121 @@ static void add_problems(struct inspection *f)
     const struct phrase arch = value_of(f->model, "general.architecture");
     const size_t n = strlen(arch.s);
     const char *s;
-    struct text *to = &f->json;
     char value[8];
 
-    member_open(to, "anomalies", "[");
+    add_members(&f->json, "anomalies: [");
     for (int i = 0; (s = lfm2_model_warning(f->model, i)); i++)
-        add_problem(to, "tolerated", s, "");
+        add_problem(f, "tolerated", s);
     for (int i = 0; f->is_model &&
          (s = lfm2_model_key(f->model, i, value, sizeof value)); i++)
         if (strncmp(s, "lfm2", 4) == 0 &&
             (strncmp(s, arch.s, n) != 0 || s[n] != '.'))
-            add_problem(to, "tolerated", s, ": the key is not used");
+            add_problem(f, "tolerated",
+                        phrase("%.90s: the key is not used", s).s);
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
-        add_problem(to, "tolerated", "tokenizer.ggml.pre: ",
-                    phrase("\"%.60s\", expected \"lfm2\", as which it is "
-                           "taken", pre.s).s);
+        add_problem(f, "tolerated", phrase("tokenizer.ggml.pre: \"%.60s\", "
+                    "expected \"lfm2\", as which it is taken", pre.s).s);
     if (f->template.how > BY_HASH)
-        add_problem(to, "tolerated", "tokenizer.chat_template: none that is "
-                    "known, taken as ", template_name(f->template.template));
+        add_problem(f, "tolerated", phrase("tokenizer.chat_template: none that "
+                    "is known, taken as %s",
+                    template_name(f->template.template)).s);
     if (f->code != LFM2_OK)
-        add_problem(to, "fatal", f->err.msg, "");
-    add_string(to, "]");
+        add_problem(f, "fatal", f->err.msg);
+    add_string(&f->json, "]");
 }
 
 /* ---- in text
  *
  * A line for each member, objects of objects and arrays of them as tables. */
 
-static int is_table(const struct json *v)
-{
-    return v->type >= JSON_ARRAY && v->first && v->first->type == JSON_OBJECT;
-}
+/* Rows of cells.  How wide their columns are is known when all are gone through
+ * for the second time, to be printed. */
+struct grid {
+    struct text cell;
+    size_t width[MAX_COLUMNS];
+    int column, gap, is_printing;         /* gap: blanks before the next     */
+};
 
 /* A value in a few words: amounts are rounded, members follow by commas. */
 static void add_value_text(struct text *to, const struct json *v)
 {
-    const struct phrase key = phrase("%.*s", (int)v->n_key, v->key ? v->key :
-                                     "");
-    const int params = strcmp(key.s, "parameters") == 0 ||
-                       strcmp(key.s, "active") == 0;
+    const char *key = v->key ? v->key : "";
+    const int bytes = strstr(key, "bytes") != NULL;
 
-    if (v->type == JSON_NUMBER && (params || strstr(key.s, "bytes")))
-        add_string(to, amount(strtod(v->s, NULL), params ? "" : "B").s);
+    if (v->type == JSON_NUMBER && (bytes || strcmp(key, "active") == 0 ||
+                                   strcmp(key, "parameters") == 0))
+        add_string(to, amount(strtod(v->s, NULL), bytes ? "B" : "").s);
     else if (v->type == JSON_NUMBER || v->type == JSON_STRING)
         add(to, v->s, v->n);
     else if (v->type < JSON_NUMBER)
         add_string(to, v->type == JSON_NULL ? "-" : json_names[v->type]);
-    else
-        for (const struct json *x = v->first; x; x = x->next) {
-            add(to, x->key, x->n_key);
-            add_string(to, x->n_key ? " " : "");
-            add_value_text(to, x);
-            add_string(to, x->next ? ", " : "");
-        }
-}
-
-/* Nothing that a file says steers the terminal or begins a line. */
-static void end_line(struct text *line)
-{
-    line->n = drop_controls(line->s, line->n);
-    while (line->n > 0 && line->s[line->n - 1] == ' ')
-        line->n--;
-    for (size_t i = 0; i < line->n; i++)
-        putchar(line->s[i] == '\n' || line->s[i] == '\t' ? ' ' : line->s[i]);
-    putchar('\n');
-    line->n = 0;
-}
-
-/* A cell, as wide as the widest of its column so far. */
-static void add_cell(struct text *line, const char *s, size_t n, int right,
-                     size_t *width)
-{
-    *width = n > *width ? n : *width;
-    add_format(line, "%*s", right ? (int)(*width - n) : 0, "");
-    add(line, s, n);
-    add_format(line, "%*s  ", right ? 0 : (int)(*width - n), "");
-}
-
-static void add_row(struct text *line, const struct json *row, int is_head,
-                    int indent, size_t *width)
-{
-    struct text cell = { 0 };
-
-    line->n = 0;
-    add_format(line, "%*s", indent, "");
-    if (row->n_key)
-        add_cell(line, row->key, is_head ? 0 : row->n_key, 0, width++);
-    for (const struct json *x = row->first; x; x = x->next) {
-        cell.n = 0;
-        if (is_head)
-            add(&cell, x->key, x->n_key);
-        else
-            add_value_text(&cell, x);
-        add_cell(line, cell.s, cell.n, x->type == JSON_NUMBER, width++);
-    }
-    free(cell.s);
-}
-
-/* In the second pass the widths are known. */
-static void print_rows(const struct json *rows, int indent)
-{
-    size_t width[MAX_COLUMNS] = { 0 };
-    struct text line = { 0 };
-
-    for (int printing = 0; printing < 2; printing++) {
-        add_row(&line, rows->first, 1, indent, width);
-        if (printing)
-            end_line(&line);
-        for (const struct json *row = rows->first; row; row = row->next) {
-            add_row(&line, row, 0, indent, width);
-            if (printing)
-                end_line(&line);
-        }
-    }
-    free(line.s);
-}
-
-static void print_object(const struct json *v, int indent)
-{
-    struct text line = { 0 };
-    size_t longest = 0;
-
-    for (const struct json *x = v->first; x; x = x->next)
-        if (x->n_key > longest && !is_table(x))
-            longest = x->n_key;
     for (const struct json *x = v->first; x; x = x->next) {
-        const int nested = x->type == JSON_OBJECT && indent == 0;
-        add_format(&line, "%*s", indent, "");
-        add(&line, x->key, x->n_key);
-        if (!nested && !is_table(x)) {
-            add_format(&line, "%*s", (int)(longest + 2 - x->n_key), "");
-            add_value_text(&line, x);
-        }
-        end_line(&line);
-        if (is_table(x))
-            print_rows(x, indent + 2);
-        else if (nested)
-            print_object(x, 2);
+        add(to, x->key, x->n_key);
+        add_string(to, x->n_key ? " " : "");
+        add_value_text(to, x);
+        add_string(to, x->next ? ", " : "");
     }
-    free(line.s);
+}
+
+/* A key or a value.  Nothing that a file says steers the terminal or begins a
+ * line. */
+static void put_cell(struct grid *g, const struct json *v, int is_key,
+                     int right)
+{
+    struct text *t = &g->cell;
+    size_t *width = &g->width[g->column++];
+
+    t->n = 0;
+    if (is_key)
+        add(t, v->key, v->n_key);
+    else
+        add_value_text(t, v);
+    t->n = t->n ? drop_controls(t->s, t->n) : 0;
+    for (size_t i = 0; i < t->n; i++)
+        t->s[i] = strchr("\n\t", t->s[i]) ? ' ' : t->s[i];
+    *width = t->n > *width ? t->n : *width;
+    g->gap += right ? (int)(*width - t->n) : 0;
+    if (g->is_printing && t->n > 0) {
+        printf("%*s%.*s", g->gap, "", (int)t->n, t->s);
+        g->gap = 0;
+    }
+    g->gap += 2 + (right ? 0 : (int)(*width - t->n));
+}
+
+static int is_table(const struct json *v)
+{
+    return v->first && v->first->type == JSON_OBJECT;
+}
+
+/* The head of a table has the keys of its first row. */
+static void print_rows(const struct json *first, const struct json *end,
+                       int indent, int in_table)
+{
+    static const struct json blank = { .type = JSON_STRING, .s = "" };
+    struct grid g = { 0 };
+
+    for (; g.is_printing < 2; g.is_printing++) {
+        int is_head = in_table;
+        for (const struct json *x = first; x != end;
+             x = is_head ? x : x->next, is_head = 0) {
+            const int opens = !in_table && (is_table(x) ||
+                              (x->type == JSON_OBJECT && indent == 0));
+            g.column = 0;
+            g.gap = indent;
+            if (x->n_key)
+                put_cell(&g, is_head ? &blank : x, !is_head, 0);
+            if (!in_table && !opens)
+                put_cell(&g, x, 0, 0);
+            for (const struct json *y = in_table ? x->first : NULL; y;
+                 y = y->next)
+                put_cell(&g, y, is_head, y->type == JSON_NUMBER);
+            if (g.is_printing)
+                putchar('\n');
+            if (g.is_printing && opens)
+                print_rows(x->first, NULL, indent + 2, is_table(x));
+        }
+    }
+    free(g.cell.s);
 }
 
 /* Problems stand last, each in a line of its own.  What has too many members to
@@ -9774,26 +9665,25 @@ static void print_object(const struct json *v, int indent)
 static void print_report(struct text *json, int as_text)
 {
     struct pool pool = { 0 };
-    struct json *v, *last, *problem;
-    struct text line = { 0 };
+    struct json *v;
+    struct grid g = { .is_printing = 1 };
     struct why why;
 
     if (!as_text || json_parse(&pool, json->s, json->n, &v, &why) != DONE) {
         show_text(json);
         return;
     }
-    for (last = v->first; last->next->next; last = last->next)
-        ;
-    problem = last->next->first;
-    last->next = NULL;
-    print_object(v, 0);
-    for (; problem; problem = problem->next) {
-        add_value_text(&line, problem->first);
-        add_string(&line, ": ");
-        add_value_text(&line, problem->first->next);
-        end_line(&line);
+    const struct json *problems = json_get(v, "anomalies");
+    print_rows(v->first, problems, 0, 0);
+    for (const struct json *x = problems->first; x; x = x->next) {
+        g.gap = g.column = 0;
+        put_cell(&g, x->first, 0, 0);
+        putchar(':');
+        g.gap = 1;
+        put_cell(&g, x->first->next, 0, 0);
+        putchar('\n');
     }
-    free(line.s);
+    free(g.cell.s);
     pool_free(&pool);
 }
 
@@ -9815,10 +9705,10 @@ static int inspect_file(const struct settings *s)
     add_string(&f.json, "{");
     add_file_facts(&f);
     if (f.is_model) {
-        add_size_facts(&f.json, lfm2_model_config(f.model));
-        add_weight_facts(&f);
-        add_memory_facts(&f);
-        add_word_facts(&f);
+        add_shape(&f);
+        add_weights(&f);
+        add_memory(&f);
+        add_words(&f);
     }
     if (s->verbose)
         add_contents(&f);
