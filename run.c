@@ -6713,8 +6713,8 @@ static int report(const char *path, const lfm2_error *err)
  * UTF-8, and lines end with \n.  What is there for the sake of its bytes stays
  * as it is: --ids, --tokenize, --detokenize, --ppl. */
 
-/* If it is UTF-16: it says so itself, or most of the high bytes of its pairs are
- * 0 and none of the others. */
+/* If it is UTF-16: it says so itself, or most of the high bytes of its pairs
+ * are 0 and none of the others. */
 static void utf16_to_utf8(struct text *t)
 {
     const unsigned char *s = (const unsigned char *)t->s;
