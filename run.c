@@ -545,7 +545,7 @@ struct request {
     int in_thought;                       /* the prompt has opened one       */
 };
 
-enum { MAX_OPTIONS = 96 };
+enum { MAX_OPTIONS = 112 };
 
 struct settings {
     int mode;                             /* 0: none named                   */
@@ -585,8 +585,12 @@ static const struct settings defaults = {
     .bench_seqs = { 1, { 1 } }, .reps = 5
 };
 
-enum kind { HEADING, FLAG, WHOLE, SEED, REAL, CHOICE, TEXT, DATE, RANGE,
-            IN_FILE, OUT_FILE, TEXTS, LIST };
+enum kind {
+    HEADING, FLAG, WHOLE, SEED, REAL, CHOICE,
+    TEXT, DATE, RANGE, IN_FILE, OUT_FILE, /* once                            */
+    TEXTS, LIST,
+    IGNORED, IGNORED_FLAG, REFUSED        /* of other programs               */
+};
 
 /* A row without names is for bodies of requests only; one without help is not
  * listed.  An option that names a mode has it as `mode`. */
@@ -5944,6 +5948,9 @@ static int serve(const struct settings *s)
     { kind, names, arg, AT(field), 0, 0, NULL, mode, mode, help }
 #define ACTION(names, does, help) \
     { FLAG, names, NULL, AT(mode), 0, 0, NULL, does, does, help }
+/* What other programs of this kind know.  Most would change nothing here; what
+ * would change the result is refused. */
+#define FOREIGN(kind, names, why) { kind, names, why, .modes = ANY }
 
 #define SETS \
     "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod|simd128"
@@ -6136,34 +6143,27 @@ static const struct option table[] = {
            "measure N times, after one to warm up (5)"),
     VALUE(CHOICE, "-o --output", "md|json", output, BENCH,
           "print a table or records"),
+
+    FOREIGN(IGNORED, "-ngl --gpu-layers --n-gpu-layers",
+            "everything runs on the CPU"),
+    FOREIGN(IGNORED_FLAG, "-fa --flash-attn",
+            "attention is always computed this way"),
+    FOREIGN(IGNORED_FLAG, "--jinja -st --single-turn --no-warmup --simple-io "
+            "--no-display-prompt --log-disable --no-perf", "it is so already"),
+    FOREIGN(IGNORED_FLAG, "--mlock",
+            "the file is mapped, and stays in memory while it is used"),
+    FOREIGN(REFUSED, "-hf -hfr --hf-repo -mu --model-url",
+            "nothing is downloaded here; scripts/download.sh fetches a model"),
+    FOREIGN(REFUSED, "--prompt-cache", "--session FILE keeps a conversation"),
+    FOREIGN(REFUSED, "-i", "-p gives a prompt, -cnv begins a chat"),
+    FOREIGN(REFUSED, "--grammar --grammar-file -j",
+            "--json-schema FILE gives answers in a schema"),
 };
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
 _Static_assert(sizeof table / sizeof *table <= MAX_OPTIONS,
                "settings.given is too short");
-
-/* What other programs of this kind know.  Most would change nothing here; what
- * would change the result is refused. */
-static const struct {
-    const char *names;
-    enum { NO_VALUE, ONE_VALUE, ON_OFF, REFUSED } kind;
-    const char *why;
-} foreign[] = {
-    { "-ngl --gpu-layers --n-gpu-layers", ONE_VALUE,
-      "everything runs on the CPU" },
-    { "-fa --flash-attn", ON_OFF, "attention is always computed this way" },
-    { "--jinja -st --single-turn --no-warmup --no-display-prompt --simple-io "
-      "--log-disable --no-perf", NO_VALUE, "it is so already" },
-    { "--mlock", NO_VALUE,
-      "the file is mapped, and stays in memory while it is used" },
-    { "-hf -hfr --hf-repo -mu --model-url", REFUSED,
-      "nothing is downloaded here; scripts/download.sh fetches a model" },
-    { "--prompt-cache", REFUSED, "--session FILE keeps a conversation" },
-    { "-i", REFUSED, "-p gives a prompt, -cnv begins a chat" },
-    { "--grammar --grammar-file -j", REFUSED,
-      "--json-schema FILE gives answers in a schema" },
-};
 
 /* Is the word one of a list, whose words are separated by that character?
  * Returns its number, or -1. */
@@ -6414,36 +6414,24 @@ static int parse_value(struct settings *to, const struct option *o,
 
 /* ---- the command line */
 
-/* -1 if nobody knows it. */
-static int take_foreign(const char *name, char **argv, int *i)
-{
-    for (size_t k = 0; k < sizeof foreign / sizeof *foreign; k++) {
-        const int kind = foreign[k].kind;
-        const char *next = strchr(argv[*i], '=') ? NULL : argv[*i + 1];
-        if (find_word(foreign[k].names, ' ', name) < 0)
-            continue;
-        if (kind == REFUSED)
-            return usage("%s: %s", name, foreign[k].why);
-        *i += next && (kind == ONE_VALUE || (kind == ON_OFF &&
-                       find_word("on off auto", ' ', next) >= 0));
-        note("%s changes nothing: %s", name, foreign[k].why);
-        return DONE;
-    }
-    return -1;
-}
-
 /* Take the option at argv[*i], and its value, which may be the next word. */
 static int take_option(struct settings *to, int bench, char **argv, int *i)
 {
-    const char *arg = argv[*i], *equals = strchr(arg, '='), *value;
+    const char *arg = argv[*i], *equals = strchr(arg, '=');
+    const char *value = equals ? equals + 1 : argv[*i + 1];
     const struct phrase name = phrase("%.*s", (int)strcspn(arg, "="), arg);
     const struct option *o = find_option(name.s, bench ? BENCH : ANY - BENCH);
-    int code;
 
-    if (!o && (code = take_foreign(name.s, argv, i)) >= 0)
-        return code;
     if (!o)
         return usage("unknown option %s", name.s);
+    if (o->kind == REFUSED)
+        return usage("%s: %s", name.s, o->arg);
+    if (o->kind == IGNORED || o->kind == IGNORED_FLAG) {
+        note("%s changes nothing: %s", name.s, o->arg);
+        *i += !equals && value && (o->kind == IGNORED ||
+              find_word("on off auto", ' ', value) >= 0);
+        return DONE;
+    }
     if (o->kind == FLAG && equals)
         return usage("%s takes no value, but is given %s", name.s, equals + 1);
     if (o->kind >= TEXT && o->kind < TEXTS && to->given[o - table])
@@ -6458,9 +6446,9 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
             *(int *)((char *)to + o->at) = 1;
         return DONE;
     }
-    value = equals ? equals + 1 : argv[*i + 1] ? argv[++*i] : NULL;
     if (!value)
         return usage("%s needs a value, %s", name.s, o->arg);
+    *i += !equals;
     if (parse_value(to, o, value) == 0)
         return DONE;
     if (o->at == AT(threads) && strchr(value, '.'))
@@ -6637,8 +6625,10 @@ static FILE *create_file(const char *path)
 
 static int finish_file(FILE *f, const char *path, int code)
 {
-    const int failed = f != stdout && (ferror(f) | (fclose(f) != 0));
+    int failed = f != stdout && ferror(f);
 
+    if (f != stdout)
+        failed |= fclose(f) != 0;
     return !failed || code != DONE ? code :
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
@@ -6778,37 +6768,35 @@ static int report(const char *path, const lfm2_error *err)
  * UTF-8, and lines end with \n.  What is there for the sake of its bytes stays
  * as it is: --ids, --tokenize, --detokenize, --ppl. */
 
-/* Where the high byte of each pair is, if this is UTF-16; else -1.  It says so
- * itself, or most of the high bytes are 0 and none of the others. */
-static int utf16_high(const struct text *t)
-{
-    size_t zeros[2] = { 0, 0 };
-
-    for (size_t i = 0; i < t->n; i++)
-        zeros[i % 2] += !t->s[i];
-    return t->n < 2 ? -1 : memcmp(t->s, "\xff\xfe", 2) == 0 ? 1 :
-           memcmp(t->s, "\xfe\xff", 2) == 0 ? 0 : t->n < 4 ? -1 :
-           !zeros[0] && zeros[1] * 8 >= t->n * 3 ? 1 :
-           !zeros[1] && zeros[0] * 8 >= t->n * 3 ? 0 : -1;
-}
-
-static void utf16_to_utf8(struct text *t, int high)
+/* If it is UTF-16: it says so itself, or most of the high bytes of its pairs
+ * are 0 and none of the others. */
+static void utf16_to_utf8(struct text *t)
 {
     const unsigned char *s = (const unsigned char *)t->s;
+    size_t zeros[2] = { 0, 0 };
     struct text out = { 0 };
     char to[4];
+    int high;                             /* the first byte, or the second   */
 
+    for (size_t i = 0; i < t->n; i++)
+        zeros[i % 2] += !s[i];
+    high = t->n < 2 ? -1 : memcmp(s, "\xff\xfe", 2) == 0 ? 1 :
+           memcmp(s, "\xfe\xff", 2) == 0 ? 0 : t->n < 4 ? -1 :
+           !zeros[0] && zeros[1] * 8 >= t->n * 3 ? 1 :
+           !zeros[1] && zeros[0] * 8 >= t->n * 3 ? 0 : -1;
+    if (high < 0)
+        return;
     for (size_t i = 0; i < t->n; i += 2) {
-        uint32_t unit[2] = { 0xfffd, 0 };
-        for (size_t k = 0; k < 2 && i + 2 * k + 1 < t->n; k++)
-            unit[k] = s[i + 2 * k + !high] | s[i + 2 * k + high] << 8;
-        if (unit[0] >> 10 == 0xd800 >> 10 && unit[1] >> 10 == 0xdc00 >> 10) {
-            unit[0] = 0x10000 + ((unit[0] & 0x3ff) << 10 | (unit[1] & 0x3ff));
+        uint32_t c = 0xfffd, low = 0;
+        if (i + 1 < t->n)
+            c = s[i + !high] | s[i + high] << 8;
+        if (i + 3 < t->n)
+            low = s[i + 2 + !high] | s[i + 2 + high] << 8;
+        if (c >> 10 == 0xd800 >> 10 && low >> 10 == 0xdc00 >> 10) {
+            c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff));
             i += 2;
         }
-        if (unit[0] >> 11 == 0xd800 >> 11)
-            unit[0] = 0xfffd;
-        add(&out, to, utf8_put(to, unit[0]));
+        add(&out, to, utf8_put(to, c >> 11 == 0xd800 >> 11 ? 0xfffd : c));
     }
     free(t->s);
     *t = out;
@@ -6816,11 +6804,9 @@ static void utf16_to_utf8(struct text *t, int high)
 
 static void clean_text(struct text *t)
 {
-    const int high = utf16_high(t);
     size_t n = 0, i;
 
-    if (high >= 0)
-        utf16_to_utf8(t, high);
+    utf16_to_utf8(t);
     i = t->n >= 3 && memcmp(t->s, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
     for (; i < t->n; i++) {
         const int ends = t->s[i] == '\r';
@@ -6925,12 +6911,11 @@ static int read_ids(const char *path, struct ids *out)
 
 /* --------------------------------------------- 12. Signals and the terminal
  *
- * The first SIGINT, SIGTERM, SIGHUP or SIGQUIT ends the program at once, unless
- * somebody looks at `interrupted` and stops the work in good order.  Then the
- * second does nothing more, and the third ends it whatever is lost: by then
- * something hangs.  They are handled from the beginning, as the first process
- * of a container gets no others; one that was ignored then, as by nohup, stays
- * ignored. */
+ * A signal ends the program at once, unless somebody looks at `interrupted` and
+ * stops the work in good order; then the third ends it whatever is lost, as by
+ * then something hangs.  Signals are handled from the beginning, because the
+ * first process of a container gets no others.  One that was ignored before, as
+ * by nohup, stays ignored. */
 
 static const char bright[] = "\033[0m\n";
 static volatile sig_atomic_t is_heard, is_editing;
@@ -7050,14 +7035,11 @@ static void catch_interrupt(void)
     is_heard = 1;
 }
 
-/* Before anything else.
- *
- * Where the shell closed one of the first three descriptors (">&-"), the next
- * file to be opened would get its number, and words or messages would go into
- * it.  A directory takes the place: it can be neither read nor written.
- *
- * Other files that whoever started this left open would be open in the sandbox,
- * too.  A shell leaves some on purpose: <(command) is /dev/fd/63. */
+/* Before anything else.  Where the shell closed one of the first three
+ * descriptors (">&-"), words or messages would go into the next file that is
+ * opened; a directory takes its place, which can be neither read nor written.
+ * Other files that were left open would be open in the sandbox, too, but a
+ * shell leaves some on purpose: <(command) is /dev/fd/63. */
 static void prepare_process(char **argv)
 {
     int fd;
@@ -7096,9 +7078,9 @@ static void prepare_process(char **argv)
 
 /* ---- a model that becomes shorter
  *
- * Models are mapped, and nothing else is.  Who reads behind the end of a file
- * that was cut meanwhile gets SIGBUS, and that deserves a sentence.  It is made
- * beforehand: a signal handler may only write. */
+ * Reading behind the end of a mapped file that was cut meanwhile gives SIGBUS,
+ * and only models are mapped.  A signal handler may only write, so what it says
+ * is made beforehand. */
 
 #ifndef LFM2_NO_MMAP
 
@@ -7429,9 +7411,8 @@ static int leaves(size_t n_typed, int *is_warned)
 }
 
 /* A line without its end, behind what is in `out`: 1; 0 at the end of the
- * input, -1 after a signal that ends the chat.  From a pipe or a simple
- * terminal it is taken as it comes; some of these cut what is longer than 4095
- * bytes. */
+ * input, -1 after a signal that ends the chat.  A simple terminal edits it
+ * itself, and may cut what is longer than 4095 bytes. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
     struct editor e = { .prompt = prompt, .shown = n_history };
@@ -10937,18 +10918,15 @@ static int selftest(void)
  *
  * A model, a prompt or a session may be made by someone who knows of a fault in
  * this program.  So before it looks at a byte of them it gives away what it
- * does not need, and whoever takes it over finds nothing to use: no privileges,
- * no core dump, by Landlock no files but those that options name, by seccomp no
- * system calls but those below.  --sandbox auto takes what the system has; with
- * --sandbox require all of it must be there.
+ * does not need: privileges, core dumps, by Landlock all files but those that
+ * options name, by seccomp all system calls but those below.  --sandbox auto
+ * takes what the system has; with --sandbox require all of it must be there.
  *
- * A denied call fails with EPERM; the program lives on, because a C library
- * that has learnt a new habit is likelier than an attack, and an attacker gains
- * nothing by the error.  Calls newer than the list fail with ENOSYS, as on an
- * older kernel: then C libraries use the old ones.
+ * A denied call fails with EPERM, and the program lives on: a C library with a
+ * new habit is likelier than an attack.  Calls newer than the list fail with
+ * ENOSYS, as on an older kernel: then C libraries use the old ones.
  *
- * This is Linux alone, by its own names and numbers: neither its headers nor a
- * library are needed. */
+ * This is Linux alone, by its own numbers, so its headers are not needed. */
 
 /* Sanitizers do things of their own that it forbids. */
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
@@ -11020,10 +10998,9 @@ static int lacks(const struct settings *s, const char *what, const char *why)
 
 /* ---- the keeper
  *
- * A session is written beside the old one and then takes its place, and who may
- * do that in a directory may put anything there; in a home directory that would
- * be enough.  So another process does it, from outside: it gets a length and so
- * many bytes, looks at nothing, and replaces this one file. */
+ * A session is written beside the old one and then takes its place.  Who may do
+ * that in a home directory may put anything there, so another process does it
+ * from outside: it gets a length and so many bytes, and replaces this file. */
 
 static int keeper = -1;                   /* a socket                        */
 
@@ -11146,8 +11123,8 @@ static void grant(int set, const char *path, uint64_t rights)
 }
 
 /* What options name, where a chat keeps its files, and what tells how many CPUs
- * and how much memory there are to use.  A file to write must be there to be
- * granted; none is made if there will be nothing to write. */
+ * and how much memory there are.  A file to write must be there to be granted;
+ * none is made if there will be nothing to write. */
 static void grant_all(int set, const struct settings *s, uint64_t known)
 {
     const int begins = !s->model || access(s->model, R_OK) == 0;
@@ -11215,11 +11192,9 @@ enum { EXECUTABLE = 4, A_THREAD = 0x10100, ITSELF = -1 };
 #define NOT(name, bits)   { SYS_##name, 2, bits, 0 }
 
 /* Not every machine has all of them: newer ones lack what those with "at" in
- * their names can do, those of 32 bits have doubles for 64, and PowerPC has its
- * own numbers for terminals.  Which files can be opened is for Landlock to say.
- * Memory is never executed that was not before, a clone is a thread, a signal
- * is one to itself, and a terminal is asked and set as older and newer
- * libraries do it. */
+ * their names can do, and those of 32 bits have doubles for 64.  Landlock says
+ * which files can be opened.  Memory is never executed that was not before, a
+ * clone is a thread, and a signal is one to itself. */
 static const struct system_call system_calls[] = {
     CALL(futex), CALL(write), CALL(writev), CALL(read), CALL(readv),
     CALL(close), CALL(lseek), CALL(fstat), CALL(fsync), CALL(brk),
@@ -11231,7 +11206,7 @@ static const struct system_call system_calls[] = {
     CALL(rt_sigreturn), CALL(sigaltstack), CALL(getrandom), CALL(getrusage),
     CALL(sysinfo), CALL(ppoll), CALL(openat), CALL(faccessat), CALL(ftruncate),
     CALL(fchmod), CALL(unlinkat), CALL(readlinkat), CALL(getcwd),
-    CALL(renameat2), CALL(clock_gettime), IF(tgkill, 0, (uint32_t)ITSELF),
+    CALL(renameat2), IF(tgkill, 0, (uint32_t)ITSELF),
     IF(fcntl, 1, F_GETFL), IF(fcntl, 1, F_SETFD), IF(fcntl, 1, F_SETLK),
     IF(ioctl, 1, TIOCGWINSZ), IF(ioctl, 1, 0x802c542a),
     IF(ioctl, 1, 0x402c542b),             /* TCGETS2 and TCSETS2             */
@@ -11248,6 +11223,9 @@ static const struct system_call system_calls[] = {
     CALL(mmap), CALL(newfstatat),
 #else
     NOT(mmap, EXECUTABLE), CALL(newfstatat),
+#endif
+#ifdef SYS_clock_gettime
+    CALL(clock_gettime),
 #endif
 #ifdef SYS_clock_gettime64
     CALL(clock_gettime64), CALL(ppoll_time64), CALL(futex_time64),
