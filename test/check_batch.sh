@@ -99,7 +99,7 @@ wrong '{"custom_id":"x","url":"/v1/embeddings","body":{"prompt":"a"}}' \
 has "a url" '\"url\": expected'
 wrong '{"method":"GET","body":{"prompt":"a"}}' '\"method\": expected'
 wrong '{"body":[]}' 'expected a JSON object'
-wrong '{"prompt":["a","b"]}' 'token ids'
+wrong '{"prompt":["a","b"]}' 'expected one prompt on a line'
 wrong '{"prompt":[1,2.5]}' 'token ids'
 wrong '{"prompt":[1,99999999]}' 'token 1 is 99999999, expected 0 to'
 wrong '{"prompt":[]}' 'no tokens'
@@ -110,7 +110,7 @@ for member in '"n":2' '"stream":true' '"temperature":-1' '"temperature":"hot"' \
     '"stop":[""]' '"stop":[7]' '"logprobs":21' '"logprobs":"x"' \
     '"top_logprobs":21' '"repeat_penalty":0' '"presence_penalty":-101' \
     '"logit_bias":[]' '"logit_bias":{"x":1}' '"logit_bias":{"99999999":1}' \
-    '"logit_bias":{"5":2000}' '"response_format":{"type":"json_object"}' \
+    '"logit_bias":{"5":2000}' '"response_format":{"type":"xml"}' \
     '"tool_choice":"required"'; do
     name=${member%%:*}
     wrong "{\"prompt\":\"a\",$member}" "\\${name%?}\\\""

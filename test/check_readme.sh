@@ -85,7 +85,7 @@ echo "What is GGUF?" | tee question >notes.txt
 echo '{"custom_id": "a1", "prompt": "GGUF is", "max_tokens": 3}' >in.jsonl
 sed -n '/^```/,/^```/d; s/^    //p' "$root/README.md" |
     sed -e :more -e '/[|\\]$/N; s/\\*\n */ /; t more' |
-    grep '^\./run ' | grep -v -e --bench >"$dir/commands"
+    grep '^\./run ' | grep -v -e --bench -e --serve >"$dir/commands"
 holds "there are commands" [ "$(wc -l <"$dir/commands")" -ge 12 ]
 while read -r command; do
     limited sh -c "$command" <question >"$dir/out" 2>"$dir/said"

@@ -2,7 +2,7 @@
 # What the library may not do, read off the object file that make has compiled:
 # print, exit, assert, keep writable globals, call functions whose results differ
 # between machines, or export a name that lfm2.h does not declare.  And what the
-# program may not do either: talk to a network, or start another one.
+# program may not do either: call others over a network, or start a program.
 . test/lib.sh
 
 # Say what is wrong, if there are lines in the file.
@@ -49,13 +49,15 @@ size -A build/lfm2.o | awk '$1 ~ /^\.(data|bss|tdata|tbss|sdata|sbss)/ &&
 nm build/lfm2.o | awk '$2 == "C" { print $3 }' >>"$dir/writable"
 none "the library has writable globals" writable
 
-# Neither the library nor the program.
-functions="socket|connect|bind|listen|accept4?|getaddrinfo|gethostbyname"
-functions="$functions|send|sendto|sendmsg|recv|recvfrom|recvmsg"
+# The library listens to nobody; the program does with --serve, and never calls.
+functions="connect|getaddrinfo|gethostbyname|send|sendto|sendmsg|sendmmsg"
 functions="$functions|system|popen|vfork|exec[a-z]*|posix_spawnp?|dlopen"
 nm -u build/run.o | sed 's/.* //' | cat - "$dir/wanted" |
     grep -E "^_*($functions)\$" >"$dir/outside"
 none "it opens connections or starts programs" outside
+grep -E '^_*(socket|bind|listen|accept4?|recv[a-z]*)$' "$dir/wanted" \
+    >"$dir/listens"
+none "the library listens to a network" listens
 
 sed -e 's:/\*.*\*/::' -e '/^typedef/d' lfm2.h |
     grep -oE '\blfm2_[a-z0-9_]+\(' | tr -d '(' | sort -u >"$dir/declared"
