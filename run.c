@@ -456,7 +456,7 @@ struct conversation {
     int open_thought;                     /* the answer begins with <think>  */
 };
 
-struct mark { size_t from, n; };
+struct mark { size_t from; const char *token; };
 
 struct rendered {
     struct text text;
@@ -467,9 +467,9 @@ struct rendered {
 
 /* Section 15: what the model wants to be called, its arguments as a JSON
  * object. */
-struct call { struct text name, arguments; };
+struct call { struct piece name, arguments; };
 
-struct calls { struct call *call; int n; };
+struct calls { struct call *call; int n; struct pool pool; };
 
 /* Section 12. */
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
@@ -650,8 +650,6 @@ static int json_int(const struct json *v, long long least, long long most,
                     long long *out);
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why);
-static int json_parse_list(struct pool *pool, const struct text *t,
-                           struct json **out, struct why *why);
 static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
 static void member(struct text *to, const char *key);
@@ -686,8 +684,8 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
 /* 16. Tokens in and out */
 static int open_words(const struct settings *s, const lfm2_model *model,
                       lfm2_tokenizer **out);
-static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
-                        const char *text, size_t n, struct ids *out);
+static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
+                         const char *text, size_t n, struct ids *out);
 static int work_on_words(const struct settings *s);
 
 /* 17. --inspect */
@@ -2880,8 +2878,10 @@ static int read_plain_prompt(const struct engine *e, struct request *q,
 {
     long long id;
 
-    if (prompt->type == JSON_STRING)
-        return encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
+    if (prompt->type == JSON_STRING) {
+        encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
+        return DONE;
+    }
     if (prompt->type != JSON_ARRAY)
         return because(why, USAGE, "\"prompt\": expected a string, or an array "
                        "of token ids");
@@ -3021,7 +3021,7 @@ static int read_list(struct talk *t, const char *path, const char *key,
     int code = read_text_file(path, &text);
 
     if (code == DONE &&
-        (code = json_parse_list(&t->pool, &text, &v, &why)) != DONE)
+        (code = json_parse(&t->pool, text.s, text.n, &v, &why)) != DONE)
         say(code, "%s: %s", path, why.s);
     free(text.s);
     if (code != DONE)
@@ -3219,7 +3219,7 @@ static int prepare_prompt(struct talk *t)
     if (!s->messages)
         code = read_prompt(s, &text);
     if (code == DONE && e->template == TEMPLATE_NONE)
-        code = encode_plain(s, e->words, text.s, text.n, &t->job.q.prompt);
+        encode_plain(s, e->words, text.s, text.n, &t->job.q.prompt);
     else {
         if (code == DONE && !s->messages)
             code = ask(t, &text);
@@ -6036,18 +6036,16 @@ static const char *const json_names[] = {
 /* n zeroed bytes, aligned for a node. */
 static void *pool_get(struct pool *p, size_t n)
 {
-    const size_t aligned = (n + 15) / 16 * 16;
-    const size_t size = aligned > 1 << 14 ? aligned : 1 << 14;
-    struct chunk *c = p->chunks;
-
-    if (!c || c->size - c->used < aligned) {
-        c = resize(NULL, sizeof *c + size);
+    n = (n + 15) / 16 * 16;
+    if (!p->chunks || p->chunks->size - p->chunks->used < n) {
+        const size_t size = n > 1 << 14 ? n : 1 << 14;
+        struct chunk *c = resize(NULL, sizeof *c + size);
         *c = (struct chunk){ p->chunks, 0, size };
         p->chunks = c;
     }
-    c->used += aligned;
-    p->total += aligned;
-    return memset((char *)(c + 1) + c->used - aligned, 0, aligned);
+    p->chunks->used += n;
+    p->total += n;
+    return memset((char *)(p->chunks + 1) + p->chunks->used - n, 0, n);
 }
 
 static void pool_free(struct pool *p)
@@ -6063,12 +6061,11 @@ static void pool_free(struct pool *p)
 /* Write a character below 0x110000; returns its length, at most 4. */
 static size_t utf8_put(char *out, uint32_t c)
 {
-    static const uint32_t lead[] = { 0, 0, 0xc0, 0xe0, 0xf0 };
     const int n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
 
     for (int i = n - 1; i > 0; i--, c >>= 6)
         out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)(lead[n] | c);
+    out[0] = (char)(n > 1 ? 0xf00u >> n | c : c);
     return (size_t)n;
 }
 
@@ -6395,13 +6392,11 @@ static void add_float(struct text *t, double x)
         add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* A number without a sign, and all as Python writes it: decimal, below all
- * infinities and of no more than 4300 digits; of other bases, what fits into 64
- * bits. */
+/* A number without a sign, as Python prints it: decimal, below all infinities
+ * and of no more than 4300 digits; of other bases, what fits into 64 bits. */
 static void read_unsigned(struct reader *r, struct text *t)
 {
     const int kind = *r->at == '0' ? r->at[1] | 32 : 0;
-    const int json = r->as == AS_JSON;
     const int base = kind == 'x' ? 16 : kind == 'o' ? 8 : kind == 'b' ? 2 : 10;
     char *s = r->at + (base == 10 ? 0 : r->at[2] == '_' ? 3 : 2);
     const char *dot;
@@ -6420,24 +6415,22 @@ static void read_unsigned(struct reader *r, struct text *t)
         }
     }
     dot = strchr(t->s, '.');
-    if (!expect(r, t->s[*t->s == '.'] && (!json ||
-                (base == 10 && t->n == (size_t)(s - r->at) && dot != t->s &&
-                 (*t->s != '0' || !isdigit((unsigned char)t->s[1])) &&
-                 (!dot || isdigit((unsigned char)dot[1])))),
-                "a number: -, digits without leading zeros, .digits, exponent"))
-        return;
+    expect(r, t->s[*t->s == '.'] && (r->as != AS_JSON ||
+           (base == 10 && t->n == (size_t)(s - r->at) && dot != t->s &&
+            (*t->s != '0' || !isdigit((unsigned char)t->s[1])) &&
+            (!dot || isdigit((unsigned char)dot[1])))),
+           "a number: -, digits without leading zeros, .digits, exponent");
     errno = 0;
     if (base == 10 && strpbrk(t->s, ".eE")) {
         const double x = strtod(t->s, NULL);
-        if (!expect(r, isfinite(x), "a number below 1.8e308"))
-            return;
         t->n = 0;
-        add_float(t, x);
+        if (expect(r, isfinite(x), "a number below 1.8e308"))
+            add_float(t, x);
     } else if (base != 10 || strspn(t->s, "0") == t->n) {
         const unsigned long long x = strtoull(t->s, NULL, base);
-        expect(r, errno == 0, "at most 64 bits");
         t->n = 0;
         add_format(t, "%llu", x);
+        expect(r, errno == 0, "at most 64 bits");
     } else
         expect(r, t->n <= 4300 && *t->s != '0', "at most 4300 digits without "
                "leading zeros");
@@ -6586,13 +6579,12 @@ static void read_value(struct reader *r, struct json *v)
         read_word(r, v);
 }
 
-/* The tree of a whole text, with this many levels of brackets more or less;
- * DONE or USAGE. */
-static int read_json(struct pool *pool, const char *text, size_t n, int more,
-                     struct json **out, struct why *why)
+/* The tree of a whole text; DONE or USAGE.  The brackets of an object that is
+ * all of it are no level: what it has may be an array of its own elsewhere. */
+static int json_parse(struct pool *pool, const char *text, size_t n,
+                      struct json **out, struct why *why)
 {
-    struct reader r = { .pool = pool, .text = text, .n = n, .why = why,
-                        .depth = -more };
+    struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
     struct json *v;
 
     *out = NULL;
@@ -6602,25 +6594,11 @@ static int read_json(struct pool *pool, const char *text, size_t n, int more,
     start_reading(&r);
     v = pool_get(pool, sizeof *v);
     expect(&r, !begins(r.at, r.end, "\xef\xbb\xbf"), "no byte order mark");
+    r.depth = peek(&r) == '{' ? -1 : 0;
     read_value(&r, v);
-    expect(&r, took(&r, EOF), "the end");
-    *out = r.code == DONE ? v : NULL;
+    if (expect(&r, took(&r, EOF), "the end"))
+        *out = v;
     return r.code;
-}
-
-static int json_parse(struct pool *pool, const char *text, size_t n,
-                      struct json **out, struct why *why)
-{
-    return read_json(pool, text, n, 0, out, why);
-}
-
-/* The same for an array, or an object with one in it: both are equally deep, so
- * that one may be written as the other. */
-static int json_parse_list(struct pool *pool, const struct text *t,
-                           struct json **out, struct why *why)
-{
-    return read_json(pool, t->s, t->n, t->s[strspn(t->s, " \t\r\n")] == '{',
-                     out, why);
 }
 
 /* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
@@ -6791,13 +6769,13 @@ static int template_is_dated(int template)
 }
 
 /* The control tokens.  Answers have them in their content, too: only some. */
-static const char *const markers[] = {
+static const char *const control[] = {
     CALL_START, CALL_END, THINK, THINK_END, BOS, TURN_START, TURN_END,
     "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_response_start|>",
     "<|tool_response_end|>"
 };
 
-enum { IN_ANSWERS = 4, N_MARKERS = sizeof markers / sizeof *markers };
+enum { IN_ANSWERS = 4, N_CONTROL = sizeof control / sizeof *control };
 
 /* A conversation is judged while it is written down.  The first fault counts,
  * and what is written after it does not. */
@@ -6827,7 +6805,7 @@ static void add_mark(struct rendered *r, const char *token)
 
     if ((n & (n - 1)) == 0)
         r->mark = resize(r->mark, (n ? 2 * n : 1) * sizeof *r->mark);
-    r->mark[n] = (struct mark){ r->text.n, strlen(token) };
+    r->mark[n] = (struct mark){ r->text.n, token };
     add_string(&r->text, token);
 }
 
@@ -6966,11 +6944,11 @@ static void put_marked(struct rendering *r, const char *s, const char *end,
 {
     for (; s < end; s++) {
         int i = *s == '<' ? 0 : n;
-        while (i < n && !begins(s, end, markers[i]))
+        while (i < n && !begins(s, end, control[i]))
             i++;
         if (i < n) {
-            add_mark(r->out, markers[i]);
-            s += strlen(markers[i]) - 1;
+            add_mark(r->out, control[i]);
+            s += strlen(control[i]) - 1;
         } else
             add(r->to, s, 1);
     }
@@ -6984,10 +6962,10 @@ static void put_down(struct rendering *r, const char *s, ...)
 
     va_start(args, s);
     for (; (end = strstr(s, "%s")); s = end + 2) {
-        put_marked(r, s, end, N_MARKERS);
+        put_marked(r, s, end, N_CONTROL);
         add_string(r->to, va_arg(args, const char *));
     }
-    put_marked(r, s, s + strlen(s), N_MARKERS);
+    put_marked(r, s, s + strlen(s), N_CONTROL);
     va_end(args);
 }
 
@@ -7213,14 +7191,26 @@ static int render(const struct conversation *conv, int template,
 
 /* ---- its tokens */
 
+/* Add the tokens of a text, for which there is room. */
+static void encode(const lfm2_tokenizer *words, const char *s, size_t n,
+                   int flags, struct ids *to)
+{
+    const int more = lfm2_encode(words, s, n, flags, to->id + to->n,
+                                 (int)n + 1);
+
+    if (more < 0)
+        exit(say(NO_MEMORY, "no memory for %zu bytes of text", n));
+    to->n += more;
+}
+
 /* What lies between two marks is one piece of text, and so is a mark without a
- * token.  With `special`, control tokens written in it count, too. */
+ * token, but for BOS.  With `special`, control tokens written in it count, too.
+ */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
                            struct ids *out, struct why *why)
 {
     const int flags = special ? LFM2_ENCODE_SPECIAL : 0;
-    const int room = (int)r->text.n + 1;
     size_t at = 0;
 
     if (lfm2_token_id(words, TURN_START) < 0 ||
@@ -7228,27 +7218,19 @@ static int encode_rendered(const lfm2_tokenizer *words,
         return because(why, BAD_MODEL, "the chat format needs the tokens "
                        TURN_START " and " TURN_END ", which the vocabulary "
                        "lacks");
-    *out = (struct ids){ zeroed((size_t)room, sizeof *out->id), 0 };
-    for (int i = 0; i <= r->n_marks; i++) {
-        const struct mark end = { r->text.n, 0 };
-        const struct mark *m = i < r->n_marks ? &r->mark[i] : &end;
-        const struct phrase token = phrase("%.*s", (int)m->n,
-                                           r->text.s + m->from);
-        const int32_t id = m->n == 0 ? -1 : strcmp(token.s, BOS) == 0 ?
-                           lfm2_bos(words) : lfm2_token_id(words, token.s);
-        int n;
-        if (m->n && id < 0 && i > 0)      /* the first is BOS, or nothing    */
+    *out = (struct ids){ zeroed(r->text.n + 1, sizeof *out->id), 0 };
+    for (const struct mark *m = r->mark; m < r->mark + r->n_marks; m++) {
+        const int is_bos = strcmp(m->token, BOS) == 0;
+        const int32_t id = is_bos ? lfm2_bos(words) :
+                           lfm2_token_id(words, m->token);
+        if (id < 0 && !is_bos)
             continue;
-        n = lfm2_encode(words, r->text.s + at, m->from - at, flags,
-                        out->id + out->n, room - out->n);
-        if (n < 0)
-            return because(why, NO_MEMORY, "no memory for %zu bytes of text",
-                           r->text.n);
-        out->n += n;
+        encode(words, r->text.s + at, m->from - at, flags, out);
         if (id >= 0)
             out->id[out->n++] = id;
-        at = m->from + m->n;
+        at = m->from + strlen(m->token);
     }
+    encode(words, r->text.s + at, r->text.n - at, flags, out);
     return DONE;
 }
 
@@ -7317,24 +7299,24 @@ static struct found_template find_template(const lfm2_model *model,
         { 0x7aeb1f9c89e15fb8u, TEMPLATE_NEW, "strftime_now" },
         { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT, "List of tools: [" }
     };
-    struct found_template to = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
+    struct found_template f = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
     size_t n;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
 
     if (!s)
-        return to;
-    to.hash = template_hash(s, n);
-    for (int i = 0; i < 7; i++)
-        if (known[i].hash == to.hash)
-            return (struct found_template){ known[i].template, BY_HASH, NULL,
-                                            to.hash };
-    for (int i = 0; i < 7; i++)
-        if (find(s, s + n, known[i].word))
-            return (struct found_template){ known[i].template, BY_WORDS,
-                                            known[i].word, to.hash };
-    to.template = template_by_model(model, words);
-    to.how = BY_MODEL;
-    return to;
+        return f;
+    f.hash = template_hash(s, n);
+    for (f.how = BY_HASH; f.how <= BY_WORDS; f.how++)
+        for (int i = 0; i < 7; i++) {
+            f.template = known[i].template;
+            f.word = f.how == BY_WORDS ? known[i].word : NULL;
+            if (f.word ? find(s, s + n, f.word) != NULL :
+                known[i].hash == f.hash)
+                return f;
+        }
+    f.template = template_by_model(model, words);
+    f.word = NULL;
+    return f;
 }
 
 /* The template of a model, and a sentence about how it was found.  *known is 0
@@ -7380,19 +7362,10 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
  * same: new lines and forgotten backslashes in strings, names like get-time,
  * calls on lines of their own, a bracket missing at the very end. */
 
-/* Those from number n on. */
-static void drop_calls(struct calls *calls, int n)
-{
-    while (calls->n > n) {
-        free(calls->call[--calls->n].name.s);
-        free(calls->call[calls->n].arguments.s);
-    }
-}
-
 static void free_calls(struct calls *calls)
 {
-    drop_calls(calls, 0);
     free(calls->call);
+    pool_free(&calls->pool);
     *calls = (struct calls){ NULL, 0 };
 }
 
@@ -7402,6 +7375,7 @@ static void read_call(struct reader *r, struct calls *to)
 {
     struct json *v = pool_get(r->pool, sizeof *v);
     const struct json *args = v, *named;
+    struct text t = { 0 };
     struct piece name;
 
     if (peek(r) == '{') {
@@ -7426,9 +7400,11 @@ static void read_call(struct reader *r, struct calls *to)
             return;
     }
     to->call = resize(to->call, (size_t)(to->n + 1) * sizeof *to->call);
-    to->call[to->n] = (struct call){ { 0 }, { 0 } };
-    add(&to->call[to->n].name, name.s, name.n);
-    add_json(&to->call[to->n++].arguments, args);
+    add_json(&t, args);
+    to->call[to->n++] = (struct call){
+        name, { memcpy(pool_get(r->pool, t.n), t.s, t.n), t.n }
+    };
+    free(t.s);
 }
 
 /* Calls, or one list of them, up to the end.  A comma or a new line is between
@@ -7455,13 +7431,13 @@ static void read_block(struct reader *r, int is_whole, struct calls *to)
 /* What stands between two markers, all or none: as JSON, as Python, or as
  * Python with quotes that lack a backslash.  Before, each byte that is no UTF-8
  * becomes a replacement character, and new lines are as Python sees them. */
-static int read_calls(struct pool *pool, const char *s, const char *end,
-                      int is_whole, struct calls *to)
+static int read_calls(const char *s, const char *end, int is_whole,
+                      struct calls *to)
 {
     const int before = to->n;
-    char *text = pool_get(pool, 3 * (size_t)(end - s) + 1);
+    char *text = pool_get(&to->pool, 3 * (size_t)(end - s) + 1);
     struct why why;
-    struct reader r = { .pool = pool, .text = text, .why = &why };
+    struct reader r = { .pool = &to->pool, .text = text, .why = &why };
     uint32_t c;
 
     for (int size; s < end; s += size ? size : 1) {
@@ -7474,7 +7450,7 @@ static int read_calls(struct pool *pool, const char *s, const char *end,
         read_block(&r, is_whole, to);
         if (r.code == DONE)
             return 1;
-        drop_calls(to, before);
+        to->n = before;
     }
     return 0;
 }
@@ -7500,7 +7476,6 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                        struct text *rest)
 {
     const char *const end = s + n, *start, *stop;
-    struct pool pool = { 0 };
     int bad = 0;
 
     *out = (struct calls){ NULL, 0 };
@@ -7512,14 +7487,13 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                 break;
         stop = stop ? stop : end;
         const int ended = begins(stop, end, CALL_END);
-        const int good = read_calls(&pool, body, stop, ended || !cut, out);
+        const int good = read_calls(body, stop, ended || !cut, out);
         stop += ended ? strlen(CALL_END) : 0;
         if (!good)
             add(rest, start, (size_t)(stop - start));
         bad += !good && !(cut && stop == end && !ended);
     }
     add_around(rest, s, end, out);
-    pool_free(&pool);
     return bad;
 }
 
@@ -7558,35 +7532,30 @@ static int open_words(const struct settings *s, const lfm2_model *model,
 }
 
 /* Text as it is.  What is to be gone on with may have to begin with BOS. */
-static int encode_plain(const struct settings *s, const lfm2_tokenizer *words,
-                        const char *text, size_t n, struct ids *out)
+static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
+                         const char *text, size_t n, struct ids *out)
 {
     const int bos = s->bos || (s->mode != TOKENIZE && lfm2_add_bos(words));
-    const int flags = (bos ? LFM2_ENCODE_BOS : 0) |
-                      (s->special ? LFM2_ENCODE_SPECIAL : 0);
 
-    out->id = zeroed(n + 1, sizeof *out->id);
-    out->n = lfm2_encode(words, text, n, flags, out->id, (int)n + 1);
-    return out->n >= 0 ? DONE :
-           say(NO_MEMORY, "no memory for %zu bytes of text", n);
+    *out = (struct ids){ zeroed(n + 1, sizeof *out->id), 0 };
+    encode(words, text, n, (bos ? LFM2_ENCODE_BOS : 0) |
+           (s->special ? LFM2_ENCODE_SPECIAL : 0), out);
 }
 
 /* A line of ids for the whole text, or for each of its NUL-ended records. */
-static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
-                    const struct text *t)
+static void tokenize(const struct settings *s, const lfm2_tokenizer *words,
+                     const struct text *t)
 {
     for (size_t at = 0, n; at < t->n || (at == 0 && !s->null); at += n + 1) {
-        struct ids ids = { NULL, 0 };
+        struct ids ids;
 
         n = s->null ? strlen(t->s + at) : t->n;
-        if (encode_plain(s, words, t->s + at, n, &ids) != DONE)
-            return NO_MEMORY;
+        encode_plain(s, words, t->s + at, n, &ids);
         for (int i = 0; i < ids.n; i++)
             printf("%s%ld", i ? " " : "", (long)ids.id[i]);
         free(ids.id);
         putchar('\n');
     }
-    return DONE;
 }
 
 /* The text of every line of ids.  The inverse of tokenize(), which ends the
@@ -7595,14 +7564,13 @@ static int tokenize(const struct settings *s, const lfm2_tokenizer *words,
 static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
                       const struct text *t)
 {
-    static const char blank[] = " \t\r";
     const char *p = t->s, *const stop = t->s + t->n;
     struct text out = { 0 };
     char *end;
     int len;
 
-    for (int line = 1; p < stop; line++) {
-        for (p += strspn(p, blank); p < stop && *p != '\n'; p = end) {
+    for (int line = 1; p < stop; line++, p++) {
+        for (; p += strspn(p, " \t\r"), p < stop && *p != '\n'; p = end) {
             errno = 0;
             const long id = strtol(p, &end, 10);
             if (end == p || !strchr(" \t\r\n", *end) || errno || id < 0 ||
@@ -7615,10 +7583,8 @@ static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
             const char *bytes = lfm2_token_bytes(words, (int32_t)id,
                                                  s->special, &len);
             add(&out, bytes, (size_t)len);
-            end += strspn(end, blank);
         }
-        p++;
-        if (s->null || p < stop)
+        if (s->null || p + 1 < stop)
             add(&out, s->null ? "" : "\n", 1);
         show_text(&out);
         out.n = 0;
@@ -7671,7 +7637,7 @@ static int work_on_words(const struct settings *s)
     else
         code = read_file(s->file ? s->file : "-", &t);
     if (code == DONE && s->mode == TOKENIZE)
-        code = tokenize(s, words, &t);
+        tokenize(s, words, &t);
     if (code == DONE && s->mode == DETOKENIZE)
         code = detokenize(s, words, &t);
     free(t.s);
@@ -8491,7 +8457,7 @@ static int ppl_read(struct ppl *p)
     if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
         t.n--;
     if (code == DONE)
-        code = encode_plain(p->e.s, p->e.words, t.s, t.n, ids);
+        encode_plain(p->e.s, p->e.words, t.s, t.n, ids);
     free(t.s);
     if (code != DONE)
         return code;

@@ -1057,8 +1057,9 @@ static int calls_in(const char *s, size_t n, int cut, struct text *out,
     member_open(out, NULL, "[");
     for (int i = 0; i < calls.n; i++) {
         member_open(out, NULL, "[");
-        member_text(out, NULL, calls.call[i].name.s);
-        member_open(out, NULL, calls.call[i].arguments.s);
+        member_bytes(out, NULL, calls.call[i].name.s, calls.call[i].name.n);
+        member(out, NULL);
+        add(out, calls.call[i].arguments.s, calls.call[i].arguments.n);
         add_string(out, "]");
     }
     add_string(out, "]");
