@@ -6210,13 +6210,13 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* Those of base 2, 8, 10 or 16. */
+/* The digits of base 2, 8, 10 or 16, in some order. */
 static const char *digits_of(int base)
 {
     return base == 16 ? "0123456789abcdefABCDEF" : &"9876543210"[10 - base];
 }
 
-/* A character in digits, at most n of them; returns how many. */
+/* The number of a character, in at most n digits; returns how many. */
 static int read_code(const char *s, int n, int base, uint32_t *out)
 {
     n = smaller(n, (int)strspn(s, digits_of(base)));
@@ -6976,7 +6976,7 @@ static void put_tools(struct rendering *r)
     if (r->as->dated)
         put_down(r, "Today's date: %s\n\n", r->conv->date);
     put_down(r, r->as->marked ? "List of tools: <|tool_list_start|>[" :
-        "List of tools: [");
+                "List of tools: [");
     for (int i = 0; tool; tool = tool->next, i++) {
         const int is_text = tool->type == JSON_STRING;
         const char *name = json_text(json_get(function_of(tool), "name"));
@@ -7119,8 +7119,8 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
         put_assistant(r, m, recent);
     else
         put_down(r, r->as->marked && has_role(m, "tool") ?
-            "<|tool_response_start|>%s<|tool_response_end|>" : "%s",
-            content_of(r, m));
+                    "<|tool_response_start|>%s<|tool_response_end|>" : "%s",
+                 content_of(r, m));
     if ((m->next || !r->conv->continue_last) &&
         (r->as->calls != CALLS_FIRST || json_get(m, "content")))
         put_down(r, TURN_END "\n");
@@ -7143,7 +7143,7 @@ static void put_conversation(struct rendering *r)
     }
     if (text[0] || tools) {
         put_down(r, TURN_START "system\n%s%s", text, !text[0] || !tools ? "" :
-            r->as->dated ? "\n\n" : "\n");
+                 r->as->dated ? "\n\n" : "\n");
         if (tools)
             put_tools(r);
         put_down(r, TURN_END "\n");
