@@ -7699,13 +7699,13 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* Those of base 2, 8, 10 or 16. */
+/* The digits of base 2, 8, 10 or 16, in some order. */
 static const char *digits_of(int base)
 {
     return base == 16 ? "0123456789abcdefABCDEF" : &"9876543210"[10 - base];
 }
 
-/* A character in digits, at most n of them; returns how many. */
+/* The number of a character, in at most n digits; returns how many. */
 static int read_code(const char *s, int n, int base, uint32_t *out)
 {
     n = smaller(n, (int)strspn(s, digits_of(base)));
@@ -8488,7 +8488,7 @@ static void put_tools(struct rendering *r)
     if (r->as->dated)
         put_down(r, "Today's date: %s\n\n", r->conv->date);
     put_down(r, r->as->marked ? "List of tools: <|tool_list_start|>[" :
-        "List of tools: [");
+                "List of tools: [");
     for (int i = 0; tool; tool = tool->next, i++) {
         const int is_text = tool->type == JSON_STRING;
         const char *name = json_text(json_get(function_of(tool), "name"));
@@ -8631,8 +8631,8 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
         put_assistant(r, m, recent);
     else
         put_down(r, r->as->marked && has_role(m, "tool") ?
-            "<|tool_response_start|>%s<|tool_response_end|>" : "%s",
-            content_of(r, m));
+                    "<|tool_response_start|>%s<|tool_response_end|>" : "%s",
+                 content_of(r, m));
     if ((m->next || !r->conv->continue_last) &&
         (r->as->calls != CALLS_FIRST || json_get(m, "content")))
         put_down(r, TURN_END "\n");
@@ -8655,7 +8655,7 @@ static void put_conversation(struct rendering *r)
     }
     if (text[0] || tools) {
         put_down(r, TURN_START "system\n%s%s", text, !text[0] || !tools ? "" :
-            r->as->dated ? "\n\n" : "\n");
+                 r->as->dated ? "\n\n" : "\n");
         if (tools)
             put_tools(r);
         put_down(r, TURN_END "\n");
@@ -8967,45 +8967,40 @@ static int read_calls(const char *s, const char *end, int is_whole,
     return 0;
 }
 
-/* Add the text between two calls.  Models write the last marker of a call once
- * more after it, which nobody should see. */
-static void add_around(struct text *rest, const char *s, const char *end,
-                       const struct calls *before)
-{
-    const char *marker;
-
-    for (; before->n > 0 && (marker = find(s, end, CALL_END)) != NULL;
-         s = marker + strlen(CALL_END))
-        add(rest, s, (size_t)(marker - s));
-    add(rest, s, (size_t)(end - s));
-}
-
 /* The calls in an answer; the text around them, and calls that were not
  * understood, markers included, go to `rest`.  Returns how many were not
  * understood.  A call at the end may lack its last marker; one that is not
- * complete does not count if the answer was `cut` for its length. */
+ * complete does not count if the answer was `cut` for its length.  Models write
+ * the last marker of a call once more after it, which nobody should see. */
 static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                        struct text *rest)
 {
-    const char *const end = s + n, *start, *stop;
+    const char *const end = s + n, *call = NULL;
     int bad = 0;
 
     *out = (struct calls){ NULL, 0 };
-    for (; (start = find(s, end, CALL_START)) != NULL; s = stop) {
-        const char *const body = start + strlen(CALL_START);
-        add_around(rest, s, start, out);
-        for (stop = body; (stop = find(stop, end, "<|tool_call_")); stop++)
-            if (begins(stop, end, CALL_START) || begins(stop, end, CALL_END))
-                break;
-        stop = stop ? stop : end;
-        const int ended = begins(stop, end, CALL_END);
-        const int good = read_calls(body, stop, ended || !cut, out);
-        stop += ended ? strlen(CALL_END) : 0;
-        if (!good)
-            add(rest, start, (size_t)(stop - start));
-        bad += !good && !(cut && stop == end && !ended);
+    add_string(rest, "");
+    while (s < end || call) {
+        const int starts = begins(s, end, CALL_START);
+        const int ends = begins(s, end, CALL_END);
+        const size_t size = starts ? strlen(CALL_START) :
+                            ends ? strlen(CALL_END) : 1;
+        if (call && (starts || ends || s == end)) {
+            const int good = read_calls(call + strlen(CALL_START), s,
+                                        ends || !cut, out);
+            s += ends ? size : 0;
+            if (!good)
+                add(rest, call, (size_t)(s - call));
+            bad += !good && !(cut && s == end && !ends);
+            call = NULL;
+            continue;
+        }
+        if (starts)
+            call = s;
+        else if (!call && (!ends || out->n == 0))
+            add(rest, s, size);
+        s += size;
     }
-    add_around(rest, s, end, out);
     return bad;
 }
 
