@@ -5061,6 +5061,7 @@ static void tokenize_body(struct client *c)
     struct why why = { "\"content\": expected a text" };
     int code = content ? DONE : USAGE;
 
+    s.mode = TOKENIZE;                    /* no BOS unasked                  */
     s.bos = s.special = 0;
     if (!body)
         return;
@@ -5221,8 +5222,8 @@ static int read_request_line(struct client *c, char *line, size_t n)
     if (!c->route)
         return 404;
     for (const char *s = c->route->methods; s; s = strchr(s, ' '))
-        if (s += *s == ' ', strncmp(s, method.s, n_method) == 0 &&
-            strchr(", ", s[n_method]))
+        if (s += *s == ' ', strcspn(s, ",") == n_method &&
+            strncmp(s, method.s, n_method) == 0)
             return 0;
     return c->is_preflight ? 0 : 405;
 }
@@ -5373,8 +5374,12 @@ static int next_chunk_line(struct client *c, size_t *len)
     const char *end = memmem(c->in.s, c->in.n, "\r\n", 2);
 
     *len = end ? (size_t)(end - c->in.s) : c->in.n;
-    if (*len > 256 || memchr(c->in.s, '\n', *len))
+    if (*len > 256)
         return -1;
+    for (size_t i = 0; i < *len; i++)
+        if ((unsigned char)c->in.s[i] < ' ' && c->in.s[i] != '\t' &&
+            !(c->in.s[i] == '\r' && i + 1 == c->in.n))
+            return -1;
     return end != NULL;
 }
 
