@@ -116,7 +116,7 @@ build/run-static: run.c lfm2.c lfm2.h | build
 
 # On Debian: clang, lld, wasi-libc and libclang-rt-dev-wasm32.  The linker would
 # give the stack 64 KiB, and nobody notices when it overflows.
-WASM_CC ?= clang --target=wasm32-wasi
+WASM_CC ?= clang --target=wasm32-wasi -msimd128
 
 wasm: build/run.wasm
 
@@ -184,7 +184,7 @@ build/debug/quick/run: build/debug/run.o build/lfm2.o | build/debug/quick
 # kernels take long to compile, minutes with sanitizers: some suites link the
 # library, and those that never get to a kernel leave them out.
 LINKED  := check_arithmetic check_chat check_forward check_gguf \
-           check_golden check_inspect check_jobs check_sandbox
+           check_golden check_inspect check_jobs check_sandbox check_schema
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_spans check_stdio check_threads \
            check_tokenizer check_trace check_vocab

@@ -130,6 +130,9 @@ typedef volatile unsigned atomic_uint;
 #ifdef __linux__
 #include <sys/auxv.h>
 #endif
+#elif defined __wasm_simd128__ && !defined LFM2_NO_SIMD
+#define LFM2_WASM
+#include <wasm_simd128.h>
 #endif
 
 #if FLT_EVAL_METHOD != 0
@@ -2198,6 +2201,28 @@ static void matmul(const struct thread *me, int how, float *y,
 #define PAIR_LOW(a, b) ((INTS)vzip1q_s64((int64x2_t)(a), (int64x2_t)(b)))
 #define PAIR_HIGH(a, b) ((INTS)vzip2q_s64((int64x2_t)(a), (int64x2_t)(b)))
 
+#elif defined LFM2_WASM
+
+#define BLOCK(name) name##_simd128
+#define FLOATS FN(floats)
+#define INTS FN(ints)
+#define UINTS FN(uints)
+#define HALF uint64_t
+#define SPLAT(f) ((FLOATS)wasm_f32x4_splat(f))
+#define FMA(a, b, c) FN(fma)(a, b, c)
+#define FOUR FLOATS
+#define FMA_4 FMA
+#define QUAD(v, i) (v)
+#define FROM_F16(h) FN(from_f16)((UINTS)FN(widen)(h))
+#define FROM_BF16(h) ((FLOATS)((UINTS)FN(widen)(h) << 16))
+#define LOOK_UP(table, i) \
+    ((INTS)wasm_i8x16_swizzle((v128_t)(table), (v128_t)(i)))
+#define WASM_PICK(type, ...) ((INTS)wasm_##type##_shuffle(__VA_ARGS__))
+#define ZIP_LOW(a, b) WASM_PICK(i32x4, (v128_t)(a), (v128_t)(b), 0, 4, 1, 5)
+#define ZIP_HIGH(a, b) WASM_PICK(i32x4, (v128_t)(a), (v128_t)(b), 2, 6, 3, 7)
+#define PAIR_LOW(a, b) WASM_PICK(i64x2, (v128_t)(a), (v128_t)(b), 0, 2)
+#define PAIR_HIGH(a, b) WASM_PICK(i64x2, (v128_t)(a), (v128_t)(b), 1, 3)
+
 #else
 
 #define MM(op) JOIN(_mm, BITS, _##op)
@@ -2310,7 +2335,7 @@ typedef int8_t FN(bytes) __attribute__((vector_size(BITS / 8)));
 typedef int16_t FN(words) __attribute__((vector_size(BITS / 8)));
 typedef uint16_t FN(half_words) __attribute__((vector_size(BITS / 16)));
 
-#if LANES == 4
+#ifdef LFM2_ARM
 
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
@@ -2352,7 +2377,7 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
     (void)v;
 }
 
-#else /* x86 */
+#else /* not ARM */
 
 KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
 {
@@ -2361,6 +2386,104 @@ KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
 
     return PAIR_LOW(ab, cd) + PAIR_HIGH(ab, cd);
 }
+
+#ifdef LFM2_WASM
+
+/* There is no fused multiply-add.  The product of two floats is exact in
+ * double.  Rounding the sum s to double and then to float is rounding twice,
+ * and that goes wrong only if s is halfway between two floats: then all but the
+ * uppermost of the bits to be dropped are 0.  For these, and some others whose
+ * last bits are the same, s is made odd as in fma_f32(). */
+typedef double FN(doubles) __attribute__((vector_size(16)));
+typedef int64_t FN(longs) __attribute__((vector_size(16)));
+typedef float FN(floats) __attribute__((vector_size(16)));
+
+KERNEL_INLINE FN(doubles) FN(to_odd)(FN(doubles) s, FN(doubles) p,
+                                     FN(doubles) c)
+{
+    const FN(doubles) t = s - p, err = (p - (s - t)) + (c - t);
+    const FN(longs) step = ((FN(longs))err ^ (FN(longs))s) >> 63 | 1;
+    const FN(longs) is_even = ((FN(longs))s & 1) - 1;
+    const FN(longs) is_inexact = (FN(longs))(err < 0) | (FN(longs))(err > 0);
+
+    return (FN(doubles))((FN(longs))s + (step & is_even & is_inexact));
+}
+
+KERNEL_INLINE FN(doubles) FN(double_half)(FLOATS v, const int high)
+{
+    const INTS w = (INTS)v;
+    return (FN(doubles))wasm_f64x2_promote_low_f32x4(
+        high ? (v128_t)PAIR_HIGH(w, w) : (v128_t)w);
+}
+
+KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
+{
+    FN(doubles) p[2], s[2], d[2];
+
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+        p[i] = FN(double_half)(a, i) * FN(double_half)(b, i);
+        d[i] = FN(double_half)(c, i);
+        s[i] = p[i] + d[i];
+    }
+    const INTS last = WASM_PICK(i32x4, (v128_t)s[0], (v128_t)s[1], 0, 2, 4, 6);
+    if (!wasm_i32x4_all_true((v128_t)(last << 4))) {
+        s[0] = FN(to_odd)(s[0], p[0], d[0]);
+        s[1] = FN(to_odd)(s[1], p[1], d[1]);
+    }
+    return (FLOATS)PAIR_LOW(wasm_f32x4_demote_f64x2_zero((v128_t)s[0]),
+                            wasm_f32x4_demote_f64x2_zero((v128_t)s[1]));
+}
+
+KERNEL_INLINE INTS FN(widen)(uint64_t h)
+{
+    return (INTS)wasm_u32x4_extend_low_u16x8(wasm_i64x2_splat((int64_t)h));
+}
+
+/* f16_to_f32() */
+KERNEL_INLINE FLOATS FN(from_f16)(UINTS h)
+{
+    const UINTS a = (h & 0x7fff) << 13;
+    UINTS u = (UINTS)((FLOATS)a * 0x1p112f);
+
+    u |= (UINTS)(a >= 0x0f800000) & 0x7f800000;
+    return (FLOATS)(u | (h & 0x8000) << 16);
+}
+
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    return (INTS)wasm_v128_load(p + at[0]);
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    (void)stride;
+    return (INTS)wasm_v128_load(p);
+}
+
+KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
+{
+    return (INTS)wasm_i32x4_dot_i16x8((v128_t)a, (v128_t)b);
+}
+
+KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
+{
+    UNROLL
+    for (int h = 0; h < 2; h++, q += 4) {
+        const v128_t a = wasm_i16x8_narrow_i32x4((v128_t)q[0], (v128_t)q[1]);
+        const v128_t b = wasm_i16x8_narrow_i32x4((v128_t)q[2], (v128_t)q[3]);
+        const INTS sum = q[0] + q[1] + q[2] + q[3];
+        wasm_v128_store(to->q + 16 * h, wasm_i8x16_narrow_i16x8(a, b));
+        to->sum[h] = (int16_t)(sum[0] + sum[1] + sum[2] + sum[3]);
+    }
+}
+
+KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
+{
+    (void)v;
+}
+
+#else /* x86 */
 
 KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
 {
@@ -2466,6 +2589,7 @@ KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
 
 #endif /* LANES */
 #endif /* x86 */
+#endif /* not ARM */
 
 KERNEL_INLINE FLOATS FN(load)(const float *p)
 {
@@ -2536,7 +2660,11 @@ KERNEL_INLINE void FN(transpose_4)(INTS v[4])
 }
 
 /* The lower half of every number is an f16. */
+#ifdef LFM2_WASM
+#define LOW_F16(v) FN(from_f16)((UINTS)(v) & 0xffff)
+#else
 #define LOW_F16(v) FROM_F16((HALF)__builtin_convertvector(v, FN(half_words)))
+#endif
 
 /* The small blocks.  Each is its namesake of Part I or section 7 or 10, with
  * the same operations on every element in the same order. */
@@ -2961,6 +3089,16 @@ KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 
 #endif
 
+#ifdef LFM2_WASM
+
+KERNEL_INLINE INTS FN(half_of)(INTS v, const int high)
+{
+    return (INTS)(high ? wasm_i16x8_extend_high_i8x16((v128_t)v)
+                       : wasm_i16x8_extend_low_i8x16((v128_t)v));
+}
+
+#endif
+
 /* s + four products of bytes in each number.  Not every compiler has a function
  * for sdot where the default CPU lacks it. */
 KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
@@ -2973,6 +3111,11 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
     return (INTS)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, (__m256i)x);
 #elif DOT
     return (INTS)_mm512_dpbusd_epi32((__m512i)s, (__m512i)w, (__m512i)x);
+#elif defined LFM2_WASM
+    UNROLL
+    for (int h = 0; h < 2; h++)
+        s += FN(pairs)(FN(half_of)(w, h), FN(half_of)(x, h));
+    return s;
 #elif LANES == 4
     int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
     int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
@@ -3106,6 +3249,15 @@ KERNEL_INLINE void FN(few)(struct FN(few) *to, int n,
 
 /* ---- many rows of x */
 
+/* WebAssembly multiplies pairs of 16-bit numbers, so there the first two columns
+ * of all rows come first in a vector, then the others. */
+#ifdef LFM2_WASM
+#define TILE_ORDER(v) \
+    WASM_PICK(i16x8, (v128_t)(v), (v128_t)(v), 0, 2, 4, 6, 1, 3, 5, 7)
+#else
+#define TILE_ORDER(v) ((INTS)(v))
+#endif
+
 /* Groups g .. g+QUADS-1 of the blocks at b become those at q of a tile. */
 KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
                                const int g, const struct format *k)
@@ -3133,8 +3285,8 @@ KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
         FN(transpose_quads)(v[i / 4][i % 4]);
         UNROLL
         for (int j = 0; j < QUADS; j++)
-            q[16 * j + 2 * i] = (INTS)((FN(bytes))v[i / 4][i % 4][j] -
-                                       (FN(bytes))offset);
+            q[16 * j + 2 * i] = TILE_ORDER((FN(bytes))v[i / 4][i % 4][j] -
+                                           (FN(bytes))offset);
     }
 }
 
@@ -3187,7 +3339,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
     for (int i = first; i < last; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            const INTS v = FN(repeat)(x[t][g].q + 4 * i);
+            const INTS v = TILE_ORDER(FN(repeat)(x[t][g].q + 4 * i));
             UNROLL
             for (int j = 0; j < 2; j++) {
 #if LANES > 4 && !DOT
@@ -3785,6 +3937,18 @@ static int cpu_features(void)
 
 #else
 
+#ifdef LFM2_WASM
+#define KERNELS
+
+#define SET simd128
+#define BITS 128
+#define DOT 0
+#define TARGET
+#include "lfm2.c"
+
+#undef KERNELS
+#endif
+
 static int cpu_features(void)
 {
     return 0;
@@ -3808,6 +3972,9 @@ static const struct { const struct isa *isa; int needs; } kernels[] = {
 #ifdef LFM2_ARM
     [LFM2_ISA_NEON] = { &isa_neon, 0 },
     [LFM2_ISA_DOTPROD] = { &isa_dotprod, HAS_DOTPROD },
+#endif
+#ifdef LFM2_WASM
+    [LFM2_ISA_SIMD128] = { &isa_simd128, 0 },
 #endif
 };
 

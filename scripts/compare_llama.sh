@@ -74,8 +74,8 @@ trap 'rm -rf "$dir"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# measure WHO PROGRAM...: a line for each test goes to $dir/results.  The JSON
-# has a key a line; a line break within a string is written as \n.
+# measure WHO PROGRAM...: a line for each test goes to $dir/results.  With a line
+# break for each comma the JSON has a key a line; avg_ts comes after the others.
 measure() {
     who=$1
     shift
@@ -86,21 +86,21 @@ measure() {
         say "$1 failed with status $status on $model"
         exit 1
     }
-    awk -v who="$who" -v model="$n_model" '
+    tr , '\n' <"$dir/json" | awk -v who="$who" -v model="$n_model" '
         function number() { sub(/^[^:]*: */, ""); return $0 + 0 }
         /^ *"n_prompt": /   { prompt = number() }
         /^ *"n_gen": /      { gen = number() }
         /^ *"n_depth": /    { depth = number() }
         /^ *"model_type": / { type = $0; sub(/^[^:]*: *"/, "", type)
-                              sub(/",? *$/, "", type) }
-        /^ *"avg_ts": /     { speed = number() }
-        /^ *}/ {
+                              sub(/" *$/, "", type) }
+        /^ *"avg_ts": /     {
+            speed = number()
             test = prompt ? "pp" prompt : ""
             test = test (prompt && gen ? "+" : "") (gen ? "tg" gen : "")
             test = test (depth ? " @ d" depth : "")
             print who "\t" model "\t" type "\t" test "\t" speed
             depth = 0
-        }' "$dir/json" >"$dir/lines"
+        }' >"$dir/lines"
     [ -s "$dir/lines" ] || {
         say "$1 gave no results on $model"
         exit 1

@@ -110,7 +110,7 @@ for member in '"n":2' '"stream":true' '"temperature":-1' '"temperature":"hot"' \
     '"stop":[""]' '"stop":[7]' '"logprobs":21' '"logprobs":"x"' \
     '"top_logprobs":21' '"repeat_penalty":0' '"presence_penalty":-101' \
     '"logit_bias":[]' '"logit_bias":{"x":1}' '"logit_bias":{"99999999":1}' \
-    '"logit_bias":{"5":2000}' '"response_format":{"type":"json_object"}' \
+    '"logit_bias":{"5":2000}' '"response_format":{"type":"xml"}' \
     '"tool_choice":"required"'; do
     name=${member%%:*}
     wrong "{\"prompt\":\"a\",$member}" "\\${name%?}\\\""

@@ -217,7 +217,8 @@ START_TEST(json_nests_only_so_deep)
             add_json(&t, v);
             ck_assert_str_eq(t.s, s);
         } else
-            ck_assert_str_eq(why.s, "JSON nested deeper than 64 levels");
+            ck_assert(strstr(why.s, "column 65: found '[', expected no more "
+                             "than 64 levels"));
         free(t.s);
         free(s);
     }
@@ -264,7 +265,7 @@ START_TEST(there_is_an_end_to_memory)
     for (int i = 0; i < MAX_JSON; i += 2)
         memcpy(text + i, i ? ",1" : "[1", 2);
     ck_assert(!parse_text(text, MAX_JSON, &why));
-    ck_assert(strstr(why.s, "too many values"));
+    ck_assert(strstr(why.s, "expected no more values"));
     free(text);
     forget_text();
 }
@@ -1056,8 +1057,9 @@ static int calls_in(const char *s, size_t n, int cut, struct text *out,
     member_open(out, NULL, "[");
     for (int i = 0; i < calls.n; i++) {
         member_open(out, NULL, "[");
-        member_text(out, NULL, calls.call[i].name.s);
-        member_open(out, NULL, calls.call[i].arguments.s);
+        member_bytes(out, NULL, calls.call[i].name.s, calls.call[i].name.n);
+        member(out, NULL);
+        add(out, calls.call[i].arguments.s, calls.call[i].arguments.n);
         add_string(out, "]");
     }
     add_string(out, "]");

@@ -136,7 +136,7 @@ for wish in '"max_tokens":2' '"stop":["small"]' '"temperature":3,"seed":7' \
 done
 for wish in '"grammar":"x"' '"max_tokens":"x"' '"top_p":7' '"n":2' \
     '"continue_final_message":"yes"' '"add_generation_prompt":1' \
-    '"response_format":{"type":"json_object"}'; do
+    '"response_format":{"type":"xml"}'; do
     body ",$wish"
     name=${wish#?}
     refuses 2 "${name%%\"*}" $m --messages "$dir/m"

@@ -50,7 +50,8 @@ static const char *explain(const struct tiny *t, int status)
     ck_assert_int_eq(is, status);
     rewind(printed);
     out.n = 0;
-    ck_assert_int_eq(read_stream(printed, "the report", &out), DONE);
+    for (int c; (c = getc(printed)) != EOF;)
+        add(&out, &(char){ (char)c }, 1);
     fclose(printed);
     return out.s;
 }
