@@ -4535,6 +4535,7 @@ struct server {
     struct client *client[MAX_CLIENTS];
     int n_clients;
     double now, stopping;                 /* since when; 0: it serves        */
+    double rests;                         /* until then, for lack of files   */
     uint64_t n_requests, answered[N_STATUSES];
     double read, reused, made;            /* tokens                          */
     struct histogram first, next;         /* seconds to tokens               */
@@ -5519,8 +5520,9 @@ static void read_head_part(struct client *c)
     const char *end;
     size_t n;
 
-    while (c->in.n >= 2 && memcmp(c->in.s, "\r\n", 2) == 0)
-        drop_bytes(&c->in, 2);
+    for (n = 0; n + 2 <= c->in.n && memcmp(c->in.s + n, "\r\n", 2) == 0;)
+        n += 2;
+    drop_bytes(&c->in, n);
     if (c->in.n > 0 && !c->id) {
         c->id = hash_number(hash_number(HASH_START, random_seed()),
                             ++c->server->n_requests);
@@ -5672,8 +5674,11 @@ static void welcome(struct server *v, int listener)
 {
     while (v->n_clients < MAX_CLIENTS) {
         const int fd = accept_client(listener);
-        if (fd < 0)
+        if (fd < 0) {
+            if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
+                v->rests = v->now + 1;
             return;
+        }
         struct client *c = zeroed(1, sizeof *c);
         *c = (struct client){ .server = v, .fd = fd,
                               .deadline = v->now + IDLE_TIME };
@@ -5687,9 +5692,10 @@ static void sweep(struct server *v)
     int n = 0;
 
     for (int i = 0; i < v->n_clients; i++)
-        if (v->client[i]->state == GONE)
+        if (v->client[i]->state == GONE) {
             free(v->client[i]);
-        else
+            v->rests = 0;
+        } else
             v->client[n++] = v->client[i];
     v->n_clients = n;
 }
@@ -5706,7 +5712,8 @@ static int has_more(const struct client *c)
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
-    const int open = v->n_clients < MAX_CLIENTS ? v->n_listeners : 0;
+    const int open = v->n_clients < MAX_CLIENTS && v->now >= v->rests ?
+                     v->n_listeners : 0;
     const int n = v->n_clients;
     int waits = !v->e.jobs;
 
