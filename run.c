@@ -5212,7 +5212,7 @@ enum { N_ROUTES = sizeof routes / sizeof *routes };
 /* ---- requests: the head */
 
 /* The fields of a head that are looked at. */
-enum { HOST, ORIGIN, KEY, TYPE, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
+enum { HOST, ORIGIN, KEY, MEDIA, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
 
 static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
@@ -5375,7 +5375,7 @@ static int check_head(struct client *c, const struct piece *field)
 {
     const struct server *v = c->server;
     const int is_post = strcmp(c->route->methods, "POST") == 0;
-    const struct piece *type = &field[TYPE];
+    const struct piece *type = &field[MEDIA];
 
     if ((c->is_http11 && !field[HOST].s) ||
         (v->is_local && field[HOST].s && !names_this_machine(&field[HOST])))
