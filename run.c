@@ -5271,7 +5271,8 @@ static int read_request_line(struct client *c, char *line, size_t n)
     struct phrase method;
     size_t len;
 
-    version = path++ ? memchr(path, ' ', (size_t)(end - path)) : NULL;
+    path = path ? path + 1 : end;
+    version = memchr(path, ' ', (size_t)(end - path));
     if (!version || n_method > 20 || end - version != 9 ||
         memcmp(version, " HTTP/", 6) != 0 || *path != '/')
         return 400;
