@@ -11374,7 +11374,7 @@ static int enter_sandbox(const struct settings *s)
 
 enum {
     MAX_RULES = 4096, MAX_LEVELS = 64, MAX_WAYS = 32, MAX_WORD = 4000,
-    MAX_WORDS = 8192, MAX_DIGITS = 18, NEVER = 1 << 20,
+    MAX_WORDS = 8192, MAX_DIGITS = 18, MAX_WHOLE = 15, NEVER = 1 << 20,
     CALL_OPENS = 1, CALL_CLOSES = 2
 };
 
@@ -11518,8 +11518,9 @@ static enum step step_number(const struct rule *r, struct level *l, int c)
     static const int is_number = 1 << ZERO | 1 << DIGITS | 1 << FRACTION |
                                  1 << POWER | 1 << POWER_2;
     const int to = find_move(number_moves, l->state, c == 'E' ? 'e' : c);
+    const int longest = r->max == 0 ? MAX_WHOLE : MAX_DIGITS;
 
-    if (to < 0 || (to == l->state && l->at == MAX_DIGITS) ||
+    if (to < 0 || (to == l->state && l->at == longest) ||
         (r->max == 0 && to >= POINT))
         return is_number >> l->state & 1 ? OVER : CANNOT;
     l->at = to == l->state ? l->at + 1 : 1;
@@ -11718,7 +11719,7 @@ static void enter(struct guide *to, const struct way *w, int rule, int c);
 /* Take a byte; w changes.  What there is to say of it goes to `to`. */
 static void try_byte(struct guide *to, struct way *w, int c)
 {
-    int child;
+    int child = 0;
 
     while (w->n > 0)
         switch (step(to->s, w, &w->level[w->n - 1], c, &child)) {
@@ -11902,6 +11903,17 @@ static int kind_of(const struct json *v)
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
+/* An integer has so few digits that this bound always holds.  Clients name those
+ * of JavaScript's whole numbers. */
+static int is_far_bound(const struct json *x)
+{
+    double by;
+
+    return json_double(x, &by) == 0 &&
+           ((strcmp(x->key, "minimum") == 0 && by <= -1e15) ||
+            (strcmp(x->key, "maximum") == 0 && by >= 1e15));
+}
+
 /* No keyword but those that are known, and go together. */
 static int check_keywords(struct maker *m, const struct json *v, int kind,
                           int at)
@@ -11909,7 +11921,9 @@ static int check_keywords(struct maker *m, const struct json *v, int kind,
     const struct phrase where = place(m, at);
 
     for (const struct json *x = v->first; x; x = x->next)
-        if (find_keyword(x->key) == 0)
+        if (kind == IS_INTEGER && is_far_bound(x))
+            continue;
+        else if (find_keyword(x->key) == 0)
             return because(m->why, USAGE, "\"%.60s\"%s is not known here",
                            x->key, where.s);
         else if (!(find_keyword(x->key) & kind))
