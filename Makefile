@@ -10,6 +10,11 @@
 # make check-tsan   what uses threads, under ThreadSanitizer
 # make check-valgrind
 #                   the program and some suites under valgrind
+# make check-clients
+#                   a server and the clients of the npm registry; needs node
+# make check-load   a server with a thousand clients, and hundreds of bad ones
+# make check-replicas
+#                   two servers behind nginx, of which one is killed
 # make fuzz         hostile input for every target, FUZZ_SECONDS=60 each;
 #                   FUZZ_TARGETS="gguf json" are some of them (needs clang)
 # make fuzz-replay  the inputs in test/corpus, with sanitizers but no fuzzer
@@ -260,6 +265,16 @@ check-tsan: build/tsan/run build/tsan/check_threads
 check-valgrind: run build/test/replay
 	@sh test/valgrind.sh
 
+# A server, its clients and what stands in front of it.
+check-clients: run build/test/parrot
+	@RUN=./run sh test/clients.sh
+
+check-load: run
+	@RUN=./run sh test/load.sh
+
+check-replicas: run
+	@RUN=./run sh test/replicas.sh
+
 # --------------------------------------------------------------- hostile input
 
 # All targets are one program, with libFuzzer or, to run files again, without.
@@ -280,7 +295,7 @@ fuzz-replay: build/debug/test/replay
 # Conversions that lose bits count as errors, too; unsigned overflow does not,
 # for it is what hashes and random numbers are made of.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= gguf vocab inspect text state json calls chat session batch
+FUZZ_TARGETS ?= gguf vocab inspect text state json calls chat session batch serve
 FUZZ_CC      := clang -g -DLFM2_NO_SIMD -DLIBFUZZER -fno-sanitize-recover=all \
     -fsanitize=address,undefined,implicit-conversion,local-bounds,nullability
 
@@ -323,4 +338,5 @@ clean:
 
 .PHONY: demo pictures lib install uninstall static wasm debug have-check check \
         check-debug check-bits check-ports check-boot check-bare check-tsan \
-        check-valgrind fuzz fuzz-replay bench clean
+        check-valgrind check-clients check-load check-replicas \
+        fuzz fuzz-replay bench clean

@@ -4535,6 +4535,7 @@ struct server {
     struct client *client[MAX_CLIENTS];
     int n_clients;
     double now, stopping;                 /* since when; 0: it serves        */
+    double rests;                         /* until then, for lack of files   */
     uint64_t n_requests, answered[N_STATUSES];
     double read, reused, made;            /* tokens                          */
     struct histogram first, next;         /* seconds to tokens               */
@@ -5132,6 +5133,7 @@ static void tokenize_body(struct client *c)
     struct why why = { "\"content\": expected a text" };
     int code = content ? DONE : USAGE;
 
+    s.mode = TOKENIZE;                    /* no BOS unasked                  */
     s.bos = s.special = 0;
     if (!body)
         return;
@@ -5210,7 +5212,7 @@ enum { N_ROUTES = sizeof routes / sizeof *routes };
 /* ---- requests: the head */
 
 /* The fields of a head that are looked at. */
-enum { HOST, ORIGIN, KEY, TYPE, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
+enum { HOST, ORIGIN, KEY, MEDIA, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
 
 static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
@@ -5269,7 +5271,8 @@ static int read_request_line(struct client *c, char *line, size_t n)
     struct phrase method;
     size_t len;
 
-    version = path++ ? memchr(path, ' ', (size_t)(end - path)) : NULL;
+    path = path ? path + 1 : end;
+    version = memchr(path, ' ', (size_t)(end - path));
     if (!version || n_method > 20 || end - version != 9 ||
         memcmp(version, " HTTP/", 6) != 0 || *path != '/')
         return 400;
@@ -5292,8 +5295,8 @@ static int read_request_line(struct client *c, char *line, size_t n)
     if (!c->route)
         return 404;
     for (const char *s = c->route->methods; s; s = strchr(s, ' '))
-        if (s += *s == ' ', strncmp(s, method.s, n_method) == 0 &&
-            strchr(", ", s[n_method]))
+        if (s += *s == ' ', strcspn(s, ",") == n_method &&
+            strncmp(s, method.s, n_method) == 0)
             return 0;
     return c->is_preflight ? 0 : 405;
 }
@@ -5373,7 +5376,7 @@ static int check_head(struct client *c, const struct piece *field)
 {
     const struct server *v = c->server;
     const int is_post = strcmp(c->route->methods, "POST") == 0;
-    const struct piece *type = &field[TYPE];
+    const struct piece *type = &field[MEDIA];
 
     if ((c->is_http11 && !field[HOST].s) ||
         (v->is_local && field[HOST].s && !names_this_machine(&field[HOST])))
@@ -5444,8 +5447,12 @@ static int next_chunk_line(struct client *c, size_t *len)
     const char *end = memmem(c->in.s, c->in.n, "\r\n", 2);
 
     *len = end ? (size_t)(end - c->in.s) : c->in.n;
-    if (*len > 256 || memchr(c->in.s, '\n', *len))
+    if (*len > 256)
         return -1;
+    for (size_t i = 0; i < *len; i++)
+        if ((unsigned char)c->in.s[i] < ' ' && c->in.s[i] != '\t' &&
+            !(c->in.s[i] == '\r' && i + 1 == c->in.n))
+            return -1;
     return end != NULL;
 }
 
@@ -5514,8 +5521,9 @@ static void read_head_part(struct client *c)
     const char *end;
     size_t n;
 
-    while (c->in.n >= 2 && memcmp(c->in.s, "\r\n", 2) == 0)
-        drop_bytes(&c->in, 2);
+    for (n = 0; n + 2 <= c->in.n && memcmp(c->in.s + n, "\r\n", 2) == 0;)
+        n += 2;
+    drop_bytes(&c->in, n);
     if (c->in.n > 0 && !c->id) {
         c->id = hash_number(hash_number(HASH_START, random_seed()),
                             ++c->server->n_requests);
@@ -5667,8 +5675,11 @@ static void welcome(struct server *v, int listener)
 {
     while (v->n_clients < MAX_CLIENTS) {
         const int fd = accept_client(listener);
-        if (fd < 0)
+        if (fd < 0) {
+            if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
+                v->rests = v->now + 1;
             return;
+        }
         struct client *c = zeroed(1, sizeof *c);
         *c = (struct client){ .server = v, .fd = fd,
                               .deadline = v->now + IDLE_TIME };
@@ -5682,9 +5693,10 @@ static void sweep(struct server *v)
     int n = 0;
 
     for (int i = 0; i < v->n_clients; i++)
-        if (v->client[i]->state == GONE)
+        if (v->client[i]->state == GONE) {
             free(v->client[i]);
-        else
+            v->rests = 0;
+        } else
             v->client[n++] = v->client[i];
     v->n_clients = n;
 }
@@ -5701,7 +5713,8 @@ static int has_more(const struct client *c)
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
-    const int open = v->n_clients < MAX_CLIENTS ? v->n_listeners : 0;
+    const int open = v->n_clients < MAX_CLIENTS && v->now >= v->rests ?
+                     v->n_listeners : 0;
     const int n = v->n_clients;
     int waits = !v->e.jobs;
 
@@ -11349,7 +11362,7 @@ static int enter_sandbox(const struct settings *s)
 
 enum {
     MAX_RULES = 4096, MAX_LEVELS = 64, MAX_WAYS = 32, MAX_WORD = 4000,
-    MAX_WORDS = 8192, MAX_DIGITS = 18, NEVER = 1 << 20,
+    MAX_WORDS = 8192, MAX_DIGITS = 18, MAX_WHOLE = 15, NEVER = 1 << 20,
     CALL_OPENS = 1, CALL_CLOSES = 2
 };
 
@@ -11493,8 +11506,9 @@ static enum step step_number(const struct rule *r, struct level *l, int c)
     static const int is_number = 1 << ZERO | 1 << DIGITS | 1 << FRACTION |
                                  1 << POWER | 1 << POWER_2;
     const int to = find_move(number_moves, l->state, c == 'E' ? 'e' : c);
+    const int longest = r->max == 0 ? MAX_WHOLE : MAX_DIGITS;
 
-    if (to < 0 || (to == l->state && l->at == MAX_DIGITS) ||
+    if (to < 0 || (to == l->state && l->at == longest) ||
         (r->max == 0 && to >= POINT))
         return is_number >> l->state & 1 ? OVER : CANNOT;
     l->at = to == l->state ? l->at + 1 : 1;
@@ -11693,7 +11707,7 @@ static void enter(struct guide *to, const struct way *w, int rule, int c);
 /* Take a byte; w changes.  What there is to say of it goes to `to`. */
 static void try_byte(struct guide *to, struct way *w, int c)
 {
-    int child;
+    int child = 0;
 
     while (w->n > 0)
         switch (step(to->s, w, &w->level[w->n - 1], c, &child)) {
@@ -11877,6 +11891,17 @@ static int kind_of(const struct json *v)
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
+/* An integer has so few digits that this bound always holds.  Clients name those
+ * of JavaScript's whole numbers. */
+static int is_far_bound(const struct json *x)
+{
+    double by;
+
+    return json_double(x, &by) == 0 &&
+           ((strcmp(x->key, "minimum") == 0 && by <= -1e15) ||
+            (strcmp(x->key, "maximum") == 0 && by >= 1e15));
+}
+
 /* No keyword but those that are known, and go together. */
 static int check_keywords(struct maker *m, const struct json *v, int kind,
                           int at)
@@ -11884,7 +11909,9 @@ static int check_keywords(struct maker *m, const struct json *v, int kind,
     const struct phrase where = place(m, at);
 
     for (const struct json *x = v->first; x; x = x->next)
-        if (find_keyword(x->key) == 0)
+        if (kind == IS_INTEGER && is_far_bound(x))
+            continue;
+        else if (find_keyword(x->key) == 0)
             return because(m->why, USAGE, "\"%.60s\"%s is not known here",
                            x->key, where.s);
         else if (!(find_keyword(x->key) & kind))

@@ -1,5 +1,5 @@
-/* Targets in run.c: JSON, tool calls, conversations, sessions, batches and the
- * explanation of a file. */
+/* Targets in run.c: JSON, tool calls, conversations, sessions, batches, what
+ * clients send to a server, and the explanation of a file. */
 #define _GNU_SOURCE                      /* memfd_create()                   */
 
 #include <stdio.h>
@@ -389,6 +389,96 @@ void fuzz_batch(const uint8_t *data, size_t n)
     close(b.in.fd);
     close(b.out);
     free(b.in.buf.s);
+}
+
+/* --------------------------------------------------------------- connections
+ *
+ * The first byte chooses a server; then comes what a client sends.  However it
+ * is cut up, the same is answered, and the same is left to be read. */
+
+/* Dots in the place of what is another thing every time. */
+static void blank(struct text *t, const char *mark, const char *end)
+{
+    for (char *s = t->s; s && (s = strstr(s, mark));)
+        for (s += strlen(mark); *s && !strchr(end, *s); s++)
+            *s = '.';
+}
+
+/* What the server did with all it has: as if it had been sent; a request that
+ * is for the model is noted and not answered. */
+static void serve_pieces(struct client *c, struct text *said)
+{
+    static const char go_on[] = "HTTP/1.1 100 Continue\r\n\r\n";
+    const size_t n = strlen(go_on);
+
+    while (has_more(c)) {
+        read_more(c);
+        if (c->out.n >= n && memcmp(c->out.s, go_on, n) == 0)
+            drop_bytes(&c->out, n);       /* depends on what has come        */
+        add(said, c->out.s ? c->out.s : "", c->out.n);
+        c->out.n = 0;
+        if (c->state == WORKING) {
+            const struct request *q = &c->choice[0].job.q;
+            REQUIRE(c->n_choices > 0 && c->n_choices <= MAX_CHOICES);
+            add_format(said, "[%d %d %d %d %d]", c->n_choices, c->n_prompts,
+                       c->stream, q->prompt.n, q->limit);
+            c->stream = 0;
+            finish_request(c);
+        }
+        if (c->state == LEAVING)
+            c->in.n = 0;
+    }
+    REQUIRE(c->server->e.jobs == NULL && c->n_choices == 0);
+}
+
+static void converse(struct server *v, struct client *c, struct text *said,
+                     const uint8_t *data, size_t n, size_t each)
+{
+    *c = (struct client){ .server = v, .fd = -1 };
+    v->client[0] = c;
+    v->n_clients = 1;
+    for (size_t at = 0; at < n && c->state != LEAVING; at += each) {
+        const size_t len = each < n - at ? each : n - at;
+        add(&c->in, (const char *)data + at, len);
+        serve_pieces(c, said);
+    }
+    blank(said, "\nDate: ", "\r");
+    blank(said, "\nx-request-id: ", "\r");
+}
+
+void fuzz_serve(const uint8_t *data, size_t n)
+{
+    static struct engine e;
+    static struct server v[2];
+    static char keys[] = "key\n";
+    struct client c[2];
+    struct text said[2] = { { NULL, 0, 0 } };
+    struct settings s;
+
+    if (!e.ctx)
+        open_small(&e, 1);
+    if (n < 1)
+        return;
+    s = small_settings;
+    s.mode = SERVE;
+    s.queue = 256;
+    s.max_body = 1;
+    s.cors = data[0] & 1 ? "http://example.org" : NULL;
+    for (int i = 0; i < 2; i++) {
+        v[i] = (struct server){ .e = e, .is_local = data[0] >> 1 & 1,
+                                .keys = { keys, data[0] & 4 ? 4 : 0, 0 },
+                                .stopping = data[0] >> 3 & 1 };
+        v[i].e.s = &s;
+        converse(&v[i], &c[i], &said[i], data + 1, n - 1, i == 0 ? n :
+                 1 + fuzz_hash(data, n) % 16);
+    }
+    REQUIRE(same(&said[0], &said[1]) && c[0].state == c[1].state);
+    REQUIRE(c[0].state == LEAVING || (same(&c[0].in, &c[1].in) &&
+                                      same(&c[0].body, &c[1].body)));
+    for (int i = 0; i < 2; i++) {
+        hang_up(&c[i]);
+        free(said[i].s);
+    }
 }
 
 /* ----------------------------------------------------- explanations of files
