@@ -286,7 +286,7 @@ fuzz-replay: build/debug/test/replay
 # Conversions that lose bits count as errors, too; unsigned overflow does not,
 # for it is what hashes and random numbers are made of.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= gguf vocab inspect text state json calls chat session batch
+FUZZ_TARGETS ?= gguf vocab inspect text state json calls chat session batch schema
 FUZZ_CC      := clang -g -DLFM2_NO_SIMD -DLIBFUZZER -fno-sanitize-recover=all \
     -fsanitize=address,undefined,implicit-conversion,local-bounds,nullability
 

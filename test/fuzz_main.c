@@ -29,7 +29,8 @@ static const struct target {
     { "text", fuzz_text, 0 }, { "state", fuzz_state, 0 },
     { "json", fuzz_json, 0 }, { "calls", fuzz_calls, 0 },
     { "chat", fuzz_chat, 0 }, { "session", fuzz_session, 0 },
-    { "batch", fuzz_batch, 0 }, { "inspect", fuzz_inspect, 1 }
+    { "batch", fuzz_batch, 0 }, { "schema", fuzz_schema, 0 },
+    { "inspect", fuzz_inspect, 1 }
 };
 
 static const struct target *find_target(const char *name, size_t n)
