@@ -222,13 +222,19 @@ have-check:
 build/test/parrot: test/parrot.c test/util.c test/util.h | build/test
 	$(CC) $(CPPFLAGS) -std=c11 -O1 -Wall -Wextra -o $@ $(filter %.c,$^) $(LIBS)
 
-check: have-check run lib $(SUITES:%=build/test/%) build/test/replay build/test/parrot
+build/test/noise: test/noise.c test/util.c test/util.h run.c lfm2.h \
+                  build/lfm2.o | build/test
+	$(CC) $(CPPFLAGS) $(FLAGS:-M%=) -O1 -o $@ $(filter-out run.c,$(filter %.c %.o,$^)) $(LIBS)
+
+TOOLS   := build/test/parrot build/test/noise
+
+check: have-check run lib $(SUITES:%=build/test/%) build/test/replay $(TOOLS)
 	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%) \
 	    build/test/replay
 
 # Of the scripts, those that run the program for its own sake.
 check-debug: have-check build/debug/quick/run $(SUITES:%=build/debug/test/%) \
-             build/debug/test/replay build/test/parrot
+             build/debug/test/replay $(TOOLS)
 	@sh test/all.sh build/debug/quick/run \
 	    $$(grep -l '"$$run"' $(filter-out %pictures.sh,$(SCRIPTS))) \
 	    $(SUITES:%=build/debug/test/%) build/debug/test/replay
@@ -295,7 +301,8 @@ fuzz-replay: build/debug/test/replay
 # Conversions that lose bits count as errors, too; unsigned overflow does not,
 # for it is what hashes and random numbers are made of.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= gguf vocab inspect text state json calls chat session batch serve
+FUZZ_TARGETS ?= gguf vocab inspect text state json calls chat session batch \
+                serve schema
 FUZZ_CC      := clang -g -DLFM2_NO_SIMD -DLIBFUZZER -fno-sanitize-recover=all \
     -fsanitize=address,undefined,implicit-conversion,local-bounds,nullability
 
