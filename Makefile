@@ -197,7 +197,7 @@ $(PLAIN:%=build/test/%): CPPFLAGS += -DLFM2_NO_SIMD
 $(LINKED:%=build/test/%): build/lfm2.o
 build/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
               | build/test have-check
-	$(COMPILE) -O2 $(CHECK) $(LIBS)
+	$(COMPILE) -O1 $(CHECK) $(LIBS)
 
 build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
 build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED \
