@@ -199,9 +199,10 @@ quick() {
         try clang-fma "" clang -O3 -ffp-contract=on
         ;;
     esac
-    # clang does not tell the source of these.
-    try clang-unsafe-math "" clang -O3 -funsafe-math-optimizations \
-        -DLFM2_NO_SIMD
+    # clang does not tell the source of these.  (With -funsafe-math-optimizations,
+    # which is all of them, it would link code that makes denormal numbers 0.)
+    try clang-unsafe-math "" clang -O3 -fassociative-math -freciprocal-math \
+        -fno-signed-zeros -fno-trapping-math -fapprox-func -DLFM2_NO_SIMD
     try no-threads-no-mmap "" "${CC:-cc}" -O2 -DLFM2_NO_THREADS \
         -DLFM2_NO_MMAP -DLFM2_AVX2_ONLY
 }
