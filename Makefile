@@ -193,11 +193,14 @@ CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
 COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -Wno-missing-field-initializers -pthread \
            -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(filter %.o,$^)
 
+# -O1 takes half as long to compile as -O2.
+LEVEL   := -O1
+build/test/check_kernels: LEVEL := -O2
 $(PLAIN:%=build/test/%): CPPFLAGS += -DLFM2_NO_SIMD
 $(LINKED:%=build/test/%): build/lfm2.o
 build/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
               | build/test have-check
-	$(COMPILE) -O1 $(CHECK) $(LIBS)
+	$(COMPILE) $(LEVEL) $(CHECK) $(LIBS)
 
 build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
 build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED \
