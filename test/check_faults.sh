@@ -331,7 +331,7 @@ sed 's/.*"custom_id": "\([^"]*\)".*/\1/' "$dir/whole" >"$dir/order"
 "$run" $m --batch -q -t 1 --isa scalar --temp 0 --resume "$dir/part" \
     <"$dir/in" >"$dir/out" 2>"$dir/err" &
 pid=$!
-within 60 lines "$dir/part" 1
+within 300 lines "$dir/part" 1
 kill -TERM $pid
 wait_within 60 $pid
 n=$(wc -l <"$dir/part")
