@@ -3380,13 +3380,15 @@ KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 }
 
 /* LANES chains from chain h on, of 4 rows at w times each x, go on for the
- * columns of the block. */
+ * columns of the block.  For few rows of x weights come from memory, and fast
+ * CPUs wait for fewer lines if these go to the second-level cache. */
 KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
                                   float *chain, const uint8_t *w, int h,
                                   const uint8_t *next, const int type)
 {
     const size_t stride = b->stride;
     const int cols = b->cols, step = b->step;
+    const int many = type == F32 && b->n_next > 0;
     const float *x[X_ROWS];
     FLOATS acc[X_ROWS][4], v[X_ROWS];
     int c = h;
@@ -3400,7 +3402,10 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
     }
     do {                                  /* h < cols: saves copies of acc   */
         for (int i = 0; i < 8 * LANES; i += 64)
-            FETCH(next + i);
+            if (many)
+                FETCH(next + i);
+            else
+                FETCH_FAR(next + i);
         UNROLL
         for (int t = 0; t < tokens; t++)
             v[t] = LOAD(x[t] + c);
