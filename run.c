@@ -4358,14 +4358,7 @@ static int batch(const struct settings *s)
  * amount of memory at most, and one that does not read what it asked for is
  * dropped. */
 
-#ifdef __wasi__
-
-static int serve(const struct settings *s)
-{
-    return say(FAILED, "--serve %s: not in this build", s->serve);
-}
-
-#else
+#if !defined __wasi__ || defined LFM2_PAGE
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -5728,7 +5721,18 @@ static void run_server(struct server *v)
     sweep(v);
 }
 
+#endif
+
 /* ---- opening */
+
+#ifdef __wasi__
+
+static int serve(const struct settings *s)
+{
+    return say(FAILED, "--serve %s: not in this build", s->serve);
+}
+
+#else
 
 static int listen_at(struct server *v, const void *address, socklen_t n)
 {
