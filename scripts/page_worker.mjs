@@ -51,14 +51,15 @@ const system = {
     }
 };
 
-// What the program said last, without its name.
+// What the program said last, without its name and the file's.
 function sentence(error) {
     const last = said.trim().split('\n').pop();
     said = '';
-    return last.replace(/^\w+: /, '') || String(error?.message ?? error);
+    return last.replace(/^\w+: (the file: )?/, '') || String(error?.message ?? error);
 }
 
-// The file goes straight to where it is used.
+// The file goes straight to where it is used: behind the memory that malloc()
+// has, once it has been called and knows where that ends.
 async function read(source) {
     let size = source.size, stream;
     if (size === undefined) {
@@ -77,6 +78,7 @@ async function read(source) {
         stream = source.stream();
     let start;
     try {
+        program.page_room(1);
         start = memory.grow(Math.ceil(size / 65536)) * 65536;
     } catch {
         throw new Error(`The file has ${(size / 1e9).toFixed(1)} GB, for ` +
