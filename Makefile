@@ -132,7 +132,7 @@ build/run.wasm: run.c lfm2.c lfm2.h | build
 	$(WASM_CC) $(WASM_FLAGS) -DLFM2_NO_THREADS -o $@ run.c lfm2.c $(WASM_LIBS)
 
 # A directory for any server of files.
-PAGE := index.html page_worker.mjs page.wasm tiny.gguf
+PAGE := index.html page_worker.mjs page.wasm page_threads.wasm tiny.gguf
 
 page: $(PAGE:%=build/page/%)
 
@@ -145,10 +145,20 @@ build/page/tiny.gguf: test/tiny.gguf | build/page
 build/page/page_worker.mjs: scripts/page_worker.mjs | build/page
 	cp $< $@
 
+PAGE_FLAGS = $(WASM_FLAGS) -Wno-unused-function -mexec-model=reactor \
+    -Wl,--import-memory,--initial-memory=4194304
+
 build/page/page.wasm: scripts/page.c run.c lfm2.c lfm2.h | build/page
-	$(WASM_CC) $(WASM_FLAGS) -Wno-unused-function -DLFM2_NO_THREADS \
-	    -mexec-model=reactor -o $@ scripts/page.c lfm2.c \
+	$(WASM_CC) $(PAGE_FLAGS) -DLFM2_NO_THREADS -o $@ scripts/page.c lfm2.c \
 	    $(WASM_LIBS)
+
+# The C library was not compiled for threads, so only one calls it, and its
+# errno is that thread's.
+build/page/page_threads.wasm: scripts/page.c scripts/wasm/pthread.h run.c \
+                              lfm2.c lfm2.h | build/page
+	$(WASM_CC) $(PAGE_FLAGS) -Iscripts/wasm -matomics -mbulk-memory -D_Thread_local= \
+	    -Wl,--shared-memory,--max-memory=4294967296,--no-check-features \
+	    -Wl,--export=__stack_pointer -o $@ scripts/page.c lfm2.c $(WASM_LIBS)
 
 # -------------------------------------------------------------------- the demo
 

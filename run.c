@@ -6971,7 +6971,7 @@ static void start_signals(void)
  * may be waiting for input; but SIGBUS is for the one that reads. */
 static void block_signals(int are_blocked)
 {
-#ifndef LFM2_NO_THREADS
+#if !defined LFM2_NO_THREADS && !defined __wasi__
     static sigset_t before;
     sigset_t all;
 

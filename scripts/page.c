@@ -20,6 +20,37 @@ static size_t page_size;
 
 IMPORT(send) void page_send(const char *s, size_t n);
 
+#ifdef __wasm_atomics__
+
+#include <pthread.h>
+
+struct page_worker page_worker[MAX_WORKERS];
+int page_cpus = 1;
+
+/* There will be n workers besides this one. */
+void EXPORT(page_workers)(int n)
+{
+    page_cpus = n + 1;
+    for (int i = 0; i < n; i++)
+        atomic_store(&page_worker[i].state, WORKER_READY);
+}
+
+/* What the i-th of them does, for good. */
+void EXPORT(page_thread)(int i)
+{
+    struct page_worker *w = &page_worker[i];
+
+    for (;;) {
+        while (atomic_load(&w->state) == WORKER_READY)
+            PAGE_WAIT(&w->state, WORKER_READY);
+        w->run(w->arg);
+        atomic_store(&w->state, WORKER_READY);
+        PAGE_WAKE(&w->state);
+    }
+}
+
+#endif
+
 static struct settings settings;
 static struct server server;
 static struct client client;

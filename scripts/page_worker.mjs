@@ -1,7 +1,7 @@
 // The engine behind scripts/page.html, in a worker of its own so that the page
 // never waits.  It is scripts/page.c: bodies of requests go in, the bytes of
 // responses come out.  Messages to it:
-//     { open: File or URL, context }   { ask: body }   { stop: true }
+//     { open: File or URL, context, threads }   { ask: body }   { stop: true }
 // and from it:
 //     { loaded, total }   { facts, bytes }   { status }   { part }   { end }
 //     { error: a sentence }
@@ -101,19 +101,66 @@ async function read(source) {
     return [start, size];
 }
 
-async function open({ open: source, context }) {
-    const module = await WebAssembly.compileStreaming(fetch('page.wasm'));
+// Several threads need shared memory, which a page has if its server says that
+// nobody else's content is in it (two headers, see scripts/serve_page.py).
+async function start(module) {
     const instance = await WebAssembly.instantiate(module, {
-        page: { send },
+        env: { memory }, page: { send },
         wasi_snapshot_preview1: new Proxy(system, {
             get: (all, name) => all[name] ?? (() => NO_SUCH_THING)
         })
     });
     program = instance.exports;
-    memory = program.memory;
+}
+
+// Of the 4 GB that there can be, as much as this machine lets a page reserve.
+function reserve(shared) {
+    for (let maximum = 65536; ; maximum /= 2)
+        try {
+            return new WebAssembly.Memory({ initial: 64, maximum, shared });
+        } catch (error) {
+            if (maximum < 8192)
+                throw error;
+        }
+}
+
+// A worker for each thread but this one.
+async function start_threads(module, n) {
+    const started = [], stack = 1 << 18;
+    program.page_workers(n);
+    for (let i = 0; i < n; i++) {
+        const worker = new Worker(self.location, { type: 'module' });
+        const top = program.page_room(stack) + stack & -16;
+        worker.postMessage({ thread: i, module, memory, top });
+        started.push(new Promise((resolve, reject) => {
+            worker.onmessage = resolve;
+            worker.onerror = () => reject(new Error('no worker for a thread'));
+        }));
+    }
+    await Promise.all(started);
+}
+
+async function be_thread({ thread, module, memory: shared, top }) {
+    memory = shared;
+    await start(module);
+    program.__stack_pointer.value = top;
+    postMessage('ready');
+    program.page_thread(thread);
+}
+
+async function open({ open: source, context, threads }) {
+    const n = self.crossOriginIsolated
+        ? Math.max(1, threads || Math.min(navigator.hardwareConcurrency, 8))
+        : 1;
+    const module = await WebAssembly.compileStreaming(
+        fetch(n > 1 ? 'page_threads.wasm' : 'page.wasm'));
+    memory = reserve(n > 1);
+    await start(module);
     program._initialize();
-    const [start, size] = await read(source);
-    const facts = program.page_open(start, size, 1, context) >>> 0;
+    if (n > 1)
+        await start_threads(module, n - 1);
+    const [at, size] = await read(source);
+    const facts = program.page_open(at, size, n, context) >>> 0;
     if (!facts)
         throw new Error(sentence());
     const end = new Uint8Array(memory.buffer).indexOf(0, facts);
@@ -151,6 +198,8 @@ onmessage = async ({ data }) => {
     try {
         if (data.open)
             await open(data);
+        else if (data.module)
+            await be_thread(data);
         else if (data.ask)
             await ask(data.ask);
         else if (data.stop)

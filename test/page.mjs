@@ -4,8 +4,7 @@
 // Answers and their hashes are those of the command line.  Screenshots are left
 // in build/browser, for somebody to look at.
 import { execFileSync, spawn } from 'node:child_process';
-import { readFile, writeFile } from 'node:fs/promises';
-import { createServer } from 'node:http';
+import { readFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 
 const modules = createRequire(`${process.cwd()}/build/browser/`);
@@ -36,28 +35,23 @@ function same(is, wanted) {
                         JSON.stringify(wanted));
 }
 
-const types = { html: 'text/html', mjs: 'text/javascript',
-                wasm: 'application/wasm', gguf: 'application/octet-stream' };
-const files = createServer(async (request, response) => {
-    const name = new URL(request.url, 'http://x').pathname.slice(1) ||
-                 'index.html';
-    try {
-        const bytes = await readFile(`build/page/${name}`);
-        response.writeHead(200, {
-            'Content-Type': types[name.split('.').pop()],
-            'Content-Length': bytes.length,
-            'Cross-Origin-Opener-Policy': 'same-origin',
-            'Cross-Origin-Embedder-Policy': 'require-corp'
-        });
-        response.end(bytes);
-    } catch {
-        response.writeHead(404);
-        response.end('nothing is here');
-    }
-});
-await new Promise(resolve => files.listen(0, '127.0.0.1', resolve));
-const origin = `http://127.0.0.1:${files.address().port}`;
+// Starts a program, and waits for the first line it prints that matches.
+function start(pattern, ...command) {
+    const child = spawn(command[0], command.slice(1));
+    return new Promise((resolve, reject) => {
+        let all = '';
+        for (const out of [child.stdout, child.stderr])
+            out.on('data', piece => {
+                all += piece;
+                if (pattern.test(all))
+                    resolve([child, all.match(pattern)[0]]);
+            });
+        child.on('exit', () => reject(new Error(all)));
+    });
+}
 
+const [files, origin] = await start(/http:\S+/, 'python3',
+                                    'scripts/serve_page.py', '0');
 const browser = await chromium.launch({
     executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
     args: ['--no-sandbox', '--disable-gpu']
@@ -108,6 +102,9 @@ async function accessible() {
 await check('the page opens with the model that ships', async () => {
     await page.goto(origin);
     await ready();
+});
+await check('the page is isolated, and may have threads', async () => {
+    same(await page.evaluate(() => crossOriginIsolated), true);
 });
 await check('an answer is the command line\'s, and so is its hash', async () => {
     await set('temperature', '0');
@@ -183,12 +180,9 @@ await check('a file that is chosen', async () => {
 });
 
 // ./run --serve, as another origin and as its own.
-const port = 20000 + process.pid % 20000, address = `http://127.0.0.1:${port}`;
-const served = spawn('./run', [
-    'test/tiny.gguf', '--serve', String(port), '--page', 'scripts/page.html',
-    '--cors', origin
-], { stdio: ['ignore', 'ignore', 'pipe'] });
-await new Promise(resolve => served.stderr.on('data', resolve));
+const [served, address] = await start(
+    /http:\S+/, './run', 'test/tiny.gguf', '--serve', '0', '--page',
+    'scripts/page.html', '--cors', origin);
 await check('a server\'s address', async () => {
     await page.locator('#settings').evaluate(e => { e.open = true; });
     await page.fill('#server', address);
@@ -219,6 +213,6 @@ await check('no other host was asked, and nothing went wrong', async () => {
 });
 
 await browser.close();
-files.close();
+files.kill();
 console.log(`${passed} passed, ${failed} failed`);
 process.exit(failed ? 1 : 0);
