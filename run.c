@@ -4415,14 +4415,7 @@ static int batch(const struct settings *s)
  * amount of memory at most, and one that does not read what it asked for is
  * dropped. */
 
-#ifdef __wasi__
-
-static int serve(const struct settings *s)
-{
-    return say(FAILED, "--serve %s: not in this build", s->serve);
-}
-
-#else
+#if !defined __wasi__ || defined LFM2_PAGE
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -5807,7 +5800,18 @@ static void run_server(struct server *v)
     sweep(v);
 }
 
+#endif
+
 /* ---- opening */
+
+#ifdef __wasi__
+
+static int serve(const struct settings *s)
+{
+    return say(FAILED, "--serve %s: not in this build", s->serve);
+}
+
+#else
 
 static int listen_at(struct server *v, const void *address, socklen_t n)
 {
@@ -7029,7 +7033,7 @@ static void on_interrupt(int number)
  * may be waiting for input; but SIGBUS is for the one that reads. */
 static void block_signals(int are_blocked)
 {
-#ifndef LFM2_NO_THREADS
+#if !defined LFM2_NO_THREADS && !defined __wasi__
     static sigset_t before;
     sigset_t all;
 
