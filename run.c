@@ -11895,8 +11895,8 @@ static int kind_of(const struct json *v)
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
-/* An integer has so few digits that this bound always holds.  Clients name those
- * of JavaScript's whole numbers. */
+/* An integer has so few digits that this bound always holds.  Clients name
+ * those of JavaScript's whole numbers. */
 static int is_far_bound(const struct json *x)
 {
     double by;
