@@ -56,10 +56,12 @@ LIBS    := -lm -pthread
 run: build/run.o build/lfm2.o
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ $(LIBS)
 
+# The shared library is made of the same object.
+build/lfm2.o: PIC := -fPIC
 build/%.o: %.c | build
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -c -o $@ $<
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) $(PIC) -c -o $@ $<
 
-build build/pic build/debug build/debug/quick build/test build/debug/test \
+build build/debug build/debug/quick build/test build/debug/test \
 build/bench build/fuzz build/tsan build/page:
 	mkdir -p $@
 
@@ -70,12 +72,9 @@ lib: build/liblfm2.a build/liblfm2.so
 build/liblfm2.a: build/lfm2.o
 	$(AR) rcs $@ $^
 
-build/pic/lfm2.o: lfm2.c | build/pic
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -fPIC -c -o $@ $<
-
 SONAME  := $(if $(filter Darwin,$(shell uname)),,-Wl,-soname,liblfm2.so.0)
 
-build/liblfm2.so: build/pic/lfm2.o
+build/liblfm2.so: build/lfm2.o
 	$(CC) $(CFLAGS) $(LDFLAGS) -shared $(SONAME) -o $@ $^ $(LIBS)
 
 .PHONY: build/lfm2.pc                     # PREFIX may be another each time
@@ -393,7 +392,7 @@ bench: run $(BENCH_FILES)
 clean:
 	rm -rf build run
 
--include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
+-include $(wildcard build/*.d build/debug/*.d)
 
 .PHONY: demo pictures lib install uninstall static wasm page debug have-check \
         check check-debug check-bits check-ports check-page check-clients \
