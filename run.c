@@ -5402,14 +5402,14 @@ static int check_head(struct client *c, const struct piece *field)
 static void check_request(struct client *c, size_t n)
 {
     struct piece field[N_FIELDS] = { { NULL, 0 } };
-    char *line = c->in.s, *const last = line + n - 2;
+    char *line = c->in.s, *const last = line + n - 2, before = '\0';
     int status = 0, n_lines = 0, bad = 0;
 
     c->keeps = c->is_head = 0;
     c->route = NULL;
     c->is_allowed_origin = c->is_preflight = 0;
-    for (const char *s = line; s < last; s++)
-        bad |= *s == '\r' ? s[1] != '\n' : *s == '\n' ? s[-1] != '\r' :
+    for (const char *s = line; s < last; before = *s++)
+        bad |= *s == '\r' ? s[1] != '\n' : *s == '\n' ? before != '\r' :
                ((unsigned char)*s < ' ' && *s != '\t') || *s == 127;
     while (!bad && line < last && n_lines <= MAX_FIELDS) {
         char *end = memchr(line, '\r', (size_t)(last - line));

@@ -450,7 +450,7 @@ def check_smuggling(server):
             (b"GET /health HTTP/0.9", 505), (b"GET /health http/1.1", 400),
             (b"GET http://localhost/health HTTP/1.1", 400),
             (b"GET health HTTP/1.1", 400), (b"PRI * HTTP/2.0", 400),
-            (b" GET /health HTTP/1.1", 400), (b"GET\t/health HTTP/1.1", 400),
+            (b" GET /health HTTP/1.1", 400), (b"\nGET /health HTTP/1.1", 400), (b"GET\t/health HTTP/1.1", 400),
             (b"GET /hea\0lth HTTP/1.1", 400), (b"\x80 /health HTTP/1.1", 405),
             (b"OPTIONS * HTTP/1.1", 400), (b"A" * 30 + b" / HTTP/1.1", 400)):
         a = raw(server, line + b"\r\nHost: localhost\r\n\r\n")
