@@ -4,6 +4,7 @@
 # make check-debug  the same under AddressSanitizer and UBSan
 # make check-bits   the same logits from every compiler, level and machine at hand
 # make check-ports  more of them, and the suites there; takes an hour
+# make check-page   the page of make page, in a browser
 # make check-boot   Linux with nothing but build/run-static, in an emulator
 # make check-bare   the README's first two commands on a bare Debian, which it
 #                   makes in build/bare; needs root, takes half an hour
@@ -22,6 +23,7 @@
 # make lib          build/liblfm2.a and build/liblfm2.so
 # make static       build/run-static, which needs nothing but a kernel
 # make wasm         build/run.wasm, for node scripts/run_wasm.mjs
+# make page         build/page, for any server of files: the program in a browser
 # make install      DESTDIR= PREFIX=/usr/local
 # make uninstall    the same
 # make pictures     those of the README again
@@ -58,7 +60,7 @@ build/%.o: %.c | build
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(FLAGS) -c -o $@ $<
 
 build build/pic build/debug build/debug/quick build/test build/debug/test \
-build/bench build/fuzz build/tsan:
+build/bench build/fuzz build/tsan build/page:
 	mkdir -p $@
 
 # ----------------------------------------------------------------- the library
@@ -123,15 +125,45 @@ build/run-static: run.c lfm2.c lfm2.h | build
 # give the stack 64 KiB, and nobody notices when it overflows.
 WASM_CC ?= clang --target=wasm32-wasi -msimd128
 
+WASM_FLAGS = $(CPPFLAGS) $(CFLAGS) $(filter-out -M% -pthread,$(FLAGS)) \
+    -DLFM2_NO_MMAP -D_WASI_EMULATED_SIGNAL -D_WASI_EMULATED_PROCESS_CLOCKS \
+    -D_WASI_EMULATED_GETPID -Wl,-z,stack-size=1048576
+WASM_LIBS  = -lm -lwasi-emulated-signal -lwasi-emulated-process-clocks \
+    -lwasi-emulated-getpid
+
 wasm: build/run.wasm
 
 build/run.wasm: run.c lfm2.c lfm2.h | build
-	$(WASM_CC) $(CPPFLAGS) $(CFLAGS) $(filter-out -M% -pthread,$(FLAGS)) \
-	    -DLFM2_NO_THREADS -DLFM2_NO_MMAP -D_WASI_EMULATED_SIGNAL \
-	    -D_WASI_EMULATED_PROCESS_CLOCKS -D_WASI_EMULATED_GETPID \
-	    -Wl,-z,stack-size=1048576 -o $@ run.c lfm2.c -lm \
-	    -lwasi-emulated-signal -lwasi-emulated-process-clocks \
-	    -lwasi-emulated-getpid
+	$(WASM_CC) $(WASM_FLAGS) -DLFM2_NO_THREADS -o $@ run.c lfm2.c $(WASM_LIBS)
+
+# A directory for any server of files.
+PAGE := index.html page_worker.mjs page.wasm page_threads.wasm tiny.gguf
+
+page: $(PAGE:%=build/page/%)
+
+build/page/index.html: scripts/page.html | build/page
+	cp $< $@
+
+build/page/tiny.gguf: test/tiny.gguf | build/page
+	cp $< $@
+
+build/page/page_worker.mjs: scripts/page_worker.mjs | build/page
+	cp $< $@
+
+PAGE_FLAGS = $(WASM_FLAGS) -Wno-unused-function -mexec-model=reactor \
+    -Wl,--import-memory,--initial-memory=4194304
+
+build/page/page.wasm: scripts/page.c run.c lfm2.c lfm2.h | build/page
+	$(WASM_CC) $(PAGE_FLAGS) -DLFM2_NO_THREADS -o $@ scripts/page.c lfm2.c \
+	    $(WASM_LIBS)
+
+# The C library was not compiled for threads, so only one calls it, and its
+# errno is that thread's.
+build/page/page_threads.wasm: scripts/page.c scripts/wasm/pthread.h run.c \
+                              lfm2.c lfm2.h | build/page
+	$(WASM_CC) $(PAGE_FLAGS) -Iscripts/wasm -matomics -mbulk-memory -D_Thread_local= \
+	    -Wl,--shared-memory,--max-memory=4294967296,--no-check-features \
+	    -Wl,--export=__stack_pointer -o $@ scripts/page.c lfm2.c $(WASM_LIBS)
 
 # -------------------------------------------------------------------- the demo
 
@@ -193,23 +225,29 @@ LINKED  := check_arithmetic check_chat check_forward check_gguf \
 PLAIN   := check_alloc check_api check_formats check_math check_sampler \
            check_sequences check_spans check_stdio check_threads \
            check_tokenizer check_trace check_vocab
-HELPERS := test/main.c test/util.c test/reference.c
+# The helpers are compiled once, and without sanitizers: they give no input that
+# is not on the heap, and the reference is slow enough.
+HELPERS := build/test/util.o build/test/reference.o
+$(HELPERS): test/util.h test/reference.h | build/test
 CHECK    = $(shell pkg-config --cflags --libs check 2>/dev/null || echo -lcheck)
 COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -Wno-missing-field-initializers -pthread \
-           -DSUITE=$(*:check_%=%_suite) -o $@ $< $(HELPERS) $(filter %.o,$^)
+           -DSUITE=$(*:check_%=%_suite) -o $@ $< test/main.c $(filter %.o,$^)
 
+# -O1 takes half as long to compile as -O2.
+LEVEL   := -O1
+build/test/check_kernels: LEVEL := -O2
 $(PLAIN:%=build/test/%): CPPFLAGS += -DLFM2_NO_SIMD
 $(LINKED:%=build/test/%): build/lfm2.o
-build/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
-              | build/test have-check
-	$(COMPILE) -O2 $(CHECK) $(LIBS)
+build/test/%: test/%.c test/main.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
+              lfm2.h | build/test have-check
+	$(COMPILE) $(LEVEL) $(CHECK) $(LIBS)
 
 build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
 build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED \
                                             -DLFM2_AVX2_ONLY
 $(LINKED:%=build/debug/test/%): build/debug/lfm2.o
-build/debug/test/%: test/%.c $(HELPERS) $(wildcard test/*.h) lfm2.c lfm2.h \
-                    | build/debug/test build/test have-check
+build/debug/test/%: test/%.c test/main.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
+                    lfm2.h | build/debug/test build/test have-check
 	$(COMPILE) $(SANITIZE) $(CHECK) $(LIBS)
 
 # These include run.c instead.
@@ -222,15 +260,25 @@ have-check:
 build/test/parrot: test/parrot.c test/util.c test/util.h | build/test
 	$(CC) $(CPPFLAGS) -std=c11 -O1 -Wall -Wextra -o $@ $(filter %.c,$^) $(LIBS)
 
-check: have-check run lib $(SUITES:%=build/test/%) build/test/replay build/test/parrot
+build/test/noise: test/noise.c test/util.c test/util.h run.c lfm2.h \
+                  build/lfm2.o | build/test
+	$(CC) $(CPPFLAGS) $(FLAGS:-M%=) -O1 -o $@ $(filter-out run.c,$(filter %.c %.o,$^)) $(LIBS)
+
+TOOLS   := build/test/parrot build/test/noise
+
+check: have-check run lib $(SUITES:%=build/test/%) build/test/replay $(TOOLS)
 	@sh test/all.sh ./run $(SCRIPTS) $(SUITES:%=build/test/%) \
 	    build/test/replay
 
-# Of the scripts, those that run the program for its own sake.
+# Of the scripts, those that run the program for its own sake, and not to see what
+# Python, Slurm or a reader makes of its output.
+BESIDES := cold compare man pictures readme slurm synthetic
+
 check-debug: have-check build/debug/quick/run $(SUITES:%=build/debug/test/%) \
-             build/debug/test/replay build/test/parrot
+             build/debug/test/replay $(TOOLS)
 	@sh test/all.sh build/debug/quick/run \
-	    $$(grep -l '"$$run"' $(filter-out %pictures.sh,$(SCRIPTS))) \
+	    $$(grep -l '"$$run"' \
+	        $(filter-out $(BESIDES:%=test/check_%.sh),$(SCRIPTS))) \
 	    $(SUITES:%=build/debug/test/%) build/debug/test/replay
 
 check-bits:
@@ -252,7 +300,8 @@ TSAN    := -O1 -g -fsanitize=thread -DLFM2_NO_SIMD
 build/tsan/lfm2.o: lfm2.c lfm2.h | build/tsan
 	$(CC) $(TSAN) $(FLAGS:-M%=) -c -o $@ $<
 
-build/tsan/%: test/%.c $(HELPERS) lfm2.c lfm2.h | build/tsan have-check
+build/tsan/%: test/%.c test/main.c $(HELPERS) lfm2.c lfm2.h \
+              | build/tsan have-check
 	$(COMPILE) $(TSAN) $(CHECK) $(LIBS)
 
 build/tsan/run: run.c build/tsan/lfm2.o
@@ -260,6 +309,15 @@ build/tsan/run: run.c build/tsan/lfm2.o
 
 check-tsan: build/tsan/run build/tsan/check_threads
 	@sh test/all.sh $^ test/tsan.sh
+
+# In Chromium, with node, npm, and what make wasm needs.
+build/browser/node_modules: | build
+	mkdir -p build/browser
+	cd build/browser && npm install --no-audit --no-fund --no-package-lock \
+	    --prefix . playwright-core axe-core
+
+check-page: run page build/browser/node_modules
+	@node test/page.mjs
 
 # Slow, and not part of the others.
 check-valgrind: run build/test/replay
@@ -295,7 +353,8 @@ fuzz-replay: build/debug/test/replay
 # Conversions that lose bits count as errors, too; unsigned overflow does not,
 # for it is what hashes and random numbers are made of.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= gguf vocab inspect text state json calls chat session batch serve
+FUZZ_TARGETS ?= gguf vocab inspect text state json calls chat session batch \
+                serve schema
 FUZZ_CC      := clang -g -DLFM2_NO_SIMD -DLIBFUZZER -fno-sanitize-recover=all \
     -fsanitize=address,undefined,implicit-conversion,local-bounds,nullability
 
@@ -336,7 +395,7 @@ clean:
 
 -include $(wildcard build/*.d build/pic/*.d build/debug/*.d)
 
-.PHONY: demo pictures lib install uninstall static wasm debug have-check check \
-        check-debug check-bits check-ports check-boot check-bare check-tsan \
-        check-valgrind check-clients check-load check-replicas \
-        fuzz fuzz-replay bench clean
+.PHONY: demo pictures lib install uninstall static wasm page debug have-check \
+        check check-debug check-bits check-ports check-page check-clients \
+        check-load check-replicas check-boot check-bare check-tsan \
+        check-valgrind fuzz fuzz-replay bench clean

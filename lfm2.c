@@ -212,32 +212,30 @@ struct lfm2_model {
 /* A sequence: everything the model remembers of a text.
  *
  * The KV cache holds, for each attention layer and each kv head, K in tiles of
- * 64 positions with the positions innermost, [tile][head_dim][64], so that the
- * scores of a tile are sums of contiguous rows, then V as [n_ctx][head_dim].
+ * 64 positions, [tile][head_dim][64], so that the scores of a tile are sums of
+ * contiguous rows, then V as [n_ctx][head_dim].
  *
  * A short convolution looks at the last l_cache columns of its gated input u.
- * `u` keeps UNDO more of them, so that the last UNDO tokens can be taken back:
- * column p of the text is column p mod (UNDO + l_cache-1) there, and columns
- * before the text are 0.  For going further back, the last l_cache-1 columns
- * are kept at every multiple of seq_step tokens, the marks. */
+ * `u` keeps UNDO more, so that the last UNDO tokens can be taken back: column p
+ * of the text is column p mod (UNDO + l_cache-1) there, and 0 before the text.
+ * To go further back, the last l_cache-1 columns are kept at every multiple of
+ * seq_step tokens, the marks. */
 enum { UNDO = 16, MAX_TAPS = 8 };
 
 struct seq {
     int len;                              /* tokens                          */
     int start;                            /* length before a running forward */
-    int oldest;                           /* position of the oldest column
-                                             that is still in u              */
+    int oldest;                           /* first position that is in u     */
     int span;                             /* number of its span, or -1       */
     uint8_t *kv;
     float *u;                             /* [n_conv][UNDO+l_cache-1][n_embd]*/
-    float *u_start;                       /* [n_conv][l_cache-1][n_embd]: the
-                                             last columns before `start`     */
+    float *u_start;                       /* [n_conv][l_cache-1][n_embd] last
+                                             columns before `start`          */
     float *marks;                         /* [n_ctx/seq_step] of the same    */
 };
 
-/* 32 columns of a row, rounded: x ~ d q.  sum holds the sums of q over 16
- * columns each, and s is d times both, for weights that have a minimum or are
- * stored with an offset. */
+/* 32 columns of a row, rounded: x ~ d q.  For weights with a minimum or an
+ * offset, sum holds the sums of q over 16 columns each, s is d times both. */
 struct q8_group {
     int8_t q[32];
     float d, s;
@@ -246,8 +244,7 @@ struct q8_group {
 
 /* The input of a matrix product: n rows, in f as they are (for weights in
  * floats) and in q rounded (for all others).  Row i is number row[i] of these
- * arrays, or first + i if row is NULL; what is made of it is number first + i
- * in any case. */
+ * arrays, or first + i if row is NULL; its output has number first + i. */
 struct input {
     int n, cols;
     const int *row;                       /* [n], or NULL                    */
@@ -259,8 +256,8 @@ struct input {
 /* A piece of a span: n rows of the batch, which continue one sequence. */
 struct piece { int seq, pos, row, n; };
 
-/* A row of the batch: one token of one sequence, or a row of embeddings that
- * stands in for it; and what is wanted of it. */
+/* A row of the batch: one token of one sequence, or a row of embeddings in its
+ * place; and what is wanted of it. */
 enum { NOTHING, STATE, LOGITS };          /* state: the last normed x        */
 
 struct row {
@@ -292,7 +289,7 @@ struct routing {
 };
 
 struct lfm2_context {
-    const struct lfm2_model *model;
+    const lfm2_model *model;
     lfm2_params par;
     const struct isa *isa;                /* the kernels for this CPU        */
     struct pool *pool;
@@ -328,7 +325,7 @@ struct lfm2_context {
 
     lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
     void *hook_user;
-    struct traced *traced;                /* see section 21                  */
+    float **traced;                       /* [N_MODULES], see section 21     */
     struct exercise *exercise;            /* see lfm2_exercise()             */
 };
 
@@ -344,13 +341,11 @@ static void  sin_cos(double a, float *s, float *c);
 enum { UNIT = 32 };                       /* columns rounded together; n_embd
                                              and n_ff are whole units        */
 
-/* The memory of a sequence.  Column `pos` of u in the i_conv-th convolution,
- * [n_embd]; and the columns that all of them look back to after `pos` tokens,
- * [n_conv][l_cache-1][n_embd], if they are kept for good, else NULL. */
-static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
+/* Column `pos` of u in the i_conv-th convolution, [n_embd]; and the mark after
+ * `pos` tokens, [n_conv][l_cache-1][n_embd], or NULL if there is none. */
+static float *u_column(const lfm2_context *ctx, const struct seq *s,
                        int i_conv, int pos);
-static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
-                        int pos);
+static float *conv_mark(const lfm2_context *ctx, const struct seq *s, int pos);
 
 /* The cache of one kv head in one layer; element d of what it holds. */
 struct kv_head {
@@ -358,7 +353,7 @@ struct kv_head {
     uint8_t *v;                           /* [n_ctx][head_dim]               */
     int f16, head_dim;
 };
-static struct kv_head kv_head_at(const struct lfm2_context *ctx,
+static struct kv_head kv_head_at(const lfm2_context *ctx,
                                  const struct seq *s, int i_attn, int head);
 static void kv_store(const struct kv_head *kv, int pos, const float *k,
                      const float *v);
@@ -373,7 +368,7 @@ struct scratch {
     float *out[3];                        /* [n_batch][UNIT], of product()   */
     struct attn_partial *partial;         /* see attend_rows()               */
 
-    /* rows of weights, unpacked: here one row, in section 12 a panel */
+    /* rows of weights, unpacked: one row, or in section 12 a panel */
     uint8_t *q;                           /* cols x panel rows               */
     float *d, *m;                         /* groups x 2 x panel rows         */
     float *f;                             /* cols x UNIT, for floats         */
@@ -384,8 +379,8 @@ struct scratch {
     float *score;                         /* [queries][CHUNK]                */
 };
 
-/* The kernels of one instruction set.  All sets give the same bits.  The plain
- * C versions are listed in the table `scalar`, at the end of section 10. */
+/* The kernels of one instruction set; all sets give the same bits.  Those in
+ * plain C are in the table `scalar`, at the end of section 10. */
 struct isa {
     int panel_rows;                       /* see section 12                  */
     float (*dot)(const float *a, const float *b, int n);
@@ -393,9 +388,8 @@ struct isa {
     void (*swiglu)(float *gate, const float *up, int n);
     void (*add_scaled)(float *y, float a, const float *x, int n);
     void (*rope)(float *head, const float *turn, int head_dim);
-    void (*conv_step)(float *y, float *const *u, const float *w,
-                      const float *b, const float *c, float *x, int l_cache,
-                      size_t n);
+    void (*conv_step)(float *y, float *const *u, const float *w, const float *b,
+                      const float *c, float *x, int l_cache, size_t n);
     void (*attend_chunk)(struct attn_partial *part, const struct attn_rows *a,
                          const struct kv_head *kv, int pos,
                          const struct scratch *s);
@@ -404,11 +398,11 @@ struct isa {
                     const uint8_t *end, const uint8_t *next);
 };
 
-/* Every thread of a context runs the model, side by side with the others.  Each
- * does its share, first .. last-1 of n things, and where it needs what others
- * have computed it waits for all of them at a barrier. */
+/* Every thread of a context runs the model.  Each does its share, first ..
+ * last-1 of n things, and waits for all at a barrier where it needs what others
+ * have computed. */
 struct thread {
-    struct lfm2_context *ctx;
+    lfm2_context *ctx;
     int id, of;                           /* this one, of how many           */
     struct scratch s;
 };
@@ -436,40 +430,41 @@ static void matmul(const struct thread *me, int how, float *y,
 static struct tensor rows_of(const struct tensor *w, int first, int rows);
 static struct tensor expert(const struct tensor *w, int e);
 
-/* Round unit u of n rows of an input, [n][UNIT], from `row` on; and this
- * thread's share of rows that lie in in->f. */
+/* Round unit u of n rows, [n][UNIT], from `row` on; and this thread's share of
+ * the rows in in->f. */
 static void set_unit(const struct thread *me, struct input *in, int row, int n,
                      int u, const float *unit);
 static void round_rows(const struct thread *me, struct input *in);
 
-/* ctx->q = softmax(q k^T) v for all rows: attend_query() is one chunk of one of
- * its heads, merge_chunk() puts chunks together. */
+/* ctx->q = softmax(q k^T) v, out of attend_query() and merge_chunk(). */
 static void attend(const struct thread *me, const struct layer *l);
 
 /* Sort the slots by expert, and bind the matrices of those in use. */
-static void group_by_expert(struct lfm2_context *ctx, const struct layer *l);
+static void group_by_expert(lfm2_context *ctx, const struct layer *l);
 
-/* For lfm2_trace(), else these do nothing.  product() keeps what it computes by
- * itself; keep() keeps n other numbers of a row.  trace() shows the modules
- * first .. last of a layer, trace_rows() the rows of y, [n_rows][n].  il is -1
- * outside of layers; a layer itself has the name "".  w1 is gate, w2 down. */
+/* For lfm2_trace(), else these do nothing.  product() and keep() keep numbers
+ * of a row; trace() shows the modules first .. last of a layer, trace_rows()
+ * the rows of y, [n_rows][n].  w1 is gate, w2 down; il is -1 outside of layers,
+ * in which names begin like this. */
+#define LAYER "model.layers.%d"
+
 enum module {
     NOT_TRACED, CONV_IN_PROJ, CONV_CONV, CONV_OUT_PROJ, ATTN_Q, ATTN_K, ATTN_V,
     ATTN_Q_NORM, ATTN_K_NORM, ATTN_OUT, FFN_W1, FFN_W3, FFN_W2, MOE_GATE,
-    MOE_CHOSEN, N_MODULES
+    MOE_CHOSEN, EXPERT_W1, EXPERT_W3, EXPERT_W2, N_MODULES
 };
-static void keep(const struct lfm2_context *ctx, int module, int row, int col,
+static void keep(const lfm2_context *ctx, int module, int row, int col,
                  const float *x, int n);
 static void trace(const struct thread *me, const struct layer *l, int first,
                   int last);
 static void trace_rows(const struct thread *me, int il, const char *module,
-                       float *y, int n);
+                       const float *y, int n);
 static void trace_moe(const struct thread *me, const struct layer *l);
 
 /* --------------------------------------------------------- 3. Small blocks
  *
- * In plain C, which is what they mean.  Those that matter for speed are called
- * through ctx->isa, the kernels for this CPU, which give the same bits. */
+ * In plain C, which is what they mean.  Where speed matters ctx->isa is called,
+ * the kernels for this CPU, which give the same bits. */
 
 /* y = x / sqrt(mean(x^2) + eps) * w.  y may be x. */
 static void rms_norm(const struct isa *isa, float *y, const float *x,
@@ -531,9 +526,8 @@ static void rope(float *head, const float *turn, int head_dim)
  *
  * u[0] is the oldest column, u[l_cache-1] the new one.  y may be c, and x
  * becomes v.  The taps, rows of w, are n apart. */
-static void conv_step(float *y, float *const *u, const float *w,
-                      const float *b, const float *c, float *x, int l_cache,
-                      size_t n)
+static void conv_step(float *y, float *const *u, const float *w, const float *b,
+                      const float *c, float *x, int l_cache, size_t n)
 {
     const size_t last = (size_t)l_cache - 1;
 
@@ -553,7 +547,7 @@ static void convolve(const struct thread *me, const struct layer *l, int u,
                      const struct piece *p, int t, const float *b, float *c,
                      float *x)
 {
-    const struct lfm2_context *ctx = me->ctx;
+    const lfm2_context *ctx = me->ctx;
     const struct seq *s = &ctx->seq[p->seq];
     const int l_cache = ctx->model->cfg.l_cache, last = l_cache - 1;
     const size_t n = (size_t)ctx->model->cfg.n_embd, first = (size_t)u * UNIT;
@@ -579,7 +573,7 @@ static void convolve(const struct thread *me, const struct layer *l, int u,
  * computes the same channels of b, c and x, so it can go on alone. */
 static void short_conv(const struct thread *me, const struct layer *l)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     const int n = ctx->model->cfg.n_embd;
     const struct tensor in_b = rows_of(&l->shortconv_in_proj, 0, n);
     const struct tensor in_c = rows_of(&l->shortconv_in_proj, n, n);
@@ -673,7 +667,7 @@ static void merge_chunk(const struct isa *isa, struct attn_partial *a,
 static void prepare_heads(const struct thread *me, const struct layer *l,
                           const struct piece *p, int t, int head)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
     const int hd = c->head_dim, group = c->n_head / c->n_head_kv;
     const int row = p->row + t;
@@ -707,7 +701,7 @@ static void prepare_heads(const struct thread *me, const struct layer *l,
  * over all tokens up to this one; a kv head serves a group of query heads. */
 static void attention(const struct thread *me, const struct layer *l)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     const struct batch *b = &ctx->batch;
     int turn = 0;
 
@@ -750,7 +744,7 @@ static void gated(const struct thread *me, struct input *hidden,
 /* The dense network: x += down (silu(gate h) * (up h)). */
 static void ffn(const struct thread *me, const struct layer *l)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
 
     gated(me, &ctx->hidden, &l->ffn_gate, &l->ffn_up, &ctx->in);
     barrier(me);
@@ -807,7 +801,7 @@ static struct input choosers(const struct routing *r, const struct input *x,
 /* The last step of moe(), with h the hidden layer and e ascending. */
 static void add_experts(const struct thread *me, const struct layer *l)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     const struct routing *r = &ctx->routing;
     const size_t n = (size_t)l->ffn_down_exps.rows;
     const struct range mine = share(me, n_units(&l->ffn_down_exps));
@@ -841,7 +835,7 @@ static void add_experts(const struct thread *me, const struct layer *l)
  * that chose it. */
 static void moe(const struct thread *me, const struct layer *l)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     struct routing *r = &ctx->routing;
     const lfm2_config *c = &ctx->model->cfg;
     const struct range rows = share(me, ctx->batch.n_rows);
@@ -871,7 +865,7 @@ static void moe(const struct thread *me, const struct layer *l)
 /* x = the embeddings of the tokens; rope = the turns of their positions. */
 static void embed(const struct thread *me)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     const struct batch *b = &ctx->batch;
     const lfm2_config *c = &ctx->model->cfg;
     const int half = c->head_dim / 2;
@@ -897,7 +891,7 @@ static void embed(const struct thread *me)
 /* in = rms_norm(x), which is what every operator reads. */
 static void norm_rows(const struct thread *me, const float *norm)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
     const size_t n = (size_t)c->n_embd;
     const struct range mine = share(me, ctx->batch.n_rows);
@@ -909,7 +903,7 @@ static void norm_rows(const struct thread *me, const float *norm)
     barrier(me);
 }
 
-static void set_rows(struct lfm2_context *ctx, int n)
+static void set_rows(lfm2_context *ctx, int n)
 {
     ctx->batch.n_rows = n;
     ctx->in.n = ctx->mixed.n = ctx->heads.n = ctx->hidden.n = n;
@@ -918,7 +912,7 @@ static void set_rows(struct lfm2_context *ctx, int n)
 /* Drop rows of which less than `least` is wanted. */
 static void drop_rows(const struct thread *me, int least)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     struct batch *b = &ctx->batch;
     const size_t n = (size_t)ctx->model->cfg.n_embd;
     int kept = 0;
@@ -938,8 +932,8 @@ static void drop_rows(const struct thread *me, int least)
 /* The states and logits that are wanted, behind those of earlier passes. */
 static void output(const struct thread *me)
 {
-    struct lfm2_context *ctx = me->ctx;
-    const struct lfm2_model *m = ctx->model;
+    lfm2_context *ctx = me->ctx;
+    const lfm2_model *m = ctx->model;
     const struct batch *b = &ctx->batch;
     const size_t n = (size_t)m->cfg.n_embd;
     float *logits = ctx->logits + (size_t)ctx->n_logits * m->cfg.n_vocab;
@@ -977,7 +971,7 @@ static int is_cancelled(const struct thread *me)
  * Every thread runs this. */
 static void forward(const struct thread *me)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
 
     embed(me);
@@ -987,7 +981,7 @@ static void forward(const struct thread *me)
         if (is_cancelled(me))
             return;
         norm_rows(me, l->attn_norm);
-        trace_rows(me, il, "operator_norm", ctx->in.f, c->n_embd);
+        trace_rows(me, il, LAYER ".operator_norm", ctx->in.f, c->n_embd);
         if (c->is_attn[il])
             attention(me, l);
         else
@@ -998,12 +992,12 @@ static void forward(const struct thread *me)
         if (ctx->batch.n_rows == 0)
             return;
         norm_rows(me, l->ffn_norm);
-        trace_rows(me, il, "ffn_norm", ctx->in.f, c->n_embd);
+        trace_rows(me, il, LAYER ".ffn_norm", ctx->in.f, c->n_embd);
         if (il < c->n_layer_dense)
             ffn(me, l);
         else
             moe(me, l);
-        trace_rows(me, il, "", ctx->x, c->n_embd);
+        trace_rows(me, il, LAYER, ctx->x, c->n_embd);
     }
     output(me);
 }
@@ -1203,18 +1197,12 @@ static uint16_t f32_to_f16(float f)
     return sign | (uint16_t)a;
 }
 
-static float bf16_to_f32(uint16_t b)
-{
-    return float_of((uint32_t)b << 16);
-}
-
 /* --------------------- 8. Threads, and how attention and experts share them
  *
  * A context owns n_threads - 1 workers; the caller is thread 0.  They are woken
- * once for a pass, run the same function, and meet at its barriers.  Each takes
- * its fixed share, so nobody asks who computes what.  What lies between two
- * barriers is short, some 50 microseconds, so threads wait for each other in a
- * loop before they go to sleep. */
+ * once for a pass, run the same function on fixed shares, and meet at its
+ * barriers.  From one to the next it takes some 50 microseconds, so threads
+ * wait for each other in a loop before they go to sleep. */
 
 static struct range share(const struct thread *me, int n)
 {
@@ -1222,20 +1210,13 @@ static struct range share(const struct thread *me, int n)
     return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
 }
 
-/* A fifth to half of a millisecond.  A tenth would leave the CPU to others
- * sooner, but the system packs threads that sleep often onto one CPU: beside a
- * busy process 18 % of the undisturbed speed was left then, instead of 48 %. */
+/* A fifth to half of a millisecond.  With a tenth threads sleep so often that
+ * the system packs them onto one CPU: beside a busy process 18 % of the speed
+ * was left then, instead of 48 %. */
 enum { SPINS = 10000 };
 
-/* Multiply-adds of a pass that one thread does in less time than it takes to
- * wake another that sleeps. */
+/* Multiply-adds of a pass that take less time than waking another thread. */
 static const uint64_t TOO_SMALL = 16 << 20;
-
-static int threads_for(const struct lfm2_context *ctx, int n_rows)
-{
-    return ctx->row_work * (uint64_t)n_rows < TOO_SMALL
-        ? 1 : ctx->par.n_threads;
-}
 
 #ifdef LFM2_NO_THREADS
 
@@ -1361,12 +1342,12 @@ static void *worker_main(void *arg)
 }
 
 /* After fork() a child has the memory of the workers, but not the workers. */
-static int pool_is_here(const struct lfm2_context *ctx)
+static int pool_is_here(const lfm2_context *ctx)
 {
     return ctx->par.n_threads == 1 || ctx->pool->owner == getpid();
 }
 
-static void pool_close(struct lfm2_context *ctx)
+static void pool_close(lfm2_context *ctx)
 {
     struct pool *p = ctx->pool;
 
@@ -1381,7 +1362,7 @@ static void pool_close(struct lfm2_context *ctx)
 
 /* Fewer threads than asked for, if the system gives no more.  With more threads
  * than CPUs nobody spins: the thread waited for may need this CPU. */
-static void pool_open(struct lfm2_context *ctx)
+static void pool_open(lfm2_context *ctx)
 {
     struct pool *p = ctx->pool;
     const int most = ctx->par.n_threads;
@@ -1408,7 +1389,7 @@ static void barrier(const struct thread *me)
 }
 
 /* Run a function on all threads, or on the caller alone. */
-static void parallel(struct lfm2_context *ctx, int n_threads,
+static void parallel(lfm2_context *ctx, int n_threads,
                      void (*run)(const struct thread *me))
 {
     struct thread *me = &ctx->thread[0];
@@ -1424,22 +1405,27 @@ static void parallel(struct lfm2_context *ctx, int n_threads,
 
 enum { TILE = 64 };
 
-/* K is kept in tiles of TILE positions, see struct seq. */
-static size_t kv_head_elements(const struct lfm2_context *ctx)
+/* Bytes of a number in the KV cache; and of the keys of a head, or its values:
+ * whole tiles. */
+static int kv_size(const lfm2_context *ctx)
 {
-    return (size_t)(((int64_t)ctx->par.n_ctx + TILE - 1) / TILE * TILE) *
-           (size_t)ctx->model->cfg.head_dim;
+    return ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
 }
 
-static struct kv_head kv_head_at(const struct lfm2_context *ctx,
+static int64_t kv_head_bytes(const lfm2_context *ctx)
+{
+    return ((int64_t)ctx->par.n_ctx + TILE - 1) / TILE * TILE *
+           ctx->model->cfg.head_dim * kv_size(ctx);
+}
+
+static struct kv_head kv_head_at(const lfm2_context *ctx,
                                  const struct seq *s, int i_attn, int head)
 {
     const lfm2_config *c = &ctx->model->cfg;
-    int f16 = ctx->par.kv_type == LFM2_KV_F16;
-    size_t bytes = kv_head_elements(ctx) * (f16 ? 2 : 4);
-    uint8_t *k = s->kv + 2 * bytes * ((size_t)i_attn * c->n_head_kv + head);
+    const int64_t bytes = kv_head_bytes(ctx);
+    uint8_t *k = s->kv + 2 * bytes * (i_attn * c->n_head_kv + head);
 
-    return (struct kv_head){ k, k + bytes, f16, c->head_dim };
+    return (struct kv_head){ k, k + bytes, kv_size(ctx) == 2, c->head_dim };
 }
 
 /* Where element d of a key lies; that of a value is at pos * head_dim + d. */
@@ -1547,7 +1533,7 @@ static void attend_rows(const struct thread *me, const struct attn_rows *a,
  * would not be equal work. */
 static void attend(const struct thread *me, const struct layer *l)
 {
-    struct lfm2_context *ctx = me->ctx;
+    lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
     const int most = rows_together(c), group = c->n_head / c->n_head_kv;
     const size_t stride = (size_t)c->n_head * c->head_dim;
@@ -1573,8 +1559,8 @@ static void attend(const struct thread *me, const struct layer *l)
 /* ---- experts: which rows they have */
 
 /* Sort the slots by expert, rows ascending: a counting sort.  begin[e] counts
- * the slots of e, then is where they end, and comes down to where they begin
- * while they are put in their places, the last row first. */
+ * the slots of e, becomes their end, and comes down to their beginning while
+ * they are put in their places, the last row first. */
 static void sort_slots(struct routing *r, int n, int n_expert, int used)
 {
     int *begin = r->slot_begin;
@@ -1592,7 +1578,7 @@ static void sort_slots(struct routing *r, int n, int n_expert, int used)
 }
 
 /* Each matrix leads to that of the next expert. */
-static void group_by_expert(struct lfm2_context *ctx, const struct layer *l)
+static void group_by_expert(lfm2_context *ctx, const struct layer *l)
 {
     struct routing *r = &ctx->routing;
     const lfm2_config *c = &ctx->model->cfg;
@@ -1622,9 +1608,9 @@ static void group_by_expert(struct lfm2_context *ctx, const struct layer *l)
  *     weight = d q - m        q: an integer of 8 bits,
  *                             d, m: one for the 32, or one for each 16
  *
- * in which d and m are exact in float.  (Where one d serves all 32, d[1] and
- * m[1] are not set.)  In the drawings f16 is a binary16 number, uN an unsigned
- * integer, everything little-endian; lo and hi are the nibbles of a byte. */
+ * in which d and m are exact in float.  In the drawings f16 is a binary16
+ * number, uN an unsigned integer, everything little-endian; lo and hi are the
+ * nibbles of a byte. */
 
 static uint16_t load_le16(const uint8_t *p)
 {
@@ -1661,7 +1647,7 @@ static void floats_f16(float *out, const uint8_t *b, int n)
 static void floats_bf16(float *out, const uint8_t *b, int n)
 {
     for (int i = 0; i < n; i++)
-        out[i] = bf16_to_f32(load_le16(b + 2 * (size_t)i));
+        out[i] = float_of((uint32_t)load_le16(b + 2 * (size_t)i) << 16);
 }
 
 static int8_t signed_byte(uint8_t b)
@@ -1918,7 +1904,7 @@ static struct tensor expert(const struct tensor *w, int e)
 {
     struct tensor one = *w;
 
-    one.data += (size_t)e * (size_t)w->rows * row_bytes(w);
+    one.data += (size_t)e * w->rows * row_bytes(w);
     return one;
 }
 
@@ -1949,8 +1935,7 @@ static void get_row(float *out, const struct tensor *w, int r)
  * bits with vectors. */
 
 /* Round 32 columns to d q with q in -127 .. 127.  A group that is not finite
- * gets d = NaN, which every product then shows; one too small to divide by
- * (below 2^-100) is 0. */
+ * gets d = NaN, and one too small to divide by (below 2^-100) q = 0. */
 static void quantize(struct q8_group *to, const float *x)
 {
     uint32_t top = 0;
@@ -2103,12 +2088,12 @@ static struct tensor rows_of(const struct tensor *w, int first, int rows)
     return some;
 }
 
-/* The thread will read on to the end of its share of w, and then its share of
- * the next matrix, so the kernels can fetch them from memory ahead of time. */
+/* The kernels are told what the thread will read next, its share of w and then
+ * of the next matrix, so that they can fetch it ahead of time. */
 static float *product(const struct thread *me, int to, const struct tensor *w,
                       int u, const struct input *in)
 {
-    const struct lfm2_context *ctx = me->ctx;
+    const lfm2_context *ctx = me->ctx;
     const struct tensor *next = w->next;
     const int end = share(me, n_units(w)).last;
     float *out = me->s.out[to];
@@ -2131,7 +2116,7 @@ static void matmul(const struct thread *me, int how, float *y,
         const float *unit = product(me, 0, w, u, in);
         const int rows = unit_rows(w, u);
         for (int t = 0; t < in->n; t++, unit += UNIT) {
-            float *to = y + (size_t)t * (size_t)w->rows + u * UNIT;
+            float *to = y + (size_t)t * w->rows + u * UNIT;
             for (int r = 0; r < rows; r++)
                 to[r] = how == INCREASE ? to[r] + unit[r] : unit[r];
         }
@@ -3186,8 +3171,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
                 dot[i] = FN(dot_4)(SPLAT_INT(0), w[i][h], x->q[h],
                                    k->is_signed);
                 if (k->halves == 1)
-                    dot[i] = FN(dot_4)(dot[i], w[i][1], x->q[1],
-                                       k->is_signed);
+                    dot[i] = FN(dot_4)(dot[i], w[i][1], x->q[1], k->is_signed);
             }
             sum[h] = FN(sum_4)(dot[0], dot[1], dot[2], dot[3]);
             if (IN_PLACE(k))
@@ -3532,13 +3516,15 @@ KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 }
 
 /* LANES chains from chain h on, of 4 rows at w times each x, go on for the
- * columns of the block. */
+ * columns of the block.  For few rows of x weights come from memory, and fast
+ * CPUs wait for fewer lines if these go to the second-level cache. */
 KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
                                   float *chain, const uint8_t *w, int h,
                                   const uint8_t *next, const int type)
 {
     const size_t stride = b->stride;
     const int cols = b->cols, step = b->step;
+    const int many = type == F32 && b->n_next > 0;
     const float *x[X_ROWS];
     FLOATS acc[X_ROWS][4], v[X_ROWS];
     int c = h;
@@ -3552,7 +3538,10 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
     }
     do {                                  /* h < cols: saves copies of acc   */
         for (int i = 0; i < 8 * LANES; i += 64)
-            FETCH(next + i);
+            if (many)
+                FETCH(next + i);
+            else
+                FETCH_FAR(next + i);
         UNROLL
         for (int t = 0; t < tokens; t++)
             v[t] = LOAD(x[t] + c);
@@ -3989,16 +3978,6 @@ int lfm2_isa_available(int isa)
            (isa_table(isa) && !(kernels[isa].needs & ~cpu_features()));
 }
 
-/* The last in the list that is there. */
-static int best_isa(void)
-{
-    int isa = LFM2_N_ISA - 1;
-
-    while (!lfm2_isa_available(isa))
-        isa--;
-    return isa;
-}
-
 /* =========================================================================
  * Part III.  The file
  * =========================================================================
@@ -4159,8 +4138,7 @@ static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
     return LFM2_EIO;
 }
 
-static int file_load(struct file *f, FILE *s, const char *path,
-                     lfm2_error *err)
+static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
 #ifndef LFM2_NO_MMAP
     struct stat st;
@@ -4427,8 +4405,7 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
     return LFM2_OK;
 }
 
-/* 1: *out is the value; 0: the key is absent and *out as it was; else the
- * error that the value has another type or is no u32. */
+/* 1: *out is the value; 0: the key is absent; else an error. */
 static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
@@ -4612,7 +4589,7 @@ static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
  * knows better, corrected by its shape.  A key that would change the arithmetic
  * in a way this program does not know is an error, never ignored. */
 
-static void warn(struct lfm2_model *m, const char *fmt, ...)
+static void warn(lfm2_model *m, const char *fmt, ...)
 {
     va_list args;
 
@@ -4624,8 +4601,7 @@ static void warn(struct lfm2_model *m, const char *fmt, ...)
 }
 
 /* The key "<architecture>.<name>". */
-static const struct gguf_kv *arch_find(const struct lfm2_model *m,
-                                       const char *name)
+static const struct gguf_kv *arch_find(const lfm2_model *m, const char *name)
 {
     char key[MAX_KEY + 1];
 
@@ -4635,9 +4611,8 @@ static const struct gguf_kv *arch_find(const struct lfm2_model *m,
 
 /* The keys that are understood.  INTEGER, REAL: a value between min and max for
  * a field of the configuration.  KNOWN: not used, because it changes nothing or
- * a tensor has it right.  ONLY: must be min.  LIKE: must be what the field is.
- * SCALE: must be 1/sqrt(head_dim).  Any other value would mean another
- * arithmetic. */
+ * a tensor has it right.  ONLY: must be min, LIKE: what the field is, SCALE:
+ * 1/sqrt(head_dim); any other value would mean another arithmetic. */
 enum { INTEGER, REAL, KNOWN, ONLY, LIKE, SCALE };
 enum { MAY = 0, MUST = 1, MOE = 2 };      /* be there; MOE: only in lfm2moe  */
 
@@ -4690,7 +4665,7 @@ static const struct key {
 };
 
 /* Without the key the field stays as it was. */
-static int read_key(struct lfm2_model *m, const struct key *key)
+static int read_key(lfm2_model *m, const struct key *key)
 {
     const struct gguf_kv *kv = arch_find(m, key->name);
     void *field = (char *)&m->cfg + key->field;
@@ -4731,14 +4706,13 @@ static int has_value(const struct gguf_kv *kv, float wanted)
     return is_same;
 }
 
-static int is_moe(const struct lfm2_model *m)
+static int is_moe(const lfm2_model *m)
 {
     return strcmp(m->arch, "lfm2moe") == 0;
 }
 
 /* A key of the file, "<architecture>.<name>": does it mean another model? */
-static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
-                     const char *name)
+static int check_key(lfm2_model *m, const struct gguf_kv *kv, const char *name)
 {
     static const char *const arithmetic[] = {
         "attention.", "rope.", "shortconv.", "expert", "scale", "softcap"
@@ -4767,7 +4741,7 @@ static int check_key(struct lfm2_model *m, const struct gguf_kv *kv,
     return LFM2_OK;
 }
 
-static int read_architecture(struct lfm2_model *m)
+static int read_architecture(lfm2_model *m)
 {
     static const struct { const char *arch, *note; } others[] = {
         { "lfm3", " (the next generation, which computes differently)" },
@@ -4797,7 +4771,7 @@ static int read_architecture(struct lfm2_model *m)
 }
 
 /* Layers attend where their entry in head_count_kv is not 0. */
-static int read_heads(struct lfm2_model *m)
+static int read_heads(lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *kv = arch_find(m, "attention.head_count_kv");
@@ -4830,7 +4804,7 @@ static int read_heads(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-static int read_config(struct lfm2_model *m)
+static int read_config(lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
 
@@ -4866,7 +4840,7 @@ static int read_config(struct lfm2_model *m)
  * Every tensor name stands in one table, with its shape and the layers it
  * belongs to.  After binding there are only pointers of known shape. */
 
-static int find_tensor(const struct lfm2_model *m, const char *name,
+static int find_tensor(const lfm2_model *m, const char *name,
                        struct gguf_tensor **out)
 {
     *out = gguf_tensor_find(m->gguf, name);
@@ -4877,7 +4851,7 @@ static int find_tensor(const struct lfm2_model *m, const char *name,
     return LFM2_OK;
 }
 
-static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
+static int bind_matrix(const lfm2_model *m, const char *name, int cols,
                        int rows, int depth, struct tensor *out)
 {
     struct gguf_tensor *t;
@@ -4893,9 +4867,9 @@ static int bind_matrix(const struct lfm2_model *m, const char *name, int cols,
     return LFM2_OK;
 }
 
-/* Norms, taps and biases are few and used often: they become host floats,
- * [rows][cols] turned to [cols][rows], from *pool on. */
-static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
+/* Norms, taps and biases become floats, [rows][cols] turned to [cols][rows],
+ * from *pool on. */
+static int bind_floats(const lfm2_model *m, const char *name, int cols,
                        int rows, float **pool, const float **out)
 {
     struct tensor w;
@@ -4907,7 +4881,7 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
     *out = *pool;
     for (int c = 0; c < cols; c++)
         for (int r = 0; r < rows; r++) {
-            const size_t i = (size_t)r * (size_t)cols + (size_t)c;
+            const size_t i = (size_t)r * cols + (size_t)c;
             float *x = (*pool)++;
             w.fmt->floats(x, w.data + i * (size_t)w.fmt->bytes, 1);
             if (!(fabsf(*x) <= FLT_MAX))
@@ -4919,7 +4893,7 @@ static int bind_floats(const struct lfm2_model *m, const char *name, int cols,
 
 /* Room for all that bind_floats() can be asked for: vectors and conv taps.  The
  * file has more bytes than these have elements, so their number fits. */
-static size_t count_floats(const struct lfm2_model *m)
+static size_t count_floats(const lfm2_model *m)
 {
     size_t n = 1;
 
@@ -4932,10 +4906,23 @@ static size_t count_floats(const struct lfm2_model *m)
     return n;
 }
 
-/* The sizes a shape is made of, and the layers a tensor can be in. */
+/* What shapes are made of, and the layers a tensor can be in. */
 enum { ONE, EMBD, EMBD_3, HEADS, HEADS_KV, HEAD, TAPS, FF, FF_EXP, EXPERTS,
        USED, N_SIZES };
 enum { IN_CONV = 1, IN_ATTN = 2, IN_DENSE = 4, IN_MOE = 8, IN_ALL = 15 };
+
+static int size_of(const lfm2_config *c, int which)
+{
+    const int size[N_SIZES] = {
+        [ONE] = 1, [EMBD] = c->n_embd, [EMBD_3] = 3 * c->n_embd,
+        [HEADS] = c->n_head * c->head_dim,
+        [HEADS_KV] = c->n_head_kv * c->head_dim,
+        [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
+        [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert,
+        [USED] = c->n_expert_used
+    };
+    return size[which];
+}
 
 /* The sizes that are cut into groups of 32, and the keys they come from. */
 static const char *const cut_key[N_SIZES] = {
@@ -4943,82 +4930,82 @@ static const char *const cut_key[N_SIZES] = {
     [FF] = "feed_forward_length", [FF_EXP] = "expert_feed_forward_length"
 };
 
+/* Matrices are those of a module; vectors and taps become floats. */
 static const struct binding {
     const char *name;                     /* after "blk.<layer>."            */
     size_t field;                         /* in struct layer                 */
-    int where, floats, cols, rows, depth, module;
+    int where, cols, rows, module, depth;
 } bindings[] = {
 #define FIELD(f)  offsetof(struct layer, f)
 #define WEIGHT(f) #f ".weight", FIELD(f)
-    { WEIGHT(attn_norm), IN_ALL, 1, EMBD, ONE, ONE },
-    { WEIGHT(ffn_norm), IN_ALL, 1, EMBD, ONE, ONE },
+    { WEIGHT(attn_norm), IN_ALL, EMBD, ONE },
+    { WEIGHT(ffn_norm), IN_ALL, EMBD, ONE },
     { "shortconv.in_proj.weight", FIELD(shortconv_in_proj),
-      IN_CONV, 0, EMBD, EMBD_3, ONE, CONV_IN_PROJ },
-    { "shortconv.conv.weight", FIELD(shortconv_conv),
-      IN_CONV, 1, TAPS, EMBD, ONE },
+      IN_CONV, EMBD, EMBD_3, CONV_IN_PROJ },
+    { "shortconv.conv.weight", FIELD(shortconv_conv), IN_CONV, TAPS, EMBD },
     { "shortconv.out_proj.weight", FIELD(shortconv_out_proj),
-      IN_CONV, 0, EMBD, EMBD, ONE, CONV_OUT_PROJ },
-    { WEIGHT(attn_q), IN_ATTN, 0, EMBD, HEADS, ONE, ATTN_Q },
-    { WEIGHT(attn_k), IN_ATTN, 0, EMBD, HEADS_KV, ONE, ATTN_K },
-    { WEIGHT(attn_v), IN_ATTN, 0, EMBD, HEADS_KV, ONE, ATTN_V },
-    { WEIGHT(attn_output), IN_ATTN, 0, HEADS, EMBD, ONE, ATTN_OUT },
-    { WEIGHT(attn_q_norm), IN_ATTN, 1, HEAD, ONE, ONE },
-    { WEIGHT(attn_k_norm), IN_ATTN, 1, HEAD, ONE, ONE },
-    { WEIGHT(ffn_gate), IN_DENSE, 0, EMBD, FF, ONE, FFN_W1 },
-    { WEIGHT(ffn_up), IN_DENSE, 0, EMBD, FF, ONE, FFN_W3 },
-    { WEIGHT(ffn_down), IN_DENSE, 0, FF, EMBD, ONE, FFN_W2 },
-    { WEIGHT(ffn_gate_inp), IN_MOE, 0, EMBD, EXPERTS, ONE, MOE_GATE },
-    { "exp_probs_b.bias", FIELD(exp_probs_b), IN_MOE, 1, EXPERTS, ONE, ONE },
-    { WEIGHT(ffn_gate_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W1 },
-    { WEIGHT(ffn_up_exps), IN_MOE, 0, EMBD, FF_EXP, EXPERTS, FFN_W3 },
-    { WEIGHT(ffn_down_exps), IN_MOE, 0, FF_EXP, EMBD, EXPERTS, FFN_W2 },
+      IN_CONV, EMBD, EMBD, CONV_OUT_PROJ },
+    { WEIGHT(attn_q), IN_ATTN, EMBD, HEADS, ATTN_Q },
+    { WEIGHT(attn_k), IN_ATTN, EMBD, HEADS_KV, ATTN_K },
+    { WEIGHT(attn_v), IN_ATTN, EMBD, HEADS_KV, ATTN_V },
+    { WEIGHT(attn_output), IN_ATTN, HEADS, EMBD, ATTN_OUT },
+    { WEIGHT(attn_q_norm), IN_ATTN, HEAD, ONE },
+    { WEIGHT(attn_k_norm), IN_ATTN, HEAD, ONE },
+    { WEIGHT(ffn_gate), IN_DENSE, EMBD, FF, FFN_W1 },
+    { WEIGHT(ffn_up), IN_DENSE, EMBD, FF, FFN_W3 },
+    { WEIGHT(ffn_down), IN_DENSE, FF, EMBD, FFN_W2 },
+    { WEIGHT(ffn_gate_inp), IN_MOE, EMBD, EXPERTS, MOE_GATE },
+    { "exp_probs_b.bias", FIELD(exp_probs_b), IN_MOE, EXPERTS, ONE },
+    { WEIGHT(ffn_gate_exps), IN_MOE, EMBD, FF_EXP, EXPERT_W1, EXPERTS },
+    { WEIGHT(ffn_up_exps), IN_MOE, EMBD, FF_EXP, EXPERT_W3, EXPERTS },
+    { WEIGHT(ffn_down_exps), IN_MOE, FF_EXP, EMBD, EXPERT_W2, EXPERTS },
 #undef WEIGHT
 };
 
 /* Files converted with fused projections: the rows of q, then k, then v. */
-static int bind_qkv(const struct lfm2_model *m, struct layer *l, int il,
-                    const int size[N_SIZES])
+static int bind_qkv(const lfm2_model *m, struct layer *l, int il)
 {
+    const lfm2_config *c = &m->cfg;
+    const int q = size_of(c, HEADS), kv = size_of(c, HEADS_KV);
     char name[MAX_NAME + 1];
     struct tensor all;
-    const int q = size[HEADS], kv = size[HEADS_KV];
 
     snprintf(name, sizeof name, "blk.%d.attn_qkv.weight", il);
     if (!gguf_tensor_find(m->gguf, name))
         return LFM2_OK;
-    TRY(bind_matrix(m, name, size[EMBD], q + 2 * kv, 1, &all));
-    l->attn_q = l->attn_k = l->attn_v = all;
-    l->attn_q.rows = q;
-    l->attn_k.rows = l->attn_v.rows = kv;
-    l->attn_k.data += (size_t)q * row_bytes(&all);
-    l->attn_v.data += (size_t)(q + kv) * row_bytes(&all);
+    TRY(bind_matrix(m, name, c->n_embd, q + 2 * kv, 1, &all));
+    l->attn_q = rows_of(&all, 0, q);
+    l->attn_k = rows_of(&all, q, kv);
+    l->attn_v = rows_of(&all, q + kv, kv);
+    l->attn_k.first = l->attn_v.first = 0;
     return LFM2_OK;
 }
 
-static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
-                      float **pool)
+static int bind_layer(lfm2_model *m, int il, float **pool)
 {
     struct layer *l = &m->layer[il];
-    const int kind = (m->cfg.is_attn[il] ? IN_ATTN : IN_CONV) |
-                     (il < m->cfg.n_layer_dense ? IN_DENSE : IN_MOE);
+    const lfm2_config *c = &m->cfg;
+    const int kind = (c->is_attn[il] ? IN_ATTN : IN_CONV) |
+                     (il < c->n_layer_dense ? IN_DENSE : IN_MOE);
     char name[MAX_NAME + 1];
 
-    if (m->cfg.is_attn[il])
-        TRY(bind_qkv(m, l, il, size));
+    if (c->is_attn[il])
+        TRY(bind_qkv(m, l, il));
     for (size_t i = 0; i < COUNT(bindings); i++) {
         const struct binding *b = &bindings[i];
-        const int cols = size[b->cols], rows = size[b->rows];
+        const int cols = size_of(c, b->cols), rows = size_of(c, b->rows);
         void *field = (char *)l + b->field;
 
         if (!(b->where & kind))
             continue;
         snprintf(name, sizeof name, "blk.%d.%s", il, b->name);
-        if (b->floats)
+        if (b->module == NOT_TRACED) {
             TRY(bind_floats(m, name, cols, rows, pool, field));
-        else if (!((struct tensor *)field)->data)     /* not from attn_qkv */
-            TRY(bind_matrix(m, name, cols, rows, size[b->depth], field));
-        if (!b->floats)
-            ((struct tensor *)field)->module = b->module;
+            continue;
+        }
+        if (!((struct tensor *)field)->data)          /* not from attn_qkv */
+            TRY(bind_matrix(m, name, cols, rows, size_of(c, b->depth), field));
+        ((struct tensor *)field)->module = b->module;
     }
     if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
         return ALIEN(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
@@ -5030,9 +5017,9 @@ static int bind_layer(struct lfm2_model *m, int il, const int size[N_SIZES],
 /* More rows than any model has, and twice as many still fit in an int. */
 enum { MAX_WIDTH = 1 << 24 };
 
-/* A width is the number of rows of a tensor.  Some files have a wrong key for
- * it: that is a warning, so kv_count() must not fill in the error. */
-static int read_width(struct lfm2_model *m, const char *name, const char *key,
+/* A width is the number of rows of a tensor.  Where a key says otherwise there
+ * is a warning, so kv_count() must not fill in the error. */
+static int read_width(lfm2_model *m, const char *name, const char *key,
                       int *out)
 {
     struct gguf_tensor *t;
@@ -5049,7 +5036,7 @@ static int read_width(struct lfm2_model *m, const char *name, const char *key,
     return LFM2_OK;
 }
 
-static int read_widths(struct lfm2_model *m)
+static int read_widths(lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
     const struct gguf_kv *tokens = gguf_find(m->gguf, "tokenizer.ggml.tokens");
@@ -5072,9 +5059,8 @@ static int read_widths(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-/* Tensors that nobody asked for: in a block they mean that the model computes
- * something else; elsewhere they do no harm. */
-static int check_unbound(struct lfm2_model *m)
+/* Tensors that nobody asked for: in these parts they mean another model. */
+static int check_unbound(lfm2_model *m)
 {
     static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
 
@@ -5091,7 +5077,7 @@ static int check_unbound(struct lfm2_model *m)
     return LFM2_OK;
 }
 
-static int bind_ends(struct lfm2_model *m, float **pool)
+static int bind_ends(lfm2_model *m, float **pool)
 {
     const lfm2_config *c = &m->cfg;
     const char *norm = "output_norm.weight";
@@ -5110,9 +5096,8 @@ static int bind_ends(struct lfm2_model *m, float **pool)
     return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm);
 }
 
-/* What a pass reads after each matrix.  Which experts it reads is not known
- * before they are chosen. */
-static void bind_next(struct lfm2_model *m)
+/* What a pass reads after each matrix, as far as is known without a router. */
+static void bind_next(lfm2_model *m)
 {
     const struct tensor *next = &m->output;
 
@@ -5132,30 +5117,17 @@ static void bind_next(struct lfm2_model *m)
     m->output.next = next;
 }
 
-static void get_sizes(const lfm2_config *c, int size[N_SIZES])
-{
-    const int all[N_SIZES] = {
-        [ONE] = 1, [EMBD] = c->n_embd, [EMBD_3] = 3 * c->n_embd,
-        [HEADS] = c->n_head * c->head_dim,
-        [HEADS_KV] = c->n_head_kv * c->head_dim,
-        [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
-        [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert,
-        [USED] = c->n_expert_used
-    };
-    memcpy(size, all, sizeof all);
-}
-
-static int bind_model(struct lfm2_model *m)
+static int bind_model(lfm2_model *m)
 {
     const lfm2_config *c = &m->cfg;
-    int n_conv = 0, n_attn = 0, size[N_SIZES];
+    int n_conv = 0, n_attn = 0;
 
     TRY(read_widths(m));
-    get_sizes(c, size);
     for (int i = 0; i < N_SIZES; i++)
-        if (cut_key[i] && size[i] % UNIT != 0)
+        if (cut_key[i] && size_of(c, i) % UNIT != 0)
             return ALIEN(m->gguf, "%s.%s: %d columns in all, expected a "
-                         "multiple of %d", m->arch, cut_key[i], size[i], UNIT);
+                         "multiple of %d", m->arch, cut_key[i], size_of(c, i),
+                         UNIT);
     float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (!m->floats || !m->layer)
@@ -5164,7 +5136,7 @@ static int bind_model(struct lfm2_model *m)
     TRY(bind_ends(m, &pool));
     for (int il = 0; il < c->n_layer; il++) {
         m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
-        TRY(bind_layer(m, il, size, &pool));
+        TRY(bind_layer(m, il, &pool));
     }
     bind_next(m);
     m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
@@ -5309,8 +5281,7 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
     return LFM2_OK;
 }
 
-const char *lfm2_model_string(const lfm2_model *m, const char *key,
-                              size_t *len)
+const char *lfm2_model_string(const lfm2_model *m, const char *key, size_t *len)
 {
     struct str s;
 
@@ -5348,9 +5319,8 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
     }
 }
 
-/* Linux takes of one advice no more than the disk likes to read at once, so it
- * is given in strides.  From 5.14 on it reads pages when told to, or says that
- * it cannot; before, they are touched. */
+/* Linux takes only so much of one advice, so it is given in strides.  From 5.14
+ * on it reads pages when told to, or says why not; before, they are touched. */
 #if defined __linux__ && !defined MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -5424,33 +5394,30 @@ static int64_t larger(int64_t a, int64_t b)
 
 /* Elements of the columns that all convolutions look back to, with `more` of
  * them for each. */
-static int64_t columns(const struct lfm2_model *m, int more)
+static int64_t columns(const lfm2_model *m, int more)
 {
     return (int64_t)m->n_conv * (m->cfg.l_cache - 1 + more) * m->cfg.n_embd;
 }
 
-/* Bytes of a number in the KV cache, and of all that belongs to a token. */
-static int kv_size(const struct lfm2_context *ctx)
+/* Heads of keys and of values, in all layers; and the bytes of all of them, for
+ * a token and in the KV cache. */
+static int64_t kv_heads(const lfm2_context *ctx)
 {
-    return ctx->par.kv_type == LFM2_KV_F16 ? 2 : 4;
+    return (int64_t)2 * ctx->model->n_attn * ctx->model->cfg.n_head_kv;
 }
 
-static int64_t kv_bytes_per_token(const struct lfm2_context *ctx)
+static int64_t kv_bytes_per_token(const lfm2_context *ctx)
 {
-    const lfm2_config *c = &ctx->model->cfg;
-
-    return (int64_t)2 * ctx->model->n_attn * c->n_head_kv * c->head_dim *
-           kv_size(ctx);
+    return kv_heads(ctx) * ctx->model->cfg.head_dim * kv_size(ctx);
 }
 
-static int64_t kv_bytes(const struct lfm2_context *ctx)
+static int64_t kv_bytes(const lfm2_context *ctx)
 {
-    return (ctx->par.n_ctx + TILE - 1) / TILE * TILE * kv_bytes_per_token(ctx);
+    return kv_heads(ctx) * kv_head_bytes(ctx);
 }
 
-/* Marks are kept every 64 tokens, or more rarely where they would take more
- * than a tenth of what the KV cache takes. */
-static int seq_step(const struct lfm2_context *ctx)
+/* 64, or more where marks would take over a tenth of the KV cache. */
+static int seq_step(const lfm2_context *ctx)
 {
     const int64_t marks = columns(ctx->model, 0) * (int64_t)sizeof(float) * 10;
     const int64_t kv = kv_bytes_per_token(ctx);
@@ -5458,9 +5425,9 @@ static int seq_step(const struct lfm2_context *ctx)
     return marks <= kv * 64 ? 64 : marks <= kv * 128 ? 128 : 256;
 }
 
-static void carve_sequences(struct arena *a, struct lfm2_context *ctx)
+static void carve_sequences(struct arena *a, lfm2_context *ctx)
 {
-    const struct lfm2_model *m = ctx->model;
+    const lfm2_model *m = ctx->model;
     const int n_seq = ctx->par.n_seq, n_vocab = m->cfg.n_vocab;
 
     CARVE(a, ctx->seq, n_seq);
@@ -5491,9 +5458,8 @@ static void carve_inputs(struct arena *a, struct input *one, int cols,
     other->cols = other_cols;
 }
 
-/* The hidden layer, that of all experts of a row, is only kept unrounded for
- * weights that are in floats. */
-static void carve_pass(struct arena *a, struct lfm2_context *ctx)
+/* The hidden layer is only kept unrounded for weights in floats. */
+static void carve_pass(struct arena *a, lfm2_context *ctx)
 {
     const struct layer *l = ctx->model->layer;
     const lfm2_config *c = &ctx->model->cfg;
@@ -5533,7 +5499,7 @@ static void carve_pass(struct arena *a, struct lfm2_context *ctx)
 }
 
 /* Rows of weights are unpacked into room for the widest matrix. */
-static void carve_threads(struct arena *a, struct lfm2_context *ctx)
+static void carve_threads(struct arena *a, lfm2_context *ctx)
 {
     const lfm2_config *c = &ctx->model->cfg;
     const int64_t cols = larger(larger(c->n_ff, c->n_ff_expert),
@@ -5562,7 +5528,7 @@ static void carve_threads(struct arena *a, struct lfm2_context *ctx)
 
 /* Point every buffer of ctx into the memory at `base`, which begins with ctx
  * itself; without a base only count.  Returns the size of all. */
-static int64_t lay_out(struct lfm2_context *ctx, void *base)
+static int64_t lay_out(lfm2_context *ctx, void *base)
 {
     struct arena a = { base, sizeof *ctx };
 
@@ -5601,8 +5567,9 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
                     "this build have", p->isa);
     if (p->n_ctx == 0)
         p->n_ctx = m->cfg.n_ctx_train < MAX_CTX ? m->cfg.n_ctx_train : MAX_CTX;
-    if (p->isa == LFM2_ISA_AUTO)
-        p->isa = best_isa();
+    if (p->isa == LFM2_ISA_AUTO)          /* the last that is to be had      */
+        for (p->isa = LFM2_N_ISA - 1; !lfm2_isa_available(p->isa);)
+            p->isa--;
     if (p->n_threads == 0)
         p->n_threads = lfm2_n_cpus() < 64 ? lfm2_n_cpus() : 64;
     if (p->n_batch > (int64_t)p->n_ctx * p->n_seq)
@@ -5611,7 +5578,7 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
 }
 
 /* A context without memory; how much it needs, or TOO_MUCH. */
-static int64_t plan(struct lfm2_context *ctx, const lfm2_model *m,
+static int64_t plan(lfm2_context *ctx, const lfm2_model *m,
                     const lfm2_params *p)
 {
     uint64_t total;
@@ -5704,7 +5671,7 @@ static unsigned read_share(const struct thread *me, int64_t n)
 static void exercise(const struct thread *me)
 {
     enum { AGAIN = 64, CACHE = 512 << 10, ROWS = 48 };
-    const struct lfm2_context *ctx = me->ctx;
+    const lfm2_context *ctx = me->ctx;
     const struct layer *l = &ctx->model->layer[0];
     const struct tensor *w = l->ffn_gate.data ? &l->ffn_gate
                                               : &l->ffn_gate_exps;
@@ -5751,7 +5718,7 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
  *
  * First where things lie in the memory of a sequence. */
 
-static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
+static float *u_column(const lfm2_context *ctx, const struct seq *s,
                        int i_conv, int pos)
 {
     const lfm2_config *c = &ctx->model->cfg;
@@ -5760,8 +5727,7 @@ static float *u_column(const struct lfm2_context *ctx, const struct seq *s,
     return s->u + ((size_t)i_conv * n + (pos + n) % n) * c->n_embd;
 }
 
-static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
-                        int pos)
+static float *conv_mark(const lfm2_context *ctx, const struct seq *s, int pos)
 {
     if (pos == 0 || pos % ctx->seq_step != 0)
         return NULL;
@@ -5771,7 +5737,7 @@ static float *conv_mark(const struct lfm2_context *ctx, const struct seq *s,
 /* Save or load the columns that a text of `len` tokens looks back to. */
 enum { SAVE, LOAD };
 
-static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
+static void move_columns(const lfm2_context *ctx, struct seq *s, int len,
                          int how, float *saved)
 {
     const size_t n = (size_t)ctx->model->cfg.n_embd;
@@ -5787,14 +5753,14 @@ static void move_columns(const struct lfm2_context *ctx, struct seq *s, int len,
         s->oldest = first;
 }
 
-static struct seq *find_seq(const struct lfm2_context *ctx, int seq)
+static struct seq *find_seq(const lfm2_context *ctx, int seq)
 {
     return seq >= 0 && seq < ctx->par.n_seq ? &ctx->seq[seq] : NULL;
 }
 
 /* ---- the calls of lfm2_forward() */
 
-static int check_span(struct lfm2_context *ctx, const lfm2_span *s, int i,
+static int check_span(lfm2_context *ctx, const lfm2_span *s, int i,
                       lfm2_error *err)
 {
     const int n_vocab = ctx->model->cfg.n_vocab;
@@ -5823,7 +5789,7 @@ static int check_span(struct lfm2_context *ctx, const lfm2_span *s, int i,
     return LFM2_OK;
 }
 
-static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
+static int check_spans(lfm2_context *ctx, const lfm2_span *spans,
                        int n_spans, lfm2_error *err)
 {
     int64_t n_logits = 0;
@@ -5847,10 +5813,9 @@ static int check_spans(struct lfm2_context *ctx, const lfm2_span *spans,
     return LFM2_OK;
 }
 
-/* Save what a cancelled call must restore.  A span of at most UNDO tokens does
- * not overwrite the columns before its start, so nothing is saved for it. */
-static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                        int n_spans)
+/* Save what a cancelled call must restore: the columns before its start, which
+ * a span of at most UNDO tokens does not overwrite. */
+static void begin_spans(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
 {
     int n_logits = 0;
 
@@ -5869,15 +5834,13 @@ static void begin_spans(struct lfm2_context *ctx, const lfm2_span *spans,
 }
 
 /* Columns before `end` have been written, each over the oldest one left. */
-static void forget_columns(const struct lfm2_context *ctx, struct seq *s,
-                           int end)
+static void forget_columns(const lfm2_context *ctx, struct seq *s, int end)
 {
     const int oldest = end - UNDO - ctx->model->cfg.l_cache + 1;
     s->oldest = oldest > s->oldest ? oldest : s->oldest;
 }
 
-static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                       int n_spans)
+static void undo_spans(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
 {
     ctx->n_spans = 0;
     for (int i = 0; i < n_spans; i++) {
@@ -5891,8 +5854,7 @@ static void undo_spans(struct lfm2_context *ctx, const lfm2_span *spans,
 }
 
 /* Cut the next pass, at most n_batch rows, from what is left of the spans. */
-static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
-                      int n_spans)
+static void next_pass(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
 {
     struct batch *b = &ctx->batch;
     const size_t n_embd = (size_t)ctx->model->cfg.n_embd;
@@ -5921,14 +5883,14 @@ static void next_pass(struct lfm2_context *ctx, const lfm2_span *spans,
 }
 
 /* All passes of a call; nonzero if it was cancelled. */
-static int run_spans(struct lfm2_context *ctx, const lfm2_span *spans,
-                     int n_spans)
+static int run_spans(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
 {
     for (;;) {
         next_pass(ctx, spans, n_spans);
         if (ctx->batch.n_rows == 0)
             return 0;
-        parallel(ctx, threads_for(ctx, ctx->batch.n_rows), forward);
+        const uint64_t work = ctx->row_work * (uint64_t)ctx->batch.n_rows;
+        parallel(ctx, work < TOO_SMALL ? 1 : ctx->par.n_threads, forward);
         if (ctx->stop)
             return 1;
         ctx->n_logits += ctx->batch.n_rows;
@@ -6010,7 +5972,7 @@ static void give_back(void *memory, int64_t size)
 #endif
 }
 
-static void forget_all(const struct lfm2_context *ctx, struct seq *s)
+static void forget_all(const lfm2_context *ctx, struct seq *s)
 {
     const int64_t u = columns(ctx->model, UNDO), mark = columns(ctx->model, 0);
 
@@ -6042,33 +6004,22 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
     return s->len;
 }
 
-/* Of each kv head, K and V alike, the tiles that hold positions. */
-static void copy_kv(struct lfm2_context *ctx, struct seq *dst,
-                    const struct seq *src)
-{
-    const lfm2_config *c = &ctx->model->cfg;
-    const size_t size = (size_t)kv_size(ctx);
-    const size_t stride = kv_head_elements(ctx) * size;
-    const size_t tile = (size_t)TILE * (size_t)c->head_dim * size;
-    const size_t tiles = ((size_t)src->len + TILE - 1) / TILE;
-    const int n = 2 * ctx->model->n_attn * c->n_head_kv;
-
-    for (size_t at = 0; at < (size_t)n * stride; at += stride)
-        memcpy(dst->kv + at, src->kv + at, tiles * tile);
-}
-
 int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
 {
     struct seq *to = find_seq(ctx, dst);
     const struct seq *from = find_seq(ctx, src);
     const int64_t u = columns(ctx->model, UNDO), mark = columns(ctx->model, 0);
+    const int64_t head = kv_head_bytes(ctx), all = kv_bytes(ctx);
 
     if (!to || !from)
         return fail(err, LFM2_EARG, "copy of sequence %d to %d, expected 0 to "
                     "%d", src, dst, ctx->par.n_seq - 1);
     if (to == from)
         return LFM2_OK;
-    copy_kv(ctx, to, from);
+    const int64_t tiles = (from->len + TILE - 1) / TILE;   /* in use */
+    for (int64_t at = 0; at < all; at += head)
+        memcpy(to->kv + at, from->kv + at, (size_t)(tiles * TILE *
+               ctx->model->cfg.head_dim * kv_size(ctx)));
     memcpy(to->u, from->u, (size_t)u * sizeof *to->u);
     memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step * mark) *
                                    sizeof *to->marks);
@@ -6125,11 +6076,10 @@ static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
     return hash_bytes(h, p, n);
 }
 
-/* Where saved bytes go to or come from: one of the two is set, and the
- * same walk saves and loads. */
+/* One of the two is set: the same walk saves and loads. */
 struct stream { uint8_t *to; const uint8_t *from; };
 
-/* n numbers of `size` bytes each; memory is only written to load it. */
+/* n numbers of `size` bytes each. */
 static void move(struct stream *s, void *p, size_t n, int size)
 {
     const int is_little = *(const uint8_t *)&(const uint16_t){ 1 };
@@ -6144,7 +6094,7 @@ static void move(struct stream *s, void *p, size_t n, int size)
         }
 }
 
-static void move_saved(const struct lfm2_context *ctx, struct seq *q, int len,
+static void move_saved(const lfm2_context *ctx, struct seq *q, int len,
                        struct stream *s)
 {
     const size_t mark = (size_t)columns(ctx->model, 0);
@@ -6162,11 +6112,11 @@ static void move_saved(const struct lfm2_context *ctx, struct seq *q, int len,
         for (int pos = 0; pos < len; pos++)
             for (int d = 0; d < hd; d++)
                 move(s, kv.k + k_index(pos, d, hd) * (size_t)size, 1, size);
-        move(s, kv.v, (size_t)len * (size_t)hd, size);
+        move(s, kv.v, (size_t)len * hd, size);
     }
 }
 
-static uint64_t saved_size(const struct lfm2_context *ctx, int len)
+static uint64_t saved_size(const lfm2_context *ctx, int len)
 {
     const int64_t marks = columns(ctx->model, 0) * (1 + len / ctx->seq_step);
 
@@ -6208,7 +6158,7 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
 }
 
 /* The length of a saved sequence, or why it cannot be loaded. */
-static int check_saved(const struct lfm2_context *ctx, const uint8_t *buf,
+static int check_saved(const lfm2_context *ctx, const uint8_t *buf,
                        uint64_t size, lfm2_error *err)
 {
     uint64_t kv_type, len;
@@ -6261,102 +6211,81 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
  * The threads keep what a module gives, in memory that is there only while
  * somebody traces; at the end of an operator the caller's thread shows it. */
 
-struct traced { float *y; size_t stride; };  /* [rows or slots][stride]       */
-
 static const struct { const char *name; int width; } modules[N_MODULES] = {
-    [CONV_IN_PROJ] = { "conv.in_proj", EMBD_3 },
-    [CONV_CONV] = { "conv.conv", EMBD },
-    [CONV_OUT_PROJ] = { "conv.out_proj", EMBD },
-    [ATTN_Q] = { "self_attn.q_proj", HEADS },
-    [ATTN_K] = { "self_attn.k_proj", HEADS_KV },
-    [ATTN_V] = { "self_attn.v_proj", HEADS_KV },
-    [ATTN_Q_NORM] = { "self_attn.q_layernorm", HEADS },
-    [ATTN_K_NORM] = { "self_attn.k_layernorm", HEADS_KV },
-    [ATTN_OUT] = { "self_attn.out_proj", EMBD },
-    [FFN_W1] = { "feed_forward.w1", FF },
-    [FFN_W3] = { "feed_forward.w3", FF },
-    [FFN_W2] = { "feed_forward.w2", EMBD },
-    [MOE_GATE] = { "feed_forward.gate", EXPERTS },
-    [MOE_CHOSEN] = { "feed_forward.selected_experts", USED }
+    [CONV_IN_PROJ] = { LAYER ".conv.in_proj", EMBD_3 },
+    [CONV_CONV] = { LAYER ".conv.conv", EMBD },
+    [CONV_OUT_PROJ] = { LAYER ".conv.out_proj", EMBD },
+    [ATTN_Q] = { LAYER ".self_attn.q_proj", HEADS },
+    [ATTN_K] = { LAYER ".self_attn.k_proj", HEADS_KV },
+    [ATTN_V] = { LAYER ".self_attn.v_proj", HEADS_KV },
+    [ATTN_Q_NORM] = { LAYER ".self_attn.q_layernorm", HEADS },
+    [ATTN_K_NORM] = { LAYER ".self_attn.k_layernorm", HEADS_KV },
+    [ATTN_OUT] = { LAYER ".self_attn.out_proj", EMBD },
+    [FFN_W1] = { LAYER ".feed_forward.w1", FF },
+    [FFN_W3] = { LAYER ".feed_forward.w3", FF },
+    [FFN_W2] = { LAYER ".feed_forward.w2", EMBD },
+    [MOE_GATE] = { LAYER ".feed_forward.gate", EXPERTS },
+    [MOE_CHOSEN] = { LAYER ".feed_forward.selected_experts", USED },
+    [EXPERT_W1] = { LAYER ".feed_forward.experts.%d.w1", FF_EXP },
+    [EXPERT_W3] = { LAYER ".feed_forward.experts.%d.w3", FF_EXP },
+    [EXPERT_W2] = { LAYER ".feed_forward.experts.%d.w2", EMBD }
 };
 
 /* How many numbers a module gives for a row. */
-static int module_width(const lfm2_config *c, int module, int is_dense)
+static int module_width(const lfm2_context *ctx, int module)
 {
-    const int width = modules[module].width;
-    int size[N_SIZES];
-
-    get_sizes(c, size);
-    return size[width == FF && !is_dense ? FF_EXP : width];
+    return size_of(&ctx->model->cfg, modules[module].width);
 }
 
-static void keep(const struct lfm2_context *ctx, int module, int row, int col,
+static void keep(const lfm2_context *ctx, int module, int row, int col,
                  const float *x, int n)
 {
-    const struct traced *all = &ctx->traced[module];
-
     if (ctx->hook && module != NOT_TRACED)
-        memcpy(all->y + (size_t)row * all->stride + col, x,
-               (size_t)n * sizeof *x);
+        memcpy(ctx->traced[module] + (size_t)row * module_width(ctx, module) +
+               col, x, (size_t)n * sizeof *x);
 }
 
-/* Show n numbers for each of n_rows rows of the pass, those in `row` or the
- * first ones. */
-static void show_rows(const struct lfm2_context *ctx, int il, int e,
-                      const char *module, const int *row, int n_rows,
-                      struct traced all, int n)
+/* Show y[n_rows][n], of the rows of the pass in `row` or of the first ones. */
+static void show_rows(const lfm2_context *ctx, const char *module, int il,
+                      int e, const int *row, int n_rows, const float *y, int n)
 {
-    char block[64] = "", name[128];
+    char name[128];
     lfm2_activation a = { .name = name, .layer = il, .expert = e, .n = n };
 
-    if (il >= 0)
-        snprintf(block, sizeof block, "model.layers.%d%s", il,
-                 module[0] ? "." : "");
-    if (e >= 0)
-        snprintf(name, sizeof name, "%sfeed_forward.experts.%d.%s", block, e,
-                 module + strlen("feed_forward."));
-    else
-        snprintf(name, sizeof name, "%s%s", block, module);
-    for (int i = 0; i < n_rows; i++) {
+    snprintf(name, sizeof name, module, il, e);
+    for (int i = 0; i < n_rows; i++, y += n) {
         const struct row *r = &ctx->batch.row[row ? row[i] : i];
         a.seq = r->seq;
         a.pos = r->pos;
         a.token = r->token;
-        a.x = all.y + (size_t)i * all.stride;
+        a.x = y;
         ctx->hook(ctx->hook_user, &a);
     }
 }
 
 static void trace_rows(const struct thread *me, int il, const char *module,
-                       float *y, int n)
+                       const float *y, int n)
 {
-    const struct traced all = { y, (size_t)n };
-
     if (!me->ctx->hook)
         return;
     if (me->id == 0)
-        show_rows(me->ctx, il, -1, module, NULL, me->ctx->batch.n_rows, all, n);
+        show_rows(me->ctx, module, il, -1, NULL, me->ctx->batch.n_rows, y, n);
     barrier(me);
 }
 
 static void trace(const struct thread *me, const struct layer *l, int first,
                   int last)
 {
-    const struct lfm2_context *ctx = me->ctx;
+    const lfm2_context *ctx = me->ctx;
 
-    if (!ctx->hook)
-        return;
-    for (int i = first; me->id == 0 && i <= last; i++)
-        show_rows(ctx, (int)(l - ctx->model->layer), -1, modules[i].name, NULL,
-                  ctx->batch.n_rows, ctx->traced[i],
-                  module_width(&ctx->model->cfg, i, 1));
-    barrier(me);
+    for (int i = first; ctx->hook && i <= last; i++)
+        trace_rows(me, (int)(l - ctx->model->layer), modules[i].name,
+                   ctx->traced[i], module_width(ctx, i));
 }
 
 static void trace_moe(const struct thread *me, const struct layer *l)
 {
-    static const int order[] = { FFN_W1, FFN_W3, FFN_W2 };
-    const struct lfm2_context *ctx = me->ctx;
+    const lfm2_context *ctx = me->ctx;
     const struct routing *r = &ctx->routing;
     const int il = (int)(l - ctx->model->layer);
     const int used = ctx->model->cfg.n_expert_used;
@@ -6367,41 +6296,37 @@ static void trace_moe(const struct thread *me, const struct layer *l)
         keep(ctx, MOE_CHOSEN, i / used, i % used,
              &(float){ (float)r->chosen[i] }, 1);
     trace(me, l, MOE_GATE, MOE_CHOSEN);
-    trace_rows(me, il, "feed_forward.routing_weights", r->weight, used);
+    trace_rows(me, il, LAYER ".feed_forward.routing_weights", r->weight, used);
     for (int i = 0; me->id == 0 && i < r->n_active; i++)
-        for (size_t k = 0; k < COUNT(order); k++) {
-            const int e = r->active[i], first = r->slot_begin[e];
-            struct traced all = ctx->traced[order[k]];
-            all.y += (size_t)first * all.stride;
-            show_rows(ctx, il, e, modules[order[k]].name, r->slot_row + first,
-                      r->slot_begin[e + 1] - first, all,
-                      module_width(&ctx->model->cfg, order[k], 0));
+        for (int k = EXPERT_W1; k <= EXPERT_W2; k++) {
+            const int e = r->active[i], n = module_width(ctx, k);
+            const int first = r->slot_begin[e];
+            show_rows(ctx, modules[k].name, il, e, r->slot_row + first,
+                      r->slot_begin[e + 1] - first,
+                      ctx->traced[k] + (size_t)first * n, n);
         }
-    trace_rows(me, il, "feed_forward", ctx->y, ctx->model->cfg.n_embd);
+    trace_rows(me, il, LAYER ".feed_forward", ctx->y, ctx->model->cfg.n_embd);
 }
 
 /* Point all modules into the memory at `base`; returns its size. */
-static int64_t lay_out_traced(const struct lfm2_context *ctx,
-                              struct traced *all, void *base)
+static int64_t lay_out_traced(const lfm2_context *ctx, float **traced,
+                              void *base)
 {
-    const lfm2_config *c = &ctx->model->cfg;
     const int64_t rows = ctx->par.n_batch;
-    const int64_t slots = rows * larger(c->n_expert_used, 1);
+    const int64_t slots = rows * ctx->model->cfg.n_expert_used;
     struct arena a = { base, 0 };
 
-    for (int i = 0; i < N_MODULES; i++) {
-        const int64_t n = larger(module_width(c, i, 0), module_width(c, i, 1));
-        all[i].stride = (size_t)n;
-        CARVE(&a, all[i].y, n * (i >= FFN_W1 && i <= FFN_W2 ? slots : rows));
-    }
+    for (int i = 0; i < N_MODULES; i++)
+        CARVE(&a, traced[i], module_width(ctx, i) *
+                             (i >= EXPERT_W1 ? slots : rows));
     return a.used;
 }
 
 int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
                lfm2_error *err)
 {
-    struct traced all[N_MODULES];
-    const int64_t size = lay_out_traced(ctx, all, NULL) + (int64_t)sizeof all;
+    float *none[N_MODULES];
+    const int64_t size = lay_out_traced(ctx, none, NULL) + (int64_t)sizeof none;
 
     if (!fn) {
         free(ctx->traced);
@@ -6459,9 +6384,9 @@ struct token {
 
 struct merge { int32_t left, right, result; };
 
-/* A hash table: an entry is in the first free one of MAX_PROBES slots, from
- * that of its hash on, so the first to be added is the first to be found.  The
- * limit is for files made to slow a search down. */
+/* A hash table: an entry is in the first free slot of MAX_PROBES, from that of
+ * its hash on, so the first to be added is the first to be found.  The limit
+ * keeps a file from slowing searches down. */
 enum { MAX_PROBES = 64 };
 
 struct table { int32_t *slot; uint32_t n; };    /* entry + 1, or 0; n = 2^k  */
@@ -6529,7 +6454,7 @@ static int32_t find_hashed(const lfm2_tokenizer *t, uint64_t hash,
     return -1;
 }
 
-static int32_t find_token(const lfm2_tokenizer *t, const uint8_t *s, size_t n,
+static int32_t find_token(const lfm2_tokenizer *t, const void *s, size_t n,
                           int types)
 {
     return find_hashed(t, hash_bytes(HASH_START, s, n), s, n, types);
@@ -6576,9 +6501,8 @@ static const struct gguf_kv *word_kv(const struct gguf *g, int key)
     return gguf_find(g, word_key[key]);
 }
 
-/* The character that starts at p, of which n bytes (1 or more) are there: its
- * length; 0 if more bytes could complete it; -1 if it is none.  Overlong forms,
- * surrogates and values above U+10FFFF are none. */
+/* The length of the character at p, of which n >= 1 bytes are there; 0 if more
+ * could complete it; -1 if it is none: overlong, surrogate, above U+10FFFF. */
 static int utf8_length(const uint8_t *p, size_t n)
 {
     const uint8_t c = p[0];
@@ -6615,8 +6539,8 @@ static int byte_of(uint32_t c)
     return c < 33 ? (int)c : c < 67 ? (int)c - 33 + 127 : c == 67 ? 173 : -1;
 }
 
-/* Write the bytes that a text stands for and return how many.  A text that is
- * not all in the alphabet stands for itself. */
+/* Write the bytes of a text and return how many.  A text that is not all in the
+ * alphabet stands for itself. */
 static size_t unmap(uint8_t *out, int type, const char *text, const char *end)
 {
     const int is_mapped = type == TOKEN_NORMAL || type == TOKEN_BYTE;
@@ -6871,8 +6795,7 @@ int lfm2_tokenizer_open_memory(lfm2_tokenizer **out, const void *data,
     return code;
 }
 
-int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path,
-                        lfm2_error *err)
+int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path, lfm2_error *err)
 {
     struct file file;
     int code;
@@ -6894,8 +6817,8 @@ static void put(struct writer *w, const void *p, size_t n)
     w->n += n;
 }
 
-/* A tokenizer.bin is a GGUF with copies of the keys that are read and no
- * tensors.  It lacks the architecture, and so it says what `pre` is. */
+/* A tokenizer.bin is a GGUF with the keys that are read and no tensors.  It has
+ * no architecture, so it says what `pre` is. */
 size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
                              size_t cap, lfm2_error *err)
 {
@@ -7099,8 +7022,7 @@ static void merge_all(const lfm2_tokenizer *t, struct symbols p)
 }
 
 /* A piece that is a token as a whole becomes that token, even where merging
- * would not get there (so does llama.cpp with these vocabularies).  All others
- * have two bytes or more. */
+ * would not get there, as in llama.cpp.  All others have two bytes or more. */
 static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
                          struct symbol *room, const uint8_t *s, uint32_t n)
 {
@@ -7151,12 +7073,12 @@ enum { MAX_ENCODE = 1 << 30 };            /* bytes of one text, and tokens   */
                                           /* before it                       */
 
 /* Cut out the markers from left to right, the longest at each place, and encode
- * what is between them.  (llama.cpp takes the longest anywhere first, which is
- * the same unless two of them overlap in the text.) */
+ * what is between them.  (llama.cpp takes the longest anywhere first: the same
+ * unless two of them overlap.) */
 static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
-                       const uint8_t *text, size_t len, int types)
+                       const char *text, size_t len, int types)
 {
-    const uint8_t *p = text, *from = text, *end = text + len;
+    const uint8_t *p = (const uint8_t *)text, *from = p, *end = p + len;
     struct symbol *room;
 
     if (len > MAX_ENCODE || o->n > MAX_ENCODE - 8)
@@ -7190,7 +7112,7 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
     if ((flags & LFM2_ENCODE_BOS) && t->bos >= 0)
         emit(&o, t->bos);
     if (len > 0)
-        TRY(encode_text(t, &o, (const uint8_t *)text, len, types));
+        TRY(encode_text(t, &o, text, len, types));
     return o.n;
 }
 
@@ -7217,17 +7139,17 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
         return LFM2_ENOMEM;
     snprintf(text, n_role + n + 2, "%s\n%s", msg->role, msg->content);
     emit(o, t->im_start);
-    code = encode_text(t, o, (uint8_t *)text, n_role + 1 + n, CUT_OUT);
+    code = encode_text(t, o, text, n_role + 1 + n, CUT_OUT);
     emit(o, t->im_end);
     free(text);
     TRY(code);
-    return encode_text(t, o, (const uint8_t *)"\n", 1, CUT_OUT);
+    return encode_text(t, o, "\n", 1, CUT_OUT);
 }
 
 int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
               int generate, int32_t *out, int cap)
 {
-    const char opening[] = "assistant\n";
+    const char *opening = "assistant\n";
     struct tokens o = { out, out ? cap : 0, 0 };
 
     if (t->im_start < 0 || t->im_end < 0 || n_msgs < 0)
@@ -7241,8 +7163,7 @@ int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
         TRY(encode_turn(t, &o, &msgs[i]));
     if (generate) {
         emit(&o, t->im_start);
-        TRY(encode_text(t, &o, (const uint8_t *)opening, strlen(opening),
-                        CUT_OUT));
+        TRY(encode_text(t, &o, opening, strlen(opening), CUT_OUT));
     }
     return o.n;
 }
@@ -7284,11 +7205,10 @@ const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
 /* If a marker and another token have the same bytes, the marker is meant. */
 int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 {
-    const uint8_t *s = (const uint8_t *)text;
     const size_t n = strlen(text);
-    const int32_t marker = find_token(t, s, n, CUT_OUT_SPECIAL);
+    const int32_t marker = find_token(t, text, n, CUT_OUT_SPECIAL);
 
-    return marker >= 0 ? marker : find_token(t, s, n, ANY_TYPE);
+    return marker >= 0 ? marker : find_token(t, text, n, ANY_TYPE);
 }
 
 size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
@@ -7344,12 +7264,14 @@ static void sift_down(struct candidate *c, int n, int i)
     c[i] = moved;
 }
 
-static void swap(struct candidate *a, struct candidate *b)
+/* Exchange the top of the heap c[n] for c[i]. */
+static void exchange_top(struct candidate *c, int n, int i)
 {
-    const struct candidate was = *a;
+    const struct candidate top = c[0];
 
-    *a = *b;
-    *b = was;
+    c[0] = c[i];
+    c[i] = top;
+    sift_down(c, n, 0);
 }
 
 /* Bring the first k of c[n] to its front, sorted.  A heap of k takes in what
@@ -7359,14 +7281,10 @@ static void sort_first(struct candidate *c, int n, int k)
     for (int i = k / 2; i-- > 0;)
         sift_down(c, k, i);
     for (int i = k; i < n; i++)
-        if (comes_before(c[i], c[0])) {
-            swap(&c[0], &c[i]);
-            sift_down(c, k, 0);
-        }
-    for (int i = k; i-- > 1;) {
-        swap(&c[0], &c[i]);
-        sift_down(c, i, 0);
-    }
+        if (comes_before(c[i], c[0]))
+            exchange_top(c, k, i);
+    for (int i = k; i-- > 1;)
+        exchange_top(c, i, i);
 }
 
 /* The index of the highest logit, the first of several; -1 if there is none or
@@ -7385,8 +7303,8 @@ static int32_t highest(const float *logits, int n)
     return best;
 }
 
-/* Push down what the recent tokens would repeat, each token once: todo[t].id is
- * not 0 while token t has still to be done. */
+/* Push down what the recent tokens would repeat, each token once: todo[t].id
+ * says that token t has still to be done. */
 static void penalise(const lfm2_sampler *s, struct candidate *todo,
                      float *logits, int n_vocab, const int32_t *history, int n)
 {
@@ -7430,8 +7348,8 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
 
     while (least > -88 && exp_f32(least) >= s->min_p)
         least -= 1;
-    /* min-p keeps the front of the same order as the others do, so it may come
-     * first, unless top-p is to see all that top-k leaves. */
+    /* all keep the front of the same order, so min-p may come first, unless
+     * top-p is to see all that top-k leaves */
     for (int32_t id = 0; id < n_vocab; id++)
         if (logits[id] >= -FLT_MAX && ((by_k && by_p) ||
             is_likely(logits[id] - max, s->min_p, least)))

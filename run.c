@@ -4415,14 +4415,7 @@ static int batch(const struct settings *s)
  * amount of memory at most, and one that does not read what it asked for is
  * dropped. */
 
-#ifdef __wasi__
-
-static int serve(const struct settings *s)
-{
-    return say(FAILED, "--serve %s: not in this build", s->serve);
-}
-
-#else
+#if !defined __wasi__ || defined LFM2_PAGE
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -5807,7 +5800,18 @@ static void run_server(struct server *v)
     sweep(v);
 }
 
+#endif
+
 /* ---- opening */
+
+#ifdef __wasi__
+
+static int serve(const struct settings *s)
+{
+    return say(FAILED, "--serve %s: not in this build", s->serve);
+}
+
+#else
 
 static int listen_at(struct server *v, const void *address, socklen_t n)
 {
@@ -7029,7 +7033,7 @@ static void on_interrupt(int number)
  * may be waiting for input; but SIGBUS is for the one that reads. */
 static void block_signals(int are_blocked)
 {
-#ifndef LFM2_NO_THREADS
+#if !defined LFM2_NO_THREADS && !defined __wasi__
     static sigset_t before;
     sigset_t all;
 
@@ -7712,13 +7716,13 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* Those of base 2, 8, 10 or 16. */
+/* The digits of base 2, 8, 10 or 16, in some order. */
 static const char *digits_of(int base)
 {
     return base == 16 ? "0123456789abcdefABCDEF" : &"9876543210"[10 - base];
 }
 
-/* A character in digits, at most n of them; returns how many. */
+/* The number of a character, in at most n digits; returns how many. */
 static int read_code(const char *s, int n, int base, uint32_t *out)
 {
     n = smaller(n, (int)strspn(s, digits_of(base)));
@@ -8501,7 +8505,7 @@ static void put_tools(struct rendering *r)
     if (r->as->dated)
         put_down(r, "Today's date: %s\n\n", r->conv->date);
     put_down(r, r->as->marked ? "List of tools: <|tool_list_start|>[" :
-        "List of tools: [");
+                "List of tools: [");
     for (int i = 0; tool; tool = tool->next, i++) {
         const int is_text = tool->type == JSON_STRING;
         const char *name = json_text(json_get(function_of(tool), "name"));
@@ -8644,8 +8648,8 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
         put_assistant(r, m, recent);
     else
         put_down(r, r->as->marked && has_role(m, "tool") ?
-            "<|tool_response_start|>%s<|tool_response_end|>" : "%s",
-            content_of(r, m));
+                    "<|tool_response_start|>%s<|tool_response_end|>" : "%s",
+                 content_of(r, m));
     if ((m->next || !r->conv->continue_last) &&
         (r->as->calls != CALLS_FIRST || json_get(m, "content")))
         put_down(r, TURN_END "\n");
@@ -8668,7 +8672,7 @@ static void put_conversation(struct rendering *r)
     }
     if (text[0] || tools) {
         put_down(r, TURN_START "system\n%s%s", text, !text[0] || !tools ? "" :
-            r->as->dated ? "\n\n" : "\n");
+                 r->as->dated ? "\n\n" : "\n");
         if (tools)
             put_tools(r);
         put_down(r, TURN_END "\n");
@@ -8980,45 +8984,40 @@ static int read_calls(const char *s, const char *end, int is_whole,
     return 0;
 }
 
-/* Add the text between two calls.  Models write the last marker of a call once
- * more after it, which nobody should see. */
-static void add_around(struct text *rest, const char *s, const char *end,
-                       const struct calls *before)
-{
-    const char *marker;
-
-    for (; before->n > 0 && (marker = find(s, end, CALL_END)) != NULL;
-         s = marker + strlen(CALL_END))
-        add(rest, s, (size_t)(marker - s));
-    add(rest, s, (size_t)(end - s));
-}
-
 /* The calls in an answer; the text around them, and calls that were not
  * understood, markers included, go to `rest`.  Returns how many were not
  * understood.  A call at the end may lack its last marker; one that is not
- * complete does not count if the answer was `cut` for its length. */
+ * complete does not count if the answer was `cut` for its length.  Models write
+ * the last marker of a call once more after it, which nobody should see. */
 static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                        struct text *rest)
 {
-    const char *const end = s + n, *start, *stop;
+    const char *const end = s + n, *call = NULL;
     int bad = 0;
 
     *out = (struct calls){ NULL, 0 };
-    for (; (start = find(s, end, CALL_START)) != NULL; s = stop) {
-        const char *const body = start + strlen(CALL_START);
-        add_around(rest, s, start, out);
-        for (stop = body; (stop = find(stop, end, "<|tool_call_")); stop++)
-            if (begins(stop, end, CALL_START) || begins(stop, end, CALL_END))
-                break;
-        stop = stop ? stop : end;
-        const int ended = begins(stop, end, CALL_END);
-        const int good = read_calls(body, stop, ended || !cut, out);
-        stop += ended ? strlen(CALL_END) : 0;
-        if (!good)
-            add(rest, start, (size_t)(stop - start));
-        bad += !good && !(cut && stop == end && !ended);
+    add_string(rest, "");
+    while (s < end || call) {
+        const int starts = begins(s, end, CALL_START);
+        const int ends = begins(s, end, CALL_END);
+        const size_t size = starts ? strlen(CALL_START) :
+                            ends ? strlen(CALL_END) : 1;
+        if (call && (starts || ends || s == end)) {
+            const int good = read_calls(call + strlen(CALL_START), s,
+                                        ends || !cut, out);
+            s += ends ? size : 0;
+            if (!good)
+                add(rest, call, (size_t)(s - call));
+            bad += !good && !(cut && s == end && !ends);
+            call = NULL;
+            continue;
+        }
+        if (starts)
+            call = s;
+        else if (!call && (!ends || out->n == 0))
+            add(rest, s, size);
+        s += size;
     }
-    add_around(rest, s, end, out);
     return bad;
 }
 
@@ -10293,48 +10292,23 @@ static int run_test(struct bench *b, struct test t)
     return flush_output(DONE);
 }
 
-static int open_bench_context(struct bench *b, const lfm2_params *p)
+/* From nothing to the first token, before anything else has warmed the way;
+ * and, with so many threads, the limits of the machine. */
+static int measure_machine(struct bench *b, double start)
 {
-    lfm2_error err;
+    int code = DONE;
 
-    if (lfm2_context_open(&b->e.ctx, b->e.model, p, &err) != LFM2_OK)
-        return report(b->s->model, &err);
-    running = b->e.ctx;
-    b->e.par = lfm2_context_params(b->e.ctx);
-    return DONE;
-}
-
-static void close_bench_context(struct bench *b)
-{
-    running = NULL;
-    lfm2_context_close(b->e.ctx);
-    b->e.ctx = NULL;
-}
-
-/* From nothing to the first token, before anything else has warmed the way.
- * Any tokens will do, if they are not always the same few: those of a mixture
- * choose its experts. */
-static int measure_start(struct bench *b)
-{
-    const double start = seconds();
-    lfm2_params p;
-    int code = open_model(&b->e);
-
-    if (code != DONE)
-        return code;
-    b->load_s = seconds() - start;
-    for (int i = 0; i < b->n_tokens; i++)
-        b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)
-                                lfm2_model_config(b->e.model)->n_vocab);
-    p = b->e.par;
-    p.n_threads = b->s->bench_threads.v[0] ? b->s->bench_threads.v[0] :
-                  usable_cpus();
-    code = open_bench_context(b, &p);
-    b->context_s = seconds() - start - b->load_s;
-    if (code == DONE)
+    if (b->first_s == 0) {
+        b->context_s = seconds() - start;
         code = feed(b, 0, 0, START_TOKENS, 1);
-    b->first_s = seconds() - start;
-    close_bench_context(b);
+        b->first_s = b->load_s + seconds() - start;
+    }
+    if (b->limit->n_threads == 0)
+        *b->limit = (struct limits){
+            b->e.par.n_threads, measure_rate(b, LFM2_READ),
+            measure_rate(b, LFM2_DOT),
+            measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
+        };
     return code;
 }
 
@@ -10342,29 +10316,31 @@ static int measure_start(struct bench *b)
  * context no larger than they need. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
-    const struct list *gen = &b->s->bench_gen, *seqs = &b->s->bench_seqs;
+    const struct list *prompt = &b->s->bench_prompt, *gen = &b->s->bench_gen;
+    const struct list *seqs = &b->s->bench_seqs;
+    const double start = seconds();
     lfm2_params p = choose_params(b->s, b->e.model);
+    lfm2_error err;
     int code;
 
     p.n_threads = n_threads ? n_threads : usable_cpus();
     p.n_ctx = depth + b->longest;
     p.n_seq = p.n_logits = b->n_seq;
-    code = open_bench_context(b, &p);
-    if (code == DONE && b->limit->n_threads == 0)
-        *b->limit = (struct limits){
-            b->e.par.n_threads, measure_rate(b, LFM2_READ),
-            measure_rate(b, LFM2_DOT),
-            measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
-        };
-    for (int i = 0; code == DONE && i < b->s->bench_prompt.n; i++)
-        if (b->s->bench_prompt.v[i] > 0)
-            code = run_test(b, (struct test){ b->s->bench_prompt.v[i], 0, 1,
-                                              depth });
+    if (lfm2_context_open(&b->e.ctx, b->e.model, &p, &err) != LFM2_OK)
+        return report(b->s->model, &err);
+    running = b->e.ctx;
+    b->e.par = lfm2_context_params(b->e.ctx);
+    code = measure_machine(b, start);
+    for (int i = 0; code == DONE && i < prompt->n; i++)
+        if (prompt->v[i] > 0)
+            code = run_test(b, (struct test){ prompt->v[i], 0, 1, depth });
     for (int i = 0; code == DONE && i < gen->n; i++)
         for (int k = 0; code == DONE && gen->v[i] && k < seqs->n; k++)
             code = run_test(b, (struct test){ 0, gen->v[i], seqs->v[k],
                                               depth });
-    close_bench_context(b);
+    running = NULL;
+    lfm2_context_close(b->e.ctx);
+    b->e.ctx = NULL;
     return code;
 }
 
@@ -10391,11 +10367,31 @@ static int prepare_tests(struct bench *b)
     if (b->longest > MAX_CTX - deepest)
         return usage("a test of %d tokens at a depth of %d is longer than any "
                      "context, %d", b->longest, deepest, MAX_CTX);
-    b->n_tokens = b->longest + deepest + START_TOKENS;
+    if (b->longest < START_TOKENS)
+        b->longest = START_TOKENS;
+    b->n_tokens = b->longest + deepest;
     b->token = zeroed((size_t)b->n_tokens, sizeof *b->token);
     b->ns = zeroed((size_t)s->reps, sizeof *b->ns);
     b->ts = zeroed((size_t)s->reps, sizeof *b->ts);
     b->e.span = zeroed((size_t)b->n_seq, sizeof *b->e.span);
+    return DONE;
+}
+
+/* Any tokens will do, if they are not always the same few: those of a mixture
+ * choose its experts. */
+static int open_bench(struct bench *b)
+{
+    const double start = seconds();
+    const int code = open_model(&b->e);
+
+    if (code != DONE)
+        return code;
+    b->load_s = seconds() - start;
+    for (int i = 0; i < b->n_tokens; i++)
+        b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)
+                                lfm2_model_config(b->e.model)->n_vocab);
+    b->cost = count_cost(b->e.model, b->s->kv);
+    b->type = name_type(b->e.model);
     return DONE;
 }
 
@@ -10408,11 +10404,7 @@ static int bench(const struct settings *s)
     if (code != DONE)
         return code;
     catch_interrupt();
-    code = measure_start(&b);
-    if (code == DONE) {
-        b.cost = count_cost(b.e.model, s->kv);
-        b.type = name_type(b.e.model);
-    }
+    code = open_bench(&b);
     for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
         b.limit = &b.best[i];
         for (int k = 0; code == DONE && k < s->bench_depth.n; k++)

@@ -58,19 +58,22 @@ logits() {
     done
 }
 
-# hashes NAME [EMULATOR]: that of the self-test and that of the shipped model's
-# answer in $dir/NAME.hashes.
+# hashes NAME [EMULATOR]: that of the self-test and those of the shipped model's
+# answer with every instruction set, which are one, in $dir/NAME.hashes.
 hashes() {
     name=$1
     shift
     $limit "$@" "$dir/$name" --selftest >"$dir/$name.selftest" ||
         { grep '^FAIL' "$dir/$name.selftest"; return 1; }
-    $limit "$@" "$dir/$name" test/tiny.gguf --json --temp 0 "$question" \
-        >"$dir/$name.json" || return 1
+    sets=$("$@" "$dir/$name" --version | sed -n 's/^isa  *//p')
+    for isa in $sets; do
+        $limit "$@" "$dir/$name" test/tiny.gguf --json --temp 0 --isa "$isa" \
+            "$question" || return 1
+    done >"$dir/$name.json"
     sed -n 's/^hash *\([0-9a-f]*\).*/\1/p' "$dir/$name.selftest" \
         >"$dir/$name.hashes"
-    sed -n 's/.*"logits_hash": "\([0-9a-f]*\)".*/\1/p' "$dir/$name.json" \
-        >>"$dir/$name.hashes"
+    sed -n 's/.*"logits_hash": "\([0-9a-f]*\)".*/\1/p' "$dir/$name.json" |
+        sort -u >>"$dir/$name.hashes"
     [ "$(grep -c . "$dir/$name.hashes")" = 2 ]
 }
 
@@ -139,6 +142,24 @@ alone() {
     fi
 }
 
+# frames NAME: its functions of lfm2.c take 4 KiB of stack at most each, and none
+# as much as it likes.
+frames() {
+    name=$1-frames sizes=$dir/$1-lfm2.su
+    [ -e "$dir/$1.ok" ] || return
+    touch "$dir/$name.taken"
+    large=$(awk -F '\t' '$2 > 4096 || ($3 ~ /dynamic/ && $3 !~ /bounded/) {
+        print $1 ": " $2 " bytes, " $3 }' "$sizes")
+    if [ ! -e "$sizes" ]; then
+        echo "skipped: $name, which this compiler does not tell" |
+            tee "$dir/$name.skipped"
+    elif [ -s "$sizes" ] && [ -z "$large" ]; then
+        echo "ok     $name" | tee "$dir/$name.ok"
+    else
+        echo "FAIL   $name: $large"
+    fi
+}
+
 # number SUFFIX: how many files of $dir end so.
 number() {
     ls "$dir" | grep -c "\.$1\$"
@@ -155,24 +176,35 @@ quick() {
         -static
     try aarch64-neon "qemu-aarch64 -cpu cortex-a53" aarch64-linux-gnu-gcc -O2 \
         -static
-    for cc in gcc clang; do
-        for level in 0 3; do
-            try "$cc-O$level" "" "$cc" "-O$level"
-        done
+    for level in 0 2 3; do
+        try gcc-O$level "" gcc -O$level -fstack-usage
     done
+    for level in 0 3; do
+        try clang-O$level "" clang -O$level
+    done
+    # Without the Makefile's flags, and where compilers fuse what they like.
     case $(uname -m) in
     x86_64)
         if grep -qw fma /proc/cpuinfo 2>/dev/null; then
-            try gcc-fma "" gcc -O3 -mavx2 -mfma
-            try clang-fma "" clang -O3 -mavx2 -mfma
-            try gcc-fma-no-simd "" gcc -O3 -mavx2 -mfma -DLFM2_NO_SIMD
-            try gcc-native "" gcc -O3 -march=native
+            try gcc-fma "" gcc -O3 -march=native -std=gnu11 -ffp-contract=fast
+            try clang-fma "" clang -O3 -mavx2 -mfma -ffp-contract=on
+            try gcc-fma-no-simd "" gcc -O3 -mavx2 -mfma -ffp-contract=fast \
+                -DLFM2_NO_SIMD
         fi
-        try musl "" musl-gcc -O2 -static
+        try musl "" musl-gcc -O2 -static -DLFM2_AVX2_ONLY
         try i386-gcc "" gcc -O2 $m32
         ;;
+    *)
+        try gcc-fma "" gcc -O3 -std=gnu11 -ffp-contract=fast
+        try clang-fma "" clang -O3 -ffp-contract=on
+        ;;
     esac
-    try no-threads-no-mmap "" "${CC:-cc}" -O2 -DLFM2_NO_THREADS -DLFM2_NO_MMAP
+    # clang does not tell the source of these.  (With -funsafe-math-optimizations,
+    # which is all of them, it would link code that makes denormal numbers 0.)
+    try clang-unsafe-math "" clang -O3 -fassociative-math -freciprocal-math \
+        -fno-signed-zeros -fno-trapping-math -fapprox-func -DLFM2_NO_SIMD
+    try no-threads-no-mmap "" "${CC:-cc}" -O2 -DLFM2_NO_THREADS \
+        -DLFM2_NO_MMAP -DLFM2_AVX2_ONLY
 }
 
 more() {
@@ -185,7 +217,7 @@ more() {
     try static "" make static run-static
     [ "$(uname -m)" != x86_64 ] || try i386-clang "" clang -O2 $m32
     for cc in gcc clang; do
-        try "$cc-O2" "" "$cc" -O2
+        [ $cc = gcc ] || try "$cc-O2" "" "$cc" -O2
         for without in SIMD THREADS MMAP; do
             try "$cc-no-$without" "" "$cc" -O1 "-DLFM2_NO_$without"
         done
@@ -218,7 +250,7 @@ if [ -e "$shared/golden" ]; then
     done
     cp "$shared/golden/tokens.i32" "$dir/models"
 else
-    echo "skipped: $shared/golden is not there"
+    echo "skipped: models of other formats, which do not come with the source"
 fi
 compile reference "${CC:-cc}" -O2 -DLFM2_NO_SIMD && hashes reference &&
     logits reference || exit 1
@@ -227,6 +259,9 @@ compile reference "${CC:-cc}" -O2 -DLFM2_NO_SIMD && hashes reference &&
 lane &
 lane
 wait
+for level in 0 2 3; do
+    frames gcc-O$level
+done
 if [ "$what" = ports ]; then
     alone static
     sh test/suites.sh

@@ -76,6 +76,23 @@ static double number_at(const char *from, const char *key)
     return strtod(s + strlen(key), NULL);
 }
 
+START_TEST(members_are_written_by_a_format)
+{
+    add_members(&out, "{a: %d, b_2: [%g, %g, {}], c: {", -7, 0.5, NAN);
+    add_members(&out, "%s: %i", "a \"key\"", 1);
+    add_members(&out, "%s: %i}, d: %.*s", "", 0, 2, "\n\x1b!");
+    add_members(&out, "e: %s, f: %llu, g: [], h: %016llx, i: ",
+                lfm2_weight_type(99), 18446744073709551615ull, 10ull);
+    add_members(&out, "[{k: %zu}, {k: %g}]}", (size_t)3, 1e6);
+    ck_assert_str_eq(out.s, "{\"a\": -7, \"b_2\": [0.5, null, {}], \"c\": {"
+                     "\"a \\\"key\\\"\": true, \"\": false}, \"d\": "
+                     "\"\\n\\u001b\", \"e\": null, \"f\": "
+                     "18446744073709551615, \"g\": [], \"h\": "
+                     "\"000000000000000a\", \"i\": [{\"k\": 3}, "
+                     "{\"k\": 1000000}]}");
+}
+END_TEST
+
 static const struct tiny shapes[] = {
     { .words = 1 }, { .words = 1, .moe = 1 }, { .words = 1, .untied = 1 },
     { .words = 1, .moe = 1, .untied = 1, .output_norm = 1 },
@@ -175,6 +192,7 @@ Suite *inspect_suite(void)
 
     tcase_set_timeout(c, 60);
     tcase_add_checked_fixture(c, setup, teardown);
+    tcase_add_test(c, members_are_written_by_a_format);
     tcase_add_loop_test(c, roles_add_up_to_the_model, 0, COUNT(shapes));
     tcase_add_test(c, an_output_of_its_own_spares_reading_the_embedding);
     tcase_add_test(c, what_is_not_used_is_told);

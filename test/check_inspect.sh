@@ -67,7 +67,8 @@ for model in moe-Q4_0 moe-Q4_K_M; do
     [ ! -e "$shared/$model.gguf" ] ||
         counts "$shared/$model.gguf" 256 512 512 4 2 256 64 2 4 8 2 256
 done
-[ -e "$shared/moe-Q4_0.gguf" ] || echo "skipped: $shared is not there"
+[ -e "$shared/moe-Q4_0.gguf" ] || echo \
+    "skipped: models of other shapes, which do not come with the source"
 
 # Bytes from the list of tensors, by the bits of each type; a token reads a
 # quarter of the experts.

@@ -1,5 +1,6 @@
 /* Which sequence a job gets and what it need not read again, who waits for
- * whom, and how prompts share a forward: what no answer shows. */
+ * whom, how prompts share a forward, and how much of a machine a control group
+ * leaves: what no answer shows. */
 #define _POSIX_C_SOURCE 200809L          /* as run.c does */
 
 #define main run_main
@@ -10,6 +11,7 @@
 #include "util.h"
 
 #include <check.h>
+#include <sys/stat.h>
 
 enum { N_BATCH = 64, PIECE = 8, MAX_JOBS = 6, COMMON = 200 };
 
@@ -306,6 +308,126 @@ START_TEST(prompts_are_read_in_pieces)
 }
 END_TEST
 
+/* A token from every step, and the end while most of the prompt is still to be
+ * read. */
+START_TEST(an_answer_does_not_wait_for_a_long_prompt)
+{
+    int steps = 0;
+
+    open_small(2);
+    queue(&job[0], 1, 10, 0, 10, 12);
+    queue(&job[1], 2, 300, 0, 300, 3);
+    for (; job[0].state != FINISHED; steps++)
+        move();
+    ck_assert_int_eq(steps, 12);
+    ck_assert_int_eq(job[1].r.n_fed, N_BATCH - 10 + 11 * (PIECE + 1));
+    finish_all();
+    expect_as_alone(&job[0]);
+    expect_as_alone(&job[1]);
+}
+END_TEST
+
+/* ----------------------------------------------------------- control groups */
+
+static char tree[40], list[60];
+
+static void make_tree(void)
+{
+    strcpy(tree, "/tmp/lfm2-groups-XXXXXX");
+    ck_assert_ptr_nonnull(mkdtemp(tree));
+    snprintf(list, sizeof list, "%s/list", tree);
+    group_root = tree;
+    groups = list;
+}
+
+static void remove_tree(void)
+{
+    ck_assert_int_eq(system(phrase("rm -r '%s'", tree).s), 0);
+}
+
+/* A file of the tree, and the folders it is in. */
+static void put_file(const char *name, const char *text)
+{
+    struct phrase path = phrase("%s/%s", tree, name);
+    FILE *f;
+
+    for (char *s = path.s + strlen(tree) + 1; (s = strchr(s, '/')); s++) {
+        *s = '\0';
+        mkdir(path.s, 0700);
+        *s = '/';
+    }
+    f = fopen(path.s, "w");
+    ck_assert(f && fputs(text, f) >= 0 && !fclose(f));
+}
+
+START_TEST(quotas_are_rounded_to_whole_cpus)
+{
+    static const struct { const char *text; double cpus; } cases[] = {
+        { "100000 100000\n", 1 }, { "120000 100000\n", 1 },
+        { "149999 100000\n", 1 }, { "150000 100000\n", 2 },
+        { "250000 100000\n", 3 }, { "1000 100000\n", 1 },
+        { "75000 50000\n", 2 }, { "max 100000\n", 0 }, { "0 100000\n", 0 },
+        { "-1 100000\n", 0 }, { "200000\n", 0 }, { "200000 0\n", 0 },
+        { "", 0 }, { "words\n", 0 }
+    };
+
+    ck_assert_double_eq(cpu_limit(tree), 0);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        put_file("cpu.max", cases[i].text);
+        ck_assert_msg(cpu_limit(tree) == cases[i].cpus, "%s", cases[i].text);
+    }
+    put_file("cpu.cfs_period_us", "100000\n");       /* version 1           */
+    put_file("cpu.cfs_quota_us", "-1\n");
+    ck_assert_double_eq(cpu_limit(tree), 0);
+    put_file("cpu.cfs_quota_us", "350000\n");
+    ck_assert_double_eq(cpu_limit(tree), 4);
+    put_file("cpu.cfs_period_us", "0\n");
+    ck_assert_double_eq(cpu_limit(tree), 0);
+}
+END_TEST
+
+START_TEST(the_least_limit_of_all_groups_counts)
+{
+    ck_assert_double_eq(least_limit(cpu_limit), 0);   /* not even a list     */
+    put_file("list", "0::/a/b:c\n");
+    ck_assert_double_eq(least_limit(cpu_limit), 0);
+    put_file("a/b:c/cpu.max", "400000 100000\n");
+    ck_assert_double_eq(least_limit(cpu_limit), 4);
+    put_file("a/cpu.max", "max 100000\n");
+    ck_assert_double_eq(least_limit(cpu_limit), 4);
+    put_file("a/cpu.max", "300000 100000\n");
+    ck_assert_double_eq(least_limit(cpu_limit), 3);
+    put_file("a/other/cpu.max", "100000 100000\n");
+    ck_assert_double_eq(least_limit(cpu_limit), 3);
+    put_file("cpu.max", "200000 100000\n");
+    ck_assert_double_eq(least_limit(cpu_limit), 2);
+    put_file("cpu,cpuacct/x/cpu.cfs_quota_us", "100000\n");
+    put_file("cpu,cpuacct/x/cpu.cfs_period_us", "100000\n");
+    put_file("list", "nonsense\n12:memory:/\n4:cpu,cpuacct:/x/y\n0::/a/b:c\n");
+    ck_assert_double_eq(least_limit(cpu_limit), 1);
+    ck_assert_int_eq(usable_cpus(), 1);
+    put_file("list", "0::/\n");
+    put_file("cpu.max", "9000000 100000\n");
+    ck_assert_int_eq(usable_cpus(), smaller(lfm2_n_cpus(), 64));
+}
+END_TEST
+
+START_TEST(memory_is_what_the_group_has_left)
+{
+    put_file("memory.max", "max\n");
+    put_file("memory.stat", "anon 300000\nfile 900000\n");
+    ck_assert_double_eq(memory_left(tree), 0);
+    put_file("memory.max", "1000000\n");
+    ck_assert_double_eq(memory_left(tree), 700000);
+    put_file("memory.max", "200000\n");
+    ck_assert_double_eq(memory_left(tree), 1);        /* 0 is no limit       */
+    put_file("memory.max", "max\n");
+    put_file("memory.limit_in_bytes", "1000000\n");  /* version 1           */
+    put_file("memory.stat", "rss 1\ntotal_rss 400000\n");
+    ck_assert_double_eq(memory_left(tree), 600000);
+}
+END_TEST
+
 /* ------------------------------------------------------------------- speeds */
 
 /* By the tokens that were computed: neither those from the cache nor the first
@@ -332,6 +454,7 @@ Suite *jobs_suite(void)
 {
     Suite *suite = suite_create("jobs");
     TCase *t = tcase_create("jobs"), *speeds = tcase_create("speeds");
+    TCase *limits = tcase_create("control groups");
 
     tcase_add_checked_fixture(t, NULL, close_small);
     tcase_add_test(t, an_empty_sequence_comes_first);
@@ -344,7 +467,13 @@ Suite *jobs_suite(void)
     tcase_add_test(t, a_prompt_that_does_not_fit_is_refused);
     tcase_add_test(t, prompts_share_a_forward);
     tcase_add_test(t, prompts_are_read_in_pieces);
+    tcase_add_test(t, an_answer_does_not_wait_for_a_long_prompt);
     suite_add_tcase(suite, t);
+    tcase_add_checked_fixture(limits, make_tree, remove_tree);
+    tcase_add_test(limits, quotas_are_rounded_to_whole_cpus);
+    tcase_add_test(limits, the_least_limit_of_all_groups_counts);
+    tcase_add_test(limits, memory_is_what_the_group_has_left);
+    suite_add_tcase(suite, limits);
     tcase_add_test(speeds, speeds_are_of_what_was_computed);
     suite_add_tcase(suite, speeds);
     return suite;

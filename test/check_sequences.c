@@ -69,13 +69,15 @@ static struct rig *open_rig_of(struct tiny t, int kv_type, int step)
 
 static struct rig *open_rig(int step)
 {
-    return open_rig_of((struct tiny){ .type = 2, .moe = 1 }, LFM2_KV_F16, step);
+    return open_rig_of((struct tiny){ .type = 2, .moe = 1, .n_embd = 32 },
+                       LFM2_KV_F16, step);
 }
 
 /* With so many taps. */
 static struct rig *open_taps(int l_cache)
 {
-    return open_rig_of((struct tiny){ .l_cache = l_cache }, LFM2_KV_F32, 64);
+    return open_rig_of((struct tiny){ .l_cache = l_cache, .n_embd = 32 },
+                       LFM2_KV_F32, 64);
 }
 
 static void close_rig(struct rig *r)
@@ -365,7 +367,7 @@ END_TEST
 START_TEST(a_state_of_another_model_is_refused)
 {
     struct rig *r = open_rig(64);
-    const struct tiny t = { .type = 2, .moe = 1, .seed = 1 };
+    const struct tiny t = { .type = 2, .moe = 1, .n_embd = 32, .seed = 1 };
     struct bytes file = tiny_model(&t);
     lfm2_model *m;
 

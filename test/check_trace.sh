@@ -321,7 +321,7 @@ finds q_norm model.layers.2.self_attn.q_layernorm plain "$@"
 
 golden=${LFM2_SHARED:-../shared}/golden
 if [ ! -f "$golden/small_dense-F32.gguf" ]; then
-    echo "skipped: traces of golden models, $golden is not there"
+    echo "skipped: traces of other models, which do not come with the source"
     finish
 fi
 set -- "$golden/small_dense-F32.gguf" --ids "$golden/tokens.i32"

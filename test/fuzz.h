@@ -27,7 +27,7 @@ typedef void fuzz_target(const uint8_t *data, size_t n);
 
 fuzz_target fuzz_gguf, fuzz_vocab, fuzz_text, fuzz_state;       /* lfm2.c    */
 fuzz_target fuzz_json, fuzz_calls, fuzz_chat, fuzz_session, fuzz_batch,
-            fuzz_serve, fuzz_inspect;                           /* run.c     */
+            fuzz_serve, fuzz_schema, fuzz_inspect;              /* run.c     */
 
 /* Change a GGUF in some places and leave it whole in all others; returns the
  * new size, at most max.  libFuzzer calls it by LLVMFuzzerCustomMutator(). */

@@ -30,6 +30,7 @@ static const struct target {
     { "json", fuzz_json, 0 }, { "calls", fuzz_calls, 0 },
     { "chat", fuzz_chat, 0 }, { "session", fuzz_session, 0 },
     { "batch", fuzz_batch, 0 }, { "serve", fuzz_serve, 0 },
+    { "schema", fuzz_schema, 0 },
     { "inspect", fuzz_inspect, 1 }
 };
 

@@ -1,5 +1,5 @@
 /* Targets in run.c: JSON, tool calls, conversations, sessions, batches, what
- * clients send to a server, and the explanation of a file. */
+ * clients send to a server, schemas, and the explanation of a file. */
 #define _GNU_SOURCE                      /* memfd_create()                   */
 
 #include <stdio.h>
@@ -385,6 +385,7 @@ void fuzz_batch(const uint8_t *data, size_t n)
     b.in.fd = file_of(data + 1, n - 1);
     b.out = file_of(data, 0);
     REQUIRE(run_batch(&b) == DONE);
+    e.spelling = b.e.spelling;
     check_answers(b.out, b.done + b.failed);
     close(b.in.fd);
     close(b.out);
@@ -479,6 +480,86 @@ void fuzz_serve(const uint8_t *data, size_t n)
         hang_up(&c[i]);
         free(said[i].s);
     }
+}
+
+/* ------------------------------------------------------------------- schemas
+ *
+ * The first byte chooses how, a schema follows, and behind a NUL an answer: its
+ * bytes where they fit, and others where they do not. */
+
+/* A byte that fits: this one, or the next that does; -1: there is none. */
+static int fitting_byte(const struct guide *from, struct guide *to, int c)
+{
+    for (int i = 0; i < 256; i++)
+        if (guide_byte(from, to, (c + i) % 256))
+            return (c + i) % 256;
+    return -1;
+}
+
+/* There is always a way on, or it may end. */
+static int follow_bytes(const struct schema *s, const uint8_t *data, size_t n,
+                        struct text *out)
+{
+    static struct guide g[2];
+    size_t i = 0;
+
+    g[0] = (struct guide){ .s = s };
+    for (; i < n && i < 300; i++) {
+        const int c = fitting_byte(&g[i % 2], &g[(i + 1) % 2], data[i]);
+        if (c < 0) {
+            REQUIRE(guide_may_end(&g[i % 2]) && guide_is_done(&g[i % 2]));
+            return 1;
+        }
+        add(out, c == CALL_OPENS ? CALL_START : c == CALL_CLOSES ? CALL_END :
+            (const char[]){ (char)c, '\0' }, c == CALL_OPENS ?
+            strlen(CALL_START) : c == CALL_CLOSES ? strlen(CALL_END) : 1);
+    }
+    return guide_may_end(&g[i % 2]);
+}
+
+/* What has ended is JSON, or calls that are understood. */
+static void check_ended(const struct text *said, int is_call)
+{
+    struct pool pool = { 0 };
+    struct text rest = { 0 };
+    struct calls calls;
+    struct json *v;
+    struct why why = { "" };
+
+    if (is_call) {
+        REQUIRE(parse_calls(said->s, said->n, 0, &calls, &rest) == 0);
+        REQUIRE(calls.n > 0 && rest.n == 0);
+        free_calls(&calls);
+    } else
+        REQUIRE(json_parse(&pool, said->s, said->n, &v, &why) == DONE);
+    free(rest.s);
+    pool_free(&pool);
+}
+
+void fuzz_schema(const uint8_t *data, size_t n)
+{
+    const uint8_t *end = n > 1 ? memchr(data + 1, 0, n - 1) : NULL;
+    struct pool pool = { 0 };
+    struct json *v;
+    struct schema *s = NULL;
+    struct why why = { "" };
+    struct text said = { 0 };
+    const int is_call = n > 0 && data[0] & 1;
+
+    if (end && json_parse(&pool, (const char *)data + 1, (size_t)(end - data) -
+                          1, &v, &why) == DONE) {
+        const struct call_form form = { v, NULL, data[0] >> 1 & 1,
+                                        data[0] >> 2 & 1 };
+        if (is_good(is_call && v->type != JSON_ARRAY ?
+                    because(&why, USAGE, "no tools") :
+                    make_schema(is_call ? NULL : v, is_call ? &form : NULL, &s,
+                                &why), &why) &&
+            follow_bytes(s, end + 1, n - (size_t)(end - data) - 1, &said))
+            check_ended(&said, is_call);
+    }
+    free_schema(s);
+    free(said.s);
+    pool_free(&pool);
 }
 
 /* ----------------------------------------------------- explanations of files

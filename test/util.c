@@ -529,7 +529,7 @@ const char *shared_file(const char *name)
     snprintf(path, sizeof path, "%s/%s", dir ? dir : "../shared", name);
     f = fopen(path, "rb");
     if (!f) {
-        printf("skipped: %s is not there\n", path);
+        printf("skipped: %s, which does not come with the source\n", name);
         return NULL;
     }
     fclose(f);
