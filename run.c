@@ -4691,8 +4691,8 @@ static void refuse_body(struct client *c, int code, const struct why *why)
            strncmp(why->s, "line 1, ", 8) ? why->s : why->s + 8);
 }
 
-/* A part of a response whose length is not known.  The head goes with the first,
- * as until then another server can be asked instead. */
+/* A part of a response whose length is not known.  The head goes with the
+ * first: until then another server can be asked instead. */
 static void send_part(struct client *c, const char *s, size_t n)
 {
     if (c->stream == WANTED) {
@@ -11906,8 +11906,8 @@ static int kind_of(const struct json *v)
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
-/* An integer has so few digits that this bound always holds.  Clients name those
- * of JavaScript's whole numbers. */
+/* An integer has so few digits that this bound always holds.  Clients name
+ * those of JavaScript's whole numbers. */
 static int is_far_bound(const struct json *x)
 {
     double by;
