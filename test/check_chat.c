@@ -730,10 +730,7 @@ START_TEST(tokens_are_those_of_lfm2_chat)
             msg[k].role = role[k];
             msg[k].content = text[(i / (k % 2 ? 1 : COUNT(text)) + k / 2) %
                                   COUNT(text)];
-            member_open(&t, NULL, "{");
-            member_text(&t, "role", role[k]);
-            member_text(&t, "content", msg[k].content);
-            add_string(&t, "}");
+            add_members(&t, "{role: %s, content: %s}", role[k], msg[k].content);
         }
         add_string(&t, "]}");
         const struct conversation c = { .generate = i % 2 };
@@ -1054,12 +1051,12 @@ static int calls_in(const char *s, size_t n, int cut, struct text *out,
     memcpy(copy, s, n);
     out->n = rest->n = 0;
     bad = parse_calls(copy, n, cut, &calls, rest);
-    member_open(out, NULL, "[");
+    add_string(out, "[");
     for (int i = 0; i < calls.n; i++) {
-        member_open(out, NULL, "[");
-        member_bytes(out, NULL, calls.call[i].name.s, calls.call[i].name.n);
-        member(out, NULL);
-        add(out, calls.call[i].arguments.s, calls.call[i].arguments.n);
+        const struct call *c = &calls.call[i];
+        add_members(out, "[%.*s", (int)c->name.n, c->name.s);
+        add_string(out, ", ");
+        add(out, c->arguments.s, c->arguments.n);
         add_string(out, "]");
     }
     add_string(out, "]");

@@ -101,18 +101,15 @@ static void answer_line(struct engine *e, const char *line, size_t n)
     body = given(code == DONE ? v : NULL, "body");
     if (code == DONE)
         code = read_form(e, &j.q, body, given(body, "tools"), &why);
-    add_string(&out, "{");
-    member_text(&out, "custom_id", json_text(given(v, "custom_id")));
+    add_members(&out, "{custom_id: %s", json_text(given(v, "custom_id")));
     if (code == DONE) {
         answer_noise(e, &j);
-        add_string(&out, ", \"response\": {\"body\": ");
+        add_members(&out, "response: {body: ");
         add_completion(e, &out, &j, 0);
-        add_string(&out, "}}, \"error\": null}\n");
-    } else {
-        member_open(&out, "error", "{");
-        member_text(&out, "message", why.s);
-        add_string(&out, "}, \"response\": null}\n");
-    }
+        add_members(&out, "}}, error: %s}", NULL);
+    } else
+        add_members(&out, "error: {message: %s}, response: %s}", why.s, NULL);
+    add_string(&out, "\n");
     fwrite(out.s, 1, out.n, stdout);
     free(out.s);
     free_reply(&j.r);
