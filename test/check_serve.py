@@ -684,6 +684,9 @@ def check_second_signal():
 
 def check_few_files():
     """Connections wait when there are no more files, and nothing spins."""
+    if not os.path.exists("/proc/self/stat"):
+        print("skipped: few files, which needs /proc")
+        return
     shell = "ulimit -n 24; exec %s \"$@\"" % run
     script = os.path.join(folder, "few")
     with open(script, "w") as f:
