@@ -4516,7 +4516,8 @@ struct client {
     long long created;
     struct pool pool;                     /* of the body's JSON              */
     struct answer *choice;                /* [n_choices]                     */
-    int n_choices, n_done, n_prompts, stream, include_usage;
+    int n_choices, n_done, n_prompts, include_usage;
+    enum { WHOLE_ANSWER, WANTED, BEGUN } stream;
 };
 
 struct server {
@@ -4627,7 +4628,8 @@ static void finish_request(struct client *c)
     free(c->choice);
     drop_body(c);
     c->choice = NULL;
-    c->n_choices = c->n_done = c->stream = 0;
+    c->n_choices = c->n_done = 0;
+    c->stream = WHOLE_ANSWER;
     c->length = c->seen = 0;
     c->id = 0;
     c->state = c->keeps ? IN_HEAD : LEAVING;
@@ -4689,9 +4691,14 @@ static void refuse_body(struct client *c, int code, const struct why *why)
            strncmp(why->s, "line 1, ", 8) ? why->s : why->s + 8);
 }
 
-/* A part of a response whose length is not known. */
+/* A part of a response whose length is not known.  The head goes with the
+ * first: until then another server can be asked instead. */
 static void send_part(struct client *c, const char *s, size_t n)
 {
+    if (c->stream == WANTED) {
+        begin_response(c, 200, "text/event-stream", -1, "");
+        c->stream = BEGUN;
+    }
     if (c->is_http11)
         add_format(&c->out, "%zx\r\n", n);
     add(&c->out, s, n);
@@ -4898,6 +4905,15 @@ static void end_stream(struct client *c, const char *error)
     finish_request(c);
 }
 
+/* A request cannot be answered to its end. */
+static void break_off(struct client *c, int status, const char *why)
+{
+    if (c->stream == BEGUN)
+        end_stream(c, why ? why : status_for(status)->why);
+    else
+        refuse(c, status, FAILED, why);
+}
+
 /* All choices of a request have ended. */
 static void finish_answer(struct client *c)
 {
@@ -4912,12 +4928,12 @@ static void finish_answer(struct client *c)
     if (e->s->verbose)
         note("200: %d choices, prompt of %d tokens, %.2f s", c->n_choices,
              q->prompt.n, c->server->now - c->asked);
-    if (c->stream) {
-        end_stream(c, error);
+    if (error) {
+        break_off(c, 500, error);
         return;
     }
-    if (error) {
-        refuse(c, 500, FAILED, error);
+    if (c->stream) {
+        end_stream(c, NULL);
         return;
     }
     add_head(e, &body, q->is_completion, c->id, q->is_completion ?
@@ -5016,11 +5032,10 @@ static void complete_body(struct client *c)
         return;
     }
     c->created = (long long)time(NULL);
-    c->stream = c->choice[0].job.q.stream;
+    c->stream = c->choice[0].job.q.stream ? WANTED : WHOLE_ANSWER;
     c->include_usage = json_is(given(given(body, "stream_options"),
                                      "include_usage"), JSON_TRUE);
-    if (c->stream)
-        begin_response(c, 200, "text/event-stream", -1, "");
+    c->spoke = c->server->now;
     if (c->choice[0].job.q.stop.n == e->s->ask.stop.n)
         drop_body(c);                     /* no texts of it are needed       */
 }
@@ -5395,14 +5410,14 @@ static int check_head(struct client *c, const struct piece *field)
 static void check_request(struct client *c, size_t n)
 {
     struct piece field[N_FIELDS] = { { NULL, 0 } };
-    char *line = c->in.s, *const last = line + n - 2;
+    char *line = c->in.s, *const last = line + n - 2, before = '\0';
     int status = 0, n_lines = 0, bad = 0;
 
     c->keeps = c->is_head = 0;
     c->route = NULL;
     c->is_allowed_origin = c->is_preflight = 0;
-    for (const char *s = line; s < last; s++)
-        bad |= *s == '\r' ? s[1] != '\n' : *s == '\n' ? s[-1] != '\r' :
+    for (const char *s = line; s < last; before = *s++)
+        bad |= *s == '\r' ? s[1] != '\n' : *s == '\n' ? before != '\r' :
                ((unsigned char)*s < ' ' && *s != '\t') || *s == 127;
     while (!bad && line < last && n_lines <= MAX_FIELDS) {
         char *end = memchr(line, '\r', (size_t)(last - line));
@@ -5747,10 +5762,8 @@ static void fail_answers(struct server *v)
         int failed = 0;
         for (int k = 0; k < c->n_choices; k++)
             failed |= c->choice[k].job.state == ACTIVE;
-        if (failed && c->stream)
-            end_stream(c, status_for(500)->why);
-        else if (failed)
-            refuse(c, 500, FAILED, NULL);
+        if (failed)
+            break_off(c, 500, NULL);
     }
 }
 
@@ -5789,10 +5802,8 @@ static void run_server(struct server *v)
     }
     for (int i = 0; i < v->n_clients; i++) {
         struct client *c = v->client[i];
-        if (c->state == WORKING && c->stream)
-            end_stream(c, status_for(503)->why);
-        else if (c->state == WORKING)
-            refuse(c, 503, FAILED, NULL);
+        if (c->state == WORKING)
+            break_off(c, 503, NULL);
         transmit(c);
         if (c->state != GONE)
             hang_up(c);

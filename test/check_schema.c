@@ -54,6 +54,10 @@ START_TEST(what_is_not_known_is_refused_by_its_name)
         { "{\"$defs\":{\"a\":{\"type\":\"integer\",\"minimum\":1}},"
           "\"type\":\"array\",\"items\":{\"$ref\":\"#/$defs/a\"}}",
           "\"minimum\" at items is not known here" },
+        { "{\"type\":\"number\",\"minimum\":-9007199254740991}",
+          "\"minimum\" is not known here" },
+        { "{\"type\":\"integer\",\"maximum\":-9007199254740991}",
+          "\"maximum\" is not known here" },
         { "{\"type\":\"object\",\"patternProperties\":{}}",
           "\"patternProperties\" is not known here" },
         { "{\"type\":\"array\",\"uniqueItems\":true}",
@@ -184,8 +188,10 @@ END_TEST
 START_TEST(numbers)
 {
     TEXTS_OF("{\"type\":\"integer\"}", "0", "-0", "7", "-120",
-             "123456789012345678", "!1234567890123456789", "!01", "~-", "!--",
+             "123456789012345", "!1234567890123456", "!01", "~-", "!--",
              "!1.", "!1e", "!+");
+    TEXTS_OF("{\"type\":\"integer\",\"minimum\":-9007199254740991,"
+             "\"maximum\":9007199254740991}", "-999999999999999");
     TEXTS_OF("{\"type\":\"number\"}", "0", "-1.50", "1e5", "1E-05", "0.1e+1",
              "!1e100", "~1.", "~1e", "~1e-", "!.", "!1.e", "!1..",
              "123456789012345678.123456789012345678e99");

@@ -1,4 +1,7 @@
-"""What a server answers:  python3 test/check_serve.py RUN MODEL PARROT FOLDER"""
+"""What a server answers:
+
+    python3 test/check_serve.py RUN MODEL PARROT FOLDER
+"""
 import http.client
 import json
 import os
@@ -76,7 +79,8 @@ def check_endpoints(server):
     name = a.json()["data"][0]["id"]
     a = server.ask("GET", "/v1/models/" + name)
     holds("a model", fits(a.json(), one) and a.json()["id"] == name, a)
-    refused("another model", server.ask("GET", "/v1/models/gpt-4"), 404, "model")
+    refused("another model", server.ask("GET", "/v1/models/gpt-4"), 404,
+            "model")
     for path in ("/", "/v2", "/v1/embeddings", "/v1/models/../../etc/passwd",
                  "/%2e%2e/health", "/health%00", "//health", "/health/"):
         refused(path, server.ask("GET", path), 404)
@@ -450,7 +454,8 @@ def check_smuggling(server):
             (b"GET /health HTTP/0.9", 505), (b"GET /health http/1.1", 400),
             (b"GET http://localhost/health HTTP/1.1", 400),
             (b"GET health HTTP/1.1", 400), (b"PRI * HTTP/2.0", 400),
-            (b" GET /health HTTP/1.1", 400), (b"GET\t/health HTTP/1.1", 400),
+            (b" GET /health HTTP/1.1", 400), (b"\nGET /health HTTP/1.1", 400),
+            (b"GET\t/health HTTP/1.1", 400),
             (b"GET /hea\0lth HTTP/1.1", 400), (b"\x80 /health HTTP/1.1", 405),
             (b"OPTIONS * HTTP/1.1", 400), (b"A" * 30 + b" / HTTP/1.1", 400)):
         a = raw(server, line + b"\r\nHost: localhost\r\n\r\n")
@@ -486,7 +491,7 @@ def check_limits(server):
     began = time.time()
     raw(server, b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nConnection: "
         b"close\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked"
-        b"\r\n\r\n" + b"1\r\na\r\n" * 100000 + b"0\r\n\r\n")
+        b"\r\n\r\n" + b"1\r\na\r\n" * 20000 + b"0\r\n\r\n")
     holds("nor do chunks of one byte", time.time() - began < 2,
           time.time() - began)
 
@@ -495,7 +500,8 @@ def check_names(server):
     """The host asked for is this machine; pages of others are not answered."""
     port = server.place[1]
     for host, status in (
-            ("localhost", 200), ("LOCALHOST:%d" % port, 200), ("127.0.0.1", 200),
+            ("localhost", 200), ("LOCALHOST:%d" % port, 200),
+            ("127.0.0.1", 200),
             ("127.0.0.1:%d" % port, 200), ("127.1.2.3", 200), ("[::1]:80", 200),
             (None, 400), ("", 403), ("example.org", 403),
             ("localhost.example.org", 403), ("127.0.0.1.example.org", 403),
@@ -678,6 +684,9 @@ def check_second_signal():
 
 def check_few_files():
     """Connections wait when there are no more files, and nothing spins."""
+    if not os.path.exists("/proc/self/stat"):
+        print("skipped: few files, which needs /proc")
+        return
     shell = "ulimit -n 24; exec %s \"$@\"" % run
     script = os.path.join(folder, "few")
     with open(script, "w") as f:

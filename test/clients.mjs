@@ -74,7 +74,8 @@ const plainChoice = z.strictObject({ index: whole, text: z.string(),
 const plain = z.strictObject({ ...about, object: z.literal("text_completion"),
     usage, choices: z.array(plainChoice).min(1) });
 const plainChunk = plain.extend({ usage: usage.nullish(),
-    choices: z.array(plainChoice.extend({ finish_reason: finish.nullable() })) });
+    choices: z.array(plainChoice.extend({
+        finish_reason: finish.nullable() })) });
 const model = z.strictObject({ id: z.string(), object: z.literal("model"),
     created: whole, owned_by: z.string(), max_model_len: whole });
 const models = z.strictObject({ object: z.literal("list"),

@@ -423,7 +423,6 @@ static void serve_pieces(struct client *c, struct text *said)
             REQUIRE(c->n_choices > 0 && c->n_choices <= MAX_CHOICES);
             add_format(said, "[%d %d %d %d %d]", c->n_choices, c->n_prompts,
                        c->stream, q->prompt.n, q->limit);
-            c->stream = 0;
             finish_request(c);
         }
         if (c->state == LEAVING)

@@ -38,7 +38,8 @@ class Server:
             self.said += line
             if b"listening on " in line:
                 break
-        found = re.search(rb"listening on http://(.*):(\d+)$", self.said.strip())
+        found = re.search(rb"listening on http://(.*):(\d+)$",
+                          self.said.strip())
         self.place = at
         if found:
             self.place = found[1].decode().strip("[]"), int(found[2])
