@@ -5308,8 +5308,9 @@ static int has_piped_text(const struct settings *s)
     struct stat st;
 
     return !is_dash(s->file) && !is_dash(s->tools) && !is_dash(s->prompt) &&
-           fstat(STDIN_FILENO, &st) == 0 && (S_ISFIFO(st.st_mode) ||
-           (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
+           !is_dash(s->json_schema) && fstat(STDIN_FILENO, &st) == 0 &&
+           (S_ISFIFO(st.st_mode) ||
+            (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
 }
 
 /* Text from a file, after a blank line if there is some already. */
