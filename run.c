@@ -6888,8 +6888,9 @@ static int has_piped_text(const struct settings *s)
     struct stat st;
 
     return !is_dash(s->file) && !is_dash(s->tools) && !is_dash(s->prompt) &&
-           fstat(STDIN_FILENO, &st) == 0 && (S_ISFIFO(st.st_mode) ||
-           (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
+           !is_dash(s->json_schema) && fstat(STDIN_FILENO, &st) == 0 &&
+           (S_ISFIFO(st.st_mode) ||
+            (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
 }
 
 /* The prompt: what was given as an argument, then a file, then what was piped
@@ -11813,12 +11814,12 @@ static int guide_is_done(const struct guide *g)
 
 enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
        IS_STRING = 16, IS_ARRAY = 32, IS_OBJECT = 64, IS_ALL = 127,
-       VALUES = 128, ANY_OF = 256,
-       REF = 512, ARGS = 1024, LOOSE = 2048, MADE = 4096,
-       NOTE = -1 };
+       VALUES = 128, ANY_OF = 256, REF = 512, ARGS = 1024, LOOSE = 2048,
+       MADE = 4096, NOTE = -1 };
 
-static const char type_names[] =
-    "null boolean integer number string array object";
+static const char type_list[] =
+    ": expected null boolean integer number string array object";
+static const char *const type_names = type_list + 11;
 
 /* What keywords are about; a NOTE changes nothing. */
 static const struct { const char *names; int of; } keywords[] = {
@@ -11863,6 +11864,13 @@ static struct phrase place(const struct maker *m, int rule)
                           o->key ? o->key : "", path.s[0] ? "." : "", path.s);
     }
     return path.s[0] ? phrase(" at %.120s", path.s) : path;
+}
+
+/* Something about a keyword, or what it is the value of. */
+static int wrong(const struct maker *m, int at, const char *key,
+                 const char *what)
+{
+    return because(m->why, USAGE, "\"%.60s\"%s%s", key, place(m, at).s, what);
 }
 
 static int find_keyword(const char *key)
@@ -11921,17 +11929,11 @@ static int is_far_bound(const struct json *x)
 static int check_keywords(struct maker *m, const struct json *v, int kind,
                           int at)
 {
-    const struct phrase where = place(m, at);
-
     for (const struct json *x = v->first; x; x = x->next)
-        if (kind == IS_INTEGER && is_far_bound(x))
-            continue;
-        else if (find_keyword(x->key) == 0)
-            return because(m->why, USAGE, "\"%.60s\"%s is not known here",
-                           x->key, where.s);
+        if (find_keyword(x->key) == 0)
+            return wrong(m, at, x->key, " is not known here");
         else if (!(find_keyword(x->key) & kind))
-            return because(m->why, USAGE, "\"%.60s\"%s does not go with the "
-                           "rest there", x->key, where.s);
+            return wrong(m, at, x->key, " does not go with the rest there");
     return DONE;
 }
 
@@ -11982,7 +11984,8 @@ static const struct json *follow_ref(const struct json *whole, const char *ref)
     while (whole && *ref == '/') {
         size_t n = 0;
         for (ref++; *ref && *ref != '/' && n < sizeof name.s - 1; ref++)
-            name.s[n++] = *ref != '~' ? *ref : *++ref == '1' ? '/' : '~';
+            name.s[n++] = *ref != '~' || !ref[1] ? *ref :
+                          *++ref == '1' ? '/' : '~';
         name.s[n] = '\0';
         if (whole->type == JSON_ARRAY) {
             long i = strtol(name.s, NULL, 10);
@@ -12008,8 +12011,8 @@ static int rule_of(struct maker *m, const struct json *v, int at,
             return USAGE;
         o.from = json_text(ref) && hops < 64 ? follow_ref(whole, ref->s) : NULL;
         if (!o.from)
-            return because(m->why, USAGE, "\"$ref\"%s leads nowhere: %.60s",
-                           place(m, at).s, json_text(ref) ? ref->s : "no text");
+            return wrong(m, at, "$ref", phrase(" leads nowhere: %.60s",
+                         json_text(ref) ? ref->s : "no text").s);
     }
     for (int i = 0; i < m->s->n_rules; i++)
         if (m->origin[i].from == o.from && m->origin[i].types == 0 &&
@@ -12028,8 +12031,7 @@ static int read_bound(struct maker *m, const struct json *v, const char *key,
     long long n = *out;
 
     if (x && json_int(x, 0, INT_MAX, &n) != 0)
-        return because(m->why, USAGE, "\"%s\"%s: expected a whole number", key,
-                       place(m, at).s);
+        return wrong(m, at, key, ": expected a whole number");
     *out = (int)n;
     return DONE;
 }
@@ -12043,8 +12045,7 @@ static int read_bounds(struct maker *m, const struct json *v, const char *least,
         read_bound(m, v, most, at, &r->max) != DONE)
         return USAGE;
     return r->min <= r->max ? DONE :
-           because(m->why, USAGE, "\"%s\"%s is more than \"%s\"", least,
-                   place(m, at).s, most);
+           wrong(m, at, least, phrase(" is more than \"%s\"", most).s);
 }
 
 /* ---- words */
@@ -12113,49 +12114,38 @@ static int type_of(const struct json *v)
     return type[v->type] | (x == floor(x) ? IS_INTEGER : 0);
 }
 
-/* "enum" or "const", those that are of the type, if there is one. */
-static int make_values(struct maker *m, const struct json *v, int at)
+/* Of n values in a row those that are of a type. */
+static int add_values(struct maker *m, const struct json *x, int n, int types,
+                      int at)
 {
-    const struct json *list = json_get(v, "enum"), *type = json_get(v, "type");
-    const struct json *one = json_get(v, "const");
-    const int types = type ? named_types(type) : IS_ALL;
-    const int n = list ? list->n_members : 1, each = 1 + m->python;
+    const int each = 1 + m->python;
     int n_good = 0;
 
-    if (!types || (list && (list->type != JSON_ARRAY || one)))
-        return because(m->why, USAGE, "\"%s\"%s: expected %s",
-                       types ? "enum" : "type", place(m, at).s, types ?
-                       "an array, and no \"const\" beside it" : type_names);
-    if (n > MAX_WORDS || add_choices(m, at, n * each) != DONE)
-        return because(m->why, USAGE, "a schema of more than %d words",
-                       MAX_WORDS);
     m->s->rule[at].is = WORD;
-    for (const struct json *x = list ? list->first : one; x;
-         x = list ? x->next : NULL)
-        if (type_of(x) & types) {
-            if (add_value(m, m->s->rule[at].first + each * n_good++, x, "", at)
-                != DONE)
-                return USAGE;
-        }
+    if (add_choices(m, at, smaller(n, MAX_WORDS + 1) * each) != DONE)
+        return USAGE;
+    for (; n > 0; n--, x = x->next)
+        if ((type_of(x) & types) && add_value(m, m->s->rule[at].first + each *
+                                              n_good++, x, "", at) != DONE)
+            return USAGE;
     m->s->rule[at].n = n_good * each;
     return n_good > 0 ? DONE :
-           because(m->why, USAGE, "\"%s\"%s has no value of the type",
-                   list ? "enum" : "const", place(m, at).s);
+           because(m->why, USAGE, "\"enum\" or \"const\"%s: no value is of the "
+                   "type", place(m, at).s);
 }
 
-static int make_word(struct maker *m, int at, const char *a, const char *b)
+static int make_values(struct maker *m, const struct json *v, int at)
 {
-    const char *const word[] = { a, b };
+    const struct json *list = json_get(v, "enum"), *one = json_get(v, "const");
+    const struct json *type = json_get(v, "type");
+    const int types = type ? named_types(type) : IS_ALL;
 
-    m->s->rule[at].is = WORD;
-    if (add_choices(m, at, b ? 2 : 1) != DONE)
-        return USAGE;
-    for (int i = 0; i < m->s->rule[at].n; i++) {
-        const size_t from = m->s->text.n;
-        add_string(&m->s->text, word[i]);
-        end_word(m, &m->s->choice[m->s->rule[at].first + i], from, at);
-    }
-    return DONE;
+    if (!types)
+        return wrong(m, at, "type", type_list);
+    if (list && (list->type != JSON_ARRAY || one))
+        return wrong(m, at, "enum", ": expected an array, and no \"const\"");
+    return list ? add_values(m, list->first, list->n_members, types, at) :
+           add_values(m, one, 1, types, at);
 }
 
 /* ---- members */
@@ -12177,22 +12167,20 @@ static int check_members(struct maker *m, const struct json *v, int at)
     const struct json *properties = json_get(v, "properties");
     const struct json *more = json_get(v, "additionalProperties");
     const struct json *x = json_is(list, JSON_ARRAY) ? list->first : NULL;
-    const char *wrong = list && list->type != JSON_ARRAY ?
-        "\"required\"%s: expected an array" :
-        properties && properties->type != JSON_OBJECT ?
-        "\"properties\"%s: expected an object" :
-        more && (properties || more->type != JSON_OBJECT) &&
-        !json_is(more, JSON_FALSE) && !json_is(more, JSON_TRUE) ?
-        "\"additionalProperties\"%s: expected false" : NULL;
 
-    if (wrong)
-        return because(m->why, USAGE, wrong, place(m, at).s);
+    if (list && list->type != JSON_ARRAY)
+        return wrong(m, at, "required", ": expected an array");
+    if (properties && properties->type != JSON_OBJECT)
+        return wrong(m, at, "properties", ": expected an object");
+    if (more && (properties || more->type != JSON_OBJECT) &&
+        !json_is(more, JSON_FALSE) && !json_is(more, JSON_TRUE))
+        return wrong(m, at, "additionalProperties", ": expected false");
     for (; x; x = x->next)
         if (x->type != JSON_STRING || !properties ||
             !find_key(properties, x->s, x->n))
-            return because(m->why, USAGE, "\"required\"%s names %.60s, which "
-                           "is none of \"properties\"", place(m, at).s,
-                           x->type == JSON_STRING ? x->s : "something");
+            return wrong(m, at, "required", phrase(" names %.60s, which is no "
+                         "property", x->type == JSON_STRING ? x->s :
+                         "something").s);
     return DONE;
 }
 
@@ -12313,8 +12301,7 @@ static int make_any_of(struct maker *m, const struct json *v, int at)
 
     if (!json_is(list, JSON_ARRAY) || list->n_members == 0 ||
         list->n_members > MAX_WORDS)
-        return because(m->why, USAGE, "\"anyOf\"%s: expected an array of "
-                       "schemas", place(m, at).s);
+        return wrong(m, at, "anyOf", ": expected an array of schemas");
     m->s->rule[at].is = CHOICE_OF;
     if (add_choices(m, at, list->n_members) != DONE)
         return USAGE;
@@ -12331,12 +12318,15 @@ static int make_arguments(struct maker *m, const struct json *v, int at,
 
 static int make_type(struct maker *m, const struct json *v, int type, int at)
 {
+    static struct json words[] = {
+        { .type = JSON_NULL }, { .type = JSON_FALSE, .next = words + 2 },
+        { .type = JSON_TRUE }
+    };
     struct rule *r = &m->s->rule[at];
 
     switch (type) {
-    case IS_NULL: return make_word(m, at, m->python ? "None" : "null", NULL);
-    case IS_BOOLEAN: return make_word(m, at, m->python ? "False" : "false",
-                                     m->python ? "True" : "true");
+    case IS_NULL: return add_values(m, words, 1, IS_ALL, at);
+    case IS_BOOLEAN: return add_values(m, words + 1, 2, IS_ALL, at);
     case IS_ARRAY: return make_list(m, v, at);
     case IS_OBJECT: return make_object(m, v, at);
     case IS_STRING: r->is = STRING_OF;
@@ -12365,8 +12355,7 @@ static int make_rule(struct maker *m, int at)
         return because(m->why, USAGE, "expected a schema%s", place(m, at).s);
     types = kind_of(v);
     if (!types)
-        return because(m->why, USAGE, "\"type\"%s: expected %s",
-                       place(m, at).s, type_names);
+        return wrong(m, at, "type", type_list);
     if (check_keywords(m, v, types, at) != DONE)
         return USAGE;
     return types == ANY_OF ? make_any_of(m, v, at) :
@@ -12407,8 +12396,8 @@ static int flatten_all(struct maker *m)
         memset(seen, 0, (size_t)n_rules);
         const int n = flatten(s, i, seen, to, 0);
         if (n > MAX_WAYS)
-            code = because(m->why, USAGE, "\"anyOf\"%s: more than %d "
-                           "alternatives", place(m, i).s, MAX_WAYS);
+            code = wrong(m, i, "anyOf", phrase(": more than %d alternatives",
+                                               MAX_WAYS).s);
         else if (n <= s->rule[i].n || (code = add_choices(m, i, n)) == DONE)
             for (int k = s->rule[i].n = n; k-- > 0;)
                 s->choice[s->rule[i].first + k].rule = to[k];
