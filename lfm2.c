@@ -2289,11 +2289,17 @@ enum {
 };
 
 /* Rows of x that are multiplied at once, by a panel and by weights in floats,
- * and registers for a row of a tile in attention.  AVX2 has 16 registers, the
- * others have 32. */
+ * and registers for a row of a tile in attention.  AVX2 has 16 registers, and
+ * WebAssembly has what it runs on, the others have 32. */
+#ifdef LFM2_WASM
+#define TOKENS 4
+#define X_ROWS 3
+#define WIDE 2
+#else
 #define TOKENS (LANES == 16 ? 4 + 2 * DOT : LANES == 4 ? 3 + DOT : 3)
 #define X_ROWS (LANES == 8 ? 3 : 6)
 #define WIDE (LANES == 8 ? 2 : 4)
+#endif
 
 /* LANES rows of weights, `groups` of them; and what to fetch meanwhile. */
 struct weight_rows {
@@ -3325,6 +3331,37 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
     }
 }
 
+#ifdef LFM2_WASM
+
+/* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g],
+ * which are widened to 16 bits once, and read again in pairs. */
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct q8_group *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const struct format *k)
+{
+    _Alignas(16) int16_t wide[TOKENS][32];
+
+    (void)k;
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int c = 4 * first; c < 4 * last; c += 8)
+            wasm_v128_store(wide[t] + c, wasm_i16x8_load8x8(x[t][g].q + c));
+    __asm__ volatile("" : : "r"(wide) : "memory");    /* loads, no shuffles  */
+    UNROLL
+    for (int i = 2 * first; i < 2 * last; i++)
+        UNROLL
+        for (int t = 0; t < tokens; t++) {
+            const INTS v = (INTS)wasm_v128_load32_splat(wide[t] + 2 * i);
+            UNROLL
+            for (int j = 0; j < 2; j++)
+                s[t][j] += FN(pairs)(FN(half_of)(w[i / 2 * 2 + j], i % 2), v);
+        }
+}
+
+#else
+
 /* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_group *const *x, int g,
@@ -3339,7 +3376,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
     for (int i = first; i < last; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            const INTS v = TILE_ORDER(FN(repeat)(x[t][g].q + 4 * i));
+            const INTS v = FN(repeat)(x[t][g].q + 4 * i);
             UNROLL
             for (int j = 0; j < 2; j++) {
 #if LANES > 4 && !DOT
@@ -3355,6 +3392,8 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
             }
         }
 }
+
+#endif
 
 /* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
 KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
