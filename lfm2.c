@@ -3350,14 +3350,17 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
             wasm_v128_store(wide[t] + c, wasm_i16x8_load8x8(x[t][g].q + c));
     __asm__ volatile("" : : "r"(wide) : "memory");    /* loads, no shuffles  */
     UNROLL
-    for (int i = 2 * first; i < 2 * last; i++)
+    for (int t = 0; t < tokens; t++) {
+        INTS a = s[t][0], b = s[t][1];
         UNROLL
-        for (int t = 0; t < tokens; t++) {
+        for (int i = 2 * first; i < 2 * last; i++) {
             const INTS v = (INTS)wasm_v128_load32_splat(wide[t] + 2 * i);
-            UNROLL
-            for (int j = 0; j < 2; j++)
-                s[t][j] += FN(pairs)(FN(half_of)(w[i / 2 * 2 + j], i % 2), v);
+            a += FN(pairs)(FN(half_of)(w[i / 2 * 2], i % 2), v);
+            b += FN(pairs)(FN(half_of)(w[i / 2 * 2 + 1], i % 2), v);
         }
+        s[t][0] = a;
+        s[t][1] = b;
+    }
 }
 
 #else
