@@ -2144,7 +2144,8 @@ static void matmul(const struct thread *me, int how, float *y,
  * this file into itself further down.  A set is
  *
  *     SET       its name: FN(exp) is exp_avx2() in the set avx2
- *     BITS      of a register: 128 on ARM; 256 or 512 (F, BW, VL, DQ) on x86
+ *     BITS      of a register: 128 on ARM and WebAssembly; 256 or 512 (F, BW,
+ *               VL, DQ) on x86
  *     DOT       1: with an instruction that multiplies four bytes by four
  *                  bytes and adds them to a 32-bit number: sdot on ARM,
  *                  vpdpbusd on x86, whose first bytes are unsigned
@@ -2152,7 +2153,7 @@ static void matmul(const struct thread *me, int how, float *y,
  *
  * FLOATS, INTS and UINTS are registers of LANES numbers.  They are GNU vectors,
  * so arithmetic on them is written with operators; what operators cannot say is
- * said by these, on ARM and on x86:
+ * said by these, on each kind of machine:
  *
  *     SPLAT(f)                 f everywhere
  *     FMA(a, b, c)             a * b + c, rounded once
