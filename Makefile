@@ -135,6 +135,14 @@ wasm: build/run.wasm
 build/run.wasm: run.c lfm2.c lfm2.h | build
 	$(WASM_CC) $(WASM_FLAGS) -DLFM2_NO_THREADS -o $@ run.c lfm2.c $(WASM_LIBS)
 
+# For test/bits.sh.
+build/run_no_simd.wasm: run.c lfm2.c lfm2.h | build
+	$(WASM_CC) $(WASM_FLAGS) -mno-simd128 -DLFM2_NO_THREADS -o $@ run.c lfm2.c \
+	    $(WASM_LIBS)
+
+build/wasm_fma.wasm: test/wasm_fma.c lfm2.c lfm2.h | build
+	$(WASM_CC) $(WASM_FLAGS) -DLFM2_NO_THREADS -O1 -o $@ $< $(WASM_LIBS)
+
 # A directory for any server of files.
 PAGE := index.html page_worker.mjs page.wasm page_threads.wasm tiny.gguf
 

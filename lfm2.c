@@ -2129,7 +2129,8 @@ static void matmul(const struct thread *me, int how, float *y,
  * this file into itself further down.  A set is
  *
  *     SET       its name: FN(exp) is exp_avx2() in the set avx2
- *     BITS      of a register: 128 on ARM; 256 or 512 (F, BW, VL, DQ) on x86
+ *     BITS      of a register: 128 on ARM and WebAssembly; 256 or 512 (F, BW,
+ *               VL, DQ) on x86
  *     DOT       1: with an instruction that multiplies four bytes by four
  *                  bytes and adds them to a 32-bit number: sdot on ARM,
  *                  vpdpbusd on x86, whose first bytes are unsigned
@@ -2137,7 +2138,7 @@ static void matmul(const struct thread *me, int how, float *y,
  *
  * FLOATS, INTS and UINTS are registers of LANES numbers.  They are GNU vectors,
  * so arithmetic on them is written with operators; what operators cannot say is
- * said by these, on ARM and on x86:
+ * said by these, on each kind of machine:
  *
  *     SPLAT(f)                 f everywhere
  *     FMA(a, b, c)             a * b + c, rounded once
@@ -2274,11 +2275,17 @@ enum {
 };
 
 /* Rows of x that are multiplied at once, by a panel and by weights in floats,
- * and registers for a row of a tile in attention.  AVX2 has 16 registers, the
- * others have 32. */
+ * and registers for a row of a tile in attention.  AVX2 has 16 registers, and
+ * WebAssembly has what it runs on, the others have 32. */
+#ifdef LFM2_WASM
+#define TOKENS 4
+#define X_ROWS 3
+#define WIDE 2
+#else
 #define TOKENS (LANES == 16 ? 4 + 2 * DOT : LANES == 4 ? 3 + DOT : 3)
 #define X_ROWS (LANES == 8 ? 3 : 6)
 #define WIDE (LANES == 8 ? 2 : 4)
+#endif
 
 /* LANES rows of weights, `groups` of them; and what to fetch meanwhile. */
 struct weight_rows {
@@ -3309,6 +3316,40 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
     }
 }
 
+#ifdef LFM2_WASM
+
+/* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g],
+ * which are widened to 16 bits once, and read again in pairs. */
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
+                            const struct q8_group *const *x, int g,
+                            const int first, const int last, const int tokens,
+                            const struct format *k)
+{
+    _Alignas(16) int16_t wide[TOKENS][32];
+
+    (void)k;
+    UNROLL
+    for (int t = 0; t < tokens; t++)
+        UNROLL
+        for (int c = 4 * first; c < 4 * last; c += 8)
+            wasm_v128_store(wide[t] + c, wasm_i16x8_load8x8(x[t][g].q + c));
+    __asm__ volatile("" : : "r"(wide) : "memory");    /* loads, no shuffles  */
+    UNROLL
+    for (int t = 0; t < tokens; t++) {
+        INTS a = s[t][0], b = s[t][1];
+        UNROLL
+        for (int i = 2 * first; i < 2 * last; i++) {
+            const INTS v = (INTS)wasm_v128_load32_splat(wide[t] + 2 * i);
+            a += FN(pairs)(FN(half_of)(w[i / 2 * 2], i % 2), v);
+            b += FN(pairs)(FN(half_of)(w[i / 2 * 2 + 1], i % 2), v);
+        }
+        s[t][0] = a;
+        s[t][1] = b;
+    }
+}
+
+#else
+
 /* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
 KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct q8_group *const *x, int g,
@@ -3323,7 +3364,7 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
     for (int i = first; i < last; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            const INTS v = TILE_ORDER(FN(repeat)(x[t][g].q + 4 * i));
+            const INTS v = FN(repeat)(x[t][g].q + 4 * i);
             UNROLL
             for (int j = 0; j < 2; j++) {
 #if LANES > 4 && !DOT
@@ -3339,6 +3380,8 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
             }
         }
 }
+
+#endif
 
 /* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
 KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,

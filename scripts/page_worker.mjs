@@ -3,7 +3,7 @@
 // responses come out.  Messages to it:
 //     { open: File or URL, context, threads }   { ask: body }   { stop: true }
 // and from it:
-//     { loaded, total }   { facts, bytes }   { status }   { part }   { end }
+//     { loaded, total }   { facts, bytes, beside }   { status }   { part }   { end }
 //     { error: a sentence }
 
 let program, memory, said = '', stopped = false, inHead = true;
@@ -166,7 +166,8 @@ async function open({ open: source, context, threads }) {
     const end = new Uint8Array(memory.buffer).indexOf(0, facts);
     postMessage({
         facts: JSON.parse(decoder.decode(bytes(facts, end - facts).slice())),
-        bytes: size
+        bytes: size,
+        beside: memory.buffer.byteLength - size
     });
 }
 

@@ -36,7 +36,7 @@ compile() {
 
 # compiles COMPILER FLAGS...: any program at all.
 compiles() {
-    if [ "$*" = "make wasm run.wasm" ]; then
+    if [ "$1" = make ] && [ "${3%.wasm}" != "$3" ]; then
         set -- clang --target=wasm32-wasi
     elif [ "$1" = make ]; then
         return
@@ -75,6 +75,19 @@ hashes() {
     sed -n 's/.*"logits_hash": "\([0-9a-f]*\)".*/\1/p' "$dir/$name.json" |
         sort -u >>"$dir/$name.hashes"
     [ "$(grep -c . "$dir/$name.hashes")" = 2 ]
+}
+
+# The multiply-add of WebAssembly's kernels is exact.
+exact_fma() {
+    [ -e "$dir/wasm32.ok" ] || return
+    name=wasm32-fma
+    touch "$dir/$name.taken"
+    if make -s build/wasm_fma.wasm 2>"$dir/$name.log" &&
+        node scripts/run_wasm.mjs build/wasm_fma.wasm; then
+        echo "ok     $name" | tee "$dir/$name.ok"
+    else
+        echo "FAIL   $name"
+    fi
 }
 
 # What a program says of itself, on one line.
@@ -214,6 +227,8 @@ more() {
     try ppc64le qemu-ppc64le powerpc64le-linux-gnu-gcc -O2 -static
     try riscv64 qemu-riscv64 riscv64-linux-gnu-gcc -O2 -static
     try wasm32 "node scripts/run_wasm.mjs" make wasm run.wasm
+    try wasm32-no-simd "node scripts/run_wasm.mjs" make \
+        build/run_no_simd.wasm run_no_simd.wasm
     try static "" make static run-static
     [ "$(uname -m)" != x86_64 ] || try i386-clang "" clang -O2 $m32
     for cc in gcc clang; do
@@ -264,6 +279,7 @@ for level in 0 2 3; do
 done
 if [ "$what" = ports ]; then
     alone static
+    exact_fma
     sh test/suites.sh
     all_suites &
     all_suites

@@ -16,7 +16,7 @@ enum { STEP = 1, BATCHES = 8, LENGTH = 90 };
 
 static const char *const isa_names[] = {
     "auto", "scalar", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512-VNNI", "NEON",
-    "dotprod"
+    "dotprod", "SIMD128"
 };
 
 /* The table of an instruction set, or NULL. */
