@@ -11930,7 +11930,9 @@ static int check_keywords(struct maker *m, const struct json *v, int kind,
                           int at)
 {
     for (const struct json *x = v->first; x; x = x->next)
-        if (find_keyword(x->key) == 0)
+        if (kind == IS_INTEGER && is_far_bound(x))
+            continue;
+        else if (find_keyword(x->key) == 0)
             return wrong(m, at, x->key, " is not known here");
         else if (!(find_keyword(x->key) & kind))
             return wrong(m, at, x->key, " does not go with the rest there");
