@@ -3256,8 +3256,8 @@ KERNEL_INLINE void FN(few)(struct FN(few) *to, int n,
 
 /* ---- many rows of x */
 
-/* WebAssembly multiplies pairs of 16-bit numbers, so there the first two columns
- * of all rows come first in a vector, then the others. */
+/* WebAssembly multiplies pairs of 16-bit numbers, so there the first two
+ * columns of all rows come first in a vector, then the others. */
 #ifdef LFM2_WASM
 #define TILE_ORDER(v) \
     WASM_PICK(i16x8, (v128_t)(v), (v128_t)(v), 0, 2, 4, 6, 1, 3, 5, 7)
