@@ -168,8 +168,8 @@ build/page/page.wasm: scripts/page.c run.c lfm2.c lfm2.h | build/page
 # errno is that thread's.
 build/page/page_threads.wasm: scripts/page.c scripts/wasm/pthread.h run.c \
                               lfm2.c lfm2.h | build/page
-	$(WASM_CC) $(PAGE_FLAGS) -Iscripts/wasm -matomics -mbulk-memory -D_Thread_local= \
-	    -Wl,--shared-memory,--max-memory=4294967296,--no-check-features \
+	$(WASM_CC) $(PAGE_FLAGS) -Iscripts/wasm -matomics -mbulk-memory \
+	    -D_Thread_local= -Wl,--shared-memory,--max-memory=4294967296,--no-check-features \
 	    -Wl,--export=__stack_pointer -o $@ scripts/page.c lfm2.c $(WASM_LIBS)
 
 # -------------------------------------------------------------------- the demo
