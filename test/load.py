@@ -200,7 +200,7 @@ def check_strangers(server):
 
 bodies = questions(CLIENTS)
 expected = command_line(bodies)
-server = Server(run, model)
+server = Server(run, model, "-t", "1")
 many(server, bodies, expected)
 check_strangers(server)
 holds("it ends well", server.stop() == 0, server.said)
