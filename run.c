@@ -144,14 +144,14 @@ static int utf8_get(const char *s, const char *end, uint32_t *out)
     return n;
 }
 
-/* Those of C1, too: U+009B begins what ESC [ does. */
+/* C1 controls count, too: U+009B does what ESC [ does. */
 static int is_control(uint32_t c)
 {
     return c < ' ' || (c >= 0x7f && c < 0xa0);
 }
 
-/* Drop what could steer a terminal: control characters, and bytes of no
- * character that would end one together with what comes before them. */
+/* Drop what could steer a terminal: control characters, and stray bytes from
+ * 0x80 to 0x9f, which could complete one begun before them. */
 static size_t drop_controls(char *s, size_t n)
 {
     const char *const end = s + n, *from = s;
@@ -172,7 +172,7 @@ static size_t drop_controls(char *s, size_t n)
     return kept;
 }
 
-/* It may quote what is hostile. */
+/* The line may quote hostile text, so control characters are dropped. */
 static void print_line(const char *fmt, va_list args)
 {
     char s[4096];
@@ -211,7 +211,7 @@ static void note(const char *fmt, ...)
 
 /* ---- memory
  *
- * Where there is none, the program ends with one sentence: what it has written
+ * When there is none left, the program says so and exits: what it has written
  * so far is whole, and a batch can be resumed. */
 
 /* realloc() that succeeds. */
@@ -234,7 +234,7 @@ static void *zeroed(size_t n, size_t size)
     return p;
 }
 
-/* Why something cannot be done, for those who say it elsewhere than on standard
+/* Why something cannot be done, for callers that do not report on standard
  * error. */
 struct why { char s[240]; };
 
@@ -257,7 +257,7 @@ static int short_usage(void)
 
 #define usage(...) (say(USAGE, __VA_ARGS__), short_usage())
 
-/* The library's errors in the terms of the shell. */
+/* The exit status for an error of the library. */
 static int status_of(int code)
 {
     static const int status[] = {
@@ -270,8 +270,8 @@ static int status_of(int code)
     return status[-code];
 }
 
-/* Everything written must have arrived: disks fill up, readers leave, who need
- * not be told. */
+/* Has all output arrived?  A full disk is an error that is reported; a reader
+ * who left need not be told. */
 static int flush_output(int code)
 {
     if ((fflush(stdout) == 0 && !ferror(stdout)) ||
@@ -315,7 +315,7 @@ static void add_string(struct text *t, const char *s)
     add(t, s, strlen(s));
 }
 
-/* Short things only: up to 255 bytes. */
+/* For short texts: at most 255 bytes. */
 static void add_format(struct text *t, const char *fmt, ...)
 {
     char s[256];
@@ -391,7 +391,7 @@ static uint32_t float_bits(float x)
     return bits;
 }
 
-/* FNV-1a, to be begun with HASH_START. */
+/* FNV-1a; a hash starts as HASH_START. */
 #define HASH_START 0xcbf29ce484222325u
 
 static uint64_t hash_number(uint64_t h, uint64_t x)
@@ -423,8 +423,8 @@ static int smaller(int a, int b)
  *
  * Sections 2 to 9 are the program; the rest is what it is made with. */
 
-/* Section 13: memory that is released at once, and JSON that is only read.  All
- * before `key` is the value, from there on its place in another. */
+/* Section 13: memory that is freed all at once, and read-only JSON.  The fields
+ * before `key` are the value; `key` and the rest are its place in another. */
 struct chunk { struct chunk *next; size_t used, size; };
 
 struct pool { struct chunk *chunks; size_t total; };
@@ -840,8 +840,8 @@ struct engine {
 
 static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
 
-/* The number in a file of a group's directory, the first or the second; 0 if it
- * has none, as where it says "max". */
+/* The first or the second number in a file of a group's directory; 0 if there
+ * is none, as where it says "max". */
 static double number_in(const char *dir, const char *name, int second)
 {
     char path[640];
@@ -872,8 +872,8 @@ static double cpu_limit(const char *dir)
     return quota > 0 && period > 0 ? fmax(1, floor(quota / period + 0.5)) : 0;
 }
 
-/* What a file of Linux says of `key`, behind a colon or a blank; or something
- * else. */
+/* The value after `key` and a colon or a blank in a file like /proc/meminfo;
+ * `otherwise` if it is not there. */
 static struct phrase look_up(const char *path, const char *key,
                              const char *otherwise)
 {
@@ -893,8 +893,8 @@ static struct phrase look_up(const char *path, const char *key,
     return out;
 }
 
-/* Memory that a group may take beside what its processes have; the pages of
- * files give way. */
+/* How much more memory a group may take, beyond what its processes hold.  Pages
+ * of files do not count: they make room. */
 static double memory_left(const char *dir)
 {
     const double most = fmax(number_in(dir, "memory.max", 0),
@@ -957,7 +957,7 @@ static double free_memory(void)
     return most > 0 ? fmin(have, most) : have;
 }
 
-/* Of the KV cache, for one token. */
+/* Bytes of the KV cache for one token. */
 static double kv_bytes(const lfm2_config *c, int kv_type)
 {
     double sum = 0;
@@ -1081,8 +1081,8 @@ static const struct preset {
     { "LFM2", { "", "" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
 };
 
-/* All the file says of its name, like "-lfm2-1.2b-extract-", and what its sizes
- * say of it. */
+/* All names in the file, as in "-lfm2-1.2b-extract-", and what its sizes say it
+ * is. */
 static void describe(const lfm2_model *m, struct text *out)
 {
     static const char *const key[] = {
@@ -1148,9 +1148,9 @@ static int file_number(const lfm2_model *m, const char *key, double least,
     return 1;
 }
 
-/* The preset, and before it what the file itself wishes.  A penalty would only
- * spoil a greedy choice, so then it must be asked for.  *named: how many of the
- * wishes there are. */
+/* The preset, but first of all what the file itself asks for.  A penalty would
+ * only spoil a greedy choice, so there it must be asked for.  *named: how many
+ * values the file has. */
 static struct sampling preset_of(const lfm2_model *m, int *named)
 {
     struct sampling to = find_preset(m)->is;
@@ -1172,7 +1172,7 @@ static struct sampling preset_of(const lfm2_model *m, int *named)
     return to;
 }
 
-/* What was not asked for is as the preset has it. */
+/* What was not asked for is taken from the preset. */
 static void complete(struct sampling *is, const struct sampling *preset)
 {
     if (is->repeat == UNSET)
@@ -1226,7 +1226,7 @@ static int opens_thought(const lfm2_model *m)
     return s && find(s, s + n, TURN_START "assistant\\n" THINK);
 }
 
-/* Which format the conversation has, or that there is none. */
+/* Settle which format the conversation has, if any. */
 static int settle_template(struct engine *e)
 {
     const struct settings *s = e->s;
@@ -1319,9 +1319,9 @@ static void *fetch_file(void *fetch)
     return NULL;
 }
 
-/* Is much of the file not in memory?  Some pages, spread over it, are asked
- * for.  Of a file that is not ours to write Linux does not tell: then it is
- * read, which does no harm. */
+/* Is much of the file not in memory?  Some pages, spread over it, are looked
+ * at.  Linux does not tell of a file that we may not write: then it is read,
+ * which does no harm. */
 static int is_cold(const struct engine *e)
 {
     enum { PROBES = 256, ABSENT = 8 };
@@ -1339,7 +1339,7 @@ static int is_cold(const struct engine *e)
     return absent > ABSENT || access(e->s->model, W_OK) != 0;
 }
 
-/* If there is memory for all of it.  Signals are for the main thread. */
+/* Only if there is memory for all of it.  Signals go to the main thread. */
 static void start_fetch(struct engine *e)
 {
     const struct settings *s = e->s;
@@ -1422,10 +1422,10 @@ static int open_context(struct engine *e)
     return DONE;
 }
 
-/* How many tokens to guess, and the rows of logits that takes.  Unless it is
- * asked for, none where a guess costs too much: with experts, as it chooses its
- * own, and in plain C, where arithmetic takes longer than reading.  A trace
- * would show tokens that nobody said. */
+/* How many tokens to guess, and the rows of logits that takes.  Unless --lookup
+ * asks for it, none where a guess costs too much: with experts, as each token
+ * chooses its own, and in plain C, where arithmetic takes longer than reading.
+ * None with a trace, which would show tokens that nobody said. */
 static void settle_lookup(struct engine *e)
 {
     const struct settings *s = e->s;
@@ -1631,8 +1631,8 @@ static struct cut find_cut(const struct reply *r, const char *s, size_t n)
     return c;
 }
 
-/* A thought is one only if nothing else comes before it.  Returns 1 once that
- * is known. */
+/* Only what an answer begins with can be a thought.  Returns 1 once it is known
+ * whether there is one. */
 static int begin_part(struct reply *r, int last)
 {
     const char *s = r->raw.s + r->seen;
@@ -1656,7 +1656,7 @@ static int begin_part(struct reply *r, int last)
     return 1;
 }
 
-/* The marks between parts belong to none, those around a call to the call. */
+/* Marks belong to no part, but those around a call belong to the call. */
 static void end_part(struct reply *r, const char *word, struct cut c)
 {
     if (c.is_stop) {
@@ -1736,8 +1736,9 @@ static double log_sum(const float *logits, int n_vocab)
     return (double)most + log(sum);
 }
 
-/* Note a token and the k likeliest, best first, of equals the lower id first.
- * Without logits, as for the first token of a text, it has no probability. */
+/* Note a token and the k likeliest, best first; of equals, the lower id comes
+ * first.  Without logits, as for the first token of a text, it has no
+ * probability. */
 static void note_score(const struct engine *e, struct scores *to,
                        const float *logits, int32_t id, int k)
 {
@@ -1831,8 +1832,8 @@ static void take_token(const struct engine *e, struct reply *r, int32_t id)
         r->ids.id[r->ids.n++] = id;
 }
 
-/* A thought that takes too long is closed for the model.  Returns whether it
- * was. */
+/* Close a thought that is too long in the model's place.  Returns whether it
+ * was closed. */
 static int close_thought(const struct engine *e, struct reply *r)
 {
     static const char closing[] = "\n</think>\n\n";
@@ -1908,8 +1909,8 @@ enum {
     A_FORWARD = 100, A_GUESS = 10, EARNED = 2, CREDIT = 50, MAX_CREDIT = 400
 };
 
-/* Where the text went on when it was last like its end now: the longer this
- * goes back, the better.  0 if it never was.  The search is short beside what
+/* Where the text went on when its last few tokens came before; the more of them
+ * are alike, the better.  0 if they never did.  The search is short beside what
  * attention reads of the same tokens. */
 static int find_earlier(const struct ids *text)
 {
@@ -1942,7 +1943,7 @@ static int guess(const struct engine *e, struct reply *r, int n)
     return from > 0 ? n : 0;
 }
 
-/* Of n guesses so many were right: guess more, or less. */
+/* n_right of n guesses were right: guess more, or less. */
 static void note_guesses(struct reply *r, int n, int n_right)
 {
     r->n_guessed += n;
@@ -1955,7 +1956,7 @@ static void note_guesses(struct reply *r, int n, int n_right)
 
 /* ---- many at once */
 
-/* A request shares this much with the text in a sequence. */
+/* How many tokens two texts share at their beginning. */
 static int shared_prefix(const struct ids *a, const struct ids *b)
 {
     int n = 0;
@@ -2200,7 +2201,8 @@ static void say_tokens(struct engine *e, struct reply *r, int span)
         r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
 }
 
-/* What was fed is in the cache; who has all of it there says its next token. */
+/* What was fed is in the cache now; a reply that is all there says its next
+ * token. */
 static void move_on(struct engine *e, struct reply *r, int span)
 {
     const lfm2_span *fed = &e->span[span];
@@ -2233,9 +2235,9 @@ static int forward(const struct engine *e, const lfm2_span *spans, int n)
     return report(e->s->ids ? e->s->ids : e->s->model, &err);
 }
 
-/* Move all jobs on by one forward.  Prompts share the room that those who write
- * leave, and are read in pieces while anybody writes, so that nobody waits long
- * for the next token. */
+/* Move all jobs on by one forward.  Prompts share the room that answers leave,
+ * and are read in pieces while there is any answer under way, so that it does
+ * not wait long for its next token. */
 static int engine_step(struct engine *e)
 {
     int n = 0, writing = 0, room, rows, code, span = 0;
@@ -2384,7 +2386,7 @@ static void print_reply(struct printer *p, const struct reply *r)
     p->code = flush_output(p->code);
 }
 
-/* The calls in a reply that has ended; what is none becomes text. */
+/* The calls in a reply that has ended; what is not a call becomes text. */
 static struct calls take_calls(struct reply *r)
 {
     struct calls calls = { NULL, 0 };
@@ -2447,7 +2449,7 @@ static void add_scored(const struct engine *e, struct text *to,
     add_string(to, "]");
 }
 
-/* An array of tokens, `from` this one, with the likeliest in their places. */
+/* An array of tokens, from number `from` on, each with the likeliest ones. */
 static void add_scores(const struct engine *e, struct text *to,
                        const struct scores *scores, int from)
 {
@@ -2666,8 +2668,8 @@ static void add_choice(const struct engine *e, struct text *to, struct job *j,
     free_calls(&calls);
 }
 
-/* In tokens; `cached`, what was read before, if it is not negative: it depends
- * on who else was answered. */
+/* Counts of tokens.  `cached`: how many had been read before; left out if it is
+ * negative, as it depends on who else was answered. */
 static void add_usage(struct text *to, int prompt, int made, int thought,
                       int cached)
 {
@@ -2705,7 +2707,7 @@ static double answer_speed(const struct reply *r)
            (r->n_sampled - 1) / (r->ended - r->read) : NAN;
 }
 
-/* Which model said it, how it can be said again, and how long it took. */
+/* Which model answered, how to get the answer again, and how long it took. */
 static void add_origin(const struct engine *e, struct text *to,
                        const struct job *j, int uses_date)
 {
@@ -2788,7 +2790,7 @@ static int set_member(struct request *q, const struct option *o,
     return DONE;
 }
 
-/* A member without an option of its own. */
+/* A member that is not an option. */
 static int check_member(const char *key, const struct json *x, struct why *why)
 {
     static unsigned told;
@@ -3380,8 +3382,8 @@ static int dump_prompt(struct talk *t)
     return DONE;
 }
 
-/* After an answer, its text is a message of the conversation, together with
- * what the prompt had of it.  None is one only if the model wanted it so. */
+/* Add an answer to the conversation, together with what the prompt had of it.
+ * An empty one is added only if the model ended it. */
 static void keep_answer(struct talk *t)
 {
     const struct rendered *p = &t->prompt;
@@ -3695,7 +3697,7 @@ static int regenerate(struct talk *t, const char *rest)
     return DONE;
 }
 
-/* The new first message is not there if it has no text. */
+/* Replace the system prompt; one without text is taken away. */
 static int set_system(struct talk *t, const char *text)
 {
     struct pool pool = { 0 };
@@ -3715,7 +3717,7 @@ static int set_system(struct talk *t, const char *text)
     return DONE;
 }
 
-/* Who is told that a file cannot be opened should hear what may be why. */
+/* After an error that a file cannot be opened: the sandbox may be why. */
 static void blame_sandbox(const struct talk *t)
 {
     const int error = errno;
@@ -4131,7 +4133,7 @@ static int is_ours(const struct piece *line)
     return memcmp(line->s, output_start, line->n < len ? line->n : len) == 0;
 }
 
-/* The custom_id of a line of output, as one that needs no answer any more. */
+/* Note the custom_id of a line of output: it needs no answer any more. */
 static int know_line(struct batch *b, const struct piece *line,
                      long long number)
 {
@@ -4219,7 +4221,7 @@ static int open_resumed(struct batch *b)
     return code;
 }
 
-/* Is the answer with this id there already?  It counts once. */
+/* Is the answer with this id there already?  Each is taken once. */
 static int take_known(struct batch *b, const struct text *id)
 {
     const struct known asked = { .id = *id };
@@ -4405,9 +4407,9 @@ static int batch(const struct settings *s)
 
 /* -------------------------------------------------------------- 10. --serve
  *
- * OpenAI's API over HTTP/1.1, for many clients at once.  One thread waits for
- * the sockets and moves all answers on by a forward in between.  A body is read
- * as a line of --batch is, and answered in the same bytes.
+ * OpenAI's API over HTTP/1.1, for many clients at once.  One thread serves the
+ * sockets and moves all answers on by one forward, in turns.  A body is read
+ * like a line of --batch, and answered in the same bytes.
  *
  * Clients are strangers.  What they send is bounded in size and time, and read
  * strictly: a request that two programs could read in two ways is refused, as
@@ -4441,7 +4443,7 @@ enum {
     LINGER_TIME = 3, SIGN_OF_LIFE = 10, DRAIN_TIME = 30
 };
 
-/* How long things took: how many at most edges[i], and in sum. */
+/* How long things took: how many up to edges[i] seconds, and the sum. */
 static const double edges[] = { 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
                                 10, 30, 60 };
 
@@ -4506,13 +4508,13 @@ struct client {
     struct text in, out, body;
     size_t seen, sent;                    /* of in: looked at; of out        */
     size_t length;                        /* of the body                     */
-    double deadline;                      /* of what it is to do; 0: none    */
+    double deadline;                      /* for what comes next; 0: none    */
 
     const struct route *route;            /* of the request                  */
     struct phrase model;                  /* named in the path, or empty     */
     int is_head, is_http11, is_preflight, is_allowed_origin, keeps, is_shut;
     uint64_t id;
-    double asked, spoke;                  /* when; the last byte to it       */
+    double asked, spoke;                  /* its request; last byte to it    */
     long long created;
     struct pool pool;                     /* of the body's JSON              */
     struct answer *choice;                /* [n_choices]                     */
@@ -4529,7 +4531,7 @@ struct server {
     struct client *client[MAX_CLIENTS];
     int n_clients;
     double now, stopping;                 /* since when; 0: it serves        */
-    double rests;                         /* until then, for lack of files   */
+    double rests;                         /* no accept() before: no files    */
     uint64_t n_requests, answered[N_STATUSES];
     double read, reused, made;            /* tokens                          */
     struct histogram first, next;         /* seconds to tokens               */
@@ -4684,7 +4686,7 @@ static void refuse(struct client *c, int status, int code, const char *why)
     free(body.s);
 }
 
-/* What is wrong with a body.  It has columns, but no lines. */
+/* What is wrong with a body.  Its JSON has a column, but no line. */
 static void refuse_body(struct client *c, int code, const struct why *why)
 {
     refuse(c, code == USAGE || code == TOO_LONG ? 400 : 500, code,
@@ -4720,7 +4722,7 @@ static void send_event(struct client *c, const struct text *data)
 
 /* ---- answers in pieces */
 
-/* n bytes, but for a character at their end that has not ended. */
+/* How many of n bytes there are before a character that is cut at the end. */
 static size_t whole_characters(const char *s, size_t n)
 {
     for (size_t k = 1; k <= 3 && k <= n; k++) {
@@ -4733,7 +4735,7 @@ static size_t whole_characters(const char *s, size_t n)
     return n;
 }
 
-/* An event without choices, but for its last brackets. */
+/* An event, up to its choices. */
 static void begin_event(struct client *c, struct text *to)
 {
     const int plain = c->choice[0].job.q.is_completion;
@@ -4833,7 +4835,7 @@ static void answer_more(struct job *j)
         send_new(o, 0);
 }
 
-/* A choice has ended.  The client is told of it all once the step is over. */
+/* A choice has ended.  The request ends in run_server(), after the step. */
 static void answer_end(struct job *j)
 {
     struct answer *o = j->owner;
@@ -4865,7 +4867,7 @@ static void answer_end(struct job *j)
 
 static const struct sink to_client = { answer_more, answer_end };
 
-/* What all choices of a request took.  Those of one prompt count it once. */
+/* The tokens of all choices of a request; each prompt counts once. */
 static void add_whole_usage(const struct client *c, struct text *to)
 {
     const int n_each = c->n_choices / c->n_prompts;
@@ -5201,7 +5203,7 @@ static void send_page(struct client *c)
         respond(c, 200, "text/html; charset=utf-8", &c->server->page, "");
 }
 
-/* A path that ends in a slash has something behind it, but for the first. */
+/* A path with a slash at its end, but for "/", takes what follows it. */
 static const struct route routes[] = {
     { "POST", "/v1/chat/completions", 0, complete_body },
     { "POST", "/v1/completions", 0, complete_body },
@@ -5238,8 +5240,8 @@ static int is(const struct piece *p, const char *word)
     return p->n == strlen(word) && memcmp(p->s, word, p->n) == 0;
 }
 
-/* Put a line "Name: value" where it belongs; -1 if it is none, or the second of
- * its name.  Values that are words become lower case, like names. */
+/* Put a line "Name: value" where it belongs; -1 if it is not one, or the second
+ * of its name.  Names become lower case, and so do values, but for keys. */
 static int read_field(struct piece *field, char *line, size_t n)
 {
     static const char others[] = "!#$%&'*+-.^_`|~";
@@ -5309,8 +5311,8 @@ static int read_request_line(struct client *c, char *line, size_t n)
     return c->is_preflight ? 0 : 405;
 }
 
-/* Is a Host of this machine alone meant?  A page from elsewhere could get here
- * by a name of its own that leads to this address. */
+/* Does this Host name this machine itself?  A page from elsewhere could get
+ * here by a name of its own that leads to this address. */
 static int names_this_machine(const struct piece *host)
 {
     size_t n = host->n;
@@ -5324,7 +5326,7 @@ static int names_this_machine(const struct piece *host)
             strspn(name.s, "0123456789.") == strlen(name.s));
 }
 
-/* May pages from there ask?  Those that came from here may. */
+/* May pages of this origin ask?  Those that this server sent may. */
 static int is_good_origin(const struct server *v, const struct piece *origin,
                           const struct piece *host)
 {
@@ -5336,7 +5338,7 @@ static int is_good_origin(const struct server *v, const struct piece *origin,
            memcmp(origin->s + 7, host->s, host->n) == 0;
 }
 
-/* Takes as long for any wrong key as for any other of its length. */
+/* Is this key in the file?  The time that takes tells only its length. */
 static int is_known_key(const struct server *v, const struct piece *given)
 {
     static const char scheme[] = "bearer ";
@@ -5503,7 +5505,7 @@ static int read_chunk(struct client *c)
     return 1;
 }
 
-/* The request is there. */
+/* All of the request is there: answer it. */
 static void answer_request(struct client *c)
 {
     static const struct text none = { NULL, 0, 0 };
@@ -5637,7 +5639,7 @@ static void transmit(struct client *c)
     }
 }
 
-/* What time brings: a sign of life in a stream, the end of patience. */
+/* What is due by now: a sign of life in a stream, or the end of a wait. */
 static void check_time(struct client *c)
 {
     const double now = c->server->now;
@@ -5658,7 +5660,7 @@ static void check_time(struct client *c)
         refuse(c, 408, USAGE, NULL);
 }
 
-/* One that waits for its next request has had its answer. */
+/* When the server stops: leave a client that has had all its answers. */
 static void stop_idle(struct client *c)
 {
     if (c->state == IN_HEAD && c->in.n == 0 && c->sent == c->out.n)
@@ -5711,7 +5713,7 @@ static void sweep(struct server *v)
 
 /* ---- the loop */
 
-/* Has it sent what can be looked at now? */
+/* Is there input that can be looked at now, and was not? */
 static int has_more(const struct client *c)
 {
     return c->state < WORKING && c->in.n > c->seen && c->out.n == 0;
@@ -5833,7 +5835,7 @@ static int listen_at(struct server *v, const void *address, socklen_t n)
         return -1;
     v->listener[v->n_listeners++] = fd;
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    if (a->sa_family != AF_UNIX)          /* and what is accepted has it     */
+    if (a->sa_family != AF_UNIX)          /* accepted ones inherit it        */
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     if (a->sa_family == AF_INET6)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes);
@@ -5842,7 +5844,7 @@ static int listen_at(struct server *v, const void *address, socklen_t n)
     return bind(fd, a, n) != 0 || listen(fd, 1024) != 0 ? -1 : fd;
 }
 
-/* A path; a socket that an earlier server left there makes room. */
+/* A path; a socket that an earlier server left there is removed. */
 static int listen_at_path(struct server *v, const char *path)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
@@ -5858,7 +5860,7 @@ static int listen_at_path(struct server *v, const char *path)
            say(BAD_FILE, "--serve %s: %s", path, strerror(errno));
 }
 
-/* [HOST:]PORT, both addresses of this machine's own if no host is named. */
+/* [HOST:]PORT; without a host, 127.0.0.1 and ::1. */
 static int listen_at_port(struct server *v, const char *where)
 {
     const char *colon = strrchr(where, ':');
@@ -5902,7 +5904,7 @@ static int listen_at_port(struct server *v, const char *where)
     return DONE;
 }
 
-/* Everything that the sandbox will not allow comes first. */
+/* What the sandbox will forbid comes before the engine, which enters it. */
 static int open_server(struct server *v)
 {
     const struct settings *s = v->e.s;
@@ -11473,7 +11475,7 @@ static const struct move string_moves[] = {
     { LOW_1, 'd', 'd', LOW_2 }, { LOW_2, 'c', 'f', HEX_3 }, { 0 }
 };
 
-/* In a call no string may look like the end of it. */
+/* In a call no string may contain "<|", which begins the mark at its end. */
 static enum step step_string(const struct rule *r, struct level *l, int c)
 {
     const int single = l->state & SINGLE, state = l->state & (SINGLE - 1);
@@ -11557,7 +11559,7 @@ static int find_choice(const struct schema *s, const struct rule *r,
     return -1;
 }
 
-/* Values are in no order, so one may go on where another ends. */
+/* One word may begin with another, so going on is tried before the end. */
 static enum step step_word(const struct schema *s, const struct way *w,
                            struct level *l, int c, int *child)
 {
@@ -11609,8 +11611,7 @@ static int may_go_on(const struct schema *s, const struct rule *r,
     return 0;
 }
 
-/* A byte of a key, from n on.  That of the one argument without a name is
- * empty. */
+/* Byte n of a key.  The only argument, if it has no name, has an empty key. */
 static enum step step_key(const struct schema *s, const struct way *w,
                           struct level *l, size_t n, int c, int *child)
 {
@@ -11646,7 +11647,7 @@ static enum step begin_member(const struct schema *s, const struct way *w,
     return DEEPER;
 }
 
-/* Python's keys are there twice, in either quotes. */
+/* In Python each key is there twice, once for each kind of quotes. */
 static enum step begin_value(const struct schema *s, struct level *l,
                              int *child)
 {
@@ -11705,8 +11706,8 @@ static void copy_way(struct way *to, const struct way *from)
     memcpy(to->level, from->level, (size_t)from->n * sizeof *to->level);
 }
 
-/* Two that have come to the same are one.  Where there are more than can be
- * kept, the last are given up; the others still end well. */
+/* Add a way, unless it is there already.  When there is no room, it is given
+ * up; the others still end well. */
 static void keep_way(struct guide *to, const struct way *w)
 {
     for (int i = 0; i < to->n; i++)
@@ -11720,7 +11721,7 @@ static void keep_way(struct guide *to, const struct way *w)
 
 static void enter(struct guide *to, const struct way *w, int rule, int c);
 
-/* Take a byte; w changes.  What there is to say of it goes to `to`. */
+/* Give a way its next byte; w changes.  The ways that result go to `to`. */
 static void try_byte(struct guide *to, struct way *w, int c)
 {
     int child = 0;
@@ -11762,7 +11763,7 @@ static void enter(struct guide *to, const struct way *w, int rule, int c)
     }
 }
 
-/* What is left of the ways after one more byte.  Returns whether any is. */
+/* The ways that are left after one more byte.  Returns whether any is. */
 static int guide_byte(const struct guide *from, struct guide *to, int c)
 {
     struct way w = { 0 };
@@ -11796,7 +11797,7 @@ static int guide_may_end(const struct guide *g)
     return ends;
 }
 
-/* Does it have to? */
+/* Must the answer end here? */
 static int guide_is_done(const struct guide *g)
 {
     struct guide next;
@@ -11837,7 +11838,7 @@ static const struct json anything = { .type = JSON_OBJECT };
 static const struct json any_object = { .type = JSON_OBJECT, .n_members = 1,
                                         .first = &object_type };
 
-/* Where a rule is from: a schema, or one type of it, in a whole one. */
+/* What a rule is made from: a schema or one type of it, within a whole one. */
 struct origin {
     const struct json *from, *whole;
     int types;                            /* 0: all that it says             */
@@ -11914,7 +11915,7 @@ static int kind_of(const struct json *v)
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
-/* An integer has so few digits that this bound always holds.  Clients name
+/* A bound that always holds, as an integer has at most 15 digits.  Clients send
  * those of JavaScript's whole numbers. */
 static int is_far_bound(const struct json *x)
 {
@@ -11925,7 +11926,7 @@ static int is_far_bound(const struct json *x)
             (strcmp(x->key, "maximum") == 0 && by >= 1e15));
 }
 
-/* No keyword but those that are known, and go together. */
+/* All keywords must be known here, and go together. */
 static int check_keywords(struct maker *m, const struct json *v, int kind,
                           int at)
 {
@@ -12365,8 +12366,8 @@ static int make_rule(struct maker *m, int at)
            make_type(m, v, types, at);
 }
 
-/* Put what a choice comes to in the end, through choices within it, each once,
- * into to[MAX_WAYS].  How many there are, or more than MAX_WAYS. */
+/* Put the rules that a choice comes to in the end, through choices within it,
+ * into to[MAX_WAYS], each once.  Returns how many, or more than MAX_WAYS. */
 static int flatten(const struct schema *s, int rule, unsigned char *seen,
                    int *to, int n)
 {
@@ -12428,7 +12429,8 @@ static int least_levels(const struct schema *s, const struct rule *r)
     return least <= MAX_LEVELS ? least : NEVER;
 }
 
-/* Until nothing changes: what is within itself without an end stays NEVER. */
+/* Count until nothing changes: a rule that always contains itself stays at
+ * NEVER. */
 static void count_levels(struct schema *s)
 {
     for (int changed = 1; changed;) {
@@ -12749,7 +12751,7 @@ static int by_bytes(const void *a, const void *b)
     return order ? order : (x->n > y->n) - (x->n < y->n);
 }
 
-/* Whole characters that are nothing but themselves in any string. */
+/* How many characters it has, if each means itself in any string; or 0. */
 static uint8_t string_length(const struct spelled *t)
 {
     const char *s = t->s, *const end = s + t->n;
@@ -12812,7 +12814,7 @@ static void copy_guide(struct guide *to, const struct guide *from)
         copy_way(&to->way[i], &from->way[i]);
 }
 
-/* How many characters of a string may follow here. */
+/* How many more characters fit into a string that is open here; or 0. */
 static int string_room(const struct guide *g)
 {
     int room = 0;
@@ -12854,8 +12856,8 @@ static void walk_tokens(struct spelling *all, const struct guide *g)
     }
 }
 
-/* Where in a token the answer begins: behind the end of a thought, and blanks.
- * Returns 0 if it must not look so. */
+/* Cut a token to where the answer begins in it: after the end of a thought, and
+ * blanks.  Returns 0 if these are too many blanks. */
 static int skip_to_answer(const struct reply *r, struct piece *token)
 {
     const size_t held = r->raw.n - r->seen;
@@ -12983,7 +12985,7 @@ static void end_guided(struct reply *r)
         r->finish = STOPPED;
 }
 
-/* Is this the text of an answer that must not look like a call? */
+/* Is this the text of a guided answer, where nothing is a call? */
 static int is_guided_text(const struct reply *r)
 {
     return r->guide && r->guide->has_begun && !r->guide->in_call &&
