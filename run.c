@@ -3,21 +3,21 @@
  * Standard output carries the model's words, or the data that was asked for,
  * and nothing else; everything meant for a human being goes to standard error.
  *
- * Sections 2 to 9 are the program, in the order it is meant to be read; the
+ * Sections 2 to 10 are the program, in the order it is meant to be read; the
  * others are what it is made with.
  *
- *   1  messages, memory, text          12  signals and the terminal
- *   2  settings and main               13  JSON
- *   3  the model in use                14  chat templates
- *   4  request, reply, step            15  tool calls
- *   5  sinks                           16  tokens in and out
- *   6  what a body asks for            17  --inspect
- *   7  answers, conversations          18  traces
- *   8  chat                            19  --ppl
- *   9  --batch                         20  --bench
- *  10  the command line                21  --selftest
- *  11  files and text                  22  the sandbox
- *                                      23  answers in a schema */
+ *   1  messages, memory, text          13  signals and the terminal
+ *   2  settings and main               14  JSON
+ *   3  the model in use                15  chat templates
+ *   4  request, reply, step            16  tool calls
+ *   5  sinks                           17  tokens in and out
+ *   6  what a body asks for            18  --inspect
+ *   7  answers, conversations          19  traces
+ *   8  chat                            20  --ppl
+ *   9  --batch                         21  --bench
+ *  10  --serve                         22  --selftest
+ *  11  the command line                23  the sandbox
+ *  12  files and text                  24  answers in a schema */
 
 #ifdef __cplusplus
 #error "this is C: compile it with a C compiler; C++ includes lfm2.h"
@@ -419,11 +419,9 @@ static int smaller(int a, int b)
     return a < b ? a : b;
 }
 
-/* ---- what is defined further down
- *
- * Sections 2 to 9 are the program; the rest is what it is made with. */
+/* ---- types that are defined further down */
 
-/* Section 13: memory that is freed all at once, and read-only JSON.  The fields
+/* Section 14: memory that is freed all at once, and read-only JSON.  The fields
  * before `key` are the value; `key` and the rest are its place in another. */
 struct chunk { struct chunk *next; size_t used, size; };
 
@@ -443,7 +441,7 @@ struct json {
     struct json *next;
 };
 
-/* Section 14: the templates, in the order of --template, and marks in what they
+/* Section 15: the templates, in the order of --template, and marks in what they
  * write. */
 enum {
     TEMPLATE_AUTO, TEMPLATE_LFM2, TEMPLATE_INSTRUCT, TEMPLATE_NEW, TEMPLATE_VL,
@@ -480,20 +478,20 @@ struct rendered {
     int lost_calls;                       /* that the template passed over   */
 };
 
-/* Section 15: what the model wants to be called, its arguments as a JSON
+/* Section 16: what the model wants to be called, its arguments as a JSON
  * object. */
 struct call { struct piece name, arguments; };
 
 struct calls { struct call *call; int n; struct pool pool; };
 
-/* Section 12. */
+/* Section 13. */
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
 static volatile sig_atomic_t interrupted, last_signal;
 static lfm2_context *volatile running;    /* what a signal is to stop        */
 
 /* ------------------------------------------------------ 2. Settings and main
  *
- * What the command line asks for; section 10 reads it. */
+ * What the command line asks for; section 11 reads it. */
 
 enum {
     UNSET = INT_MIN,                      /* then it depends on the model    */
@@ -607,9 +605,7 @@ struct option {
 
 #define AT(field) offsetof(struct settings, field)
 
-/* ---- what is defined further down
- *
- * Sections 2 to 9 are the program, the others what it is made with. */
+/* ---- functions that are defined further down */
 
 struct engine;
 struct talk;
@@ -643,7 +639,7 @@ static int is_dash(const char *path);
 static const char *chat_option(const struct settings *s);
 static int parse(struct settings *to, char **argv);
 
-/* 11. Files and text */
+/* 12. Files and text */
 static void show_text(struct text *t);
 static int read_file(const char *path, struct text *out);
 static size_t read_head(const char *path, char *to, size_t n);
@@ -660,14 +656,14 @@ static int read_text_file(const char *path, struct text *out);
 static int read_prompt(const struct settings *s, struct text *out);
 static int read_ids(const char *path, struct ids *out);
 
-/* 12. Signals and the terminal */
+/* 13. Signals and the terminal */
 static void block_signals(int are_blocked);
 static void catch_interrupt(void);
 static void watch_file(const char *path);
 static int read_message(struct text *out, int shows);
 static void prepare_process(char **argv);
 
-/* 13. JSON */
+/* 14. JSON */
 static void pool_free(struct pool *p);
 static size_t utf8_put(char *out, uint32_t c);
 static int json_is(const struct json *v, int type);
@@ -684,7 +680,7 @@ static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
 static void add_members(struct text *to, const char *format, ...);
 
-/* 14. Chat templates */
+/* 15. Chat templates */
 static const char *template_name(int template);
 static int template_is_dated(int template);
 static void rendered_free(struct rendered *r);
@@ -700,40 +696,40 @@ static void today(char date[11]);
 static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                            int *known, struct why *evidence);
 
-/* 15. Tool calls */
+/* 16. Tool calls */
 static void free_calls(struct calls *calls);
 static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                        struct text *rest);
 
-/* 16. Tokens in and out */
+/* 17. Tokens in and out */
 static int open_words(const struct settings *s, const lfm2_model *model,
                       lfm2_tokenizer **out);
 static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
                          const char *text, size_t n, struct ids *out);
 static int work_on_words(const struct settings *s);
 
-/* 17. --inspect */
+/* 18. --inspect */
 static int inspect_file(const struct settings *s);
 
-/* 18. Traces */
+/* 19. Traces */
 static int open_trace(struct engine *e);
 static int close_trace(struct engine *e, int code);
 
-/* 19. --ppl */
+/* 20. --ppl */
 static int perplexity(const struct settings *s);
 
-/* 20. --bench */
+/* 21. --bench */
 static int bench(const struct settings *s);
 
-/* 21. --selftest */
+/* 22. --selftest */
 static int selftest(void);
 
-/* 22. The sandbox */
+/* 23. The sandbox */
 static const char *save_dir(const struct settings *s);
 static int enter_sandbox(const struct settings *s);
 static int keep_file(const char *path, const struct text *part, int n_parts);
 
-/* 23. Answers in a schema */
+/* 24. Answers in a schema */
 static int open_schema(struct engine *e);
 static void close_schema(struct engine *e);
 static void free_schema(struct schema *s);
@@ -793,7 +789,7 @@ enum {
 /* A sequence of the context: what its cache holds, and for whom. */
 struct slot { struct ids cached; struct job *job; double used; };
 
-/* What is written of a pass, see section 18. */
+/* What is written of a pass, see section 19. */
 struct trace {
     const struct settings *s;
     int code;                             /* DONE until something fails      */
@@ -6583,7 +6579,7 @@ static int parse(struct settings *to, char **argv)
     return check_settings(to);
 }
 
-/* ---------------------------------------------------- 11. Files and text */
+/* ---------------------------------------------------- 12. Files and text */
 
 /* The directory that a file is in, or will be. */
 static void add_directory(struct text *t, const char *path)
@@ -6940,7 +6936,7 @@ static int read_ids(const char *path, struct ids *out)
     return code;
 }
 
-/* --------------------------------------------- 12. Signals and the terminal
+/* --------------------------------------------- 13. Signals and the terminal
  *
  * A signal ends the program at once, unless somebody looks at `interrupted` and
  * stops the work in good order; then the third ends it whatever is lost, as by
@@ -7532,7 +7528,7 @@ static int read_message(struct text *out, int shows)
     return 1;
 }
 
-/* ------------------------------------------------------------------ 13. JSON
+/* ------------------------------------------------------------------ 14. JSON
  *
  * Requests arrive as JSON (RFC 8259), tools are described in it, and results
  * leave as it.  The reader is strict: what it takes, every other reader takes.
@@ -7540,7 +7536,7 @@ static int read_message(struct text *out, int shows)
  * whole request.  Who writes JSON adds it to a text.
  *
  * The same reader reads the Python literals in which models call tools, see
- * section 15. */
+ * section 16. */
 
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
@@ -8272,7 +8268,7 @@ static void add_members(struct text *to, const char *format, ...)
     va_end(args);
 }
 
-/* -------------------------------------------------------- 14. Chat templates
+/* -------------------------------------------------------- 15. Chat templates
  *
  * The models of the family were trained on six ways to write down the same
  * conversation.  Their files carry them as Jinja programs; here they are one
@@ -8892,7 +8888,7 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                    (unsigned long long)f.hash);
 }
 
-/* ------------------------------------------------------------ 15. Tool calls
+/* ------------------------------------------------------------ 16. Tool calls
  *
  * A model that wants a tool writes <|tool_call_start|>, Python, and
  * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some write JSON
@@ -9035,7 +9031,7 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
     return bad;
 }
 
-/* ------------------------------------------------------ 16. Tokens in and out
+/* ------------------------------------------------------ 17. Tokens in and out
  *
  * --tokenize, --detokenize and --export-tokenizer need a vocabulary only. */
 
@@ -9183,7 +9179,7 @@ static int work_on_words(const struct settings *s)
     return code;
 }
 
-/* -------------------------------------------------------------- 17. --inspect
+/* -------------------------------------------------------------- 18. --inspect
  *
  * What is in a file, in the terms its makers use; what it will take to run it;
  * and what is wrong with it.  Each fact is written once, as JSON; the text is
@@ -9702,7 +9698,7 @@ static int inspect_file(const struct settings *s)
     return status_of(f.code);
 }
 
-/* -------------------------------------------------------------- 18. Traces
+/* -------------------------------------------------------------- 19. Traces
  *
  * What happens between a token and its logits.  The library calls
  * note_activation() with every activation; --trace makes a record of each, and
@@ -9845,7 +9841,7 @@ static int close_trace(struct engine *e, int code)
     return code;
 }
 
-/* ---------------------------------------------------------------- 19. --ppl
+/* ---------------------------------------------------------------- 20. --ppl
  *
  * How well a model foresees a text, measured as llama-perplexity does, so that
  * the figures can be compared.  The text is cut into windows of n_ctx tokens,
@@ -10004,7 +10000,7 @@ static int perplexity(const struct settings *s)
     return code;
 }
 
-/* -------------------------------------------------------------- 20. --bench
+/* -------------------------------------------------------------- 21. --bench
  *
  * The tests, names and table of llama-bench, and beside every figure how much
  * of the machine it makes use of.  Generating reads all weights for each token,
@@ -10435,7 +10431,7 @@ static int bench(const struct settings *s)
     return code;
 }
 
-/* ----------------------------------------------------------- 21. --selftest
+/* ----------------------------------------------------------- 22. --selftest
  *
  * Is this build right on this machine?  No file is needed: a small model of
  * every weight type is made here, of random numbers that are the same
@@ -10933,7 +10929,7 @@ static int selftest(void)
     return t.failed || t.all != known ? SELFTEST_FAILED : DONE;
 }
 
-/* ---------------------------------------------------------- 22. The sandbox
+/* ---------------------------------------------------------- 23. The sandbox
  *
  * A model, a prompt or a session may be made by someone who knows of a fault in
  * this program.  So before it looks at a byte of them it gives away what it
@@ -11361,7 +11357,7 @@ static int enter_sandbox(const struct settings *s)
 
 #endif
 
-/* --------------------------------------------------- 23. Answers in a schema
+/* --------------------------------------------------- 24. Answers in a schema
  *
  * A JSON schema becomes rules, and a guide follows an answer byte by byte: it
  * knows which bytes may come next, and whether this may be the end.  It is a
