@@ -4490,7 +4490,7 @@ enum { N_STATUSES = sizeof statuses / sizeof *statuses };
 struct answer {
     struct job job;
     struct client *client;
-    int index, is_done;
+    int index;
     size_t text, thought;                 /* how much of them is sent        */
     int scores, has_role;
     double last;                          /* when it had its latest token    */
@@ -4840,7 +4840,6 @@ static void answer_end(struct job *j)
     struct calls calls;
 
     note_token(o);
-    o->is_done = 1;
     c->n_done++;
     c->server->read += j->q.prompt.n - j->r.n_reused;
     c->server->reused += j->r.n_reused;
@@ -4959,9 +4958,8 @@ static const struct json *parse_body(struct client *c)
         refuse(c, 503, FAILED, "too much is waiting here already");
         return NULL;
     }
-    code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n,
-                          &body, &why);
-
+    code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n, &body,
+                      &why);
     if (code == DONE && body->type != JSON_OBJECT)
         code = because(&why, USAGE, "expected a JSON object as the request");
     if (code != DONE)
