@@ -2633,12 +2633,15 @@ static struct piece model_name(const struct engine *e)
     return (struct piece){ s ? s : "", s ? n : 0 };
 }
 
-/* The beginning of the object of /v1/chat/completions or /v1/completions. */
+/* The beginning of the object of /v1/chat/completions or /v1/completions, or of
+ * a chunk of it. */
 static void add_head(const struct engine *e, struct text *to,
-                     int is_completion, uint64_t id, const char *object,
+                     int is_completion, int is_chunk, uint64_t id,
                      long long created)
 {
     const struct piece model = model_name(e);
+    const char *object = is_completion ? "text_completion" : is_chunk ?
+                         "chat.completion.chunk" : "chat.completion";
 
     add_members(to, "{id: %s, object: %s, created: %llu, model: %.*s",
                 phrase("%s-%016llx", is_completion ? "cmpl" : "chatcmpl",
@@ -2681,8 +2684,7 @@ static void add_usage(struct text *to, int prompt, int made, int thought,
 static void add_completion(const struct engine *e, struct text *to,
                            struct job *j, long long created)
 {
-    add_head(e, to, j->q.is_completion, j->id, j->q.is_completion ?
-             "text_completion" : "chat.completion", created);
+    add_head(e, to, j->q.is_completion, 0, j->id, created);
     add_members(to, "choices: [");
     add_choice(e, to, j, 0);
     add_string(to, "]");
@@ -4734,10 +4736,8 @@ static size_t whole_characters(const char *s, size_t n)
 /* An event, up to its choices. */
 static void begin_event(struct client *c, struct text *to)
 {
-    const int plain = c->choice[0].job.q.is_completion;
-
-    add_head(&c->server->e, to, plain, c->id, plain ? "text_completion" :
-             "chat.completion.chunk", c->created);
+    add_head(&c->server->e, to, c->choice[0].job.q.is_completion, 1, c->id,
+             c->created);
     if (c->include_usage)
         add_members(to, "usage: %s", NULL);
     add_members(to, "choices: [");
@@ -4933,8 +4933,7 @@ static void finish_answer(struct client *c)
         end_stream(c, NULL);
         return;
     }
-    add_head(e, &body, q->is_completion, c->id, q->is_completion ?
-             "text_completion" : "chat.completion", c->created);
+    add_head(e, &body, q->is_completion, 0, c->id, c->created);
     add_members(&body, "choices: [");
     for (int i = 0; i < c->n_choices; i++)
         add_choice(e, &body, &c->choice[i].job, i);
