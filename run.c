@@ -1462,6 +1462,10 @@ static int open_engine(struct engine *e)
         today(e->date);
     if (s->mode == LOGITS || s->ask.logprobs >= 0)
         e->par.n_logits = LOGITS_CHUNK;
+    if (s->mode & REQUESTS) {
+        e->par.n_seq = s->parallel;
+        e->par.n_logits = s->parallel + LOGITS_CHUNK;
+    }
     if (s->trace && s->batch == UNSET)
         e->par.n_batch = TRACE_BATCH;
     settle_lookup(e);
@@ -4371,8 +4375,6 @@ static int open_batch(struct batch *b)
         code = open_resumed(b);
     if (code != DONE)
         return code;
-    b->e.par.n_seq = s->parallel;
-    b->e.par.n_logits = s->parallel + LOGITS_CHUNK;
     b->n_ring = s->parallel * AHEAD;
     b->entry = zeroed((size_t)b->n_ring, sizeof *b->entry);
     return open_context(&b->e);
@@ -5924,8 +5926,6 @@ static int open_server(struct server *v)
         code = open_engine(&v->e);
     if (code != DONE)
         return code;
-    v->e.par.n_seq = s->parallel;
-    v->e.par.n_logits = s->parallel + LOGITS_CHUNK;
     if (s->batch == UNSET)
         v->e.par.n_batch = smaller(v->e.par.n_batch, SERVE_BATCH);
     return open_context(&v->e);
