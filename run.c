@@ -1551,7 +1551,7 @@ struct job {
 };
 
 struct sink {
-    void (*more)(struct job *j);          /* after each of its tokens        */
+    void (*more)(struct job *j);          /* after each step; NULL: nothing  */
     void (*end)(struct job *j);           /* r.finish says how               */
 };
 
@@ -2264,12 +2264,11 @@ static int engine_step(struct engine *e)
         if (j->state != ACTIVE)
             continue;
         move_on(e, &j->r, span++);
-        if (j->r.finish == UNFINISHED)
-            j->to->more(j);
-        else {
+        if (j->r.finish != UNFINISHED) {
             engine_drop(e, j);
             j->to->end(j);
-        }
+        } else if (j->to->more)
+            j->to->more(j);
     }
     return code;
 }
@@ -3982,12 +3981,7 @@ static void finish_entry(struct job *j)
     free_reply(&j->r);
 }
 
-static void wait_for_end(struct job *j)
-{
-    (void)j;
-}
-
-static const struct sink to_line = { wait_for_end, finish_entry };
+static const struct sink to_line = { NULL, finish_entry };
 
 static void free_entry(struct entry *x)
 {
