@@ -329,6 +329,14 @@ static void add_format(struct text *t, const char *fmt, ...)
         add(t, s, n < (int)sizeof s ? (size_t)n : sizeof s - 1);
 }
 
+/* Letters of ASCII, in any locale. */
+static void lower(char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (s[i] >= 'A' && s[i] <= 'Z')
+            s[i] = (char)(s[i] - 'A' + 'a');
+}
+
 /* Some bytes within a text. */
 struct piece { const char *s; size_t n; };
 
@@ -1101,8 +1109,7 @@ static void describe(const lfm2_model *m, struct text *out)
     for (size_t i = 0; i < out->n; i++)
         if (out->s[i] == '_' || out->s[i] == ' ' || out->s[i] == '/')
             out->s[i] = '-';
-        else if (out->s[i] >= 'A' && out->s[i] <= 'Z')
-            out->s[i] = (char)(out->s[i] - 'A' + 'a');
+    lower(out->s, out->n);
 }
 
 static const struct preset *find_preset(const lfm2_model *m)
@@ -5216,13 +5223,6 @@ enum { HOST, ORIGIN, KEY, MEDIA, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
 static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
     "expect connection";
-
-static void lower(char *s, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (s[i] >= 'A' && s[i] <= 'Z')
-            s[i] = (char)(s[i] - 'A' + 'a');
-}
 
 static int is(const struct piece *p, const char *word)
 {
