@@ -340,6 +340,24 @@ static void lower(char *s, size_t n)
 /* Some bytes within a text. */
 struct piece { const char *s; size_t n; };
 
+static int same(const char *s, size_t n, const char *word)
+{
+    return n == strlen(word) && memcmp(s, word, n) == 0;
+}
+
+static int is(const struct piece *p, const char *word)
+{
+    return same(p->s, p->n, word);
+}
+
+/* In the order of their bytes, a beginning before what goes on. */
+static int compare(const char *a, size_t n_a, const char *b, size_t n_b)
+{
+    const int order = memcmp(a, b, n_a < n_b ? n_a : n_b);
+
+    return order ? order : (n_a > n_b) - (n_a < n_b);
+}
+
 /* A few words, made on the spot. */
 struct phrase { char s[128]; };
 
@@ -1722,8 +1740,7 @@ static const char *visible(const struct engine *e, int32_t id, int *len)
         return s;
     s = lfm2_token_bytes(e->words, id, 1, len);
     for (int i = 0; i < 4; i++)
-        if ((size_t)*len == strlen(marks[i]) &&
-            memcmp(s, marks[i], (size_t)*len) == 0)
+        if (same(s, (size_t)*len, marks[i]))
             return s;
     *len = 0;
     return s;
@@ -3832,8 +3849,7 @@ static int obey(struct talk *t, const char *line)
     const char *rest = line + n + strspn(line + n, " ");
 
     for (int i = 0; i < N_COMMANDS; i++)
-        if (strlen(commands[i].word) == n &&
-            memcmp(line, commands[i].word, n) == 0)
+        if (same(line, n, commands[i].word))
             return commands[i].obey ? commands[i].obey(t, rest) : -1;
     say(DONE, "%.*s: no such command; /help lists them", (int)n, line);
     return DONE;
@@ -4123,9 +4139,8 @@ static int by_id(const void *a, const void *b)
 {
     const struct text *x = &((const struct known *)a)->id;
     const struct text *y = &((const struct known *)b)->id;
-    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
 
-    return order ? order : (x->n > y->n) - (x->n < y->n);
+    return compare(x->s, x->n, y->s, y->n);
 }
 
 /* What begins otherwise was not written here. */
@@ -5044,8 +5059,7 @@ static void tell_models(struct client *c)
     const struct piece name = model_name(e);
     struct text body = { 0 };
 
-    if (c->model.s[0] && (strlen(c->model.s) != name.n ||
-                          memcmp(c->model.s, name.s, name.n) != 0)) {
+    if (c->model.s[0] && !is(&name, c->model.s)) {
         refuse(c, 404, USAGE, "no other model is here than /v1/models says");
         return;
     }
@@ -5223,11 +5237,6 @@ enum { HOST, ORIGIN, KEY, MEDIA, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
 static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
     "expect connection";
-
-static int is(const struct piece *p, const char *word)
-{
-    return p->n == strlen(word) && memcmp(p->s, word, p->n) == 0;
-}
 
 /* Put a line "Name: value" where it belongs; -1 if it is not one, or the second
  * of its name.  Names become lower case, and so do values, but for keys. */
@@ -12733,9 +12742,8 @@ struct spelling {
 static int by_bytes(const void *a, const void *b)
 {
     const struct spelled *x = a, *y = b;
-    const int order = memcmp(x->s, y->s, x->n < y->n ? x->n : y->n);
 
-    return order ? order : (x->n > y->n) - (x->n < y->n);
+    return compare(x->s, x->n, y->s, y->n);
 }
 
 /* How many characters it has, if each means itself in any string; or 0. */
@@ -12852,8 +12860,7 @@ static int skip_to_answer(const struct reply *r, struct piece *token)
     struct text both = { 0 };
     const char *end = NULL;
 
-    if (r->part == AT_START && held == 0 && n == strlen(THINK) &&
-        memcmp(token->s, THINK, n) == 0)
+    if (r->part == AT_START && held == 0 && is(token, THINK))
         n = 0;
     if (r->part == IN_THOUGHT) {
         add(&both, r->raw.s + r->seen, held);
@@ -12877,9 +12884,7 @@ static int skip_to_answer(const struct reply *r, struct piece *token)
 static int guide_token(const struct reply *r, struct guide *g, const char *s,
                        size_t n)
 {
-    const int is_start = n == strlen(CALL_START) &&
-                         memcmp(s, CALL_START, n) == 0;
-    const int is_end = n == strlen(CALL_END) && memcmp(s, CALL_END, n) == 0;
+    const int is_start = same(s, n, CALL_START), is_end = same(s, n, CALL_END);
     const int is_free = !g->has_begun && (r->part == IN_THOUGHT ||
                                           (g->s->only_calls && !is_start));
     struct piece token = is_start ? (struct piece){ "\1", 1 } :
