@@ -5318,7 +5318,9 @@ static int names_this_machine(const struct piece *host)
     while (n > 0 && host->s[n - 1] >= '0' && host->s[n - 1] <= '9')
         n--;
     n = n > 0 && host->s[n - 1] == ':' ? n - 1 : host->n;
-    const struct phrase name = phrase("%.*s", n < 100 ? (int)n : 100, host->s);
+    if (n > 100)                          /* 127.1.1. ... .1.example.org     */
+        return 0;
+    const struct phrase name = phrase("%.*s", (int)n, host->s);
     return strcmp(name.s, "localhost") == 0 || strcmp(name.s, "[::1]") == 0 ||
            (strncmp(name.s, "127.", 4) == 0 &&
             strspn(name.s, "0123456789.") == strlen(name.s));
