@@ -4629,7 +4629,7 @@ static size_t held(const struct server *v)
 
     for (int i = 0; i < v->n_clients; i++)
         n += v->client[i]->in.cap + v->client[i]->body.cap +
-             v->client[i]->pool.total;
+             v->client[i]->pool.total + v->client[i]->out.cap;
     return n;
 }
 
@@ -5627,9 +5627,16 @@ static void transmit(struct client *c)
         c->sent += n > 0 ? (size_t)n : 0;
         c->deadline = c->server->now + SEND_TIME;
     }
-    if (c->sent < c->out.n)
+    if (c->sent > c->out.n / 2) {
+        drop_bytes(&c->out, c->sent);
+        c->sent = 0;
+    }
+    if (c->out.n > 0)
         return;
-    c->out.n = c->sent = 0;
+    if (c->out.cap > 4 * MAX_AHEAD) {
+        free(c->out.s);
+        c->out = (struct text){ NULL, 0, 0 };
+    }
     if (c->state == WORKING)
         c->deadline = 0;
     else if (c->state == LEAVING && !c->is_shut) {
