@@ -5616,6 +5616,8 @@ static void receive(struct client *c)
 /* Send what there is to send.  Whoever leaves is given time to read it. */
 static void transmit(struct client *c)
 {
+    const int has_some = c->out.n > 0;
+
     while (c->sent < c->out.n) {
         const ssize_t n = write(c->fd, c->out.s + c->sent, c->out.n - c->sent);
         if (n < 0 && errno == EAGAIN)
@@ -5637,6 +5639,9 @@ static void transmit(struct client *c)
         free(c->out.s);
         c->out = (struct text){ NULL, 0, 0 };
     }
+    if (has_some)
+        c->deadline = c->server->now + (c->state == IN_HEAD ? IDLE_TIME :
+                                        BODY_TIME);
     if (c->state == WORKING)
         c->deadline = 0;
     else if (c->state == LEAVING && !c->is_shut) {
