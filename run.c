@@ -5432,7 +5432,7 @@ static void check_request(struct client *c, size_t n)
     c->keeps = c->is_http11 && !(field[CONNECTION].s &&
                find(field[CONNECTION].s, field[CONNECTION].s +
                     field[CONNECTION].n, "close"));
-    status = bad ? 400 : n_lines > MAX_FIELDS ? 431 : status;
+    status = bad ? 400 : line < last ? 431 : status;
     status = status ? status : read_length(c, field);
     status = status ? status : check_head(c, field);
     if (status)
