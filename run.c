@@ -4995,6 +4995,8 @@ static int read_choices(struct client *c, const struct json *body,
     for (int i = 0; code == DONE && i < total && total <= MAX_CHOICES; i++) {
         struct request q = e->s->ask;
         code = read_request(e, &q, body, i / n, why);
+        if (code == DONE)                 /* not as many times as choices    */
+            code = check_prompt(e, &q, why);
         complete_request(e, &q);
         if (i == 0) {
             n = q.n_choices;
