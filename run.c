@@ -3054,7 +3054,8 @@ static int read_request(struct engine *e, struct request *q,
     if (messages && e->template == TEMPLATE_NONE)
         return because(why, USAGE, "the model has no chat template: expected "
                        "\"prompt\", or --template");
-    if (prompt && prompt->first && prompt->first->type != JSON_NUMBER)
+    if (json_is(prompt, JSON_ARRAY) && prompt->first &&
+        prompt->first->type != JSON_NUMBER)
         for (prompt = prompt->first; which > 0; which--)
             prompt = prompt->next;
     if (prompt)
