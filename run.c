@@ -5273,6 +5273,22 @@ static int read_field(struct piece *field, char *line, size_t n)
     return 0;
 }
 
+/* A part of a path, in which "%20" is a blank. */
+static struct phrase decode(const char *s)
+{
+    struct phrase to = { "" };
+
+    for (size_t n = 0; *s && n < sizeof to.s - 1; n++)
+        if (*s == '%' && isxdigit((unsigned char)s[1]) &&
+            isxdigit((unsigned char)s[2])) {
+            const char hex[] = { s[1], s[2], '\0' };
+            to.s[n] = (char)strtol(hex, NULL, 16);
+            s += 3;
+        } else
+            to.s[n] = *s++;
+    return to;
+}
+
 /* "POST /path HTTP/1.1" says which route it is: 0, or the status of an
  * error. */
 static int read_request_line(struct client *c, char *line, size_t n)
@@ -5300,7 +5316,7 @@ static int read_request_line(struct client *c, char *line, size_t n)
         if (len >= k && memcmp(path, routes[i].path, k) == 0 &&
             (len == k || (k > 1 && path[k - 1] == '/')))
             c->route = &routes[i];
-        c->model = phrase("%s", c->route ? path + k : "");
+        c->model = decode(c->route ? path + k : "");
     }
     c->is_preflight = c->route && strcmp(method.s, "OPTIONS") == 0;
     if (!c->route)
