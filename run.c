@@ -5471,56 +5471,62 @@ static void drop_bytes(struct text *t, size_t n)
 
 /* The next line of a chunked body; 0 if it has not come yet, -1 if there is
  * none. */
-static int next_chunk_line(struct client *c, size_t *len)
+static int next_chunk_line(const struct piece *in, size_t *len)
 {
-    const char *end = memmem(c->in.s, c->in.n, "\r\n", 2);
+    const char *end = memmem(in->s, in->n, "\r\n", 2);
 
-    *len = end ? (size_t)(end - c->in.s) : c->in.n;
+    *len = end ? (size_t)(end - in->s) : in->n;
     if (*len > 256)
         return -1;
     for (size_t i = 0; i < *len; i++)
-        if ((unsigned char)c->in.s[i] < ' ' && c->in.s[i] != '\t' &&
-            !(c->in.s[i] == '\r' && i + 1 == c->in.n))
+        if ((unsigned char)in->s[i] < ' ' && in->s[i] != '\t' &&
+            !(in->s[i] == '\r' && i + 1 == in->n))
             return -1;
     return end != NULL;
 }
 
-/* What has come of a chunked body: 1 if something was taken, 0 if more is
- * needed, -1 if it is wrong, -2 if it is too long. */
-static int read_chunk(struct client *c)
+static void skip_bytes(struct piece *in, size_t n)
+{
+    in->s += n;
+    in->n -= n;
+}
+
+/* Take a step from the front of a chunked body: 1 if something was taken, 0 if
+ * more is needed, -1 if it is wrong, -2 if it is too long. */
+static int read_chunk(struct client *c, struct piece *in)
 {
     const size_t most = (size_t)c->server->e.s->max_body << 20;
     size_t len, n = 0, digits = 0;
-    const int got = next_chunk_line(c, &len);
+    const int got = next_chunk_line(in, &len);
 
     if (got <= 0)
         return got;
     if (c->state == IN_TRAILER) {         /* fields that nobody needs        */
         c->length += len + 2;
-        drop_bytes(&c->in, len + 2);
+        skip_bytes(in, len + 2);
         c->state = len == 0 ? WORKING : IN_TRAILER;
         return c->length > MAX_HEAD ? -1 : 1;
     }
-    for (; digits < len && isxdigit((unsigned char)c->in.s[digits]); digits++) {
-        const int x = c->in.s[digits];
+    for (; digits < len && isxdigit((unsigned char)in->s[digits]); digits++) {
+        const int x = in->s[digits];
         n = n <= most ? 16 * n + (size_t)(x <= '9' ? x - '0' : (x | 32) - 'a'
                                           + 10) : n;
     }
-    if (digits == 0 || digits > 16 || (digits < len && c->in.s[digits] != ';'))
+    if (digits == 0 || digits > 16 || (digits < len && in->s[digits] != ';'))
         return -1;
     if (n > most - c->body.n)
         return -2;
     if (n == 0) {
-        drop_bytes(&c->in, len + 2);
+        skip_bytes(in, len + 2);
         c->state = IN_TRAILER;
         return 1;
     }
-    if (c->in.n < len + 2 + n + 2)
+    if (in->n < len + 2 + n + 2)
         return 0;
-    if (memcmp(c->in.s + len + 2 + n, "\r\n", 2) != 0)
+    if (memcmp(in->s + len + 2 + n, "\r\n", 2) != 0)
         return -1;
-    add(&c->body, c->in.s + len + 2, n);
-    drop_bytes(&c->in, len + n + 4);
+    add(&c->body, in->s + len + 2, n);
+    skip_bytes(in, len + n + 4);
     return 1;
 }
 
@@ -5573,6 +5579,7 @@ static void read_head_part(struct client *c)
 /* Look at what has arrived, in whatever pieces. */
 static void read_more(struct client *c)
 {
+    struct piece in;
     int more = 1;
 
     if (c->state == IN_HEAD)
@@ -5590,8 +5597,10 @@ static void read_more(struct client *c)
         drop_bytes(&c->in, n);
         c->state = n == rest ? WORKING : IN_LENGTH;
     }
+    in = (struct piece){ c->in.s, c->in.n };
     while (more > 0 && c->state != WORKING)
-        more = c->state == IN_LENGTH ? 0 : read_chunk(c);
+        more = c->state == IN_LENGTH ? 0 : read_chunk(c, &in);
+    drop_bytes(&c->in, c->in.n - in.n);   /* once: many chunks are small     */
     c->seen = c->in.n;
     if (more < 0)
         refuse(c, more == -1 ? 400 : 413, USAGE, NULL);
