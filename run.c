@@ -690,6 +690,7 @@ static int read_message(struct text *out, int shows);
 static void prepare_process(char **argv);
 
 /* 14. JSON */
+static void *pool_get(struct pool *p, size_t n);
 static void pool_free(struct pool *p);
 static size_t utf8_put(char *out, uint32_t c);
 static int json_is(const struct json *v, int type);
@@ -5019,6 +5020,22 @@ static int read_choices(struct client *c, const struct json *body,
     return code;
 }
 
+/* Only these texts of a body are needed once it is read; it may be long. */
+static void keep_stops(struct client *c)
+{
+    struct texts *stop = &c->choice[0].job.q.stop;
+    struct pool pool = { 0 };
+
+    for (int i = 0; i < stop->n; i++) {
+        const size_t n = strlen(stop->v[i]) + 1;
+        stop->v[i] = memcpy(pool_get(&pool, n), stop->v[i], n);
+    }
+    for (int i = 1; i < c->n_choices; i++)
+        c->choice[i].job.q.stop = *stop;
+    drop_body(c);
+    c->pool = pool;
+}
+
 /* Both kinds of completions. */
 static void complete_body(struct client *c)
 {
@@ -5052,8 +5069,7 @@ static void complete_body(struct client *c)
     c->include_usage = json_is(given(given(body, "stream_options"),
                                      "include_usage"), JSON_TRUE);
     c->spoke = c->server->now;
-    if (c->choice[0].job.q.stop.n == e->s->ask.stop.n)
-        drop_body(c);                     /* no texts of it are needed       */
+    keep_stops(c);
 }
 
 static void tell_models(struct client *c)
