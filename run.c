@@ -4781,7 +4781,7 @@ static void send_choice(struct answer *o, const struct text *delta,
     add(&event, delta->s, delta->n);
     if (!q->is_completion)
         add_string(&event, "}");
-    if (q->logprobs >= 0 && all->n > o->scores)
+    if (q->logprobs >= 0 && (all->n > o->scores || !o->has_role))
         add_logprobs(&c->server->e, &event, &o->job.r, o->scores);
     else
         add_members(&event, "logprobs: %s", NULL);
