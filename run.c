@@ -5285,6 +5285,8 @@ static int read_field(struct piece *field, char *line, size_t n)
         return -1;
     if (i != KEY)
         lower(value, (size_t)(end - value));
+    if (field[i].s && find(field[i].s, field[i].s + field[i].n, "close"))
+        return 0;
     field[i] = (struct piece){ value, (size_t)(end - value) };
     return 0;
 }
@@ -5366,8 +5368,10 @@ static int is_good_origin(const struct server *v, const struct piece *origin,
                           const struct piece *host)
 {
     const char *cors = v->e.s->cors;
+    struct phrase allowed = phrase("%s", cors ? cors : "");
 
-    if (cors && (strcmp(cors, "*") == 0 || is(origin, cors)))
+    lower(allowed.s, strlen(allowed.s));
+    if (cors && (strcmp(cors, "*") == 0 || is(origin, allowed.s)))
         return 1;
     return origin->n == host->n + 7 && memcmp(origin->s, "http://", 7) == 0 &&
            memcmp(origin->s + 7, host->s, host->n) == 0;
@@ -5671,7 +5675,9 @@ static void transmit(struct client *c)
             return;
         }
         c->sent += n > 0 ? (size_t)n : 0;
-        c->deadline = c->server->now + SEND_TIME;
+        if (n > 0 && c->deadline > 0)     /* at least 1,000 bytes a second   */
+            c->deadline = fmin(c->server->now + SEND_TIME,
+                               c->deadline + (double)n * 1e-3);
     }
     if (c->sent > c->out.n / 2) {
         drop_bytes(&c->out, c->sent);
@@ -5737,22 +5743,6 @@ static int accept_client(int listener)
 #endif
 }
 
-static void welcome(struct server *v, int listener)
-{
-    while (v->n_clients < MAX_CLIENTS) {
-        const int fd = accept_client(listener);
-        if (fd < 0) {
-            if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
-                v->rests = v->now + 1;
-            return;
-        }
-        struct client *c = zeroed(1, sizeof *c);
-        *c = (struct client){ .server = v, .fd = fd,
-                              .deadline = v->now + IDLE_TIME };
-        v->client[v->n_clients++] = c;
-    }
-}
-
 /* Forget who is gone. */
 static void sweep(struct server *v)
 {
@@ -5767,6 +5757,42 @@ static void sweep(struct server *v)
     v->n_clients = n;
 }
 
+/* Of those who ask for nothing, the one that has done so longest; or NULL. */
+static struct client *find_idle(const struct server *v)
+{
+    struct client *found = NULL;
+
+    for (int i = 0; i < v->n_clients; i++) {
+        struct client *c = v->client[i];
+        if (c->state == IN_HEAD && c->in.n == 0 && c->out.n == 0 &&
+            (!found || c->deadline < found->deadline))
+            found = c;
+    }
+    return found;
+}
+
+static void welcome(struct server *v, int listener)
+{
+    struct client *idle = v->n_clients < MAX_CLIENTS ? NULL : find_idle(v);
+
+    if (idle) {
+        hang_up(idle);
+        sweep(v);
+    }
+    while (v->n_clients < MAX_CLIENTS) {
+        const int fd = accept_client(listener);
+        if (fd < 0) {
+            if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
+                v->rests = v->now + 1;
+            return;
+        }
+        struct client *c = zeroed(1, sizeof *c);
+        *c = (struct client){ .server = v, .fd = fd,
+                              .deadline = v->now + IDLE_TIME };
+        v->client[v->n_clients++] = c;
+    }
+}
+
 /* ---- the loop */
 
 /* Is there input that can be looked at now, and was not? */
@@ -5779,8 +5805,8 @@ static int has_more(const struct client *c)
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
-    const int open = v->n_clients < MAX_CLIENTS && v->now >= v->rests ?
-                     v->n_listeners : 0;
+    const int has_room = v->n_clients < MAX_CLIENTS || find_idle(v);
+    const int open = has_room && v->now >= v->rests ? v->n_listeners : 0;
     const int n = v->n_clients;
     int waits = !v->e.jobs;
 
@@ -12558,7 +12584,8 @@ static int make_arguments(struct maker *m, const struct json *v, int at,
     if (v == &anything)
         return DONE;
     if (v->type == JSON_OBJECT && kind_of(v) == IS_OBJECT &&
-        json_get(v, "properties") && are_names(json_get(v, "properties"))) {
+        json_is(json_get(v, "properties"), JSON_OBJECT) &&
+        are_names(json_get(v, "properties"))) {
         if (!loose && (check_keywords(m, v, IS_OBJECT, at) != DONE ||
                        check_members(m, v, at) != DONE))
             return USAGE;
@@ -12873,8 +12900,10 @@ static int string_room(const struct guide *g)
     int room = 0;
 
     for (int i = 0; i < g->n; i++) {
+        if (g->way[i].n == 0)
+            continue;
         const struct level *l = &g->way[i].level[g->way[i].n - 1];
-        if (g->way[i].n > 0 && g->s->rule[l->rule].is == STRING_OF &&
+        if (g->s->rule[l->rule].is == STRING_OF &&
             (l->state & ~SINGLE) == BODY) {
             const int max = g->s->rule[l->rule].max;
             const int more = max < INT_MAX ? max - l->at : max;
