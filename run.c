@@ -70,7 +70,6 @@
 /* WebAssembly has one process, no signals, files without owners, and no way to
  * know whether a read would wait. */
 #define poll(fds, n, timeout) ((void)(fds), (void)(timeout), 1)
-#define realpath(path, to)    ((void)(path), (char *)(to))
 
 struct sigaction { void (*sa_handler)(int); };
 
@@ -100,10 +99,6 @@ static char *realpath(const char *name, char *to)
 {
     (void)to;
     return access(name, F_OK) == 0 ? strdup(name) : NULL;
-}
-
-static void leave_terminal(void)
-{
 }
 
 #endif
@@ -1994,13 +1989,16 @@ static int shared_prefix(const struct ids *a, const struct ids *b)
 static int check_prompt(const struct engine *e, const struct request *q,
                         struct why *why)
 {
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    const lfm2_config *c = lfm2_model_config(e->model);
+    const int n_vocab = c->n_vocab;
 
     if (q->prompt.n == 0)
         return because(why, USAGE, "the prompt has no tokens");
     if (q->prompt.n > e->par.n_ctx)
         return because(why, TOO_LONG, "the prompt has %d tokens, the context "
-                       "%d; -c N makes it longer", q->prompt.n, e->par.n_ctx);
+                       "%d%s", q->prompt.n, e->par.n_ctx,
+                       e->par.n_ctx < c->n_ctx_train ? "; -c N makes it longer"
+                       : ", all that the model was trained for");
     for (int i = 0; i < q->prompt.n; i++)
         if (q->prompt.id[i] < 0 || q->prompt.id[i] >= n_vocab)
             return because(why, USAGE, "token %d is %ld, expected 0 to %d", i,
@@ -2985,8 +2983,8 @@ static int make_prompt(struct engine *e, struct request *q,
     if (code == DONE)
         code = encode_rendered(e->words, out, e->s->special, &q->prompt, why);
     if (out->lost_calls && !e->lost_calls++)
-        note("template %s has no place for the tool_calls of messages, here "
-             "and below; what their content says of them stays",
+        note("template %s does not write the tool_calls of messages, here and "
+             "below; calls belong into the content, as --think raw prints them",
              template_name(e->template));
     q->in_thought = code == DONE && ends_in_thought(out);
     return code;
@@ -3342,6 +3340,9 @@ static int run_reply(struct talk *t)
         code = say(FAILED, "%s: logits that are not finite", e->s->model);
     if (j->r.finish == BY_CONTEXT)
         note("stopped: the context of %d tokens is full", e->par.n_ctx);
+    if (j->r.finish == BY_LENGTH && j->q.schema)
+        note("stopped after %d tokens (-n): the JSON is not complete",
+             j->r.n_made);
     if (e->s->verbose && j->r.q)
         print_speed(t);
     return code == DONE ? t->printer.code : code;
@@ -3353,7 +3354,8 @@ static int prepare_prompt(struct talk *t)
     struct engine *e = t->e;
     const struct settings *s = e->s;
     struct text text = { 0 };
-    int code = DONE;
+    int code = DONE, go_on = 0;
+    struct why why;
 
     if (s->ids)
         return read_ids(s->ids, &t->job.q.prompt);
@@ -3366,6 +3368,11 @@ static int prepare_prompt(struct talk *t)
             code = ask(t, &text);
         if (code == DONE)
             code = prompt_talk(t, s->messages);
+        read_flag(t->body, "continue_final_message", &go_on, &why);
+        if (code == DONE && s->messages && !go_on &&
+            ends_with_role(t, "assistant", 0))
+            note("%s: the last message is the assistant's, expected one of "
+                 "the user", s->messages);
     }
     free(text.s);
     return code;
@@ -4236,7 +4243,10 @@ static int open_resumed(struct batch *b)
         code = say(BAD_FILE, "%s: %s", path, strerror(from.error));
     free(from.buf.s);
     if (code == DONE)
-        note("%s: %d lines are there already", path, b->n_known);
+        note("%s: %d lines are there already%s", path, b->n_known,
+             b->failed_before == 0 ? "" :
+             phrase("; remove the %lld that failed to try them again",
+                    b->failed_before).s);
     sort_known(b);
     return code;
 }
@@ -4480,9 +4490,10 @@ statuses[] = {
     { 403, "Forbidden", "permission_error", "requests for other hosts, and "
       "from pages of other origins, are not answered; --cors allows an "
       "origin" },
-    { 404, "Not Found", "not_found_error", "nothing is at this address" },
+    { 404, "Not Found", "not_found_error", "nothing is at this address; the "
+      "API is at /v1/chat/completions, /v1/completions and /v1/models" },
     { 405, "Method Not Allowed", "invalid_request_error",
-      "another method is expected here" },
+      "expected another method" },
     { 408, "Request Timeout", "invalid_request_error",
       "the request took too long to arrive" },
     { 411, "Length Required", "invalid_request_error",
@@ -4694,7 +4705,9 @@ static void refuse(struct client *c, int status, int code, const char *why)
                        status == 429 || status == 503 ? "Retry-After: 5\r\n" :
                        "";
 
-    why = why ? why : status_for(status)->why;
+    why = why ? why : status == 405 ?
+          phrase("expected %s here", c->route->methods).s :
+          status_for(status)->why;
     c->keeps &= c->state == WORKING;
     add_error(&body, status, code, why);
     if (c->server->e.s->verbose)
@@ -6108,7 +6121,7 @@ static const struct option table[] = {
     SWITCH("--special", special, RUN | TOKENIZE | DETOKENIZE,
            "control tokens written in the text count as such"),
     ACTION("--batch", BATCH, "answer JSON lines, in OpenAI's batch format"),
-    MODE(TEXT, "--serve", "[HOST:]PORT", serve, SERVE, "answer OpenAI's API "
+    MODE(TEXT, "--serve", "[HOST:]PORT|PATH", serve, SERVE, "answer OpenAI's API "
          "over HTTP, for this machine or at HOST; or at a path, a Unix socket"),
     ACTION("--inspect", INSPECT,
            "what is in a model file, and what it takes to run it"),

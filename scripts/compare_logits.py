@@ -117,6 +117,9 @@ def main():
     if n == 0 or size != n * width * 4 or width <= max(ids or [1]):
         raise ValueError("%s: %d bytes, expected float32 for each of %d positions" %
                          (args.a, size, n))
+    if not ids and width != args.n_vocab:
+        raise ValueError("%s: %d numbers are not rows of %d; n_vocab of --inspect is the width" %
+                         (args.a, size // 4, args.n_vocab))
     kl, same, nll = [], [], ([], [])
     with open(args.a, "rb") as fa, open(args.b, "rb") as fb:
         for i, (a, b) in enumerate(zip(rows(fa, n, width), rows(fb, n, width))):
