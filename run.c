@@ -3369,7 +3369,7 @@ static int prepare_prompt(struct talk *t)
         if (code == DONE)
             code = prompt_talk(t, s->messages);
         read_flag(t->body, "continue_final_message", &go_on, &why);
-        if (code == DONE && s->messages && !go_on &&
+        if (code == DONE && s->messages && s->mode == ANSWER && !go_on &&
             ends_with_role(t, "assistant", 0))
             note("%s: the last message is the assistant's, expected one of "
                  "the user", s->messages);

@@ -37,7 +37,7 @@ static int is_good(int code, const struct why *why)
     return code == DONE;
 }
 
-static int same(const struct text *a, const struct text *b)
+static int are_same(const struct text *a, const struct text *b)
 {
     return a->n == b->n && (a->n == 0 || memcmp(a->s, b->s, a->n) == 0);
 }
@@ -55,7 +55,7 @@ static void check_again(const struct json *v)
     add_json(&once, v);
     REQUIRE(json_parse(&pool, once.s, once.n, &again, &why) == DONE);
     add_json(&twice, again);
-    REQUIRE(same(&once, &twice));
+    REQUIRE(are_same(&once, &twice));
     free(once.s);
     free(twice.s);
     pool_free(&pool);
@@ -106,9 +106,9 @@ static void check_parts(const char *s, size_t n)
 
     take_apart(&r[0], &q[0], s, n, n ? n : 1);
     take_apart(&r[1], &q[1], s, n, 1 + n % 7);
-    REQUIRE(r[0].finish == r[1].finish && same(&r[0].raw, &r[1].raw));
-    REQUIRE(same(&r[0].text, &r[1].text) && same(&r[0].calls, &r[1].calls));
-    REQUIRE(same(&r[0].thought, &r[1].thought));
+    REQUIRE(r[0].finish == r[1].finish && are_same(&r[0].raw, &r[1].raw));
+    REQUIRE(are_same(&r[0].text, &r[1].text) && are_same(&r[0].calls, &r[1].calls));
+    REQUIRE(are_same(&r[0].thought, &r[1].thought));
     for (int i = 0; i < 2; i++) {
         free_reply(&r[i]);
         free_request(&q[i]);
@@ -472,9 +472,9 @@ void fuzz_serve(const uint8_t *data, size_t n)
         converse(&v[i], &c[i], &said[i], data + 1, n - 1, i == 0 ? n :
                  1 + fuzz_hash(data, n) % 16);
     }
-    REQUIRE(same(&said[0], &said[1]) && c[0].state == c[1].state);
-    REQUIRE(c[0].state == LEAVING || (same(&c[0].in, &c[1].in) &&
-                                      same(&c[0].body, &c[1].body)));
+    REQUIRE(are_same(&said[0], &said[1]) && c[0].state == c[1].state);
+    REQUIRE(c[0].state == LEAVING || (are_same(&c[0].in, &c[1].in) &&
+                                      are_same(&c[0].body, &c[1].body)));
     for (int i = 0; i < 2; i++) {
         hang_up(&c[i]);
         free(said[i].s);
