@@ -368,7 +368,6 @@ fi
 
 # Enough work for a second.
 n_slow=150
-case $run in *debug*) n_slow=30 ;; esac
 awk -v n=$n_slow 'BEGIN {
     while (i++ < n)
         printf "{\"custom_id\":\"q%d\",\"prompt\":\"Story number %d\"," \
