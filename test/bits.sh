@@ -197,12 +197,10 @@ quick() {
         -static
     try aarch64-neon "qemu-aarch64 -cpu cortex-a53" aarch64-linux-gnu-gcc -O2 \
         -static
-    for level in 0 2 3; do
+    for level in 2 3; do
         try gcc-O$level "" gcc -O$level -fstack-usage
     done
-    for level in 0 3; do
-        try clang-O$level "" clang -O$level
-    done
+    try clang-O3 "" clang -O3
     # Without the Makefile's flags, and where compilers fuse what they like.
     case $(uname -m) in
     x86_64)
@@ -229,6 +227,8 @@ quick() {
 }
 
 more() {
+    try gcc-O0 "" gcc -O0
+    try clang-O0 "" clang -O0
     try aarch64-no-simd qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static \
         -DLFM2_NO_SIMD
     try armhf qemu-arm arm-linux-gnueabihf-gcc -O2 -static
