@@ -243,6 +243,12 @@ static int because(struct why *why, int code, const char *fmt, ...)
     return code;
 }
 
+/* The same for a text that has columns, but no lines. */
+static const char *without_line(const struct why *why)
+{
+    return strncmp(why->s, "line 1, ", 8) ? why->s : why->s + 8;
+}
+
 static int short_usage(void)
 {
     fprintf(stderr, "usage: %s [options] MODEL.gguf [PROMPT]\n"
@@ -3064,6 +3070,19 @@ static int read_request(struct engine *e, struct request *q,
     return code;
 }
 
+/* Of a body only these texts are needed once it is read, and it may be long. */
+static void keep_stops(struct request *q, struct pool *pool)
+{
+    struct pool kept = { 0 };
+
+    for (int i = 0; i < q->stop.n; i++) {
+        const size_t n = strlen(q->stop.v[i]) + 1;
+        q->stop.v[i] = memcpy(pool_get(&kept, n), q->stop.v[i], n);
+    }
+    pool_free(pool);
+    *pool = kept;
+}
+
 /* ----------------------------------------- 7. Answers, conversations, sessions
  *
  * A conversation is kept as text, the members of a JSON array, and read again
@@ -4310,13 +4329,11 @@ static void add_entry(struct batch *b, const struct piece *line)
         free_entry(x);
         return;
     }
-    if (x->job.q.stop.n == b->e.s->ask.stop.n)        /* no texts of it left */
-        pool_free(&x->pool);
+    keep_stops(&x->job.q, &x->pool);
     if (code == DONE)
         code = engine_add(&b->e, &x->job, &why);
-    if (code != DONE)                     /* columns, but no lines, in JSON  */
-        finish_error(x, code, strncmp(why.s, "line 1, ", 8) ? why.s :
-                     why.s + 8);
+    if (code != DONE)
+        finish_error(x, code, without_line(&why));
     b->n_entries++;
 }
 
@@ -4627,11 +4644,16 @@ static void begin_response(struct client *c, int code, const char *type,
     c->spoke = v->now;
 }
 
+static void free_text(struct text *t)
+{
+    free(t->s);
+    *t = (struct text){ NULL, 0, 0 };
+}
+
 /* Let go of the body's text, and of what it said. */
 static void drop_body(struct client *c)
 {
-    free(c->body.s);
-    c->body = (struct text){ NULL, 0, 0 };
+    free_text(&c->body);
     pool_free(&c->pool);
 }
 
@@ -4717,11 +4739,19 @@ static void refuse(struct client *c, int status, int code, const char *why)
     free(body.s);
 }
 
-/* What is wrong with a body.  Its JSON has a column, but no line. */
 static void refuse_body(struct client *c, int code, const struct why *why)
 {
     refuse(c, code == USAGE || code == TOO_LONG ? 400 : 500, code,
-           strncmp(why->s, "line 1, ", 8) ? why->s : why->s + 8);
+           without_line(why));
+}
+
+/* Do clients make the server keep too much already?  Then this one goes. */
+static int is_overloaded(struct client *c)
+{
+    if (held(c->server) <= MAX_HELD)
+        return 0;
+    refuse(c, 503, FAILED, "too much is waiting here already");
+    return 1;
 }
 
 /* A part of a response whose length is not known.  The head goes with the
@@ -4766,12 +4796,12 @@ static size_t whole_characters(const char *s, size_t n)
     return n;
 }
 
-/* An event, up to its choices. */
-static void begin_event(struct client *c, struct text *to)
+/* An event, up to its choices; `before` the one that tells the usage. */
+static void begin_event(struct client *c, struct text *to, int before)
 {
     add_head(&c->server->e, to, c->choice[0].job.q.is_completion, 1, c->id,
              c->created);
-    if (c->include_usage)
+    if (before)
         add_members(to, "usage: %s", NULL);
     add_members(to, "choices: [");
 }
@@ -4785,7 +4815,7 @@ static void send_choice(struct answer *o, const struct text *delta,
     const struct scores *all = &o->job.r.scores;
     struct text event = { 0 };
 
-    begin_event(c, &event);
+    begin_event(c, &event, c->include_usage);
     add_members(&event, "{index: %d", o->index);
     if (!q->is_completion)
         add_members(&event, "delta: {");
@@ -4921,8 +4951,7 @@ static void end_stream(struct client *c, const char *error)
         add_error(&event, 500, FAILED, error);
         send_event(c, &event);
     } else if (c->include_usage) {
-        c->include_usage = 0;             /* in begin_event(): not null here */
-        begin_event(c, &event);
+        begin_event(c, &event, 0);
         add_string(&event, "]");
         add_whole_usage(c, &event);
         add_string(&event, "}");
@@ -4986,10 +5015,8 @@ static const struct json *parse_body(struct client *c)
     struct why why;
     int code;
 
-    if (held(c->server) > MAX_HELD) {
-        refuse(c, 503, FAILED, "too much is waiting here already");
+    if (is_overloaded(c))
         return NULL;
-    }
     code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n, &body,
                       &why);
     if (code == DONE && body->type != JSON_OBJECT)
@@ -5033,22 +5060,6 @@ static int read_choices(struct client *c, const struct json *body,
     return code;
 }
 
-/* Only these texts of a body are needed once it is read; it may be long. */
-static void keep_stops(struct client *c)
-{
-    struct texts *stop = &c->choice[0].job.q.stop;
-    struct pool pool = { 0 };
-
-    for (int i = 0; i < stop->n; i++) {
-        const size_t n = strlen(stop->v[i]) + 1;
-        stop->v[i] = memcpy(pool_get(&pool, n), stop->v[i], n);
-    }
-    for (int i = 1; i < c->n_choices; i++)
-        c->choice[i].job.q.stop = *stop;
-    drop_body(c);
-    c->pool = pool;
-}
-
 /* Both kinds of completions. */
 static void complete_body(struct client *c)
 {
@@ -5082,7 +5093,10 @@ static void complete_body(struct client *c)
     c->include_usage = json_is(given(given(body, "stream_options"),
                                      "include_usage"), JSON_TRUE);
     c->spoke = c->server->now;
-    keep_stops(c);
+    keep_stops(&c->choice[0].job.q, &c->pool);
+    for (int i = 1; i < c->n_choices; i++)
+        c->choice[i].job.q.stop = c->choice[0].job.q.stop;
+    free_text(&c->body);
 }
 
 static void tell_models(struct client *c)
@@ -5109,7 +5123,7 @@ static void tell_health(struct client *c)
 {
     struct text body = { 0 };
 
-    add_string(&body, "{\"status\": \"ok\"}");
+    add_members(&body, "{status: %s}", "ok");
     respond_json(c, &body);
     free(body.s);
 }
@@ -5619,10 +5633,8 @@ static void read_more(struct client *c)
         read_head_part(c);
     if (c->state == IN_HEAD || c->state == LEAVING)
         return;
-    if (c->in.n + c->body.n > MAX_AHEAD && held(c->server) > MAX_HELD) {
-        refuse(c, 503, FAILED, "too much is waiting here already");
+    if (c->in.n + c->body.n > MAX_AHEAD && is_overloaded(c))
         return;
-    }
     if (c->state == IN_LENGTH) {
         const size_t rest = c->length - c->body.n;
         const size_t n = c->in.n < rest ? c->in.n : rest;
@@ -5660,10 +5672,8 @@ static void receive(struct client *c)
 
     if (c->state == LEAVING)
         c->in.n = 0;
-    if (c->in.n == 0 && c->in.cap > 4 * MAX_AHEAD) {
-        free(c->in.s);
-        c->in = (struct text){ NULL, 0, 0 };
-    }
+    if (c->in.n == 0 && c->in.cap > 4 * MAX_AHEAD)
+        free_text(&c->in);
     reserve(&c->in, 1 << 16);
     n = read(c->fd, c->in.s + c->in.n, 1 << 16);
     if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
@@ -5698,10 +5708,8 @@ static void transmit(struct client *c)
     }
     if (c->out.n > 0)
         return;
-    if (c->out.cap > 4 * MAX_AHEAD) {
-        free(c->out.s);
-        c->out = (struct text){ NULL, 0, 0 };
-    }
+    if (c->out.cap > 4 * MAX_AHEAD)
+        free_text(&c->out);
     if (has_some)
         c->deadline = c->server->now + (c->state == IN_HEAD ? IDLE_TIME :
                                         BODY_TIME);

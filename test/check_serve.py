@@ -13,7 +13,8 @@ import sys
 import time
 
 from serve_client import (CHAT, CHAT_CHUNK, ERROR, PLAIN, PLAIN_CHUNK,
-                          Connection, Server, finish, fits, holds)
+                          Connection, Server, fits)
+from tally import finish, holds
 
 run, model, parrot, folder = sys.argv[1:5]
 CHAT_PATH, PLAIN_PATH = "/v1/chat/completions", "/v1/completions"

@@ -18,11 +18,5 @@ refuses 3 "No such file" $m --serve 0 --api-key-file "$dir/none"
 refuses 3 "No such file" $m --serve 0 --page "$dir/none"
 
 needs_python ssl "a server's clients"
-"$python" test/check_serve.py "$run" $m "$parrot" "$dir" >"$dir/tests" 2>&1
-status=$?
-sed '$d' "$dir/tests"
-n=$(sed -n '$s/ passed.*//p' "$dir/tests")
-bad=$(sed -n '$s/.* \([0-9]*\) failed/\1/p' "$dir/tests")
-[ $status -le 1 ] && [ -n "$n" ] || { tail -1 "$dir/tests"; n=0 bad=1; }
-passed=$((passed + n)) failed=$((failed + bad))
+counted "$python" test/check_serve.py "$run" $m "$parrot" "$dir"
 finish

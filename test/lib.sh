@@ -32,6 +32,21 @@ needs_python() {
     skip "$2, which needs python3 with $1"
 }
 
+# counted COMMAND...: tests in another language, whose last line is their count.
+counted() {
+    "$@" >"$dir/tests" 2>"$dir/tests.err"
+    status=$?
+    sed '$d' "$dir/tests"
+    n=$(sed -n '$s/ passed.*//p' "$dir/tests")
+    bad=$(sed -n '$s/.* \([0-9]*\) failed/\1/p' "$dir/tests")
+    [ $status -le 1 ] && [ -n "$n" ] || {
+        tail -1 "$dir/tests"
+        cat "$dir/tests.err"
+        n=0 bad=1
+    }
+    passed=$((passed + n)) failed=$((failed + bad))
+}
+
 # limited COMMAND...: a program that takes longer than $longest seconds is ended,
 # with status 124, where there is a timeout.
 longest=300

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 
-from serve_client import Connection, Server, finish, holds
+from serve_client import Connection, Server
+from tally import finish, holds
 
 run, model, folder = sys.argv[1:4]
 CLIENTS, STRANGERS, SECONDS = 1024, 200, 10

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 
-from serve_client import Connection, Server, finish, holds
+from serve_client import Connection, Server
+from tally import finish, holds
 
 run, model, folder = sys.argv[1:4]
 CLIENTS = 12

@@ -13,16 +13,9 @@ import sys
 import termios
 import time
 
+from tally import finish, holds
+
 run, model, folder = sys.argv[1:4]
-passed, failed = 0, 0
-
-
-def holds(what, good, found=""):
-    global passed, failed
-    passed += bool(good)
-    failed += not good
-    if not good:
-        print("FAIL   %s: %r" % (what, found))
 
 
 class Terminal:
@@ -255,5 +248,4 @@ t.types(b"\x04")
 status = t.ends()
 holds("and ends", status == 0 and b"\x1b" not in t.shown, (status, t.shown))
 
-print("%d passed, %d failed" % (passed, failed))
-sys.exit(failed > 0)
+finish()
