@@ -112,6 +112,7 @@ typedef volatile unsigned atomic_uint;
 #define atomic_load(p)         (*(p))
 #define atomic_store(p, x)     (*(p) = (x))
 #define atomic_fetch_add(p, x) ((*(p) += (x)) - (x))
+#define atomic_compare_exchange_weak(p, old, x) ((void)(old), *(p) = (x), 1)
 #else
 #include <pthread.h>
 #include <sched.h>
@@ -294,6 +295,7 @@ struct lfm2_context {
     const struct isa *isa;                /* the kernels for this CPU        */
     struct pool *pool;
     struct thread *thread;                /* [n_threads]; 0 is the caller    */
+    atomic_uint given;                    /* units in no fixed share, of all */
     atomic_int cancel;
     int stop;                             /* cancelled, as all threads see it*/
     void *memory;                         /* most of what follows lies there */
@@ -374,6 +376,10 @@ struct scratch {
     float *f;                             /* cols x UNIT, for floats         */
     float *chain;                         /* [MOST_X_ROWS][UNIT][16] sums    */
 
+    /* an input of few rows as section 12 wants it, until the next barrier */
+    struct input *arranged;
+    uint8_t *x;                           /* [rows][cols/32] x GROUP_BYTES   */
+
     float *tile;                          /* [TILE][head_dim] of K or V, and
                                              TILE more floats of room        */
     float *score;                         /* [queries][CHUNK]                */
@@ -398,18 +404,26 @@ struct isa {
                     const uint8_t *end, const uint8_t *next);
 };
 
-/* Every thread of a context runs the model.  Each does its share, first ..
- * last-1 of n things, and waits for all at a barrier where it needs what others
- * have computed. */
+/* Every thread of a context runs the model.  Each does its share and waits for
+ * all at a barrier where it needs what others have computed. */
+struct range { int first, last; };        /* first .. last-1                 */
+
 struct thread {
     lfm2_context *ctx;
     int id, of;                           /* this one, of how many           */
     struct scratch s;
+    struct input arranged;                /* see struct scratch              */
+
+    struct range now, then;               /* units it took, see take_units() */
+    int is_taking;
+    unsigned gone;                        /* that all took in loops before   */
 };
 
-struct range { int first, last; };
-static struct range share(const struct thread *me, int n);
-static void barrier(const struct thread *me);
+/* A fixed share of n things; or some more of n units of work, as long as there
+ * are any: who is slow gets fewer. */
+static struct range share(struct thread *me, int n);
+static int take_units(struct thread *me, int n, struct range *some);
+static void barrier(struct thread *me);
 
 /* Row r of w as floats: out[w->cols]. */
 static void get_row(float *out, const struct tensor *w, int r);
@@ -418,12 +432,12 @@ static void get_row(float *out, const struct tensor *w, int r);
  * the next input.  Unit u, for all rows of the input, is [in->n][UNIT] in the
  * thread's buffer number `to`. */
 static int n_units(const struct tensor *w);
-static float *product(const struct thread *me, int to, const struct tensor *w,
+static float *product(struct thread *me, int to, const struct tensor *w,
                       int u, const struct input *in);
 
 /* This thread's share of y = in w^T, [in->n][w->rows], or of y += in w^T. */
 enum { ASSIGN, INCREASE };
-static void matmul(const struct thread *me, int how, float *y,
+static void matmul(struct thread *me, int how, float *y,
                    const struct tensor *w, const struct input *in);
 
 /* `rows` rows of w from `first` on, and the e-th matrix of an expert tensor. */
@@ -432,12 +446,12 @@ static struct tensor expert(const struct tensor *w, int e);
 
 /* Round unit u of n rows, [n][UNIT], from `row` on; and this thread's share of
  * the rows in in->f. */
-static void set_unit(const struct thread *me, struct input *in, int row, int n,
+static void set_unit(struct thread *me, struct input *in, int row, int n,
                      int u, const float *unit);
-static void round_rows(const struct thread *me, struct input *in);
+static void round_rows(struct thread *me, struct input *in);
 
 /* ctx->q = softmax(q k^T) v, out of attend_query() and merge_chunk(). */
-static void attend(const struct thread *me, const struct layer *l);
+static void attend(struct thread *me, const struct layer *l);
 
 /* Sort the slots by expert, and bind the matrices of those in use. */
 static void group_by_expert(lfm2_context *ctx, const struct layer *l);
@@ -455,11 +469,11 @@ enum module {
 };
 static void keep(const lfm2_context *ctx, int module, int row, int col,
                  const float *x, int n);
-static void trace(const struct thread *me, const struct layer *l, int first,
+static void trace(struct thread *me, const struct layer *l, int first,
                   int last);
-static void trace_rows(const struct thread *me, int il, const char *module,
+static void trace_rows(struct thread *me, int il, const char *module,
                        const float *y, int n);
-static void trace_moe(const struct thread *me, const struct layer *l);
+static void trace_moe(struct thread *me, const struct layer *l);
 
 /* --------------------------------------------------------- 3. Small blocks
  *
@@ -543,7 +557,7 @@ static void conv_step(float *y, float *const *u, const float *w, const float *b,
 
 /* The channels of unit u of row t of a piece.  b, c and x, [UNIT], are those of
  * the row; x becomes v, and c the result. */
-static void convolve(const struct thread *me, const struct layer *l, int u,
+static void convolve(struct thread *me, const struct layer *l, int u,
                      const struct piece *p, int t, const float *b, float *c,
                      float *x)
 {
@@ -571,28 +585,29 @@ static void convolve(const struct thread *me, const struct layer *l, int u,
  * with a convolution of l_cache = 3 taps per channel: the whole memory of the
  * layer is the last two columns of b * x, however long the text.  A thread
  * computes the same channels of b, c and x, so it can go on alone. */
-static void short_conv(const struct thread *me, const struct layer *l)
+static void short_conv(struct thread *me, const struct layer *l)
 {
     lfm2_context *ctx = me->ctx;
     const int n = ctx->model->cfg.n_embd;
     const struct tensor in_b = rows_of(&l->shortconv_in_proj, 0, n);
     const struct tensor in_c = rows_of(&l->shortconv_in_proj, n, n);
     const struct tensor in_x = rows_of(&l->shortconv_in_proj, 2 * n, n);
-    const struct range mine = share(me, n_units(&in_b));
+    struct range some;
 
-    for (int u = mine.first; u < mine.last; u++) {
-        float *b = product(me, 0, &in_b, u, &ctx->in);
-        float *c = product(me, 1, &in_c, u, &ctx->in);
-        float *x = product(me, 2, &in_x, u, &ctx->in);
-        for (int i = 0; i < ctx->batch.n_pieces; i++) {
-            const struct piece *p = &ctx->batch.piece[i];
-            for (int t = 0; t < p->n; t++) {
-                const size_t at = (size_t)(p->row + t) * UNIT;
-                convolve(me, l, u, p, t, b + at, c + at, x + at);
+    while (take_units(me, n_units(&in_b), &some))
+        for (int u = some.first; u < some.last; u++) {
+            float *b = product(me, 0, &in_b, u, &ctx->in);
+            float *c = product(me, 1, &in_c, u, &ctx->in);
+            float *x = product(me, 2, &in_x, u, &ctx->in);
+            for (int i = 0; i < ctx->batch.n_pieces; i++) {
+                const struct piece *p = &ctx->batch.piece[i];
+                for (int t = 0; t < p->n; t++) {
+                    const size_t at = (size_t)(p->row + t) * UNIT;
+                    convolve(me, l, u, p, t, b + at, c + at, x + at);
+                }
             }
+            set_unit(me, &ctx->mixed, 0, ctx->mixed.n, u, c);
         }
-        set_unit(me, &ctx->mixed, 0, ctx->mixed.n, u, c);
-    }
     barrier(me);
     matmul(me, INCREASE, ctx->x, &l->shortconv_out_proj, &ctx->mixed);
     barrier(me);
@@ -664,7 +679,7 @@ static void merge_chunk(const struct isa *isa, struct attn_partial *a,
 
 /* Norm and rotate the heads of row t of a piece that share a kv head; remember
  * k and v.  q is divided by sqrt(head_dim) here, so scores are products. */
-static void prepare_heads(const struct thread *me, const struct layer *l,
+static void prepare_heads(struct thread *me, const struct layer *l,
                           const struct piece *p, int t, int head)
 {
     lfm2_context *ctx = me->ctx;
@@ -699,7 +714,7 @@ static void prepare_heads(const struct thread *me, const struct layer *l,
  *     y       = attn_output (softmax(q k^T / sqrt(head_dim)) v)
  *
  * over all tokens up to this one; a kv head serves a group of query heads. */
-static void attention(const struct thread *me, const struct layer *l)
+static void attention(struct thread *me, const struct layer *l)
 {
     lfm2_context *ctx = me->ctx;
     const struct batch *b = &ctx->batch;
@@ -727,22 +742,23 @@ static void attention(const struct thread *me, const struct layer *l)
 /* --------------------------------------------------------- 5. Feed-forward */
 
 /* This thread's units of hidden = silu(gate x) * (up x). */
-static void gated(const struct thread *me, struct input *hidden,
+static void gated(struct thread *me, struct input *hidden,
                   const struct tensor *gate, const struct tensor *up,
                   const struct input *x)
 {
-    const struct range mine = share(me, n_units(gate));
+    struct range some;
 
-    for (int u = mine.first; u < mine.last; u++) {
-        float *g = product(me, 0, gate, u, x);
-        float *h = product(me, 1, up, u, x);
-        me->ctx->isa->swiglu(g, h, x->n * UNIT);
-        set_unit(me, hidden, x->first, x->n, u, g);
-    }
+    while (take_units(me, n_units(gate), &some))
+        for (int u = some.first; u < some.last; u++) {
+            float *g = product(me, 0, gate, u, x);
+            float *h = product(me, 1, up, u, x);
+            me->ctx->isa->swiglu(g, h, x->n * UNIT);
+            set_unit(me, hidden, x->first, x->n, u, g);
+        }
 }
 
 /* The dense network: x += down (silu(gate h) * (up h)). */
-static void ffn(const struct thread *me, const struct layer *l)
+static void ffn(struct thread *me, const struct layer *l)
 {
     lfm2_context *ctx = me->ctx;
 
@@ -798,22 +814,23 @@ static struct input choosers(const struct routing *r, const struct input *x,
     return some;
 }
 
-/* The last step of moe(), with h the hidden layer and e ascending. */
-static void add_experts(const struct thread *me, const struct layer *l)
+/* The last step of moe(), with h the hidden layer and e ascending, for some
+ * units of x. */
+static void add_experts(struct thread *me, const struct layer *l,
+                        struct range some)
 {
     lfm2_context *ctx = me->ctx;
     const struct routing *r = &ctx->routing;
     const size_t n = (size_t)l->ffn_down_exps.rows;
-    const struct range mine = share(me, n_units(&l->ffn_down_exps));
-    const size_t first = (size_t)mine.first * UNIT;
-    const size_t width = (size_t)mine.last * UNIT - first;
+    const size_t first = (size_t)some.first * UNIT;
+    const size_t width = (size_t)some.last * UNIT - first;
 
     for (size_t t = 0; t < (size_t)ctx->batch.n_rows; t++)
         memset(ctx->y + t * n + first, 0, width * sizeof *ctx->y);
     for (int i = 0; i < r->n_active; i++) {
         struct input h = choosers(r, &ctx->hidden_exps, i);
         h.row = NULL;                     /* its rows are slots              */
-        for (int u = mine.first; u < mine.last; u++) {
+        for (int u = some.first; u < some.last; u++) {
             const float *out = product(me, 0, &r->down[i], u, &h);
             for (int s = h.first; s < h.first + h.n; s++, out += UNIT)
                 ctx->isa->add_scaled(ctx->y + (size_t)r->slot_row[s] * n +
@@ -833,12 +850,13 @@ static void add_experts(const struct thread *me, const struct layer *l)
  *
  * expert by expert, so that the weights of one are read once for all the rows
  * that chose it. */
-static void moe(const struct thread *me, const struct layer *l)
+static void moe(struct thread *me, const struct layer *l)
 {
     lfm2_context *ctx = me->ctx;
     struct routing *r = &ctx->routing;
     const lfm2_config *c = &ctx->model->cfg;
     const struct range rows = share(me, ctx->batch.n_rows);
+    struct range units;
 
     matmul(me, ASSIGN, r->score, &l->ffn_gate_inp, &ctx->in);
     barrier(me);
@@ -855,7 +873,8 @@ static void moe(const struct thread *me, const struct layer *l)
         gated(me, &ctx->hidden_exps, &r->gate[i], &r->up[i], &some);
     }
     barrier(me);
-    add_experts(me, l);
+    while (take_units(me, n_units(&l->ffn_down_exps), &units))
+        add_experts(me, l, units);
     barrier(me);
     trace_moe(me, l);
 }
@@ -863,7 +882,7 @@ static void moe(const struct thread *me, const struct layer *l)
 /* -------------------------------------------------------------- 6. Forward */
 
 /* x = the embeddings of the tokens; rope = the turns of their positions. */
-static void embed(const struct thread *me)
+static void embed(struct thread *me)
 {
     lfm2_context *ctx = me->ctx;
     const struct batch *b = &ctx->batch;
@@ -889,7 +908,7 @@ static void embed(const struct thread *me)
 }
 
 /* in = rms_norm(x), which is what every operator reads. */
-static void norm_rows(const struct thread *me, const float *norm)
+static void norm_rows(struct thread *me, const float *norm)
 {
     lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
@@ -910,7 +929,7 @@ static void set_rows(lfm2_context *ctx, int n)
 }
 
 /* Drop rows of which less than `least` is wanted. */
-static void drop_rows(const struct thread *me, int least)
+static void drop_rows(struct thread *me, int least)
 {
     lfm2_context *ctx = me->ctx;
     struct batch *b = &ctx->batch;
@@ -930,7 +949,7 @@ static void drop_rows(const struct thread *me, int least)
 }
 
 /* The states and logits that are wanted, behind those of earlier passes. */
-static void output(const struct thread *me)
+static void output(struct thread *me)
 {
     lfm2_context *ctx = me->ctx;
     const lfm2_model *m = ctx->model;
@@ -953,7 +972,7 @@ static void output(const struct thread *me)
     trace_rows(me, -1, "lm_head", logits, m->cfg.n_vocab);
 }
 
-static int is_cancelled(const struct thread *me)
+static int is_cancelled(struct thread *me)
 {
     if (me->id == 0)
         me->ctx->stop = atomic_load(&me->ctx->cancel);
@@ -969,7 +988,7 @@ static int is_cancelled(const struct thread *me)
  * Only short_conv() and attention() look outside a row, and they do it piece by
  * piece; all else sees n_rows independent vectors, whoever they belong to.
  * Every thread runs this. */
-static void forward(const struct thread *me)
+static void forward(struct thread *me)
 {
     lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
@@ -1200,14 +1219,59 @@ static uint16_t f32_to_f16(float f)
 /* --------------------- 8. Threads, and how attention and experts share them
  *
  * A context owns n_threads - 1 workers; the caller is thread 0.  They are woken
- * once for a pass, run the same function on fixed shares, and meet at its
+ * once for a pass, run the same function, share its work, and meet at its
  * barriers.  From one to the next it takes some 50 microseconds, so threads
  * wait for each other in a loop before they go to sleep. */
 
-static struct range share(const struct thread *me, int n)
+static struct range share(struct thread *me, int n)
 {
     const int64_t t = me->id, of = me->of;
     return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
+}
+
+/* Half of the units are in fixed shares, so that most weights are read in order.
+ * The others are given to whoever comes first, in pieces that become smaller: a
+ * CPU may be slower than the others, or be taken away for a while. */
+static int fixed_share(struct thread *me, int n)
+{
+    return me->of == 1 ? n : n / (2 * me->of);
+}
+
+/* The next piece of what is in no fixed share, n-open .. n-1.  All threads have
+ * the same loops and count alike what was given in those before. */
+static struct range next_piece(struct thread *me, int n, int open)
+{
+    atomic_uint *given = &me->ctx->given;
+    unsigned so_far = atomic_load(given);
+    int left, some;
+
+    do {
+        left = open - (int)(so_far - me->gone);
+        some = left / (2 * me->of) + 1;
+        if (left <= 0)
+            return (struct range){ n, n };
+    } while (!atomic_compare_exchange_weak(given, &so_far,
+                                           so_far + (unsigned)some));
+    return (struct range){ n - left, n - left + some };
+}
+
+/* A piece is taken before it is needed, so that its weights can be fetched. */
+static int take_units(struct thread *me, int n, struct range *some)
+{
+    const int fixed = fixed_share(me, n), open = n - me->of * fixed;
+    const struct range share = { me->id * fixed, (me->id + 1) * fixed };
+
+    me->now = !me->is_taking ? share : me->then;
+    me->then = next_piece(me, n, open);
+    if (me->now.first == me->now.last) {  /* no fixed share, or the end      */
+        me->now = me->then;
+        me->then = next_piece(me, n, open);
+    }
+    *some = me->now;
+    me->is_taking = some->first < some->last;
+    if (!me->is_taking)
+        me->gone += (unsigned)open;
+    return me->is_taking;
 }
 
 /* A fifth to half of a millisecond.  With a tenth threads sleep so often that
@@ -1239,7 +1303,7 @@ int lfm2_n_cpus(void)
 struct pool {
     int spins;                            /* before going to sleep           */
     pid_t owner;                          /* process that has the workers    */
-    void (*run)(const struct thread *me); /* NULL: the workers end           */
+    void (*run)(struct thread *me); /* NULL: the workers end           */
     atomic_uint pass;                     /* how many have been started      */
     atomic_uint arrived;                  /* threads that wait at a barrier  */
     atomic_uint opened;                   /* barriers that all have reached  */
@@ -1319,7 +1383,7 @@ static void meet(struct pool *p, unsigned n)
     change(p, &p->opened);
 }
 
-static void start(struct pool *p, void (*run)(const struct thread *me))
+static void start(struct pool *p, void (*run)(struct thread *me))
 {
     p->run = run;
     change(p, &p->pass);
@@ -1327,7 +1391,7 @@ static void start(struct pool *p, void (*run)(const struct thread *me))
 
 static void *worker_main(void *arg)
 {
-    const struct thread *me = arg;
+    struct thread *me = arg;
     struct pool *p = me->ctx->pool;
     fenv_t created_with;
 
@@ -1337,7 +1401,7 @@ static void *worker_main(void *arg)
         if (!p->run)
             return NULL;
         p->run(me);
-        meet(p, (unsigned)me->of);
+        barrier(me);
     }
 }
 
@@ -1382,15 +1446,16 @@ static void pool_open(lfm2_context *ctx)
 
 #endif
 
-static void barrier(const struct thread *me)
+static void barrier(struct thread *me)
 {
+    me->s.arranged->n = 0;
     if (me->of > 1)
         meet(me->ctx->pool, (unsigned)me->of);
 }
 
 /* Run a function on all threads, or on the caller alone. */
 static void parallel(lfm2_context *ctx, int n_threads,
-                     void (*run)(const struct thread *me))
+                     void (*run)(struct thread *me))
 {
     struct thread *me = &ctx->thread[0];
 
@@ -1510,7 +1575,7 @@ static int rows_together(const lfm2_config *c)
 
 /* q = softmax(q k^T) v, for rows that look back together.  All go through a
  * chunk before the next one, so that it is read from memory once. */
-static void attend_rows(const struct thread *me, const struct attn_rows *a,
+static void attend_rows(struct thread *me, const struct attn_rows *a,
                         const struct kv_head *kv)
 {
     const struct isa *isa = me->ctx->isa;
@@ -1531,7 +1596,7 @@ static void attend_rows(const struct thread *me, const struct attn_rows *a,
 
 /* Later rows see more positions, so jobs are dealt out in turn: neighbours
  * would not be equal work. */
-static void attend(const struct thread *me, const struct layer *l)
+static void attend(struct thread *me, const struct layer *l)
 {
     lfm2_context *ctx = me->ctx;
     const lfm2_config *c = &ctx->model->cfg;
@@ -1956,7 +2021,7 @@ static void quantize(struct q8_group *to, const float *x)
     to->s = to->d * (float)(to->sum[0] + to->sum[1]);
 }
 
-static void set_unit(const struct thread *me, struct input *in, int row, int n,
+static void set_unit(struct thread *me, struct input *in, int row, int n,
                      int u, const float *unit)
 {
     const size_t groups = (size_t)in->cols / UNIT;
@@ -1969,7 +2034,7 @@ static void set_unit(const struct thread *me, struct input *in, int row, int n,
     }
 }
 
-static void round_rows(const struct thread *me, struct input *in)
+static void round_rows(struct thread *me, struct input *in)
 {
     const size_t groups = (size_t)in->cols / UNIT;
     const struct range rows = share(me, in->n);
@@ -2088,39 +2153,41 @@ static struct tensor rows_of(const struct tensor *w, int first, int rows)
     return some;
 }
 
-/* The kernels are told what the thread will read next, its share of w and then
+/* The kernels are told what the thread will read next, its units of w and then
  * of the next matrix, so that they can fetch it ahead of time. */
-static float *product(const struct thread *me, int to, const struct tensor *w,
+static float *product(struct thread *me, int to, const struct tensor *w,
                       int u, const struct input *in)
 {
     const lfm2_context *ctx = me->ctx;
-    const struct tensor *next = w->next;
-    const int end = share(me, n_units(w)).last;
+    const int more = me->then.first < me->then.last;
+    const struct tensor *next = more ? w : w->next;
     float *out = me->s.out[to];
 
     ctx->isa->product(out, w, u * UNIT, unit_rows(w, u), in, &me->s,
-                      unit_data(w, end), next
-                      ? unit_data(next, share(me, n_units(next)).first) : NULL);
+                      unit_data(w, me->now.last), !next ? NULL
+                      : unit_data(next, more ? me->then.first : me->id *
+                                  fixed_share(me, n_units(next))));
     for (int t = 0; ctx->hook && t < in->n; t++)
         keep(ctx, w->module, in->first + t, w->first + u * UNIT,
              out + (size_t)t * UNIT, unit_rows(w, u));
     return out;
 }
 
-static void matmul(const struct thread *me, int how, float *y,
+static void matmul(struct thread *me, int how, float *y,
                    const struct tensor *w, const struct input *in)
 {
-    const struct range mine = share(me, n_units(w));
+    struct range some;
 
-    for (int u = mine.first; u < mine.last; u++) {
-        const float *unit = product(me, 0, w, u, in);
-        const int rows = unit_rows(w, u);
-        for (int t = 0; t < in->n; t++, unit += UNIT) {
-            float *to = y + (size_t)t * w->rows + u * UNIT;
-            for (int r = 0; r < rows; r++)
-                to[r] = how == INCREASE ? to[r] + unit[r] : unit[r];
+    while (take_units(me, n_units(w), &some))
+        for (int u = some.first; u < some.last; u++) {
+            const float *unit = product(me, 0, w, u, in);
+            const int rows = unit_rows(w, u);
+            for (int t = 0; t < in->n; t++, unit += UNIT) {
+                float *to = y + (size_t)t * w->rows + u * UNIT;
+                for (int r = 0; r < rows; r++)
+                    to[r] = how == INCREASE ? to[r] + unit[r] : unit[r];
+            }
         }
-    }
 }
 
 /* ------------------------------------------------- 11. Vectors: small blocks
@@ -2262,6 +2329,8 @@ static void matmul(const struct thread *me, int how, float *y,
 enum {
     FEW = 3,                              /* rows of x that are few: weights
                                              come straight from the file     */
+    GROUP_BYTES = 80,                     /* of a struct x_quads, for a group
+                                             of it                           */
     FOURS = 2,                            /* times four rows of weights, that
                                              few rows are multiplied with    */
     SOME = 7,                             /* at most: panels of eight groups */
@@ -3130,13 +3199,17 @@ struct FN(few) {
     FOUR acc[FOURS];
 };
 
-/* All rows of weights of a unit use x like this: [rows][groups / QUADS], which
- * lies where a panel would. */
+/* All units of weights use x like this: [rows][groups / QUADS]. */
 KERNEL void FN(arrange)(const struct scratch *s, const struct input *in)
 {
     static const uint8_t each[4] = EACH(sizeof(struct q8_group));
-    struct FN(x_quads) *to = (void *)s->q;
+    struct FN(x_quads) *to = (void *)s->x;
+    const struct input *done = s->arranged;
 
+    if (in->n == done->n && in->q == done->q && in->row == done->row &&
+        in->first == done->first)
+        return;
+    *s->arranged = *in;
     for (int t = 0; t < in->n; t++) {
         const struct q8_group *x =
             in->q + row_at(in, t) * (size_t)(in->cols / 32);
@@ -3507,7 +3580,7 @@ KERNEL void FN(product_few)(float *out, const struct tensor *w,
     struct FN(few) to[FEW];
 
     for (int t = 0; t < in->n; t++) {
-        const struct FN(x_quads) *x = (const void *)s->q;
+        const struct FN(x_quads) *x = (const void *)s->x;
         to[t] = (struct FN(few)){ .x = x + t * (all->groups / QUADS) };
     }
     FN(routines)[w->fmt - formats].few(to, in->n, all);
@@ -5562,10 +5635,13 @@ static void carve_threads(struct arena *a, lfm2_context *ctx)
         CARVE(a, s.m, cols / 16 * rows);
         CARVE(a, s.f, cols * UNIT);
         CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
+        CARVE(a, s.x, FEW * cols / 32 * GROUP_BYTES);
         CARVE(a, s.tile, TILE * (c->head_dim + 1));
         CARVE(a, s.score, queries * CHUNK);
+        s.arranged = a->base ? &ctx->thread[i].arranged : NULL;
         if (a->base)
-            ctx->thread[i] = (struct thread){ ctx, i, 1, s };
+            ctx->thread[i] = (struct thread){ .ctx = ctx, .id = i, .of = 1,
+                                              .s = s };
     }
 }
 
@@ -5693,7 +5769,7 @@ struct exercise {
 };
 
 /* Read a share of the first n bytes of the weights. */
-static unsigned read_share(const struct thread *me, int64_t n)
+static unsigned read_share(struct thread *me, int64_t n)
 {
     const uint8_t *p = me->ctx->model->gguf->data;
     const struct range r = share(me, (int)(n / 64));
@@ -5711,7 +5787,7 @@ static unsigned read_share(const struct thread *me, int64_t n)
 
 /* READ; or products with as many rows of weights as the second-level cache
  * holds easily, again and again, for one row of x or for many. */
-static void exercise(const struct thread *me)
+static void exercise(struct thread *me)
 {
     enum { AGAIN = 64, CACHE = 512 << 10, ROWS = 48 };
     const lfm2_context *ctx = me->ctx;
@@ -6306,7 +6382,7 @@ static void show_rows(const lfm2_context *ctx, const char *module, int il,
     }
 }
 
-static void trace_rows(const struct thread *me, int il, const char *module,
+static void trace_rows(struct thread *me, int il, const char *module,
                        const float *y, int n)
 {
     if (!me->ctx->hook)
@@ -6316,7 +6392,7 @@ static void trace_rows(const struct thread *me, int il, const char *module,
     barrier(me);
 }
 
-static void trace(const struct thread *me, const struct layer *l, int first,
+static void trace(struct thread *me, const struct layer *l, int first,
                   int last)
 {
     const lfm2_context *ctx = me->ctx;
@@ -6326,7 +6402,7 @@ static void trace(const struct thread *me, const struct layer *l, int first,
                    ctx->traced[i], module_width(ctx, i));
 }
 
-static void trace_moe(const struct thread *me, const struct layer *l)
+static void trace_moe(struct thread *me, const struct layer *l)
 {
     const lfm2_context *ctx = me->ctx;
     const struct routing *r = &ctx->routing;

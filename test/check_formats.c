@@ -204,7 +204,7 @@ static struct {
     float *y;
 } multiplied;
 
-static void multiply(const struct thread *me)
+static void multiply(struct thread *me)
 {
     round_rows(me, multiplied.in);
     barrier(me);

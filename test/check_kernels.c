@@ -235,9 +235,12 @@ static void expect_products(int type, int cols, int rows, uint64_t *rng)
     const struct tensor w = { format_find((uint32_t)type), rows, cols, b.p };
     const size_t n = (size_t)MOST_TOKENS * (size_t)cols, c = (size_t)cols;
     float *out[2] = { room(MOST_TOKENS * UNIT * 4), room(MOST_TOKENS * UNIT * 4) };
+    struct input none = { 0 };
     struct scratch s = { .q = room(c * 32), .d = room(c * 8),
                          .m = room(c * 8), .f = room(c * UNIT * 4),
-                         .chain = room(MOST_X_ROWS * UNIT * 16 * 4) };
+                         .chain = room(MOST_X_ROWS * UNIT * 16 * 4),
+                         .x = room(FEW * c / 32 * GROUP_BYTES),
+                         .arranged = &none };
     struct input in = { 0, cols, NULL, room(n * 4),
                         room(n / 32 * sizeof *in.q) };
     int order[MOST_TOKENS];
@@ -256,6 +259,7 @@ static void expect_products(int type, int cols, int rows, uint64_t *rng)
                 const struct isa *isa = isa_or_none(i);
                 if (!isa)
                     continue;
+                none.n = 0;
                 isa->product(out[0], &w, first, here, &in, &s, b.p + b.n,
                              in.n % 2 ? b.p : NULL);
                 for (int t = 0; t < in.n; t++)
@@ -272,6 +276,7 @@ static void expect_products(int type, int cols, int rows, uint64_t *rng)
     free(s.m);
     free(s.f);
     free(s.chain);
+    free(s.x);
     free(in.f);
     free(in.q);
     free(b.p);
