@@ -4231,11 +4231,8 @@ static void file_close(const struct file *f)
  * Here the file is walked once and every statement it makes is held against its
  * size; later parts look up what they need. */
 
-enum {
-    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32,
-    GGUF_BOOL, GGUF_STRING, GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64,
-    GGUF_N_TYPES
-};
+enum { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY,
+       GGUF_F64 = 12, GGUF_N_TYPES };
 
 static const struct { const char *name; uint8_t size; char kind; }
 gguf_type[GGUF_N_TYPES] = {               /* size: in bytes, at least        */
@@ -6880,8 +6877,7 @@ static int32_t marker_at(const lfm2_tokenizer *t, const uint8_t *p,
     return found;
 }
 
-enum { MAX_ENCODE = 1 << 30 };            /* bytes of one text, and tokens   */
-                                          /* before it                       */
+enum { MAX_ENCODE = 1 << 30 };            /* bytes of a text, tokens before  */
 
 /* Cut out the markers from left to right, the longest at each place, and encode
  * what is between them.  (llama.cpp takes the longest anywhere first: the same
@@ -7073,10 +7069,12 @@ static void sift_down(struct candidate *c, int n, int i)
     c[i] = moved;
 }
 
-/* Bring the first k of c[n] to its front, sorted.  A heap of k takes in what
- * comes before its last, which little does; then it is emptied from the top. */
-static void sort_first(struct candidate *c, int n, int k)
+/* Bring the first k of c[n], or all, to its front, sorted; returns how many.  A
+ * heap of k takes in what comes before its last, which little does; then it is
+ * emptied from the top. */
+static int sort_first(struct candidate *c, int n, int k)
 {
+    k = k < n ? k : n;
     for (int i = k / 2; i-- > 0;)
         sift_down(c, k, i);
     for (int i = n; i-- > 1;) {
@@ -7087,6 +7085,7 @@ static void sort_first(struct candidate *c, int n, int k)
         c[i] = top;
         sift_down(c, i < k ? i : k, 0);
     }
+    return k;
 }
 
 /* The index of the highest logit, the first of several; -1 if there is none or
@@ -7152,19 +7151,13 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
         if (logits[id] >= -FLT_MAX &&
             (by_k || by_p || is_likely(logits[id] - max, s->min_p, least)))
             c[n++] = (struct candidate){ logits[id], id };
-    if (by_k) {
-        sorted = s->top_k < n ? s->top_k : n;
-        sort_first(c, n, sorted);
-        n = sorted;
-    }
+    if (by_k)
+        n = sorted = sort_first(c, n, s->top_k);
     for (int i = 0; by_p && i < n; i++)
         sum += exp_f32(c[i].value - max);
     for (; by_p && taken < n && !(taken && mass >= s->top_p * sum); taken++) {
-        if (taken == sorted) {            /* then four times as many         */
-            const int left = n - sorted, more = 3 * sorted + 64;
-            sort_first(c + sorted, left, more < left ? more : left);
-            sorted += more < left ? more : left;
-        }
+        if (taken == sorted)              /* then four times as many         */
+            sorted += sort_first(c + sorted, n - sorted, 3 * sorted + 64);
         mass += exp_f32(c[taken].value - max);
     }
     n = by_p ? taken : n;
