@@ -101,7 +101,6 @@
 #include <string.h>
 
 #ifndef LFM2_NO_MMAP
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -202,12 +201,12 @@ struct lfm2_model {
     struct layer *layer;                  /* [n_layer]                       */
     struct tensor token_embd;             /* [n_vocab][n_embd]               */
     struct tensor output;                 /* the same, if it is tied         */
-    const float *output_norm;             /* [n_embd]; see bind_ends()       */
+    const float *output_norm;             /* [n_embd]; see bind_tensors()    */
     float *floats;                        /* norms, taps, biases, converted  */
     double rope_root;                     /* rope_freq_base^(2/head_dim)     */
     int n_attn, n_conv;                   /* layers of either kind           */
     int n_warning;
-    char warning[MAX_WARNING][252];
+    lfm2_error warning[MAX_WARNING];
 };
 
 /* A sequence: everything the model remembers of a text.
@@ -230,9 +229,9 @@ struct seq {
     int span;                             /* number of its span, or -1       */
     uint8_t *kv;
     float *u;                             /* [n_conv][UNDO+l_cache-1][n_embd]*/
-    float *u_start;                       /* [n_conv][l_cache-1][n_embd] last
-                                             columns before `start`          */
-    float *marks;                         /* [n_ctx/seq_step] of the same    */
+    float *marks;                         /* [1 + n_ctx/seq_step][n_conv]
+                                             [l_cache-1][n_embd]; the first
+                                             has the columns before `start`  */
 };
 
 /* 32 columns of a row, rounded: x ~ d q.  For weights with a minimum or an
@@ -4103,28 +4102,24 @@ int lfm2_isa_available(int isa)
  * A file is hostile until checked.  All of its bytes pass through one cursor,
  * which compares every length with what remains before it moves. */
 
-/* One sentence.  Names in it come from files, and a terminal must not obey
- * them: control characters, also the two-byte ones of C1, become '?'. */
-static void set_text(char *to, size_t size, const char *fmt, va_list args)
+/* One sentence in err, if there is one; returns code.  Names come from files,
+ * and a terminal must not obey them: control characters, also the two-byte ones
+ * of C1, become '?'. */
+static int fail(lfm2_error *err, int code, const char *fmt, ...)
 {
-    vsnprintf(to, size, fmt, args);
-    for (unsigned char *c = (unsigned char *)to; *c; c++)
+    va_list args;
+
+    if (!err)
+        return code;
+    err->code = code;
+    va_start(args, fmt);
+    vsnprintf(err->msg, sizeof err->msg, fmt, args);
+    va_end(args);
+    for (unsigned char *c = (unsigned char *)err->msg; *c; c++)
         if (*c < ' ' || *c == 127)
             *c = '?';
         else if (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0)
             c[0] = c[1] = '?';
-}
-
-/* Fill in err, if there is one, and return code. */
-static int fail(lfm2_error *err, int code, const char *fmt, ...)
-{
-    if (err) {
-        va_list args;
-        va_start(args, fmt);
-        err->code = code;
-        set_text(err->msg, sizeof err->msg, fmt, args);
-        va_end(args);
-    }
     return code;
 }
 
@@ -4214,21 +4209,6 @@ struct file {
     int how;                              /* LFM2_LOAD_MAP, _READ, BORROWED  */
 };
 
-/* fopen() alone would wait at a pipe until somebody writes to it. */
-static FILE *open_stream(const char *path)
-{
-#ifdef LFM2_NO_MMAP
-    return fopen(path, "rb");
-#else
-    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    FILE *s = fd < 0 ? NULL : fdopen(fd, "rb");
-
-    if (fd >= 0 && !s)
-        close(fd);
-    return s;
-#endif
-}
-
 /* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
 static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
@@ -4256,20 +4236,11 @@ static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
 
 static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
-#ifndef LFM2_NO_MMAP
-    struct stat st;
-
-    if (fstat(fileno(s), &st) == 0 && !S_ISREG(st.st_mode))
-        return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
-                    S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-#endif
     const long size = fseek(s, 0, SEEK_END) == 0 ? ftell(s) : -1;
-    if (size < 0 || size == LONG_MAX)     /* as directories have             */
-        return fail(err, LFM2_EIO, "%s: its size cannot be told, expected a "
-                    "regular file of less than %ld bytes", path, LONG_MAX);
-    if (size == 0)
-        return fail(err, LFM2_EFORMAT, "%s: 0 bytes, expected a GGUF file",
-                    path);
+    if (size < 1 || size == LONG_MAX)     /* as directories have             */
+        return fail(err, size == 0 ? LFM2_EFORMAT : LFM2_EIO, "%s: %ld bytes, "
+                    "expected a GGUF file of 1 to %ld", path, size,
+                    LONG_MAX - 1);
     f->size = (size_t)size;
 #ifndef LFM2_NO_MMAP
     if (f->how == LFM2_LOAD_MAP) {
@@ -4280,6 +4251,7 @@ static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
                     f->size, strerror(errno));
     }
 #endif
+    f->how = LFM2_LOAD_READ;
     rewind(s);
     return file_read(f, s, path, err);
 }
@@ -4294,7 +4266,13 @@ static int file_open(struct file *f, const char *path, int load,
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
         return fail(err, LFM2_EARG, "%s, loaded in way %d, expected a path and "
                     "LFM2_LOAD_MAP or _READ", path ? path : "no path", load);
-    s = open_stream(path);
+#ifndef LFM2_NO_MMAP
+    struct stat st;                       /* who opens a pipe waits for it   */
+    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
+        return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
+                    S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
+#endif
+    s = fopen(path, "rb");
     if (!s)
         return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
     code = file_load(f, s, path, err);
@@ -4304,15 +4282,12 @@ static int file_open(struct file *f, const char *path, int load,
 
 static void file_close(const struct file *f)
 {
-    if (f->how == BORROWED)
-        return;
 #ifndef LFM2_NO_MMAP
-    if (f->how == LFM2_LOAD_MAP) {
+    if (f->how == LFM2_LOAD_MAP)
         munmap((void *)f->data, f->size);
-        return;
-    }
 #endif
-    free((void *)f->data);
+    if (f->how == LFM2_LOAD_READ)
+        free((void *)f->data);
 }
 
 /* ------------------------------------------------------------------ 15. GGUF
@@ -4329,11 +4304,8 @@ static void file_close(const struct file *f)
  * Here the file is walked once and every statement it makes is held against its
  * size; later parts look up what they need. */
 
-enum {
-    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32,
-    GGUF_BOOL, GGUF_STRING, GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64,
-    GGUF_N_TYPES
-};
+enum { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY,
+       GGUF_F64 = 12, GGUF_N_TYPES };
 
 static const struct { const char *name; uint8_t size; char kind; }
 gguf_type[GGUF_N_TYPES] = {               /* size: in bytes, at least        */
@@ -4360,7 +4332,7 @@ struct gguf_tensor {
     const struct format *fmt;
     int n_dims;
     uint64_t dims[4];                     /* fastest first; 1 beyond n_dims  */
-    uint64_t offset, bytes;
+    uint64_t elements, offset, bytes;
     int bound;                            /* some part of the model uses it  */
 };
 
@@ -4410,27 +4382,8 @@ static struct gguf_tensor *gguf_tensor_find(const struct gguf *g,
     return NULL;
 }
 
-/* Move past the n elements of a value. */
-static int skip_elements(struct gguf *g, struct cursor *c, struct gguf_kv *kv)
-{
-    const uint64_t size = gguf_type[kv->elem].size;
-
-    kv->value = c->at;
-    c->cut = kv->n > (uint64_t)(c->end - c->at) / size;
-    if (kv->elem != GGUF_STRING)
-        take(c, kv->n * size);
-    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->cut; i++)
-        take_string(c);
-    if (c->cut)
-        return BAD(g, "%s: %llu x %s runs past the end of the file", kv->key,
-                   ull(kv->n), gguf_type[kv->elem].name);
-    kv->size = (size_t)(c->at - kv->value);
-    for (size_t i = 0; kv->elem == GGUF_BOOL && i < kv->size; i++)
-        TRY(in_range(g, kv->key, kv->value[i], " as a bool", 0, 1));
-    return LFM2_OK;
-}
-
-/* Keys and tensor names become C strings: printable ASCII, 1 to max bytes. */
+/* Keys and tensor names become C strings: printable ASCII, 1 to max bytes, all
+ * different. */
 static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
                      const char *of, int number)
 {
@@ -4447,6 +4400,8 @@ static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
                        what, show(name).s, (unsigned char)name.s[i]);
     memcpy(out, name.s, name.n);
     out[name.n] = '\0';
+    if (gguf_find(g, out) || gguf_tensor_find(g, out))
+        return BAD(g, "%s %s: found twice, expected once", of, out);
     return LFM2_OK;
 }
 
@@ -4455,8 +4410,6 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     struct gguf_kv *kv = &g->kv[g->n_kv];
 
     TRY(take_name(g, c, kv->key, MAX_KEY, "metadata key", g->n_kv));
-    if (gguf_find(g, kv->key))
-        return BAD(g, "metadata key %s: found twice, expected once", kv->key);
     kv->type = (uint32_t)take_int(c, 4);
     kv->elem = kv->type == GGUF_ARRAY ? (uint32_t)take_int(c, 4) : kv->type;
     kv->n = kv->type == GGUF_ARRAY ? take_int(c, 8) : 1;
@@ -4465,7 +4418,20 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
         return BAD(g, "%s: value type %lu, expected 0 to 8 or 10 to 12",
                    kv->key, (unsigned long)kv->elem);
-    return skip_elements(g, c, kv);
+    const uint64_t size = gguf_type[kv->elem].size;
+    kv->value = c->at;
+    c->cut = kv->n > (uint64_t)(c->end - c->at) / size;
+    if (kv->elem != GGUF_STRING)
+        take(c, kv->n * size);
+    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->cut; i++)
+        take_string(c);
+    if (c->cut)
+        return BAD(g, "%s: %llu x %s runs past the end of the file", kv->key,
+                   ull(kv->n), gguf_type[kv->elem].name);
+    kv->size = (size_t)(c->at - kv->value);
+    for (size_t i = 0; kv->elem == GGUF_BOOL && i < kv->size; i++)
+        TRY(in_range(g, kv->key, kv->value[i], " as a bool", 0, 1));
+    return LFM2_OK;
 }
 
 /* Integers may be stored in any width; what matters is the value. */
@@ -4486,16 +4452,13 @@ static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
 static int kv_number(const struct gguf_kv *kv, uint64_t i, double *out)
 {
     const uint8_t *p = kv->value + i * gguf_type[kv->elem].size;
-    const uint64_t bits = gguf_type[kv->elem].size == 8 ? load_int(p, 8) : 0;
-    int64_t n;
+    int64_t n = *p;                       /* as a bool                       */
 
     if (kv->elem == GGUF_F64)
-        memcpy(out, &bits, sizeof *out);
+        memcpy(out, &(uint64_t){ load_int(p, 8) }, sizeof *out);
     else if (kv->elem == GGUF_F32)
         *out = load_f32(p);
-    else if (kv->elem == GGUF_BOOL)
-        *out = *p;
-    else if (kv_integer(kv, i, &n) == 0)
+    else if (kv->elem == GGUF_BOOL || kv_integer(kv, i, &n) == 0)
         *out = (double)n;
     else
         return 0;
@@ -4535,25 +4498,12 @@ static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
     return 1;
 }
 
-static struct cursor kv_cursor(const struct gguf_kv *kv)
+/* The bytes of a string; NULL if it is none. */
+static struct str kv_string(const struct gguf_kv *kv)
 {
-    return (struct cursor){ kv->value, kv->value + kv->size, 0 };
-}
-
-static int kv_string(const struct gguf_kv *kv, struct str *out)
-{
-    struct cursor c = kv_cursor(kv);
-
-    if (kv->type != GGUF_STRING)
-        return 0;
-    *out = take_string(&c);
-    return 1;
-}
-
-static int gguf_string(const struct gguf *g, const char *key, struct str *out)
-{
-    const struct gguf_kv *kv = gguf_find(g, key);
-    return kv && kv_string(kv, out);
+    if (!kv || kv->type != GGUF_STRING)
+        return (struct str){ NULL, 0 };
+    return (struct str){ (const char *)kv->value + 8, kv->size - 8 };
 }
 
 /* A value as text; an array is shown by its type and length. */
@@ -4561,12 +4511,11 @@ static struct printable kv_text(const struct gguf_kv *kv)
 {
     struct printable out;
     const size_t cap = sizeof out.s;
-    struct str text;
     double number;
     int64_t value;
 
-    if (kv_string(kv, &text))
-        return show(text);
+    if (kv->type == GGUF_STRING)
+        return show(kv_string(kv));
     if (kv->type == GGUF_ARRAY)
         snprintf(out.s, cap, "[%llu x %s]", ull(kv->n),
                  gguf_type[kv->elem].name);
@@ -4588,12 +4537,10 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
         " columns", " rows", " matrices", " groups of matrices"
     };
     struct gguf_tensor *t = &g->tensor[g->n_tensors];
-    uint64_t elements = 1;
+    double elements = 1;
     uint32_t n_dims, type;
 
     TRY(take_name(g, c, t->name, MAX_NAME, "tensor", g->n_tensors));
-    if (gguf_tensor_find(g, t->name))
-        return BAD(g, "tensor %s: found twice, expected once", t->name);
     n_dims = (uint32_t)take_int(c, 4);
     for (uint32_t d = 0; d < 4; d++)
         t->dims[d] = d < n_dims ? take_int(c, 8) : 1;
@@ -4610,15 +4557,15 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
                      "IQ4_XS", t->name, (unsigned long)type);
     for (int d = 0; d < 4; d++) {
         TRY(in_range(g, t->name, (double)t->dims[d], unit[d], 1, INT32_MAX));
-        if (elements > (UINT64_MAX >> 8) / t->dims[d])
-            return BAD(g, "%s: its dimensions give more than 2^56 elements",
-                       t->name);
-        elements *= t->dims[d];
+        elements *= (double)t->dims[d];
     }
+    TRY(in_range(g, t->name, elements, " elements", 1, 1e15));
     if (t->dims[0] % (uint64_t)t->fmt->block != 0)
         return BAD(g, "%s: rows of %llu columns, expected a multiple of %d for "
                    "%s", t->name, ull(t->dims[0]), t->fmt->block, t->fmt->name);
-    t->bytes = elements / (uint64_t)t->fmt->block * (uint64_t)t->fmt->bytes;
+    t->elements = (uint64_t)elements;
+    t->bytes = t->elements / (uint64_t)t->fmt->block *
+               (uint64_t)t->fmt->bytes;
     return LFM2_OK;
 }
 
@@ -4644,44 +4591,31 @@ static int check_places(const struct gguf *g, uint32_t alignment)
     return LFM2_OK;
 }
 
-static int parse_header(struct gguf *g, struct cursor *c, uint64_t *n_kv,
-                        uint64_t *n_tensors)
-{
-    const struct str magic = { (const char *)g->bytes, g->size < 4 ? g->size
-                                                                   : 4 };
-    take(c, 4);
-    const uint32_t version = (uint32_t)take_int(c, 4);
-    *n_tensors = take_int(c, 8);
-    *n_kv = take_int(c, 8);
-    if (!str_is(magic, "GGUF"))
-        return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
-                   show(magic).s);
-    if (c->cut)
-        return BAD(g, "the file has %zu bytes, expected a GGUF header of 24",
-                   g->size);
-    if (version > 0 && (version & 0xffff) == 0)
-        return ALIEN(g, "a big-endian GGUF file, expected the usual "
-                     "little-endian one");
-    if (version != 2 && version != 3)
-        return ALIEN(g, "GGUF version %lu, expected 2 or 3",
-                     (unsigned long)version);
-    TRY(in_range(g, "the header", (double)*n_tensors, " tensors", 0,
-                 MAX_TENSOR));
-    return in_range(g, "the header", (double)*n_kv, " metadata keys", 0,
-                    MAX_KV);
-}
-
 /* Only entries found to be good are counted.  The caller calls gguf_free(),
  * after an error too. */
 static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
                       lfm2_error *err)
 {
     struct cursor c = { data, data + size, 0 };
-    uint64_t n_kv, n_tensors;
+    const uint8_t *magic = take(&c, 4);
+    const uint32_t version = (uint32_t)take_int(&c, 4);
+    const uint64_t n_tensors = take_int(&c, 8), n_kv = take_int(&c, 8);
     uint32_t alignment = 32;
 
     *g = (struct gguf){ .bytes = data, .size = size, .err = err };
-    TRY(parse_header(g, &c, &n_kv, &n_tensors));
+    if (magic && memcmp(magic, "GGUF", 4) != 0)
+        return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
+                   show((struct str){ (const char *)magic, 4 }).s);
+    if (c.cut)
+        return BAD(g, "the file has %zu bytes, expected a GGUF header of 24",
+                   size);
+    if (version != 2 && version != 3)
+        return ALIEN(g, "GGUF version %lu%s, expected 2 or 3",
+                     (unsigned long)version, version > 0 &&
+                     (version & 0xffff) == 0 ? " (a big-endian file)" : "");
+    TRY(in_range(g, "the header", (double)n_tensors, " tensors", 0,
+                 MAX_TENSOR));
+    TRY(in_range(g, "the header", (double)n_kv, " metadata keys", 0, MAX_KV));
     g->kv = calloc((size_t)n_kv + 1, sizeof *g->kv);
     g->tensor = calloc((size_t)n_tensors + 1, sizeof *g->tensor);
     if (!g->kv || !g->tensor)
@@ -4694,7 +4628,7 @@ static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
                    "to 65536", (unsigned long)alignment);
     for (; g->n_tensors < (int)n_tensors; g->n_tensors++)
         TRY(parse_tensor(g, &c));
-    size_t past = (size_t)(c.at - g->bytes) % alignment;
+    const size_t past = (size_t)(c.at - data) % alignment;
     g->data = take(&c, past ? alignment - past : 0) ? c.at : c.end;
     return check_places(g, alignment);
 }
@@ -4705,16 +4639,10 @@ static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
  * knows better, corrected by its shape.  A key that would change the arithmetic
  * in a way this program does not know is an error, never ignored. */
 
-static void warn(lfm2_model *m, const char *fmt, ...)
-{
-    va_list args;
-
-    if (m->n_warning == MAX_WARNING)
-        return;
-    va_start(args, fmt);
-    set_text(m->warning[m->n_warning++], sizeof m->warning[0], fmt, args);
-    va_end(args);
-}
+/* What is not quite right, but can be tolerated. */
+#define WARN(m, ...) \
+    fail((m)->n_warning < MAX_WARNING ? &(m)->warning[(m)->n_warning++] \
+                                      : NULL, LFM2_OK, __VA_ARGS__)
 
 /* The key "<architecture>.<name>". */
 static const struct gguf_kv *arch_find(const lfm2_model *m, const char *name)
@@ -4810,16 +4738,15 @@ static int read_key(lfm2_model *m, const struct key *key)
 /* All elements of an array must have it.  "none" is a way to say 0. */
 static int has_value(const struct gguf_kv *kv, float wanted)
 {
-    struct str text;
-    double value = wanted;
-    int is_same = kv->n > 0;
+    double value;
 
-    if (kv_string(kv, &text))
-        return wanted == 0 && str_is(text, "none");
-    for (uint64_t i = 0; is_same && i < kv->n; i++)
-        is_same = kv_number(kv, i, &value) &&
-                  fabs(value - wanted) <= 1e-6 * fabsf(wanted);
-    return is_same;
+    if (kv->type == GGUF_STRING)
+        return wanted == 0 && str_is(kv_string(kv), "none");
+    for (uint64_t i = 0; i < kv->n; i++)
+        if (!kv_number(kv, i, &value) ||
+            !(fabs(value - wanted) <= 1e-6 * fabsf(wanted)))
+            return 0;
+    return kv->n > 0;
 }
 
 static int is_moe(const lfm2_model *m)
@@ -4853,7 +4780,7 @@ static int check_key(lfm2_model *m, const struct gguf_kv *kv, const char *name)
         if (strstr(name, arithmetic[i]))
             return ALIEN(m->gguf, "%s: an unknown key that may change the "
                          "arithmetic, expected none", kv->key);
-    warn(m, "%s: an unknown key, ignored", kv->key);
+    WARN(m, "%s: an unknown key, ignored", kv->key);
     return LFM2_OK;
 }
 
@@ -4864,11 +4791,12 @@ static int read_architecture(lfm2_model *m)
         { "lfm2-bidir", " (a bidirectional encoder)" },
         { "clip", " (the image or audio part of a model; open its text part)" }
     };
+    const struct str arch = kv_string(gguf_find(m->gguf,
+                                                "general.architecture"));
     const char *note = "";
-    struct str arch;
     uint32_t parts = 1;
 
-    if (!gguf_string(m->gguf, "general.architecture", &arch))
+    if (!arch.s)
         return BAD(m->gguf, "general.architecture: missing or no string, "
                    "expected lfm2 or lfm2moe");
     m->arch = str_is(arch, "lfm2") ? "lfm2"
@@ -4909,14 +4837,12 @@ static int read_heads(lfm2_model *m)
     if (c->n_head % c->n_head_kv != 0)
         return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
                    "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
-    if (c->head_dim == 0 && c->n_embd % c->n_head != 0)
-        return BAD(m->gguf, "%s.embedding_length: %d, expected a multiple of "
-                   "the %d heads", m->arch, c->n_embd, c->n_head);
-    if (c->head_dim == 0)
+    if (c->head_dim == 0 && c->n_embd % c->n_head == 0)
         c->head_dim = c->n_embd / c->n_head;
     if (c->head_dim < 2 || c->head_dim > MAX_HEAD_DIM || c->head_dim % 2 != 0)
-        return BAD(m->gguf, "heads of %d dimensions, expected an even number "
-                   "up to %d", c->head_dim, MAX_HEAD_DIM);
+        return BAD(m->gguf, "%s.embedding_length: %d for %d heads of %d "
+                   "dimensions, expected an even number of them, up to %d",
+                   m->arch, c->n_embd, c->n_head, c->head_dim, MAX_HEAD_DIM);
     return LFM2_OK;
 }
 
@@ -4928,18 +4854,17 @@ static int read_config(lfm2_model *m)
     for (size_t i = 0; i < COUNT(keys); i++)
         if (is_moe(m) || !(keys[i].need & MOE))
             TRY(read_key(m, &keys[i]));
-    if (is_moe(m)) {
-        TRY(in_range(m->gguf, "lfm2moe.leading_dense_block_count",
-                     c->n_layer_dense, "", 0, c->n_layer));
-        TRY(in_range(m->gguf, "lfm2moe.expert_used_count", c->n_expert_used, "",
-                     1, c->n_expert));
-    } else
+    if (!is_moe(m))
         c->n_layer_dense = c->n_layer;
+    TRY(in_range(m->gguf, "lfm2moe.leading_dense_block_count",
+                 c->n_layer_dense, "", 0, c->n_layer));
+    TRY(in_range(m->gguf, "lfm2moe.expert_used_count", c->n_expert_used, "",
+                 is_moe(m), c->n_expert));
     if (c->expert_weights_scale == 0)
         c->expert_weights_scale = 1;      /* 0 is how some files say "none"  */
     if (c->rope_freq_base == 0) {
         c->rope_freq_base = 10000;
-        warn(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
+        WARN(m, "%s.rope.freq_base: missing, 10000 assumed", m->arch);
     }
     TRY(read_heads(m));
     for (int i = 0; i < m->gguf->n_kv; i++) {
@@ -4954,51 +4879,132 @@ static int read_config(lfm2_model *m)
 /* ------------------------------------------------------- 17. Binding tensors
  *
  * Every tensor name stands in one table, with its shape and the layers it
- * belongs to.  After binding there are only pointers of known shape. */
+ * belongs to.  After binding there are only pointers of known shape.
+ *
+ * Memory for many things is handed out by a function that is run twice: without
+ * memory it only counts, so what is foretold and what is used cannot differ. */
 
-static int find_tensor(const lfm2_model *m, const char *name,
-                       struct gguf_tensor **out)
+struct arena { uint8_t *base; int64_t used; };
+
+/* Where counting stops: more than any machine has. */
+static const int64_t TOO_MUCH = (int64_t)1 << 62;
+
+static void *carve(struct arena *a, int64_t n, size_t size)
 {
-    *out = gguf_tensor_find(m->gguf, name);
-    if (!*out)
-        return BAD(m->gguf, "%s: no such tensor in the file, expected in this "
-                   "model", name);
-    (*out)->bound = 1;
+    const int64_t at = (a->used + 63) / 64 * 64, each = (int64_t)size;
+
+    a->used = n > (TOO_MUCH - at) / each ? TOO_MUCH : at + n * each;
+    return a->base ? a->base + at : NULL;
+}
+
+/* Let p have n elements. */
+#define CARVE(a, p, n) ((p) = carve(a, n, sizeof *(p)))
+
+/* As much as was counted, all 0. */
+static void *allocate(int64_t size)
+{
+    return size < TOO_MUCH && (uint64_t)size < SIZE_MAX
+        ? calloc(1, (size_t)size) : NULL;
+}
+
+/* What shapes are made of, and the layers a tensor can be in. */
+enum { ONE, VOCAB, EMBD, EMBD_3, HEADS, HEADS_KV, QKV, HEAD, TAPS, FF, FF_EXP,
+       EXPERTS, USED, N_SIZES };
+enum { IN_CONV = 1, IN_ATTN = 2, IN_DENSE = 4, IN_MOE = 8, IN_ALL = 15 };
+
+static int size_of(const lfm2_config *c, int which)
+{
+    const int heads = c->n_head * c->head_dim;
+    const int heads_kv = c->n_head_kv * c->head_dim;
+    const int size[N_SIZES] = {
+        [ONE] = 1, [VOCAB] = c->n_vocab, [EMBD] = c->n_embd,
+        [EMBD_3] = 3 * c->n_embd, [HEADS] = heads, [HEADS_KV] = heads_kv,
+        [QKV] = heads + 2 * heads_kv, [HEAD] = c->head_dim,
+        [TAPS] = c->l_cache, [FF] = c->n_ff, [FF_EXP] = c->n_ff_expert,
+        [EXPERTS] = c->n_expert, [USED] = c->n_expert_used
+    };
+    return size[which];
+}
+
+/* Sizes that are cut into groups of 32; and sizes that the first tensor with so
+ * many rows tells, into a field of the configuration. */
+static const struct { const char *key; int is_cut; size_t field; }
+size_key[N_SIZES] = {
+    [VOCAB] = { "vocab_size", 0, offsetof(lfm2_config, n_vocab) },
+    [EMBD] = { "embedding_length", 1, 0 },
+    [HEADS] = { "attention.head_count", 1, 0 },
+    [FF] = { "feed_forward_length", 1, offsetof(lfm2_config, n_ff) },
+    [FF_EXP] = { "expert_feed_forward_length", 1,
+                 offsetof(lfm2_config, n_ff_expert) }
+};
+
+/* More rows than any model has, and twice as many still fit in an int. */
+enum { MAX_WIDTH = 1 << 24 };
+
+/* Where a key says otherwise than the tensor there is a warning, so kv_count()
+ * must not fill in the error. */
+static int read_width(lfm2_model *m, const struct gguf_tensor *t, int which)
+{
+    const struct gguf_kv *kv = arch_find(m, size_key[which].key);
+    const int rows = (int)t->dims[1];
+    int64_t said;
+
+    TRY(in_range(m->gguf, t->name, (double)t->dims[1], " rows", 1, MAX_WIDTH));
+    *(int *)(void *)((char *)&m->cfg + size_key[which].field) = rows;
+    if (kv && (kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK ||
+               said != rows))
+        WARN(m, "%s: %s %s, but %s has %d rows; the tensor is right", kv->key,
+             gguf_type[kv->type].name, kv_text(kv).s, t->name, rows);
     return LFM2_OK;
 }
 
-static int bind_matrix(const lfm2_model *m, const char *name, int cols,
-                       int rows, int depth, struct tensor *out)
+/* The three sizes are of the enum above.  The type may have to be of floats, as
+ * that of a router: a rounded one chooses other experts. */
+static int bind_matrix(lfm2_model *m, const char *name, int cols, int rows,
+                       int depth, int floats, struct tensor *out)
 {
-    struct gguf_tensor *t;
+    struct gguf_tensor *t = gguf_tensor_find(m->gguf, name);
+    const int which[3] = { cols, rows, depth };
+    int size[3];
 
-    TRY(find_tensor(m, name, &t));
-    if (t->dims[0] != (uint64_t)cols || t->dims[1] != (uint64_t)rows ||
-        t->dims[2] != (uint64_t)depth || t->dims[3] != 1)
+    if (!t)
+        return BAD(m->gguf, "%s: no such tensor in the file, expected in this "
+                   "model", name);
+    t->bound = 1;
+    if (size_key[rows].field && size_of(&m->cfg, rows) == 0)
+        TRY(read_width(m, t, rows));
+    for (int d = 0; d < 3; d++) {
+        size[d] = size_of(&m->cfg, which[d]);
+        if (size_key[which[d]].is_cut && size[d] % UNIT != 0)
+            return ALIEN(m->gguf, "%s.%s: %d columns in all, expected a "
+                         "multiple of %d", m->arch, size_key[which[d]].key,
+                         size[d], UNIT);
+    }
+    if (t->dims[0] != (uint64_t)size[0] || t->dims[1] != (uint64_t)size[1] ||
+        t->dims[2] != (uint64_t)size[2] || t->dims[3] != 1)
         return BAD(m->gguf, "%s: shape %llu x %llu x %llu, expected %d x %d x "
                    "%d", t->name, ull(t->dims[0]), ull(t->dims[1]),
-                   ull(t->dims[2]), cols, rows, depth);
-    *out = (struct tensor){ .fmt = t->fmt, .rows = rows, .cols = cols,
+                   ull(t->dims[2]), size[0], size[1], size[2]);
+    if (floats && !t->fmt->floats)
+        return ALIEN(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
+                     name, t->fmt->name);
+    *out = (struct tensor){ .fmt = t->fmt, .rows = size[1], .cols = size[0],
                             .data = m->gguf->data + t->offset };
     return LFM2_OK;
 }
 
-/* Norms, taps and biases become floats, [rows][cols] turned to [cols][rows],
- * from *pool on. */
-static int bind_floats(const lfm2_model *m, const char *name, int cols,
-                       int rows, float **pool, const float **out)
+/* Norms, taps and biases become floats, [rows][cols] turned to [cols][rows]. */
+static int bind_floats(lfm2_model *m, const char *name, int cols, int rows,
+                       struct arena *a, const float **out)
 {
     struct tensor w;
+    float *x;
 
-    TRY(bind_matrix(m, name, cols, rows, 1, &w));
-    if (!w.fmt->floats)
-        return ALIEN(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
-                     name, w.fmt->name);
-    *out = *pool;
-    for (int c = 0; c < cols; c++)
-        for (int r = 0; r < rows; r++) {
-            const size_t i = (size_t)r * cols + (size_t)c;
-            float *x = (*pool)++;
+    TRY(bind_matrix(m, name, cols, rows, ONE, 1, &w));
+    *out = x = carve(a, (int64_t)w.rows * w.cols, sizeof *x);
+    for (int c = 0; x && c < w.cols; c++)
+        for (int r = 0; r < w.rows; r++, x++) {
+            const size_t i = (size_t)r * w.cols + (size_t)c;
             w.fmt->floats(x, w.data + i * (size_t)w.fmt->bytes, 1);
             if (!(fabsf(*x) <= FLT_MAX))
                 return BAD(m->gguf, "%s: element %d of row %d is %g, expected "
@@ -5006,45 +5012,6 @@ static int bind_floats(const lfm2_model *m, const char *name, int cols,
         }
     return LFM2_OK;
 }
-
-/* Room for all that bind_floats() can be asked for: vectors and conv taps.  The
- * file has more bytes than these have elements, so their number fits. */
-static size_t count_floats(const lfm2_model *m)
-{
-    size_t n = 1;
-
-    for (int i = 0; i < m->gguf->n_tensors; i++) {
-        const struct gguf_tensor *t = &m->gguf->tensor[i];
-        if (t->fmt->floats && (t->dims[1] == 1 ||
-                               t->dims[0] == (uint64_t)m->cfg.l_cache))
-            n += (size_t)(t->dims[0] * t->dims[1]);
-    }
-    return n;
-}
-
-/* What shapes are made of, and the layers a tensor can be in. */
-enum { ONE, EMBD, EMBD_3, HEADS, HEADS_KV, HEAD, TAPS, FF, FF_EXP, EXPERTS,
-       USED, N_SIZES };
-enum { IN_CONV = 1, IN_ATTN = 2, IN_DENSE = 4, IN_MOE = 8, IN_ALL = 15 };
-
-static int size_of(const lfm2_config *c, int which)
-{
-    const int size[N_SIZES] = {
-        [ONE] = 1, [EMBD] = c->n_embd, [EMBD_3] = 3 * c->n_embd,
-        [HEADS] = c->n_head * c->head_dim,
-        [HEADS_KV] = c->n_head_kv * c->head_dim,
-        [HEAD] = c->head_dim, [TAPS] = c->l_cache, [FF] = c->n_ff,
-        [FF_EXP] = c->n_ff_expert, [EXPERTS] = c->n_expert,
-        [USED] = c->n_expert_used
-    };
-    return size[which];
-}
-
-/* The sizes that are cut into groups of 32, and the keys they come from. */
-static const char *const cut_key[N_SIZES] = {
-    [EMBD] = "embedding_length", [HEADS] = "attention.head_count",
-    [FF] = "feed_forward_length", [FF_EXP] = "expert_feed_forward_length"
-};
 
 /* Matrices are those of a module; vectors and taps become floats. */
 static const struct binding {
@@ -5078,100 +5045,41 @@ static const struct binding {
 #undef WEIGHT
 };
 
-/* Files converted with fused projections: the rows of q, then k, then v. */
-static int bind_qkv(const lfm2_model *m, struct layer *l, int il)
-{
-    const lfm2_config *c = &m->cfg;
-    const int q = size_of(c, HEADS), kv = size_of(c, HEADS_KV);
-    char name[MAX_NAME + 1];
-    struct tensor all;
-
-    snprintf(name, sizeof name, "blk.%d.attn_qkv.weight", il);
-    if (!gguf_tensor_find(m->gguf, name))
-        return LFM2_OK;
-    TRY(bind_matrix(m, name, c->n_embd, q + 2 * kv, 1, &all));
-    l->attn_q = rows_of(&all, 0, q);
-    l->attn_k = rows_of(&all, q, kv);
-    l->attn_v = rows_of(&all, q + kv, kv);
-    l->attn_k.first = l->attn_v.first = 0;
-    return LFM2_OK;
-}
-
-static int bind_layer(lfm2_model *m, int il, float **pool)
+static int bind_layer(lfm2_model *m, int il, struct arena *a)
 {
     struct layer *l = &m->layer[il];
     const lfm2_config *c = &m->cfg;
     const int kind = (c->is_attn[il] ? IN_ATTN : IN_CONV) |
                      (il < c->n_layer_dense ? IN_DENSE : IN_MOE);
+    const int q = size_of(c, HEADS), kv = size_of(c, HEADS_KV);
     char name[MAX_NAME + 1];
+    struct tensor all;
 
-    if (c->is_attn[il])
-        TRY(bind_qkv(m, l, il));
+    /* Some files have the rows of q, then k, then v in one tensor. */
+    snprintf(name, sizeof name, "blk.%d.attn_qkv.weight", il);
+    if (c->is_attn[il] && gguf_tensor_find(m->gguf, name)) {
+        TRY(bind_matrix(m, name, EMBD, QKV, ONE, 0, &all));
+        l->attn_q = rows_of(&all, 0, q);
+        l->attn_k = rows_of(&all, q, kv);
+        l->attn_v = rows_of(&all, q + kv, kv);
+        l->attn_k.first = l->attn_v.first = 0;
+    }
     for (size_t i = 0; i < COUNT(bindings); i++) {
         const struct binding *b = &bindings[i];
-        const int cols = size_of(c, b->cols), rows = size_of(c, b->rows);
-        void *field = (char *)l + b->field;
+        struct tensor *w = (void *)((char *)l + b->field);
 
         if (!(b->where & kind))
             continue;
         snprintf(name, sizeof name, "blk.%d.%s", il, b->name);
         if (b->module == NOT_TRACED) {
-            TRY(bind_floats(m, name, cols, rows, pool, field));
+            TRY(bind_floats(m, name, b->cols, b->rows, a, (void *)w));
             continue;
         }
-        if (!((struct tensor *)field)->data)          /* not from attn_qkv */
-            TRY(bind_matrix(m, name, cols, rows, size_of(c, b->depth), field));
-        ((struct tensor *)field)->module = b->module;
+        if (!w->data)                     /* not bound, as from attn_qkv     */
+            TRY(bind_matrix(m, name, b->cols, b->rows, b->depth,
+                            b->module == MOE_GATE, w));
+        w->module = b->module;
     }
-    if (l->ffn_gate_inp.data && !l->ffn_gate_inp.fmt->floats)
-        return ALIEN(m->gguf, "blk.%d.ffn_gate_inp.weight: weight type %s, "
-                     "expected F32, F16 or BF16 (a rounded router chooses "
-                     "other experts)", il, l->ffn_gate_inp.fmt->name);
-    return LFM2_OK;
-}
-
-/* More rows than any model has, and twice as many still fit in an int. */
-enum { MAX_WIDTH = 1 << 24 };
-
-/* A width is the number of rows of a tensor.  Where a key says otherwise there
- * is a warning, so kv_count() must not fill in the error. */
-static int read_width(lfm2_model *m, const char *name, const char *key,
-                      int *out)
-{
-    struct gguf_tensor *t;
-    const struct gguf_kv *kv = arch_find(m, key);
-    int64_t said;
-
-    TRY(find_tensor(m, name, &t));
-    TRY(in_range(m->gguf, name, (double)t->dims[1], " rows", 1, MAX_WIDTH));
-    *out = (int)t->dims[1];
-    if (kv && (kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK ||
-               said != *out))
-        warn(m, "%s: %s %s, but %s has %d rows; the tensor is right", kv->key,
-             gguf_type[kv->type].name, kv_text(kv).s, name, *out);
-    return LFM2_OK;
-}
-
-static int read_widths(lfm2_model *m)
-{
-    lfm2_config *c = &m->cfg;
-    const struct gguf_kv *tokens = gguf_find(m->gguf, "tokenizer.ggml.tokens");
-    char name[MAX_NAME + 1];
-
-    TRY(read_width(m, "token_embd.weight", "vocab_size", &c->n_vocab));
-    if (tokens)
-        TRY(in_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
-                     c->n_vocab));
-    if (tokens && tokens->n < (uint64_t)c->n_vocab)
-        warn(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
-             "token_embd.weight", ull(tokens->n), c->n_vocab);
-    if (c->n_layer_dense > 0)
-        TRY(read_width(m, "blk.0.ffn_gate.weight", "feed_forward_length",
-                       &c->n_ff));
-    snprintf(name, sizeof name, "blk.%d.ffn_gate_exps.weight",
-             c->n_layer_dense);
-    if (c->n_layer_dense < c->n_layer)
-        TRY(read_width(m, name, "expert_feed_forward_length", &c->n_ff_expert));
     return LFM2_OK;
 }
 
@@ -5188,28 +5096,35 @@ static int check_unbound(lfm2_model *m)
             if (strncmp(t->name, part[k], strlen(part[k])) == 0)
                 return ALIEN(m->gguf, "%s: a tensor that %s does not have",
                              t->name, m->arch);
-        warn(m, "%s: an unknown tensor, ignored", t->name);
+        WARN(m, "%s: an unknown tensor, ignored", t->name);
     }
     return LFM2_OK;
 }
 
-static int bind_ends(lfm2_model *m, float **pool)
+/* All tensors; m->layer is there, and all floats are carved from a. */
+static int bind_tensors(lfm2_model *m, struct arena *a)
 {
     const lfm2_config *c = &m->cfg;
     const char *norm = "output_norm.weight";
+    int n_conv = 0, n_attn = 0;
 
-    TRY(bind_matrix(m, "token_embd.weight", c->n_embd, c->n_vocab, 1,
+    TRY(bind_matrix(m, "token_embd.weight", EMBD, VOCAB, ONE, 0,
                     &m->token_embd));
     m->output = m->token_embd;
     if (gguf_tensor_find(m->gguf, "output.weight"))
-        TRY(bind_matrix(m, "output.weight", c->n_embd, c->n_vocab, 1,
+        TRY(bind_matrix(m, "output.weight", EMBD, VOCAB, ONE, 0,
                         &m->output));
 
     /* Most files call it so, after the official embedding_norm.  It is the last
      * norm all the same; nothing is normed after the embedding. */
     if (!gguf_tensor_find(m->gguf, norm))
         norm = "token_embd_norm.weight";
-    return bind_floats(m, norm, c->n_embd, 1, pool, &m->output_norm);
+    TRY(bind_floats(m, norm, EMBD, ONE, a, &m->output_norm));
+    for (int il = 0; il < c->n_layer; il++) {
+        m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
+        TRY(bind_layer(m, il, a));
+    }
+    return LFM2_OK;
 }
 
 /* What a pass reads after each matrix, as far as is known without a router. */
@@ -5236,24 +5151,24 @@ static void bind_next(lfm2_model *m)
 static int bind_model(lfm2_model *m)
 {
     const lfm2_config *c = &m->cfg;
-    int n_conv = 0, n_attn = 0;
+    const struct gguf_kv *tokens = gguf_find(m->gguf, "tokenizer.ggml.tokens");
+    struct arena a = { NULL, 0 };
 
-    TRY(read_widths(m));
-    for (int i = 0; i < N_SIZES; i++)
-        if (cut_key[i] && size_of(c, i) % UNIT != 0)
-            return ALIEN(m->gguf, "%s.%s: %d columns in all, expected a "
-                         "multiple of %d", m->arch, cut_key[i], size_of(c, i),
-                         UNIT);
-    float *pool = m->floats = calloc(count_floats(m), sizeof *pool);
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
-    if (!m->floats || !m->layer)
+    if (m->layer)
+        TRY(bind_tensors(m, &a));
+    m->floats = m->layer ? allocate(a.used) : NULL;
+    if (!m->floats)
         return fail(m->gguf->err, LFM2_ENOMEM, "no memory for %d layers",
                     c->n_layer);
-    TRY(bind_ends(m, &pool));
-    for (int il = 0; il < c->n_layer; il++) {
-        m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
-        TRY(bind_layer(m, il, &pool));
-    }
+    a = (struct arena){ (void *)m->floats, 0 };
+    TRY(bind_tensors(m, &a));
+    if (tokens)
+        TRY(in_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
+                     c->n_vocab));
+    if (tokens && tokens->n < (uint64_t)c->n_vocab)
+        WARN(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
+             "token_embd.weight", ull(tokens->n), c->n_vocab);
     bind_next(m);
     m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
     return check_unbound(m);
@@ -5313,15 +5228,14 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
         code = bind_model(&o->model);
     fesetenv(&callers);
     o->gguf.err = NULL;
-    if (code != LFM2_OK && (!any || code == LFM2_ENOMEM)) {
-        lfm2_model_close(&o->model);
-        return code;
-    }
     if (code != LFM2_OK) {
         free(o->model.layer);
         o->model.layer = NULL;
     }
-    *out = &o->model;
+    if (code == LFM2_OK || (any && code != LFM2_ENOMEM))
+        *out = &o->model;
+    else
+        lfm2_model_close(&o->model);
     return code;
 }
 
@@ -5351,7 +5265,7 @@ const lfm2_config *lfm2_model_config(const lfm2_model *m)
 
 const char *lfm2_model_warning(const lfm2_model *m, int i)
 {
-    return i >= 0 && i < m->n_warning ? m->warning[i] : NULL;
+    return i >= 0 && i < m->n_warning ? m->warning[i].msg : NULL;
 }
 
 const void *lfm2_model_file(const lfm2_model *m, size_t *size)
@@ -5386,7 +5300,7 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
     fenv_t callers;
 
     if (lfm2_model_tensor(m, i, &t) != LFM2_OK || !t.data ||
-        row >= t.dims[1] * t.dims[2] * t.dims[3])
+        row >= m->gguf->tensor[i].elements / t.dims[0])
         return LFM2_EARG;
     w = (struct tensor){ .fmt = m->gguf->tensor[i].fmt, .rows = 1,
                          .cols = (int)t.dims[0], .data = t.data };
@@ -5399,11 +5313,10 @@ int lfm2_model_row(const lfm2_model *m, int i, uint64_t row, float *out)
 
 const char *lfm2_model_string(const lfm2_model *m, const char *key, size_t *len)
 {
-    struct str s;
+    const struct str s = kv_string(gguf_find(m->gguf, key));
 
-    if (!gguf_string(m->gguf, key, &s))
-        return NULL;
-    *len = s.n;
+    if (s.s)
+        *len = s.n;
     return s.s;
 }
 
@@ -5424,10 +5337,8 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
     *total = *active = 0;
     for (int i = 0; i < m->gguf->n_tensors; i++) {
         const struct gguf_tensor *t = &m->gguf->tensor[i];
-        uint64_t n = t->dims[0] * t->dims[1] * t->dims[2] * t->dims[3];
+        const uint64_t n = t->bound ? t->elements : 0;
 
-        if (!t->bound)
-            continue;
         *total += n;
         *active += strstr(t->name, "_exps.") && m->cfg.n_expert > 0
             ? n / (uint64_t)m->cfg.n_expert * (uint64_t)m->cfg.n_expert_used
@@ -5478,30 +5389,13 @@ uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
  *
  * ----------------------------------------------- 19. The memory of a context
  *
- * One layout function hands out all of it.  Run without memory it only counts,
- * so the size foretold and the size reserved cannot differ. */
+ * lay_out() hands out all of it. */
 
 /* What a span has asked for: logits, or the state of its sequence. */
-struct result { int first, n_logits, state; };  /* state: the sequence, or -1 */
+struct result { float *logits, *state; int n_logits; };
 
 /* What the sampler chooses from; value is the logit, then a probability. */
 struct candidate { float value; int32_t id; };
-
-struct arena { uint8_t *base; int64_t used; };
-
-/* Where counting stops: more than any machine has. */
-static const int64_t TOO_MUCH = (int64_t)1 << 62;
-
-static void *carve(struct arena *a, int64_t n, size_t size)
-{
-    const int64_t at = (a->used + 63) / 64 * 64, each = (int64_t)size;
-
-    a->used = n > (TOO_MUCH - at) / each ? TOO_MUCH : at + n * each;
-    return a->base ? a->base + at : NULL;
-}
-
-/* Let p have n elements. */
-#define CARVE(a, p, n) ((p) = carve(a, n, sizeof *(p)))
 
 static int64_t larger(int64_t a, int64_t b)
 {
@@ -5515,28 +5409,23 @@ static int64_t columns(const lfm2_model *m, int more)
     return (int64_t)m->n_conv * (m->cfg.l_cache - 1 + more) * m->cfg.n_embd;
 }
 
-/* Heads of keys and of values, in all layers; and the bytes of all of them, for
- * a token and in the KV cache. */
-static int64_t kv_heads(const lfm2_context *ctx)
+/* Bytes of the keys and the values of all heads in all layers, of `each`. */
+static int64_t kv_bytes(const lfm2_context *ctx, int64_t each)
 {
-    return (int64_t)2 * ctx->model->n_attn * ctx->model->cfg.n_head_kv;
+    return 2 * each * ctx->model->n_attn * ctx->model->cfg.n_head_kv;
 }
 
-static int64_t kv_bytes_per_token(const lfm2_context *ctx)
+/* Elements of the marks of a text of `len` tokens. */
+static int64_t marks_of(const lfm2_context *ctx, int len)
 {
-    return kv_heads(ctx) * ctx->model->cfg.head_dim * kv_size(ctx);
-}
-
-static int64_t kv_bytes(const lfm2_context *ctx)
-{
-    return kv_heads(ctx) * kv_head_bytes(ctx);
+    return (1 + len / ctx->seq_step) * columns(ctx->model, 0);
 }
 
 /* 64, or more where marks would take over a tenth of the KV cache. */
 static int seq_step(const lfm2_context *ctx)
 {
     const int64_t marks = columns(ctx->model, 0) * (int64_t)sizeof(float) * 10;
-    const int64_t kv = kv_bytes_per_token(ctx);
+    const int64_t kv = kv_bytes(ctx, ctx->model->cfg.head_dim * kv_size(ctx));
 
     return marks <= kv * 64 ? 64 : marks <= kv * 128 ? 128 : 256;
 }
@@ -5549,10 +5438,9 @@ static void carve_sequences(struct arena *a, lfm2_context *ctx)
     CARVE(a, ctx->seq, n_seq);
     for (int i = 0; i < n_seq; i++) {
         struct seq s = { .oldest = 1 - m->cfg.l_cache };
-        s.kv = carve(a, kv_bytes(ctx), 1);
+        s.kv = carve(a, kv_bytes(ctx, kv_head_bytes(ctx)), 1);
         CARVE(a, s.u, columns(m, UNDO));
-        CARVE(a, s.u_start, columns(m, 0));
-        CARVE(a, s.marks, ctx->par.n_ctx / ctx->seq_step * columns(m, 0));
+        CARVE(a, s.marks, marks_of(ctx, ctx->par.n_ctx));
         if (a->base)
             ctx->seq[i] = s;
     }
@@ -5562,19 +5450,17 @@ static void carve_sequences(struct arena *a, lfm2_context *ctx)
     CARVE(a, ctx->candidates, n_vocab);
 }
 
-/* Two inputs that are never used at the same time, in one place. */
-static void carve_inputs(struct arena *a, struct input *one, int cols,
-                         struct input *other, int other_cols, int64_t elements,
-                         int floats)
+/* The input of a product, with room for so many elements. */
+static void carve_input(struct arena *a, struct input *in, int cols,
+                        int64_t elements, int floats)
 {
-    CARVE(a, one->q, elements / UNIT);
-    one->f = floats ? carve(a, elements, sizeof *one->f) : NULL;
-    *other = *one;
-    one->cols = cols;
-    other->cols = other_cols;
+    in->cols = cols;
+    CARVE(a, in->q, elements / UNIT);
+    in->f = floats ? carve(a, elements, sizeof *in->f) : NULL;
 }
 
-/* The hidden layer is only kept unrounded for weights in floats. */
+/* The hidden layer is only kept unrounded for weights in floats.  Two inputs
+ * that are never used at the same time are in one place. */
 static void carve_pass(struct arena *a, lfm2_context *ctx)
 {
     const struct layer *l = ctx->model->layer;
@@ -5583,7 +5469,6 @@ static void carve_pass(struct arena *a, lfm2_context *ctx)
     const int64_t n = c->n_embd, kv = rows * c->n_head_kv * c->head_dim;
     const int heads = c->n_head * c->head_dim;
     struct routing *r = &ctx->routing;
-    struct input unused;
     int floats = 0;
 
     CARVE(a, ctx->batch.piece, ctx->par.n_seq);
@@ -5606,23 +5491,31 @@ static void carve_pass(struct arena *a, lfm2_context *ctx)
     CARVE(a, ctx->y, c->n_expert ? rows * n : 0);
     CARVE(a, ctx->k, kv);
     CARVE(a, ctx->v, kv);
-    carve_inputs(a, &ctx->in, c->n_embd, &unused, 0, rows * n, 1);
-    carve_inputs(a, &ctx->mixed, c->n_embd, &ctx->heads, heads,
-                 rows * larger(n, heads), 1);
-    carve_inputs(a, &ctx->hidden, c->n_ff, &ctx->hidden_exps, c->n_ff_expert,
-                 larger(rows * c->n_ff, slots * c->n_ff_expert), floats);
+    carve_input(a, &ctx->in, c->n_embd, rows * n, 1);
+    carve_input(a, &ctx->mixed, c->n_embd, rows * larger(n, heads), 1);
+    ctx->heads = ctx->mixed;
+    ctx->heads.cols = heads;
+    carve_input(a, &ctx->hidden, c->n_ff,
+                larger(rows * c->n_ff, slots * c->n_ff_expert), floats);
+    ctx->hidden_exps = ctx->hidden;
+    ctx->hidden_exps.cols = c->n_ff_expert;
     ctx->q = ctx->heads.f;
 }
 
-/* Rows of weights are unpacked into room for the widest matrix. */
-static void carve_threads(struct arena *a, lfm2_context *ctx)
+/* Point every buffer of ctx into the memory at `base`, which begins with ctx
+ * itself; without a base only count.  Returns the size of all.  Threads unpack
+ * rows of weights into room for the widest matrix. */
+static int64_t lay_out(lfm2_context *ctx, void *base)
 {
+    struct arena all = { base, sizeof *ctx }, *a = &all;
     const lfm2_config *c = &ctx->model->cfg;
     const int64_t cols = larger(larger(c->n_ff, c->n_ff_expert),
                                 larger(c->n_embd, c->n_head * c->head_dim));
     const int rows = ctx->isa->panel_rows;
     const int queries = rows_together(c) * (c->n_head / c->n_head_kv);
 
+    carve_sequences(a, ctx);
+    carve_pass(a, ctx);
     ctx->pool = carve(a, 1, pool_size(ctx->par.n_threads));
     CARVE(a, ctx->thread, ctx->par.n_threads);
     for (int i = 0; i < ctx->par.n_threads; i++) {
@@ -5638,23 +5531,12 @@ static void carve_threads(struct arena *a, lfm2_context *ctx)
         CARVE(a, s.x, FEW * cols / 32 * GROUP_BYTES);
         CARVE(a, s.tile, TILE * (c->head_dim + 1));
         CARVE(a, s.score, queries * CHUNK);
-        s.arranged = a->base ? &ctx->thread[i].arranged : NULL;
-        if (a->base)
+        s.arranged = base ? &ctx->thread[i].arranged : NULL;
+        if (base)
             ctx->thread[i] = (struct thread){ .ctx = ctx, .id = i, .of = 1,
                                               .s = s };
     }
-}
-
-/* Point every buffer of ctx into the memory at `base`, which begins with ctx
- * itself; without a base only count.  Returns the size of all. */
-static int64_t lay_out(lfm2_context *ctx, void *base)
-{
-    struct arena a = { base, sizeof *ctx };
-
-    carve_sequences(&a, ctx);
-    carve_pass(&a, ctx);
-    carve_threads(&a, ctx);
-    return a.used;
+    return a->used;
 }
 
 lfm2_params lfm2_default_params(const lfm2_model *m)
@@ -5665,9 +5547,15 @@ lfm2_params lfm2_default_params(const lfm2_model *m)
     };
 }
 
-/* Check the parameters and fill in what was left to choose. */
-static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
+/* A context without memory, whose parameters are checked and, where they were
+ * left to choose, chosen.  Returns how much memory it needs, or an error. */
+static int64_t plan(lfm2_context *ctx, const lfm2_model *m,
+                    const lfm2_params *params, lfm2_error *err)
 {
+    lfm2_params *p = &ctx->par;
+    uint64_t total;
+
+    *ctx = (struct lfm2_context){ .model = m, .par = *params };
     const struct { const char *name; int value, min, max; } row[] = {
         { "n_ctx", p->n_ctx, 0, MAX_CTX },
         { "n_seq", p->n_seq, 1, 4096 },
@@ -5676,7 +5564,8 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
         { "n_threads", p->n_threads, 0, 1024 },
         { "kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32 }
     };
-
+    if (!m->layer)
+        return fail(err, LFM2_EARG, "a context for a file that is no model");
     for (size_t i = 0; i < COUNT(row); i++)
         if (row[i].value < row[i].min || row[i].value > row[i].max)
             return fail(err, LFM2_EARG, "%s: %d, expected %d to %d",
@@ -5693,31 +5582,18 @@ static int resolve_params(const lfm2_model *m, lfm2_params *p, lfm2_error *err)
         p->n_threads = lfm2_n_cpus() < 64 ? lfm2_n_cpus() : 64;
     if (p->n_batch > (int64_t)p->n_ctx * p->n_seq)
         p->n_batch = p->n_ctx * p->n_seq;
-    return LFM2_OK;
-}
-
-/* A context without memory; how much it needs, or TOO_MUCH. */
-static int64_t plan(lfm2_context *ctx, const lfm2_model *m,
-                    const lfm2_params *p)
-{
-    uint64_t total;
-    int64_t size;
-
-    *ctx = (struct lfm2_context){ .model = m, .par = *p };
     ctx->isa = isa_table(p->isa);
     ctx->seq_step = seq_step(ctx);
     lfm2_model_params(m, &total, &ctx->row_work);
-    size = lay_out(ctx, NULL) + 64;       /* to begin at a multiple of 64    */
-    return size < TOO_MUCH && (uint64_t)size < SIZE_MAX ? size : TOO_MUCH;
+    return lay_out(ctx, NULL) + 64;       /* to begin at a multiple of 64    */
 }
 
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
 {
     struct lfm2_context ctx;
-    lfm2_params par = *p;
+    const int64_t size = plan(&ctx, m, p, NULL);
 
-    return m->layer && resolve_params(m, &par, NULL) == LFM2_OK
-        ? (uint64_t)plan(&ctx, m, &par) : 0;
+    return size > 0 ? (uint64_t)size : 0;
 }
 
 void lfm2_context_close(lfm2_context *ctx)
@@ -5732,20 +5608,17 @@ void lfm2_context_close(lfm2_context *ctx)
 int lfm2_context_open(lfm2_context **out, const lfm2_model *m,
                       const lfm2_params *p, lfm2_error *err)
 {
-    lfm2_params par = *p;
     struct lfm2_context c, *ctx;
-    int64_t size;
+    const int64_t size = plan(&c, m, p, err);
 
     *out = NULL;
-    if (!m->layer)
-        return fail(err, LFM2_EARG, "a context for a file that is no model");
-    TRY(resolve_params(m, &par, err));
-    size = plan(&c, m, &par);
-    c.memory = size < TOO_MUCH ? calloc(1, (size_t)size) : NULL;
+    if (size < 0)
+        return (int)size;
+    c.memory = allocate(size);
     if (!c.memory)
         return fail(err, LFM2_ENOMEM, "no memory for a context of %lld bytes "
                     "(n_ctx %d, n_seq %d, n_batch %d)", (long long)size,
-                    par.n_ctx, par.n_seq, par.n_batch);
+                    c.par.n_ctx, c.par.n_seq, c.par.n_batch);
     ctx = (void *)((uint8_t *)c.memory + 64 - (uintptr_t)c.memory % 64);
     *ctx = c;
     lay_out(ctx, ctx);
@@ -5768,25 +5641,9 @@ struct exercise {
                                              out what is read                */
 };
 
-/* Read a share of the first n bytes of the weights. */
-static unsigned read_share(struct thread *me, int64_t n)
-{
-    const uint8_t *p = me->ctx->model->gguf->data;
-    const struct range r = share(me, (int)(n / 64));
-    uint64_t sum = 0, word;
-
-    for (int64_t i = (int64_t)r.first * 64; i < (int64_t)r.last * 64; i += 64) {
-        FETCH(p + i + 8192);
-        for (int k = 0; k < 64; k += 8) {
-            memcpy(&word, p + i + k, sizeof word);
-            sum ^= word;
-        }
-    }
-    return (unsigned)sum;
-}
-
-/* READ; or products with as many rows of weights as the second-level cache
- * holds easily, again and again, for one row of x or for many. */
+/* READ: a share of the first bytes of the weights.  Else products with as many
+ * rows of weights as the second-level cache holds easily, again and again, for
+ * one row of x or for many. */
 static void exercise(struct thread *me)
 {
     enum { AGAIN = 64, CACHE = 512 << 10, ROWS = 48 };
@@ -5796,22 +5653,32 @@ static void exercise(struct thread *me)
                                               : &l->ffn_gate_exps;
     const size_t fit = CACHE / (UNIT * row_bytes(w)) + 1;
     const int n = fit < (size_t)(w->rows / UNIT) ? (int)fit : w->rows / UNIT;
-    const int rows = ctx->par.n_batch < ROWS ? ctx->par.n_batch : ROWS;
     struct exercise *e = ctx->exercise;
     struct input in = ctx->in;
 
     if (e->what == LFM2_READ) {
-        atomic_fetch_add(&e->sink, read_share(me, e->done));
+        const uint8_t *p = ctx->model->gguf->data;
+        const struct range r = share(me, (int)(e->done / 64));
+        uint64_t sum = 0, word;
+        p += (size_t)r.first * 64;
+        for (int i = r.first; i < r.last; i++, p += 64) {
+            FETCH(p + 8192);
+            for (int k = 0; k < 64; k += 8) {
+                memcpy(&word, p + k, sizeof word);
+                sum ^= word;
+            }
+        }
+        atomic_fetch_add(&e->sink, (unsigned)sum);
         return;
     }
-    in.n = e->what == LFM2_DOT ? rows : 1;
-    for (int i = 0; i < AGAIN; i++)
-        for (int u = 0; u < n; u++)
-            ctx->isa->product(me->s.out[0], w, u * UNIT, UNIT, &in, &me->s,
-                              unit_data(w, n), w->data);
+    in.n = e->what == LFM2_DECODE ? 1 :
+           ctx->par.n_batch < ROWS ? ctx->par.n_batch : ROWS;
+    for (int i = 0; i < AGAIN * n; i++)
+        ctx->isa->product(me->s.out[0], w, i % n * UNIT, UNIT, &in, &me->s,
+                          unit_data(w, n), w->data);
     if (me->id == 0)
         e->done = (int64_t)AGAIN * n * UNIT * me->of *
-                  (e->what == LFM2_DOT ? (int64_t)rows * w->cols
+                  (e->what == LFM2_DOT ? (int64_t)in.n * w->cols
                                        : (int64_t)row_bytes(w));
 }
 
@@ -5850,7 +5717,7 @@ static float *conv_mark(const lfm2_context *ctx, const struct seq *s, int pos)
 {
     if (pos == 0 || pos % ctx->seq_step != 0)
         return NULL;
-    return s->marks + (pos / ctx->seq_step - 1) * columns(ctx->model, 0);
+    return s->marks + pos / ctx->seq_step * columns(ctx->model, 0);
 }
 
 /* Save or load the columns that a text of `len` tokens looks back to. */
@@ -5932,44 +5799,11 @@ static int check_spans(lfm2_context *ctx, const lfm2_span *spans,
     return LFM2_OK;
 }
 
-/* Save what a cancelled call must restore: the columns before its start, which
- * a span of at most UNDO tokens does not overwrite. */
-static void begin_spans(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
-{
-    int n_logits = 0;
-
-    ctx->n_logits = 0;
-    ctx->n_spans = n_spans;
-    for (int i = 0; i < n_spans; i++) {
-        struct seq *s = &ctx->seq[spans[i].seq];
-        s->start = s->len;
-        if (spans[i].n_tokens > UNDO)
-            move_columns(ctx, s, s->len, SAVE, s->u_start);
-        ctx->results[i] = (struct result){
-            n_logits, spans[i].n_logits, spans[i].state ? spans[i].seq : -1
-        };
-        n_logits += spans[i].n_logits;
-    }
-}
-
 /* Columns before `end` have been written, each over the oldest one left. */
 static void forget_columns(const lfm2_context *ctx, struct seq *s, int end)
 {
     const int oldest = end - UNDO - ctx->model->cfg.l_cache + 1;
     s->oldest = oldest > s->oldest ? oldest : s->oldest;
-}
-
-static void undo_spans(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
-{
-    ctx->n_spans = 0;
-    for (int i = 0; i < n_spans; i++) {
-        struct seq *s = &ctx->seq[spans[i].seq];
-        s->len = s->start;
-        if (spans[i].n_tokens > UNDO)
-            move_columns(ctx, s, s->len, LOAD, s->u_start);
-        else
-            forget_columns(ctx, s, s->len + spans[i].n_tokens);
-    }
 }
 
 /* Cut the next pass, at most n_batch rows, from what is left of the spans. */
@@ -6021,20 +5855,42 @@ static int run_spans(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
     }
 }
 
+/* A cancelled call restores the columns before its start, which a span of at
+ * most UNDO tokens does not overwrite. */
 int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
                  lfm2_error *err)
 {
+    float *logits = ctx->logits;
     fenv_t callers;
     int cancelled;
 
     TRY(check_spans(ctx, spans, n_spans, err));
-    begin_spans(ctx, spans, n_spans);
+    ctx->n_logits = 0;
+    for (int i = 0; i < n_spans; i++) {
+        struct seq *s = &ctx->seq[spans[i].seq];
+        s->start = s->len;
+        if (spans[i].n_tokens > UNDO)
+            move_columns(ctx, s, s->len, SAVE, s->marks);
+        ctx->results[i] = (struct result){
+            logits, !spans[i].state ? NULL : ctx->states +
+            (size_t)spans[i].seq * ctx->model->cfg.n_embd, spans[i].n_logits
+        };
+        logits += (size_t)spans[i].n_logits * ctx->model->cfg.n_vocab;
+    }
     enter_arithmetic(&callers);
     cancelled = run_spans(ctx, spans, n_spans);
     fesetenv(&callers);
+    ctx->n_spans = cancelled ? 0 : n_spans;
     if (!cancelled)
         return LFM2_OK;
-    undo_spans(ctx, spans, n_spans);
+    for (int i = 0; i < n_spans; i++) {
+        struct seq *s = &ctx->seq[spans[i].seq];
+        s->len = s->start;
+        if (spans[i].n_tokens > UNDO)
+            move_columns(ctx, s, s->len, LOAD, s->marks);
+        else
+            forget_columns(ctx, s, s->len + spans[i].n_tokens);
+    }
     atomic_store(&ctx->cancel, 0);
     return fail(err, LFM2_ECANCELLED, "cancelled by the caller");
 }
@@ -6044,16 +5900,12 @@ float *lfm2_logits(lfm2_context *ctx, int span, int row)
     if (span < 0 || span >= ctx->n_spans || row < 0 ||
         row >= ctx->results[span].n_logits)
         return NULL;
-    return ctx->logits +
-           (size_t)(ctx->results[span].first + row) * ctx->model->cfg.n_vocab;
+    return ctx->results[span].logits + (size_t)row * ctx->model->cfg.n_vocab;
 }
 
 const float *lfm2_state(const lfm2_context *ctx, int span)
 {
-    if (span < 0 || span >= ctx->n_spans || ctx->results[span].state < 0)
-        return NULL;
-    return ctx->states +
-           (size_t)ctx->results[span].state * ctx->model->cfg.n_embd;
+    return span >= 0 && span < ctx->n_spans ? ctx->results[span].state : NULL;
 }
 
 void lfm2_cancel(lfm2_context *ctx)
@@ -6078,29 +5930,16 @@ int lfm2_seq_step(const lfm2_context *ctx)
 static void give_back(void *memory, int64_t size)
 {
 #if defined __linux__ && !defined LFM2_NO_MMAP
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    const uintptr_t first = ((uintptr_t)memory + page - 1) / page * page;
-    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)size) / page * page;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    const size_t before = (page - (uintptr_t)memory % page) % page;
 
-    if (first < end)
-        madvise((uint8_t *)memory + (first - (uintptr_t)memory), end - first,
-                MADV_DONTNEED);
+    if ((size_t)size > before)
+        madvise((uint8_t *)memory + before,
+                ((size_t)size - before) / page * page, MADV_DONTNEED);
 #else
     (void)memory;
     (void)size;
 #endif
-}
-
-static void forget_all(const lfm2_context *ctx, struct seq *s)
-{
-    const int64_t u = columns(ctx->model, UNDO), mark = columns(ctx->model, 0);
-
-    s->len = 0;
-    s->oldest = 1 - ctx->model->cfg.l_cache;
-    memset(s->u, 0, (size_t)u * sizeof *s->u);
-    give_back(s->kv, kv_bytes(ctx));
-    give_back(s->marks, ctx->par.n_ctx / ctx->seq_step * mark *
-                        (int64_t)sizeof *s->marks);
 }
 
 int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
@@ -6116,19 +5955,23 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
         return len;
     }
     s->len = len - len % ctx->seq_step;
-    if (s->len == 0)
-        forget_all(ctx, s);
-    else
+    if (s->len > 0) {
         move_columns(ctx, s, s->len, LOAD, conv_mark(ctx, s, s->len));
-    return s->len;
+        return s->len;
+    }
+    s->oldest = 1 - ctx->model->cfg.l_cache;
+    give_back(s->kv, kv_bytes(ctx, kv_head_bytes(ctx)));
+    give_back(s->marks, marks_of(ctx, ctx->par.n_ctx) *
+                        (int64_t)sizeof *s->marks);
+    memset(s->u, 0, (size_t)columns(ctx->model, UNDO) * sizeof *s->u);
+    return 0;
 }
 
 int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
 {
     struct seq *to = find_seq(ctx, dst);
     const struct seq *from = find_seq(ctx, src);
-    const int64_t u = columns(ctx->model, UNDO), mark = columns(ctx->model, 0);
-    const int64_t head = kv_head_bytes(ctx), all = kv_bytes(ctx);
+    const int64_t head = kv_head_bytes(ctx), all = kv_bytes(ctx, head);
 
     if (!to || !from)
         return fail(err, LFM2_EARG, "copy of sequence %d to %d, expected 0 to "
@@ -6139,8 +5982,8 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
     for (int64_t at = 0; at < all; at += head)
         memcpy(to->kv + at, from->kv + at, (size_t)(tiles * TILE *
                ctx->model->cfg.head_dim * kv_size(ctx)));
-    memcpy(to->u, from->u, (size_t)u * sizeof *to->u);
-    memcpy(to->marks, from->marks, (size_t)(from->len / ctx->seq_step * mark) *
+    memcpy(to->u, from->u, (size_t)columns(ctx->model, UNDO) * sizeof *to->u);
+    memcpy(to->marks, from->marks, (size_t)marks_of(ctx, from->len) *
                                    sizeof *to->marks);
     to->len = from->len;
     to->oldest = from->oldest;
@@ -6216,16 +6059,14 @@ static void move(struct stream *s, void *p, size_t n, int size)
 static void move_saved(const lfm2_context *ctx, struct seq *q, int len,
                        struct stream *s)
 {
-    const size_t mark = (size_t)columns(ctx->model, 0);
     const int n_head_kv = ctx->model->cfg.n_head_kv;
     const int hd = ctx->model->cfg.head_dim, size = kv_size(ctx);
 
     if (s->to)
-        move_columns(ctx, q, len, SAVE, q->u_start);
-    move(s, q->u_start, mark, 4);
+        move_columns(ctx, q, len, SAVE, q->marks);
+    move(s, q->marks, (size_t)marks_of(ctx, len), 4);
     if (s->from)
-        move_columns(ctx, q, len, LOAD, q->u_start);
-    move(s, q->marks, mark * (size_t)(len / ctx->seq_step), 4);
+        move_columns(ctx, q, len, LOAD, q->marks);
     for (int i = 0; i < ctx->model->n_attn * n_head_kv; i++) {
         struct kv_head kv = kv_head_at(ctx, q, i / n_head_kv, i % n_head_kv);
         for (int pos = 0; pos < len; pos++)
@@ -6237,10 +6078,8 @@ static void move_saved(const lfm2_context *ctx, struct seq *q, int len,
 
 static uint64_t saved_size(const lfm2_context *ctx, int len)
 {
-    const int64_t marks = columns(ctx->model, 0) * (1 + len / ctx->seq_step);
-
-    return (uint64_t)(SAVED_HEAD + marks * 4 + len * kv_bytes_per_token(ctx) +
-                      8);
+    return (uint64_t)(SAVED_HEAD + marks_of(ctx, len) * 4 + 8 + len *
+                      kv_bytes(ctx, ctx->model->cfg.head_dim * kv_size(ctx)));
 }
 
 uint64_t lfm2_seq_state_size(const lfm2_context *ctx, int seq)
@@ -6254,6 +6093,7 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
 {
     struct seq *q = find_seq(ctx, seq);
     struct stream s = { buf, NULL };
+    char magic[] = "LFM2SEQ2";
     uint64_t need, hash = lfm2_model_hash(ctx->model);
     uint32_t kv_type = (uint32_t)ctx->par.kv_type, len;
 
@@ -6264,9 +6104,8 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
     if (size < need)
         return fail(err, LFM2_EARG, "a buffer of %llu bytes, expected %llu",
                     ull(size), ull(need));
-    memcpy(buf, "LFM2SEQ2", 8);
-    s.to += 8;
     len = (uint32_t)q->len;
+    move(&s, magic, 8, 1);
     move(&s, &hash, 1, 8);
     move(&s, &kv_type, 1, 4);
     move(&s, &len, 1, 4);
@@ -6276,28 +6115,31 @@ int lfm2_seq_save(const lfm2_context *ctx, int seq, void *buf, uint64_t size,
     return LFM2_OK;
 }
 
-/* The length of a saved sequence, or why it cannot be loaded. */
-static int check_saved(const lfm2_context *ctx, const uint8_t *buf,
-                       uint64_t size, lfm2_error *err)
+int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
+                  lfm2_error *err)
 {
-    uint64_t kv_type, len;
+    struct seq *q = find_seq(ctx, seq);
+    struct stream s = { NULL, buf };
+    uint64_t model, kv_type, len;
 
+    if (!q || !buf)
+        return fail(err, LFM2_EARG, "load of sequence %d, expected 0 to %d and "
+                    "a buffer", seq, ctx->par.n_seq - 1);
     if (size < SAVED_HEAD + 8 || size > SIZE_MAX ||
-        memcmp(buf, "LFM2SEQ2", 8) != 0)
+        memcmp(buf, "LFM2SEQ2", 8) != 0 || load_int(s.from + size - 8, 8) !=
+        hash_words(HASH_START, buf, (size_t)size - 8))
         return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
-                    "expected \"LFM2SEQ2\" at their beginning", ull(size));
-    if (hash_words(HASH_START, buf, (size_t)size - 8) !=
-        load_int(buf + size - 8, 8))
-        return fail(err, LFM2_EFORMAT, "a saved sequence that is damaged or "
-                    "cut: its checksum does not match its %llu bytes",
-                    ull(size));
-    if (load_int(buf + 8, 8) != lfm2_model_hash(ctx->model))
-        return fail(err, LFM2_EFORMAT, "a sequence saved with another model");
-    kv_type = load_int(buf + 16, 4);
-    if (kv_type != (uint64_t)ctx->par.kv_type)
-        return fail(err, LFM2_EFORMAT, "a sequence saved with kv_type %llu, "
-                    "expected %d", ull(kv_type), ctx->par.kv_type);
-    len = load_int(buf + 20, 4);
+                    "or a damaged one, expected \"LFM2SEQ2\" first and their "
+                    "checksum last", ull(size));
+    model = load_int(s.from + 8, 8);
+    kv_type = load_int(s.from + 16, 4);
+    if (model != lfm2_model_hash(ctx->model) ||
+        kv_type != (uint64_t)ctx->par.kv_type)
+        return fail(err, LFM2_EFORMAT, "a sequence saved with model %llx and "
+                    "kv_type %llu, expected %llx and %d", ull(model),
+                    ull(kv_type), ull(lfm2_model_hash(ctx->model)),
+                    ctx->par.kv_type);
+    len = load_int(s.from + 20, 4);
     if (len > (uint64_t)ctx->par.n_ctx)
         return fail(err, LFM2_EFULL, "a saved sequence of %llu tokens, "
                     "expected at most %d (n_ctx)", ull(len), ctx->par.n_ctx);
@@ -6305,23 +6147,9 @@ static int check_saved(const lfm2_context *ctx, const uint8_t *buf,
         return fail(err, LFM2_EFORMAT, "a saved sequence of %llu tokens in "
                     "%llu bytes, expected %llu", ull(len), ull(size),
                     ull(saved_size(ctx, (int)len)));
-    return (int)len;
-}
-
-int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
-                  lfm2_error *err)
-{
-    struct seq *q = find_seq(ctx, seq);
-    struct stream s = { NULL, buf };
-    int len;
-
-    if (!q || !buf)
-        return fail(err, LFM2_EARG, "load of sequence %d, expected 0 to %d and "
-                    "a buffer", seq, ctx->par.n_seq - 1);
-    TRY(len = check_saved(ctx, buf, size, err));
     s.from += SAVED_HEAD;
-    move_saved(ctx, q, len, &s);
-    q->len = len;
+    move_saved(ctx, q, (int)len, &s);
+    q->len = (int)len;
     return LFM2_OK;
 }
 
@@ -6369,16 +6197,12 @@ static void show_rows(const lfm2_context *ctx, const char *module, int il,
                       int e, const int *row, int n_rows, const float *y, int n)
 {
     char name[128];
-    lfm2_activation a = { .name = name, .layer = il, .expert = e, .n = n };
 
     snprintf(name, sizeof name, module, il, e);
     for (int i = 0; i < n_rows; i++, y += n) {
         const struct row *r = &ctx->batch.row[row ? row[i] : i];
-        a.seq = r->seq;
-        a.pos = r->pos;
-        a.token = r->token;
-        a.x = y;
-        ctx->hook(ctx->hook_user, &a);
+        ctx->hook(ctx->hook_user, &(lfm2_activation){
+            name, il, e, r->seq, r->pos, r->token, n, y });
     }
 }
 
@@ -6427,36 +6251,36 @@ static void trace_moe(struct thread *me, const struct layer *l)
     trace_rows(me, il, LAYER ".feed_forward", ctx->y, ctx->model->cfg.n_embd);
 }
 
-/* Point all modules into the memory at `base`; returns its size. */
-static int64_t lay_out_traced(const lfm2_context *ctx, float **traced,
-                              void *base)
+/* Point all modules into the memory at `base`; without it only count. */
+static int64_t lay_out_traced(lfm2_context *ctx, void *base)
 {
     const int64_t rows = ctx->par.n_batch;
     const int64_t slots = rows * ctx->model->cfg.n_expert_used;
     struct arena a = { base, 0 };
 
-    for (int i = 0; i < N_MODULES; i++)
-        CARVE(&a, traced[i], module_width(ctx, i) *
-                             (i >= EXPERT_W1 ? slots : rows));
+    CARVE(&a, ctx->traced, N_MODULES);
+    for (int i = 0; i < N_MODULES; i++) {
+        float *x = carve(&a, (i >= EXPERT_W1 ? slots : rows) *
+                             module_width(ctx, i), sizeof *x);
+        if (base)
+            ctx->traced[i] = x;
+    }
     return a.used;
 }
 
 int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
                lfm2_error *err)
 {
-    float *none[N_MODULES];
-    const int64_t size = lay_out_traced(ctx, none, NULL) + (int64_t)sizeof none;
-
     if (!fn) {
         free(ctx->traced);
         ctx->traced = NULL;
     } else if (!ctx->traced) {
-        if (size < TOO_MUCH && (uint64_t)size < SIZE_MAX)
-            ctx->traced = malloc((size_t)size);
-        if (!ctx->traced)
+        const int64_t size = lay_out_traced(ctx, NULL);
+        void *memory = allocate(size);
+        if (!memory)
             return fail(err, LFM2_ENOMEM, "no memory for a trace, %lld bytes "
                         "(n_batch %d)", (long long)size, ctx->par.n_batch);
-        lay_out_traced(ctx, ctx->traced, ctx->traced + N_MODULES);
+        lay_out_traced(ctx, memory);
     }
     ctx->hook = fn;
     ctx->hook_user = user;
@@ -6608,16 +6432,26 @@ static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
 enum { KEY_MODEL, KEY_PRE, KEY_BOS, KEY_EOS, KEY_ADD_BOS, KEY_TYPES, KEY_TOKENS,
        KEY_MERGES, N_WORD_KEYS };
 
-static const char *const word_key[N_WORD_KEYS] = {
-    "tokenizer.ggml.model", "tokenizer.ggml.pre",
-    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.token_type",
-    "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+static const struct {
+    const char *name, *what;
+    const char *kinds;                    /* of its elements, in gguf_type[] */
+    int must, is_array, min, max;         /* so many elements                */
+} word_key[N_WORD_KEYS] = {
+#define WORD(name) "tokenizer.ggml." name
+    { WORD("model"), "one string", "s", 1, 0, 1, 1 },
+    { WORD("pre"), "one string", "s", 0, 0, 1, 1 },
+    { WORD("bos_token_id"), "one integer", "iu", 0, 0, 1, 1 },
+    { WORD("eos_token_id"), "one integer", "iu", 0, 0, 1, 1 },
+    { WORD("add_bos_token"), "one bool", "b", 0, 0, 1, 1 },
+    { WORD("token_type"), "an array of integers", "iu", 0, 1, 1, MAX_VOCAB },
+    { WORD("tokens"), "an array of strings", "s", 1, 1, 1, MAX_VOCAB },
+    { WORD("merges"), "an array of strings", "s", 1, 1, 0, MAX_MERGE }
+#undef WORD
 };
 
 static const struct gguf_kv *word_kv(const struct gguf *g, int key)
 {
-    return gguf_find(g, word_key[key]);
+    return gguf_find(g, word_key[key].name);
 }
 
 /* The length of the character at p, of which n >= 1 bytes are there; 0 if more
@@ -6684,7 +6518,8 @@ static size_t unmap(uint8_t *out, int type, const char *text, const char *end)
 static int add_tokens(lfm2_tokenizer *t, const struct gguf *g)
 {
     const struct gguf_kv *types = word_kv(g, KEY_TYPES);
-    struct cursor c = kv_cursor(word_kv(g, KEY_TOKENS));
+    const struct gguf_kv *tokens = word_kv(g, KEY_TOKENS);
+    struct cursor c = { tokens->value, tokens->value + tokens->size, 0 };
 
     for (int32_t id = 0; id < t->n_vocab; id++) {
         const struct str s = take_string(&c);
@@ -6720,7 +6555,7 @@ static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
 {
     uint8_t *bytes = t->text + t->token[t->n_vocab].start;
     const struct gguf_kv *merges = word_kv(g, KEY_MERGES);
-    struct cursor c = kv_cursor(merges);
+    struct cursor c = { merges->value, merges->value + merges->size, 0 };
 
     for (uint64_t i = 0; i < merges->n; i++) {
         const struct str s = take_string(&c);
@@ -6748,47 +6583,6 @@ static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
     return LFM2_OK;
 }
 
-static int check_kind(const struct gguf *g)
-{
-    struct str model, arch, pre = { "", 0 };
-
-    if (!gguf_string(g, word_key[KEY_MODEL], &model))
-        return BAD(g, "tokenizer.ggml.model: no such string, expected "
-                   "\"gpt2\"");
-    if (!str_is(model, "gpt2"))
-        return ALIEN(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
-                     "byte-level BPE", show(model).s);
-    /* An LFM2 model can only mean one thing, whatever it calls it. */
-    if (gguf_string(g, "general.architecture", &arch) &&
-        (str_is(arch, "lfm2") || str_is(arch, "lfm2moe")))
-        return LFM2_OK;
-    if (gguf_string(g, word_key[KEY_PRE], &pre) &&
-        (str_is(pre, "lfm2") || str_is(pre, "llama-bpe")))
-        return LFM2_OK;
-    return ALIEN(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
-                 "\"llama-bpe\"", show(pre).s);
-}
-
-/* An array of strings or of 32-bit integers, with min to max elements. */
-static int check_array(const struct gguf *g, int key, uint64_t min,
-                       uint64_t max)
-{
-    const struct gguf_kv *kv = word_kv(g, key);
-    const char *what = key == KEY_TYPES ? "i32" : "strings";
-
-    if (!kv)
-        return BAD(g, "%s: absent, expected an array of %s", word_key[key],
-                   what);
-    if (kv->type != GGUF_ARRAY ||
-        (key == KEY_TYPES ? kv->elem != GGUF_I32 && kv->elem != GGUF_U32
-                          : kv->elem != GGUF_STRING))
-        return BAD(g, "%s: %s %s, expected an array of %s", kv->key,
-                   kv->type == GGUF_ARRAY ? "an array of" : "one",
-                   gguf_type[kv->elem].name, what);
-    return in_range(g, kv->key, (double)kv->n, " elements", (double)min,
-                    (double)max);
-}
-
 /* To be closed with gguf_free(), after an error too. */
 static int open_vocabulary(struct gguf *g, const void *data, size_t size,
                            lfm2_error *err)
@@ -6797,25 +6591,49 @@ static int open_vocabulary(struct gguf *g, const void *data, size_t size,
     if (!data)
         return fail(err, LFM2_EARG, "no data to read a vocabulary from");
     TRY(gguf_parse(g, data, size, err));
-    TRY(check_kind(g));
-    TRY(check_array(g, KEY_TOKENS, 1, MAX_VOCAB));
-    TRY(check_array(g, KEY_MERGES, 0, MAX_MERGE));
-    const uint64_t n_vocab = word_kv(g, KEY_TOKENS)->n;
-    return word_kv(g, KEY_TYPES) ? check_array(g, KEY_TYPES, n_vocab, n_vocab)
-                                 : LFM2_OK;
+    for (int i = 0; i < N_WORD_KEYS; i++) {
+        const struct gguf_kv *kv = word_kv(g, i);
+        const int is_array = kv && kv->type == GGUF_ARRAY;
+        if (kv ? is_array != word_key[i].is_array ||
+                 !strchr(word_key[i].kinds, gguf_type[kv->elem].kind)
+               : word_key[i].must)
+            return BAD(g, "%s: %s %s, expected %s", word_key[i].name,
+                       is_array ? "an array of" : kv ? "one" : "no",
+                       kv ? gguf_type[kv->elem].name : "such key",
+                       word_key[i].what);
+        if (kv)
+            TRY(in_range(g, kv->key, (double)kv->n, " elements",
+                         word_key[i].min, word_key[i].max));
+    }
+    const struct gguf_kv *types = word_kv(g, KEY_TYPES);
+    const double n_vocab = (double)word_kv(g, KEY_TOKENS)->n;
+    if (types)
+        TRY(in_range(g, types->key, (double)types->n, " elements", n_vocab,
+                     n_vocab));
+    const struct str model = kv_string(word_kv(g, KEY_MODEL));
+    const struct str pre = kv_string(word_kv(g, KEY_PRE));
+    const struct str arch = kv_string(gguf_find(g, "general.architecture"));
+    if (!str_is(model, "gpt2"))
+        return ALIEN(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
+                     "byte-level BPE", show(model).s);
+    /* an LFM2 model can only mean one thing, whatever it calls it */
+    if (str_is(arch, "lfm2") || str_is(arch, "lfm2moe") ||
+        str_is(pre, "lfm2") || str_is(pre, "llama-bpe"))
+        return LFM2_OK;
+    return ALIEN(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
+                 "\"llama-bpe\"", show(pre).s);
 }
 
 /* A token that the file gives by its id; -1 if it does not. */
 static int read_id(const struct gguf *g, int key, int32_t *out)
 {
-    const uint64_t n_vocab = word_kv(g, KEY_TOKENS)->n;
+    const char *name = word_key[key].name;
     uint32_t id = UINT32_MAX;
 
-    TRY(gguf_u32(g, word_key[key], &id));
-    if (id != UINT32_MAX)
-        TRY(in_range(g, word_key[key], id, "", 0, (double)(n_vocab - 1)));
-    *out = id == UINT32_MAX ? -1 : (int32_t)id;
-    return LFM2_OK;
+    TRY(gguf_u32(g, name, &id));
+    *out = (int32_t)id;
+    return id == UINT32_MAX ? LFM2_OK :
+           in_range(g, name, id, "", 0, (double)word_kv(g, KEY_TOKENS)->n - 1);
 }
 
 /* For n entries, with so much room that few collide; -1 without memory. */
@@ -6827,14 +6645,17 @@ static int open_table(struct table *t, uint64_t n)
     return t->slot ? 0 : -1;
 }
 
-/* Behind the text of all tokens there is room for that of any merge. */
-static int allocate(lfm2_tokenizer *t, const struct gguf *g)
+static int read_vocabulary(lfm2_tokenizer *t, const struct gguf *g)
 {
     const struct gguf_kv *tokens = word_kv(g, KEY_TOKENS);
     const struct gguf_kv *merges = word_kv(g, KEY_MERGES);
+    const struct gguf_kv *add = word_kv(g, KEY_ADD_BOS);
+    int32_t *const role[] = { &t->bos, &t->eos, &t->eot, &t->im_start,
+                              &t->im_end };
 
     t->n_vocab = (int)tokens->n;
-    if (tokens->size < INT32_MAX)
+    t->add_bos = !add || add->value[0];
+    if (tokens->size < INT32_MAX)         /* and room for the text of merges */
         t->text = malloc(tokens->size + merges->size);
     t->token = calloc((size_t)t->n_vocab + 1, sizeof *t->token);
     t->merge = malloc(((size_t)merges->n + 1) * sizeof *t->merge);
@@ -6843,35 +6664,18 @@ static int allocate(lfm2_tokenizer *t, const struct gguf *g)
         open_table(&t->tokens, tokens->n) != 0 ||
         open_table(&t->merges, merges->n) != 0)
         return fail(g->err, LFM2_ENOMEM, "no memory for the vocabulary");
-    return LFM2_OK;
-}
+    TRY(add_tokens(t, g));
 
-/* The tokens that begin and end a text or a turn.  Text never becomes one of
- * them, even where the file calls them user-defined. */
-static void find_roles(lfm2_tokenizer *t)
-{
-    t->im_start = lfm2_token_id(t, "<|im_start|>");
-    t->im_end = lfm2_token_id(t, "<|im_end|>");
-    t->eot = lfm2_token_id(t, "<|endoftext|>");
-    const int32_t role[] = { t->bos, t->eos, t->eot, t->im_start, t->im_end };
-    for (size_t i = 0; i < COUNT(role); i++)
-        if (role[i] >= 0 && t->token[role[i]].type == TOKEN_USER_DEFINED)
-            t->token[role[i]].type = TOKEN_CONTROL;
-}
-
-static int read_vocabulary(lfm2_tokenizer *t, const struct gguf *g)
-{
-    const struct gguf_kv *add = word_kv(g, KEY_ADD_BOS);
-
+    /* What begins or ends a text or a turn is never made of text, even where
+     * the file calls it user-defined. */
     TRY(read_id(g, KEY_BOS, &t->bos));
     TRY(read_id(g, KEY_EOS, &t->eos));
-    if (add && add->type != GGUF_BOOL)
-        return BAD(g, "%s: of type %s, expected a bool", add->key,
-                   gguf_type[add->type].name);
-    t->add_bos = !add || add->value[0];
-    TRY(allocate(t, g));
-    TRY(add_tokens(t, g));
-    find_roles(t);
+    t->eot = lfm2_token_id(t, "<|endoftext|>");
+    t->im_start = lfm2_token_id(t, "<|im_start|>");
+    t->im_end = lfm2_token_id(t, "<|im_end|>");
+    for (size_t i = 0; i < COUNT(role); i++)
+        if (*role[i] >= 0 && has_type(t, *role[i], CUT_OUT))
+            t->token[*role[i]].type = TOKEN_CONTROL;
     TRY(add_merges(t, g));
     for (int b = 0; b < 256; b++) {
         t->byte[b] = find_token(t, &(uint8_t){ (uint8_t)b }, 1, FROM_TEXT);
@@ -6980,20 +6784,12 @@ enum { MAX_CLASSED = 0x32400 };           /* from here on all are OTHER      */
 static int class_at(const lfm2_tokenizer *t, const uint8_t *p,
                     const uint8_t *end, int *len)
 {
-    uint32_t c;
-    int n;
+    const int n = p < end ? utf8_length(p, (size_t)(end - p)) : 0;
+    const uint32_t c = n > 0 ? utf8_value(p, n) : MAX_CLASSED;
 
-    *len = p < end;
-    if (p == end)
-        return CLASS_END;
-    if (*p < 0x80)
-        return t->classes[*p];
-    n = utf8_length(p, (size_t)(end - p));
-    if (n <= 0)
-        return CLASS_OTHER;
-    *len = n;
-    c = utf8_value(p, n);
-    return c < MAX_CLASSED ? t->classes[c] : CLASS_OTHER;
+    *len = n > 0 ? n : p < end;
+    return p == end ? CLASS_END :
+           c < MAX_CLASSED ? t->classes[c] : CLASS_OTHER;
 }
 
 /* Past all that is of this class, but at most max characters. */
@@ -7008,38 +6804,18 @@ static const uint8_t *skip(const lfm2_tokenizer *t, const uint8_t *p,
 /* The length of 's 't 're 've 'm 'll 'd at p, in either case, or 0. */
 static int contraction(const uint8_t *p, const uint8_t *end)
 {
-    const uint8_t a = end - p > 1 ? p[1] | 0x20 : 0;
-    const uint8_t b = end - p > 2 ? p[2] | 0x20 : 0;
+    const int a = end - p > 1 && *p == '\'' ? p[1] | 0x20 : 0;
+    const int b = end - p > 2 ? p[2] | 0x20 : 0;
 
-    if (*p != '\'')
-        return 0;
     if (a == 's' || a == 't' || a == 'm' || a == 'd')
         return 2;
-    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') ||
-           (a == 'l' && b == 'l') ? 3 : 0;
+    return ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l') ? 3
+                                                                          : 0;
 }
 
 static int is_newline(const uint8_t *p, const uint8_t *end)
 {
     return p < end && (*p == '\r' || *p == '\n');
-}
-
-/* The end of a piece that is nothing but space: `\s*[\r\n]+`, that is all up to
- * the last line break; else `\s+(?!\S)`, which leaves the last character to a
- * word that follows; else `\s+`. */
-static const uint8_t *space_end(const lfm2_tokenizer *t, const uint8_t *p,
-                                const uint8_t *end)
-{
-    const uint8_t *q = p, *last = p, *line = NULL;
-
-    for (int len; class_at(t, q, end, &len) == CLASS_SPACE; q += len) {
-        last = q;
-        if (is_newline(q, end))
-            line = q + 1;
-    }
-    if (line)
-        return line;
-    return q < end && last > p ? last : q;
 }
 
 /* The end of the piece that begins at p < end.  In the words of a regular
@@ -7053,6 +6829,7 @@ static const uint8_t *space_end(const lfm2_tokenizer *t, const uint8_t *p,
 static const uint8_t *piece_end(const lfm2_tokenizer *t, const uint8_t *p,
                                 const uint8_t *end)
 {
+    const uint8_t *space, *last;
     int len, next_len;
     const int class = class_at(t, p, end, &len);
     const int next = class_at(t, p + len, end, &next_len);
@@ -7070,7 +6847,14 @@ static const uint8_t *piece_end(const lfm2_tokenizer *t, const uint8_t *p,
             p++;
         return p;
     }
-    return space_end(t, p, end);
+    last = space = skip(t, p, end, CLASS_SPACE, SIZE_MAX);
+    while (last > p && !is_newline(last - 1, end))
+        last--;
+    if (last > p || space == end)         /* `\s*[\r\n]+`: up to the last    */
+        return last > p ? last : end;
+    for (last = space - 1; (*last & 0xc0) == 0x80;)
+        last--;                           /* `\s+(?!\S)` leaves a character  */
+    return last > p ? last : space;
 }
 
 /* Where tokens go: counts all, writes what there is room for. */
@@ -7121,25 +6905,6 @@ static void set_rank(struct symbols p, uint32_t i, uint32_t rank)
         play(p, node);
 }
 
-static void merge_all(const lfm2_tokenizer *t, struct symbols p)
-{
-    for (;;) {
-        const uint32_t i = p.at[1].winner;
-        if (p.at[i].rank == NO_RANK)
-            return;
-        const struct merge *m = &t->merge[p.at[i].rank];
-        const uint32_t right = i + token_len(t, m->left);
-        p.at[i].id = m->result;
-        p.at[i + token_len(t, m->result) - 1].id = m->result;
-        set_rank(p, right, NO_RANK);
-        set_rank(p, i, rank_at(t, p, i));
-        if (i > 0) {
-            const uint32_t left = i - token_len(t, p.at[i - 1].id);
-            set_rank(p, left, rank_at(t, p, left));
-        }
-    }
-}
-
 /* A piece that is a token as a whole becomes that token, even where merging
  * would not get there, as in llama.cpp.  All others have two bytes or more. */
 static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
@@ -7158,7 +6923,17 @@ static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
         p.at[i].rank = rank_at(t, p, i);
     for (uint32_t node = n - 1; node > 0; node--)
         play(p, node);
-    merge_all(t, p);
+    for (uint32_t i; p.at[i = p.at[1].winner].rank != NO_RANK;) {
+        const struct merge *m = &t->merge[p.at[i].rank];
+        set_rank(p, i + token_len(t, m->left), NO_RANK);
+        p.at[i].id = m->result;
+        p.at[i + token_len(t, m->result) - 1].id = m->result;
+        set_rank(p, i, rank_at(t, p, i));
+        if (i > 0) {
+            const uint32_t left = i - token_len(t, p.at[i - 1].id);
+            set_rank(p, left, rank_at(t, p, left));
+        }
+    }
     for (uint32_t i = 0; i < n; i += token_len(t, p.at[i].id))
         emit(o, p.at[i].id);
 }
@@ -7178,18 +6953,7 @@ static int32_t marker_at(const lfm2_tokenizer *t, const uint8_t *p,
     return found;
 }
 
-static void encode_plain(const lfm2_tokenizer *t, struct tokens *o,
-                         struct symbol *room, const uint8_t *p,
-                         const uint8_t *end)
-{
-    for (const uint8_t *next; p < end; p = next) {
-        next = piece_end(t, p, end);
-        encode_piece(t, o, room, p, (uint32_t)(next - p));
-    }
-}
-
-enum { MAX_ENCODE = 1 << 30 };            /* bytes of one text, and tokens   */
-                                          /* before it                       */
+enum { MAX_ENCODE = 1 << 30 };            /* bytes of a text, tokens before  */
 
 /* Cut out the markers from left to right, the longest at each place, and encode
  * what is between them.  (llama.cpp takes the longest anywhere first: the same
@@ -7205,17 +6969,19 @@ static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
     room = calloc(len, sizeof *room);
     if (!room)
         return LFM2_ENOMEM;
-    while (p < end) {
-        const int32_t id = marker_at(t, p, end, types);
-        if (id < 0) {
+    for (;;) {
+        int32_t id = -1;
+        while (p < end && (id = marker_at(t, p, end, types)) < 0)
             p++;
-            continue;
+        for (const uint8_t *next; from < p; from = next) {
+            next = piece_end(t, from, p);
+            encode_piece(t, o, room, from, (uint32_t)(next - from));
         }
-        encode_plain(t, o, room, from, p);
+        if (id < 0)
+            break;
         emit(o, id);
         from = p += token_len(t, id);
     }
-    encode_plain(t, o, room, from, end);
     free(room);
     return LFM2_OK;
 }
@@ -7244,10 +7010,11 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
  * Role and content are one text, for the line break may be in one piece with
  * what follows. */
 
+/* A whole turn, or the opening of one without content. */
 static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
-                       const lfm2_message *msg)
+                       const char *role, const char *content)
 {
-    const size_t n_role = strlen(msg->role), n = strlen(msg->content);
+    const size_t n_role = strlen(role), n = content ? strlen(content) : 0;
     char *text;
     int code;
 
@@ -7256,34 +7023,32 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
     text = malloc(n_role + n + 2);
     if (!text)
         return LFM2_ENOMEM;
-    snprintf(text, n_role + n + 2, "%s\n%s", msg->role, msg->content);
+    snprintf(text, n_role + n + 2, "%s\n%s", role, content ? content : "");
     emit(o, t->im_start);
     code = encode_text(t, o, text, n_role + 1 + n, CUT_OUT);
-    emit(o, t->im_end);
     free(text);
-    TRY(code);
+    if (code != LFM2_OK || !content)
+        return code;
+    emit(o, t->im_end);
     return encode_text(t, o, "\n", 1, CUT_OUT);
 }
 
 int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
               int generate, int32_t *out, int cap)
 {
-    const char *opening = "assistant\n";
     struct tokens o = { out, out ? cap : 0, 0 };
 
     if (t->im_start < 0 || t->im_end < 0 || n_msgs < 0)
         return LFM2_EARG;
-    for (int i = 0; i < n_msgs; i++)
-        if (!msgs[i].role || !msgs[i].content)
-            return LFM2_EARG;
     if (t->bos >= 0)
         emit(&o, t->bos);
-    for (int i = 0; i < n_msgs; i++)
-        TRY(encode_turn(t, &o, &msgs[i]));
-    if (generate) {
-        emit(&o, t->im_start);
-        TRY(encode_text(t, &o, opening, strlen(opening), CUT_OUT));
+    for (int i = 0; i < n_msgs; i++) {
+        if (!msgs[i].role || !msgs[i].content)
+            return LFM2_EARG;
+        TRY(encode_turn(t, &o, msgs[i].role, msgs[i].content));
     }
+    if (generate)
+        TRY(encode_turn(t, &o, "assistant", NULL));
     return o.n;
 }
 
@@ -7332,26 +7097,23 @@ int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 
 size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
 {
-    size_t n = 0;
-    int k;
+    size_t n = 0, i = 0;
 
-    for (size_t i = 0; i < len; i++) {
-        u->held[u->n_held++] = (unsigned char)bytes[i];
-        while (u->n_held > 0 &&
-               (k = utf8_length(u->held, (size_t)u->n_held)) != 0) {
-            k = k < 0 ? 1 : k;
-            memcpy(out + n, u->held, (size_t)k);
-            n += (size_t)k;
-            u->n_held -= k;
-            memmove(u->held, u->held + k, (size_t)u->n_held);
+    for (;;) {
+        int k = len == 0 ? u->n_held : u->n_held == 0 ? 0 :
+                utf8_length(u->held, (size_t)u->n_held);
+        if (k == 0 && i == len)
+            return n;
+        if (k == 0) {
+            u->held[u->n_held++] = (unsigned char)bytes[i++];
+            continue;
         }
+        k = k < 0 ? 1 : k;
+        memcpy(out + n, u->held, (size_t)k);
+        memmove(u->held, u->held + k, (size_t)(u->n_held - k));
+        u->n_held -= k;
+        n += (size_t)k;
     }
-    if (len == 0) {
-        memcpy(out, u->held, (size_t)u->n_held);
-        n = (size_t)u->n_held;
-        u->n_held = 0;
-    }
-    return n;
 }
 
 /* --------------------------------------------------------------- 26. Sampling
@@ -7383,27 +7145,23 @@ static void sift_down(struct candidate *c, int n, int i)
     c[i] = moved;
 }
 
-/* Exchange the top of the heap c[n] for c[i]. */
-static void exchange_top(struct candidate *c, int n, int i)
+/* Bring the first k of c[n], or all, to its front, sorted; returns how many.  A
+ * heap of k takes in what comes before its last, which little does; then it is
+ * emptied from the top. */
+static int sort_first(struct candidate *c, int n, int k)
 {
-    const struct candidate top = c[0];
-
-    c[0] = c[i];
-    c[i] = top;
-    sift_down(c, n, 0);
-}
-
-/* Bring the first k of c[n] to its front, sorted.  A heap of k takes in what
- * comes before its last, which little does; then it is emptied from the top. */
-static void sort_first(struct candidate *c, int n, int k)
-{
+    k = k < n ? k : n;
     for (int i = k / 2; i-- > 0;)
         sift_down(c, k, i);
-    for (int i = k; i < n; i++)
-        if (comes_before(c[i], c[0]))
-            exchange_top(c, k, i);
-    for (int i = k; i-- > 1;)
-        exchange_top(c, i, i);
+    for (int i = n; i-- > 1;) {
+        const struct candidate top = c[0];
+        if (i >= k && comes_before(top, c[i]))
+            continue;
+        c[0] = c[i];
+        c[i] = top;
+        sift_down(c, i < k ? i : k, 0);
+    }
+    return k;
 }
 
 /* The index of the highest logit, the first of several; -1 if there is none or
@@ -7422,28 +7180,26 @@ static int32_t highest(const float *logits, int n)
     return best;
 }
 
-/* Push down what the recent tokens would repeat, each token once: todo[t].id
- * says that token t has still to be done. */
-static void penalise(const lfm2_sampler *s, struct candidate *todo,
+/* Push down what the recent tokens would repeat; was[t].value is the logit that
+ * token t had, so that it is pushed down only once. */
+static void penalise(const lfm2_sampler *s, struct candidate *was,
                      float *logits, int n_vocab, const int32_t *history, int n)
 {
     const float penalty = s->repeat_penalty;
 
-    if (!history || n <= 0 || s->repeat_last_n <= 0 ||
+    if (!history || s->repeat_last_n <= 0 ||
         !(penalty > 0 && penalty <= FLT_MAX))
         return;
     const int first = n > s->repeat_last_n ? n - s->repeat_last_n : 0;
     for (int i = first; i < n; i++)
         if (history[i] >= 0 && history[i] < n_vocab)
-            todo[history[i]].id = 1;
+            was[history[i]].value = logits[history[i]];
     for (int i = first; i < n; i++) {
         const int32_t id = history[i];
-        if (id < 0 || id >= n_vocab || !todo[id].id)
-            continue;
-        todo[id].id = 0;
-        if (logits[id] < -FLT_MAX)        /* ruled out by the caller         */
-            continue;
-        float l = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+        if (id < 0 || id >= n_vocab || was[id].value < -FLT_MAX)
+            continue;                     /* ruled out by the caller         */
+        float l = was[id].value;
+        l = l > 0 ? l / penalty : l * penalty;
         logits[id] = l > FLT_MAX ? FLT_MAX : l < -FLT_MAX ? -FLT_MAX : l;
     }
 }
@@ -7467,34 +7223,23 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
 
     while (least > -88 && exp_f32(least) >= s->min_p)
         least -= 1;
-    /* all keep the front of the same order, so min-p may come first, unless
-     * top-p is to see all that top-k leaves */
     for (int32_t id = 0; id < n_vocab; id++)
-        if (logits[id] >= -FLT_MAX && ((by_k && by_p) ||
-            is_likely(logits[id] - max, s->min_p, least)))
+        if (logits[id] >= -FLT_MAX &&
+            (by_k || by_p || is_likely(logits[id] - max, s->min_p, least)))
             c[n++] = (struct candidate){ logits[id], id };
-    if (!by_k && !by_p)
-        return n;
-    if (by_k) {
-        sorted = s->top_k < n ? s->top_k : n;
-        sort_first(c, n, sorted);
-        n = sorted;
-    }
-    if (!by_p)
-        return n;
-    for (int i = 0; i < (by_k ? n : n_vocab); i++)
-        sum += exp_f32((by_k ? c[i].value : logits[i]) - max);
-    for (; taken < n && (taken == 0 || mass < s->top_p * sum); taken++) {
-        if (taken == sorted) {             /* then four times as many         */
-            const int left = n - sorted, more = 3 * sorted + 64;
-            sort_first(c + sorted, left, more < left ? more : left);
-            sorted += more < left ? more : left;
-        }
+    if (by_k)
+        n = sorted = sort_first(c, n, s->top_k);
+    for (int i = 0; by_p && i < n; i++)
+        sum += exp_f32(c[i].value - max);
+    for (; by_p && taken < n && !(taken && mass >= s->top_p * sum); taken++) {
+        if (taken == sorted)              /* then four times as many         */
+            sorted += sort_first(c + sorted, n - sorted, 3 * sorted + 64);
         mass += exp_f32(c[taken].value - max);
     }
-    while (taken > 1 && !is_likely(c[taken - 1].value - max, s->min_p, least))
-        taken--;
-    return taken;
+    n = by_p ? taken : n;
+    while (n > 1 && !is_likely(c[n - 1].value - max, s->min_p, least))
+        n--;
+    return n;
 }
 
 /* SplitMix64 (Steele, Lea, Flood 2014), as a number in [0, 1). */

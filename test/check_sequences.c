@@ -336,9 +336,9 @@ START_TEST(a_state_of_something_else_is_refused)
         const char *says;
     } forged[] = {
         { 7, 1, '1', LFM2_EFORMAT, "no saved sequence" },
-        { 8, 8, 12345, LFM2_EFORMAT, "another model" },
-        { 16, 4, LFM2_KV_F32, LFM2_EFORMAT, "kv_type 1, expected 0" },
-        { 16, 4, 77, LFM2_EFORMAT, "kv_type 77, expected 0" },
+        { 8, 8, 12345, LFM2_EFORMAT, "with model 3039 and" },
+        { 16, 4, LFM2_KV_F32, LFM2_EFORMAT, "kv_type 1, expected" },
+        { 16, 4, 77, LFM2_EFORMAT, "kv_type 77, expected" },
         { 20, 4, 3, LFM2_EFORMAT, "3 tokens in" },
         { 20, 4, 63, LFM2_EFORMAT, "63 tokens in" },
         { 20, 4, 600, LFM2_EFORMAT, "600 tokens in" },
@@ -375,7 +375,7 @@ START_TEST(a_state_of_another_model_is_refused)
     lfm2_context *other = open_context(m, 600, LFM2_KV_F16);
     feed(other, 0, r->tokens, 20);
     struct state s = save(other, 0);
-    expect_refused(r, s.p, s.n, LFM2_EFORMAT, "another model");
+    expect_refused(r, s.p, s.n, LFM2_EFORMAT, "with model ");
     free(s.p);
     lfm2_context_close(other);
     lfm2_model_close(m);
@@ -620,7 +620,7 @@ START_TEST(an_emptied_sequence_gives_its_memory_back)
     enum { LONG = 60000 };
     struct rig *r = open_rig(64);
     lfm2_context *ctx = open_context(r->model, LONG + 100, _i);
-    const uint64_t kv = (uint64_t)kv_bytes(ctx);
+    const uint64_t kv = (uint64_t)kv_bytes(ctx, kv_head_bytes(ctx));
     uint64_t before, full;
 
     feed(ctx, 0, r->tokens, 70);
