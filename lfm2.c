@@ -354,12 +354,12 @@ struct kv_head {
     uint8_t *v;                           /* [n_ctx][head_dim]               */
     int f16, head_dim;
 };
+enum { KEY, VALUE };
 static struct kv_head kv_head_at(const lfm2_context *ctx,
                                  const struct seq *s, int i_attn, int head);
 static void kv_store(const struct kv_head *kv, int pos, const float *k,
                      const float *v);
-static float kv_key(const struct kv_head *kv, int pos, int d);
-static float kv_value(const struct kv_head *kv, int pos, int d);
+static float kv_get(const struct kv_head *kv, int what, int pos, int d);
 
 struct attn_partial;
 struct attn_rows;
@@ -645,7 +645,7 @@ static void attend_query(struct attn_partial *part, const float *q,
     part->max = -INFINITY;
     for (int i = 0; i < n; i++) {
         for (int d = 0; d < hd; d++)
-            s[i] = fma_f32(q[d], kv_key(kv, pos + i, d), s[i]);
+            s[i] = fma_f32(q[d], kv_get(kv, KEY, pos + i, d), s[i]);
         part->max = s[i] > part->max ? s[i] : part->max;
     }
     memset(part->o, 0, (size_t)hd * sizeof *part->o);
@@ -653,7 +653,7 @@ static void attend_query(struct attn_partial *part, const float *q,
         const float p = exp_f32(s[i] - part->max);
         lane[i % 16] += p;
         for (int d = 0; d < hd; d++)
-            part->o[d] = fma_f32(p, kv_value(kv, pos + i, d), part->o[d]);
+            part->o[d] = fma_f32(p, kv_get(kv, VALUE, pos + i, d), part->o[d]);
     }
     part->sum = sum_16(lane);
 }
@@ -1174,12 +1174,8 @@ static double nth_root(double base, int n)
 static float dot_f32(const float *a, const float *b, int n)
 {
     float chain[16] = { 0 };
-    int i = 0;
 
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++)
-            chain[j] = fma_f32(a[i + j], b[i + j], chain[j]);
-    for (; i < n; i++)
+    for (int i = 0; i < n; i++)
         chain[i % 16] = fma_f32(a[i], b[i], chain[i % 16]);
     return sum_16(chain);
 }
@@ -1281,6 +1277,21 @@ enum { SPINS = 10000 };
 /* Multiply-adds of a pass that take less time than waking another thread. */
 static const uint64_t TOO_SMALL = 16 << 20;
 
+int lfm2_n_cpus(void)
+{
+#ifndef LFM2_NO_THREADS
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0)
+        return CPU_COUNT(&set);
+#endif
+    const long n = sysconf(_SC_NPROCESSORS_ONLN);
+    if (n > 0)
+        return (int)n;
+#endif
+    return 1;
+}
+
 #ifdef LFM2_NO_THREADS
 
 struct pool { int unused; };
@@ -1291,11 +1302,6 @@ struct pool { int unused; };
 #define pool_is_here(ctx)   1
 #define start(pool, run)    ((void)(pool))
 #define meet(pool, n)       ((void)(pool))
-
-int lfm2_n_cpus(void)
-{
-    return 1;
-}
 
 #else
 
@@ -1317,37 +1323,17 @@ static size_t pool_size(int n_threads)
     return sizeof(struct pool) + (size_t)n_threads * sizeof(pthread_t);
 }
 
-int lfm2_n_cpus(void)
-{
-    int n = 0;
-
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        n = CPU_COUNT(&set);
-#endif
-    if (n < 1)
-        n = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    return n < 1 ? 1 : n;
-}
-
-/* Tell the CPU that this is a waiting loop. */
-static void relax(void)
-{
-#if defined __x86_64__ || defined __i386__
-    __builtin_ia32_pause();
-#elif defined __aarch64__
-    __asm__ volatile("yield");
-#endif
-}
-
 /* Wait until *what is no longer `value`. */
 static void wait_for_change(struct pool *p, atomic_uint *what, unsigned value)
 {
     for (int i = 0; i < p->spins; i++) {
         if (atomic_load(what) != value)
             return;
-        relax();
+#if defined __x86_64__ || defined __i386__
+        __builtin_ia32_pause();           /* this is a waiting loop          */
+#elif defined __aarch64__
+        __asm__ volatile("yield");
+#endif
     }
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->asleep, 1);
@@ -1492,42 +1478,32 @@ static struct kv_head kv_head_at(const lfm2_context *ctx,
     return (struct kv_head){ k, k + bytes, kv_size(ctx) == 2, c->head_dim };
 }
 
-/* Where element d of a key lies; that of a value is at pos * head_dim + d. */
-static size_t k_index(int pos, int d, int head_dim)
+/* Where element d of a key or value lies. */
+static void *kv_at(const struct kv_head *kv, int what, int pos, int d)
 {
-    return ((size_t)(pos / TILE) * head_dim + d) * TILE + pos % TILE;
+    const size_t hd = (size_t)kv->head_dim, size = kv->f16 ? 2 : 4;
+
+    if (what == VALUE)
+        return kv->v + ((size_t)pos * hd + d) * size;
+    return kv->k + (((size_t)(pos / TILE) * hd + d) * TILE + pos % TILE) * size;
 }
 
-static void kv_set(uint8_t *cache, int f16, size_t i, float value)
+static float kv_get(const struct kv_head *kv, int what, int pos, int d)
 {
-    if (f16)
-        ((uint16_t *)(void *)cache)[i] = f32_to_f16(value);
-    else
-        ((float *)(void *)cache)[i] = value;
-}
-
-static float kv_get(const uint8_t *cache, int f16, size_t i)
-{
-    return f16 ? f16_to_f32(((const uint16_t *)(const void *)cache)[i])
-               : ((const float *)(const void *)cache)[i];
-}
-
-static float kv_key(const struct kv_head *kv, int pos, int d)
-{
-    return kv_get(kv->k, kv->f16, k_index(pos, d, kv->head_dim));
-}
-
-static float kv_value(const struct kv_head *kv, int pos, int d)
-{
-    return kv_get(kv->v, kv->f16, (size_t)pos * kv->head_dim + d);
+    const void *at = kv_at(kv, what, pos, d);
+    return kv->f16 ? f16_to_f32(*(const uint16_t *)at) : *(const float *)at;
 }
 
 static void kv_store(const struct kv_head *kv, int pos, const float *k,
                      const float *v)
 {
-    for (int d = 0; d < kv->head_dim; d++) {
-        kv_set(kv->k, kv->f16, k_index(pos, d, kv->head_dim), k[d]);
-        kv_set(kv->v, kv->f16, (size_t)pos * kv->head_dim + d, v[d]);
+    for (int i = 0; i < 2 * kv->head_dim; i++) {
+        void *at = kv_at(kv, i % 2 ? VALUE : KEY, pos, i / 2);
+        const float x = i % 2 ? v[i / 2] : k[i / 2];
+        if (kv->f16)
+            *(uint16_t *)at = f32_to_f16(x);
+        else
+            *(float *)at = x;
     }
 }
 
@@ -1624,24 +1600,8 @@ static void attend(struct thread *me, const struct layer *l)
 
 /* Sort the slots by expert, rows ascending: a counting sort.  begin[e] counts
  * the slots of e, becomes their end, and comes down to their beginning while
- * they are put in their places, the last row first. */
-static void sort_slots(struct routing *r, int n, int n_expert, int used)
-{
-    int *begin = r->slot_begin;
-
-    memset(begin, 0, ((size_t)n_expert + 1) * sizeof *begin);
-    for (int i = 0; i < n; i++)
-        begin[r->chosen[i]]++;
-    for (int e = 1; e <= n_expert; e++)
-        begin[e] += begin[e - 1];
-    for (int i = n - 1; i >= 0; i--) {
-        int s = --begin[r->chosen[i]];
-        r->slot_row[s] = i / used;
-        r->slot_weight[s] = r->weight[i];
-    }
-}
-
-/* Each matrix leads to that of the next expert. */
+ * they are put in their places, the last row first.  Each matrix leads to that
+ * of the next expert. */
 static void group_by_expert(lfm2_context *ctx, const struct layer *l)
 {
     struct routing *r = &ctx->routing;
@@ -1649,12 +1609,22 @@ static void group_by_expert(lfm2_context *ctx, const struct layer *l)
     const struct tensor *all[] = { &l->ffn_gate_exps, &l->ffn_up_exps,
                                    &l->ffn_down_exps };
     struct tensor *active[] = { r->gate, r->up, r->down };
+    const int n = ctx->batch.n_rows * c->n_expert_used;
+    int *begin = r->slot_begin;
 
-    sort_slots(r, ctx->batch.n_rows * c->n_expert_used, c->n_expert,
-               c->n_expert_used);
+    memset(begin, 0, ((size_t)c->n_expert + 1) * sizeof *begin);
+    for (int i = 0; i < n; i++)
+        begin[r->chosen[i]]++;
+    for (int e = 1; e <= c->n_expert; e++)
+        begin[e] += begin[e - 1];
+    for (int i = n - 1; i >= 0; i--) {
+        int s = --begin[r->chosen[i]];
+        r->slot_row[s] = i / c->n_expert_used;
+        r->slot_weight[s] = r->weight[i];
+    }
     r->n_active = 0;
     for (int e = 0; e < c->n_expert; e++)
-        if (r->slot_begin[e] < r->slot_begin[e + 1])
+        if (begin[e] < begin[e + 1])
             r->active[r->n_active++] = e;
     for (int k = 0; k < 3; k++)
         for (int i = 0; i < r->n_active; i++) {
@@ -1719,40 +1689,39 @@ static int8_t signed_byte(uint8_t b)
     return (int8_t)(b < 128 ? b : b - 256);
 }
 
+enum {
+    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
+    IQ4_NL, IQ4_XS, N_FORMAT
+};
+
 /* What d and dmin are multiplied with, for group or half j of a K block with
  * its scales at s, as they are drawn below. */
 struct scale { int d, m; };
 
-static struct scale scales_q2_k(const uint8_t *s, int j)
+static struct scale scale_at(int scales, const uint8_t *s, int j)
 {
-    return (struct scale){ s[j] & 15, s[j] >> 4 };
-}
+    int low, high;
 
-static struct scale scales_q3_k(const uint8_t *s, int j)
-{
-    const int low = s[4 + j % 8] >> j / 8 * 4 & 15;
-    const int high = s[12 + j % 4] >> j / 4 * 2 & 3;
-    return (struct scale){ (low | high << 4) - 32, 0 };
-}
-
-static struct scale scales_q4_k(const uint8_t *s, int j)
-{
-    if (j < 4)
-        return (struct scale){ s[j + 4] & 63, s[j + 8] & 63 };
-    return (struct scale){ (s[j + 8] & 15) | s[j] >> 6 << 4,
-                           s[j + 8] >> 4 | s[j + 4] >> 6 << 4 };
-}
-
-static struct scale scales_q6_k(const uint8_t *s, int j)
-{
-    return (struct scale){ signed_byte(s[j]), 0 };
-}
-
-static struct scale scales_iq4_xs(const uint8_t *s, int j)
-{
-    const int low = s[4 + j / 2] >> j % 2 * 4 & 15;
-    const int high = load_le16(s + 2) >> 2 * j & 3;
-    return (struct scale){ (low | high << 4) - 32, 0 };
+    switch (scales) {
+    case Q2_K:
+        return (struct scale){ s[j] & 15, s[j] >> 4 };
+    case Q3_K:
+        low = s[4 + j % 8] >> j / 8 * 4 & 15;
+        high = s[12 + j % 4] >> j / 4 * 2 & 3;
+        return (struct scale){ (low | high << 4) - 32, 0 };
+    case Q4_K:
+        if (j < 4)
+            return (struct scale){ s[j + 4] & 63, s[j + 8] & 63 };
+        return (struct scale){ (s[j + 8] & 15) | s[j] >> 6 << 4,
+                               s[j + 8] >> 4 | s[j + 4] >> 6 << 4 };
+    case Q6_K:
+        return (struct scale){ signed_byte(s[j]), 0 };
+    case IQ4_XS:
+        low = s[4 + j / 2] >> j % 2 * 4 & 15;
+        high = load_le16(s + 2) >> 2 * j & 3;
+        return (struct scale){ (low | high << 4) - 32, 0 };
+    }
+    return (struct scale){ 1, -1 };       /* no K block                      */
 }
 
 /* Some bits of the weights of a block.  Column i of group g has them in byte
@@ -1772,8 +1741,8 @@ struct format {
                                              for 16 each                     */
     int d_at;                             /* byte of d; of m two later       */
     int has_min;
-    int scales_at;                        /* 16 bytes with the scales        */
-    struct scale (*scales)(const uint8_t *s, int j);
+    int scales_at, scales;                /* 16 bytes with scales like those
+                                             of this K block, if it is one   */
     int split;                            /* the low nibbles of 16 bytes are
                                              columns 0..15, the high 16..31;
                                              else 32 bytes are 32 columns    */
@@ -1785,10 +1754,7 @@ struct format {
     int offset;                           /* of the bytes                    */
     int is_signed;                        /* they are whole signed bytes     */
 
-    /* for vectors */
-    int terms;                            /* on x86 without VNNI: how many
-                                             pairs of products 16 bits hold  */
-    int scale_offset;                     /* of the scales in a K block      */
+    int scale_offset;                     /* for vectors: of the scales      */
 };
 
 /* Blocks of one group, with nibbles at `at`.  A vector takes up to four blocks
@@ -1804,11 +1770,6 @@ struct format {
 #define LOW_2 { 0, 0, 0, 0, 32, 32, 32, 32 }, { 0, 2, 4, 6, 0, 2, 4, 6 }
 #define ONE_BIT { 0 }, { 0, 1, 2, 3, 4, 5, 6, 7 }
 
-enum {
-    F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
-    IQ4_NL, IQ4_XS, N_FORMAT
-};
-
 static const struct format formats[N_FORMAT] = {
     [F32]  = { "F32", 0, 1, 4, .floats = floats_f32 },
     [F16]  = { "F16", 1, 1, 2, .floats = floats_f16 },
@@ -1817,38 +1778,35 @@ static const struct format formats[N_FORMAT] = {
     /* 32 columns in 18 bytes           weight = d (q - 8)
      *
      *     | f16 d | 16 x u8: lo = q[i], hi = q[i+16] |                      */
-    [Q4_0] = { "Q4_0", 2, NIBBLES(18, 2), .offset = 8, .terms = 4 },
+    [Q4_0] = { "Q4_0", 2, NIBBLES(18, 2), .offset = 8 },
 
     /* 20 bytes                         weight = d q + m
      *
      *     | f16 d | f16 m | 16 x u8: lo = q[i], hi = q[i+16] |              */
-    [Q4_1] = { "Q4_1", 3, NIBBLES(20, 4), .has_min = 1, .terms = 4 },
+    [Q4_1] = { "Q4_1", 3, NIBBLES(20, 4), .has_min = 1 },
 
     /* 22 bytes                         weight = d (q - 16)
      *
      *     | f16 d | u32: bit i = bit 4 of q[i] | 16 x u8: as in Q4_0 |      */
-    [Q5_0] = { "Q5_0", 6, NIBBLES(22, 6), .fifth = 1, .offset = 16,
-               .terms = 4 },
+    [Q5_0] = { "Q5_0", 6, NIBBLES(22, 6), .fifth = 1, .offset = 16 },
 
     /* 24 bytes                         weight = d q + m
      *
      *     | f16 d | f16 m | u32 and 16 x u8 as in Q5_0 |                    */
-    [Q5_1] = { "Q5_1", 7, NIBBLES(24, 8), .fifth = 1, .has_min = 1,
-               .terms = 4 },
+    [Q5_1] = { "Q5_1", 7, NIBBLES(24, 8), .fifth = 1, .has_min = 1 },
 
     /* 34 bytes                         weight = d q
      *
      *     | f16 d | 32 x i8: q[i] |                                         */
     [Q8_0] = { "Q8_0", 8, 32, 34, .halves = 1,
-               .low = { 2, 255, EACH(34), { 0 } }, .is_signed = 1,
-               .terms = 1 },
+               .low = { 2, 255, EACH(34), { 0 } }, .is_signed = 1 },
 
     /* 256 columns in 84 bytes          weight = d s q - dmin m, s, m per 16
      *
      *     | 16 x u8: lo = s[j], hi = m[j] | 64 x u8: 2-bit q |
      *     | f16 d | f16 dmin |                                              */
-    [Q2_K] = { "Q2_K", 10, 256, 84, .scales = scales_q2_k, .halves = 2,
-               .d_at = 80, .has_min = 1, .low = { 16, 3, LOW_2 }, .terms = 4 },
+    [Q2_K] = { "Q2_K", 10, 256, 84, .scales = Q2_K, .halves = 2,
+               .d_at = 80, .has_min = 1, .low = { 16, 3, LOW_2 } },
 
     /* 110 bytes                        weight = d (s - 32) (q - 4), s per 16
      *
@@ -1857,10 +1815,10 @@ static const struct format formats[N_FORMAT] = {
      *
      * s[j]: 4 bits in byte j of 8 (low nibbles for j < 8, then high ones), 2
      * bits in one of the last 4 bytes. */
-    [Q3_K] = { "Q3_K", 11, 256, 110, .scales = scales_q3_k, .halves = 2,
+    [Q3_K] = { "Q3_K", 11, 256, 110, .scales = Q3_K, .halves = 2,
                .d_at = 108, .scales_at = 92,
                .low = { 32, 3, LOW_2 }, .high = { 0, 1, ONE_BIT },
-               .high_to = 2, .offset = 4, .scale_offset = 32, .terms = 4 },
+               .high_to = 2, .offset = 4, .scale_offset = 32 },
 
     /* 144 bytes                        weight = d s q - dmin m, s, m per 32
      *
@@ -1869,45 +1827,43 @@ static const struct format formats[N_FORMAT] = {
      *     byte 0..3    s[0..3] in bits 0-5, bits 4, 5 of s[4..7] in bits 6, 7
      *     byte 4..7    m[0..3] in bits 0-5, bits 4, 5 of m[4..7] in bits 6, 7
      *     byte 8..11   lo = low bits of s[4..7], hi = low bits of m[4..7]   */
-    [Q4_K] = { "Q4_K", 12, 256, 144, .scales = scales_q4_k, .halves = 1,
+    [Q4_K] = { "Q4_K", 12, 256, 144, .scales = Q4_K, .halves = 1,
                .has_min = 1,
-               .low = { 16, 15, LOW_4 }, .terms = 4 },
+               .low = { 16, 15, LOW_4 } },
 
     /* 176 bytes                        weight = d s q - dmin m, s, m per 32
      *
      *     | f16 d | f16 dmin | 12 x u8: s, m as in Q4_K |
      *     | 32 x u8: bit i = bit 4 of q in group i | 128 x u8: bits 0-3 |   */
-    [Q5_K] = { "Q5_K", 13, 256, 176, .scales = scales_q4_k, .halves = 1,
+    [Q5_K] = { "Q5_K", 13, 256, 176, .scales = Q4_K, .halves = 1,
                .has_min = 1,
                .low = { 48, 15, LOW_4 }, .high = { 16, 1, ONE_BIT },
-               .high_to = 4, .terms = 4 },
+               .high_to = 4 },
 
     /* 210 bytes                        weight = d s (q - 32), s per 16
      *
      *     | 128 x u8: bits 0-3 | 64 x u8: bits 4, 5 | 16 x i8: s | f16 d |
      *
      * Half a block is 64 bytes of nibbles, groups 0 and 1 low, 2 and 3 high. */
-    [Q6_K] = { "Q6_K", 14, 256, 210, .scales = scales_q6_k, .halves = 2,
+    [Q6_K] = { "Q6_K", 14, 256, 210, .scales = Q6_K, .halves = 2,
                .d_at = 208, .scales_at = 192,
                .low = { 0, 15, { 0, 32, 0, 32, 64, 96, 64, 96 },
                         { 0, 0, 4, 4, 0, 0, 4, 4 } },
                .high = { 128, 3, LOW_2 }, .high_to = 4, .offset = 32,
-               .scale_offset = 128, .terms = 2 },
+               .scale_offset = 128 },
 
     /* 32 columns in 18 bytes           weight = d value[q]
      *
      *     | f16 d | 16 x u8: lo = q[i], hi = q[i+16] |                      */
-    [IQ4_NL] = { "IQ4_NL", 20, NIBBLES(18, 2), .iq4 = 1, .is_signed = 1,
-                 .terms = 1 },
+    [IQ4_NL] = { "IQ4_NL", 20, NIBBLES(18, 2), .iq4 = 1, .is_signed = 1 },
 
     /* 256 columns in 136 bytes         weight = d (s - 32) value[q], s per 32
      *
      *     | f16 d | 8 x 2 bits: upper s | 8 x 4 bits: lower s |
      *     | 8 groups of 16 x u8: lo = q[i], hi = q[i+16] |                  */
-    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, .scales = scales_iq4_xs, .halves = 1,
-               .split = 1,
+    [IQ4_XS] = { "IQ4_XS", 23, 256, 136, .scales = IQ4_XS, .halves = 1,
                  .low = { 8, 15, { 0, 16, 32, 48, 64, 80, 96, 112 }, { 0 } },
-                 .iq4 = 1, .is_signed = 1, .scale_offset = 32, .terms = 1 },
+                 .split = 1, .iq4 = 1, .is_signed = 1, .scale_offset = 32 },
 };
 
 /* The 16 values of the non-linear 4-bit formats. */
@@ -1933,9 +1889,8 @@ static void unpack(const struct format *f, const uint8_t *b, int g, int8_t *q,
                                      : (int8_t)(v - f->offset);
     }
     for (int h = 0; h < f->halves; h++) {
-        struct scale s = { 1, -1 };
-        if (f->scales)
-            s = f->scales(b + f->scales_at, f->halves * g + h);
+        const struct scale s = scale_at(f->scales, b + f->scales_at,
+                                        f->halves * g + h);
         d[h] = load_f16(b + f->d_at) * (float)s.d;
         m[h] = f->has_min ? load_f16(b + f->d_at + 2) * (float)s.m : 0;
     }
@@ -2202,25 +2157,21 @@ static void matmul(struct thread *me, int how, float *y,
  *                  vpdpbusd on x86, whose first bytes are unsigned
  *     TARGET    what to tell the compiler
  *
- * FLOATS, INTS and UINTS are registers of LANES numbers.  They are GNU vectors,
- * so arithmetic on them is written with operators; what operators cannot say is
- * said by these, on each kind of machine:
+ * FLOATS, INTS and UINTS are registers of LANES numbers, HALF is one of as many
+ * 16-bit ones, FOUR of four floats.  They are GNU vectors, so arithmetic on them
+ * is written with operators; what operators cannot say is said by these, on each
+ * kind of machine:
  *
- *     SPLAT(f)                 f everywhere
- *     FMA(a, b, c)             a * b + c, rounded once
- *     FROM_F16(h), FROM_BF16(h)  LANES 16-bit numbers as floats
+ *     FMA(a, b, c)             a * b + c, rounded once; FMA_4 of FOURs
+ *     FROM_F16(h)              binary16 numbers as floats
  *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (There are
  *                              QUADS in a register: 16 bytes or four numbers.)
- *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
- *     QUAD(v, i)               quad i of FLOATS; FOUR is its type
- *     FMA_4(a, b, c)           FMA of quads
  *     LOOK_UP(table, i)        byte i of the table, for every byte, by quads
  *     ZIP_LOW(a, b), ..        a0 b0 a1 b1 and a2 b2 a3 b3, in every quad
  *     PAIR_LOW(a, b), ..       a0 a1 b0 b1 and a2 a3 b2 b3
- *     sum_4(a, b, c, d)        a quad has the sums of the quads of a, b, c, d
- *     pairs(a, b)              a0 b0 + a1 b1 for the pairs of 16-bit numbers
- *     store_bytes(to, q)       32 small integers become the bytes of a group
- *     transpose_quads(v)       of v[QUADS], QUADS x QUADS quads             */
+ *     SUM_4(a, b, c, d)        a quad has the sums of the quads of a, b, c, d
+ *     DOT_PAIRS(a, b)          a0 b0 + a1 b1 for the pairs of 16-bit numbers
+ *     store_bytes(to, q)       32 small integers become the bytes of a group */
 
 #define JOIN_(a, b, c) a##b##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
@@ -2231,42 +2182,42 @@ static void matmul(struct thread *me, int how, float *y,
 #define LANES (BITS / 32)
 #define QUADS (LANES / 4)
 #define CHAINS (16 / LANES)               /* registers for those of dot_f32()*/
+#define FLOATS FN(floats)
+#define INTS FN(ints)
+#define UINTS FN(uints)
+#define HALF FN(half)
+#define FOUR FN(four)
+
+/* Of and to any address. */
+#define LOAD(p) ((FLOATS)*(const FN(loose) *)(const void *)(p))
+#define STORE(p, v) (*(FN(loose) *)(void *)(p) = (v))
 
 #ifdef LFM2_ARM
 
 #define BLOCK(name) name##_neon
-#define FLOATS float32x4_t
-#define INTS int32x4_t
-#define UINTS uint32x4_t
-#define HALF uint16x4_t                   /* half a register                 */
-#define SPLAT(f) vdupq_n_f32(f)
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
-#define FOUR float32x4_t
 #define FMA_4 FMA
-#define QUAD(v, i) (v)
-#define FROM_F16(h) vcvt_f32_f16(vreinterpret_f16_u16(h))
-#define FROM_BF16(h) vreinterpretq_f32_u32(vshll_n_u16(h, 16))
+#define FROM_F16(h) ((FLOATS)vcvt_f32_f16((float16x4_t)(h)))
 #define LOOK_UP(table, i) \
     ((INTS)vqtbl1q_u8((uint8x16_t)(table), (uint8x16_t)(i)))
 #define ZIP_LOW(a, b) vzip1q_s32(a, b)
 #define ZIP_HIGH(a, b) vzip2q_s32(a, b)
 #define PAIR_LOW(a, b) ((INTS)vzip1q_s64((int64x2_t)(a), (int64x2_t)(b)))
 #define PAIR_HIGH(a, b) ((INTS)vzip2q_s64((int64x2_t)(a), (int64x2_t)(b)))
+#define SUM_4(a, b, c, d) vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d))
+#define PACK_16(a, b) ((INTS)vuzp1q_s16((int16x8_t)(a), (int16x8_t)(b)))
+#define PACK_8(a, b) ((INTS)vuzp1q_s8((int8x16_t)(a), (int8x16_t)(b)))
+#define DOT_PAIRS(a, b) \
+    vpaddq_s32(vmull_s16(vget_low_s16((int16x8_t)(a)), \
+                         vget_low_s16((int16x8_t)(b))), \
+               vmull_high_s16((int16x8_t)(a), (int16x8_t)(b)))
 
 #elif defined LFM2_WASM
 
 #define BLOCK(name) name##_simd128
-#define FLOATS FN(floats)
-#define INTS FN(ints)
-#define UINTS FN(uints)
-#define HALF uint64_t
-#define SPLAT(f) ((FLOATS)wasm_f32x4_splat(f))
 #define FMA(a, b, c) FN(fma)(a, b, c)
-#define FOUR FLOATS
 #define FMA_4 FMA
-#define QUAD(v, i) (v)
-#define FROM_F16(h) FN(from_f16)((UINTS)FN(widen)(h))
-#define FROM_BF16(h) ((FLOATS)((UINTS)FN(widen)(h) << 16))
+#define FROM_F16(h) FN(from_f16)(__builtin_convertvector(h, UINTS))
 #define LOOK_UP(table, i) \
     ((INTS)wasm_i8x16_swizzle((v128_t)(table), (v128_t)(i)))
 #define WASM_PICK(type, ...) ((INTS)wasm_##type##_shuffle(__VA_ARGS__))
@@ -2274,29 +2225,28 @@ static void matmul(struct thread *me, int how, float *y,
 #define ZIP_HIGH(a, b) WASM_PICK(i32x4, (v128_t)(a), (v128_t)(b), 2, 6, 3, 7)
 #define PAIR_LOW(a, b) WASM_PICK(i64x2, (v128_t)(a), (v128_t)(b), 0, 2)
 #define PAIR_HIGH(a, b) WASM_PICK(i64x2, (v128_t)(a), (v128_t)(b), 1, 3)
+#define SUM_4(a, b, c, d) FN(sum_4)(a, b, c, d)
+#define PACK_16(a, b) \
+    ((INTS)wasm_i16x8_narrow_i32x4((v128_t)(a), (v128_t)(b)))
+#define PACK_8(a, b) wasm_i8x16_narrow_i16x8((v128_t)(a), (v128_t)(b))
+#define DOT_PAIRS(a, b) ((INTS)wasm_i32x4_dot_i16x8((v128_t)(a), (v128_t)(b)))
 
 #else
 
 #define MM(op) JOIN(_mm, BITS, _##op)
 #define MM_INTS JOIN(__m, BITS, i)
 #define BLOCK(name) name##_avx2           /* all of x86 uses these           */
-#define FLOATS JOIN(__m, BITS, )
-#define INTS FN(ints)
-#define UINTS FN(uints)
-#define HALF FN(half)
-#define SPLAT(f) MM(set1_ps)(f)
 #define FMA(a, b, c) MM(fmadd_ps)(a, b, c)
-#define FOUR __m128
 #define FMA_4 _mm_fmadd_ps
-#define QUAD(v, i) FN(quad)(v, i)
-#define FROM_F16(h) MM(cvtph_ps)(h)
-#define FROM_BF16(h) ((FLOATS)MM(slli_epi32)(MM(cvtepu16_epi32)(h), 16))
+#define FROM_F16(h) ((FLOATS)MM(cvtph_ps)((FN(half_ints))(h)))
 #define LOOK_UP(table, i) \
     ((INTS)MM(shuffle_epi8)((MM_INTS)(table), (MM_INTS)(i)))
 #define ZIP_LOW(a, b) ((INTS)MM(unpacklo_epi32)((MM_INTS)(a), (MM_INTS)(b)))
 #define ZIP_HIGH(a, b) ((INTS)MM(unpackhi_epi32)((MM_INTS)(a), (MM_INTS)(b)))
 #define PAIR_LOW(a, b) ((INTS)MM(unpacklo_epi64)((MM_INTS)(a), (MM_INTS)(b)))
 #define PAIR_HIGH(a, b) ((INTS)MM(unpackhi_epi64)((MM_INTS)(a), (MM_INTS)(b)))
+#define SUM_4(a, b, c, d) FN(sum_4)(a, b, c, d)
+#define DOT_PAIRS(a, b) ((INTS)MM(madd_epi16)((MM_INTS)(a), (MM_INTS)(b)))
 
 #endif
 
@@ -2355,11 +2305,11 @@ enum {
 #define WIDE (LANES == 8 ? 2 : 4)
 #endif
 
-/* LANES rows of weights, `groups` of them; and what to fetch meanwhile. */
+/* Rows of weights, `groups` groups of them; and what to fetch meanwhile. */
 struct weight_rows {
     const uint8_t *at;
     size_t stride;
-    int groups;
+    int type, rows, groups;
     const uint8_t *next;
 };
 
@@ -2385,59 +2335,20 @@ struct float_job {
     float *chain;                         /* [n][UNIT][16]                   */
 };
 
-#endif /* not KERNELS */
+#else /* KERNELS */
 
-#ifdef KERNELS
-
+typedef float FN(floats) __attribute__((vector_size(BITS / 8)));
+typedef float FN(four) __attribute__((vector_size(16)));
+typedef float FN(loose) __attribute__((vector_size(BITS / 8), aligned(1),
+                                       may_alias));
+typedef int32_t FN(loose_int) __attribute__((aligned(1), may_alias));
 typedef int32_t FN(ints) __attribute__((vector_size(BITS / 8)));
 typedef uint32_t FN(uints) __attribute__((vector_size(BITS / 8)));
 typedef int8_t FN(bytes) __attribute__((vector_size(BITS / 8)));
 typedef int16_t FN(words) __attribute__((vector_size(BITS / 8)));
-typedef uint16_t FN(half_words) __attribute__((vector_size(BITS / 16)));
+typedef uint16_t FN(half) __attribute__((vector_size(BITS / 16)));
 
-#ifdef LFM2_ARM
-
-KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
-{
-    return (INTS)vld1q_u8(p + at[0]);
-}
-
-KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
-{
-    (void)stride;
-    return (INTS)vld1q_u8(p);
-}
-
-KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
-{
-    return vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
-}
-
-KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
-{
-    int16x8_t v = (int16x8_t)a, w = (int16x8_t)b;
-    return vpaddq_s32(vmull_s16(vget_low_s16(v), vget_low_s16(w)),
-                      vmull_high_s16(v, w));
-}
-
-KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
-{
-    UNROLL
-    for (int h = 0; h < 2; h++, q += 4) {
-        int8x16_t b = vuzp1q_s8(
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[0], (int16x8_t)q[1]),
-            (int8x16_t)vuzp1q_s16((int16x8_t)q[2], (int16x8_t)q[3]));
-        vst1q_s8(to->q + 16 * h, b);
-        to->sum[h] = vaddlvq_s8(b);
-    }
-}
-
-KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
-{
-    (void)v;
-}
-
-#else /* not ARM */
+#ifndef LFM2_ARM
 
 KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
 {
@@ -2447,6 +2358,26 @@ KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
     return PAIR_LOW(ab, cd) + PAIR_HIGH(ab, cd);
 }
 
+#endif
+#if LANES == 4
+
+KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
+{
+    return (INTS)LOAD(p + at[0]);
+}
+
+KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
+{
+    UNROLL
+    for (int h = 0; h < 2; h++, q += 4) {
+        const INTS sum = q[0] + q[1] + q[2] + q[3];
+        const INTS low = PACK_16(q[0], q[1]), high = PACK_16(q[2], q[3]);
+        STORE(to->q + 16 * h, (FLOATS)PACK_8(low, high));
+        to->sum[h] = (int16_t)SUM_4(sum, sum, sum, sum)[0];
+    }
+}
+
+#endif
 #ifdef LFM2_WASM
 
 /* There is no fused multiply-add.  The product of two floats is exact in
@@ -2454,9 +2385,8 @@ KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
  * and that goes wrong only if s is halfway between two floats: then all but the
  * uppermost of the bits to be dropped are 0.  For these, and some others whose
  * last bits are the same, s is made odd as in fma_f32(). */
-typedef double FN(doubles) __attribute__((vector_size(16)));
-typedef int64_t FN(longs) __attribute__((vector_size(16)));
-typedef float FN(floats) __attribute__((vector_size(16)));
+typedef double FN(doubles) __attribute__((vector_size(32)));
+typedef int64_t FN(longs) __attribute__((vector_size(32)));
 
 KERNEL_INLINE FN(doubles) FN(to_odd)(FN(doubles) s, FN(doubles) p,
                                      FN(doubles) c)
@@ -2469,35 +2399,18 @@ KERNEL_INLINE FN(doubles) FN(to_odd)(FN(doubles) s, FN(doubles) p,
     return (FN(doubles))((FN(longs))s + (step & is_even & is_inexact));
 }
 
-KERNEL_INLINE FN(doubles) FN(double_half)(FLOATS v, const int high)
-{
-    const INTS w = (INTS)v;
-    return (FN(doubles))wasm_f64x2_promote_low_f32x4(
-        high ? (v128_t)PAIR_HIGH(w, w) : (v128_t)w);
-}
-
 KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
 {
-    FN(doubles) p[2], s[2], d[2];
+#define TO_DOUBLES(v) __builtin_convertvector(v, FN(doubles))
+#define DEMOTE(v) wasm_f32x4_demote_f64x2_zero((v128_t)(v))
+    const FN(doubles) p = TO_DOUBLES(a) * TO_DOUBLES(b), d = TO_DOUBLES(c);
+    FN(doubles) s = p + d;
 
-    UNROLL
-    for (int i = 0; i < 2; i++) {
-        p[i] = FN(double_half)(a, i) * FN(double_half)(b, i);
-        d[i] = FN(double_half)(c, i);
-        s[i] = p[i] + d[i];
-    }
-    const INTS last = WASM_PICK(i32x4, (v128_t)s[0], (v128_t)s[1], 0, 2, 4, 6);
-    if (!wasm_i32x4_all_true((v128_t)(last << 4))) {
-        s[0] = FN(to_odd)(s[0], p[0], d[0]);
-        s[1] = FN(to_odd)(s[1], p[1], d[1]);
-    }
-    return (FLOATS)PAIR_LOW(wasm_f32x4_demote_f64x2_zero((v128_t)s[0]),
-                            wasm_f32x4_demote_f64x2_zero((v128_t)s[1]));
-}
-
-KERNEL_INLINE INTS FN(widen)(uint64_t h)
-{
-    return (INTS)wasm_u32x4_extend_low_u16x8(wasm_i64x2_splat((int64_t)h));
+    const INTS last = __builtin_convertvector((FN(longs))s, INTS);
+    if (!wasm_i32x4_all_true((v128_t)(last << 4)))
+        s = FN(to_odd)(s, p, d);
+    return (FLOATS)PAIR_LOW(DEMOTE(__builtin_shufflevector(s, s, 0, 1)),
+                            DEMOTE(__builtin_shufflevector(s, s, 2, 3)));
 }
 
 /* f16_to_f32() */
@@ -2510,49 +2423,9 @@ KERNEL_INLINE FLOATS FN(from_f16)(UINTS h)
     return (FLOATS)(u | (h & 0x8000) << 16);
 }
 
-KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
-{
-    return (INTS)wasm_v128_load(p + at[0]);
-}
+#elif LANES == 8
 
-KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
-{
-    (void)stride;
-    return (INTS)wasm_v128_load(p);
-}
-
-KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
-{
-    return (INTS)wasm_i32x4_dot_i16x8((v128_t)a, (v128_t)b);
-}
-
-KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
-{
-    UNROLL
-    for (int h = 0; h < 2; h++, q += 4) {
-        const v128_t a = wasm_i16x8_narrow_i32x4((v128_t)q[0], (v128_t)q[1]);
-        const v128_t b = wasm_i16x8_narrow_i32x4((v128_t)q[2], (v128_t)q[3]);
-        const INTS sum = q[0] + q[1] + q[2] + q[3];
-        wasm_v128_store(to->q + 16 * h, wasm_i8x16_narrow_i16x8(a, b));
-        to->sum[h] = (int16_t)(sum[0] + sum[1] + sum[2] + sum[3]);
-    }
-}
-
-KERNEL_INLINE void FN(transpose_quads)(INTS v[1])
-{
-    (void)v;
-}
-
-#else /* x86 */
-
-KERNEL_INLINE INTS FN(pairs)(INTS a, INTS b)
-{
-    return (INTS)MM(madd_epi16)((MM_INTS)a, (MM_INTS)b);
-}
-
-#if LANES == 8
-
-typedef __m128i HALF;
+typedef __m128i FN(half_ints);
 
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
@@ -2561,19 +2434,6 @@ KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 
     return at[1] == at[0] ? (INTS)_mm256_broadcastsi128_si256(low)
                           : (INTS)_mm256_set_m128i(high, low);
-}
-
-KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
-{
-    const __m128i low = _mm_loadu_si128((const void *)p);
-    const __m128i high = _mm_loadu_si128((const void *)(p + 4 * stride));
-
-    return (INTS)_mm256_set_m128i(high, low);
-}
-
-KERNEL_INLINE __m128 FN(quad)(__m256 v, const int i)
-{
-    return i == 0 ? _mm256_castps256_ps128(v) : _mm256_extractf128_ps(v, 1);
 }
 
 /* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
@@ -2587,27 +2447,14 @@ KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[4])
         v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     memcpy(to->q, &v, sizeof v);
     v = _mm256_maddubs_epi16(_mm256_set1_epi8(1), v);
-    INTS sum = FN(pairs)((INTS)v, (INTS){ 0 } + 0x00010001);
+    INTS sum = DOT_PAIRS((INTS)v, (INTS){ 0 } + 0x00010001);
     to->sum[0] = (int16_t)(sum[0] + sum[1] + sum[2] + sum[3]);
     to->sum[1] = (int16_t)(sum[4] + sum[5] + sum[6] + sum[7]);
 }
 
-KERNEL_INLINE void FN(transpose_quads)(INTS v[2])
-{
-    __m256i a = (__m256i)v[0], b = (__m256i)v[1];
+#elif LANES == 16
 
-    v[0] = (INTS)_mm256_permute2x128_si256(a, b, 0x20);
-    v[1] = (INTS)_mm256_permute2x128_si256(a, b, 0x31);
-}
-
-#else /* LANES == 16 */
-
-typedef __m256i HALF;
-
-KERNEL_INLINE INTS FN(join)(__m256i low, __m256i high)
-{
-    return (INTS)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
+typedef __m256i FN(half_ints);
 
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
@@ -2615,58 +2462,14 @@ KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 
     return at[1] == at[0] && at[2] == at[0] && at[3] == at[0]
         ? (INTS)_mm512_broadcast_i32x4(_mm256_castsi256_si128(low))
-        : FN(join)(low, (__m256i)quads_avx2(p, at + 2));
+        : (INTS)_mm512_inserti64x4(_mm512_castsi256_si512(low),
+                                   (__m256i)quads_avx2(p, at + 2), 1);
 }
 
-KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
-{
-    return FN(join)((__m256i)row_quads_avx2(p, stride),
-                    (__m256i)row_quads_avx2(p + 8 * stride, stride));
-}
+#endif
 
-KERNEL_INLINE __m128 FN(quad)(__m512 v, const int i)
-{
-    return i == 0 ? _mm512_castps512_ps128(v)
-         : i == 1 ? _mm512_extractf32x4_ps(v, 1)
-         : i == 2 ? _mm512_extractf32x4_ps(v, 2)
-                  : _mm512_extractf32x4_ps(v, 3);
-}
-
-KERNEL_INLINE void FN(transpose_quads)(INTS v[4])
-{
-    __m512i a = (__m512i)v[0], b = (__m512i)v[1];
-    __m512i c = (__m512i)v[2], d = (__m512i)v[3];
-    __m512i low = _mm512_shuffle_i32x4(a, b, 0x44);
-    __m512i high = _mm512_shuffle_i32x4(a, b, 0xee);
-    __m512i low2 = _mm512_shuffle_i32x4(c, d, 0x44);
-    __m512i high2 = _mm512_shuffle_i32x4(c, d, 0xee);
-
-    v[0] = (INTS)_mm512_shuffle_i32x4(low, low2, 0x88);
-    v[1] = (INTS)_mm512_shuffle_i32x4(low, low2, 0xdd);
-    v[2] = (INTS)_mm512_shuffle_i32x4(high, high2, 0x88);
-    v[3] = (INTS)_mm512_shuffle_i32x4(high, high2, 0xdd);
-}
-
-#endif /* LANES */
-#endif /* x86 */
-#endif /* not ARM */
-
-KERNEL_INLINE FLOATS FN(load)(const float *p)
-{
-    FLOATS v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-KERNEL_INLINE void FN(store)(float *p, FLOATS v)
-{
-    memcpy(p, &v, sizeof v);
-}
-
-#define LOAD(p) FN(load)(p)
-#define STORE(p, v) FN(store)(p, v)
-
-/* The same number everywhere, or the same byte. */
+/* The same number everywhere, or the same byte.  (-0 + 0 would be 0.) */
+#define SPLAT(f) ((f) - (FLOATS){ 0 })
 #define SPLAT_INT(n) ((INTS){ 0 } + (n))
 #define SPLAT_BYTE(n) SPLAT_INT((int32_t)((uint32_t)(n) * 0x01010101u))
 
@@ -2675,11 +2478,18 @@ KERNEL_INLINE void FN(store)(float *p, FLOATS v)
 
 #define TO_FLOATS(v) __builtin_convertvector(v, FLOATS)
 
+/* Quad i. */
+KERNEL_INLINE FOUR FN(quad)(FLOATS v, const int i)
+{
+    FOUR four;
+    memcpy(&four, (const char *)&v + 16 * i, sizeof four);
+    return four;
+}
+
 /* sum_16(), four sums at a time. */
 KERNEL_INLINE float FN(tree)(const void *chains)
 {
-    typedef float four __attribute__((vector_size(16)));
-    four v[4];
+    FOUR v[4];
 
     memcpy(v, chains, sizeof v);
     v[0] = (v[0] + v[2]) + (v[1] + v[3]);
@@ -2720,11 +2530,7 @@ KERNEL_INLINE void FN(transpose_4)(INTS v[4])
 }
 
 /* The lower half of every number is an f16. */
-#ifdef LFM2_WASM
-#define LOW_F16(v) FN(from_f16)((UINTS)(v) & 0xffff)
-#else
-#define LOW_F16(v) FROM_F16((HALF)__builtin_convertvector(v, FN(half_words)))
-#endif
+#define LOW_F16(v) FROM_F16(__builtin_convertvector((UINTS)(v), HALF))
 
 /* The small blocks.  Each is its namesake of Part I or section 7 or 10, with
  * the same operations on every element in the same order. */
@@ -2850,37 +2656,32 @@ KERNEL void FN(quantize)(struct q8_group *to, const float *x)
  *
  *   1. of one row, each quad of a register holds 16 bytes of another group;
  *   2. dot_4() multiplies them with the same groups of x;
- *   3. sum_4() makes one register of those of four rows: a quad has the sums of
+ *   3. SUM_4() makes one register of those of four rows: a quad has the sums of
  *      its group for each row, and the scales are laid out alike;
  *   4. one quad after the other is scaled and added to the four results.
  *
- * Many rows of x: LANES rows are unpacked to a tile, two tiles to a panel.
- * A vector holds four columns of the LANES rows of a tile, so that multiplying
- * it with four columns of x, repeated everywhere, needs no sums across it:
+ * Many rows of x: LANES rows, again four at a time, are unpacked to a tile, two
+ * tiles to a panel.  A vector holds four columns of the rows of a tile, so that
+ * multiplying it with four columns of x, repeated everywhere, needs no sums:
  *
  *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
  *                                                        on ARM s8: weight
- *     d, m [groups][2 halves][2 tiles][LANES rows]       float
+ *     d, m [groups][2 tiles][2 halves][LANES rows]       float
  *
  * With more than SOME rows of x a panel covers all columns and stays in the
  * second-level cache; with fewer it covers eight groups at a time and stays in
  * the first.
  *
- * Functions that take a format k are compiled for each one: few_Q4_0_avx2() in
- * a profile is FN(few_##type) here. */
+ * Functions that take a format k are compiled for each one: in a profile
+ * product_Q4_0_avx2() is FN(product_##type) here. */
 
 #define PANEL (2 * LANES)                 /* rows of weights                 */
 
 /* Signed bytes are made unsigned where the instruction wants it. */
 #define SIGNED (DOT && LANES > 4 ? 128 : 0)
 
-/* Four bytes, repeated everywhere. */
-KERNEL_INLINE INTS FN(repeat)(const void *p)
-{
-    int32_t four;
-    memcpy(&four, p, sizeof four);
-    return SPLAT_INT(four);
-}
+/* The four bytes at p, everywhere. */
+#define REPEAT_4(p) SPLAT_INT(*(const FN(loose_int) *)(const void *)(p))
 
 /* vpdpbusd multiplies by all eight bits of a byte.  So with few rows of x, the
  * bits of these formats stay where they are in it, and the sum is shifted. */
@@ -2905,12 +2706,11 @@ KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
     static const uint8_t which[16] = {
         1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128
     };
-    static const uint8_t byte[2][16] = {
-        { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
-        { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 }
-    };
+    static const uint8_t byte[16] = { 0, 0, 0, 0, 0, 0, 0, 0,
+                                      1, 1, 1, 1, 1, 1, 1, 1 };
     const INTS bit = REPEAT_16(which);
-    INTS v = LOOK_UP(FN(quads)(p, of), REPEAT_16(byte[h])) & bit;
+    const INTS from = REPEAT_16(byte) + SPLAT_BYTE(2 * h);
+    const INTS v = LOOK_UP(FN(quads)(p, of), from) & bit;
 
     return (INTS)((FN(bytes))v == (FN(bytes))bit) & SPLAT_BYTE(16);
 }
@@ -2941,23 +2741,20 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
     }
 }
 
-/* The scales and minima of LANES rows: d[i], m[i] of group i; or of a K block,
- * where byte i of s and min, in steps of four, belongs to group or half i.
- *
- * Or those of only four rows: quad i of d[0], m[0] is of group i; what a K
- * block has is the same in all quads. */
+/* The scales and minima of four rows: quad i of d and m is of group i; or of a
+ * K block, the same in all quads, where byte i of s and min, in steps of four,
+ * belongs to group or half i. */
 struct FN(scales) {
-    FLOATS d[QUADS], m[QUADS];
+    FLOATS d, m;
     INTS s[4], min[4];
 };
 
-/* Bytes 4j .. 4j+3 at p of every row to v[j]. */
-KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride,
-                               const int four)
+/* Bytes 4j .. 4j+3 at p of four rows to v[j], in all quads. */
+KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
 {
     UNROLL
     for (int i = 0; i < 4; i++, p += stride)
-        v[i] = four ? REPEAT_16(p) : FN(row_quads)(p, stride);
+        v[i] = REPEAT_16(p);
     FN(transpose_4)(v);
 }
 
@@ -2994,7 +2791,7 @@ KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
                                      const struct format *k)
 {
 #define BYTE_BITS(v, n, mask) (SHIFT(v, n) & SPLAT_BYTE(mask))
-    if (k->scales == scales_q4_k) {
+    if (k->scales == Q4_K) {
         to->s[0] = BYTE_BITS(h[1], 0, 63);
         to->min[0] = BYTE_BITS(h[2], 0, 63);
         to->s[1] = BYTE_BITS(h[3], 0, 15) | BYTE_BITS(h[1], 2, 48);
@@ -3002,15 +2799,15 @@ KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
     }
     UNROLL
     for (int j = 0; j < 4; j++)
-        if (k->scales == scales_q2_k) {
+        if (k->scales == Q2_K) {
             to->s[j] = BYTE_BITS(h[j], 0, 15);
             to->min[j] = BYTE_BITS(h[j], 4, 15);
-        } else if (k->scales == scales_q3_k) {
+        } else if (k->scales == Q3_K) {
             to->s[j] = BYTE_BITS(h[1 + j % 2], j / 2 * 4, 15) |
                        BYTE_BITS(h[3], j * 2, 3) << 4;
-        } else if (k->scales == scales_q6_k) {
+        } else if (k->scales == Q6_K) {
             to->s[j] = h[j] ^ SPLAT_BYTE(128);
-        } else if (k->scales == scales_iq4_xs && j < 2) {
+        } else if (k->scales == IQ4_XS && j < 2) {
             INTS low = SHIFT(h[1], 16 * j) & 0xffff;
             INTS high = SHIFT(h[0], 16 + 8 * j) & 0xff;
             low = (low | low << 8) & 0x00ff00ff;
@@ -3024,35 +2821,26 @@ KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
 /* Read the scales at b: of the next QUADS groups, or of a K block.  If that
  * begins with d and dmin, they are among the 16 bytes. */
 KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
-                                   size_t stride, const int four,
-                                   const struct format *k)
+                                   size_t stride, const struct format *k)
 {
-    const int n = k->block == 32 && !four ? QUADS : 1;
-    INTS h[4], head[QUADS];
+    INTS h[4], head;
 
     if (k->block == 32) {
-        UNROLL
-        for (int i = 0; i < n; i++, b += 4 * stride)
-            head[i] = FN(heads)(b, stride, k);
-        if (n > 1)
-            FN(transpose_quads)(head);
+        head = FN(heads)(b, stride, k);
     } else {
-        FN(load_16)(h, b + k->scales_at, stride, four);
+        FN(load_16)(h, b + k->scales_at, stride);
         FN(unpack_scales)(to, h, k);
         if (k->d_at > 0)                  /* there it ends with d, or dmin   */
-            FN(load_16)(h, b + k->bytes - 16, stride, four);
-        head[0] = k->d_at == 0 ? h[0] : k->has_min ? h[3] : SHIFT(h[3], 16);
+            FN(load_16)(h, b + k->bytes - 16, stride);
+        head = k->d_at == 0 ? h[0] : k->has_min ? h[3] : SHIFT(h[3], 16);
     }
-    UNROLL
-    for (int i = 0; i < n; i++) {
-        to->d[i] = LOW_F16(head[i]);
-        to->m[i] = LOW_F16(SHIFT(head[i], 16));
-        if (k->block == 32)
-            to->m[i] = -to->m[i];
-    }
+    to->d = LOW_F16(head);
+    to->m = LOW_F16(SHIFT(head, 16));
+    if (k->block == 32)
+        to->m = -to->m;
 }
 
-/* Byte i of every row; or, a quad each, bytes i, i + step, ... */
+/* Bytes i, i + step, ... of every row, a quad each. */
 KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i, const int step)
 {
     static const uint8_t upper[4] = { 0, 0, 255, 255 };
@@ -3067,26 +2855,22 @@ KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i, const int step)
     return TO_FLOATS(SHIFT(v, FN(quad_ints)(down)) & 255);
 }
 
-/* d and m of the halves of group g, or of groups g .. g+QUADS-1 of four rows,
- * out of those that were read. */
+/* d and m of the halves of groups g .. g+QUADS-1, out of those that were
+ * read. */
 KERNEL_INLINE void FN(scale)(FLOATS d[2], FLOATS m[2],
                              const struct FN(scales) *s, const int g,
-                             const int four, const struct format *k)
+                             const struct format *k)
 {
-    const int step = four ? k->halves : 0;
-
     m[0] = m[1] = SPLAT(0);
     UNROLL
     for (int h = 0; h < k->halves; h++) {
         const int i = k->halves * g + h;
-        if (k->block == 32) {
-            d[h] = s->d[four ? 0 : g];
-            m[h] = s->m[four ? 0 : g];
-            continue;
-        }
-        d[h] = s->d[0] * (FN(byte_of)(s->s, i, step) - (float)k->scale_offset);
-        if (k->has_min)
-            m[h] = s->m[0] * FN(byte_of)(s->min, i, step);
+        d[h] = s->d;
+        m[h] = s->m;
+        if (k->scales)
+            d[h] *= FN(byte_of)(s->s, i, k->halves) - (float)k->scale_offset;
+        if (k->scales && k->has_min)
+            m[h] *= FN(byte_of)(s->min, i, k->halves);
     }
 }
 
@@ -3107,8 +2891,8 @@ KERNEL_INLINE struct FN(addends) FN(scale_sums)(const INTS s[2],
     if (k->halves == 1)
         return (struct FN(addends)){ { d[0] * x->d, -m[0] },
                                      { TO_FLOATS(s[0]), x->s } };
-    const FLOATS sum0 = TO_FLOATS(FN(pairs)(x->sum, SPLAT_INT(1)));
-    const FLOATS sum1 = TO_FLOATS(FN(pairs)(x->sum, SPLAT_INT(1 << 16)));
+    const FLOATS sum0 = TO_FLOATS(DOT_PAIRS(x->sum, SPLAT_INT(1)));
+    const FLOATS sum1 = TO_FLOATS(DOT_PAIRS(x->sum, SPLAT_INT(1 << 16)));
     return (struct FN(addends)){
         { x->d, -x->d },
         { FMA(d[1], TO_FLOATS(s[1]), d[0] * TO_FLOATS(s[0])),
@@ -3125,10 +2909,13 @@ KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
 {
     const uint32_t n = (uint32_t)-offset & 0xffff;
     const uint32_t both = k->halves == 1 ? n | n << 16 : n << 16 * h;
-    return FN(pairs)(sum, SPLAT_INT((int32_t)both));
+    return DOT_PAIRS(sum, SPLAT_INT((int32_t)both));
 }
 
 #if LANES > 4 && !DOT
+
+/* How many of these can be added: of weights with a sign, six bits, and five. */
+#define TERMS(k) ((k)->is_signed ? 1 : (k)->offset == 32 ? 2 : 4)
 
 /* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
 KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
@@ -3149,16 +2936,6 @@ KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 
 #endif
 
-#ifdef LFM2_WASM
-
-KERNEL_INLINE INTS FN(half_of)(INTS v, const int high)
-{
-    return (INTS)(high ? wasm_i16x8_extend_high_i8x16((v128_t)v)
-                       : wasm_i16x8_extend_low_i8x16((v128_t)v));
-}
-
-#endif
-
 /* s + four products of bytes in each number.  Not every compiler has a function
  * for sdot where the default CPU lacks it. */
 KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
@@ -3172,16 +2949,16 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 #elif DOT
     return (INTS)_mm512_dpbusd_epi32((__m512i)s, (__m512i)w, (__m512i)x);
 #elif defined LFM2_WASM
-    UNROLL
-    for (int h = 0; h < 2; h++)
-        s += FN(pairs)(FN(half_of)(w, h), FN(half_of)(x, h));
-    return s;
+    s += DOT_PAIRS(wasm_i16x8_extend_low_i8x16((v128_t)w),
+                   wasm_i16x8_extend_low_i8x16((v128_t)x));
+    return s + DOT_PAIRS(wasm_i16x8_extend_high_i8x16((v128_t)w),
+                         wasm_i16x8_extend_high_i8x16((v128_t)x));
 #elif LANES == 4
     int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
     int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
     return vpadalq_s16(s, vpaddq_s16(low, vmull_high_s8(a, b)));
 #else
-    return s + FN(pairs)((INTS)FN(byte_pairs)(w, x, is_signed),
+    return s + DOT_PAIRS((INTS)FN(byte_pairs)(w, x, is_signed),
                          SPLAT_INT(0x00010001));
 #endif
 }
@@ -3234,7 +3011,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
     FLOATS d[2], m[2];
     INTS w[4][2];
 
-    FN(scale)(d, m, s, g, 1, k);
+    FN(scale)(d, m, s, g, k);
     UNROLL
     for (int i = 0; i < 4; i++)
         FN(unpack)(w[i], b + (size_t)i * stride, g, IN_PLACE(k), k);
@@ -3252,7 +3029,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
                 if (k->halves == 1)
                     dot[i] = FN(dot_4)(dot[i], w[i][1], x->q[1], k->is_signed);
             }
-            sum[h] = FN(sum_4)(dot[0], dot[1], dot[2], dot[3]);
+            sum[h] = SUM_4(dot[0], dot[1], dot[2], dot[3]);
             if (IN_PLACE(k))
                 sum[h] >>= FN(quad_ints)(k->low.shift + g);
             if (offset)
@@ -3263,8 +3040,8 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
         for (int i = 0; i < QUADS; i++)
             UNROLL
             for (int j = 0; j <= k->has_min; j++)
-                to[t].acc[four] = FMA_4(QUAD(add.a[j], i), QUAD(add.b[j], i),
-                                        to[t].acc[four]);
+                to[t].acc[four] = FMA_4(FN(quad)(add.a[j], i),
+                                        FN(quad)(add.b[j], i), to[t].acc[four]);
     }
 }
 
@@ -3281,7 +3058,7 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
         UNROLL
         for (int i = 0; i < FOURS; i++) {
             const uint8_t *b = row + 4 * (size_t)i * w->stride;
-            FN(read_scales)(&s, b, w->stride, 1, k);
+            FN(read_scales)(&s, b, w->stride, k);
             UNROLL
             for (int g = 0; g < per_step; g += QUADS) {
                 UNROLL
@@ -3296,24 +3073,32 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
     }
 }
 
-/* A single row of x has its own code, in which everything is in registers. */
-KERNEL_INLINE void FN(few)(struct FN(few) *to, int n,
-                           const struct weight_rows *w, const struct format *k)
+/* out[t][r] = the rows times those of x.  A single row of x has its own code, in
+ * which everything is in registers. */
+KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
+                                   const struct input *in,
+                                   const struct scratch *s,
+                                   const struct format *k)
 {
-    struct FN(few) one = *to;
+    const struct FN(x_quads) *x = (const void *)s->x;
+    struct FN(few) to[FEW], one = { .x = x };
 
-    if (n > 1) {
-        FN(few_rows)(to, n, w, k);
-        return;
+    for (int t = 0; t < in->n; t++, x += w->groups / QUADS)
+        to[t] = (struct FN(few)){ .x = x };
+    if (in->n > 1) {
+        FN(few_rows)(to, in->n, w, k);
+    } else {
+        FN(few_rows)(&one, 1, w, k);
+        to[0] = one;
     }
-    FN(few_rows)(&one, 1, w, k);
-    *to = one;
+    for (int t = 0; t < in->n; t++)
+        memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
 }
 
 /* ---- many rows of x */
 
-/* WebAssembly multiplies pairs of 16-bit numbers, so there the first two
- * columns of all rows come first in a vector, then the others. */
+/* WebAssembly multiplies pairs of 16-bit numbers, so there the first two of four
+ * columns come first in a vector, for all rows, then the others. */
 #ifdef LFM2_WASM
 #define TILE_ORDER(v) \
     WASM_PICK(i16x8, (v128_t)(v), (v128_t)(v), 0, 2, 4, 6, 1, 3, 5, 7)
@@ -3321,174 +3106,133 @@ KERNEL_INLINE void FN(few)(struct FN(few) *to, int n,
 #define TILE_ORDER(v) ((INTS)(v))
 #endif
 
-/* Groups g .. g+QUADS-1 of the blocks at b become those at q of a tile. */
-KERNEL_INLINE void FN(to_tile)(INTS *q, const uint8_t *b, size_t stride,
-                               const int g, const struct format *k)
+/* Quad i of v to p + i step. */
+KERNEL_INLINE void FN(store_quads)(void *p, size_t step, FLOATS v)
 {
-    const INTS offset = SPLAT_BYTE(LANES == 4 ? k->offset : 0);
-    INTS v[2][4][QUADS];
-
     UNROLL
-    for (int r = 0; r < QUADS; r++) {
-        INTS w[4][2], t[4];
-        UNROLL
-        for (int i = 0; i < 4; i++)
-            FN(unpack)(w[i], b + (size_t)(4 * r + i) * stride, g, 0, k);
-        UNROLL
-        for (int h = 0; h < 2; h++) {
-            for (int i = 0; i < 4; i++)
-                t[i] = w[i][h];
-            FN(transpose_4)(t);
-            for (int i = 0; i < 4; i++)
-                v[h][i][r] = t[i];
-        }
-    }
-    UNROLL
-    for (int i = 0; i < 8; i++) {
-        FN(transpose_quads)(v[i / 4][i % 4]);
-        UNROLL
-        for (int j = 0; j < QUADS; j++)
-            q[16 * j + 2 * i] = TILE_ORDER((FN(bytes))v[i / 4][i % 4][j] -
-                                           (FN(bytes))offset);
+    for (int i = 0; i < QUADS; i++) {
+        const FOUR quad = FN(quad)(v, i);
+        memcpy((uint8_t *)p + (size_t)i * step, &quad, sizeof quad);
     }
 }
 
-/* Tile number `tile` of the panel in p. */
-KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, const int tile,
+/* Groups g .. g+QUADS-1 of the blocks at b, of four rows, become those from
+ * `group` on of rows row .. row+3 of a panel. */
+KERNEL_INLINE void FN(to_panel)(const struct scratch *p, int group, int row,
+                                const uint8_t *b, size_t stride, const int g,
+                                const struct FN(scales) *s,
+                                const struct format *k)
+{
+    const INTS offset = SPLAT_BYTE(LANES == 4 ? k->offset : 0);
+    const int tile = row / LANES * LANES;
+    const size_t at = (size_t)(group * 2 * PANEL + tile + row);
+    uint8_t *q = p->q + (size_t)(group * 8 * PANEL + row) * 4;
+    FLOATS d[2], m[2];
+    INTS w[4][2];
+
+    UNROLL
+    for (int i = 0; i < 4; i++)
+        FN(unpack)(w[i], b + (size_t)i * stride, g, 0, k);
+    UNROLL
+    for (int h = 0; h < 2; h++) {
+        INTS v[4] = { w[0][h], w[1][h], w[2][h], w[3][h] };
+        FN(transpose_4)(v);
+        UNROLL
+        for (int i = 0; i < 4; i++, q += 4 * PANEL)
+            FN(store_quads)(q, 32 * PANEL, (FLOATS)TILE_ORDER(
+                (FN(bytes))v[i] - (FN(bytes))offset));
+    }
+    FN(scale)(d, m, s, g, k);
+    UNROLL
+    for (int h = 0; h < k->halves; h++) {
+        FN(store_quads)(p->d + at + h * LANES, 8 * PANEL, d[h]);
+        if (k->has_min)
+            FN(store_quads)(p->m + at + h * LANES, 8 * PANEL, m[h]);
+    }
+}
+
+/* LANES rows of the panel in p, from `row` on. */
+KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, int row,
                                    const struct weight_rows *w,
                                    const struct format *k)
 {
     const int per_step = k->block == 32 ? QUADS : 8;
     const size_t bytes = (size_t)(per_step * 32 / k->block * k->bytes);
-    INTS *q = (INTS *)(void *)p->q + tile;
-    FLOATS *d = (FLOATS *)(void *)p->d + tile;
-    FLOATS *m = (FLOATS *)(void *)p->m + tile;
-    const uint8_t *row = w->at, *next = w->next;
+    const uint8_t *at = w->at, *next = w->next;
     struct FN(scales) s;
 
-    for (int left = w->groups; left > 0; left -= per_step, row += bytes) {
+    for (int group = 0; group < w->groups; group += per_step, at += bytes) {
         for (size_t i = 0; i < bytes * LANES; i += 64)
             FETCH_FAR(next + i);
         next += bytes * LANES;
-        FN(read_scales)(&s, row, w->stride, 0, k);
-        UNROLL
-        for (int g = 0; g < per_step; g += QUADS, q += 16 * QUADS)
-            FN(to_tile)(q, row, w->stride, g, k);
-        UNROLL
-        for (int g = 0; g < per_step; g++, d += 4, m += 4) {
-            FLOATS dg[2], mg[2];
-            FN(scale)(dg, mg, &s, g, 0, k);
+        for (int r = 0; r < LANES; r += 4) {
+            const uint8_t *b = at + (size_t)r * w->stride;
+            FN(read_scales)(&s, b, w->stride, k);
             UNROLL
-            for (int h = 0; h < k->halves; h++) {
-                d[2 * h] = dg[h];
-                if (k->has_min)
-                    m[2 * h] = mg[h];
-            }
+            for (int g = 0; g < per_step; g += QUADS)
+                FN(to_panel)(p, group + g, row + r, b, w->stride, g, &s, k);
         }
     }
 }
 
-#ifdef LFM2_WASM
-
-/* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g],
- * which are widened to 16 bits once, and read again in pairs. */
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_group *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const struct format *k)
+/* s[t][j][h] += half h of group w[8][2], of tile j, times that of x[t][g]; or all
+ * of it. */
+KERNEL_INLINE void FN(dots)(INTS s[][2][2], const INTS *w,
+                            const struct panel_job *p, int g, const int h,
+                            const int tokens, const struct format *k)
 {
-    _Alignas(16) int16_t wide[TOKENS][32];
-
-    (void)k;
-    UNROLL
-    for (int t = 0; t < tokens; t++)
-        UNROLL
-        for (int c = 4 * first; c < 4 * last; c += 8)
-            wasm_v128_store(wide[t] + c, wasm_i16x8_load8x8(x[t][g].q + c));
-    __asm__ volatile("" : : "r"(wide) : "memory");    /* loads, no shuffles  */
-    UNROLL
-    for (int t = 0; t < tokens; t++) {
-        INTS a = s[t][0], b = s[t][1];
-        UNROLL
-        for (int i = 2 * first; i < 2 * last; i++) {
-            const INTS v = (INTS)wasm_v128_load32_splat(wide[t] + 2 * i);
-            a += FN(pairs)(FN(half_of)(w[i / 2 * 2], i % 2), v);
-            b += FN(pairs)(FN(half_of)(w[i / 2 * 2 + 1], i % 2), v);
-        }
-        s[t][0] = a;
-        s[t][1] = b;
-    }
-}
-
-#else
-
-/* s[t][j] += columns 4 first .. 4 last - 1 of tile j times those of x[t][g]. */
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct q8_group *const *x, int g,
-                            const int first, const int last, const int tokens,
-                            const struct format *k)
-{
-#if LANES > 4 && !DOT                     /* `terms` of them in 16 bits      */
+    const int first = 4 * h, n = 8 / k->halves;
+#if LANES > 4 && !DOT
     FN(words) part[TOKENS][2];
 #endif
 
     UNROLL
-    for (int i = first; i < last; i++)
+    for (int i = first; i < first + n; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
-            const INTS v = FN(repeat)(x[t][g].q + 4 * i);
+            const INTS v = TILE_ORDER(REPEAT_4(p->x[t][g].q + 4 * i));
             UNROLL
             for (int j = 0; j < 2; j++) {
 #if LANES > 4 && !DOT
-                const int n = (i - first) % k->terms;
-                FN(words) p = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
-                part[t][j] = n ? part[t][j] + p : p;
-                if (n == k->terms - 1)
-                    s[t][j] += FN(pairs)((INTS)part[t][j],
-                                         SPLAT_INT(0x00010001));
+                const int term = i % TERMS(k);
+                FN(words) q = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
+                part[t][j] = term ? part[t][j] + q : q;
+                if (term == TERMS(k) - 1)
+                    s[t][j][h] += DOT_PAIRS(part[t][j], SPLAT_INT(0x00010001));
 #else
-                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v, k->is_signed);
+                s[t][j][h] = FN(dot_4)(s[t][j][h], w[2 * i + j], v,
+                                       k->is_signed);
 #endif
             }
         }
 }
 
-#endif
-
-/* Group g of a panel, w[8][2], d and m [halves][2], times that of each x. */
+/* Group g of a panel, w[8][2], d and m [2][halves], times that of each x. */
 KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
                                    const FLOATS *d, const FLOATS *m,
                                    const struct panel_job *p, int g,
                                    const int tokens, const struct format *k)
 {
-    const int last = k->halves - 1;
-    INTS s[2][TOKENS][2];
+    INTS s[TOKENS][2][2];
 
     UNROLL
-    for (int h = 0; h <= last; h++) {
+    for (int h = 0; h < k->halves; h++) {
         UNROLL
         for (int t = 0; t < tokens; t++)
-            s[h][t][0] = s[h][t][1] = LANES > 4 && !k->has_min
-                ? FN(less_offset)(FN(repeat)(p->x[t][g].sum), h, p->offset, k)
+            s[t][0][h] = s[t][1][h] = LANES > 4 && !k->has_min
+                ? FN(less_offset)(REPEAT_4(p->x[t][g].sum), h, p->offset, k)
                 : SPLAT_INT(0);
-        FN(dots)(s[h], w, p->x, g, 4 * h, h == last ? 8 : 4, tokens, k);
+        FN(dots)(s, w, p, g, h, tokens, k);
     }
     UNROLL
     for (int t = 0; t < tokens; t++) {
         const struct q8_group *x = &p->x[t][g];
         const struct FN(head) head = { SPLAT(x->d), SPLAT(x->s),
-                                       FN(repeat)(x->sum) };
+                                       REPEAT_4(x->sum) };
         UNROLL
         for (int j = 0; j < 2; j++) {
-            const INTS sum[2] = { s[0][t][j], s[last][t][j] };
-            const FLOATS dj[2] = { d[j], d[2 * last + j] };
-            FLOATS mj[2] = { { 0 }, { 0 } };
-            if (k->has_min) {
-                mj[0] = m[j];
-                mj[1] = m[2 * last + j];
-            }
             const struct FN(addends) add =
-                FN(scale_sums)(sum, dj, mj, &head, k);
+                FN(scale_sums)(s[t][j], d + 2 * j, m + 2 * j, &head, k);
             for (int i = 0; i <= k->has_min; i++)
                 acc[t][j] = FMA(add.a[i], add.b[i], acc[t][j]);
         }
@@ -3536,34 +3280,6 @@ MULTIPLY(Q2_K)                            /* d and m for 16 columns          */
 MULTIPLY(Q3_K)                            /* d for 16                        */
 MULTIPLY(Q6_K)                            /* the same, six bits              */
 
-#define USES(type) \
-    KERNEL void FN(few_##type)(struct FN(few) *to, int n, \
-                               const struct weight_rows *w) \
-    { \
-        FN(few)(to, n, w, &formats[type]); \
-    } \
-    KERNEL void FN(tile_##type)(const struct scratch *p, int tile, \
-                                const struct weight_rows *w) \
-    { \
-        FN(unpack_tile)(p, tile, w, &formats[type]); \
-    }
-USES(Q4_0) USES(Q4_1) USES(Q5_0) USES(Q5_1) USES(Q8_0) USES(Q2_K) USES(Q3_K)
-USES(Q4_K) USES(Q5_K) USES(Q6_K) USES(IQ4_NL) USES(IQ4_XS)
-
-#define USE(type, sums) \
-    [type] = { FN(few_##type), FN(tile_##type), FN(multiply_##sums) }
-
-static const struct {
-    void (*few)(struct FN(few) *to, int n, const struct weight_rows *w);
-    void (*tile)(const struct scratch *p, int tile,
-                 const struct weight_rows *w);
-    void (*multiply)(const struct panel_job *p, int n);
-} FN(routines)[N_FORMAT] = {
-    USE(Q4_0, Q4_0), USE(Q4_1, Q4_K), USE(Q5_0, Q4_0), USE(Q5_1, Q4_K),
-    USE(Q8_0, Q8_0), USE(Q2_K, Q2_K), USE(Q3_K, Q3_K), USE(Q4_K, Q4_K),
-    USE(Q5_K, Q4_K), USE(Q6_K, Q6_K), USE(IQ4_NL, Q8_0), USE(IQ4_XS, Q8_0)
-};
-
 /* How many of n rows of x to take next, so that all takes are nearly equal. */
 KERNEL_INLINE int FN(take_rows)(int n, int most)
 {
@@ -3571,51 +3287,53 @@ KERNEL_INLINE int FN(take_rows)(int n, int most)
     return (n + takes - 1) / takes;
 }
 
-/* out[t][r] = the rows times those of x, if these are few. */
-KERNEL void FN(product_few)(float *out, const struct tensor *w,
-                            const struct weight_rows *all,
-                            const struct input *in, const struct scratch *s)
-{
-    struct FN(few) to[FEW];
-
-    for (int t = 0; t < in->n; t++) {
-        const struct FN(x_quads) *x = (const void *)s->x;
-        to[t] = (struct FN(few)){ .x = x + t * (all->groups / QUADS) };
-    }
-    FN(routines)[w->fmt - formats].few(to, in->n, all);
-    for (int t = 0; t < in->n; t++)
-        memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
-}
-
 /* The rows of a panel times any number of rows of x. */
-KERNEL void FN(product_panel)(float *out, const struct tensor *w,
-                              const struct weight_rows *all,
-                              const struct input *in, const struct scratch *s)
+KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
+                                     const struct input *in,
+                                     const struct scratch *s,
+                                     const struct format *k,
+                                     void (*multiply)(const struct panel_job *p,
+                                                      int n))
 {
-    const struct format *f = w->fmt;
     const int most = in->n <= SOME ? 8 : all->groups;
     struct weight_rows part = *all;
-    struct panel_job p = { .s = s, .offset = OFFSET(f) };
+    struct panel_job p = { .s = s, .offset = OFFSET(k) };
 
     for (int g = 0; g < all->groups; g += part.groups) {
         const int left = all->groups - g;
         part.groups = p.groups = left < most ? left : most;
-        const size_t bytes = (size_t)(p.groups * 32 / f->block * f->bytes);
+        const size_t bytes = (size_t)(p.groups * 32 / k->block * k->bytes);
         p.is_first = g == 0;
-        for (size_t i = 0; i < 2; i++, part.next += LANES * bytes) {
-            part.at = all->at + i * LANES * all->stride +
-                      (size_t)(g * 32 / f->block * f->bytes);
-            FN(routines)[f - formats].tile(s, (int)i, &part);
+        for (int r = 0; r < PANEL; r += LANES, part.next += LANES * bytes) {
+            part.at = all->at + (size_t)r * all->stride +
+                      (size_t)(g * 32 / k->block * k->bytes);
+            FN(unpack_tile)(s, r, &part, k);
         }
         for (int t = 0, n; t < in->n; t += n) {
             n = FN(take_rows)(in->n - t, TOKENS);
             p.out = out + t * UNIT;
             for (int i = 0; i < n; i++)
                 p.x[i] = in->q + row_at(in, t + i) * (size_t)all->groups + g;
-            FN(routines)[f - formats].multiply(&p, n);
+            multiply(&p, n);
         }
     }
 }
+
+#define PRODUCT(type, sums) \
+    KERNEL void FN(product_##type)(float *out, const struct weight_rows *w, \
+                                   const struct input *in, \
+                                   const struct scratch *s) \
+    { \
+        if (in->n <= FEW) \
+            FN(product_few)(out, w, in, s, &formats[type]); \
+        else \
+            FN(product_panel)(out, w, in, s, &formats[type], \
+                              FN(multiply_##sums)); \
+    }
+PRODUCT(Q4_0, Q4_0) PRODUCT(Q4_1, Q4_K) PRODUCT(Q5_0, Q4_0) PRODUCT(Q5_1, Q4_K)
+PRODUCT(Q8_0, Q8_0) PRODUCT(Q2_K, Q2_K) PRODUCT(Q3_K, Q3_K) PRODUCT(Q4_K, Q4_K)
+PRODUCT(Q5_K, Q4_K) PRODUCT(Q6_K, Q6_K)
+PRODUCT(IQ4_NL, Q8_0) PRODUCT(IQ4_XS, Q8_0)
 
 /* ---- weights in floats: a register holds LANES of the 16 chains of a sum */
 
@@ -3625,18 +3343,20 @@ KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
     HALF h;
 
     if (type == F32)
-        return LOAD((const float *)(const void *)p + i);
+        return LOAD(p + 4 * i);
     memcpy(&h, p + 2 * i, sizeof h);
-    return type == F16 ? FROM_F16(h) : FROM_BF16(h);
+    return type == F16 ? FROM_F16(h)
+                       : (FLOATS)(__builtin_convertvector(h, UINTS) << 16);
 }
 
-/* LANES chains from chain h on, of 4 rows at w times each x, go on for the
- * columns of the block.  For few rows of x weights come from memory, and fast
+/* LANES chains from chain h on, of rows r .. r+3, at w, times each x, go on for
+ * the columns of the block.  For few rows of x weights come from memory, and fast
  * CPUs wait for fewer lines if these go to the second-level cache. */
 KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
-                                  float *chain, const uint8_t *w, int h,
+                                  int row, const uint8_t *w, int h,
                                   const uint8_t *next, const int type)
 {
+    float *chain = b->chain + row * 16;
     const size_t stride = b->stride;
     const int cols = b->cols, step = b->step;
     const int many = type == F32 && b->n_next > 0;
@@ -3678,17 +3398,6 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
             STORE(chain + (t * UNIT + r) * 16 + h, acc[t][r]);
 }
 
-KERNEL void FN(float_tiles)(const struct float_job *b, float *chain,
-                            const uint8_t *w, int h, const uint8_t *next)
-{
-    if (b->type == F32)
-        BY_ROWS(b->n, X_ROWS, FN(float_tile), b, chain, w, h, next, F32)
-    else if (b->type == F16)
-        BY_ROWS(b->n, X_ROWS, FN(float_tile), b, chain, w, h, next, F16)
-    else
-        BY_ROWS(b->n, X_ROWS, FN(float_tile), b, chain, w, h, next, BF16)
-}
-
 /* A block of columns of `rows` rows. */
 KERNEL void FN(float_block)(struct float_job *b, int rows)
 {
@@ -3696,9 +3405,16 @@ KERNEL void FN(float_block)(struct float_job *b, int rows)
 
     for (int i = 0; i < rows / 4 * CHAINS; i++) {
         const int r = i / CHAINS * 4, h = i % CHAINS * LANES;
+        const uint8_t *w = b->w + (size_t)r * b->stride;
+        const uint8_t *next = i < b->n_next ? (const void *)b->next_x[i]
+                                            : b->next;
 
-        FN(float_tiles)(b, b->chain + r * 16, b->w + (size_t)r * b->stride, h,
-                        i < b->n_next ? (const void *)b->next_x[i] : b->next);
+        if (b->type == F32)
+            BY_ROWS(b->n, X_ROWS, FN(float_tile), b, r, w, h, next, F32)
+        else if (b->type == F16)
+            BY_ROWS(b->n, X_ROWS, FN(float_tile), b, r, w, h, next, F16)
+        else
+            BY_ROWS(b->n, X_ROWS, FN(float_tile), b, r, w, h, next, BF16)
         if (i >= b->n_next && b->end - b->next > bytes)
             b->next += bytes;
     }
@@ -3719,15 +3435,14 @@ KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
         }
 }
 
-/* out[t][r] = `rows` rows of floats times all rows of x.  If those are many,
- * some of them stay in the first-level cache while a block of all the weights,
- * in the second, goes by; then come their next columns. */
-KERNEL void FN(product_floats)(float *out, const struct tensor *w,
-                               const struct weight_rows *all, int rows,
+/* out[t][r] = rows of floats times all rows of x.  If those are many, some of
+ * them stay in the first-level cache while a block of all the weights, in the
+ * second, goes by; then come their next columns. */
+KERNEL void FN(product_floats)(float *out, const struct weight_rows *all,
                                const struct input *in, const struct scratch *s)
 {
-    const int many = in->n >= MANY, cols = w->cols;
-    const int type = (int)(w->fmt - formats);
+    const int many = in->n >= MANY, cols = in->cols, rows = all->rows;
+    const int type = all->type;
     const size_t size = many || type == F32 ? 4 : 2;
     struct float_job b = {
         .type = many ? F32 : type, .step = many ? 64 : 4 * (int)size * LANES,
@@ -3761,19 +3476,20 @@ KERNEL void FN(product_floats)(float *out, const struct tensor *w,
     }
 }
 
-/* What to fetch while the tile at p is worked on: the next one and a little
- * more, or as far behind `next` as that is behind `end`. */
-KERNEL_INLINE const uint8_t *FN(ahead)(const uint8_t *p, size_t bytes,
-                                       const uint8_t *end, const uint8_t *next)
-{
-    const size_t distance = bytes + AHEAD;
-    const size_t left = (size_t)(end - p);
-
-    return distance < left ? p + distance : next ? next + (distance - left) : p;
-}
+static void (*const FN(products)[N_FORMAT])(float *out,
+                                            const struct weight_rows *w,
+                                            const struct input *in,
+                                            const struct scratch *s) = {
+#define USE(type) [type] = FN(product_##type)
+    USE(Q4_0), USE(Q4_1), USE(Q5_0), USE(Q5_1), USE(Q8_0), USE(Q2_K), USE(Q3_K),
+    USE(Q4_K), USE(Q5_K), USE(Q6_K), USE(IQ4_NL), USE(IQ4_XS),
+    [F32] = FN(product_floats), FN(product_floats), FN(product_floats)
+};
 
 /* Whole tiles or panels, in whole steps; what is left is done by the scalar
- * code, and so are floats in rows of an odd length. */
+ * code, and so are floats in rows of an odd length.  Meanwhile the next tile is
+ * fetched and a little more, or what is as far behind `next` as that would be
+ * behind `end`. */
 KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         int n_rows, const struct input *in,
                         const struct scratch *s, const uint8_t *end,
@@ -3784,6 +3500,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                             : few ? 4 * FOURS : PANEL;
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
     const size_t stride = row_bytes(w), bytes = stride * (size_t)rows;
+    const int type = (int)(w->fmt - formats);
     const uint8_t *row = w->data + (size_t)first * stride;
     int done = 0;
 
@@ -3791,14 +3508,12 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
         FN(arrange)(s, in);
     for (; whole && rows > 0 && done + rows <= n_rows;
          done += rows, row += bytes) {
-        const struct weight_rows some = { row, stride, w->cols / 32,
-                                          FN(ahead)(row, bytes, end, next) };
-        if (floats)
-            FN(product_floats)(out + done, w, &some, rows, in, s);
-        else if (few)
-            FN(product_few)(out + done, w, &some, in, s);
-        else
-            FN(product_panel)(out + done, w, &some, in, s);
+        const size_t far = bytes + AHEAD, left = (size_t)(end - row);
+        const struct weight_rows some = {
+            row, stride, type, rows, w->cols / 32,
+            far < left ? row + far : next ? next + (far - left) : row
+        };
+        FN(products)[type](out + done, &some, in, s);
     }
     product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
 }
@@ -3936,14 +3651,8 @@ static const struct isa FN(isa) = {
 
 /* ------------------------------------------------- 13. Choosing the kernels */
 
-enum {
-    HAS_AVX2 = 1, HAS_AVXVNNI = 2, HAS_AVX512 = 4, HAS_VNNI = 8,
-    HAS_DOTPROD = 16
-};
-
-#ifdef LFM2_X86
-
 #define KERNELS
+#ifdef LFM2_X86
 
 #define SET avx2
 #define BITS 256
@@ -3952,7 +3661,6 @@ enum {
 #include "lfm2.c"
 
 #ifndef LFM2_AVX2_ONLY
-
 #if (defined __clang__ && __clang_major__ >= 12) || \
     (!defined __clang__ && __GNUC__ >= 11)
 #define LFM2_AVXVNNI                      /* older compilers do not know it  */
@@ -3963,49 +3671,21 @@ enum {
 #include "lfm2.c"
 #endif
 
+#define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #define SET avx512
 #define BITS 512
 #define DOT 0
-#define TARGET \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define TARGET __attribute__((target(AVX512)))
 #include "lfm2.c"
 
 #define SET avx512vnni
 #define BITS 512
 #define DOT 1
-#define TARGET __attribute__((target( \
-    "avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define TARGET __attribute__((target("avx512vnni," AVX512)))
 #include "lfm2.c"
-
 #endif
-#undef KERNELS
-
-/* What the CPU has, and the system saves when it switches threads. */
-static int cpu_features(void)
-{
-    unsigned a, b, c, d, b7, c7, a71, os, os_high;
-    const unsigned fma = 1u << 12, osxsave = 1u << 27, f16c = 1u << 29;
-    const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-
-    if (__get_cpuid_max(0, NULL) < 7)
-        return 0;
-    __cpuid(1, a, b, c, d);
-    if (!(c & osxsave) || !(c & fma) || !(c & f16c))
-        return 0;
-    __cpuid_count(7, 0, a, b7, c7, d);
-    __cpuid_count(7, 1, a71, b, c, d);
-    __asm__("xgetbv" : "=a"(os), "=d"(os_high) : "c"(0));
-    if ((os & 0x06) != 0x06 || !(b7 >> 5 & 1))
-        return 0;
-    const int has = HAS_AVX2 | (a71 >> 4 & 1 ? HAS_AVXVNNI : 0);
-    if ((os & 0xe6) != 0xe6 || (b7 & avx512) != avx512)
-        return has;
-    return has | HAS_AVX512 | (c7 >> 11 & 1 ? HAS_VNNI : 0);
-}
 
 #elif defined LFM2_ARM
-
-#define KERNELS
 
 #define SET neon
 #define BITS 128
@@ -4025,24 +3705,7 @@ static int cpu_features(void)
 #endif
 #include "lfm2.c"
 
-#undef KERNELS
-
-static int cpu_features(void)
-{
-#if defined __ARM_FEATURE_DOTPROD         /* compiled for such CPUs alone    */
-    return HAS_DOTPROD;
-#elif defined __linux__
-    const unsigned long asimddp = 1ul << 20;
-    return getauxval(AT_HWCAP) & asimddp ? HAS_DOTPROD : 0;
-#else
-    return 0;
-#endif
-}
-
-#else
-
-#ifdef LFM2_WASM
-#define KERNELS
+#elif defined LFM2_WASM
 
 #define SET simd128
 #define BITS 128
@@ -4050,47 +3713,61 @@ static int cpu_features(void)
 #define TARGET
 #include "lfm2.c"
 
+#endif
 #undef KERNELS
-#endif
 
-static int cpu_features(void)
-{
-    return 0;
-}
-
-#endif
-
-/* The kernels of LFM2_ISA_x, if this build has them, and what they need. */
-static const struct { const struct isa *isa; int needs; } kernels[] = {
-    [LFM2_ISA_SCALAR] = { &scalar, 0 },
+/* The kernels of LFM2_ISA_x, if this build has them. */
+static const struct isa *const kernels[LFM2_N_ISA] = {
+    [LFM2_ISA_SCALAR] = &scalar,
 #ifdef LFM2_X86
-    [LFM2_ISA_AVX2] = { &isa_avx2, HAS_AVX2 },
+    [LFM2_ISA_AVX2] = &isa_avx2,
 #ifdef LFM2_AVXVNNI
-    [LFM2_ISA_AVXVNNI] = { &isa_avxvnni, HAS_AVXVNNI },
+    [LFM2_ISA_AVXVNNI] = &isa_avxvnni,
 #endif
 #ifndef LFM2_AVX2_ONLY
-    [LFM2_ISA_AVX512] = { &isa_avx512, HAS_AVX512 },
-    [LFM2_ISA_AVX512VNNI] = { &isa_avx512vnni, HAS_AVX512 | HAS_VNNI },
+    [LFM2_ISA_AVX512] = &isa_avx512,
+    [LFM2_ISA_AVX512VNNI] = &isa_avx512vnni,
 #endif
-#endif
-#ifdef LFM2_ARM
-    [LFM2_ISA_NEON] = { &isa_neon, 0 },
-    [LFM2_ISA_DOTPROD] = { &isa_dotprod, HAS_DOTPROD },
-#endif
-#ifdef LFM2_WASM
-    [LFM2_ISA_SIMD128] = { &isa_simd128, 0 },
+#elif defined LFM2_ARM
+    [LFM2_ISA_NEON] = &isa_neon, [LFM2_ISA_DOTPROD] = &isa_dotprod,
+#elif defined LFM2_WASM
+    [LFM2_ISA_SIMD128] = &isa_simd128,
 #endif
 };
 
 static const struct isa *isa_table(int isa)
 {
-    return isa >= 0 && isa < (int)COUNT(kernels) ? kernels[isa].isa : NULL;
+    return isa >= 0 && isa < LFM2_N_ISA ? kernels[isa] : NULL;
+}
+
+/* What the CPU has, and the system saves when it switches threads: bit i is that
+ * of LFM2_ISA_i.  Not every compiler can be asked for f16c and avxvnni. */
+static int cpu_isas(void)
+{
+    int isas = 1 << LFM2_ISA_SCALAR | 1 << LFM2_ISA_NEON |
+               1 << LFM2_ISA_SIMD128;
+#ifdef LFM2_X86
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+    unsigned a, a71 = 0, b, c = 0, d;
+
+    __get_cpuid(1, &a, &b, &c, &d);
+    if (!HAS("avx2") || !HAS("fma") || !(c >> 29 & 1))
+        return isas;
+    __get_cpuid_count(7, 1, &a71, &b, &c, &d);
+    isas |= 1 << LFM2_ISA_AVX2 | (a71 >> 4 & 1) << LFM2_ISA_AVXVNNI;
+    if (HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq"))
+        isas |= 1 << LFM2_ISA_AVX512 | HAS("avx512vnni") << LFM2_ISA_AVX512VNNI;
+#elif defined __ARM_FEATURE_DOTPROD       /* compiled for such CPUs alone    */
+    isas |= 1 << LFM2_ISA_DOTPROD;
+#elif defined LFM2_ARM && defined __linux__
+    isas |= (getauxval(AT_HWCAP) >> 20 & 1) << LFM2_ISA_DOTPROD;  /* asimddp */
+#endif
+    return isas;
 }
 
 int lfm2_isa_available(int isa)
 {
-    return isa == LFM2_ISA_AUTO ||
-           (isa_table(isa) && !(kernels[isa].needs & ~cpu_features()));
+    return isa == LFM2_ISA_AUTO || (isa_table(isa) && cpu_isas() >> isa & 1);
 }
 
 /* =========================================================================
@@ -6071,7 +5748,7 @@ static void move_saved(const lfm2_context *ctx, struct seq *q, int len,
         struct kv_head kv = kv_head_at(ctx, q, i / n_head_kv, i % n_head_kv);
         for (int pos = 0; pos < len; pos++)
             for (int d = 0; d < hd; d++)
-                move(s, kv.k + k_index(pos, d, hd) * (size_t)size, 1, size);
+                move(s, kv_at(&kv, KEY, pos, d), 1, size);
         move(s, kv.v, (size_t)len * hd, size);
     }
 }

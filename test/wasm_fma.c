@@ -44,15 +44,16 @@ int main(void)
 
     for (int round = 0; round < 4000000; round++) {
         float in[3][4], out[4];
+        floats_simd128 v[3];
         for (int i = 0; i < 4; i++) {
             in[0][i] = any((int)next());
             in[1][i] = any((int)next());
             in[2][i] = next() & 1 ? any((int)next())
                                   : halfway(in[0][i], in[1][i]);
         }
-        store_simd128(out, fma_simd128(load_simd128(in[0]),
-                                       load_simd128(in[1]),
-                                       load_simd128(in[2])));
+        memcpy(v, in, sizeof v);
+        v[0] = fma_simd128(v[0], v[1], v[2]);
+        memcpy(out, v, sizeof out);
         for (int i = 0; i < 4; i++) {
             const float a = in[0][i], b = in[1][i], c = in[2][i];
             const float is = fma_f32(a, b, c);
