@@ -1652,12 +1652,11 @@ static struct scale scale_at(int scales, const uint8_t *s, int j)
                                s[j + 8] >> 4 | s[j + 4] >> 6 << 4 };
     case Q6_K:
         return (struct scale){ signed_byte(s[j]), 0 };
-    case IQ4_XS:
+    default:                              /* IQ4_XS                          */
         low = s[4 + j / 2] >> j % 2 * 4 & 15;
         high = load_le16(s + 2) >> 2 * j & 3;
         return (struct scale){ (low | high << 4) - 32, 0 };
     }
-    return (struct scale){ 1, -1 };       /* no K block                      */
 }
 
 /* Some bits of the weights of a block.  Column i of group g has them in byte
@@ -1825,8 +1824,9 @@ static void unpack(const struct format *f, const uint8_t *b, int g, int8_t *q,
                                      : (int8_t)(v - f->offset);
     }
     for (int h = 0; h < f->halves; h++) {
-        const struct scale s = scale_at(f->scales, b + f->scales_at,
-                                        f->halves * g + h);
+        struct scale s = { 1, -1 };
+        if (f->scales)
+            s = scale_at(f->scales, b + f->scales_at, f->halves * g + h);
         d[h] = load_f16(b + f->d_at) * (float)s.d;
         m[h] = f->has_min ? load_f16(b + f->d_at + 2) * (float)s.m : 0;
     }
@@ -3052,11 +3052,13 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
 }
 
 /* out[t][r] = the rows times those of x.  A single row of x has its own code,
- * in which everything is in registers. */
+ * in which everything is in registers; for more there is `several`. */
 KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
                                    const struct input *in,
                                    const struct scratch *s,
-                                   const struct format *k)
+                                   const struct format *k,
+                                   void (*several)(struct FN(few) *to, int n,
+                                                   const struct weight_rows *w))
 {
     const struct FN(x_quads) *x = (const void *)s->q;
     struct FN(few) one = { .x = x }, *to = (void *)s->chain;
@@ -3068,7 +3070,7 @@ KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
     }
     for (int t = 0; t < in->n; t++, x += w->groups / QUADS)
         to[t] = (struct FN(few)){ .x = x };
-    FN(few_rows)(to, in->n, w, k);
+    several(to, in->n, w);
     for (int t = 0; t < in->n; t++)
         memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
 }
@@ -3289,12 +3291,18 @@ KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
 }
 
 #define PRODUCT(type, sums) \
+    KERNEL __attribute__((noinline)) \
+    void FN(few_##type)(struct FN(few) *to, int n, \
+                        const struct weight_rows *w) \
+    { \
+        FN(few_rows)(to, n, w, &formats[type]); \
+    } \
     KERNEL void FN(product_##type)(float *out, const struct weight_rows *w, \
                                    const struct input *in, \
                                    const struct scratch *s) \
     { \
         if (w->few) \
-            FN(product_few)(out, w, in, s, &formats[type]); \
+            FN(product_few)(out, w, in, s, &formats[type], FN(few_##type)); \
         else \
             FN(product_panel)(out, w, in, s, &formats[type], \
                               FN(multiply_##sums)); \
