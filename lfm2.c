@@ -1716,12 +1716,11 @@ static struct scale scale_at(int scales, const uint8_t *s, int j)
                                s[j + 8] >> 4 | s[j + 4] >> 6 << 4 };
     case Q6_K:
         return (struct scale){ signed_byte(s[j]), 0 };
-    case IQ4_XS:
+    default:                              /* IQ4_XS                          */
         low = s[4 + j / 2] >> j % 2 * 4 & 15;
         high = load_le16(s + 2) >> 2 * j & 3;
         return (struct scale){ (low | high << 4) - 32, 0 };
     }
-    return (struct scale){ 1, -1 };       /* no K block                      */
 }
 
 /* Some bits of the weights of a block.  Column i of group g has them in byte
@@ -1889,8 +1888,9 @@ static void unpack(const struct format *f, const uint8_t *b, int g, int8_t *q,
                                      : (int8_t)(v - f->offset);
     }
     for (int h = 0; h < f->halves; h++) {
-        const struct scale s = scale_at(f->scales, b + f->scales_at,
-                                        f->halves * g + h);
+        struct scale s = { 1, -1 };
+        if (f->scales)
+            s = scale_at(f->scales, b + f->scales_at, f->halves * g + h);
         d[h] = load_f16(b + f->d_at) * (float)s.d;
         m[h] = f->has_min ? load_f16(b + f->d_at + 2) * (float)s.m : 0;
     }
@@ -2157,15 +2157,17 @@ static void matmul(struct thread *me, int how, float *y,
  *                  vpdpbusd on x86, whose first bytes are unsigned
  *     TARGET    what to tell the compiler
  *
- * FLOATS, INTS and UINTS are registers of LANES numbers, HALF is one of as many
- * 16-bit ones, FOUR of four floats.  They are GNU vectors, so arithmetic on them
- * is written with operators; what operators cannot say is said by these, on each
+ * FLOATS, INTS and UINTS are registers of LANES numbers, HALF of as many 16-bit
+ * ones, FOUR of four floats.  They are GNU vectors, so arithmetic on them is
+ * written with operators; what operators cannot say is said by these, on each
  * kind of machine:
  *
  *     FMA(a, b, c)             a * b + c, rounded once; FMA_4 of FOURs
  *     FROM_F16(h)              binary16 numbers as floats
+ *     WIDEN(h)                 16-bit numbers as UINTS
  *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (There are
  *                              QUADS in a register: 16 bytes or four numbers.)
+ *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
  *     LOOK_UP(table, i)        byte i of the table, for every byte, by quads
  *     ZIP_LOW(a, b), ..        a0 b0 a1 b1 and a2 b2 a3 b3, in every quad
  *     PAIR_LOW(a, b), ..       a0 a1 b0 b1 and a2 a3 b2 b3
@@ -2198,6 +2200,7 @@ static void matmul(struct thread *me, int how, float *y,
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
 #define FMA_4 FMA
 #define FROM_F16(h) ((FLOATS)vcvt_f32_f16((float16x4_t)(h)))
+#define WIDEN(h) ((UINTS)vmovl_u16((uint16x4_t)(h)))
 #define LOOK_UP(table, i) \
     ((INTS)vqtbl1q_u8((uint8x16_t)(table), (uint8x16_t)(i)))
 #define ZIP_LOW(a, b) vzip1q_s32(a, b)
@@ -2217,7 +2220,8 @@ static void matmul(struct thread *me, int how, float *y,
 #define BLOCK(name) name##_simd128
 #define FMA(a, b, c) FN(fma)(a, b, c)
 #define FMA_4 FMA
-#define FROM_F16(h) FN(from_f16)(__builtin_convertvector(h, UINTS))
+#define FROM_F16(h) FN(from_f16)(WIDEN(h))
+#define WIDEN(h) __builtin_convertvector(h, UINTS)
 #define LOOK_UP(table, i) \
     ((INTS)wasm_i8x16_swizzle((v128_t)(table), (v128_t)(i)))
 #define WASM_PICK(type, ...) ((INTS)wasm_##type##_shuffle(__VA_ARGS__))
@@ -2239,6 +2243,7 @@ static void matmul(struct thread *me, int how, float *y,
 #define FMA(a, b, c) MM(fmadd_ps)(a, b, c)
 #define FMA_4 _mm_fmadd_ps
 #define FROM_F16(h) ((FLOATS)MM(cvtph_ps)((FN(half_ints))(h)))
+#define WIDEN(h) ((UINTS)MM(cvtepu16_epi32)((FN(half_ints))(h)))
 #define LOOK_UP(table, i) \
     ((INTS)MM(shuffle_epi8)((MM_INTS)(table), (MM_INTS)(i)))
 #define ZIP_LOW(a, b) ((INTS)MM(unpacklo_epi32)((MM_INTS)(a), (MM_INTS)(b)))
@@ -2305,11 +2310,12 @@ enum {
 #define WIDE (LANES == 8 ? 2 : 4)
 #endif
 
-/* Rows of weights, `groups` groups of them; and what to fetch meanwhile. */
+/* Rows of weights, `groups` groups of them, for few rows of x or many; and what
+ * to fetch meanwhile. */
 struct weight_rows {
     const uint8_t *at;
     size_t stride;
-    int type, rows, groups;
+    int type, rows, groups, few;
     const uint8_t *next;
 };
 
@@ -2364,6 +2370,12 @@ KERNEL_INLINE INTS FN(sum_4)(INTS a, INTS b, INTS c, INTS d)
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
     return (INTS)LOAD(p + at[0]);
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    (void)stride;
+    return (INTS)LOAD(p);
 }
 
 KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
@@ -2436,6 +2448,14 @@ KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
                           : (INTS)_mm256_set_m128i(high, low);
 }
 
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    const __m128i low = _mm_loadu_si128((const void *)p);
+    const __m128i high = _mm_loadu_si128((const void *)(p + 4 * stride));
+
+    return (INTS)_mm256_set_m128i(high, low);
+}
+
 /* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
 KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[4])
 {
@@ -2456,14 +2476,24 @@ KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[4])
 
 typedef __m256i FN(half_ints);
 
+KERNEL_INLINE INTS FN(join)(__m256i low, __m256i high)
+{
+    return (INTS)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
 KERNEL_INLINE INTS FN(quads)(const uint8_t *p, const uint8_t *at)
 {
     const __m256i low = (__m256i)quads_avx2(p, at);
 
     return at[1] == at[0] && at[2] == at[0] && at[3] == at[0]
         ? (INTS)_mm512_broadcast_i32x4(_mm256_castsi256_si128(low))
-        : (INTS)_mm512_inserti64x4(_mm512_castsi256_si512(low),
-                                   (__m256i)quads_avx2(p, at + 2), 1);
+        : FN(join)(low, (__m256i)quads_avx2(p, at + 2));
+}
+
+KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
+{
+    return FN(join)((__m256i)row_quads_avx2(p, stride),
+                    (__m256i)row_quads_avx2(p + 8 * stride, stride));
 }
 
 #endif
@@ -2688,20 +2718,37 @@ KERNEL void FN(quantize)(struct q8_group *to, const float *x)
 #define IN_PLACE(k) (DOT && LANES > 4 && !(k)->split && !(k)->high.mask && \
                      !(k)->is_signed)
 
-/* The bits of columns 16h .. 16h+15 of groups g .. g+QUADS-1. */
-KERNEL_INLINE INTS FN(field)(const struct bit_field *f, const uint8_t *b,
+/* Weights are read in two ways.  Of a row, each quad holds another group: g and
+ * those behind it.  Of a tile, whose rows are `stride` apart, each quad holds
+ * another row: this one and every fourth. */
+struct FN(source) { const uint8_t *at; size_t stride; int is_tile; };
+
+KERNEL_INLINE INTS FN(read)(struct FN(source) b, size_t at, const uint8_t *of)
+{
+    return b.is_tile ? FN(row_quads)(b.at + at + of[0], b.stride)
+                     : FN(quads)(b.at + at, of);
+}
+
+/* n[0] for all quads, or n[i] for quad i. */
+KERNEL_INLINE INTS FN(spread)(struct FN(source) b, const uint8_t *n)
+{
+    return b.is_tile ? SPLAT_INT(n[0]) : FN(quad_ints)(n);
+}
+
+/* The bits of columns 16h .. 16h+15. */
+KERNEL_INLINE INTS FN(field)(const struct bit_field *f, struct FN(source) b,
                              const int g, const int h, const int in_place)
 {
-    const INTS v = FN(quads)(b + f->at + 16 * h, f->of + g);
-    const INTS shift = FN(quad_ints)(f->shift + g);
+    const INTS v = FN(read)(b, (size_t)f->at + 16 * (size_t)h, f->of + g);
+    const INTS shift = FN(spread)(b, f->shift + g);
     const INTS mask = SPLAT_BYTE(f->mask);
 
     return in_place ? v & mask << shift : SHIFT(v, shift) & mask;
 }
 
-/* Bit i of the 32-bit number at p becomes bit 4 of byte i; 16 of them. */
-KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
-                                  const int h)
+/* Bit i of the 32-bit number at `at` becomes bit 4 of byte i; 16 of them. */
+KERNEL_INLINE INTS FN(fifth_bits)(struct FN(source) b, size_t at,
+                                  const uint8_t *of, const int h)
 {
     static const uint8_t which[16] = {
         1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128
@@ -2710,19 +2757,18 @@ KERNEL_INLINE INTS FN(fifth_bits)(const uint8_t *p, const uint8_t *of,
                                       1, 1, 1, 1, 1, 1, 1, 1 };
     const INTS bit = REPEAT_16(which);
     const INTS from = REPEAT_16(byte) + SPLAT_BYTE(2 * h);
-    const INTS v = LOOK_UP(FN(quads)(p, of), from) & bit;
+    const INTS v = LOOK_UP(FN(read)(b, at, of), from) & bit;
 
     return (INTS)((FN(bytes))v == (FN(bytes))bit) & SPLAT_BYTE(16);
 }
 
-/* Groups g .. g+QUADS-1 of the block at b of a row, a quad each: columns 0..15
- * to w[0], 16..31 to w[1], as unsigned bytes with their offset; or as signed
- * ones, see SIGNED. */
-KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
+/* Columns 0..15 to w[0], 16..31 to w[1], as unsigned bytes with their offset;
+ * or as signed ones, see SIGNED. */
+KERNEL_INLINE void FN(unpack)(INTS w[2], struct FN(source) b, const int g,
                               const int in_place, const struct format *k)
 {
     if (k->split) {
-        INTS v = FN(quads)(b + k->low.at, k->low.of + g);
+        INTS v = FN(read)(b, k->low.at, k->low.of + g);
         w[0] = v & SPLAT_BYTE(15);
         w[1] = SHIFT(v, 4) & SPLAT_BYTE(15);
     }
@@ -2733,7 +2779,7 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
         if (k->high.mask)
             w[h] |= FN(field)(&k->high, b, g, h, 0) << k->high_to;
         if (k->fifth)
-            w[h] |= FN(fifth_bits)(b + k->low.at - 4, k->low.of, h);
+            w[h] |= FN(fifth_bits)(b, (size_t)k->low.at - 4, k->low.of + g, h);
         if (k->iq4)
             w[h] = LOOK_UP(REPEAT_16((const void *)iq4_value), w[h]);
         if (k->is_signed)
@@ -2743,45 +2789,47 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], const uint8_t *b, const int g,
 
 /* The scales and minima of four rows: quad i of d and m is of group i; or of a
  * K block, the same in all quads, where byte i of s and min, in steps of four,
- * belongs to group or half i. */
+ * belongs to group or half i.  Or those of a tile, of one group or block. */
 struct FN(scales) {
     FLOATS d, m;
     INTS s[4], min[4];
 };
 
-/* Bytes 4j .. 4j+3 at p of four rows to v[j], in all quads. */
-KERNEL_INLINE void FN(load_16)(INTS v[4], const uint8_t *p, size_t stride)
+/* Bytes 4j .. 4j+3 at `at` to v[j], of four rows in all quads, or of a tile. */
+KERNEL_INLINE void FN(load_16)(INTS v[4], struct FN(source) b, int at,
+                               size_t stride)
 {
     UNROLL
-    for (int i = 0; i < 4; i++, p += stride)
-        v[i] = REPEAT_16(p);
+    for (int i = 0; i < 4; i++, b.at += stride)
+        v[i] = FN(read)(b, (size_t)at, (const uint8_t[4]){ 0 });
     FN(transpose_4)(v);
 }
 
-/* The first four bytes of QUADS blocks, a quad for each, of four rows.  Where
- * blocks have 16 to 20 bytes, those of block i are in quad i of 64 bytes. */
-KERNEL_INLINE INTS FN(heads)(const uint8_t *p, size_t stride,
+/* The first four bytes of QUADS blocks, a quad for each, of four rows; or of
+ * one block of a tile.  Where blocks have 16 to 20 bytes, those of block i are
+ * in quad i of 64 bytes. */
+KERNEL_INLINE INTS FN(heads)(struct FN(source) b, size_t stride,
                              const struct format *k)
 {
     INTS v[4];
 
 #if LANES == 16
-    if (k->bytes <= 20) {
+    if (k->bytes <= 20 && !b.is_tile) {
         const uint8_t from[4] = EACH((uint8_t)(k->bytes - 16));
         const INTS pick = FN(quad_ints)(from) * 0x01010101 + 0x03020100;
         __m512i all = _mm512_setzero_si512();
 
         UNROLL
-        for (int r = 0; r < 4; r++, p += stride)
+        for (int r = 0; r < 4; r++, b.at += stride)
             all = _mm512_mask_shuffle_epi8(
                 all, 0x000f000f000f000fu << 4 * r,
-                _mm512_loadu_si512((const void *)p), (__m512i)pick);
+                _mm512_loadu_si512((const void *)b.at), (__m512i)pick);
         return (INTS)all;
     }
 #endif
     UNROLL
-    for (int r = 0; r < 4; r++, p += stride)
-        v[r] = FN(quads)(p, k->low.of);
+    for (int r = 0; r < 4; r++, b.at += stride)
+        v[r] = FN(read)(b, 0, k->low.of);
     FN(transpose_4)(v);
     return v[0];
 }
@@ -2818,9 +2866,8 @@ KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
         }
 }
 
-/* Read the scales at b: of the next QUADS groups, or of a K block.  If that
- * begins with d and dmin, they are among the 16 bytes. */
-KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
+/* If a K block begins with d and dmin, they are among the 16 bytes. */
+KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, struct FN(source) b,
                                    size_t stride, const struct format *k)
 {
     INTS h[4], head;
@@ -2828,10 +2875,10 @@ KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, const uint8_t *b,
     if (k->block == 32) {
         head = FN(heads)(b, stride, k);
     } else {
-        FN(load_16)(h, b + k->scales_at, stride);
+        FN(load_16)(h, b, k->scales_at, stride);
         FN(unpack_scales)(to, h, k);
         if (k->d_at > 0)                  /* there it ends with d, or dmin   */
-            FN(load_16)(h, b + k->bytes - 16, stride);
+            FN(load_16)(h, b, k->bytes - 16, stride);
         head = k->d_at == 0 ? h[0] : k->has_min ? h[3] : SHIFT(h[3], 16);
     }
     to->d = LOW_F16(head);
@@ -2855,12 +2902,14 @@ KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i, const int step)
     return TO_FLOATS(SHIFT(v, FN(quad_ints)(down)) & 255);
 }
 
-/* d and m of the halves of groups g .. g+QUADS-1, out of those that were
- * read. */
+/* d and m of the halves of group g, in all quads or those behind it in the
+ * others, out of what was read. */
 KERNEL_INLINE void FN(scale)(FLOATS d[2], FLOATS m[2],
                              const struct FN(scales) *s, const int g,
-                             const struct format *k)
+                             const int is_tile, const struct format *k)
 {
+    const int step = is_tile ? 0 : k->halves;
+
     m[0] = m[1] = SPLAT(0);
     UNROLL
     for (int h = 0; h < k->halves; h++) {
@@ -2868,9 +2917,9 @@ KERNEL_INLINE void FN(scale)(FLOATS d[2], FLOATS m[2],
         d[h] = s->d;
         m[h] = s->m;
         if (k->scales)
-            d[h] *= FN(byte_of)(s->s, i, k->halves) - (float)k->scale_offset;
+            d[h] *= FN(byte_of)(s->s, i, step) - (float)k->scale_offset;
         if (k->scales && k->has_min)
-            m[h] *= FN(byte_of)(s->min, i, k->halves);
+            m[h] *= FN(byte_of)(s->min, i, step);
     }
 }
 
@@ -2914,7 +2963,7 @@ KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
 
 #if LANES > 4 && !DOT
 
-/* How many of these can be added: of weights with a sign, six bits, and five. */
+/* How many of these can be added: with a sign, of six bits, and of five. */
 #define TERMS(k) ((k)->is_signed ? 1 : (k)->offset == 32 ? 2 : 4)
 
 /* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
@@ -3011,10 +3060,11 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
     FLOATS d[2], m[2];
     INTS w[4][2];
 
-    FN(scale)(d, m, s, g, k);
+    FN(scale)(d, m, s, g, 0, k);
     UNROLL
     for (int i = 0; i < 4; i++)
-        FN(unpack)(w[i], b + (size_t)i * stride, g, IN_PLACE(k), k);
+        FN(unpack)(w[i], (struct FN(source)){ b + (size_t)i * stride, 0, 0 }, g,
+                   IN_PLACE(k), k);
     for (int t = 0; t < n; t++) {
         const struct FN(x_quads) *x = to[t].x + g / QUADS;
         INTS sum[2];
@@ -3058,7 +3108,7 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
         UNROLL
         for (int i = 0; i < FOURS; i++) {
             const uint8_t *b = row + 4 * (size_t)i * w->stride;
-            FN(read_scales)(&s, b, w->stride, k);
+            FN(read_scales)(&s, (struct FN(source)){ b, 0, 0 }, w->stride, k);
             UNROLL
             for (int g = 0; g < per_step; g += QUADS) {
                 UNROLL
@@ -3073,32 +3123,34 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
     }
 }
 
-/* out[t][r] = the rows times those of x.  A single row of x has its own code, in
- * which everything is in registers. */
+/* out[t][r] = the rows times those of x.  A single row of x has its own code,
+ * in which everything is in registers; for more there is `several`. */
 KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
                                    const struct input *in,
                                    const struct scratch *s,
-                                   const struct format *k)
+                                   const struct format *k,
+                                   void (*several)(struct FN(few) *to, int n,
+                                                   const struct weight_rows *w))
 {
     const struct FN(x_quads) *x = (const void *)s->x;
-    struct FN(few) to[FEW], one = { .x = x };
+    struct FN(few) one = { .x = x }, *to = (void *)s->chain;
 
+    if (in->n == 1) {
+        FN(few_rows)(&one, 1, w, k);
+        memcpy(out, one.acc, sizeof one.acc);
+        return;
+    }
     for (int t = 0; t < in->n; t++, x += w->groups / QUADS)
         to[t] = (struct FN(few)){ .x = x };
-    if (in->n > 1) {
-        FN(few_rows)(to, in->n, w, k);
-    } else {
-        FN(few_rows)(&one, 1, w, k);
-        to[0] = one;
-    }
+    several(to, in->n, w);
     for (int t = 0; t < in->n; t++)
         memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
 }
 
 /* ---- many rows of x */
 
-/* WebAssembly multiplies pairs of 16-bit numbers, so there the first two of four
- * columns come first in a vector, for all rows, then the others. */
+/* WebAssembly multiplies pairs of 16-bit numbers, so there the first two of
+ * four columns come first in a vector, for all rows, then the others. */
 #ifdef LFM2_WASM
 #define TILE_ORDER(v) \
     WASM_PICK(i16x8, (v128_t)(v), (v128_t)(v), 0, 2, 4, 6, 1, 3, 5, 7)
@@ -3106,78 +3158,69 @@ KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
 #define TILE_ORDER(v) ((INTS)(v))
 #endif
 
-/* Quad i of v to p + i step. */
-KERNEL_INLINE void FN(store_quads)(void *p, size_t step, FLOATS v)
-{
-    UNROLL
-    for (int i = 0; i < QUADS; i++) {
-        const FOUR quad = FN(quad)(v, i);
-        memcpy((uint8_t *)p + (size_t)i * step, &quad, sizeof quad);
-    }
-}
-
-/* Groups g .. g+QUADS-1 of the blocks at b, of four rows, become those from
- * `group` on of rows row .. row+3 of a panel. */
-KERNEL_INLINE void FN(to_panel)(const struct scratch *p, int group, int row,
-                                const uint8_t *b, size_t stride, const int g,
-                                const struct FN(scales) *s,
-                                const struct format *k)
+/* Group g of the blocks at b, of a tile, becomes q[8][2], and d and m
+ * [halves]. */
+KERNEL_INLINE void FN(to_tile)(INTS *q, FLOATS *d, FLOATS *m,
+                               struct FN(source) b, const int g,
+                               const struct FN(scales) *s,
+                               const struct format *k)
 {
     const INTS offset = SPLAT_BYTE(LANES == 4 ? k->offset : 0);
-    const int tile = row / LANES * LANES;
-    const size_t at = (size_t)(group * 2 * PANEL + tile + row);
-    uint8_t *q = p->q + (size_t)(group * 8 * PANEL + row) * 4;
-    FLOATS d[2], m[2];
+    FLOATS both[2][2];
     INTS w[4][2];
 
     UNROLL
-    for (int i = 0; i < 4; i++)
-        FN(unpack)(w[i], b + (size_t)i * stride, g, 0, k);
+    for (int i = 0; i < 4; i++, b.at += b.stride)
+        FN(unpack)(w[i], b, g, 0, k);
     UNROLL
     for (int h = 0; h < 2; h++) {
         INTS v[4] = { w[0][h], w[1][h], w[2][h], w[3][h] };
         FN(transpose_4)(v);
         UNROLL
-        for (int i = 0; i < 4; i++, q += 4 * PANEL)
-            FN(store_quads)(q, 32 * PANEL, (FLOATS)TILE_ORDER(
-                (FN(bytes))v[i] - (FN(bytes))offset));
+        for (int i = 0; i < 4; i++, q += 2)
+            *q = TILE_ORDER((FN(bytes))v[i] - (FN(bytes))offset);
     }
-    FN(scale)(d, m, s, g, k);
+    FN(scale)(both[0], both[1], s, g, 1, k);
     UNROLL
     for (int h = 0; h < k->halves; h++) {
-        FN(store_quads)(p->d + at + h * LANES, 8 * PANEL, d[h]);
+        d[h] = both[0][h];
         if (k->has_min)
-            FN(store_quads)(p->m + at + h * LANES, 8 * PANEL, m[h]);
+            m[h] = both[1][h];
     }
 }
 
-/* LANES rows of the panel in p, from `row` on. */
-KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, int row,
+/* Tile number `tile` of the panel in p. */
+KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, int tile,
                                    const struct weight_rows *w,
                                    const struct format *k)
 {
     const int per_step = k->block == 32 ? QUADS : 8;
     const size_t bytes = (size_t)(per_step * 32 / k->block * k->bytes);
-    const uint8_t *at = w->at, *next = w->next;
+    struct FN(source) b = { w->at, w->stride, 1 };
+    INTS *q = (INTS *)(void *)p->q + tile;
+    FLOATS *d = (FLOATS *)(void *)p->d + 2 * tile;
+    FLOATS *m = (FLOATS *)(void *)p->m + 2 * tile;
+    const uint8_t *next = w->next;
     struct FN(scales) s;
 
-    for (int group = 0; group < w->groups; group += per_step, at += bytes) {
+    for (int left = w->groups; left > 0; left -= per_step, b.at += bytes) {
         for (size_t i = 0; i < bytes * LANES; i += 64)
             FETCH_FAR(next + i);
         next += bytes * LANES;
-        for (int r = 0; r < LANES; r += 4) {
-            const uint8_t *b = at + (size_t)r * w->stride;
-            FN(read_scales)(&s, b, w->stride, k);
-            UNROLL
-            for (int g = 0; g < per_step; g += QUADS)
-                FN(to_panel)(p, group + g, row + r, b, w->stride, g, &s, k);
+        UNROLL
+        for (int g = 0; g < per_step; g++, q += 16, d += 4, m += 4) {
+            struct FN(source) first = b;
+            first.at += k->block == 32 ? g * k->bytes : 0;
+            if (k->block == 32 || g == 0)
+                FN(read_scales)(&s, first, w->stride, k);
+            FN(to_tile)(q, d, m, b, g, &s, k);
         }
     }
 }
 
-/* s[t][j][h] += half h of group w[8][2], of tile j, times that of x[t][g]; or all
+/* s[t][j] += half h of group w[8][2], of tile j, times that of x[t][g]; or all
  * of it. */
-KERNEL_INLINE void FN(dots)(INTS s[][2][2], const INTS *w,
+KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const struct panel_job *p, int g, const int h,
                             const int tokens, const struct format *k)
 {
@@ -3198,10 +3241,9 @@ KERNEL_INLINE void FN(dots)(INTS s[][2][2], const INTS *w,
                 FN(words) q = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
                 part[t][j] = term ? part[t][j] + q : q;
                 if (term == TERMS(k) - 1)
-                    s[t][j][h] += DOT_PAIRS(part[t][j], SPLAT_INT(0x00010001));
+                    s[t][j] += DOT_PAIRS(part[t][j], SPLAT_INT(0x00010001));
 #else
-                s[t][j][h] = FN(dot_4)(s[t][j][h], w[2 * i + j], v,
-                                       k->is_signed);
+                s[t][j] = FN(dot_4)(s[t][j], w[2 * i + j], v, k->is_signed);
 #endif
             }
         }
@@ -3213,16 +3255,16 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
                                    const struct panel_job *p, int g,
                                    const int tokens, const struct format *k)
 {
-    INTS s[TOKENS][2][2];
+    INTS s[2][TOKENS][2];
 
     UNROLL
     for (int h = 0; h < k->halves; h++) {
         UNROLL
         for (int t = 0; t < tokens; t++)
-            s[t][0][h] = s[t][1][h] = LANES > 4 && !k->has_min
+            s[h][t][0] = s[h][t][1] = LANES > 4 && !k->has_min
                 ? FN(less_offset)(REPEAT_4(p->x[t][g].sum), h, p->offset, k)
                 : SPLAT_INT(0);
-        FN(dots)(s, w, p, g, h, tokens, k);
+        FN(dots)(s[h], w, p, g, h, tokens, k);
     }
     UNROLL
     for (int t = 0; t < tokens; t++) {
@@ -3231,8 +3273,9 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
                                        REPEAT_4(x->sum) };
         UNROLL
         for (int j = 0; j < 2; j++) {
+            const INTS sum[2] = { s[0][t][j], s[k->halves - 1][t][j] };
             const struct FN(addends) add =
-                FN(scale_sums)(s[t][j], d + 2 * j, m + 2 * j, &head, k);
+                FN(scale_sums)(sum, d + 2 * j, m + 2 * j, &head, k);
             for (int i = 0; i <= k->has_min; i++)
                 acc[t][j] = FMA(add.a[i], add.b[i], acc[t][j]);
         }
@@ -3304,10 +3347,10 @@ KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
         part.groups = p.groups = left < most ? left : most;
         const size_t bytes = (size_t)(p.groups * 32 / k->block * k->bytes);
         p.is_first = g == 0;
-        for (int r = 0; r < PANEL; r += LANES, part.next += LANES * bytes) {
-            part.at = all->at + (size_t)r * all->stride +
+        for (int i = 0; i < 2; i++, part.next += LANES * bytes) {
+            part.at = all->at + (size_t)(i * LANES) * all->stride +
                       (size_t)(g * 32 / k->block * k->bytes);
-            FN(unpack_tile)(s, r, &part, k);
+            FN(unpack_tile)(s, i, &part, k);
         }
         for (int t = 0, n; t < in->n; t += n) {
             n = FN(take_rows)(in->n - t, TOKENS);
@@ -3320,12 +3363,18 @@ KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
 }
 
 #define PRODUCT(type, sums) \
+    KERNEL __attribute__((noinline)) \
+    void FN(few_##type)(struct FN(few) *to, int n, \
+                        const struct weight_rows *w) \
+    { \
+        FN(few_rows)(to, n, w, &formats[type]); \
+    } \
     KERNEL void FN(product_##type)(float *out, const struct weight_rows *w, \
                                    const struct input *in, \
                                    const struct scratch *s) \
     { \
-        if (in->n <= FEW) \
-            FN(product_few)(out, w, in, s, &formats[type]); \
+        if (w->few) \
+            FN(product_few)(out, w, in, s, &formats[type], FN(few_##type)); \
         else \
             FN(product_panel)(out, w, in, s, &formats[type], \
                               FN(multiply_##sums)); \
@@ -3346,12 +3395,12 @@ KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
         return LOAD(p + 4 * i);
     memcpy(&h, p + 2 * i, sizeof h);
     return type == F16 ? FROM_F16(h)
-                       : (FLOATS)(__builtin_convertvector(h, UINTS) << 16);
+                       : (FLOATS)(WIDEN(h) << 16);
 }
 
-/* LANES chains from chain h on, of rows r .. r+3, at w, times each x, go on for
- * the columns of the block.  For few rows of x weights come from memory, and fast
- * CPUs wait for fewer lines if these go to the second-level cache. */
+/* LANES chains from chain h on, of 4 rows at w from `row` on times each x, go
+ * on for the columns of the block.  For few rows of x weights come from memory,
+ * and fast CPUs wait for fewer lines if these go to the second-level cache. */
 KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
                                   int row, const uint8_t *w, int h,
                                   const uint8_t *next, const int type)
@@ -3510,7 +3559,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
          done += rows, row += bytes) {
         const size_t far = bytes + AHEAD, left = (size_t)(end - row);
         const struct weight_rows some = {
-            row, stride, type, rows, w->cols / 32,
+            row, stride, type, rows, w->cols / 32, few,
             far < left ? row + far : next ? next + (far - left) : row
         };
         FN(products)[type](out + done, &some, in, s);
@@ -3740,8 +3789,8 @@ static const struct isa *isa_table(int isa)
     return isa >= 0 && isa < LFM2_N_ISA ? kernels[isa] : NULL;
 }
 
-/* What the CPU has, and the system saves when it switches threads: bit i is that
- * of LFM2_ISA_i.  Not every compiler can be asked for f16c and avxvnni. */
+/* What the CPU has, and the system saves when it switches threads: bit i is
+ * that of LFM2_ISA_i.  Not every compiler can be asked for f16c and avxvnni. */
 static int cpu_isas(void)
 {
     int isas = 1 << LFM2_ISA_SCALAR | 1 << LFM2_ISA_NEON |
