@@ -4570,7 +4570,7 @@ struct client {
     struct text in, out, body;
     size_t at, sent;                      /* of in: looked at; of out        */
     size_t length;                        /* of body or chunk: still to come */
-    double deadline;                      /* for what comes next; 0: none    */
+    double since;                         /* it has been waited for          */
 
     int method;
     const struct route *route;
@@ -4605,8 +4605,8 @@ struct server {
 struct route {
     const char *path;
     int is_post, is_public;               /* public: needs no key            */
-    const char *type;                     /* of the answer                   */
     int (*answer)(struct client *c, struct text *to);
+    const char *type;                     /* of the answer; NULL: JSON       */
 };
 
 /* ---- responses */
@@ -4628,7 +4628,8 @@ static const char *methods_of(const struct client *c)
     return c->route && c->route->is_post ? "POST" : "GET, HEAD";
 }
 
-/* The head of a response; n < 0: how long it will be is not known. */
+/* The head of a response of this type, or of JSON; n < 0: how long it will be
+ * is not known. */
 static void begin_response(struct client *c, int code, const char *type,
                            long long n)
 {
@@ -4644,12 +4645,13 @@ static void begin_response(struct client *c, int code, const char *type,
     add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: "
                "%016llx\r\nConnection: %s\r\n", is->code, is->text, date,
                (unsigned long long)c->id, c->keeps ? "keep-alive" : "close");
-    if (type)
-        add_format(&c->out, "Content-Type: %s\r\n", type);
+    if (is->code != 204)
+        add_format(&c->out, "Content-Type: %s\r\n",
+                   type ? type : "application/json");
     if (n < 0)
         add_format(&c->out, "Cache-Control: no-cache\r\n%s", c->is_http11 ?
                    "Transfer-Encoding: chunked\r\n" : "");
-    else if (type)
+    else if (is->code != 204)
         add_format(&c->out, "Content-Length: %lld\r\n", n);
     if (v->e.s->cors && c->is_allowed_origin) {
         add_string(&c->out, "Access-Control-Allow-Origin: ");
@@ -4689,7 +4691,7 @@ static void finish_request(struct client *c)
     c->at = 0;
     c->id = 0;
     c->state = c->keeps ? IN_HEAD : LEAVING;
-    c->deadline = c->server->now + (c->keeps ? IDLE_TIME : SEND_TIME);
+    c->since = c->server->now;
 }
 
 static void respond(struct client *c, int code, const char *type,
@@ -4731,7 +4733,7 @@ static void refuse(struct client *c, int code)
 
     c->keeps &= c->state == WORKING;
     add_error(c, &body, code);
-    respond(c, code, "application/json", &body);
+    respond(c, code, NULL, &body);
     free(body.s);
 }
 
@@ -4766,17 +4768,6 @@ static void send_event(struct client *c, const char *kind, const char *s,
 
 /* ---- answers */
 
-/* How many of n bytes there are before a character that is cut at the end. */
-static size_t whole_characters(const char *s, size_t n)
-{
-    uint32_t c;
-
-    for (size_t k = 1; k <= 3 && k <= n; k++)
-        if ((s[n - k] & 0xc0) == 0xc0)
-            return utf8_get(s + n - k, s + n, &c) ? n : n - k;
-    return n;
-}
-
 /* An event, up to its choices; `before` the one that tells the usage. */
 static void begin_event(struct client *c, struct text *to, int before)
 {
@@ -4787,14 +4778,16 @@ static void begin_event(struct client *c, struct text *to, int before)
     add_members(to, "choices: [");
 }
 
-/* Send these members as what is new in a choice. */
-static void send_choice(struct job *j, const struct text *delta,
-                        const char *finish)
+/* Send these members as what is new in a choice, if there are any, or its
+ * end. */
+static void send_choice(struct job *j, struct text *delta, const char *finish)
 {
     struct client *c = j->owner;
     const int plain = j->q.is_completion, n_scores = j->r.scores.n;
     struct text event = { 0 };
 
+    if (delta->n == 0 && !finish)
+        return;
     begin_event(c, &event, c->include_usage);
     add_members(&event, "{index: %d", (int)(j - c->choice));
     add_string(&event, plain ? ", " : ", \"delta\": {");
@@ -4804,31 +4797,39 @@ static void send_choice(struct job *j, const struct text *delta,
         add_logprobs(&c->server->e, &event, &j->r, j->told.scores);
     else
         add_members(&event, "logprobs: %s", NULL);
-    j->told.scores = n_scores;
     add_members(&event, "finish_reason: %s}]}", finish);
     send_event(c, "data: ", event.s, event.n);
+    j->told.scores = n_scores;
+    delta->n = 0;
     free(event.s);
 }
 
-/* Add what is new of a text: whole characters, and at the end all of it. */
+/* Add what is new of a text; a character that is cut has to wait for the rest
+ * of it, unless nothing follows. */
 static void add_new(struct text *to, const char *format,
                     const struct text *all, size_t *told, int last)
 {
     const size_t n = all->n - *told;
-    const size_t whole = last || n == 0 ? n :
-                         whole_characters(all->s + *told, n);
+    size_t whole = n;
+    uint32_t c;
 
+    for (size_t k = 1; !last && k <= 3 && k <= n; k++) {
+        const char *s = all->s + all->n - k;
+        if ((*s & 0xc0) == 0xc0 && utf8_get(s, s + k, &c) == 0)
+            whole = n - k;
+    }
     if (whole > 0)
         add_members(to, format, (int)whole, all->s + *told);
     *told += whole;
 }
 
-static void send_new(struct job *j, int last)
+static void send_new(struct job *j)
 {
-    struct client *c = j->owner;
+    const struct client *c = j->owner;
     struct reply *r = &j->r;
-    const int plain = j->q.is_completion;
+    const int plain = j->q.is_completion, ended = j->state == FINISHED;
     struct text delta = { 0 }, prompt = { 0 };
+    struct calls calls = { NULL, 0 };
 
     if (!plain && !j->told.some)
         add_members(&delta, "role: %s", "assistant");
@@ -4836,17 +4837,24 @@ static void send_new(struct job *j, int last)
         add_tokens(&c->server->e, &prompt, &j->q.prompt);
         add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
         send_choice(j, &delta, NULL);
-        delta.n = 0;
         free(prompt.s);
     }
     j->told.some = 1;
-    if (!plain)
-        add_new(&delta, "reasoning_content: %.*s", &r->thought,
-                &j->told.thought, last);
+    if (ended)
+        calls = take_calls(r);
+    add_new(&delta, "reasoning_content: %.*s", &r->thought, &j->told.thought,
+            ended);
     add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &r->text,
-            &j->told.text, last);
-    if (delta.n > 0)
-        send_choice(j, &delta, NULL);
+            &j->told.text, ended);
+    send_choice(j, &delta, NULL);
+    if (calls.n > 0)
+        add_calls(&delta, &calls, j->id, 1);
+    send_choice(j, &delta, NULL);
+    if (ended && plain)
+        add_members(&delta, "text: %s", "");
+    if (ended)
+        send_choice(j, &delta, finish_reason(r, calls.n));
+    free_calls(&calls);
     free(delta.s);
 }
 
@@ -4865,48 +4873,29 @@ static void note_token(struct job *j)
     j->told.when = now;
 }
 
-static void answer_more(struct job *j)
+/* A choice has a token more, or has ended.  When all have, the request ends in
+ * run_server(), after the step. */
+static void tell_client(struct job *j)
 {
     struct client *c = j->owner;
+    struct server *v = c->server;
 
-    if (j->r.n_sampled == 0)
+    if (j->state == ACTIVE && j->r.n_sampled == 0)
         return;
     note_token(j);
-    if (c->stream)
-        send_new(j, 0);
-}
-
-/* A choice has ended.  The request ends in run_server(), after the step. */
-static void answer_end(struct job *j)
-{
-    struct client *c = j->owner;
-    struct text delta = { 0 };
-    struct calls calls;
-
-    note_token(j);
-    c->n_done++;
-    c->server->read += j->q.prompt.n - j->r.n_reused;
-    c->server->reused += j->r.n_reused;
-    c->server->made += j->r.n_made;
+    if (j->state == FINISHED) {
+        c->n_done++;
+        v->read += j->q.prompt.n - j->r.n_reused;
+        v->reused += j->r.n_reused;
+        v->made += j->r.n_made;
+    }
     if (j->r.finish == BROKEN)
         because(&c->why, FAILED, "logits that are not finite");
-    if (!c->stream || j->r.finish == BROKEN)
-        return;
-    calls = take_calls(&j->r);
-    send_new(j, 1);
-    if (calls.n > 0) {
-        add_calls(&delta, &calls, j->id, 1);
-        send_choice(j, &delta, NULL);
-        delta.n = 0;
-    }
-    if (j->q.is_completion)
-        add_members(&delta, "text: %s", "");
-    send_choice(j, &delta, finish_reason(&j->r, calls.n));
-    free_calls(&calls);
-    free(delta.s);
+    else if (c->stream)
+        send_new(j);
 }
 
-static const struct sink to_client = { answer_more, answer_end };
+static const struct sink to_client = { tell_client, tell_client };
 
 /* The end of a stream: what it took, or why it breaks off. */
 static void end_stream(struct client *c, int code)
@@ -4952,7 +4941,7 @@ static void finish_answer(struct client *c, int code)
     }
     add_completion(e, &body, c->choice, c->n_choices, c->id, c->created);
     add_string(&body, "}");
-    respond(c, 200, "application/json", &body);
+    respond(c, 200, NULL, &body);
     free(body.s);
 }
 
@@ -5161,55 +5150,46 @@ static int send_page(struct client *c, struct text *to)
     return to->n > 0 ? DONE : 404;
 }
 
-static const char json_type[] = "application/json";
-
 /* A path with a slash at its end, but for "/", takes what follows it. */
 static const struct route routes[] = {
-    { "/v1/chat/completions", 1, 0, json_type, complete_body },
-    { "/v1/completions", 1, 0, json_type, complete_body },
-    { "/v1/models", 0, 0, json_type, tell_models },
-    { "/v1/models/", 0, 0, json_type, tell_models },
-    { "/tokenize", 1, 0, json_type, tokenize_body },
-    { "/detokenize", 1, 0, json_type, detokenize_body },
-    { "/metrics", 0, 0, "text/plain; version=0.0.4", tell_metrics },
-    { "/health", 0, 1, json_type, tell_health },
-    { "/v1/health", 0, 1, json_type, tell_health },
-    { "/", 0, 1, "text/html; charset=utf-8", send_page },
+    { "/v1/chat/completions", 1, 0, complete_body },
+    { "/v1/completions", 1, 0, complete_body },
+    { "/v1/models", 0, 0, tell_models },
+    { "/v1/models/", 0, 0, tell_models },
+    { "/tokenize", 1, 0, tokenize_body },
+    { "/detokenize", 1, 0, detokenize_body },
+    { "/metrics", 0, 0, tell_metrics, "text/plain; version=0.0.4" },
+    { "/health", 0, 1, tell_health },
+    { "/v1/health", 0, 1, tell_health },
+    { "/", 0, 1, send_page, "text/html; charset=utf-8" },
 };
 
 enum { N_ROUTES = sizeof routes / sizeof *routes };
-
-/* The JSON object in the body of a request. */
-static int parse_body(struct client *c)
-{
-    struct json *body = NULL;
-    int code = check_held(c);
-
-    if (code == DONE)
-        code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n,
-                          &body, &c->why);
-    if (code == DONE && body->type != JSON_OBJECT)
-        code = because(&c->why, USAGE, "expected a JSON object as the request");
-    c->json = body;
-    return code;
-}
 
 /* All of the request is there: answer it. */
 static void answer_request(struct client *c)
 {
     const struct server *v = c->server;
+    const char *body = c->body.s ? c->body.s : "";
+    struct json *json = NULL;
     struct text to = { 0 };
     int code = v->stopping > 0 ? 503 : DONE;
 
     c->state = WORKING;
-    c->deadline = 0;
     c->asked = v->now;
     if (c->method == OPTIONS) {
         respond(c, 204, NULL, &to);
         return;
     }
-    if (code == DONE && c->route->is_post)
-        code = parse_body(c);
+    if (code == DONE && c->route->is_post) {
+        code = check_held(c);
+        if (code == DONE)
+            code = json_parse(&c->pool, body, c->body.n, &json, &c->why);
+        if (code == DONE && json->type != JSON_OBJECT)
+            code = because(&c->why, USAGE, "expected a JSON object as the "
+                           "request");
+    }
+    c->json = json;
     if (code == DONE)
         code = c->route->answer(c, &to);
     if (code != DONE)
@@ -5337,7 +5317,7 @@ static int names_this_machine(const char *host)
                      strncmp(host, "127.", 4) == 0 ? strspn(host, digits) : 0;
 
     host += n;
-    return n > 0 && (!*host || (*host == ':' &&
+    return n > 0 && n < 16 && (!*host || (*host == ':' &&
                                 !host[1 + strspn(host + 1, digits + 1)]));
 }
 
@@ -5370,25 +5350,20 @@ static int is_known_key(const struct server *v, const char *given)
     return found;
 }
 
-/* How long the body is; 0, or the status of an error. */
-static int read_length(struct client *c, const char *length, const char *coding)
+/* How long the body or its next chunk is, in digits of this base: 0, or the
+ * status of an error. */
+static int read_length(struct client *c, const char *s, int base)
 {
     const size_t most = (size_t)c->server->e.s->max_body << 20;
-    unsigned long long n;
+    const size_t digits = strspn(s, base == 10 ? "0123456789" :
+                                 "0123456789abcdefABCDEF");
+    const unsigned long long n = strtoull(s, NULL, base);   /* or the most   */
 
-    if (coding && (length || !c->is_http11))
+    if (digits == 0 || (base == 10 ? s[digits] != '\0' :
+                        digits > 16 || (s[digits] && s[digits] != ';')))
         return 400;
-    c->length = 0;
-    c->state = coding ? IN_SIZE : IN_LENGTH;
-    if (coding)
-        return strcmp(coding, "chunked") == 0 ? 0 : 501;
-    if (!length)
-        return 0;
-    if (!*length || length[strspn(length, "0123456789")])
-        return 400;
-    n = strtoull(length, NULL, 10);       /* or the largest                  */
     c->length = (size_t)n;
-    return n > most ? 413 : 0;
+    return n > most - c->body.n ? 413 : 0;
 }
 
 /* Whether a request may be made at all; 0, or the status of an error. */
@@ -5396,8 +5371,19 @@ static int check_head(struct client *c, char *const *field)
 {
     const struct server *v = c->server;
     const char *host = field[HOST], *origin = field[ORIGIN];
-    const char *type = field[MEDIA];
+    const char *type = field[MEDIA], *length = field[LENGTH];
+    const char *coding = field[CODING];
+    int status = 0;
 
+    c->state = coding ? IN_SIZE : IN_LENGTH;
+    c->length = 0;
+    if (coding)
+        status = length || !c->is_http11 ? 400 :
+                 strcmp(coding, "chunked") != 0 ? 501 : 0;
+    else if (length)
+        status = read_length(c, length, 10);
+    if (status)
+        return status;
     if (c->is_http11 && !host)
         return 400;
     if (host && v->is_local && !names_this_machine(host))
@@ -5409,10 +5395,10 @@ static int check_head(struct client *c, char *const *field)
         return 0;
     if (!c->route->is_public && !is_known_key(v, field[KEY]))
         return 401;
-    if (c->route->is_post && !(type && strncmp(type, json_type, 16) == 0 &&
-                               strchr("; ", type[16])))
+    if (c->route->is_post && !(type && strncmp(type, "application/json", 16) == 0
+                               && strchr("; ", type[16])))
         return 415;
-    if (c->route->is_post && !field[LENGTH] && !field[CODING])
+    if (c->route->is_post && !length && !coding)
         return 411;
     return field[EXPECT] && strcmp(field[EXPECT], "100-continue") ? 417 : 0;
 }
@@ -5430,7 +5416,7 @@ static int read_head_part(struct client *c)
     if (c->in.n > c->at && !c->id) {
         c->id = hash_number(hash_number(HASH_START, random_seed()),
                             ++c->server->n_requests);
-        c->deadline = c->server->now + HEAD_TIME;
+        c->since = c->server->now;
     }
     c->method = GET;
     c->route = NULL;
@@ -5440,7 +5426,7 @@ static int read_head_part(struct client *c)
         return 431;
     if (!end)
         return 0;
-    c->deadline = c->server->now + BODY_TIME;
+    c->since = c->server->now;
     for (; (line = take_line(c, MAX_HEAD, &bad)) && *line && !bad; n++)
         if (n == 0)
             status = read_request_line(c, line);
@@ -5448,8 +5434,6 @@ static int read_head_part(struct client *c)
             bad = read_field(field, line);
     status = bad ? bad : n > MAX_FIELDS + 1 ? 431 : status;
     c->keeps = c->is_http11 && !field[CONNECTION];
-    if (!status)
-        status = read_length(c, field[LENGTH], field[CODING]);
     if (!status)
         status = check_head(c, field);
     if (!status && field[EXPECT] && c->is_http11 && c->in.n == c->at)
@@ -5459,28 +5443,16 @@ static int read_head_part(struct client *c)
 
 /* ---- requests: the body */
 
+/* A buffer that was long does not stay. */
 static void drop_bytes(struct text *t, size_t n)
 {
     t->n -= n;
-    memmove(t->s, t->s + n, t->n);
-    t->s[t->n] = '\0';
-}
-
-/* How long the next chunk is, with the end of its line; behind the last there
- * may be fields, which nobody needs. */
-static int read_chunk_size(struct client *c, const char *line)
-{
-    const size_t most = (size_t)c->server->e.s->max_body << 20;
-    const size_t digits = strspn(line, "0123456789abcdefABCDEF");
-    const unsigned long long n = strtoull(line, NULL, 16);
-
-    if (digits == 0 || digits > 16 || (line[digits] && line[digits] != ';'))
-        return 400;
-    if (n > most - c->body.n)
-        return 413;
-    c->length = n > 0 ? (size_t)n + 2 : 0;
-    c->state = n > 0 ? IN_CHUNK : IN_TRAILER;
-    return 0;
+    if (t->n == 0 && t->cap > 4 * MAX_AHEAD) {
+        free_text(t);
+    } else if (n > 0) {
+        memmove(t->s, t->s + n, t->n);
+        t->s[t->n] = '\0';
+    }
 }
 
 /* As much of the body as is there: 0, or the status of an error. */
@@ -5507,9 +5479,11 @@ static int read_body_part(struct client *c)
         const char *line = take_line(c, MAX_CHUNK_LINE, &status);
         if (!line)
             return status;
-        if (c->state == IN_SIZE)
-            status = read_chunk_size(c, line);
-        else if ((c->length += strlen(line) + 2) > MAX_HEAD)
+        if (c->state == IN_SIZE) {
+            status = read_length(c, line, 16);
+            c->state = c->length > 0 ? IN_CHUNK : IN_TRAILER;
+            c->length += c->length > 0 ? 2 : 0;
+        } else if ((c->length += strlen(line) + 2) > MAX_HEAD)
             status = 400;
         else if (!*line)
             c->state = WORKING;
@@ -5561,9 +5535,7 @@ static void receive(struct client *c)
     ssize_t n;
 
     if (c->state >= LEAVING)
-        c->in.n = 0;
-    if (c->in.n == 0 && c->in.cap > 4 * MAX_AHEAD)
-        free_text(&c->in);
+        drop_bytes(&c->in, c->in.n);
     reserve(&c->in, 1 << 16);
     n = read(c->fd, c->in.s + c->in.n, 1 << 16);
     if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
@@ -5586,24 +5558,20 @@ static void transmit(struct client *c)
         hang_up(c);
         return;
     }
-    c->sent += n > 0 ? (size_t)n : 0;
-    if (n > 0 && c->deadline > 0)         /* at least 1,000 bytes a second   */
-        c->deadline = fmin(now + SEND_TIME, c->deadline + (double)n * 1e-3);
+    if (n > 0) {
+        c->sent += (size_t)n;             /* at least 1,000 bytes a second   */
+        c->since = fmin(now, c->since + (double)n * 1e-3);
+    }
     if (c->sent > c->out.n / 2) {
         drop_bytes(&c->out, c->sent);
         c->sent = 0;
     }
     if (c->out.n > 0)
         return;
-    if (c->out.cap > 4 * MAX_AHEAD)
-        free_text(&c->out);
-    if (n > 0)
-        c->deadline = now + (c->state == IN_HEAD ? IDLE_TIME : BODY_TIME);
-    if (c->state == WORKING)
-        c->deadline = 0;
-    else if (c->state == LEAVING) {
+    if (n > 0 || c->state == WORKING || c->state == LEAVING)
+        c->since = now;
+    if (c->state == LEAVING) {
         c->state = SHUT;
-        c->deadline = now + LINGER_TIME;
         shutdown(c->fd, SHUT_WR);
     }
 }
@@ -5620,19 +5588,21 @@ static void check_time(struct client *c)
     const double now = c->server->now;
     const size_t unsent = c->out.n - c->sent;
     const int streams = c->state == WORKING && c->stream != WHOLE_ANSWER;
+    const int patience = unsent > 0 ? SEND_TIME : is_idle(c) ? IDLE_TIME :
+                         c->state == IN_HEAD ? HEAD_TIME :
+                         c->state < WORKING ? BODY_TIME : LINGER_TIME;
 
     if (streams && now - c->spoke > SIGN_OF_LIFE)
         send_event(c, ": ", "waiting", 7);
     if ((streams && unsent > MAX_UNSENT) ||
         (c->server->stopping > 0 && is_idle(c)))
         hang_up(c);
-    else if (unsent > 0 && c->deadline == 0)
-        c->deadline = now + SEND_TIME;
-    else if (c->deadline == 0 || now < c->deadline)
+    else if (c->state == GONE || now < c->since + patience ||
+             (c->state == WORKING && unsent == 0))
         return;
     else if (unsent > 0 || c->state >= LEAVING || is_idle(c))
         hang_up(c);
-    else if (c->state < WORKING)
+    else
         refuse(c, 408);
 }
 
@@ -5646,7 +5616,7 @@ static struct client *find_place(struct server *v)
         struct client *c = &v->client[i];
         if (c->state == GONE)
             return c;
-        if (is_idle(c) && (!found || c->deadline < found->deadline))
+        if (is_idle(c) && (!found || c->since < found->since))
             found = c;
     }
     return found;
@@ -5681,7 +5651,7 @@ static void welcome(struct server *v, int listener)
         if (c->state != GONE)
             hang_up(c);
         *c = (struct client){ .server = v, .fd = fd, .state = IN_HEAD,
-                              .deadline = v->now + IDLE_TIME };
+                              .since = v->now };
         v->n_clients++;
         if (v->n_places <= c - v->client)
             v->n_places = (int)(c - v->client) + 1;
@@ -5743,14 +5713,6 @@ static void fail_answers(struct server *v)
 }
 
 /* After a signal nobody new is listened to, and what runs may end. */
-static void begin_stop(struct server *v)
-{
-    note("stopping: %d connections, no new ones", v->n_clients);
-    v->stopping = v->now;
-    while (v->n_listeners > 0)
-        close(v->listener[--v->n_listeners]);
-}
-
 static void run_server(struct server *v)
 {
     while (v->stopping == 0 ||
@@ -5760,8 +5722,12 @@ static void run_server(struct server *v)
         if (engine_step(&v->e) != DONE)
             fail_answers(v);
         v->now = seconds();
-        if (interrupted && v->stopping == 0)
-            begin_stop(v);
+        if (interrupted && v->stopping == 0) {
+            note("stopping: %d connections, no new ones", v->n_clients);
+            v->stopping = v->now;
+            while (v->n_listeners > 0)
+                close(v->listener[--v->n_listeners]);
+        }
         for (int i = 0; i < v->n_places; i++) {
             struct client *c = &v->client[i];
             if (c->state == WORKING && c->n_done == c->n_choices)
@@ -5804,7 +5770,6 @@ static int listen_at(struct server *v, void *address, socklen_t n)
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     if (a->sa_family == AF_INET6)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes);
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
     fcntl(fd, F_SETFL, O_NONBLOCK);
     v->listener[v->n_listeners++] = fd;
     return bind(fd, a, n) != 0 || listen(fd, 1024) != 0 ||
@@ -5823,7 +5788,7 @@ static int listen_at_path(struct server *v, const char *path)
         return usage("--serve %s: a path of a socket has at most %zu bytes",
                      path, sizeof a.sun_path - 1);
     snprintf(a.sun_path, sizeof a.sun_path, "%s", path);
-    lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT, 0600);
     if (lock >= 0 && is_taken(lock))
         return say(BAD_FILE, "--serve %s: another server listens there", path);
     if (lock >= 0 && lstat(path, &st) == 0 && S_ISSOCK(st.st_mode))
@@ -5916,8 +5881,6 @@ static int serve(const struct settings *s)
         v->now = seconds();
         run_server(v);
     }
-    while (v->n_listeners > 0)
-        close(v->listener[--v->n_listeners]);
     close_engine(&v->e);
     free(v->keys.s);
     free(v->page.s);
