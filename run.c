@@ -3011,37 +3011,35 @@ static int make_prompt(struct engine *e, struct request *q,
     return code;
 }
 
-/* How many prompts a body has: "prompt" may be an array of them. */
-static int count_prompts(const struct json *body)
+/* The first prompt of a body, and how many there are: "prompt" may be an array of
+ * them. */
+static const struct json *first_prompt(const struct json *body, int *n)
 {
     const struct json *prompt = given(body, "prompt");
-    const int is_array = json_is(prompt, JSON_ARRAY) && prompt->first &&
-                         prompt->first->type != JSON_NUMBER;
+    const int is_list = json_is(prompt, JSON_ARRAY) && prompt->first &&
+                        prompt->first->type != JSON_NUMBER;
 
-    return is_array ? prompt->n_members : 1;
+    *n = is_list ? prompt->n_members : 1;
+    return is_list ? prompt->first : prompt;
 }
 
 /* "prompt": a text, or the ids of its tokens. */
 static int read_plain_prompt(const struct engine *e, struct request *q,
                              const struct json *prompt, struct why *why)
 {
+    const struct json *x = prompt->first;
     long long id;
 
     if (prompt->type == JSON_STRING) {
         encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
         return DONE;
     }
-    if (prompt->type != JSON_ARRAY)
-        return because(why, USAGE, "\"prompt\": expected a string, or an array "
-                       "of token ids");
     q->prompt.id = zeroed((size_t)prompt->n_members, sizeof *q->prompt.id);
-    for (const struct json *c = prompt->first; c; c = c->next) {
-        if (json_int(c, 0, INT32_MAX, &id) != 0)
-            return because(why, USAGE, "\"prompt\": expected a string, or an "
-                           "array of token ids");
+    for (; x && json_int(x, 0, INT32_MAX, &id) == 0; x = x->next)
         q->prompt.id[q->prompt.n++] = (int32_t)id;
-    }
-    return DONE;
+    return prompt->type == JSON_ARRAY && !x ? DONE :
+           because(why, USAGE, "\"prompt\": expected a string, or an array of "
+                   "token ids");
 }
 
 static int is_word(const struct json *x, const char *word)
@@ -3054,11 +3052,11 @@ static int read_request(struct engine *e, struct request *q,
                         const struct json *body, int which, struct why *why)
 {
     const struct json *messages = given(body, "messages");
-    const struct json *prompt = given(body, "prompt");
     const struct json *tools = is_word(given(body, "tool_choice"), "none") ?
                                NULL : given(body, "tools");
     struct rendered rendered = { .n_marks = 0 };
-    int code;
+    int code, n_prompts;
+    const struct json *prompt = first_prompt(body, &n_prompts);
 
     if (body->type != JSON_OBJECT)
         return because(why, USAGE, "expected a JSON object as the request");
@@ -3074,10 +3072,8 @@ static int read_request(struct engine *e, struct request *q,
     if (messages && e->template == TEMPLATE_NONE)
         return because(why, USAGE, "the model has no chat template: expected "
                        "\"prompt\", or --template");
-    if (json_is(prompt, JSON_ARRAY) && prompt->first &&
-        prompt->first->type != JSON_NUMBER)
-        for (prompt = prompt->first; which > 0; which--)
-            prompt = prompt->next;
+    for (; which > 0; which--)
+        prompt = prompt->next;
     if (prompt)
         return read_plain_prompt(e, q, prompt, why);
     code = make_prompt(e, q, messages, tools, body, 0, &rendered, why);
@@ -4142,13 +4138,14 @@ static int read_entry(struct batch *b, struct entry *x,
                       const struct json *line, struct why *why)
 {
     const struct json *id = given(line, "custom_id");
-    const struct json *body = given(line, "body");
+    const struct json *within = given(line, "body");
+    const struct json *body = within ? within : line;
     const struct json *method = given(line, "method");
     const struct json *url = given(line, "url");
     struct request *q = &x->job.q;
     struct text asked = { 0 };
     uint64_t hash;
-    int code;
+    int code, n_prompts;
 
     if (id && id->type != JSON_STRING)
         return because(why, USAGE, "\"custom_id\": expected a string");
@@ -4157,21 +4154,22 @@ static int read_entry(struct batch *b, struct entry *x,
         add(&x->id, id->s, id->n);
         add_json(&asked, id);
     }
-    add_json(&asked, body ? body : line);
+    add_json(&asked, body);
     hash = hash_bytes(HASH_START, asked.s, asked.n);
     x->job.id = hash_number(hash, (uint64_t)x->line);
     free(asked.s);
-    if (body && method && !is_word(method, "POST"))
+    if (within && method && !is_word(method, "POST"))
         return because(why, USAGE, "\"method\": expected \"POST\"");
-    if (body && url && !is_word(url, "/v1/chat/completions") &&
+    if (within && url && !is_word(url, "/v1/chat/completions") &&
         !is_word(url, "/v1/completions"))
         return because(why, USAGE, "\"url\": expected \"/v1/chat/completions\" "
                        "or \"/v1/completions\"");
     hash ^= q->seed == -1 ? 0 : (uint64_t)q->seed;
     q->seed = (long long)hash;
-    if (count_prompts(body ? body : line) > 1)
+    first_prompt(body, &n_prompts);
+    if (n_prompts > 1)
         return because(why, USAGE, "\"prompt\": expected one prompt on a line");
-    code = read_request(&b->e, q, body ? body : line, 0, why);
+    code = read_request(&b->e, q, body, 0, why);
     complete_request(&b->e, q);
     return code;
 }
@@ -4682,16 +4680,13 @@ static void finish_request(struct client *c)
             free_request(&j->q);
     }
     free(c->choice);
-    free_text(&c->body);
+    free(c->body.s);
     pool_free(&c->pool);
-    c->choice = NULL;
-    c->n_choices = c->n_done = 0;
-    c->stream = WHOLE_ANSWER;
-    c->why.s[0] = '\0';
-    c->at = 0;
-    c->id = 0;
-    c->state = c->keeps ? IN_HEAD : LEAVING;
-    c->since = c->server->now;
+    *c = (struct client){
+        .server = c->server, .fd = c->fd, .in = c->in, .out = c->out,
+        .sent = c->sent, .since = c->server->now,
+        .state = c->keeps ? IN_HEAD : LEAVING
+    };
 }
 
 static void respond(struct client *c, int code, const char *type,
@@ -4809,18 +4804,16 @@ static void send_choice(struct job *j, struct text *delta, const char *finish)
 static void add_new(struct text *to, const char *format,
                     const struct text *all, size_t *told, int last)
 {
-    const size_t n = all->n - *told;
-    size_t whole = n;
+    const char *const end = all->s + all->n, *s = end;
+    size_t n = all->n - *told;
     uint32_t c;
 
-    for (size_t k = 1; !last && k <= 3 && k <= n; k++) {
-        const char *s = all->s + all->n - k;
-        if ((*s & 0xc0) == 0xc0 && utf8_get(s, s + k, &c) == 0)
-            whole = n - k;
-    }
-    if (whole > 0)
-        add_members(to, format, (int)whole, all->s + *told);
-    *told += whole;
+    for (size_t k = 1; !last && k <= 3 && k <= n && *--s & 0x80; k++)
+        if (*s & 0x40 && utf8_get(s, end, &c) == 0)
+            n = (size_t)(s - all->s) - *told;
+    if (n > 0)
+        add_members(to, format, (int)n, all->s + *told);
+    *told += n;
 }
 
 static void send_new(struct job *j)
@@ -4928,20 +4921,18 @@ static void finish_answer(struct client *c, int code)
     struct text body = { 0 };
 
     code = c->why.s[0] ? FAILED : code;
-    if (code != DONE && c->stream != BEGUN) {
-        refuse(c, code);
-        return;
-    }
-    if (e->s->verbose)
+    if (code == DONE && e->s->verbose)
         note("200: %d choices, prompt of %d tokens, %.2f s", c->n_choices,
              c->choice[0].q.prompt.n, c->server->now - c->asked);
-    if (c->stream) {
+    if (code != DONE && c->stream != BEGUN)
+        refuse(c, code);
+    else if (c->stream)
         end_stream(c, code);
-        return;
+    else {
+        add_completion(e, &body, c->choice, c->n_choices, c->id, c->created);
+        add_string(&body, "}");
+        respond(c, 200, NULL, &body);
     }
-    add_completion(e, &body, c->choice, c->n_choices, c->id, c->created);
-    add_string(&body, "}");
-    respond(c, 200, NULL, &body);
     free(body.s);
 }
 
@@ -4954,9 +4945,9 @@ static void finish_answer(struct client *c, int code)
 static int read_choices(struct client *c, struct why *why)
 {
     struct engine *e = &c->server->e;
-    const int n_prompts = count_prompts(c->json);
-    int code = DONE;
+    int code = DONE, n_prompts;
 
+    first_prompt(c->json, &n_prompts);
     for (int i = 0, n = 1; code == DONE && i < n_prompts * n; i++) {
         struct request q = i % n ? c->choice[i - 1].q : e->s->ask;
         if (i % n == 0) {
@@ -4995,8 +4986,10 @@ static int complete_body(struct client *c, struct text *to)
     (void)to;
     for (const struct job *j = e->jobs; j; j = j->next)
         n_jobs++;
-    if (code != DONE || n_jobs > e->par.n_seq + e->s->queue)
-        return code != DONE ? code : 429;
+    if (code == DONE && n_jobs > e->par.n_seq + e->s->queue)
+        code = 429;
+    if (code != DONE)
+        return code;
     c->created = (long long)time(NULL);
     c->stream = c->choice[0].q.stream ? WANTED : WHOLE_ANSWER;
     c->include_usage = json_is(given(given(c->json, "stream_options"),
@@ -5097,22 +5090,18 @@ static int tokenize_body(struct client *c, struct text *to)
 {
     const struct json *content = given(c->json, "content");
     struct settings s = *c->server->e.s;
-    struct ids ids = { NULL, 0 };
-    int code = DONE;
+    struct ids ids;
 
     s.mode = TOKENIZE;                    /* no BOS unasked                  */
     s.bos = s.special = 0;
     if (!json_text(content))
-        code = because(&c->why, USAGE, "\"content\": expected a text");
-    else if (content->n > MAX_TOKENIZED)
-        code = because(&c->why, 413, "\"content\": expected at most %d bytes",
+        return because(&c->why, USAGE, "\"content\": expected a text");
+    if (content->n > MAX_TOKENIZED)
+        return because(&c->why, 413, "\"content\": expected at most %d bytes",
                        MAX_TOKENIZED);
-    if (code == DONE)
-        code = read_flag(c->json, "add_special", &s.bos, &c->why);
-    if (code == DONE)
-        code = read_flag(c->json, "parse_special", &s.special, &c->why);
-    if (code != DONE)
-        return code;
+    if (read_flag(c->json, "add_special", &s.bos, &c->why) != DONE ||
+        read_flag(c->json, "parse_special", &s.special, &c->why) != DONE)
+        return USAGE;
     encode_plain(&s, c->server->e.words, content->s, content->n, &ids);
     add_string(to, "{\"tokens\": [");
     for (int i = 0; i < ids.n; i++)
@@ -5418,9 +5407,6 @@ static int read_head_part(struct client *c)
                             ++c->server->n_requests);
         c->since = c->server->now;
     }
-    c->method = GET;
-    c->route = NULL;
-    c->is_allowed_origin = 0;
     end = memmem(c->in.s + c->at, c->in.n - c->at, "\r\n\r\n", 4);
     if ((end ? (size_t)(end - c->in.s) + 4 : c->in.n) - c->at > MAX_HEAD)
         return 431;
@@ -5757,7 +5743,8 @@ static int serve(const struct settings *s)
 
 #else
 
-/* The address becomes the one that it is. */
+/* The address becomes the one that it is.  These return DONE, or -1 where errno
+ * says why not. */
 static int listen_at(struct server *v, void *address, socklen_t n)
 {
     struct sockaddr *a = address;
@@ -5771,13 +5758,17 @@ static int listen_at(struct server *v, void *address, socklen_t n)
     if (a->sa_family == AF_INET6)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes);
     fcntl(fd, F_SETFL, O_NONBLOCK);
+    if (bind(fd, a, n) != 0 || listen(fd, 1024) != 0 ||
+        getsockname(fd, a, &n) != 0) {
+        close(fd);
+        return -1;
+    }
     v->listener[v->n_listeners++] = fd;
-    return bind(fd, a, n) != 0 || listen(fd, 1024) != 0 ||
-           getsockname(fd, a, &n) != 0 ? -1 : 0;
+    return DONE;
 }
 
-/* A path; a socket that an earlier server left there is removed.  Who holds the
- * lock beside it, which ends with the process, still listens. */
+/* A path; a socket that an earlier server left there is removed.  One that still
+ * listens holds the lock beside it, which ends with the process. */
 static int listen_at_path(struct server *v, const char *path)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
@@ -5789,12 +5780,15 @@ static int listen_at_path(struct server *v, const char *path)
                      path, sizeof a.sun_path - 1);
     snprintf(a.sun_path, sizeof a.sun_path, "%s", path);
     lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT, 0600);
-    if (lock >= 0 && is_taken(lock))
-        return say(BAD_FILE, "--serve %s: another server listens there", path);
-    if (lock >= 0 && lstat(path, &st) == 0 && S_ISSOCK(st.st_mode))
+    if (lock < 0)
+        return -1;
+    if (is_taken(lock)) {
+        errno = EADDRINUSE;
+        return -1;
+    }
+    if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode))
         unlink(path);
-    return lock >= 0 && listen_at(v, &a, sizeof a) == 0 ? DONE :
-           say(BAD_FILE, "--serve %s: %s", path, strerror(errno));
+    return listen_at(v, &a, sizeof a);
 }
 
 /* [HOST:]PORT; without a host, 127.0.0.1 and ::1. */
@@ -5823,14 +5817,11 @@ static int listen_at_port(struct server *v, const char *where)
         return usage("--serve %s: others can reach it, so --api-key-file is "
                      "needed", where);
     a4.sin_port = a6.sin6_port = htons((uint16_t)port);
-    if (is4 && listen_at(v, &a4, sizeof a4) != 0)
-        return say(BAD_FILE, "--serve %s: %s", where, strerror(errno));
+    if (is4 && listen_at(v, &a4, sizeof a4) != DONE)
+        return -1;
     a6.sin6_port = is4 ? a4.sin_port : a6.sin6_port;
-    if (is6 && listen_at(v, &a6, sizeof a6) != 0) {
-        if (!is4)
-            return say(BAD_FILE, "--serve %s: %s", where, strerror(errno));
-        close(v->listener[--v->n_listeners]);         /* no IPv6 here        */
-    }
+    if (is6 && listen_at(v, &a6, sizeof a6) != DONE && !is4)
+        return -1;                        /* or else there is no IPv6 here   */
     v->address = phrase(is4 ? "http://%s:%d" : "http://[%s]:%d",
                         both ? "127.0.0.1" : name,
                         ntohs(is4 ? a4.sin_port : a6.sin6_port));
@@ -5860,6 +5851,8 @@ static int open_server(struct server *v)
     if (code == DONE)
         code = strchr(s->serve, '/') ? listen_at_path(v, s->serve) :
                listen_at_port(v, s->serve);
+    if (code < 0)
+        code = say(BAD_FILE, "--serve %s: %s", s->serve, strerror(errno));
     if (code == DONE)
         code = open_engine(&v->e);
     if (code != DONE)

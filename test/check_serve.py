@@ -578,7 +578,7 @@ def check_places():
         again = subprocess.run([run, model, "--serve", path],
                                capture_output=True)
         holds("one that is taken", again.returncode == 3 and
-              b"another server" in again.stderr, again)
+              b"in use" in again.stderr, again)
         holds("is not disturbed", server.ask("GET", "/health").status == 200)
         server.stop(number)
     holds("it stops", server.process.returncode == 0, server.said)
