@@ -3011,8 +3011,8 @@ static int make_prompt(struct engine *e, struct request *q,
     return code;
 }
 
-/* The first prompt of a body, and how many there are: "prompt" may be an array of
- * them. */
+/* The first prompt of a body, and how many there are: "prompt" may be an array
+ * of them. */
 static const struct json *first_prompt(const struct json *body, int *n)
 {
     const struct json *prompt = given(body, "prompt");
@@ -4804,8 +4804,8 @@ static void send_choice(struct job *j, struct text *delta, const char *finish)
 static void add_new(struct text *to, const char *format,
                     const struct text *all, size_t *told, int last)
 {
-    const char *const end = all->s + all->n, *s = end;
     size_t n = all->n - *told;
+    const char *const end = n > 0 ? all->s + all->n : NULL, *s = end;
     uint32_t c;
 
     for (size_t k = 1; !last && k <= 3 && k <= n && *--s & 0x80; k++)
@@ -4958,8 +4958,9 @@ static int read_choices(struct client *c, struct why *why)
         if (i == 0) {
             n = q.n_choices;
             if (n_prompts * n > MAX_CHOICES && code == DONE)
-                code = because(why, USAGE, "%d prompts with \"n\": %d, expected "
-                               "at most %d choices", n_prompts, n, MAX_CHOICES);
+                code = because(why, USAGE, "%d prompts with \"n\": %d, "
+                               "expected at most %d choices", n_prompts, n,
+                               MAX_CHOICES);
             c->choice = zeroed(code == DONE ? (size_t)(n_prompts * n) : 1,
                                sizeof *c->choice);
         }
@@ -4984,12 +4985,13 @@ static int complete_body(struct client *c, struct text *to)
     int n_jobs = 0;
 
     (void)to;
-    for (const struct job *j = e->jobs; j; j = j->next)
-        n_jobs++;
-    if (code == DONE && n_jobs > e->par.n_seq + e->s->queue)
-        code = 429;
     if (code != DONE)
         return code;
+    c->why.s[0] = '\0';                   /* in case something was tried     */
+    for (const struct job *j = e->jobs; j; j = j->next)
+        n_jobs++;
+    if (n_jobs > e->par.n_seq + e->s->queue)
+        return 429;
     c->created = (long long)time(NULL);
     c->stream = c->choice[0].q.stream ? WANTED : WHOLE_ANSWER;
     c->include_usage = json_is(given(given(c->json, "stream_options"),
@@ -5129,8 +5131,9 @@ static int detokenize_body(struct client *c, struct text *to)
     add_members(to, "{content: %.*s}", (int)content.n,
                 content.s ? content.s : "");
     free(content.s);
-    return !bad ? DONE : because(&c->why, USAGE, "\"tokens\": expected an array "
-                                 "of token ids from 0 to %d", most);
+    return !bad ? DONE :
+           because(&c->why, USAGE, "\"tokens\": expected an array of token ids "
+                   "from 0 to %d", most);
 }
 
 static int send_page(struct client *c, struct text *to)
@@ -5384,8 +5387,9 @@ static int check_head(struct client *c, char *const *field)
         return 0;
     if (!c->route->is_public && !is_known_key(v, field[KEY]))
         return 401;
-    if (c->route->is_post && !(type && strncmp(type, "application/json", 16) == 0
-                               && strchr("; ", type[16])))
+    if (c->route->is_post &&
+        (!type || strncmp(type, "application/json", 16) != 0 ||
+         !strchr("; ", type[16])))
         return 415;
     if (c->route->is_post && !length && !coding)
         return 411;
@@ -5444,7 +5448,7 @@ static void drop_bytes(struct text *t, size_t n)
 /* As much of the body as is there: 0, or the status of an error. */
 static int read_body_part(struct client *c)
 {
-    int status = 0;
+    int status = c->in.n + c->body.n > MAX_AHEAD ? check_held(c) : 0;
 
     while (c->state < WORKING && !status) {
         if (c->state == IN_LENGTH || c->state == IN_CHUNK) {
@@ -5485,9 +5489,6 @@ static void read_more(struct client *c)
     c->at = 0;
     if (c->state == IN_HEAD)
         status = read_head_part(c);
-    if (!status && c->state != IN_HEAD &&
-        c->in.n + c->body.n > MAX_AHEAD)
-        status = check_held(c);
     if (!status && c->state != IN_HEAD)
         status = read_body_part(c);
     drop_bytes(&c->in, c->at);            /* once: many chunks are small     */
@@ -5767,8 +5768,8 @@ static int listen_at(struct server *v, void *address, socklen_t n)
     return DONE;
 }
 
-/* A path; a socket that an earlier server left there is removed.  One that still
- * listens holds the lock beside it, which ends with the process. */
+/* A path; a socket that an earlier server left there is removed.  One that
+ * still listens holds the lock beside it, which ends with the process. */
 static int listen_at_path(struct server *v, const char *path)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };

@@ -224,6 +224,13 @@ def check_answers(server):
     b = server.post(CHAT_PATH, chat(n=1, temperature=1, seed=6))
     holds("the second has the next seed", b.text() ==
           d["choices"][1]["message"]["content"], (a, b))
+    body = chat(temperature=1, seed=5, logit_bias={"5": 2}, stop=["e "],
+                response_format={"type": "json_object"})
+    several = server.post(CHAT_PATH, {**body, "n": 3}).json()["choices"]
+    alone = [server.post(CHAT_PATH, {**body, "seed": 5 + i}).text()
+             for i in range(3)]
+    holds("choices share what is asked for", alone ==
+          [x["message"]["content"] for x in several], (alone, several))
     a = server.post(CHAT_PATH, {
         "messages": [{"role": "user", "content": [
             {"type": "text", "text": QUESTION[0]["content"]}]}],
