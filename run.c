@@ -1575,6 +1575,11 @@ struct job {
     enum { WAITING, ACTIVE, FINISHED } state;
     uint64_t id;
     struct job *next;
+    struct {                              /* to a client: how much of it     */
+        int some, scores;
+        size_t text, thought;
+        double when;                      /* it had its latest token         */
+    } told;
 };
 
 struct sink {
@@ -2699,28 +2704,38 @@ static void add_choice(const struct engine *e, struct text *to, struct job *j,
     free_calls(&calls);
 }
 
-/* Counts of tokens.  `cached`: how many had been read before; left out if it is
- * negative, as it depends on who else was answered. */
-static void add_usage(struct text *to, int prompt, int made, int thought,
-                      int cached)
+/* Counts of the tokens of n answers; each prompt counts once.  How many of its
+ * tokens had been read before depends on who else was answered. */
+static void add_usage(const struct engine *e, struct text *to,
+                      const struct job *j, int n)
 {
+    int prompt = 0, cached = 0, made = 0, thought = 0;
+
+    for (int i = 0; i < n; i++) {
+        prompt += i % j->q.n_choices ? 0 : j[i].q.prompt.n;
+        cached += i % j->q.n_choices ? 0 : j[i].r.n_reused;
+        made += j[i].r.n_made;
+        thought += j[i].r.n_thought;
+    }
     add_members(to, "usage: {prompt_tokens: %d, completion_tokens: %d, "
                 "total_tokens: %d", prompt, made, prompt + made);
-    if (cached >= 0)
+    if (e->s->mode == SERVE)
         add_members(to, "prompt_tokens_details: {cached_tokens: %d}", cached);
     add_members(to, "completion_tokens_details: {reasoning_tokens: %d}}",
                 thought);
 }
 
-/* The whole object for one answer, but for its last bracket. */
+/* The whole object for n answers, but for its last bracket. */
 static void add_completion(const struct engine *e, struct text *to,
-                           struct job *j, long long created)
+                           struct job *j, int n, uint64_t id,
+                           long long created)
 {
-    add_head(e, to, j->q.is_completion, 0, j->id, created);
+    add_head(e, to, j->q.is_completion, 0, id, created);
     add_members(to, "choices: [");
-    add_choice(e, to, j, 0);
+    for (int i = 0; i < n; i++)
+        add_choice(e, to, &j[i], i);
     add_string(to, "]");
-    add_usage(to, j->q.prompt.n, j->r.n_made, j->r.n_thought, -1);
+    add_usage(e, to, j, n);
 }
 
 /* Tokens a second of the prompt, and of the answer without its first token,
@@ -2996,37 +3011,35 @@ static int make_prompt(struct engine *e, struct request *q,
     return code;
 }
 
-/* How many prompts a body has: "prompt" may be an array of them. */
-static int count_prompts(const struct json *body)
+/* The first prompt of a body, and how many there are: "prompt" may be an array
+ * of them. */
+static const struct json *first_prompt(const struct json *body, int *n)
 {
     const struct json *prompt = given(body, "prompt");
-    const int is_array = json_is(prompt, JSON_ARRAY) && prompt->first &&
-                         prompt->first->type != JSON_NUMBER;
+    const int is_list = json_is(prompt, JSON_ARRAY) && prompt->first &&
+                        prompt->first->type != JSON_NUMBER;
 
-    return is_array ? prompt->n_members : 1;
+    *n = is_list ? prompt->n_members : 1;
+    return is_list ? prompt->first : prompt;
 }
 
 /* "prompt": a text, or the ids of its tokens. */
 static int read_plain_prompt(const struct engine *e, struct request *q,
                              const struct json *prompt, struct why *why)
 {
+    const struct json *x = prompt->first;
     long long id;
 
     if (prompt->type == JSON_STRING) {
         encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
         return DONE;
     }
-    if (prompt->type != JSON_ARRAY)
-        return because(why, USAGE, "\"prompt\": expected a string, or an array "
-                       "of token ids");
     q->prompt.id = zeroed((size_t)prompt->n_members, sizeof *q->prompt.id);
-    for (const struct json *c = prompt->first; c; c = c->next) {
-        if (json_int(c, 0, INT32_MAX, &id) != 0)
-            return because(why, USAGE, "\"prompt\": expected a string, or an "
-                           "array of token ids");
+    for (; x && json_int(x, 0, INT32_MAX, &id) == 0; x = x->next)
         q->prompt.id[q->prompt.n++] = (int32_t)id;
-    }
-    return DONE;
+    return prompt->type == JSON_ARRAY && !x ? DONE :
+           because(why, USAGE, "\"prompt\": expected a string, or an array of "
+                   "token ids");
 }
 
 static int is_word(const struct json *x, const char *word)
@@ -3039,11 +3052,11 @@ static int read_request(struct engine *e, struct request *q,
                         const struct json *body, int which, struct why *why)
 {
     const struct json *messages = given(body, "messages");
-    const struct json *prompt = given(body, "prompt");
     const struct json *tools = is_word(given(body, "tool_choice"), "none") ?
                                NULL : given(body, "tools");
     struct rendered rendered = { .n_marks = 0 };
-    int code;
+    int code, n_prompts;
+    const struct json *prompt = first_prompt(body, &n_prompts);
 
     if (body->type != JSON_OBJECT)
         return because(why, USAGE, "expected a JSON object as the request");
@@ -3059,10 +3072,8 @@ static int read_request(struct engine *e, struct request *q,
     if (messages && e->template == TEMPLATE_NONE)
         return because(why, USAGE, "the model has no chat template: expected "
                        "\"prompt\", or --template");
-    if (json_is(prompt, JSON_ARRAY) && prompt->first &&
-        prompt->first->type != JSON_NUMBER)
-        for (prompt = prompt->first; which > 0; which--)
-            prompt = prompt->next;
+    for (; which > 0; which--)
+        prompt = prompt->next;
     if (prompt)
         return read_plain_prompt(e, q, prompt, why);
     code = make_prompt(e, q, messages, tools, body, 0, &rendered, why);
@@ -3312,7 +3323,7 @@ static void print_answer(struct job *j)
         print_end(&t->printer, &j->r);
         return;
     }
-    add_completion(e, &out, j, (long long)time(NULL));
+    add_completion(e, &out, j, 1, j->id, (long long)time(NULL));
     add_origin(e, &out, j, uses_date(t));
     add_string(&out, "}\n");
     show_text(&out);
@@ -4024,7 +4035,7 @@ static void finish_entry(struct job *j)
         add_format(&x->out, ", \"response\": {\"status_code\": 200, "
                    "\"request_id\": \"req_%016llx\", \"body\": ",
                    (unsigned long long)j->id);
-        add_completion(&b->e, &x->out, j, 0);
+        add_completion(&b->e, &x->out, j, 1, j->id, 0);
         add_string(&x->out, "}}, \"error\": null}\n");
         x->is_done = 1;
         b->done++;
@@ -4127,13 +4138,14 @@ static int read_entry(struct batch *b, struct entry *x,
                       const struct json *line, struct why *why)
 {
     const struct json *id = given(line, "custom_id");
-    const struct json *body = given(line, "body");
+    const struct json *within = given(line, "body");
+    const struct json *body = within ? within : line;
     const struct json *method = given(line, "method");
     const struct json *url = given(line, "url");
     struct request *q = &x->job.q;
     struct text asked = { 0 };
     uint64_t hash;
-    int code;
+    int code, n_prompts;
 
     if (id && id->type != JSON_STRING)
         return because(why, USAGE, "\"custom_id\": expected a string");
@@ -4142,21 +4154,22 @@ static int read_entry(struct batch *b, struct entry *x,
         add(&x->id, id->s, id->n);
         add_json(&asked, id);
     }
-    add_json(&asked, body ? body : line);
+    add_json(&asked, body);
     hash = hash_bytes(HASH_START, asked.s, asked.n);
     x->job.id = hash_number(hash, (uint64_t)x->line);
     free(asked.s);
-    if (body && method && !is_word(method, "POST"))
+    if (within && method && !is_word(method, "POST"))
         return because(why, USAGE, "\"method\": expected \"POST\"");
-    if (body && url && !is_word(url, "/v1/chat/completions") &&
+    if (within && url && !is_word(url, "/v1/chat/completions") &&
         !is_word(url, "/v1/completions"))
         return because(why, USAGE, "\"url\": expected \"/v1/chat/completions\" "
                        "or \"/v1/completions\"");
     hash ^= q->seed == -1 ? 0 : (uint64_t)q->seed;
     q->seed = (long long)hash;
-    if (count_prompts(body ? body : line) > 1)
+    first_prompt(body, &n_prompts);
+    if (n_prompts > 1)
         return because(why, USAGE, "\"prompt\": expected one prompt on a line");
-    code = read_request(&b->e, q, body ? body : line, 0, why);
+    code = read_request(&b->e, q, body, 0, why);
     complete_request(&b->e, q);
     return code;
 }
@@ -4467,6 +4480,7 @@ static int batch(const struct settings *s)
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <strings.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #ifdef __linux__
@@ -4477,6 +4491,8 @@ long syscall(long number, ...);           /* not in POSIX                    */
 enum {
     MAX_CLIENTS = 1056, MAX_CHOICES = 128,
     MAX_HEAD = 1 << 14, MAX_FIELDS = 100, /* of a request                    */
+    MAX_CHUNK_LINE = 256,
+    MAX_TOKENIZED = 1 << 20,              /* bytes, as nobody else is served */
     MAX_UNSENT = 1 << 22, MAX_AHEAD = 1 << 16,
     MAX_HELD = 1 << 30,                   /* bytes, for all clients together */
     SERVE_BATCH = 512                     /* so that no step takes too long  */
@@ -4496,75 +4512,76 @@ enum { N_EDGES = sizeof edges / sizeof *edges };
 
 struct histogram { uint64_t n[N_EDGES + 1]; double sum; };
 
-/* What a status means, and what to say with it where nothing else is said. */
-static const struct status { int code; const char *text, *type, *why; }
+/* What a status means, what to say with it where nothing else is said, what
+ * kind of error it is, if not an invalid_request_error, and fields of its head;
+ * %s are the methods that are good. */
+static const struct status { int code; const char *text, *why, *type, *fields; }
 statuses[] = {
-    { 200, "OK", NULL, NULL }, { 204, "No Content", NULL, NULL },
-    { 400, "Bad Request", "invalid_request_error",
-      "not a request of HTTP/1.1 as this server reads it" },
-    { 401, "Unauthorized", "authentication_error",
-      "expected a key of --api-key-file as \"Authorization: Bearer KEY\"" },
-    { 403, "Forbidden", "permission_error", "requests for other hosts, and "
-      "from pages of other origins, are not answered; --cors allows an "
-      "origin" },
-    { 404, "Not Found", "not_found_error", "nothing is at this address; the "
-      "API is at /v1/chat/completions, /v1/completions and /v1/models" },
-    { 405, "Method Not Allowed", "invalid_request_error",
-      "expected another method" },
-    { 408, "Request Timeout", "invalid_request_error",
-      "the request took too long to arrive" },
-    { 411, "Length Required", "invalid_request_error",
-      "expected a Content-Length, or a chunked body" },
-    { 413, "Content Too Large", "invalid_request_error",
-      "the body is longer than --max-body allows" },
-    { 415, "Unsupported Media Type", "invalid_request_error",
+    { 200, "OK" },
+    { 204, "No Content", NULL, NULL, "Allow: %s, OPTIONS\r\n"
+      "Access-Control-Allow-Methods: GET, POST\r\n"
+      "Access-Control-Allow-Headers: *, Authorization\r\n" },
+    { 400, "Bad Request", "not a request of HTTP/1.1 as this server reads it" },
+    { 401, "Unauthorized",
+      "expected a key of --api-key-file as \"Authorization: Bearer KEY\"",
+      "authentication_error", "WWW-Authenticate: Bearer\r\n" },
+    { 403, "Forbidden", "requests for other hosts, and from pages of other "
+      "origins, are not answered; --cors allows an origin",
+      "permission_error" },
+    { 404, "Not Found", "nothing is at this address; the API is at "
+      "/v1/chat/completions, /v1/completions and /v1/models",
+      "not_found_error" },
+    { 405, "Method Not Allowed", "expected %s here", NULL,
+      "Allow: %s, OPTIONS\r\n" },
+    { 408, "Request Timeout", "the request took too long to arrive" },
+    { 411, "Length Required", "expected a Content-Length, or a chunked body" },
+    { 413, "Content Too Large", "the body is longer than --max-body allows" },
+    { 415, "Unsupported Media Type",
       "expected \"Content-Type: application/json\"" },
-    { 417, "Expectation Failed", "invalid_request_error",
+    { 417, "Expectation Failed",
       "expected nothing but \"Expect: 100-continue\"" },
-    { 429, "Too Many Requests", "rate_limit_error",
-      "more answers are under way or wait than --parallel and --queue allow" },
-    { 431, "Request Header Fields Too Large", "invalid_request_error",
+    { 429, "Too Many Requests",
+      "more answers are under way or wait than --parallel and --queue allow",
+      "rate_limit_error", "Retry-After: 5\r\n" },
+    { 431, "Request Header Fields Too Large",
       "expected a head of at most 16 KiB and 100 fields" },
-    { 500, "Internal Server Error", "server_error",
-      "the model could not be run" },
-    { 501, "Not Implemented", "invalid_request_error",
-      "expected \"Transfer-Encoding: chunked\"" },
-    { 503, "Service Unavailable", "unavailable_error", "the server stops" },
-    { 505, "HTTP Version Not Supported", "invalid_request_error",
-      "expected HTTP/1.0 or HTTP/1.1" },
+    { 500, "Internal Server Error", "the model could not be run",
+      "server_error" },
+    { 501, "Not Implemented", "expected \"Transfer-Encoding: chunked\"" },
+    { 503, "Service Unavailable", "the server stops", "unavailable_error",
+      "Retry-After: 5\r\n" },
+    { 505, "HTTP Version Not Supported", "expected HTTP/1.0 or HTTP/1.1" },
 };
 
 enum { N_STATUSES = sizeof statuses / sizeof *statuses };
 
-/* An answer among those that a request asks for. */
-struct answer {
-    struct job job;
-    struct client *client;
-    int index;
-    size_t text, thought;                 /* how much of them is sent        */
-    int scores, has_role;
-    double last;                          /* when it had its latest token    */
-};
+enum { GET, HEAD_ONLY, POST, OPTIONS };
 
+/* A place for a client, and its request. */
 struct client {
     struct server *server;
     int fd;
-    enum { IN_HEAD, IN_LENGTH, IN_CHUNKS, IN_TRAILER, WORKING, LEAVING, GONE }
-        state;
+    enum {
+        GONE, IN_HEAD, IN_LENGTH, IN_SIZE, IN_CHUNK, IN_TRAILER, WORKING,
+        LEAVING, SHUT
+    } state;
     struct text in, out, body;
-    size_t seen, sent;                    /* of in: looked at; of out        */
-    size_t length;                        /* of the body                     */
-    double deadline;                      /* for what comes next; 0: none    */
+    size_t at, sent;                      /* of in: looked at; of out        */
+    size_t length;                        /* of body or chunk: still to come */
+    double since;                         /* it has been waited for          */
 
-    const struct route *route;            /* of the request                  */
+    int method;
+    const struct route *route;
     struct phrase model;                  /* named in the path, or empty     */
-    int is_head, is_http11, is_preflight, is_allowed_origin, keeps, is_shut;
-    uint64_t id;
-    double asked, spoke;                  /* its request; last byte to it    */
+    int is_http11, is_allowed_origin, keeps;
+    uint64_t id;                          /* 0: it has not begun             */
+    double asked, spoke;                  /* all of it; last byte to it      */
     long long created;
-    struct pool pool;                     /* of the body's JSON              */
-    struct answer *choice;                /* [n_choices]                     */
-    int n_choices, n_done, n_prompts, include_usage;
+    struct pool pool;                     /* of the JSON in the body         */
+    const struct json *json;
+    struct why why;                       /* it cannot be answered           */
+    struct job *choice;                   /* [n_choices]                     */
+    int n_choices, n_done, include_usage;
     enum { WHOLE_ANSWER, WANTED, BEGUN } stream;
 };
 
@@ -4574,8 +4591,8 @@ struct server {
     struct phrase address;
     int is_local;                         /* nobody else can reach it        */
     struct text keys, page;               /* keys: one on each line          */
-    struct client *client[MAX_CLIENTS];
-    int n_clients;
+    struct client client[MAX_CLIENTS];
+    int n_places, n_clients;              /* that were used; that are        */
     double now, stopping;                 /* since when; 0: it serves        */
     double rests;                         /* no accept() before: no files    */
     uint64_t n_requests, answered[N_STATUSES];
@@ -4584,39 +4601,38 @@ struct server {
 };
 
 struct route {
-    const char *methods, *path;
-    int is_public;                        /* needs no key                    */
-    void (*answer)(struct client *c);
+    const char *path;
+    int is_post, is_public;               /* public: needs no key            */
+    int (*answer)(struct client *c, struct text *to);
+    const char *type;                     /* of the answer; NULL: JSON       */
 };
 
 /* ---- responses */
 
-static void note_time(struct histogram *h, double took)
-{
-    int i = 0;
-
-    while (i < N_EDGES && took > edges[i])
-        i++;
-    h->n[i]++;
-    h->sum += took;
-}
-
+/* The row of a status, or of an exit code. */
 static const struct status *status_for(int code)
 {
+    const int wanted = code >= 200 ? code :
+                       code == USAGE || code == TOO_LONG ? 400 : 500;
     const struct status *is = statuses;
 
-    while (is->code != code)
+    while (is->code != wanted)
         is++;
     return is;
 }
 
-/* The head of a response; n < 0: how long it will be is not known. */
+static const char *methods_of(const struct client *c)
+{
+    return c->route && c->route->is_post ? "POST" : "GET, HEAD";
+}
+
+/* The head of a response of this type, or of JSON; n < 0: how long it will be
+ * is not known. */
 static void begin_response(struct client *c, int code, const char *type,
-                           long long n, const char *more)
+                           long long n)
 {
     struct server *v = c->server;
     const struct status *is = status_for(code);
-    const char *origin = v->e.s->cors;
     const time_t now = time(NULL);
     struct tm tm;
     char date[40];
@@ -4625,21 +4641,22 @@ static void begin_response(struct client *c, int code, const char *type,
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT",
              gmtime_r(&now, &tm));
     add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: "
-               "%016llx\r\nConnection: %s\r\n", code, is->text, date,
+               "%016llx\r\nConnection: %s\r\n", is->code, is->text, date,
                (unsigned long long)c->id, c->keeps ? "keep-alive" : "close");
-    if (type)
-        add_format(&c->out, "Content-Type: %s\r\n", type);
-    if (n >= 0 && code != 204)
-        add_format(&c->out, "Content-Length: %lld\r\n", n);
-    else if (n < 0)
+    if (is->code != 204)
+        add_format(&c->out, "Content-Type: %s\r\n",
+                   type ? type : "application/json");
+    if (n < 0)
         add_format(&c->out, "Cache-Control: no-cache\r\n%s", c->is_http11 ?
                    "Transfer-Encoding: chunked\r\n" : "");
-    if (origin && c->is_allowed_origin) {
+    else if (is->code != 204)
+        add_format(&c->out, "Content-Length: %lld\r\n", n);
+    if (v->e.s->cors && c->is_allowed_origin) {
         add_string(&c->out, "Access-Control-Allow-Origin: ");
-        add_string(&c->out, origin);
+        add_string(&c->out, v->e.s->cors);
         add_string(&c->out, "\r\nVary: Origin\r\n");
     }
-    add_string(&c->out, more);
+    add_format(&c->out, is->fields ? is->fields : "", methods_of(c));
     add_string(&c->out, "\r\n");
     c->spoke = v->now;
 }
@@ -4650,497 +4667,372 @@ static void free_text(struct text *t)
     *t = (struct text){ NULL, 0, 0 };
 }
 
-/* Let go of the body's text, and of what it said. */
-static void drop_body(struct client *c)
-{
-    free_text(&c->body);
-    pool_free(&c->pool);
-}
-
-/* Bytes that clients make the server keep. */
-static size_t held(const struct server *v)
-{
-    size_t n = 0;
-
-    for (int i = 0; i < v->n_clients; i++)
-        n += v->client[i]->in.cap + v->client[i]->body.cap +
-             v->client[i]->pool.total + v->client[i]->out.cap;
-    return n;
-}
-
-/* What was asked is answered; the next request may follow. */
+/* What was asked is answered; the next request may follow.  What choices of a
+ * prompt share is the first one's. */
 static void finish_request(struct client *c)
 {
-    for (int i = 0; i < c->n_choices; i++) {
-        struct job *j = &c->choice[i].job;
+    for (int i = c->n_choices - 1; i >= 0; i--) {
+        struct job *j = &c->choice[i];
         if (j->state != FINISHED)
             engine_drop(&c->server->e, j);
         free_reply(&j->r);
-        free_request(&j->q);
+        if (i % j->q.n_choices == 0)
+            free_request(&j->q);
     }
     free(c->choice);
-    drop_body(c);
-    c->choice = NULL;
-    c->n_choices = c->n_done = 0;
-    c->stream = WHOLE_ANSWER;
-    c->length = c->seen = 0;
-    c->id = 0;
-    c->state = c->keeps ? IN_HEAD : LEAVING;
-    c->deadline = c->server->now + (c->keeps ? IDLE_TIME : SEND_TIME);
+    free(c->body.s);
+    pool_free(&c->pool);
+    *c = (struct client){
+        .server = c->server, .fd = c->fd, .in = c->in, .out = c->out,
+        .sent = c->sent, .since = c->server->now,
+        .state = c->keeps ? IN_HEAD : LEAVING
+    };
 }
 
 static void respond(struct client *c, int code, const char *type,
-                    const struct text *body, const char *more)
+                    const struct text *body)
 {
     if (c->server->stopping > 0)
         c->keeps = 0;
-    begin_response(c, code, type, (long long)body->n, more);
-    if (!c->is_head)
-        add(&c->out, body->s ? body->s : "", body->n);
+    begin_response(c, code, type, (long long)body->n);
+    if (c->method != HEAD_ONLY)
+        add(&c->out, body->s, body->n);
     finish_request(c);
-}
-
-static void respond_json(struct client *c, const struct text *body)
-{
-    respond(c, 200, "application/json", body, "");
 }
 
 /* OpenAI's object of an error.  A sentence that begins with a name in quotes is
  * about that member. */
-static void add_error(struct text *to, int status, int code, const char *why)
+static void add_error(struct client *c, struct text *to, int code)
 {
-    const char *end = *why == '"' ? strchr(why + 1, '"') : NULL;
+    const struct status *is = status_for(code);
+    const char *why, *end;
 
+    if (!c->why.s[0])
+        because(&c->why, code, is->why, methods_of(c));
+    why = without_line(&c->why);
+    end = *why == '"' ? strchr(why + 1, '"') : NULL;
+    if (c->server->e.s->verbose)
+        note("%d: %s", is->code, why);
     add_members(to, "{error: {message: %s, type: %s, param: %.*s, code: %s}}",
-                why, status_for(status)->type,
+                why, is->type ? is->type : "invalid_request_error",
                 end ? (int)(end - why - 1) : 0, end ? why + 1 : NULL,
                 code == TOO_LONG ? "context_length_exceeded" :
-                status == 401 ? "invalid_api_key" : NULL);
+                code == 401 ? "invalid_api_key" : NULL);
 }
 
-/* An error; without a sentence of its own, the one for this status.  The
- * connection stays only where the request was read to its end. */
-static void refuse(struct client *c, int status, int code, const char *why)
+/* An error, by its status or exit code, and c->why, or the sentence for this
+ * status.  The connection stays only where the request was read to its end. */
+static void refuse(struct client *c, int code)
 {
     struct text body = { 0 };
-    const char *more = status == 401 ? "WWW-Authenticate: Bearer\r\n" :
-                       status == 429 || status == 503 ? "Retry-After: 5\r\n" :
-                       "";
 
-    why = why ? why : status == 405 ?
-          phrase("expected %s here", c->route->methods).s :
-          status_for(status)->why;
     c->keeps &= c->state == WORKING;
-    add_error(&body, status, code, why);
-    if (c->server->e.s->verbose)
-        note("%d: %s", status, why);
-    respond(c, status, "application/json", &body, status != 405 ? more :
-            phrase("Allow: %s, OPTIONS\r\n", c->route->methods).s);
+    add_error(c, &body, code);
+    respond(c, code, NULL, &body);
     free(body.s);
 }
 
-static void refuse_body(struct client *c, int code, const struct why *why)
-{
-    refuse(c, code == USAGE || code == TOO_LONG ? 400 : 500, code,
-           without_line(why));
-}
-
 /* Do clients make the server keep too much already?  Then this one goes. */
-static int is_overloaded(struct client *c)
+static int check_held(struct client *c)
 {
-    if (held(c->server) <= MAX_HELD)
-        return 0;
-    refuse(c, 503, FAILED, "too much is waiting here already");
-    return 1;
+    const struct server *v = c->server;
+    size_t n = 0;
+
+    for (int i = 0; i < v->n_places; i++)
+        n += v->client[i].in.cap + v->client[i].body.cap +
+             v->client[i].pool.total + v->client[i].out.cap;
+    return n <= MAX_HELD ? DONE :
+           because(&c->why, 503, "too much is waiting here already");
 }
 
-/* A part of a response whose length is not known.  The head goes with the
- * first: until then another server can be asked instead. */
-static void send_part(struct client *c, const char *s, size_t n)
+/* A part of a stream: data, or a comment.  The head goes with the first: until
+ * then another server can be asked instead. */
+static void send_event(struct client *c, const char *kind, const char *s,
+                       size_t n)
 {
-    if (c->stream == WANTED) {
-        begin_response(c, 200, "text/event-stream", -1, "");
-        c->stream = BEGUN;
-    }
+    if (c->stream == WANTED)
+        begin_response(c, 200, "text/event-stream", -1);
+    c->stream = BEGUN;
     if (c->is_http11)
-        add_format(&c->out, "%zx\r\n", n);
+        add_format(&c->out, "%zx\r\n", strlen(kind) + n + 2);
+    add_string(&c->out, kind);
     add(&c->out, s, n);
-    if (c->is_http11)
-        add_string(&c->out, "\r\n");
+    add_string(&c->out, c->is_http11 ? "\n\n\r\n" : "\n\n");
     c->spoke = c->server->now;
 }
 
-static void send_event(struct client *c, const struct text *data)
-{
-    struct text event = { 0 };
-
-    add_string(&event, "data: ");
-    add(&event, data->s, data->n);
-    add_string(&event, "\n\n");
-    send_part(c, event.s, event.n);
-    free(event.s);
-}
-
-/* ---- answers in pieces */
-
-/* How many of n bytes there are before a character that is cut at the end. */
-static size_t whole_characters(const char *s, size_t n)
-{
-    for (size_t k = 1; k <= 3 && k <= n; k++) {
-        const unsigned char b = (unsigned char)s[n - k];
-        if (b >= 0xc0)
-            return k < (b < 0xe0 ? 2u : b < 0xf0 ? 3u : 4u) ? n - k : n;
-        if (b < 0x80)
-            break;
-    }
-    return n;
-}
+/* ---- answers */
 
 /* An event, up to its choices; `before` the one that tells the usage. */
 static void begin_event(struct client *c, struct text *to, int before)
 {
-    add_head(&c->server->e, to, c->choice[0].job.q.is_completion, 1, c->id,
+    add_head(&c->server->e, to, c->choice[0].q.is_completion, 1, c->id,
              c->created);
     if (before)
         add_members(to, "usage: %s", NULL);
     add_members(to, "choices: [");
 }
 
-/* Send these members as what is new in a choice. */
-static void send_choice(struct answer *o, const struct text *delta,
-                        const char *finish)
+/* Send these members as what is new in a choice, if there are any, or its
+ * end. */
+static void send_choice(struct job *j, struct text *delta, const char *finish)
 {
-    struct client *c = o->client;
-    const struct request *q = &o->job.q;
-    const struct scores *all = &o->job.r.scores;
+    struct client *c = j->owner;
+    const int plain = j->q.is_completion, n_scores = j->r.scores.n;
     struct text event = { 0 };
 
+    if (delta->n == 0 && !finish)
+        return;
     begin_event(c, &event, c->include_usage);
-    add_members(&event, "{index: %d", o->index);
-    if (!q->is_completion)
-        add_members(&event, "delta: {");
-    else
-        add_string(&event, ", ");
+    add_members(&event, "{index: %d", (int)(j - c->choice));
+    add_string(&event, plain ? ", " : ", \"delta\": {");
     add(&event, delta->s, delta->n);
-    if (!q->is_completion)
-        add_string(&event, "}");
-    if (q->logprobs >= 0 && (all->n > o->scores || !o->has_role))
-        add_logprobs(&c->server->e, &event, &o->job.r, o->scores);
+    add_string(&event, plain ? "" : "}");
+    if (j->q.logprobs >= 0 && (n_scores > j->told.scores || !j->told.some))
+        add_logprobs(&c->server->e, &event, &j->r, j->told.scores);
     else
         add_members(&event, "logprobs: %s", NULL);
-    o->scores = all->n;
     add_members(&event, "finish_reason: %s}]}", finish);
-    send_event(c, &event);
+    send_event(c, "data: ", event.s, event.n);
+    j->told.scores = n_scores;
+    delta->n = 0;
     free(event.s);
 }
 
-/* Add what is new of a text: whole characters, and at the end all of it. */
+/* Add what is new of a text; a character that is cut has to wait for the rest
+ * of it, unless nothing follows. */
 static void add_new(struct text *to, const char *format,
-                    const struct text *all, size_t *sent, int last)
+                    const struct text *all, size_t *told, int last)
 {
-    const size_t n = all->n - *sent;
-    const size_t whole = last || n == 0 ? n :
-                         whole_characters(all->s + *sent, n);
+    size_t n = all->n - *told;
+    const char *const end = n > 0 ? all->s + all->n : NULL, *s = end;
+    uint32_t c;
 
-    if (whole > 0)
-        add_members(to, format, (int)whole, all->s + *sent);
-    *sent += whole;
+    for (size_t k = 1; !last && k <= 3 && k <= n && *--s & 0x80; k++)
+        if (*s & 0x40 && utf8_get(s, end, &c) == 0)
+            n = (size_t)(s - all->s) - *told;
+    if (n > 0)
+        add_members(to, format, (int)n, all->s + *told);
+    *told += n;
 }
 
-static void send_new(struct answer *o, int last)
+static void send_new(struct job *j)
 {
-    struct reply *r = &o->job.r;
-    const int plain = o->job.q.is_completion;
+    const struct client *c = j->owner;
+    struct reply *r = &j->r;
+    const int plain = j->q.is_completion, ended = j->state == FINISHED;
     struct text delta = { 0 }, prompt = { 0 };
+    struct calls calls = { NULL, 0 };
 
-    if (!plain && !o->has_role)
+    if (!plain && !j->told.some)
         add_members(&delta, "role: %s", "assistant");
-    if (plain && !o->has_role && o->job.q.echo) {
-        add_tokens(&o->client->server->e, &prompt, &o->job.q.prompt);
+    if (plain && !j->told.some && j->q.echo) {
+        add_tokens(&c->server->e, &prompt, &j->q.prompt);
         add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
-        send_choice(o, &delta, NULL);
-        delta.n = 0;
+        send_choice(j, &delta, NULL);
         free(prompt.s);
     }
-    o->has_role = 1;
-    if (!plain)
-        add_new(&delta, "reasoning_content: %.*s", &r->thought, &o->thought,
-                last);
-    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &r->text, &o->text,
-            last);
-    if (delta.n > 0)
-        send_choice(o, &delta, NULL);
-    free(delta.s);
-}
-
-static void note_token(struct answer *o)
-{
-    struct server *v = o->client->server;
-    const double now = seconds();
-
-    note_time(o->last > 0 ? &v->next : &v->first,
-              now - (o->last > 0 ? o->last : o->client->asked));
-    o->last = now;
-}
-
-static void answer_more(struct job *j)
-{
-    struct answer *o = j->owner;
-
-    if (j->r.n_sampled == 0)
-        return;
-    note_token(o);
-    if (o->client->stream)
-        send_new(o, 0);
-}
-
-/* A choice has ended.  The request ends in run_server(), after the step. */
-static void answer_end(struct job *j)
-{
-    struct answer *o = j->owner;
-    struct client *c = o->client;
-    struct text delta = { 0 };
-    struct calls calls;
-
-    note_token(o);
-    c->n_done++;
-    c->server->read += j->q.prompt.n - j->r.n_reused;
-    c->server->reused += j->r.n_reused;
-    c->server->made += j->r.n_made;
-    if (!c->stream || j->r.finish == BROKEN)
-        return;
-    calls = take_calls(&j->r);
-    send_new(o, 1);
-    if (calls.n > 0) {
+    j->told.some = 1;
+    if (ended)
+        calls = take_calls(r);
+    add_new(&delta, "reasoning_content: %.*s", &r->thought, &j->told.thought,
+            ended);
+    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &r->text,
+            &j->told.text, ended);
+    send_choice(j, &delta, NULL);
+    if (calls.n > 0)
         add_calls(&delta, &calls, j->id, 1);
-        send_choice(o, &delta, NULL);
-        delta.n = 0;
-    }
-    if (j->q.is_completion)
+    send_choice(j, &delta, NULL);
+    if (ended && plain)
         add_members(&delta, "text: %s", "");
-    send_choice(o, &delta, finish_reason(&j->r, calls.n));
+    if (ended)
+        send_choice(j, &delta, finish_reason(r, calls.n));
     free_calls(&calls);
     free(delta.s);
 }
 
-static const struct sink to_client = { answer_more, answer_end };
-
-/* The tokens of all choices of a request; each prompt counts once. */
-static void add_whole_usage(const struct client *c, struct text *to)
+static void note_token(struct job *j)
 {
-    const int n_each = c->n_choices / c->n_prompts;
-    int prompt = 0, made = 0, thought = 0, cached = 0;
+    struct client *c = j->owner;
+    const double now = seconds(), before = j->told.when;
+    struct histogram *h = before > 0 ? &c->server->next : &c->server->first;
+    const double took = now - (before > 0 ? before : c->asked);
+    int i = 0;
 
-    for (int i = 0; i < c->n_choices; i++) {
-        const struct job *j = &c->choice[i].job;
-        prompt += i % n_each == 0 ? j->q.prompt.n : 0;
-        cached += i % n_each == 0 ? j->r.n_reused : 0;
-        made += j->r.n_made;
-        thought += j->r.n_thought;
-    }
-    add_usage(to, prompt, made, thought, cached);
+    while (i < N_EDGES && took > edges[i])
+        i++;
+    h->n[i]++;
+    h->sum += took;
+    j->told.when = now;
 }
 
-/* The end of a stream: what it took, and that there is no more. */
-static void end_stream(struct client *c, const char *error)
+/* A choice has a token more, or has ended.  When all have, the request ends in
+ * run_server(), after the step. */
+static void tell_client(struct job *j)
 {
-    static const struct text done = { (char *)(uintptr_t)"[DONE]", 6, 0 };
+    struct client *c = j->owner;
+    struct server *v = c->server;
+
+    if (j->state == ACTIVE && j->r.n_sampled == 0)
+        return;
+    note_token(j);
+    if (j->state == FINISHED) {
+        c->n_done++;
+        v->read += j->q.prompt.n - j->r.n_reused;
+        v->reused += j->r.n_reused;
+        v->made += j->r.n_made;
+    }
+    if (j->r.finish == BROKEN)
+        because(&c->why, FAILED, "logits that are not finite");
+    else if (c->stream)
+        send_new(j);
+}
+
+static const struct sink to_client = { tell_client, tell_client };
+
+/* The end of a stream: what it took, or why it breaks off. */
+static void end_stream(struct client *c, int code)
+{
     struct text event = { 0 };
 
-    if (error) {
-        add_error(&event, 500, FAILED, error);
-        send_event(c, &event);
+    if (code != DONE) {
+        if (!c->why.s[0])
+            because(&c->why, code, "%s", status_for(code)->why);
+        add_error(c, &event, FAILED);
     } else if (c->include_usage) {
         begin_event(c, &event, 0);
         add_string(&event, "]");
-        add_whole_usage(c, &event);
+        add_usage(&c->server->e, &event, c->choice, c->n_choices);
         add_string(&event, "}");
-        send_event(c, &event);
     }
-    send_event(c, &done);
+    if (event.n > 0)
+        send_event(c, "data: ", event.s, event.n);
+    send_event(c, "data: ", "[DONE]", 6);
     if (c->is_http11)
         add_string(&c->out, "0\r\n\r\n");
     free(event.s);
     finish_request(c);
 }
 
-/* A request cannot be answered to its end. */
-static void break_off(struct client *c, int status, const char *why)
-{
-    if (c->stream == BEGUN)
-        end_stream(c, why ? why : status_for(status)->why);
-    else
-        refuse(c, status, FAILED, why);
-}
-
-/* All choices of a request have ended. */
-static void finish_answer(struct client *c)
+/* All choices of a request have ended, or it cannot be answered to its end. */
+static void finish_answer(struct client *c, int code)
 {
     const struct engine *e = &c->server->e;
-    const struct request *q = &c->choice[0].job.q;
-    const char *error = NULL;
     struct text body = { 0 };
 
-    for (int i = 0; i < c->n_choices; i++)
-        if (c->choice[i].job.r.finish == BROKEN)
-            error = "logits that are not finite";
-    if (e->s->verbose)
+    code = c->why.s[0] ? FAILED : code;
+    if (code == DONE && e->s->verbose)
         note("200: %d choices, prompt of %d tokens, %.2f s", c->n_choices,
-             q->prompt.n, c->server->now - c->asked);
-    if (error) {
-        break_off(c, 500, error);
-        return;
+             c->choice[0].q.prompt.n, c->server->now - c->asked);
+    if (code != DONE && c->stream != BEGUN)
+        refuse(c, code);
+    else if (c->stream)
+        end_stream(c, code);
+    else {
+        add_completion(e, &body, c->choice, c->n_choices, c->id, c->created);
+        add_string(&body, "}");
+        respond(c, 200, NULL, &body);
     }
-    if (c->stream) {
-        end_stream(c, NULL);
-        return;
-    }
-    add_head(e, &body, q->is_completion, 0, c->id, c->created);
-    add_members(&body, "choices: [");
-    for (int i = 0; i < c->n_choices; i++)
-        add_choice(e, &body, &c->choice[i].job, i);
-    add_string(&body, "]");
-    add_whole_usage(c, &body);
-    add_string(&body, "}");
-    respond_json(c, &body);
     free(body.s);
 }
 
-/* ---- endpoints */
-
-/* The JSON object in the body, or NULL after an error was sent. */
-static const struct json *parse_body(struct client *c)
-{
-    struct json *body = NULL;
-    struct why why;
-    int code;
-
-    if (is_overloaded(c))
-        return NULL;
-    code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n, &body,
-                      &why);
-    if (code == DONE && body->type != JSON_OBJECT)
-        code = because(&why, USAGE, "expected a JSON object as the request");
-    if (code != DONE)
-        refuse_body(c, code, &why);
-    return code == DONE ? body : NULL;
-}
+/* ---- endpoints
+ *
+ * They add the answer to a text, or return the status or exit code of an error
+ * and may say more in c->why. */
 
 /* The requests in a body, one for each choice of each prompt. */
-static int read_choices(struct client *c, const struct json *body,
-                        struct why *why)
+static int read_choices(struct client *c, struct why *why)
 {
     struct engine *e = &c->server->e;
-    int code = DONE, n = 1, total;
+    int code = DONE, n_prompts;
 
-    total = c->n_prompts = count_prompts(body);
-    for (int i = 0; code == DONE && i < total && total <= MAX_CHOICES; i++) {
-        struct request q = e->s->ask;
-        code = read_request(e, &q, body, i / n, why);
-        if (code == DONE)                 /* not as many times as choices    */
-            code = check_prompt(e, &q, why);
-        complete_request(e, &q);
+    first_prompt(c->json, &n_prompts);
+    for (int i = 0, n = 1; code == DONE && i < n_prompts * n; i++) {
+        struct request q = i % n ? c->choice[i - 1].q : e->s->ask;
+        if (i % n == 0) {
+            code = read_request(e, &q, c->json, i / n, why);
+            complete_request(e, &q);
+        } else
+            q.seed++;
         if (i == 0) {
             n = q.n_choices;
-            total = c->n_prompts * n;
-            c->choice = zeroed((size_t)total, sizeof *c->choice);
+            if (n_prompts * n > MAX_CHOICES && code == DONE)
+                code = because(why, USAGE, "%d prompts with \"n\": %d, "
+                               "expected at most %d choices", n_prompts, n,
+                               MAX_CHOICES);
+            c->choice = zeroed(code == DONE ? (size_t)(n_prompts * n) : 1,
+                               sizeof *c->choice);
         }
-        q.seed += i % n;
-        c->choice[i] = (struct answer){
-            .client = c, .index = i, .job = {
-                .q = q, .to = &to_client, .owner = &c->choice[i],
-                .id = hash_number(c->id, (uint64_t)i)
-            }
-        };
+        c->choice[i] = (struct job){ .q = q, .to = &to_client, .owner = c,
+                                     .id = hash_number(c->id, (uint64_t)i) };
         c->n_choices = i + 1;
+        if (code == DONE)
+            code = engine_add(e, &c->choice[i], why);
     }
-    if (code == DONE && total > MAX_CHOICES)
-        code = because(why, USAGE, "%d prompts with \"n\": %d, expected at "
-                       "most %d choices", c->n_prompts, n, MAX_CHOICES);
     return code;
 }
 
-/* Both kinds of completions. */
-static void complete_body(struct client *c)
+/* Both kinds of completions; the answer comes later. */
+static int complete_body(struct client *c, struct text *to)
 {
-    struct engine *e = &c->server->e;
+    const struct engine *e = &c->server->e;
     const int is_chat = strstr(c->route->path, "chat") != NULL;
-    const struct json *body = parse_body(c);
-    struct why why;
-    int code, n_jobs = 0;
+    int code = given(c->json, is_chat ? "messages" : "prompt") ?
+               read_choices(c, &c->why) :
+               because(&c->why, USAGE, is_chat ? "\"messages\": expected an "
+                       "array" : "\"prompt\": expected a text");
+    int n_jobs = 0;
 
-    if (!body)
-        return;
+    (void)to;
+    if (code != DONE)
+        return code;
+    c->why.s[0] = '\0';                   /* in case something was tried     */
     for (const struct job *j = e->jobs; j; j = j->next)
         n_jobs++;
-    code = given(body, is_chat ? "messages" : "prompt") ? DONE :
-           because(&why, USAGE, is_chat ? "\"messages\": expected an array" :
-                   "\"prompt\": expected a text");
-    if (code == DONE)
-        code = read_choices(c, body, &why);
-    if (code == DONE && n_jobs + c->n_choices > e->par.n_seq + e->s->queue) {
-        refuse(c, 429, USAGE, NULL);
-        return;
-    }
-    for (int i = 0; code == DONE && i < c->n_choices; i++)
-        code = engine_add(e, &c->choice[i].job, &why);
-    if (code != DONE) {
-        refuse_body(c, code, &why);
-        return;
-    }
+    if (n_jobs > e->par.n_seq + e->s->queue)
+        return 429;
     c->created = (long long)time(NULL);
-    c->stream = c->choice[0].job.q.stream ? WANTED : WHOLE_ANSWER;
-    c->include_usage = json_is(given(given(body, "stream_options"),
+    c->stream = c->choice[0].q.stream ? WANTED : WHOLE_ANSWER;
+    c->include_usage = json_is(given(given(c->json, "stream_options"),
                                      "include_usage"), JSON_TRUE);
     c->spoke = c->server->now;
-    keep_stops(&c->choice[0].job.q, &c->pool);
+    keep_stops(&c->choice[0].q, &c->pool);
     for (int i = 1; i < c->n_choices; i++)
-        c->choice[i].job.q.stop = c->choice[0].job.q.stop;
+        c->choice[i].q.stop = c->choice[0].q.stop;
     free_text(&c->body);
+    return DONE;
 }
 
-static void tell_models(struct client *c)
+static int tell_models(struct client *c, struct text *to)
 {
     const struct engine *e = &c->server->e;
     const struct piece name = model_name(e);
-    struct text body = { 0 };
+    const int is_one = c->model.s[0] != '\0';
 
-    if (c->model.s[0] && !is(&name, c->model.s)) {
-        refuse(c, 404, USAGE, "no other model is here than /v1/models says");
-        return;
-    }
-    if (!c->model.s[0])
-        add_members(&body, "{object: %s, data: [", "list");
-    add_members(&body, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
+    if (is_one && !is(&name, c->model.s))
+        return because(&c->why, 404, "no other model is here than /v1/models "
+                       "says");
+    add_members(to, is_one ? "" : "{object: %s, data: [", "list");
+    add_members(to, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
                 "max_model_len: %d}", (int)name.n, name.s, "model", 0,
                 "lfm2.c", e->par.n_ctx);
-    add_string(&body, c->model.s[0] ? "" : "]}");
-    respond_json(c, &body);
-    free(body.s);
+    add_string(to, is_one ? "" : "]}");
+    return DONE;
 }
 
-static void tell_health(struct client *c)
+static int tell_health(struct client *c, struct text *to)
 {
-    struct text body = { 0 };
-
-    add_members(&body, "{status: %s}", "ok");
-    respond_json(c, &body);
-    free(body.s);
+    (void)c;
+    add_members(to, "{status: %s}", "ok");
+    return DONE;
 }
 
-static void add_metric(struct text *to, const char *name, const char *type,
-                       const char *help)
-{
-    add_format(to, "# HELP lfm2_%s %s\n# TYPE lfm2_%s %s\n", name, help, name,
-               type);
-}
-
-static void add_histogram(struct text *to, const char *name, const char *help,
+static void add_histogram(struct text *to, const char *name,
                           const struct histogram *h)
 {
     uint64_t sum = 0;
 
-    add_metric(to, name, "histogram", help);
     for (int i = 0; i <= N_EDGES; i++)
         add_format(to, "lfm2_%s_bucket{le=\"%s\"} %llu\n", name, i < N_EDGES ?
                    phrase("%g", edges[i]).s : "+Inf",
@@ -5150,14 +5042,18 @@ static void add_histogram(struct text *to, const char *name, const char *help,
 }
 
 /* In the text format of Prometheus. */
-static void tell_metrics(struct client *c)
+static int tell_metrics(struct client *c, struct text *to)
 {
     const struct server *v = c->server;
     int waiting = 0, busy = 0;
 
     for (const struct job *j = v->e.jobs; j; j = j->next)
         *(j->state == WAITING ? &waiting : &busy) += 1;
-    const struct { const char *name, *type, *help; double value; } all[] = {
+    const struct {
+        const char *name, *type, *help;
+        double value;                     /* NAN: one of each status         */
+        const struct histogram *h;
+    } all[] = {
         { "prompt_tokens_total", "counter", "Tokens read.", v->read },
         { "cached_tokens_total", "counter",
           "Tokens of prompts that were in a cache.", v->reused },
@@ -5165,117 +5061,158 @@ static void tell_metrics(struct client *c)
         { "connections", "gauge", "Open connections.", v->n_clients },
         { "queue", "gauge", "Answers that wait.", waiting },
         { "slots", "gauge", "Answers there can be at once.", v->e.par.n_seq },
-        { "slots_busy", "gauge", "Answers under way.", busy }
+        { "slots_busy", "gauge", "Answers under way.", busy },
+        { "requests_total", "counter", "Requests by status.", NAN },
+        { "first_token_seconds", "histogram",
+          "From a request to its first token.", 0, &v->first },
+        { "token_seconds", "histogram", "From one token to the next.", 0,
+          &v->next }
     };
-    struct text to = { 0 };
 
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
-        add_metric(&to, all[i].name, all[i].type, all[i].help);
-        add_format(&to, "lfm2_%s %.17g\n", all[i].name, all[i].value);
+        const char *name = all[i].name;
+        add_format(to, "# HELP lfm2_%s %s\n# TYPE lfm2_%s %s\n", name,
+                   all[i].help, name, all[i].type);
+        if (all[i].h)
+            add_histogram(to, name, all[i].h);
+        else if (!isnan(all[i].value))
+            add_format(to, "lfm2_%s %.17g\n", name, all[i].value);
+        for (int k = 0; isnan(all[i].value) && k < N_STATUSES; k++)
+            if (v->answered[k] > 0)
+                add_format(to, "lfm2_%s{status=\"%d\"} %llu\n", name,
+                           statuses[k].code,
+                           (unsigned long long)v->answered[k]);
     }
-    add_metric(&to, "requests_total", "counter", "Requests by status.");
-    for (int i = 0; i < N_STATUSES; i++)
-        if (v->answered[i] > 0)
-            add_format(&to, "lfm2_requests_total{status=\"%d\"} %llu\n",
-                       statuses[i].code, (unsigned long long)v->answered[i]);
-    add_histogram(&to, "first_token_seconds",
-                  "From a request to its first token.", &v->first);
-    add_histogram(&to, "token_seconds", "From one token to the next.",
-                  &v->next);
-    respond(c, 200, "text/plain; version=0.0.4", &to, "");
-    free(to.s);
+    return DONE;
 }
 
 /* {"content": text, "add_special": BOS before it?, "parse_special": do control
  * tokens in it count as such?} */
-static void tokenize_body(struct client *c)
+static int tokenize_body(struct client *c, struct text *to)
 {
-    const struct engine *e = &c->server->e;
-    const struct json *body = parse_body(c);
-    const char *content = json_text(given(body, "content"));
-    struct settings s = *e->s;
-    struct ids ids = { NULL, 0 };
-    struct text to = { 0 };
-    struct why why = { "\"content\": expected a text" };
-    int code = content ? DONE : USAGE;
+    const struct json *content = given(c->json, "content");
+    struct settings s = *c->server->e.s;
+    struct ids ids;
 
     s.mode = TOKENIZE;                    /* no BOS unasked                  */
     s.bos = s.special = 0;
-    if (!body)
-        return;
-    if (code == DONE)
-        code = read_flag(body, "add_special", &s.bos, &why);
-    if (code == DONE)
-        code = read_flag(body, "parse_special", &s.special, &why);
-    if (code == DONE)
-        encode_plain(&s, e->words, content, given(body, "content")->n, &ids);
-    add_string(&to, "{\"tokens\": [");
+    if (!json_text(content))
+        return because(&c->why, USAGE, "\"content\": expected a text");
+    if (content->n > MAX_TOKENIZED)
+        return because(&c->why, 413, "\"content\": expected at most %d bytes",
+                       MAX_TOKENIZED);
+    if (read_flag(c->json, "add_special", &s.bos, &c->why) != DONE ||
+        read_flag(c->json, "parse_special", &s.special, &c->why) != DONE)
+        return USAGE;
+    encode_plain(&s, c->server->e.words, content->s, content->n, &ids);
+    add_string(to, "{\"tokens\": [");
     for (int i = 0; i < ids.n; i++)
-        add_format(&to, "%s%ld", i ? ", " : "", (long)ids.id[i]);
-    add_format(&to, "], \"count\": %d}", ids.n);
-    if (code == DONE)
-        respond_json(c, &to);
-    else
-        refuse_body(c, code, &why);
-    free(to.s);
+        add_format(to, "%s%ld", i ? ", " : "", (long)ids.id[i]);
+    add_format(to, "], \"count\": %d}", ids.n);
     free(ids.id);
+    return DONE;
 }
 
 /* {"tokens": ids} */
-static void detokenize_body(struct client *c)
+static int detokenize_body(struct client *c, struct text *to)
 {
-    const struct engine *e = &c->server->e;
-    const struct json *body = parse_body(c), *list = given(body, "tokens");
-    struct text to = { 0 }, content = { 0 };
+    const lfm2_tokenizer *words = c->server->e.words;
+    const int most = lfm2_n_vocab(words) - 1;
+    const struct json *list = given(c->json, "tokens");
+    struct text content = { 0 };
+    int len, bad = !json_is(list, JSON_ARRAY);
     long long id = 0;
-    int len;
 
-    if (!body)
-        return;
-    for (const struct json *x = list ? list->first : NULL; x; x = x->next) {
-        if (json_int(x, 0, lfm2_n_vocab(e->words) - 1, &id) != 0)
-            list = NULL;
-        const char *s = lfm2_token_bytes(e->words, (int32_t)id, 1, &len);
+    for (const struct json *x = bad ? NULL : list->first; x; x = x->next) {
+        bad |= json_int(x, 0, most, &id) != 0;
+        const char *s = lfm2_token_bytes(words, (int32_t)id, 1, &len);
         add(&content, s, (size_t)len);
-        if (!list)
-            break;
     }
-    add_members(&to, "{content: %.*s}", (int)content.n,
+    add_members(to, "{content: %.*s}", (int)content.n,
                 content.s ? content.s : "");
-    if (json_is(list, JSON_ARRAY))
-        respond_json(c, &to);
-    else
-        refuse(c, 400, USAGE, phrase("\"tokens\": expected an array of token "
-               "ids from 0 to %d", lfm2_n_vocab(e->words) - 1).s);
-    free(to.s);
     free(content.s);
+    return !bad ? DONE :
+           because(&c->why, USAGE, "\"tokens\": expected an array of token ids "
+                   "from 0 to %d", most);
 }
 
-static void send_page(struct client *c)
+static int send_page(struct client *c, struct text *to)
 {
-    if (c->server->page.n == 0)
-        refuse(c, 404, USAGE, NULL);
-    else
-        respond(c, 200, "text/html; charset=utf-8", &c->server->page, "");
+    add(to, c->server->page.s, c->server->page.n);
+    return to->n > 0 ? DONE : 404;
 }
 
 /* A path with a slash at its end, but for "/", takes what follows it. */
 static const struct route routes[] = {
-    { "POST", "/v1/chat/completions", 0, complete_body },
-    { "POST", "/v1/completions", 0, complete_body },
-    { "GET, HEAD", "/v1/models", 0, tell_models },
-    { "GET, HEAD", "/v1/models/", 0, tell_models },
-    { "POST", "/tokenize", 0, tokenize_body },
-    { "POST", "/detokenize", 0, detokenize_body },
-    { "GET, HEAD", "/metrics", 0, tell_metrics },
-    { "GET, HEAD", "/health", 1, tell_health },
-    { "GET, HEAD", "/v1/health", 1, tell_health },
-    { "GET, HEAD", "/", 1, send_page },
+    { "/v1/chat/completions", 1, 0, complete_body },
+    { "/v1/completions", 1, 0, complete_body },
+    { "/v1/models", 0, 0, tell_models },
+    { "/v1/models/", 0, 0, tell_models },
+    { "/tokenize", 1, 0, tokenize_body },
+    { "/detokenize", 1, 0, detokenize_body },
+    { "/metrics", 0, 0, tell_metrics, "text/plain; version=0.0.4" },
+    { "/health", 0, 1, tell_health },
+    { "/v1/health", 0, 1, tell_health },
+    { "/", 0, 1, send_page, "text/html; charset=utf-8" },
 };
 
 enum { N_ROUTES = sizeof routes / sizeof *routes };
 
+/* All of the request is there: answer it. */
+static void answer_request(struct client *c)
+{
+    const struct server *v = c->server;
+    const char *body = c->body.s ? c->body.s : "";
+    struct json *json = NULL;
+    struct text to = { 0 };
+    int code = v->stopping > 0 ? 503 : DONE;
+
+    c->state = WORKING;
+    c->asked = v->now;
+    if (c->method == OPTIONS) {
+        respond(c, 204, NULL, &to);
+        return;
+    }
+    if (code == DONE && c->route->is_post) {
+        code = check_held(c);
+        if (code == DONE)
+            code = json_parse(&c->pool, body, c->body.n, &json, &c->why);
+        if (code == DONE && json->type != JSON_OBJECT)
+            code = because(&c->why, USAGE, "expected a JSON object as the "
+                           "request");
+    }
+    c->json = json;
+    if (code == DONE)
+        code = c->route->answer(c, &to);
+    if (code != DONE)
+        refuse(c, code);
+    else if (c->n_choices == 0)
+        respond(c, 200, c->route->type, &to);
+    free(to.s);
+}
+
 /* ---- requests: the head */
+
+/* The next line of a head or between chunks, with NUL for its end; NULL if it
+ * has not come yet, or is none, for which `status` is set. */
+static char *take_line(struct client *c, size_t most, int *status)
+{
+    char *line = c->in.s + c->at;
+    const size_t n = c->in.n - c->at;
+    size_t len = 0;
+
+    while (len < n && (line[len] == '\t' ||
+                       ((unsigned char)line[len] >= ' ' && line[len] != 127)))
+        len++;
+    if (len > most || (len < n && line[len] != '\r') ||
+        (len + 1 < n && line[len + 1] != '\n'))
+        *status = 400;
+    if (*status || len + 2 > n)
+        return NULL;
+    line[len] = '\0';
+    c->at += len + 2;
+    return line;
+}
 
 /* The fields of a head that are looked at. */
 enum { HOST, ORIGIN, KEY, MEDIA, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
@@ -5284,37 +5221,35 @@ static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
     "expect connection";
 
-/* Put a line "Name: value" where it belongs; -1 if it is not one, or the second
- * of its name.  Names become lower case, and so do values, but for keys. */
-static int read_field(struct piece *field, char *line, size_t n)
+/* Put a line "Name: value" where it belongs; 400 if it is not one, or the
+ * second of its name.  Names become lower case, and so do values, but for keys;
+ * of Connection only "close" counts. */
+static int read_field(char **field, char *line)
 {
-    static const char others[] = "!#$%&'*+-.^_`|~";
-    char *colon = memchr(line, ':', n), *value = colon ? colon + 1 : line;
-    char *end = line + n;
+    static const char good[] = "!#$%&'*+-.^_`|~0123456789"
+                               "abcdefghijklmnopqrstuvwxyz";
+    char *value = strchr(line, ':'), *end = line + strlen(line);
     int i;
 
-    if (!colon || colon == line)
-        return -1;
-    for (const char *s = line; s < colon; s++)
-        if (!((*s >= '0' && *s <= '9') || (*s >= 'a' && *s <= 'z') ||
-              (*s >= 'A' && *s <= 'Z') || strchr(others, *s)))
-            return -1;
-    while (value < end && (*value == ' ' || *value == '\t'))
-        value++;
-    while (value < end && (end[-1] == ' ' || end[-1] == '\t'))
-        end--;
-    *colon = '\0';
-    lower(line, (size_t)(colon - line));
+    if (!value || value == line)
+        return 400;
+    *value++ = '\0';
+    lower(line, strlen(line));
+    if (line[strspn(line, good)])
+        return 400;
     i = find_word(field_names, ' ', line);
     if (i < 0)
         return 0;
-    if (field[i].s && i != CONNECTION)
-        return -1;
+    value += strspn(value, " \t");
+    while (end > value && strchr(" \t", end[-1]))
+        *--end = '\0';
     if (i != KEY)
-        lower(value, (size_t)(end - value));
-    if (field[i].s && find(field[i].s, field[i].s + field[i].n, "close"))
+        lower(value, strlen(value));
+    if (i == CONNECTION && !strstr(value, "close"))
         return 0;
-    field[i] = (struct piece){ value, (size_t)(end - value) };
+    if (field[i] && i != CONNECTION)
+        return 400;
+    field[i] = value;
     return 0;
 }
 
@@ -5336,319 +5271,230 @@ static struct phrase decode(const char *s)
 
 /* "POST /path HTTP/1.1" says which route it is: 0, or the status of an
  * error. */
-static int read_request_line(struct client *c, char *line, size_t n)
+static int read_request_line(struct client *c, char *line)
 {
-    char *path = memchr(line, ' ', n), *end = line + n, *version;
-    const size_t n_method = path ? (size_t)(path - line) : 0;
-    struct phrase method;
-    size_t len;
+    char *path = strchr(line, ' ');
+    char *version = path ? strchr(path + 1, ' ') : NULL;
 
-    path = path ? path + 1 : end;
-    version = memchr(path, ' ', (size_t)(end - path));
-    if (!version || n_method > 20 || end - version != 9 ||
-        memcmp(version, " HTTP/", 6) != 0 || *path != '/')
+    if (!version || path - line > 20 || path[1] != '/' ||
+        strlen(version) != 9 || strncmp(version, " HTTP/", 6) != 0)
         return 400;
-    if (memcmp(version + 6, "1.0", 3) != 0 && memcmp(version + 6, "1.1", 3))
+    if (strcmp(version + 6, "1.0") != 0 && strcmp(version + 6, "1.1") != 0)
         return 505;
     c->is_http11 = version[8] == '1';
-    method = phrase("%.*s", (int)n_method, line);
-    c->is_head = strcmp(method.s, "HEAD") == 0;
-    *version = '\0';
+    *path++ = *version = '\0';
+    c->method = find_word("GET HEAD POST OPTIONS", ' ', line);
     path[strcspn(path, "?")] = '\0';
-    len = strlen(path);
     for (int i = 0; i < N_ROUTES && !c->route; i++) {
         const size_t k = strlen(routes[i].path);
-        if (len >= k && memcmp(path, routes[i].path, k) == 0 &&
-            (len == k || (k > 1 && path[k - 1] == '/')))
+        if (strncmp(path, routes[i].path, k) == 0 &&
+            (!path[k] || (k > 1 && path[k - 1] == '/'))) {
             c->route = &routes[i];
-        c->model = decode(c->route ? path + k : "");
+            c->model = decode(path + k);
+        }
     }
-    c->is_preflight = c->route && strcmp(method.s, "OPTIONS") == 0;
     if (!c->route)
         return 404;
-    for (const char *s = c->route->methods; s; s = strchr(s, ' '))
-        if (s += *s == ' ', strcspn(s, ",") == n_method &&
-            strncmp(s, method.s, n_method) == 0)
-            return 0;
-    return c->is_preflight ? 0 : 405;
+    return c->method == OPTIONS || (c->method >= 0 &&
+           (c->method == POST) == c->route->is_post) ? 0 : 405;
 }
 
 /* Does this Host name this machine itself?  A page from elsewhere could get
  * here by a name of its own that leads to this address. */
-static int names_this_machine(const struct piece *host)
+static int names_this_machine(const char *host)
 {
-    size_t n = host->n;
+    static const char digits[] = ".0123456789";
+    const size_t n = strncmp(host, "localhost", 9) == 0 ? 9 :
+                     strncmp(host, "[::1]", 5) == 0 ? 5 :
+                     strncmp(host, "127.", 4) == 0 ? strspn(host, digits) : 0;
 
-    while (n > 0 && host->s[n - 1] >= '0' && host->s[n - 1] <= '9')
-        n--;
-    n = n > 0 && host->s[n - 1] == ':' ? n - 1 : host->n;
-    if (n > 100)                          /* 127.1.1. ... .1.example.org     */
-        return 0;
-    const struct phrase name = phrase("%.*s", (int)n, host->s);
-    return strcmp(name.s, "localhost") == 0 || strcmp(name.s, "[::1]") == 0 ||
-           (strncmp(name.s, "127.", 4) == 0 &&
-            strspn(name.s, "0123456789.") == strlen(name.s));
+    host += n;
+    return n > 0 && n < 16 && (!*host || (*host == ':' &&
+                                !host[1 + strspn(host + 1, digits + 1)]));
 }
 
 /* May pages of this origin ask?  Those that this server sent may. */
-static int is_good_origin(const struct server *v, const struct piece *origin,
-                          const struct piece *host)
+static int is_good_origin(const char *cors, const char *origin,
+                          const char *host)
 {
-    const char *cors = v->e.s->cors;
-    struct phrase allowed = phrase("%s", cors ? cors : "");
-
-    lower(allowed.s, strlen(allowed.s));
-    if (cors && (strcmp(cors, "*") == 0 || is(origin, allowed.s)))
+    if (cors && (strcmp(cors, "*") == 0 || strcasecmp(origin, cors) == 0))
         return 1;
-    return origin->n == host->n + 7 && memcmp(origin->s, "http://", 7) == 0 &&
-           memcmp(origin->s + 7, host->s, host->n) == 0;
+    return host && strncmp(origin, "http://", 7) == 0 &&
+           strcmp(origin + 7, host) == 0;
 }
 
 /* Is this key in the file?  The time that takes tells only its length. */
-static int is_known_key(const struct server *v, const struct piece *given)
+static int is_known_key(const struct server *v, const char *given)
 {
-    static const char scheme[] = "bearer ";
-    const size_t len = strlen(scheme);
-    struct phrase word = phrase("%.7s", given->n > len ? given->s : "");
+    const char *word = given && strncasecmp(given, "bearer ", 7) == 0 ?
+                       given + 7 : "";
+    const size_t n = strlen(word);
     int found = v->keys.n == 0;
 
-    lower(word.s, strlen(word.s));
-    if (strcmp(word.s, scheme) != 0)
-        return found;
-    for (const char *key = v->keys.s; key && *key;) {
-        const size_t n = strcspn(key, "\n");
-        unsigned differ = n == 0 || n != given->n - len;
-        for (size_t i = len; i < given->n; i++)
-            differ |= (unsigned)(given->s[i] ^ key[n ? (i - len) % n : 0]);
+    for (const char *key = v->keys.s; n > 0 && key && *key;) {
+        const size_t len = strcspn(key, "\n");
+        unsigned differ = len != n;
+        for (size_t i = 0; len > 0 && i < n; i++)
+            differ |= (unsigned)(word[i] ^ key[i % len]);
         found |= !differ;
-        key += n + (key[n] == '\n');
+        key += len + (key[len] == '\n');
     }
     return found;
 }
 
-/* How long the body is; 0, or the status of an error. */
-static int read_length(struct client *c, const struct piece *field)
+/* How long the body or its next chunk is, in digits of this base: 0, or the
+ * status of an error. */
+static int read_length(struct client *c, const char *s, int base)
 {
-    const struct piece *length = &field[LENGTH];
     const size_t most = (size_t)c->server->e.s->max_body << 20;
+    const size_t digits = strspn(s, base == 10 ? "0123456789" :
+                                 "0123456789abcdefABCDEF");
+    const unsigned long long n = strtoull(s, NULL, base);   /* or the most   */
 
-    if (field[CODING].s && (length->s || !c->is_http11))
+    if (digits == 0 || (base == 10 ? s[digits] != '\0' :
+                        digits > 16 || (s[digits] && s[digits] != ';')))
         return 400;
-    if (field[CODING].s)
-        return is(&field[CODING], "chunked") ? (c->state = IN_CHUNKS, 0) : 501;
-    if (length->s && length->n == 0)
-        return 400;
-    for (size_t i = 0; i < length->n; i++)
-        if (length->s[i] < '0' || length->s[i] > '9')
-            return 400;
-        else if (c->length <= most)
-            c->length = 10 * c->length + (size_t)(length->s[i] - '0');
-    c->state = IN_LENGTH;
-    return c->length > most ? 413 : 0;
+    c->length = (size_t)n;
+    return n > most - c->body.n ? 413 : 0;
 }
 
 /* Whether a request may be made at all; 0, or the status of an error. */
-static int check_head(struct client *c, const struct piece *field)
+static int check_head(struct client *c, char *const *field)
 {
     const struct server *v = c->server;
-    const int is_post = strcmp(c->route->methods, "POST") == 0;
-    const struct piece *type = &field[MEDIA];
+    const char *host = field[HOST], *origin = field[ORIGIN];
+    const char *type = field[MEDIA], *length = field[LENGTH];
+    const char *coding = field[CODING];
+    int status = 0;
 
-    if ((c->is_http11 && !field[HOST].s) ||
-        (v->is_local && field[HOST].s && !names_this_machine(&field[HOST])))
-        return field[HOST].s ? 403 : 400;
-    c->is_allowed_origin = field[ORIGIN].s &&
-                           is_good_origin(v, &field[ORIGIN], &field[HOST]);
-    if (field[ORIGIN].s && !c->is_allowed_origin)
+    c->state = coding ? IN_SIZE : IN_LENGTH;
+    c->length = 0;
+    if (coding)
+        status = length || !c->is_http11 ? 400 :
+                 strcmp(coding, "chunked") != 0 ? 501 : 0;
+    else if (length)
+        status = read_length(c, length, 10);
+    if (status)
+        return status;
+    if (c->is_http11 && !host)
+        return 400;
+    if (host && v->is_local && !names_this_machine(host))
         return 403;
-    if (!c->route->is_public && !c->is_preflight &&
-        !is_known_key(v, &field[KEY]))
-        return 401;
-    if (c->is_preflight)
+    c->is_allowed_origin = origin && is_good_origin(v->e.s->cors, origin, host);
+    if (origin && !c->is_allowed_origin)
+        return 403;
+    if (c->method == OPTIONS)
         return 0;
-    if (is_post && !(type->n >= 16 && memcmp(type->s, "application/json", 16)
-                     == 0 && (type->n == 16 || strchr("; ", type->s[16]))))
+    if (!c->route->is_public && !is_known_key(v, field[KEY]))
+        return 401;
+    if (c->route->is_post &&
+        (!type || strncmp(type, "application/json", 16) != 0 ||
+         !strchr("; ", type[16])))
         return 415;
-    if (is_post && !field[LENGTH].s && !field[CODING].s)
+    if (c->route->is_post && !length && !coding)
         return 411;
-    return field[EXPECT].s && !is(&field[EXPECT], "100-continue") ? 417 : 0;
+    return field[EXPECT] && strcmp(field[EXPECT], "100-continue") ? 417 : 0;
 }
 
-/* A whole head, of n bytes with its empty line. */
-static void check_request(struct client *c, size_t n)
+/* The head of a request, once all of it is there: 0, or the status of an
+ * error. */
+static int read_head_part(struct client *c)
 {
-    struct piece field[N_FIELDS] = { { NULL, 0 } };
-    char *line = c->in.s, *const last = line + n - 2, before = '\0';
-    int status = 0, n_lines = 0, bad = 0;
+    char *field[N_FIELDS] = { NULL }, *line;
+    int status = 0, bad = 0, n = 0;
+    const char *end;
 
-    c->keeps = c->is_head = 0;
-    c->route = NULL;
-    c->is_allowed_origin = c->is_preflight = 0;
-    for (const char *s = line; s < last; before = *s++)
-        bad |= *s == '\r' ? s[1] != '\n' : *s == '\n' ? before != '\r' :
-               ((unsigned char)*s < ' ' && *s != '\t') || *s == 127;
-    while (!bad && line < last && n_lines <= MAX_FIELDS) {
-        char *end = memchr(line, '\r', (size_t)(last - line));
-        if (n_lines++ == 0)
-            status = read_request_line(c, line, (size_t)(end - line));
-        else
-            bad = read_field(field, line, (size_t)(end - line)) != 0;
-        line = end + 2;
+    while (c->at + 2 <= c->in.n && memcmp(c->in.s + c->at, "\r\n", 2) == 0)
+        c->at += 2;
+    if (c->in.n > c->at && !c->id) {
+        c->id = hash_number(hash_number(HASH_START, random_seed()),
+                            ++c->server->n_requests);
+        c->since = c->server->now;
     }
-    c->keeps = c->is_http11 && !(field[CONNECTION].s &&
-               find(field[CONNECTION].s, field[CONNECTION].s +
-                    field[CONNECTION].n, "close"));
-    status = bad ? 400 : line < last ? 431 : status;
-    status = status ? status : read_length(c, field);
-    status = status ? status : check_head(c, field);
-    if (status)
-        refuse(c, status, USAGE, NULL);
-    else if (field[EXPECT].s && c->is_http11 && c->in.n == n)
+    end = memmem(c->in.s + c->at, c->in.n - c->at, "\r\n\r\n", 4);
+    if ((end ? (size_t)(end - c->in.s) + 4 : c->in.n) - c->at > MAX_HEAD)
+        return 431;
+    if (!end)
+        return 0;
+    c->since = c->server->now;
+    for (; (line = take_line(c, MAX_HEAD, &bad)) && *line && !bad; n++)
+        if (n == 0)
+            status = read_request_line(c, line);
+        else if (n <= MAX_FIELDS)
+            bad = read_field(field, line);
+    status = bad ? bad : n > MAX_FIELDS + 1 ? 431 : status;
+    c->keeps = c->is_http11 && !field[CONNECTION];
+    if (!status)
+        status = check_head(c, field);
+    if (!status && field[EXPECT] && c->is_http11 && c->in.n == c->at)
         add_string(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
+    return status;
 }
 
 /* ---- requests: the body */
 
+/* A buffer that was long does not stay. */
 static void drop_bytes(struct text *t, size_t n)
 {
     t->n -= n;
-    memmove(t->s, t->s + n, t->n);
-    t->s[t->n] = '\0';
+    if (t->n == 0 && t->cap > 4 * MAX_AHEAD) {
+        free_text(t);
+    } else if (n > 0) {
+        memmove(t->s, t->s + n, t->n);
+        t->s[t->n] = '\0';
+    }
 }
 
-/* The next line of a chunked body; 0 if it has not come yet, -1 if there is
- * none. */
-static int next_chunk_line(const struct piece *in, size_t *len)
+/* As much of the body as is there: 0, or the status of an error. */
+static int read_body_part(struct client *c)
 {
-    const char *end = memmem(in->s, in->n, "\r\n", 2);
+    int status = c->in.n + c->body.n > MAX_AHEAD ? check_held(c) : 0;
 
-    *len = end ? (size_t)(end - in->s) : in->n;
-    if (*len > 256)
-        return -1;
-    for (size_t i = 0; i < *len; i++)
-        if ((unsigned char)in->s[i] < ' ' && in->s[i] != '\t' &&
-            !(in->s[i] == '\r' && i + 1 == in->n))
-            return -1;
-    return end != NULL;
-}
-
-static void skip_bytes(struct piece *in, size_t n)
-{
-    in->s += n;
-    in->n -= n;
-}
-
-/* Take a step from the front of a chunked body: 1 if something was taken, 0 if
- * more is needed, -1 if it is wrong, -2 if it is too long. */
-static int read_chunk(struct client *c, struct piece *in)
-{
-    const size_t most = (size_t)c->server->e.s->max_body << 20;
-    size_t len, n = 0, digits = 0;
-    const int got = next_chunk_line(in, &len);
-
-    if (got <= 0)
-        return got;
-    if (c->state == IN_TRAILER) {         /* fields that nobody needs        */
-        c->length += len + 2;
-        skip_bytes(in, len + 2);
-        c->state = len == 0 ? WORKING : IN_TRAILER;
-        return c->length > MAX_HEAD ? -1 : 1;
+    while (c->state < WORKING && !status) {
+        if (c->state == IN_LENGTH || c->state == IN_CHUNK) {
+            const size_t there = c->in.n - c->at;
+            const size_t n = there < c->length ? there : c->length;
+            add(&c->body, c->in.s + c->at, n);
+            c->at += n;
+            c->length -= n;
+            if (c->length > 0)
+                return 0;
+            if (c->state == IN_CHUNK) {
+                c->body.n -= 2;
+                status = memcmp(c->body.s + c->body.n, "\r\n", 2) ? 400 : 0;
+            }
+            c->state = c->state == IN_CHUNK ? IN_SIZE : WORKING;
+            continue;
+        }
+        const char *line = take_line(c, MAX_CHUNK_LINE, &status);
+        if (!line)
+            return status;
+        if (c->state == IN_SIZE) {
+            status = read_length(c, line, 16);
+            c->state = c->length > 0 ? IN_CHUNK : IN_TRAILER;
+            c->length += c->length > 0 ? 2 : 0;
+        } else if ((c->length += strlen(line) + 2) > MAX_HEAD)
+            status = 400;
+        else if (!*line)
+            c->state = WORKING;
     }
-    for (; digits < len && isxdigit((unsigned char)in->s[digits]); digits++) {
-        const int x = in->s[digits];
-        n = n <= most ? 16 * n + (size_t)(x <= '9' ? x - '0' : (x | 32) - 'a'
-                                          + 10) : n;
-    }
-    if (digits == 0 || digits > 16 || (digits < len && in->s[digits] != ';'))
-        return -1;
-    if (n > most - c->body.n)
-        return -2;
-    if (n == 0) {
-        skip_bytes(in, len + 2);
-        c->state = IN_TRAILER;
-        return 1;
-    }
-    if (in->n < len + 2 + n + 2)
-        return 0;
-    if (memcmp(in->s + len + 2 + n, "\r\n", 2) != 0)
-        return -1;
-    add(&c->body, in->s + len + 2, n);
-    skip_bytes(in, len + n + 4);
-    return 1;
-}
-
-/* All of the request is there: answer it. */
-static void answer_request(struct client *c)
-{
-    static const struct text none = { NULL, 0, 0 };
-    struct server *v = c->server;
-
-    c->state = WORKING;
-    c->deadline = 0;
-    c->asked = v->now;
-    if (c->is_preflight)
-        respond(c, 204, NULL, &none, phrase("Allow: %s, OPTIONS\r\n"
-                "Access-Control-Allow-Methods: GET, POST\r\n"
-                "Access-Control-Allow-Headers: *, Authorization\r\n",
-                c->route->methods).s);
-    else if (v->stopping > 0)
-        refuse(c, 503, FAILED, NULL);
-    else
-        c->route->answer(c);
-}
-
-/* The head of a request, once all of it is there. */
-static void read_head_part(struct client *c)
-{
-    const char *end;
-    size_t n;
-
-    for (n = 0; n + 2 <= c->in.n && memcmp(c->in.s + n, "\r\n", 2) == 0;)
-        n += 2;
-    drop_bytes(&c->in, n);
-    if (c->in.n > 0 && !c->id) {
-        c->id = hash_number(hash_number(HASH_START, random_seed()),
-                            ++c->server->n_requests);
-        c->deadline = c->server->now + HEAD_TIME;
-    }
-    end = c->in.n > 0 ? memmem(c->in.s, c->in.n, "\r\n\r\n", 4) : NULL;
-    n = end ? (size_t)(end - c->in.s) + 4 : c->in.n;
-    c->seen = n;
-    if (n > MAX_HEAD)
-        refuse(c, 431, USAGE, NULL);
-    else if (end) {
-        c->deadline = c->server->now + BODY_TIME;
-        check_request(c, n);
-        drop_bytes(&c->in, n);
-    }
+    return status;
 }
 
 /* Look at what has arrived, in whatever pieces. */
 static void read_more(struct client *c)
 {
-    struct piece in;
-    int more = 1;
+    int status = 0;
 
+    c->at = 0;
     if (c->state == IN_HEAD)
-        read_head_part(c);
-    if (c->state == IN_HEAD || c->state == LEAVING)
-        return;
-    if (c->in.n + c->body.n > MAX_AHEAD && is_overloaded(c))
-        return;
-    if (c->state == IN_LENGTH) {
-        const size_t rest = c->length - c->body.n;
-        const size_t n = c->in.n < rest ? c->in.n : rest;
-        add(&c->body, c->in.s, n);
-        drop_bytes(&c->in, n);
-        c->state = n == rest ? WORKING : IN_LENGTH;
-    }
-    in = (struct piece){ c->in.s, c->in.n };
-    while (more > 0 && c->state != WORKING)
-        more = c->state == IN_LENGTH ? 0 : read_chunk(c, &in);
-    drop_bytes(&c->in, c->in.n - in.n);   /* once: many chunks are small     */
-    c->seen = c->in.n;
-    if (more < 0)
-        refuse(c, more == -1 ? 400 : 413, USAGE, NULL);
+        status = read_head_part(c);
+    if (!status && c->state != IN_HEAD)
+        status = read_body_part(c);
+    drop_bytes(&c->in, c->at);            /* once: many chunks are small     */
+    c->at = c->in.n;
+    if (status)
+        refuse(c, status);
     else if (c->state == WORKING)
         answer_request(c);
 }
@@ -5657,23 +5503,26 @@ static void read_more(struct client *c)
 
 static void hang_up(struct client *c)
 {
+    struct server *v = c->server;
+
     c->keeps = 0;
     finish_request(c);
-    if (c->fd >= 0)
+    if (c->fd >= 0) {
         close(c->fd);
+        v->n_clients--;
+        v->rests = 0;
+    }
     free(c->in.s);
     free(c->out.s);
-    c->state = GONE;
+    *c = (struct client){ .server = v, .fd = -1 };
 }
 
 static void receive(struct client *c)
 {
     ssize_t n;
 
-    if (c->state == LEAVING)
-        c->in.n = 0;
-    if (c->in.n == 0 && c->in.cap > 4 * MAX_AHEAD)
-        free_text(&c->in);
+    if (c->state >= LEAVING)
+        drop_bytes(&c->in, c->in.n);
     reserve(&c->in, 1 << 16);
     n = read(c->fd, c->in.s + c->in.n, 1 << 16);
     if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR)) {
@@ -5687,20 +5536,18 @@ static void receive(struct client *c)
 /* Send what there is to send.  Whoever leaves is given time to read it. */
 static void transmit(struct client *c)
 {
-    const int has_some = c->out.n > 0;
+    const double now = c->server->now;
+    const size_t unsent = c->out.n - c->sent;
+    const ssize_t n = unsent == 0 ? 0 :
+                      write(c->fd, c->out.s + c->sent, unsent);
 
-    while (c->sent < c->out.n) {
-        const ssize_t n = write(c->fd, c->out.s + c->sent, c->out.n - c->sent);
-        if (n < 0 && errno == EAGAIN)
-            break;
-        if (n < 0 && errno != EINTR) {
-            hang_up(c);
-            return;
-        }
-        c->sent += n > 0 ? (size_t)n : 0;
-        if (n > 0 && c->deadline > 0)     /* at least 1,000 bytes a second   */
-            c->deadline = fmin(c->server->now + SEND_TIME,
-                               c->deadline + (double)n * 1e-3);
+    if (n < 0 && errno != EAGAIN && errno != EINTR) {
+        hang_up(c);
+        return;
+    }
+    if (n > 0) {
+        c->sent += (size_t)n;             /* at least 1,000 bytes a second   */
+        c->since = fmin(now, c->since + (double)n * 1e-3);
     }
     if (c->sent > c->out.n / 2) {
         drop_bytes(&c->out, c->sent);
@@ -5708,18 +5555,18 @@ static void transmit(struct client *c)
     }
     if (c->out.n > 0)
         return;
-    if (c->out.cap > 4 * MAX_AHEAD)
-        free_text(&c->out);
-    if (has_some)
-        c->deadline = c->server->now + (c->state == IN_HEAD ? IDLE_TIME :
-                                        BODY_TIME);
-    if (c->state == WORKING)
-        c->deadline = 0;
-    else if (c->state == LEAVING && !c->is_shut) {
-        c->is_shut = 1;
-        c->deadline = c->server->now + LINGER_TIME;
+    if (n > 0 || c->state == WORKING || c->state == LEAVING)
+        c->since = now;
+    if (c->state == LEAVING) {
+        c->state = SHUT;
         shutdown(c->fd, SHUT_WR);
     }
+}
+
+/* Has it had all that it asked for? */
+static int is_idle(const struct client *c)
+{
+    return c->state == IN_HEAD && c->in.n == 0 && c->out.n == 0;
 }
 
 /* What is due by now: a sign of life in a stream, or the end of a wait. */
@@ -5727,27 +5574,39 @@ static void check_time(struct client *c)
 {
     const double now = c->server->now;
     const size_t unsent = c->out.n - c->sent;
+    const int streams = c->state == WORKING && c->stream != WHOLE_ANSWER;
+    const int patience = unsent > 0 ? SEND_TIME : is_idle(c) ? IDLE_TIME :
+                         c->state == IN_HEAD ? HEAD_TIME :
+                         c->state < WORKING ? BODY_TIME : LINGER_TIME;
 
-    if (c->state == WORKING && c->stream && now - c->spoke > SIGN_OF_LIFE)
-        send_part(c, ": waiting\n\n", 11);
-    if (unsent > MAX_UNSENT && c->state == WORKING && c->stream)
+    if (streams && now - c->spoke > SIGN_OF_LIFE)
+        send_event(c, ": ", "waiting", 7);
+    if ((streams && unsent > MAX_UNSENT) ||
+        (c->server->stopping > 0 && is_idle(c)))
         hang_up(c);
-    else if (unsent > 0 && c->deadline == 0)
-        c->deadline = now + SEND_TIME;
-    else if (c->deadline == 0 || now < c->deadline)
+    else if (c->state == GONE || now < c->since + patience ||
+             (c->state == WORKING && unsent == 0))
         return;
-    else if (unsent > 0 || c->state == LEAVING ||
-             (c->state == IN_HEAD && c->in.n == 0))
+    else if (unsent > 0 || c->state >= LEAVING || is_idle(c))
         hang_up(c);
-    else if (c->state < WORKING)
-        refuse(c, 408, USAGE, NULL);
+    else
+        refuse(c, 408);
 }
 
-/* When the server stops: leave a client that has had all its answers. */
-static void stop_idle(struct client *c)
+/* A place for another client: a free one or, of those who ask for nothing, that
+ * of the one who has done so longest; or NULL. */
+static struct client *find_place(struct server *v)
 {
-    if (c->state == IN_HEAD && c->in.n == 0 && c->sent == c->out.n)
-        hang_up(c);
+    struct client *found = NULL;
+
+    for (int i = 0; i < MAX_CLIENTS; i++) {
+        struct client *c = &v->client[i];
+        if (c->state == GONE)
+            return c;
+        if (is_idle(c) && (!found || c->since < found->since))
+            found = c;
+    }
+    return found;
 }
 
 static int accept_client(int listener)
@@ -5764,53 +5623,26 @@ static int accept_client(int listener)
 #endif
 }
 
-/* Forget who is gone. */
-static void sweep(struct server *v)
-{
-    int n = 0;
-
-    for (int i = 0; i < v->n_clients; i++)
-        if (v->client[i]->state == GONE) {
-            free(v->client[i]);
-            v->rests = 0;
-        } else
-            v->client[n++] = v->client[i];
-    v->n_clients = n;
-}
-
-/* Of those who ask for nothing, the one that has done so longest; or NULL. */
-static struct client *find_idle(const struct server *v)
-{
-    struct client *found = NULL;
-
-    for (int i = 0; i < v->n_clients; i++) {
-        struct client *c = v->client[i];
-        if (c->state == IN_HEAD && c->in.n == 0 && c->out.n == 0 &&
-            (!found || c->deadline < found->deadline))
-            found = c;
-    }
-    return found;
-}
-
+/* Let in who waits; only one of them in the place of another. */
 static void welcome(struct server *v, int listener)
 {
-    struct client *idle = v->n_clients < MAX_CLIENTS ? NULL : find_idle(v);
+    struct client *c = find_place(v);
 
-    if (idle) {
-        hang_up(idle);
-        sweep(v);
-    }
-    while (v->n_clients < MAX_CLIENTS) {
+    for (int n = 0; c && (n == 0 || c->state == GONE); n++) {
         const int fd = accept_client(listener);
         if (fd < 0) {
             if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
                 v->rests = v->now + 1;
             return;
         }
-        struct client *c = zeroed(1, sizeof *c);
-        *c = (struct client){ .server = v, .fd = fd,
-                              .deadline = v->now + IDLE_TIME };
-        v->client[v->n_clients++] = c;
+        if (c->state != GONE)
+            hang_up(c);
+        *c = (struct client){ .server = v, .fd = fd, .state = IN_HEAD,
+                              .since = v->now };
+        v->n_clients++;
+        if (v->n_places <= c - v->client)
+            v->n_places = (int)(c - v->client) + 1;
+        c = find_place(v);
     }
 }
 
@@ -5819,101 +5651,84 @@ static void welcome(struct server *v, int listener)
 /* Is there input that can be looked at now, and was not? */
 static int has_more(const struct client *c)
 {
-    return c->state < WORKING && c->in.n > c->seen && c->out.n == 0;
+    return c->state < WORKING && c->in.n > c->at && c->out.n == 0;
 }
 
 /* Wait for sockets, but not while there is an answer to go on with. */
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
-    const int has_room = v->n_clients < MAX_CLIENTS || find_idle(v);
-    const int open = has_room && v->now >= v->rests ? v->n_listeners : 0;
-    const int n = v->n_clients;
+    const int open = v->now >= v->rests && find_place(v) ? v->n_listeners : 0;
+    const int n = v->n_places;
     int waits = !v->e.jobs;
 
     for (int i = 0; i < open; i++)
-        p[i] = (struct pollfd){ v->listener[i], POLLIN, 0 };
+        p[n + i] = (struct pollfd){ v->listener[i], POLLIN, 0 };
     for (int i = 0; i < n; i++) {
-        const struct client *c = v->client[i];
-        const int is_full = c->state != LEAVING &&
-            (c->state == WORKING || c->sent < c->out.n) && c->in.n > MAX_AHEAD;
-        p[open + i] = (struct pollfd){
-            c->fd, (short)((is_full ? 0 : POLLIN) |
-                           (c->sent < c->out.n ? POLLOUT : 0)), 0
-        };
+        const struct client *c = &v->client[i];
+        const int unsent = c->sent < c->out.n;
+        const int is_full = c->in.n > MAX_AHEAD && c->state < LEAVING &&
+                            (c->state == WORKING || unsent);
+        p[i] = (struct pollfd){ c->fd, (short)((is_full ? 0 : POLLIN) |
+                                               (unsent ? POLLOUT : 0)), 0 };
         waits &= !has_more(c);
     }
-    poll(p, (nfds_t)(open + n), waits ? 1000 : 0);
+    poll(p, (nfds_t)(n + open), waits ? 1000 : 0);
     v->now = seconds();
     for (int i = 0; i < n; i++) {
-        struct client *c = v->client[i];
-        if (p[open + i].revents & (POLLIN | POLLHUP | POLLERR))
+        struct client *c = &v->client[i];
+        if (p[i].revents & (POLLIN | POLLHUP | POLLERR))
             receive(c);
         if (has_more(c))
             read_more(c);
-        if (c->state != GONE)
-            transmit(c);
+        transmit(c);
     }
     for (int i = 0; i < open; i++)
-        if (p[i].revents)
+        if (p[n + i].revents)
             welcome(v, v->listener[i]);
 }
 
 /* A forward failed: those who took part in it cannot be answered. */
 static void fail_answers(struct server *v)
 {
-    for (int i = 0; i < v->n_clients; i++) {
-        struct client *c = v->client[i];
-        int failed = 0;
-        for (int k = 0; k < c->n_choices; k++)
-            failed |= c->choice[k].job.state == ACTIVE;
-        if (failed)
-            break_off(c, 500, NULL);
-    }
+    for (struct job *j = v->e.jobs; j;)
+        if (j->state == ACTIVE) {
+            finish_answer(j->owner, 500);
+            j = v->e.jobs;
+        } else
+            j = j->next;
 }
 
 /* After a signal nobody new is listened to, and what runs may end. */
-static void begin_stop(struct server *v)
-{
-    note("stopping: %d connections, no new ones", v->n_clients);
-    v->stopping = v->now;
-    for (int i = 0; i < v->n_listeners; i++)
-        close(v->listener[i]);
-    v->n_listeners = 0;
-}
-
 static void run_server(struct server *v)
 {
-    while (v->stopping == 0 || v->n_clients > 0) {
+    while (v->stopping == 0 ||
+           (v->n_clients > 0 && interrupted < 2 &&
+            v->now - v->stopping <= DRAIN_TIME)) {
         serve_sockets(v);
         if (engine_step(&v->e) != DONE)
             fail_answers(v);
         v->now = seconds();
-        if (interrupted && v->stopping == 0)
-            begin_stop(v);
-        for (int i = 0; i < v->n_clients; i++) {
-            struct client *c = v->client[i];
-            if (c->state == WORKING && c->n_done == c->n_choices)
-                finish_answer(c);
-            if (c->state != GONE)
-                check_time(c);
-            if (v->stopping > 0 && c->state != GONE)
-                stop_idle(c);
+        if (interrupted && v->stopping == 0) {
+            note("stopping: %d connections, no new ones", v->n_clients);
+            v->stopping = v->now;
+            while (v->n_listeners > 0)
+                close(v->listener[--v->n_listeners]);
         }
-        sweep(v);
-        if (v->stopping > 0 && (interrupted > 1 ||
-                                v->now - v->stopping > DRAIN_TIME))
-            break;
+        for (int i = 0; i < v->n_places; i++) {
+            struct client *c = &v->client[i];
+            if (c->state == WORKING && c->n_done == c->n_choices)
+                finish_answer(c, DONE);
+            check_time(c);
+        }
     }
-    for (int i = 0; i < v->n_clients; i++) {
-        struct client *c = v->client[i];
+    for (int i = 0; i < v->n_places; i++) {
+        struct client *c = &v->client[i];
         if (c->state == WORKING)
-            break_off(c, 503, NULL);
+            finish_answer(c, 503);
         transmit(c);
-        if (c->state != GONE)
-            hang_up(c);
+        hang_up(c);
     }
-    sweep(v);
 }
 
 #endif
@@ -5929,38 +5744,52 @@ static int serve(const struct settings *s)
 
 #else
 
-static int listen_at(struct server *v, const void *address, socklen_t n)
+/* The address becomes the one that it is.  These return DONE, or -1 where errno
+ * says why not. */
+static int listen_at(struct server *v, void *address, socklen_t n)
 {
-    const struct sockaddr *a = address;
+    struct sockaddr *a = address;
     const int fd = socket(a->sa_family, SOCK_STREAM, 0), yes = 1;
 
     if (fd < 0)
         return -1;
-    v->listener[v->n_listeners++] = fd;
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     if (a->sa_family != AF_UNIX)          /* accepted ones inherit it        */
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     if (a->sa_family == AF_INET6)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes);
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
     fcntl(fd, F_SETFL, O_NONBLOCK);
-    return bind(fd, a, n) != 0 || listen(fd, 1024) != 0 ? -1 : fd;
+    if (bind(fd, a, n) != 0 || listen(fd, 1024) != 0 ||
+        getsockname(fd, a, &n) != 0) {
+        close(fd);
+        return -1;
+    }
+    v->listener[v->n_listeners++] = fd;
+    return DONE;
 }
 
-/* A path; a socket that an earlier server left there is removed. */
+/* A path; a socket that an earlier server left there is removed.  One that
+ * still listens holds the lock beside it, which ends with the process. */
 static int listen_at_path(struct server *v, const char *path)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
     struct stat st;
+    int lock;
 
     if (strlen(path) >= sizeof a.sun_path)
         return usage("--serve %s: a path of a socket has at most %zu bytes",
                      path, sizeof a.sun_path - 1);
     snprintf(a.sun_path, sizeof a.sun_path, "%s", path);
+    lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT, 0600);
+    if (lock < 0)
+        return -1;
+    if (is_taken(lock)) {
+        errno = EADDRINUSE;
+        return -1;
+    }
     if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode))
         unlink(path);
-    return listen_at(v, &a, sizeof a) >= 0 ? DONE :
-           say(BAD_FILE, "--serve %s: %s", path, strerror(errno));
+    return listen_at(v, &a, sizeof a);
 }
 
 /* [HOST:]PORT; without a host, 127.0.0.1 and ::1. */
@@ -5975,7 +5804,6 @@ static int listen_at_port(struct server *v, const char *where)
     struct sockaddr_in a4 = { .sin_family = AF_INET };
     struct sockaddr_in6 a6 = { .sin6_family = AF_INET6 };
     int is4, is6, both = !*name || strcmp(name, "localhost") == 0;
-    socklen_t n = sizeof a4;
 
     if (*name == '[' && name[strlen(name) - 1] == ']')
         name[strlen(name) - 1] = '\0', name++;
@@ -5989,20 +5817,14 @@ static int listen_at_port(struct server *v, const char *where)
     if (!v->is_local && v->keys.n == 0)
         return usage("--serve %s: others can reach it, so --api-key-file is "
                      "needed", where);
-    a4.sin_port = htons((uint16_t)port);
-    if (is4 && (listen_at(v, &a4, sizeof a4) < 0 ||
-                getsockname(v->listener[0], (struct sockaddr *)&a4, &n) != 0))
-        return say(BAD_FILE, "--serve %s: %s", where, strerror(errno));
-    a6.sin6_port = is4 ? a4.sin_port : htons((uint16_t)port);
-    n = sizeof a6;
-    if (is6 && listen_at(v, &a6, sizeof a6) < 0) {
-        if (!is4)
-            return say(BAD_FILE, "--serve %s: %s", where, strerror(errno));
-        close(v->listener[--v->n_listeners]);         /* no IPv6 here        */
-    } else if (!is4)
-        getsockname(v->listener[0], (struct sockaddr *)&a6, &n);
-    v->address = phrase("http://%s%s%s:%d", is6 && !is4 ? "[" : "",
-                        both ? "127.0.0.1" : name, is6 && !is4 ? "]" : "",
+    a4.sin_port = a6.sin6_port = htons((uint16_t)port);
+    if (is4 && listen_at(v, &a4, sizeof a4) != DONE)
+        return -1;
+    a6.sin6_port = is4 ? a4.sin_port : a6.sin6_port;
+    if (is6 && listen_at(v, &a6, sizeof a6) != DONE && !is4)
+        return -1;                        /* or else there is no IPv6 here   */
+    v->address = phrase(is4 ? "http://%s:%d" : "http://[%s]:%d",
+                        both ? "127.0.0.1" : name,
                         ntohs(is4 ? a4.sin_port : a6.sin6_port));
     return DONE;
 }
@@ -6030,6 +5852,8 @@ static int open_server(struct server *v)
     if (code == DONE)
         code = strchr(s->serve, '/') ? listen_at_path(v, s->serve) :
                listen_at_port(v, s->serve);
+    if (code < 0)
+        code = say(BAD_FILE, "--serve %s: %s", s->serve, strerror(errno));
     if (code == DONE)
         code = open_engine(&v->e);
     if (code != DONE)
@@ -6051,8 +5875,6 @@ static int serve(const struct settings *s)
         v->now = seconds();
         run_server(v);
     }
-    for (int i = 0; i < v->n_listeners; i++)
-        close(v->listener[i]);
     close_engine(&v->e);
     free(v->keys.s);
     free(v->page.s);

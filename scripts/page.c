@@ -63,7 +63,7 @@ static void count_experts(void *user, const lfm2_activation *a)
     const int n_expert = lfm2_model_config(server.e.model)->n_expert;
 
     (void)user;
-    if (a->pos < client.choice->job.q.prompt.n ||
+    if (a->pos < client.choice->q.prompt.n ||
         !strstr(a->name, "selected_experts"))
         return;
     for (int i = 0; i < a->n; i++)
@@ -137,12 +137,12 @@ static void send_origin(void)
     struct text event = { 0 };
 
     add_string(&event, "{");
-    add_origin(&server.e, &event, &client.choice->job, 0);
+    add_origin(&server.e, &event, client.choice, 0);
     add_string(&event, ", \"experts\": [");
     for (int i = 0; chosen && i < c->n_layer * c->n_expert; i++)
         add_format(&event, "%s%u", i ? "," : "", chosen[i]);
     add_string(&event, "]}");
-    send_event(&client, &event);
+    send_event(&client, "data: ", event.s, event.n);
     free(event.s);
 }
 
@@ -162,12 +162,11 @@ int EXPORT(page_ask)(char *body, size_t n)
         memset(chosen, 0, (size_t)(c->n_layer * c->n_expert) * sizeof *chosen);
     server.now = seconds();
     client.server = &server;
-    client.state = WORKING;
+    client.method = POST;
     client.route = routes;
     client.body = (struct text){ body, n, n + 1 };
     client.id = hash_number(random_seed(), ++server.n_requests);
-    client.asked = server.now;
-    client.route->answer(&client);
+    answer_request(&client);
     return send_out();
 }
 
@@ -180,7 +179,7 @@ int EXPORT(page_step)(void)
     if (client.state == WORKING && client.n_done == client.n_choices) {
         if (client.stream)
             send_origin();
-        finish_answer(&client);
+        finish_answer(&client, DONE);
     }
     return send_out();
 }
@@ -190,7 +189,7 @@ void EXPORT(page_stop)(void)
 {
     if (client.state != WORKING)
         return;
-    engine_drop(&server.e, &client.choice->job);
+    engine_drop(&server.e, client.choice);
     send_origin();
     finish_request(&client);
     send_out();

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -223,6 +224,13 @@ def check_answers(server):
     b = server.post(CHAT_PATH, chat(n=1, temperature=1, seed=6))
     holds("the second has the next seed", b.text() ==
           d["choices"][1]["message"]["content"], (a, b))
+    body = chat(temperature=1, seed=5, logit_bias={"5": 2}, stop=["e "],
+                response_format={"type": "json_object"})
+    several = server.post(CHAT_PATH, {**body, "n": 3}).json()["choices"]
+    alone = [server.post(CHAT_PATH, {**body, "seed": 5 + i}).text()
+             for i in range(3)]
+    holds("choices share what is asked for", alone ==
+          [x["message"]["content"] for x in several], (alone, several))
     a = server.post(CHAT_PATH, {
         "messages": [{"role": "user", "content": [
             {"type": "text", "text": QUESTION[0]["content"]}]}],
@@ -482,9 +490,10 @@ def check_limits(server):
                          ("Application/JSON", 200)):
         a = server.post("/tokenize", {"content": "a"}, content_type=kind)
         holds("a body of %s" % kind, a.status == status, a)
-    body = b'{"content": "%s"}' % (b"long " * 400000)
-    a = server.post("/tokenize", body)
-    holds("2 MB", a.status == 200 and a.json()["count"] >= 400000, a)
+    a = server.post("/tokenize", {"content": "long " * 200000})
+    holds("1 MB", a.status == 200 and a.json()["count"] >= 200000, a)
+    refused("2 MB", server.post("/tokenize", {"content": "long " * 400000}),
+            413, "1048576 bytes")
     began = time.time()
     raw(server, b"\r\n" * 300000 + b"GET / HTTP/1.0\r\n\r\n")
     holds("empty lines before a request cost nothing",
@@ -569,11 +578,17 @@ def check_keys():
 
 def check_places():
     path = os.path.join(folder, "socket")
-    for _ in range(2):                    # the second finds the first one's
+    for number in signal.SIGKILL, signal.SIGTERM:
         server = Server(run, model, "-t", "1", at=path)
         a = server.post(CHAT_PATH, chat(), host="anything")
-        holds("a socket of a path", fits(a.json(), CHAT), a)
-        holds("it stops", server.stop() == 0, server.said)
+        holds("a socket of a path, which another left", fits(a.json(), CHAT), a)
+        again = subprocess.run([run, model, "--serve", path],
+                               capture_output=True)
+        holds("one that is taken", again.returncode == 3 and
+              b"in use" in again.stderr, again)
+        holds("is not disturbed", server.ask("GET", "/health").status == 200)
+        server.stop(number)
+    holds("it stops", server.process.returncode == 0, server.said)
     if socket.has_ipv6:
         try:
             server = Server(run, model, "-t", "1", at="[::1]:0")

@@ -419,9 +419,9 @@ static void serve_pieces(struct client *c, struct text *said)
         add(said, c->out.s ? c->out.s : "", c->out.n);
         c->out.n = 0;
         if (c->state == WORKING) {
-            const struct request *q = &c->choice[0].job.q;
+            const struct request *q = &c->choice[0].q;
             REQUIRE(c->n_choices > 0 && c->n_choices <= MAX_CHOICES);
-            add_format(said, "[%d %d %d %d %d]", c->n_choices, c->n_prompts,
+            add_format(said, "[%d %d %d %d %d]", c->n_choices, q->n_choices,
                        c->stream, q->prompt.n, q->limit);
             finish_request(c);
         }
@@ -431,12 +431,13 @@ static void serve_pieces(struct client *c, struct text *said)
     REQUIRE(c->server->e.jobs == NULL && c->n_choices == 0);
 }
 
-static void converse(struct server *v, struct client *c, struct text *said,
-                     const uint8_t *data, size_t n, size_t each)
+static void converse(struct server *v, struct text *said, const uint8_t *data,
+                     size_t n, size_t each)
 {
-    *c = (struct client){ .server = v, .fd = -1 };
-    v->client[0] = c;
-    v->n_clients = 1;
+    struct client *c = &v->client[0];
+
+    *c = (struct client){ .server = v, .fd = -1, .state = IN_HEAD };
+    v->n_places = 1;
     for (size_t at = 0; at < n && c->state != LEAVING; at += each) {
         const size_t len = each < n - at ? each : n - at;
         add(&c->in, (const char *)data + at, len);
@@ -451,7 +452,7 @@ void fuzz_serve(const uint8_t *data, size_t n)
     static struct engine e;
     static struct server v[2];
     static char keys[] = "key\n";
-    struct client c[2];
+    const struct client *c[2] = { v[0].client, v[1].client };
     struct text said[2] = { { NULL, 0, 0 } };
     struct settings s;
 
@@ -465,18 +466,19 @@ void fuzz_serve(const uint8_t *data, size_t n)
     s.max_body = 1;
     s.cors = data[0] & 1 ? "http://example.org" : NULL;
     for (int i = 0; i < 2; i++) {
-        v[i] = (struct server){ .e = e, .is_local = data[0] >> 1 & 1,
-                                .keys = { keys, data[0] & 4 ? 4 : 0, 0 },
-                                .stopping = data[0] >> 3 & 1 };
+        v[i].e = e;
         v[i].e.s = &s;
-        converse(&v[i], &c[i], &said[i], data + 1, n - 1, i == 0 ? n :
+        v[i].is_local = data[0] >> 1 & 1;
+        v[i].keys = (struct text){ keys, data[0] & 4 ? 4 : 0, 0 };
+        v[i].stopping = data[0] >> 3 & 1;
+        converse(&v[i], &said[i], data + 1, n - 1, i == 0 ? n :
                  1 + fuzz_hash(data, n) % 16);
     }
-    REQUIRE(are_same(&said[0], &said[1]) && c[0].state == c[1].state);
-    REQUIRE(c[0].state == LEAVING || (are_same(&c[0].in, &c[1].in) &&
-                                      are_same(&c[0].body, &c[1].body)));
+    REQUIRE(are_same(&said[0], &said[1]) && c[0]->state == c[1]->state);
+    REQUIRE(c[0]->state == LEAVING || (are_same(&c[0]->in, &c[1]->in) &&
+                                       are_same(&c[0]->body, &c[1]->body)));
     for (int i = 0; i < 2; i++) {
-        hang_up(&c[i]);
+        hang_up(&v[i].client[0]);
         free(said[i].s);
     }
 }
