@@ -11540,17 +11540,12 @@ struct guide {
 
 /* ---- one byte */
 
-static void copy_way(struct way *to, const struct way *from)
-{
-    to->n = from->n;
-    memcpy(to->level, from->level, (size_t)from->n * sizeof *to->level);
-}
-
 static void copy_guide(struct guide *to, const struct guide *from)
 {
     memcpy(to, from, offsetof(struct guide, way));
     for (int i = 0; i < from->n; i++)
-        copy_way(&to->way[i], &from->way[i]);
+        memcpy(&to->way[i], &from->way[i], offsetof(struct way, level) +
+               (size_t)from->way[i].n * sizeof *to->way->level);
 }
 
 /* Byte c, or EOF, for a way.  Its level on top is followed apart from those
@@ -11571,15 +11566,10 @@ static void keep_way(const struct trial *t, int n, struct level top)
 
     if (to->n == MAX_WAYS)
         return;
-    for (;;) {
-        const char c = t->s->code.s[top.at];
-        if (c == '.' && n > 0)
-            top = t->below[--n];
-        else if (strchr("|)}", c))
-            top.at = t->s->step[top.at].to;
-        else
-            break;
-    }
+    while (n > 0 && t->s->code.s[top.at] == '.')
+        top = t->below[--n];
+    if (t->s->code.s[top.at] == '}')
+        top.at = t->s->step[top.at].to;
     w->n = n + 1;
     memcpy(w->level, t->below, (size_t)n * sizeof top);
     w->level[n] = top;
@@ -11644,22 +11634,23 @@ static int takes(const struct schema *s, int at, int c)
 static int follow_way(struct trial *t, int n, struct level l)
 {
     const char *const code = t->s->code.s;
+    const struct step *const step = t->s->step;
     int found = 0;
 
     for (;;) {
-        const struct step *p = &t->s->step[l.at];
+        const struct step *p = &step[l.at];
         if (n + p->need >= MAX_LEVELS)
             return found;
         switch (code[l.at]) {
         case '(':
-            for (int i = l.at; code[i] != ')'; i = t->s->step[i].to)
-                found |= follow_way(t, n, (struct level){ t->s->step[i].next, l.n,
-                                                      0 });
+            for (int i = l.at; code[i] != ')'; i = step[i].to)
+                found |= follow_way(t, n, (struct level){ step[i].next, l.n,
+                                                          0 });
             return found;
         case '{':
             if (l.n >= p->least)
-                found |= follow_way(t, n, (struct level){ t->s->step[p->to].next,
-                                                      0, 0 });
+                found |= follow_way(t, n, (struct level){ step[p->to].next, 0,
+                                                          0 });
             if (l.n >= p->most)
                 return found;
             l.n += l.n < p->least || p->most < INT_MAX;
@@ -11745,7 +11736,7 @@ static int guide_is_done(const struct guide *g)
 /* What a schema is made from: for each rule a schema, within a whole one. */
 struct origin {
     const struct json *from, *whole;      /* from: NULL if there is none     */
-    enum { VALUE, STRICT, LOOSE } as;  /* LOOSE: with any values          */
+    enum { VALUE, STRICT, LOOSE } as;     /* the others: arguments           */
     int python, is_choice;
     int parent;                           /* -1: none                        */
     const char *word, *key;               /* where in it; may be NULL        */
@@ -11755,14 +11746,14 @@ struct origin {
 struct maker {
     struct schema *s;
     struct text *out;                     /* the patterns                    */
-    struct origin *origin;                  /* [MAX_RULES]                     */
+    struct origin *origin;                /* of each rule: [MAX_RULES]       */
     int n_rules;
     struct why *why;
     int code;                             /* DONE, until something is wrong  */
 };
 
 /* An open bracket or bar leads to the one around it, until the next of its own
- * is found. */
+ * is found.  In the end no step has a bar or ) behind it. */
 static void link_steps(const struct maker *m)
 {
     struct schema *s = m->s;
@@ -11794,6 +11785,9 @@ static void link_steps(const struct maker *m)
             open = c == '|' ? i : around;
         }
     }
+    for (int i = 0; i < (int)s->code.n - 1; i++)
+        while (strchr("|)", s->code.s[s->step[i].next]))
+            s->step[i].next = s->step[s->step[i].next].to;
 }
 
 /* How many levels more it takes from a step to the end of its rule, by what is
@@ -11810,8 +11804,9 @@ static int least_levels(const struct schema *s, int at)
         for (; code[at] != ')'; at = s->step[at].to)
             least = smaller(least, s->step[s->step[at].next].need);
         return least;
-    case '{': return smaller(next, s->step[to->next].need);
-    case '|': case ')': case '}': case '>': return to->need;
+    case '{': return p->least > 0 ? next :
+                     smaller(next, s->step[to->next].need);
+    case '|': case ')': case '>': return to->need;
     case '#': return s->word[p->to].need;
     case '@': return to->need >= MAX_LEVELS || next == NEVER ? NEVER :
                      to->need < next ? next : to->need + 1;
@@ -12127,13 +12122,13 @@ static int has_type(const struct json *v, int types)
 static void add_values(struct maker *m, const struct json *v, int at)
 {
     const struct json *list = json_get(v, "enum"), *one = json_get(v, "const");
-    const struct json *type = json_get(v, "type"), *x = one;
+    const struct json *type = json_get(v, "type");
+    const struct json *x = list ? list->first : one;
     const int types = type ? named_types(type) : IS_ALL, first = m->s->n_words;
 
     if (list && one)
         wrong(m, at, "enum", " does not go with \"const\"");
-    for (x = list ? list->first : x; x && m->code == DONE;
-         x = list ? x->next : NULL)
+    for (; x && m->code == DONE; x = list ? x->next : NULL)
         if (has_type(x, types))
             add_value(m, at, x, "", 0);
     if (m->s->n_words == first)
@@ -12713,15 +12708,6 @@ static void spell_tokens(struct engine *e)
     }
 }
 
-static void free_spelling(struct spelling *s)
-{
-    if (s) {
-        free(s->token);
-        free(s->fits);
-        free(s);
-    }
-}
-
 /* How many more characters fit into a string that is open here; or 0. */
 static int string_room(const struct guide *g)
 {
@@ -12921,5 +12907,9 @@ static int open_schema(struct engine *e)
 static void close_schema(struct engine *e)
 {
     pool_free(&e->pool);
-    free_spelling(e->spelling);
+    if (e->spelling) {
+        free(e->spelling->token);
+        free(e->spelling->fits);
+    }
+    free(e->spelling);
 }
