@@ -11916,11 +11916,9 @@ static void wrong(struct maker *m, int at, const char *key, const char *what)
 
 static const struct keyword *find_keyword(const char *key)
 {
-    const struct keyword *k = keywords + sizeof keywords / sizeof *keywords;
-
-    while (k-- > keywords)
-        if (find_word(k->names, ' ', key) >= 0)
-            return k;
+    for (size_t i = 0; i < sizeof keywords / sizeof *keywords; i++)
+        if (find_word(keywords[i].names, ' ', key) >= 0)
+            return &keywords[i];
     return NULL;
 }
 
@@ -12037,9 +12035,8 @@ static int rule_of(struct maker *m, const struct json *v, int at,
         if (m->origin[i].from == v && m->origin[i].as == VALUE &&
             m->origin[i].python == python)
             return i;
-    return add_rule(m, (struct origin){ .from = v, .whole = whole, .parent = at,
-                                      .python = python, .word = word,
-                                      .key = key });
+    return add_rule(m, (struct origin){ v, whole, VALUE, python, 0, at, word,
+                                        key, 0 });
 }
 
 /* Two bounds, as far as they are there. */
@@ -12340,7 +12337,7 @@ static void add_any_of(struct maker *m, const struct json *v, int at)
 {
     const struct json *list = json_get(v, "anyOf");
 
-    if (list->n_members == 0)
+    if (list->n_members == 0 || list->n_members > MAX_WORDS)
         wrong(m, at, "anyOf", ": expected an array of schemas");
     for (const struct json *x = list->first; x && m->code == DONE; x = x->next)
         add_format(m->out, ">%d;", rule_of(m, x, at, "anyOf", NULL));
