@@ -8058,11 +8058,10 @@ static int is_blank(uint32_t c)
 /* A string of JSON, or as Python's repr() has it but for some characters
  * without a picture.  Each byte that is no UTF-8 becomes a replacement
  * character. */
-static void add_quoted(struct text *t, const char *s, size_t n, int python)
+static void add_in_quotes(struct text *t, const char *s, size_t n, char quote,
+                          int python)
 {
     const char *const end = s + n;
-    const char quote = !python || (memchr(s, '\'', n) && !memchr(s, '"', n)) ?
-                       '"' : '\'';
     const char value[] = { quote, '\\', '\n', '\r', '\t', '\b', '\f' };
     const char name[] = { quote, '\\', 'n', 'r', 't', 'b', 'f' };
     uint32_t c;
@@ -8083,9 +8082,16 @@ static void add_quoted(struct text *t, const char *s, size_t n, int python)
     add(t, &quote, 1);
 }
 
+static void add_quoted(struct text *t, const char *s, size_t n, int python)
+{
+    const int is_double = !python || (memchr(s, '\'', n) && !memchr(s, '"', n));
+
+    add_in_quotes(t, s, n, is_double ? '"' : '\'', python);
+}
+
 static void add_json_string(struct text *t, const char *s, size_t n)
 {
-    add_quoted(t, s, n, 0);
+    add_in_quotes(t, s, n, '"', 0);
 }
 
 static void add_tree(struct text *t, const struct json *v, int python)
@@ -11286,12 +11292,11 @@ static int enter_sandbox(const struct settings *s)
 
 /* --------------------------------------------------- 24. Answers in a schema
  *
- * A JSON schema becomes rules, and a guide follows an answer byte by byte: it
- * knows which bytes may come next, and whether this may be the end.  It is a
- * stack of rules, each with its state; while alternatives look alike, there is
- * one for each.  What the model chooses is taken if it fits; otherwise it is
- * asked once more, of the tokens that do.  So every answer that ends is good,
- * and one that is cut is the beginning of a good one.
+ * A JSON schema becomes patterns, and a guide follows them as an answer comes,
+ * byte by byte: it knows which bytes may be next, and whether this may be the
+ * end.  What the model chooses is taken if it fits; otherwise it is asked once
+ * more, of the tokens that do.  So every answer that ends is good, and one that
+ * is cut is the beginning of a good one.
  *
  * Of all the ways to write a value, these are let through: members in the order
  * of the schema, no blanks but one behind a comma or a colon, no others than
@@ -11299,46 +11304,53 @@ static int enter_sandbox(const struct settings *s)
  * not known here is refused, not ignored.
  *
  * Calls are written in Python: [name(key="value", other=True)].  Their marks
- * are control tokens, which the rules know as the bytes 1 and 2. */
+ * are control tokens, which patterns know as the bytes 1 and 2.
+ *
+ * A pattern is text that means itself, but for
+ *
+ *     \x       x as it is             [azAZ]     a byte from a to z or A to Z
+ *     (a|b|c)  one of them            {2,5:a}    a, from two to five times
+ *     !x       no x may follow        #9;        word number 9, or one behind
+ *                                                it, each with what follows it
+ *     @7;      what rule 7 says       >7;        the same, and nothing more
+ *     .        the end of a rule */
 
 enum {
     MAX_RULES = 4096, MAX_LEVELS = 64, MAX_WAYS = 32, MAX_WORD = 4000,
-    MAX_WORDS = 8192, MAX_DIGITS = 18, MAX_WHOLE = 15, NEVER = 1 << 20,
+    MAX_WORDS = 8192, MAX_STEPS = 1 << 17, NEVER = 255,
     CALL_OPENS = 1, CALL_CLOSES = 2
 };
 
-/* A word of a rule: an alternative, a value, a key or a function, and the rule
- * for what follows it. */
-struct choice {
-    size_t from, n;                       /* of the schema's text            */
-    int rule;                             /* -1: none                        */
-    int is_required;                      /* no key behind it may come first */
+/* A value, a key or a function. */
+struct word {
+    size_t from, n;                       /* of the schema's words           */
+    int to, need;                         /* what follows it                 */
+    int is_last;                          /* no word behind it may come      */
 };
 
-struct rule {
-    enum { CHOICE_OF, WORD, STRING_OF, NUMBER_OF, LIST_OF, MAP_OF, RECORD } is;
-    int first, n;                         /* of the schema's choices         */
-    int child;                            /* of a list or a map              */
-    int min, max;                         /* characters or members; max 0 of
-                                             a number: a whole one           */
-    int levels;                           /* of the stack, that it takes     */
-    int python;
-    char open, close;
+/* What is known of a byte of the patterns with which something begins. */
+struct step {
+    int next;                             /* what stands behind it           */
+    int to;                               /* where else it leads; of ( and |
+                                             the next bar, or the end        */
+    int least, most;                      /* times                           */
+    int need;                             /* levels, to the end of its rule  */
 };
 
 struct schema {
-    struct rule *rule;
-    int n_rules, root;
-    struct choice *choice;
-    int n_choices;
-    struct text text;                     /* all words                       */
+    struct text code, words;
+    struct step *step;                    /* [code.n]                        */
+    struct word *word;
+    int n_words, root;
     int only_calls;                       /* anything else may be said       */
     int one_call;
 };
 
-struct level { uint16_t rule, state; int32_t at; };
+/* Where a rule is, and how often it has been through a loop, or how many bytes
+ * it has of which word. */
+struct level { int32_t at, n, word; };
 
-/* One way to understand the text so far. */
+/* One way to understand the text so far: rules, each within the one before. */
 struct way { int n; struct level level[MAX_LEVELS]; };
 
 struct guide {
@@ -11348,376 +11360,186 @@ struct guide {
     struct way way[MAX_WAYS];
 };
 
-/* ---- one byte
- *
- * A step says what a byte, or EOF, is to the rule on top: nothing that it can
- * take; a part of it, or the last; something behind its end; or something for
- * another rule, which goes on top. */
+/* ---- one byte */
 
-enum step { CANNOT, TAKEN, CLOSED, OVER, DEEPER };
-
-struct move { uint8_t from, least, most, to; };
-
-/* Where a byte leads from a state, or -1. */
-static int find_move(const struct move *m, int from, int c)
+static void copy_guide(struct guide *to, const struct guide *from)
 {
-    for (; m->most > 0; m++)
-        if (m->from == from && c >= m->least && c <= m->most)
-            return m->to;
-    return -1;
+    memcpy(to, from, offsetof(struct guide, way));
+    for (int i = 0; i < from->n; i++)
+        memcpy(&to->way[i], &from->way[i], offsetof(struct way, level) +
+               (size_t)from->way[i].n * sizeof *to->way->level);
 }
 
-/* Strings: UTF-8, and escapes, those of surrogates only in pairs. */
-enum {
-    QUOTE, BODY, ESCAPE, LOW_SLASH, LOW_U, MORE, MORE_2, MORE_3, E0, ED, F0, F4,
-    HEX_1, HEX_2, HEX_2D, HEX_3, HEX_4, HIGH_3, HIGH_4, LOW_1, LOW_2,
-    SINGLE = 32, LESS = 64                /* in '', or behind a <            */
+/* Byte c, or EOF, for a way.  Its level on top is followed apart from those
+ * below. */
+struct trial {
+    const struct schema *s;
+    struct guide *to;                     /* gets the ways that go on        */
+    int c;
+    struct level below[MAX_LEVELS];
 };
 
-static const struct move string_moves[] = {
-    { BODY, ' ', '[', BODY }, { BODY, ']', 0x7f, BODY },
-    { BODY, '\\', '\\', ESCAPE }, { BODY, 0xc2, 0xdf, MORE },
-    { BODY, 0xe0, 0xe0, E0 }, { BODY, 0xe1, 0xec, MORE_2 },
-    { BODY, 0xed, 0xed, ED }, { BODY, 0xee, 0xef, MORE_2 },
-    { BODY, 0xf0, 0xf0, F0 }, { BODY, 0xf1, 0xf3, MORE_3 },
-    { BODY, 0xf4, 0xf4, F4 }, { MORE, 0x80, 0xbf, BODY },
-    { MORE_2, 0x80, 0xbf, MORE }, { MORE_3, 0x80, 0xbf, MORE_2 },
-    { E0, 0xa0, 0xbf, MORE }, { ED, 0x80, 0x9f, MORE },
-    { F0, 0x90, 0xbf, MORE_2 }, { F4, 0x80, 0x8f, MORE_2 },
-    { ESCAPE, 'u', 'u', HEX_1 },
-    { HEX_1, '0', '9', HEX_2 }, { HEX_1, 'a', 'c', HEX_2 },
-    { HEX_1, 'd', 'd', HEX_2D }, { HEX_1, 'e', 'f', HEX_2 },
-    { HEX_2, '0', '9', HEX_3 }, { HEX_2, 'a', 'f', HEX_3 },
-    { HEX_2D, '0', '7', HEX_3 }, { HEX_2D, '8', '9', HIGH_3 },
-    { HEX_2D, 'a', 'b', HIGH_3 },
-    { HEX_3, '0', '9', HEX_4 }, { HEX_3, 'a', 'f', HEX_4 },
-    { HEX_4, '0', '9', BODY }, { HEX_4, 'a', 'f', BODY },
-    { HIGH_3, '0', '9', HIGH_4 }, { HIGH_3, 'a', 'f', HIGH_4 },
-    { HIGH_4, '0', '9', LOW_SLASH }, { HIGH_4, 'a', 'f', LOW_SLASH },
-    { LOW_SLASH, '\\', '\\', LOW_U }, { LOW_U, 'u', 'u', LOW_1 },
-    { LOW_1, 'd', 'd', LOW_2 }, { LOW_2, 'c', 'f', HEX_3 }, { 0 }
-};
-
-/* In a call no string may contain "<|", which begins the mark at its end. */
-static enum step step_string(const struct rule *r, struct level *l, int c)
+/* Keep the way with `top` on n levels, unless it is there already.  When there
+ * is no room, it is given up; the others still end well. */
+static void keep_way(const struct trial *t, int n, struct level top)
 {
-    const int single = l->state & SINGLE, state = l->state & (SINGLE - 1);
-    int to;
+    struct guide *to = t->to;
+    struct way *w = &to->way[to->n];
 
-    if (state == QUOTE) {
-        l->state = (uint16_t)(c == '\'' ? BODY | SINGLE : BODY);
-        return c == '"' || (c == '\'' && r->python) ? TAKEN : CANNOT;
+    if (to->n == MAX_WAYS)
+        return;
+    while (n > 0 && t->s->code.s[top.at] == '.')
+        top = t->below[--n];
+    if (t->s->code.s[top.at] == '}')
+        top.at = t->s->step[top.at].to;
+    w->n = n + 1;
+    memcpy(w->level, t->below, (size_t)n * sizeof top);
+    w->level[n] = top;
+    for (int i = 0; i < to->n; i++)
+        if (to->way[i].n == w->n && memcmp(to->way[i].level, w->level,
+                                           (size_t)w->n * sizeof top) == 0)
+            return;
+    to->n++;
+}
+
+/* Of the words from `at` on, the first that begins with so many bytes of word
+ * `at` and then has c; or -1.  EOF: the first that ends there. */
+static int find_next(const struct schema *s, int levels, int at, size_t n,
+                     int c)
+{
+    const char *const like = s->words.s + s->word[at].from;
+
+    for (;; at++) {
+        const struct word *w = &s->word[at];
+        const char *word = s->words.s + w->from;
+        if ((c == EOF ? w->n == n : w->n > n && (unsigned char)word[n] == c) &&
+            levels + s->step[w->to].need < MAX_LEVELS &&
+            memcmp(word, like, n) == 0)
+            return at;
+        if (w->is_last)
+            return -1;
     }
-    if (state == BODY && c == (single ? '\'' : '"'))
-        return l->at >= r->min ? CLOSED : CANNOT;
-    if ((state == BODY && l->at >= r->max) || ((l->state & LESS) && c == '|'))
-        return CANNOT;
-    if (state == ESCAPE && c > 0 && strchr("\"\\bfnrt", c))
-        to = BODY;
-    else if (state == ESCAPE && c == (r->python ? '\'' : '/'))
-        to = BODY;
-    else
-        to = find_move(string_moves, state,
-                       state >= HEX_1 && c > 0 ? tolower(c) : c);
-    if (to < 0)
-        return CANNOT;
-    l->at += state == BODY && (l->at < r->min || r->max < INT_MAX);
-    l->state = (uint16_t)(to | single | (r->python && state == BODY &&
-                                         c == '<' ? LESS : 0));
-    return TAKEN;
 }
 
-enum { BEGIN, MINUS, ZERO, DIGITS, POINT, FRACTION, EXPONENT, SIGN, POWER,
-       POWER_2 };
+static int follow_way(struct trial *t, int n, struct level l);
 
-static const struct move number_moves[] = {
-    { BEGIN, '-', '-', MINUS }, { BEGIN, '0', '0', ZERO },
-    { BEGIN, '1', '9', DIGITS }, { MINUS, '0', '0', ZERO },
-    { MINUS, '1', '9', DIGITS }, { DIGITS, '0', '9', DIGITS },
-    { ZERO, '.', '.', POINT }, { DIGITS, '.', '.', POINT },
-    { POINT, '0', '9', FRACTION }, { FRACTION, '0', '9', FRACTION },
-    { ZERO, 'e', 'e', EXPONENT }, { DIGITS, 'e', 'e', EXPONENT },
-    { FRACTION, 'e', 'e', EXPONENT }, { EXPONENT, '+', '+', SIGN },
-    { EXPONENT, '-', '-', SIGN }, { EXPONENT, '0', '9', POWER },
-    { SIGN, '0', '9', POWER }, { POWER, '0', '9', POWER_2 }, { 0 }
-};
-
-static enum step step_number(const struct rule *r, struct level *l, int c)
+/* A word may be over, or another that begins like it goes on. */
+static int follow_word(struct trial *t, int n, struct level l)
 {
-    static const int is_number = 1 << ZERO | 1 << DIGITS | 1 << FRACTION |
-                                 1 << POWER | 1 << POWER_2;
-    const int to = find_move(number_moves, l->state, c == 'E' ? 'e' : c);
-    const int longest = r->max == 0 ? MAX_WHOLE : MAX_DIGITS;
+    const int at = l.n > 0 ? l.word : t->s->step[l.at].to;
+    const int over = find_next(t->s, n, at, (size_t)l.n, EOF);
+    const int more = t->c == EOF ? -1 :
+                     find_next(t->s, n, at, (size_t)l.n, t->c);
 
-    if (to < 0 || (to == l->state && l->at == longest) ||
-        (r->max == 0 && to >= POINT))
-        return is_number >> l->state & 1 ? OVER : CANNOT;
-    l->at = to == l->state ? l->at + 1 : 1;
-    l->state = (uint16_t)to;
-    return TAKEN;
+    if (more >= 0)
+        keep_way(t, n, (struct level){ l.at, l.n + 1, more });
+    return (over >= 0 &&
+            follow_way(t, n, (struct level){ t->s->word[over].to, 0, 0 })) ||
+           more >= 0;
 }
 
-/* Is there room on the stack for this rule, if it is one? */
-static int has_room(const struct schema *s, const struct way *w, int rule)
+/* Does the byte fit a step that takes one? */
+static int takes(const struct schema *s, int at, int c)
 {
-    return rule < 0 || w->n + s->rule[rule].levels <= MAX_LEVELS;
-}
+    const unsigned char *p = (const unsigned char *)s->code.s + at;
 
-/* Of the choices from `at` on, the first that begins with so many bytes of
- * number `at` and then has c; or -1.  EOF: the first that ends there. */
-static int find_choice(const struct schema *s, const struct rule *r,
-                       const struct way *w, int at, size_t n, int c)
-{
-    const struct choice *all = s->choice + r->first;
-
-    for (int i = at; i < r->n; i++) {
-        const char *word = s->text.s + all[i].from;
-        if ((c == EOF ? all[i].n == n : all[i].n > n &&
-             (unsigned char)word[n] == c) && has_room(s, w, all[i].rule) &&
-            memcmp(word, s->text.s + all[at].from, n) == 0)
-            return i;
-        if (all[i].is_required)
-            break;
-    }
-    return -1;
-}
-
-/* One word may begin with another, so going on is tried before the end. */
-static enum step step_word(const struct schema *s, const struct way *w,
-                           struct level *l, int c, int *child)
-{
-    const struct rule *r = &s->rule[l->rule];
-    int at;
-
-    if (l->state == UINT16_MAX)
-        return OVER;
-    at = c == EOF ? -1 : find_choice(s, r, w, l->at, l->state, c);
-    if (at >= 0) {
-        l->at = at;
-        l->state++;
-        return TAKEN;
-    }
-    at = find_choice(s, r, w, l->at, l->state, EOF);
-    if (at < 0)
-        return CANNOT;
-    *child = s->choice[r->first + at].rule;
-    l->state = UINT16_MAX;
-    return *child < 0 ? OVER : DEEPER;
-}
-
-/* What has brackets and commas: a list, a map whose keys are any strings, or a
- * record of known keys. */
-enum { AT_OPEN, AT_FIRST, AT_NEXT, BEHIND_BLANK, AT_COLON, AT_VALUE,
-       BEFORE_VALUE, AFTER_VALUE, IN_KEY };
-
-/* May the bracket be closed, or another member follow? */
-static int may_close(const struct schema *s, const struct rule *r, int at)
-{
-    for (; r->is == RECORD && at < r->n; at++)
-        if (s->choice[r->first + at].is_required)
-            return 0;
-    return r->is == RECORD || at >= r->min;
-}
-
-static int may_go_on(const struct schema *s, const struct rule *r,
-                     const struct way *w, int at)
-{
-    const struct choice *c = s->choice + r->first + at;
-
-    if (r->is != RECORD)
-        return at < r->max && has_room(s, w, r->child);
-    for (; at < r->n; at++, c++)
-        if (has_room(s, w, c->rule))
+    if (*p != '[')
+        return c == p[*p == '\\'];
+    for (p++; *p != ']'; p += 2)
+        if (c >= p[0] && c <= p[1])
             return 1;
-        else if (c->is_required)
-            break;
     return 0;
 }
 
-/* Byte n of a key.  The only argument, if it has no name, has an empty key. */
-static enum step step_key(const struct schema *s, const struct way *w,
-                          struct level *l, size_t n, int c, int *child)
+/* Follow a way to all steps that take the byte.  Returns whether there are any,
+ * or for EOF, whether this may be the end. */
+static int follow_way(struct trial *t, int n, struct level l)
 {
-    const struct rule *r = &s->rule[l->rule];
-    const struct choice *all = s->choice + r->first;
-    int at;
+    const char *const code = t->s->code.s;
+    const struct step *const step = t->s->step;
+    int found = 0;
 
-    if (l->at < r->n && all[l->at].n == 0) {
-        *child = all[l->at++].rule;
-        l->state = AFTER_VALUE;
-        return DEEPER;
-    }
-    at = find_choice(s, r, w, l->at, n, c);
-    if (at < 0)
-        return CANNOT;
-    l->at = at;
-    l->state = (uint16_t)(n + 1 == all[at].n ? AT_VALUE : IN_KEY + n + 1);
-    return TAKEN;
-}
-
-static enum step begin_member(const struct schema *s, const struct way *w,
-                              struct level *l, int c, int *child)
-{
-    const struct rule *r = &s->rule[l->rule];
-
-    if (r->is == RECORD)
-        return step_key(s, w, l, 0, c, child);
-    if (l->at >= r->max || !has_room(s, w, r->child))
-        return CANNOT;
-    l->at += l->at < r->min || r->max < INT_MAX;
-    l->state = r->is == LIST_OF ? AFTER_VALUE : AT_COLON;
-    *child = r->is == LIST_OF ? r->child : r->first;
-    return DEEPER;
-}
-
-/* In Python each key is there twice, once for each kind of quotes. */
-static enum step begin_value(const struct schema *s, struct level *l,
-                             int *child)
-{
-    const struct rule *r = &s->rule[l->rule];
-    const int twice = r->python && r->open == '{';
-
-    *child = r->is == RECORD ? s->choice[r->first + l->at].rule : r->child;
-    if (r->is == RECORD)
-        l->at = twice ? l->at / 2 * 2 + 2 : l->at + 1;
-    l->state = AFTER_VALUE;
-    return DEEPER;
-}
-
-static enum step step_members(const struct schema *s, const struct way *w,
-                              struct level *l, int c, int *child)
-{
-    const struct rule *r = &s->rule[l->rule];
-    const int state = l->state;
-
-    if (state == AT_OPEN || state == AT_COLON) {
-        l->state++;
-        return c == (state == AT_OPEN ? r->open : ':') ? TAKEN : CANNOT;
-    }
-    if (c == ' ' && (state == AT_NEXT || state == AT_VALUE)) {
-        l->state++;
-        return TAKEN;
-    }
-    if (state == AT_VALUE || state == BEFORE_VALUE)
-        return begin_value(s, l, child);
-    if ((state == AT_FIRST || state == AFTER_VALUE) && c == r->close)
-        return may_close(s, r, l->at) ? CLOSED : CANNOT;
-    if (state == AFTER_VALUE) {
-        l->state = AT_NEXT;
-        return c == ',' && may_go_on(s, r, w, l->at) ? TAKEN : CANNOT;
-    }
-    return state < IN_KEY ? begin_member(s, w, l, c, child) :
-           step_key(s, w, l, (size_t)state - IN_KEY, c, child);
-}
-
-static enum step step(const struct schema *s, const struct way *w,
-                      struct level *l, int c, int *child)
-{
-    const struct rule *r = &s->rule[l->rule];
-
-    return r->is == STRING_OF ? step_string(r, l, c) :
-           r->is == NUMBER_OF ? step_number(r, l, c) :
-           r->is == WORD ? step_word(s, w, l, c, child) :
-           step_members(s, w, l, c, child);
-}
-
-/* ---- all ways */
-
-static void copy_way(struct way *to, const struct way *from)
-{
-    to->n = from->n;
-    memcpy(to->level, from->level, (size_t)from->n * sizeof *to->level);
-}
-
-/* Add a way, unless it is there already.  When there is no room, it is given
- * up; the others still end well. */
-static void keep_way(struct guide *to, const struct way *w)
-{
-    for (int i = 0; i < to->n; i++)
-        if (to->way[i].n == w->n &&
-            memcmp(to->way[i].level, w->level,
-                   (size_t)w->n * sizeof *w->level) == 0)
-            return;
-    if (to->n < MAX_WAYS)
-        copy_way(&to->way[to->n++], w);
-}
-
-static void enter(struct guide *to, const struct way *w, int rule, int c);
-
-/* Give a way its next byte; w changes.  The ways that result go to `to`. */
-static void try_byte(struct guide *to, struct way *w, int c)
-{
-    int child = 0;
-
-    while (w->n > 0)
-        switch (step(to->s, w, &w->level[w->n - 1], c, &child)) {
-        case CANNOT:
-            return;
-        case DEEPER:
-            enter(to, w, child, c);
-            return;
-        case OVER:
-            w->n--;
+    for (;;) {
+        const struct step *p = &step[l.at];
+        if (n + p->need >= MAX_LEVELS)
+            return found;
+        switch (code[l.at]) {
+        case '(':
+            for (int i = l.at; code[i] != ')'; i = step[i].to)
+                found |= follow_way(t, n, (struct level){ step[i].next, l.n,
+                                                          0 });
+            return found;
+        case '{':
+            if (l.n >= p->least)
+                found |= follow_way(t, n, (struct level){ step[p->to].next, 0,
+                                                          0 });
+            if (l.n >= p->most)
+                return found;
+            l.n += l.n < p->least || p->most < INT_MAX;
+            l.at = p->next;
             break;
-        case CLOSED:
-            w->n--;
-            keep_way(to, w);
-            return;
+        case '|': case ')': case '}': case '>':
+            l.at = p->to;
+            break;
+        case '!':
+            if (t->c == code[l.at + 1])
+                return found;
+            l.at = p->next;
+            break;
+        case '@':
+            t->below[n++] = (struct level){ p->next, l.n, 0 };
+            l = (struct level){ p->to, 0, 0 };
+            break;
+        case '#':
+            return follow_word(t, n, l) | found;
+        case '.':
+            if (n == 0)
+                return found | (t->c == EOF);
+            l = t->below[n - 1];
+            found |= follow_way(t, n - 1, l);
+            t->below[n - 1] = l;
+            return found;
         default:
-            keep_way(to, w);
-            return;
+            if (!takes(t->s, l.at, t->c))
+                return found;
+            keep_way(t, n, (struct level){ p->next, l.n, 0 });
+            return 1;
         }
+    }
 }
 
-/* Begin with this rule, or with each of its alternatives. */
-static void enter(struct guide *to, const struct way *w, int rule, int c)
+static int try_byte(const struct guide *from, struct guide *to, int c)
 {
-    const struct rule *r = &to->s->rule[rule];
-    struct way more;
+    struct trial t;
+    int found = 0;
 
-    for (int i = 0; i < (r->is == CHOICE_OF ? r->n : 1); i++) {
-        const int one = r->is == CHOICE_OF ?
-                        to->s->choice[r->first + i].rule : rule;
-        if (!has_room(to->s, w, one))
-            continue;
-        copy_way(&more, w);
-        more.level[more.n++] = (struct level){ (uint16_t)one, 0, 0 };
-        try_byte(to, &more, c);
+    t.s = from->s;
+    t.to = to;
+    t.c = c;
+    if (!from->has_begun)
+        return follow_way(&t, 0, (struct level){ t.s->root, 0, 0 });
+    for (int i = 0; i < from->n; i++) {
+        const struct way *w = &from->way[i];
+        memcpy(t.below, w->level, (size_t)w->n * sizeof *w->level);
+        found |= follow_way(&t, w->n - 1, w->level[w->n - 1]);
     }
+    return found;
 }
 
 /* The ways that are left after one more byte.  Returns whether any is. */
 static int guide_byte(const struct guide *from, struct guide *to, int c)
 {
-    struct way w = { 0 };
-
     to->s = from->s;
     to->has_begun = 1;
     to->in_call = from->has_begun ? from->in_call : c == CALL_OPENS;
     to->n = 0;
-    if (!from->has_begun)
-        enter(to, &w, from->s->root, c);
-    for (int i = 0; from->has_begun && i < from->n; i++) {
-        copy_way(&w, &from->way[i]);
-        try_byte(to, &w, c);
-    }
-    return to->n > 0;
+    return try_byte(from, to, c);
 }
 
 /* May the answer end here? */
 static int guide_may_end(const struct guide *g)
 {
-    struct way w;
-    int child, ends = 0;
-
-    for (int i = 0; g->has_begun && i < g->n && !ends; i++) {
-        copy_way(&w, &g->way[i]);
-        while (w.n > 0 && step(g->s, &w, &w.level[w.n - 1], EOF, &child) ==
-               OVER)
-            w.n--;
-        ends = w.n == 0;
-    }
-    return ends;
+    return try_byte(g, NULL, EOF);
 }
 
 /* Must the answer end here? */
@@ -11731,28 +11553,135 @@ static int guide_is_done(const struct guide *g)
     return c == 256;
 }
 
-/* ---- from a schema to rules
+/* ---- what leads where */
+
+/* What a schema is made from: for each rule a schema, within a whole one. */
+struct origin {
+    const struct json *from, *whole;      /* from: NULL if there is none     */
+    enum { VALUE, STRICT, LOOSE } as;     /* the others: arguments           */
+    int python, is_choice;
+    int parent;                           /* -1: none                        */
+    const char *word, *key;               /* where in it; may be NULL        */
+    int start;                            /* of its pattern                  */
+};
+
+struct maker {
+    struct schema *s;
+    struct text *out;                     /* the patterns                    */
+    struct origin *origin;                /* of each rule: [MAX_RULES]       */
+    int n_rules;
+    struct why *why;
+    int code;                             /* DONE, until something is wrong  */
+};
+
+/* An open bracket or bar leads to the one around it, until the next of its own
+ * is found.  In the end no step has a bar or ) behind it. */
+static void link_steps(const struct maker *m)
+{
+    struct schema *s = m->s;
+    int open = -1;
+
+    s->step = zeroed(s->code.n, sizeof *s->step);
+    for (int i = 0; i < (int)s->code.n; i = s->step[i].next) {
+        const char c = s->code.s[i];
+        char *end = s->code.s + i + 1;
+        struct step *p = &s->step[i];
+        p->need = NEVER;
+        if (strchr("@>#{", c)) {
+            p->to = p->least = (int)strtol(end, &end, 10);
+            if (c == '{')
+                p->most = (int)strtol(end + 1, &end, 10);
+            if (c == '@' || c == '>')
+                p->to = m->origin[p->to].start;
+        }
+        while (c == '[' && *end != ']')
+            end += 2;
+        p->next = (int)(end - s->code.s) + !!strchr("@>#{[\\!", c);
+        if (c == '(' || c == '{') {
+            p->to = open;
+            open = i;
+        } else if (c == '|' || c == ')' || c == '}') {
+            const int around = s->step[open].to;
+            s->step[open].to = i;
+            p->to = c == '|' ? around : c == ')' ? p->next : open;
+            open = c == '|' ? i : around;
+        }
+    }
+    for (int i = 0; i < (int)s->code.n - 1; i++)
+        while (strchr("|)", s->code.s[s->step[i].next]))
+            s->step[i].next = s->step[s->step[i].next].to;
+}
+
+/* How many levels more it takes from a step to the end of its rule, by what is
+ * known of others. */
+static int least_levels(const struct schema *s, int at)
+{
+    const char *const code = s->code.s;
+    const struct step *p = &s->step[at], *to = &s->step[p->to];
+    const int next = code[at] == '.' ? 0 : s->step[p->next].need;
+    int least = NEVER;
+
+    switch (code[at]) {
+    case '(':
+        for (; code[at] != ')'; at = s->step[at].to)
+            least = smaller(least, s->step[s->step[at].next].need);
+        return least;
+    case '{': return p->least > 0 ? next :
+                     smaller(next, s->step[to->next].need);
+    case '|': case ')': case '>': return to->need;
+    case '#': return s->word[p->to].need;
+    case '@': return to->need >= MAX_LEVELS || next == NEVER ? NEVER :
+                     to->need < next ? next : to->need + 1;
+    default: return next;
+    }
+}
+
+/* Count until nothing changes: a rule that always contains itself stays at
+ * NEVER. */
+static void count_levels(struct schema *s)
+{
+    for (int changed = 1; changed;) {
+        changed = 0;
+        for (int i = s->n_words; i-- > 0;)
+            s->word[i].need = smaller(s->step[s->word[i].to].need,
+                                      s->word[i].is_last ? NEVER :
+                                      s->word[i + 1].need);
+        for (int i = (int)s->code.n; i-- > 0;) {
+            const int n = s->step[i].next ? least_levels(s, i) : 0;
+            changed |= n != s->step[i].need;
+            s->step[i].need = n;
+        }
+    }
+}
+
+/* ---- from a schema to patterns
  *
- * A rule is made empty, and filled when its turn comes; so those that a schema
- * names again and again, or within themselves, are made once. */
+ * A rule is made when its turn comes; so those that a schema names again and
+ * again, or within themselves, are made once. */
 
 enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
        IS_STRING = 16, IS_ARRAY = 32, IS_OBJECT = 64, IS_ALL = 127,
-       VALUES = 128, ANY_OF = 256, REF = 512, ARGS = 1024, LOOSE = 2048,
-       MADE = 4096, NOTE = -1 };
+       VALUES = 128, ANY_OF = 256, REF = 512, NOTE = -1 };
 
 static const char type_list[] =
     ": expected null boolean integer number string array object";
 static const char *const type_names = type_list + 11;
 
-/* What keywords are about; a NOTE changes nothing. */
-static const struct { const char *names; int of; } keywords[] = {
+/* What keywords are about, and their type; a NOTE changes nothing. */
+static const struct keyword {
+    const char *names;
+    int of, type;
+    const char *expected;                 /* NULL: of any type               */
+} keywords[] = {
     { "title description default examples deprecated readOnly writeOnly "
       "$schema $id $comment $defs definitions", NOTE },
-    { "type", IS_ALL | VALUES }, { "enum const", VALUES }, { "anyOf", ANY_OF },
-    { "$ref", REF }, { "properties required additionalProperties", IS_OBJECT },
-    { "items minItems maxItems", IS_ARRAY },
-    { "minLength maxLength", IS_STRING },
+    { "type", IS_ALL | VALUES }, { "const", VALUES }, { "$ref", REF },
+    { "enum", VALUES, JSON_ARRAY, ": expected an array" },
+    { "anyOf", ANY_OF, JSON_ARRAY, ": expected an array of schemas" },
+    { "properties", IS_OBJECT, JSON_OBJECT, ": expected an object" },
+    { "required", IS_OBJECT, JSON_ARRAY, ": expected an array" },
+    { "additionalProperties", IS_OBJECT }, { "items", IS_ARRAY },
+    { "minItems maxItems", IS_ARRAY }, { "minLength maxLength", IS_STRING },
 };
 
 static struct json object_type = { .type = JSON_STRING, .s = "object", .n = 6,
@@ -11761,20 +11690,31 @@ static const struct json anything = { .type = JSON_OBJECT };
 static const struct json any_object = { .type = JSON_OBJECT, .n_members = 1,
                                         .first = &object_type };
 
-/* What a rule is made from: a schema or one type of it, within a whole one. */
-struct origin {
-    const struct json *from, *whole;
-    int types;                            /* 0: all that it says             */
-    int parent;                           /* -1: none                        */
-    const char *word, *key;               /* where in it; key may be NULL    */
+/* Rules that are always there; a letter is UTF-8 or an escape, those of
+ * surrogates only in pairs.  In a call no string may contain "<|", which begins
+ * the mark at its end. */
+enum { ROOT, LETTER_OF_ANY, LETTER, DOUBLE, SINGLE, JSON_KEY, PYTHON_KEY };
+
+#define MORE  "[\x80\xbf]"
+#define HEX_2 "[09afAF][09afAF]"
+
+static const char *const fixed[] = {
+    [ROOT] = "", [LETTER_OF_ANY] =
+    "([\xc2\xdf]" MORE "|([\xe0\xe0][\xa0\xbf]|[\xe1\xec\xee\xef]" MORE
+    "|[\xed\xed][\x80\x9f]|([\xf0\xf0][\x90\xbf]|[\xf1\xf3]" MORE
+    "|[\xf4\xf4][\x80\x8f])" MORE ")" MORE "|\\\\([\"\"\\\\bbffnnrrtt]"
+    "|u([09acefACEF][09afAF]" HEX_2 "|[ddDD]([07]" HEX_2
+    "|[89abAB]" HEX_2 "\\\\u[ddDD][cfCF]" HEX_2 "))))",
+    [LETTER] = "([ !#[^\x7f]|]|>1;|\\\\/)",
+    [DOUBLE] = "([ !#;=[^\x7f]|]|<!||>1;|\\\\')",
+    [SINGLE] = "([ &(;=[^\x7f]|]|<!||>1;|\\\\')",
+    [JSON_KEY] = "\"{0,2147483647:@2;}\"",
+    [PYTHON_KEY] = "(\"{0,2147483647:@3;}\"|'{0,2147483647:@4;}')"
 };
 
-struct maker {
-    struct schema *s;
-    struct origin *origin;                /* [n_rules]                       */
-    struct why *why;
-    int python;
-};
+/* The first reason counts. */
+#define refuse(m, ...) ((m)->code = (m)->code != DONE ? (m)->code : \
+                        because((m)->why, USAGE, __VA_ARGS__))
 
 /* " at properties.name" */
 static struct phrase place(const struct maker *m, int rule)
@@ -11782,27 +11722,26 @@ static struct phrase place(const struct maker *m, int rule)
     struct phrase path = phrase("%s", "");
 
     for (; rule >= 0; rule = m->origin[rule].parent) {
-        const struct origin *o = &m->origin[rule];
-        if (o->word)
-            path = phrase("%.30s%s%.40s%s%.50s", o->word, o->key ? "." : "",
-                          o->key ? o->key : "", path.s[0] ? "." : "", path.s);
+        const struct origin *p = &m->origin[rule];
+        if (p->word)
+            path = phrase("%.30s%s%.40s%s%.50s", p->word, p->key ? "." : "",
+                          p->key ? p->key : "", path.s[0] ? "." : "", path.s);
     }
     return path.s[0] ? phrase(" at %.120s", path.s) : path;
 }
 
 /* Something about a keyword, or what it is the value of. */
-static int wrong(const struct maker *m, int at, const char *key,
-                 const char *what)
+static void wrong(struct maker *m, int at, const char *key, const char *what)
 {
-    return because(m->why, USAGE, "\"%.60s\"%s%s", key, place(m, at).s, what);
+    refuse(m, "\"%.60s\"%s%s", key, place(m, at).s, what);
 }
 
-static int find_keyword(const char *key)
+static const struct keyword *find_keyword(const char *key)
 {
     for (size_t i = 0; i < sizeof keywords / sizeof *keywords; i++)
         if (find_word(keywords[i].names, ' ', key) >= 0)
-            return keywords[i].of;
-    return 0;
+            return &keywords[i];
+    return NULL;
 }
 
 /* The types that "type" names, or 0. */
@@ -11833,8 +11772,8 @@ static int kind_of(const struct json *v)
     if (json_get(v, "type"))
         return named_types(json_get(v, "type"));
     for (const struct json *x = v->first; x; x = x->next)
-        if (find_keyword(x->key) != NOTE)
-            types |= find_keyword(x->key) & IS_ALL;
+        if (find_keyword(x->key) && find_keyword(x->key)->of != NOTE)
+            types |= find_keyword(x->key)->of & IS_ALL;
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
@@ -11850,54 +11789,20 @@ static int is_far_bound(const struct json *x)
 }
 
 /* All keywords must be known here, and go together. */
-static int check_keywords(struct maker *m, const struct json *v, int kind,
-                          int at)
+static void check_keywords(struct maker *m, const struct json *v, int kind,
+                           int at)
 {
-    for (const struct json *x = v->first; x; x = x->next)
+    for (const struct json *x = v->first; x; x = x->next) {
+        const struct keyword *k = find_keyword(x->key);
         if (kind == IS_INTEGER && is_far_bound(x))
             continue;
-        else if (find_keyword(x->key) == 0)
-            return wrong(m, at, x->key, " is not known here");
-        else if (!(find_keyword(x->key) & kind))
-            return wrong(m, at, x->key, " does not go with the rest there");
-    return DONE;
-}
-
-/* Room for n, from s->rule[rule].first on. */
-static int add_choices(struct maker *m, int rule, int n)
-{
-    struct schema *s = m->s;
-
-    if (n > MAX_WORDS - s->n_choices)
-        return because(m->why, USAGE, "a schema of more than %d words",
-                       MAX_WORDS);
-    s->choice = resize(s->choice, (size_t)(s->n_choices + n) *
-                                  sizeof *s->choice);
-    for (int i = 0; i < n; i++)
-        s->choice[s->n_choices + i] = (struct choice){ .rule = -1 };
-    s->rule[rule].first = s->n_choices;
-    s->rule[rule].n = n;
-    s->n_choices += n;
-    return DONE;
-}
-
-static int add_rule(struct maker *m, const struct origin *from, int *out)
-{
-    struct schema *s = m->s;
-    const size_t n = (size_t)s->n_rules;
-
-    if (n == MAX_RULES)
-        return because(m->why, USAGE, "a schema of more than %d parts",
-                       MAX_RULES);
-    if ((n & (n - 1)) == 0) {
-        s->rule = resize(s->rule, (n ? 2 * n : 1) * sizeof *s->rule);
-        m->origin = resize(m->origin, (n ? 2 * n : 1) * sizeof *m->origin);
+        if (!k)
+            wrong(m, at, x->key, " is not known here");
+        else if (!(k->of & kind))
+            wrong(m, at, x->key, " does not go with the rest there");
+        else if (k->expected && x->type != k->type)
+            wrong(m, at, x->key, k->expected);
     }
-    s->rule[n] = (struct rule){ .max = INT_MAX, .child = -1, .levels = NEVER,
-                                .python = m->python };
-    m->origin[n] = *from;
-    *out = s->n_rules++;
-    return DONE;
 }
 
 /* What "#/$defs/name" means in a whole schema, or NULL. */
@@ -11923,158 +11828,158 @@ static const struct json *follow_ref(const struct json *whole, const char *ref)
     return *ref ? NULL : whole;
 }
 
+static int add_rule(struct maker *m, struct origin p)
+{
+    if (m->n_rules == MAX_RULES) {
+        refuse(m, "a schema of more than %d parts", MAX_RULES);
+        return ROOT;
+    }
+    m->origin[m->n_rules] = p;
+    return m->n_rules++;
+}
+
 /* The rule for a schema within the one of rule `at`, or for what it refers
  * to. */
 static int rule_of(struct maker *m, const struct json *v, int at,
-                   const char *word, const char *key, int *out)
+                   const char *word, const char *key)
 {
-    const struct json *whole = m->origin[at].whole;
-    struct origin o = { v, whole, 0, at, word, key };
+    const struct json *ref, *whole = m->origin[at].whole;
+    const int python = m->origin[at].python;
 
-    for (int hops = 0; json_get(o.from, "$ref"); hops++) {
-        const struct json *ref = json_get(o.from, "$ref");
-        if (check_keywords(m, o.from, REF, at) != DONE)
-            return USAGE;
-        o.from = json_text(ref) && hops < 64 ? follow_ref(whole, ref->s) : NULL;
-        if (!o.from)
-            return wrong(m, at, "$ref", phrase(" leads nowhere: %.60s",
-                         json_text(ref) ? ref->s : "no text").s);
+    for (int hops = 0; v && (ref = json_get(v, "$ref")); hops++) {
+        check_keywords(m, v, REF, at);
+        v = json_text(ref) && hops < 64 ? follow_ref(whole, ref->s) : NULL;
+        if (!v)
+            wrong(m, at, "$ref", phrase(" leads nowhere: %.60s",
+                  json_text(ref) ? ref->s : "no text").s);
     }
-    for (int i = 0; i < m->s->n_rules; i++)
-        if (m->origin[i].from == o.from && m->origin[i].types == 0 &&
-            m->s->rule[i].python == m->python) {
-            *out = i;
-            return DONE;
-        }
-    return add_rule(m, &o, out);
+    for (int i = 0; i < m->n_rules; i++)
+        if (m->origin[i].from == v && m->origin[i].as == VALUE &&
+            m->origin[i].python == python)
+            return i;
+    return add_rule(m, (struct origin){ v, whole, VALUE, python, 0, at, word,
+                                        key, 0 });
 }
 
-/* A number that is a bound, if it is there. */
-static int read_bound(struct maker *m, const struct json *v, const char *key,
-                      int at, int *out)
+/* Two bounds, as far as they are there. */
+static void read_bounds(struct maker *m, const struct json *v, int at,
+                        const char *least, const char *most, int out[2])
 {
-    const struct json *x = json_get(v, key);
-    long long n = *out;
+    const char *const key[] = { least, most };
 
-    if (x && json_int(x, 0, INT_MAX, &n) != 0)
-        return wrong(m, at, key, ": expected a whole number");
-    *out = (int)n;
-    return DONE;
-}
-
-static int read_bounds(struct maker *m, const struct json *v, const char *least,
-                       const char *most, int at)
-{
-    struct rule *r = &m->s->rule[at];
-
-    if (read_bound(m, v, least, at, &r->min) != DONE ||
-        read_bound(m, v, most, at, &r->max) != DONE)
-        return USAGE;
-    return r->min <= r->max ? DONE :
-           wrong(m, at, least, phrase(" is more than \"%s\"", most).s);
+    for (int i = 0; i < 2; i++) {
+        const struct json *x = json_get(v, key[i]);
+        long long n = i ? INT_MAX : 0;
+        if (x && json_int(x, 0, INT_MAX, &n) != 0)
+            wrong(m, at, key[i], ": expected a whole number");
+        out[i] = (int)n;
+    }
+    if (out[0] > out[1])
+        wrong(m, at, least, phrase(" is more than \"%s\"", most).s);
 }
 
 /* ---- words */
 
-/* Put text[from..] into a choice. */
-static int end_word(struct maker *m, struct choice *c, size_t from, int at)
+/* The schema's words from there on become one more. */
+static void add_word(struct maker *m, int at, size_t from, int is_last)
 {
-    c->from = from;
-    c->n = m->s->text.n - from;
-    return c->n <= MAX_WORD ? DONE :
-           because(m->why, USAGE, "a word%s of %zu bytes, expected at most %d",
-                   place(m, at).s, c->n, MAX_WORD);
-}
+    struct schema *s = m->s;
+    const int n = s->n_words;
+    const struct word w = { from, s->words.n - from, 0, NEVER, is_last };
 
-/* A string of JSON, text[from..end), once more in single quotes. */
-static void add_single(struct text *t, size_t from, size_t end)
-{
-    add_string(t, "'");
-    for (size_t i = from + 1; i + 1 < end; i++) {
-        const char two[2] = { t->s[i], t->s[i + 1] };
-        if (two[0] == '\'')
-            add_string(t, "\\'");
-        else if (two[0] != '\\' || two[1] == '"')
-            add(t, two + (two[0] == '\\'), 1);
-        else
-            add(t, two, 2);
-        i += two[0] == '\\';
+    if (w.n > MAX_WORD)
+        refuse(m, "a word%s of %zu bytes, expected at most %d", place(m, at).s,
+               w.n, MAX_WORD);
+    if (n == MAX_WORDS)
+        refuse(m, "a schema of more than %d words", MAX_WORDS);
+    else {
+        if ((n & (n - 1)) == 0)
+            s->word = resize(s->word, (size_t)(n ? 2 * n : 1) * sizeof w);
+        s->word[s->n_words++] = w;
     }
-    add_string(t, "'");
 }
 
-/* A value or a key; in Python strings go into two choices, one for each kind of
- * quotes, and anything else into two that are alike. */
-static int add_value(struct maker *m, int choice, const struct json *v,
-                     const char *behind, int at)
+/* Words from number i on may come here, and lead to what is added next. */
+static void add_branch(struct maker *m, int i)
 {
-    struct text *t = &m->s->text;
-    const size_t from = t->n;
-    int code;
-
-    if (v->type == JSON_STRING)
-        add_json_string(t, v->s, v->n);
-    else
-        add_tree(t, v, m->python);
-    const size_t end = t->n;
-    add_string(t, behind);
-    code = end_word(m, &m->s->choice[choice], from, at);
-    if (code != DONE || !m->python)
-        return code;
-    m->s->choice[choice + 1] = m->s->choice[choice];
-    if (v->type != JSON_STRING)
-        return DONE;
-    const size_t again = t->n;
-    add_single(t, from, end);
-    add_string(t, behind);
-    return end_word(m, &m->s->choice[choice + 1], again, at);
+    add_format(m->out, "#%d;", i);
+    for (; i < m->s->n_words; i++)
+        m->s->word[i].to = (int)m->out->n;
 }
 
-static int type_of(const struct json *v)
+/* A value or a key; in Python strings become two words, one for each kind of
+ * quotes. */
+static void add_value(struct maker *m, int at, const struct json *v,
+                      const char *behind, int is_last)
+{
+    struct text *t = &m->s->words;
+    const int python = m->origin[at].python;
+    const int n = python && v->type == JSON_STRING ? 2 : 1;
+
+    for (int i = 0; i < n; i++) {
+        const size_t from = t->n;
+        if (v->type == JSON_STRING)
+            add_in_quotes(t, v->s, v->n, i ? '\'' : '"', 0);
+        else
+            add_tree(t, v, python);
+        add_string(t, behind);
+        add_word(m, at, from, is_last && i == n - 1);
+    }
+}
+
+static int has_type(const struct json *v, int types)
 {
     static const int type[] = { IS_NULL, IS_BOOLEAN, IS_BOOLEAN, IS_NUMBER,
                                 IS_STRING, IS_ARRAY, IS_OBJECT };
     double x = 0.5;
 
     json_double(v, &x);
-    return type[v->type] | (x == floor(x) ? IS_INTEGER : 0);
+    return types & (type[v->type] | (x == floor(x) ? IS_INTEGER : 0));
 }
 
-/* Of n values in a row those that are of a type. */
-static int add_values(struct maker *m, const struct json *x, int n, int types,
-                      int at)
-{
-    const int each = 1 + m->python;
-    int n_good = 0;
-
-    m->s->rule[at].is = WORD;
-    if (add_choices(m, at, smaller(n, MAX_WORDS + 1) * each) != DONE)
-        return USAGE;
-    for (; n > 0; n--, x = x->next)
-        if ((type_of(x) & types) && add_value(m, m->s->rule[at].first + each *
-                                              n_good++, x, "", at) != DONE)
-            return USAGE;
-    m->s->rule[at].n = n_good * each;
-    return n_good > 0 ? DONE :
-           because(m->why, USAGE, "\"enum\" or \"const\"%s: no value is of the "
-                   "type", place(m, at).s);
-}
-
-static int make_values(struct maker *m, const struct json *v, int at)
+/* "enum" or "const": values that have the "type", if there is one. */
+static void add_values(struct maker *m, const struct json *v, int at)
 {
     const struct json *list = json_get(v, "enum"), *one = json_get(v, "const");
     const struct json *type = json_get(v, "type");
-    const int types = type ? named_types(type) : IS_ALL;
+    const struct json *x = list ? list->first : one;
+    const int types = type ? named_types(type) : IS_ALL, first = m->s->n_words;
 
-    if (!types)
-        return wrong(m, at, "type", type_list);
-    if (list && (list->type != JSON_ARRAY || one))
-        return wrong(m, at, "enum", ": expected an array, and no \"const\"");
-    return list ? add_values(m, list->first, list->n_members, types, at) :
-           add_values(m, one, 1, types, at);
+    if (list && one)
+        wrong(m, at, "enum", " does not go with \"const\"");
+    for (; x && m->code == DONE; x = list ? x->next : NULL)
+        if (has_type(x, types))
+            add_value(m, at, x, "", 0);
+    if (m->s->n_words == first)
+        refuse(m, "\"enum\" or \"const\"%s: no value is of the type",
+               place(m, at).s);
+    else
+        m->s->word[m->s->n_words - 1].is_last = 1;
+    add_branch(m, first);
 }
 
-/* ---- members */
+/* ---- what has members */
+
+/* From `min` to `max` items in brackets. */
+static void add_series(struct maker *m, const char *open, const char *item,
+                       int min, int max, const char *close)
+{
+    add_string(m->out, open);
+    if (max > 0)
+        add_format(m->out, "(%s%s{%d,%d:,( |)%s})", min > 0 ? "" : "|", item,
+                   min - (min > 0), max - (max < INT_MAX), item);
+    add_string(m->out, close);
+}
+
+static void add_list(struct maker *m, const struct json *v, int at)
+{
+    const struct json *items = json_get(v, "items");
+    int bounds[2];
+
+    read_bounds(m, v, at, "minItems", "maxItems", bounds);
+    add_series(m, "\\[", phrase("@%d;", rule_of(m, items ? items : &anything,
+               at, "items", NULL)).s, bounds[0], bounds[1], "]");
+}
 
 /* "required" names properties; is this one of them? */
 static int is_in(const struct json *list, const struct json *x)
@@ -12087,303 +11992,100 @@ static int is_in(const struct json *list, const struct json *x)
     return v != NULL;
 }
 
-static int check_members(struct maker *m, const struct json *v, int at)
+static void check_members(struct maker *m, const struct json *v, int at)
 {
     const struct json *list = json_get(v, "required");
     const struct json *properties = json_get(v, "properties");
     const struct json *more = json_get(v, "additionalProperties");
-    const struct json *x = json_is(list, JSON_ARRAY) ? list->first : NULL;
 
-    if (list && list->type != JSON_ARRAY)
-        return wrong(m, at, "required", ": expected an array");
-    if (properties && properties->type != JSON_OBJECT)
-        return wrong(m, at, "properties", ": expected an object");
     if (more && (properties || more->type != JSON_OBJECT) &&
         !json_is(more, JSON_FALSE) && !json_is(more, JSON_TRUE))
-        return wrong(m, at, "additionalProperties", ": expected false");
-    for (; x; x = x->next)
+        wrong(m, at, "additionalProperties", ": expected false");
+    for (const struct json *x = list ? list->first : NULL;
+         x && m->code == DONE; x = x->next)
         if (x->type != JSON_STRING || !properties ||
             !find_key(properties, x->s, x->n))
-            return wrong(m, at, "required", phrase(" names %.60s, which is no "
-                         "property", x->type == JSON_STRING ? x->s :
-                         "something").s);
-    return DONE;
+            wrong(m, at, "required", phrase(" names %.60s, which is no "
+                  "property", x->type == JSON_STRING ? x->s :
+                  "something").s);
 }
 
-/* The members that a schema names, as a dict or as arguments: key= instead of
- * "key": there.  If they are `loose`, with any values. */
-static int make_record(struct maker *m, const struct json *v, int at, int loose)
+/* The words for all keys: "key": in a dict, key= for arguments.  Returns how
+ * many are required. */
+static int add_keys(struct maker *m, const struct json *v, int at)
 {
-    const int arguments = m->s->rule[at].open == '(';
-    const int each = m->python && !arguments ? 2 : 1;
-    const struct json *properties = json_get(v, "properties");
-    const struct json *required = json_get(v, "required");
-    const struct json *x = properties ? properties->first : NULL;
-    int i = 0, child;
+    const struct json *x = json_get(v, "properties");
+    struct text *t = &m->s->words;
+    int n_required = 0;
 
-    m->s->rule[at].is = RECORD;
-    if (add_choices(m, at, properties ? properties->n_members * each : 0) !=
-        DONE)
-        return USAGE;
-    for (; x; x = x->next, i += each) {
-        const int first = m->s->rule[at].first + i;
-        const size_t from = m->s->text.n;
+    for (x = x ? x->first : NULL; x && m->code == DONE; x = x->next) {
         const struct json key = { .type = JSON_STRING, .s = x->key,
                                   .n = x->n_key };
-        if (rule_of(m, loose ? &anything : x, at, "properties", x->key,
-                    &child) != DONE)
-            return USAGE;
-        if (!arguments) {
-            if (add_value(m, first, &key, ":", at) != DONE)
-                return USAGE;
-        } else {
-            add(&m->s->text, x->key, x->n_key);
-            add_string(&m->s->text, "=");
-            if (end_word(m, &m->s->choice[first], from, at) != DONE)
-                return USAGE;
+        const int is_required = is_in(json_get(v, "required"), x);
+        const size_t from = t->n;
+        n_required += is_required;
+        if (m->origin[at].as == VALUE) {
+            add_value(m, at, &key, ":", is_required);
+            continue;
         }
-        for (int k = 0; k < each; k++)
-            m->s->choice[first + k].rule = child;
-        m->s->choice[first + each - 1].is_required = is_in(required, x);
+        add(t, x->key, x->n_key);
+        add_string(t, "=");
+        add_word(m, at, from, is_required);
     }
-    return DONE;
+    return n_required;
 }
 
-static int make_map(struct maker *m, const struct json *values, int at)
+/* The members that a schema names, as a dict or as arguments.  Behind each it
+ * may end, if no more are required, or a key follows. */
+static void add_record(struct maker *m, const struct json *v, int at)
 {
-    static const struct json a_key = { .type = JSON_TRUE };
-    const struct origin key = { &a_key, &a_key, IS_STRING, at, NULL, NULL };
-    int child, first = 0;
+    const struct origin *p = &m->origin[at];
+    const int each = p->python && p->as == VALUE ? 2 : 1;
+    const int first = m->s->n_words;
+    const char *close = p->as == VALUE ? "\\}" : "\\)";
+    const struct json *x = json_get(v, "properties");
+    int i = first, left = add_keys(m, v, at), n_open = 0;
 
-    if (rule_of(m, values, at, "additionalProperties", NULL, &child) != DONE ||
-        add_rule(m, &key, &first) != DONE)
-        return USAGE;
-    m->s->rule[at].is = MAP_OF;
-    m->s->rule[at].max = MAX_MEMBERS;
-    m->s->rule[at].child = child;
-    m->s->rule[at].first = first;
-    return DONE;
+    add_string(m->out, p->as == VALUE ? "\\{" : "\\(");
+    for (x = x ? x->first : NULL; x && m->code == DONE; x = x->next) {
+        if (left == 0) {
+            add_format(m->out, "(%s|", close);
+            n_open++;
+        }
+        add_string(m->out, i > first ? ",( |)" : "");
+        add_branch(m, i);
+        add_format(m->out, "( |)@%d;", rule_of(m, p->as == LOOSE ? &anything :
+                                               x, at, "properties", x->key));
+        i += each;
+        left -= m->s->word[i - 1].is_last;
+    }
+    if (i > first)
+        m->s->word[i - 1].is_last = 1;
+    add_string(m->out, close);
+    while (n_open-- > 0)
+        add_string(m->out, ")");
 }
 
 /* An object has the members that its schema names; if it names none, any. */
-static int make_object(struct maker *m, const struct json *v, int at)
+static void add_object(struct maker *m, const struct json *v, int at)
 {
     const struct json *more = json_get(v, "additionalProperties");
-    const int no_more = json_is(more, JSON_FALSE);
 
-    m->s->rule[at].open = '{';
-    m->s->rule[at].close = '}';
-    if (check_members(m, v, at) != DONE)
-        return USAGE;
-    if (!json_get(v, "properties") && !no_more)
-        return make_map(m, json_is(more, JSON_OBJECT) ? more : &anything, at);
-    return make_record(m, v, at, 0);
-}
-
-static int make_list(struct maker *m, const struct json *v, int at)
-{
-    const struct json *items = json_get(v, "items");
-    int child;
-
-    m->s->rule[at].is = LIST_OF;
-    m->s->rule[at].open = '[';
-    m->s->rule[at].close = ']';
-    if (read_bounds(m, v, "minItems", "maxItems", at) != DONE ||
-        rule_of(m, items ? items : &anything, at, "items", NULL, &child) !=
-        DONE)
-        return USAGE;
-    m->s->rule[at].child = child;
-    return DONE;
-}
-
-/* ---- rules */
-
-/* A schema of several types is a choice of them. */
-static int make_types(struct maker *m, int types, int at)
-{
-    const struct origin was = m->origin[at];
-    int n = 0, i = 0, child;
-
-    for (int bit = 1; bit < IS_ALL; bit <<= 1)
-        n += (types & bit) != 0;
-    m->s->rule[at].is = CHOICE_OF;
-    if (add_choices(m, at, n) != DONE)
-        return USAGE;
-    for (int bit = 1; bit < IS_ALL; bit <<= 1)
-        if (types & bit) {
-            const struct origin one = { was.from, was.whole, bit, at, NULL,
-                                        NULL };
-            if (add_rule(m, &one, &child) != DONE)
-                return USAGE;
-            m->s->choice[m->s->rule[at].first + i++].rule = child;
-        }
-    return DONE;
-}
-
-static int make_any_of(struct maker *m, const struct json *v, int at)
-{
-    const struct json *list = json_get(v, "anyOf");
-    int i = 0, child;
-
-    if (!json_is(list, JSON_ARRAY) || list->n_members == 0 ||
-        list->n_members > MAX_WORDS)
-        return wrong(m, at, "anyOf", ": expected an array of schemas");
-    m->s->rule[at].is = CHOICE_OF;
-    if (add_choices(m, at, list->n_members) != DONE)
-        return USAGE;
-    for (const struct json *x = list->first; x; x = x->next) {
-        if (rule_of(m, x, at, "anyOf", NULL, &child) != DONE)
-            return USAGE;
-        m->s->choice[m->s->rule[at].first + i++].rule = child;
+    check_members(m, v, at);
+    if (json_get(v, "properties") || json_is(more, JSON_FALSE)) {
+        add_record(m, v, at);
+        return;
     }
-    return DONE;
+    add_series(m, "\\{", phrase("@%d;:( |)@%d;", m->origin[at].python ?
+               PYTHON_KEY : JSON_KEY, rule_of(m, json_is(more, JSON_OBJECT) ?
+               more : &anything, at, "additionalProperties", NULL)).s, 0,
+               MAX_MEMBERS, "\\}");
 }
 
-static int make_arguments(struct maker *m, const struct json *v, int at,
-                          int loose);
-
-static int make_type(struct maker *m, const struct json *v, int type, int at)
+static int is_object(const struct json *v)
 {
-    static struct json words[] = {
-        { .type = JSON_NULL }, { .type = JSON_FALSE, .next = words + 2 },
-        { .type = JSON_TRUE }
-    };
-    struct rule *r = &m->s->rule[at];
-
-    switch (type) {
-    case IS_NULL: return add_values(m, words, 1, IS_ALL, at);
-    case IS_BOOLEAN: return add_values(m, words + 1, 2, IS_ALL, at);
-    case IS_ARRAY: return make_list(m, v, at);
-    case IS_OBJECT: return make_object(m, v, at);
-    case IS_STRING: r->is = STRING_OF;
-                   return read_bounds(m, v, "minLength", "maxLength", at);
-    case IS_INTEGER: case IS_NUMBER: r->is = NUMBER_OF;
-                                   r->max = type == IS_NUMBER;
-                                   return DONE;
-    case ARGS: case LOOSE: return make_arguments(m, v, at, type == LOOSE);
-    default: return make_types(m, type, at);
-    }
+    return json_is(v, JSON_OBJECT) && kind_of(v) == IS_OBJECT;
 }
-
-static int make_rule(struct maker *m, int at)
-{
-    const struct json *v = m->origin[at].from;
-    int types = m->origin[at].types;
-
-    m->python = m->s->rule[at].python;
-    if (types == MADE)
-        return DONE;
-    if (types)
-        return make_type(m, v, types, at);
-    if (v->type == JSON_TRUE)
-        v = &anything;
-    if (v->type != JSON_OBJECT)
-        return because(m->why, USAGE, "expected a schema%s", place(m, at).s);
-    types = kind_of(v);
-    if (!types)
-        return wrong(m, at, "type", type_list);
-    if (check_keywords(m, v, types, at) != DONE)
-        return USAGE;
-    return types == ANY_OF ? make_any_of(m, v, at) :
-           types == VALUES ? make_values(m, v, at) :
-           make_type(m, v, types, at);
-}
-
-/* Put the rules that a choice comes to in the end, through choices within it,
- * into to[MAX_WAYS], each once.  Returns how many, or more than MAX_WAYS. */
-static int flatten(const struct schema *s, int rule, unsigned char *seen,
-                   int *to, int n)
-{
-    const struct rule *r = &s->rule[rule];
-
-    if (seen[rule] || n > MAX_WAYS)
-        return n;
-    seen[rule] = 1;
-    if (r->is != CHOICE_OF) {
-        if (n < MAX_WAYS)
-            to[n] = rule;
-        return n + 1;
-    }
-    for (int i = 0; i < r->n; i++)
-        n = flatten(s, s->choice[r->first + i].rule, seen, to, n);
-    return n;
-}
-
-static int flatten_all(struct maker *m)
-{
-    struct schema *s = m->s;
-    const int n_rules = s->n_rules;
-    unsigned char *seen = zeroed((size_t)n_rules, 1);
-    int to[MAX_WAYS], code = DONE;
-
-    for (int i = 0; code == DONE && i < n_rules; i++) {
-        if (s->rule[i].is != CHOICE_OF)
-            continue;
-        memset(seen, 0, (size_t)n_rules);
-        const int n = flatten(s, i, seen, to, 0);
-        if (n > MAX_WAYS)
-            code = wrong(m, i, "anyOf", phrase(": more than %d alternatives",
-                                               MAX_WAYS).s);
-        else if (n <= s->rule[i].n || (code = add_choices(m, i, n)) == DONE)
-            for (int k = s->rule[i].n = n; k-- > 0;)
-                s->choice[s->rule[i].first + k].rule = to[k];
-    }
-    free(seen);
-    return code;
-}
-
-/* How much of the stack a rule takes at the least, by what is known of
- * others. */
-static int least_levels(const struct schema *s, const struct rule *r)
-{
-    int least = r->is == WORD || r->is == CHOICE_OF ? NEVER : 0;
-
-    for (int i = 0; i < r->n && r->is != MAP_OF; i++) {
-        const struct choice *c = &s->choice[r->first + i];
-        const int n = c->rule < 0 ? 0 : s->rule[c->rule].levels;
-        if (r->is == RECORD && c->is_required)
-            least = n > least ? n : least;
-        else if (r->is != RECORD)
-            least = smaller(n, least);
-    }
-    if (r->is == LIST_OF && r->min > 0)
-        least = s->rule[r->child].levels;
-    least += r->is != CHOICE_OF;
-    return least <= MAX_LEVELS ? least : NEVER;
-}
-
-/* Count until nothing changes: a rule that always contains itself stays at
- * NEVER. */
-static void count_levels(struct schema *s)
-{
-    for (int changed = 1; changed;) {
-        changed = 0;
-        for (int i = s->n_rules; i-- > 0;) {
-            const int n = least_levels(s, &s->rule[i]);
-            changed |= n != s->rule[i].levels;
-            s->rule[i].levels = n;
-        }
-    }
-}
-
-static int make_all(struct maker *m)
-{
-    struct schema *s = m->s;
-    int code = DONE;
-
-    for (int i = 0; i < s->n_rules && code == DONE; i++)
-        code = make_rule(m, i);
-    if (code == DONE)
-        code = flatten_all(m);
-    if (code != DONE)
-        return code;
-    count_levels(s);
-    return s->rule[s->root].levels <= MAX_LEVELS ? DONE :
-           because(m->why, USAGE, "no value of this schema ends within %d "
-                   "levels", MAX_LEVELS);
-}
-
-/* ---- calls */
 
 static int is_name(const char *s, size_t n)
 {
@@ -12400,48 +12102,137 @@ static int are_names(const struct json *properties)
 
     while (x && is_name(x->key, x->n_key))
         x = x->next;
-    return !x;
+    return json_is(properties, JSON_OBJECT) && !x;
 }
 
-/* A rule that has one thing in its brackets. */
-static int add_only(struct maker *m, int at, int rule)
+/* (key=value); or ({"a key": value}) where the keys are no names.  If nothing
+ * is said of the arguments, there are none. */
+static void add_arguments(struct maker *m, const struct json *v, int at)
 {
-    m->s->rule[at].is = RECORD;
-    if (add_choices(m, at, 1) != DONE)
-        return USAGE;
-    m->s->choice[m->s->rule[at].first].rule = rule;
-    m->s->choice[m->s->rule[at].first].is_required = 1;
-    return DONE;
-}
+    const int loose = m->origin[at].as == LOOSE;
 
-/* name(key=value); or name({"a key": value}) where the keys are no names.  If
- * nothing is said of the arguments, there are none. */
-static int make_arguments(struct maker *m, const struct json *v, int at,
-                          int loose)
-{
-    int child;
-
-    m->s->rule[at].open = '(';
-    m->s->rule[at].close = ')';
-    m->s->rule[at].is = RECORD;
     if (v == &anything)
-        return DONE;
-    if (v->type == JSON_OBJECT && kind_of(v) == IS_OBJECT &&
-        json_is(json_get(v, "properties"), JSON_OBJECT) &&
-        are_names(json_get(v, "properties"))) {
-        if (!loose && (check_keywords(m, v, IS_OBJECT, at) != DONE ||
-                       check_members(m, v, at) != DONE))
-            return USAGE;
-        return make_record(m, v, at, loose);
+        add_string(m->out, "\\(\\)");
+    else if (is_object(v) && are_names(json_get(v, "properties"))) {
+        if (!loose) {
+            check_keywords(m, v, IS_OBJECT, at);
+            check_members(m, v, at);
+        }
+        add_record(m, v, at);
+    } else {
+        const int rule = rule_of(m, loose ? &any_object : v, at, NULL, NULL);
+        if (!is_object(m->origin[rule].from))
+            refuse(m, "the parameters%s: expected those of an object",
+                   place(m, at).s);
+        add_format(m->out, "\\(@%d;\\)", rule);
     }
-    if (rule_of(m, loose ? &any_object : v, at, NULL, NULL, &child) != DONE)
-        return USAGE;
-    v = m->origin[child].from;
-    return v->type == JSON_OBJECT && kind_of(v) == IS_OBJECT ?
-           add_only(m, at, child) :
-           because(m->why, USAGE, "the parameters%s: expected those of an "
-                   "object", place(m, at).s);
 }
+
+/* ---- rules */
+
+static void add_type(struct maker *m, const struct json *v, int type, int at)
+{
+    static const char *const plain[] = {
+        "null", "true|false", "(-|)(0|[19]{0,14:[09]})",
+        "(-|)(0|[19]{0,17:[09]})(\\.{1,18:[09]}|)([eeEE]([++--]|){1,2:[09]}|)",
+        "None", "True|False"
+    };
+    const int python = m->origin[at].python;
+    int bounds[2];
+
+    switch (1 << type) {
+    case IS_ARRAY: add_list(m, v, at); break;
+    case IS_OBJECT: add_object(m, v, at); break;
+    case IS_STRING:
+        read_bounds(m, v, at, "minLength", "maxLength", bounds);
+        add_format(m->out, "\"{%d,%d:@%d;}\"", bounds[0], bounds[1],
+                   python ? DOUBLE : LETTER);
+        if (python)
+            add_format(m->out, "|'{%d,%d:@%d;}'", bounds[0], bounds[1], SINGLE);
+        break;
+    default:
+        add_string(m->out, plain[type < 2 && python ? type + 4 : type]);
+    }
+}
+
+static void add_any_of(struct maker *m, const struct json *v, int at)
+{
+    const struct json *list = json_get(v, "anyOf");
+
+    if (list->n_members == 0 || list->n_members > MAX_WORDS)
+        wrong(m, at, "anyOf", ": expected an array of schemas");
+    for (const struct json *x = list->first; x && m->code == DONE; x = x->next)
+        add_format(m->out, ">%d;", rule_of(m, x, at, "anyOf", NULL));
+    m->origin[at].is_choice = 1;
+}
+
+static void add_schema(struct maker *m, const struct json *v, int at)
+{
+    const struct json *type = json_get(v, "type");
+    const int kind = v->type == JSON_OBJECT ? kind_of(v) : 0;
+
+    if (v->type != JSON_OBJECT)
+        refuse(m, "expected a schema%s", place(m, at).s);
+    else if (type && !named_types(type))
+        wrong(m, at, "type", type_list);
+    else
+        check_keywords(m, v, kind, at);
+    if (m->code == DONE && kind == ANY_OF)
+        add_any_of(m, v, at);
+    else if (m->code == DONE && kind == VALUES)
+        add_values(m, v, at);
+    else
+        for (int i = 0, n = 0; 1 << i < IS_ALL && m->code == DONE; i++)
+            if (kind >> i & 1) {
+                add_string(m->out, n++ ? "|" : "");
+                add_type(m, v, i, at);
+            }
+}
+
+static void make_rule(struct maker *m, int at)
+{
+    struct origin *p = &m->origin[at];
+
+    p->start = (int)m->out->n;
+    add_string(m->out, "(");
+    if (p->as != VALUE)
+        add_arguments(m, p->from, at);
+    else
+        add_schema(m, p->from->type == JSON_TRUE ? &anything : p->from, at);
+    add_string(m->out, ").");
+}
+
+/* Make a choice one of what it comes to in the end, through choices within it,
+ * each once. */
+static void flatten(struct maker *m, int at)
+{
+    int list[MAX_RULES] = { at }, n = 1, n_found = 0;
+    char seen[MAX_RULES] = { 0 };
+    const int start = (int)m->out->n;
+
+    seen[at] = 1;
+    for (int i = 0; i < n; i++) {
+        const struct origin *p = &m->origin[list[i]];
+        if (!p->is_choice)
+            add_format(m->out, "%s>%d;", n_found++ ? "|" : "(", list[i]);
+        for (int k = p->start; p->is_choice && m->out->s[k] != ')'; k++)
+            if (m->out->s[k] == '>') {
+                const int rule = (int)strtol(m->out->s + k + 1, NULL, 10);
+                if (!seen[rule])
+                    list[n++] = rule;
+                seen[rule] = 1;
+            }
+    }
+    if (n_found == 0)
+        add_format(m->out, "(>%d;", at);
+    if (n_found > MAX_WAYS)
+        wrong(m, at, "anyOf", phrase(": more than %d alternatives",
+                                     MAX_WAYS).s);
+    add_string(m->out, ").");
+    m->origin[at].start = start;
+}
+
+/* ---- calls */
 
 /* How calls are to be written. */
 struct call_form {
@@ -12458,57 +12249,47 @@ static int is_strict(const struct json *tool, int otherwise)
     return otherwise;
 }
 
-static int make_tool(struct maker *m, const struct json *tool, int list,
-                     int choice, int forced)
+/* A tool's name as a word, and the rule for what stands behind it. */
+static void add_tool(struct maker *m, const struct json *tool, int forced)
 {
     const struct json *f = function_of(tool), *name = json_get(f, "name");
     const struct json *v = given(f, "parameters");
-    const size_t from = m->s->text.n;
+    const size_t from = m->s->words.n;
 
-    if (!json_is(name, JSON_STRING) || !is_name(name->s, name->n))
-        return because(m->why, USAGE, "a tool is called %.60s, expected a name",
-                       json_text(name) ? name->s : "nothing");
+    if (!json_is(name, JSON_STRING) || !is_name(name->s, name->n)) {
+        refuse(m, "a tool is called %.60s, expected a name",
+               json_text(name) ? name->s : "nothing");
+        return;
+    }
     v = v ? v : &anything;
-    add(&m->s->text, name->s, name->n);
-    const struct origin o = { v, v, is_strict(tool, forced) ? ARGS : LOOSE,
-                              list, name->s, NULL };
-    return add_rule(m, &o, &m->s->choice[choice].rule) == DONE ?
-           end_word(m, &m->s->choice[choice], from, list) : USAGE;
+    const int rule = add_rule(m, (struct origin){
+        .from = v, .whole = v, .as = is_strict(tool, forced) ? STRICT :
+        LOOSE, .python = 1, .parent = -1, .word = name->s
+    });
+    add(&m->s->words, name->s, name->n);
+    add_word(m, rule, from, 0);
+    add_branch(m, m->s->n_words - 1);
+    add_format(m->out, ">%d;", rule);
 }
 
-/* <|tool_call_start|>[name(arguments), ...]<|tool_call_end|> */
-static int make_calls(struct maker *m, const struct call_form *form, int *out)
+/* A rule for one call; returns its number. */
+static int add_call(struct maker *m, const struct call_form *form)
 {
-    const struct origin o = { &anything, &anything, MADE, -1, NULL,
-                              NULL };
-    const struct json *x = form->tools->first;
-    int list, name, n = 0;
+    const int first = m->s->n_words;
+    const int rule = add_rule(m, (struct origin){ .parent = -1,
+                                                .start = (int)m->out->n });
 
-    m->python = 1;
-    if (add_rule(m, &o, out) != DONE || add_rule(m, &o, &list) != DONE ||
-        add_rule(m, &o, &name) != DONE || add_only(m, *out, list) != DONE ||
-        form->tools->n_members > MAX_WORDS ||
-        add_choices(m, name, form->tools->n_members) != DONE)
-        return because(m->why, USAGE, "too many tools");
-    m->s->rule[*out].open = CALL_OPENS;
-    m->s->rule[*out].close = CALL_CLOSES;
-    m->s->rule[name].is = WORD;
-    m->s->rule[list].is = LIST_OF;
-    m->s->rule[list].open = '[';
-    m->s->rule[list].close = ']';
-    m->s->rule[list].child = name;
-    m->s->rule[list].min = 1;
-    m->s->rule[list].max = form->is_single ? 1 : INT_MAX;
-    for (; x; x = x->next)
+    for (const struct json *x = form->tools->first; x && m->code == DONE;
+         x = x->next)
         if (!form->name || is_word(json_get(function_of(x), "name"),
-                                   form->name)) {
-            if (make_tool(m, x, name, m->s->rule[name].first + n++,
-                          form->is_forced) != DONE)
-                return USAGE;
-        }
-    m->s->rule[name].n = n;
-    return n > 0 ? DONE : because(m->why, USAGE, "\"tool_choice\": no tool is "
-                                  "called %.60s", form->name);
+                                   form->name))
+            add_tool(m, x, form->is_forced);
+    add_string(m->out, ".");
+    if (m->s->n_words == first)
+        refuse(m, "\"tool_choice\": no tool is called %.60s", form->name);
+    else
+        m->s->word[m->s->n_words - 1].is_last = 1;
+    return rule;
 }
 
 /* ---- what a request asks for */
@@ -12517,39 +12298,64 @@ static void free_schema(struct schema *s)
 {
     if (!s)
         return;
-    free(s->rule);
-    free(s->choice);
-    free(s->text.s);
+    free(s->code.s);
+    free(s->words.s);
+    free(s->step);
+    free(s->word);
     free(s);
 }
 
-/* The rules for an answer of this schema, or for calls, or for either. */
+/* The patterns for an answer of this schema, or for calls, or for either. */
+static void make_patterns(struct maker *m, const struct json *answer,
+                          const struct call_form *calls)
+{
+    for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++) {
+        add_rule(m, (struct origin){ .whole = answer, .parent = -1,
+                                   .start = (int)m->out->n });
+        add_string(m->out, fixed[i]);
+        add_string(m->out, ".");
+    }
+    const int call = calls ? add_call(m, calls) : ROOT;
+    m->s->root = (int)m->out->n;
+    add_string(m->out, "(");
+    if (answer)
+        add_format(m->out, ">%d;%s", rule_of(m, answer, ROOT, NULL, NULL),
+                   calls ? "|" : "");
+    if (calls)
+        add_series(m, "\1\\[", phrase("@%d;", call).s, 1,
+                   calls->is_single ? 1 : INT_MAX, "]\2");
+    add_string(m->out, ").");
+    for (int i = 0; i < m->n_rules && m->code == DONE; i++)
+        if (m->origin[i].from)
+            make_rule(m, i);
+    for (int i = 0; i < m->n_rules && m->code == DONE; i++)
+        if (m->origin[i].is_choice)
+            flatten(m, i);
+}
+
 static int make_schema(const struct json *answer, const struct call_form *calls,
                        struct schema **out, struct why *why)
 {
     struct schema *s = zeroed(1, sizeof *s);
-    struct maker m = { .s = s, .why = why };
-    const struct origin o = { answer, answer, MADE, -1, NULL, NULL };
-    int code = add_rule(&m, &o, &s->root), rule[2], n = 0;
+    struct maker m = { .s = s, .out = &s->code, .why = why,
+                       .origin = zeroed(MAX_RULES, sizeof *m.origin) };
 
-    if (answer && code == DONE)
-        code = rule_of(&m, answer, s->root, NULL, NULL, &rule[n++]);
-    if (calls && code == DONE)
-        code = make_calls(&m, calls, &rule[n++]);
-    if (code == DONE)
-        code = add_choices(&m, s->root, n);
-    if (code == DONE) {
-        s->rule[s->root].is = CHOICE_OF;
-        for (int i = 0; i < n; i++)
-            s->choice[s->rule[s->root].first + i].rule = rule[i];
-        code = make_all(&m);
+    make_patterns(&m, answer, calls);
+    if (m.code == DONE && s->code.n > MAX_STEPS)
+        refuse(&m, "a schema that takes more than %d steps", MAX_STEPS);
+    if (m.code == DONE) {
+        link_steps(&m);
+        count_levels(s);
+        if (s->step[s->root].need >= MAX_LEVELS)
+            refuse(&m, "no value of this schema ends within %d levels",
+                   MAX_LEVELS);
     }
     free(m.origin);
-    if (code != DONE)
+    if (m.code != DONE)
         free_schema(s);
     else
         *out = s;
-    return code;
+    return m.code;
 }
 
 /* Members of `x` that are not in the list of words. */
@@ -12721,37 +12527,18 @@ static void spell_tokens(struct engine *e)
     }
 }
 
-static void free_spelling(struct spelling *s)
-{
-    if (s) {
-        free(s->token);
-        free(s->fits);
-        free(s);
-    }
-}
-
-static void copy_guide(struct guide *to, const struct guide *from)
-{
-    memcpy(to, from, offsetof(struct guide, way));
-    for (int i = 0; i < from->n; i++)
-        copy_way(&to->way[i], &from->way[i]);
-}
-
 /* How many more characters fit into a string that is open here; or 0. */
 static int string_room(const struct guide *g)
 {
     int room = 0;
 
     for (int i = 0; i < g->n; i++) {
-        if (g->way[i].n == 0)
-            continue;
         const struct level *l = &g->way[i].level[g->way[i].n - 1];
-        if (g->s->rule[l->rule].is == STRING_OF &&
-            (l->state & ~SINGLE) == BODY) {
-            const int max = g->s->rule[l->rule].max;
-            const int more = max < INT_MAX ? max - l->at : max;
-            room = more > room ? more : room;
-        }
+        const struct step *p = &g->s->step[l->at];
+        const int more = p->most < INT_MAX ? p->most - l->n : p->most;
+        if (g->s->code.s[l->at] == '{' && g->s->code.s[p->next] == '@' &&
+            more > room)
+            room = more;
     }
     return room;
 }
@@ -12939,5 +12726,9 @@ static int open_schema(struct engine *e)
 static void close_schema(struct engine *e)
 {
     pool_free(&e->pool);
-    free_spelling(e->spelling);
+    if (e->spelling) {
+        free(e->spelling->token);
+        free(e->spelling->fits);
+    }
+    free(e->spelling);
 }

@@ -284,28 +284,37 @@ START_TEST(references)
 }
 END_TEST
 
-/* However deep, it can be ended: at the last level only null fits. */
+/* However deep, it can be ended: at the last level only what ends there fits. */
 START_TEST(depth_has_a_bound)
 {
-    struct text t = { 0 };
-    struct seen seen;
+    static const struct { const char *last, *value; int levels; } deep[] = {
+        { "{\"type\":\"null\"}", "null", 63 },
+        { "{\"type\":\"string\",\"minLength\":1}", "\"a\"", 62 },
+        { "{\"items\":{\"minLength\":1},\"minItems\":2}", "[\"a\",\"b\"]", 61 },
+    };
 
-    ck_assert_int_eq(make("{\"properties\":{\"n\":{\"anyOf\":[{\"$ref\":\"#\"},"
-                          "{\"type\":\"null\"}]}},\"required\":[\"n\"]}"),
-                     DONE);
-    for (int i = 0; i < 80; i++)
-        add_string(&t, "{\"n\":");
-    seen = follow(schema, t.s, t.n);
-    ck_assert_uint_eq(seen.n, 63 * 5);
-    t.n = seen.n;
-    add_string(&t, "null");
-    for (int i = 0; i < 63; i++)
-        add_string(&t, "}");
-    seen = follow(schema, t.s, t.n);
-    ck_assert_uint_eq(seen.n, t.n);
-    ck_assert(seen.is_done);
-    free(t.s);
-    forget_schema();
+    for (size_t k = 0; k < COUNT(deep); k++) {
+        struct text t = { 0 };
+        struct seen seen;
+        add_string(&t, "{\"properties\":{\"n\":{\"anyOf\":[{\"$ref\":\"#\"},");
+        add_string(&t, deep[k].last);
+        add_string(&t, "]}},\"required\":[\"n\"]}");
+        ck_assert_int_eq(make(t.s), DONE);
+        t.n = 0;
+        for (int i = 0; i < 80; i++)
+            add_string(&t, "{\"n\":");
+        seen = follow(schema, t.s, t.n);
+        ck_assert_uint_eq(seen.n, (size_t)deep[k].levels * 5);
+        t.n = seen.n;
+        add_string(&t, deep[k].value);
+        for (int i = 0; i < deep[k].levels; i++)
+            add_string(&t, "}");
+        seen = follow(schema, t.s, t.n);
+        ck_assert_uint_eq(seen.n, t.n);
+        ck_assert(seen.is_done);
+        free(t.s);
+        forget_schema();
+    }
 }
 END_TEST
 
