@@ -1224,9 +1224,9 @@ static struct range share(struct thread *me, int n)
     return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
 }
 
-/* Half of the units are in fixed shares, so that most weights are read in order.
- * The others are given to whoever comes first, in pieces that become smaller: a
- * CPU may be slower than the others, or be taken away for a while. */
+/* Half of the units are in fixed shares, so that most weights are read in
+ * order.  The others are given to whoever comes first, in pieces that become
+ * smaller: a CPU may be slower than others, or be taken away for a while. */
 static int fixed_share(struct thread *me, int n)
 {
     return me->of == 1 ? n : n / (2 * me->of);
@@ -3065,7 +3065,8 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
     for (int i = 0; i < 4; i++)
         FN(unpack)(w[i], (struct FN(source)){ b + (size_t)i * stride, 0, 0 }, g,
                    IN_PLACE(k), k);
-    for (int t = 0; t < n; t++) {
+    int t = 0;
+    do {                                  /* n > 0: no second loop for clang */
         const struct FN(x_quads) *x = to[t].x + g / QUADS;
         INTS sum[2];
 
@@ -3092,7 +3093,7 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
             for (int j = 0; j <= k->has_min; j++)
                 to[t].acc[four] = FMA_4(FN(quad)(add.a[j], i),
                                         FN(quad)(add.b[j], i), to[t].acc[four]);
-    }
+    } while (++t < n);
 }
 
 KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
@@ -3110,13 +3111,12 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
             const uint8_t *b = row + 4 * (size_t)i * w->stride;
             FN(read_scales)(&s, (struct FN(source)){ b, 0, 0 }, w->stride, k);
             UNROLL
-            for (int g = 0; g < per_step; g += QUADS) {
-                UNROLL
-                for (size_t j = 0; j < 4 * bytes * QUADS / per_step; j += 64)
-                    FETCH_FAR(next + j);
-                next += 4 * bytes * QUADS / per_step;
+            for (size_t j = 0; j < 4 * bytes; j += 64)
+                FETCH_FAR(next + j);
+            next += 4 * bytes;
+            UNROLL
+            for (int g = 0; g < per_step; g += QUADS)
                 FN(step)(to, n, i, b, w->stride, g, &s, k);
-            }
         }
         for (int t = 0; t < n; t++)
             to[t].x += per_step / QUADS;

@@ -272,16 +272,17 @@ await holds("openai: a call that has to be", async () => {
     }
 });
 await holds("openai: abort", async () => {
-    const stream = await client.chat.completions.create({
-        ...asked, max_tokens: 3000, stream: true, temperature: 2 });
+    const endless = { ...asked, max_tokens: 3000,
+        logit_bias: { 2: -100, 7: -100 } };
+    const stream = await client.chat.completions.create(
+        { ...endless, stream: true });
     for await (const chunk of stream)
         if (chunk.choices[0].delta.content)
             stream.controller.abort();
     await idles();
     const stop = new AbortController();
     const answer = client.chat.completions.create(
-        { ...asked, max_tokens: 3000, temperature: 2 },
-        { signal: stop.signal });
+        endless, { signal: stop.signal });
     setTimeout(() => stop.abort(), 20);
     await assert.rejects(answer, OpenAI.APIUserAbortError);
     await idles();
