@@ -91,7 +91,7 @@ static void answer_noise(struct engine *e, struct job *j)
 static void answer_line(struct engine *e, const char *line, size_t n)
 {
     struct pool pool = { 0 };
-    struct job j = { .q = { .limit = 2 * LONG } };
+    struct job j = { .q = { .limit = 2 * LONG, .n_choices = 1 } };
     struct text out = { 0 };
     struct json *v;
     struct why why;
@@ -105,7 +105,7 @@ static void answer_line(struct engine *e, const char *line, size_t n)
     if (code == DONE) {
         answer_noise(e, &j);
         add_members(&out, "response: {body: ");
-        add_completion(e, &out, &j, 0);
+        add_completion(e, &out, &j, 1, j.id, 0);
         add_members(&out, "}}, error: %s}", NULL);
     } else
         add_members(&out, "error: {message: %s}, response: %s}", why.s, NULL);
