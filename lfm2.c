@@ -5394,7 +5394,7 @@ static void exercise(struct thread *me)
                 sum ^= word;
             }
         }
-        atomic_fetch_add(&e->sink, (unsigned)sum);
+        (void)atomic_fetch_add(&e->sink, (unsigned)sum);
         return;
     }
     in.n = e->what == LFM2_DECODE ? 1 :

@@ -5780,7 +5780,8 @@ static int listen_at_path(struct server *v, const char *path)
         return usage("--serve %s: a path of a socket has at most %zu bytes",
                      path, sizeof a.sun_path - 1);
     snprintf(a.sun_path, sizeof a.sun_path, "%s", path);
-    lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT, 0600);
+    lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT | O_NOFOLLOW,
+                0600);
     if (lock < 0)
         return -1;
     if (is_taken(lock)) {
