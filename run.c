@@ -272,14 +272,18 @@ static int status_of(int code)
 }
 
 /* Has all output arrived?  A full disk is an error that is reported; a reader
- * who left need not be told. */
+ * who left need not be told.  A signal that comes while the output stands still,
+ * as after Ctrl-S, takes what was on its way. */
 static int flush_output(int code)
 {
-    if ((fflush(stdout) == 0 && !ferror(stdout)) ||
-        (code != DONE && code != INTERRUPTED))
-        return code;
-    return errno == EPIPE ? BAD_FILE :
-           say(BAD_FILE, "standard output: %s", strerror(errno));
+    const int failed = fflush(stdout) != 0 || ferror(stdout);
+
+    if (failed && errno == EINTR)
+        clearerr(stdout);
+    else if (failed && (code == DONE || code == INTERRUPTED))
+        return errno == EPIPE ? BAD_FILE :
+               say(BAD_FILE, "standard output: %s", strerror(errno));
+    return code;
 }
 
 /* ---- text and numbers */

@@ -248,4 +248,19 @@ t.types(b"\x04")
 status = t.ends()
 holds("and ends", status == 0 and b"\x1b" not in t.shown, (status, t.shown))
 
+# A stop while the terminal takes no more: not an output that failed.
+endless = os.path.join(folder, "endless.json")
+with open(endless, "w") as f:
+    json.dump({"messages": [{"role": "user", "content": "What is GGUF?"}],
+               "max_tokens": 1900, "logit_bias": {"2": -100, "7": -100}}, f)
+t = Terminal([run, "-q", "--messages", endless, model])
+t.types(b"\x13")                            # Ctrl-S
+time.sleep(1)
+os.kill(t.pid, signal.SIGINT)
+time.sleep(0.2)
+t.types(b"\x11")
+status = t.ends()
+holds("a stop while output stands still", status == 130 and b"run:" not in t.shown,
+      (status, t.shown[-300:]))
+
 finish()
