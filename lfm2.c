@@ -1308,7 +1308,7 @@ struct pool { int unused; };
 struct pool {
     int spins;                            /* before going to sleep           */
     pid_t owner;                          /* process that has the workers    */
-    void (*run)(struct thread *me); /* NULL: the workers end           */
+    void (*run)(struct thread *me);       /* NULL: the workers end           */
     atomic_uint pass;                     /* how many have been started      */
     atomic_uint arrived;                  /* threads that wait at a barrier  */
     atomic_uint opened;                   /* barriers that all have reached  */
