@@ -101,6 +101,7 @@
 #include <string.h>
 
 #ifndef LFM2_NO_MMAP
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -403,10 +404,10 @@ struct isa {
                     const uint8_t *end, const uint8_t *next);
 };
 
-/* Every thread of a context runs the model.  Each does its share and waits for
- * all at a barrier where it needs what others have computed. */
 struct range { int first, last; };        /* first .. last-1                 */
 
+/* Every thread of a context runs the model.  Each does its share and waits for
+ * all at a barrier where it needs what others have computed. */
 struct thread {
     lfm2_context *ctx;
     int id, of;                           /* this one, of how many           */
@@ -1254,9 +1255,9 @@ static struct range next_piece(struct thread *me, int n, int open)
 static int take_units(struct thread *me, int n, struct range *some)
 {
     const int fixed = fixed_share(me, n), open = n - me->of * fixed;
-    const struct range share = { me->id * fixed, (me->id + 1) * fixed };
+    const struct range mine = { me->id * fixed, (me->id + 1) * fixed };
 
-    me->now = !me->is_taking ? share : me->then;
+    me->now = me->is_taking ? me->then : mine;
     me->then = next_piece(me, n, open);
     if (me->now.first == me->now.last) {  /* no fixed share, or the end      */
         me->now = me->then;
@@ -3017,6 +3018,7 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 /* QUADS groups of x, a quad each: their columns 0..15 and 16..31, and what
  * comes with them. */
 struct FN(x_quads) { INTS q[2]; struct FN(head) head; };
+_Static_assert(sizeof(struct FN(x_quads)) == GROUP_BYTES * QUADS, "room for x");
 
 /* One of the rows: its next groups, and the results so far. */
 struct FN(few) {
@@ -3935,6 +3937,21 @@ struct file {
     int how;                              /* LFM2_LOAD_MAP, _READ, BORROWED  */
 };
 
+/* fopen() alone would wait at a pipe until somebody writes to it. */
+static FILE *open_stream(const char *path)
+{
+#ifdef LFM2_NO_MMAP
+    return fopen(path, "rb");
+#else
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    FILE *s = fd < 0 ? NULL : fdopen(fd, "rb");
+
+    if (fd >= 0 && !s)
+        close(fd);
+    return s;
+#endif
+}
+
 /* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
 static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
@@ -3962,6 +3979,13 @@ static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
 
 static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
+#ifndef LFM2_NO_MMAP
+    struct stat st;
+
+    if (fstat(fileno(s), &st) == 0 && !S_ISREG(st.st_mode))
+        return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
+                    S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
+#endif
     const long size = fseek(s, 0, SEEK_END) == 0 ? ftell(s) : -1;
     if (size < 1 || size == LONG_MAX)     /* as directories have             */
         return fail(err, size == 0 ? LFM2_EFORMAT : LFM2_EIO, "%s: %ld bytes, "
@@ -3992,13 +4016,7 @@ static int file_open(struct file *f, const char *path, int load,
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
         return fail(err, LFM2_EARG, "%s, loaded in way %d, expected a path and "
                     "LFM2_LOAD_MAP or _READ", path ? path : "no path", load);
-#ifndef LFM2_NO_MMAP
-    struct stat st;                       /* who opens a pipe waits for it   */
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode))
-        return fail(err, LFM2_EIO, "%s: %s, expected a regular file", path,
-                    S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
-#endif
-    s = fopen(path, "rb");
+    s = open_stream(path);
     if (!s)
         return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
     code = file_load(f, s, path, err);
@@ -4108,8 +4126,7 @@ static struct gguf_tensor *gguf_tensor_find(const struct gguf *g,
     return NULL;
 }
 
-/* Keys and tensor names become C strings: printable ASCII, 1 to max bytes, all
- * different. */
+/* Keys and tensor names become C strings: printable ASCII, 1 to max bytes. */
 static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
                      const char *of, int number)
 {
@@ -4126,8 +4143,6 @@ static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
                        what, show(name).s, (unsigned char)name.s[i]);
     memcpy(out, name.s, name.n);
     out[name.n] = '\0';
-    if (gguf_find(g, out) || gguf_tensor_find(g, out))
-        return BAD(g, "%s %s: found twice, expected once", of, out);
     return LFM2_OK;
 }
 
@@ -4136,6 +4151,8 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     struct gguf_kv *kv = &g->kv[g->n_kv];
 
     TRY(take_name(g, c, kv->key, MAX_KEY, "metadata key", g->n_kv));
+    if (gguf_find(g, kv->key))
+        return BAD(g, "metadata key %s: found twice, expected once", kv->key);
     kv->type = (uint32_t)take_int(c, 4);
     kv->elem = kv->type == GGUF_ARRAY ? (uint32_t)take_int(c, 4) : kv->type;
     kv->n = kv->type == GGUF_ARRAY ? take_int(c, 8) : 1;
@@ -4267,6 +4284,8 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     uint32_t n_dims, type;
 
     TRY(take_name(g, c, t->name, MAX_NAME, "tensor", g->n_tensors));
+    if (gguf_tensor_find(g, t->name))
+        return BAD(g, "tensor %s: found twice, expected once", t->name);
     n_dims = (uint32_t)take_int(c, 4);
     for (uint32_t d = 0; d < 4; d++)
         t->dims[d] = d < n_dims ? take_int(c, 8) : 1;
