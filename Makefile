@@ -120,9 +120,11 @@ build/run-static: run.c lfm2.c lfm2.h | build
 	$(STATIC_CC) $(CPPFLAGS) $(CFLAGS) $(filter-out -M%,$(FLAGS)) $(LDFLAGS) \
 	    -static -o $@ run.c lfm2.c $(LIBS)
 
-# On Debian: clang, lld, wasi-libc and libclang-rt-dev-wasm32.  The linker would
-# give the stack 64 KiB, and nobody notices when it overflows.
-WASM_CC ?= clang --target=wasm32-wasi -msimd128
+# On Debian: clang, lld, wasi-libc and libclang-rt-dev-wasm32; on Debian 12
+# clang-19, lld-19 and libclang-rt-19-dev-wasm32, as relaxed SIMD takes clang 16.
+# The linker would give the stack 64 KiB, and nobody notices when it overflows.
+WASM_CLANG ?= $(shell command -v clang-19 || echo clang)
+WASM_CC ?= $(WASM_CLANG) --target=wasm32-wasi -msimd128
 
 WASM_FLAGS = $(CPPFLAGS) $(CFLAGS) $(filter-out -M% -pthread,$(FLAGS)) \
     -DLFM2_NO_MMAP -D_WASI_EMULATED_SIGNAL -D_WASI_EMULATED_PROCESS_CLOCKS \
@@ -130,10 +132,14 @@ WASM_FLAGS = $(CPPFLAGS) $(CFLAGS) $(filter-out -M% -pthread,$(FLAGS)) \
 WASM_LIBS  = -lm -lwasi-emulated-signal -lwasi-emulated-process-clocks \
     -lwasi-emulated-getpid
 
-wasm: build/run.wasm
+# Only machines that know relaxed instructions can load what has them.
+FEATURES = $(if $(findstring relaxed,$@),-mrelaxed-simd)
 
-build/run.wasm: run.c lfm2.c lfm2.h | build
-	$(WASM_CC) $(WASM_FLAGS) -DLFM2_NO_THREADS -o $@ run.c lfm2.c $(WASM_LIBS)
+wasm: build/run.wasm build/run_relaxed.wasm
+
+build/run.wasm build/run_relaxed.wasm: run.c lfm2.c lfm2.h | build
+	$(WASM_CC) $(WASM_FLAGS) $(FEATURES) -DLFM2_NO_THREADS -o $@ run.c lfm2.c \
+	    $(WASM_LIBS)
 
 # For test/bits.sh.
 build/run_no_simd.wasm: run.c lfm2.c lfm2.h | build
@@ -144,7 +150,8 @@ build/wasm_fma.wasm: test/wasm_fma.c lfm2.c lfm2.h | build
 	$(WASM_CC) $(WASM_FLAGS) -DLFM2_NO_THREADS -O1 -o $@ $< $(WASM_LIBS)
 
 # A directory for any server of files.
-PAGE := index.html page_worker.mjs page.wasm page_threads.wasm tiny.gguf
+PAGE := index.html page_worker.mjs page.wasm page_relaxed.wasm \
+    page_threads.wasm page_threads_relaxed.wasm tiny.gguf
 
 page: $(PAGE:%=build/page/%)
 
@@ -160,15 +167,16 @@ build/page/page_worker.mjs: scripts/page_worker.mjs | build/page
 PAGE_FLAGS = $(WASM_FLAGS) -Wno-unused-function -mexec-model=reactor \
     -Wl,--import-memory,--initial-memory=4194304
 
-build/page/page.wasm: scripts/page.c run.c lfm2.c lfm2.h | build/page
-	$(WASM_CC) $(PAGE_FLAGS) -DLFM2_NO_THREADS -o $@ scripts/page.c lfm2.c \
-	    $(WASM_LIBS)
+build/page/page.wasm build/page/page_relaxed.wasm: scripts/page.c run.c lfm2.c \
+                                                   lfm2.h | build/page
+	$(WASM_CC) $(PAGE_FLAGS) $(FEATURES) -DLFM2_NO_THREADS -o $@ scripts/page.c \
+	    lfm2.c $(WASM_LIBS)
 
 # The C library was not compiled for threads, so only one calls it, and its
 # errno is that thread's.
-build/page/page_threads.wasm: scripts/page.c scripts/wasm/pthread.h run.c \
-                              lfm2.c lfm2.h | build/page
-	$(WASM_CC) $(PAGE_FLAGS) -Iscripts/wasm -matomics -mbulk-memory \
+build/page/page_threads.wasm build/page/page_threads_relaxed.wasm: \
+    scripts/page.c scripts/wasm/pthread.h run.c lfm2.c lfm2.h | build/page
+	$(WASM_CC) $(PAGE_FLAGS) $(FEATURES) -Iscripts/wasm -matomics -mbulk-memory \
 	    -D_Thread_local= -Wl,--shared-memory,--max-memory=4294967296,--no-check-features \
 	    -Wl,--export=__stack_pointer -o $@ scripts/page.c lfm2.c $(WASM_LIBS)
 

@@ -72,7 +72,9 @@
 /* The contract, whatever the compiler is told: no a*b+c is fused by itself, and
  * nothing is compiled that may reorder sums. */
 #ifdef __clang__
+#ifndef __wasm__                          /* not known there                 */
 #pragma float_control(precise, on)
+#endif
 #pragma STDC FP_CONTRACT OFF
 #elif defined __GNUC__
 #pragma GCC optimize "fp-contract=off"
@@ -134,6 +136,9 @@ typedef volatile unsigned atomic_uint;
 #elif defined __wasm_simd128__ && !defined LFM2_NO_SIMD
 #define LFM2_WASM
 #include <wasm_simd128.h>
+#if defined __wasm_relaxed_simd__ && __clang_major__ >= 16
+#define LFM2_RELAXED
+#endif
 #endif
 
 #if FLT_EVAL_METHOD != 0
@@ -2155,7 +2160,8 @@ static void matmul(struct thread *me, int how, float *y,
  *               VL, DQ) on x86
  *     DOT       1: with an instruction that multiplies four bytes by four
  *                  bytes and adds them to a 32-bit number: sdot on ARM,
- *                  vpdpbusd on x86, whose first bytes are unsigned
+ *                  vpdpbusd on x86, where weights are unsigned, and on
+ *                  WebAssembly one where they have seven bits
  *     TARGET    what to tell the compiler
  *
  * FLOATS, INTS and UINTS are registers of LANES numbers, HALF of as many 16-bit
@@ -2218,7 +2224,7 @@ static void matmul(struct thread *me, int how, float *y,
 
 #elif defined LFM2_WASM
 
-#define BLOCK(name) name##_simd128
+#define BLOCK(name) FN(name)
 #define FMA(a, b, c) FN(fma)(a, b, c)
 #define FMA_4 FMA
 #define FROM_F16(h) FN(from_f16)(WIDEN(h))
@@ -2264,13 +2270,35 @@ static void matmul(struct thread *me, int how, float *y,
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* Fetch what is at p to all levels of the cache, or to all but the first.  No
- * harm is done if nothing is there. */
-#ifdef __GNUC__
+/* What compiles WebAssembly in browsers puts the loads of a block first, however
+ * many registers that takes, so blocks had better be short. */
+#ifdef LFM2_WASM
+#define UNROLL_4 _Pragma("clang loop unroll_count(4)")
+#define SHORT_BLOCKS 1
+#else
+#define UNROLL_4 UNROLL
+#define SHORT_BLOCKS 0
+#endif
+
+/* Fetch what is at p, for many uses or for a single one, which drives less out
+ * of the caches.  No harm is done if nothing is there. */
+#if defined __GNUC__ && !defined LFM2_WASM
 #define FETCH(p) __builtin_prefetch(p, 0, 3)
-#define FETCH_FAR(p) __builtin_prefetch(p, 0, 2)
+#define FETCH_ONCE(p) __builtin_prefetch(p, 0, 0)
 #else
 #define FETCH(p) (void)(p)
+#define FETCH_ONCE FETCH
+#endif
+
+/* WebAssembly cannot fetch ahead of time.  But many loads in a row, whose results
+ * nobody waits for, are under way together. */
+#ifdef LFM2_WASM
+static void touch(const uint8_t *p, size_t n)
+{
+    if (((uintptr_t)p + n) >> 16 < __builtin_wasm_memory_size(0))
+        for (size_t i = 0; i < n; i += 64)
+            (void)*(const volatile uint8_t *)(p + i);
+}
 #endif
 
 /* For products on ARM.  gcc must not reorder them, or it runs out of registers;
@@ -2282,25 +2310,25 @@ static void matmul(struct thread *me, int how, float *y,
 #endif
 
 enum {
-    FEW = 3,                              /* rows of x that are few: weights
-                                             come straight from the file     */
     GROUP_BYTES = 80,                     /* of a struct x_quads, for a group
                                              of it                           */
-    FOURS = 2,                            /* times four rows of weights, that
-                                             few rows are multiplied with    */
-    SOME = 7,                             /* at most: panels of eight groups */
-    AHEAD = 8192,                         /* bytes to fetch ahead, besides a
+    SOME = 64, PART = 16,                 /* so many rows at most are
+                                             multiplied by parts of panels,
+                                             of so many groups               */
+    AHEAD = 3072,                         /* bytes to fetch ahead, besides a
                                              tile; found by measuring        */
 
     MANY = 16,                            /* rows of x that are many for
                                              weights in floats, ...          */
     BLOCK_COLS = 512,                     /* ... taken in blocks of columns  */
-    MOST_X_ROWS = 6                       /* of X_ROWS and TOKENS            */
+    MOST_X_ROWS = 6                       /* of X_ROWS, TOKENS and FEW       */
 };
 
-/* Rows of x that are multiplied at once, by a panel and by weights in floats,
- * and registers for a row of a tile in attention.  AVX2 has 16 registers, and
- * WebAssembly has what it runs on, the others have 32. */
+/* Rows of x that are so few that weights come straight from the file, and that
+ * are multiplied at once by a panel and by weights in floats; and registers for
+ * a row of a tile in attention.  AVX2 has 16 registers, and WebAssembly has what
+ * it runs on, the others have 32. */
+#define FEW (LANES == 16 ? 6 : 3)
 #ifdef LFM2_WASM
 #define TOKENS 4
 #define X_ROWS 3
@@ -2393,8 +2421,8 @@ KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
 #endif
 #ifdef LFM2_WASM
 
-/* There is no fused multiply-add.  The product of two floats is exact in
- * double.  Rounding the sum s to double and then to float is rounding twice,
+/* There is no fused multiply-add, except one that some machines do not fuse:
+ * see cpu_isas().  The product of two floats is exact in double.  Rounding the sum s to double and then to float is rounding twice,
  * and that goes wrong only if s is halfway between two floats: then all but the
  * uppermost of the bits to be dropped are 0.  For these, and some others whose
  * last bits are the same, s is made odd as in fma_f32(). */
@@ -2414,6 +2442,9 @@ KERNEL_INLINE FN(doubles) FN(to_odd)(FN(doubles) s, FN(doubles) p,
 
 KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
 {
+#if DOT
+    return (FLOATS)wasm_f32x4_relaxed_madd((v128_t)a, (v128_t)b, (v128_t)c);
+#else
 #define TO_DOUBLES(v) __builtin_convertvector(v, FN(doubles))
 #define DEMOTE(v) wasm_f32x4_demote_f64x2_zero((v128_t)(v))
     const FN(doubles) p = TO_DOUBLES(a) * TO_DOUBLES(b), d = TO_DOUBLES(c);
@@ -2424,6 +2455,7 @@ KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
         s = FN(to_odd)(s, p, d);
     return (FLOATS)PAIR_LOW(DEMOTE(__builtin_shufflevector(s, s, 0, 1)),
                             DEMOTE(__builtin_shufflevector(s, s, 2, 3)));
+#endif
 }
 
 /* f16_to_f32() */
@@ -2581,7 +2613,7 @@ KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
     return FN(choose)(x == x, p, x);
 }
 
-#if LANES < 16 && !DOT
+#if LANES < 16 && (!DOT || defined LFM2_WASM)
 
 KERNEL float FN(dot_f32)(const float *a, const float *b, int n)
 {
@@ -2700,13 +2732,20 @@ KERNEL void FN(quantize)(struct q8_group *to, const float *x)
  *     d, m [groups][2 tiles][2 halves][LANES rows]       float
  *
  * With more than SOME rows of x a panel covers all columns and stays in the
- * second-level cache; with fewer it covers eight groups at a time and stays in
+ * second-level cache; with fewer it covers PART groups at a time and stays in
  * the first.
  *
  * Functions that take a format k are compiled for each one: in a profile
  * product_Q4_0_avx2() is FN(product_##type) here. */
 
 #define PANEL (2 * LANES)                 /* rows of weights                 */
+
+/* Are weights multiplied as unsigned bytes, with their offset? */
+#ifdef LFM2_WASM
+#define UNSIGNED DOT
+#else
+#define UNSIGNED (LANES > 4)
+#endif
 
 /* Signed bytes are made unsigned where the instruction wants it. */
 #define SIGNED (DOT && LANES > 4 ? 128 : 0)
@@ -2962,7 +3001,13 @@ KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
     return DOT_PAIRS(sum, SPLAT_INT((int32_t)both));
 }
 
-#if LANES > 4 && !DOT
+/* Without an instruction for four bytes, there is one for two. */
+#ifdef LFM2_WASM
+#define PAIRS DOT
+#else
+#define PAIRS (LANES > 4 && !DOT)
+#endif
+#if PAIRS
 
 /* How many of these can be added: with a sign, of six bits, and of five. */
 #define TERMS(k) ((k)->is_signed ? 1 : (k)->offset == 32 ? 2 : 4)
@@ -2970,6 +3015,12 @@ KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
 /* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
 KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 {
+#ifdef LFM2_WASM
+#define DOT_7(w) \
+    ((FN(words))wasm_i16x8_relaxed_dot_i8x16_i7x16((v128_t)x, (v128_t)(w)))
+    return is_signed ? DOT_7(w & SPLAT_BYTE(127)) -
+                       (DOT_7(SHIFT(w, 7) & SPLAT_BYTE(1)) << 7) : DOT_7(w);
+#else
     MM_INTS a = (MM_INTS)w, b = (MM_INTS)x;
 
     if (is_signed) {
@@ -2982,6 +3033,7 @@ KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
         a = MM(abs_epi8)(a);
     }
     return (FN(words))MM(maddubs_epi16)(a, b);
+#endif
 }
 
 #endif
@@ -2991,19 +3043,19 @@ KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 {
     (void)is_signed;
-#if DOT && LANES == 4
+#if DOT && defined LFM2_ARM
     ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
     return s;
 #elif DOT && LANES == 8
     return (INTS)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, (__m256i)x);
-#elif DOT
+#elif DOT && LANES == 16
     return (INTS)_mm512_dpbusd_epi32((__m512i)s, (__m512i)w, (__m512i)x);
-#elif defined LFM2_WASM
+#elif defined LFM2_WASM && !DOT
     s += DOT_PAIRS(wasm_i16x8_extend_low_i8x16((v128_t)w),
                    wasm_i16x8_extend_low_i8x16((v128_t)x));
     return s + DOT_PAIRS(wasm_i16x8_extend_high_i8x16((v128_t)w),
                          wasm_i16x8_extend_high_i8x16((v128_t)x));
-#elif LANES == 4
+#elif defined LFM2_ARM
     int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
     int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
     return vpadalq_s16(s, vpaddq_s16(low, vmull_high_s8(a, b)));
@@ -3015,6 +3067,20 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 
 /* ---- few rows of x */
 
+/* Half h of a group times that of x, or all of it, in some sums. */
+KERNEL_INLINE INTS FN(dot_group)(const INTS w[2], const INTS x[2], const int h,
+                                 const struct format *k)
+{
+#if PAIRS
+    if (k->halves == 1 && TERMS(k) > 1)
+        return DOT_PAIRS((INTS)(FN(byte_pairs)(w[0], x[0], 0) +
+                                FN(byte_pairs)(w[1], x[1], 0)),
+                         SPLAT_INT(0x00010001));
+#endif
+    const INTS s = FN(dot_4)(SPLAT_INT(0), w[h], x[h], k->is_signed);
+    return k->halves == 1 ? FN(dot_4)(s, w[1], x[1], k->is_signed) : s;
+}
+
 /* QUADS groups of x, a quad each: their columns 0..15 and 16..31, and what
  * comes with them. */
 struct FN(x_quads) { INTS q[2]; struct FN(head) head; };
@@ -3023,7 +3089,7 @@ _Static_assert(sizeof(struct FN(x_quads)) == GROUP_BYTES * QUADS, "room for x");
 /* One of the rows: its next groups, and the results so far. */
 struct FN(few) {
     const struct FN(x_quads) *x;
-    FOUR acc[FOURS];
+    FOUR acc;
 };
 
 /* All units of weights use x like this: [rows][groups / QUADS]. */
@@ -3052,10 +3118,10 @@ KERNEL void FN(arrange)(const struct scratch *s, const struct input *in)
     }
 }
 
-/* Groups g .. g+QUADS-1 of the blocks at b, of four rows, times those of all x,
- * to acc[four]. */
-KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
-                            const uint8_t *b, size_t stride, const int g,
+/* Groups g .. g+QUADS-1 of the blocks at b, of four rows, times those of all
+ * x. */
+KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
+                            size_t stride, const int g,
                             const struct FN(scales) *s, const struct format *k)
 {
     const int offset = OFFSET(k);
@@ -3076,12 +3142,8 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
         for (int h = 0; h < k->halves; h++) {
             INTS dot[4];
             UNROLL
-            for (int i = 0; i < 4; i++) {
-                dot[i] = FN(dot_4)(SPLAT_INT(0), w[i][h], x->q[h],
-                                   k->is_signed);
-                if (k->halves == 1)
-                    dot[i] = FN(dot_4)(dot[i], w[i][1], x->q[1], k->is_signed);
-            }
+            for (int i = 0; i < 4; i++)
+                dot[i] = FN(dot_group)(w[i], x->q, h, k);
             sum[h] = SUM_4(dot[0], dot[1], dot[2], dot[3]);
             if (IN_PLACE(k))
                 sum[h] >>= FN(quad_ints)(k->low.shift + g);
@@ -3093,8 +3155,8 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const int four,
         for (int i = 0; i < QUADS; i++)
             UNROLL
             for (int j = 0; j <= k->has_min; j++)
-                to[t].acc[four] = FMA_4(FN(quad)(add.a[j], i),
-                                        FN(quad)(add.b[j], i), to[t].acc[four]);
+                to[t].acc = FMA_4(FN(quad)(add.a[j], i), FN(quad)(add.b[j], i),
+                                  to[t].acc);
     } while (++t < n);
 }
 
@@ -3104,29 +3166,26 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
 {
     const int per_step = k->block == 32 ? QUADS : 8;
     const size_t bytes = (size_t)(per_step * 32 / k->block * k->bytes);
-    const uint8_t *row = w->at, *next = w->next;
+    const uint8_t *b = w->at, *next = w->next;
     struct FN(scales) s;
 
-    for (int left = w->groups; left > 0; left -= per_step, row += bytes) {
+    for (int left = w->groups; left > 0; left -= per_step, b += bytes) {
+        FN(read_scales)(&s, (struct FN(source)){ b, 0, 0 }, w->stride, k);
         UNROLL
-        for (int i = 0; i < FOURS; i++) {
-            const uint8_t *b = row + 4 * (size_t)i * w->stride;
-            FN(read_scales)(&s, (struct FN(source)){ b, 0, 0 }, w->stride, k);
-            UNROLL
-            for (size_t j = 0; j < 4 * bytes; j += 64)
-                FETCH_FAR(next + j);
-            next += 4 * bytes;
-            UNROLL
-            for (int g = 0; g < per_step; g += QUADS)
-                FN(step)(to, n, i, b, w->stride, g, &s, k);
-        }
+        for (size_t i = 0; i < 4 * bytes; i += 64)
+            FETCH_ONCE(next + i);
+        next += 4 * bytes;
+        UNROLL
+        for (int g = 0; g < per_step; g += QUADS)
+            FN(step)(to, n, b, w->stride, g, &s, k);
         for (int t = 0; t < n; t++)
             to[t].x += per_step / QUADS;
     }
 }
 
 /* out[t][r] = the rows times those of x.  A single row of x has its own code,
- * in which everything is in registers; for more there is `several`. */
+ * which is one block and has everything in registers; for more, there is
+ * `several`. */
 KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
                                    const struct input *in,
                                    const struct scratch *s,
@@ -3137,25 +3196,26 @@ KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
     const struct FN(x_quads) *x = (const void *)s->x;
     struct FN(few) one = { .x = x }, *to = (void *)s->chain;
 
-    if (in->n == 1) {
+    if (in->n == 1 && !SHORT_BLOCKS) {
         FN(few_rows)(&one, 1, w, k);
-        memcpy(out, one.acc, sizeof one.acc);
+        memcpy(out, &one.acc, sizeof one.acc);
         return;
     }
     for (int t = 0; t < in->n; t++, x += w->groups / QUADS)
         to[t] = (struct FN(few)){ .x = x };
     several(to, in->n, w);
     for (int t = 0; t < in->n; t++)
-        memcpy(out + t * UNIT, to[t].acc, sizeof to[t].acc);
+        memcpy(out + t * UNIT, &to[t].acc, sizeof to[t].acc);
 }
 
 /* ---- many rows of x */
 
-/* WebAssembly multiplies pairs of 16-bit numbers, so there the first two of
- * four columns come first in a vector, for all rows, then the others. */
+/* Without DOT, WebAssembly multiplies pairs of 16-bit numbers, so the first two
+ * of four columns come first in a vector, for all rows, then the others. */
 #ifdef LFM2_WASM
 #define TILE_ORDER(v) \
-    WASM_PICK(i16x8, (v128_t)(v), (v128_t)(v), 0, 2, 4, 6, 1, 3, 5, 7)
+    (DOT ? (INTS)(v) : \
+     WASM_PICK(i16x8, (v128_t)(v), (v128_t)(v), 0, 2, 4, 6, 1, 3, 5, 7))
 #else
 #define TILE_ORDER(v) ((INTS)(v))
 #endif
@@ -3167,7 +3227,7 @@ KERNEL_INLINE void FN(to_tile)(INTS *q, FLOATS *d, FLOATS *m,
                                const struct FN(scales) *s,
                                const struct format *k)
 {
-    const INTS offset = SPLAT_BYTE(LANES == 4 ? k->offset : 0);
+    const INTS offset = SPLAT_BYTE(UNSIGNED ? 0 : k->offset);
     FLOATS both[2][2];
     INTS w[4][2];
 
@@ -3207,7 +3267,7 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, int tile,
 
     for (int left = w->groups; left > 0; left -= per_step, b.at += bytes) {
         for (size_t i = 0; i < bytes * LANES; i += 64)
-            FETCH_FAR(next + i);
+            FETCH_ONCE(next + i);
         next += bytes * LANES;
         UNROLL
         for (int g = 0; g < per_step; g++, q += 16, d += 4, m += 4) {
@@ -3227,18 +3287,18 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
                             const int tokens, const struct format *k)
 {
     const int first = 4 * h, n = 8 / k->halves;
-#if LANES > 4 && !DOT
+#if PAIRS
     FN(words) part[TOKENS][2];
 #endif
 
-    UNROLL
+    UNROLL_4
     for (int i = first; i < first + n; i++)
         UNROLL
         for (int t = 0; t < tokens; t++) {
             const INTS v = TILE_ORDER(REPEAT_4(p->x[t][g].q + 4 * i));
             UNROLL
             for (int j = 0; j < 2; j++) {
-#if LANES > 4 && !DOT
+#if PAIRS
                 const int term = i % TERMS(k);
                 FN(words) q = FN(byte_pairs)(w[2 * i + j], v, k->is_signed);
                 part[t][j] = term ? part[t][j] + q : q;
@@ -3263,7 +3323,7 @@ KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
     for (int h = 0; h < k->halves; h++) {
         UNROLL
         for (int t = 0; t < tokens; t++)
-            s[h][t][0] = s[h][t][1] = LANES > 4 && !k->has_min
+            s[h][t][0] = s[h][t][1] = UNSIGNED && !k->has_min
                 ? FN(less_offset)(REPEAT_4(p->x[t][g].sum), h, p->offset, k)
                 : SPLAT_INT(0);
         FN(dots)(s[h], w, p, g, h, tokens, k);
@@ -3340,7 +3400,7 @@ KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
                                      void (*multiply)(const struct panel_job *p,
                                                       int n))
 {
-    const int most = in->n <= SOME ? 8 : all->groups;
+    const int most = in->n <= SOME ? PART : all->groups;
     struct weight_rows part = *all;
     struct panel_job p = { .s = s, .offset = OFFSET(k) };
 
@@ -3401,8 +3461,7 @@ KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
 }
 
 /* LANES chains from chain h on, of 4 rows at w from `row` on times each x, go
- * on for the columns of the block.  For few rows of x weights come from memory,
- * and fast CPUs wait for fewer lines if these go to the second-level cache. */
+ * on for the columns of the block. */
 KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
                                   int row, const uint8_t *w, int h,
                                   const uint8_t *next, const int type)
@@ -3427,7 +3486,7 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
             if (many)
                 FETCH(next + i);
             else
-                FETCH_FAR(next + i);
+                FETCH_ONCE(next + i);
         UNROLL
         for (int t = 0; t < tokens; t++)
             v[t] = LOAD(x[t] + c);
@@ -3493,7 +3552,7 @@ KERNEL void FN(product_floats)(float *out, const struct weight_rows *all,
                                const struct input *in, const struct scratch *s)
 {
     const int many = in->n >= MANY, cols = in->cols, rows = all->rows;
-    const int type = all->type;
+    const int most = all->few ? cols : BLOCK_COLS, type = all->type;
     const size_t size = many || type == F32 ? 4 : 2;
     struct float_job b = {
         .type = many ? F32 : type, .step = many ? 64 : 4 * (int)size * LANES,
@@ -3508,7 +3567,7 @@ KERNEL void FN(product_floats)(float *out, const struct weight_rows *all,
         b.n_next = many ? b.n : 0;
         memset(s->chain, 0, (size_t)b.n * UNIT * 16 * sizeof *s->chain);
         for (int c = 0; c < cols; c += b.cols) {
-            b.cols = cols - c < BLOCK_COLS ? cols - c : BLOCK_COLS;
+            b.cols = cols - c < most ? cols - c : most;
             b.w = many ? (const void *)(s->f + c * rows)
                        : all->at + (size_t)c * size;
             b.stride = (size_t)(many ? b.cols : cols) * size;
@@ -3548,7 +3607,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
 {
     const int floats = w->fmt->floats != NULL, few = in->n <= FEW;
     const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
-                            : few ? 4 * FOURS : PANEL;
+                            : few ? 4 : PANEL;
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
     const size_t stride = row_bytes(w), bytes = stride * (size_t)rows;
     const int type = (int)(w->fmt - formats);
@@ -3564,6 +3623,9 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
             row, stride, type, rows, w->cols / 32, few,
             far < left ? row + far : next ? next + (far - left) : row
         };
+#ifdef LFM2_WASM
+        touch(some.next, bytes);
+#endif
         FN(products)[type](out + done, &some, in, s);
     }
     product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
@@ -3764,6 +3826,14 @@ static const struct isa FN(isa) = {
 #define TARGET
 #include "lfm2.c"
 
+#ifdef LFM2_RELAXED
+#define SET relaxed
+#define BITS 128
+#define DOT 1
+#define TARGET
+#include "lfm2.c"
+#endif
+
 #endif
 #undef KERNELS
 
@@ -3783,6 +3853,9 @@ static const struct isa *const kernels[LFM2_N_ISA] = {
     [LFM2_ISA_NEON] = &isa_neon, [LFM2_ISA_DOTPROD] = &isa_dotprod,
 #elif defined LFM2_WASM
     [LFM2_ISA_SIMD128] = &isa_simd128,
+#ifdef LFM2_RELAXED
+    [LFM2_ISA_RELAXED] = &isa_relaxed,
+#endif
 #endif
 };
 
@@ -3808,6 +3881,13 @@ static int cpu_isas(void)
     isas |= 1 << LFM2_ISA_AVX2 | (a71 >> 4 & 1) << LFM2_ISA_AVXVNNI;
     if (HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq"))
         isas |= 1 << LFM2_ISA_AVX512 | HAS("avx512vnni") << LFM2_ISA_AVX512VNNI;
+#elif defined LFM2_RELAXED
+    /* Relaxed instructions may differ between machines: the multiply-add may
+     * round twice.  (The dot product may not, if weights have seven bits.)  Here
+     * the product's last bit decides, or is lost. */
+    const volatile float a = 1 + 0x1p-12f, b = -(1 + 0x1p-11f);
+    const floats_relaxed x = { a, a, a, a }, y = { b, b, b, b };
+    isas |= (fma_relaxed(x, x, y)[0] > 0) << LFM2_ISA_RELAXED;
 #elif defined __ARM_FEATURE_DOTPROD       /* compiled for such CPUs alone    */
     isas |= 1 << LFM2_ISA_DOTPROD;
 #elif defined LFM2_ARM && defined __linux__
@@ -5273,7 +5353,7 @@ static int64_t lay_out(lfm2_context *ctx, void *base)
         CARVE(a, s.m, cols / 16 * rows);
         CARVE(a, s.f, cols * UNIT);
         CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
-        CARVE(a, s.x, FEW * cols / 32 * GROUP_BYTES);
+        CARVE(a, s.x, MOST_X_ROWS * cols / 32 * GROUP_BYTES);
         CARVE(a, s.tile, TILE * (c->head_dim + 1));
         CARVE(a, s.score, queries * CHUNK);
         s.arranged = base ? &ctx->thread[i].arranged : NULL;
@@ -5407,7 +5487,7 @@ static void exercise(struct thread *me)
         uint64_t sum = 0, word;
         p += (size_t)r.first * 64;
         for (int i = r.first; i < r.last; i++, p += 64) {
-            FETCH(p + 8192);
+            FETCH_ONCE(p + 8192);
             for (int k = 0; k < 64; k += 8) {
                 memcpy(&word, p + k, sizeof word);
                 sum ^= word;

@@ -161,11 +161,11 @@ uint64_t lfm2_model_hash(const lfm2_model *m);
 
 /* Instruction sets.  AVX2 includes FMA and F16C; AVX512 is F, BW, VL and DQ;
  * the VNNI ones have vpdpbusd besides.  NEON is what every 64-bit ARM has,
- * DOTPROD has sdot besides; SIMD128 is WebAssembly's.  None of them changes a
- * bit of a result. */
+ * DOTPROD has sdot besides; SIMD128 is WebAssembly's, and RELAXED what some of
+ * its machines add.  None of them changes a bit of a result. */
 enum { LFM2_ISA_AUTO, LFM2_ISA_SCALAR, LFM2_ISA_AVX2, LFM2_ISA_AVXVNNI,
        LFM2_ISA_AVX512, LFM2_ISA_AVX512VNNI, LFM2_ISA_NEON, LFM2_ISA_DOTPROD,
-       LFM2_ISA_SIMD128, LFM2_N_ISA };
+       LFM2_ISA_SIMD128, LFM2_ISA_RELAXED, LFM2_N_ISA };
 enum { LFM2_KV_F16, LFM2_KV_F32 };
 
 /* 1 if this build on this CPU has the kernels of LFM2_ISA_x, else 0. */

@@ -5911,7 +5911,7 @@ static int serve(const struct settings *s)
 #define FOREIGN(kind, names, why) { kind, names, why, .modes = ANY }
 
 #define SETS \
-    "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod|simd128"
+    "auto|scalar|avx2|avxvnni|avx512|avx512vnni|neon|dotprod|simd128|relaxed"
 
 static const struct option table[] = {
     GROUP("What to do"),
@@ -6069,8 +6069,8 @@ static const struct option table[] = {
            "guess up to N tokens from the text so far; the answer stays the "
            "same (7; with experts 0)"),
     VALUE(CHOICE, "--isa", SETS, isa, RUN | INSPECT | BENCH, "instruction set: "
-          "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon, dotprod or "
-          "simd128"),
+          "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon, dotprod, "
+          "simd128 or relaxed"),
     VALUE(CHOICE, "--kv", "f16|f32", kv, RUN | INSPECT | BENCH,
           "precision of the KV cache"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,

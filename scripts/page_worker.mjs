@@ -148,12 +148,20 @@ async function be_thread({ thread, module, memory: shared, top }) {
     program.page_thread(thread);
 }
 
+// With relaxed SIMD, where the browser has it.
+async function load(name) {
+    try {
+        return await WebAssembly.compileStreaming(fetch(`${name}_relaxed.wasm`));
+    } catch {
+        return WebAssembly.compileStreaming(fetch(`${name}.wasm`));
+    }
+}
+
 async function open({ open: source, context, threads }) {
     const n = self.crossOriginIsolated
         ? Math.max(1, threads || Math.min(navigator.hardwareConcurrency, 8))
         : 1;
-    const module = await WebAssembly.compileStreaming(
-        fetch(n > 1 ? 'page_threads.wasm' : 'page.wasm'));
+    const module = await load(n > 1 ? 'page_threads' : 'page');
     memory = reserve(n > 1);
     await start(module);
     program._initialize();

@@ -13,6 +13,8 @@ import { WASI } from 'node:wasi';
 // which node crashes once the program's memory has grown (nodejs/node#53087).
 process.removeAllListeners('warning');
 setFlagsFromString('--no-turbo-fast-api-calls');
+if (parseInt(process.versions.node) < 21)
+    setFlagsFromString('--experimental-wasm-relaxed-simd');
 
 const args = process.argv.slice(2);
 const wasi = new WASI({

@@ -37,7 +37,7 @@ compile() {
 # compiles COMPILER FLAGS...: any program at all.
 compiles() {
     if [ "$1" = make ] && [ "${3%.wasm}" != "$3" ]; then
-        set -- clang --target=wasm32-wasi
+        set -- "$(command -v clang-19 || echo clang)" --target=wasm32-wasi
     elif [ "$1" = make ]; then
         return
     fi
@@ -235,6 +235,8 @@ more() {
     try ppc64le qemu-ppc64le powerpc64le-linux-gnu-gcc -O2 -static
     try riscv64 qemu-riscv64 riscv64-linux-gnu-gcc -O2 -static
     try wasm32 "node scripts/run_wasm.mjs" make wasm run.wasm
+    try wasm32-relaxed "node scripts/run_wasm.mjs" make \
+        build/run_relaxed.wasm run_relaxed.wasm
     try wasm32-no-simd "node scripts/run_wasm.mjs" make \
         build/run_no_simd.wasm run_no_simd.wasm
     try static "" make static run-static

@@ -16,7 +16,7 @@ enum { STEP = 1, BATCHES = 8, LENGTH = 90 };
 
 static const char *const isa_names[] = {
     "auto", "scalar", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512-VNNI", "NEON",
-    "dotprod", "SIMD128"
+    "dotprod", "SIMD128", "relaxed"
 };
 
 /* The table of an instruction set, or NULL. */
@@ -239,7 +239,7 @@ static void expect_products(int type, int cols, int rows, uint64_t *rng)
     struct scratch s = { .q = room(c * 32), .d = room(c * 8),
                          .m = room(c * 8), .f = room(c * UNIT * 4),
                          .chain = room(MOST_X_ROWS * UNIT * 16 * 4),
-                         .x = room(FEW * c / 32 * GROUP_BYTES),
+                         .x = room(MOST_X_ROWS * c / 32 * GROUP_BYTES),
                          .arranged = &none };
     struct input in = { 0, cols, NULL, room(n * 4),
                         room(n / 32 * sizeof *in.q) };

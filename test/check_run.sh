@@ -68,7 +68,7 @@ expect 0 "plain text" -q --temp 0 --raw -n 5 $m "Once upon a time"
 cp "$dir/out" "$dir/plain"
 expect 0 "-no-cnv" -q --temp 0 -no-cnv -n 5 $m "Once upon a time"
 same "-no-cnv is --raw" "$dir/plain" "$dir/out"
-for isa in avx2 avxvnni avx512 avx512vnni neon dotprod simd128; do
+for isa in avx2 avxvnni avx512 avx512vnni neon dotprod simd128 relaxed; do
     if "$run" --version | grep '^isa' | grep -qw $isa; then
         expect 0 "--isa $isa" --isa $isa -n 1 $m hello
     else
