@@ -2160,8 +2160,8 @@ static void matmul(struct thread *me, int how, float *y,
  *               VL, DQ) on x86
  *     DOT       1: with an instruction that multiplies four bytes by four
  *                  bytes and adds them to a 32-bit number: sdot on ARM,
- *                  vpdpbusd on x86, where weights are unsigned, and on
- *                  WebAssembly one where they have seven bits
+ *                  vpdpbusd on x86, where weights are unsigned; on
+ *                  WebAssembly, with the relaxed instructions
  *     TARGET    what to tell the compiler
  *
  * FLOATS, INTS and UINTS are registers of LANES numbers, HALF of as many 16-bit
@@ -2270,8 +2270,8 @@ static void matmul(struct thread *me, int how, float *y,
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* What compiles WebAssembly in browsers puts the loads of a block first, however
- * many registers that takes, so blocks had better be short. */
+/* What compiles WebAssembly in browsers puts all loads of a block first, and
+ * runs out of registers, so blocks had better be short. */
 #ifdef LFM2_WASM
 #define UNROLL_4 _Pragma("clang loop unroll_count(4)")
 #define SHORT_BLOCKS 1
@@ -2290,8 +2290,8 @@ static void matmul(struct thread *me, int how, float *y,
 #define FETCH_ONCE FETCH
 #endif
 
-/* WebAssembly cannot fetch ahead of time.  But many loads in a row, whose results
- * nobody waits for, are under way together. */
+/* WebAssembly cannot fetch ahead of time.  But many loads in a row, whose
+ * results nobody waits for, are under way together. */
 #ifdef LFM2_WASM
 static void touch(const uint8_t *p, size_t n)
 {
@@ -2326,8 +2326,8 @@ enum {
 
 /* Rows of x that are so few that weights come straight from the file, and that
  * are multiplied at once by a panel and by weights in floats; and registers for
- * a row of a tile in attention.  AVX2 has 16 registers, and WebAssembly has what
- * it runs on, the others have 32. */
+ * a row of a tile in attention.  AVX2 has 16 registers, the others have 32, and
+ * WebAssembly has what it runs on. */
 #define FEW (LANES == 16 ? 6 : 3)
 #ifdef LFM2_WASM
 #define TOKENS 4
@@ -2421,11 +2421,12 @@ KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
 #endif
 #ifdef LFM2_WASM
 
-/* There is no fused multiply-add, except one that some machines do not fuse:
- * see cpu_isas().  The product of two floats is exact in double.  Rounding the sum s to double and then to float is rounding twice,
- * and that goes wrong only if s is halfway between two floats: then all but the
- * uppermost of the bits to be dropped are 0.  For these, and some others whose
- * last bits are the same, s is made odd as in fma_f32(). */
+/* Some machines have a fused multiply-add, see cpu_isas().  Without one: the
+ * product of two floats is exact in double.  Rounding the sum s to double
+ * and then to float is rounding twice, and that goes wrong only if s is halfway
+ * between two floats: then all but the uppermost of the bits to be dropped are
+ * 0.  For these, and some others whose last bits are the same, s is made odd as
+ * in fma_f32(). */
 typedef double FN(doubles) __attribute__((vector_size(32)));
 typedef int64_t FN(longs) __attribute__((vector_size(32)));
 
@@ -3001,7 +3002,8 @@ KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
     return DOT_PAIRS(sum, SPLAT_INT((int32_t)both));
 }
 
-/* Without an instruction for four bytes, there is one for two. */
+/* Where there is no instruction for four bytes, there may be one for two.  That
+ * of WebAssembly is relaxed: weights of seven bits are the same everywhere. */
 #ifdef LFM2_WASM
 #define PAIRS DOT
 #else
@@ -3883,8 +3885,7 @@ static int cpu_isas(void)
         isas |= 1 << LFM2_ISA_AVX512 | HAS("avx512vnni") << LFM2_ISA_AVX512VNNI;
 #elif defined LFM2_RELAXED
     /* Relaxed instructions may differ between machines: the multiply-add may
-     * round twice.  (The dot product may not, if weights have seven bits.)  Here
-     * the product's last bit decides, or is lost. */
+     * round twice.  Then the last bit of this product is lost. */
     const volatile float a = 1 + 0x1p-12f, b = -(1 + 0x1p-11f);
     const floats_relaxed x = { a, a, a, a }, y = { b, b, b, b };
     isas |= (fma_relaxed(x, x, y)[0] > 0) << LFM2_ISA_RELAXED;
