@@ -300,7 +300,7 @@ check-bits:
 	@sh test/bits.sh
 
 check-ports:
-	@sh test/bits.sh ports
+	@WASM_CC="$(WASM_CC)" sh test/bits.sh ports
 
 check-boot: static
 	@scripts/boot.sh

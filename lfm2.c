@@ -2741,11 +2741,15 @@ KERNEL void FN(quantize)(struct q8_group *to, const float *x)
 
 #define PANEL (2 * LANES)                 /* rows of weights                 */
 
-/* Are weights multiplied as unsigned bytes, with their offset? */
+/* Are weights multiplied as unsigned bytes, with their offset?  And by pairs,
+ * where nothing multiplies fours?  (The instruction of WebAssembly is relaxed:
+ * weights of seven bits are the same everywhere.) */
 #ifdef LFM2_WASM
 #define UNSIGNED DOT
+#define PAIRS DOT
 #else
 #define UNSIGNED (LANES > 4)
+#define PAIRS (LANES > 4 && !DOT)
 #endif
 
 /* Signed bytes are made unsigned where the instruction wants it. */
@@ -3002,13 +3006,6 @@ KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
     return DOT_PAIRS(sum, SPLAT_INT((int32_t)both));
 }
 
-/* Where there is no instruction for four bytes, there may be one for two.  That
- * of WebAssembly is relaxed: weights of seven bits are the same everywhere. */
-#ifdef LFM2_WASM
-#define PAIRS DOT
-#else
-#define PAIRS (LANES > 4 && !DOT)
-#endif
 #if PAIRS
 
 /* How many of these can be added: with a sign, of six bits, and of five. */
@@ -3045,25 +3042,25 @@ KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 {
     (void)is_signed;
-#if DOT && defined LFM2_ARM
-    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
-    return s;
-#elif DOT && LANES == 8
-    return (INTS)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, (__m256i)x);
-#elif DOT && LANES == 16
+#if PAIRS
+    return s + DOT_PAIRS((INTS)FN(byte_pairs)(w, x, is_signed),
+                         SPLAT_INT(0x00010001));
+#elif LANES == 16
     return (INTS)_mm512_dpbusd_epi32((__m512i)s, (__m512i)w, (__m512i)x);
-#elif defined LFM2_WASM && !DOT
+#elif LANES == 8
+    return (INTS)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, (__m256i)x);
+#elif defined LFM2_WASM
     s += DOT_PAIRS(wasm_i16x8_extend_low_i8x16((v128_t)w),
                    wasm_i16x8_extend_low_i8x16((v128_t)x));
     return s + DOT_PAIRS(wasm_i16x8_extend_high_i8x16((v128_t)w),
                          wasm_i16x8_extend_high_i8x16((v128_t)x));
-#elif defined LFM2_ARM
+#elif DOT
+    ASM("sdot %0.4s, %1.16b, %2.16b" : "+w"(s) : "w"(w), "w"(x));
+    return s;
+#else
     int8x16_t a = (int8x16_t)w, b = (int8x16_t)x;
     int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
     return vpadalq_s16(s, vpaddq_s16(low, vmull_high_s8(a, b)));
-#else
-    return s + DOT_PAIRS((INTS)FN(byte_pairs)(w, x, is_signed),
-                         SPLAT_INT(0x00010001));
 #endif
 }
 

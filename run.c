@@ -10248,8 +10248,9 @@ static void meet_pages(const lfm2_model *m)
     uint64_t n = 1;
 
     lfm2_model_file(m, &size);
-    for (uint64_t at = 0; n > 0 && !interrupted && (double)size < free_memory();
-         at += n)
+    if ((double)size > free_memory())
+        return;
+    for (uint64_t at = 0; n > 0 && !interrupted; at += n)
         n = lfm2_model_read_ahead(m, at, 64 << 20);
 }
 

@@ -37,7 +37,8 @@ compile() {
 # compiles COMPILER FLAGS...: any program at all.
 compiles() {
     if [ "$1" = make ] && [ "${3%.wasm}" != "$3" ]; then
-        set -- "$(command -v clang-19 || echo clang)" --target=wasm32-wasi
+        # shellcheck disable=SC2086
+        set -- ${WASM_CC:-clang --target=wasm32-wasi}
     elif [ "$1" = make ]; then
         return
     fi
