@@ -378,7 +378,7 @@ struct scratch {
     /* rows of weights, unpacked: one row, or in section 12 a panel */
     uint8_t *q;                           /* cols x panel rows               */
     float *d, *m;                         /* groups x 2 x panel rows         */
-    float *f;                             /* cols x UNIT, for floats         */
+    float *f;                             /* cols, for floats                */
     float *chain;                         /* [MOST_X_ROWS][UNIT][16] sums    */
 
     /* an input of few rows as section 12 wants it, until the next barrier */
@@ -2317,10 +2317,6 @@ enum {
                                              of so many groups               */
     AHEAD = 3072,                         /* bytes to fetch ahead, besides a
                                              tile; found by measuring        */
-
-    MANY = 16,                            /* rows of x that are many for
-                                             weights in floats, ...          */
-    BLOCK_COLS = 512,                     /* ... taken in blocks of columns  */
     MOST_X_ROWS = 6                       /* of X_ROWS, TOKENS and FEW       */
 };
 
@@ -2338,6 +2334,10 @@ enum {
 #define X_ROWS (LANES == 8 ? 3 : 6)
 #define WIDE (LANES == 8 ? 2 : 4)
 #endif
+
+/* Of a row of weights in floats, for so many columns that those of X_ROWS rows
+ * of x stay in the first-level cache beside the next ones. */
+#define BLOCK_BYTES (6144 / X_ROWS)
 
 /* Rows of weights, `groups` groups of them, for few rows of x or many; and what
  * to fetch meanwhile. */
@@ -2851,30 +2851,19 @@ KERNEL_INLINE void FN(load_16)(INTS v[4], struct FN(source) b, int at,
 }
 
 /* The first four bytes of QUADS blocks, a quad for each, of four rows; or of
- * one block of a tile.  Where blocks have 16 to 20 bytes, those of block i are
- * in quad i of 64 bytes. */
+ * one block of a tile.  Where blocks have 16 to 20 bytes, a register holds the
+ * beginning of QUADS of them, that of block i in quad i. */
 KERNEL_INLINE INTS FN(heads)(struct FN(source) b, size_t stride,
                              const struct format *k)
 {
+    const int in_one = LANES > 4 && k->bytes <= 20 && !b.is_tile;
+    const uint8_t from[4] = EACH((uint8_t)(k->bytes - 16));
+    const INTS pick = FN(quad_ints)(from) * 0x01010101 + 0x03020100;
     INTS v[4];
 
-#if LANES == 16
-    if (k->bytes <= 20 && !b.is_tile) {
-        const uint8_t from[4] = EACH((uint8_t)(k->bytes - 16));
-        const INTS pick = FN(quad_ints)(from) * 0x01010101 + 0x03020100;
-        __m512i all = _mm512_setzero_si512();
-
-        UNROLL
-        for (int r = 0; r < 4; r++, b.at += stride)
-            all = _mm512_mask_shuffle_epi8(
-                all, 0x000f000f000f000fu << 4 * r,
-                _mm512_loadu_si512((const void *)b.at), (__m512i)pick);
-        return (INTS)all;
-    }
-#endif
     UNROLL
     for (int r = 0; r < 4; r++, b.at += stride)
-        v[r] = FN(read)(b, 0, k->low.of);
+        v[r] = in_one ? LOOK_UP(LOAD(b.at), pick) : FN(read)(b, 0, k->low.of);
     FN(transpose_4)(v);
     return v[0];
 }
@@ -3468,7 +3457,6 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
     float *chain = b->chain + row * 16;
     const size_t stride = b->stride;
     const int cols = b->cols, step = b->step;
-    const int many = type == F32 && b->n_next > 0;
     const float *x[X_ROWS];
     FLOATS acc[X_ROWS][4], v[X_ROWS];
     int c = h;
@@ -3482,7 +3470,7 @@ KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
     }
     do {                                  /* h < cols: saves copies of acc   */
         for (int i = 0; i < 8 * LANES; i += 64)
-            if (many)
+            if (b->n_next > 0)
                 FETCH(next + i);
             else
                 FETCH_ONCE(next + i);
@@ -3529,47 +3517,28 @@ KERNEL void FN(float_block)(struct float_job *b, int rows)
     }
 }
 
-/* Rows of weights as float32: [blocks of columns][rows][BLOCK_COLS]. */
-KERNEL void FN(float_panel)(float *to, const uint8_t *row, int rows, int cols,
-                            int type)
-{
-    const size_t size = type == F32 ? 4 : 2;
-
-    for (int r = 0; r < rows; r++)
-        for (int c = 0; c < cols; c += LANES, row += LANES * size) {
-            const int block = c / BLOCK_COLS * BLOCK_COLS, left = cols - block;
-            const int n = left < BLOCK_COLS ? left : BLOCK_COLS;
-            STORE(to + block * rows + r * n + c - block,
-                  FN(load_floats)(row, 0, type));
-        }
-}
-
-/* out[t][r] = rows of floats times all rows of x.  If those are many, some of
- * them stay in the first-level cache while a block of all the weights, in the
- * second, goes by; then come their next columns. */
+/* out[t][r] = rows of floats times all rows of x.  If those are more than few,
+ * some of them stay in the first-level cache while a block of all the weights,
+ * in the second, goes by; then come their next columns. */
 KERNEL void FN(product_floats)(float *out, const struct weight_rows *all,
                                const struct input *in, const struct scratch *s)
 {
-    const int many = in->n >= MANY, cols = in->cols, rows = all->rows;
-    const int most = all->few ? cols : BLOCK_COLS, type = all->type;
-    const size_t size = many || type == F32 ? 4 : 2;
+    const int cols = in->cols, rows = all->rows;
+    const size_t size = all->type == F32 ? 4 : 2;
+    const int most = all->few ? cols : BLOCK_BYTES / (int)size;
     struct float_job b = {
-        .type = many ? F32 : type, .step = many ? 64 : 4 * (int)size * LANES,
-        .next = all->next, .end = all->next + (size_t)rows * all->stride,
-        .chain = s->chain
+        .type = all->type, .step = all->few ? 4 * (int)size * LANES : 64,
+        .stride = all->stride, .next = all->next,
+        .end = all->next + (size_t)rows * all->stride, .chain = s->chain
     };
 
-    if (many)
-        FN(float_panel)(s->f, all->at, rows, cols, type);
     for (int t = 0; t < in->n; t += b.n) {
         b.n = FN(take_rows)(in->n - t, X_ROWS);
-        b.n_next = many ? b.n : 0;
+        b.n_next = all->few ? 0 : b.n;
         memset(s->chain, 0, (size_t)b.n * UNIT * 16 * sizeof *s->chain);
         for (int c = 0; c < cols; c += b.cols) {
             b.cols = cols - c < most ? cols - c : most;
-            b.w = many ? (const void *)(s->f + c * rows)
-                       : all->at + (size_t)c * size;
-            b.stride = (size_t)(many ? b.cols : cols) * size;
+            b.w = all->at + (size_t)c * size;
             for (int i = 0; i < b.n; i++) {
                 const int then = t + b.n + i < in->n ? t + b.n + i : t;
                 b.x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
@@ -3605,8 +3574,7 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         const uint8_t *next)
 {
     const int floats = w->fmt->floats != NULL, few = in->n <= FEW;
-    const int rows = floats ? in->n < MANY ? 4 : n_rows / 4 * 4
-                            : few ? 4 : PANEL;
+    const int rows = few ? 4 : floats ? n_rows / 4 * 4 : PANEL;
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
     const size_t stride = row_bytes(w), bytes = stride * (size_t)rows;
     const int type = (int)(w->fmt - formats);
@@ -5349,7 +5317,7 @@ static int64_t lay_out(lfm2_context *ctx, void *base)
         CARVE(a, s.q, cols * rows);
         CARVE(a, s.d, cols / 16 * rows);
         CARVE(a, s.m, cols / 16 * rows);
-        CARVE(a, s.f, cols * UNIT);
+        CARVE(a, s.f, cols);
         CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
         CARVE(a, s.x, MOST_X_ROWS * cols / 32 * GROUP_BYTES);
         CARVE(a, s.tile, TILE * (c->head_dim + 1));

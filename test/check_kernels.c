@@ -297,7 +297,7 @@ START_TEST(products)
             expect_products(type, n * block, rows, &rng);
     for (int cols = 8; weight_type_block(type) == 1 && cols < 64; cols += 16)
         expect_products(type, cols, 40, &rng);
-    expect_products(type, weight_type_block(type) == 1 ? 2 * BLOCK_COLS + 48
+    expect_products(type, weight_type_block(type) == 1 ? 2 * 1024 + 48
                           : 2 * PART * 32 + 256, 43, &rng);
 }
 END_TEST
