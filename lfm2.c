@@ -4290,17 +4290,16 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv, double min,
     return in_range(g, kv->key, (double)*out, "", min, max);
 }
 
-/* 1: *out is the value; 0: the key is absent; else an error. */
+/* Without the key *out stays as it was. */
 static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
-    int64_t value;
+    int64_t value = *out;
 
-    if (!kv)
-        return 0;
-    TRY(kv_count(g, kv, 0, UINT32_MAX, &value));
+    if (kv)
+        TRY(kv_count(g, kv, 0, UINT32_MAX, &value));
     *out = (uint32_t)value;
-    return 1;
+    return LFM2_OK;
 }
 
 /* The bytes of a string; NULL if it is none. */
@@ -5694,11 +5693,10 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
         return LFM2_EARG;
     if (len >= s->len)
         return s->len;
-    if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest) {
-        s->len = len;
+    s->len = len;
+    if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest)
         return len;
-    }
-    s->len = len - len % ctx->seq_step;
+    s->len -= len % ctx->seq_step;
     if (s->len > 0) {
         move_columns(ctx, s, s->len, LOAD, conv_mark(ctx, s, s->len));
         return s->len;
@@ -6056,7 +6054,7 @@ enum {                                    /* sets of types                   */
 enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
        MAX_MARKER = 256 };                /* searched for at every byte      */
 
-#define NO_RANK UINT32_MAX
+#define NO_RANK UINT32_MAX                /* a pair that does not merge      */
 
 struct token {
     uint32_t start;                       /* its bytes in text end where
@@ -6601,73 +6599,62 @@ static void emit(struct tokens *o, int32_t id)
 
 /* A piece of text on its way to tokens.  A symbol is known by the index of its
  * first byte; its token stands there and at its last byte, so that both
- * neighbours can be reached.  The best pair to merge, the leftmost if several,
- * is found by a knockout tournament over the ranks: node v plays the winners of
- * nodes 2v and 2v+1, node n+i is byte i, and node 1 is the final. */
-struct symbol {
-    int32_t id;                           /* the token that begins or ends   */
-    uint32_t rank;                        /* of merging it with the next one */
-    uint32_t winner;                      /* of the node with this index     */
-};
+ * neighbours can be reached.  best[n+i] is the rank of merging symbol i with
+ * the next one, and then i; best[v] is the lower one of best[2v] and best[2v+1].
+ * So best[1] is the best pair to merge, the leftmost if several. */
+struct symbols { uint32_t n; int32_t *id; uint64_t *best; };
 
-struct symbols { struct symbol *at; uint32_t n; };
-
-static void play(struct symbols p, uint32_t node)
+static void play(struct symbols p, uint32_t v)
 {
-    const uint32_t left = 2 * node, right = left + 1;
-    const uint32_t x = left < p.n ? p.at[left].winner : left - p.n;
-    const uint32_t y = right < p.n ? p.at[right].winner : right - p.n;
-
-    p.at[node].winner = p.at[x].rank < p.at[y].rank ||
-                        (p.at[x].rank == p.at[y].rank && x < y) ? x : y;
+    const uint64_t left = p.best[2 * v], right = p.best[2 * v + 1];
+    p.best[v] = left < right ? left : right;
 }
 
-/* The rank of merging symbol i with the next one. */
-static uint32_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
+static uint64_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
 {
-    const uint32_t next = i + token_len(t, p.at[i].id);
-
-    return next < p.n ? find_merge(t, p.at[i].id, p.at[next].id) : NO_RANK;
+    const uint32_t next = i + token_len(t, p.id[i]);
+    const uint32_t rank = next < p.n ? find_merge(t, p.id[i], p.id[next])
+                                     : NO_RANK;
+    return (uint64_t)rank << 32 | i;
 }
 
-static void set_rank(struct symbols p, uint32_t i, uint32_t rank)
+static void set_rank(struct symbols p, uint32_t i, uint64_t rank)
 {
-    p.at[i].rank = rank;
-    for (uint32_t node = (i + p.n) / 2; node > 0; node /= 2)
-        play(p, node);
+    p.best[p.n + i] = rank;
+    for (uint32_t v = (p.n + i) / 2; v > 0; v /= 2)
+        play(p, v);
 }
 
 /* A piece that is a token as a whole becomes that token, even where merging
  * would not get there, as in llama.cpp.  All others have two bytes or more. */
 static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
-                         struct symbol *room, const uint8_t *s, uint32_t n)
+                         struct symbols p, const uint8_t *s)
 {
-    const int32_t whole = find_token(t, s, n, FROM_TEXT);
-    const struct symbols p = { room, n };
+    const int32_t whole = find_token(t, s, p.n, FROM_TEXT);
 
     if (whole >= 0) {
         emit(o, whole);
         return;
     }
-    for (uint32_t i = 0; i < n; i++)
-        p.at[i].id = t->byte[s[i]];
-    for (uint32_t i = 0; i < n; i++)
-        p.at[i].rank = rank_at(t, p, i);
-    for (uint32_t node = n - 1; node > 0; node--)
-        play(p, node);
-    for (uint32_t i; p.at[i = p.at[1].winner].rank != NO_RANK;) {
-        const struct merge *m = &t->merge[p.at[i].rank];
-        set_rank(p, i + token_len(t, m->left), NO_RANK);
-        p.at[i].id = m->result;
-        p.at[i + token_len(t, m->result) - 1].id = m->result;
+    for (uint32_t i = 0; i < p.n; i++)
+        p.id[i] = t->byte[s[i]];
+    for (uint32_t i = 0; i < p.n; i++)
+        p.best[p.n + i] = rank_at(t, p, i);
+    for (uint32_t v = p.n - 1; v > 0; v--)
+        play(p, v);
+    while (p.best[1] >> 32 != NO_RANK) {
+        const struct merge *m = &t->merge[p.best[1] >> 32];
+        const uint32_t i = (uint32_t)p.best[1];
+        set_rank(p, i + token_len(t, m->left), UINT64_MAX);
+        p.id[i] = p.id[i + token_len(t, m->result) - 1] = m->result;
         set_rank(p, i, rank_at(t, p, i));
         if (i > 0) {
-            const uint32_t left = i - token_len(t, p.at[i - 1].id);
+            const uint32_t left = i - token_len(t, p.id[i - 1]);
             set_rank(p, left, rank_at(t, p, left));
         }
     }
-    for (uint32_t i = 0; i < n; i += token_len(t, p.at[i].id))
-        emit(o, p.at[i].id);
+    for (uint32_t i = 0; i < p.n; i += token_len(t, p.id[i]))
+        emit(o, p.id[i]);
 }
 
 /* The longest marker that stands at p < end, of these types; or -1. */
@@ -6694,27 +6681,28 @@ static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
                        const char *text, size_t len, int types)
 {
     const uint8_t *p = (const uint8_t *)text, *from = p, *end = p + len;
-    struct symbol *room;
+    struct symbols s;
 
     if (len > MAX_ENCODE || o->n > MAX_ENCODE - 8)
         return LFM2_EARG;
-    room = calloc(len, sizeof *room);
-    if (!room)
+    s.best = calloc(len, 2 * sizeof *s.best + sizeof *s.id);
+    if (!s.best)
         return LFM2_ENOMEM;
+    s.id = (int32_t *)(s.best + 2 * len);
     for (;;) {
         int32_t id = -1;
         while (p < end && (id = marker_at(t, p, end, types)) < 0)
             p++;
-        for (const uint8_t *next; from < p; from = next) {
-            next = piece_end(t, from, p);
-            encode_piece(t, o, room, from, (uint32_t)(next - from));
+        for (; from < p; from += s.n) {
+            s.n = (uint32_t)(piece_end(t, from, p) - from);
+            encode_piece(t, o, s, from);
         }
         if (id < 0)
             break;
         emit(o, id);
         from = p += token_len(t, id);
     }
-    free(room);
+    free(s.best);
     return LFM2_OK;
 }
 
