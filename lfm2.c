@@ -5425,7 +5425,7 @@ static void exercise(struct thread *me)
                 sum ^= word;
             }
         }
-        memcpy(me->s.f, &sum, sizeof sum);       /* somebody wants to know it */
+        memcpy(me->s.f, &sum, sizeof sum);       /* or nothing would be read */
         return;
     }
     in.n = e->what == LFM2_DECODE ? 1 :
@@ -6600,8 +6600,8 @@ static void emit(struct tokens *o, int32_t id)
 /* A piece of text on its way to tokens.  A symbol is known by the index of its
  * first byte; its token stands there and at its last byte, so that both
  * neighbours can be reached.  best[n+i] is the rank of merging symbol i with
- * the next one, and then i; best[v] is the lower one of best[2v] and best[2v+1].
- * So best[1] is the best pair to merge, the leftmost if several. */
+ * the next one, and then i; best[v] is the lower of best[2v] and best[2v+1], so
+ * best[1] is the best pair to merge, the leftmost if several. */
 struct symbols { uint32_t n; int32_t *id; uint64_t *best; };
 
 static void play(struct symbols p, uint32_t v)
@@ -7101,9 +7101,8 @@ static uint8_t *make_classes(void)
     for (size_t k = 0; classes && k < COUNT(all); k++)
         for (size_t i = 0, c = 0; i + 1 < all[k].n; i += 2) {
             c += all[k].run[i];
-            for (size_t end = c + all[k].run[i + 1]; c < end; c++)
-                if (c < MAX_CLASSED)
-                    classes[c] = all[k].class;
+            memset(classes + c, all[k].class, all[k].run[i + 1]);
+            c += all[k].run[i + 1];
         }
     return classes;
 }
