@@ -332,7 +332,7 @@ struct lfm2_context {
 
     lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
     void *hook_user;
-    float **traced;                       /* [N_MODULES], see section 21     */
+    float *traced;                        /* see section 21                  */
     struct exercise *exercise;            /* see lfm2_exercise()             */
 };
 
@@ -3983,46 +3983,6 @@ struct file {
     int how;                              /* LFM2_LOAD_MAP, _READ, BORROWED  */
 };
 
-/* fopen() alone would wait at a pipe until somebody writes to it. */
-static FILE *open_stream(const char *path)
-{
-#ifdef LFM2_NO_MMAP
-    return fopen(path, "rb");
-#else
-    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    FILE *s = fd < 0 ? NULL : fdopen(fd, "rb");
-
-    if (fd >= 0 && !s)
-        close(fd);
-    return s;
-#endif
-}
-
-/* In pieces: macOS and FreeBSD refuse to read 2 GiB at once. */
-static int file_read(struct file *f, FILE *s, const char *path, lfm2_error *err)
-{
-    const size_t most = (size_t)1 << 30;
-    uint8_t *buf = malloc(f->size);
-    size_t done = 0, n;
-
-    f->data = buf;
-    if (!buf)
-        return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
-                    f->size);
-    do {
-        const size_t left = f->size - done;
-        clearerr(s);
-        n = fread(buf + done, 1, left < most ? left : most, s);
-        done += n;
-    } while (done < f->size && (n > 0 || (ferror(s) && errno == EINTR)));
-    if (done == f->size)
-        return LFM2_OK;
-    fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
-         ferror(s) ? strerror(errno) : "it ends", done, f->size);
-    free(buf);
-    return LFM2_EIO;
-}
-
 static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
 {
 #ifndef LFM2_NO_MMAP
@@ -4047,9 +4007,27 @@ static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
                     f->size, strerror(errno));
     }
 #endif
+    uint8_t *buf = malloc(f->size);
+    size_t done = 0, left = f->size, n;
+    if (!buf)
+        return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
+                    f->size);
     f->how = LFM2_LOAD_READ;
+    f->data = buf;
     rewind(s);
-    return file_read(f, s, path, err);
+    do {                                  /* macOS, FreeBSD: 2 GiB at most   */
+        const size_t most = (size_t)1 << 30;
+        clearerr(s);
+        n = fread(buf + done, 1, left < most ? left : most, s);
+        done += n;
+        left -= n;
+    } while (left > 0 && (n > 0 || (ferror(s) && errno == EINTR)));
+    if (left == 0)
+        return LFM2_OK;
+    fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
+         ferror(s) ? strerror(errno) : "it ends", done, f->size);
+    free(buf);
+    return LFM2_EIO;
 }
 
 static int file_open(struct file *f, const char *path, int load,
@@ -4062,7 +4040,14 @@ static int file_open(struct file *f, const char *path, int load,
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
         return fail(err, LFM2_EARG, "%s, loaded in way %d, expected a path and "
                     "LFM2_LOAD_MAP or _READ", path ? path : "no path", load);
-    s = open_stream(path);
+#ifdef LFM2_NO_MMAP
+    s = fopen(path, "rb");
+#else                                     /* fopen() would wait at a pipe    */
+    const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+    s = fd < 0 ? NULL : fdopen(fd, "rb");
+    if (fd >= 0 && !s)
+        close(fd);
+#endif
     if (!s)
         return fail(err, LFM2_EIO, "%s: %s", path, strerror(errno));
     code = file_load(f, s, path, err);
@@ -4255,9 +4240,9 @@ static int kv_number(const struct gguf_kv *kv, uint64_t i, double *out)
 }
 
 /* The one value of an integer, or of an array whose elements other than 0 all
- * agree (0 stands for layers it does not concern). */
-static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
-                    int64_t *out)
+ * agree (0 stands for layers it does not concern), if it is in this range. */
+static int kv_count(const struct gguf *g, const struct gguf_kv *kv, double min,
+                    double max, int64_t *out)
 {
     *out = 0;
     for (uint64_t i = 0; i < kv->n; i++) {
@@ -4270,21 +4255,19 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv,
                          "layers", kv->key, (long long)*out, (long long)value);
         *out = value != 0 ? value : *out;
     }
-    return LFM2_OK;
+    return in_range(g, kv->key, (double)*out, "", min, max);
 }
 
-/* 1: *out is the value; 0: the key is absent; else an error. */
+/* Without the key *out stays as it was. */
 static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
-    int64_t value;
+    int64_t value = *out;
 
-    if (!kv)
-        return 0;
-    TRY(kv_count(g, kv, &value));
-    TRY(in_range(g, key, (double)value, "", 0, UINT32_MAX));
+    if (kv)
+        TRY(kv_count(g, kv, 0, UINT32_MAX, &value));
     *out = (uint32_t)value;
-    return 1;
+    return LFM2_OK;
 }
 
 /* The bytes of a string; NULL if it is none. */
@@ -4504,8 +4487,8 @@ static int read_key(lfm2_model *m, const struct key *key)
 {
     const struct gguf_kv *kv = arch_find(m, key->name);
     void *field = (char *)&m->cfg + key->field;
-    int64_t n = 0;
-    double value = 0;
+    int64_t n;
+    double value;
 
     if (!kv && key->need & MUST)
         return BAD(m->gguf, "%s.%s: missing, expected in every %s file",
@@ -4513,16 +4496,15 @@ static int read_key(lfm2_model *m, const struct key *key)
     if (!kv || key->type > REAL)
         return LFM2_OK;
     if (key->type == INTEGER) {
-        TRY(kv_count(m->gguf, kv, &n));
-        value = (double)n;
-    } else if (gguf_type[kv->type].kind != 'f' || !kv_number(kv, 0, &value))
+        TRY(kv_count(m->gguf, kv, key->min, key->max, &n));
+        *(int *)field = (int)n;
+        return LFM2_OK;
+    }
+    if (gguf_type[kv->type].kind != 'f' || !kv_number(kv, 0, &value))
         return BAD(m->gguf, "%s: of type %s, expected f32 or f64", kv->key,
                    gguf_type[kv->type].name);
     TRY(in_range(m->gguf, kv->key, value, "", key->min, key->max));
-    if (key->type == INTEGER)
-        *(int *)field = (int)value;
-    else
-        *(float *)field = (float)value;
+    *(float *)field = (float)value;
     return LFM2_OK;
 }
 
@@ -4538,11 +4520,6 @@ static int has_value(const struct gguf_kv *kv, float wanted)
             !(fabs(value - wanted) <= 1e-6 * fabsf(wanted)))
             return 0;
     return kv->n > 0;
-}
-
-static int is_moe(const lfm2_model *m)
-{
-    return strcmp(m->arch, "lfm2moe") == 0;
 }
 
 /* A key of the file, "<architecture>.<name>": does it mean another model? */
@@ -4562,7 +4539,7 @@ static int check_key(lfm2_model *m, const struct gguf_kv *kv, const char *name)
         if (key->type == SCALE)
             value = 1 / sqrtf((float)m->cfg.head_dim);
         if (key->type < ONLY || has_value(kv, value) ||
-            (key->need & MOE && !is_moe(m)))
+            (key->need & MOE && m->cfg.n_expert == 0))
             return LFM2_OK;
         return ALIEN(m->gguf, "%s: %s, expected %g", kv->key, kv_text(kv).s,
                      (double)value);
@@ -4620,9 +4597,7 @@ static int read_heads(lfm2_model *m)
         if (is_array)
             kv_integer(kv, (uint64_t)il, &heads);
         c->is_attn[il] = heads != 0;
-        m->n_attn += heads != 0;
     }
-    m->n_conv = c->n_layer - m->n_attn;
     if (c->n_head_kv == 0)
         c->n_head_kv = c->n_head;         /* as many, or nobody's            */
     if (c->n_head % c->n_head_kv != 0)
@@ -4642,15 +4617,16 @@ static int read_config(lfm2_model *m)
     lfm2_config *c = &m->cfg;
 
     TRY(read_architecture(m));
+    const int is_moe = strcmp(m->arch, "lfm2moe") == 0;
     for (size_t i = 0; i < COUNT(keys); i++)
-        if (is_moe(m) || !(keys[i].need & MOE))
+        if (is_moe || !(keys[i].need & MOE))
             TRY(read_key(m, &keys[i]));
-    if (!is_moe(m))
+    if (!is_moe)
         c->n_layer_dense = c->n_layer;
     TRY(in_range(m->gguf, "lfm2moe.leading_dense_block_count",
                  c->n_layer_dense, "", 0, c->n_layer));
     TRY(in_range(m->gguf, "lfm2moe.expert_used_count", c->n_expert_used, "",
-                 is_moe(m), c->n_expert));
+                 is_moe, c->n_expert));
     if (c->expert_weights_scale == 0)
         c->expert_weights_scale = 1;      /* 0 is how some files say "none"  */
     if (c->rope_freq_base == 0) {
@@ -4732,25 +4708,9 @@ size_key[N_SIZES] = {
 /* More rows than any model has, and twice as many still fit in an int. */
 enum { MAX_WIDTH = 1 << 24 };
 
-/* Where a key says otherwise than the tensor there is a warning, so kv_count()
- * must not fill in the error. */
-static int read_width(lfm2_model *m, const struct gguf_tensor *t, int which)
-{
-    const struct gguf_kv *kv = arch_find(m, size_key[which].key);
-    const int rows = (int)t->dims[1];
-    int64_t said;
-
-    TRY(in_range(m->gguf, t->name, (double)t->dims[1], " rows", 1, MAX_WIDTH));
-    *(int *)(void *)((char *)&m->cfg + size_key[which].field) = rows;
-    if (kv && (kv_count(&(struct gguf){ 0 }, kv, &said) != LFM2_OK ||
-               said != rows))
-        WARN(m, "%s: %s %s, but %s has %d rows; the tensor is right", kv->key,
-             gguf_type[kv->type].name, kv_text(kv).s, t->name, rows);
-    return LFM2_OK;
-}
-
-/* The three sizes are of the enum above.  The type may have to be of floats, as
- * that of a router: a rounded one chooses other experts. */
+/* The three sizes are of the enum above; where a key says otherwise than the
+ * tensor there is a warning.  The type may have to be of floats, as that of a
+ * router: a rounded one chooses other experts. */
 static int bind_matrix(lfm2_model *m, const char *name, int cols, int rows,
                        int depth, int floats, struct tensor *out)
 {
@@ -4762,8 +4722,15 @@ static int bind_matrix(lfm2_model *m, const char *name, int cols, int rows,
         return BAD(m->gguf, "%s: no such tensor in the file, expected in this "
                    "model", name);
     t->bound = 1;
-    if (size_key[rows].field && size_of(&m->cfg, rows) == 0)
-        TRY(read_width(m, t, rows));
+    if (size_key[rows].field && size_of(&m->cfg, rows) == 0) {
+        const struct gguf_kv *kv = arch_find(m, size_key[rows].key);
+        const double n = (double)t->dims[1];
+        TRY(in_range(m->gguf, name, n, " rows", 1, MAX_WIDTH));
+        *(int *)(void *)((char *)&m->cfg + size_key[rows].field) = (int)n;
+        if (kv && kv_count(&(struct gguf){ 0 }, kv, n, n, &(int64_t){ 0 }) != 0)
+            WARN(m, "%s: %s %s, but %s has %.0f rows; the tensor is right",
+                 kv->key, gguf_type[kv->type].name, kv_text(kv).s, name, n);
+    }
     for (int d = 0; d < 3; d++) {
         size[d] = size_of(&m->cfg, which[d]);
         if (size_key[which[d]].is_cut && size[d] % UNIT != 0)
@@ -4774,7 +4741,7 @@ static int bind_matrix(lfm2_model *m, const char *name, int cols, int rows,
     if (t->dims[0] != (uint64_t)size[0] || t->dims[1] != (uint64_t)size[1] ||
         t->dims[2] != (uint64_t)size[2] || t->dims[3] != 1)
         return BAD(m->gguf, "%s: shape %llu x %llu x %llu, expected %d x %d x "
-                   "%d", t->name, ull(t->dims[0]), ull(t->dims[1]),
+                   "%d", name, ull(t->dims[0]), ull(t->dims[1]),
                    ull(t->dims[2]), size[0], size[1], size[2]);
     if (floats && !t->fmt->floats)
         return ALIEN(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
@@ -4836,7 +4803,10 @@ static const struct binding {
 #undef WEIGHT
 };
 
-static int bind_layer(lfm2_model *m, int il, struct arena *a)
+/* Matrices are chained in the order in which a pass reads them, as far as that
+ * is known without a router; *last is the one before this layer. */
+static int bind_layer(lfm2_model *m, int il, struct arena *a,
+                      struct tensor **last)
 {
     struct layer *l = &m->layer[il];
     const lfm2_config *c = &m->cfg;
@@ -4870,24 +4840,11 @@ static int bind_layer(lfm2_model *m, int il, struct arena *a)
             TRY(bind_matrix(m, name, b->cols, b->rows, b->depth,
                             b->module == MOE_GATE, w));
         w->module = b->module;
-    }
-    return LFM2_OK;
-}
-
-/* Tensors that nobody asked for: in these parts they mean another model. */
-static int check_unbound(lfm2_model *m)
-{
-    static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
-
-    for (int i = 0; i < m->gguf->n_tensors; i++) {
-        const struct gguf_tensor *t = &m->gguf->tensor[i];
-        if (t->bound)
-            continue;
-        for (size_t k = 0; k < COUNT(part); k++)
-            if (strncmp(t->name, part[k], strlen(part[k])) == 0)
-                return ALIEN(m->gguf, "%s: a tensor that %s does not have",
-                             t->name, m->arch);
-        WARN(m, "%s: an unknown tensor, ignored", t->name);
+        if (w == &l->ffn_up || w == &l->ffn_gate_exps || w == &l->ffn_up_exps)
+            continue;                     /* read beside ffn_gate, or chosen */
+        if (w != &l->ffn_down_exps)
+            (*last)->next = w;
+        *last = w;
     }
     return LFM2_OK;
 }
@@ -4895,10 +4852,10 @@ static int check_unbound(lfm2_model *m)
 /* All tensors; m->layer is there, and all floats are carved from a. */
 static int bind_tensors(lfm2_model *m, struct arena *a)
 {
-    const lfm2_config *c = &m->cfg;
     const char *norm = "output_norm.weight";
-    int n_conv = 0, n_attn = 0;
+    struct tensor *last = &m->output;
 
+    m->n_attn = m->n_conv = 0;
     TRY(bind_matrix(m, "token_embd.weight", EMBD, VOCAB, ONE, 0,
                     &m->token_embd));
     m->output = m->token_embd;
@@ -4911,58 +4868,52 @@ static int bind_tensors(lfm2_model *m, struct arena *a)
     if (!gguf_tensor_find(m->gguf, norm))
         norm = "token_embd_norm.weight";
     TRY(bind_floats(m, norm, EMBD, ONE, a, &m->output_norm));
-    for (int il = 0; il < c->n_layer; il++) {
-        m->layer[il].i_kind = c->is_attn[il] ? n_attn++ : n_conv++;
-        TRY(bind_layer(m, il, a));
+    for (int il = 0; il < m->cfg.n_layer; il++) {
+        m->layer[il].i_kind = m->cfg.is_attn[il] ? m->n_attn++ : m->n_conv++;
+        TRY(bind_layer(m, il, a, &last));
     }
+    last->next = &m->output;
     return LFM2_OK;
 }
 
-/* What a pass reads after each matrix, as far as is known without a router. */
-static void bind_next(lfm2_model *m)
+/* All that a file says of a model. */
+static int read_model(lfm2_model *m, lfm2_error *err)
 {
-    const struct tensor *next = &m->output;
-
-    for (int il = m->cfg.n_layer - 1; il >= 0; il--) {
-        struct layer *l = &m->layer[il];
-        const struct tensor *ffn = l->ffn_gate.data ? &l->ffn_gate
-                                                    : &l->ffn_gate_inp;
-        l->ffn_down.next = l->ffn_down_exps.next = next;
-        l->ffn_gate.next = &l->ffn_down;  /* ffn_up is read beside ffn_gate  */
-        l->attn_output.next = l->shortconv_out_proj.next = ffn;
-        l->shortconv_in_proj.next = &l->shortconv_out_proj;
-        l->attn_v.next = &l->attn_output;
-        l->attn_k.next = &l->attn_v;
-        l->attn_q.next = &l->attn_k;
-        next = m->cfg.is_attn[il] ? &l->attn_q : &l->shortconv_in_proj;
-    }
-    m->output.next = next;
-}
-
-static int bind_model(lfm2_model *m)
-{
+    static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
     const lfm2_config *c = &m->cfg;
-    const struct gguf_kv *tokens = gguf_find(m->gguf, "tokenizer.ggml.tokens");
     struct arena a = { NULL, 0 };
 
+    TRY(gguf_parse(m->gguf, m->file->data, m->file->size, err));
+    TRY(read_config(m));
     m->layer = calloc((size_t)c->n_layer, sizeof *m->layer);
     if (m->layer)
         TRY(bind_tensors(m, &a));
     m->floats = m->layer ? allocate(a.used) : NULL;
     if (!m->floats)
-        return fail(m->gguf->err, LFM2_ENOMEM, "no memory for %d layers",
-                    c->n_layer);
+        return fail(err, LFM2_ENOMEM, "no memory for %d layers", c->n_layer);
     a = (struct arena){ (void *)m->floats, 0 };
     TRY(bind_tensors(m, &a));
+    m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
+
+    const struct gguf_kv *tokens = gguf_find(m->gguf, "tokenizer.ggml.tokens");
     if (tokens)
         TRY(in_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
                      c->n_vocab));
     if (tokens && tokens->n < (uint64_t)c->n_vocab)
         WARN(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
              "token_embd.weight", ull(tokens->n), c->n_vocab);
-    bind_next(m);
-    m->rope_root = nth_root(c->rope_freq_base, c->head_dim / 2);
-    return check_unbound(m);
+
+    /* Tensors that nobody asked for: in some parts they mean another model. */
+    for (int i = 0; i < m->gguf->n_tensors; i++) {
+        const struct gguf_tensor *t = &m->gguf->tensor[i];
+        for (size_t k = 0; !t->bound && k < COUNT(part); k++)
+            if (strncmp(t->name, part[k], strlen(part[k])) == 0)
+                return ALIEN(m->gguf, "%s: a tensor that %s does not have",
+                             t->name, m->arch);
+        if (!t->bound)
+            WARN(m, "%s: an unknown tensor, ignored", t->name);
+    }
+    return LFM2_OK;
 }
 
 /* ------------------------------------------------------- 18. Open and close */
@@ -5012,11 +4963,7 @@ static int open_model(lfm2_model **out, const struct file *file, int any,
     o->model.file = &o->file;
     o->model.gguf = &o->gguf;
     enter_arithmetic(&callers);
-    code = gguf_parse(&o->gguf, file->data, file->size, err);
-    if (code == LFM2_OK)
-        code = read_config(&o->model);
-    if (code == LFM2_OK)
-        code = bind_model(&o->model);
+    code = read_model(&o->model, err);
     fesetenv(&callers);
     o->gguf.err = NULL;
     if (code != LFM2_OK) {
@@ -5139,13 +5086,12 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
 
 /* Linux takes only so much of one advice, so it is given in strides.  From 5.14
  * on it reads pages when told to, or says why not; before, they are touched. */
-#if defined __linux__ && !defined MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
-
 uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
 {
 #if defined __linux__ && !defined LFM2_NO_MMAP
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
     const struct file *f = m->file;
     const size_t page = (size_t)sysconf(_SC_PAGESIZE), stride = 512 << 10;
 
@@ -5221,26 +5167,6 @@ static int seq_step(const lfm2_context *ctx)
     return marks <= kv * 64 ? 64 : marks <= kv * 128 ? 128 : 256;
 }
 
-static void carve_sequences(struct arena *a, lfm2_context *ctx)
-{
-    const lfm2_model *m = ctx->model;
-    const int n_seq = ctx->par.n_seq, n_vocab = m->cfg.n_vocab;
-
-    CARVE(a, ctx->seq, n_seq);
-    for (int i = 0; i < n_seq; i++) {
-        struct seq s = { .oldest = 1 - m->cfg.l_cache };
-        s.kv = carve(a, kv_bytes(ctx, kv_head_bytes(ctx)), 1);
-        CARVE(a, s.u, columns(m, UNDO));
-        CARVE(a, s.marks, marks_of(ctx, ctx->par.n_ctx));
-        if (a->base)
-            ctx->seq[i] = s;
-    }
-    CARVE(a, ctx->states, (int64_t)n_seq * m->cfg.n_embd);
-    CARVE(a, ctx->results, n_seq);
-    CARVE(a, ctx->logits, (int64_t)ctx->par.n_logits * n_vocab);
-    CARVE(a, ctx->candidates, n_vocab);
-}
-
 /* The input of a product, with room for so many elements. */
 static void carve_input(struct arena *a, struct input *in, int cols,
                         int64_t elements, int floats)
@@ -5304,8 +5230,21 @@ static int64_t lay_out(lfm2_context *ctx, void *base)
                                 larger(c->n_embd, c->n_head * c->head_dim));
     const int rows = ctx->isa->panel_rows;
     const int queries = rows_together(c) * (c->n_head / c->n_head_kv);
+    const int n_seq = ctx->par.n_seq;
 
-    carve_sequences(a, ctx);
+    CARVE(a, ctx->seq, n_seq);
+    for (int i = 0; i < n_seq; i++) {
+        struct seq s = { .oldest = 1 - c->l_cache };
+        s.kv = carve(a, kv_bytes(ctx, kv_head_bytes(ctx)), 1);
+        CARVE(a, s.u, columns(ctx->model, UNDO));
+        CARVE(a, s.marks, marks_of(ctx, ctx->par.n_ctx));
+        if (base)
+            ctx->seq[i] = s;
+    }
+    CARVE(a, ctx->states, (int64_t)n_seq * c->n_embd);
+    CARVE(a, ctx->results, n_seq);
+    CARVE(a, ctx->logits, (int64_t)ctx->par.n_logits * c->n_vocab);
+    CARVE(a, ctx->candidates, c->n_vocab);
     carve_pass(a, ctx);
     ctx->pool = carve(a, 1, pool_size(ctx->par.n_threads));
     CARVE(a, ctx->thread, ctx->par.n_threads);
@@ -5425,12 +5364,7 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
 
 /* ---- what the machine can do at best: lfm2_exercise() */
 
-struct exercise {
-    int what;
-    int64_t done;
-    atomic_uint sink;                     /* keeps the compiler from leaving
-                                             out what is read                */
-};
+struct exercise { int what; int64_t done; };
 
 /* READ: a share of the first bytes of the weights.  Else products with as many
  * rows of weights as the second-level cache holds easily, again and again, for
@@ -5459,7 +5393,7 @@ static void exercise(struct thread *me)
                 sum ^= word;
             }
         }
-        (void)atomic_fetch_add(&e->sink, (unsigned)sum);
+        memcpy(me->s.f, &sum, sizeof sum);       /* or nothing would be read */
         return;
     }
     in.n = e->what == LFM2_DECODE ? 1 :
@@ -5478,7 +5412,7 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
     const struct gguf *g = ctx->model->gguf;
     const int64_t size = g->bytes + g->size - g->data;
     const int64_t most = (int64_t)1 << 31;
-    struct exercise e = { what, size < most ? size : most, 0 };
+    struct exercise e = { what, size < most ? size : most };
     fenv_t callers;
 
     if (!pool_is_here(ctx) || what < LFM2_READ || what > LFM2_DECODE)
@@ -5537,38 +5471,10 @@ static struct seq *find_seq(const lfm2_context *ctx, int seq)
 
 /* ---- the calls of lfm2_forward() */
 
-static int check_span(lfm2_context *ctx, const lfm2_span *s, int i,
-                      lfm2_error *err)
-{
-    const int n_vocab = ctx->model->cfg.n_vocab;
-    struct seq *seq = find_seq(ctx, s->seq);
-
-    if (!seq || seq->span >= 0)
-        return fail(err, LFM2_EARG, "span %d: sequence %d, expected one of 0 "
-                    "to %d that no other span is for", i, s->seq,
-                    ctx->par.n_seq - 1);
-    seq->span = i;
-    if (s->n_tokens < 1 || !s->tokens == !s->embd)
-        return fail(err, LFM2_EARG, "span %d: %d tokens, expected 1 or more, "
-                    "as ids or as rows of embd", i,
-                    s->tokens || s->embd ? s->n_tokens : 0);
-    if (s->n_logits < 0 || s->n_logits > (s->state ? 0 : s->n_tokens))
-        return fail(err, LFM2_EARG, "span %d: logits of %d rows, expected 0 to "
-                    "%d", i, s->n_logits, s->state ? 0 : s->n_tokens);
-    for (int t = 0; s->tokens && t < s->n_tokens; t++)
-        if (s->tokens[t] < 0 || s->tokens[t] >= n_vocab)
-            return fail(err, LFM2_EARG, "span %d: token %d is %ld, expected 0 "
-                        "to %d", i, t, (long)s->tokens[t], n_vocab - 1);
-    if (s->n_tokens > ctx->par.n_ctx - seq->len)
-        return fail(err, LFM2_EFULL, "sequence %d: %d tokens and %d more, "
-                    "expected at most %d (n_ctx)", s->seq, seq->len,
-                    s->n_tokens, ctx->par.n_ctx);
-    return LFM2_OK;
-}
-
 static int check_spans(lfm2_context *ctx, const lfm2_span *spans,
                        int n_spans, lfm2_error *err)
 {
+    const int n_vocab = ctx->model->cfg.n_vocab, n_ctx = ctx->par.n_ctx;
     int64_t n_logits = 0;
 
     if (!pool_is_here(ctx))
@@ -5581,8 +5487,31 @@ static int check_spans(lfm2_context *ctx, const lfm2_span *spans,
     for (int i = 0; i < ctx->par.n_seq; i++)
         ctx->seq[i].span = -1;
     for (int i = 0; i < n_spans; i++) {
-        TRY(check_span(ctx, &spans[i], i, err));
-        n_logits += spans[i].n_logits;
+        const lfm2_span *s = &spans[i];
+        const int most = s->state ? 0 : s->n_tokens;
+        struct seq *seq = find_seq(ctx, s->seq);
+        if (!seq || seq->span >= 0)
+            return fail(err, LFM2_EARG, "span %d: sequence %d, expected one of "
+                        "0 to %d that no other span is for", i, s->seq,
+                        ctx->par.n_seq - 1);
+        seq->span = i;
+        if (s->n_tokens < 1 || !s->tokens == !s->embd)
+            return fail(err, LFM2_EARG, "span %d: %d tokens, expected 1 or "
+                        "more, as ids or as rows of embd", i,
+                        s->tokens || s->embd ? s->n_tokens : 0);
+        if (s->n_logits < 0 || s->n_logits > most)
+            return fail(err, LFM2_EARG, "span %d: logits of %d rows, expected "
+                        "0 to %d", i, s->n_logits, most);
+        for (int t = 0; s->tokens && t < s->n_tokens; t++)
+            if (s->tokens[t] < 0 || s->tokens[t] >= n_vocab)
+                return fail(err, LFM2_EARG, "span %d: token %d is %ld, "
+                            "expected 0 to %d", i, t, (long)s->tokens[t],
+                            n_vocab - 1);
+        if (s->n_tokens > n_ctx - seq->len)
+            return fail(err, LFM2_EFULL, "sequence %d: %d tokens and %d more, "
+                        "expected at most %d (n_ctx)", s->seq, seq->len,
+                        s->n_tokens, n_ctx);
+        n_logits += s->n_logits;
     }
     if (n_logits > ctx->par.n_logits)
         return fail(err, LFM2_EARG, "logits of %lld rows, expected at most %d "
@@ -5597,8 +5526,9 @@ static void forget_columns(const lfm2_context *ctx, struct seq *s, int end)
     s->oldest = oldest > s->oldest ? oldest : s->oldest;
 }
 
-/* Cut the next pass, at most n_batch rows, from what is left of the spans. */
-static void next_pass(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
+/* Cut the next pass, at most n_batch rows, from what is left of the spans;
+ * returns how many. */
+static int next_pass(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
 {
     struct batch *b = &ctx->batch;
     const size_t n_embd = (size_t)ctx->model->cfg.n_embd;
@@ -5624,26 +5554,7 @@ static void next_pass(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
             };
     }
     set_rows(ctx, rows);
-}
-
-/* All passes of a call; nonzero if it was cancelled. */
-static int run_spans(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
-{
-    for (;;) {
-        next_pass(ctx, spans, n_spans);
-        if (ctx->batch.n_rows == 0)
-            return 0;
-        const uint64_t work = ctx->row_work * (uint64_t)ctx->batch.n_rows;
-        parallel(ctx, work < TOO_SMALL ? 1 : ctx->par.n_threads, forward);
-        if (ctx->stop)
-            return 1;
-        ctx->n_logits += ctx->batch.n_rows;
-        for (int i = 0; i < ctx->batch.n_pieces; i++) {
-            struct seq *s = &ctx->seq[ctx->batch.piece[i].seq];
-            s->len += ctx->batch.piece[i].n;
-            forget_columns(ctx, s, s->len);
-        }
-    }
+    return rows;
 }
 
 /* A cancelled call restores the columns before its start, which a span of at
@@ -5651,12 +5562,12 @@ static int run_spans(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
 int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
                  lfm2_error *err)
 {
+    const struct batch *b = &ctx->batch;
     float *logits = ctx->logits;
     fenv_t callers;
-    int cancelled;
 
     TRY(check_spans(ctx, spans, n_spans, err));
-    ctx->n_logits = 0;
+    ctx->n_logits = ctx->stop = 0;
     for (int i = 0; i < n_spans; i++) {
         struct seq *s = &ctx->seq[spans[i].seq];
         s->start = s->len;
@@ -5669,10 +5580,19 @@ int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
         logits += (size_t)spans[i].n_logits * ctx->model->cfg.n_vocab;
     }
     enter_arithmetic(&callers);
-    cancelled = run_spans(ctx, spans, n_spans);
+    for (int n; !ctx->stop && (n = next_pass(ctx, spans, n_spans)) > 0;) {
+        const uint64_t work = ctx->row_work * (uint64_t)n;
+        parallel(ctx, work < TOO_SMALL ? 1 : ctx->par.n_threads, forward);
+        ctx->n_logits += b->n_rows;       /* what output() has left of them  */
+        for (int i = 0; i < b->n_pieces; i++) {
+            struct seq *s = &ctx->seq[b->piece[i].seq];
+            s->len += b->piece[i].n;
+            forget_columns(ctx, s, s->len);
+        }
+    }
     fesetenv(&callers);
-    ctx->n_spans = cancelled ? 0 : n_spans;
-    if (!cancelled)
+    ctx->n_spans = ctx->stop ? 0 : n_spans;
+    if (!ctx->stop)
         return LFM2_OK;
     for (int i = 0; i < n_spans; i++) {
         struct seq *s = &ctx->seq[spans[i].seq];
@@ -5741,11 +5661,10 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
         return LFM2_EARG;
     if (len >= s->len)
         return s->len;
-    if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest) {
-        s->len = len;
+    s->len = len;
+    if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest)
         return len;
-    }
-    s->len = len - len % ctx->seq_step;
+    s->len -= len % ctx->seq_step;
     if (s->len > 0) {
         move_columns(ctx, s, s->len, LOAD, conv_mark(ctx, s, s->len));
         return s->len;
@@ -5975,12 +5894,26 @@ static int module_width(const lfm2_context *ctx, int module)
     return size_of(&ctx->model->cfg, modules[module].width);
 }
 
+/* Where they begin in ctx->traced: as many for each row of the pass, or of an
+ * expert for each slot. */
+static int64_t traced_at(const lfm2_context *ctx, int module)
+{
+    const int64_t rows = ctx->par.n_batch;
+    const int64_t slots = rows * ctx->model->cfg.n_expert_used;
+    int64_t at = 0;
+
+    while (module-- > 0)
+        at += (module < EXPERT_W1 ? rows : slots) * module_width(ctx, module);
+    return at;
+}
+
 static void keep(const lfm2_context *ctx, int module, int row, int col,
                  const float *x, int n)
 {
     if (ctx->hook && module != NOT_TRACED)
-        memcpy(ctx->traced[module] + (size_t)row * module_width(ctx, module) +
-               col, x, (size_t)n * sizeof *x);
+        memcpy(ctx->traced + traced_at(ctx, module) + col +
+               (int64_t)row * module_width(ctx, module), x,
+               (size_t)n * sizeof *x);
 }
 
 /* Show y[n_rows][n], of the rows of the pass in `row` or of the first ones. */
@@ -6014,7 +5947,7 @@ static void trace(struct thread *me, const struct layer *l, int first,
 
     for (int i = first; ctx->hook && i <= last; i++)
         trace_rows(me, (int)(l - ctx->model->layer), modules[i].name,
-                   ctx->traced[i], module_width(ctx, i));
+                   ctx->traced + traced_at(ctx, i), module_width(ctx, i));
 }
 
 static void trace_moe(struct thread *me, const struct layer *l)
@@ -6037,42 +5970,23 @@ static void trace_moe(struct thread *me, const struct layer *l)
             const int first = r->slot_begin[e];
             show_rows(ctx, modules[k].name, il, e, r->slot_row + first,
                       r->slot_begin[e + 1] - first,
-                      ctx->traced[k] + (size_t)first * n, n);
+                      ctx->traced + traced_at(ctx, k) + (int64_t)first * n, n);
         }
     trace_rows(me, il, LAYER ".feed_forward", ctx->y, ctx->model->cfg.n_embd);
-}
-
-/* Point all modules into the memory at `base`; without it only count. */
-static int64_t lay_out_traced(lfm2_context *ctx, void *base)
-{
-    const int64_t rows = ctx->par.n_batch;
-    const int64_t slots = rows * ctx->model->cfg.n_expert_used;
-    struct arena a = { base, 0 };
-
-    CARVE(&a, ctx->traced, N_MODULES);
-    for (int i = 0; i < N_MODULES; i++) {
-        float *x = carve(&a, (i >= EXPERT_W1 ? slots : rows) *
-                             module_width(ctx, i), sizeof *x);
-        if (base)
-            ctx->traced[i] = x;
-    }
-    return a.used;
 }
 
 int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
                lfm2_error *err)
 {
+    const int64_t size = traced_at(ctx, N_MODULES) *
+                         (int64_t)sizeof *ctx->traced;
+
     if (!fn) {
         free(ctx->traced);
         ctx->traced = NULL;
-    } else if (!ctx->traced) {
-        const int64_t size = lay_out_traced(ctx, NULL);
-        void *memory = allocate(size);
-        if (!memory)
-            return fail(err, LFM2_ENOMEM, "no memory for a trace, %lld bytes "
-                        "(n_batch %d)", (long long)size, ctx->par.n_batch);
-        lay_out_traced(ctx, memory);
-    }
+    } else if (!ctx->traced && !(ctx->traced = allocate(size)))
+        return fail(err, LFM2_ENOMEM, "no memory for a trace, %lld bytes "
+                    "(n_batch %d)", (long long)size, ctx->par.n_batch);
     ctx->hook = fn;
     ctx->hook_user = user;
     return LFM2_OK;
@@ -6108,7 +6022,7 @@ enum {                                    /* sets of types                   */
 enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
        MAX_MARKER = 256 };                /* searched for at every byte      */
 
-#define NO_RANK UINT32_MAX
+#define NO_RANK UINT32_MAX                /* a pair that does not merge      */
 
 struct token {
     uint32_t start;                       /* its bytes in text end where
@@ -6415,18 +6329,6 @@ static int open_vocabulary(struct gguf *g, const void *data, size_t size,
                  "\"llama-bpe\"", show(pre).s);
 }
 
-/* A token that the file gives by its id; -1 if it does not. */
-static int read_id(const struct gguf *g, int key, int32_t *out)
-{
-    const char *name = word_key[key].name;
-    uint32_t id = UINT32_MAX;
-
-    TRY(gguf_u32(g, name, &id));
-    *out = (int32_t)id;
-    return id == UINT32_MAX ? LFM2_OK :
-           in_range(g, name, id, "", 0, (double)word_kv(g, KEY_TOKENS)->n - 1);
-}
-
 /* For n entries, with so much room that few collide; -1 without memory. */
 static int open_table(struct table *t, uint64_t n)
 {
@@ -6459,8 +6361,13 @@ static int read_vocabulary(lfm2_tokenizer *t, const struct gguf *g)
 
     /* What begins or ends a text or a turn is never made of text, even where
      * the file calls it user-defined. */
-    TRY(read_id(g, KEY_BOS, &t->bos));
-    TRY(read_id(g, KEY_EOS, &t->eos));
+    for (int k = KEY_BOS; k <= KEY_EOS; k++) {
+        uint32_t id = UINT32_MAX;         /* none                            */
+        TRY(gguf_u32(g, word_key[k].name, &id));
+        if (id != UINT32_MAX)
+            TRY(in_range(g, word_key[k].name, id, "", 0, t->n_vocab - 1));
+        *role[k - KEY_BOS] = (int32_t)id;
+    }
     t->eot = lfm2_token_id(t, "<|endoftext|>");
     t->im_start = lfm2_token_id(t, "<|im_start|>");
     t->im_end = lfm2_token_id(t, "<|im_end|>");
@@ -6660,73 +6567,62 @@ static void emit(struct tokens *o, int32_t id)
 
 /* A piece of text on its way to tokens.  A symbol is known by the index of its
  * first byte; its token stands there and at its last byte, so that both
- * neighbours can be reached.  The best pair to merge, the leftmost if several,
- * is found by a knockout tournament over the ranks: node v plays the winners of
- * nodes 2v and 2v+1, node n+i is byte i, and node 1 is the final. */
-struct symbol {
-    int32_t id;                           /* the token that begins or ends   */
-    uint32_t rank;                        /* of merging it with the next one */
-    uint32_t winner;                      /* of the node with this index     */
-};
+ * neighbours can be reached.  best[n+i] is the rank of merging symbol i with
+ * the next one, and then i; best[v] is the lower of best[2v] and best[2v+1], so
+ * best[1] is the best pair to merge, the leftmost if several. */
+struct symbols { uint32_t n; int32_t *id; uint64_t *best; };
 
-struct symbols { struct symbol *at; uint32_t n; };
-
-static void play(struct symbols p, uint32_t node)
+static void play(struct symbols p, uint32_t v)
 {
-    const uint32_t left = 2 * node, right = left + 1;
-    const uint32_t x = left < p.n ? p.at[left].winner : left - p.n;
-    const uint32_t y = right < p.n ? p.at[right].winner : right - p.n;
-
-    p.at[node].winner = p.at[x].rank < p.at[y].rank ||
-                        (p.at[x].rank == p.at[y].rank && x < y) ? x : y;
+    const uint64_t left = p.best[2 * v], right = p.best[2 * v + 1];
+    p.best[v] = left < right ? left : right;
 }
 
-/* The rank of merging symbol i with the next one. */
-static uint32_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
+static uint64_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
 {
-    const uint32_t next = i + token_len(t, p.at[i].id);
-
-    return next < p.n ? find_merge(t, p.at[i].id, p.at[next].id) : NO_RANK;
+    const uint32_t next = i + token_len(t, p.id[i]);
+    const uint32_t rank = next < p.n ? find_merge(t, p.id[i], p.id[next])
+                                     : NO_RANK;
+    return (uint64_t)rank << 32 | i;
 }
 
-static void set_rank(struct symbols p, uint32_t i, uint32_t rank)
+static void set_rank(struct symbols p, uint32_t i, uint64_t rank)
 {
-    p.at[i].rank = rank;
-    for (uint32_t node = (i + p.n) / 2; node > 0; node /= 2)
-        play(p, node);
+    p.best[p.n + i] = rank;
+    for (uint32_t v = (p.n + i) / 2; v > 0; v /= 2)
+        play(p, v);
 }
 
 /* A piece that is a token as a whole becomes that token, even where merging
  * would not get there, as in llama.cpp.  All others have two bytes or more. */
 static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
-                         struct symbol *room, const uint8_t *s, uint32_t n)
+                         struct symbols p, const uint8_t *s)
 {
-    const int32_t whole = find_token(t, s, n, FROM_TEXT);
-    const struct symbols p = { room, n };
+    const int32_t whole = find_token(t, s, p.n, FROM_TEXT);
 
     if (whole >= 0) {
         emit(o, whole);
         return;
     }
-    for (uint32_t i = 0; i < n; i++)
-        p.at[i].id = t->byte[s[i]];
-    for (uint32_t i = 0; i < n; i++)
-        p.at[i].rank = rank_at(t, p, i);
-    for (uint32_t node = n - 1; node > 0; node--)
-        play(p, node);
-    for (uint32_t i; p.at[i = p.at[1].winner].rank != NO_RANK;) {
-        const struct merge *m = &t->merge[p.at[i].rank];
-        set_rank(p, i + token_len(t, m->left), NO_RANK);
-        p.at[i].id = m->result;
-        p.at[i + token_len(t, m->result) - 1].id = m->result;
+    for (uint32_t i = 0; i < p.n; i++)
+        p.id[i] = t->byte[s[i]];
+    for (uint32_t i = 0; i < p.n; i++)
+        p.best[p.n + i] = rank_at(t, p, i);
+    for (uint32_t v = p.n - 1; v > 0; v--)
+        play(p, v);
+    while (p.best[1] >> 32 != NO_RANK) {
+        const struct merge *m = &t->merge[p.best[1] >> 32];
+        const uint32_t i = (uint32_t)p.best[1];
+        set_rank(p, i + token_len(t, m->left), UINT64_MAX);
+        p.id[i] = p.id[i + token_len(t, m->result) - 1] = m->result;
         set_rank(p, i, rank_at(t, p, i));
         if (i > 0) {
-            const uint32_t left = i - token_len(t, p.at[i - 1].id);
+            const uint32_t left = i - token_len(t, p.id[i - 1]);
             set_rank(p, left, rank_at(t, p, left));
         }
     }
-    for (uint32_t i = 0; i < n; i += token_len(t, p.at[i].id))
-        emit(o, p.at[i].id);
+    for (uint32_t i = 0; i < p.n; i += token_len(t, p.id[i]))
+        emit(o, p.id[i]);
 }
 
 /* The longest marker that stands at p < end, of these types; or -1. */
@@ -6753,27 +6649,28 @@ static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
                        const char *text, size_t len, int types)
 {
     const uint8_t *p = (const uint8_t *)text, *from = p, *end = p + len;
-    struct symbol *room;
+    struct symbols s;
 
     if (len > MAX_ENCODE || o->n > MAX_ENCODE - 8)
         return LFM2_EARG;
-    room = calloc(len, sizeof *room);
-    if (!room)
+    s.best = calloc(len, 2 * sizeof *s.best + sizeof *s.id);
+    if (!s.best)
         return LFM2_ENOMEM;
+    s.id = (int32_t *)(s.best + 2 * len);
     for (;;) {
         int32_t id = -1;
         while (p < end && (id = marker_at(t, p, end, types)) < 0)
             p++;
-        for (const uint8_t *next; from < p; from = next) {
-            next = piece_end(t, from, p);
-            encode_piece(t, o, room, from, (uint32_t)(next - from));
+        for (; from < p; from += s.n) {
+            s.n = (uint32_t)(piece_end(t, from, p) - from);
+            encode_piece(t, o, s, from);
         }
         if (id < 0)
             break;
         emit(o, id);
         from = p += token_len(t, id);
     }
-    free(room);
+    free(s.best);
     return LFM2_OK;
 }
 
@@ -7172,9 +7069,8 @@ static uint8_t *make_classes(void)
     for (size_t k = 0; classes && k < COUNT(all); k++)
         for (size_t i = 0, c = 0; i + 1 < all[k].n; i += 2) {
             c += all[k].run[i];
-            for (size_t end = c + all[k].run[i + 1]; c < end; c++)
-                if (c < MAX_CLASSED)
-                    classes[c] = all[k].class;
+            memset(classes + c, all[k].class, all[k].run[i + 1]);
+            c += all[k].run[i + 1];
         }
     return classes;
 }

@@ -50,6 +50,7 @@ def gaps_and_lengths(codes):
             out += [c - end, 1]
         end = c + 1
     assert max(out) < 65536, "the tables hold 16-bit numbers"
+    assert end <= 0x32400, "lfm2.c classes no more than MAX_CLASSED"
     return out
 
 
