@@ -9123,21 +9123,7 @@ static int work_on_words(const struct settings *s)
  * and what is wrong with it.  Each fact is written once, as JSON; the text is
  * made of that. */
 
-/* What a tensor is for.  Embedding and output are one where they are tied. */
-enum role {
-    EMBEDDING, OUTPUT, CONV_MIXERS, ATTENTION, DENSE_FFN, ROUTER, EXPERTS,
-    NORMS, UNUSED, N_ROLES
-};
-
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
-
-/* What the tensors of a role take. */
-struct portion {
-    int n;                                /* tensors                         */
-    unsigned long long params, bytes;
-    unsigned long long active, read;      /* for every token                 */
-    int of_type[MAX_TYPES];               /* tensors, by lfm2_weight_type()  */
-};
 
 struct inspection {
     const struct settings *s;
@@ -9148,52 +9134,12 @@ struct inspection {
     lfm2_error err;
     struct text json;
     const char *last_norm;                /* its name                        */
-    int tied;
-    struct portion all;                   /* without what is unused          */
+    int tied;                             /* embedding and output are one    */
+    double bytes, read;                   /* of weights: all, for a token    */
     struct found_template template;
 };
 
 /* ---- facts */
-
-/* The first two are outside of layers, and known by their whole names. */
-static enum role role_of_tensor(const char *name, const char *last_norm)
-{
-    static const struct { const char *part; enum role role; } known[] = {
-        { "token_embd.weight", EMBEDDING }, { "output.weight", OUTPUT },
-        { "_norm.", NORMS }, { "shortconv.", CONV_MIXERS },
-        { "attn_", ATTENTION }, { "ffn_gate_inp.", ROUTER },
-        { "exp_probs_b.", ROUTER }, { "_exps.", EXPERTS },
-        { "ffn_", DENSE_FFN }
-    };
-    const int in_layer = strncmp(name, "blk.", 4) == 0;
-
-    for (size_t i = in_layer ? 2 : 0; i < sizeof known / sizeof *known; i++)
-        if (in_layer ? strstr(name, known[i].part) != NULL :
-            strcmp(name, known[i].part) == 0)
-            return known[i].role;
-    return strcmp(name, last_norm) == 0 ? NORMS : UNUSED;
-}
-
-/* Of the experts a token reads those that are chosen; of an embedding that is
- * not the output, too, one row. */
-static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
-                       enum role role, const lfm2_config *c, int tied)
-{
-    const int shared = role == EXPERTS && c->n_expert > 0;
-    const uint64_t of = shared ? (uint64_t)c->n_expert : 1;
-    const uint64_t used = shared ? (uint64_t)c->n_expert_used : role != UNUSED;
-    const uint64_t params = (uint64_t)count_elements(t);
-    const char *type;
-
-    to->n++;
-    to->params += params;
-    to->active += params / of * used;
-    to->bytes += t->n_bytes;
-    to->read += role == EMBEDDING && !tied ? t->n_bytes / t->dims[1] :
-                t->n_bytes / of * used;
-    for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
-        to->of_type[i] += strcmp(type, t->type) == 0;
-}
 
 /* A string of the metadata, whole. */
 static void add_file_string(struct inspection *f, const char *key,
@@ -9263,96 +9209,107 @@ static void add_shape(struct inspection *f)
     add_format(&f->json, "%g}", (double)c->norm_rms_eps);
 }
 
-static void add_portion(struct text *to, const char *key,
-                        const struct portion *p)
+/* What a tensor is for, by the first pattern that its name fits. */
+static const char *purpose_of(const struct inspection *f, const char *name)
 {
-    const double bits = p->params ? 8.0 * (double)p->bytes / (double)p->params :
-                        0;
+    const struct { const char *names, *role; } known[] = {
+        { "token_embd.weight", "embedding" }, { "output.weight", "output" },
+        { f->last_norm, "norms" }, { "blk.*_norm.*", "norms" },
+        { "blk.*shortconv.*", "conv" }, { "blk.*attn_*", "attention" },
+        { "blk.*ffn_gate_inp.*", "router" }, { "blk.*exp_probs_b.*", "router" },
+        { "blk.*_exps.*", "experts" }, { "blk.*ffn_*", "dense_ffn" },
+        { "", "unused" }
+    };
+    size_t i = 0;
+
+    while (*known[i].names && fnmatch(known[i].names, name, 0) != 0)
+        i++;
+    return known[i].role;
+}
+
+/* What the tensors of a role take, or with NULL all that are used.  Of the
+ * experts a token reads those that are chosen; of an embedding that is not the
+ * output, too, one row. */
+static void add_weights(struct inspection *f, const char *role)
+{
+    const lfm2_config *c = lfm2_model_config(f->model);
+    unsigned long long params = 0, active = 0, bytes = 0, read = 0;
+    int n = 0, of_type[MAX_TYPES] = { 0 };
+    lfm2_tensor_info t;
     const char *type;
 
-    add_members(to, "%s: {n_tensors: %d, parameters: %llu, active: %llu, "
-                "bytes: %llu, bytes_per_token: %llu, bits_per_weight: %g, "
-                "types: {", key, p->n, p->params, p->active, p->bytes,
-                p->read, round(100 * bits) / 100);
-    for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
-        if (p->of_type[i] > 0)
-            add_members(to, "%s: %d", type, p->of_type[i]);
-    add_string(to, "}}");
-}
-
-static void add_weights(struct inspection *f)
-{
-    static const char *const name[N_ROLES] = {
-        "embedding", "output", "conv", "attention", "dense_ffn", "router",
-        "experts", "norms", "unused"
-    };
-    const lfm2_config *c = lfm2_model_config(f->model);
-    struct portion part[N_ROLES] = { 0 };
-    lfm2_tensor_info t;
-
     for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        const enum role role = role_of_tensor(t.name, f->last_norm);
-        add_tensor(&part[role], &t, role, c, f->tied);
-        if (role != UNUSED)
-            add_tensor(&f->all, &t, role, c, f->tied);
+        const char *is = purpose_of(f, t.name);
+        const int shared = c->n_expert > 0 && strcmp(is, "experts") == 0;
+        const uint64_t of = shared ? (uint64_t)c->n_expert : 1;
+        const uint64_t used = shared ? (uint64_t)c->n_expert_used :
+                              strcmp(is, "unused") != 0;
+        const uint64_t size = (uint64_t)count_elements(&t);
+        if (role ? strcmp(is, role) != 0 : used == 0)
+            continue;
+        n++;
+        params += size;
+        active += size / of * used;
+        bytes += t.n_bytes;
+        read += !f->tied && strcmp(is, "embedding") == 0 ?
+                t.n_bytes / t.dims[1] : t.n_bytes / of * used;
+        for (int k = 0; k < MAX_TYPES && (type = lfm2_weight_type(k)); k++)
+            of_type[k] += strcmp(type, t.type) == 0;
     }
-    add_portion(&f->json, "weights", &f->all);
-    add_members(&f->json, "roles: {");
-    for (int i = 0; i < N_ROLES; i++)
-        if (part[i].n > 0)
-            add_portion(&f->json, name[i], &part[i]);
-    add_string(&f->json, "}");
+    if (n == 0)
+        return;
+    add_members(&f->json, "%s: {n_tensors: %d, parameters: %llu, active: %llu, "
+                "bytes: %llu, bytes_per_token: %llu, bits_per_weight: %g, "
+                "types: {", role ? role : "weights", n, params, active, bytes,
+                read, round(800 * (double)bytes / (double)params) / 100);
+    for (int k = 0; k < MAX_TYPES && (type = lfm2_weight_type(k)); k++)
+        if (of_type[k] > 0)
+            add_members(&f->json, "%s: %d", type, of_type[k]);
+    add_string(&f->json, "}}");
+    f->bytes = role ? f->bytes : (double)bytes;
+    f->read = role ? f->read : (double)read;
 }
 
-/* The longest context that there is memory for besides the weights. */
-static int largest_context(const struct inspection *f, lfm2_params p, int most,
-                           double memory)
-{
-    int fits = 0;
-
-    for (int step = MAX_CTX; step > 0; step /= 2) {
-        p.n_ctx = fits + step;
-        if (p.n_ctx <= most && (double)lfm2_context_size(f->model, &p) +
-            (double)f->all.bytes <= memory)
-            fits = p.n_ctx;
-    }
-    return fits;
-}
-
-/* What contexts take that one may ask for; what fits is that of the machine
- * this runs on, now. */
+/* What contexts take that one may ask for; what fits beside the weights is that
+ * of the machine this runs on, now. */
 static void add_memory(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
     const int most = smaller(c->n_ctx_train, MAX_CTX);
-    const double memory = free_memory(), read = (double)f->all.read;
+    const double memory = free_memory();
     lfm2_params p = choose_params(f->s, f->model);
     const int asked = f->s->ctx == UNSET ? 0 : smaller(p.n_ctx, MAX_CTX);
-    const int ctx[] = { 4096, 32768, most, asked };
+    int ctx[5] = { 0, smaller(4096, most), smaller(32768, most), most };
+    int at = 4, fits = 0;
     const double kv = kv_bytes(c, p.kv_type);
     double conv = 0;
 
     p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
     for (int il = 0; il < c->n_layer; il++)
         conv += c->is_attn[il] ? 0 : 4.0 * (c->l_cache - 1) * c->n_embd;
+    for (int step = MAX_CTX; step > 0; step /= 2) {
+        p.n_ctx = fits + step;
+        if (p.n_ctx <= most && (double)lfm2_context_size(f->model, &p) +
+            f->bytes <= memory)
+            fits = p.n_ctx;
+    }
     add_members(&f->json, "memory: {kv_type: %s, kv_bytes_per_token: %g, "
                 "conv_state_bytes: %g, free_bytes: %g, largest_context: %g, "
                 "assumed_gb_per_s: %d, tokens_per_s: %g, contexts: [",
                 kv_name(p.kv_type), kv, conv, memory > 0 ? memory : NAN,
-                memory > 0 ? largest_context(f, p, most, memory) : NAN,
-                ASSUMED_BANDWIDTH,
-                round(ASSUMED_BANDWIDTH * 1e10 / read) / 10);
-    for (int n = 0, next; n >= 0; n = next) {
-        p.n_ctx = n;
-        add_members(&f->json, "{context: %d, kv_bytes: %g, bytes_beside_file: "
-                    "%g, bytes_per_token: %g}", n, kv * n,
-                    n ? (double)lfm2_context_size(f->model, &p) : 0.0,
-                    read + kv * n);
-        next = -1;
-        for (int i = 0; i < 4; i++)
-            if (ctx[i] > n && (ctx[i] <= most || ctx[i] == asked) &&
-                (next < 0 || ctx[i] < next))
-                next = ctx[i];
+                memory > 0 ? fits : NAN, ASSUMED_BANDWIDTH,
+                round(ASSUMED_BANDWIDTH * 1e10 / f->read) / 10);
+    for (; ctx[at - 1] > asked; at--)
+        ctx[at] = ctx[at - 1];
+    ctx[at] = asked;
+    for (int i = 0; i < 5; i++) {
+        p.n_ctx = ctx[i];
+        if (i == 0 || p.n_ctx > ctx[i - 1])
+            add_members(&f->json, "{context: %d, kv_bytes: %g, "
+                        "bytes_beside_file: %g, bytes_per_token: %g}", p.n_ctx,
+                        kv * p.n_ctx, p.n_ctx ?
+                        (double)lfm2_context_size(f->model, &p) : 0.0,
+                        f->read + kv * p.n_ctx);
     }
     add_string(&f->json, "]}");
 }
@@ -9369,46 +9326,42 @@ static void add_special(struct inspection *f, const char *role, int32_t id)
                 s);
 }
 
-/* "[65536 x string]" has the length of an array. */
-static void add_vocabulary(struct inspection *f)
+/* How words are written down, and how they are chosen.  "[65536 x string]" has
+ * the length of an array. */
+static void add_words(struct inspection *f)
 {
+    static const char *const how[] = { "none", "hash", "words", "model" };
     static const char *const marker[] = {
         TURN_START, "<|tool_list_start|>", CALL_START,
         "<|tool_response_start|>", THINK
     };
     const struct phrase merges = value_of(f->model, "tokenizer.ggml.merges");
-    const int n_vocab = lfm2_n_vocab(f->words);
-    double pad = -1;
-
-    file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30, &pad);
-    add_members(&f->json, "vocabulary: {n_tokens: %d, n_merges: %llu", n_vocab,
-                merges.s[0] == '[' ? strtoull(merges.s + 1, NULL, 10) : 0);
-    add_file_string(f, "model", "tokenizer.ggml.model");
-    add_file_string(f, "pre", "tokenizer.ggml.pre");
-    add_members(&f->json, "special: [");
-    if (lfm2_add_bos(f->words))
-        add_special(f, "bos", lfm2_bos(f->words));
-    for (int32_t id = 0; id < n_vocab; id++)
-        if (lfm2_is_eog(f->words, id))
-            add_special(f, "end", id);
-    for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
-        add_special(f, "marker", lfm2_token_id(f->words, marker[i]));
-    add_special(f, "pad", (int32_t)pad);
-    add_string(&f->json, "]}");
-}
-
-/* How words are written down, and how they are chosen. */
-static void add_words(struct inspection *f)
-{
-    static const char *const how[] = { "none", "hash", "words", "model" };
     const struct found_template *t = &f->template;
+    double pad = -1;
     int from_file;
     const struct sampling is = preset_of(f->model, &from_file);
 
     f->code = load_words(f->s, f->model, &f->words, &f->err);
     f->template = find_template(f->model, f->words);
-    if (f->words)
-        add_vocabulary(f);
+    if (f->words) {
+        file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30,
+                    &pad);
+        add_members(&f->json, "vocabulary: {n_tokens: %d, n_merges: %llu",
+                    lfm2_n_vocab(f->words), merges.s[0] == '[' ?
+                    strtoull(merges.s + 1, NULL, 10) : 0);
+        add_file_string(f, "model", "tokenizer.ggml.model");
+        add_file_string(f, "pre", "tokenizer.ggml.pre");
+        add_members(&f->json, "special: [");
+        if (lfm2_add_bos(f->words))
+            add_special(f, "bos", lfm2_bos(f->words));
+        for (int32_t id = 0; id < lfm2_n_vocab(f->words); id++)
+            if (lfm2_is_eog(f->words, id))
+                add_special(f, "end", id);
+        for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
+            add_special(f, "marker", lfm2_token_id(f->words, marker[i]));
+        add_special(f, "pad", (int32_t)pad);
+        add_string(&f->json, "]}");
+    }
     add_members(&f->json, "template: {name: %s, by: %s, words: %s, hash: %s}",
                 template_name(t->template), how[t->how], t->word,
                 t->how == NO_TEMPLATE ? NULL :
@@ -9455,8 +9408,8 @@ static void add_problem(struct inspection *f, const char *level, const char *s)
 static void add_problems(struct inspection *f)
 {
     const struct phrase pre = value_of(f->model, "tokenizer.ggml.pre");
-    const struct phrase arch = value_of(f->model, "general.architecture");
-    const size_t n = strlen(arch.s);
+    const struct phrase own = phrase("%s.", value_of(f->model,
+                                     "general.architecture").s);
     const char *s;
     char value[8];
 
@@ -9466,7 +9419,7 @@ static void add_problems(struct inspection *f)
     for (int i = 0; f->is_model &&
          (s = lfm2_model_key(f->model, i, value, sizeof value)); i++)
         if (strncmp(s, "lfm2", 4) == 0 &&
-            (strncmp(s, arch.s, n) != 0 || s[n] != '.'))
+            strncmp(s, own.s, strlen(own.s)) != 0)
             add_problem(f, "tolerated",
                         phrase("%.90s: the key is not used", s).s);
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
@@ -9484,14 +9437,6 @@ static void add_problems(struct inspection *f)
 /* ---- in text
  *
  * A line for each member, objects of objects and arrays of them as tables. */
-
-/* Rows of cells.  How wide their columns are is known when all are gone through
- * for the second time, to be printed. */
-struct grid {
-    struct text cell;
-    size_t width[MAX_COLUMNS];
-    int column, gap, is_printing;         /* gap: blanks before the next     */
-};
 
 /* A value in a few words: amounts are rounded, members follow by commas. */
 static void add_value_text(struct text *to, const struct json *v)
@@ -9514,106 +9459,102 @@ static void add_value_text(struct text *to, const struct json *v)
     }
 }
 
+/* Rows of cells.  How wide their columns are is known when all are gone through
+ * for the second time, to be printed. */
+struct grid {
+    size_t width[MAX_COLUMNS];
+    int column, gap, is_printing;         /* gap: blanks before the next     */
+};
+
 /* A key or a value.  Nothing that a file says steers the terminal or begins a
  * line. */
 static void put_cell(struct grid *g, const struct json *v, int is_key,
                      int right)
 {
-    struct text *t = &g->cell;
+    struct text t = { 0 };
     size_t *width = &g->width[g->column++];
 
-    t->n = 0;
     if (is_key)
-        add(t, v->key, v->n_key);
+        add(&t, v->key, v->n_key);
     else
-        add_value_text(t, v);
-    t->n = t->n ? drop_controls(t->s, t->n) : 0;
-    for (size_t i = 0; i < t->n; i++)
-        t->s[i] = strchr("\n\t", t->s[i]) ? ' ' : t->s[i];
-    *width = t->n > *width ? t->n : *width;
-    g->gap += right ? (int)(*width - t->n) : 0;
-    if (g->is_printing && t->n > 0) {
-        printf("%*s%.*s", g->gap, "", (int)t->n, t->s);
+        add_value_text(&t, v);
+    t.n = t.n ? drop_controls(t.s, t.n) : 0;
+    for (size_t i = 0; i < t.n; i++)
+        t.s[i] = strchr("\n\t", t.s[i]) ? ' ' : t.s[i];
+    *width = t.n > *width ? t.n : *width;
+    g->gap += right ? (int)(*width - t.n) : 0;
+    if (g->is_printing && t.n > 0) {
+        printf("%*s%.*s", g->gap, "", (int)t.n, t.s);
         g->gap = 0;
     }
-    g->gap += 2 + (right ? 0 : (int)(*width - t->n));
+    g->gap += 2 + (right ? 0 : (int)(*width - t.n));
+    free(t.s);
 }
 
-static int is_table(const struct json *v)
-{
-    return v->first && v->first->type == JSON_OBJECT;
-}
-
-/* The head of a table has the keys of its first row. */
+/* The members from `first` up to `end`: of something within the report, if they
+ * are objects, as a table, whose head has the keys of its first row. */
 static void print_rows(const struct json *first, const struct json *end,
-                       int indent, int in_table)
+                       int indent)
 {
     static const struct json blank = { .type = JSON_STRING, .s = "" };
+    const int in_table = indent > 0 && first && first->type == JSON_OBJECT;
     struct grid g = { 0 };
 
     for (; g.is_printing < 2; g.is_printing++) {
         int is_head = in_table;
         for (const struct json *x = first; x != end;
              x = is_head ? x : x->next, is_head = 0) {
-            const int opens = !in_table && (is_table(x) ||
+            const struct json *in = x->first;
+            const int opens = !in_table && in && (in->type == JSON_OBJECT ||
                               (x->type == JSON_OBJECT && indent == 0));
             g.column = 0;
             g.gap = indent;
             if (x->n_key)
                 put_cell(&g, is_head ? &blank : x, !is_head, 0);
-            if (!in_table && !opens)
-                put_cell(&g, x, 0, 0);
-            for (const struct json *y = in_table ? x->first : NULL; y;
-                 y = y->next)
-                put_cell(&g, y, is_head, y->type == JSON_NUMBER);
+            for (const struct json *y = in_table ? in : opens ? NULL : x; y;
+                 y = in_table ? y->next : NULL)
+                put_cell(&g, y, is_head, in_table && y->type == JSON_NUMBER);
             if (g.is_printing)
                 putchar('\n');
             if (g.is_printing && opens)
-                print_rows(x->first, NULL, indent + 2, is_table(x));
+                print_rows(in, NULL, indent + 2);
         }
     }
-    free(g.cell.s);
 }
 
-/* Problems stand last, each in a line of its own.  What has too many members to
- * be read back is shown as it is. */
-static void print_report(struct text *json, int as_text)
+/* Problems stand last, each in a line of its own. */
+static void print_report(const struct json *v)
 {
-    struct pool pool = { 0 };
-    struct json *v;
-    struct grid g = { .is_printing = 1 };
-    struct why why;
-
-    if (!as_text || json_parse(&pool, json->s, json->n, &v, &why) != DONE) {
-        show_text(json);
-        return;
-    }
     const struct json *problems = json_get(v, "anomalies");
-    print_rows(v->first, problems, 0, 0);
+
+    print_rows(v->first, problems, 0);
     for (const struct json *x = problems->first; x; x = x->next) {
-        g.gap = g.column = 0;
-        put_cell(&g, x->first, 0, 0);
-        putchar(':');
-        g.gap = 1;
+        struct grid g = { .gap = 1, .is_printing = 1 };
+        printf("%s:", json_text(x->first));
         put_cell(&g, x->first->next, 0, 0);
         putchar('\n');
     }
-    free(g.cell.s);
-    pool_free(&pool);
 }
 
-/* A file that is no model is explained, too, if it can be read at all. */
+/* A file that is no model is explained, too, if it can be read at all.  What
+ * has too many members to be read back is shown as it is. */
 static int inspect_file(const struct settings *s)
 {
+    static const char *const roles[] = {
+        "embedding", "output", "conv", "attention", "dense_ffn", "router",
+        "experts", "norms", "unused"
+    };
     struct inspection f = { .s = s };
+    struct pool pool = { 0 };
+    struct json *v;
+    struct why why;
     int code = enter_sandbox(s);
 
     if (code != DONE)
         return code;
     if (!s->no_mmap)
         watch_file(s->model);
-    f.code = open_file(&f.model, s->model, s->no_mmap, LFM2_LOAD_ANY,
-                       &f.err);
+    f.code = open_file(&f.model, s->model, s->no_mmap, LFM2_LOAD_ANY, &f.err);
     f.is_model = f.code == LFM2_OK;
     if (!f.model)
         return report(s->model, &f.err);
@@ -9621,7 +9562,11 @@ static int inspect_file(const struct settings *s)
     add_file_facts(&f);
     if (f.is_model) {
         add_shape(&f);
-        add_weights(&f);
+        add_weights(&f, NULL);
+        add_members(&f.json, "roles: {");
+        for (size_t i = 0; i < sizeof roles / sizeof *roles; i++)
+            add_weights(&f, roles[i]);
+        add_string(&f.json, "}");
         add_memory(&f);
         add_words(&f);
     }
@@ -9629,7 +9574,11 @@ static int inspect_file(const struct settings *s)
         add_contents(&f);
     add_problems(&f);
     add_string(&f.json, "}\n");
-    print_report(&f.json, !s->json);
+    if (s->json || json_parse(&pool, f.json.s, f.json.n, &v, &why) != DONE)
+        show_text(&f.json);
+    else
+        print_report(v);
+    pool_free(&pool);
     free(f.json.s);
     lfm2_tokenizer_close(f.words);
     lfm2_model_close(f.model);
