@@ -9627,16 +9627,18 @@ static void add_statistics(struct text *to, const float *x, int n)
                (unsigned long long)hash_floats(HASH_START, x, n));
 }
 
-static void write_trace(struct trace *t, const struct trace_file *to)
+/* Write what has been added for this file. */
+static void write_trace(struct trace *t, struct trace_file *to)
 {
     if (t->code == DONE && write_all(to->fd, to->text.s, to->text.n) != 0)
         t->code = say(BAD_FILE, "%s: %s", to->path, strerror(errno));
+    to->text.n = 0;
 }
 
 static void note_activation(void *user, const lfm2_activation *a)
 {
     struct trace *t = user;
-    struct text *line = &t->records.text, *bytes = &t->raw.text;
+    struct text *line = &t->records.text;
     int wanted = t->s->trace_filter.n == 0;
 
     for (int i = 0; i < t->s->trace_filter.n; i++)
@@ -9644,7 +9646,6 @@ static void note_activation(void *user, const lfm2_activation *a)
     if (!wanted || a->pos < t->first || a->pos > t->last || t->code != DONE)
         return;
     t->has_some = 1;
-    line->n = bytes->n = 0;
     add_format(line, "{\"name\":\"%s\",\"pos\":%d", a->name, a->pos);
     if (strcmp(a->name, "model.embed_tokens") == 0)
         add_format(line, ",\"token\":%ld", (long)a->token);
@@ -9652,36 +9653,19 @@ static void note_activation(void *user, const lfm2_activation *a)
     add_statistics(line, a->x, a->n);
     if (t->raw.path) {
         for (int i = 0; i < a->n; i++)
-            add_le(bytes, float_bits(a->x[i]), 4);
-        add_format(line, ",\"offset\":%llu", (unsigned long long)t->offset);
-        t->offset += bytes->n;
+            add_le(&t->raw.text, float_bits(a->x[i]), 4);
         write_trace(t, &t->raw);
+        add_format(line, ",\"offset\":%llu", (unsigned long long)t->offset);
+        t->offset += 4 * (uint64_t)a->n;
     }
     add_string(line, "}\n");
     write_trace(t, &t->records);
 }
 
-static void open_trace_file(struct trace *t, struct trace_file *to,
-                            const char *path)
-{
-    to->path = path;
-    to->fd = path && t->code == DONE ?
-             open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666) : -1;
-    if (path && t->code == DONE && to->fd < 0)
-        t->code = say(BAD_FILE, "%s: %s", path, strerror(errno));
-}
-
-static int close_trace_file(struct trace_file *to, int code)
-{
-    if (to->fd >= 0 && close(to->fd) != 0 && code == DONE)
-        code = say(BAD_FILE, "%s: %s", to->path, strerror(errno));
-    free(to->text.s);
-    return code;
-}
-
 static int open_trace(struct engine *e)
 {
     const struct settings *s = e->s;
+    const char *const path[] = { s->trace, s->trace_raw };
     const lfm2_config *c = lfm2_model_config(e->model);
     struct trace *t;
     lfm2_error err;
@@ -9695,8 +9679,13 @@ static int open_trace(struct engine *e)
     t->last = INT_MAX;
     if (s->trace_tokens)
         parse_range(s->trace_tokens, &t->first, &t->last);
-    open_trace_file(t, &t->records, s->trace);
-    open_trace_file(t, &t->raw, s->trace_raw);
+    for (int i = 0; i < 2 && path[i] && t->code == DONE; i++) {
+        struct trace_file *const f = i ? &t->raw : &t->records;
+        f->path = path[i];
+        f->fd = open(f->path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        if (f->fd < 0)
+            t->code = say(BAD_FILE, "%s: %s", f->path, strerror(errno));
+    }
     add_format(&t->records.text, "{\"trace\":1,\"program\":\"lfm2.c %s\","
                "\"arch\":\"%.*s\",\"model_hash\":\"%016llx\",\"n_layer\":%d,"
                "\"n_embd\":%d,\"n_vocab\":%d,\"kv\":\"%s\"}\n", lfm2_version(),
@@ -9721,8 +9710,12 @@ static int close_trace(struct engine *e, int code)
     code = code == DONE ? t->code : code;
     if (code == DONE && !t->has_some)
         note("%s: no module of such a name at such a position", t->s->trace);
-    code = close_trace_file(&t->raw, code);
-    code = close_trace_file(&t->records, code);
+    for (int i = 0; i < 2; i++) {
+        struct trace_file *const f = i ? &t->raw : &t->records;
+        if (f->path && f->fd >= 0 && close(f->fd) != 0 && code == DONE)
+            code = say(BAD_FILE, "%s: %s", f->path, strerror(errno));
+        free(f->text.s);
+    }
     free(t);
     e->trace = NULL;
     return code;
