@@ -9735,148 +9735,123 @@ static int close_trace(struct engine *e, int code)
 
 enum { PPL_CTX = 512, PPL_LOGITS = 1 << 27 };         /* bytes held at once  */
 
-/* Sums over samples: of x, and of x * x. */
-struct sums { double x, xx; };
-
-struct estimate { double mean, error; };  /* with its standard error         */
-
-struct ppl {
-    struct engine e;
-    struct ids ids;                       /* the windows, one by one         */
-    int n_ctx, n_windows;
-    struct sums nll;
-    int n_scored;
-    double start;                         /* when it began                   */
-};
+/* Sums over n samples: of x, and of x * x. */
+struct sums { double x, xx; int n; };
 
 static void add_to(struct sums *s, double x)
 {
     s->x += x;
     s->xx += x * x;
+    s->n++;
 }
 
-static struct estimate mean_and_error(struct sums s, int n)
+static double mean_of(const struct sums *s)
 {
-    const double mean = s.x / n, variance = s.xx / n - mean * mean;
+    return s->x / s->n;
+}
 
-    return (struct estimate){
-        mean, n > 1 && variance > 0 ? sqrt(variance / (n - 1)) : 0
-    };
+/* The standard error of the mean. */
+static double error_of(const struct sums *s)
+{
+    const double variance = s->xx / s->n - mean_of(s) * mean_of(s);
+
+    return s->n > 1 && variance > 0 ? sqrt(variance / (s->n - 1)) : 0;
 }
 
 /* The tokens of the text; what is left over behind the last window is not
  * used. */
-static int ppl_read(struct ppl *p)
+static int read_windows(struct engine *e, struct ids *ids)
 {
-    const struct settings *s = p->e.s;
+    const struct settings *s = e->s;
+    const int n_ctx = s->ctx == UNSET ? PPL_CTX : e->par.n_ctx;
+    const int most = PPL_LOGITS / 4 / lfm2_model_config(e->model)->n_vocab;
     struct text t = { 0 };
     int code = read_file(s->ppl, &t);
 
-    if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
-        t.n--;
     if (code == DONE)
-        encode_plain(s, p->e.words, t.s, t.n, &p->ids);
+        encode_plain(s, e->words, t.s, t.n - (t.n > 0 && t.s[t.n - 1] == '\n'),
+                     ids);
     free(t.s);
     if (code != DONE)
         return code;
-    p->n_ctx = s->ctx == UNSET ? PPL_CTX : p->e.par.n_ctx;
-    p->n_windows = p->ids.n / p->n_ctx;
-    if (p->n_ctx < 3)
+    if (n_ctx < 3)
         return say(USAGE, "-c %d: expected windows of at least 3 tokens",
-                   p->n_ctx);
-    if (p->n_windows < 2)
+                   n_ctx);
+    if (ids->n / n_ctx < 2)
         return say(USAGE, "%s: %d tokens, expected at least %d, two windows; "
-                   "-c N makes them shorter", s->ppl, p->ids.n, 2 * p->n_ctx);
+                   "-c N makes them shorter", s->ppl, ids->n, 2 * n_ctx);
+    e->par.n_ctx = n_ctx;
+    e->par.n_logits = smaller(n_ctx, most > 0 ? most : 1);
     return DONE;
-}
-
-/* So far, and how long still. */
-static void ppl_progress(const struct ppl *p, int n_done)
-{
-    const double perplexity = exp(p->nll.x / p->n_scored);
-    const double took = seconds() - p->start;
-
-    if (p->e.s->verbose)
-        note("window %d of %d: perplexity %.4f, %.0f s", n_done, p->n_windows,
-             perplexity, took);
-    else if (isatty(STDERR_FILENO) && !p->e.s->quiet)
-        fprintf(stderr, "\rwindow %d of %d, perplexity %.4f, %.0f s to go   %s",
-                n_done, p->n_windows, perplexity, took / n_done *
-                (p->n_windows - n_done), n_done < p->n_windows ? "" : "\n");
 }
 
 /* A window.  Of long ones the rows are too many to be held at once.  The last
  * token foretells nothing that is scored, so it is not read at all. */
-static int ppl_window(struct ppl *p, int32_t *token)
+static int score_window(struct engine *e, int32_t *token, struct sums *nll)
 {
-    const int n_vocab = lfm2_model_config(p->e.model)->n_vocab;
-    const int end = p->n_ctx - 1;
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    const int end = e->par.n_ctx - 1;
     int code = DONE;
 
-    if (lfm2_add_bos(p->e.words))
-        token[0] = lfm2_bos(p->e.words);
-    lfm2_seq_trim(p->e.ctx, 0, 0);
-    for (int from = 0, at = p->n_ctx / 2, n; code == DONE && at < end;
+    if (lfm2_add_bos(e->words))
+        token[0] = lfm2_bos(e->words);
+    lfm2_seq_trim(e->ctx, 0, 0);
+    for (int from = 0, at = e->par.n_ctx / 2, n; code == DONE && at < end;
          from = at) {
-        n = smaller(end - at, p->e.par.n_logits);
+        n = smaller(end - at, e->par.n_logits);
         const lfm2_span span = { 0, token + from, at + n - from, n };
-        code = interrupted ? INTERRUPTED : forward(&p->e, &span, 1);
+        code = interrupted ? INTERRUPTED : forward(e, &span, 1);
         for (int k = 0; code == DONE && k < n; k++) {
-            const float *logits = lfm2_logits(p->e.ctx, 0, k);
-            const double nll = log_sum(logits, n_vocab) -
-                               logits[token[++at]];
-            if (!isfinite(nll))
+            const float *logits = lfm2_logits(e->ctx, 0, k);
+            add_to(nll, log_sum(logits, n_vocab) - logits[token[++at]]);
+            if (!isfinite(nll->x))
                 code = say(FAILED, "%s: logits that are not finite",
-                           p->e.s->model);
-            add_to(&p->nll, nll);
-            p->n_scored++;
+                           e->s->model);
         }
     }
     return code;
 }
 
-static void ppl_print(const struct ppl *p)
-{
-    const struct estimate e = mean_and_error(p->nll, p->n_scored);
-    const double ppl = exp(e.mean);
-
-    if (p->e.s->json)
-        printf("{\"perplexity\": %.9g, \"error\": %.9g, \"scored\": %d, "
-               "\"windows\": %d, \"n_ctx\": %d}\n", ppl, ppl * e.error,
-               p->n_scored, p->n_windows, p->n_ctx);
-    else
-        printf("perplexity     %.4f +/- %.5f\nscored         %d tokens in %d "
-               "windows of %d\n", ppl, ppl * e.error, p->n_scored,
-               p->n_windows, p->n_ctx);
-}
-
+/* With how far it is, and how long still. */
 static int perplexity(const struct settings *s)
 {
-    struct ppl p = { .e.s = s };
-    int code = open_model(&p.e), most;
+    struct engine e = { .s = s };
+    struct ids ids = { NULL, 0 };
+    struct sums nll = { 0, 0, 0 };
+    int code = open_model(&e), n_ctx, all;
 
     if (code == DONE)
-        code = open_model_words(&p.e);
+        code = open_model_words(&e);
     if (code == DONE)
-        code = ppl_read(&p);
-    if (code == DONE) {
-        most = PPL_LOGITS / 4 / lfm2_model_config(p.e.model)->n_vocab;
-        p.e.par.n_ctx = p.n_ctx;
-        p.e.par.n_logits = smaller(p.n_ctx, most > 0 ? most : 1);
-        code = open_context(&p.e);
-    }
-    running = p.e.ctx;
-    p.start = seconds();
-    for (int i = 0; code == DONE && i < p.n_windows; i++) {
-        code = ppl_window(&p, p.ids.id + (size_t)i * (size_t)p.n_ctx);
-        if (code == DONE)
-            ppl_progress(&p, i + 1);
+        code = read_windows(&e, &ids);
+    if (code == DONE)
+        code = open_context(&e);
+    n_ctx = e.par.n_ctx;
+    all = code == DONE ? ids.n / n_ctx : 0;
+    running = e.ctx;
+    const double start = seconds();
+    for (int i = 0; i < all && code == DONE; i++) {
+        code = score_window(&e, ids.id + (size_t)i * (size_t)n_ctx, &nll);
+        const double took = seconds() - start;
+        if (code == DONE && s->verbose)
+            note("window %d of %d: perplexity %.4f, %.0f s", i + 1, all,
+                 exp(mean_of(&nll)), took);
+        else if (code == DONE && isatty(STDERR_FILENO) && !s->quiet)
+            fprintf(stderr, "\rwindow %d of %d, perplexity %.4f, %.0f s to go"
+                    "   %s", i + 1, all, exp(mean_of(&nll)),
+                    took / (i + 1) * (all - i - 1), i + 1 < all ? "" : "\n");
     }
     running = NULL;
-    if (code == DONE)
-        ppl_print(&p);
-    free(p.ids.id);
-    close_engine(&p.e);
+    const double ppl = exp(mean_of(&nll)), error = ppl * error_of(&nll);
+    if (code == DONE && s->json)
+        printf("{\"perplexity\": %.9g, \"error\": %.9g, \"scored\": %d, "
+               "\"windows\": %d, \"n_ctx\": %d}\n", ppl, error, nll.n, all,
+               n_ctx);
+    else if (code == DONE)
+        printf("perplexity     %.4f +/- %.5f\nscored         %d tokens in %d "
+               "windows of %d\n", ppl, error, nll.n, all, n_ctx);
+    free(ids.id);
+    close_engine(&e);
     return code;
 }
 
@@ -9893,16 +9868,15 @@ enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
 struct test {
     int n_prompt, n_gen, n_seq, depth;
     time_t when;
-    struct estimate ns, ts;               /* ts: tokens a second             */
+    struct sums ns, ts;                   /* of all turns; ts: tokens/s      */
     double read, macs, share;             /* a second, 1e9; of the limit     */
 };
 
-/* A second: bytes from memory, multiply-adds, and bytes that a kernel makes of
- * weights in the second-level cache, of each thread. */
+/* 1e9 a second: bytes from memory, multiply-adds, and bytes that a kernel makes
+ * of weights in the second-level cache, of each thread. */
 struct limits { int n_threads; double read, dot, cached; };
 
 struct bench {
-    const struct settings *s;
     struct engine e;                      /* e.par: of its context, in force */
     struct cost cost;
     struct limits best[MAX_LIST], *limit; /* of each number of threads       */
@@ -9911,73 +9885,54 @@ struct bench {
     double rss_anon, most_share;          /* the most there ever was         */
     int n_done;                           /* tests                           */
     int longest, n_seq;                   /* the most tokens, sequences      */
-    int32_t *token;                       /* [n_tokens]: of all at any depth */
-    int n_tokens;
-    double *ns, *ts;                      /* [s->reps] of the last test      */
+    int32_t *token;                       /* of all tests, at any depth      */
+    double *ns, *ts;                      /* [reps] of the last test         */
 };
 
 /* ---- the work */
 
-/* Append the tokens from `from` to `to` to a sequence. */
-static int feed(struct bench *b, int seq, int from, int to, int n_logits)
+/* Append the tokens from `from` to `to` to the first sequence. */
+static int feed(struct bench *b, int from, int to, int n_logits)
 {
-    const lfm2_span span = { seq, b->token + from, to - from, n_logits };
+    const lfm2_span span = { 0, b->token + from, to - from, n_logits };
 
-    if (interrupted)
-        return INTERRUPTED;
-    return from < to ? forward(&b->e, &span, 1) : DONE;
+    return interrupted ? INTERRUPTED :
+           from < to ? forward(&b->e, &span, 1) : DONE;
 }
 
-/* All sequences of the test have `depth` tokens.  Trimming leaves most of what
- * the test before had, so that only its end is computed again. */
-static int prepare(struct bench *b, const struct test *t)
-{
-    lfm2_context *ctx = b->e.ctx;
-    int code = feed(b, 0, lfm2_seq_trim(ctx, 0, t->depth), t->depth, 0);
-    lfm2_error err;
-
-    for (int i = 1; code == DONE && i < t->n_seq; i++)
-        if (t->depth == 0)
-            lfm2_seq_trim(ctx, i, 0);
-        else if (lfm2_seq_copy(ctx, i, 0, &err) != LFM2_OK)
-            code = report(b->s->model, &err);
-    return code;
-}
-
-/* Which tokens are generated does not matter, so none is chosen. */
+/* Give all sequences `depth` tokens: trimming leaves most of what the test
+ * before had, so that only its end is computed again.  Then, by the clock, go
+ * on.  Which tokens are generated does not matter, so none is chosen. */
 static int run_once(struct bench *b, const struct test *t, int n_gen,
                     double *took)
 {
-    const int32_t *token = b->token + t->depth + t->n_prompt;
-    int code = prepare(b, t);
-    const double start = seconds();
+    const int end = t->depth + t->n_prompt;
+    lfm2_context *ctx = b->e.ctx;
+    lfm2_error err;
+    int code = feed(b, lfm2_seq_trim(ctx, 0, t->depth), t->depth, 0);
 
+    for (int i = 1; code == DONE && i < t->n_seq; i++)
+        if (lfm2_seq_copy(ctx, i, 0, &err) != LFM2_OK)
+            code = report(b->e.s->model, &err);
+    const double start = seconds();
     if (code == DONE)
-        code = feed(b, 0, t->depth, t->depth + t->n_prompt, t->n_prompt > 0);
+        code = feed(b, t->depth, end, t->n_prompt > 0);
     for (int i = 0; code == DONE && i < n_gen; i++) {
         for (int k = 0; k < t->n_seq; k++)
-            b->e.span[k] = (lfm2_span){ k, token + i, 1, 1 };
+            b->e.span[k] = (lfm2_span){ k, b->token + end + i, 1, 1 };
         code = interrupted ? INTERRUPTED : forward(&b->e, b->e.span, t->n_seq);
     }
     *took = seconds() - start;
     return code;
 }
 
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-
-    return (x > y) - (x < y);
-}
-
-/* The median of several turns of at least 20 ms each, after one that does not
- * count. */
+/* The best of several turns of at least 20 ms each: what disturbs a turn makes
+ * it slower. */
 static double measure_rate(struct bench *b, int what)
 {
-    double rate[9], all = 0;
-    int n = -1;
+    double best = NAN, all = 0;
 
-    while (n < 9 && (n < 3 || all < 2) && !interrupted) {
+    for (int i = 0; i < 10 && (i < 4 || all < 2) && !interrupted; i++) {
         const double start = seconds();
         double took, work = 0;
         do {
@@ -9985,22 +9940,18 @@ static double measure_rate(struct bench *b, int what)
             took = seconds() - start;
         } while (took < 0.02);
         all += took;
-        if (n >= 0)
-            rate[n] = work / took;
-        n++;
+        best = fmax(best, work / took / 1e9);
     }
-    if (n < 1)
-        return 0;
-    qsort(rate, (size_t)n, sizeof *rate, ascending);
-    return rate[n / 2];
+    return best;
 }
 
-/* ---- names */
+/* ---- what is printed */
 
-/* The mix of types as quantisers name it, by the number in the file. */
-static const char *mix_name(const lfm2_model *m)
+/* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0": the mix of types as quantisers name
+ * it, by the number in the file. */
+static struct phrase name_type(const lfm2_model *m)
 {
-    static const char *const mix[] = {
+    static const char *const mix[33] = {
         [0] = "all F32", [1] = "F16", [2] = "Q4_0", [3] = "Q4_1", [7] = "Q8_0",
         [8] = "Q5_0", [9] = "Q5_1", [10] = "Q2_K - Medium",
         [11] = "Q3_K - Small", [12] = "Q3_K - Medium", [13] = "Q3_K - Large",
@@ -10008,19 +9959,10 @@ static const char *mix_name(const lfm2_model *m)
         [17] = "Q5_K - Medium", [18] = "Q6_K", [21] = "Q2_K - Small",
         [25] = "IQ4_NL - 4.5 bpw", [30] = "IQ4_XS - 4.25 bpw", [32] = "BF16"
     };
-    double number;
-
-    if (file_number(m, "general.file_type", 0, 32, &number) &&
-        mix[(int)number])
-        return mix[(int)number];
-    return "unknown mix";
-}
-
-/* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0". */
-static struct phrase name_type(const lfm2_model *m)
-{
+    double number = 31;                   /* none has this                   */
     uint64_t total, active;
 
+    file_number(m, "general.file_type", 0, 32, &number);
     lfm2_model_params(m, &total, &active);
     const int moe = active < total;
     const double n = (double)total, used = (double)active;
@@ -10029,18 +9971,7 @@ static struct phrase name_type(const lfm2_model *m)
         phrase("%.*fB", moe ? 0 : 1, n / 1e9);
     return phrase("lfm2%s %s%s %s", moe ? "moe" : "", size.s, moe &&
                   used >= 1e9 ? phrase(".A%.0fB", floor(used / 1e9)).s : "",
-                  mix_name(m));
-}
-
-/* "tg128 x 8 @ d1024" */
-static struct phrase name_test(const struct test *t)
-{
-    struct phrase out = phrase(t->n_prompt ? "pp%d" : "tg%d", t->n_prompt +
-                               t->n_gen);
-
-    if (t->n_seq > 1)
-        out = phrase("%.30s x %d", out.s, t->n_seq);
-    return t->depth ? phrase("%.60s @ d%d", out.s, t->depth) : out;
+                  mix[(int)number] ? mix[(int)number] : "unknown mix");
 }
 
 /* "694.76 MiB", as llama-bench has it. */
@@ -10052,20 +9983,13 @@ static struct phrase binary_amount(double bytes)
                   "MiB");
 }
 
-/* ---- what is printed */
-
-/* What could not be measured is not 0. */
-static double known(double x)
-{
-    return x > 0 && isfinite(x) ? x : NAN;
-}
-
 /* llama-bench's keys, then ours. */
 static void print_record(const struct bench *b, const struct test *t)
 {
     const lfm2_params *p = &b->e.par;
     const struct limits *best = b->limit;
     const char *kv = kv_name(p->kv_type);
+    const double anon = anonymous_memory(), root = sqrt(t->ns.n);
     char when[24] = "";
     struct text out = { 0 };
     struct tm utc;
@@ -10078,31 +10002,38 @@ static void print_record(const struct bench *b, const struct test *t)
                 "type_k: %s, type_v: %s, n_prompt: %d, n_gen: %d, n_depth: %d, "
                 "test_time: %s, avg_ns: %g, stddev_ns: %g, avg_ts: %g, "
                 "stddev_ts: %g, samples_ns: [", "", 0,
-                look_up("/proc/cpuinfo", "model name", "?").s, b->s->model,
+                look_up("/proc/cpuinfo", "model name", "?").s, b->e.s->model,
                 b->type.s, b->cost.bytes, b->cost.params, "CPU", p->n_batch,
                 p->n_threads, kv, kv, t->n_prompt, t->n_gen, t->depth, when,
-                round(t->ns.mean), round(t->ns.error), t->ts.mean, t->ts.error);
-    for (int i = 0; i < b->s->reps; i++)
+                round(mean_of(&t->ns)), round(error_of(&t->ns) * root),
+                mean_of(&t->ts), error_of(&t->ts) * root);
+    for (int i = 0; i < b->e.s->reps; i++)
         add_members(&out, "%g", round(b->ns[i]));
     add_members(&out, "], samples_ts: [");
-    for (int i = 0; i < b->s->reps; i++)
+    for (int i = 0; i < b->e.s->reps; i++)
         add_members(&out, "%g", b->ts[i]);
     add_members(&out, "], n_sequences: %d, isa: %s, read_bandwidth: %g, "
                 "int8_rate: %g, l2_gbs_core: %g, gb_per_s: %g, gmac_per_s: %g, "
                 "share: %g, rss_peak: %g, rss_anon: %g, load_ms: %g, "
                 "context_ms: %g, first_token_ms: %g}", t->n_seq,
-                isa_name(p->isa), known(best->read / 1e9),
-                known(best->dot / 1e9), known(best->cached / 1e9), t->read,
-                t->macs, t->share, peak_memory(), known(anonymous_memory()),
+                isa_name(p->isa), best->read, best->dot, best->cached, t->read,
+                t->macs, t->share, peak_memory(), anon > 0 ? anon : NAN,
                 b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
     printf(b->n_done > 0 ? ",\n" : "[\n");
     fwrite(out.s, 1, out.n, stdout);
     free(out.s);
 }
 
-/* llama-bench's columns, then ours. */
+/* llama-bench's columns, then ours; a test is "tg128 x 8 @ d1024". */
 static void print_row(const struct bench *b, const struct test *t)
 {
+    struct phrase name = phrase(t->n_prompt ? "pp%d" : "tg%d", t->n_prompt +
+                                t->n_gen);
+
+    if (t->n_seq > 1)
+        name = phrase("%.30s x %d", name.s, t->n_seq);
+    if (t->depth)
+        name = phrase("%.60s @ d%d", name.s, t->depth);
     if (b->n_done == 0)
         printf("| model                          |       size |     params | "
                "backend | threads |            test |               t/s |   "
@@ -10112,8 +10043,9 @@ static void print_row(const struct bench *b, const struct test *t)
                "-----: | ------: | -----: |\n");
     printf("| %-30s | %10s | %10s | CPU     | %7d | %15s | %17s | %6s | %7.1f |"
            " %6s |\n", b->type.s, binary_amount(b->cost.bytes).s,
-           amount(b->cost.params, "").s, b->e.par.n_threads, name_test(t).s,
-           phrase("%.2f ± %.2f", t->ts.mean, t->ts.error).s,
+           amount(b->cost.params, "").s, b->e.par.n_threads, name.s,
+           phrase("%.2f ± %.2f", mean_of(&t->ts), error_of(&t->ts) *
+                  sqrt(t->ts.n)).s,
            isnan(t->read) ? "-" : phrase("%.1f", t->read).s, t->macs,
            isnan(t->share) ? "-" : phrase("%.0f %%", 100 * t->share).s);
 }
@@ -10128,8 +10060,8 @@ static void print_footer(const struct bench *b)
            p->n_batch);
     for (const struct limits *l = b->best; l <= b->limit; l++)
         printf("limits    %d threads read %.1f GB/s; with cached weights %.0f "
-               "GMAC/s, or %.1f GB/s a core\n", l->n_threads, l->read / 1e9,
-               l->dot / 1e9, l->cached / 1e9);
+               "GMAC/s, or %.1f GB/s a core\n", l->n_threads, l->read, l->dot,
+               l->cached);
     printf("share     of the bandwidth by answers, of the arithmetic by prompts"
            "%s\n", b->most_share > 1 ? "; above 100 %:\n          what stays "
            "in the caches of the CPU comes faster than from memory" : "");
@@ -10142,100 +10074,74 @@ static void print_footer(const struct bench *b)
 
 /* ---- the run */
 
-static struct estimate mean_and_deviation(struct sums s, int n)
-{
-    const struct estimate e = mean_and_error(s, n);
-
-    return (struct estimate){ e.mean, e.error * sqrt(n) };
-}
-
 /* The warm-up generates but one token, as llama-bench's does.  A prompt is held
  * against arithmetic, an answer against memory. */
 static int run_test(struct bench *b, struct test t)
 {
     const double n = (double)t.n_prompt + (double)t.n_gen * t.n_seq;
     const struct cost *cost = &b->cost;
-    struct sums ns = { 0, 0 }, ts = { 0, 0 };
     double took;
     int code = run_once(b, &t, t.n_gen > 0, &took);
 
     t.when = time(NULL);
-    for (int i = 0; code == DONE && i < b->s->reps; i++) {
+    for (int i = 0; code == DONE && i < b->e.s->reps; i++) {
         code = run_once(b, &t, t.n_gen, &took);
-        add_to(&ns, b->ns[i] = took * 1e9);
-        add_to(&ts, b->ts[i] = n / (took + 1e-9));
+        add_to(&t.ns, b->ns[i] = took * 1e9);
+        add_to(&t.ts, b->ts[i] = n / (took + 1e-9));
     }
     if (code != DONE)
         return code;
-    t.ns = mean_and_deviation(ns, b->s->reps);
-    t.ts = mean_and_deviation(ts, b->s->reps);
-    t.macs = t.ts.mean * (cost->macs + (t.n_gen ? cost->head : 0)) / 1e9;
-    t.read = t.n_gen ? t.ts.mean / t.n_seq / 1e9 *
+    t.macs = mean_of(&t.ts) * (cost->macs + (t.n_gen ? cost->head : 0)) / 1e9;
+    t.read = t.n_gen ? mean_of(&t.ts) / t.n_seq / 1e9 *
              step_bytes(b->e.model, cost, t.n_seq, t.depth + t.n_gen / 2.0) :
              NAN;
-    t.share = known(1e9 * (t.n_gen ? t.read / b->limit->read :
-                                     t.macs / b->limit->dot));
-    (b->s->output == MD ? print_row : print_record)(b, &t);
+    t.share = t.n_gen ? t.read / b->limit->read : t.macs / b->limit->dot;
+    (b->e.s->output == MD ? print_row : print_record)(b, &t);
     b->most_share = fmax(b->most_share, t.share);
     b->rss_anon = fmax(b->rss_anon, anonymous_memory());
     b->n_done++;
     return flush_output(DONE);
 }
 
-/* A process meets the pages of a file one by one, and those of experts late: it
- * would be a tenth of the time of the first hundred tokens. */
-static void meet_pages(const lfm2_model *m)
-{
-    size_t size;
-    uint64_t n = 1;
-
-    lfm2_model_file(m, &size);
-    if ((double)size > free_memory())
-        return;
-    for (uint64_t at = 0; n > 0 && !interrupted; at += n)
-        n = lfm2_model_read_ahead(m, at, 64 << 20);
-}
-
-/* From nothing to the first token, before anything else has warmed the way;
- * and, with so many threads, the limits of the machine. */
-static int measure_machine(struct bench *b, double start)
-{
-    int code = DONE;
-
-    if (b->first_s == 0) {
-        b->context_s = seconds() - start;
-        code = feed(b, 0, 0, START_TOKENS, 1);
-        b->first_s = b->load_s + seconds() - start;
-        meet_pages(b->e.model);
-    }
-    if (b->limit->n_threads == 0)
-        *b->limit = (struct limits){
-            b->e.par.n_threads, measure_rate(b, LFM2_READ),
-            measure_rate(b, LFM2_DOT),
-            measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
-        };
-    return code;
-}
-
 /* All tests with so many threads at one depth, in llama-bench's order, and in a
- * context no larger than they need. */
+ * context no larger than they need.
+ *
+ * Before the first, from nothing to a token, as nothing has warmed the way yet.
+ * Then the process meets the pages of the file.  It would do so one by one, and
+ * for those of experts late: a tenth of the time of a hundred tokens. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
-    const struct list *prompt = &b->s->bench_prompt, *gen = &b->s->bench_gen;
-    const struct list *seqs = &b->s->bench_seqs;
+    const struct settings *s = b->e.s;
+    const struct list *prompt = &s->bench_prompt, *gen = &s->bench_gen;
+    const struct list *seqs = &s->bench_seqs;
     const double start = seconds();
-    lfm2_params p = choose_params(b->s, b->e.model);
+    lfm2_params p = choose_params(s, b->e.model);
+    uint64_t met;
+    size_t size;
     lfm2_error err;
-    int code;
+    int code = DONE;
 
     p.n_threads = n_threads ? n_threads : usable_cpus();
     p.n_ctx = depth + b->longest;
     p.n_seq = p.n_logits = b->n_seq;
     if (lfm2_context_open(&b->e.ctx, b->e.model, &p, &err) != LFM2_OK)
-        return report(b->s->model, &err);
+        return report(s->model, &err);
     running = b->e.ctx;
-    b->e.par = lfm2_context_params(b->e.ctx);
-    code = measure_machine(b, start);
+    b->e.par = p = lfm2_context_params(b->e.ctx);
+    if (b->first_s == 0) {
+        b->context_s = seconds() - start;
+        code = feed(b, 0, START_TOKENS, 1);
+        b->first_s = b->load_s + seconds() - start;
+        lfm2_model_file(b->e.model, &size);
+        met = (double)size <= free_memory();
+        for (uint64_t at = 0; met > 0 && !interrupted; at += met)
+            met = lfm2_model_read_ahead(b->e.model, at, 64 << 20);
+    }
+    if (b->limit->n_threads == 0)
+        *b->limit = (struct limits){
+            p.n_threads, measure_rate(b, LFM2_READ), measure_rate(b, LFM2_DOT),
+            measure_rate(b, LFM2_DECODE) / p.n_threads
+        };
     for (int i = 0; code == DONE && i < prompt->n; i++)
         if (prompt->v[i] > 0)
             code = run_test(b, (struct test){ prompt->v[i], 0, 1, depth });
@@ -10258,12 +10164,15 @@ static int largest(const struct list *l)
     return most;
 }
 
-/* All there will be to remember is there before any clock runs. */
-static int prepare_tests(struct bench *b)
+/* All there will be to remember is there before any clock runs.  Any tokens
+ * will do, if they are not always the same few: those of a mixture choose its
+ * experts. */
+static int open_bench(struct bench *b)
 {
-    const struct settings *s = b->s;
+    const struct settings *s = b->e.s;
     const int prompt = largest(&s->bench_prompt), gen = largest(&s->bench_gen);
     const int deepest = largest(&s->bench_depth);
+    int code, n_tokens;
 
     b->longest = prompt > gen ? prompt : gen;
     b->n_seq = gen ? largest(&s->bench_seqs) : 1;
@@ -10274,28 +10183,21 @@ static int prepare_tests(struct bench *b)
                      "context, %d", b->longest, deepest, MAX_CTX);
     if (b->longest < START_TOKENS)
         b->longest = START_TOKENS;
-    b->n_tokens = b->longest + deepest;
-    b->token = zeroed((size_t)b->n_tokens, sizeof *b->token);
+    n_tokens = b->longest + deepest;
+    b->token = zeroed((size_t)n_tokens, sizeof *b->token);
     b->ns = zeroed((size_t)s->reps, sizeof *b->ns);
     b->ts = zeroed((size_t)s->reps, sizeof *b->ts);
     b->e.span = zeroed((size_t)b->n_seq, sizeof *b->e.span);
-    return DONE;
-}
-
-/* Any tokens will do, if they are not always the same few: those of a mixture
- * choose its experts. */
-static int open_bench(struct bench *b)
-{
+    catch_interrupt();
     const double start = seconds();
-    const int code = open_model(&b->e);
-
+    code = open_model(&b->e);
+    b->load_s = seconds() - start;
     if (code != DONE)
         return code;
-    b->load_s = seconds() - start;
-    for (int i = 0; i < b->n_tokens; i++)
+    for (int i = 0; i < n_tokens; i++)
         b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)
                                 lfm2_model_config(b->e.model)->n_vocab);
-    b->cost = count_cost(b->e.model, b->s->kv);
+    b->cost = count_cost(b->e.model, s->kv);
     b->type = name_type(b->e.model);
     return DONE;
 }
@@ -10303,13 +10205,9 @@ static int open_bench(struct bench *b)
 /* What is printed so far is complete, even after Ctrl-C. */
 static int bench(const struct settings *s)
 {
-    struct bench b = { .s = s, .e.s = s };
-    int code = prepare_tests(&b);
+    struct bench b = { .e.s = s };
+    int code = open_bench(&b);
 
-    if (code != DONE)
-        return code;
-    catch_interrupt();
-    code = open_bench(&b);
     for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
         b.limit = &b.best[i];
         for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
