@@ -10775,22 +10775,12 @@ static int lacks(const struct settings *s, const char *what, const char *why)
 
 static int keeper = -1;                   /* a socket                        */
 
-static int read_all(int fd, void *to, size_t n)
-{
-    for (size_t had = 0; had < n;) {
-        const ssize_t got = read(fd, (char *)to + had, n - had);
-        if (got == 0 || (got < 0 && errno != EINTR))
-            return -1;
-        had += got > 0 ? (size_t)got : 0;
-    }
-    return 0;
-}
-
 /* As replace_file(), for the session. */
 static int keep_file(const char *path, const struct text *part, int n_parts)
 {
     unsigned char size[8], code;
     uint64_t n = 0;
+    ssize_t got;
     int good;
 
     if (keeper < 0)
@@ -10801,7 +10791,10 @@ static int keep_file(const char *path, const struct text *part, int n_parts)
     good = write_all(keeper, (char *)size, 8) == 0;
     for (int i = 0; good && i < n_parts; i++)
         good = write_all(keeper, part[i].s, part[i].n) == 0;
-    return good && read_all(keeper, &code, 1) == 0 ? code :
+    do
+        got = good ? read(keeper, &code, 1) : 0;
+    while (got < 0 && errno == EINTR);
+    return got > 0 ? code :
            say(BAD_FILE, "%s: cannot be kept: the process that writes it has "
                "ended", path);
 }
@@ -10818,45 +10811,45 @@ static int enter_sandbox(const struct settings *s)
 
 long syscall(long number, ...);           /* not in POSIX                    */
 
-static void keep(const char *path, int fd)
+/* Where there can be none, its directory is granted. */
+static void start_keeper(const char *path)
 {
     static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
     struct text t = { 0 };
     unsigned char size[8], code;
-
-    for (int i = 0; i < 4; i++)
-        signal(ignored[i], SIG_IGN);
-    close(STDIN_FILENO);
-    close(STDOUT_FILENO);
-    while (read_all(fd, size, sizeof size) == 0) {
-        const size_t n = (size_t)get_le(size, 8);
-        t.n = 0;
-        reserve(&t, n);
-        if (read_all(fd, t.s, t.n = n) != 0)
-            break;
-        code = (unsigned char)replace_file(path, &t, 1);
-        write_all(fd, (char *)&code, 1);
-    }
-    _exit(0);
-}
-
-/* Where there can be none, its directory is granted. */
-static void start_keeper(const char *path)
-{
     int fd[2];
     pid_t pid;
+    FILE *in;
 
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, fd) != 0)
         return;
     fflush(stdout);
     pid = fork();
-    if (pid == 0)
-        keep(path, (close(fd[0]), fd[1]));
-    close(fd[1]);
-    if (pid > 0)
-        keeper = fd[0];
-    else
-        close(fd[0]);
+    if (pid != 0) {
+        close(fd[1]);
+        if (pid > 0)
+            keeper = fd[0];
+        else
+            close(fd[0]);
+        return;
+    }
+    for (int i = 0; i < 4; i++)
+        signal(ignored[i], SIG_IGN);
+    close(STDIN_FILENO);
+    close(STDOUT_FILENO);
+    close(fd[0]);
+    in = fdopen(fd[1], "r");
+    while (in && fread(size, 1, 8, in) == 8) {
+        const size_t n = (size_t)get_le(size, 8);
+        t.n = 0;
+        reserve(&t, n);
+        t.n = fread(t.s, 1, n, in);
+        if (t.n < n)
+            break;
+        code = (unsigned char)replace_file(path, &t, 1);
+        write_all(fd[1], (char *)&code, 1);
+    }
+    _exit(0);
 }
 
 /* ---- files: Landlock */
@@ -10885,22 +10878,37 @@ static void grant(int set, const char *path, uint64_t rights)
     struct path_rule rule = { rights, open(path, PATH_ONLY | O_CLOEXEC) };
     struct stat st;
 
-    if (rule.fd < 0)
-        return;
     if (fstat(rule.fd, &st) == 0 && !S_ISDIR(st.st_mode))
         rule.rights &= ~(uint64_t)IN_DIRS;
     syscall(ADD_RULE, set, PATH_BENEATH, &rule, 0);
     close(rule.fd);
 }
 
-/* What options name, where a chat keeps its files, and what tells how many CPUs
- * and how much memory there are.  A file to write must be there to be granted;
- * none is made if there will be nothing to write. */
-static void grant_all(int set, const struct settings *s, uint64_t known)
+/* Only what options name can be opened, where a chat keeps its files, and what
+ * tells how many CPUs and how much memory there are.  A file to write must be
+ * there to be granted; none is made if there will be nothing to write.
+ *
+ * Bind and connect of TCP come with version 4 of Landlock; abstract sockets and
+ * signals to others with 6. */
+static int confine_files(const struct settings *s)
 {
+    static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
+                                      0xffff };
+    static const char *const facts[] = {
+        "/proc/self/status", "/proc/self/cgroup", "/sys/fs/cgroup",
+        "/proc/meminfo"
+    };
     const int begins = !s->model || access(s->model, R_OK) == 0;
+    const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
+    const uint64_t known = files[version < 1 ? 0 : version < 5 ? version : 5];
+    const struct ruleset is = { known, version >= 4 ? 3 : 0,
+                                version >= 6 ? 3 : 0 };
+    const int set = version < 1 ? -1 :
+                    (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
     struct text dir = { 0 };
 
+    if (set < 0)
+        return lacks(s, "Landlock", strerror(errno));
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &table[i];
         const int writes = o->kind == OUT_FILE;
@@ -10920,30 +10928,9 @@ static void grant_all(int set, const struct settings *s, uint64_t known)
     }
     if (s->mode == CHAT && save_dir(s))
         grant(set, save_dir(s), (READS | REPLACES | TRUNCATE) & known);
-    grant(set, "/proc/self/status", READ_FILE);
-    grant(set, "/proc/self/cgroup", READ_FILE);
-    grant(set, "/sys/fs/cgroup", READ_FILE);
-    grant(set, "/proc/meminfo", READ_FILE);
-}
-
-/* Bind and connect of TCP come with version 4; abstract sockets and signals to
- * others with 6. */
-static int confine_files(const struct settings *s)
-{
-    static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
-                                      0xffff };
-    const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
-    struct ruleset is;
-    int set;
-
-    if (version < 1)
-        return lacks(s, "Landlock", strerror(errno));
-    is = (struct ruleset){ files[version < 5 ? version : 5],
-                           version >= 4 ? 3 : 0, version >= 6 ? 3 : 0 };
-    set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
-    if (set >= 0)
-        grant_all(set, s, is.files);
-    if (set < 0 || syscall(RESTRICT_SELF, set, 0) != 0)
+    for (int i = 0; i < 4; i++)
+        grant(set, facts[i], READ_FILE);
+    if (syscall(RESTRICT_SELF, set, 0) != 0)
         return lacks(s, "Landlock", strerror(errno));
     close(set);
     if (s->verbose)
