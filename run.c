@@ -9068,28 +9068,27 @@ static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
 static int export_words(const struct settings *s)
 {
     const char *path = s->tokenizer ? s->tokenizer : s->model;
+    struct text out = { 0 };
     lfm2_model *model;
     lfm2_error err;
     const void *data;
-    void *buf = NULL;
-    size_t size, n = 0;
+    size_t size;
     FILE *f;
 
     watch_file(path);
     open_file(&model, path, s->no_mmap, LFM2_LOAD_ANY, &err);
     if (model) {
         data = lfm2_model_file(model, &size);
-        n = lfm2_tokenizer_export(data, size, NULL, 0, &err);
-        buf = resize(NULL, n);
-        n = n > 0 ? lfm2_tokenizer_export(data, size, buf, n, &err) : 0;
+        reserve(&out, lfm2_tokenizer_export(data, size, NULL, 0, &err));
+        out.n = lfm2_tokenizer_export(data, size, out.s, out.cap, &err);
     }
     lfm2_model_close(model);
-    f = n > 0 ? create_file(s->export_to) : NULL;
+    f = out.n > 0 ? create_file(s->export_to) : NULL;
     if (f)
-        fwrite(buf, 1, n, f);
-    free(buf);
-    return n == 0 ? report(path, &err) : f ? finish_file(f, s->export_to, DONE)
-                                           : BAD_FILE;
+        fwrite(out.s, 1, out.n, f);
+    free(out.s);
+    return f ? finish_file(f, s->export_to, DONE) :
+           out.n > 0 ? BAD_FILE : report(path, &err);
 }
 
 static int work_on_words(const struct settings *s)
