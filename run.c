@@ -9296,7 +9296,7 @@ static void add_memory(struct inspection *f)
                 "conv_state_bytes: %g, free_bytes: %g, largest_context: %g, "
                 "assumed_gb_per_s: %d, tokens_per_s: %g, contexts: [",
                 kv_name(p.kv_type), kv, conv, memory > 0 ? memory : NAN,
-                memory > 0 ? fits : NAN, ASSUMED_BANDWIDTH,
+                memory > 0 ? (double)fits : NAN, ASSUMED_BANDWIDTH,
                 round(ASSUMED_BANDWIDTH * 1e10 / f->read) / 10);
     for (; ctx[at - 1] > asked; at--)
         ctx[at] = ctx[at - 1];
@@ -10825,11 +10825,8 @@ static void start_keeper(const char *path)
     fflush(stdout);
     pid = fork();
     if (pid != 0) {
+        keeper = pid > 0 ? fd[0] : -1;
         close(fd[1]);
-        if (pid > 0)
-            keeper = fd[0];
-        else
-            close(fd[0]);
         return;
     }
     for (int i = 0; i < 4; i++)
@@ -10864,17 +10861,13 @@ enum {
     REPLACES = READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE
 };
 
-/* What a rule set decides about: all that the kernel's version of Landlock
- * knows of, and nothing of it is allowed. */
-struct ruleset { uint64_t files, net, scopes; };
-
-struct path_rule { uint64_t rights; int32_t fd; };
-
 /* Allow to open what is at `path`, and in it.  What cannot be granted stays
  * forbidden. */
 static void grant(int set, const char *path, uint64_t rights)
 {
-    struct path_rule rule = { rights, open(path, PATH_ONLY | O_CLOEXEC) };
+    struct { uint64_t rights; int32_t fd; } rule = {
+        rights, open(path, PATH_ONLY | O_CLOEXEC)
+    };
     struct stat st;
 
     if (fstat(rule.fd, &st) == 0 && !S_ISDIR(st.st_mode))
@@ -10883,12 +10876,12 @@ static void grant(int set, const char *path, uint64_t rights)
     close(rule.fd);
 }
 
-/* Only what options name can be opened, where a chat keeps its files, and what
- * tells how many CPUs and how much memory there are.  A file to write must be
- * there to be granted; none is made if there will be nothing to write.
- *
- * Bind and connect of TCP come with version 4 of Landlock; abstract sockets and
- * signals to others with 6. */
+/* All that the kernel's version of Landlock knows of is forbidden.  Bind and
+ * connect of TCP come with version 4; abstract sockets and signals to others
+ * with 6.  Allowed are the files that options name, where a chat keeps its own,
+ * and what tells how many CPUs and how much memory there are.  A file to write
+ * must be there to be granted; none is made if there will be nothing to write.
+ */
 static int confine_files(const struct settings *s)
 {
     static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
@@ -10900,8 +10893,9 @@ static int confine_files(const struct settings *s)
     const int begins = !s->model || access(s->model, R_OK) == 0;
     const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
     const uint64_t known = files[version < 1 ? 0 : version < 5 ? version : 5];
-    const struct ruleset is = { known, version >= 4 ? 3 : 0,
-                                version >= 6 ? 3 : 0 };
+    const struct { uint64_t files, net, scopes; } is = {
+        known, version >= 4 ? 3 : 0, version >= 6 ? 3 : 0
+    };
     const int set = version < 1 ? -1 :
                     (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
     struct text dir = { 0 };
