@@ -9068,28 +9068,27 @@ static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
 static int export_words(const struct settings *s)
 {
     const char *path = s->tokenizer ? s->tokenizer : s->model;
+    struct text out = { 0 };
     lfm2_model *model;
     lfm2_error err;
     const void *data;
-    void *buf = NULL;
-    size_t size, n = 0;
+    size_t size;
     FILE *f;
 
     watch_file(path);
     open_file(&model, path, s->no_mmap, LFM2_LOAD_ANY, &err);
     if (model) {
         data = lfm2_model_file(model, &size);
-        n = lfm2_tokenizer_export(data, size, NULL, 0, &err);
-        buf = resize(NULL, n);
-        n = n > 0 ? lfm2_tokenizer_export(data, size, buf, n, &err) : 0;
+        reserve(&out, lfm2_tokenizer_export(data, size, NULL, 0, &err));
+        out.n = lfm2_tokenizer_export(data, size, out.s, out.cap, &err);
     }
     lfm2_model_close(model);
-    f = n > 0 ? create_file(s->export_to) : NULL;
+    f = out.n > 0 ? create_file(s->export_to) : NULL;
     if (f)
-        fwrite(buf, 1, n, f);
-    free(buf);
-    return n == 0 ? report(path, &err) : f ? finish_file(f, s->export_to, DONE)
-                                           : BAD_FILE;
+        fwrite(out.s, 1, out.n, f);
+    free(out.s);
+    return f ? finish_file(f, s->export_to, DONE) :
+           out.n > 0 ? BAD_FILE : report(path, &err);
 }
 
 static int work_on_words(const struct settings *s)
@@ -9123,21 +9122,7 @@ static int work_on_words(const struct settings *s)
  * and what is wrong with it.  Each fact is written once, as JSON; the text is
  * made of that. */
 
-/* What a tensor is for.  Embedding and output are one where they are tied. */
-enum role {
-    EMBEDDING, OUTPUT, CONV_MIXERS, ATTENTION, DENSE_FFN, ROUTER, EXPERTS,
-    NORMS, UNUSED, N_ROLES
-};
-
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
-
-/* What the tensors of a role take. */
-struct portion {
-    int n;                                /* tensors                         */
-    unsigned long long params, bytes;
-    unsigned long long active, read;      /* for every token                 */
-    int of_type[MAX_TYPES];               /* tensors, by lfm2_weight_type()  */
-};
 
 struct inspection {
     const struct settings *s;
@@ -9148,52 +9133,12 @@ struct inspection {
     lfm2_error err;
     struct text json;
     const char *last_norm;                /* its name                        */
-    int tied;
-    struct portion all;                   /* without what is unused          */
+    int tied;                             /* embedding and output are one    */
+    double bytes, read;                   /* of weights: all, for a token    */
     struct found_template template;
 };
 
 /* ---- facts */
-
-/* The first two are outside of layers, and known by their whole names. */
-static enum role role_of_tensor(const char *name, const char *last_norm)
-{
-    static const struct { const char *part; enum role role; } known[] = {
-        { "token_embd.weight", EMBEDDING }, { "output.weight", OUTPUT },
-        { "_norm.", NORMS }, { "shortconv.", CONV_MIXERS },
-        { "attn_", ATTENTION }, { "ffn_gate_inp.", ROUTER },
-        { "exp_probs_b.", ROUTER }, { "_exps.", EXPERTS },
-        { "ffn_", DENSE_FFN }
-    };
-    const int in_layer = strncmp(name, "blk.", 4) == 0;
-
-    for (size_t i = in_layer ? 2 : 0; i < sizeof known / sizeof *known; i++)
-        if (in_layer ? strstr(name, known[i].part) != NULL :
-            strcmp(name, known[i].part) == 0)
-            return known[i].role;
-    return strcmp(name, last_norm) == 0 ? NORMS : UNUSED;
-}
-
-/* Of the experts a token reads those that are chosen; of an embedding that is
- * not the output, too, one row. */
-static void add_tensor(struct portion *to, const lfm2_tensor_info *t,
-                       enum role role, const lfm2_config *c, int tied)
-{
-    const int shared = role == EXPERTS && c->n_expert > 0;
-    const uint64_t of = shared ? (uint64_t)c->n_expert : 1;
-    const uint64_t used = shared ? (uint64_t)c->n_expert_used : role != UNUSED;
-    const uint64_t params = (uint64_t)count_elements(t);
-    const char *type;
-
-    to->n++;
-    to->params += params;
-    to->active += params / of * used;
-    to->bytes += t->n_bytes;
-    to->read += role == EMBEDDING && !tied ? t->n_bytes / t->dims[1] :
-                t->n_bytes / of * used;
-    for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
-        to->of_type[i] += strcmp(type, t->type) == 0;
-}
 
 /* A string of the metadata, whole. */
 static void add_file_string(struct inspection *f, const char *key,
@@ -9263,96 +9208,107 @@ static void add_shape(struct inspection *f)
     add_format(&f->json, "%g}", (double)c->norm_rms_eps);
 }
 
-static void add_portion(struct text *to, const char *key,
-                        const struct portion *p)
+/* What a tensor is for, by the first pattern that its name fits. */
+static const char *purpose_of(const struct inspection *f, const char *name)
 {
-    const double bits = p->params ? 8.0 * (double)p->bytes / (double)p->params :
-                        0;
+    const struct { const char *names, *role; } known[] = {
+        { "token_embd.weight", "embedding" }, { "output.weight", "output" },
+        { f->last_norm, "norms" }, { "blk.*_norm.*", "norms" },
+        { "blk.*shortconv.*", "conv" }, { "blk.*attn_*", "attention" },
+        { "blk.*ffn_gate_inp.*", "router" }, { "blk.*exp_probs_b.*", "router" },
+        { "blk.*_exps.*", "experts" }, { "blk.*ffn_*", "dense_ffn" },
+        { "", "unused" }
+    };
+    size_t i = 0;
+
+    while (*known[i].names && fnmatch(known[i].names, name, 0) != 0)
+        i++;
+    return known[i].role;
+}
+
+/* What the tensors of a role take, or with NULL all that are used.  Of the
+ * experts a token reads those that are chosen; of an embedding that is not the
+ * output, too, one row. */
+static void add_weights(struct inspection *f, const char *role)
+{
+    const lfm2_config *c = lfm2_model_config(f->model);
+    unsigned long long params = 0, active = 0, bytes = 0, read = 0;
+    int n = 0, of_type[MAX_TYPES] = { 0 };
+    lfm2_tensor_info t;
     const char *type;
 
-    add_members(to, "%s: {n_tensors: %d, parameters: %llu, active: %llu, "
-                "bytes: %llu, bytes_per_token: %llu, bits_per_weight: %g, "
-                "types: {", key, p->n, p->params, p->active, p->bytes,
-                p->read, round(100 * bits) / 100);
-    for (int i = 0; i < MAX_TYPES && (type = lfm2_weight_type(i)); i++)
-        if (p->of_type[i] > 0)
-            add_members(to, "%s: %d", type, p->of_type[i]);
-    add_string(to, "}}");
-}
-
-static void add_weights(struct inspection *f)
-{
-    static const char *const name[N_ROLES] = {
-        "embedding", "output", "conv", "attention", "dense_ffn", "router",
-        "experts", "norms", "unused"
-    };
-    const lfm2_config *c = lfm2_model_config(f->model);
-    struct portion part[N_ROLES] = { 0 };
-    lfm2_tensor_info t;
-
     for (int i = 0; lfm2_model_tensor(f->model, i, &t) == LFM2_OK; i++) {
-        const enum role role = role_of_tensor(t.name, f->last_norm);
-        add_tensor(&part[role], &t, role, c, f->tied);
-        if (role != UNUSED)
-            add_tensor(&f->all, &t, role, c, f->tied);
+        const char *is = purpose_of(f, t.name);
+        const int shared = c->n_expert > 0 && strcmp(is, "experts") == 0;
+        const uint64_t of = shared ? (uint64_t)c->n_expert : 1;
+        const uint64_t used = shared ? (uint64_t)c->n_expert_used :
+                              strcmp(is, "unused") != 0;
+        const uint64_t size = (uint64_t)count_elements(&t);
+        if (role ? strcmp(is, role) != 0 : used == 0)
+            continue;
+        n++;
+        params += size;
+        active += size / of * used;
+        bytes += t.n_bytes;
+        read += !f->tied && strcmp(is, "embedding") == 0 ?
+                t.n_bytes / t.dims[1] : t.n_bytes / of * used;
+        for (int k = 0; k < MAX_TYPES && (type = lfm2_weight_type(k)); k++)
+            of_type[k] += strcmp(type, t.type) == 0;
     }
-    add_portion(&f->json, "weights", &f->all);
-    add_members(&f->json, "roles: {");
-    for (int i = 0; i < N_ROLES; i++)
-        if (part[i].n > 0)
-            add_portion(&f->json, name[i], &part[i]);
-    add_string(&f->json, "}");
+    if (n == 0)
+        return;
+    add_members(&f->json, "%s: {n_tensors: %d, parameters: %llu, active: %llu, "
+                "bytes: %llu, bytes_per_token: %llu, bits_per_weight: %g, "
+                "types: {", role ? role : "weights", n, params, active, bytes,
+                read, round(800 * (double)bytes / (double)params) / 100);
+    for (int k = 0; k < MAX_TYPES && (type = lfm2_weight_type(k)); k++)
+        if (of_type[k] > 0)
+            add_members(&f->json, "%s: %d", type, of_type[k]);
+    add_string(&f->json, "}}");
+    f->bytes = role ? f->bytes : (double)bytes;
+    f->read = role ? f->read : (double)read;
 }
 
-/* The longest context that there is memory for besides the weights. */
-static int largest_context(const struct inspection *f, lfm2_params p, int most,
-                           double memory)
-{
-    int fits = 0;
-
-    for (int step = MAX_CTX; step > 0; step /= 2) {
-        p.n_ctx = fits + step;
-        if (p.n_ctx <= most && (double)lfm2_context_size(f->model, &p) +
-            (double)f->all.bytes <= memory)
-            fits = p.n_ctx;
-    }
-    return fits;
-}
-
-/* What contexts take that one may ask for; what fits is that of the machine
- * this runs on, now. */
+/* What contexts take that one may ask for; what fits beside the weights is that
+ * of the machine this runs on, now. */
 static void add_memory(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
     const int most = smaller(c->n_ctx_train, MAX_CTX);
-    const double memory = free_memory(), read = (double)f->all.read;
+    const double memory = free_memory();
     lfm2_params p = choose_params(f->s, f->model);
     const int asked = f->s->ctx == UNSET ? 0 : smaller(p.n_ctx, MAX_CTX);
-    const int ctx[] = { 4096, 32768, most, asked };
+    int ctx[5] = { 0, smaller(4096, most), smaller(32768, most), most };
+    int at = 4, fits = 0;
     const double kv = kv_bytes(c, p.kv_type);
     double conv = 0;
 
     p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
     for (int il = 0; il < c->n_layer; il++)
         conv += c->is_attn[il] ? 0 : 4.0 * (c->l_cache - 1) * c->n_embd;
+    for (int step = MAX_CTX; step > 0; step /= 2) {
+        p.n_ctx = fits + step;
+        if (p.n_ctx <= most && (double)lfm2_context_size(f->model, &p) +
+            f->bytes <= memory)
+            fits = p.n_ctx;
+    }
     add_members(&f->json, "memory: {kv_type: %s, kv_bytes_per_token: %g, "
                 "conv_state_bytes: %g, free_bytes: %g, largest_context: %g, "
                 "assumed_gb_per_s: %d, tokens_per_s: %g, contexts: [",
                 kv_name(p.kv_type), kv, conv, memory > 0 ? memory : NAN,
-                memory > 0 ? largest_context(f, p, most, memory) : NAN,
-                ASSUMED_BANDWIDTH,
-                round(ASSUMED_BANDWIDTH * 1e10 / read) / 10);
-    for (int n = 0, next; n >= 0; n = next) {
-        p.n_ctx = n;
-        add_members(&f->json, "{context: %d, kv_bytes: %g, bytes_beside_file: "
-                    "%g, bytes_per_token: %g}", n, kv * n,
-                    n ? (double)lfm2_context_size(f->model, &p) : 0.0,
-                    read + kv * n);
-        next = -1;
-        for (int i = 0; i < 4; i++)
-            if (ctx[i] > n && (ctx[i] <= most || ctx[i] == asked) &&
-                (next < 0 || ctx[i] < next))
-                next = ctx[i];
+                memory > 0 ? (double)fits : NAN, ASSUMED_BANDWIDTH,
+                round(ASSUMED_BANDWIDTH * 1e10 / f->read) / 10);
+    for (; ctx[at - 1] > asked; at--)
+        ctx[at] = ctx[at - 1];
+    ctx[at] = asked;
+    for (int i = 0; i < 5; i++) {
+        p.n_ctx = ctx[i];
+        if (i == 0 || p.n_ctx > ctx[i - 1])
+            add_members(&f->json, "{context: %d, kv_bytes: %g, "
+                        "bytes_beside_file: %g, bytes_per_token: %g}", p.n_ctx,
+                        kv * p.n_ctx, p.n_ctx ?
+                        (double)lfm2_context_size(f->model, &p) : 0.0,
+                        f->read + kv * p.n_ctx);
     }
     add_string(&f->json, "]}");
 }
@@ -9369,46 +9325,42 @@ static void add_special(struct inspection *f, const char *role, int32_t id)
                 s);
 }
 
-/* "[65536 x string]" has the length of an array. */
-static void add_vocabulary(struct inspection *f)
+/* How words are written down, and how they are chosen.  "[65536 x string]" has
+ * the length of an array. */
+static void add_words(struct inspection *f)
 {
+    static const char *const how[] = { "none", "hash", "words", "model" };
     static const char *const marker[] = {
         TURN_START, "<|tool_list_start|>", CALL_START,
         "<|tool_response_start|>", THINK
     };
     const struct phrase merges = value_of(f->model, "tokenizer.ggml.merges");
-    const int n_vocab = lfm2_n_vocab(f->words);
-    double pad = -1;
-
-    file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30, &pad);
-    add_members(&f->json, "vocabulary: {n_tokens: %d, n_merges: %llu", n_vocab,
-                merges.s[0] == '[' ? strtoull(merges.s + 1, NULL, 10) : 0);
-    add_file_string(f, "model", "tokenizer.ggml.model");
-    add_file_string(f, "pre", "tokenizer.ggml.pre");
-    add_members(&f->json, "special: [");
-    if (lfm2_add_bos(f->words))
-        add_special(f, "bos", lfm2_bos(f->words));
-    for (int32_t id = 0; id < n_vocab; id++)
-        if (lfm2_is_eog(f->words, id))
-            add_special(f, "end", id);
-    for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
-        add_special(f, "marker", lfm2_token_id(f->words, marker[i]));
-    add_special(f, "pad", (int32_t)pad);
-    add_string(&f->json, "]}");
-}
-
-/* How words are written down, and how they are chosen. */
-static void add_words(struct inspection *f)
-{
-    static const char *const how[] = { "none", "hash", "words", "model" };
     const struct found_template *t = &f->template;
+    double pad = -1;
     int from_file;
     const struct sampling is = preset_of(f->model, &from_file);
 
     f->code = load_words(f->s, f->model, &f->words, &f->err);
     f->template = find_template(f->model, f->words);
-    if (f->words)
-        add_vocabulary(f);
+    if (f->words) {
+        file_number(f->model, "tokenizer.ggml.padding_token_id", 0, 1 << 30,
+                    &pad);
+        add_members(&f->json, "vocabulary: {n_tokens: %d, n_merges: %llu",
+                    lfm2_n_vocab(f->words), merges.s[0] == '[' ?
+                    strtoull(merges.s + 1, NULL, 10) : 0);
+        add_file_string(f, "model", "tokenizer.ggml.model");
+        add_file_string(f, "pre", "tokenizer.ggml.pre");
+        add_members(&f->json, "special: [");
+        if (lfm2_add_bos(f->words))
+            add_special(f, "bos", lfm2_bos(f->words));
+        for (int32_t id = 0; id < lfm2_n_vocab(f->words); id++)
+            if (lfm2_is_eog(f->words, id))
+                add_special(f, "end", id);
+        for (size_t i = 0; i < sizeof marker / sizeof *marker; i++)
+            add_special(f, "marker", lfm2_token_id(f->words, marker[i]));
+        add_special(f, "pad", (int32_t)pad);
+        add_string(&f->json, "]}");
+    }
     add_members(&f->json, "template: {name: %s, by: %s, words: %s, hash: %s}",
                 template_name(t->template), how[t->how], t->word,
                 t->how == NO_TEMPLATE ? NULL :
@@ -9455,8 +9407,8 @@ static void add_problem(struct inspection *f, const char *level, const char *s)
 static void add_problems(struct inspection *f)
 {
     const struct phrase pre = value_of(f->model, "tokenizer.ggml.pre");
-    const struct phrase arch = value_of(f->model, "general.architecture");
-    const size_t n = strlen(arch.s);
+    const struct phrase own = phrase("%s.", value_of(f->model,
+                                     "general.architecture").s);
     const char *s;
     char value[8];
 
@@ -9466,7 +9418,7 @@ static void add_problems(struct inspection *f)
     for (int i = 0; f->is_model &&
          (s = lfm2_model_key(f->model, i, value, sizeof value)); i++)
         if (strncmp(s, "lfm2", 4) == 0 &&
-            (strncmp(s, arch.s, n) != 0 || s[n] != '.'))
+            strncmp(s, own.s, strlen(own.s)) != 0)
             add_problem(f, "tolerated",
                         phrase("%.90s: the key is not used", s).s);
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
@@ -9484,14 +9436,6 @@ static void add_problems(struct inspection *f)
 /* ---- in text
  *
  * A line for each member, objects of objects and arrays of them as tables. */
-
-/* Rows of cells.  How wide their columns are is known when all are gone through
- * for the second time, to be printed. */
-struct grid {
-    struct text cell;
-    size_t width[MAX_COLUMNS];
-    int column, gap, is_printing;         /* gap: blanks before the next     */
-};
 
 /* A value in a few words: amounts are rounded, members follow by commas. */
 static void add_value_text(struct text *to, const struct json *v)
@@ -9514,106 +9458,102 @@ static void add_value_text(struct text *to, const struct json *v)
     }
 }
 
+/* Rows of cells.  How wide their columns are is known when all are gone through
+ * for the second time, to be printed. */
+struct grid {
+    size_t width[MAX_COLUMNS];
+    int column, gap, is_printing;         /* gap: blanks before the next     */
+};
+
 /* A key or a value.  Nothing that a file says steers the terminal or begins a
  * line. */
 static void put_cell(struct grid *g, const struct json *v, int is_key,
                      int right)
 {
-    struct text *t = &g->cell;
+    struct text t = { 0 };
     size_t *width = &g->width[g->column++];
 
-    t->n = 0;
     if (is_key)
-        add(t, v->key, v->n_key);
+        add(&t, v->key, v->n_key);
     else
-        add_value_text(t, v);
-    t->n = t->n ? drop_controls(t->s, t->n) : 0;
-    for (size_t i = 0; i < t->n; i++)
-        t->s[i] = strchr("\n\t", t->s[i]) ? ' ' : t->s[i];
-    *width = t->n > *width ? t->n : *width;
-    g->gap += right ? (int)(*width - t->n) : 0;
-    if (g->is_printing && t->n > 0) {
-        printf("%*s%.*s", g->gap, "", (int)t->n, t->s);
+        add_value_text(&t, v);
+    t.n = t.n ? drop_controls(t.s, t.n) : 0;
+    for (size_t i = 0; i < t.n; i++)
+        t.s[i] = strchr("\n\t", t.s[i]) ? ' ' : t.s[i];
+    *width = t.n > *width ? t.n : *width;
+    g->gap += right ? (int)(*width - t.n) : 0;
+    if (g->is_printing && t.n > 0) {
+        printf("%*s%.*s", g->gap, "", (int)t.n, t.s);
         g->gap = 0;
     }
-    g->gap += 2 + (right ? 0 : (int)(*width - t->n));
+    g->gap += 2 + (right ? 0 : (int)(*width - t.n));
+    free(t.s);
 }
 
-static int is_table(const struct json *v)
-{
-    return v->first && v->first->type == JSON_OBJECT;
-}
-
-/* The head of a table has the keys of its first row. */
+/* The members from `first` up to `end`: of something within the report, if they
+ * are objects, as a table, whose head has the keys of its first row. */
 static void print_rows(const struct json *first, const struct json *end,
-                       int indent, int in_table)
+                       int indent)
 {
     static const struct json blank = { .type = JSON_STRING, .s = "" };
+    const int in_table = indent > 0 && first && first->type == JSON_OBJECT;
     struct grid g = { 0 };
 
     for (; g.is_printing < 2; g.is_printing++) {
         int is_head = in_table;
         for (const struct json *x = first; x != end;
              x = is_head ? x : x->next, is_head = 0) {
-            const int opens = !in_table && (is_table(x) ||
+            const struct json *in = x->first;
+            const int opens = !in_table && in && (in->type == JSON_OBJECT ||
                               (x->type == JSON_OBJECT && indent == 0));
             g.column = 0;
             g.gap = indent;
             if (x->n_key)
                 put_cell(&g, is_head ? &blank : x, !is_head, 0);
-            if (!in_table && !opens)
-                put_cell(&g, x, 0, 0);
-            for (const struct json *y = in_table ? x->first : NULL; y;
-                 y = y->next)
-                put_cell(&g, y, is_head, y->type == JSON_NUMBER);
+            for (const struct json *y = in_table ? in : opens ? NULL : x; y;
+                 y = in_table ? y->next : NULL)
+                put_cell(&g, y, is_head, in_table && y->type == JSON_NUMBER);
             if (g.is_printing)
                 putchar('\n');
             if (g.is_printing && opens)
-                print_rows(x->first, NULL, indent + 2, is_table(x));
+                print_rows(in, NULL, indent + 2);
         }
     }
-    free(g.cell.s);
 }
 
-/* Problems stand last, each in a line of its own.  What has too many members to
- * be read back is shown as it is. */
-static void print_report(struct text *json, int as_text)
+/* Problems stand last, each in a line of its own. */
+static void print_report(const struct json *v)
 {
-    struct pool pool = { 0 };
-    struct json *v;
-    struct grid g = { .is_printing = 1 };
-    struct why why;
-
-    if (!as_text || json_parse(&pool, json->s, json->n, &v, &why) != DONE) {
-        show_text(json);
-        return;
-    }
     const struct json *problems = json_get(v, "anomalies");
-    print_rows(v->first, problems, 0, 0);
+
+    print_rows(v->first, problems, 0);
     for (const struct json *x = problems->first; x; x = x->next) {
-        g.gap = g.column = 0;
-        put_cell(&g, x->first, 0, 0);
-        putchar(':');
-        g.gap = 1;
+        struct grid g = { .gap = 1, .is_printing = 1 };
+        printf("%s:", json_text(x->first));
         put_cell(&g, x->first->next, 0, 0);
         putchar('\n');
     }
-    free(g.cell.s);
-    pool_free(&pool);
 }
 
-/* A file that is no model is explained, too, if it can be read at all. */
+/* A file that is no model is explained, too, if it can be read at all.  What
+ * has too many members to be read back is shown as it is. */
 static int inspect_file(const struct settings *s)
 {
+    static const char *const roles[] = {
+        "embedding", "output", "conv", "attention", "dense_ffn", "router",
+        "experts", "norms", "unused"
+    };
     struct inspection f = { .s = s };
+    struct pool pool = { 0 };
+    struct json *v;
+    struct why why;
     int code = enter_sandbox(s);
 
     if (code != DONE)
         return code;
     if (!s->no_mmap)
         watch_file(s->model);
-    f.code = open_file(&f.model, s->model, s->no_mmap, LFM2_LOAD_ANY,
-                       &f.err);
+    f.code = open_file(&f.model, s->model, s->no_mmap, LFM2_LOAD_ANY, &f.err);
     f.is_model = f.code == LFM2_OK;
     if (!f.model)
         return report(s->model, &f.err);
@@ -9621,7 +9561,11 @@ static int inspect_file(const struct settings *s)
     add_file_facts(&f);
     if (f.is_model) {
         add_shape(&f);
-        add_weights(&f);
+        add_weights(&f, NULL);
+        add_members(&f.json, "roles: {");
+        for (size_t i = 0; i < sizeof roles / sizeof *roles; i++)
+            add_weights(&f, roles[i]);
+        add_string(&f.json, "}");
         add_memory(&f);
         add_words(&f);
     }
@@ -9629,7 +9573,11 @@ static int inspect_file(const struct settings *s)
         add_contents(&f);
     add_problems(&f);
     add_string(&f.json, "}\n");
-    print_report(&f.json, !s->json);
+    if (s->json || json_parse(&pool, f.json.s, f.json.n, &v, &why) != DONE)
+        show_text(&f.json);
+    else
+        print_report(v);
+    pool_free(&pool);
     free(f.json.s);
     lfm2_tokenizer_close(f.words);
     lfm2_model_close(f.model);
@@ -9678,16 +9626,18 @@ static void add_statistics(struct text *to, const float *x, int n)
                (unsigned long long)hash_floats(HASH_START, x, n));
 }
 
-static void write_trace(struct trace *t, const struct trace_file *to)
+/* Write what has been added for this file. */
+static void write_trace(struct trace *t, struct trace_file *to)
 {
     if (t->code == DONE && write_all(to->fd, to->text.s, to->text.n) != 0)
         t->code = say(BAD_FILE, "%s: %s", to->path, strerror(errno));
+    to->text.n = 0;
 }
 
 static void note_activation(void *user, const lfm2_activation *a)
 {
     struct trace *t = user;
-    struct text *line = &t->records.text, *bytes = &t->raw.text;
+    struct text *line = &t->records.text;
     int wanted = t->s->trace_filter.n == 0;
 
     for (int i = 0; i < t->s->trace_filter.n; i++)
@@ -9695,7 +9645,6 @@ static void note_activation(void *user, const lfm2_activation *a)
     if (!wanted || a->pos < t->first || a->pos > t->last || t->code != DONE)
         return;
     t->has_some = 1;
-    line->n = bytes->n = 0;
     add_format(line, "{\"name\":\"%s\",\"pos\":%d", a->name, a->pos);
     if (strcmp(a->name, "model.embed_tokens") == 0)
         add_format(line, ",\"token\":%ld", (long)a->token);
@@ -9703,36 +9652,19 @@ static void note_activation(void *user, const lfm2_activation *a)
     add_statistics(line, a->x, a->n);
     if (t->raw.path) {
         for (int i = 0; i < a->n; i++)
-            add_le(bytes, float_bits(a->x[i]), 4);
-        add_format(line, ",\"offset\":%llu", (unsigned long long)t->offset);
-        t->offset += bytes->n;
+            add_le(&t->raw.text, float_bits(a->x[i]), 4);
         write_trace(t, &t->raw);
+        add_format(line, ",\"offset\":%llu", (unsigned long long)t->offset);
+        t->offset += 4 * (uint64_t)a->n;
     }
     add_string(line, "}\n");
     write_trace(t, &t->records);
 }
 
-static void open_trace_file(struct trace *t, struct trace_file *to,
-                            const char *path)
-{
-    to->path = path;
-    to->fd = path && t->code == DONE ?
-             open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666) : -1;
-    if (path && t->code == DONE && to->fd < 0)
-        t->code = say(BAD_FILE, "%s: %s", path, strerror(errno));
-}
-
-static int close_trace_file(struct trace_file *to, int code)
-{
-    if (to->fd >= 0 && close(to->fd) != 0 && code == DONE)
-        code = say(BAD_FILE, "%s: %s", to->path, strerror(errno));
-    free(to->text.s);
-    return code;
-}
-
 static int open_trace(struct engine *e)
 {
     const struct settings *s = e->s;
+    const char *const path[] = { s->trace, s->trace_raw };
     const lfm2_config *c = lfm2_model_config(e->model);
     struct trace *t;
     lfm2_error err;
@@ -9746,8 +9678,13 @@ static int open_trace(struct engine *e)
     t->last = INT_MAX;
     if (s->trace_tokens)
         parse_range(s->trace_tokens, &t->first, &t->last);
-    open_trace_file(t, &t->records, s->trace);
-    open_trace_file(t, &t->raw, s->trace_raw);
+    for (int i = 0; i < 2 && path[i] && t->code == DONE; i++) {
+        struct trace_file *const f = i ? &t->raw : &t->records;
+        f->path = path[i];
+        f->fd = open(f->path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+        if (f->fd < 0)
+            t->code = say(BAD_FILE, "%s: %s", f->path, strerror(errno));
+    }
     add_format(&t->records.text, "{\"trace\":1,\"program\":\"lfm2.c %s\","
                "\"arch\":\"%.*s\",\"model_hash\":\"%016llx\",\"n_layer\":%d,"
                "\"n_embd\":%d,\"n_vocab\":%d,\"kv\":\"%s\"}\n", lfm2_version(),
@@ -9772,8 +9709,12 @@ static int close_trace(struct engine *e, int code)
     code = code == DONE ? t->code : code;
     if (code == DONE && !t->has_some)
         note("%s: no module of such a name at such a position", t->s->trace);
-    code = close_trace_file(&t->raw, code);
-    code = close_trace_file(&t->records, code);
+    for (int i = 0; i < 2; i++) {
+        struct trace_file *const f = i ? &t->raw : &t->records;
+        if (f->path && f->fd >= 0 && close(f->fd) != 0 && code == DONE)
+            code = say(BAD_FILE, "%s: %s", f->path, strerror(errno));
+        free(f->text.s);
+    }
     free(t);
     e->trace = NULL;
     return code;
@@ -9793,148 +9734,123 @@ static int close_trace(struct engine *e, int code)
 
 enum { PPL_CTX = 512, PPL_LOGITS = 1 << 27 };         /* bytes held at once  */
 
-/* Sums over samples: of x, and of x * x. */
-struct sums { double x, xx; };
-
-struct estimate { double mean, error; };  /* with its standard error         */
-
-struct ppl {
-    struct engine e;
-    struct ids ids;                       /* the windows, one by one         */
-    int n_ctx, n_windows;
-    struct sums nll;
-    int n_scored;
-    double start;                         /* when it began                   */
-};
+/* Sums over n samples: of x, and of x * x. */
+struct sums { double x, xx; int n; };
 
 static void add_to(struct sums *s, double x)
 {
     s->x += x;
     s->xx += x * x;
+    s->n++;
 }
 
-static struct estimate mean_and_error(struct sums s, int n)
+static double mean_of(const struct sums *s)
 {
-    const double mean = s.x / n, variance = s.xx / n - mean * mean;
+    return s->x / s->n;
+}
 
-    return (struct estimate){
-        mean, n > 1 && variance > 0 ? sqrt(variance / (n - 1)) : 0
-    };
+/* The standard error of the mean. */
+static double error_of(const struct sums *s)
+{
+    const double variance = s->xx / s->n - mean_of(s) * mean_of(s);
+
+    return s->n > 1 && variance > 0 ? sqrt(variance / (s->n - 1)) : 0;
 }
 
 /* The tokens of the text; what is left over behind the last window is not
  * used. */
-static int ppl_read(struct ppl *p)
+static int read_windows(struct engine *e, struct ids *ids)
 {
-    const struct settings *s = p->e.s;
+    const struct settings *s = e->s;
+    const int n_ctx = s->ctx == UNSET ? PPL_CTX : e->par.n_ctx;
+    const int most = PPL_LOGITS / 4 / lfm2_model_config(e->model)->n_vocab;
     struct text t = { 0 };
     int code = read_file(s->ppl, &t);
 
-    if (code == DONE && t.n > 0 && t.s[t.n - 1] == '\n')
-        t.n--;
     if (code == DONE)
-        encode_plain(s, p->e.words, t.s, t.n, &p->ids);
+        encode_plain(s, e->words, t.s, t.n - (t.n > 0 && t.s[t.n - 1] == '\n'),
+                     ids);
     free(t.s);
     if (code != DONE)
         return code;
-    p->n_ctx = s->ctx == UNSET ? PPL_CTX : p->e.par.n_ctx;
-    p->n_windows = p->ids.n / p->n_ctx;
-    if (p->n_ctx < 3)
+    if (n_ctx < 3)
         return say(USAGE, "-c %d: expected windows of at least 3 tokens",
-                   p->n_ctx);
-    if (p->n_windows < 2)
+                   n_ctx);
+    if (ids->n / n_ctx < 2)
         return say(USAGE, "%s: %d tokens, expected at least %d, two windows; "
-                   "-c N makes them shorter", s->ppl, p->ids.n, 2 * p->n_ctx);
+                   "-c N makes them shorter", s->ppl, ids->n, 2 * n_ctx);
+    e->par.n_ctx = n_ctx;
+    e->par.n_logits = smaller(n_ctx, most > 0 ? most : 1);
     return DONE;
-}
-
-/* So far, and how long still. */
-static void ppl_progress(const struct ppl *p, int n_done)
-{
-    const double perplexity = exp(p->nll.x / p->n_scored);
-    const double took = seconds() - p->start;
-
-    if (p->e.s->verbose)
-        note("window %d of %d: perplexity %.4f, %.0f s", n_done, p->n_windows,
-             perplexity, took);
-    else if (isatty(STDERR_FILENO) && !p->e.s->quiet)
-        fprintf(stderr, "\rwindow %d of %d, perplexity %.4f, %.0f s to go   %s",
-                n_done, p->n_windows, perplexity, took / n_done *
-                (p->n_windows - n_done), n_done < p->n_windows ? "" : "\n");
 }
 
 /* A window.  Of long ones the rows are too many to be held at once.  The last
  * token foretells nothing that is scored, so it is not read at all. */
-static int ppl_window(struct ppl *p, int32_t *token)
+static int score_window(struct engine *e, int32_t *token, struct sums *nll)
 {
-    const int n_vocab = lfm2_model_config(p->e.model)->n_vocab;
-    const int end = p->n_ctx - 1;
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    const int end = e->par.n_ctx - 1;
     int code = DONE;
 
-    if (lfm2_add_bos(p->e.words))
-        token[0] = lfm2_bos(p->e.words);
-    lfm2_seq_trim(p->e.ctx, 0, 0);
-    for (int from = 0, at = p->n_ctx / 2, n; code == DONE && at < end;
+    if (lfm2_add_bos(e->words))
+        token[0] = lfm2_bos(e->words);
+    lfm2_seq_trim(e->ctx, 0, 0);
+    for (int from = 0, at = e->par.n_ctx / 2, n; code == DONE && at < end;
          from = at) {
-        n = smaller(end - at, p->e.par.n_logits);
+        n = smaller(end - at, e->par.n_logits);
         const lfm2_span span = { 0, token + from, at + n - from, n };
-        code = interrupted ? INTERRUPTED : forward(&p->e, &span, 1);
+        code = interrupted ? INTERRUPTED : forward(e, &span, 1);
         for (int k = 0; code == DONE && k < n; k++) {
-            const float *logits = lfm2_logits(p->e.ctx, 0, k);
-            const double nll = log_sum(logits, n_vocab) -
-                               logits[token[++at]];
-            if (!isfinite(nll))
+            const float *logits = lfm2_logits(e->ctx, 0, k);
+            add_to(nll, log_sum(logits, n_vocab) - logits[token[++at]]);
+            if (!isfinite(nll->x))
                 code = say(FAILED, "%s: logits that are not finite",
-                           p->e.s->model);
-            add_to(&p->nll, nll);
-            p->n_scored++;
+                           e->s->model);
         }
     }
     return code;
 }
 
-static void ppl_print(const struct ppl *p)
-{
-    const struct estimate e = mean_and_error(p->nll, p->n_scored);
-    const double ppl = exp(e.mean);
-
-    if (p->e.s->json)
-        printf("{\"perplexity\": %.9g, \"error\": %.9g, \"scored\": %d, "
-               "\"windows\": %d, \"n_ctx\": %d}\n", ppl, ppl * e.error,
-               p->n_scored, p->n_windows, p->n_ctx);
-    else
-        printf("perplexity     %.4f +/- %.5f\nscored         %d tokens in %d "
-               "windows of %d\n", ppl, ppl * e.error, p->n_scored,
-               p->n_windows, p->n_ctx);
-}
-
+/* With how far it is, and how long still. */
 static int perplexity(const struct settings *s)
 {
-    struct ppl p = { .e.s = s };
-    int code = open_model(&p.e), most;
+    struct engine e = { .s = s };
+    struct ids ids = { NULL, 0 };
+    struct sums nll = { 0, 0, 0 };
+    int code = open_model(&e), n_ctx, all;
 
     if (code == DONE)
-        code = open_model_words(&p.e);
+        code = open_model_words(&e);
     if (code == DONE)
-        code = ppl_read(&p);
-    if (code == DONE) {
-        most = PPL_LOGITS / 4 / lfm2_model_config(p.e.model)->n_vocab;
-        p.e.par.n_ctx = p.n_ctx;
-        p.e.par.n_logits = smaller(p.n_ctx, most > 0 ? most : 1);
-        code = open_context(&p.e);
-    }
-    running = p.e.ctx;
-    p.start = seconds();
-    for (int i = 0; code == DONE && i < p.n_windows; i++) {
-        code = ppl_window(&p, p.ids.id + (size_t)i * (size_t)p.n_ctx);
-        if (code == DONE)
-            ppl_progress(&p, i + 1);
+        code = read_windows(&e, &ids);
+    if (code == DONE)
+        code = open_context(&e);
+    n_ctx = e.par.n_ctx;
+    all = code == DONE ? ids.n / n_ctx : 0;
+    running = e.ctx;
+    const double start = seconds();
+    for (int i = 0; i < all && code == DONE; i++) {
+        code = score_window(&e, ids.id + (size_t)i * (size_t)n_ctx, &nll);
+        const double took = seconds() - start;
+        if (code == DONE && s->verbose)
+            note("window %d of %d: perplexity %.4f, %.0f s", i + 1, all,
+                 exp(mean_of(&nll)), took);
+        else if (code == DONE && isatty(STDERR_FILENO) && !s->quiet)
+            fprintf(stderr, "\rwindow %d of %d, perplexity %.4f, %.0f s to go"
+                    "   %s", i + 1, all, exp(mean_of(&nll)),
+                    took / (i + 1) * (all - i - 1), i + 1 < all ? "" : "\n");
     }
     running = NULL;
-    if (code == DONE)
-        ppl_print(&p);
-    free(p.ids.id);
-    close_engine(&p.e);
+    const double ppl = exp(mean_of(&nll)), error = ppl * error_of(&nll);
+    if (code == DONE && s->json)
+        printf("{\"perplexity\": %.9g, \"error\": %.9g, \"scored\": %d, "
+               "\"windows\": %d, \"n_ctx\": %d}\n", ppl, error, nll.n, all,
+               n_ctx);
+    else if (code == DONE)
+        printf("perplexity     %.4f +/- %.5f\nscored         %d tokens in %d "
+               "windows of %d\n", ppl, error, nll.n, all, n_ctx);
+    free(ids.id);
+    close_engine(&e);
     return code;
 }
 
@@ -9951,16 +9867,15 @@ enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
 struct test {
     int n_prompt, n_gen, n_seq, depth;
     time_t when;
-    struct estimate ns, ts;               /* ts: tokens a second             */
+    struct sums ns, ts;                   /* of all turns; ts: tokens/s      */
     double read, macs, share;             /* a second, 1e9; of the limit     */
 };
 
-/* A second: bytes from memory, multiply-adds, and bytes that a kernel makes of
- * weights in the second-level cache, of each thread. */
+/* 1e9 a second: bytes from memory, multiply-adds, and bytes that a kernel makes
+ * of weights in the second-level cache, of each thread. */
 struct limits { int n_threads; double read, dot, cached; };
 
 struct bench {
-    const struct settings *s;
     struct engine e;                      /* e.par: of its context, in force */
     struct cost cost;
     struct limits best[MAX_LIST], *limit; /* of each number of threads       */
@@ -9969,73 +9884,54 @@ struct bench {
     double rss_anon, most_share;          /* the most there ever was         */
     int n_done;                           /* tests                           */
     int longest, n_seq;                   /* the most tokens, sequences      */
-    int32_t *token;                       /* [n_tokens]: of all at any depth */
-    int n_tokens;
-    double *ns, *ts;                      /* [s->reps] of the last test      */
+    int32_t *token;                       /* of all tests, at any depth      */
+    double *ns, *ts;                      /* [reps] of the last test         */
 };
 
 /* ---- the work */
 
-/* Append the tokens from `from` to `to` to a sequence. */
-static int feed(struct bench *b, int seq, int from, int to, int n_logits)
+/* Append the tokens from `from` to `to` to the first sequence. */
+static int feed(struct bench *b, int from, int to, int n_logits)
 {
-    const lfm2_span span = { seq, b->token + from, to - from, n_logits };
+    const lfm2_span span = { 0, b->token + from, to - from, n_logits };
 
-    if (interrupted)
-        return INTERRUPTED;
-    return from < to ? forward(&b->e, &span, 1) : DONE;
+    return interrupted ? INTERRUPTED :
+           from < to ? forward(&b->e, &span, 1) : DONE;
 }
 
-/* All sequences of the test have `depth` tokens.  Trimming leaves most of what
- * the test before had, so that only its end is computed again. */
-static int prepare(struct bench *b, const struct test *t)
-{
-    lfm2_context *ctx = b->e.ctx;
-    int code = feed(b, 0, lfm2_seq_trim(ctx, 0, t->depth), t->depth, 0);
-    lfm2_error err;
-
-    for (int i = 1; code == DONE && i < t->n_seq; i++)
-        if (t->depth == 0)
-            lfm2_seq_trim(ctx, i, 0);
-        else if (lfm2_seq_copy(ctx, i, 0, &err) != LFM2_OK)
-            code = report(b->s->model, &err);
-    return code;
-}
-
-/* Which tokens are generated does not matter, so none is chosen. */
+/* Give all sequences `depth` tokens: trimming leaves most of what the test
+ * before had, so that only its end is computed again.  Then, by the clock, go
+ * on.  Which tokens are generated does not matter, so none is chosen. */
 static int run_once(struct bench *b, const struct test *t, int n_gen,
                     double *took)
 {
-    const int32_t *token = b->token + t->depth + t->n_prompt;
-    int code = prepare(b, t);
-    const double start = seconds();
+    const int end = t->depth + t->n_prompt;
+    lfm2_context *ctx = b->e.ctx;
+    lfm2_error err;
+    int code = feed(b, lfm2_seq_trim(ctx, 0, t->depth), t->depth, 0);
 
+    for (int i = 1; code == DONE && i < t->n_seq; i++)
+        if (lfm2_seq_copy(ctx, i, 0, &err) != LFM2_OK)
+            code = report(b->e.s->model, &err);
+    const double start = seconds();
     if (code == DONE)
-        code = feed(b, 0, t->depth, t->depth + t->n_prompt, t->n_prompt > 0);
+        code = feed(b, t->depth, end, t->n_prompt > 0);
     for (int i = 0; code == DONE && i < n_gen; i++) {
         for (int k = 0; k < t->n_seq; k++)
-            b->e.span[k] = (lfm2_span){ k, token + i, 1, 1 };
+            b->e.span[k] = (lfm2_span){ k, b->token + end + i, 1, 1 };
         code = interrupted ? INTERRUPTED : forward(&b->e, b->e.span, t->n_seq);
     }
     *took = seconds() - start;
     return code;
 }
 
-static int ascending(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-
-    return (x > y) - (x < y);
-}
-
-/* The median of several turns of at least 20 ms each, after one that does not
- * count. */
+/* The best of several turns of at least 20 ms each: what disturbs a turn makes
+ * it slower. */
 static double measure_rate(struct bench *b, int what)
 {
-    double rate[9], all = 0;
-    int n = -1;
+    double best = NAN, all = 0;
 
-    while (n < 9 && (n < 3 || all < 2) && !interrupted) {
+    for (int i = 0; i < 10 && (i < 4 || all < 2) && !interrupted; i++) {
         const double start = seconds();
         double took, work = 0;
         do {
@@ -10043,22 +9939,18 @@ static double measure_rate(struct bench *b, int what)
             took = seconds() - start;
         } while (took < 0.02);
         all += took;
-        if (n >= 0)
-            rate[n] = work / took;
-        n++;
+        best = fmax(best, work / took / 1e9);
     }
-    if (n < 1)
-        return 0;
-    qsort(rate, (size_t)n, sizeof *rate, ascending);
-    return rate[n / 2];
+    return best;
 }
 
-/* ---- names */
+/* ---- what is printed */
 
-/* The mix of types as quantisers name it, by the number in the file. */
-static const char *mix_name(const lfm2_model *m)
+/* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0": the mix of types as quantisers name
+ * it, by the number in the file. */
+static struct phrase name_type(const lfm2_model *m)
 {
-    static const char *const mix[] = {
+    static const char *const mix[33] = {
         [0] = "all F32", [1] = "F16", [2] = "Q4_0", [3] = "Q4_1", [7] = "Q8_0",
         [8] = "Q5_0", [9] = "Q5_1", [10] = "Q2_K - Medium",
         [11] = "Q3_K - Small", [12] = "Q3_K - Medium", [13] = "Q3_K - Large",
@@ -10066,19 +9958,10 @@ static const char *mix_name(const lfm2_model *m)
         [17] = "Q5_K - Medium", [18] = "Q6_K", [21] = "Q2_K - Small",
         [25] = "IQ4_NL - 4.5 bpw", [30] = "IQ4_XS - 4.25 bpw", [32] = "BF16"
     };
-    double number;
-
-    if (file_number(m, "general.file_type", 0, 32, &number) &&
-        mix[(int)number])
-        return mix[(int)number];
-    return "unknown mix";
-}
-
-/* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0". */
-static struct phrase name_type(const lfm2_model *m)
-{
+    double number = 31;                   /* none has this                   */
     uint64_t total, active;
 
+    file_number(m, "general.file_type", 0, 32, &number);
     lfm2_model_params(m, &total, &active);
     const int moe = active < total;
     const double n = (double)total, used = (double)active;
@@ -10087,18 +9970,7 @@ static struct phrase name_type(const lfm2_model *m)
         phrase("%.*fB", moe ? 0 : 1, n / 1e9);
     return phrase("lfm2%s %s%s %s", moe ? "moe" : "", size.s, moe &&
                   used >= 1e9 ? phrase(".A%.0fB", floor(used / 1e9)).s : "",
-                  mix_name(m));
-}
-
-/* "tg128 x 8 @ d1024" */
-static struct phrase name_test(const struct test *t)
-{
-    struct phrase out = phrase(t->n_prompt ? "pp%d" : "tg%d", t->n_prompt +
-                               t->n_gen);
-
-    if (t->n_seq > 1)
-        out = phrase("%.30s x %d", out.s, t->n_seq);
-    return t->depth ? phrase("%.60s @ d%d", out.s, t->depth) : out;
+                  mix[(int)number] ? mix[(int)number] : "unknown mix");
 }
 
 /* "694.76 MiB", as llama-bench has it. */
@@ -10110,20 +9982,13 @@ static struct phrase binary_amount(double bytes)
                   "MiB");
 }
 
-/* ---- what is printed */
-
-/* What could not be measured is not 0. */
-static double known(double x)
-{
-    return x > 0 && isfinite(x) ? x : NAN;
-}
-
 /* llama-bench's keys, then ours. */
 static void print_record(const struct bench *b, const struct test *t)
 {
     const lfm2_params *p = &b->e.par;
     const struct limits *best = b->limit;
     const char *kv = kv_name(p->kv_type);
+    const double anon = anonymous_memory(), root = sqrt(t->ns.n);
     char when[24] = "";
     struct text out = { 0 };
     struct tm utc;
@@ -10136,31 +10001,38 @@ static void print_record(const struct bench *b, const struct test *t)
                 "type_k: %s, type_v: %s, n_prompt: %d, n_gen: %d, n_depth: %d, "
                 "test_time: %s, avg_ns: %g, stddev_ns: %g, avg_ts: %g, "
                 "stddev_ts: %g, samples_ns: [", "", 0,
-                look_up("/proc/cpuinfo", "model name", "?").s, b->s->model,
+                look_up("/proc/cpuinfo", "model name", "?").s, b->e.s->model,
                 b->type.s, b->cost.bytes, b->cost.params, "CPU", p->n_batch,
                 p->n_threads, kv, kv, t->n_prompt, t->n_gen, t->depth, when,
-                round(t->ns.mean), round(t->ns.error), t->ts.mean, t->ts.error);
-    for (int i = 0; i < b->s->reps; i++)
+                round(mean_of(&t->ns)), round(error_of(&t->ns) * root),
+                mean_of(&t->ts), error_of(&t->ts) * root);
+    for (int i = 0; i < b->e.s->reps; i++)
         add_members(&out, "%g", round(b->ns[i]));
     add_members(&out, "], samples_ts: [");
-    for (int i = 0; i < b->s->reps; i++)
+    for (int i = 0; i < b->e.s->reps; i++)
         add_members(&out, "%g", b->ts[i]);
     add_members(&out, "], n_sequences: %d, isa: %s, read_bandwidth: %g, "
                 "int8_rate: %g, l2_gbs_core: %g, gb_per_s: %g, gmac_per_s: %g, "
                 "share: %g, rss_peak: %g, rss_anon: %g, load_ms: %g, "
                 "context_ms: %g, first_token_ms: %g}", t->n_seq,
-                isa_name(p->isa), known(best->read / 1e9),
-                known(best->dot / 1e9), known(best->cached / 1e9), t->read,
-                t->macs, t->share, peak_memory(), known(anonymous_memory()),
+                isa_name(p->isa), best->read, best->dot, best->cached, t->read,
+                t->macs, t->share, peak_memory(), anon > 0 ? anon : NAN,
                 b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
     printf(b->n_done > 0 ? ",\n" : "[\n");
     fwrite(out.s, 1, out.n, stdout);
     free(out.s);
 }
 
-/* llama-bench's columns, then ours. */
+/* llama-bench's columns, then ours; a test is "tg128 x 8 @ d1024". */
 static void print_row(const struct bench *b, const struct test *t)
 {
+    struct phrase name = phrase(t->n_prompt ? "pp%d" : "tg%d", t->n_prompt +
+                                t->n_gen);
+
+    if (t->n_seq > 1)
+        name = phrase("%.30s x %d", name.s, t->n_seq);
+    if (t->depth)
+        name = phrase("%.60s @ d%d", name.s, t->depth);
     if (b->n_done == 0)
         printf("| model                          |       size |     params | "
                "backend | threads |            test |               t/s |   "
@@ -10170,8 +10042,9 @@ static void print_row(const struct bench *b, const struct test *t)
                "-----: | ------: | -----: |\n");
     printf("| %-30s | %10s | %10s | CPU     | %7d | %15s | %17s | %6s | %7.1f |"
            " %6s |\n", b->type.s, binary_amount(b->cost.bytes).s,
-           amount(b->cost.params, "").s, b->e.par.n_threads, name_test(t).s,
-           phrase("%.2f ± %.2f", t->ts.mean, t->ts.error).s,
+           amount(b->cost.params, "").s, b->e.par.n_threads, name.s,
+           phrase("%.2f ± %.2f", mean_of(&t->ts), error_of(&t->ts) *
+                  sqrt(t->ts.n)).s,
            isnan(t->read) ? "-" : phrase("%.1f", t->read).s, t->macs,
            isnan(t->share) ? "-" : phrase("%.0f %%", 100 * t->share).s);
 }
@@ -10186,8 +10059,8 @@ static void print_footer(const struct bench *b)
            p->n_batch);
     for (const struct limits *l = b->best; l <= b->limit; l++)
         printf("limits    %d threads read %.1f GB/s; with cached weights %.0f "
-               "GMAC/s, or %.1f GB/s a core\n", l->n_threads, l->read / 1e9,
-               l->dot / 1e9, l->cached / 1e9);
+               "GMAC/s, or %.1f GB/s a core\n", l->n_threads, l->read, l->dot,
+               l->cached);
     printf("share     of the bandwidth by answers, of the arithmetic by prompts"
            "%s\n", b->most_share > 1 ? "; above 100 %:\n          what stays "
            "in the caches of the CPU comes faster than from memory" : "");
@@ -10200,100 +10073,74 @@ static void print_footer(const struct bench *b)
 
 /* ---- the run */
 
-static struct estimate mean_and_deviation(struct sums s, int n)
-{
-    const struct estimate e = mean_and_error(s, n);
-
-    return (struct estimate){ e.mean, e.error * sqrt(n) };
-}
-
 /* The warm-up generates but one token, as llama-bench's does.  A prompt is held
  * against arithmetic, an answer against memory. */
 static int run_test(struct bench *b, struct test t)
 {
     const double n = (double)t.n_prompt + (double)t.n_gen * t.n_seq;
     const struct cost *cost = &b->cost;
-    struct sums ns = { 0, 0 }, ts = { 0, 0 };
     double took;
     int code = run_once(b, &t, t.n_gen > 0, &took);
 
     t.when = time(NULL);
-    for (int i = 0; code == DONE && i < b->s->reps; i++) {
+    for (int i = 0; code == DONE && i < b->e.s->reps; i++) {
         code = run_once(b, &t, t.n_gen, &took);
-        add_to(&ns, b->ns[i] = took * 1e9);
-        add_to(&ts, b->ts[i] = n / (took + 1e-9));
+        add_to(&t.ns, b->ns[i] = took * 1e9);
+        add_to(&t.ts, b->ts[i] = n / (took + 1e-9));
     }
     if (code != DONE)
         return code;
-    t.ns = mean_and_deviation(ns, b->s->reps);
-    t.ts = mean_and_deviation(ts, b->s->reps);
-    t.macs = t.ts.mean * (cost->macs + (t.n_gen ? cost->head : 0)) / 1e9;
-    t.read = t.n_gen ? t.ts.mean / t.n_seq / 1e9 *
+    t.macs = mean_of(&t.ts) * (cost->macs + (t.n_gen ? cost->head : 0)) / 1e9;
+    t.read = t.n_gen ? mean_of(&t.ts) / t.n_seq / 1e9 *
              step_bytes(b->e.model, cost, t.n_seq, t.depth + t.n_gen / 2.0) :
              NAN;
-    t.share = known(1e9 * (t.n_gen ? t.read / b->limit->read :
-                                     t.macs / b->limit->dot));
-    (b->s->output == MD ? print_row : print_record)(b, &t);
+    t.share = t.n_gen ? t.read / b->limit->read : t.macs / b->limit->dot;
+    (b->e.s->output == MD ? print_row : print_record)(b, &t);
     b->most_share = fmax(b->most_share, t.share);
     b->rss_anon = fmax(b->rss_anon, anonymous_memory());
     b->n_done++;
     return flush_output(DONE);
 }
 
-/* A process meets the pages of a file one by one, and those of experts late: it
- * would be a tenth of the time of the first hundred tokens. */
-static void meet_pages(const lfm2_model *m)
-{
-    size_t size;
-    uint64_t n = 1;
-
-    lfm2_model_file(m, &size);
-    if ((double)size > free_memory())
-        return;
-    for (uint64_t at = 0; n > 0 && !interrupted; at += n)
-        n = lfm2_model_read_ahead(m, at, 64 << 20);
-}
-
-/* From nothing to the first token, before anything else has warmed the way;
- * and, with so many threads, the limits of the machine. */
-static int measure_machine(struct bench *b, double start)
-{
-    int code = DONE;
-
-    if (b->first_s == 0) {
-        b->context_s = seconds() - start;
-        code = feed(b, 0, 0, START_TOKENS, 1);
-        b->first_s = b->load_s + seconds() - start;
-        meet_pages(b->e.model);
-    }
-    if (b->limit->n_threads == 0)
-        *b->limit = (struct limits){
-            b->e.par.n_threads, measure_rate(b, LFM2_READ),
-            measure_rate(b, LFM2_DOT),
-            measure_rate(b, LFM2_DECODE) / b->e.par.n_threads
-        };
-    return code;
-}
-
 /* All tests with so many threads at one depth, in llama-bench's order, and in a
- * context no larger than they need. */
+ * context no larger than they need.
+ *
+ * Before the first, from nothing to a token, as nothing has warmed the way yet.
+ * Then the process meets the pages of the file.  It would do so one by one, and
+ * for those of experts late: a tenth of the time of a hundred tokens. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
-    const struct list *prompt = &b->s->bench_prompt, *gen = &b->s->bench_gen;
-    const struct list *seqs = &b->s->bench_seqs;
+    const struct settings *s = b->e.s;
+    const struct list *prompt = &s->bench_prompt, *gen = &s->bench_gen;
+    const struct list *seqs = &s->bench_seqs;
     const double start = seconds();
-    lfm2_params p = choose_params(b->s, b->e.model);
+    lfm2_params p = choose_params(s, b->e.model);
+    uint64_t met;
+    size_t size;
     lfm2_error err;
-    int code;
+    int code = DONE;
 
     p.n_threads = n_threads ? n_threads : usable_cpus();
     p.n_ctx = depth + b->longest;
     p.n_seq = p.n_logits = b->n_seq;
     if (lfm2_context_open(&b->e.ctx, b->e.model, &p, &err) != LFM2_OK)
-        return report(b->s->model, &err);
+        return report(s->model, &err);
     running = b->e.ctx;
-    b->e.par = lfm2_context_params(b->e.ctx);
-    code = measure_machine(b, start);
+    b->e.par = p = lfm2_context_params(b->e.ctx);
+    if (b->first_s == 0) {
+        b->context_s = seconds() - start;
+        code = feed(b, 0, START_TOKENS, 1);
+        b->first_s = b->load_s + seconds() - start;
+        lfm2_model_file(b->e.model, &size);
+        met = (double)size <= free_memory();
+        for (uint64_t at = 0; met > 0 && !interrupted; at += met)
+            met = lfm2_model_read_ahead(b->e.model, at, 64 << 20);
+    }
+    if (b->limit->n_threads == 0)
+        *b->limit = (struct limits){
+            p.n_threads, measure_rate(b, LFM2_READ), measure_rate(b, LFM2_DOT),
+            measure_rate(b, LFM2_DECODE) / p.n_threads
+        };
     for (int i = 0; code == DONE && i < prompt->n; i++)
         if (prompt->v[i] > 0)
             code = run_test(b, (struct test){ prompt->v[i], 0, 1, depth });
@@ -10316,12 +10163,15 @@ static int largest(const struct list *l)
     return most;
 }
 
-/* All there will be to remember is there before any clock runs. */
-static int prepare_tests(struct bench *b)
+/* All there will be to remember is there before any clock runs.  Any tokens
+ * will do, if they are not always the same few: those of a mixture choose its
+ * experts. */
+static int open_bench(struct bench *b)
 {
-    const struct settings *s = b->s;
+    const struct settings *s = b->e.s;
     const int prompt = largest(&s->bench_prompt), gen = largest(&s->bench_gen);
     const int deepest = largest(&s->bench_depth);
+    int code, n_tokens;
 
     b->longest = prompt > gen ? prompt : gen;
     b->n_seq = gen ? largest(&s->bench_seqs) : 1;
@@ -10332,28 +10182,21 @@ static int prepare_tests(struct bench *b)
                      "context, %d", b->longest, deepest, MAX_CTX);
     if (b->longest < START_TOKENS)
         b->longest = START_TOKENS;
-    b->n_tokens = b->longest + deepest;
-    b->token = zeroed((size_t)b->n_tokens, sizeof *b->token);
+    n_tokens = b->longest + deepest;
+    b->token = zeroed((size_t)n_tokens, sizeof *b->token);
     b->ns = zeroed((size_t)s->reps, sizeof *b->ns);
     b->ts = zeroed((size_t)s->reps, sizeof *b->ts);
     b->e.span = zeroed((size_t)b->n_seq, sizeof *b->e.span);
-    return DONE;
-}
-
-/* Any tokens will do, if they are not always the same few: those of a mixture
- * choose its experts. */
-static int open_bench(struct bench *b)
-{
+    catch_interrupt();
     const double start = seconds();
-    const int code = open_model(&b->e);
-
+    code = open_model(&b->e);
+    b->load_s = seconds() - start;
     if (code != DONE)
         return code;
-    b->load_s = seconds() - start;
-    for (int i = 0; i < b->n_tokens; i++)
+    for (int i = 0; i < n_tokens; i++)
         b->token[i] = (int32_t)((uint32_t)i * 2654435761u % (uint32_t)
                                 lfm2_model_config(b->e.model)->n_vocab);
-    b->cost = count_cost(b->e.model, b->s->kv);
+    b->cost = count_cost(b->e.model, s->kv);
     b->type = name_type(b->e.model);
     return DONE;
 }
@@ -10361,13 +10204,9 @@ static int open_bench(struct bench *b)
 /* What is printed so far is complete, even after Ctrl-C. */
 static int bench(const struct settings *s)
 {
-    struct bench b = { .s = s, .e.s = s };
-    int code = prepare_tests(&b);
+    struct bench b = { .e.s = s };
+    int code = open_bench(&b);
 
-    if (code != DONE)
-        return code;
-    catch_interrupt();
-    code = open_bench(&b);
     for (int i = 0; code == DONE && i < s->bench_threads.n; i++) {
         b.limit = &b.best[i];
         for (int k = 0; code == DONE && k < s->bench_depth.n; k++)
@@ -10391,9 +10230,10 @@ static int bench(const struct settings *s)
  * everywhere, and so are its logits: to the bit, or something is wrong.  What
  * differs only between kernels is found by running each of them. */
 
-enum { WIDTH = 256, HALF = 128, HEAD = 64, N_EXPERT = 4, VOCAB = 256 + 7 };
-
-enum { FEW = 24, MANY = 260 };            /* tokens                          */
+enum {
+    WIDTH = 256, HALF = 128, HEAD = 64, N_EXPERT = 4, VOCAB = 256 + 7,
+    FEW = 24, MANY = 260                  /* tokens of text                  */
+};
 
 /* ---- the model */
 
@@ -10467,26 +10307,6 @@ static const struct self_tensor {
 
 enum { U32 = 4, I32 = 5, F32 = 6, STRING = 8, ARRAY = 9 };
 
-static const struct { const char *key; int type; uint32_t bits; }
-self_numbers[] = {
-    { "lfm2moe.block_count", U32, 4 },
-    { "lfm2moe.context_length", U32, 128 },
-    { "lfm2moe.embedding_length", U32, WIDTH },
-    { "lfm2moe.feed_forward_length", U32, WIDTH },
-    { "lfm2moe.attention.head_count", U32, WIDTH / HEAD },
-    { "lfm2moe.vocab_size", U32, VOCAB },
-    { "lfm2moe.shortconv.l_cache", U32, 3 },
-    { "lfm2moe.leading_dense_block_count", U32, 2 },
-    { "lfm2moe.expert_count", U32, N_EXPERT },
-    { "lfm2moe.expert_used_count", U32, 2 },
-    { "lfm2moe.expert_feed_forward_length", U32, WIDTH },
-    { "lfm2moe.expert_gating_func", U32, 2 },
-    { "lfm2moe.attention.layer_norm_rms_epsilon", F32, 0x3727c5ac },
-    { "lfm2moe.rope.freq_base", F32, 0x49742400 },   /* 1e-5 and 1e6     */
-    { "tokenizer.ggml.bos_token_id", U32, 256 + 4 },
-    { "tokenizer.ggml.eos_token_id", U32, 256 + 6 },
-};
-
 static void add_counted(struct text *to, const char *s)
 {
     add_le(to, strlen(s), 8);
@@ -10510,26 +10330,39 @@ static void add_array(struct text *to, const char *key, int type, int n)
  * of a few merges, and the tokens of a conversation. */
 static void add_metadata(struct text *to)
 {
-    static const char *const names[] = {
-        "general.architecture", "lfm2moe", "tokenizer.ggml.model", "gpt2",
-        "tokenizer.ggml.pre", "lfm2"
+    static const struct { const char *key; int is; } sizes[] = {
+        { "block_count", 4 }, { "context_length", 128 },
+        { "embedding_length", WIDTH }, { "feed_forward_length", WIDTH },
+        { "attention.head_count", WIDTH / HEAD }, { "vocab_size", VOCAB },
+        { "shortconv.l_cache", 3 }, { "leading_dense_block_count", 2 },
+        { "expert_count", N_EXPERT }, { "expert_used_count", 2 },
+        { "expert_feed_forward_length", WIDTH }, { "expert_gating_func", 2 }
     };
     static const char *const words[] = {
         "he", "ll", "hell", "hello", BOS, TURN_START, TURN_END
     };
     static const char *const merges[] = { "h e", "l l", "he ll", "hell o" };
-    const int n = sizeof self_numbers / sizeof *self_numbers;
     uint32_t unseen = 256;
 
-    add_le(to, n + 3 + 4, 8);
-    for (int i = 0; i < 6; i += 2) {
-        add_key(to, names[i], STRING);
-        add_counted(to, names[i + 1]);
+    add_le(to, 12 + 11, 8);
+    add_key(to, "general.architecture", STRING);
+    add_counted(to, "lfm2moe");
+    add_key(to, "tokenizer.ggml.model", STRING);
+    add_counted(to, "gpt2");
+    add_key(to, "tokenizer.ggml.pre", STRING);
+    add_counted(to, "lfm2");
+    for (int i = 0; i < 12; i++) {
+        add_key(to, phrase("lfm2moe.%s", sizes[i].key).s, U32);
+        add_le(to, (uint64_t)sizes[i].is, 4);
     }
-    for (int i = 0; i < n; i++) {
-        add_key(to, self_numbers[i].key, self_numbers[i].type);
-        add_le(to, self_numbers[i].bits, 4);
-    }
+    add_key(to, "lfm2moe.attention.layer_norm_rms_epsilon", F32);
+    add_le(to, float_bits(1e-5f), 4);
+    add_key(to, "lfm2moe.rope.freq_base", F32);
+    add_le(to, float_bits(1e6f), 4);
+    add_key(to, "tokenizer.ggml.bos_token_id", U32);
+    add_le(to, 256 + 4, 4);
+    add_key(to, "tokenizer.ggml.eos_token_id", U32);
+    add_le(to, 256 + 6, 4);
     add_array(to, "lfm2moe.attention.head_count_kv", I32, 4);
     for (int il = 0; il < 4; il++)
         add_le(to, il % 2 ? 2 : 0, 4);
@@ -10567,12 +10400,6 @@ static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
     add(to, (char *)b, (size_t)t->bytes);
 }
 
-static void pad(struct text *to)
-{
-    while (to->n % 32)
-        add(to, "", 1);
-}
-
 /* A GGUF, all little-endian.  The caller frees out->s. */
 static void make_file(int type, struct text *out)
 {
@@ -10598,7 +10425,8 @@ static void make_file(int type, struct text *out)
             add_le(&info, data.n, 8);
             for (int i = 0; i < size; i += is->cols)
                 add_block(&data, is, &rng);
-            pad(&data);
+            while (data.n % 32)
+                add(&data, "", 1);
             n_tensors++;
         }
     add_string(out, "GGUF");
@@ -10606,7 +10434,8 @@ static void make_file(int type, struct text *out)
     add_le(out, n_tensors, 8);
     add_metadata(out);
     add(out, info.s, info.n);
-    pad(out);
+    while (out->n % 32)
+        add(out, "", 1);
     add(out, data.s, data.n);
     free(info.s);
     free(data.s);
@@ -10624,32 +10453,10 @@ struct self {
     uint64_t all;                         /* hash of all hashes              */
 };
 
-#ifdef __GNUC__
-__attribute__((format(printf, 3, 4)))
-#endif
-static void self_check(struct self *t, int good, const char *what, ...)
+static void self_check(struct self *t, int good, const char *what)
 {
-    va_list args;
-
-    va_start(args, what);
-    printf("%-4s  ", good ? "ok" : "FAIL");
-    vprintf(what, args);
-    putchar('\n');
-    va_end(args);
+    printf("%-4s  %s\n", good ? "ok" : "FAIL", what);
     t->failed |= !good;
-}
-
-static int self_open(struct self *t, int isa, int n_threads, int kv_type)
-{
-    lfm2_params p = lfm2_default_params(t->model);
-
-    p.isa = isa;
-    p.n_threads = n_threads;
-    p.kv_type = kv_type;
-    p.n_ctx = MANY;
-    p.n_seq = 2;
-    p.n_logits = FEW;
-    return lfm2_context_open(&t->ctx, t->model, &p, NULL) == LFM2_OK;
 }
 
 /* Feed the first n_tokens, `step` at a time; the hash of the logits of all of
@@ -10674,17 +10481,22 @@ static uint64_t self_feed(struct self *t, int seq, int n_tokens, int step)
     return h;
 }
 
-/* The logits' hash under these circumstances, or 0. */
+/* The same from nothing, in a context like this, which stays open. */
 static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
                           int n_tokens, int step)
 {
-    uint64_t h = 0;
+    lfm2_params p = lfm2_default_params(t->model);
 
-    if (self_open(t, isa, n_threads, kv_type)) {
-        h = self_feed(t, 0, n_tokens, step);
-        lfm2_context_close(t->ctx);
-    }
-    return h;
+    p.isa = isa;
+    p.n_threads = n_threads;
+    p.kv_type = kv_type;
+    p.n_ctx = MANY;
+    p.n_seq = 2;
+    p.n_logits = FEW;
+    lfm2_context_close(t->ctx);
+    t->ctx = NULL;
+    return lfm2_context_open(&t->ctx, t->model, &p, NULL) == LFM2_OK ?
+           self_feed(t, 0, n_tokens, step) : 0;
 }
 
 /* A weight type: plain C against the number that is known, each kernel, at once
@@ -10697,24 +10509,25 @@ static void self_kernels(struct self *t, const struct self_type *type, int all)
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, f16, FEW, FEW);
 
     t->all = hash_number(t->all, h);
-    self_check(t, h == type->hash, "%s in plain C: %016llx", type->name,
-               (unsigned long long)h);
+    self_check(t, h == type->hash, phrase("%s in plain C: %016llx", type->name,
+                                          (unsigned long long)h).s);
     for (int isa = LFM2_ISA_SCALAR; isa < LFM2_N_ISA; isa++) {
         const char *name = isa_name(isa);
         if (!lfm2_isa_available(isa))
             continue;
         if (isa > LFM2_ISA_SCALAR)
             self_check(t, self_hash(t, isa, 1, f16, FEW, FEW) == h &&
-                       self_hash(t, isa, 1, f16, FEW, 1) == h, "%s with %s",
-                       type->name, name);
+                       self_hash(t, isa, 1, f16, FEW, 1) == h,
+                       phrase("%s with %s", type->name, name).s);
         if (!all)
             continue;
         self_check(t, self_hash(t, isa, 1, f16, MANY, FEW) ==
-                   0x75627de54a6b322fu, "a long text, by %s", name);
+                   0x75627de54a6b322fu, phrase("a long text, by %s", name).s);
         self_check(t, self_hash(t, isa, 1, f32, FEW, 7) == HASH_F32,
-                   "a KV cache of floats, by %s", name);
+                   phrase("a KV cache of floats, by %s", name).s);
         self_check(t, self_hash(t, isa, 2, f16, FEW, 5) == type->hash,
-                   "two threads, pieces of five tokens, by %s", name);
+                   phrase("two threads, pieces of five tokens, by %s",
+                          name).s);
     }
 }
 
@@ -10726,8 +10539,7 @@ static void self_sequences(struct self *t)
     lfm2_sampler s = { .temperature = 0.8f, .top_k = 40, .top_p = 0.95f,
                        .min_p = 0.02f, .repeat_penalty = 1.1f,
                        .repeat_last_n = 16, .rng = 1 };
-    const int opened = self_open(t, LFM2_ISA_AUTO, 1, LFM2_KV_F32);
-    int good = opened && self_feed(t, 0, FEW, 7) == HASH_F32;
+    int good = self_hash(t, LFM2_ISA_AUTO, 1, LFM2_KV_F32, FEW, 7) == HASH_F32;
     const uint64_t size = good ? lfm2_seq_state_size(t->ctx, 0) : 0;
     char *state = zeroed((size_t)size, 1);
     float logits[VOCAB];
@@ -10742,7 +10554,7 @@ static void self_sequences(struct self *t)
     good = good && lfm2_seq_trim(t->ctx, 1, 3) == 0 &&
            self_feed(t, 1, FEW, 4) == HASH_F32;
     self_check(t, good, "a sequence shortened and read again");
-    for (int i = 0; opened && i < 32; i++) {
+    for (int i = 0; t->ctx && i < 32; i++) {
         for (int id = 0; id < VOCAB; id++)
             logits[id] = (float)(int)(next_random(&rng) >> 49) * 0x1p-12f - 4;
         made[i] = lfm2_sample(t->ctx, &s, logits, made, i);
@@ -10751,7 +10563,6 @@ static void self_sequences(struct self *t)
     self_check(t, h == 0x4cb658387d2a6170u, "the sampler's choices");
     t->all = hash_number(t->all, h);
     free(state);
-    lfm2_context_close(opened ? t->ctx : NULL);
 }
 
 /* Words, merges, bytes that are no character, control tokens; and back. */
@@ -10780,31 +10591,9 @@ static void self_tokenizer(struct self *t, const struct text *file)
     free(back.s);
 }
 
+/* What C leaves to the machine; and what the functions give for some thousand
+ * numbers. */
 static void self_arithmetic(struct self *t)
-{
-    volatile float one = 1, tiny = 0x1p-149f, third = 1.0f / 3, half = 0.5f;
-    volatile int minus = -5;
-    const double d = 1;
-    uint64_t bits;
-
-    memcpy(&bits, &d, sizeof bits);
-    self_check(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
-               minus >> 1 == -3 && (unsigned)minus == UINT_MAX - 4,
-               "integers of two's complement, 8 bits a byte");
-    self_check(t, float_bits(one) == 0x3f800000 &&
-               bits == (uint64_t)0x3ff00000 << 32,
-               "floats and integers in the same byte order");
-    self_check(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
-               one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
-               third * 3 == one,
-               "floats of 24 bits, doubles of 53, rounded to nearest even");
-    self_check(t, tiny * one > 0 && tiny * half == 0 &&
-               (0x1p-126f * half) * 2 == 0x1p-126f,
-               "denormal numbers are kept");
-}
-
-/* What the functions give for some thousand numbers. */
-static void self_functions(struct self *t)
 {
     static const struct { int id; const char *name; uint64_t known; } all[] = {
         { LFM2_FMA, "a*b+c", 0x70172052f8b00d38u },
@@ -10812,7 +10601,19 @@ static void self_functions(struct self *t)
         { LFM2_SIN, "sin", 0x84f7d324c069e130u },
         { LFM2_COS, "cos", 0x2f6e6bf977c0a2e9u }
     };
+    volatile float one = 1, tiny = 0x1p-149f, third = 1.0f / 3, half = 0.5f;
+    volatile int minus = -5;
 
+    self_check(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
+               minus >> 1 == -3 && float_bits(one) == 0x3f800000,
+               "integers of two's complement, floats in the same byte order");
+    self_check(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
+               one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
+               third * 3 == one,
+               "floats of 24 bits, doubles of 53, rounded to nearest even");
+    self_check(t, tiny * one > 0 && tiny * half == 0 &&
+               (0x1p-126f * half) * 2 == 0x1p-126f,
+               "denormal numbers are kept");
     for (int k = 0; k < 4; k++) {
         uint64_t rng = 3, h = HASH_START;
         for (int i = 0; i < 4096; i++) {
@@ -10823,8 +10624,8 @@ static void self_functions(struct self *t)
             const float c = i % 2 ? -a * b : b * 0x1p-20f;
             h = hash_number(h, float_bits(lfm2_math(all[k].id, a, b, c)));
         }
-        self_check(t, h == all[k].known, "%s: %016llx", all[k].name,
-                   (unsigned long long)h);
+        self_check(t, h == all[k].known, phrase("%s: %016llx", all[k].name,
+                                                (unsigned long long)h).s);
     }
 }
 
@@ -10859,7 +10660,6 @@ static int selftest(void)
     for (int i = 0; i < MANY; i++)
         t.token[i] = (i * 37 + 5) % VOCAB;
     self_arithmetic(&t);
-    self_functions(&t);
     for (int i = 0; i < N_SELF_TYPES; i++) {
         const int is_last = i == N_SELF_TYPES - 1;
         struct text file = { 0 };
@@ -10870,9 +10670,11 @@ static int selftest(void)
                 self_sequences(&t);
                 self_tokenizer(&t, &file);
             }
+            lfm2_context_close(t.ctx);
+            t.ctx = NULL;
             lfm2_model_close(t.model);
         } else
-            self_check(&t, 0, "%s: %s", self_types[i].name, err.msg);
+            self_check(&t, 0, phrase("%s: %s", self_types[i].name, err.msg).s);
         free(file.s);
     }
     print_version();
@@ -10972,22 +10774,12 @@ static int lacks(const struct settings *s, const char *what, const char *why)
 
 static int keeper = -1;                   /* a socket                        */
 
-static int read_all(int fd, void *to, size_t n)
-{
-    for (size_t had = 0; had < n;) {
-        const ssize_t got = read(fd, (char *)to + had, n - had);
-        if (got == 0 || (got < 0 && errno != EINTR))
-            return -1;
-        had += got > 0 ? (size_t)got : 0;
-    }
-    return 0;
-}
-
 /* As replace_file(), for the session. */
 static int keep_file(const char *path, const struct text *part, int n_parts)
 {
     unsigned char size[8], code;
     uint64_t n = 0;
+    ssize_t got;
     int good;
 
     if (keeper < 0)
@@ -10998,7 +10790,10 @@ static int keep_file(const char *path, const struct text *part, int n_parts)
     good = write_all(keeper, (char *)size, 8) == 0;
     for (int i = 0; good && i < n_parts; i++)
         good = write_all(keeper, part[i].s, part[i].n) == 0;
-    return good && read_all(keeper, &code, 1) == 0 ? code :
+    do
+        got = good ? read(keeper, &code, 1) : 0;
+    while (got < 0 && errno == EINTR);
+    return got > 0 ? code :
            say(BAD_FILE, "%s: cannot be kept: the process that writes it has "
                "ended", path);
 }
@@ -11015,45 +10810,42 @@ static int enter_sandbox(const struct settings *s)
 
 long syscall(long number, ...);           /* not in POSIX                    */
 
-static void keep(const char *path, int fd)
+/* Where there can be none, its directory is granted. */
+static void start_keeper(const char *path)
 {
     static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
     struct text t = { 0 };
     unsigned char size[8], code;
-
-    for (int i = 0; i < 4; i++)
-        signal(ignored[i], SIG_IGN);
-    close(STDIN_FILENO);
-    close(STDOUT_FILENO);
-    while (read_all(fd, size, sizeof size) == 0) {
-        const size_t n = (size_t)get_le(size, 8);
-        t.n = 0;
-        reserve(&t, n);
-        if (read_all(fd, t.s, t.n = n) != 0)
-            break;
-        code = (unsigned char)replace_file(path, &t, 1);
-        write_all(fd, (char *)&code, 1);
-    }
-    _exit(0);
-}
-
-/* Where there can be none, its directory is granted. */
-static void start_keeper(const char *path)
-{
     int fd[2];
     pid_t pid;
+    FILE *in;
 
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, fd) != 0)
         return;
     fflush(stdout);
     pid = fork();
-    if (pid == 0)
-        keep(path, (close(fd[0]), fd[1]));
-    close(fd[1]);
-    if (pid > 0)
-        keeper = fd[0];
-    else
-        close(fd[0]);
+    if (pid != 0) {
+        keeper = pid > 0 ? fd[0] : -1;
+        close(fd[1]);
+        return;
+    }
+    for (int i = 0; i < 4; i++)
+        signal(ignored[i], SIG_IGN);
+    close(STDIN_FILENO);
+    close(STDOUT_FILENO);
+    close(fd[0]);
+    in = fdopen(fd[1], "r");
+    while (in && fread(size, 1, 8, in) == 8) {
+        const size_t n = (size_t)get_le(size, 8);
+        t.n = 0;
+        reserve(&t, n);
+        t.n = fread(t.s, 1, n, in);
+        if (t.n < n)
+            break;
+        code = (unsigned char)replace_file(path, &t, 1);
+        write_all(fd[1], (char *)&code, 1);
+    }
+    _exit(0);
 }
 
 /* ---- files: Landlock */
@@ -11069,35 +10861,47 @@ enum {
     REPLACES = READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE
 };
 
-/* What a rule set decides about: all that the kernel's version of Landlock
- * knows of, and nothing of it is allowed. */
-struct ruleset { uint64_t files, net, scopes; };
-
-struct path_rule { uint64_t rights; int32_t fd; };
-
 /* Allow to open what is at `path`, and in it.  What cannot be granted stays
  * forbidden. */
 static void grant(int set, const char *path, uint64_t rights)
 {
-    struct path_rule rule = { rights, open(path, PATH_ONLY | O_CLOEXEC) };
+    struct { uint64_t rights; int32_t fd; } rule = {
+        rights, open(path, PATH_ONLY | O_CLOEXEC)
+    };
     struct stat st;
 
-    if (rule.fd < 0)
-        return;
     if (fstat(rule.fd, &st) == 0 && !S_ISDIR(st.st_mode))
         rule.rights &= ~(uint64_t)IN_DIRS;
     syscall(ADD_RULE, set, PATH_BENEATH, &rule, 0);
     close(rule.fd);
 }
 
-/* What options name, where a chat keeps its files, and what tells how many CPUs
- * and how much memory there are.  A file to write must be there to be granted;
- * none is made if there will be nothing to write. */
-static void grant_all(int set, const struct settings *s, uint64_t known)
+/* All that the kernel's version of Landlock knows of is forbidden.  Bind and
+ * connect of TCP come with version 4; abstract sockets and signals to others
+ * with 6.  Allowed are the files that options name, where a chat keeps its own,
+ * and what tells how many CPUs and how much memory there are.  A file to write
+ * must be there to be granted; none is made if there will be nothing to write.
+ */
+static int confine_files(const struct settings *s)
 {
+    static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
+                                      0xffff };
+    static const char *const facts[] = {
+        "/proc/self/status", "/proc/self/cgroup", "/sys/fs/cgroup",
+        "/proc/meminfo"
+    };
     const int begins = !s->model || access(s->model, R_OK) == 0;
+    const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
+    const uint64_t known = files[version < 1 ? 0 : version < 5 ? version : 5];
+    const struct { uint64_t files, net, scopes; } is = {
+        known, version >= 4 ? 3 : 0, version >= 6 ? 3 : 0
+    };
+    const int set = version < 1 ? -1 :
+                    (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
     struct text dir = { 0 };
 
+    if (set < 0)
+        return lacks(s, "Landlock", strerror(errno));
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &table[i];
         const int writes = o->kind == OUT_FILE;
@@ -11117,30 +10921,9 @@ static void grant_all(int set, const struct settings *s, uint64_t known)
     }
     if (s->mode == CHAT && save_dir(s))
         grant(set, save_dir(s), (READS | REPLACES | TRUNCATE) & known);
-    grant(set, "/proc/self/status", READ_FILE);
-    grant(set, "/proc/self/cgroup", READ_FILE);
-    grant(set, "/sys/fs/cgroup", READ_FILE);
-    grant(set, "/proc/meminfo", READ_FILE);
-}
-
-/* Bind and connect of TCP come with version 4; abstract sockets and signals to
- * others with 6. */
-static int confine_files(const struct settings *s)
-{
-    static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
-                                      0xffff };
-    const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
-    struct ruleset is;
-    int set;
-
-    if (version < 1)
-        return lacks(s, "Landlock", strerror(errno));
-    is = (struct ruleset){ files[version < 5 ? version : 5],
-                           version >= 4 ? 3 : 0, version >= 6 ? 3 : 0 };
-    set = (int)syscall(CREATE_RULESET, &is, sizeof is, 0);
-    if (set >= 0)
-        grant_all(set, s, is.files);
-    if (set < 0 || syscall(RESTRICT_SELF, set, 0) != 0)
+    for (int i = 0; i < 4; i++)
+        grant(set, facts[i], READ_FILE);
+    if (syscall(RESTRICT_SELF, set, 0) != 0)
         return lacks(s, "Landlock", strerror(errno));
     close(set);
     if (s->verbose)
