@@ -681,7 +681,6 @@ static int json_int(const struct json *v, long long least, long long most,
                     long long *out);
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why);
-static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
 static void add_members(struct text *to, const char *format, ...);
 
