@@ -1008,10 +1008,9 @@ static double step_bytes(const lfm2_model *m, const struct cost *cost,
                          int n_seq, double depth)
 {
     const lfm2_config *c = lfm2_model_config(m);
-    double idle = 1;
+    const double idle = c->n_expert == 0 ? 1 :
+                        pow(1 - (double)c->n_expert_used / c->n_expert, n_seq);
 
-    for (int i = 0; c->n_expert > 0 && i < n_seq; i++)
-        idle *= 1 - (double)c->n_expert_used / c->n_expert;
     return cost->shared + cost->experts * (1 - idle) +
            cost->kv * n_seq * depth;
 }
@@ -1025,10 +1024,9 @@ static double anonymous_memory(void)
 
 static double peak_memory(void)
 {
-    struct rusage use;
+    struct rusage use = { .ru_maxrss = 0 };
 
-    if (getrusage(RUSAGE_SELF, &use) != 0)
-        return 0;
+    getrusage(RUSAGE_SELF, &use);
 #if defined __APPLE__
     return (double)use.ru_maxrss;
 #elif defined __wasi__
@@ -1237,9 +1235,8 @@ static int open_model(struct engine *e)
 {
     const struct settings *s = e->s;
     lfm2_error err;
-    int code;
+    const int code = enter_sandbox(s);
 
-    code = enter_sandbox(s);
     if (code != DONE)
         return code;
     if (!s->no_mmap)
@@ -1942,11 +1939,12 @@ static void start_reply(struct engine *e, struct job *j, struct slot *slot)
     j->state = ACTIVE;
 }
 
-/* The sequence to answer a prompt in; NULL if all are busy.  A conversation
+/* The sequence to answer a request in; NULL if all are busy.  A conversation
  * goes on where it was; another one takes an empty sequence, or the one that
- * has waited longest.  *from shares most with the prompt. */
+ * has waited longest.  *from shares most with the prompt.  One whose own log
+ * probabilities are wanted is read from its beginning. */
 static struct slot *choose_slot(const struct engine *e,
-                                const struct ids *prompt,
+                                const struct request *q,
                                 const struct slot **from)
 {
     struct slot *const end = e->slot + e->par.n_seq, *best = NULL;
@@ -1954,7 +1952,8 @@ static struct slot *choose_slot(const struct engine *e,
 
     *from = e->slot;
     for (struct slot *s = e->slot; s < end; s++) {
-        s->same = shared_prefix(&s->cached, prompt);
+        s->same = q->prompt_logprobs < 0 ?
+                  shared_prefix(&s->cached, &q->prompt) : 0;
         if (s->same > (*from)->same)
             *from = s;
     }
@@ -1983,23 +1982,19 @@ static int worth_waiting(const struct engine *e, const struct ids *prompt,
 }
 
 /* Start what waits, oldest first.  One that had better wait does not keep back
- * those behind it.  A prompt whose own log probabilities are wanted is read
- * from its beginning. */
+ * those behind it. */
 static void start_jobs(struct engine *e)
 {
-    static const struct ids none = { NULL, 0 };
-
     for (struct job *j = e->jobs; j; j = j->next) {
-        const struct ids *prompt = j->q.prompt_logprobs < 0 ? &j->q.prompt :
-                                   &none;
         const struct slot *from;
         struct slot *to;
         if (j->state != WAITING)
             continue;
-        to = choose_slot(e, prompt, &from);
+        to = choose_slot(e, &j->q, &from);
         if (!to)
             return;
-        if (worth_waiting(e, prompt, from->same))
+        if (j->q.prompt_logprobs < 0 &&
+            worth_waiting(e, &j->q.prompt, from->same))
             continue;
         if (from->same >= to->same + lfm2_seq_step(e->ctx) &&
             lfm2_seq_copy(e->ctx, (int)(to - e->slot), (int)(from - e->slot),
