@@ -256,8 +256,8 @@ static int status_of(int code)
 }
 
 /* Has all output arrived?  A full disk is an error that is reported; a reader
- * who left need not be told.  A signal that comes while the output stands still,
- * as after Ctrl-S, takes what was on its way. */
+ * who left need not be told.  A signal that comes while the output stands
+ * still, as after Ctrl-S, takes what was on its way. */
 static int flush_output(int code)
 {
     const int failed = fflush(stdout) != 0 || ferror(stdout);
@@ -2147,25 +2147,19 @@ static uint64_t random_seed(void)
             (uint64_t)getpid() << 20) & UINT32_MAX;
 }
 
-/* A request by the options, or by them and a body, is completed by what the
- * model's makers advise. */
+/* What options, and a body, leave open is as the model's makers advise. */
 static void complete_request(const struct engine *e, struct request *q)
 {
-    const struct sampling *preset = &e->preset;
-    struct sampling *is = &q->sampling;
+    const struct sampling *p = &e->preset, is = q->sampling;
 
-    if (is->repeat == UNSET)
-        is->repeat = is->temp == 0 ? 1 : preset->repeat;
-    if (is->temp == UNSET)
-        is->temp = preset->temp;
-    if (is->top_k == UNSET)
-        is->top_k = preset->top_k;
-    if (is->top_p == UNSET)
-        is->top_p = preset->top_p;
-    if (is->min_p == UNSET)
-        is->min_p = preset->min_p;
-    if (is->last_n == UNSET)
-        is->last_n = preset->last_n;
+    q->sampling = (struct sampling){
+        .temp = is.temp == UNSET ? p->temp : is.temp,
+        .top_k = is.top_k == UNSET ? p->top_k : is.top_k,
+        .top_p = is.top_p == UNSET ? p->top_p : is.top_p,
+        .min_p = is.min_p == UNSET ? p->min_p : is.min_p,
+        .repeat = is.repeat != UNSET ? is.repeat : is.temp == 0 ? 1 : p->repeat,
+        .last_n = is.last_n == UNSET ? p->last_n : is.last_n
+    };
     if (q->limit == UNSET)
         q->limit = q->is_completion ? PLAIN_LENGTH : -1;
     if (q->seed == -1)
