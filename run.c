@@ -155,10 +155,8 @@ static size_t drop_controls(char *s, size_t n)
 
     for (int size; from < end; from += size) {
         size = utf8_get(from, end, &c);
-        if (size == 0) {
-            c = (unsigned char)*from;
-            size = 1;
-        }
+        c = size ? c : (unsigned char)*from;
+        size += size == 0;
         if (is_control(c) && c != '\n' && c != '\t')
             continue;
         memmove(s + kept, from, (size_t)size);
@@ -167,42 +165,29 @@ static size_t drop_controls(char *s, size_t n)
     return kept;
 }
 
-/* The line may quote hostile text, so control characters are dropped. */
-static void print_line(const char *fmt, va_list args)
+/* One line on standard error; returns `code` for the caller to pass on.  It may
+ * quote hostile text, so control characters are dropped. */
+static int say(int code, const char *fmt, ...)
 {
     char s[4096];
     const int error = errno;
-    int n = vsnprintf(s, sizeof s, fmt, args);
+    va_list args;
+    int n;
 
+    va_start(args, fmt);
+    n = vsnprintf(s, sizeof s, fmt, args);
+    va_end(args);
     n = n < (int)sizeof s ? n : (int)sizeof s - 1;
     n = (int)drop_controls(s, n > 0 ? (size_t)n : 0);
     fprintf(stderr, "%s: %.*s\n", program, n, s);
     errno = error;
-}
-
-/* One line on standard error; returns `code` for the caller to pass on. */
-static int say(int code, const char *fmt, ...)
-{
-    va_list args;
-
-    va_start(args, fmt);
-    print_line(fmt, args);
-    va_end(args);
     return code;
 }
 
 static int quiet;                         /* -q: errors only                 */
 
 /* Worth knowing, but no error. */
-static void note(const char *fmt, ...)
-{
-    va_list args;
-
-    va_start(args, fmt);
-    if (!quiet)
-        print_line(fmt, args);
-    va_end(args);
-}
+#define note(...) ((void)(quiet || say(DONE, __VA_ARGS__)))
 
 /* ---- memory
  *
@@ -221,8 +206,7 @@ static void *resize(void *p, size_t n)
 /* n zeroed elements; freed by the caller. */
 static void *zeroed(size_t n, size_t size)
 {
-    void *p = n < SIZE_MAX / 2 / (size ? size : 1) ? calloc(n ? n : 1, size) :
-              NULL;
+    void *p = calloc(n ? n : 1, size);
 
     if (!p)
         exit(say(NO_MEMORY, "no memory for %zu times %zu bytes", n, size));
@@ -272,8 +256,8 @@ static int status_of(int code)
 }
 
 /* Has all output arrived?  A full disk is an error that is reported; a reader
- * who left need not be told.  A signal that comes while the output stands still,
- * as after Ctrl-S, takes what was on its way. */
+ * who left need not be told.  A signal that comes while the output stands
+ * still, as after Ctrl-S, takes what was on its way. */
 static int flush_output(int code)
 {
     const int failed = fflush(stdout) != 0 || ferror(stdout);
@@ -643,25 +627,14 @@ struct talk;
 struct reply;
 struct guide;
 
-/* 7. Answers, conversations, sessions */
-static int work_on_model(const struct settings *s);
-
 /* 8. Chat */
 static int chat(struct talk *t);
-
-/* 9. --batch */
-static int batch(const struct settings *s);
-
-/* 10. --serve */
-static int serve(const struct settings *s);
 
 /* 11. The command line */
 static int find_word(const char *words, int separator, const char *word);
 static const struct option *option_of_member(const char *key);
 static const char *isa_name(int isa);
 static const char *kv_name(int kv_type);
-static int print_help(void);
-static int print_version(void);
 static struct phrase values_of(const struct option *o);
 static int add_text(struct texts *to, const char *s);
 static int set_number(void *slot, const struct option *o, double x,
@@ -708,7 +681,6 @@ static int json_int(const struct json *v, long long least, long long most,
                     long long *out);
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why);
-static void add_json_string(struct text *t, const char *s, size_t n);
 static void add_json(struct text *t, const struct json *v);
 static void add_members(struct text *to, const char *format, ...);
 
@@ -738,23 +710,10 @@ static int open_words(const struct settings *s, const lfm2_model *model,
                       lfm2_tokenizer **out);
 static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
                          const char *text, size_t n, struct ids *out);
-static int work_on_words(const struct settings *s);
-
-/* 18. --inspect */
-static int inspect_file(const struct settings *s);
 
 /* 19. Traces */
 static int open_trace(struct engine *e);
 static int close_trace(struct engine *e, int code);
-
-/* 20. --ppl */
-static int perplexity(const struct settings *s);
-
-/* 21. --bench */
-static int bench(const struct settings *s);
-
-/* 22. --selftest */
-static int selftest(void);
 
 /* 23. The sandbox */
 static const char *save_dir(const struct settings *s);
@@ -775,6 +734,13 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
 static void end_guided(struct reply *r);
 static int may_say(const struct engine *e, const struct reply *r, int32_t id);
 static int32_t ask_again(struct engine *e, struct reply *r, float *logits);
+
+/* What the program can do: sections 7, 9 to 11, 17, 18 and 20 to 22. */
+typedef int task(const struct settings *s);
+
+static task work_on_model, batch, serve, work_on_words, inspect_file,
+            perplexity, bench;
+static int print_help(void), print_version(void), selftest(void);
 
 static int work(const struct settings *s)
 {
@@ -819,7 +785,12 @@ enum {
 };
 
 /* A sequence of the context: what its cache holds, and for whom. */
-struct slot { struct ids cached; struct job *job; double used; };
+struct slot {
+    struct ids cached;
+    struct job *job;                      /* NULL: none                      */
+    double used;
+    int same;                             /* shared with the prompt in hand  */
+};
 
 /* What is written of a pass, see section 19. */
 struct trace {
@@ -868,50 +839,20 @@ struct engine {
 
 static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
 
-/* The first or the second number in a file of a group's directory; 0 if there
- * is none, as where it says "max". */
-static double number_in(const char *dir, const char *name, int second)
+/* What a file of the system says after `key` and a colon or a blank, or without
+ * a key on its first line; `otherwise` if it is not there. */
+static struct phrase look_up(const char *dir, const char *name,
+                             const char *key, const char *otherwise)
 {
-    char path[640];
-    double x[2] = { 0, 0 };
-    FILE *f;
-
-    snprintf(path, sizeof path, "%s/%s", dir, name);
-    f = fopen(path, "r");
-    if (f) {
-        (void)!fscanf(f, "%lf %lf", &x[0], &x[1]);
-        fclose(f);
-    }
-    return x[second];
-}
-
-/* In whole CPUs.  Threads beyond the quota are stopped in the middle of their
- * work, and all others wait for them: two threads were faster than one with 1.5
- * CPUs, and slower with 1.2. */
-static double cpu_limit(const char *dir)
-{
-    double quota = number_in(dir, "cpu.max", 0);
-    double period = number_in(dir, "cpu.max", 1);
-
-    if (quota <= 0) {
-        quota = number_in(dir, "cpu.cfs_quota_us", 0);
-        period = number_in(dir, "cpu.cfs_period_us", 0);
-    }
-    return quota > 0 && period > 0 ? fmax(1, floor(quota / period + 0.5)) : 0;
-}
-
-/* The value after `key` and a colon or a blank in a file like /proc/meminfo;
- * `otherwise` if it is not there. */
-static struct phrase look_up(const char *path, const char *key,
-                             const char *otherwise)
-{
-    FILE *f = fopen(path, "r");
     struct phrase out = phrase("%s", otherwise);
     const size_t n = strlen(key);
-    char line[256];
+    char line[640];
+    FILE *f;
 
+    snprintf(line, sizeof line, "%s/%s", dir, name);
+    f = fopen(line, "r");
     while (f && fgets(line, sizeof line, f))
-        if (strncmp(line, key, n) == 0 && strchr(": \t", line[n])) {
+        if (n == 0 || (strncmp(line, key, n) == 0 && strchr(": \t", line[n]))) {
             const char *s = line + n + strspn(line + n, ": \t");
             out = phrase("%.*s", (int)strcspn(s, "\n"), s);
             break;
@@ -921,18 +862,37 @@ static struct phrase look_up(const char *path, const char *key,
     return out;
 }
 
+/* 0 if there is none, as where it says "max". */
+static double number_in(const char *dir, const char *name, const char *key)
+{
+    return strtod(look_up(dir, name, key, "0").s, NULL);
+}
+
+/* In whole CPUs.  Threads beyond the quota are stopped in the middle of their
+ * work, and all others wait for them: two threads were faster than one with 1.5
+ * CPUs, and slower with 1.2. */
+static double cpu_limit(const char *dir)
+{
+    double quota = 0, period = 0;
+
+    sscanf(look_up(dir, "cpu.max", "", "").s, "%lf %lf", &quota, &period);
+    if (quota <= 0) {
+        quota = number_in(dir, "cpu.cfs_quota_us", "");
+        period = number_in(dir, "cpu.cfs_period_us", "");
+    }
+    return quota > 0 && period > 0 ? fmax(1, floor(quota / period + 0.5)) : 0;
+}
+
 /* How much more memory a group may take, beyond what its processes hold.  Pages
  * of files do not count: they make room. */
 static double memory_left(const char *dir)
 {
-    const double most = fmax(number_in(dir, "memory.max", 0),
-                             number_in(dir, "memory.limit_in_bytes", 0));
-    char path[640];
+    const double most = fmax(number_in(dir, "memory.max", ""),
+                             number_in(dir, "memory.limit_in_bytes", ""));
 
-    snprintf(path, sizeof path, "%s/memory.stat", dir);
     return most <= 0 ? 0 :
-           fmax(1, most - strtod(look_up(path, "anon", "0").s, NULL) -
-                   strtod(look_up(path, "total_rss", "0").s, NULL));
+           fmax(1, most - number_in(dir, "memory.stat", "anon") -
+                   number_in(dir, "memory.stat", "total_rss"));
 }
 
 /* The least limit, 0 for none, of the groups of this process and those they are
@@ -948,11 +908,10 @@ static double least_limit(double (*limit)(const char *dir))
         char *path = tree ? strchr(tree + 1, ':') : NULL;
         if (!path)
             continue;
-        *tree = *path++ = '\0';
-        tree++;
+        *path++ = '\0';
         path[strcspn(path, "\n")] = '\0';
         do {
-            snprintf(dir, sizeof dir, "%s/%s%s", group_root, tree, path);
+            snprintf(dir, sizeof dir, "%s/%s%s", group_root, tree + 1, path);
             const double x = limit(dir);
             least = x > 0 && (least <= 0 || x < least) ? x : least;
             end = strrchr(path, '/');
@@ -968,18 +927,16 @@ static double least_limit(double (*limit)(const char *dir))
 /* CPUs that this process may use, 64 at most. */
 static int usable_cpus(void)
 {
-    const double most = least_limit(cpu_limit);
-    const int n = smaller(lfm2_n_cpus(), 64);
+    const double quota = least_limit(cpu_limit);
 
-    return most > 0 ? smaller(n, (int)fmin(most, 64)) : n;
+    return (int)fmin(fmin(lfm2_n_cpus(), 64), quota > 0 ? quota : 64);
 }
 
 /* Memory that can be had without taking it from another program; 0 if the
  * system does not tell. */
 static double free_memory(void)
 {
-    const double have = strtod(look_up("/proc/meminfo", "MemAvailable", "0").s,
-                               NULL) * 1024;
+    const double have = number_in("/proc", "meminfo", "MemAvailable") * 1024;
     const double most = least_limit(memory_left);
 
     return most > 0 ? fmin(have, most) : have;
@@ -1051,10 +1008,9 @@ static double step_bytes(const lfm2_model *m, const struct cost *cost,
                          int n_seq, double depth)
 {
     const lfm2_config *c = lfm2_model_config(m);
-    double idle = 1;
+    const double idle = c->n_expert == 0 ? 1 :
+                        pow(1 - (double)c->n_expert_used / c->n_expert, n_seq);
 
-    for (int i = 0; c->n_expert > 0 && i < n_seq; i++)
-        idle *= 1 - (double)c->n_expert_used / c->n_expert;
     return cost->shared + cost->experts * (1 - idle) +
            cost->kv * n_seq * depth;
 }
@@ -1063,15 +1019,14 @@ static double step_bytes(const lfm2_model *m, const struct cost *cost,
  * does not tell. */
 static double anonymous_memory(void)
 {
-    return strtod(look_up("/proc/self/status", "RssAnon", "0").s, NULL) * 1024;
+    return number_in("/proc", "self/status", "RssAnon") * 1024;
 }
 
 static double peak_memory(void)
 {
-    struct rusage use;
+    struct rusage use = { .ru_maxrss = 0 };
 
-    if (getrusage(RUSAGE_SELF, &use) != 0)
-        return 0;
+    getrusage(RUSAGE_SELF, &use);
 #if defined __APPLE__
     return (double)use.ru_maxrss;
 #elif defined __wasi__
@@ -1109,39 +1064,33 @@ static const struct preset {
     { "LFM2", { "", "" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
 };
 
-/* All names in the file, as in "-lfm2-1.2b-extract-", and what its sizes say it
- * is. */
-static void describe(const lfm2_model *m, struct text *out)
+/* By all names in the file, as in "-lfm2-1.2b-extract-", and what its sizes say
+ * it is. */
+static const struct preset *find_preset(const lfm2_model *m)
 {
     static const char *const key[] = {
         "general.name", "general.basename", "general.finetune",
         "general.size_label"
     };
     const lfm2_config *c = lfm2_model_config(m);
+    const struct preset *p = presets;
+    struct text name = { 0 };
     size_t n;
 
     for (int i = 0; i < 4; i++) {
         const char *s = lfm2_model_string(m, key[i], &n);
-        add_string(out, "-");
-        add(out, s ? s : "", s ? n : 0);
+        add_string(&name, "-");
+        add(&name, s ? s : "", s ? n : 0);
     }
     if (c->n_expert == 64)
-        add_string(out, c->n_vocab >= 128000 ? "-lfm2.5-24b" : "-lfm2-24b");
+        add_string(&name, c->n_vocab >= 128000 ? "-lfm2.5-24b" : "-lfm2-24b");
     else if (c->n_vocab >= 128000)
-        add_string(out, c->n_expert ? "-lfm2.5-8b" : "-lfm2.5-2.6b");
-    add_string(out, "-");
-    for (size_t i = 0; i < out->n; i++)
-        if (out->s[i] == '_' || out->s[i] == ' ' || out->s[i] == '/')
-            out->s[i] = '-';
-    lower(out->s, out->n);
-}
-
-static const struct preset *find_preset(const lfm2_model *m)
-{
-    const struct preset *p = presets;
-    struct text name = { 0 };
-
-    describe(m, &name);
+        add_string(&name, c->n_expert ? "-lfm2.5-8b" : "-lfm2.5-2.6b");
+    add_string(&name, "-");
+    for (size_t i = 0; i < name.n; i++)
+        if (strchr("_ /", name.s[i]))
+            name.s[i] = '-';
+    lower(name.s, name.n);
     while (!strstr(name.s, p->words[0]) || !strstr(name.s, p->words[1]))
         p++;
     free(name.s);
@@ -1199,23 +1148,6 @@ static struct sampling preset_of(const lfm2_model *m, int *named)
     return to;
 }
 
-/* What was not asked for is taken from the preset. */
-static void complete(struct sampling *is, const struct sampling *preset)
-{
-    if (is->repeat == UNSET)
-        is->repeat = is->temp == 0 ? 1 : preset->repeat;
-    if (is->temp == UNSET)
-        is->temp = preset->temp;
-    if (is->top_k == UNSET)
-        is->top_k = preset->top_k;
-    if (is->top_p == UNSET)
-        is->top_p = preset->top_p;
-    if (is->min_p == UNSET)
-        is->min_p = preset->min_p;
-    if (is->last_n == UNSET)
-        is->last_n = preset->last_n;
-}
-
 static struct phrase describe_sampling(const struct sampling *is)
 {
     return phrase("temperature %g, top-k %d, top-p %g, min-p %g, repeat "
@@ -1244,21 +1176,16 @@ static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
     return p;
 }
 
-/* Does the file's template end the prompt inside a thought? */
-static int opens_thought(const lfm2_model *m)
-{
-    size_t n = 0;
-    const char *s = lfm2_model_string(m, "tokenizer.chat_template", &n);
-
-    return s && find(s, s + n, TURN_START "assistant\\n" THINK);
-}
-
-/* Settle which format the conversation has, if any. */
+/* Settle which format the conversation has, if any, and whether the file's own
+ * ends the prompt inside a thought. */
 static int settle_template(struct engine *e)
 {
     const struct settings *s = e->s;
     struct why why = { "" };
     int known = 1;
+    size_t n = 0;
+    const char *own = lfm2_model_string(e->model, "tokenizer.chat_template",
+                                        &n);
 
     e->template = s->raw || s->ids ? TEMPLATE_NONE : s->template;
     if (e->template == TEMPLATE_AUTO)
@@ -1267,8 +1194,8 @@ static int settle_template(struct engine *e)
         note("template %s", template_name(e->template));
     else if (s->verbose || !known)
         note("%s: %s", s->model, why.s);
-    e->opens_thought = e->template != TEMPLATE_NONE && e->words &&
-                       opens_thought(e->model);
+    e->opens_thought = e->template != TEMPLATE_NONE && own &&
+                       find(own, own + n, TURN_START "assistant\\n" THINK);
     if (e->template != TEMPLATE_NONE || s->raw || s->ids)
         return DONE;
     if (chat_option(s))
@@ -1308,9 +1235,8 @@ static int open_model(struct engine *e)
 {
     const struct settings *s = e->s;
     lfm2_error err;
-    int code;
+    const int code = enter_sandbox(s);
 
-    code = enter_sandbox(s);
     if (code != DONE)
         return code;
     if (!s->no_mmap)
@@ -1346,34 +1272,25 @@ static void *fetch_file(void *fetch)
     return NULL;
 }
 
-/* Is much of the file not in memory?  Some pages, spread over it, are looked
- * at.  Linux does not tell of a file that we may not write: then it is read,
- * which does no harm. */
-static int is_cold(const struct engine *e)
+/* If much of the file is not in memory, and there is memory for all of it.
+ * Some pages, spread over it, are looked at.  Linux does not tell of a file
+ * that we may not write: then it is read, which does no harm.  Signals go to
+ * the main thread. */
+static void start_fetch(struct engine *e)
 {
     enum { PROBES = 256, ABSENT = 8 };
     const size_t page = (size_t)sysconf(_SC_PAGESIZE);
     size_t size;
     const unsigned char *file = lfm2_model_file(e->model, &size);
-    int absent = 0;
+    int absent = access(e->s->model, W_OK) != 0 ? PROBES : 0;
 
-    for (int i = 0; i < PROBES; i++) {
-        const size_t at = size / PROBES * (size_t)i;
+    for (size_t i = 0; !e->s->no_mmap && i < PROBES; i++) {
+        const size_t at = size / PROBES * i;
         unsigned char there = 1;
         if (mincore((void *)(uintptr_t)(file + at - at % page), 1, &there) == 0)
             absent += !(there & 1);
     }
-    return absent > ABSENT || access(e->s->model, W_OK) != 0;
-}
-
-/* Only if there is memory for all of it.  Signals go to the main thread. */
-static void start_fetch(struct engine *e)
-{
-    const struct settings *s = e->s;
-    size_t size;
-
-    lfm2_model_file(e->model, &size);
-    if (s->no_mmap || !is_cold(e) || free_memory() < (double)size +
+    if (e->s->no_mmap || absent <= ABSENT || free_memory() < (double)size +
         (double)lfm2_context_size(e->model, &e->par))
         return;
     e->fetch = zeroed(1, sizeof *e->fetch);
@@ -1384,8 +1301,8 @@ static void start_fetch(struct engine *e)
         e->fetch = NULL;
     }
     block_signals(0);
-    if (e->fetch && s->verbose)
-        note("%s: not all in memory, read ahead", s->model);
+    if (e->fetch && e->s->verbose)
+        note("%s: not all in memory, read ahead", e->s->model);
 }
 
 static void stop_fetch(struct engine *e)
@@ -1399,15 +1316,8 @@ static void stop_fetch(struct engine *e)
 
 #else
 
-static void start_fetch(struct engine *e)
-{
-    (void)e;
-}
-
-static void stop_fetch(struct engine *e)
-{
-    (void)e;
-}
+#define start_fetch(e) ((void)(e))
+#define stop_fetch(e) ((void)(e))
 
 #endif
 
@@ -1449,30 +1359,16 @@ static int open_context(struct engine *e)
     return DONE;
 }
 
-/* How many tokens to guess, and the rows of logits that takes.  Unless --lookup
- * asks for it, none where a guess costs too much: with experts, as each token
- * chooses its own, and in plain C, where arithmetic takes longer than reading.
- * None with a trace, which would show tokens that nobody said. */
-static void settle_lookup(struct engine *e)
-{
-    const struct settings *s = e->s;
-    int isa = LFM2_ISA_SCALAR + 1, pays;
-
-    while (isa < LFM2_N_ISA && !lfm2_isa_available(isa))
-        isa++;
-    pays = lfm2_model_config(e->model)->n_expert == 0 && isa < LFM2_N_ISA &&
-           s->isa != LFM2_ISA_SCALAR;
-    e->lookup = s->trace ? 0 : s->lookup != UNSET ? s->lookup :
-                pays ? LOOKUP : 0;
-    if (e->par.n_logits < 1 + e->lookup)
-        e->par.n_logits = 1 + e->lookup;
-}
-
-/* Everything but the context, which takes the most memory. */
+/* Everything but the context, which takes the most memory.
+ *
+ * Unless --lookup asks for it, no tokens are guessed where that costs too much:
+ * with experts, as each token chooses its own, and in plain C, where arithmetic
+ * takes longer than reading.  None with a trace, which would show tokens that
+ * nobody said. */
 static int open_engine(struct engine *e)
 {
     const struct settings *s = e->s;
-    int named, code = open_model(e);
+    int isa = LFM2_ISA_SCALAR + 1, named, code = open_model(e);
 
     if (code == DONE)
         code = open_model_words(e);
@@ -1487,10 +1383,9 @@ static int open_engine(struct engine *e)
         note("preset %s%s: %s", find_preset(e->model)->name, named ? " and the "
              "file's own general.sampling" : "",
              describe_sampling(&e->preset).s);
+    today(e->date);
     if (s->date)
         snprintf(e->date, sizeof e->date, "%s", s->date);
-    else
-        today(e->date);
     if (s->mode == LOGITS || s->ask.logprobs >= 0)
         e->par.n_logits = LOGITS_CHUNK;
     if (s->mode & REQUESTS) {
@@ -1499,7 +1394,13 @@ static int open_engine(struct engine *e)
     }
     if (s->trace && s->batch == UNSET)
         e->par.n_batch = TRACE_BATCH;
-    settle_lookup(e);
+    while (isa < LFM2_N_ISA && !lfm2_isa_available(isa))
+        isa++;
+    e->lookup = s->trace ? 0 : s->lookup != UNSET ? s->lookup :
+                lfm2_model_config(e->model)->n_expert == 0 &&
+                isa < LFM2_N_ISA && s->isa != LFM2_ISA_SCALAR ? LOOKUP : 0;
+    if (e->par.n_logits < 1 + e->lookup)
+        e->par.n_logits = 1 + e->lookup;
     e->piece = s->piece != UNSET ? s->piece :
                s->mode == BATCH ? e->par.n_batch : PROMPT_PIECE;
     return DONE;
@@ -1565,8 +1466,6 @@ struct reply {
     struct scores prompt_scores, scores;
     struct bias *said;                    /* tokens made, and how often      */
     int n_said;
-    int32_t stop_id[MAX_LIST];            /* control tokens among the stops  */
-    int n_stop_ids;
     uint64_t hash;                        /* of all logits sampled from      */
     double started, read, ended;          /* seconds()                       */
 };
@@ -1627,6 +1526,7 @@ static size_t overlap(const char *s, size_t n, const char *word, size_t len)
     return k;
 }
 
+/* Where a text ends, and how much of its end has to wait. */
 struct cut { size_t at, len, held; int is_stop; };
 
 /* Is the word in s[n], and complete before what was found so far?  Of two that
@@ -1636,22 +1536,19 @@ static void look_for(struct cut *c, const char *s, size_t n, const char *word,
                      int is_stop)
 {
     const size_t len = strlen(word), held = overlap(s, n, word, len);
-    const size_t before = c->len > 0 ? c->at + c->len : n;
+    const size_t before = c->at + c->len;
+    const char *found = find(s, s + before, word);
 
-    for (size_t at = 0; at + len <= before; at++)
-        if (s[at] == word[0] && memcmp(s + at, word, len) == 0) {
-            if (c->len == 0 || at + len < before || len >= c->len)
-                *c = (struct cut){ at, len, 0, is_stop };
-            return;
-        }
-    if (held > c->held && c->len == 0)
+    if (found && (found + len < s + before || len >= c->len))
+        *c = (struct cut){ (size_t)(found - s), len, 0, is_stop };
+    else if (held > c->held && c->len == 0)
         c->held = held;
 }
 
 /* Stop strings are those of the text, not of thoughts and calls. */
 static struct cut find_cut(const struct reply *r, const char *s, size_t n)
 {
-    const char *const ends[] = {
+    static const char *const ends[] = {
         [IN_THOUGHT] = THINK_END, [IN_TEXT] = CALL_START, [IN_CALL] = CALL_END,
         [IN_PLAIN_TEXT] = NULL
     };
@@ -1669,72 +1566,56 @@ static struct cut find_cut(const struct reply *r, const char *s, size_t n)
 
 /* Only what an answer begins with can be a thought.  Returns 1 once it is known
  * whether there is one. */
-static int begin_part(struct reply *r, int last)
+static int begin_part(struct reply *r, const char *s, size_t n, int last)
 {
-    const char *s = r->raw.s + r->seen;
-    const size_t n = r->raw.n - r->seen, len = strlen(THINK);
-    size_t blank = 0;
+    const size_t blank = strspn(s, " \n\r\t"), len = strlen(THINK);
 
-    while (blank < n && strchr(" \n\r\t", s[blank]) && s[blank])
-        blank++;
-    if (!last && (blank == n ||
-                  overlap(s + blank, n - blank, THINK, len) == n - blank))
+    if (!last && overlap(s + blank, n - blank, THINK, len) == n - blank)
         return 0;
-    if (r->part == AT_START && n - blank >= len &&
-        memcmp(s + blank, THINK, len) == 0) {
+    if (r->part == AT_START && begins(s + blank, s + n, THINK)) {
         r->part = IN_THOUGHT;
         r->seen += blank + len;
         return 1;
     }
-    if (r->part == AFTER_THOUGHT)
-        r->seen += blank;
+    r->seen += r->part == AFTER_THOUGHT ? blank : 0;
     r->part = IN_TEXT;
     return 1;
 }
 
-/* Marks belong to no part, but those around a call belong to the call. */
-static void end_part(struct reply *r, const char *word, struct cut c)
-{
-    if (c.is_stop) {
-        r->finish = STOPPED;
-        r->raw.n = r->seen -= c.len;
-        r->raw.s[r->raw.n] = '\0';
-    } else if (r->part == IN_THOUGHT)
-        r->part = AFTER_THOUGHT;
-    else {
-        r->part = c.len == strlen(CALL_END) ? IN_TEXT : IN_CALL;
-        if (!r->keeps_marks)
-            add(&r->calls, word, c.len);
-    }
-}
-
-static void split_parts(struct reply *r, int last)
-{
-    while (r->seen < r->raw.n) {
-        if (r->part == AT_START || r->part == AFTER_THOUGHT) {
-            if (!begin_part(r, last))
-                return;
-            continue;
-        }
-        const char *s = r->raw.s + r->seen;
-        const struct cut c = find_cut(r, s, r->raw.n - r->seen);
-        const size_t n = c.at - (last ? 0 : c.held);
-        if (!r->keeps_marks)
-            add(r->part == IN_THOUGHT ? &r->thought : r->part == IN_CALL ?
-                &r->calls : &r->text, s, n);
-        r->seen += n + c.len;
-        if (c.len == 0)
-            return;
-        end_part(r, s + c.at, c);
-    }
-}
-
-/* Part what is new in r->raw; `last` lets go of what is held back. */
+/* Part what is new in r->raw; `last` lets go of what is held back.  Marks are
+ * dropped, but those around a call belong to the call. */
 static void split(struct reply *r, int last)
 {
     const size_t from = r->seen;
 
-    split_parts(r, last);
+    while (r->seen < r->raw.n) {
+        const char *s = r->raw.s + r->seen;
+        const size_t n = r->raw.n - r->seen;
+        if (r->part == AT_START || r->part == AFTER_THOUGHT) {
+            if (!begin_part(r, s, n, last))
+                break;
+            continue;
+        }
+        const struct cut c = find_cut(r, s, n);
+        const size_t n_part = c.at - (last ? 0 : c.held);
+        if (!r->keeps_marks)
+            add(r->part == IN_THOUGHT ? &r->thought : r->part == IN_CALL ?
+                &r->calls : &r->text, s, n_part);
+        r->seen += n_part + c.len;
+        if (c.len == 0)
+            break;
+        if (c.is_stop) {
+            r->finish = STOPPED;
+            r->raw.n = r->seen -= c.len;
+            r->raw.s[r->raw.n] = '\0';
+        } else if (r->part == IN_THOUGHT)
+            r->part = AFTER_THOUGHT;
+        else {
+            r->part = c.len == strlen(CALL_END) ? IN_TEXT : IN_CALL;
+            if (!r->keeps_marks)
+                add(&r->calls, s + c.at, c.len);
+        }
+    }
     if (r->keeps_marks && r->seen > from)
         add(&r->text, r->raw.s + from, r->seen - from);
 }
@@ -1773,7 +1654,7 @@ static double log_sum(const float *logits, int n_vocab)
 
 /* Note a token and the k likeliest, best first; of equals, the lower id comes
  * first.  Without logits, as for the first token of a text, it has no
- * probability. */
+ * probability; the least is -9999, as JSON has no infinity. */
 static void note_score(const struct engine *e, struct scores *to,
                        const float *logits, int32_t id, int k)
 {
@@ -1785,7 +1666,7 @@ static void note_score(const struct engine *e, struct scores *to,
     if ((n & (n - 1)) == 0)
         to->v = resize(to->v, (n ? 2 * n : 1) * sizeof *to->v);
     s = &to->v[to->n++];
-    *s = (struct score){ .is = { id, NAN } };
+    *s = (struct score){ .is = { id, logits ? (double)logits[id] : NAN } };
     if (!logits)
         return;
     for (int i = 0; k > 0 && i < n_vocab; i++) {
@@ -1798,9 +1679,10 @@ static void note_score(const struct engine *e, struct scores *to,
         s->top[at] = x;
     }
     all = log_sum(logits, lfm2_model_config(e->model)->n_vocab);
-    s->is.logprob = (double)logits[id] - all;
-    for (int i = 0; i < s->n_top; i++)
-        s->top[i].logprob -= all;
+    for (int i = 0; i <= s->n_top; i++) {
+        struct scored *x = i < s->n_top ? &s->top[i] : &s->is;
+        x->logprob = x->logprob - all < -9999 ? -9999 : x->logprob - all;
+    }
 }
 
 /* ---- token by token */
@@ -1813,48 +1695,25 @@ static uint64_t hash_floats(uint64_t h, const float *x, int n)
     return h;
 }
 
-/* Change logits as the request asks, before its sampler sees them. */
-static void adjust_logits(const struct engine *e, const struct reply *r,
-                          float *logits)
-{
-    const struct request *q = r->q;
-
-    for (int i = 0; i < q->n_bias; i++)
-        logits[q->bias[i].id] += q->bias[i].by;
-    for (int i = 0; i < r->n_said; i++)
-        logits[r->said[i].id] -= (float)(q->presence + q->frequency *
-                                         (double)r->said[i].by);
-    for (int i = 0; q->ignore_eos && i < e->ends.n; i++)
-        logits[e->ends.id[i]] = -INFINITY;
-}
-
-/* For the presence and frequency penalties. */
-static void count_token(struct reply *r, int32_t id)
-{
-    int i = 0;
-
-    while (i < r->n_said && r->said[i].id != id)
-        i++;
-    if (i == r->n_said)
-        r->said[r->n_said++] = (struct bias){ id, 0 };
-    r->said[i].by++;
-}
-
 /* Append a token to the answer, or end it. */
 static void take_token(const struct engine *e, struct reply *r, int32_t id)
 {
-    const enum part before = r->part;
-    int len;
+    int len, i = 0;
     const char *s = visible(e, id, &len);
 
+    r->n_thought += r->part == IN_THOUGHT;
+    r->n_made++;
     if (r->guide)
         guide_token(r, r->guide, s, (size_t)len);
     add(&r->raw, s, (size_t)len);
     split(r, 0);
-    r->n_made++;
-    if (r->said)
-        count_token(r, id);
-    r->n_thought += before == IN_THOUGHT;
+    if (r->said) {
+        while (i < r->n_said && r->said[i].id != id)
+            i++;
+        if (i == r->n_said)
+            r->said[r->n_said++] = (struct bias){ id, 0 };
+        r->said[i].by++;
+    }
     if (r->guide && r->finish == UNFINISHED)
         end_guided(r);
     if (r->finish != UNFINISHED)
@@ -1885,16 +1744,20 @@ static int close_thought(const struct engine *e, struct reply *r)
     return n > 0;
 }
 
+/* A stop string may be the name of a control token. */
 static int is_end(const struct engine *e, const struct reply *r, int32_t id)
 {
-    for (int i = 0; i < r->n_stop_ids; i++)
-        if (r->stop_id[i] == id)
+    int len;
+
+    lfm2_token_bytes(e->words, id, 0, &len);
+    for (int i = 0; len == 0 && i < r->q->stop.n; i++)
+        if (lfm2_token_id(e->words, r->q->stop.v[i]) == id)
             return 1;
     return lfm2_is_eog(e->words, id);
 }
 
-/* The next token, from the logits of the last.  Scores are what the model said,
- * before anything changes it. */
+/* The next token, from the logits of the last, which change as the request
+ * asks.  Scores are what the model said before that. */
 static void sample_token(struct engine *e, struct reply *r, float *logits)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
@@ -1908,7 +1771,13 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
         r->hash = hash_floats(r->hash, logits, n_vocab);
     if (q->logprobs >= 0)
         memcpy(e->raw_logits, logits, (size_t)n_vocab * sizeof *logits);
-    adjust_logits(e, r, logits);
+    for (int i = 0; i < q->n_bias; i++)
+        logits[q->bias[i].id] += q->bias[i].by;
+    for (int i = 0; i < r->n_said; i++)
+        logits[r->said[i].id] -= (float)(q->presence + q->frequency *
+                                         (double)r->said[i].by);
+    for (int i = 0; q->ignore_eos && i < e->ends.n; i++)
+        logits[e->ends.id[i]] = -INFINITY;
     id = lfm2_sample(e->ctx, &r->sampler, logits, r->ids.id, r->ids.n);
     if (id >= 0 && r->guide && !may_say(e, r, id))
         id = ask_again(e, r, logits);
@@ -1944,49 +1813,30 @@ enum {
     A_FORWARD = 100, A_GUESS = 10, EARNED = 2, CREDIT = 50, MAX_CREDIT = 400
 };
 
-/* Where the text went on when its last few tokens came before; the more of them
- * are alike, the better.  0 if they never did.  The search is short beside what
- * attention reads of the same tokens. */
-static int find_earlier(const struct ids *text)
-{
-    const int32_t *end = text->id + text->n;
-    int best = 0, longest = MIN_MATCH - 1;
-
-    for (int at = text->n - 1; at > longest && longest < MAX_MATCH; at--) {
-        int n = 0;
-        while (n < at && n < MAX_MATCH && text->id[at - 1 - n] == end[-1 - n])
-            n++;
-        if (n > longest)
-            longest = n, best = at;
-    }
-    return best;
-}
-
-/* Put at most n guesses behind the text, and say how many. */
+/* Put at most n guesses behind the text, and say how many: what came where its
+ * last few tokens came before; the more of them are alike, the better.  The
+ * search is short beside what attention reads of the same tokens. */
 static int guess(const struct engine *e, struct reply *r, int n)
 {
-    struct ids *text = &r->ids;
-    int from;
+    int32_t *const id = r->ids.id, *const end = id + r->ids.n;
+    int from = 0, longest = MIN_MATCH - 1;
 
     n = smaller(smaller(n, r->bold), r->credit / A_GUESS);
-    n = smaller(n, e->par.n_ctx - text->n);
+    n = smaller(n, e->par.n_ctx - r->ids.n);
     if (r->q->limit >= 0)
         n = smaller(n, r->q->limit - r->n_made - 1);
-    from = n > 0 ? find_earlier(text) : 0;
+    for (int at = r->ids.n - 1; n > 0 && at > longest && longest < MAX_MATCH;
+         at--) {
+        int alike = 0;
+        while (alike < at && alike < MAX_MATCH &&
+               id[at - 1 - alike] == end[-1 - alike])
+            alike++;
+        if (alike > longest)
+            longest = alike, from = at;
+    }
     for (int i = 0; from > 0 && i < n; i++)
-        text->id[text->n + i] = text->id[from + i];
+        end[i] = id[from + i];
     return from > 0 ? n : 0;
-}
-
-/* n_right of n guesses were right: guess more, or less. */
-static void note_guesses(struct reply *r, int n, int n_right)
-{
-    r->n_guessed += n;
-    r->n_right += n_right;
-    r->credit += EARNED + n_right * A_FORWARD - n * A_GUESS;
-    r->credit = smaller(r->credit, MAX_CREDIT);
-    if (n > 0)
-        r->bold = smaller(n_right < n ? n_right + 1 : 2 * n + 1, MAX_LOOKUP);
 }
 
 /* ---- many at once */
@@ -2005,7 +1855,6 @@ static int check_prompt(const struct engine *e, const struct request *q,
                         struct why *why)
 {
     const lfm2_config *c = lfm2_model_config(e->model);
-    const int n_vocab = c->n_vocab;
 
     if (q->prompt.n == 0)
         return because(why, USAGE, "the prompt has no tokens");
@@ -2015,9 +1864,9 @@ static int check_prompt(const struct engine *e, const struct request *q,
                        e->par.n_ctx < c->n_ctx_train ? "; -c N makes it longer"
                        : ", all that the model was trained for");
     for (int i = 0; i < q->prompt.n; i++)
-        if (q->prompt.id[i] < 0 || q->prompt.id[i] >= n_vocab)
+        if (q->prompt.id[i] < 0 || q->prompt.id[i] >= c->n_vocab)
             return because(why, USAGE, "token %d is %ld, expected 0 to %d", i,
-                           (long)q->prompt.id[i], n_vocab - 1);
+                           (long)q->prompt.id[i], c->n_vocab - 1);
     return DONE;
 }
 
@@ -2046,39 +1895,33 @@ static void engine_drop(struct engine *e, struct job *j)
         at = &(*at)->next;
     if (*at)
         *at = j->next;
+    j->r.ended = seconds();
     if (j->state == ACTIVE) {
         e->slot[j->r.seq].job = NULL;
-        e->slot[j->r.seq].used = seconds();
+        e->slot[j->r.seq].used = j->r.ended;
     }
     j->state = FINISHED;
     split(&j->r, 1);
-    j->r.ended = seconds();
-}
-
-static lfm2_sampler make_sampler(const struct sampling *is, uint64_t seed)
-{
-    return (lfm2_sampler){
-        (float)is->temp, is->top_k < 0 ? 0 : is->top_k, (float)is->top_p,
-        (float)is->min_p, (float)is->repeat,
-        is->last_n < 0 ? 1 << 30 : is->last_n, seed
-    };
 }
 
 /* Begin to answer in a sequence.  One token at least is always read, for its
- * logits; all are, if the prompt's own are wanted. */
+ * logits. */
 static void start_reply(struct engine *e, struct job *j, struct slot *slot)
 {
     const size_t n_ctx = (size_t)e->par.n_ctx;
     const struct request *q = &j->q;
+    const struct sampling *is = &q->sampling;
     struct reply *r = &j->r;
-    int same = q->prompt_logprobs < 0 ? shared_prefix(&slot->cached, &q->prompt)
-                                      : 0;
 
     *r = (struct reply){
         .q = q, .seq = (int)(slot - e->slot), .hash = HASH_START,
         .keeps_marks = e->s->think == THINK_RAW, .bold = MIN_MATCH,
-        .credit = CREDIT, .sampler = make_sampler(&q->sampling,
-                                                  (uint64_t)q->seed),
+        .credit = CREDIT,
+        .sampler = {
+            (float)is->temp, is->top_k < 0 ? 0 : is->top_k, (float)is->top_p,
+            (float)is->min_p, (float)is->repeat,
+            is->last_n < 0 ? 1 << 30 : is->last_n, (uint64_t)q->seed
+        },
         .part = q->is_completion ? IN_PLAIN_TEXT : q->in_thought ? IN_THOUGHT :
                 AT_START
     };
@@ -2087,55 +1930,40 @@ static void start_reply(struct engine *e, struct job *j, struct slot *slot)
         r->said = zeroed(n_ctx + 1, sizeof *r->said);
     memcpy(r->ids.id, q->prompt.id, (size_t)q->prompt.n * sizeof *r->ids.id);
     r->ids.n = q->prompt.n;
-    for (int i = 0; e->words && i < q->stop.n; i++) {
-        const int32_t id = lfm2_token_id(e->words, q->stop.v[i]);
-        int len = 1;
-        if (id >= 0)
-            lfm2_token_bytes(e->words, id, 0, &len);
-        if (len == 0)                     /* a control token, by its name    */
-            r->stop_id[r->n_stop_ids++] = id;
-    }
     start_guide(e, r);
-    same = smaller(same, q->prompt.n - 1);
-    slot->cached.n = lfm2_seq_trim(e->ctx, r->seq, same);
+    slot->cached.n = lfm2_seq_trim(e->ctx, r->seq,
+                                   smaller(slot->same, q->prompt.n - 1));
     r->n_fed = r->n_reused = slot->cached.n;
     r->started = r->read = r->ended = seconds();
     slot->job = j;
     j->state = ACTIVE;
 }
 
-/* The sequence to answer a prompt in.  A conversation goes on where it was;
- * another one takes an empty sequence or the one that has waited longest, and
- * copies there what it shares with any.  NULL if all are busy. */
+/* The sequence to answer a request in; NULL if all are busy.  A conversation
+ * goes on where it was; another one takes an empty sequence, or the one that
+ * has waited longest.  *from shares most with the prompt.  One whose own log
+ * probabilities are wanted is read from its beginning. */
 static struct slot *choose_slot(const struct engine *e,
-                                const struct ids *prompt,
-                                const struct slot **from, int *same)
+                                const struct request *q,
+                                const struct slot **from)
 {
-    struct slot *best = NULL;
+    struct slot *const end = e->slot + e->par.n_seq, *best = NULL;
+    double rank, best_rank = INFINITY;
 
-    *from = NULL;
-    *same = 0;
-    for (int i = 0; i < e->par.n_seq; i++) {
-        struct slot *s = &e->slot[i];
-        const int n = shared_prefix(&s->cached, prompt);
-        if (n > *same) {
-            *same = n;
+    *from = e->slot;
+    for (struct slot *s = e->slot; s < end; s++) {
+        s->same = q->prompt_logprobs < 0 ?
+                  shared_prefix(&s->cached, &q->prompt) : 0;
+        if (s->same > (*from)->same)
             *from = s;
-            best = NULL;
-        }
-        if (n == *same && n > 0 && !s->job && s->cached.n - n <= EXACT_TRIM)
-            best = s;
     }
-    if (best)
-        return best;
-    for (int i = 0; i < e->par.n_seq; i++) {
-        struct slot *s = &e->slot[i];
-        if (s->job)
-            continue;
-        if (!best || (s->cached.n == 0) > (best->cached.n == 0) ||
-            ((s->cached.n == 0) == (best->cached.n == 0) &&
-             s->used < best->used))
-            best = s;
+    for (struct slot *s = e->slot; s < end; s++) {
+        rank = s->cached.n == 0 ? -1 : s->used;
+        if (s->same > 0 && s->same == (*from)->same &&
+            s->cached.n - s->same <= EXACT_TRIM)
+            rank = -2;
+        if (!s->job && rank < best_rank)
+            best = s, best_rank = rank;
     }
     return best;
 }
@@ -2154,29 +1982,24 @@ static int worth_waiting(const struct engine *e, const struct ids *prompt,
 }
 
 /* Start what waits, oldest first.  One that had better wait does not keep back
- * those behind it.  A prompt whose own log probabilities are wanted is read
- * from its beginning. */
+ * those behind it. */
 static void start_jobs(struct engine *e)
 {
-    static const struct ids none = { NULL, 0 };
-
     for (struct job *j = e->jobs; j; j = j->next) {
-        const struct ids *prompt = j->q.prompt_logprobs < 0 ? &j->q.prompt :
-                                   &none;
         const struct slot *from;
         struct slot *to;
-        int same;
         if (j->state != WAITING)
             continue;
-        to = choose_slot(e, prompt, &from, &same);
+        to = choose_slot(e, &j->q, &from);
         if (!to)
             return;
-        if (worth_waiting(e, prompt, same))
+        if (j->q.prompt_logprobs < 0 &&
+            worth_waiting(e, &j->q.prompt, from->same))
             continue;
-        if (from && from != to && same >= shared_prefix(&to->cached, prompt) +
-            lfm2_seq_step(e->ctx) &&
+        if (from->same >= to->same + lfm2_seq_step(e->ctx) &&
             lfm2_seq_copy(e->ctx, (int)(to - e->slot), (int)(from - e->slot),
                           NULL) == LFM2_OK) {
+            to->same = from->same;
             to->cached.n = from->cached.n;
             memcpy(to->cached.id, from->cached.id,
                    (size_t)from->cached.n * sizeof *from->cached.id);
@@ -2192,8 +2015,8 @@ static lfm2_span next_span(const struct engine *e, struct reply *r,
 {
     const int rest = r->ids.n - r->n_fed;
     const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
-    const int most = all_rows && *rows < *room ? *rows : *room;
-    const int n = rest - 1 < most ? rest : most + 1;
+    const int most = all_rows ? smaller(*rows, *room) : *room;
+    const int n = smaller(rest, most + 1);
     int guesses = 0;
 
     *room -= n - 1;
@@ -2207,26 +2030,15 @@ static lfm2_span next_span(const struct engine *e, struct reply *r,
                         .n_logits = (all_rows ? n : n == rest) + guesses };
 }
 
-/* What the model thought of the prompt: of each token but the first. */
-static void note_prompt(const struct engine *e, struct reply *r, int span,
-                        int n)
-{
-    const struct request *q = r->q;
-
-    if (r->n_fed == 0)
-        note_score(e, &r->prompt_scores, NULL, r->ids.id[0], 0);
-    for (int i = 0; i < n && r->n_fed + i + 1 < q->prompt.n; i++)
-        note_score(e, &r->prompt_scores, lfm2_logits(e->ctx, span, i),
-                   r->ids.id[r->n_fed + i + 1], q->prompt_logprobs);
-}
-
-/* Say the next token, and as many more as were guessed.  What was guessed wrong
- * leaves the cache, and maybe some of what is before it, to be read again. */
+/* Say the next token, and as many more as were guessed: the more of them were
+ * right, the more are guessed next.  What was guessed wrong leaves the cache,
+ * and maybe some of what is before it, to be read again. */
 static void say_tokens(struct engine *e, struct reply *r, int span)
 {
     struct ids *cached = &e->slot[r->seq].cached;
     const int from = r->n_fed, n = cached->n - from;
     const int row = e->span[span].n_logits - 1 - n;
+    int n_right;
 
     while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
         sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
@@ -2234,29 +2046,42 @@ static void say_tokens(struct engine *e, struct reply *r, int span)
                r->ids.id[r->n_fed] == cached->id[r->n_fed])
             r->n_fed++;
     }
-    note_guesses(r, n, r->n_fed - from);
+    n_right = r->n_fed - from;
+    r->n_guessed += n;
+    r->n_right += n_right;
+    r->credit = smaller(r->credit + EARNED + n_right * A_FORWARD - n * A_GUESS,
+                        MAX_CREDIT);
+    if (n > 0)
+        r->bold = smaller(n_right < n ? n_right + 1 : 2 * n + 1, MAX_LOOKUP);
     if (r->n_fed < cached->n)
         r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
 }
 
 /* What was fed is in the cache now; a reply that is all there says its next
- * token. */
+ * token.  The model has an opinion on each token of a prompt but the first. */
 static void move_on(struct engine *e, struct reply *r, int span)
 {
     const lfm2_span *fed = &e->span[span];
+    const struct request *q = r->q;
     struct ids *cached = &e->slot[r->seq].cached;
 
     memcpy(cached->id + cached->n, fed->tokens,
            (size_t)fed->n_tokens * sizeof *cached->id);
     cached->n += fed->n_tokens;
-    if (r->q->prompt_logprobs >= 0 && r->n_made == 0)
-        note_prompt(e, r, span, fed->n_logits);
+    if (q->prompt_logprobs >= 0 && r->n_made == 0) {
+        if (r->n_fed == 0)
+            note_score(e, &r->prompt_scores, NULL, r->ids.id[0], 0);
+        for (int i = 0, at = r->n_fed + 1; i < fed->n_logits &&
+             at + i < q->prompt.n; i++)
+            note_score(e, &r->prompt_scores, lfm2_logits(e->ctx, span, i),
+                       r->ids.id[at + i], q->prompt_logprobs);
+    }
     r->n_fed = smaller(cached->n, r->ids.n);
     if (r->n_sampled == 0)
         r->read = seconds();
     else
         r->n_steps++;
-    if (r->n_fed == r->ids.n && r->q->limit == 0)
+    if (r->n_fed == r->ids.n && q->limit == 0)
         r->finish = BY_LENGTH;
     else if (r->n_fed == r->ids.n)
         say_tokens(e, r, span);
@@ -2322,11 +2147,19 @@ static uint64_t random_seed(void)
             (uint64_t)getpid() << 20) & UINT32_MAX;
 }
 
-/* A request by the options, or by them and a body, is completed by what the
- * model's makers advise. */
+/* What options, and a body, leave open is as the model's makers advise. */
 static void complete_request(const struct engine *e, struct request *q)
 {
-    complete(&q->sampling, &e->preset);
+    const struct sampling *p = &e->preset, is = q->sampling;
+
+    q->sampling = (struct sampling){
+        .temp = is.temp == UNSET ? p->temp : is.temp,
+        .top_k = is.top_k == UNSET ? p->top_k : is.top_k,
+        .top_p = is.top_p == UNSET ? p->top_p : is.top_p,
+        .min_p = is.min_p == UNSET ? p->min_p : is.min_p,
+        .repeat = is.repeat != UNSET ? is.repeat : is.temp == 0 ? 1 : p->repeat,
+        .last_n = is.last_n == UNSET ? p->last_n : is.last_n
+    };
     if (q->limit == UNSET)
         q->limit = q->is_completion ? PLAIN_LENGTH : -1;
     if (q->seed == -1)
@@ -2340,7 +2173,33 @@ static void complete_request(const struct engine *e, struct request *q)
 
 /* ---- on the screen */
 
-struct output { FILE *f; lfm2_utf8 utf8; int terminal; };
+struct output {
+    FILE *f;                              /* NULL: not shown                 */
+    int terminal;
+    size_t shown;                         /* bytes of a reply                */
+    lfm2_utf8 utf8;
+};
+
+struct printer {
+    struct output to[2];                  /* the text, and thoughts          */
+    int colour;                           /* thoughts are dim                */
+    int in_thought, code;
+};
+
+/* Thoughts go where a person looks, or where they were sent. */
+static struct printer start_printer(const struct settings *s)
+{
+    const char *no = getenv("NO_COLOR"), *term = getenv("TERM");
+    const int terminal = isatty(STDOUT_FILENO);
+    struct printer p = { .to[0] = { .f = stdout, .terminal = terminal } };
+
+    p.colour = s->color != COLOR_AUTO ? s->color == COLOR_ON :
+               terminal && !(no && no[0]) && term && strcmp(term, "dumb") != 0;
+    p.to[1].terminal = terminal || isatty(STDERR_FILENO);
+    if (s->think == THINK_SHOW || (s->think == THINK_AUTO && terminal))
+        p.to[1].f = terminal ? stdout : stderr;
+    return p;
+}
 
 /* Only whole characters come out; len 0 lets go of an unfinished one. */
 static void put_text(struct output *o, const char *bytes, size_t len)
@@ -2359,68 +2218,32 @@ static void put_text(struct output *o, const char *bytes, size_t len)
     } while (len > 0);
 }
 
-/* How much of a reply is on the screen already. */
-struct printer {
-    struct output out, thoughts;          /* f NULL: not shown               */
-    int colour;                           /* thoughts are dim                */
-    int in_thought, code;
-    size_t text, thought;
-};
-
-static int wants_colour(const struct settings *s)
-{
-    const char *no = getenv("NO_COLOR"), *term = getenv("TERM");
-
-    if (s->color != COLOR_AUTO)
-        return s->color == COLOR_ON;
-    return isatty(STDOUT_FILENO) && !(no && no[0]) && term &&
-           strcmp(term, "dumb") != 0;
-}
-
-/* Thoughts go where a person looks, or where they were sent. */
-static struct printer start_printer(const struct settings *s)
-{
-    const int terminal = isatty(STDOUT_FILENO);
-    struct printer p = { .colour = wants_colour(s) };
-
-    p.out = (struct output){ .f = stdout, .terminal = terminal };
-    if (s->think == THINK_SHOW || (s->think == THINK_AUTO && terminal))
-        p.thoughts = (struct output){
-            .f = terminal ? stdout : stderr,
-            .terminal = isatty(terminal ? STDOUT_FILENO : STDERR_FILENO)
-        };
-    return p;
-}
-
 static void enter_thought(struct printer *p, int inside)
 {
     if (p->in_thought == inside)
         return;
-    put_text(inside ? &p->out : &p->thoughts, "", 0);
+    put_text(&p->to[!inside], "", 0);
     p->in_thought = inside;
     is_dim = p->colour && inside;
-    if (p->colour)
-        fputs(inside ? "\033[2m" : "\033[0m\n\n", p->thoughts.f);
+    if (inside)
+        fputs(p->colour ? "\033[2m" : THINK, p->to[1].f);
     else
-        fputs(inside ? THINK : THINK_END "\n\n", p->thoughts.f);
+        fprintf(p->to[1].f, "%s\n\n", p->colour ? "\033[0m" : THINK_END);
 }
 
-/* Print what is new. */
+/* Print what is new: thoughts, then text. */
 static void print_reply(struct printer *p, const struct reply *r)
 {
-    if (p->thoughts.f && r->thought.n > p->thought) {
-        enter_thought(p, 1);
-        put_text(&p->thoughts, r->thought.s + p->thought,
-                 r->thought.n - p->thought);
-        fflush(p->thoughts.f);
-        p->thought = r->thought.n;
+    for (int i = 1; i >= 0; i--) {
+        const struct text *all = i ? &r->thought : &r->text;
+        struct output *o = &p->to[i];
+        if (!o->f || all->n == o->shown)
+            continue;
+        enter_thought(p, i);
+        put_text(o, all->s + o->shown, all->n - o->shown);
+        o->shown = all->n;
+        p->code = flush_output(p->code);
     }
-    if (r->text.n == p->text)
-        return;
-    enter_thought(p, 0);
-    put_text(&p->out, r->text.s + p->text, r->text.n - p->text);
-    p->text = r->text.n;
-    p->code = flush_output(p->code);
 }
 
 /* The calls in a reply that has ended; what is not a call becomes text. */
@@ -2450,8 +2273,8 @@ static void print_end(struct printer *p, struct reply *r)
         add(&line, calls.call[i].arguments.s, calls.call[i].arguments.n);
         add_string(&line, i + 1 < calls.n ? "}" : "}]");
     }
-    put_text(&p->out, line.s ? line.s : "", line.n);
-    put_text(&p->out, "", 0);
+    put_text(&p->to[0], line.s ? line.s : "", line.n);
+    put_text(&p->to[0], "", 0);
     if (r->text.n > 0 || line.n > 0 || r->thought.n > 0)
         putchar('\n');
     free(line.s);
@@ -2461,28 +2284,17 @@ static void print_end(struct printer *p, struct reply *r)
 
 /* ---- as JSON */
 
-static void add_log(struct text *to, double logprob)
-{
-    if (isnan(logprob))
-        add_string(to, "null");
-    else
-        add_format(to, "%.6f", logprob > -9999 ? logprob : -9999.0);
-}
-
-/* {"token": ..., "id": ..., "logprob": ..., "bytes": [...] */
+/* A token as the members of an object that is left open. */
 static void add_scored(const struct engine *e, struct text *to,
                        const struct scored *x)
 {
     int len;
     const char *s = lfm2_token_bytes(e->words, x->id, 1, &len);
 
-    add_string(to, "{\"token\": ");
-    add_json_string(to, s, (size_t)len);
-    add_format(to, ", \"id\": %ld, \"logprob\": ", (long)x->id);
-    add_log(to, x->logprob);
-    add_string(to, ", \"bytes\": [");
+    add_members(to, "{token: %.*s, id: %d, logprob: %f, bytes: [", len, s,
+                (int)x->id, x->logprob);
     for (int i = 0; i < len; i++)
-        add_format(to, "%s%d", i ? ", " : "", (unsigned char)s[i]);
+        add_members(to, "%d", (unsigned char)s[i]);
     add_string(to, "]");
 }
 
@@ -2490,18 +2302,16 @@ static void add_scored(const struct engine *e, struct text *to,
 static void add_scores(const struct engine *e, struct text *to,
                        const struct scores *scores, int from)
 {
-    add_string(to, "[");
+    add_members(to, "[");
     for (int i = from; i < scores->n; i++) {
         const struct score *s = &scores->v[i];
-        add_string(to, i > from ? ", " : "");
         if (isnan(s->is.logprob)) {
-            add_string(to, "null");
+            add_members(to, "%s", NULL);
             continue;
         }
         add_scored(e, to, &s->is);
-        add_string(to, ", \"top_logprobs\": [");
+        add_members(to, "top_logprobs: [");
         for (int k = 0; k < s->n_top; k++) {
-            add_string(to, k ? ", " : "");
             add_scored(e, to, &s->top[k]);
             add_string(to, "}");
         }
@@ -2514,20 +2324,18 @@ static void add_scores(const struct engine *e, struct text *to,
  * are written as bytes. */
 static void add_token_name(const struct engine *e, struct text *to, int32_t id)
 {
+    struct text bytes = { 0 };
     uint32_t c;
     int len, at = 0, n = 1;
     const char *s = lfm2_token_bytes(e->words, id, 1, &len);
 
     for (; at < len && n > 0; at += n)
         n = utf8_get(s + at, s + len, &c);
-    if (n > 0) {
-        add_json_string(to, s, (size_t)len);
-        return;
-    }
-    add_string(to, "\"bytes:");
-    for (int i = 0; i < len; i++)
-        add_format(to, "\\\\x%02x", (unsigned char)s[i]);
-    add_string(to, "\"");
+    add_string(&bytes, "bytes:");
+    for (int i = 0; i < len && n == 0; i++)
+        add_format(&bytes, "\\x%02x", (unsigned char)s[i]);
+    add_members(to, "%.*s", n ? len : (int)bytes.n, n ? s : bytes.s);
+    free(bytes.s);
 }
 
 /* "name": log probability, of the likeliest and of the token itself. */
@@ -2537,18 +2345,15 @@ static void add_best(const struct engine *e, struct text *to,
     int has = 0;
 
     if (isnan(s->is.logprob)) {
-        add_string(to, "null");
+        add_members(to, "%s", NULL);
         return;
     }
-    for (int i = 0; i <= s->n_top; i++) {
+    add_members(to, "{");
+    for (int i = 0; i < s->n_top + !has; i++) {
         const struct scored *x = i < s->n_top ? &s->top[i] : &s->is;
-        has |= i < s->n_top && x->id == s->is.id;
-        if (i == s->n_top && has)
-            break;
-        add_string(to, i ? ", " : "{");
+        has |= x->id == s->is.id;
         add_token_name(e, to, x->id);
-        add_string(to, ": ");
-        add_log(to, x->logprob);
+        add_members(to, ": %f", x->logprob);
     }
     add_string(to, "}");
 }
@@ -2559,53 +2364,50 @@ static void add_best(const struct engine *e, struct text *to,
 static void add_columns(const struct engine *e, struct text *to,
                         const struct reply *r, int from)
 {
-    static const char *const column[] = {
-        "{\"tokens\": [", "], \"token_logprobs\": [", "], \"top_logprobs\": [",
-        "], \"text_offset\": ["
-    };
+    static const char *const column[] = { "tokens", "token_logprobs",
+                                          "top_logprobs", "text_offset" };
     const int n_prompt = r->q->echo ? r->prompt_scores.n : 0;
     const int first = from > 0 ? n_prompt + from : 0;
 
     for (int c = 0; c < 4; c++) {
         int offset = 0, len;
-        add_string(to, column[c]);
+        add_members(to, c ? "%s: [" : "{%s: [", column[c]);
         for (int i = 0; i < n_prompt + r->scores.n; i++) {
             const struct score *s = i < n_prompt ? &r->prompt_scores.v[i] :
                                     &r->scores.v[i - n_prompt];
             const char *bytes = visible(e, s->is.id, &len);
-            add_string(to, i > first ? ", " : "");
-            if (i < first)
-                ;
-            else if (c == 0)
+            if (i >= first && c == 0)
                 add_token_name(e, to, s->is.id);
-            else if (c == 1)
-                add_log(to, s->is.logprob);
-            else if (c == 2)
+            else if (i >= first && c == 1)
+                add_members(to, "%f", s->is.logprob);
+            else if (i >= first && c == 2)
                 add_best(e, to, s);
-            else
-                add_format(to, "%d", offset);
+            else if (i >= first)
+                add_members(to, "%d", offset);
             for (int k = 0; k < len; k++)
                 offset += (bytes[k] & 0xc0) != 0x80;
         }
+        add_string(to, "]");
     }
-    add_string(to, "]}");
+    add_string(to, "}");
 }
 
 static void add_logprobs(const struct engine *e, struct text *to,
                          const struct reply *r, int from)
 {
-    if (r->q->logprobs >= 0) {
+    const struct request *q = r->q;
+    const int in_columns = q->is_completion && q->logprobs >= 0;
+
+    if (q->logprobs >= 0)
         add_members(to, "logprobs: ");
-        if (r->q->is_completion)
-            add_columns(e, to, r, from);
-        else {
-            add_string(to, "{\"content\": ");
-            add_scores(e, to, &r->scores, from);
-            add_string(to, "}");
-        }
+    if (in_columns)
+        add_columns(e, to, r, from);
+    else if (q->logprobs >= 0) {
+        add_members(to, "{content: ");
+        add_scores(e, to, &r->scores, from);
+        add_string(to, "}");
     }
-    if (r->q->prompt_logprobs >= 0 && from == 0 &&
-        !(r->q->is_completion && r->q->logprobs >= 0 && r->q->echo)) {
+    if (q->prompt_logprobs >= 0 && from == 0 && !(in_columns && q->echo)) {
         add_members(to, "prompt_logprobs: ");
         add_scores(e, to, &r->prompt_scores, 0);
     }
@@ -2640,31 +2442,6 @@ static void add_tokens(const struct engine *e, struct text *to,
     }
 }
 
-/* What was said: a text, of the prompt too if it is wanted; or a message. */
-static void add_said(const struct engine *e, struct text *to,
-                     const struct job *j, const struct calls *calls)
-{
-    const struct reply *r = &j->r;
-    struct text whole = { 0 };
-
-    if (!j->q.is_completion) {
-        add_members(to, "message: {role: %s, content: %.*s", "assistant",
-                    (int)r->text.n, r->text.s ? r->text.s : "");
-        if (r->thought.n > 0)
-            add_members(to, "reasoning_content: %.*s", (int)r->thought.n,
-                        r->thought.s);
-        if (calls->n > 0)
-            add_calls(to, calls, j->id, 0);
-        add_string(to, "}");
-        return;
-    }
-    if (j->q.echo)
-        add_tokens(e, &whole, &j->q.prompt);
-    add(&whole, r->text.s, r->text.n);
-    add_members(to, "text: %.*s", (int)whole.n, whole.s);
-    free(whole.s);
-}
-
 /* What the file calls itself. */
 static struct piece model_name(const struct engine *e)
 {
@@ -2696,15 +2473,32 @@ static const char *finish_reason(const struct reply *r, int n_calls)
            r->finish == BY_LENGTH || r->finish == BY_CONTEXT ? "length" : NULL;
 }
 
+/* What was said: a text, of the prompt too if it is wanted; or a message. */
 static void add_choice(const struct engine *e, struct text *to, struct job *j,
                        int index)
 {
     struct calls calls = take_calls(&j->r);
+    const struct reply *r = &j->r;
+    struct text said = { 0 };
 
-    add_members(to, "{index: %d", index);
-    add_said(e, to, j, &calls);
-    add_logprobs(e, to, &j->r, 0);
-    add_members(to, "finish_reason: %s}", finish_reason(&j->r, calls.n));
+    if (j->q.is_completion && j->q.echo)
+        add_tokens(e, &said, &j->q.prompt);
+    add(&said, r->text.s, r->text.n);
+    if (j->q.is_completion)
+        add_members(to, "{index: %d, text: %.*s", index, (int)said.n, said.s);
+    else {
+        add_members(to, "{index: %d, message: {role: %s, content: %.*s", index,
+                    "assistant", (int)said.n, said.s);
+        if (r->thought.n > 0)
+            add_members(to, "reasoning_content: %.*s", (int)r->thought.n,
+                        r->thought.s);
+        if (calls.n > 0)
+            add_calls(to, &calls, j->id, 0);
+        add_string(to, "}");
+    }
+    add_logprobs(e, to, r, 0);
+    add_members(to, "finish_reason: %s}", finish_reason(r, calls.n));
+    free(said.s);
     free_calls(&calls);
 }
 
@@ -8140,16 +7934,16 @@ static void next_member(struct text *to)
 }
 
 /* Numbers that are none are null. */
-static void add_real(struct text *to, double x)
+static void add_real(struct text *to, double x, int how)
 {
-    add_format(to, !isfinite(x) ? "null" : x == floor(x) && fabs(x) < 1e15 ?
-               "%.0f" : "%.9g", x);
+    add_format(to, !isfinite(x) ? "null" : how == 'f' ? "%.6f" :
+               x == floor(x) && fabs(x) < 1e15 ? "%.0f" : "%.9g", x);
 }
 
 /* The value of one conversion of add_members(); returns its last letter. */
 static const char *add_one(struct text *to, const char *how, va_list *args)
 {
-    const char *const end = how + strcspn(how, "sdiugx");
+    const char *const end = how + strcspn(how, "sdiugfx");
     const int n = *how == '.' ? va_arg(*args, int) : -1;
     const char *s;
 
@@ -8163,8 +7957,8 @@ static const char *add_one(struct text *to, const char *how, va_list *args)
         add_format(to, "%d", va_arg(*args, int));
     else if (*end == 'i')
         add_string(to, va_arg(*args, int) ? "true" : "false");
-    else if (*end == 'g')
-        add_real(to, va_arg(*args, double));
+    else if (*end == 'g' || *end == 'f')
+        add_real(to, va_arg(*args, double), *end);
     else if (*how == 'z')
         add_format(to, "%zu", va_arg(*args, size_t));
     else
@@ -8179,8 +7973,8 @@ static const char *add_one(struct text *to, const char *how, va_list *args)
  *
  * It may end within an object, for the next call to go on, and commas between
  * members come by themselves.  %s is a string and %.*s some bytes, or null if
- * they are not there; %d, %zu, %llu and %g are numbers, %016llx a hash, and %i
- * true or false. */
+ * they are not there; %d, %zu, %llu, %g and %f are numbers, %016llx a hash, and
+ * %i true or false. */
 #ifdef __clang__                          /* gcc would warn of every NULL    */
 __attribute__((format(printf, 2, 3)))
 #endif
@@ -10001,7 +9795,7 @@ static void print_record(const struct bench *b, const struct test *t)
                 "type_k: %s, type_v: %s, n_prompt: %d, n_gen: %d, n_depth: %d, "
                 "test_time: %s, avg_ns: %g, stddev_ns: %g, avg_ts: %g, "
                 "stddev_ts: %g, samples_ns: [", "", 0,
-                look_up("/proc/cpuinfo", "model name", "?").s, b->e.s->model,
+                look_up("/proc", "cpuinfo", "model name", "?").s, b->e.s->model,
                 b->type.s, b->cost.bytes, b->cost.params, "CPU", p->n_batch,
                 p->n_threads, kv, kv, t->n_prompt, t->n_gen, t->depth, when,
                 round(mean_of(&t->ns)), round(error_of(&t->ns) * root),
@@ -10051,7 +9845,8 @@ static void print_row(const struct bench *b, const struct test *t)
 
 static void print_footer(const struct bench *b)
 {
-    const struct phrase cpu = look_up("/proc/cpuinfo", "model name", "unknown");
+    const struct phrase cpu = look_up("/proc", "cpuinfo", "model name",
+                                      "unknown");
     const lfm2_params *p = &b->e.par;
 
     printf("\nmachine   %s, %d usable CPUs\nkernels   %s, KV in %s, batch %d\n",
@@ -12461,8 +12256,11 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
         walk_tokens(e->spelling, r->guide);
     for (int i = 0; i < e->ends.n; i++)
         fits[e->ends.id[i]] = (uint8_t)may_stop(r);
-    for (int i = 0; i < r->n_stop_ids; i++)
-        fits[r->stop_id[i]] = (uint8_t)may_stop(r);
+    for (int i = 0; i < r->q->stop.n; i++) {
+        id = lfm2_token_id(e->words, r->q->stop.v[i]);
+        if (id >= 0 && is_end(e, r, id))
+            fits[id] = (uint8_t)may_stop(r);
+    }
     for (id = 0; id < n_vocab; id++)
         if (!fits[id])
             logits[id] = -INFINITY;
