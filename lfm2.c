@@ -2459,14 +2459,14 @@ KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
 #endif
 }
 
-/* f16_to_f32() */
+/* f16_to_f32() of the lower halves: sign and number into their places at
+ * once. */
 KERNEL_INLINE FLOATS FN(from_f16)(UINTS h)
 {
-    const UINTS a = (h & 0x7fff) << 13;
-    UINTS u = (UINTS)((FLOATS)a * 0x1p112f);
+    const INTS a = (INTS)(h << 16) >> 3 & ~0x70000000;
+    const INTS special = (INTS)((a & 0x7fffffff) >= 0x0f800000);
 
-    u |= (UINTS)(a >= 0x0f800000) & 0x7f800000;
-    return (FLOATS)(u | (h & 0x8000) << 16);
+    return (FLOATS)((INTS)((FLOATS)a * 0x1p112f) | (special & 0x7f800000));
 }
 
 #elif LANES == 8
@@ -2594,7 +2594,11 @@ KERNEL_INLINE void FN(transpose_4)(INTS v[4])
 }
 
 /* The lower half of every number is an f16. */
+#ifdef LFM2_WASM
+#define LOW_F16(v) FN(from_f16)((UINTS)(v))
+#else
 #define LOW_F16(v) FROM_F16(__builtin_convertvector((UINTS)(v), HALF))
+#endif
 
 /* The small blocks.  Each is its namesake of Part I or section 7 or 10, with
  * the same operations on every element in the same order. */

@@ -1024,7 +1024,7 @@ static double anonymous_memory(void)
 
 static double peak_memory(void)
 {
-    struct rusage use = { .ru_maxrss = 0 };
+    struct rusage use = { .ru_utime = { 0 } };
 
     getrusage(RUSAGE_SELF, &use);
 #if defined __APPLE__
