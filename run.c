@@ -2789,16 +2789,12 @@ static void add_origin(const struct engine *e, struct text *to,
  * The body of a request as OpenAI's clients send it: a line of --batch, or the
  * file of --messages. */
 
-/* Members that are read by name below. */
-static const char read_elsewhere[] =
+/* Members that are read by name below, or change no answer. */
+static const char known_members[] =
     "custom_id messages prompt tools model logprobs logit_bias stream_options "
     "add_generation_prompt continue_final_message chat_template_kwargs "
     "keep_past_thinking preserve_thinking response_format tool_choice "
-    "parallel_tool_calls";
-
-/* Members that mean nothing here and change no answer. */
-static const char harmless[] =
-    "user metadata store service_tier safety_identifier "
+    "parallel_tool_calls user metadata store service_tier safety_identifier "
     "prompt_cache_key prompt_cache_retention cache_prompt";
 
 /* Members that are known with this value only, as JSON. */
@@ -2840,15 +2836,10 @@ static int set_member(struct request *q, const struct option *o,
 /* A member that is not an option. */
 static int check_member(const struct json *x, struct why *why)
 {
-    static unsigned told;
-    const int i = find_word(harmless, ' ', x->key);
     struct text value = { 0 };
     int code = DONE;
 
-    if (i >= 0 && !(told & 1u << i))
-        note("\"%s\" changes nothing here", x->key);
-    told |= i >= 0 ? 1u << i : 0;
-    if (i >= 0 || find_word(read_elsewhere, ' ', x->key) >= 0)
+    if (find_word(known_members, ' ', x->key) >= 0)
         return DONE;
     for (size_t k = 0; k < sizeof neutral / sizeof *neutral; k++)
         if (strcmp(neutral[k][0], x->key) == 0) {
@@ -4039,23 +4030,14 @@ static void free_entry(struct entry *x)
 
 /* ---- the input */
 
-/* Is there something to read, or the end of it?  A signal ends the waiting; one
- * that comes just before it is heard a second later. */
-static int is_ready(int fd, int wait)
-{
-    struct pollfd p = { fd, POLLIN, 0 };
-    int n;
-
-    do
-        n = poll(&p, 1, wait ? 1000 : 0);
-    while (n <= 0 && wait && !interrupted);
-    return n > 0 && !interrupted;
-}
-
 /* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
- * yet or will not.  Of one that is too long some of the end may be missing. */
+ * yet or will not.  Of one that is too long some of the end may be missing.  A
+ * signal ends the waiting; one that comes just before it is heard a second
+ * later. */
 static int next_line(struct source *in, int wait, struct piece *line)
 {
+    struct pollfd p = { in->fd, POLLIN, 0 };
+
     for (;;) {
         reserve(&in->buf, 1 << 16);
         char *from = in->buf.s + in->at;
@@ -4078,7 +4060,10 @@ static int next_line(struct source *in, int wait, struct piece *line)
             memmove(in->buf.s, from, n);
         in->buf.n = n;
         in->at = 0;
-        if (in->ended || !is_ready(in->fd, wait))
+        while (!in->ended && poll(&p, 1, wait ? 1000 : 0) <= 0)
+            if (!wait || interrupted)
+                return 0;
+        if (in->ended || interrupted)
             return 0;
         const ssize_t got = read(in->fd, in->buf.s + n, 1 << 16);
         in->ended = got == 0 || (got < 0 && errno != EINTR);
@@ -5048,9 +5033,8 @@ static const struct route routes[] = {
     { "/health", 0, 1, tell_health },
     { "/v1/health", 0, 1, tell_health },
     { "/", 0, 1, send_page, "text/html; charset=utf-8" },
+    { NULL, 0, 0, NULL }
 };
-
-enum { N_ROUTES = sizeof routes / sizeof *routes };
 
 /* A buffer that was long does not stay. */
 static void drop_bytes(struct text *t, size_t n)
@@ -5165,11 +5149,11 @@ static int read_request_line(struct client *c, char *line)
     *path++ = *version = '\0';
     c->method = find_word("GET HEAD POST OPTIONS", ' ', line);
     path[strcspn(path, "?")] = '\0';
-    for (int i = 0; i < N_ROUTES && !c->route; i++) {
-        const size_t k = strlen(routes[i].path);
-        if (strncmp(path, routes[i].path, k) == 0 &&
+    for (const struct route *r = routes; r->path && !c->route; r++) {
+        const size_t k = strlen(r->path);
+        if (strncmp(path, r->path, k) == 0 &&
             (!path[k] || (k > 1 && path[k - 1] == '/'))) {
-            c->route = &routes[i];
+            c->route = r;
             c->model = phrase("%s", path + k);
         }
     }
@@ -5220,8 +5204,8 @@ static int read_length(struct client *c, const char *s, int base)
     const size_t digits = strspn(s, base == 10 ? "0123456789" : hex_digits);
     const unsigned long long n = strtoull(s, NULL, base);   /* or the most   */
 
-    if (digits == 0 || (base == 10 ? s[digits] != '\0' :
-                        digits > 16 || (s[digits] && s[digits] != ';')))
+    if (digits == 0 || (base == 16 && digits > 16) ||
+        (s[digits] && (base == 10 || s[digits] != ';')))
         return 400;
     c->length = (size_t)n;
     return n > most - c->body.n ? 413 : 0;
@@ -5635,10 +5619,10 @@ static int listen_at_port(struct server *v, const char *where)
     if (!v->is_local && v->keys.n == 0)
         return usage("--serve %s: others can reach it, so --api-key-file is "
                      "needed", where);
-    a4.sin_port = a6.sin6_port = htons((uint16_t)port);
+    a4.sin_port = htons((uint16_t)port);
     if (is4 && listen_at(v, &a4, sizeof a4) != DONE)
         return -1;
-    a6.sin6_port = is4 ? a4.sin_port : a6.sin6_port;
+    a6.sin6_port = a4.sin_port;
     if (is6 && listen_at(v, &a6, sizeof a6) != DONE && !is4)
         return -1;                        /* or else there is no IPv6 here   */
     v->address = phrase(is4 ? "http://%s:%d" : "http://[%s]:%d",
