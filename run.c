@@ -566,6 +566,7 @@ struct request {
     int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
     long long seed;                       /* -1: random                      */
     struct texts stop;
+    struct pool pool;                     /* of those that a body names      */
     struct bias *bias;                    /* [n_bias]                        */
     int n_bias;
     struct ids prompt;
@@ -1610,6 +1611,7 @@ static void free_request(struct request *q)
 {
     free(q->prompt.id);
     free(q->bias);
+    pool_free(&q->pool);
     free_schema(q->schema);
 }
 
@@ -2821,7 +2823,8 @@ static int set_member(struct request *q, const struct option *o,
         return json_bool(x, slot);
     if (o->kind == TEXTS) {
         for (x = is_list ? x->first : x; x; x = is_list ? x->next : NULL)
-            if (!json_text(x) || add_text(slot, x->s) != 0)
+            if (!json_text(x) || add_text(slot, memcpy(
+                pool_get(&q->pool, x->n + 1), x->s, x->n + 1)) != 0)
                 return -1;
         return 0;
     }
@@ -2879,9 +2882,9 @@ static int read_bias(const struct engine *e, struct request *q,
     return DONE;
 }
 
-/* All of a body but its prompt; *q holds what the options ask for.  The texts
- * stay in the body.  "logprobs" is true or false beside messages, a number
- * beside a prompt; with "echo" those of the prompt are wanted, too. */
+/* All of a body but its prompt; *q holds what the options ask for.  "logprobs"
+ * is true or false beside messages, a number beside a prompt; with "echo" those
+ * of the prompt are wanted, too. */
 static int read_body(const struct engine *e, struct request *q,
                      const struct json *body, struct why *why)
 {
@@ -3057,19 +3060,6 @@ static int read_request(struct engine *e, struct request *q,
     }
     complete_request(e, q);
     return code;
-}
-
-/* Of a body only these texts are needed once it is read, and it may be long. */
-static void keep_stops(struct request *q, struct pool *pool)
-{
-    struct pool kept = { 0 };
-
-    for (int i = 0; i < q->stop.n; i++) {
-        const size_t n = strlen(q->stop.v[i]) + 1;
-        q->stop.v[i] = memcpy(pool_get(&kept, n), q->stop.v[i], n);
-    }
-    pool_free(pool);
-    *pool = kept;
 }
 
 /* ----------------------------------------- 7. Answers, conversations, sessions
@@ -3935,7 +3925,6 @@ enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines read per sequence  */
 
 struct entry {                            /* a line, from reading to writing */
     struct job job;
-    struct pool pool;                     /* of its JSON                     */
     struct batch *batch;
     long long line;                       /* of the input, from 1            */
     double end;                           /* in the input, in bytes          */
@@ -4023,7 +4012,6 @@ static void free_entry(struct entry *x)
 {
     free_reply(&x->job.r);
     free_request(&x->job.q);
-    pool_free(&x->pool);
     free(x->id.s);
     free(x->out.s);
 }
@@ -4232,6 +4220,7 @@ static void add_entry(struct batch *b, const struct piece *line)
     const char *const end = line->s + line->n;
     struct entry *x = &b->entry[(b->first + b->n_entries) % b->n_ring];
     struct text text = { 0 };
+    struct pool pool = { 0 };
     struct json *whole = NULL;
     struct why why;
     int code;
@@ -4252,16 +4241,16 @@ static void add_entry(struct batch *b, const struct piece *line)
         code = because(&why, USAGE, "UTF-16, expected UTF-8: iconv -f UTF-16 "
                        "-t UTF-8 makes it of this file");
     else
-        code = json_parse(&x->pool, text.s, text.n, &whole, &why);
+        code = json_parse(&pool, text.s, text.n, &whole, &why);
     free(text.s);
     if (code == DONE)
         code = read_entry(b, x, whole, &why);
+    pool_free(&pool);
     if (take_known(b, &x->id)) {
         b->skipped++;
         free_entry(x);
         return;
     }
-    keep_stops(&x->job.q, &x->pool);
     if (code == DONE)
         code = engine_add(&b->e, &x->job, &why);
     if (code != DONE)
@@ -4502,8 +4491,7 @@ struct client {
     uint64_t id;                          /* 0: it has not begun             */
     double asked;                         /* all of it was there             */
     long long created;
-    struct pool pool;                     /* of the JSON in the body         */
-    const struct json *json;
+    const struct json *json;              /* of the body, for its answer     */
     struct why why;                       /* it cannot be answered           */
     struct job *choice;                   /* [n_choices]                     */
     int n_choices, n_done, include_usage;
@@ -4597,7 +4585,6 @@ static void finish_request(struct client *c)
     }
     free(c->choice);
     free(c->body.s);
-    pool_free(&c->pool);
     *c = (struct client){
         .server = c->server, .fd = c->fd, .in = c->in, .out = c->out,
         .sent = c->sent, .since = c->server->now,
@@ -4874,9 +4861,6 @@ static int complete_body(struct client *c, struct text *to)
     c->stream = c->choice[0].q.stream ? WANTED : WHOLE_ANSWER;
     c->include_usage = json_is(given(given(c->json, "stream_options"),
                                      "include_usage"), JSON_TRUE);
-    keep_stops(&c->choice[0].q, &c->pool);
-    for (int i = 1; i < c->n_choices; i++)
-        c->choice[i].q.stop = c->choice[0].q.stop;
     return DONE;
 }
 
@@ -5052,6 +5036,7 @@ static void drop_bytes(struct text *t, size_t n)
 /* All of the request is there: answer it. */
 static void answer_request(struct client *c)
 {
+    struct pool pool = { 0 };
     struct json *json = NULL;
     struct text to = { 0 };
     int code = c->method == OPTIONS ? 204 : c->server->stopping > 0 ? 503 :
@@ -5060,8 +5045,8 @@ static void answer_request(struct client *c)
     c->state = WORKING;
     c->asked = c->since = c->server->now;
     if (code == DONE && c->route->is_post) {
-        code = json_parse(&c->pool, c->body.s ? c->body.s : "", c->body.n,
-                          &json, &c->why);
+        code = json_parse(&pool, c->body.s ? c->body.s : "", c->body.n, &json,
+                          &c->why);
         if (code == DONE && json->type != JSON_OBJECT)
             code = because(&c->why, USAGE, "expected a JSON object as the "
                            "request");
@@ -5070,6 +5055,8 @@ static void answer_request(struct client *c)
     c->json = json;
     if (code == DONE)
         code = c->route->answer(c, &to);
+    pool_free(&pool);
+    c->json = NULL;
     if (code != DONE || c->n_choices == 0)
         respond(c, code, &to);
 }
@@ -5294,7 +5281,7 @@ static int read_body_part(struct client *c)
 
     for (int i = 0; i < v->n_places; i++)
         held += v->client[i].in.cap + v->client[i].body.cap +
-                v->client[i].pool.total + v->client[i].out.cap;
+                v->client[i].out.cap;
     if (held > MAX_HELD && (c->length > 0 || c->state != IN_LENGTH))
         return because(&c->why, 503, "too much is waiting here already");
     while (c->state < WORKING && !status)
