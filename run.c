@@ -4120,7 +4120,7 @@ static int is_ours(const struct piece *line)
 static int know_line(struct batch *b, const struct piece *line,
                      long long number)
 {
-    const int n = b->n_known;
+    const size_t n = (size_t)b->n_known;
     struct pool pool = { 0 };
     struct json *whole = NULL;
     const struct json *id;
@@ -4137,7 +4137,7 @@ static int know_line(struct batch *b, const struct piece *line,
         b->failed_before += given(whole, "error") != NULL;
     }
     pool_free(&pool);
-    return b->n_known > n ? DONE :
+    return b->n_known > (int)n ? DONE :
            say(BAD_FILE, "%s: line %lld is none that --batch writes",
                b->out_name, number);
 }
@@ -4806,50 +4806,39 @@ static void finish_answer(struct client *c, int code)
  * They add the answer to a text, or return the status or exit code of an error
  * and may say more in c->why. */
 
-/* The requests in a body, one for each choice of each prompt. */
-static int read_choices(struct client *c)
-{
-    struct engine *e = &c->server->e;
-    int code = DONE, n_prompts;
-    const struct json *prompt = first_prompt(c->json, &n_prompts);
-
-    for (int i = 0, n = 1; code == DONE && i < n_prompts * n; i++) {
-        struct request q = i % n ? c->choice[i - 1].q : e->s->ask;
-        if (i % n == 0) {
-            code = read_request(e, &q, c->json, prompt, &c->why);
-            prompt = prompt ? prompt->next : NULL;
-        } else
-            q.seed++;
-        if (i == 0) {
-            n = q.n_choices;
-            if (n_prompts * n > MAX_CHOICES && code == DONE)
-                code = because(&c->why, USAGE, "%d prompts with \"n\": %d, "
-                               "expected at most %d choices", n_prompts, n,
-                               MAX_CHOICES);
-            c->choice = zeroed(code == DONE ? (size_t)(n_prompts * n) : 1,
-                               sizeof *c->choice);
-        }
-        c->choice[i] = (struct job){ .q = q, .to = &to_client, .owner = c,
-                                     .id = hash_number(c->id, (uint64_t)i) };
-        c->n_choices = i + 1;
-        if (code == DONE)
-            code = engine_add(e, &c->choice[i], &c->why);
-    }
-    return code;
-}
-
-/* Both kinds of completions; the answer comes later. */
+/* The requests in a body of completions, one for each choice of each prompt;
+ * the answer comes later. */
 static int complete_body(struct client *c, struct text *to)
 {
-    const struct engine *e = &c->server->e;
+    struct engine *e = &c->server->e;
     const int is_chat = strstr(c->route->path, "chat") != NULL;
-    int code, n_jobs = 0;
+    int code = DONE, n_prompts, n_jobs = 0;
+    const struct json *prompt = first_prompt(c->json, &n_prompts);
 
     (void)to;
     if (!given(c->json, is_chat ? "messages" : "prompt"))
         return because(&c->why, USAGE, is_chat ? "\"messages\": expected an "
                        "array" : "\"prompt\": expected a text");
-    code = read_choices(c);
+    for (int i = 0; code == DONE && i < n_prompts; i++) {
+        struct request q = e->s->ask;
+        code = read_request(e, &q, c->json, prompt, &c->why);
+        prompt = prompt ? prompt->next : NULL;
+        if (code == DONE && n_prompts * q.n_choices > MAX_CHOICES)
+            code = because(&c->why, USAGE, "%d prompts with \"n\": %d, "
+                           "expected at most %d choices", n_prompts,
+                           q.n_choices, MAX_CHOICES);
+        if (i == 0)
+            c->choice = zeroed(code == DONE ? (size_t)(n_prompts * q.n_choices)
+                               : 1, sizeof *c->choice);
+        do {
+            const uint64_t id = hash_number(c->id, (uint64_t)c->n_choices);
+            struct job *j = &c->choice[c->n_choices++];
+            *j = (struct job){ .q = q, .to = &to_client, .owner = c, .id = id };
+            if (code == DONE)
+                code = engine_add(e, j, &c->why);
+            q.seed++;
+        } while (code == DONE && c->n_choices % q.n_choices != 0);
+    }
     if (code != DONE)
         return code;
     c->why.s[0] = '\0';                   /* in case something was tried     */
