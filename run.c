@@ -4702,7 +4702,7 @@ static void add_new(struct text *to, const char *format,
 
 static void send_new(struct job *j)
 {
-    const struct engine *e = &((const struct client *)j->owner)->server->e;
+    const struct client *c = j->owner;
     const int plain = j->q.is_completion, ended = j->state == FINISHED;
     struct text delta = { 0 }, prompt = { 0 };
     struct calls calls = { NULL, 0 };
@@ -4710,7 +4710,7 @@ static void send_new(struct job *j)
     if (!plain && !j->told.some)
         add_members(&delta, "role: %s", "assistant");
     if (plain && !j->told.some && j->q.echo) {
-        add_tokens(e, &prompt, &j->q.prompt);
+        add_tokens(&c->server->e, &prompt, &j->q.prompt);
         add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
         send_choice(j, &delta, NULL);
         free(prompt.s);
@@ -5050,7 +5050,9 @@ static void answer_request(struct client *c)
         respond(c, code, &to);
 }
 
-/* ---- requests: the head */
+/* ---- requests: the head
+ *
+ * What reads a part of a request returns 0, or the status of an error. */
 
 /* The next line of a head or between chunks, with NUL for its end; NULL if it
  * has not come yet, or is none, for which `status` is set. */
@@ -5079,9 +5081,9 @@ static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
     "expect connection";
 
-/* Put a line "Name: value" where it belongs; 400 if it is not one, or the
- * second of its name.  Names become lower case, and so do values, but for keys;
- * of Connection only "close" counts. */
+/* Put a line "Name: value" where it belongs, unless another was there.  Names
+ * become lower case, and so do values, but for keys; of Connection only "close"
+ * counts. */
 static int read_field(char **field, char *line)
 {
     static const char good[] = "!#$%&'*+-.^_`|~0123456789"
@@ -5109,8 +5111,7 @@ static int read_field(char **field, char *line)
     return 0;
 }
 
-/* "POST /path HTTP/1.1" says which route it is: 0, or the status of an
- * error. */
+/* "POST /path HTTP/1.1" says which route it is. */
 static int read_request_line(struct client *c, char *line)
 {
     char *path = strchr(line, ' ');
@@ -5172,8 +5173,7 @@ static int is_known_key(const struct text *keys, const char *given)
     return found;
 }
 
-/* How long the body or its next chunk is, in digits of this base: 0, or the
- * status of an error. */
+/* How long the body or its next chunk is, in digits of this base. */
 static int read_length(struct client *c, const char *s, int base)
 {
     const size_t most = (size_t)c->server->e.s->max_body << 20;
@@ -5187,8 +5187,8 @@ static int read_length(struct client *c, const char *s, int base)
     return n > most - c->body.n ? 413 : 0;
 }
 
-/* Whether a request may be made at all; 0, or the status of an error.  Pages
- * that this server sent may ask, and those of --cors. */
+/* May a request be made at all?  Pages that this server sent may ask, and those
+ * of --cors. */
 static int check_head(struct client *c, char *const *field)
 {
     const struct server *v = c->server;
@@ -5227,8 +5227,7 @@ static int check_head(struct client *c, char *const *field)
     return field[EXPECT] && strcmp(field[EXPECT], "100-continue") ? 417 : 0;
 }
 
-/* The head of a request, once all of it is there: 0, or the status of an
- * error. */
+/* The head of a request, once all of it is there. */
 static int read_head_part(struct client *c)
 {
     char *field[N_FIELDS] = { NULL }, *line;
@@ -5259,8 +5258,8 @@ static int read_head_part(struct client *c)
 
 /* ---- requests: the body */
 
-/* As much of the body as is there: 0, or the status of an error.  Nobody has
- * any more if clients make the server keep too much already. */
+/* As much of the body as is there.  Nobody may have one if clients make the
+ * server keep too much already. */
 static int read_body_part(struct client *c)
 {
     const struct server *v = c->server;
@@ -5402,15 +5401,20 @@ static void check_time(struct client *c)
     const size_t unsent = c->out.n - c->sent;
     const int is_stream = c->state == WORKING && c->stream;
 
-    if (is_stream && unsent == 0 && waited > SIGN_OF_LIFE)
-        send_event(c, ": ", "waiting", 7);
-    else if (unsent > 0 ? waited > SEND_TIME || (is_stream &&
-                                                 unsent > MAX_UNSENT) :
-             is_idle(c) ? waited > (v->n_clients < MAX_CLIENTS ? IDLE_TIME :
-                                    FULL_TIME) || v->stopping > 0 :
-             c->state == LEAVING && waited > LINGER_TIME)
+    if (unsent > 0 && (waited > SEND_TIME ||
+                       (is_stream && unsent > MAX_UNSENT)))
         hang_up(c);
-    else if (unsent == 0 && c->state != GONE && c->state < WORKING &&
+    else if (unsent > 0 || c->state == GONE)
+        return;
+    else if (is_stream && waited > SIGN_OF_LIFE)
+        send_event(c, ": ", "waiting", 7);
+    else if (is_idle(c)) {
+        if (v->stopping > 0 || waited > (v->n_clients < MAX_CLIENTS ?
+                                         IDLE_TIME : FULL_TIME))
+            hang_up(c);
+    } else if (c->state == LEAVING && waited > LINGER_TIME)
+        hang_up(c);
+    else if (c->state < WORKING &&
              waited > (c->state == IN_HEAD ? HEAD_TIME : BODY_TIME))
         respond(c, 408, &(struct text){ 0 });
 }
