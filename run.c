@@ -2791,12 +2791,16 @@ static void add_origin(const struct engine *e, struct text *to,
  * The body of a request as OpenAI's clients send it: a line of --batch, or the
  * file of --messages. */
 
-/* Members that are read by name below, or change no answer. */
-static const char known_members[] =
+/* Members that are read by name below. */
+static const char read_elsewhere[] =
     "custom_id messages prompt tools model logprobs logit_bias stream_options "
     "add_generation_prompt continue_final_message chat_template_kwargs "
     "keep_past_thinking preserve_thinking response_format tool_choice "
-    "parallel_tool_calls user metadata store service_tier safety_identifier "
+    "parallel_tool_calls";
+
+/* Members that mean nothing here and change no answer. */
+static const char harmless[] =
+    "user metadata store service_tier safety_identifier "
     "prompt_cache_key prompt_cache_retention cache_prompt";
 
 /* Members that are known with this value only, as JSON. */
@@ -2839,10 +2843,15 @@ static int set_member(struct request *q, const struct option *o,
 /* A member that is not an option. */
 static int check_member(const struct json *x, struct why *why)
 {
+    static unsigned told;
+    const int i = find_word(harmless, ' ', x->key);
     struct text value = { 0 };
     int code = DONE;
 
-    if (find_word(known_members, ' ', x->key) >= 0)
+    if (i >= 0 && !(told & 1u << i))
+        note("\"%s\" changes nothing here", x->key);
+    told |= i >= 0 ? 1u << i : 0;
+    if (i >= 0 || find_word(read_elsewhere, ' ', x->key) >= 0)
         return DONE;
     for (size_t k = 0; k < sizeof neutral / sizeof *neutral; k++)
         if (strcmp(neutral[k][0], x->key) == 0) {
@@ -5561,12 +5570,10 @@ static int listen_at_path(struct server *v, const char *path)
     strcpy(a.sun_path, path);
     lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT | O_NOFOLLOW,
                 0600);
+    if (lock >= 0 && is_taken(lock))
+        errno = EADDRINUSE, lock = -1;
     if (lock < 0)
         return -1;
-    if (is_taken(lock)) {
-        errno = EADDRINUSE;
-        return -1;
-    }
     if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode))
         unlink(path);
     v->address = phrase("%s", path);
