@@ -5401,12 +5401,11 @@ static void transmit(struct client *c)
         shutdown(c->fd, SHUT_WR);
 }
 
-/* What is due by now: a sign of life in a stream, or the end of a wait.  Those
- * who ask for nothing make room when all places are taken. */
-static void check_time(struct client *c)
+/* What is due by now: a sign of life in a stream, or the end of a wait.  Who
+ * asks for nothing may stay that many seconds. */
+static void check_time(struct client *c, int idle_time)
 {
-    const struct server *v = c->server;
-    const double waited = v->now - c->since;
+    const double waited = c->server->now - c->since;
     const size_t unsent = c->out.n - c->sent;
     const int is_stream = c->state == WORKING && c->stream;
 
@@ -5418,8 +5417,7 @@ static void check_time(struct client *c)
     else if (is_stream && waited > SIGN_OF_LIFE)
         send_event(c, ": ", "waiting", 7);
     else if (is_idle(c)) {
-        if (v->stopping > 0 || waited > (v->n_clients < MAX_CLIENTS ?
-                                         IDLE_TIME : FULL_TIME))
+        if (waited > idle_time || c->server->stopping > 0)
             hang_up(c);
     } else if (c->state == LEAVING && waited > LINGER_TIME)
         hang_up(c);
@@ -5463,6 +5461,7 @@ static void serve_sockets(struct server *v)
     struct pollfd p[MAX_CLIENTS + 2];
     const int n = v->n_places, open = v->now < v->rests ||
                   v->n_clients == MAX_CLIENTS ? 0 : v->n_listeners;
+    const int idle_time = v->n_clients < MAX_CLIENTS ? IDLE_TIME : FULL_TIME;
     int waits = !v->e.jobs;
 
     for (int i = 0; i < open; i++)
@@ -5484,7 +5483,7 @@ static void serve_sockets(struct server *v)
         if (has_more(c))
             read_more(c);
         transmit(c);
-        check_time(c);
+        check_time(c, idle_time);
     }
     for (int i = 0; i < open; i++)
         if (p[n + i].revents)
