@@ -550,6 +550,7 @@ struct request {
     int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
     long long seed;                       /* -1: random                      */
     struct texts stop;
+    struct pool pool;                     /* of those that a body names      */
     struct bias *bias;                    /* [n_bias]                        */
     int n_bias;
     struct ids prompt;
@@ -649,6 +650,7 @@ static int read_file(const char *path, struct text *out);
 static size_t read_head(const char *path, char *to, size_t n);
 static FILE *create_file(const char *path);
 static int finish_file(FILE *f, const char *path, int code);
+static int write_all(int fd, const char *s, size_t n);
 static int can_replace(const char *path);
 static int replace_file(const char *path, const struct text *part, int n_parts);
 static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
@@ -1508,6 +1510,7 @@ static void free_request(struct request *q)
 {
     free(q->prompt.id);
     free(q->bias);
+    pool_free(&q->pool);
     free_schema(q->schema);
 }
 
@@ -2594,71 +2597,67 @@ static const char harmless[] =
     "user metadata store service_tier safety_identifier "
     "prompt_cache_key prompt_cache_retention cache_prompt";
 
-/* Members that are known with these values only, as JSON. */
-static const struct { const char *key, *values; } neutral[] = {
+/* Members that are known with this value only, as JSON. */
+static const char *const neutral[][2] = {
     { "best_of", "1" }, { "suffix", "\"\"" }, { "modalities", "[\"text\"]" }
 };
 
-/* Put the value of a member where the option of that name puts its own. */
+static int is_word(const struct json *x, const char *word)
+{
+    return json_is(x, JSON_STRING) && strcmp(x->s, word) == 0;
+}
+
+/* Put the value of a member where the option of that name puts its own: 0, or
+ * -1 if it is not good. */
 static int set_member(struct request *q, const struct option *o,
-                      const char *key, const struct json *x, struct why *why)
+                      const struct json *x)
 {
     void *slot = (char *)q + (o->at - AT(ask));
-    double value = NAN;
-    long long whole = 0;
+    const int is_list = x->type == JSON_ARRAY;
+    double value;
+    long long whole;
 
     if (o->kind == FLAG)
-        return json_bool(x, slot) == 0 ? DONE :
-               because(why, USAGE, "\"%s\": expected true or false", key);
+        return json_bool(x, slot);
     if (o->kind == TEXTS) {
-        const struct json *list = x->type == JSON_ARRAY ? x->first : x;
-        for (; list; list = list->next) {
-            const char *s = json_text(list);
-            if (!s || add_text(slot, s) != 0)
-                return because(why, USAGE, "\"%s\": expected %s", key,
-                               values_of(o).s);
-            if (x->type != JSON_ARRAY)
-                break;
-        }
-        return DONE;
+        for (x = is_list ? x->first : x; x; x = is_list ? x->next : NULL)
+            if (!json_text(x) || add_text(slot, memcpy(
+                pool_get(&q->pool, x->n + 1), x->s, x->n + 1)) != 0)
+                return -1;
+        return 0;
     }
-    json_double(x, &value);
-    if (o->kind != REAL && value >= o->min && value <= o->max &&
-        value == floor(value) && json_int(x, (long long)o->min,
-                                          (long long)o->max, &whole) != 0)
+    if (json_double(x, &value) != 0 || !(value >= o->min && value <= o->max) ||
+        (o->kind != REAL && value != floor(value)))
+        return -1;
+    if (json_int(x, LLONG_MIN, LLONG_MAX, &whole) != 0)
         whole = (long long)value;         /* written as 1e3, or 5.0          */
-    if ((o->kind != REAL && value != floor(value)) ||
-        set_number(slot, o, value, whole) != 0)
-        return because(why, USAGE, "\"%s\": expected %s", key, values_of(o).s);
-    return DONE;
+    return set_number(slot, o, value, whole);
 }
 
 /* A member that is not an option. */
-static int check_member(const char *key, const struct json *x, struct why *why)
+static int check_member(const struct json *x, struct why *why)
 {
     static unsigned told;
+    const int i = find_word(harmless, ' ', x->key);
     struct text value = { 0 };
-    int good = 0;
-    const int i = find_word(harmless, ' ', key);
+    int code = DONE;
 
-    if (find_word(read_elsewhere, ' ', key) >= 0)
+    if (i >= 0 && !(told & 1u << i))
+        note("\"%s\" changes nothing here", x->key);
+    told |= i >= 0 ? 1u << i : 0;
+    if (i >= 0 || find_word(read_elsewhere, ' ', x->key) >= 0)
         return DONE;
-    if (i >= 0) {
-        if (!(told & 1u << i))
-            note("\"%s\" changes nothing here", key);
-        told |= 1u << i;
-        return DONE;
-    }
     for (size_t k = 0; k < sizeof neutral / sizeof *neutral; k++)
-        if (strcmp(neutral[k].key, key) == 0) {
+        if (strcmp(neutral[k][0], x->key) == 0) {
             add_json(&value, x);
-            good = find_word(neutral[k].values, '|', value.s) >= 0;
+            if (strcmp(neutral[k][1], value.s) != 0)
+                code = because(why, USAGE, "\"%s\": expected %s", x->key,
+                               neutral[k][1]);
             free(value.s);
-            return good ? DONE : because(why, USAGE, "\"%s\": expected %s", key,
-                                         neutral[k].values);
+            return code;
         }
     return because(why, USAGE, "\"%.60s\" is not known here, and might change "
-                   "the answer", key);
+                   "the answer", x->key);
 }
 
 /* {"id": how much its logit is raised, ...} */
@@ -2686,45 +2685,43 @@ static int read_bias(const struct engine *e, struct request *q,
     return DONE;
 }
 
-/* "logprobs" is true or false beside messages, a number beside a prompt; with
- * "echo" those of the prompt are wanted, too. */
-static int read_logprobs(struct request *q, const struct json *x,
-                         struct why *why)
-{
-    long long k;
-    int wanted;
-
-    if (x && json_bool(x, &wanted) == 0)
-        q->logprobs = !wanted ? -1 : q->logprobs < 0 ? 0 : q->logprobs;
-    else if (x && json_int(x, 0, MAX_LOGPROBS, &k) != 0)
-        return because(why, USAGE, "\"logprobs\": expected true, false or a "
-                       "whole number from 0 to %d", MAX_LOGPROBS);
-    else if (x)
-        q->logprobs = (int)k;
-    if (q->echo && q->logprobs >= 0 && q->prompt_logprobs < 0)
-        q->prompt_logprobs = q->logprobs;
-    return DONE;
-}
-
-/* All of a body but its prompt; *q holds what the options ask for.  The texts
- * stay in the body. */
+/* All of a body but its prompt; *q holds what the options ask for.  "logprobs"
+ * is true or false beside messages, a number beside a prompt; with "echo" those
+ * of the prompt are wanted, too. */
 static int read_body(const struct engine *e, struct request *q,
                      const struct json *body, struct why *why)
 {
-    int code = DONE;
+    const struct json *scores = given(body, "logprobs");
+    long long k;
+    int code = DONE, wanted;
 
     for (const struct json *x = body->first; x && code == DONE; x = x->next) {
         const struct option *o = option_of_member(x->key);
-        if (x->type != JSON_NULL)
-            code = o ? set_member(q, o, x->key, x, why) :
-                   check_member(x->key, x, why);
+        if (x->type == JSON_NULL)
+            continue;
+        if (!o)
+            code = check_member(x, why);
+        else if (set_member(q, o, x) != 0)
+            code = because(why, USAGE, "\"%s\": expected %s", x->key,
+                           values_of(o).s);
     }
     if (code == DONE && (q->stream || q->n_choices > 1) && e->s->mode != SERVE)
         code = because(why, USAGE, "\"%s\": expected %s", q->stream ? "stream" :
                        "n", q->stream ? "false" : "1");
     if (code == DONE)
         code = read_bias(e, q, given(body, "logit_bias"), why);
-    return code == DONE ? read_logprobs(q, given(body, "logprobs"), why) : code;
+    if (code != DONE)
+        return code;
+    k = q->logprobs;
+    if (scores && json_bool(scores, &wanted) == 0)
+        k = !wanted ? -1 : k < 0 ? 0 : k;
+    else if (scores && json_int(scores, 0, MAX_LOGPROBS, &k) != 0)
+        return because(why, USAGE, "\"logprobs\": expected true, false or a "
+                       "whole number from 0 to %d", MAX_LOGPROBS);
+    q->logprobs = (int)k;
+    if (q->echo && k >= 0 && q->prompt_logprobs < 0)
+        q->prompt_logprobs = (int)k;
+    return DONE;
 }
 
 /* ---- from messages to a prompt */
@@ -2743,12 +2740,13 @@ static int read_flag(const struct json *object, const char *key, int *out,
  * to go on with. */
 static const char *answer_of(const struct rendered *r)
 {
+    static const char start[] = TURN_START "assistant\n";
     const char *const end = r->text.s + r->text.n, *from = end;
 
     for (int i = 0; i < r->n_marks; i++) {
         const char *mark = r->text.s + r->mark[i].from;
-        if (begins(mark, end, TURN_START "assistant\n"))
-            from = mark + strlen(TURN_START "assistant\n");
+        if (begins(mark, end, start))
+            from = mark + strlen(start);
         else if (begins(mark, end, TURN_START) || begins(mark, end, TURN_END))
             from = end;
     }
@@ -2758,12 +2756,12 @@ static const char *answer_of(const struct rendered *r)
 /* Does the answer begin inside a thought? */
 static int ends_in_thought(const struct rendered *r)
 {
-    const char *const end = r->text.s + r->text.n, *from = answer_of(r), *p;
+    const char *const end = r->text.s + r->text.n, *at = answer_of(r);
     int inside = 0;
 
-    while ((p = find(from, end, inside ? THINK_END : THINK))) {
+    while ((at = find(at, end, inside ? THINK_END : THINK))) {
         inside = !inside;
-        from = p + 1;
+        at++;
     }
     return inside;
 }
@@ -2789,10 +2787,11 @@ static int make_prompt(struct engine *e, struct request *q,
         if (!c.keep_thinking)
             code = read_flag(i < 2 ? body : kwargs, keep[i % 2],
                              &c.keep_thinking, why);
-    if (code == DONE && !grown)
+    body = grown ? NULL : body;
+    if (code == DONE)
         code = read_flag(body, "continue_final_message", &c.continue_last, why);
     c.generate = !c.continue_last;
-    if (code == DONE && !grown)
+    if (code == DONE)
         code = read_flag(body, "add_generation_prompt", &c.generate, why);
     rendered_free(out);
     free(q->prompt.id);
@@ -2821,40 +2820,18 @@ static const struct json *first_prompt(const struct json *body, int *n)
     return is_list ? prompt->first : prompt;
 }
 
-/* "prompt": a text, or the ids of its tokens. */
-static int read_plain_prompt(const struct engine *e, struct request *q,
-                             const struct json *prompt, struct why *why)
-{
-    const struct json *x = prompt->first;
-    long long id;
-
-    if (prompt->type == JSON_STRING) {
-        encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
-        return DONE;
-    }
-    q->prompt.id = zeroed((size_t)prompt->n_members, sizeof *q->prompt.id);
-    for (; x && json_int(x, 0, INT32_MAX, &id) == 0; x = x->next)
-        q->prompt.id[q->prompt.n++] = (int32_t)id;
-    return prompt->type == JSON_ARRAY && !x ? DONE :
-           because(why, USAGE, "\"prompt\": expected a string, or an array of "
-                   "token ids");
-}
-
-static int is_word(const struct json *x, const char *word)
-{
-    return x && x->type == JSON_STRING && strcmp(x->s, word) == 0;
-}
-
-/* A whole body: how to answer, and what; of several prompts this one. */
+/* A whole body: how to answer, and what; of its prompts, which are texts or ids
+ * of tokens, this one. */
 static int read_request(struct engine *e, struct request *q,
-                        const struct json *body, int which, struct why *why)
+                        const struct json *body, const struct json *prompt,
+                        struct why *why)
 {
     const struct json *messages = given(body, "messages");
     const struct json *tools = is_word(given(body, "tool_choice"), "none") ?
                                NULL : given(body, "tools");
     struct rendered rendered = { .n_marks = 0 };
-    int code, n_prompts;
-    const struct json *prompt = first_prompt(body, &n_prompts);
+    long long id;
+    int code;
 
     if (body->type != JSON_OBJECT)
         return because(why, USAGE, "expected a JSON object as the request");
@@ -2870,26 +2847,22 @@ static int read_request(struct engine *e, struct request *q,
     if (messages && e->template == TEMPLATE_NONE)
         return because(why, USAGE, "the model has no chat template: expected "
                        "\"prompt\", or --template");
-    for (; which > 0; which--)
-        prompt = prompt->next;
-    if (prompt)
-        return read_plain_prompt(e, q, prompt, why);
-    code = make_prompt(e, q, messages, tools, body, 0, &rendered, why);
-    rendered_free(&rendered);
-    return code;
-}
-
-/* Of a body only these texts are needed once it is read, and it may be long. */
-static void keep_stops(struct request *q, struct pool *pool)
-{
-    struct pool kept = { 0 };
-
-    for (int i = 0; i < q->stop.n; i++) {
-        const size_t n = strlen(q->stop.v[i]) + 1;
-        q->stop.v[i] = memcpy(pool_get(&kept, n), q->stop.v[i], n);
+    if (messages) {
+        code = make_prompt(e, q, messages, tools, body, 0, &rendered, why);
+        rendered_free(&rendered);
+    } else if (prompt->type == JSON_STRING)
+        encode_plain(e->s, e->words, prompt->s, prompt->n, &q->prompt);
+    else {
+        const struct json *x = prompt->first;
+        q->prompt.id = zeroed((size_t)prompt->n_members, sizeof *q->prompt.id);
+        for (; x && json_int(x, 0, INT32_MAX, &id) == 0; x = x->next)
+            q->prompt.id[q->prompt.n++] = (int32_t)id;
+        if (prompt->type != JSON_ARRAY || x)
+            code = because(why, USAGE, "\"prompt\": expected a string, or an "
+                           "array of token ids");
     }
-    pool_free(pool);
-    *pool = kept;
+    complete_request(e, q);
+    return code;
 }
 
 /* ----------------------------------------- 7. Answers, conversations, sessions
@@ -3755,12 +3728,11 @@ enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines read per sequence  */
 
 struct entry {                            /* a line, from reading to writing */
     struct job job;
-    struct pool pool;                     /* of its JSON                     */
     struct batch *batch;
-    int is_done, is_error;
     long long line;                       /* of the input, from 1            */
-    size_t bytes;                         /* of it                           */
-    struct text id, out;                  /* custom_id; the line of output   */
+    double end;                           /* in the input, in bytes          */
+    struct text id, out;                  /* custom_id; the line of output,
+                                             once it is known                */
 };
 
 /* Lines that come in pieces. */
@@ -3772,10 +3744,12 @@ struct source {
     int torn;                             /* the last line had no newline    */
     int ended, error;                     /* errno, or 0                     */
     long long line;
+    double taken;                         /* bytes                           */
 };
 
-/* An id that a run before has answered, and how often. */
-struct known { struct text id; int times; };
+/* An id that a run before has answered; of equal ones the first counts how many
+ * were asked for again. */
+struct known { struct text id; int n_taken; };
 
 struct batch {
     struct engine e;
@@ -3787,36 +3761,40 @@ struct batch {
     struct known *known;                  /* [n_known], sorted               */
     int n_known, shard, n_shards;
     long long done, failed, skipped, failed_before;
-    double tokens, reused, guessed, right, bytes, size, started, beat;
+    double tokens, reused, guessed, right, written, size, started, beat;
 };
 
 /* ---- a line of output */
 
 static const char output_start[] = "{\"id\": \"batch_req_";
 
-static void begin_output(struct entry *x)
-{
-    add_string(&x->out, output_start);
-    add_format(&x->out, "%016llx\"", (unsigned long long)x->job.id);
-    add_members(&x->out, "custom_id: %.*s", (int)x->id.n, x->id.s);
-}
-
-static void finish_error(struct entry *x, int code, const char *why)
+/* No time is in it: the same line has the same answer, byte for byte. */
+static void add_output(struct entry *x, int code, const char *why)
 {
     static const char *const name[] = {
         [FAILED] = "failed", [USAGE] = "invalid_request",
         [BAD_MODEL] = "bad_model", [TOO_LONG] = "context_length_exceeded"
     };
+    const unsigned long long id = x->job.id;
+    struct text *out = &x->out;
 
-    begin_output(x);
-    add_members(&x->out, "response: %s, error: {code: %s, line: %llu, message: "
-                "%s}}", NULL, name[code], (unsigned long long)x->line, why);
-    add_string(&x->out, "\n");
-    x->is_done = x->is_error = 1;
-    x->batch->failed++;
+    add_string(out, output_start);
+    add_format(out, "%016llx\"", id);
+    add_members(out, "custom_id: %.*s", (int)x->id.n, x->id.s);
+    if (code != DONE) {
+        add_members(out, "response: %s, error: {code: %s, line: %llu, message: "
+                    "%s}}", NULL, name[code], (unsigned long long)x->line, why);
+        x->batch->failed++;
+    } else {
+        add_format(out, ", \"response\": {\"status_code\": 200, "
+                   "\"request_id\": \"req_%016llx\", \"body\": ", id);
+        add_completion(&x->batch->e, out, &x->job, 1, id, 0);
+        add_string(out, "}}, \"error\": null}");
+        x->batch->done++;
+    }
+    add_string(out, "\n");
 }
 
-/* No time is in it: the same line has the same answer, byte for byte. */
 static void finish_entry(struct job *j)
 {
     struct entry *x = j->owner;
@@ -3826,18 +3804,8 @@ static void finish_entry(struct job *j)
     b->reused += j->r.n_reused;
     b->guessed += j->r.n_guessed;
     b->right += j->r.n_right;
-    if (j->r.finish == BROKEN) {
-        finish_error(x, FAILED, "logits that are not finite");
-    } else {
-        begin_output(x);
-        add_format(&x->out, ", \"response\": {\"status_code\": 200, "
-                   "\"request_id\": \"req_%016llx\", \"body\": ",
-                   (unsigned long long)j->id);
-        add_completion(&b->e, &x->out, j, 1, j->id, 0);
-        add_string(&x->out, "}}, \"error\": null}\n");
-        x->is_done = 1;
-        b->done++;
-    }
+    add_output(x, j->r.finish == BROKEN ? FAILED : DONE,
+               "logits that are not finite");
     free_reply(&j->r);
 }
 
@@ -3847,60 +3815,20 @@ static void free_entry(struct entry *x)
 {
     free_reply(&x->job.r);
     free_request(&x->job.q);
-    pool_free(&x->pool);
     free(x->id.s);
     free(x->out.s);
 }
 
-/* At once, if that is possible, so that a line is whole or not there. */
-static int write_line(const struct batch *b, const struct text *line)
-{
-    for (size_t at = 0; at < line->n;) {
-        const ssize_t n = write(b->out, line->s + at, line->n - at);
-        if (n < 0 && errno != EINTR)
-            return say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
-        at += n > 0 ? (size_t)n : 0;
-    }
-    return DONE;
-}
-
-/* Write what is finished, in the order of the input. */
-static int write_finished(struct batch *b)
-{
-    int code = DONE;
-
-    while (code == DONE && b->n_entries > 0 && b->entry[b->first].is_done) {
-        struct entry *x = &b->entry[b->first];
-        if (isatty(b->out))
-            x->out.n = drop_controls(x->out.s, x->out.n);
-        code = write_line(b, &x->out);
-        b->bytes += (double)x->bytes;
-        free_entry(x);
-        b->first = (b->first + 1) % b->n_ring;
-        b->n_entries--;
-    }
-    return code;
-}
-
 /* ---- the input */
 
-/* Is there something to read, or the end of it?  A signal ends the waiting; one
- * that comes just before it is heard a second later. */
-static int is_ready(int fd, int wait)
-{
-    struct pollfd p = { fd, POLLIN, 0 };
-    int n;
-
-    do
-        n = poll(&p, 1, wait ? 1000 : 0);
-    while (n <= 0 && wait && !interrupted);
-    return n > 0 && !interrupted;
-}
-
 /* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
- * yet or will not.  Of one that is too long some of the end may be missing. */
+ * yet or will not.  Of one that is too long some of the end may be missing.  A
+ * signal ends the waiting; one that comes just before it is heard a second
+ * later. */
 static int next_line(struct source *in, int wait, struct piece *line)
 {
+    struct pollfd p = { in->fd, POLLIN, 0 };
+
     for (;;) {
         reserve(&in->buf, 1 << 16);
         char *from = in->buf.s + in->at;
@@ -3909,6 +3837,7 @@ static int next_line(struct source *in, int wait, struct piece *line)
         if (end || (in->ended && n > 0)) {
             n = end ? (size_t)(end - from) : n;
             in->at += n + (end != NULL);
+            in->taken += (double)n + 1;
             in->seen = 0;
             in->torn = !end;
             in->line++;
@@ -3922,7 +3851,10 @@ static int next_line(struct source *in, int wait, struct piece *line)
             memmove(in->buf.s, from, n);
         in->buf.n = n;
         in->at = 0;
-        if (in->ended || !is_ready(in->fd, wait))
+        while (!in->ended && poll(&p, 1, wait ? 1000 : 0) <= 0)
+            if (!wait || interrupted)
+                return 0;
+        if (in->ended || interrupted)
             return 0;
         const ssize_t got = read(in->fd, in->buf.s + n, 1 << 16);
         in->ended = got == 0 || (got < 0 && errno != EINTR);
@@ -3939,11 +3871,11 @@ static int read_entry(struct batch *b, struct entry *x,
     const struct json *within = given(line, "body");
     const struct json *body = within ? within : line;
     const struct json *method = given(line, "method");
-    const struct json *url = given(line, "url");
+    const struct json *url = given(line, "url"), *prompt;
     struct request *q = &x->job.q;
     struct text asked = { 0 };
     uint64_t hash;
-    int code, n_prompts;
+    int n_prompts;
 
     if (id && id->type != JSON_STRING)
         return because(why, USAGE, "\"custom_id\": expected a string");
@@ -3962,14 +3894,11 @@ static int read_entry(struct batch *b, struct entry *x,
         !is_word(url, "/v1/completions"))
         return because(why, USAGE, "\"url\": expected \"/v1/chat/completions\" "
                        "or \"/v1/completions\"");
-    hash ^= q->seed == -1 ? 0 : (uint64_t)q->seed;
-    q->seed = (long long)hash;
-    first_prompt(body, &n_prompts);
+    q->seed = (long long)(hash ^ (q->seed == -1 ? 0 : (uint64_t)q->seed));
+    prompt = first_prompt(body, &n_prompts);
     if (n_prompts > 1)
         return because(why, USAGE, "\"prompt\": expected one prompt on a line");
-    code = read_request(&b->e, q, body, 0, why);
-    complete_request(&b->e, q);
-    return code;
+    return read_request(&b->e, q, body, prompt, why);
 }
 
 /* ---- a run that goes on */
@@ -4006,31 +3935,14 @@ static int know_line(struct batch *b, const struct piece *line,
         json_parse(&pool, line->s, line->n, &whole, &why);
     id = given(whole, "custom_id");
     if (json_is(id, JSON_STRING)) {
-        struct known *k = &b->known[b->n_known++];
-        *k = (struct known){ .times = 1 };
-        add(&k->id, id->s, id->n);
+        b->known[n] = (struct known){ .n_taken = 0 };
+        add(&b->known[b->n_known++].id, id->s, id->n);
         b->failed_before += given(whole, "error") != NULL;
     }
     pool_free(&pool);
     return b->n_known > (int)n ? DONE :
            say(BAD_FILE, "%s: line %lld is none that --batch writes",
                b->out_name, number);
-}
-
-/* Sort what is known, and count what is there more than once. */
-static void sort_known(struct batch *b)
-{
-    int n = 0;
-
-    if (b->n_known > 0)
-        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_id);
-    for (int i = 0; i < b->n_known; i++)
-        if (n > 0 && by_id(&b->known[n - 1], &b->known[i]) == 0) {
-            b->known[n - 1].times++;
-            free(b->known[i].id.s);
-        } else
-            b->known[n++] = b->known[i];
-    b->n_known = n;
 }
 
 /* Does another process write to this file?  Both would answer the same lines.
@@ -4077,7 +3989,8 @@ static int open_resumed(struct batch *b)
              b->failed_before == 0 ? "" :
              phrase("; remove the %lld that failed to try them again",
                     b->failed_before).s);
-    sort_known(b);
+    if (b->n_known > 0)
+        qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_id);
     return code;
 }
 
@@ -4085,22 +3998,21 @@ static int open_resumed(struct batch *b)
 static int take_known(struct batch *b, const struct text *id)
 {
     const struct known asked = { .id = *id };
-    struct known *k = b->n_known ? bsearch(&asked, b->known,
-        (size_t)b->n_known, sizeof *b->known, by_id) : NULL;
+    int from = 0, to = b->n_known;        /* the first of these ids          */
 
-    return k && k->times > 0 && k->times--;
-}
-
-/* I/N, counted from 0. */
-static int choose_shard(struct batch *b)
-{
-    const char *s = b->e.s->shard ? b->e.s->shard : "0/1";
-    int end = 0;
-
-    if (sscanf(s, "%d/%d%n", &b->shard, &b->n_shards, &end) != 2 || s[end] ||
-        b->shard < 0 || b->shard >= b->n_shards)
-        return usage("--shard %s: expected I/N with I from 0 to N-1", s);
-    return DONE;
+    while (from < to) {
+        const int at = from + (to - from) / 2;
+        if (by_id(&b->known[at], &asked) < 0)
+            from = at + 1;
+        else
+            to = at;
+    }
+    if (to < b->n_known)
+        to += b->known[from].n_taken;
+    if (to == b->n_known || by_id(&b->known[to], &asked) != 0)
+        return 0;
+    b->known[from].n_taken++;
+    return 1;
 }
 
 /* ---- many requests */
@@ -4108,14 +4020,16 @@ static int choose_shard(struct batch *b)
 /* A line becomes a job, or is left to an earlier run. */
 static void add_entry(struct batch *b, const struct piece *line)
 {
+    const char *const end = line->s + line->n;
     struct entry *x = &b->entry[(b->first + b->n_entries) % b->n_ring];
     struct text text = { 0 };
+    struct pool pool = { 0 };
     struct json *whole = NULL;
     struct why why;
     int code;
 
     *x = (struct entry){
-        .batch = b, .line = b->in.line, .bytes = line->n + 1,
+        .batch = b, .line = b->in.line, .end = b->in.taken,
         .job = { .q = b->e.s->ask, .to = &to_line, .owner = x }
     };
     add_format(&x->id, "line-%lld", x->line);
@@ -4125,50 +4039,33 @@ static void add_entry(struct batch *b, const struct piece *line)
     clean_text(&text);
     if (line->n > MAX_LINE)
         code = because(&why, USAGE, "longer than %d bytes", MAX_LINE);
-    else if (line->n > 1 && (memcmp(line->s, "\xff\xfe", 2) == 0 ||
-                             memcmp(line->s, "\xfe\xff", 2) == 0))
+    else if (begins(line->s, end, "\xff\xfe") ||
+             begins(line->s, end, "\xfe\xff"))
         code = because(&why, USAGE, "UTF-16, expected UTF-8: iconv -f UTF-16 "
                        "-t UTF-8 makes it of this file");
     else
-        code = json_parse(&x->pool, text.s, text.n, &whole, &why);
+        code = json_parse(&pool, text.s, text.n, &whole, &why);
     free(text.s);
     if (code == DONE)
         code = read_entry(b, x, whole, &why);
+    pool_free(&pool);
     if (take_known(b, &x->id)) {
         b->skipped++;
-        b->bytes += (double)x->bytes;
         free_entry(x);
         return;
     }
-    keep_stops(&x->job.q, &x->pool);
     if (code == DONE)
         code = engine_add(&b->e, &x->job, &why);
     if (code != DONE)
-        finish_error(x, code, without_line(&why));
+        add_output(x, code, without_line(&why));
     b->n_entries++;
-}
-
-/* Read lines while there is room; wait for one only if there is nothing else to
- * do. */
-static void read_lines(struct batch *b)
-{
-    struct piece line;
-
-    while (b->n_entries < b->n_ring &&
-           next_line(&b->in, b->n_entries == 0, &line)) {
-        if (strspn(line.s, " \t\r") >= line.n ||
-            (b->in.line - 1) % b->n_shards != b->shard)
-            b->bytes += (double)line.n + 1;
-        else
-            add_entry(b, &line);
-    }
 }
 
 /* A line on standard error every ten seconds, and at the end. */
 static void report_progress(struct batch *b, int last)
 {
     const double now = seconds(), took = now - b->started + 1e-9;
-    const double part = b->size > 0 ? b->bytes / b->size : 0;
+    const double part = b->size > 0 ? b->written / b->size : 0;
 
     if (!last && now - b->beat < 10)
         return;
@@ -4184,13 +4081,32 @@ static void report_progress(struct batch *b, int last)
                                      b->guessed, b->right).s : "");
 }
 
+/* Lines are read while there is room, and waited for only if there is nothing
+ * else to do.  What is finished is written in the order of the input, each line
+ * at once, if that is possible, so that it is whole or not there. */
 static int run_batch(struct batch *b)
 {
-    int code;
+    struct piece line;
+    int code = DONE;
 
     for (;;) {
-        read_lines(b);
-        code = write_finished(b);
+        while (b->n_entries < b->n_ring &&
+               next_line(&b->in, b->n_entries == 0, &line))
+            if (strspn(line.s, " \t\r") < line.n &&
+                (b->in.line - 1) % b->n_shards == b->shard)
+                add_entry(b, &line);
+        while (code == DONE && b->n_entries > 0 &&
+               b->entry[b->first].out.n > 0) {
+            struct entry *x = &b->entry[b->first];
+            if (isatty(b->out))
+                x->out.n = drop_controls(x->out.s, x->out.n);
+            if (write_all(b->out, x->out.s, x->out.n) != 0)
+                code = say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
+            b->written = x->end;
+            free_entry(x);
+            b->first = (b->first + 1) % b->n_ring;
+            b->n_entries--;
+        }
         if (code != DONE || interrupted || (b->n_entries == 0 && b->in.ended &&
                                             b->in.at == b->in.buf.n))
             break;
@@ -4203,23 +4119,24 @@ static int run_batch(struct batch *b)
         code = INTERRUPTED;
     if (code == DONE && b->in.error)
         code = say(BAD_FILE, "%s: %s", b->in_name, strerror(b->in.error));
-    for (; b->n_entries > 0; b->n_entries--) {
-        free_entry(&b->entry[b->first]);
-        b->first = (b->first + 1) % b->n_ring;
-    }
+    for (; b->n_entries > 0; b->n_entries--)
+        free_entry(&b->entry[(b->first + b->n_entries - 1) % b->n_ring]);
     return code;
 }
 
+/* The shard is I/N, counted from 0. */
 static int open_batch(struct batch *b)
 {
     const struct settings *s = b->e.s;
+    const char *shard = s->shard ? s->shard : "0/1";
     struct stat st;
-    int code = choose_shard(b);
+    int end = 0, code;
 
-    if (code != DONE)
-        return code;
-    b->in.fd = !s->file || is_dash(s->file) ? STDIN_FILENO :
-               open(s->file, O_RDONLY);
+    if (sscanf(shard, "%d/%d%n", &b->shard, &b->n_shards, &end) != 2 ||
+        shard[end] || b->shard < 0 || b->shard >= b->n_shards)
+        return usage("--shard %s: expected I/N with I from 0 to N-1", shard);
+    if (s->file && !is_dash(s->file))
+        b->in.fd = open(s->file, O_RDONLY);
     b->in_name = s->file ? s->file : "standard input";
     if (b->in.fd < 0)
         return say(BAD_FILE, "%s: %s", s->file, strerror(errno));
@@ -4298,8 +4215,8 @@ enum {
 
 /* Seconds. */
 enum {
-    HEAD_TIME = 10, BODY_TIME = 60, IDLE_TIME = 60, SEND_TIME = 30,
-    LINGER_TIME = 3, SIGN_OF_LIFE = 10, DRAIN_TIME = 30
+    HEAD_TIME = 10, BODY_TIME = 60, IDLE_TIME = 60, FULL_TIME = 1,
+    SEND_TIME = 30, LINGER_TIME = 3, SIGN_OF_LIFE = 10, DRAIN_TIME = 30
 };
 
 /* How long things took: how many up to edges[i] seconds, and the sum. */
@@ -4355,13 +4272,15 @@ enum { N_STATUSES = sizeof statuses / sizeof *statuses };
 
 enum { GET, HEAD_ONLY, POST, OPTIONS };
 
+static const char hex_digits[] = "0123456789abcdefABCDEF";
+
 /* A place for a client, and its request. */
 struct client {
     struct server *server;
     int fd;
     enum {
-        GONE, IN_HEAD, IN_LENGTH, IN_SIZE, IN_CHUNK, IN_TRAILER, WORKING,
-        LEAVING, SHUT
+        GONE, IN_HEAD, IN_LENGTH, IN_SIZE, IN_CHUNK, CHUNK_END, IN_TRAILER,
+        WORKING, LEAVING
     } state;
     struct text in, out, body;
     size_t at, sent;                      /* of in: looked at; of out        */
@@ -4370,13 +4289,12 @@ struct client {
 
     int method;
     const struct route *route;
-    struct phrase model;                  /* named in the path, or empty     */
+    struct phrase model;                  /* as the path names it, or empty  */
     int is_http11, is_allowed_origin, keeps;
     uint64_t id;                          /* 0: it has not begun             */
-    double asked, spoke;                  /* all of it; last byte to it      */
+    double asked;                         /* all of it was there             */
     long long created;
-    struct pool pool;                     /* of the JSON in the body         */
-    const struct json *json;
+    const struct json *json;              /* of the body, for its answer     */
     struct why why;                       /* it cannot be answered           */
     struct job *choice;                   /* [n_choices]                     */
     int n_choices, n_done, include_usage;
@@ -4410,7 +4328,7 @@ struct route {
 /* The row of a status, or of an exit code. */
 static const struct status *status_for(int code)
 {
-    const int wanted = code >= 200 ? code :
+    const int wanted = code >= 200 ? code : code == DONE ? 200 :
                        code == USAGE || code == TOO_LONG ? 400 : 500;
     const struct status *is = statuses;
 
@@ -4424,10 +4342,8 @@ static const char *methods_of(const struct client *c)
     return c->route && c->route->is_post ? "POST" : "GET, HEAD";
 }
 
-/* The head of a response of this type, or of JSON; n < 0: how long it will be
- * is not known. */
-static void begin_response(struct client *c, int code, const char *type,
-                           long long n)
+/* The head of a response with n bytes; n < 0: of a stream. */
+static void begin_response(struct client *c, int code, long long n)
 {
     struct server *v = c->server;
     const struct status *is = status_for(code);
@@ -4441,14 +4357,14 @@ static void begin_response(struct client *c, int code, const char *type,
     add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: "
                "%016llx\r\nConnection: %s\r\n", is->code, is->text, date,
                (unsigned long long)c->id, c->keeps ? "keep-alive" : "close");
-    if (is->code != 204)
-        add_format(&c->out, "Content-Type: %s\r\n",
-                   type ? type : "application/json");
     if (n < 0)
-        add_format(&c->out, "Cache-Control: no-cache\r\n%s", c->is_http11 ?
+        add_format(&c->out, "Content-Type: text/event-stream\r\n"
+                   "Cache-Control: no-cache\r\n%s", c->is_http11 ?
                    "Transfer-Encoding: chunked\r\n" : "");
     else if (is->code != 204)
-        add_format(&c->out, "Content-Length: %lld\r\n", n);
+        add_format(&c->out, "Content-Type: %s\r\nContent-Length: %lld\r\n",
+                   is->code == 200 && c->route->type ? c->route->type :
+                   "application/json", n);
     if (v->e.s->cors && c->is_allowed_origin) {
         add_string(&c->out, "Access-Control-Allow-Origin: ");
         add_string(&c->out, v->e.s->cors);
@@ -4456,13 +4372,6 @@ static void begin_response(struct client *c, int code, const char *type,
     }
     add_format(&c->out, is->fields ? is->fields : "", methods_of(c));
     add_string(&c->out, "\r\n");
-    c->spoke = v->now;
-}
-
-static void free_text(struct text *t)
-{
-    free(t->s);
-    *t = (struct text){ NULL, 0, 0 };
 }
 
 /* What was asked is answered; the next request may follow.  What choices of a
@@ -4479,7 +4388,6 @@ static void finish_request(struct client *c)
     }
     free(c->choice);
     free(c->body.s);
-    pool_free(&c->pool);
     *c = (struct client){
         .server = c->server, .fd = c->fd, .in = c->in, .out = c->out,
         .sent = c->sent, .since = c->server->now,
@@ -4487,19 +4395,9 @@ static void finish_request(struct client *c)
     };
 }
 
-static void respond(struct client *c, int code, const char *type,
-                    const struct text *body)
-{
-    if (c->server->stopping > 0)
-        c->keeps = 0;
-    begin_response(c, code, type, (long long)body->n);
-    if (c->method != HEAD_ONLY)
-        add(&c->out, body->s, body->n);
-    finish_request(c);
-}
-
-/* OpenAI's object of an error.  A sentence that begins with a name in quotes is
- * about that member. */
+/* OpenAI's object of an error, by its status or exit code, with c->why or the
+ * sentence for this status.  One that begins with a name in quotes is about
+ * that member. */
 static void add_error(struct client *c, struct text *to, int code)
 {
     const struct status *is = status_for(code);
@@ -4518,29 +4416,21 @@ static void add_error(struct client *c, struct text *to, int code)
                 code == 401 ? "invalid_api_key" : NULL);
 }
 
-/* An error, by its status or exit code, and c->why, or the sentence for this
- * status.  The connection stays only where the request was read to its end. */
-static void refuse(struct client *c, int code)
+/* All of a response: the text, which is freed, or an error.  After one the
+ * connection stays only where the request was read to its end. */
+static void respond(struct client *c, int code, struct text *said)
 {
-    struct text body = { 0 };
-
-    c->keeps &= c->state == WORKING;
-    add_error(c, &body, code);
-    respond(c, code, NULL, &body);
-    free(body.s);
-}
-
-/* Do clients make the server keep too much already?  Then this one goes. */
-static int check_held(struct client *c)
-{
-    const struct server *v = c->server;
-    size_t n = 0;
-
-    for (int i = 0; i < v->n_places; i++)
-        n += v->client[i].in.cap + v->client[i].body.cap +
-             v->client[i].pool.total + v->client[i].out.cap;
-    return n <= MAX_HELD ? DONE :
-           because(&c->why, 503, "too much is waiting here already");
+    if (status_for(code)->code >= 400) {
+        c->keeps &= c->state == WORKING;
+        said->n = 0;
+        add_error(c, said, code);
+    }
+    c->keeps &= c->server->stopping == 0;
+    begin_response(c, code, (long long)said->n);
+    if (c->method != HEAD_ONLY)
+        add(&c->out, said->s, said->n);
+    free(said->s);
+    finish_request(c);
 }
 
 /* A part of a stream: data, or a comment.  The head goes with the first: until
@@ -4549,14 +4439,13 @@ static void send_event(struct client *c, const char *kind, const char *s,
                        size_t n)
 {
     if (c->stream == WANTED)
-        begin_response(c, 200, "text/event-stream", -1);
+        begin_response(c, DONE, -1);
     c->stream = BEGUN;
     if (c->is_http11)
         add_format(&c->out, "%zx\r\n", strlen(kind) + n + 2);
     add_string(&c->out, kind);
     add(&c->out, s, n);
     add_string(&c->out, c->is_http11 ? "\n\n\r\n" : "\n\n");
-    c->spoke = c->server->now;
 }
 
 /* ---- answers */
@@ -4617,7 +4506,6 @@ static void add_new(struct text *to, const char *format,
 static void send_new(struct job *j)
 {
     const struct client *c = j->owner;
-    struct reply *r = &j->r;
     const int plain = j->q.is_completion, ended = j->state == FINISHED;
     struct text delta = { 0 }, prompt = { 0 };
     struct calls calls = { NULL, 0 };
@@ -4632,10 +4520,10 @@ static void send_new(struct job *j)
     }
     j->told.some = 1;
     if (ended)
-        calls = take_calls(r);
-    add_new(&delta, "reasoning_content: %.*s", &r->thought, &j->told.thought,
+        calls = take_calls(&j->r);
+    add_new(&delta, "reasoning_content: %.*s", &j->r.thought, &j->told.thought,
             ended);
-    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &r->text,
+    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &j->r.text,
             &j->told.text, ended);
     send_choice(j, &delta, NULL);
     if (calls.n > 0)
@@ -4644,36 +4532,29 @@ static void send_new(struct job *j)
     if (ended && plain)
         add_members(&delta, "text: %s", "");
     if (ended)
-        send_choice(j, &delta, finish_reason(r, calls.n));
+        send_choice(j, &delta, finish_reason(&j->r, calls.n));
     free_calls(&calls);
     free(delta.s);
 }
 
-static void note_token(struct job *j)
+/* A choice has a token more, or has ended.  When all have, the request ends,
+ * after the step. */
+static void tell_client(struct job *j)
 {
     struct client *c = j->owner;
-    const double now = seconds(), before = j->told.when;
-    struct histogram *h = before > 0 ? &c->server->next : &c->server->first;
-    const double took = now - (before > 0 ? before : c->asked);
+    struct server *v = c->server;
+    struct histogram *h = j->told.when > 0 ? &v->next : &v->first;
+    const double now = seconds();
+    const double took = now - (j->told.when > 0 ? j->told.when : c->asked);
     int i = 0;
 
+    if (j->state == ACTIVE && j->r.n_sampled == 0)
+        return;
     while (i < N_EDGES && took > edges[i])
         i++;
     h->n[i]++;
     h->sum += took;
     j->told.when = now;
-}
-
-/* A choice has a token more, or has ended.  When all have, the request ends in
- * run_server(), after the step. */
-static void tell_client(struct job *j)
-{
-    struct client *c = j->owner;
-    struct server *v = c->server;
-
-    if (j->state == ACTIVE && j->r.n_sampled == 0)
-        return;
-    note_token(j);
     if (j->state == FINISHED) {
         c->n_done++;
         v->read += j->q.prompt.n - j->r.n_reused;
@@ -4688,50 +4569,39 @@ static void tell_client(struct job *j)
 
 static const struct sink to_client = { tell_client, tell_client };
 
-/* The end of a stream: what it took, or why it breaks off. */
-static void end_stream(struct client *c, int code)
-{
-    struct text event = { 0 };
-
-    if (code != DONE) {
-        if (!c->why.s[0])
-            because(&c->why, code, "%s", status_for(code)->why);
-        add_error(c, &event, FAILED);
-    } else if (c->include_usage) {
-        begin_event(c, &event, 0);
-        add_string(&event, "]");
-        add_usage(&c->server->e, &event, c->choice, c->n_choices);
-        add_string(&event, "}");
-    }
-    if (event.n > 0)
-        send_event(c, "data: ", event.s, event.n);
-    send_event(c, "data: ", "[DONE]", 6);
-    if (c->is_http11)
-        add_string(&c->out, "0\r\n\r\n");
-    free(event.s);
-    finish_request(c);
-}
-
-/* All choices of a request have ended, or it cannot be answered to its end. */
+/* All choices of a request have ended, or it cannot be answered to its end: a
+ * stream that has begun then breaks off with the error. */
 static void finish_answer(struct client *c, int code)
 {
     const struct engine *e = &c->server->e;
-    struct text body = { 0 };
+    struct text said = { 0 };
 
-    code = c->why.s[0] ? FAILED : code;
+    code = c->why.s[0] ? 500 : code;
     if (code == DONE && e->s->verbose)
         note("200: %d choices, prompt of %d tokens, %.2f s", c->n_choices,
              c->choice[0].q.prompt.n, c->server->now - c->asked);
-    if (code != DONE && c->stream != BEGUN)
-        refuse(c, code);
-    else if (c->stream)
-        end_stream(c, code);
-    else {
-        add_completion(e, &body, c->choice, c->n_choices, c->id, c->created);
-        add_string(&body, "}");
-        respond(c, 200, NULL, &body);
+    if (code == DONE && !c->stream) {
+        add_completion(e, &said, c->choice, c->n_choices, c->id, c->created);
+        add_string(&said, "}");
     }
-    free(body.s);
+    if (c->stream != BEGUN && (code != DONE || !c->stream)) {
+        respond(c, code, &said);
+        return;
+    }
+    if (code != DONE)
+        add_error(c, &said, code);
+    else if (c->include_usage) {
+        begin_event(c, &said, 0);
+        add_string(&said, "]");
+        add_usage(e, &said, c->choice, c->n_choices);
+        add_string(&said, "}");
+    }
+    if (said.n > 0)
+        send_event(c, "data: ", said.s, said.n);
+    send_event(c, "data: ", "[DONE]", 6);
+    add_string(&c->out, c->is_http11 ? "0\r\n\r\n" : "");
+    free(said.s);
+    finish_request(c);
 }
 
 /* ---- endpoints
@@ -4739,50 +4609,39 @@ static void finish_answer(struct client *c, int code)
  * They add the answer to a text, or return the status or exit code of an error
  * and may say more in c->why. */
 
-/* The requests in a body, one for each choice of each prompt. */
-static int read_choices(struct client *c, struct why *why)
-{
-    struct engine *e = &c->server->e;
-    int code = DONE, n_prompts;
-
-    first_prompt(c->json, &n_prompts);
-    for (int i = 0, n = 1; code == DONE && i < n_prompts * n; i++) {
-        struct request q = i % n ? c->choice[i - 1].q : e->s->ask;
-        if (i % n == 0) {
-            code = read_request(e, &q, c->json, i / n, why);
-            complete_request(e, &q);
-        } else
-            q.seed++;
-        if (i == 0) {
-            n = q.n_choices;
-            if (n_prompts * n > MAX_CHOICES && code == DONE)
-                code = because(why, USAGE, "%d prompts with \"n\": %d, "
-                               "expected at most %d choices", n_prompts, n,
-                               MAX_CHOICES);
-            c->choice = zeroed(code == DONE ? (size_t)(n_prompts * n) : 1,
-                               sizeof *c->choice);
-        }
-        c->choice[i] = (struct job){ .q = q, .to = &to_client, .owner = c,
-                                     .id = hash_number(c->id, (uint64_t)i) };
-        c->n_choices = i + 1;
-        if (code == DONE)
-            code = engine_add(e, &c->choice[i], why);
-    }
-    return code;
-}
-
-/* Both kinds of completions; the answer comes later. */
+/* The requests in a body of completions, one for each choice of each prompt;
+ * the answer comes later. */
 static int complete_body(struct client *c, struct text *to)
 {
-    const struct engine *e = &c->server->e;
+    struct engine *e = &c->server->e;
     const int is_chat = strstr(c->route->path, "chat") != NULL;
-    int code = given(c->json, is_chat ? "messages" : "prompt") ?
-               read_choices(c, &c->why) :
-               because(&c->why, USAGE, is_chat ? "\"messages\": expected an "
-                       "array" : "\"prompt\": expected a text");
-    int n_jobs = 0;
+    int code = DONE, n_prompts, n_jobs = 0;
+    const struct json *prompt = first_prompt(c->json, &n_prompts);
 
     (void)to;
+    if (!given(c->json, is_chat ? "messages" : "prompt"))
+        return because(&c->why, USAGE, is_chat ? "\"messages\": expected an "
+                       "array" : "\"prompt\": expected a text");
+    for (int i = 0; code == DONE && i < n_prompts; i++) {
+        struct request q = e->s->ask;
+        code = read_request(e, &q, c->json, prompt, &c->why);
+        prompt = prompt ? prompt->next : NULL;
+        if (code == DONE && n_prompts * q.n_choices > MAX_CHOICES)
+            code = because(&c->why, USAGE, "%d prompts with \"n\": %d, "
+                           "expected at most %d choices", n_prompts,
+                           q.n_choices, MAX_CHOICES);
+        if (i == 0)
+            c->choice = zeroed(code == DONE ? (size_t)(n_prompts * q.n_choices)
+                               : 1, sizeof *c->choice);
+        do {
+            const uint64_t id = hash_number(c->id, (uint64_t)c->n_choices);
+            struct job *j = &c->choice[c->n_choices++];
+            *j = (struct job){ .q = q, .to = &to_client, .owner = c, .id = id };
+            if (code == DONE)
+                code = engine_add(e, j, &c->why);
+            q.seed++;
+        } while (code == DONE && c->n_choices % q.n_choices != 0);
+    }
     if (code != DONE)
         return code;
     c->why.s[0] = '\0';                   /* in case something was tried     */
@@ -4794,28 +4653,32 @@ static int complete_body(struct client *c, struct text *to)
     c->stream = c->choice[0].q.stream ? WANTED : WHOLE_ANSWER;
     c->include_usage = json_is(given(given(c->json, "stream_options"),
                                      "include_usage"), JSON_TRUE);
-    c->spoke = c->server->now;
-    keep_stops(&c->choice[0].q, &c->pool);
-    for (int i = 1; i < c->n_choices; i++)
-        c->choice[i].q.stop = c->choice[0].q.stop;
-    free_text(&c->body);
     return DONE;
 }
 
+/* A path may have "%20" for a blank. */
 static int tell_models(struct client *c, struct text *to)
 {
     const struct engine *e = &c->server->e;
     const struct piece name = model_name(e);
-    const int is_one = c->model.s[0] != '\0';
+    const char *s = c->model.s;
+    size_t n = 0;
 
-    if (is_one && !is(&name, c->model.s))
+    for (; *s && n < name.n; n++) {
+        const char hex[] = { s[1], s[1] ? s[2] : '\0', '\0' };
+        const int is_hex = *s == '%' && strspn(hex, hex_digits) == 2;
+        if (name.s[n] != (is_hex ? (char)strtol(hex, NULL, 16) : *s))
+            break;
+        s += is_hex ? 3 : 1;
+    }
+    if (c->model.s[0] && (*s || n < name.n))
         return because(&c->why, 404, "no other model is here than /v1/models "
                        "says");
-    add_members(to, is_one ? "" : "{object: %s, data: [", "list");
+    add_members(to, c->model.s[0] ? "" : "{object: %s, data: [", "list");
     add_members(to, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
                 "max_model_len: %d}", (int)name.n, name.s, "model", 0,
                 "lfm2.c", e->par.n_ctx);
-    add_string(to, is_one ? "" : "]}");
+    add_string(to, c->model.s[0] ? "" : "]}");
     return DONE;
 }
 
@@ -4826,60 +4689,54 @@ static int tell_health(struct client *c, struct text *to)
     return DONE;
 }
 
-static void add_histogram(struct text *to, const char *name,
-                          const struct histogram *h)
-{
-    uint64_t sum = 0;
-
-    for (int i = 0; i <= N_EDGES; i++)
-        add_format(to, "lfm2_%s_bucket{le=\"%s\"} %llu\n", name, i < N_EDGES ?
-                   phrase("%g", edges[i]).s : "+Inf",
-                   (unsigned long long)(sum += h->n[i]));
-    add_format(to, "lfm2_%s_sum %.9g\nlfm2_%s_count %llu\n", name, h->sum,
-               name, (unsigned long long)sum);
-}
-
 /* In the text format of Prometheus. */
 static int tell_metrics(struct client *c, struct text *to)
 {
     const struct server *v = c->server;
-    int waiting = 0, busy = 0;
+    int n_jobs[2] = { 0, 0 };             /* by their states                 */
 
     for (const struct job *j = v->e.jobs; j; j = j->next)
-        *(j->state == WAITING ? &waiting : &busy) += 1;
+        n_jobs[j->state == ACTIVE]++;
     const struct {
-        const char *name, *type, *help;
+        const char *name, *help;
         double value;                     /* NAN: one of each status         */
         const struct histogram *h;
     } all[] = {
-        { "prompt_tokens_total", "counter", "Tokens read.", v->read },
-        { "cached_tokens_total", "counter",
-          "Tokens of prompts that were in a cache.", v->reused },
-        { "generated_tokens_total", "counter", "Tokens generated.", v->made },
-        { "connections", "gauge", "Open connections.", v->n_clients },
-        { "queue", "gauge", "Answers that wait.", waiting },
-        { "slots", "gauge", "Answers there can be at once.", v->e.par.n_seq },
-        { "slots_busy", "gauge", "Answers under way.", busy },
-        { "requests_total", "counter", "Requests by status.", NAN },
-        { "first_token_seconds", "histogram",
-          "From a request to its first token.", 0, &v->first },
-        { "token_seconds", "histogram", "From one token to the next.", 0,
-          &v->next }
+        { "prompt_tokens_total", "Tokens read.", v->read },
+        { "cached_tokens_total", "Tokens of prompts that were in a cache.",
+          v->reused },
+        { "generated_tokens_total", "Tokens generated.", v->made },
+        { "connections", "Open connections.", v->n_clients },
+        { "queue", "Answers that wait.", n_jobs[0] },
+        { "slots", "Answers there can be at once.", v->e.par.n_seq },
+        { "slots_busy", "Answers under way.", n_jobs[1] },
+        { "requests_total", "Requests by status.", NAN },
+        { "first_token_seconds", "From a request to its first token.", 0,
+          &v->first },
+        { "token_seconds", "From one token to the next.", 0, &v->next }
     };
 
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) {
+        const struct histogram *h = all[i].h;
         const char *name = all[i].name;
+        unsigned long long sum = 0;
         add_format(to, "# HELP lfm2_%s %s\n# TYPE lfm2_%s %s\n", name,
-                   all[i].help, name, all[i].type);
-        if (all[i].h)
-            add_histogram(to, name, all[i].h);
-        else if (!isnan(all[i].value))
-            add_format(to, "lfm2_%s %.17g\n", name, all[i].value);
+                   all[i].help, name, h ? "histogram" :
+                   strstr(name, "_total") ? "counter" : "gauge");
+        for (int k = 0; h && k <= N_EDGES; k++)
+            add_format(to, "lfm2_%s_bucket{le=\"%s\"} %llu\n", name,
+                       k < N_EDGES ? phrase("%g", edges[k]).s : "+Inf",
+                       sum += h->n[k]);
         for (int k = 0; isnan(all[i].value) && k < N_STATUSES; k++)
             if (v->answered[k] > 0)
                 add_format(to, "lfm2_%s{status=\"%d\"} %llu\n", name,
                            statuses[k].code,
                            (unsigned long long)v->answered[k]);
+        if (h)
+            add_format(to, "lfm2_%s_sum %.9g\nlfm2_%s_count %llu\n", name,
+                       h->sum, name, sum);
+        else if (!isnan(all[i].value))
+            add_format(to, "lfm2_%s %.17g\n", name, all[i].value);
     }
     return DONE;
 }
@@ -4952,44 +4809,53 @@ static const struct route routes[] = {
     { "/health", 0, 1, tell_health },
     { "/v1/health", 0, 1, tell_health },
     { "/", 0, 1, send_page, "text/html; charset=utf-8" },
+    { NULL, 0, 0, NULL }
 };
 
-enum { N_ROUTES = sizeof routes / sizeof *routes };
+/* A buffer that was long does not stay. */
+static void drop_bytes(struct text *t, size_t n)
+{
+    t->n -= n;
+    if (t->n == 0 && t->cap > 4 * MAX_AHEAD) {
+        free(t->s);
+        *t = (struct text){ NULL, 0, 0 };
+    } else if (n > 0) {
+        memmove(t->s, t->s + n, t->n);
+        t->s[t->n] = '\0';
+    }
+}
 
 /* All of the request is there: answer it. */
 static void answer_request(struct client *c)
 {
-    const struct server *v = c->server;
-    const char *body = c->body.s ? c->body.s : "";
+    struct pool pool = { 0 };
     struct json *json = NULL;
     struct text to = { 0 };
-    int code = v->stopping > 0 ? 503 : DONE;
+    int code = c->method == OPTIONS ? 204 : c->server->stopping > 0 ? 503 :
+               DONE;
 
     c->state = WORKING;
-    c->asked = v->now;
-    if (c->method == OPTIONS) {
-        respond(c, 204, NULL, &to);
-        return;
-    }
+    c->asked = c->since = c->server->now;
     if (code == DONE && c->route->is_post) {
-        code = check_held(c);
-        if (code == DONE)
-            code = json_parse(&c->pool, body, c->body.n, &json, &c->why);
+        code = json_parse(&pool, c->body.s ? c->body.s : "", c->body.n, &json,
+                          &c->why);
         if (code == DONE && json->type != JSON_OBJECT)
             code = because(&c->why, USAGE, "expected a JSON object as the "
                            "request");
+        drop_bytes(&c->body, c->body.n);
     }
     c->json = json;
     if (code == DONE)
         code = c->route->answer(c, &to);
-    if (code != DONE)
-        refuse(c, code);
-    else if (c->n_choices == 0)
-        respond(c, 200, c->route->type, &to);
-    free(to.s);
+    pool_free(&pool);
+    c->json = NULL;
+    if (code != DONE || c->n_choices == 0)
+        respond(c, code, &to);
 }
 
-/* ---- requests: the head */
+/* ---- requests: the head
+ *
+ * What reads a part of a request returns 0, or the status of an error. */
 
 /* The next line of a head or between chunks, with NUL for its end; NULL if it
  * has not come yet, or is none, for which `status` is set. */
@@ -4999,8 +4865,7 @@ static char *take_line(struct client *c, size_t most, int *status)
     const size_t n = c->in.n - c->at;
     size_t len = 0;
 
-    while (len < n && (line[len] == '\t' ||
-                       ((unsigned char)line[len] >= ' ' && line[len] != 127)))
+    while (len < n && (line[len] == '\t' || !iscntrl((unsigned char)line[len])))
         len++;
     if (len > most || (len < n && line[len] != '\r') ||
         (len + 1 < n && line[len + 1] != '\n'))
@@ -5019,9 +4884,9 @@ static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
     "expect connection";
 
-/* Put a line "Name: value" where it belongs; 400 if it is not one, or the
- * second of its name.  Names become lower case, and so do values, but for keys;
- * of Connection only "close" counts. */
+/* Put a line "Name: value" where it belongs, unless another was there.  Names
+ * become lower case, and so do values, but for keys; of Connection only "close"
+ * counts. */
 static int read_field(char **field, char *line)
 {
     static const char good[] = "!#$%&'*+-.^_`|~0123456789"
@@ -5036,14 +4901,12 @@ static int read_field(char **field, char *line)
     if (line[strspn(line, good)])
         return 400;
     i = find_word(field_names, ' ', line);
-    if (i < 0)
-        return 0;
     value += strspn(value, " \t");
     while (end > value && strchr(" \t", end[-1]))
         *--end = '\0';
     if (i != KEY)
         lower(value, strlen(value));
-    if (i == CONNECTION && !strstr(value, "close"))
+    if (i < 0 || (i == CONNECTION && !strstr(value, "close")))
         return 0;
     if (field[i] && i != CONNECTION)
         return 400;
@@ -5051,24 +4914,7 @@ static int read_field(char **field, char *line)
     return 0;
 }
 
-/* A part of a path, in which "%20" is a blank. */
-static struct phrase decode(const char *s)
-{
-    struct phrase to = { "" };
-
-    for (size_t n = 0; *s && n < sizeof to.s - 1; n++)
-        if (*s == '%' && isxdigit((unsigned char)s[1]) &&
-            isxdigit((unsigned char)s[2])) {
-            const char hex[] = { s[1], s[2], '\0' };
-            to.s[n] = (char)strtol(hex, NULL, 16);
-            s += 3;
-        } else
-            to.s[n] = *s++;
-    return to;
-}
-
-/* "POST /path HTTP/1.1" says which route it is: 0, or the status of an
- * error. */
+/* "POST /path HTTP/1.1" says which route it is. */
 static int read_request_line(struct client *c, char *line)
 {
     char *path = strchr(line, ' ');
@@ -5083,12 +4929,12 @@ static int read_request_line(struct client *c, char *line)
     *path++ = *version = '\0';
     c->method = find_word("GET HEAD POST OPTIONS", ' ', line);
     path[strcspn(path, "?")] = '\0';
-    for (int i = 0; i < N_ROUTES && !c->route; i++) {
-        const size_t k = strlen(routes[i].path);
-        if (strncmp(path, routes[i].path, k) == 0 &&
+    for (const struct route *r = routes; r->path && !c->route; r++) {
+        const size_t k = strlen(r->path);
+        if (strncmp(path, r->path, k) == 0 &&
             (!path[k] || (k > 1 && path[k - 1] == '/'))) {
-            c->route = &routes[i];
-            c->model = decode(path + k);
+            c->route = r;
+            c->model = phrase("%s", path + k);
         }
     }
     if (!c->route)
@@ -5111,25 +4957,15 @@ static int names_this_machine(const char *host)
                                 !host[1 + strspn(host + 1, digits + 1)]));
 }
 
-/* May pages of this origin ask?  Those that this server sent may. */
-static int is_good_origin(const char *cors, const char *origin,
-                          const char *host)
-{
-    if (cors && (strcmp(cors, "*") == 0 || strcasecmp(origin, cors) == 0))
-        return 1;
-    return host && strncmp(origin, "http://", 7) == 0 &&
-           strcmp(origin + 7, host) == 0;
-}
-
 /* Is this key in the file?  The time that takes tells only its length. */
-static int is_known_key(const struct server *v, const char *given)
+static int is_known_key(const struct text *keys, const char *given)
 {
     const char *word = given && strncasecmp(given, "bearer ", 7) == 0 ?
                        given + 7 : "";
     const size_t n = strlen(word);
-    int found = v->keys.n == 0;
+    int found = keys->n == 0;
 
-    for (const char *key = v->keys.s; n > 0 && key && *key;) {
+    for (const char *key = keys->s; n > 0 && key && *key;) {
         const size_t len = strcspn(key, "\n");
         unsigned differ = len != n;
         for (size_t i = 0; len > 0 && i < n; i++)
@@ -5140,50 +4976,50 @@ static int is_known_key(const struct server *v, const char *given)
     return found;
 }
 
-/* How long the body or its next chunk is, in digits of this base: 0, or the
- * status of an error. */
+/* How long the body or its next chunk is, in digits of this base. */
 static int read_length(struct client *c, const char *s, int base)
 {
     const size_t most = (size_t)c->server->e.s->max_body << 20;
-    const size_t digits = strspn(s, base == 10 ? "0123456789" :
-                                 "0123456789abcdefABCDEF");
+    const size_t digits = strspn(s, base == 10 ? "0123456789" : hex_digits);
     const unsigned long long n = strtoull(s, NULL, base);   /* or the most   */
 
-    if (digits == 0 || (base == 10 ? s[digits] != '\0' :
-                        digits > 16 || (s[digits] && s[digits] != ';')))
+    if (digits == 0 || (base == 16 && digits > 16) ||
+        (s[digits] && (base == 10 || s[digits] != ';')))
         return 400;
     c->length = (size_t)n;
     return n > most - c->body.n ? 413 : 0;
 }
 
-/* Whether a request may be made at all; 0, or the status of an error. */
+/* May a request be made at all?  Pages that this server sent may ask, and those
+ * of --cors. */
 static int check_head(struct client *c, char *const *field)
 {
     const struct server *v = c->server;
     const char *host = field[HOST], *origin = field[ORIGIN];
     const char *type = field[MEDIA], *length = field[LENGTH];
-    const char *coding = field[CODING];
-    int status = 0;
+    const char *coding = field[CODING], *cors = v->e.s->cors;
+    int status;
 
+    if (coding && (length || !c->is_http11))
+        return 400;
+    if (coding && strcmp(coding, "chunked") != 0)
+        return 501;
     c->state = coding ? IN_SIZE : IN_LENGTH;
-    c->length = 0;
-    if (coding)
-        status = length || !c->is_http11 ? 400 :
-                 strcmp(coding, "chunked") != 0 ? 501 : 0;
-    else if (length)
-        status = read_length(c, length, 10);
-    if (status)
+    if (length && (status = read_length(c, length, 10)) != 0)
         return status;
     if (c->is_http11 && !host)
         return 400;
     if (host && v->is_local && !names_this_machine(host))
         return 403;
-    c->is_allowed_origin = origin && is_good_origin(v->e.s->cors, origin, host);
+    c->is_allowed_origin = origin && (
+        (cors && (strcmp(cors, "*") == 0 || strcasecmp(origin, cors) == 0)) ||
+        (host && strncmp(origin, "http://", 7) == 0 &&
+         strcmp(origin + 7, host) == 0));
     if (origin && !c->is_allowed_origin)
         return 403;
     if (c->method == OPTIONS)
         return 0;
-    if (!c->route->is_public && !is_known_key(v, field[KEY]))
+    if (!c->route->is_public && !is_known_key(&v->keys, field[KEY]))
         return 401;
     if (c->route->is_post &&
         (!type || strncmp(type, "application/json", 16) != 0 ||
@@ -5194,8 +5030,7 @@ static int check_head(struct client *c, char *const *field)
     return field[EXPECT] && strcmp(field[EXPECT], "100-continue") ? 417 : 0;
 }
 
-/* The head of a request, once all of it is there: 0, or the status of an
- * error. */
+/* The head of a request, once all of it is there. */
 static int read_head_part(struct client *c)
 {
     char *field[N_FIELDS] = { NULL }, *line;
@@ -5204,11 +5039,6 @@ static int read_head_part(struct client *c)
 
     while (c->at + 2 <= c->in.n && memcmp(c->in.s + c->at, "\r\n", 2) == 0)
         c->at += 2;
-    if (c->in.n > c->at && !c->id) {
-        c->id = hash_number(hash_number(HASH_START, random_seed()),
-                            ++c->server->n_requests);
-        c->since = c->server->now;
-    }
     end = memmem(c->in.s + c->at, c->in.n - c->at, "\r\n\r\n", 4);
     if ((end ? (size_t)(end - c->in.s) + 4 : c->in.n) - c->at > MAX_HEAD)
         return 431;
@@ -5231,24 +5061,21 @@ static int read_head_part(struct client *c)
 
 /* ---- requests: the body */
 
-/* A buffer that was long does not stay. */
-static void drop_bytes(struct text *t, size_t n)
-{
-    t->n -= n;
-    if (t->n == 0 && t->cap > 4 * MAX_AHEAD) {
-        free_text(t);
-    } else if (n > 0) {
-        memmove(t->s, t->s + n, t->n);
-        t->s[t->n] = '\0';
-    }
-}
-
-/* As much of the body as is there: 0, or the status of an error. */
+/* As much of the body as is there.  Nobody may have one if clients make the
+ * server keep too much already. */
 static int read_body_part(struct client *c)
 {
-    int status = c->in.n + c->body.n > MAX_AHEAD ? check_held(c) : 0;
+    const struct server *v = c->server;
+    size_t held = 0;
+    int status = 0;
+    const char *line;
 
-    while (c->state < WORKING && !status) {
+    for (int i = 0; i < v->n_places; i++)
+        held += v->client[i].in.cap + v->client[i].body.cap +
+                v->client[i].out.cap;
+    if (held > MAX_HELD && (c->length > 0 || c->state != IN_LENGTH))
+        return because(&c->why, 503, "too much is waiting here already");
+    while (c->state < WORKING && !status)
         if (c->state == IN_LENGTH || c->state == IN_CHUNK) {
             const size_t there = c->in.n - c->at;
             const size_t n = there < c->length ? there : c->length;
@@ -5257,26 +5084,26 @@ static int read_body_part(struct client *c)
             c->length -= n;
             if (c->length > 0)
                 return 0;
-            if (c->state == IN_CHUNK) {
-                c->body.n -= 2;
-                status = memcmp(c->body.s + c->body.n, "\r\n", 2) ? 400 : 0;
-            }
-            c->state = c->state == IN_CHUNK ? IN_SIZE : WORKING;
-            continue;
-        }
-        const char *line = take_line(c, MAX_CHUNK_LINE, &status);
-        if (!line)
+            c->state = c->state == IN_CHUNK ? CHUNK_END : WORKING;
+        } else if (!(line = take_line(c, MAX_CHUNK_LINE, &status)))
             return status;
-        if (c->state == IN_SIZE) {
+        else if (c->state == IN_SIZE) {
             status = read_length(c, line, 16);
             c->state = c->length > 0 ? IN_CHUNK : IN_TRAILER;
-            c->length += c->length > 0 ? 2 : 0;
+        } else if (c->state == CHUNK_END) {
+            status = *line ? 400 : 0;
+            c->state = IN_SIZE;
         } else if ((c->length += strlen(line) + 2) > MAX_HEAD)
             status = 400;
         else if (!*line)
             c->state = WORKING;
-    }
     return status;
+}
+
+/* Is there input that can be looked at now, and was not? */
+static int has_more(const struct client *c)
+{
+    return c->state < WORKING && c->in.n > c->at && c->out.n == 0;
 }
 
 /* Look at what has arrived, in whatever pieces. */
@@ -5284,6 +5111,9 @@ static void read_more(struct client *c)
 {
     int status = 0;
 
+    if (!c->id)
+        c->id = hash_number(hash_number(HASH_START, random_seed()),
+                            ++c->server->n_requests);
     c->at = 0;
     if (c->state == IN_HEAD)
         status = read_head_part(c);
@@ -5292,7 +5122,7 @@ static void read_more(struct client *c)
     drop_bytes(&c->in, c->at);            /* once: many chunks are small     */
     c->at = c->in.n;
     if (status)
-        refuse(c, status);
+        respond(c, status, &(struct text){ 0 });
     else if (c->state == WORKING)
         answer_request(c);
 }
@@ -5315,11 +5145,19 @@ static void hang_up(struct client *c)
     *c = (struct client){ .server = v, .fd = -1 };
 }
 
+/* Has it had all that it asked for? */
+static int is_idle(const struct client *c)
+{
+    return c->state == IN_HEAD && c->in.n == 0 && c->out.n == 0;
+}
+
 static void receive(struct client *c)
 {
     ssize_t n;
 
-    if (c->state >= LEAVING)
+    if (is_idle(c))
+        c->since = c->server->now;
+    if (c->state == LEAVING)
         drop_bytes(&c->in, c->in.n);
     reserve(&c->in, 1 << 16);
     n = read(c->fd, c->in.s + c->in.n, 1 << 16);
@@ -5343,121 +5181,81 @@ static void transmit(struct client *c)
         hang_up(c);
         return;
     }
-    if (n > 0) {
-        c->sent += (size_t)n;             /* at least 1,000 bytes a second   */
-        c->since = fmin(now, c->since + (double)n * 1e-3);
-    }
+    if (n <= 0)
+        return;
+    c->sent += (size_t)n;                 /* at least 1,000 bytes a second   */
+    c->since = fmin(now, c->since + (double)n * 1e-3);
     if (c->sent > c->out.n / 2) {
         drop_bytes(&c->out, c->sent);
         c->sent = 0;
     }
-    if (c->out.n > 0)
-        return;
-    if (n > 0 || c->state == WORKING || c->state == LEAVING)
+    if (c->out.n == 0)
         c->since = now;
-    if (c->state == LEAVING) {
-        c->state = SHUT;
+    if (c->out.n == 0 && c->state == LEAVING)
         shutdown(c->fd, SHUT_WR);
-    }
 }
 
-/* Has it had all that it asked for? */
-static int is_idle(const struct client *c)
+/* What is due by now: a sign of life in a stream, or the end of a wait.  Who
+ * asks for nothing may stay that many seconds. */
+static void check_time(struct client *c, int idle_time)
 {
-    return c->state == IN_HEAD && c->in.n == 0 && c->out.n == 0;
-}
-
-/* What is due by now: a sign of life in a stream, or the end of a wait. */
-static void check_time(struct client *c)
-{
-    const double now = c->server->now;
+    const double waited = c->server->now - c->since;
     const size_t unsent = c->out.n - c->sent;
-    const int streams = c->state == WORKING && c->stream != WHOLE_ANSWER;
-    const int patience = unsent > 0 ? SEND_TIME : is_idle(c) ? IDLE_TIME :
-                         c->state == IN_HEAD ? HEAD_TIME :
-                         c->state < WORKING ? BODY_TIME : LINGER_TIME;
+    const int is_stream = c->state == WORKING && c->stream;
 
-    if (streams && now - c->spoke > SIGN_OF_LIFE)
-        send_event(c, ": ", "waiting", 7);
-    if ((streams && unsent > MAX_UNSENT) ||
-        (c->server->stopping > 0 && is_idle(c)))
+    if (unsent > 0 && (waited > SEND_TIME ||
+                       (is_stream && unsent > MAX_UNSENT)))
         hang_up(c);
-    else if (c->state == GONE || now < c->since + patience ||
-             (c->state == WORKING && unsent == 0))
+    else if (unsent > 0 || c->state == GONE)
         return;
-    else if (unsent > 0 || c->state >= LEAVING || is_idle(c))
+    else if (is_stream && waited > SIGN_OF_LIFE)
+        send_event(c, ": ", "waiting", 7);
+    else if (is_idle(c)) {
+        if (waited > idle_time || c->server->stopping > 0)
+            hang_up(c);
+    } else if (c->state == LEAVING && waited > LINGER_TIME)
         hang_up(c);
-    else
-        refuse(c, 408);
+    else if (c->state < WORKING &&
+             waited > (c->state == IN_HEAD ? HEAD_TIME : BODY_TIME))
+        respond(c, 408, &(struct text){ 0 });
 }
 
-/* A place for another client: a free one or, of those who ask for nothing, that
- * of the one who has done so longest; or NULL. */
-static struct client *find_place(struct server *v)
-{
-    struct client *found = NULL;
-
-    for (int i = 0; i < MAX_CLIENTS; i++) {
-        struct client *c = &v->client[i];
-        if (c->state == GONE)
-            return c;
-        if (is_idle(c) && (!found || c->since < found->since))
-            found = c;
-    }
-    return found;
-}
-
-static int accept_client(int listener)
-{
-#if defined __linux__ && defined SYS_accept4
-    return (int)syscall(SYS_accept4, listener, NULL, NULL,
-                        SOCK_NONBLOCK | SOCK_CLOEXEC);
-#else
-    const int fd = accept(listener, NULL, NULL);
-
-    if (fd >= 0)
-        fcntl(fd, F_SETFL, O_NONBLOCK);
-    return fd;
-#endif
-}
-
-/* Let in who waits; only one of them in the place of another. */
+/* Let in who waits. */
 static void welcome(struct server *v, int listener)
 {
-    struct client *c = find_place(v);
-
-    for (int n = 0; c && (n == 0 || c->state == GONE); n++) {
-        const int fd = accept_client(listener);
-        if (fd < 0) {
-            if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
-                v->rests = v->now + 1;
-            return;
-        }
+    for (struct client *c = v->client; v->n_clients < MAX_CLIENTS; c++) {
         if (c->state != GONE)
-            hang_up(c);
+            continue;
+#ifdef SYS_accept4
+        const int fd = (int)syscall(SYS_accept4, listener, NULL, NULL,
+                                    SOCK_NONBLOCK | SOCK_CLOEXEC);
+#else
+        const int fd = accept(listener, NULL, NULL);
+        if (fd >= 0)
+            fcntl(fd, F_SETFL, O_NONBLOCK);
+#endif
+        if (fd < 0 && errno != EAGAIN && errno != EINTR &&
+            errno != ECONNABORTED)
+            v->rests = v->now + 1;
+        if (fd < 0)
+            return;
         *c = (struct client){ .server = v, .fd = fd, .state = IN_HEAD,
                               .since = v->now };
         v->n_clients++;
         if (v->n_places <= c - v->client)
             v->n_places = (int)(c - v->client) + 1;
-        c = find_place(v);
     }
 }
 
 /* ---- the loop */
 
-/* Is there input that can be looked at now, and was not? */
-static int has_more(const struct client *c)
-{
-    return c->state < WORKING && c->in.n > c->at && c->out.n == 0;
-}
-
-/* Wait for sockets, but not while there is an answer to go on with. */
+/* Wait for sockets, but not while there is something to go on with. */
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
-    const int open = v->now >= v->rests && find_place(v) ? v->n_listeners : 0;
-    const int n = v->n_places;
+    const int n = v->n_places, open = v->now < v->rests ||
+                  v->n_clients == MAX_CLIENTS ? 0 : v->n_listeners;
+    const int idle_time = v->n_clients < MAX_CLIENTS ? IDLE_TIME : FULL_TIME;
     int waits = !v->e.jobs;
 
     for (int i = 0; i < open; i++)
@@ -5465,9 +5263,8 @@ static void serve_sockets(struct server *v)
     for (int i = 0; i < n; i++) {
         const struct client *c = &v->client[i];
         const int unsent = c->sent < c->out.n;
-        const int is_full = c->in.n > MAX_AHEAD && c->state < LEAVING &&
-                            (c->state == WORKING || unsent);
-        p[i] = (struct pollfd){ c->fd, (short)((is_full ? 0 : POLLIN) |
+        const int reads = c->in.n <= MAX_AHEAD || c->state == LEAVING;
+        p[i] = (struct pollfd){ c->fd, (short)((reads ? POLLIN : 0) |
                                                (unsent ? POLLOUT : 0)), 0 };
         waits &= !has_more(c);
     }
@@ -5480,21 +5277,11 @@ static void serve_sockets(struct server *v)
         if (has_more(c))
             read_more(c);
         transmit(c);
+        check_time(c, idle_time);
     }
     for (int i = 0; i < open; i++)
         if (p[n + i].revents)
             welcome(v, v->listener[i]);
-}
-
-/* A forward failed: those who took part in it cannot be answered. */
-static void fail_answers(struct server *v)
-{
-    for (struct job *j = v->e.jobs; j;)
-        if (j->state == ACTIVE) {
-            finish_answer(j->owner, 500);
-            j = v->e.jobs;
-        } else
-            j = j->next;
 }
 
 /* After a signal nobody new is listened to, and what runs may end. */
@@ -5504,24 +5291,21 @@ static void run_server(struct server *v)
            (v->n_clients > 0 && interrupted < 2 &&
             v->now - v->stopping <= DRAIN_TIME)) {
         serve_sockets(v);
-        if (engine_step(&v->e) != DONE)
-            fail_answers(v);
+        if (engine_step(&v->e) != DONE)   /* then nobody can be answered     */
+            while (v->e.jobs)
+                finish_answer(v->e.jobs->owner, 500);
         v->now = seconds();
+        for (struct client *c = v->client; c < v->client + v->n_places; c++)
+            if (c->state == WORKING && c->n_done == c->n_choices)
+                finish_answer(c, DONE);
         if (interrupted && v->stopping == 0) {
             note("stopping: %d connections, no new ones", v->n_clients);
             v->stopping = v->now;
             while (v->n_listeners > 0)
                 close(v->listener[--v->n_listeners]);
         }
-        for (int i = 0; i < v->n_places; i++) {
-            struct client *c = &v->client[i];
-            if (c->state == WORKING && c->n_done == c->n_choices)
-                finish_answer(c, DONE);
-            check_time(c);
-        }
     }
-    for (int i = 0; i < v->n_places; i++) {
-        struct client *c = &v->client[i];
+    for (struct client *c = v->client; c < v->client + v->n_places; c++) {
         if (c->state == WORKING)
             finish_answer(c, 503);
         transmit(c);
@@ -5542,8 +5326,9 @@ static int serve(const struct settings *s)
 
 #else
 
-/* The address becomes the one that it is.  These return DONE, or -1 where errno
- * says why not. */
+/* The address becomes the one that it is; those who are accepted inherit the
+ * options, as far as they fit.  These return DONE, or -1 where errno says why
+ * not. */
 static int listen_at(struct server *v, void *address, socklen_t n)
 {
     struct sockaddr *a = address;
@@ -5552,10 +5337,8 @@ static int listen_at(struct server *v, void *address, socklen_t n)
     if (fd < 0)
         return -1;
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-    if (a->sa_family != AF_UNIX)          /* accepted ones inherit it        */
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
-    if (a->sa_family == AF_INET6)
-        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+    setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &yes, sizeof yes);
     fcntl(fd, F_SETFL, O_NONBLOCK);
     if (bind(fd, a, n) != 0 || listen(fd, 1024) != 0 ||
         getsockname(fd, a, &n) != 0) {
@@ -5577,17 +5360,16 @@ static int listen_at_path(struct server *v, const char *path)
     if (strlen(path) >= sizeof a.sun_path)
         return usage("--serve %s: a path of a socket has at most %zu bytes",
                      path, sizeof a.sun_path - 1);
-    snprintf(a.sun_path, sizeof a.sun_path, "%s", path);
+    strcpy(a.sun_path, path);
     lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT | O_NOFOLLOW,
                 0600);
+    if (lock >= 0 && is_taken(lock))
+        errno = EADDRINUSE, lock = -1;
     if (lock < 0)
         return -1;
-    if (is_taken(lock)) {
-        errno = EADDRINUSE;
-        return -1;
-    }
     if (lstat(path, &st) == 0 && S_ISSOCK(st.st_mode))
         unlink(path);
+    v->address = phrase("%s", path);
     return listen_at(v, &a, sizeof a);
 }
 
@@ -5602,7 +5384,8 @@ static int listen_at_port(struct server *v, const char *where)
     const long port = strtol(digits, &end, 10);
     struct sockaddr_in a4 = { .sin_family = AF_INET };
     struct sockaddr_in6 a6 = { .sin6_family = AF_INET6 };
-    int is4, is6, both = !*name || strcmp(name, "localhost") == 0;
+    const int both = !*name || strcmp(name, "localhost") == 0;
+    int is4, is6;
 
     if (*name == '[' && name[strlen(name) - 1] == ']')
         name[strlen(name) - 1] = '\0', name++;
@@ -5616,10 +5399,10 @@ static int listen_at_port(struct server *v, const char *where)
     if (!v->is_local && v->keys.n == 0)
         return usage("--serve %s: others can reach it, so --api-key-file is "
                      "needed", where);
-    a4.sin_port = a6.sin6_port = htons((uint16_t)port);
+    a4.sin_port = htons((uint16_t)port);
     if (is4 && listen_at(v, &a4, sizeof a4) != DONE)
         return -1;
-    a6.sin6_port = is4 ? a4.sin_port : a6.sin6_port;
+    a6.sin6_port = a4.sin_port;
     if (is6 && listen_at(v, &a6, sizeof a6) != DONE && !is4)
         return -1;                        /* or else there is no IPv6 here   */
     v->address = phrase(is4 ? "http://%s:%d" : "http://[%s]:%d",
@@ -5629,12 +5412,13 @@ static int listen_at_port(struct server *v, const char *where)
 }
 
 /* What the sandbox will forbid comes before the engine, which enters it. */
-static int open_server(struct server *v)
+static int serve(const struct settings *s)
 {
-    const struct settings *s = v->e.s;
+    struct server *v = zeroed(1, sizeof *v);
     struct rlimit files;
     int code = DONE;
 
+    v->e.s = s;
     if (s->api_key_file)
         code = read_text_file(s->api_key_file, &v->keys);
     if (code == DONE && s->api_key_file && strspn(v->keys.s, "\n") == v->keys.n)
@@ -5647,7 +5431,6 @@ static int open_server(struct server *v)
                          MAX_CLIENTS + 64;
         setrlimit(RLIMIT_NOFILE, &files);
     }
-    v->address = phrase("%s", s->serve);
     if (code == DONE)
         code = strchr(s->serve, '/') ? listen_at_path(v, s->serve) :
                listen_at_port(v, s->serve);
@@ -5655,20 +5438,10 @@ static int open_server(struct server *v)
         code = say(BAD_FILE, "--serve %s: %s", s->serve, strerror(errno));
     if (code == DONE)
         code = open_engine(&v->e);
-    if (code != DONE)
-        return code;
-    if (s->batch == UNSET)
+    if (code == DONE && s->batch == UNSET)
         v->e.par.n_batch = smaller(v->e.par.n_batch, SERVE_BATCH);
-    return open_context(&v->e);
-}
-
-static int serve(const struct settings *s)
-{
-    struct server *v = zeroed(1, sizeof *v);
-    int code;
-
-    v->e.s = s;
-    code = open_server(v);
+    if (code == DONE)
+        code = open_context(&v->e);
     if (code == DONE) {
         note("listening on %s", v->address.s);
         v->now = seconds();
@@ -6047,6 +5820,7 @@ static int print_version(void)
 static struct phrase values_of(const struct option *o)
 {
     switch (o->kind) {
+    case FLAG: return phrase("true or false");
     case CHOICE: return phrase("%s", o->arg);
     case DATE: return phrase("a day like 2026-11-20");
     case RANGE: return phrase("positions like 5, 5- or 5-7");

@@ -174,7 +174,7 @@ int EXPORT(page_ask)(char *body, size_t n)
 int EXPORT(page_step)(void)
 {
     if (engine_step(&server.e) != DONE)
-        fail_answers(&server);
+        finish_answer(&client, 500);
     server.now = seconds();
     if (client.state == WORKING && client.n_done == client.n_choices) {
         if (client.stream)
