@@ -3152,11 +3152,10 @@ static int add_message(struct talk *t, const char *role, const char *s,
 /* Is the last message an answer that is not to go on? */
 static int ends_answered(struct talk *t)
 {
-    struct why why;
     int go_on = 0;
 
     if (!t->grown)
-        read_flag(t->body, "continue_final_message", &go_on, &why);
+        json_bool(given(t->body, "continue_final_message"), &go_on);
     return !go_on && *last_of(t, "assistant");
 }
 
@@ -6271,25 +6270,19 @@ static const char *chat_option(const struct settings *s)
            s->mode == CHAT ? "-cnv" : NULL;
 }
 
-/* The name of a mode, for sentences. */
-static const char *mode_name(const struct settings *s)
-{
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (s->given[i] && table[i].mode == s->mode)
-            return s->given[i];
-    return s->mode == CHAT ? "a chat" : "a single answer";
-}
-
 /* Options must mean something in this mode, and not exclude each other. */
 static int check_settings(const struct settings *s)
 {
     const int plain = s->raw || s->ids || s->template == TEMPLATE_NONE;
+    const char *mode = s->mode == CHAT ? "a chat" : "a single answer";
 
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (s->given[i] && table[i].mode == s->mode)
+            mode = s->given[i];
     for (int i = 0; i < N_OPTIONS; i++)
         if (s->given[i] && !(table[i].modes & s->mode))
             return usage("%.*s means nothing with %s",
-                         (int)strcspn(s->given[i], "="), s->given[i],
-                         mode_name(s));
+                         (int)strcspn(s->given[i], "="), s->given[i], mode);
     if (!s->model && s->mode != SELFTEST &&
         !(s->tokenizer && (s->mode & WORDS)))
         return usage("no model given");
@@ -6709,7 +6702,6 @@ static int read_ids(const char *path, struct ids *out)
  * first process of a container gets no others.  One that was ignored before, as
  * by nohup, stays ignored. */
 
-static const char bright[] = "\033[0m\n";
 static volatile sig_atomic_t is_editing;
 static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
                                              window of another size          */
@@ -6790,15 +6782,21 @@ static void leave_terminal(void)
     set_terminal(0);
 }
 
+/* What a signal handler may do, and no more. */
+static void die(int code, const char *last_words)
+{
+    set_terminal(0);
+    (void)!write(STDERR_FILENO, "\033[0m\n", is_dim ? 5 : 0);
+    (void)!write(STDERR_FILENO, last_words, strlen(last_words));
+    _exit(code);
+}
+
 static void on_interrupt(int number)
 {
     if (last_signal == 0 || last_signal == SIGINT)
         last_signal = number;
-    if (!is_heard || ++interrupted > 2) {
-        set_terminal(0);
-        (void)!write(STDERR_FILENO, bright, is_dim ? sizeof bright - 1 : 0);
-        _exit(128 + number);
-    }
+    if (!is_heard || ++interrupted > 2)
+        die(128 + number, "");
     if (running)
         lfm2_cancel(running);
 }
@@ -6862,33 +6860,22 @@ static void prepare_process(char **argv)
 /* ---- a model that becomes shorter
  *
  * Reading behind the end of a mapped file that was cut meanwhile gives SIGBUS,
- * and only models are mapped.  A signal handler may only write, so what it says
- * is made beforehand. */
+ * and only models are mapped. */
 
 #ifndef LFM2_NO_MMAP
 
-static char lost[4500];
+static char lost[4500];                   /* made before it is needed        */
 
 /* Several threads may come here at once; one tells. */
-static void on_bus_error(int number, siginfo_t *info, void *context)
+static void on_bus_error(int number)
 {
-    const size_t from = is_dim ? 0 : sizeof bright - 1;
+    (void)number;
 #ifndef LFM2_NO_THREADS
     static atomic_flag told = ATOMIC_FLAG_INIT;
-#endif
-
-    (void)context;
-    if (info->si_code <= 0 || info->si_code == BUS_ADRALN) {
-        signal(number, SIG_DFL);          /* and it comes again              */
-        return;
-    }
-#ifndef LFM2_NO_THREADS
     while (atomic_flag_test_and_set(&told))
         continue;
 #endif
-    set_terminal(0);
-    (void)!write(STDERR_FILENO, lost + from, strlen(lost + from));
-    _exit(BAD_FILE);
+    die(BAD_FILE, lost);
 }
 
 #endif
@@ -6897,14 +6884,9 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
 static void watch_file(const char *path)
 {
 #ifndef LFM2_NO_MMAP
-    const struct sigaction action = {
-        .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO
-    };
-
-    snprintf(lost, sizeof lost, "%s%s: %s: it became shorter while it was "
-             "used, or its disk failed; --no-mmap reads it first\n", bright,
-             program, path);
-    sigaction(SIGBUS, &action, NULL);
+    snprintf(lost, sizeof lost, "%s: %s: it became shorter while it was used, "
+             "or its disk failed; --no-mmap reads it first\n", program, path);
+    handle(SIGBUS, on_bus_error);
 #else
     (void)path;
 #endif
