@@ -676,7 +676,6 @@ static void show_text(struct text *t);
 static int read_file(const char *path, struct text *out);
 static FILE *create_file(const char *path);
 static int finish_file(FILE *f, const char *path, int code);
-static int can_replace(const char *path);
 static int replace_file(const char *path, const struct text *part, int n_parts);
 static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
                      lfm2_error *err);
@@ -3505,7 +3504,7 @@ static int load_session(struct talk *t)
     const struct settings *s = t->e->s;
     const char *path = s->session;
     char head[8];
-    int code = can_replace(path);
+    int code = replace_file(path, NULL, 0);
     FILE *f = code == DONE ? fopen(path, "rb") : NULL;
     const size_t n = f ? fread(head, 1, sizeof head, f) : 0;
 
@@ -3575,39 +3574,13 @@ static int keep_answer(struct talk *t)
     return code == DONE && t->e->s->session ? save_session(t) : code;
 }
 
-/* The answer, the answers, or what else there is to see. */
-static int answer(struct talk *t)
-{
-    const struct settings *s = t->e->s;
-    const struct ids *prompt = &t->job.q.prompt;
-    int code, kept = DONE;
-
-    if (s->dump_prompt)
-        show_text(&t->prompt.text);
-    for (int i = 0; s->dump_tokens && i < prompt->n; i++)
-        printf("%ld%s", (long)prompt->id[i], i + 1 < prompt->n ? " " : "\n");
-    if (s->mode == DUMP)
-        return DONE;
-    code = t->e->ctx ? DONE : open_context(t->e);
-    if (code == DONE)
-        code = open_trace(t->e);
-    if (code == DONE && s->mode != ANSWER)
-        code = s->mode == CHAT ? chat(t) : write_logits(t);
-    else if (code == DONE) {
-        code = run_reply(t);
-        if (s->session && (code == DONE || (code == INTERRUPTED &&
-                                            t->job.r.n_made > 0)))
-            kept = keep_answer(t);
-    }
-    return close_trace(t->e, kept == DONE ? code : kept);
-}
-
 /* Anything that answers with a model, but --batch. */
 static int work_on_model(const struct settings *s)
 {
     struct engine e = { .s = s };
     struct talk t = { .e = &e };
-    int code = open_engine(&e);
+    const struct ids *prompt = &t.job.q.prompt;
+    int code = open_engine(&e), kept = DONE;
 
     if (code == DONE && s->mode == CHAT && e.template == TEMPLATE_NONE)
         code = usage("no prompt given, and no chat without a template");
@@ -3619,8 +3592,22 @@ static int work_on_model(const struct settings *s)
         code = load_session(&t);
     if (code == DONE && s->mode != CHAT)
         code = prepare_prompt(&t);
+    if (code == DONE && s->dump_prompt)
+        show_text(&t.prompt.text);
+    for (int i = 0; code == DONE && s->dump_tokens && i < prompt->n; i++)
+        printf("%ld%s", (long)prompt->id[i], i + 1 < prompt->n ? " " : "\n");
+    if (code == DONE && s->mode != DUMP && !e.ctx)
+        code = open_context(&e);
     if (code == DONE)
-        code = answer(&t);
+        code = open_trace(&e);
+    if (code == DONE && s->mode == ANSWER) {
+        code = run_reply(&t);
+        if (s->session && (code == DONE || (code == INTERRUPTED &&
+                                            t.job.r.n_made > 0)))
+            kept = keep_answer(&t);
+    } else if (code == DONE && s->mode != DUMP)
+        code = s->mode == CHAT ? chat(&t) : write_logits(&t);
+    code = close_trace(&e, kept == DONE ? code : kept);
     free_reply(&t.job.r);
     free_request(&t.job.q);
     rendered_free(&t.prompt);
@@ -6429,66 +6416,52 @@ static int write_all(int fd, const char *s, size_t n)
     return 0;
 }
 
-/* Can a file be kept there, in place of one that there may be?  Better told
- * before the work than after it. */
-static int can_replace(const char *path)
-{
-    char *real = realpath(path, NULL);
-    struct text dir = { 0 };
-    struct stat st;
-    const int is = lstat(real ? real : path, &st) == 0;
-    const char *odd = !is || S_ISREG(st.st_mode) ? NULL :
-                      S_ISDIR(st.st_mode) ? "a directory" :
-                      S_ISFIFO(st.st_mode) ? "a pipe" :
-                      S_ISLNK(st.st_mode) ? "a link that leads nowhere" :
-                      "a device or socket";
-    int code = DONE;
-
-    add_directory(&dir, real ? real : path);
-    if (odd)
-        code = say(BAD_FILE, "%s: %s, expected a file", path, odd);
-    else if (access(dir.s, W_OK | X_OK) != 0)
-        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
-    free(dir.s);
-    free(real);
-    return code;
-}
-
 /* Write the parts one after the other, whole or not at all: to a new file
  * beside this one, which then takes its place.  It is for its owner alone, or
- * for those who could read the old one.  A link stays a link.  After a failure
- * errno says why. */
+ * for those who could read the old one.  A link stays a link.  Without parts,
+ * could it be done?  Better told before the work than after it.  After a
+ * failure errno says why. */
 static int replace_file(const char *path, const struct text *part, int n_parts)
 {
+    char *real = realpath(path, NULL);
+    const char *to = real ? real : path;
     struct text name = { 0 };
     struct stat old;
-    char *real;
-    int fd, good, code = can_replace(path);
+    const int is = lstat(to, &old) == 0;
+    const char *odd = !is || S_ISREG(old.st_mode) ? NULL :
+                      S_ISDIR(old.st_mode) ? "a directory" :
+                      S_ISFIFO(old.st_mode) ? "a pipe" :
+                      S_ISLNK(old.st_mode) ? "a link that leads nowhere" :
+                      "a device or socket";
+    int fd = -1, good, error;
 
-    if (code != DONE)
-        return code;
-    real = realpath(path, NULL);
-    add_string(&name, real ? real : path);
-    add_string(&name, ".XXXXXX");
-    fd = mkstemp(name.s);
-    good = fd >= 0;
-    if (good && stat(path, &old) == 0)
-        fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
-    for (int i = 0; good && i < n_parts; i++)
-        good = write_all(fd, part[i].s, part[i].n) == 0;
-    good = good && (fsync(fd) == 0 ||     /* not every file system knows it  */
-                    errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
-    if (fd >= 0 && close(fd) != 0)
-        good = 0;
-    if (!good || rename(name.s, real ? real : path) != 0) {
-        const int error = errno;
-        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
-        remove(name.s);
-        errno = error;
+    add_directory(&name, to);
+    good = !odd && access(name.s, W_OK | X_OK) == 0;
+    if (good && n_parts > 0) {
+        name.n = 0;
+        add_string(&name, to);
+        add_string(&name, ".XXXXXX");
+        fd = mkstemp(name.s);
+        good = fd >= 0;
+        if (good && is)
+            fchmod(fd, old.st_mode & 0777);   /* if not, it stays private    */
+        for (int i = 0; good && i < n_parts; i++)
+            good = write_all(fd, part[i].s, part[i].n) == 0;
+        good = good && (fsync(fd) == 0 ||     /* not in every file system    */
+               errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
+        good = (fd < 0 || close(fd) == 0) && good && rename(name.s, to) == 0;
     }
+    error = errno;
+    if (!good && fd >= 0)
+        remove(name.s);
+    if (odd)
+        say(BAD_FILE, "%s: %s, expected a file", path, odd);
+    else if (!good)
+        say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
     free(name.s);
     free(real);
-    return code;
+    errno = error;
+    return good ? DONE : BAD_FILE;
 }
 
 /* ---- models */
@@ -6725,18 +6698,14 @@ static void handle(int number, void (*handler)(int))
 
 static int set_terminal(int is_edited);
 
-static void on_stop(int number)
-{
-    set_terminal(0);
-    signal(number, SIG_DFL);
-    raise(number);                        /* when this is done               */
-}
-
-/* After a stop, or with a window of another size. */
+/* A stop, its end, or a window of another size. */
 static void on_change(int number)
 {
-    (void)number;
-    if (is_editing)
+    if (number == SIGTSTP) {
+        set_terminal(0);
+        signal(number, SIG_DFL);
+        raise(number);                    /* when this is done               */
+    } else if (is_editing)
         looks_old = set_terminal(1) == 0;
 }
 
@@ -6756,7 +6725,7 @@ static int set_terminal(int is_edited)
         t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
         t.c_cc[VMIN] = 1;
         t.c_cc[VTIME] = 0;
-        handle(SIGTSTP, on_stop);
+        handle(SIGTSTP, on_change);
         handle(SIGCONT, on_change);
         handle(SIGWINCH, on_change);
     }
