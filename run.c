@@ -71,17 +71,6 @@
  * know whether a read would wait. */
 #define poll(fds, n, timeout) ((void)(fds), (void)(timeout), 1)
 
-struct sigaction { void (*sa_handler)(int); };
-
-static void sigaction(int number, const struct sigaction *now,
-                      struct sigaction *before)
-{
-    if (before)
-        before->sa_handler = SIG_DFL;
-    if (now)
-        signal(number, now->sa_handler);
-}
-
 static int mkstemp(char *name)
 {
     memset(name + strlen(name) - 6, '_', 6);
@@ -3666,18 +3655,13 @@ static void blame_sandbox(const struct settings *s)
             "directory", dir ? "files only in " : "no files", dir ? dir : "");
 }
 
-static void add_talk(struct text *to, const struct talk *t)
-{
-    add_string(to, "{\"messages\": ");
-    add_json(to, &t->messages);
-    add_string(to, "}\n");
-}
-
 static void save_talk(const struct talk *t, const char *path)
 {
     struct text out = { 0 };
 
-    add_talk(&out, t);
+    add_string(&out, "{\"messages\": ");
+    add_json(&out, &t->messages);
+    add_string(&out, "}\n");
     if (!t->messages.first)
         say(DONE, "there is nothing to save");
     else if (replace_file(path, &out, 1) == DONE)
@@ -3767,15 +3751,13 @@ static int obey(struct talk *t, const char *line)
 static int chat(struct talk *t)
 {
     const struct settings *s = t->e->s;
+    const struct piece name = model_name(t->e);
     const int shows = isatty(STDIN_FILENO);
     struct text line = { 0 };
-    size_t n = 0;
-    const char *name = lfm2_model_string(t->e->model, "general.name", &n);
     int code = DONE, got = 0;
 
     if (shows)
-        note("%.*s; /help lists commands, Ctrl-D leaves", (int)n,
-             name ? name : "");
+        note("%.*s; /help lists commands, Ctrl-D leaves", (int)name.n, name.s);
     if (s->prompt || s->file || s->messages) {
         code = prepare_prompt(t);
         if (code == DONE && !ends_answered(t))
@@ -6115,12 +6097,14 @@ static int parse_range(const char *s, int *first, int *last)
     static const char digits[] = "0123456789";
     const char *dash = s + strspn(s, digits), *end = dash + (*dash == '-');
     const size_t n = strspn(end, digits);
+    const long long a = strtoll(s, NULL, 10);
+    const long long b = n ? strtoll(end, NULL, 10) : *dash ? INT_MAX : a;
 
-    if (dash == s || dash - s > 9 || n > 9 || end[n])
+    if (dash == s || end[n] || b < a || b > INT_MAX)
         return -1;
-    *first = atoi(s);
-    *last = n > 0 ? atoi(end) : *dash ? INT_MAX : *first;
-    return *first <= *last ? 0 : -1;
+    *first = (int)a;
+    *last = (int)b;
+    return 0;
 }
 
 /* Is it a day as templates write it, 2026-11-20? */
@@ -6418,9 +6402,9 @@ static int write_all(int fd, const char *s, size_t n)
 
 /* Write the parts one after the other, whole or not at all: to a new file
  * beside this one, which then takes its place.  It is for its owner alone, or
- * for those who could read the old one.  A link stays a link.  Without parts,
- * could it be done?  Better told before the work than after it.  After a
- * failure errno says why. */
+ * for those who could read the old one.  A link stays a link.  Without parts it
+ * is only told whether that could be done, before the work and not after it.
+ * After a failure errno says why. */
 static int replace_file(const char *path, const struct text *part, int n_parts)
 {
     char *real = realpath(path, NULL);
@@ -6679,6 +6663,14 @@ static volatile sig_atomic_t is_editing;
 static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
                                              window of another size          */
 
+#ifdef __wasi__
+
+#define handle(number, handler) ((void)(handler))
+#define set_terminal(is_edited) (-1)
+#define count_columns()         80
+
+#else
+
 /* Without SA_RESTART, so that waiting for input ends, too. */
 static void handle(int number, void (*handler)(int))
 {
@@ -6688,13 +6680,6 @@ static void handle(int number, void (*handler)(int))
     if (had.sa_handler != SIG_IGN)
         sigaction(number, &action, NULL);
 }
-
-#ifdef __wasi__
-
-#define set_terminal(is_edited) (-1)
-#define count_columns()         80
-
-#else
 
 static int set_terminal(int is_edited);
 

@@ -291,7 +291,7 @@ static void try_session(struct engine *e, const uint8_t *data, size_t n)
         if (prompt_talk(&t, NULL) == DONE)
             run_reply(&t);
     }
-    add_talk(&again, &t);
+    add_json(&again, &t.messages);
     free(again.s);
     free_reply(&t.job.r);
     free_request(&t.job.q);
