@@ -6642,11 +6642,10 @@ static int read_ids(const char *path, struct ids *out)
     if (code == DONE && t.n % 4 != 0)
         code = say(BAD_FILE, "%s: %zu bytes, expected a multiple of 4", path,
                    t.n);
-    out->id = zeroed(t.n / 4 + 1, sizeof *out->id);
-    for (size_t i = 0; code == DONE && i < t.n; i += 4) {
-        const uint64_t id = get_le((const unsigned char *)t.s + i, 4);
-        out->id[out->n++] = id > INT32_MAX ? -1 : (int32_t)id;
-    }
+    out->n = t.n / 4 < INT_MAX ? (int)(t.n / 4) : INT_MAX;
+    out->id = zeroed((size_t)out->n, sizeof *out->id);
+    for (size_t i = 0; i < (size_t)out->n; i++)
+        out->id[i] = (int32_t)get_le((unsigned char *)t.s + 4 * i, 4);
     free(t.s);
     return code;
 }
@@ -6911,31 +6910,30 @@ static int is_among(uint32_t c, const uint32_t *range)
     return range[0] <= c;
 }
 
-/* The character at byte i as it is shown, its bytes and its columns. */
-static size_t character(const struct text *t, size_t i, uint32_t *c,
-                        int *columns)
-{
-    const int n = utf8_get(t->s + i, t->s + t->n, c);
+/* A character as it is shown, the bytes it is made of and its columns. */
+struct shown { uint32_t c; size_t n; int columns; };
 
-    if (*c == '\r')
-        *c = '\n';
-    if (n == 0 || (is_control(*c) && *c != '\n' && *c != '\t'))
-        *c = '?';
-    *columns = is_among(*c, no_columns) ? 0 : is_among(*c, two_columns) ? 2 : 1;
-    return n > 0 ? (size_t)n : 1;
+static struct shown character(const struct text *t, size_t i)
+{
+    struct shown x;
+    const int n = utf8_get(t->s + i, t->s + t->n, &x.c);
+
+    x.n = n > 0 ? (size_t)n : 1;
+    if (x.c == '\r')
+        x.c = '\n';
+    if (n == 0 || (is_control(x.c) && x.c != '\n' && x.c != '\t'))
+        x.c = '?';
+    x.columns = is_among(x.c, no_columns) ? 0 :
+                is_among(x.c, two_columns) ? 2 : 1;
+    return x;
 }
 
 /* The end of the character at byte i, and of its marks. */
 static size_t after(const struct text *t, size_t i)
 {
-    int columns = 0;
-    uint32_t c;
-    size_t n;
-
-    if (i < t->n)
-        i += character(t, i, &c, &columns);
-    while (i < t->n && (n = character(t, i, &c, &columns), columns == 0))
-        i += n;
+    i += i < t->n ? character(t, i).n : 0;
+    while (i < t->n && character(t, i).columns == 0)
+        i += character(t, i).n;
     return i;
 }
 
@@ -6959,25 +6957,23 @@ static void show_line(const struct editor *e, int whole)
     const int room = whole ? INT_MAX : count_columns() - prompt - 1;
     struct text out = { 0 };
     size_t from = 0;
-    int columns, cursor = 0, used = 0;
-    uint32_t c;
+    int cursor = 0, used = 0;
+    struct shown x;
     char s[4];
 
-    for (size_t i = 0; i < e->at; cursor += columns)
-        i += character(t, i, &c, &columns);
-    for (; cursor >= room; cursor -= columns) {
-        character(t, from, &c, &columns);
-        from = after(t, from);
-    }
+    for (size_t i = 0; i < e->at; i += character(t, i).n)
+        cursor += character(t, i).columns;
+    for (; cursor >= room; from = after(t, from))
+        cursor -= character(t, from).columns;
     add_format(&out, "\r%s", e->prompt);
-    while (from < t->n) {
-        from += character(t, from, &c, &columns);
-        used += columns;
+    for (; from < t->n; from += x.n) {
+        x = character(t, from);
+        used += x.columns;
         if (used > room)
             break;
-        if (!whole && (c == '\n' || c == '\t'))
-            c = c == '\n' ? 0x21b5 : ' ';  /* an arrow                       */
-        add(&out, s, utf8_put(s, c));
+        if (!whole && (x.c == '\n' || x.c == '\t'))
+            x.c = x.c == '\n' ? 0x21b5 : ' ';    /* an arrow                 */
+        add(&out, s, utf8_put(s, x.c));
     }
     add_string(&out, whole ? "\033[K\n" : "\033[K\r");
     if (!whole)
