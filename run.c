@@ -3506,6 +3506,8 @@ static int load_session(struct talk *t)
         code = say(BAD_FILE, "%s: %s; it is left as it is", path, n == 8 &&
                    memcmp(head, "LFM2", 4) == 0 ? "a session of another "
                    "version of this program" : "no session");
+    else if (code == DONE && !f && errno != ENOENT)
+        code = say(BAD_FILE, "%s: %s", path, strerror(errno));
     if (f)
         fclose(f);
     return code;
