@@ -71,17 +71,6 @@
  * know whether a read would wait. */
 #define poll(fds, n, timeout) ((void)(fds), (void)(timeout), 1)
 
-struct sigaction { void (*sa_handler)(int); };
-
-static void sigaction(int number, const struct sigaction *now,
-                      struct sigaction *before)
-{
-    if (before)
-        before->sa_handler = SIG_DFL;
-    if (now)
-        signal(number, now->sa_handler);
-}
-
 static int mkstemp(char *name)
 {
     memset(name + strlen(name) - 6, '_', 6);
@@ -502,6 +491,7 @@ struct calls { struct call *call; int n; struct pool pool; };
 /* Section 13. */
 static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
 static volatile sig_atomic_t interrupted, last_signal;
+static volatile sig_atomic_t is_heard;    /* somebody looks at `interrupted` */
 static lfm2_context *volatile running;    /* what a signal is to stop        */
 
 /* ------------------------------------------------------ 2. Settings and main
@@ -647,11 +637,9 @@ static int parse(struct settings *to, char **argv);
 /* 12. Files and text */
 static void show_text(struct text *t);
 static int read_file(const char *path, struct text *out);
-static size_t read_head(const char *path, char *to, size_t n);
 static FILE *create_file(const char *path);
 static int finish_file(FILE *f, const char *path, int code);
 static int write_all(int fd, const char *s, size_t n);
-static int can_replace(const char *path);
 static int replace_file(const char *path, const struct text *part, int n_parts);
 static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
                      lfm2_error *err);
@@ -664,7 +652,6 @@ static int read_ids(const char *path, struct ids *out);
 
 /* 13. Signals and the terminal */
 static void block_signals(int are_blocked);
-static void catch_interrupt(void);
 static void watch_file(const char *path);
 static int read_message(struct text *out, int shows);
 static void prepare_process(char **argv);
@@ -1345,7 +1332,7 @@ static int open_context(struct engine *e)
     block_signals(0);
     if (code != LFM2_OK)
         return report(e->s->model, &err);
-    catch_interrupt();
+    is_heard = 1;
     e->slot = zeroed(n_seq, sizeof *e->slot);
     e->span = zeroed(n_seq, sizeof *e->span);
     e->raw_logits = zeroed((size_t)lfm2_model_config(e->model)->n_vocab,
@@ -2867,80 +2854,64 @@ static int read_request(struct engine *e, struct request *q,
 
 /* ----------------------------------------- 7. Answers, conversations, sessions
  *
- * A conversation is kept as text, the members of a JSON array, and read again
- * for every turn.  What the cache has of it is not computed again. */
+ * The prompt is made anew of all messages for every turn.  What the cache has
+ * of it is not computed again. */
 
 struct talk {
     struct engine *e;
-    struct text messages;
-    struct pool pool;                     /* of body and tools               */
+    struct pool pool;                     /* of all JSON here                */
+    struct json messages;                 /* an array                        */
     const struct json *body, *tools;      /* NULL: none                      */
     int grown;                            /* beyond what the body is about   */
     struct rendered prompt;
     struct job job;
     struct printer printer;
-    int keeps_session;
 };
 
-static void add_message(struct talk *t, const char *role, const char *s,
-                        size_t n)
+/* An error of a file, or of no file. */
+static int blame(int code, const char *path, const struct why *why)
 {
-    add_members(&t->messages, "{role: %s, content: %.*s}", role, (int)n, s);
-    t->grown = 1;
+    return say(code, "%s%s%s", path ? path : "", path ? ": " : "", why->s);
 }
 
-/* The messages as a tree in a pool. */
-static const struct json *parse_messages(const struct talk *t,
-                                         struct pool *pool)
+/* Where the last message hangs if it is of this role; else, and for NULL, where
+ * another one would. */
+static struct json **last_of(struct talk *t, const char *role)
 {
-    struct text list = { 0 };
-    struct json *out = NULL;
+    struct json **at = &t->messages.first;
+
+    while (*at && ((*at)->next || !role || !has_role(*at, role)))
+        at = &(*at)->next;
+    return at;
+}
+
+/* By way of its JSON, which has UTF-8 in the place of any bytes. */
+static int add_message(struct talk *t, const char *role, const char *s,
+                       size_t n)
+{
+    struct text text = { 0 };
+    struct json *m;
     struct why why;
+    int code;
 
-    add_string(&list, "[");
-    add(&list, t->messages.s, t->messages.n);
-    add_string(&list, "]");
-    if (json_parse(pool, list.s, list.n, &out, &why) != DONE)
-        say(FAILED, "the conversation cannot be read again: %s", why.s);
-    free(list.s);
-    return out;
+    add_members(&text, "{role: %s, content: %.*s}", role, (int)n, s);
+    code = json_parse(&t->pool, text.s, text.n, &m, &why);
+    free(text.s);
+    if (code != DONE)
+        return say(FAILED, "this message is too long: %s", why.s);
+    *last_of(t, NULL) = m;
+    t->grown = 1;
+    return DONE;
 }
 
-/* Put these messages in the place of those there were. */
-static void keep_messages(struct talk *t, const struct json *m)
+/* Is the last message an answer that is not to go on? */
+static int ends_answered(struct talk *t)
 {
-    struct text list = { 0 };
+    int go_on = 0;
 
-    for (; m; m = m->next) {
-        add_json(&list, m);
-        add_string(&list, m->next ? ", " : "");
-    }
-    free(t->messages.s);
-    t->messages = list;
-}
-
-/* Is the last message of this role?  With `drop`, it is taken away. */
-static int ends_with_role(struct talk *t, const char *role, int drop)
-{
-    struct pool pool = { 0 };
-    const struct json *list = parse_messages(t, &pool), *last;
-    struct json *before = NULL;
-    int found = 0;
-
-    last = list ? list->first : NULL;
-    while (last && last->next) {
-        before = (struct json *)(uintptr_t)last;
-        last = last->next;
-    }
-    if (last)
-        found = has_role(last, role);
-    if (found && drop) {
-        if (before)
-            before->next = NULL;
-        keep_messages(t, before ? list->first : NULL);
-    }
-    pool_free(&pool);
-    return found;
+    if (!t->grown)
+        json_bool(given(t->body, "continue_final_message"), &go_on);
+    return !go_on && *last_of(t, "assistant");
 }
 
 /* The JSON of a file: an array, or an object with one under this key. */
@@ -2948,22 +2919,21 @@ static int read_list(struct talk *t, const char *path, const char *key,
                      const struct json **whole, const struct json **list)
 {
     struct text text = { 0 };
-    struct json *v;
+    struct json *v = NULL;
     struct why why;
     int code = read_text_file(path, &text);
 
     if (code == DONE &&
         (code = json_parse(&t->pool, text.s, text.n, &v, &why)) != DONE)
-        say(code, "%s: %s", path, why.s);
+        blame(code, path, &why);
     free(text.s);
     if (code != DONE)
         return code;
     *whole = v;
     *list = v->type == JSON_OBJECT ? json_get(v, key) : v;
-    if (!json_is(*list, JSON_ARRAY))
-        return say(USAGE, "%s: expected a JSON array, or an object with one as "
-                   "\"%s\"", path, key);
-    return DONE;
+    return json_is(*list, JSON_ARRAY) ? DONE :
+           say(USAGE, "%s: expected a JSON array, or an object with one as "
+               "\"%s\"", path, key);
 }
 
 /* The messages and tools that options name, and what is asked besides. */
@@ -2975,47 +2945,38 @@ static int read_talk(struct talk *t)
     struct why why;
     int code = DONE;
 
+    t->messages.type = JSON_ARRAY;
     *q = s->ask;
     q->prompt_logprobs = q->logprobs;
     q->is_completion = t->e->template == TEMPLATE_NONE;
-    if (s->messages) {
-        code = read_list(t, s->messages, "messages", &whole, &list);
-        if (code == DONE && whole->type == JSON_OBJECT) {
-            t->body = whole;
-            t->tools = is_word(given(whole, "tool_choice"), "none") ? NULL :
-                       given(whole, "tools");
-            code = read_body(t->e, q, whole, &why);
-            if (code != DONE)
-                say(code, "%s: %s", s->messages, why.s);
-        }
-        if (code == DONE)
-            keep_messages(t, list->first);
+    if (s->messages)
+        code = read_list(t, s->messages, "messages", &t->body, &list);
+    if (code == DONE && s->messages) {
+        t->messages = *list;
+        t->tools = is_word(given(t->body, "tool_choice"), "none") ? NULL :
+                   given(t->body, "tools");
     }
-    if (code == DONE && s->tools) {
-        code = read_list(t, s->tools, "tools", &whole, &list);
-        t->tools = list;
-    }
-    if (code == DONE && (code = read_form(t->e, q, t->body, t->tools, &why)) !=
-        DONE)
-        say(code, "%s%s%s", s->messages ? s->messages : s->tools ? s->tools :
-            "", s->messages || s->tools ? ": " : "", why.s);
+    if (code == DONE && s->tools)
+        code = read_list(t, s->tools, "tools", &whole, &t->tools);
+    if (code != DONE)
+        return code;
+    if (json_is(t->body, JSON_OBJECT))
+        code = read_body(t->e, q, t->body, &why);
+    if (code == DONE)
+        code = read_form(t->e, q, t->body, t->tools, &why);
     complete_request(t->e, q);
-    return code;
+    return code == DONE ? DONE :
+           blame(code, s->messages ? s->messages : s->tools, &why);
 }
 
 /* The prompt of all messages so far; `path` is where they are from, or NULL. */
 static int prompt_talk(struct talk *t, const char *path)
 {
-    struct pool pool = { 0 };
-    const struct json *list = parse_messages(t, &pool);
     struct why why;
-    int code = list ? make_prompt(t->e, &t->job.q, list, t->tools, t->body,
-                                  t->grown, &t->prompt, &why) : FAILED;
+    const int code = make_prompt(t->e, &t->job.q, &t->messages, t->tools,
+                                 t->body, t->grown, &t->prompt, &why);
 
-    pool_free(&pool);
-    if (code != DONE && list)
-        say(code, "%s%s%s", path ? path : "", path ? ": " : "", why.s);
-    return code;
+    return code == DONE ? DONE : blame(code, path, &why);
 }
 
 /* What the user says next, behind the system prompt if it is the first. */
@@ -3025,16 +2986,16 @@ static int ask(struct talk *t, const struct text *question)
     struct text system = { 0 };
     int code = check_text(question, "the prompt");
 
-    if (code == DONE && t->messages.n == 0 && s->system_file)
+    if (code == DONE && !t->messages.first && s->system_file)
         code = read_text_file(s->system_file, &system);
-    else if (t->messages.n == 0 && s->system)
+    else if (!t->messages.first && s->system)
         add_string(&system, s->system);
-    if (code == DONE && system.n > 0 &&
-        (code = check_text(&system, s->system_file ? s->system_file : "-sys"))
-        == DONE)
-        add_message(t, "system", system.s, system.n);
     if (code == DONE)
-        add_message(t, "user", question->s, question->n);
+        code = check_text(&system, s->system_file ? s->system_file : "-sys");
+    if (code == DONE && system.n > 0)
+        code = add_message(t, "system", system.s, system.n);
+    if (code == DONE)
+        code = add_message(t, "user", question->s, question->n);
     free(system.s);
     return code;
 }
@@ -3077,12 +3038,6 @@ static void print_more(struct job *j)
         print_reply(&t->printer, &j->r);
 }
 
-static int uses_date(const struct talk *t)
-{
-    return t->tools && t->tools->first &&
-           template_is_dated(t->e->template);
-}
-
 /* The whole answer; also one that was interrupted. */
 static void print_answer(struct job *j)
 {
@@ -3095,7 +3050,8 @@ static void print_answer(struct job *j)
         return;
     }
     add_completion(e, &out, j, 1, j->id, (long long)time(NULL));
-    add_origin(e, &out, j, uses_date(t));
+    add_origin(e, &out, j, t->tools && t->tools->first &&
+               template_is_dated(e->template));
     add_string(&out, "}\n");
     show_text(&out);
     free(out.s);
@@ -3121,7 +3077,7 @@ static int run_reply(struct talk *t)
                        (size_t)j->q.prompt.n * 4);
     code = engine_add(e, j, &why);
     if (code != DONE)
-        return say(code, "%s", why.s);
+        return blame(code, NULL, &why);
     if (e->s->verbose)
         note("seed %lld; %s", j->q.seed, describe_sampling(&j->q.sampling).s);
     running = e->ctx;
@@ -3155,8 +3111,7 @@ static int prepare_prompt(struct talk *t)
     struct engine *e = t->e;
     const struct settings *s = e->s;
     struct text text = { 0 };
-    int code = DONE, go_on = 0;
-    struct why why;
+    int code = DONE;
 
     if (s->ids)
         return read_ids(s->ids, &t->job.q.prompt);
@@ -3164,18 +3119,12 @@ static int prepare_prompt(struct talk *t)
         code = read_prompt(s, &text);
     if (code == DONE && e->template == TEMPLATE_NONE)
         encode_plain(s, e->words, text.s, text.n, &t->job.q.prompt);
-    else {
-        if (code == DONE && !s->messages)
-            code = ask(t, &text);
-        if (code == DONE)
-            code = prompt_talk(t, s->messages);
-        read_flag(t->body, "continue_final_message", &go_on, &why);
-        if (code == DONE && s->messages && s->mode == ANSWER && !go_on &&
-            ends_with_role(t, "assistant", 0))
-            note("%s: the last message is the assistant's, expected one of "
-                 "the user", s->messages);
-    }
+    else if (code == DONE && (s->messages || (code = ask(t, &text)) == DONE))
+        code = prompt_talk(t, s->messages);
     free(text.s);
+    if (code == DONE && s->messages && s->mode == ANSWER && ends_answered(t))
+        note("%s: the last message is the assistant's, expected one of the "
+             "user", s->messages);
     return code;
 }
 
@@ -3189,7 +3138,7 @@ static int write_logits(struct talk *t)
     int code = check_prompt(e, &t->job.q, &why);
 
     if (code != DONE)
-        say(code, "%s", why.s);
+        blame(code, NULL, &why);
     running = e->ctx;
     for (int at = 0, n; f && code == DONE && at < prompt->n; at += n) {
         n = smaller(prompt->n - at, LOGITS_CHUNK);
@@ -3204,40 +3153,6 @@ static int write_logits(struct talk *t)
     }
     running = NULL;
     return f ? finish_file(f, e->s->logits, code) : BAD_FILE;
-}
-
-static int dump_prompt(struct talk *t)
-{
-    const struct ids *prompt = &t->job.q.prompt;
-
-    if (t->e->s->dump_prompt)
-        show_text(&t->prompt.text);
-    for (int i = 0; t->e->s->dump_tokens && i < prompt->n; i++)
-        printf("%ld%s", (long)prompt->id[i], i + 1 < prompt->n ? " " : "\n");
-    return DONE;
-}
-
-/* Add an answer to the conversation, together with what the prompt had of it.
- * An empty one is added only if the model ended it. */
-static void keep_answer(struct talk *t)
-{
-    const struct rendered *p = &t->prompt;
-    const struct reply *r = &t->job.r;
-    const char *from = answer_of(p);
-    struct text whole = { 0 };
-    int go_on = 0;
-    struct why why;
-
-    if (r->n_made == 0 && r->finish != STOPPED)
-        return;
-    if (!t->grown)
-        read_flag(t->body, "continue_final_message", &go_on, &why);
-    if (go_on)
-        ends_with_role(t, "assistant", 1);
-    add(&whole, from, (size_t)(p->text.s + p->text.n - from));
-    add(&whole, r->raw.s, r->raw.n);
-    add_message(t, "assistant", whole.s ? whole.s : "", whole.n);
-    free(whole.s);
 }
 
 /* ---- sessions
@@ -3255,165 +3170,130 @@ static void keep_answer(struct talk *t)
 
 static const char session_magic[] = "LFM2SES1";
 
-/* Take a number, or n of these many bytes each, from the front. */
-static int take_le(struct piece *from, int bytes, uint64_t *out)
+/* Put n times `each` bytes of a file behind a text, if it has as many left. */
+static int take(FILE *f, uint64_t n, uint64_t each, struct text *to)
 {
-    if (from->n < (size_t)bytes)
-        return -1;
-    *out = get_le((const unsigned char *)from->s, bytes);
-    from->s += bytes;
-    from->n -= (size_t)bytes;
-    return 0;
+    const off_t at = ftello(f);
+    struct stat st;
+    size_t size, got;
+
+    if (at < 0 || fstat(fileno(f), &st) != 0 || st.st_size < at ||
+        n > (uint64_t)(st.st_size - at) / each || n > SIZE_MAX / 2 / each)
+        return 0;
+    size = (size_t)(n * each);
+    reserve(to, size);
+    got = fread(to->s + to->n, 1, size, f);
+    to->n += got;
+    return got == size;
 }
 
-static int take_bytes(struct piece *from, uint64_t each, struct piece *out)
+/* The u64 at its end. */
+static uint64_t last_number(const struct text *t)
 {
-    uint64_t n;
-
-    if (take_le(from, 8, &n) != 0 || n > from->n / each)
-        return -1;
-    *out = (struct piece){ from->s, (size_t)(n * each) };
-    from->s += out->n;
-    from->n -= out->n;
-    return 0;
+    return get_le((const unsigned char *)t->s + t->n - 8, 8);
 }
 
-/* The token ids of a session, in place of what was cached.  Why there is
- * nothing in the cache, or NULL. */
-static const char *take_state(struct engine *e, struct piece ids,
-                              struct piece state, lfm2_error *err)
+/* The cache of a session with n token ids.  Why there is nothing in it, or
+ * NULL. */
+static const char *take_state(struct engine *e, const char *ids, uint64_t n,
+                              const struct text *state, lfm2_error *err)
 {
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    const uint64_t n_vocab = (uint64_t)lfm2_model_config(e->model)->n_vocab;
     struct ids *to = &e->slot[0].cached;
-    uint64_t id;
+    int good;
 
-    if (lfm2_seq_load(e->ctx, 0, state.s, state.n, err) != LFM2_OK)
+    if (lfm2_seq_load(e->ctx, 0, state->s, state->n, err) != LFM2_OK)
         return err->msg;
-    if (ids.n / 4 == (size_t)lfm2_seq_len(e->ctx, 0))
-        while (take_le(&ids, 4, &id) == 0 && id < (uint64_t)n_vocab)
-            to->id[to->n++] = (int32_t)id;
-    if (ids.n == 0 && to->n == lfm2_seq_len(e->ctx, 0))
-        return NULL;
-    lfm2_seq_trim(e->ctx, 0, 0);
-    to->n = 0;
-    return "its tokens are not those of its state";
+    good = n == (uint64_t)lfm2_seq_len(e->ctx, 0);
+    for (uint64_t i = 0; good && i < n; i++) {
+        const uint64_t id = get_le((const unsigned char *)ids + 4 * i, 4);
+        good = id < n_vocab;
+        to->id[i] = (int32_t)id;
+    }
+    to->n = good ? (int)n : lfm2_seq_trim(e->ctx, 0, 0);
+    return good ? NULL : "its tokens are not those of its state";
 }
 
-/* Go on where the bytes of a session left off. */
-static int restore(struct talk *t, const struct text *file)
+/* Go on where a session left off.  Nothing is read before it is known to be
+ * there, as the file may be anything. */
+static int restore(struct talk *t, FILE *f)
 {
     const char *path = t->e->s->session, *why_not;
-    struct piece from = { file->s + 8, file->n - 8 }, said, ids, state;
-    struct json *whole = NULL;
-    struct pool pool = { 0 };
-    uint64_t hash;
+    struct text head = { 0 }, state = { 0 };
+    struct json *said = NULL;
+    uint64_t n_said = 0, n_ids = 0;
     size_t n;
     struct why why;
     lfm2_error err;
-    int good = take_bytes(&from, 1, &said) == 0 &&
-               take_bytes(&from, 4, &ids) == 0;
+    int good = take(f, 16, 1, &head) &&
+               take(f, n_said = last_number(&head), 1, &head) &&
+               take(f, 8, 1, &head) &&
+               take(f, n_ids = last_number(&head), 4, &head);
 
-    n = file->n - from.n;
-    good = good && take_le(&from, 8, &hash) == 0 &&
-           hash == hash_bytes(HASH_START, file->s, n) &&
-           take_bytes(&from, 1, &state) == 0 && from.n == 0 &&
-           json_parse(&pool, said.s, said.n, &whole, &why) == DONE &&
-           json_is(whole, JSON_ARRAY);
-    if (good && !t->e->s->messages)
-        keep_messages(t, whole->first);
-    pool_free(&pool);
+    n = head.n;
+    good = good && take(f, 16, 1, &head) &&
+           get_le((unsigned char *)head.s + n, 8) ==
+           hash_bytes(HASH_START, head.s, n) &&
+           take(f, last_number(&head), 1, &state) && getc(f) == EOF &&
+           json_parse(&t->pool, head.s + 16, (size_t)n_said, &said, &why) ==
+           DONE && json_is(said, JSON_ARRAY);
     if (!good)
-        return say(BAD_FILE, "%s: this session is cut or damaged; it is left "
-                   "as it is", path);
-    why_not = take_state(t->e, ids, state, &err);
-    if (why_not)
-        note("%s: the conversation is read again: %s", path, why_not);
-    else if (t->e->s->verbose)
-        note("%s: %d tokens", path, t->e->slot[0].cached.n);
-    return DONE;
-}
-
-/* Do the lengths in a session make up the file?  It may be long, so this is
- * asked before all of it is read. */
-static int is_whole(const char *path)
-{
-    static const uint64_t each[] = { 1, 4, 1 };
-    FILE *f = fopen(path, "rb");
-    struct stat st;
-    unsigned char b[8];
-    uint64_t at = 8, n;
-    int good = f && fstat(fileno(f), &st) == 0;
-
-    for (int i = 0; good && i < 3; i++) {
-        at += i == 2 ? 8 : 0;             /* the hash                        */
-        good = fseeko(f, (off_t)at, SEEK_SET) == 0 && fread(b, 1, 8, f) == 8;
-        n = good ? get_le(b, 8) : 0;
-        good = good && n <= ((uint64_t)st.st_size - at) / each[i];
-        at += 8 + n * each[i];
+        say(BAD_FILE, "%s: this session is cut or damaged; it is left as it is",
+            path);
+    else {
+        if (!t->e->s->messages)
+            t->messages = *said;
+        why_not = take_state(t->e, head.s + 24 + n_said, n_ids, &state, &err);
+        if (why_not)
+            note("%s: the conversation is read again: %s", path, why_not);
+        else if (t->e->s->verbose)
+            note("%s: %d tokens", path, t->e->slot[0].cached.n);
     }
-    good = good && at == (uint64_t)st.st_size;
-    if (f)
-        fclose(f);
-    return good;
+    free(head.s);
+    free(state.s);
+    return good ? DONE : BAD_FILE;
 }
 
-/* A file that is not there yet begins a session. */
+/* A file that is not there yet, or empty, begins a session. */
 static int load_session(struct talk *t)
 {
-    const char *path = t->e->s->session;
-    struct text file = { 0 };
+    const struct settings *s = t->e->s;
+    const char *path = s->session;
     char head[8];
-    size_t n;
+    int code = replace_file(path, NULL, 0);
+    FILE *f = code == DONE ? fopen(path, "rb") : NULL;
+    const size_t n = f ? fread(head, 1, sizeof head, f) : 0;
 
-    if (can_replace(path) != DONE)
-        return BAD_FILE;
-    n = read_head(path, head, sizeof head);
-    if (n > 0 && (n < 8 || memcmp(head, session_magic, 8) != 0))
-        return say(BAD_FILE, "%s: %s; it is left as it is", path, n == 8 &&
+    if (n == 8 && memcmp(head, session_magic, 8) == 0) {
+        rewind(f);
+        code = restore(t, f);
+        if (code == DONE && t->messages.first && (s->system || s->system_file))
+            note("%s: goes on as it began, so -sys is not used", path);
+    } else if (n > 0)
+        code = say(BAD_FILE, "%s: %s; it is left as it is", path, n == 8 &&
                    memcmp(head, "LFM2", 4) == 0 ? "a session of another "
                    "version of this program" : "no session");
-    t->keeps_session = 1;
-    if (n == 0)
-        return DONE;
-    if (!is_whole(path))
-        return say(BAD_FILE, "%s: this session is cut or damaged; it is left "
-                   "as it is", path);
-    if (read_file(path, &file) != DONE || restore(t, &file) != DONE) {
-        free(file.s);
-        return BAD_FILE;
-    }
-    if ((t->e->s->system || t->e->s->system_file) &&
-        t->messages.n > 0)
-        note("%s: goes on as it began, so -sys is not used", path);
-    free(file.s);
-    return DONE;
-}
-
-static void add_talk(struct text *to, const struct talk *t)
-{
-    add_string(to, "{\"messages\": [");
-    add(to, t->messages.s, t->messages.n);
-    add_string(to, "]}\n");
+    else if (code == DONE && !f && errno != ENOENT)
+        code = say(BAD_FILE, "%s: %s", path, strerror(errno));
+    if (f)
+        fclose(f);
+    return code;
 }
 
 static int save_session(struct talk *t)
 {
-    struct engine *e = t->e;
+    const struct engine *e = t->e;
     const struct ids *ids = &e->slot[0].cached;
     const uint64_t n = lfm2_seq_state_size(e->ctx, 0);
-    struct text said = { 0 }, part[2] = { { 0 } };
+    struct text part[2] = { { 0 } };
     struct text *const head = &part[0], *const state = &part[1];
     lfm2_error err;
-    int code = DONE;
+    int code;
 
-    if (!t->keeps_session)
-        return DONE;
-    add_string(&said, "[");
-    add(&said, t->messages.s, t->messages.n);
-    add_string(&said, "]");
     add_string(head, session_magic);
-    add_le(head, said.n, 8);
-    add(head, said.s, said.n);
+    add_le(head, 0, 8);
+    add_json(head, &t->messages);
+    put_le((unsigned char *)head->s + 8, head->n - 16, 8);
     add_le(head, (uint64_t)ids->n, 8);
     for (int i = 0; i < ids->n; i++)
         add_le(head, (uint32_t)ids->id[i], 4);
@@ -3425,38 +3305,31 @@ static int save_session(struct talk *t)
         code = report(e->s->session, &err);
     else
         code = keep_file(e->s->session, part, 2);
-    free(said.s);
     free(head->s);
     free(state->s);
     return code;
 }
 
-/* One question, one answer, and the session for the next. */
-static int answer_once(struct talk *t)
+/* Add an answer to the conversation, together with what the prompt had of it,
+ * and keep them in the session.  An empty one is added only if the model ended
+ * it. */
+static int keep_answer(struct talk *t)
 {
-    const int code = run_reply(t);
-    int kept = DONE;
+    const struct rendered *p = &t->prompt;
+    const struct reply *r = &t->job.r;
+    const char *from = answer_of(p);
+    struct text whole = { 0 };
+    int code = DONE;
 
-    if (t->keeps_session && (code == DONE || (code == INTERRUPTED &&
-                                              t->job.r.n_made > 0))) {
-        keep_answer(t);
-        kept = save_session(t);
+    if (r->n_made > 0 || r->finish == STOPPED) {
+        if (!ends_answered(t))
+            *last_of(t, "assistant") = NULL;
+        add(&whole, from, (size_t)(p->text.s + p->text.n - from));
+        add(&whole, r->raw.s, r->raw.n);
+        code = add_message(t, "assistant", whole.s, whole.n);
+        free(whole.s);
     }
-    return kept == DONE ? code : kept;
-}
-
-/* The answer, the answers, or what else there is to see. */
-static int answer(struct talk *t)
-{
-    const struct settings *s = t->e->s;
-    int code = t->e->ctx ? DONE : open_context(t->e);
-
-    if (code == DONE)
-        code = open_trace(t->e);
-    if (code == DONE)
-        code = s->mode == LOGITS ? write_logits(t) : s->mode == CHAT ? chat(t) :
-               answer_once(t);
-    return close_trace(t->e, code);
+    return code == DONE && t->e->s->session ? save_session(t) : code;
 }
 
 /* Anything that answers with a model, but --batch. */
@@ -3464,26 +3337,39 @@ static int work_on_model(const struct settings *s)
 {
     struct engine e = { .s = s };
     struct talk t = { .e = &e };
-    int code = open_engine(&e);
+    const struct ids *prompt = &t.job.q.prompt;
+    int code = open_engine(&e), kept = DONE;
 
     if (code == DONE && s->mode == CHAT && e.template == TEMPLATE_NONE)
         code = usage("no prompt given, and no chat without a template");
     if (code == DONE)
         code = read_talk(&t);
-    if (code == DONE && s->session) {
+    if (code == DONE && s->session)
         code = open_context(&e);
-        if (code == DONE)
-            code = load_session(&t);
-    }
+    if (code == DONE && s->session)
+        code = load_session(&t);
     if (code == DONE && s->mode != CHAT)
         code = prepare_prompt(&t);
+    if (code == DONE && s->dump_prompt)
+        show_text(&t.prompt.text);
+    for (int i = 0; code == DONE && s->dump_tokens && i < prompt->n; i++)
+        printf("%ld%s", (long)prompt->id[i], i + 1 < prompt->n ? " " : "\n");
+    if (code == DONE && s->mode != DUMP && !e.ctx)
+        code = open_context(&e);
     if (code == DONE)
-        code = s->mode == DUMP ? dump_prompt(&t) : answer(&t);
+        code = open_trace(&e);
+    if (code == DONE && s->mode == ANSWER) {
+        code = run_reply(&t);
+        if (s->session && (code == DONE || (code == INTERRUPTED &&
+                                            t.job.r.n_made > 0)))
+            kept = keep_answer(&t);
+    } else if (code == DONE && s->mode != DUMP)
+        code = s->mode == CHAT ? chat(&t) : write_logits(&t);
+    code = close_trace(&e, kept == DONE ? code : kept);
     free_reply(&t.job.r);
     free_request(&t.job.q);
     rendered_free(&t.prompt);
     pool_free(&t.pool);
-    free(t.messages.s);
     close_engine(&e);
     return code;
 }
@@ -3503,203 +3389,149 @@ static int answer_turn(struct talk *t)
         code = run_reply(t);
     }
     if (code == TOO_LONG || code == USAGE) {
-        ends_with_role(t, "user", 1);
+        *last_of(t, "user") = NULL;
         return DONE;
     }
     if (code != DONE && (code != INTERRUPTED || last_signal != SIGINT))
         return code;
     t->job.q.seed = (t->job.q.seed + 1) & INT64_MAX;
-    keep_answer(t);
-    return save_session(t);
-}
-
-static int forget(struct talk *t, const char *rest)
-{
-    (void)rest;
-    t->messages.n = 0;
-    t->body = NULL;
-    t->grown = 1;
-    return DONE;
-}
-
-static int regenerate(struct talk *t, const char *rest)
-{
-    (void)rest;
-    ends_with_role(t, "assistant", 1);
-    if (ends_with_role(t, "user", 0))
-        return answer_turn(t);
-    say(DONE, "there is no message to answer");
-    return DONE;
+    return keep_answer(t);
 }
 
 /* Replace the system prompt; one without text is taken away. */
 static int set_system(struct talk *t, const char *text)
 {
-    struct pool pool = { 0 };
-    const struct json *list = parse_messages(t, &pool);
-    const struct json *m = list ? list->first : NULL;
+    struct json *rest = t->messages.first;
+    int code = DONE;
 
-    if (m && has_role(m, "system"))
-        m = m->next;
-    t->messages.n = 0;
+    if (rest && has_role(rest, "system"))
+        rest = rest->next;
+    t->messages.first = NULL;
     if (text[0])
-        add_message(t, "system", text, strlen(text));
-    for (; m; m = m->next) {
-        add_string(&t->messages, t->messages.n ? ", " : "");
-        add_json(&t->messages, m);
-    }
-    pool_free(&pool);
-    return DONE;
+        code = add_message(t, "system", text, strlen(text));
+    *last_of(t, NULL) = rest;
+    return code;
 }
 
 /* After an error that a file cannot be opened: the sandbox may be why. */
-static void blame_sandbox(const struct talk *t)
+static void blame_sandbox(const struct settings *s)
 {
     const int error = errno;
-    const char *dir = save_dir(t->e->s);
+    const char *dir = save_dir(s);
 
-    if (t->e->s->sandbox != SANDBOX_OFF && (error == EACCES || error == EPERM))
+    if (s->sandbox != SANDBOX_OFF && (error == EACCES || error == EPERM))
         say(DONE, "in this sandbox a chat opens %s%s; --save-dir DIR names a "
             "directory", dir ? "files only in " : "no files", dir ? dir : "");
 }
 
-static int save_talk(struct talk *t, const char *path)
+static void save_talk(const struct talk *t, const char *path)
 {
     struct text out = { 0 };
 
-    if (!path[0] || t->messages.n == 0) {
-        say(DONE, path[0] ? "there is nothing to save" : "/save needs a file");
-        return DONE;
-    }
-    add_talk(&out, t);
-    if (replace_file(path, &out, 1) == DONE)
+    add_string(&out, "{\"messages\": ");
+    add_json(&out, &t->messages);
+    add_string(&out, "}\n");
+    if (!t->messages.first)
+        say(DONE, "there is nothing to save");
+    else if (replace_file(path, &out, 1) == DONE)
         say(DONE, "%s: saved", path);
     else
-        blame_sandbox(t);
+        blame_sandbox(t->e->s);
     free(out.s);
-    return DONE;
 }
 
 /* A file that is no conversation leaves the one there is. */
-static int load_talk(struct talk *t, const char *path)
+static void load_talk(struct talk *t, const char *path)
 {
-    struct talk had = *t;
-    const struct json *whole, *list;
+    const struct json had = t->messages, *body = t->body, *whole, *list;
 
-    if (!path[0] || read_list(t, path, "messages", &whole, &list) != DONE) {
-        if (path[0])
-            blame_sandbox(t);
-        else
-            say(DONE, "/load needs a file");
-        return DONE;
+    if (read_list(t, path, "messages", &whole, &list) != DONE) {
+        blame_sandbox(t->e->s);
+        return;
     }
-    t->messages = (struct text){ 0 };
-    forget(t, "");
-    keep_messages(t, list->first);
-    if (list->first && prompt_talk(t, path) != DONE) {
-        free(t->messages.s);
-        t->messages = had.messages;
-        t->body = had.body;
-        t->grown = had.grown;
-        return DONE;
+    t->messages = *list;
+    t->body = NULL;
+    if (!list->first || prompt_talk(t, path) == DONE)
+        say(DONE, "%s: %d messages", path, list->n_members);
+    else {
+        t->messages = had;
+        t->body = body;
     }
-    free(had.messages.s);
-    say(DONE, "%s: %d messages", path, list->n_members);
-    return DONE;
 }
 
-static int print_stats(struct talk *t, const char *rest)
-{
-    (void)rest;
-    say(DONE, "%d of %d tokens in the context", t->e->slot[0].cached.n,
-         t->e->par.n_ctx);
-    print_settings(t->e);
-    if (t->job.r.q)
-        print_speed(t);
-    return DONE;
-}
+static const char chat_help[] =
+    "Type a message, and its answer follows.  \"\"\" begins and ends one of "
+    "several\nlines, a \\ at the end of a line goes on with the next, and a "
+    "message may begin\nwith a blank where it would be a command.  Ctrl-C "
+    "stops an answer.\n"
+    "  /help         this text\n"
+    "  /clear        forget the conversation\n"
+    "  /regen        answer the last message once more\n"
+    "  /system TEXT  change the system prompt\n"
+    "  /save FILE    write the conversation as JSON\n"
+    "  /load FILE    go on with one\n"
+    "  /stats        tokens, speed and memory\n"
+    "  /quit         leave; so does Ctrl-D\n";
 
-static int print_commands(struct talk *t, const char *rest);
+/* In the order of their words. */
+enum { DO_HELP, DO_CLEAR, DO_REGEN, DO_SYSTEM, DO_SAVE, DO_LOAD, DO_STATS };
 
-static const struct command {
-    const char *word;
-    int (*obey)(struct talk *t, const char *rest);    /* NULL: leave         */
-    const char *help;
-} commands[] = {
-    { "/help", print_commands, "/help         this text" },
-    { "/clear", forget, "/clear        forget the conversation" },
-    { "/regen", regenerate, "/regen        answer the last message once more" },
-    { "/system", set_system, "/system TEXT  change the system prompt" },
-    { "/save", save_talk, "/save FILE    write the conversation as JSON" },
-    { "/load", load_talk, "/load FILE    go on with one" },
-    { "/stats", print_stats, "/stats        tokens, speed and memory" },
-    { "/quit", NULL, "/quit         leave; so does Ctrl-D" },
-    { "/exit", NULL, NULL }, { "/bye", NULL, NULL },
-};
-
-enum { N_COMMANDS = sizeof commands / sizeof *commands };
-
-static int print_commands(struct talk *t, const char *rest)
-{
-    (void)t, (void)rest;
-    fputs("Type a message, and its answer follows.  \"\"\" begins and ends one "
-          "of several\nlines, a \\ at the end of a line goes on with the next, "
-          "and a message may begin\nwith a blank where it would be a command.  "
-          "Ctrl-C stops an answer.\n", stderr);
-    for (int i = 0; i < N_COMMANDS; i++)
-        if (commands[i].help)
-            fprintf(stderr, "  %s\n", commands[i].help);
-    return DONE;
-}
+static const char commands[] =
+    "/help /clear /regen /system /save /load /stats /quit /exit /bye";
 
 /* A line that begins with / .  Returns -1 to leave. */
 static int obey(struct talk *t, const char *line)
 {
     const size_t n = strcspn(line, " ");
     const char *rest = line + n + strspn(line + n, " ");
+    const int is = find_word(commands, ' ', phrase("%.*s", (int)n, line).s);
 
-    for (int i = 0; i < N_COMMANDS; i++)
-        if (same(line, n, commands[i].word))
-            return commands[i].obey ? commands[i].obey(t, rest) : -1;
-    say(DONE, "%.*s: no such command; /help lists them", (int)n, line);
+    if (is < 0)
+        say(DONE, "%.*s: no such command; /help lists them", (int)n, line);
+    else if (is == DO_HELP)
+        fputs(chat_help, stderr);
+    else if (is == DO_CLEAR) {
+        t->messages.first = NULL;
+        t->body = NULL;
+    } else if (is == DO_REGEN) {
+        *last_of(t, "assistant") = NULL;
+        if (*last_of(t, "user"))
+            return answer_turn(t);
+        say(DONE, "there is no message to answer");
+    } else if (is == DO_SYSTEM)
+        return set_system(t, rest);
+    else if (is < DO_STATS && !rest[0])
+        say(DONE, "%.*s needs a file", (int)n, line);
+    else if (is == DO_SAVE)
+        save_talk(t, rest);
+    else if (is == DO_LOAD)
+        load_talk(t, rest);
+    else if (is == DO_STATS) {
+        say(DONE, "%d of %d tokens in the context", t->e->slot[0].cached.n,
+            t->e->par.n_ctx);
+        print_settings(t->e);
+        if (t->job.r.q)
+            print_speed(t);
+    } else
+        return -1;
     return DONE;
-}
-
-/* What there is to answer before anything is typed: the options' prompt, or
- * messages that do not end with an answer. */
-static int answer_first(struct talk *t, struct text *line)
-{
-    const struct settings *s = t->e->s;
-    struct why why;
-    int code, go_on = 0;
-
-    if (s->prompt || s->file) {
-        code = read_prompt(s, line);
-        if (code == DONE)
-            code = ask(t, line);
-        return code == DONE ? answer_turn(t) : code;
-    }
-    if (!s->messages)
-        return DONE;
-    read_flag(t->body, "continue_final_message", &go_on, &why);
-    code = prompt_talk(t, s->messages);
-    if (code != DONE || (ends_with_role(t, "assistant", 0) && !go_on))
-        return code;
-    return answer_turn(t);
 }
 
 static int chat(struct talk *t)
 {
+    const struct settings *s = t->e->s;
+    const struct piece name = model_name(t->e);
     const int shows = isatty(STDIN_FILENO);
     struct text line = { 0 };
-    size_t n = 0;
-    const char *name = lfm2_model_string(t->e->model, "general.name", &n);
-    int code, got = 0;
+    int code = DONE, got = 0;
 
     if (shows)
-        note("%.*s; /help lists commands, Ctrl-D leaves", (int)n,
-             name ? name : "");
-    code = answer_first(t, &line);
+        note("%.*s; /help lists commands, Ctrl-D leaves", (int)name.n, name.s);
+    if (s->prompt || s->file || s->messages) {
+        code = prepare_prompt(t);
+        if (code == DONE && !ends_answered(t))
+            code = answer_turn(t);
+    }
     while (code == DONE && (got = read_message(&line, shows)) > 0) {
         if (line.n == 0)
             continue;
@@ -5694,14 +5526,13 @@ _Static_assert(sizeof table / sizeof *table <= MAX_OPTIONS,
  * Returns its number, or -1. */
 static int find_word(const char *words, int separator, const char *word)
 {
-    const size_t n = strlen(word);
+    const char ends[] = { (char)separator, '\0' };
 
     for (int i = 0; words && *words; i++) {
-        const char *end = strchr(words, separator);
-        const size_t len = end ? (size_t)(end - words) : strlen(words);
-        if (len == n && memcmp(words, word, n) == 0)
+        const size_t n = strcspn(words, ends);
+        if (same(words, n, word))
             return i;
-        words += len + (end != NULL);
+        words += n + (words[n] != '\0');
     }
     return -1;
 }
@@ -5748,36 +5579,29 @@ static const char *kv_name(int kv_type)
     return kv_type == LFM2_KV_F16 ? "f16" : "f32";
 }
 
-/* Help starts in column 28 and is wrapped at column 79. */
-static void print_entry(const char *head, const char *help)
-{
-    int column = printf("  %s", head);
-
-    while (*help) {
-        size_t n = strlen(help);
-        while (n > 51 || (help[n] && help[n] != ' '))
-            n--;
-        if (column >= 28)
-            column = printf("\n") - 1;
-        printf("%*s%.*s\n", 28 - column, "", (int)n, help);
-        help += n + (help[n] == ' ');
-        column = 0;
-    }
-}
-
+/* What an option does starts in column 28 and is wrapped at column 79. */
 static int print_help(void)
 {
     printf("usage: %s [options] MODEL.gguf [PROMPT]\n\n"
            "Answers PROMPT and exits.  Without one, piped text is the prompt; "
            "at a\nterminal, a chat begins.\n", program);
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const struct option *o = &table[i];
+    for (const struct option *o = table; o < table + N_OPTIONS; o++) {
+        const char *help = o->help;
+        int column;
         if (o->kind == HEADING)
-            printf("\n%s\n", o->help);
-        else if (o->help)
-            print_entry(phrase("%s %s", o->names, !o->arg ? "" :
-                               strlen(o->arg) > 48 ? "NAME" : o->arg).s,
-                        o->help);
+            printf("\n%s\n", help);
+        if (o->kind == HEADING || !help)
+            continue;
+        column = printf("  %s %s", o->names, !o->arg ? "" :
+                        strlen(o->arg) > 48 ? "NAME" : o->arg);
+        for (size_t n; *help; help += n + (help[n] == ' '), column = 0) {
+            n = strlen(help);
+            while (n > 51 || (help[n] && help[n] != ' '))
+                n--;
+            if (column >= 28)
+                column = printf("\n") - 1;
+            printf("%*s%.*s\n", 28 - column, "", (int)n, help);
+        }
     }
     printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
            "status: 0 done,\n1 failed, 2 usage, 3 file, 4 model, 5 memory, 6 "
@@ -5840,17 +5664,13 @@ static int is_dash(const char *path)
 /* "5", "5-" and "5-7". */
 static int parse_range(const char *s, int *first, int *last)
 {
-    char *end;
-    long a, b;
+    static const char digits[] = "0123456789";
+    const char *dash = s + strspn(s, digits), *end = dash + (*dash == '-');
+    const size_t n = strspn(end, digits);
+    const long long a = strtoll(s, NULL, 10);
+    const long long b = n ? strtoll(end, NULL, 10) : *dash ? INT_MAX : a;
 
-    errno = 0;
-    a = b = strtol(s, &end, 10);
-    if (end != s && is_dash(end))
-        b = INT_MAX, end++;
-    else if (end != s && *end == '-')
-        b = strtol(end + 1, &end, 10);
-    if (end == s || *end || s[strspn(s, "0123456789-")] || errno || a < 0 ||
-        b < a || b > INT_MAX)
+    if (dash == s || end[n] || b < a || b > INT_MAX)
         return -1;
     *first = (int)a;
     *last = (int)b;
@@ -5868,23 +5688,6 @@ static int is_date(const char *s)
            sscanf(s, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10 &&
            m >= 1 && m <= 12 && d >= 1 && d <= days[m - 1] &&
            (m != 2 || d < 29 || (y % 4 == 0 && (y % 100 || y % 400 == 0)));
-}
-
-/* Whole numbers by commas; -1 if they are none. */
-static int parse_list(struct list *to, const struct option *o, const char *s)
-{
-    char *end;
-
-    for (to->n = 0;; s = end + 1) {
-        errno = 0;
-        const long x = strtol(s, &end, 10);
-        if (end == s || (*end && *end != ',') || errno || x < o->min ||
-            x > o->max || to->n == MAX_LIST)
-            return -1;
-        to->v[to->n++] = (int)x;
-        if (!*end)
-            return 0;
-    }
 }
 
 static int add_text(struct texts *to, const char *s)
@@ -5910,32 +5713,49 @@ static int set_number(void *slot, const struct option *o, double x,
     return 0;
 }
 
+/* The number at s, put where it belongs: what is behind it, or NULL. */
+static const char *parse_number(void *slot, const struct option *o,
+                                const char *s)
+{
+    const int is_real = o->kind == REAL;
+    long long whole = 0;
+    char *end;
+    double x;
+
+    errno = 0;
+    x = is_real ? strtod(s, &end) : (double)(whole = strtoll(s, &end, 10));
+    return end == s || errno || set_number(slot, o, x, whole) != 0 ? NULL : end;
+}
+
 /* 0, or -1 if the value is not good. */
 static int parse_value(struct settings *to, const struct option *o,
-                       const char *value)
+                       const char *s)
 {
     void *slot = (char *)to + o->at;
-    long long whole = 0;
-    double x;
-    char *end;
-    int i;
+    struct list *list = slot;
+    int i, k;
 
-    if ((o->kind == DATE && !is_date(value)) ||
-        (o->kind == RANGE && parse_range(value, &i, &i) != 0))
-        return -1;
     switch (o->kind) {
-    case TEXTS: return add_text(slot, value);
-    case LIST: return parse_list(slot, o, value);
-    case CHOICE: *(int *)slot = i = find_word(o->arg, '|', value);
-                 return i < 0 ? -1 : 0;
-    case REAL: case WHOLE: case SEED: break;
-    default: *(const char **)slot = value;
-             return 0;
+    case TEXTS:
+        return add_text(slot, s);
+    case CHOICE:
+        *(int *)slot = i = find_word(o->arg, '|', s);
+        return i < 0 ? -1 : 0;
+    case LIST:
+        for (list->n = 0; list->n < MAX_LIST; s++) {
+            s = parse_number(&list->v[list->n++], o, s);
+            if (!s || *s != ',')
+                return s && !*s ? 0 : -1;
+        }
+        return -1;
+    case REAL: case WHOLE: case SEED:
+        s = parse_number(slot, o, s);
+        return s && !*s ? 0 : -1;
+    default:
+        *(const char **)slot = s;
+        return (o->kind != DATE || is_date(s)) &&
+               (o->kind != RANGE || parse_range(s, &i, &k) == 0) ? 0 : -1;
     }
-    errno = 0;
-    x = o->kind == REAL ? strtod(value, &end) :
-        (double)(whole = strtoll(value, &end, 10));
-    return end == value || *end || errno ? -1 : set_number(slot, o, x, whole);
 }
 
 /* ---- the command line */
@@ -5991,25 +5811,19 @@ static const char *chat_option(const struct settings *s)
            s->mode == CHAT ? "-cnv" : NULL;
 }
 
-/* The name of a mode, for sentences. */
-static const char *mode_name(const struct settings *s)
-{
-    for (int i = 0; i < N_OPTIONS; i++)
-        if (s->given[i] && table[i].mode == s->mode)
-            return s->given[i];
-    return s->mode == CHAT ? "a chat" : "a single answer";
-}
-
 /* Options must mean something in this mode, and not exclude each other. */
 static int check_settings(const struct settings *s)
 {
     const int plain = s->raw || s->ids || s->template == TEMPLATE_NONE;
+    const char *mode = s->mode == CHAT ? "a chat" : "a single answer";
 
+    for (int i = 0; i < N_OPTIONS; i++)
+        if (s->given[i] && table[i].mode == s->mode)
+            mode = s->given[i];
     for (int i = 0; i < N_OPTIONS; i++)
         if (s->given[i] && !(table[i].modes & s->mode))
             return usage("%.*s means nothing with %s",
-                         (int)strcspn(s->given[i], "="), s->given[i],
-                         mode_name(s));
+                         (int)strcspn(s->given[i], "="), s->given[i], mode);
     if (!s->model && s->mode != SELFTEST &&
         !(s->tokenizer && (s->mode & WORDS)))
         return usage("no model given");
@@ -6042,7 +5856,7 @@ static int check_settings(const struct settings *s)
 static int parse(struct settings *to, char **argv)
 {
     const char *words[2] = { NULL, NULL };
-    int n_words = 0, options = 1, bench = 0, code = DONE;
+    int n_words = 0, n = 0, options = 1, bench = 0, code = DONE;
 
     for (int i = 1; argv[i] && strcmp(argv[i], "--") != 0; i++) {
         bench |= strcmp(argv[i], "--bench") == 0;
@@ -6060,19 +5874,17 @@ static int parse(struct settings *to, char **argv)
                          "needs quotes", argv[i]);
     if (code != DONE || to->help || to->version)
         return code;
-    if (!to->model && n_words > 0) {
-        to->model = words[0];
-        words[0] = words[1];
-        n_words--;
+    if (!to->model && n < n_words) {
+        to->model = words[n++];
         to->given[find_option("-m", ANY) - table] = "MODEL.gguf";
     }
-    if (n_words > 1 || (n_words > 0 && to->prompt))
-        return usage("unexpected argument %s: there is a prompt already",
-                     words[n_words - 1]);
-    if (n_words > 0) {
-        to->prompt = words[0];
+    if (!to->prompt && n < n_words) {
+        to->prompt = words[n++];
         to->given[find_option("-p", ANY - BENCH) - table] = "PROMPT";
     }
+    if (n < n_words)
+        return usage("unexpected argument %s: there is a prompt already",
+                     words[n]);
     if (!to->mode)                        /* a chat is with a person         */
         to->mode = to->prompt || to->file || to->ids || to->messages ||
                    to->json || !isatty(STDIN_FILENO) ? ANSWER : CHAT;
@@ -6126,18 +5938,6 @@ static int read_file(const char *path, struct text *out)
     return code;
 }
 
-/* Up to n bytes from the beginning of a file; 0 if it cannot be read. */
-static size_t read_head(const char *path, char *to, size_t n)
-{
-    FILE *f = fopen(path, "rb");
-
-    if (!f)
-        return 0;
-    n = fread(to, 1, n, f);
-    fclose(f);
-    return n;
-}
-
 /* A file for output that comes piece by piece, or standard output for "-"; NULL
  * after saying why not. */
 static FILE *create_file(const char *path)
@@ -6153,8 +5953,7 @@ static int finish_file(FILE *f, const char *path, int code)
 {
     int failed = f != stdout && ferror(f);
 
-    if (f != stdout)
-        failed |= fclose(f) != 0;
+    failed |= f != stdout && fclose(f) != 0;
     return !failed || code != DONE ? code :
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
@@ -6171,66 +5970,52 @@ static int write_all(int fd, const char *s, size_t n)
     return 0;
 }
 
-/* Can a file be kept there, in place of one that there may be?  Better told
- * before the work than after it. */
-static int can_replace(const char *path)
-{
-    char *real = realpath(path, NULL);
-    struct text dir = { 0 };
-    struct stat st;
-    const int is = lstat(real ? real : path, &st) == 0;
-    const char *odd = !is || S_ISREG(st.st_mode) ? NULL :
-                      S_ISDIR(st.st_mode) ? "a directory" :
-                      S_ISFIFO(st.st_mode) ? "a pipe" :
-                      S_ISLNK(st.st_mode) ? "a link that leads nowhere" :
-                      "a device or socket";
-    int code = DONE;
-
-    add_directory(&dir, real ? real : path);
-    if (odd)
-        code = say(BAD_FILE, "%s: %s, expected a file", path, odd);
-    else if (access(dir.s, W_OK | X_OK) != 0)
-        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(errno));
-    free(dir.s);
-    free(real);
-    return code;
-}
-
 /* Write the parts one after the other, whole or not at all: to a new file
  * beside this one, which then takes its place.  It is for its owner alone, or
- * for those who could read the old one.  A link stays a link.  After a failure
- * errno says why. */
+ * for those who could read the old one.  A link stays a link.  Without parts it
+ * is only told whether that could be done, before the work and not after it.
+ * After a failure errno says why. */
 static int replace_file(const char *path, const struct text *part, int n_parts)
 {
+    char *real = realpath(path, NULL);
+    const char *to = real ? real : path;
     struct text name = { 0 };
     struct stat old;
-    char *real;
-    int fd, good, code = can_replace(path);
+    const int is = lstat(to, &old) == 0;
+    const char *odd = !is || S_ISREG(old.st_mode) ? NULL :
+                      S_ISDIR(old.st_mode) ? "a directory" :
+                      S_ISFIFO(old.st_mode) ? "a pipe" :
+                      S_ISLNK(old.st_mode) ? "a link that leads nowhere" :
+                      "a device or socket";
+    int fd = -1, good, error;
 
-    if (code != DONE)
-        return code;
-    real = realpath(path, NULL);
-    add_string(&name, real ? real : path);
-    add_string(&name, ".XXXXXX");
-    fd = mkstemp(name.s);
-    good = fd >= 0;
-    if (good && stat(path, &old) == 0)
-        fchmod(fd, old.st_mode & 0777);   /* if not, it stays private        */
-    for (int i = 0; good && i < n_parts; i++)
-        good = write_all(fd, part[i].s, part[i].n) == 0;
-    good = good && (fsync(fd) == 0 ||     /* not every file system knows it  */
-                    errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
-    if (fd >= 0 && close(fd) != 0)
-        good = 0;
-    if (!good || rename(name.s, real ? real : path) != 0) {
-        const int error = errno;
-        code = say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
-        remove(name.s);
-        errno = error;
+    add_directory(&name, to);
+    good = !odd && access(name.s, W_OK | X_OK) == 0;
+    if (good && n_parts > 0) {
+        name.n = 0;
+        add_string(&name, to);
+        add_string(&name, ".XXXXXX");
+        fd = mkstemp(name.s);
+        good = fd >= 0;
+        if (good && is)
+            fchmod(fd, old.st_mode & 0777);   /* if not, it stays private    */
+        for (int i = 0; good && i < n_parts; i++)
+            good = write_all(fd, part[i].s, part[i].n) == 0;
+        good = good && (fsync(fd) == 0 ||     /* not in every file system    */
+               errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
+        good = (fd < 0 || close(fd) == 0) && good && rename(name.s, to) == 0;
     }
+    error = errno;
+    if (!good && fd >= 0)
+        remove(name.s);
+    if (odd)
+        say(BAD_FILE, "%s: %s, expected a file", path, odd);
+    else if (!good)
+        say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
     free(name.s);
     free(real);
-    return code;
+    errno = error;
+    return good ? DONE : BAD_FILE;
 }
 
 /* ---- models */
@@ -6273,12 +6058,14 @@ static int report(const char *path, const lfm2_error *err)
 {
     const int code = status_of(err->code);
     const int has_path = strncmp(err->msg, path, strlen(path)) == 0;
+    FILE *f = code == BAD_MODEL ? fopen(path, "rb") : NULL;
     char head[24] = "";
+    const size_t n = f ? fread(head, 1, sizeof head, f) : 0;
 
     say(code, "%s%s%s", has_path ? "" : path, has_path ? "" : ": ", err->msg);
-    if (code != BAD_MODEL || read_head(path, head, sizeof head) == 0)
-        return code;
-    for (size_t i = 0; i < sizeof no_model / sizeof *no_model; i++) {
+    if (f)
+        fclose(f);
+    for (size_t i = 0; n > 0 && i < sizeof no_model / sizeof *no_model; i++) {
         const char *begins = no_model[i].begins;
         const size_t len = *begins == '\3' ? 12 : strlen(begins);
         if (memcmp(head + no_model[i].at, begins, len) == 0)
@@ -6402,10 +6189,8 @@ static int read_prompt(const struct settings *s, struct text *out)
     if (!s->prompt && !s->file && isatty(STDIN_FILENO))
         return usage("no prompt given; try %s MODEL.gguf \"a question\"",
                      program);
-    if (given)
-        add_string(out, s->prompt);
-    if (given)
-        clean_text(out);
+    add_string(out, given ? s->prompt : "");
+    clean_text(out);
     if (s->file)
         code = read_text_file(s->file, out);
     if (code != DONE || ((given || s->file) &&
@@ -6427,11 +6212,10 @@ static int read_ids(const char *path, struct ids *out)
     if (code == DONE && t.n % 4 != 0)
         code = say(BAD_FILE, "%s: %zu bytes, expected a multiple of 4", path,
                    t.n);
-    out->id = zeroed(t.n / 4 + 1, sizeof *out->id);
-    for (size_t i = 0; code == DONE && i < t.n; i += 4) {
-        const uint64_t id = get_le((const unsigned char *)t.s + i, 4);
-        out->id[out->n++] = id > INT32_MAX ? -1 : (int32_t)id;
-    }
+    out->n = t.n / 4 < INT_MAX ? (int)(t.n / 4) : INT_MAX;
+    out->id = zeroed((size_t)out->n, sizeof *out->id);
+    for (size_t i = 0; i < (size_t)out->n; i++)
+        out->id[i] = (int32_t)get_le((unsigned char *)t.s + 4 * i, 4);
     free(t.s);
     return code;
 }
@@ -6444,10 +6228,17 @@ static int read_ids(const char *path, struct ids *out)
  * first process of a container gets no others.  One that was ignored before, as
  * by nohup, stays ignored. */
 
-static const char bright[] = "\033[0m\n";
-static volatile sig_atomic_t is_heard, is_editing;
+static volatile sig_atomic_t is_editing;
 static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
                                              window of another size          */
+
+#ifdef __wasi__
+
+#define handle(number, handler) ((void)(handler))
+#define set_terminal(is_edited) (-1)
+#define count_columns()         80
+
+#else
 
 /* Without SA_RESTART, so that waiting for input ends, too. */
 static void handle(int number, void (*handler)(int))
@@ -6459,15 +6250,18 @@ static void handle(int number, void (*handler)(int))
         sigaction(number, &action, NULL);
 }
 
-#ifdef __wasi__
+static int set_terminal(int is_edited);
 
-#define set_terminal(is_edited) (-1)
-#define count_columns()         80
-
-#else
-
-static void on_stop(int number);
-static void on_change(int number);
+/* A stop, its end, or a window of another size. */
+static void on_change(int number)
+{
+    if (number == SIGTSTP) {
+        set_terminal(0);
+        signal(number, SIG_DFL);
+        raise(number);                    /* when this is done               */
+    } else if (is_editing)
+        looks_old = set_terminal(1) == 0;
+}
 
 /* For a line to be edited, or as it was: 0, or -1 if it cannot be changed. */
 static int set_terminal(int is_edited)
@@ -6485,7 +6279,7 @@ static int set_terminal(int is_edited)
         t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
         t.c_cc[VMIN] = 1;
         t.c_cc[VTIME] = 0;
-        handle(SIGTSTP, on_stop);
+        handle(SIGTSTP, on_change);
         handle(SIGCONT, on_change);
         handle(SIGWINCH, on_change);
     }
@@ -6494,21 +6288,6 @@ static int set_terminal(int is_edited)
     is_changed = is_edited;
     (void)!write(STDERR_FILENO, paste[is_edited], 8);
     return 0;
-}
-
-static void on_stop(int number)
-{
-    set_terminal(0);
-    signal(number, SIG_DFL);
-    raise(number);                        /* when this is done               */
-}
-
-/* After a stop, or with a window of another size. */
-static void on_change(int number)
-{
-    (void)number;
-    if (is_editing)
-        looks_old = set_terminal(1) == 0;
 }
 
 static int count_columns(void)
@@ -6526,15 +6305,21 @@ static void leave_terminal(void)
     set_terminal(0);
 }
 
+/* What a signal handler may do, and no more. */
+static void die(int code, const char *last_words)
+{
+    set_terminal(0);
+    (void)!write(STDERR_FILENO, "\033[0m\n", is_dim ? 5 : 0);
+    (void)!write(STDERR_FILENO, last_words, strlen(last_words));
+    _exit(code);
+}
+
 static void on_interrupt(int number)
 {
     if (last_signal == 0 || last_signal == SIGINT)
         last_signal = number;
-    if (!is_heard || ++interrupted > 2) {
-        set_terminal(0);
-        (void)!write(STDERR_FILENO, bright, is_dim ? sizeof bright - 1 : 0);
-        _exit(128 + number);
-    }
+    if (!is_heard || ++interrupted > 2)
+        die(128 + number, "");
     if (running)
         lfm2_cancel(running);
 }
@@ -6554,12 +6339,6 @@ static void block_signals(int are_blocked)
 #else
     (void)are_blocked;
 #endif
-}
-
-/* From here on somebody looks at `interrupted`. */
-static void catch_interrupt(void)
-{
-    is_heard = 1;
 }
 
 /* Before anything else.  Where the shell closed one of the first three
@@ -6591,48 +6370,35 @@ static void prepare_process(char **argv)
         closedir(dir);
     handle(SIGHUP, on_interrupt);
     handle(SIGQUIT, on_interrupt);
+    signal(SIGXFSZ, SIG_IGN);
 #else
     (void)argv;
 #endif
     handle(SIGINT, on_interrupt);
     handle(SIGTERM, on_interrupt);
     signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
-#ifdef SIGXFSZ
-    signal(SIGXFSZ, SIG_IGN);
-#endif
     atexit(leave_terminal);
 }
 
 /* ---- a model that becomes shorter
  *
  * Reading behind the end of a mapped file that was cut meanwhile gives SIGBUS,
- * and only models are mapped.  A signal handler may only write, so what it says
- * is made beforehand. */
+ * and only models are mapped. */
 
 #ifndef LFM2_NO_MMAP
 
-static char lost[4500];
+static char lost[4500];                   /* made before it is needed        */
 
 /* Several threads may come here at once; one tells. */
-static void on_bus_error(int number, siginfo_t *info, void *context)
+static void on_bus_error(int number)
 {
-    const size_t from = is_dim ? 0 : sizeof bright - 1;
+    (void)number;
 #ifndef LFM2_NO_THREADS
     static atomic_flag told = ATOMIC_FLAG_INIT;
-#endif
-
-    (void)context;
-    if (info->si_code <= 0 || info->si_code == BUS_ADRALN) {
-        signal(number, SIG_DFL);          /* and it comes again              */
-        return;
-    }
-#ifndef LFM2_NO_THREADS
     while (atomic_flag_test_and_set(&told))
         continue;
 #endif
-    set_terminal(0);
-    (void)!write(STDERR_FILENO, lost + from, strlen(lost + from));
-    _exit(BAD_FILE);
+    die(BAD_FILE, lost);
 }
 
 #endif
@@ -6641,14 +6407,9 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
 static void watch_file(const char *path)
 {
 #ifndef LFM2_NO_MMAP
-    const struct sigaction action = {
-        .sa_sigaction = on_bus_error, .sa_flags = SA_SIGINFO
-    };
-
-    snprintf(lost, sizeof lost, "%s%s: %s: it became shorter while it was "
-             "used, or its disk failed; --no-mmap reads it first\n", bright,
-             program, path);
-    sigaction(SIGBUS, &action, NULL);
+    snprintf(lost, sizeof lost, "%s: %s: it became shorter while it was used, "
+             "or its disk failed; --no-mmap reads it first\n", program, path);
+    handle(SIGBUS, on_bus_error);
 #else
     (void)path;
 #endif
@@ -6663,22 +6424,22 @@ struct editor {
     size_t at;                            /* of the cursor                   */
     const char *prompt;
     int shown;                            /* of the history                  */
-    int is_pasting, after_cr;
+    int is_pasting;
 };
 
 static struct text *history;              /* what was typed, the oldest first */
 static int n_history;
 static struct text draft;                 /* the line while older are shown  */
+static unsigned char typed[4096];         /* or piped in: bytes that wait    */
+static ssize_t typed_at, n_typed;
 
-/* The next byte that is typed or piped in.  A signal between a look and the
- * wait is heard a second later. */
-static int next_byte(int *is_last)
+/* The next byte of the input.  A signal between a look and the wait is heard a
+ * second later. */
+static int next_byte(void)
 {
-    static unsigned char s[4096];
-    static ssize_t at, n;
     struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
 
-    while (at == n) {
+    while (typed_at == n_typed) {
         const int ready = poll(&in, 1, 1000);
         if (interrupted || looks_old) {
             looks_old = 0;
@@ -6686,16 +6447,15 @@ static int next_byte(int *is_last)
         }
         if (ready <= 0)
             continue;
-        n = read(STDIN_FILENO, s, sizeof s);
-        if (n == 0 || (n < 0 && errno != EINTR)) {
-            at = n = 0;
+        typed_at = 0;
+        n_typed = read(STDIN_FILENO, typed, sizeof typed);
+        if (n_typed == 0 || (n_typed < 0 && errno != EINTR)) {
+            n_typed = 0;
             return INPUT_ENDS;
         }
-        at = 0;
-        n = n > 0 ? n : 0;
+        n_typed = n_typed > 0 ? n_typed : 0;
     }
-    *is_last = at + 1 == n;
-    return s[at++];
+    return typed[typed_at++];
 }
 
 /* Marks that are drawn over the character before, and characters that take two
@@ -6720,29 +6480,30 @@ static int is_among(uint32_t c, const uint32_t *range)
     return range[0] <= c;
 }
 
-/* The character at byte i as it is shown, its bytes and its columns. */
-static size_t character(const struct text *t, size_t i, uint32_t *c,
-                        int *columns)
-{
-    const int n = utf8_get(t->s + i, t->s + t->n, c);
+/* A character as it is shown, the bytes it is made of and its columns. */
+struct shown { uint32_t c; size_t n; int columns; };
 
-    if (n == 0 || (is_control(*c) && *c != '\n' && *c != '\t'))
-        *c = '?';
-    *columns = is_among(*c, no_columns) ? 0 : is_among(*c, two_columns) ? 2 : 1;
-    return n > 0 ? (size_t)n : 1;
+static struct shown character(const struct text *t, size_t i)
+{
+    struct shown x;
+    const int n = utf8_get(t->s + i, t->s + t->n, &x.c);
+
+    x.n = n > 0 ? (size_t)n : 1;
+    if (x.c == '\r')
+        x.c = '\n';
+    if (n == 0 || (is_control(x.c) && x.c != '\n' && x.c != '\t'))
+        x.c = '?';
+    x.columns = is_among(x.c, no_columns) ? 0 :
+                is_among(x.c, two_columns) ? 2 : 1;
+    return x;
 }
 
 /* The end of the character at byte i, and of its marks. */
 static size_t after(const struct text *t, size_t i)
 {
-    int columns = 0;
-    uint32_t c;
-    size_t n;
-
-    if (i < t->n)
-        i += character(t, i, &c, &columns);
-    while (i < t->n && (n = character(t, i, &c, &columns), columns == 0))
-        i += n;
+    i += i < t->n ? character(t, i).n : 0;
+    while (i < t->n && character(t, i).columns == 0)
+        i += character(t, i).n;
     return i;
 }
 
@@ -6766,25 +6527,23 @@ static void show_line(const struct editor *e, int whole)
     const int room = whole ? INT_MAX : count_columns() - prompt - 1;
     struct text out = { 0 };
     size_t from = 0;
-    int columns, cursor = 0, used = 0;
-    uint32_t c;
+    int cursor = 0, used = 0;
+    struct shown x;
     char s[4];
 
-    for (size_t i = 0; i < e->at; cursor += columns)
-        i += character(t, i, &c, &columns);
-    for (; cursor >= room; cursor -= columns) {
-        character(t, from, &c, &columns);
-        from = after(t, from);
-    }
+    for (size_t i = 0; i < e->at; i += character(t, i).n)
+        cursor += character(t, i).columns;
+    for (; cursor >= room; from = after(t, from))
+        cursor -= character(t, from).columns;
     add_format(&out, "\r%s", e->prompt);
-    while (from < t->n) {
-        from += character(t, from, &c, &columns);
-        used += columns;
+    for (; from < t->n; from += x.n) {
+        x = character(t, from);
+        used += x.columns;
         if (used > room)
             break;
-        if (!whole && (c == '\n' || c == '\t'))
-            c = c == '\n' ? 0x21b5 : ' ';  /* an arrow                       */
-        add(&out, s, utf8_put(s, c));
+        if (!whole && (x.c == '\n' || x.c == '\t'))
+            x.c = x.c == '\n' ? 0x21b5 : ' ';    /* an arrow                 */
+        add(&out, s, utf8_put(s, x.c));
     }
     add_string(&out, whole ? "\033[K\n" : "\033[K\r");
     if (!whole)
@@ -6801,8 +6560,7 @@ static void put(struct editor *e, size_t from, size_t to, const char *s,
 
     reserve(t, n);
     memmove(t->s + from + n, t->s + to, t->n - to + 1);
-    if (n > 0)
-        memcpy(t->s + from, s, n);
+    memcpy(t->s + from, s, n);
     t->n = t->n + n - (to - from);
     e->at = from + n;
 }
@@ -6815,39 +6573,27 @@ static void recall(struct editor *e, int step)
 
     if (next < 0 || next > n_history)
         return;
-    t = next == n_history ? &draft : &history[next];
     if (e->shown == n_history) {
         draft.n = 0;
         add(&draft, e->line.s, e->line.n);
     }
+    t = next == n_history ? &draft : &history[next];
     e->shown = next;
     put(e, 0, e->line.n, t->s, t->n);
-}
-
-static void remember(const struct text *t)
-{
-    const struct text *last = n_history ? &history[n_history - 1] : NULL;
-
-    if (t->n == 0 || (last && last->n == t->n &&
-                      memcmp(last->s, t->s, t->n) == 0))
-        return;
-    history = resize(history, ((size_t)n_history + 1) * sizeof *history);
-    history[n_history] = (struct text){ 0 };
-    add(&history[n_history++], t->s, t->n);
 }
 
 #define CONTROL(c) ((c) - '@')
 
 /* Keys that are no bytes, beside those with Ctrl. */
-enum { BACKSPACE = 127, NEWLINE = 256, PASTE, PASTE_ENDS };
+enum { BACKSPACE = 127, PASTE = 256, PASTE_ENDS };
 
 /* What follows ESC, and the key that does the same. */
 static const struct { const char *s; int key; } sequences[] = {
     { "[A", CONTROL('P') }, { "[B", CONTROL('N') }, { "[C", CONTROL('F') },
     { "[D", CONTROL('B') }, { "[H", CONTROL('A') }, { "[1~", CONTROL('A') },
     { "[7~", CONTROL('A') }, { "[F", CONTROL('E') }, { "[4~", CONTROL('E') },
-    { "[8~", CONTROL('E') }, { "[3~", CONTROL('D') }, { "\r", NEWLINE },
-    { "\n", NEWLINE }, { "[200~", PASTE }, { "[201~", PASTE_ENDS }
+    { "[8~", CONTROL('E') }, { "[3~", CONTROL('D') }, { "\r", '\n' },
+    { "\n", '\n' }, { "[200~", PASTE }, { "[201~", PASTE_ENDS }
 };
 
 /* Some terminals write O for [. */
@@ -6855,10 +6601,10 @@ static int read_sequence(void)
 {
     char s[8] = "";
     size_t n = 0;
-    int is_last, c;
+    int c;
 
     do {
-        c = next_byte(&is_last);
+        c = next_byte();
         if (n < sizeof s - 1)
             s[n] = (char)(n == 0 && c == 'O' ? '[' : c);
     } while (c >= ' ' && (n++ == 0 ? s[0] == '[' : c < '@'));
@@ -6871,18 +6617,12 @@ static int read_sequence(void)
 static void press(struct editor *e, int c)
 {
     const struct text *t = &e->line;
-    const int ends_crlf = c == '\n' && e->after_cr;
     size_t from = e->at;
 
-    e->after_cr = c == '\r';
     if (c == CONTROL('['))
         c = read_sequence();
-    if (e->is_pasting && (c < ' ' || c == BACKSPACE) && c != '\t')
-        c = (c == '\r' || c == '\n') && !ends_crlf ? NEWLINE : 0;
-    switch (c) {
-    case 0: break;
+    switch (e->is_pasting && (c < ' ' || c == BACKSPACE) ? 0 : c) {
     case PASTE: case PASTE_ENDS: e->is_pasting = c == PASTE; break;
-    case NEWLINE: put(e, from, from, "\n", 1); break;
     case CONTROL('A'): e->at = 0; break;
     case CONTROL('B'): e->at = before(e); break;
     case CONTROL('D'): put(e, from, after(t, from), "", 0); break;
@@ -6902,59 +6642,45 @@ static void press(struct editor *e, int c)
         put(e, from, e->at, "", 0);
         break;
     default:
-        if (c >= ' ' || c == '\t')
+        if ((c >= ' ' && c != BACKSPACE) || c == '\t' || c == '\n' || c == '\r')
             put(e, from, from, &(char){ (char)c }, 1);
     }
 }
 
 /* ---- lines and messages */
 
-/* May a line be edited at this terminal?  Whatever ends or stops the program
- * meanwhile leaves it as it was. */
-static int begin_editing(void)
+/* For the lines before.  One that is empty, or as the last, is left out. */
+static void remember(const struct text *t)
 {
-    const char *term = getenv("TERM");
-
-    is_editing = isatty(STDERR_FILENO) && term && term[0] &&
-                 strcmp(term, "dumb") != 0;
-    if (is_editing && set_terminal(1) != 0)
-        is_editing = 0;
-    return is_editing;
-}
-
-/* Does a signal end the chat?  Ctrl-C clears a line, and leaves only if it
- * comes twice to an empty one. */
-static int leaves(size_t n_typed, int *is_warned)
-{
-    interrupted = 0;
-    if (last_signal != SIGINT || (n_typed == 0 && *is_warned)) {
-        interrupted = 1;
-        return 1;
-    }
-    if (n_typed == 0)
-        fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
-    *is_warned = n_typed == 0;
-    return 0;
+    if (t->n == 0 || (n_history > 0 &&
+                      same(t->s, t->n, history[n_history - 1].s)))
+        return;
+    history = resize(history, ((size_t)n_history + 1) * sizeof *history);
+    history[n_history] = (struct text){ 0 };
+    add(&history[n_history++], t->s, t->n);
 }
 
 /* A line without its end, behind what is in `out`: 1; 0 at the end of the
- * input, -1 after a signal that ends the chat.  A simple terminal edits it
- * itself, and may cut what is longer than 4095 bytes. */
+ * input, -1 after a signal that ends the chat: Ctrl-C clears a line, and leaves
+ * only if it comes twice to an empty one.  A simple terminal edits it itself;
+ * whatever ends or stops the program meanwhile leaves others as they were. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
     struct editor e = { .prompt = prompt, .shown = n_history };
-    const int edits = shows && begin_editing();
-    int is_warned = !shows, is_last = 1, ends = 0, c = STOPPED_BY_SIGNAL;
+    const char *term = getenv("TERM");
+    int edits, is_warned = !shows, ends = 0, c = STOPPED_BY_SIGNAL;
 
+    is_editing = shows && isatty(STDERR_FILENO) && term && term[0] &&
+                 strcmp(term, "dumb") != 0;
+    edits = is_editing = is_editing && set_terminal(1) == 0;
     fflush(stdout);
     add(&e.line, "", 0);
     while (!ends) {
-        if (edits && is_last)
+        if (edits && typed_at == n_typed)
             show_line(&e, 0);
         else if (shows && !edits && c == STOPPED_BY_SIGNAL)
             fputs(prompt, stderr);
-        c = next_byte(&is_last);
-        is_last |= c < 0;
+        c = next_byte();
         ends = c == INPUT_ENDS || (!e.is_pasting && c == '\n') ||
                (edits && !e.is_pasting && c == '\r') ||
                (edits && e.line.n == 0 && (c == CONTROL('D') || c == 0));
@@ -6963,7 +6689,12 @@ static int read_line(struct text *out, int shows, const char *prompt)
         else if (shows && !edits && c < 0)
             fputc('\n', stderr);
         if (c == STOPPED_BY_SIGNAL) {
-            ends = leaves(edits ? e.line.n : 0, &is_warned);
+            const int is_empty = !edits || e.line.n == 0;
+            ends = last_signal != SIGINT || (is_empty && is_warned);
+            if (is_empty && !ends)
+                fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+            interrupted = ends;
+            is_warned = is_empty;
             put(&e, 0, e.line.n, "", 0);
             e.is_pasting = 0;
         } else if (c >= 0 && !ends) {
@@ -6978,8 +6709,6 @@ static int read_line(struct text *out, int shows, const char *prompt)
     set_terminal(0);
     if (edits)
         remember(&e.line);
-    else if (shows && e.line.n == 4095)
-        note("a line of 4095 bytes: the terminal may have cut it");
     if (e.line.n > 0 && e.line.s[e.line.n - 1] == '\r')
         e.line.n--;
     add(out, e.line.s, e.line.n);
@@ -7010,7 +6739,7 @@ static int read_message(struct text *out, int shows)
     got = read_line(out, shows, "> ");
     if (got <= 0)
         return got;
-    quoted = out->n >= 3 && memcmp(out->s, quotes, 3) == 0;
+    quoted = begins(out->s, out->s + out->n, quotes);
     if (quoted)
         memmove(out->s, out->s + 3, (out->n -= 3) + 1);
     while (got > 0 && (quoted ? !ends_with(out, quotes) :
@@ -9756,7 +9485,7 @@ static int open_bench(struct bench *b)
     b->ns = zeroed((size_t)s->reps, sizeof *b->ns);
     b->ts = zeroed((size_t)s->reps, sizeof *b->ts);
     b->e.span = zeroed((size_t)b->n_seq, sizeof *b->e.span);
-    catch_interrupt();
+    is_heard = 1;
     const double start = seconds();
     code = open_model(&b->e);
     b->load_s = seconds() - start;

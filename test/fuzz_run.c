@@ -235,6 +235,15 @@ static void open_small(struct engine *e, int n_seq)
     REQUIRE(open_context(e) == DONE);
 }
 
+static int file_of(const uint8_t *data, size_t n)
+{
+    const int fd = memfd_create("file", 0);
+
+    REQUIRE(fd >= 0 && write(fd, data, n) == (ssize_t)n);
+    REQUIRE(lseek(fd, 0, SEEK_SET) == 0);
+    return fd;
+}
+
 /* Make the checksums right where the file has room for them: that of the words,
  * and that of the state, for this model. */
 static void repair_session(const struct engine *e, uint8_t *p, size_t n)
@@ -265,15 +274,16 @@ static void repair_session(const struct engine *e, uint8_t *p, size_t n)
  * written again. */
 static void try_session(struct engine *e, const uint8_t *data, size_t n)
 {
-    const struct text file = { (char *)(uintptr_t)data, n, 0 };
+    FILE *const f = fdopen(file_of(data, n), "rb");
     struct talk t = { .e = e };
     struct text again = { 0 };
     int code;
 
     lfm2_seq_trim(e->ctx, 0, 0);
     e->slot[0].cached.n = 0;
-    REQUIRE(read_talk(&t) == DONE);
-    code = restore(&t, &file);
+    REQUIRE(f && read_talk(&t) == DONE);
+    code = restore(&t, f);
+    fclose(f);
     REQUIRE(code == DONE || code == BAD_FILE);
     REQUIRE(e->slot[0].cached.n == lfm2_seq_len(e->ctx, 0));
     if (fuzz_hash(data, n) % 8 == 0) {
@@ -281,13 +291,12 @@ static void try_session(struct engine *e, const uint8_t *data, size_t n)
         if (prompt_talk(&t, NULL) == DONE)
             run_reply(&t);
     }
-    add_talk(&again, &t);
+    add_json(&again, &t.messages);
     free(again.s);
     free_reply(&t.job.r);
     free_request(&t.job.q);
     rendered_free(&t.prompt);
     pool_free(&t.pool);
-    free(t.messages.s);
 }
 
 void fuzz_session(const uint8_t *data, size_t n)
@@ -311,15 +320,6 @@ void fuzz_session(const uint8_t *data, size_t n)
  *
  * The first byte chooses how; then come lines.  They are answered as --batch
  * answers them, or read as what an earlier run has written. */
-
-static int file_of(const uint8_t *data, size_t n)
-{
-    const int fd = memfd_create("lines", 0);
-
-    REQUIRE(fd >= 0 && write(fd, data, n) == (ssize_t)n);
-    REQUIRE(lseek(fd, 0, SEEK_SET) == 0);
-    return fd;
-}
 
 /* Every line that is no blank one has an answer of one line. */
 static void check_answers(int fd, long long n_lines)
