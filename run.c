@@ -11515,6 +11515,7 @@ static void link_steps(const struct maker *m)
                 p->to = m->rule[p->to].start;
         } else if (strchr("#$", c)) {
             end += p->least = (int)strcspn(end, "\n");
+            s->step[end - s->code.s].to = i;              /* on the way back */
             s->step[word].to = i;
             word = c == '#' ? i : 0;
         }
@@ -11532,10 +11533,11 @@ static void link_steps(const struct maker *m)
         }
     }
     for (int i = (int)s->code.n - 1; i-- > 0;) {
+        i = s->code.s[i] == '\n' ? s->step[i].to : i;
         int *next = &s->step[i].next;
         while (strchr("|)", s->code.s[*next]))
             *next = s->step[*next].to;
-        if (strchr("#$", s->code.s[i]) && strchr("#$", s->code.s[*next]))
+        if (s->code.s[i] == '#' && strchr("#$", s->code.s[*next]))
             *next = s->step[*next].next;
     }
 }
@@ -11551,6 +11553,7 @@ static void count_levels(struct schema *s)
     while (changed) {
         changed = 0;
         for (int i = (int)s->code.n; i-- > 0;) {
+            i = code[i] == '\n' ? s->step[i].to : i;
             struct step *p = &s->step[i], *to = &s->step[p->to];
             int need = code[i] == '.' ? 0 : s->step[p->next].need;
             if (p->next == 0)
@@ -11735,6 +11738,7 @@ static int add_rule(struct maker *m, struct rule r)
         return ROOT;
     }
     m->rule[m->n_rules] = r;
+    m->place[m->n_rules].s[0] = '\0';
     return m->n_rules++;
 }
 
@@ -12162,8 +12166,8 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
 {
     struct schema *s = zeroed(1, sizeof *s);
     struct maker m = { .s = s, .out = &s->code, .why = why,
-                       .rule = zeroed(MAX_RULES, sizeof *m.rule),
-                       .place = zeroed(MAX_RULES, sizeof *m.place) };
+                       .rule = resize(NULL, MAX_RULES * sizeof *m.rule),
+                       .place = resize(NULL, MAX_RULES * sizeof *m.place) };
 
     make_patterns(&m, answer, calls);
     if (s->code.n > MAX_STEPS)
