@@ -7805,13 +7805,15 @@ static void read_string(struct reader *r, struct json *v)
     *out = '\0';
 }
 
-/* Digits, without Python's single underscores between them.  Returns what is
- * behind them. */
-static char *read_digits(struct text *t, char *s, int base)
+/* The first n characters there, and digits, without Python's single underscores
+ * between them.  Returns what is behind them. */
+static char *read_digits(struct text *t, char *s, int n, int base)
 {
-    for (size_t n; (n = strspn(s, digits_of(base))) > 0; s++) {
-        add(t, s, n);
-        s += n;
+    add(t, s, (size_t)n);
+    s += n;
+    for (size_t k; (k = strspn(s, digits_of(base))) > 0; s++) {
+        add(t, s, k);
+        s += k;
         if (*s != '_' || strspn(s + 1, digits_of(base)) == 0)
             break;
     }
@@ -7834,84 +7836,58 @@ static void add_float(struct text *t, double x)
         add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* A number without a sign, as Python prints it: decimal, below all infinities
- * and of no more than 4300 digits; of other bases, what fits into 64 bits. */
-static void read_unsigned(struct reader *r, struct text *t)
-{
-    const int kind = *r->at == '0' ? r->at[1] | 32 : 0;
-    const int base = kind == 'x' ? 16 : kind == 'o' ? 8 : kind == 'b' ? 2 : 10;
-    char *s = r->at + (base == 10 ? 0 : r->at[2] == '_' ? 3 : 2);
-    const char *dot;
-
-    add_string(t, "");
-    s = read_digits(t, s, base);
-    if (base == 10 && *s == '.') {
-        add(t, s, 1);
-        s = read_digits(t, s + 1, base);
-    }
-    if (base == 10 && (*s | 32) == 'e' && t->s[*t->s == '.']) {
-        const int n = s[1] == '+' || s[1] == '-' ? 2 : 1;
-        if (isdigit((unsigned char)s[n])) {
-            add(t, s, (size_t)n);
-            s = read_digits(t, s + n, base);
-        }
-    }
-    dot = strchr(t->s, '.');
-    expect(r, t->s[*t->s == '.'] && (r->as != AS_JSON ||
-           (base == 10 && t->n == (size_t)(s - r->at) && dot != t->s &&
-            (*t->s != '0' || !isdigit((unsigned char)t->s[1])) &&
-            (!dot || isdigit((unsigned char)dot[1])))),
-           "a number: -, digits without leading zeros, .digits, exponent");
-    errno = 0;
-    if (base == 10 && strpbrk(t->s, ".eE")) {
-        const double x = strtod(t->s, NULL);
-        t->n = 0;
-        if (expect(r, isfinite(x), "a number below 1.8e308"))
-            add_float(t, x);
-    } else if (base != 10 || strspn(t->s, "0") == t->n) {
-        const unsigned long long x = strtoull(t->s, NULL, base);
-        t->n = 0;
-        add_format(t, "%llu", x);
-        expect(r, errno == 0, "at most 64 bits");
-    } else
-        expect(r, t->n <= 4300 && *t->s != '0', "at most 4300 digits without "
-               "leading zeros");
-    r->at = r->code == DONE ? s : r->end;
-}
-
-/* Behind its sign Python may have parentheses. */
+/* A number as Python prints it: decimal, below all infinities and of no more
+ * than 4300 digits; of other bases, what fits into 64 bits.  Behind its sign
+ * Python may have parentheses. */
 static void read_number(struct reader *r, struct json *v)
 {
     const int minus = *r->at == '-', is_signed = minus || *r->at == '+';
+    const int json = r->as == AS_JSON;
     struct text t = { 0 };
     int open = 0;
 
     r->at += is_signed;
-    while (is_signed && r->as != AS_JSON && took(r, '('))
+    while (is_signed && !json && took(r, '('))
         open++;
-    read_unsigned(r, &t);
+    const int kind = *r->at == '0' ? r->at[1] | 32 : 0;
+    const int base = kind == 'x' ? 16 : kind == 'o' ? 8 : kind == 'b' ? 2 : 10;
+    char *s = r->at + (base == 10 ? 0 : r->at[2] == '_' ? 3 : 2);
+    s = read_digits(&t, s, 0, base);
+    if (base == 10 && *s == '.')
+        s = read_digits(&t, s, 1, base);
+    if (base == 10 && (*s | 32) == 'e' && t.s[*t.s == '.']) {
+        const int n = s[1] == '+' || s[1] == '-' ? 2 : 1;
+        s = isdigit((unsigned char)s[n]) ? read_digits(&t, s, n, base) : s;
+    }
+    const char *const dot = strchr(t.s, '.');
+    expect(r, t.s[*t.s == '.'] && (!json ||
+           (base == 10 && t.n == (size_t)(s - r->at) && dot != t.s &&
+            (*t.s != '0' || !isdigit((unsigned char)t.s[1])) &&
+            (!dot || isdigit((unsigned char)dot[1])))),
+           "a number: -, digits without leading zeros, .digits, exponent");
+    errno = 0;
+    if (base == 10 && strpbrk(t.s, ".eE")) {
+        const double x = strtod(t.s, NULL);
+        t.n = 0;
+        if (expect(r, isfinite(x), "a number below 1.8e308"))
+            add_float(&t, x);
+    } else if (base != 10 || strspn(t.s, "0") == t.n) {
+        const unsigned long long x = strtoull(t.s, NULL, base);
+        t.n = 0;
+        add_format(&t, "%llu", x);
+        expect(r, errno == 0, "at most 64 bits");
+    } else
+        expect(r, t.n <= 4300 && *t.s != '0', "at most 4300 digits without "
+               "leading zeros");
+    r->at = r->code == DONE ? s : r->end;
     while (open-- > 0)
         expect(r, took(r, ')'), "')'");
-    char *const s = pool_get(r->pool, t.n + 2);
+    char *const number = pool_get(r->pool, t.n + 2);
     v->type = JSON_NUMBER;
-    v->n = (size_t)snprintf(s, t.n + 2, "%s%s", minus && strcmp(t.s, "0") != 0 ?
-                            "-" : "", t.s);
-    v->s = s;
+    v->n = (size_t)snprintf(number, t.n + 2, "%s%s", minus &&
+                            strcmp(t.s, "0") != 0 ? "-" : "", t.s);
+    v->s = number;
     free(t.s);
-}
-
-/* In the order of the types.  Python writes an empty set as a call. */
-static void read_word(struct reader *r, struct json *v)
-{
-    const int n = word_length(r->at);
-    const int i = find_word("null|false|true|None|False|True|set", '|',
-                            phrase("%.*s", n, r->at).s);
-
-    if (!expect(r, i >= 0 && (i < 3 || r->as != AS_JSON), "a value"))
-        return;
-    r->at += n;
-    v->type = i < 6 ? i % 3 : JSON_ARRAY;
-    expect(r, i < 6 || (took(r, '(') && took(r, ')')), "a value");
 }
 
 static void read_value(struct reader *r, struct json *v);
@@ -7996,6 +7972,7 @@ static void read_members(struct reader *r, struct json *in, int close)
     r->depth--;
 }
 
+/* Words are in the order of types.  Python writes an empty set as a call. */
 static void read_value(struct reader *r, struct json *v)
 {
     const int c = peek(r), python = r->as != AS_JSON;
@@ -8010,8 +7987,16 @@ static void read_value(struct reader *r, struct json *v)
         read_string(r, v);
     else if (c == '-' || isdigit(c) || (python && (c == '+' || c == '.')))
         read_number(r, v);
-    else
-        read_word(r, v);
+    else {
+        const int n = word_length(r->at);
+        const int i = find_word("null|false|true|None|False|True|set", '|',
+                                phrase("%.*s", n, r->at).s);
+        if (!expect(r, i >= 0 && (i < 3 || python), "a value"))
+            return;
+        r->at += n;
+        v->type = i < 6 ? i % 3 : JSON_ARRAY;
+        expect(r, i < 6 || (took(r, '(') && took(r, ')')), "a value");
+    }
 }
 
 /* The tree of a whole text; DONE or USAGE.  The brackets of an object that is
@@ -8815,30 +8800,10 @@ static void read_call(struct reader *r, struct calls *to)
     free(t.s);
 }
 
-/* Calls, or one list of them, up to the end.  A comma or a new line is between
- * two. */
-static void read_block(struct reader *r, int is_whole, struct calls *to)
-{
-    const int list = took(r, '[');
-    const char *from = r->at;
-
-    for (int n = 0; r->code == DONE && (!list || !took(r, ']')); n++) {
-        const int comma = n > 0 && took(r, ',');
-        if (peek(r) == EOF && n > 0 && (!list || is_whole))
-            return;
-        expect(r, n == 0 || comma || memchr(from, '\n', (size_t)(r->at - from)),
-               "',' or a new line");
-        if (list && comma && took(r, ']'))
-            break;
-        read_call(r, to);
-        from = r->at;
-    }
-    expect(r, took(r, EOF), "the end");
-}
-
-/* What stands between two markers, all or none: as JSON, as Python, or as
- * Python with quotes that lack a backslash.  Before, each byte that is no UTF-8
- * becomes a replacement character, and new lines are as Python sees them. */
+/* What stands between two marks, all or none: calls, or one list of them, with
+ * a comma or a new line between two; as JSON, as Python, or as Python with
+ * quotes that lack a backslash.  Before, each byte that is no UTF-8 becomes a
+ * replacement character, and new lines are as Python sees them. */
 static int read_calls(const char *s, const char *end, int is_whole,
                       struct calls *to)
 {
@@ -8855,8 +8820,16 @@ static int read_calls(const char *s, const char *end, int is_whole,
     }
     for (r.as = AS_JSON; r.as <= AS_BAD_PYTHON; r.as++) {
         start_reading(&r);
-        read_block(&r, is_whole, to);
-        if (r.code == DONE)
+        const int list = took(&r, '[');
+        int more = 1;
+        while (r.code == DONE && (!list || !took(&r, ']')) &&
+               (peek(&r) != EOF || to->n == before || (list && !is_whole))) {
+            expect(&r, more, "',' or a new line");
+            read_call(&r, to);
+            const char *const from = r.at;
+            more = took(&r, ',') || memchr(from, '\n', (size_t)(r.at - from));
+        }
+        if (expect(&r, took(&r, EOF), "the end"))
             return 1;
         to->n = before;
     }
@@ -11589,21 +11562,18 @@ enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
 static const char type_list[] =
     ": expected null boolean integer number string array object";
 
-/* What keywords are about, and their type; a NOTE changes nothing. */
-static const struct keyword {
-    const char *names;
-    int of, type;
-    const char *expected;                 /* NULL: of any type               */
-} keywords[] = {
+/* What keywords are about, and their type, if there is only one; a NOTE changes
+ * nothing. */
+static const struct keyword { const char *names; int of, type; } keywords[] = {
     { "title description default examples deprecated readOnly writeOnly "
-      "$schema $id $comment $defs definitions", NOTE },
-    { "type", IS_ALL | VALUES }, { "const", VALUES }, { "$ref", REF },
-    { "enum", VALUES, JSON_ARRAY, ": expected an array" },
-    { "anyOf", ANY_OF, JSON_ARRAY, ": expected an array of schemas" },
-    { "properties", IS_OBJECT, JSON_OBJECT, ": expected an object" },
-    { "required", IS_OBJECT, JSON_ARRAY, ": expected an array" },
-    { "additionalProperties", IS_OBJECT }, { "items", IS_ARRAY },
-    { "minItems maxItems", IS_ARRAY }, { "minLength maxLength", IS_STRING },
+      "$schema $id $comment $defs definitions", NOTE, 0 },
+    { "type", IS_ALL | VALUES, 0 }, { "const", VALUES, 0 }, { "$ref", REF, 0 },
+    { "enum", VALUES, JSON_ARRAY }, { "anyOf", ANY_OF, 0 },
+    { "properties", IS_OBJECT, JSON_OBJECT },
+    { "required", IS_OBJECT, JSON_ARRAY },
+    { "additionalProperties", IS_OBJECT, 0 }, { "items", IS_ARRAY, 0 },
+    { "minItems maxItems", IS_ARRAY, 0 },
+    { "minLength maxLength", IS_STRING, 0 }
 };
 
 static struct json object_type = { .type = JSON_STRING, .s = "object", .n = 6,
@@ -11703,8 +11673,9 @@ static void check_keywords(struct maker *m, const struct json *v, int kind,
             wrong(m, at, x->key, " is not known here");
         else if (!(k->of & kind))
             wrong(m, at, x->key, " does not go with the rest there");
-        else if (k->expected && x->type != k->type)
-            wrong(m, at, x->key, k->expected);
+        else if (k->type && x->type != k->type)
+            wrong(m, at, x->key, phrase(": expected %s",
+                                        json_names[k->type]).s);
     }
 }
 
@@ -11768,23 +11739,6 @@ static int rule_of(struct maker *m, const struct json *v, int at,
                              "." : " at ", word, *key ? "." : "", key);
     }
     return i;
-}
-
-/* Two bounds, as far as they are there. */
-static void read_bounds(struct maker *m, const struct json *v, int at,
-                        const char *least, const char *most, int out[2])
-{
-    const char *const key[] = { least, most };
-
-    for (int i = 0; i < 2; i++) {
-        const struct json *x = json_get(v, key[i]);
-        long long n = i ? INT_MAX : 0;
-        if (x && json_int(x, 0, INT_MAX, &n) != 0)
-            wrong(m, at, key[i], ": expected a whole number");
-        out[i] = (int)n;
-    }
-    if (out[0] > out[1])
-        wrong(m, at, least, phrase(" is more than \"%s\"", most).s);
 }
 
 /* ---- words */
@@ -11980,25 +11934,32 @@ static void add_type(struct maker *m, const struct json *v, int type, int at)
         "(-|)(0|[19]{0,17:[09]})(\\.{1,18:[09]}|)([eeEE]([++--]|){1,2:[09]}|)",
         "None", "True|False"
     };
+    static const char *const bounds[][2] = { { "minLength", "maxLength" },
+                                             { "minItems", "maxItems" } };
+    const char *const *const key = bounds[1 << type == IS_ARRAY];
     const struct json *items = json_get(v, "items");
     const int python = m->rule[at].python;
-    int bounds[2];
+    long long n[2] = { 0, INT_MAX };
 
+    for (int i = 0; i < 2 && (1 << type & (IS_STRING | IS_ARRAY)); i++)
+        if (json_get(v, key[i]) &&
+            json_int(json_get(v, key[i]), 0, INT_MAX, &n[i]) != 0)
+            wrong(m, at, key[i], ": expected a whole number");
+    if (n[0] > n[1])
+        wrong(m, at, key[0], phrase(" is more than \"%s\"", key[1]).s);
     switch (1 << type) {
     case IS_ARRAY:
-        read_bounds(m, v, at, "minItems", "maxItems", bounds);
         add_series(m, "\\[", phrase("@%d;", rule_of(m, items ? items :
-                   &anything, at, "items", "")).s, bounds[0], bounds[1], "]");
+                   &anything, at, "items", "")).s, (int)n[0], (int)n[1], "]");
         break;
     case IS_OBJECT:
         add_object(m, v, at);
         break;
     case IS_STRING:
-        read_bounds(m, v, at, "minLength", "maxLength", bounds);
-        add_format(m->out, "\"{%d,%d:@%d;}\"", bounds[0], bounds[1],
+        add_format(m->out, "\"{%lld,%lld:@%d;}\"", n[0], n[1],
                    python ? DOUBLE : LETTER);
         if (python)
-            add_format(m->out, "|'{%d,%d:@%d;}'", bounds[0], bounds[1], SINGLE);
+            add_format(m->out, "|'{%lld,%lld:@%d;}'", n[0], n[1], SINGLE);
         break;
     default:
         add_string(m->out, plain[type < 2 && python ? type + 4 : type]);
@@ -12016,7 +11977,8 @@ static void add_schema(struct maker *m, const struct json *v, int at)
         wrong(m, at, "type", type_list);
     else
         check_keywords(m, v, kind, at);
-    if (kind == ANY_OF && (!list->first || list->n_members > MAX_WORDS))
+    if (kind == ANY_OF && (list->type != JSON_ARRAY || !list->first ||
+                           list->n_members > MAX_WORDS))
         wrong(m, at, "anyOf", ": expected an array of schemas");
     m->rule[at].is_choice = kind == ANY_OF;
     if (m->code == DONE && kind == VALUES)
@@ -12124,7 +12086,8 @@ static void free_schema(struct schema *s)
     free(s);
 }
 
-/* The patterns for an answer of this schema, or for calls, or for either. */
+/* The patterns for an answer of this schema, or for calls, or for either; calls
+ * that are not forced may be none. */
 static void make_patterns(struct maker *m, const struct json *answer,
                           const struct call_form *calls)
 {
@@ -12136,7 +12099,9 @@ static void make_patterns(struct maker *m, const struct json *answer,
     }
     const int call = calls ? add_call(m, calls) : ROOT;
     m->s->root = (int)m->out->n;
-    add_string(m->out, "(");
+    m->s->only_calls = !answer && !calls->is_forced;
+    m->s->one_call = calls && calls->is_single;
+    add_string(m->out, m->s->only_calls ? "(|" : "(");
     if (answer)
         add_format(m->out, ">%d;%s", rule_of(m, answer, ROOT, "", ""),
                    calls ? "|" : "");
@@ -12253,12 +12218,7 @@ static int read_form(const struct engine *e, struct request *q,
     answer = is_forced ? NULL : answer;
     if (!answer && !is_guided)
         return DONE;
-    code = make_schema(answer, is_guided ? &calls : NULL, &q->schema, why);
-    if (code == DONE) {
-        q->schema->only_calls = !answer && !is_forced;
-        q->schema->one_call = calls.is_single;
-    }
-    return code;
+    return make_schema(answer, is_guided ? &calls : NULL, &q->schema, why);
 }
 
 /* ---- choosing tokens
@@ -12302,10 +12262,11 @@ static void spell_tokens(struct engine *e)
         const char *s = lfm2_token_bytes(e->words, id, 0, &n);
         while (k < n && k < LONGEST && (unsigned char)s[k] >= ' ')
             k++;
-        if (id == opens || id == closes)
-            to->token[to->n++] = (struct spelled){ id == opens ? "\1" : "\2",
-                                                   id, 1, 0, 0 };
-        else if (n > 0 && k == n)
+        if (id == opens || id == closes) {
+            s = id == opens ? "\1" : "\2";
+            n = k = 1;
+        }
+        if (n > 0 && k == n)
             to->token[to->n++] = (struct spelled){ s, id, (uint8_t)n, 0, 0 };
     }
     if (to->n > 0)
@@ -12358,66 +12319,44 @@ static void walk_tokens(struct spelling *all, const struct guide *g)
     }
 }
 
-/* Cut a token to where the answer begins in it: after the end of a thought, and
- * blanks.  Returns 0 if these are too many blanks. */
-static int skip_to_answer(const struct reply *r, struct piece *token)
-{
-    const size_t held = r->raw.n - r->seen;
-    size_t blank = r->part == AFTER_THOUGHT ? held : 0, n = token->n;
-    struct text both = { 0 };
-    const char *end = NULL;
-
-    if (r->part == AT_START && held == 0 && is(token, THINK))
-        n = 0;
-    if (r->part == IN_THOUGHT) {
-        add(&both, r->raw.s + r->seen, held);
-        add(&both, token->s, n);
-        end = find(both.s, both.s + both.n, THINK_END);
-        n = end ? (size_t)(both.s + both.n - end) - strlen(THINK_END) : 0;
-        free(both.s);
-    }
-    token->s += token->n - n;
-    token->n = n;
-    while ((end || r->part == AFTER_THOUGHT) && token->n > 0 &&
-           strchr(" \n\r\t", *token->s)) {
-        token->s++;
-        token->n--;
-        blank++;
-    }
-    return blank <= MAX_BLANKS;
-}
-
-/* Take a token; 0 if it does not fit, and then the guide is lost. */
+/* Take a token; 0 if it does not fit, and then the guide is lost.  An answer
+ * begins behind a thought and a few blanks. */
 static int guide_token(const struct reply *r, struct guide *g, const char *s,
                        size_t n)
 {
     const int is_start = same(s, n, CALL_START), is_end = same(s, n, CALL_END);
-    const int is_free = !g->has_begun && (r->part == IN_THOUGHT ||
-                                          (g->s->only_calls && !is_start));
-    struct piece token = is_start ? (struct piece){ "\1", 1 } :
-                         is_end ? (struct piece){ "\2", 1 } :
-                         (struct piece){ s, n };
+    const size_t held = r->raw.n - r->seen;
+    const enum part part = g->has_begun ? IN_TEXT : r->part;
+    const char *end = s + n, *over = NULL;
+    size_t blank = part == AFTER_THOUGHT ? held : 0;
     struct guide next;
 
-    if (is_free && (g->s->only_calls || n == 0))
+    if (!g->has_begun && g->s->only_calls && (!is_start || part == IN_THOUGHT))
         return 1;
-    if (n == 0 || (!g->has_begun && !skip_to_answer(r, &token)))
-        return 0;
-    for (size_t i = 0; i < token.n; i++) {
-        const int c = (unsigned char)token.s[i];
+    if (n == 0 || (part == AT_START && held == 0 && same(s, n, THINK)))
+        return n > 0 || part == IN_THOUGHT;
+    if (part == IN_THOUGHT) {
+        struct text both = { 0 };
+        add(&both, r->raw.s + r->seen, held);
+        add(&both, s, n);
+        over = find(both.s, both.s + both.n, THINK_END);
+        s = over ? end - (both.s + both.n - over) + strlen(THINK_END) : end;
+        free(both.s);
+    }
+    for (; (over || part == AFTER_THOUGHT) && s < end &&
+           strchr(" \n\r\t", *s); s++)
+        blank++;
+    if (s < end && (is_start || is_end)) {
+        s = is_start ? "\1" : "\2";
+        end = s + 1;
+    }
+    for (; s < end && blank <= MAX_BLANKS; s++) {
+        const int c = (unsigned char)*s;
         if ((c < ' ' && !is_start && !is_end) || !guide_byte(g, &next, c))
             return 0;
         copy_guide(g, &next);
     }
-    return 1;
-}
-
-/* May the model end its turn here? */
-static int may_stop(const struct reply *r)
-{
-    const struct guide *g = r->guide;
-
-    return g->s->only_calls && !g->has_begun ? 1 : guide_may_end(g);
+    return blank <= MAX_BLANKS;
 }
 
 static int may_say(const struct engine *e, const struct reply *r, int32_t id)
@@ -12427,7 +12366,7 @@ static int may_say(const struct engine *e, const struct reply *r, int32_t id)
     const char *s = visible(e, id, &n);
 
     if (is_end(e, r, id))
-        return may_stop(r);
+        return guide_may_end(r->guide);
     copy_guide(&copy, r->guide);
     return guide_token(r, &copy, s, (size_t)n);
 }
@@ -12446,10 +12385,11 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
             fits[id] = (uint8_t)may_say(e, r, id);
     else
         walk_tokens(e->spelling, r->guide);
+    const uint8_t may_end = (uint8_t)guide_may_end(r->guide);
     for (int i = 0; i < e->ends.n; i++)
-        fits[e->ends.id[i]] = (uint8_t)may_stop(r);
+        fits[e->ends.id[i]] = may_end;
     for (int i = 0; i < r->n_stop_ids; i++)
-        fits[r->stop_id[i]] = (uint8_t)may_stop(r);
+        fits[r->stop_id[i]] = may_end;
     for (id = 0; id < n_vocab; id++)
         if (!fits[id])
             logits[id] = -INFINITY;
@@ -12457,7 +12397,7 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
     r->again += seconds() - began;
     id = lfm2_sample(e->ctx, &r->sampler, logits, NULL, 0);
     if (id < 0)
-        r->finish = guide_may_end(r->guide) ? STOPPED : BY_LENGTH;
+        r->finish = may_end ? STOPPED : BY_LENGTH;
     return id;
 }
 
