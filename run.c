@@ -7790,21 +7790,6 @@ static void read_quoted(struct reader *r, char **out)
         r->at += n_quotes;
 }
 
-/* In Python, strings side by side are one; with forgotten backslashes that is
- * not clear. */
-static void read_string(struct reader *r, struct json *v)
-{
-    char *out = r->at;
-
-    v->type = JSON_STRING;
-    v->s = out;
-    do
-        read_quoted(r, &out);
-    while (r->as == AS_PYTHON && peek(r) != EOF && prefix_length(r->at) >= 0);
-    v->n = (size_t)(out - v->s);
-    *out = '\0';
-}
-
 /* The first n characters there, and digits, without Python's single underscores
  * between them.  Returns what is behind them. */
 static char *read_digits(struct text *t, char *s, int n, int base)
@@ -7972,7 +7957,9 @@ static void read_members(struct reader *r, struct json *in, int close)
     r->depth--;
 }
 
-/* Words are in the order of types.  Python writes an empty set as a call. */
+/* In Python, strings side by side are one; with forgotten backslashes that is
+ * not clear.  Words are in the order of the types; an empty set is written as a
+ * call. */
 static void read_value(struct reader *r, struct json *v)
 {
     const int c = peek(r), python = r->as != AS_JSON;
@@ -7983,9 +7970,17 @@ static void read_value(struct reader *r, struct json *v)
         read_members(r, v, c == '{' ? '}' : c == '[' ? ']' : ')');
         if (c == '(' && v->n_members == 1 && v->n == 0)
             memcpy(v, v->first, offsetof(struct json, key));   /* no tuple   */
-    } else if (c == '"' || (python && prefix_length(r->at) >= 0))
-        read_string(r, v);
-    else if (c == '-' || isdigit(c) || (python && (c == '+' || c == '.')))
+    } else if (c == '"' || (python && prefix_length(r->at) >= 0)) {
+        char *out = r->at;
+        v->type = JSON_STRING;
+        v->s = out;
+        do
+            read_quoted(r, &out);
+        while (r->as == AS_PYTHON && peek(r) != EOF &&
+               prefix_length(r->at) >= 0);
+        v->n = (size_t)(out - v->s);
+        *out = '\0';
+    } else if (c == '-' || isdigit(c) || (python && (c == '+' || c == '.')))
         read_number(r, v);
     else {
         const int n = word_length(r->at);
@@ -12276,13 +12271,11 @@ static void spell_tokens(struct engine *e)
         while (i > 0 && t->shared < t->n && t->shared < t[-1].n &&
                t->s[t->shared] == t[-1].s[t->shared])
             t->shared++;
-        for (int k = 0, size; k < t->n; k += size, t->length++) {
-            size = utf8_get(t->s + k, t->s + t->n, &c);
-            if (size == 0 || c < ' ' || strchr("\"'\\<|", t->s[k])) {
-                t->length = 0;
-                break;
-            }
-        }
+        int k = 0, size;
+        for (; k < t->n && (size = utf8_get(t->s + k, t->s + t->n, &c)) > 0 &&
+               c >= ' ' && !strchr("\"'\\<|", t->s[k]); k += size)
+            t->length++;
+        t->length = k < t->n ? 0 : t->length;
     }
 }
 
@@ -12436,7 +12429,7 @@ static int is_guided_text(const struct reply *r)
 static int open_schema(struct engine *e)
 {
     const char *path = e->s->json_schema;
-    struct schema *made;
+    struct schema *made = NULL;
     struct text text = { 0 };
     struct why why;
     int code = read_text_file(path, &text);
@@ -12447,10 +12440,8 @@ static int open_schema(struct engine *e)
     if (code == DONE)
         code = make_schema(e->schema, NULL, &made, &why);
     free(text.s);
-    if (code != DONE)
-        return say(code, "%s: %s", path, why.s);
     free_schema(made);
-    return DONE;
+    return code == DONE ? DONE : say(code, "%s: %s", path, why.s);
 }
 
 static void close_schema(struct engine *e)
