@@ -11244,9 +11244,9 @@ enum {
 /* What is known of a byte of the patterns with which something begins. */
 struct step {
     int next;                             /* what stands behind it           */
-    int to;                               /* where else it leads: ( and | to
-                                             the next bar or the end, a word
-                                             to the next                     */
+    int to;                               /* where else it leads; of ( and |
+                                             the next bar, or the end; of a
+                                             word the next one               */
     int least, most;                      /* times, or how long a word is    */
     int need;                             /* levels, to the end of its rule  */
 };
@@ -11272,7 +11272,7 @@ struct guide {
     int n;
     struct way way[MAX_WAYS];
     int c;                                /* the byte that is tried, or EOF  */
-    struct level below[MAX_LEVELS];       /* the level that tries it         */
+    struct level below[MAX_LEVELS];       /* the level that is followed      */
 };
 
 /* ---- one byte */
@@ -12320,8 +12320,9 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
     const int is_start = same(s, n, CALL_START), is_end = same(s, n, CALL_END);
     const size_t held = r->raw.n - r->seen;
     const enum part part = g->has_begun ? IN_TEXT : r->part;
-    const char *end = s + n, *over = NULL;
-    size_t blank = part == AFTER_THOUGHT ? held : 0;
+    const char *end = s + n;
+    int is_after = part == AFTER_THOUGHT;
+    size_t blank = is_after ? held : 0;
     struct guide next;
 
     if (!g->has_begun && g->s->only_calls && (!is_start || part == IN_THOUGHT))
@@ -12332,12 +12333,12 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
         struct text both = { 0 };
         add(&both, r->raw.s + r->seen, held);
         add(&both, s, n);
-        over = find(both.s, both.s + both.n, THINK_END);
+        const char *over = find(both.s, both.s + both.n, THINK_END);
         s = over ? end - (both.s + both.n - over) + strlen(THINK_END) : end;
+        is_after = over != NULL;
         free(both.s);
     }
-    for (; (over || part == AFTER_THOUGHT) && s < end &&
-           strchr(" \n\r\t", *s); s++)
+    for (; is_after && s < end && strchr(" \n\r\t", *s); s++)
         blank++;
     if (s < end && (is_start || is_end)) {
         s = is_start ? "\1" : "\2";
