@@ -11731,7 +11731,8 @@ static int rule_of(struct maker *m, const struct json *v, int at,
     if (i == m->n_rules) {
         i = add_rule(m, (struct rule){ v, in->whole, VALUE, in->python, 0, 0 });
         m->place[i] = phrase("%.70s%s%s%s%.40s", place, !*word ? "" : *place ?
-                             "." : " at ", word, *key ? "." : "", key);
+                             "." : " at ", word, key ? "." : "",
+                             key ? key : "");
     }
     return i;
 }
@@ -11853,7 +11854,7 @@ static void add_object(struct maker *m, const struct json *v, int at)
         check_members(m, v, at);
     if (!properties && !json_is(more, JSON_FALSE)) {
         const int rule = rule_of(m, json_is(more, JSON_OBJECT) ? more :
-                                 &anything, at, "additionalProperties", "");
+                                 &anything, at, "additionalProperties", NULL);
         add_series(m, "\\{", phrase("@%d;:( |)@%d;", r->python ? PYTHON_KEY :
                    JSON_KEY, rule).s, 0, MAX_MEMBERS, "\\}");
         return;
@@ -11912,7 +11913,7 @@ static void add_arguments(struct maker *m, const struct json *v, int at)
             check_keywords(m, v, IS_OBJECT, at);
         add_object(m, v, at);
     } else {
-        const int rule = rule_of(m, strict ? v : &any_object, at, "", "");
+        const int rule = rule_of(m, strict ? v : &any_object, at, "", NULL);
         if (!is_object(m->rule[rule].from))
             refuse(m, "the parameters%s: expected those of an object",
                    m->place[at].s);
@@ -11945,7 +11946,7 @@ static void add_type(struct maker *m, const struct json *v, int type, int at)
     switch (1 << type) {
     case IS_ARRAY:
         add_series(m, "\\[", phrase("@%d;", rule_of(m, items ? items :
-                   &anything, at, "items", "")).s, (int)n[0], (int)n[1], "]");
+                   &anything, at, "items", NULL)).s, (int)n[0], (int)n[1], "]");
         break;
     case IS_OBJECT:
         add_object(m, v, at);
@@ -11980,7 +11981,7 @@ static void add_schema(struct maker *m, const struct json *v, int at)
         add_values(m, v, at);
     else if (kind == ANY_OF)
         for (list = list->first; list && m->code == DONE; list = list->next)
-            add_format(m->out, ">%d;", rule_of(m, list, at, "anyOf", ""));
+            add_format(m->out, ">%d;", rule_of(m, list, at, "anyOf", NULL));
     else
         for (int i = 0, n = 0; 1 << i < IS_ALL && m->code == DONE; i++)
             if (kind >> i & 1) {
@@ -12098,7 +12099,7 @@ static void make_patterns(struct maker *m, const struct json *answer,
     m->s->one_call = calls && calls->is_single;
     add_string(m->out, m->s->only_calls ? "(|" : "(");
     if (answer)
-        add_format(m->out, ">%d;%s", rule_of(m, answer, ROOT, "", ""),
+        add_format(m->out, ">%d;%s", rule_of(m, answer, ROOT, "", NULL),
                    calls ? "|" : "");
     if (calls)
         add_series(m, "\1\\[", phrase("@%d;", call).s, 1,
