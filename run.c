@@ -323,11 +323,6 @@ static int same(const char *s, size_t n, const char *word)
     return n == strlen(word) && memcmp(s, word, n) == 0;
 }
 
-static int is(const struct piece *p, const char *word)
-{
-    return same(p->s, p->n, word);
-}
-
 /* In the order of their bytes, a beginning before what goes on. */
 static int compare(const char *a, size_t n_a, const char *b, size_t n_b)
 {
@@ -6662,8 +6657,9 @@ static void remember(const struct text *t)
 
 /* A line without its end, behind what is in `out`: 1; 0 at the end of the
  * input, -1 after a signal that ends the chat: Ctrl-C clears a line, and leaves
- * only if it comes twice to an empty one.  A simple terminal edits it itself;
- * whatever ends or stops the program meanwhile leaves others as they were. */
+ * only if it comes twice to an empty one.  A simple terminal edits it itself,
+ * and may cut what is longer than 4095 bytes.  Whatever ends or stops the
+ * program meanwhile leaves the others as they were. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
     struct editor e = { .prompt = prompt, .shown = n_history };
@@ -6709,6 +6705,8 @@ static int read_line(struct text *out, int shows, const char *prompt)
     set_terminal(0);
     if (edits)
         remember(&e.line);
+    else if (shows && e.line.n == 4095)
+        note("a line of 4095 bytes: the terminal may have cut it");
     if (e.line.n > 0 && e.line.s[e.line.n - 1] == '\r')
         e.line.n--;
     add(out, e.line.s, e.line.n);
@@ -7005,18 +7003,6 @@ static void read_escape(struct reader *r, char **out)
         *out += utf8_put(*out, c);
 }
 
-/* A character that stands for itself. */
-static void read_plain(struct reader *r, char **out)
-{
-    uint32_t c;
-    const int n = utf8_get(r->at, r->end, &c);
-
-    if (expect(r, n > 0, "UTF-8"))
-        memmove(*out, r->at, (size_t)n);
-    *out += n;
-    r->at += n;
-}
-
 /* How many letters are before the quote of a string, none, one or r and f; or
  * -1, and it is no string that has a value in JSON. */
 static int prefix_length(const char *s)
@@ -7067,6 +7053,7 @@ static void read_quoted(struct reader *r, char **out)
     const int is_long = !json && strncmp(r->at + n, three, 3) == 0;
     const int n_quotes = is_long ? 3 : 1, takes_lines = is_long || bad;
     int inner = 0;
+    uint32_t u;
 
     r->at += n + n_quotes;
     while (r->code == DONE && (strncmp(r->at, three, (size_t)n_quotes) != 0 ||
@@ -7084,37 +7071,29 @@ static void read_quoted(struct reader *r, char **out)
         if (c == '\\' && !is_raw) {
             r->at++;
             read_escape(r, out);
-        } else
-            read_plain(r, out);
-        if (c == '\\' && is_raw && *r->at)
-            read_plain(r, out);
+            continue;
+        }
+        for (int k = c == '\\' && r->at[1] ? 2 : 1; k > 0; k--) {
+            const int size = utf8_get(r->at, r->end, &u);
+            expect(r, size > 0, "UTF-8");
+            memmove(*out, r->at, (size_t)size);
+            *out += size;
+            r->at += size;
+        }
     }
     if (expect(r, inner % 2 == 0, "quotes in pairs"))
         r->at += n_quotes;
 }
 
-/* In Python, strings side by side are one; with forgotten backslashes that is
- * not clear. */
-static void read_string(struct reader *r, struct json *v)
+/* The first n characters there, and digits, without Python's single underscores
+ * between them.  Returns what is behind them. */
+static char *read_digits(struct text *t, char *s, int n, int base)
 {
-    char *out = r->at;
-
-    v->type = JSON_STRING;
-    v->s = out;
-    do
-        read_quoted(r, &out);
-    while (r->as == AS_PYTHON && peek(r) != EOF && prefix_length(r->at) >= 0);
-    v->n = (size_t)(out - v->s);
-    *out = '\0';
-}
-
-/* Digits, without Python's single underscores between them.  Returns what is
- * behind them. */
-static char *read_digits(struct text *t, char *s, int base)
-{
-    for (size_t n; (n = strspn(s, digits_of(base))) > 0; s++) {
-        add(t, s, n);
-        s += n;
+    add(t, s, (size_t)n);
+    s += n;
+    for (size_t k; (k = strspn(s, digits_of(base))) > 0; s++) {
+        add(t, s, k);
+        s += k;
         if (*s != '_' || strspn(s + 1, digits_of(base)) == 0)
             break;
     }
@@ -7137,85 +7116,61 @@ static void add_float(struct text *t, double x)
         add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* A number without a sign, as Python prints it: decimal, below all infinities
- * and of no more than 4300 digits; of other bases, what fits into 64 bits. */
-static void read_unsigned(struct reader *r, struct text *t)
-{
-    const int kind = *r->at == '0' ? r->at[1] | 32 : 0;
-    const int base = kind == 'x' ? 16 : kind == 'o' ? 8 : kind == 'b' ? 2 : 10;
-    char *s = r->at + (base == 10 ? 0 : r->at[2] == '_' ? 3 : 2);
-    const char *dot;
-
-    add_string(t, "");
-    s = read_digits(t, s, base);
-    if (base == 10 && *s == '.') {
-        add(t, s, 1);
-        s = read_digits(t, s + 1, base);
-    }
-    if (base == 10 && (*s | 32) == 'e' && t->s[*t->s == '.']) {
-        const int n = s[1] == '+' || s[1] == '-' ? 2 : 1;
-        if (isdigit((unsigned char)s[n])) {
-            add(t, s, (size_t)n);
-            s = read_digits(t, s + n, base);
-        }
-    }
-    dot = strchr(t->s, '.');
-    expect(r, t->s[*t->s == '.'] && (r->as != AS_JSON ||
-           (base == 10 && t->n == (size_t)(s - r->at) && dot != t->s &&
-            (*t->s != '0' || !isdigit((unsigned char)t->s[1])) &&
-            (!dot || isdigit((unsigned char)dot[1])))),
-           "a number: -, digits without leading zeros, .digits, exponent");
-    errno = 0;
-    if (base == 10 && strpbrk(t->s, ".eE")) {
-        const double x = strtod(t->s, NULL);
-        t->n = 0;
-        if (expect(r, isfinite(x), "a number below 1.8e308"))
-            add_float(t, x);
-    } else if (base != 10 || strspn(t->s, "0") == t->n) {
-        const unsigned long long x = strtoull(t->s, NULL, base);
-        t->n = 0;
-        add_format(t, "%llu", x);
-        expect(r, errno == 0, "at most 64 bits");
-    } else
-        expect(r, t->n <= 4300 && *t->s != '0', "at most 4300 digits without "
-               "leading zeros");
-    r->at = r->code == DONE ? s : r->end;
-}
-
-/* Behind its sign Python may have parentheses. */
+/* A number as Python prints it: decimal, below all infinities and of no more
+ * than 4300 digits; of other bases, what fits into 64 bits.  Behind its sign
+ * Python may have parentheses. */
 static void read_number(struct reader *r, struct json *v)
 {
     const int minus = *r->at == '-', is_signed = minus || *r->at == '+';
+    const int json = r->as == AS_JSON;
     struct text t = { 0 };
     int open = 0;
 
     r->at += is_signed;
-    while (is_signed && r->as != AS_JSON && took(r, '('))
+    while (is_signed && !json && took(r, '('))
         open++;
-    read_unsigned(r, &t);
+    const int kind = *r->at == '0' ? r->at[1] | 32 : 0;
+    const int base = kind == 'x' ? 16 : kind == 'o' ? 8 : kind == 'b' ? 2 : 10;
+    char *s = r->at + (base == 10 ? 0 : r->at[2] == '_' ? 3 : 2);
+    s = read_digits(&t, s, 0, base);
+    if (base == 10 && *s == '.')
+        s = read_digits(&t, s, 1, base);
+    if (base == 10 && (*s | 32) == 'e' && t.s[*t.s == '.']) {
+        const int n = s[1] == '+' || s[1] == '-' ? 2 : 1;
+        s = isdigit((unsigned char)s[n]) ? read_digits(&t, s, n, base) : s;
+    }
+    const char *const dot = strchr(t.s, '.');
+    expect(r, t.s[*t.s == '.'] && (!json ||
+           (base == 10 && t.n == (size_t)(s - r->at) && dot != t.s &&
+            (*t.s != '0' || !isdigit((unsigned char)t.s[1])) &&
+            (!dot || isdigit((unsigned char)dot[1])))),
+           "a number: -, digits without leading zeros, .digits, exponent");
+    errno = 0;
+    if (base == 10 && strpbrk(t.s, ".eE")) {
+        const double x = strtod(t.s, NULL);
+        t.n = 0;
+        if (expect(r, isfinite(x), "a number below 1.8e308"))
+            add_float(&t, x);
+    } else if (base != 10 || strspn(t.s, "0") == t.n) {
+        const unsigned long long x = strtoull(t.s, NULL, base);
+        t.n = 0;
+        add_format(&t, "%llu", x);
+        expect(r, errno == 0, "at most 64 bits");
+    } else
+        expect(r, t.n <= 4300 && *t.s != '0', "at most 4300 digits without "
+               "leading zeros");
+    r->at = r->code == DONE ? s : r->end;
     while (open-- > 0)
         expect(r, took(r, ')'), "')'");
-    char *const s = pool_get(r->pool, t.n + 2);
+    char *const number = pool_get(r->pool, t.n + 2);
     v->type = JSON_NUMBER;
-    v->n = (size_t)snprintf(s, t.n + 2, "%s%s", minus && strcmp(t.s, "0") != 0 ?
-                            "-" : "", t.s);
-    v->s = s;
+    v->n = (size_t)snprintf(number, t.n + 2, "%s%s", minus &&
+                            strcmp(t.s, "0") != 0 ? "-" : "", t.s);
+    v->s = number;
     free(t.s);
 }
 
-/* In the order of the types.  Python writes an empty set as a call. */
-static void read_word(struct reader *r, struct json *v)
-{
-    const int n = word_length(r->at);
-    const int i = find_word("null|false|true|None|False|True|set", '|',
-                            phrase("%.*s", n, r->at).s);
-
-    if (!expect(r, i >= 0 && (i < 3 || r->as != AS_JSON), "a value"))
-        return;
-    r->at += n;
-    v->type = i < 6 ? i % 3 : JSON_ARRAY;
-    expect(r, i < 6 || (took(r, '(') && took(r, ')')), "a value");
-}
+static void read_value(struct reader *r, struct json *v);
 
 /* A name, as tools and their arguments have: words with . or - between them.
  * Empty if there is none. */
@@ -7232,48 +7187,15 @@ static struct piece read_name(struct reader *r)
 
 static void read_value(struct reader *r, struct json *v);
 
-/* "key": in an object, name= in a call.  In a dict of Python, keys are strings
- * or whole numbers: others may be equal and yet not the same in JSON.  Without
- * a value, the first one makes *in a set, whose elements have one type.
- * Returns the member of *in that has this key already, or NULL. */
-static struct json *read_key(struct reader *r, struct json *in, struct json *v,
-                             int close)
-{
-    const int json = r->as == AS_JSON;
-    struct json *same = NULL;
-    struct piece key;
-
-    expect(r, in->n_members < MAX_MEMBERS, "no more than 1024 members");
-    expect(r, peek(r) == '"' || !json, "a key in double quotes");
-    if (close == ')') {
-        key = read_name(r);
-        expect(r, key.n > 0 && took(r, '='), "a name, '=' and a value");
-    } else {
-        read_value(r, v);
-        expect(r, v->type == JSON_STRING || (v->type == JSON_NUMBER &&
-               !strpbrk(v->s, ".e")), "a string or a whole number before it");
-        key = (struct piece){ v->s, v->n };
-        if (!json && !in->first && peek(r) != ':')
-            in->type = JSON_ARRAY;
-        if (in->type == JSON_OBJECT)
-            expect(r, took(r, ':'), "':' and a value");
-        else
-            expect(r, !in->first || v->type == in->first->type,
-                   "elements of one type");
-    }
-    v->key = key.s;
-    v->n_key = key.n;
-    if (r->code == DONE)
-        same = find_key(in, key.s, key.n);
-    expect(r, !same || close != ')', "each argument once");
-    return same;
-}
-
 /* All behind a bracket, up to the one that closes it; Python may have a comma
- * before that.  The last of equal keys wins, in the place of the first, as in
- * Python.  Counts commas in in->n. */
+ * before that.  Counts commas in in->n.  "key": is in an object, name= in a
+ * call; the last of equal keys wins, in the place of the first, as in Python.
+ * In a dict of Python, keys are strings or whole numbers: others may be equal
+ * and yet not the same in JSON.  Without a value, the first one makes *in a
+ * set, whose elements have one type. */
 static void read_members(struct reader *r, struct json *in, int close)
 {
+    const int json = r->as == AS_JSON, has_keys = in->type == JSON_OBJECT;
     struct json **at = &in->first;
     char what[] = "',' or ' '";
 
@@ -7284,20 +7206,44 @@ static void read_members(struct reader *r, struct json *in, int close)
         if (in->first) {
             expect(r, took(r, ','), what);
             in->n++;
-            if (r->as != AS_JSON && took(r, close))
+            if (!json && took(r, close))
                 break;
         }
         expect(r, r->pool->total <= MAX_POOL, "no more values: these take "
                "268435456 bytes");
+        expect(r, !has_keys || in->n_members < MAX_MEMBERS,
+               "no more than 1024 members");
         v = pool_get(r->pool, sizeof *v);
-        if (in->type == JSON_OBJECT || close == '}')
-            same = read_key(r, in, v, close);
+        struct piece key = { NULL, 0 };
+        if (has_keys && close == ')') {
+            key = read_name(r);
+            expect(r, key.n > 0 && took(r, '='), "a name, '=' and a value");
+        } else if (has_keys) {
+            expect(r, peek(r) == '"' || !json, "a key in double quotes");
+            read_value(r, v);
+            expect(r, v->type == JSON_STRING || (v->type == JSON_NUMBER &&
+                   !strpbrk(v->s, ".e")), "a string or a whole number before "
+                   "it");
+            key = (struct piece){ v->s, v->n };
+            if (!json && !in->first && peek(r) != ':')
+                in->type = JSON_ARRAY;
+            if (in->type == JSON_OBJECT)
+                expect(r, took(r, ':'), "':' and a value");
+            else
+                expect(r, !in->first || v->type == in->first->type,
+                       "elements of one type");
+        }
+        if (has_keys && r->code == DONE)
+            same = find_key(in, key.s, key.n);
+        expect(r, !same || close != ')', "each argument once");
+        v->key = key.s;
+        v->n_key = key.n;
         if (!same) {
             *at = v;
             at = &v->next;
             in->n_members++;
         }
-        if (close != '}' || in->type == JSON_OBJECT) {
+        if (!has_keys || in->type == JSON_OBJECT) {
             v = same ? same : v;
             memset(v, 0, offsetof(struct json, key));
             read_value(r, v);
@@ -7306,6 +7252,9 @@ static void read_members(struct reader *r, struct json *in, int close)
     r->depth--;
 }
 
+/* In Python, strings side by side are one; with forgotten backslashes that is
+ * not clear.  Words are in the order of the types; an empty set is written as a
+ * call. */
 static void read_value(struct reader *r, struct json *v)
 {
     const int c = peek(r), python = r->as != AS_JSON;
@@ -7316,12 +7265,28 @@ static void read_value(struct reader *r, struct json *v)
         read_members(r, v, c == '{' ? '}' : c == '[' ? ']' : ')');
         if (c == '(' && v->n_members == 1 && v->n == 0)
             memcpy(v, v->first, offsetof(struct json, key));   /* no tuple   */
-    } else if (c == '"' || (python && prefix_length(r->at) >= 0))
-        read_string(r, v);
-    else if (c == '-' || isdigit(c) || (python && (c == '+' || c == '.')))
+    } else if (c == '"' || (python && prefix_length(r->at) >= 0)) {
+        char *out = r->at;
+        v->type = JSON_STRING;
+        v->s = out;
+        do
+            read_quoted(r, &out);
+        while (r->as == AS_PYTHON && peek(r) != EOF &&
+               prefix_length(r->at) >= 0);
+        v->n = (size_t)(out - v->s);
+        *out = '\0';
+    } else if (c == '-' || isdigit(c) || (python && (c == '+' || c == '.')))
         read_number(r, v);
-    else
-        read_word(r, v);
+    else {
+        const int n = word_length(r->at);
+        const int i = find_word("null|false|true|None|False|True|set", '|',
+                                phrase("%.*s", n, r->at).s);
+        if (!expect(r, i >= 0 && (i < 3 || python), "a value"))
+            return;
+        r->at += n;
+        v->type = i < 6 ? i % 3 : JSON_ARRAY;
+        expect(r, i < 6 || (took(r, '(') && took(r, ')')), "a value");
+    }
 }
 
 /* The tree of a whole text; DONE or USAGE.  The brackets of an object that is
@@ -7358,16 +7323,18 @@ static int is_blank(uint32_t c)
 }
 
 /* A string of JSON, or as Python's repr() has it but for some characters
- * without a picture.  Each byte that is no UTF-8 becomes a replacement
- * character. */
+ * without a picture; quote 0: that of repr().  Each byte that is no UTF-8
+ * becomes a replacement character. */
 static void add_in_quotes(struct text *t, const char *s, size_t n, char quote,
                           int python)
 {
     const char *const end = s + n;
-    const char value[] = { quote, '\\', '\n', '\r', '\t', '\b', '\f' };
-    const char name[] = { quote, '\\', 'n', 'r', 't', 'b', 'f' };
     uint32_t c;
 
+    if (!quote)
+        quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
+    const char value[] = { quote, '\\', '\n', '\r', '\t', '\b', '\f' };
+    const char name[] = { quote, '\\', 'n', 'r', 't', 'b', 'f' };
     add(t, &quote, 1);
     for (int size; s < end; s += size ? size : 1) {
         const char *p = memchr(value, *s, python ? 5 : 7);
@@ -7384,13 +7351,6 @@ static void add_in_quotes(struct text *t, const char *s, size_t n, char quote,
     add(t, &quote, 1);
 }
 
-static void add_quoted(struct text *t, const char *s, size_t n, int python)
-{
-    const int is_double = !python || (memchr(s, '\'', n) && !memchr(s, '"', n));
-
-    add_in_quotes(t, s, n, is_double ? '"' : '\'', python);
-}
-
 static void add_json_string(struct text *t, const char *s, size_t n)
 {
     add_in_quotes(t, s, n, '"', 0);
@@ -7405,12 +7365,12 @@ static void add_tree(struct text *t, const struct json *v, int python)
     };
 
     if (v->type == JSON_STRING)
-        add_quoted(t, v->s, v->n, python);
+        add_in_quotes(t, v->s, v->n, python ? 0 : '"', python);
     else
         add_string(t, v->type == JSON_NUMBER ? v->s : word[v->type][python]);
     for (const struct json *m = v->first; m; m = m->next) {
         if (v->type == JSON_OBJECT) {
-            add_quoted(t, m->key, m->n_key, python);
+            add_in_quotes(t, m->key, m->n_key, python ? 0 : '"', python);
             add_string(t, ": ");
         }
         add_tree(t, m, python);
@@ -7429,55 +7389,14 @@ static void add_json(struct text *t, const struct json *v)
  *
  * Those of arrays have no key. */
 
-/* The comma before a member, unless it is the first or what a key is for. */
-static void next_member(struct text *to)
-{
-    if (to->n > 0 && !strchr("{[ ", to->s[to->n - 1]))
-        add_string(to, ", ");
-}
-
-/* Numbers that are none are null. */
-static void add_real(struct text *to, double x, int how)
-{
-    add_format(to, !isfinite(x) ? "null" : how == 'f' ? "%.6f" :
-               x == floor(x) && fabs(x) < 1e15 ? "%.0f" : "%.9g", x);
-}
-
-/* The value of one conversion of add_members(); returns its last letter. */
-static const char *add_one(struct text *to, const char *how, va_list *args)
-{
-    const char *const end = how + strcspn(how, "sdiugfx");
-    const int n = *how == '.' ? va_arg(*args, int) : -1;
-    const char *s;
-
-    if (*end == 's') {
-        s = va_arg(*args, const char *);
-        if (s)
-            add_json_string(to, s, n < 0 ? strlen(s) : (size_t)n);
-        else
-            add_string(to, "null");
-    } else if (*end == 'd')
-        add_format(to, "%d", va_arg(*args, int));
-    else if (*end == 'i')
-        add_string(to, va_arg(*args, int) ? "true" : "false");
-    else if (*end == 'g' || *end == 'f')
-        add_real(to, va_arg(*args, double), *end);
-    else if (*how == 'z')
-        add_format(to, "%zu", va_arg(*args, size_t));
-    else
-        add_format(to, *end == 'x' ? "\"%016llx\"" : "%llu",
-                   va_arg(*args, unsigned long long));
-    return end;
-}
-
 /* Members by a format, in which keys are bare words:
  *
  *     add_members(to, "name: %s, sizes: {width: %d, bytes: %llu}", ...);
  *
  * It may end within an object, for the next call to go on, and commas between
  * members come by themselves.  %s is a string and %.*s some bytes, or null if
- * they are not there; %d, %zu, %llu, %g and %f are numbers, %016llx a hash, and
- * %i true or false. */
+ * they are not there; %d, %zu, %llu, %g and %f are numbers (null for one that
+ * is none), %016llx a hash, and %i true or false. */
 #ifdef __clang__                          /* gcc would warn of every NULL    */
 __attribute__((format(printf, 2, 3)))
 #endif
@@ -7488,17 +7407,42 @@ static void add_members(struct text *to, const char *format, ...)
     va_start(args, format);
     for (const char *s = format; *s; s++) {
         const size_t n = strspn(s, "abcdefghijklmnopqrstuvwxyz_0123456789");
-        if (strchr("{[%", *s) || n > 0)
-            next_member(to);
+        if ((strchr("{[%", *s) || n > 0) && to->n > 0 &&
+            !strchr("{[ ", to->s[to->n - 1]))
+            add_string(to, ", ");
         if (n > 0) {
             add_json_string(to, s, n);
             s += n - 1;
-        } else if (*s == '%')
-            s = add_one(to, s + 1, &args);
-        else if (*s == ':')
+        } else if (*s == ':')
             add_string(to, ": ");
-        else
+        else if (*s != '%')
             add(to, s, !strchr(", ", *s));
+        else {
+            const char *how = s + 1;
+            s = how + strcspn(how, "sdiugfx");
+            if (*s == 's') {
+                const int n_bytes = *how == '.' ? va_arg(args, int) : -1;
+                const char *text = va_arg(args, const char *);
+                if (text)
+                    add_json_string(to, text, n_bytes < 0 ? strlen(text) :
+                                    (size_t)n_bytes);
+                else
+                    add_string(to, "null");
+            } else if (*s == 'd')
+                add_format(to, "%d", va_arg(args, int));
+            else if (*s == 'i')
+                add_string(to, va_arg(args, int) ? "true" : "false");
+            else if (*s == 'g' || *s == 'f') {
+                const double x = va_arg(args, double);
+                add_format(to, !isfinite(x) ? "null" : *s == 'f' ? "%.6f" :
+                           x == floor(x) && fabs(x) < 1e15 ? "%.0f" : "%.9g",
+                           x);
+            } else if (*how == 'z')
+                add_format(to, "%zu", va_arg(args, size_t));
+            else
+                add_format(to, *s == 'x' ? "\"%016llx\"" : "%llu",
+                           va_arg(args, unsigned long long));
+        }
     }
     va_end(args);
 }
@@ -7551,13 +7495,12 @@ static const char *const control[] = {
 
 enum { IN_ANSWERS = 4, N_CONTROL = sizeof control / sizeof *control };
 
-/* A conversation is judged while it is written down.  The first fault counts,
- * and what is written after it does not. */
+/* A conversation is judged while it is written down; what is written after a
+ * fault does not count. */
 struct rendering {
     const struct conversation *conv;
     const struct dialect *as;
     struct rendered *out;
-    struct text *to;                      /* out->text                       */
     struct why *why;
     int code;
     struct phrase where;                  /* the message or tool it is at    */
@@ -7570,17 +7513,6 @@ static void rendered_free(struct rendered *r)
     free(r->text.s);
     free(r->mark);
     *r = (struct rendered){ .n_marks = 0 };
-}
-
-/* Room for marks doubles whenever their number is a power of two. */
-static void add_mark(struct rendered *r, const char *token)
-{
-    const size_t n = (size_t)r->n_marks++;
-
-    if ((n & (n - 1)) == 0)
-        r->mark = resize(r->mark, (n ? 2 * n : 1) * sizeof *r->mark);
-    r->mark[n] = (struct mark){ r->text.n, token };
-    add_string(&r->text, token);
 }
 
 static int begins(const char *s, const char *end, const char *word)
@@ -7603,17 +7535,11 @@ static const char *kind(const struct json *v)
     return v ? json_names[v->type] : "nothing";
 }
 
-/* What is wrong there. */
-static void fault(struct rendering *r, const char *fmt, ...)
+/* What is wrong there; the first fault counts. */
+static void fault(struct rendering *r, const char *what)
 {
-    struct why what;
-    va_list args;
-
-    va_start(args, fmt);
-    vsnprintf(what.s, sizeof what.s, fmt, args);
-    va_end(args);
     if (r->code == DONE)
-        r->code = because(r->why, USAGE, "%s%s", r->where.s, what.s);
+        r->code = because(r->why, USAGE, "%s%s", r->where.s, what);
 }
 
 /* Is `what` of this type?  A string has to be text without NUL characters, too.
@@ -7622,10 +7548,11 @@ static int check(struct rendering *r, const struct json *v, int type,
                  const char *what)
 {
     if (!json_is(v, type))
-        fault(r, "%s is %s, expected %s", what, kind(v), json_names[type]);
+        fault(r, phrase("%s is %s, expected %s", what, kind(v),
+                        json_names[type]).s);
     else if (type == JSON_STRING && !json_text(v))
-        fault(r, "%s has a NUL character after %zu bytes, expected text", what,
-              strlen(v->s));
+        fault(r, phrase("%s has a NUL character after %zu bytes, expected "
+                        "text", what, strlen(v->s)).s);
     return r->code == DONE;
 }
 
@@ -7671,60 +7598,25 @@ static int has_role(const struct json *message, const char *role)
     return is && strcmp(is, role) == 0;
 }
 
-/* ---- as Python has it */
-
-/* As str.strip() does. */
-static struct piece trim(const char *s, const char *end)
-{
-    struct piece to = { end, 0 };
-    uint32_t c;
-
-    for (int n; s < end; s += n ? n : 1) {
-        n = utf8_get(s, end, &c);
-        if (is_blank(c))
-            continue;
-        to.s = to.s < end ? to.s : s;
-        to.n = (size_t)(s - to.s) + (size_t)(n ? n : 1);
-    }
-    return to;
-}
-
-/* The value of an argument in a call: Python's, but for strings, dicts and,
- * with one template, lists. */
-static void add_argument(struct text *t, const struct json *v,
-                         const struct dialect *as)
-{
-    static const char value[] = "\\'\n\r", name[] = "\\'nr";
-
-    if (v->type != JSON_STRING || !as->quote) {
-        add_tree(t, v, v->type != JSON_STRING && v->type != JSON_OBJECT &&
-                 !(v->type == JSON_ARRAY && as->always_thinks));
-        return;
-    }
-    add_string(t, as->quote);
-    for (size_t i = 0; i < v->n; i++) {
-        const char *p = as->always_thinks ? memchr(value, v->s[i], 4) : NULL;
-        add(t, "\\", p != NULL);
-        add(t, p ? name + (p - value) : v->s + i, 1);
-    }
-    add_string(t, as->quote);
-}
-
 /* ---- the parts of a conversation */
 
 /* Add text in which the first n of the control tokens count as such. */
 static void put_marked(struct rendering *r, const char *s, const char *end,
                        int n)
 {
-    for (; s < end; s++) {
+    struct rendered *to = r->out;
+
+    for (int size; s < end; s += size) {
         int i = *s == '<' ? 0 : n;
         while (i < n && !begins(s, end, control[i]))
             i++;
+        size = i < n ? (int)strlen(control[i]) : 1;
         if (i < n) {
-            add_mark(r->out, control[i]);
-            s += strlen(control[i]) - 1;
-        } else
-            add(r->to, s, 1);
+            to->mark = resize(to->mark, (size_t)(to->n_marks + 1) *
+                                        sizeof *to->mark);
+            to->mark[to->n_marks++] = (struct mark){ to->text.n, control[i] };
+        }
+        add(&to->text, s, (size_t)size);
     }
 }
 
@@ -7737,7 +7629,7 @@ static void put_down(struct rendering *r, const char *s, ...)
     va_start(args, s);
     for (; (end = strstr(s, "%s")); s = end + 2) {
         put_marked(r, s, end, N_CONTROL);
-        add_string(r->to, va_arg(args, const char *));
+        add_string(&r->out->text, va_arg(args, const char *));
     }
     put_marked(r, s, s + strlen(s), N_CONTROL);
     va_end(args);
@@ -7759,33 +7651,50 @@ static void put_tools(struct rendering *r)
             fault(r, " has no name, expected a function with one");
         put_down(r, i > 0 ? ", " : "");
         if (is_text && !r->as->dated)
-            add(r->to, tool->s, tool->n);
+            add(&r->out->text, tool->s, tool->n);
         else
-            add_json(r->to, tool);
+            add_json(&r->out->text, tool);
     }
     put_down(r, r->as->marked ? "]<|tool_list_end|>" : "]");
 }
 
+/* The value of an argument is Python's, but for strings, dicts and, with one
+ * template, lists. */
 static void put_call(struct rendering *r, const struct json *call, int k)
 {
+    static const char value[] = "\\'\n\r", name_of[] = "\\'nr";
     const struct json *function = function_of(call);
     const struct json *given_args = json_get(function, "arguments");
     const struct json *args = arguments_of(&r->pool, given_args);
     const char *name = json_text(json_get(function, "name"));
+    const char *const quote = r->as->quote;
+    struct text *to = &r->out->text;
 
     if (!name)
-        fault(r, ".tool_calls[%d] has no function with a name", k);
+        fault(r, phrase(".tool_calls[%d] has no function with a name", k).s);
     if (!args)
-        fault(r, ".tool_calls[%d].function.arguments is %s, expected an object "
-              "or a string with one", k, kind(given_args));
+        fault(r, phrase(".tool_calls[%d].function.arguments is %s, expected an "
+                        "object or a string with one", k, kind(given_args)).s);
     if (r->code != DONE)
         return;
     put_down(r, k > 0 ? ", %s(" : "%s(", name);
-    for (const struct json *arg = args->first; arg; arg = arg->next) {
-        add(r->to, arg->key, arg->n_key);
+    for (const struct json *v = args->first; v; v = v->next) {
+        add(to, v->key, v->n_key);
         put_down(r, "=");
-        add_argument(r->to, arg, r->as);
-        put_down(r, arg->next ? ", " : "");
+        if (v->type != JSON_STRING || !quote)
+            add_tree(to, v, v->type != JSON_STRING && v->type != JSON_OBJECT &&
+                     (v->type != JSON_ARRAY || !r->as->always_thinks));
+        else {
+            add_string(to, quote);
+            for (size_t i = 0; i < v->n; i++) {
+                const char *p = r->as->always_thinks ?
+                                memchr(value, v->s[i], 4) : NULL;
+                add(to, "\\", p != NULL);
+                add(to, p ? name_of + (p - value) : v->s + i, 1);
+            }
+            add_string(to, quote);
+        }
+        put_down(r, v->next ? ", " : "");
     }
     put_down(r, ")");
 }
@@ -7794,7 +7703,7 @@ static void put_call(struct rendering *r, const struct json *call, int k)
 static void put_calls(struct rendering *r, const struct json *calls)
 {
     const struct json *call = calls->first;
-    const size_t n = r->to->n;
+    const size_t n = r->out->text.n;
     const int n_marks = r->out->n_marks;
 
     put_down(r, CALL_START "[");
@@ -7802,7 +7711,7 @@ static void put_calls(struct rendering *r, const struct json *calls)
         put_call(r, call, k);
     put_down(r, "]" CALL_END);
     if (r->as->calls == NO_CALLS) {
-        r->to->n = n;
+        r->out->text.n = n;
         r->out->n_marks = n_marks;
         r->out->lost_calls |= calls->first != NULL;
     }
@@ -7823,8 +7732,8 @@ static const char *content_of(struct rendering *r, const struct json *message)
         const struct json *text = json_get(part, "text");
         const char *type = json_text(json_get(part, "type"));
         if (!type || strcmp(type, "text") != 0)
-            fault(r, ".content[%d] is no part of type \"text\", and this "
-                  "program reads text only", k);
+            fault(r, phrase(".content[%d] is no part of type \"text\", and "
+                            "this program reads text only", k).s);
         else if (check(r, text, JSON_STRING, phrase(".content[%d].text", k).s))
             add(&r->parts, text->s, text->n);
     }
@@ -7842,6 +7751,7 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
     const int writes_none = r->as->quote && !r->as->always_thinks;
     const char *s = content_of(r, m), *const end = s + r->parts.n, *p = s;
     struct piece text = { s, r->parts.n };
+    uint32_t c;
 
     for (int i = 0; i < 3 && !thinking; i++) {
         const struct json *v = given(m, keys[i] + 1);
@@ -7851,8 +7761,15 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
     }
     while (!recent && (p = find(p, end, THINK_END)))
         s = p += strlen(THINK_END);
-    if (s > r->parts.s)
-        text = trim(s, end);
+    if (s > r->parts.s)                   /* then as str.strip() does        */
+        text = (struct piece){ end, 0 };
+    for (int n; s > r->parts.s && s < end; s += n ? n : 1) {
+        n = utf8_get(s, end, &c);
+        if (is_blank(c))
+            continue;
+        text.s = text.s < end ? text.s : s;
+        text.n = (size_t)(s - text.s) + (size_t)(n ? n : 1);
+    }
     if (!calls && !thinking && !given(m, "content"))
         fault(r, " has no content, expected a string or tool_calls");
     if (calls && (!check(r, calls, JSON_ARRAY, ".tool_calls") ||
@@ -7878,11 +7795,12 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
     if (!check(r, m, JSON_OBJECT, ""))
         return;
     if (!role)
-        fault(r, ".role is %s, expected \"system\", \"user\", \"assistant\" or "
-              "\"tool\"", json_is(is, JSON_STRING) ? "another string" :
-              kind(is));
+        fault(r, phrase(".role is %s, expected \"system\", \"user\", "
+                        "\"assistant\" or \"tool\"", json_is(is, JSON_STRING) ?
+                        "another string" : kind(is)).s);
     else if (r->conv->continue_last && !m->next && !answers)
-        fault(r, " is of role %s, expected \"assistant\" to continue it", role);
+        fault(r, phrase(" is of role %s, expected \"assistant\" to continue "
+                        "it", role).s);
     else if (!given(m, "content") && !answers)
         check(r, json_get(m, "content"), JSON_STRING, ".content");
     if (r->code != DONE || (m == r->conv->messages->first &&
@@ -7943,8 +7861,7 @@ static void put_conversation(struct rendering *r)
 static int render(const struct conversation *conv, int template,
                   struct rendered *out, struct why *why)
 {
-    struct rendering r = { .conv = conv, .out = out, .to = &out->text,
-                           .why = why };
+    struct rendering r = { .conv = conv, .out = out, .why = why };
     const struct json *m = conv->messages, *tools = conv->tools;
 
     *out = (struct rendered){ .n_marks = 0 };
@@ -7953,8 +7870,8 @@ static int render(const struct conversation *conv, int template,
                        "prompt and no messages");
     r.as = &dialects[template];
     if (!json_is(m, JSON_ARRAY) || !m->first)
-        fault(&r, "messages is %s, expected an array of messages",
-              json_is(m, JSON_ARRAY) ? "empty" : kind(m));
+        fault(&r, phrase("messages is %s, expected an array of messages",
+                         json_is(m, JSON_ARRAY) ? "empty" : kind(m)).s);
     else if (!tools || tools->type == JSON_NULL ||
              check(&r, tools, JSON_ARRAY, "tools"))
         put_conversation(&r);
@@ -8033,21 +7950,6 @@ static uint64_t template_hash(const char *s, size_t n)
     return h;
 }
 
-static int template_by_model(const lfm2_model *model,
-                             const lfm2_tokenizer *words)
-{
-    const int n_vocab = words ? lfm2_n_vocab(words) :
-                        lfm2_model_config(model)->n_vocab;
-    size_t n = 0;
-    const char *s = lfm2_model_string(model, "general.name", &n);
-    const char *const name = s ? s : "", *const end = name + n;
-
-    return n_vocab > 100000 ?
-           find(name, end, "2.6B") ? TEMPLATE_26B : TEMPLATE_8B :
-           !find(name, end, "2.5") ? TEMPLATE_LFM2 :
-           find(name, end, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
-}
-
 /* How it was found: the one in the file is one of those that this program was
  * tested with, or has a word that only one of them has, or neither. */
 struct found_template {
@@ -8074,7 +7976,9 @@ static struct found_template find_template(const lfm2_model *model,
         { 0xd5a3bd005e5a88cau, TEMPLATE_INSTRUCT, "List of tools: [" }
     };
     struct found_template f = { TEMPLATE_NONE, NO_TEMPLATE, NULL, 0 };
-    size_t n;
+    const int n_vocab = words ? lfm2_n_vocab(words) :
+                        lfm2_model_config(model)->n_vocab;
+    size_t n = 0;
     const char *s = lfm2_model_string(model, "tokenizer.chat_template", &n);
 
     if (!s)
@@ -8088,8 +7992,14 @@ static struct found_template find_template(const lfm2_model *model,
                 known[i].hash == f.hash)
                 return f;
         }
-    f.template = template_by_model(model, words);
     f.word = NULL;
+    s = lfm2_model_string(model, "general.name", &n);
+    n = s ? n : 0;
+    s = s ? s : "";
+    f.template = n_vocab > 100000 ?
+                 find(s, s + n, "2.6B") ? TEMPLATE_26B : TEMPLATE_8B :
+                 !find(s, s + n, "2.5") ? TEMPLATE_LFM2 :
+                 find(s, s + n, "VL") ? TEMPLATE_VL : TEMPLATE_INSTRUCT;
     return f;
 }
 
@@ -8111,16 +8021,16 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
     char value[64];
 
     *known = f.how <= BY_HASH;
-    for (int i = 0; f.how == NO_TEMPLATE && !named.s[0] &&
-         (key = lfm2_model_key(model, i, value, sizeof value)); i++)
+    if (f.how != NO_TEMPLATE)
+        return because(evidence, f.template, "chat template %s: %s (hash "
+                       "%016llx)", template_name(f.template), how[f.how],
+                       (unsigned long long)f.hash);
+    for (int i = 0; !named.s[0] && (key = lfm2_model_key(model, i, value,
+                                                         sizeof value)); i++)
         if (begins(key, key + strlen(key), "tokenizer.chat_template."))
             named = phrase(" but %s, which is not for this", key);
-    if (f.how == NO_TEMPLATE)
-        return because(evidence, f.template, "the file has no chat template%s, "
-                       "so text is continued as it is", named.s);
-    return because(evidence, f.template, "chat template %s: %s (hash %016llx)",
-                   template_name(f.template), how[f.how],
-                   (unsigned long long)f.hash);
+    return because(evidence, f.template, "the file has no chat template%s, so "
+                   "text is continued as it is", named.s);
 }
 
 /* ------------------------------------------------------------ 16. Tool calls
@@ -8181,30 +8091,10 @@ static void read_call(struct reader *r, struct calls *to)
     free(t.s);
 }
 
-/* Calls, or one list of them, up to the end.  A comma or a new line is between
- * two. */
-static void read_block(struct reader *r, int is_whole, struct calls *to)
-{
-    const int list = took(r, '[');
-    const char *from = r->at;
-
-    for (int n = 0; r->code == DONE && (!list || !took(r, ']')); n++) {
-        const int comma = n > 0 && took(r, ',');
-        if (peek(r) == EOF && n > 0 && (!list || is_whole))
-            return;
-        expect(r, n == 0 || comma || memchr(from, '\n', (size_t)(r->at - from)),
-               "',' or a new line");
-        if (list && comma && took(r, ']'))
-            break;
-        read_call(r, to);
-        from = r->at;
-    }
-    expect(r, took(r, EOF), "the end");
-}
-
-/* What stands between two markers, all or none: as JSON, as Python, or as
- * Python with quotes that lack a backslash.  Before, each byte that is no UTF-8
- * becomes a replacement character, and new lines are as Python sees them. */
+/* What stands between two marks, all or none: calls, or one list of them, with
+ * a comma or a new line between two; as JSON, as Python, or as Python with
+ * quotes that lack a backslash.  Before, each byte that is no UTF-8 becomes a
+ * replacement character, and new lines are as Python sees them. */
 static int read_calls(const char *s, const char *end, int is_whole,
                       struct calls *to)
 {
@@ -8221,8 +8111,16 @@ static int read_calls(const char *s, const char *end, int is_whole,
     }
     for (r.as = AS_JSON; r.as <= AS_BAD_PYTHON; r.as++) {
         start_reading(&r);
-        read_block(&r, is_whole, to);
-        if (r.code == DONE)
+        const int list = took(&r, '[');
+        int more = 1;
+        while (r.code == DONE && (!list || !took(&r, ']')) &&
+               (peek(&r) != EOF || to->n == before || (list && !is_whole))) {
+            expect(&r, more, "',' or a new line");
+            read_call(&r, to);
+            const char *const from = r.at;
+            more = took(&r, ',') || memchr(from, '\n', (size_t)(r.at - from));
+        }
+        if (expect(&r, took(&r, EOF), "the end"))
             return 1;
         to->n = before;
     }
@@ -10411,45 +10309,39 @@ static int enter_sandbox(const struct settings *s)
  *
  *     \x       x as it is             [azAZ]     a byte from a to z or A to Z
  *     (a|b|c)  one of them            {2,5:a}    a, from two to five times
- *     !x       no x may follow        #9;        word number 9, or one behind
- *                                                it, each with what follows it
+ *     !x       no x may follow        .          the end of a rule
  *     @7;      what rule 7 says       >7;        the same, and nothing more
- *     .        the end of a rule */
+ *     #a\n     the word a, or the next word in the text; $ if there is none.
+ *              What follows a word stands behind it, and behind those that
+ *              stand beside it. */
 
 enum {
     MAX_RULES = 4096, MAX_LEVELS = 64, MAX_WAYS = 32, MAX_WORD = 4000,
-    MAX_WORDS = 8192, MAX_STEPS = 1 << 17, NEVER = 255,
+    MAX_WORDS = 8192, MAX_STEPS = 1 << 18, NEVER = 255,
     CALL_OPENS = 1, CALL_CLOSES = 2
-};
-
-/* A value, a key or a function. */
-struct word {
-    size_t from, n;                       /* of the schema's words           */
-    int to, need;                         /* what follows it                 */
-    int is_last;                          /* no word behind it may come      */
 };
 
 /* What is known of a byte of the patterns with which something begins. */
 struct step {
     int next;                             /* what stands behind it           */
     int to;                               /* where else it leads; of ( and |
-                                             the next bar, or the end        */
-    int least, most;                      /* times                           */
+                                             the next bar, or the end; of a
+                                             word the next one               */
+    int least, most;                      /* times, or how long a word is    */
     int need;                             /* levels, to the end of its rule  */
 };
 
 struct schema {
-    struct text code, words;
+    struct text code;                     /* the patterns                    */
     struct step *step;                    /* [code.n]                        */
-    struct word *word;
-    int n_words, root;
+    int root;
     int only_calls;                       /* anything else may be said       */
     int one_call;
 };
 
 /* Where a rule is, and how often it has been through a loop, or how many bytes
- * it has of which word. */
-struct level { int32_t at, n, word; };
+ * of a word it has. */
+struct level { int32_t at, n; };
 
 /* One way to understand the text so far: rules, each within the one before. */
 struct way { int n; struct level level[MAX_LEVELS]; };
@@ -10459,6 +10351,8 @@ struct guide {
     int has_begun, in_call;
     int n;
     struct way way[MAX_WAYS];
+    int c;                                /* the byte that is tried, or EOF  */
+    struct level below[MAX_LEVELS];       /* the level that is followed      */
 };
 
 /* ---- one byte */
@@ -10471,72 +10365,49 @@ static void copy_guide(struct guide *to, const struct guide *from)
                (size_t)from->way[i].n * sizeof *to->way->level);
 }
 
-/* Byte c, or EOF, for a way.  Its level on top is followed apart from those
- * below. */
-struct trial {
-    const struct schema *s;
-    struct guide *to;                     /* gets the ways that go on        */
-    int c;
-    struct level below[MAX_LEVELS];
-};
-
 /* Keep the way with `top` on n levels, unless it is there already.  When there
  * is no room, it is given up; the others still end well. */
-static void keep_way(const struct trial *t, int n, struct level top)
+static void keep_way(struct guide *g, int n, struct level top)
 {
-    struct guide *to = t->to;
-    struct way *w = &to->way[to->n];
+    struct way *w = &g->way[g->n];
 
-    if (to->n == MAX_WAYS)
+    if (g->n == MAX_WAYS)
         return;
-    while (n > 0 && t->s->code.s[top.at] == '.')
-        top = t->below[--n];
-    if (t->s->code.s[top.at] == '}')
-        top.at = t->s->step[top.at].to;
+    while (n > 0 && g->s->code.s[top.at] == '.')
+        top = g->below[--n];
+    if (g->s->code.s[top.at] == '}')
+        top.at = g->s->step[top.at].to;
     w->n = n + 1;
-    memcpy(w->level, t->below, (size_t)n * sizeof top);
+    memcpy(w->level, g->below, (size_t)n * sizeof top);
     w->level[n] = top;
-    for (int i = 0; i < to->n; i++)
-        if (to->way[i].n == w->n && memcmp(to->way[i].level, w->level,
-                                           (size_t)w->n * sizeof top) == 0)
+    for (int i = 0; i < g->n; i++)
+        if (g->way[i].n == w->n && memcmp(g->way[i].level, w->level,
+                                          (size_t)w->n * sizeof top) == 0)
             return;
-    to->n++;
+    g->n++;
 }
 
-/* Of the words from `at` on, the first that begins with so many bytes of word
- * `at` and then has c; or -1.  EOF: the first that ends there. */
-static int find_next(const struct schema *s, int levels, int at, size_t n,
-                     int c)
+/* Of the words from l.at on that begin with its l.n bytes, keep the first that
+ * goes on with the byte.  Returns the one that ends there, or -1. */
+static int follow_word(struct guide *g, int n, struct level l)
 {
-    const char *const like = s->words.s + s->word[at].from;
+    const char *const code = g->s->code.s;
+    int over = -1, more = -1;
 
-    for (;; at++) {
-        const struct word *w = &s->word[at];
-        const char *word = s->words.s + w->from;
-        if ((c == EOF ? w->n == n : w->n > n && (unsigned char)word[n] == c) &&
-            levels + s->step[w->to].need < MAX_LEVELS &&
-            memcmp(word, like, n) == 0)
-            return at;
-        if (w->is_last)
-            return -1;
+    for (int at = l.at;; at = g->s->step[at].to) {
+        const struct step *p = &g->s->step[at];
+        const char *const word = code + at + 1;
+        if ((p->least == l.n || (p->least > l.n && more < 0 &&
+                                 (unsigned char)word[l.n] == g->c)) &&
+            n + g->s->step[p->next].need < MAX_LEVELS &&
+            memcmp(word, code + l.at + 1, (size_t)l.n) == 0)
+            *(p->least == l.n ? &over : &more) = at;
+        if (code[at] == '$')
+            break;
     }
-}
-
-static int follow_way(struct trial *t, int n, struct level l);
-
-/* A word may be over, or another that begins like it goes on. */
-static int follow_word(struct trial *t, int n, struct level l)
-{
-    const int at = l.n > 0 ? l.word : t->s->step[l.at].to;
-    const int over = find_next(t->s, n, at, (size_t)l.n, EOF);
-    const int more = t->c == EOF ? -1 :
-                     find_next(t->s, n, at, (size_t)l.n, t->c);
-
     if (more >= 0)
-        keep_way(t, n, (struct level){ l.at, l.n + 1, more });
-    return (over >= 0 &&
-            follow_way(t, n, (struct level){ t->s->word[over].to, 0, 0 })) ||
-           more >= 0;
+        keep_way(g, n, (struct level){ more, l.n + 1 });
+    return over;
 }
 
 /* Does the byte fit a step that takes one? */
@@ -10552,95 +10423,90 @@ static int takes(const struct schema *s, int at, int c)
     return 0;
 }
 
-/* Follow a way to all steps that take the byte.  Returns whether there are any,
- * or for EOF, whether this may be the end. */
-static int follow_way(struct trial *t, int n, struct level l)
+/* Follow a way of n levels and this one to all steps that take the byte; the
+ * end is counted as a way, too. */
+static void follow_way(struct guide *g, int n, struct level l)
 {
-    const char *const code = t->s->code.s;
-    const struct step *const step = t->s->step;
-    int found = 0;
+    const char *const code = g->s->code.s;
+    const struct step *const step = g->s->step;
 
     for (;;) {
         const struct step *p = &step[l.at];
         if (n + p->need >= MAX_LEVELS)
-            return found;
+            return;
         switch (code[l.at]) {
         case '(':
             for (int i = l.at; code[i] != ')'; i = step[i].to)
-                found |= follow_way(t, n, (struct level){ step[i].next, l.n,
-                                                          0 });
-            return found;
+                follow_way(g, n, (struct level){ step[i].next, l.n });
+            return;
         case '{':
             if (l.n >= p->least)
-                found |= follow_way(t, n, (struct level){ step[p->to].next, 0,
-                                                          0 });
+                follow_way(g, n, (struct level){ step[p->to].next, 0 });
             if (l.n >= p->most)
-                return found;
+                return;
             l.n += l.n < p->least || p->most < INT_MAX;
             l.at = p->next;
             break;
-        case '|': case ')': case '}': case '>':
+        case '}': case '>':
             l.at = p->to;
             break;
         case '!':
-            if (t->c == code[l.at + 1])
-                return found;
+            if (g->c == code[l.at + 1])
+                return;
             l.at = p->next;
             break;
         case '@':
-            t->below[n++] = (struct level){ p->next, l.n, 0 };
-            l = (struct level){ p->to, 0, 0 };
+            g->below[n++] = (struct level){ p->next, l.n };
+            l = (struct level){ p->to, 0 };
             break;
-        case '#':
-            return follow_word(t, n, l) | found;
+        case '#': case '$':
+            l.at = follow_word(g, n, l);
+            if (l.at < 0)
+                return;
+            l = (struct level){ step[l.at].next, 0 };
+            break;
         case '.':
             if (n == 0)
-                return found | (t->c == EOF);
-            l = t->below[n - 1];
-            found |= follow_way(t, n - 1, l);
-            t->below[n - 1] = l;
-            return found;
+                g->n += g->c == EOF;
+            else {
+                l = g->below[n - 1];
+                follow_way(g, n - 1, l);
+                g->below[n - 1] = l;
+            }
+            return;
         default:
-            if (!takes(t->s, l.at, t->c))
-                return found;
-            keep_way(t, n, (struct level){ p->next, l.n, 0 });
-            return 1;
+            if (takes(g->s, l.at, g->c))
+                keep_way(g, n, (struct level){ p->next, l.n });
+            return;
         }
     }
 }
 
-static int try_byte(const struct guide *from, struct guide *to, int c)
-{
-    struct trial t;
-    int found = 0;
-
-    t.s = from->s;
-    t.to = to;
-    t.c = c;
-    if (!from->has_begun)
-        return follow_way(&t, 0, (struct level){ t.s->root, 0, 0 });
-    for (int i = 0; i < from->n; i++) {
-        const struct way *w = &from->way[i];
-        memcpy(t.below, w->level, (size_t)w->n * sizeof *w->level);
-        found |= follow_way(&t, w->n - 1, w->level[w->n - 1]);
-    }
-    return found;
-}
-
-/* The ways that are left after one more byte.  Returns whether any is. */
+/* The ways that are left after one more byte.  Returns whether any is; for EOF,
+ * whether this may be the end. */
 static int guide_byte(const struct guide *from, struct guide *to, int c)
 {
     to->s = from->s;
     to->has_begun = 1;
     to->in_call = from->has_begun ? from->in_call : c == CALL_OPENS;
     to->n = 0;
-    return try_byte(from, to, c);
+    to->c = c;
+    if (!from->has_begun)
+        follow_way(to, 0, (struct level){ to->s->root, 0 });
+    for (int i = 0; from->has_begun && i < from->n; i++) {
+        const struct way *w = &from->way[i];
+        memcpy(to->below, w->level, (size_t)w->n * sizeof *w->level);
+        follow_way(to, w->n - 1, w->level[w->n - 1]);
+    }
+    return to->n > 0;
 }
 
 /* May the answer end here? */
 static int guide_may_end(const struct guide *g)
 {
-    return try_byte(g, NULL, EOF);
+    struct guide end;
+
+    return guide_byte(g, &end, EOF);
 }
 
 /* Must the answer end here? */
@@ -10656,31 +10522,32 @@ static int guide_is_done(const struct guide *g)
 
 /* ---- what leads where */
 
-/* What a schema is made from: for each rule a schema, within a whole one. */
-struct origin {
+/* What a rule is made from: a schema, within a whole one.  Arguments may be
+ * strictly those of the schema, or have any values. */
+struct rule {
     const struct json *from, *whole;      /* from: NULL if there is none     */
-    enum { VALUE, STRICT, LOOSE } as;     /* the others: arguments           */
+    enum { VALUE, STRICT, LOOSE } as;
     int python, is_choice;
-    int parent;                           /* -1: none                        */
-    const char *word, *key;               /* where in it; may be NULL        */
     int start;                            /* of its pattern                  */
 };
 
 struct maker {
     struct schema *s;
     struct text *out;                     /* the patterns                    */
-    struct origin *origin;                /* of each rule: [MAX_RULES]       */
-    int n_rules;
+    struct rule *rule;                    /* [MAX_RULES]                     */
+    struct phrase *place;                 /* of each: " at properties.name"  */
+    int n_rules, n_words;
+    size_t word;                          /* where the latest is             */
     struct why *why;
     int code;                             /* DONE, until something is wrong  */
 };
 
 /* An open bracket or bar leads to the one around it, until the next of its own
- * is found.  In the end no step has a bar or ) behind it. */
+ * is found.  In the end no step has a bar or ) behind it, and no word one. */
 static void link_steps(const struct maker *m)
 {
     struct schema *s = m->s;
-    int open = -1;
+    int open = -1, word = 0;
 
     s->step = zeroed(s->code.n, sizeof *s->step);
     for (int i = 0; i < (int)s->code.n; i = s->step[i].next) {
@@ -10688,16 +10555,21 @@ static void link_steps(const struct maker *m)
         char *end = s->code.s + i + 1;
         struct step *p = &s->step[i];
         p->need = NEVER;
-        if (strchr("@>#{", c)) {
+        if (strchr("@>{", c)) {
             p->to = p->least = (int)strtol(end, &end, 10);
             if (c == '{')
                 p->most = (int)strtol(end + 1, &end, 10);
-            if (c == '@' || c == '>')
-                p->to = m->origin[p->to].start;
+            else
+                p->to = m->rule[p->to].start;
+        } else if (strchr("#$", c)) {
+            end += p->least = (int)strcspn(end, "\n");
+            s->step[end - s->code.s].to = i;              /* on the way back */
+            s->step[word].to = i;
+            word = c == '#' ? i : 0;
         }
         while (c == '[' && *end != ']')
             end += 2;
-        p->next = (int)(end - s->code.s) + !!strchr("@>#{[\\!", c);
+        p->next = (int)(end - s->code.s) + !!strchr("@>{#$[\\!", c);
         if (c == '(' || c == '{') {
             p->to = open;
             open = i;
@@ -10708,49 +10580,47 @@ static void link_steps(const struct maker *m)
             open = c == '|' ? i : around;
         }
     }
-    for (int i = 0; i < (int)s->code.n - 1; i++)
-        while (strchr("|)", s->code.s[s->step[i].next]))
-            s->step[i].next = s->step[s->step[i].next].to;
-}
-
-/* How many levels more it takes from a step to the end of its rule, by what is
- * known of others. */
-static int least_levels(const struct schema *s, int at)
-{
-    const char *const code = s->code.s;
-    const struct step *p = &s->step[at], *to = &s->step[p->to];
-    const int next = code[at] == '.' ? 0 : s->step[p->next].need;
-    int least = NEVER;
-
-    switch (code[at]) {
-    case '(':
-        for (; code[at] != ')'; at = s->step[at].to)
-            least = smaller(least, s->step[s->step[at].next].need);
-        return least;
-    case '{': return p->least > 0 ? next :
-                     smaller(next, s->step[to->next].need);
-    case '|': case ')': case '>': return to->need;
-    case '#': return s->word[p->to].need;
-    case '@': return to->need >= MAX_LEVELS || next == NEVER ? NEVER :
-                     to->need < next ? next : to->need + 1;
-    default: return next;
+    for (int i = (int)s->code.n - 1; i-- > 0;) {
+        i = s->code.s[i] == '\n' ? s->step[i].to : i;
+        int *next = &s->step[i].next;
+        while (strchr("|)", s->code.s[*next]))
+            *next = s->step[*next].to;
+        if (s->code.s[i] == '#' && strchr("#$", s->code.s[*next]))
+            *next = s->step[*next].next;
     }
 }
 
-/* Count until nothing changes: a rule that always contains itself stays at
- * NEVER. */
+/* How many levels more it takes from each step to the end of its rule: counted
+ * by what is known of others, until nothing changes.  A rule that always
+ * contains itself stays at NEVER. */
 static void count_levels(struct schema *s)
 {
-    for (int changed = 1; changed;) {
+    const char *const code = s->code.s;
+    int changed = 1;
+
+    while (changed) {
         changed = 0;
-        for (int i = s->n_words; i-- > 0;)
-            s->word[i].need = smaller(s->step[s->word[i].to].need,
-                                      s->word[i].is_last ? NEVER :
-                                      s->word[i + 1].need);
         for (int i = (int)s->code.n; i-- > 0;) {
-            const int n = s->step[i].next ? least_levels(s, i) : 0;
-            changed |= n != s->step[i].need;
-            s->step[i].need = n;
+            i = code[i] == '\n' ? s->step[i].to : i;
+            struct step *p = &s->step[i], *to = &s->step[p->to];
+            int need = code[i] == '.' ? 0 : s->step[p->next].need;
+            if (p->next == 0)
+                continue;
+            if (code[i] == '(') {
+                need = NEVER;
+                for (int k = i; code[k] != ')'; k = s->step[k].to)
+                    need = smaller(need, s->step[s->step[k].next].need);
+            } else if (code[i] == '{' && p->least == 0)
+                need = smaller(need, s->step[to->next].need);
+            else if (code[i] == '#')
+                need = smaller(need, to->need);
+            else if (code[i] == '>')
+                need = to->need;
+            else if (code[i] == '@')
+                need = to->need >= MAX_LEVELS || need == NEVER ? NEVER :
+                       to->need < need ? need : to->need + 1;
+            changed |= need != p->need;
+            p->need = need;
         }
     }
 }
@@ -10766,23 +10636,19 @@ enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
 
 static const char type_list[] =
     ": expected null boolean integer number string array object";
-static const char *const type_names = type_list + 11;
 
-/* What keywords are about, and their type; a NOTE changes nothing. */
-static const struct keyword {
-    const char *names;
-    int of, type;
-    const char *expected;                 /* NULL: of any type               */
-} keywords[] = {
+/* What keywords are about, and their type, if there is only one; a NOTE changes
+ * nothing. */
+static const struct keyword { const char *names; int of, type; } keywords[] = {
     { "title description default examples deprecated readOnly writeOnly "
-      "$schema $id $comment $defs definitions", NOTE },
-    { "type", IS_ALL | VALUES }, { "const", VALUES }, { "$ref", REF },
-    { "enum", VALUES, JSON_ARRAY, ": expected an array" },
-    { "anyOf", ANY_OF, JSON_ARRAY, ": expected an array of schemas" },
-    { "properties", IS_OBJECT, JSON_OBJECT, ": expected an object" },
-    { "required", IS_OBJECT, JSON_ARRAY, ": expected an array" },
-    { "additionalProperties", IS_OBJECT }, { "items", IS_ARRAY },
-    { "minItems maxItems", IS_ARRAY }, { "minLength maxLength", IS_STRING },
+      "$schema $id $comment $defs definitions", NOTE, 0 },
+    { "type", IS_ALL | VALUES, 0 }, { "const", VALUES, 0 }, { "$ref", REF, 0 },
+    { "enum", VALUES, JSON_ARRAY }, { "anyOf", ANY_OF, 0 },
+    { "properties", IS_OBJECT, JSON_OBJECT },
+    { "required", IS_OBJECT, JSON_ARRAY },
+    { "additionalProperties", IS_OBJECT, 0 }, { "items", IS_ARRAY, 0 },
+    { "minItems maxItems", IS_ARRAY, 0 },
+    { "minLength maxLength", IS_STRING, 0 }
 };
 
 static struct json object_type = { .type = JSON_STRING, .s = "object", .n = 6,
@@ -10817,24 +10683,10 @@ static const char *const fixed[] = {
 #define refuse(m, ...) ((m)->code = (m)->code != DONE ? (m)->code : \
                         because((m)->why, USAGE, __VA_ARGS__))
 
-/* " at properties.name" */
-static struct phrase place(const struct maker *m, int rule)
-{
-    struct phrase path = phrase("%s", "");
-
-    for (; rule >= 0; rule = m->origin[rule].parent) {
-        const struct origin *p = &m->origin[rule];
-        if (p->word)
-            path = phrase("%.30s%s%.40s%s%.50s", p->word, p->key ? "." : "",
-                          p->key ? p->key : "", path.s[0] ? "." : "", path.s);
-    }
-    return path.s[0] ? phrase(" at %.120s", path.s) : path;
-}
-
 /* Something about a keyword, or what it is the value of. */
 static void wrong(struct maker *m, int at, const char *key, const char *what)
 {
-    refuse(m, "\"%.60s\"%s%s", key, place(m, at).s, what);
+    refuse(m, "\"%.60s\"%s%s", key, m->place[at].s, what);
 }
 
 static const struct keyword *find_keyword(const char *key)
@@ -10848,11 +10700,12 @@ static const struct keyword *find_keyword(const char *key)
 /* The types that "type" names, or 0. */
 static int named_types(const struct json *type)
 {
+    const char *const names = strstr(type_list, "null");
     const struct json *x = json_is(type, JSON_ARRAY) ? type->first : type;
     int types = 0;
 
     for (; x; x = type->type == JSON_ARRAY ? x->next : NULL) {
-        const int i = find_word(type_names, ' ', json_text(x) ? x->s : "");
+        const int i = find_word(names, ' ', json_text(x) ? x->s : "");
         if (i < 0)
             return 0;
         types |= 1 << i;
@@ -10878,31 +10731,26 @@ static int kind_of(const struct json *v)
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
-/* A bound that always holds, as an integer has at most 15 digits.  Clients send
- * those of JavaScript's whole numbers. */
-static int is_far_bound(const struct json *x)
-{
-    double by;
-
-    return json_double(x, &by) == 0 &&
-           ((strcmp(x->key, "minimum") == 0 && by <= -1e15) ||
-            (strcmp(x->key, "maximum") == 0 && by >= 1e15));
-}
-
-/* All keywords must be known here, and go together. */
+/* All keywords must be known here, and go together.  Clients send bounds of
+ * whole numbers that always hold, as an integer has at most 15 digits. */
 static void check_keywords(struct maker *m, const struct json *v, int kind,
                            int at)
 {
     for (const struct json *x = v->first; x; x = x->next) {
         const struct keyword *k = find_keyword(x->key);
-        if (kind == IS_INTEGER && is_far_bound(x))
+        double by = 0;
+        json_double(x, &by);
+        if (kind == IS_INTEGER &&
+            ((strcmp(x->key, "minimum") == 0 && by <= -1e15) ||
+             (strcmp(x->key, "maximum") == 0 && by >= 1e15)))
             continue;
         if (!k)
             wrong(m, at, x->key, " is not known here");
         else if (!(k->of & kind))
             wrong(m, at, x->key, " does not go with the rest there");
-        else if (k->expected && x->type != k->type)
-            wrong(m, at, x->key, k->expected);
+        else if (k->type && x->type != k->type)
+            wrong(m, at, x->key, phrase(": expected %s",
+                                        json_names[k->type]).s);
     }
 }
 
@@ -10929,134 +10777,101 @@ static const struct json *follow_ref(const struct json *whole, const char *ref)
     return *ref ? NULL : whole;
 }
 
-static int add_rule(struct maker *m, struct origin p)
+static int add_rule(struct maker *m, struct rule r)
 {
     if (m->n_rules == MAX_RULES) {
         refuse(m, "a schema of more than %d parts", MAX_RULES);
         return ROOT;
     }
-    m->origin[m->n_rules] = p;
+    m->rule[m->n_rules] = r;
+    m->place[m->n_rules].s[0] = '\0';
     return m->n_rules++;
 }
 
-/* The rule for a schema within the one of rule `at`, or for what it refers
- * to. */
+/* The rule for a schema at some place within the one of rule `at`, or for what
+ * it refers to. */
 static int rule_of(struct maker *m, const struct json *v, int at,
                    const char *word, const char *key)
 {
-    const struct json *ref, *whole = m->origin[at].whole;
-    const int python = m->origin[at].python;
+    const struct rule *in = &m->rule[at];
+    const char *const place = m->place[at].s;
+    const struct json *ref;
+    int i = 0;
 
     for (int hops = 0; v && (ref = json_get(v, "$ref")); hops++) {
         check_keywords(m, v, REF, at);
-        v = json_text(ref) && hops < 64 ? follow_ref(whole, ref->s) : NULL;
+        v = json_text(ref) && hops < 64 ? follow_ref(in->whole, ref->s) : NULL;
         if (!v)
             wrong(m, at, "$ref", phrase(" leads nowhere: %.60s",
                   json_text(ref) ? ref->s : "no text").s);
     }
-    for (int i = 0; i < m->n_rules; i++)
-        if (m->origin[i].from == v && m->origin[i].as == VALUE &&
-            m->origin[i].python == python)
-            return i;
-    return add_rule(m, (struct origin){ v, whole, VALUE, python, 0, at, word,
-                                        key, 0 });
-}
-
-/* Two bounds, as far as they are there. */
-static void read_bounds(struct maker *m, const struct json *v, int at,
-                        const char *least, const char *most, int out[2])
-{
-    const char *const key[] = { least, most };
-
-    for (int i = 0; i < 2; i++) {
-        const struct json *x = json_get(v, key[i]);
-        long long n = i ? INT_MAX : 0;
-        if (x && json_int(x, 0, INT_MAX, &n) != 0)
-            wrong(m, at, key[i], ": expected a whole number");
-        out[i] = (int)n;
+    while (i < m->n_rules && (m->rule[i].from != v || m->rule[i].as != VALUE ||
+                              m->rule[i].python != in->python))
+        i++;
+    if (i == m->n_rules) {
+        i = add_rule(m, (struct rule){ v, in->whole, VALUE, in->python, 0, 0 });
+        m->place[i] = phrase("%.70s%s%s%s%.40s", place, !*word ? "" : *place ?
+                             "." : " at ", word, key ? "." : "",
+                             key ? key : "");
     }
-    if (out[0] > out[1])
-        wrong(m, at, least, phrase(" is more than \"%s\"", most).s);
+    return i;
 }
 
 /* ---- words */
 
-/* The schema's words from there on become one more. */
-static void add_word(struct maker *m, int at, size_t from, int is_last)
+static const char *const quotes[] = { "\"", "\"'" };    /* JSON, Python    */
+
+/* A value, a key or a name: a string is one word in each kind of these quotes,
+ * or one in none. */
+static void add_word(struct maker *m, int at, const struct json *v,
+                     const char *in, const char *behind)
 {
-    struct schema *s = m->s;
-    const int n = s->n_words;
-    const struct word w = { from, s->words.n - from, 0, NEVER, is_last };
+    struct text *to = m->out;
+    size_t n;
 
-    if (w.n > MAX_WORD)
-        refuse(m, "a word%s of %zu bytes, expected at most %d", place(m, at).s,
-               w.n, MAX_WORD);
-    if (n == MAX_WORDS)
-        refuse(m, "a schema of more than %d words", MAX_WORDS);
-    else {
-        if ((n & (n - 1)) == 0)
-            s->word = resize(s->word, (size_t)(n ? 2 * n : 1) * sizeof w);
-        s->word[s->n_words++] = w;
-    }
-}
-
-/* Words from number i on may come here, and lead to what is added next. */
-static void add_branch(struct maker *m, int i)
-{
-    add_format(m->out, "#%d;", i);
-    for (; i < m->s->n_words; i++)
-        m->s->word[i].to = (int)m->out->n;
-}
-
-/* A value or a key; in Python strings become two words, one for each kind of
- * quotes. */
-static void add_value(struct maker *m, int at, const struct json *v,
-                      const char *behind, int is_last)
-{
-    struct text *t = &m->s->words;
-    const int python = m->origin[at].python;
-    const int n = python && v->type == JSON_STRING ? 2 : 1;
-
-    for (int i = 0; i < n; i++) {
-        const size_t from = t->n;
-        if (v->type == JSON_STRING)
-            add_in_quotes(t, v->s, v->n, i ? '\'' : '"', 0);
+    do {
+        m->word = to->n;
+        add_string(to, "#");
+        if (v->type != JSON_STRING)
+            add_tree(to, v, m->rule[at].python);
+        else if (*in)
+            add_in_quotes(to, v->s, v->n, *in++, 0);
         else
-            add_tree(t, v, python);
-        add_string(t, behind);
-        add_word(m, at, from, is_last && i == n - 1);
-    }
-}
-
-static int has_type(const struct json *v, int types)
-{
-    static const int type[] = { IS_NULL, IS_BOOLEAN, IS_BOOLEAN, IS_NUMBER,
-                                IS_STRING, IS_ARRAY, IS_OBJECT };
-    double x = 0.5;
-
-    json_double(v, &x);
-    return types & (type[v->type] | (x == floor(x) ? IS_INTEGER : 0));
+            add(to, v->s, v->n);
+        add_string(to, behind);
+        n = to->n - m->word - 1;
+        if (n > MAX_WORD)
+            refuse(m, "a word%s of %zu bytes, expected at most %d",
+                   m->place[at].s, n, MAX_WORD);
+        if (m->n_words++ == MAX_WORDS)
+            refuse(m, "a schema of more than %d words", MAX_WORDS);
+        add_string(to, "\n");
+    } while (v->type == JSON_STRING && *in);
 }
 
 /* "enum" or "const": values that have the "type", if there is one. */
 static void add_values(struct maker *m, const struct json *v, int at)
 {
+    static const int type_of[] = { IS_NULL, IS_BOOLEAN, IS_BOOLEAN, IS_NUMBER,
+                                   IS_STRING, IS_ARRAY, IS_OBJECT };
     const struct json *list = json_get(v, "enum"), *one = json_get(v, "const");
     const struct json *type = json_get(v, "type");
-    const struct json *x = list ? list->first : one;
-    const int types = type ? named_types(type) : IS_ALL, first = m->s->n_words;
+    const int types = type ? named_types(type) : IS_ALL, before = m->n_words;
 
     if (list && one)
         wrong(m, at, "enum", " does not go with \"const\"");
-    for (; x && m->code == DONE; x = list ? x->next : NULL)
-        if (has_type(x, types))
-            add_value(m, at, x, "", 0);
-    if (m->s->n_words == first)
+    for (const struct json *x = list ? list->first : one; x && m->code == DONE;
+         x = list ? x->next : NULL) {
+        double n = 0.5;
+        json_double(x, &n);
+        if (types & (type_of[x->type] | (n == floor(n) ? IS_INTEGER : 0)))
+            add_word(m, at, x, quotes[m->rule[at].python], "");
+    }
+    if (m->n_words == before)
         refuse(m, "\"enum\" or \"const\"%s: no value is of the type",
-               place(m, at).s);
+               m->place[at].s);
     else
-        m->s->word[m->s->n_words - 1].is_last = 1;
-    add_branch(m, first);
+        m->out->s[m->word] = '$';
 }
 
 /* ---- what has members */
@@ -11072,19 +10887,10 @@ static void add_series(struct maker *m, const char *open, const char *item,
     add_string(m->out, close);
 }
 
-static void add_list(struct maker *m, const struct json *v, int at)
-{
-    const struct json *items = json_get(v, "items");
-    int bounds[2];
-
-    read_bounds(m, v, at, "minItems", "maxItems", bounds);
-    add_series(m, "\\[", phrase("@%d;", rule_of(m, items ? items : &anything,
-               at, "items", NULL)).s, bounds[0], bounds[1], "]");
-}
-
 /* "required" names properties; is this one of them? */
-static int is_in(const struct json *list, const struct json *x)
+static int is_required(const struct json *object, const struct json *x)
 {
+    const struct json *list = json_get(object, "required");
     const struct json *v = list ? list->first : NULL;
 
     while (v && (v->type != JSON_STRING || v->n != x->n_key ||
@@ -11111,76 +10917,51 @@ static void check_members(struct maker *m, const struct json *v, int at)
                   "something").s);
 }
 
-/* The words for all keys: "key": in a dict, key= for arguments.  Returns how
- * many are required. */
-static int add_keys(struct maker *m, const struct json *v, int at)
+/* The members that a schema names, as a dict or as arguments: "key": or key=.
+ * Behind each it may end, if no more are required, or a key follows.  If a
+ * schema names none, there may be any. */
+static void add_object(struct maker *m, const struct json *v, int at)
 {
-    const struct json *x = json_get(v, "properties");
-    struct text *t = &m->s->words;
-    int n_required = 0;
+    const struct rule *r = &m->rule[at];
+    const int is_dict = r->as == VALUE;
+    const char *const close = is_dict ? "\\}" : "\\)";
+    const struct json *properties = json_get(v, "properties");
+    const struct json *more = json_get(v, "additionalProperties");
+    const struct json *const first = properties ? properties->first : NULL;
+    int left = 0, n_open = 0;
 
-    for (x = x ? x->first : NULL; x && m->code == DONE; x = x->next) {
+    if (r->as != LOOSE)
+        check_members(m, v, at);
+    if (!properties && !json_is(more, JSON_FALSE)) {
+        const int rule = rule_of(m, json_is(more, JSON_OBJECT) ? more :
+                                 &anything, at, "additionalProperties", NULL);
+        add_series(m, "\\{", phrase("@%d;:( |)@%d;", r->python ? PYTHON_KEY :
+                   JSON_KEY, rule).s, 0, MAX_MEMBERS, "\\}");
+        return;
+    }
+    for (const struct json *x = first; x; x = x->next)
+        left += is_required(v, x);
+    add_string(m->out, is_dict ? "\\{" : "\\(");
+    for (const struct json *x = first; x && m->code == DONE; x = x->next) {
         const struct json key = { .type = JSON_STRING, .s = x->key,
                                   .n = x->n_key };
-        const int is_required = is_in(json_get(v, "required"), x);
-        const size_t from = t->n;
-        n_required += is_required;
-        if (m->origin[at].as == VALUE) {
-            add_value(m, at, &key, ":", is_required);
-            continue;
-        }
-        add(t, x->key, x->n_key);
-        add_string(t, "=");
-        add_word(m, at, from, is_required);
-    }
-    return n_required;
-}
-
-/* The members that a schema names, as a dict or as arguments.  Behind each it
- * may end, if no more are required, or a key follows. */
-static void add_record(struct maker *m, const struct json *v, int at)
-{
-    const struct origin *p = &m->origin[at];
-    const int each = p->python && p->as == VALUE ? 2 : 1;
-    const int first = m->s->n_words;
-    const char *close = p->as == VALUE ? "\\}" : "\\)";
-    const struct json *x = json_get(v, "properties");
-    int i = first, left = add_keys(m, v, at), n_open = 0;
-
-    add_string(m->out, p->as == VALUE ? "\\{" : "\\(");
-    for (x = x ? x->first : NULL; x && m->code == DONE; x = x->next) {
+        const int required = is_required(v, x);
         if (left == 0) {
             add_format(m->out, "(%s|", close);
             n_open++;
         }
-        add_string(m->out, i > first ? ",( |)" : "");
-        add_branch(m, i);
-        add_format(m->out, "( |)@%d;", rule_of(m, p->as == LOOSE ? &anything :
+        add_string(m->out, x == first ? "" : ",( |)");
+        add_word(m, at, &key, is_dict ? quotes[r->python] : "",
+                 is_dict ? ":" : "=");
+        if (required || !x->next)
+            m->out->s[m->word] = '$';
+        left -= required;
+        add_format(m->out, "( |)@%d;", rule_of(m, r->as == LOOSE ? &anything :
                                                x, at, "properties", x->key));
-        i += each;
-        left -= m->s->word[i - 1].is_last;
     }
-    if (i > first)
-        m->s->word[i - 1].is_last = 1;
     add_string(m->out, close);
     while (n_open-- > 0)
         add_string(m->out, ")");
-}
-
-/* An object has the members that its schema names; if it names none, any. */
-static void add_object(struct maker *m, const struct json *v, int at)
-{
-    const struct json *more = json_get(v, "additionalProperties");
-
-    check_members(m, v, at);
-    if (json_get(v, "properties") || json_is(more, JSON_FALSE)) {
-        add_record(m, v, at);
-        return;
-    }
-    add_series(m, "\\{", phrase("@%d;:( |)@%d;", m->origin[at].python ?
-               PYTHON_KEY : JSON_KEY, rule_of(m, json_is(more, JSON_OBJECT) ?
-               more : &anything, at, "additionalProperties", NULL)).s, 0,
-               MAX_MEMBERS, "\\}");
 }
 
 static int is_object(const struct json *v)
@@ -11195,36 +10976,27 @@ static int is_name(const char *s, size_t n)
     return n > 0 && read_name(&r).n == n;
 }
 
-/* Can all properties be written as key=value? */
-static int are_names(const struct json *properties)
-{
-    const struct json *x = json_is(properties, JSON_OBJECT) ?
-                           properties->first : NULL;
-
-    while (x && is_name(x->key, x->n_key))
-        x = x->next;
-    return json_is(properties, JSON_OBJECT) && !x;
-}
-
-/* (key=value); or ({"a key": value}) where the keys are no names.  If nothing
- * is said of the arguments, there are none. */
+/* Behind a function's name: (key=value), or ({"a key": value}) where the keys
+ * are no names.  If nothing is said of the arguments, there are none. */
 static void add_arguments(struct maker *m, const struct json *v, int at)
 {
-    const int loose = m->origin[at].as == LOOSE;
+    const struct json *properties = json_get(v, "properties");
+    const struct json *x = properties ? properties->first : NULL;
+    const int strict = m->rule[at].as == STRICT;
 
+    while (x && json_is(properties, JSON_OBJECT) && is_name(x->key, x->n_key))
+        x = x->next;
     if (v == &anything)
         add_string(m->out, "\\(\\)");
-    else if (is_object(v) && are_names(json_get(v, "properties"))) {
-        if (!loose) {
+    else if (is_object(v) && json_is(properties, JSON_OBJECT) && !x) {
+        if (strict)
             check_keywords(m, v, IS_OBJECT, at);
-            check_members(m, v, at);
-        }
-        add_record(m, v, at);
+        add_object(m, v, at);
     } else {
-        const int rule = rule_of(m, loose ? &any_object : v, at, NULL, NULL);
-        if (!is_object(m->origin[rule].from))
+        const int rule = rule_of(m, strict ? v : &any_object, at, "", NULL);
+        if (!is_object(m->rule[rule].from))
             refuse(m, "the parameters%s: expected those of an object",
-                   place(m, at).s);
+                   m->place[at].s);
         add_format(m->out, "\\(@%d;\\)", rule);
     }
 }
@@ -11238,69 +11010,64 @@ static void add_type(struct maker *m, const struct json *v, int type, int at)
         "(-|)(0|[19]{0,17:[09]})(\\.{1,18:[09]}|)([eeEE]([++--]|){1,2:[09]}|)",
         "None", "True|False"
     };
-    const int python = m->origin[at].python;
-    int bounds[2];
+    static const char *const bounds[][2] = { { "minLength", "maxLength" },
+                                             { "minItems", "maxItems" } };
+    const char *const *const key = bounds[1 << type == IS_ARRAY];
+    const struct json *items = json_get(v, "items");
+    const int python = m->rule[at].python;
+    long long n[2] = { 0, INT_MAX };
 
+    for (int i = 0; i < 2 && (1 << type & (IS_STRING | IS_ARRAY)); i++)
+        if (json_get(v, key[i]) &&
+            json_int(json_get(v, key[i]), 0, INT_MAX, &n[i]) != 0)
+            wrong(m, at, key[i], ": expected a whole number");
+    if (n[0] > n[1])
+        wrong(m, at, key[0], phrase(" is more than \"%s\"", key[1]).s);
     switch (1 << type) {
-    case IS_ARRAY: add_list(m, v, at); break;
-    case IS_OBJECT: add_object(m, v, at); break;
+    case IS_ARRAY:
+        add_series(m, "\\[", phrase("@%d;", rule_of(m, items ? items :
+                   &anything, at, "items", NULL)).s, (int)n[0], (int)n[1], "]");
+        break;
+    case IS_OBJECT:
+        add_object(m, v, at);
+        break;
     case IS_STRING:
-        read_bounds(m, v, at, "minLength", "maxLength", bounds);
-        add_format(m->out, "\"{%d,%d:@%d;}\"", bounds[0], bounds[1],
+        add_format(m->out, "\"{%lld,%lld:@%d;}\"", n[0], n[1],
                    python ? DOUBLE : LETTER);
         if (python)
-            add_format(m->out, "|'{%d,%d:@%d;}'", bounds[0], bounds[1], SINGLE);
+            add_format(m->out, "|'{%lld,%lld:@%d;}'", n[0], n[1], SINGLE);
         break;
     default:
         add_string(m->out, plain[type < 2 && python ? type + 4 : type]);
     }
 }
 
-static void add_any_of(struct maker *m, const struct json *v, int at)
-{
-    const struct json *list = json_get(v, "anyOf");
-
-    if (list->n_members == 0 || list->n_members > MAX_WORDS)
-        wrong(m, at, "anyOf", ": expected an array of schemas");
-    for (const struct json *x = list->first; x && m->code == DONE; x = x->next)
-        add_format(m->out, ">%d;", rule_of(m, x, at, "anyOf", NULL));
-    m->origin[at].is_choice = 1;
-}
-
 static void add_schema(struct maker *m, const struct json *v, int at)
 {
-    const struct json *type = json_get(v, "type");
+    const struct json *type = json_get(v, "type"), *list = json_get(v, "anyOf");
     const int kind = v->type == JSON_OBJECT ? kind_of(v) : 0;
 
     if (v->type != JSON_OBJECT)
-        refuse(m, "expected a schema%s", place(m, at).s);
+        refuse(m, "expected a schema%s", m->place[at].s);
     else if (type && !named_types(type))
         wrong(m, at, "type", type_list);
     else
         check_keywords(m, v, kind, at);
-    if (m->code == DONE && kind == ANY_OF)
-        add_any_of(m, v, at);
-    else if (m->code == DONE && kind == VALUES)
+    if (kind == ANY_OF && (list->type != JSON_ARRAY || !list->first ||
+                           list->n_members > MAX_WORDS))
+        wrong(m, at, "anyOf", ": expected an array of schemas");
+    m->rule[at].is_choice = kind == ANY_OF;
+    if (m->code == DONE && kind == VALUES)
         add_values(m, v, at);
+    else if (kind == ANY_OF)
+        for (list = list->first; list && m->code == DONE; list = list->next)
+            add_format(m->out, ">%d;", rule_of(m, list, at, "anyOf", NULL));
     else
         for (int i = 0, n = 0; 1 << i < IS_ALL && m->code == DONE; i++)
             if (kind >> i & 1) {
                 add_string(m->out, n++ ? "|" : "");
                 add_type(m, v, i, at);
             }
-}
-
-static void make_rule(struct maker *m, int at)
-{
-    struct origin *p = &m->origin[at];
-
-    p->start = (int)m->out->n;
-    add_string(m->out, "(");
-    if (p->as != VALUE)
-        add_arguments(m, p->from, at);
-    else
-        add_schema(m, p->from->type == JSON_TRUE ? &anything : p->from, at);
-    add_string(m->out, ").");
 }
 
 /* Make a choice one of what it comes to in the end, through choices within it,
@@ -11313,10 +11080,10 @@ static void flatten(struct maker *m, int at)
 
     seen[at] = 1;
     for (int i = 0; i < n; i++) {
-        const struct origin *p = &m->origin[list[i]];
-        if (!p->is_choice)
+        const struct rule *r = &m->rule[list[i]];
+        if (!r->is_choice)
             add_format(m->out, "%s>%d;", n_found++ ? "|" : "(", list[i]);
-        for (int k = p->start; p->is_choice && m->out->s[k] != ')'; k++)
+        for (int k = r->start; r->is_choice && m->out->s[k] != ')'; k++)
             if (m->out->s[k] == '>') {
                 const int rule = (int)strtol(m->out->s + k + 1, NULL, 10);
                 if (!seen[rule])
@@ -11330,7 +11097,7 @@ static void flatten(struct maker *m, int at)
         wrong(m, at, "anyOf", phrase(": more than %d alternatives",
                                      MAX_WAYS).s);
     add_string(m->out, ").");
-    m->origin[at].start = start;
+    m->rule[at].start = start;
 }
 
 /* ---- calls */
@@ -11350,46 +11117,37 @@ static int is_strict(const struct json *tool, int otherwise)
     return otherwise;
 }
 
-/* A tool's name as a word, and the rule for what stands behind it. */
-static void add_tool(struct maker *m, const struct json *tool, int forced)
-{
-    const struct json *f = function_of(tool), *name = json_get(f, "name");
-    const struct json *v = given(f, "parameters");
-    const size_t from = m->s->words.n;
-
-    if (!json_is(name, JSON_STRING) || !is_name(name->s, name->n)) {
-        refuse(m, "a tool is called %.60s, expected a name",
-               json_text(name) ? name->s : "nothing");
-        return;
-    }
-    v = v ? v : &anything;
-    const int rule = add_rule(m, (struct origin){
-        .from = v, .whole = v, .as = is_strict(tool, forced) ? STRICT :
-        LOOSE, .python = 1, .parent = -1, .word = name->s
-    });
-    add(&m->s->words, name->s, name->n);
-    add_word(m, rule, from, 0);
-    add_branch(m, m->s->n_words - 1);
-    add_format(m->out, ">%d;", rule);
-}
-
-/* A rule for one call; returns its number. */
+/* A rule for one call, by the names of the tools and rules for what stands
+ * behind each; returns its number. */
 static int add_call(struct maker *m, const struct call_form *form)
 {
-    const int first = m->s->n_words;
-    const int rule = add_rule(m, (struct origin){ .parent = -1,
-                                                .start = (int)m->out->n });
+    const int rule = add_rule(m, (struct rule){ .start = (int)m->out->n });
 
     for (const struct json *x = form->tools->first; x && m->code == DONE;
-         x = x->next)
-        if (!form->name || is_word(json_get(function_of(x), "name"),
-                                   form->name))
-            add_tool(m, x, form->is_forced);
-    add_string(m->out, ".");
-    if (m->s->n_words == first)
+         x = x->next) {
+        const struct json *f = function_of(x), *name = json_get(f, "name");
+        const struct json *v = given(f, "parameters");
+        if (form->name && !is_word(name, form->name))
+            continue;
+        if (!json_is(name, JSON_STRING) || !is_name(name->s, name->n)) {
+            refuse(m, "a tool is called %.60s, expected a name",
+                   json_text(name) ? name->s : "nothing");
+            break;
+        }
+        v = v ? v : &anything;
+        const int behind = add_rule(m, (struct rule){
+            .from = v, .whole = v, .python = 1,
+            .as = is_strict(x, form->is_forced) ? STRICT : LOOSE
+        });
+        m->place[behind] = phrase(" at %.60s", name->s);
+        add_word(m, behind, name, "", "");
+        add_format(m->out, ">%d;", behind);
+    }
+    if (m->n_words == 0)
         refuse(m, "\"tool_choice\": no tool is called %.60s", form->name);
     else
-        m->s->word[m->s->n_words - 1].is_last = 1;
+        m->out->s[m->word] = '$';
+    add_string(m->out, ".");
     return rule;
 }
 
@@ -11400,37 +11158,47 @@ static void free_schema(struct schema *s)
     if (!s)
         return;
     free(s->code.s);
-    free(s->words.s);
     free(s->step);
-    free(s->word);
     free(s);
 }
 
-/* The patterns for an answer of this schema, or for calls, or for either. */
+/* The patterns for an answer of this schema, or for calls, or for either; calls
+ * that are not forced may be none. */
 static void make_patterns(struct maker *m, const struct json *answer,
                           const struct call_form *calls)
 {
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++) {
-        add_rule(m, (struct origin){ .whole = answer, .parent = -1,
+        add_rule(m, (struct rule){ .whole = answer,
                                    .start = (int)m->out->n });
         add_string(m->out, fixed[i]);
         add_string(m->out, ".");
     }
     const int call = calls ? add_call(m, calls) : ROOT;
     m->s->root = (int)m->out->n;
-    add_string(m->out, "(");
+    m->s->only_calls = !answer && !calls->is_forced;
+    m->s->one_call = calls && calls->is_single;
+    add_string(m->out, m->s->only_calls ? "(|" : "(");
     if (answer)
-        add_format(m->out, ">%d;%s", rule_of(m, answer, ROOT, NULL, NULL),
+        add_format(m->out, ">%d;%s", rule_of(m, answer, ROOT, "", NULL),
                    calls ? "|" : "");
     if (calls)
         add_series(m, "\1\\[", phrase("@%d;", call).s, 1,
                    calls->is_single ? 1 : INT_MAX, "]\2");
     add_string(m->out, ").");
+    for (int i = 0; i < m->n_rules && m->code == DONE; i++) {
+        struct rule *r = &m->rule[i];
+        if (!r->from)
+            continue;
+        r->start = (int)m->out->n;
+        add_string(m->out, "(");
+        if (r->as != VALUE)
+            add_arguments(m, r->from, i);
+        else
+            add_schema(m, r->from->type == JSON_TRUE ? &anything : r->from, i);
+        add_string(m->out, ").");
+    }
     for (int i = 0; i < m->n_rules && m->code == DONE; i++)
-        if (m->origin[i].from)
-            make_rule(m, i);
-    for (int i = 0; i < m->n_rules && m->code == DONE; i++)
-        if (m->origin[i].is_choice)
+        if (m->rule[i].is_choice)
             flatten(m, i);
 }
 
@@ -11439,10 +11207,11 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
 {
     struct schema *s = zeroed(1, sizeof *s);
     struct maker m = { .s = s, .out = &s->code, .why = why,
-                       .origin = zeroed(MAX_RULES, sizeof *m.origin) };
+                       .rule = resize(NULL, MAX_RULES * sizeof *m.rule),
+                       .place = resize(NULL, MAX_RULES * sizeof *m.place) };
 
     make_patterns(&m, answer, calls);
-    if (m.code == DONE && s->code.n > MAX_STEPS)
+    if (s->code.n > MAX_STEPS)
         refuse(&m, "a schema that takes more than %d steps", MAX_STEPS);
     if (m.code == DONE) {
         link_steps(&m);
@@ -11451,34 +11220,27 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
             refuse(&m, "no value of this schema ends within %d levels",
                    MAX_LEVELS);
     }
-    free(m.origin);
-    if (m.code != DONE)
-        free_schema(s);
-    else
+    free(m.rule);
+    free(m.place);
+    if (m.code == DONE)
         *out = s;
+    else
+        free_schema(s);
     return m.code;
-}
-
-/* Members of `x` that are not in the list of words. */
-static int check_words(const struct json *x, const char *words, struct why *why)
-{
-    for (x = x ? x->first : NULL; x; x = x->next)
-        if (find_word(words, ' ', x->key) < 0)
-            return because(why, USAGE, "\"%.60s\" in \"response_format\" is "
-                           "not known here", x->key);
-    return DONE;
 }
 
 /* "response_format"; without one, --json-schema. */
 static int read_format(const struct engine *e, const struct json *body,
                        const struct json **out, struct why *why)
 {
-    const struct json *x = given(body, "response_format");
-    const struct json *named = given(x, "json_schema");
-    const struct json *type = given(x, "type");
+    static const char *const known[] = { "type json_schema",
+                                         "name description strict schema" };
+    const struct json *format = given(body, "response_format");
+    const struct json *named = given(format, "json_schema");
+    const struct json *type = given(format, "type");
 
-    *out = x ? NULL : e->schema;
-    if (!x || is_word(type, "text"))
+    *out = format ? NULL : e->schema;
+    if (!format || is_word(type, "text"))
         return DONE;
     if (is_word(type, "json_schema"))
         *out = given(named, "schema");
@@ -11488,72 +11250,51 @@ static int read_format(const struct engine *e, const struct json *body,
         return because(why, USAGE, "\"response_format\": expected a \"type\" "
                        "of text, json_object, or json_schema with its "
                        "\"schema\" in \"json_schema\"");
-    return check_words(x, "type json_schema", why) != DONE ? USAGE :
-           check_words(named, "name description strict schema", why);
-}
-
-/* "tool_choice" and "parallel_tool_calls"; *form has no tools if none are to be
- * called, or if any text may be a call. */
-static int read_call_form(const struct json *body, const struct json *tools,
-                          int has_answer, struct call_form *form,
-                          struct why *why)
-{
-    const struct json *choice = given(body, "tool_choice");
-    const struct json *name = json_get(function_of(choice), "name");
-    int parallel = 1, strict = has_answer;
-
-    if (read_flag(body, "parallel_tool_calls", &parallel, why) != DONE)
-        return USAGE;
-    tools = json_is(tools, JSON_ARRAY) && tools->first ? tools : NULL;
-    *form = (struct call_form){
-        .tools = tools, .name = json_text(name),
-        .is_forced = is_word(choice, "required") || json_text(name),
-        .is_single = !parallel || json_text(name)
-    };
-    if (choice && !form->is_forced && !is_word(choice, "auto") &&
-        !is_word(choice, "none"))
-        return because(why, USAGE, "\"tool_choice\": expected none, auto, "
-                       "required or a function");
-    if (form->is_forced && !tools)
-        return because(why, USAGE, "\"tool_choice\": there are no tools");
-    for (const struct json *x = tools ? tools->first : NULL; x; x = x->next)
-        strict |= is_strict(x, 0);
-    if (is_word(choice, "none") || (!form->is_forced && parallel && !strict))
-        form->tools = NULL;
+    for (int i = 0; i < (named ? 2 : 1); i++)
+        for (const struct json *x = (i ? named : format)->first; x; x = x->next)
+            if (find_word(known[i], ' ', x->key) < 0)
+                return because(why, USAGE, "\"%.60s\" in \"response_format\" "
+                               "is not known here", x->key);
     return DONE;
 }
 
-/* How the answer has to look. */
+/* How the answer has to look.  Calls are guided if they are to be made, or if
+ * something is to hold for them or the answer beside them. */
 static int read_form(const struct engine *e, struct request *q,
                      const struct json *body, const struct json *tools,
                      struct why *why)
 {
-    const struct json *answer;
-    struct call_form calls;
-    int code = read_format(e, body, &answer, why);
+    const struct json *choice = given(body, "tool_choice"), *answer;
+    const char *name = json_text(json_get(function_of(choice), "name"));
+    const int is_forced = is_word(choice, "required") || name;
+    const int has_marks = tools && lfm2_token_id(e->words, CALL_START) >= 0 &&
+                          lfm2_token_id(e->words, CALL_END) >= 0;
+    int parallel = 1, code = read_format(e, body, &answer, why);
 
     if (code == DONE)
-        code = read_call_form(body, q->is_completion ? NULL : tools,
-                              answer != NULL, &calls, why);
+        code = read_flag(body, "parallel_tool_calls", &parallel, why);
     if (code != DONE)
         return code;
-    if (calls.tools && (lfm2_token_id(e->words, CALL_START) < 0 ||
-                        lfm2_token_id(e->words, CALL_END) < 0)) {
-        if (calls.is_forced)
-            return because(why, USAGE, "\"tool_choice\": this model has no "
-                           "tokens for calls");
-        calls.tools = NULL;
-    }
-    if (calls.is_forced)
-        answer = NULL;
-    if (!answer && !calls.tools)
+    if (q->is_completion || !json_is(tools, JSON_ARRAY) || !tools->first)
+        tools = NULL;
+    if (choice && !is_forced && !is_word(choice, "auto") &&
+        !is_word(choice, "none"))
+        return because(why, USAGE, "\"tool_choice\": expected none, auto, "
+                       "required or a function");
+    if (is_forced && (!tools || !has_marks))
+        return because(why, USAGE, "\"tool_choice\": %s", !tools ?
+                       "there are no tools" :
+                       "this model has no tokens for calls");
+    const struct call_form calls = { tools, name, is_forced,
+                                     !parallel || name };
+    int is_guided = is_forced || !parallel || answer;
+    for (const struct json *x = tools ? tools->first : NULL; x; x = x->next)
+        is_guided |= is_strict(x, 0);
+    is_guided &= tools && has_marks && !is_word(choice, "none");
+    answer = is_forced ? NULL : answer;
+    if (!answer && !is_guided)
         return DONE;
-    code = make_schema(answer, calls.tools ? &calls : NULL, &q->schema, why);
-    if (code == DONE) {
-        q->schema->only_calls = !answer && !calls.is_forced;
-        q->schema->one_call = calls.is_single;
-    }
-    return code;
+    return make_schema(answer, is_guided ? &calls : NULL, &q->schema, why);
 }
 
 /* ---- choosing tokens
@@ -11564,7 +11305,7 @@ static int read_form(const struct engine *e, struct request *q,
 enum { MAX_BLANKS = 4, LONGEST = 64 };
 
 /* A token, how many bytes it shares with the one before, and how many
- * characters of a string it is; 0 if it is anything else there. */
+ * characters it has, if each means itself in any string; or 0. */
 struct spelled { const char *s; int32_t id; uint8_t n, shared, length; };
 
 struct spelling {
@@ -11581,21 +11322,6 @@ static int by_bytes(const void *a, const void *b)
     return compare(x->s, x->n, y->s, y->n);
 }
 
-/* How many characters it has, if each means itself in any string; or 0. */
-static uint8_t string_length(const struct spelled *t)
-{
-    const char *s = t->s, *const end = s + t->n;
-    uint8_t n = 0;
-    uint32_t c;
-
-    for (int size; s < end; s += size, n++) {
-        size = utf8_get(s, end, &c);
-        if (size == 0 || c < ' ' || strchr("\"'\\<|", *s))
-            return 0;
-    }
-    return n;
-}
-
 /* Tokens that could be part of an answer; none has a new line. */
 static void spell_tokens(struct engine *e)
 {
@@ -11603,6 +11329,7 @@ static void spell_tokens(struct engine *e)
     const int32_t opens = lfm2_token_id(e->words, CALL_START);
     const int32_t closes = lfm2_token_id(e->words, CALL_END);
     struct spelling *to = e->spelling = zeroed(1, sizeof *to);
+    uint32_t c;
 
     to->token = zeroed((size_t)n_vocab, sizeof *to->token);
     to->fits = zeroed((size_t)lfm2_model_config(e->model)->n_vocab, 1);
@@ -11611,10 +11338,11 @@ static void spell_tokens(struct engine *e)
         const char *s = lfm2_token_bytes(e->words, id, 0, &n);
         while (k < n && k < LONGEST && (unsigned char)s[k] >= ' ')
             k++;
-        if (id == opens || id == closes)
-            to->token[to->n++] = (struct spelled){ id == opens ? "\1" : "\2",
-                                                   id, 1, 0, 0 };
-        else if (n > 0 && k == n)
+        if (id == opens || id == closes) {
+            s = id == opens ? "\1" : "\2";
+            n = k = 1;
+        }
+        if (n > 0 && k == n)
             to->token[to->n++] = (struct spelled){ s, id, (uint8_t)n, 0, 0 };
     }
     if (to->n > 0)
@@ -11624,14 +11352,19 @@ static void spell_tokens(struct engine *e)
         while (i > 0 && t->shared < t->n && t->shared < t[-1].n &&
                t->s[t->shared] == t[-1].s[t->shared])
             t->shared++;
-        t->length = string_length(t);
+        int k = 0, size;
+        for (; k < t->n && (size = utf8_get(t->s + k, t->s + t->n, &c)) > 0 &&
+               c >= ' ' && !strchr("\"'\\<|", t->s[k]); k += size)
+            t->length++;
+        t->length = k < t->n ? 0 : t->length;
     }
 }
 
-/* How many more characters fit into a string that is open here; or 0. */
-static int string_room(const struct guide *g)
+/* Find all tokens that fit.  Where a string is open, `room` more characters may
+ * come. */
+static void walk_tokens(struct spelling *all, const struct guide *g)
 {
-    int room = 0;
+    int room = 0, common = 0, deep = 0, is_dead = 0;
 
     for (int i = 0; i < g->n; i++) {
         const struct level *l = &g->way[i].level[g->way[i].n - 1];
@@ -11641,15 +11374,6 @@ static int string_room(const struct guide *g)
             more > room)
             room = more;
     }
-    return room;
-}
-
-/* Find all tokens that fit. */
-static void walk_tokens(struct spelling *all, const struct guide *g)
-{
-    const int room = string_room(g);
-    int common = 0, deep = 0, is_dead = 0;
-
     copy_guide(&all->guide[0], g);
     for (int i = 0; i < all->n; i++) {
         const struct spelled *t = &all->token[i];
@@ -11669,66 +11393,45 @@ static void walk_tokens(struct spelling *all, const struct guide *g)
     }
 }
 
-/* Cut a token to where the answer begins in it: after the end of a thought, and
- * blanks.  Returns 0 if these are too many blanks. */
-static int skip_to_answer(const struct reply *r, struct piece *token)
-{
-    const size_t held = r->raw.n - r->seen;
-    size_t blank = r->part == AFTER_THOUGHT ? held : 0, n = token->n;
-    struct text both = { 0 };
-    const char *end = NULL;
-
-    if (r->part == AT_START && held == 0 && is(token, THINK))
-        n = 0;
-    if (r->part == IN_THOUGHT) {
-        add(&both, r->raw.s + r->seen, held);
-        add(&both, token->s, n);
-        end = find(both.s, both.s + both.n, THINK_END);
-        n = end ? (size_t)(both.s + both.n - end) - strlen(THINK_END) : 0;
-        free(both.s);
-    }
-    token->s += token->n - n;
-    token->n = n;
-    while ((end || r->part == AFTER_THOUGHT) && token->n > 0 &&
-           strchr(" \n\r\t", *token->s)) {
-        token->s++;
-        token->n--;
-        blank++;
-    }
-    return blank <= MAX_BLANKS;
-}
-
-/* Take a token; 0 if it does not fit, and then the guide is lost. */
+/* Take a token; 0 if it does not fit, and then the guide is lost.  An answer
+ * begins behind a thought and a few blanks. */
 static int guide_token(const struct reply *r, struct guide *g, const char *s,
                        size_t n)
 {
     const int is_start = same(s, n, CALL_START), is_end = same(s, n, CALL_END);
-    const int is_free = !g->has_begun && (r->part == IN_THOUGHT ||
-                                          (g->s->only_calls && !is_start));
-    struct piece token = is_start ? (struct piece){ "\1", 1 } :
-                         is_end ? (struct piece){ "\2", 1 } :
-                         (struct piece){ s, n };
+    const size_t held = r->raw.n - r->seen;
+    const enum part part = g->has_begun ? IN_TEXT : r->part;
+    const char *end = s + n;
+    int is_after = part == AFTER_THOUGHT;
+    size_t blank = is_after ? held : 0;
     struct guide next;
 
-    if (is_free && (g->s->only_calls || n == 0))
+    if (!g->has_begun && g->s->only_calls && (!is_start || part == IN_THOUGHT))
         return 1;
-    if (n == 0 || (!g->has_begun && !skip_to_answer(r, &token)))
-        return 0;
-    for (size_t i = 0; i < token.n; i++) {
-        const int c = (unsigned char)token.s[i];
+    if (n == 0 || (part == AT_START && held == 0 && same(s, n, THINK)))
+        return n > 0 || part == IN_THOUGHT;
+    if (part == IN_THOUGHT) {
+        struct text both = { 0 };
+        add(&both, r->raw.s + r->seen, held);
+        add(&both, s, n);
+        const char *over = find(both.s, both.s + both.n, THINK_END);
+        s = over ? end - (both.s + both.n - over) + strlen(THINK_END) : end;
+        is_after = over != NULL;
+        free(both.s);
+    }
+    for (; is_after && s < end && strchr(" \n\r\t", *s); s++)
+        blank++;
+    if (s < end && (is_start || is_end)) {
+        s = is_start ? "\1" : "\2";
+        end = s + 1;
+    }
+    for (; s < end && blank <= MAX_BLANKS; s++) {
+        const int c = (unsigned char)*s;
         if ((c < ' ' && !is_start && !is_end) || !guide_byte(g, &next, c))
             return 0;
         copy_guide(g, &next);
     }
-    return 1;
-}
-
-/* May the model end its turn here? */
-static int may_stop(const struct reply *r)
-{
-    const struct guide *g = r->guide;
-
-    return g->s->only_calls && !g->has_begun ? 1 : guide_may_end(g);
+    return blank <= MAX_BLANKS;
 }
 
 static int may_say(const struct engine *e, const struct reply *r, int32_t id)
@@ -11738,7 +11441,7 @@ static int may_say(const struct engine *e, const struct reply *r, int32_t id)
     const char *s = visible(e, id, &n);
 
     if (is_end(e, r, id))
-        return may_stop(r);
+        return guide_may_end(r->guide);
     copy_guide(&copy, r->guide);
     return guide_token(r, &copy, s, (size_t)n);
 }
@@ -11757,12 +11460,13 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
             fits[id] = (uint8_t)may_say(e, r, id);
     else
         walk_tokens(e->spelling, r->guide);
+    const uint8_t may_end = (uint8_t)guide_may_end(r->guide);
     for (int i = 0; i < e->ends.n; i++)
-        fits[e->ends.id[i]] = (uint8_t)may_stop(r);
+        fits[e->ends.id[i]] = may_end;
     for (int i = 0; i < r->q->stop.n; i++) {
         id = lfm2_token_id(e->words, r->q->stop.v[i]);
         if (id >= 0 && is_end(e, r, id))
-            fits[id] = (uint8_t)may_stop(r);
+            fits[id] = may_end;
     }
     for (id = 0; id < n_vocab; id++)
         if (!fits[id])
@@ -11771,7 +11475,7 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
     r->again += seconds() - began;
     id = lfm2_sample(e->ctx, &r->sampler, logits, NULL, 0);
     if (id < 0)
-        r->finish = guide_may_end(r->guide) ? STOPPED : BY_LENGTH;
+        r->finish = may_end ? STOPPED : BY_LENGTH;
     return id;
 }
 
@@ -11810,7 +11514,7 @@ static int is_guided_text(const struct reply *r)
 static int open_schema(struct engine *e)
 {
     const char *path = e->s->json_schema;
-    struct schema *made;
+    struct schema *made = NULL;
     struct text text = { 0 };
     struct why why;
     int code = read_text_file(path, &text);
@@ -11821,10 +11525,8 @@ static int open_schema(struct engine *e)
     if (code == DONE)
         code = make_schema(e->schema, NULL, &made, &why);
     free(text.s);
-    if (code != DONE)
-        return say(code, "%s: %s", path, why.s);
     free_schema(made);
-    return DONE;
+    return code == DONE ? DONE : say(code, "%s: %s", path, why.s);
 }
 
 static void close_schema(struct engine *e)

@@ -248,6 +248,16 @@ t.types(b"\x04")
 status = t.ends()
 holds("and ends", status == 0 and b"\x1b" not in t.shown, (status, t.shown))
 
+# It cuts a long line, which is told.
+t = Terminal([run, "-n", "1", model], TERM="dumb")
+t.waits_for(b"> ")
+t.types(b"a" * 5000 + b"\r")
+holds("a line that a dumb terminal cuts", t.waits_for(b"may have cut it", 10)
+      is not None, t.shown[-300:])
+t.waits_for(b"> ")
+t.types(b"\x04")
+t.ends()
+
 # A stop while the terminal takes no more: not an output that failed.
 endless = os.path.join(folder, "endless.json")
 with open(endless, "w") as f:
