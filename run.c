@@ -5350,8 +5350,9 @@ static const struct option table[] = {
     SWITCH("--special", special, RUN | TOKENIZE | DETOKENIZE,
            "control tokens written in the text count as such"),
     ACTION("--batch", BATCH, "answer JSON lines, in OpenAI's batch format"),
-    MODE(TEXT, "--serve", "[HOST:]PORT|PATH", serve, SERVE, "answer OpenAI's API "
-         "over HTTP, for this machine or at HOST; or at a path, a Unix socket"),
+    MODE(TEXT, "--serve", "[HOST:]PORT|PATH", serve, SERVE,
+         "answer OpenAI's API over HTTP, for this machine or at HOST; or at a "
+         "path, a Unix socket"),
     ACTION("--inspect", INSPECT,
            "what is in a model file, and what it takes to run it"),
     ACTION("--selftest", SELFTEST,
