@@ -378,7 +378,7 @@ struct scratch {
     /* rows of weights, unpacked: one row, or in section 12 a panel */
     uint8_t *q;                           /* cols x panel rows               */
     float *d, *m;                         /* groups x 2 x panel rows         */
-    float *f;                             /* cols, for floats                */
+    float *f;                             /* cols x UNIT, for floats         */
     float *chain;                         /* [MOST_X_ROWS][UNIT][16] sums    */
 
     /* an input of few rows as section 12 wants it, until the next barrier */
@@ -2317,6 +2317,8 @@ enum {
                                              of so many groups               */
     AHEAD = 3072,                         /* bytes to fetch ahead, besides a
                                              tile; found by measuring        */
+    MANY = 16,                            /* rows of x for which weights in
+                                             floats are copied               */
     MOST_X_ROWS = 6                       /* of X_ROWS, TOKENS and FEW       */
 };
 
@@ -3521,28 +3523,44 @@ KERNEL void FN(float_block)(struct float_job *b, int rows)
     }
 }
 
+/* Rows in blocks of so many bytes, [blocks][rows][block]: what is needed
+ * together then lies together, and so has room together in a cache. */
+KERNEL void FN(copy_blocks)(uint8_t *to, const struct weight_rows *w,
+                            size_t row, size_t block)
+{
+    for (size_t at = 0; at < row; at += block) {
+        const size_t n = row - at < block ? row - at : block;
+        for (int r = 0; r < w->rows; r++, to += n)
+            memcpy(to, w->at + (size_t)r * w->stride + at, n);
+    }
+}
+
 /* out[t][r] = rows of floats times all rows of x.  If those are more than few,
  * some of them stay in the first-level cache while a block of all the weights,
  * in the second, goes by; then come their next columns. */
 KERNEL void FN(product_floats)(float *out, const struct weight_rows *all,
                                const struct input *in, const struct scratch *s)
 {
-    const int cols = in->cols, rows = all->rows;
+    const int cols = in->cols, rows = all->rows, many = in->n >= MANY;
     const size_t size = all->type == F32 ? 4 : 2;
     const int most = all->few ? cols : BLOCK_BYTES / (int)size;
     struct float_job b = {
         .type = all->type, .step = all->few ? 4 * (int)size * LANES : 64,
-        .stride = all->stride, .next = all->next,
-        .end = all->next + (size_t)rows * all->stride, .chain = s->chain
+        .next = all->next, .end = all->next + (size_t)rows * all->stride,
+        .chain = s->chain
     };
 
+    if (many)
+        FN(copy_blocks)((void *)s->f, all, (size_t)cols * size, BLOCK_BYTES);
     for (int t = 0; t < in->n; t += b.n) {
         b.n = FN(take_rows)(in->n - t, X_ROWS);
         b.n_next = all->few ? 0 : b.n;
         memset(s->chain, 0, (size_t)b.n * UNIT * 16 * sizeof *s->chain);
         for (int c = 0; c < cols; c += b.cols) {
             b.cols = cols - c < most ? cols - c : most;
-            b.w = all->at + (size_t)c * size;
+            b.w = many ? (const uint8_t *)s->f + (size_t)(c * rows) * size
+                       : all->at + (size_t)c * size;
+            b.stride = many ? (size_t)b.cols * size : all->stride;
             for (int i = 0; i < b.n; i++) {
                 const int then = t + b.n + i < in->n ? t + b.n + i : t;
                 b.x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
@@ -5260,7 +5278,7 @@ static int64_t lay_out(lfm2_context *ctx, void *base)
         CARVE(a, s.q, cols * rows);
         CARVE(a, s.d, cols / 16 * rows);
         CARVE(a, s.m, cols / 16 * rows);
-        CARVE(a, s.f, cols);
+        CARVE(a, s.f, cols * UNIT);
         CARVE(a, s.chain, MOST_X_ROWS * UNIT * 16);
         CARVE(a, s.x, MOST_X_ROWS * cols / 32 * GROUP_BYTES);
         CARVE(a, s.tile, TILE * (c->head_dim + 1));
