@@ -3268,7 +3268,7 @@ static int load_session(struct talk *t)
         code = say(BAD_FILE, "%s: %s; it is left as it is", path, n == 8 &&
                    memcmp(head, "LFM2", 4) == 0 ? "a session of another "
                    "version of this program" : "no session");
-    else if (code == DONE && !f && errno != ENOENT)
+    else if (code == DONE && (f ? ferror(f) : errno != ENOENT))
         code = say(BAD_FILE, "%s: %s", path, strerror(errno));
     if (f)
         fclose(f);
@@ -6385,10 +6385,15 @@ static void prepare_process(char **argv)
 
 static char lost[4500];                   /* made before it is needed        */
 
-/* Several threads may come here at once; one tells. */
-static void on_bus_error(int number)
+/* Several threads may come here at once; one tells.  What was sent, or is not
+ * about the file, comes again and does what it does. */
+static void on_bus_error(int number, siginfo_t *info, void *context)
 {
-    (void)number;
+    (void)context;
+    if (info->si_code <= 0 || info->si_code == BUS_ADRALN) {
+        signal(number, SIG_DFL);
+        return;
+    }
 #ifndef LFM2_NO_THREADS
     static atomic_flag told = ATOMIC_FLAG_INIT;
     while (atomic_flag_test_and_set(&told))
@@ -6405,7 +6410,8 @@ static void watch_file(const char *path)
 #ifndef LFM2_NO_MMAP
     snprintf(lost, sizeof lost, "%s: %s: it became shorter while it was used, "
              "or its disk failed; --no-mmap reads it first\n", program, path);
-    handle(SIGBUS, on_bus_error);
+    sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_bus_error,
+              .sa_flags = SA_SIGINFO }, NULL);
 #else
     (void)path;
 #endif
@@ -6688,9 +6694,9 @@ static int read_line(struct text *out, int shows, const char *prompt)
         if (c == STOPPED_BY_SIGNAL) {
             const int is_empty = !edits || e.line.n == 0;
             ends = last_signal != SIGINT || (is_empty && is_warned);
+            interrupted = ends;
             if (is_empty && !ends)
                 fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
-            interrupted = ends;
             is_warned = is_empty;
             put(&e, 0, e.line.n, "", 0);
             e.is_pasting = 0;
@@ -6752,6 +6758,7 @@ static int read_message(struct text *out, int shows)
         return got;
     out->n -= quoted && ends_with(out, quotes) ? 3 : 0;
     out->n -= quoted && ends_with(out, "\n");
+    out->n -= quoted && ends_with(out, "\r");    /* what is pasted has these */
     clean_text(out);
     return 1;
 }
@@ -6894,6 +6901,7 @@ static int json_int(const struct json *v, long long least, long long most,
 
 struct reader {
     struct pool *pool;
+    size_t had;                           /* bytes in the pool before        */
     const char *text;                     /* n bytes, as they came           */
     size_t n;
     char *start, *at, *end;               /* of the copy                     */
@@ -7210,8 +7218,8 @@ static void read_members(struct reader *r, struct json *in, int close)
             if (!json && took(r, close))
                 break;
         }
-        expect(r, r->pool->total <= MAX_POOL, "no more values: these take "
-               "268435456 bytes");
+        expect(r, r->pool->total - r->had <= MAX_POOL, "no more values: "
+               "these take 268435456 bytes");
         expect(r, !has_keys || in->n_members < MAX_MEMBERS,
                "no more than 1024 members");
         v = pool_get(r->pool, sizeof *v);
@@ -7295,7 +7303,8 @@ static void read_value(struct reader *r, struct json *v)
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why)
 {
-    struct reader r = { .pool = pool, .text = text, .n = n, .why = why };
+    struct reader r = { .pool = pool, .had = pool->total, .text = text, .n = n,
+                        .why = why };
     struct json *v;
 
     *out = NULL;

@@ -139,6 +139,7 @@ arrives("an older line is edited", [b"one\r", UP + b"\x7f\x7fff\r"],
         ["one", "off"])
 arrives("several lines pasted", [b"\x1b[200~a\r\nb\rc\nd\t\x07e\x1b[201~f\r"],
         ["a\nb\nc\nd\tef"])
+arrives("quotes pasted", [b'\x1b[200~"""\ra\r\nb\r"""\x1b[201~\r'], ["\na\nb"])
 arrives("a paste between", [b"ac" + LEFT + b"\x1b[200~b\x1b[201~\r"], ["abc"])
 arrives("Alt-Enter", [b"a\x1b\rb\r"], ["a\nb"])
 arrives("quotes", [b'"""a\r', b'b"""\r'], ["a\nb"])
