@@ -6592,7 +6592,11 @@ static void emit(struct tokens *o, int32_t id)
  * neighbours can be reached.  best[n+i] is the rank of merging symbol i with
  * the next one, and then i; best[v] is the lower of best[2v] and best[2v+1], so
  * best[1] is the best pair to merge, the leftmost if several. */
-struct symbols { uint32_t n; int32_t *id; uint64_t *best; };
+struct symbols {
+    uint32_t n, room;                     /* bytes; those there is memory for*/
+    int32_t *id;                          /* [room]                          */
+    uint64_t *best;                       /* [2 room]                        */
+};
 
 static void play(struct symbols p, uint32_t v)
 {
@@ -6664,6 +6668,20 @@ static int32_t marker_at(const lfm2_tokenizer *t, const uint8_t *p,
 
 enum { MAX_ENCODE = 1 << 30 };            /* bytes of a text, tokens before  */
 
+/* For a piece longer than all before: -1 without memory. */
+static int make_room(struct symbols *s)
+{
+    if (s->n <= s->room)
+        return 0;
+    free(s->best);
+    s->room = 2 * s->n;                   /* of 1 GiB at most                */
+    s->best = calloc(s->room, 2 * sizeof *s->best + sizeof *s->id);
+    if (!s->best)
+        return -1;
+    s->id = (int32_t *)(s->best + 2 * (size_t)s->room);
+    return 0;
+}
+
 /* Cut out the markers from left to right, the longest at each place, and encode
  * what is between them.  (llama.cpp takes the longest anywhere first: the same
  * unless two of them overlap.) */
@@ -6671,20 +6689,18 @@ static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
                        const char *text, size_t len, int types)
 {
     const uint8_t *p = (const uint8_t *)text, *from = p, *end = p + len;
-    struct symbols s;
+    struct symbols s = { 0 };
 
     if (len > MAX_ENCODE || o->n > MAX_ENCODE - 8)
         return LFM2_EARG;
-    s.best = calloc(len, 2 * sizeof *s.best + sizeof *s.id);
-    if (!s.best)
-        return LFM2_ENOMEM;
-    s.id = (int32_t *)(s.best + 2 * len);
     for (;;) {
         int32_t id = -1;
         while (p < end && (id = marker_at(t, p, end, types)) < 0)
             p++;
         for (; from < p; from += s.n) {
             s.n = (uint32_t)(piece_end(t, from, p) - from);
+            if (make_room(&s) != 0)
+                return LFM2_ENOMEM;
             encode_piece(t, o, s, from);
         }
         if (id < 0)

@@ -4912,15 +4912,15 @@ static int read_body_part(struct client *c)
             if (c->length > 0)
                 return 0;
             c->state = c->state == IN_CHUNK ? CHUNK_END : WORKING;
-        } else if (!(line = take_line(c, MAX_CHUNK_LINE, &status)))
+        } else if (!(line = take_line(c, c->state == CHUNK_END ? 0 :
+                                      MAX_CHUNK_LINE, &status)))
             return status;
         else if (c->state == IN_SIZE) {
             status = read_length(c, line, 16);
             c->state = c->length > 0 ? IN_CHUNK : IN_TRAILER;
-        } else if (c->state == CHUNK_END) {
-            status = *line ? 400 : 0;
+        } else if (c->state == CHUNK_END)
             c->state = IN_SIZE;
-        } else if ((c->length += strlen(line) + 2) > MAX_HEAD)
+        else if ((c->length += strlen(line) + 2) > MAX_HEAD)
             status = 400;
         else if (!*line)
             c->state = WORKING;
@@ -7178,8 +7178,6 @@ static void read_number(struct reader *r, struct json *v)
     v->s = number;
     free(t.s);
 }
-
-static void read_value(struct reader *r, struct json *v);
 
 /* A name, as tools and their arguments have: words with . or - between them.
  * Empty if there is none. */
@@ -9809,9 +9807,13 @@ static void self_arithmetic(struct self *t)
     };
     volatile float one = 1, tiny = 0x1p-149f, third = 1.0f / 3, half = 0.5f;
     volatile int minus = -5;
+    const double last = 1 + 0x1p-52;
+    uint64_t bits;
 
+    memcpy(&bits, &last, sizeof bits);
     self_check(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
-               minus >> 1 == -3 && float_bits(one) == 0x3f800000,
+               minus >> 1 == -3 && float_bits(one) == 0x3f800000 &&
+               bits == ((uint64_t)0x3ff << 52 | 1),
                "integers of two's complement, floats in the same byte order");
     self_check(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
                one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
@@ -10030,8 +10032,11 @@ static void start_keeper(const char *path)
         return;
     fflush(stdout);
     pid = fork();
+    if (pid > 0)
+        keeper = fd[0];
+    else if (pid < 0)
+        close(fd[0]);
     if (pid != 0) {
-        keeper = pid > 0 ? fd[0] : -1;
         close(fd[1]);
         return;
     }
@@ -10327,7 +10332,7 @@ static int enter_sandbox(const struct settings *s)
 
 enum {
     MAX_RULES = 4096, MAX_LEVELS = 64, MAX_WAYS = 32, MAX_WORD = 4000,
-    MAX_WORDS = 8192, MAX_STEPS = 1 << 18, NEVER = 255,
+    MAX_WORDS = 8192, MAX_STEPS = 1 << 20, NEVER = 255,
     CALL_OPENS = 1, CALL_CLOSES = 2
 };
 
@@ -10407,8 +10412,8 @@ static int follow_word(struct guide *g, int n, struct level l)
     for (int at = l.at;; at = g->s->step[at].to) {
         const struct step *p = &g->s->step[at];
         const char *const word = code + at + 1;
-        if ((p->least == l.n || (p->least > l.n && more < 0 &&
-                                 (unsigned char)word[l.n] == g->c)) &&
+        if ((p->least == l.n ? over < 0 : p->least > l.n && more < 0 &&
+             (unsigned char)word[l.n] == g->c) &&
             n + g->s->step[p->next].need < MAX_LEVELS &&
             memcmp(word, code + l.at + 1, (size_t)l.n) == 0)
             *(p->least == l.n ? &over : &more) = at;

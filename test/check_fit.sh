@@ -135,6 +135,16 @@ wants "$start~[~look~(~n~=~True~)~]~$end"
 said "strict arguments, in a call of the model's own wish" "$tools" \
     "finish == 'length' or all('at' in c['function']['arguments']
      for c in m['tool_calls'])"
+strict() {
+    printf '{"type":"function","function":{"name":"f","strict":true,"parameters":'
+    printf '{"type":"object","properties":{"%s":{"type":"%s"}},"required":["%s"],' \
+        "$1" "$2" "$1"
+    printf '"additionalProperties":false}}}'
+}
+wants "$start~[~f~(~a~=~True~)~]~$end"
+said "the first of two of one name" \
+    ",\"tools\":[$(strict a boolean),$(strict b integer)],\"tool_choice\":\"required\"" \
+    "$(called f '{\"a\": true}')"
 wants "<think>~$start~</think>~$start~[~look_up~({~'a b'~: ~True~})~, ~look_up~(~{\"a b\":~ False~})~]~$end"
 said "behind a thought" "$tools,\"tool_choice\":\"required\"" \
     "[c['function']['arguments'] for c in m['tool_calls']] ==

@@ -350,6 +350,13 @@ START_TEST(size_has_a_bound)
     ck_assert_int_eq(make(t.s), USAGE);
     ck_assert_str_eq(why.s, "a schema of more than 8192 words");
     t.n = 0;
+    add_string(&t, "{\"enum\":[0");
+    for (int i = 1; i <= 7000; i++)
+        add_format(&t, ",\"%099d\"", i);
+    add_string(&t, "]}");
+    ck_assert_int_eq(make(t.s), DONE);
+    forget_schema();
+    t.n = 0;
     add_string(&t, "{\"anyOf\":[{\"const\":0}");
     for (int i = 1; i <= MAX_WAYS; i++)
         add_format(&t, ",{\"const\":%d}", i);

@@ -447,7 +447,7 @@ def check_smuggling(server):
             "GET /health HTTP/1.1", "Host: localhost", "", ""]).encode())
         holds(what, statuses(a) == [status] and b"Connection: close" in a, a)
     for body in (b"-1\r\n", b"+1\r\n", b"0x1\r\n", b" 1\r\n", b"\r\n", b"g\r\n",
-                 b"1 \r\na\r\n", b"1\na\r\n", b"1\r\nab\r\n", b"1\r\na\nb",
+                 b"1 \r\na\r\n", b"1\na\r\n", b"1\r\nab\r\n", b"1\r\nab", b"1\r\na\nb",
                  b"1;a\rb\r\na\r\n", b"1;a\nb\r\na\r\n", b"1;a\0\r\na\r\n",
                  b"00000000000000001\r\n", b"1" * 300,
                  b"0\r\n" + b"X: y\r\n" * 3000, b"0\r\nX: y\n\r\n\r\n",

@@ -467,7 +467,7 @@ START_TEST(every_allocation_may_fail)
         fail_at = i;
         code = lfm2_chat(t, &msg, 1, 1, ids, 64);
     }
-    ck_assert(code > 0 && i == 7);        /* two turns and three texts       */
+    ck_assert(code > 0 && i == 8);        /* two turns, four times room      */
     for (i = 1; i < 3; i++) {             /* keys and tensors                */
         fail_at = i;
         err.code = LFM2_OK;
