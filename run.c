@@ -6155,9 +6155,10 @@ static int read_text_file(const char *path, struct text *out)
     clean_text(&more);
     if (more.n > 0 && more.s[more.n - 1] == '\n')
         more.n--;
-    if (out->n > 0 && more.n > 0)
-        add_string(out, "\n\n");
-    add(out, more.s, more.n);
+    if (code == DONE) {
+        add_string(out, out->n > 0 && more.n > 0 ? "\n\n" : "");
+        add(out, more.s, more.n);
+    }
     free(more.s);
     return code;
 }
