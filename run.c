@@ -2909,19 +2909,26 @@ static int ends_answered(struct talk *t)
     return !go_on && *last_of(t, "assistant");
 }
 
-/* The JSON of a file: an array, or an object with one under this key. */
-static int read_list(struct talk *t, const char *path, const char *key,
-                     const struct json **whole, const struct json **list)
+static int read_json(struct pool *pool, const char *path, struct json **out)
 {
     struct text text = { 0 };
-    struct json *v = NULL;
     struct why why;
     int code = read_text_file(path, &text);
 
     if (code == DONE &&
-        (code = json_parse(&t->pool, text.s, text.n, &v, &why)) != DONE)
+        (code = json_parse(pool, text.s, text.n, out, &why)) != DONE)
         blame(code, path, &why);
     free(text.s);
+    return code;
+}
+
+/* The JSON of a file: an array, or an object with one under this key. */
+static int read_list(struct talk *t, const char *path, const char *key,
+                     const struct json **whole, const struct json **list)
+{
+    struct json *v = NULL;
+    const int code = read_json(&t->pool, path, &v);
+
     if (code != DONE)
         return code;
     *whole = v;
@@ -11531,18 +11538,14 @@ static int open_schema(struct engine *e)
 {
     const char *path = e->s->json_schema;
     struct schema *made = NULL;
-    struct text text = { 0 };
     struct why why;
-    int code = read_text_file(path, &text);
+    int code = read_json(&e->pool, path, &e->schema);
 
     if (code != DONE)
         return code;
-    code = json_parse(&e->pool, text.s, text.n, &e->schema, &why);
-    if (code == DONE)
-        code = make_schema(e->schema, NULL, &made, &why);
-    free(text.s);
+    code = make_schema(e->schema, NULL, &made, &why);
     free_schema(made);
-    return code == DONE ? DONE : say(code, "%s: %s", path, why.s);
+    return code == DONE ? DONE : blame(code, path, &why);
 }
 
 static void close_schema(struct engine *e)
