@@ -2,10 +2,10 @@
  *
  * Opens a GGUF file of architecture `lfm2` (dense) or `lfm2moe` (mixture of
  * experts), maps it read-only, and offers one operation: append tokens to
- * sequences and give the logits of what could come next.  The interface is in
- * lfm2.h.  Nothing else is needed: C11, libc, and POSIX threads if wanted.
+ * sequences and compute the logits of the next token.  The interface is in
+ * lfm2.h.  It needs only C11, libc and, unless compiled out, POSIX threads.
  *
- * One layer.  All have this shape; they differ in the operator (short_conv or
+ * All layers have this shape; they differ in the operator (short_conv or
  * attention) and in the feed-forward part (ffn or moe):
  *
  *      x ──┬── rms_norm(attn_norm) ── short_conv or attention ──(+)──┐
@@ -14,9 +14,9 @@
  *      └─┬── rms_norm(ffn_norm) ── ffn or moe ──(+)── x of the next layer
  *        └───────────────────────────────────────┘
  *
- * Before the first layer x is a row of token_embd.  After the last one it is
- * normed once more and multiplied with the output matrix, which mostly is
- * token_embd again: that gives the logits.
+ * Before the first layer, x is a row of token_embd.  After the last one it is
+ * normed once more and multiplied by the output matrix, usually token_embd
+ * again; the result is the logits.
  *
  * The file, in the order it is meant to be read:
  *
@@ -35,15 +35,15 @@
  *                        26 sampling   27 Unicode classes
  *
  * Conventions.  Matrices are row-major; [rows][cols] beside a pointer is its
- * shape.  x is the residual stream, il a layer, n_* a count, me the thread that
- * runs; t counts rows: of the batch, or of the piece or input that is named
- * beside it.  Weights carry their GGUF names.
+ * shape.  x is the residual stream, il a layer, n_* a count, me the running
+ * thread; t is a row: of the batch, or of the piece or input named beside it.
+ * Weights carry their GGUF names.
  *
  * The arithmetic contract.  The logits are the same bits on every CPU, with
  * every compiler, thread count, batch size, neighbour and cut of the prompt:
  *
- *   - IEEE binary32, round to nearest even, nothing flushed to zero.  Only what
- *     is written fma_f32() is fused.  exp, sin and cos are our own.
+ *   - IEEE binary32, round to nearest even, nothing flushed to zero.  Nothing
+ *     is fused except calls of fma_f32().  exp, sin and cos are our own.
  *   - A matrix product rounds its input once per 32 columns to int8 with one
  *     float scale; integer dots are exact; their scaled values are added in
  *     ascending order of the columns by one chain of fma_f32().  Weights in
@@ -54,19 +54,19 @@
  *   - Experts are chosen with ties to the lower index, weighted in the order of
  *     choice, and accumulated in ascending index.
  *
- * Every output element is computed by one thread in one order, so how the work
- * is divided cannot show.
+ * Every output element is computed by one thread in one order, so the result
+ * does not depend on how the work is divided.
  *
  * To port: a C11 compiler with IEEE floats evaluated in their own precision is
  * enough, in any byte order and word size.  LFM2_NO_SIMD leaves out the vector
  * kernels (LFM2_AVX2_ONLY, those of newer CPUs), LFM2_NO_THREADS pthreads,
- * LFM2_NO_MMAP mmap and with it all of POSIX but threads. */
+ * LFM2_NO_MMAP mmap and all of POSIX except threads. */
 
 #ifndef KERNELS                           /* see section 11                  */
 
 #ifdef __cplusplus
 #error "this is C: compile it with a C compiler; C++ includes lfm2.h"
-#include "a C compiler"                   /* which ends it here              */
+#include "a C compiler"                   /* stops the compiler here         */
 #endif
 
 /* The contract, whatever the compiler is told: no a*b+c is fused by itself, and
@@ -108,7 +108,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
-#ifdef LFM2_NO_THREADS                    /* then nobody is in between       */
+#ifdef LFM2_NO_THREADS                    /* one thread: nothing interferes  */
 typedef volatile int atomic_int;
 typedef volatile unsigned atomic_uint;
 #define atomic_load(p)         (*(p))
@@ -151,20 +151,19 @@ typedef volatile unsigned atomic_uint;
  *
  * ------------------------------------------------------------------ 1. Data
  *
- * What the file holds (model, layers, tensors: never written), what a
- * conversation needs (sequences), and what one forward pass works with
- * (context). */
+ * What the file holds (model, layers, tensors; all read-only), what a text
+ * needs (sequences), and what one forward pass works with (context). */
 
 /* A weight matrix as it lies in the file: [rows][cols], each row a whole number
- * of blocks of its format.  Expert tensors hold n_expert such matrices one
+ * of blocks of its format.  Expert tensors hold n_expert of these matrices, one
  * after the other. */
 struct tensor {
     const struct format *fmt;
     int rows, cols;
     const uint8_t *data;
     const struct tensor *next;            /* read after this one, or NULL    */
-    int module;                           /* traces: its product is this ... */
-    int first;                            /* ... from this number on         */
+    int module;                           /* traces: what it computes, and   */
+    int first;                            /* where in it its rows begin      */
 };
 
 struct layer {
@@ -194,7 +193,7 @@ struct layer {
     struct tensor ffn_up_exps;            /* the same                        */
     struct tensor ffn_down_exps;          /* n_expert x [n_embd][n_ff_expert]*/
 
-    int i_kind;                           /* layers of its kind below it     */
+    int i_kind;                           /* earlier layers of the same kind */
 };
 
 #define MAX_WARNING 16
@@ -222,16 +221,16 @@ struct lfm2_model {
  * contiguous rows, then V as [n_ctx][head_dim].
  *
  * A short convolution looks at the last l_cache columns of its gated input u.
- * `u` keeps UNDO more, so that the last UNDO tokens can be taken back: column p
- * of the text is column p mod (UNDO + l_cache-1) there, and 0 before the text.
- * To go further back, the last l_cache-1 columns are kept at every multiple of
- * seq_step tokens, the marks. */
+ * The ring `u` keeps UNDO more, so that the last UNDO tokens can be taken back:
+ * column p of the text is at p mod (UNDO + l_cache-1); columns before the text
+ * are 0.  To go further back, the l_cache-1 columns before every multiple of
+ * seq_step tokens are saved, too, as marks. */
 enum { UNDO = 16, MAX_TAPS = 8 };
 
 struct seq {
     int len;                              /* tokens                          */
     int start;                            /* length before a running forward */
-    int oldest;                           /* first position that is in u     */
+    int oldest;                           /* first position still in u       */
     int span;                             /* number of its span, or -1       */
     uint8_t *kv;
     float *u;                             /* [n_conv][UNDO+l_cache-1][n_embd]*/
@@ -241,16 +240,16 @@ struct seq {
 };
 
 /* 32 columns of a row, rounded: x ~ d q.  For weights with a minimum or an
- * offset, sum holds the sums of q over 16 columns each, s is d times both. */
+ * offset, sum has the sums of q over 16 columns each, and s = d (sum of q). */
 struct q8_group {
     int8_t q[32];
     float d, s;
     int16_t sum[2];
 };
 
-/* The input of a matrix product: n rows, in f as they are (for weights in
- * floats) and in q rounded (for all others).  Row i is number row[i] of these
- * arrays, or first + i if row is NULL; its output has number first + i. */
+/* The input of a matrix product: n rows, in f as floats (for weights in floats)
+ * and in q rounded (for all others).  Row i is element row[i] of these arrays,
+ * or first + i if row is NULL; its output is row first + i. */
 struct input {
     int n, cols;
     const int *row;                       /* [n], or NULL                    */
@@ -262,8 +261,8 @@ struct input {
 /* A piece of a span: n rows of the batch, which continue one sequence. */
 struct piece { int seq, pos, row, n; };
 
-/* A row of the batch: one token of one sequence, or a row of embeddings in its
- * place; and what is wanted of it. */
+/* A row of the batch: one token of one sequence, or an embedding in its place,
+ * and what the caller wants of it. */
 enum { NOTHING, STATE, LOGITS };          /* state: the last normed x        */
 
 struct row {
@@ -281,8 +280,8 @@ struct batch {
     float *rope;                          /* [n_rows][2][head_dim/2] cos, sin*/
 };
 
-/* Which experts work for which rows.  A slot is one choice of one row; slots
- * are sorted by expert. */
+/* Which experts work for which rows.  A slot is one row and one expert that it
+ * chose; slots are sorted by expert. */
 struct routing {
     float *score;                         /* [n_rows][n_expert]              */
     int *chosen;                          /* [n_rows][n_expert_used]         */
@@ -290,7 +289,7 @@ struct routing {
     int *slot_row;                        /* [slots]                         */
     float *slot_weight;                   /* [slots]                         */
     int *slot_begin;                      /* [n_expert+1] bounds of groups   */
-    int *active, n_active;                /* experts that somebody chose     */
+    int *active, n_active;                /* experts that any row chose      */
     struct tensor *gate, *up, *down;      /* [n_active] their matrices       */
 };
 
@@ -300,7 +299,7 @@ struct lfm2_context {
     const struct isa *isa;                /* the kernels for this CPU        */
     struct pool *pool;
     struct thread *thread;                /* [n_threads]; 0 is the caller    */
-    atomic_uint given;                    /* units in no fixed share, of all */
+    atomic_uint given;                    /* units handed out: take_units()  */
     atomic_int cancel;
     int stop;                             /* cancelled, as all threads see it*/
     void *memory;                         /* most of what follows lies there */
@@ -325,12 +324,12 @@ struct lfm2_context {
 
     float *logits;                        /* [n_logits][n_vocab]             */
     float *states;                        /* [n_seq][n_embd], normed         */
-    int n_logits;                         /* rows that are there             */
-    struct result *results;               /* [n_spans] which of them to show */
+    int n_logits;                         /* rows of them computed so far    */
+    struct result *results;               /* [n_spans] where their parts are */
     int n_spans;
     struct candidate *candidates;         /* [n_vocab], see section 26       */
 
-    lfm2_trace_fn *hook;                  /* NULL: nobody traces             */
+    lfm2_trace_fn *hook;                  /* NULL: no tracing                */
     void *hook_user;
     float *traced;                        /* see section 21                  */
     struct exercise *exercise;            /* see lfm2_exercise()             */
@@ -346,7 +345,7 @@ static float exp_f32(float x);
 static void  sin_cos(double a, float *s, float *c);
 
 enum { UNIT = 32 };                       /* columns rounded together; n_embd
-                                             and n_ff are whole units        */
+                                             and n_ff are multiples of it    */
 
 /* Column `pos` of u in the i_conv-th convolution, [n_embd]; and the mark after
  * `pos` tokens, [n_conv][l_cache-1][n_embd], or NULL if there is none. */
@@ -354,7 +353,7 @@ static float *u_column(const lfm2_context *ctx, const struct seq *s,
                        int i_conv, int pos);
 static float *conv_mark(const lfm2_context *ctx, const struct seq *s, int pos);
 
-/* The cache of one kv head in one layer; element d of what it holds. */
+/* The cache of one kv head in one layer, and element d of a K or V in it. */
 struct kv_head {
     uint8_t *k;                           /* [n_ctx/TILE][head_dim][TILE]    */
     uint8_t *v;                           /* [n_ctx][head_dim]               */
@@ -370,9 +369,9 @@ static float kv_get(const struct kv_head *kv, int what, int pos, int d);
 struct attn_partial;
 struct attn_rows;
 
-/* What a thread works with. */
+/* Working memory of one thread. */
 struct scratch {
-    float *out[3];                        /* [n_batch][UNIT], of product()   */
+    float *out[3];                        /* [n_batch][UNIT], for product()  */
     struct attn_partial *partial;         /* see attend_rows()               */
 
     /* rows of weights, unpacked: one row, or in section 12 a panel */
@@ -381,7 +380,7 @@ struct scratch {
     float *f;                             /* cols x UNIT, for floats         */
     float *chain;                         /* [MOST_X_ROWS][UNIT][16] sums    */
 
-    /* an input of few rows as section 12 wants it, until the next barrier */
+    /* an input of few rows as section 12 reads it, until the next barrier */
     struct input *arranged;
     uint8_t *x;                           /* [rows][cols/32] x GROUP_BYTES   */
 
@@ -411,8 +410,8 @@ struct isa {
 
 struct range { int first, last; };        /* first .. last-1                 */
 
-/* Every thread of a context runs the model.  Each does its share and waits for
- * all at a barrier where it needs what others have computed. */
+/* Every thread of a context runs the model.  Each does its share, and waits at
+ * a barrier where it needs results of the others. */
 struct thread {
     lfm2_context *ctx;
     int id, of;                           /* this one, of how many           */
@@ -421,11 +420,11 @@ struct thread {
 
     struct range now, then;               /* units it took, see take_units() */
     int is_taking;
-    unsigned gone;                        /* that all took in loops before   */
+    unsigned gone;                        /* units taken in earlier loops    */
 };
 
-/* A fixed share of n things; or some more of n units of work, as long as there
- * are any: who is slow gets fewer. */
+/* share() is this thread's fixed share of n things.  take_units() takes a few
+ * of n units until none are left, so that a slow thread gets fewer. */
 static struct range share(struct thread *me, int n);
 static int take_units(struct thread *me, int n, struct range *some);
 static void barrier(struct thread *me);
@@ -433,9 +432,9 @@ static void barrier(struct thread *me);
 /* Row r of w as floats: out[w->cols]. */
 static void get_row(float *out, const struct tensor *w, int r);
 
-/* Matrix products come in units: 32 rows of w, whose outputs are one group of
- * the next input.  Unit u, for all rows of the input, is [in->n][UNIT] in the
- * thread's buffer number `to`. */
+/* Matrix products are computed in units: 32 rows of w, whose outputs are one
+ * group of the next input.  product() computes unit u for all rows of the input
+ * into the thread's buffer out[to], [in->n][UNIT], and returns it. */
 static int n_units(const struct tensor *w);
 static float *product(struct thread *me, int to, const struct tensor *w,
                       int u, const struct input *in);
@@ -449,22 +448,22 @@ static void matmul(struct thread *me, int how, float *y,
 static struct tensor rows_of(const struct tensor *w, int first, int rows);
 static struct tensor expert(const struct tensor *w, int e);
 
-/* Round unit u of n rows, [n][UNIT], from `row` on; and this thread's share of
- * the rows in in->f. */
+/* set_unit() stores unit u of n rows, [n][UNIT], the first of which is `row`,
+ * and rounds it.  round_rows() rounds this thread's share of in->f. */
 static void set_unit(struct thread *me, struct input *in, int row, int n,
                      int u, const float *unit);
 static void round_rows(struct thread *me, struct input *in);
 
-/* ctx->q = softmax(q k^T) v, out of attend_query() and merge_chunk(). */
+/* ctx->q = softmax(q k^T) v, made of attend_query() and merge_chunk(). */
 static void attend(struct thread *me, const struct layer *l);
 
 /* Sort the slots by expert, and bind the matrices of those in use. */
 static void group_by_expert(lfm2_context *ctx, const struct layer *l);
 
-/* For lfm2_trace(), else these do nothing.  product() and keep() keep numbers
- * of a row; trace() shows the modules first .. last of a layer, trace_rows()
- * the rows of y, [n_rows][n].  w1 is gate, w2 down; il is -1 outside of layers,
- * in which names begin like this. */
+/* For lfm2_trace(); without it these do nothing.  product() and keep() store
+ * numbers of a row; trace() reports the modules first .. last of a layer, and
+ * trace_rows() the rows of y, [n_rows][n].  w1 is gate, w3 up, w2 down.  Names
+ * of modules in a layer begin with LAYER; elsewhere il is -1. */
 #define LAYER "model.layers.%d"
 
 enum module {
@@ -482,7 +481,7 @@ static void trace_moe(struct thread *me, const struct layer *l);
 
 /* --------------------------------------------------------- 3. Small blocks
  *
- * In plain C, which is what they mean.  Where speed matters ctx->isa is called,
+ * Plain C defines them.  Where speed matters, the model calls ctx->isa instead,
  * the kernels for this CPU, which give the same bits. */
 
 /* y = x / sqrt(mean(x^2) + eps) * w.  y may be x. */
@@ -514,9 +513,9 @@ static void add_scaled(float *y, float a, const float *x, int n)
         y[i] = fma_f32(a, x[i], y[i]);
 }
 
-/* Rotary position embedding.  Of a head, dimensions i and i + head_dim/2 are a
- * point in the plane (the "NEOX" pairing), turned by pos * base^(-2i/head_dim).
- * turn holds the cosines for this position, [head_dim/2], then the sines. */
+/* Rotary position embedding.  Dimensions i and i + head_dim/2 of a head (the
+ * "NEOX" pairing) are a point in the plane, rotated by pos base^(-2i/head_dim).
+ * turn has the cosines for this position, [head_dim/2], then the sines. */
 static void rope(float *head, const float *turn, int head_dim)
 {
     const int half = head_dim / 2;
@@ -531,11 +530,11 @@ static void rope(float *head, const float *turn, int head_dim)
 
 /* ------------------------------------------ 4. The operators that mix time
  *
- * Everything else in the model looks at one token alone.  These two carry
- * something from token to token, so they work sequence by sequence.
+ * Everything else in the model looks at one token at a time.  These two carry
+ * information from token to token, so they work sequence by sequence.
  *
- * An operator begins when all threads have what it reads, and ends with a
- * barrier, so that all have what it wrote. */
+ * When an operator begins, all threads can read its input.  It ends with a
+ * barrier, after which all can read its output. */
 
 /* One step of a short convolution, for one unit of channels; with three taps:
  *
@@ -560,8 +559,8 @@ static void conv_step(float *y, float *const *u, const float *w, const float *b,
     }
 }
 
-/* The channels of unit u of row t of a piece.  b, c and x, [UNIT], are those of
- * the row; x becomes v, and c the result. */
+/* Convolve the channels of unit u in row t of a piece.  b, c and x, [UNIT], are
+ * those of the row; x becomes v, and c the result. */
 static void convolve(struct thread *me, const struct layer *l, int u,
                      const struct piece *p, int t, const float *b, float *c,
                      float *x)
@@ -589,7 +588,7 @@ static void convolve(struct thread *me, const struct layer *l, int u,
  *
  * with a convolution of l_cache = 3 taps per channel: the whole memory of the
  * layer is the last two columns of b * x, however long the text.  A thread
- * computes the same channels of b, c and x, so it can go on alone. */
+ * computes the same channels of b, c and x, and so needs no barrier between. */
 static void short_conv(struct thread *me, const struct layer *l)
 {
     lfm2_context *ctx = me->ctx;
@@ -623,8 +622,8 @@ static void short_conv(struct thread *me, const struct layer *l)
  * associated. */
 enum { CHUNK = 256, MAX_HEAD_DIM = 256 };
 
-/* What attention has found for one query so far: values weighted by e^score,
- * relative to the largest score. */
+/* The attention of one query to some positions: their values weighted by
+ * e^score, relative to the largest score. */
 struct attn_partial {
     float max, sum;
     float o[MAX_HEAD_DIM];                /* [head_dim]                      */
@@ -639,7 +638,7 @@ static float sum_16(float a[16])
     return a[0];
 }
 
-/* One query and the n positions from `pos` on that it sees of a chunk:
+/* One query and the n positions, from `pos` on, that it sees of a chunk:
  *
  *     s = q . k,   p = e^(s - max s),   sum = sum of p,   o = sum of p v    */
 static void attend_query(struct attn_partial *part, const float *q,
@@ -682,8 +681,9 @@ static void merge_chunk(const struct isa *isa, struct attn_partial *a,
     isa->add_scaled(a->o, wb, b->o, hd);
 }
 
-/* Norm and rotate the heads of row t of a piece that share a kv head; remember
- * k and v.  q is divided by sqrt(head_dim) here, so scores are products. */
+/* Norm and rotate one k head of row t of a piece and the q heads that share it;
+ * store k and v in the cache.  q is divided by sqrt(head_dim) here, so that a
+ * score is just q . k. */
 static void prepare_heads(struct thread *me, const struct layer *l,
                           const struct piece *p, int t, int head)
 {
@@ -780,7 +780,7 @@ static void ffn(struct thread *me, const struct layer *l)
  *     chosen = the n_expert_used largest of s + exp_probs_b, lower index first
  *     weight = s[chosen] / (sum of s[chosen] + 1e-6)
  *
- * The bias balances the load in training; it chooses and does not weigh. */
+ * The bias, learnt to balance the load, affects the choice, not the weights. */
 static void route(const lfm2_config *c, const float *bias, float *score,
                   int *chosen, float *weight)
 {
@@ -819,8 +819,8 @@ static struct input choosers(const struct routing *r, const struct input *x,
     return some;
 }
 
-/* The last step of moe(), with h the hidden layer and e ascending, for some
- * units of x. */
+/* The last step of moe() for some units of x: add up what the experts in use
+ * give, in ascending order. */
 static void add_experts(struct thread *me, const struct layer *l,
                         struct range some)
 {
@@ -848,7 +848,7 @@ static void add_experts(struct thread *me, const struct layer *l,
             ctx->x[j] += ctx->y[j];
 }
 
-/* Mixture of experts: each row is sent to the few networks e that the router
+/* Mixture of experts: each row goes to the few networks e that the router
  * chooses for it,
  *
  *     x += sum over e of weight[e] * down_e (silu(gate_e h) * (up_e h))
@@ -886,7 +886,7 @@ static void moe(struct thread *me, const struct layer *l)
 
 /* -------------------------------------------------------------- 6. Forward */
 
-/* x = the embeddings of the tokens; rope = the turns of their positions. */
+/* x = embeddings of the tokens; rope = the rotations for their positions. */
 static void embed(struct thread *me)
 {
     lfm2_context *ctx = me->ctx;
@@ -912,7 +912,7 @@ static void embed(struct thread *me)
     trace_rows(me, -1, "model.embed_tokens", ctx->x, c->n_embd);
 }
 
-/* in = rms_norm(x), which is what every operator reads. */
+/* in = rms_norm(x), the input of every operator. */
 static void norm_rows(struct thread *me, const float *norm)
 {
     lfm2_context *ctx = me->ctx;
@@ -933,7 +933,7 @@ static void set_rows(lfm2_context *ctx, int n)
     ctx->in.n = ctx->mixed.n = ctx->heads.n = ctx->hidden.n = n;
 }
 
-/* Drop rows of which less than `least` is wanted. */
+/* Keep only the rows of which at least `least` is wanted. */
 static void drop_rows(struct thread *me, int least)
 {
     lfm2_context *ctx = me->ctx;
@@ -953,7 +953,8 @@ static void drop_rows(struct thread *me, int least)
     barrier(me);
 }
 
-/* The states and logits that are wanted, behind those of earlier passes. */
+/* The states and logits that are wanted; logits go behind those of earlier
+ * passes. */
 static void output(struct thread *me)
 {
     lfm2_context *ctx = me->ctx;
@@ -991,8 +992,7 @@ static int is_cancelled(struct thread *me)
  *
  * and logits = output rms_norm(x).  Row t of x is one token of one sequence.
  * Only short_conv() and attention() look outside a row, and they do it piece by
- * piece; all else sees n_rows independent vectors, whoever they belong to.
- * Every thread runs this. */
+ * piece; to all else rows are independent vectors.  Every thread runs this. */
 static void forward(struct thread *me)
 {
     lfm2_context *ctx = me->ctx;
@@ -1012,7 +1012,7 @@ static void forward(struct thread *me)
             short_conv(me, l);
 
         if (il + 1 == c->n_layer && !ctx->hook)
-            drop_rows(me, STATE);         /* nobody will look at them        */
+            drop_rows(me, STATE);         /* the others are not needed       */
         if (ctx->batch.n_rows == 0)
             return;
         norm_rows(me, l->ffn_norm);

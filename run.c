@@ -1785,43 +1785,52 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
  * Text repeats itself: an edit repeats a page, an answer its question, JSON its
  * keys.  What followed the last few tokens earlier is a guess at what follows
  * them now, and one forward reads several guesses for little more than the
- * price of a token.  From each of them the next token is chosen as ever; a
- * guess only decides whether the logits for it are there already.  So the
- * answer is the same, to the byte.
+ * price of a token.  The next token is sampled after each of them as usual; a
+ * guess only decides whether the logits for it exist already.  So the answer is
+ * the same, to the byte.
  *
- * A guess costs about a tenth of a forward, and saves one if it is right.  A
- * reply begins with half a forward to its credit and earns two hundredths with
+ * A guess costs about a fifth of a forward, and saves one if it is right.  A
+ * reply begins with half a forward to its credit and earns a hundredth with
  * each, so that guesses that are always wrong cost it little more than that. */
 
 enum {
-    MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that must be alike       */
-    A_FORWARD = 100, A_GUESS = 10, EARNED = 2, CREDIT = 50, MAX_CREDIT = 400
+    MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that are alike           */
+    A_FORWARD = 100, A_GUESS = 20, EARNED = 1, CREDIT = 50, MAX_CREDIT = 400
 };
 
-/* Put at most n guesses behind the text, and say how many: what came where its
- * last few tokens came before; the more of them are alike, the better.  The
- * search is short beside what attention reads of the same tokens. */
+/* Put at most n guesses behind the text, and say how many.  They come from the
+ * earlier place that has the longest match of the last tokens before it.  They
+ * end where the second best place, if its match is half as long, goes on
+ * differently: of the objects in a list the keys are guessed, not the values.
+ * One place alone must have a match of MIN_MATCH.  The search is short beside
+ * what attention reads of the same tokens. */
 static int guess(const struct engine *e, struct reply *r, int n)
 {
     int32_t *const id = r->ids.id, *const end = id + r->ids.n;
-    int from = 0, longest = MIN_MATCH - 1;
+    int best = 0, longest = 0, other = 0, second = 0, made = 0;
 
     n = smaller(smaller(n, r->bold), r->credit / A_GUESS);
     n = smaller(n, e->par.n_ctx - r->ids.n);
     if (r->q->limit >= 0)
         n = smaller(n, r->q->limit - r->n_made - 1);
-    for (int at = r->ids.n - 1; n > 0 && at > longest && longest < MAX_MATCH;
-         at--) {
+    for (int at = r->ids.n - 1; n > 0 && at > 0 && second < MAX_MATCH; at--) {
         int alike = 0;
         while (alike < at && alike < MAX_MATCH &&
                id[at - 1 - alike] == end[-1 - alike])
             alike++;
-        if (alike > longest)
-            longest = alike, from = at;
+        if (alike > longest) {
+            second = longest, other = best;
+            longest = alike, best = at;
+        } else if (alike > second)
+            second = alike, other = at;
     }
-    for (int i = 0; from > 0 && i < n; i++)
-        end[i] = id[from + i];
-    return from > 0 ? n : 0;
+    const int is_alone = second == 0 || 2 * second < longest;
+    while (made < n && (is_alone ? longest >= MIN_MATCH
+                                 : id[best + made] == id[other + made])) {
+        end[made] = id[best + made];
+        made++;
+    }
+    return made;
 }
 
 /* ---- many at once */
