@@ -110,6 +110,7 @@ const char *EXPORT(page_open)(const void *data, size_t n, int n_threads,
     settings.json = 1;                    /* so that answers have a hash     */
     settings.threads = n_threads;
     settings.batch = 128;                 /* and can be stopped soon         */
+    settings.parallel = 1;                /* a page has one reader           */
     settings.ctx = n_ctx;
     e->s = &settings;
     if (open_engine(e) != DONE)

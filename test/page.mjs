@@ -103,6 +103,13 @@ await check('the page opens with the model that ships', async () => {
     await page.goto(origin);
     await ready();
 });
+await check('its memory is the file and little more', async () => {
+    const status = await text('#status');
+    const [, size, unit] = status.match(/([\d.]+) (\w+) beside the file/);
+    same(unit, 'MB');
+    if (size > 150)
+        throw new Error(status);
+});
 await check('the page is isolated, and may have threads', async () => {
     same(await page.evaluate(() => crossOriginIsolated), true);
 });
