@@ -616,7 +616,7 @@ struct option {
     const char *arg;                      /* for a CHOICE: its words, with | */
     size_t at;                            /* offset in struct settings       */
     double min, max;
-    const char *json;                     /* names of a member, likewise     */
+    const char *json;                     /* JSON member names, likewise     */
     int modes, mode;                      /* valid in; selected, or 0        */
     const char *help;
 };
@@ -810,8 +810,8 @@ struct reply {
     int keeps_marks;                      /* --think raw: all of it is text  */
     struct ids ids;                       /* [n_ctx]                         */
     int n_fed, n_reused;
-    int n_made, n_thought;                /* tokens: of the answer, thought  */
-    int n_sampled, n_steps;               /* tokens; forwards since one came */
+    int n_made, n_thought;                /* tokens of answer, of thought    */
+    int n_sampled, n_steps;               /* tokens; forwards after the 1st  */
     int n_guessed, n_right;               /* tokens, by prompt lookup        */
     int max_guess, credit;                /* limits of prompt lookup         */
     lfm2_sampler sampler;
@@ -1539,7 +1539,7 @@ static uint64_t random_seed(void)
             (uint64_t)getpid() << 20) & UINT32_MAX;
 }
 
-/* What was not set is as recommended; but temperature 0 has no penalty. */
+/* Fill in what was not set, as recommended; temperature 0 has no penalty. */
 static void complete_request(const struct engine *e, struct request *q)
 {
     const struct sampling *p = &e->preset, had = q->sampling;
@@ -1562,8 +1562,8 @@ static void complete_request(const struct engine *e, struct request *q)
 /* ------------------------------------------------------- 4. Opening a model
  *
  * open_engine() opens a model and its vocabulary, and open_context() the
- * context.  Before them comes what they depend on: the sampling that suits the
- * model, and the CPUs and memory that there are. */
+ * context.  Before them comes what they depend on: the recommended sampling,
+ * and how many CPUs and how much memory may be used. */
 
 /* ---- presets
  *
@@ -1593,8 +1593,8 @@ static const struct preset {
     { "LFM2", { "", "" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
 };
 
-/* Searches all names in the file, as in "-lfm2-1.2b-extract-".  A model that is
- * known by its sizes gets its name here. */
+/* Search all names in the file, joined as in "-lfm2-1.2b-extract-", and the one
+ * that its sizes imply. */
 static const struct preset *find_preset(const lfm2_model *m)
 {
     static const char *const key[] = {
@@ -2307,8 +2307,8 @@ static void add_scores(const struct engine *e, struct text *to,
     add_string(to, "]");
 }
 
-/* The text of a token, as a string.  In an object it is a key, and must differ
- * from others: if it is not whole characters, its bytes are listed. */
+/* The text of a token, as a string.  As it may be a key of an object, and keys
+ * must differ, a token that is not whole characters is written as bytes. */
 static void add_token_name(const struct engine *e, struct text *to, int32_t id)
 {
     struct text bytes = { 0 };
@@ -2488,7 +2488,7 @@ static void add_choice(const struct engine *e, struct text *to, struct job *j,
 }
 
 /* Token counts of n answers, each prompt once.  How much of it was cached also
- * depends on other requests, so that a batch must not tell. */
+ * depends on other requests, so a batch does not say it. */
 static void add_usage(const struct engine *e, struct text *to,
                       const struct job *j, int n)
 {
@@ -2669,9 +2669,9 @@ static int read_bias(const struct engine *e, struct request *q,
     return DONE;
 }
 
-/* Read all of a body but its prompt into *q, which holds what the options say.
- * "logprobs" is true or false with messages, and a number with a prompt, whose
- * own log probabilities are wanted, too, with "echo". */
+/* Read all of a body but its prompt into *q, which holds the options.
+ * "logprobs" is true or false with messages, and a number with a prompt; "echo"
+ * asks for log probabilities of the prompt, too. */
 static int read_body(const struct engine *e, struct request *q,
                      const struct json *body, struct why *why)
 {
