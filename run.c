@@ -1,17 +1,17 @@
-/* run.c - the command line of lfm2.c.
+/* run.c - the command line and the server of lfm2.c.
  *
  * Standard output carries the model's words, or the data that was asked for,
- * and nothing else; everything meant for a human being goes to standard error.
+ * and nothing else; messages to the user go to standard error.
  *
- * Sections 2 to 10 are the program, in the order it is meant to be read; the
- * others are what it is made with.
+ * Sections 2 to 10 are the program, in reading order; the others are the parts
+ * that it is made of.
  *
  *   1  messages, memory, text          13  signals and the terminal
  *   2  settings and main               14  JSON
- *   3  the model in use                15  chat templates
- *   4  request, reply, step            16  tool calls
- *   5  sinks                           17  tokens in and out
- *   6  what a body asks for            18  --inspect
+ *   3  request, reply, step            15  chat templates
+ *   4  opening a model                 16  tool calls
+ *   5  writing replies                 17  tokens in and out
+ *   6  reading requests                18  --inspect
  *   7  answers, conversations          19  traces
  *   8  chat                            20  --ppl
  *   9  --batch                         21  --bench
@@ -21,13 +21,13 @@
 
 #ifdef __cplusplus
 #error "this is C: compile it with a C compiler; C++ includes lfm2.h"
-#include "a C compiler"                   /* which ends it here              */
+#include "a C compiler"                   /* fatal, unlike #error            */
 #endif
 
 #define _POSIX_C_SOURCE 200809L
 #define _GNU_SOURCE                       /* mincore(), memmem()             */
 #define _DARWIN_C_SOURCE                  /* macOS: ru_maxrss                */
-#define _FILE_OFFSET_BITS 64              /* on 32-bit machines, too         */
+#define _FILE_OFFSET_BITS 64              /* large files on 32-bit machines  */
 
 #include "lfm2.h"
 
@@ -68,7 +68,7 @@
 #else
 
 /* WebAssembly has one process, no signals, files without owners, and no way to
- * know whether a read would wait. */
+ * tell whether a read would block. */
 #define poll(fds, n, timeout) ((void)(fds), (void)(timeout), 1)
 
 static int mkstemp(char *name)
@@ -92,9 +92,11 @@ static char *realpath(const char *name, char *to)
 
 #endif
 
-/* ------------------------------------------------ 1. Messages and exit codes
+/* ---------------------------------------------- 1. Messages, memory and text
  *
- * Other programs act on these numbers, so they never change their meaning. */
+ * A function that can fail returns one of these exit codes; it has printed the
+ * reason, or written it to a `struct why`.  Scripts rely on the numbers, so
+ * their meaning never changes. */
 
 enum {
     DONE = 0, FAILED = 1, USAGE = 2, BAD_FILE = 3, BAD_MODEL = 4,
@@ -102,108 +104,33 @@ enum {
     INTERRUPTED = 130, TERMINATED = 143
 };
 
-static const char *program = "run";       /* the name it was called by       */
+static const char *program = "run";       /* from argv[0]                    */
 
-/* The length of the well-formed UTF-8 character at s < end, and what it is; or
- * 0 and the replacement character. */
-static int utf8_get(const char *s, const char *end, uint32_t *out)
-{
-    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-    const unsigned char c = (unsigned char)*s;
-    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
-                  c < 0xf0 ? 3 : 4;
-    uint32_t u = n == 1 ? c : c & (0x7f >> n);
+static size_t drop_controls(char *s, size_t n);
 
-    *out = 0xfffd;
-    if (n > end - s)
-        return 0;
-    for (int i = 1; i < n; i++) {
-        if ((s[i] & 0xc0) != 0x80)
-            return 0;
-        u = u << 6 | (s[i] & 0x3f);
-    }
-    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
-        return 0;
-    *out = u;
-    return n;
-}
-
-/* C1 controls count, too: U+009B does what ESC [ does. */
-static int is_control(uint32_t c)
-{
-    return c < ' ' || (c >= 0x7f && c < 0xa0);
-}
-
-/* Drop what could steer a terminal: control characters, and stray bytes from
- * 0x80 to 0x9f, which could complete one begun before them. */
-static size_t drop_controls(char *s, size_t n)
-{
-    const char *const end = s + n, *from = s;
-    size_t kept = 0;
-    uint32_t c;
-
-    for (int size; from < end; from += size) {
-        size = utf8_get(from, end, &c);
-        c = size ? c : (unsigned char)*from;
-        size += size == 0;
-        if (is_control(c) && c != '\n' && c != '\t')
-            continue;
-        memmove(s + kept, from, (size_t)size);
-        kept += (size_t)size;
-    }
-    return kept;
-}
-
-/* One line on standard error; returns `code` for the caller to pass on.  It may
- * quote hostile text, so control characters are dropped. */
+/* Print one line on standard error; returns `code`, so that a caller can return
+ * say(...).  As it may quote hostile text, control characters are dropped. */
 static int say(int code, const char *fmt, ...)
 {
-    char s[4096];
+    char s[4096] = "";
     const int error = errno;
     va_list args;
-    int n;
 
     va_start(args, fmt);
-    n = vsnprintf(s, sizeof s, fmt, args);
+    vsnprintf(s, sizeof s, fmt, args);
     va_end(args);
-    n = n < (int)sizeof s ? n : (int)sizeof s - 1;
-    n = (int)drop_controls(s, n > 0 ? (size_t)n : 0);
-    fprintf(stderr, "%s: %.*s\n", program, n, s);
+    s[drop_controls(s, strlen(s))] = '\0';
+    fprintf(stderr, "%s: %s\n", program, s);
     errno = error;
     return code;
 }
 
 static int quiet;                         /* -q: errors only                 */
 
-/* Worth knowing, but no error. */
+/* A message that is not an error. */
 #define note(...) ((void)(quiet || say(DONE, __VA_ARGS__)))
 
-/* ---- memory
- *
- * When there is none left, the program says so and exits: what it has written
- * so far is whole, and a batch can be resumed. */
-
-/* realloc() that succeeds. */
-static void *resize(void *p, size_t n)
-{
-    p = realloc(p, n > 0 ? n : 1);
-    if (!p)
-        exit(say(NO_MEMORY, "no memory for %zu bytes", n));
-    return p;
-}
-
-/* n zeroed elements; freed by the caller. */
-static void *zeroed(size_t n, size_t size)
-{
-    void *p = calloc(n ? n : 1, size);
-
-    if (!p)
-        exit(say(NO_MEMORY, "no memory for %zu times %zu bytes", n, size));
-    return p;
-}
-
-/* Why something cannot be done, for callers that do not report on standard
- * error. */
+/* The reason for an error, where the caller decides how it is reported. */
 struct why { char s[240]; };
 
 static int because(struct why *why, int code, const char *fmt, ...)
@@ -216,7 +143,7 @@ static int because(struct why *why, int code, const char *fmt, ...)
     return code;
 }
 
-/* The same for a text that has columns, but no lines. */
+/* Drop json_parse()'s "line 1, ", where the JSON is only one line anyway. */
 static const char *without_line(const struct why *why)
 {
     return strncmp(why->s, "line 1, ", 8) ? why->s : why->s + 8;
@@ -244,9 +171,9 @@ static int status_of(int code)
     return status[-code];
 }
 
-/* Has all output arrived?  A full disk is an error that is reported; a reader
- * who left need not be told.  A signal that comes while the output stands
- * still, as after Ctrl-S, takes what was on its way. */
+/* Flush standard output.  Returns `code`, or BAD_FILE if the output could not
+ * be written, which is reported unless the reader closed the pipe.  A signal
+ * during a blocked write (after Ctrl-S, say) discards the pending output. */
 static int flush_output(int code)
 {
     const int failed = fflush(stdout) != 0 || ferror(stdout);
@@ -259,9 +186,33 @@ static int flush_output(int code)
     return code;
 }
 
+/* ---- memory
+ *
+ * When memory runs out, the program says so and exits: what it has written so
+ * far is intact, and a batch can be resumed. */
+
+/* realloc() that never returns NULL. */
+static void *resize(void *p, size_t n)
+{
+    p = realloc(p, n > 0 ? n : 1);
+    if (!p)
+        exit(say(NO_MEMORY, "no memory for %zu bytes", n));
+    return p;
+}
+
+/* n zeroed elements; freed by the caller. */
+static void *zeroed(size_t n, size_t size)
+{
+    void *p = calloc(n ? n : 1, size);
+
+    if (!p)
+        exit(say(NO_MEMORY, "no memory for %zu times %zu bytes", n, size));
+    return p;
+}
+
 /* ---- text and numbers */
 
-/* Text that grows.  s[n] is NUL, or s is NULL. */
+/* A string that can grow.  s[n] is NUL; s is NULL before the first byte. */
 struct text { char *s; size_t n, cap; };
 
 struct ids { int32_t *id; int n; };
@@ -269,13 +220,13 @@ struct ids { int32_t *id; int n; };
 /* Make room for `more` bytes and the NUL. */
 static void reserve(struct text *t, size_t more)
 {
-    size_t cap = t->cap ? t->cap : 64;
+    size_t cap = t->cap;
 
     while (cap <= t->n + more && cap <= SIZE_MAX / 2)
-        cap *= 2;
+        cap = 2 * cap + 64;
     if (cap > t->cap)
-        t->s = resize(t->s, cap > t->n + more ? cap : SIZE_MAX);
-    t->cap = cap > t->cap ? cap : t->cap;
+        t->s = resize(t->s, cap);
+    t->cap = cap;
     t->s[t->n] = '\0';
 }
 
@@ -293,21 +244,19 @@ static void add_string(struct text *t, const char *s)
     add(t, s, strlen(s));
 }
 
-/* For short texts: at most 255 bytes. */
+/* As printf() would write it, but no more than 255 bytes. */
 static void add_format(struct text *t, const char *fmt, ...)
 {
-    char s[256];
+    char s[256] = "";
     va_list args;
-    int n;
 
     va_start(args, fmt);
-    n = vsnprintf(s, sizeof s, fmt, args);
+    vsnprintf(s, sizeof s, fmt, args);
     va_end(args);
-    if (n > 0)
-        add(t, s, n < (int)sizeof s ? (size_t)n : sizeof s - 1);
+    add_string(t, s);
 }
 
-/* Letters of ASCII, in any locale. */
+/* ASCII letters only, whatever the locale. */
 static void lower(char *s, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -315,7 +264,7 @@ static void lower(char *s, size_t n)
             s[i] = (char)(s[i] - 'A' + 'a');
 }
 
-/* Some bytes within a text. */
+/* Part of a text, without a NUL. */
 struct piece { const char *s; size_t n; };
 
 static int same(const char *s, size_t n, const char *word)
@@ -323,7 +272,7 @@ static int same(const char *s, size_t n, const char *word)
     return n == strlen(word) && memcmp(s, word, n) == 0;
 }
 
-/* In the order of their bytes, a beginning before what goes on. */
+/* Order by bytes, a prefix first. */
 static int compare(const char *a, size_t n_a, const char *b, size_t n_b)
 {
     const int order = memcmp(a, b, n_a < n_b ? n_a : n_b);
@@ -331,7 +280,57 @@ static int compare(const char *a, size_t n_a, const char *b, size_t n_b)
     return order ? order : (n_a > n_b) - (n_a < n_b);
 }
 
-/* A few words, made on the spot. */
+/* Decode the UTF-8 character at s < end.  Returns its length, or 0 if it is
+ * malformed; *out is then the replacement character. */
+static int utf8_get(const char *s, const char *end, uint32_t *out)
+{
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    const unsigned char c = (unsigned char)*s;
+    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
+                  c < 0xf0 ? 3 : 4;
+    uint32_t u = n == 1 ? c : c & (0x7f >> n);
+
+    *out = 0xfffd;
+    if (n > end - s)
+        return 0;
+    for (int i = 1; i < n; i++) {
+        if ((s[i] & 0xc0) != 0x80)
+            return 0;
+        u = u << 6 | (s[i] & 0x3f);
+    }
+    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
+        return 0;
+    *out = u;
+    return n;
+}
+
+/* Including the C1 controls: U+009B means the same as ESC [. */
+static int is_control(uint32_t c)
+{
+    return c < ' ' || (c >= 0x7f && c < 0xa0);
+}
+
+/* Remove control characters except newline and tab, and stray bytes 0x80 to
+ * 0x9f, which could complete one.  Returns the new length. */
+static size_t drop_controls(char *s, size_t n)
+{
+    const char *const end = s + n, *from = s;
+    size_t kept = 0;
+    uint32_t c;
+
+    for (int size; from < end; from += size) {
+        size = utf8_get(from, end, &c);
+        c = size ? c : (unsigned char)*from;
+        size += size == 0;
+        if (is_control(c) && c != '\n' && c != '\t')
+            continue;
+        memmove(s + kept, from, (size_t)size);
+        kept += (size_t)size;
+    }
+    return kept;
+}
+
+/* A short string that is passed by value; a longer one is cut. */
 struct phrase { char s[128]; };
 
 static struct phrase *write_phrase(struct phrase *out, const char *fmt, ...)
@@ -344,11 +343,11 @@ static struct phrase *write_phrase(struct phrase *out, const char *fmt, ...)
     return out;
 }
 
-/* A macro: tcc 0.9.27 mistakes the arguments of a variadic function that
- * returns a struct. */
+/* phrase("%d", n).s is the string.  A macro, because tcc 0.9.27 miscompiles
+ * variadic functions that return a struct. */
 #define phrase(...) (*write_phrase(&(struct phrase) { "" }, __VA_ARGS__))
 
-/* "23.84 B" parameters or, with unit "B", "13.51 GB". */
+/* "23.84 B" (billions) or, if the unit is "B" for bytes, "13.51 GB". */
 static struct phrase amount(double n, const char *unit)
 {
     const char *letter = n >= 1e9 ? *unit ? "G" : "B" :
@@ -405,6 +404,14 @@ static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
     return h;
 }
 
+/* Number by number, so that it does not depend on the byte order. */
+static uint64_t hash_floats(uint64_t h, const float *x, int n)
+{
+    for (int i = 0; i < n; i++)
+        h = hash_number(h, float_bits(x[i]));
+    return h;
+}
+
 static double seconds(void)
 {
     struct timespec t;
@@ -418,10 +425,10 @@ static int smaller(int a, int b)
     return a < b ? a : b;
 }
 
-/* ---- types that are defined further down */
+/* ---- types of later sections */
 
-/* Section 14: memory that is freed all at once, and read-only JSON.  The fields
- * before `key` are the value; `key` and the rest are its place in another. */
+/* Section 14: memory that is freed all at once, and parsed JSON, which does not
+ * change.  The fields from `key` on are the place of a value in its parent. */
 struct chunk { struct chunk *next; size_t used, size; };
 
 struct pool { struct chunk *chunks; size_t total; };
@@ -432,16 +439,16 @@ enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY,
 struct json {
     int type;
     int n_members;
-    const char *s;                        /* of a string or number           */
+    const char *s;                        /* a string or number, as text     */
     size_t n;
-    struct json *first;                   /* its members                     */
-    const char *key;                      /* in an object                    */
+    struct json *first;                   /* member                          */
+    const char *key;                      /* NULL: in an array               */
     size_t n_key;
     struct json *next;
 };
 
-/* Section 15: the templates, in the order of --template, and marks in what they
- * write. */
+/* Section 15: chat templates, in the order of --template's words, and control
+ * tokens that they write. */
 enum {
     TEMPLATE_AUTO, TEMPLATE_LFM2, TEMPLATE_INSTRUCT, TEMPLATE_NEW, TEMPLATE_VL,
     TEMPLATE_8B, TEMPLATE_26B, TEMPLATE_NONE
@@ -462,10 +469,10 @@ enum {
 struct conversation {
     const struct json *messages, *tools;  /* arrays; tools may be NULL       */
     const char *date;                     /* YYYY-MM-DD                      */
-    int generate;                         /* an answer is to follow          */
-    int keep_thinking;                    /* of past answers                 */
-    int continue_last;                    /* the last message goes on        */
-    int open_thought;                     /* the answer begins with <think>  */
+    int generate;                         /* end by opening an answer        */
+    int keep_thinking;                    /* even in past answers            */
+    int continue_last;                    /* leave the last message open     */
+    int open_thought;                     /* begin the answer with <think>   */
 };
 
 struct mark { size_t from; const char *token; };
@@ -474,32 +481,46 @@ struct rendered {
     struct text text;
     struct mark *mark;                    /* control tokens, in order        */
     int n_marks;
-    int lost_calls;                       /* that the template passed over   */
+    int lost_calls;                       /* the template dropped tool calls */
 };
 
-/* Section 16: what the model wants to be called, its arguments as a JSON
- * object. */
+/* Section 16: a tool call of the model; the arguments are a JSON object. */
 struct call { struct piece name, arguments; };
 
 struct calls { struct call *call; int n; struct pool pool; };
 
 /* Section 13. */
-static volatile sig_atomic_t is_dim;      /* the text at the terminal        */
+static volatile sig_atomic_t is_dim;      /* the terminal shows dim text     */
 static volatile sig_atomic_t interrupted, last_signal;
-static volatile sig_atomic_t is_heard;    /* somebody looks at `interrupted` */
-static lfm2_context *volatile running;    /* what a signal is to stop        */
+static volatile sig_atomic_t is_heard;    /* `interrupted` is being polled   */
+static lfm2_context *volatile running;    /* a signal cancels this           */
+
+/* Section 19. */
+struct trace {
+    const struct settings *s;
+    int code;                             /* DONE, or the first error        */
+    int first, last;                      /* positions to trace              */
+    struct trace_file {
+        const char *path;                 /* NULL: not wanted                */
+        int fd;
+        struct text text;                 /* to be written next              */
+    } records, raw;
+    uint64_t offset;                      /* in raw                          */
+    int has_some;                         /* activations were recorded       */
+};
 
 /* ------------------------------------------------------ 2. Settings and main
  *
  * What the command line asks for; section 11 reads it. */
 
 enum {
-    UNSET = INT_MIN,                      /* then it depends on the model    */
+    UNSET = INT_MIN,                      /* depends on the model            */
     MAX_CTX = 1 << 24, MAX_LIST = 16, MAX_LOOKUP = 15, MAX_LOGPROBS = 20,
+    MAX_OPTIONS = 112,
     PLAIN_LENGTH = 256                    /* tokens of plain text, unless -n */
 };
 
-/* What the program is to do. */
+/* What to do, as bits: an option lists the modes in which it is allowed. */
 enum mode {
     ANSWER = 1, CHAT = 2, BATCH = 4, LOGITS = 8, DUMP = 16, TOKENIZE = 32,
     DETOKENIZE = 64, EXPORT = 128, INSPECT = 256, PPL = 512, BENCH = 1024,
@@ -507,14 +528,12 @@ enum mode {
     TALK = ANSWER | CHAT, PROMPT = TALK | LOGITS | DUMP,
     REQUESTS = BATCH | SERVE, GENERATE = TALK | REQUESTS,
     RUN = GENERATE | LOGITS | DUMP | PPL,
-    WORDS = TOKENIZE | DETOKENIZE | EXPORT, ANY = 8191
+    WORDS = TOKENIZE | DETOKENIZE | EXPORT, ANY = 2 * SERVE - 1
 };
 
-struct list { int n, v[MAX_LIST]; };      /* numbers, by commas              */
+struct list { int n, v[MAX_LIST]; };      /* numbers, separated by commas    */
 
-struct texts { int n; const char *v[MAX_LIST]; };     /* of repeated options */
-
-struct bias { int32_t id; float by; };
+struct texts { int n; const char *v[MAX_LIST]; };     /* a repeated option   */
 
 struct sampling {
     double temp;
@@ -523,32 +542,30 @@ struct sampling {
     int last_n;                           /* -1: all                         */
 };
 
-/* How an answer is made.  Options fill the first half, and so does the body of
- * a request; the rest follows from the prompt. */
+/* What to answer, and how.  The fields down to `stop` can be set by options and
+ * by members of a JSON request. */
 struct request {
     struct sampling sampling;
-    double presence, frequency;           /* taken off what was said before  */
-    int limit;                            /* most tokens; < 0: to the end    */
-    int think_budget;                     /* most tokens of thought; -1: any */
-    int ignore_eos, echo;                 /* echo: the prompt is told, too   */
-    int stream, n_choices;                /* for a server                    */
+    double presence, frequency;           /* penalties                       */
+    int limit;                            /* most tokens; < 0: no limit      */
+    int think_budget;                     /* tokens of thought; -1: no limit */
+    int ignore_eos, echo;                 /* echo: repeat the prompt         */
+    int stream, n_choices;                /* with --serve only               */
     int logprobs, prompt_logprobs;        /* how many alternatives; -1: off  */
     long long seed;                       /* -1: random                      */
     struct texts stop;
-    struct pool pool;                     /* of those that a body names      */
-    struct bias *bias;                    /* [n_bias]                        */
+    struct pool pool;                     /* for stop strings of a request   */
+    struct bias { int32_t id; float by; } *bias;
     int n_bias;
     struct ids prompt;
     struct schema *schema;                /* NULL: any text                  */
     int is_completion;                    /* of plain text, not of messages  */
-    int in_thought;                       /* the prompt has opened one       */
+    int in_thought;                       /* the prompt ends inside one      */
 };
 
-enum { MAX_OPTIONS = 112 };
-
 struct settings {
-    int mode;                             /* 0: none named                   */
-    const char *given[MAX_OPTIONS];       /* by which name, in table order   */
+    int mode;                             /* 0: none given                   */
+    const char *given[MAX_OPTIONS];       /* the name used; in table order   */
     const char *model, *prompt, *file, *system, *system_file, *messages;
     const char *tools, *session, *save_dir, *ids, *logits, *export_to;
     const char *tokenizer, *ppl, *date, *trace, *trace_tokens, *trace_raw;
@@ -565,7 +582,7 @@ struct settings {
     int reps, output;
 };
 
-/* In the order of the words of --think, --color, --sandbox and -o. */
+/* In the order of the words that --think, --color, --sandbox and -o take. */
 enum { THINK_AUTO, THINK_SHOW, THINK_HIDE, THINK_RAW };
 enum { COLOR_AUTO, COLOR_ON, COLOR_OFF };
 enum { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
@@ -586,27 +603,27 @@ static const struct settings defaults = {
 
 enum kind {
     HEADING, FLAG, WHOLE, SEED, REAL, CHOICE,
-    TEXT, DATE, RANGE, IN_FILE, OUT_FILE, /* once                            */
+    TEXT, DATE, RANGE, IN_FILE, OUT_FILE, /* not more than once              */
     TEXTS, LIST,
-    IGNORED, IGNORED_FLAG, REFUSED        /* of other programs               */
+    IGNORED, IGNORED_FLAG, REFUSED        /* options of other programs       */
 };
 
-/* A row without names is for bodies of requests only; one without help is not
- * listed.  An option that names a mode has it as `mode`. */
+/* A row of the table in section 11.  One without names is only a member of JSON
+ * requests; one without help is not listed. */
 struct option {
     enum kind kind;
-    const char *names;                    /* by spaces                       */
-    const char *arg;                      /* of a CHOICE, the words by |     */
-    size_t at;                            /* in struct settings              */
+    const char *names;                    /* separated by spaces             */
+    const char *arg;                      /* for a CHOICE: its words, with | */
+    size_t at;                            /* offset in struct settings       */
     double min, max;
-    const char *json;                     /* names in a body, by spaces      */
-    int modes, mode;
+    const char *json;                     /* JSON member names, likewise     */
+    int modes, mode;                      /* valid in; selected, or 0        */
     const char *help;
 };
 
 #define AT(field) offsetof(struct settings, field)
 
-/* ---- functions that are defined further down */
+/* ---- functions of later sections */
 
 struct engine;
 struct talk;
@@ -719,7 +736,7 @@ static void end_guided(struct reply *r);
 static int may_say(const struct engine *e, const struct reply *r, int32_t id);
 static int32_t ask_again(struct engine *e, struct reply *r, float *logits);
 
-/* What the program can do: sections 7, 9 to 11, 17, 18 and 20 to 22. */
+/* What the program can do: sections 7, 9 to 11, 17, 18, and 20 to 22. */
 typedef int task(const struct settings *s);
 
 static task work_on_model, batch, serve, work_on_words, inspect_file,
@@ -728,9 +745,9 @@ static int print_help(void), print_version(void), selftest(void);
 
 static int work(const struct settings *s)
 {
-    switch (s->help ? 0 : s->version ? -1 : s->mode) {
-    case 0: return print_help();
-    case -1: return print_version();
+    if (s->help || s->version)
+        return s->help ? print_help() : print_version();
+    switch (s->mode) {
     case SELFTEST: return selftest();
     case TOKENIZE: case DETOKENIZE: case EXPORT: return work_on_words(s);
     case PPL: return perplexity(s);
@@ -755,39 +772,88 @@ int main(int argc, char **argv)
     return code == INTERRUPTED ? 128 + (int)last_signal : code;
 }
 
-/* ------------------------------------------------------ 3. The model in use
+/* --------------------------------------------------- 3. Request, reply, step
  *
- * What the machine gives, what a token costs, how a model wants its words
- * chosen; and then the model, its vocabulary and a context, opened together. */
+ * Whatever is to be answered is a job: a request, and the reply to it, which
+ * grows token by token.  The job's sink does something with the new text.
+ *
+ *     command line, chat --.             .-- the screen, or one JSON object
+ *     a line of --batch  --+--> jobs --> +-- a line of JSON
+ *     a body over HTTP   --'             '-- a response, or events
+ *
+ * engine_step() gives waiting jobs a slot, which is a sequence of the context;
+ * feeds the next tokens of all active jobs to one lfm2_forward(); samples a
+ * token for each of them; and calls their sinks. */
 
-enum {
-    LOGITS_CHUNK = 64,                    /* rows of logits, of any prompt   */
-    TRACE_BATCH = 64,                     /* tokens, as each takes much      */
-    LOOKUP = 7,                           /* tokens guessed at once          */
-    PROMPT_PIECE = 128,                   /* tokens read while others write  */
-    EXACT_TRIM = 16                       /* tokens that can be taken back   */
+enum finish { UNFINISHED, STOPPED, BY_LENGTH, BY_CONTEXT, BROKEN };
+
+/* The part of an answer that its next byte belongs to. */
+enum part {
+    AT_START, IN_THOUGHT, AFTER_THOUGHT, IN_TEXT, IN_CALL, IN_PLAIN_TEXT
 };
 
-/* A sequence of the context: what its cache holds, and for whom. */
+/* A token and the likeliest tokens in its place, with log probabilities. */
+struct scored { int32_t id; double logprob; };
+
+struct score { struct scored token, top[MAX_LOGPROBS + 1]; int n_top; };
+
+struct scores { struct score *v; int n; };
+
+/* The first n_fed of its tokens are in the cache:
+ *
+ *     0              n_reused     prompt.n        n_fed     ids.n
+ *     |           prompt          |       answer so far       |
+ *     | from before  |     fed to a forward       |  to feed  | */
+struct reply {
+    const struct request *q;
+    int seq;                              /* sequence, and number of a slot  */
+    int keeps_marks;                      /* --think raw: all of it is text  */
+    struct ids ids;                       /* [n_ctx]                         */
+    int n_fed, n_reused;
+    int n_made, n_thought;                /* tokens of answer, of thought    */
+    int n_sampled, n_steps;               /* tokens; forwards after the 1st  */
+    int n_guessed, n_right;               /* tokens, by prompt lookup        */
+    int max_guess, credit;                /* limits of prompt lookup         */
+    lfm2_sampler sampler;
+    struct guide *guide;                  /* NULL: any text is allowed       */
+    int n_again;                          /* tokens that did not fit it      */
+    double again;                         /* seconds to sample them again    */
+    enum finish finish;
+    enum part part;
+    struct text raw;                      /* the whole answer, of which      */
+    size_t seen;                          /* this many bytes are split into  */
+    struct text text, thought, calls;     /* these parts                     */
+    struct scores prompt_scores, scores;
+    int *count;                           /* of each token; NULL: not needed */
+    uint64_t hash;                        /* of all logits sampled from      */
+    double started, read, ended;          /* seconds(); `read`: the prompt   */
+};
+
+struct job {
+    struct request q;
+    struct reply r;
+    const struct sink *to;
+    void *owner;
+    enum { WAITING, ACTIVE, FINISHED } state;
+    uint64_t id;
+    struct job *next;
+    struct {                              /* what a client has been sent     */
+        int some, scores;
+        size_t text, thought;
+        double when;                      /* time of its latest token        */
+    } told;
+};
+
+struct sink {
+    void (*more)(struct job *j);          /* after each step; may be NULL    */
+    void (*end)(struct job *j);           /* r.finish is the reason          */
+};
+
 struct slot {
-    struct ids cached;
-    struct job *job;                      /* NULL: none                      */
-    double used;
-    int same;                             /* shared with the prompt in hand  */
-};
-
-/* What is written of a pass, see section 19. */
-struct trace {
-    const struct settings *s;
-    int code;                             /* DONE until something fails      */
-    int first, last;                      /* positions to be shown           */
-    struct trace_file {
-        const char *path;                 /* NULL: not asked for             */
-        int fd;
-        struct text text;                 /* of what comes next              */
-    } records, raw;
-    uint64_t offset;                      /* in raw                          */
-    int has_some;                         /* behind the line about the model */
+    struct ids cached;                    /* tokens in the cache             */
+    struct job *job;                      /* NULL: free                      */
+    double used;                          /* when the last job ended         */
+    int same;                             /* for choose_slot()               */
 };
 
 struct engine {
@@ -797,237 +863,725 @@ struct engine {
     lfm2_context *ctx;
     lfm2_params par;
     int template;                         /* TEMPLATE_NONE: plain text       */
-    int opens_thought;                    /* the prompt ends with <think>    */
+    int opens_thought;                    /* prompts end with <think>        */
     int lookup;                           /* most tokens guessed at once     */
-    int piece;                            /* of a prompt, while others write */
-    struct sampling preset;
+    int piece;                            /* --prompt-piece                  */
+    struct sampling preset;               /* recommended for the model       */
     char date[12];
     struct ids ends;                      /* tokens that end a turn          */
-    struct trace *trace;                  /* NULL: nobody looks              */
-    struct fetch *fetch;                  /* NULL: the file is in memory     */
+    struct trace *trace;                  /* NULL: none                      */
     struct slot *slot;                    /* [n_seq]                         */
     struct job *jobs;                     /* waiting or active, oldest first */
     lfm2_span *span;                      /* [n_seq]                         */
     float *raw_logits;                    /* [n_vocab], before penalties     */
-    int lost_calls;                       /* told already                    */
-    struct pool pool;                     /* of this schema:                 */
+    int is_warned;                        /* about lost tool calls           */
+    struct pool pool;                     /* memory of schema                */
     struct json *schema;                  /* --json-schema; NULL: none       */
     struct spelling *spelling;            /* NULL: not needed yet            */
 };
 
-/* ---- what the system gives
- *
- * On Linux a control group, as that of a container, may have less than the
- * machine: by its files in version 2, or in a tree of each controller's own in
- * version 1.  What limits a group limits the groups within it. */
-
-static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
-
-/* What a file of the system says after `key` and a colon or a blank, or without
- * a key on its first line; `otherwise` if it is not there. */
-static struct phrase look_up(const char *dir, const char *name,
-                             const char *key, const char *otherwise)
+static void free_reply(struct reply *r)
 {
-    struct phrase out = phrase("%s", otherwise);
-    const size_t n = strlen(key);
-    char line[640];
-    FILE *f;
-
-    snprintf(line, sizeof line, "%s/%s", dir, name);
-    f = fopen(line, "r");
-    while (f && fgets(line, sizeof line, f))
-        if (n == 0 || (strncmp(line, key, n) == 0 && strchr(": \t", line[n]))) {
-            const char *s = line + n + strspn(line + n, ": \t");
-            out = phrase("%.*s", (int)strcspn(s, "\n"), s);
-            break;
-        }
-    if (f)
-        fclose(f);
-    return out;
+    free(r->ids.id);
+    free(r->raw.s);
+    free(r->text.s);
+    free(r->thought.s);
+    free(r->calls.s);
+    free(r->prompt_scores.v);
+    free(r->scores.v);
+    free(r->count);
+    free(r->guide);
+    *r = (struct reply){ .q = NULL };
 }
 
-/* 0 if there is none, as where it says "max". */
-static double number_in(const char *dir, const char *name, const char *key)
+static void free_request(struct request *q)
 {
-    return strtod(look_up(dir, name, key, "0").s, NULL);
+    free(q->prompt.id);
+    free(q->bias);
+    pool_free(&q->pool);
+    free_schema(q->schema);
 }
 
-/* In whole CPUs.  Threads beyond the quota are stopped in the middle of their
- * work, and all others wait for them: two threads were faster than one with 1.5
- * CPUs, and slower with 1.2. */
-static double cpu_limit(const char *dir)
+/* Later in this section. */
+static void sample_token(struct engine *e, struct reply *r, float *logits);
+static int guess(const struct engine *e, const struct reply *r, int n);
+static void count_guesses(struct reply *r, int n, int n_right);
+static void split(struct reply *r, int last);
+static void record_score(const struct engine *e, struct scores *to,
+                         const float *logits, int32_t id, int k);
+
+/* ---- jobs and slots */
+
+static int shared_prefix(const struct ids *a, const struct ids *b)
 {
-    double quota = 0, period = 0;
+    int n = 0;
 
-    sscanf(look_up(dir, "cpu.max", "", "").s, "%lf %lf", &quota, &period);
-    if (quota <= 0) {
-        quota = number_in(dir, "cpu.cfs_quota_us", "");
-        period = number_in(dir, "cpu.cfs_period_us", "");
-    }
-    return quota > 0 && period > 0 ? fmax(1, floor(quota / period + 0.5)) : 0;
-}
-
-/* How much more memory a group may take, beyond what its processes hold.  Pages
- * of files do not count: they make room. */
-static double memory_left(const char *dir)
-{
-    const double most = fmax(number_in(dir, "memory.max", ""),
-                             number_in(dir, "memory.limit_in_bytes", ""));
-
-    return most <= 0 ? 0 :
-           fmax(1, most - number_in(dir, "memory.stat", "anon") -
-                   number_in(dir, "memory.stat", "total_rss"));
-}
-
-/* The least limit, 0 for none, of the groups of this process and those they are
- * in.  A line is "0::/path", or "4:memory:/path" in version 1. */
-static double least_limit(double (*limit)(const char *dir))
-{
-    FILE *f = fopen(groups, "r");
-    char line[512], dir[600], *end;
-    double least = 0;
-
-    while (f && fgets(line, sizeof line, f)) {
-        char *tree = strchr(line, ':');
-        char *path = tree ? strchr(tree + 1, ':') : NULL;
-        if (!path)
-            continue;
-        *path++ = '\0';
-        path[strcspn(path, "\n")] = '\0';
-        do {
-            snprintf(dir, sizeof dir, "%s/%s%s", group_root, tree + 1, path);
-            const double x = limit(dir);
-            least = x > 0 && (least <= 0 || x < least) ? x : least;
-            end = strrchr(path, '/');
-            if (end)
-                *end = '\0';
-        } while (end);
-    }
-    if (f)
-        fclose(f);
-    return least;
-}
-
-/* CPUs that this process may use, 64 at most. */
-static int usable_cpus(void)
-{
-    const double quota = least_limit(cpu_limit);
-
-    return (int)fmin(fmin(lfm2_n_cpus(), 64), quota > 0 ? quota : 64);
-}
-
-/* Memory that can be had without taking it from another program; 0 if the
- * system does not tell. */
-static double free_memory(void)
-{
-    const double have = number_in("/proc", "meminfo", "MemAvailable") * 1024;
-    const double most = least_limit(memory_left);
-
-    return most > 0 ? fmin(have, most) : have;
-}
-
-/* Bytes of the KV cache for one token. */
-static double kv_bytes(const lfm2_config *c, int kv_type)
-{
-    double sum = 0;
-
-    for (int il = 0; il < c->n_layer; il++)
-        if (c->is_attn[il])
-            sum += 2.0 * c->n_head_kv * c->head_dim *
-                   (kv_type == LFM2_KV_F16 ? 2 : 4);
-    return sum;
-}
-
-/* ---- what a token costs, and the process */
-
-static double count_elements(const lfm2_tensor_info *t)
-{
-    double n = 1;
-
-    for (int d = 0; d < t->n_dims; d++)
-        n *= (double)t->dims[d];
+    while (n < a->n && n < b->n && a->id[n] == b->id[n])
+        n++;
     return n;
 }
 
-/* What a token costs, by the tensors of the file. */
-struct cost {
-    double bytes, params;                 /* of the whole file               */
-    double shared, experts;               /* bytes: read for every token, and
-                                             of all experts together         */
-    double macs, head;                    /* multiply-adds; for logits       */
-    double kv;                            /* bytes of cache a token of text  */
+static int check_prompt(const struct engine *e, const struct request *q,
+                        struct why *why)
+{
+    const lfm2_config *c = lfm2_model_config(e->model);
+
+    if (q->prompt.n == 0)
+        return because(why, USAGE, "the prompt has no tokens");
+    if (q->prompt.n > e->par.n_ctx)
+        return because(why, TOO_LONG, "the prompt has %d tokens, the context "
+                       "%d%s", q->prompt.n, e->par.n_ctx,
+                       e->par.n_ctx < c->n_ctx_train ? "; -c N makes it longer"
+                       : ", all that the model was trained for");
+    for (int i = 0; i < q->prompt.n; i++)
+        if (q->prompt.id[i] < 0 || q->prompt.id[i] >= c->n_vocab)
+            return because(why, USAGE, "token %d is %ld, expected 0 to %d", i,
+                           (long)q->prompt.id[i], c->n_vocab - 1);
+    return DONE;
+}
+
+/* Queue a job whose request and sink are set. */
+static int engine_add(struct engine *e, struct job *j, struct why *why)
+{
+    struct job **end = &e->jobs;
+    const int code = check_prompt(e, &j->q, why);
+
+    if (code != DONE)
+        return code;
+    while (*end)
+        end = &(*end)->next;
+    *end = j;
+    j->next = NULL;
+    j->state = WAITING;
+    return DONE;
+}
+
+/* Remove a job, finished or not.  What it has read stays in the cache. */
+static void engine_drop(struct engine *e, struct job *j)
+{
+    struct job **at = &e->jobs;
+
+    while (*at && *at != j)
+        at = &(*at)->next;
+    if (*at)
+        *at = j->next;
+    j->r.ended = seconds();
+    if (j->state == ACTIVE) {
+        e->slot[j->r.seq].job = NULL;
+        e->slot[j->r.seq].used = j->r.ended;
+    }
+    j->state = FINISHED;
+    split(&j->r, 1);
+}
+
+/* Start a job in a slot.  At least the last token of a prompt is read anew, for
+ * its logits. */
+static void start_reply(struct engine *e, struct job *j, struct slot *slot)
+{
+    const struct request *q = &j->q;
+    const struct sampling *p = &q->sampling;
+    struct reply *r = &j->r;
+
+    *r = (struct reply){
+        .q = q, .seq = (int)(slot - e->slot), .hash = HASH_START,
+        .keeps_marks = e->s->think == THINK_RAW,
+        .sampler = {
+            (float)p->temp, p->top_k < 0 ? 0 : p->top_k, (float)p->top_p,
+            (float)p->min_p, (float)p->repeat,
+            p->last_n < 0 ? 1 << 30 : p->last_n, (uint64_t)q->seed
+        },
+        .part = q->is_completion ? IN_PLAIN_TEXT : q->in_thought ? IN_THOUGHT :
+                AT_START
+    };
+    r->ids.id = zeroed((size_t)e->par.n_ctx + 1, sizeof *r->ids.id);
+    if (q->presence != 0 || q->frequency != 0)
+        r->count = zeroed((size_t)lfm2_model_config(e->model)->n_vocab,
+                          sizeof *r->count);
+    memcpy(r->ids.id, q->prompt.id, (size_t)q->prompt.n * sizeof *r->ids.id);
+    r->ids.n = q->prompt.n;
+    start_guide(e, r);
+    slot->cached.n = lfm2_seq_trim(e->ctx, r->seq,
+                                   smaller(slot->same, q->prompt.n - 1));
+    r->n_fed = r->n_reused = slot->cached.n;
+    r->started = r->read = r->ended = seconds();
+    slot->job = j;
+    j->state = ACTIVE;
+}
+
+/* The slot for a request; NULL if all are busy.  A conversation goes on in its
+ * own slot; any other takes an empty one, or else the least recently used.
+ * *from is the slot that shares the longest prefix with the prompt.  If its log
+ * probabilities are wanted, a prompt is read from its beginning. */
+static struct slot *choose_slot(const struct engine *e,
+                                const struct request *q,
+                                const struct slot **from)
+{
+    enum { EXACT_TRIM = 16 };             /* see lfm2_seq_trim()             */
+    struct slot *const end = e->slot + e->par.n_seq, *best = NULL;
+    double best_rank = INFINITY;
+
+    *from = e->slot;
+    for (struct slot *s = e->slot; s < end; s++) {
+        s->same = q->prompt_logprobs < 0 ?
+                  shared_prefix(&s->cached, &q->prompt) : 0;
+        if (s->same > (*from)->same)
+            *from = s;
+    }
+    for (struct slot *s = e->slot; s < end; s++) {
+        const int goes_on = s->same > 0 && s->same == (*from)->same &&
+                            s->cached.n - s->same <= EXACT_TRIM;
+        const double rank = goes_on ? -2 : s->cached.n == 0 ? -1 : s->used;
+        if (!s->job && rank < best_rank)
+            best = s, best_rank = rank;
+    }
+    return best;
+}
+
+/* Is a job reading a prompt that begins like this one, so that it is worth
+ * waiting to copy its cache?  `have` tokens could be copied now. */
+static int worth_waiting(const struct engine *e, const struct ids *prompt,
+                         int have)
+{
+    for (const struct job *j = e->jobs; j; j = j->next)
+        if (j->state == ACTIVE && j->r.n_fed < j->q.prompt.n) {
+            const int n = shared_prefix(&j->q.prompt, prompt);
+            if (n > j->r.n_fed && n >= have + lfm2_seq_step(e->ctx))
+                return 1;
+        }
+    return 0;
+}
+
+/* Start waiting jobs, oldest first.  One that had better wait does not hold up
+ * those behind it. */
+static void start_jobs(struct engine *e)
+{
+    for (struct job *j = e->jobs; j; j = j->next) {
+        const struct slot *from;
+        struct slot *to;
+        if (j->state != WAITING)
+            continue;
+        to = choose_slot(e, &j->q, &from);
+        if (!to)
+            return;
+        if (j->q.prompt_logprobs < 0 &&
+            worth_waiting(e, &j->q.prompt, from->same))
+            continue;
+        if (from->same >= to->same + lfm2_seq_step(e->ctx) &&
+            lfm2_seq_copy(e->ctx, (int)(to - e->slot), (int)(from - e->slot),
+                          NULL) == LFM2_OK) {
+            to->same = from->same;
+            to->cached.n = from->cached.n;
+            memcpy(to->cached.id, from->cached.id,
+                   (size_t)from->cached.n * sizeof *from->cached.id);
+        }
+        start_reply(e, j, to);
+    }
+}
+
+/* ---- one step */
+
+/* The tokens of a reply that go into the next forward: those to feed, as far as
+ * there is room, and then guesses.  Beyond one for each job there is room left
+ * for *room tokens and *rows rows of logits; what this takes is subtracted. */
+static lfm2_span next_span(const struct engine *e, struct reply *r,
+                           int n_guesses, int *room, int *rows)
+{
+    const int rest = r->ids.n - r->n_fed;
+    const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
+    const int most = all_rows ? smaller(*rows, *room) : *room;
+    const int n = smaller(rest, most + 1);
+    int guesses = 0;
+
+    *room -= n - 1;
+    *rows -= all_rows ? n - 1 : 0;
+    if (n == rest)
+        guesses = guess(e, r, smaller(n_guesses, smaller(*room, *rows)));
+    *room -= guesses;
+    *rows -= guesses;
+    return (lfm2_span){ .seq = r->seq, .tokens = r->ids.id + r->n_fed,
+                        .n_tokens = n + guesses,
+                        .n_logits = (all_rows ? n : n == rest) + guesses };
+}
+
+/* Sample the next token, and one more after each guess that was right: the n
+ * guesses are in the cache, behind the tokens of the reply.  Wrong ones are
+ * removed, with some tokens before them if it cannot be trimmed exactly. */
+static void sample_tokens(struct engine *e, struct reply *r, int span)
+{
+    struct ids *cached = &e->slot[r->seq].cached;
+    const int from = r->n_fed, n = cached->n - from;
+    const int row = e->span[span].n_logits - 1 - n;
+
+    while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
+        sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
+        while (r->n_fed < r->ids.n && r->n_fed < cached->n &&
+               r->ids.id[r->n_fed] == cached->id[r->n_fed])
+            r->n_fed++;
+    }
+    count_guesses(r, n, r->n_fed - from);
+    if (r->n_fed < cached->n)
+        r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
+}
+
+/* After a forward: what was fed is in the cache; when all of the reply is, the
+ * next token is sampled.  No logits predict the first token of a prompt. */
+static void advance(struct engine *e, struct reply *r, int span)
+{
+    const lfm2_span *fed = &e->span[span];
+    const struct request *q = r->q;
+    struct ids *cached = &e->slot[r->seq].cached;
+
+    memcpy(cached->id + cached->n, fed->tokens,
+           (size_t)fed->n_tokens * sizeof *cached->id);
+    cached->n += fed->n_tokens;
+    if (q->prompt_logprobs >= 0 && r->n_made == 0) {
+        if (r->n_fed == 0)
+            record_score(e, &r->prompt_scores, NULL, r->ids.id[0], 0);
+        for (int i = 0, at = r->n_fed + 1; i < fed->n_logits &&
+             at + i < q->prompt.n; i++)
+            record_score(e, &r->prompt_scores, lfm2_logits(e->ctx, span, i),
+                         r->ids.id[at + i], q->prompt_logprobs);
+    }
+    r->n_fed = smaller(cached->n, r->ids.n);
+    if (r->n_sampled == 0)
+        r->read = seconds();
+    else
+        r->n_steps++;
+    if (r->n_fed == r->ids.n && q->limit == 0)
+        r->finish = BY_LENGTH;
+    else if (r->n_fed == r->ids.n)
+        sample_tokens(e, r, span);
+}
+
+static int forward(const struct engine *e, const lfm2_span *spans, int n)
+{
+    lfm2_error err;
+
+    if (lfm2_forward(e->ctx, spans, n, &err) == LFM2_OK)
+        return e->trace ? e->trace->code : DONE;
+    if (err.code == LFM2_ECANCELLED)
+        return INTERRUPTED;
+    return report(e->s->ids ? e->s->ids : e->s->model, &err);
+}
+
+/* Advance all jobs by one forward.  Each active job feeds at least one token;
+ * prompts share what is left of the batch.  While any answer is being written
+ * that is not more than a piece, so that its next token does not take long. */
+static int engine_step(struct engine *e)
+{
+    int n = 0, writing = 0, room, rows, code, span = 0;
+    struct job *j, *next;
+
+    start_jobs(e);
+    for (j = e->jobs; j; j = j->next)
+        if (j->state == ACTIVE) {
+            writing |= j->r.n_sampled > 0;
+            n++;
+        }
+    if (n == 0)
+        return DONE;
+    room = e->par.n_batch > n ? e->par.n_batch - n : 0;
+    room = writing ? smaller(room, e->piece) : room;
+    rows = e->par.n_logits - n;
+    for (j = e->jobs; j; j = j->next)
+        if (j->state == ACTIVE)
+            e->span[span++] = next_span(e, &j->r, e->lookup / n, &room, &rows);
+    code = forward(e, e->span, n);
+    span = 0;
+    for (j = e->jobs; code == DONE && j; j = next) {
+        next = j->next;
+        if (j->state != ACTIVE)
+            continue;
+        advance(e, &j->r, span++);
+        if (j->r.finish != UNFINISHED) {
+            engine_drop(e, j);
+            j->to->end(j);
+        } else if (j->to->more)
+            j->to->more(j);
+    }
+    return code;
+}
+
+/* ---- the next token */
+
+/* The bytes of a token; of control tokens, only those of the marks below. */
+static const char *visible(const struct engine *e, int32_t id, int *len)
+{
+    static const char *const marks[] = { THINK, THINK_END, CALL_START,
+                                         CALL_END };
+    const char *s = lfm2_token_bytes(e->words, id, 0, len);
+
+    if (*len > 0)
+        return s;
+    s = lfm2_token_bytes(e->words, id, 1, len);
+    for (int i = 0; i < 4; i++)
+        if (same(s, (size_t)*len, marks[i]))
+            return s;
+    *len = 0;
+    return s;
+}
+
+/* Append a token to the answer, or end it. */
+static void take_token(const struct engine *e, struct reply *r, int32_t id)
+{
+    int len;
+    const char *s = visible(e, id, &len);
+
+    r->n_thought += r->part == IN_THOUGHT;
+    r->n_made++;
+    if (r->guide)
+        guide_token(r, r->guide, s, (size_t)len);
+    add(&r->raw, s, (size_t)len);
+    split(r, 0);
+    if (r->count)
+        r->count[id]++;
+    if (r->guide && r->finish == UNFINISHED)
+        end_guided(r);
+    if (r->finish != UNFINISHED)
+        return;
+    if (r->n_made == r->q->limit)
+        r->finish = BY_LENGTH;
+    else if (r->ids.n == e->par.n_ctx)
+        r->finish = BY_CONTEXT;
+    else
+        r->ids.id[r->ids.n++] = id;
+}
+
+/* End a thought that has used up its budget; returns whether it had. */
+static int close_thought(const struct engine *e, struct reply *r)
+{
+    static const char closing[] = "\n</think>\n\n";
+    int32_t id[sizeof closing];
+    int n;
+
+    if (r->part != IN_THOUGHT || r->q->think_budget < 0 ||
+        r->n_thought < r->q->think_budget)
+        return 0;
+    n = lfm2_encode(e->words, closing, strlen(closing), LFM2_ENCODE_SPECIAL,
+                    id, sizeof closing);
+    for (int i = 0; i < n && r->finish == UNFINISHED; i++)
+        take_token(e, r, id[i]);
+    return n > 0;
+}
+
+/* Does this token end the answer?  A stop string may name a control token. */
+static int is_end(const struct engine *e, const struct reply *r, int32_t id)
+{
+    int len;
+
+    lfm2_token_bytes(e->words, id, 0, &len);
+    for (int i = 0; len == 0 && i < r->q->stop.n; i++)
+        if (lfm2_token_id(e->words, r->q->stop.v[i]) == id)
+            return 1;
+    return lfm2_is_eog(e->words, id);
+}
+
+/* Sample the next token from the logits of the last one, which are modified as
+ * the request asks.  Log probabilities are of the logits before that. */
+static void sample_token(struct engine *e, struct reply *r, float *logits)
+{
+    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
+    const struct request *q = r->q;
+    int32_t id;
+    int ends;
+
+    if (close_thought(e, r))
+        return;
+    if (e->s->json)
+        r->hash = hash_floats(r->hash, logits, n_vocab);
+    if (q->logprobs >= 0)
+        memcpy(e->raw_logits, logits, (size_t)n_vocab * sizeof *logits);
+    for (int i = 0; i < q->n_bias; i++)
+        logits[q->bias[i].id] += q->bias[i].by;
+    for (int i = 0; r->count && i < n_vocab; i++)
+        if (r->count[i] > 0)
+            logits[i] -= (float)(q->presence + q->frequency * r->count[i]);
+    for (int i = 0; q->ignore_eos && i < e->ends.n; i++)
+        logits[e->ends.id[i]] = -INFINITY;
+    id = lfm2_sample(e->ctx, &r->sampler, logits, r->ids.id, r->ids.n);
+    if (id >= 0 && r->guide && !may_say(e, r, id))
+        id = ask_again(e, r, logits);
+    if (id < 0) {
+        r->finish = r->finish == UNFINISHED ? BROKEN : r->finish;
+        return;
+    }
+    r->n_sampled++;
+    ends = is_end(e, r, id);
+    if (q->logprobs >= 0 && (!ends || q->is_completion))
+        record_score(e, &r->scores, e->raw_logits, id, q->logprobs);
+    if (ends)
+        r->finish = STOPPED;
+    else
+        take_token(e, r, id);
+}
+
+/* ---- prompt lookup
+ *
+ * Text repeats itself: an edit repeats a page, an answer its question, JSON its
+ * keys.  If the last few tokens have occurred before, what followed them then
+ * is a guess at what follows now; and a forward of several tokens takes little
+ * longer than one of a single token.  Tokens are sampled as without guesses; a
+ * right guess only means that the logits after it are there already.  So the
+ * answer is the same, byte for byte.
+ *
+ * A guess costs about a fifth of a forward, and saves one if it is right.  Each
+ * reply keeps an account of this, in hundredths of a forward: it may be half a
+ * forward in debt, and every forward earns it one hundredth, so that guesses
+ * which are always wrong cost little more than that. */
+
+enum {
+    MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that must be the same    */
+    A_FORWARD = 100, A_GUESS = 20, EARNED = 1, MAX_DEBT = 50, MAX_CREDIT = 350
 };
 
-static struct cost count_cost(const lfm2_model *m, int kv_type)
+/* Put at most n guesses behind the text, and return how many: what followed the
+ * longest earlier match of its last tokens, the latest one of several.  If the
+ * second longest match is at least half as long, only as far as both texts go
+ * on alike: in a list of objects, the keys are guessed and the values are not.
+ * A single match must have MIN_MATCH tokens.  The search costs little:
+ * attention reads far more for each of these tokens. */
+static int guess(const struct engine *e, const struct reply *r, int n)
 {
-    const lfm2_config *c = lfm2_model_config(m);
-    struct cost sum = { .kv = kv_bytes(c, kv_type) };
-    double embedding = 0, output = 0;
-    lfm2_tensor_info t;
+    int32_t *const id = r->ids.id, *const end = id + r->ids.n;
+    int best = 0, longest = 0, other = 0, second = 0, made = 0;
 
-    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
-        const double bytes = (double)t.n_bytes, n = count_elements(&t);
-        sum.bytes += bytes;
-        sum.params += n;
-        if (strcmp(t.name, "token_embd.weight") == 0)
-            embedding = bytes, sum.head = n;
-        else if (strcmp(t.name, "output.weight") == 0)
-            output = bytes;
-        else if (strstr(t.name, "_exps.") && c->n_expert > 0) {
-            sum.experts += bytes;
-            sum.macs += n * c->n_expert_used / c->n_expert;
-        } else {
-            sum.shared += bytes;
-            sum.macs += t.n_dims > 1 ? n : 0;
+    n = smaller(n, r->max_guess ? r->max_guess : MIN_MATCH);
+    n = smaller(n, (MAX_DEBT + r->credit) / A_GUESS);
+    n = smaller(n, e->par.n_ctx - r->ids.n);
+    if (r->q->limit >= 0)
+        n = smaller(n, r->q->limit - r->n_made - 1);
+    for (int at = r->ids.n - 1; n > 0 && at > 0 && second < MAX_MATCH; at--) {
+        int alike = 0;
+        while (alike < at && alike < MAX_MATCH &&
+               id[at - 1 - alike] == end[-1 - alike])
+            alike++;
+        if (alike > longest) {
+            second = longest, other = best;
+            longest = alike, best = at;
+        } else if (alike > second)
+            second = alike, other = at;
+    }
+    const int is_single = second == 0 || 2 * second < longest;
+    while (made < n && (is_single ? longest >= MIN_MATCH
+                                  : id[best + made] == id[other + made])) {
+        end[made] = id[best + made];
+        made++;
+    }
+    return made;
+}
+
+/* The more of n guesses were right, the more are made next. */
+static void count_guesses(struct reply *r, int n, int n_right)
+{
+    r->n_guessed += n;
+    r->n_right += n_right;
+    r->credit = smaller(r->credit + EARNED + n_right * A_FORWARD - n * A_GUESS,
+                        MAX_CREDIT);
+    if (n > 0)
+        r->max_guess = smaller(n_right < n ? n_right + 1 : 2 * n + 1,
+                               MAX_LOOKUP);
+}
+
+/* ---- thought, text, calls and stop strings
+ *
+ * Marks such as </think> split an answer into parts, and a stop string ends it.
+ * These may arrive in pieces: as long as the end of the answer could be the
+ * beginning of one, it is held back. */
+
+/* How many bytes at the end of s[n] are a proper prefix of the word. */
+static size_t overlap(const char *s, size_t n, const char *word, size_t len)
+{
+    size_t k = n < len ? n : len - 1;
+
+    while (k > 0 && memcmp(s + n - k, word, k) != 0)
+        k--;
+    return k;
+}
+
+/* Where a part ends: at a mark or stop string of len bytes.  If len is 0, none
+ * was found, and the last `held` bytes could be the beginning of one. */
+struct cut { size_t at, len, held; int is_stop; };
+
+/* Look for a word in s[n].  The one that is complete first counts, then the
+ * longest, then the last that was looked for: so it does not matter in which
+ * pieces the text arrives. */
+static void look_for(struct cut *c, const char *s, size_t n, const char *word,
+                     int is_stop)
+{
+    const size_t len = strlen(word), held = overlap(s, n, word, len);
+    const size_t before = c->at + c->len;
+    const char *found = find(s, s + before, word);
+
+    if (found && (found + len < s + before || len >= c->len))
+        *c = (struct cut){ (size_t)(found - s), len, 0, is_stop };
+    else if (held > c->held && c->len == 0)
+        c->held = held;
+}
+
+/* Stop strings count in text only, not in thoughts and calls. */
+static struct cut find_cut(const struct reply *r, const char *s, size_t n)
+{
+    const char *mark = r->part == IN_THOUGHT ? THINK_END :
+                       r->part == IN_TEXT ? CALL_START :
+                       r->part == IN_CALL ? CALL_END : NULL;
+    struct cut c = { n, 0, 0, 0 };
+
+    if (mark && !is_guided_text(r))
+        look_for(&c, s, n, mark, 0);
+    if (r->part == IN_TEXT && r->calls.n > 0)         /* one too many        */
+        look_for(&c, s, n, CALL_END, 0);
+    if (r->part == IN_TEXT || r->part == IN_PLAIN_TEXT)
+        for (int i = 0; i < r->q->stop.n; i++)
+            look_for(&c, s, n, r->q->stop.v[i], 1);
+    return c;
+}
+
+/* Decide what comes at the start, where there may be a thought, or after it.
+ * Returns 0 if that depends on bytes still to come. */
+static int begin_part(struct reply *r, const char *s, size_t n, int last)
+{
+    const size_t blank = strspn(s, " \n\r\t"), len = strlen(THINK);
+
+    if (!last && overlap(s + blank, n - blank, THINK, len) == n - blank)
+        return 0;
+    if (r->part == AT_START && begins(s + blank, s + n, THINK)) {
+        r->part = IN_THOUGHT;
+        r->seen += blank + len;
+        return 1;
+    }
+    r->seen += r->part == AFTER_THOUGHT ? blank : 0;
+    r->part = IN_TEXT;
+    return 1;
+}
+
+/* Split what is new in r->raw into its parts; with `last` nothing is held back.
+ * Marks are dropped, but those around a call are kept with it. */
+static void split(struct reply *r, int last)
+{
+    const size_t from = r->seen;
+
+    while (r->seen < r->raw.n) {
+        const char *s = r->raw.s + r->seen;
+        const size_t n = r->raw.n - r->seen;
+        if (r->part == AT_START || r->part == AFTER_THOUGHT) {
+            if (!begin_part(r, s, n, last))
+                break;
+            continue;
+        }
+        const struct cut c = find_cut(r, s, n);
+        const size_t n_part = c.at - (last ? 0 : c.held);
+        if (!r->keeps_marks)
+            add(r->part == IN_THOUGHT ? &r->thought : r->part == IN_CALL ?
+                &r->calls : &r->text, s, n_part);
+        r->seen += n_part + c.len;
+        if (c.len == 0)
+            break;
+        if (c.is_stop) {
+            r->finish = STOPPED;
+            r->raw.n = r->seen -= c.len;
+            r->raw.s[r->raw.n] = '\0';
+        } else if (r->part == IN_THOUGHT)
+            r->part = AFTER_THOUGHT;
+        else {
+            r->part = c.len == strlen(CALL_END) ? IN_TEXT : IN_CALL;
+            if (!r->keeps_marks)
+                add(&r->calls, s + c.at, c.len);
         }
     }
-    sum.shared += output > 0 ? output : embedding;
-    return sum;
+    if (r->keeps_marks && r->seen > from)
+        add(&r->text, r->raw.s + from, r->seen - from);
 }
 
-/* Bytes that one step reads for a token of each sequence: weights once, of the
- * experts those that are expected to be chosen, if all are as likely; and the
- * cache, `depth` tokens of it. */
-static double step_bytes(const lfm2_model *m, const struct cost *cost,
-                         int n_seq, double depth)
+/* ---- log probabilities */
+
+static double log_sum(const float *logits, int n_vocab)
 {
-    const lfm2_config *c = lfm2_model_config(m);
-    const double idle = c->n_expert == 0 ? 1 :
-                        pow(1 - (double)c->n_expert_used / c->n_expert, n_seq);
+    float most = logits[0];
+    double sum = 0;
 
-    return cost->shared + cost->experts * (1 - idle) +
-           cost->kv * n_seq * depth;
+    for (int i = 1; i < n_vocab; i++)
+        most = logits[i] > most ? logits[i] : most;
+    for (int i = 0; i < n_vocab; i++)
+        sum += exp((double)logits[i] - (double)most);
+    return (double)most + log(sum);
 }
 
-/* Memory of the process's own, which the mapped file is not; 0 if the system
- * does not tell. */
-static double anonymous_memory(void)
+/* Add a token and the k likeliest, best first, the lower id first of equals.
+ * Without logits, as for the first token of a text, its log probability is NAN.
+ * None is below -9999, as JSON has no infinity. */
+static void record_score(const struct engine *e, struct scores *to,
+                         const float *logits, int32_t id, int k)
 {
-    return number_in("/proc", "self/status", "RssAnon") * 1024;
+    const int n_vocab = lfm2_n_vocab(e->words);       /* without spare rows  */
+    const size_t n = (size_t)to->n;
+    struct score *s;
+    double all;
+
+    if ((n & (n - 1)) == 0)               /* a power of two: it is full      */
+        to->v = resize(to->v, (n ? 2 * n : 1) * sizeof *to->v);
+    s = &to->v[to->n++];
+    *s = (struct score){ .token = { id, logits ? (double)logits[id] : NAN } };
+    if (!logits)
+        return;
+    for (int i = 0; i < n_vocab; i++) {
+        int at = s->n_top;
+        for (; at > 0 && (double)logits[i] > s->top[at - 1].logprob; at--)
+            s->top[at] = s->top[at - 1];
+        s->top[at] = (struct scored){ i, (double)logits[i] };
+        s->n_top = smaller(s->n_top + 1, k);
+    }
+    all = log_sum(logits, lfm2_model_config(e->model)->n_vocab);
+    for (int i = 0; i <= s->n_top; i++) {
+        struct scored *x = i < s->n_top ? &s->top[i] : &s->token;
+        x->logprob = x->logprob - all < -9999 ? -9999 : x->logprob - all;
+    }
 }
 
-static double peak_memory(void)
+/* ---- what a request leaves open */
+
+static uint64_t random_seed(void)
 {
-    struct rusage use = { .ru_utime = { 0 } };
+    struct timespec t;
 
-    getrusage(RUSAGE_SELF, &use);
-#if defined __APPLE__
-    return (double)use.ru_maxrss;
-#elif defined __wasi__
-    return (double)__builtin_wasm_memory_size(0) * 65536;
-#else
-    return (double)use.ru_maxrss * 1024;
-#endif
+    clock_gettime(CLOCK_REALTIME, &t);
+    return ((uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec ^
+            (uint64_t)getpid() << 20) & UINT32_MAX;
 }
+
+/* Fill in what was not set, as recommended; temperature 0 has no penalty. */
+static void complete_request(const struct engine *e, struct request *q)
+{
+    const struct sampling *p = &e->preset, had = q->sampling;
+
+    q->sampling = (struct sampling){
+        .temp = had.temp == UNSET ? p->temp : had.temp,
+        .top_k = had.top_k == UNSET ? p->top_k : had.top_k,
+        .top_p = had.top_p == UNSET ? p->top_p : had.top_p,
+        .min_p = had.min_p == UNSET ? p->min_p : had.min_p,
+        .repeat = had.repeat != UNSET ? had.repeat :
+                  had.temp == 0 ? 1 : p->repeat,
+        .last_n = had.last_n == UNSET ? p->last_n : had.last_n
+    };
+    if (q->limit == UNSET)
+        q->limit = q->is_completion ? PLAIN_LENGTH : -1;
+    if (q->seed == -1)
+        q->seed = (long long)random_seed();
+}
+
+/* ------------------------------------------------------- 4. Opening a model
+ *
+ * open_engine() opens a model and its vocabulary, and open_context() the
+ * context.  Before them comes what they depend on: the recommended sampling,
+ * and how many CPUs and how much memory may be used. */
 
 /* ---- presets
  *
- * What the makers publish for each model, found by its name: the first row all
- * of whose words are in it.  The small models for one task are greedy. */
+ * Sampling as the makers recommend it for each model: the first row whose words
+ * are all in its name.  The small models for one task are greedy. */
 
 static const struct preset {
     const char *name, *words[2];
-    struct sampling is;
+    struct sampling sampling;
 } presets[] = {
     { "LFM2 Extract", { "-extract-", "" }, { 0, 0, 1, 0, 1, 64 } },
     { "LFM2 RAG", { "-rag-", "" }, { 0, 0, 1, 0, 1, 64 } },
@@ -1048,8 +1602,8 @@ static const struct preset {
     { "LFM2", { "", "" }, { 0.3, 0, 1, 0.15, 1.05, 64 } },
 };
 
-/* By all names in the file, as in "-lfm2-1.2b-extract-", and what its sizes say
- * it is. */
+/* Search all names in the file, joined as in "-lfm2-1.2b-extract-", and the one
+ * that its sizes imply. */
 static const struct preset *find_preset(const lfm2_model *m)
 {
     static const char *const key[] = {
@@ -1093,8 +1647,8 @@ static struct phrase value_of(const lfm2_model *m, const char *key)
     return phrase("%s", "");
 }
 
-/* A number in the metadata, within the bounds of its option; 0 if there is
- * none. */
+/* Read a number from the metadata.  Returns 0 if there is none that is within
+ * these bounds, and *out stays as it was. */
 static int file_number(const lfm2_model *m, const char *key, double least,
                        double most, double *out)
 {
@@ -1108,23 +1662,22 @@ static int file_number(const lfm2_model *m, const char *key, double least,
     return 1;
 }
 
-/* The preset, but first of all what the file itself asks for.  A penalty would
- * only spoil a greedy choice, so there it must be asked for.  *named: how many
- * values the file has. */
-static struct sampling preset_of(const lfm2_model *m, int *named)
+/* The preset, but with values that the file itself has; *n_own is how many.
+ * Greedy sampling has a penalty only if the file asks for one. */
+static struct sampling preset_of(const lfm2_model *m, int *n_own)
 {
-    struct sampling to = find_preset(m)->is;
+    struct sampling to = find_preset(m)->sampling;
     double top_k = to.top_k, last_n = to.last_n;
-    int penalty;
-
-    *named = file_number(m, "general.sampling.temp", 0, 100, &to.temp);
-    *named += file_number(m, "general.sampling.top_k", 0, 1 << 30, &top_k);
-    *named += file_number(m, "general.sampling.top_p", 0, 1, &to.top_p);
-    *named += file_number(m, "general.sampling.min_p", 0, 1, &to.min_p);
-    *named += file_number(m, "general.sampling.penalty_last_n", -1, 1 << 30,
-                          &last_n);
-    *named += penalty = file_number(m, "general.sampling.penalty_repeat", 0.01,
+    const int penalty = file_number(m, "general.sampling.penalty_repeat", 0.01,
                                     100, &to.repeat);
+
+    *n_own = penalty;
+    *n_own += file_number(m, "general.sampling.temp", 0, 100, &to.temp);
+    *n_own += file_number(m, "general.sampling.top_k", 0, 1 << 30, &top_k);
+    *n_own += file_number(m, "general.sampling.top_p", 0, 1, &to.top_p);
+    *n_own += file_number(m, "general.sampling.min_p", 0, 1, &to.min_p);
+    *n_own += file_number(m, "general.sampling.penalty_last_n", -1, 1 << 30,
+                          &last_n);
     to.top_k = (int)top_k;
     to.last_n = (int)last_n;
     if (to.temp == 0 && !penalty)
@@ -1132,16 +1685,195 @@ static struct sampling preset_of(const lfm2_model *m, int *named)
     return to;
 }
 
-static struct phrase describe_sampling(const struct sampling *is)
+static struct phrase describe_sampling(const struct sampling *p)
 {
     return phrase("temperature %g, top-k %d, top-p %g, min-p %g, repeat "
-                  "penalty %g over %d", is->temp, is->top_k, is->top_p,
-                  is->min_p, is->repeat, is->last_n);
+                  "penalty %g over %d", p->temp, p->top_k, p->top_p, p->min_p,
+                  p->repeat, p->last_n);
 }
+
+/* ---- usable CPUs and memory
+ *
+ * On Linux a control group, such as that of a container, may be allowed less
+ * than the machine has.  The limits of a group also apply to the groups within
+ * it.  Version 2 has one tree of groups, version 1 one for each resource. */
+
+static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
+
+/* In a file of /proc or /sys, what follows `key` and a colon or a blank, or the
+ * first line if the key is ""; `otherwise` if it is not there. */
+static struct phrase look_up(const char *dir, const char *name,
+                             const char *key, const char *otherwise)
+{
+    struct phrase out = phrase("%s", otherwise);
+    const size_t n = strlen(key);
+    char line[640];
+    FILE *f;
+
+    snprintf(line, sizeof line, "%s/%s", dir, name);
+    f = fopen(line, "r");
+    while (f && fgets(line, sizeof line, f))
+        if (n == 0 || (strncmp(line, key, n) == 0 && strchr(": \t", line[n]))) {
+            const char *s = line + n + strspn(line + n, ": \t");
+            out = phrase("%.*s", (int)strcspn(s, "\n"), s);
+            break;
+        }
+    if (f)
+        fclose(f);
+    return out;
+}
+
+/* The same as a number; 0 if it is none, such as "max". */
+static double number_in(const char *dir, const char *name, const char *key)
+{
+    return strtod(look_up(dir, name, key, "0").s, NULL);
+}
+
+/* The quota, rounded to whole CPUs; 0: none.  Threads beyond it are stopped in
+ * the middle of their work, and all others wait for them: with a quota of 1.5
+ * two threads were faster than one, with 1.2 they were slower. */
+static double cpu_limit(const char *dir)
+{
+    double quota = 0, period = 0;
+
+    sscanf(look_up(dir, "cpu.max", "", "").s, "%lf %lf", &quota, &period);
+    if (quota <= 0) {
+        quota = number_in(dir, "cpu.cfs_quota_us", "");
+        period = number_in(dir, "cpu.cfs_period_us", "");
+    }
+    return quota > 0 && period > 0 ? fmax(1, floor(quota / period + 0.5)) : 0;
+}
+
+/* The memory that a group has left; 0: it has no limit.  Cached pages of files
+ * do not count as used, since they are dropped when room is needed. */
+static double memory_left(const char *dir)
+{
+    const double most = fmax(number_in(dir, "memory.max", ""),
+                             number_in(dir, "memory.limit_in_bytes", ""));
+
+    return most <= 0 ? 0 :
+           fmax(1, most - number_in(dir, "memory.stat", "anon") -
+                   number_in(dir, "memory.stat", "total_rss"));
+}
+
+/* The lowest limit of the groups of this process, and of those they are within;
+ * 0: none.  A line is "0::/path", or "4:memory:/path" in version 1. */
+static double least_limit(double (*limit)(const char *dir))
+{
+    FILE *f = fopen(groups, "r");
+    char line[512], dir[600], *end;
+    double least = 0;
+
+    while (f && fgets(line, sizeof line, f)) {
+        char *tree = strchr(line, ':');
+        char *path = tree ? strchr(tree + 1, ':') : NULL;
+        if (!path)
+            continue;
+        *path++ = '\0';
+        path[strcspn(path, "\n")] = '\0';
+        do {
+            snprintf(dir, sizeof dir, "%s/%s%s", group_root, tree + 1, path);
+            const double x = limit(dir);
+            least = x > 0 && (least <= 0 || x < least) ? x : least;
+            end = strrchr(path, '/');
+            if (end)
+                *end = '\0';
+        } while (end);
+    }
+    if (f)
+        fclose(f);
+    return least;
+}
+
+static int usable_cpus(void)
+{
+    const double quota = least_limit(cpu_limit);
+
+    return (int)fmin(fmin(lfm2_n_cpus(), 64), quota > 0 ? quota : 64);
+}
+
+/* The memory available without taking it from other programs; 0: unknown. */
+static double free_memory(void)
+{
+    const double have = number_in("/proc", "meminfo", "MemAvailable") * 1024;
+    const double most = least_limit(memory_left);
+
+    return most > 0 ? fmin(have, most) : have;
+}
+
+/* ---- reading ahead
+ *
+ * Pages of a mapped file that are not in memory are read when they are touched,
+ * which in a mixture of experts happens in no order.  A thread that reads the
+ * file from front to end meanwhile is faster. */
+
+#if defined __linux__ && !defined LFM2_NO_MMAP && !defined LFM2_NO_THREADS
+
+static pthread_t prefetch_thread;
+static atomic_int is_prefetching;
+
+static void *prefetch_file(void *model)
+{
+    const uint64_t piece = 8 << 20;
+
+    for (uint64_t at = 0, n = 1; n > 0 && is_prefetching; at += n)
+        n = lfm2_model_read_ahead(model, at, piece);
+    return NULL;
+}
+
+/* Read ahead if much of the file is not in memory, as a sample of its pages
+ * shows, and all of it fits.  Linux does not say which pages are in memory for
+ * a file that we may not write: that is always read, which does no harm. */
+static void start_prefetch(struct engine *e)
+{
+    enum { PROBES = 256, ABSENT = 8 };
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t size;
+    const unsigned char *file = lfm2_model_file(e->model, &size);
+    int absent = access(e->s->model, W_OK) != 0 ? PROBES : 0;
+
+    for (size_t i = 0; !e->s->no_mmap && i < PROBES; i++) {
+        const size_t at = size / PROBES * i;
+        unsigned char there = 1;
+        if (mincore((void *)(uintptr_t)(file + at - at % page), 1, &there) == 0)
+            absent += !(there & 1);
+    }
+    if (e->s->no_mmap || absent <= ABSENT || free_memory() < (double)size +
+        (double)lfm2_context_size(e->model, &e->par))
+        return;
+    is_prefetching = 1;
+    block_signals(1);                     /* in the new thread               */
+    if (pthread_create(&prefetch_thread, NULL, prefetch_file, e->model) != 0)
+        is_prefetching = 0;
+    block_signals(0);
+    if (is_prefetching && e->s->verbose)
+        note("%s: not all in memory, read ahead", e->s->model);
+}
+
+static void stop_prefetch(void)
+{
+    if (is_prefetching) {
+        is_prefetching = 0;
+        pthread_join(prefetch_thread, NULL);
+    }
+}
+
+#else
+
+#define start_prefetch(e) ((void)(e))
+#define stop_prefetch()   ((void)0)
+
+#endif
 
 /* ---- opening */
 
-/* What the command line asks of a context. */
+enum {
+    LOGITS_CHUNK = 64,                    /* rows of prompt logits at once   */
+    TRACE_BATCH = 64,                     /* -b, as traced tokens take more  */
+    LOOKUP = 7,                           /* --lookup                        */
+    PROMPT_PIECE = 128                    /* --prompt-piece of --serve       */
+};
+
 static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
 {
     lfm2_params p = lfm2_default_params(m);
@@ -1153,16 +1885,16 @@ static lfm2_params choose_params(const struct settings *s, const lfm2_model *m)
         p.n_batch = s->batch;
     p.n_threads = s->threads ? s->threads : n_cpus;
     if (p.n_threads > 2 * n_cpus)
-        note("-t %d: more threads than the %d CPUs here make it slower",
+        note("-t %d: more threads than the %d CPUs make it slower",
              p.n_threads, n_cpus);
     p.isa = s->isa;
     p.kv_type = s->kv;
     return p;
 }
 
-/* Settle which format the conversation has, if any, and whether the file's own
- * ends the prompt inside a thought. */
-static int settle_template(struct engine *e)
+/* Decide which chat template is used, if any, and whether prompts end with
+ * <think>, as they do if the file's own template says so. */
+static int resolve_template(struct engine *e)
 {
     const struct settings *s = e->s;
     struct why why = { "" };
@@ -1191,8 +1923,8 @@ static int settle_template(struct engine *e)
     return DONE;
 }
 
-/* A model may have spare rows behind its own vocabulary; a vocabulary from
- * elsewhere that is shorter is another model's. */
+/* A model may have spare rows after its own vocabulary.  A vocabulary of
+ * another file must have as many tokens as the model. */
 static int open_model_words(struct engine *e)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
@@ -1215,6 +1947,7 @@ static int open_model_words(struct engine *e)
     return DONE;
 }
 
+/* The sandbox comes first, as the file may be hostile. */
 static int open_model(struct engine *e)
 {
     const struct settings *s = e->s;
@@ -1233,83 +1966,11 @@ static int open_model(struct engine *e)
     return DONE;
 }
 
-/* ---- a file that is not in memory
- *
- * Its pages would come as they are touched, which in a mixture of experts is
- * here and there.  A thread reads it from the front to the end meanwhile. */
-
-#if defined __linux__ && !defined LFM2_NO_MMAP && !defined LFM2_NO_THREADS
-
-struct fetch {
-    const lfm2_model *model;
-    pthread_t thread;
-    atomic_int stop;
-};
-
-static void *fetch_file(void *fetch)
-{
-    struct fetch *f = fetch;
-    const uint64_t piece = 8 << 20;
-
-    for (uint64_t at = 0, n = 1; n > 0 && !f->stop; at += n)
-        n = lfm2_model_read_ahead(f->model, at, piece);
-    return NULL;
-}
-
-/* If much of the file is not in memory, and there is memory for all of it.
- * Some pages, spread over it, are looked at.  Linux does not tell of a file
- * that we may not write: then it is read, which does no harm.  Signals go to
- * the main thread. */
-static void start_fetch(struct engine *e)
-{
-    enum { PROBES = 256, ABSENT = 8 };
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    size_t size;
-    const unsigned char *file = lfm2_model_file(e->model, &size);
-    int absent = access(e->s->model, W_OK) != 0 ? PROBES : 0;
-
-    for (size_t i = 0; !e->s->no_mmap && i < PROBES; i++) {
-        const size_t at = size / PROBES * i;
-        unsigned char there = 1;
-        if (mincore((void *)(uintptr_t)(file + at - at % page), 1, &there) == 0)
-            absent += !(there & 1);
-    }
-    if (e->s->no_mmap || absent <= ABSENT || free_memory() < (double)size +
-        (double)lfm2_context_size(e->model, &e->par))
-        return;
-    e->fetch = zeroed(1, sizeof *e->fetch);
-    e->fetch->model = e->model;
-    block_signals(1);
-    if (pthread_create(&e->fetch->thread, NULL, fetch_file, e->fetch) != 0) {
-        free(e->fetch);
-        e->fetch = NULL;
-    }
-    block_signals(0);
-    if (e->fetch && e->s->verbose)
-        note("%s: not all in memory, read ahead", e->s->model);
-}
-
-static void stop_fetch(struct engine *e)
-{
-    if (!e->fetch)
-        return;
-    e->fetch->stop = 1;
-    pthread_join(e->fetch->thread, NULL);
-    free(e->fetch);
-}
-
-#else
-
-#define start_fetch(e) ((void)(e))
-#define stop_fetch(e) ((void)(e))
-
-#endif
-
 static void print_settings(const struct engine *e)
 {
     const lfm2_params p = lfm2_context_params(e->ctx);
 
-    note("context %d, batch %d, threads %d, isa %s, kv %s; %s beside the file",
+    note("context %d, batch %d, threads %d, isa %s, kv %s; %s plus the file",
          p.n_ctx, p.n_batch, p.n_threads, isa_name(p.isa), kv_name(p.kv_type),
          amount((double)lfm2_context_size(e->model, &p), "B").s);
 }
@@ -1321,8 +1982,8 @@ static int open_context(struct engine *e)
     lfm2_error err;
     int code;
 
-    start_fetch(e);
-    block_signals(1);
+    start_prefetch(e);
+    block_signals(1);                     /* in its threads                  */
     code = lfm2_context_open(&e->ctx, e->model, &e->par, &err);
     block_signals(0);
     if (code != LFM2_OK)
@@ -1343,28 +2004,38 @@ static int open_context(struct engine *e)
     return DONE;
 }
 
-/* Everything but the context, which takes the most memory.
- *
- * Unless --lookup asks for it, no tokens are guessed where that costs too much:
- * with experts, as each token chooses its own, and in plain C, where arithmetic
- * takes longer than reading.  None with a trace, which would show tokens that
- * nobody said. */
+/* By default no tokens are guessed where that costs too much: with experts, as
+ * each token chooses its own, and in plain C, where arithmetic is slower than
+ * memory.  A trace would show wrong guesses, so with it none are made. */
+static int choose_lookup(const struct engine *e)
+{
+    const struct settings *s = e->s;
+    int isa = LFM2_ISA_SCALAR + 1;
+
+    if (s->trace || s->lookup != UNSET)
+        return s->trace ? 0 : s->lookup;
+    while (isa < LFM2_N_ISA && !lfm2_isa_available(isa))
+        isa++;
+    return lfm2_model_config(e->model)->n_expert == 0 && isa < LFM2_N_ISA &&
+           s->isa != LFM2_ISA_SCALAR ? LOOKUP : 0;
+}
+
 static int open_engine(struct engine *e)
 {
     const struct settings *s = e->s;
-    int isa = LFM2_ISA_SCALAR + 1, named, code = open_model(e);
+    int n_own, code = open_model(e);
 
     if (code == DONE)
         code = open_model_words(e);
     if (code == DONE)
-        code = settle_template(e);
+        code = resolve_template(e);
     if (code == DONE && s->json_schema)
         code = open_schema(e);
     if (code != DONE)
         return code;
-    e->preset = preset_of(e->model, &named);
+    e->preset = preset_of(e->model, &n_own);
     if (s->verbose)
-        note("preset %s%s: %s", find_preset(e->model)->name, named ? " and the "
+        note("preset %s%s: %s", find_preset(e->model)->name, n_own ? " and the "
              "file's own general.sampling" : "",
              describe_sampling(&e->preset).s);
     today(e->date);
@@ -1378,11 +2049,7 @@ static int open_engine(struct engine *e)
     }
     if (s->trace && s->batch == UNSET)
         e->par.n_batch = TRACE_BATCH;
-    while (isa < LFM2_N_ISA && !lfm2_isa_available(isa))
-        isa++;
-    e->lookup = s->trace ? 0 : s->lookup != UNSET ? s->lookup :
-                lfm2_model_config(e->model)->n_expert == 0 &&
-                isa < LFM2_N_ISA && s->isa != LFM2_ISA_SCALAR ? LOOKUP : 0;
+    e->lookup = choose_lookup(e);
     if (e->par.n_logits < 1 + e->lookup)
         e->par.n_logits = 1 + e->lookup;
     e->piece = s->piece != UNSET ? s->piece :
@@ -1392,7 +2059,7 @@ static int open_engine(struct engine *e)
 
 static void close_engine(struct engine *e)
 {
-    stop_fetch(e);
+    stop_prefetch();
     for (int i = 0; e->slot && i < e->par.n_seq; i++)
         free(e->slot[i].cached.id);
     free(e->slot);
@@ -1405,782 +2072,118 @@ static void close_engine(struct engine *e)
     lfm2_model_close(e->model);
 }
 
-/* --------------------------------------------------- 4. Request, reply, step
- *
- * Everything that answers is a job: a request, and the reply that grows token
- * by token.  engine_step() moves all jobs on by one forward, so a question on
- * the command line, a chat and a batch are the same loop.  A job's sink does
- * something with the words. */
+/* ---- what a token costs, and memory in use */
 
-enum finish { UNFINISHED, STOPPED, BY_LENGTH, BY_CONTEXT, BROKEN };
-
-/* Where in an answer the next byte belongs. */
-enum part {
-    AT_START, IN_THOUGHT, AFTER_THOUGHT, IN_TEXT, IN_CALL, IN_PLAIN_TEXT
-};
-
-/* A token, its log probability, and the likeliest ones in its place. */
-struct scored { int32_t id; double logprob; };
-
-struct score { struct scored is, top[MAX_LOGPROBS + 1]; int n_top; };
-
-struct scores { struct score *v; int n; };
-
-struct reply {
-    const struct request *q;
-    int seq;
-    int keeps_marks;                      /* --think raw: nothing is parted  */
-    struct ids ids;                       /* prompt, then answer: [n_ctx]    */
-    int n_fed, n_reused;                  /* of ids: in the cache; from it   */
-    int n_made, n_thought;                /* tokens made, of them in thought */
-    int n_sampled, n_steps;               /* chosen; forwards for all but
-                                             the first                       */
-    int n_guessed, n_right;               /* tokens by lookup, right ones    */
-    int bold, credit;                     /* how many it may guess           */
-    lfm2_sampler sampler;
-    struct guide *guide;                  /* NULL: any text is good          */
-    int n_again;                          /* chosen a second time            */
-    double again;                         /* seconds it took to find what
-                                             could be                        */
-    enum finish finish;
-    enum part part;
-    struct text raw;                      /* all that was said               */
-    size_t seen;                          /* of raw: parted                  */
-    struct text text, thought, calls;     /* the parts of it                 */
-    struct scores prompt_scores, scores;
-    struct bias *said;                    /* tokens made, and how often      */
-    int n_said;
-    uint64_t hash;                        /* of all logits sampled from      */
-    double started, read, ended;          /* seconds()                       */
-};
-
-struct job {
-    struct request q;
-    struct reply r;
-    const struct sink *to;
-    void *owner;
-    enum { WAITING, ACTIVE, FINISHED } state;
-    uint64_t id;
-    struct job *next;
-    struct {                              /* to a client: how much of it     */
-        int some, scores;
-        size_t text, thought;
-        double when;                      /* it had its latest token         */
-    } told;
-};
-
-struct sink {
-    void (*more)(struct job *j);          /* after each step; NULL: nothing  */
-    void (*end)(struct job *j);           /* r.finish says how               */
-};
-
-static void free_reply(struct reply *r)
+/* Bytes of KV cache for one token. */
+static double kv_bytes(const lfm2_config *c, int kv_type)
 {
-    free(r->ids.id);
-    free(r->raw.s);
-    free(r->text.s);
-    free(r->thought.s);
-    free(r->calls.s);
-    free(r->prompt_scores.v);
-    free(r->scores.v);
-    free(r->said);
-    free(r->guide);
-    *r = (struct reply){ .q = NULL };
-}
-
-static void free_request(struct request *q)
-{
-    free(q->prompt.id);
-    free(q->bias);
-    pool_free(&q->pool);
-    free_schema(q->schema);
-}
-
-/* ---- thought, text, calls and stop strings
- *
- * Words that change what follows may arrive in pieces, so the end of the text
- * is held back while it could be the beginning of one. */
-
-/* How much of the end of s[n] could be the beginning of the word. */
-static size_t overlap(const char *s, size_t n, const char *word, size_t len)
-{
-    size_t k = n < len ? n : len - 1;
-
-    while (k > 0 && memcmp(s + n - k, word, k) != 0)
-        k--;
-    return k;
-}
-
-/* Where a text ends, and how much of its end has to wait. */
-struct cut { size_t at, len, held; int is_stop; };
-
-/* Is the word in s[n], and complete before what was found so far?  Of two that
- * end together the longer counts, or the later one: so it does not matter in
- * which pieces the text arrives. */
-static void look_for(struct cut *c, const char *s, size_t n, const char *word,
-                     int is_stop)
-{
-    const size_t len = strlen(word), held = overlap(s, n, word, len);
-    const size_t before = c->at + c->len;
-    const char *found = find(s, s + before, word);
-
-    if (found && (found + len < s + before || len >= c->len))
-        *c = (struct cut){ (size_t)(found - s), len, 0, is_stop };
-    else if (held > c->held && c->len == 0)
-        c->held = held;
-}
-
-/* Stop strings are those of the text, not of thoughts and calls. */
-static struct cut find_cut(const struct reply *r, const char *s, size_t n)
-{
-    static const char *const ends[] = {
-        [IN_THOUGHT] = THINK_END, [IN_TEXT] = CALL_START, [IN_CALL] = CALL_END,
-        [IN_PLAIN_TEXT] = NULL
-    };
-    struct cut c = { n, 0, 0, 0 };
-
-    if (ends[r->part] && !is_guided_text(r))
-        look_for(&c, s, n, ends[r->part], 0);
-    if (r->part == IN_TEXT && r->calls.n > 0)         /* said once more      */
-        look_for(&c, s, n, CALL_END, 0);
-    if (r->part == IN_TEXT || r->part == IN_PLAIN_TEXT)
-        for (int i = 0; i < r->q->stop.n; i++)
-            look_for(&c, s, n, r->q->stop.v[i], 1);
-    return c;
-}
-
-/* Only what an answer begins with can be a thought.  Returns 1 once it is known
- * whether there is one. */
-static int begin_part(struct reply *r, const char *s, size_t n, int last)
-{
-    const size_t blank = strspn(s, " \n\r\t"), len = strlen(THINK);
-
-    if (!last && overlap(s + blank, n - blank, THINK, len) == n - blank)
-        return 0;
-    if (r->part == AT_START && begins(s + blank, s + n, THINK)) {
-        r->part = IN_THOUGHT;
-        r->seen += blank + len;
-        return 1;
-    }
-    r->seen += r->part == AFTER_THOUGHT ? blank : 0;
-    r->part = IN_TEXT;
-    return 1;
-}
-
-/* Part what is new in r->raw; `last` lets go of what is held back.  Marks are
- * dropped, but those around a call belong to the call. */
-static void split(struct reply *r, int last)
-{
-    const size_t from = r->seen;
-
-    while (r->seen < r->raw.n) {
-        const char *s = r->raw.s + r->seen;
-        const size_t n = r->raw.n - r->seen;
-        if (r->part == AT_START || r->part == AFTER_THOUGHT) {
-            if (!begin_part(r, s, n, last))
-                break;
-            continue;
-        }
-        const struct cut c = find_cut(r, s, n);
-        const size_t n_part = c.at - (last ? 0 : c.held);
-        if (!r->keeps_marks)
-            add(r->part == IN_THOUGHT ? &r->thought : r->part == IN_CALL ?
-                &r->calls : &r->text, s, n_part);
-        r->seen += n_part + c.len;
-        if (c.len == 0)
-            break;
-        if (c.is_stop) {
-            r->finish = STOPPED;
-            r->raw.n = r->seen -= c.len;
-            r->raw.s[r->raw.n] = '\0';
-        } else if (r->part == IN_THOUGHT)
-            r->part = AFTER_THOUGHT;
-        else {
-            r->part = c.len == strlen(CALL_END) ? IN_TEXT : IN_CALL;
-            if (!r->keeps_marks)
-                add(&r->calls, s + c.at, c.len);
-        }
-    }
-    if (r->keeps_marks && r->seen > from)
-        add(&r->text, r->raw.s + from, r->seen - from);
-}
-
-/* The text of a token; of the control tokens only those that set parts of an
- * answer apart. */
-static const char *visible(const struct engine *e, int32_t id, int *len)
-{
-    static const char *const marks[] = { THINK, THINK_END, CALL_START,
-                                         CALL_END };
-    const char *s = lfm2_token_bytes(e->words, id, 0, len);
-
-    if (*len > 0)
-        return s;
-    s = lfm2_token_bytes(e->words, id, 1, len);
-    for (int i = 0; i < 4; i++)
-        if (same(s, (size_t)*len, marks[i]))
-            return s;
-    *len = 0;
-    return s;
-}
-
-/* ---- log probabilities */
-
-static double log_sum(const float *logits, int n_vocab)
-{
-    float most = logits[0];
     double sum = 0;
 
-    for (int i = 1; i < n_vocab; i++)
-        most = logits[i] > most ? logits[i] : most;
-    for (int i = 0; i < n_vocab; i++)
-        sum += exp((double)logits[i] - (double)most);
-    return (double)most + log(sum);
+    for (int il = 0; il < c->n_layer; il++)
+        if (c->is_attn[il])
+            sum += 2.0 * c->n_head_kv * c->head_dim *
+                   (kv_type == LFM2_KV_F16 ? 2 : 4);
+    return sum;
 }
 
-/* Note a token and the k likeliest, best first; of equals, the lower id comes
- * first.  Without logits, as for the first token of a text, it has no
- * probability; the least is -9999, as JSON has no infinity. */
-static void note_score(const struct engine *e, struct scores *to,
-                       const float *logits, int32_t id, int k)
+static double count_elements(const lfm2_tensor_info *t)
 {
-    const int n_vocab = lfm2_n_vocab(e->words);       /* those with names    */
-    const size_t n = (size_t)to->n;
-    struct score *s;
-    double all;
+    double n = 1;
 
-    if ((n & (n - 1)) == 0)
-        to->v = resize(to->v, (n ? 2 * n : 1) * sizeof *to->v);
-    s = &to->v[to->n++];
-    *s = (struct score){ .is = { id, logits ? (double)logits[id] : NAN } };
-    if (!logits)
-        return;
-    for (int i = 0; k > 0 && i < n_vocab; i++) {
-        const struct scored x = { i, (double)logits[i] };
-        if (s->n_top == k && !(x.logprob > s->top[k - 1].logprob))
-            continue;
-        int at = s->n_top < k ? s->n_top++ : k - 1;
-        for (; at > 0 && x.logprob > s->top[at - 1].logprob; at--)
-            s->top[at] = s->top[at - 1];
-        s->top[at] = x;
-    }
-    all = log_sum(logits, lfm2_model_config(e->model)->n_vocab);
-    for (int i = 0; i <= s->n_top; i++) {
-        struct scored *x = i < s->n_top ? &s->top[i] : &s->is;
-        x->logprob = x->logprob - all < -9999 ? -9999 : x->logprob - all;
-    }
-}
-
-/* ---- token by token */
-
-/* FNV-1a over whole numbers: the same on every machine, as the logits are. */
-static uint64_t hash_floats(uint64_t h, const float *x, int n)
-{
-    for (int i = 0; i < n; i++)
-        h = hash_number(h, float_bits(x[i]));
-    return h;
-}
-
-/* Append a token to the answer, or end it. */
-static void take_token(const struct engine *e, struct reply *r, int32_t id)
-{
-    int len, i = 0;
-    const char *s = visible(e, id, &len);
-
-    r->n_thought += r->part == IN_THOUGHT;
-    r->n_made++;
-    if (r->guide)
-        guide_token(r, r->guide, s, (size_t)len);
-    add(&r->raw, s, (size_t)len);
-    split(r, 0);
-    if (r->said) {
-        while (i < r->n_said && r->said[i].id != id)
-            i++;
-        if (i == r->n_said)
-            r->said[r->n_said++] = (struct bias){ id, 0 };
-        r->said[i].by++;
-    }
-    if (r->guide && r->finish == UNFINISHED)
-        end_guided(r);
-    if (r->finish != UNFINISHED)
-        return;
-    if (r->n_made == r->q->limit)
-        r->finish = BY_LENGTH;
-    else if (r->ids.n == e->par.n_ctx)
-        r->finish = BY_CONTEXT;
-    else
-        r->ids.id[r->ids.n++] = id;
-}
-
-/* Close a thought that is too long in the model's place.  Returns whether it
- * was closed. */
-static int close_thought(const struct engine *e, struct reply *r)
-{
-    static const char closing[] = "\n</think>\n\n";
-    int32_t id[16];
-    int n;
-
-    if (r->part != IN_THOUGHT || r->q->think_budget < 0 ||
-        r->n_thought < r->q->think_budget)
-        return 0;
-    n = lfm2_encode(e->words, closing, strlen(closing), LFM2_ENCODE_SPECIAL,
-                    id, 16);
-    for (int i = 0; i < n && i < 16 && r->finish == UNFINISHED; i++)
-        take_token(e, r, id[i]);
-    return n > 0;
-}
-
-/* A stop string may be the name of a control token. */
-static int is_end(const struct engine *e, const struct reply *r, int32_t id)
-{
-    int len;
-
-    lfm2_token_bytes(e->words, id, 0, &len);
-    for (int i = 0; len == 0 && i < r->q->stop.n; i++)
-        if (lfm2_token_id(e->words, r->q->stop.v[i]) == id)
-            return 1;
-    return lfm2_is_eog(e->words, id);
-}
-
-/* The next token, from the logits of the last, which change as the request
- * asks.  Scores are what the model said before that. */
-static void sample_token(struct engine *e, struct reply *r, float *logits)
-{
-    const int n_vocab = lfm2_model_config(e->model)->n_vocab;
-    const struct request *q = r->q;
-    int32_t id;
-    int ends;
-
-    if (close_thought(e, r))
-        return;
-    if (e->s->json)
-        r->hash = hash_floats(r->hash, logits, n_vocab);
-    if (q->logprobs >= 0)
-        memcpy(e->raw_logits, logits, (size_t)n_vocab * sizeof *logits);
-    for (int i = 0; i < q->n_bias; i++)
-        logits[q->bias[i].id] += q->bias[i].by;
-    for (int i = 0; i < r->n_said; i++)
-        logits[r->said[i].id] -= (float)(q->presence + q->frequency *
-                                         (double)r->said[i].by);
-    for (int i = 0; q->ignore_eos && i < e->ends.n; i++)
-        logits[e->ends.id[i]] = -INFINITY;
-    id = lfm2_sample(e->ctx, &r->sampler, logits, r->ids.id, r->ids.n);
-    if (id >= 0 && r->guide && !may_say(e, r, id))
-        id = ask_again(e, r, logits);
-    if (id < 0) {
-        r->finish = r->finish == UNFINISHED ? BROKEN : r->finish;
-        return;
-    }
-    r->n_sampled++;
-    ends = is_end(e, r, id);
-    if (q->logprobs >= 0 && (!ends || q->is_completion))
-        note_score(e, &r->scores, e->raw_logits, id, q->logprobs);
-    if (ends)
-        r->finish = STOPPED;
-    else
-        take_token(e, r, id);
-}
-
-/* ---- prompt lookup
- *
- * Text repeats itself: an edit repeats a page, an answer its question, JSON its
- * keys.  What followed the last few tokens earlier is a guess at what follows
- * them now, and one forward reads several guesses for little more than the
- * price of a token.  The next token is sampled after each of them as usual; a
- * guess only decides whether the logits for it exist already.  So the answer is
- * the same, to the byte.
- *
- * A guess costs about a fifth of a forward, and saves one if it is right.  A
- * reply begins with half a forward to its credit and earns a hundredth with
- * each, so that guesses that are always wrong cost it little more than that. */
-
-enum {
-    MIN_MATCH = 3, MAX_MATCH = 16,        /* tokens that are alike           */
-    A_FORWARD = 100, A_GUESS = 20, EARNED = 1, CREDIT = 50, MAX_CREDIT = 400
-};
-
-/* Put at most n guesses behind the text, and say how many.  They come from the
- * earlier place that has the longest match of the last tokens before it.  They
- * end where the second best place, if its match is half as long, goes on
- * differently: of the objects in a list the keys are guessed, not the values.
- * One place alone must have a match of MIN_MATCH.  The search is short beside
- * what attention reads of the same tokens. */
-static int guess(const struct engine *e, struct reply *r, int n)
-{
-    int32_t *const id = r->ids.id, *const end = id + r->ids.n;
-    int best = 0, longest = 0, other = 0, second = 0, made = 0;
-
-    n = smaller(smaller(n, r->bold), r->credit / A_GUESS);
-    n = smaller(n, e->par.n_ctx - r->ids.n);
-    if (r->q->limit >= 0)
-        n = smaller(n, r->q->limit - r->n_made - 1);
-    for (int at = r->ids.n - 1; n > 0 && at > 0 && second < MAX_MATCH; at--) {
-        int alike = 0;
-        while (alike < at && alike < MAX_MATCH &&
-               id[at - 1 - alike] == end[-1 - alike])
-            alike++;
-        if (alike > longest) {
-            second = longest, other = best;
-            longest = alike, best = at;
-        } else if (alike > second)
-            second = alike, other = at;
-    }
-    const int is_alone = second == 0 || 2 * second < longest;
-    while (made < n && (is_alone ? longest >= MIN_MATCH
-                                 : id[best + made] == id[other + made])) {
-        end[made] = id[best + made];
-        made++;
-    }
-    return made;
-}
-
-/* ---- many at once */
-
-/* How many tokens two texts share at their beginning. */
-static int shared_prefix(const struct ids *a, const struct ids *b)
-{
-    int n = 0;
-
-    while (n < a->n && n < b->n && a->id[n] == b->id[n])
-        n++;
+    for (int d = 0; d < t->n_dims; d++)
+        n *= (double)t->dims[d];
     return n;
 }
 
-static int check_prompt(const struct engine *e, const struct request *q,
-                        struct why *why)
+struct cost {
+    double bytes, params;                 /* of the whole file               */
+    double shared, experts;               /* bytes: for any token; of all    */
+    double macs, head;                    /* multiply-adds; for the logits   */
+    double kv;                            /* bytes of cache for a token      */
+};
+
+static struct cost count_cost(const lfm2_model *m, int kv_type)
 {
-    const lfm2_config *c = lfm2_model_config(e->model);
+    const lfm2_config *c = lfm2_model_config(m);
+    struct cost sum = { .kv = kv_bytes(c, kv_type) };
+    double embedding = 0, output = 0;
+    lfm2_tensor_info t;
 
-    if (q->prompt.n == 0)
-        return because(why, USAGE, "the prompt has no tokens");
-    if (q->prompt.n > e->par.n_ctx)
-        return because(why, TOO_LONG, "the prompt has %d tokens, the context "
-                       "%d%s", q->prompt.n, e->par.n_ctx,
-                       e->par.n_ctx < c->n_ctx_train ? "; -c N makes it longer"
-                       : ", all that the model was trained for");
-    for (int i = 0; i < q->prompt.n; i++)
-        if (q->prompt.id[i] < 0 || q->prompt.id[i] >= c->n_vocab)
-            return because(why, USAGE, "token %d is %ld, expected 0 to %d", i,
-                           (long)q->prompt.id[i], c->n_vocab - 1);
-    return DONE;
-}
-
-/* Queue a job, whose request and sink are filled in. */
-static int engine_add(struct engine *e, struct job *j, struct why *why)
-{
-    struct job **end = &e->jobs;
-    const int code = check_prompt(e, &j->q, why);
-
-    if (code != DONE)
-        return code;
-    while (*end)
-        end = &(*end)->next;
-    *end = j;
-    j->next = NULL;
-    j->state = WAITING;
-    return DONE;
-}
-
-/* Forget a job, done or not.  What it has read stays in the cache. */
-static void engine_drop(struct engine *e, struct job *j)
-{
-    struct job **at = &e->jobs;
-
-    while (*at && *at != j)
-        at = &(*at)->next;
-    if (*at)
-        *at = j->next;
-    j->r.ended = seconds();
-    if (j->state == ACTIVE) {
-        e->slot[j->r.seq].job = NULL;
-        e->slot[j->r.seq].used = j->r.ended;
-    }
-    j->state = FINISHED;
-    split(&j->r, 1);
-}
-
-/* Begin to answer in a sequence.  One token at least is always read, for its
- * logits. */
-static void start_reply(struct engine *e, struct job *j, struct slot *slot)
-{
-    const size_t n_ctx = (size_t)e->par.n_ctx;
-    const struct request *q = &j->q;
-    const struct sampling *is = &q->sampling;
-    struct reply *r = &j->r;
-
-    *r = (struct reply){
-        .q = q, .seq = (int)(slot - e->slot), .hash = HASH_START,
-        .keeps_marks = e->s->think == THINK_RAW, .bold = MIN_MATCH,
-        .credit = CREDIT,
-        .sampler = {
-            (float)is->temp, is->top_k < 0 ? 0 : is->top_k, (float)is->top_p,
-            (float)is->min_p, (float)is->repeat,
-            is->last_n < 0 ? 1 << 30 : is->last_n, (uint64_t)q->seed
-        },
-        .part = q->is_completion ? IN_PLAIN_TEXT : q->in_thought ? IN_THOUGHT :
-                AT_START
-    };
-    r->ids.id = zeroed(n_ctx + 1, sizeof *r->ids.id);
-    if (q->presence != 0 || q->frequency != 0)
-        r->said = zeroed(n_ctx + 1, sizeof *r->said);
-    memcpy(r->ids.id, q->prompt.id, (size_t)q->prompt.n * sizeof *r->ids.id);
-    r->ids.n = q->prompt.n;
-    start_guide(e, r);
-    slot->cached.n = lfm2_seq_trim(e->ctx, r->seq,
-                                   smaller(slot->same, q->prompt.n - 1));
-    r->n_fed = r->n_reused = slot->cached.n;
-    r->started = r->read = r->ended = seconds();
-    slot->job = j;
-    j->state = ACTIVE;
-}
-
-/* The sequence to answer a request in; NULL if all are busy.  A conversation
- * goes on where it was; another one takes an empty sequence, or the one that
- * has waited longest.  *from shares most with the prompt.  One whose own log
- * probabilities are wanted is read from its beginning. */
-static struct slot *choose_slot(const struct engine *e,
-                                const struct request *q,
-                                const struct slot **from)
-{
-    struct slot *const end = e->slot + e->par.n_seq, *best = NULL;
-    double rank, best_rank = INFINITY;
-
-    *from = e->slot;
-    for (struct slot *s = e->slot; s < end; s++) {
-        s->same = q->prompt_logprobs < 0 ?
-                  shared_prefix(&s->cached, &q->prompt) : 0;
-        if (s->same > (*from)->same)
-            *from = s;
-    }
-    for (struct slot *s = e->slot; s < end; s++) {
-        rank = s->cached.n == 0 ? -1 : s->used;
-        if (s->same > 0 && s->same == (*from)->same &&
-            s->cached.n - s->same <= EXACT_TRIM)
-            rank = -2;
-        if (!s->job && rank < best_rank)
-            best = s, best_rank = rank;
-    }
-    return best;
-}
-
-/* Will a prompt that is being read right now be worth waiting for? */
-static int worth_waiting(const struct engine *e, const struct ids *prompt,
-                         int have)
-{
-    for (const struct job *j = e->jobs; j; j = j->next)
-        if (j->state == ACTIVE && j->r.n_fed < j->q.prompt.n) {
-            const int n = shared_prefix(&j->q.prompt, prompt);
-            if (n > j->r.n_fed && n >= have + lfm2_seq_step(e->ctx))
-                return 1;
+    for (int i = 0; lfm2_model_tensor(m, i, &t) == LFM2_OK; i++) {
+        const double bytes = (double)t.n_bytes, n = count_elements(&t);
+        sum.bytes += bytes;
+        sum.params += n;
+        if (strcmp(t.name, "token_embd.weight") == 0)
+            embedding = bytes, sum.head = n;
+        else if (strcmp(t.name, "output.weight") == 0)
+            output = bytes;
+        else if (strstr(t.name, "_exps.") && c->n_expert > 0) {
+            sum.experts += bytes;
+            sum.macs += n * c->n_expert_used / c->n_expert;
+        } else {
+            sum.shared += bytes;
+            sum.macs += t.n_dims > 1 ? n : 0;
         }
-    return 0;
-}
-
-/* Start what waits, oldest first.  One that had better wait does not keep back
- * those behind it. */
-static void start_jobs(struct engine *e)
-{
-    for (struct job *j = e->jobs; j; j = j->next) {
-        const struct slot *from;
-        struct slot *to;
-        if (j->state != WAITING)
-            continue;
-        to = choose_slot(e, &j->q, &from);
-        if (!to)
-            return;
-        if (j->q.prompt_logprobs < 0 &&
-            worth_waiting(e, &j->q.prompt, from->same))
-            continue;
-        if (from->same >= to->same + lfm2_seq_step(e->ctx) &&
-            lfm2_seq_copy(e->ctx, (int)(to - e->slot), (int)(from - e->slot),
-                          NULL) == LFM2_OK) {
-            to->same = from->same;
-            to->cached.n = from->cached.n;
-            memcpy(to->cached.id, from->cached.id,
-                   (size_t)from->cached.n * sizeof *from->cached.id);
-        }
-        start_reply(e, j, to);
     }
+    sum.shared += output > 0 ? output : embedding;
+    return sum;
 }
 
-/* The tokens of a reply that go into the next forward: all that are not in the
- * cache, as far as there is room, and then guesses.  *room and *rows shrink. */
-static lfm2_span next_span(const struct engine *e, struct reply *r,
-                           int n_guesses, int *room, int *rows)
+/* The bytes that are read to compute one token of each of n_seq sequences: the
+ * weights once, with as many experts as would be chosen on average at random,
+ * and `depth` tokens of the cache for each. */
+static double step_bytes(const lfm2_model *m, const struct cost *cost,
+                         int n_seq, double depth)
 {
-    const int rest = r->ids.n - r->n_fed;
-    const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
-    const int most = all_rows ? smaller(*rows, *room) : *room;
-    const int n = smaller(rest, most + 1);
-    int guesses = 0;
+    const lfm2_config *c = lfm2_model_config(m);
+    const double idle = c->n_expert == 0 ? 1 :
+                        pow(1 - (double)c->n_expert_used / c->n_expert, n_seq);
 
-    *room -= n - 1;
-    *rows -= all_rows ? n - 1 : 0;
-    if (n == rest)
-        guesses = guess(e, r, smaller(n_guesses, smaller(*room, *rows)));
-    *room -= guesses;
-    *rows -= guesses;
-    return (lfm2_span){ .seq = r->seq, .tokens = r->ids.id + r->n_fed,
-                        .n_tokens = n + guesses,
-                        .n_logits = (all_rows ? n : n == rest) + guesses };
+    return cost->shared + cost->experts * (1 - idle) +
+           cost->kv * n_seq * depth;
 }
 
-/* Say the next token, and as many more as were guessed: the more of them were
- * right, the more are guessed next.  What was guessed wrong leaves the cache,
- * and maybe some of what is before it, to be read again. */
-static void say_tokens(struct engine *e, struct reply *r, int span)
+/* The memory of the process without mapped files; 0: unknown. */
+static double anonymous_memory(void)
 {
-    struct ids *cached = &e->slot[r->seq].cached;
-    const int from = r->n_fed, n = cached->n - from;
-    const int row = e->span[span].n_logits - 1 - n;
-    int n_right;
-
-    while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
-        sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
-        while (r->n_fed < r->ids.n && r->n_fed < cached->n &&
-               r->ids.id[r->n_fed] == cached->id[r->n_fed])
-            r->n_fed++;
-    }
-    n_right = r->n_fed - from;
-    r->n_guessed += n;
-    r->n_right += n_right;
-    r->credit = smaller(r->credit + EARNED + n_right * A_FORWARD - n * A_GUESS,
-                        MAX_CREDIT);
-    if (n > 0)
-        r->bold = smaller(n_right < n ? n_right + 1 : 2 * n + 1, MAX_LOOKUP);
-    if (r->n_fed < cached->n)
-        r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
+    return number_in("/proc", "self/status", "RssAnon") * 1024;
 }
 
-/* What was fed is in the cache now; a reply that is all there says its next
- * token.  The model has an opinion on each token of a prompt but the first. */
-static void move_on(struct engine *e, struct reply *r, int span)
+static double peak_memory(void)
 {
-    const lfm2_span *fed = &e->span[span];
-    const struct request *q = r->q;
-    struct ids *cached = &e->slot[r->seq].cached;
+    struct rusage use = { .ru_utime = { 0 } };
 
-    memcpy(cached->id + cached->n, fed->tokens,
-           (size_t)fed->n_tokens * sizeof *cached->id);
-    cached->n += fed->n_tokens;
-    if (q->prompt_logprobs >= 0 && r->n_made == 0) {
-        if (r->n_fed == 0)
-            note_score(e, &r->prompt_scores, NULL, r->ids.id[0], 0);
-        for (int i = 0, at = r->n_fed + 1; i < fed->n_logits &&
-             at + i < q->prompt.n; i++)
-            note_score(e, &r->prompt_scores, lfm2_logits(e->ctx, span, i),
-                       r->ids.id[at + i], q->prompt_logprobs);
-    }
-    r->n_fed = smaller(cached->n, r->ids.n);
-    if (r->n_sampled == 0)
-        r->read = seconds();
-    else
-        r->n_steps++;
-    if (r->n_fed == r->ids.n && q->limit == 0)
-        r->finish = BY_LENGTH;
-    else if (r->n_fed == r->ids.n)
-        say_tokens(e, r, span);
+    getrusage(RUSAGE_SELF, &use);
+#if defined __APPLE__
+    return (double)use.ru_maxrss;
+#elif defined __wasi__
+    return (double)__builtin_wasm_memory_size(0) * 65536;
+#else
+    return (double)use.ru_maxrss * 1024;
+#endif
 }
 
-static int forward(const struct engine *e, const lfm2_span *spans, int n)
-{
-    lfm2_error err;
-
-    if (lfm2_forward(e->ctx, spans, n, &err) == LFM2_OK)
-        return e->trace ? e->trace->code : DONE;
-    if (err.code == LFM2_ECANCELLED)
-        return INTERRUPTED;
-    return report(e->s->ids ? e->s->ids : e->s->model, &err);
-}
-
-/* Move all jobs on by one forward.  Prompts share the room that answers leave,
- * and are read in pieces while there is any answer under way, so that it does
- * not wait long for its next token. */
-static int engine_step(struct engine *e)
-{
-    int n = 0, writing = 0, room, rows, code, span = 0;
-    struct job *j, *next;
-
-    start_jobs(e);
-    for (j = e->jobs; j; j = j->next)
-        if (j->state == ACTIVE) {
-            writing |= j->r.n_sampled > 0;
-            n++;
-        }
-    if (n == 0)
-        return DONE;
-    room = e->par.n_batch > n ? e->par.n_batch - n : 0;
-    room = writing ? smaller(room, e->piece) : room;
-    rows = e->par.n_logits - n;
-    for (j = e->jobs; j; j = j->next)
-        if (j->state == ACTIVE)
-            e->span[span++] = next_span(e, &j->r, e->lookup / n, &room, &rows);
-    code = forward(e, e->span, n);
-    span = 0;
-    for (j = e->jobs; code == DONE && j; j = next) {
-        next = j->next;
-        if (j->state != ACTIVE)
-            continue;
-        move_on(e, &j->r, span++);
-        if (j->r.finish != UNFINISHED) {
-            engine_drop(e, j);
-            j->to->end(j);
-        } else if (j->to->more)
-            j->to->more(j);
-    }
-    return code;
-}
-
-/* ---- what is asked for */
-
-static uint64_t random_seed(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_REALTIME, &t);
-    return ((uint64_t)t.tv_sec * 1000000007u ^ (uint64_t)t.tv_nsec ^
-            (uint64_t)getpid() << 20) & UINT32_MAX;
-}
-
-/* What options, and a body, leave open is as the model's makers advise. */
-static void complete_request(const struct engine *e, struct request *q)
-{
-    const struct sampling *p = &e->preset, is = q->sampling;
-
-    q->sampling = (struct sampling){
-        .temp = is.temp == UNSET ? p->temp : is.temp,
-        .top_k = is.top_k == UNSET ? p->top_k : is.top_k,
-        .top_p = is.top_p == UNSET ? p->top_p : is.top_p,
-        .min_p = is.min_p == UNSET ? p->min_p : is.min_p,
-        .repeat = is.repeat != UNSET ? is.repeat : is.temp == 0 ? 1 : p->repeat,
-        .last_n = is.last_n == UNSET ? p->last_n : is.last_n
-    };
-    if (q->limit == UNSET)
-        q->limit = q->is_completion ? PLAIN_LENGTH : -1;
-    if (q->seed == -1)
-        q->seed = (long long)random_seed();
-}
-
-/* ------------------------------------------------------------------ 5. Sinks
+/* -------------------------------------------------------- 5. Writing replies
  *
- * What becomes of a reply: words on a screen as they come, or one JSON object,
- * as OpenAI's API writes it, once all is there. */
+ * As text, while it is generated; or, once it is complete, as a JSON object of
+ * OpenAI's API. */
 
-/* ---- on the screen */
+/* ---- as text */
 
 struct output {
     FILE *f;                              /* NULL: not shown                 */
     int terminal;
-    size_t shown;                         /* bytes of a reply                */
+    size_t shown;                         /* bytes of it                     */
     lfm2_utf8 utf8;
 };
 
 struct printer {
-    struct output to[2];                  /* the text, and thoughts          */
-    int colour;                           /* thoughts are dim                */
+    struct output to[2];                  /* text, thoughts                  */
+    int colour;                           /* dim thoughts                    */
     int in_thought, code;
 };
 
-/* Thoughts go where a person looks, or where they were sent. */
+/* Thoughts go to a terminal or, with --think show, to standard error. */
 static struct printer start_printer(const struct settings *s)
 {
     const char *no = getenv("NO_COLOR"), *term = getenv("TERM");
@@ -2195,7 +2198,7 @@ static struct printer start_printer(const struct settings *s)
     return p;
 }
 
-/* Only whole characters come out; len 0 lets go of an unfinished one. */
+/* Print all whole characters; with len 0 also an incomplete one. */
 static void put_text(struct output *o, const char *bytes, size_t len)
 {
     char out[256 + 3];
@@ -2225,7 +2228,6 @@ static void enter_thought(struct printer *p, int inside)
         fprintf(p->to[1].f, "%s\n\n", p->colour ? "\033[0m" : THINK_END);
 }
 
-/* Print what is new: thoughts, then text. */
 static void print_reply(struct printer *p, const struct reply *r)
 {
     for (int i = 1; i >= 0; i--) {
@@ -2240,7 +2242,7 @@ static void print_reply(struct printer *p, const struct reply *r)
     }
 }
 
-/* The calls in a reply that has ended; what is not a call becomes text. */
+/* Parse the tool calls of a finished reply; what is not a call becomes text. */
 static struct calls take_calls(struct reply *r)
 {
     struct calls calls = { NULL, 0 };
@@ -2252,7 +2254,7 @@ static struct calls take_calls(struct reply *r)
     return calls;
 }
 
-/* What is left at the end; calls are one line of JSON. */
+/* Print what is left at the end, and tool calls as a line of JSON. */
 static void print_end(struct printer *p, struct reply *r)
 {
     struct calls calls = take_calls(r);
@@ -2276,9 +2278,9 @@ static void print_end(struct printer *p, struct reply *r)
     p->code = flush_output(p->code);
 }
 
-/* ---- as JSON */
+/* ---- as JSON, in the formats of add_members() (section 14) */
 
-/* A token as the members of an object that is left open. */
+/* A token, as an object that is left open. */
 static void add_scored(const struct engine *e, struct text *to,
                        const struct scored *x)
 {
@@ -2292,18 +2294,18 @@ static void add_scored(const struct engine *e, struct text *to,
     add_string(to, "]");
 }
 
-/* An array of tokens, from number `from` on, each with the likeliest ones. */
+/* An array of the tokens from number `from` on, with their alternatives. */
 static void add_scores(const struct engine *e, struct text *to,
                        const struct scores *scores, int from)
 {
     add_members(to, "[");
     for (int i = from; i < scores->n; i++) {
         const struct score *s = &scores->v[i];
-        if (isnan(s->is.logprob)) {
+        if (isnan(s->token.logprob)) {
             add_members(to, "%s", NULL);
             continue;
         }
-        add_scored(e, to, &s->is);
+        add_scored(e, to, &s->token);
         add_members(to, "top_logprobs: [");
         for (int k = 0; k < s->n_top; k++) {
             add_scored(e, to, &s->top[k]);
@@ -2314,8 +2316,8 @@ static void add_scores(const struct engine *e, struct text *to,
     add_string(to, "]");
 }
 
-/* Names of tokens are keys of an object and must differ, so parts of characters
- * are written as bytes. */
+/* The text of a token, as a string.  As it may be a key of an object, and keys
+ * must differ, a token that is not whole characters is written as bytes. */
 static void add_token_name(const struct engine *e, struct text *to, int32_t id)
 {
     struct text bytes = { 0 };
@@ -2332,29 +2334,29 @@ static void add_token_name(const struct engine *e, struct text *to, int32_t id)
     free(bytes.s);
 }
 
-/* "name": log probability, of the likeliest and of the token itself. */
+/* An object: log probabilities of the likeliest tokens and the token itself. */
 static void add_best(const struct engine *e, struct text *to,
                      const struct score *s)
 {
     int has = 0;
 
-    if (isnan(s->is.logprob)) {
+    if (isnan(s->token.logprob)) {
         add_members(to, "%s", NULL);
         return;
     }
     add_members(to, "{");
     for (int i = 0; i < s->n_top + !has; i++) {
-        const struct scored *x = i < s->n_top ? &s->top[i] : &s->is;
-        has |= x->id == s->is.id;
+        const struct scored *x = i < s->n_top ? &s->top[i] : &s->token;
+        has |= x->id == s->token.id;
         add_token_name(e, to, x->id);
         add_members(to, ": %f", x->logprob);
     }
     add_string(to, "}");
 }
 
-/* As /v1/completions writes them: an array for each of four columns, of the
- * prompt's tokens first if it is told, too.  The first `from` tokens of the
- * answer were written before. */
+/* Log probabilities as in /v1/completions: four parallel arrays, which begin
+ * with the tokens of the prompt if it is echoed.  The first `from` tokens of
+ * the answer have been written before. */
 static void add_columns(const struct engine *e, struct text *to,
                         const struct reply *r, int from)
 {
@@ -2369,11 +2371,11 @@ static void add_columns(const struct engine *e, struct text *to,
         for (int i = 0; i < n_prompt + r->scores.n; i++) {
             const struct score *s = i < n_prompt ? &r->prompt_scores.v[i] :
                                     &r->scores.v[i - n_prompt];
-            const char *bytes = visible(e, s->is.id, &len);
+            const char *bytes = visible(e, s->token.id, &len);
             if (i >= first && c == 0)
-                add_token_name(e, to, s->is.id);
+                add_token_name(e, to, s->token.id);
             else if (i >= first && c == 1)
-                add_members(to, "%f", s->is.logprob);
+                add_members(to, "%f", s->token.logprob);
             else if (i >= first && c == 2)
                 add_best(e, to, s);
             else if (i >= first)
@@ -2392,12 +2394,11 @@ static void add_logprobs(const struct engine *e, struct text *to,
     const struct request *q = r->q;
     const int in_columns = q->is_completion && q->logprobs >= 0;
 
-    if (q->logprobs >= 0)
+    if (in_columns) {
         add_members(to, "logprobs: ");
-    if (in_columns)
         add_columns(e, to, r, from);
-    else if (q->logprobs >= 0) {
-        add_members(to, "{content: ");
+    } else if (q->logprobs >= 0) {
+        add_members(to, "logprobs: {content: ");
         add_scores(e, to, &r->scores, from);
         add_string(to, "}");
     }
@@ -2407,8 +2408,8 @@ static void add_logprobs(const struct engine *e, struct text *to,
     }
 }
 
-/* The arguments of a call are JSON within a string.  In a stream, calls have
- * numbers. */
+/* The arguments of a call are JSON inside a string.  In a stream, calls have an
+ * index. */
 static void add_calls(struct text *to, const struct calls *calls, uint64_t id,
                       int is_stream)
 {
@@ -2436,7 +2437,7 @@ static void add_tokens(const struct engine *e, struct text *to,
     }
 }
 
-/* What the file calls itself. */
+/* The name that the file gives; it may be empty. */
 static struct piece model_name(const struct engine *e)
 {
     size_t n = 0;
@@ -2445,8 +2446,7 @@ static struct piece model_name(const struct engine *e)
     return (struct piece){ s ? s : "", s ? n : 0 };
 }
 
-/* The beginning of the object of /v1/chat/completions or /v1/completions, or of
- * a chunk of it. */
+/* The first members of a response, or of a chunk of one. */
 static void add_head(const struct engine *e, struct text *to,
                      int is_completion, int is_chunk, uint64_t id,
                      long long created)
@@ -2467,7 +2467,7 @@ static const char *finish_reason(const struct reply *r, int n_calls)
            r->finish == BY_LENGTH || r->finish == BY_CONTEXT ? "length" : NULL;
 }
 
-/* What was said: a text, of the prompt too if it is wanted; or a message. */
+/* A choice: a text, after the prompt if that is echoed; or a message. */
 static void add_choice(const struct engine *e, struct text *to, struct job *j,
                        int index)
 {
@@ -2496,8 +2496,8 @@ static void add_choice(const struct engine *e, struct text *to, struct job *j,
     free_calls(&calls);
 }
 
-/* Counts of the tokens of n answers; each prompt counts once.  How many of its
- * tokens had been read before depends on who else was answered. */
+/* Token counts of n answers, each prompt once.  How much of it was cached also
+ * depends on other requests, so a batch does not say it. */
 static void add_usage(const struct engine *e, struct text *to,
                       const struct job *j, int n)
 {
@@ -2517,7 +2517,7 @@ static void add_usage(const struct engine *e, struct text *to,
                 thought);
 }
 
-/* The whole object for n answers, but for its last bracket. */
+/* The response for n answers, without its closing brace. */
 static void add_completion(const struct engine *e, struct text *to,
                            struct job *j, int n, uint64_t id,
                            long long created)
@@ -2530,8 +2530,8 @@ static void add_completion(const struct engine *e, struct text *to,
     add_usage(e, to, j, n);
 }
 
-/* Tokens a second of the prompt, and of the answer without its first token,
- * which the prompt's forward gives; NAN where there are none. */
+/* Tokens per second: of the prompt, without those from the cache; and of the
+ * answer, without the first, which comes with the prompt.  NAN: none. */
 static double prompt_speed(const struct reply *r)
 {
     return r->read > r->started ?
@@ -2544,14 +2544,14 @@ static double answer_speed(const struct reply *r)
            (r->n_sampled - 1) / (r->ended - r->read) : NAN;
 }
 
-/* Which model answered, how to get the answer again, and how long it took. */
+/* Which model answered, how to reproduce the answer, and how long it took. */
 static void add_origin(const struct engine *e, struct text *to,
                        const struct job *j, int uses_date)
 {
     static const char *const finish[] = { "interrupted", "stop", "length",
                                           "context", "error" };
     const struct reply *r = &j->r;
-    const struct sampling *is = &j->q.sampling;
+    const struct sampling *p = &j->q.sampling;
 
     add_members(to, "lfm2: {finish: %s, model_hash: %016llx, "
                 "logits_hash: %016llx, template: %s, date: %s, seed: ",
@@ -2560,8 +2560,8 @@ static void add_origin(const struct engine *e, struct text *to,
                 template_name(e->template), uses_date ? e->date : NULL);
     add_format(to, "%lld", j->q.seed);
     add_members(to, "temperature: %g, top_k: %d, top_p: %g, min_p: %g, "
-                "repeat_penalty: %g, repeat_last_n: %d", is->temp, is->top_k,
-                is->top_p, is->min_p, is->repeat, is->last_n);
+                "repeat_penalty: %g, repeat_last_n: %d", p->temp, p->top_k,
+                p->top_p, p->min_p, p->repeat, p->last_n);
     add_members(to, "timings: {cache_n: %d, prompt_n: %d, prompt_ms: %g, "
                 "prompt_per_second: %g, predicted_n: %d, predicted_ms: %g, "
                 "predicted_per_second: %g, draft_n: %d, draft_n_accepted: "
@@ -2571,24 +2571,25 @@ static void add_origin(const struct engine *e, struct text *to,
                 r->n_right);
 }
 
-/* ----------------------------------------------------- 6. What a body asks for
+/* ------------------------------------------------------- 6. Reading requests
  *
- * The body of a request as OpenAI's clients send it: a line of --batch, or the
- * file of --messages. */
+ * A request is a JSON object, as OpenAI's clients send it: the body of an HTTP
+ * request, a line of --batch, or the file of --messages.  Most of its members
+ * are options (section 11) under another name. */
 
-/* Members that are read by name below. */
+/* Members that are not options, but read by name where they are used. */
 static const char read_elsewhere[] =
     "custom_id messages prompt tools model logprobs logit_bias stream_options "
     "add_generation_prompt continue_final_message chat_template_kwargs "
     "keep_past_thinking preserve_thinking response_format tool_choice "
     "parallel_tool_calls";
 
-/* Members that mean nothing here and change no answer. */
+/* Members that are ignored, because they would not change the answer. */
 static const char harmless[] =
     "user metadata store service_tier safety_identifier "
     "prompt_cache_key prompt_cache_retention cache_prompt";
 
-/* Members that are known with this value only, as JSON. */
+/* Members that are accepted with this value only. */
 static const char *const neutral[][2] = {
     { "best_of", "1" }, { "suffix", "\"\"" }, { "modalities", "[\"text\"]" }
 };
@@ -2598,8 +2599,8 @@ static int is_word(const struct json *x, const char *word)
     return json_is(x, JSON_STRING) && strcmp(x->s, word) == 0;
 }
 
-/* Put the value of a member where the option of that name puts its own: 0, or
- * -1 if it is not good. */
+/* Set the field of an option from a member.  Returns 0, or -1 if its value is
+ * not valid.  Strings are copied, as a request may outlive its JSON. */
 static int set_member(struct request *q, const struct option *o,
                       const struct json *x)
 {
@@ -2611,10 +2612,12 @@ static int set_member(struct request *q, const struct option *o,
     if (o->kind == FLAG)
         return json_bool(x, slot);
     if (o->kind == TEXTS) {
-        for (x = is_list ? x->first : x; x; x = is_list ? x->next : NULL)
-            if (!json_text(x) || add_text(slot, memcpy(
-                pool_get(&q->pool, x->n + 1), x->s, x->n + 1)) != 0)
+        for (x = is_list ? x->first : x; x; x = is_list ? x->next : NULL) {
+            char *copy = pool_get(&q->pool, x->n + 1);
+            if (!json_text(x) ||
+                add_text(slot, memcpy(copy, x->s, x->n + 1)) != 0)
                 return -1;
+        }
         return 0;
     }
     if (json_double(x, &value) != 0 || !(value >= o->min && value <= o->max) ||
@@ -2628,30 +2631,29 @@ static int set_member(struct request *q, const struct option *o,
 /* A member that is not an option. */
 static int check_member(const struct json *x, struct why *why)
 {
-    static unsigned told;
+    static unsigned noted;
     const int i = find_word(harmless, ' ', x->key);
     struct text value = { 0 };
-    int code = DONE;
+    int is_same;
 
-    if (i >= 0 && !(told & 1u << i))
-        note("\"%s\" changes nothing here", x->key);
-    told |= i >= 0 ? 1u << i : 0;
+    if (i >= 0 && !(noted & 1u << i))
+        note("\"%s\" is ignored", x->key);
+    noted |= i >= 0 ? 1u << i : 0;
     if (i >= 0 || find_word(read_elsewhere, ' ', x->key) >= 0)
         return DONE;
     for (size_t k = 0; k < sizeof neutral / sizeof *neutral; k++)
         if (strcmp(neutral[k][0], x->key) == 0) {
             add_json(&value, x);
-            if (strcmp(neutral[k][1], value.s) != 0)
-                code = because(why, USAGE, "\"%s\": expected %s", x->key,
-                               neutral[k][1]);
+            is_same = strcmp(neutral[k][1], value.s) == 0;
             free(value.s);
-            return code;
+            return is_same ? DONE : because(why, USAGE, "\"%s\": expected %s",
+                                            x->key, neutral[k][1]);
         }
     return because(why, USAGE, "\"%.60s\" is not known here, and might change "
                    "the answer", x->key);
 }
 
-/* {"id": how much its logit is raised, ...} */
+/* An object of token ids, and what is added to their logits. */
 static int read_bias(const struct engine *e, struct request *q,
                      const struct json *x, struct why *why)
 {
@@ -2676,9 +2678,9 @@ static int read_bias(const struct engine *e, struct request *q,
     return DONE;
 }
 
-/* All of a body but its prompt; *q holds what the options ask for.  "logprobs"
- * is true or false beside messages, a number beside a prompt; with "echo" those
- * of the prompt are wanted, too. */
+/* Read all of a body but its prompt into *q, which holds the options.
+ * "logprobs" is true or false with messages, and a number with a prompt; "echo"
+ * asks for log probabilities of the prompt, too. */
 static int read_body(const struct engine *e, struct request *q,
                      const struct json *body, struct why *why)
 {
@@ -2727,8 +2729,8 @@ static int read_flag(const struct json *object, const char *key, int *out,
            because(why, USAGE, "\"%s\": expected true or false", key);
 }
 
-/* What the prompt has of the answer already: nothing, "<think>", or the message
- * to go on with. */
+/* What the prompt already has of the answer: nothing, "<think>", or the message
+ * to continue. */
 static const char *answer_of(const struct rendered *r)
 {
     static const char start[] = TURN_START "assistant\n";
@@ -2744,7 +2746,6 @@ static const char *answer_of(const struct rendered *r)
     return from;
 }
 
-/* Does the answer begin inside a thought? */
 static int ends_in_thought(const struct rendered *r)
 {
     const char *const end = r->text.s + r->text.n, *at = answer_of(r);
@@ -2757,8 +2758,8 @@ static int ends_in_thought(const struct rendered *r)
     return inside;
 }
 
-/* The prompt of these messages, as text in *out and tokens in q->prompt.
- * `body` may be NULL, and its members about the last message no longer count
+/* Make the prompt from messages: as text in *out, as tokens in q->prompt.
+ * `body` may be NULL; what it says about the last message no longer applies
  * once the conversation has `grown`. */
 static int make_prompt(struct engine *e, struct request *q,
                        const struct json *messages, const struct json *tools,
@@ -2791,16 +2792,16 @@ static int make_prompt(struct engine *e, struct request *q,
         code = render(&c, e->template, out, why);
     if (code == DONE)
         code = encode_rendered(e->words, out, e->s->special, &q->prompt, why);
-    if (out->lost_calls && !e->lost_calls++)
-        note("template %s does not write the tool_calls of messages, here and "
-             "below; calls belong into the content, as --think raw prints them",
+    if (out->lost_calls && !e->is_warned++)
+        note("template %s ignores the tool_calls of messages; calls belong in "
+             "the content, as --think raw prints them",
              template_name(e->template));
     q->in_thought = code == DONE && ends_in_thought(out);
     return code;
 }
 
-/* The first prompt of a body, and how many there are: "prompt" may be an array
- * of them. */
+/* The first prompt of a body, and the number of prompts: "prompt" may be an
+ * array of them. */
 static const struct json *first_prompt(const struct json *body, int *n)
 {
     const struct json *prompt = given(body, "prompt");
@@ -2811,8 +2812,7 @@ static const struct json *first_prompt(const struct json *body, int *n)
     return is_list ? prompt->first : prompt;
 }
 
-/* A whole body: how to answer, and what; of its prompts, which are texts or ids
- * of tokens, this one. */
+/* Read a body.  `prompt` is one of its prompts; NULL if it has messages. */
 static int read_request(struct engine *e, struct request *q,
                         const struct json *body, const struct json *prompt,
                         struct why *why)
