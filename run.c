@@ -8051,16 +8051,16 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
 
 /* ------------------------------------------------------------ 16. Tool calls
  *
- * A model that wants a tool writes <|tool_call_start|>, Python, and
- * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some write JSON
- * there: {"name": "time", "arguments": {}}.  An argument has the value that
- * Python's ast.literal_eval() gives it, or is one of JSON's words.  Text that
- * has no value in JSON (bytes, complex numbers) or has to be computed is not
- * understood, and stays text.
+ * To call tools, a model writes Python between <|tool_call_start|> and
+ * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some models write
+ * JSON there: {"name": "time", "arguments": {}}.  Arguments are what Python's
+ * ast.literal_eval() accepts, or null, true and false.  A call with a value
+ * that JSON does not have (bytes, complex numbers) or that has to be computed
+ * is left as text.
  *
- * Where Python would see an error of syntax, some things are clear all the
- * same: new lines and forgotten backslashes in strings, names like get-time,
- * calls on lines of their own, a bracket missing at the very end. */
+ * Some syntax errors are accepted because their meaning is clear: newlines and
+ * unescaped quotes in strings, names like get-time, a newline in place of a
+ * comma between calls, a missing bracket at the very end. */
 
 static void free_calls(struct calls *calls)
 {
@@ -8069,8 +8069,8 @@ static void free_calls(struct calls *calls)
     *calls = (struct calls){ NULL, 0 };
 }
 
-/* In either notation.  An argument without a name is good if it is the only
- * one, and a dict. */
+/* One call, in either notation.  A positional argument must be the only one,
+ * and a dict: its items are the arguments. */
 static void read_call(struct reader *r, struct calls *to)
 {
     struct json *v = pool_get(r->pool, sizeof *v);
@@ -8107,11 +8107,12 @@ static void read_call(struct reader *r, struct calls *to)
     free(t.s);
 }
 
-/* What stands between two marks, all or none: calls, or one list of them, with
- * a comma or a new line between two; as JSON, as Python, or as Python with
- * quotes that lack a backslash.  Before, each byte that is no UTF-8 becomes a
- * replacement character, and new lines are as Python sees them. */
-static int read_calls(const char *s, const char *end, int is_whole,
+/* Read all the calls between two markers, or none of them if there is an error:
+ * in a list or not, and as JSON, else as Python, else as Python with unescaped
+ * quotes in strings.  A list that `has_end`, its end marker, may lack its last
+ * bracket.  First, invalid UTF-8 becomes replacement characters, and as in
+ * Python CR and CR LF become LF. */
+static int read_calls(const char *s, const char *end, int has_end,
                       struct calls *to)
 {
     const int before = to->n;
@@ -8130,8 +8131,8 @@ static int read_calls(const char *s, const char *end, int is_whole,
         const int list = took(&r, '[');
         int more = 1;
         while (r.code == DONE && (!list || !took(&r, ']')) &&
-               (peek(&r) != EOF || to->n == before || (list && !is_whole))) {
-            expect(&r, more, "',' or a new line");
+               (peek(&r) != EOF || to->n == before || (list && !has_end))) {
+            expect(&r, more, "',' or a newline");
             read_call(&r, to);
             const char *const from = r.at;
             more = took(&r, ',') || memchr(from, '\n', (size_t)(r.at - from));
@@ -8143,11 +8144,11 @@ static int read_calls(const char *s, const char *end, int is_whole,
     return 0;
 }
 
-/* The calls in an answer; the text around them, and calls that were not
- * understood, markers included, go to `rest`.  Returns how many were not
- * understood.  A call at the end may lack its last marker; one that is not
- * complete does not count if the answer was `cut` for its length.  Models write
- * the last marker of a call once more after it, which nobody should see. */
+/* Find the calls in an answer.  The text around them goes to `rest`, and so do
+ * bad calls, with their markers.  Returns how many calls were bad; a call that
+ * is incomplete because the answer was `cut` at its length does not count.  The
+ * last call may lack its end marker.  Models sometimes write the end marker
+ * twice: the second one is dropped. */
 static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                        struct text *rest)
 {
@@ -8184,8 +8185,8 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
  *
  * --tokenize, --detokenize and --export-tokenizer need a vocabulary only. */
 
-/* model: the open one, whose file has the words if no other is named; or NULL.
- * Returns a code of the library. */
+/* Open the vocabulary in the file of --tokenizer, or else in that of the model,
+ * which is in memory already unless `model` is NULL.  Returns an LFM2_ code. */
 static int load_words(const struct settings *s, const lfm2_model *model,
                       lfm2_tokenizer **out, lfm2_error *err)
 {
@@ -8214,7 +8215,8 @@ static int open_words(const struct settings *s, const lfm2_model *model,
            report(s->tokenizer ? s->tokenizer : s->model, &err);
 }
 
-/* Text as it is.  What is to be gone on with may have to begin with BOS. */
+/* Encode text without a template.  If the model wants a BOS, text to continue
+ * begins with it. */
 static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
                          const char *text, size_t n, struct ids *out)
 {
@@ -8225,7 +8227,8 @@ static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
            (s->special ? LFM2_ENCODE_SPECIAL : 0), out);
 }
 
-/* A line of ids for the whole text, or for each of its NUL-ended records. */
+/* A line of ids for the whole text, or for each of its NUL-terminated
+ * records. */
 static void tokenize(const struct settings *s, const lfm2_tokenizer *words,
                      const struct text *t)
 {
@@ -8241,9 +8244,9 @@ static void tokenize(const struct settings *s, const lfm2_tokenizer *words,
     }
 }
 
-/* The text of every line of ids.  The inverse of tokenize(), which ends the
- * last line: a text of the last line alone is all there is, and between those
- * of several stands a newline.  With --null each ends with a NUL instead. */
+/* The text of each line of ids, separated by newlines: none follows the last,
+ * so that this is the exact inverse of tokenize().  With --null each text ends
+ * with NUL instead. */
 static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
                       const struct text *t)
 {
@@ -8329,9 +8332,9 @@ static int work_on_words(const struct settings *s)
 
 /* -------------------------------------------------------------- 18. --inspect
  *
- * What is in a file, in the terms its makers use; what it will take to run it;
- * and what is wrong with it.  Each fact is written once, as JSON; the text is
- * made of that. */
+ * What is in a file, in the terms of the model's makers; what it takes to run;
+ * and what is wrong with it.  Each fact is written once, as JSON, from which
+ * the text is made. */
 
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
 
@@ -8339,19 +8342,19 @@ struct inspection {
     const struct settings *s;
     lfm2_model *model;
     lfm2_tokenizer *words;                /* NULL: no vocabulary             */
-    int is_model;                         /* and not only the wreck of one   */
-    int code;                             /* LFM2_OK, or what is fatal       */
+    int is_model;                         /* it opened without an error      */
+    int code;                             /* LFM2_OK, or the fatal error     */
     lfm2_error err;
     struct text json;
     const char *last_norm;                /* its name                        */
-    int tied;                             /* embedding and output are one    */
-    double bytes, read;                   /* of weights: all, for a token    */
+    int tied;                             /* the embedding is the output     */
+    double bytes, read;                   /* of weights: all; for a token    */
     struct found_template template;
 };
 
 /* ---- facts */
 
-/* A string of the metadata, whole. */
+/* A string of the metadata, however long it is. */
 static void add_file_string(struct inspection *f, const char *key,
                             const char *in_file)
 {
@@ -8361,7 +8364,7 @@ static void add_file_string(struct inspection *f, const char *key,
     add_members(&f->json, phrase("%s: %%.*s", key).s, (int)n, s);
 }
 
-/* The first bytes say as much as there is of a bad file. */
+/* The counts in the header tell how much of a damaged file could be read. */
 static void add_file_facts(struct inspection *f)
 {
     struct text *to = &f->json;
@@ -8387,8 +8390,8 @@ static void add_file_facts(struct inspection *f)
     add_file_string(f, "architecture", "general.architecture");
 }
 
-/* In the maps c and A are short convolutions and attention, d and e dense
- * networks and experts. */
+/* Letters in the maps: c is a short convolution, A attention, d a dense
+ * network, e experts. */
 static void add_shape(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
@@ -8419,7 +8422,7 @@ static void add_shape(struct inspection *f)
     add_format(&f->json, "%g}", (double)c->norm_rms_eps);
 }
 
-/* What a tensor is for, by the first pattern that its name fits. */
+/* What a tensor is for, by the first pattern that matches its name. */
 static const char *purpose_of(const struct inspection *f, const char *name)
 {
     const struct { const char *names, *role; } known[] = {
@@ -8437,9 +8440,9 @@ static const char *purpose_of(const struct inspection *f, const char *name)
     return known[i].role;
 }
 
-/* What the tensors of a role take, or with NULL all that are used.  Of the
- * experts a token reads those that are chosen; of an embedding that is not the
- * output, too, one row. */
+/* The size of all tensors of a role, or of all that are used if it is NULL.  A
+ * token reads only the experts chosen for it, and one row of the embedding if
+ * that is not also the output. */
 static void add_weights(struct inspection *f, const char *role)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
@@ -8480,8 +8483,8 @@ static void add_weights(struct inspection *f, const char *role)
     f->read = role ? f->read : (double)read;
 }
 
-/* What contexts take that one may ask for; what fits beside the weights is that
- * of the machine this runs on, now. */
+/* What contexts of some lengths take, and the longest one that fits beside the
+ * weights into the memory that is free now. */
 static void add_memory(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
@@ -8494,7 +8497,7 @@ static void add_memory(struct inspection *f)
     const double kv = kv_bytes(c, p.kv_type);
     double conv = 0;
 
-    p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
+    p.isa = LFM2_ISA_AUTO;                /* does not change the memory      */
     for (int il = 0; il < c->n_layer; il++)
         conv += c->is_attn[il] ? 0 : 4.0 * (c->l_cache - 1) * c->n_embd;
     for (int step = MAX_CTX; step > 0; step /= 2) {
@@ -8536,8 +8539,8 @@ static void add_special(struct inspection *f, const char *role, int32_t id)
                 s);
 }
 
-/* How words are written down, and how they are chosen.  "[65536 x string]" has
- * the length of an array. */
+/* Vocabulary, chat template and sampling.  The value of an array is written as
+ * "[65536 x string]", which tells its length. */
 static void add_words(struct inspection *f)
 {
     static const char *const how[] = { "none", "hash", "words", "model" };
@@ -8613,8 +8616,8 @@ static void add_problem(struct inspection *f, const char *level, const char *s)
     add_members(&f->json, "{level: %s, message: %s}", level, s);
 }
 
-/* The library knows the keys of the model's own architecture; those of its kin
- * are told here. */
+/* The library warns of unused keys of the model's own architecture; those of
+ * the other one, lfm2 or lfm2moe, are found here. */
 static void add_problems(struct inspection *f)
 {
     const struct phrase pre = value_of(f->model, "tokenizer.ggml.pre");
@@ -8634,10 +8637,10 @@ static void add_problems(struct inspection *f)
                         phrase("%.90s: the key is not used", s).s);
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
         add_problem(f, "tolerated", phrase("tokenizer.ggml.pre: \"%.60s\", "
-                    "expected \"lfm2\", as which it is taken", pre.s).s);
+                    "expected \"lfm2\"; treated as that", pre.s).s);
     if (f->template.how > BY_HASH)
-        add_problem(f, "tolerated", phrase("tokenizer.chat_template: none that "
-                    "is known, taken as %s",
+        add_problem(f, "tolerated", phrase("tokenizer.chat_template: not a "
+                    "known one, treated as %s",
                     template_name(f->template.template)).s);
     if (f->code != LFM2_OK)
         add_problem(f, "fatal", f->err.msg);
@@ -8646,9 +8649,10 @@ static void add_problems(struct inspection *f)
 
 /* ---- in text
  *
- * A line for each member, objects of objects and arrays of them as tables. */
+ * A line for each member.  Objects within an array or an object become the rows
+ * of a table. */
 
-/* A value in a few words: amounts are rounded, members follow by commas. */
+/* A value on one line: amounts are rounded, members separated by commas. */
 static void add_value_text(struct text *to, const struct json *v)
 {
     const char *key = v->key ? v->key : "";
@@ -8669,15 +8673,15 @@ static void add_value_text(struct text *to, const struct json *v)
     }
 }
 
-/* Rows of cells.  How wide their columns are is known when all are gone through
- * for the second time, to be printed. */
+/* Rows of cells.  A first pass over the rows finds the width of each column, a
+ * second one prints. */
 struct grid {
     size_t width[MAX_COLUMNS];
     int column, gap, is_printing;         /* gap: blanks before the next     */
 };
 
-/* A key or a value.  Nothing that a file says steers the terminal or begins a
- * line. */
+/* A key or a value.  Nothing in the file may control the terminal or start a
+ * new line. */
 static void put_cell(struct grid *g, const struct json *v, int is_key,
                      int right)
 {
@@ -8701,8 +8705,8 @@ static void put_cell(struct grid *g, const struct json *v, int is_key,
     free(t.s);
 }
 
-/* The members from `first` up to `end`: of something within the report, if they
- * are objects, as a table, whose head has the keys of its first row. */
+/* The members from `first` up to `end`.  Objects are rows of a table, except at
+ * the top; the keys of the first row are the head of the table. */
 static void print_rows(const struct json *first, const struct json *end,
                        int indent)
 {
@@ -8732,7 +8736,7 @@ static void print_rows(const struct json *first, const struct json *end,
     }
 }
 
-/* Problems stand last, each in a line of its own. */
+/* The problems come last, each on a line of its own. */
 static void print_report(const struct json *v)
 {
     const struct json *problems = json_get(v, "anomalies");
@@ -8746,8 +8750,8 @@ static void print_report(const struct json *v)
     }
 }
 
-/* A file that is no model is explained, too, if it can be read at all.  What
- * has too many members to be read back is shown as it is. */
+/* A file that is not a model is explained too, if it can be read at all.  A
+ * report with more members than json_parse() accepts is printed as JSON. */
 static int inspect_file(const struct settings *s)
 {
     static const char *const roles[] = {
@@ -8798,9 +8802,10 @@ static int inspect_file(const struct settings *s)
 /* -------------------------------------------------------------- 19. Traces
  *
  * What happens between a token and its logits.  The library calls
- * note_activation() with every activation; --trace makes a record of each, and
- * --trace-raw keeps all its numbers.  Whatever ends the program, each record is
- * written at once and whole, and its numbers before it. */
+ * note_activation() with every activation; --trace writes a record about it,
+ * and --trace-raw all its numbers.  A record is written at once, in one piece
+ * and after its numbers, so that both files are good whatever ends the
+ * program. */
 
 static void add_number(struct text *to, const char *name, double x)
 {
@@ -8811,8 +8816,8 @@ static void add_number(struct text *to, const char *name, double x)
         add_string(to, x != x ? "\"nan\"" : x > 0 ? "\"inf\"" : "\"-inf\"");
 }
 
-/* The first and the last numbers, and what all of them come to.  One that is no
- * number is the smallest and the largest. */
+/* The first and the last few numbers, and statistics of all.  A NaN is both the
+ * minimum and the maximum. */
 static void add_statistics(struct text *to, const float *x, int n)
 {
     const int few = smaller(n, 4);
@@ -8837,7 +8842,7 @@ static void add_statistics(struct text *to, const float *x, int n)
                (unsigned long long)hash_floats(HASH_START, x, n));
 }
 
-/* Write what has been added for this file. */
+/* Write what has been added to the text of this file. */
 static void write_trace(struct trace *t, struct trace_file *to)
 {
     if (t->code == DONE && write_all(to->fd, to->text.s, to->text.n) != 0)
@@ -8909,7 +8914,7 @@ static int open_trace(struct engine *e)
     return t->code;
 }
 
-/* What was to be written is there, or `code` and a message say why not. */
+/* Returns `code`, or if that is DONE, the first error in writing the trace. */
 static int close_trace(struct engine *e, int code)
 {
     struct trace *t = e->trace;
@@ -8919,7 +8924,7 @@ static int close_trace(struct engine *e, int code)
     lfm2_trace(e->ctx, NULL, NULL, NULL);
     code = code == DONE ? t->code : code;
     if (code == DONE && !t->has_some)
-        note("%s: no module of such a name at such a position", t->s->trace);
+        note("%s: no module has this name at these positions", t->s->trace);
     for (int i = 0; i < 2; i++) {
         struct trace_file *const f = i ? &t->raw : &t->records;
         if (f->path && f->fd >= 0 && close(f->fd) != 0 && code == DONE)
@@ -8933,17 +8938,18 @@ static int close_trace(struct engine *e, int code)
 
 /* ---------------------------------------------------------------- 20. --ppl
  *
- * How well a model foresees a text, measured as llama-perplexity does, so that
+ * How well a model predicts a text, measured as llama-perplexity does, so that
  * the figures can be compared.  The text is cut into windows of n_ctx tokens,
- * each read from nothing, with BOS in place of its first token if the model
- * begins with one.  Only the second half of a window is scored, where there is
- * something to go by: positions n_ctx / 2 to n_ctx - 2, each by the token after
- * it.  The perplexity is e to the power of the mean surprise.
+ * each fed to an empty sequence, with BOS in place of its first token if the
+ * model begins with one.  Only the second half of a window is scored, where the
+ * model has some context: the predictions at positions n_ctx / 2 to n_ctx - 2,
+ * each of the token after it.  With p the probability of such a token, the
+ * perplexity is exp(mean of -log p).
  *
- * What other weights or another format change is found by
- * scripts/compare_logits.py, from two files of --logits. */
+ * To see what quantization changes, compare two files of --logits with
+ * scripts/compare_logits.py. */
 
-enum { PPL_CTX = 512, PPL_LOGITS = 1 << 27 };         /* bytes held at once  */
+enum { PPL_CTX = 512, PPL_LOGITS = 1 << 27 };         /* most bytes at once  */
 
 /* Sums over n samples: of x, and of x * x. */
 struct sums { double x, xx; int n; };
@@ -8968,8 +8974,8 @@ static double error_of(const struct sums *s)
     return s->n > 1 && variance > 0 ? sqrt(variance / (s->n - 1)) : 0;
 }
 
-/* The tokens of the text; what is left over behind the last window is not
- * used. */
+/* Read the text, and set the length of a window.  Tokens after the last whole
+ * window are not used. */
 static int read_windows(struct engine *e, struct ids *ids)
 {
     const struct settings *s = e->s;
@@ -8995,8 +9001,9 @@ static int read_windows(struct engine *e, struct ids *ids)
     return DONE;
 }
 
-/* A window.  Of long ones the rows are too many to be held at once.  The last
- * token foretells nothing that is scored, so it is not read at all. */
+/* Add -log p of each scored token of a window to *nll.  A long window is fed in
+ * pieces, as its logits are too many to hold at once.  The last token predicts
+ * nothing that is scored, so it is not fed. */
 static int score_window(struct engine *e, int32_t *token, struct sums *nll)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
@@ -9022,7 +9029,7 @@ static int score_window(struct engine *e, int32_t *token, struct sums *nll)
     return code;
 }
 
-/* With how far it is, and how long still. */
+/* A terminal shows the progress and the time left. */
 static int perplexity(const struct settings *s)
 {
     struct engine e = { .s = s };
@@ -9067,41 +9074,41 @@ static int perplexity(const struct settings *s)
 
 /* -------------------------------------------------------------- 21. --bench
  *
- * The tests, names and table of llama-bench, and beside every figure how much
- * of the machine it makes use of.  Generating reads all weights for each token,
- * so memory sets its limit; reading a prompt multiplies each weight with many
- * tokens, so arithmetic does.  Both limits are measured in the same run. */
+ * The tests, names and table of llama-bench, and beside every figure its share
+ * of what the machine could do.  Generating reads all weights for each token,
+ * so memory bandwidth limits it; reading a prompt multiplies each weight with
+ * many tokens, so arithmetic does.  The same run measures both limits. */
 
-enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
+enum { START_TOKENS = 8 };                /* prompt of the first token       */
 
-/* What is done, and what came of it.  NAN could not be measured. */
+/* A test and its results; NAN means not measured. */
 struct test {
     int n_prompt, n_gen, n_seq, depth;
     time_t when;
-    struct sums ns, ts;                   /* of all turns; ts: tokens/s      */
-    double read, macs, share;             /* a second, 1e9; of the limit     */
+    struct sums ns, ts;                   /* of each run; ts: tokens/s       */
+    double read, macs, share;             /* GB/s, GMAC/s; of the limit      */
 };
 
-/* 1e9 a second: bytes from memory, multiply-adds, and bytes that a kernel makes
- * of weights in the second-level cache, of each thread. */
+/* In 1e9 per second: bytes read from memory, multiply-adds, and for each thread
+ * bytes of weights when they are in its second-level cache. */
 struct limits { int n_threads; double read, dot, cached; };
 
 struct bench {
-    struct engine e;                      /* e.par: of its context, in force */
+    struct engine e;                      /* e.par: the parameters in force  */
     struct cost cost;
-    struct limits best[MAX_LIST], *limit; /* of each number of threads       */
+    struct limits best[MAX_LIST], *limit; /* for each -t; for the current    */
     struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
-    double load_s, context_s, first_s;    /* first: all, from the start      */
-    double rss_anon, most_share;          /* the most there ever was         */
+    double load_s, context_s, first_s;    /* first: from the very start      */
+    double rss_anon, most_share;          /* maxima                          */
     int n_done;                           /* tests                           */
-    int longest, n_seq;                   /* the most tokens, sequences      */
-    int32_t *token;                       /* of all tests, at any depth      */
+    int longest, n_seq;                   /* most tokens, sequences          */
+    int32_t *token;                       /* shared by all tests             */
     double *ns, *ts;                      /* [reps] of the last test         */
 };
 
 /* ---- the work */
 
-/* Append the tokens from `from` to `to` to the first sequence. */
+/* Append tokens `from` to `to` - 1 to the first sequence. */
 static int feed(struct bench *b, int from, int to, int n_logits)
 {
     const lfm2_span span = { 0, b->token + from, to - from, n_logits };
@@ -9110,9 +9117,9 @@ static int feed(struct bench *b, int from, int to, int n_logits)
            from < to ? forward(&b->e, &span, 1) : DONE;
 }
 
-/* Give all sequences `depth` tokens: trimming leaves most of what the test
- * before had, so that only its end is computed again.  Then, by the clock, go
- * on.  Which tokens are generated does not matter, so none is chosen. */
+/* One run of a test.  First, untimed, all sequences get `depth` tokens; most of
+ * them are still there from the last run.  Which tokens are generated does not
+ * change the time, so none are sampled. */
 static int run_once(struct bench *b, const struct test *t, int n_gen,
                     double *took)
 {
@@ -9136,8 +9143,8 @@ static int run_once(struct bench *b, const struct test *t, int n_gen,
     return code;
 }
 
-/* The best of several turns of at least 20 ms each: what disturbs a turn makes
- * it slower. */
+/* The best of several measurements of at least 20 ms each, as any disturbance
+ * makes one slower. */
 static double measure_rate(struct bench *b, int what)
 {
     double best = NAN, all = 0;
@@ -9157,8 +9164,8 @@ static double measure_rate(struct bench *b, int what)
 
 /* ---- what is printed */
 
-/* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0": the mix of types as quantisers name
- * it, by the number in the file. */
+/* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0": sizes, and llama-bench's name for
+ * the file's number of its mix of weight types. */
 static struct phrase name_type(const lfm2_model *m)
 {
     static const char *const mix[33] = {
@@ -9169,7 +9176,7 @@ static struct phrase name_type(const lfm2_model *m)
         [17] = "Q5_K - Medium", [18] = "Q6_K", [21] = "Q2_K - Small",
         [25] = "IQ4_NL - 4.5 bpw", [30] = "IQ4_XS - 4.25 bpw", [32] = "BF16"
     };
-    double number = 31;                   /* none has this                   */
+    double number = 31;                   /* not a mix                       */
     uint64_t total, active;
 
     file_number(m, "general.file_type", 0, 32, &number);
@@ -9184,7 +9191,7 @@ static struct phrase name_type(const lfm2_model *m)
                   mix[(int)number] ? mix[(int)number] : "unknown mix");
 }
 
-/* "694.76 MiB", as llama-bench has it. */
+/* "694.76 MiB", as llama-bench writes it. */
 static struct phrase binary_amount(double bytes)
 {
     const int giga = bytes >= 1 << 30;
@@ -9273,9 +9280,9 @@ static void print_footer(const struct bench *b)
         printf("limits    %d threads read %.1f GB/s; with cached weights %.0f "
                "GMAC/s, or %.1f GB/s a core\n", l->n_threads, l->read, l->dot,
                l->cached);
-    printf("share     of the bandwidth by answers, of the arithmetic by prompts"
-           "%s\n", b->most_share > 1 ? "; above 100 %:\n          what stays "
-           "in the caches of the CPU comes faster than from memory" : "");
+    printf("share     of the read bandwidth for answers, of the arithmetic for "
+           "prompts\n%s", b->most_share > 1 ? "          above 100 %: some "
+           "weights stay in the caches of the CPU\n" : "");
     printf("start     model %.1f ms, context %.1f ms; first token of 8 after "
            "%.1f ms\n", b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
     printf("memory    %s resident at most, %s of it anonymous\n",
@@ -9285,8 +9292,7 @@ static void print_footer(const struct bench *b)
 
 /* ---- the run */
 
-/* The warm-up generates but one token, as llama-bench's does.  A prompt is held
- * against arithmetic, an answer against memory. */
+/* The warm-up generates only one token, as llama-bench's does. */
 static int run_test(struct bench *b, struct test t)
 {
     const double n = (double)t.n_prompt + (double)t.n_gen * t.n_seq;
@@ -9314,12 +9320,13 @@ static int run_test(struct bench *b, struct test t)
     return flush_output(DONE);
 }
 
-/* All tests with so many threads at one depth, in llama-bench's order, and in a
- * context no larger than they need.
+/* All tests with this many threads at one depth, in llama-bench's order, and in
+ * a context no larger than they need.
  *
- * Before the first, from nothing to a token, as nothing has warmed the way yet.
- * Then the process meets the pages of the file.  It would do so one by one, and
- * for those of experts late: a tenth of the time of a hundred tokens. */
+ * The time to the first token is taken before the first test, while nothing is
+ * warm.  Then the whole file is read, so that its pages are mapped.  Otherwise
+ * the tests would pay for that page by page, and with experts until late: a
+ * tenth of the time of a hundred tokens. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
     const struct settings *s = b->e.s;
@@ -9327,7 +9334,7 @@ static int run_tests(struct bench *b, int n_threads, int depth)
     const struct list *seqs = &s->bench_seqs;
     const double start = seconds();
     lfm2_params p = choose_params(s, b->e.model);
-    uint64_t met;
+    uint64_t n_read;
     size_t size;
     lfm2_error err;
     int code = DONE;
@@ -9344,9 +9351,9 @@ static int run_tests(struct bench *b, int n_threads, int depth)
         code = feed(b, 0, START_TOKENS, 1);
         b->first_s = b->load_s + seconds() - start;
         lfm2_model_file(b->e.model, &size);
-        met = (double)size <= free_memory();
-        for (uint64_t at = 0; met > 0 && !interrupted; at += met)
-            met = lfm2_model_read_ahead(b->e.model, at, 64 << 20);
+        n_read = (double)size <= free_memory();
+        for (uint64_t at = 0; n_read > 0 && !interrupted; at += n_read)
+            n_read = lfm2_model_read_ahead(b->e.model, at, 64 << 20);
     }
     if (b->limit->n_threads == 0)
         *b->limit = (struct limits){
@@ -9375,9 +9382,8 @@ static int largest(const struct list *l)
     return most;
 }
 
-/* All there will be to remember is there before any clock runs.  Any tokens
- * will do, if they are not always the same few: those of a mixture choose its
- * experts. */
+/* Everything is allocated before anything is timed.  Any tokens will do as long
+ * as they vary, because they choose the experts. */
 static int open_bench(struct bench *b)
 {
     const struct settings *s = b->e.s;
@@ -9413,7 +9419,7 @@ static int open_bench(struct bench *b)
     return DONE;
 }
 
-/* What is printed so far is complete, even after Ctrl-C. */
+/* The JSON is completed even after Ctrl-C. */
 static int bench(const struct settings *s)
 {
     struct bench b = { .e.s = s };
@@ -9437,10 +9443,10 @@ static int bench(const struct settings *s)
 
 /* ----------------------------------------------------------- 22. --selftest
  *
- * Is this build right on this machine?  No file is needed: a small model of
- * every weight type is made here, of random numbers that are the same
- * everywhere, and so are its logits: to the bit, or something is wrong.  What
- * differs only between kernels is found by running each of them. */
+ * Does this build compute correctly on this machine?  No file is needed: a
+ * small model of each weight type is made of pseudorandom numbers, which are
+ * the same everywhere, so its logits must have known bits.  Every kernel that
+ * this CPU can run must produce them. */
 
 enum {
     WIDTH = 256, HALF = 128, HEAD = 64, N_EXPERT = 4, VOCAB = 256 + 7,
@@ -9458,11 +9464,11 @@ static uint64_t next_random(uint64_t *state)
     return z ^ z >> 31;
 }
 
-/* The weight types: GGUF's number, bytes and columns of a block, and where it
- * has floating-point numbers, which must not be random bits. */
+/* The weight types: GGUF's number, bytes and columns of a block, and the
+ * offsets of floating-point numbers in it, which must not be random bits. */
 static const struct self_type {
     const char *name;
-    int id, bytes, cols, scale[2];
+    int id, bytes, cols, scale[2];        /* scale: -1 if there is none      */
     uint64_t hash;                        /* of the logits                   */
 } self_types[] = {
     { "F32", 0, 4, 1, { 0, -1 }, 0xb5fe7d964c5d415eu },
@@ -9484,9 +9490,10 @@ static const struct self_type {
 
 enum { N_SELF_TYPES = sizeof self_types / sizeof *self_types };
 
-/* Where a tensor is: before all layers, or in some of the four, which are conv
- * and dense, attention and dense, and both with experts.  And what it is: F32
- * in every model, one matrix for each expert. */
+/* The kind of a tensor has a bit for each place where it occurs: outside of the
+ * layers (ONCE), and in layers 0 to 3, which are conv and dense, attention and
+ * dense, conv and experts, attention and experts.  PLAIN is F32 in every model;
+ * EACH has a matrix for each expert. */
 enum { ONCE = 1, CONV = 2 + 8, ATTN = 4 + 16, DENSE = 2 + 4, MOE = 8 + 16,
        EVERY = 2 + 4 + 8 + 16, PLAIN = 32, EACH = 64 };
 
@@ -9538,8 +9545,8 @@ static void add_array(struct text *to, const char *key, int type, int n)
     add_le(to, (uint64_t)n, 8);
 }
 
-/* The vocabulary has the 256 bytes as byte-level ones write them, the results
- * of a few merges, and the tokens of a conversation. */
+/* The vocabulary: the 256 bytes in the notation of byte-level BPE, the results
+ * of a few merges, and control tokens. */
 static void add_metadata(struct text *to)
 {
     static const struct { const char *key; int is; } sizes[] = {
@@ -9595,7 +9602,8 @@ static void add_metadata(struct text *to)
         add_counted(to, merges[i]);
 }
 
-/* One block: random bits, but for numbers of about 2^-8, weights of 2^-5. */
+/* One block of random bits, except that scales are about 2^-8, and weights that
+ * are floating-point numbers about 2^-5. */
 static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
 {
     unsigned char b[256];
@@ -9612,7 +9620,7 @@ static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
     add(to, (char *)b, (size_t)t->bytes);
 }
 
-/* A GGUF, all little-endian.  The caller frees out->s. */
+/* The GGUF file of a model.  The caller frees out->s. */
 static void make_file(int type, struct text *out)
 {
     const struct self_tensor *const end = self_tensors +
@@ -9655,7 +9663,7 @@ static void make_file(int type, struct text *out)
 
 /* ---- what is tried */
 
-#define HASH_F32 0x18980a03e2fcd3dcu      /* of logits: floats in the cache  */
+#define HASH_F32 0x18980a03e2fcd3dcu      /* of logits, with an F32 cache    */
 
 struct self {
     lfm2_model *model;
@@ -9671,8 +9679,8 @@ static void self_check(struct self *t, int good, const char *what)
     t->failed |= !good;
 }
 
-/* Feed the first n_tokens, `step` at a time; the hash of the logits of all of
- * them, or 0 after an error. */
+/* Feed the first n_tokens, `step` at a time.  Returns the hash of the logits of
+ * all of them, or 0 after an error. */
 static uint64_t self_feed(struct self *t, int seq, int n_tokens, int step)
 {
     const int n_vocab = lfm2_model_config(t->model)->n_vocab;
@@ -9693,7 +9701,7 @@ static uint64_t self_feed(struct self *t, int seq, int n_tokens, int step)
     return h;
 }
 
-/* The same from nothing, in a context like this, which stays open. */
+/* The same in a new context, which stays open as t->ctx. */
 static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
                           int n_tokens, int step)
 {
@@ -9711,11 +9719,12 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
            self_feed(t, 0, n_tokens, step) : 0;
 }
 
-/* A weight type: plain C against the number that is known, each kernel, at once
- * and token by token, against plain C.  And of the last type by each kernel: a
- * text longer than what attention works on at once, a cache of floats, and
- * threads. */
-static void self_kernels(struct self *t, const struct self_type *type, int all)
+/* A weight type: plain C must give the known hash, and every kernel the same,
+ * whether all tokens are fed at once or one by one.  The last type also goes
+ * through a text longer than a chunk of attention, an F32 cache, and threads
+ * with each kernel. */
+static void self_kernels(struct self *t, const struct self_type *type,
+                         int is_last)
 {
     const int f16 = LFM2_KV_F16, f32 = LFM2_KV_F32;
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, f16, FEW, FEW);
@@ -9731,7 +9740,7 @@ static void self_kernels(struct self *t, const struct self_type *type, int all)
             self_check(t, self_hash(t, isa, 1, f16, FEW, FEW) == h &&
                        self_hash(t, isa, 1, f16, FEW, 1) == h,
                        phrase("%s with %s", type->name, name).s);
-        if (!all)
+        if (!is_last)
             continue;
         self_check(t, self_hash(t, isa, 1, f16, MANY, FEW) ==
                    0x75627de54a6b322fu, phrase("a long text, by %s", name).s);
@@ -9743,8 +9752,8 @@ static void self_kernels(struct self *t, const struct self_type *type, int all)
     }
 }
 
-/* Sequences that are saved, restored and shortened; and a generator that is the
- * same everywhere, which chooses the same words. */
+/* Sequences that are saved, restored and trimmed; and the sampler, whose
+ * choices are the same everywhere. */
 static void self_sequences(struct self *t)
 {
     const uint64_t saved = 0x11417c4fd0aea9f3u;
@@ -9777,7 +9786,7 @@ static void self_sequences(struct self *t)
     free(state);
 }
 
-/* Words, merges, bytes that are no character, control tokens; and back. */
+/* Merges, invalid UTF-8 and control tokens become ids, and text again. */
 static void self_tokenizer(struct self *t, const struct text *file)
 {
     static const char text[] = "hello hell\n 12\xff \xc3\xa9" TURN_END;
@@ -9803,8 +9812,8 @@ static void self_tokenizer(struct self *t, const struct text *file)
     free(back.s);
 }
 
-/* What C leaves to the machine; and what the functions give for some thousand
- * numbers. */
+/* What C leaves to the implementation; and a hash of the results of each math
+ * function for some thousand numbers. */
 static void self_arithmetic(struct self *t)
 {
     static const struct { int id; const char *name; uint64_t known; } all[] = {
@@ -9822,11 +9831,11 @@ static void self_arithmetic(struct self *t)
     self_check(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
                minus >> 1 == -3 && float_bits(one) == 0x3f800000 &&
                bits == ((uint64_t)0x3ff << 52 | 1),
-               "integers of two's complement, floats in the same byte order");
+               "two's complement integers, floats in the same byte order");
     self_check(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
                one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
                third * 3 == one,
-               "floats of 24 bits, doubles of 53, rounded to nearest even");
+               "24-bit floats and 53-bit doubles, rounded to nearest even");
     self_check(t, tiny * one > 0 && tiny * half == 0 &&
                (0x1p-126f * half) * 2 == 0x1p-126f,
                "denormal numbers are kept");
@@ -9845,7 +9854,7 @@ static void self_arithmetic(struct self *t)
     }
 }
 
-/* The C library, as far as it tells its name. */
+/* The C library, if it can be identified. */
 static void print_libc(void)
 {
     printf("libc        ");
@@ -9858,7 +9867,7 @@ static void print_libc(void)
 #elif defined __wasi__
     printf("wasi-libc\n");
 #elif defined __linux__
-    printf("musl, or another that gives no name\n");
+    printf("musl, or another that does not name itself\n");
 #else
     struct utsname host;
     if (uname(&host) == 0)
@@ -9866,7 +9875,7 @@ static void print_libc(void)
 #endif
 }
 
-/* All of it, and what belongs into a report. */
+/* All tests, and then what belongs in a bug report. */
 static int selftest(void)
 {
     const uint64_t known = 0xf7e0c42c140c71edu;
@@ -9902,19 +9911,21 @@ static int selftest(void)
 
 /* ---------------------------------------------------------- 23. The sandbox
  *
- * A model, a prompt or a session may be made by someone who knows of a fault in
- * this program.  So before it looks at a byte of them it gives away what it
- * does not need: privileges, core dumps, by Landlock all files but those that
- * options name, by seccomp all system calls but those below.  --sandbox auto
- * takes what the system has; with --sandbox require all of it must be there.
+ * A model, a prompt or a session may come from someone who knows of a bug in
+ * this program.  So before it reads a byte of them it gives up what it does not
+ * need: privileges, core dumps, with Landlock all files except those that
+ * options name, with seccomp all system calls except those below.  --sandbox
+ * auto uses what the system has; --sandbox require needs all of it.
  *
- * A denied call fails with EPERM, and the program lives on: a C library with a
- * new habit is likelier than an attack.  Calls newer than the list fail with
- * ENOSYS, as on an older kernel: then C libraries use the old ones.
+ * A denied call fails with EPERM and does not kill the program: a C library
+ * that has changed is likelier than an attack.  Calls newer than the list fail
+ * with ENOSYS, as on an older kernel, so that C libraries fall back on older
+ * ones.
  *
- * This is Linux alone, by its own numbers, so its headers are not needed. */
+ * This works on Linux only.  The numbers of its interface are written out here,
+ * as its headers may be missing. */
 
-/* Sanitizers do things of their own that it forbids. */
+/* Sanitizers make system calls that it would deny. */
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
 #define LFM2_NO_SANDBOX
 #elif defined __has_feature
@@ -9924,7 +9935,7 @@ static int selftest(void)
 #endif
 #endif
 
-/* What ELF and seccomp call this machine; 0 if it was never tried. */
+/* The number of this machine for ELF and seccomp; 0 if it is not supported. */
 #if !defined __linux__ || defined LFM2_NO_SANDBOX
 #define ELF_MACHINE 0
 #elif defined __x86_64__ && !defined __ILP32__
@@ -9954,9 +9965,9 @@ static int selftest(void)
 #endif
 #endif
 
-/* Where a chat may /save and /load: the directory that is named; else the one
- * it began in, unless that is the home directory, where programs keep what they
- * run, or has it inside.  NULL: nowhere. */
+/* The directory where a chat may /save and /load: that of --save-dir, else the
+ * current one.  But not the home directory or one that contains it, as programs
+ * run what they find there.  NULL: none. */
 static const char *save_dir(const struct settings *s)
 {
     const char *named = getenv("HOME");
@@ -9972,7 +9983,7 @@ static const char *save_dir(const struct settings *s)
            is_home || s->sandbox == SANDBOX_REQUIRE ? NULL : ".";
 }
 
-/* Something is missing: a reason to stop if all is required. */
+/* Something is missing, which is an error only with --sandbox require. */
 static int lacks(const struct settings *s, const char *what, const char *why)
 {
     if (s->sandbox == SANDBOX_REQUIRE)
@@ -9982,15 +9993,17 @@ static int lacks(const struct settings *s, const char *what, const char *why)
     return DONE;
 }
 
-/* ---- the keeper
+/* ---- the session writer
  *
- * A session is written beside the old one and then takes its place.  Who may do
- * that in a home directory may put anything there, so another process does it
- * from outside: it gets a length and so many bytes, and replaces this file. */
+ * A new session is written to a file beside the old one and then renamed to it.
+ * A process that may do that in a home directory could put anything there.  So
+ * the sandbox does not allow it; a child process outside of the sandbox, which
+ * can only replace that one file, does it.  It is sent a length and that many
+ * bytes, and answers with an exit code. */
 
-static int keeper = -1;                   /* a socket                        */
+static int writer = -1;                   /* a socket; -1: no such process   */
 
-/* As replace_file(), for the session. */
+/* Like replace_file(), for the session. */
 static int keep_file(const char *path, const struct text *part, int n_parts)
 {
     unsigned char size[8], code;
@@ -9998,19 +10011,19 @@ static int keep_file(const char *path, const struct text *part, int n_parts)
     ssize_t got;
     int good;
 
-    if (keeper < 0)
+    if (writer < 0)
         return replace_file(path, part, n_parts);
     for (int i = 0; i < n_parts; i++)
         n += part[i].n;
     put_le(size, n, 8);
-    good = write_all(keeper, (char *)size, 8) == 0;
+    good = write_all(writer, (char *)size, 8) == 0;
     for (int i = 0; good && i < n_parts; i++)
-        good = write_all(keeper, part[i].s, part[i].n) == 0;
+        good = write_all(writer, part[i].s, part[i].n) == 0;
     do
-        got = good ? read(keeper, &code, 1) : 0;
+        got = good ? read(writer, &code, 1) : 0;
     while (got < 0 && errno == EINTR);
     return got > 0 ? code :
-           say(BAD_FILE, "%s: cannot be kept: the process that writes it has "
+           say(BAD_FILE, "%s: cannot be saved: the process that writes it has "
                "ended", path);
 }
 
@@ -10026,8 +10039,8 @@ static int enter_sandbox(const struct settings *s)
 
 long syscall(long number, ...);           /* not in POSIX                    */
 
-/* Where there can be none, its directory is granted. */
-static void start_keeper(const char *path)
+/* If this fails, confine_files() allows the session's directory instead. */
+static void start_writer(const char *path)
 {
     static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
     struct text t = { 0 };
@@ -10041,7 +10054,7 @@ static void start_keeper(const char *path)
     fflush(stdout);
     pid = fork();
     if (pid > 0)
-        keeper = fd[0];
+        writer = fd[0];
     else if (pid < 0)
         close(fd[0]);
     if (pid != 0) {
@@ -10072,7 +10085,7 @@ static void start_keeper(const char *path)
 enum { PR_DUMPABLE = 4, PR_NO_NEW_PRIVS = 38, PATH_ONLY = 010000000 };
 enum { CREATE_RULESET = 444, ADD_RULE, RESTRICT_SELF, PATH_BENEATH = 1 };
 
-/* Rights to files, and those of them that only directories have. */
+/* Access rights.  Those in IN_DIRS apply to directories only. */
 enum {
     WRITE_FILE = 1 << 1, READ_FILE = 1 << 2, READ_DIR = 1 << 3,
     REMOVE_FILE = 1 << 5, MAKE_REG = 1 << 8, TRUNCATE = 1 << 14,
@@ -10080,8 +10093,8 @@ enum {
     REPLACES = READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE
 };
 
-/* Allow to open what is at `path`, and in it.  What cannot be granted stays
- * forbidden. */
+/* Allow access to a file, or to a directory and everything below it.  If that
+ * fails, it stays forbidden. */
 static void grant(int set, const char *path, uint64_t rights)
 {
     struct { uint64_t rights; int32_t fd; } rule = {
@@ -10095,12 +10108,12 @@ static void grant(int set, const char *path, uint64_t rights)
     close(rule.fd);
 }
 
-/* All that the kernel's version of Landlock knows of is forbidden.  Bind and
- * connect of TCP come with version 4; abstract sockets and signals to others
- * with 6.  Allowed are the files that options name, where a chat keeps its own,
- * and what tells how many CPUs and how much memory there are.  A file to write
- * must be there to be granted; none is made if there will be nothing to write.
- */
+/* Forbid everything that the kernel's version of Landlock can forbid: files,
+ * from version 4 on also to bind and connect TCP, from 6 on abstract sockets
+ * and signals to other processes.  Then allow the files that options name, the
+ * directory of a chat, and the files that tell about CPUs and memory.  A file
+ * has to exist to be allowed, so files to write are created here, unless the
+ * model cannot be read and nothing will be written. */
 static int confine_files(const struct settings *s)
 {
     static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
@@ -10109,7 +10122,7 @@ static int confine_files(const struct settings *s)
         "/proc/self/status", "/proc/self/cgroup", "/sys/fs/cgroup",
         "/proc/meminfo"
     };
-    const int begins = !s->model || access(s->model, R_OK) == 0;
+    const int creates = !s->model || access(s->model, R_OK) == 0;
     const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
     const uint64_t known = files[version < 1 ? 0 : version < 5 ? version : 5];
     const struct { uint64_t files, net, scopes; } is = {
@@ -10128,12 +10141,12 @@ static int confine_files(const struct settings *s)
                            *(const char *const *)((const char *)s + o->at);
         if (!path || is_dash(path))
             continue;
-        if (begins && writes)
+        if (creates && writes)
             close(open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
         grant(set, path, (writes ? READ_FILE | WRITE_FILE | TRUNCATE : READS) &
               known);
     }
-    if (s->session && keeper < 0) {
+    if (s->session && writer < 0) {
         add_directory(&dir, s->session);
         grant(set, dir.s, REPLACES & known);
         free(dir.s);
@@ -10152,7 +10165,7 @@ static int confine_files(const struct settings *s)
 
 /* ---- system calls: seccomp */
 
-/* Only with (argument & mask) == is. */
+/* A system call that is allowed if (argument number `arg` & mask) == is. */
 struct system_call { long number; int arg; uint32_t mask, is; };
 
 enum { EXECUTABLE = 4, A_THREAD = 0x10100, ITSELF = -1 };
@@ -10161,10 +10174,10 @@ enum { EXECUTABLE = 4, A_THREAD = 0x10100, ITSELF = -1 };
 #define IF(name, arg, is) { SYS_##name, arg, UINT32_MAX, is }
 #define NOT(name, bits)   { SYS_##name, 2, bits, 0 }
 
-/* Not every machine has all of them: newer ones lack what those with "at" in
- * their names can do, and those of 32 bits have doubles for 64.  Landlock says
- * which files can be opened.  Memory is never executed that was not before, a
- * clone is a thread, and a signal is one to itself. */
+/* Not every machine has all of them: newer ones have only the variants with
+ * "at" in their names, 32-bit ones also variants with 64-bit arguments.  Which
+ * files can be opened is up to Landlock.  No memory may become executable,
+ * clone() may only make threads, and the process may only signal itself. */
 static const struct system_call system_calls[] = {
     CALL(futex), CALL(write), CALL(writev), CALL(read), CALL(readv),
     CALL(close), CALL(lseek), CALL(fstat), CALL(fsync), CALL(brk),
@@ -10189,7 +10202,7 @@ static const struct system_call system_calls[] = {
     NOT(mmap2, EXECUTABLE), CALL(_llseek), CALL(fstat64), CALL(fstatat64),
     CALL(stat64), CALL(lstat64), CALL(ftruncate64), IF(fcntl64, 1, F_GETFL),
     IF(fcntl64, 1, F_SETFD), IF(fcntl64, 1, F_SETLK),
-#elif ELF_MACHINE == 22                   /* there, it is given a pointer    */
+#elif ELF_MACHINE == 22                   /* arguments are behind a pointer  */
     CALL(mmap), CALL(newfstatat),
 #else
     NOT(mmap, EXECUTABLE), CALL(newfstatat),
@@ -10218,12 +10231,12 @@ static const struct system_call system_calls[] = {
 
 enum { N_CALLS = sizeof system_calls / sizeof *system_calls, N_SERVE = 2 };
 
-/* Instructions of the kernel's little machine, and where it finds the number of
- * a call, the architecture, and the low halves of the arguments. */
+/* BPF instructions, and the offsets of the number of a call, the architecture
+ * and the arguments in what they can load.  From number 403 on, system calls
+ * have the same numbers on all machines. */
 enum {
     LOAD = 0x20, AND = 0x54, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
-    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16,
-    NEWER = 403            /* from here, numbers are the same on all machines */
+    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16, NEWER = 403
 };
 
 #define ALLOW      0x7fff0000u
@@ -10231,8 +10244,8 @@ enum {
 
 struct code { uint16_t op; uint8_t then, otherwise; uint32_t k; };
 
-/* From now on only these calls.  Those of another architecture are other calls
- * by the same numbers. */
+/* Allow only the calls in the list, and none by the numbers of another
+ * architecture, as x86-64 also has those of i386. */
 static int confine_calls(const struct settings *s)
 {
     const uint32_t low = is_little_endian() ? 0 : 4, machine = ELF_MACHINE |
@@ -10269,9 +10282,9 @@ static int confine_calls(const struct settings *s)
 
 /* ---- all of it */
 
-/* May these calls be made at all?  Where a sandbox above this one answers with
- * a signal, as on Android, a child dies of it.  Where there can be no child,
- * none above is so strict. */
+/* May these calls be made at all?  Under a sandbox that answers them with a
+ * signal, as on Android, a child process that tries dies of it.  One that
+ * allows no child processes is not expected to do that. */
 static int is_answered(long number, int n_calls)
 {
     const pid_t pid = fork();
@@ -10286,7 +10299,7 @@ static int is_answered(long number, int n_calls)
     return pid < 0 || waitpid(pid, &status, 0) < 0 || !WIFSIGNALED(status);
 }
 
-/* Dates need to know the time zone, which is a file, before. */
+/* The time zone is in a file, so it is read before. */
 static int enter_sandbox(const struct settings *s)
 {
     static const char by_signal[] = "this system answers it with a signal";
@@ -10296,11 +10309,11 @@ static int enter_sandbox(const struct settings *s)
         return DONE;
     tzset();
     setrlimit(RLIMIT_CORE, &(struct rlimit){ 0, 0 });
-    signal(SIGCHLD, SIG_DFL);             /* else none could be waited for   */
+    signal(SIGCHLD, SIG_DFL);             /* or waitpid() may not work       */
     calls = is_answered(SYS_seccomp, 1);
     files = is_answered(CREATE_RULESET, 3);
     if (s->session)
-        start_keeper(s->session);
+        start_writer(s->session);
     if (syscall(SYS_prctl, PR_NO_NEW_PRIVS, 1L, 0L, 0L, 0L) != 0)
         return lacks(s, "sandbox", strerror(errno));
     syscall(SYS_prctl, PR_DUMPABLE, 0L, 0L, 0L, 0L);
