@@ -10327,129 +10327,152 @@ static int enter_sandbox(const struct settings *s)
 
 /* --------------------------------------------------- 24. Answers in a schema
  *
- * A JSON schema becomes patterns, and a guide follows them as an answer comes,
- * byte by byte: it knows which bytes may be next, and whether this may be the
- * end.  What the model chooses is taken if it fits; otherwise it is asked once
- * more, of the tokens that do.  So every answer that ends is good, and one that
- * is cut is the beginning of a good one.
+ * An answer can be forced to be JSON of a schema, or calls of tools.  The schema
+ * is compiled into patterns, and a guide follows them byte by byte as the
+ * answer comes: it knows which bytes may be next, and whether the answer may
+ * end.  The token that the model chooses is taken if it fits; otherwise the
+ * model chooses again, among the tokens that do.  So every answer that ends is
+ * valid, and one that is cut off is the beginning of a valid one.
  *
- * Of all the ways to write a value, these are let through: members in the order
- * of the schema, no blanks but one behind a comma or a colon, no others than
- * those that the schema names, numbers of at most 18 digits.  A keyword that is
- * not known here is refused, not ignored.
+ * Of all the ways to write a value, these are allowed: only the members that
+ * the schema names, in its order; at most one space after a comma or a colon;
+ * numbers of at most 18 digits.  An unknown keyword is refused, not ignored.
  *
- * Calls are written in Python: [name(key="value", other=True)].  Their marks
- * are control tokens, which patterns know as the bytes 1 and 2.
+ * Calls are written in Python: [name(key="value", other=True)].  Their markers
+ * are control tokens, which are the bytes 1 and 2 in patterns.
  *
- * A pattern is text that means itself, but for
+ * A pattern is text that stands for itself, except
  *
- *     \x       x as it is             [azAZ]     a byte from a to z or A to Z
- *     (a|b|c)  one of them            {2,5:a}    a, from two to five times
- *     !x       no x may follow        .          the end of a rule
- *     @7;      what rule 7 says       >7;        the same, and nothing more
- *     #a\n     the word a, or the next word in the text; $ if there is none.
- *              What follows a word stands behind it, and behind those that
- *              stand beside it. */
+ *     \x       the byte x             [azAZ]     a byte from a to z or A to Z
+ *     (a|b|c)  a, b or c              {2,5:a}    a, two to five times
+ *     !x       not before an x        .          the end of a rule
+ *     @7;      rule 7                 >7;        rule 7 in place of the rest
+ *     #a\n     the word a, or a word further on, skipping what is between them;
+ *              $b\n is the last word to choose.  Words side by side, as those
+ *              of an enum, have the same text after them.
+ *
+ * The schema {"properties": {"id": {"type": "integer"}, "tag": {"type":
+ * "string"}}, "required": ["tag"]} becomes rule 7, its members 8 and 9:
+ *
+ *     7  (\{#"id":\n( |)@8;,( |)$"tag":\n( |)@9;\}).
+ *     8  ((-|)(0|[19]{0,14:[09]})).
+ *     9  ("{0,2147483647:@2;}").           rule 2 is a character of a string
+ *
+ * After {"tag": "ab the guide has a stack of two frames:
+ *
+ *     7  (\{#"id":\n( |)@8;,( |)$"tag":\n( |)@9;\}).
+ *                                               ^
+ *     9  ("{0,2147483647:@2;}").
+ *          ^ after two times
+ *
+ * So another character may be next; or a quote, which ends rule 9, and then a
+ * brace.  If the text can be parsed in several ways, there are several
+ * stacks. */
 
 enum {
-    MAX_RULES = 4096, MAX_LEVELS = 64, MAX_WAYS = 32, MAX_WORD = 4000,
+    MAX_RULES = 4096, MAX_FRAMES = 64, MAX_STACKS = 32, MAX_WORD = 4000,
     MAX_WORDS = 8192, MAX_STEPS = 1 << 20, NEVER = 255,
     CALL_OPENS = 1, CALL_CLOSES = 2
 };
 
-/* What is known of a byte of the patterns with which something begins. */
+/* An element of a pattern: a byte, one of the forms above, a bracket or bar. */
 struct step {
-    int next;                             /* what stands behind it           */
-    int to;                               /* where else it leads; of ( and |
-                                             the next bar, or the end; of a
-                                             word the next one               */
-    int least, most;                      /* times, or how long a word is    */
-    int need;                             /* levels, to the end of its rule  */
+    int before, next;                     /* the steps around it             */
+    int to;                               /* from @ and > to a rule, from #
+                                             to the next word, from ( and |
+                                             to the next | or the ), between
+                                             { and }                         */
+    int least, most;                      /* times, or the length of a word  */
+    int need;                             /* more frames that it takes to
+                                             reach the end of the rule       */
 };
 
 struct schema {
-    struct text code;                     /* the patterns                    */
-    struct step *step;                    /* [code.n]                        */
-    int root;
-    int only_calls;                       /* anything else may be said       */
+    struct text pattern;                  /* all rules                       */
+    struct step *step;                    /* [pattern.n]: where each begins  */
+    int root;                             /* where an answer begins          */
+    int in_free_text;                     /* only calls are guided           */
     int one_call;
 };
 
-/* Where a rule is, and how often it has been through a loop, or how many bytes
- * of a word it has. */
-struct level { int32_t at, n; };
+/* A step of a rule, and a count: how often the rule has been through its loop,
+ * or how many bytes of the word have come.  One count is enough, as a loop
+ * within a loop is in another rule. */
+struct frame { int32_t at, n; };
 
-/* One way to understand the text so far: rules, each within the one before. */
-struct way { int n; struct level level[MAX_LEVELS]; };
+/* One way to parse the text so far: rules, each called by the one before. */
+struct stack { int n; struct frame frame[MAX_FRAMES]; };
 
 struct guide {
     const struct schema *s;
     int has_begun, in_call;
-    int n;
-    struct way way[MAX_WAYS];
+    int n;                                /* stacks                          */
+    struct stack stack[MAX_STACKS];
     int c;                                /* the byte that is tried, or EOF  */
-    struct level below[MAX_LEVELS];       /* the level that is followed      */
+    struct frame below[MAX_FRAMES];       /* frames under the one followed   */
 };
 
 /* ---- one byte */
 
 static void copy_guide(struct guide *to, const struct guide *from)
 {
-    memcpy(to, from, offsetof(struct guide, way));
+    memcpy(to, from, offsetof(struct guide, stack));
     for (int i = 0; i < from->n; i++)
-        memcpy(&to->way[i], &from->way[i], offsetof(struct way, level) +
-               (size_t)from->way[i].n * sizeof *to->way->level);
+        memcpy(&to->stack[i], &from->stack[i], offsetof(struct stack, frame) +
+               (size_t)from->stack[i].n * sizeof *to->stack->frame);
 }
 
-/* Keep the way with `top` on n levels, unless it is there already.  When there
- * is no room, it is given up; the others still end well. */
-static void keep_way(struct guide *g, int n, struct level top)
+/* Keep the stack of n frames below and `top`, unless there is one like it.
+ * Rules that have ended are left first.  If there is no room, it is dropped:
+ * the others still lead to valid answers. */
+static void keep_stack(struct guide *g, int n, struct frame top)
 {
-    struct way *w = &g->way[g->n];
+    struct stack *s = &g->stack[g->n];
 
-    if (g->n == MAX_WAYS)
+    if (g->n == MAX_STACKS)
         return;
-    while (n > 0 && g->s->code.s[top.at] == '.')
+    while (n > 0 && g->s->pattern.s[top.at] == '.')
         top = g->below[--n];
-    if (g->s->code.s[top.at] == '}')
+    if (g->s->pattern.s[top.at] == '}')
         top.at = g->s->step[top.at].to;
-    w->n = n + 1;
-    memcpy(w->level, g->below, (size_t)n * sizeof top);
-    w->level[n] = top;
+    s->n = n + 1;
+    memcpy(s->frame, g->below, (size_t)n * sizeof top);
+    s->frame[n] = top;
     for (int i = 0; i < g->n; i++)
-        if (g->way[i].n == w->n && memcmp(g->way[i].level, w->level,
-                                          (size_t)w->n * sizeof top) == 0)
+        if (g->stack[i].n == s->n && memcmp(g->stack[i].frame, s->frame,
+                                            (size_t)s->n * sizeof top) == 0)
             return;
     g->n++;
 }
 
-/* Of the words from l.at on that begin with its l.n bytes, keep the first that
- * goes on with the byte.  Returns the one that ends there, or -1. */
-static int follow_word(struct guide *g, int n, struct level l)
+/* The first f.n bytes of the word at f.at have come.  Of this word and those to
+ * choose after it, keep the first that begins with these bytes and the next.
+ * Returns the first that consists of these bytes, or -1. */
+static int follow_word(struct guide *g, int n, struct frame f)
 {
-    const char *const code = g->s->code.s;
-    int over = -1, more = -1;
+    const char *const pattern = g->s->pattern.s;
+    int whole = -1, longer = -1;
 
-    for (int at = l.at;; at = g->s->step[at].to) {
+    for (int at = f.at;; at = g->s->step[at].to) {
         const struct step *p = &g->s->step[at];
-        const char *const word = code + at + 1;
-        if ((p->least == l.n ? over < 0 : p->least > l.n && more < 0 &&
-             (unsigned char)word[l.n] == g->c) &&
-            n + g->s->step[p->next].need < MAX_LEVELS &&
-            memcmp(word, code + l.at + 1, (size_t)l.n) == 0)
-            *(p->least == l.n ? &over : &more) = at;
-        if (code[at] == '$')
+        const char *const word = pattern + at + 1;
+        if ((p->least == f.n ? whole < 0 : p->least > f.n && longer < 0 &&
+             (unsigned char)word[f.n] == g->c) &&
+            n + g->s->step[p->next].need < MAX_FRAMES &&
+            memcmp(word, pattern + f.at + 1, (size_t)f.n) == 0)
+            *(p->least == f.n ? &whole : &longer) = at;
+        if (pattern[at] == '$')
             break;
     }
-    if (more >= 0)
-        keep_way(g, n, (struct level){ more, l.n + 1 });
-    return over;
+    if (longer >= 0)
+        keep_stack(g, n, (struct frame){ longer, f.n + 1 });
+    return whole;
 }
 
 /* Does the byte fit a step that takes one? */
 static int takes(const struct schema *s, int at, int c)
 {
-    const unsigned char *p = (const unsigned char *)s->code.s + at;
+    const unsigned char *p = (const unsigned char *)s->pattern.s + at;
 
     if (*p != '[')
         return c == p[*p == '\\'];
@@ -10459,67 +10482,70 @@ static int takes(const struct schema *s, int at, int c)
     return 0;
 }
 
-/* Follow a way of n levels and this one to all steps that take the byte; the
- * end is counted as a way, too. */
-static void follow_way(struct guide *g, int n, struct level l)
+/* From frame f, with n frames below it, go through all steps that take no byte,
+ * and keep a stack for each step that takes g->c.  If that is EOF, g->n counts
+ * how often the end is reached instead.  Nothing is begun that cannot end
+ * within MAX_FRAMES.  Loops without a bound count only up to their minimum, so
+ * that there are fewer different stacks. */
+static void advance(struct guide *g, int n, struct frame f)
 {
-    const char *const code = g->s->code.s;
+    const char *const pattern = g->s->pattern.s;
     const struct step *const step = g->s->step;
 
     for (;;) {
-        const struct step *p = &step[l.at];
-        if (n + p->need >= MAX_LEVELS)
+        const struct step *p = &step[f.at];
+        if (n + p->need >= MAX_FRAMES)
             return;
-        switch (code[l.at]) {
+        switch (pattern[f.at]) {
         case '(':
-            for (int i = l.at; code[i] != ')'; i = step[i].to)
-                follow_way(g, n, (struct level){ step[i].next, l.n });
+            for (int i = f.at; pattern[i] != ')'; i = step[i].to)
+                advance(g, n, (struct frame){ step[i].next, f.n });
             return;
         case '{':
-            if (l.n >= p->least)
-                follow_way(g, n, (struct level){ step[p->to].next, 0 });
-            if (l.n >= p->most)
+            if (f.n >= p->least)
+                advance(g, n, (struct frame){ step[p->to].next, 0 });
+            if (f.n >= p->most)
                 return;
-            l.n += l.n < p->least || p->most < INT_MAX;
-            l.at = p->next;
+            f.n += f.n < p->least || p->most < INT_MAX;
+            f.at = p->next;
             break;
         case '}': case '>':
-            l.at = p->to;
+            f.at = p->to;
             break;
         case '!':
-            if (g->c == code[l.at + 1])
+            if (g->c == pattern[f.at + 1])
                 return;
-            l.at = p->next;
+            f.at = p->next;
             break;
         case '@':
-            g->below[n++] = (struct level){ p->next, l.n };
-            l = (struct level){ p->to, 0 };
+            g->below[n++] = (struct frame){ p->next, f.n };
+            f = (struct frame){ p->to, 0 };
             break;
         case '#': case '$':
-            l.at = follow_word(g, n, l);
-            if (l.at < 0)
+            f.at = follow_word(g, n, f);
+            if (f.at < 0)
                 return;
-            l = (struct level){ step[l.at].next, 0 };
+            f = (struct frame){ step[f.at].next, 0 };
             break;
         case '.':
             if (n == 0)
                 g->n += g->c == EOF;
             else {
-                l = g->below[n - 1];
-                follow_way(g, n - 1, l);
-                g->below[n - 1] = l;
+                f = g->below[n - 1];
+                advance(g, n - 1, f);
+                g->below[n - 1] = f;
             }
             return;
         default:
-            if (takes(g->s, l.at, g->c))
-                keep_way(g, n, (struct level){ p->next, l.n });
+            if (takes(g->s, f.at, g->c))
+                keep_stack(g, n, (struct frame){ p->next, f.n });
             return;
         }
     }
 }
 
-/* The ways that are left after one more byte.  Returns whether any is; for EOF,
- * whether this may be the end. */
+/* The guide after one more byte.  Returns whether the byte fits; for EOF,
+ * whether the text may end. */
 static int guide_byte(const struct guide *from, struct guide *to, int c)
 {
     to->s = from->s;
@@ -10528,11 +10554,11 @@ static int guide_byte(const struct guide *from, struct guide *to, int c)
     to->n = 0;
     to->c = c;
     if (!from->has_begun)
-        follow_way(to, 0, (struct level){ to->s->root, 0 });
+        advance(to, 0, (struct frame){ to->s->root, 0 });
     for (int i = 0; from->has_begun && i < from->n; i++) {
-        const struct way *w = &from->way[i];
-        memcpy(to->below, w->level, (size_t)w->n * sizeof *w->level);
-        follow_way(to, w->n - 1, w->level[w->n - 1]);
+        const struct stack *s = &from->stack[i];
+        memcpy(to->below, s->frame, (size_t)s->n * sizeof *s->frame);
+        advance(to, s->n - 1, s->frame[s->n - 1]);
     }
     return to->n > 0;
 }
@@ -10556,10 +10582,11 @@ static int guide_is_done(const struct guide *g)
     return c == 256;
 }
 
-/* ---- what leads where */
+/* ---- connecting the steps */
 
-/* What a rule is made from: a schema, within a whole one.  Arguments may be
- * strictly those of the schema, or have any values. */
+/* What a rule is made from: a schema, which is part of a whole one.  A VALUE is
+ * JSON or a Python literal; the others are arguments of a call, with any values
+ * if they are LOOSE. */
 struct rule {
     const struct json *from, *whole;      /* from: NULL if there is none     */
     enum { VALUE, STRICT, LOOSE } as;
@@ -10573,24 +10600,28 @@ struct maker {
     struct rule *rule;                    /* [MAX_RULES]                     */
     struct phrase *place;                 /* of each: " at properties.name"  */
     int n_rules, n_words;
-    size_t word;                          /* where the latest is             */
+    size_t word;                          /* where the latest one begins     */
     struct why *why;
     int code;                             /* DONE, until something is wrong  */
 };
 
-/* An open bracket or bar leads to the one around it, until the next of its own
- * is found.  In the end no step has a bar or ) behind it, and no word one. */
+/* Find the steps in the patterns, and where each leads.  Until the | or bracket
+ * that belongs to an open one is found, `to` of the open one is the bracket
+ * around it.  Then `next` is corrected: it passes over the other alternatives
+ * behind a |, and over the other words of a list. */
 static void link_steps(const struct maker *m)
 {
     struct schema *s = m->s;
-    int open = -1, word = 0;
+    int open = -1, word = 0, before = 0;
 
-    s->step = zeroed(s->code.n, sizeof *s->step);
-    for (int i = 0; i < (int)s->code.n; i = s->step[i].next) {
-        const char c = s->code.s[i];
-        char *end = s->code.s + i + 1;
+    s->step = zeroed(s->pattern.n, sizeof *s->step);
+    for (int i = 0; i < (int)s->pattern.n; i = s->step[i].next) {
+        const char c = s->pattern.s[i];
+        char *end = s->pattern.s + i + 1;
         struct step *p = &s->step[i];
         p->need = NEVER;
+        p->before = before;
+        before = i;
         if (strchr("@>{", c)) {
             p->to = p->least = (int)strtol(end, &end, 10);
             if (c == '{')
@@ -10599,13 +10630,12 @@ static void link_steps(const struct maker *m)
                 p->to = m->rule[p->to].start;
         } else if (strchr("#$", c)) {
             end += p->least = (int)strcspn(end, "\n");
-            s->step[end - s->code.s].to = i;              /* on the way back */
             s->step[word].to = i;
             word = c == '#' ? i : 0;
         }
         while (c == '[' && *end != ']')
             end += 2;
-        p->next = (int)(end - s->code.s) + !!strchr("@>{#$[\\!", c);
+        p->next = (int)(end - s->pattern.s) + !!strchr("@>{#$[\\!", c);
         if (c == '(' || c == '{') {
             p->to = open;
             open = i;
@@ -10616,44 +10646,40 @@ static void link_steps(const struct maker *m)
             open = c == '|' ? i : around;
         }
     }
-    for (int i = (int)s->code.n - 1; i-- > 0;) {
-        i = s->code.s[i] == '\n' ? s->step[i].to : i;
-        int *next = &s->step[i].next;
-        while (strchr("|)", s->code.s[*next]))
+    while ((before = s->step[before].before) > 0) {
+        int *next = &s->step[before].next;
+        while (strchr("|)", s->pattern.s[*next]))
             *next = s->step[*next].to;
-        if (s->code.s[i] == '#' && strchr("#$", s->code.s[*next]))
+        if (s->pattern.s[before] == '#' && strchr("#$", s->pattern.s[*next]))
             *next = s->step[*next].next;
     }
 }
 
-/* How many levels more it takes from each step to the end of its rule: counted
- * by what is known of others, until nothing changes.  A rule that always
+/* How many more frames it takes from each step to the end of its rule: found
+ * from what is known of other steps, until nothing changes.  A rule that always
  * contains itself stays at NEVER. */
-static void count_levels(struct schema *s)
+static void count_frames(struct schema *s)
 {
-    const char *const code = s->code.s;
+    const char *const pattern = s->pattern.s;
     int changed = 1;
 
     while (changed) {
         changed = 0;
-        for (int i = (int)s->code.n; i-- > 0;) {
-            i = code[i] == '\n' ? s->step[i].to : i;
+        for (int i = (int)s->pattern.n - 1; i > 0; i = s->step[i].before) {
             struct step *p = &s->step[i], *to = &s->step[p->to];
-            int need = code[i] == '.' ? 0 : s->step[p->next].need;
-            if (p->next == 0)
-                continue;
-            if (code[i] == '(') {
+            int need = pattern[i] == '.' ? 0 : s->step[p->next].need;
+            if (pattern[i] == '(') {
                 need = NEVER;
-                for (int k = i; code[k] != ')'; k = s->step[k].to)
+                for (int k = i; pattern[k] != ')'; k = s->step[k].to)
                     need = smaller(need, s->step[s->step[k].next].need);
-            } else if (code[i] == '{' && p->least == 0)
+            } else if (pattern[i] == '{' && p->least == 0)
                 need = smaller(need, s->step[to->next].need);
-            else if (code[i] == '#')
+            else if (pattern[i] == '#')
                 need = smaller(need, to->need);
-            else if (code[i] == '>')
+            else if (pattern[i] == '>')
                 need = to->need;
-            else if (code[i] == '@')
-                need = to->need >= MAX_LEVELS || need == NEVER ? NEVER :
+            else if (pattern[i] == '@')
+                need = to->need >= MAX_FRAMES || need == NEVER ? NEVER :
                        to->need < need ? need : to->need + 1;
             changed |= need != p->need;
             p->need = need;
@@ -10663,8 +10689,9 @@ static void count_levels(struct schema *s)
 
 /* ---- from a schema to patterns
  *
- * A rule is made when its turn comes; so those that a schema names again and
- * again, or within themselves, are made once. */
+ * A rule is numbered when it is first referred to, and its pattern is written
+ * later, in the order of the numbers.  So a schema becomes one rule, even if it
+ * is referred to many times, or contains itself. */
 
 enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
        IS_STRING = 16, IS_ARRAY = 32, IS_OBJECT = 64, IS_ALL = 127,
@@ -10673,8 +10700,8 @@ enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
 static const char type_list[] =
     ": expected null boolean integer number string array object";
 
-/* What keywords are about, and their type, if there is only one; a NOTE changes
- * nothing. */
+/* The keywords, the kinds of schemas that may have them, and the type of their
+ * value; 0 if there are several.  A NOTE changes nothing. */
 static const struct keyword { const char *names; int of, type; } keywords[] = {
     { "title description default examples deprecated readOnly writeOnly "
       "$schema $id $comment $defs definitions", NOTE, 0 },
@@ -10693,33 +10720,35 @@ static const struct json anything = { .type = JSON_OBJECT };
 static const struct json any_object = { .type = JSON_OBJECT, .n_members = 1,
                                         .first = &object_type };
 
-/* Rules that are always there; a letter is UTF-8 or an escape, those of
- * surrogates only in pairs.  In a call no string may contain "<|", which begins
- * the mark at its end. */
-enum { ROOT, LETTER_OF_ANY, LETTER, DOUBLE, SINGLE, JSON_KEY, PYTHON_KEY };
+/* Rules that are always there.  A character of a string is UTF-8 or an escape,
+ * surrogates only in pairs; in Python it depends on the quotes.  No string in a
+ * call may contain "<|", which begins the end marker.  ROOT has no pattern, but
+ * the whole schema of an answer. */
+enum { ROOT, COMMON_CHAR, JSON_CHAR, DOUBLE_CHAR, SINGLE_CHAR, JSON_KEY,
+       PYTHON_KEY };
 
 #define MORE  "[\x80\xbf]"
 #define HEX_2 "[09afAF][09afAF]"
 
 static const char *const fixed[] = {
-    [ROOT] = "", [LETTER_OF_ANY] =
+    [ROOT] = "", [COMMON_CHAR] =
     "([\xc2\xdf]" MORE "|([\xe0\xe0][\xa0\xbf]|[\xe1\xec\xee\xef]" MORE
     "|[\xed\xed][\x80\x9f]|([\xf0\xf0][\x90\xbf]|[\xf1\xf3]" MORE
     "|[\xf4\xf4][\x80\x8f])" MORE ")" MORE "|\\\\([\"\"\\\\bbffnnrrtt]"
     "|u([09acefACEF][09afAF]" HEX_2 "|[ddDD]([07]" HEX_2
     "|[89abAB]" HEX_2 "\\\\u[ddDD][cfCF]" HEX_2 "))))",
-    [LETTER] = "([ !#[^\x7f]|]|>1;|\\\\/)",
-    [DOUBLE] = "([ !#;=[^\x7f]|]|<!||>1;|\\\\')",
-    [SINGLE] = "([ &(;=[^\x7f]|]|<!||>1;|\\\\')",
+    [JSON_CHAR] = "([ !#[^\x7f]|]|>1;|\\\\/)",
+    [DOUBLE_CHAR] = "([ !#;=[^\x7f]|]|<!||>1;|\\\\')",
+    [SINGLE_CHAR] = "([ &(;=[^\x7f]|]|<!||>1;|\\\\')",
     [JSON_KEY] = "\"{0,2147483647:@2;}\"",
     [PYTHON_KEY] = "(\"{0,2147483647:@3;}\"|'{0,2147483647:@4;}')"
 };
 
-/* The first reason counts. */
+/* Only the first reason is kept. */
 #define refuse(m, ...) ((m)->code = (m)->code != DONE ? (m)->code : \
                         because((m)->why, USAGE, __VA_ARGS__))
 
-/* Something about a keyword, or what it is the value of. */
+/* Refuse a keyword or its value. */
 static void wrong(struct maker *m, int at, const char *key, const char *what)
 {
     refuse(m, "\"%.60s\"%s%s", key, m->place[at].s, what);
@@ -10733,7 +10762,7 @@ static const struct keyword *find_keyword(const char *key)
     return NULL;
 }
 
-/* The types that "type" names, or 0. */
+/* The types that "type" names, or 0 if it is wrong. */
 static int named_types(const struct json *type)
 {
     const char *const names = strstr(type_list, "null");
@@ -10749,8 +10778,8 @@ static int named_types(const struct json *type)
     return types & IS_NUMBER ? types & ~IS_INTEGER : types;
 }
 
-/* What a schema says: types, or one of the others.  Where it does not name its
- * types, they are those that its keywords are about. */
+/* The kind of a schema: a set of types, or VALUES, ANY_OF or REF.  Without
+ * "type", the types are those that have its keywords. */
 static int kind_of(const struct json *v)
 {
     int types = 0;
@@ -10761,14 +10790,15 @@ static int kind_of(const struct json *v)
         return VALUES;
     if (json_get(v, "type"))
         return named_types(json_get(v, "type"));
-    for (const struct json *x = v->first; x; x = x->next)
-        if (find_keyword(x->key) && find_keyword(x->key)->of != NOTE)
-            types |= find_keyword(x->key)->of & IS_ALL;
+    for (const struct json *x = v->first; x; x = x->next) {
+        const struct keyword *k = find_keyword(x->key);
+        types |= k && k->of != NOTE ? k->of & IS_ALL : 0;
+    }
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
-/* All keywords must be known here, and go together.  Clients send bounds of
- * whole numbers that always hold, as an integer has at most 15 digits. */
+/* All keywords must be known and go together.  Clients send bounds of integers
+ * that always hold, as the pattern of one has at most 15 digits. */
 static void check_keywords(struct maker *m, const struct json *v, int kind,
                            int at)
 {
@@ -10783,7 +10813,7 @@ static void check_keywords(struct maker *m, const struct json *v, int kind,
         if (!k)
             wrong(m, at, x->key, " is not known here");
         else if (!(k->of & kind))
-            wrong(m, at, x->key, " does not go with the rest there");
+            wrong(m, at, x->key, " does not go with the other keywords");
         else if (k->type && x->type != k->type)
             wrong(m, at, x->key, phrase(": expected %s",
                                         json_names[k->type]).s);
@@ -10824,10 +10854,10 @@ static int add_rule(struct maker *m, struct rule r)
     return m->n_rules++;
 }
 
-/* The rule for a schema at some place within the one of rule `at`, or for what
- * it refers to. */
+/* The number of the rule for v, or for the schema that its "$ref" leads to.  It
+ * is `keyword`, or the member `key` of that, in the schema of rule `at`. */
 static int rule_of(struct maker *m, const struct json *v, int at,
-                   const char *word, const char *key)
+                   const char *keyword, const char *key)
 {
     const struct rule *in = &m->rule[at];
     const char *const place = m->place[at].s;
@@ -10839,15 +10869,15 @@ static int rule_of(struct maker *m, const struct json *v, int at,
         v = json_text(ref) && hops < 64 ? follow_ref(in->whole, ref->s) : NULL;
         if (!v)
             wrong(m, at, "$ref", phrase(" leads nowhere: %.60s",
-                  json_text(ref) ? ref->s : "no text").s);
+                  json_text(ref) ? ref->s : "not a string").s);
     }
     while (i < m->n_rules && (m->rule[i].from != v || m->rule[i].as != VALUE ||
                               m->rule[i].python != in->python))
         i++;
     if (i == m->n_rules) {
         i = add_rule(m, (struct rule){ v, in->whole, VALUE, in->python, 0, 0 });
-        m->place[i] = phrase("%.70s%s%s%s%.40s", place, !*word ? "" : *place ?
-                             "." : " at ", word, key ? "." : "",
+        m->place[i] = phrase("%.70s%s%s%s%.40s", place, !*keyword ? "" :
+                             *place ? "." : " at ", keyword, key ? "." : "",
                              key ? key : "");
     }
     return i;
@@ -10857,10 +10887,10 @@ static int rule_of(struct maker *m, const struct json *v, int at,
 
 static const char *const quotes[] = { "\"", "\"'" };    /* JSON, Python    */
 
-/* A value, a key or a name: a string is one word in each kind of these quotes,
- * or one in none. */
+/* A value, key or name, with `after` behind it.  A string becomes a word in each
+ * of these quotes, or without any if there are none. */
 static void add_word(struct maker *m, int at, const struct json *v,
-                     const char *in, const char *behind)
+                     const char *in, const char *after)
 {
     struct text *to = m->out;
     size_t n;
@@ -10874,7 +10904,7 @@ static void add_word(struct maker *m, int at, const struct json *v,
             add_in_quotes(to, v->s, v->n, *in++, 0);
         else
             add(to, v->s, v->n);
-        add_string(to, behind);
+        add_string(to, after);
         n = to->n - m->word - 1;
         if (n > MAX_WORD)
             refuse(m, "a word%s of %zu bytes, expected at most %d",
@@ -10885,7 +10915,7 @@ static void add_word(struct maker *m, int at, const struct json *v,
     } while (v->type == JSON_STRING && *in);
 }
 
-/* "enum" or "const": values that have the "type", if there is one. */
+/* "enum" or "const": those of the values that have the "type". */
 static void add_values(struct maker *m, const struct json *v, int at)
 {
     static const int type_of[] = { IS_NULL, IS_BOOLEAN, IS_BOOLEAN, IS_NUMBER,
@@ -10923,7 +10953,7 @@ static void add_series(struct maker *m, const char *open, const char *item,
     add_string(m->out, close);
 }
 
-/* "required" names properties; is this one of them? */
+/* Is this property in "required"? */
 static int is_required(const struct json *object, const struct json *x)
 {
     const struct json *list = json_get(object, "required");
@@ -10948,14 +10978,14 @@ static void check_members(struct maker *m, const struct json *v, int at)
          x && m->code == DONE; x = x->next)
         if (x->type != JSON_STRING || !properties ||
             !find_key(properties, x->s, x->n))
-            wrong(m, at, "required", phrase(" names %.60s, which is no "
+            wrong(m, at, "required", phrase(" names %.60s, which is not a "
                   "property", x->type == JSON_STRING ? x->s :
                   "something").s);
 }
 
-/* The members that a schema names, as a dict or as arguments: "key": or key=.
- * Behind each it may end, if no more are required, or a key follows.  If a
- * schema names none, there may be any. */
+/* The members that a schema names, after "key": in an object or a dict, and
+ * after key= in arguments.  It may end where no more members are required.
+ * Without "properties", there may be any members. */
 static void add_object(struct maker *m, const struct json *v, int at)
 {
     const struct rule *r = &m->rule[at];
@@ -11012,8 +11042,8 @@ static int is_name(const char *s, size_t n)
     return n > 0 && read_name(&r).n == n;
 }
 
-/* Behind a function's name: (key=value), or ({"a key": value}) where the keys
- * are no names.  If nothing is said of the arguments, there are none. */
+/* What follows the name of a function: (key=value), or ({"a key": value}) if a
+ * key is not a name.  Without "parameters" there are no arguments. */
 static void add_arguments(struct maker *m, const struct json *v, int at)
 {
     const struct json *properties = json_get(v, "properties");
@@ -11031,7 +11061,7 @@ static void add_arguments(struct maker *m, const struct json *v, int at)
     } else {
         const int rule = rule_of(m, strict ? v : &any_object, at, "", NULL);
         if (!is_object(m->rule[rule].from))
-            refuse(m, "the parameters%s: expected those of an object",
+            refuse(m, "the parameters%s: expected the schema of an object",
                    m->place[at].s);
         add_format(m->out, "\\(@%d;\\)", rule);
     }
@@ -11039,6 +11069,7 @@ static void add_arguments(struct maker *m, const struct json *v, int at)
 
 /* ---- rules */
 
+/* Any value of the type with this bit that the schema allows. */
 static void add_type(struct maker *m, const struct json *v, int type, int at)
 {
     static const char *const plain[] = {
@@ -11069,9 +11100,9 @@ static void add_type(struct maker *m, const struct json *v, int type, int at)
         break;
     case IS_STRING:
         add_format(m->out, "\"{%lld,%lld:@%d;}\"", n[0], n[1],
-                   python ? DOUBLE : LETTER);
+                   python ? DOUBLE_CHAR : JSON_CHAR);
         if (python)
-            add_format(m->out, "|'{%lld,%lld:@%d;}'", n[0], n[1], SINGLE);
+            add_format(m->out, "|'{%lld,%lld:@%d;}'", n[0], n[1], SINGLE_CHAR);
         break;
     default:
         add_string(m->out, plain[type < 2 && python ? type + 4 : type]);
@@ -11106,8 +11137,9 @@ static void add_schema(struct maker *m, const struct json *v, int at)
             }
 }
 
-/* Make a choice one of what it comes to in the end, through choices within it,
- * each once. */
+/* Replace the choices that a choice is between, and those that they are between
+ * and so on, by what is not a choice, each once.  Choices that contain each
+ * other would not let advance() end. */
 static void flatten(struct maker *m, int at)
 {
     int list[MAX_RULES] = { at }, n = 1, n_found = 0;
@@ -11129,32 +11161,32 @@ static void flatten(struct maker *m, int at)
     }
     if (n_found == 0)
         add_format(m->out, "(>%d;", at);
-    if (n_found > MAX_WAYS)
+    if (n_found > MAX_STACKS)
         wrong(m, at, "anyOf", phrase(": more than %d alternatives",
-                                     MAX_WAYS).s);
+                                     MAX_STACKS).s);
     add_string(m->out, ").");
     m->rule[at].start = start;
 }
 
 /* ---- calls */
 
-/* How calls are to be written. */
+/* Which calls are allowed. */
 struct call_form {
     const struct json *tools;             /* NULL: none                      */
     const char *name;                     /* only this one; NULL: any        */
     int is_forced, is_single;
 };
 
-/* Arguments follow the parameters of a tool that is strict: by its own word, or
- * if it is to be called and does not say that it is not. */
+/* Must arguments have the values that the parameters of a tool describe?  As it
+ * says itself, or `otherwise`. */
 static int is_strict(const struct json *tool, int otherwise)
 {
     json_bool(given(function_of(tool), "strict"), &otherwise);
     return otherwise;
 }
 
-/* A rule for one call, by the names of the tools and rules for what stands
- * behind each; returns its number. */
+/* Add the rule for a call: the names of the tools, each with a rule for the
+ * arguments after it.  Returns its number. */
 static int add_call(struct maker *m, const struct call_form *form)
 {
     const int rule = add_rule(m, (struct rule){ .start = (int)m->out->n });
@@ -11171,13 +11203,13 @@ static int add_call(struct maker *m, const struct call_form *form)
             break;
         }
         v = v ? v : &anything;
-        const int behind = add_rule(m, (struct rule){
+        const int arguments = add_rule(m, (struct rule){
             .from = v, .whole = v, .python = 1,
             .as = is_strict(x, form->is_forced) ? STRICT : LOOSE
         });
-        m->place[behind] = phrase(" at %.60s", name->s);
-        add_word(m, behind, name, "", "");
-        add_format(m->out, ">%d;", behind);
+        m->place[arguments] = phrase(" at %.60s", name->s);
+        add_word(m, arguments, name, "", "");
+        add_format(m->out, ">%d;", arguments);
     }
     if (m->n_words == 0)
         refuse(m, "\"tool_choice\": no tool is called %.60s", form->name);
@@ -11193,13 +11225,13 @@ static void free_schema(struct schema *s)
 {
     if (!s)
         return;
-    free(s->code.s);
+    free(s->pattern.s);
     free(s->step);
     free(s);
 }
 
-/* The patterns for an answer of this schema, or for calls, or for either; calls
- * that are not forced may be none. */
+/* The patterns for an answer of this schema, for calls, or for either one.
+ * Calls that are not forced may be left out. */
 static void make_patterns(struct maker *m, const struct json *answer,
                           const struct call_form *calls)
 {
@@ -11211,9 +11243,9 @@ static void make_patterns(struct maker *m, const struct json *answer,
     }
     const int call = calls ? add_call(m, calls) : ROOT;
     m->s->root = (int)m->out->n;
-    m->s->only_calls = !answer && !calls->is_forced;
+    m->s->in_free_text = !answer && !calls->is_forced;
     m->s->one_call = calls && calls->is_single;
-    add_string(m->out, m->s->only_calls ? "(|" : "(");
+    add_string(m->out, m->s->in_free_text ? "(|" : "(");
     if (answer)
         add_format(m->out, ">%d;%s", rule_of(m, answer, ROOT, "", NULL),
                    calls ? "|" : "");
@@ -11242,19 +11274,19 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
                        struct schema **out, struct why *why)
 {
     struct schema *s = zeroed(1, sizeof *s);
-    struct maker m = { .s = s, .out = &s->code, .why = why,
+    struct maker m = { .s = s, .out = &s->pattern, .why = why,
                        .rule = resize(NULL, MAX_RULES * sizeof *m.rule),
                        .place = resize(NULL, MAX_RULES * sizeof *m.place) };
 
     make_patterns(&m, answer, calls);
-    if (s->code.n > MAX_STEPS)
-        refuse(&m, "a schema that takes more than %d steps", MAX_STEPS);
+    if (s->pattern.n > MAX_STEPS)
+        refuse(&m, "a schema of more than %d steps", MAX_STEPS);
     if (m.code == DONE) {
         link_steps(&m);
-        count_levels(s);
-        if (s->step[s->root].need >= MAX_LEVELS)
+        count_frames(s);
+        if (s->step[s->root].need >= MAX_FRAMES)
             refuse(&m, "no value of this schema ends within %d levels",
-                   MAX_LEVELS);
+                   MAX_FRAMES);
     }
     free(m.rule);
     free(m.place);
@@ -11265,7 +11297,8 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
     return m.code;
 }
 
-/* "response_format"; without one, --json-schema. */
+/* The schema of "response_format", or else that of --json-schema; NULL for any
+ * text. */
 static int read_format(const struct engine *e, const struct json *body,
                        const struct json **out, struct why *why)
 {
@@ -11294,8 +11327,8 @@ static int read_format(const struct engine *e, const struct json *body,
     return DONE;
 }
 
-/* How the answer has to look.  Calls are guided if they are to be made, or if
- * something is to hold for them or the answer beside them. */
+/* The form that the answer must have.  Calls are guided if they are required,
+ * if only one is allowed, if the answer has a schema, or if a tool is strict. */
 static int read_form(const struct engine *e, struct request *q,
                      const struct json *body, const struct json *tools,
                      struct why *why)
@@ -11335,20 +11368,20 @@ static int read_form(const struct engine *e, struct request *q,
 
 /* ---- choosing tokens
  *
- * The vocabulary is walked in the order of its bytes, so that what tokens begin
- * with is tried once for all of them. */
+ * Tokens are tried in the order of their bytes, so that bytes with which many
+ * of them begin are tried once. */
 
 enum { MAX_BLANKS = 4, LONGEST = 64 };
 
-/* A token, how many bytes it shares with the one before, and how many
- * characters it has, if each means itself in any string; or 0. */
+/* A token; how many of its first bytes are those of the token before it; and
+ * how many characters it has, or 0 if some are not plain ones in any string. */
 struct spelled { const char *s; int32_t id; uint8_t n, shared, length; };
 
 struct spelling {
     struct spelled *token;                /* [n], in order                   */
     int n;
     uint8_t *fits;                        /* by id                           */
-    struct guide guide[LONGEST + 1];      /* after so many bytes             */
+    struct guide guide[LONGEST + 1];      /* after so many bytes of a token  */
 };
 
 static int by_bytes(const void *a, const void *b)
@@ -11358,7 +11391,7 @@ static int by_bytes(const void *a, const void *b)
     return compare(x->s, x->n, y->s, y->n);
 }
 
-/* Tokens that could be part of an answer; none has a new line. */
+/* Sort the tokens that could be part of an answer: control characters cannot. */
 static void spell_tokens(struct engine *e)
 {
     const int n_vocab = lfm2_n_vocab(e->words);
@@ -11396,17 +11429,19 @@ static void spell_tokens(struct engine *e)
     }
 }
 
-/* Find all tokens that fit.  Where a string is open, `room` more characters may
- * come. */
-static void walk_tokens(struct spelling *all, const struct guide *g)
+/* Find all tokens that fit.  Within a string, which may have `room` more
+ * characters, tokens of plain ones need not be tried.  Of the others, each has
+ * its first `common` bytes in common with the last one tried, of which the first
+ * `deep` bytes fit. */
+static void find_fitting(struct spelling *all, const struct guide *g)
 {
-    int room = 0, common = 0, deep = 0, is_dead = 0;
+    int room = 0, common = 0, deep = 0, failed = 0;
 
     for (int i = 0; i < g->n; i++) {
-        const struct level *l = &g->way[i].level[g->way[i].n - 1];
-        const struct step *p = &g->s->step[l->at];
-        const int more = p->most < INT_MAX ? p->most - l->n : p->most;
-        if (g->s->code.s[l->at] == '{' && g->s->code.s[p->next] == '@' &&
+        const struct frame *f = &g->stack[i].frame[g->stack[i].n - 1];
+        const struct step *p = &g->s->step[f->at];
+        const int more = p->most < INT_MAX ? p->most - f->n : p->most;
+        if (g->s->pattern.s[f->at] == '{' && g->s->pattern.s[p->next] == '@' &&
             more > room)
             room = more;
     }
@@ -11416,25 +11451,26 @@ static void walk_tokens(struct spelling *all, const struct guide *g)
         common = smaller(common, t->shared);
         if (t->length > 0 && t->length <= room)
             all->fits[t->id] = 1;
-        else if (!is_dead || common <= deep) {
+        else if (!failed || common <= deep) {
             deep = smaller(common, deep);
             while (deep < t->n && guide_byte(&all->guide[deep],
                                              &all->guide[deep + 1],
                                              (unsigned char)t->s[deep]))
                 deep++;
-            is_dead = deep < t->n;
-            all->fits[t->id] = !is_dead;
+            failed = deep < t->n;
+            all->fits[t->id] = !failed;
             common = INT_MAX;
         }
     }
 }
 
-/* Take a token; 0 if it does not fit, and then the guide is lost.  An answer
- * begins behind a thought and a few blanks. */
+/* Move the guide on by a token.  Returns 0 if it does not fit, and the guide is
+ * useless then.  The guided part begins after a thought and a few blanks. */
 static int guide_token(const struct reply *r, struct guide *g, const char *s,
                        size_t n)
 {
-    const int is_start = same(s, n, CALL_START), is_end = same(s, n, CALL_END);
+    const char marker = same(s, n, CALL_START) ? CALL_OPENS :
+                        same(s, n, CALL_END) ? CALL_CLOSES : '\0';
     const size_t held = r->raw.n - r->seen;
     const enum part part = g->has_begun ? IN_TEXT : r->part;
     const char *end = s + n;
@@ -11442,10 +11478,13 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
     size_t blank = is_after ? held : 0;
     struct guide next;
 
-    if (!g->has_begun && g->s->only_calls && (!is_start || part == IN_THOUGHT))
+    if (!g->has_begun && g->s->in_free_text &&
+        (marker != CALL_OPENS || part == IN_THOUGHT))
         return 1;
-    if (n == 0 || (part == AT_START && held == 0 && same(s, n, THINK)))
-        return n > 0 || part == IN_THOUGHT;
+    if (n == 0)
+        return part == IN_THOUGHT;
+    if (part == AT_START && held == 0 && same(s, n, THINK))
+        return 1;
     if (part == IN_THOUGHT) {
         struct text both = { 0 };
         add(&both, r->raw.s + r->seen, held);
@@ -11457,13 +11496,13 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
     }
     for (; is_after && s < end && strchr(" \n\r\t", *s); s++)
         blank++;
-    if (s < end && (is_start || is_end)) {
-        s = is_start ? "\1" : "\2";
+    if (s < end && marker) {
+        s = &marker;
         end = s + 1;
     }
     for (; s < end && blank <= MAX_BLANKS; s++) {
         const int c = (unsigned char)*s;
-        if ((c < ' ' && !is_start && !is_end) || !guide_byte(g, &next, c))
+        if ((c < ' ' && !marker) || !guide_byte(g, &next, c))
             return 0;
         copy_guide(g, &next);
     }
@@ -11482,7 +11521,8 @@ static int may_say(const struct engine *e, const struct reply *r, int32_t id)
     return guide_token(r, &copy, s, (size_t)n);
 }
 
-/* The model's choice does not fit: it chooses once more, of what does. */
+/* The model's choice does not fit: it chooses again, among the tokens that
+ * do. */
 static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
@@ -11495,7 +11535,7 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
         for (id = 0; id < lfm2_n_vocab(e->words); id++)
             fits[id] = (uint8_t)may_say(e, r, id);
     else
-        walk_tokens(e->spelling, r->guide);
+        find_fitting(e->spelling, r->guide);
     const uint8_t may_end = (uint8_t)guide_may_end(r->guide);
     for (int i = 0; i < e->ends.n; i++)
         fits[e->ends.id[i]] = may_end;
@@ -11526,13 +11566,13 @@ static void start_guide(struct engine *e, struct reply *r)
     r->guide->s = r->q->schema;
 }
 
-/* After a token: an answer that is complete ends.  Where there may be text
- * around calls, another may follow. */
+/* After a token: end the answer if it is complete.  In free text, other calls
+ * may follow. */
 static void end_guided(struct reply *r)
 {
     if (!guide_is_done(r->guide))
         return;
-    if (r->guide->s->only_calls && !r->guide->s->one_call)
+    if (r->guide->s->in_free_text && !r->guide->s->one_call)
         r->guide->has_begun = 0;
     else
         r->finish = STOPPED;
