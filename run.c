@@ -8107,12 +8107,11 @@ static void read_call(struct reader *r, struct calls *to)
     free(t.s);
 }
 
-/* Read all the calls between two markers, or none of them if there is an error:
- * in a list or not, and as JSON, else as Python, else as Python with unescaped
- * quotes in strings.  A list that `has_end`, its end marker, may lack its last
- * bracket.  First, invalid UTF-8 becomes replacement characters, and as in
- * Python CR and CR LF become LF. */
-static int read_calls(const char *s, const char *end, int has_end,
+/* Read all calls between two markers, or none if there is an error: as JSON,
+ * else as Python, else as Python with unescaped quotes; in a list or not.  The
+ * list may lack its last bracket, unless it was cut off.  Invalid UTF-8 becomes
+ * replacement characters, and CR and CR LF become LF, as in Python. */
+static int read_calls(const char *s, const char *end, int was_cut,
                       struct calls *to)
 {
     const int before = to->n;
@@ -8131,7 +8130,7 @@ static int read_calls(const char *s, const char *end, int has_end,
         const int list = took(&r, '[');
         int more = 1;
         while (r.code == DONE && (!list || !took(&r, ']')) &&
-               (peek(&r) != EOF || to->n == before || (list && !has_end))) {
+               (peek(&r) != EOF || to->n == before || (list && was_cut))) {
             expect(&r, more, "',' or a newline");
             read_call(&r, to);
             const char *const from = r.at;
@@ -8159,16 +8158,16 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
     add_string(rest, "");
     while (s < end || call) {
         const int starts = begins(s, end, CALL_START);
-        const int ends = begins(s, end, CALL_END);
+        const int ends = begins(s, end, CALL_END), was_cut = cut && !ends;
         const size_t size = starts ? strlen(CALL_START) :
                             ends ? strlen(CALL_END) : 1;
         if (call && (starts || ends || s == end)) {
-            const int good = read_calls(call + strlen(CALL_START), s,
-                                        ends || !cut, out);
+            const int good = read_calls(call + strlen(CALL_START), s, was_cut,
+                                        out);
             s += ends ? size : 0;
             if (!good)
                 add(rest, call, (size_t)(s - call));
-            bad += !good && !(cut && s == end && !ends);
+            bad += !good && !(was_cut && s == end);
             call = NULL;
             continue;
         }
@@ -8215,8 +8214,7 @@ static int open_words(const struct settings *s, const lfm2_model *model,
            report(s->tokenizer ? s->tokenizer : s->model, &err);
 }
 
-/* Encode text without a template.  If the model wants a BOS, text to continue
- * begins with it. */
+/* Text without a template.  A prompt begins with BOS if the model wants one. */
 static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
                          const char *text, size_t n, struct ids *out)
 {
@@ -8227,8 +8225,7 @@ static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
            (s->special ? LFM2_ENCODE_SPECIAL : 0), out);
 }
 
-/* A line of ids for the whole text, or for each of its NUL-terminated
- * records. */
+/* A line of ids for the whole text, or for each NUL-terminated record. */
 static void tokenize(const struct settings *s, const lfm2_tokenizer *words,
                      const struct text *t)
 {
@@ -8244,9 +8241,8 @@ static void tokenize(const struct settings *s, const lfm2_tokenizer *words,
     }
 }
 
-/* The text of each line of ids, separated by newlines: none follows the last,
- * so that this is the exact inverse of tokenize().  With --null each text ends
- * with NUL instead. */
+/* The text of each line of ids, with newlines only between them: the inverse of
+ * tokenize().  With --null each text ends with NUL instead. */
 static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
                       const struct text *t)
 {
@@ -8333,8 +8329,7 @@ static int work_on_words(const struct settings *s)
 /* -------------------------------------------------------------- 18. --inspect
  *
  * What is in a file, in the terms of the model's makers; what it takes to run;
- * and what is wrong with it.  Each fact is written once, as JSON, from which
- * the text is made. */
+ * and what is wrong with it.  The report in text is made from that in JSON. */
 
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
 
@@ -8390,8 +8385,7 @@ static void add_file_facts(struct inspection *f)
     add_file_string(f, "architecture", "general.architecture");
 }
 
-/* Letters in the maps: c is a short convolution, A attention, d a dense
- * network, e experts. */
+/* In the maps: c short convolution, A attention, d dense network, e experts. */
 static void add_shape(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
@@ -8649,8 +8643,7 @@ static void add_problems(struct inspection *f)
 
 /* ---- in text
  *
- * A line for each member.  Objects within an array or an object become the rows
- * of a table. */
+ * A line for each member; objects in an array or object are rows of a table. */
 
 /* A value on one line: amounts are rounded, members separated by commas. */
 static void add_value_text(struct text *to, const struct json *v)
@@ -8673,15 +8666,13 @@ static void add_value_text(struct text *to, const struct json *v)
     }
 }
 
-/* Rows of cells.  A first pass over the rows finds the width of each column, a
- * second one prints. */
+/* Rows of cells.  A first pass finds the width of columns, a second prints. */
 struct grid {
     size_t width[MAX_COLUMNS];
     int column, gap, is_printing;         /* gap: blanks before the next     */
 };
 
-/* A key or a value.  Nothing in the file may control the terminal or start a
- * new line. */
+/* A key or a value, which may neither control the terminal nor start a line. */
 static void put_cell(struct grid *g, const struct json *v, int is_key,
                      int right)
 {
@@ -8736,7 +8727,6 @@ static void print_rows(const struct json *first, const struct json *end,
     }
 }
 
-/* The problems come last, each on a line of its own. */
 static void print_report(const struct json *v)
 {
     const struct json *problems = json_get(v, "anomalies");
@@ -8803,9 +8793,8 @@ static int inspect_file(const struct settings *s)
  *
  * What happens between a token and its logits.  The library calls
  * note_activation() with every activation; --trace writes a record about it,
- * and --trace-raw all its numbers.  A record is written at once, in one piece
- * and after its numbers, so that both files are good whatever ends the
- * program. */
+ * and --trace-raw all its numbers.  So that both files are good whatever ends
+ * the program, a record is written at once, whole, and after its numbers. */
 
 static void add_number(struct text *to, const char *name, double x)
 {
@@ -8816,8 +8805,7 @@ static void add_number(struct text *to, const char *name, double x)
         add_string(to, x != x ? "\"nan\"" : x > 0 ? "\"inf\"" : "\"-inf\"");
 }
 
-/* The first and the last few numbers, and statistics of all.  A NaN is both the
- * minimum and the maximum. */
+/* The first and last few numbers, and statistics; a NaN is both min and max. */
 static void add_statistics(struct text *to, const float *x, int n)
 {
     const int few = smaller(n, 4);
@@ -8941,10 +8929,9 @@ static int close_trace(struct engine *e, int code)
  * How well a model predicts a text, measured as llama-perplexity does, so that
  * the figures can be compared.  The text is cut into windows of n_ctx tokens,
  * each fed to an empty sequence, with BOS in place of its first token if the
- * model begins with one.  Only the second half of a window is scored, where the
- * model has some context: the predictions at positions n_ctx / 2 to n_ctx - 2,
- * each of the token after it.  With p the probability of such a token, the
- * perplexity is exp(mean of -log p).
+ * model wants one.  Only the second half of a window is scored, where there is
+ * some context: positions n_ctx / 2 to n_ctx - 2, each by the probability p of
+ * the token after it.  The perplexity is exp(mean of -log p).
  *
  * To see what quantization changes, compare two files of --logits with
  * scripts/compare_logits.py. */
@@ -8974,8 +8961,7 @@ static double error_of(const struct sums *s)
     return s->n > 1 && variance > 0 ? sqrt(variance / (s->n - 1)) : 0;
 }
 
-/* Read the text, and set the length of a window.  Tokens after the last whole
- * window are not used. */
+/* Read the text, and size the windows; tokens after the last are not used. */
 static int read_windows(struct engine *e, struct ids *ids)
 {
     const struct settings *s = e->s;
@@ -9001,9 +8987,8 @@ static int read_windows(struct engine *e, struct ids *ids)
     return DONE;
 }
 
-/* Add -log p of each scored token of a window to *nll.  A long window is fed in
- * pieces, as its logits are too many to hold at once.  The last token predicts
- * nothing that is scored, so it is not fed. */
+/* Add -log p of each token that is scored.  A long window is fed in pieces, as
+ * its logits are too many at once; its last token predicts nothing in it. */
 static int score_window(struct engine *e, int32_t *token, struct sums *nll)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
@@ -9143,8 +9128,7 @@ static int run_once(struct bench *b, const struct test *t, int n_gen,
     return code;
 }
 
-/* The best of several measurements of at least 20 ms each, as any disturbance
- * makes one slower. */
+/* The best of several runs of at least 20 ms: disturbances make them slower. */
 static double measure_rate(struct bench *b, int what)
 {
     double best = NAN, all = 0;
@@ -9323,10 +9307,9 @@ static int run_test(struct bench *b, struct test t)
 /* All tests with this many threads at one depth, in llama-bench's order, and in
  * a context no larger than they need.
  *
- * The time to the first token is taken before the first test, while nothing is
- * warm.  Then the whole file is read, so that its pages are mapped.  Otherwise
- * the tests would pay for that page by page, and with experts until late: a
- * tenth of the time of a hundred tokens. */
+ * Before the first test, while nothing is warm, the first token is timed.  Then
+ * the whole file is read, which maps its pages: left to the tests, that takes a
+ * tenth of the time of a hundred tokens, if there are experts. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
     const struct settings *s = b->e.s;
@@ -9443,10 +9426,9 @@ static int bench(const struct settings *s)
 
 /* ----------------------------------------------------------- 22. --selftest
  *
- * Does this build compute correctly on this machine?  No file is needed: a
- * small model of each weight type is made of pseudorandom numbers, which are
- * the same everywhere, so its logits must have known bits.  Every kernel that
- * this CPU can run must produce them. */
+ * Does this build compute correctly on this machine?  No file is needed: small
+ * models of all weight types are made of random numbers that are the same
+ * everywhere, so the bits of their logits are known, whatever the kernel. */
 
 enum {
     WIDTH = 256, HALF = 128, HEAD = 64, N_EXPERT = 4, VOCAB = 256 + 7,
@@ -9490,10 +9472,9 @@ static const struct self_type {
 
 enum { N_SELF_TYPES = sizeof self_types / sizeof *self_types };
 
-/* The kind of a tensor has a bit for each place where it occurs: outside of the
- * layers (ONCE), and in layers 0 to 3, which are conv and dense, attention and
- * dense, conv and experts, attention and experts.  PLAIN is F32 in every model;
- * EACH has a matrix for each expert. */
+/* A bit for each place of a tensor: ONCE, outside of the layers; layers 0 to 3,
+ * which are conv and dense, attention and dense, and both with experts.  PLAIN
+ * is F32 in every model; EACH has a matrix for each expert. */
 enum { ONCE = 1, CONV = 2 + 8, ATTN = 4 + 16, DENSE = 2 + 4, MOE = 8 + 16,
        EVERY = 2 + 4 + 8 + 16, PLAIN = 32, EACH = 64 };
 
@@ -9602,8 +9583,7 @@ static void add_metadata(struct text *to)
         add_counted(to, merges[i]);
 }
 
-/* One block of random bits, except that scales are about 2^-8, and weights that
- * are floating-point numbers about 2^-5. */
+/* One block: random bits, scales of about 2^-8, F32 to BF16 weights of 2^-5. */
 static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
 {
     unsigned char b[256];
@@ -9620,7 +9600,7 @@ static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
     add(to, (char *)b, (size_t)t->bytes);
 }
 
-/* The GGUF file of a model.  The caller frees out->s. */
+/* A GGUF file.  The caller frees out->s. */
 static void make_file(int type, struct text *out)
 {
     const struct self_tensor *const end = self_tensors +
@@ -9720,11 +9700,9 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
 }
 
 /* A weight type: plain C must give the known hash, and every kernel the same,
- * whether all tokens are fed at once or one by one.  The last type also goes
- * through a text longer than a chunk of attention, an F32 cache, and threads
- * with each kernel. */
-static void self_kernels(struct self *t, const struct self_type *type,
-                         int is_last)
+ * with all tokens at once and one by one.  With the last type each kernel also
+ * has a text longer than a chunk of attention, an F32 cache, and threads. */
+static void self_kernels(struct self *t, const struct self_type *type, int last)
 {
     const int f16 = LFM2_KV_F16, f32 = LFM2_KV_F32;
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, f16, FEW, FEW);
@@ -9740,7 +9718,7 @@ static void self_kernels(struct self *t, const struct self_type *type,
             self_check(t, self_hash(t, isa, 1, f16, FEW, FEW) == h &&
                        self_hash(t, isa, 1, f16, FEW, 1) == h,
                        phrase("%s with %s", type->name, name).s);
-        if (!is_last)
+        if (!last)
             continue;
         self_check(t, self_hash(t, isa, 1, f16, MANY, FEW) ==
                    0x75627de54a6b322fu, phrase("a long text, by %s", name).s);
@@ -9919,11 +9897,9 @@ static int selftest(void)
  *
  * A denied call fails with EPERM and does not kill the program: a C library
  * that has changed is likelier than an attack.  Calls newer than the list fail
- * with ENOSYS, as on an older kernel, so that C libraries fall back on older
- * ones.
+ * with ENOSYS, as on an older kernel: C libraries then use older ones.
  *
- * This works on Linux only.  The numbers of its interface are written out here,
- * as its headers may be missing. */
+ * This is for Linux only; its numbers are here, so no headers are needed. */
 
 /* Sanitizers make system calls that it would deny. */
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
@@ -9995,13 +9971,12 @@ static int lacks(const struct settings *s, const char *what, const char *why)
 
 /* ---- the session writer
  *
- * A new session is written to a file beside the old one and then renamed to it.
- * A process that may do that in a home directory could put anything there.  So
- * the sandbox does not allow it; a child process outside of the sandbox, which
- * can only replace that one file, does it.  It is sent a length and that many
- * bytes, and answers with an exit code. */
+ * A new session is written to a file beside the old one, and then replaces it.
+ * A process that may do that in a home directory can put anything there.  So a
+ * child process outside of the sandbox does it, and only for this file: it is
+ * sent a length and that many bytes, and answers with an exit code. */
 
-static int writer = -1;                   /* a socket; -1: no such process   */
+static int writer = -1;                   /* its socket, or -1               */
 
 /* Like replace_file(), for the session. */
 static int keep_file(const char *path, const struct text *part, int n_parts)
@@ -10108,12 +10083,11 @@ static void grant(int set, const char *path, uint64_t rights)
     close(rule.fd);
 }
 
-/* Forbid everything that the kernel's version of Landlock can forbid: files,
- * from version 4 on also to bind and connect TCP, from 6 on abstract sockets
- * and signals to other processes.  Then allow the files that options name, the
- * directory of a chat, and the files that tell about CPUs and memory.  A file
- * has to exist to be allowed, so files to write are created here, unless the
- * model cannot be read and nothing will be written. */
+/* Forbid all that the kernel's version of Landlock can forbid: files; TCP since
+ * version 4; abstract sockets and signals to others since 6.  Then allow the
+ * files that options name, the directory of a chat, and those that tell about
+ * CPUs and memory.  Only files that exist can be allowed, so files to write are
+ * created, unless the model cannot be read and nothing will be written. */
 static int confine_files(const struct settings *s)
 {
     static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
@@ -10231,9 +10205,8 @@ static const struct system_call system_calls[] = {
 
 enum { N_CALLS = sizeof system_calls / sizeof *system_calls, N_SERVE = 2 };
 
-/* BPF instructions, and the offsets of the number of a call, the architecture
- * and the arguments in what they can load.  From number 403 on, system calls
- * have the same numbers on all machines. */
+/* BPF instructions, and the offsets of what they can load.  System calls have
+ * the same numbers on all machines from NEWER on. */
 enum {
     LOAD = 0x20, AND = 0x54, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
     CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16, NEWER = 403
@@ -10244,8 +10217,7 @@ enum {
 
 struct code { uint16_t op; uint8_t then, otherwise; uint32_t k; };
 
-/* Allow only the calls in the list, and none by the numbers of another
- * architecture, as x86-64 also has those of i386. */
+/* Allow the calls in the list; other architectures have other numbers. */
 static int confine_calls(const struct settings *s)
 {
     const uint32_t low = is_little_endian() ? 0 : 4, machine = ELF_MACHINE |
@@ -10327,14 +10299,14 @@ static int enter_sandbox(const struct settings *s)
 
 /* --------------------------------------------------- 24. Answers in a schema
  *
- * An answer can be forced to be JSON of a schema, or calls of tools.  The schema
- * is compiled into patterns, and a guide follows them byte by byte as the
- * answer comes: it knows which bytes may be next, and whether the answer may
- * end.  The token that the model chooses is taken if it fits; otherwise the
+ * An answer can be forced to be JSON of a schema, or calls of tools.  The
+ * schema is compiled into patterns, and a guide follows them byte by byte as
+ * the answer comes: it knows which bytes may be next, and whether the answer
+ * may end.  The token that the model chooses is taken if it fits; otherwise the
  * model chooses again, among the tokens that do.  So every answer that ends is
  * valid, and one that is cut off is the beginning of a valid one.
  *
- * Of all the ways to write a value, these are allowed: only the members that
+ * Of all the ways to write a value, patterns allow these: only the members that
  * the schema names, in its order; at most one space after a comma or a colon;
  * numbers of at most 18 digits.  An unknown keyword is refused, not ignored.
  *
@@ -10347,9 +10319,9 @@ static int enter_sandbox(const struct settings *s)
  *     (a|b|c)  a, b or c              {2,5:a}    a, two to five times
  *     !x       not before an x        .          the end of a rule
  *     @7;      rule 7                 >7;        rule 7 in place of the rest
- *     #a\n     the word a, or a word further on, skipping what is between them;
- *              $b\n is the last word to choose.  Words side by side, as those
- *              of an enum, have the same text after them.
+ *     #a\n     the word a, or else the next word, without what is between them
+ *     $b\n     the word b, which has no next.  Adjacent words, as those of an
+ *              enum, all continue after the last of them.
  *
  * The schema {"properties": {"id": {"type": "integer"}, "tag": {"type":
  * "string"}}, "required": ["tag"]} becomes rule 7, its members 8 and 9:
@@ -10360,14 +10332,11 @@ static int enter_sandbox(const struct settings *s)
  *
  * After {"tag": "ab the guide has a stack of two frames:
  *
- *     7  (\{#"id":\n( |)@8;,( |)$"tag":\n( |)@9;\}).
- *                                               ^
- *     9  ("{0,2147483647:@2;}").
- *          ^ after two times
+ *     7  ...$"tag":\n( |)@9;\}).       9  ("{0,2147483647:@2;}").
+ *                           ^                ^ after two times
  *
- * So another character may be next; or a quote, which ends rule 9, and then a
- * brace.  If the text can be parsed in several ways, there are several
- * stacks. */
+ * So a character may be next; or a quote, and then a brace.  A text that can be
+ * parsed in several ways has several stacks. */
 
 enum {
     MAX_RULES = 4096, MAX_FRAMES = 64, MAX_STACKS = 32, MAX_WORD = 4000,
@@ -10378,13 +10347,11 @@ enum {
 /* An element of a pattern: a byte, one of the forms above, a bracket or bar. */
 struct step {
     int before, next;                     /* the steps around it             */
-    int to;                               /* from @ and > to a rule, from #
-                                             to the next word, from ( and |
-                                             to the next | or the ), between
-                                             { and }                         */
+    int to;                               /* from @ > to the rule, # to the
+                                             next word, ( | to the next | or
+                                             ), between { and }              */
     int least, most;                      /* times, or the length of a word  */
-    int need;                             /* more frames that it takes to
-                                             reach the end of the rule       */
+    int need;                             /* more frames, to end the rule    */
 };
 
 struct schema {
@@ -10395,9 +10362,8 @@ struct schema {
     int one_call;
 };
 
-/* A step of a rule, and a count: how often the rule has been through its loop,
- * or how many bytes of the word have come.  One count is enough, as a loop
- * within a loop is in another rule. */
+/* A step of a rule, and how often the rule has been through its loop, or how
+ * many bytes of the word have come.  Inner loops are in rules of their own. */
 struct frame { int32_t at, n; };
 
 /* One way to parse the text so far: rules, each called by the one before. */
@@ -10422,9 +10388,8 @@ static void copy_guide(struct guide *to, const struct guide *from)
                (size_t)from->stack[i].n * sizeof *to->stack->frame);
 }
 
-/* Keep the stack of n frames below and `top`, unless there is one like it.
- * Rules that have ended are left first.  If there is no room, it is dropped:
- * the others still lead to valid answers. */
+/* Keep the stack of n frames below and `top`, without rules that have ended.  A
+ * stack too many is dropped: the others still lead to valid answers. */
 static void keep_stack(struct guide *g, int n, struct frame top)
 {
     struct stack *s = &g->stack[g->n];
@@ -10445,9 +10410,9 @@ static void keep_stack(struct guide *g, int n, struct frame top)
     g->n++;
 }
 
-/* The first f.n bytes of the word at f.at have come.  Of this word and those to
- * choose after it, keep the first that begins with these bytes and the next.
- * Returns the first that consists of these bytes, or -1. */
+/* The first f.n bytes of the word at f.at have come.  Of this word and the next
+ * ones, keep the first that goes on with g->c after these bytes.  Returns the
+ * first that consists of these bytes, or -1. */
 static int follow_word(struct guide *g, int n, struct frame f)
 {
     const char *const pattern = g->s->pattern.s;
@@ -10483,10 +10448,9 @@ static int takes(const struct schema *s, int at, int c)
 }
 
 /* From frame f, with n frames below it, go through all steps that take no byte,
- * and keep a stack for each step that takes g->c.  If that is EOF, g->n counts
- * how often the end is reached instead.  Nothing is begun that cannot end
- * within MAX_FRAMES.  Loops without a bound count only up to their minimum, so
- * that there are fewer different stacks. */
+ * and keep a stack for each that takes g->c.  If that is EOF, g->n counts the
+ * ends reached instead.  Nothing is begun that MAX_FRAMES would not let end.
+ * Loops without a bound stop counting at their minimum: that saves stacks. */
 static void advance(struct guide *g, int n, struct frame f)
 {
     const char *const pattern = g->s->pattern.s;
@@ -10544,8 +10508,7 @@ static void advance(struct guide *g, int n, struct frame f)
     }
 }
 
-/* The guide after one more byte.  Returns whether the byte fits; for EOF,
- * whether the text may end. */
+/* The guide after one more byte, or at EOF.  Returns whether that fits. */
 static int guide_byte(const struct guide *from, struct guide *to, int c)
 {
     to->s = from->s;
@@ -10584,21 +10547,20 @@ static int guide_is_done(const struct guide *g)
 
 /* ---- connecting the steps */
 
-/* What a rule is made from: a schema, which is part of a whole one.  A VALUE is
- * JSON or a Python literal; the others are arguments of a call, with any values
- * if they are LOOSE. */
+/* What a rule is made from: a schema within a whole one; as a value, or as the
+ * arguments of a call, which may have any values if they are LOOSE. */
 struct rule {
     const struct json *from, *whole;      /* from: NULL if there is none     */
     enum { VALUE, STRICT, LOOSE } as;
     int python, is_choice;
     int start;                            /* of its pattern                  */
+    struct phrase place;                  /* " at properties.name"           */
 };
 
 struct maker {
     struct schema *s;
     struct text *out;                     /* the patterns                    */
     struct rule *rule;                    /* [MAX_RULES]                     */
-    struct phrase *place;                 /* of each: " at properties.name"  */
     int n_rules, n_words;
     size_t word;                          /* where the latest one begins     */
     struct why *why;
@@ -10606,9 +10568,8 @@ struct maker {
 };
 
 /* Find the steps in the patterns, and where each leads.  Until the | or bracket
- * that belongs to an open one is found, `to` of the open one is the bracket
- * around it.  Then `next` is corrected: it passes over the other alternatives
- * behind a |, and over the other words of a list. */
+ * that belongs to an open one is found, `to` of the open one is the one around
+ * it.  At last `next` passes over other alternatives, and over other words. */
 static void link_steps(const struct maker *m)
 {
     struct schema *s = m->s;
@@ -10655,9 +10616,8 @@ static void link_steps(const struct maker *m)
     }
 }
 
-/* How many more frames it takes from each step to the end of its rule: found
- * from what is known of other steps, until nothing changes.  A rule that always
- * contains itself stays at NEVER. */
+/* The fewest frames it takes from each step to the end of its rule, improved
+ * until nothing changes.  A rule that always contains itself stays at NEVER. */
 static void count_frames(struct schema *s)
 {
     const char *const pattern = s->pattern.s;
@@ -10721,9 +10681,8 @@ static const struct json any_object = { .type = JSON_OBJECT, .n_members = 1,
                                         .first = &object_type };
 
 /* Rules that are always there.  A character of a string is UTF-8 or an escape,
- * surrogates only in pairs; in Python it depends on the quotes.  No string in a
- * call may contain "<|", which begins the end marker.  ROOT has no pattern, but
- * the whole schema of an answer. */
+ * surrogates only in pairs.  No string in a call may contain "<|", which begins
+ * the end marker.  ROOT has no pattern, but the whole schema of an answer. */
 enum { ROOT, COMMON_CHAR, JSON_CHAR, DOUBLE_CHAR, SINGLE_CHAR, JSON_KEY,
        PYTHON_KEY };
 
@@ -10751,7 +10710,7 @@ static const char *const fixed[] = {
 /* Refuse a keyword or its value. */
 static void wrong(struct maker *m, int at, const char *key, const char *what)
 {
-    refuse(m, "\"%.60s\"%s%s", key, m->place[at].s, what);
+    refuse(m, "\"%.60s\"%s%s", key, m->rule[at].place.s, what);
 }
 
 static const struct keyword *find_keyword(const char *key)
@@ -10850,7 +10809,6 @@ static int add_rule(struct maker *m, struct rule r)
         return ROOT;
     }
     m->rule[m->n_rules] = r;
-    m->place[m->n_rules].s[0] = '\0';
     return m->n_rules++;
 }
 
@@ -10860,7 +10818,7 @@ static int rule_of(struct maker *m, const struct json *v, int at,
                    const char *keyword, const char *key)
 {
     const struct rule *in = &m->rule[at];
-    const char *const place = m->place[at].s;
+    const char *const place = in->place.s;
     const struct json *ref;
     int i = 0;
 
@@ -10874,21 +10832,21 @@ static int rule_of(struct maker *m, const struct json *v, int at,
     while (i < m->n_rules && (m->rule[i].from != v || m->rule[i].as != VALUE ||
                               m->rule[i].python != in->python))
         i++;
-    if (i == m->n_rules) {
-        i = add_rule(m, (struct rule){ v, in->whole, VALUE, in->python, 0, 0 });
-        m->place[i] = phrase("%.70s%s%s%s%.40s", place, !*keyword ? "" :
-                             *place ? "." : " at ", keyword, key ? "." : "",
-                             key ? key : "");
-    }
-    return i;
+    if (i < m->n_rules)
+        return i;
+    return add_rule(m, (struct rule){
+        .from = v, .whole = in->whole, .python = in->python,
+        .place = phrase("%.70s%s%s%s%.40s", place, !*keyword ? "" : *place ?
+                        "." : " at ", keyword, key ? "." : "", key ? key : "")
+    });
 }
 
 /* ---- words */
 
 static const char *const quotes[] = { "\"", "\"'" };    /* JSON, Python    */
 
-/* A value, key or name, with `after` behind it.  A string becomes a word in each
- * of these quotes, or without any if there are none. */
+/* A value, key or name, and `after`.  A string becomes a word in each of these
+ * quotes, or one without quotes. */
 static void add_word(struct maker *m, int at, const struct json *v,
                      const char *in, const char *after)
 {
@@ -10908,7 +10866,7 @@ static void add_word(struct maker *m, int at, const struct json *v,
         n = to->n - m->word - 1;
         if (n > MAX_WORD)
             refuse(m, "a word%s of %zu bytes, expected at most %d",
-                   m->place[at].s, n, MAX_WORD);
+                   m->rule[at].place.s, n, MAX_WORD);
         if (m->n_words++ == MAX_WORDS)
             refuse(m, "a schema of more than %d words", MAX_WORDS);
         add_string(to, "\n");
@@ -10935,12 +10893,12 @@ static void add_values(struct maker *m, const struct json *v, int at)
     }
     if (m->n_words == before)
         refuse(m, "\"enum\" or \"const\"%s: no value is of the type",
-               m->place[at].s);
+               m->rule[at].place.s);
     else
         m->out->s[m->word] = '$';
 }
 
-/* ---- what has members */
+/* ---- arrays, objects, arguments */
 
 /* From `min` to `max` items in brackets. */
 static void add_series(struct maker *m, const char *open, const char *item,
@@ -10953,7 +10911,6 @@ static void add_series(struct maker *m, const char *open, const char *item,
     add_string(m->out, close);
 }
 
-/* Is this property in "required"? */
 static int is_required(const struct json *object, const struct json *x)
 {
     const struct json *list = json_get(object, "required");
@@ -11050,7 +11007,7 @@ static void add_arguments(struct maker *m, const struct json *v, int at)
     const struct json *x = properties ? properties->first : NULL;
     const int strict = m->rule[at].as == STRICT;
 
-    while (x && json_is(properties, JSON_OBJECT) && is_name(x->key, x->n_key))
+    while (x && is_name(x->key, x->n_key))
         x = x->next;
     if (v == &anything)
         add_string(m->out, "\\(\\)");
@@ -11062,14 +11019,13 @@ static void add_arguments(struct maker *m, const struct json *v, int at)
         const int rule = rule_of(m, strict ? v : &any_object, at, "", NULL);
         if (!is_object(m->rule[rule].from))
             refuse(m, "the parameters%s: expected the schema of an object",
-                   m->place[at].s);
+                   m->rule[at].place.s);
         add_format(m->out, "\\(@%d;\\)", rule);
     }
 }
 
 /* ---- rules */
 
-/* Any value of the type with this bit that the schema allows. */
 static void add_type(struct maker *m, const struct json *v, int type, int at)
 {
     static const char *const plain[] = {
@@ -11115,7 +11071,7 @@ static void add_schema(struct maker *m, const struct json *v, int at)
     const int kind = v->type == JSON_OBJECT ? kind_of(v) : 0;
 
     if (v->type != JSON_OBJECT)
-        refuse(m, "expected a schema%s", m->place[at].s);
+        refuse(m, "expected a schema%s", m->rule[at].place.s);
     else if (type && !named_types(type))
         wrong(m, at, "type", type_list);
     else
@@ -11137,9 +11093,8 @@ static void add_schema(struct maker *m, const struct json *v, int at)
             }
 }
 
-/* Replace the choices that a choice is between, and those that they are between
- * and so on, by what is not a choice, each once.  Choices that contain each
- * other would not let advance() end. */
+/* Replace all choices within a choice by what they are between, each once: with
+ * choices that contain each other, advance() would not end. */
 static void flatten(struct maker *m, int at)
 {
     int list[MAX_RULES] = { at }, n = 1, n_found = 0;
@@ -11170,7 +11125,6 @@ static void flatten(struct maker *m, int at)
 
 /* ---- calls */
 
-/* Which calls are allowed. */
 struct call_form {
     const struct json *tools;             /* NULL: none                      */
     const char *name;                     /* only this one; NULL: any        */
@@ -11205,9 +11159,9 @@ static int add_call(struct maker *m, const struct call_form *form)
         v = v ? v : &anything;
         const int arguments = add_rule(m, (struct rule){
             .from = v, .whole = v, .python = 1,
-            .as = is_strict(x, form->is_forced) ? STRICT : LOOSE
+            .as = is_strict(x, form->is_forced) ? STRICT : LOOSE,
+            .place = phrase(" at %.60s", name->s)
         });
-        m->place[arguments] = phrase(" at %.60s", name->s);
         add_word(m, arguments, name, "", "");
         add_format(m->out, ">%d;", arguments);
     }
@@ -11275,8 +11229,7 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
 {
     struct schema *s = zeroed(1, sizeof *s);
     struct maker m = { .s = s, .out = &s->pattern, .why = why,
-                       .rule = resize(NULL, MAX_RULES * sizeof *m.rule),
-                       .place = resize(NULL, MAX_RULES * sizeof *m.place) };
+                       .rule = resize(NULL, MAX_RULES * sizeof *m.rule) };
 
     make_patterns(&m, answer, calls);
     if (s->pattern.n > MAX_STEPS)
@@ -11289,7 +11242,6 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
                    MAX_FRAMES);
     }
     free(m.rule);
-    free(m.place);
     if (m.code == DONE)
         *out = s;
     else
@@ -11297,8 +11249,7 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
     return m.code;
 }
 
-/* The schema of "response_format", or else that of --json-schema; NULL for any
- * text. */
+/* The schema of "response_format" or --json-schema; NULL for any text. */
 static int read_format(const struct engine *e, const struct json *body,
                        const struct json **out, struct why *why)
 {
@@ -11327,8 +11278,8 @@ static int read_format(const struct engine *e, const struct json *body,
     return DONE;
 }
 
-/* The form that the answer must have.  Calls are guided if they are required,
- * if only one is allowed, if the answer has a schema, or if a tool is strict. */
+/* The form that an answer must have.  Calls are guided if they are required, if
+ * only one is allowed, if a tool is strict, or beside an answer in a schema. */
 static int read_form(const struct engine *e, struct request *q,
                      const struct json *body, const struct json *tools,
                      struct why *why)
@@ -11336,7 +11287,7 @@ static int read_form(const struct engine *e, struct request *q,
     const struct json *choice = given(body, "tool_choice"), *answer;
     const char *name = json_text(json_get(function_of(choice), "name"));
     const int is_forced = is_word(choice, "required") || name;
-    const int has_marks = tools && lfm2_token_id(e->words, CALL_START) >= 0 &&
+    const int has_marks = lfm2_token_id(e->words, CALL_START) >= 0 &&
                           lfm2_token_id(e->words, CALL_END) >= 0;
     int parallel = 1, code = read_format(e, body, &answer, why);
 
@@ -11373,8 +11324,8 @@ static int read_form(const struct engine *e, struct request *q,
 
 enum { MAX_BLANKS = 4, LONGEST = 64 };
 
-/* A token; how many of its first bytes are those of the token before it; and
- * how many characters it has, or 0 if some are not plain ones in any string. */
+/* A token; how many bytes at its beginning are those of the one before; and how
+ * many characters it has, or 0 if some have to be escaped in some string. */
 struct spelled { const char *s; int32_t id; uint8_t n, shared, length; };
 
 struct spelling {
@@ -11391,7 +11342,7 @@ static int by_bytes(const void *a, const void *b)
     return compare(x->s, x->n, y->s, y->n);
 }
 
-/* Sort the tokens that could be part of an answer: control characters cannot. */
+/* Sort the tokens that have no control characters: others never fit. */
 static void spell_tokens(struct engine *e)
 {
     const int n_vocab = lfm2_n_vocab(e->words);
@@ -11429,10 +11380,9 @@ static void spell_tokens(struct engine *e)
     }
 }
 
-/* Find all tokens that fit.  Within a string, which may have `room` more
- * characters, tokens of plain ones need not be tried.  Of the others, each has
- * its first `common` bytes in common with the last one tried, of which the first
- * `deep` bytes fit. */
+/* Find all tokens that fit.  In a string with room for more characters, tokens
+ * of plain ones need not be tried.  Of the others, each has `common` bytes in
+ * common with the last one tried, of which `deep` bytes fit. */
 static void find_fitting(struct spelling *all, const struct guide *g)
 {
     int room = 0, common = 0, deep = 0, failed = 0;
@@ -11494,7 +11444,7 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
         is_after = over != NULL;
         free(both.s);
     }
-    for (; is_after && s < end && strchr(" \n\r\t", *s); s++)
+    for (; is_after && s < end && memchr(" \n\r\t", *s, 4); s++)
         blank++;
     if (s < end && marker) {
         s = &marker;
@@ -11521,8 +11471,7 @@ static int may_say(const struct engine *e, const struct reply *r, int32_t id)
     return guide_token(r, &copy, s, (size_t)n);
 }
 
-/* The model's choice does not fit: it chooses again, among the tokens that
- * do. */
+/* The model's choice does not fit: it chooses again, among tokens that do. */
 static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
@@ -11555,7 +11504,6 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
     return id;
 }
 
-/* Begin to guide an answer. */
 static void start_guide(struct engine *e, struct reply *r)
 {
     if (!r->q->schema)
@@ -11566,8 +11514,7 @@ static void start_guide(struct engine *e, struct reply *r)
     r->guide->s = r->q->schema;
 }
 
-/* After a token: end the answer if it is complete.  In free text, other calls
- * may follow. */
+/* After a token: end a complete answer, unless other calls may follow. */
 static void end_guided(struct reply *r)
 {
     if (!guide_is_done(r->guide))

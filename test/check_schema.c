@@ -382,6 +382,25 @@ START_TEST(size_has_a_bound)
 }
 END_TEST
 
+/* Behind a thought: up to four blanks, and NUL is not one. */
+START_TEST(blanks_may_follow_a_thought)
+{
+    static const struct { const char *s; size_t n; int fits; } text[] = {
+        { "null", 4, 1 }, { " \n\r\tnull", 8, 1 }, { "    ", 4, 1 },
+        { "     ", 5, 0 }, { "\0", 1, 0 }, { "\0null", 5, 0 }
+    };
+    const struct reply r = { .part = AFTER_THOUGHT };
+
+    ck_assert_int_eq(make("{\"type\":\"null\"}"), DONE);
+    for (size_t i = 0; i < COUNT(text); i++) {
+        struct guide g = { .s = schema };
+        EXPECT_MSG(guide_token(&r, &g, text[i].s, text[i].n) == text[i].fits,
+                   "text %zu", i);
+    }
+    forget_schema();
+}
+END_TEST
+
 Suite *SUITE(void);
 
 Suite *SUITE(void)
@@ -402,6 +421,7 @@ Suite *SUITE(void)
     tcase_add_test(t, depth_has_a_bound);
     tcase_add_test(t, stacks_have_a_bound);
     tcase_add_test(t, size_has_a_bound);
+    tcase_add_test(t, blanks_may_follow_a_thought);
     suite_add_tcase(s, t);
     return s;
 }
