@@ -8329,7 +8329,7 @@ static int work_on_words(const struct settings *s)
 /* -------------------------------------------------------------- 18. --inspect
  *
  * What is in a file, in the terms of the model's makers; what it takes to run;
- * and what is wrong with it.  The report in text is made from that in JSON. */
+ * and what is wrong with it.  The text report is made from the JSON one. */
 
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
 
@@ -8342,7 +8342,7 @@ struct inspection {
     lfm2_error err;
     struct text json;
     const char *last_norm;                /* its name                        */
-    int tied;                             /* the embedding is the output     */
+    int tied;                             /* output matrix is the embedding  */
     double bytes, read;                   /* of weights: all; for a token    */
     struct found_template template;
 };
@@ -8359,7 +8359,7 @@ static void add_file_string(struct inspection *f, const char *key,
     add_members(&f->json, phrase("%s: %%.*s", key).s, (int)n, s);
 }
 
-/* The counts in the header tell how much of a damaged file could be read. */
+/* Of a damaged file fewer keys and tensors can be read than its header says. */
 static void add_file_facts(struct inspection *f)
 {
     struct text *to = &f->json;
@@ -8477,8 +8477,8 @@ static void add_weights(struct inspection *f, const char *role)
     f->read = role ? f->read : (double)read;
 }
 
-/* What contexts of some lengths take, and the longest one that fits beside the
- * weights into the memory that is free now. */
+/* The memory that contexts of several lengths take, and the longest one for
+ * which there is memory now, beside the weights. */
 static void add_memory(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
@@ -8830,7 +8830,6 @@ static void add_statistics(struct text *to, const float *x, int n)
                (unsigned long long)hash_floats(HASH_START, x, n));
 }
 
-/* Write what has been added to the text of this file. */
 static void write_trace(struct trace *t, struct trace_file *to)
 {
     if (t->code == DONE && write_all(to->fd, to->text.s, to->text.n) != 0)
@@ -9064,7 +9063,7 @@ static int perplexity(const struct settings *s)
  * so memory bandwidth limits it; reading a prompt multiplies each weight with
  * many tokens, so arithmetic does.  The same run measures both limits. */
 
-enum { START_TOKENS = 8 };                /* prompt of the first token       */
+enum { START_TOKENS = 8 };                /* of the first prompt             */
 
 /* A test and its results; NAN means not measured. */
 struct test {
@@ -9081,7 +9080,7 @@ struct limits { int n_threads; double read, dot, cached; };
 struct bench {
     struct engine e;                      /* e.par: the parameters in force  */
     struct cost cost;
-    struct limits best[MAX_LIST], *limit; /* for each -t; for the current    */
+    struct limits best[MAX_LIST], *limit; /* of each -t; of the current one  */
     struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
     double load_s, context_s, first_s;    /* first: from the very start      */
     double rss_anon, most_share;          /* maxima                          */
@@ -9160,7 +9159,7 @@ static struct phrase name_type(const lfm2_model *m)
         [17] = "Q5_K - Medium", [18] = "Q6_K", [21] = "Q2_K - Small",
         [25] = "IQ4_NL - 4.5 bpw", [30] = "IQ4_XS - 4.25 bpw", [32] = "BF16"
     };
-    double number = 31;                   /* not a mix                       */
+    double number = 31;                   /* an unknown mix                  */
     uint64_t total, active;
 
     file_number(m, "general.file_type", 0, 32, &number);
@@ -9267,8 +9266,9 @@ static void print_footer(const struct bench *b)
     printf("share     of the read bandwidth for answers, of the arithmetic for "
            "prompts\n%s", b->most_share > 1 ? "          above 100 %: some "
            "weights stay in the caches of the CPU\n" : "");
-    printf("start     model %.1f ms, context %.1f ms; first token of 8 after "
-           "%.1f ms\n", b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
+    printf("start     model %.1f ms, context %.1f ms; first token after a "
+           "prompt of 8: %.1f ms\n", b->load_s * 1e3, b->context_s * 1e3,
+           b->first_s * 1e3);
     printf("memory    %s resident at most, %s of it anonymous\n",
            binary_amount(peak_memory()).s, b->rss_anon > 0 ?
            binary_amount(b->rss_anon).s : "n/a");
@@ -9899,7 +9899,7 @@ static int selftest(void)
  * that has changed is likelier than an attack.  Calls newer than the list fail
  * with ENOSYS, as on an older kernel: C libraries then use older ones.
  *
- * This is for Linux only; its numbers are here, so no headers are needed. */
+ * Linux only.  Its numbers are written out, so its headers are not needed. */
 
 /* Sanitizers make system calls that it would deny. */
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
@@ -9942,8 +9942,8 @@ static int selftest(void)
 #endif
 
 /* The directory where a chat may /save and /load: that of --save-dir, else the
- * current one.  But not the home directory or one that contains it, as programs
- * run what they find there.  NULL: none. */
+ * current one unless that is or contains the home directory, where programs
+ * keep what they run.  NULL: none. */
 static const char *save_dir(const struct settings *s)
 {
     const char *named = getenv("HOME");
@@ -11287,7 +11287,7 @@ static int read_form(const struct engine *e, struct request *q,
     const struct json *choice = given(body, "tool_choice"), *answer;
     const char *name = json_text(json_get(function_of(choice), "name"));
     const int is_forced = is_word(choice, "required") || name;
-    const int has_marks = lfm2_token_id(e->words, CALL_START) >= 0 &&
+    const int has_marks = tools && lfm2_token_id(e->words, CALL_START) >= 0 &&
                           lfm2_token_id(e->words, CALL_END) >= 0;
     int parallel = 1, code = read_format(e, body, &answer, why);
 
@@ -11415,7 +11415,8 @@ static void find_fitting(struct spelling *all, const struct guide *g)
 }
 
 /* Move the guide on by a token.  Returns 0 if it does not fit, and the guide is
- * useless then.  The guided part begins after a thought and a few blanks. */
+ * useless then.  A thought, a few blanks after it, and text around calls are not
+ * guided; what split() holds back may be the end of a thought, or blanks. */
 static int guide_token(const struct reply *r, struct guide *g, const char *s,
                        size_t n)
 {
