@@ -10252,8 +10252,6 @@ static int confine_calls(const struct settings *s)
     return DONE;
 }
 
-/* ---- all of it */
-
 /* May these calls be made at all?  Under a sandbox that answers them with a
  * signal, as on Android, a child process that tries dies of it.  One that
  * allows no child processes is not expected to do that. */
@@ -11024,7 +11022,7 @@ static void add_arguments(struct maker *m, const struct json *v, int at)
     }
 }
 
-/* ---- rules */
+/* ---- schemas */
 
 static void add_type(struct maker *m, const struct json *v, int type, int at)
 {
@@ -11414,9 +11412,9 @@ static void find_fitting(struct spelling *all, const struct guide *g)
     }
 }
 
-/* Move the guide on by a token.  Returns 0 if it does not fit, and the guide is
- * useless then.  A thought, a few blanks after it, and text around calls are not
- * guided; what split() holds back may be the end of a thought, or blanks. */
+/* Move the guide on by a token.  Returns 0 if it does not fit, which spoils the
+ * guide.  A thought, a few blanks after it, and text around calls are free.
+ * What split() holds back is part of the end of a thought, or blanks. */
 static int guide_token(const struct reply *r, struct guide *g, const char *s,
                        size_t n)
 {
