@@ -10419,11 +10419,12 @@ static int follow_word(struct guide *g, int n, struct frame f)
     for (int at = f.at;; at = g->s->step[at].to) {
         const struct step *p = &g->s->step[at];
         const char *const word = pattern + at + 1;
-        if ((p->least == f.n ? whole < 0 : p->least > f.n && longer < 0 &&
-             (unsigned char)word[f.n] == g->c) &&
+        int *const found = p->least == f.n ? &whole : &longer;
+        if (*found < 0 && (p->least == f.n ||
+            (p->least > f.n && (unsigned char)word[f.n] == g->c)) &&
             n + g->s->step[p->next].need < MAX_FRAMES &&
             memcmp(word, pattern + f.at + 1, (size_t)f.n) == 0)
-            *(p->least == f.n ? &whole : &longer) = at;
+            *found = at;
         if (pattern[at] == '$')
             break;
     }
@@ -10909,9 +10910,8 @@ static void add_series(struct maker *m, const char *open, const char *item,
     add_string(m->out, close);
 }
 
-static int is_required(const struct json *object, const struct json *x)
+static int is_required(const struct json *list, const struct json *x)
 {
-    const struct json *list = json_get(object, "required");
     const struct json *v = list ? list->first : NULL;
 
     while (v && (v->type != JSON_STRING || v->n != x->n_key ||
@@ -10946,11 +10946,14 @@ static void add_object(struct maker *m, const struct json *v, int at)
     const struct rule *r = &m->rule[at];
     const int is_dict = r->as == VALUE;
     const char *const close = is_dict ? "\\}" : "\\)";
+    const struct json *list = json_get(v, "required");
     const struct json *properties = json_get(v, "properties");
     const struct json *more = json_get(v, "additionalProperties");
     const struct json *const first = properties ? properties->first : NULL;
     int left = 0, n_open = 0;
 
+    if (list && list->n_members > MAX_MEMBERS)
+        wrong(m, at, "required", " names more than 1024 properties");
     if (r->as != LOOSE)
         check_members(m, v, at);
     if (!properties && !json_is(more, JSON_FALSE)) {
@@ -10960,13 +10963,13 @@ static void add_object(struct maker *m, const struct json *v, int at)
                    JSON_KEY, rule).s, 0, MAX_MEMBERS, "\\}");
         return;
     }
-    for (const struct json *x = first; x; x = x->next)
-        left += is_required(v, x);
+    for (const struct json *x = first; x && m->code == DONE; x = x->next)
+        left += is_required(list, x);
     add_string(m->out, is_dict ? "\\{" : "\\(");
     for (const struct json *x = first; x && m->code == DONE; x = x->next) {
         const struct json key = { .type = JSON_STRING, .s = x->key,
                                   .n = x->n_key };
-        const int required = is_required(v, x);
+        const int required = is_required(list, x);
         if (left == 0) {
             add_format(m->out, "(%s|", close);
             n_open++;
@@ -11188,8 +11191,7 @@ static void make_patterns(struct maker *m, const struct json *answer,
                           const struct call_form *calls)
 {
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++) {
-        add_rule(m, (struct rule){ .whole = answer,
-                                   .start = (int)m->out->n });
+        add_rule(m, (struct rule){ .whole = answer, .start = (int)m->out->n });
         add_string(m->out, fixed[i]);
         add_string(m->out, ".");
     }
@@ -11427,13 +11429,12 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
     size_t blank = is_after ? held : 0;
     struct guide next;
 
-    if (!g->has_begun && g->s->in_free_text &&
-        (marker != CALL_OPENS || part == IN_THOUGHT))
+    if ((!g->has_begun && g->s->in_free_text &&
+         (marker != CALL_OPENS || part == IN_THOUGHT)) ||
+        (part == AT_START && held == 0 && same(s, n, THINK)))
         return 1;
     if (n == 0)
         return part == IN_THOUGHT;
-    if (part == AT_START && held == 0 && same(s, n, THINK))
-        return 1;
     if (part == IN_THOUGHT) {
         struct text both = { 0 };
         add(&both, r->raw.s + r->seen, held);
@@ -11531,8 +11532,7 @@ static int is_guided_text(const struct reply *r)
            r->part == IN_TEXT;
 }
 
-/* ---- --json-schema */
-
+/* The schema of --json-schema: an error in it ends the program at once. */
 static int open_schema(struct engine *e)
 {
     const char *path = e->s->json_schema;

@@ -377,6 +377,13 @@ START_TEST(size_has_a_bound)
     add_string(&t, "\"}");
     ck_assert_int_eq(make(t.s), USAGE);
     ck_assert_str_eq(why.s, "a word of 4002 bytes, expected at most 4000");
+    t.n = 0;
+    add_string(&t, "{\"properties\":{\"a\":{}},\"required\":[\"a\"");
+    for (int i = 0; i < MAX_MEMBERS; i++)
+        add_string(&t, ",\"a\"");
+    add_string(&t, "]}");
+    ck_assert_int_eq(make(t.s), USAGE);
+    ck_assert_str_eq(why.s, "\"required\" names more than 1024 properties");
     free(t.s);
     forget_schema();
 }
