@@ -10331,7 +10331,7 @@ static int enter_sandbox(const struct settings *s)
  * After {"tag": "ab the guide has a stack of two frames:
  *
  *     7  ...$"tag":\n( |)@9;\}).       9  ("{0,2147483647:@2;}").
- *                           ^                ^ after two times
+ *                           ^               ^ the loop, once more
  *
  * So a character may be next; or a quote, and then a brace.  A text that can be
  * parsed in several ways has several stacks. */
