@@ -8060,16 +8060,16 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
 
 /* ------------------------------------------------------------ 16. Tool calls
  *
- * A model that wants a tool writes <|tool_call_start|>, Python, and
- * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some write JSON
- * there: {"name": "time", "arguments": {}}.  An argument has the value that
- * Python's ast.literal_eval() gives it, or is one of JSON's words.  Text that
- * has no value in JSON (bytes, complex numbers) or has to be computed is not
- * understood, and stays text.
+ * To call tools, a model writes Python between <|tool_call_start|> and
+ * <|tool_call_end|>: [weather(city="Rome", days=2), time()].  Some models write
+ * JSON there: {"name": "time", "arguments": {}}.  Arguments are what Python's
+ * ast.literal_eval() accepts, or null, true and false.  A call with a value
+ * that JSON does not have (bytes, complex numbers) or that has to be computed
+ * is left as text.
  *
- * Where Python would see an error of syntax, some things are clear all the
- * same: new lines and forgotten backslashes in strings, names like get-time,
- * calls on lines of their own, a bracket missing at the very end. */
+ * Some syntax errors are accepted because their meaning is clear: newlines and
+ * unescaped quotes in strings, names like get-time, a newline in place of a
+ * comma between calls, a missing bracket at the very end. */
 
 static void free_calls(struct calls *calls)
 {
@@ -8078,8 +8078,8 @@ static void free_calls(struct calls *calls)
     *calls = (struct calls){ NULL, 0 };
 }
 
-/* In either notation.  An argument without a name is good if it is the only
- * one, and a dict. */
+/* One call, in either notation.  A positional argument must be the only one,
+ * and a dict: its items are the arguments. */
 static void read_call(struct reader *r, struct calls *to)
 {
     struct json *v = pool_get(r->pool, sizeof *v);
@@ -8116,11 +8116,11 @@ static void read_call(struct reader *r, struct calls *to)
     free(t.s);
 }
 
-/* What stands between two marks, all or none: calls, or one list of them, with
- * a comma or a new line between two; as JSON, as Python, or as Python with
- * quotes that lack a backslash.  Before, each byte that is no UTF-8 becomes a
- * replacement character, and new lines are as Python sees them. */
-static int read_calls(const char *s, const char *end, int is_whole,
+/* Read all calls between two markers, or none if there is an error: as JSON,
+ * else as Python, else as Python with unescaped quotes; in a list or not.  The
+ * list may lack its last bracket, unless it was cut off.  Invalid UTF-8 becomes
+ * replacement characters, and CR and CR LF become LF, as in Python. */
+static int read_calls(const char *s, const char *end, int was_cut,
                       struct calls *to)
 {
     const int before = to->n;
@@ -8139,8 +8139,8 @@ static int read_calls(const char *s, const char *end, int is_whole,
         const int list = took(&r, '[');
         int more = 1;
         while (r.code == DONE && (!list || !took(&r, ']')) &&
-               (peek(&r) != EOF || to->n == before || (list && !is_whole))) {
-            expect(&r, more, "',' or a new line");
+               (peek(&r) != EOF || to->n == before || (list && was_cut))) {
+            expect(&r, more, "',' or a newline");
             read_call(&r, to);
             const char *const from = r.at;
             more = took(&r, ',') || memchr(from, '\n', (size_t)(r.at - from));
@@ -8152,11 +8152,11 @@ static int read_calls(const char *s, const char *end, int is_whole,
     return 0;
 }
 
-/* The calls in an answer; the text around them, and calls that were not
- * understood, markers included, go to `rest`.  Returns how many were not
- * understood.  A call at the end may lack its last marker; one that is not
- * complete does not count if the answer was `cut` for its length.  Models write
- * the last marker of a call once more after it, which nobody should see. */
+/* Find the calls in an answer.  The text around them goes to `rest`, and so do
+ * bad calls, with their markers.  Returns how many calls were bad; a call that
+ * is incomplete because the answer was `cut` at its length does not count.  The
+ * last call may lack its end marker.  Models sometimes write the end marker
+ * twice: the second one is dropped. */
 static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
                        struct text *rest)
 {
@@ -8167,16 +8167,16 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
     add_string(rest, "");
     while (s < end || call) {
         const int starts = begins(s, end, CALL_START);
-        const int ends = begins(s, end, CALL_END);
+        const int ends = begins(s, end, CALL_END), was_cut = cut && !ends;
         const size_t size = starts ? strlen(CALL_START) :
                             ends ? strlen(CALL_END) : 1;
         if (call && (starts || ends || s == end)) {
-            const int good = read_calls(call + strlen(CALL_START), s,
-                                        ends || !cut, out);
+            const int good = read_calls(call + strlen(CALL_START), s, was_cut,
+                                        out);
             s += ends ? size : 0;
             if (!good)
                 add(rest, call, (size_t)(s - call));
-            bad += !good && !(cut && s == end && !ends);
+            bad += !good && !(was_cut && s == end);
             call = NULL;
             continue;
         }
@@ -8193,8 +8193,8 @@ static int parse_calls(const char *s, size_t n, int cut, struct calls *out,
  *
  * --tokenize, --detokenize and --export-tokenizer need a vocabulary only. */
 
-/* model: the open one, whose file has the words if no other is named; or NULL.
- * Returns a code of the library. */
+/* Open the vocabulary in the file of --tokenizer, or else in that of the model,
+ * which is in memory already unless `model` is NULL.  Returns an LFM2_ code. */
 static int load_words(const struct settings *s, const lfm2_model *model,
                       lfm2_tokenizer **out, lfm2_error *err)
 {
@@ -8223,7 +8223,7 @@ static int open_words(const struct settings *s, const lfm2_model *model,
            report(s->tokenizer ? s->tokenizer : s->model, &err);
 }
 
-/* Text as it is.  What is to be gone on with may have to begin with BOS. */
+/* Text without a template.  A prompt begins with BOS if the model wants one. */
 static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
                          const char *text, size_t n, struct ids *out)
 {
@@ -8234,7 +8234,7 @@ static void encode_plain(const struct settings *s, const lfm2_tokenizer *words,
            (s->special ? LFM2_ENCODE_SPECIAL : 0), out);
 }
 
-/* A line of ids for the whole text, or for each of its NUL-ended records. */
+/* A line of ids for the whole text, or for each NUL-terminated record. */
 static void tokenize(const struct settings *s, const lfm2_tokenizer *words,
                      const struct text *t)
 {
@@ -8250,9 +8250,8 @@ static void tokenize(const struct settings *s, const lfm2_tokenizer *words,
     }
 }
 
-/* The text of every line of ids.  The inverse of tokenize(), which ends the
- * last line: a text of the last line alone is all there is, and between those
- * of several stands a newline.  With --null each ends with a NUL instead. */
+/* The text of each line of ids, with newlines only between them: the inverse of
+ * tokenize().  With --null each text ends with NUL instead. */
 static int detokenize(const struct settings *s, const lfm2_tokenizer *words,
                       const struct text *t)
 {
@@ -8338,9 +8337,8 @@ static int work_on_words(const struct settings *s)
 
 /* -------------------------------------------------------------- 18. --inspect
  *
- * What is in a file, in the terms its makers use; what it will take to run it;
- * and what is wrong with it.  Each fact is written once, as JSON; the text is
- * made of that. */
+ * What is in a file, in the terms of the model's makers; what it takes to run;
+ * and what is wrong with it.  The text report is made from the JSON one. */
 
 enum { MAX_TYPES = 32, MAX_COLUMNS = 12, ASSUMED_BANDWIDTH = 50 };
 
@@ -8348,19 +8346,19 @@ struct inspection {
     const struct settings *s;
     lfm2_model *model;
     lfm2_tokenizer *words;                /* NULL: no vocabulary             */
-    int is_model;                         /* and not only the wreck of one   */
-    int code;                             /* LFM2_OK, or what is fatal       */
+    int is_model;                         /* it opened without an error      */
+    int code;                             /* LFM2_OK, or the fatal error     */
     lfm2_error err;
     struct text json;
     const char *last_norm;                /* its name                        */
-    int tied;                             /* embedding and output are one    */
-    double bytes, read;                   /* of weights: all, for a token    */
+    int tied;                             /* output matrix is the embedding  */
+    double bytes, read;                   /* of weights: all; for a token    */
     struct found_template template;
 };
 
 /* ---- facts */
 
-/* A string of the metadata, whole. */
+/* A string of the metadata, however long it is. */
 static void add_file_string(struct inspection *f, const char *key,
                             const char *in_file)
 {
@@ -8370,7 +8368,7 @@ static void add_file_string(struct inspection *f, const char *key,
     add_members(&f->json, phrase("%s: %%.*s", key).s, (int)n, s);
 }
 
-/* The first bytes say as much as there is of a bad file. */
+/* Of a damaged file fewer keys and tensors can be read than its header says. */
 static void add_file_facts(struct inspection *f)
 {
     struct text *to = &f->json;
@@ -8396,8 +8394,7 @@ static void add_file_facts(struct inspection *f)
     add_file_string(f, "architecture", "general.architecture");
 }
 
-/* In the maps c and A are short convolutions and attention, d and e dense
- * networks and experts. */
+/* In the maps: c short convolution, A attention, d dense network, e experts. */
 static void add_shape(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
@@ -8428,7 +8425,7 @@ static void add_shape(struct inspection *f)
     add_format(&f->json, "%g}", (double)c->norm_rms_eps);
 }
 
-/* What a tensor is for, by the first pattern that its name fits. */
+/* What a tensor is for, by the first pattern that matches its name. */
 static const char *purpose_of(const struct inspection *f, const char *name)
 {
     const struct { const char *names, *role; } known[] = {
@@ -8446,9 +8443,9 @@ static const char *purpose_of(const struct inspection *f, const char *name)
     return known[i].role;
 }
 
-/* What the tensors of a role take, or with NULL all that are used.  Of the
- * experts a token reads those that are chosen; of an embedding that is not the
- * output, too, one row. */
+/* The size of all tensors of a role, or of all that are used if it is NULL.  A
+ * token reads only the experts chosen for it, and one row of the embedding if
+ * that is not also the output. */
 static void add_weights(struct inspection *f, const char *role)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
@@ -8489,8 +8486,8 @@ static void add_weights(struct inspection *f, const char *role)
     f->read = role ? f->read : (double)read;
 }
 
-/* What contexts take that one may ask for; what fits beside the weights is that
- * of the machine this runs on, now. */
+/* The memory that contexts of several lengths take, and the longest one for
+ * which there is memory now, beside the weights. */
 static void add_memory(struct inspection *f)
 {
     const lfm2_config *c = lfm2_model_config(f->model);
@@ -8503,7 +8500,7 @@ static void add_memory(struct inspection *f)
     const double kv = kv_bytes(c, p.kv_type);
     double conv = 0;
 
-    p.isa = LFM2_ISA_AUTO;                /* it takes no more or less memory */
+    p.isa = LFM2_ISA_AUTO;                /* does not change the memory      */
     for (int il = 0; il < c->n_layer; il++)
         conv += c->is_attn[il] ? 0 : 4.0 * (c->l_cache - 1) * c->n_embd;
     for (int step = MAX_CTX; step > 0; step /= 2) {
@@ -8545,8 +8542,8 @@ static void add_special(struct inspection *f, const char *role, int32_t id)
                 s);
 }
 
-/* How words are written down, and how they are chosen.  "[65536 x string]" has
- * the length of an array. */
+/* Vocabulary, chat template and sampling.  The value of an array is written as
+ * "[65536 x string]", which tells its length. */
 static void add_words(struct inspection *f)
 {
     static const char *const how[] = { "none", "hash", "words", "model" };
@@ -8622,8 +8619,8 @@ static void add_problem(struct inspection *f, const char *level, const char *s)
     add_members(&f->json, "{level: %s, message: %s}", level, s);
 }
 
-/* The library knows the keys of the model's own architecture; those of its kin
- * are told here. */
+/* The library warns of unused keys of the model's own architecture; those of
+ * the other one, lfm2 or lfm2moe, are found here. */
 static void add_problems(struct inspection *f)
 {
     const struct phrase pre = value_of(f->model, "tokenizer.ggml.pre");
@@ -8643,10 +8640,10 @@ static void add_problems(struct inspection *f)
                         phrase("%.90s: the key is not used", s).s);
     if (f->is_model && pre.s[0] && strcmp(pre.s, "lfm2") != 0)
         add_problem(f, "tolerated", phrase("tokenizer.ggml.pre: \"%.60s\", "
-                    "expected \"lfm2\", as which it is taken", pre.s).s);
+                    "expected \"lfm2\"; treated as that", pre.s).s);
     if (f->template.how > BY_HASH)
-        add_problem(f, "tolerated", phrase("tokenizer.chat_template: none that "
-                    "is known, taken as %s",
+        add_problem(f, "tolerated", phrase("tokenizer.chat_template: not a "
+                    "known one, treated as %s",
                     template_name(f->template.template)).s);
     if (f->code != LFM2_OK)
         add_problem(f, "fatal", f->err.msg);
@@ -8655,9 +8652,9 @@ static void add_problems(struct inspection *f)
 
 /* ---- in text
  *
- * A line for each member, objects of objects and arrays of them as tables. */
+ * A line for each member; objects in an array or object are rows of a table. */
 
-/* A value in a few words: amounts are rounded, members follow by commas. */
+/* A value on one line: amounts are rounded, members separated by commas. */
 static void add_value_text(struct text *to, const struct json *v)
 {
     const char *key = v->key ? v->key : "";
@@ -8678,15 +8675,13 @@ static void add_value_text(struct text *to, const struct json *v)
     }
 }
 
-/* Rows of cells.  How wide their columns are is known when all are gone through
- * for the second time, to be printed. */
+/* Rows of cells.  A first pass finds the width of columns, a second prints. */
 struct grid {
     size_t width[MAX_COLUMNS];
     int column, gap, is_printing;         /* gap: blanks before the next     */
 };
 
-/* A key or a value.  Nothing that a file says steers the terminal or begins a
- * line. */
+/* A key or a value, which may neither control the terminal nor start a line. */
 static void put_cell(struct grid *g, const struct json *v, int is_key,
                      int right)
 {
@@ -8710,8 +8705,8 @@ static void put_cell(struct grid *g, const struct json *v, int is_key,
     free(t.s);
 }
 
-/* The members from `first` up to `end`: of something within the report, if they
- * are objects, as a table, whose head has the keys of its first row. */
+/* The members from `first` up to `end`.  Objects are rows of a table, except at
+ * the top; the keys of the first row are the head of the table. */
 static void print_rows(const struct json *first, const struct json *end,
                        int indent)
 {
@@ -8741,7 +8736,6 @@ static void print_rows(const struct json *first, const struct json *end,
     }
 }
 
-/* Problems stand last, each in a line of its own. */
 static void print_report(const struct json *v)
 {
     const struct json *problems = json_get(v, "anomalies");
@@ -8755,8 +8749,8 @@ static void print_report(const struct json *v)
     }
 }
 
-/* A file that is no model is explained, too, if it can be read at all.  What
- * has too many members to be read back is shown as it is. */
+/* A file that is not a model is explained too, if it can be read at all.  A
+ * report with more members than json_parse() accepts is printed as JSON. */
 static int inspect_file(const struct settings *s)
 {
     static const char *const roles[] = {
@@ -8807,9 +8801,9 @@ static int inspect_file(const struct settings *s)
 /* -------------------------------------------------------------- 19. Traces
  *
  * What happens between a token and its logits.  The library calls
- * note_activation() with every activation; --trace makes a record of each, and
- * --trace-raw keeps all its numbers.  Whatever ends the program, each record is
- * written at once and whole, and its numbers before it. */
+ * note_activation() with every activation; --trace writes a record about it,
+ * and --trace-raw all its numbers.  So that both files are good whatever ends
+ * the program, a record is written at once, whole, and after its numbers. */
 
 static void add_number(struct text *to, const char *name, double x)
 {
@@ -8820,8 +8814,7 @@ static void add_number(struct text *to, const char *name, double x)
         add_string(to, x != x ? "\"nan\"" : x > 0 ? "\"inf\"" : "\"-inf\"");
 }
 
-/* The first and the last numbers, and what all of them come to.  One that is no
- * number is the smallest and the largest. */
+/* The first and last few numbers, and statistics; a NaN is both min and max. */
 static void add_statistics(struct text *to, const float *x, int n)
 {
     const int few = smaller(n, 4);
@@ -8846,7 +8839,6 @@ static void add_statistics(struct text *to, const float *x, int n)
                (unsigned long long)hash_floats(HASH_START, x, n));
 }
 
-/* Write what has been added for this file. */
 static void write_trace(struct trace *t, struct trace_file *to)
 {
     if (t->code == DONE && write_all(to->fd, to->text.s, to->text.n) != 0)
@@ -8918,7 +8910,7 @@ static int open_trace(struct engine *e)
     return t->code;
 }
 
-/* What was to be written is there, or `code` and a message say why not. */
+/* Returns `code`, or if that is DONE, the first error in writing the trace. */
 static int close_trace(struct engine *e, int code)
 {
     struct trace *t = e->trace;
@@ -8928,7 +8920,7 @@ static int close_trace(struct engine *e, int code)
     lfm2_trace(e->ctx, NULL, NULL, NULL);
     code = code == DONE ? t->code : code;
     if (code == DONE && !t->has_some)
-        note("%s: no module of such a name at such a position", t->s->trace);
+        note("%s: no module has this name at these positions", t->s->trace);
     for (int i = 0; i < 2; i++) {
         struct trace_file *const f = i ? &t->raw : &t->records;
         if (f->path && f->fd >= 0 && close(f->fd) != 0 && code == DONE)
@@ -8942,17 +8934,17 @@ static int close_trace(struct engine *e, int code)
 
 /* ---------------------------------------------------------------- 20. --ppl
  *
- * How well a model foresees a text, measured as llama-perplexity does, so that
+ * How well a model predicts a text, measured as llama-perplexity does, so that
  * the figures can be compared.  The text is cut into windows of n_ctx tokens,
- * each read from nothing, with BOS in place of its first token if the model
- * begins with one.  Only the second half of a window is scored, where there is
- * something to go by: positions n_ctx / 2 to n_ctx - 2, each by the token after
- * it.  The perplexity is e to the power of the mean surprise.
+ * each fed to an empty sequence, with BOS in place of its first token if the
+ * model wants one.  Only the second half of a window is scored, where there is
+ * some context: positions n_ctx / 2 to n_ctx - 2, each by the probability p of
+ * the token after it.  The perplexity is exp(mean of -log p).
  *
- * What other weights or another format change is found by
- * scripts/compare_logits.py, from two files of --logits. */
+ * To see what quantization changes, compare two files of --logits with
+ * scripts/compare_logits.py. */
 
-enum { PPL_CTX = 512, PPL_LOGITS = 1 << 27 };         /* bytes held at once  */
+enum { PPL_CTX = 512, PPL_LOGITS = 1 << 27 };         /* most bytes at once  */
 
 /* Sums over n samples: of x, and of x * x. */
 struct sums { double x, xx; int n; };
@@ -8977,8 +8969,7 @@ static double error_of(const struct sums *s)
     return s->n > 1 && variance > 0 ? sqrt(variance / (s->n - 1)) : 0;
 }
 
-/* The tokens of the text; what is left over behind the last window is not
- * used. */
+/* Read the text, and size the windows; tokens after the last are not used. */
 static int read_windows(struct engine *e, struct ids *ids)
 {
     const struct settings *s = e->s;
@@ -9004,8 +8995,8 @@ static int read_windows(struct engine *e, struct ids *ids)
     return DONE;
 }
 
-/* A window.  Of long ones the rows are too many to be held at once.  The last
- * token foretells nothing that is scored, so it is not read at all. */
+/* Add -log p of each token that is scored.  A long window is fed in pieces, as
+ * its logits are too many at once; its last token predicts nothing in it. */
 static int score_window(struct engine *e, int32_t *token, struct sums *nll)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
@@ -9031,7 +9022,7 @@ static int score_window(struct engine *e, int32_t *token, struct sums *nll)
     return code;
 }
 
-/* With how far it is, and how long still. */
+/* A terminal shows the progress and the time left. */
 static int perplexity(const struct settings *s)
 {
     struct engine e = { .s = s };
@@ -9076,41 +9067,41 @@ static int perplexity(const struct settings *s)
 
 /* -------------------------------------------------------------- 21. --bench
  *
- * The tests, names and table of llama-bench, and beside every figure how much
- * of the machine it makes use of.  Generating reads all weights for each token,
- * so memory sets its limit; reading a prompt multiplies each weight with many
- * tokens, so arithmetic does.  Both limits are measured in the same run. */
+ * The tests, names and table of llama-bench, and beside every figure its share
+ * of what the machine could do.  Generating reads all weights for each token,
+ * so memory bandwidth limits it; reading a prompt multiplies each weight with
+ * many tokens, so arithmetic does.  The same run measures both limits. */
 
-enum { START_TOKENS = 8 };                /* of the prompt that starts it    */
+enum { START_TOKENS = 8 };                /* of the first prompt             */
 
-/* What is done, and what came of it.  NAN could not be measured. */
+/* A test and its results; NAN means not measured. */
 struct test {
     int n_prompt, n_gen, n_seq, depth;
     time_t when;
-    struct sums ns, ts;                   /* of all turns; ts: tokens/s      */
-    double read, macs, share;             /* a second, 1e9; of the limit     */
+    struct sums ns, ts;                   /* of each run; ts: tokens/s       */
+    double read, macs, share;             /* GB/s, GMAC/s; of the limit      */
 };
 
-/* 1e9 a second: bytes from memory, multiply-adds, and bytes that a kernel makes
- * of weights in the second-level cache, of each thread. */
+/* In 1e9 per second: bytes read from memory, multiply-adds, and for each thread
+ * bytes of weights when they are in its second-level cache. */
 struct limits { int n_threads; double read, dot, cached; };
 
 struct bench {
-    struct engine e;                      /* e.par: of its context, in force */
+    struct engine e;                      /* e.par: the parameters in force  */
     struct cost cost;
-    struct limits best[MAX_LIST], *limit; /* of each number of threads       */
+    struct limits best[MAX_LIST], *limit; /* of each -t; of the current one  */
     struct phrase type;                   /* "lfm2 1.2B Q4_0"                */
-    double load_s, context_s, first_s;    /* first: all, from the start      */
-    double rss_anon, most_share;          /* the most there ever was         */
+    double load_s, context_s, first_s;    /* first: from the very start      */
+    double rss_anon, most_share;          /* maxima                          */
     int n_done;                           /* tests                           */
-    int longest, n_seq;                   /* the most tokens, sequences      */
-    int32_t *token;                       /* of all tests, at any depth      */
+    int longest, n_seq;                   /* most tokens, sequences          */
+    int32_t *token;                       /* shared by all tests             */
     double *ns, *ts;                      /* [reps] of the last test         */
 };
 
 /* ---- the work */
 
-/* Append the tokens from `from` to `to` to the first sequence. */
+/* Append tokens `from` to `to` - 1 to the first sequence. */
 static int feed(struct bench *b, int from, int to, int n_logits)
 {
     const lfm2_span span = { 0, b->token + from, to - from, n_logits };
@@ -9119,9 +9110,9 @@ static int feed(struct bench *b, int from, int to, int n_logits)
            from < to ? forward(&b->e, &span, 1) : DONE;
 }
 
-/* Give all sequences `depth` tokens: trimming leaves most of what the test
- * before had, so that only its end is computed again.  Then, by the clock, go
- * on.  Which tokens are generated does not matter, so none is chosen. */
+/* One run of a test.  First, untimed, all sequences get `depth` tokens; most of
+ * them are still there from the last run.  Which tokens are generated does not
+ * change the time, so none are sampled. */
 static int run_once(struct bench *b, const struct test *t, int n_gen,
                     double *took)
 {
@@ -9145,8 +9136,7 @@ static int run_once(struct bench *b, const struct test *t, int n_gen,
     return code;
 }
 
-/* The best of several turns of at least 20 ms each: what disturbs a turn makes
- * it slower. */
+/* The best of several runs of at least 20 ms: disturbances make them slower. */
 static double measure_rate(struct bench *b, int what)
 {
     double best = NAN, all = 0;
@@ -9166,8 +9156,8 @@ static double measure_rate(struct bench *b, int what)
 
 /* ---- what is printed */
 
-/* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0": the mix of types as quantisers name
- * it, by the number in the file. */
+/* "lfm2 1.2B Q4_0", "lfm2moe 24B.A2B Q4_0": sizes, and llama-bench's name for
+ * the file's number of its mix of weight types. */
 static struct phrase name_type(const lfm2_model *m)
 {
     static const char *const mix[33] = {
@@ -9178,7 +9168,7 @@ static struct phrase name_type(const lfm2_model *m)
         [17] = "Q5_K - Medium", [18] = "Q6_K", [21] = "Q2_K - Small",
         [25] = "IQ4_NL - 4.5 bpw", [30] = "IQ4_XS - 4.25 bpw", [32] = "BF16"
     };
-    double number = 31;                   /* none has this                   */
+    double number = 31;                   /* an unknown mix                  */
     uint64_t total, active;
 
     file_number(m, "general.file_type", 0, 32, &number);
@@ -9193,7 +9183,7 @@ static struct phrase name_type(const lfm2_model *m)
                   mix[(int)number] ? mix[(int)number] : "unknown mix");
 }
 
-/* "694.76 MiB", as llama-bench has it. */
+/* "694.76 MiB", as llama-bench writes it. */
 static struct phrase binary_amount(double bytes)
 {
     const int giga = bytes >= 1 << 30;
@@ -9282,11 +9272,12 @@ static void print_footer(const struct bench *b)
         printf("limits    %d threads read %.1f GB/s; with cached weights %.0f "
                "GMAC/s, or %.1f GB/s a core\n", l->n_threads, l->read, l->dot,
                l->cached);
-    printf("share     of the bandwidth by answers, of the arithmetic by prompts"
-           "%s\n", b->most_share > 1 ? "; above 100 %:\n          what stays "
-           "in the caches of the CPU comes faster than from memory" : "");
-    printf("start     model %.1f ms, context %.1f ms; first token of 8 after "
-           "%.1f ms\n", b->load_s * 1e3, b->context_s * 1e3, b->first_s * 1e3);
+    printf("share     of the read bandwidth for answers, of the arithmetic for "
+           "prompts\n%s", b->most_share > 1 ? "          above 100 %: some "
+           "weights stay in the caches of the CPU\n" : "");
+    printf("start     model %.1f ms, context %.1f ms; first token after a "
+           "prompt of 8: %.1f ms\n", b->load_s * 1e3, b->context_s * 1e3,
+           b->first_s * 1e3);
     printf("memory    %s resident at most, %s of it anonymous\n",
            binary_amount(peak_memory()).s, b->rss_anon > 0 ?
            binary_amount(b->rss_anon).s : "n/a");
@@ -9294,8 +9285,7 @@ static void print_footer(const struct bench *b)
 
 /* ---- the run */
 
-/* The warm-up generates but one token, as llama-bench's does.  A prompt is held
- * against arithmetic, an answer against memory. */
+/* The warm-up generates only one token, as llama-bench's does. */
 static int run_test(struct bench *b, struct test t)
 {
     const double n = (double)t.n_prompt + (double)t.n_gen * t.n_seq;
@@ -9323,12 +9313,12 @@ static int run_test(struct bench *b, struct test t)
     return flush_output(DONE);
 }
 
-/* All tests with so many threads at one depth, in llama-bench's order, and in a
- * context no larger than they need.
+/* All tests with this many threads at one depth, in llama-bench's order, and in
+ * a context no larger than they need.
  *
- * Before the first, from nothing to a token, as nothing has warmed the way yet.
- * Then the process meets the pages of the file.  It would do so one by one, and
- * for those of experts late: a tenth of the time of a hundred tokens. */
+ * Before the first test, while nothing is warm, the first token is timed.  Then
+ * the whole file is read, which maps its pages: left to the tests, that takes a
+ * tenth of the time of a hundred tokens, if there are experts. */
 static int run_tests(struct bench *b, int n_threads, int depth)
 {
     const struct settings *s = b->e.s;
@@ -9336,7 +9326,7 @@ static int run_tests(struct bench *b, int n_threads, int depth)
     const struct list *seqs = &s->bench_seqs;
     const double start = seconds();
     lfm2_params p = choose_params(s, b->e.model);
-    uint64_t met;
+    uint64_t n_read;
     size_t size;
     lfm2_error err;
     int code = DONE;
@@ -9353,9 +9343,9 @@ static int run_tests(struct bench *b, int n_threads, int depth)
         code = feed(b, 0, START_TOKENS, 1);
         b->first_s = b->load_s + seconds() - start;
         lfm2_model_file(b->e.model, &size);
-        met = (double)size <= free_memory();
-        for (uint64_t at = 0; met > 0 && !interrupted; at += met)
-            met = lfm2_model_read_ahead(b->e.model, at, 64 << 20);
+        n_read = (double)size <= free_memory();
+        for (uint64_t at = 0; n_read > 0 && !interrupted; at += n_read)
+            n_read = lfm2_model_read_ahead(b->e.model, at, 64 << 20);
     }
     if (b->limit->n_threads == 0)
         *b->limit = (struct limits){
@@ -9384,9 +9374,8 @@ static int largest(const struct list *l)
     return most;
 }
 
-/* All there will be to remember is there before any clock runs.  Any tokens
- * will do, if they are not always the same few: those of a mixture choose its
- * experts. */
+/* Everything is allocated before anything is timed.  Any tokens will do as long
+ * as they vary, because they choose the experts. */
 static int open_bench(struct bench *b)
 {
     const struct settings *s = b->e.s;
@@ -9422,7 +9411,7 @@ static int open_bench(struct bench *b)
     return DONE;
 }
 
-/* What is printed so far is complete, even after Ctrl-C. */
+/* The JSON is completed even after Ctrl-C. */
 static int bench(const struct settings *s)
 {
     struct bench b = { .e.s = s };
@@ -9446,10 +9435,9 @@ static int bench(const struct settings *s)
 
 /* ----------------------------------------------------------- 22. --selftest
  *
- * Is this build right on this machine?  No file is needed: a small model of
- * every weight type is made here, of random numbers that are the same
- * everywhere, and so are its logits: to the bit, or something is wrong.  What
- * differs only between kernels is found by running each of them. */
+ * Does this build compute correctly on this machine?  No file is needed: small
+ * models of all weight types are made of random numbers that are the same
+ * everywhere, so the bits of their logits are known, whatever the kernel. */
 
 enum {
     WIDTH = 256, HALF = 128, HEAD = 64, N_EXPERT = 4, VOCAB = 256 + 7,
@@ -9467,11 +9455,11 @@ static uint64_t next_random(uint64_t *state)
     return z ^ z >> 31;
 }
 
-/* The weight types: GGUF's number, bytes and columns of a block, and where it
- * has floating-point numbers, which must not be random bits. */
+/* The weight types: GGUF's number, bytes and columns of a block, and the
+ * offsets of floating-point numbers in it, which must not be random bits. */
 static const struct self_type {
     const char *name;
-    int id, bytes, cols, scale[2];
+    int id, bytes, cols, scale[2];        /* scale: -1 if there is none      */
     uint64_t hash;                        /* of the logits                   */
 } self_types[] = {
     { "F32", 0, 4, 1, { 0, -1 }, 0xb5fe7d964c5d415eu },
@@ -9493,9 +9481,9 @@ static const struct self_type {
 
 enum { N_SELF_TYPES = sizeof self_types / sizeof *self_types };
 
-/* Where a tensor is: before all layers, or in some of the four, which are conv
- * and dense, attention and dense, and both with experts.  And what it is: F32
- * in every model, one matrix for each expert. */
+/* A bit for each place of a tensor: ONCE, outside of the layers; layers 0 to 3,
+ * which are conv and dense, attention and dense, and both with experts.  PLAIN
+ * is F32 in every model; EACH has a matrix for each expert. */
 enum { ONCE = 1, CONV = 2 + 8, ATTN = 4 + 16, DENSE = 2 + 4, MOE = 8 + 16,
        EVERY = 2 + 4 + 8 + 16, PLAIN = 32, EACH = 64 };
 
@@ -9547,8 +9535,8 @@ static void add_array(struct text *to, const char *key, int type, int n)
     add_le(to, (uint64_t)n, 8);
 }
 
-/* The vocabulary has the 256 bytes as byte-level ones write them, the results
- * of a few merges, and the tokens of a conversation. */
+/* The vocabulary: the 256 bytes in the notation of byte-level BPE, the results
+ * of a few merges, and control tokens. */
 static void add_metadata(struct text *to)
 {
     static const struct { const char *key; int is; } sizes[] = {
@@ -9604,7 +9592,7 @@ static void add_metadata(struct text *to)
         add_counted(to, merges[i]);
 }
 
-/* One block: random bits, but for numbers of about 2^-8, weights of 2^-5. */
+/* One block: random bits, scales of about 2^-8, F32 to BF16 weights of 2^-5. */
 static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
 {
     unsigned char b[256];
@@ -9621,7 +9609,7 @@ static void add_block(struct text *to, const struct self_type *t, uint64_t *rng)
     add(to, (char *)b, (size_t)t->bytes);
 }
 
-/* A GGUF, all little-endian.  The caller frees out->s. */
+/* A GGUF file.  The caller frees out->s. */
 static void make_file(int type, struct text *out)
 {
     const struct self_tensor *const end = self_tensors +
@@ -9664,7 +9652,7 @@ static void make_file(int type, struct text *out)
 
 /* ---- what is tried */
 
-#define HASH_F32 0x18980a03e2fcd3dcu      /* of logits: floats in the cache  */
+#define HASH_F32 0x18980a03e2fcd3dcu      /* of logits, with an F32 cache    */
 
 struct self {
     lfm2_model *model;
@@ -9680,8 +9668,8 @@ static void self_check(struct self *t, int good, const char *what)
     t->failed |= !good;
 }
 
-/* Feed the first n_tokens, `step` at a time; the hash of the logits of all of
- * them, or 0 after an error. */
+/* Feed the first n_tokens, `step` at a time.  Returns the hash of the logits of
+ * all of them, or 0 after an error. */
 static uint64_t self_feed(struct self *t, int seq, int n_tokens, int step)
 {
     const int n_vocab = lfm2_model_config(t->model)->n_vocab;
@@ -9702,7 +9690,7 @@ static uint64_t self_feed(struct self *t, int seq, int n_tokens, int step)
     return h;
 }
 
-/* The same from nothing, in a context like this, which stays open. */
+/* The same in a new context, which stays open as t->ctx. */
 static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
                           int n_tokens, int step)
 {
@@ -9720,11 +9708,10 @@ static uint64_t self_hash(struct self *t, int isa, int n_threads, int kv_type,
            self_feed(t, 0, n_tokens, step) : 0;
 }
 
-/* A weight type: plain C against the number that is known, each kernel, at once
- * and token by token, against plain C.  And of the last type by each kernel: a
- * text longer than what attention works on at once, a cache of floats, and
- * threads. */
-static void self_kernels(struct self *t, const struct self_type *type, int all)
+/* A weight type: plain C must give the known hash, and every kernel the same,
+ * with all tokens at once and one by one.  With the last type each kernel also
+ * has a text longer than a chunk of attention, an F32 cache, and threads. */
+static void self_kernels(struct self *t, const struct self_type *type, int last)
 {
     const int f16 = LFM2_KV_F16, f32 = LFM2_KV_F32;
     const uint64_t h = self_hash(t, LFM2_ISA_SCALAR, 1, f16, FEW, FEW);
@@ -9740,7 +9727,7 @@ static void self_kernels(struct self *t, const struct self_type *type, int all)
             self_check(t, self_hash(t, isa, 1, f16, FEW, FEW) == h &&
                        self_hash(t, isa, 1, f16, FEW, 1) == h,
                        phrase("%s with %s", type->name, name).s);
-        if (!all)
+        if (!last)
             continue;
         self_check(t, self_hash(t, isa, 1, f16, MANY, FEW) ==
                    0x75627de54a6b322fu, phrase("a long text, by %s", name).s);
@@ -9752,8 +9739,8 @@ static void self_kernels(struct self *t, const struct self_type *type, int all)
     }
 }
 
-/* Sequences that are saved, restored and shortened; and a generator that is the
- * same everywhere, which chooses the same words. */
+/* Sequences that are saved, restored and trimmed; and the sampler, whose
+ * choices are the same everywhere. */
 static void self_sequences(struct self *t)
 {
     const uint64_t saved = 0x11417c4fd0aea9f3u;
@@ -9786,7 +9773,7 @@ static void self_sequences(struct self *t)
     free(state);
 }
 
-/* Words, merges, bytes that are no character, control tokens; and back. */
+/* Merges, invalid UTF-8 and control tokens become ids, and text again. */
 static void self_tokenizer(struct self *t, const struct text *file)
 {
     static const char text[] = "hello hell\n 12\xff \xc3\xa9" TURN_END;
@@ -9812,8 +9799,8 @@ static void self_tokenizer(struct self *t, const struct text *file)
     free(back.s);
 }
 
-/* What C leaves to the machine; and what the functions give for some thousand
- * numbers. */
+/* What C leaves to the implementation; and a hash of the results of each math
+ * function for some thousand numbers. */
 static void self_arithmetic(struct self *t)
 {
     static const struct { int id; const char *name; uint64_t known; } all[] = {
@@ -9831,11 +9818,11 @@ static void self_arithmetic(struct self *t)
     self_check(t, CHAR_BIT == 8 && sizeof(int) >= 4 && sizeof(size_t) >= 4 &&
                minus >> 1 == -3 && float_bits(one) == 0x3f800000 &&
                bits == ((uint64_t)0x3ff << 52 | 1),
-               "integers of two's complement, floats in the same byte order");
+               "two's complement integers, floats in the same byte order");
     self_check(t, FLT_RADIX == 2 && FLT_MANT_DIG == 24 && DBL_MANT_DIG == 53 &&
                one + 0x1p-24f == one && one + 0x3p-24f == one + 0x1p-22f &&
                third * 3 == one,
-               "floats of 24 bits, doubles of 53, rounded to nearest even");
+               "24-bit floats and 53-bit doubles, rounded to nearest even");
     self_check(t, tiny * one > 0 && tiny * half == 0 &&
                (0x1p-126f * half) * 2 == 0x1p-126f,
                "denormal numbers are kept");
@@ -9854,7 +9841,7 @@ static void self_arithmetic(struct self *t)
     }
 }
 
-/* The C library, as far as it tells its name. */
+/* The C library, if it can be identified. */
 static void print_libc(void)
 {
     printf("libc        ");
@@ -9867,7 +9854,7 @@ static void print_libc(void)
 #elif defined __wasi__
     printf("wasi-libc\n");
 #elif defined __linux__
-    printf("musl, or another that gives no name\n");
+    printf("musl, or another that does not name itself\n");
 #else
     struct utsname host;
     if (uname(&host) == 0)
@@ -9875,7 +9862,7 @@ static void print_libc(void)
 #endif
 }
 
-/* All of it, and what belongs into a report. */
+/* All tests, and then what belongs in a bug report. */
 static int selftest(void)
 {
     const uint64_t known = 0xf7e0c42c140c71edu;
@@ -9911,19 +9898,19 @@ static int selftest(void)
 
 /* ---------------------------------------------------------- 23. The sandbox
  *
- * A model, a prompt or a session may be made by someone who knows of a fault in
- * this program.  So before it looks at a byte of them it gives away what it
- * does not need: privileges, core dumps, by Landlock all files but those that
- * options name, by seccomp all system calls but those below.  --sandbox auto
- * takes what the system has; with --sandbox require all of it must be there.
+ * A model, a prompt or a session may come from someone who knows of a bug in
+ * this program.  So before it reads a byte of them it gives up what it does not
+ * need: privileges, core dumps, with Landlock all files except those that
+ * options name, with seccomp all system calls except those below.  --sandbox
+ * auto uses what the system has; --sandbox require needs all of it.
  *
- * A denied call fails with EPERM, and the program lives on: a C library with a
- * new habit is likelier than an attack.  Calls newer than the list fail with
- * ENOSYS, as on an older kernel: then C libraries use the old ones.
+ * A denied call fails with EPERM and does not kill the program: a C library
+ * that has changed is likelier than an attack.  Calls newer than the list fail
+ * with ENOSYS, as on an older kernel: C libraries then use older ones.
  *
- * This is Linux alone, by its own numbers, so its headers are not needed. */
+ * Linux only.  Its numbers are written out, so its headers are not needed. */
 
-/* Sanitizers do things of their own that it forbids. */
+/* Sanitizers make system calls that it would deny. */
 #if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
 #define LFM2_NO_SANDBOX
 #elif defined __has_feature
@@ -9933,7 +9920,7 @@ static int selftest(void)
 #endif
 #endif
 
-/* What ELF and seccomp call this machine; 0 if it was never tried. */
+/* The number of this machine for ELF and seccomp; 0 if it is not supported. */
 #if !defined __linux__ || defined LFM2_NO_SANDBOX
 #define ELF_MACHINE 0
 #elif defined __x86_64__ && !defined __ILP32__
@@ -9963,9 +9950,9 @@ static int selftest(void)
 #endif
 #endif
 
-/* Where a chat may /save and /load: the directory that is named; else the one
- * it began in, unless that is the home directory, where programs keep what they
- * run, or has it inside.  NULL: nowhere. */
+/* The directory where a chat may /save and /load: that of --save-dir, else the
+ * current one unless that is or contains the home directory, where programs
+ * keep what they run.  NULL: none. */
 static const char *save_dir(const struct settings *s)
 {
     const char *named = getenv("HOME");
@@ -9981,7 +9968,7 @@ static const char *save_dir(const struct settings *s)
            is_home || s->sandbox == SANDBOX_REQUIRE ? NULL : ".";
 }
 
-/* Something is missing: a reason to stop if all is required. */
+/* Something is missing, which is an error only with --sandbox require. */
 static int lacks(const struct settings *s, const char *what, const char *why)
 {
     if (s->sandbox == SANDBOX_REQUIRE)
@@ -9991,15 +9978,16 @@ static int lacks(const struct settings *s, const char *what, const char *why)
     return DONE;
 }
 
-/* ---- the keeper
+/* ---- the session writer
  *
- * A session is written beside the old one and then takes its place.  Who may do
- * that in a home directory may put anything there, so another process does it
- * from outside: it gets a length and so many bytes, and replaces this file. */
+ * A new session is written to a file beside the old one, and then replaces it.
+ * A process that may do that in a home directory can put anything there.  So a
+ * child process outside of the sandbox does it, and only for this file: it is
+ * sent a length and that many bytes, and answers with an exit code. */
 
-static int keeper = -1;                   /* a socket                        */
+static int writer = -1;                   /* its socket, or -1               */
 
-/* As replace_file(), for the session. */
+/* Like replace_file(), for the session. */
 static int keep_file(const char *path, const struct text *part, int n_parts)
 {
     unsigned char size[8], code;
@@ -10007,19 +9995,19 @@ static int keep_file(const char *path, const struct text *part, int n_parts)
     ssize_t got;
     int good;
 
-    if (keeper < 0)
+    if (writer < 0)
         return replace_file(path, part, n_parts);
     for (int i = 0; i < n_parts; i++)
         n += part[i].n;
     put_le(size, n, 8);
-    good = write_all(keeper, (char *)size, 8) == 0;
+    good = write_all(writer, (char *)size, 8) == 0;
     for (int i = 0; good && i < n_parts; i++)
-        good = write_all(keeper, part[i].s, part[i].n) == 0;
+        good = write_all(writer, part[i].s, part[i].n) == 0;
     do
-        got = good ? read(keeper, &code, 1) : 0;
+        got = good ? read(writer, &code, 1) : 0;
     while (got < 0 && errno == EINTR);
     return got > 0 ? code :
-           say(BAD_FILE, "%s: cannot be kept: the process that writes it has "
+           say(BAD_FILE, "%s: cannot be saved: the process that writes it has "
                "ended", path);
 }
 
@@ -10035,8 +10023,8 @@ static int enter_sandbox(const struct settings *s)
 
 long syscall(long number, ...);           /* not in POSIX                    */
 
-/* Where there can be none, its directory is granted. */
-static void start_keeper(const char *path)
+/* If this fails, confine_files() allows the session's directory instead. */
+static void start_writer(const char *path)
 {
     static const int ignored[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
     struct text t = { 0 };
@@ -10050,7 +10038,7 @@ static void start_keeper(const char *path)
     fflush(stdout);
     pid = fork();
     if (pid > 0)
-        keeper = fd[0];
+        writer = fd[0];
     else if (pid < 0)
         close(fd[0]);
     if (pid != 0) {
@@ -10081,7 +10069,7 @@ static void start_keeper(const char *path)
 enum { PR_DUMPABLE = 4, PR_NO_NEW_PRIVS = 38, PATH_ONLY = 010000000 };
 enum { CREATE_RULESET = 444, ADD_RULE, RESTRICT_SELF, PATH_BENEATH = 1 };
 
-/* Rights to files, and those of them that only directories have. */
+/* Access rights.  Those in IN_DIRS apply to directories only. */
 enum {
     WRITE_FILE = 1 << 1, READ_FILE = 1 << 2, READ_DIR = 1 << 3,
     REMOVE_FILE = 1 << 5, MAKE_REG = 1 << 8, TRUNCATE = 1 << 14,
@@ -10089,8 +10077,8 @@ enum {
     REPLACES = READ_FILE | WRITE_FILE | MAKE_REG | REMOVE_FILE
 };
 
-/* Allow to open what is at `path`, and in it.  What cannot be granted stays
- * forbidden. */
+/* Allow access to a file, or to a directory and everything below it.  If that
+ * fails, it stays forbidden. */
 static void grant(int set, const char *path, uint64_t rights)
 {
     struct { uint64_t rights; int32_t fd; } rule = {
@@ -10104,12 +10092,11 @@ static void grant(int set, const char *path, uint64_t rights)
     close(rule.fd);
 }
 
-/* All that the kernel's version of Landlock knows of is forbidden.  Bind and
- * connect of TCP come with version 4; abstract sockets and signals to others
- * with 6.  Allowed are the files that options name, where a chat keeps its own,
- * and what tells how many CPUs and how much memory there are.  A file to write
- * must be there to be granted; none is made if there will be nothing to write.
- */
+/* Forbid all that the kernel's version of Landlock can forbid: files; TCP since
+ * version 4; abstract sockets and signals to others since 6.  Then allow the
+ * files that options name, the directory of a chat, and those that tell about
+ * CPUs and memory.  Only files that exist can be allowed, so files to write are
+ * created, unless the model cannot be read and nothing will be written. */
 static int confine_files(const struct settings *s)
 {
     static const uint64_t files[] = { 0, 0x1fff, 0x3fff, 0x7fff, 0x7fff,
@@ -10118,7 +10105,7 @@ static int confine_files(const struct settings *s)
         "/proc/self/status", "/proc/self/cgroup", "/sys/fs/cgroup",
         "/proc/meminfo"
     };
-    const int begins = !s->model || access(s->model, R_OK) == 0;
+    const int creates = !s->model || access(s->model, R_OK) == 0;
     const long version = syscall(CREATE_RULESET, NULL, (size_t)0, 1);
     const uint64_t known = files[version < 1 ? 0 : version < 5 ? version : 5];
     const struct { uint64_t files, net, scopes; } is = {
@@ -10137,12 +10124,12 @@ static int confine_files(const struct settings *s)
                            *(const char *const *)((const char *)s + o->at);
         if (!path || is_dash(path))
             continue;
-        if (begins && writes)
+        if (creates && writes)
             close(open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
         grant(set, path, (writes ? READ_FILE | WRITE_FILE | TRUNCATE : READS) &
               known);
     }
-    if (s->session && keeper < 0) {
+    if (s->session && writer < 0) {
         add_directory(&dir, s->session);
         grant(set, dir.s, REPLACES & known);
         free(dir.s);
@@ -10161,7 +10148,7 @@ static int confine_files(const struct settings *s)
 
 /* ---- system calls: seccomp */
 
-/* Only with (argument & mask) == is. */
+/* A system call that is allowed if (argument number `arg` & mask) == is. */
 struct system_call { long number; int arg; uint32_t mask, is; };
 
 enum { EXECUTABLE = 4, A_THREAD = 0x10100, ITSELF = -1 };
@@ -10170,10 +10157,10 @@ enum { EXECUTABLE = 4, A_THREAD = 0x10100, ITSELF = -1 };
 #define IF(name, arg, is) { SYS_##name, arg, UINT32_MAX, is }
 #define NOT(name, bits)   { SYS_##name, 2, bits, 0 }
 
-/* Not every machine has all of them: newer ones lack what those with "at" in
- * their names can do, and those of 32 bits have doubles for 64.  Landlock says
- * which files can be opened.  Memory is never executed that was not before, a
- * clone is a thread, and a signal is one to itself. */
+/* Not every machine has all of them: newer ones have only the variants with
+ * "at" in their names, 32-bit ones also variants with 64-bit arguments.  Which
+ * files can be opened is up to Landlock.  No memory may become executable,
+ * clone() may only make threads, and the process may only signal itself. */
 static const struct system_call system_calls[] = {
     CALL(futex), CALL(write), CALL(writev), CALL(read), CALL(readv),
     CALL(close), CALL(lseek), CALL(fstat), CALL(fsync), CALL(brk),
@@ -10198,7 +10185,7 @@ static const struct system_call system_calls[] = {
     NOT(mmap2, EXECUTABLE), CALL(_llseek), CALL(fstat64), CALL(fstatat64),
     CALL(stat64), CALL(lstat64), CALL(ftruncate64), IF(fcntl64, 1, F_GETFL),
     IF(fcntl64, 1, F_SETFD), IF(fcntl64, 1, F_SETLK),
-#elif ELF_MACHINE == 22                   /* there, it is given a pointer    */
+#elif ELF_MACHINE == 22                   /* arguments are behind a pointer  */
     CALL(mmap), CALL(newfstatat),
 #else
     NOT(mmap, EXECUTABLE), CALL(newfstatat),
@@ -10227,12 +10214,11 @@ static const struct system_call system_calls[] = {
 
 enum { N_CALLS = sizeof system_calls / sizeof *system_calls, N_SERVE = 2 };
 
-/* Instructions of the kernel's little machine, and where it finds the number of
- * a call, the architecture, and the low halves of the arguments. */
+/* BPF instructions, and the offsets of what they can load.  System calls have
+ * the same numbers on all machines from NEWER on. */
 enum {
     LOAD = 0x20, AND = 0x54, IF_EQUAL = 0x15, IF_AT_LEAST = 0x35, RETURN = 0x06,
-    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16,
-    NEWER = 403            /* from here, numbers are the same on all machines */
+    CALL_NUMBER = 0, MACHINE = 4, ARGUMENTS = 16, NEWER = 403
 };
 
 #define ALLOW      0x7fff0000u
@@ -10240,8 +10226,7 @@ enum {
 
 struct code { uint16_t op; uint8_t then, otherwise; uint32_t k; };
 
-/* From now on only these calls.  Those of another architecture are other calls
- * by the same numbers. */
+/* Allow the calls in the list; other architectures have other numbers. */
 static int confine_calls(const struct settings *s)
 {
     const uint32_t low = is_little_endian() ? 0 : 4, machine = ELF_MACHINE |
@@ -10276,11 +10261,9 @@ static int confine_calls(const struct settings *s)
     return DONE;
 }
 
-/* ---- all of it */
-
-/* May these calls be made at all?  Where a sandbox above this one answers with
- * a signal, as on Android, a child dies of it.  Where there can be no child,
- * none above is so strict. */
+/* May these calls be made at all?  Under a sandbox that answers them with a
+ * signal, as on Android, a child process that tries dies of it.  One that
+ * allows no child processes is not expected to do that. */
 static int is_answered(long number, int n_calls)
 {
     const pid_t pid = fork();
@@ -10295,7 +10278,7 @@ static int is_answered(long number, int n_calls)
     return pid < 0 || waitpid(pid, &status, 0) < 0 || !WIFSIGNALED(status);
 }
 
-/* Dates need to know the time zone, which is a file, before. */
+/* The time zone is in a file, so it is read before. */
 static int enter_sandbox(const struct settings *s)
 {
     static const char by_signal[] = "this system answers it with a signal";
@@ -10305,11 +10288,11 @@ static int enter_sandbox(const struct settings *s)
         return DONE;
     tzset();
     setrlimit(RLIMIT_CORE, &(struct rlimit){ 0, 0 });
-    signal(SIGCHLD, SIG_DFL);             /* else none could be waited for   */
+    signal(SIGCHLD, SIG_DFL);             /* or waitpid() may not work       */
     calls = is_answered(SYS_seccomp, 1);
     files = is_answered(CREATE_RULESET, 3);
     if (s->session)
-        start_keeper(s->session);
+        start_writer(s->session);
     if (syscall(SYS_prctl, PR_NO_NEW_PRIVS, 1L, 0L, 0L, 0L) != 0)
         return lacks(s, "sandbox", strerror(errno));
     syscall(SYS_prctl, PR_DUMPABLE, 0L, 0L, 0L, 0L);
@@ -10323,129 +10306,146 @@ static int enter_sandbox(const struct settings *s)
 
 /* --------------------------------------------------- 24. Answers in a schema
  *
- * A JSON schema becomes patterns, and a guide follows them as an answer comes,
- * byte by byte: it knows which bytes may be next, and whether this may be the
- * end.  What the model chooses is taken if it fits; otherwise it is asked once
- * more, of the tokens that do.  So every answer that ends is good, and one that
- * is cut is the beginning of a good one.
+ * An answer can be forced to be JSON of a schema, or calls of tools.  The
+ * schema is compiled into patterns, and a guide follows them byte by byte as
+ * the answer comes: it knows which bytes may be next, and whether the answer
+ * may end.  The token that the model chooses is taken if it fits; otherwise the
+ * model chooses again, among the tokens that do.  So every answer that ends is
+ * valid, and one that is cut off is the beginning of a valid one.
  *
- * Of all the ways to write a value, these are let through: members in the order
- * of the schema, no blanks but one behind a comma or a colon, no others than
- * those that the schema names, numbers of at most 18 digits.  A keyword that is
- * not known here is refused, not ignored.
+ * Of all the ways to write a value, patterns allow these: only the members that
+ * the schema names, in its order; at most one space after a comma or a colon;
+ * numbers of at most 18 digits.  An unknown keyword is refused, not ignored.
  *
- * Calls are written in Python: [name(key="value", other=True)].  Their marks
- * are control tokens, which patterns know as the bytes 1 and 2.
+ * Calls are written in Python: [name(key="value", other=True)].  Their markers
+ * are control tokens, which are the bytes 1 and 2 in patterns.
  *
- * A pattern is text that means itself, but for
+ * A pattern is text that stands for itself, except
  *
- *     \x       x as it is             [azAZ]     a byte from a to z or A to Z
- *     (a|b|c)  one of them            {2,5:a}    a, from two to five times
- *     !x       no x may follow        .          the end of a rule
- *     @7;      what rule 7 says       >7;        the same, and nothing more
- *     #a\n     the word a, or the next word in the text; $ if there is none.
- *              What follows a word stands behind it, and behind those that
- *              stand beside it. */
+ *     \x       the byte x             [azAZ]     a byte from a to z or A to Z
+ *     (a|b|c)  a, b or c              {2,5:a}    a, two to five times
+ *     !x       not before an x        .          the end of a rule
+ *     @7;      rule 7                 >7;        rule 7 in place of the rest
+ *     #a\n     the word a, or else the next word, without what is between them
+ *     $b\n     the word b, which has no next.  Adjacent words, as those of an
+ *              enum, all continue after the last of them.
+ *
+ * The schema {"properties": {"id": {"type": "integer"}, "tag": {"type":
+ * "string"}}, "required": ["tag"]} becomes rule 7, its members 8 and 9:
+ *
+ *     7  (\{#"id":\n( |)@8;,( |)$"tag":\n( |)@9;\}).
+ *     8  ((-|)(0|[19]{0,14:[09]})).
+ *     9  ("{0,2147483647:@2;}").           rule 2 is a character of a string
+ *
+ * After {"tag": "ab the guide has a stack of two frames:
+ *
+ *     7  ...$"tag":\n( |)@9;\}).       9  ("{0,2147483647:@2;}").
+ *                           ^               ^ the loop, once more
+ *
+ * So a character may be next; or a quote, and then a brace.  A text that can be
+ * parsed in several ways has several stacks. */
 
 enum {
-    MAX_RULES = 4096, MAX_LEVELS = 64, MAX_WAYS = 32, MAX_WORD = 4000,
+    MAX_RULES = 4096, MAX_FRAMES = 64, MAX_STACKS = 32, MAX_WORD = 4000,
     MAX_WORDS = 8192, MAX_STEPS = 1 << 20, NEVER = 255,
     CALL_OPENS = 1, CALL_CLOSES = 2
 };
 
-/* What is known of a byte of the patterns with which something begins. */
+/* An element of a pattern: a byte, one of the forms above, a bracket or bar. */
 struct step {
-    int next;                             /* what stands behind it           */
-    int to;                               /* where else it leads; of ( and |
-                                             the next bar, or the end; of a
-                                             word the next one               */
-    int least, most;                      /* times, or how long a word is    */
-    int need;                             /* levels, to the end of its rule  */
+    int before, next;                     /* the steps around it             */
+    int to;                               /* from @ > to the rule, # to the
+                                             next word, ( | to the next | or
+                                             ), between { and }              */
+    int least, most;                      /* times, or the length of a word  */
+    int need;                             /* more frames, to end the rule    */
 };
 
 struct schema {
-    struct text code;                     /* the patterns                    */
-    struct step *step;                    /* [code.n]                        */
-    int root;
-    int only_calls;                       /* anything else may be said       */
+    struct text pattern;                  /* all rules                       */
+    struct step *step;                    /* [pattern.n]: where each begins  */
+    int root;                             /* where an answer begins          */
+    int in_free_text;                     /* only calls are guided           */
     int one_call;
 };
 
-/* Where a rule is, and how often it has been through a loop, or how many bytes
- * of a word it has. */
-struct level { int32_t at, n; };
+/* A step of a rule, and how often the rule has been through its loop, or how
+ * many bytes of the word have come.  Inner loops are in rules of their own. */
+struct frame { int32_t at, n; };
 
-/* One way to understand the text so far: rules, each within the one before. */
-struct way { int n; struct level level[MAX_LEVELS]; };
+/* One way to parse the text so far: rules, each called by the one before. */
+struct stack { int n; struct frame frame[MAX_FRAMES]; };
 
 struct guide {
     const struct schema *s;
     int has_begun, in_call;
-    int n;
-    struct way way[MAX_WAYS];
+    int n;                                /* stacks                          */
+    struct stack stack[MAX_STACKS];
     int c;                                /* the byte that is tried, or EOF  */
-    struct level below[MAX_LEVELS];       /* the level that is followed      */
+    struct frame below[MAX_FRAMES];       /* frames under the one followed   */
 };
 
 /* ---- one byte */
 
 static void copy_guide(struct guide *to, const struct guide *from)
 {
-    memcpy(to, from, offsetof(struct guide, way));
+    memcpy(to, from, offsetof(struct guide, stack));
     for (int i = 0; i < from->n; i++)
-        memcpy(&to->way[i], &from->way[i], offsetof(struct way, level) +
-               (size_t)from->way[i].n * sizeof *to->way->level);
+        memcpy(&to->stack[i], &from->stack[i], offsetof(struct stack, frame) +
+               (size_t)from->stack[i].n * sizeof *to->stack->frame);
 }
 
-/* Keep the way with `top` on n levels, unless it is there already.  When there
- * is no room, it is given up; the others still end well. */
-static void keep_way(struct guide *g, int n, struct level top)
+/* Keep the stack of n frames below and `top`, without rules that have ended.  A
+ * stack too many is dropped: the others still lead to valid answers. */
+static void keep_stack(struct guide *g, int n, struct frame top)
 {
-    struct way *w = &g->way[g->n];
+    struct stack *s = &g->stack[g->n];
 
-    if (g->n == MAX_WAYS)
+    if (g->n == MAX_STACKS)
         return;
-    while (n > 0 && g->s->code.s[top.at] == '.')
+    while (n > 0 && g->s->pattern.s[top.at] == '.')
         top = g->below[--n];
-    if (g->s->code.s[top.at] == '}')
+    if (g->s->pattern.s[top.at] == '}')
         top.at = g->s->step[top.at].to;
-    w->n = n + 1;
-    memcpy(w->level, g->below, (size_t)n * sizeof top);
-    w->level[n] = top;
+    s->n = n + 1;
+    memcpy(s->frame, g->below, (size_t)n * sizeof top);
+    s->frame[n] = top;
     for (int i = 0; i < g->n; i++)
-        if (g->way[i].n == w->n && memcmp(g->way[i].level, w->level,
-                                          (size_t)w->n * sizeof top) == 0)
+        if (g->stack[i].n == s->n && memcmp(g->stack[i].frame, s->frame,
+                                            (size_t)s->n * sizeof top) == 0)
             return;
     g->n++;
 }
 
-/* Of the words from l.at on that begin with its l.n bytes, keep the first that
- * goes on with the byte.  Returns the one that ends there, or -1. */
-static int follow_word(struct guide *g, int n, struct level l)
+/* The first f.n bytes of the word at f.at have come.  Of this word and the next
+ * ones, keep the first that goes on with g->c after these bytes.  Returns the
+ * first that consists of these bytes, or -1. */
+static int follow_word(struct guide *g, int n, struct frame f)
 {
-    const char *const code = g->s->code.s;
-    int over = -1, more = -1;
+    const char *const pattern = g->s->pattern.s;
+    int whole = -1, longer = -1;
 
-    for (int at = l.at;; at = g->s->step[at].to) {
+    for (int at = f.at;; at = g->s->step[at].to) {
         const struct step *p = &g->s->step[at];
-        const char *const word = code + at + 1;
-        if ((p->least == l.n ? over < 0 : p->least > l.n && more < 0 &&
-             (unsigned char)word[l.n] == g->c) &&
-            n + g->s->step[p->next].need < MAX_LEVELS &&
-            memcmp(word, code + l.at + 1, (size_t)l.n) == 0)
-            *(p->least == l.n ? &over : &more) = at;
-        if (code[at] == '$')
+        const char *const word = pattern + at + 1;
+        int *const found = p->least == f.n ? &whole : &longer;
+        if (*found < 0 && (p->least == f.n ||
+            (p->least > f.n && (unsigned char)word[f.n] == g->c)) &&
+            n + g->s->step[p->next].need < MAX_FRAMES &&
+            memcmp(word, pattern + f.at + 1, (size_t)f.n) == 0)
+            *found = at;
+        if (pattern[at] == '$')
             break;
     }
-    if (more >= 0)
-        keep_way(g, n, (struct level){ more, l.n + 1 });
-    return over;
+    if (longer >= 0)
+        keep_stack(g, n, (struct frame){ longer, f.n + 1 });
+    return whole;
 }
 
 /* Does the byte fit a step that takes one? */
 static int takes(const struct schema *s, int at, int c)
 {
-    const unsigned char *p = (const unsigned char *)s->code.s + at;
+    const unsigned char *p = (const unsigned char *)s->pattern.s + at;
 
     if (*p != '[')
         return c == p[*p == '\\'];
@@ -10455,67 +10455,68 @@ static int takes(const struct schema *s, int at, int c)
     return 0;
 }
 
-/* Follow a way of n levels and this one to all steps that take the byte; the
- * end is counted as a way, too. */
-static void follow_way(struct guide *g, int n, struct level l)
+/* From frame f, with n frames below it, go through all steps that take no byte,
+ * and keep a stack for each that takes g->c.  If that is EOF, g->n counts the
+ * ends reached instead.  Nothing is begun that MAX_FRAMES would not let end.
+ * Loops without a bound stop counting at their minimum: that saves stacks. */
+static void advance(struct guide *g, int n, struct frame f)
 {
-    const char *const code = g->s->code.s;
+    const char *const pattern = g->s->pattern.s;
     const struct step *const step = g->s->step;
 
     for (;;) {
-        const struct step *p = &step[l.at];
-        if (n + p->need >= MAX_LEVELS)
+        const struct step *p = &step[f.at];
+        if (n + p->need >= MAX_FRAMES)
             return;
-        switch (code[l.at]) {
+        switch (pattern[f.at]) {
         case '(':
-            for (int i = l.at; code[i] != ')'; i = step[i].to)
-                follow_way(g, n, (struct level){ step[i].next, l.n });
+            for (int i = f.at; pattern[i] != ')'; i = step[i].to)
+                advance(g, n, (struct frame){ step[i].next, f.n });
             return;
         case '{':
-            if (l.n >= p->least)
-                follow_way(g, n, (struct level){ step[p->to].next, 0 });
-            if (l.n >= p->most)
+            if (f.n >= p->least)
+                advance(g, n, (struct frame){ step[p->to].next, 0 });
+            if (f.n >= p->most)
                 return;
-            l.n += l.n < p->least || p->most < INT_MAX;
-            l.at = p->next;
+            f.n += f.n < p->least || p->most < INT_MAX;
+            f.at = p->next;
             break;
         case '}': case '>':
-            l.at = p->to;
+            f.at = p->to;
             break;
         case '!':
-            if (g->c == code[l.at + 1])
+            if (g->c == pattern[f.at + 1])
                 return;
-            l.at = p->next;
+            f.at = p->next;
             break;
         case '@':
-            g->below[n++] = (struct level){ p->next, l.n };
-            l = (struct level){ p->to, 0 };
+            g->below[n++] = (struct frame){ p->next, f.n };
+            f = (struct frame){ p->to, 0 };
             break;
         case '#': case '$':
-            l.at = follow_word(g, n, l);
-            if (l.at < 0)
+            f.at = follow_word(g, n, f);
+            if (f.at < 0)
                 return;
-            l = (struct level){ step[l.at].next, 0 };
+            f = (struct frame){ step[f.at].next, 0 };
             break;
         case '.':
             if (n == 0)
                 g->n += g->c == EOF;
             else {
-                l = g->below[n - 1];
-                follow_way(g, n - 1, l);
-                g->below[n - 1] = l;
+                f = g->below[n - 1];
+                advance(g, n - 1, f);
+                g->below[n - 1] = f;
             }
             return;
         default:
-            if (takes(g->s, l.at, g->c))
-                keep_way(g, n, (struct level){ p->next, l.n });
+            if (takes(g->s, f.at, g->c))
+                keep_stack(g, n, (struct frame){ p->next, f.n });
             return;
         }
     }
 }
 
-/* The ways that are left after one more byte.  Returns whether any is; for EOF,
- * whether this may be the end. */
+/* The guide after one more byte, or at EOF.  Returns whether that fits. */
 static int guide_byte(const struct guide *from, struct guide *to, int c)
 {
     to->s = from->s;
@@ -10524,11 +10525,11 @@ static int guide_byte(const struct guide *from, struct guide *to, int c)
     to->n = 0;
     to->c = c;
     if (!from->has_begun)
-        follow_way(to, 0, (struct level){ to->s->root, 0 });
+        advance(to, 0, (struct frame){ to->s->root, 0 });
     for (int i = 0; from->has_begun && i < from->n; i++) {
-        const struct way *w = &from->way[i];
-        memcpy(to->below, w->level, (size_t)w->n * sizeof *w->level);
-        follow_way(to, w->n - 1, w->level[w->n - 1]);
+        const struct stack *s = &from->stack[i];
+        memcpy(to->below, s->frame, (size_t)s->n * sizeof *s->frame);
+        advance(to, s->n - 1, s->frame[s->n - 1]);
     }
     return to->n > 0;
 }
@@ -10552,41 +10553,44 @@ static int guide_is_done(const struct guide *g)
     return c == 256;
 }
 
-/* ---- what leads where */
+/* ---- connecting the steps */
 
-/* What a rule is made from: a schema, within a whole one.  Arguments may be
- * strictly those of the schema, or have any values. */
+/* What a rule is made from: a schema within a whole one; as a value, or as the
+ * arguments of a call, which may have any values if they are LOOSE. */
 struct rule {
     const struct json *from, *whole;      /* from: NULL if there is none     */
     enum { VALUE, STRICT, LOOSE } as;
     int python, is_choice;
     int start;                            /* of its pattern                  */
+    struct phrase place;                  /* " at properties.name"           */
 };
 
 struct maker {
     struct schema *s;
     struct text *out;                     /* the patterns                    */
     struct rule *rule;                    /* [MAX_RULES]                     */
-    struct phrase *place;                 /* of each: " at properties.name"  */
     int n_rules, n_words;
-    size_t word;                          /* where the latest is             */
+    size_t word;                          /* where the latest one begins     */
     struct why *why;
     int code;                             /* DONE, until something is wrong  */
 };
 
-/* An open bracket or bar leads to the one around it, until the next of its own
- * is found.  In the end no step has a bar or ) behind it, and no word one. */
+/* Find the steps in the patterns, and where each leads.  Until the | or bracket
+ * that belongs to an open one is found, `to` of the open one is the one around
+ * it.  At last `next` passes over other alternatives, and over other words. */
 static void link_steps(const struct maker *m)
 {
     struct schema *s = m->s;
-    int open = -1, word = 0;
+    int open = -1, word = 0, before = 0;
 
-    s->step = zeroed(s->code.n, sizeof *s->step);
-    for (int i = 0; i < (int)s->code.n; i = s->step[i].next) {
-        const char c = s->code.s[i];
-        char *end = s->code.s + i + 1;
+    s->step = zeroed(s->pattern.n, sizeof *s->step);
+    for (int i = 0; i < (int)s->pattern.n; i = s->step[i].next) {
+        const char c = s->pattern.s[i];
+        char *end = s->pattern.s + i + 1;
         struct step *p = &s->step[i];
         p->need = NEVER;
+        p->before = before;
+        before = i;
         if (strchr("@>{", c)) {
             p->to = p->least = (int)strtol(end, &end, 10);
             if (c == '{')
@@ -10595,13 +10599,12 @@ static void link_steps(const struct maker *m)
                 p->to = m->rule[p->to].start;
         } else if (strchr("#$", c)) {
             end += p->least = (int)strcspn(end, "\n");
-            s->step[end - s->code.s].to = i;              /* on the way back */
             s->step[word].to = i;
             word = c == '#' ? i : 0;
         }
         while (c == '[' && *end != ']')
             end += 2;
-        p->next = (int)(end - s->code.s) + !!strchr("@>{#$[\\!", c);
+        p->next = (int)(end - s->pattern.s) + !!strchr("@>{#$[\\!", c);
         if (c == '(' || c == '{') {
             p->to = open;
             open = i;
@@ -10612,44 +10615,39 @@ static void link_steps(const struct maker *m)
             open = c == '|' ? i : around;
         }
     }
-    for (int i = (int)s->code.n - 1; i-- > 0;) {
-        i = s->code.s[i] == '\n' ? s->step[i].to : i;
-        int *next = &s->step[i].next;
-        while (strchr("|)", s->code.s[*next]))
+    while ((before = s->step[before].before) > 0) {
+        int *next = &s->step[before].next;
+        while (strchr("|)", s->pattern.s[*next]))
             *next = s->step[*next].to;
-        if (s->code.s[i] == '#' && strchr("#$", s->code.s[*next]))
+        if (s->pattern.s[before] == '#' && strchr("#$", s->pattern.s[*next]))
             *next = s->step[*next].next;
     }
 }
 
-/* How many levels more it takes from each step to the end of its rule: counted
- * by what is known of others, until nothing changes.  A rule that always
- * contains itself stays at NEVER. */
-static void count_levels(struct schema *s)
+/* The fewest frames it takes from each step to the end of its rule, improved
+ * until nothing changes.  A rule that always contains itself stays at NEVER. */
+static void count_frames(struct schema *s)
 {
-    const char *const code = s->code.s;
+    const char *const pattern = s->pattern.s;
     int changed = 1;
 
     while (changed) {
         changed = 0;
-        for (int i = (int)s->code.n; i-- > 0;) {
-            i = code[i] == '\n' ? s->step[i].to : i;
+        for (int i = (int)s->pattern.n - 1; i > 0; i = s->step[i].before) {
             struct step *p = &s->step[i], *to = &s->step[p->to];
-            int need = code[i] == '.' ? 0 : s->step[p->next].need;
-            if (p->next == 0)
-                continue;
-            if (code[i] == '(') {
+            int need = pattern[i] == '.' ? 0 : s->step[p->next].need;
+            if (pattern[i] == '(') {
                 need = NEVER;
-                for (int k = i; code[k] != ')'; k = s->step[k].to)
+                for (int k = i; pattern[k] != ')'; k = s->step[k].to)
                     need = smaller(need, s->step[s->step[k].next].need);
-            } else if (code[i] == '{' && p->least == 0)
+            } else if (pattern[i] == '{' && p->least == 0)
                 need = smaller(need, s->step[to->next].need);
-            else if (code[i] == '#')
+            else if (pattern[i] == '#')
                 need = smaller(need, to->need);
-            else if (code[i] == '>')
+            else if (pattern[i] == '>')
                 need = to->need;
-            else if (code[i] == '@')
-                need = to->need >= MAX_LEVELS || need == NEVER ? NEVER :
+            else if (pattern[i] == '@')
+                need = to->need >= MAX_FRAMES || need == NEVER ? NEVER :
                        to->need < need ? need : to->need + 1;
             changed |= need != p->need;
             p->need = need;
@@ -10659,8 +10657,9 @@ static void count_levels(struct schema *s)
 
 /* ---- from a schema to patterns
  *
- * A rule is made when its turn comes; so those that a schema names again and
- * again, or within themselves, are made once. */
+ * A rule is numbered when it is first referred to, and its pattern is written
+ * later, in the order of the numbers.  So a schema becomes one rule, even if it
+ * is referred to many times, or contains itself. */
 
 enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
        IS_STRING = 16, IS_ARRAY = 32, IS_OBJECT = 64, IS_ALL = 127,
@@ -10669,8 +10668,8 @@ enum { IS_NULL = 1, IS_BOOLEAN = 2, IS_INTEGER = 4, IS_NUMBER = 8,
 static const char type_list[] =
     ": expected null boolean integer number string array object";
 
-/* What keywords are about, and their type, if there is only one; a NOTE changes
- * nothing. */
+/* The keywords, the kinds of schemas that may have them, and the type of their
+ * value; 0 if there are several.  A NOTE changes nothing. */
 static const struct keyword { const char *names; int of, type; } keywords[] = {
     { "title description default examples deprecated readOnly writeOnly "
       "$schema $id $comment $defs definitions", NOTE, 0 },
@@ -10689,36 +10688,37 @@ static const struct json anything = { .type = JSON_OBJECT };
 static const struct json any_object = { .type = JSON_OBJECT, .n_members = 1,
                                         .first = &object_type };
 
-/* Rules that are always there; a letter is UTF-8 or an escape, those of
- * surrogates only in pairs.  In a call no string may contain "<|", which begins
- * the mark at its end. */
-enum { ROOT, LETTER_OF_ANY, LETTER, DOUBLE, SINGLE, JSON_KEY, PYTHON_KEY };
+/* Rules that are always there.  A character of a string is UTF-8 or an escape,
+ * surrogates only in pairs.  No string in a call may contain "<|", which begins
+ * the end marker.  ROOT has no pattern, but the whole schema of an answer. */
+enum { ROOT, COMMON_CHAR, JSON_CHAR, DOUBLE_CHAR, SINGLE_CHAR, JSON_KEY,
+       PYTHON_KEY };
 
 #define MORE  "[\x80\xbf]"
 #define HEX_2 "[09afAF][09afAF]"
 
 static const char *const fixed[] = {
-    [ROOT] = "", [LETTER_OF_ANY] =
+    [ROOT] = "", [COMMON_CHAR] =
     "([\xc2\xdf]" MORE "|([\xe0\xe0][\xa0\xbf]|[\xe1\xec\xee\xef]" MORE
     "|[\xed\xed][\x80\x9f]|([\xf0\xf0][\x90\xbf]|[\xf1\xf3]" MORE
     "|[\xf4\xf4][\x80\x8f])" MORE ")" MORE "|\\\\([\"\"\\\\bbffnnrrtt]"
     "|u([09acefACEF][09afAF]" HEX_2 "|[ddDD]([07]" HEX_2
     "|[89abAB]" HEX_2 "\\\\u[ddDD][cfCF]" HEX_2 "))))",
-    [LETTER] = "([ !#[^\x7f]|]|>1;|\\\\/)",
-    [DOUBLE] = "([ !#;=[^\x7f]|]|<!||>1;|\\\\')",
-    [SINGLE] = "([ &(;=[^\x7f]|]|<!||>1;|\\\\')",
+    [JSON_CHAR] = "([ !#[^\x7f]|]|>1;|\\\\/)",
+    [DOUBLE_CHAR] = "([ !#;=[^\x7f]|]|<!||>1;|\\\\')",
+    [SINGLE_CHAR] = "([ &(;=[^\x7f]|]|<!||>1;|\\\\')",
     [JSON_KEY] = "\"{0,2147483647:@2;}\"",
     [PYTHON_KEY] = "(\"{0,2147483647:@3;}\"|'{0,2147483647:@4;}')"
 };
 
-/* The first reason counts. */
+/* Only the first reason is kept. */
 #define refuse(m, ...) ((m)->code = (m)->code != DONE ? (m)->code : \
                         because((m)->why, USAGE, __VA_ARGS__))
 
-/* Something about a keyword, or what it is the value of. */
+/* Refuse a keyword or its value. */
 static void wrong(struct maker *m, int at, const char *key, const char *what)
 {
-    refuse(m, "\"%.60s\"%s%s", key, m->place[at].s, what);
+    refuse(m, "\"%.60s\"%s%s", key, m->rule[at].place.s, what);
 }
 
 static const struct keyword *find_keyword(const char *key)
@@ -10729,7 +10729,7 @@ static const struct keyword *find_keyword(const char *key)
     return NULL;
 }
 
-/* The types that "type" names, or 0. */
+/* The types that "type" names, or 0 if it is wrong. */
 static int named_types(const struct json *type)
 {
     const char *const names = strstr(type_list, "null");
@@ -10745,8 +10745,8 @@ static int named_types(const struct json *type)
     return types & IS_NUMBER ? types & ~IS_INTEGER : types;
 }
 
-/* What a schema says: types, or one of the others.  Where it does not name its
- * types, they are those that its keywords are about. */
+/* The kind of a schema: a set of types, or VALUES, ANY_OF or REF.  Without
+ * "type", the types are those that have its keywords. */
 static int kind_of(const struct json *v)
 {
     int types = 0;
@@ -10757,14 +10757,15 @@ static int kind_of(const struct json *v)
         return VALUES;
     if (json_get(v, "type"))
         return named_types(json_get(v, "type"));
-    for (const struct json *x = v->first; x; x = x->next)
-        if (find_keyword(x->key) && find_keyword(x->key)->of != NOTE)
-            types |= find_keyword(x->key)->of & IS_ALL;
+    for (const struct json *x = v->first; x; x = x->next) {
+        const struct keyword *k = find_keyword(x->key);
+        types |= k && k->of != NOTE ? k->of & IS_ALL : 0;
+    }
     return types ? types : IS_ALL - IS_INTEGER;
 }
 
-/* All keywords must be known here, and go together.  Clients send bounds of
- * whole numbers that always hold, as an integer has at most 15 digits. */
+/* All keywords must be known and go together.  Clients send bounds of integers
+ * that always hold, as the pattern of one has at most 15 digits. */
 static void check_keywords(struct maker *m, const struct json *v, int kind,
                            int at)
 {
@@ -10779,7 +10780,7 @@ static void check_keywords(struct maker *m, const struct json *v, int kind,
         if (!k)
             wrong(m, at, x->key, " is not known here");
         else if (!(k->of & kind))
-            wrong(m, at, x->key, " does not go with the rest there");
+            wrong(m, at, x->key, " does not go with the other keywords");
         else if (k->type && x->type != k->type)
             wrong(m, at, x->key, phrase(": expected %s",
                                         json_names[k->type]).s);
@@ -10816,17 +10817,16 @@ static int add_rule(struct maker *m, struct rule r)
         return ROOT;
     }
     m->rule[m->n_rules] = r;
-    m->place[m->n_rules].s[0] = '\0';
     return m->n_rules++;
 }
 
-/* The rule for a schema at some place within the one of rule `at`, or for what
- * it refers to. */
+/* The number of the rule for v, or for the schema that its "$ref" leads to.  It
+ * is `keyword`, or the member `key` of that, in the schema of rule `at`. */
 static int rule_of(struct maker *m, const struct json *v, int at,
-                   const char *word, const char *key)
+                   const char *keyword, const char *key)
 {
     const struct rule *in = &m->rule[at];
-    const char *const place = m->place[at].s;
+    const char *const place = in->place.s;
     const struct json *ref;
     int i = 0;
 
@@ -10835,28 +10835,28 @@ static int rule_of(struct maker *m, const struct json *v, int at,
         v = json_text(ref) && hops < 64 ? follow_ref(in->whole, ref->s) : NULL;
         if (!v)
             wrong(m, at, "$ref", phrase(" leads nowhere: %.60s",
-                  json_text(ref) ? ref->s : "no text").s);
+                  json_text(ref) ? ref->s : "not a string").s);
     }
     while (i < m->n_rules && (m->rule[i].from != v || m->rule[i].as != VALUE ||
                               m->rule[i].python != in->python))
         i++;
-    if (i == m->n_rules) {
-        i = add_rule(m, (struct rule){ v, in->whole, VALUE, in->python, 0, 0 });
-        m->place[i] = phrase("%.70s%s%s%s%.40s", place, !*word ? "" : *place ?
-                             "." : " at ", word, key ? "." : "",
-                             key ? key : "");
-    }
-    return i;
+    if (i < m->n_rules)
+        return i;
+    return add_rule(m, (struct rule){
+        .from = v, .whole = in->whole, .python = in->python,
+        .place = phrase("%.70s%s%s%s%.40s", place, !*keyword ? "" : *place ?
+                        "." : " at ", keyword, key ? "." : "", key ? key : "")
+    });
 }
 
 /* ---- words */
 
 static const char *const quotes[] = { "\"", "\"'" };    /* JSON, Python    */
 
-/* A value, a key or a name: a string is one word in each kind of these quotes,
- * or one in none. */
+/* A value, key or name, and `after`.  A string becomes a word in each of these
+ * quotes, or one without quotes. */
 static void add_word(struct maker *m, int at, const struct json *v,
-                     const char *in, const char *behind)
+                     const char *in, const char *after)
 {
     struct text *to = m->out;
     size_t n;
@@ -10870,18 +10870,18 @@ static void add_word(struct maker *m, int at, const struct json *v,
             add_in_quotes(to, v->s, v->n, *in++, 0);
         else
             add(to, v->s, v->n);
-        add_string(to, behind);
+        add_string(to, after);
         n = to->n - m->word - 1;
         if (n > MAX_WORD)
             refuse(m, "a word%s of %zu bytes, expected at most %d",
-                   m->place[at].s, n, MAX_WORD);
+                   m->rule[at].place.s, n, MAX_WORD);
         if (m->n_words++ == MAX_WORDS)
             refuse(m, "a schema of more than %d words", MAX_WORDS);
         add_string(to, "\n");
     } while (v->type == JSON_STRING && *in);
 }
 
-/* "enum" or "const": values that have the "type", if there is one. */
+/* "enum" or "const": those of the values that have the "type". */
 static void add_values(struct maker *m, const struct json *v, int at)
 {
     static const int type_of[] = { IS_NULL, IS_BOOLEAN, IS_BOOLEAN, IS_NUMBER,
@@ -10901,12 +10901,12 @@ static void add_values(struct maker *m, const struct json *v, int at)
     }
     if (m->n_words == before)
         refuse(m, "\"enum\" or \"const\"%s: no value is of the type",
-               m->place[at].s);
+               m->rule[at].place.s);
     else
         m->out->s[m->word] = '$';
 }
 
-/* ---- what has members */
+/* ---- arrays, objects, arguments */
 
 /* From `min` to `max` items in brackets. */
 static void add_series(struct maker *m, const char *open, const char *item,
@@ -10919,10 +10919,8 @@ static void add_series(struct maker *m, const char *open, const char *item,
     add_string(m->out, close);
 }
 
-/* "required" names properties; is this one of them? */
-static int is_required(const struct json *object, const struct json *x)
+static int is_required(const struct json *list, const struct json *x)
 {
-    const struct json *list = json_get(object, "required");
     const struct json *v = list ? list->first : NULL;
 
     while (v && (v->type != JSON_STRING || v->n != x->n_key ||
@@ -10944,24 +10942,27 @@ static void check_members(struct maker *m, const struct json *v, int at)
          x && m->code == DONE; x = x->next)
         if (x->type != JSON_STRING || !properties ||
             !find_key(properties, x->s, x->n))
-            wrong(m, at, "required", phrase(" names %.60s, which is no "
+            wrong(m, at, "required", phrase(" names %.60s, which is not a "
                   "property", x->type == JSON_STRING ? x->s :
                   "something").s);
 }
 
-/* The members that a schema names, as a dict or as arguments: "key": or key=.
- * Behind each it may end, if no more are required, or a key follows.  If a
- * schema names none, there may be any. */
+/* The members that a schema names, after "key": in an object or a dict, and
+ * after key= in arguments.  It may end where no more members are required.
+ * Without "properties", there may be any members. */
 static void add_object(struct maker *m, const struct json *v, int at)
 {
     const struct rule *r = &m->rule[at];
     const int is_dict = r->as == VALUE;
     const char *const close = is_dict ? "\\}" : "\\)";
+    const struct json *list = json_get(v, "required");
     const struct json *properties = json_get(v, "properties");
     const struct json *more = json_get(v, "additionalProperties");
     const struct json *const first = properties ? properties->first : NULL;
     int left = 0, n_open = 0;
 
+    if (list && list->n_members > MAX_MEMBERS)
+        wrong(m, at, "required", " names more than 1024 properties");
     if (r->as != LOOSE)
         check_members(m, v, at);
     if (!properties && !json_is(more, JSON_FALSE)) {
@@ -10971,13 +10972,13 @@ static void add_object(struct maker *m, const struct json *v, int at)
                    JSON_KEY, rule).s, 0, MAX_MEMBERS, "\\}");
         return;
     }
-    for (const struct json *x = first; x; x = x->next)
-        left += is_required(v, x);
+    for (const struct json *x = first; x && m->code == DONE; x = x->next)
+        left += is_required(list, x);
     add_string(m->out, is_dict ? "\\{" : "\\(");
     for (const struct json *x = first; x && m->code == DONE; x = x->next) {
         const struct json key = { .type = JSON_STRING, .s = x->key,
                                   .n = x->n_key };
-        const int required = is_required(v, x);
+        const int required = is_required(list, x);
         if (left == 0) {
             add_format(m->out, "(%s|", close);
             n_open++;
@@ -11008,15 +11009,15 @@ static int is_name(const char *s, size_t n)
     return n > 0 && read_name(&r).n == n;
 }
 
-/* Behind a function's name: (key=value), or ({"a key": value}) where the keys
- * are no names.  If nothing is said of the arguments, there are none. */
+/* What follows the name of a function: (key=value), or ({"a key": value}) if a
+ * key is not a name.  Without "parameters" there are no arguments. */
 static void add_arguments(struct maker *m, const struct json *v, int at)
 {
     const struct json *properties = json_get(v, "properties");
     const struct json *x = properties ? properties->first : NULL;
     const int strict = m->rule[at].as == STRICT;
 
-    while (x && json_is(properties, JSON_OBJECT) && is_name(x->key, x->n_key))
+    while (x && is_name(x->key, x->n_key))
         x = x->next;
     if (v == &anything)
         add_string(m->out, "\\(\\)");
@@ -11027,13 +11028,13 @@ static void add_arguments(struct maker *m, const struct json *v, int at)
     } else {
         const int rule = rule_of(m, strict ? v : &any_object, at, "", NULL);
         if (!is_object(m->rule[rule].from))
-            refuse(m, "the parameters%s: expected those of an object",
-                   m->place[at].s);
+            refuse(m, "the parameters%s: expected the schema of an object",
+                   m->rule[at].place.s);
         add_format(m->out, "\\(@%d;\\)", rule);
     }
 }
 
-/* ---- rules */
+/* ---- schemas */
 
 static void add_type(struct maker *m, const struct json *v, int type, int at)
 {
@@ -11065,9 +11066,9 @@ static void add_type(struct maker *m, const struct json *v, int type, int at)
         break;
     case IS_STRING:
         add_format(m->out, "\"{%lld,%lld:@%d;}\"", n[0], n[1],
-                   python ? DOUBLE : LETTER);
+                   python ? DOUBLE_CHAR : JSON_CHAR);
         if (python)
-            add_format(m->out, "|'{%lld,%lld:@%d;}'", n[0], n[1], SINGLE);
+            add_format(m->out, "|'{%lld,%lld:@%d;}'", n[0], n[1], SINGLE_CHAR);
         break;
     default:
         add_string(m->out, plain[type < 2 && python ? type + 4 : type]);
@@ -11080,7 +11081,7 @@ static void add_schema(struct maker *m, const struct json *v, int at)
     const int kind = v->type == JSON_OBJECT ? kind_of(v) : 0;
 
     if (v->type != JSON_OBJECT)
-        refuse(m, "expected a schema%s", m->place[at].s);
+        refuse(m, "expected a schema%s", m->rule[at].place.s);
     else if (type && !named_types(type))
         wrong(m, at, "type", type_list);
     else
@@ -11102,8 +11103,8 @@ static void add_schema(struct maker *m, const struct json *v, int at)
             }
 }
 
-/* Make a choice one of what it comes to in the end, through choices within it,
- * each once. */
+/* Replace all choices within a choice by what they are between, each once: with
+ * choices that contain each other, advance() would not end. */
 static void flatten(struct maker *m, int at)
 {
     int list[MAX_RULES] = { at }, n = 1, n_found = 0;
@@ -11125,32 +11126,31 @@ static void flatten(struct maker *m, int at)
     }
     if (n_found == 0)
         add_format(m->out, "(>%d;", at);
-    if (n_found > MAX_WAYS)
+    if (n_found > MAX_STACKS)
         wrong(m, at, "anyOf", phrase(": more than %d alternatives",
-                                     MAX_WAYS).s);
+                                     MAX_STACKS).s);
     add_string(m->out, ").");
     m->rule[at].start = start;
 }
 
 /* ---- calls */
 
-/* How calls are to be written. */
 struct call_form {
     const struct json *tools;             /* NULL: none                      */
     const char *name;                     /* only this one; NULL: any        */
     int is_forced, is_single;
 };
 
-/* Arguments follow the parameters of a tool that is strict: by its own word, or
- * if it is to be called and does not say that it is not. */
+/* Must arguments have the values that the parameters of a tool describe?  As it
+ * says itself, or `otherwise`. */
 static int is_strict(const struct json *tool, int otherwise)
 {
     json_bool(given(function_of(tool), "strict"), &otherwise);
     return otherwise;
 }
 
-/* A rule for one call, by the names of the tools and rules for what stands
- * behind each; returns its number. */
+/* Add the rule for a call: the names of the tools, each with a rule for the
+ * arguments after it.  Returns its number. */
 static int add_call(struct maker *m, const struct call_form *form)
 {
     const int rule = add_rule(m, (struct rule){ .start = (int)m->out->n });
@@ -11167,13 +11167,13 @@ static int add_call(struct maker *m, const struct call_form *form)
             break;
         }
         v = v ? v : &anything;
-        const int behind = add_rule(m, (struct rule){
+        const int arguments = add_rule(m, (struct rule){
             .from = v, .whole = v, .python = 1,
-            .as = is_strict(x, form->is_forced) ? STRICT : LOOSE
+            .as = is_strict(x, form->is_forced) ? STRICT : LOOSE,
+            .place = phrase(" at %.60s", name->s)
         });
-        m->place[behind] = phrase(" at %.60s", name->s);
-        add_word(m, behind, name, "", "");
-        add_format(m->out, ">%d;", behind);
+        add_word(m, arguments, name, "", "");
+        add_format(m->out, ">%d;", arguments);
     }
     if (m->n_words == 0)
         refuse(m, "\"tool_choice\": no tool is called %.60s", form->name);
@@ -11189,27 +11189,26 @@ static void free_schema(struct schema *s)
 {
     if (!s)
         return;
-    free(s->code.s);
+    free(s->pattern.s);
     free(s->step);
     free(s);
 }
 
-/* The patterns for an answer of this schema, or for calls, or for either; calls
- * that are not forced may be none. */
+/* The patterns for an answer of this schema, for calls, or for either one.
+ * Calls that are not forced may be left out. */
 static void make_patterns(struct maker *m, const struct json *answer,
                           const struct call_form *calls)
 {
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++) {
-        add_rule(m, (struct rule){ .whole = answer,
-                                   .start = (int)m->out->n });
+        add_rule(m, (struct rule){ .whole = answer, .start = (int)m->out->n });
         add_string(m->out, fixed[i]);
         add_string(m->out, ".");
     }
     const int call = calls ? add_call(m, calls) : ROOT;
     m->s->root = (int)m->out->n;
-    m->s->only_calls = !answer && !calls->is_forced;
+    m->s->in_free_text = !answer && !calls->is_forced;
     m->s->one_call = calls && calls->is_single;
-    add_string(m->out, m->s->only_calls ? "(|" : "(");
+    add_string(m->out, m->s->in_free_text ? "(|" : "(");
     if (answer)
         add_format(m->out, ">%d;%s", rule_of(m, answer, ROOT, "", NULL),
                    calls ? "|" : "");
@@ -11238,22 +11237,20 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
                        struct schema **out, struct why *why)
 {
     struct schema *s = zeroed(1, sizeof *s);
-    struct maker m = { .s = s, .out = &s->code, .why = why,
-                       .rule = resize(NULL, MAX_RULES * sizeof *m.rule),
-                       .place = resize(NULL, MAX_RULES * sizeof *m.place) };
+    struct maker m = { .s = s, .out = &s->pattern, .why = why,
+                       .rule = resize(NULL, MAX_RULES * sizeof *m.rule) };
 
     make_patterns(&m, answer, calls);
-    if (s->code.n > MAX_STEPS)
-        refuse(&m, "a schema that takes more than %d steps", MAX_STEPS);
+    if (s->pattern.n > MAX_STEPS)
+        refuse(&m, "a schema of more than %d steps", MAX_STEPS);
     if (m.code == DONE) {
         link_steps(&m);
-        count_levels(s);
-        if (s->step[s->root].need >= MAX_LEVELS)
+        count_frames(s);
+        if (s->step[s->root].need >= MAX_FRAMES)
             refuse(&m, "no value of this schema ends within %d levels",
-                   MAX_LEVELS);
+                   MAX_FRAMES);
     }
     free(m.rule);
-    free(m.place);
     if (m.code == DONE)
         *out = s;
     else
@@ -11261,7 +11258,7 @@ static int make_schema(const struct json *answer, const struct call_form *calls,
     return m.code;
 }
 
-/* "response_format"; without one, --json-schema. */
+/* The schema of "response_format" or --json-schema; NULL for any text. */
 static int read_format(const struct engine *e, const struct json *body,
                        const struct json **out, struct why *why)
 {
@@ -11290,8 +11287,8 @@ static int read_format(const struct engine *e, const struct json *body,
     return DONE;
 }
 
-/* How the answer has to look.  Calls are guided if they are to be made, or if
- * something is to hold for them or the answer beside them. */
+/* The form that an answer must have.  Calls are guided if they are required, if
+ * only one is allowed, if a tool is strict, or beside an answer in a schema. */
 static int read_form(const struct engine *e, struct request *q,
                      const struct json *body, const struct json *tools,
                      struct why *why)
@@ -11331,20 +11328,20 @@ static int read_form(const struct engine *e, struct request *q,
 
 /* ---- choosing tokens
  *
- * The vocabulary is walked in the order of its bytes, so that what tokens begin
- * with is tried once for all of them. */
+ * Tokens are tried in the order of their bytes, so that bytes with which many
+ * of them begin are tried once. */
 
 enum { MAX_BLANKS = 4, LONGEST = 64 };
 
-/* A token, how many bytes it shares with the one before, and how many
- * characters it has, if each means itself in any string; or 0. */
+/* A token; how many bytes at its beginning are those of the one before; and how
+ * many characters it has, or 0 if some have to be escaped in some string. */
 struct spelled { const char *s; int32_t id; uint8_t n, shared, length; };
 
 struct spelling {
     struct spelled *token;                /* [n], in order                   */
     int n;
     uint8_t *fits;                        /* by id                           */
-    struct guide guide[LONGEST + 1];      /* after so many bytes             */
+    struct guide guide[LONGEST + 1];      /* after so many bytes of a token  */
 };
 
 static int by_bytes(const void *a, const void *b)
@@ -11354,7 +11351,7 @@ static int by_bytes(const void *a, const void *b)
     return compare(x->s, x->n, y->s, y->n);
 }
 
-/* Tokens that could be part of an answer; none has a new line. */
+/* Sort the tokens that have no control characters: others never fit. */
 static void spell_tokens(struct engine *e)
 {
     const int n_vocab = lfm2_n_vocab(e->words);
@@ -11392,17 +11389,18 @@ static void spell_tokens(struct engine *e)
     }
 }
 
-/* Find all tokens that fit.  Where a string is open, `room` more characters may
- * come. */
-static void walk_tokens(struct spelling *all, const struct guide *g)
+/* Find all tokens that fit.  In a string with room for more characters, tokens
+ * of plain ones need not be tried.  Of the others, each has `common` bytes in
+ * common with the last one tried, of which `deep` bytes fit. */
+static void find_fitting(struct spelling *all, const struct guide *g)
 {
-    int room = 0, common = 0, deep = 0, is_dead = 0;
+    int room = 0, common = 0, deep = 0, failed = 0;
 
     for (int i = 0; i < g->n; i++) {
-        const struct level *l = &g->way[i].level[g->way[i].n - 1];
-        const struct step *p = &g->s->step[l->at];
-        const int more = p->most < INT_MAX ? p->most - l->n : p->most;
-        if (g->s->code.s[l->at] == '{' && g->s->code.s[p->next] == '@' &&
+        const struct frame *f = &g->stack[i].frame[g->stack[i].n - 1];
+        const struct step *p = &g->s->step[f->at];
+        const int more = p->most < INT_MAX ? p->most - f->n : p->most;
+        if (g->s->pattern.s[f->at] == '{' && g->s->pattern.s[p->next] == '@' &&
             more > room)
             room = more;
     }
@@ -11412,25 +11410,27 @@ static void walk_tokens(struct spelling *all, const struct guide *g)
         common = smaller(common, t->shared);
         if (t->length > 0 && t->length <= room)
             all->fits[t->id] = 1;
-        else if (!is_dead || common <= deep) {
+        else if (!failed || common <= deep) {
             deep = smaller(common, deep);
             while (deep < t->n && guide_byte(&all->guide[deep],
                                              &all->guide[deep + 1],
                                              (unsigned char)t->s[deep]))
                 deep++;
-            is_dead = deep < t->n;
-            all->fits[t->id] = !is_dead;
+            failed = deep < t->n;
+            all->fits[t->id] = !failed;
             common = INT_MAX;
         }
     }
 }
 
-/* Take a token; 0 if it does not fit, and then the guide is lost.  An answer
- * begins behind a thought and a few blanks. */
+/* Move the guide on by a token.  Returns 0 if it does not fit, which spoils the
+ * guide.  A thought, a few blanks after it, and text around calls are free.
+ * What split() holds back is part of the end of a thought, or blanks. */
 static int guide_token(const struct reply *r, struct guide *g, const char *s,
                        size_t n)
 {
-    const int is_start = same(s, n, CALL_START), is_end = same(s, n, CALL_END);
+    const char marker = same(s, n, CALL_START) ? CALL_OPENS :
+                        same(s, n, CALL_END) ? CALL_CLOSES : '\0';
     const size_t held = r->raw.n - r->seen;
     const enum part part = g->has_begun ? IN_TEXT : r->part;
     const char *end = s + n;
@@ -11438,10 +11438,12 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
     size_t blank = is_after ? held : 0;
     struct guide next;
 
-    if (!g->has_begun && g->s->only_calls && (!is_start || part == IN_THOUGHT))
+    if ((!g->has_begun && g->s->in_free_text &&
+         (marker != CALL_OPENS || part == IN_THOUGHT)) ||
+        (part == AT_START && held == 0 && same(s, n, THINK)))
         return 1;
-    if (n == 0 || (part == AT_START && held == 0 && same(s, n, THINK)))
-        return n > 0 || part == IN_THOUGHT;
+    if (n == 0)
+        return part == IN_THOUGHT;
     if (part == IN_THOUGHT) {
         struct text both = { 0 };
         add(&both, r->raw.s + r->seen, held);
@@ -11451,15 +11453,15 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
         is_after = over != NULL;
         free(both.s);
     }
-    for (; is_after && s < end && strchr(" \n\r\t", *s); s++)
+    for (; is_after && s < end && memchr(" \n\r\t", *s, 4); s++)
         blank++;
-    if (s < end && (is_start || is_end)) {
-        s = is_start ? "\1" : "\2";
+    if (s < end && marker) {
+        s = &marker;
         end = s + 1;
     }
     for (; s < end && blank <= MAX_BLANKS; s++) {
         const int c = (unsigned char)*s;
-        if ((c < ' ' && !is_start && !is_end) || !guide_byte(g, &next, c))
+        if ((c < ' ' && !marker) || !guide_byte(g, &next, c))
             return 0;
         copy_guide(g, &next);
     }
@@ -11478,7 +11480,7 @@ static int may_say(const struct engine *e, const struct reply *r, int32_t id)
     return guide_token(r, &copy, s, (size_t)n);
 }
 
-/* The model's choice does not fit: it chooses once more, of what does. */
+/* The model's choice does not fit: it chooses again, among tokens that do. */
 static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
@@ -11491,7 +11493,7 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
         for (id = 0; id < lfm2_n_vocab(e->words); id++)
             fits[id] = (uint8_t)may_say(e, r, id);
     else
-        walk_tokens(e->spelling, r->guide);
+        find_fitting(e->spelling, r->guide);
     const uint8_t may_end = (uint8_t)guide_may_end(r->guide);
     for (int i = 0; i < e->ends.n; i++)
         fits[e->ends.id[i]] = may_end;
@@ -11511,7 +11513,6 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
     return id;
 }
 
-/* Begin to guide an answer. */
 static void start_guide(struct engine *e, struct reply *r)
 {
     if (!r->q->schema)
@@ -11522,13 +11523,12 @@ static void start_guide(struct engine *e, struct reply *r)
     r->guide->s = r->q->schema;
 }
 
-/* After a token: an answer that is complete ends.  Where there may be text
- * around calls, another may follow. */
+/* After a token: end a complete answer, unless other calls may follow. */
 static void end_guided(struct reply *r)
 {
     if (!guide_is_done(r->guide))
         return;
-    if (r->guide->s->only_calls && !r->guide->s->one_call)
+    if (r->guide->s->in_free_text && !r->guide->s->one_call)
         r->guide->has_begun = 0;
     else
         r->finish = STOPPED;
@@ -11541,8 +11541,7 @@ static int is_guided_text(const struct reply *r)
            r->part == IN_TEXT;
 }
 
-/* ---- --json-schema */
-
+/* The schema of --json-schema: an error in it ends the program at once. */
 static int open_schema(struct engine *e)
 {
     const char *path = e->s->json_schema;

@@ -21,8 +21,9 @@ done
 holds "llama-bench's columns" sh -c \
     "head -1 $dir/out | tr -d ' ' |
      grep -qF '|model|size|params|backend|threads|test|t/s|GB/s|GMAC/s|share|'"
-for word in "usable CPU" kernels "2 threads read" "first token of 8" \
-    "resident at most" "GB/s a core" "of the bandwidth by answers"; do
+for word in "usable CPU" kernels "2 threads read" \
+    "first token after a prompt of 8" "resident at most" "GB/s a core" \
+    "of the read bandwidth for answers"; do
     holds "it says $word" grep -qF "$word" "$dir/out"
 done
 holds "and nothing else" [ ! -s "$dir/err" ]

@@ -205,11 +205,11 @@ expect 0 "a width that is wrong" --json "$dir/odd.gguf"
 json_has level '"tolerated", "message": "lfm2moe.feed_forward_length: u32 12288,'
 patch tokenizer.ggml.pre 12 'qwen'
 expect 0 "another pre-tokenizer" "$dir/odd.gguf"
-out_has 'tolerated: tokenizer.ggml.pre: "qwen", expected "lfm2", as which'
+out_has 'tolerated: tokenizer.ggml.pre: "qwen", expected "lfm2"; treated as that'
 patch tokenizer.chat_template 12 '  '
 expect 0 "a blank in the template" "$dir/odd.gguf"
 out_has "  by     model"
-out_has "tolerated: tokenizer.chat_template: none that is known, taken as lfm2"
+out_has "tolerated: tokenizer.chat_template: not a known one, treated as lfm2"
 patch tokenizer.chat_template 12 '<|tool_list_start|>'
 expect 0 "an edited template" "$dir/odd.gguf"
 out_has "  words  <|tool_list_start|>"

@@ -63,19 +63,19 @@ START_TEST(what_is_not_known_is_refused_by_its_name)
         { "{\"type\":\"array\",\"uniqueItems\":true}",
           "\"uniqueItems\" is not known here" },
         { "{\"type\":\"string\",\"items\":{}}",
-          "\"items\" does not go with the rest there" },
+          "\"items\" does not go with the other keywords" },
         { "{\"anyOf\":[{}],\"type\":\"string\"}",
-          "\"type\" does not go with the rest there" },
+          "\"type\" does not go with the other keywords" },
         { "{\"$ref\":\"#/$defs/a\",\"minLength\":1,\"$defs\":{\"a\":{}}}",
-          "\"minLength\" does not go with the rest there" },
+          "\"minLength\" does not go with the other keywords" },
         { "{\"enum\":[1],\"minLength\":1}",
-          "\"minLength\" does not go with the rest there" },
+          "\"minLength\" does not go with the other keywords" },
         { "{\"$ref\":\"#/$defs/b\",\"$defs\":{\"a\":{}}}",
           "\"$ref\" leads nowhere: #/$defs/b" },
         { "{\"$ref\":\"other.json\"}", "\"$ref\" leads nowhere: other.json" },
         { "{\"$ref\":\"#\"}", "\"$ref\" leads nowhere: #" },
         { "{\"$ref\":\"#/a~\",\"$defs\":{}}", "\"$ref\" leads nowhere: #/a~" },
-        { "{\"$ref\":5}", "\"$ref\" leads nowhere: no text" },
+        { "{\"$ref\":5}", "\"$ref\" leads nowhere: not a string" },
         { "{\"type\":\"text\"}", "\"type\": expected null boolean integer "
           "number string array object" },
         { "{\"type\":[]}", "\"type\": expected null boolean integer number "
@@ -86,7 +86,7 @@ START_TEST(what_is_not_known_is_refused_by_its_name)
         { "{\"type\":\"string\",\"const\":1}",
           "\"enum\" or \"const\": no value is of the type" },
         { "{\"type\":\"object\",\"required\":[\"a\"]}",
-          "\"required\" names a, which is no property" },
+          "\"required\" names a, which is not a property" },
         { "{\"type\":\"object\",\"required\":\"a\"}",
           "\"required\": expected an array" },
         { "{\"type\":\"object\",\"properties\":[]}",
@@ -319,7 +319,7 @@ START_TEST(depth_has_a_bound)
 END_TEST
 
 /* Alternatives that look alike and are many do not end it. */
-START_TEST(ways_have_a_bound)
+START_TEST(stacks_have_a_bound)
 {
     struct text t = { 0 };
     struct seen seen;
@@ -358,7 +358,7 @@ START_TEST(size_has_a_bound)
     forget_schema();
     t.n = 0;
     add_string(&t, "{\"anyOf\":[{\"const\":0}");
-    for (int i = 1; i <= MAX_WAYS; i++)
+    for (int i = 1; i <= MAX_STACKS; i++)
         add_format(&t, ",{\"const\":%d}", i);
     add_string(&t, "]}");
     ck_assert_int_eq(make(t.s), USAGE);
@@ -377,7 +377,33 @@ START_TEST(size_has_a_bound)
     add_string(&t, "\"}");
     ck_assert_int_eq(make(t.s), USAGE);
     ck_assert_str_eq(why.s, "a word of 4002 bytes, expected at most 4000");
+    t.n = 0;
+    add_string(&t, "{\"properties\":{\"a\":{}},\"required\":[\"a\"");
+    for (int i = 0; i < MAX_MEMBERS; i++)
+        add_string(&t, ",\"a\"");
+    add_string(&t, "]}");
+    ck_assert_int_eq(make(t.s), USAGE);
+    ck_assert_str_eq(why.s, "\"required\" names more than 1024 properties");
     free(t.s);
+    forget_schema();
+}
+END_TEST
+
+/* Behind a thought: up to four blanks, and NUL is not one. */
+START_TEST(blanks_may_follow_a_thought)
+{
+    static const struct { const char *s; size_t n; int fits; } text[] = {
+        { "null", 4, 1 }, { " \n\r\tnull", 8, 1 }, { "    ", 4, 1 },
+        { "     ", 5, 0 }, { "\0", 1, 0 }, { "\0null", 5, 0 }
+    };
+    const struct reply r = { .part = AFTER_THOUGHT };
+
+    ck_assert_int_eq(make("{\"type\":\"null\"}"), DONE);
+    for (size_t i = 0; i < COUNT(text); i++) {
+        struct guide g = { .s = schema };
+        EXPECT_MSG(guide_token(&r, &g, text[i].s, text[i].n) == text[i].fits,
+                   "text %zu", i);
+    }
     forget_schema();
 }
 END_TEST
@@ -400,8 +426,9 @@ Suite *SUITE(void)
     tcase_add_test(t, alternatives);
     tcase_add_test(t, references);
     tcase_add_test(t, depth_has_a_bound);
-    tcase_add_test(t, ways_have_a_bound);
+    tcase_add_test(t, stacks_have_a_bound);
     tcase_add_test(t, size_has_a_bound);
+    tcase_add_test(t, blanks_may_follow_a_thought);
     suite_add_tcase(s, t);
     return s;
 }

@@ -72,7 +72,7 @@ holds "nothing else is other" sh -c "tail -n +2 '$dir/filter.jsonl' | sort |
     comm -23 - '$dir/plain.sorted' | wc -l | grep -qx ' *0'"
 expect 0 "a name that no module has" -n 0 --trace "$dir/none.jsonl" \
     --trace-filter 'layers.*' $m x
-holds "is told" grep -q "no module of such a name" "$dir/err"
+holds "is told" grep -q "no module has this name" "$dir/err"
 # positions RANGE WANTED
 positions() {
     look range --trace-filter model.embed_tokens --trace-tokens "$1"

@@ -45,7 +45,7 @@ static int32_t fitting(struct engine *e, const struct reply *r)
     int n = 0, nth;
 
     memset(fits, 0, (size_t)n_vocab);
-    walk_tokens(e->spelling, r->guide);
+    find_fitting(e->spelling, r->guide);
     for (int32_t id = 0; id < n_vocab; id++)
         n += fits[id];
     for (int i = 0; i < 20; i++) {
