@@ -10459,7 +10459,7 @@ static int takes(const struct schema *s, int at, int c)
  * and keep a stack for each that takes g->c.  If that is EOF, g->n counts the
  * ends reached instead.  Nothing is begun that MAX_FRAMES would not let end.
  * Loops without a bound stop counting at their minimum: that saves stacks. */
-static void advance(struct guide *g, int n, struct frame f)
+static void advance_stack(struct guide *g, int n, struct frame f)
 {
     const char *const pattern = g->s->pattern.s;
     const struct step *const step = g->s->step;
@@ -10471,11 +10471,11 @@ static void advance(struct guide *g, int n, struct frame f)
         switch (pattern[f.at]) {
         case '(':
             for (int i = f.at; pattern[i] != ')'; i = step[i].to)
-                advance(g, n, (struct frame){ step[i].next, f.n });
+                advance_stack(g, n, (struct frame){ step[i].next, f.n });
             return;
         case '{':
             if (f.n >= p->least)
-                advance(g, n, (struct frame){ step[p->to].next, 0 });
+                advance_stack(g, n, (struct frame){ step[p->to].next, 0 });
             if (f.n >= p->most)
                 return;
             f.n += f.n < p->least || p->most < INT_MAX;
@@ -10504,7 +10504,7 @@ static void advance(struct guide *g, int n, struct frame f)
                 g->n += g->c == EOF;
             else {
                 f = g->below[n - 1];
-                advance(g, n - 1, f);
+                advance_stack(g, n - 1, f);
                 g->below[n - 1] = f;
             }
             return;
@@ -10525,11 +10525,11 @@ static int guide_byte(const struct guide *from, struct guide *to, int c)
     to->n = 0;
     to->c = c;
     if (!from->has_begun)
-        advance(to, 0, (struct frame){ to->s->root, 0 });
+        advance_stack(to, 0, (struct frame){ to->s->root, 0 });
     for (int i = 0; from->has_begun && i < from->n; i++) {
         const struct stack *s = &from->stack[i];
         memcpy(to->below, s->frame, (size_t)s->n * sizeof *s->frame);
-        advance(to, s->n - 1, s->frame[s->n - 1]);
+        advance_stack(to, s->n - 1, s->frame[s->n - 1]);
     }
     return to->n > 0;
 }
@@ -11104,7 +11104,7 @@ static void add_schema(struct maker *m, const struct json *v, int at)
 }
 
 /* Replace all choices within a choice by what they are between, each once: with
- * choices that contain each other, advance() would not end. */
+ * choices that contain each other, advance_stack() would not end. */
 static void flatten(struct maker *m, int at)
 {
     int list[MAX_RULES] = { at }, n = 1, n_found = 0;
