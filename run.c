@@ -3554,36 +3554,34 @@ static int chat(struct talk *t)
  *
  * JSON lines in, JSON lines out, in the same order.  A line is an OpenAI batch
  * line {"custom_id", "method", "url", "body"} or a body alone.  Up to
- * --parallel of them are answered at once, so the weights are read once for
- * all.  What is answered depends on the line alone: bits do not depend on
- * neighbours, and the seed comes from the line unless it names one. */
+ * --parallel lines are answered at once, so that the weights are read once for
+ * all of them.  An answer depends on its line alone: neighbours change no bit
+ * of it, and its seed is a hash of the line unless the line names one. */
 
-enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines read per sequence  */
+enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines kept per sequence  */
 
 struct entry {                            /* a line, from reading to writing */
     struct job job;
     struct batch *batch;
-    long long line;                       /* of the input, from 1            */
-    double end;                           /* in the input, in bytes          */
+    long long line, end;                  /* number; offset of its end       */
     struct text id, out;                  /* custom_id; the line of output,
-                                             once it is known                */
+                                             empty until it is complete      */
 };
 
-/* Lines that come in pieces. */
+/* Input that is read line by line. */
 struct source {
     int fd;
     struct text buf;
-    size_t at, seen;                      /* of buf: taken; without a newline
-                                             behind at                       */
+    size_t at;                            /* in buf: start of the next line  */
+    size_t searched;                      /* bytes of it without a newline   */
     int torn;                             /* the last line had no newline    */
-    int ended, error;                     /* errno, or 0                     */
-    long long line;
-    double taken;                         /* bytes                           */
+    int ended, error;                     /* error: errno, or 0              */
+    long long line, end;                  /* number of the last; its end     */
+    long long n_read;                     /* bytes                           */
 };
 
-/* An id that a run before has answered; of equal ones the first counts how many
- * were asked for again. */
-struct known { struct text id; int n_taken; };
+/* An id for which earlier runs have written n answers. */
+struct known { struct text id; int n; };
 
 struct batch {
     struct engine e;
@@ -3595,14 +3593,15 @@ struct batch {
     struct known *known;                  /* [n_known], sorted               */
     int n_known, shard, n_shards;
     long long done, failed, skipped, failed_before;
-    double tokens, reused, guessed, right, written, size, started, beat;
+    double tokens, reused, guessed, right, started, reported;
+    double size, written;                 /* bytes of input; of it, answered */
 };
 
 /* ---- a line of output */
 
 static const char output_start[] = "{\"id\": \"batch_req_";
 
-/* No time is in it: the same line has the same answer, byte for byte. */
+/* No time is in it, so that the same line always gives the same bytes. */
 static void add_output(struct entry *x, int code, const char *why)
 {
     static const char *const name[] = {
@@ -3612,16 +3611,15 @@ static void add_output(struct entry *x, int code, const char *why)
     const unsigned long long id = x->job.id;
     struct text *out = &x->out;
 
-    add_string(out, output_start);
-    add_format(out, "%016llx\"", id);
-    add_members(out, "custom_id: %.*s", (int)x->id.n, x->id.s);
+    add_members(out, "{id: %s, custom_id: %.*s",
+                phrase("batch_req_%016llx", id).s, (int)x->id.n, x->id.s);
     if (code != DONE) {
         add_members(out, "response: %s, error: {code: %s, line: %llu, message: "
                     "%s}}", NULL, name[code], (unsigned long long)x->line, why);
         x->batch->failed++;
     } else {
-        add_format(out, ", \"response\": {\"status_code\": 200, "
-                   "\"request_id\": \"req_%016llx\", \"body\": ", id);
+        add_members(out, "response: {status_code: %d, request_id: %s, body: ",
+                    200, phrase("req_%016llx", id).s);
         add_completion(&x->batch->e, out, &x->job, 1, id, 0);
         add_string(out, "}}, \"error\": null}");
         x->batch->done++;
@@ -3655,10 +3653,9 @@ static void free_entry(struct entry *x)
 
 /* ---- the input */
 
-/* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
- * yet or will not.  Of one that is too long some of the end may be missing.  A
- * signal ends the waiting; one that comes just before it is heard a second
- * later. */
+/* Get the next line, with its \n or \r\n replaced by NUL.  Returns 0 if it has
+ * not arrived yet, or at the end.  A line beyond MAX_LINE may lose its tail.  A
+ * signal ends the wait within a second, as it may come just before poll(). */
 static int next_line(struct source *in, int wait, struct piece *line)
 {
     struct pollfd p = { in->fd, POLLIN, 0 };
@@ -3667,12 +3664,12 @@ static int next_line(struct source *in, int wait, struct piece *line)
         reserve(&in->buf, 1 << 16);
         char *from = in->buf.s + in->at;
         size_t n = in->buf.n - in->at;
-        const char *end = memchr(from + in->seen, '\n', n - in->seen);
+        const char *end = memchr(from + in->searched, '\n', n - in->searched);
         if (end || (in->ended && n > 0)) {
             n = end ? (size_t)(end - from) : n;
             in->at += n + (end != NULL);
-            in->taken += (double)n + 1;
-            in->seen = 0;
+            in->end = in->n_read - (long long)(in->buf.n - in->at);
+            in->searched = 0;
             in->torn = !end;
             in->line++;
             n -= n > 0 && from[n - 1] == '\r';
@@ -3680,7 +3677,7 @@ static int next_line(struct source *in, int wait, struct piece *line)
             *line = (struct piece){ from, n };
             return 1;
         }
-        in->seen = n = n <= MAX_LINE ? n : MAX_LINE + 1;
+        in->searched = n = n <= MAX_LINE ? n : MAX_LINE + 1;
         if (in->at > 0)
             memmove(in->buf.s, from, n);
         in->buf.n = n;
@@ -3694,10 +3691,11 @@ static int next_line(struct source *in, int wait, struct piece *line)
         in->ended = got == 0 || (got < 0 && errno != EINTR);
         in->error = got < 0 && in->ended ? errno : 0;
         in->buf.n += got > 0 ? (size_t)got : 0;
+        in->n_read += got > 0 ? got : 0;
     }
 }
 
-/* The same line, the same seed; another with another -s. */
+/* Read the request of a line.  Its seed is a hash of the line, and of -s. */
 static int read_entry(struct batch *b, struct entry *x,
                       const struct json *line, struct why *why)
 {
@@ -3735,7 +3733,7 @@ static int read_entry(struct batch *b, struct entry *x,
     return read_request(&b->e, q, body, prompt, why);
 }
 
-/* ---- a run that goes on */
+/* ---- resuming an earlier run */
 
 static int by_id(const void *a, const void *b)
 {
@@ -3745,7 +3743,7 @@ static int by_id(const void *a, const void *b)
     return compare(x->s, x->n, y->s, y->n);
 }
 
-/* What begins otherwise was not written here. */
+/* Does this line, which may be torn, begin like output of --batch? */
 static int is_ours(const struct piece *line)
 {
     const size_t len = strlen(output_start);
@@ -3753,8 +3751,8 @@ static int is_ours(const struct piece *line)
     return memcmp(line->s, output_start, line->n < len ? line->n : len) == 0;
 }
 
-/* Note the custom_id of a line of output: it needs no answer any more. */
-static int know_line(struct batch *b, const struct piece *line,
+/* Record the custom_id of a line of output, which needs no second answer. */
+static int add_known(struct batch *b, const struct piece *line,
                      long long number)
 {
     const size_t n = (size_t)b->n_known;
@@ -3769,19 +3767,19 @@ static int know_line(struct batch *b, const struct piece *line,
         json_parse(&pool, line->s, line->n, &whole, &why);
     id = given(whole, "custom_id");
     if (json_is(id, JSON_STRING)) {
-        b->known[n] = (struct known){ .n_taken = 0 };
+        b->known[n] = (struct known){ .n = 1 };
         add(&b->known[b->n_known++].id, id->s, id->n);
         b->failed_before += given(whole, "error") != NULL;
     }
     pool_free(&pool);
     return b->n_known > (int)n ? DONE :
-           say(BAD_FILE, "%s: line %lld is none that --batch writes",
+           say(BAD_FILE, "%s: line %lld was not written by --batch",
                b->out_name, number);
 }
 
-/* Does another process write to this file?  Both would answer the same lines.
- * Where there are no locks nobody knows. */
-static int is_taken(int fd)
+/* Lock a file until this process exits.  Returns 1 if another process has
+ * locked it; always 0 on systems without locks. */
+static int another_has_lock(int fd)
 {
 #ifdef F_SETLK
     struct flock all = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
@@ -3793,7 +3791,8 @@ static int is_taken(int fd)
 #endif
 }
 
-/* What a run before has written; a line that it was killed in is cut off. */
+/* Open the output of an earlier run, and record what it answered.  A torn last
+ * line is cut off.  Two processes with one file would answer lines twice. */
 static int open_resumed(struct batch *b)
 {
     const char *path = b->out_name = b->e.s->resume;
@@ -3801,19 +3800,21 @@ static int open_resumed(struct batch *b)
     struct source from = { .fd = fd };
     struct piece line;
     struct stat st;
-    int code = DONE;
+    off_t end = 0;                        /* of the last whole line          */
+    int code = DONE, n = 0;
 
     b->out = fd;
     if (fd < 0 || fstat(fd, &st) != 0)
         return say(BAD_FILE, "%s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode))
         return say(BAD_FILE, "%s: not a regular file", path);
-    if (is_taken(fd))
+    if (another_has_lock(fd))
         return say(BAD_FILE, "%s: another process is writing to it", path);
     while (code == DONE && next_line(&from, 1, &line))
-        if (!from.torn || !is_ours(&line))
-            code = know_line(b, &line, from.line);
-        else if (ftruncate(fd, st.st_size - (off_t)line.n) != 0)
+        if (!from.torn || !is_ours(&line)) {
+            code = add_known(b, &line, from.line);
+            end = from.end;
+        } else if (ftruncate(fd, end) != 0)
             from.error = errno;
     if (code == DONE && from.error)
         code = say(BAD_FILE, "%s: %s", path, strerror(from.error));
@@ -3825,37 +3826,25 @@ static int open_resumed(struct batch *b)
                     b->failed_before).s);
     if (b->n_known > 0)
         qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_id);
+    for (int i = 0; i < b->n_known; i++)
+        if (n > 0 && by_id(&b->known[n - 1], &b->known[i]) == 0) {
+            b->known[n - 1].n++;
+            free(b->known[i].id.s);
+        } else
+            b->known[n++] = b->known[i];
+    b->n_known = n;
     return code;
-}
-
-/* Is the answer with this id there already?  Each is taken once. */
-static int take_known(struct batch *b, const struct text *id)
-{
-    const struct known asked = { .id = *id };
-    int from = 0, to = b->n_known;        /* the first of these ids          */
-
-    while (from < to) {
-        const int at = from + (to - from) / 2;
-        if (by_id(&b->known[at], &asked) < 0)
-            from = at + 1;
-        else
-            to = at;
-    }
-    if (to < b->n_known)
-        to += b->known[from].n_taken;
-    if (to == b->n_known || by_id(&b->known[to], &asked) != 0)
-        return 0;
-    b->known[from].n_taken++;
-    return 1;
 }
 
 /* ---- many requests */
 
-/* A line becomes a job, or is left to an earlier run. */
+/* Turn a line into a job, unless an earlier run has answered it.  Each earlier
+ * answer accounts for one line with its id. */
 static void add_entry(struct batch *b, const struct piece *line)
 {
     const char *const end = line->s + line->n;
     struct entry *x = &b->entry[(b->first + b->n_entries) % b->n_ring];
+    struct known *known = NULL;
     struct text text = { 0 };
     struct pool pool = { 0 };
     struct json *whole = NULL;
@@ -3863,7 +3852,7 @@ static void add_entry(struct batch *b, const struct piece *line)
     int code;
 
     *x = (struct entry){
-        .batch = b, .line = b->in.line, .end = b->in.taken,
+        .batch = b, .line = b->in.line, .end = b->in.end,
         .job = { .q = b->e.s->ask, .to = &to_line, .owner = x }
     };
     add_format(&x->id, "line-%lld", x->line);
@@ -3876,14 +3865,18 @@ static void add_entry(struct batch *b, const struct piece *line)
     else if (begins(line->s, end, "\xff\xfe") ||
              begins(line->s, end, "\xfe\xff"))
         code = because(&why, USAGE, "UTF-16, expected UTF-8: iconv -f UTF-16 "
-                       "-t UTF-8 makes it of this file");
+                       "-t UTF-8 converts the file");
     else
         code = json_parse(&pool, text.s, text.n, &whole, &why);
     free(text.s);
     if (code == DONE)
         code = read_entry(b, x, whole, &why);
     pool_free(&pool);
-    if (take_known(b, &x->id)) {
+    if (b->n_known > 0)
+        known = bsearch(&(struct known){ .id = x->id }, b->known,
+                        (size_t)b->n_known, sizeof *known, by_id);
+    if (known && known->n > 0) {
+        known->n--;
         b->skipped++;
         free_entry(x);
         return;
@@ -3901,10 +3894,10 @@ static void report_progress(struct batch *b, int last)
     const double now = seconds(), took = now - b->started + 1e-9;
     const double part = b->size > 0 ? b->written / b->size : 0;
 
-    if (!last && now - b->beat < 10)
+    if (!last && now - b->reported < 10)
         return;
-    b->beat = now;
-    note("%lld answered, %lld failed, %lld were there; %.1f tok/s, %.0f s%s",
+    b->reported = now;
+    note("%lld answered, %lld failed, %lld skipped; %.1f tok/s, %.0f s%s",
          b->done, b->failed, b->skipped, b->tokens / took, took,
          !last && part > 0 && part < 1 ?
          phrase(", %.0f %%, %.0f s to go", part * 100,
@@ -3915,15 +3908,15 @@ static void report_progress(struct batch *b, int last)
                                      b->guessed, b->right).s : "");
 }
 
-/* Lines are read while there is room, and waited for only if there is nothing
- * else to do.  What is finished is written in the order of the input, each line
- * at once, if that is possible, so that it is whole or not there. */
+/* Lines are read while the ring has room; the loop waits for them only if there
+ * is nothing else to do.  Answers are written in the order of the input, each
+ * with one write() if possible, so that no line of output is partial. */
 static int run_batch(struct batch *b)
 {
     struct piece line;
     int code = DONE;
 
-    for (;;) {
+    while (code == DONE) {
         while (b->n_entries < b->n_ring &&
                next_line(&b->in, b->n_entries == 0, &line))
             if (strspn(line.s, " \t\r") < line.n &&
@@ -3936,7 +3929,7 @@ static int run_batch(struct batch *b)
                 x->out.n = drop_controls(x->out.s, x->out.n);
             if (write_all(b->out, x->out.s, x->out.n) != 0)
                 code = say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
-            b->written = x->end;
+            b->written = (double)x->end;
             free_entry(x);
             b->first = (b->first + 1) % b->n_ring;
             b->n_entries--;
@@ -3945,9 +3938,8 @@ static int run_batch(struct batch *b)
                                             b->in.at == b->in.buf.n))
             break;
         code = engine_step(&b->e);
-        if (code != DONE)
-            break;
-        report_progress(b, 0);
+        if (code == DONE)
+            report_progress(b, 0);
     }
     if (code == DONE && interrupted)
         code = INTERRUPTED;
@@ -3958,7 +3950,7 @@ static int run_batch(struct batch *b)
     return code;
 }
 
-/* The shard is I/N, counted from 0. */
+/* --shard I/N: every N-th line, starting at line I, counted from 0. */
 static int open_batch(struct batch *b)
 {
     const struct settings *s = b->e.s;
@@ -3993,7 +3985,7 @@ static int batch(const struct settings *s)
     int code = open_batch(&b);
 
     if (code == DONE) {
-        b.started = b.beat = seconds();
+        b.started = b.reported = seconds();
         running = b.e.ctx;
         code = run_batch(&b);
         running = NULL;
@@ -5197,7 +5189,7 @@ static int listen_at_path(struct server *v, const char *path)
     strcpy(a.sun_path, path);
     lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT | O_NOFOLLOW,
                 0600);
-    if (lock >= 0 && is_taken(lock))
+    if (lock >= 0 && another_has_lock(lock))
         errno = EADDRINUSE, lock = -1;
     if (lock < 0)
         return -1;
