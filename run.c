@@ -2849,28 +2849,29 @@ static int read_request(struct engine *e, struct request *q,
 
 /* ----------------------------------------- 7. Answers, conversations, sessions
  *
- * The prompt is made anew of all messages for every turn.  What the cache has
- * of it is not computed again. */
+ * Every turn renders the whole conversation into a new prompt.  Tokens that are
+ * still in the cache are not computed again. */
 
+/* A conversation with the user at the command line. */
 struct talk {
     struct engine *e;
-    struct pool pool;                     /* of all JSON here                */
+    struct pool pool;                     /* holds the JSON below            */
     struct json messages;                 /* an array                        */
-    const struct json *body, *tools;      /* NULL: none                      */
-    int grown;                            /* beyond what the body is about   */
+    const struct json *body, *tools;      /* of --messages; NULL: none       */
+    int grown;                            /* has messages not from the body  */
     struct rendered prompt;
     struct job job;
     struct printer printer;
 };
 
-/* An error of a file, or of no file. */
+/* Report what is wrong; `path` is the file at fault, or NULL. */
 static int blame(int code, const char *path, const struct why *why)
 {
     return say(code, "%s%s%s", path ? path : "", path ? ": " : "", why->s);
 }
 
-/* Where the last message hangs if it is of this role; else, and for NULL, where
- * another one would. */
+/* The link to the last message if it has this role; otherwise, or if the role
+ * is NULL, the link where the next message goes. */
 static struct json **last_of(struct talk *t, const char *role)
 {
     struct json **at = &t->messages.first;
@@ -2880,7 +2881,7 @@ static struct json **last_of(struct talk *t, const char *role)
     return at;
 }
 
-/* By way of its JSON, which has UTF-8 in the place of any bytes. */
+/* The message is written as JSON and parsed, which replaces invalid UTF-8. */
 static int add_message(struct talk *t, const char *role, const char *s,
                        size_t n)
 {
@@ -2899,14 +2900,14 @@ static int add_message(struct talk *t, const char *role, const char *s,
     return DONE;
 }
 
-/* Is the last message an answer that is not to go on? */
-static int ends_answered(struct talk *t)
+/* Is the last message an answer that is not to be continued? */
+static int ends_with_answer(struct talk *t)
 {
-    int go_on = 0;
+    int continues = 0;
 
     if (!t->grown)
-        json_bool(given(t->body, "continue_final_message"), &go_on);
-    return !go_on && *last_of(t, "assistant");
+        json_bool(given(t->body, "continue_final_message"), &continues);
+    return !continues && *last_of(t, "assistant");
 }
 
 static int read_json(struct pool *pool, const char *path, struct json **out)
@@ -2922,7 +2923,7 @@ static int read_json(struct pool *pool, const char *path, struct json **out)
     return code;
 }
 
-/* The JSON of a file: an array, or an object with one under this key. */
+/* Read a JSON file that holds an array, or an object with one under `key`. */
 static int read_list(struct talk *t, const char *path, const char *key,
                      const struct json **whole, const struct json **list)
 {
@@ -2934,11 +2935,11 @@ static int read_list(struct talk *t, const char *path, const char *key,
     *whole = v;
     *list = v->type == JSON_OBJECT ? json_get(v, key) : v;
     return json_is(*list, JSON_ARRAY) ? DONE :
-           say(USAGE, "%s: expected a JSON array, or an object with one as "
-               "\"%s\"", path, key);
+           say(USAGE, "%s: expected a JSON array, or an object with one "
+               "under \"%s\"", path, key);
 }
 
-/* The messages and tools that options name, and what is asked besides. */
+/* Read the files of --messages and --tools, and settle how to answer. */
 static int read_talk(struct talk *t)
 {
     const struct settings *s = t->e->s;
@@ -2949,7 +2950,7 @@ static int read_talk(struct talk *t)
 
     t->messages.type = JSON_ARRAY;
     *q = s->ask;
-    q->prompt_logprobs = q->logprobs;
+    q->prompt_logprobs = q->logprobs;     /* --logprobs asks for both        */
     q->is_completion = t->e->template == TEMPLATE_NONE;
     if (s->messages)
         code = read_list(t, s->messages, "messages", &t->body, &list);
@@ -2971,17 +2972,19 @@ static int read_talk(struct talk *t)
            blame(code, s->messages ? s->messages : s->tools, &why);
 }
 
-/* The prompt of all messages so far; `path` is where they are from, or NULL. */
+/* Build t->job.q.prompt from all messages; `path` is their file, or NULL. */
 static int prompt_talk(struct talk *t, const char *path)
 {
     struct why why;
-    const int code = make_prompt(t->e, &t->job.q, &t->messages, t->tools,
-                                 t->body, t->grown, &t->prompt, &why);
+    int code;
 
+    free_reply(&t->job.r);                /* it refers to the old prompt     */
+    code = make_prompt(t->e, &t->job.q, &t->messages, t->tools, t->body,
+                       t->grown, &t->prompt, &why);
     return code == DONE ? DONE : blame(code, path, &why);
 }
 
-/* What the user says next, behind the system prompt if it is the first. */
+/* Add the user's next message; the system prompt goes before the first. */
 static int ask(struct talk *t, const struct text *question)
 {
     const struct settings *s = t->e->s;
@@ -3004,65 +3007,58 @@ static int ask(struct talk *t, const struct text *question)
 
 /* ---- one answer */
 
-/* With -v, why it is not faster: what had to be read for every token. */
+/* Print the speed of an answer, and what limits it: bytes read per token. */
 static void print_speed(const struct talk *t)
 {
     const struct engine *e = t->e;
     const struct reply *r = &t->job.r;
     const struct cost cost = count_cost(e->model, e->par.kv_type);
     const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
+    const double prompt = prompt_speed(r), answer = answer_speed(r);
+    const double rate = bytes * r->n_steps / (r->ended - r->read);
     const double own = anonymous_memory();
-    const int n_new = r->q->prompt.n - r->n_reused;
 
     note("prompt of %d tokens, %d of them new%s; answer of %d tokens%s",
-         r->q->prompt.n, n_new, isfinite(prompt_speed(r)) ?
-         phrase(", %.1f tok/s", prompt_speed(r)).s : "", r->n_made,
-         isfinite(answer_speed(r)) ?
-         phrase(", %.1f tok/s", answer_speed(r)).s : "");
-    note("a token reads %s of weights and cache%s; memory %s%s",
-         amount(bytes, "B").s, r->n_steps > 0 && r->ended > r->read ?
-         phrase(", %s/s", amount(bytes * r->n_steps / (r->ended - r->read),
-                                 "B").s).s : "", amount(peak_memory(), "B").s,
-         own > 0 ? phrase(", of it %s not the file's", amount(own, "B").s).s :
-         "");
+         r->q->prompt.n, r->q->prompt.n - r->n_reused,
+         isfinite(prompt) ? phrase(", %.1f tok/s", prompt).s : "", r->n_made,
+         isfinite(answer) ? phrase(", %.1f tok/s", answer).s : "");
+    note("each token reads %s of weights and cache%s; memory %s%s",
+         amount(bytes, "B").s, isfinite(answer) ?
+         phrase(", %s/s", amount(rate, "B").s).s : "",
+         amount(peak_memory(), "B").s, own > 0 ?
+         phrase(", %s of it not from the file", amount(own, "B").s).s : "");
     if (r->n_guessed > 0)
         note("guessed %d tokens, %d of them right", r->n_guessed, r->n_right);
     if (r->n_again > 0)
-        note("%d tokens did not fit the schema; to find those that did took "
-             "%.2f ms each", r->n_again, r->again * 1e3 / r->n_again);
+        note("%d tokens did not fit the schema; finding others took %.2f ms "
+             "each", r->n_again, r->again * 1e3 / r->n_again);
 }
 
-static void print_more(struct job *j)
-{
-    struct talk *t = j->owner;
-
-    if (!t->e->s->json)
-        print_reply(&t->printer, &j->r);
-}
-
-/* The whole answer; also one that was interrupted. */
+/* Print what is new in an answer; with --json, nothing until it has ended. */
 static void print_answer(struct job *j)
 {
     struct talk *t = j->owner;
     const struct engine *e = t->e;
     struct text out = { 0 };
 
-    if (!e->s->json) {
+    if (!e->s->json && j->state == FINISHED)
         print_end(&t->printer, &j->r);
-        return;
+    else if (!e->s->json)
+        print_reply(&t->printer, &j->r);
+    else if (j->state == FINISHED) {
+        add_completion(e, &out, j, 1, j->id, (long long)time(NULL));
+        add_origin(e, &out, j, t->tools && t->tools->first &&
+                   template_is_dated(e->template));
+        add_string(&out, "}\n");
+        show_text(&out);
+        free(out.s);
+        t->printer.code = flush_output(DONE);
     }
-    add_completion(e, &out, j, 1, j->id, (long long)time(NULL));
-    add_origin(e, &out, j, t->tools && t->tools->first &&
-               template_is_dated(e->template));
-    add_string(&out, "}\n");
-    show_text(&out);
-    free(out.s);
-    t->printer.code = flush_output(DONE);
 }
 
-static const struct sink to_user = { print_more, print_answer };
+static const struct sink to_user = { print_answer, print_answer };
 
-/* Answer t->job.q.prompt.  What was said before an interruption stays. */
+/* Answer t->job.q.prompt.  If interrupted, keep what was generated so far. */
 static int run_reply(struct talk *t)
 {
     struct engine *e = t->e;
@@ -3070,7 +3066,6 @@ static int run_reply(struct talk *t)
     struct why why;
     int code;
 
-    free_reply(&j->r);
     t->printer = start_printer(e->s);
     j->to = &to_user;
     j->owner = t;
@@ -3086,7 +3081,7 @@ static int run_reply(struct talk *t)
     while (code == DONE && j->state != FINISHED) {
         code = engine_step(e);
         if (code == INTERRUPTED && !interrupted)
-            code = DONE;                  /* meant for the answer before     */
+            code = DONE;                  /* a Ctrl-C for the last answer    */
         code = code == DONE ? t->printer.code : code;
     }
     running = NULL;
@@ -3107,7 +3102,7 @@ static int run_reply(struct talk *t)
     return code == DONE ? t->printer.code : code;
 }
 
-/* Fill t->job.q.prompt from what the options name. */
+/* Build t->job.q.prompt from the options. */
 static int prepare_prompt(struct talk *t)
 {
     struct engine *e = t->e;
@@ -3124,12 +3119,13 @@ static int prepare_prompt(struct talk *t)
     else if (code == DONE && (s->messages || (code = ask(t, &text)) == DONE))
         code = prompt_talk(t, s->messages);
     free(text.s);
-    if (code == DONE && s->messages && s->mode == ANSWER && ends_answered(t))
-        note("%s: the last message is the assistant's, expected one of the "
-             "user", s->messages);
+    if (code == DONE && s->messages && s->mode == ANSWER && ends_with_answer(t))
+        note("%s: the last message is the assistant's, expected the user's",
+             s->messages);
     return code;
 }
 
+/* --logits: a row of little-endian floats for every token of the prompt. */
 static int write_logits(struct talk *t)
 {
     const struct engine *e = t->e;
@@ -3159,52 +3155,56 @@ static int write_logits(struct talk *t)
 
 /* ---- sessions
  *
- * What --session keeps between runs, all little-endian:
+ * What --session keeps between runs, all numbers little-endian:
  *
  *     "LFM2SES1"
  *     u64 n | the conversation: n bytes of JSON, an array of messages
- *     u64 n | n token ids in the cache, u32
- *     u64 hash of all before (FNV-1a)
- *     u64 n | the sequence, as lfm2_seq_save() writes it, with its own check
+ *     u64 n | the token ids in the cache: n times u32
+ *     u64     FNV-1a hash of everything above
+ *     u64 n | the sequence: n bytes from lfm2_seq_save(), with its own checksum
  *
- * If only the sequence does not fit, as another model's, the conversation is
- * read again.  A file that is anything else is left alone. */
+ * A sequence that cannot be used, for example with another model, is computed
+ * again.  A damaged session, or any other file, is never overwritten. */
 
 static const char session_magic[] = "LFM2SES1";
 
-/* Put n times `each` bytes of a file behind a text, if it has as many left. */
+/* Append n items of `each` bytes from a file to a text.  Counts in a file
+ * cannot be trusted, so nothing is allocated unless the file is that long. */
 static int take(FILE *f, uint64_t n, uint64_t each, struct text *to)
 {
     const off_t at = ftello(f);
     struct stat st;
-    size_t size, got;
+    size_t size;
 
     if (at < 0 || fstat(fileno(f), &st) != 0 || st.st_size < at ||
         n > (uint64_t)(st.st_size - at) / each || n > SIZE_MAX / 2 / each)
         return 0;
     size = (size_t)(n * each);
     reserve(to, size);
-    got = fread(to->s + to->n, 1, size, f);
-    to->n += got;
-    return got == size;
+    to->n += size;
+    return fread(to->s + to->n - size, 1, size, f) == size;
 }
 
-/* The u64 at its end. */
-static uint64_t last_number(const struct text *t)
+/* Append a count, and that many items. */
+static int take_array(FILE *f, uint64_t each, struct text *to, uint64_t *n)
 {
-    return get_le((const unsigned char *)t->s + t->n - 8, 8);
+    if (!take(f, 8, 1, to))
+        return 0;
+    *n = get_le((unsigned char *)to->s + to->n - 8, 8);
+    return take(f, *n, each, to);
 }
 
-/* The cache of a session with n token ids.  Why there is nothing in it, or
- * NULL. */
-static const char *take_state(struct engine *e, const char *ids, uint64_t n,
-                              const struct text *state, lfm2_error *err)
+/* Load a saved sequence of n tokens.  Returns NULL, or why it cannot be used;
+ * then the cache is empty. */
+static const char *load_sequence(struct engine *e, const char *ids, uint64_t n,
+                                 const char *saved, uint64_t size,
+                                 lfm2_error *err)
 {
     const uint64_t n_vocab = (uint64_t)lfm2_model_config(e->model)->n_vocab;
     struct ids *to = &e->slot[0].cached;
     int good;
 
-    if (lfm2_seq_load(e->ctx, 0, state->s, state->n, err) != LFM2_OK)
+    if (lfm2_seq_load(e->ctx, 0, saved, size, err) != LFM2_OK)
         return err->msg;
     good = n == (uint64_t)lfm2_seq_len(e->ctx, 0);
     for (uint64_t i = 0; good && i < n; i++) {
@@ -3213,50 +3213,47 @@ static const char *take_state(struct engine *e, const char *ids, uint64_t n,
         to->id[i] = (int32_t)id;
     }
     to->n = good ? (int)n : lfm2_seq_trim(e->ctx, 0, 0);
-    return good ? NULL : "its tokens are not those of its state";
+    return good ? NULL : "its tokens do not match its sequence";
 }
 
-/* Go on where a session left off.  Nothing is read before it is known to be
- * there, as the file may be anything. */
+/* Restore a session from a file that begins with the magic. */
 static int restore(struct talk *t, FILE *f)
 {
     const char *path = t->e->s->session, *why_not;
-    struct text head = { 0 }, state = { 0 };
-    struct json *said = NULL;
-    uint64_t n_said = 0, n_ids = 0;
-    size_t n;
+    struct text all = { 0 };
+    struct json *messages = NULL;
+    uint64_t n_json = 0, n_ids = 0, n_saved = 0;
+    size_t n_hashed;
     struct why why;
     lfm2_error err;
-    int good = take(f, 16, 1, &head) &&
-               take(f, n_said = last_number(&head), 1, &head) &&
-               take(f, 8, 1, &head) &&
-               take(f, n_ids = last_number(&head), 4, &head);
+    int good = take(f, 8, 1, &all) && take_array(f, 1, &all, &n_json) &&
+               take_array(f, 4, &all, &n_ids);
 
-    n = head.n;
-    good = good && take(f, 16, 1, &head) &&
-           get_le((unsigned char *)head.s + n, 8) ==
-           hash_bytes(HASH_START, head.s, n) &&
-           take(f, last_number(&head), 1, &state) && getc(f) == EOF &&
-           json_parse(&t->pool, head.s + 16, (size_t)n_said, &said, &why) ==
-           DONE && json_is(said, JSON_ARRAY);
+    n_hashed = all.n;
+    good = good && take(f, 8, 1, &all) &&
+           get_le((unsigned char *)all.s + n_hashed, 8) ==
+           hash_bytes(HASH_START, all.s, n_hashed) &&
+           take_array(f, 1, &all, &n_saved) && getc(f) == EOF &&
+           json_parse(&t->pool, all.s + 16, (size_t)n_json, &messages, &why) ==
+           DONE && json_is(messages, JSON_ARRAY);
     if (!good)
-        say(BAD_FILE, "%s: this session is cut or damaged; it is left as it is",
-            path);
+        say(BAD_FILE, "%s: this session is truncated or damaged; it is left as "
+            "it is", path);
     else {
         if (!t->e->s->messages)
-            t->messages = *said;
-        why_not = take_state(t->e, head.s + 24 + n_said, n_ids, &state, &err);
+            t->messages = *messages;
+        why_not = load_sequence(t->e, all.s + 24 + n_json, n_ids,
+                                all.s + n_hashed + 16, n_saved, &err);
         if (why_not)
             note("%s: the conversation is read again: %s", path, why_not);
         else if (t->e->s->verbose)
             note("%s: %d tokens", path, t->e->slot[0].cached.n);
     }
-    free(head.s);
-    free(state.s);
+    free(all.s);
     return good ? DONE : BAD_FILE;
 }
 
-/* A file that is not there yet, or empty, begins a session. */
+/* A file that does not exist yet, or is empty, starts a new session. */
 static int load_session(struct talk *t)
 {
     const struct settings *s = t->e->s;
@@ -3274,7 +3271,7 @@ static int load_session(struct talk *t)
     } else if (n > 0)
         code = say(BAD_FILE, "%s: %s; it is left as it is", path, n == 8 &&
                    memcmp(head, "LFM2", 4) == 0 ? "a session of another "
-                   "version of this program" : "no session");
+                   "version of this program" : "not a session");
     else if (code == DONE && (f ? ferror(f) : errno != ENOENT))
         code = say(BAD_FILE, "%s: %s", path, strerror(errno));
     if (f)
@@ -3287,34 +3284,30 @@ static int save_session(struct talk *t)
     const struct engine *e = t->e;
     const struct ids *ids = &e->slot[0].cached;
     const uint64_t n = lfm2_seq_state_size(e->ctx, 0);
-    struct text part[2] = { { 0 } };
-    struct text *const head = &part[0], *const state = &part[1];
+    struct text all = { 0 };
     lfm2_error err;
     int code;
 
-    add_string(head, session_magic);
-    add_le(head, 0, 8);
-    add_json(head, &t->messages);
-    put_le((unsigned char *)head->s + 8, head->n - 16, 8);
-    add_le(head, (uint64_t)ids->n, 8);
+    add_string(&all, session_magic);
+    add_le(&all, 0, 8);                   /* the length of what follows      */
+    add_json(&all, &t->messages);
+    put_le((unsigned char *)all.s + 8, all.n - 16, 8);
+    add_le(&all, (uint64_t)ids->n, 8);
     for (int i = 0; i < ids->n; i++)
-        add_le(head, (uint32_t)ids->id[i], 4);
-    add_le(head, hash_bytes(HASH_START, head->s, head->n), 8);
-    add_le(head, n, 8);
-    reserve(state, n < SIZE_MAX ? (size_t)n : SIZE_MAX);
-    state->n = (size_t)n;
-    if (lfm2_seq_save(e->ctx, 0, state->s, n, &err) != LFM2_OK)
-        code = report(e->s->session, &err);
-    else
-        code = keep_file(e->s->session, part, 2);
-    free(head->s);
-    free(state->s);
+        add_le(&all, (uint32_t)ids->id[i], 4);
+    add_le(&all, hash_bytes(HASH_START, all.s, all.n), 8);
+    add_le(&all, n, 8);
+    reserve(&all, n < SIZE_MAX ? (size_t)n : SIZE_MAX);
+    code = lfm2_seq_save(e->ctx, 0, all.s + all.n, n, &err);
+    all.n += (size_t)n;
+    code = code != LFM2_OK ? report(e->s->session, &err) :
+           keep_file(e->s->session, &all, 1);
+    free(all.s);
     return code;
 }
 
-/* Add an answer to the conversation, together with what the prompt had of it,
- * and keep them in the session.  An empty one is added only if the model ended
- * it. */
+/* Add the answer to the conversation, including the part already in the prompt,
+ * and save the session.  An empty answer counts only if the model ended it. */
 static int keep_answer(struct talk *t)
 {
     const struct rendered *p = &t->prompt;
@@ -3324,7 +3317,7 @@ static int keep_answer(struct talk *t)
     int code = DONE;
 
     if (r->n_made > 0 || r->finish == STOPPED) {
-        if (!ends_answered(t))
+        if (!ends_with_answer(t))
             *last_of(t, "assistant") = NULL;
         add(&whole, from, (size_t)(p->text.s + p->text.n - from));
         add(&whole, r->raw.s, r->raw.n);
@@ -3334,7 +3327,7 @@ static int keep_answer(struct talk *t)
     return code == DONE && t->e->s->session ? save_session(t) : code;
 }
 
-/* Anything that answers with a model, but --batch. */
+/* The modes with one prompt: an answer, a chat, --logits and the dumps. */
 static int work_on_model(const struct settings *s)
 {
     struct engine e = { .s = s };
@@ -3343,7 +3336,7 @@ static int work_on_model(const struct settings *s)
     int code = open_engine(&e), kept = DONE;
 
     if (code == DONE && s->mode == CHAT && e.template == TEMPLATE_NONE)
-        code = usage("no prompt given, and no chat without a template");
+        code = usage("no prompt given, and a chat needs a chat template");
     if (code == DONE)
         code = read_talk(&t);
     if (code == DONE && s->session)
@@ -3378,10 +3371,10 @@ static int work_on_model(const struct settings *s)
 
 /* ------------------------------------------------------------------- 8. Chat
  *
- * At a terminal or, with -cnv, from a pipe, where no prompt is shown. */
+ * At a terminal or, with -cnv, from a pipe; then no "> " is shown. */
 
-/* Answer the messages so far.  A turn that cannot be answered is taken back.
- * Each has a seed of its own. */
+/* Answer the messages so far.  A message that cannot be answered, such as one
+ * that is too long, is removed.  Every turn has its own seed. */
 static int answer_turn(struct talk *t)
 {
     int code = prompt_talk(t, NULL);
@@ -3400,7 +3393,7 @@ static int answer_turn(struct talk *t)
     return keep_answer(t);
 }
 
-/* Replace the system prompt; one without text is taken away. */
+/* Replace the system prompt; an empty text removes it. */
 static int set_system(struct talk *t, const char *text)
 {
     struct json *rest = t->messages.first;
@@ -3415,14 +3408,14 @@ static int set_system(struct talk *t, const char *text)
     return code;
 }
 
-/* After an error that a file cannot be opened: the sandbox may be why. */
+/* When a file could not be opened, say if the sandbox may be the reason. */
 static void blame_sandbox(const struct settings *s)
 {
     const int error = errno;
     const char *dir = save_dir(s);
 
     if (s->sandbox != SANDBOX_OFF && (error == EACCES || error == EPERM))
-        say(DONE, "in this sandbox a chat opens %s%s; --save-dir DIR names a "
+        say(DONE, "the sandbox lets a chat open %s%s; --save-dir DIR names a "
             "directory", dir ? "files only in " : "no files", dir ? dir : "");
 }
 
@@ -3442,7 +3435,7 @@ static void save_talk(const struct talk *t, const char *path)
     free(out.s);
 }
 
-/* A file that is no conversation leaves the one there is. */
+/* If the file does not hold a conversation, keep the current one. */
 static void load_talk(struct talk *t, const char *path)
 {
     const struct json had = t->messages, *body = t->body, *whole, *list;
@@ -3462,53 +3455,53 @@ static void load_talk(struct talk *t, const char *path)
 }
 
 static const char chat_help[] =
-    "Type a message, and its answer follows.  \"\"\" begins and ends one of "
-    "several\nlines, a \\ at the end of a line goes on with the next, and a "
-    "message may begin\nwith a blank where it would be a command.  Ctrl-C "
-    "stops an answer.\n"
+    "Type a message and press Enter.  \"\"\" begins and ends a message of "
+    "several lines;\na \\ at the end of a line continues it on the next; a "
+    "space before a / makes the\nline a message, not a command.  Ctrl-C stops "
+    "an answer.\n"
     "  /help         this text\n"
     "  /clear        forget the conversation\n"
-    "  /regen        answer the last message once more\n"
+    "  /regen        answer the last message again\n"
     "  /system TEXT  change the system prompt\n"
     "  /save FILE    write the conversation as JSON\n"
-    "  /load FILE    go on with one\n"
+    "  /load FILE    continue a saved conversation\n"
     "  /stats        tokens, speed and memory\n"
-    "  /quit         leave; so does Ctrl-D\n";
+    "  /quit         quit; so does Ctrl-D\n";
 
-/* In the order of their words. */
+/* In the order of `commands`. */
 enum { DO_HELP, DO_CLEAR, DO_REGEN, DO_SYSTEM, DO_SAVE, DO_LOAD, DO_STATS };
 
 static const char commands[] =
     "/help /clear /regen /system /save /load /stats /quit /exit /bye";
 
-/* A line that begins with / .  Returns -1 to leave. */
-static int obey(struct talk *t, const char *line)
+/* Execute a line that begins with /.  Returns -1 to quit. */
+static int do_command(struct talk *t, const char *line)
 {
     const size_t n = strcspn(line, " ");
     const char *rest = line + n + strspn(line + n, " ");
-    const int is = find_word(commands, ' ', phrase("%.*s", (int)n, line).s);
+    const int which = find_word(commands, ' ', phrase("%.*s", (int)n, line).s);
 
-    if (is < 0)
+    if (which < 0)
         say(DONE, "%.*s: no such command; /help lists them", (int)n, line);
-    else if (is == DO_HELP)
+    else if (which == DO_HELP)
         fputs(chat_help, stderr);
-    else if (is == DO_CLEAR) {
+    else if (which == DO_CLEAR) {
         t->messages.first = NULL;
         t->body = NULL;
-    } else if (is == DO_REGEN) {
+    } else if (which == DO_REGEN) {
         *last_of(t, "assistant") = NULL;
         if (*last_of(t, "user"))
             return answer_turn(t);
         say(DONE, "there is no message to answer");
-    } else if (is == DO_SYSTEM)
+    } else if (which == DO_SYSTEM)
         return set_system(t, rest);
-    else if (is < DO_STATS && !rest[0])
+    else if (which < DO_STATS && !rest[0])
         say(DONE, "%.*s needs a file", (int)n, line);
-    else if (is == DO_SAVE)
+    else if (which == DO_SAVE)
         save_talk(t, rest);
-    else if (is == DO_LOAD)
+    else if (which == DO_LOAD)
         load_talk(t, rest);
-    else if (is == DO_STATS) {
+    else if (which == DO_STATS) {
         say(DONE, "%d of %d tokens in the context", t->e->slot[0].cached.n,
             t->e->par.n_ctx);
         print_settings(t->e);
@@ -3523,22 +3516,22 @@ static int chat(struct talk *t)
 {
     const struct settings *s = t->e->s;
     const struct piece name = model_name(t->e);
-    const int shows = isatty(STDIN_FILENO);
+    const int is_terminal = isatty(STDIN_FILENO);
     struct text line = { 0 };
     int code = DONE, got = 0;
 
-    if (shows)
-        note("%.*s; /help lists commands, Ctrl-D leaves", (int)name.n, name.s);
+    if (is_terminal)
+        note("%.*s; /help lists commands, Ctrl-D quits", (int)name.n, name.s);
     if (s->prompt || s->file || s->messages) {
         code = prepare_prompt(t);
-        if (code == DONE && !ends_answered(t))
+        if (code == DONE && !ends_with_answer(t))
             code = answer_turn(t);
     }
-    while (code == DONE && (got = read_message(&line, shows)) > 0) {
+    while (code == DONE && (got = read_message(&line, is_terminal)) > 0) {
         if (line.n == 0)
             continue;
         if (line.s[0] == '/' && !strchr(line.s, '\n'))
-            code = obey(t, line.s);
+            code = do_command(t, line.s);
         else if ((code = ask(t, &line)) == DONE)
             code = answer_turn(t);
         else if (code == USAGE)
