@@ -3999,15 +3999,14 @@ static int batch(const struct settings *s)
 
 /* -------------------------------------------------------------- 10. --serve
  *
- * OpenAI's API over HTTP/1.1, for many clients at once.  One thread serves the
- * sockets and moves all answers on by one forward, in turns.  A body is read
- * like a line of --batch, and answered in the same bytes.
+ * OpenAI's API over HTTP/1.1, for many clients at once.  A single thread serves
+ * the sockets and runs one forward for all answers, in turns.  A body is read
+ * like a line of --batch, and gets the same answer to the byte.
  *
- * Clients are strangers.  What they send is bounded in size and time, and read
- * strictly: a request that two programs could read in two ways is refused, as
- * one in front of this might see another request in it.  A client costs a fixed
- * amount of memory at most, and one that does not read what it asked for is
- * dropped. */
+ * Clients are not trusted.  Their input is limited in size and time, and parsed
+ * strictly: a request that could be parsed in two ways is refused, as a proxy
+ * in front of this server might see another request in it.  The memory for each
+ * client is bounded, and one that does not read its answer is disconnected. */
 
 #if !defined __wasi__ || defined LFM2_PAGE
 
@@ -4024,47 +4023,47 @@ long syscall(long number, ...);           /* not in POSIX                    */
 
 enum {
     MAX_CLIENTS = 1056, MAX_CHOICES = 128,
-    MAX_HEAD = 1 << 14, MAX_FIELDS = 100, /* of a request                    */
-    MAX_CHUNK_LINE = 256,
-    MAX_TOKENIZED = 1 << 20,              /* bytes, as nobody else is served */
-    MAX_UNSENT = 1 << 22, MAX_AHEAD = 1 << 16,
-    MAX_HELD = 1 << 30,                   /* bytes, for all clients together */
+    MAX_HEAD = 1 << 14, MAX_FIELDS = 100, MAX_CHUNK_LINE = 256,
+    MAX_TOKENIZED = 1 << 20,              /* bytes, as other clients wait    */
+    MAX_UNSENT = 1 << 22,                 /* bytes of a stream               */
+    MAX_AHEAD = 1 << 16,                  /* bytes not parsed yet            */
+    MAX_HELD = 1 << 30,                   /* bytes in buffers of all clients */
     SERVE_BATCH = 512                     /* so that no step takes too long  */
 };
 
-/* Seconds. */
+/* In seconds.  IDLE_TIME_FULL is for when all places are taken. */
 enum {
-    HEAD_TIME = 10, BODY_TIME = 60, IDLE_TIME = 60, FULL_TIME = 1,
-    SEND_TIME = 30, LINGER_TIME = 3, SIGN_OF_LIFE = 10, DRAIN_TIME = 30
+    HEAD_TIME = 10, BODY_TIME = 60, IDLE_TIME = 60, IDLE_TIME_FULL = 1,
+    SEND_TIME = 30, LINGER_TIME = 3, PING_TIME = 10, DRAIN_TIME = 30
 };
 
-/* How long things took: how many up to edges[i] seconds, and the sum. */
-static const double edges[] = { 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
-                                10, 30, 60 };
+/* The upper bounds of a histogram's buckets, in seconds; the last has none. */
+static const double buckets[] = { 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
+                                  10, 30, 60 };
 
-enum { N_EDGES = sizeof edges / sizeof *edges };
+enum { N_BUCKETS = sizeof buckets / sizeof *buckets };
 
-struct histogram { uint64_t n[N_EDGES + 1]; double sum; };
+struct histogram { uint64_t n[N_BUCKETS + 1]; double sum; };
 
-/* What a status means, what to say with it where nothing else is said, what
- * kind of error it is, if not an invalid_request_error, and fields of its head;
- * %s are the methods that are good. */
-static const struct status { int code; const char *text, *why, *type, *fields; }
-statuses[] = {
+/* What goes with each status: the reason phrase, the message if c->why is
+ * empty, the type of error (NULL: invalid_request_error), and extra header
+ * fields.  %s stands for the allowed methods. */
+static const struct status {
+    int code;
+    const char *reason, *message, *type, *fields;
+} statuses[] = {
     { 200, "OK" },
     { 204, "No Content", NULL, NULL, "Allow: %s, OPTIONS\r\n"
       "Access-Control-Allow-Methods: GET, POST\r\n"
       "Access-Control-Allow-Headers: *, Authorization\r\n" },
-    { 400, "Bad Request", "not a request of HTTP/1.1 as this server reads it" },
+    { 400, "Bad Request", "not a well-formed HTTP/1.1 request" },
     { 401, "Unauthorized",
-      "expected a key of --api-key-file as \"Authorization: Bearer KEY\"",
+      "expected a key from --api-key-file as \"Authorization: Bearer KEY\"",
       "authentication_error", "WWW-Authenticate: Bearer\r\n" },
-    { 403, "Forbidden", "requests for other hosts, and from pages of other "
-      "origins, are not answered; --cors allows an origin",
-      "permission_error" },
-    { 404, "Not Found", "nothing is at this address; the API is at "
-      "/v1/chat/completions, /v1/completions and /v1/models",
-      "not_found_error" },
+    { 403, "Forbidden", "requests for other hosts, and from web pages of other "
+      "origins, are refused; --cors allows an origin", "permission_error" },
+    { 404, "Not Found", "no such path; the API is at /v1/chat/completions, "
+      "/v1/completions and /v1/models", "not_found_error" },
     { 405, "Method Not Allowed", "expected %s here", NULL,
       "Allow: %s, OPTIONS\r\n" },
     { 408, "Request Timeout", "the request took too long to arrive" },
@@ -4075,15 +4074,15 @@ statuses[] = {
     { 417, "Expectation Failed",
       "expected nothing but \"Expect: 100-continue\"" },
     { 429, "Too Many Requests",
-      "more answers are under way or wait than --parallel and --queue allow",
+      "more requests are running or waiting than --parallel and --queue allow",
       "rate_limit_error", "Retry-After: 5\r\n" },
     { 431, "Request Header Fields Too Large",
       "expected a head of at most 16 KiB and 100 fields" },
     { 500, "Internal Server Error", "the model could not be run",
       "server_error" },
     { 501, "Not Implemented", "expected \"Transfer-Encoding: chunked\"" },
-    { 503, "Service Unavailable", "the server stops", "unavailable_error",
-      "Retry-After: 5\r\n" },
+    { 503, "Service Unavailable", "the server is shutting down",
+      "unavailable_error", "Retry-After: 5\r\n" },
     { 505, "HTTP Version Not Supported", "expected HTTP/1.0 or HTTP/1.1" },
 };
 
@@ -4093,46 +4092,58 @@ enum { GET, HEAD_ONLY, POST, OPTIONS };
 
 static const char hex_digits[] = "0123456789abcdefABCDEF";
 
-/* A place for a client, and its request. */
+/* A connection, and its current request.  A body has a Content-Length, or comes
+ * in chunks:
+ *
+ *     IN_HEAD ---> IN_BODY ------------------------> ANSWERING
+ *         \                                         /
+ *          +-----> IN_SIZE -------> IN_TRAILER ----+
+ *                   |   ^
+ *                   |   +--------- CHUNK_END
+ *                   +---> IN_CHUNK ----^
+ *
+ * Then comes the next head, or CLOSING if the connection is to end.  An error
+ * in any state leads to CLOSING: the client has time to read the response, and
+ * what it still sends is dropped. */
 struct client {
     struct server *server;
     int fd;
     enum {
-        GONE, IN_HEAD, IN_LENGTH, IN_SIZE, IN_CHUNK, CHUNK_END, IN_TRAILER,
-        WORKING, LEAVING
+        FREE, IN_HEAD, IN_BODY, IN_SIZE, IN_CHUNK, CHUNK_END, IN_TRAILER,
+        ANSWERING, CLOSING
     } state;
     struct text in, out, body;
-    size_t at, sent;                      /* of in: looked at; of out        */
-    size_t length;                        /* of body or chunk: still to come */
-    double since;                         /* it has been waited for          */
+    size_t at, sent;                      /* in: parsed; out: sent           */
+    size_t length;                        /* left of the body or the chunk   */
+    double since;                         /* start of the current wait       */
 
     int method;
     const struct route *route;
-    struct phrase model;                  /* as the path names it, or empty  */
-    int is_http11, is_allowed_origin, keeps;
-    uint64_t id;                          /* 0: it has not begun             */
-    double asked;                         /* all of it was there             */
+    struct phrase model;                  /* of /v1/models/MODEL, or empty   */
+    int is_http11, is_allowed_origin, keep_alive;
+    uint64_t id;                          /* 0: the request has not begun    */
+    double arrived;                       /* when all of it had              */
     long long created;
-    const struct json *json;              /* of the body, for its answer     */
-    struct why why;                       /* it cannot be answered           */
+    const struct json *json;              /* the body, for route->answer()   */
+    struct why why;                       /* of an error; empty: see status  */
     struct job *choice;                   /* [n_choices]                     */
     int n_choices, n_done, include_usage;
-    enum { WHOLE_ANSWER, WANTED, BEGUN } stream;
+    enum { NO_STREAM, STREAM_WANTED, STREAM_BEGUN } stream;
 };
 
 struct server {
     struct engine e;
     int listener[2], n_listeners;
     struct phrase address;
-    int is_local;                         /* nobody else can reach it        */
+    int is_local;                         /* only this machine can reach it  */
     struct text keys, page;               /* keys: one on each line          */
     struct client client[MAX_CLIENTS];
-    int n_places, n_clients;              /* that were used; that are        */
-    double now, stopping;                 /* since when; 0: it serves        */
-    double rests;                         /* no accept() before: no files    */
+    int n_places, n_clients;              /* ever used; connected            */
+    double now, stopping;                 /* stopping: since when, or 0      */
+    double accept_after;                  /* no accept() until then          */
     uint64_t n_requests, answered[N_STATUSES];
     double read, reused, made;            /* tokens                          */
-    struct histogram first, next;         /* seconds to tokens               */
+    struct histogram first, next;         /* to the first token; between two */
 };
 
 struct route {
@@ -4142,18 +4153,31 @@ struct route {
     const char *type;                     /* of the answer; NULL: JSON       */
 };
 
+/* Remove n bytes from the front.  A large buffer is freed when it is empty. */
+static void drop_bytes(struct text *t, size_t n)
+{
+    t->n -= n;
+    if (t->n == 0 && t->cap > 4 * MAX_AHEAD) {
+        free(t->s);
+        *t = (struct text){ NULL, 0, 0 };
+    } else if (n > 0) {
+        memmove(t->s, t->s + n, t->n);
+        t->s[t->n] = '\0';
+    }
+}
+
 /* ---- responses */
 
-/* The row of a status, or of an exit code. */
+/* The row for an HTTP status, or for an exit code. */
 static const struct status *status_for(int code)
 {
     const int wanted = code >= 200 ? code : code == DONE ? 200 :
                        code == USAGE || code == TOO_LONG ? 400 : 500;
-    const struct status *is = statuses;
+    const struct status *status = statuses;
 
-    while (is->code != wanted)
-        is++;
-    return is;
+    while (status->code != wanted)
+        status++;
+    return status;
 }
 
 static const char *methods_of(const struct client *c)
@@ -4161,40 +4185,41 @@ static const char *methods_of(const struct client *c)
     return c->route && c->route->is_post ? "POST" : "GET, HEAD";
 }
 
-/* The head of a response with n bytes; n < 0: of a stream. */
+/* Send the head of a response with n bytes; n < 0: of a stream. */
 static void begin_response(struct client *c, int code, long long n)
 {
     struct server *v = c->server;
-    const struct status *is = status_for(code);
+    const struct status *status = status_for(code);
     const time_t now = time(NULL);
     struct tm tm;
     char date[40];
 
-    v->answered[is - statuses]++;
+    v->answered[status - statuses]++;
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT",
              gmtime_r(&now, &tm));
-    add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: "
-               "%016llx\r\nConnection: %s\r\n", is->code, is->text, date,
-               (unsigned long long)c->id, c->keeps ? "keep-alive" : "close");
+    add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: %016llx"
+               "\r\nConnection: %s\r\n", status->code, status->reason, date,
+               (unsigned long long)c->id,
+               c->keep_alive ? "keep-alive" : "close");
     if (n < 0)
         add_format(&c->out, "Content-Type: text/event-stream\r\n"
                    "Cache-Control: no-cache\r\n%s", c->is_http11 ?
                    "Transfer-Encoding: chunked\r\n" : "");
-    else if (is->code != 204)
+    else if (status->code != 204)
         add_format(&c->out, "Content-Type: %s\r\nContent-Length: %lld\r\n",
-                   is->code == 200 && c->route->type ? c->route->type :
+                   status->code == 200 && c->route->type ? c->route->type :
                    "application/json", n);
     if (v->e.s->cors && c->is_allowed_origin) {
         add_string(&c->out, "Access-Control-Allow-Origin: ");
         add_string(&c->out, v->e.s->cors);
         add_string(&c->out, "\r\nVary: Origin\r\n");
     }
-    add_format(&c->out, is->fields ? is->fields : "", methods_of(c));
+    add_format(&c->out, status->fields ? status->fields : "", methods_of(c));
     add_string(&c->out, "\r\n");
 }
 
-/* What was asked is answered; the next request may follow.  What choices of a
- * prompt share is the first one's. */
+/* Forget the request, and get ready for the next.  The choices of a prompt
+ * share the memory of its struct request, which the first one frees. */
 static void finish_request(struct client *c)
 {
     for (int i = c->n_choices - 1; i >= 0; i--) {
@@ -4210,56 +4235,55 @@ static void finish_request(struct client *c)
     *c = (struct client){
         .server = c->server, .fd = c->fd, .in = c->in, .out = c->out,
         .sent = c->sent, .since = c->server->now,
-        .state = c->keeps ? IN_HEAD : LEAVING
+        .state = c->keep_alive ? IN_HEAD : CLOSING
     };
 }
 
-/* OpenAI's object of an error, by its status or exit code, with c->why or the
- * sentence for this status.  One that begins with a name in quotes is about
- * that member. */
+/* Add OpenAI's error object for a status or an exit code.  A message that
+ * begins with a quoted name is about that member of the body. */
 static void add_error(struct client *c, struct text *to, int code)
 {
-    const struct status *is = status_for(code);
+    const struct status *status = status_for(code);
     const char *why, *end;
 
     if (!c->why.s[0])
-        because(&c->why, code, is->why, methods_of(c));
+        because(&c->why, code, status->message, methods_of(c));
     why = without_line(&c->why);
     end = *why == '"' ? strchr(why + 1, '"') : NULL;
     if (c->server->e.s->verbose)
-        note("%d: %s", is->code, why);
+        note("%d: %s", status->code, why);
     add_members(to, "{error: {message: %s, type: %s, param: %.*s, code: %s}}",
-                why, is->type ? is->type : "invalid_request_error",
+                why, status->type ? status->type : "invalid_request_error",
                 end ? (int)(end - why - 1) : 0, end ? why + 1 : NULL,
                 code == TOO_LONG ? "context_length_exceeded" :
                 code == 401 ? "invalid_api_key" : NULL);
 }
 
-/* All of a response: the text, which is freed, or an error.  After one the
- * connection stays only where the request was read to its end. */
-static void respond(struct client *c, int code, struct text *said)
+/* Send a whole response: a text, which is freed, or an error.  After an error
+ * the connection stays open only if all of the request had been read. */
+static void respond(struct client *c, int code, struct text *body)
 {
     if (status_for(code)->code >= 400) {
-        c->keeps &= c->state == WORKING;
-        said->n = 0;
-        add_error(c, said, code);
+        c->keep_alive &= c->state == ANSWERING;
+        body->n = 0;
+        add_error(c, body, code);
     }
-    c->keeps &= c->server->stopping == 0;
-    begin_response(c, code, (long long)said->n);
+    c->keep_alive &= c->server->stopping == 0;
+    begin_response(c, code, (long long)body->n);
     if (c->method != HEAD_ONLY)
-        add(&c->out, said->s, said->n);
-    free(said->s);
+        add(&c->out, body->s, body->n);
+    free(body->s);
     finish_request(c);
 }
 
-/* A part of a stream: data, or a comment.  The head goes with the first: until
- * then another server can be asked instead. */
+/* Send a server-sent event, data or a comment.  The head goes with the first
+ * one: until then a proxy can ask another server instead. */
 static void send_event(struct client *c, const char *kind, const char *s,
                        size_t n)
 {
-    if (c->stream == WANTED)
+    if (c->stream == STREAM_WANTED)
         begin_response(c, DONE, -1);
-    c->stream = BEGUN;
+    c->stream = STREAM_BEGUN;
     if (c->is_http11)
         add_format(&c->out, "%zx\r\n", strlen(kind) + n + 2);
     add_string(&c->out, kind);
@@ -4269,19 +4293,19 @@ static void send_event(struct client *c, const char *kind, const char *s,
 
 /* ---- answers */
 
-/* An event, up to its choices; `before` the one that tells the usage. */
-static void begin_event(struct client *c, struct text *to, int before)
+/* Begin the JSON of an event, up to its choices.  With "include_usage" the last
+ * event has the usage, and all others have null. */
+static void begin_event(struct client *c, struct text *to, int null_usage)
 {
     add_head(&c->server->e, to, c->choice[0].q.is_completion, 1, c->id,
              c->created);
-    if (before)
+    if (null_usage)
         add_members(to, "usage: %s", NULL);
     add_members(to, "choices: [");
 }
 
-/* Send these members as what is new in a choice, if there are any, or its
- * end. */
-static void send_choice(struct job *j, struct text *delta, const char *finish)
+/* Send an event with new members of a choice, if any, or its finish reason. */
+static void send_delta(struct job *j, struct text *delta, const char *finish)
 {
     struct client *c = j->owner;
     const int plain = j->q.is_completion, n_scores = j->r.scores.n;
@@ -4305,10 +4329,10 @@ static void send_choice(struct job *j, struct text *delta, const char *finish)
     free(event.s);
 }
 
-/* Add what is new of a text; a character that is cut has to wait for the rest
- * of it, unless nothing follows. */
-static void add_new(struct text *to, const char *format,
-                    const struct text *all, size_t *told, int last)
+/* Add the new part of a text.  An incomplete character at its end is held back,
+ * unless nothing follows. */
+static void add_delta(struct text *to, const char *format,
+                      const struct text *all, size_t *told, int last)
 {
     size_t n = all->n - *told;
     const char *const end = n > 0 ? all->s + all->n : NULL, *s = end;
@@ -4322,7 +4346,9 @@ static void add_new(struct text *to, const char *format,
     *told += n;
 }
 
-static void send_new(struct job *j)
+/* Send what is new in a choice: first the role, or the prompt with "echo"; then
+ * thought and text; at the end the calls and the finish reason. */
+static void send_deltas(struct job *j)
 {
     const struct client *c = j->owner;
     const int plain = j->q.is_completion, ended = j->state == FINISHED;
@@ -4334,42 +4360,42 @@ static void send_new(struct job *j)
     if (plain && !j->told.some && j->q.echo) {
         add_tokens(&c->server->e, &prompt, &j->q.prompt);
         add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
-        send_choice(j, &delta, NULL);
+        send_delta(j, &delta, NULL);
         free(prompt.s);
     }
     j->told.some = 1;
     if (ended)
         calls = take_calls(&j->r);
-    add_new(&delta, "reasoning_content: %.*s", &j->r.thought, &j->told.thought,
-            ended);
-    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &j->r.text,
-            &j->told.text, ended);
-    send_choice(j, &delta, NULL);
+    add_delta(&delta, "reasoning_content: %.*s", &j->r.thought,
+              &j->told.thought, ended);
+    add_delta(&delta, plain ? "text: %.*s" : "content: %.*s", &j->r.text,
+              &j->told.text, ended);
+    send_delta(j, &delta, NULL);
     if (calls.n > 0)
         add_calls(&delta, &calls, j->id, 1);
-    send_choice(j, &delta, NULL);
+    send_delta(j, &delta, NULL);
     if (ended && plain)
         add_members(&delta, "text: %s", "");
     if (ended)
-        send_choice(j, &delta, finish_reason(&j->r, calls.n));
+        send_delta(j, &delta, finish_reason(&j->r, calls.n));
     free_calls(&calls);
     free(delta.s);
 }
 
-/* A choice has a token more, or has ended.  When all have, the request ends,
- * after the step. */
-static void tell_client(struct job *j)
+/* A choice has another token, or has ended.  Once all choices have ended,
+ * run_server() ends the request. */
+static void update_client(struct job *j)
 {
     struct client *c = j->owner;
     struct server *v = c->server;
     struct histogram *h = j->told.when > 0 ? &v->next : &v->first;
     const double now = seconds();
-    const double took = now - (j->told.when > 0 ? j->told.when : c->asked);
+    const double took = now - (j->told.when > 0 ? j->told.when : c->arrived);
     int i = 0;
 
     if (j->state == ACTIVE && j->r.n_sampled == 0)
         return;
-    while (i < N_EDGES && took > edges[i])
+    while (i < N_BUCKETS && took > buckets[i])
         i++;
     h->n[i]++;
     h->sum += took;
@@ -4383,54 +4409,55 @@ static void tell_client(struct job *j)
     if (j->r.finish == BROKEN)
         because(&c->why, FAILED, "logits that are not finite");
     else if (c->stream)
-        send_new(j);
+        send_deltas(j);
 }
 
-static const struct sink to_client = { tell_client, tell_client };
+static const struct sink to_client = { update_client, update_client };
 
-/* All choices of a request have ended, or it cannot be answered to its end: a
- * stream that has begun then breaks off with the error. */
+/* All choices of a request have ended, or it has failed; a stream that has
+ * begun ends with the error. */
 static void finish_answer(struct client *c, int code)
 {
     const struct engine *e = &c->server->e;
-    struct text said = { 0 };
+    struct text last = { 0 };
 
     code = c->why.s[0] ? 500 : code;
     if (code == DONE && e->s->verbose)
         note("200: %d choices, prompt of %d tokens, %.2f s", c->n_choices,
-             c->choice[0].q.prompt.n, c->server->now - c->asked);
-    if (code == DONE && !c->stream) {
-        add_completion(e, &said, c->choice, c->n_choices, c->id, c->created);
-        add_string(&said, "}");
-    }
-    if (c->stream != BEGUN && (code != DONE || !c->stream)) {
-        respond(c, code, &said);
+             c->choice[0].q.prompt.n, c->server->now - c->arrived);
+    if (c->stream != STREAM_BEGUN) {
+        if (code == DONE) {
+            add_completion(e, &last, c->choice, c->n_choices, c->id,
+                           c->created);
+            add_string(&last, "}");
+        }
+        respond(c, code, &last);
         return;
     }
     if (code != DONE)
-        add_error(c, &said, code);
+        add_error(c, &last, code);
     else if (c->include_usage) {
-        begin_event(c, &said, 0);
-        add_string(&said, "]");
-        add_usage(e, &said, c->choice, c->n_choices);
-        add_string(&said, "}");
+        begin_event(c, &last, 0);
+        add_string(&last, "]");
+        add_usage(e, &last, c->choice, c->n_choices);
+        add_string(&last, "}");
     }
-    if (said.n > 0)
-        send_event(c, "data: ", said.s, said.n);
+    if (last.n > 0)
+        send_event(c, "data: ", last.s, last.n);
     send_event(c, "data: ", "[DONE]", 6);
     add_string(&c->out, c->is_http11 ? "0\r\n\r\n" : "");
-    free(said.s);
+    free(last.s);
     finish_request(c);
 }
 
 /* ---- endpoints
  *
- * They add the answer to a text, or return the status or exit code of an error
- * and may say more in c->why. */
+ * A handler adds its answer to a text and returns DONE, or it returns the
+ * status or exit code of an error and may put a message into c->why. */
 
-/* The requests in a body of completions, one for each choice of each prompt;
- * the answer comes later. */
-static int complete_body(struct client *c, struct text *to)
+/* Queue a job for each choice of each prompt in the body.  Their sink and
+ * finish_answer() send the answer. */
+static int post_completion(struct client *c, struct text *to)
 {
     struct engine *e = &c->server->e;
     const int is_chat = strstr(c->route->path, "chat") != NULL;
@@ -4440,7 +4467,7 @@ static int complete_body(struct client *c, struct text *to)
     (void)to;
     if (!given(c->json, is_chat ? "messages" : "prompt"))
         return because(&c->why, USAGE, is_chat ? "\"messages\": expected an "
-                       "array" : "\"prompt\": expected a text");
+                       "array" : "\"prompt\": expected a string");
     for (int i = 0; code == DONE && i < n_prompts; i++) {
         struct request q = e->s->ask;
         code = read_request(e, &q, c->json, prompt, &c->why);
@@ -4463,20 +4490,20 @@ static int complete_body(struct client *c, struct text *to)
     }
     if (code != DONE)
         return code;
-    c->why.s[0] = '\0';                   /* in case something was tried     */
+    c->why.s[0] = '\0';                   /* left by what was only tried     */
     for (const struct job *j = e->jobs; j; j = j->next)
         n_jobs++;
     if (n_jobs > e->par.n_seq + e->s->queue)
         return 429;
     c->created = (long long)time(NULL);
-    c->stream = c->choice[0].q.stream ? WANTED : WHOLE_ANSWER;
+    c->stream = c->choice[0].q.stream ? STREAM_WANTED : NO_STREAM;
     c->include_usage = json_is(given(given(c->json, "stream_options"),
                                      "include_usage"), JSON_TRUE);
     return DONE;
 }
 
-/* A path may have "%20" for a blank. */
-static int tell_models(struct client *c, struct text *to)
+/* The model that the path names, maybe percent-encoded, or the list of all. */
+static int get_models(struct client *c, struct text *to)
 {
     const struct engine *e = &c->server->e;
     const struct piece name = model_name(e);
@@ -4491,8 +4518,8 @@ static int tell_models(struct client *c, struct text *to)
         s += is_hex ? 3 : 1;
     }
     if (c->model.s[0] && (*s || n < name.n))
-        return because(&c->why, 404, "no other model is here than /v1/models "
-                       "says");
+        return because(&c->why, 404, "no such model; /v1/models names the one "
+                       "that is here");
     add_members(to, c->model.s[0] ? "" : "{object: %s, data: [", "list");
     add_members(to, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
                 "max_model_len: %d}", (int)name.n, name.s, "model", 0,
@@ -4501,7 +4528,7 @@ static int tell_models(struct client *c, struct text *to)
     return DONE;
 }
 
-static int tell_health(struct client *c, struct text *to)
+static int get_health(struct client *c, struct text *to)
 {
     (void)c;
     add_members(to, "{status: %s}", "ok");
@@ -4509,10 +4536,10 @@ static int tell_health(struct client *c, struct text *to)
 }
 
 /* In the text format of Prometheus. */
-static int tell_metrics(struct client *c, struct text *to)
+static int get_metrics(struct client *c, struct text *to)
 {
     const struct server *v = c->server;
-    int n_jobs[2] = { 0, 0 };             /* by their states                 */
+    int n_jobs[2] = { 0, 0 };             /* waiting, active                 */
 
     for (const struct job *j = v->e.jobs; j; j = j->next)
         n_jobs[j->state == ACTIVE]++;
@@ -4521,14 +4548,13 @@ static int tell_metrics(struct client *c, struct text *to)
         double value;                     /* NAN: one of each status         */
         const struct histogram *h;
     } all[] = {
-        { "prompt_tokens_total", "Tokens read.", v->read },
-        { "cached_tokens_total", "Tokens of prompts that were in a cache.",
-          v->reused },
+        { "prompt_tokens_total", "Prompt tokens read.", v->read },
+        { "cached_tokens_total", "Prompt tokens found in a cache.", v->reused },
         { "generated_tokens_total", "Tokens generated.", v->made },
         { "connections", "Open connections.", v->n_clients },
-        { "queue", "Answers that wait.", n_jobs[0] },
-        { "slots", "Answers there can be at once.", v->e.par.n_seq },
-        { "slots_busy", "Answers under way.", n_jobs[1] },
+        { "queue", "Answers waiting.", n_jobs[0] },
+        { "slots", "Answers possible at once.", v->e.par.n_seq },
+        { "slots_busy", "Answers in progress.", n_jobs[1] },
         { "requests_total", "Requests by status.", NAN },
         { "first_token_seconds", "From a request to its first token.", 0,
           &v->first },
@@ -4542,9 +4568,9 @@ static int tell_metrics(struct client *c, struct text *to)
         add_format(to, "# HELP lfm2_%s %s\n# TYPE lfm2_%s %s\n", name,
                    all[i].help, name, h ? "histogram" :
                    strstr(name, "_total") ? "counter" : "gauge");
-        for (int k = 0; h && k <= N_EDGES; k++)
+        for (int k = 0; h && k <= N_BUCKETS; k++)
             add_format(to, "lfm2_%s_bucket{le=\"%s\"} %llu\n", name,
-                       k < N_EDGES ? phrase("%g", edges[k]).s : "+Inf",
+                       k < N_BUCKETS ? phrase("%g", buckets[k]).s : "+Inf",
                        sum += h->n[k]);
         for (int k = 0; isnan(all[i].value) && k < N_STATUSES; k++)
             if (v->answered[k] > 0)
@@ -4560,18 +4586,18 @@ static int tell_metrics(struct client *c, struct text *to)
     return DONE;
 }
 
-/* {"content": text, "add_special": BOS before it?, "parse_special": do control
- * tokens in it count as such?} */
-static int tokenize_body(struct client *c, struct text *to)
+/* {"content": text, "add_special": with BOS, "parse_special": control tokens in
+ * the text are recognised} */
+static int post_tokenize(struct client *c, struct text *to)
 {
     const struct json *content = given(c->json, "content");
     struct settings s = *c->server->e.s;
     struct ids ids;
 
-    s.mode = TOKENIZE;                    /* no BOS unasked                  */
+    s.mode = TOKENIZE;                    /* no BOS unless it is asked for   */
     s.bos = s.special = 0;
     if (!json_text(content))
-        return because(&c->why, USAGE, "\"content\": expected a text");
+        return because(&c->why, USAGE, "\"content\": expected a string");
     if (content->n > MAX_TOKENIZED)
         return because(&c->why, 413, "\"content\": expected at most %d bytes",
                        MAX_TOKENIZED);
@@ -4588,7 +4614,7 @@ static int tokenize_body(struct client *c, struct text *to)
 }
 
 /* {"tokens": ids} */
-static int detokenize_body(struct client *c, struct text *to)
+static int post_detokenize(struct client *c, struct text *to)
 {
     const lfm2_tokenizer *words = c->server->e.words;
     const int most = lfm2_n_vocab(words) - 1;
@@ -4610,41 +4636,28 @@ static int detokenize_body(struct client *c, struct text *to)
                    "from 0 to %d", most);
 }
 
-static int send_page(struct client *c, struct text *to)
+static int get_page(struct client *c, struct text *to)
 {
     add(to, c->server->page.s, c->server->page.n);
     return to->n > 0 ? DONE : 404;
 }
 
-/* A path with a slash at its end, but for "/", takes what follows it. */
+/* A path that ends in a slash, except "/", also matches all longer ones. */
 static const struct route routes[] = {
-    { "/v1/chat/completions", 1, 0, complete_body },
-    { "/v1/completions", 1, 0, complete_body },
-    { "/v1/models", 0, 0, tell_models },
-    { "/v1/models/", 0, 0, tell_models },
-    { "/tokenize", 1, 0, tokenize_body },
-    { "/detokenize", 1, 0, detokenize_body },
-    { "/metrics", 0, 0, tell_metrics, "text/plain; version=0.0.4" },
-    { "/health", 0, 1, tell_health },
-    { "/v1/health", 0, 1, tell_health },
-    { "/", 0, 1, send_page, "text/html; charset=utf-8" },
+    { "/v1/chat/completions", 1, 0, post_completion },
+    { "/v1/completions", 1, 0, post_completion },
+    { "/v1/models", 0, 0, get_models },
+    { "/v1/models/", 0, 0, get_models },
+    { "/tokenize", 1, 0, post_tokenize },
+    { "/detokenize", 1, 0, post_detokenize },
+    { "/metrics", 0, 0, get_metrics, "text/plain; version=0.0.4" },
+    { "/health", 0, 1, get_health },
+    { "/v1/health", 0, 1, get_health },
+    { "/", 0, 1, get_page, "text/html; charset=utf-8" },
     { NULL, 0, 0, NULL }
 };
 
-/* A buffer that was long does not stay. */
-static void drop_bytes(struct text *t, size_t n)
-{
-    t->n -= n;
-    if (t->n == 0 && t->cap > 4 * MAX_AHEAD) {
-        free(t->s);
-        *t = (struct text){ NULL, 0, 0 };
-    } else if (n > 0) {
-        memmove(t->s, t->s + n, t->n);
-        t->s[t->n] = '\0';
-    }
-}
-
-/* All of the request is there: answer it. */
+/* Answer a request that is complete. */
 static void answer_request(struct client *c)
 {
     struct pool pool = { 0 };
@@ -4653,8 +4666,8 @@ static void answer_request(struct client *c)
     int code = c->method == OPTIONS ? 204 : c->server->stopping > 0 ? 503 :
                DONE;
 
-    c->state = WORKING;
-    c->asked = c->since = c->server->now;
+    c->state = ANSWERING;
+    c->arrived = c->since = c->server->now;
     if (code == DONE && c->route->is_post) {
         code = json_parse(&pool, c->body.s ? c->body.s : "", c->body.n, &json,
                           &c->why);
@@ -4674,10 +4687,10 @@ static void answer_request(struct client *c)
 
 /* ---- requests: the head
  *
- * What reads a part of a request returns 0, or the status of an error. */
+ * Functions that parse a part of a request return 0, or an error's status. */
 
-/* The next line of a head or between chunks, with NUL for its end; NULL if it
- * has not come yet, or is none, for which `status` is set. */
+/* Take the next line, at most `most` bytes, with its CR LF replaced by NUL.
+ * Returns NULL if it is incomplete or malformed; *status tells which. */
 static char *take_line(struct client *c, size_t most, int *status)
 {
     char *line = c->in.s + c->at;
@@ -4696,17 +4709,16 @@ static char *take_line(struct client *c, size_t most, int *status)
     return line;
 }
 
-/* The fields of a head that are looked at. */
+/* The header fields that are used, in the order of field_names. */
 enum { HOST, ORIGIN, KEY, MEDIA, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
 
 static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
     "expect connection";
 
-/* Put a line "Name: value" where it belongs, unless another was there.  Names
- * become lower case, and so do values, but for keys; of Connection only "close"
- * counts. */
-static int read_field(char **field, char *line)
+/* Parse "Name: value".  No field above may be repeated, except Connection, and
+ * that counts only if it says "close".  All but keys is made lower case. */
+static int parse_field(char **field, char *line)
 {
     static const char good[] = "!#$%&'*+-.^_`|~0123456789"
                                "abcdefghijklmnopqrstuvwxyz";
@@ -4733,8 +4745,8 @@ static int read_field(char **field, char *line)
     return 0;
 }
 
-/* "POST /path HTTP/1.1" says which route it is. */
-static int read_request_line(struct client *c, char *line)
+/* Parse "POST /path HTTP/1.1", and find the route. */
+static int parse_request_line(struct client *c, char *line)
 {
     char *path = strchr(line, ' ');
     char *version = path ? strchr(path + 1, ' ') : NULL;
@@ -4762,8 +4774,8 @@ static int read_request_line(struct client *c, char *line)
            (c->method == POST) == c->route->is_post) ? 0 : 405;
 }
 
-/* Does this Host name this machine itself?  A page from elsewhere could get
- * here by a name of its own that leads to this address. */
+/* Does this Host name the local machine?  A hostile web page could get here by
+ * a name of its own that resolves to this address (DNS rebinding). */
 static int names_this_machine(const char *host)
 {
     static const char digits[] = ".0123456789";
@@ -4776,11 +4788,12 @@ static int names_this_machine(const char *host)
                                 !host[1 + strspn(host + 1, digits + 1)]));
 }
 
-/* Is this key in the file?  The time that takes tells only its length. */
-static int is_known_key(const struct text *keys, const char *given)
+/* Is this "Bearer KEY" in the file?  The time that takes depends on the lengths
+ * of the keys, not on their bytes. */
+static int is_known_key(const struct text *keys, const char *value)
 {
-    const char *word = given && strncasecmp(given, "bearer ", 7) == 0 ?
-                       given + 7 : "";
+    const char *word = value && strncasecmp(value, "bearer ", 7) == 0 ?
+                       value + 7 : "";
     const size_t n = strlen(word);
     int found = keys->n == 0;
 
@@ -4795,12 +4808,12 @@ static int is_known_key(const struct text *keys, const char *given)
     return found;
 }
 
-/* How long the body or its next chunk is, in digits of this base. */
-static int read_length(struct client *c, const char *s, int base)
+/* Parse the length of the body, or in base 16 that of the next chunk. */
+static int parse_length(struct client *c, const char *s, int base)
 {
     const size_t most = (size_t)c->server->e.s->max_body << 20;
     const size_t digits = strspn(s, base == 10 ? "0123456789" : hex_digits);
-    const unsigned long long n = strtoull(s, NULL, base);   /* or the most   */
+    const unsigned long long n = strtoull(s, NULL, base);   /* or ULLONG_MAX */
 
     if (digits == 0 || (base == 16 && digits > 16) ||
         (s[digits] && (base == 10 || s[digits] != ';')))
@@ -4809,8 +4822,8 @@ static int read_length(struct client *c, const char *s, int base)
     return n > most - c->body.n ? 413 : 0;
 }
 
-/* May a request be made at all?  Pages that this server sent may ask, and those
- * of --cors. */
+/* Is this request allowed, and what kind of body follows?  Web pages may send
+ * requests if they come from this server or the origin of --cors. */
 static int check_head(struct client *c, char *const *field)
 {
     const struct server *v = c->server;
@@ -4823,8 +4836,8 @@ static int check_head(struct client *c, char *const *field)
         return 400;
     if (coding && strcmp(coding, "chunked") != 0)
         return 501;
-    c->state = coding ? IN_SIZE : IN_LENGTH;
-    if (length && (status = read_length(c, length, 10)) != 0)
+    c->state = coding ? IN_SIZE : IN_BODY;
+    if (length && (status = parse_length(c, length, 10)) != 0)
         return status;
     if (c->is_http11 && !host)
         return 400;
@@ -4849,8 +4862,9 @@ static int check_head(struct client *c, char *const *field)
     return field[EXPECT] && strcmp(field[EXPECT], "100-continue") ? 417 : 0;
 }
 
-/* The head of a request, once all of it is there. */
-static int read_head_part(struct client *c)
+/* Parse the head of a request once it is complete.  Syntax errors take
+ * precedence over a wrong path or method. */
+static int parse_head(struct client *c)
 {
     char *field[N_FIELDS] = { NULL }, *line;
     int status = 0, bad = 0, n = 0;
@@ -4866,11 +4880,11 @@ static int read_head_part(struct client *c)
     c->since = c->server->now;
     for (; (line = take_line(c, MAX_HEAD, &bad)) && *line && !bad; n++)
         if (n == 0)
-            status = read_request_line(c, line);
+            status = parse_request_line(c, line);
         else if (n <= MAX_FIELDS)
-            bad = read_field(field, line);
+            bad = parse_field(field, line);
     status = bad ? bad : n > MAX_FIELDS + 1 ? 431 : status;
-    c->keeps = c->is_http11 && !field[CONNECTION];
+    c->keep_alive = c->is_http11 && !field[CONNECTION];
     if (!status)
         status = check_head(c, field);
     if (!status && field[EXPECT] && c->is_http11 && c->in.n == c->at)
@@ -4880,9 +4894,9 @@ static int read_head_part(struct client *c)
 
 /* ---- requests: the body */
 
-/* As much of the body as is there.  Nobody may have one if clients make the
- * server keep too much already. */
-static int read_body_part(struct client *c)
+/* Take as much of the body as has arrived; refuse it if the buffers of all
+ * clients together are too large. */
+static int parse_body(struct client *c)
 {
     const struct server *v = c->server;
     size_t held = 0;
@@ -4892,10 +4906,10 @@ static int read_body_part(struct client *c)
     for (int i = 0; i < v->n_places; i++)
         held += v->client[i].in.cap + v->client[i].body.cap +
                 v->client[i].out.cap;
-    if (held > MAX_HELD && (c->length > 0 || c->state != IN_LENGTH))
-        return because(&c->why, 503, "too much is waiting here already");
-    while (c->state < WORKING && !status)
-        if (c->state == IN_LENGTH || c->state == IN_CHUNK) {
+    if (held > MAX_HELD && (c->length > 0 || c->state != IN_BODY))
+        return because(&c->why, 503, "the server has no room for the body");
+    while (c->state < ANSWERING && !status)
+        if (c->state == IN_BODY || c->state == IN_CHUNK) {
             const size_t there = c->in.n - c->at;
             const size_t n = there < c->length ? there : c->length;
             add(&c->body, c->in.s + c->at, n);
@@ -4903,30 +4917,30 @@ static int read_body_part(struct client *c)
             c->length -= n;
             if (c->length > 0)
                 return 0;
-            c->state = c->state == IN_CHUNK ? CHUNK_END : WORKING;
+            c->state = c->state == IN_CHUNK ? CHUNK_END : ANSWERING;
         } else if (!(line = take_line(c, c->state == CHUNK_END ? 0 :
                                       MAX_CHUNK_LINE, &status)))
             return status;
         else if (c->state == IN_SIZE) {
-            status = read_length(c, line, 16);
+            status = parse_length(c, line, 16);
             c->state = c->length > 0 ? IN_CHUNK : IN_TRAILER;
         } else if (c->state == CHUNK_END)
             c->state = IN_SIZE;
         else if ((c->length += strlen(line) + 2) > MAX_HEAD)
-            status = 400;
+            status = 400;                 /* too long a trailer              */
         else if (!*line)
-            c->state = WORKING;
+            c->state = ANSWERING;
     return status;
 }
 
-/* Is there input that can be looked at now, and was not? */
-static int has_more(const struct client *c)
+/* Is there input to parse?  It waits until the last response is sent. */
+static int has_input(const struct client *c)
 {
-    return c->state < WORKING && c->in.n > c->at && c->out.n == 0;
+    return c->state < ANSWERING && c->in.n > c->at && c->out.n == 0;
 }
 
-/* Look at what has arrived, in whatever pieces. */
-static void read_more(struct client *c)
+/* Parse what has arrived, however it was split. */
+static void parse_input(struct client *c)
 {
     int status = 0;
 
@@ -4935,14 +4949,14 @@ static void read_more(struct client *c)
                             ++c->server->n_requests);
     c->at = 0;
     if (c->state == IN_HEAD)
-        status = read_head_part(c);
+        status = parse_head(c);
     if (!status && c->state != IN_HEAD)
-        status = read_body_part(c);
-    drop_bytes(&c->in, c->at);            /* once: many chunks are small     */
-    c->at = c->in.n;
+        status = parse_body(c);
+    drop_bytes(&c->in, c->at);            /* not for every little chunk      */
+    c->at = c->in.n;                      /* the rest has to wait for more   */
     if (status)
         respond(c, status, &(struct text){ 0 });
-    else if (c->state == WORKING)
+    else if (c->state == ANSWERING)
         answer_request(c);
 }
 
@@ -4952,19 +4966,18 @@ static void hang_up(struct client *c)
 {
     struct server *v = c->server;
 
-    c->keeps = 0;
     finish_request(c);
     if (c->fd >= 0) {
         close(c->fd);
         v->n_clients--;
-        v->rests = 0;
+        v->accept_after = 0;
     }
     free(c->in.s);
     free(c->out.s);
     *c = (struct client){ .server = v, .fd = -1 };
 }
 
-/* Has it had all that it asked for? */
+/* Is there no request in progress, and nothing left to send? */
 static int is_idle(const struct client *c)
 {
     return c->state == IN_HEAD && c->in.n == 0 && c->out.n == 0;
@@ -4976,7 +4989,7 @@ static void receive(struct client *c)
 
     if (is_idle(c))
         c->since = c->server->now;
-    if (c->state == LEAVING)
+    if (c->state == CLOSING)
         drop_bytes(&c->in, c->in.n);
     reserve(&c->in, 1 << 16);
     n = read(c->fd, c->in.s + c->in.n, 1 << 16);
@@ -4988,7 +5001,9 @@ static void receive(struct client *c)
     c->in.s[c->in.n] = '\0';
 }
 
-/* Send what there is to send.  Whoever leaves is given time to read it. */
+/* Send pending output.  Each byte extends the time limit by a millisecond, so
+ * clients must read 1,000 a second.  A CLOSING connection is only shut down, as
+ * close() with unread input would reset it and the response might be lost. */
 static void transmit(struct client *c)
 {
     const double now = c->server->now;
@@ -4996,13 +5011,11 @@ static void transmit(struct client *c)
     const ssize_t n = unsent == 0 ? 0 :
                       write(c->fd, c->out.s + c->sent, unsent);
 
-    if (n < 0 && errno != EAGAIN && errno != EINTR) {
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
         hang_up(c);
-        return;
-    }
     if (n <= 0)
         return;
-    c->sent += (size_t)n;                 /* at least 1,000 bytes a second   */
+    c->sent += (size_t)n;
     c->since = fmin(now, c->since + (double)n * 1e-3);
     if (c->sent > c->out.n / 2) {
         drop_bytes(&c->out, c->sent);
@@ -5010,42 +5023,42 @@ static void transmit(struct client *c)
     }
     if (c->out.n == 0)
         c->since = now;
-    if (c->out.n == 0 && c->state == LEAVING)
+    if (c->out.n == 0 && c->state == CLOSING)
         shutdown(c->fd, SHUT_WR);
 }
 
-/* What is due by now: a sign of life in a stream, or the end of a wait.  Who
- * asks for nothing may stay that many seconds. */
-static void check_time(struct client *c, int idle_time)
+/* Keep a quiet stream alive with a comment; end a wait that is too long. */
+static void check_timeouts(struct client *c, int idle_time)
 {
     const double waited = c->server->now - c->since;
     const size_t unsent = c->out.n - c->sent;
-    const int is_stream = c->state == WORKING && c->stream;
+    const int is_stream = c->state == ANSWERING && c->stream;
 
     if (unsent > 0 && (waited > SEND_TIME ||
                        (is_stream && unsent > MAX_UNSENT)))
         hang_up(c);
-    else if (unsent > 0 || c->state == GONE)
+    else if (unsent > 0 || c->state == FREE)
         return;
-    else if (is_stream && waited > SIGN_OF_LIFE)
+    else if (is_stream && waited > PING_TIME)
         send_event(c, ": ", "waiting", 7);
     else if (is_idle(c)) {
         if (waited > idle_time || c->server->stopping > 0)
             hang_up(c);
-    } else if (c->state == LEAVING && waited > LINGER_TIME)
+    } else if (c->state == CLOSING && waited > LINGER_TIME)
         hang_up(c);
-    else if (c->state < WORKING &&
+    else if (c->state < ANSWERING &&
              waited > (c->state == IN_HEAD ? HEAD_TIME : BODY_TIME))
         respond(c, 408, &(struct text){ 0 });
 }
 
-/* Let in who waits. */
-static void welcome(struct server *v, int listener)
+/* Accept new connections.  After an error such as too many open files, pause
+ * for a second, as poll() would report them again at once. */
+static void accept_clients(struct server *v, int listener)
 {
     for (struct client *c = v->client; v->n_clients < MAX_CLIENTS; c++) {
-        if (c->state != GONE)
+        if (c->state != FREE)
             continue;
-#ifdef SYS_accept4
+#ifdef SYS_accept4                        /* libc may use socketcall()       */
         const int fd = (int)syscall(SYS_accept4, listener, NULL, NULL,
                                     SOCK_NONBLOCK | SOCK_CLOEXEC);
 #else
@@ -5055,7 +5068,7 @@ static void welcome(struct server *v, int listener)
 #endif
         if (fd < 0 && errno != EAGAIN && errno != EINTR &&
             errno != ECONNABORTED)
-            v->rests = v->now + 1;
+            v->accept_after = v->now + 1; /* or until one is closed          */
         if (fd < 0)
             return;
         *c = (struct client){ .server = v, .fd = fd, .state = IN_HEAD,
@@ -5068,64 +5081,65 @@ static void welcome(struct server *v, int listener)
 
 /* ---- the loop */
 
-/* Wait for sockets, but not while there is something to go on with. */
+/* Serve the sockets that are ready; wait only when there is no other work. */
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
-    const int n = v->n_places, open = v->now < v->rests ||
-                  v->n_clients == MAX_CLIENTS ? 0 : v->n_listeners;
-    const int idle_time = v->n_clients < MAX_CLIENTS ? IDLE_TIME : FULL_TIME;
+    const int n = v->n_places, is_full = v->n_clients == MAX_CLIENTS;
+    const int n_listeners = is_full || v->now < v->accept_after ? 0 :
+                            v->n_listeners;
     int waits = !v->e.jobs;
 
-    for (int i = 0; i < open; i++)
+    for (int i = 0; i < n_listeners; i++)
         p[n + i] = (struct pollfd){ v->listener[i], POLLIN, 0 };
     for (int i = 0; i < n; i++) {
         const struct client *c = &v->client[i];
         const int unsent = c->sent < c->out.n;
-        const int reads = c->in.n <= MAX_AHEAD || c->state == LEAVING;
+        const int reads = c->in.n <= MAX_AHEAD || c->state == CLOSING;
         p[i] = (struct pollfd){ c->fd, (short)((reads ? POLLIN : 0) |
                                                (unsent ? POLLOUT : 0)), 0 };
-        waits &= !has_more(c);
+        waits &= !has_input(c);
     }
-    poll(p, (nfds_t)(n + open), waits ? 1000 : 0);
+    poll(p, (nfds_t)(n + n_listeners), waits ? 1000 : 0);
     v->now = seconds();
     for (int i = 0; i < n; i++) {
         struct client *c = &v->client[i];
         if (p[i].revents & (POLLIN | POLLHUP | POLLERR))
             receive(c);
-        if (has_more(c))
-            read_more(c);
+        if (has_input(c))
+            parse_input(c);
         transmit(c);
-        check_time(c, idle_time);
+        check_timeouts(c, is_full ? IDLE_TIME_FULL : IDLE_TIME);
     }
-    for (int i = 0; i < open; i++)
+    for (int i = 0; i < n_listeners; i++)
         if (p[n + i].revents)
-            welcome(v, v->listener[i]);
+            accept_clients(v, v->listener[i]);
 }
 
-/* After a signal nobody new is listened to, and what runs may end. */
+/* After a signal, accept no new clients and let the answers finish, for at most
+ * DRAIN_TIME or until a second signal. */
 static void run_server(struct server *v)
 {
     while (v->stopping == 0 ||
            (v->n_clients > 0 && interrupted < 2 &&
             v->now - v->stopping <= DRAIN_TIME)) {
         serve_sockets(v);
-        if (engine_step(&v->e) != DONE)   /* then nobody can be answered     */
+        if (engine_step(&v->e) != DONE)   /* it failed for all of them       */
             while (v->e.jobs)
                 finish_answer(v->e.jobs->owner, 500);
         v->now = seconds();
         for (struct client *c = v->client; c < v->client + v->n_places; c++)
-            if (c->state == WORKING && c->n_done == c->n_choices)
+            if (c->state == ANSWERING && c->n_done == c->n_choices)
                 finish_answer(c, DONE);
         if (interrupted && v->stopping == 0) {
-            note("stopping: %d connections, no new ones", v->n_clients);
+            note("shutting down: %d connections are open", v->n_clients);
             v->stopping = v->now;
             while (v->n_listeners > 0)
                 close(v->listener[--v->n_listeners]);
         }
     }
     for (struct client *c = v->client; c < v->client + v->n_places; c++) {
-        if (c->state == WORKING)
+        if (c->state == ANSWERING)
             finish_answer(c, 503);
         transmit(c);
         hang_up(c);
@@ -5145,9 +5159,9 @@ static int serve(const struct settings *s)
 
 #else
 
-/* The address becomes the one that it is; those who are accepted inherit the
- * options, as far as they fit.  These return DONE, or -1 where errno says why
- * not. */
+/* Listen at an address; port 0 is replaced by the actual one.  Accepted sockets
+ * inherit the options; those that do not apply fail, which does no harm.  The
+ * functions here return DONE, -1 with errno set, or USAGE after a message. */
 static int listen_at(struct server *v, void *address, socklen_t n)
 {
     struct sockaddr *a = address;
@@ -5168,8 +5182,8 @@ static int listen_at(struct server *v, void *address, socklen_t n)
     return DONE;
 }
 
-/* A path; a socket that an earlier server left there is removed.  One that
- * still listens holds the lock beside it, which ends with the process. */
+/* Listen at a path.  An old socket there is removed unless its server still
+ * runs: it holds a lock on a file beside the socket until it exits. */
 static int listen_at_path(struct server *v, const char *path)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
@@ -5177,7 +5191,7 @@ static int listen_at_path(struct server *v, const char *path)
     int lock;
 
     if (strlen(path) >= sizeof a.sun_path)
-        return usage("--serve %s: a path of a socket has at most %zu bytes",
+        return usage("--serve %s: the path of a socket has at most %zu bytes",
                      path, sizeof a.sun_path - 1);
     strcpy(a.sun_path, path);
     lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT | O_NOFOLLOW,
@@ -5192,7 +5206,7 @@ static int listen_at_path(struct server *v, const char *path)
     return listen_at(v, &a, sizeof a);
 }
 
-/* [HOST:]PORT; without a host, 127.0.0.1 and ::1. */
+/* Listen at [HOST:]PORT; without a host, at 127.0.0.1 and ::1. */
 static int listen_at_port(struct server *v, const char *where)
 {
     const char *colon = strrchr(where, ':');
@@ -5223,14 +5237,14 @@ static int listen_at_port(struct server *v, const char *where)
         return -1;
     a6.sin6_port = a4.sin_port;
     if (is6 && listen_at(v, &a6, sizeof a6) != DONE && !is4)
-        return -1;                        /* or else there is no IPv6 here   */
+        return -1;                        /* with IPv4 it may be missing     */
     v->address = phrase(is4 ? "http://%s:%d" : "http://[%s]:%d",
                         both ? "127.0.0.1" : name,
                         ntohs(is4 ? a4.sin_port : a6.sin6_port));
     return DONE;
 }
 
-/* What the sandbox will forbid comes before the engine, which enters it. */
+/* open_engine() enters the sandbox, so files and sockets are opened first. */
 static int serve(const struct settings *s)
 {
     struct server *v = zeroed(1, sizeof *v);
@@ -5263,7 +5277,6 @@ static int serve(const struct settings *s)
         code = open_context(&v->e);
     if (code == DONE) {
         note("listening on %s", v->address.s);
-        v->now = seconds();
         run_server(v);
     }
     close_engine(&v->e);
