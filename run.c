@@ -2858,28 +2858,29 @@ static int read_request(struct engine *e, struct request *q,
 
 /* ----------------------------------------- 7. Answers, conversations, sessions
  *
- * The prompt is made anew of all messages for every turn.  What the cache has
- * of it is not computed again. */
+ * Every turn renders the whole conversation into a new prompt.  Tokens that are
+ * still in the cache are not computed again. */
 
+/* A conversation with the user at the command line. */
 struct talk {
     struct engine *e;
-    struct pool pool;                     /* of all JSON here                */
+    struct pool pool;                     /* holds the JSON below            */
     struct json messages;                 /* an array                        */
-    const struct json *body, *tools;      /* NULL: none                      */
-    int grown;                            /* beyond what the body is about   */
+    const struct json *body, *tools;      /* of --messages; NULL: none       */
+    int grown;                            /* has messages not from the body  */
     struct rendered prompt;
     struct job job;
     struct printer printer;
 };
 
-/* An error of a file, or of no file. */
+/* Report what is wrong; `path` is the file at fault, or NULL. */
 static int blame(int code, const char *path, const struct why *why)
 {
     return say(code, "%s%s%s", path ? path : "", path ? ": " : "", why->s);
 }
 
-/* Where the last message hangs if it is of this role; else, and for NULL, where
- * another one would. */
+/* The link to the last message if it has this role; otherwise, or if the role
+ * is NULL, the link where the next message goes. */
 static struct json **last_of(struct talk *t, const char *role)
 {
     struct json **at = &t->messages.first;
@@ -2889,7 +2890,7 @@ static struct json **last_of(struct talk *t, const char *role)
     return at;
 }
 
-/* By way of its JSON, which has UTF-8 in the place of any bytes. */
+/* The message is written as JSON and parsed, which replaces invalid UTF-8. */
 static int add_message(struct talk *t, const char *role, const char *s,
                        size_t n)
 {
@@ -2908,14 +2909,14 @@ static int add_message(struct talk *t, const char *role, const char *s,
     return DONE;
 }
 
-/* Is the last message an answer that is not to go on? */
-static int ends_answered(struct talk *t)
+/* Is the last message an answer that is not to be continued? */
+static int ends_with_answer(struct talk *t)
 {
-    int go_on = 0;
+    int continues = 0;
 
     if (!t->grown)
-        json_bool(given(t->body, "continue_final_message"), &go_on);
-    return !go_on && *last_of(t, "assistant");
+        json_bool(given(t->body, "continue_final_message"), &continues);
+    return !continues && *last_of(t, "assistant");
 }
 
 static int read_json(struct pool *pool, const char *path, struct json **out)
@@ -2931,7 +2932,7 @@ static int read_json(struct pool *pool, const char *path, struct json **out)
     return code;
 }
 
-/* The JSON of a file: an array, or an object with one under this key. */
+/* Read a JSON file that holds an array, or an object with one under `key`. */
 static int read_list(struct talk *t, const char *path, const char *key,
                      const struct json **whole, const struct json **list)
 {
@@ -2943,11 +2944,11 @@ static int read_list(struct talk *t, const char *path, const char *key,
     *whole = v;
     *list = v->type == JSON_OBJECT ? json_get(v, key) : v;
     return json_is(*list, JSON_ARRAY) ? DONE :
-           say(USAGE, "%s: expected a JSON array, or an object with one as "
-               "\"%s\"", path, key);
+           say(USAGE, "%s: expected a JSON array, or an object with one "
+               "under \"%s\"", path, key);
 }
 
-/* The messages and tools that options name, and what is asked besides. */
+/* Read the files of --messages and --tools, and settle how to answer. */
 static int read_talk(struct talk *t)
 {
     const struct settings *s = t->e->s;
@@ -2958,7 +2959,7 @@ static int read_talk(struct talk *t)
 
     t->messages.type = JSON_ARRAY;
     *q = s->ask;
-    q->prompt_logprobs = q->logprobs;
+    q->prompt_logprobs = q->logprobs;     /* --logprobs asks for both        */
     q->is_completion = t->e->template == TEMPLATE_NONE;
     if (s->messages)
         code = read_list(t, s->messages, "messages", &t->body, &list);
@@ -2980,17 +2981,19 @@ static int read_talk(struct talk *t)
            blame(code, s->messages ? s->messages : s->tools, &why);
 }
 
-/* The prompt of all messages so far; `path` is where they are from, or NULL. */
+/* Build t->job.q.prompt from all messages; `path` is their file, or NULL. */
 static int prompt_talk(struct talk *t, const char *path)
 {
     struct why why;
-    const int code = make_prompt(t->e, &t->job.q, &t->messages, t->tools,
-                                 t->body, t->grown, &t->prompt, &why);
+    int code;
 
+    free_reply(&t->job.r);                /* it refers to the old prompt     */
+    code = make_prompt(t->e, &t->job.q, &t->messages, t->tools, t->body,
+                       t->grown, &t->prompt, &why);
     return code == DONE ? DONE : blame(code, path, &why);
 }
 
-/* What the user says next, behind the system prompt if it is the first. */
+/* Add the user's next message; the system prompt goes before the first. */
 static int ask(struct talk *t, const struct text *question)
 {
     const struct settings *s = t->e->s;
@@ -3013,65 +3016,58 @@ static int ask(struct talk *t, const struct text *question)
 
 /* ---- one answer */
 
-/* With -v, why it is not faster: what had to be read for every token. */
+/* Print the speed of an answer, and what limits it: bytes read per token. */
 static void print_speed(const struct talk *t)
 {
     const struct engine *e = t->e;
     const struct reply *r = &t->job.r;
     const struct cost cost = count_cost(e->model, e->par.kv_type);
     const double bytes = step_bytes(e->model, &cost, 1, r->ids.n);
+    const double prompt = prompt_speed(r), answer = answer_speed(r);
+    const double rate = bytes * r->n_steps / (r->ended - r->read);
     const double own = anonymous_memory();
-    const int n_new = r->q->prompt.n - r->n_reused;
 
     note("prompt of %d tokens, %d of them new%s; answer of %d tokens%s",
-         r->q->prompt.n, n_new, isfinite(prompt_speed(r)) ?
-         phrase(", %.1f tok/s", prompt_speed(r)).s : "", r->n_made,
-         isfinite(answer_speed(r)) ?
-         phrase(", %.1f tok/s", answer_speed(r)).s : "");
-    note("a token reads %s of weights and cache%s; memory %s%s",
-         amount(bytes, "B").s, r->n_steps > 0 && r->ended > r->read ?
-         phrase(", %s/s", amount(bytes * r->n_steps / (r->ended - r->read),
-                                 "B").s).s : "", amount(peak_memory(), "B").s,
-         own > 0 ? phrase(", of it %s not the file's", amount(own, "B").s).s :
-         "");
+         r->q->prompt.n, r->q->prompt.n - r->n_reused,
+         isfinite(prompt) ? phrase(", %.1f tok/s", prompt).s : "", r->n_made,
+         isfinite(answer) ? phrase(", %.1f tok/s", answer).s : "");
+    note("each token reads %s of weights and cache%s; memory %s%s",
+         amount(bytes, "B").s, isfinite(answer) ?
+         phrase(", %s/s", amount(rate, "B").s).s : "",
+         amount(peak_memory(), "B").s, own > 0 ?
+         phrase(", %s of it not from the file", amount(own, "B").s).s : "");
     if (r->n_guessed > 0)
         note("guessed %d tokens, %d of them right", r->n_guessed, r->n_right);
     if (r->n_again > 0)
-        note("%d tokens did not fit the schema; to find those that did took "
-             "%.2f ms each", r->n_again, r->again * 1e3 / r->n_again);
+        note("%d tokens did not fit the schema; finding others took %.2f ms "
+             "each", r->n_again, r->again * 1e3 / r->n_again);
 }
 
-static void print_more(struct job *j)
-{
-    struct talk *t = j->owner;
-
-    if (!t->e->s->json)
-        print_reply(&t->printer, &j->r);
-}
-
-/* The whole answer; also one that was interrupted. */
+/* Print what is new in an answer; with --json, nothing until it has ended. */
 static void print_answer(struct job *j)
 {
     struct talk *t = j->owner;
     const struct engine *e = t->e;
     struct text out = { 0 };
 
-    if (!e->s->json) {
+    if (!e->s->json && j->state == FINISHED)
         print_end(&t->printer, &j->r);
-        return;
+    else if (!e->s->json)
+        print_reply(&t->printer, &j->r);
+    else if (j->state == FINISHED) {
+        add_completion(e, &out, j, 1, j->id, (long long)time(NULL));
+        add_origin(e, &out, j, t->tools && t->tools->first &&
+                   template_is_dated(e->template));
+        add_string(&out, "}\n");
+        show_text(&out);
+        free(out.s);
+        t->printer.code = flush_output(DONE);
     }
-    add_completion(e, &out, j, 1, j->id, (long long)time(NULL));
-    add_origin(e, &out, j, t->tools && t->tools->first &&
-               template_is_dated(e->template));
-    add_string(&out, "}\n");
-    show_text(&out);
-    free(out.s);
-    t->printer.code = flush_output(DONE);
 }
 
-static const struct sink to_user = { print_more, print_answer };
+static const struct sink to_user = { print_answer, print_answer };
 
-/* Answer t->job.q.prompt.  What was said before an interruption stays. */
+/* Answer t->job.q.prompt.  If interrupted, keep what was generated so far. */
 static int run_reply(struct talk *t)
 {
     struct engine *e = t->e;
@@ -3079,7 +3075,6 @@ static int run_reply(struct talk *t)
     struct why why;
     int code;
 
-    free_reply(&j->r);
     t->printer = start_printer(e->s);
     j->to = &to_user;
     j->owner = t;
@@ -3095,7 +3090,7 @@ static int run_reply(struct talk *t)
     while (code == DONE && j->state != FINISHED) {
         code = engine_step(e);
         if (code == INTERRUPTED && !interrupted)
-            code = DONE;                  /* meant for the answer before     */
+            code = DONE;                  /* a Ctrl-C for the last answer    */
         code = code == DONE ? t->printer.code : code;
     }
     running = NULL;
@@ -3116,7 +3111,7 @@ static int run_reply(struct talk *t)
     return code == DONE ? t->printer.code : code;
 }
 
-/* Fill t->job.q.prompt from what the options name. */
+/* Build t->job.q.prompt from the options. */
 static int prepare_prompt(struct talk *t)
 {
     struct engine *e = t->e;
@@ -3133,12 +3128,13 @@ static int prepare_prompt(struct talk *t)
     else if (code == DONE && (s->messages || (code = ask(t, &text)) == DONE))
         code = prompt_talk(t, s->messages);
     free(text.s);
-    if (code == DONE && s->messages && s->mode == ANSWER && ends_answered(t))
-        note("%s: the last message is the assistant's, expected one of the "
-             "user", s->messages);
+    if (code == DONE && s->messages && s->mode == ANSWER && ends_with_answer(t))
+        note("%s: the last message is the assistant's, expected the user's",
+             s->messages);
     return code;
 }
 
+/* --logits: a row of little-endian floats for every token of the prompt. */
 static int write_logits(struct talk *t)
 {
     const struct engine *e = t->e;
@@ -3168,52 +3164,56 @@ static int write_logits(struct talk *t)
 
 /* ---- sessions
  *
- * What --session keeps between runs, all little-endian:
+ * What --session keeps between runs, all numbers little-endian:
  *
  *     "LFM2SES1"
  *     u64 n | the conversation: n bytes of JSON, an array of messages
- *     u64 n | n token ids in the cache, u32
- *     u64 hash of all before (FNV-1a)
- *     u64 n | the sequence, as lfm2_seq_save() writes it, with its own check
+ *     u64 n | the token ids in the cache: n times u32
+ *     u64     FNV-1a hash of everything above
+ *     u64 n | the sequence: n bytes from lfm2_seq_save(), with its own checksum
  *
- * If only the sequence does not fit, as another model's, the conversation is
- * read again.  A file that is anything else is left alone. */
+ * A sequence that cannot be used, for example with another model, is computed
+ * again.  A damaged session, or any other file, is never overwritten. */
 
 static const char session_magic[] = "LFM2SES1";
 
-/* Put n times `each` bytes of a file behind a text, if it has as many left. */
+/* Append n items of `each` bytes from a file to a text.  Counts in a file
+ * cannot be trusted, so nothing is allocated unless the file is that long. */
 static int take(FILE *f, uint64_t n, uint64_t each, struct text *to)
 {
     const off_t at = ftello(f);
     struct stat st;
-    size_t size, got;
+    size_t size;
 
     if (at < 0 || fstat(fileno(f), &st) != 0 || st.st_size < at ||
         n > (uint64_t)(st.st_size - at) / each || n > SIZE_MAX / 2 / each)
         return 0;
     size = (size_t)(n * each);
     reserve(to, size);
-    got = fread(to->s + to->n, 1, size, f);
-    to->n += got;
-    return got == size;
+    to->n += size;
+    return fread(to->s + to->n - size, 1, size, f) == size;
 }
 
-/* The u64 at its end. */
-static uint64_t last_number(const struct text *t)
+/* Append a count, and that many items. */
+static int take_array(FILE *f, uint64_t each, struct text *to, uint64_t *n)
 {
-    return get_le((const unsigned char *)t->s + t->n - 8, 8);
+    if (!take(f, 8, 1, to))
+        return 0;
+    *n = get_le((unsigned char *)to->s + to->n - 8, 8);
+    return take(f, *n, each, to);
 }
 
-/* The cache of a session with n token ids.  Why there is nothing in it, or
- * NULL. */
-static const char *take_state(struct engine *e, const char *ids, uint64_t n,
-                              const struct text *state, lfm2_error *err)
+/* Load a saved sequence of n tokens.  Returns NULL, or why it cannot be used;
+ * then the cache is empty. */
+static const char *load_sequence(struct engine *e, const char *ids, uint64_t n,
+                                 const char *saved, uint64_t size,
+                                 lfm2_error *err)
 {
     const uint64_t n_vocab = (uint64_t)lfm2_model_config(e->model)->n_vocab;
     struct ids *to = &e->slot[0].cached;
     int good;
 
-    if (lfm2_seq_load(e->ctx, 0, state->s, state->n, err) != LFM2_OK)
+    if (lfm2_seq_load(e->ctx, 0, saved, size, err) != LFM2_OK)
         return err->msg;
     good = n == (uint64_t)lfm2_seq_len(e->ctx, 0);
     for (uint64_t i = 0; good && i < n; i++) {
@@ -3222,50 +3222,47 @@ static const char *take_state(struct engine *e, const char *ids, uint64_t n,
         to->id[i] = (int32_t)id;
     }
     to->n = good ? (int)n : lfm2_seq_trim(e->ctx, 0, 0);
-    return good ? NULL : "its tokens are not those of its state";
+    return good ? NULL : "its tokens do not match its sequence";
 }
 
-/* Go on where a session left off.  Nothing is read before it is known to be
- * there, as the file may be anything. */
+/* Restore a session from a file that begins with the magic. */
 static int restore(struct talk *t, FILE *f)
 {
     const char *path = t->e->s->session, *why_not;
-    struct text head = { 0 }, state = { 0 };
-    struct json *said = NULL;
-    uint64_t n_said = 0, n_ids = 0;
-    size_t n;
+    struct text all = { 0 };
+    struct json *messages = NULL;
+    uint64_t n_json = 0, n_ids = 0, n_saved = 0;
+    size_t n_hashed;
     struct why why;
     lfm2_error err;
-    int good = take(f, 16, 1, &head) &&
-               take(f, n_said = last_number(&head), 1, &head) &&
-               take(f, 8, 1, &head) &&
-               take(f, n_ids = last_number(&head), 4, &head);
+    int good = take(f, 8, 1, &all) && take_array(f, 1, &all, &n_json) &&
+               take_array(f, 4, &all, &n_ids);
 
-    n = head.n;
-    good = good && take(f, 16, 1, &head) &&
-           get_le((unsigned char *)head.s + n, 8) ==
-           hash_bytes(HASH_START, head.s, n) &&
-           take(f, last_number(&head), 1, &state) && getc(f) == EOF &&
-           json_parse(&t->pool, head.s + 16, (size_t)n_said, &said, &why) ==
-           DONE && json_is(said, JSON_ARRAY);
+    n_hashed = all.n;
+    good = good && take(f, 8, 1, &all) &&
+           get_le((unsigned char *)all.s + n_hashed, 8) ==
+           hash_bytes(HASH_START, all.s, n_hashed) &&
+           take_array(f, 1, &all, &n_saved) && getc(f) == EOF &&
+           json_parse(&t->pool, all.s + 16, (size_t)n_json, &messages, &why) ==
+           DONE && json_is(messages, JSON_ARRAY);
     if (!good)
-        say(BAD_FILE, "%s: this session is cut or damaged; it is left as it is",
-            path);
+        say(BAD_FILE, "%s: this session is truncated or damaged; it is left as "
+            "it is", path);
     else {
         if (!t->e->s->messages)
-            t->messages = *said;
-        why_not = take_state(t->e, head.s + 24 + n_said, n_ids, &state, &err);
+            t->messages = *messages;
+        why_not = load_sequence(t->e, all.s + 24 + n_json, n_ids,
+                                all.s + n_hashed + 16, n_saved, &err);
         if (why_not)
             note("%s: the conversation is read again: %s", path, why_not);
         else if (t->e->s->verbose)
             note("%s: %d tokens", path, t->e->slot[0].cached.n);
     }
-    free(head.s);
-    free(state.s);
+    free(all.s);
     return good ? DONE : BAD_FILE;
 }
 
-/* A file that is not there yet, or empty, begins a session. */
+/* A file that does not exist yet, or is empty, starts a new session. */
 static int load_session(struct talk *t)
 {
     const struct settings *s = t->e->s;
@@ -3283,7 +3280,7 @@ static int load_session(struct talk *t)
     } else if (n > 0)
         code = say(BAD_FILE, "%s: %s; it is left as it is", path, n == 8 &&
                    memcmp(head, "LFM2", 4) == 0 ? "a session of another "
-                   "version of this program" : "no session");
+                   "version of this program" : "not a session");
     else if (code == DONE && (f ? ferror(f) : errno != ENOENT))
         code = say(BAD_FILE, "%s: %s", path, strerror(errno));
     if (f)
@@ -3296,34 +3293,30 @@ static int save_session(struct talk *t)
     const struct engine *e = t->e;
     const struct ids *ids = &e->slot[0].cached;
     const uint64_t n = lfm2_seq_state_size(e->ctx, 0);
-    struct text part[2] = { { 0 } };
-    struct text *const head = &part[0], *const state = &part[1];
+    struct text all = { 0 };
     lfm2_error err;
     int code;
 
-    add_string(head, session_magic);
-    add_le(head, 0, 8);
-    add_json(head, &t->messages);
-    put_le((unsigned char *)head->s + 8, head->n - 16, 8);
-    add_le(head, (uint64_t)ids->n, 8);
+    add_string(&all, session_magic);
+    add_le(&all, 0, 8);                   /* the length of what follows      */
+    add_json(&all, &t->messages);
+    put_le((unsigned char *)all.s + 8, all.n - 16, 8);
+    add_le(&all, (uint64_t)ids->n, 8);
     for (int i = 0; i < ids->n; i++)
-        add_le(head, (uint32_t)ids->id[i], 4);
-    add_le(head, hash_bytes(HASH_START, head->s, head->n), 8);
-    add_le(head, n, 8);
-    reserve(state, n < SIZE_MAX ? (size_t)n : SIZE_MAX);
-    state->n = (size_t)n;
-    if (lfm2_seq_save(e->ctx, 0, state->s, n, &err) != LFM2_OK)
-        code = report(e->s->session, &err);
-    else
-        code = keep_file(e->s->session, part, 2);
-    free(head->s);
-    free(state->s);
+        add_le(&all, (uint32_t)ids->id[i], 4);
+    add_le(&all, hash_bytes(HASH_START, all.s, all.n), 8);
+    add_le(&all, n, 8);
+    reserve(&all, n < SIZE_MAX ? (size_t)n : SIZE_MAX);
+    code = lfm2_seq_save(e->ctx, 0, all.s + all.n, n, &err);
+    all.n += (size_t)n;
+    code = code != LFM2_OK ? report(e->s->session, &err) :
+           keep_file(e->s->session, &all, 1);
+    free(all.s);
     return code;
 }
 
-/* Add an answer to the conversation, together with what the prompt had of it,
- * and keep them in the session.  An empty one is added only if the model ended
- * it. */
+/* Add the answer to the conversation, including the part already in the prompt,
+ * and save the session.  An empty answer counts only if the model ended it. */
 static int keep_answer(struct talk *t)
 {
     const struct rendered *p = &t->prompt;
@@ -3333,7 +3326,7 @@ static int keep_answer(struct talk *t)
     int code = DONE;
 
     if (r->n_made > 0 || r->finish == STOPPED) {
-        if (!ends_answered(t))
+        if (!ends_with_answer(t))
             *last_of(t, "assistant") = NULL;
         add(&whole, from, (size_t)(p->text.s + p->text.n - from));
         add(&whole, r->raw.s, r->raw.n);
@@ -3343,7 +3336,7 @@ static int keep_answer(struct talk *t)
     return code == DONE && t->e->s->session ? save_session(t) : code;
 }
 
-/* Anything that answers with a model, but --batch. */
+/* The modes with one prompt: an answer, a chat, --logits and the dumps. */
 static int work_on_model(const struct settings *s)
 {
     struct engine e = { .s = s };
@@ -3352,7 +3345,7 @@ static int work_on_model(const struct settings *s)
     int code = open_engine(&e), kept = DONE;
 
     if (code == DONE && s->mode == CHAT && e.template == TEMPLATE_NONE)
-        code = usage("no prompt given, and no chat without a template");
+        code = usage("no prompt given, and a chat needs a chat template");
     if (code == DONE)
         code = read_talk(&t);
     if (code == DONE && s->session)
@@ -3387,10 +3380,10 @@ static int work_on_model(const struct settings *s)
 
 /* ------------------------------------------------------------------- 8. Chat
  *
- * At a terminal or, with -cnv, from a pipe, where no prompt is shown. */
+ * At a terminal or, with -cnv, from a pipe; then no "> " is shown. */
 
-/* Answer the messages so far.  A turn that cannot be answered is taken back.
- * Each has a seed of its own. */
+/* Answer the messages so far.  A message that cannot be answered, such as one
+ * that is too long, is removed.  Every turn has its own seed. */
 static int answer_turn(struct talk *t)
 {
     int code = prompt_talk(t, NULL);
@@ -3409,7 +3402,7 @@ static int answer_turn(struct talk *t)
     return keep_answer(t);
 }
 
-/* Replace the system prompt; one without text is taken away. */
+/* Replace the system prompt; an empty text removes it. */
 static int set_system(struct talk *t, const char *text)
 {
     struct json *rest = t->messages.first;
@@ -3424,14 +3417,14 @@ static int set_system(struct talk *t, const char *text)
     return code;
 }
 
-/* After an error that a file cannot be opened: the sandbox may be why. */
+/* When a file could not be opened, say if the sandbox may be the reason. */
 static void blame_sandbox(const struct settings *s)
 {
     const int error = errno;
     const char *dir = save_dir(s);
 
     if (s->sandbox != SANDBOX_OFF && (error == EACCES || error == EPERM))
-        say(DONE, "in this sandbox a chat opens %s%s; --save-dir DIR names a "
+        say(DONE, "the sandbox lets a chat open %s%s; --save-dir DIR names a "
             "directory", dir ? "files only in " : "no files", dir ? dir : "");
 }
 
@@ -3451,7 +3444,7 @@ static void save_talk(const struct talk *t, const char *path)
     free(out.s);
 }
 
-/* A file that is no conversation leaves the one there is. */
+/* If the file does not hold a conversation, keep the current one. */
 static void load_talk(struct talk *t, const char *path)
 {
     const struct json had = t->messages, *body = t->body, *whole, *list;
@@ -3471,53 +3464,53 @@ static void load_talk(struct talk *t, const char *path)
 }
 
 static const char chat_help[] =
-    "Type a message, and its answer follows.  \"\"\" begins and ends one of "
-    "several\nlines, a \\ at the end of a line goes on with the next, and a "
-    "message may begin\nwith a blank where it would be a command.  Ctrl-C "
-    "stops an answer.\n"
+    "Type a message and press Enter.  \"\"\" begins and ends a message of "
+    "several lines;\na \\ at the end of a line continues it on the next; a "
+    "space before a / makes the\nline a message, not a command.  Ctrl-C stops "
+    "an answer.\n"
     "  /help         this text\n"
     "  /clear        forget the conversation\n"
-    "  /regen        answer the last message once more\n"
+    "  /regen        answer the last message again\n"
     "  /system TEXT  change the system prompt\n"
     "  /save FILE    write the conversation as JSON\n"
-    "  /load FILE    go on with one\n"
+    "  /load FILE    continue a saved conversation\n"
     "  /stats        tokens, speed and memory\n"
-    "  /quit         leave; so does Ctrl-D\n";
+    "  /quit         quit; so does Ctrl-D\n";
 
-/* In the order of their words. */
+/* In the order of `commands`. */
 enum { DO_HELP, DO_CLEAR, DO_REGEN, DO_SYSTEM, DO_SAVE, DO_LOAD, DO_STATS };
 
 static const char commands[] =
     "/help /clear /regen /system /save /load /stats /quit /exit /bye";
 
-/* A line that begins with / .  Returns -1 to leave. */
-static int obey(struct talk *t, const char *line)
+/* Execute a line that begins with /.  Returns -1 to quit. */
+static int do_command(struct talk *t, const char *line)
 {
     const size_t n = strcspn(line, " ");
     const char *rest = line + n + strspn(line + n, " ");
-    const int is = find_word(commands, ' ', phrase("%.*s", (int)n, line).s);
+    const int which = find_word(commands, ' ', phrase("%.*s", (int)n, line).s);
 
-    if (is < 0)
+    if (which < 0)
         say(DONE, "%.*s: no such command; /help lists them", (int)n, line);
-    else if (is == DO_HELP)
+    else if (which == DO_HELP)
         fputs(chat_help, stderr);
-    else if (is == DO_CLEAR) {
+    else if (which == DO_CLEAR) {
         t->messages.first = NULL;
         t->body = NULL;
-    } else if (is == DO_REGEN) {
+    } else if (which == DO_REGEN) {
         *last_of(t, "assistant") = NULL;
         if (*last_of(t, "user"))
             return answer_turn(t);
         say(DONE, "there is no message to answer");
-    } else if (is == DO_SYSTEM)
+    } else if (which == DO_SYSTEM)
         return set_system(t, rest);
-    else if (is < DO_STATS && !rest[0])
+    else if (which < DO_STATS && !rest[0])
         say(DONE, "%.*s needs a file", (int)n, line);
-    else if (is == DO_SAVE)
+    else if (which == DO_SAVE)
         save_talk(t, rest);
-    else if (is == DO_LOAD)
+    else if (which == DO_LOAD)
         load_talk(t, rest);
-    else if (is == DO_STATS) {
+    else if (which == DO_STATS) {
         say(DONE, "%d of %d tokens in the context", t->e->slot[0].cached.n,
             t->e->par.n_ctx);
         print_settings(t->e);
@@ -3532,22 +3525,22 @@ static int chat(struct talk *t)
 {
     const struct settings *s = t->e->s;
     const struct piece name = model_name(t->e);
-    const int shows = isatty(STDIN_FILENO);
+    const int is_terminal = isatty(STDIN_FILENO);
     struct text line = { 0 };
     int code = DONE, got = 0;
 
-    if (shows)
-        note("%.*s; /help lists commands, Ctrl-D leaves", (int)name.n, name.s);
+    if (is_terminal)
+        note("%.*s; /help lists commands, Ctrl-D quits", (int)name.n, name.s);
     if (s->prompt || s->file || s->messages) {
         code = prepare_prompt(t);
-        if (code == DONE && !ends_answered(t))
+        if (code == DONE && !ends_with_answer(t))
             code = answer_turn(t);
     }
-    while (code == DONE && (got = read_message(&line, shows)) > 0) {
+    while (code == DONE && (got = read_message(&line, is_terminal)) > 0) {
         if (line.n == 0)
             continue;
         if (line.s[0] == '/' && !strchr(line.s, '\n'))
-            code = obey(t, line.s);
+            code = do_command(t, line.s);
         else if ((code = ask(t, &line)) == DONE)
             code = answer_turn(t);
         else if (code == USAGE)
@@ -3563,36 +3556,34 @@ static int chat(struct talk *t)
  *
  * JSON lines in, JSON lines out, in the same order.  A line is an OpenAI batch
  * line {"custom_id", "method", "url", "body"} or a body alone.  Up to
- * --parallel of them are answered at once, so the weights are read once for
- * all.  What is answered depends on the line alone: bits do not depend on
- * neighbours, and the seed comes from the line unless it names one. */
+ * --parallel lines are answered at once, so that the weights are read once for
+ * all of them.  An answer depends on its line alone: neighbours change no bit
+ * of it, and its seed is a hash of the line unless the line names one. */
 
-enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines read per sequence  */
+enum { MAX_LINE = 1 << 26, AHEAD = 4 };   /* AHEAD: lines kept per sequence  */
 
 struct entry {                            /* a line, from reading to writing */
     struct job job;
     struct batch *batch;
-    long long line;                       /* of the input, from 1            */
-    double end;                           /* in the input, in bytes          */
+    long long line, end;                  /* number; offset of its end       */
     struct text id, out;                  /* custom_id; the line of output,
-                                             once it is known                */
+                                             empty until it is complete      */
 };
 
-/* Lines that come in pieces. */
+/* Input that is read line by line. */
 struct source {
     int fd;
     struct text buf;
-    size_t at, seen;                      /* of buf: taken; without a newline
-                                             behind at                       */
+    size_t at;                            /* in buf: start of the next line  */
+    size_t searched;                      /* bytes of it without a newline   */
     int torn;                             /* the last line had no newline    */
-    int ended, error;                     /* errno, or 0                     */
-    long long line;
-    double taken;                         /* bytes                           */
+    int ended, error;                     /* error: errno, or 0              */
+    long long line, end;                  /* number of the last; its end     */
+    long long n_read;                     /* bytes                           */
 };
 
-/* An id that a run before has answered; of equal ones the first counts how many
- * were asked for again. */
-struct known { struct text id; int n_taken; };
+/* An id for which earlier runs have written n answers. */
+struct known { struct text id; int n; };
 
 struct batch {
     struct engine e;
@@ -3604,14 +3595,15 @@ struct batch {
     struct known *known;                  /* [n_known], sorted               */
     int n_known, shard, n_shards;
     long long done, failed, skipped, failed_before;
-    double tokens, reused, guessed, right, written, size, started, beat;
+    double tokens, reused, guessed, right, started, reported;
+    double size, written;                 /* bytes of input; of it, answered */
 };
 
 /* ---- a line of output */
 
 static const char output_start[] = "{\"id\": \"batch_req_";
 
-/* No time is in it: the same line has the same answer, byte for byte. */
+/* No time is in it, so that the same line always gives the same bytes. */
 static void add_output(struct entry *x, int code, const char *why)
 {
     static const char *const name[] = {
@@ -3621,16 +3613,15 @@ static void add_output(struct entry *x, int code, const char *why)
     const unsigned long long id = x->job.id;
     struct text *out = &x->out;
 
-    add_string(out, output_start);
-    add_format(out, "%016llx\"", id);
-    add_members(out, "custom_id: %.*s", (int)x->id.n, x->id.s);
+    add_members(out, "{id: %s, custom_id: %.*s",
+                phrase("batch_req_%016llx", id).s, (int)x->id.n, x->id.s);
     if (code != DONE) {
         add_members(out, "response: %s, error: {code: %s, line: %llu, message: "
                     "%s}}", NULL, name[code], (unsigned long long)x->line, why);
         x->batch->failed++;
     } else {
-        add_format(out, ", \"response\": {\"status_code\": 200, "
-                   "\"request_id\": \"req_%016llx\", \"body\": ", id);
+        add_members(out, "response: {status_code: %d, request_id: %s, body: ",
+                    200, phrase("req_%016llx", id).s);
         add_completion(&x->batch->e, out, &x->job, 1, id, 0);
         add_string(out, "}}, \"error\": null}");
         x->batch->done++;
@@ -3664,10 +3655,9 @@ static void free_entry(struct entry *x)
 
 /* ---- the input */
 
-/* The next line, with NUL for its end (\n, or \r\n): 1; 0 if it has not come
- * yet or will not.  Of one that is too long some of the end may be missing.  A
- * signal ends the waiting; one that comes just before it is heard a second
- * later. */
+/* Get the next line, with its \n or \r\n replaced by NUL.  Returns 0 if it has
+ * not arrived yet, or at the end.  A line beyond MAX_LINE may lose its tail.  A
+ * signal ends the wait within a second, as it may come just before poll(). */
 static int next_line(struct source *in, int wait, struct piece *line)
 {
     struct pollfd p = { in->fd, POLLIN, 0 };
@@ -3676,12 +3666,12 @@ static int next_line(struct source *in, int wait, struct piece *line)
         reserve(&in->buf, 1 << 16);
         char *from = in->buf.s + in->at;
         size_t n = in->buf.n - in->at;
-        const char *end = memchr(from + in->seen, '\n', n - in->seen);
+        const char *end = memchr(from + in->searched, '\n', n - in->searched);
         if (end || (in->ended && n > 0)) {
             n = end ? (size_t)(end - from) : n;
             in->at += n + (end != NULL);
-            in->taken += (double)n + 1;
-            in->seen = 0;
+            in->end = in->n_read - (long long)(in->buf.n - in->at);
+            in->searched = 0;
             in->torn = !end;
             in->line++;
             n -= n > 0 && from[n - 1] == '\r';
@@ -3689,7 +3679,7 @@ static int next_line(struct source *in, int wait, struct piece *line)
             *line = (struct piece){ from, n };
             return 1;
         }
-        in->seen = n = n <= MAX_LINE ? n : MAX_LINE + 1;
+        in->searched = n = n <= MAX_LINE ? n : MAX_LINE + 1;
         if (in->at > 0)
             memmove(in->buf.s, from, n);
         in->buf.n = n;
@@ -3703,10 +3693,11 @@ static int next_line(struct source *in, int wait, struct piece *line)
         in->ended = got == 0 || (got < 0 && errno != EINTR);
         in->error = got < 0 && in->ended ? errno : 0;
         in->buf.n += got > 0 ? (size_t)got : 0;
+        in->n_read += got > 0 ? got : 0;
     }
 }
 
-/* The same line, the same seed; another with another -s. */
+/* Read the request of a line.  Its seed is a hash of the line, and of -s. */
 static int read_entry(struct batch *b, struct entry *x,
                       const struct json *line, struct why *why)
 {
@@ -3744,7 +3735,7 @@ static int read_entry(struct batch *b, struct entry *x,
     return read_request(&b->e, q, body, prompt, why);
 }
 
-/* ---- a run that goes on */
+/* ---- resuming an earlier run */
 
 static int by_id(const void *a, const void *b)
 {
@@ -3754,7 +3745,7 @@ static int by_id(const void *a, const void *b)
     return compare(x->s, x->n, y->s, y->n);
 }
 
-/* What begins otherwise was not written here. */
+/* Does this line, which may be torn, begin like output of --batch? */
 static int is_ours(const struct piece *line)
 {
     const size_t len = strlen(output_start);
@@ -3762,8 +3753,8 @@ static int is_ours(const struct piece *line)
     return memcmp(line->s, output_start, line->n < len ? line->n : len) == 0;
 }
 
-/* Note the custom_id of a line of output: it needs no answer any more. */
-static int know_line(struct batch *b, const struct piece *line,
+/* Record the custom_id of a line of output, which needs no second answer. */
+static int add_known(struct batch *b, const struct piece *line,
                      long long number)
 {
     const size_t n = (size_t)b->n_known;
@@ -3778,19 +3769,19 @@ static int know_line(struct batch *b, const struct piece *line,
         json_parse(&pool, line->s, line->n, &whole, &why);
     id = given(whole, "custom_id");
     if (json_is(id, JSON_STRING)) {
-        b->known[n] = (struct known){ .n_taken = 0 };
+        b->known[n] = (struct known){ .n = 1 };
         add(&b->known[b->n_known++].id, id->s, id->n);
         b->failed_before += given(whole, "error") != NULL;
     }
     pool_free(&pool);
     return b->n_known > (int)n ? DONE :
-           say(BAD_FILE, "%s: line %lld is none that --batch writes",
+           say(BAD_FILE, "%s: line %lld was not written by --batch",
                b->out_name, number);
 }
 
-/* Does another process write to this file?  Both would answer the same lines.
- * Where there are no locks nobody knows. */
-static int is_taken(int fd)
+/* Lock a file until this process exits.  Returns 1 if another process has
+ * locked it; always 0 on systems without locks. */
+static int another_has_lock(int fd)
 {
 #ifdef F_SETLK
     struct flock all = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
@@ -3802,7 +3793,8 @@ static int is_taken(int fd)
 #endif
 }
 
-/* What a run before has written; a line that it was killed in is cut off. */
+/* Open the output of an earlier run, and record what it answered.  A torn last
+ * line is cut off.  Two processes with one file would answer lines twice. */
 static int open_resumed(struct batch *b)
 {
     const char *path = b->out_name = b->e.s->resume;
@@ -3810,19 +3802,21 @@ static int open_resumed(struct batch *b)
     struct source from = { .fd = fd };
     struct piece line;
     struct stat st;
-    int code = DONE;
+    off_t end = 0;                        /* of the last whole line          */
+    int code = DONE, n = 0;
 
     b->out = fd;
     if (fd < 0 || fstat(fd, &st) != 0)
         return say(BAD_FILE, "%s: %s", path, strerror(errno));
     if (!S_ISREG(st.st_mode))
         return say(BAD_FILE, "%s: not a regular file", path);
-    if (is_taken(fd))
+    if (another_has_lock(fd))
         return say(BAD_FILE, "%s: another process is writing to it", path);
     while (code == DONE && next_line(&from, 1, &line))
-        if (!from.torn || !is_ours(&line))
-            code = know_line(b, &line, from.line);
-        else if (ftruncate(fd, st.st_size - (off_t)line.n) != 0)
+        if (!from.torn || !is_ours(&line)) {
+            code = add_known(b, &line, from.line);
+            end = from.end;
+        } else if (ftruncate(fd, end) != 0)
             from.error = errno;
     if (code == DONE && from.error)
         code = say(BAD_FILE, "%s: %s", path, strerror(from.error));
@@ -3834,37 +3828,25 @@ static int open_resumed(struct batch *b)
                     b->failed_before).s);
     if (b->n_known > 0)
         qsort(b->known, (size_t)b->n_known, sizeof *b->known, by_id);
+    for (int i = 0; i < b->n_known; i++)
+        if (n > 0 && by_id(&b->known[n - 1], &b->known[i]) == 0) {
+            b->known[n - 1].n++;
+            free(b->known[i].id.s);
+        } else
+            b->known[n++] = b->known[i];
+    b->n_known = n;
     return code;
-}
-
-/* Is the answer with this id there already?  Each is taken once. */
-static int take_known(struct batch *b, const struct text *id)
-{
-    const struct known asked = { .id = *id };
-    int from = 0, to = b->n_known;        /* the first of these ids          */
-
-    while (from < to) {
-        const int at = from + (to - from) / 2;
-        if (by_id(&b->known[at], &asked) < 0)
-            from = at + 1;
-        else
-            to = at;
-    }
-    if (to < b->n_known)
-        to += b->known[from].n_taken;
-    if (to == b->n_known || by_id(&b->known[to], &asked) != 0)
-        return 0;
-    b->known[from].n_taken++;
-    return 1;
 }
 
 /* ---- many requests */
 
-/* A line becomes a job, or is left to an earlier run. */
+/* Turn a line into a job, unless an earlier run has answered it.  Each earlier
+ * answer accounts for one line with its id. */
 static void add_entry(struct batch *b, const struct piece *line)
 {
     const char *const end = line->s + line->n;
     struct entry *x = &b->entry[(b->first + b->n_entries) % b->n_ring];
+    struct known *known = NULL;
     struct text text = { 0 };
     struct pool pool = { 0 };
     struct json *whole = NULL;
@@ -3872,7 +3854,7 @@ static void add_entry(struct batch *b, const struct piece *line)
     int code;
 
     *x = (struct entry){
-        .batch = b, .line = b->in.line, .end = b->in.taken,
+        .batch = b, .line = b->in.line, .end = b->in.end,
         .job = { .q = b->e.s->ask, .to = &to_line, .owner = x }
     };
     add_format(&x->id, "line-%lld", x->line);
@@ -3885,14 +3867,18 @@ static void add_entry(struct batch *b, const struct piece *line)
     else if (begins(line->s, end, "\xff\xfe") ||
              begins(line->s, end, "\xfe\xff"))
         code = because(&why, USAGE, "UTF-16, expected UTF-8: iconv -f UTF-16 "
-                       "-t UTF-8 makes it of this file");
+                       "-t UTF-8 converts the file");
     else
         code = json_parse(&pool, text.s, text.n, &whole, &why);
     free(text.s);
     if (code == DONE)
         code = read_entry(b, x, whole, &why);
     pool_free(&pool);
-    if (take_known(b, &x->id)) {
+    if (b->n_known > 0)
+        known = bsearch(&(struct known){ .id = x->id }, b->known,
+                        (size_t)b->n_known, sizeof *known, by_id);
+    if (known && known->n > 0) {
+        known->n--;
         b->skipped++;
         free_entry(x);
         return;
@@ -3910,10 +3896,10 @@ static void report_progress(struct batch *b, int last)
     const double now = seconds(), took = now - b->started + 1e-9;
     const double part = b->size > 0 ? b->written / b->size : 0;
 
-    if (!last && now - b->beat < 10)
+    if (!last && now - b->reported < 10)
         return;
-    b->beat = now;
-    note("%lld answered, %lld failed, %lld were there; %.1f tok/s, %.0f s%s",
+    b->reported = now;
+    note("%lld answered, %lld failed, %lld skipped; %.1f tok/s, %.0f s%s",
          b->done, b->failed, b->skipped, b->tokens / took, took,
          !last && part > 0 && part < 1 ?
          phrase(", %.0f %%, %.0f s to go", part * 100,
@@ -3924,15 +3910,15 @@ static void report_progress(struct batch *b, int last)
                                      b->guessed, b->right).s : "");
 }
 
-/* Lines are read while there is room, and waited for only if there is nothing
- * else to do.  What is finished is written in the order of the input, each line
- * at once, if that is possible, so that it is whole or not there. */
+/* Lines are read while the ring has room; the loop waits for them only if there
+ * is nothing else to do.  Answers are written in the order of the input, each
+ * with one write() if possible, so that no line of output is partial. */
 static int run_batch(struct batch *b)
 {
     struct piece line;
     int code = DONE;
 
-    for (;;) {
+    while (code == DONE) {
         while (b->n_entries < b->n_ring &&
                next_line(&b->in, b->n_entries == 0, &line))
             if (strspn(line.s, " \t\r") < line.n &&
@@ -3945,7 +3931,7 @@ static int run_batch(struct batch *b)
                 x->out.n = drop_controls(x->out.s, x->out.n);
             if (write_all(b->out, x->out.s, x->out.n) != 0)
                 code = say(BAD_FILE, "%s: %s", b->out_name, strerror(errno));
-            b->written = x->end;
+            b->written = (double)x->end;
             free_entry(x);
             b->first = (b->first + 1) % b->n_ring;
             b->n_entries--;
@@ -3954,9 +3940,8 @@ static int run_batch(struct batch *b)
                                             b->in.at == b->in.buf.n))
             break;
         code = engine_step(&b->e);
-        if (code != DONE)
-            break;
-        report_progress(b, 0);
+        if (code == DONE)
+            report_progress(b, 0);
     }
     if (code == DONE && interrupted)
         code = INTERRUPTED;
@@ -3967,7 +3952,7 @@ static int run_batch(struct batch *b)
     return code;
 }
 
-/* The shard is I/N, counted from 0. */
+/* --shard I/N: every N-th line, starting at line I, counted from 0. */
 static int open_batch(struct batch *b)
 {
     const struct settings *s = b->e.s;
@@ -4002,7 +3987,7 @@ static int batch(const struct settings *s)
     int code = open_batch(&b);
 
     if (code == DONE) {
-        b.started = b.beat = seconds();
+        b.started = b.reported = seconds();
         running = b.e.ctx;
         code = run_batch(&b);
         running = NULL;
@@ -4023,15 +4008,14 @@ static int batch(const struct settings *s)
 
 /* -------------------------------------------------------------- 10. --serve
  *
- * OpenAI's API over HTTP/1.1, for many clients at once.  One thread serves the
- * sockets and moves all answers on by one forward, in turns.  A body is read
- * like a line of --batch, and answered in the same bytes.
+ * OpenAI's API over HTTP/1.1, for many clients at once.  A single thread serves
+ * the sockets and runs one forward for all answers, in turns.  A body is read
+ * like a line of --batch, and gets the same answer to the byte.
  *
- * Clients are strangers.  What they send is bounded in size and time, and read
- * strictly: a request that two programs could read in two ways is refused, as
- * one in front of this might see another request in it.  A client costs a fixed
- * amount of memory at most, and one that does not read what it asked for is
- * dropped. */
+ * Clients are not trusted.  Their input is limited in size and time, and parsed
+ * strictly: a request that could be parsed in two ways is refused, as a proxy
+ * in front of this server might see another request in it.  The memory for each
+ * client is bounded, and one that does not read its answer is disconnected. */
 
 #if !defined __wasi__ || defined LFM2_PAGE
 
@@ -4048,47 +4032,47 @@ long syscall(long number, ...);           /* not in POSIX                    */
 
 enum {
     MAX_CLIENTS = 1056, MAX_CHOICES = 128,
-    MAX_HEAD = 1 << 14, MAX_FIELDS = 100, /* of a request                    */
-    MAX_CHUNK_LINE = 256,
-    MAX_TOKENIZED = 1 << 20,              /* bytes, as nobody else is served */
-    MAX_UNSENT = 1 << 22, MAX_AHEAD = 1 << 16,
-    MAX_HELD = 1 << 30,                   /* bytes, for all clients together */
+    MAX_HEAD = 1 << 14, MAX_FIELDS = 100, MAX_CHUNK_LINE = 256,
+    MAX_TOKENIZED = 1 << 20,              /* bytes, as other clients wait    */
+    MAX_UNSENT = 1 << 22,                 /* bytes of a stream               */
+    MAX_AHEAD = 1 << 16,                  /* bytes not parsed yet            */
+    MAX_HELD = 1 << 30,                   /* bytes in buffers of all clients */
     SERVE_BATCH = 512                     /* so that no step takes too long  */
 };
 
-/* Seconds. */
+/* In seconds.  IDLE_TIME_FULL is for when all places are taken. */
 enum {
-    HEAD_TIME = 10, BODY_TIME = 60, IDLE_TIME = 60, FULL_TIME = 1,
-    SEND_TIME = 30, LINGER_TIME = 3, SIGN_OF_LIFE = 10, DRAIN_TIME = 30
+    HEAD_TIME = 10, BODY_TIME = 60, IDLE_TIME = 60, IDLE_TIME_FULL = 1,
+    SEND_TIME = 30, LINGER_TIME = 3, PING_TIME = 10, DRAIN_TIME = 30
 };
 
-/* How long things took: how many up to edges[i] seconds, and the sum. */
-static const double edges[] = { 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
-                                10, 30, 60 };
+/* The upper bounds of a histogram's buckets, in seconds; the last has none. */
+static const double buckets[] = { 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
+                                  10, 30, 60 };
 
-enum { N_EDGES = sizeof edges / sizeof *edges };
+enum { N_BUCKETS = sizeof buckets / sizeof *buckets };
 
-struct histogram { uint64_t n[N_EDGES + 1]; double sum; };
+struct histogram { uint64_t n[N_BUCKETS + 1]; double sum; };
 
-/* What a status means, what to say with it where nothing else is said, what
- * kind of error it is, if not an invalid_request_error, and fields of its head;
- * %s are the methods that are good. */
-static const struct status { int code; const char *text, *why, *type, *fields; }
-statuses[] = {
+/* What goes with each status: the reason phrase, the message if c->why is
+ * empty, the type of error (NULL: invalid_request_error), and extra header
+ * fields.  %s stands for the allowed methods. */
+static const struct status {
+    int code;
+    const char *reason, *message, *type, *fields;
+} statuses[] = {
     { 200, "OK" },
     { 204, "No Content", NULL, NULL, "Allow: %s, OPTIONS\r\n"
       "Access-Control-Allow-Methods: GET, POST\r\n"
       "Access-Control-Allow-Headers: *, Authorization\r\n" },
-    { 400, "Bad Request", "not a request of HTTP/1.1 as this server reads it" },
+    { 400, "Bad Request", "not a well-formed HTTP/1.1 request" },
     { 401, "Unauthorized",
-      "expected a key of --api-key-file as \"Authorization: Bearer KEY\"",
+      "expected a key from --api-key-file as \"Authorization: Bearer KEY\"",
       "authentication_error", "WWW-Authenticate: Bearer\r\n" },
-    { 403, "Forbidden", "requests for other hosts, and from pages of other "
-      "origins, are not answered; --cors allows an origin",
-      "permission_error" },
-    { 404, "Not Found", "nothing is at this address; the API is at "
-      "/v1/chat/completions, /v1/completions and /v1/models",
-      "not_found_error" },
+    { 403, "Forbidden", "requests for other hosts, and from web pages of other "
+      "origins, are refused; --cors allows an origin", "permission_error" },
+    { 404, "Not Found", "no such path; the API is at /v1/chat/completions, "
+      "/v1/completions and /v1/models", "not_found_error" },
     { 405, "Method Not Allowed", "expected %s here", NULL,
       "Allow: %s, OPTIONS\r\n" },
     { 408, "Request Timeout", "the request took too long to arrive" },
@@ -4099,15 +4083,15 @@ statuses[] = {
     { 417, "Expectation Failed",
       "expected nothing but \"Expect: 100-continue\"" },
     { 429, "Too Many Requests",
-      "more answers are under way or wait than --parallel and --queue allow",
+      "more requests are running or waiting than --parallel and --queue allow",
       "rate_limit_error", "Retry-After: 5\r\n" },
     { 431, "Request Header Fields Too Large",
       "expected a head of at most 16 KiB and 100 fields" },
     { 500, "Internal Server Error", "the model could not be run",
       "server_error" },
     { 501, "Not Implemented", "expected \"Transfer-Encoding: chunked\"" },
-    { 503, "Service Unavailable", "the server stops", "unavailable_error",
-      "Retry-After: 5\r\n" },
+    { 503, "Service Unavailable", "the server is shutting down",
+      "unavailable_error", "Retry-After: 5\r\n" },
     { 505, "HTTP Version Not Supported", "expected HTTP/1.0 or HTTP/1.1" },
 };
 
@@ -4117,46 +4101,58 @@ enum { GET, HEAD_ONLY, POST, OPTIONS };
 
 static const char hex_digits[] = "0123456789abcdefABCDEF";
 
-/* A place for a client, and its request. */
+/* A connection, and its current request.  A body has a Content-Length, or comes
+ * in chunks:
+ *
+ *     IN_HEAD ---> IN_BODY ------------------------> ANSWERING
+ *         \                                         /
+ *          +-----> IN_SIZE -------> IN_TRAILER ----+
+ *                   |   ^
+ *                   |   +--------- CHUNK_END
+ *                   +---> IN_CHUNK ----^
+ *
+ * Then comes the next head, or CLOSING if the connection is to end.  An error
+ * in any state leads to CLOSING: the client has time to read the response, and
+ * what it still sends is dropped. */
 struct client {
     struct server *server;
     int fd;
     enum {
-        GONE, IN_HEAD, IN_LENGTH, IN_SIZE, IN_CHUNK, CHUNK_END, IN_TRAILER,
-        WORKING, LEAVING
+        FREE, IN_HEAD, IN_BODY, IN_SIZE, IN_CHUNK, CHUNK_END, IN_TRAILER,
+        ANSWERING, CLOSING
     } state;
     struct text in, out, body;
-    size_t at, sent;                      /* of in: looked at; of out        */
-    size_t length;                        /* of body or chunk: still to come */
-    double since;                         /* it has been waited for          */
+    size_t at, sent;                      /* in: parsed; out: sent           */
+    size_t length;                        /* left of the body or the chunk   */
+    double since;                         /* start of the current wait       */
 
     int method;
     const struct route *route;
-    struct phrase model;                  /* as the path names it, or empty  */
-    int is_http11, is_allowed_origin, keeps;
-    uint64_t id;                          /* 0: it has not begun             */
-    double asked;                         /* all of it was there             */
+    struct phrase model;                  /* of /v1/models/MODEL, or empty   */
+    int is_http11, is_allowed_origin, keep_alive;
+    uint64_t id;                          /* 0: the request has not begun    */
+    double arrived;                       /* when all of it had              */
     long long created;
-    const struct json *json;              /* of the body, for its answer     */
-    struct why why;                       /* it cannot be answered           */
+    const struct json *json;              /* the body, for route->answer()   */
+    struct why why;                       /* of an error; empty: see status  */
     struct job *choice;                   /* [n_choices]                     */
     int n_choices, n_done, include_usage;
-    enum { WHOLE_ANSWER, WANTED, BEGUN } stream;
+    enum { NO_STREAM, STREAM_WANTED, STREAM_BEGUN } stream;
 };
 
 struct server {
     struct engine e;
     int listener[2], n_listeners;
     struct phrase address;
-    int is_local;                         /* nobody else can reach it        */
+    int is_local;                         /* only this machine can reach it  */
     struct text keys, page;               /* keys: one on each line          */
     struct client client[MAX_CLIENTS];
-    int n_places, n_clients;              /* that were used; that are        */
-    double now, stopping;                 /* since when; 0: it serves        */
-    double rests;                         /* no accept() before: no files    */
+    int n_places, n_clients;              /* ever used; connected            */
+    double now, stopping;                 /* stopping: since when, or 0      */
+    double accept_after;                  /* no accept() until then          */
     uint64_t n_requests, answered[N_STATUSES];
     double read, reused, made;            /* tokens                          */
-    struct histogram first, next;         /* seconds to tokens               */
+    struct histogram first, next;         /* to the first token; between two */
 };
 
 struct route {
@@ -4166,18 +4162,31 @@ struct route {
     const char *type;                     /* of the answer; NULL: JSON       */
 };
 
+/* Remove n bytes from the front.  A large buffer is freed when it is empty. */
+static void drop_bytes(struct text *t, size_t n)
+{
+    t->n -= n;
+    if (t->n == 0 && t->cap > 4 * MAX_AHEAD) {
+        free(t->s);
+        *t = (struct text){ NULL, 0, 0 };
+    } else if (n > 0) {
+        memmove(t->s, t->s + n, t->n);
+        t->s[t->n] = '\0';
+    }
+}
+
 /* ---- responses */
 
-/* The row of a status, or of an exit code. */
+/* The row for an HTTP status, or for an exit code. */
 static const struct status *status_for(int code)
 {
     const int wanted = code >= 200 ? code : code == DONE ? 200 :
                        code == USAGE || code == TOO_LONG ? 400 : 500;
-    const struct status *is = statuses;
+    const struct status *status = statuses;
 
-    while (is->code != wanted)
-        is++;
-    return is;
+    while (status->code != wanted)
+        status++;
+    return status;
 }
 
 static const char *methods_of(const struct client *c)
@@ -4185,40 +4194,41 @@ static const char *methods_of(const struct client *c)
     return c->route && c->route->is_post ? "POST" : "GET, HEAD";
 }
 
-/* The head of a response with n bytes; n < 0: of a stream. */
+/* Send the head of a response with n bytes; n < 0: of a stream. */
 static void begin_response(struct client *c, int code, long long n)
 {
     struct server *v = c->server;
-    const struct status *is = status_for(code);
+    const struct status *status = status_for(code);
     const time_t now = time(NULL);
     struct tm tm;
     char date[40];
 
-    v->answered[is - statuses]++;
+    v->answered[status - statuses]++;
     strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S GMT",
              gmtime_r(&now, &tm));
-    add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: "
-               "%016llx\r\nConnection: %s\r\n", is->code, is->text, date,
-               (unsigned long long)c->id, c->keeps ? "keep-alive" : "close");
+    add_format(&c->out, "HTTP/1.1 %d %s\r\nDate: %s\r\nx-request-id: %016llx"
+               "\r\nConnection: %s\r\n", status->code, status->reason, date,
+               (unsigned long long)c->id,
+               c->keep_alive ? "keep-alive" : "close");
     if (n < 0)
         add_format(&c->out, "Content-Type: text/event-stream\r\n"
                    "Cache-Control: no-cache\r\n%s", c->is_http11 ?
                    "Transfer-Encoding: chunked\r\n" : "");
-    else if (is->code != 204)
+    else if (status->code != 204)
         add_format(&c->out, "Content-Type: %s\r\nContent-Length: %lld\r\n",
-                   is->code == 200 && c->route->type ? c->route->type :
+                   status->code == 200 && c->route->type ? c->route->type :
                    "application/json", n);
     if (v->e.s->cors && c->is_allowed_origin) {
         add_string(&c->out, "Access-Control-Allow-Origin: ");
         add_string(&c->out, v->e.s->cors);
         add_string(&c->out, "\r\nVary: Origin\r\n");
     }
-    add_format(&c->out, is->fields ? is->fields : "", methods_of(c));
+    add_format(&c->out, status->fields ? status->fields : "", methods_of(c));
     add_string(&c->out, "\r\n");
 }
 
-/* What was asked is answered; the next request may follow.  What choices of a
- * prompt share is the first one's. */
+/* Forget the request, and get ready for the next.  The choices of a prompt
+ * share the memory of its struct request, which the first one frees. */
 static void finish_request(struct client *c)
 {
     for (int i = c->n_choices - 1; i >= 0; i--) {
@@ -4234,56 +4244,55 @@ static void finish_request(struct client *c)
     *c = (struct client){
         .server = c->server, .fd = c->fd, .in = c->in, .out = c->out,
         .sent = c->sent, .since = c->server->now,
-        .state = c->keeps ? IN_HEAD : LEAVING
+        .state = c->keep_alive ? IN_HEAD : CLOSING
     };
 }
 
-/* OpenAI's object of an error, by its status or exit code, with c->why or the
- * sentence for this status.  One that begins with a name in quotes is about
- * that member. */
+/* Add OpenAI's error object for a status or an exit code.  A message that
+ * begins with a quoted name is about that member of the body. */
 static void add_error(struct client *c, struct text *to, int code)
 {
-    const struct status *is = status_for(code);
+    const struct status *status = status_for(code);
     const char *why, *end;
 
     if (!c->why.s[0])
-        because(&c->why, code, is->why, methods_of(c));
+        because(&c->why, code, status->message, methods_of(c));
     why = without_line(&c->why);
     end = *why == '"' ? strchr(why + 1, '"') : NULL;
     if (c->server->e.s->verbose)
-        note("%d: %s", is->code, why);
+        note("%d: %s", status->code, why);
     add_members(to, "{error: {message: %s, type: %s, param: %.*s, code: %s}}",
-                why, is->type ? is->type : "invalid_request_error",
+                why, status->type ? status->type : "invalid_request_error",
                 end ? (int)(end - why - 1) : 0, end ? why + 1 : NULL,
                 code == TOO_LONG ? "context_length_exceeded" :
                 code == 401 ? "invalid_api_key" : NULL);
 }
 
-/* All of a response: the text, which is freed, or an error.  After one the
- * connection stays only where the request was read to its end. */
-static void respond(struct client *c, int code, struct text *said)
+/* Send a whole response: a text, which is freed, or an error.  After an error
+ * the connection stays open only if all of the request had been read. */
+static void respond(struct client *c, int code, struct text *body)
 {
     if (status_for(code)->code >= 400) {
-        c->keeps &= c->state == WORKING;
-        said->n = 0;
-        add_error(c, said, code);
+        c->keep_alive &= c->state == ANSWERING;
+        body->n = 0;
+        add_error(c, body, code);
     }
-    c->keeps &= c->server->stopping == 0;
-    begin_response(c, code, (long long)said->n);
+    c->keep_alive &= c->server->stopping == 0;
+    begin_response(c, code, (long long)body->n);
     if (c->method != HEAD_ONLY)
-        add(&c->out, said->s, said->n);
-    free(said->s);
+        add(&c->out, body->s, body->n);
+    free(body->s);
     finish_request(c);
 }
 
-/* A part of a stream: data, or a comment.  The head goes with the first: until
- * then another server can be asked instead. */
+/* Send a server-sent event, data or a comment.  The head goes with the first
+ * one: until then a proxy can ask another server instead. */
 static void send_event(struct client *c, const char *kind, const char *s,
                        size_t n)
 {
-    if (c->stream == WANTED)
+    if (c->stream == STREAM_WANTED)
         begin_response(c, DONE, -1);
-    c->stream = BEGUN;
+    c->stream = STREAM_BEGUN;
     if (c->is_http11)
         add_format(&c->out, "%zx\r\n", strlen(kind) + n + 2);
     add_string(&c->out, kind);
@@ -4293,19 +4302,19 @@ static void send_event(struct client *c, const char *kind, const char *s,
 
 /* ---- answers */
 
-/* An event, up to its choices; `before` the one that tells the usage. */
-static void begin_event(struct client *c, struct text *to, int before)
+/* Begin the JSON of an event, up to its choices.  With "include_usage" the last
+ * event has the usage, and all others have null. */
+static void begin_event(struct client *c, struct text *to, int null_usage)
 {
     add_head(&c->server->e, to, c->choice[0].q.is_completion, 1, c->id,
              c->created);
-    if (before)
+    if (null_usage)
         add_members(to, "usage: %s", NULL);
     add_members(to, "choices: [");
 }
 
-/* Send these members as what is new in a choice, if there are any, or its
- * end. */
-static void send_choice(struct job *j, struct text *delta, const char *finish)
+/* Send an event with new members of a choice, if any, or its finish reason. */
+static void send_delta(struct job *j, struct text *delta, const char *finish)
 {
     struct client *c = j->owner;
     const int plain = j->q.is_completion, n_scores = j->r.scores.n;
@@ -4329,10 +4338,10 @@ static void send_choice(struct job *j, struct text *delta, const char *finish)
     free(event.s);
 }
 
-/* Add what is new of a text; a character that is cut has to wait for the rest
- * of it, unless nothing follows. */
-static void add_new(struct text *to, const char *format,
-                    const struct text *all, size_t *told, int last)
+/* Add the new part of a text.  An incomplete character at its end is held back,
+ * unless nothing follows. */
+static void add_delta(struct text *to, const char *format,
+                      const struct text *all, size_t *told, int last)
 {
     size_t n = all->n - *told;
     const char *const end = n > 0 ? all->s + all->n : NULL, *s = end;
@@ -4346,7 +4355,9 @@ static void add_new(struct text *to, const char *format,
     *told += n;
 }
 
-static void send_new(struct job *j)
+/* Send what is new in a choice: first the role, or the prompt with "echo"; then
+ * thought and text; at the end the calls and the finish reason. */
+static void send_deltas(struct job *j)
 {
     const struct client *c = j->owner;
     const int plain = j->q.is_completion, ended = j->state == FINISHED;
@@ -4358,42 +4369,42 @@ static void send_new(struct job *j)
     if (plain && !j->told.some && j->q.echo) {
         add_tokens(&c->server->e, &prompt, &j->q.prompt);
         add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
-        send_choice(j, &delta, NULL);
+        send_delta(j, &delta, NULL);
         free(prompt.s);
     }
     j->told.some = 1;
     if (ended)
         calls = take_calls(&j->r);
-    add_new(&delta, "reasoning_content: %.*s", &j->r.thought, &j->told.thought,
-            ended);
-    add_new(&delta, plain ? "text: %.*s" : "content: %.*s", &j->r.text,
-            &j->told.text, ended);
-    send_choice(j, &delta, NULL);
+    add_delta(&delta, "reasoning_content: %.*s", &j->r.thought,
+              &j->told.thought, ended);
+    add_delta(&delta, plain ? "text: %.*s" : "content: %.*s", &j->r.text,
+              &j->told.text, ended);
+    send_delta(j, &delta, NULL);
     if (calls.n > 0)
         add_calls(&delta, &calls, j->id, 1);
-    send_choice(j, &delta, NULL);
+    send_delta(j, &delta, NULL);
     if (ended && plain)
         add_members(&delta, "text: %s", "");
     if (ended)
-        send_choice(j, &delta, finish_reason(&j->r, calls.n));
+        send_delta(j, &delta, finish_reason(&j->r, calls.n));
     free_calls(&calls);
     free(delta.s);
 }
 
-/* A choice has a token more, or has ended.  When all have, the request ends,
- * after the step. */
-static void tell_client(struct job *j)
+/* A choice has another token, or has ended.  Once all choices have ended,
+ * run_server() ends the request. */
+static void update_client(struct job *j)
 {
     struct client *c = j->owner;
     struct server *v = c->server;
     struct histogram *h = j->told.when > 0 ? &v->next : &v->first;
     const double now = seconds();
-    const double took = now - (j->told.when > 0 ? j->told.when : c->asked);
+    const double took = now - (j->told.when > 0 ? j->told.when : c->arrived);
     int i = 0;
 
     if (j->state == ACTIVE && j->r.n_sampled == 0)
         return;
-    while (i < N_EDGES && took > edges[i])
+    while (i < N_BUCKETS && took > buckets[i])
         i++;
     h->n[i]++;
     h->sum += took;
@@ -4407,54 +4418,55 @@ static void tell_client(struct job *j)
     if (j->r.finish == BROKEN)
         because(&c->why, FAILED, "logits that are not finite");
     else if (c->stream)
-        send_new(j);
+        send_deltas(j);
 }
 
-static const struct sink to_client = { tell_client, tell_client };
+static const struct sink to_client = { update_client, update_client };
 
-/* All choices of a request have ended, or it cannot be answered to its end: a
- * stream that has begun then breaks off with the error. */
+/* All choices of a request have ended, or it has failed; a stream that has
+ * begun ends with the error. */
 static void finish_answer(struct client *c, int code)
 {
     const struct engine *e = &c->server->e;
-    struct text said = { 0 };
+    struct text last = { 0 };
 
     code = c->why.s[0] ? 500 : code;
     if (code == DONE && e->s->verbose)
         note("200: %d choices, prompt of %d tokens, %.2f s", c->n_choices,
-             c->choice[0].q.prompt.n, c->server->now - c->asked);
-    if (code == DONE && !c->stream) {
-        add_completion(e, &said, c->choice, c->n_choices, c->id, c->created);
-        add_string(&said, "}");
-    }
-    if (c->stream != BEGUN && (code != DONE || !c->stream)) {
-        respond(c, code, &said);
+             c->choice[0].q.prompt.n, c->server->now - c->arrived);
+    if (c->stream != STREAM_BEGUN) {
+        if (code == DONE) {
+            add_completion(e, &last, c->choice, c->n_choices, c->id,
+                           c->created);
+            add_string(&last, "}");
+        }
+        respond(c, code, &last);
         return;
     }
     if (code != DONE)
-        add_error(c, &said, code);
+        add_error(c, &last, code);
     else if (c->include_usage) {
-        begin_event(c, &said, 0);
-        add_string(&said, "]");
-        add_usage(e, &said, c->choice, c->n_choices);
-        add_string(&said, "}");
+        begin_event(c, &last, 0);
+        add_string(&last, "]");
+        add_usage(e, &last, c->choice, c->n_choices);
+        add_string(&last, "}");
     }
-    if (said.n > 0)
-        send_event(c, "data: ", said.s, said.n);
+    if (last.n > 0)
+        send_event(c, "data: ", last.s, last.n);
     send_event(c, "data: ", "[DONE]", 6);
     add_string(&c->out, c->is_http11 ? "0\r\n\r\n" : "");
-    free(said.s);
+    free(last.s);
     finish_request(c);
 }
 
 /* ---- endpoints
  *
- * They add the answer to a text, or return the status or exit code of an error
- * and may say more in c->why. */
+ * A handler adds its answer to a text and returns DONE, or it returns the
+ * status or exit code of an error and may put a message into c->why. */
 
-/* The requests in a body of completions, one for each choice of each prompt;
- * the answer comes later. */
-static int complete_body(struct client *c, struct text *to)
+/* Queue a job for each choice of each prompt in the body.  Their sink and
+ * finish_answer() send the answer. */
+static int post_completion(struct client *c, struct text *to)
 {
     struct engine *e = &c->server->e;
     const int is_chat = strstr(c->route->path, "chat") != NULL;
@@ -4464,7 +4476,7 @@ static int complete_body(struct client *c, struct text *to)
     (void)to;
     if (!given(c->json, is_chat ? "messages" : "prompt"))
         return because(&c->why, USAGE, is_chat ? "\"messages\": expected an "
-                       "array" : "\"prompt\": expected a text");
+                       "array" : "\"prompt\": expected a string");
     for (int i = 0; code == DONE && i < n_prompts; i++) {
         struct request q = e->s->ask;
         code = read_request(e, &q, c->json, prompt, &c->why);
@@ -4487,20 +4499,20 @@ static int complete_body(struct client *c, struct text *to)
     }
     if (code != DONE)
         return code;
-    c->why.s[0] = '\0';                   /* in case something was tried     */
+    c->why.s[0] = '\0';                   /* left by what was only tried     */
     for (const struct job *j = e->jobs; j; j = j->next)
         n_jobs++;
     if (n_jobs > e->par.n_seq + e->s->queue)
         return 429;
     c->created = (long long)time(NULL);
-    c->stream = c->choice[0].q.stream ? WANTED : WHOLE_ANSWER;
+    c->stream = c->choice[0].q.stream ? STREAM_WANTED : NO_STREAM;
     c->include_usage = json_is(given(given(c->json, "stream_options"),
                                      "include_usage"), JSON_TRUE);
     return DONE;
 }
 
-/* A path may have "%20" for a blank. */
-static int tell_models(struct client *c, struct text *to)
+/* The model that the path names, maybe percent-encoded, or the list of all. */
+static int get_models(struct client *c, struct text *to)
 {
     const struct engine *e = &c->server->e;
     const struct piece name = model_name(e);
@@ -4515,8 +4527,8 @@ static int tell_models(struct client *c, struct text *to)
         s += is_hex ? 3 : 1;
     }
     if (c->model.s[0] && (*s || n < name.n))
-        return because(&c->why, 404, "no other model is here than /v1/models "
-                       "says");
+        return because(&c->why, 404, "no such model; /v1/models names the one "
+                       "that is here");
     add_members(to, c->model.s[0] ? "" : "{object: %s, data: [", "list");
     add_members(to, "{id: %.*s, object: %s, created: %d, owned_by: %s, "
                 "max_model_len: %d}", (int)name.n, name.s, "model", 0,
@@ -4525,7 +4537,7 @@ static int tell_models(struct client *c, struct text *to)
     return DONE;
 }
 
-static int tell_health(struct client *c, struct text *to)
+static int get_health(struct client *c, struct text *to)
 {
     (void)c;
     add_members(to, "{status: %s}", "ok");
@@ -4533,10 +4545,10 @@ static int tell_health(struct client *c, struct text *to)
 }
 
 /* In the text format of Prometheus. */
-static int tell_metrics(struct client *c, struct text *to)
+static int get_metrics(struct client *c, struct text *to)
 {
     const struct server *v = c->server;
-    int n_jobs[2] = { 0, 0 };             /* by their states                 */
+    int n_jobs[2] = { 0, 0 };             /* waiting, active                 */
 
     for (const struct job *j = v->e.jobs; j; j = j->next)
         n_jobs[j->state == ACTIVE]++;
@@ -4545,14 +4557,13 @@ static int tell_metrics(struct client *c, struct text *to)
         double value;                     /* NAN: one of each status         */
         const struct histogram *h;
     } all[] = {
-        { "prompt_tokens_total", "Tokens read.", v->read },
-        { "cached_tokens_total", "Tokens of prompts that were in a cache.",
-          v->reused },
+        { "prompt_tokens_total", "Prompt tokens read.", v->read },
+        { "cached_tokens_total", "Prompt tokens found in a cache.", v->reused },
         { "generated_tokens_total", "Tokens generated.", v->made },
         { "connections", "Open connections.", v->n_clients },
-        { "queue", "Answers that wait.", n_jobs[0] },
-        { "slots", "Answers there can be at once.", v->e.par.n_seq },
-        { "slots_busy", "Answers under way.", n_jobs[1] },
+        { "queue", "Answers waiting.", n_jobs[0] },
+        { "slots", "Answers possible at once.", v->e.par.n_seq },
+        { "slots_busy", "Answers in progress.", n_jobs[1] },
         { "requests_total", "Requests by status.", NAN },
         { "first_token_seconds", "From a request to its first token.", 0,
           &v->first },
@@ -4566,9 +4577,9 @@ static int tell_metrics(struct client *c, struct text *to)
         add_format(to, "# HELP lfm2_%s %s\n# TYPE lfm2_%s %s\n", name,
                    all[i].help, name, h ? "histogram" :
                    strstr(name, "_total") ? "counter" : "gauge");
-        for (int k = 0; h && k <= N_EDGES; k++)
+        for (int k = 0; h && k <= N_BUCKETS; k++)
             add_format(to, "lfm2_%s_bucket{le=\"%s\"} %llu\n", name,
-                       k < N_EDGES ? phrase("%g", edges[k]).s : "+Inf",
+                       k < N_BUCKETS ? phrase("%g", buckets[k]).s : "+Inf",
                        sum += h->n[k]);
         for (int k = 0; isnan(all[i].value) && k < N_STATUSES; k++)
             if (v->answered[k] > 0)
@@ -4584,18 +4595,18 @@ static int tell_metrics(struct client *c, struct text *to)
     return DONE;
 }
 
-/* {"content": text, "add_special": BOS before it?, "parse_special": do control
- * tokens in it count as such?} */
-static int tokenize_body(struct client *c, struct text *to)
+/* {"content": text, "add_special": with BOS, "parse_special": control tokens in
+ * the text are recognised} */
+static int post_tokenize(struct client *c, struct text *to)
 {
     const struct json *content = given(c->json, "content");
     struct settings s = *c->server->e.s;
     struct ids ids;
 
-    s.mode = TOKENIZE;                    /* no BOS unasked                  */
+    s.mode = TOKENIZE;                    /* no BOS unless it is asked for   */
     s.bos = s.special = 0;
     if (!json_text(content))
-        return because(&c->why, USAGE, "\"content\": expected a text");
+        return because(&c->why, USAGE, "\"content\": expected a string");
     if (content->n > MAX_TOKENIZED)
         return because(&c->why, 413, "\"content\": expected at most %d bytes",
                        MAX_TOKENIZED);
@@ -4612,7 +4623,7 @@ static int tokenize_body(struct client *c, struct text *to)
 }
 
 /* {"tokens": ids} */
-static int detokenize_body(struct client *c, struct text *to)
+static int post_detokenize(struct client *c, struct text *to)
 {
     const lfm2_tokenizer *words = c->server->e.words;
     const int most = lfm2_n_vocab(words) - 1;
@@ -4634,41 +4645,28 @@ static int detokenize_body(struct client *c, struct text *to)
                    "from 0 to %d", most);
 }
 
-static int send_page(struct client *c, struct text *to)
+static int get_page(struct client *c, struct text *to)
 {
     add(to, c->server->page.s, c->server->page.n);
     return to->n > 0 ? DONE : 404;
 }
 
-/* A path with a slash at its end, but for "/", takes what follows it. */
+/* A path that ends in a slash, except "/", also matches all longer ones. */
 static const struct route routes[] = {
-    { "/v1/chat/completions", 1, 0, complete_body },
-    { "/v1/completions", 1, 0, complete_body },
-    { "/v1/models", 0, 0, tell_models },
-    { "/v1/models/", 0, 0, tell_models },
-    { "/tokenize", 1, 0, tokenize_body },
-    { "/detokenize", 1, 0, detokenize_body },
-    { "/metrics", 0, 0, tell_metrics, "text/plain; version=0.0.4" },
-    { "/health", 0, 1, tell_health },
-    { "/v1/health", 0, 1, tell_health },
-    { "/", 0, 1, send_page, "text/html; charset=utf-8" },
+    { "/v1/chat/completions", 1, 0, post_completion },
+    { "/v1/completions", 1, 0, post_completion },
+    { "/v1/models", 0, 0, get_models },
+    { "/v1/models/", 0, 0, get_models },
+    { "/tokenize", 1, 0, post_tokenize },
+    { "/detokenize", 1, 0, post_detokenize },
+    { "/metrics", 0, 0, get_metrics, "text/plain; version=0.0.4" },
+    { "/health", 0, 1, get_health },
+    { "/v1/health", 0, 1, get_health },
+    { "/", 0, 1, get_page, "text/html; charset=utf-8" },
     { NULL, 0, 0, NULL }
 };
 
-/* A buffer that was long does not stay. */
-static void drop_bytes(struct text *t, size_t n)
-{
-    t->n -= n;
-    if (t->n == 0 && t->cap > 4 * MAX_AHEAD) {
-        free(t->s);
-        *t = (struct text){ NULL, 0, 0 };
-    } else if (n > 0) {
-        memmove(t->s, t->s + n, t->n);
-        t->s[t->n] = '\0';
-    }
-}
-
-/* All of the request is there: answer it. */
+/* Answer a request that is complete. */
 static void answer_request(struct client *c)
 {
     struct pool pool = { 0 };
@@ -4677,8 +4675,8 @@ static void answer_request(struct client *c)
     int code = c->method == OPTIONS ? 204 : c->server->stopping > 0 ? 503 :
                DONE;
 
-    c->state = WORKING;
-    c->asked = c->since = c->server->now;
+    c->state = ANSWERING;
+    c->arrived = c->since = c->server->now;
     if (code == DONE && c->route->is_post) {
         code = json_parse(&pool, c->body.s ? c->body.s : "", c->body.n, &json,
                           &c->why);
@@ -4698,10 +4696,10 @@ static void answer_request(struct client *c)
 
 /* ---- requests: the head
  *
- * What reads a part of a request returns 0, or the status of an error. */
+ * Functions that parse a part of a request return 0, or an error's status. */
 
-/* The next line of a head or between chunks, with NUL for its end; NULL if it
- * has not come yet, or is none, for which `status` is set. */
+/* Take the next line, at most `most` bytes, with its CR LF replaced by NUL.
+ * Returns NULL if it is incomplete or malformed; *status tells which. */
 static char *take_line(struct client *c, size_t most, int *status)
 {
     char *line = c->in.s + c->at;
@@ -4720,17 +4718,16 @@ static char *take_line(struct client *c, size_t most, int *status)
     return line;
 }
 
-/* The fields of a head that are looked at. */
+/* The header fields that are used, in the order of field_names. */
 enum { HOST, ORIGIN, KEY, MEDIA, LENGTH, CODING, EXPECT, CONNECTION, N_FIELDS };
 
 static const char field_names[] =
     "host origin authorization content-type content-length transfer-encoding "
     "expect connection";
 
-/* Put a line "Name: value" where it belongs, unless another was there.  Names
- * become lower case, and so do values, but for keys; of Connection only "close"
- * counts. */
-static int read_field(char **field, char *line)
+/* Parse "Name: value".  No field above may be repeated, except Connection, and
+ * that counts only if it says "close".  All but keys is made lower case. */
+static int parse_field(char **field, char *line)
 {
     static const char good[] = "!#$%&'*+-.^_`|~0123456789"
                                "abcdefghijklmnopqrstuvwxyz";
@@ -4757,8 +4754,8 @@ static int read_field(char **field, char *line)
     return 0;
 }
 
-/* "POST /path HTTP/1.1" says which route it is. */
-static int read_request_line(struct client *c, char *line)
+/* Parse "POST /path HTTP/1.1", and find the route. */
+static int parse_request_line(struct client *c, char *line)
 {
     char *path = strchr(line, ' ');
     char *version = path ? strchr(path + 1, ' ') : NULL;
@@ -4786,8 +4783,8 @@ static int read_request_line(struct client *c, char *line)
            (c->method == POST) == c->route->is_post) ? 0 : 405;
 }
 
-/* Does this Host name this machine itself?  A page from elsewhere could get
- * here by a name of its own that leads to this address. */
+/* Does this Host name the local machine?  A hostile web page could get here by
+ * a name of its own that resolves to this address (DNS rebinding). */
 static int names_this_machine(const char *host)
 {
     static const char digits[] = ".0123456789";
@@ -4800,11 +4797,12 @@ static int names_this_machine(const char *host)
                                 !host[1 + strspn(host + 1, digits + 1)]));
 }
 
-/* Is this key in the file?  The time that takes tells only its length. */
-static int is_known_key(const struct text *keys, const char *given)
+/* Is this "Bearer KEY" in the file?  The time that takes depends on the lengths
+ * of the keys, not on their bytes. */
+static int is_known_key(const struct text *keys, const char *value)
 {
-    const char *word = given && strncasecmp(given, "bearer ", 7) == 0 ?
-                       given + 7 : "";
+    const char *word = value && strncasecmp(value, "bearer ", 7) == 0 ?
+                       value + 7 : "";
     const size_t n = strlen(word);
     int found = keys->n == 0;
 
@@ -4819,12 +4817,12 @@ static int is_known_key(const struct text *keys, const char *given)
     return found;
 }
 
-/* How long the body or its next chunk is, in digits of this base. */
-static int read_length(struct client *c, const char *s, int base)
+/* Parse the length of the body, or in base 16 that of the next chunk. */
+static int parse_length(struct client *c, const char *s, int base)
 {
     const size_t most = (size_t)c->server->e.s->max_body << 20;
     const size_t digits = strspn(s, base == 10 ? "0123456789" : hex_digits);
-    const unsigned long long n = strtoull(s, NULL, base);   /* or the most   */
+    const unsigned long long n = strtoull(s, NULL, base);   /* or ULLONG_MAX */
 
     if (digits == 0 || (base == 16 && digits > 16) ||
         (s[digits] && (base == 10 || s[digits] != ';')))
@@ -4833,8 +4831,8 @@ static int read_length(struct client *c, const char *s, int base)
     return n > most - c->body.n ? 413 : 0;
 }
 
-/* May a request be made at all?  Pages that this server sent may ask, and those
- * of --cors. */
+/* Is this request allowed, and what kind of body follows?  Web pages may send
+ * requests if they come from this server or the origin of --cors. */
 static int check_head(struct client *c, char *const *field)
 {
     const struct server *v = c->server;
@@ -4847,8 +4845,8 @@ static int check_head(struct client *c, char *const *field)
         return 400;
     if (coding && strcmp(coding, "chunked") != 0)
         return 501;
-    c->state = coding ? IN_SIZE : IN_LENGTH;
-    if (length && (status = read_length(c, length, 10)) != 0)
+    c->state = coding ? IN_SIZE : IN_BODY;
+    if (length && (status = parse_length(c, length, 10)) != 0)
         return status;
     if (c->is_http11 && !host)
         return 400;
@@ -4873,8 +4871,9 @@ static int check_head(struct client *c, char *const *field)
     return field[EXPECT] && strcmp(field[EXPECT], "100-continue") ? 417 : 0;
 }
 
-/* The head of a request, once all of it is there. */
-static int read_head_part(struct client *c)
+/* Parse the head of a request once it is complete.  Syntax errors take
+ * precedence over a wrong path or method. */
+static int parse_head(struct client *c)
 {
     char *field[N_FIELDS] = { NULL }, *line;
     int status = 0, bad = 0, n = 0;
@@ -4890,11 +4889,11 @@ static int read_head_part(struct client *c)
     c->since = c->server->now;
     for (; (line = take_line(c, MAX_HEAD, &bad)) && *line && !bad; n++)
         if (n == 0)
-            status = read_request_line(c, line);
+            status = parse_request_line(c, line);
         else if (n <= MAX_FIELDS)
-            bad = read_field(field, line);
+            bad = parse_field(field, line);
     status = bad ? bad : n > MAX_FIELDS + 1 ? 431 : status;
-    c->keeps = c->is_http11 && !field[CONNECTION];
+    c->keep_alive = c->is_http11 && !field[CONNECTION];
     if (!status)
         status = check_head(c, field);
     if (!status && field[EXPECT] && c->is_http11 && c->in.n == c->at)
@@ -4904,9 +4903,9 @@ static int read_head_part(struct client *c)
 
 /* ---- requests: the body */
 
-/* As much of the body as is there.  Nobody may have one if clients make the
- * server keep too much already. */
-static int read_body_part(struct client *c)
+/* Take as much of the body as has arrived; refuse it if the buffers of all
+ * clients together are too large. */
+static int parse_body(struct client *c)
 {
     const struct server *v = c->server;
     size_t held = 0;
@@ -4916,10 +4915,10 @@ static int read_body_part(struct client *c)
     for (int i = 0; i < v->n_places; i++)
         held += v->client[i].in.cap + v->client[i].body.cap +
                 v->client[i].out.cap;
-    if (held > MAX_HELD && (c->length > 0 || c->state != IN_LENGTH))
-        return because(&c->why, 503, "too much is waiting here already");
-    while (c->state < WORKING && !status)
-        if (c->state == IN_LENGTH || c->state == IN_CHUNK) {
+    if (held > MAX_HELD && (c->length > 0 || c->state != IN_BODY))
+        return because(&c->why, 503, "the server has no room for the body");
+    while (c->state < ANSWERING && !status)
+        if (c->state == IN_BODY || c->state == IN_CHUNK) {
             const size_t there = c->in.n - c->at;
             const size_t n = there < c->length ? there : c->length;
             add(&c->body, c->in.s + c->at, n);
@@ -4927,30 +4926,30 @@ static int read_body_part(struct client *c)
             c->length -= n;
             if (c->length > 0)
                 return 0;
-            c->state = c->state == IN_CHUNK ? CHUNK_END : WORKING;
+            c->state = c->state == IN_CHUNK ? CHUNK_END : ANSWERING;
         } else if (!(line = take_line(c, c->state == CHUNK_END ? 0 :
                                       MAX_CHUNK_LINE, &status)))
             return status;
         else if (c->state == IN_SIZE) {
-            status = read_length(c, line, 16);
+            status = parse_length(c, line, 16);
             c->state = c->length > 0 ? IN_CHUNK : IN_TRAILER;
         } else if (c->state == CHUNK_END)
             c->state = IN_SIZE;
         else if ((c->length += strlen(line) + 2) > MAX_HEAD)
-            status = 400;
+            status = 400;                 /* too long a trailer              */
         else if (!*line)
-            c->state = WORKING;
+            c->state = ANSWERING;
     return status;
 }
 
-/* Is there input that can be looked at now, and was not? */
-static int has_more(const struct client *c)
+/* Is there input to parse?  It waits until the last response is sent. */
+static int has_input(const struct client *c)
 {
-    return c->state < WORKING && c->in.n > c->at && c->out.n == 0;
+    return c->state < ANSWERING && c->in.n > c->at && c->out.n == 0;
 }
 
-/* Look at what has arrived, in whatever pieces. */
-static void read_more(struct client *c)
+/* Parse what has arrived, however it was split. */
+static void parse_input(struct client *c)
 {
     int status = 0;
 
@@ -4959,14 +4958,14 @@ static void read_more(struct client *c)
                             ++c->server->n_requests);
     c->at = 0;
     if (c->state == IN_HEAD)
-        status = read_head_part(c);
+        status = parse_head(c);
     if (!status && c->state != IN_HEAD)
-        status = read_body_part(c);
-    drop_bytes(&c->in, c->at);            /* once: many chunks are small     */
-    c->at = c->in.n;
+        status = parse_body(c);
+    drop_bytes(&c->in, c->at);            /* not for every little chunk      */
+    c->at = c->in.n;                      /* the rest has to wait for more   */
     if (status)
         respond(c, status, &(struct text){ 0 });
-    else if (c->state == WORKING)
+    else if (c->state == ANSWERING)
         answer_request(c);
 }
 
@@ -4976,19 +4975,18 @@ static void hang_up(struct client *c)
 {
     struct server *v = c->server;
 
-    c->keeps = 0;
     finish_request(c);
     if (c->fd >= 0) {
         close(c->fd);
         v->n_clients--;
-        v->rests = 0;
+        v->accept_after = 0;
     }
     free(c->in.s);
     free(c->out.s);
     *c = (struct client){ .server = v, .fd = -1 };
 }
 
-/* Has it had all that it asked for? */
+/* Is there no request in progress, and nothing left to send? */
 static int is_idle(const struct client *c)
 {
     return c->state == IN_HEAD && c->in.n == 0 && c->out.n == 0;
@@ -5000,7 +4998,7 @@ static void receive(struct client *c)
 
     if (is_idle(c))
         c->since = c->server->now;
-    if (c->state == LEAVING)
+    if (c->state == CLOSING)
         drop_bytes(&c->in, c->in.n);
     reserve(&c->in, 1 << 16);
     n = read(c->fd, c->in.s + c->in.n, 1 << 16);
@@ -5012,7 +5010,9 @@ static void receive(struct client *c)
     c->in.s[c->in.n] = '\0';
 }
 
-/* Send what there is to send.  Whoever leaves is given time to read it. */
+/* Send pending output.  Each byte extends the time limit by a millisecond, so
+ * clients must read 1,000 a second.  A CLOSING connection is only shut down, as
+ * close() with unread input would reset it and the response might be lost. */
 static void transmit(struct client *c)
 {
     const double now = c->server->now;
@@ -5020,13 +5020,11 @@ static void transmit(struct client *c)
     const ssize_t n = unsent == 0 ? 0 :
                       write(c->fd, c->out.s + c->sent, unsent);
 
-    if (n < 0 && errno != EAGAIN && errno != EINTR) {
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
         hang_up(c);
-        return;
-    }
     if (n <= 0)
         return;
-    c->sent += (size_t)n;                 /* at least 1,000 bytes a second   */
+    c->sent += (size_t)n;
     c->since = fmin(now, c->since + (double)n * 1e-3);
     if (c->sent > c->out.n / 2) {
         drop_bytes(&c->out, c->sent);
@@ -5034,42 +5032,42 @@ static void transmit(struct client *c)
     }
     if (c->out.n == 0)
         c->since = now;
-    if (c->out.n == 0 && c->state == LEAVING)
+    if (c->out.n == 0 && c->state == CLOSING)
         shutdown(c->fd, SHUT_WR);
 }
 
-/* What is due by now: a sign of life in a stream, or the end of a wait.  Who
- * asks for nothing may stay that many seconds. */
-static void check_time(struct client *c, int idle_time)
+/* Keep a quiet stream alive with a comment; end a wait that is too long. */
+static void check_timeouts(struct client *c, int idle_time)
 {
     const double waited = c->server->now - c->since;
     const size_t unsent = c->out.n - c->sent;
-    const int is_stream = c->state == WORKING && c->stream;
+    const int is_stream = c->state == ANSWERING && c->stream;
 
     if (unsent > 0 && (waited > SEND_TIME ||
                        (is_stream && unsent > MAX_UNSENT)))
         hang_up(c);
-    else if (unsent > 0 || c->state == GONE)
+    else if (unsent > 0 || c->state == FREE)
         return;
-    else if (is_stream && waited > SIGN_OF_LIFE)
+    else if (is_stream && waited > PING_TIME)
         send_event(c, ": ", "waiting", 7);
     else if (is_idle(c)) {
         if (waited > idle_time || c->server->stopping > 0)
             hang_up(c);
-    } else if (c->state == LEAVING && waited > LINGER_TIME)
+    } else if (c->state == CLOSING && waited > LINGER_TIME)
         hang_up(c);
-    else if (c->state < WORKING &&
+    else if (c->state < ANSWERING &&
              waited > (c->state == IN_HEAD ? HEAD_TIME : BODY_TIME))
         respond(c, 408, &(struct text){ 0 });
 }
 
-/* Let in who waits. */
-static void welcome(struct server *v, int listener)
+/* Accept new connections.  After an error such as too many open files, pause
+ * for a second, as poll() would report them again at once. */
+static void accept_clients(struct server *v, int listener)
 {
     for (struct client *c = v->client; v->n_clients < MAX_CLIENTS; c++) {
-        if (c->state != GONE)
+        if (c->state != FREE)
             continue;
-#ifdef SYS_accept4
+#ifdef SYS_accept4                        /* libc may use socketcall()       */
         const int fd = (int)syscall(SYS_accept4, listener, NULL, NULL,
                                     SOCK_NONBLOCK | SOCK_CLOEXEC);
 #else
@@ -5079,7 +5077,7 @@ static void welcome(struct server *v, int listener)
 #endif
         if (fd < 0 && errno != EAGAIN && errno != EINTR &&
             errno != ECONNABORTED)
-            v->rests = v->now + 1;
+            v->accept_after = v->now + 1; /* or until one is closed          */
         if (fd < 0)
             return;
         *c = (struct client){ .server = v, .fd = fd, .state = IN_HEAD,
@@ -5092,64 +5090,65 @@ static void welcome(struct server *v, int listener)
 
 /* ---- the loop */
 
-/* Wait for sockets, but not while there is something to go on with. */
+/* Serve the sockets that are ready; wait only when there is no other work. */
 static void serve_sockets(struct server *v)
 {
     struct pollfd p[MAX_CLIENTS + 2];
-    const int n = v->n_places, open = v->now < v->rests ||
-                  v->n_clients == MAX_CLIENTS ? 0 : v->n_listeners;
-    const int idle_time = v->n_clients < MAX_CLIENTS ? IDLE_TIME : FULL_TIME;
+    const int n = v->n_places, is_full = v->n_clients == MAX_CLIENTS;
+    const int n_listeners = is_full || v->now < v->accept_after ? 0 :
+                            v->n_listeners;
     int waits = !v->e.jobs;
 
-    for (int i = 0; i < open; i++)
+    for (int i = 0; i < n_listeners; i++)
         p[n + i] = (struct pollfd){ v->listener[i], POLLIN, 0 };
     for (int i = 0; i < n; i++) {
         const struct client *c = &v->client[i];
         const int unsent = c->sent < c->out.n;
-        const int reads = c->in.n <= MAX_AHEAD || c->state == LEAVING;
+        const int reads = c->in.n <= MAX_AHEAD || c->state == CLOSING;
         p[i] = (struct pollfd){ c->fd, (short)((reads ? POLLIN : 0) |
                                                (unsent ? POLLOUT : 0)), 0 };
-        waits &= !has_more(c);
+        waits &= !has_input(c);
     }
-    poll(p, (nfds_t)(n + open), waits ? 1000 : 0);
+    poll(p, (nfds_t)(n + n_listeners), waits ? 1000 : 0);
     v->now = seconds();
     for (int i = 0; i < n; i++) {
         struct client *c = &v->client[i];
         if (p[i].revents & (POLLIN | POLLHUP | POLLERR))
             receive(c);
-        if (has_more(c))
-            read_more(c);
+        if (has_input(c))
+            parse_input(c);
         transmit(c);
-        check_time(c, idle_time);
+        check_timeouts(c, is_full ? IDLE_TIME_FULL : IDLE_TIME);
     }
-    for (int i = 0; i < open; i++)
+    for (int i = 0; i < n_listeners; i++)
         if (p[n + i].revents)
-            welcome(v, v->listener[i]);
+            accept_clients(v, v->listener[i]);
 }
 
-/* After a signal nobody new is listened to, and what runs may end. */
+/* After a signal, accept no new clients and let the answers finish, for at most
+ * DRAIN_TIME or until a second signal. */
 static void run_server(struct server *v)
 {
     while (v->stopping == 0 ||
            (v->n_clients > 0 && interrupted < 2 &&
             v->now - v->stopping <= DRAIN_TIME)) {
         serve_sockets(v);
-        if (engine_step(&v->e) != DONE)   /* then nobody can be answered     */
+        if (engine_step(&v->e) != DONE)   /* it failed for all of them       */
             while (v->e.jobs)
                 finish_answer(v->e.jobs->owner, 500);
         v->now = seconds();
         for (struct client *c = v->client; c < v->client + v->n_places; c++)
-            if (c->state == WORKING && c->n_done == c->n_choices)
+            if (c->state == ANSWERING && c->n_done == c->n_choices)
                 finish_answer(c, DONE);
         if (interrupted && v->stopping == 0) {
-            note("stopping: %d connections, no new ones", v->n_clients);
+            note("shutting down: %d connections are open", v->n_clients);
             v->stopping = v->now;
             while (v->n_listeners > 0)
                 close(v->listener[--v->n_listeners]);
         }
     }
     for (struct client *c = v->client; c < v->client + v->n_places; c++) {
-        if (c->state == WORKING)
+        if (c->state == ANSWERING)
             finish_answer(c, 503);
         transmit(c);
         hang_up(c);
@@ -5169,9 +5168,9 @@ static int serve(const struct settings *s)
 
 #else
 
-/* The address becomes the one that it is; those who are accepted inherit the
- * options, as far as they fit.  These return DONE, or -1 where errno says why
- * not. */
+/* Listen at an address; port 0 is replaced by the actual one.  Accepted sockets
+ * inherit the options; those that do not apply fail, which does no harm.  The
+ * functions here return DONE, -1 with errno set, or USAGE after a message. */
 static int listen_at(struct server *v, void *address, socklen_t n)
 {
     struct sockaddr *a = address;
@@ -5192,8 +5191,8 @@ static int listen_at(struct server *v, void *address, socklen_t n)
     return DONE;
 }
 
-/* A path; a socket that an earlier server left there is removed.  One that
- * still listens holds the lock beside it, which ends with the process. */
+/* Listen at a path.  An old socket there is removed unless its server still
+ * runs: it holds a lock on a file beside the socket until it exits. */
 static int listen_at_path(struct server *v, const char *path)
 {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
@@ -5201,12 +5200,12 @@ static int listen_at_path(struct server *v, const char *path)
     int lock;
 
     if (strlen(path) >= sizeof a.sun_path)
-        return usage("--serve %s: a path of a socket has at most %zu bytes",
+        return usage("--serve %s: the path of a socket has at most %zu bytes",
                      path, sizeof a.sun_path - 1);
     strcpy(a.sun_path, path);
     lock = open(phrase("%s.lock", path).s, O_RDWR | O_CREAT | O_NOFOLLOW,
                 0600);
-    if (lock >= 0 && is_taken(lock))
+    if (lock >= 0 && another_has_lock(lock))
         errno = EADDRINUSE, lock = -1;
     if (lock < 0)
         return -1;
@@ -5216,7 +5215,7 @@ static int listen_at_path(struct server *v, const char *path)
     return listen_at(v, &a, sizeof a);
 }
 
-/* [HOST:]PORT; without a host, 127.0.0.1 and ::1. */
+/* Listen at [HOST:]PORT; without a host, at 127.0.0.1 and ::1. */
 static int listen_at_port(struct server *v, const char *where)
 {
     const char *colon = strrchr(where, ':');
@@ -5247,14 +5246,14 @@ static int listen_at_port(struct server *v, const char *where)
         return -1;
     a6.sin6_port = a4.sin_port;
     if (is6 && listen_at(v, &a6, sizeof a6) != DONE && !is4)
-        return -1;                        /* or else there is no IPv6 here   */
+        return -1;                        /* with IPv4 it may be missing     */
     v->address = phrase(is4 ? "http://%s:%d" : "http://[%s]:%d",
                         both ? "127.0.0.1" : name,
                         ntohs(is4 ? a4.sin_port : a6.sin6_port));
     return DONE;
 }
 
-/* What the sandbox will forbid comes before the engine, which enters it. */
+/* open_engine() enters the sandbox, so files and sockets are opened first. */
 static int serve(const struct settings *s)
 {
     struct server *v = zeroed(1, sizeof *v);
@@ -5287,7 +5286,6 @@ static int serve(const struct settings *s)
         code = open_context(&v->e);
     if (code == DONE) {
         note("listening on %s", v->address.s);
-        v->now = seconds();
         run_server(v);
     }
     close_engine(&v->e);

@@ -405,7 +405,7 @@ holds "all lines are whole" whole "$dir/part"
 sort "$dir/part" >"$dir/has"
 same "every line once, as if undisturbed" "$dir/sorted" "$dir/has"
 batch 0 "resumed once more" --resume "$dir/part"
-says "0 answered, 0 failed, $n_slow were there"
+says "0 answered, 0 failed, $n_slow skipped"
 sort "$dir/part" >"$dir/has"
 same "nothing has changed" "$dir/sorted" "$dir/has"
 
@@ -446,6 +446,10 @@ for n in 0 1 5 17 40 300; do
     batch 0 "a line torn after $n bytes" --resume "$dir/part"
     same "a line torn after $n bytes" "$dir/three" "$dir/part"
 done
+{ head -n 2 "$dir/whole"; sed -n 3p "$dir/whole" | head -c 300
+    head -c 70000000 /dev/zero | tr '\0' x; } >"$dir/part"
+batch 0 "a torn line of 70 MB" --resume "$dir/part"
+same "a torn line of 70 MB" "$dir/three" "$dir/part"
 
 # Files of others.
 for text in 'not ours\n' '{"custom_id":"q1","prompt":"x"}\n' 'no newline' \
@@ -454,7 +458,7 @@ for text in 'not ours\n' '{"custom_id":"q1","prompt":"x"}\n' 'no newline' \
     printf "$text" >"$dir/part"
     cp "$dir/part" "$dir/before"
     batch 3 "a file of others: $text" --resume "$dir/part"
-    says "is none that --batch writes"
+    says "was not written by --batch"
     same "is left as it was: $text" "$dir/before" "$dir/part"
 done
 batch 3 "a folder" --resume "$dir"
@@ -478,7 +482,7 @@ sort "$dir/three" >"$dir/sorted"
 sort "$dir/part" >"$dir/has"
 same "each counts once" "$dir/sorted" "$dir/has"
 batch 7 "a wrong line of the run before" --resume "$dir/part"
-says "0 answered, 0 failed, 4 were there"
+says "0 answered, 0 failed, 4 skipped"
 
 # Nothing grows with the square of the number of lines.
 n=3000
@@ -490,6 +494,6 @@ batch 0 "many lines"
 answers $n "many lines"
 cp "$dir/out" "$dir/part"
 batch 0 "many lines that are there" --resume "$dir/part"
-says "$n were there"
+says "$n skipped"
 
 finish

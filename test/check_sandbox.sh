@@ -164,14 +164,14 @@ holds "but not outside of it" [ "$(grep -c 'Permission denied' "$dir/err")" = 3 
 holds "which is explained" [ "$(grep -c 'files only in \.;' "$dir/err")" = 3 ]
 chat_in home
 saved "not in the home directory"
-holds "which is explained" [ "$(grep -c 'opens no files' "$dir/err")" = 4 ]
+holds "which is explained" [ "$(grep -c 'open no files' "$dir/err")" = 4 ]
 chat_in .
 saved "nor in one that has it inside"
 chat_in home --save-dir "$dir/saves"
 saved "--save-dir names another" saves/in
 chat_in home/work --sandbox require
 saved "nothing with require"
-holds "which is explained" [ "$(grep -c 'opens no files' "$dir/err")" = 4 ]
+holds "which is explained" [ "$(grep -c 'open no files' "$dir/err")" = 4 ]
 chat_in home --sandbox require --save-dir "$dir/saves"
 saved "but what is named" saves/in
 

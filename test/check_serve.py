@@ -682,7 +682,7 @@ def check_stop(number):
         holds("answers are finished", text == expected and
               data.endswith(b"data: [DONE]\n\n") and c.is_over(), data[-200:])
     holds("and it ends well", server.wait() == 0, server.said)
-    holds("it says so", b"stopping" in server.said, server.said)
+    holds("it says so", b"shutting down" in server.said, server.said)
 
 
 def check_second_signal():

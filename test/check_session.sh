@@ -191,6 +191,9 @@ same "/save" "$dir/expected" "$dir/saved"
 printf '/load %s\n/save %s\n' "$dir/saved" "$dir/again" | chat
 same "/load" "$dir/saved" "$dir/again"
 says "4 messages"
+printf 'What is LFM2?\n/stats\n/load %s\n/stats\n' "$dir/talk1" | chat
+holds "/stats is about the last answer, not what was loaded" \
+    [ "$(grep -c 'prompt of' "$dir/err")" = 1 ]
 printf '/load %s\n/load Makefile\n/load /no\n/load\n/save\n/save %s\n' \
     "$dir/saved" "$dir/again" | chat
 same "a file that is none changes nothing" "$dir/saved" "$dir/again"
@@ -216,7 +219,7 @@ holds "several lines" [ "$(tr ',' '\n' <"$dir/again" | sed -n \
     tr '\n' '|')" = 'Be brief.|What is\nLFM2?|a|b|c\nd|' ]
 printf '/hello\n/help\n/stats\n/quit\nWhat is LFM2?\n' | chat
 says "/hello: no such command; /help lists them"
-says "/regen        answer the last message once more"
+says "/regen        answer the last message again"
 says "in the context"
 holds "/quit leaves" [ ! -s "$dir/out" ]
 printf '/save %s\n' "$dir/empty" | chat
@@ -266,7 +269,7 @@ $questions
 END
 shows 5 "> "
 types '/help\n'
-shows 1 "go on with one"
+shows 1 "continue a saved conversation"
 types '/hm\n'
 shows 1 "no such command"
 types '"""\nWhat is LFM2?\n'

@@ -412,20 +412,20 @@ static void serve_pieces(struct client *c, struct text *said)
     static const char go_on[] = "HTTP/1.1 100 Continue\r\n\r\n";
     const size_t n = strlen(go_on);
 
-    while (has_more(c)) {
-        read_more(c);
+    while (has_input(c)) {
+        parse_input(c);
         if (c->out.n >= n && memcmp(c->out.s, go_on, n) == 0)
             drop_bytes(&c->out, n);       /* depends on what has come        */
         add(said, c->out.s ? c->out.s : "", c->out.n);
         c->out.n = 0;
-        if (c->state == WORKING) {
+        if (c->state == ANSWERING) {
             const struct request *q = &c->choice[0].q;
             REQUIRE(c->n_choices > 0 && c->n_choices <= MAX_CHOICES);
             add_format(said, "[%d %d %d %d %d]", c->n_choices, q->n_choices,
                        c->stream, q->prompt.n, q->limit);
             finish_request(c);
         }
-        if (c->state == LEAVING)
+        if (c->state == CLOSING)
             c->in.n = 0;
     }
     REQUIRE(c->server->e.jobs == NULL && c->n_choices == 0);
@@ -438,7 +438,7 @@ static void converse(struct server *v, struct text *said, const uint8_t *data,
 
     *c = (struct client){ .server = v, .fd = -1, .state = IN_HEAD };
     v->n_places = 1;
-    for (size_t at = 0; at < n && c->state != LEAVING; at += each) {
+    for (size_t at = 0; at < n && c->state != CLOSING; at += each) {
         const size_t len = each < n - at ? each : n - at;
         add(&c->in, (const char *)data + at, len);
         serve_pieces(c, said);
@@ -475,7 +475,7 @@ void fuzz_serve(const uint8_t *data, size_t n)
                  1 + fuzz_hash(data, n) % 16);
     }
     REQUIRE(are_same(&said[0], &said[1]) && c[0]->state == c[1]->state);
-    REQUIRE(c[0]->state == LEAVING || (are_same(&c[0]->in, &c[1]->in) &&
+    REQUIRE(c[0]->state == CLOSING || (are_same(&c[0]->in, &c[1]->in) &&
                                        are_same(&c[0]->body, &c[1]->body)));
     for (int i = 0; i < 2; i++) {
         hang_up(&v[i].client[0]);
