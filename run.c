@@ -2041,7 +2041,7 @@ static int open_engine(struct engine *e)
     today(e->date);
     if (s->date)
         snprintf(e->date, sizeof e->date, "%s", s->date);
-    if (s->mode == LOGITS || s->ask.logprobs >= 0)
+    if (s->mode == LOGITS || s->ask.logprobs >= 0 || s->messages)
         e->par.n_logits = LOGITS_CHUNK;
     if (s->mode & REQUESTS) {
         e->par.n_seq = s->parallel;
@@ -4318,6 +4318,7 @@ static void send_delta(struct job *j, struct text *delta, const char *finish)
 {
     struct client *c = j->owner;
     const int plain = j->q.is_completion, n_scores = j->r.scores.n;
+    const int is_scored = j->q.logprobs >= 0 || j->q.prompt_logprobs >= 0;
     struct text event = { 0 };
 
     if (delta->n == 0 && !finish)
@@ -4327,13 +4328,14 @@ static void send_delta(struct job *j, struct text *delta, const char *finish)
     add_string(&event, plain ? ", " : ", \"delta\": {");
     add(&event, delta->s, delta->n);
     add_string(&event, plain ? "" : "}");
-    if (j->q.logprobs >= 0 && (n_scores > j->told.scores || !j->told.some))
+    if (is_scored && (n_scores > j->told.scores || !j->told.some))
         add_logprobs(&c->server->e, &event, &j->r, j->told.scores);
     else
         add_members(&event, "logprobs: %s", NULL);
     add_members(&event, "finish_reason: %s}]}", finish);
     send_event(c, "data: ", event.s, event.n);
     j->told.scores = n_scores;
+    j->told.some = 1;
     delta->n = 0;
     free(event.s);
 }
@@ -4372,7 +4374,6 @@ static void send_deltas(struct job *j)
         send_delta(j, &delta, NULL);
         free(prompt.s);
     }
-    j->told.some = 1;
     if (ended)
         calls = take_calls(&j->r);
     add_delta(&delta, "reasoning_content: %.*s", &j->r.thought,

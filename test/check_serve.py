@@ -283,6 +283,13 @@ def check_streams(server):
               last["usage"]["completion_tokens"] ==
               whole["usage"]["completion_tokens"] and
               all(x["usage"] is None for x in events), last)
+        body["prompt_logprobs"] = 1
+        whole = server.post(path, body).json()
+        told = [x["choices"][0]["prompt_logprobs"]
+                for x in server.post(path, {**body, "stream": True}).events()
+                if "prompt_logprobs" in x["choices"][0]]
+        holds("the prompt's log probabilities, once", len(told[0]) > 1 and
+              told == [whole["choices"][0]["prompt_logprobs"]], told)
     roles = [x["choices"][0]["delta"].get("role") for x in
              server.post(CHAT_PATH, chat(stream=True)).events()]
     holds("a role first, and no usage unasked", roles[0] == "assistant" and
