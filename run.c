@@ -5292,23 +5292,20 @@ static int serve(const struct settings *s)
 
 /* ------------------------------------------------------ 11. The command line
  *
- * One table says which options there are, which values are good, in which modes
- * they mean something, what the body of a request calls them, and what --help
- * says. */
+ * One table lists the options: their names, their values, the modes they apply
+ * to, their names in the body of a request, and their text in --help. */
 
-#define GROUP(title)            { .help = title }
-#define SWITCH(names, field, modes, help) \
-    { FLAG, names, NULL, AT(field), 0, 0, NULL, modes, 0, help }
-#define VALUE(kind, names, arg, field, modes, help) \
-    { kind, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
-#define NUMBER(kind, names, arg, field, min, max, json, modes, help) \
+#define GROUP(title) { .help = title }
+#define OPTION(kind, names, arg, field, min, max, json, modes, help) \
     { kind, names, arg, AT(field), min, max, json, modes, 0, help }
+#define VALUE(kind, names, arg, field, modes, help) \
+    OPTION(kind, names, arg, field, 0, 0, NULL, modes, help)
+#define SWITCH(names, field, modes, help) \
+    VALUE(FLAG, names, NULL, field, modes, help)
 #define MODE(kind, names, arg, field, mode, help) \
     { kind, names, arg, AT(field), 0, 0, NULL, mode, mode, help }
-#define ACTION(names, does, help) \
-    { FLAG, names, NULL, AT(mode), 0, 0, NULL, does, does, help }
-/* What other programs of this kind know.  Most would change nothing here; what
- * would change the result is refused. */
+#define ACTION(names, does, help) MODE(FLAG, names, NULL, mode, does, help)
+/* Options of llama.cpp: refused if they would change the result. */
 #define FOREIGN(kind, names, why) { kind, names, why, .modes = ANY }
 
 #define SETS \
@@ -5317,216 +5314,218 @@ static int serve(const struct settings *s)
 static const struct option table[] = {
     GROUP("What to do"),
     VALUE(IN_FILE, "-m --model", "FILE", model, ANY - SELFTEST,
-          "the model, if it is not the first argument"),
+          "model file (default: the first argument)"),
     VALUE(TEXT, "-p --prompt", "TEXT", prompt, PROMPT | TOKENIZE | DETOKENIZE,
-          "the prompt, if it is not the second argument; text that is piped in "
-          "follows it"),
+          "prompt (default: the second argument); piped text is appended"),
     VALUE(IN_FILE, "-f --file", "FILE", file,
           PROMPT | BATCH | TOKENIZE | DETOKENIZE,
-          "the prompt, or the lines of --batch, from FILE (-: standard input)"),
+          "read the prompt, or --batch lines, from FILE (-: standard input)"),
     VALUE(TEXT, "-sys --system-prompt", "TEXT", system, PROMPT,
-          "the system prompt"),
+          "system prompt"),
     VALUE(IN_FILE, "-sysf --system-prompt-file", "FILE", system_file, PROMPT,
-          "the system prompt from FILE"),
+          "read the system prompt from FILE"),
     VALUE(IN_FILE, "--messages", "FILE", messages, PROMPT,
-          "a conversation in JSON, or a whole request, instead of a prompt"),
+          "JSON file of a conversation, or of a whole request"),
     VALUE(IN_FILE, "--tools", "FILE", tools, PROMPT,
-          "tools that the model may call, in JSON"),
+          "JSON file of the tools that the model may call"),
     VALUE(IN_FILE, "--session", "FILE", session, TALK | DUMP,
-          "keep the conversation in FILE, and go on with it"),
+          "keep the conversation in FILE between runs"),
     ACTION("-cnv --interactive", CHAT,
            "chat, even after a prompt or without a terminal"),
     VALUE(TEXT, "--save-dir", "DIR", save_dir, CHAT,
-          "where a chat may save and load conversations"),
+          "directory in which a chat may save and load conversations"),
     SWITCH("--raw -no-cnv --no-conversation", raw,
            ANSWER | LOGITS | DUMP | REQUESTS,
-           "no chat template: plain text is continued"),
+           "use no chat template: continue the prompt as plain text"),
     MODE(FLAG, "--dump-prompt", NULL, dump_prompt, DUMP,
-         "print the prompt as the chat template writes it"),
+         "print the prompt as the chat template formats it"),
     MODE(FLAG, "--dump-tokens", NULL, dump_tokens, DUMP,
          "print the token ids of the prompt"),
     VALUE(IN_FILE, "--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
-          "the prompt as token ids, int32, little-endian"),
+          "read the prompt from FILE as token ids (int32, little-endian)"),
     MODE(OUT_FILE, "--logits", "OUT", logits, LOGITS,
-         "write the logits of all tokens of the prompt, float32"),
+         "write the logits of every prompt token to OUT (float32)"),
     ACTION("--tokenize", TOKENIZE, "print the token ids of a text"),
-    ACTION("--detokenize", DETOKENIZE, "print the text of lines of token ids"),
+    ACTION("--detokenize", DETOKENIZE, "turn lines of token ids into text"),
     SWITCH("--null", null, TOKENIZE | DETOKENIZE,
-           "texts of --tokenize and --detokenize end with a NUL byte"),
-    SWITCH("--bos", bos, RUN | TOKENIZE, "begin plain text with the BOS token"),
+           "end each text of --tokenize and --detokenize with a NUL byte"),
+    SWITCH("--bos", bos, RUN | TOKENIZE, "put the BOS token before plain text"),
     SWITCH("--special", special, RUN | TOKENIZE | DETOKENIZE,
-           "control tokens written in the text count as such"),
-    ACTION("--batch", BATCH, "answer JSON lines, in OpenAI's batch format"),
+           "recognise control tokens written in the text"),
+    ACTION("--batch", BATCH, "answer JSON lines in OpenAI's batch format"),
     MODE(TEXT, "--serve", "[HOST:]PORT|PATH", serve, SERVE,
-         "answer OpenAI's API over HTTP, for this machine or at HOST; or at a "
-         "path, a Unix socket"),
+         "serve OpenAI's API over HTTP on PORT, for this machine only unless "
+         "HOST is given, or on the Unix socket PATH"),
     ACTION("--inspect", INSPECT,
-           "what is in a model file, and what it takes to run it"),
+           "print what a model file contains and what running it takes"),
     ACTION("--selftest", SELFTEST,
-           "try this build on this machine; needs no model"),
-    ACTION("--bench", BENCH, "measure the speed; its options are listed last"),
+           "test this build on this machine; needs no model"),
+    ACTION("--bench", BENCH, "measure speed; its options are listed last"),
     MODE(OUT_FILE, "--export-tokenizer", "FILE", export_to, EXPORT,
-         "write the vocabulary of a model as a tokenizer.bin"),
+         "write the vocabulary of the model to FILE, as a tokenizer.bin"),
     VALUE(IN_FILE, "--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
-          "a vocabulary to use instead of the model's"),
+          "use the vocabulary in FILE instead of the model's"),
     MODE(IN_FILE, "--ppl", "FILE", ppl, PPL,
-         "perplexity of a text, measured like llama-perplexity"),
+         "measure the perplexity of a text, as llama-perplexity does"),
 
     GROUP("How to answer"),
-    NUMBER(WHOLE, "-n --predict --n-predict --max-tokens", "N", ask.limit, -2,
+    OPTION(WHOLE, "-n --predict --n-predict --max-tokens", "N", ask.limit, -2,
            1 << 30, "max_tokens max_completion_tokens", GENERATE,
-           "at most N tokens (-1: no limit; for plain text 256)"),
+           "generate at most N tokens (default -1: no limit; for plain text "
+           "256)"),
     VALUE(CHOICE, "--template --chat-template", TEMPLATES, template, RUN,
-          "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
-          "none (auto: by the file)"),
+          "chat template: auto (chosen by the file), lfm2, lfm2.5-instruct, "
+          "lfm2.5-new, lfm2.5-vl, lfm2.5-8b-a1b, lfm2.5-2.6b or none"),
     VALUE(DATE, "--date", "YYYY-MM-DD", date, PROMPT | REQUESTS,
-          "the date for templates that state it (today)"),
+          "date for chat templates that state it (default: today)"),
     VALUE(CHOICE, "--think", "auto|show|hide|raw", think, GENERATE,
-          "thoughts of the model (auto: shown at a terminal)"),
-    NUMBER(WHOLE, "--think-budget", "N", ask.think_budget, -1, 1 << 30,
+          "show or hide the model's thoughts (auto: show at a terminal; raw: "
+          "print everything, markers included)"),
+    OPTION(WHOLE, "--think-budget", "N", ask.think_budget, -1, 1 << 30,
            "thinking_budget", GENERATE,
-           "close a thought after N tokens (-1: never)"),
-    NUMBER(TEXTS, "--stop -r --reverse-prompt", "TEXT", ask.stop, 0, 0, "stop",
+           "end a thought after N tokens (default -1: no limit)"),
+    OPTION(TEXTS, "--stop -r --reverse-prompt", "TEXT", ask.stop, 0, 0, "stop",
            GENERATE, "end the answer before TEXT; may be repeated"),
-    NUMBER(FLAG, "--ignore-eos", NULL, ask.ignore_eos, 0, 0, "ignore_eos",
-           GENERATE, "go on when the model would end"),
+    OPTION(FLAG, "--ignore-eos", NULL, ask.ignore_eos, 0, 0, "ignore_eos",
+           GENERATE, "keep generating when the model would stop"),
     VALUE(IN_FILE, "--json-schema -jf --json-schema-file", "FILE", json_schema,
-          GENERATE, "answer in JSON, as the JSON schema in FILE has it"),
-    SWITCH("--json", json, ANSWER | INSPECT | PPL, "print one JSON object: the "
-           "answer as OpenAI's API writes it, or the report"),
-    NUMBER(WHOLE, "--logprobs", "K", ask.logprobs, 0, MAX_LOGPROBS,
-           "top_logprobs", ANSWER,
-           "log probabilities, and those of the K likeliest tokens, in --json"),
-    NUMBER(WHOLE, "", "K", ask.prompt_logprobs, 0, MAX_LOGPROBS,
+          GENERATE, "answer in JSON that matches the JSON schema in FILE"),
+    SWITCH("--json", json, ANSWER | INSPECT | PPL, "print JSON: the answer as "
+           "OpenAI's API returns it, or the report of --inspect or --ppl"),
+    OPTION(WHOLE, "--logprobs", "K", ask.logprobs, 0, MAX_LOGPROBS,
+           "top_logprobs", ANSWER, "with --json, add the log probability of "
+           "each token and of the K likeliest"),
+    OPTION(WHOLE, "", "K", ask.prompt_logprobs, 0, MAX_LOGPROBS,
            "prompt_logprobs", REQUESTS, NULL),
-    NUMBER(FLAG, "", NULL, ask.echo, 0, 0, "echo", REQUESTS, NULL),
-    NUMBER(FLAG, "", NULL, ask.stream, 0, 0, "stream", SERVE, NULL),
-    NUMBER(WHOLE, "", "N", ask.n_choices, 1, 16, "n", SERVE, NULL),
+    OPTION(FLAG, "", NULL, ask.echo, 0, 0, "echo", REQUESTS, NULL),
+    OPTION(FLAG, "", NULL, ask.stream, 0, 0, "stream", SERVE, NULL),
+    OPTION(WHOLE, "", "N", ask.n_choices, 1, 16, "n", SERVE, NULL),
 
-    GROUP("How to choose words (by default as the model's makers advise)"),
-    NUMBER(REAL, "--temp --temperature", "F", ask.sampling.temp, 0, 100,
+    GROUP("How to sample (by default as the model's makers recommend)"),
+    OPTION(REAL, "--temp --temperature", "F", ask.sampling.temp, 0, 100,
            "temperature", GENERATE,
-           "temperature (0: always the likeliest token)"),
-    NUMBER(WHOLE, "--top-k", "N", ask.sampling.top_k, -1, 1 << 30, "top_k",
+           "temperature (0: always choose the likeliest token)"),
+    OPTION(WHOLE, "--top-k", "N", ask.sampling.top_k, -1, 1 << 30, "top_k",
            GENERATE, "choose from the N likeliest tokens (0: off)"),
-    NUMBER(REAL, "--top-p", "F", ask.sampling.top_p, 0, 1, "top_p", GENERATE,
-           "choose from the likeliest tokens that together have probability F "
+    OPTION(REAL, "--top-p", "F", ask.sampling.top_p, 0, 1, "top_p", GENERATE,
+           "choose from the likeliest tokens whose probabilities add up to F "
            "(1: off)"),
-    NUMBER(REAL, "--min-p", "F", ask.sampling.min_p, 0, 1, "min_p", GENERATE,
+    OPTION(REAL, "--min-p", "F", ask.sampling.min_p, 0, 1, "min_p", GENERATE,
            "drop tokens less than F times as likely as the likeliest (0: off)"),
-    NUMBER(REAL, "--repeat-penalty --repetition-penalty", "F",
+    OPTION(REAL, "--repeat-penalty --repetition-penalty", "F",
            ask.sampling.repeat, 0.01, 100, "repetition_penalty repeat_penalty",
-           GENERATE,
-           "make recent tokens less likely (1: off, as with --temp 0)"),
-    NUMBER(WHOLE, "--repeat-last-n", "N", ask.sampling.last_n, -1, 1 << 30,
-           NULL, GENERATE, "how many tokens are recent (64; -1: all)"),
-    NUMBER(REAL, "--presence-penalty", "F", ask.presence, -100, 100,
+           GENERATE, "make recent tokens less likely, by the factor F (1: off; "
+           "default 1 with --temp 0)"),
+    OPTION(WHOLE, "--repeat-last-n", "N", ask.sampling.last_n, -1, 1 << 30,
+           NULL, GENERATE, "apply --repeat-penalty to the last N tokens (-1: "
+           "all)"),
+    OPTION(REAL, "--presence-penalty", "F", ask.presence, -100, 100,
            "presence_penalty", GENERATE,
-           "make tokens of the answer less likely to come again (0)"),
-    NUMBER(REAL, "--frequency-penalty", "F", ask.frequency, -100, 100,
-           "frequency_penalty", GENERATE,
-           "the same for each time they came (0)"),
-    NUMBER(SEED, "-s --seed", "N", ask.seed, -9e18, 9e18, "seed", GENERATE,
-           "the same seed gives the same answer (-1: random)"),
+           "lower the logit of tokens already in the answer by F (default 0)"),
+    OPTION(REAL, "--frequency-penalty", "F", ask.frequency, -100, 100,
+           "frequency_penalty", GENERATE, "lower the logit of a token by F for "
+           "each time it occurs in the answer (default 0)"),
+    OPTION(SEED, "-s --seed", "N", ask.seed, -9e18, 9e18, "seed", GENERATE,
+           "random seed (default -1: a new one each time)"),
 
-    GROUP("To look inside"),
+    GROUP("How to look inside"),
     VALUE(OUT_FILE, "--trace", "FILE", trace, TALK | LOGITS,
-          "write what every module computes, as JSON lines"),
+          "write what every module computes to FILE, as JSON lines"),
     VALUE(TEXTS, "--trace-filter", "GLOB", trace_filter, TALK | LOGITS,
-          "trace only modules of such names; may be repeated"),
+          "trace only modules whose name matches GLOB; may be repeated"),
     VALUE(RANGE, "--trace-tokens", "A-B", trace_tokens, TALK | LOGITS,
           "trace only positions A to B, counted from 0"),
     VALUE(OUT_FILE, "--trace-raw", "FILE", trace_raw, TALK | LOGITS,
-          "with --trace: all the numbers, float32"),
+          "with --trace, also write all the numbers to FILE (float32)"),
 
-    GROUP("With --batch and --serve"),
-    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, REQUESTS,
-           "answer up to N requests at once (32)"),
-    NUMBER(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, REQUESTS,
-           "while answers are written, read at most N tokens of new prompts "
-           "between two of their tokens (all that fit; --serve 128)"),
-    NUMBER(WHOLE, "--queue", "N", queue, 0, 1 << 16, NULL, SERVE,
-           "up to N requests wait; more are refused (1024)"),
-    NUMBER(WHOLE, "--max-body", "MIB", max_body, 1, 1024, NULL, SERVE,
-           "longest body of a request (8)"),
+    GROUP("For --batch and --serve"),
+    OPTION(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, REQUESTS,
+           "answer up to N requests at once (default 32)"),
+    OPTION(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, REQUESTS,
+           "while answers are generated, read new prompts in pieces of N "
+           "tokens (default 128 with --serve; else as many as fit)"),
+    OPTION(WHOLE, "--queue", "N", queue, 0, 1 << 16, NULL, SERVE,
+           "let up to N requests wait, and refuse more (default 1024)"),
+    OPTION(WHOLE, "--max-body", "MIB", max_body, 1, 1024, NULL, SERVE,
+           "largest request body, in MiB (default 8)"),
     VALUE(TEXT, "--api-key-file", "FILE", api_key_file, SERVE,
-          "clients need a key from FILE, which has one on each line"),
+          "require clients to send a key from FILE (one key per line)"),
     VALUE(TEXT, "--cors", "ORIGIN", cors, SERVE,
-          "pages from ORIGIN may ask, too (*: from anywhere)"),
-    VALUE(TEXT, "--page", "FILE", page, SERVE, "a page to show at /"),
+          "also accept requests from web pages at ORIGIN (*: any)"),
+    VALUE(TEXT, "--page", "FILE", page, SERVE, "serve the web page FILE at /"),
     VALUE(TEXT, "--shard", "I/N", shard, BATCH,
-          "answer only part I of N, counted from 0"),
+          "answer only every N-th line, from line I on (counted from 0)"),
     VALUE(OUT_FILE, "--resume", "OUT", resume, BATCH,
-          "append to OUT, and skip lines that are answered there"),
+          "append to OUT, and skip lines already answered there"),
 
     GROUP("How to run"),
-    NUMBER(WHOLE, "-c --ctx-size", "N", ctx, 0, MAX_CTX, NULL, RUN | INSPECT,
-           "longest text, in tokens (4096; 0: all the model was trained for)"),
-    NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, NULL, RUN | INSPECT,
-           "threads (0: one for each CPU)"),
-    NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16, NULL,
+    OPTION(WHOLE, "-c --ctx-size", "N", ctx, 0, MAX_CTX, NULL, RUN | INSPECT,
+           "longest text, in tokens (default 4096; 0: as in training)"),
+    OPTION(WHOLE, "-t --threads", "N", threads, 0, 1024, NULL, RUN | INSPECT,
+           "number of threads (default 0: one per CPU)"),
+    OPTION(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16, NULL,
            RUN | INSPECT | BENCH,
-           "tokens computed at once (512; with experts 2048)"),
-    NUMBER(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP, NULL, GENERATE,
-           "guess up to N tokens from the text so far; the answer stays the "
-           "same (7; with experts 0)"),
+           "compute up to N tokens at once (default 512; with experts 2048)"),
+    OPTION(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP, NULL, GENERATE,
+           "guess up to N tokens from the text so far; does not change the "
+           "answer (default 7; with experts 0)"),
     VALUE(CHOICE, "--isa", SETS, isa, RUN | INSPECT | BENCH, "instruction set: "
           "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon, dotprod, "
           "simd128 or relaxed"),
     VALUE(CHOICE, "--kv", "f16|f32", kv, RUN | INSPECT | BENCH,
-          "precision of the KV cache"),
+          "precision of the KV cache (default f16)"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
            "read the model into memory instead of mapping the file"),
     VALUE(CHOICE, "--sandbox", "auto|require|off", sandbox,
           ANY - BENCH - SELFTEST,
-          "give up rights that are not needed (require: or fail)"),
+          "drop unneeded privileges (auto: if possible; require: or fail)"),
     VALUE(CHOICE, "--color", "auto|on|off", color, TALK,
-          "dim the thoughts of the model"),
+          "dim the model's thoughts (auto: at a terminal)"),
     SWITCH("-q --quiet", quiet, ANY, "print errors only"),
-    SWITCH("-v --verbose", verbose, ANY, "print settings, seed and speed"),
+    SWITCH("-v --verbose", verbose, ANY, "also print settings, seed and speed"),
     SWITCH("-h --help", help, ANY, "print this text"),
     SWITCH("--version", version, ANY,
-           "print version, compiler and weight types"),
+           "print the version, compiler and weight types"),
 
-    GROUP("With --bench"),
-    NUMBER(LIST, "-p --n-prompt --prompt", "N,..", bench_prompt, 0, MAX_CTX,
-           NULL, BENCH, "read prompts of N tokens (512; 0: none)"),
-    NUMBER(LIST, "-n --n-gen --predict --n-predict", "N,..", bench_gen, 0,
-           MAX_CTX, NULL, BENCH, "generate N tokens (128; 0: none)"),
-    NUMBER(LIST, "-npl", "N,..", bench_seqs, 1, 4096, NULL, BENCH,
-           "generate for N sequences at once (1)"),
-    NUMBER(LIST, "-d --n-depth", "N,..", bench_depth, 0, MAX_CTX, NULL, BENCH,
-           "after a text of N tokens (0)"),
-    NUMBER(LIST, "-t --threads", "N,..", bench_threads, 1, 1024, NULL, BENCH,
-           "with N threads (one for each CPU)"),
-    NUMBER(WHOLE, "-r --repetitions", "N", reps, 1, 100000, NULL, BENCH,
-           "measure N times, after one to warm up (5)"),
+    GROUP("For --bench (lists are separated by commas)"),
+    OPTION(LIST, "-p --n-prompt --prompt", "N,..", bench_prompt, 0, MAX_CTX,
+           NULL, BENCH, "measure reading N tokens (default 512; 0: skip)"),
+    OPTION(LIST, "-n --n-gen --predict --n-predict", "N,..", bench_gen, 0,
+           MAX_CTX, NULL, BENCH,
+           "measure generating N tokens (default 128; 0: skip)"),
+    OPTION(LIST, "-npl", "N,..", bench_seqs, 1, 4096, NULL, BENCH,
+           "measure generating for N sequences at once (default 1)"),
+    OPTION(LIST, "-d --n-depth", "N,..", bench_depth, 0, MAX_CTX, NULL, BENCH,
+           "measure after a text of N tokens (default 0)"),
+    OPTION(LIST, "-t --threads", "N,..", bench_threads, 1, 1024, NULL, BENCH,
+           "measure with N threads (default: one per CPU)"),
+    OPTION(WHOLE, "-r --repetitions", "N", reps, 1, 100000, NULL, BENCH,
+           "measure N times, after one warm-up (default 5)"),
     VALUE(CHOICE, "-o --output", "md|json", output, BENCH,
-          "print a table or records"),
+          "print the results as a table or as JSON (default md)"),
 
     FOREIGN(IGNORED, "-ngl --gpu-layers --n-gpu-layers",
             "everything runs on the CPU"),
     FOREIGN(IGNORED_FLAG, "-fa --flash-attn",
             "attention is always computed this way"),
     FOREIGN(IGNORED_FLAG, "--jinja -st --single-turn --no-warmup --simple-io "
-            "--no-display-prompt --log-disable --no-perf", "it is so already"),
+            "--no-display-prompt --log-disable --no-perf",
+            "this is the default"),
     FOREIGN(IGNORED_FLAG, "--mlock",
             "the file is mapped, and stays in memory while it is used"),
     FOREIGN(REFUSED, "-hf -hfr --hf-repo -mu --model-url",
-            "nothing is downloaded here; scripts/download.sh fetches a model"),
+            "nothing is downloaded; scripts/download.sh fetches a model"),
     FOREIGN(REFUSED, "--prompt-cache", "--session FILE keeps a conversation"),
-    FOREIGN(REFUSED, "-i", "-p gives a prompt, -cnv begins a chat"),
+    FOREIGN(REFUSED, "-i", "-p gives a prompt, -cnv starts a chat"),
     FOREIGN(REFUSED, "--grammar --grammar-file -j",
-            "--json-schema FILE gives answers in a schema"),
+            "--json-schema FILE makes the answer match a JSON schema"),
 };
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
-_Static_assert(sizeof table / sizeof *table <= MAX_OPTIONS,
-               "settings.given is too short");
+_Static_assert(N_OPTIONS <= (int)MAX_OPTIONS, "settings.given is too short");
 
-/* Is the word one of a list, whose words are separated by that character?
- * Returns its number, or -1. */
+/* The index of a word in a list with this separator, or -1. */
 static int find_word(const char *words, int separator, const char *word)
 {
     const char ends[] = { (char)separator, '\0' };
@@ -5540,7 +5539,7 @@ static int find_word(const char *words, int separator, const char *word)
     return -1;
 }
 
-/* The i-th word of a list by |. */
+/* The i-th word of a list separated by |. */
 static struct phrase word_of(const char *words, int i)
 {
     for (; i > 0; i--)
@@ -5548,7 +5547,7 @@ static struct phrase word_of(const char *words, int i)
     return phrase("%.*s", (int)strcspn(words, "|"), words);
 }
 
-/* The option of this name, of two the one for this mode; or NULL. */
+/* The option with this name, or NULL; of several, the one for this mode. */
 static const struct option *find_option(const char *name, int mode)
 {
     const struct option *found = NULL;
@@ -5560,7 +5559,7 @@ static const struct option *find_option(const char *name, int mode)
     return found;
 }
 
-/* The option that a body calls so, or NULL. */
+/* The option that a member of a request body sets, or NULL. */
 static const struct option *option_of_member(const char *key)
 {
     for (int i = 0; i < N_OPTIONS; i++)
@@ -5582,12 +5581,12 @@ static const char *kv_name(int kv_type)
     return kv_type == LFM2_KV_F16 ? "f16" : "f32";
 }
 
-/* What an option does starts in column 28 and is wrapped at column 79. */
+/* Descriptions start in column 28 and are wrapped at column 79. */
 static int print_help(void)
 {
     printf("usage: %s [options] MODEL.gguf [PROMPT]\n\n"
-           "Answers PROMPT and exits.  Without one, piped text is the prompt; "
-           "at a\nterminal, a chat begins.\n", program);
+           "Answers PROMPT and exits.  Without PROMPT, piped text is the "
+           "prompt; at a\nterminal, a chat begins.\n", program);
     for (const struct option *o = table; o < table + N_OPTIONS; o++) {
         const char *help = o->help;
         int column;
@@ -5601,9 +5600,8 @@ static int print_help(void)
             n = strlen(help);
             while (n > 51 || (help[n] && help[n] != ' '))
                 n--;
-            if (column >= 28)
-                column = printf("\n") - 1;
-            printf("%*s%.*s\n", 28 - column, "", (int)n, help);
+            printf("%s%*s%.*s\n", column < 28 ? "" : "\n",
+                   column < 28 ? 28 - column : 28, "", (int)n, help);
         }
     }
     printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
@@ -5632,9 +5630,8 @@ static int print_version(void)
     for (int i = LFM2_ISA_SCALAR; i < LFM2_N_ISA; i++)
         if (lfm2_isa_available(i))
             printf(" %s", isa_name(i));
-    printf("\nbyte order  %s-endian, %d bits\nweights    ",
-           is_little_endian() ? "little" : "big",
-           (int)sizeof(void *) * 8);
+    printf("\nbyte order  %s-endian, %zu bits\nweights    ",
+           is_little_endian() ? "little" : "big", sizeof(void *) * 8);
     for (int i = 0; (type = lfm2_weight_type(i)); i++)
         printf(" %s", type);
     putchar('\n');
@@ -5643,7 +5640,7 @@ static int print_version(void)
 
 /* ---- one value */
 
-/* What a good value of this option is. */
+/* The values an option accepts, as text for an error message. */
 static struct phrase values_of(const struct option *o)
 {
     switch (o->kind) {
@@ -5652,8 +5649,8 @@ static struct phrase values_of(const struct option *o)
     case DATE: return phrase("a day like 2026-11-20");
     case RANGE: return phrase("positions like 5, 5- or 5-7");
     case TEXTS: return phrase("at most %d texts that are not empty", MAX_LIST);
-    case LIST: return phrase("at most %d whole numbers from %.0f to %.0f, by "
-                             "commas", MAX_LIST, o->min, o->max);
+    case LIST: return phrase("at most %d whole numbers from %.0f to %.0f, "
+                             "separated by commas", MAX_LIST, o->min, o->max);
     default: return phrase("a %snumber from %.10g to %.19g", o->kind == REAL ?
                            "" : "whole ", o->min, o->max);
     }
@@ -5664,7 +5661,7 @@ static int is_dash(const char *path)
     return path && strcmp(path, "-") == 0;
 }
 
-/* "5", "5-" and "5-7". */
+/* "5", "5-" or "5-7". */
 static int parse_range(const char *s, int *first, int *last)
 {
     static const char digits[] = "0123456789";
@@ -5680,14 +5677,14 @@ static int parse_range(const char *s, int *first, int *last)
     return 0;
 }
 
-/* Is it a day as templates write it, 2026-11-20? */
+/* Is it a date as the templates write it, such as 2026-11-20? */
 static int is_date(const char *s)
 {
     static const int days[] = { 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30,
                                 31 };
     int y, m, d, n = 0;
 
-    return strspn(s, "0123456789-") == 10 && !s[10] &&
+    return *s != '-' && strspn(s, "0123456789-") == 10 && !s[10] &&
            sscanf(s, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10 &&
            m >= 1 && m <= 12 && d >= 1 && d <= days[m - 1] &&
            (m != 2 || d < 29 || (y % 4 == 0 && (y % 100 || y % 400 == 0)));
@@ -5701,7 +5698,7 @@ static int add_text(struct texts *to, const char *s)
     return 0;
 }
 
-/* Put a number where it belongs; -1 if it is out of bounds. */
+/* Store a number in its field; -1 if it is out of bounds. */
 static int set_number(void *slot, const struct option *o, double x,
                       long long whole)
 {
@@ -5716,7 +5713,7 @@ static int set_number(void *slot, const struct option *o, double x,
     return 0;
 }
 
-/* The number at s, put where it belongs: what is behind it, or NULL. */
+/* Store the number at s.  Returns its end, or NULL if it is not acceptable. */
 static const char *parse_number(void *slot, const struct option *o,
                                 const char *s)
 {
@@ -5730,7 +5727,7 @@ static const char *parse_number(void *slot, const struct option *o,
     return end == s || errno || set_number(slot, o, x, whole) != 0 ? NULL : end;
 }
 
-/* 0, or -1 if the value is not good. */
+/* Store a value in its field; -1 if it is not acceptable. */
 static int parse_value(struct settings *to, const struct option *o,
                        const char *s)
 {
@@ -5763,7 +5760,7 @@ static int parse_value(struct settings *to, const struct option *o,
 
 /* ---- the command line */
 
-/* Take the option at argv[*i], and its value, which may be the next word. */
+/* Process the option at argv[*i], and its value, which may be the next word. */
 static int take_option(struct settings *to, int bench, char **argv, int *i)
 {
     const char *arg = argv[*i], *equals = strchr(arg, '=');
@@ -5782,12 +5779,12 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
         return DONE;
     }
     if (o->kind == FLAG && equals)
-        return usage("%s takes no value, but is given %s", name.s, equals + 1);
+        return usage("%s takes no value, found %s", name.s, equals + 1);
     if (o->kind >= TEXT && o->kind < TEXTS && to->given[o - table])
         return usage("%s is given twice", name.s);
     to->given[o - table] = arg;
     if (o->mode && to->mode && to->mode != o->mode)
-        return usage("%s does something else than the options before it",
+        return usage("%s cannot be combined with the options before it",
                      name.s);
     to->mode |= o->mode;
     if (o->kind == FLAG) {
@@ -5796,7 +5793,7 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
         return DONE;
     }
     if (!value)
-        return usage("%s needs a value, %s", name.s, o->arg);
+        return usage("%s needs a value: %s", name.s, o->arg);
     *i += !equals;
     if (parse_value(to, o, value) == 0)
         return DONE;
@@ -5806,7 +5803,7 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
     return say(USAGE, "%s %s: expected %s", name.s, value, values_of(o).s);
 }
 
-/* The first option given that needs a chat template, or NULL. */
+/* An option on the command line that needs a chat template, or NULL. */
 static const char *chat_option(const struct settings *s)
 {
     return s->system || s->system_file ? "-sys" : s->messages ? "--messages" :
@@ -5814,7 +5811,7 @@ static const char *chat_option(const struct settings *s)
            s->mode == CHAT ? "-cnv" : NULL;
 }
 
-/* Options must mean something in this mode, and not exclude each other. */
+/* Every option must apply to this mode, and none may exclude another. */
 static int check_settings(const struct settings *s)
 {
     const int plain = s->raw || s->ids || s->template == TEMPLATE_NONE;
@@ -5832,16 +5829,16 @@ static int check_settings(const struct settings *s)
         return usage("no model given");
     if ((s->prompt || (s->file && s->mode != BATCH)) + !!s->ids +
         !!s->messages > 1)
-        return usage("more than one prompt: PROMPT or -p and -f, --ids, "
-                     "--messages");
+        return usage("more than one prompt: expected one of PROMPT (or -p, "
+                     "-f), --ids and --messages");
     if (s->system && s->system_file)
-        return usage("more than one system prompt: -sys, -sysf");
+        return usage("more than one system prompt: expected -sys or -sysf");
     if (plain && chat_option(s))
-        return usage("%s needs a chat template, and --raw, --ids and "
-                     "--template none go without", chat_option(s));
+        return usage("%s needs a chat template, but --raw, --ids and "
+                     "--template none use none", chat_option(s));
     if ((s->system || s->system_file) && s->messages)
-        return usage("-sys: the conversation of --messages has its own system "
-                     "message");
+        return usage("-sys cannot be used with --messages, which has its own "
+                     "system message");
     if (is_dash(s->session) || is_dash(s->trace))
         return usage("%s -: expected a file", s->session ? "--session" :
                      "--trace");
@@ -5852,7 +5849,7 @@ static int check_settings(const struct settings *s)
         return usage("--logprobs needs --json");
     if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
         return say(USAGE, "--isa %s: not on this CPU or not in this build; "
-                   "--version lists the sets there are", isa_name(s->isa));
+                   "--version lists the available ones", isa_name(s->isa));
     return DONE;
 }
 
@@ -5861,6 +5858,7 @@ static int parse(struct settings *to, char **argv)
     const char *words[2] = { NULL, NULL };
     int n_words = 0, n = 0, options = 1, bench = 0, code = DONE;
 
+    /* These two affect the options before them, too. */
     for (int i = 1; argv[i] && strcmp(argv[i], "--") != 0; i++) {
         bench |= strcmp(argv[i], "--bench") == 0;
         quiet |= find_word("-q --quiet", ' ', argv[i]) >= 0;
@@ -5888,7 +5886,7 @@ static int parse(struct settings *to, char **argv)
     if (n < n_words)
         return usage("unexpected argument %s: there is a prompt already",
                      words[n]);
-    if (!to->mode)                        /* a chat is with a person         */
+    if (!to->mode)
         to->mode = to->prompt || to->file || to->ids || to->messages ||
                    to->json || !isatty(STDIN_FILENO) ? ANSWER : CHAT;
     return check_settings(to);
