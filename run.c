@@ -5894,7 +5894,7 @@ static int parse(struct settings *to, char **argv)
 
 /* ---------------------------------------------------- 12. Files and text */
 
-/* The directory that a file is in, or will be. */
+/* Append the directory part of a path. */
 static void add_directory(struct text *t, const char *path)
 {
     const char *slash = strrchr(path, '/');
@@ -5902,7 +5902,7 @@ static void add_directory(struct text *t, const char *path)
     add(t, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
 }
 
-/* To standard output, which may be a terminal. */
+/* Print to standard output, without control characters if it is a terminal. */
 static void show_text(struct text *t)
 {
     if (isatty(STDOUT_FILENO))
@@ -5912,8 +5912,8 @@ static void show_text(struct text *t)
 
 /* ---- bytes in and out */
 
-/* The bytes of a file, or of standard input for "-", behind what `out` has.
- * The caller frees out->s, after a failure too. */
+/* Append a file, or standard input for "-", to *out.  The caller frees out->s,
+ * even after a failure. */
 static int read_file(const char *path, struct text *out)
 {
     const int piped = is_dash(path);
@@ -5939,8 +5939,7 @@ static int read_file(const char *path, struct text *out)
     return code;
 }
 
-/* A file for output that comes piece by piece, or standard output for "-"; NULL
- * after saying why not. */
+/* Open a file, or standard output for "-"; NULL after an error message. */
 static FILE *create_file(const char *path)
 {
     FILE *f = is_dash(path) ? stdout : fopen(path, "wb");
@@ -5950,6 +5949,7 @@ static FILE *create_file(const char *path)
     return f;
 }
 
+/* flush_output() checks standard output. */
 static int finish_file(FILE *f, const char *path, int code)
 {
     int failed = f != stdout && ferror(f);
@@ -5959,7 +5959,7 @@ static int finish_file(FILE *f, const char *path, int code)
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
 
-/* All of it: 0, or -1 and errno. */
+/* Returns 0, or -1 and errno. */
 static int write_all(int fd, const char *s, size_t n)
 {
     for (ssize_t done; n > 0; s += done, n -= (size_t)done) {
@@ -5971,58 +5971,58 @@ static int write_all(int fd, const char *s, size_t n)
     return 0;
 }
 
-/* Write the parts one after the other, whole or not at all: to a new file
- * beside this one, which then takes its place.  It is for its owner alone, or
- * for those who could read the old one.  A link stays a link.  Without parts it
- * is only told whether that could be done, before the work and not after it.
- * After a failure errno says why. */
+/* Replace a file by these parts, as a whole or not at all: a new file is
+ * written beside it and renamed.  It has the permissions of the old one; if
+ * there was none, only its owner may read it.  Symbolic links are followed.
+ * Without parts, only check that it can be replaced, so that the user knows
+ * before the work is done.  After a failure errno says why. */
 static int replace_file(const char *path, const struct text *part, int n_parts)
 {
     char *real = realpath(path, NULL);
     const char *to = real ? real : path;
     struct text name = { 0 };
     struct stat old;
-    const int is = lstat(to, &old) == 0;
-    const char *odd = !is || S_ISREG(old.st_mode) ? NULL :
-                      S_ISDIR(old.st_mode) ? "a directory" :
-                      S_ISFIFO(old.st_mode) ? "a pipe" :
-                      S_ISLNK(old.st_mode) ? "a link that leads nowhere" :
-                      "a device or socket";
-    int fd = -1, good, error;
+    const int exists = lstat(to, &old) == 0;
+    const char *wrong = !exists || S_ISREG(old.st_mode) ? NULL :
+                        S_ISDIR(old.st_mode) ? "a directory" :
+                        S_ISFIFO(old.st_mode) ? "a pipe" :
+                        S_ISLNK(old.st_mode) ? "a link that leads nowhere" :
+                        "a device or socket";
+    int fd = -1, ok, error;
 
     add_directory(&name, to);
-    good = !odd && access(name.s, W_OK | X_OK) == 0;
-    if (good && n_parts > 0) {
+    ok = !wrong && access(name.s, W_OK | X_OK) == 0;
+    if (ok && n_parts > 0) {
         name.n = 0;
         add_string(&name, to);
         add_string(&name, ".XXXXXX");
         fd = mkstemp(name.s);
-        good = fd >= 0;
-        if (good && is)
-            fchmod(fd, old.st_mode & 0777);   /* if not, it stays private    */
-        for (int i = 0; good && i < n_parts; i++)
-            good = write_all(fd, part[i].s, part[i].n) == 0;
-        good = good && (fsync(fd) == 0 ||     /* not in every file system    */
-               errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
-        good = (fd < 0 || close(fd) == 0) && good && rename(name.s, to) == 0;
+        ok = fd >= 0;
+        if (ok && exists)
+            fchmod(fd, old.st_mode & 0777);   /* else it stays private       */
+        for (int i = 0; ok && i < n_parts; i++)
+            ok = write_all(fd, part[i].s, part[i].n) == 0;
+        ok = ok && (fsync(fd) == 0 ||         /* not in every file system    */
+             errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
+        ok = (fd < 0 || close(fd) == 0) && ok && rename(name.s, to) == 0;
     }
     error = errno;
-    if (!good && fd >= 0)
+    if (!ok && fd >= 0)
         remove(name.s);
-    if (odd)
-        say(BAD_FILE, "%s: %s, expected a file", path, odd);
-    else if (!good)
-        say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
+    if (wrong)
+        say(BAD_FILE, "%s: %s, expected a file", path, wrong);
+    else if (!ok)
+        say(BAD_FILE, "%s: cannot be written: %s", path, strerror(error));
     free(name.s);
     free(real);
     errno = error;
-    return good ? DONE : BAD_FILE;
+    return ok ? DONE : BAD_FILE;
 }
 
 /* ---- models */
 
-/* Map it, or read it where that cannot be: some shared folders have no mmap().
- * `any`, LFM2_LOAD_ANY or 0, takes what is no model for us, too. */
+/* Map a model, or read it where mmap() does not work, as in some shared
+ * folders.  `any` is LFM2_LOAD_ANY or 0. */
 static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
                      lfm2_error *err)
 {
@@ -6031,30 +6031,32 @@ static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
 
     if (code != LFM2_EIO || no_mmap || !strstr(err->msg, "cannot map"))
         return code;
-    note("%s: its file system cannot map files, so it is read", path);
+    note("%s: the file system cannot map files, so it is read", path);
     return lfm2_model_open(out, path, LFM2_LOAD_READ | any, err);
 }
 
-/* What is taken for a model now and then: where and how it begins, and what to
- * do with it. */
-static const struct { int at; const char *begins, *what; } no_model[] = {
-    { 0, "version https://git-lfs", "it is a git-lfs pointer; \"git lfs "
-      "pull\" gets the file itself" },
-    { 0, "<", "it is a web page; scripts/download.sh gets models" },
-    { 0, "PK\3\4", "it is a zip archive or a PyTorch file, expected a GGUF; "
-      "scripts/download.sh gets one" },
-    { 8, "{\"", "it is a safetensors file, expected a GGUF; "
-      "scripts/download.sh gets one" },
-    { 0, "\x1f\x8b", "it is compressed; gunzip gets the file itself" },
-    { 0, "LFM2SES", "it is a conversation; --session names it beside a model" },
-    { 0, "{", "it is JSON; --messages or --tools name it beside a model" },
-    { 0, "[", "it is JSON; --messages or --tools name it beside a model" },
-    { 4, "\3\0\0\0\0\0\0\0\0\0\0\0", "it is a vocabulary without a "
-      "model; --tokenizer names it" }
+/* Other files, mistaken for models: the bytes at an offset, and advice. */
+#define BYTES(s) s, sizeof s - 1
+
+static const struct { int at; const char *s; size_t n; const char *advice; }
+mistaken[] = {
+    { 0, BYTES("version https://git-lfs"), "it is a git-lfs pointer; \"git lfs "
+      "pull\" fetches the file itself" },
+    { 0, BYTES("<"), "it is a web page; scripts/download.sh fetches models" },
+    { 0, BYTES("PK\3\4"), "it is a zip archive or a PyTorch file, expected a "
+      "GGUF; scripts/download.sh fetches one" },
+    { 8, BYTES("{\""), "it is a safetensors file, expected a GGUF; "
+      "scripts/download.sh fetches one" },
+    { 0, BYTES("\x1f\x8b"), "it is compressed; gunzip unpacks it" },
+    { 0, BYTES("LFM2SES"), "it is a conversation; pass it with --session" },
+    { 0, BYTES("{"), "it is JSON; pass it with --messages or --tools" },
+    { 0, BYTES("["), "it is JSON; pass it with --messages or --tools" },
+    { 4, BYTES("\3\0\0\0\0\0\0\0\0\0\0\0"), "it is a vocabulary without a "
+      "model; pass it with --tokenizer" }
 };
 
-/* The sentence of the library about a file that it could not open begins with
- * the path already. */
+/* Print an error of the library and return the exit status for it.  If a file
+ * could not be opened, the library's message begins with its path. */
 static int report(const char *path, const lfm2_error *err)
 {
     const int code = status_of(err->code);
@@ -6066,31 +6068,28 @@ static int report(const char *path, const lfm2_error *err)
     say(code, "%s%s%s", has_path ? "" : path, has_path ? "" : ": ", err->msg);
     if (f)
         fclose(f);
-    for (size_t i = 0; n > 0 && i < sizeof no_model / sizeof *no_model; i++) {
-        const char *begins = no_model[i].begins;
-        const size_t len = *begins == '\3' ? 12 : strlen(begins);
-        if (memcmp(head + no_model[i].at, begins, len) == 0)
-            return say(code, "%s: %s", path, no_model[i].what);
-    }
+    for (size_t i = 0; n > 0 && i < sizeof mistaken / sizeof *mistaken; i++)
+        if (memcmp(head + mistaken[i].at, mistaken[i].s, mistaken[i].n) == 0)
+            return say(code, "%s: %s", path, mistaken[i].advice);
     return code;
 }
 
-/* ---- text for people
+/* ---- text that people wrote
  *
- * Prompts, conversations and commands come from editors, shells and
- * spreadsheets of all systems: a byte order mark is dropped, UTF-16 becomes
- * UTF-8, and lines end with \n.  What is there for the sake of its bytes stays
- * as it is: --ids, --tokenize, --detokenize, --ppl. */
+ * Prompts, conversations and commands come from the editors, shells and
+ * spreadsheets of all systems.  A byte order mark is dropped, UTF-16 becomes
+ * UTF-8, and lines end with \n.  --ids, --tokenize, --detokenize and --ppl take
+ * their input as it is. */
 
-/* If it is UTF-16: it says so itself, or most of the high bytes of its pairs
- * are 0 and none of the others. */
+/* UTF-16 is recognised by its byte order mark or, without one, by its zeros:
+ * most high bytes are 0, and no low byte is. */
 static void utf16_to_utf8(struct text *t)
 {
     const unsigned char *s = (const unsigned char *)t->s;
     size_t zeros[2] = { 0, 0 };
     struct text out = { 0 };
     char to[4];
-    int high;                             /* the first byte, or the second   */
+    int high;                             /* its index in a pair; -1: UTF-8  */
 
     for (size_t i = 0; i < t->n; i++)
         zeros[i % 2] += !s[i];
@@ -6131,8 +6130,8 @@ static void clean_text(struct text *t)
     add(t, "", 0);
 }
 
-/* A conversation is text, and kept as such.  In another encoding a model would
- * read letters that nobody wrote. */
+/* Refuse text that is not UTF-8: in another encoding the model would read
+ * letters that nobody wrote. */
 static int check_text(const struct text *t, const char *name)
 {
     uint32_t c;
@@ -6150,8 +6149,8 @@ static int check_text(const struct text *t, const char *name)
     return DONE;
 }
 
-/* Text from a file, after a blank line if there is some already; one newline at
- * its end is not part of it. */
+/* Append the text of a file, after a blank line if there is some text already,
+ * and without a newline at its end. */
 static int read_text_file(const char *path, struct text *out)
 {
     struct text more = { 0 };
@@ -6168,8 +6167,8 @@ static int read_text_file(const char *path, struct text *out)
     return code;
 }
 
-/* Was text piped in beside a prompt?  A file that was read before belongs to a
- * loop in a shell; terminals, devices, and the sockets of ssh may never end. */
+/* Is there piped text besides the prompt?  A file that was read from belongs to
+ * a shell loop; terminals, devices, and sockets of ssh may never end. */
 static int has_piped_text(const struct settings *s)
 {
     struct stat st;
@@ -6180,8 +6179,8 @@ static int has_piped_text(const struct settings *s)
             (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
 }
 
-/* The prompt: what was given as an argument, then a file, then what was piped
- * in, which in a chat are messages. */
+/* The prompt: the argument, then the file of -f, then piped text, except in a
+ * chat, where piped lines are messages. */
 static int read_prompt(const struct settings *s, struct text *out)
 {
     struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
@@ -6199,8 +6198,8 @@ static int read_prompt(const struct settings *s, struct text *out)
                          (s->mode == CHAT || !has_piped_text(s))))
         return code;
     if (given && poll(&in, 1, 2000) == 0)
-        note("standard input is read, too, and has not ended; </dev/null is "
-             "without it");
+        note("standard input is read, too, and has not ended; </dev/null "
+             "prevents that");
     code = read_text_file("-", out);
     return code == DONE && out->n == 0 ? usage("no prompt: standard input is "
            "empty") : code;
@@ -6224,26 +6223,25 @@ static int read_ids(const char *path, struct ids *out)
 
 /* --------------------------------------------- 13. Signals and the terminal
  *
- * A signal ends the program at once, unless somebody looks at `interrupted` and
- * stops the work in good order; then the third ends it whatever is lost, as by
- * then something hangs.  Signals are handled from the beginning, because the
- * first process of a container gets no others.  One that was ignored before, as
- * by nohup, stays ignored. */
+ * A signal ends the program at once, unless is_heard is set: then the work in
+ * progress checks `interrupted` and stops in good order.  If that hangs, the
+ * third signal ends the program at once.  Handlers are installed at the start,
+ * because the first process of a container gets only signals that it handles.
+ * A signal that was ignored, as after nohup, stays ignored. */
 
-static volatile sig_atomic_t is_editing;
-static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
-                                             window of another size          */
+static volatile sig_atomic_t is_editing;  /* a line, at the terminal         */
+static volatile sig_atomic_t must_redraw; /* that line                       */
 
 #ifdef __wasi__
 
-#define handle(number, handler) ((void)(handler))
+#define handle_signal(number, handler) ((void)(handler))
 #define set_terminal(is_edited) (-1)
 #define count_columns()         80
 
 #else
 
-/* Without SA_RESTART, so that waiting for input ends, too. */
-static void handle(int number, void (*handler)(int))
+/* Without SA_RESTART, so that a signal interrupts waiting for input. */
+static void handle_signal(int number, void (*handler)(int))
 {
     struct sigaction action = { .sa_handler = handler }, had;
 
@@ -6254,18 +6252,18 @@ static void handle(int number, void (*handler)(int))
 
 static int set_terminal(int is_edited);
 
-/* A stop, its end, or a window of another size. */
+/* SIGTSTP; or SIGCONT or SIGWINCH, after which the line is drawn again. */
 static void on_change(int number)
 {
     if (number == SIGTSTP) {
         set_terminal(0);
         signal(number, SIG_DFL);
-        raise(number);                    /* when this is done               */
+        raise(number);                    /* takes effect on return          */
     } else if (is_editing)
-        looks_old = set_terminal(1) == 0;
+        must_redraw = set_terminal(1) == 0;
 }
 
-/* For a line to be edited, or as it was: 0, or -1 if it cannot be changed. */
+/* Prepare the terminal for editing, or restore it; -1 if that is impossible. */
 static int set_terminal(int is_edited)
 {
     static const char paste[2][9] = { "\033[?2004l", "\033[?2004h" };
@@ -6281,9 +6279,9 @@ static int set_terminal(int is_edited)
         t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
         t.c_cc[VMIN] = 1;
         t.c_cc[VTIME] = 0;
-        handle(SIGTSTP, on_change);
-        handle(SIGCONT, on_change);
-        handle(SIGWINCH, on_change);
+        handle_signal(SIGTSTP, on_change);
+        handle_signal(SIGCONT, on_change);
+        handle_signal(SIGWINCH, on_change);
     }
     if (tcsetattr(STDIN_FILENO, TCSANOW, &t) != 0)
         return -1;
@@ -6307,12 +6305,12 @@ static void leave_terminal(void)
     set_terminal(0);
 }
 
-/* What a signal handler may do, and no more. */
-static void die(int code, const char *last_words)
+/* Exit from a signal handler, with async-signal-safe functions only. */
+static void die(int code, const char *message)
 {
     set_terminal(0);
     (void)!write(STDERR_FILENO, "\033[0m\n", is_dim ? 5 : 0);
-    (void)!write(STDERR_FILENO, last_words, strlen(last_words));
+    (void)!write(STDERR_FILENO, message, strlen(message));
     _exit(code);
 }
 
@@ -6326,8 +6324,8 @@ static void on_interrupt(int number)
         lfm2_cancel(running);
 }
 
-/* Threads that begin between two such calls leave signals to this one, which
- * may be waiting for input; but SIGBUS is for the one that reads. */
+/* Threads that start between block_signals(1) and (0) leave signals to the main
+ * thread, which may be waiting for input; but each gets its own SIGBUS. */
 static void block_signals(int are_blocked)
 {
 #if !defined LFM2_NO_THREADS && !defined __wasi__
@@ -6343,11 +6341,11 @@ static void block_signals(int are_blocked)
 #endif
 }
 
-/* Before anything else.  Where the shell closed one of the first three
- * descriptors (">&-"), words or messages would go into the next file that is
- * opened; a directory takes its place, which can be neither read nor written.
- * Other files that were left open would be open in the sandbox, too, but a
- * shell leaves some on purpose: <(command) is /dev/fd/63. */
+/* Called first.  If the shell closed one of the first three descriptors
+ * (">&-"), output would go to the next file that is opened; so a directory,
+ * which can be neither read nor written, takes its place.  Other descriptors
+ * are closed, because the sandbox could not take them away, except those that
+ * an argument names: <(command) is /dev/fd/63. */
 static void prepare_process(char **argv)
 {
     int fd;
@@ -6360,39 +6358,39 @@ static void prepare_process(char **argv)
     struct dirent *entry;
     while (dir && (entry = readdir(dir))) {
         fd = atoi(entry->d_name);
-        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
-        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
+        int keep = fd <= STDERR_FILENO || fd == dirfd(dir);
+        for (int i = 1; !keep && argv[0] && argv[i]; i++) {
             const char *name = strstr(argv[i], "/fd/");
-            is_named = name && strcmp(name + 4, entry->d_name) == 0;
+            keep = name && strcmp(name + 4, entry->d_name) == 0;
         }
-        if (!is_named)
+        if (!keep)
             close(fd);
     }
     if (dir)
         closedir(dir);
-    handle(SIGHUP, on_interrupt);
-    handle(SIGQUIT, on_interrupt);
+    handle_signal(SIGHUP, on_interrupt);
+    handle_signal(SIGQUIT, on_interrupt);
     signal(SIGXFSZ, SIG_IGN);
 #else
     (void)argv;
 #endif
-    handle(SIGINT, on_interrupt);
-    handle(SIGTERM, on_interrupt);
-    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
+    handle_signal(SIGINT, on_interrupt);
+    handle_signal(SIGTERM, on_interrupt);
+    signal(SIGPIPE, SIG_IGN);             /* write() fails instead           */
     atexit(leave_terminal);
 }
 
-/* ---- a model that becomes shorter
+/* ---- a model file that becomes shorter
  *
- * Reading behind the end of a mapped file that was cut meanwhile gives SIGBUS,
- * and only models are mapped. */
+ * If a mapped file is truncated, reading past its new end gives SIGBUS.  Only
+ * models are mapped. */
 
 #ifndef LFM2_NO_MMAP
 
-static char lost[4500];                   /* made before it is needed        */
+static char bus_message[4500];            /* made before it is needed        */
 
-/* Several threads may come here at once; one tells.  What was sent, or is not
- * about the file, comes again and does what it does. */
+/* Several threads may get here at once; one prints.  A signal that was sent, or
+ * is due to alignment, is not about the file: the next one kills as usual. */
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
     (void)context;
@@ -6401,21 +6399,22 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
         return;
     }
 #ifndef LFM2_NO_THREADS
-    static atomic_flag told = ATOMIC_FLAG_INIT;
-    while (atomic_flag_test_and_set(&told))
+    static atomic_flag is_printing = ATOMIC_FLAG_INIT;
+    while (atomic_flag_test_and_set(&is_printing))
         continue;
 #endif
-    die(BAD_FILE, lost);
+    die(BAD_FILE, bus_message);
 }
 
 #endif
 
-/* The file is about to be mapped, or is the one that stays so. */
+/* Prepare the message: this file is about to be mapped, or stays mapped. */
 static void watch_file(const char *path)
 {
 #ifndef LFM2_NO_MMAP
-    snprintf(lost, sizeof lost, "%s: %s: it became shorter while it was used, "
-             "or its disk failed; --no-mmap reads it first\n", program, path);
+    snprintf(bus_message, sizeof bus_message, "%s: %s: it became shorter while "
+             "it was used, or its disk failed; --no-mmap avoids this\n",
+             program, path);
     sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_bus_error,
               .sa_flags = SA_SIGINFO }, NULL);
 #else
@@ -6423,51 +6422,49 @@ static void watch_file(const char *path)
 #endif
 }
 
-/* ---- a line that is edited */
-
-enum { INPUT_ENDS = -1, STOPPED_BY_SIGNAL = -2, LOOKS_OLD = -3 };
+/* ---- the line editor */
 
 struct editor {
     struct text line;
-    size_t at;                            /* of the cursor                   */
+    size_t at;                            /* the cursor                      */
     const char *prompt;
-    int shown;                            /* of the history                  */
+    int shown;                            /* in history[]; n_history: new    */
     int is_pasting;
 };
 
-static struct text *history;              /* what was typed, the oldest first */
+static struct text *history;              /* the lines before, oldest first  */
 static int n_history;
-static struct text draft;                 /* the line while older are shown  */
-static unsigned char typed[4096];         /* or piped in: bytes that wait    */
-static ssize_t typed_at, n_typed;
+static struct text draft;                 /* the new line, while not shown   */
+static unsigned char input_bytes[4096];   /* read, but not used              */
+static ssize_t input_at, n_input;
 
-/* The next byte of the input.  A signal between a look and the wait is heard a
- * second later. */
+enum { INPUT_ENDS = -1, GOT_SIGNAL = -2, MUST_REDRAW = -3 };
+
+/* The next byte of standard input, or one of the above.  A signal that comes
+ * just before poll() does not interrupt it, so that waits a second at most. */
 static int next_byte(void)
 {
     struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
 
-    while (typed_at == n_typed) {
+    while (input_at == n_input) {
         const int ready = poll(&in, 1, 1000);
-        if (interrupted || looks_old) {
-            looks_old = 0;
-            return interrupted ? STOPPED_BY_SIGNAL : LOOKS_OLD;
+        if (interrupted || must_redraw) {
+            must_redraw = 0;
+            return interrupted ? GOT_SIGNAL : MUST_REDRAW;
         }
         if (ready <= 0)
             continue;
-        typed_at = 0;
-        n_typed = read(STDIN_FILENO, typed, sizeof typed);
-        if (n_typed == 0 || (n_typed < 0 && errno != EINTR)) {
-            n_typed = 0;
+        const ssize_t got = read(STDIN_FILENO, input_bytes, sizeof input_bytes);
+        if (got == 0 || (got < 0 && errno != EINTR))
             return INPUT_ENDS;
-        }
-        n_typed = n_typed > 0 ? n_typed : 0;
+        input_at = 0;
+        n_input = got > 0 ? got : 0;
     }
-    return typed[typed_at++];
+    return input_bytes[input_at++];
 }
 
-/* Marks that are drawn over the character before, and characters that take two
- * columns: by ranges, the first and the last. */
+/* Ranges, each from its first character to its last: of marks, which are drawn
+ * over the character before them, and of wide characters. */
 static const uint32_t no_columns[] = {
     0x300, 0x36f, 0x483, 0x489, 0x591, 0x5bd, 0x610, 0x61a, 0x64b, 0x65f,
     0x93c, 0x93c, 0x941, 0x948, 0x94d, 0x94d, 0xe31, 0xe31, 0xe34, 0xe3a,
@@ -6481,19 +6478,19 @@ static const uint32_t no_columns[] = {
     0x1f6ff, 0x1f900, 0x1faff, 0x20000, 0x3fffd, UINT32_MAX
 };
 
-static int is_among(uint32_t c, const uint32_t *range)
+static int in_ranges(uint32_t c, const uint32_t *range)
 {
     while (range[0] <= c && range[1] < c)
         range += 2;
     return range[0] <= c;
 }
 
-/* A character as it is shown, the bytes it is made of and its columns. */
-struct shown { uint32_t c; size_t n; int columns; };
+/* A character as it is shown: n bytes of the text, in some columns. */
+struct glyph { uint32_t c; size_t n; int columns; };
 
-static struct shown character(const struct text *t, size_t i)
+static struct glyph glyph_at(const struct text *t, size_t i)
 {
-    struct shown x;
+    struct glyph x;
     const int n = utf8_get(t->s + i, t->s + t->n, &x.c);
 
     x.n = n > 0 ? (size_t)n : 1;
@@ -6501,34 +6498,32 @@ static struct shown character(const struct text *t, size_t i)
         x.c = '\n';
     if (n == 0 || (is_control(x.c) && x.c != '\n' && x.c != '\t'))
         x.c = '?';
-    x.columns = is_among(x.c, no_columns) ? 0 :
-                is_among(x.c, two_columns) ? 2 : 1;
+    x.columns = in_ranges(x.c, no_columns) ? 0 :
+                in_ranges(x.c, two_columns) ? 2 : 1;
     return x;
 }
 
-/* The end of the character at byte i, and of its marks. */
-static size_t after(const struct text *t, size_t i)
+/* The end of the character at byte i, with its marks. */
+static size_t next_char(const struct text *t, size_t i)
 {
-    i += i < t->n ? character(t, i).n : 0;
-    while (i < t->n && character(t, i).columns == 0)
-        i += character(t, i).n;
+    i += i < t->n ? glyph_at(t, i).n : 0;
+    while (i < t->n && glyph_at(t, i).columns == 0)
+        i += glyph_at(t, i).n;
     return i;
 }
 
-/* Where the character before the cursor begins. */
-static size_t before(const struct editor *e)
+/* The start of the character before the cursor. */
+static size_t previous_char(const struct editor *e)
 {
     size_t from = 0, next;
 
-    while ((next = after(&e->line, from)) < e->at)
+    while ((next = next_char(&e->line, from)) < e->at)
         from = next;
     return from;
 }
 
-/* In one row of the terminal, as much of it as there is room for around the
- * cursor; or whole, when it is done.  The window may have another size each
- * time. */
-static void show_line(const struct editor *e, int whole)
+/* Draw the line in one row, scrolled to the cursor; or draw all of it. */
+static void draw_line(const struct editor *e, int whole)
 {
     const struct text *t = &e->line;
     const int prompt = (int)strlen(e->prompt);
@@ -6536,16 +6531,16 @@ static void show_line(const struct editor *e, int whole)
     struct text out = { 0 };
     size_t from = 0;
     int cursor = 0, used = 0;
-    struct shown x;
+    struct glyph x;
     char s[4];
 
-    for (size_t i = 0; i < e->at; i += character(t, i).n)
-        cursor += character(t, i).columns;
-    for (; cursor >= room; from = after(t, from))
-        cursor -= character(t, from).columns;
+    for (size_t i = 0; i < e->at; i += glyph_at(t, i).n)
+        cursor += glyph_at(t, i).columns;
+    for (; cursor >= room; from = next_char(t, from))
+        cursor -= glyph_at(t, from).columns;
     add_format(&out, "\r%s", e->prompt);
     for (; from < t->n; from += x.n) {
-        x = character(t, from);
+        x = glyph_at(t, from);
         used += x.columns;
         if (used > room)
             break;
@@ -6560,9 +6555,9 @@ static void show_line(const struct editor *e, int whole)
     free(out.s);
 }
 
-/* Put n bytes in the place of some, and the cursor behind them. */
-static void put(struct editor *e, size_t from, size_t to, const char *s,
-                size_t n)
+/* Replace the bytes from `from` to `to` by s[n]; the cursor goes after it. */
+static void edit_line(struct editor *e, size_t from, size_t to, const char *s,
+                      size_t n)
 {
     struct text *t = &e->line;
 
@@ -6573,7 +6568,7 @@ static void put(struct editor *e, size_t from, size_t to, const char *s,
     e->at = from + n;
 }
 
-/* An older or newer line of the history, behind which the draft is. */
+/* Show an older (-1) or newer (1) line; the newest is the one being written. */
 static void recall(struct editor *e, int step)
 {
     const int next = e->shown + step;
@@ -6587,15 +6582,14 @@ static void recall(struct editor *e, int step)
     }
     t = next == n_history ? &draft : &history[next];
     e->shown = next;
-    put(e, 0, e->line.n, t->s, t->n);
+    edit_line(e, 0, e->line.n, t->s, t->n);
 }
 
 #define CONTROL(c) ((c) - '@')
 
-/* Keys that are no bytes, beside those with Ctrl. */
 enum { BACKSPACE = 127, PASTE = 256, PASTE_ENDS };
 
-/* What follows ESC, and the key that does the same. */
+/* What follows ESC when a key is pressed, and the key that does the same. */
 static const struct { const char *s; int key; } sequences[] = {
     { "[A", CONTROL('P') }, { "[B", CONTROL('N') }, { "[C", CONTROL('F') },
     { "[D", CONTROL('B') }, { "[H", CONTROL('A') }, { "[1~", CONTROL('A') },
@@ -6604,7 +6598,7 @@ static const struct { const char *s; int key; } sequences[] = {
     { "\n", '\n' }, { "[200~", PASTE }, { "[201~", PASTE_ENDS }
 };
 
-/* Some terminals write O for [. */
+/* The key for what follows ESC, or 0.  Some terminals send O instead of [. */
 static int read_sequence(void)
 {
     char s[8] = "";
@@ -6622,6 +6616,7 @@ static int read_sequence(void)
     return 0;
 }
 
+/* Obey a key as other line editors do.  Pasted text is no command. */
 static void press(struct editor *e, int c)
 {
     const struct text *t = &e->line;
@@ -6632,32 +6627,34 @@ static void press(struct editor *e, int c)
     switch (e->is_pasting && (c < ' ' || c == BACKSPACE) ? 0 : c) {
     case PASTE: case PASTE_ENDS: e->is_pasting = c == PASTE; break;
     case CONTROL('A'): e->at = 0; break;
-    case CONTROL('B'): e->at = before(e); break;
-    case CONTROL('D'): put(e, from, after(t, from), "", 0); break;
+    case CONTROL('B'): e->at = previous_char(e); break;
+    case CONTROL('D'): edit_line(e, from, next_char(t, from), "", 0); break;
     case CONTROL('E'): e->at = t->n; break;
-    case CONTROL('F'): e->at = after(t, from); break;
-    case CONTROL('H'): case BACKSPACE: put(e, before(e), from, "", 0); break;
-    case CONTROL('K'): put(e, from, t->n, "", 0); break;
+    case CONTROL('F'): e->at = next_char(t, from); break;
+    case CONTROL('H'): case BACKSPACE:
+        edit_line(e, previous_char(e), from, "", 0);
+        break;
+    case CONTROL('K'): edit_line(e, from, t->n, "", 0); break;
     case CONTROL('L'): write_all(STDERR_FILENO, "\033[H\033[2J", 7); break;
     case CONTROL('N'): recall(e, 1); break;
     case CONTROL('P'): recall(e, -1); break;
-    case CONTROL('U'): put(e, 0, from, "", 0); break;
+    case CONTROL('U'): edit_line(e, 0, from, "", 0); break;
     case CONTROL('W'):
         while (from > 0 && t->s[from - 1] == ' ')
             from--;
         while (from > 0 && t->s[from - 1] != ' ')
             from--;
-        put(e, from, e->at, "", 0);
+        edit_line(e, from, e->at, "", 0);
         break;
     default:
         if ((c >= ' ' && c != BACKSPACE) || c == '\t' || c == '\n' || c == '\r')
-            put(e, from, from, &(char){ (char)c }, 1);
+            edit_line(e, from, from, &(char){ (char)c }, 1);
     }
 }
 
 /* ---- lines and messages */
 
-/* For the lines before.  One that is empty, or as the last, is left out. */
+/* Add a line to the history, unless it is empty or the same as the last. */
 static void remember(const struct text *t)
 {
     if (t->n == 0 || (n_history > 0 &&
@@ -6668,64 +6665,66 @@ static void remember(const struct text *t)
     add(&history[n_history++], t->s, t->n);
 }
 
-/* A line without its end, behind what is in `out`: 1; 0 at the end of the
- * input, -1 after a signal that ends the chat: Ctrl-C clears a line, and leaves
- * only if it comes twice to an empty one.  A simple terminal edits it itself,
- * and may cut what is longer than 4095 bytes.  Whatever ends or stops the
- * program meanwhile leaves the others as they were. */
+/* Append a line, without its newline, to *out.  Returns 1; 0 at the end of the
+ * input; -1 after a signal that ends the chat.  Ctrl-C clears a line, and ends
+ * the chat only if it comes twice to an empty one.  At a terminal (`shows`) the
+ * line is edited here; but a dumb one does that itself, and may cut the line
+ * after 4095 bytes. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
     struct editor e = { .prompt = prompt, .shown = n_history };
     const char *term = getenv("TERM");
-    int edits, is_warned = !shows, ends = 0, c = STOPPED_BY_SIGNAL;
+    int is_warned = !shows, ends = 0, c = GOT_SIGNAL;
 
     is_editing = shows && isatty(STDERR_FILENO) && term && term[0] &&
                  strcmp(term, "dumb") != 0;
-    edits = is_editing = is_editing && set_terminal(1) == 0;
+    if (is_editing && set_terminal(1) != 0)
+        is_editing = 0;
     fflush(stdout);
     add(&e.line, "", 0);
     while (!ends) {
-        if (edits && typed_at == n_typed)
-            show_line(&e, 0);
-        else if (shows && !edits && c == STOPPED_BY_SIGNAL)
+        if (is_editing && input_at == n_input)
+            draw_line(&e, 0);
+        else if (shows && !is_editing && c == GOT_SIGNAL)
             fputs(prompt, stderr);
         c = next_byte();
-        ends = c == INPUT_ENDS || (!e.is_pasting && c == '\n') ||
-               (edits && !e.is_pasting && c == '\r') ||
-               (edits && e.line.n == 0 && (c == CONTROL('D') || c == 0));
-        if (edits && (ends || c == STOPPED_BY_SIGNAL))
-            show_line(&e, 1);
-        else if (shows && !edits && c < 0)
+        ends = c == INPUT_ENDS || (!e.is_pasting && c == '\n');
+        if (is_editing)                   /* a Ctrl-D typed early is 0       */
+            ends |= (!e.is_pasting && c == '\r') ||
+                    (e.line.n == 0 && (c == CONTROL('D') || c == 0));
+        if (is_editing && (ends || c == GOT_SIGNAL))
+            draw_line(&e, 1);
+        else if (shows && !is_editing && c < 0)
             fputc('\n', stderr);
-        if (c == STOPPED_BY_SIGNAL) {
-            const int is_empty = !edits || e.line.n == 0;
+        if (c == GOT_SIGNAL) {
+            const int is_empty = !is_editing || e.line.n == 0;
             ends = last_signal != SIGINT || (is_empty && is_warned);
             interrupted = ends;
             if (is_empty && !ends)
-                fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+                fprintf(stderr, "(Ctrl-C once more or Ctrl-D ends the chat)\n");
             is_warned = is_empty;
-            put(&e, 0, e.line.n, "", 0);
+            edit_line(&e, 0, e.line.n, "", 0);
             e.is_pasting = 0;
         } else if (c >= 0 && !ends) {
             is_warned = !shows;
-            if (edits)
+            if (is_editing)
                 press(&e, c);
             else
                 add(&e.line, &(char){ (char)c }, 1);
         }
     }
-    is_editing = 0;
-    set_terminal(0);
-    if (edits)
+    if (is_editing)
         remember(&e.line);
     else if (shows && e.line.n == 4095)
         note("a line of 4095 bytes: the terminal may have cut it");
+    is_editing = 0;
+    set_terminal(0);
     if (e.line.n > 0 && e.line.s[e.line.n - 1] == '\r')
         e.line.n--;
     add(out, e.line.s, e.line.n);
     ends = e.line.n > 0;
     free(e.line.s);
-    return c == STOPPED_BY_SIGNAL ? -1 : ends || c == '\n' || c == '\r';
+    return c == GOT_SIGNAL ? -1 : ends || c == '\n' || c == '\r';
 }
 
 static int ends_with(const struct text *t, const char *word)
@@ -6735,9 +6734,8 @@ static int ends_with(const struct text *t, const char *word)
     return t->n >= n && memcmp(t->s + t->n - n, word, n) == 0;
 }
 
-/* A message, of one line or several: 1; 0 at the end of the input, -1 after a
- * signal that ends the chat.  Ctrl-C before it is forgotten: it stopped what
- * was done then. */
+/* Read a message of one or more lines.  Returns as read_line().  An earlier
+ * Ctrl-C does not count: it stopped the work of that time. */
 static int read_message(struct text *out, int shows)
 {
     static const char quotes[] = "\"\"\"";
@@ -6756,7 +6754,7 @@ static int read_message(struct text *out, int shows)
     while (got > 0 && (quoted ? !ends_with(out, quotes) :
                        ends_with(out, "\\"))) {
         out->n -= !quoted;
-        if (out->n > 0 || !quoted)        /* not after the quotes            */
+        if (out->n > 0 || !quoted)        /* drop one after the quotes       */
             add(out, "\n", 1);
         got = read_line(out, shows, ". ");
     }
@@ -6764,7 +6762,7 @@ static int read_message(struct text *out, int shows)
         return got;
     out->n -= quoted && ends_with(out, quotes) ? 3 : 0;
     out->n -= quoted && ends_with(out, "\n");
-    out->n -= quoted && ends_with(out, "\r");    /* what is pasted has these */
+    out->n -= quoted && ends_with(out, "\r");    /* from pasted text         */
     clean_text(out);
     return 1;
 }
