@@ -6769,13 +6769,11 @@ static int read_message(struct text *out, int shows)
 
 /* ------------------------------------------------------------------ 14. JSON
  *
- * Requests arrive as JSON (RFC 8259), tools are described in it, and results
- * leave as it.  The reader is strict: what it takes, every other reader takes.
- * A text becomes a tree that is only read, out of a pool: one call releases a
- * whole request.  Who writes JSON adds it to a text.
- *
- * The same reader reads the Python literals in which models call tools, see
- * section 16. */
+ * Requests, tools, schemas and results are JSON (RFC 8259).  The reader is
+ * strict: it accepts only what every JSON reader accepts.  It makes a read-only
+ * tree in a pool, so that one call frees a whole request.  It also reads the
+ * Python literals in which models call tools (section 16).  JSON is written
+ * straight to a text, without a tree. */
 
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
@@ -6788,7 +6786,7 @@ static const char *const json_names[] = {
     "null", "false", "true", "a number", "a string", "an array", "an object"
 };
 
-/* n zeroed bytes, aligned for a node. */
+/* n zeroed bytes, aligned to 16. */
 static void *pool_get(struct pool *p, size_t n)
 {
     n = (n + 15) / 16 * 16;
@@ -6826,14 +6824,14 @@ static size_t utf8_put(char *out, uint32_t c)
 
 /* ---- values
  *
- * Any of these may be given NULL, for what is not there. */
+ * All of these but find_key() accept NULL, for a value that is missing. */
 
 static int json_is(const struct json *v, int type)
 {
     return v && v->type == type;
 }
 
-/* Looks at all keys: MAX_MEMBERS keeps that fast. */
+/* A linear search: MAX_MEMBERS keeps it fast. */
 static struct json *find_key(const struct json *in, const char *key, size_t n)
 {
     struct json *v = in->first;
@@ -6843,14 +6841,14 @@ static struct json *find_key(const struct json *in, const char *key, size_t n)
     return v;
 }
 
-/* NULL if there is no such key, or no object. */
+/* NULL if there is no such key, or `object` is not an object. */
 static struct json *json_get(const struct json *object, const char *key)
 {
     return json_is(object, JSON_OBJECT) ? find_key(object, key, strlen(key)) :
            NULL;
 }
 
-/* The member of this key; null is the same as nothing, but for one template. */
+/* The same, but NULL also for a member whose value is null. */
 static const struct json *given(const struct json *object, const char *key)
 {
     const struct json *v = json_get(object, key);
@@ -6858,12 +6856,13 @@ static const struct json *given(const struct json *object, const char *key)
     return json_is(v, JSON_NULL) ? NULL : v;
 }
 
+/* The bytes of a string; NULL if it contains a NUL, or is not a string. */
 static const char *json_text(const struct json *v)
 {
     return json_is(v, JSON_STRING) && strlen(v->s) == v->n ? v->s : NULL;
 }
 
-/* These return -1, and change nothing, for a value of another kind. */
+/* These return -1, and leave *out alone, if the value has another type. */
 static int json_bool(const struct json *v, int *out)
 {
     if (!json_is(v, JSON_TRUE) && !json_is(v, JSON_FALSE))
@@ -6880,7 +6879,7 @@ static int json_double(const struct json *v, double *out)
     return 0;
 }
 
-/* Written as a whole number, from `least` to `most`. */
+/* A whole number without point or exponent, from `least` to `most`. */
 static int json_int(const struct json *v, long long least, long long most,
                     long long *out)
 {
@@ -6899,18 +6898,18 @@ static int json_int(const struct json *v, long long least, long long most,
 
 /* ---- reading
  *
- * A reader works on a copy that ends with NUL, where strings are decoded in
- * place: no escape is shorter than what it stands for.  Python's literals get
- * the values of ast.literal_eval(), as far as JSON has them. */
+ * The reader works on a copy of the text that ends with NUL, and decodes
+ * strings in place: no escape is shorter than its character.  Python literals
+ * get the values of ast.literal_eval(), if JSON has such values. */
 
 struct reader {
     struct pool *pool;
-    size_t had;                           /* bytes in the pool before        */
-    const char *text;                     /* n bytes, as they came           */
+    size_t had;                           /* pool->total at the start        */
+    const char *text;                     /* the original: n bytes           */
     size_t n;
-    char *start, *at, *end;               /* of the copy                     */
+    char *start, *at, *end;               /* the copy; the next byte         */
     int depth, code;
-    enum { AS_JSON, AS_PYTHON, AS_BAD_PYTHON } as;
+    enum { AS_JSON, AS_PYTHON, AS_BAD_PYTHON } as;    /* BAD: see is_inner() */
     struct why *why;
 };
 
@@ -6921,9 +6920,8 @@ static void start_reading(struct reader *r)
     r->code = DONE;
 }
 
-/* Unless all is good: what was found, where, and what should have been there.
- * Behind the first fault there is only the end.  Returns whether there was
- * none. */
+/* Record an error unless is_good: what was found, where, and what was expected.
+ * Only the first counts; it ends the reading.  Returns 0 after one. */
 static int expect(struct reader *r, int is_good, const char *what)
 {
     const char *line = r->text, *const at = line + (r->at - r->start);
@@ -6946,7 +6944,8 @@ static int expect(struct reader *r, int is_good, const char *what)
     return 0;
 }
 
-/* The next character that is not blank, or EOF.  Python has comments, too. */
+/* Skip blanks and, in Python, comments and escaped newlines.  Returns the
+ * character after them, or EOF. */
 static int peek(struct reader *r)
 {
     for (;; r->at += strcspn(r->at, "\n")) {
@@ -6957,7 +6956,7 @@ static int peek(struct reader *r)
     }
 }
 
-/* Step over the next character if it is this one. */
+/* Skip the next character if it is this one. */
 static int took(struct reader *r, int c)
 {
     if (peek(r) != c)
@@ -6966,13 +6965,13 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* The digits of base 2, 8, 10 or 16, in some order. */
+/* The digits of base 2, 8, 10 or 16, as a set for strspn(). */
 static const char *digits_of(int base)
 {
     return base == 16 ? "0123456789abcdefABCDEF" : &"9876543210"[10 - base];
 }
 
-/* The number of a character, in at most n digits; returns how many. */
+/* Read a character code of at most n digits; returns how many it has. */
 static int read_code(const char *s, int n, int base, uint32_t *out)
 {
     n = smaller(n, (int)strspn(s, digits_of(base)));
@@ -6980,8 +6979,8 @@ static int read_code(const char *s, int n, int base, uint32_t *out)
     return n;
 }
 
-/* What follows a backslash.  In Python one that begins no escape stays.  What
- * lies beyond 0xffff may be a pair; half of one is no character. */
+/* Decode what follows a backslash.  In Python, one that starts no escape stays.
+ * Half of a surrogate pair is an error, and so is \N{NAME}. */
 static void read_escape(struct reader *r, char **out)
 {
     static const char name[] = "/\"\\bfnrt'av";
@@ -7016,8 +7015,8 @@ static void read_escape(struct reader *r, char **out)
         *out += utf8_put(*out, c);
 }
 
-/* How many letters are before the quote of a string, none, one or r and f; or
- * -1, and it is no string that has a value in JSON. */
+/* The length of the prefix of a Python string, such as r, u or rf, before its
+ * quote; -1 if no string starts here, or one of bytes, which JSON lacks. */
 static int prefix_length(const char *s)
 {
     const int n = (int)strspn(s, "rRuUfF");
@@ -7026,7 +7025,7 @@ static int prefix_length(const char *s)
            (n == 2 && (s[0] | 32) + (s[1] | 32) != 'r' + 'f') ? -1 : n;
 }
 
-static int is_letter(char c)
+static int in_word(char c)
 {
     return isalnum((unsigned char)c) || c == '_' || (c & 0x80);
 }
@@ -7035,14 +7034,14 @@ static int word_length(const char *s)
 {
     int n = 0;
 
-    while (is_letter(s[n]))
+    while (in_word(s[n]))
         n++;
     return n;
 }
 
-/* Models forget the backslash before a quote within a string.  Python reads no
- * word behind a string, but those that join values and those that are prefixes:
- * otherwise the quote at s is inside of one. */
+/* Models forget the backslash before a quote within a string.  Is the quote at
+ * s such a quote?  A string that has ended is followed by a word only if that
+ * is an operator or the prefix of another string. */
 static int is_inner(const char *s)
 {
     const char *const word = s + 1 + strspn(s + 1, " \t\n\f");
@@ -7054,8 +7053,8 @@ static int is_inner(const char *s)
              (word[n] == '"' || word[n] == '\''));
 }
 
-/* Up to the quote that ends it, or the three.  Inner ones have to be in pairs,
- * but for apostrophes. */
+/* Read a string in one or three quotes.  Inner quotes have to be in pairs,
+ * except apostrophes.  A raw backslash protects the character after it. */
 static void read_quoted(struct reader *r, char **out)
 {
     const int json = r->as == AS_JSON, bad = r->as == AS_BAD_PYTHON;
@@ -7080,7 +7079,7 @@ static void read_quoted(struct reader *r, char **out)
                     "a string without placeholders"))
             return;
         inner += c == quote && !is_long &&
-                 !(c == '\'' && is_letter(r->at[-1]) && is_letter(r->at[1]));
+                 !(c == '\'' && in_word(r->at[-1]) && in_word(r->at[1]));
         if (c == '\\' && !is_raw) {
             r->at++;
             read_escape(r, out);
@@ -7098,8 +7097,8 @@ static void read_quoted(struct reader *r, char **out)
         r->at += n_quotes;
 }
 
-/* The first n characters there, and digits, without Python's single underscores
- * between them.  Returns what is behind them. */
+/* Append the first n characters at s and the digits after them, without the
+ * underscores that Python allows between digits.  Returns their end. */
 static char *read_digits(struct text *t, char *s, int n, int base)
 {
     add(t, s, (size_t)n);
@@ -7113,7 +7112,7 @@ static char *read_digits(struct text *t, char *s, int n, int base)
     return s;
 }
 
-/* The fewest digits that are this number, as Python prints floats. */
+/* As Python prints floats: the fewest digits that give the same number. */
 static void add_float(struct text *t, double x)
 {
     char s[40];
@@ -7129,9 +7128,9 @@ static void add_float(struct text *t, double x)
         add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* A number as Python prints it: decimal, below all infinities and of no more
- * than 4300 digits; of other bases, what fits into 64 bits.  Behind its sign
- * Python may have parentheses. */
+/* Read a number, and store it as Python would print it.  Like Python's, floats
+ * are finite and integers have at most 4300 digits; in bases other than 10 they
+ * have 64 bits.  In Python, parentheses may follow the sign. */
 static void read_number(struct reader *r, struct json *v)
 {
     const int minus = *r->at == '-', is_signed = minus || *r->at == '+';
@@ -7148,12 +7147,13 @@ static void read_number(struct reader *r, struct json *v)
     s = read_digits(&t, s, 0, base);
     if (base == 10 && *s == '.')
         s = read_digits(&t, s, 1, base);
-    if (base == 10 && (*s | 32) == 'e' && t.s[*t.s == '.']) {
+    const int has_digits = t.n > (*t.s == '.');
+    if (base == 10 && (*s | 32) == 'e' && has_digits) {
         const int n = s[1] == '+' || s[1] == '-' ? 2 : 1;
         s = isdigit((unsigned char)s[n]) ? read_digits(&t, s, n, base) : s;
     }
     const char *const dot = strchr(t.s, '.');
-    expect(r, t.s[*t.s == '.'] && (!json ||
+    expect(r, has_digits && (!json ||
            (base == 10 && t.n == (size_t)(s - r->at) && dot != t.s &&
             (*t.s != '0' || !isdigit((unsigned char)t.s[1])) &&
             (!dot || isdigit((unsigned char)dot[1])))),
@@ -7183,8 +7183,8 @@ static void read_number(struct reader *r, struct json *v)
     free(t.s);
 }
 
-/* A name, as tools and their arguments have: words with . or - between them.
- * Empty if there is none. */
+/* Read the name of a tool or an argument: words joined by . or -.  Empty if
+ * there is none. */
 static struct piece read_name(struct reader *r)
 {
     struct piece name = { r->at, 0 };
@@ -7198,12 +7198,19 @@ static struct piece read_name(struct reader *r)
 
 static void read_value(struct reader *r, struct json *v);
 
-/* All behind a bracket, up to the one that closes it; Python may have a comma
- * before that.  Counts commas in in->n.  "key": is in an object, name= in a
- * call; the last of equal keys wins, in the place of the first, as in Python.
- * In a dict of Python, keys are strings or whole numbers: others may be equal
- * and yet not the same in JSON.  Without a value, the first one makes *in a
- * set, whose elements have one type. */
+/* Read the members of *in, and the bracket that closes it:
+ *
+ *     close   in->type
+ *       ]     JSON_ARRAY      value, ...
+ *       )     JSON_ARRAY      value, ...         a tuple or parentheses
+ *       }     JSON_OBJECT     "key": value, ...
+ *                             value, ...         a set: becomes a JSON_ARRAY
+ *       )     JSON_OBJECT     name=value, ...    the arguments of a call
+ *
+ * Python allows a comma before the bracket; in->n counts commas.  As in Python,
+ * the last of several equal keys sets the value, and the first the place.  Keys
+ * of a dict must be strings or whole numbers, and elements of a set have one
+ * type: others may be equal in Python, but not in JSON. */
 static void read_members(struct reader *r, struct json *in, int close)
 {
     const int json = r->as == AS_JSON, has_keys = in->type == JSON_OBJECT;
@@ -7263,9 +7270,8 @@ static void read_members(struct reader *r, struct json *in, int close)
     r->depth--;
 }
 
-/* In Python, strings side by side are one; with forgotten backslashes that is
- * not clear.  Words are in the order of the types; an empty set is written as a
- * call. */
+/* In Python, adjacent strings are joined, unless backslashes may be missing.
+ * Words are in the order of the JSON types; set() is an empty set. */
 static void read_value(struct reader *r, struct json *v)
 {
     const int c = peek(r), python = r->as != AS_JSON;
@@ -7275,7 +7281,7 @@ static void read_value(struct reader *r, struct json *v)
         v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
         read_members(r, v, c == '{' ? '}' : c == '[' ? ']' : ')');
         if (c == '(' && v->n_members == 1 && v->n == 0)
-            memcpy(v, v->first, offsetof(struct json, key));   /* no tuple   */
+            memcpy(v, v->first, offsetof(struct json, key));   /* (value)    */
     } else if (c == '"' || (python && prefix_length(r->at) >= 0)) {
         char *out = r->at;
         v->type = JSON_STRING;
@@ -7300,8 +7306,8 @@ static void read_value(struct reader *r, struct json *v)
     }
 }
 
-/* The tree of a whole text; DONE or USAGE.  The brackets of an object that is
- * all of it are no level: what it has may be an array of its own elsewhere. */
+/* Parse a whole text; DONE or USAGE.  An outermost object is no level of depth:
+ * its members may be nested as deeply as texts of their own. */
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why)
 {
@@ -7325,7 +7331,7 @@ static int json_parse(struct pool *pool, const char *text, size_t n,
 
 /* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
 
-/* What Python's str.strip() takes away. */
+/* Is it whitespace for Python's str.strip()? */
 static int is_blank(uint32_t c)
 {
     return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 ||
@@ -7334,9 +7340,9 @@ static int is_blank(uint32_t c)
            c == 0x3000;
 }
 
-/* A string of JSON, or as Python's repr() has it but for some characters
- * without a picture; quote 0: that of repr().  Each byte that is no UTF-8
- * becomes a replacement character. */
+/* A string as in JSON, or as Python's repr() writes it, except for some of its
+ * non-printable characters.  Quote 0 is the one that repr() chooses.  A byte
+ * that is not UTF-8 becomes a replacement character. */
 static void add_in_quotes(struct text *t, const char *s, size_t n, char quote,
                           int python)
 {
@@ -7361,11 +7367,6 @@ static void add_in_quotes(struct text *t, const char *s, size_t n, char quote,
             add(t, size ? s : "\xef\xbf\xbd", size ? (size_t)size : 3);
     }
     add(t, &quote, 1);
-}
-
-static void add_json_string(struct text *t, const char *s, size_t n)
-{
-    add_in_quotes(t, s, n, '"', 0);
 }
 
 static void add_tree(struct text *t, const struct json *v, int python)
@@ -7397,19 +7398,17 @@ static void add_json(struct text *t, const struct json *v)
     add_tree(t, v, 0);
 }
 
-/* ---- writing objects and arrays, member by member
- *
- * Those of arrays have no key. */
+/* ---- writing objects and arrays, member by member */
 
-/* Members by a format, in which keys are bare words:
+/* Append members by a format, in which keys are bare words:
  *
  *     add_members(to, "name: %s, sizes: {width: %d, bytes: %llu}", ...);
  *
- * It may end within an object, for the next call to go on, and commas between
- * members come by themselves.  %s is a string and %.*s some bytes, or null if
- * they are not there; %d, %zu, %llu, %g and %f are numbers (null for one that
- * is none), %016llx a hash, and %i true or false. */
-#ifdef __clang__                          /* gcc would warn of every NULL    */
+ * A bracket may stay open for later calls, and missing commas are inserted.  %s
+ * is a string and %.*s a number of bytes, or null for NULL; %d, %zu, %llu, %g
+ * and %f are numbers (null if not finite), %016llx is a hash, and %i is true or
+ * false. */
+#ifdef __clang__                          /* gcc would warn of each NULL     */
 __attribute__((format(printf, 2, 3)))
 #endif
 static void add_members(struct text *to, const char *format, ...)
@@ -7423,7 +7422,7 @@ static void add_members(struct text *to, const char *format, ...)
             !strchr("{[ ", to->s[to->n - 1]))
             add_string(to, ", ");
         if (n > 0) {
-            add_json_string(to, s, n);
+            add_in_quotes(to, s, n, '"', 0);
             s += n - 1;
         } else if (*s == ':')
             add_string(to, ": ");
@@ -7436,8 +7435,8 @@ static void add_members(struct text *to, const char *format, ...)
                 const int n_bytes = *how == '.' ? va_arg(args, int) : -1;
                 const char *text = va_arg(args, const char *);
                 if (text)
-                    add_json_string(to, text, n_bytes < 0 ? strlen(text) :
-                                    (size_t)n_bytes);
+                    add_in_quotes(to, text, n_bytes < 0 ? strlen(text) :
+                                  (size_t)n_bytes, '"', 0);
                 else
                     add_string(to, "null");
             } else if (*s == 'd')
@@ -7461,13 +7460,12 @@ static void add_members(struct text *to, const char *format, ...)
 
 /* -------------------------------------------------------- 15. Chat templates
  *
- * The models of the family were trained on six ways to write down the same
- * conversation.  Their files carry them as Jinja programs; here they are one
- * function and a table of what tells them apart.  The result is text together
- * with the places in it that are control tokens because the template put them
- * there: what a user writes is never more than text. */
+ * The models of the family were trained on six formats of conversations.  Their
+ * files contain these as Jinja programs; here they are one function and a table
+ * of the differences.  The result is text, and a list of the control tokens
+ * that the template put into it: what a user writes is never more than text. */
 
-/* The word of --template. */
+/* The word for it in --template. */
 static const char *template_name(int template)
 {
     static struct phrase name[TEMPLATE_NONE + 1];
@@ -7477,12 +7475,12 @@ static const char *template_name(int template)
 }
 
 static const struct dialect {
-    int marked;                           /* tools and results in markers    */
-    int dated;                            /* tools as one list, with a date  */
+    int marked;                           /* tokens around tools and results */
+    int dated;                            /* the date before the tools       */
     enum { ALL, SINCE_ANSWER, SINCE_QUESTION } thoughts;  /* that are kept   */
-    enum { NO_CALLS, CALLS_FIRST, CALLS_LAST } calls;     /* and the content */
-    const char *quote;                    /* of an argument; NULL: as JSON   */
-    int always_thinks;                    /* and escapes what it quotes      */
+    enum { NO_CALLS, CALLS_FIRST, CALLS_LAST } calls;     /* in a message    */
+    const char *quote;                    /* of arguments; NULL: as in JSON  */
+    int always_thinks;                    /* and escapes arguments           */
 } dialects[] = {
     [TEMPLATE_LFM2]     = { 1, 0, ALL, NO_CALLS, NULL, 0 },
     [TEMPLATE_INSTRUCT] = { 0, 0, SINCE_ANSWER, NO_CALLS, NULL, 0 },
@@ -7492,13 +7490,14 @@ static const struct dialect {
     [TEMPLATE_26B]      = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'", 1 }
 };
 
-/* Does the prompt depend on the day? */
+/* Does a prompt with tools contain the date? */
 static int template_is_dated(int template)
 {
     return template != TEMPLATE_NONE && dialects[template].dated;
 }
 
-/* The control tokens.  Answers have them in their content, too: only some. */
+/* The control tokens.  Those IN_ANSWERS also count in the content of answers,
+ * because clients send back what the model wrote. */
 static const char *const control[] = {
     CALL_START, CALL_END, THINK, THINK_END, BOS, TURN_START, TURN_END,
     "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_response_start|>",
@@ -7507,16 +7506,16 @@ static const char *const control[] = {
 
 enum { IN_ANSWERS = 4, N_CONTROL = sizeof control / sizeof *control };
 
-/* A conversation is judged while it is written down; what is written after a
- * fault does not count. */
+/* A conversation is checked while it is written; after a fault the output is
+ * useless. */
 struct rendering {
     const struct conversation *conv;
     const struct dialect *as;
     struct rendered *out;
     struct why *why;
     int code;
-    struct phrase where;                  /* the message or tool it is at    */
-    struct text parts;                    /* the content of one message      */
+    struct phrase where;                  /* the current message or tool     */
+    struct text content;                  /* of the current message          */
     struct pool pool;
 };
 
@@ -7534,41 +7533,41 @@ static int begins(const char *s, const char *end, const char *word)
     return (size_t)(end - s) >= n && memcmp(s, word, n) == 0;
 }
 
-/* Where `word` first is from s to `end`, or NULL. */
+/* The first `word` between s and `end`, or NULL. */
 static const char *find(const char *s, const char *end, const char *word)
 {
     return memmem(s, (size_t)(end - s), word, strlen(word));
 }
 
-/* ---- what is good */
+/* ---- checks */
 
-static const char *kind(const struct json *v)
+static const char *type_name(const struct json *v)
 {
-    return v ? json_names[v->type] : "nothing";
+    return v ? json_names[v->type] : "missing";
 }
 
-/* What is wrong there; the first fault counts. */
-static void fault(struct rendering *r, const char *what)
+/* Report what is wrong at r->where; only the first fault counts. */
+static void set_fault(struct rendering *r, const char *what)
 {
     if (r->code == DONE)
         r->code = because(r->why, USAGE, "%s%s", r->where.s, what);
 }
 
-/* Is `what` of this type?  A string has to be text without NUL characters, too.
- */
+#define fault(r, ...) set_fault(r, phrase(__VA_ARGS__).s)
+
+/* Does v, called `what`, have this type?  A string must not contain NUL. */
 static int check(struct rendering *r, const struct json *v, int type,
                  const char *what)
 {
     if (!json_is(v, type))
-        fault(r, phrase("%s is %s, expected %s", what, kind(v),
-                        json_names[type]).s);
+        fault(r, "%s is %s, expected %s", what, type_name(v), json_names[type]);
     else if (type == JSON_STRING && !json_text(v))
-        fault(r, phrase("%s has a NUL character after %zu bytes, expected "
-                        "text", what, strlen(v->s)).s);
+        fault(r, "%s has a NUL character after %zu bytes, expected text", what,
+              strlen(v->s));
     return r->code == DONE;
 }
 
-/* The function of a tool or call, which may be wrapped or not. */
+/* The function in a tool or call: the member "function", or all of it. */
 static const struct json *function_of(const struct json *call)
 {
     const struct json *function = json_get(call, "function");
@@ -7576,8 +7575,8 @@ static const struct json *function_of(const struct json *call)
     return json_is(function, JSON_OBJECT) ? function : call;
 }
 
-/* Arguments as an object, though OpenAI's clients send them as a string with
- * JSON; NULL if they are neither. */
+/* Arguments as an object; OpenAI's clients send it as a string of JSON.  NULL
+ * if v is neither. */
 static const struct json *arguments_of(struct pool *pool, const struct json *v)
 {
     static const struct json none = { .type = JSON_OBJECT };
@@ -7592,7 +7591,7 @@ static const struct json *arguments_of(struct pool *pool, const struct json *v)
     return v->type == JSON_OBJECT ? v : NULL;
 }
 
-/* Messages of a "developer" are those of the system under a newer name. */
+/* A known role, or NULL.  "developer" is a newer name of "system". */
 static const char *role_of(const struct json *message)
 {
     const char *role = json_text(json_get(message, "role"));
@@ -7612,7 +7611,7 @@ static int has_role(const struct json *message, const char *role)
 
 /* ---- the parts of a conversation */
 
-/* Add text in which the first n of the control tokens count as such. */
+/* Append text in which the first n control tokens are recognised. */
 static void put_marked(struct rendering *r, const char *s, const char *end,
                        int n)
 {
@@ -7632,7 +7631,7 @@ static void put_marked(struct rendering *r, const char *s, const char *end,
     }
 }
 
-/* What the template writes.  What comes in for %s is text and no more. */
+/* Append what the template itself writes.  The value of a %s is only text. */
 static void put_down(struct rendering *r, const char *s, ...)
 {
     const char *end;
@@ -7670,8 +7669,8 @@ static void put_tools(struct rendering *r)
     put_down(r, r->as->marked ? "]<|tool_list_end|>" : "]");
 }
 
-/* The value of an argument is Python's, but for strings, dicts and, with one
- * template, lists. */
+/* Arguments are written as in Python, except dicts, which are JSON; strings and
+ * lists depend on the template. */
 static void put_call(struct rendering *r, const struct json *call, int k)
 {
     static const char value[] = "\\'\n\r", name_of[] = "\\'nr";
@@ -7683,10 +7682,10 @@ static void put_call(struct rendering *r, const struct json *call, int k)
     struct text *to = &r->out->text;
 
     if (!name)
-        fault(r, phrase(".tool_calls[%d] has no function with a name", k).s);
+        fault(r, ".tool_calls[%d] has no function with a name", k);
     if (!args)
-        fault(r, phrase(".tool_calls[%d].function.arguments is %s, expected an "
-                        "object or a string with one", k, kind(given_args)).s);
+        fault(r, ".tool_calls[%d].function.arguments is %s, expected an object "
+              "or a string with one", k, type_name(given_args));
     if (r->code != DONE)
         return;
     put_down(r, k > 0 ? ", %s(" : "%s(", name);
@@ -7711,7 +7710,7 @@ static void put_call(struct rendering *r, const struct json *call, int k)
     put_down(r, ")");
 }
 
-/* Those that the template has no place for are judged, but not kept. */
+/* Calls are checked even if the template does not write them. */
 static void put_calls(struct rendering *r, const struct json *calls)
 {
     const struct json *call = calls->first;
@@ -7729,41 +7728,56 @@ static void put_calls(struct rendering *r, const struct json *calls)
     }
 }
 
-/* The text of a message, its parts joined. */
+/* The content of a message; several parts are joined. */
 static const char *content_of(struct rendering *r, const struct json *message)
 {
     const struct json *content = given(message, "content");
     const int is_list = json_is(content, JSON_ARRAY);
     const struct json *part = is_list ? content->first : NULL;
 
-    r->parts.n = 0;
-    add_string(&r->parts, "");
+    r->content.n = 0;
+    add_string(&r->content, "");
     if (content && !is_list && check(r, content, JSON_STRING, ".content"))
-        add(&r->parts, content->s, content->n);
+        add(&r->content, content->s, content->n);
     for (int k = 0; part; part = part->next, k++) {
         const struct json *text = json_get(part, "text");
         const char *type = json_text(json_get(part, "type"));
         if (!type || strcmp(type, "text") != 0)
-            fault(r, phrase(".content[%d] is no part of type \"text\", and "
-                            "this program reads text only", k).s);
+            fault(r, ".content[%d] is not of type \"text\", the only one that "
+                  "is supported", k);
         else if (check(r, text, JSON_STRING, phrase(".content[%d].text", k).s))
-            add(&r->parts, text->s, text->n);
+            add(&r->content, text->s, text->n);
     }
-    return r->parts.s;
+    return r->content.s;
 }
 
-/* A `recent` answer keeps what was thought before it, others only what is
- * behind the last </think>.  Some templates write down an empty list of calls.
- * Clients hand calls and thoughts back with their markers in the content. */
+/* As Python's str.strip(). */
+static struct piece strip(const char *s, const char *end)
+{
+    struct piece out = { s, 0 };
+    uint32_t c;
+
+    for (int n; s < end; s += n) {
+        n = utf8_get(s, end, &c);
+        n += n == 0;
+        if (is_blank(c))
+            continue;
+        out.s = out.n ? out.s : s;
+        out.n = (size_t)(s + n - out.s);
+    }
+    return out;
+}
+
+/* A `recent` answer keeps its thoughts; others lose all up to the last
+ * </think>.  Some templates write an empty list of calls, too. */
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
     static const char *const keys[] = { ".thinking", ".reasoning",
                                         ".reasoning_content" };
     const struct json *thinking = NULL, *calls = given(m, "tool_calls");
     const int writes_none = r->as->quote && !r->as->always_thinks;
-    const char *s = content_of(r, m), *const end = s + r->parts.n, *p = s;
-    struct piece text = { s, r->parts.n };
-    uint32_t c;
+    const char *s = content_of(r, m), *const end = s + r->content.n;
+    struct piece text = { s, r->content.n };
 
     for (int i = 0; i < 3 && !thinking; i++) {
         const struct json *v = given(m, keys[i] + 1);
@@ -7771,16 +7785,9 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
             (v->n > 0 || !r->as->always_thinks))
             thinking = v;
     }
-    while (!recent && (p = find(p, end, THINK_END)))
-        s = p += strlen(THINK_END);
-    if (s > r->parts.s)                   /* then as str.strip() does        */
-        text = (struct piece){ end, 0 };
-    for (int n; s > r->parts.s && s < end; s += n ? n : 1) {
-        n = utf8_get(s, end, &c);
-        if (is_blank(c))
-            continue;
-        text.s = text.s < end ? text.s : s;
-        text.n = (size_t)(s - text.s) + (size_t)(n ? n : 1);
+    while (!recent && (s = find(s, end, THINK_END))) {
+        s += strlen(THINK_END);
+        text = strip(s, end);
     }
     if (!calls && !thinking && !given(m, "content"))
         fault(r, " has no content, expected a string or tool_calls");
@@ -7796,8 +7803,8 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
         put_calls(r, calls);
 }
 
-/* Who says it, and what?  A system that begins has been heard.  The template of
- * VL forgets the end of a message without content. */
+/* A system message at the beginning was written before.  The VL template omits
+ * the end of a message without content. */
 static void put_message(struct rendering *r, const struct json *m, int recent)
 {
     const char *const role = role_of(m);
@@ -7807,12 +7814,11 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
     if (!check(r, m, JSON_OBJECT, ""))
         return;
     if (!role)
-        fault(r, phrase(".role is %s, expected \"system\", \"user\", "
-                        "\"assistant\" or \"tool\"", json_is(is, JSON_STRING) ?
-                        "another string" : kind(is)).s);
+        fault(r, ".role is %s, expected \"system\", \"user\", \"assistant\" or "
+              "\"tool\"", json_is(is, JSON_STRING) ? "another string" :
+              type_name(is));
     else if (r->conv->continue_last && !m->next && !answers)
-        fault(r, phrase(" is of role %s, expected \"assistant\" to continue "
-                        "it", role).s);
+        fault(r, " is of role %s, expected \"assistant\" to continue it", role);
     else if (!given(m, "content") && !answers)
         check(r, json_get(m, "content"), JSON_STRING, ".content");
     if (r->code != DONE || (m == r->conv->messages->first &&
@@ -7830,14 +7836,15 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
         put_down(r, TURN_END "\n");
 }
 
-/* The last answer keeps its thoughts, or those after the last question do. */
+/* `recent` is the first message that keeps its thoughts: the last answer, or
+ * the last question, depending on the template. */
 static void put_conversation(struct rendering *r)
 {
     const struct json *const first = r->conv->messages->first;
-    const struct json *recent = NULL;
-    const char *text = "";
     const int tools = r->conv->tools && r->conv->tools->first,
               question = r->as->thoughts == SINCE_QUESTION;
+    const struct json *recent = question ? first : NULL;
+    const char *text = "";
     int is_recent = r->as->thoughts == ALL || r->conv->keep_thinking, i = 0;
 
     put_down(r, BOS);
@@ -7853,8 +7860,7 @@ static void put_conversation(struct rendering *r)
         put_down(r, TURN_END "\n");
     }
     for (const struct json *m = first; m; m = m->next)
-        if (has_role(m, question ? "user" : "assistant") ||
-            (question && !recent))
+        if (has_role(m, question ? "user" : "assistant"))
             recent = m;
     for (const struct json *m = first; m; m = m->next) {
         is_recent |= m == recent;
@@ -7868,7 +7874,7 @@ static void put_conversation(struct rendering *r)
         put_down(r, THINK);
 }
 
-/* A conversation as the template writes it; DONE or USAGE.  The caller releases
+/* Write a conversation as the template does; DONE or USAGE.  The caller frees
  * *out in any case. */
 static int render(const struct conversation *conv, int template,
                   struct rendered *out, struct why *why)
@@ -7882,19 +7888,19 @@ static int render(const struct conversation *conv, int template,
                        "prompt and no messages");
     r.as = &dialects[template];
     if (!json_is(m, JSON_ARRAY) || !m->first)
-        fault(&r, phrase("messages is %s, expected an array of messages",
-                         json_is(m, JSON_ARRAY) ? "empty" : kind(m)).s);
+        fault(&r, "messages is %s, expected an array of messages",
+              json_is(m, JSON_ARRAY) ? "empty" : type_name(m));
     else if (!tools || tools->type == JSON_NULL ||
              check(&r, tools, JSON_ARRAY, "tools"))
         put_conversation(&r);
-    free(r.parts.s);
+    free(r.content.s);
     pool_free(&r.pool);
     return r.code;
 }
 
-/* ---- its tokens */
+/* ---- from text to tokens */
 
-/* Add the tokens of a text, for which there is room. */
+/* Append the tokens of a text; to->id[] has room for them. */
 static void encode(const lfm2_tokenizer *words, const char *s, size_t n,
                    int flags, struct ids *to)
 {
@@ -7906,9 +7912,9 @@ static void encode(const lfm2_tokenizer *words, const char *s, size_t n,
     to->n += more;
 }
 
-/* What lies between two marks is one piece of text, and so is a mark without a
- * token, but for BOS.  With `special`, control tokens written in it count, too.
- */
+/* The text between two marks is encoded as one piece.  A mark that has no token
+ * is part of the text, except BOS, which is dropped.  With `special`, control
+ * tokens are recognised in the text, too. */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
                            struct ids *out, struct why *why)
@@ -7937,9 +7943,9 @@ static int encode_rendered(const lfm2_tokenizer *words,
     return DONE;
 }
 
-/* ---- which one a model wants */
+/* ---- the template of a model */
 
-/* The date as the templates that ask for it see it: of the local clock. */
+/* The date in local time, for templates that state it. */
 static void today(char date[11])
 {
     const time_t now = time(NULL);
@@ -7949,7 +7955,7 @@ static void today(char date[11])
         memcpy(date, "1970-01-01", 11);
 }
 
-/* Lines may end in CR LF, and what is blank at the end does not matter. */
+/* The same for LF and CR LF, and for any blanks at the end. */
 static uint64_t template_hash(const char *s, size_t n)
 {
     uint64_t h = HASH_START;
@@ -7962,8 +7968,8 @@ static uint64_t template_hash(const char *s, size_t n)
     return h;
 }
 
-/* How it was found: the one in the file is one of those that this program was
- * tested with, or has a word that only one of them has, or neither. */
+/* BY_HASH: the template in the file is a published one.  BY_WORDS: it is not,
+ * but has a word that only one of those has.  BY_MODEL: neither. */
 struct found_template {
     int template;
     enum { NO_TEMPLATE, BY_HASH, BY_WORDS, BY_MODEL } how;
@@ -7971,12 +7977,11 @@ struct found_template {
     uint64_t hash;
 };
 
-/* `words` may be NULL.  A template under a name is for another purpose than
- * conversation, and never taken for it. */
+/* `words` may be NULL.  Named templates are ignored: they are not for chats. */
 static struct found_template find_template(const lfm2_model *model,
                                            const lfm2_tokenizer *words)
 {
-    /* Of the published ones the hash, and a word that an edited one keeps. */
+    /* Published templates; an edited one is known by the first word in it. */
     static const struct { uint64_t hash; int template; const char *word; }
     known[] = {
         { 0x64c90fcede246b34u, TEMPLATE_LFM2, "<|tool_list_start|>" },
@@ -7997,7 +8002,7 @@ static struct found_template find_template(const lfm2_model *model,
         return f;
     f.hash = template_hash(s, n);
     for (f.how = BY_HASH; f.how <= BY_WORDS; f.how++)
-        for (int i = 0; i < 7; i++) {
+        for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
             f.template = known[i].template;
             f.word = f.how == BY_WORDS ? known[i].word : NULL;
             if (f.word ? find(s, s + n, f.word) != NULL :
@@ -8015,17 +8020,16 @@ static struct found_template find_template(const lfm2_model *model,
     return f;
 }
 
-/* The template of a model, and a sentence about how it was found.  *known is 0
- * if the one in the file is unknown. */
+/* The template of a model, and a sentence about how it was chosen.  *known is 0
+ * if the file has an unknown one. */
 static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                            int *known, struct why *evidence)
 {
     static const char *const how[] = {
         [BY_HASH] = "the one in the file",
-        [BY_WORDS] = "the one in the file is unknown, but has words of this "
-                     "one",
-        [BY_MODEL] = "by name and vocabulary of the model, as the one in the "
-                     "file is unknown"
+        [BY_WORDS] = "the one in the file is unknown, but looks like this one",
+        [BY_MODEL] = "chosen by the model's name and vocabulary, because the "
+                     "one in the file is unknown"
     };
     const struct found_template f = find_template(model, words);
     struct phrase named = { "" };
@@ -8040,9 +8044,9 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
     for (int i = 0; !named.s[0] && (key = lfm2_model_key(model, i, value,
                                                          sizeof value)); i++)
         if (begins(key, key + strlen(key), "tokenizer.chat_template."))
-            named = phrase(" but %s, which is not for this", key);
+            named = phrase(" except %s, which serves another purpose", key);
     return because(evidence, f.template, "the file has no chat template%s, so "
-                   "text is continued as it is", named.s);
+                   "the prompt is continued as plain text", named.s);
 }
 
 /* ------------------------------------------------------------ 16. Tool calls
