@@ -5300,23 +5300,20 @@ static int serve(const struct settings *s)
 
 /* ------------------------------------------------------ 11. The command line
  *
- * One table says which options there are, which values are good, in which modes
- * they mean something, what the body of a request calls them, and what --help
- * says. */
+ * One table lists the options: their names, their values, the modes they apply
+ * to, their names in the body of a request, and their text in --help. */
 
-#define GROUP(title)            { .help = title }
-#define SWITCH(names, field, modes, help) \
-    { FLAG, names, NULL, AT(field), 0, 0, NULL, modes, 0, help }
-#define VALUE(kind, names, arg, field, modes, help) \
-    { kind, names, arg, AT(field), 0, 0, NULL, modes, 0, help }
-#define NUMBER(kind, names, arg, field, min, max, json, modes, help) \
+#define GROUP(title) { .help = title }
+#define OPTION(kind, names, arg, field, min, max, json, modes, help) \
     { kind, names, arg, AT(field), min, max, json, modes, 0, help }
+#define VALUE(kind, names, arg, field, modes, help) \
+    OPTION(kind, names, arg, field, 0, 0, NULL, modes, help)
+#define SWITCH(names, field, modes, help) \
+    VALUE(FLAG, names, NULL, field, modes, help)
 #define MODE(kind, names, arg, field, mode, help) \
     { kind, names, arg, AT(field), 0, 0, NULL, mode, mode, help }
-#define ACTION(names, does, help) \
-    { FLAG, names, NULL, AT(mode), 0, 0, NULL, does, does, help }
-/* What other programs of this kind know.  Most would change nothing here; what
- * would change the result is refused. */
+#define ACTION(names, does, help) MODE(FLAG, names, NULL, mode, does, help)
+/* Options of llama.cpp: refused if they would change the result. */
 #define FOREIGN(kind, names, why) { kind, names, why, .modes = ANY }
 
 #define SETS \
@@ -5325,216 +5322,218 @@ static int serve(const struct settings *s)
 static const struct option table[] = {
     GROUP("What to do"),
     VALUE(IN_FILE, "-m --model", "FILE", model, ANY - SELFTEST,
-          "the model, if it is not the first argument"),
+          "model file (default: the first argument)"),
     VALUE(TEXT, "-p --prompt", "TEXT", prompt, PROMPT | TOKENIZE | DETOKENIZE,
-          "the prompt, if it is not the second argument; text that is piped in "
-          "follows it"),
+          "prompt (default: the second argument); piped text is appended"),
     VALUE(IN_FILE, "-f --file", "FILE", file,
           PROMPT | BATCH | TOKENIZE | DETOKENIZE,
-          "the prompt, or the lines of --batch, from FILE (-: standard input)"),
+          "read the prompt, or --batch lines, from FILE (-: standard input)"),
     VALUE(TEXT, "-sys --system-prompt", "TEXT", system, PROMPT,
-          "the system prompt"),
+          "system prompt"),
     VALUE(IN_FILE, "-sysf --system-prompt-file", "FILE", system_file, PROMPT,
-          "the system prompt from FILE"),
+          "read the system prompt from FILE"),
     VALUE(IN_FILE, "--messages", "FILE", messages, PROMPT,
-          "a conversation in JSON, or a whole request, instead of a prompt"),
+          "JSON file of a conversation, or of a whole request"),
     VALUE(IN_FILE, "--tools", "FILE", tools, PROMPT,
-          "tools that the model may call, in JSON"),
+          "JSON file of the tools that the model may call"),
     VALUE(IN_FILE, "--session", "FILE", session, TALK | DUMP,
-          "keep the conversation in FILE, and go on with it"),
+          "keep the conversation in FILE between runs"),
     ACTION("-cnv --interactive", CHAT,
            "chat, even after a prompt or without a terminal"),
     VALUE(TEXT, "--save-dir", "DIR", save_dir, CHAT,
-          "where a chat may save and load conversations"),
+          "directory in which a chat may save and load conversations"),
     SWITCH("--raw -no-cnv --no-conversation", raw,
            ANSWER | LOGITS | DUMP | REQUESTS,
-           "no chat template: plain text is continued"),
+           "use no chat template: continue the prompt as plain text"),
     MODE(FLAG, "--dump-prompt", NULL, dump_prompt, DUMP,
-         "print the prompt as the chat template writes it"),
+         "print the prompt as the chat template formats it"),
     MODE(FLAG, "--dump-tokens", NULL, dump_tokens, DUMP,
          "print the token ids of the prompt"),
     VALUE(IN_FILE, "--ids", "FILE", ids, ANSWER | LOGITS | DUMP,
-          "the prompt as token ids, int32, little-endian"),
+          "read the prompt from FILE as token ids (int32, little-endian)"),
     MODE(OUT_FILE, "--logits", "OUT", logits, LOGITS,
-         "write the logits of all tokens of the prompt, float32"),
+         "write the logits of every prompt token to OUT (float32)"),
     ACTION("--tokenize", TOKENIZE, "print the token ids of a text"),
-    ACTION("--detokenize", DETOKENIZE, "print the text of lines of token ids"),
+    ACTION("--detokenize", DETOKENIZE, "turn lines of token ids into text"),
     SWITCH("--null", null, TOKENIZE | DETOKENIZE,
-           "texts of --tokenize and --detokenize end with a NUL byte"),
-    SWITCH("--bos", bos, RUN | TOKENIZE, "begin plain text with the BOS token"),
+           "end each text of --tokenize and --detokenize with a NUL byte"),
+    SWITCH("--bos", bos, RUN | TOKENIZE, "put the BOS token before plain text"),
     SWITCH("--special", special, RUN | TOKENIZE | DETOKENIZE,
-           "control tokens written in the text count as such"),
-    ACTION("--batch", BATCH, "answer JSON lines, in OpenAI's batch format"),
+           "recognise control tokens written in the text"),
+    ACTION("--batch", BATCH, "answer JSON lines in OpenAI's batch format"),
     MODE(TEXT, "--serve", "[HOST:]PORT|PATH", serve, SERVE,
-         "answer OpenAI's API over HTTP, for this machine or at HOST; or at a "
-         "path, a Unix socket"),
+         "serve OpenAI's API over HTTP on PORT, for this machine only unless "
+         "HOST is given, or on the Unix socket PATH"),
     ACTION("--inspect", INSPECT,
-           "what is in a model file, and what it takes to run it"),
+           "print what a model file contains and what running it takes"),
     ACTION("--selftest", SELFTEST,
-           "try this build on this machine; needs no model"),
-    ACTION("--bench", BENCH, "measure the speed; its options are listed last"),
+           "test this build on this machine; needs no model"),
+    ACTION("--bench", BENCH, "measure speed; its options are listed last"),
     MODE(OUT_FILE, "--export-tokenizer", "FILE", export_to, EXPORT,
-         "write the vocabulary of a model as a tokenizer.bin"),
+         "write the vocabulary of the model to FILE, as a tokenizer.bin"),
     VALUE(IN_FILE, "--tokenizer", "FILE", tokenizer, ANY - SELFTEST - BENCH,
-          "a vocabulary to use instead of the model's"),
+          "use the vocabulary in FILE instead of the model's"),
     MODE(IN_FILE, "--ppl", "FILE", ppl, PPL,
-         "perplexity of a text, measured like llama-perplexity"),
+         "measure the perplexity of a text, as llama-perplexity does"),
 
     GROUP("How to answer"),
-    NUMBER(WHOLE, "-n --predict --n-predict --max-tokens", "N", ask.limit, -2,
+    OPTION(WHOLE, "-n --predict --n-predict --max-tokens", "N", ask.limit, -2,
            1 << 30, "max_tokens max_completion_tokens", GENERATE,
-           "at most N tokens (-1: no limit; for plain text 256)"),
+           "generate at most N tokens (default -1: no limit; for plain text "
+           "256)"),
     VALUE(CHOICE, "--template --chat-template", TEMPLATES, template, RUN,
-          "chat template: lfm2, lfm2.5-instruct, -new, -vl, -8b-a1b or -2.6b, "
-          "none (auto: by the file)"),
+          "chat template: auto (chosen by the file), lfm2, lfm2.5-instruct, "
+          "lfm2.5-new, lfm2.5-vl, lfm2.5-8b-a1b, lfm2.5-2.6b or none"),
     VALUE(DATE, "--date", "YYYY-MM-DD", date, PROMPT | REQUESTS,
-          "the date for templates that state it (today)"),
+          "date for chat templates that state it (default: today)"),
     VALUE(CHOICE, "--think", "auto|show|hide|raw", think, GENERATE,
-          "thoughts of the model (auto: shown at a terminal)"),
-    NUMBER(WHOLE, "--think-budget", "N", ask.think_budget, -1, 1 << 30,
+          "show or hide the model's thoughts (auto: show at a terminal; raw: "
+          "print everything, markers included)"),
+    OPTION(WHOLE, "--think-budget", "N", ask.think_budget, -1, 1 << 30,
            "thinking_budget", GENERATE,
-           "close a thought after N tokens (-1: never)"),
-    NUMBER(TEXTS, "--stop -r --reverse-prompt", "TEXT", ask.stop, 0, 0, "stop",
+           "end a thought after N tokens (default -1: no limit)"),
+    OPTION(TEXTS, "--stop -r --reverse-prompt", "TEXT", ask.stop, 0, 0, "stop",
            GENERATE, "end the answer before TEXT; may be repeated"),
-    NUMBER(FLAG, "--ignore-eos", NULL, ask.ignore_eos, 0, 0, "ignore_eos",
-           GENERATE, "go on when the model would end"),
+    OPTION(FLAG, "--ignore-eos", NULL, ask.ignore_eos, 0, 0, "ignore_eos",
+           GENERATE, "keep generating when the model would stop"),
     VALUE(IN_FILE, "--json-schema -jf --json-schema-file", "FILE", json_schema,
-          GENERATE, "answer in JSON, as the JSON schema in FILE has it"),
-    SWITCH("--json", json, ANSWER | INSPECT | PPL, "print one JSON object: the "
-           "answer as OpenAI's API writes it, or the report"),
-    NUMBER(WHOLE, "--logprobs", "K", ask.logprobs, 0, MAX_LOGPROBS,
-           "top_logprobs", ANSWER,
-           "log probabilities, and those of the K likeliest tokens, in --json"),
-    NUMBER(WHOLE, "", "K", ask.prompt_logprobs, 0, MAX_LOGPROBS,
+          GENERATE, "answer in JSON that matches the JSON schema in FILE"),
+    SWITCH("--json", json, ANSWER | INSPECT | PPL, "print JSON: the answer as "
+           "OpenAI's API returns it, or the report of --inspect or --ppl"),
+    OPTION(WHOLE, "--logprobs", "K", ask.logprobs, 0, MAX_LOGPROBS,
+           "top_logprobs", ANSWER, "with --json, add the log probability of "
+           "each token and of the K likeliest"),
+    OPTION(WHOLE, "", "K", ask.prompt_logprobs, 0, MAX_LOGPROBS,
            "prompt_logprobs", REQUESTS, NULL),
-    NUMBER(FLAG, "", NULL, ask.echo, 0, 0, "echo", REQUESTS, NULL),
-    NUMBER(FLAG, "", NULL, ask.stream, 0, 0, "stream", SERVE, NULL),
-    NUMBER(WHOLE, "", "N", ask.n_choices, 1, 16, "n", SERVE, NULL),
+    OPTION(FLAG, "", NULL, ask.echo, 0, 0, "echo", REQUESTS, NULL),
+    OPTION(FLAG, "", NULL, ask.stream, 0, 0, "stream", SERVE, NULL),
+    OPTION(WHOLE, "", "N", ask.n_choices, 1, 16, "n", SERVE, NULL),
 
-    GROUP("How to choose words (by default as the model's makers advise)"),
-    NUMBER(REAL, "--temp --temperature", "F", ask.sampling.temp, 0, 100,
+    GROUP("How to sample (by default as the model's makers recommend)"),
+    OPTION(REAL, "--temp --temperature", "F", ask.sampling.temp, 0, 100,
            "temperature", GENERATE,
-           "temperature (0: always the likeliest token)"),
-    NUMBER(WHOLE, "--top-k", "N", ask.sampling.top_k, -1, 1 << 30, "top_k",
+           "temperature (0: always choose the likeliest token)"),
+    OPTION(WHOLE, "--top-k", "N", ask.sampling.top_k, -1, 1 << 30, "top_k",
            GENERATE, "choose from the N likeliest tokens (0: off)"),
-    NUMBER(REAL, "--top-p", "F", ask.sampling.top_p, 0, 1, "top_p", GENERATE,
-           "choose from the likeliest tokens that together have probability F "
+    OPTION(REAL, "--top-p", "F", ask.sampling.top_p, 0, 1, "top_p", GENERATE,
+           "choose from the likeliest tokens whose probabilities add up to F "
            "(1: off)"),
-    NUMBER(REAL, "--min-p", "F", ask.sampling.min_p, 0, 1, "min_p", GENERATE,
+    OPTION(REAL, "--min-p", "F", ask.sampling.min_p, 0, 1, "min_p", GENERATE,
            "drop tokens less than F times as likely as the likeliest (0: off)"),
-    NUMBER(REAL, "--repeat-penalty --repetition-penalty", "F",
+    OPTION(REAL, "--repeat-penalty --repetition-penalty", "F",
            ask.sampling.repeat, 0.01, 100, "repetition_penalty repeat_penalty",
-           GENERATE,
-           "make recent tokens less likely (1: off, as with --temp 0)"),
-    NUMBER(WHOLE, "--repeat-last-n", "N", ask.sampling.last_n, -1, 1 << 30,
-           NULL, GENERATE, "how many tokens are recent (64; -1: all)"),
-    NUMBER(REAL, "--presence-penalty", "F", ask.presence, -100, 100,
+           GENERATE, "make recent tokens less likely, by the factor F (1: off; "
+           "default 1 with --temp 0)"),
+    OPTION(WHOLE, "--repeat-last-n", "N", ask.sampling.last_n, -1, 1 << 30,
+           NULL, GENERATE, "apply --repeat-penalty to the last N tokens (-1: "
+           "all)"),
+    OPTION(REAL, "--presence-penalty", "F", ask.presence, -100, 100,
            "presence_penalty", GENERATE,
-           "make tokens of the answer less likely to come again (0)"),
-    NUMBER(REAL, "--frequency-penalty", "F", ask.frequency, -100, 100,
-           "frequency_penalty", GENERATE,
-           "the same for each time they came (0)"),
-    NUMBER(SEED, "-s --seed", "N", ask.seed, -9e18, 9e18, "seed", GENERATE,
-           "the same seed gives the same answer (-1: random)"),
+           "lower the logit of tokens already in the answer by F (default 0)"),
+    OPTION(REAL, "--frequency-penalty", "F", ask.frequency, -100, 100,
+           "frequency_penalty", GENERATE, "lower the logit of a token by F for "
+           "each time it occurs in the answer (default 0)"),
+    OPTION(SEED, "-s --seed", "N", ask.seed, -9e18, 9e18, "seed", GENERATE,
+           "random seed (default -1: a new one each time)"),
 
-    GROUP("To look inside"),
+    GROUP("How to look inside"),
     VALUE(OUT_FILE, "--trace", "FILE", trace, TALK | LOGITS,
-          "write what every module computes, as JSON lines"),
+          "write what every module computes to FILE, as JSON lines"),
     VALUE(TEXTS, "--trace-filter", "GLOB", trace_filter, TALK | LOGITS,
-          "trace only modules of such names; may be repeated"),
+          "trace only modules whose name matches GLOB; may be repeated"),
     VALUE(RANGE, "--trace-tokens", "A-B", trace_tokens, TALK | LOGITS,
           "trace only positions A to B, counted from 0"),
     VALUE(OUT_FILE, "--trace-raw", "FILE", trace_raw, TALK | LOGITS,
-          "with --trace: all the numbers, float32"),
+          "with --trace, also write all the numbers to FILE (float32)"),
 
-    GROUP("With --batch and --serve"),
-    NUMBER(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, REQUESTS,
-           "answer up to N requests at once (32)"),
-    NUMBER(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, REQUESTS,
-           "while answers are written, read at most N tokens of new prompts "
-           "between two of their tokens (all that fit; --serve 128)"),
-    NUMBER(WHOLE, "--queue", "N", queue, 0, 1 << 16, NULL, SERVE,
-           "up to N requests wait; more are refused (1024)"),
-    NUMBER(WHOLE, "--max-body", "MIB", max_body, 1, 1024, NULL, SERVE,
-           "longest body of a request (8)"),
+    GROUP("For --batch and --serve"),
+    OPTION(WHOLE, "--parallel", "N", parallel, 1, 1024, NULL, REQUESTS,
+           "answer up to N requests at once (default 32)"),
+    OPTION(WHOLE, "--prompt-piece", "N", piece, 1, 1 << 16, NULL, REQUESTS,
+           "while answers are generated, read new prompts in pieces of N "
+           "tokens (default 128 with --serve; else as many as fit)"),
+    OPTION(WHOLE, "--queue", "N", queue, 0, 1 << 16, NULL, SERVE,
+           "let up to N requests wait, and refuse more (default 1024)"),
+    OPTION(WHOLE, "--max-body", "MIB", max_body, 1, 1024, NULL, SERVE,
+           "largest request body, in MiB (default 8)"),
     VALUE(TEXT, "--api-key-file", "FILE", api_key_file, SERVE,
-          "clients need a key from FILE, which has one on each line"),
+          "require clients to send a key from FILE (one key per line)"),
     VALUE(TEXT, "--cors", "ORIGIN", cors, SERVE,
-          "pages from ORIGIN may ask, too (*: from anywhere)"),
-    VALUE(TEXT, "--page", "FILE", page, SERVE, "a page to show at /"),
+          "also accept requests from web pages at ORIGIN (*: any)"),
+    VALUE(TEXT, "--page", "FILE", page, SERVE, "serve the web page FILE at /"),
     VALUE(TEXT, "--shard", "I/N", shard, BATCH,
-          "answer only part I of N, counted from 0"),
+          "answer only every N-th line, from line I on (counted from 0)"),
     VALUE(OUT_FILE, "--resume", "OUT", resume, BATCH,
-          "append to OUT, and skip lines that are answered there"),
+          "append to OUT, and skip lines already answered there"),
 
     GROUP("How to run"),
-    NUMBER(WHOLE, "-c --ctx-size", "N", ctx, 0, MAX_CTX, NULL, RUN | INSPECT,
-           "longest text, in tokens (4096; 0: all the model was trained for)"),
-    NUMBER(WHOLE, "-t --threads", "N", threads, 0, 1024, NULL, RUN | INSPECT,
-           "threads (0: one for each CPU)"),
-    NUMBER(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16, NULL,
+    OPTION(WHOLE, "-c --ctx-size", "N", ctx, 0, MAX_CTX, NULL, RUN | INSPECT,
+           "longest text, in tokens (default 4096; 0: as in training)"),
+    OPTION(WHOLE, "-t --threads", "N", threads, 0, 1024, NULL, RUN | INSPECT,
+           "number of threads (default 0: one per CPU)"),
+    OPTION(WHOLE, "-b --batch-size", "N", batch, 1, 1 << 16, NULL,
            RUN | INSPECT | BENCH,
-           "tokens computed at once (512; with experts 2048)"),
-    NUMBER(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP, NULL, GENERATE,
-           "guess up to N tokens from the text so far; the answer stays the "
-           "same (7; with experts 0)"),
+           "compute up to N tokens at once (default 512; with experts 2048)"),
+    OPTION(WHOLE, "--lookup", "N", lookup, 0, MAX_LOOKUP, NULL, GENERATE,
+           "guess up to N tokens from the text so far; does not change the "
+           "answer (default 7; with experts 0)"),
     VALUE(CHOICE, "--isa", SETS, isa, RUN | INSPECT | BENCH, "instruction set: "
           "auto, scalar, avx2, avxvnni, avx512, avx512vnni, neon, dotprod, "
           "simd128 or relaxed"),
     VALUE(CHOICE, "--kv", "f16|f32", kv, RUN | INSPECT | BENCH,
-          "precision of the KV cache"),
+          "precision of the KV cache (default f16)"),
     SWITCH("--no-mmap", no_mmap, RUN | INSPECT | BENCH | EXPORT,
            "read the model into memory instead of mapping the file"),
     VALUE(CHOICE, "--sandbox", "auto|require|off", sandbox,
           ANY - BENCH - SELFTEST,
-          "give up rights that are not needed (require: or fail)"),
+          "drop unneeded privileges (auto: if possible; require: or fail)"),
     VALUE(CHOICE, "--color", "auto|on|off", color, TALK,
-          "dim the thoughts of the model"),
+          "dim the model's thoughts (auto: at a terminal)"),
     SWITCH("-q --quiet", quiet, ANY, "print errors only"),
-    SWITCH("-v --verbose", verbose, ANY, "print settings, seed and speed"),
+    SWITCH("-v --verbose", verbose, ANY, "also print settings, seed and speed"),
     SWITCH("-h --help", help, ANY, "print this text"),
     SWITCH("--version", version, ANY,
-           "print version, compiler and weight types"),
+           "print the version, compiler and weight types"),
 
-    GROUP("With --bench"),
-    NUMBER(LIST, "-p --n-prompt --prompt", "N,..", bench_prompt, 0, MAX_CTX,
-           NULL, BENCH, "read prompts of N tokens (512; 0: none)"),
-    NUMBER(LIST, "-n --n-gen --predict --n-predict", "N,..", bench_gen, 0,
-           MAX_CTX, NULL, BENCH, "generate N tokens (128; 0: none)"),
-    NUMBER(LIST, "-npl", "N,..", bench_seqs, 1, 4096, NULL, BENCH,
-           "generate for N sequences at once (1)"),
-    NUMBER(LIST, "-d --n-depth", "N,..", bench_depth, 0, MAX_CTX, NULL, BENCH,
-           "after a text of N tokens (0)"),
-    NUMBER(LIST, "-t --threads", "N,..", bench_threads, 1, 1024, NULL, BENCH,
-           "with N threads (one for each CPU)"),
-    NUMBER(WHOLE, "-r --repetitions", "N", reps, 1, 100000, NULL, BENCH,
-           "measure N times, after one to warm up (5)"),
+    GROUP("For --bench (lists are separated by commas)"),
+    OPTION(LIST, "-p --n-prompt --prompt", "N,..", bench_prompt, 0, MAX_CTX,
+           NULL, BENCH, "measure reading N tokens (default 512; 0: skip)"),
+    OPTION(LIST, "-n --n-gen --predict --n-predict", "N,..", bench_gen, 0,
+           MAX_CTX, NULL, BENCH,
+           "measure generating N tokens (default 128; 0: skip)"),
+    OPTION(LIST, "-npl", "N,..", bench_seqs, 1, 4096, NULL, BENCH,
+           "measure generating for N sequences at once (default 1)"),
+    OPTION(LIST, "-d --n-depth", "N,..", bench_depth, 0, MAX_CTX, NULL, BENCH,
+           "measure after a text of N tokens (default 0)"),
+    OPTION(LIST, "-t --threads", "N,..", bench_threads, 1, 1024, NULL, BENCH,
+           "measure with N threads (default: one per CPU)"),
+    OPTION(WHOLE, "-r --repetitions", "N", reps, 1, 100000, NULL, BENCH,
+           "measure N times, after one warm-up (default 5)"),
     VALUE(CHOICE, "-o --output", "md|json", output, BENCH,
-          "print a table or records"),
+          "print the results as a table or as JSON (default md)"),
 
     FOREIGN(IGNORED, "-ngl --gpu-layers --n-gpu-layers",
             "everything runs on the CPU"),
     FOREIGN(IGNORED_FLAG, "-fa --flash-attn",
             "attention is always computed this way"),
     FOREIGN(IGNORED_FLAG, "--jinja -st --single-turn --no-warmup --simple-io "
-            "--no-display-prompt --log-disable --no-perf", "it is so already"),
+            "--no-display-prompt --log-disable --no-perf",
+            "this is the default"),
     FOREIGN(IGNORED_FLAG, "--mlock",
             "the file is mapped, and stays in memory while it is used"),
     FOREIGN(REFUSED, "-hf -hfr --hf-repo -mu --model-url",
-            "nothing is downloaded here; scripts/download.sh fetches a model"),
+            "nothing is downloaded; scripts/download.sh fetches a model"),
     FOREIGN(REFUSED, "--prompt-cache", "--session FILE keeps a conversation"),
-    FOREIGN(REFUSED, "-i", "-p gives a prompt, -cnv begins a chat"),
+    FOREIGN(REFUSED, "-i", "-p gives a prompt, -cnv starts a chat"),
     FOREIGN(REFUSED, "--grammar --grammar-file -j",
-            "--json-schema FILE gives answers in a schema"),
+            "--json-schema FILE makes the answer match a JSON schema"),
 };
 
 enum { N_OPTIONS = sizeof table / sizeof *table };
 
-_Static_assert(sizeof table / sizeof *table <= MAX_OPTIONS,
-               "settings.given is too short");
+_Static_assert(N_OPTIONS <= (int)MAX_OPTIONS, "settings.given is too short");
 
-/* Is the word one of a list, whose words are separated by that character?
- * Returns its number, or -1. */
+/* The index of a word in a list with this separator, or -1. */
 static int find_word(const char *words, int separator, const char *word)
 {
     const char ends[] = { (char)separator, '\0' };
@@ -5548,7 +5547,7 @@ static int find_word(const char *words, int separator, const char *word)
     return -1;
 }
 
-/* The i-th word of a list by |. */
+/* The i-th word of a list separated by |. */
 static struct phrase word_of(const char *words, int i)
 {
     for (; i > 0; i--)
@@ -5556,7 +5555,7 @@ static struct phrase word_of(const char *words, int i)
     return phrase("%.*s", (int)strcspn(words, "|"), words);
 }
 
-/* The option of this name, of two the one for this mode; or NULL. */
+/* The option with this name, or NULL; of several, the one for this mode. */
 static const struct option *find_option(const char *name, int mode)
 {
     const struct option *found = NULL;
@@ -5568,7 +5567,7 @@ static const struct option *find_option(const char *name, int mode)
     return found;
 }
 
-/* The option that a body calls so, or NULL. */
+/* The option that a member of a request body sets, or NULL. */
 static const struct option *option_of_member(const char *key)
 {
     for (int i = 0; i < N_OPTIONS; i++)
@@ -5590,12 +5589,12 @@ static const char *kv_name(int kv_type)
     return kv_type == LFM2_KV_F16 ? "f16" : "f32";
 }
 
-/* What an option does starts in column 28 and is wrapped at column 79. */
+/* Descriptions start in column 28 and are wrapped at column 79. */
 static int print_help(void)
 {
     printf("usage: %s [options] MODEL.gguf [PROMPT]\n\n"
-           "Answers PROMPT and exits.  Without one, piped text is the prompt; "
-           "at a\nterminal, a chat begins.\n", program);
+           "Answers PROMPT and exits.  Without PROMPT, piped text is the "
+           "prompt; at a\nterminal, a chat begins.\n", program);
     for (const struct option *o = table; o < table + N_OPTIONS; o++) {
         const char *help = o->help;
         int column;
@@ -5609,9 +5608,8 @@ static int print_help(void)
             n = strlen(help);
             while (n > 51 || (help[n] && help[n] != ' '))
                 n--;
-            if (column >= 28)
-                column = printf("\n") - 1;
-            printf("%*s%.*s\n", 28 - column, "", (int)n, help);
+            printf("%s%*s%.*s\n", column < 28 ? "" : "\n",
+                   column < 28 ? 28 - column : 28, "", (int)n, help);
         }
     }
     printf("\nWrite --flag VALUE or --flag=VALUE; -- ends the options.  Exit "
@@ -5640,9 +5638,8 @@ static int print_version(void)
     for (int i = LFM2_ISA_SCALAR; i < LFM2_N_ISA; i++)
         if (lfm2_isa_available(i))
             printf(" %s", isa_name(i));
-    printf("\nbyte order  %s-endian, %d bits\nweights    ",
-           is_little_endian() ? "little" : "big",
-           (int)sizeof(void *) * 8);
+    printf("\nbyte order  %s-endian, %zu bits\nweights    ",
+           is_little_endian() ? "little" : "big", sizeof(void *) * 8);
     for (int i = 0; (type = lfm2_weight_type(i)); i++)
         printf(" %s", type);
     putchar('\n');
@@ -5651,7 +5648,7 @@ static int print_version(void)
 
 /* ---- one value */
 
-/* What a good value of this option is. */
+/* The values an option accepts, as text for an error message. */
 static struct phrase values_of(const struct option *o)
 {
     switch (o->kind) {
@@ -5660,8 +5657,8 @@ static struct phrase values_of(const struct option *o)
     case DATE: return phrase("a day like 2026-11-20");
     case RANGE: return phrase("positions like 5, 5- or 5-7");
     case TEXTS: return phrase("at most %d texts that are not empty", MAX_LIST);
-    case LIST: return phrase("at most %d whole numbers from %.0f to %.0f, by "
-                             "commas", MAX_LIST, o->min, o->max);
+    case LIST: return phrase("at most %d whole numbers from %.0f to %.0f, "
+                             "separated by commas", MAX_LIST, o->min, o->max);
     default: return phrase("a %snumber from %.10g to %.19g", o->kind == REAL ?
                            "" : "whole ", o->min, o->max);
     }
@@ -5672,7 +5669,7 @@ static int is_dash(const char *path)
     return path && strcmp(path, "-") == 0;
 }
 
-/* "5", "5-" and "5-7". */
+/* "5", "5-" or "5-7". */
 static int parse_range(const char *s, int *first, int *last)
 {
     static const char digits[] = "0123456789";
@@ -5688,14 +5685,14 @@ static int parse_range(const char *s, int *first, int *last)
     return 0;
 }
 
-/* Is it a day as templates write it, 2026-11-20? */
+/* Is it a date as the templates write it, such as 2026-11-20? */
 static int is_date(const char *s)
 {
     static const int days[] = { 31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30,
                                 31 };
     int y, m, d, n = 0;
 
-    return strspn(s, "0123456789-") == 10 && !s[10] &&
+    return *s != '-' && strspn(s, "0123456789-") == 10 && !s[10] &&
            sscanf(s, "%4d-%2d-%2d%n", &y, &m, &d, &n) == 3 && n == 10 &&
            m >= 1 && m <= 12 && d >= 1 && d <= days[m - 1] &&
            (m != 2 || d < 29 || (y % 4 == 0 && (y % 100 || y % 400 == 0)));
@@ -5709,7 +5706,7 @@ static int add_text(struct texts *to, const char *s)
     return 0;
 }
 
-/* Put a number where it belongs; -1 if it is out of bounds. */
+/* Store a number in its field; -1 if it is out of bounds. */
 static int set_number(void *slot, const struct option *o, double x,
                       long long whole)
 {
@@ -5724,7 +5721,7 @@ static int set_number(void *slot, const struct option *o, double x,
     return 0;
 }
 
-/* The number at s, put where it belongs: what is behind it, or NULL. */
+/* Store the number at s.  Returns its end, or NULL if it is not acceptable. */
 static const char *parse_number(void *slot, const struct option *o,
                                 const char *s)
 {
@@ -5738,7 +5735,7 @@ static const char *parse_number(void *slot, const struct option *o,
     return end == s || errno || set_number(slot, o, x, whole) != 0 ? NULL : end;
 }
 
-/* 0, or -1 if the value is not good. */
+/* Store a value in its field; -1 if it is not acceptable. */
 static int parse_value(struct settings *to, const struct option *o,
                        const char *s)
 {
@@ -5771,7 +5768,7 @@ static int parse_value(struct settings *to, const struct option *o,
 
 /* ---- the command line */
 
-/* Take the option at argv[*i], and its value, which may be the next word. */
+/* Process the option at argv[*i], and its value, which may be the next word. */
 static int take_option(struct settings *to, int bench, char **argv, int *i)
 {
     const char *arg = argv[*i], *equals = strchr(arg, '=');
@@ -5790,12 +5787,12 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
         return DONE;
     }
     if (o->kind == FLAG && equals)
-        return usage("%s takes no value, but is given %s", name.s, equals + 1);
+        return usage("%s takes no value, found %s", name.s, equals + 1);
     if (o->kind >= TEXT && o->kind < TEXTS && to->given[o - table])
         return usage("%s is given twice", name.s);
     to->given[o - table] = arg;
     if (o->mode && to->mode && to->mode != o->mode)
-        return usage("%s does something else than the options before it",
+        return usage("%s cannot be combined with the options before it",
                      name.s);
     to->mode |= o->mode;
     if (o->kind == FLAG) {
@@ -5804,7 +5801,7 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
         return DONE;
     }
     if (!value)
-        return usage("%s needs a value, %s", name.s, o->arg);
+        return usage("%s needs a value: %s", name.s, o->arg);
     *i += !equals;
     if (parse_value(to, o, value) == 0)
         return DONE;
@@ -5814,7 +5811,7 @@ static int take_option(struct settings *to, int bench, char **argv, int *i)
     return say(USAGE, "%s %s: expected %s", name.s, value, values_of(o).s);
 }
 
-/* The first option given that needs a chat template, or NULL. */
+/* An option on the command line that needs a chat template, or NULL. */
 static const char *chat_option(const struct settings *s)
 {
     return s->system || s->system_file ? "-sys" : s->messages ? "--messages" :
@@ -5822,7 +5819,7 @@ static const char *chat_option(const struct settings *s)
            s->mode == CHAT ? "-cnv" : NULL;
 }
 
-/* Options must mean something in this mode, and not exclude each other. */
+/* Every option must apply to this mode, and none may exclude another. */
 static int check_settings(const struct settings *s)
 {
     const int plain = s->raw || s->ids || s->template == TEMPLATE_NONE;
@@ -5840,16 +5837,16 @@ static int check_settings(const struct settings *s)
         return usage("no model given");
     if ((s->prompt || (s->file && s->mode != BATCH)) + !!s->ids +
         !!s->messages > 1)
-        return usage("more than one prompt: PROMPT or -p and -f, --ids, "
-                     "--messages");
+        return usage("more than one prompt: expected one of PROMPT (or -p, "
+                     "-f), --ids and --messages");
     if (s->system && s->system_file)
-        return usage("more than one system prompt: -sys, -sysf");
+        return usage("more than one system prompt: expected -sys or -sysf");
     if (plain && chat_option(s))
-        return usage("%s needs a chat template, and --raw, --ids and "
-                     "--template none go without", chat_option(s));
+        return usage("%s needs a chat template, but --raw, --ids and "
+                     "--template none use none", chat_option(s));
     if ((s->system || s->system_file) && s->messages)
-        return usage("-sys: the conversation of --messages has its own system "
-                     "message");
+        return usage("-sys cannot be used with --messages, which has its own "
+                     "system message");
     if (is_dash(s->session) || is_dash(s->trace))
         return usage("%s -: expected a file", s->session ? "--session" :
                      "--trace");
@@ -5860,7 +5857,7 @@ static int check_settings(const struct settings *s)
         return usage("--logprobs needs --json");
     if (s->isa != LFM2_ISA_AUTO && !lfm2_isa_available(s->isa))
         return say(USAGE, "--isa %s: not on this CPU or not in this build; "
-                   "--version lists the sets there are", isa_name(s->isa));
+                   "--version lists the available ones", isa_name(s->isa));
     return DONE;
 }
 
@@ -5869,6 +5866,7 @@ static int parse(struct settings *to, char **argv)
     const char *words[2] = { NULL, NULL };
     int n_words = 0, n = 0, options = 1, bench = 0, code = DONE;
 
+    /* These two affect the options before them, too. */
     for (int i = 1; argv[i] && strcmp(argv[i], "--") != 0; i++) {
         bench |= strcmp(argv[i], "--bench") == 0;
         quiet |= find_word("-q --quiet", ' ', argv[i]) >= 0;
@@ -5896,7 +5894,7 @@ static int parse(struct settings *to, char **argv)
     if (n < n_words)
         return usage("unexpected argument %s: there is a prompt already",
                      words[n]);
-    if (!to->mode)                        /* a chat is with a person         */
+    if (!to->mode)
         to->mode = to->prompt || to->file || to->ids || to->messages ||
                    to->json || !isatty(STDIN_FILENO) ? ANSWER : CHAT;
     return check_settings(to);
@@ -5904,7 +5902,7 @@ static int parse(struct settings *to, char **argv)
 
 /* ---------------------------------------------------- 12. Files and text */
 
-/* The directory that a file is in, or will be. */
+/* Append the directory part of a path. */
 static void add_directory(struct text *t, const char *path)
 {
     const char *slash = strrchr(path, '/');
@@ -5912,7 +5910,7 @@ static void add_directory(struct text *t, const char *path)
     add(t, slash ? path : ".", slash ? (size_t)(slash - path) + 1 : 1);
 }
 
-/* To standard output, which may be a terminal. */
+/* Print to standard output, without control characters if it is a terminal. */
 static void show_text(struct text *t)
 {
     if (isatty(STDOUT_FILENO))
@@ -5922,8 +5920,8 @@ static void show_text(struct text *t)
 
 /* ---- bytes in and out */
 
-/* The bytes of a file, or of standard input for "-", behind what `out` has.
- * The caller frees out->s, after a failure too. */
+/* Append a file, or standard input for "-", to *out.  The caller frees out->s,
+ * even after a failure. */
 static int read_file(const char *path, struct text *out)
 {
     const int piped = is_dash(path);
@@ -5949,8 +5947,7 @@ static int read_file(const char *path, struct text *out)
     return code;
 }
 
-/* A file for output that comes piece by piece, or standard output for "-"; NULL
- * after saying why not. */
+/* Open a file, or standard output for "-"; NULL after an error message. */
 static FILE *create_file(const char *path)
 {
     FILE *f = is_dash(path) ? stdout : fopen(path, "wb");
@@ -5960,6 +5957,7 @@ static FILE *create_file(const char *path)
     return f;
 }
 
+/* flush_output() checks standard output. */
 static int finish_file(FILE *f, const char *path, int code)
 {
     int failed = f != stdout && ferror(f);
@@ -5969,7 +5967,7 @@ static int finish_file(FILE *f, const char *path, int code)
            say(BAD_FILE, "%s: %s", path, strerror(errno));
 }
 
-/* All of it: 0, or -1 and errno. */
+/* Returns 0, or -1 and errno. */
 static int write_all(int fd, const char *s, size_t n)
 {
     for (ssize_t done; n > 0; s += done, n -= (size_t)done) {
@@ -5981,58 +5979,58 @@ static int write_all(int fd, const char *s, size_t n)
     return 0;
 }
 
-/* Write the parts one after the other, whole or not at all: to a new file
- * beside this one, which then takes its place.  It is for its owner alone, or
- * for those who could read the old one.  A link stays a link.  Without parts it
- * is only told whether that could be done, before the work and not after it.
- * After a failure errno says why. */
+/* Replace a file by these parts, as a whole or not at all: a new file is
+ * written beside it and renamed.  It has the permissions of the old one; if
+ * there was none, only its owner may read it.  Symbolic links are followed.
+ * Without parts, only check that it can be replaced, so that the user knows
+ * before the work is done.  After a failure errno says why. */
 static int replace_file(const char *path, const struct text *part, int n_parts)
 {
     char *real = realpath(path, NULL);
     const char *to = real ? real : path;
     struct text name = { 0 };
     struct stat old;
-    const int is = lstat(to, &old) == 0;
-    const char *odd = !is || S_ISREG(old.st_mode) ? NULL :
-                      S_ISDIR(old.st_mode) ? "a directory" :
-                      S_ISFIFO(old.st_mode) ? "a pipe" :
-                      S_ISLNK(old.st_mode) ? "a link that leads nowhere" :
-                      "a device or socket";
-    int fd = -1, good, error;
+    const int exists = lstat(to, &old) == 0;
+    const char *wrong = !exists || S_ISREG(old.st_mode) ? NULL :
+                        S_ISDIR(old.st_mode) ? "a directory" :
+                        S_ISFIFO(old.st_mode) ? "a pipe" :
+                        S_ISLNK(old.st_mode) ? "a link that leads nowhere" :
+                        "a device or socket";
+    int fd = -1, ok, error;
 
     add_directory(&name, to);
-    good = !odd && access(name.s, W_OK | X_OK) == 0;
-    if (good && n_parts > 0) {
+    ok = !wrong && access(name.s, W_OK | X_OK) == 0;
+    if (ok && n_parts > 0) {
         name.n = 0;
         add_string(&name, to);
         add_string(&name, ".XXXXXX");
         fd = mkstemp(name.s);
-        good = fd >= 0;
-        if (good && is)
-            fchmod(fd, old.st_mode & 0777);   /* if not, it stays private    */
-        for (int i = 0; good && i < n_parts; i++)
-            good = write_all(fd, part[i].s, part[i].n) == 0;
-        good = good && (fsync(fd) == 0 ||     /* not in every file system    */
-               errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
-        good = (fd < 0 || close(fd) == 0) && good && rename(name.s, to) == 0;
+        ok = fd >= 0;
+        if (ok && exists)
+            fchmod(fd, old.st_mode & 0777);   /* else it stays private       */
+        for (int i = 0; ok && i < n_parts; i++)
+            ok = write_all(fd, part[i].s, part[i].n) == 0;
+        ok = ok && (fsync(fd) == 0 ||         /* not in every file system    */
+             errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
+        ok = (fd < 0 || close(fd) == 0) && ok && rename(name.s, to) == 0;
     }
     error = errno;
-    if (!good && fd >= 0)
+    if (!ok && fd >= 0)
         remove(name.s);
-    if (odd)
-        say(BAD_FILE, "%s: %s, expected a file", path, odd);
-    else if (!good)
-        say(BAD_FILE, "%s: cannot be kept: %s", path, strerror(error));
+    if (wrong)
+        say(BAD_FILE, "%s: %s, expected a file", path, wrong);
+    else if (!ok)
+        say(BAD_FILE, "%s: cannot be written: %s", path, strerror(error));
     free(name.s);
     free(real);
     errno = error;
-    return good ? DONE : BAD_FILE;
+    return ok ? DONE : BAD_FILE;
 }
 
 /* ---- models */
 
-/* Map it, or read it where that cannot be: some shared folders have no mmap().
- * `any`, LFM2_LOAD_ANY or 0, takes what is no model for us, too. */
+/* Map a model, or read it where mmap() does not work, as in some shared
+ * folders.  `any` is LFM2_LOAD_ANY or 0. */
 static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
                      lfm2_error *err)
 {
@@ -6041,30 +6039,32 @@ static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
 
     if (code != LFM2_EIO || no_mmap || !strstr(err->msg, "cannot map"))
         return code;
-    note("%s: its file system cannot map files, so it is read", path);
+    note("%s: the file system cannot map files, so it is read", path);
     return lfm2_model_open(out, path, LFM2_LOAD_READ | any, err);
 }
 
-/* What is taken for a model now and then: where and how it begins, and what to
- * do with it. */
-static const struct { int at; const char *begins, *what; } no_model[] = {
-    { 0, "version https://git-lfs", "it is a git-lfs pointer; \"git lfs "
-      "pull\" gets the file itself" },
-    { 0, "<", "it is a web page; scripts/download.sh gets models" },
-    { 0, "PK\3\4", "it is a zip archive or a PyTorch file, expected a GGUF; "
-      "scripts/download.sh gets one" },
-    { 8, "{\"", "it is a safetensors file, expected a GGUF; "
-      "scripts/download.sh gets one" },
-    { 0, "\x1f\x8b", "it is compressed; gunzip gets the file itself" },
-    { 0, "LFM2SES", "it is a conversation; --session names it beside a model" },
-    { 0, "{", "it is JSON; --messages or --tools name it beside a model" },
-    { 0, "[", "it is JSON; --messages or --tools name it beside a model" },
-    { 4, "\3\0\0\0\0\0\0\0\0\0\0\0", "it is a vocabulary without a "
-      "model; --tokenizer names it" }
+/* Other files, mistaken for models: the bytes at an offset, and advice. */
+#define BYTES(s) s, sizeof s - 1
+
+static const struct { int at; const char *s; size_t n; const char *advice; }
+mistaken[] = {
+    { 0, BYTES("version https://git-lfs"), "it is a git-lfs pointer; \"git lfs "
+      "pull\" fetches the file itself" },
+    { 0, BYTES("<"), "it is a web page; scripts/download.sh fetches models" },
+    { 0, BYTES("PK\3\4"), "it is a zip archive or a PyTorch file, expected a "
+      "GGUF; scripts/download.sh fetches one" },
+    { 8, BYTES("{\""), "it is a safetensors file, expected a GGUF; "
+      "scripts/download.sh fetches one" },
+    { 0, BYTES("\x1f\x8b"), "it is compressed; gunzip unpacks it" },
+    { 0, BYTES("LFM2SES"), "it is a conversation; pass it with --session" },
+    { 0, BYTES("{"), "it is JSON; pass it with --messages or --tools" },
+    { 0, BYTES("["), "it is JSON; pass it with --messages or --tools" },
+    { 4, BYTES("\3\0\0\0\0\0\0\0\0\0\0\0"), "it is a vocabulary without a "
+      "model; pass it with --tokenizer" }
 };
 
-/* The sentence of the library about a file that it could not open begins with
- * the path already. */
+/* Print an error of the library and return the exit status for it.  If a file
+ * could not be opened, the library's message begins with its path. */
 static int report(const char *path, const lfm2_error *err)
 {
     const int code = status_of(err->code);
@@ -6076,31 +6076,28 @@ static int report(const char *path, const lfm2_error *err)
     say(code, "%s%s%s", has_path ? "" : path, has_path ? "" : ": ", err->msg);
     if (f)
         fclose(f);
-    for (size_t i = 0; n > 0 && i < sizeof no_model / sizeof *no_model; i++) {
-        const char *begins = no_model[i].begins;
-        const size_t len = *begins == '\3' ? 12 : strlen(begins);
-        if (memcmp(head + no_model[i].at, begins, len) == 0)
-            return say(code, "%s: %s", path, no_model[i].what);
-    }
+    for (size_t i = 0; n > 0 && i < sizeof mistaken / sizeof *mistaken; i++)
+        if (memcmp(head + mistaken[i].at, mistaken[i].s, mistaken[i].n) == 0)
+            return say(code, "%s: %s", path, mistaken[i].advice);
     return code;
 }
 
-/* ---- text for people
+/* ---- text that people wrote
  *
- * Prompts, conversations and commands come from editors, shells and
- * spreadsheets of all systems: a byte order mark is dropped, UTF-16 becomes
- * UTF-8, and lines end with \n.  What is there for the sake of its bytes stays
- * as it is: --ids, --tokenize, --detokenize, --ppl. */
+ * Prompts, conversations and commands come from the editors, shells and
+ * spreadsheets of all systems.  A byte order mark is dropped, UTF-16 becomes
+ * UTF-8, and lines end with \n.  --ids, --tokenize, --detokenize and --ppl take
+ * their input as it is. */
 
-/* If it is UTF-16: it says so itself, or most of the high bytes of its pairs
- * are 0 and none of the others. */
+/* UTF-16 is recognised by its byte order mark or, without one, by its zeros:
+ * most high bytes are 0, and no low byte is. */
 static void utf16_to_utf8(struct text *t)
 {
     const unsigned char *s = (const unsigned char *)t->s;
     size_t zeros[2] = { 0, 0 };
     struct text out = { 0 };
     char to[4];
-    int high;                             /* the first byte, or the second   */
+    int high;                             /* its index in a pair; -1: UTF-8  */
 
     for (size_t i = 0; i < t->n; i++)
         zeros[i % 2] += !s[i];
@@ -6141,8 +6138,8 @@ static void clean_text(struct text *t)
     add(t, "", 0);
 }
 
-/* A conversation is text, and kept as such.  In another encoding a model would
- * read letters that nobody wrote. */
+/* Refuse text that is not UTF-8: in another encoding the model would read
+ * letters that nobody wrote. */
 static int check_text(const struct text *t, const char *name)
 {
     uint32_t c;
@@ -6160,8 +6157,8 @@ static int check_text(const struct text *t, const char *name)
     return DONE;
 }
 
-/* Text from a file, after a blank line if there is some already; one newline at
- * its end is not part of it. */
+/* Append the text of a file, after a blank line if there is some text already,
+ * and without a newline at its end. */
 static int read_text_file(const char *path, struct text *out)
 {
     struct text more = { 0 };
@@ -6178,8 +6175,8 @@ static int read_text_file(const char *path, struct text *out)
     return code;
 }
 
-/* Was text piped in beside a prompt?  A file that was read before belongs to a
- * loop in a shell; terminals, devices, and the sockets of ssh may never end. */
+/* Is there piped text besides the prompt?  A file that was read from belongs to
+ * a shell loop; terminals, devices, and sockets of ssh may never end. */
 static int has_piped_text(const struct settings *s)
 {
     struct stat st;
@@ -6190,8 +6187,8 @@ static int has_piped_text(const struct settings *s)
             (S_ISREG(st.st_mode) && lseek(STDIN_FILENO, 0, SEEK_CUR) == 0));
 }
 
-/* The prompt: what was given as an argument, then a file, then what was piped
- * in, which in a chat are messages. */
+/* The prompt: the argument, then the file of -f, then piped text, except in a
+ * chat, where piped lines are messages. */
 static int read_prompt(const struct settings *s, struct text *out)
 {
     struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
@@ -6209,8 +6206,8 @@ static int read_prompt(const struct settings *s, struct text *out)
                          (s->mode == CHAT || !has_piped_text(s))))
         return code;
     if (given && poll(&in, 1, 2000) == 0)
-        note("standard input is read, too, and has not ended; </dev/null is "
-             "without it");
+        note("standard input is read, too, and has not ended; </dev/null "
+             "prevents that");
     code = read_text_file("-", out);
     return code == DONE && out->n == 0 ? usage("no prompt: standard input is "
            "empty") : code;
@@ -6234,26 +6231,25 @@ static int read_ids(const char *path, struct ids *out)
 
 /* --------------------------------------------- 13. Signals and the terminal
  *
- * A signal ends the program at once, unless somebody looks at `interrupted` and
- * stops the work in good order; then the third ends it whatever is lost, as by
- * then something hangs.  Signals are handled from the beginning, because the
- * first process of a container gets no others.  One that was ignored before, as
- * by nohup, stays ignored. */
+ * A signal ends the program at once, unless is_heard is set: then the work in
+ * progress checks `interrupted` and stops in good order.  If that hangs, the
+ * third signal ends the program at once.  Handlers are installed at the start,
+ * because the first process of a container gets only signals that it handles.
+ * A signal that was ignored, as after nohup, stays ignored. */
 
-static volatile sig_atomic_t is_editing;
-static volatile sig_atomic_t looks_old;   /* the line, after a stop or in a
-                                             window of another size          */
+static volatile sig_atomic_t is_editing;  /* a line, at the terminal         */
+static volatile sig_atomic_t must_redraw; /* that line                       */
 
 #ifdef __wasi__
 
-#define handle(number, handler) ((void)(handler))
+#define handle_signal(number, handler) ((void)(handler))
 #define set_terminal(is_edited) (-1)
 #define count_columns()         80
 
 #else
 
-/* Without SA_RESTART, so that waiting for input ends, too. */
-static void handle(int number, void (*handler)(int))
+/* Without SA_RESTART, so that a signal interrupts waiting for input. */
+static void handle_signal(int number, void (*handler)(int))
 {
     struct sigaction action = { .sa_handler = handler }, had;
 
@@ -6264,18 +6260,18 @@ static void handle(int number, void (*handler)(int))
 
 static int set_terminal(int is_edited);
 
-/* A stop, its end, or a window of another size. */
+/* SIGTSTP; or SIGCONT or SIGWINCH, after which the line is drawn again. */
 static void on_change(int number)
 {
     if (number == SIGTSTP) {
         set_terminal(0);
         signal(number, SIG_DFL);
-        raise(number);                    /* when this is done               */
+        raise(number);                    /* takes effect on return          */
     } else if (is_editing)
-        looks_old = set_terminal(1) == 0;
+        must_redraw = set_terminal(1) == 0;
 }
 
-/* For a line to be edited, or as it was: 0, or -1 if it cannot be changed. */
+/* Prepare the terminal for editing, or restore it; -1 if that is impossible. */
 static int set_terminal(int is_edited)
 {
     static const char paste[2][9] = { "\033[?2004l", "\033[?2004h" };
@@ -6291,9 +6287,9 @@ static int set_terminal(int is_edited)
         t.c_iflag &= ~(tcflag_t)(ICRNL | INLCR | IGNCR | ISTRIP);
         t.c_cc[VMIN] = 1;
         t.c_cc[VTIME] = 0;
-        handle(SIGTSTP, on_change);
-        handle(SIGCONT, on_change);
-        handle(SIGWINCH, on_change);
+        handle_signal(SIGTSTP, on_change);
+        handle_signal(SIGCONT, on_change);
+        handle_signal(SIGWINCH, on_change);
     }
     if (tcsetattr(STDIN_FILENO, TCSANOW, &t) != 0)
         return -1;
@@ -6317,12 +6313,12 @@ static void leave_terminal(void)
     set_terminal(0);
 }
 
-/* What a signal handler may do, and no more. */
-static void die(int code, const char *last_words)
+/* Exit from a signal handler, with async-signal-safe functions only. */
+static void die(int code, const char *message)
 {
     set_terminal(0);
     (void)!write(STDERR_FILENO, "\033[0m\n", is_dim ? 5 : 0);
-    (void)!write(STDERR_FILENO, last_words, strlen(last_words));
+    (void)!write(STDERR_FILENO, message, strlen(message));
     _exit(code);
 }
 
@@ -6336,8 +6332,8 @@ static void on_interrupt(int number)
         lfm2_cancel(running);
 }
 
-/* Threads that begin between two such calls leave signals to this one, which
- * may be waiting for input; but SIGBUS is for the one that reads. */
+/* Threads that start between block_signals(1) and (0) leave signals to the main
+ * thread, which may be waiting for input; but each gets its own SIGBUS. */
 static void block_signals(int are_blocked)
 {
 #if !defined LFM2_NO_THREADS && !defined __wasi__
@@ -6353,11 +6349,11 @@ static void block_signals(int are_blocked)
 #endif
 }
 
-/* Before anything else.  Where the shell closed one of the first three
- * descriptors (">&-"), words or messages would go into the next file that is
- * opened; a directory takes its place, which can be neither read nor written.
- * Other files that were left open would be open in the sandbox, too, but a
- * shell leaves some on purpose: <(command) is /dev/fd/63. */
+/* Called first.  If the shell closed one of the first three descriptors
+ * (">&-"), output would go to the next file that is opened; so a directory,
+ * which can be neither read nor written, takes its place.  Other descriptors
+ * are closed, because the sandbox could not take them away, except those that
+ * an argument names: <(command) is /dev/fd/63. */
 static void prepare_process(char **argv)
 {
     int fd;
@@ -6370,39 +6366,39 @@ static void prepare_process(char **argv)
     struct dirent *entry;
     while (dir && (entry = readdir(dir))) {
         fd = atoi(entry->d_name);
-        int is_named = fd <= STDERR_FILENO || fd == dirfd(dir);
-        for (int i = 1; !is_named && argv[0] && argv[i]; i++) {
+        int keep = fd <= STDERR_FILENO || fd == dirfd(dir);
+        for (int i = 1; !keep && argv[0] && argv[i]; i++) {
             const char *name = strstr(argv[i], "/fd/");
-            is_named = name && strcmp(name + 4, entry->d_name) == 0;
+            keep = name && strcmp(name + 4, entry->d_name) == 0;
         }
-        if (!is_named)
+        if (!keep)
             close(fd);
     }
     if (dir)
         closedir(dir);
-    handle(SIGHUP, on_interrupt);
-    handle(SIGQUIT, on_interrupt);
+    handle_signal(SIGHUP, on_interrupt);
+    handle_signal(SIGQUIT, on_interrupt);
     signal(SIGXFSZ, SIG_IGN);
 #else
     (void)argv;
 #endif
-    handle(SIGINT, on_interrupt);
-    handle(SIGTERM, on_interrupt);
-    signal(SIGPIPE, SIG_IGN);             /* writing then fails, and we say  */
+    handle_signal(SIGINT, on_interrupt);
+    handle_signal(SIGTERM, on_interrupt);
+    signal(SIGPIPE, SIG_IGN);             /* write() fails instead           */
     atexit(leave_terminal);
 }
 
-/* ---- a model that becomes shorter
+/* ---- a model file that becomes shorter
  *
- * Reading behind the end of a mapped file that was cut meanwhile gives SIGBUS,
- * and only models are mapped. */
+ * If a mapped file is truncated, reading past its new end gives SIGBUS.  Only
+ * models are mapped. */
 
 #ifndef LFM2_NO_MMAP
 
-static char lost[4500];                   /* made before it is needed        */
+static char bus_message[4500];            /* made before it is needed        */
 
-/* Several threads may come here at once; one tells.  What was sent, or is not
- * about the file, comes again and does what it does. */
+/* Several threads may get here at once; one prints.  A signal that was sent, or
+ * is due to alignment, is not about the file: the next one kills as usual. */
 static void on_bus_error(int number, siginfo_t *info, void *context)
 {
     (void)context;
@@ -6411,21 +6407,22 @@ static void on_bus_error(int number, siginfo_t *info, void *context)
         return;
     }
 #ifndef LFM2_NO_THREADS
-    static atomic_flag told = ATOMIC_FLAG_INIT;
-    while (atomic_flag_test_and_set(&told))
+    static atomic_flag is_printing = ATOMIC_FLAG_INIT;
+    while (atomic_flag_test_and_set(&is_printing))
         continue;
 #endif
-    die(BAD_FILE, lost);
+    die(BAD_FILE, bus_message);
 }
 
 #endif
 
-/* The file is about to be mapped, or is the one that stays so. */
+/* Prepare the message: this file is about to be mapped, or stays mapped. */
 static void watch_file(const char *path)
 {
 #ifndef LFM2_NO_MMAP
-    snprintf(lost, sizeof lost, "%s: %s: it became shorter while it was used, "
-             "or its disk failed; --no-mmap reads it first\n", program, path);
+    snprintf(bus_message, sizeof bus_message, "%s: %s: it became shorter while "
+             "it was used, or its disk failed; --no-mmap avoids this\n",
+             program, path);
     sigaction(SIGBUS, &(struct sigaction){ .sa_sigaction = on_bus_error,
               .sa_flags = SA_SIGINFO }, NULL);
 #else
@@ -6433,51 +6430,49 @@ static void watch_file(const char *path)
 #endif
 }
 
-/* ---- a line that is edited */
-
-enum { INPUT_ENDS = -1, STOPPED_BY_SIGNAL = -2, LOOKS_OLD = -3 };
+/* ---- the line editor */
 
 struct editor {
     struct text line;
-    size_t at;                            /* of the cursor                   */
+    size_t at;                            /* the cursor                      */
     const char *prompt;
-    int shown;                            /* of the history                  */
+    int shown;                            /* in history[]; n_history: new    */
     int is_pasting;
 };
 
-static struct text *history;              /* what was typed, the oldest first */
+static struct text *history;              /* the lines before, oldest first  */
 static int n_history;
-static struct text draft;                 /* the line while older are shown  */
-static unsigned char typed[4096];         /* or piped in: bytes that wait    */
-static ssize_t typed_at, n_typed;
+static struct text draft;                 /* the new line, while not shown   */
+static unsigned char input_bytes[4096];   /* read, but not used              */
+static ssize_t input_at, n_input;
 
-/* The next byte of the input.  A signal between a look and the wait is heard a
- * second later. */
+enum { INPUT_ENDS = -1, GOT_SIGNAL = -2, MUST_REDRAW = -3 };
+
+/* The next byte of standard input, or one of the above.  A signal that comes
+ * just before poll() does not interrupt it, so that waits a second at most. */
 static int next_byte(void)
 {
     struct pollfd in = { STDIN_FILENO, POLLIN, 0 };
 
-    while (typed_at == n_typed) {
+    while (input_at == n_input) {
         const int ready = poll(&in, 1, 1000);
-        if (interrupted || looks_old) {
-            looks_old = 0;
-            return interrupted ? STOPPED_BY_SIGNAL : LOOKS_OLD;
+        if (interrupted || must_redraw) {
+            must_redraw = 0;
+            return interrupted ? GOT_SIGNAL : MUST_REDRAW;
         }
         if (ready <= 0)
             continue;
-        typed_at = 0;
-        n_typed = read(STDIN_FILENO, typed, sizeof typed);
-        if (n_typed == 0 || (n_typed < 0 && errno != EINTR)) {
-            n_typed = 0;
+        const ssize_t got = read(STDIN_FILENO, input_bytes, sizeof input_bytes);
+        if (got == 0 || (got < 0 && errno != EINTR))
             return INPUT_ENDS;
-        }
-        n_typed = n_typed > 0 ? n_typed : 0;
+        input_at = 0;
+        n_input = got > 0 ? got : 0;
     }
-    return typed[typed_at++];
+    return input_bytes[input_at++];
 }
 
-/* Marks that are drawn over the character before, and characters that take two
- * columns: by ranges, the first and the last. */
+/* Ranges, each from its first character to its last: of marks, which are drawn
+ * over the character before them, and of wide characters. */
 static const uint32_t no_columns[] = {
     0x300, 0x36f, 0x483, 0x489, 0x591, 0x5bd, 0x610, 0x61a, 0x64b, 0x65f,
     0x93c, 0x93c, 0x941, 0x948, 0x94d, 0x94d, 0xe31, 0xe31, 0xe34, 0xe3a,
@@ -6491,19 +6486,19 @@ static const uint32_t no_columns[] = {
     0x1f6ff, 0x1f900, 0x1faff, 0x20000, 0x3fffd, UINT32_MAX
 };
 
-static int is_among(uint32_t c, const uint32_t *range)
+static int in_ranges(uint32_t c, const uint32_t *range)
 {
     while (range[0] <= c && range[1] < c)
         range += 2;
     return range[0] <= c;
 }
 
-/* A character as it is shown, the bytes it is made of and its columns. */
-struct shown { uint32_t c; size_t n; int columns; };
+/* A character as it is shown: n bytes of the text, in some columns. */
+struct glyph { uint32_t c; size_t n; int columns; };
 
-static struct shown character(const struct text *t, size_t i)
+static struct glyph glyph_at(const struct text *t, size_t i)
 {
-    struct shown x;
+    struct glyph x;
     const int n = utf8_get(t->s + i, t->s + t->n, &x.c);
 
     x.n = n > 0 ? (size_t)n : 1;
@@ -6511,34 +6506,32 @@ static struct shown character(const struct text *t, size_t i)
         x.c = '\n';
     if (n == 0 || (is_control(x.c) && x.c != '\n' && x.c != '\t'))
         x.c = '?';
-    x.columns = is_among(x.c, no_columns) ? 0 :
-                is_among(x.c, two_columns) ? 2 : 1;
+    x.columns = in_ranges(x.c, no_columns) ? 0 :
+                in_ranges(x.c, two_columns) ? 2 : 1;
     return x;
 }
 
-/* The end of the character at byte i, and of its marks. */
-static size_t after(const struct text *t, size_t i)
+/* The end of the character at byte i, with its marks. */
+static size_t next_char(const struct text *t, size_t i)
 {
-    i += i < t->n ? character(t, i).n : 0;
-    while (i < t->n && character(t, i).columns == 0)
-        i += character(t, i).n;
+    i += i < t->n ? glyph_at(t, i).n : 0;
+    while (i < t->n && glyph_at(t, i).columns == 0)
+        i += glyph_at(t, i).n;
     return i;
 }
 
-/* Where the character before the cursor begins. */
-static size_t before(const struct editor *e)
+/* The start of the character before the cursor. */
+static size_t previous_char(const struct editor *e)
 {
     size_t from = 0, next;
 
-    while ((next = after(&e->line, from)) < e->at)
+    while ((next = next_char(&e->line, from)) < e->at)
         from = next;
     return from;
 }
 
-/* In one row of the terminal, as much of it as there is room for around the
- * cursor; or whole, when it is done.  The window may have another size each
- * time. */
-static void show_line(const struct editor *e, int whole)
+/* Draw the line in one row, scrolled to the cursor; or draw all of it. */
+static void draw_line(const struct editor *e, int whole)
 {
     const struct text *t = &e->line;
     const int prompt = (int)strlen(e->prompt);
@@ -6546,16 +6539,16 @@ static void show_line(const struct editor *e, int whole)
     struct text out = { 0 };
     size_t from = 0;
     int cursor = 0, used = 0;
-    struct shown x;
+    struct glyph x;
     char s[4];
 
-    for (size_t i = 0; i < e->at; i += character(t, i).n)
-        cursor += character(t, i).columns;
-    for (; cursor >= room; from = after(t, from))
-        cursor -= character(t, from).columns;
+    for (size_t i = 0; i < e->at; i += glyph_at(t, i).n)
+        cursor += glyph_at(t, i).columns;
+    for (; cursor >= room; from = next_char(t, from))
+        cursor -= glyph_at(t, from).columns;
     add_format(&out, "\r%s", e->prompt);
     for (; from < t->n; from += x.n) {
-        x = character(t, from);
+        x = glyph_at(t, from);
         used += x.columns;
         if (used > room)
             break;
@@ -6570,9 +6563,9 @@ static void show_line(const struct editor *e, int whole)
     free(out.s);
 }
 
-/* Put n bytes in the place of some, and the cursor behind them. */
-static void put(struct editor *e, size_t from, size_t to, const char *s,
-                size_t n)
+/* Replace the bytes from `from` to `to` by s[n]; the cursor goes after it. */
+static void edit_line(struct editor *e, size_t from, size_t to, const char *s,
+                      size_t n)
 {
     struct text *t = &e->line;
 
@@ -6583,7 +6576,7 @@ static void put(struct editor *e, size_t from, size_t to, const char *s,
     e->at = from + n;
 }
 
-/* An older or newer line of the history, behind which the draft is. */
+/* Show an older (-1) or newer (1) line; the newest is the one being written. */
 static void recall(struct editor *e, int step)
 {
     const int next = e->shown + step;
@@ -6597,15 +6590,14 @@ static void recall(struct editor *e, int step)
     }
     t = next == n_history ? &draft : &history[next];
     e->shown = next;
-    put(e, 0, e->line.n, t->s, t->n);
+    edit_line(e, 0, e->line.n, t->s, t->n);
 }
 
 #define CONTROL(c) ((c) - '@')
 
-/* Keys that are no bytes, beside those with Ctrl. */
 enum { BACKSPACE = 127, PASTE = 256, PASTE_ENDS };
 
-/* What follows ESC, and the key that does the same. */
+/* What follows ESC when a key is pressed, and the key that does the same. */
 static const struct { const char *s; int key; } sequences[] = {
     { "[A", CONTROL('P') }, { "[B", CONTROL('N') }, { "[C", CONTROL('F') },
     { "[D", CONTROL('B') }, { "[H", CONTROL('A') }, { "[1~", CONTROL('A') },
@@ -6614,7 +6606,7 @@ static const struct { const char *s; int key; } sequences[] = {
     { "\n", '\n' }, { "[200~", PASTE }, { "[201~", PASTE_ENDS }
 };
 
-/* Some terminals write O for [. */
+/* The key for what follows ESC, or 0.  Some terminals send O instead of [. */
 static int read_sequence(void)
 {
     char s[8] = "";
@@ -6632,6 +6624,7 @@ static int read_sequence(void)
     return 0;
 }
 
+/* Obey a key as other line editors do.  Pasted text is no command. */
 static void press(struct editor *e, int c)
 {
     const struct text *t = &e->line;
@@ -6642,32 +6635,34 @@ static void press(struct editor *e, int c)
     switch (e->is_pasting && (c < ' ' || c == BACKSPACE) ? 0 : c) {
     case PASTE: case PASTE_ENDS: e->is_pasting = c == PASTE; break;
     case CONTROL('A'): e->at = 0; break;
-    case CONTROL('B'): e->at = before(e); break;
-    case CONTROL('D'): put(e, from, after(t, from), "", 0); break;
+    case CONTROL('B'): e->at = previous_char(e); break;
+    case CONTROL('D'): edit_line(e, from, next_char(t, from), "", 0); break;
     case CONTROL('E'): e->at = t->n; break;
-    case CONTROL('F'): e->at = after(t, from); break;
-    case CONTROL('H'): case BACKSPACE: put(e, before(e), from, "", 0); break;
-    case CONTROL('K'): put(e, from, t->n, "", 0); break;
+    case CONTROL('F'): e->at = next_char(t, from); break;
+    case CONTROL('H'): case BACKSPACE:
+        edit_line(e, previous_char(e), from, "", 0);
+        break;
+    case CONTROL('K'): edit_line(e, from, t->n, "", 0); break;
     case CONTROL('L'): write_all(STDERR_FILENO, "\033[H\033[2J", 7); break;
     case CONTROL('N'): recall(e, 1); break;
     case CONTROL('P'): recall(e, -1); break;
-    case CONTROL('U'): put(e, 0, from, "", 0); break;
+    case CONTROL('U'): edit_line(e, 0, from, "", 0); break;
     case CONTROL('W'):
         while (from > 0 && t->s[from - 1] == ' ')
             from--;
         while (from > 0 && t->s[from - 1] != ' ')
             from--;
-        put(e, from, e->at, "", 0);
+        edit_line(e, from, e->at, "", 0);
         break;
     default:
         if ((c >= ' ' && c != BACKSPACE) || c == '\t' || c == '\n' || c == '\r')
-            put(e, from, from, &(char){ (char)c }, 1);
+            edit_line(e, from, from, &(char){ (char)c }, 1);
     }
 }
 
 /* ---- lines and messages */
 
-/* For the lines before.  One that is empty, or as the last, is left out. */
+/* Add a line to the history, unless it is empty or the same as the last. */
 static void remember(const struct text *t)
 {
     if (t->n == 0 || (n_history > 0 &&
@@ -6678,64 +6673,66 @@ static void remember(const struct text *t)
     add(&history[n_history++], t->s, t->n);
 }
 
-/* A line without its end, behind what is in `out`: 1; 0 at the end of the
- * input, -1 after a signal that ends the chat: Ctrl-C clears a line, and leaves
- * only if it comes twice to an empty one.  A simple terminal edits it itself,
- * and may cut what is longer than 4095 bytes.  Whatever ends or stops the
- * program meanwhile leaves the others as they were. */
+/* Append a line, without its newline, to *out.  Returns 1; 0 at the end of the
+ * input; -1 after a signal that ends the chat.  Ctrl-C clears a line, and ends
+ * the chat only if it comes twice to an empty one.  At a terminal (`shows`) the
+ * line is edited here; but a dumb one does that itself, and may cut the line
+ * after 4095 bytes. */
 static int read_line(struct text *out, int shows, const char *prompt)
 {
     struct editor e = { .prompt = prompt, .shown = n_history };
     const char *term = getenv("TERM");
-    int edits, is_warned = !shows, ends = 0, c = STOPPED_BY_SIGNAL;
+    int is_warned = !shows, ends = 0, c = GOT_SIGNAL;
 
     is_editing = shows && isatty(STDERR_FILENO) && term && term[0] &&
                  strcmp(term, "dumb") != 0;
-    edits = is_editing = is_editing && set_terminal(1) == 0;
+    if (is_editing && set_terminal(1) != 0)
+        is_editing = 0;
     fflush(stdout);
     add(&e.line, "", 0);
     while (!ends) {
-        if (edits && typed_at == n_typed)
-            show_line(&e, 0);
-        else if (shows && !edits && c == STOPPED_BY_SIGNAL)
+        if (is_editing && input_at == n_input)
+            draw_line(&e, 0);
+        else if (shows && !is_editing && c == GOT_SIGNAL)
             fputs(prompt, stderr);
         c = next_byte();
-        ends = c == INPUT_ENDS || (!e.is_pasting && c == '\n') ||
-               (edits && !e.is_pasting && c == '\r') ||
-               (edits && e.line.n == 0 && (c == CONTROL('D') || c == 0));
-        if (edits && (ends || c == STOPPED_BY_SIGNAL))
-            show_line(&e, 1);
-        else if (shows && !edits && c < 0)
+        ends = c == INPUT_ENDS || (!e.is_pasting && c == '\n');
+        if (is_editing)                   /* a Ctrl-D typed early is 0       */
+            ends |= (!e.is_pasting && c == '\r') ||
+                    (e.line.n == 0 && (c == CONTROL('D') || c == 0));
+        if (is_editing && (ends || c == GOT_SIGNAL))
+            draw_line(&e, 1);
+        else if (shows && !is_editing && c < 0)
             fputc('\n', stderr);
-        if (c == STOPPED_BY_SIGNAL) {
-            const int is_empty = !edits || e.line.n == 0;
+        if (c == GOT_SIGNAL) {
+            const int is_empty = !is_editing || e.line.n == 0;
             ends = last_signal != SIGINT || (is_empty && is_warned);
             interrupted = ends;
             if (is_empty && !ends)
-                fprintf(stderr, "(Ctrl-C once more, or Ctrl-D, leaves)\n");
+                fprintf(stderr, "(Ctrl-C once more or Ctrl-D ends the chat)\n");
             is_warned = is_empty;
-            put(&e, 0, e.line.n, "", 0);
+            edit_line(&e, 0, e.line.n, "", 0);
             e.is_pasting = 0;
         } else if (c >= 0 && !ends) {
             is_warned = !shows;
-            if (edits)
+            if (is_editing)
                 press(&e, c);
             else
                 add(&e.line, &(char){ (char)c }, 1);
         }
     }
-    is_editing = 0;
-    set_terminal(0);
-    if (edits)
+    if (is_editing)
         remember(&e.line);
     else if (shows && e.line.n == 4095)
         note("a line of 4095 bytes: the terminal may have cut it");
+    is_editing = 0;
+    set_terminal(0);
     if (e.line.n > 0 && e.line.s[e.line.n - 1] == '\r')
         e.line.n--;
     add(out, e.line.s, e.line.n);
     ends = e.line.n > 0;
     free(e.line.s);
-    return c == STOPPED_BY_SIGNAL ? -1 : ends || c == '\n' || c == '\r';
+    return c == GOT_SIGNAL ? -1 : ends || c == '\n' || c == '\r';
 }
 
 static int ends_with(const struct text *t, const char *word)
@@ -6745,9 +6742,8 @@ static int ends_with(const struct text *t, const char *word)
     return t->n >= n && memcmp(t->s + t->n - n, word, n) == 0;
 }
 
-/* A message, of one line or several: 1; 0 at the end of the input, -1 after a
- * signal that ends the chat.  Ctrl-C before it is forgotten: it stopped what
- * was done then. */
+/* Read a message of one or more lines.  Returns as read_line().  An earlier
+ * Ctrl-C does not count: it stopped the work of that time. */
 static int read_message(struct text *out, int shows)
 {
     static const char quotes[] = "\"\"\"";
@@ -6766,7 +6762,7 @@ static int read_message(struct text *out, int shows)
     while (got > 0 && (quoted ? !ends_with(out, quotes) :
                        ends_with(out, "\\"))) {
         out->n -= !quoted;
-        if (out->n > 0 || !quoted)        /* not after the quotes            */
+        if (out->n > 0 || !quoted)        /* drop one after the quotes       */
             add(out, "\n", 1);
         got = read_line(out, shows, ". ");
     }
@@ -6774,20 +6770,18 @@ static int read_message(struct text *out, int shows)
         return got;
     out->n -= quoted && ends_with(out, quotes) ? 3 : 0;
     out->n -= quoted && ends_with(out, "\n");
-    out->n -= quoted && ends_with(out, "\r");    /* what is pasted has these */
+    out->n -= quoted && ends_with(out, "\r");    /* from pasted text         */
     clean_text(out);
     return 1;
 }
 
 /* ------------------------------------------------------------------ 14. JSON
  *
- * Requests arrive as JSON (RFC 8259), tools are described in it, and results
- * leave as it.  The reader is strict: what it takes, every other reader takes.
- * A text becomes a tree that is only read, out of a pool: one call releases a
- * whole request.  Who writes JSON adds it to a text.
- *
- * The same reader reads the Python literals in which models call tools, see
- * section 16. */
+ * Requests, tools, schemas and results are JSON (RFC 8259).  The reader is
+ * strict: it accepts only what every JSON reader accepts.  It makes a read-only
+ * tree in a pool, so that one call frees a whole request.  It also reads the
+ * Python literals in which models call tools (section 16).  JSON is written
+ * straight to a text, without a tree. */
 
 enum {
     MAX_JSON = 1 << 26,                   /* bytes of text                   */
@@ -6800,7 +6794,7 @@ static const char *const json_names[] = {
     "null", "false", "true", "a number", "a string", "an array", "an object"
 };
 
-/* n zeroed bytes, aligned for a node. */
+/* n zeroed bytes, aligned to 16. */
 static void *pool_get(struct pool *p, size_t n)
 {
     n = (n + 15) / 16 * 16;
@@ -6838,14 +6832,14 @@ static size_t utf8_put(char *out, uint32_t c)
 
 /* ---- values
  *
- * Any of these may be given NULL, for what is not there. */
+ * All of these but find_key() accept NULL, for a value that is missing. */
 
 static int json_is(const struct json *v, int type)
 {
     return v && v->type == type;
 }
 
-/* Looks at all keys: MAX_MEMBERS keeps that fast. */
+/* A linear search: MAX_MEMBERS keeps it fast. */
 static struct json *find_key(const struct json *in, const char *key, size_t n)
 {
     struct json *v = in->first;
@@ -6855,14 +6849,14 @@ static struct json *find_key(const struct json *in, const char *key, size_t n)
     return v;
 }
 
-/* NULL if there is no such key, or no object. */
+/* NULL if there is no such key, or `object` is not an object. */
 static struct json *json_get(const struct json *object, const char *key)
 {
     return json_is(object, JSON_OBJECT) ? find_key(object, key, strlen(key)) :
            NULL;
 }
 
-/* The member of this key; null is the same as nothing, but for one template. */
+/* The same, but NULL also for a member whose value is null. */
 static const struct json *given(const struct json *object, const char *key)
 {
     const struct json *v = json_get(object, key);
@@ -6870,12 +6864,13 @@ static const struct json *given(const struct json *object, const char *key)
     return json_is(v, JSON_NULL) ? NULL : v;
 }
 
+/* The bytes of a string; NULL if it contains a NUL, or is not a string. */
 static const char *json_text(const struct json *v)
 {
     return json_is(v, JSON_STRING) && strlen(v->s) == v->n ? v->s : NULL;
 }
 
-/* These return -1, and change nothing, for a value of another kind. */
+/* These return -1, and leave *out alone, if the value has another type. */
 static int json_bool(const struct json *v, int *out)
 {
     if (!json_is(v, JSON_TRUE) && !json_is(v, JSON_FALSE))
@@ -6892,7 +6887,7 @@ static int json_double(const struct json *v, double *out)
     return 0;
 }
 
-/* Written as a whole number, from `least` to `most`. */
+/* A whole number without point or exponent, from `least` to `most`. */
 static int json_int(const struct json *v, long long least, long long most,
                     long long *out)
 {
@@ -6911,18 +6906,18 @@ static int json_int(const struct json *v, long long least, long long most,
 
 /* ---- reading
  *
- * A reader works on a copy that ends with NUL, where strings are decoded in
- * place: no escape is shorter than what it stands for.  Python's literals get
- * the values of ast.literal_eval(), as far as JSON has them. */
+ * The reader works on a copy of the text that ends with NUL, and decodes
+ * strings in place: no escape is shorter than its character.  Python literals
+ * get the values of ast.literal_eval(), if JSON has such values. */
 
 struct reader {
     struct pool *pool;
-    size_t had;                           /* bytes in the pool before        */
-    const char *text;                     /* n bytes, as they came           */
+    size_t had;                           /* pool->total at the start        */
+    const char *text;                     /* the original: n bytes           */
     size_t n;
-    char *start, *at, *end;               /* of the copy                     */
+    char *start, *at, *end;               /* the copy; the next byte         */
     int depth, code;
-    enum { AS_JSON, AS_PYTHON, AS_BAD_PYTHON } as;
+    enum { AS_JSON, AS_PYTHON, AS_BAD_PYTHON } as;    /* BAD: see is_inner() */
     struct why *why;
 };
 
@@ -6933,9 +6928,8 @@ static void start_reading(struct reader *r)
     r->code = DONE;
 }
 
-/* Unless all is good: what was found, where, and what should have been there.
- * Behind the first fault there is only the end.  Returns whether there was
- * none. */
+/* Record an error unless is_good: what was found, where, and what was expected.
+ * Only the first counts; it ends the reading.  Returns 0 after one. */
 static int expect(struct reader *r, int is_good, const char *what)
 {
     const char *line = r->text, *const at = line + (r->at - r->start);
@@ -6958,7 +6952,8 @@ static int expect(struct reader *r, int is_good, const char *what)
     return 0;
 }
 
-/* The next character that is not blank, or EOF.  Python has comments, too. */
+/* Skip blanks and, in Python, comments and escaped newlines.  Returns the
+ * character after them, or EOF. */
 static int peek(struct reader *r)
 {
     for (;; r->at += strcspn(r->at, "\n")) {
@@ -6969,7 +6964,7 @@ static int peek(struct reader *r)
     }
 }
 
-/* Step over the next character if it is this one. */
+/* Skip the next character if it is this one. */
 static int took(struct reader *r, int c)
 {
     if (peek(r) != c)
@@ -6978,13 +6973,13 @@ static int took(struct reader *r, int c)
     return 1;
 }
 
-/* The digits of base 2, 8, 10 or 16, in some order. */
+/* The digits of base 2, 8, 10 or 16, as a set for strspn(). */
 static const char *digits_of(int base)
 {
     return base == 16 ? "0123456789abcdefABCDEF" : &"9876543210"[10 - base];
 }
 
-/* The number of a character, in at most n digits; returns how many. */
+/* Read a character code of at most n digits; returns how many it has. */
 static int read_code(const char *s, int n, int base, uint32_t *out)
 {
     n = smaller(n, (int)strspn(s, digits_of(base)));
@@ -6992,8 +6987,8 @@ static int read_code(const char *s, int n, int base, uint32_t *out)
     return n;
 }
 
-/* What follows a backslash.  In Python one that begins no escape stays.  What
- * lies beyond 0xffff may be a pair; half of one is no character. */
+/* Decode what follows a backslash.  In Python, one that starts no escape stays.
+ * Half of a surrogate pair is an error, and so is \N{NAME}. */
 static void read_escape(struct reader *r, char **out)
 {
     static const char name[] = "/\"\\bfnrt'av";
@@ -7028,8 +7023,8 @@ static void read_escape(struct reader *r, char **out)
         *out += utf8_put(*out, c);
 }
 
-/* How many letters are before the quote of a string, none, one or r and f; or
- * -1, and it is no string that has a value in JSON. */
+/* The length of the prefix of a Python string, such as r, u or rf, before its
+ * quote; -1 if no string starts here, or one of bytes, which JSON lacks. */
 static int prefix_length(const char *s)
 {
     const int n = (int)strspn(s, "rRuUfF");
@@ -7038,7 +7033,7 @@ static int prefix_length(const char *s)
            (n == 2 && (s[0] | 32) + (s[1] | 32) != 'r' + 'f') ? -1 : n;
 }
 
-static int is_letter(char c)
+static int in_word(char c)
 {
     return isalnum((unsigned char)c) || c == '_' || (c & 0x80);
 }
@@ -7047,14 +7042,14 @@ static int word_length(const char *s)
 {
     int n = 0;
 
-    while (is_letter(s[n]))
+    while (in_word(s[n]))
         n++;
     return n;
 }
 
-/* Models forget the backslash before a quote within a string.  Python reads no
- * word behind a string, but those that join values and those that are prefixes:
- * otherwise the quote at s is inside of one. */
+/* Models forget the backslash before a quote within a string.  Is the quote at
+ * s such a quote?  A string that has ended is followed by a word only if that
+ * is an operator or the prefix of another string. */
 static int is_inner(const char *s)
 {
     const char *const word = s + 1 + strspn(s + 1, " \t\n\f");
@@ -7066,8 +7061,8 @@ static int is_inner(const char *s)
              (word[n] == '"' || word[n] == '\''));
 }
 
-/* Up to the quote that ends it, or the three.  Inner ones have to be in pairs,
- * but for apostrophes. */
+/* Read a string in one or three quotes.  Inner quotes have to be in pairs,
+ * except apostrophes.  A raw backslash protects the character after it. */
 static void read_quoted(struct reader *r, char **out)
 {
     const int json = r->as == AS_JSON, bad = r->as == AS_BAD_PYTHON;
@@ -7092,7 +7087,7 @@ static void read_quoted(struct reader *r, char **out)
                     "a string without placeholders"))
             return;
         inner += c == quote && !is_long &&
-                 !(c == '\'' && is_letter(r->at[-1]) && is_letter(r->at[1]));
+                 !(c == '\'' && in_word(r->at[-1]) && in_word(r->at[1]));
         if (c == '\\' && !is_raw) {
             r->at++;
             read_escape(r, out);
@@ -7110,8 +7105,8 @@ static void read_quoted(struct reader *r, char **out)
         r->at += n_quotes;
 }
 
-/* The first n characters there, and digits, without Python's single underscores
- * between them.  Returns what is behind them. */
+/* Append the first n characters at s and the digits after them, without the
+ * underscores that Python allows between digits.  Returns their end. */
 static char *read_digits(struct text *t, char *s, int n, int base)
 {
     add(t, s, (size_t)n);
@@ -7125,7 +7120,7 @@ static char *read_digits(struct text *t, char *s, int n, int base)
     return s;
 }
 
-/* The fewest digits that are this number, as Python prints floats. */
+/* As Python prints floats: the fewest digits that give the same number. */
 static void add_float(struct text *t, double x)
 {
     char s[40];
@@ -7141,9 +7136,9 @@ static void add_float(struct text *t, double x)
         add_format(t, "%.*f", n > e ? n - e : 1, x);
 }
 
-/* A number as Python prints it: decimal, below all infinities and of no more
- * than 4300 digits; of other bases, what fits into 64 bits.  Behind its sign
- * Python may have parentheses. */
+/* Read a number, and store it as Python would print it.  Like Python's, floats
+ * are finite and integers have at most 4300 digits; in bases other than 10 they
+ * have 64 bits.  In Python, parentheses may follow the sign. */
 static void read_number(struct reader *r, struct json *v)
 {
     const int minus = *r->at == '-', is_signed = minus || *r->at == '+';
@@ -7160,12 +7155,13 @@ static void read_number(struct reader *r, struct json *v)
     s = read_digits(&t, s, 0, base);
     if (base == 10 && *s == '.')
         s = read_digits(&t, s, 1, base);
-    if (base == 10 && (*s | 32) == 'e' && t.s[*t.s == '.']) {
+    const int has_digits = t.n > (*t.s == '.');
+    if (base == 10 && (*s | 32) == 'e' && has_digits) {
         const int n = s[1] == '+' || s[1] == '-' ? 2 : 1;
         s = isdigit((unsigned char)s[n]) ? read_digits(&t, s, n, base) : s;
     }
     const char *const dot = strchr(t.s, '.');
-    expect(r, t.s[*t.s == '.'] && (!json ||
+    expect(r, has_digits && (!json ||
            (base == 10 && t.n == (size_t)(s - r->at) && dot != t.s &&
             (*t.s != '0' || !isdigit((unsigned char)t.s[1])) &&
             (!dot || isdigit((unsigned char)dot[1])))),
@@ -7195,8 +7191,8 @@ static void read_number(struct reader *r, struct json *v)
     free(t.s);
 }
 
-/* A name, as tools and their arguments have: words with . or - between them.
- * Empty if there is none. */
+/* Read the name of a tool or an argument: words joined by . or -.  Empty if
+ * there is none. */
 static struct piece read_name(struct reader *r)
 {
     struct piece name = { r->at, 0 };
@@ -7210,12 +7206,19 @@ static struct piece read_name(struct reader *r)
 
 static void read_value(struct reader *r, struct json *v);
 
-/* All behind a bracket, up to the one that closes it; Python may have a comma
- * before that.  Counts commas in in->n.  "key": is in an object, name= in a
- * call; the last of equal keys wins, in the place of the first, as in Python.
- * In a dict of Python, keys are strings or whole numbers: others may be equal
- * and yet not the same in JSON.  Without a value, the first one makes *in a
- * set, whose elements have one type. */
+/* Read the members of *in, and the bracket that closes it:
+ *
+ *     close   in->type
+ *       ]     JSON_ARRAY      value, ...
+ *       )     JSON_ARRAY      value, ...         a tuple or parentheses
+ *       }     JSON_OBJECT     "key": value, ...
+ *                             value, ...         a set: becomes a JSON_ARRAY
+ *       )     JSON_OBJECT     name=value, ...    the arguments of a call
+ *
+ * Python allows a comma before the bracket; in->n counts commas.  As in Python,
+ * the last of several equal keys sets the value, and the first the place.  Keys
+ * of a dict must be strings or whole numbers, and elements of a set have one
+ * type: others may be equal in Python, but not in JSON. */
 static void read_members(struct reader *r, struct json *in, int close)
 {
     const int json = r->as == AS_JSON, has_keys = in->type == JSON_OBJECT;
@@ -7275,9 +7278,8 @@ static void read_members(struct reader *r, struct json *in, int close)
     r->depth--;
 }
 
-/* In Python, strings side by side are one; with forgotten backslashes that is
- * not clear.  Words are in the order of the types; an empty set is written as a
- * call. */
+/* In Python, adjacent strings are joined, unless backslashes may be missing.
+ * Words are in the order of the JSON types; set() is an empty set. */
 static void read_value(struct reader *r, struct json *v)
 {
     const int c = peek(r), python = r->as != AS_JSON;
@@ -7287,7 +7289,7 @@ static void read_value(struct reader *r, struct json *v)
         v->type = c == '{' ? JSON_OBJECT : JSON_ARRAY;
         read_members(r, v, c == '{' ? '}' : c == '[' ? ']' : ')');
         if (c == '(' && v->n_members == 1 && v->n == 0)
-            memcpy(v, v->first, offsetof(struct json, key));   /* no tuple   */
+            memcpy(v, v->first, offsetof(struct json, key));   /* (value)    */
     } else if (c == '"' || (python && prefix_length(r->at) >= 0)) {
         char *out = r->at;
         v->type = JSON_STRING;
@@ -7312,8 +7314,8 @@ static void read_value(struct reader *r, struct json *v)
     }
 }
 
-/* The tree of a whole text; DONE or USAGE.  The brackets of an object that is
- * all of it are no level: what it has may be an array of its own elsewhere. */
+/* Parse a whole text; DONE or USAGE.  An outermost object is no level of depth:
+ * its members may be nested as deeply as texts of their own. */
 static int json_parse(struct pool *pool, const char *text, size_t n,
                       struct json **out, struct why *why)
 {
@@ -7337,7 +7339,7 @@ static int json_parse(struct pool *pool, const char *text, size_t n,
 
 /* ---- writing, exactly as Python's json.dumps(x, ensure_ascii=False) */
 
-/* What Python's str.strip() takes away. */
+/* Is it whitespace for Python's str.strip()? */
 static int is_blank(uint32_t c)
 {
     return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 ||
@@ -7346,9 +7348,9 @@ static int is_blank(uint32_t c)
            c == 0x3000;
 }
 
-/* A string of JSON, or as Python's repr() has it but for some characters
- * without a picture; quote 0: that of repr().  Each byte that is no UTF-8
- * becomes a replacement character. */
+/* A string as in JSON, or as Python's repr() writes it, except for some of its
+ * non-printable characters.  Quote 0 is the one that repr() chooses.  A byte
+ * that is not UTF-8 becomes a replacement character. */
 static void add_in_quotes(struct text *t, const char *s, size_t n, char quote,
                           int python)
 {
@@ -7373,11 +7375,6 @@ static void add_in_quotes(struct text *t, const char *s, size_t n, char quote,
             add(t, size ? s : "\xef\xbf\xbd", size ? (size_t)size : 3);
     }
     add(t, &quote, 1);
-}
-
-static void add_json_string(struct text *t, const char *s, size_t n)
-{
-    add_in_quotes(t, s, n, '"', 0);
 }
 
 static void add_tree(struct text *t, const struct json *v, int python)
@@ -7409,19 +7406,17 @@ static void add_json(struct text *t, const struct json *v)
     add_tree(t, v, 0);
 }
 
-/* ---- writing objects and arrays, member by member
- *
- * Those of arrays have no key. */
+/* ---- writing objects and arrays, member by member */
 
-/* Members by a format, in which keys are bare words:
+/* Append members by a format, in which keys are bare words:
  *
  *     add_members(to, "name: %s, sizes: {width: %d, bytes: %llu}", ...);
  *
- * It may end within an object, for the next call to go on, and commas between
- * members come by themselves.  %s is a string and %.*s some bytes, or null if
- * they are not there; %d, %zu, %llu, %g and %f are numbers (null for one that
- * is none), %016llx a hash, and %i true or false. */
-#ifdef __clang__                          /* gcc would warn of every NULL    */
+ * A bracket may stay open for later calls, and missing commas are inserted.  %s
+ * is a string and %.*s a number of bytes, or null for NULL; %d, %zu, %llu, %g
+ * and %f are numbers (null if not finite), %016llx is a hash, and %i is true or
+ * false. */
+#ifdef __clang__                          /* gcc would warn of each NULL     */
 __attribute__((format(printf, 2, 3)))
 #endif
 static void add_members(struct text *to, const char *format, ...)
@@ -7435,7 +7430,7 @@ static void add_members(struct text *to, const char *format, ...)
             !strchr("{[ ", to->s[to->n - 1]))
             add_string(to, ", ");
         if (n > 0) {
-            add_json_string(to, s, n);
+            add_in_quotes(to, s, n, '"', 0);
             s += n - 1;
         } else if (*s == ':')
             add_string(to, ": ");
@@ -7448,8 +7443,8 @@ static void add_members(struct text *to, const char *format, ...)
                 const int n_bytes = *how == '.' ? va_arg(args, int) : -1;
                 const char *text = va_arg(args, const char *);
                 if (text)
-                    add_json_string(to, text, n_bytes < 0 ? strlen(text) :
-                                    (size_t)n_bytes);
+                    add_in_quotes(to, text, n_bytes < 0 ? strlen(text) :
+                                  (size_t)n_bytes, '"', 0);
                 else
                     add_string(to, "null");
             } else if (*s == 'd')
@@ -7473,13 +7468,12 @@ static void add_members(struct text *to, const char *format, ...)
 
 /* -------------------------------------------------------- 15. Chat templates
  *
- * The models of the family were trained on six ways to write down the same
- * conversation.  Their files carry them as Jinja programs; here they are one
- * function and a table of what tells them apart.  The result is text together
- * with the places in it that are control tokens because the template put them
- * there: what a user writes is never more than text. */
+ * The models of the family were trained on six formats of conversations.  Their
+ * files contain these as Jinja programs; here they are one function and a table
+ * of the differences.  The result is text, and a list of the control tokens
+ * that the template put into it: what a user writes is never more than text. */
 
-/* The word of --template. */
+/* The word for it in --template. */
 static const char *template_name(int template)
 {
     static struct phrase name[TEMPLATE_NONE + 1];
@@ -7489,12 +7483,12 @@ static const char *template_name(int template)
 }
 
 static const struct dialect {
-    int marked;                           /* tools and results in markers    */
-    int dated;                            /* tools as one list, with a date  */
+    int marked;                           /* tokens around tools and results */
+    int dated;                            /* the date before the tools       */
     enum { ALL, SINCE_ANSWER, SINCE_QUESTION } thoughts;  /* that are kept   */
-    enum { NO_CALLS, CALLS_FIRST, CALLS_LAST } calls;     /* and the content */
-    const char *quote;                    /* of an argument; NULL: as JSON   */
-    int always_thinks;                    /* and escapes what it quotes      */
+    enum { NO_CALLS, CALLS_FIRST, CALLS_LAST } calls;     /* in a message    */
+    const char *quote;                    /* of arguments; NULL: as in JSON  */
+    int always_thinks;                    /* and escapes arguments           */
 } dialects[] = {
     [TEMPLATE_LFM2]     = { 1, 0, ALL, NO_CALLS, NULL, 0 },
     [TEMPLATE_INSTRUCT] = { 0, 0, SINCE_ANSWER, NO_CALLS, NULL, 0 },
@@ -7504,13 +7498,14 @@ static const struct dialect {
     [TEMPLATE_26B]      = { 0, 0, SINCE_QUESTION, CALLS_LAST, "'", 1 }
 };
 
-/* Does the prompt depend on the day? */
+/* Does a prompt with tools contain the date? */
 static int template_is_dated(int template)
 {
     return template != TEMPLATE_NONE && dialects[template].dated;
 }
 
-/* The control tokens.  Answers have them in their content, too: only some. */
+/* The control tokens.  Those IN_ANSWERS also count in the content of answers,
+ * because clients send back what the model wrote. */
 static const char *const control[] = {
     CALL_START, CALL_END, THINK, THINK_END, BOS, TURN_START, TURN_END,
     "<|tool_list_start|>", "<|tool_list_end|>", "<|tool_response_start|>",
@@ -7519,16 +7514,16 @@ static const char *const control[] = {
 
 enum { IN_ANSWERS = 4, N_CONTROL = sizeof control / sizeof *control };
 
-/* A conversation is judged while it is written down; what is written after a
- * fault does not count. */
+/* A conversation is checked while it is written; after a fault the output is
+ * useless. */
 struct rendering {
     const struct conversation *conv;
     const struct dialect *as;
     struct rendered *out;
     struct why *why;
     int code;
-    struct phrase where;                  /* the message or tool it is at    */
-    struct text parts;                    /* the content of one message      */
+    struct phrase where;                  /* the current message or tool     */
+    struct text content;                  /* of the current message          */
     struct pool pool;
 };
 
@@ -7546,41 +7541,41 @@ static int begins(const char *s, const char *end, const char *word)
     return (size_t)(end - s) >= n && memcmp(s, word, n) == 0;
 }
 
-/* Where `word` first is from s to `end`, or NULL. */
+/* The first `word` between s and `end`, or NULL. */
 static const char *find(const char *s, const char *end, const char *word)
 {
     return memmem(s, (size_t)(end - s), word, strlen(word));
 }
 
-/* ---- what is good */
+/* ---- checks */
 
-static const char *kind(const struct json *v)
+static const char *type_name(const struct json *v)
 {
-    return v ? json_names[v->type] : "nothing";
+    return v ? json_names[v->type] : "missing";
 }
 
-/* What is wrong there; the first fault counts. */
-static void fault(struct rendering *r, const char *what)
+/* Report what is wrong at r->where; only the first fault counts. */
+static void set_fault(struct rendering *r, const char *what)
 {
     if (r->code == DONE)
         r->code = because(r->why, USAGE, "%s%s", r->where.s, what);
 }
 
-/* Is `what` of this type?  A string has to be text without NUL characters, too.
- */
+#define fault(r, ...) set_fault(r, phrase(__VA_ARGS__).s)
+
+/* Does v, called `what`, have this type?  A string must not contain NUL. */
 static int check(struct rendering *r, const struct json *v, int type,
                  const char *what)
 {
     if (!json_is(v, type))
-        fault(r, phrase("%s is %s, expected %s", what, kind(v),
-                        json_names[type]).s);
+        fault(r, "%s is %s, expected %s", what, type_name(v), json_names[type]);
     else if (type == JSON_STRING && !json_text(v))
-        fault(r, phrase("%s has a NUL character after %zu bytes, expected "
-                        "text", what, strlen(v->s)).s);
+        fault(r, "%s has a NUL character after %zu bytes, expected text", what,
+              strlen(v->s));
     return r->code == DONE;
 }
 
-/* The function of a tool or call, which may be wrapped or not. */
+/* The function in a tool or call: the member "function", or all of it. */
 static const struct json *function_of(const struct json *call)
 {
     const struct json *function = json_get(call, "function");
@@ -7588,8 +7583,8 @@ static const struct json *function_of(const struct json *call)
     return json_is(function, JSON_OBJECT) ? function : call;
 }
 
-/* Arguments as an object, though OpenAI's clients send them as a string with
- * JSON; NULL if they are neither. */
+/* Arguments as an object; OpenAI's clients send it as a string of JSON.  NULL
+ * if v is neither. */
 static const struct json *arguments_of(struct pool *pool, const struct json *v)
 {
     static const struct json none = { .type = JSON_OBJECT };
@@ -7604,7 +7599,7 @@ static const struct json *arguments_of(struct pool *pool, const struct json *v)
     return v->type == JSON_OBJECT ? v : NULL;
 }
 
-/* Messages of a "developer" are those of the system under a newer name. */
+/* A known role, or NULL.  "developer" is a newer name of "system". */
 static const char *role_of(const struct json *message)
 {
     const char *role = json_text(json_get(message, "role"));
@@ -7624,7 +7619,7 @@ static int has_role(const struct json *message, const char *role)
 
 /* ---- the parts of a conversation */
 
-/* Add text in which the first n of the control tokens count as such. */
+/* Append text in which the first n control tokens are recognised. */
 static void put_marked(struct rendering *r, const char *s, const char *end,
                        int n)
 {
@@ -7644,7 +7639,7 @@ static void put_marked(struct rendering *r, const char *s, const char *end,
     }
 }
 
-/* What the template writes.  What comes in for %s is text and no more. */
+/* Append what the template itself writes.  The value of a %s is only text. */
 static void put_down(struct rendering *r, const char *s, ...)
 {
     const char *end;
@@ -7682,8 +7677,8 @@ static void put_tools(struct rendering *r)
     put_down(r, r->as->marked ? "]<|tool_list_end|>" : "]");
 }
 
-/* The value of an argument is Python's, but for strings, dicts and, with one
- * template, lists. */
+/* Arguments are written as in Python, except dicts, which are JSON; strings and
+ * lists depend on the template. */
 static void put_call(struct rendering *r, const struct json *call, int k)
 {
     static const char value[] = "\\'\n\r", name_of[] = "\\'nr";
@@ -7695,10 +7690,10 @@ static void put_call(struct rendering *r, const struct json *call, int k)
     struct text *to = &r->out->text;
 
     if (!name)
-        fault(r, phrase(".tool_calls[%d] has no function with a name", k).s);
+        fault(r, ".tool_calls[%d] has no function with a name", k);
     if (!args)
-        fault(r, phrase(".tool_calls[%d].function.arguments is %s, expected an "
-                        "object or a string with one", k, kind(given_args)).s);
+        fault(r, ".tool_calls[%d].function.arguments is %s, expected an object "
+              "or a string with one", k, type_name(given_args));
     if (r->code != DONE)
         return;
     put_down(r, k > 0 ? ", %s(" : "%s(", name);
@@ -7723,7 +7718,7 @@ static void put_call(struct rendering *r, const struct json *call, int k)
     put_down(r, ")");
 }
 
-/* Those that the template has no place for are judged, but not kept. */
+/* Calls are checked even if the template does not write them. */
 static void put_calls(struct rendering *r, const struct json *calls)
 {
     const struct json *call = calls->first;
@@ -7741,41 +7736,56 @@ static void put_calls(struct rendering *r, const struct json *calls)
     }
 }
 
-/* The text of a message, its parts joined. */
+/* The content of a message; several parts are joined. */
 static const char *content_of(struct rendering *r, const struct json *message)
 {
     const struct json *content = given(message, "content");
     const int is_list = json_is(content, JSON_ARRAY);
     const struct json *part = is_list ? content->first : NULL;
 
-    r->parts.n = 0;
-    add_string(&r->parts, "");
+    r->content.n = 0;
+    add_string(&r->content, "");
     if (content && !is_list && check(r, content, JSON_STRING, ".content"))
-        add(&r->parts, content->s, content->n);
+        add(&r->content, content->s, content->n);
     for (int k = 0; part; part = part->next, k++) {
         const struct json *text = json_get(part, "text");
         const char *type = json_text(json_get(part, "type"));
         if (!type || strcmp(type, "text") != 0)
-            fault(r, phrase(".content[%d] is no part of type \"text\", and "
-                            "this program reads text only", k).s);
+            fault(r, ".content[%d] is not of type \"text\", the only one that "
+                  "is supported", k);
         else if (check(r, text, JSON_STRING, phrase(".content[%d].text", k).s))
-            add(&r->parts, text->s, text->n);
+            add(&r->content, text->s, text->n);
     }
-    return r->parts.s;
+    return r->content.s;
 }
 
-/* A `recent` answer keeps what was thought before it, others only what is
- * behind the last </think>.  Some templates write down an empty list of calls.
- * Clients hand calls and thoughts back with their markers in the content. */
+/* As Python's str.strip(). */
+static struct piece strip(const char *s, const char *end)
+{
+    struct piece out = { s, 0 };
+    uint32_t c;
+
+    for (int n; s < end; s += n) {
+        n = utf8_get(s, end, &c);
+        n += n == 0;
+        if (is_blank(c))
+            continue;
+        out.s = out.n ? out.s : s;
+        out.n = (size_t)(s + n - out.s);
+    }
+    return out;
+}
+
+/* A `recent` answer keeps its thoughts; others lose all up to the last
+ * </think>.  Some templates write an empty list of calls, too. */
 static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
     static const char *const keys[] = { ".thinking", ".reasoning",
                                         ".reasoning_content" };
     const struct json *thinking = NULL, *calls = given(m, "tool_calls");
     const int writes_none = r->as->quote && !r->as->always_thinks;
-    const char *s = content_of(r, m), *const end = s + r->parts.n, *p = s;
-    struct piece text = { s, r->parts.n };
-    uint32_t c;
+    const char *s = content_of(r, m), *const end = s + r->content.n;
+    struct piece text = { s, r->content.n };
 
     for (int i = 0; i < 3 && !thinking; i++) {
         const struct json *v = given(m, keys[i] + 1);
@@ -7783,16 +7793,9 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
             (v->n > 0 || !r->as->always_thinks))
             thinking = v;
     }
-    while (!recent && (p = find(p, end, THINK_END)))
-        s = p += strlen(THINK_END);
-    if (s > r->parts.s)                   /* then as str.strip() does        */
-        text = (struct piece){ end, 0 };
-    for (int n; s > r->parts.s && s < end; s += n ? n : 1) {
-        n = utf8_get(s, end, &c);
-        if (is_blank(c))
-            continue;
-        text.s = text.s < end ? text.s : s;
-        text.n = (size_t)(s - text.s) + (size_t)(n ? n : 1);
+    while (!recent && (s = find(s, end, THINK_END))) {
+        s += strlen(THINK_END);
+        text = strip(s, end);
     }
     if (!calls && !thinking && !given(m, "content"))
         fault(r, " has no content, expected a string or tool_calls");
@@ -7808,8 +7811,8 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
         put_calls(r, calls);
 }
 
-/* Who says it, and what?  A system that begins has been heard.  The template of
- * VL forgets the end of a message without content. */
+/* A system message at the beginning was written before.  The VL template omits
+ * the end of a message without content. */
 static void put_message(struct rendering *r, const struct json *m, int recent)
 {
     const char *const role = role_of(m);
@@ -7819,12 +7822,11 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
     if (!check(r, m, JSON_OBJECT, ""))
         return;
     if (!role)
-        fault(r, phrase(".role is %s, expected \"system\", \"user\", "
-                        "\"assistant\" or \"tool\"", json_is(is, JSON_STRING) ?
-                        "another string" : kind(is)).s);
+        fault(r, ".role is %s, expected \"system\", \"user\", \"assistant\" or "
+              "\"tool\"", json_is(is, JSON_STRING) ? "another string" :
+              type_name(is));
     else if (r->conv->continue_last && !m->next && !answers)
-        fault(r, phrase(" is of role %s, expected \"assistant\" to continue "
-                        "it", role).s);
+        fault(r, " is of role %s, expected \"assistant\" to continue it", role);
     else if (!given(m, "content") && !answers)
         check(r, json_get(m, "content"), JSON_STRING, ".content");
     if (r->code != DONE || (m == r->conv->messages->first &&
@@ -7842,14 +7844,15 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
         put_down(r, TURN_END "\n");
 }
 
-/* The last answer keeps its thoughts, or those after the last question do. */
+/* `recent` is the first message that keeps its thoughts: the last answer, or
+ * the last question, depending on the template. */
 static void put_conversation(struct rendering *r)
 {
     const struct json *const first = r->conv->messages->first;
-    const struct json *recent = NULL;
-    const char *text = "";
     const int tools = r->conv->tools && r->conv->tools->first,
               question = r->as->thoughts == SINCE_QUESTION;
+    const struct json *recent = question ? first : NULL;
+    const char *text = "";
     int is_recent = r->as->thoughts == ALL || r->conv->keep_thinking, i = 0;
 
     put_down(r, BOS);
@@ -7865,8 +7868,7 @@ static void put_conversation(struct rendering *r)
         put_down(r, TURN_END "\n");
     }
     for (const struct json *m = first; m; m = m->next)
-        if (has_role(m, question ? "user" : "assistant") ||
-            (question && !recent))
+        if (has_role(m, question ? "user" : "assistant"))
             recent = m;
     for (const struct json *m = first; m; m = m->next) {
         is_recent |= m == recent;
@@ -7880,7 +7882,7 @@ static void put_conversation(struct rendering *r)
         put_down(r, THINK);
 }
 
-/* A conversation as the template writes it; DONE or USAGE.  The caller releases
+/* Write a conversation as the template does; DONE or USAGE.  The caller frees
  * *out in any case. */
 static int render(const struct conversation *conv, int template,
                   struct rendered *out, struct why *why)
@@ -7894,19 +7896,19 @@ static int render(const struct conversation *conv, int template,
                        "prompt and no messages");
     r.as = &dialects[template];
     if (!json_is(m, JSON_ARRAY) || !m->first)
-        fault(&r, phrase("messages is %s, expected an array of messages",
-                         json_is(m, JSON_ARRAY) ? "empty" : kind(m)).s);
+        fault(&r, "messages is %s, expected an array of messages",
+              json_is(m, JSON_ARRAY) ? "empty" : type_name(m));
     else if (!tools || tools->type == JSON_NULL ||
              check(&r, tools, JSON_ARRAY, "tools"))
         put_conversation(&r);
-    free(r.parts.s);
+    free(r.content.s);
     pool_free(&r.pool);
     return r.code;
 }
 
-/* ---- its tokens */
+/* ---- from text to tokens */
 
-/* Add the tokens of a text, for which there is room. */
+/* Append the tokens of a text; to->id[] has room for them. */
 static void encode(const lfm2_tokenizer *words, const char *s, size_t n,
                    int flags, struct ids *to)
 {
@@ -7918,9 +7920,9 @@ static void encode(const lfm2_tokenizer *words, const char *s, size_t n,
     to->n += more;
 }
 
-/* What lies between two marks is one piece of text, and so is a mark without a
- * token, but for BOS.  With `special`, control tokens written in it count, too.
- */
+/* The text between two marks is encoded as one piece.  A mark that has no token
+ * is part of the text, except BOS, which is dropped.  With `special`, control
+ * tokens are recognised in the text, too. */
 static int encode_rendered(const lfm2_tokenizer *words,
                            const struct rendered *r, int special,
                            struct ids *out, struct why *why)
@@ -7949,9 +7951,9 @@ static int encode_rendered(const lfm2_tokenizer *words,
     return DONE;
 }
 
-/* ---- which one a model wants */
+/* ---- the template of a model */
 
-/* The date as the templates that ask for it see it: of the local clock. */
+/* The date in local time, for templates that state it. */
 static void today(char date[11])
 {
     const time_t now = time(NULL);
@@ -7961,7 +7963,7 @@ static void today(char date[11])
         memcpy(date, "1970-01-01", 11);
 }
 
-/* Lines may end in CR LF, and what is blank at the end does not matter. */
+/* The same for LF and CR LF, and for any blanks at the end. */
 static uint64_t template_hash(const char *s, size_t n)
 {
     uint64_t h = HASH_START;
@@ -7974,8 +7976,8 @@ static uint64_t template_hash(const char *s, size_t n)
     return h;
 }
 
-/* How it was found: the one in the file is one of those that this program was
- * tested with, or has a word that only one of them has, or neither. */
+/* BY_HASH: the template in the file is a published one.  BY_WORDS: it is not,
+ * but has a word that only one of those has.  BY_MODEL: neither. */
 struct found_template {
     int template;
     enum { NO_TEMPLATE, BY_HASH, BY_WORDS, BY_MODEL } how;
@@ -7983,12 +7985,11 @@ struct found_template {
     uint64_t hash;
 };
 
-/* `words` may be NULL.  A template under a name is for another purpose than
- * conversation, and never taken for it. */
+/* `words` may be NULL.  Named templates are ignored: they are not for chats. */
 static struct found_template find_template(const lfm2_model *model,
                                            const lfm2_tokenizer *words)
 {
-    /* Of the published ones the hash, and a word that an edited one keeps. */
+    /* Published templates; an edited one is known by the first word in it. */
     static const struct { uint64_t hash; int template; const char *word; }
     known[] = {
         { 0x64c90fcede246b34u, TEMPLATE_LFM2, "<|tool_list_start|>" },
@@ -8009,7 +8010,7 @@ static struct found_template find_template(const lfm2_model *model,
         return f;
     f.hash = template_hash(s, n);
     for (f.how = BY_HASH; f.how <= BY_WORDS; f.how++)
-        for (int i = 0; i < 7; i++) {
+        for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
             f.template = known[i].template;
             f.word = f.how == BY_WORDS ? known[i].word : NULL;
             if (f.word ? find(s, s + n, f.word) != NULL :
@@ -8027,17 +8028,16 @@ static struct found_template find_template(const lfm2_model *model,
     return f;
 }
 
-/* The template of a model, and a sentence about how it was found.  *known is 0
- * if the one in the file is unknown. */
+/* The template of a model, and a sentence about how it was chosen.  *known is 0
+ * if the file has an unknown one. */
 static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
                            int *known, struct why *evidence)
 {
     static const char *const how[] = {
         [BY_HASH] = "the one in the file",
-        [BY_WORDS] = "the one in the file is unknown, but has words of this "
-                     "one",
-        [BY_MODEL] = "by name and vocabulary of the model, as the one in the "
-                     "file is unknown"
+        [BY_WORDS] = "the one in the file is unknown, but looks like this one",
+        [BY_MODEL] = "chosen by the model's name and vocabulary, because the "
+                     "one in the file is unknown"
     };
     const struct found_template f = find_template(model, words);
     struct phrase named = { "" };
@@ -8052,9 +8052,9 @@ static int choose_template(const lfm2_model *model, const lfm2_tokenizer *words,
     for (int i = 0; !named.s[0] && (key = lfm2_model_key(model, i, value,
                                                          sizeof value)); i++)
         if (begins(key, key + strlen(key), "tokenizer.chat_template."))
-            named = phrase(" but %s, which is not for this", key);
+            named = phrase(" except %s, which serves another purpose", key);
     return because(evidence, f.template, "the file has no chat template%s, so "
-                   "text is continued as it is", named.s);
+                   "the prompt is continued as plain text", named.s);
 }
 
 /* ------------------------------------------------------------ 16. Tool calls

@@ -90,7 +90,7 @@ refuses 2 "longer than any context" -d 16777216
 refuses 2 "-c means nothing with --bench" -c 100
 refuses 2 "PROMPT means nothing" hello
 refuses 2 "-f means nothing" -f Makefile
-refuses 2 "does something else" --inspect
+refuses 2 "cannot be combined" --inspect
 "$run" -d 8 $m hello >"$dir/out" 2>"$dir/err"
 [ $? -eq 2 ] && grep -q -- "-d means nothing" "$dir/err"
 result $? "its options are not for others"

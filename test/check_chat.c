@@ -318,7 +318,7 @@ START_TEST(strings_are_written_as_utf8_whatever_they_are)
 
     for (int i = 0; i < COUNT(row); i++) {
         struct text t = { 0 };
-        add_json_string(&t, row[i].bytes, row[i].n);
+        add_in_quotes(&t, row[i].bytes, row[i].n, '"', 0);
         ck_assert_str_eq(t.s, row[i].json);
         free(t.s);
     }
@@ -328,7 +328,7 @@ START_TEST(strings_are_written_as_utf8_whatever_they_are)
         for (int k = 0; k < 12; k++)
             s[k] = (char)(random_u32(&rng) % 3 ? 0x80 | random_u32(&rng)
                                                : random_u32(&rng));
-        add_json_string(&t, s, sizeof s);
+        add_in_quotes(&t, s, sizeof s, '"', 0);
         EXPECT_MSG(parse_text(t.s, t.n, &why), "%s: %s", t.s, why.s);
         free(t.s);
     }
@@ -476,16 +476,16 @@ END_TEST
 
 /* What is wrong, and a part of the sentence about it. */
 static const struct { const char *json, *why; } refused[] = {
-    { "{}", "messages is nothing, expected an array of messages" },
+    { "{}", "messages is missing, expected an array of messages" },
     { CHAT(""), "messages is empty, expected an array" },
     { "{\"messages\":\"Hi\"}", "messages is a string, expected an array" },
     { CHAT("1"), "messages[0] is a number, expected an object" },
-    { CHAT("{}"), "messages[0].role is nothing, expected \"system\"" },
+    { CHAT("{}"), "messages[0].role is missing, expected \"system\"" },
     { CHAT(USER("\"a\"") "," M("bot", "\"content\":\"a\"")),
       "messages[1].role is another string, expected" },
     { CHAT("{\"role\":7}"), "messages[0].role is a number" },
     { CHAT("{\"role\":\"user\\u0000\"}"), "messages[0].role is another" },
-    { CHAT(M("user", "\"x\":1")), "messages[0].content is nothing, expected" },
+    { CHAT(M("user", "\"x\":1")), "messages[0].content is missing, expected" },
     { CHAT(USER("null")), "messages[0].content is null, expected a string" },
     { CHAT(M("assistant", "\"content\":null,\"tool_calls\":null")),
       "messages[0] has no content, expected a string or tool_calls" },
@@ -493,12 +493,12 @@ static const struct { const char *json, *why; } refused[] = {
     { CHAT(USER("{}")), "messages[0].content is an object" },
     { CHAT(USER("\"a\\u0000b\"")), "messages[0].content has a NUL character "
       "after 1 bytes" },
-    { CHAT(USER("[\"a\"]")), "messages[0].content[0] is no part of type" },
+    { CHAT(USER("[\"a\"]")), "messages[0].content[0] is not of type" },
     { CHAT(USER("[{\"type\":\"text\",\"text\":\"a\"},"
                 "{\"type\":\"image_url\"}]")),
-      "messages[0].content[1] is no part of type \"text\"" },
+      "messages[0].content[1] is not of type \"text\"" },
     { CHAT(USER("[{\"type\":\"text\"}]")),
-      "messages[0].content[0].text is nothing, expected a string" },
+      "messages[0].content[0].text is missing, expected a string" },
     { CHAT(USER("[{\"type\":\"text\",\"text\":\"\\u0000\"}]")),
       "content[0].text has a NUL" },
     { CHAT(M("assistant", "\"thinking\":[]")),
@@ -820,9 +820,9 @@ START_TEST(a_template_for_something_else_is_none)
                                "List of tools: [", "x", &known, &why),
                      TEMPLATE_NONE);
     ck_assert_int_eq(known, 1);
-    ck_assert_str_eq(why.s, "the file has no chat template but "
-                     "tokenizer.chat_template.systemone, which is not for "
-                     "this, so text is continued as it is");
+    ck_assert_str_eq(why.s, "the file has no chat template except "
+                     "tokenizer.chat_template.systemone, which serves another "
+                     "purpose, so the prompt is continued as plain text");
 }
 END_TEST
 

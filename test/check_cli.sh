@@ -339,6 +339,7 @@ refuses 2 "--logprobs needs --json" $m hello --logprobs 1
 refuses 2 "from 0 to 20" $m hello --json --logprobs 21
 refuses 2 "--json means nothing with -cnv" $m --json -cnv
 refuses 2 "expected a day" $m hello --date 2026-13-01
+refuses 2 "expected a day" $m hello --date -026-01-01
 refuses 2 "expected auto|show" $m hello --think maybe
 refuses 2 "expected auto|lfm2" $m hello --template chatml
 refuses 2 "--logits" $m hello --dump-prompt --logits -

@@ -130,7 +130,7 @@ no_model "safetensors" '\100\0\0\0\0\0\0\0{"__metadata__":{}}'
 no_model "--messages" '{"messages": []}'
 no_model "expected \"GGUF\"" 'anything else, of some length'
 refuses 4 "a vocabulary without a model" tokenizer.bin hello
-refuses 4 "--session names it" "$dir/real" hello
+refuses 4 "pass it with --session" "$dir/real" hello
 
 cat >"$dir/nommap.c" <<'END'
 #define _GNU_SOURCE

@@ -68,7 +68,7 @@ refuses 2 "schema: \"pattern\" at properties.n is not known here" "$m" hello \
 echo '{' >"$dir/schema"
 refuses 2 "schema: line 1, column 2" "$m" hello --json-schema "$dir/schema"
 refuses 3 "no such schema" "$m" hello --json-schema "no such schema"
-refuses 2 "--json-schema FILE gives" "$m" hello --grammar x
+refuses 2 "--json-schema FILE makes" "$m" hello --grammar x
 
 # ---------------------------------------------------------------------- bodies
 

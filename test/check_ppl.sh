@@ -32,7 +32,7 @@ cp "$dir/out" "$dir/json"
 refuses 2 "at least 1600, two windows" -c 800
 refuses 2 "at least 3 tokens" -c 2
 refuses 2 "PROMPT means nothing with --ppl" hello
-refuses 2 "does something else than the options before" --tokenize
+refuses 2 "cannot be combined with the options before" --tokenize
 always=$m
 expect 3 "a text that is not there" --ppl "$dir/none"
 

@@ -128,7 +128,7 @@ expect 3 "a directory" --session "$s" $m hello
 says "a directory"
 rmdir "$s"
 expect 3 "a directory that is not there" -n 1 --session "$dir/no/s" $m hello
-says "cannot be kept"
+says "cannot be written"
 holds "which is told before the answer" [ ! -s "$dir/out" ]
 for bad in "--ids test/tiny.ids" "--logits -"; do
     # shellcheck disable=SC2086
