@@ -3898,9 +3898,9 @@ int lfm2_isa_available(int isa)
  * A file is hostile until checked.  All of its bytes pass through one cursor,
  * which compares every length with what remains before it moves. */
 
-/* One sentence in err, if there is one; returns code.  Names come from files,
- * and a terminal must not obey them: control characters, also the two-byte ones
- * of C1, become '?'. */
+/* Put code and one sentence in err, unless it is NULL; returns code.  A name in
+ * a hostile file could send commands to the terminal: control characters, also
+ * the two-byte ones of C1, become '?'. */
 static int fail(lfm2_error *err, int code, const char *fmt, ...)
 {
     va_list args;
@@ -3919,7 +3919,7 @@ static int fail(lfm2_error *err, int code, const char *fmt, ...)
     return code;
 }
 
-/* Pass an error on to the caller. */
+/* If the call fails, return its error. */
 #define TRY(call)               \
     do {                        \
         int code_ = (call);     \
@@ -3927,7 +3927,7 @@ static int fail(lfm2_error *err, int code, const char *fmt, ...)
             return code_;       \
     } while (0)
 
-/* For "%llu". */
+/* n as "%llu" wants it. */
 static unsigned long long ull(uint64_t n)
 {
     return n;
@@ -3935,18 +3935,18 @@ static unsigned long long ull(uint64_t n)
 
 struct cursor {
     const uint8_t *at, *end;
-    int cut;                              /* more was taken than there was   */
+    int overrun;                          /* a read went past the end        */
 };
 
 struct str { const char *s; size_t n; };
 
-/* The next n bytes.  If fewer remain: NULL, now and from here on. */
+/* The next n bytes.  If fewer remain, NULL, now and for every later read. */
 static const uint8_t *take(struct cursor *c, uint64_t n)
 {
     const uint8_t *p = c->at;
 
-    c->cut |= n > (uint64_t)(c->end - p);
-    if (c->cut)
+    c->overrun |= n > (uint64_t)(c->end - p);
+    if (c->overrun)
         return NULL;
     c->at += n;
     return p;
@@ -3961,8 +3961,8 @@ static uint64_t load_int(const uint8_t *p, int n_bytes)
     return v;
 }
 
-/* Numbers and strings (length as u64, then bytes) are 0 and empty if they are
- * not there; c->cut tells. */
+/* Read a number, or a string (a u64 length, then its bytes): 0 and "" after an
+ * overrun. */
 static uint64_t take_int(struct cursor *c, int n_bytes)
 {
     const uint8_t *p = take(c, (uint64_t)n_bytes);
@@ -3982,7 +3982,7 @@ static int str_is(struct str s, const char *text)
     return s.n == strlen(text) && memcmp(s.s, text, s.n) == 0;
 }
 
-/* Text of a file, fit for a message: its first bytes, '?' for strange ones. */
+/* The start of a text, for a message: '?' for what is not printable ASCII. */
 struct printable { char s[52]; };
 
 static struct printable show(struct str text)
@@ -3996,13 +3996,13 @@ static struct printable show(struct str text)
     return out;
 }
 
-/* A file in memory: mapped, read into a buffer of its own, or the caller's. */
+/* A file in memory: mapped, read into a buffer, or BORROWED from the caller. */
 enum { BORROWED = -1 };
 
 struct file {
     const uint8_t *data;
     size_t size;
-    int how;                              /* LFM2_LOAD_MAP, _READ, BORROWED  */
+    int load;                             /* LFM2_LOAD_MAP, _READ, BORROWED  */
 };
 
 static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
@@ -4015,13 +4015,13 @@ static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
                     S_ISDIR(st.st_mode) ? "a directory" : "a device or pipe");
 #endif
     const long size = fseek(s, 0, SEEK_END) == 0 ? ftell(s) : -1;
-    if (size < 1 || size == LONG_MAX)     /* as directories have             */
+    if (size < 1 || size == LONG_MAX)     /* LONG_MAX: a directory           */
         return fail(err, size == 0 ? LFM2_EFORMAT : LFM2_EIO, "%s: %ld bytes, "
                     "expected a GGUF file of 1 to %ld", path, size,
                     LONG_MAX - 1);
     f->size = (size_t)size;
 #ifndef LFM2_NO_MMAP
-    if (f->how == LFM2_LOAD_MAP) {
+    if (f->load == LFM2_LOAD_MAP) {
         void *map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fileno(s), 0);
         f->data = map;
         return map != MAP_FAILED ? LFM2_OK :
@@ -4034,10 +4034,10 @@ static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
     if (!buf)
         return fail(err, LFM2_ENOMEM, "%s: no memory for its %zu bytes", path,
                     f->size);
-    f->how = LFM2_LOAD_READ;
+    f->load = LFM2_LOAD_READ;
     f->data = buf;
     rewind(s);
-    do {                                  /* macOS, FreeBSD: 2 GiB at most   */
+    do {                                  /* macOS reads 2 GiB at most       */
         const size_t most = (size_t)1 << 30;
         clearerr(s);
         n = fread(buf + done, 1, left < most ? left : most, s);
@@ -4047,7 +4047,7 @@ static int file_load(struct file *f, FILE *s, const char *path, lfm2_error *err)
     if (left == 0)
         return LFM2_OK;
     fail(err, LFM2_EIO, "%s: %s after %zu of %zu bytes", path,
-         ferror(s) ? strerror(errno) : "it ends", done, f->size);
+         ferror(s) ? strerror(errno) : "the file ends", done, f->size);
     free(buf);
     return LFM2_EIO;
 }
@@ -4058,13 +4058,13 @@ static int file_open(struct file *f, const char *path, int load,
     FILE *s;
     int code;
 
-    *f = (struct file){ .how = load };
+    *f = (struct file){ .load = load };
     if (!path || (load != LFM2_LOAD_MAP && load != LFM2_LOAD_READ))
-        return fail(err, LFM2_EARG, "%s, loaded in way %d, expected a path and "
+        return fail(err, LFM2_EARG, "%s, load mode %d, expected a path and "
                     "LFM2_LOAD_MAP or _READ", path ? path : "no path", load);
 #ifdef LFM2_NO_MMAP
     s = fopen(path, "rb");
-#else                                     /* fopen() would wait at a pipe    */
+#else                                     /* fopen() would block on a pipe   */
     const int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
     s = fd < 0 ? NULL : fdopen(fd, "rb");
     if (fd >= 0 && !s)
@@ -4080,10 +4080,10 @@ static int file_open(struct file *f, const char *path, int load,
 static void file_close(const struct file *f)
 {
 #ifndef LFM2_NO_MMAP
-    if (f->how == LFM2_LOAD_MAP)
+    if (f->load == LFM2_LOAD_MAP)
         munmap((void *)f->data, f->size);
 #endif
-    if (f->how == LFM2_LOAD_READ)
+    if (f->load == LFM2_LOAD_READ)
         free((void *)f->data);
 }
 
@@ -4098,21 +4098,21 @@ static void file_close(const struct file *f)
  *     string:  | u64 n | n bytes |
  *     array:   | u32 type of its elements | u64 n | n values |
  *
- * Here the file is walked once and every statement it makes is held against its
- * size; later parts look up what they need. */
+ * Numbers are little-endian.  The file is walked once, and every length, count
+ * and offset in it is checked against its size. */
 
 enum { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY,
        GGUF_F64 = 12, GGUF_N_TYPES };
 
 static const struct { const char *name; uint8_t size; char kind; }
-gguf_type[GGUF_N_TYPES] = {               /* size: in bytes, at least        */
+gguf_type[GGUF_N_TYPES] = {               /* size: at least, in bytes        */
     { "u8", 1, 'u' }, { "i8", 1, 'i' }, { "u16", 2, 'u' }, { "i16", 2, 'i' },
     { "u32", 4, 'u' }, { "i32", 4, 'i' }, { "f32", 4, 'f' }, { "bool", 1, 'b' },
     { "string", 8, 's' }, { "array", 12, 'a' }, { "u64", 8, 'u' },
     { "i64", 8, 'i' }, { "f64", 8, 'f' }
 };
 
-/* More than any LFM2 file has, and little enough to compare all with all. */
+/* More than any LFM2 file has, yet few enough to compare all pairs. */
 enum { MAX_KV = 4096, MAX_TENSOR = 8192, MAX_KEY = 256, MAX_NAME = 63 };
 
 struct gguf_kv {
@@ -4130,7 +4130,7 @@ struct gguf_tensor {
     int n_dims;
     uint64_t dims[4];                     /* fastest first; 1 beyond n_dims  */
     uint64_t elements, offset, bytes;
-    int bound;                            /* some part of the model uses it  */
+    int bound;                            /* the model uses it               */
 };
 
 struct gguf {
@@ -4143,12 +4143,12 @@ struct gguf {
     lfm2_error *err;                      /* of the call that reads it       */
 };
 
-/* Refuse a file: it contradicts itself, or it is meant for another engine. */
+/* Refuse a file.  BAD: it contradicts itself.  OTHER: for another engine. */
 #define BAD(g, ...)   fail((g)->err, LFM2_EFORMAT, __VA_ARGS__)
-#define ALIEN(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
+#define OTHER(g, ...) fail((g)->err, LFM2_EUNSUPPORTED, __VA_ARGS__)
 
-static int in_range(const struct gguf *g, const char *name, double value,
-                    const char *unit, double min, double max)
+static int check_range(const struct gguf *g, const char *name, double value,
+                       const char *unit, double min, double max)
 {
     if (value >= min && value <= max)
         return LFM2_OK;
@@ -4179,7 +4179,7 @@ static struct gguf_tensor *gguf_tensor_find(const struct gguf *g,
     return NULL;
 }
 
-/* Keys and tensor names become C strings: printable ASCII, 1 to max bytes. */
+/* The name of a key or tensor as a C string: 1 to max printable ASCII bytes. */
 static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
                      const char *of, int number)
 {
@@ -4187,9 +4187,9 @@ static int take_name(struct gguf *g, struct cursor *c, char *out, int max,
     char what[48];
 
     snprintf(what, sizeof what, "the name of %s %d", of, number);
-    if (c->cut)
+    if (c->overrun)
         return BAD(g, "%s runs past the end of the file", what);
-    TRY(in_range(g, what, (double)name.n, " bytes", 1, max));
+    TRY(check_range(g, what, (double)name.n, " bytes", 1, max));
     for (size_t i = 0; i < name.n; i++)
         if (name.s[i] < ' ' || name.s[i] > '~')
             return BAD(g, "%s, \"%s\": byte 0x%02x, expected printable ASCII",
@@ -4209,28 +4209,29 @@ static int parse_kv(struct gguf *g, struct cursor *c)
     kv->type = (uint32_t)take_int(c, 4);
     kv->elem = kv->type == GGUF_ARRAY ? (uint32_t)take_int(c, 4) : kv->type;
     kv->n = kv->type == GGUF_ARRAY ? take_int(c, 8) : 1;
-    if (c->cut)
+    if (c->overrun)
         return BAD(g, "%s: the file ends before its value", kv->key);
     if (kv->elem >= GGUF_N_TYPES || kv->elem == GGUF_ARRAY)
         return BAD(g, "%s: value type %lu, expected 0 to 8 or 10 to 12",
                    kv->key, (unsigned long)kv->elem);
     const uint64_t size = gguf_type[kv->elem].size;
     kv->value = c->at;
-    c->cut = kv->n > (uint64_t)(c->end - c->at) / size;
+    c->overrun = kv->n > (uint64_t)(c->end - c->at) / size;
     if (kv->elem != GGUF_STRING)
         take(c, kv->n * size);
-    for (uint64_t i = 0; kv->elem == GGUF_STRING && i < kv->n && !c->cut; i++)
-        take_string(c);
-    if (c->cut)
+    else
+        for (uint64_t i = 0; i < kv->n && !c->overrun; i++)
+            take_string(c);
+    if (c->overrun)
         return BAD(g, "%s: %llu x %s runs past the end of the file", kv->key,
                    ull(kv->n), gguf_type[kv->elem].name);
     kv->size = (size_t)(c->at - kv->value);
     for (size_t i = 0; kv->elem == GGUF_BOOL && i < kv->size; i++)
-        TRY(in_range(g, kv->key, kv->value[i], " as a bool", 0, 1));
+        TRY(check_range(g, kv->key, kv->value[i], " as a bool", 0, 1));
     return LFM2_OK;
 }
 
-/* Integers may be stored in any width; what matters is the value. */
+/* Element i as an integer, stored in any width; -1 if it is not below 2^63. */
 static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
 {
     const int size = gguf_type[kv->elem].size, kind = gguf_type[kv->elem].kind;
@@ -4244,7 +4245,7 @@ static int kv_integer(const struct gguf_kv *kv, uint64_t i, int64_t *out)
     return 0;
 }
 
-/* Any number as a double; 0 if it is none, or an integer above 2^63. */
+/* Element i, a number or a bool, as a double; -1 if it is neither. */
 static int kv_number(const struct gguf_kv *kv, uint64_t i, double *out)
 {
     const uint8_t *p = kv->value + i * gguf_type[kv->elem].size;
@@ -4257,12 +4258,12 @@ static int kv_number(const struct gguf_kv *kv, uint64_t i, double *out)
     else if (kv->elem == GGUF_BOOL || kv_integer(kv, i, &n) == 0)
         *out = (double)n;
     else
-        return 0;
-    return 1;
+        return -1;
+    return 0;
 }
 
-/* The one value of an integer, or of an array whose elements other than 0 all
- * agree (0 stands for layers it does not concern), if it is in this range. */
+/* The value of an integer key, from min to max.  An array has one element for
+ * each layer, 0 where the key does not apply; all others must be the same. */
 static int kv_count(const struct gguf *g, const struct gguf_kv *kv, double min,
                     double max, int64_t *out)
 {
@@ -4273,14 +4274,14 @@ static int kv_count(const struct gguf *g, const struct gguf_kv *kv, double min,
             return BAD(g, "%s: of type %s, expected an integer below 2^63",
                        kv->key, gguf_type[kv->elem].name);
         if (*out != 0 && value != 0 && value != *out)
-            return ALIEN(g, "%s: both %lld and %lld, expected one value in all "
+            return OTHER(g, "%s: both %lld and %lld, expected one value in all "
                          "layers", kv->key, (long long)*out, (long long)value);
         *out = value != 0 ? value : *out;
     }
-    return in_range(g, kv->key, (double)*out, "", min, max);
+    return check_range(g, kv->key, (double)*out, "", min, max);
 }
 
-/* Without the key *out stays as it was. */
+/* Without the key *out does not change. */
 static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
 {
     const struct gguf_kv *kv = gguf_find(g, key);
@@ -4292,7 +4293,7 @@ static int gguf_u32(const struct gguf *g, const char *key, uint32_t *out)
     return LFM2_OK;
 }
 
-/* The bytes of a string; NULL if it is none. */
+/* The bytes of a string; NULL if there is no key or it is of another type. */
 static struct str kv_string(const struct gguf_kv *kv)
 {
     if (!kv || kv->type != GGUF_STRING)
@@ -4300,7 +4301,7 @@ static struct str kv_string(const struct gguf_kv *kv)
     return (struct str){ (const char *)kv->value + 8, kv->size - 8 };
 }
 
-/* A value as text; an array is shown by its type and length. */
+/* A value as text, an array as its type and length. */
 static struct printable kv_text(const struct gguf_kv *kv)
 {
     struct printable out;
@@ -4317,14 +4318,14 @@ static struct printable kv_text(const struct gguf_kv *kv)
         snprintf(out.s, cap, "%s", kv->value[0] ? "true" : "false");
     else if (kv_integer(kv, 0, &value) == 0)
         snprintf(out.s, cap, "%lld", (long long)value);
-    else if (kv_number(kv, 0, &number))
+    else if (kv_number(kv, 0, &number) == 0)
         snprintf(out.s, cap, "%g", number);
     else
         snprintf(out.s, cap, "(%s)", gguf_type[kv->type].name);
     return out;
 }
 
-/* The shape must be possible at all; format and shape give the size. */
+/* The shape is checked, so that its size in bytes cannot overflow. */
 static int parse_tensor(struct gguf *g, struct cursor *c)
 {
     static const char *const unit[4] = {
@@ -4344,18 +4345,18 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     t->offset = take_int(c, 8);
     t->n_dims = (int)n_dims;
     t->fmt = format_find(type);
-    if (c->cut)
+    if (c->overrun)
         return BAD(g, "%s: the file ends before its shape and offset", t->name);
-    TRY(in_range(g, t->name, n_dims, " dimensions", 1, 4));
+    TRY(check_range(g, t->name, n_dims, " dimensions", 1, 4));
     if (!t->fmt)
-        return ALIEN(g, "%s: weight type %lu of GGUF, expected F32, F16, BF16, "
+        return OTHER(g, "%s: weight type %lu of GGUF, expected F32, F16, BF16, "
                      "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL or "
                      "IQ4_XS", t->name, (unsigned long)type);
     for (int d = 0; d < 4; d++) {
-        TRY(in_range(g, t->name, (double)t->dims[d], unit[d], 1, INT32_MAX));
+        TRY(check_range(g, t->name, (double)t->dims[d], unit[d], 1, INT32_MAX));
         elements *= (double)t->dims[d];
     }
-    TRY(in_range(g, t->name, elements, " elements", 1, 1e15));
+    TRY(check_range(g, t->name, elements, " elements", 1, 1e15));
     if (t->dims[0] % (uint64_t)t->fmt->block != 0)
         return BAD(g, "%s: rows of %llu columns, expected a multiple of %d for "
                    "%s", t->name, ull(t->dims[0]), t->fmt->block, t->fmt->name);
@@ -4365,8 +4366,8 @@ static int parse_tensor(struct gguf *g, struct cursor *c)
     return LFM2_OK;
 }
 
-/* Tensors lie inside the data, aligned, and do not overlap. */
-static int check_places(const struct gguf *g, uint32_t alignment)
+/* Tensors must be aligned, lie inside the data and not overlap. */
+static int check_offsets(const struct gguf *g, uint32_t alignment)
 {
     const uint64_t size = (uint64_t)(g->bytes + g->size - g->data);
 
@@ -4387,8 +4388,8 @@ static int check_places(const struct gguf *g, uint32_t alignment)
     return LFM2_OK;
 }
 
-/* Only entries found to be good are counted.  The caller calls gguf_free(),
- * after an error too. */
+/* An entry is counted once it has passed its checks.  The caller must call
+ * gguf_free(), even after an error. */
 static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
                       lfm2_error *err)
 {
@@ -4400,18 +4401,19 @@ static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
 
     *g = (struct gguf){ .bytes = data, .size = size, .err = err };
     if (magic && memcmp(magic, "GGUF", 4) != 0)
-        return BAD(g, "no GGUF file: it begins with \"%s\", expected \"GGUF\"",
-                   show((struct str){ (const char *)magic, 4 }).s);
-    if (c.cut)
+        return BAD(g, "not a GGUF file: it begins with \"%s\", expected "
+                   "\"GGUF\"", show((struct str){ (const char *)magic, 4 }).s);
+    if (c.overrun)
         return BAD(g, "the file has %zu bytes, expected a GGUF header of 24",
                    size);
     if (version != 2 && version != 3)
-        return ALIEN(g, "GGUF version %lu%s, expected 2 or 3",
+        return OTHER(g, "GGUF version %lu%s, expected 2 or 3",
                      (unsigned long)version, version > 0 &&
                      (version & 0xffff) == 0 ? " (a big-endian file)" : "");
-    TRY(in_range(g, "the header", (double)n_tensors, " tensors", 0,
-                 MAX_TENSOR));
-    TRY(in_range(g, "the header", (double)n_kv, " metadata keys", 0, MAX_KV));
+    TRY(check_range(g, "the header", (double)n_tensors, " tensors", 0,
+                    MAX_TENSOR));
+    TRY(check_range(g, "the header", (double)n_kv, " metadata keys", 0,
+                    MAX_KV));
     g->kv = calloc((size_t)n_kv + 1, sizeof *g->kv);
     g->tensor = calloc((size_t)n_tensors + 1, sizeof *g->tensor);
     if (!g->kv || !g->tensor)
@@ -4426,16 +4428,16 @@ static int gguf_parse(struct gguf *g, const uint8_t *data, size_t size,
         TRY(parse_tensor(g, &c));
     const size_t past = (size_t)(c.at - data) % alignment;
     g->data = take(&c, past ? alignment - past : 0) ? c.at : c.end;
-    return check_places(g, alignment);
+    return check_offsets(g, alignment);
 }
 
 /* --------------------------------------------------------- 16. Configuration
  *
- * What the metadata says of the model, held against ranges and, where a tensor
- * knows better, corrected by its shape.  A key that would change the arithmetic
- * in a way this program does not know is an error, never ignored. */
+ * The metadata of the model, each value checked against a range.  Where a key
+ * repeats the shape of a tensor, the tensor counts.  A key that asks for other
+ * arithmetic than this engine's is an error, never ignored. */
 
-/* What is not quite right, but can be tolerated. */
+/* Warn of something that is not quite right, but can be tolerated. */
 #define WARN(m, ...) \
     fail((m)->n_warning < MAX_WARNING ? &(m)->warning[(m)->n_warning++] \
                                       : NULL, LFM2_OK, __VA_ARGS__)
@@ -4449,16 +4451,19 @@ static const struct gguf_kv *arch_find(const lfm2_model *m, const char *name)
     return gguf_find(m->gguf, key);
 }
 
-/* The keys that are understood.  INTEGER, REAL: a value between min and max for
- * a field of the configuration.  KNOWN: not used, because it changes nothing or
- * a tensor has it right.  ONLY: must be min, LIKE: what the field is, SCALE:
- * 1/sqrt(head_dim); any other value would mean another arithmetic. */
-enum { INTEGER, REAL, KNOWN, ONLY, LIKE, SCALE };
+/* The known keys, by what is done with them:
+ *
+ *     INTEGER, REAL    set a field of the configuration, from min to max
+ *     UNUSED           is ignored: it changes nothing, or a tensor overrides it
+ *     FIXED            must be min, as that is what the engine computes
+ *     SAME             must be what the field is
+ *     SCALE            must be 1/sqrt(head_dim)                             */
+enum { INTEGER, REAL, UNUSED, FIXED, SAME, SCALE };
 enum { MAY = 0, MUST = 1, MOE = 2 };      /* be there; MOE: only in lfm2moe  */
 
 static const struct key {
     const char *name;                     /* after "<architecture>."         */
-    int type, need;
+    int rule, need;
     size_t field;                         /* in lfm2_config                  */
     double min, max;
 } keys[] = {
@@ -4470,41 +4475,41 @@ static const struct key {
     { "attention.head_count", INTEGER, MUST, FIELD(n_head), 1, 1024 },
     { "attention.head_count_kv", INTEGER, MAY, FIELD(n_head_kv), 0, 1024 },
     { "attention.key_length", INTEGER, MAY, FIELD(head_dim), 2, MAX_HEAD_DIM },
-    { "attention.value_length", .type = LIKE, .field = FIELD(head_dim) },
+    { "attention.value_length", .rule = SAME, .field = FIELD(head_dim) },
     { "attention.layer_norm_rms_epsilon", REAL, MUST, FIELD(norm_rms_eps),
       1e-12, 0.1 },
-    { "attention.layer_norm_epsilon", .type = KNOWN },
-    { "attention.recurrent_layers", .type = KNOWN },
-    { "attention.causal", .type = ONLY, .min = 1 },
-    { "attention.scale", .type = SCALE },
-    { "attention.sliding_window", .type = ONLY, .min = 0 },
-    { "attention.sliding_window_pattern", .type = ONLY, .min = 0 },
-    { "rope.dimension_count", .type = LIKE, .field = FIELD(head_dim) },
+    { "attention.layer_norm_epsilon", .rule = UNUSED },
+    { "attention.recurrent_layers", .rule = UNUSED },
+    { "attention.causal", .rule = FIXED, .min = 1 },
+    { "attention.scale", .rule = SCALE },
+    { "attention.sliding_window", .rule = FIXED, .min = 0 },
+    { "attention.sliding_window_pattern", .rule = FIXED, .min = 0 },
+    { "rope.dimension_count", .rule = SAME, .field = FIELD(head_dim) },
     { "rope.freq_base", REAL, MAY, FIELD(rope_freq_base), 1, 1e12 },
-    { "rope.scaling.type", .type = ONLY, .min = 0 },
-    { "rope.scaling.factor", .type = ONLY, .min = 1 },
-    { "rope.scaling.attn_factor", .type = ONLY, .min = 1 },
-    { "rope.scaling.finetuned", .type = KNOWN },
-    { "rope.scaling.original_context_length", .type = KNOWN },
+    { "rope.scaling.type", .rule = FIXED, .min = 0 },
+    { "rope.scaling.factor", .rule = FIXED, .min = 1 },
+    { "rope.scaling.attn_factor", .rule = FIXED, .min = 1 },
+    { "rope.scaling.finetuned", .rule = UNUSED },
+    { "rope.scaling.original_context_length", .rule = UNUSED },
     { "leading_dense_block_count", INTEGER, MOE, FIELD(n_layer_dense), 0,
       LFM2_MAX_LAYER },
     { "expert_count", INTEGER, MUST | MOE, FIELD(n_expert), 1, 256 },
     { "expert_used_count", INTEGER, MUST | MOE, FIELD(n_expert_used), 1, 256 },
-    { "expert_gating_func", ONLY, MUST | MOE, 0, 2, 2 },       /* sigmoid    */
+    { "expert_gating_func", FIXED, MUST | MOE, 0, 2, 2 },       /* sigmoid    */
     { "expert_weights_scale", REAL, MOE, FIELD(expert_weights_scale), 0, 1e4 },
-    { "expert_weights_norm", .type = ONLY, .min = 1 },
-    { "expert_shared_count", .type = ONLY, .min = 0 },
-    { "expert_group_count", .type = ONLY, .min = 0 },
-    { "expert_group_used_count", .type = ONLY, .min = 0 },
-    { "expert_feed_forward_length", .type = KNOWN },
-    { "feed_forward_length", .type = KNOWN },
-    { "final_logit_softcapping", .type = ONLY, .min = 0 },
-    { "pooling_type", .type = ONLY, .min = 0 },
-    { "vocab_size", .type = KNOWN },
+    { "expert_weights_norm", .rule = FIXED, .min = 1 },
+    { "expert_shared_count", .rule = FIXED, .min = 0 },
+    { "expert_group_count", .rule = FIXED, .min = 0 },
+    { "expert_group_used_count", .rule = FIXED, .min = 0 },
+    { "expert_feed_forward_length", .rule = UNUSED },
+    { "feed_forward_length", .rule = UNUSED },
+    { "final_logit_softcapping", .rule = FIXED, .min = 0 },
+    { "pooling_type", .rule = FIXED, .min = 0 },
+    { "vocab_size", .rule = UNUSED },
 #undef FIELD
 };
 
-/* Without the key the field stays as it was. */
+/* Without the key the field does not change. */
 static int read_key(lfm2_model *m, const struct key *key)
 {
     const struct gguf_kv *kv = arch_find(m, key->name);
@@ -4515,22 +4520,22 @@ static int read_key(lfm2_model *m, const struct key *key)
     if (!kv && key->need & MUST)
         return BAD(m->gguf, "%s.%s: missing, expected in every %s file",
                    m->arch, key->name, m->arch);
-    if (!kv || key->type > REAL)
+    if (!kv || key->rule > REAL)
         return LFM2_OK;
-    if (key->type == INTEGER) {
+    if (key->rule == INTEGER) {
         TRY(kv_count(m->gguf, kv, key->min, key->max, &n));
         *(int *)field = (int)n;
         return LFM2_OK;
     }
-    if (gguf_type[kv->type].kind != 'f' || !kv_number(kv, 0, &value))
+    if (gguf_type[kv->type].kind != 'f' || kv_number(kv, 0, &value) != 0)
         return BAD(m->gguf, "%s: of type %s, expected f32 or f64", kv->key,
                    gguf_type[kv->type].name);
-    TRY(in_range(m->gguf, kv->key, value, "", key->min, key->max));
+    TRY(check_range(m->gguf, kv->key, value, "", key->min, key->max));
     *(float *)field = (float)value;
     return LFM2_OK;
 }
 
-/* All elements of an array must have it.  "none" is a way to say 0. */
+/* Is the value, or all of an array, `wanted`?  The string "none" means 0. */
 static int has_value(const struct gguf_kv *kv, float wanted)
 {
     double value;
@@ -4538,13 +4543,13 @@ static int has_value(const struct gguf_kv *kv, float wanted)
     if (kv->type == GGUF_STRING)
         return wanted == 0 && str_is(kv_string(kv), "none");
     for (uint64_t i = 0; i < kv->n; i++)
-        if (!kv_number(kv, i, &value) ||
+        if (kv_number(kv, i, &value) != 0 ||
             !(fabs(value - wanted) <= 1e-6 * fabsf(wanted)))
             return 0;
     return kv->n > 0;
 }
 
-/* A key of the file, "<architecture>.<name>": does it mean another model? */
+/* Refuse the key "<architecture>.<name>" if it asks for other arithmetic. */
 static int check_key(lfm2_model *m, const struct gguf_kv *kv, const char *name)
 {
     static const char *const arithmetic[] = {
@@ -4556,19 +4561,19 @@ static int check_key(lfm2_model *m, const struct gguf_kv *kv, const char *name)
         float value = (float)key->min;
         if (strcmp(key->name, name) != 0)
             continue;
-        if (key->type == LIKE)
+        if (key->rule == SAME)
             value = (float)*(int *)((char *)&m->cfg + key->field);
-        if (key->type == SCALE)
+        if (key->rule == SCALE)
             value = 1 / sqrtf((float)m->cfg.head_dim);
-        if (key->type < ONLY || has_value(kv, value) ||
+        if (key->rule < FIXED || has_value(kv, value) ||
             (key->need & MOE && m->cfg.n_expert == 0))
             return LFM2_OK;
-        return ALIEN(m->gguf, "%s: %s, expected %g", kv->key, kv_text(kv).s,
+        return OTHER(m->gguf, "%s: %s, expected %g", kv->key, kv_text(kv).s,
                      (double)value);
     }
     for (size_t i = 0; i < COUNT(arithmetic); i++)
         if (strstr(name, arithmetic[i]))
-            return ALIEN(m->gguf, "%s: an unknown key that may change the "
+            return OTHER(m->gguf, "%s: an unknown key that may change the "
                          "arithmetic, expected none", kv->key);
     WARN(m, "%s: an unknown key, ignored", kv->key);
     return LFM2_OK;
@@ -4587,24 +4592,24 @@ static int read_architecture(lfm2_model *m)
     uint32_t parts = 1;
 
     if (!arch.s)
-        return BAD(m->gguf, "general.architecture: missing or no string, "
-                   "expected lfm2 or lfm2moe");
+        return BAD(m->gguf, "general.architecture: missing or not a "
+                   "string, expected lfm2 or lfm2moe");
     m->arch = str_is(arch, "lfm2") ? "lfm2"
             : str_is(arch, "lfm2moe") ? "lfm2moe" : NULL;
     for (size_t i = 0; i < COUNT(others); i++)
         if (strncmp(show(arch).s, others[i].arch, strlen(others[i].arch)) == 0)
             note = others[i].note;
     if (!m->arch)
-        return ALIEN(m->gguf, "general.architecture: %s%s, expected lfm2 or "
+        return OTHER(m->gguf, "general.architecture: %s%s, expected lfm2 or "
                      "lfm2moe", show(arch).s, note);
     TRY(gguf_u32(m->gguf, "split.count", &parts));
     if (parts > 1)
-        return ALIEN(m->gguf, "split.count: one part of %lu, expected a whole "
+        return OTHER(m->gguf, "split.count: one part of %lu, expected a whole "
                      "model", (unsigned long)parts);
     return LFM2_OK;
 }
 
-/* Layers attend where their entry in head_count_kv is not 0. */
+/* A layer has attention unless its element of head_count_kv is 0. */
 static int read_heads(lfm2_model *m)
 {
     lfm2_config *c = &m->cfg;
@@ -4621,7 +4626,7 @@ static int read_heads(lfm2_model *m)
         c->is_attn[il] = heads != 0;
     }
     if (c->n_head_kv == 0)
-        c->n_head_kv = c->n_head;         /* as many, or nobody's            */
+        c->n_head_kv = c->n_head;         /* no such key, or no attention    */
     if (c->n_head % c->n_head_kv != 0)
         return BAD(m->gguf, "%s.attention.head_count: %d, expected a multiple "
                    "of the %d kv heads", m->arch, c->n_head, c->n_head_kv);
@@ -4629,7 +4634,7 @@ static int read_heads(lfm2_model *m)
         c->head_dim = c->n_embd / c->n_head;
     if (c->head_dim < 2 || c->head_dim > MAX_HEAD_DIM || c->head_dim % 2 != 0)
         return BAD(m->gguf, "%s.embedding_length: %d for %d heads of %d "
-                   "dimensions, expected an even number of them, up to %d",
+                   "dimensions, expected an even number from 2 to %d",
                    m->arch, c->n_embd, c->n_head, c->head_dim, MAX_HEAD_DIM);
     return LFM2_OK;
 }
@@ -4645,10 +4650,10 @@ static int read_config(lfm2_model *m)
             TRY(read_key(m, &keys[i]));
     if (!is_moe)
         c->n_layer_dense = c->n_layer;
-    TRY(in_range(m->gguf, "lfm2moe.leading_dense_block_count",
-                 c->n_layer_dense, "", 0, c->n_layer));
-    TRY(in_range(m->gguf, "lfm2moe.expert_used_count", c->n_expert_used, "",
-                 is_moe, c->n_expert));
+    TRY(check_range(m->gguf, "lfm2moe.leading_dense_block_count",
+                    c->n_layer_dense, "", 0, c->n_layer));
+    TRY(check_range(m->gguf, "lfm2moe.expert_used_count", c->n_expert_used, "",
+                    is_moe, c->n_expert));
     if (c->expert_weights_scale == 0)
         c->expert_weights_scale = 1;      /* 0 is how some files say "none"  */
     if (c->rope_freq_base == 0) {
@@ -4667,15 +4672,16 @@ static int read_config(lfm2_model *m)
 
 /* ------------------------------------------------------- 17. Binding tensors
  *
- * Every tensor name stands in one table, with its shape and the layers it
- * belongs to.  After binding there are only pointers of known shape.
+ * One table lists the name of every tensor, its shape and the layers it is in.
+ * After binding, the model has pointers to data of the right shape.
  *
- * Memory for many things is handed out by a function that is run twice: without
- * memory it only counts, so what is foretold and what is used cannot differ. */
+ * An arena is one block of memory for many arrays.  The function that divides
+ * it runs twice, first without memory, only to count: so it uses exactly what
+ * is allocated. */
 
 struct arena { uint8_t *base; int64_t used; };
 
-/* Where counting stops: more than any machine has. */
+/* More than any machine has: the count stays there, and cannot overflow. */
 static const int64_t TOO_MUCH = (int64_t)1 << 62;
 
 static void *carve(struct arena *a, int64_t n, size_t size)
@@ -4686,17 +4692,17 @@ static void *carve(struct arena *a, int64_t n, size_t size)
     return a->base ? a->base + at : NULL;
 }
 
-/* Let p have n elements. */
+/* Make p an array of n elements. */
 #define CARVE(a, p, n) ((p) = carve(a, n, sizeof *(p)))
 
-/* As much as was counted, all 0. */
+/* Memory of the counted size, all 0; or NULL. */
 static void *allocate(int64_t size)
 {
     return size < TOO_MUCH && (uint64_t)size < SIZE_MAX
         ? calloc(1, (size_t)size) : NULL;
 }
 
-/* What shapes are made of, and the layers a tensor can be in. */
+/* The sizes in shapes, and the kinds of layer that a tensor can be in. */
 enum { ONE, VOCAB, EMBD, EMBD_3, HEADS, HEADS_KV, QKV, HEAD, TAPS, FF, FF_EXP,
        EXPERTS, USED, N_SIZES };
 enum { IN_CONV = 1, IN_ATTN = 2, IN_DENSE = 4, IN_MOE = 8, IN_ALL = 15 };
@@ -4715,9 +4721,9 @@ static int size_of(const lfm2_config *c, int which)
     return size[which];
 }
 
-/* Sizes that are cut into groups of 32; and sizes that the first tensor with so
- * many rows tells, into a field of the configuration. */
-static const struct { const char *key; int is_cut; size_t field; }
+/* The keys of some sizes.  in_units: must be a multiple of UNIT.  field: is set
+ * to the rows of the first tensor of that size, whatever the key says. */
+static const struct { const char *key; int in_units; size_t field; }
 size_key[N_SIZES] = {
     [VOCAB] = { "vocab_size", 0, offsetof(lfm2_config, n_vocab) },
     [EMBD] = { "embedding_length", 1, 0 },
@@ -4730,9 +4736,9 @@ size_key[N_SIZES] = {
 /* More rows than any model has, and twice as many still fit in an int. */
 enum { MAX_WIDTH = 1 << 24 };
 
-/* The three sizes are of the enum above; where a key says otherwise than the
- * tensor there is a warning.  The type may have to be of floats, as that of a
- * router: a rounded one chooses other experts. */
+/* The shape is given by three sizes of the enum above.  A key that contradicts
+ * it gets a warning.  With `floats`, quantized weights are refused, as a router
+ * would choose other experts with them. */
 static int bind_matrix(lfm2_model *m, const char *name, int cols, int rows,
                        int depth, int floats, struct tensor *out)
 {
@@ -4747,7 +4753,7 @@ static int bind_matrix(lfm2_model *m, const char *name, int cols, int rows,
     if (size_key[rows].field && size_of(&m->cfg, rows) == 0) {
         const struct gguf_kv *kv = arch_find(m, size_key[rows].key);
         const double n = (double)t->dims[1];
-        TRY(in_range(m->gguf, name, n, " rows", 1, MAX_WIDTH));
+        TRY(check_range(m->gguf, name, n, " rows", 1, MAX_WIDTH));
         *(int *)(void *)((char *)&m->cfg + size_key[rows].field) = (int)n;
         if (kv && kv_count(&(struct gguf){ 0 }, kv, n, n, &(int64_t){ 0 }) != 0)
             WARN(m, "%s: %s %s, but %s has %.0f rows; the tensor is right",
@@ -4755,8 +4761,8 @@ static int bind_matrix(lfm2_model *m, const char *name, int cols, int rows,
     }
     for (int d = 0; d < 3; d++) {
         size[d] = size_of(&m->cfg, which[d]);
-        if (size_key[which[d]].is_cut && size[d] % UNIT != 0)
-            return ALIEN(m->gguf, "%s.%s: %d columns in all, expected a "
+        if (size_key[which[d]].in_units && size[d] % UNIT != 0)
+            return OTHER(m->gguf, "%s.%s: %d columns in all, expected a "
                          "multiple of %d", m->arch, size_key[which[d]].key,
                          size[d], UNIT);
     }
@@ -4766,14 +4772,14 @@ static int bind_matrix(lfm2_model *m, const char *name, int cols, int rows,
                    "%d", name, ull(t->dims[0]), ull(t->dims[1]),
                    ull(t->dims[2]), size[0], size[1], size[2]);
     if (floats && !t->fmt->floats)
-        return ALIEN(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
+        return OTHER(m->gguf, "%s: weight type %s, expected F32, F16 or BF16",
                      name, t->fmt->name);
     *out = (struct tensor){ .fmt = t->fmt, .rows = size[1], .cols = size[0],
                             .data = m->gguf->data + t->offset };
     return LFM2_OK;
 }
 
-/* Norms, taps and biases become floats, [rows][cols] turned to [cols][rows]. */
+/* Norms, taps and biases become floats, transposed to [cols][rows]. */
 static int bind_floats(lfm2_model *m, const char *name, int cols, int rows,
                        struct arena *a, const float **out)
 {
@@ -4793,7 +4799,7 @@ static int bind_floats(lfm2_model *m, const char *name, int cols, int rows,
     return LFM2_OK;
 }
 
-/* Matrices are those of a module; vectors and taps become floats. */
+/* Matrices have a module; vectors and taps have none, and become floats. */
 static const struct binding {
     const char *name;                     /* after "blk.<layer>."            */
     size_t field;                         /* in struct layer                 */
@@ -4825,8 +4831,9 @@ static const struct binding {
 #undef WEIGHT
 };
 
-/* Matrices are chained in the order in which a pass reads them, as far as that
- * is known without a router; *last is the one before this layer. */
+/* Each matrix points to the next one that a pass reads, for product() to fetch
+ * ahead; *last is the last so far.  Left out are ffn_up, which is read along
+ * with ffn_gate, and experts, as they are chosen by the router. */
 static int bind_layer(lfm2_model *m, int il, struct arena *a,
                       struct tensor **last)
 {
@@ -4838,7 +4845,7 @@ static int bind_layer(lfm2_model *m, int il, struct arena *a,
     char name[MAX_NAME + 1];
     struct tensor all;
 
-    /* Some files have the rows of q, then k, then v in one tensor. */
+    /* Some files have the rows of q, k and v in one tensor. */
     snprintf(name, sizeof name, "blk.%d.attn_qkv.weight", il);
     if (c->is_attn[il] && gguf_tensor_find(m->gguf, name)) {
         TRY(bind_matrix(m, name, EMBD, QKV, ONE, 0, &all));
@@ -4858,12 +4865,12 @@ static int bind_layer(lfm2_model *m, int il, struct arena *a,
             TRY(bind_floats(m, name, b->cols, b->rows, a, (void *)w));
             continue;
         }
-        if (!w->data)                     /* not bound, as from attn_qkv     */
+        if (!w->data)                     /* else it is part of attn_qkv     */
             TRY(bind_matrix(m, name, b->cols, b->rows, b->depth,
                             b->module == MOE_GATE, w));
         w->module = b->module;
         if (w == &l->ffn_up || w == &l->ffn_gate_exps || w == &l->ffn_up_exps)
-            continue;                     /* read beside ffn_gate, or chosen */
+            continue;
         if (w != &l->ffn_down_exps)
             (*last)->next = w;
         *last = w;
@@ -4871,7 +4878,7 @@ static int bind_layer(lfm2_model *m, int il, struct arena *a,
     return LFM2_OK;
 }
 
-/* All tensors; m->layer is there, and all floats are carved from a. */
+/* Bind all tensors; what becomes floats is carved from a. */
 static int bind_tensors(lfm2_model *m, struct arena *a)
 {
     const char *norm = "output_norm.weight";
@@ -4885,8 +4892,8 @@ static int bind_tensors(lfm2_model *m, struct arena *a)
         TRY(bind_matrix(m, "output.weight", EMBD, VOCAB, ONE, 0,
                         &m->output));
 
-    /* Most files call it so, after the official embedding_norm.  It is the last
-     * norm all the same; nothing is normed after the embedding. */
+    /* Most files name the last norm after the official "embedding_norm", but it
+     * is not for the embeddings. */
     if (!gguf_tensor_find(m->gguf, norm))
         norm = "token_embd_norm.weight";
     TRY(bind_floats(m, norm, EMBD, ONE, a, &m->output_norm));
@@ -4898,10 +4905,10 @@ static int bind_tensors(lfm2_model *m, struct arena *a)
     return LFM2_OK;
 }
 
-/* All that a file says of a model. */
+/* Read everything but the vocabulary. */
 static int read_model(lfm2_model *m, lfm2_error *err)
 {
-    static const char *const part[] = { "blk.", "rope_", "dense_", "output." };
+    static const char *const used[] = { "blk.", "rope_", "dense_", "output." };
     const lfm2_config *c = &m->cfg;
     struct arena a = { NULL, 0 };
 
@@ -4919,18 +4926,18 @@ static int read_model(lfm2_model *m, lfm2_error *err)
 
     const struct gguf_kv *tokens = gguf_find(m->gguf, "tokenizer.ggml.tokens");
     if (tokens)
-        TRY(in_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
-                     c->n_vocab));
+        TRY(check_range(m->gguf, tokens->key, (double)tokens->n, " tokens", 0,
+                        c->n_vocab));
     if (tokens && tokens->n < (uint64_t)c->n_vocab)
         WARN(m, "tokenizer.ggml.tokens: %llu tokens for %d rows of "
              "token_embd.weight", ull(tokens->n), c->n_vocab);
 
-    /* Tensors that nobody asked for: in some parts they mean another model. */
+    /* An unused tensor with one of these names would change the results. */
     for (int i = 0; i < m->gguf->n_tensors; i++) {
         const struct gguf_tensor *t = &m->gguf->tensor[i];
-        for (size_t k = 0; !t->bound && k < COUNT(part); k++)
-            if (strncmp(t->name, part[k], strlen(part[k])) == 0)
-                return ALIEN(m->gguf, "%s: a tensor that %s does not have",
+        for (size_t k = 0; !t->bound && k < COUNT(used); k++)
+            if (strncmp(t->name, used[k], strlen(used[k])) == 0)
+                return OTHER(m->gguf, "%s: a tensor that %s does not have",
                              t->name, m->arch);
         if (!t->bound)
             WARN(m, "%s: an unknown tensor, ignored", t->name);
@@ -4940,7 +4947,7 @@ static int read_model(lfm2_model *m, lfm2_error *err)
 
 /* ------------------------------------------------------- 18. Open and close */
 
-/* The model and what it points to, in one piece; the model is first. */
+/* A model and what it points to, in one allocation. */
 struct model_file {
     struct lfm2_model model;
     struct file file;
@@ -4968,8 +4975,8 @@ void lfm2_model_close(lfm2_model *m)
     free(m);
 }
 
-/* Takes over an open file.  With `any`, a file that is no model is left open
- * without layers. */
+/* Takes over the open file, and closes it after an error.  With `any`, a file
+ * that is not a usable model is kept as one without layers. */
 static int open_model(lfm2_model **out, const struct file *file, int any,
                       lfm2_error *err)
 {
@@ -5046,7 +5053,7 @@ int lfm2_model_tensor(const lfm2_model *m, int i, lfm2_tensor_info *out)
         .n_bytes = t->bytes
     };
     memcpy(out->dims, t->dims, sizeof out->dims);
-    if (!m->layer)                        /* places that nobody has checked  */
+    if (!m->layer)                        /* t->offset may be unchecked      */
         return LFM2_OK;
     out->data = m->gguf->data + t->offset;
     out->offset = (uint64_t)(out->data - m->gguf->bytes);
@@ -5086,7 +5093,7 @@ const char *lfm2_model_key(const lfm2_model *m, int i, char *buf, size_t cap)
 
     if (i < 0 || i >= m->gguf->n_kv)
         return NULL;
-    enter_arithmetic(&callers);           /* which numbers are written in    */
+    enter_arithmetic(&callers);           /* for how printf() rounds         */
     snprintf(buf, cap, "%s", kv_text(&m->gguf->kv[i]).s);
     fesetenv(&callers);
     return m->gguf->kv[i].key;
@@ -5106,8 +5113,8 @@ void lfm2_model_params(const lfm2_model *m, uint64_t *total, uint64_t *active)
     }
 }
 
-/* Linux takes only so much of one advice, so it is given in strides.  From 5.14
- * on it reads pages when told to, or says why not; before, they are touched. */
+/* Linux limits what one MADV_WILLNEED reads, so it is called for small ranges.
+ * Before 5.14 there is no MADV_POPULATE_READ, and the pages are touched. */
 uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
 {
 #if defined __linux__ && !defined LFM2_NO_MMAP
@@ -5115,17 +5122,17 @@ uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
 #define MADV_POPULATE_READ 22
 #endif
     const struct file *f = m->file;
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), stride = 512 << 10;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), each = 512 << 10;
 
-    if (f->how != LFM2_LOAD_MAP || from >= f->size)
+    if (f->load != LFM2_LOAD_MAP || from >= f->size)
         return 0;
     const uint64_t left = f->size - from;
-    const size_t before = (size_t)(from % page);       /* of the first page  */
+    const size_t before = (size_t)(from % page);       /* in the first page  */
     uint8_t *data = (uint8_t *)(uintptr_t)f->data + (from - before);
 
     n = n < left ? n : left;
-    for (uint64_t i = 0; i < 2 * n && i < left; i += stride)
-        madvise(data + i, stride < left - i ? stride : (size_t)(left - i),
+    for (uint64_t i = 0; i < 2 * n && i < left; i += each)
+        madvise(data + i, each < left - i ? each : (size_t)(left - i),
                 MADV_WILLNEED);
     if (madvise(data, (size_t)n + before, MADV_POPULATE_READ) == 0)
         return n;
@@ -5148,12 +5155,12 @@ uint64_t lfm2_model_read_ahead(const lfm2_model *m, uint64_t from, uint64_t n)
  *
  * ----------------------------------------------- 19. The memory of a context
  *
- * lay_out() hands out all of it. */
+ * All of it is one block, which lay_out() divides. */
 
-/* What a span has asked for: logits, or the state of its sequence. */
+/* What a span asked for: n_logits rows, or the state of its sequence. */
 struct result { float *logits, *state; int n_logits; };
 
-/* What the sampler chooses from; value is the logit, then a probability. */
+/* A token the sampler may choose; value is its logit, later a probability. */
 struct candidate { float value; int32_t id; };
 
 static int64_t larger(int64_t a, int64_t b)
@@ -5161,26 +5168,26 @@ static int64_t larger(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
-/* Elements of the columns that all convolutions look back to, with `more` of
- * them for each. */
+/* Floats in the l_cache-1 columns that each convolution looks back to, and in
+ * `more` columns besides. */
 static int64_t columns(const lfm2_model *m, int more)
 {
     return (int64_t)m->n_conv * (m->cfg.l_cache - 1 + more) * m->cfg.n_embd;
 }
 
-/* Bytes of the keys and the values of all heads in all layers, of `each`. */
+/* Bytes of the KV cache of a sequence, if K or V of one head takes `each`. */
 static int64_t kv_bytes(const lfm2_context *ctx, int64_t each)
 {
     return 2 * each * ctx->model->n_attn * ctx->model->cfg.n_head_kv;
 }
 
-/* Elements of the marks of a text of `len` tokens. */
-static int64_t marks_of(const lfm2_context *ctx, int len)
+/* Floats in the first mark and in those of a text of `len` tokens. */
+static int64_t mark_floats(const lfm2_context *ctx, int len)
 {
     return (1 + len / ctx->seq_step) * columns(ctx->model, 0);
 }
 
-/* 64, or more where marks would take over a tenth of the KV cache. */
+/* 64, or more if the marks would take over a tenth of the KV cache. */
 static int seq_step(const lfm2_context *ctx)
 {
     const int64_t marks = columns(ctx->model, 0) * (int64_t)sizeof(float) * 10;
@@ -5189,7 +5196,6 @@ static int seq_step(const lfm2_context *ctx)
     return marks <= kv * 64 ? 64 : marks <= kv * 128 ? 128 : 256;
 }
 
-/* The input of a product, with room for so many elements. */
 static void carve_input(struct arena *a, struct input *in, int cols,
                         int64_t elements, int floats)
 {
@@ -5198,8 +5204,8 @@ static void carve_input(struct arena *a, struct input *in, int cols,
     in->f = floats ? carve(a, elements, sizeof *in->f) : NULL;
 }
 
-/* The hidden layer is only kept unrounded for weights in floats.  Two inputs
- * that are never used at the same time are in one place. */
+/* The hidden layer is kept as floats only if weights multiplied by it are
+ * floats.  Inputs that are never in use at the same time share memory. */
 static void carve_pass(struct arena *a, lfm2_context *ctx)
 {
     const struct layer *l = ctx->model->layer;
@@ -5242,8 +5248,8 @@ static void carve_pass(struct arena *a, lfm2_context *ctx)
 }
 
 /* Point every buffer of ctx into the memory at `base`, which begins with ctx
- * itself; without a base only count.  Returns the size of all.  Threads unpack
- * rows of weights into room for the widest matrix. */
+ * itself; without a base only count.  Returns the size in all.  Threads have
+ * room to unpack rows of the widest matrix. */
 static int64_t lay_out(lfm2_context *ctx, void *base)
 {
     struct arena all = { base, sizeof *ctx }, *a = &all;
@@ -5256,12 +5262,11 @@ static int64_t lay_out(lfm2_context *ctx, void *base)
 
     CARVE(a, ctx->seq, n_seq);
     for (int i = 0; i < n_seq; i++) {
-        struct seq s = { .oldest = 1 - c->l_cache };
-        s.kv = carve(a, kv_bytes(ctx, kv_head_bytes(ctx)), 1);
-        CARVE(a, s.u, columns(ctx->model, UNDO));
-        CARVE(a, s.marks, marks_of(ctx, ctx->par.n_ctx));
-        if (base)
-            ctx->seq[i] = s;
+        struct seq counted, *s = base ? &ctx->seq[i] : &counted;
+        s->oldest = 1 - c->l_cache;
+        s->kv = carve(a, kv_bytes(ctx, kv_head_bytes(ctx)), 1);
+        CARVE(a, s->u, columns(ctx->model, UNDO));
+        CARVE(a, s->marks, mark_floats(ctx, ctx->par.n_ctx));
     }
     CARVE(a, ctx->states, (int64_t)n_seq * c->n_embd);
     CARVE(a, ctx->results, n_seq);
@@ -5299,8 +5304,8 @@ lfm2_params lfm2_default_params(const lfm2_model *m)
     };
 }
 
-/* A context without memory, whose parameters are checked and, where they were
- * left to choose, chosen.  Returns how much memory it needs, or an error. */
+/* Make *ctx a context without buffers: check the parameters and replace 0 and
+ * AUTO.  Returns how many bytes the buffers take, or an error. */
 static int64_t plan(lfm2_context *ctx, const lfm2_model *m,
                     const lfm2_params *params, lfm2_error *err)
 {
@@ -5317,7 +5322,7 @@ static int64_t plan(lfm2_context *ctx, const lfm2_model *m,
         { "kv_type", p->kv_type, LFM2_KV_F16, LFM2_KV_F32 }
     };
     if (!m->layer)
-        return fail(err, LFM2_EARG, "a context for a file that is no model");
+        return fail(err, LFM2_EARG, "a context for a file that is not a model");
     for (size_t i = 0; i < COUNT(row); i++)
         if (row[i].value < row[i].min || row[i].value > row[i].max)
             return fail(err, LFM2_EARG, "%s: %d, expected %d to %d",
@@ -5327,7 +5332,7 @@ static int64_t plan(lfm2_context *ctx, const lfm2_model *m,
                     "this build have", p->isa);
     if (p->n_ctx == 0)
         p->n_ctx = m->cfg.n_ctx_train < MAX_CTX ? m->cfg.n_ctx_train : MAX_CTX;
-    if (p->isa == LFM2_ISA_AUTO)          /* the last that is to be had      */
+    if (p->isa == LFM2_ISA_AUTO)          /* the last one available          */
         for (p->isa = LFM2_N_ISA - 1; !lfm2_isa_available(p->isa);)
             p->isa--;
     if (p->n_threads == 0)
@@ -5337,7 +5342,7 @@ static int64_t plan(lfm2_context *ctx, const lfm2_model *m,
     ctx->isa = isa_table(p->isa);
     ctx->seq_step = seq_step(ctx);
     lfm2_model_params(m, &total, &ctx->row_work);
-    return lay_out(ctx, NULL) + 64;       /* to begin at a multiple of 64    */
+    return lay_out(ctx, NULL) + 64;       /* + 64, to align it               */
 }
 
 uint64_t lfm2_context_size(const lfm2_model *m, const lfm2_params *p)
@@ -5384,16 +5389,16 @@ lfm2_params lfm2_context_params(const lfm2_context *ctx)
     return ctx->par;
 }
 
-/* ---- what the machine can do at best: lfm2_exercise() */
+/* ---- the speed that the machine allows: lfm2_exercise() */
 
 struct exercise { int what; int64_t done; };
 
-/* READ: a share of the first bytes of the weights.  Else products with as many
- * rows of weights as the second-level cache holds easily, again and again, for
- * one row of x or for many. */
+/* LFM2_READ reads this thread's share of the first `done` bytes of the weights.
+ * The others multiply one row of x, or ROWS, many times by the same weights,
+ * which fit into the second-level cache. */
 static void exercise(struct thread *me)
 {
-    enum { AGAIN = 64, CACHE = 512 << 10, ROWS = 48 };
+    enum { TIMES = 64, CACHE = 512 << 10, ROWS = 48 };
     const lfm2_context *ctx = me->ctx;
     const struct layer *l = &ctx->model->layer[0];
     const struct tensor *w = l->ffn_gate.data ? &l->ffn_gate
@@ -5415,16 +5420,16 @@ static void exercise(struct thread *me)
                 sum ^= word;
             }
         }
-        memcpy(me->s.f, &sum, sizeof sum);       /* or nothing would be read */
+        memcpy(me->s.f, &sum, sizeof sum);   /* or the loop is optimized out */
         return;
     }
     in.n = e->what == LFM2_DECODE ? 1 :
            ctx->par.n_batch < ROWS ? ctx->par.n_batch : ROWS;
-    for (int i = 0; i < AGAIN * n; i++)
+    for (int i = 0; i < TIMES * n; i++)
         ctx->isa->product(me->s.out[0], w, i % n * UNIT, UNIT, &in, &me->s,
                           unit_data(w, n), w->data);
     if (me->id == 0)
-        e->done = (int64_t)AGAIN * n * UNIT * me->of *
+        e->done = (int64_t)TIMES * n * UNIT * me->of *
                   (e->what == LFM2_DOT ? (int64_t)in.n * w->cols
                                        : (int64_t)row_bytes(w));
 }
@@ -5449,7 +5454,7 @@ int64_t lfm2_exercise(lfm2_context *ctx, int what)
 
 /* ------------------------------------------------------------ 20. Sequences
  *
- * First where things lie in the memory of a sequence. */
+ * First where the columns of a sequence are; see struct seq. */
 
 static float *u_column(const lfm2_context *ctx, const struct seq *s,
                        int i_conv, int pos)
@@ -5467,7 +5472,7 @@ static float *conv_mark(const lfm2_context *ctx, const struct seq *s, int pos)
     return s->marks + pos / ctx->seq_step * columns(ctx->model, 0);
 }
 
-/* Save or load the columns that a text of `len` tokens looks back to. */
+/* Save the columns that a text of `len` tokens looks back to, or load them. */
 enum { SAVE, LOAD };
 
 static void move_columns(const lfm2_context *ctx, struct seq *s, int len,
@@ -5491,7 +5496,7 @@ static struct seq *find_seq(const lfm2_context *ctx, int seq)
     return seq >= 0 && seq < ctx->par.n_seq ? &ctx->seq[seq] : NULL;
 }
 
-/* ---- the calls of lfm2_forward() */
+/* ---- lfm2_forward() */
 
 static int check_spans(lfm2_context *ctx, const lfm2_span *spans,
                        int n_spans, lfm2_error *err)
@@ -5514,7 +5519,7 @@ static int check_spans(lfm2_context *ctx, const lfm2_span *spans,
         struct seq *seq = find_seq(ctx, s->seq);
         if (!seq || seq->span >= 0)
             return fail(err, LFM2_EARG, "span %d: sequence %d, expected one of "
-                        "0 to %d that no other span is for", i, s->seq,
+                        "0 to %d that no other span has", i, s->seq,
                         ctx->par.n_seq - 1);
         seq->span = i;
         if (s->n_tokens < 1 || !s->tokens == !s->embd)
@@ -5541,15 +5546,15 @@ static int check_spans(lfm2_context *ctx, const lfm2_span *spans,
     return LFM2_OK;
 }
 
-/* Columns before `end` have been written, each over the oldest one left. */
+/* u has been written up to column `end`, over the oldest columns. */
 static void forget_columns(const lfm2_context *ctx, struct seq *s, int end)
 {
     const int oldest = end - UNDO - ctx->model->cfg.l_cache + 1;
     s->oldest = oldest > s->oldest ? oldest : s->oldest;
 }
 
-/* Cut the next pass, at most n_batch rows, from what is left of the spans;
- * returns how many. */
+/* Cut the next pass, at most n_batch rows, from the rest of the spans; returns
+ * how many rows. */
 static int next_pass(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
 {
     struct batch *b = &ctx->batch;
@@ -5579,8 +5584,8 @@ static int next_pass(lfm2_context *ctx, const lfm2_span *spans, int n_spans)
     return rows;
 }
 
-/* A cancelled call restores the columns before its start, which a span of at
- * most UNDO tokens does not overwrite. */
+/* A cancelled call must restore the columns before its start.  They are saved
+ * first, unless the span is too short to overwrite them. */
 int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
                  lfm2_error *err)
 {
@@ -5605,7 +5610,7 @@ int lfm2_forward(lfm2_context *ctx, const lfm2_span *spans, int n_spans,
     for (int n; !ctx->stop && (n = next_pass(ctx, spans, n_spans)) > 0;) {
         const uint64_t work = ctx->row_work * (uint64_t)n;
         parallel(ctx, work < TOO_SMALL ? 1 : ctx->par.n_threads, forward);
-        ctx->n_logits += b->n_rows;       /* what output() has left of them  */
+        ctx->n_logits += b->n_rows;       /* output() has dropped the others */
         for (int i = 0; i < b->n_pieces; i++) {
             struct seq *s = &ctx->seq[b->piece[i].seq];
             s->len += b->piece[i].n;
@@ -5659,7 +5664,7 @@ int lfm2_seq_step(const lfm2_context *ctx)
     return ctx->seq_step;
 }
 
-/* Give whole pages back to the system; they read as 0 from then on. */
+/* Return whole pages to the system; from then on they read as 0. */
 static void give_back(void *memory, int64_t size)
 {
 #if defined __linux__ && !defined LFM2_NO_MMAP
@@ -5685,7 +5690,7 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
         return s->len;
     s->len = len;
     if (len > 0 && len - ctx->model->cfg.l_cache + 1 >= s->oldest)
-        return len;
+        return len;                       /* the columns before it are in u  */
     s->len -= len % ctx->seq_step;
     if (s->len > 0) {
         move_columns(ctx, s, s->len, LOAD, conv_mark(ctx, s, s->len));
@@ -5693,7 +5698,7 @@ int lfm2_seq_trim(lfm2_context *ctx, int seq, int len)
     }
     s->oldest = 1 - ctx->model->cfg.l_cache;
     give_back(s->kv, kv_bytes(ctx, kv_head_bytes(ctx)));
-    give_back(s->marks, marks_of(ctx, ctx->par.n_ctx) *
+    give_back(s->marks, mark_floats(ctx, ctx->par.n_ctx) *
                         (int64_t)sizeof *s->marks);
     memset(s->u, 0, (size_t)columns(ctx->model, UNDO) * sizeof *s->u);
     return 0;
@@ -5710,19 +5715,21 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
                     "%d", src, dst, ctx->par.n_seq - 1);
     if (to == from)
         return LFM2_OK;
-    const int64_t tiles = (from->len + TILE - 1) / TILE;   /* in use */
+    const int64_t tiles = (from->len + TILE - 1) / TILE;      /* in use      */
     for (int64_t at = 0; at < all; at += head)
         memcpy(to->kv + at, from->kv + at, (size_t)(tiles * TILE *
                ctx->model->cfg.head_dim * kv_size(ctx)));
     memcpy(to->u, from->u, (size_t)columns(ctx->model, UNDO) * sizeof *to->u);
-    memcpy(to->marks, from->marks, (size_t)marks_of(ctx, from->len) *
+    memcpy(to->marks, from->marks, (size_t)mark_floats(ctx, from->len) *
                                    sizeof *to->marks);
     to->len = from->len;
     to->oldest = from->oldest;
     return LFM2_OK;
 }
 
-/* A saved sequence, all little-endian:
+/* ---- save and load
+ *
+ * A saved sequence, all little-endian:
  *
  *     "LFM2SEQ2" | u64 lfm2_model_hash() | u32 kv_type | u32 len
  *     u: f32 [n_conv][l_cache-1][n_embd], the last columns
@@ -5731,8 +5738,7 @@ int lfm2_seq_copy(lfm2_context *ctx, int dst, int src, lfm2_error *err)
  *         f16 or f32
  *     u64 hash_words() of all before
  *
- * Nothing in it depends on n_ctx, on how the cache is laid out or on the
- * machine. */
+ * It depends neither on n_ctx nor on the layout of the cache or the machine. */
 
 enum { SAVED_HEAD = 24 };
 
@@ -5760,7 +5766,7 @@ uint64_t lfm2_model_hash(const lfm2_model *m)
     return h;
 }
 
-/* The same, of eight bytes at a time. */
+/* The same, eight bytes at a time. */
 static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
 {
     for (; n >= 8; n -= 8, p += 8) {
@@ -5770,10 +5776,10 @@ static uint64_t hash_words(uint64_t h, const uint8_t *p, size_t n)
     return hash_bytes(h, p, n);
 }
 
-/* One of the two is set: the same walk saves and loads. */
+/* One of the two is NULL: the same code saves and loads. */
 struct stream { uint8_t *to; const uint8_t *from; };
 
-/* n numbers of `size` bytes each. */
+/* n numbers of `size` bytes, little-endian in the stream. */
 static void move(struct stream *s, void *p, size_t n, int size)
 {
     const int is_little = *(const uint8_t *)&(const uint16_t){ 1 };
@@ -5796,7 +5802,7 @@ static void move_saved(const lfm2_context *ctx, struct seq *q, int len,
 
     if (s->to)
         move_columns(ctx, q, len, SAVE, q->marks);
-    move(s, q->marks, (size_t)marks_of(ctx, len), 4);
+    move(s, q->marks, (size_t)mark_floats(ctx, len), 4);
     if (s->from)
         move_columns(ctx, q, len, LOAD, q->marks);
     for (int i = 0; i < ctx->model->n_attn * n_head_kv; i++) {
@@ -5810,7 +5816,7 @@ static void move_saved(const lfm2_context *ctx, struct seq *q, int len,
 
 static uint64_t saved_size(const lfm2_context *ctx, int len)
 {
-    return (uint64_t)(SAVED_HEAD + marks_of(ctx, len) * 4 + 8 + len *
+    return (uint64_t)(SAVED_HEAD + mark_floats(ctx, len) * 4 + 8 + len *
                       kv_bytes(ctx, ctx->model->cfg.head_dim * kv_size(ctx)));
 }
 
@@ -5860,9 +5866,9 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
     if (size < SAVED_HEAD + 8 || size > SIZE_MAX ||
         memcmp(buf, "LFM2SEQ2", 8) != 0 || load_int(s.from + size - 8, 8) !=
         hash_words(HASH_START, buf, (size_t)size - 8))
-        return fail(err, LFM2_EFORMAT, "%llu bytes that are no saved sequence, "
-                    "or a damaged one, expected \"LFM2SEQ2\" first and their "
-                    "checksum last", ull(size));
+        return fail(err, LFM2_EFORMAT, "%llu bytes that are not a saved "
+                    "sequence or are damaged, expected \"LFM2SEQ2\" first and "
+                    "their checksum last", ull(size));
     model = load_int(s.from + 8, 8);
     kv_type = load_int(s.from + 16, 4);
     if (model != lfm2_model_hash(ctx->model) ||
@@ -5887,8 +5893,8 @@ int lfm2_seq_load(lfm2_context *ctx, int seq, const void *buf, uint64_t size,
 
 /* --------------------------------------------------------------- 21. Traces
  *
- * The threads keep what a module gives, in memory that is there only while
- * somebody traces; at the end of an operator the caller's thread shows it. */
+ * While there is a hook, the threads keep a copy of what each module computes;
+ * at the end of an operator the caller's thread passes it to the hook. */
 
 static const struct { const char *name; int width; } modules[N_MODULES] = {
     [CONV_IN_PROJ] = { LAYER ".conv.in_proj", EMBD_3 },
@@ -5910,14 +5916,13 @@ static const struct { const char *name; int width; } modules[N_MODULES] = {
     [EXPERT_W2] = { LAYER ".feed_forward.experts.%d.w2", EMBD }
 };
 
-/* How many numbers a module gives for a row. */
 static int module_width(const lfm2_context *ctx, int module)
 {
     return size_of(&ctx->model->cfg, modules[module].width);
 }
 
-/* Where they begin in ctx->traced: as many for each row of the pass, or of an
- * expert for each slot. */
+/* Where the output of a module begins in ctx->traced: a vector for each row of
+ * the pass or, if it is part of an expert, for each slot. */
 static int64_t traced_at(const lfm2_context *ctx, int module)
 {
     const int64_t rows = ctx->par.n_batch;
@@ -5938,7 +5943,7 @@ static void keep(const lfm2_context *ctx, int module, int row, int col,
                (size_t)n * sizeof *x);
 }
 
-/* Show y[n_rows][n], of the rows of the pass in `row` or of the first ones. */
+/* Show y[n_rows][n]: its row i is row[i] of the pass, or i if row is NULL. */
 static void show_rows(const lfm2_context *ctx, const char *module, int il,
                       int e, const int *row, int n_rows, const float *y, int n)
 {
@@ -6021,42 +6026,43 @@ int lfm2_trace(lfm2_context *ctx, lfm2_trace_fn *fn, void *user,
  * --------------------------------------------------------- 22. The vocabulary
  *
  * Byte-level byte pair encoding.  A token is a string of bytes.  Text is cut
- * into pieces, roughly words; a piece begins as single bytes, and neighbours
- * are merged, always the pair that stands first in the list of merges.
- * Control tokens stand outside of all this: no text can become one. */
+ * into pieces, roughly words.  A piece begins as single bytes; then neighbours
+ * are merged, always the pair that comes first in the list of merges.  Markers
+ * such as <|im_end|> are cut out of the text first: user-defined ones always,
+ * control tokens only if the caller asks for it. */
 
 enum {                                    /* as in tokenizer.ggml.token_type */
     TOKEN_NORMAL = 1,                     /* text in the byte alphabet       */
     TOKEN_UNKNOWN = 2,
-    TOKEN_CONTROL = 3,                    /* a marker, literal               */
-    TOKEN_USER_DEFINED = 4,               /* literal, cut out of any text    */
+    TOKEN_CONTROL = 3,                    /* a marker, where it is asked for */
+    TOKEN_USER_DEFINED = 4,               /* a marker in any text            */
     TOKEN_UNUSED = 5,
     TOKEN_BYTE = 6
 };
 
 enum {                                    /* sets of types                   */
     FROM_TEXT = 1 << TOKEN_NORMAL | 1 << TOKEN_USER_DEFINED | 1 << TOKEN_BYTE,
-    CUT_OUT = 1 << TOKEN_USER_DEFINED,
-    CUT_OUT_SPECIAL = CUT_OUT | 1 << TOKEN_CONTROL,
+    USER_MARKERS = 1 << TOKEN_USER_DEFINED,
+    ALL_MARKERS = USER_MARKERS | 1 << TOKEN_CONTROL,
     ANY_TYPE = ~0
 };
 
 enum { MAX_VOCAB = 1000000, MAX_MERGE = 1 << 24, MAX_TOKEN = 1 << 20,
-       MAX_MARKER = 256 };                /* searched for at every byte      */
+       MAX_MARKER = 256 };                /* bytes; every length is tried    */
 
-#define NO_RANK UINT32_MAX                /* a pair that does not merge      */
+#define NO_RANK UINT32_MAX                /* of a pair that does not merge   */
 
 struct token {
-    uint32_t start;                       /* its bytes in text end where
-                                             those of the next one start     */
+    uint32_t start;                       /* of its bytes in text; they end
+                                             where the next token starts     */
     uint8_t type;                         /* TOKEN_...                       */
 };
 
 struct merge { int32_t left, right, result; };
 
-/* A hash table: an entry is in the first free slot of MAX_PROBES, from that of
- * its hash on, so the first to be added is the first to be found.  The limit
- * keeps a file from slowing searches down. */
+/* A hash table: an entry takes the first free slot from that of its hash on, so
+ * of equal entries the first to be added is found.  A file that needs more than
+ * MAX_PROBES slots is refused: its hashes were made to collide. */
 enum { MAX_PROBES = 64 };
 
 struct table { int32_t *slot; uint32_t n; };    /* entry + 1, or 0; n = 2^k  */
@@ -6077,7 +6083,7 @@ struct lfm2_tokenizer {
     uint8_t *classes;                     /* [MAX_CLASSED], see class_at()   */
 };
 
-static uint8_t *make_classes(void);       /* on the last page                */
+static uint8_t *make_classes(void);       /* see section 27                  */
 
 static const uint8_t *token_bytes(const lfm2_tokenizer *t, int32_t id)
 {
@@ -6099,7 +6105,7 @@ static int32_t *slot_of(struct table t, uint64_t hash, uint32_t probe)
     return &t.slot[((hash ^ hash >> 32) + probe) & (t.n - 1)];
 }
 
-/* -1 if the slots are taken. */
+/* -1 if all slots for this hash are taken. */
 static int add_entry(struct table t, uint64_t hash, int32_t entry)
 {
     for (uint32_t i = 0; i < MAX_PROBES; i++)
@@ -6110,7 +6116,7 @@ static int add_entry(struct table t, uint64_t hash, int32_t entry)
     return -1;
 }
 
-/* The token with the bytes s[n], of one of these types, the lowest id if there
+/* The token of one of these types whose bytes are s[n], the lowest id if there
  * are several; -1 if there is none. */
 static int32_t find_hashed(const lfm2_tokenizer *t, uint64_t hash,
                            const uint8_t *s, size_t n, int types)
@@ -6136,7 +6142,7 @@ static uint64_t hash_pair(int32_t left, int32_t right)
            0x9e3779b97f4a7c15u;
 }
 
-/* The rank of merging two tokens. */
+/* The rank of the merge of two tokens, or NO_RANK. */
 static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
 {
     for (uint32_t i = 0; i < MAX_PROBES; i++) {
@@ -6149,11 +6155,11 @@ static uint32_t find_merge(const lfm2_tokenizer *t, int32_t left, int32_t right)
 
 /* ------------------------------------------------- 23. Reading a vocabulary
  *
- * In a GGUF, tokens and merges are text in which every byte is written as a
- * printable character: bytes that are printable in Latin-1 as themselves, the
- * 68 others as U+0100 and following, in order.  A space becomes U+0120 that
- * way, so the one space in a merge separates its two sides.  Control and
- * user-defined tokens are literal. */
+ * In a GGUF, tokens and merges are written in the byte alphabet, one printable
+ * character for each byte: bytes that are printable in Latin-1 stand for
+ * themselves, the 68 others are U+0100 and following, in order.  A space is
+ * U+0120, so the one space in a merge separates its two sides.  Markers are not
+ * encoded. */
 
 /* The keys that are read, in the order in which they are exported. */
 enum { KEY_MODEL, KEY_PRE, KEY_BOS, KEY_EOS, KEY_ADD_BOS, KEY_TYPES, KEY_TOKENS,
@@ -6161,18 +6167,18 @@ enum { KEY_MODEL, KEY_PRE, KEY_BOS, KEY_EOS, KEY_ADD_BOS, KEY_TYPES, KEY_TOKENS,
 
 static const struct {
     const char *name, *what;
-    const char *kinds;                    /* of its elements, in gguf_type[] */
-    int must, is_array, min, max;         /* so many elements                */
+    const char *kinds;                    /* of elements, as in gguf_type[]  */
+    int must, min, max;                   /* elements; max 0: not an array   */
 } word_key[N_WORD_KEYS] = {
 #define WORD(name) "tokenizer.ggml." name
-    { WORD("model"), "one string", "s", 1, 0, 1, 1 },
-    { WORD("pre"), "one string", "s", 0, 0, 1, 1 },
-    { WORD("bos_token_id"), "one integer", "iu", 0, 0, 1, 1 },
-    { WORD("eos_token_id"), "one integer", "iu", 0, 0, 1, 1 },
-    { WORD("add_bos_token"), "one bool", "b", 0, 0, 1, 1 },
-    { WORD("token_type"), "an array of integers", "iu", 0, 1, 1, MAX_VOCAB },
-    { WORD("tokens"), "an array of strings", "s", 1, 1, 1, MAX_VOCAB },
-    { WORD("merges"), "an array of strings", "s", 1, 1, 0, MAX_MERGE }
+    { WORD("model"), "one string", "s", 1 },
+    { WORD("pre"), "one string", "s", 0 },
+    { WORD("bos_token_id"), "one integer", "iu", 0 },
+    { WORD("eos_token_id"), "one integer", "iu", 0 },
+    { WORD("add_bos_token"), "one bool", "b", 0 },
+    { WORD("token_type"), "an array of integers", "iu", 0, 1, MAX_VOCAB },
+    { WORD("tokens"), "an array of strings", "s", 1, 1, MAX_VOCAB },
+    { WORD("merges"), "an array of strings", "s", 1, 0, MAX_MERGE }
 #undef WORD
 };
 
@@ -6181,8 +6187,8 @@ static const struct gguf_kv *word_kv(const struct gguf *g, int key)
     return gguf_find(g, word_key[key].name);
 }
 
-/* The length of the character at p, of which n >= 1 bytes are there; 0 if more
- * could complete it; -1 if it is none: overlong, surrogate, above U+10FFFF. */
+/* The length of the UTF-8 character at the start of p[n], n >= 1; 0 if it is
+ * incomplete, -1 if it is invalid (overlong, a surrogate, above U+10FFFF). */
 static int utf8_length(const uint8_t *p, size_t n)
 {
     const uint8_t c = p[0];
@@ -6200,7 +6206,7 @@ static int utf8_length(const uint8_t *p, size_t n)
     return len;
 }
 
-/* A whole character of len bytes as a number. */
+/* The code point of a valid character of len bytes. */
 static uint32_t utf8_value(const uint8_t *p, int len)
 {
     uint32_t c = len == 1 ? *p : *p & (0x7fu >> len);
@@ -6210,7 +6216,7 @@ static uint32_t utf8_value(const uint8_t *p, int len)
     return c;
 }
 
-/* The byte that a character of the alphabet stands for; -1: it is not in it. */
+/* The byte that a character of the byte alphabet stands for; -1 for others. */
 static int byte_of(uint32_t c)
 {
     if (c < 256)
@@ -6219,24 +6225,23 @@ static int byte_of(uint32_t c)
     return c < 33 ? (int)c : c < 67 ? (int)c - 33 + 127 : c == 67 ? 173 : -1;
 }
 
-/* Write the bytes of a text and return how many.  A text that is not all in the
- * alphabet stands for itself. */
-static size_t unmap(uint8_t *out, int type, const char *text, const char *end)
+/* Write the bytes of a token to out; returns how many.  Text that is not all in
+ * the byte alphabet is copied, like that of markers. */
+static size_t decode(uint8_t *out, int type, const char *text, const char *end)
 {
-    const int is_mapped = type == TOKEN_NORMAL || type == TOKEN_BYTE;
-    const uint8_t *p = (const uint8_t *)text;
-    size_t left = (size_t)(end - text), n = 0;
+    const int is_encoded = type == TOKEN_NORMAL || type == TOKEN_BYTE;
+    const uint8_t *p = (const uint8_t *)text, *last = (const uint8_t *)end;
+    size_t n = 0;
 
-    while (left > 0 && is_mapped) {
-        const int len = utf8_length(p, left);
+    while (is_encoded && p < last) {
+        const int len = utf8_length(p, (size_t)(last - p));
         const int byte = len > 0 ? byte_of(utf8_value(p, len)) : -1;
         if (byte < 0)
             break;
         out[n++] = (uint8_t)byte;
         p += len;
-        left -= (size_t)len;
     }
-    if (left == 0)
+    if (p == last)
         return n;
     memcpy(out, text, (size_t)(end - text));
     return (size_t)(end - text);
@@ -6258,13 +6263,13 @@ static int add_tokens(lfm2_tokenizer *t, const struct gguf *g)
                        (long long)type, TOKEN_NORMAL, TOKEN_BYTE);
         struct token *token = &t->token[id];
         token->type = (uint8_t)type;
-        const int is_marker = has_type(t, id, CUT_OUT_SPECIAL);
+        const int is_marker = has_type(t, id, ALL_MARKERS);
         const size_t max = is_marker ? MAX_MARKER : MAX_TOKEN;
         if (s.n > max)
             return BAD(g, "token %d: %s%zu bytes, expected at most %zu", id,
                        is_marker ? "a marker of " : "", s.n, max);
         uint8_t *bytes = t->text + token->start;
-        const size_t n = unmap(bytes, (int)type, s.s, s.s + s.n);
+        const size_t n = decode(bytes, (int)type, s.s, s.s + s.n);
         const uint64_t hash = hash_bytes(HASH_START, bytes, n);
         token[1].start = token->start + (uint32_t)n;
         if (is_marker && n > 0 && n > t->longest_marker[bytes[0]])
@@ -6277,7 +6282,7 @@ static int add_tokens(lfm2_tokenizer *t, const struct gguf *g)
     return LFM2_OK;
 }
 
-/* "left right" to the ids of left, right and both together. */
+/* "left right" becomes the ids of left, right and both together. */
 static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
 {
     uint8_t *bytes = t->text + t->token[t->n_vocab].start;
@@ -6288,8 +6293,8 @@ static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
         const struct str s = take_string(&c);
         const char *space = memchr(s.s, ' ', s.n), *end = s.s + s.n;
         const char *right = space ? space + 1 : end;
-        const size_t n = unmap(bytes, TOKEN_NORMAL, s.s, space ? space : end);
-        const size_t k = unmap(bytes + n, TOKEN_NORMAL, right, end);
+        const size_t n = decode(bytes, TOKEN_NORMAL, s.s, space ? space : end);
+        const size_t k = decode(bytes + n, TOKEN_NORMAL, right, end);
         struct merge m = { find_token(t, bytes, n, ANY_TYPE),
                            find_token(t, bytes + n, k, ANY_TYPE),
                            find_token(t, bytes, n + k, ANY_TYPE) };
@@ -6297,7 +6302,7 @@ static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
             return BAD(g, "merge %llu: \"%s\", expected two tokens that "
                        "make a third, with a space between them", ull(i),
                        show(s).s);
-        /* no text becomes a control token; of two merges the first counts */
+        /* text never makes a control token; of equal merges the first counts */
         if (!has_type(t, m.result, FROM_TEXT) ||
             find_merge(t, m.left, m.right) != NO_RANK)
             continue;
@@ -6310,7 +6315,7 @@ static int add_merges(lfm2_tokenizer *t, const struct gguf *g)
     return LFM2_OK;
 }
 
-/* To be closed with gguf_free(), after an error too. */
+/* Check all keys.  The caller must call gguf_free(), even after an error. */
 static int open_vocabulary(struct gguf *g, const void *data, size_t size,
                            lfm2_error *err)
 {
@@ -6321,37 +6326,37 @@ static int open_vocabulary(struct gguf *g, const void *data, size_t size,
     for (int i = 0; i < N_WORD_KEYS; i++) {
         const struct gguf_kv *kv = word_kv(g, i);
         const int is_array = kv && kv->type == GGUF_ARRAY;
-        if (kv ? is_array != word_key[i].is_array ||
+        if (kv ? is_array != (word_key[i].max > 0) ||
                  !strchr(word_key[i].kinds, gguf_type[kv->elem].kind)
                : word_key[i].must)
             return BAD(g, "%s: %s %s, expected %s", word_key[i].name,
                        is_array ? "an array of" : kv ? "one" : "no",
                        kv ? gguf_type[kv->elem].name : "such key",
                        word_key[i].what);
-        if (kv)
-            TRY(in_range(g, kv->key, (double)kv->n, " elements",
-                         word_key[i].min, word_key[i].max));
+        if (is_array)
+            TRY(check_range(g, kv->key, (double)kv->n, " elements",
+                            word_key[i].min, word_key[i].max));
     }
     const struct gguf_kv *types = word_kv(g, KEY_TYPES);
     const double n_vocab = (double)word_kv(g, KEY_TOKENS)->n;
     if (types)
-        TRY(in_range(g, types->key, (double)types->n, " elements", n_vocab,
-                     n_vocab));
+        TRY(check_range(g, types->key, (double)types->n, " elements", n_vocab,
+                        n_vocab));
     const struct str model = kv_string(word_kv(g, KEY_MODEL));
     const struct str pre = kv_string(word_kv(g, KEY_PRE));
     const struct str arch = kv_string(gguf_find(g, "general.architecture"));
     if (!str_is(model, "gpt2"))
-        return ALIEN(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
+        return OTHER(g, "tokenizer.ggml.model: \"%s\", expected \"gpt2\", a "
                      "byte-level BPE", show(model).s);
-    /* an LFM2 model can only mean one thing, whatever it calls it */
+    /* LFM2 models have only one pre-tokenizer, whatever `pre` says */
     if (str_is(arch, "lfm2") || str_is(arch, "lfm2moe") ||
         str_is(pre, "lfm2") || str_is(pre, "llama-bpe"))
         return LFM2_OK;
-    return ALIEN(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
+    return OTHER(g, "tokenizer.ggml.pre: \"%s\", expected \"lfm2\" or "
                  "\"llama-bpe\"", show(pre).s);
 }
 
-/* For n entries, with so much room that few collide; -1 without memory. */
+/* Room for n entries, at most a quarter full; -1 if there is no memory. */
 static int open_table(struct table *t, uint64_t n)
 {
     for (t->n = 1; t->n < 4 * n; t->n *= 2)
@@ -6370,7 +6375,7 @@ static int read_vocabulary(lfm2_tokenizer *t, const struct gguf *g)
 
     t->n_vocab = (int)tokens->n;
     t->add_bos = !add || add->value[0];
-    if (tokens->size < INT32_MAX)         /* and room for the text of merges */
+    if (tokens->size < INT32_MAX)         /* merges: room for add_merges()   */
         t->text = malloc(tokens->size + merges->size);
     t->token = calloc((size_t)t->n_vocab + 1, sizeof *t->token);
     t->merge = malloc(((size_t)merges->n + 1) * sizeof *t->merge);
@@ -6381,20 +6386,20 @@ static int read_vocabulary(lfm2_tokenizer *t, const struct gguf *g)
         return fail(g->err, LFM2_ENOMEM, "no memory for the vocabulary");
     TRY(add_tokens(t, g));
 
-    /* What begins or ends a text or a turn is never made of text, even where
-     * the file calls it user-defined. */
+    /* What begins or ends a text or a turn is a control token, even if the file
+     * calls it user-defined. */
     for (int k = KEY_BOS; k <= KEY_EOS; k++) {
         uint32_t id = UINT32_MAX;         /* none                            */
         TRY(gguf_u32(g, word_key[k].name, &id));
         if (id != UINT32_MAX)
-            TRY(in_range(g, word_key[k].name, id, "", 0, t->n_vocab - 1));
+            TRY(check_range(g, word_key[k].name, id, "", 0, t->n_vocab - 1));
         *role[k - KEY_BOS] = (int32_t)id;
     }
     t->eot = lfm2_token_id(t, "<|endoftext|>");
     t->im_start = lfm2_token_id(t, "<|im_start|>");
     t->im_end = lfm2_token_id(t, "<|im_end|>");
     for (size_t i = 0; i < COUNT(role); i++)
-        if (*role[i] >= 0 && has_type(t, *role[i], CUT_OUT))
+        if (*role[i] >= 0 && has_type(t, *role[i], USER_MARKERS))
             t->token[*role[i]].type = TOKEN_CONTROL;
     TRY(add_merges(t, g));
     for (int b = 0; b < 256; b++) {
@@ -6450,7 +6455,7 @@ int lfm2_tokenizer_open(lfm2_tokenizer **out, const char *path, lfm2_error *err)
     return code;
 }
 
-/* Like snprintf: counts everything, writes what there is room for. */
+/* Output of bytes, like snprintf: n counts all, cap limits what is written. */
 struct writer { uint8_t *out; size_t cap, n; };
 
 static void put(struct writer *w, const void *p, size_t n)
@@ -6460,8 +6465,8 @@ static void put(struct writer *w, const void *p, size_t n)
     w->n += n;
 }
 
-/* A tokenizer.bin is a GGUF with the keys that are read and no tensors.  It has
- * no architecture, so it says what `pre` is. */
+/* A tokenizer.bin is a GGUF with these keys and no tensors.  As it has no
+ * architecture, it needs `pre`; other keys are copied with their headers. */
 size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
                              size_t cap, lfm2_error *err)
 {
@@ -6492,15 +6497,15 @@ size_t lfm2_tokenizer_export(const void *data, size_t size, void *buf,
 
 /* ------------------------------------------------------ 24. Text to tokens
  *
- * First the special tokens are cut out, then what lies between is cut into
- * pieces, then each piece becomes tokens.  All three are linear in the text, or
- * n log n for the last: a page of one letter is no trap. */
+ * First the markers are cut out, then the text between them is cut into pieces,
+ * then each piece becomes tokens.  Each step takes linear time, the last one
+ * n log n, for any text: a page of one letter is not a bad case. */
 
 enum { CLASS_OTHER, CLASS_LETTER, CLASS_NUMBER, CLASS_SPACE, CLASS_END };
-enum { MAX_CLASSED = 0x32400 };           /* from here on all are OTHER      */
+enum { MAX_CLASSED = 0x32400 };           /* code points from here are OTHER */
 
 /* The class of the character at p, and its length; CLASS_END at the end.  A
- * byte that is part of no character counts as one of class OTHER. */
+ * byte that is not valid UTF-8 counts as a character of class OTHER. */
 static int class_at(const lfm2_tokenizer *t, const uint8_t *p,
                     const uint8_t *end, int *len)
 {
@@ -6512,7 +6517,7 @@ static int class_at(const lfm2_tokenizer *t, const uint8_t *p,
            c < MAX_CLASSED ? t->classes[c] : CLASS_OTHER;
 }
 
-/* Past all that is of this class, but at most max characters. */
+/* Skip at most max characters of this class. */
 static const uint8_t *skip(const lfm2_tokenizer *t, const uint8_t *p,
                            const uint8_t *end, int class, size_t max)
 {
@@ -6538,8 +6543,8 @@ static int is_newline(const uint8_t *p, const uint8_t *end)
     return p < end && (*p == '\r' || *p == '\n');
 }
 
-/* The end of the piece that begins at p < end.  In the words of a regular
- * expression, the first of these that fits:
+/* The end of the piece that begins at p < end, which is the match of the first
+ * of these regular expressions that matches:
  *
  *     (?i:'s|'t|'re|'ve|'m|'ll|'d)
  *     [^\r\n\p{L}\p{N}]?\p{L}+
@@ -6570,14 +6575,14 @@ static const uint8_t *piece_end(const lfm2_tokenizer *t, const uint8_t *p,
     last = space = skip(t, p, end, CLASS_SPACE, SIZE_MAX);
     while (last > p && !is_newline(last - 1, end))
         last--;
-    if (last > p || space == end)         /* `\s*[\r\n]+`: up to the last    */
+    if (last > p || space == end)         /* `\s*[\r\n]+`, up to the last    */
         return last > p ? last : end;
     for (last = space - 1; (*last & 0xc0) == 0x80;)
-        last--;                           /* `\s+(?!\S)` leaves a character  */
-    return last > p ? last : space;
+        last--;                           /* `\s+(?!\S)`: all but one, ...    */
+    return last > p ? last : space;       /* ... `\s+` if there is but one    */
 }
 
-/* Where tokens go: counts all, writes what there is room for. */
+/* Output of tokens, like snprintf: n counts all, cap limits what is written. */
 struct tokens { int32_t *out; int cap, n; };
 
 static void emit(struct tokens *o, int32_t id)
@@ -6587,22 +6592,22 @@ static void emit(struct tokens *o, int32_t id)
     o->n++;
 }
 
-/* A piece of text on its way to tokens.  A symbol is known by the index of its
- * first byte; its token stands there and at its last byte, so that both
- * neighbours can be reached.  best[n+i] is the rank of merging symbol i with
- * the next one, and then i; best[v] is the lower of best[2v] and best[2v+1], so
- * best[1] is the best pair to merge, the leftmost if several. */
+/* A piece that is being merged: a row of symbols, which are tokens.  Symbol i
+ * begins at byte i.  Its token is in id[] there and at its last byte, so that
+ * both neighbours can be found:
+ *
+ *     piece     h   e   l   l   o                symbols "hel", "l", "o"
+ *     id       hel  .  hel  l   o
+ *
+ * best[] is a tournament tree.  Leaf best[n+i] has the rank of merging symbol i
+ * with the next one in its upper 32 bits, and i in the lower.  best[v] is the
+ * lower of best[2v] and best[2v+1]: so best[1] is the next merge, the leftmost
+ * of equal ones. */
 struct symbols {
-    uint32_t n, room;                     /* bytes; those there is memory for*/
+    uint32_t n, room;                     /* bytes, and the most that fit    */
     int32_t *id;                          /* [room]                          */
     uint64_t *best;                       /* [2 room]                        */
 };
-
-static void play(struct symbols p, uint32_t v)
-{
-    const uint64_t left = p.best[2 * v], right = p.best[2 * v + 1];
-    p.best[v] = left < right ? left : right;
-}
 
 static uint64_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
 {
@@ -6615,12 +6620,14 @@ static uint64_t rank_at(const lfm2_tokenizer *t, struct symbols p, uint32_t i)
 static void set_rank(struct symbols p, uint32_t i, uint64_t rank)
 {
     p.best[p.n + i] = rank;
-    for (uint32_t v = (p.n + i) / 2; v > 0; v /= 2)
-        play(p, v);
+    for (uint32_t v = (p.n + i) / 2; v > 0; v /= 2) {
+        const uint64_t left = p.best[2 * v], right = p.best[2 * v + 1];
+        p.best[v] = left < right ? left : right;
+    }
 }
 
-/* A piece that is a token as a whole becomes that token, even where merging
- * would not get there, as in llama.cpp.  All others have two bytes or more. */
+/* A piece that is a token as a whole becomes that token, even if no merges lead
+ * to it, as in llama.cpp.  All other pieces have at least two bytes. */
 static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
                          struct symbols p, const uint8_t *s)
 {
@@ -6633,9 +6640,7 @@ static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
     for (uint32_t i = 0; i < p.n; i++)
         p.id[i] = t->byte[s[i]];
     for (uint32_t i = 0; i < p.n; i++)
-        p.best[p.n + i] = rank_at(t, p, i);
-    for (uint32_t v = p.n - 1; v > 0; v--)
-        play(p, v);
+        set_rank(p, i, rank_at(t, p, i));
     while (p.best[1] >> 32 != NO_RANK) {
         const struct merge *m = &t->merge[p.best[1] >> 32];
         const uint32_t i = (uint32_t)p.best[1];
@@ -6651,7 +6656,7 @@ static void encode_piece(const lfm2_tokenizer *t, struct tokens *o,
         emit(o, p.id[i]);
 }
 
-/* The longest marker that stands at p < end, of these types; or -1. */
+/* The longest marker of these types at p < end; or -1. */
 static int32_t marker_at(const lfm2_tokenizer *t, const uint8_t *p,
                          const uint8_t *end, int types)
 {
@@ -6668,13 +6673,13 @@ static int32_t marker_at(const lfm2_tokenizer *t, const uint8_t *p,
 
 enum { MAX_ENCODE = 1 << 30 };            /* bytes of a text, tokens before  */
 
-/* For a piece longer than all before: -1 without memory. */
+/* Make room for a piece of s->n bytes; -1 if there is no memory. */
 static int make_room(struct symbols *s)
 {
     if (s->n <= s->room)
         return 0;
     free(s->best);
-    s->room = 2 * s->n;                   /* of 1 GiB at most                */
+    s->room = 2 * s->n;                   /* n is at most MAX_ENCODE         */
     s->best = calloc(s->room, 2 * sizeof *s->best + sizeof *s->id);
     if (!s->best)
         return -1;
@@ -6682,9 +6687,9 @@ static int make_room(struct symbols *s)
     return 0;
 }
 
-/* Cut out the markers from left to right, the longest at each place, and encode
- * what is between them.  (llama.cpp takes the longest anywhere first: the same
- * unless two of them overlap.) */
+/* Cut out the markers from left to right, the longest one at each place, and
+ * encode the text between them.  (llama.cpp cuts out the longest marker of all
+ * first: the result is the same unless markers overlap.) */
 static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
                        const char *text, size_t len, int types)
 {
@@ -6715,7 +6720,7 @@ static int encode_text(const lfm2_tokenizer *t, struct tokens *o,
 int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
                 int flags, int32_t *out, int cap)
 {
-    const int types = flags & LFM2_ENCODE_SPECIAL ? CUT_OUT_SPECIAL : CUT_OUT;
+    const int types = flags & LFM2_ENCODE_SPECIAL ? ALL_MARKERS : USER_MARKERS;
     struct tokens o = { out, out ? cap : 0, 0 };
 
     if (!text && len > 0)
@@ -6733,10 +6738,10 @@ int lfm2_encode(const lfm2_tokenizer *t, const char *text, size_t len,
  *     <|im_start|>role\ncontent<|im_end|>\n       for each message
  *     <|im_start|>assistant\n                     if an answer is to follow
  *
- * Role and content are one text, for the line break may be in one piece with
- * what follows. */
+ * Role and content are encoded as one text: the line break between them can be
+ * in one piece with what follows. */
 
-/* A whole turn, or the opening of one without content. */
+/* A whole turn; or, if content is NULL, only its opening. */
 static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
                        const char *role, const char *content)
 {
@@ -6751,12 +6756,12 @@ static int encode_turn(const lfm2_tokenizer *t, struct tokens *o,
         return LFM2_ENOMEM;
     snprintf(text, n_role + n + 2, "%s\n%s", role, content ? content : "");
     emit(o, t->im_start);
-    code = encode_text(t, o, text, n_role + 1 + n, CUT_OUT);
+    code = encode_text(t, o, text, n_role + 1 + n, USER_MARKERS);
     free(text);
     if (code != LFM2_OK || !content)
         return code;
     emit(o, t->im_end);
-    return encode_text(t, o, "\n", 1, CUT_OUT);
+    return encode_text(t, o, "\n", 1, USER_MARKERS);
 }
 
 int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
@@ -6778,7 +6783,7 @@ int lfm2_chat(const lfm2_tokenizer *t, const lfm2_message *msgs, int n_msgs,
     return o.n;
 }
 
-/* ---- and back: what ids mean, and their bytes as characters */
+/* ---- what tokens are, and their bytes as text */
 
 int lfm2_n_vocab(const lfm2_tokenizer *t)
 {
@@ -6812,11 +6817,11 @@ const char *lfm2_token_bytes(const lfm2_tokenizer *t, int32_t token,
     return (const char *)token_bytes(t, token);
 }
 
-/* If a marker and another token have the same bytes, the marker is meant. */
+/* A marker is preferred to other tokens with the same bytes. */
 int32_t lfm2_token_id(const lfm2_tokenizer *t, const char *text)
 {
     const size_t n = strlen(text);
-    const int32_t marker = find_token(t, text, n, CUT_OUT_SPECIAL);
+    const int32_t marker = find_token(t, text, n, ALL_MARKERS);
 
     return marker >= 0 ? marker : find_token(t, text, n, ANY_TYPE);
 }
@@ -6826,36 +6831,36 @@ size_t lfm2_utf8_push(lfm2_utf8 *u, const char *bytes, size_t len, char *out)
     size_t n = 0, i = 0;
 
     for (;;) {
-        int k = len == 0 ? u->n_held : u->n_held == 0 ? 0 :
-                utf8_length(u->held, (size_t)u->n_held);
-        if (k == 0 && i == len)
+        int ready = len == 0 ? u->n_held : u->n_held == 0 ? 0 :
+                    utf8_length(u->held, (size_t)u->n_held);
+        if (ready == 0 && i == len)
             return n;
-        if (k == 0) {
+        if (ready == 0) {
             u->held[u->n_held++] = (unsigned char)bytes[i++];
             continue;
         }
-        k = k < 0 ? 1 : k;
-        memcpy(out + n, u->held, (size_t)k);
-        memmove(u->held, u->held + k, (size_t)(u->n_held - k));
-        u->n_held -= k;
-        n += (size_t)k;
+        ready = ready < 0 ? 1 : ready;
+        memcpy(out + n, u->held, (size_t)ready);
+        memmove(u->held, u->held + ready, (size_t)(u->n_held - ready));
+        u->n_held -= ready;
+        n += (size_t)ready;
     }
 }
 
 /* --------------------------------------------------------------- 26. Sampling
  *
- * The candidates are a list of (logit, id), sorted as far as top-k and top-p
- * need it: likeliest first, ties to the lower id, so that the order is unique.
- * Probabilities are e^(logit - highest), not yet divided by their sum.  Every
- * sum runs in the order of the list, or of the ids where nothing was sorted. */
+ * The candidates are a list of (logit, id), sorted only as far as top-k and
+ * top-p need: likeliest first, ties by the lower id, so the order is unique.
+ * Probabilities are e^(logit - highest), not divided by their sum.  Every sum
+ * runs in the order of the list, that of the ids if nothing was sorted. */
 
 static int comes_before(struct candidate a, struct candidate b)
 {
     return a.value > b.value || (a.value == b.value && a.id < b.id);
 }
 
-/* c[n] is a heap with the last in order on top, but for c[i], which may have to
- * go down. */
+/* c[n] is a heap with the last in order on top, except that c[i] may have to go
+ * down. */
 static void sift_down(struct candidate *c, int n, int i)
 {
     const struct candidate moved = c[i];
@@ -6872,8 +6877,8 @@ static void sift_down(struct candidate *c, int n, int i)
 }
 
 /* Bring the first k of c[n], or all, to its front, sorted; returns how many.  A
- * heap of k takes in what comes before its last, which little does; then it is
- * emptied from the top. */
+ * heap holds the first k so far.  Few of the rest come before its top, and take
+ * its place.  Then the top is moved behind the heap until the heap is empty. */
 static int sort_first(struct candidate *c, int n, int k)
 {
     k = k < n ? k : n;
@@ -6898,7 +6903,7 @@ static int32_t highest(const float *logits, int n)
     int32_t best = -1;
 
     for (int32_t id = 0; id < n; id++)
-        if (!(logits[id] <= top)) {       /* seldom: higher, or NaN          */
+        if (!(logits[id] <= top)) {       /* higher, or NaN                  */
             if (!(logits[id] <= FLT_MAX))
                 return -1;
             top = logits[best = id];
@@ -6906,8 +6911,8 @@ static int32_t highest(const float *logits, int n)
     return best;
 }
 
-/* Push down what the recent tokens would repeat; was[t].value is the logit that
- * token t had, so that it is pushed down only once. */
+/* Lower the logits of recent tokens.  was[t].value becomes the logit that token
+ * t had before, so that a token that occurs twice is lowered once. */
 static void penalise(const lfm2_sampler *s, struct candidate *was,
                      float *logits, int n_vocab, const int32_t *history, int n)
 {
@@ -6923,22 +6928,22 @@ static void penalise(const lfm2_sampler *s, struct candidate *was,
     for (int i = first; i < n; i++) {
         const int32_t id = history[i];
         if (id < 0 || id >= n_vocab || was[id].value < -FLT_MAX)
-            continue;                     /* ruled out by the caller         */
+            continue;                     /* excluded by the caller          */
         float l = was[id].value;
         l = l > 0 ? l / penalty : l * penalty;
         logits[id] = l > FLT_MAX ? FLT_MAX : l < -FLT_MAX ? -FLT_MAX : l;
     }
 }
 
-/* Does min-p keep a logit that differs from the highest by x?  Where x is below
- * `least`, e^x is surely below min_p and need not be computed. */
+/* Does min-p keep a logit that differs from the highest by x?  If x is below
+ * `least`, e^x is certainly below min_p, and is not computed. */
 static int is_likely(float x, float min_p, float least)
 {
     return x == 0 || !(min_p > 0) || (x >= least && exp_f32(x) >= min_p);
 }
 
-/* Leave in c what top-k, top-p and min-p leave over, at least one: the highest
- * logit is first in order and always stays. */
+/* Put in c the candidates that top-k, top-p and min-p leave; returns how many.
+ * The one with the highest logit always stays. */
 static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
                              const float *logits, int n_vocab, float max)
 {
@@ -6958,7 +6963,7 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
     for (int i = 0; by_p && i < n; i++)
         sum += exp_f32(c[i].value - max);
     for (; by_p && taken < n && !(taken && mass >= s->top_p * sum); taken++) {
-        if (taken == sorted)              /* then four times as many         */
+        if (taken == sorted)              /* sort four times as many         */
             sorted += sort_first(c + sorted, n - sorted, 3 * sorted + 64);
         mass += exp_f32(c[taken].value - max);
     }
@@ -6968,7 +6973,7 @@ static int choose_candidates(const lfm2_sampler *s, struct candidate *c,
     return n;
 }
 
-/* SplitMix64 (Steele, Lea, Flood 2014), as a number in [0, 1). */
+/* A number in [0, 1) by SplitMix64 (Steele, Lea, Flood 2014). */
 static double random_next(uint64_t *seed)
 {
     uint64_t z = *seed += 0x9e3779b97f4a7c15u;
@@ -6978,26 +6983,23 @@ static double random_next(uint64_t *seed)
     return (double)((z ^ z >> 31) >> 11) / 9007199254740992.0;      /* 2^53 */
 }
 
-/* One of c[n] with probability e^((logit - max) / temperature). */
+/* One of c[n], weighted by e^((logit - max) / temperature); u is random. */
 static int32_t draw(struct candidate *c, int n, float max, float temperature,
                     double u)
 {
     double sum = 0, passed = 0;
-    int32_t last = c[0].id;
 
     for (int i = 0; i < n; i++) {
         const float x = (c[i].value - max) / temperature;
-        c[i].value = x <= 0 ? exp_f32(x) : 0;       /* or 0 for inf / inf    */
+        c[i].value = x <= 0 ? exp_f32(x) : 0;       /* 0 if NaN (inf / inf)  */
         sum += c[i].value;
     }
-    for (int i = 0; i < n; i++) {
-        if (c[i].value > 0)
-            last = c[i].id;
+    for (int i = 0; i < n - 1; i++) {
         passed += c[i].value;
         if (passed > u * sum)
-            break;
+            return c[i].id;
     }
-    return last;
+    return c[n - 1].id;
 }
 
 int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
@@ -7025,8 +7027,8 @@ int32_t lfm2_sample(lfm2_context *ctx, lfm2_sampler *s, float *logits,
 
 /* --------------------------------------------------------- 27. Unicode classes
  *
- * Letters (categories L*), numbers (N*) and white space, as lists of gaps and
- * lengths: skip so many code points, the next so many are of the class, ... */
+ * Letters (categories L*), numbers (N*) and white space, as run lengths: code
+ * points that are not of the class, then code points that are, and so on. */
 
 /* Made by scripts/make_unicode.py from Unicode 15.0. */
 static const uint16_t letter_runs[] = {

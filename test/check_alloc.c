@@ -418,7 +418,7 @@ START_TEST(a_file_that_becomes_shorter_is_an_error)
 
     sys.shrinks = path;
     ck_assert_int_eq(open_read(&err), LFM2_EIO);
-    ck_assert(strstr(err.msg, "it ends after 100 of"));
+    ck_assert(strstr(err.msg, "the file ends after 100 of"));
 }
 END_TEST
 

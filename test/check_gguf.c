@@ -180,7 +180,7 @@ static const struct { struct edit edit; int moe, code; const char *sentence; }
 broken[] = {
     /* header */
     { { PATCH, 0, 4, 0x46554740, 0, 0 }, 0, LFM2_EFORMAT,
-      "no GGUF file: it begins with \"@GUF\", expected \"GGUF\"" },
+      "not a GGUF file: it begins with \"@GUF\", expected \"GGUF\"" },
     { { PATCH, 0, 4, 0x47475546, 0, 0 }, 0, LFM2_EFORMAT, "begins with" },
     { { PATCH, 0, 4, 0x6c6d6767, 0, 0 }, 0, LFM2_EFORMAT, "begins with" },
     { { PATCH, 0, 4, 0x67676a74, 0, 0 }, 0, LFM2_EFORMAT, "begins with" },
@@ -643,7 +643,7 @@ START_TEST(what_is_no_readable_file_is_an_io_error)
         { "/dev/random", "a device or pipe", LFM2_EIO },
         { "build/test/fifo", "a device or pipe", LFM2_EIO },
         { "build/test/empty", "0 bytes, expected a GGUF file", LFM2_EFORMAT },
-        { "Makefile", "no GGUF file: it begins with", LFM2_EFORMAT },
+        { "Makefile", "not a GGUF file: it begins with", LFM2_EFORMAT },
     };
     lfm2_error err = { 0 };
     lfm2_model *m;

@@ -335,7 +335,7 @@ START_TEST(a_state_of_something_else_is_refused)
         int code;
         const char *says;
     } forged[] = {
-        { 7, 1, '1', LFM2_EFORMAT, "no saved sequence" },
+        { 7, 1, '1', LFM2_EFORMAT, "not a saved sequence" },
         { 8, 8, 12345, LFM2_EFORMAT, "with model 3039 and" },
         { 16, 4, LFM2_KV_F32, LFM2_EFORMAT, "kv_type 1, expected" },
         { 16, 4, 77, LFM2_EFORMAT, "kv_type 77, expected" },

@@ -76,7 +76,7 @@ START_TEST(what_is_no_file_is_an_error)
         { "test", "test: ", LFM2_EIO },
         { "build/test/stdio.gguf", "0 bytes, expected a GGUF", LFM2_EFORMAT },
         { "/dev/zero", "0 bytes, expected a GGUF file", LFM2_EFORMAT },
-        { "Makefile", "no GGUF file: it begins with", LFM2_EFORMAT },
+        { "Makefile", "not a GGUF file: it begins with", LFM2_EFORMAT },
     };
     lfm2_error err = { 0 };
     lfm2_model *m;
