@@ -394,7 +394,7 @@ class File:
         self.data = np.memmap(path, np.uint8, "r")
         self.at = 0
         if bytes(self.take(4)) != b"GGUF":
-            raise ValueError("%s: no GGUF file" % path)
+            raise ValueError("%s: not a GGUF file" % path)
         self.version = self.number("u32")
         if self.version not in (2, 3):
             raise ValueError("%s: GGUF version %d" % (path, self.version))

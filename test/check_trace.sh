@@ -117,7 +117,8 @@ holds "a chat is one text" [ "$(sed -n 's/.*"pos":\([0-9]*\).*/\1/p' \
     $(($(sed -n 's/.*"pos":\([0-9]*\).*/\1/p' "$dir/chat.jsonl" | sort -nu |
         wc -l) - 1)) ]
 
-# Whatever ends the program, there is no half of a record.
+# Whatever ends the program, lines are whole, and their numbers are there.  Only
+# the kernel may cut the last write of a process that is killed.
 "$run" -t 1 $m --raw --bos -n 100000 -c 0 --ignore-eos "$prompt" \
     --trace "$dir/killed.jsonl" --trace-raw "$dir/killed.f32" >"$dir/out" \
     2>"$dir/err" &
@@ -125,9 +126,10 @@ pid=$!
 within 20 [ -s "$dir/killed.f32" ]
 kill -KILL $pid
 wait $pid 2>/dev/null
-holds "killed at any time: the last line is whole" \
-    sh -c "tail -1 '$dir/killed.jsonl' | grep -qE '\}$'"
-last=$(tail -1 "$dir/killed.jsonl")
+sed '$d' "$dir/killed.jsonl" >"$dir/whole"
+holds "killed at any time: lines are whole" \
+    [ "$(grep -cE '^\{.*\}$' "$dir/whole")" = "$(wc -l <"$dir/whole")" ]
+last=$(tail -1 "$dir/whole")
 n_last=${last#*shape\":[} at=${last#*offset\":}
 holds "and its numbers are there" [ "$(wc -c <"$dir/killed.f32")" -ge \
     $((${at%\}} + 4 * ${n_last%%]*})) ]
