@@ -492,7 +492,7 @@ struct calls { struct call *call; int n; struct pool pool; };
 /* Section 13. */
 static volatile sig_atomic_t is_dim;      /* the terminal shows dim text     */
 static volatile sig_atomic_t interrupted, last_signal;
-static volatile sig_atomic_t is_heard;    /* `interrupted` is being polled   */
+static volatile sig_atomic_t is_polled;    /* `interrupted` is being polled   */
 static lfm2_context *volatile running;    /* a signal cancels this           */
 
 /* Section 19. */
@@ -652,7 +652,7 @@ static int read_file(const char *path, struct text *out);
 static FILE *create_file(const char *path);
 static int finish_file(FILE *f, const char *path, int code);
 static int write_all(int fd, const char *s, size_t n);
-static int replace_file(const char *path, const struct text *part, int n_parts);
+static int replace_file(const char *path, const struct text *t);
 static int open_file(lfm2_model **out, const char *path, int no_mmap, int any,
                      lfm2_error *err);
 static int report(const char *path, const lfm2_error *err);
@@ -674,7 +674,7 @@ static void pool_free(struct pool *p);
 static size_t utf8_put(char *out, uint32_t c);
 static int json_is(const struct json *v, int type);
 static struct json *json_get(const struct json *object, const char *key);
-static const struct json *given(const struct json *object, const char *key);
+static const struct json *member(const struct json *object, const char *key);
 static const char *json_text(const struct json *v);
 static int json_bool(const struct json *v, int *out);
 static int json_double(const struct json *v, double *out);
@@ -719,7 +719,7 @@ static int close_trace(struct engine *e, int code);
 /* 23. The sandbox */
 static const char *save_dir(const struct settings *s);
 static int enter_sandbox(const struct settings *s);
-static int keep_file(const char *path, const struct text *part, int n_parts);
+static int write_session(const char *path, const struct text *t);
 
 /* 24. Answers in a schema */
 static int open_schema(struct engine *e);
@@ -734,7 +734,7 @@ static int guide_token(const struct reply *r, struct guide *g, const char *s,
                        size_t n);
 static void end_guided(struct reply *r);
 static int may_say(const struct engine *e, const struct reply *r, int32_t id);
-static int32_t ask_again(struct engine *e, struct reply *r, float *logits);
+static int32_t resample(struct engine *e, struct reply *r, float *logits);
 
 /* What the program can do: sections 7, 9 to 11, 17, 18, and 20 to 22. */
 typedef int task(const struct settings *s);
@@ -816,8 +816,8 @@ struct reply {
     int max_guess, credit;                /* limits of prompt lookup         */
     lfm2_sampler sampler;
     struct guide *guide;                  /* NULL: any text is allowed       */
-    int n_again;                          /* tokens that did not fit it      */
-    double again;                         /* seconds to sample them again    */
+    int n_resampled;                      /* tokens that did not fit it      */
+    double resample_time;                 /* seconds                         */
     enum finish finish;
     enum part part;
     struct text raw;                      /* the whole answer, of which      */
@@ -838,10 +838,10 @@ struct job {
     uint64_t id;
     struct job *next;
     struct {                              /* what a client has been sent     */
-        int some, scores;
+        int begun, scores;
         size_t text, thought;
-        double when;                      /* time of its latest token        */
-    } told;
+        double last_token;                /* time                            */
+    } sent;
 };
 
 struct sink {
@@ -1205,7 +1205,7 @@ static int engine_step(struct engine *e)
 /* ---- the next token */
 
 /* The bytes of a token; of control tokens, only those of the marks below. */
-static const char *visible(const struct engine *e, int32_t id, int *len)
+static const char *token_text(const struct engine *e, int32_t id, int *len)
 {
     static const char *const marks[] = { THINK, THINK_END, CALL_START,
                                          CALL_END };
@@ -1225,7 +1225,7 @@ static const char *visible(const struct engine *e, int32_t id, int *len)
 static void take_token(const struct engine *e, struct reply *r, int32_t id)
 {
     int len;
-    const char *s = visible(e, id, &len);
+    const char *s = token_text(e, id, &len);
 
     r->n_thought += r->part == IN_THOUGHT;
     r->n_made++;
@@ -1300,7 +1300,7 @@ static void sample_token(struct engine *e, struct reply *r, float *logits)
         logits[e->ends.id[i]] = -INFINITY;
     id = lfm2_sample(e->ctx, &r->sampler, logits, r->ids.id, r->ids.n);
     if (id >= 0 && r->guide && !may_say(e, r, id))
-        id = ask_again(e, r, logits);
+        id = resample(e, r, logits);
     if (id < 0) {
         r->finish = r->finish == UNFINISHED ? BROKEN : r->finish;
         return;
@@ -1702,8 +1702,8 @@ static const char *groups = "/proc/self/cgroup", *group_root = "/sys/fs/cgroup";
 
 /* In a file of /proc or /sys, what follows `key` and a colon or a blank, or the
  * first line if the key is ""; `otherwise` if it is not there. */
-static struct phrase look_up(const char *dir, const char *name,
-                             const char *key, const char *otherwise)
+static struct phrase read_field(const char *dir, const char *name,
+                                const char *key, const char *otherwise)
 {
     struct phrase out = phrase("%s", otherwise);
     const size_t n = strlen(key);
@@ -1726,7 +1726,7 @@ static struct phrase look_up(const char *dir, const char *name,
 /* The same as a number; 0 if it is none, such as "max". */
 static double number_in(const char *dir, const char *name, const char *key)
 {
-    return strtod(look_up(dir, name, key, "0").s, NULL);
+    return strtod(read_field(dir, name, key, "0").s, NULL);
 }
 
 /* The quota, rounded to whole CPUs; 0: none.  Threads beyond it are stopped in
@@ -1736,7 +1736,7 @@ static double cpu_limit(const char *dir)
 {
     double quota = 0, period = 0;
 
-    sscanf(look_up(dir, "cpu.max", "", "").s, "%lf %lf", &quota, &period);
+    sscanf(read_field(dir, "cpu.max", "", "").s, "%lf %lf", &quota, &period);
     if (quota <= 0) {
         quota = number_in(dir, "cpu.cfs_quota_us", "");
         period = number_in(dir, "cpu.cfs_period_us", "");
@@ -1988,7 +1988,7 @@ static int open_context(struct engine *e)
     block_signals(0);
     if (code != LFM2_OK)
         return report(e->s->model, &err);
-    is_heard = 1;
+    is_polled = 1;
     e->slot = zeroed(n_seq, sizeof *e->slot);
     e->span = zeroed(n_seq, sizeof *e->span);
     e->raw_logits = zeroed((size_t)lfm2_model_config(e->model)->n_vocab,
@@ -2371,7 +2371,7 @@ static void add_columns(const struct engine *e, struct text *to,
         for (int i = 0; i < n_prompt + r->scores.n; i++) {
             const struct score *s = i < n_prompt ? &r->prompt_scores.v[i] :
                                     &r->scores.v[i - n_prompt];
-            const char *bytes = visible(e, s->token.id, &len);
+            const char *bytes = token_text(e, s->token.id, &len);
             if (i >= first && c == 0)
                 add_token_name(e, to, s->token.id);
             else if (i >= first && c == 1)
@@ -2432,7 +2432,7 @@ static void add_tokens(const struct engine *e, struct text *to,
                        const struct ids *ids)
 {
     for (int i = 0, len; i < ids->n; i++) {
-        const char *s = visible(e, ids->id[i], &len);
+        const char *s = token_text(e, ids->id[i], &len);
         add(to, s, (size_t)len);
     }
 }
@@ -2684,7 +2684,7 @@ static int read_bias(const struct engine *e, struct request *q,
 static int read_body(const struct engine *e, struct request *q,
                      const struct json *body, struct why *why)
 {
-    const struct json *scores = given(body, "logprobs");
+    const struct json *scores = member(body, "logprobs");
     long long k;
     int code = DONE, wanted;
 
@@ -2702,7 +2702,7 @@ static int read_body(const struct engine *e, struct request *q,
         code = because(why, USAGE, "\"%s\": expected %s", q->stream ? "stream" :
                        "n", q->stream ? "false" : "1");
     if (code == DONE)
-        code = read_bias(e, q, given(body, "logit_bias"), why);
+        code = read_bias(e, q, member(body, "logit_bias"), why);
     if (code != DONE)
         return code;
     k = q->logprobs;
@@ -2723,7 +2723,7 @@ static int read_body(const struct engine *e, struct request *q,
 static int read_flag(const struct json *object, const char *key, int *out,
                      struct why *why)
 {
-    const struct json *x = given(object, key);
+    const struct json *x = member(object, key);
 
     return !x || json_bool(x, out) == 0 ? DONE :
            because(why, USAGE, "\"%s\": expected true or false", key);
@@ -2768,7 +2768,7 @@ static int make_prompt(struct engine *e, struct request *q,
 {
     static const char *const keep[] = { "keep_past_thinking",
                                         "preserve_thinking" };
-    const struct json *kwargs = given(body, "chat_template_kwargs");
+    const struct json *kwargs = member(body, "chat_template_kwargs");
     struct conversation c = {
         .messages = messages, .tools = tools, .date = e->date,
         .open_thought = e->opens_thought
@@ -2804,7 +2804,7 @@ static int make_prompt(struct engine *e, struct request *q,
  * array of them. */
 static const struct json *first_prompt(const struct json *body, int *n)
 {
-    const struct json *prompt = given(body, "prompt");
+    const struct json *prompt = member(body, "prompt");
     const int is_list = json_is(prompt, JSON_ARRAY) && prompt->first &&
                         prompt->first->type != JSON_NUMBER;
 
@@ -2817,9 +2817,9 @@ static int read_request(struct engine *e, struct request *q,
                         const struct json *body, const struct json *prompt,
                         struct why *why)
 {
-    const struct json *messages = given(body, "messages");
-    const struct json *tools = is_word(given(body, "tool_choice"), "none") ?
-                               NULL : given(body, "tools");
+    const struct json *messages = member(body, "messages");
+    const struct json *tools = is_word(member(body, "tool_choice"), "none") ?
+                               NULL : member(body, "tools");
     struct rendered rendered = { .n_marks = 0 };
     long long id;
     int code;
@@ -2915,7 +2915,7 @@ static int ends_with_answer(struct talk *t)
     int continues = 0;
 
     if (!t->grown)
-        json_bool(given(t->body, "continue_final_message"), &continues);
+        json_bool(member(t->body, "continue_final_message"), &continues);
     return !continues && *last_of(t, "assistant");
 }
 
@@ -2965,8 +2965,8 @@ static int read_talk(struct talk *t)
         code = read_list(t, s->messages, "messages", &t->body, &list);
     if (code == DONE && s->messages) {
         t->messages = *list;
-        t->tools = is_word(given(t->body, "tool_choice"), "none") ? NULL :
-                   given(t->body, "tools");
+        t->tools = is_word(member(t->body, "tool_choice"), "none") ? NULL :
+                   member(t->body, "tools");
     }
     if (code == DONE && s->tools)
         code = read_list(t, s->tools, "tools", &whole, &t->tools);
@@ -3038,9 +3038,9 @@ static void print_speed(const struct talk *t)
          phrase(", %s of it not from the file", amount(own, "B").s).s : "");
     if (r->n_guessed > 0)
         note("guessed %d tokens, %d of them right", r->n_guessed, r->n_right);
-    if (r->n_again > 0)
+    if (r->n_resampled > 0)
         note("%d tokens did not fit the schema; finding others took %.2f ms "
-             "each", r->n_again, r->again * 1e3 / r->n_again);
+             "each", r->n_resampled, r->resample_time * 1e3 / r->n_resampled);
 }
 
 /* Print what is new in an answer; with --json, nothing until it has ended. */
@@ -3268,7 +3268,7 @@ static int load_session(struct talk *t)
     const struct settings *s = t->e->s;
     const char *path = s->session;
     char head[8];
-    int code = replace_file(path, NULL, 0);
+    int code = replace_file(path, NULL);
     FILE *f = code == DONE ? fopen(path, "rb") : NULL;
     const size_t n = f ? fread(head, 1, sizeof head, f) : 0;
 
@@ -3310,7 +3310,7 @@ static int save_session(struct talk *t)
     code = lfm2_seq_save(e->ctx, 0, all.s + all.n, n, &err);
     all.n += (size_t)n;
     code = code != LFM2_OK ? report(e->s->session, &err) :
-           keep_file(e->s->session, &all, 1);
+           write_session(e->s->session, &all);
     free(all.s);
     return code;
 }
@@ -3437,7 +3437,7 @@ static void save_talk(const struct talk *t, const char *path)
     add_string(&out, "}\n");
     if (!t->messages.first)
         say(DONE, "there is nothing to save");
-    else if (replace_file(path, &out, 1) == DONE)
+    else if (replace_file(path, &out) == DONE)
         say(DONE, "%s: saved", path);
     else
         blame_sandbox(t->e->s);
@@ -3701,11 +3701,11 @@ static int next_line(struct source *in, int wait, struct piece *line)
 static int read_entry(struct batch *b, struct entry *x,
                       const struct json *line, struct why *why)
 {
-    const struct json *id = given(line, "custom_id");
-    const struct json *within = given(line, "body");
+    const struct json *id = member(line, "custom_id");
+    const struct json *within = member(line, "body");
     const struct json *body = within ? within : line;
-    const struct json *method = given(line, "method");
-    const struct json *url = given(line, "url"), *prompt;
+    const struct json *method = member(line, "method");
+    const struct json *url = member(line, "url"), *prompt;
     struct request *q = &x->job.q;
     struct text asked = { 0 };
     uint64_t hash;
@@ -3767,11 +3767,11 @@ static int add_known(struct batch *b, const struct piece *line,
         b->known = resize(b->known, (n ? 2 * n : 1) * sizeof *b->known);
     if (is_ours(line))
         json_parse(&pool, line->s, line->n, &whole, &why);
-    id = given(whole, "custom_id");
+    id = member(whole, "custom_id");
     if (json_is(id, JSON_STRING)) {
         b->known[n] = (struct known){ .n = 1 };
         add(&b->known[b->n_known++].id, id->s, id->n);
-        b->failed_before += given(whole, "error") != NULL;
+        b->failed_before += member(whole, "error") != NULL;
     }
     pool_free(&pool);
     return b->n_known > (int)n ? DONE :
@@ -4328,14 +4328,14 @@ static void send_delta(struct job *j, struct text *delta, const char *finish)
     add_string(&event, plain ? ", " : ", \"delta\": {");
     add(&event, delta->s, delta->n);
     add_string(&event, plain ? "" : "}");
-    if (is_scored && (n_scores > j->told.scores || !j->told.some))
-        add_logprobs(&c->server->e, &event, &j->r, j->told.scores);
+    if (is_scored && (n_scores > j->sent.scores || !j->sent.begun))
+        add_logprobs(&c->server->e, &event, &j->r, j->sent.scores);
     else
         add_members(&event, "logprobs: %s", NULL);
     add_members(&event, "finish_reason: %s}]}", finish);
     send_event(c, "data: ", event.s, event.n);
-    j->told.scores = n_scores;
-    j->told.some = 1;
+    j->sent.scores = n_scores;
+    j->sent.begun = 1;
     delta->n = 0;
     free(event.s);
 }
@@ -4343,18 +4343,18 @@ static void send_delta(struct job *j, struct text *delta, const char *finish)
 /* Add the new part of a text.  An incomplete character at its end is held back,
  * unless nothing follows. */
 static void add_delta(struct text *to, const char *format,
-                      const struct text *all, size_t *told, int last)
+                      const struct text *all, size_t *sent, int last)
 {
-    size_t n = all->n - *told;
+    size_t n = all->n - *sent;
     const char *const end = n > 0 ? all->s + all->n : NULL, *s = end;
     uint32_t c;
 
     for (size_t k = 1; !last && k <= 3 && k <= n && *--s & 0x80; k++)
         if (*s & 0x40 && utf8_get(s, end, &c) == 0)
-            n = (size_t)(s - all->s) - *told;
+            n = (size_t)(s - all->s) - *sent;
     if (n > 0)
-        add_members(to, format, (int)n, all->s + *told);
-    *told += n;
+        add_members(to, format, (int)n, all->s + *sent);
+    *sent += n;
 }
 
 /* Send what is new in a choice: first the role, or the prompt with "echo"; then
@@ -4366,9 +4366,9 @@ static void send_deltas(struct job *j)
     struct text delta = { 0 }, prompt = { 0 };
     struct calls calls = { NULL, 0 };
 
-    if (!plain && !j->told.some)
+    if (!plain && !j->sent.begun)
         add_members(&delta, "role: %s", "assistant");
-    if (plain && !j->told.some && j->q.echo) {
+    if (plain && !j->sent.begun && j->q.echo) {
         add_tokens(&c->server->e, &prompt, &j->q.prompt);
         add_members(&delta, "text: %.*s", (int)prompt.n, prompt.s);
         send_delta(j, &delta, NULL);
@@ -4377,9 +4377,9 @@ static void send_deltas(struct job *j)
     if (ended)
         calls = take_calls(&j->r);
     add_delta(&delta, "reasoning_content: %.*s", &j->r.thought,
-              &j->told.thought, ended);
+              &j->sent.thought, ended);
     add_delta(&delta, plain ? "text: %.*s" : "content: %.*s", &j->r.text,
-              &j->told.text, ended);
+              &j->sent.text, ended);
     send_delta(j, &delta, NULL);
     if (calls.n > 0)
         add_calls(&delta, &calls, j->id, 1);
@@ -4398,9 +4398,9 @@ static void update_client(struct job *j)
 {
     struct client *c = j->owner;
     struct server *v = c->server;
-    struct histogram *h = j->told.when > 0 ? &v->next : &v->first;
-    const double now = seconds();
-    const double took = now - (j->told.when > 0 ? j->told.when : c->arrived);
+    const double now = seconds(), since = j->sent.last_token;
+    const double took = now - (since > 0 ? since : c->arrived);
+    struct histogram *h = since > 0 ? &v->next : &v->first;
     int i = 0;
 
     if (j->state == ACTIVE && j->r.n_sampled == 0)
@@ -4409,7 +4409,7 @@ static void update_client(struct job *j)
         i++;
     h->n[i]++;
     h->sum += took;
-    j->told.when = now;
+    j->sent.last_token = now;
     if (j->state == FINISHED) {
         c->n_done++;
         v->read += j->q.prompt.n - j->r.n_reused;
@@ -4475,7 +4475,7 @@ static int post_completion(struct client *c, struct text *to)
     const struct json *prompt = first_prompt(c->json, &n_prompts);
 
     (void)to;
-    if (!given(c->json, is_chat ? "messages" : "prompt"))
+    if (!member(c->json, is_chat ? "messages" : "prompt"))
         return because(&c->why, USAGE, is_chat ? "\"messages\": expected an "
                        "array" : "\"prompt\": expected a string");
     for (int i = 0; code == DONE && i < n_prompts; i++) {
@@ -4507,7 +4507,7 @@ static int post_completion(struct client *c, struct text *to)
         return 429;
     c->created = (long long)time(NULL);
     c->stream = c->choice[0].q.stream ? STREAM_WANTED : NO_STREAM;
-    c->include_usage = json_is(given(given(c->json, "stream_options"),
+    c->include_usage = json_is(member(member(c->json, "stream_options"),
                                      "include_usage"), JSON_TRUE);
     return DONE;
 }
@@ -4600,7 +4600,7 @@ static int get_metrics(struct client *c, struct text *to)
  * the text are recognised} */
 static int post_tokenize(struct client *c, struct text *to)
 {
-    const struct json *content = given(c->json, "content");
+    const struct json *content = member(c->json, "content");
     struct settings s = *c->server->e.s;
     struct ids ids;
 
@@ -4628,7 +4628,7 @@ static int post_detokenize(struct client *c, struct text *to)
 {
     const lfm2_tokenizer *words = c->server->e.words;
     const int most = lfm2_n_vocab(words) - 1;
-    const struct json *list = given(c->json, "tokens");
+    const struct json *list = member(c->json, "tokens");
     struct text content = { 0 };
     int len, bad = !json_is(list, JSON_ARRAY);
     long long id = 0;
@@ -5979,12 +5979,12 @@ static int write_all(int fd, const char *s, size_t n)
     return 0;
 }
 
-/* Replace a file by these parts, as a whole or not at all: a new file is
- * written beside it and renamed.  It has the permissions of the old one; if
- * there was none, only its owner may read it.  Symbolic links are followed.
- * Without parts, only check that it can be replaced, so that the user knows
- * before the work is done.  After a failure errno says why. */
-static int replace_file(const char *path, const struct text *part, int n_parts)
+/* Replace a file by this text, as a whole or not at all: a new file is written
+ * beside it and renamed.  It has the permissions of the old one; if there was
+ * none, only its owner may read it.  Symbolic links are followed.  Without t,
+ * only check that it can be replaced, so that the user knows before the work is
+ * done.  After a failure errno says why. */
+static int replace_file(const char *path, const struct text *t)
 {
     char *real = realpath(path, NULL);
     const char *to = real ? real : path;
@@ -6000,7 +6000,7 @@ static int replace_file(const char *path, const struct text *part, int n_parts)
 
     add_directory(&name, to);
     ok = !wrong && access(name.s, W_OK | X_OK) == 0;
-    if (ok && n_parts > 0) {
+    if (ok && t) {
         name.n = 0;
         add_string(&name, to);
         add_string(&name, ".XXXXXX");
@@ -6008,8 +6008,7 @@ static int replace_file(const char *path, const struct text *part, int n_parts)
         ok = fd >= 0;
         if (ok && exists)
             fchmod(fd, old.st_mode & 0777);   /* else it stays private       */
-        for (int i = 0; ok && i < n_parts; i++)
-            ok = write_all(fd, part[i].s, part[i].n) == 0;
+        ok = ok && write_all(fd, t->s, t->n) == 0;
         ok = ok && (fsync(fd) == 0 ||         /* not in every file system    */
              errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP);
         ok = (fd < 0 || close(fd) == 0) && ok && rename(name.s, to) == 0;
@@ -6231,7 +6230,7 @@ static int read_ids(const char *path, struct ids *out)
 
 /* --------------------------------------------- 13. Signals and the terminal
  *
- * A signal ends the program at once, unless is_heard is set: then the work in
+ * A signal ends the program at once, unless is_polled is set: then the work in
  * progress checks `interrupted` and stops in good order.  If that hangs, the
  * third signal ends the program at once.  Handlers are installed at the start,
  * because the first process of a container gets only signals that it handles.
@@ -6326,7 +6325,7 @@ static void on_interrupt(int number)
 {
     if (last_signal == 0 || last_signal == SIGINT)
         last_signal = number;
-    if (!is_heard || ++interrupted > 2)
+    if (!is_polled || ++interrupted > 2)
         die(128 + number, "");
     if (running)
         lfm2_cancel(running);
@@ -6857,7 +6856,7 @@ static struct json *json_get(const struct json *object, const char *key)
 }
 
 /* The same, but NULL also for a member whose value is null. */
-static const struct json *given(const struct json *object, const char *key)
+static const struct json *member(const struct json *object, const char *key)
 {
     const struct json *v = json_get(object, key);
 
@@ -7351,13 +7350,13 @@ static int is_blank(uint32_t c)
 /* A string as in JSON, or as Python's repr() writes it, except for some of its
  * non-printable characters.  Quote 0 is the one that repr() chooses.  A byte
  * that is not UTF-8 becomes a replacement character. */
-static void add_in_quotes(struct text *t, const char *s, size_t n, char quote,
-                          int python)
+static void add_in_quotes(struct text *t, const char *s, size_t n, char quote)
 {
     const char *const end = s + n;
+    const int python = !quote;
     uint32_t c;
 
-    if (!quote)
+    if (python)
         quote = memchr(s, '\'', n) && !memchr(s, '"', n) ? '"' : '\'';
     const char value[] = { quote, '\\', '\n', '\r', '\t', '\b', '\f' };
     const char name[] = { quote, '\\', 'n', 'r', 't', 'b', 'f' };
@@ -7386,12 +7385,12 @@ static void add_tree(struct text *t, const struct json *v, int python)
     };
 
     if (v->type == JSON_STRING)
-        add_in_quotes(t, v->s, v->n, python ? 0 : '"', python);
+        add_in_quotes(t, v->s, v->n, python ? 0 : '"');
     else
         add_string(t, v->type == JSON_NUMBER ? v->s : word[v->type][python]);
     for (const struct json *m = v->first; m; m = m->next) {
         if (v->type == JSON_OBJECT) {
-            add_in_quotes(t, m->key, m->n_key, python ? 0 : '"', python);
+            add_in_quotes(t, m->key, m->n_key, python ? 0 : '"');
             add_string(t, ": ");
         }
         add_tree(t, m, python);
@@ -7430,7 +7429,7 @@ static void add_members(struct text *to, const char *format, ...)
             !strchr("{[ ", to->s[to->n - 1]))
             add_string(to, ", ");
         if (n > 0) {
-            add_in_quotes(to, s, n, '"', 0);
+            add_in_quotes(to, s, n, '"');
             s += n - 1;
         } else if (*s == ':')
             add_string(to, ": ");
@@ -7444,7 +7443,7 @@ static void add_members(struct text *to, const char *format, ...)
                 const char *text = va_arg(args, const char *);
                 if (text)
                     add_in_quotes(to, text, n_bytes < 0 ? strlen(text) :
-                                  (size_t)n_bytes, '"', 0);
+                                  (size_t)n_bytes, '"');
                 else
                     add_string(to, "null");
             } else if (*s == 'd')
@@ -7739,7 +7738,7 @@ static void put_calls(struct rendering *r, const struct json *calls)
 /* The content of a message; several parts are joined. */
 static const char *content_of(struct rendering *r, const struct json *message)
 {
-    const struct json *content = given(message, "content");
+    const struct json *content = member(message, "content");
     const int is_list = json_is(content, JSON_ARRAY);
     const struct json *part = is_list ? content->first : NULL;
 
@@ -7782,13 +7781,13 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
 {
     static const char *const keys[] = { ".thinking", ".reasoning",
                                         ".reasoning_content" };
-    const struct json *thinking = NULL, *calls = given(m, "tool_calls");
+    const struct json *thinking = NULL, *calls = member(m, "tool_calls");
     const int writes_none = r->as->quote && !r->as->always_thinks;
     const char *s = content_of(r, m), *const end = s + r->content.n;
     struct piece text = { s, r->content.n };
 
     for (int i = 0; i < 3 && !thinking; i++) {
-        const struct json *v = given(m, keys[i] + 1);
+        const struct json *v = member(m, keys[i] + 1);
         if (v && check(r, v, JSON_STRING, keys[i]) &&
             (v->n > 0 || !r->as->always_thinks))
             thinking = v;
@@ -7797,7 +7796,7 @@ static void put_assistant(struct rendering *r, const struct json *m, int recent)
         s += strlen(THINK_END);
         text = strip(s, end);
     }
-    if (!calls && !thinking && !given(m, "content"))
+    if (!calls && !thinking && !member(m, "content"))
         fault(r, " has no content, expected a string or tool_calls");
     if (calls && (!check(r, calls, JSON_ARRAY, ".tool_calls") ||
                   (!calls->first && !writes_none)))
@@ -7827,7 +7826,7 @@ static void put_message(struct rendering *r, const struct json *m, int recent)
               type_name(is));
     else if (r->conv->continue_last && !m->next && !answers)
         fault(r, " is of role %s, expected \"assistant\" to continue it", role);
-    else if (!given(m, "content") && !answers)
+    else if (!member(m, "content") && !answers)
         check(r, json_get(m, "content"), JSON_STRING, ".content");
     if (r->code != DONE || (m == r->conv->messages->first &&
                             has_role(m, "system")))
@@ -9210,8 +9209,8 @@ static void print_record(const struct bench *b, const struct test *t)
                 "type_k: %s, type_v: %s, n_prompt: %d, n_gen: %d, n_depth: %d, "
                 "test_time: %s, avg_ns: %g, stddev_ns: %g, avg_ts: %g, "
                 "stddev_ts: %g, samples_ns: [", "", 0,
-                look_up("/proc", "cpuinfo", "model name", "?").s, b->e.s->model,
-                b->type.s, b->cost.bytes, b->cost.params, "CPU", p->n_batch,
+                read_field("/proc", "cpuinfo", "model name", "?").s,
+                b->e.s->model, b->type.s, b->cost.bytes, b->cost.params, "CPU", p->n_batch,
                 p->n_threads, kv, kv, t->n_prompt, t->n_gen, t->depth, when,
                 round(mean_of(&t->ns)), round(error_of(&t->ns) * root),
                 mean_of(&t->ts), error_of(&t->ts) * root);
@@ -9260,8 +9259,8 @@ static void print_row(const struct bench *b, const struct test *t)
 
 static void print_footer(const struct bench *b)
 {
-    const struct phrase cpu = look_up("/proc", "cpuinfo", "model name",
-                                      "unknown");
+    const struct phrase cpu = read_field("/proc", "cpuinfo", "model name",
+                                         "unknown");
     const lfm2_params *p = &b->e.par;
 
     printf("\nmachine   %s, %d usable CPUs\nkernels   %s, KV in %s, batch %d\n",
@@ -9396,7 +9395,7 @@ static int open_bench(struct bench *b)
     b->ns = zeroed((size_t)s->reps, sizeof *b->ns);
     b->ts = zeroed((size_t)s->reps, sizeof *b->ts);
     b->e.span = zeroed((size_t)b->n_seq, sizeof *b->e.span);
-    is_heard = 1;
+    is_polled = 1;
     const double start = seconds();
     code = open_model(&b->e);
     b->load_s = seconds() - start;
@@ -9987,21 +9986,17 @@ static int lacks(const struct settings *s, const char *what, const char *why)
 static int writer = -1;                   /* its socket, or -1               */
 
 /* Like replace_file(), for the session. */
-static int keep_file(const char *path, const struct text *part, int n_parts)
+static int write_session(const char *path, const struct text *t)
 {
     unsigned char size[8], code;
-    uint64_t n = 0;
     ssize_t got;
     int good;
 
     if (writer < 0)
-        return replace_file(path, part, n_parts);
-    for (int i = 0; i < n_parts; i++)
-        n += part[i].n;
-    put_le(size, n, 8);
-    good = write_all(writer, (char *)size, 8) == 0;
-    for (int i = 0; good && i < n_parts; i++)
-        good = write_all(writer, part[i].s, part[i].n) == 0;
+        return replace_file(path, t);
+    put_le(size, t->n, 8);
+    good = write_all(writer, (char *)size, 8) == 0 &&
+           write_all(writer, t->s, t->n) == 0;
     do
         got = good ? read(writer, &code, 1) : 0;
     while (got < 0 && errno == EINTR);
@@ -10057,7 +10052,7 @@ static void start_writer(const char *path)
         t.n = fread(t.s, 1, n, in);
         if (t.n < n)
             break;
-        code = (unsigned char)replace_file(path, &t, 1);
+        code = (unsigned char)replace_file(path, &t);
         write_all(fd[1], (char *)&code, 1);
     }
     _exit(0);
@@ -10866,7 +10861,7 @@ static void add_word(struct maker *m, int at, const struct json *v,
         if (v->type != JSON_STRING)
             add_tree(to, v, m->rule[at].python);
         else if (*in)
-            add_in_quotes(to, v->s, v->n, *in++, 0);
+            add_in_quotes(to, v->s, v->n, *in++);
         else
             add(to, v->s, v->n);
         add_string(to, after);
@@ -11144,7 +11139,7 @@ struct call_form {
  * says itself, or `otherwise`. */
 static int is_strict(const struct json *tool, int otherwise)
 {
-    json_bool(given(function_of(tool), "strict"), &otherwise);
+    json_bool(member(function_of(tool), "strict"), &otherwise);
     return otherwise;
 }
 
@@ -11157,7 +11152,7 @@ static int add_call(struct maker *m, const struct call_form *form)
     for (const struct json *x = form->tools->first; x && m->code == DONE;
          x = x->next) {
         const struct json *f = function_of(x), *name = json_get(f, "name");
-        const struct json *v = given(f, "parameters");
+        const struct json *v = member(f, "parameters");
         if (form->name && !is_word(name, form->name))
             continue;
         if (!json_is(name, JSON_STRING) || !is_name(name->s, name->n)) {
@@ -11263,15 +11258,15 @@ static int read_format(const struct engine *e, const struct json *body,
 {
     static const char *const known[] = { "type json_schema",
                                          "name description strict schema" };
-    const struct json *format = given(body, "response_format");
-    const struct json *named = given(format, "json_schema");
-    const struct json *type = given(format, "type");
+    const struct json *format = member(body, "response_format");
+    const struct json *named = member(format, "json_schema");
+    const struct json *type = member(format, "type");
 
     *out = format ? NULL : e->schema;
     if (!format || is_word(type, "text"))
         return DONE;
     if (is_word(type, "json_schema"))
-        *out = given(named, "schema");
+        *out = member(named, "schema");
     else if (is_word(type, "json_object") && !named)
         *out = &any_object;
     if (!*out)
@@ -11292,7 +11287,7 @@ static int read_form(const struct engine *e, struct request *q,
                      const struct json *body, const struct json *tools,
                      struct why *why)
 {
-    const struct json *choice = given(body, "tool_choice"), *answer;
+    const struct json *choice = member(body, "tool_choice"), *answer;
     const char *name = json_text(json_get(function_of(choice), "name"));
     const int is_forced = is_word(choice, "required") || name;
     const int has_marks = tools && lfm2_token_id(e->words, CALL_START) >= 0 &&
@@ -11471,7 +11466,7 @@ static int may_say(const struct engine *e, const struct reply *r, int32_t id)
 {
     struct guide copy;
     int n;
-    const char *s = visible(e, id, &n);
+    const char *s = token_text(e, id, &n);
 
     if (is_end(e, r, id))
         return guide_may_end(r->guide);
@@ -11480,7 +11475,7 @@ static int may_say(const struct engine *e, const struct reply *r, int32_t id)
 }
 
 /* The model's choice does not fit: it chooses again, among tokens that do. */
-static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
+static int32_t resample(struct engine *e, struct reply *r, float *logits)
 {
     const int n_vocab = lfm2_model_config(e->model)->n_vocab;
     const double began = seconds();
@@ -11504,8 +11499,8 @@ static int32_t ask_again(struct engine *e, struct reply *r, float *logits)
     for (id = 0; id < n_vocab; id++)
         if (!fits[id])
             logits[id] = -INFINITY;
-    r->n_again++;
-    r->again += seconds() - began;
+    r->n_resampled++;
+    r->resample_time += seconds() - began;
     id = lfm2_sample(e->ctx, &r->sampler, logits, NULL, 0);
     if (id < 0)
         r->finish = may_end ? STOPPED : BY_LENGTH;

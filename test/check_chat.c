@@ -318,7 +318,7 @@ START_TEST(strings_are_written_as_utf8_whatever_they_are)
 
     for (int i = 0; i < COUNT(row); i++) {
         struct text t = { 0 };
-        add_in_quotes(&t, row[i].bytes, row[i].n, '"', 0);
+        add_in_quotes(&t, row[i].bytes, row[i].n, '"');
         ck_assert_str_eq(t.s, row[i].json);
         free(t.s);
     }
@@ -328,7 +328,7 @@ START_TEST(strings_are_written_as_utf8_whatever_they_are)
         for (int k = 0; k < 12; k++)
             s[k] = (char)(random_u32(&rng) % 3 ? 0x80 | random_u32(&rng)
                                                : random_u32(&rng));
-        add_in_quotes(&t, s, sizeof s, '"', 0);
+        add_in_quotes(&t, s, sizeof s, '"');
         EXPECT_MSG(parse_text(t.s, t.n, &why), "%s: %s", t.s, why.s);
         free(t.s);
     }

@@ -312,7 +312,7 @@ static int with_session(int sandbox, uint64_t unused)
 {
     static char path[] = "build/test/sandboxed/session";
     struct settings s = defaults;
-    struct text part[2] = { { 0 }, { 0 } };
+    struct text words = { 0 };
 
     (void)unused;
     s.model = MODEL;
@@ -320,9 +320,8 @@ static int with_session(int sandbox, uint64_t unused)
     s.sandbox = sandbox;
     if (enter_sandbox(&s) != DONE)
         return oops("it does not begin");
-    add_string(&part[0], "new ");
-    add_string(&part[1], "words");
-    if (keep_file(path, part, 2) != DONE)
+    add_string(&words, "new words");
+    if (write_session(path, &words) != DONE)
         return oops("the session is not replaced");
     if (opens(path, O_RDONLY) != -1)
         return oops("more can be read than was there");

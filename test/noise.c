@@ -98,10 +98,10 @@ static void answer_line(struct engine *e, const char *line, size_t n)
     const struct json *body;
     int code = json_parse(&pool, line, n, &v, &why);
 
-    body = given(code == DONE ? v : NULL, "body");
+    body = member(code == DONE ? v : NULL, "body");
     if (code == DONE)
-        code = read_form(e, &j.q, body, given(body, "tools"), &why);
-    add_members(&out, "{custom_id: %s", json_text(given(v, "custom_id")));
+        code = read_form(e, &j.q, body, member(body, "tools"), &why);
+    add_members(&out, "{custom_id: %s", json_text(member(v, "custom_id")));
     if (code == DONE) {
         answer_noise(e, &j);
         add_members(&out, "response: {body: ");
