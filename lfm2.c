@@ -1032,11 +1032,12 @@ static void forward(struct thread *me)
  *
  * ------------------------------------------------------ 7. Exact arithmetic
  *
- * Every function here gives the same bits everywhere: it uses nothing but IEEE
- * addition, multiplication, division and conversion, and integer operations. */
+ * Every function of this section gives the same bits everywhere: it uses only
+ * integer operations and IEEE addition, multiplication, division and
+ * conversion. */
 
-/* Round to nearest and flush nothing to zero from now on, whatever the caller
- * has set; fesetenv() with *callers gives it back. */
+/* Round to nearest and flush nothing to zero, whatever the caller has set.
+ * fesetenv(callers) restores that. */
 static void enter_arithmetic(fenv_t *callers)
 {
     fegetenv(callers);
@@ -1057,13 +1058,14 @@ static float float_of(uint32_t u)
     return f;
 }
 
-/* a*b+c rounded once.  The product of two floats is exact in double.  The sum s
- * is not, and rounding it a second time could go the wrong way.  So if err is
- * not 0 and s is even, s moves to its neighbour on the side of err, which is
- * odd; and an odd s is never halfway between two floats. */
+/* a*b+c rounded once.  The product p of two floats is exact in double, but the
+ * sum s is rounded, and rounding it again, to float, could go the wrong way if
+ * s is halfway between two floats.  So s is rounded to odd instead: if it is
+ * inexact (err is not 0) and even, it moves one step towards the exact sum.  An
+ * odd s is never halfway. */
 static inline float fma_f32(float a, float b, float c)
 {
-#if defined FP_FAST_FMAF || defined __aarch64__     /* clang does not say it */
+#if defined FP_FAST_FMAF || defined __aarch64__  /* clang lacks the macro    */
     return fmaf(a, b, c);
 #else
     double p = (double)a * b, s = p + c;
@@ -1078,13 +1080,13 @@ static inline float fma_f32(float a, float b, float c)
 #endif
 }
 
-/* 1.5 * 2^23: floats near it have units of 1, so adding it rounds. */
+/* 1.5 * 2^23: floats near it are integers, so adding it rounds to one. */
 #define ROUND_MAGIC 12582912.0f
 
 /* e^x = 2^n e^r with n = rint(x / ln 2), |r| <= ln(2)/2, and a polynomial for
  * e^r; ln 2 is split so that n times its upper part is exact.  Below -87 the
  * result is 0, above 88 it is e^88. */
-static const float exp_factor[8] = {
+static const float exp_taylor[8] = {
     1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1
 };
 
@@ -1099,14 +1101,14 @@ static float exp_f32(float x)
     float t = fma_f32(x, 1.44269504f, ROUND_MAGIC), n = t - ROUND_MAGIC;
     float r = fma_f32(n, -0.693145752f, x);
     r = fma_f32(n, -1.42860677e-6f, r);
-    float p = exp_factor[0];
+    float p = exp_taylor[0];
     for (int i = 1; i < 8; i++)
-        p = fma_f32(p, r, exp_factor[i]);
+        p = fma_f32(p, r, exp_taylor[i]);
     return float_of(bits_of(p) + (bits_of(t) << 23));
 }
 
-/* pi/2 in three parts, the first two of 33 bits: times n < 2^20 they are
- * exact. */
+/* pi/2 is the sum of these.  The first two have 33 bits, so their products with
+ * an integer below 2^20 are exact. */
 static const double half_pi[3] = {
     1.57079632673412561417, 6.07710050630396597660e-11,
     2.02226624879595063154e-21
@@ -1115,9 +1117,9 @@ static const double half_pi[3] = {
 /* The longest context; an angle is at most a position. */
 enum { MAX_CTX = 1 << 24 };
 
-/* Sine and cosine of an angle up to MAX_CTX, in double.  The angle is reduced
- * by multiples of 2^20 pi/2, if it is so large, then of pi/2; then the Taylor
- * series in nested form, 1 - z/(2*3) (1 - z/(4*5) (1 - ...)). */
+/* Sine and cosine of an angle up to MAX_CTX, in double.  A large angle is first
+ * reduced by multiples of 2^20 pi/2, then every angle by multiples of pi/2.
+ * The Taylor series follows, nested: 1 - z/(2*3) (1 - z/(4*5) (1 - ...)). */
 static void sin_cos(double a, float *s, float *c)
 {
     const double magic = 6755399441055744.0;           /* 1.5 * 2^52 */
@@ -1159,8 +1161,8 @@ float lfm2_math(int function, float a, float b, float c)
                                                : y[function];
 }
 
-/* base^(1/n) by Newton's method.  It starts above the root, so every step goes
- * down; when rounding stops that, it is done. */
+/* base^(1/n) by Newton's method.  It starts above the root and goes down at
+ * every step, until rounding stops it. */
 static double nth_root(double base, int n)
 {
     double r = 1 + (base - 1) / n;
@@ -1186,9 +1188,9 @@ static float dot_f32(const float *a, const float *b, int n)
     return sum_16(chain);
 }
 
-/* binary16: 1 sign, 5 exponent, 10 mantissa bits.  Shifted into a float's place
- * the exponent is 112 too small, subnormals included; infinities and NaN are
- * then put right. */
+/* binary16: 1 sign, 5 exponent, 10 mantissa bits.  Moved to where a float has
+ * them, the exponent is 112 too small, even for subnormals; the product mends
+ * that.  Infinity and NaN get the largest exponent. */
 static float f16_to_f32(uint16_t h)
 {
     uint32_t a = (uint32_t)(h & 0x7fff) << 13;
@@ -1199,18 +1201,18 @@ static float f16_to_f32(uint16_t h)
     return float_of(u | (uint32_t)(h & 0x8000) << 16);
 }
 
-/* Rounded to nearest even; too large becomes infinity.  Adding 0.5, whose units
- * are those of a subnormal binary16, rounds the small ones. */
+/* Rounded to nearest even.  Floats from 0.5 to 1 are 2^-24 apart, and so are
+ * subnormal binary16 numbers: adding 0.5 rounds to one. */
 static uint16_t f32_to_f16(float f)
 {
     uint32_t u = bits_of(f), a = u & 0x7fffffff;
     uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
 
-    if (a > 0x7f800000)
+    if (a > 0x7f800000)                   /* NaN                             */
         return sign | 0x7e00;
-    if (a >= 0x477ff000)
+    if (a >= 0x477ff000)                  /* too large: infinity             */
         return sign | 0x7c00;
-    if (a < 0x38800000)
+    if (a < 0x38800000)                   /* below 2^-14: subnormal          */
         a = bits_of(float_of(a) + 0.5f) - bits_of(0.5f);
     else
         a = (a - (112u << 23) + 0xfff + (a >> 13 & 1)) >> 13;
@@ -1221,8 +1223,8 @@ static uint16_t f32_to_f16(float f)
  *
  * A context owns n_threads - 1 workers; the caller is thread 0.  They are woken
  * once for a pass, run the same function, share its work, and meet at its
- * barriers.  From one to the next it takes some 50 microseconds, so threads
- * wait for each other in a loop before they go to sleep. */
+ * barriers.  Barriers are about 50 microseconds apart, so a waiting thread
+ * spins for a while before it sleeps. */
 
 static struct range share(struct thread *me, int n)
 {
@@ -1230,24 +1232,27 @@ static struct range share(struct thread *me, int n)
     return (struct range){ (int)(n * t / of), (int)(n * (t + 1) / of) };
 }
 
-/* Half of the units are in fixed shares, so that most weights are read in
- * order.  The others are given to whoever comes first, in pieces that become
- * smaller: a CPU may be slower than others, or be taken away for a while. */
+/* Half of the n units of a loop are in fixed shares, one for each thread, so
+ * that most weights are read in order.  The other half is dynamic: a thread
+ * that is free takes a piece of it, and the pieces become smaller, because a
+ * CPU may be slower than others or be taken away for a while.  A single thread
+ * has no dynamic units, since the others would not count them. */
 static int fixed_share(struct thread *me, int n)
 {
     return me->of == 1 ? n : n / (2 * me->of);
 }
 
-/* The next piece of what is in no fixed share, n-open .. n-1.  All threads have
- * the same loops and count alike what was given in those before. */
-static struct range next_piece(struct thread *me, int n, int open)
+/* The next piece of the dynamic units, n - dynamic .. n-1.  ctx->given counts
+ * those taken in all loops, me->gone those of the loops before this one, which
+ * were the same for all threads; so nothing has to be reset. */
+static struct range next_piece(struct thread *me, int n, int dynamic)
 {
     atomic_uint *given = &me->ctx->given;
     unsigned so_far = atomic_load(given);
     int left, some;
 
     do {
-        left = open - (int)(so_far - me->gone);
+        left = dynamic - (int)(so_far - me->gone);
         some = left / (2 * me->of) + 1;
         if (left <= 0)
             return (struct range){ n, n };
@@ -1256,31 +1261,29 @@ static struct range next_piece(struct thread *me, int n, int open)
     return (struct range){ n - left, n - left + some };
 }
 
-/* A piece is taken before it is needed, so that its weights can be fetched. */
+/* A piece is taken one call ahead, so that product() knows what to prefetch. */
 static int take_units(struct thread *me, int n, struct range *some)
 {
-    const int fixed = fixed_share(me, n), open = n - me->of * fixed;
+    const int fixed = fixed_share(me, n), dynamic = n - me->of * fixed;
     const struct range mine = { me->id * fixed, (me->id + 1) * fixed };
 
     me->now = me->is_taking ? me->then : mine;
-    me->then = next_piece(me, n, open);
-    if (me->now.first == me->now.last) {  /* no fixed share, or the end      */
-        me->now = me->then;
-        me->then = next_piece(me, n, open);
-    }
+    if (me->now.first == me->now.last)    /* the fixed share is empty        */
+        me->now = next_piece(me, n, dynamic);
+    me->then = next_piece(me, n, dynamic);
     *some = me->now;
     me->is_taking = some->first < some->last;
     if (!me->is_taking)
-        me->gone += (unsigned)open;
+        me->gone += (unsigned)dynamic;
     return me->is_taking;
 }
 
-/* A fifth to half of a millisecond.  With a tenth threads sleep so often that
- * the system packs them onto one CPU: beside a busy process 18 % of the speed
- * was left then, instead of 48 %. */
+/* Checks before a waiting thread sleeps: 0.2 to 0.5 milliseconds.  With 0.1 ms
+ * threads slept so often that the system packed them onto one CPU: beside a
+ * busy process that left 18 % of the speed, this leaves 48 %. */
 enum { SPINS = 10000 };
 
-/* Multiply-adds of a pass that take less time than waking another thread. */
+/* A pass of fewer multiply-adds takes less time than waking a thread. */
 static const uint64_t TOO_SMALL = 16 << 20;
 
 int lfm2_n_cpus(void)
@@ -1313,15 +1316,15 @@ struct pool { int unused; };
 
 struct pool {
     int spins;                            /* before going to sleep           */
-    pid_t owner;                          /* process that has the workers    */
+    pid_t owner;                          /* process with the workers        */
     void (*run)(struct thread *me);       /* NULL: the workers end           */
-    atomic_uint pass;                     /* how many have been started      */
-    atomic_uint arrived;                  /* threads that wait at a barrier  */
-    atomic_uint opened;                   /* barriers that all have reached  */
+    atomic_uint passes;                   /* started so far                  */
+    atomic_uint barriers;                 /* reached by all threads so far   */
+    atomic_uint arrived;                  /* threads at the next barrier     */
     atomic_uint asleep;                   /* threads that wait for `changed` */
     pthread_mutex_t lock;
-    pthread_cond_t changed;               /* pass or opened                  */
-    pthread_t worker[];                   /* [n_threads]; the first is none  */
+    pthread_cond_t changed;               /* passes or barriers              */
+    pthread_t worker[];                   /* [n_threads]; [0] is not used    */
 };
 
 static size_t pool_size(int n_threads)
@@ -1329,31 +1332,32 @@ static size_t pool_size(int n_threads)
     return sizeof(struct pool) + (size_t)n_threads * sizeof(pthread_t);
 }
 
-/* Wait until *what is no longer `value`. */
-static void wait_for_change(struct pool *p, atomic_uint *what, unsigned value)
+/* Wait until *counter is no longer `value`. */
+static void wait_for_change(struct pool *p, atomic_uint *counter,
+                            unsigned value)
 {
     for (int i = 0; i < p->spins; i++) {
-        if (atomic_load(what) != value)
+        if (atomic_load(counter) != value)
             return;
 #if defined __x86_64__ || defined __i386__
-        __builtin_ia32_pause();           /* this is a waiting loop          */
+        __builtin_ia32_pause();           /* tells the CPU that this waits   */
 #elif defined __aarch64__
         __asm__ volatile("yield");
 #endif
     }
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->asleep, 1);
-    while (atomic_load(what) == value)
+    while (atomic_load(counter) == value)
         pthread_cond_wait(&p->changed, &p->lock);
     atomic_fetch_sub(&p->asleep, 1);
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Change *what and wake those that sleep.  A thread counts itself in `asleep`
- * before it looks at *what for the last time, so no wake-up is lost. */
-static void change(struct pool *p, atomic_uint *what)
+/* Add 1 to *counter and wake the threads that sleep.  A thread counts itself in
+ * `asleep` before its last check of *counter, so no wake-up is lost. */
+static void advance(struct pool *p, atomic_uint *counter)
 {
-    atomic_fetch_add(what, 1);
+    atomic_fetch_add(counter, 1);
     if (atomic_load(&p->asleep) == 0)
         return;
     pthread_mutex_lock(&p->lock);
@@ -1361,23 +1365,23 @@ static void change(struct pool *p, atomic_uint *what)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Wait until n threads are here. */
+/* Wait until n threads have called this. */
 static void meet(struct pool *p, unsigned n)
 {
-    const unsigned opened = atomic_load(&p->opened);
+    const unsigned before = atomic_load(&p->barriers);
 
     if (atomic_fetch_add(&p->arrived, 1) + 1 < n) {
-        wait_for_change(p, &p->opened, opened);
+        wait_for_change(p, &p->barriers, before);
         return;
     }
     atomic_store(&p->arrived, 0);
-    change(p, &p->opened);
+    advance(p, &p->barriers);
 }
 
 static void start(struct pool *p, void (*run)(struct thread *me))
 {
     p->run = run;
-    change(p, &p->pass);
+    advance(p, &p->passes);
 }
 
 static void *worker_main(void *arg)
@@ -1388,7 +1392,7 @@ static void *worker_main(void *arg)
 
     enter_arithmetic(&created_with);
     for (unsigned passes = 0;; passes++) {
-        wait_for_change(p, &p->pass, passes);
+        wait_for_change(p, &p->passes, passes);
         if (!p->run)
             return NULL;
         p->run(me);
@@ -1396,7 +1400,7 @@ static void *worker_main(void *arg)
     }
 }
 
-/* After fork() a child has the memory of the workers, but not the workers. */
+/* A child made by fork() has a copy of the pool, but not its threads. */
 static int pool_is_here(const lfm2_context *ctx)
 {
     return ctx->par.n_threads == 1 || ctx->pool->owner == getpid();
@@ -1415,8 +1419,8 @@ static void pool_close(lfm2_context *ctx)
     pthread_mutex_destroy(&p->lock);
 }
 
-/* Fewer threads than asked for, if the system gives no more.  With more threads
- * than CPUs nobody spins: the thread waited for may need this CPU. */
+/* If the system refuses a thread, there are fewer than asked for.  With more
+ * threads than CPUs none spins: the one it waits for may need this CPU. */
 static void pool_open(lfm2_context *ctx)
 {
     struct pool *p = ctx->pool;
@@ -1439,7 +1443,7 @@ static void pool_open(lfm2_context *ctx)
 
 static void barrier(struct thread *me)
 {
-    me->s.arranged->n = 0;
+    me->s.arranged->n = 0;                /* an input may change now         */
     if (me->of > 1)
         meet(me->ctx->pool, (unsigned)me->of);
 }
@@ -1457,11 +1461,11 @@ static void parallel(lfm2_context *ctx, int n_threads,
     barrier(me);
 }
 
-/* ---- attention: the cache, and who computes what */
+/* ---- attention: the KV cache, and how the work is divided */
 
 enum { TILE = 64 };
 
-/* Bytes of a number in the KV cache; and of the keys of a head, or its values:
+/* Bytes of a number in the cache; and of all keys, or values, of a head, in
  * whole tiles. */
 static int kv_size(const lfm2_context *ctx)
 {
@@ -1484,7 +1488,7 @@ static struct kv_head kv_head_at(const lfm2_context *ctx,
     return (struct kv_head){ k, k + bytes, kv_size(ctx) == 2, c->head_dim };
 }
 
-/* Where element d of a key or value lies. */
+/* The address of element d of the key or value at `pos`. */
 static void *kv_at(const struct kv_head *kv, int what, int pos, int d)
 {
     const size_t hd = (size_t)kv->head_dim, size = kv->f16 ? 2 : 4;
@@ -1504,8 +1508,9 @@ static void kv_store(const struct kv_head *kv, int pos, const float *k,
                      const float *v)
 {
     for (int i = 0; i < 2 * kv->head_dim; i++) {
-        void *at = kv_at(kv, i % 2 ? VALUE : KEY, pos, i / 2);
-        const float x = i % 2 ? v[i / 2] : k[i / 2];
+        const int what = i % 2 ? VALUE : KEY, d = i / 2;
+        const float x = what == VALUE ? v[d] : k[d];
+        void *at = kv_at(kv, what, pos, d);
         if (kv->f16)
             *(uint16_t *)at = f32_to_f16(x);
         else
@@ -1513,15 +1518,15 @@ static void kv_store(const struct kv_head *kv, int pos, const float *k,
     }
 }
 
-/* Rows of a sequence that look back together: the queries of one kv head.  Row
- * t stands at position pos + t, and sees all up to there. */
+/* The queries of one kv head in n rows of a sequence, computed together.  Row t
+ * is at position pos + t and sees all positions up to its own. */
 struct attn_rows {
-    float *q;                             /* [n][group][head_dim] ...        */
-    size_t stride;                        /* ... rows so many floats apart   */
+    float *q;                             /* [n][group][head_dim]            */
+    size_t stride;                        /* floats from one row to the next */
     int n, group, pos;
 };
 
-/* Query i of all, [n group]. */
+/* Query i of all n * group. */
 static float *query_at(const struct attn_rows *a, int i, int head_dim)
 {
     return a->q + (size_t)(i / a->group) * a->stride +
@@ -1547,15 +1552,15 @@ static void attend_chunk(struct attn_partial *part, const struct attn_rows *a,
                          chunk_seen(a, i / a->group, pos));
 }
 
-/* How many rows look back together: about 32 queries share what is loaded. */
+/* Rows in an attn_rows: about 32 queries share each load of the cache. */
 static int rows_together(const lfm2_config *c)
 {
     const int group = c->n_head / c->n_head_kv;
     return group < 32 ? 32 / group : 1;
 }
 
-/* q = softmax(q k^T) v, for rows that look back together.  All go through a
- * chunk before the next one, so that it is read from memory once. */
+/* q = softmax(q k^T) v.  All queries finish a chunk before the next one, so
+ * that each chunk is read from memory once. */
 static void attend_rows(struct thread *me, const struct attn_rows *a,
                         const struct kv_head *kv)
 {
@@ -1575,8 +1580,8 @@ static void attend_rows(struct thread *me, const struct attn_rows *a,
             query_at(a, i, hd)[d] = all[i].o[d] / all[i].sum;
 }
 
-/* Later rows see more positions, so jobs are dealt out in turn: neighbours
- * would not be equal work. */
+/* Later rows see more positions, so jobs go to the threads in turn: contiguous
+ * shares would be unequal. */
 static void attend(struct thread *me, const struct layer *l)
 {
     lfm2_context *ctx = me->ctx;
@@ -1602,12 +1607,13 @@ static void attend(struct thread *me, const struct layer *l)
     }
 }
 
-/* ---- experts: which rows they have */
+/* ---- experts: which rows each of them gets */
 
-/* Sort the slots by expert, rows ascending: a counting sort.  begin[e] counts
- * the slots of e, becomes their end, and comes down to their beginning while
- * they are put in their places, the last row first.  Each matrix leads to that
- * of the next expert. */
+/* Sort the slots by expert, rows ascending: a counting sort.  begin[e] is first
+ * the number of slots of expert e, then their end, and goes down to their
+ * beginning as they are filled, the last row first.  After a matrix the threads
+ * read that of the next expert; gate and up are read together, so only one of
+ * them leads to down. */
 static void group_by_expert(lfm2_context *ctx, const struct layer *l)
 {
     struct routing *r = &ctx->routing;
@@ -1642,14 +1648,14 @@ static void group_by_expert(lfm2_context *ctx, const struct layer *l)
 
 /* --------------------------------------------------------- 9. Weight formats
  *
- * A row of weights is a sequence of blocks.  Whatever the format, 32 columns of
- * it, a group, are unpacked to one common form,
+ * A row of weights is a sequence of blocks of 32 columns or of 256, a K block.
+ * All formats are unpacked to one form, a group of 32 columns at a time:
  *
- *     weight = d q - m        q: an integer of 8 bits,
- *                             d, m: one for the 32, or one for each 16
+ *     weight = d q - m        q: an 8-bit integer for each column,
+ *                             d, m: for all 32, or for each half of 16
  *
- * in which d and m are exact in float.  In the drawings f16 is a binary16
- * number, uN an unsigned integer, everything little-endian; lo and hi are the
+ * d and m are exact in float.  In the drawings f16 is a binary16 number, uN or
+ * iN an integer of N bits, everything is little-endian, and lo and hi are the
  * nibbles of a byte. */
 
 static uint16_t load_le16(const uint8_t *p)
@@ -1690,76 +1696,70 @@ static void floats_bf16(float *out, const uint8_t *b, int n)
         out[i] = float_of((uint32_t)load_le16(b + 2 * (size_t)i) << 16);
 }
 
-static int8_t signed_byte(uint8_t b)
-{
-    return (int8_t)(b < 128 ? b : b - 256);
-}
-
 enum {
     F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
     IQ4_NL, IQ4_XS, N_FORMAT
 };
 
-/* What d and dmin are multiplied with, for group or half j of a K block with
- * its scales at s, as they are drawn below. */
+/* The factors of d and dmin in a K block, for group j, or half j if halves have
+ * their own.  They are among the 16 bytes at s, packed as drawn below. */
 struct scale { int d, m; };
 
-static struct scale scale_at(int scales, const uint8_t *s, int j)
+static struct scale scale_at(int format, const uint8_t *s, int j)
 {
     int low, high;
 
-    switch (scales) {
+    switch (format) {
     case Q2_K:
         return (struct scale){ s[j] & 15, s[j] >> 4 };
     case Q3_K:
         low = s[4 + j % 8] >> j / 8 * 4 & 15;
         high = s[12 + j % 4] >> j / 4 * 2 & 3;
-        return (struct scale){ (low | high << 4) - 32, 0 };
+        return (struct scale){ low | high << 4, 0 };
     case Q4_K:
         if (j < 4)
             return (struct scale){ s[j + 4] & 63, s[j + 8] & 63 };
         return (struct scale){ (s[j + 8] & 15) | s[j] >> 6 << 4,
                                s[j + 8] >> 4 | s[j + 4] >> 6 << 4 };
     case Q6_K:
-        return (struct scale){ signed_byte(s[j]), 0 };
+        return (struct scale){ s[j] ^ 128, 0 };
     default:                              /* IQ4_XS                          */
         low = s[4 + j / 2] >> j % 2 * 4 & 15;
         high = load_le16(s + 2) >> 2 * j & 3;
-        return (struct scale){ (low | high << 4) - 32, 0 };
+        return (struct scale){ low | high << 4, 0 };
     }
 }
 
-/* Some bits of the weights of a block.  Column i of group g has them in byte
- * at + of[g] + i: shift it down by shift[g], then apply the mask. */
+/* Some bits of each weight of a block.  For column i of group g they are in
+ * byte at + of[g] + i: shift it right by shift[g], then apply the mask. */
 struct bit_field {
     uint8_t at, mask, of[8], shift[8];
 };
 
-/* A format is read as floats, or unpacked as the rest of this says; what is
- * left out of it is 0. */
+/* A format either has a function that reads floats, or is unpacked as all the
+ * other fields say; those not set are 0. */
 struct format {
     const char *name;
     int id;                               /* GGUF's number                   */
     int block, bytes;                     /* columns and bytes of a block    */
     void (*floats)(float *out, const uint8_t *row, int n);
-    int halves;                           /* d and m: 1 for 32 columns, or 2
-                                             for 16 each                     */
-    int d_at;                             /* byte of d; of m two later       */
+    int halves;                           /* numbers d of a group: 1, or 2
+                                             for 16 columns each             */
+    int d_at;                             /* byte of d; m or dmin follows    */
     int has_min;
-    int scales_at, scales;                /* 16 bytes with scales like those
-                                             of this K block, if it is one   */
+    int scales_at, scales;                /* 16 bytes with the scales, packed
+                                             as in this format; or 0         */
+    int scale_offset;                     /* subtracted from the scales      */
     int split;                            /* the low nibbles of 16 bytes are
                                              columns 0..15, the high 16..31;
                                              else 32 bytes are 32 columns    */
-    struct bit_field low, high;           /* upper bits, if there are any ...*/
-    int high_to;                          /* ... go to this bit              */
+    struct bit_field low, high;           /* high: if its mask is not 0      */
+    int high_to;                          /* bit of q where `high` begins    */
     int fifth;                            /* 32 bits before the nibbles: bit i
                                              is bit 4 of q[i]                */
-    int iq4;                              /* what is there is looked up      */
-    int offset;                           /* of the bytes                    */
-    int is_signed;                        /* they are whole signed bytes     */
-
-    int scale_offset;                     /* for vectors: of the scales      */
+    int iq4;                              /* q is an index of iq4_value[]    */
+    int offset;                           /* subtracted from q               */
+    int is_signed;                        /* q is a signed byte              */
 };
 
 /* Blocks of one group, with nibbles at `at`.  A vector takes up to four blocks
@@ -1769,8 +1769,8 @@ struct format {
     .block = 32, .bytes = size, .halves = 1, \
     .split = 1, .low = { at, 15, EACH(size), { 0 } }
 
-/* The 8 groups of a K block: two in the nibbles of 32 bytes, four in their
- * pairs of bits, or all in their bits. */
+/* The 8 groups of a K block share bytes: two groups the nibbles of 32 bytes,
+ * four their pairs of bits, all eight their single bits. */
 #define LOW_4 { 0, 0, 32, 32, 64, 64, 96, 96 }, { 0, 4, 0, 4, 0, 4, 0, 4 }
 #define LOW_2 { 0, 0, 0, 0, 32, 32, 32, 32 }, { 0, 2, 4, 6, 0, 2, 4, 6 }
 #define ONE_BIT { 0 }, { 0, 1, 2, 3, 4, 5, 6, 7 }
@@ -1818,8 +1818,8 @@ static const struct format formats[N_FORMAT] = {
      *     | 32 x u8: bit i = bit 2 of q in group i | 64 x u8: bits 0, 1 |
      *     | 12 x u8: s of 6 bits | f16 d |
      *
-     * s[j]: 4 bits in byte j of 8 (low nibbles for j < 8, then high ones), 2
-     * bits in one of the last 4 bytes. */
+     * s[j]: the low 4 bits are in byte j % 8 of the 12, in the low nibble if
+     * j < 8; the high 2 bits are in byte 8 + j % 4, from bit j / 4 * 2 on. */
     [Q3_K] = { "Q3_K", 11, 256, 110, .scales = Q3_K, .halves = 2,
                .d_at = 108, .scales_at = 92,
                .low = { 32, 3, LOW_2 }, .high = { 0, 1, ONE_BIT },
@@ -1829,9 +1829,9 @@ static const struct format formats[N_FORMAT] = {
      *
      *     | f16 d | f16 dmin | 12 x u8: s, m of 6 bits | 128 x u8: 4-bit q |
      *
-     *     byte 0..3    s[0..3] in bits 0-5, bits 4, 5 of s[4..7] in bits 6, 7
-     *     byte 4..7    m[0..3] in bits 0-5, bits 4, 5 of m[4..7] in bits 6, 7
-     *     byte 8..11   lo = low bits of s[4..7], hi = low bits of m[4..7]   */
+     *     byte 0..3    bits 0-5: s[0..3]   bits 6, 7: bits 4, 5 of s[4..7]
+     *     byte 4..7    bits 0-5: m[0..3]   bits 6, 7: bits 4, 5 of m[4..7]
+     *     byte 8..11   lo = bits 0-3 of s[4..7], hi = bits 0-3 of m[4..7]   */
     [Q4_K] = { "Q4_K", 12, 256, 144, .scales = Q4_K, .halves = 1,
                .has_min = 1,
                .low = { 16, 15, LOW_4 } },
@@ -1849,7 +1849,7 @@ static const struct format formats[N_FORMAT] = {
      *
      *     | 128 x u8: bits 0-3 | 64 x u8: bits 4, 5 | 16 x i8: s | f16 d |
      *
-     * Half a block is 64 bytes of nibbles, groups 0 and 1 low, 2 and 3 high. */
+     * 64 bytes of nibbles are half a block: groups 0, 1 low and 2, 3 high. */
     [Q6_K] = { "Q6_K", 14, 256, 210, .scales = Q6_K, .halves = 2,
                .d_at = 208, .scales_at = 192,
                .low = { 0, 15, { 0, 32, 0, 32, 64, 96, 64, 96 },
@@ -1871,15 +1871,17 @@ static const struct format formats[N_FORMAT] = {
                  .split = 1, .iq4 = 1, .is_signed = 1, .scale_offset = 32 },
 };
 
-/* The 16 values of the non-linear 4-bit formats. */
+/* value[] of the non-linear 4-bit formats. */
 static const int8_t iq4_value[16] = {
     -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 };
 
-/* Group g of the block at b: q[32], d[2] and m[2]. */
-static void unpack(const struct format *f, const uint8_t *b, int g, int8_t *q,
+/* The group of a row that begins with column c: q[32], d[2] and m[2]. */
+static void unpack(const struct format *f, const uint8_t *row, int c, int8_t *q,
                    float *d, float *m)
 {
+    const uint8_t *b = row + (size_t)(c / f->block) * (size_t)f->bytes;
+    const int g = c % f->block / 32;
     const uint8_t *low = b + f->low.at + f->low.of[g];
     const uint8_t *high = b + f->high.at + f->high.of[g];
 
@@ -1890,14 +1892,14 @@ static void unpack(const struct format *f, const uint8_t *b, int g, int8_t *q,
             v |= (high[i] >> f->high.shift[g] & f->high.mask) << f->high_to;
         if (f->fifth)
             v |= (low[i / 8 - 4] >> i % 8 & 1) << 4;
-        q[i] = f->iq4 ? iq4_value[v] : f->is_signed ? signed_byte((uint8_t)v)
-                                     : (int8_t)(v - f->offset);
+        v -= f->is_signed && v > 127 ? 256 : f->offset;
+        q[i] = f->iq4 ? iq4_value[v] : (int8_t)v;
     }
     for (int h = 0; h < f->halves; h++) {
-        struct scale s = { 1, -1 };
+        struct scale s = { 1, -1 };       /* 32 columns: weight = d q + m    */
         if (f->scales)
             s = scale_at(f->scales, b + f->scales_at, f->halves * g + h);
-        d[h] = load_f16(b + f->d_at) * (float)s.d;
+        d[h] = load_f16(b + f->d_at) * (float)(s.d - f->scale_offset);
         m[h] = f->has_min ? load_f16(b + f->d_at + 2) * (float)s.m : 0;
     }
 }
@@ -1917,50 +1919,32 @@ static size_t row_bytes(const struct tensor *w)
     return (size_t)(w->cols / w->fmt->block) * (size_t)w->fmt->bytes;
 }
 
-/* The block of a row that column c belongs to, and its group there. */
-static const uint8_t *block_at(const struct format *f, const uint8_t *row,
-                               int c, int *g)
-{
-    *g = c % f->block / 32;
-    return row + (size_t)(c / f->block) * (size_t)f->bytes;
-}
-
-static struct tensor expert(const struct tensor *w, int e)
-{
-    struct tensor one = *w;
-
-    one.data += (size_t)e * w->rows * row_bytes(w);
-    return one;
-}
-
 static void get_row(float *out, const struct tensor *w, int r)
 {
     const struct format *f = w->fmt;
     const uint8_t *row = w->data + (size_t)r * row_bytes(w);
     float d[2], m[2];
     int8_t q[32];
-    int g;
 
     if (f->floats)
         f->floats(out, row, w->cols);
     for (int c = 0; c < w->cols && !f->floats; c += 32, out += 32) {
-        const uint8_t *b = block_at(f, row, c, &g);
-        unpack(f, b, g, q, d, m);
+        unpack(f, row, c, q, d, m);
         for (int i = 0; i < 32; i++) {
             const int h = i / 16 * (f->halves - 1);
-            out[i] = fma_f32(d[h], (float)q[i], f->has_min ? -m[h] : -0.0f);
+            out[i] = fma_f32(d[h], (float)q[i], -m[h]);
         }
     }
 }
 
 /* ------------------------------------------------------- 10. Matrix products
  *
- * y = x w^T, computed in units of 32 rows of w, which are 32 columns of y.  The
- * code of this section is the meaning of it; sections 11 and 12 give the same
- * bits with vectors. */
+ * y = x w^T, computed in units of 32 rows of w, that is, 32 columns of y.  This
+ * section defines the result; sections 11 and 12 compute the same bits with
+ * vectors. */
 
-/* Round 32 columns to d q with q in -127 .. 127.  A group that is not finite
- * gets d = NaN, and one too small to divide by (below 2^-100) q = 0. */
+/* Round 32 columns to d q, with q in -127 .. 127.  d is NaN if one of them is
+ * not finite; q is 0 if all are below 2^-100, too small to divide by. */
 static void quantize(struct q8_group *to, const float *x)
 {
     uint32_t top = 0;
@@ -2015,7 +1999,7 @@ static int dot_16(const int8_t *a, const int8_t *b)
 
 /* One output: the groups in ascending order, one accumulator.
  *
- *     d for 32:   acc += (d dx) dot            - m (dx sum)
+ *     d for 32:   acc += (d dx) dot             - m (dx sum)
  *     d for 16:   acc += dx (d0 dot0 + d1 dot1) - dx (m0 sum0 + m1 sum1)    */
 static float dot_row(const struct scratch *w, const struct format *f,
                      const struct q8_group *x, int groups)
@@ -2044,13 +2028,14 @@ static float dot_row(const struct scratch *w, const struct format *f,
     return acc;
 }
 
-/* Where the i-th row of an input lies. */
-static size_t row_at(const struct input *in, int i)
+/* The number of the t-th row of an input in its arrays. */
+static size_t row_at(const struct input *in, int t)
 {
-    return (size_t)(in->row ? in->row[i] : in->first + i);
+    return (size_t)(in->row ? in->row[t] : in->first + t);
 }
 
-/* out[t][r] = row t of the input times row first + r of w. */
+/* out[t][r] = row t of the input times row first + r of w.  `end` and `next`
+ * are for kernels that prefetch. */
 static void product_rows(float *out, const struct tensor *w, int first,
                          int n_rows, const struct input *in,
                          const struct scratch *s, const uint8_t *end,
@@ -2066,10 +2051,8 @@ static void product_rows(float *out, const struct tensor *w, int first,
 
         if (f->floats)
             f->floats(s->f, row, w->cols);
-        for (int c = 0, g; c < w->cols && !f->floats; c += 32) {
-            const uint8_t *b = block_at(f, row, c, &g);
-            unpack(f, b, g, (int8_t *)s->q + c, s->d + c / 16, s->m + c / 16);
-        }
+        for (int c = 0; c < w->cols && !f->floats; c += 32)
+            unpack(f, row, c, (int8_t *)s->q + c, s->d + c / 16, s->m + c / 16);
         for (int t = 0; t < in->n; t++) {
             const size_t at = row_at(in, t) * cols;
             out[t * UNIT] = f->floats ? dot_f32(s->f, in->f + at, w->cols)
@@ -2095,7 +2078,7 @@ static int unit_rows(const struct tensor *w, int u)
     return rest < UNIT ? rest : UNIT;
 }
 
-/* Where unit u begins; after the last one, where w ends. */
+/* Where unit u begins, or w ends if there are fewer units. */
 static const uint8_t *unit_data(const struct tensor *w, int u)
 {
     const int row = u * UNIT < w->rows ? u * UNIT : w->rows;
@@ -2108,25 +2091,36 @@ static struct tensor rows_of(const struct tensor *w, int first, int rows)
 
     some.rows = rows;
     some.data += (size_t)first * row_bytes(w);
-    some.next = first == 0 ? w->next : NULL;      /* once is enough */
+    some.next = first == 0 ? w->next : NULL;  /* parts are read together     */
     some.first = first;
     return some;
 }
 
-/* The kernels are told what the thread will read next, its units of w and then
- * of the next matrix, so that they can fetch it ahead of time. */
+static struct tensor expert(const struct tensor *w, int e)
+{
+    struct tensor one = *w;
+
+    one.data += (size_t)e * w->rows * row_bytes(w);
+    return one;
+}
+
+/* The kernel may prefetch what this thread reads after unit u: up to the end of
+ * its units at hand, then at `next`, its next units of w or of the next
+ * matrix. */
 static float *product(struct thread *me, int to, const struct tensor *w,
                       int u, const struct input *in)
 {
     const lfm2_context *ctx = me->ctx;
-    const int more = me->then.first < me->then.last;
-    const struct tensor *next = more ? w : w->next;
+    const struct tensor *w2 = w->next;
+    const uint8_t *next = NULL;
     float *out = me->s.out[to];
 
+    if (me->then.first < me->then.last)
+        next = unit_data(w, me->then.first);
+    else if (w2)
+        next = unit_data(w2, me->id * fixed_share(me, n_units(w2)));
     ctx->isa->product(out, w, u * UNIT, unit_rows(w, u), in, &me->s,
-                      unit_data(w, me->now.last), !next ? NULL
-                      : unit_data(next, more ? me->then.first : me->id *
-                                  fixed_share(me, n_units(next))));
+                      unit_data(w, me->now.last), next);
     for (int t = 0; ctx->hook && t < in->n; t++)
         keep(ctx, w->module, in->first + t, w->first + u * UNIT,
              out + (size_t)t * UNIT, unit_rows(w, u));
@@ -2152,35 +2146,38 @@ static void matmul(struct thread *me, int how, float *y,
 
 /* ------------------------------------------------- 11. Vectors: small blocks
  *
- * Sections 11 and 12 are compiled once for every instruction set, by including
- * this file into itself further down.  A set is
+ * Sections 11 and 12 are compiled once for every instruction set: section 13
+ * includes this file into itself with these macros.
  *
- *     SET       its name: FN(exp) is exp_avx2() in the set avx2
+ *     SET       the name: FN(exp) is exp_avx2() in the set avx2
  *     BITS      of a register: 128 on ARM and WebAssembly; 256 or 512 (F, BW,
  *               VL, DQ) on x86
- *     DOT       1: with an instruction that multiplies four bytes by four
- *                  bytes and adds them to a 32-bit number: sdot on ARM,
- *                  vpdpbusd on x86, where weights are unsigned; on
- *                  WebAssembly, with the relaxed instructions
- *     TARGET    what to tell the compiler
+ *     DOT       1 if an instruction multiplies four bytes by four bytes and
+ *               adds all products to a 32-bit number: sdot on ARM, vpdpbusd on
+ *               x86, where weights are unsigned, a relaxed one on WebAssembly
+ *     TARGET    the attributes of functions that use the set
  *
- * FLOATS, INTS and UINTS are registers of LANES numbers, HALF of as many 16-bit
- * ones, FOUR of four floats.  They are GNU vectors, so arithmetic on them is
- * written with operators; what operators cannot say is said by these, on each
- * kind of machine:
+ * A register has LANES numbers of 32 bits.  Four of them, 16 bytes, are a quad:
  *
- *     FMA(a, b, c)             a * b + c, rounded once; FMA_4 of FOURs
+ *     BITS 128     | quad 0 |                                LANES  4, QUADS 1
+ *     BITS 256     | quad 0 | quad 1 |                       LANES  8, QUADS 2
+ *     BITS 512     | quad 0 | quad 1 | quad 2 | quad 3 |     LANES 16, QUADS 4
+ *
+ * The types are FLOATS, INTS and UINTS; HALF, LANES 16-bit numbers; and FOUR,
+ * four floats.  They are GNU vectors, so most arithmetic on them is written
+ * with operators.  The rest has a name, which each kind of machine defines:
+ *
+ *     FMA(a, b, c)             a * b + c, rounded once; FMA_4 for FOURs
  *     FROM_F16(h)              binary16 numbers as floats
  *     WIDEN(h)                 16-bit numbers as UINTS
- *     quads(p, at)             quad i is the 16 bytes at p + at[i].  (There are
- *                              QUADS in a register: 16 bytes or four numbers.)
+ *     quads(p, at)             quad i is the 16 bytes at p + at[i]
  *     row_quads(p, stride)     quad i is the 16 bytes at p + 4 i stride
- *     LOOK_UP(table, i)        byte i of the table, for every byte, by quads
- *     ZIP_LOW(a, b), ..        a0 b0 a1 b1 and a2 b2 a3 b3, in every quad
- *     PAIR_LOW(a, b), ..       a0 a1 b0 b1 and a2 a3 b2 b3
- *     SUM_4(a, b, c, d)        a quad has the sums of the quads of a, b, c, d
- *     DOT_PAIRS(a, b)          a0 b0 + a1 b1 for the pairs of 16-bit numbers
- *     store_bytes(to, q)       32 small integers become the bytes of a group */
+ *     LOOK_UP(table, i)        table[i] for every byte i, quad by quad
+ *     ZIP_LOW(a, b), ..        in every quad: a0 b0 a1 b1, and a2 b2 a3 b3
+ *     PAIR_LOW(a, b), ..       in every quad: a0 a1 b0 b1, and a2 a3 b2 b3
+ *     SUM_4(a, b, c, d)        quad i: the sums of quad i of a, b, c and d
+ *     DOT_PAIRS(a, b)          a0 b0 + a1 b1 of the two 16-bit halves of each
+ *     store_bytes(to, q)       32 small integers to the bytes of a group */
 
 #define JOIN_(a, b, c) a##b##c
 #define JOIN(a, b, c) JOIN_(a, b, c)
@@ -2190,14 +2187,14 @@ static void matmul(struct thread *me, int how, float *y,
 
 #define LANES (BITS / 32)
 #define QUADS (LANES / 4)
-#define CHAINS (16 / LANES)               /* registers for those of dot_f32()*/
+#define CHAINS (16 / LANES)               /* registers for 16 chains         */
 #define FLOATS FN(floats)
 #define INTS FN(ints)
 #define UINTS FN(uints)
 #define HALF FN(half)
 #define FOUR FN(four)
 
-/* Of and to any address. */
+/* Unaligned load and store. */
 #define LOAD(p) ((FLOATS)*(const FN(loose) *)(const void *)(p))
 #define STORE(p, v) (*(FN(loose) *)(void *)(p) = (v))
 
@@ -2246,7 +2243,7 @@ static void matmul(struct thread *me, int how, float *y,
 
 #define MM(op) JOIN(_mm, BITS, _##op)
 #define MM_INTS JOIN(__m, BITS, i)
-#define BLOCK(name) name##_avx2           /* all of x86 uses these           */
+#define BLOCK(name) name##_avx2           /* small blocks of all x86 sets    */
 #define FMA(a, b, c) MM(fmadd_ps)(a, b, c)
 #define FMA_4 _mm_fmadd_ps
 #define FROM_F16(h) ((FLOATS)MM(cvtph_ps)((FN(half_ints))(h)))
@@ -2262,16 +2259,16 @@ static void matmul(struct thread *me, int how, float *y,
 
 #endif
 
-/* Before a loop whose arrays are to become registers: without it clang keeps
- * them in memory, and products take twice as long. */
+/* For a loop whose arrays must become registers: without it clang keeps them in
+ * memory, and products take twice as long. */
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* What compiles WebAssembly in browsers puts all loads of a block first, and
- * runs out of registers, so blocks had better be short. */
+/* The compilers of browsers move all loads to the beginning of a basic block.
+ * If it is long, they run out of registers. */
 #ifdef LFM2_WASM
 #define UNROLL_4 _Pragma("clang loop unroll_count(4)")
 #define SHORT_BLOCKS 1
@@ -2280,8 +2277,8 @@ static void matmul(struct thread *me, int how, float *y,
 #define SHORT_BLOCKS 0
 #endif
 
-/* Fetch what is at p, for many uses or for a single one, which drives less out
- * of the caches.  No harm is done if nothing is there. */
+/* Prefetch what is at p: for repeated use, or for a single use, which evicts
+ * less from the caches.  p may be any address. */
 #if defined __GNUC__ && !defined LFM2_WASM
 #define FETCH(p) __builtin_prefetch(p, 0, 3)
 #define FETCH_ONCE(p) __builtin_prefetch(p, 0, 0)
@@ -2290,8 +2287,8 @@ static void matmul(struct thread *me, int how, float *y,
 #define FETCH_ONCE FETCH
 #endif
 
-/* WebAssembly cannot fetch ahead of time.  But many loads in a row, whose
- * results nobody waits for, are under way together. */
+/* WebAssembly has no prefetch.  Loads whose results are not used serve instead:
+ * nothing waits for them, so many are in flight at once. */
 #ifdef LFM2_WASM
 static void touch(const uint8_t *p, size_t n)
 {
@@ -2301,8 +2298,8 @@ static void touch(const uint8_t *p, size_t n)
 }
 #endif
 
-/* For products on ARM.  gcc must not reorder them, or it runs out of registers;
- * clang does not, but would load operands again after what is volatile. */
+/* For sdot on ARM.  If gcc may reorder it, registers run out; clang does not
+ * reorder it, but reloads operands around it if it is volatile. */
 #ifdef __clang__
 #define ASM __asm__
 #else
@@ -2310,39 +2307,37 @@ static void touch(const uint8_t *p, size_t n)
 #endif
 
 enum {
-    GROUP_BYTES = 80,                     /* of a struct x_quads, for a group
-                                             of it                           */
-    SOME = 64, PART = 16,                 /* so many rows at most are
-                                             multiplied by parts of panels,
-                                             of so many groups               */
-    AHEAD = 3072,                         /* bytes to fetch ahead, besides a
+    GROUP_BYTES = 80,                     /* of a group in struct x_quads    */
+    PART_ROWS = 64,                       /* most rows of x for which panels
+                                             do not have all columns ...     */
+    PART_GROUPS = 16,                     /* ... but this many groups        */
+    COPY_ROWS = 16,                       /* fewest rows of x for which
+                                             weights in floats are copied    */
+    AHEAD = 3072,                         /* bytes to prefetch beyond the next
                                              tile; found by measuring        */
-    MANY = 16,                            /* rows of x for which weights in
-                                             floats are copied               */
-    MOST_X_ROWS = 6                       /* of X_ROWS, TOKENS and FEW       */
+    MOST_X_ROWS = 6                       /* the largest of the next three   */
 };
 
-/* Rows of x that are so few that weights come straight from the file, and that
- * are multiplied at once by a panel and by weights in floats; and registers for
- * a row of a tile in attention.  AVX2 has 16 registers, the others have 32, and
- * WebAssembly has what it runs on. */
+/* Rows of x: the most that count as few, and how many at a time are multiplied
+ * by a panel and by weights in floats.  TILE_REGS is the number of registers
+ * for a row of a tile in attention.  AVX2 has 16 registers, the others have 32,
+ * and WebAssembly those of the machine it runs on. */
 #define FEW (LANES == 16 ? 6 : 3)
 #ifdef LFM2_WASM
-#define TOKENS 4
-#define X_ROWS 3
-#define WIDE 2
+#define PANEL_X_ROWS 4
+#define FLOAT_X_ROWS 3
+#define TILE_REGS 2
 #else
-#define TOKENS (LANES == 16 ? 4 + 2 * DOT : LANES == 4 ? 3 + DOT : 3)
-#define X_ROWS (LANES == 8 ? 3 : 6)
-#define WIDE (LANES == 8 ? 2 : 4)
+#define PANEL_X_ROWS (LANES == 16 ? 4 + 2 * DOT : LANES == 4 ? 3 + DOT : 3)
+#define FLOAT_X_ROWS (LANES == 8 ? 3 : 6)
+#define TILE_REGS (LANES == 8 ? 2 : 4)
 #endif
 
-/* Of a row of weights in floats, for so many columns that those of X_ROWS rows
- * of x stay in the first-level cache beside the next ones. */
-#define BLOCK_BYTES (6144 / X_ROWS)
+/* Bytes of a row of weights in floats to multiply at a time: the first-level
+ * cache holds the same columns of FLOAT_X_ROWS rows of x, and the next ones. */
+#define BLOCK_BYTES (6144 / FLOAT_X_ROWS)
 
-/* Rows of weights, `groups` groups of them, for few rows of x or many; and what
- * to fetch meanwhile. */
+/* Rows of weights, for few rows of x or for more; and what to prefetch. */
 struct weight_rows {
     const uint8_t *at;
     size_t stride;
@@ -2350,8 +2345,8 @@ struct weight_rows {
     const uint8_t *next;
 };
 
-/* `groups` groups of the panel in s times those at x[t], to out[t]; or on top
- * of what is there, if these are not the first. */
+/* out[t] = `groups` groups of the panel in s times those at x[t]; or += if they
+ * are not the first. */
 struct panel_job {
     const struct scratch *s;
     const struct q8_group *x[MOST_X_ROWS];
@@ -2361,8 +2356,8 @@ struct panel_job {
 };
 
 /* A block of `cols` columns: rows of weights in floats at w times n rows of x.
- * Meanwhile the next columns of n_next rows of x are fetched, then weights from
- * `next` to `end`, `step` bytes for every 16 columns. */
+ * Meanwhile the next columns of n_next rows of x are prefetched, then weights
+ * from `next` to `end`, `step` bytes for every 16 columns. */
 struct float_job {
     const uint8_t *w;
     size_t stride;
@@ -2423,12 +2418,9 @@ KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[8])
 #endif
 #ifdef LFM2_WASM
 
-/* Some machines have a fused multiply-add, see cpu_isas().  Without one: the
- * product of two floats is exact in double.  Rounding the sum s to double
- * and then to float is rounding twice, and that goes wrong only if s is halfway
- * between two floats: then all but the uppermost of the bits to be dropped are
- * 0.  For these, and some others whose last bits are the same, s is made odd as
- * in fma_f32(). */
+/* fma_f32(), where there is no relaxed multiply-add.  Rounding s again can go
+ * wrong only if it is halfway between two floats.  Then its last 28 bits are 0,
+ * and only such numbers are made odd. */
 typedef double FN(doubles) __attribute__((vector_size(32)));
 typedef int64_t FN(longs) __attribute__((vector_size(32)));
 
@@ -2461,8 +2453,7 @@ KERNEL_INLINE FLOATS FN(fma)(FLOATS a, FLOATS b, FLOATS c)
 #endif
 }
 
-/* f16_to_f32() of the lower halves: sign and number into their places at
- * once. */
+/* f16_to_f32(), with sign and number moved at once. */
 KERNEL_INLINE FLOATS FN(from_f16)(UINTS h)
 {
     const INTS a = (INTS)(h << 16) >> 3 & ~0x70000000;
@@ -2492,7 +2483,7 @@ KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
     return (INTS)_mm256_set_m128i(high, low);
 }
 
-/* Packing 8 + 8 + 8 + 8 numbers to bytes interleaves them by fours. */
+/* AVX2 packs quad by quad, so afterwards fours of bytes are put in order. */
 KERNEL_INLINE void FN(store_bytes)(struct q8_group *to, const INTS q[4])
 {
     __m256i v = _mm256_packs_epi16(
@@ -2534,17 +2525,16 @@ KERNEL_INLINE INTS FN(row_quads)(const uint8_t *p, size_t stride)
 
 #endif
 
-/* The same number everywhere, or the same byte.  (-0 + 0 would be 0.) */
+/* The same number in all lanes, or the same byte.  (-0 + 0 would be 0.) */
 #define SPLAT(f) ((f) - (FLOATS){ 0 })
 #define SPLAT_INT(n) ((INTS){ 0 } + (n))
 #define SPLAT_BYTE(n) SPLAT_INT((int32_t)((uint32_t)(n) * 0x01010101u))
 
-/* Shifted down, zeros coming in: by one number, or each by its own. */
+/* A logical shift to the right: by one number, or each lane by its own. */
 #define SHIFT(v, n) ((INTS)((UINTS)(v) >> (UINTS)((INTS){ 0 } + (n))))
 
 #define TO_FLOATS(v) __builtin_convertvector(v, FLOATS)
 
-/* Quad i. */
 KERNEL_INLINE FOUR FN(quad)(FLOATS v, const int i)
 {
     FOUR four;
@@ -2552,7 +2542,7 @@ KERNEL_INLINE FOUR FN(quad)(FLOATS v, const int i)
     return four;
 }
 
-/* sum_16(), four sums at a time. */
+/* sum_16(), four additions at a time. */
 KERNEL_INLINE float FN(tree)(const void *chains)
 {
     FOUR v[4];
@@ -2568,7 +2558,7 @@ KERNEL_INLINE FLOATS FN(choose)(INTS m, FLOATS a, FLOATS b)
     return (FLOATS)(((INTS)a & m) | ((INTS)b & ~m));
 }
 
-/* n[i] in all elements of quad i. */
+/* n[i] in all lanes of quad i. */
 KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
 {
     INTS v = { 0 };
@@ -2582,7 +2572,7 @@ KERNEL_INLINE INTS FN(quad_ints)(const uint8_t *n)
 /* The 16 bytes at p in all quads. */
 #define REPEAT_16(p) FN(quads)(p, (const uint8_t[4]){ 0 })
 
-/* In every quad, 4 x 4 numbers. */
+/* Transpose 4 x 4 numbers in every quad. */
 KERNEL_INLINE void FN(transpose_4)(INTS v[4])
 {
     const INTS ab[2] = { ZIP_LOW(v[0], v[1]), ZIP_HIGH(v[0], v[1]) };
@@ -2595,26 +2585,26 @@ KERNEL_INLINE void FN(transpose_4)(INTS v[4])
     }
 }
 
-/* The lower half of every number is an f16. */
+/* The lower 16 bits of every number are a binary16 number. */
 #ifdef LFM2_WASM
 #define LOW_F16(v) FN(from_f16)((UINTS)(v))
 #else
 #define LOW_F16(v) FROM_F16(__builtin_convertvector((UINTS)(v), HALF))
 #endif
 
-/* The small blocks.  Each is its namesake of Part I or section 7 or 10, with
- * the same operations on every element in the same order. */
+/* The small blocks.  Each does to every element what its namesake of Part I,
+ * section 7 or 10 does, in the same order. */
 KERNEL_INLINE FLOATS FN(exp)(FLOATS x)
 {
     FLOATS y = FN(choose)(x > 88.0f, SPLAT(88.0f), x);
     FLOATS t = FMA(y, SPLAT(1.44269504f), SPLAT(ROUND_MAGIC));
     FLOATS n = t - ROUND_MAGIC;
-    FLOATS r = FMA(n, SPLAT(-0.693145752f), y), p = SPLAT(exp_factor[0]);
+    FLOATS r = FMA(n, SPLAT(-0.693145752f), y), p = SPLAT(exp_taylor[0]);
 
     r = FMA(n, SPLAT(-1.42860677e-6f), r);
     UNROLL
     for (int i = 1; i < 8; i++)
-        p = FMA(p, r, SPLAT(exp_factor[i]));
+        p = FMA(p, r, SPLAT(exp_taylor[i]));
     p = (FLOATS)((UINTS)p + ((UINTS)t << 23));
     p = (FLOATS)((INTS)p & ~(INTS)(x < -87.0f));
     return FN(choose)(x == x, p, x);
@@ -2719,37 +2709,47 @@ KERNEL void FN(quantize)(struct q8_group *to, const float *x)
 
 /* ------------------------------------------------ 12. Kernels: products
  *
- * Few rows of x (FEW at most): the speed of the memory decides.  Weights go
- * from the file to registers and are never stored.  They are taken four rows at
- * a time, because CPUs foresee what is read from a few places only, in steps of
- * QUADS groups:
+ * Few rows of x (FEW at most): the memory is the limit.  Weights go from the
+ * file to registers and are never stored, four rows at a time, because CPUs
+ * prefetch from a few places only.  A step takes QUADS groups of each row,
+ * group g + i in quad i:
  *
- *   1. of one row, each quad of a register holds 16 bytes of another group;
- *   2. dot_4() multiplies them with the same groups of x;
- *   3. SUM_4() makes one register of those of four rows: a quad has the sums of
- *      its group for each row, and the scales are laid out alike;
- *   4. one quad after the other is scaled and added to the four results.
+ *     w[r]      | row r: 16 columns of g | row r: 16 columns of g+1 | ..
+ *     x         |     x: 16 columns of g |     x: 16 columns of g+1 | ..
+ *     dot[r]    | 4 sums of 4 products   | 4 sums of 4 products     | ..
  *
- * Many rows of x: LANES rows, again four at a time, are unpacked to a tile, two
- * tiles to a panel.  A vector holds four columns of the rows of a tile, so that
- * multiplying it with four columns of x, repeated everywhere, needs no sums:
+ * SUM_4() adds up these quads, dot[0] .. dot[3] at once.  The scales are laid
+ * out like the result; so one quad after the other is scaled and added:
+ *
+ *     sum       | g: rows 0, 1, 2, 3     | g+1: rows 0, 1, 2, 3     | ..
+ *
+ * Many rows of x: the arithmetic is the limit.  LANES rows of weights are
+ * unpacked to a tile, by transposing 4 x 4 numbers in each quad (r, i: 0 .. 3):
+ *
+ *     v[r]      | row r: columns 0 .. 15            | row 4 + r           | ..
+ *     v[i]      | columns 4i .. 4i+3 of rows 0 .. 3 | of rows 4 .. 7      | ..
+ *
+ * Then lane r has row r.  Multiplied by four columns of x, the same in every
+ * lane, it has the sum for that row, and nothing is added up across lanes.  Two
+ * tiles are a panel:
  *
  *     q    [groups][8][2 tiles][LANES rows][4 columns]   u8: weight + offset,
  *                                                        on ARM s8: weight
  *     d, m [groups][2 tiles][2 halves][LANES rows]       float
  *
- * With more than SOME rows of x a panel covers all columns and stays in the
- * second-level cache; with fewer it covers PART groups at a time and stays in
- * the first.
+ * For more than PART_ROWS rows of x a panel has all columns and stays in the
+ * second-level cache; for fewer it has PART_GROUPS groups at a time and stays
+ * in the first.
  *
- * Functions that take a format k are compiled for each one: in a profile
- * product_Q4_0_avx2() is FN(product_##type) here. */
+ * A function that takes a format k is inlined where k is a constant, so tests
+ * of its fields cost nothing.  What a profile calls product_Q4_0_avx2() is
+ * FN(product_##type) here. */
 
-#define PANEL (2 * LANES)                 /* rows of weights                 */
+#define PANEL_ROWS (2 * LANES)            /* of weights                      */
 
-/* Are weights multiplied as unsigned bytes, with their offset?  And by pairs,
- * where nothing multiplies fours?  (The instruction of WebAssembly is relaxed:
- * weights of seven bits are the same everywhere.) */
+/* UNSIGNED: weights are multiplied as unsigned bytes, with their offset.
+ * PAIRS: by an instruction that adds two products, not four.  (WebAssembly's is
+ * relaxed, but exact everywhere if weights have seven bits.) */
 #ifdef LFM2_WASM
 #define UNSIGNED DOT
 #define PAIRS DOT
@@ -2758,20 +2758,20 @@ KERNEL void FN(quantize)(struct q8_group *to, const float *x)
 #define PAIRS (LANES > 4 && !DOT)
 #endif
 
-/* Signed bytes are made unsigned where the instruction wants it. */
-#define SIGNED (DOT && LANES > 4 ? 128 : 0)
+/* What makes signed bytes unsigned, for vpdpbusd. */
+#define SIGN_OFFSET (DOT && LANES > 4 ? 128 : 0)
 
-/* The four bytes at p, everywhere. */
+/* The four bytes at p, in all lanes. */
 #define REPEAT_4(p) SPLAT_INT(*(const FN(loose_int) *)(const void *)(p))
 
-/* vpdpbusd multiplies by all eight bits of a byte.  So with few rows of x, the
- * bits of these formats stay where they are in it, and the sum is shifted. */
+/* With few rows of x, weights of these formats are masked but not shifted: the
+ * sum is.  vpdpbusd can do it, which uses all eight bits of a byte. */
 #define IN_PLACE(k) (DOT && LANES > 4 && !(k)->split && !(k)->high.mask && \
                      !(k)->is_signed)
 
-/* Weights are read in two ways.  Of a row, each quad holds another group: g and
- * those behind it.  Of a tile, whose rows are `stride` apart, each quad holds
- * another row: this one and every fourth. */
+/* Where weights are read.  For few rows of x: one row, whose group g + i, at
+ * of[i], goes to quad i.  For a tile: every fourth of its rows, `stride` bytes
+ * apart, whose group g, at of[0], goes to one quad each. */
 struct FN(source) { const uint8_t *at; size_t stride; int is_tile; };
 
 KERNEL_INLINE INTS FN(read)(struct FN(source) b, size_t at, const uint8_t *of)
@@ -2780,24 +2780,19 @@ KERNEL_INLINE INTS FN(read)(struct FN(source) b, size_t at, const uint8_t *of)
                      : FN(quads)(b.at + at, of);
 }
 
-/* n[0] for all quads, or n[i] for quad i. */
-KERNEL_INLINE INTS FN(spread)(struct FN(source) b, const uint8_t *n)
-{
-    return b.is_tile ? SPLAT_INT(n[0]) : FN(quad_ints)(n);
-}
-
-/* The bits of columns 16h .. 16h+15. */
+/* One field of columns 16h .. 16h+15. */
 KERNEL_INLINE INTS FN(field)(const struct bit_field *f, struct FN(source) b,
                              const int g, const int h, const int in_place)
 {
     const INTS v = FN(read)(b, (size_t)f->at + 16 * (size_t)h, f->of + g);
-    const INTS shift = FN(spread)(b, f->shift + g);
+    const INTS shift = b.is_tile ? SPLAT_INT(f->shift[g])
+                                 : FN(quad_ints)(f->shift + g);
     const INTS mask = SPLAT_BYTE(f->mask);
 
     return in_place ? v & mask << shift : SHIFT(v, shift) & mask;
 }
 
-/* Bit i of the 32-bit number at `at` becomes bit 4 of byte i; 16 of them. */
+/* Bit 16h + i of the 32-bit number at `at` becomes bit 4 of byte i. */
 KERNEL_INLINE INTS FN(fifth_bits)(struct FN(source) b, size_t at,
                                   const uint8_t *of, const int h)
 {
@@ -2813,8 +2808,8 @@ KERNEL_INLINE INTS FN(fifth_bits)(struct FN(source) b, size_t at,
     return (INTS)((FN(bytes))v == (FN(bytes))bit) & SPLAT_BYTE(16);
 }
 
-/* Columns 0..15 to w[0], 16..31 to w[1], as unsigned bytes with their offset;
- * or as signed ones, see SIGNED. */
+/* Columns 0..15 to w[0], 16..31 to w[1]: unsigned bytes from which the offset
+ * is not subtracted yet, or signed bytes plus SIGN_OFFSET. */
 KERNEL_INLINE void FN(unpack)(INTS w[2], struct FN(source) b, const int g,
                               const int in_place, const struct format *k)
 {
@@ -2834,19 +2829,21 @@ KERNEL_INLINE void FN(unpack)(INTS w[2], struct FN(source) b, const int g,
         if (k->iq4)
             w[h] = LOOK_UP(REPEAT_16((const void *)iq4_value), w[h]);
         if (k->is_signed)
-            w[h] ^= SPLAT_BYTE(SIGNED);
+            w[h] ^= SPLAT_BYTE(SIGN_OFFSET);
     }
 }
 
-/* The scales and minima of four rows: quad i of d and m is of group i; or of a
- * K block, the same in all quads, where byte i of s and min, in steps of four,
- * belongs to group or half i.  Or those of a tile, of one group or block. */
-struct FN(scales) {
+/* The scales and minima of four rows, in each quad, or of the rows of a tile.
+ * Blocks of 32: d and m of one block, of block i in quad i for four rows.
+ * K blocks: d and dmin, the same in all quads; and the factors of group or half
+ * j, byte j % 4 of the numbers of s[j / 4] and min[j / 4]. */
+struct FN(w_scales) {
     FLOATS d, m;
     INTS s[4], min[4];
 };
 
-/* Bytes 4j .. 4j+3 at `at` to v[j], of four rows in all quads, or of a tile. */
+/* Bytes at + 4j .. at + 4j+3 of each row become its number in v[j]: of four
+ * rows, the same in all quads, or of the rows of a tile. */
 KERNEL_INLINE void FN(load_16)(INTS v[4], struct FN(source) b, int at,
                                size_t stride)
 {
@@ -2856,11 +2853,11 @@ KERNEL_INLINE void FN(load_16)(INTS v[4], struct FN(source) b, int at,
     FN(transpose_4)(v);
 }
 
-/* The first four bytes of QUADS blocks, a quad for each, of four rows; or of
- * one block of a tile.  Where blocks have 16 to 20 bytes, a register holds the
- * beginning of QUADS of them, that of block i in quad i. */
-KERNEL_INLINE INTS FN(heads)(struct FN(source) b, size_t stride,
-                             const struct format *k)
+/* The first four bytes of QUADS blocks of four rows, block i in quad i; or of
+ * one block of each row of a tile.  If blocks have 16 to 20 bytes, one load has
+ * all these beginnings, that of block i in quad i. */
+KERNEL_INLINE INTS FN(block_heads)(struct FN(source) b, size_t stride,
+                                   const struct format *k)
 {
     const int in_one = LANES > 4 && k->bytes <= 20 && !b.is_tile;
     const uint8_t from[4] = EACH((uint8_t)(k->bytes - 16));
@@ -2874,8 +2871,8 @@ KERNEL_INLINE INTS FN(heads)(struct FN(source) b, size_t stride,
     return v[0];
 }
 
-/* The scales and minima of a K block, out of the 16 bytes with them. */
-KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
+/* scale_at() for a whole K block, from the 16 bytes with the scales. */
+KERNEL_INLINE void FN(unpack_scales)(struct FN(w_scales) *to, const INTS h[4],
                                      const struct format *k)
 {
 #define BYTE_BITS(v, n, mask) (SHIFT(v, n) & SPLAT_BYTE(mask))
@@ -2896,8 +2893,8 @@ KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
         } else if (k->scales == Q6_K) {
             to->s[j] = h[j] ^ SPLAT_BYTE(128);
         } else if (k->scales == IQ4_XS && j < 2) {
-            INTS low = SHIFT(h[1], 16 * j) & 0xffff;
-            INTS high = SHIFT(h[0], 16 + 8 * j) & 0xff;
+            INTS low = SHIFT(h[1], 16 * j) & 0xffff;       /* 4 x 4 bits     */
+            INTS high = SHIFT(h[0], 16 + 8 * j) & 0xff;    /* 4 x 2 bits     */
             low = (low | low << 8) & 0x00ff00ff;
             low = (low | low << 4) & 0x0f0f0f0f;
             high = (high | high << 12) & 0x000f000f;
@@ -2906,29 +2903,30 @@ KERNEL_INLINE void FN(unpack_scales)(struct FN(scales) *to, const INTS h[4],
         }
 }
 
-/* If a K block begins with d and dmin, they are among the 16 bytes. */
-KERNEL_INLINE void FN(read_scales)(struct FN(scales) *to, struct FN(source) b,
+/* The scales at b.  If a K block begins with d and dmin, they are among the 16
+ * bytes. */
+KERNEL_INLINE void FN(read_scales)(struct FN(w_scales) *to, struct FN(source) b,
                                    size_t stride, const struct format *k)
 {
     INTS h[4], head;
 
     if (k->block == 32) {
-        head = FN(heads)(b, stride, k);
+        head = FN(block_heads)(b, stride, k);
     } else {
         FN(load_16)(h, b, k->scales_at, stride);
         FN(unpack_scales)(to, h, k);
-        if (k->d_at > 0)                  /* there it ends with d, or dmin   */
+        if (k->d_at > 0)                  /* the block ends with d, or dmin  */
             FN(load_16)(h, b, k->bytes - 16, stride);
         head = k->d_at == 0 ? h[0] : k->has_min ? h[3] : SHIFT(h[3], 16);
     }
     to->d = LOW_F16(head);
     to->m = LOW_F16(SHIFT(head, 16));
     if (k->block == 32)
-        to->m = -to->m;
+        to->m = -to->m;                   /* weight = d q + m                */
 }
 
-/* Bytes i, i + step, ... of every row, a quad each. */
-KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i, const int step)
+/* Factor i + j * step of each row, in quad j. */
+KERNEL_INLINE FLOATS FN(factor)(const INTS s[4], const int i, const int step)
 {
     static const uint8_t upper[4] = { 0, 0, 255, 255 };
     uint8_t down[4];
@@ -2937,16 +2935,15 @@ KERNEL_INLINE FLOATS FN(byte_of)(const INTS s[4], const int i, const int step)
     UNROLL
     for (int j = 0; j < 4; j++)
         down[j] = (uint8_t)((i + j * step) % 4 * 8);
-    if (LANES == 16 && step == 2)         /* two of them are in the next     */
+    if (LANES == 16 && step == 2)         /* quads 2 and 3: in the next s    */
         v ^= (v ^ s[i / 4 + 1]) & FN(quad_ints)(upper) * 0x01010101;
     return TO_FLOATS(SHIFT(v, FN(quad_ints)(down)) & 255);
 }
 
-/* d and m of the halves of group g, in all quads or those behind it in the
- * others, out of what was read. */
-KERNEL_INLINE void FN(scale)(FLOATS d[2], FLOATS m[2],
-                             const struct FN(scales) *s, const int g,
-                             const int is_tile, const struct format *k)
+/* d and m of the halves of group g; for four rows, of group g + i in quad i. */
+KERNEL_INLINE void FN(group_scales)(FLOATS d[2], FLOATS m[2],
+                                    const struct FN(w_scales) *s, const int g,
+                                    const int is_tile, const struct format *k)
 {
     const int step = is_tile ? 0 : k->halves;
 
@@ -2957,24 +2954,24 @@ KERNEL_INLINE void FN(scale)(FLOATS d[2], FLOATS m[2],
         d[h] = s->d;
         m[h] = s->m;
         if (k->scales)
-            d[h] *= FN(byte_of)(s->s, i, step) - (float)k->scale_offset;
+            d[h] *= FN(factor)(s->s, i, step) - (float)k->scale_offset;
         if (k->scales && k->has_min)
-            m[h] *= FN(byte_of)(s->min, i, step);
+            m[h] *= FN(factor)(s->min, i, step);
     }
 }
 
-/* What comes with a group of x, see struct q8_group. */
-struct FN(head) { FLOATS d, s; INTS sum; };
+/* What struct q8_group has besides q, with both sums in one number. */
+struct FN(x_scales) { FLOATS d, s; INTS sum; };
 
 /* A group adds a[0] b[0] to a result and, if there is a minimum, a[1] b[1]. */
 struct FN(addends) { FLOATS a[2], b[2]; };
 
-/* What group x adds.  The halves have the integer sums s, or all of it s[0]; d
- * and m are those of the halves: a step of dot_row(). */
+/* One step of dot_row().  s has the integer dot products of the halves, or s[0]
+ * that of the whole group. */
 KERNEL_INLINE struct FN(addends) FN(scale_sums)(const INTS s[2],
                                                 const FLOATS d[2],
                                                 const FLOATS m[2],
-                                                const struct FN(head) *x,
+                                                const struct FN(x_scales) *x,
                                                 const struct format *k)
 {
     if (k->halves == 1)
@@ -2989,12 +2986,13 @@ KERNEL_INLINE struct FN(addends) FN(scale_sums)(const INTS s[2],
     };
 }
 
-/* Of the bytes that are multiplied; and what it adds to the sum of half h of a
- * group with the sums of x, or to all of it, with its sign changed. */
-#define OFFSET(k) ((k)->is_signed ? SIGNED : (k)->offset)
+/* The bytes that are multiplied are weights plus this.  minus_offset() corrects
+ * the dot product of half h of a group, or of all of it: -offset times the sum
+ * of that x. */
+#define OFFSET(k) ((k)->is_signed ? SIGN_OFFSET : (k)->offset)
 
-KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
-                                   const struct format *k)
+KERNEL_INLINE INTS FN(minus_offset)(INTS sum, const int h, int offset,
+                                    const struct format *k)
 {
     const uint32_t n = (uint32_t)-offset & 0xffff;
     const uint32_t both = k->halves == 1 ? n | n << 16 : n << 16 * h;
@@ -3003,10 +3001,13 @@ KERNEL_INLINE INTS FN(less_offset)(INTS sum, const int h, int offset,
 
 #if PAIRS
 
-/* How many of these can be added: with a sign, of six bits, and of five. */
+/* How many results of byte_pairs() can be added without overflow: for signed
+ * bytes, and weights of six bits, and of up to five. */
 #define TERMS(k) ((k)->is_signed ? 1 : (k)->offset == 32 ? 2 : 4)
 
-/* Products of pairs of bytes in 16 bits; signed ones by their sizes. */
+/* Sums of two products of bytes, in 16 bits.  The instruction wants w without
+ * sign.  So where w has one, x86 gets |w| and x or -x; for WebAssembly the sign
+ * bits are multiplied apart. */
 KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 {
 #ifdef LFM2_WASM
@@ -3032,8 +3033,8 @@ KERNEL_INLINE FN(words) FN(byte_pairs)(INTS w, INTS x, int is_signed)
 
 #endif
 
-/* s + four products of bytes in each number.  Not every compiler has a function
- * for sdot where the default CPU lacks it. */
+/* To each number of s add the products of its four bytes.  sdot is assembly, as
+ * not all compilers have a function for it if the default CPU lacks it. */
 KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 {
     (void)is_signed;
@@ -3061,7 +3062,8 @@ KERNEL_INLINE INTS FN(dot_4)(INTS s, INTS w, INTS x, int is_signed)
 
 /* ---- few rows of x */
 
-/* Half h of a group times that of x, or all of it, in some sums. */
+/* The dot product of half h of a group, or of all of it, as four sums in each
+ * quad. */
 KERNEL_INLINE INTS FN(dot_group)(const INTS w[2], const INTS x[2], const int h,
                                  const struct format *k)
 {
@@ -3075,18 +3077,17 @@ KERNEL_INLINE INTS FN(dot_group)(const INTS w[2], const INTS x[2], const int h,
     return k->halves == 1 ? FN(dot_4)(s, w[1], x[1], k->is_signed) : s;
 }
 
-/* QUADS groups of x, a quad each: their columns 0..15 and 16..31, and what
- * comes with them. */
-struct FN(x_quads) { INTS q[2]; struct FN(head) head; };
+/* QUADS groups of x, one in each quad: columns 0..15, 16..31, and scales. */
+struct FN(x_quads) { INTS q[2]; struct FN(x_scales) scales; };
 _Static_assert(sizeof(struct FN(x_quads)) == GROUP_BYTES * QUADS, "room for x");
 
-/* One of the rows: its next groups, and the results so far. */
-struct FN(few) {
+/* A row of x, from its next groups on, and its results for four rows of w. */
+struct FN(x_row) {
     const struct FN(x_quads) *x;
     FOUR acc;
 };
 
-/* All units of weights use x like this: [rows][groups / QUADS]. */
+/* Arrange x as [rows][groups / QUADS], once for all units of weights. */
 KERNEL void FN(arrange)(const struct scratch *s, const struct input *in)
 {
     static const uint8_t each[4] = EACH(sizeof(struct q8_group));
@@ -3105,30 +3106,30 @@ KERNEL void FN(arrange)(const struct scratch *s, const struct input *in)
             const INTS last = FN(quads)(p + 28, each);   /* q[28], d, s, sum */
             to->q[0] = FN(quads)(p, each);
             to->q[1] = FN(quads)(p + 16, each);
-            to->head.d = (FLOATS)LOOK_UP(last, SPLAT_INT(0x07060504));
-            to->head.s = (FLOATS)LOOK_UP(last, SPLAT_INT(0x0b0a0908));
-            to->head.sum = LOOK_UP(last, SPLAT_INT(0x0f0e0d0c));
+            to->scales.d = (FLOATS)LOOK_UP(last, SPLAT_INT(0x07060504));
+            to->scales.s = (FLOATS)LOOK_UP(last, SPLAT_INT(0x0b0a0908));
+            to->scales.sum = LOOK_UP(last, SPLAT_INT(0x0f0e0d0c));
         }
     }
 }
 
-/* Groups g .. g+QUADS-1 of the blocks at b, of four rows, times those of all
- * x. */
-KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
-                            size_t stride, const int g,
-                            const struct FN(scales) *s, const struct format *k)
+/* Groups g .. g+QUADS-1 of the blocks of four rows at b times those of x. */
+KERNEL_INLINE void FN(few_step)(struct FN(x_row) *to, const int n,
+                                const uint8_t *b, size_t stride, const int g,
+                                const struct FN(w_scales) *s,
+                                const struct format *k)
 {
     const int offset = OFFSET(k);
     FLOATS d[2], m[2];
     INTS w[4][2];
 
-    FN(scale)(d, m, s, g, 0, k);
+    FN(group_scales)(d, m, s, g, 0, k);
     UNROLL
     for (int i = 0; i < 4; i++)
         FN(unpack)(w[i], (struct FN(source)){ b + (size_t)i * stride, 0, 0 }, g,
                    IN_PLACE(k), k);
     int t = 0;
-    do {                                  /* n > 0: no second loop for clang */
+    do {                                  /* of `for` clang makes two loops  */
         const struct FN(x_quads) *x = to[t].x + g / QUADS;
         INTS sum[2];
 
@@ -3142,9 +3143,9 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
             if (IN_PLACE(k))
                 sum[h] >>= FN(quad_ints)(k->low.shift + g);
             if (offset)
-                sum[h] += FN(less_offset)(x->head.sum, h, offset, k);
+                sum[h] += FN(minus_offset)(x->scales.sum, h, offset, k);
         }
-        const struct FN(addends) add = FN(scale_sums)(sum, d, m, &x->head, k);
+        const struct FN(addends) add = FN(scale_sums)(sum, d, m, &x->scales, k);
         UNROLL
         for (int i = 0; i < QUADS; i++)
             UNROLL
@@ -3154,14 +3155,15 @@ KERNEL_INLINE void FN(step)(struct FN(few) *to, const int n, const uint8_t *b,
     } while (++t < n);
 }
 
-KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
+/* Four rows of weights times n rows of x, QUADS blocks or a K block a step. */
+KERNEL_INLINE void FN(few_rows)(struct FN(x_row) *to, const int n,
                                 const struct weight_rows *w,
                                 const struct format *k)
 {
     const int per_step = k->block == 32 ? QUADS : 8;
     const size_t bytes = (size_t)(per_step * 32 / k->block * k->bytes);
     const uint8_t *b = w->at, *next = w->next;
-    struct FN(scales) s;
+    struct FN(w_scales) s;
 
     for (int left = w->groups; left > 0; left -= per_step, b += bytes) {
         FN(read_scales)(&s, (struct FN(source)){ b, 0, 0 }, w->stride, k);
@@ -3171,24 +3173,24 @@ KERNEL_INLINE void FN(few_rows)(struct FN(few) *to, const int n,
         next += 4 * bytes;
         UNROLL
         for (int g = 0; g < per_step; g += QUADS)
-            FN(step)(to, n, b, w->stride, g, &s, k);
+            FN(few_step)(to, n, b, w->stride, g, &s, k);
         for (int t = 0; t < n; t++)
             to[t].x += per_step / QUADS;
     }
 }
 
-/* out[t][r] = the rows times those of x.  A single row of x has its own code,
- * which is one block and has everything in registers; for more, there is
- * `several`. */
+/* out[t][r] = four rows of weights times the rows of x.  A single row of x has
+ * its own code, without branches and with everything in registers; `several` is
+ * the code for more. */
 KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
                                    const struct input *in,
                                    const struct scratch *s,
                                    const struct format *k,
-                                   void (*several)(struct FN(few) *to, int n,
+                                   void (*several)(struct FN(x_row) *to, int n,
                                                    const struct weight_rows *w))
 {
     const struct FN(x_quads) *x = (const void *)s->x;
-    struct FN(few) one = { .x = x }, *to = (void *)s->chain;
+    struct FN(x_row) one = { .x = x }, *to = (void *)s->chain;
 
     if (in->n == 1 && !SHORT_BLOCKS) {
         FN(few_rows)(&one, 1, w, k);
@@ -3196,7 +3198,7 @@ KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
         return;
     }
     for (int t = 0; t < in->n; t++, x += w->groups / QUADS)
-        to[t] = (struct FN(few)){ .x = x };
+        to[t] = (struct FN(x_row)){ .x = x };
     several(to, in->n, w);
     for (int t = 0; t < in->n; t++)
         memcpy(out + t * UNIT, &to[t].acc, sizeof to[t].acc);
@@ -3204,8 +3206,8 @@ KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
 
 /* ---- many rows of x */
 
-/* Without DOT, WebAssembly multiplies pairs of 16-bit numbers, so the first two
- * of four columns come first in a vector, for all rows, then the others. */
+/* Without DOT, WebAssembly multiplies pairs of 16-bit numbers.  So a register
+ * has columns 0 and 1 of all rows, then columns 2 and 3. */
 #ifdef LFM2_WASM
 #define TILE_ORDER(v) \
     (DOT ? (INTS)(v) : \
@@ -3214,12 +3216,11 @@ KERNEL_INLINE void FN(product_few)(float *out, const struct weight_rows *w,
 #define TILE_ORDER(v) ((INTS)(v))
 #endif
 
-/* Group g of the blocks at b, of a tile, becomes q[8][2], and d and m
- * [halves]. */
-KERNEL_INLINE void FN(to_tile)(INTS *q, FLOATS *d, FLOATS *m,
-                               struct FN(source) b, const int g,
-                               const struct FN(scales) *s,
-                               const struct format *k)
+/* Group g of the blocks of a tile at b: to q[8][2 tiles], d and m [halves]. */
+KERNEL_INLINE void FN(group_to_tile)(INTS *q, FLOATS *d, FLOATS *m,
+                                     struct FN(source) b, const int g,
+                                     const struct FN(w_scales) *s,
+                                     const struct format *k)
 {
     const INTS offset = SPLAT_BYTE(UNSIGNED ? 0 : k->offset);
     FLOATS both[2][2];
@@ -3236,7 +3237,7 @@ KERNEL_INLINE void FN(to_tile)(INTS *q, FLOATS *d, FLOATS *m,
         for (int i = 0; i < 4; i++, q += 2)
             *q = TILE_ORDER((FN(bytes))v[i] - (FN(bytes))offset);
     }
-    FN(scale)(both[0], both[1], s, g, 1, k);
+    FN(group_scales)(both[0], both[1], s, g, 1, k);
     UNROLL
     for (int h = 0; h < k->halves; h++) {
         d[h] = both[0][h];
@@ -3257,7 +3258,7 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, int tile,
     FLOATS *d = (FLOATS *)(void *)p->d + 2 * tile;
     FLOATS *m = (FLOATS *)(void *)p->m + 2 * tile;
     const uint8_t *next = w->next;
-    struct FN(scales) s;
+    struct FN(w_scales) s;
 
     for (int left = w->groups; left > 0; left -= per_step, b.at += bytes) {
         for (size_t i = 0; i < bytes * LANES; i += 64)
@@ -3269,26 +3270,25 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, int tile,
             first.at += k->block == 32 ? g * k->bytes : 0;
             if (k->block == 32 || g == 0)
                 FN(read_scales)(&s, first, w->stride, k);
-            FN(to_tile)(q, d, m, b, g, &s, k);
+            FN(group_to_tile)(q, d, m, b, g, &s, k);
         }
     }
 }
 
-/* s[t][j] += half h of group w[8][2], of tile j, times that of x[t][g]; or all
- * of it. */
-KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
-                            const struct panel_job *p, int g, const int h,
-                            const int tokens, const struct format *k)
+/* s[t][j] += half h, or all, of group w[8][2 tiles] of tile j times x[t][g]. */
+KERNEL_INLINE void FN(panel_dots)(INTS s[][2], const INTS *w,
+                                  const struct panel_job *p, int g, const int h,
+                                  const int n_x, const struct format *k)
 {
     const int first = 4 * h, n = 8 / k->halves;
 #if PAIRS
-    FN(words) part[TOKENS][2];
+    FN(words) part[PANEL_X_ROWS][2];
 #endif
 
     UNROLL_4
     for (int i = first; i < first + n; i++)
         UNROLL
-        for (int t = 0; t < tokens; t++) {
+        for (int t = 0; t < n_x; t++) {
             const INTS v = TILE_ORDER(REPEAT_4(p->x[t][g].q + 4 * i));
             UNROLL
             for (int j = 0; j < 2; j++) {
@@ -3305,58 +3305,59 @@ KERNEL_INLINE void FN(dots)(INTS s[][2], const INTS *w,
         }
 }
 
-/* Group g of a panel, w[8][2], d and m [2][halves], times that of each x. */
+/* Group g of a panel, w[8][2 tiles], d, m [2 tiles][2 halves], times each x. */
 KERNEL_INLINE void FN(panel_group)(FLOATS acc[][2], const INTS *w,
                                    const FLOATS *d, const FLOATS *m,
                                    const struct panel_job *p, int g,
-                                   const int tokens, const struct format *k)
+                                   const int n_x, const struct format *k)
 {
-    INTS s[2][TOKENS][2];
+    INTS s[2][PANEL_X_ROWS][2];
 
     UNROLL
     for (int h = 0; h < k->halves; h++) {
         UNROLL
-        for (int t = 0; t < tokens; t++)
+        for (int t = 0; t < n_x; t++)
             s[h][t][0] = s[h][t][1] = UNSIGNED && !k->has_min
-                ? FN(less_offset)(REPEAT_4(p->x[t][g].sum), h, p->offset, k)
+                ? FN(minus_offset)(REPEAT_4(p->x[t][g].sum), h, p->offset, k)
                 : SPLAT_INT(0);
-        FN(dots)(s[h], w, p, g, h, tokens, k);
+        FN(panel_dots)(s[h], w, p, g, h, n_x, k);
     }
     UNROLL
-    for (int t = 0; t < tokens; t++) {
+    for (int t = 0; t < n_x; t++) {
         const struct q8_group *x = &p->x[t][g];
-        const struct FN(head) head = { SPLAT(x->d), SPLAT(x->s),
-                                       REPEAT_4(x->sum) };
+        const struct FN(x_scales) scales = { SPLAT(x->d), SPLAT(x->s),
+                                             REPEAT_4(x->sum) };
         UNROLL
         for (int j = 0; j < 2; j++) {
             const INTS sum[2] = { s[0][t][j], s[k->halves - 1][t][j] };
             const struct FN(addends) add =
-                FN(scale_sums)(sum, d + 2 * j, m + 2 * j, &head, k);
+                FN(scale_sums)(sum, d + 2 * j, m + 2 * j, &scales, k);
             for (int i = 0; i <= k->has_min; i++)
                 acc[t][j] = FMA(add.a[i], add.b[i], acc[t][j]);
         }
     }
 }
 
-KERNEL_INLINE void FN(multiply)(const int tokens, const struct panel_job *p,
+/* A panel times n_x rows of x. */
+KERNEL_INLINE void FN(multiply)(const int n_x, const struct panel_job *p,
                                 const struct format *k)
 {
     const INTS *w = (const void *)p->s->q;
     const FLOATS *d = (const void *)p->s->d, *m = (const void *)p->s->m;
-    FLOATS acc[TOKENS][2];
+    FLOATS acc[PANEL_X_ROWS][2];
 
     UNROLL
-    for (int i = 0; i < 2 * tokens; i++)
+    for (int i = 0; i < 2 * n_x; i++)
         acc[i / 2][i % 2] = p->is_first ? SPLAT(0)
             : LOAD(p->out + i / 2 * UNIT + i % 2 * LANES);
     for (int g = 0; g < p->groups; g++, w += 16, d += 4, m += 4)
-        FN(panel_group)(acc, w, d, m, p, g, tokens, k);
+        FN(panel_group)(acc, w, d, m, p, g, n_x, k);
     UNROLL
-    for (int i = 0; i < 2 * tokens; i++)
+    for (int i = 0; i < 2 * n_x; i++)
         STORE(p->out + i / 2 * UNIT + i % 2 * LANES, acc[i / 2][i % 2]);
 }
 
-/* Every number of rows, up to `most`, has its own code. */
+/* n is a constant in each call, and so each n up to `most` has its own code. */
 #define BY_ROWS(n, most, function, ...) \
     switch (n) { \
     case 1: function(1, __VA_ARGS__); break; \
@@ -3370,14 +3371,14 @@ KERNEL_INLINE void FN(multiply)(const int tokens, const struct panel_job *p,
 #define MULTIPLY(type) \
     KERNEL void FN(multiply_##type)(const struct panel_job *p, int n) \
     { \
-        BY_ROWS(n, TOKENS, FN(multiply), p, &formats[type]) \
+        BY_ROWS(n, PANEL_X_ROWS, FN(multiply), p, &formats[type]) \
     }
-MULTIPLY(Q4_0)                            /* nibbles or five bits, offset    */
+MULTIPLY(Q4_0)                            /* up to five bits, with offset    */
 MULTIPLY(Q8_0)                            /* signed bytes                    */
 MULTIPLY(Q4_K)                            /* with a minimum                  */
 MULTIPLY(Q2_K)                            /* d and m for 16 columns          */
-MULTIPLY(Q3_K)                            /* d for 16                        */
-MULTIPLY(Q6_K)                            /* the same, six bits              */
+MULTIPLY(Q3_K)                            /* d for 16 columns                */
+MULTIPLY(Q6_K)                            /* d for 16 columns, six bits      */
 
 /* How many of n rows of x to take next, so that all takes are nearly equal. */
 KERNEL_INLINE int FN(take_rows)(int n, int most)
@@ -3394,7 +3395,7 @@ KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
                                      void (*multiply)(const struct panel_job *p,
                                                       int n))
 {
-    const int most = in->n <= SOME ? PART : all->groups;
+    const int most = in->n <= PART_ROWS ? PART_GROUPS : all->groups;
     struct weight_rows part = *all;
     struct panel_job p = { .s = s, .offset = OFFSET(k) };
 
@@ -3409,7 +3410,7 @@ KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
             FN(unpack_tile)(s, i, &part, k);
         }
         for (int t = 0, n; t < in->n; t += n) {
-            n = FN(take_rows)(in->n - t, TOKENS);
+            n = FN(take_rows)(in->n - t, PANEL_X_ROWS);
             p.out = out + t * UNIT;
             for (int i = 0; i < n; i++)
                 p.x[i] = in->q + row_at(in, t + i) * (size_t)all->groups + g;
@@ -3418,9 +3419,10 @@ KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
     }
 }
 
-#define PRODUCT(type, sums) \
+/* A panel of this type is multiplied by the code for `like`. */
+#define PRODUCT(type, like) \
     KERNEL __attribute__((noinline)) \
-    void FN(few_##type)(struct FN(few) *to, int n, \
+    void FN(few_##type)(struct FN(x_row) *to, int n, \
                         const struct weight_rows *w) \
     { \
         FN(few_rows)(to, n, w, &formats[type]); \
@@ -3433,7 +3435,7 @@ KERNEL_INLINE void FN(product_panel)(float *out, const struct weight_rows *all,
             FN(product_few)(out, w, in, s, &formats[type], FN(few_##type)); \
         else \
             FN(product_panel)(out, w, in, s, &formats[type], \
-                              FN(multiply_##sums)); \
+                              FN(multiply_##like)); \
     }
 PRODUCT(Q4_0, Q4_0) PRODUCT(Q4_1, Q4_K) PRODUCT(Q5_0, Q4_0) PRODUCT(Q5_1, Q4_K)
 PRODUCT(Q8_0, Q8_0) PRODUCT(Q2_K, Q2_K) PRODUCT(Q3_K, Q3_K) PRODUCT(Q4_K, Q4_K)
@@ -3450,58 +3452,57 @@ KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
     if (type == F32)
         return LOAD(p + 4 * i);
     memcpy(&h, p + 2 * i, sizeof h);
-    return type == F16 ? FROM_F16(h)
-                       : (FLOATS)(WIDEN(h) << 16);
+    return type == F16 ? FROM_F16(h) : (FLOATS)(WIDEN(h) << 16);
 }
 
-/* LANES chains from chain h on, of 4 rows at w from `row` on times each x, go
- * on for the columns of the block. */
-KERNEL_INLINE void FN(float_tile)(const int tokens, const struct float_job *b,
+/* Rows `row` .. row+3, which are at w, times n_x rows of x: go on with chains
+ * h .. h+LANES-1 of each product for the columns of the block. */
+KERNEL_INLINE void FN(float_tile)(const int n_x, const struct float_job *b,
                                   int row, const uint8_t *w, int h,
                                   const uint8_t *next, const int type)
 {
     float *chain = b->chain + row * 16;
     const size_t stride = b->stride;
     const int cols = b->cols, step = b->step;
-    const float *x[X_ROWS];
-    FLOATS acc[X_ROWS][4], v[X_ROWS];
+    const float *x[FLOAT_X_ROWS];
+    FLOATS acc[FLOAT_X_ROWS][4], v[FLOAT_X_ROWS];
     int c = h;
 
     UNROLL
-    for (int t = 0; t < tokens; t++) {
+    for (int t = 0; t < n_x; t++) {
         x[t] = b->x[t];
         UNROLL
         for (int r = 0; r < 4; r++)
             acc[t][r] = LOAD(chain + (t * UNIT + r) * 16 + h);
     }
-    do {                                  /* h < cols: saves copies of acc   */
+    do {                                  /* `for` would copy acc            */
         for (int i = 0; i < 8 * LANES; i += 64)
             if (b->n_next > 0)
                 FETCH(next + i);
             else
                 FETCH_ONCE(next + i);
         UNROLL
-        for (int t = 0; t < tokens; t++)
+        for (int t = 0; t < n_x; t++)
             v[t] = LOAD(x[t] + c);
         UNROLL
         for (int r = 0; r < 4; r++) {
             FLOATS wr = FN(load_floats)(w + (size_t)r * stride, (size_t)c,
                                         type);
             UNROLL
-            for (int t = 0; t < tokens; t++)
+            for (int t = 0; t < n_x; t++)
                 acc[t][r] = FMA(wr, v[t], acc[t][r]);
         }
         c += 16;
         next += step;
     } while (c < cols);
     UNROLL
-    for (int t = 0; t < tokens; t++)
+    for (int t = 0; t < n_x; t++)
         UNROLL
         for (int r = 0; r < 4; r++)
             STORE(chain + (t * UNIT + r) * 16 + h, acc[t][r]);
 }
 
-/* A block of columns of `rows` rows. */
+/* All products of a block, with `rows` rows of weights. */
 KERNEL void FN(float_block)(struct float_job *b, int rows)
 {
     const int bytes = b->cols / 16 * b->step;
@@ -3513,18 +3514,18 @@ KERNEL void FN(float_block)(struct float_job *b, int rows)
                                             : b->next;
 
         if (b->type == F32)
-            BY_ROWS(b->n, X_ROWS, FN(float_tile), b, r, w, h, next, F32)
+            BY_ROWS(b->n, FLOAT_X_ROWS, FN(float_tile), b, r, w, h, next, F32)
         else if (b->type == F16)
-            BY_ROWS(b->n, X_ROWS, FN(float_tile), b, r, w, h, next, F16)
+            BY_ROWS(b->n, FLOAT_X_ROWS, FN(float_tile), b, r, w, h, next, F16)
         else
-            BY_ROWS(b->n, X_ROWS, FN(float_tile), b, r, w, h, next, BF16)
+            BY_ROWS(b->n, FLOAT_X_ROWS, FN(float_tile), b, r, w, h, next, BF16)
         if (i >= b->n_next && b->end - b->next > bytes)
             b->next += bytes;
     }
 }
 
-/* Rows in blocks of so many bytes, [blocks][rows][block]: what is needed
- * together then lies together, and so has room together in a cache. */
+/* Copy rows of `row` bytes to [blocks][rows][block]: what is used together is
+ * contiguous then, and does not compete for the same places of a cache. */
 KERNEL void FN(copy_blocks)(uint8_t *to, const struct weight_rows *w,
                             size_t row, size_t block)
 {
@@ -3535,13 +3536,13 @@ KERNEL void FN(copy_blocks)(uint8_t *to, const struct weight_rows *w,
     }
 }
 
-/* out[t][r] = rows of floats times all rows of x.  If those are more than few,
- * some of them stay in the first-level cache while a block of all the weights,
- * in the second, goes by; then come their next columns. */
+/* out[t][r] = rows of floats times all rows of x.  If x has more than FEW rows,
+ * columns are multiplied block by block: FLOAT_X_ROWS rows of x stay in the
+ * first-level cache while the weights come from the second. */
 KERNEL void FN(product_floats)(float *out, const struct weight_rows *all,
                                const struct input *in, const struct scratch *s)
 {
-    const int cols = in->cols, rows = all->rows, many = in->n >= MANY;
+    const int cols = in->cols, rows = all->rows, copy = in->n >= COPY_ROWS;
     const size_t size = all->type == F32 ? 4 : 2;
     const int most = all->few ? cols : BLOCK_BYTES / (int)size;
     struct float_job b = {
@@ -3550,17 +3551,17 @@ KERNEL void FN(product_floats)(float *out, const struct weight_rows *all,
         .chain = s->chain
     };
 
-    if (many)
+    if (copy)
         FN(copy_blocks)((void *)s->f, all, (size_t)cols * size, BLOCK_BYTES);
     for (int t = 0; t < in->n; t += b.n) {
-        b.n = FN(take_rows)(in->n - t, X_ROWS);
+        b.n = FN(take_rows)(in->n - t, FLOAT_X_ROWS);
         b.n_next = all->few ? 0 : b.n;
         memset(s->chain, 0, (size_t)b.n * UNIT * 16 * sizeof *s->chain);
         for (int c = 0; c < cols; c += b.cols) {
             b.cols = cols - c < most ? cols - c : most;
-            b.w = many ? (const uint8_t *)s->f + (size_t)(c * rows) * size
+            b.w = copy ? (const uint8_t *)s->f + (size_t)(c * rows) * size
                        : all->at + (size_t)c * size;
-            b.stride = many ? (size_t)b.cols * size : all->stride;
+            b.stride = copy ? (size_t)b.cols * size : all->stride;
             for (int i = 0; i < b.n; i++) {
                 const int then = t + b.n + i < in->n ? t + b.n + i : t;
                 b.x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
@@ -3583,20 +3584,21 @@ static void (*const FN(products)[N_FORMAT])(float *out,
 #define USE(type) [type] = FN(product_##type)
     USE(Q4_0), USE(Q4_1), USE(Q5_0), USE(Q5_1), USE(Q8_0), USE(Q2_K), USE(Q3_K),
     USE(Q4_K), USE(Q5_K), USE(Q6_K), USE(IQ4_NL), USE(IQ4_XS),
-    [F32] = FN(product_floats), FN(product_floats), FN(product_floats)
+    [F32] = FN(product_floats), [F16] = FN(product_floats),
+    [BF16] = FN(product_floats)
 };
 
-/* Whole tiles or panels, in whole steps; what is left is done by the scalar
- * code, and so are floats in rows of an odd length.  Meanwhile the next tile is
- * fetched and a little more, or what is as far behind `next` as that would be
- * behind `end`. */
+/* Four rows of weights at a time, or a panel, or in floats all fours.  The rows
+ * left, and all if a row is not whole steps, are multiplied by the scalar code.
+ * Meanwhile the weights `ahead` bytes further on are prefetched; instead of any
+ * beyond `end`, those as far beyond `next`. */
 KERNEL void FN(product)(float *out, const struct tensor *w, int first,
                         int n_rows, const struct input *in,
                         const struct scratch *s, const uint8_t *end,
                         const uint8_t *next)
 {
     const int floats = w->fmt->floats != NULL, few = in->n <= FEW;
-    const int rows = few ? 4 : floats ? n_rows / 4 * 4 : PANEL;
+    const int rows = few ? 4 : floats ? n_rows / 4 * 4 : PANEL_ROWS;
     const int whole = w->cols % (floats ? 16 : 32 * QUADS) == 0;
     const size_t stride = row_bytes(w), bytes = stride * (size_t)rows;
     const int type = (int)(w->fmt - formats);
@@ -3607,10 +3609,10 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
         FN(arrange)(s, in);
     for (; whole && rows > 0 && done + rows <= n_rows;
          done += rows, row += bytes) {
-        const size_t far = bytes + AHEAD, left = (size_t)(end - row);
+        const size_t ahead = bytes + AHEAD, left = (size_t)(end - row);
         const struct weight_rows some = {
             row, stride, type, rows, w->cols / 32, few,
-            far < left ? row + far : next ? next + (far - left) : row
+            ahead < left ? row + ahead : next ? next + (ahead - left) : row
         };
 #ifdef LFM2_WASM
         touch(some.next, bytes);
@@ -3620,12 +3622,11 @@ KERNEL void FN(product)(float *out, const struct tensor *w, int first,
     product_rows(out + done, w, first + done, n_rows - done, in, s, end, next);
 }
 
-/* ---- attention: a tile of K or V becomes floats once, for all queries, and
- * stays in the first-level cache for them; four of them share each load */
+/* ---- attention: a tile of K or V is converted to floats once for all queries,
+ * and stays in the first-level cache; four queries share each load from it */
 
-/* The middle of attend_chunk(): s[n] becomes exp(s - max).  Behind it there is
- * room up to the next multiple of 16, where the scores are made -inf, which
- * adds 0 to a sum that is never -0. */
+/* The middle of attend_query(): s[n] becomes exp(s - max).  s is padded to a
+ * multiple of 16 with -inf, which adds 0 to the sums, and they are never -0. */
 KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
 {
     const int end = (n + 15) / 16 * 16;
@@ -3649,16 +3650,16 @@ KERNEL void FN(softmax)(struct attn_partial *g, float *s, int n)
     g->sum = FN(tree)(sum);
 }
 
-/* For four queries, n rows of a tile, [n][width]:
+/* For each of four queries, from n rows of a tile, [n][width]:
  *
- *     to = a[0] row 0 + a[1] row 1 + ...         or to += the same
+ *     to = a[0] row 0 + a[1] row 1 + ...         or, if is_more, to += that
  *
- * Meanwhile what is at `next` is fetched. */
+ * Meanwhile prefetch from `next` on. */
 KERNEL_INLINE void FN(add_rows)(float *const to[4], int is_more,
                                 const float *const a[4], const float *tile,
                                 int width, int n, const uint8_t *next)
 {
-    enum { W = WIDE };
+    enum { W = TILE_REGS };
     FLOATS acc[4][W], row[W];
 
     for (int at = 0; at < width; at += W * LANES) {
@@ -3683,10 +3684,10 @@ KERNEL_INLINE void FN(add_rows)(float *const to[4], int is_more,
     }
 }
 
-/* The scores of the chunk at pos, out of K, [head_dim][TILE] in each tile; or
- * the weighted values, out of V, [TILE][head_dim].  Four queries are taken that
- * see equally much.  If fewer are left, the last one is repeated: its result is
- * computed again, and is the same. */
+/* The scores of the chunk at pos, from K, [head_dim][TILE] in each tile; or the
+ * weighted values, from V, [TILE][head_dim].  Queries are taken four at a time,
+ * all of which see the same positions.  If fewer are left, the last one is
+ * repeated, and its result computed again. */
 KERNEL void FN(attend_tiles)(struct attn_partial *part,
                              const struct attn_rows *a,
                              const struct kv_head *kv, int pos, int first,
@@ -3721,6 +3722,7 @@ KERNEL void FN(attend_tiles)(struct attn_partial *part,
     }
 }
 
+/* `first` is the first query that sees some of the chunk. */
 KERNEL void FN(attend_chunk)(struct attn_partial *part,
                              const struct attn_rows *a,
                              const struct kv_head *kv, int pos,
@@ -3736,7 +3738,7 @@ KERNEL void FN(attend_chunk)(struct attn_partial *part,
 }
 
 static const struct isa FN(isa) = {
-    .panel_rows = PANEL, .dot = BLOCK(dot_f32),
+    .panel_rows = PANEL_ROWS, .dot = BLOCK(dot_f32),
     .quantize = BLOCK(quantize), .swiglu = BLOCK(swiglu),
     .add_scaled = BLOCK(add_scaled), .rope = BLOCK(rope),
     .conv_step = BLOCK(conv_step), .attend_chunk = FN(attend_chunk),
@@ -3826,7 +3828,7 @@ static const struct isa FN(isa) = {
 #endif
 #undef KERNELS
 
-/* The kernels of LFM2_ISA_x, if this build has them. */
+/* The kernels of each LFM2_ISA_x that this build has. */
 static const struct isa *const kernels[LFM2_N_ISA] = {
     [LFM2_ISA_SCALAR] = &scalar,
 #ifdef LFM2_X86
@@ -3853,8 +3855,8 @@ static const struct isa *isa_table(int isa)
     return isa >= 0 && isa < LFM2_N_ISA ? kernels[isa] : NULL;
 }
 
-/* What the CPU has, and the system saves when it switches threads: bit i is
- * that of LFM2_ISA_i.  Not every compiler can be asked for f16c and avxvnni. */
+/* What the CPU has and the system supports: bit LFM2_ISA_x for each.  cpuid
+ * tells of f16c and avxvnni, which not every compiler can check for. */
 static int cpu_isas(void)
 {
     int isas = 1 << LFM2_ISA_SCALAR | 1 << LFM2_ISA_NEON |

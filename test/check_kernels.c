@@ -225,7 +225,7 @@ END_TEST
 
 /* ----------------------------------------------------------------- products */
 
-enum { MOST_TOKENS = SOME + 2 };
+enum { MOST_TOKENS = PART_ROWS + 2 };
 
 /* Products of a matrix of ROWS rows, which no number of rows divides, with 1 to
  * 40 rows in any order, and with so many that panels are whole. */
@@ -250,8 +250,8 @@ static void expect_products(int type, int cols, int rows, uint64_t *rng)
         quantize(&in.q[i], in.f + 32 * i);
     for (int i = 0; i < MOST_TOKENS; i++)
         order[i] = (i * 7 + 3) % MOST_TOKENS;
-    for (in.n = 1; in.n <= MOST_TOKENS; in.n += in.n < 9 ? 1
-                                              : in.n < 40 ? STEP : SOME - 38)
+    for (in.n = 1; in.n <= MOST_TOKENS;
+         in.n += in.n < 9 ? 1 : in.n < 40 ? STEP : PART_ROWS - 38)
         for (int first = 0; first < rows; first += UNIT) {
             const int here = rows - first < UNIT ? rows - first : UNIT;
             in.row = in.n % 3 == 0 ? order : NULL;
@@ -298,7 +298,7 @@ START_TEST(products)
     for (int cols = 8; weight_type_block(type) == 1 && cols < 64; cols += 16)
         expect_products(type, cols, 40, &rng);
     expect_products(type, weight_type_block(type) == 1 ? 2 * 1024 + 48
-                          : 2 * PART * 32 + 256, 43, &rng);
+                          : 2 * PART_GROUPS * 32 + 256, 43, &rng);
 }
 END_TEST
 

@@ -243,7 +243,7 @@ END_TEST
 
 static unsigned wake_ups(const lfm2_context *ctx)
 {
-    return atomic_load(&ctx->pool->pass);
+    return atomic_load(&ctx->pool->passes);
 }
 
 /* Nobody is woken for less than he could do while he wakes up. */
