@@ -9210,8 +9210,9 @@ static void print_record(const struct bench *b, const struct test *t)
                 "test_time: %s, avg_ns: %g, stddev_ns: %g, avg_ts: %g, "
                 "stddev_ts: %g, samples_ns: [", "", 0,
                 read_field("/proc", "cpuinfo", "model name", "?").s,
-                b->e.s->model, b->type.s, b->cost.bytes, b->cost.params, "CPU", p->n_batch,
-                p->n_threads, kv, kv, t->n_prompt, t->n_gen, t->depth, when,
+                b->e.s->model, b->type.s, b->cost.bytes, b->cost.params, "CPU",
+                p->n_batch, p->n_threads, kv, kv, t->n_prompt, t->n_gen,
+                t->depth, when,
                 round(mean_of(&t->ns)), round(error_of(&t->ns) * root),
                 mean_of(&t->ts), error_of(&t->ts) * root);
     for (int i = 0; i < b->e.s->reps; i++)
