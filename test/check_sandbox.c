@@ -334,8 +334,7 @@ static int with_session(int sandbox, uint64_t unused)
         return oops("what is not named can be opened");
     if (try_socket() != -1 || try_fork() != -1 || try_execute() != -1)
         return oops("more than files");
-    free(part[0].s);
-    free(part[1].s);
+    free(words.s);
     return 0;
 }
 
