@@ -151,7 +151,7 @@ static int send_out(void)
 {
     page_send(client.out.s, client.out.n);
     client.out.n = 0;
-    return client.state == WORKING;
+    return client.state == ANSWERING;
 }
 
 /* Begin to answer a body, which lies in room of its own. */
@@ -177,7 +177,7 @@ int EXPORT(page_step)(void)
     if (engine_step(&server.e) != DONE)
         finish_answer(&client, 500);
     server.now = seconds();
-    if (client.state == WORKING && client.n_done == client.n_choices) {
+    if (client.state == ANSWERING && client.n_done == client.n_choices) {
         if (client.stream)
             send_origin();
         finish_answer(&client, DONE);
@@ -188,7 +188,7 @@ int EXPORT(page_step)(void)
 /* Enough of it.  What was said so far stays in the cache. */
 void EXPORT(page_stop)(void)
 {
-    if (client.state != WORKING)
+    if (client.state != ANSWERING)
         return;
     engine_drop(&server.e, client.choice);
     send_origin();
