@@ -105,9 +105,9 @@ await check('the page opens with the model that ships', async () => {
 });
 await check('its memory is the file and little more', async () => {
     const status = await text('#status');
-    const [, size, unit] = status.match(/([\d.]+) (\w+) beside the file/);
+    const [, size, unit] = status.match(/([\d.]+)\s(\w+) beside the file/);
     same(unit, 'MB');
-    if (size > 150)
+    if (size > 30)
         throw new Error(status);
 });
 await check('the page is isolated, and may have threads', async () => {
