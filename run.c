@@ -256,78 +256,12 @@ static void add_format(struct text *t, const char *fmt, ...)
     add_string(t, s);
 }
 
-/* ASCII letters only, whatever the locale. */
-static void lower(char *s, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (s[i] >= 'A' && s[i] <= 'Z')
-            s[i] = (char)(s[i] - 'A' + 'a');
-}
-
 /* Part of a text, without a NUL. */
 struct piece { const char *s; size_t n; };
 
 static int same(const char *s, size_t n, const char *word)
 {
     return n == strlen(word) && memcmp(s, word, n) == 0;
-}
-
-/* Order by bytes, a prefix first. */
-static int compare(const char *a, size_t n_a, const char *b, size_t n_b)
-{
-    const int order = memcmp(a, b, n_a < n_b ? n_a : n_b);
-
-    return order ? order : (n_a > n_b) - (n_a < n_b);
-}
-
-/* Decode the UTF-8 character at s < end.  Returns its length, or 0 if it is
- * malformed; *out is then the replacement character. */
-static int utf8_get(const char *s, const char *end, uint32_t *out)
-{
-    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-    const unsigned char c = (unsigned char)*s;
-    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
-                  c < 0xf0 ? 3 : 4;
-    uint32_t u = n == 1 ? c : c & (0x7f >> n);
-
-    *out = 0xfffd;
-    if (n > end - s)
-        return 0;
-    for (int i = 1; i < n; i++) {
-        if ((s[i] & 0xc0) != 0x80)
-            return 0;
-        u = u << 6 | (s[i] & 0x3f);
-    }
-    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
-        return 0;
-    *out = u;
-    return n;
-}
-
-/* Including the C1 controls: U+009B means the same as ESC [. */
-static int is_control(uint32_t c)
-{
-    return c < ' ' || (c >= 0x7f && c < 0xa0);
-}
-
-/* Remove control characters except newline and tab, and stray bytes 0x80 to
- * 0x9f, which could complete one.  Returns the new length. */
-static size_t drop_controls(char *s, size_t n)
-{
-    const char *const end = s + n, *from = s;
-    size_t kept = 0;
-    uint32_t c;
-
-    for (int size; from < end; from += size) {
-        size = utf8_get(from, end, &c);
-        c = size ? c : (unsigned char)*from;
-        size += size == 0;
-        if (is_control(c) && c != '\n' && c != '\t')
-            continue;
-        memmove(s + kept, from, (size_t)size);
-        kept += (size_t)size;
-    }
-    return kept;
 }
 
 /* A short string that is passed by value; a longer one is cut. */
@@ -346,71 +280,6 @@ static struct phrase *write_phrase(struct phrase *out, const char *fmt, ...)
 /* phrase("%d", n).s is the string.  A macro, because tcc 0.9.27 miscompiles
  * variadic functions that return a struct. */
 #define phrase(...) (*write_phrase(&(struct phrase) { "" }, __VA_ARGS__))
-
-/* "23.84 B" (billions) or, if the unit is "B" for bytes, "13.51 GB". */
-static struct phrase amount(double n, const char *unit)
-{
-    const char *letter = n >= 1e9 ? *unit ? "G" : "B" :
-                         n >= 1e6 ? "M" : n >= 1e3 ? "K" : "";
-    const double scale = n >= 1e9 ? 1e9 : n >= 1e6 ? 1e6 : n >= 1e3 ? 1e3 : 1;
-
-    return phrase("%.*f %s%s", scale > 1 ? 2 : 0, n / scale, letter, unit);
-}
-
-/* Numbers in files are little-endian. */
-static void put_le(unsigned char *p, uint64_t x, int n_bytes)
-{
-    for (int i = 0; i < n_bytes; i++)
-        p[i] = x >> 8 * i & 255;
-}
-
-static uint64_t get_le(const unsigned char *p, int n_bytes)
-{
-    uint64_t x = 0;
-
-    for (int i = 0; i < n_bytes; i++)
-        x |= (uint64_t)p[i] << 8 * i;
-    return x;
-}
-
-static void add_le(struct text *to, uint64_t x, int n_bytes)
-{
-    unsigned char b[8];
-
-    put_le(b, x, n_bytes);
-    add(to, (char *)b, (size_t)n_bytes);
-}
-
-static uint32_t float_bits(float x)
-{
-    uint32_t bits;
-
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-/* FNV-1a; a hash starts as HASH_START. */
-#define HASH_START 0xcbf29ce484222325u
-
-static uint64_t hash_number(uint64_t h, uint64_t x)
-{
-    return (h ^ x) * 0x100000001b3u;
-}
-
-static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        h = hash_number(h, (unsigned char)s[i]);
-    return h;
-}
-
-/* Number by number, so that it does not depend on the byte order. */
-static uint64_t hash_floats(uint64_t h, const float *x, int n)
-{
-    for (int i = 0; i < n; i++)
-        h = hash_number(h, float_bits(x[i]));
-    return h;
-}
 
 static double seconds(void)
 {
@@ -646,7 +515,20 @@ static int is_dash(const char *path);
 static const char *chat_option(const struct settings *s);
 static int parse(struct settings *to, char **argv);
 
-/* 12. Files and text */
+/* 12. Characters, numbers and files; a hash starts as HASH_START */
+#define HASH_START 0xcbf29ce484222325u
+static void lower(char *s, size_t n);
+static int compare(const char *a, size_t n_a, const char *b, size_t n_b);
+static int utf8_get(const char *s, const char *end, uint32_t *out);
+static int is_control(uint32_t c);
+static struct phrase amount(double n, const char *unit);
+static void put_le(unsigned char *p, uint64_t x, int n_bytes);
+static uint64_t get_le(const unsigned char *p, int n_bytes);
+static void add_le(struct text *to, uint64_t x, int n_bytes);
+static uint32_t float_bits(float x);
+static uint64_t hash_number(uint64_t h, uint64_t x);
+static uint64_t hash_bytes(uint64_t h, const char *s, size_t n);
+static uint64_t hash_floats(uint64_t h, const float *x, int n);
 static void show_text(struct text *t);
 static int read_file(const char *path, struct text *out);
 static FILE *create_file(const char *path);
@@ -903,12 +785,138 @@ static void free_request(struct request *q)
 }
 
 /* Later in this section. */
+static void start_jobs(struct engine *e);
+static void engine_drop(struct engine *e, struct job *j);
 static void sample_token(struct engine *e, struct reply *r, float *logits);
 static int guess(const struct engine *e, const struct reply *r, int n);
 static void count_guesses(struct reply *r, int n, int n_right);
 static void split(struct reply *r, int last);
 static void record_score(const struct engine *e, struct scores *to,
                          const float *logits, int32_t id, int k);
+
+/* ---- one step */
+
+/* The tokens of a reply that go into the next forward: those to feed, as far as
+ * there is room, and then guesses.  Beyond one for each job there is room left
+ * for *room tokens and *rows rows of logits; what this takes is subtracted. */
+static lfm2_span next_span(const struct engine *e, struct reply *r,
+                           int n_guesses, int *room, int *rows)
+{
+    const int rest = r->ids.n - r->n_fed;
+    const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
+    const int most = all_rows ? smaller(*rows, *room) : *room;
+    const int n = smaller(rest, most + 1);
+    int guesses = 0;
+
+    *room -= n - 1;
+    *rows -= all_rows ? n - 1 : 0;
+    if (n == rest)
+        guesses = guess(e, r, smaller(n_guesses, smaller(*room, *rows)));
+    *room -= guesses;
+    *rows -= guesses;
+    return (lfm2_span){ .seq = r->seq, .tokens = r->ids.id + r->n_fed,
+                        .n_tokens = n + guesses,
+                        .n_logits = (all_rows ? n : n == rest) + guesses };
+}
+
+/* Sample the next token, and one more after each guess that was right: the n
+ * guesses are in the cache, behind the tokens of the reply.  Wrong ones are
+ * removed, with some tokens before them if it cannot be trimmed exactly. */
+static void sample_tokens(struct engine *e, struct reply *r, int span)
+{
+    struct ids *cached = &e->slot[r->seq].cached;
+    const int from = r->n_fed, n = cached->n - from;
+    const int row = e->span[span].n_logits - 1 - n;
+
+    while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
+        sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
+        while (r->n_fed < r->ids.n && r->n_fed < cached->n &&
+               r->ids.id[r->n_fed] == cached->id[r->n_fed])
+            r->n_fed++;
+    }
+    count_guesses(r, n, r->n_fed - from);
+    if (r->n_fed < cached->n)
+        r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
+}
+
+/* After a forward: what was fed is in the cache; when all of the reply is, the
+ * next token is sampled.  No logits predict the first token of a prompt. */
+static void advance(struct engine *e, struct reply *r, int span)
+{
+    const lfm2_span *fed = &e->span[span];
+    const struct request *q = r->q;
+    struct ids *cached = &e->slot[r->seq].cached;
+
+    memcpy(cached->id + cached->n, fed->tokens,
+           (size_t)fed->n_tokens * sizeof *cached->id);
+    cached->n += fed->n_tokens;
+    if (q->prompt_logprobs >= 0 && r->n_made == 0) {
+        if (r->n_fed == 0)
+            record_score(e, &r->prompt_scores, NULL, r->ids.id[0], 0);
+        for (int i = 0, at = r->n_fed + 1; i < fed->n_logits &&
+             at + i < q->prompt.n; i++)
+            record_score(e, &r->prompt_scores, lfm2_logits(e->ctx, span, i),
+                         r->ids.id[at + i], q->prompt_logprobs);
+    }
+    r->n_fed = smaller(cached->n, r->ids.n);
+    if (r->n_sampled == 0)
+        r->read = seconds();
+    else
+        r->n_steps++;
+    if (r->n_fed == r->ids.n && q->limit == 0)
+        r->finish = BY_LENGTH;
+    else if (r->n_fed == r->ids.n)
+        sample_tokens(e, r, span);
+}
+
+static int forward(const struct engine *e, const lfm2_span *spans, int n)
+{
+    lfm2_error err;
+
+    if (lfm2_forward(e->ctx, spans, n, &err) == LFM2_OK)
+        return e->trace ? e->trace->code : DONE;
+    if (err.code == LFM2_ECANCELLED)
+        return INTERRUPTED;
+    return report(e->s->ids ? e->s->ids : e->s->model, &err);
+}
+
+/* Advance all jobs by one forward.  Each active job feeds at least one token;
+ * prompts share what is left of the batch.  While any answer is being written
+ * that is not more than a piece, so that its next token does not take long. */
+static int engine_step(struct engine *e)
+{
+    int n = 0, writing = 0, room, rows, code, span = 0;
+    struct job *j, *next;
+
+    start_jobs(e);
+    for (j = e->jobs; j; j = j->next)
+        if (j->state == ACTIVE) {
+            writing |= j->r.n_sampled > 0;
+            n++;
+        }
+    if (n == 0)
+        return DONE;
+    room = e->par.n_batch > n ? e->par.n_batch - n : 0;
+    room = writing ? smaller(room, e->piece) : room;
+    rows = e->par.n_logits - n;
+    for (j = e->jobs; j; j = j->next)
+        if (j->state == ACTIVE)
+            e->span[span++] = next_span(e, &j->r, e->lookup / n, &room, &rows);
+    code = forward(e, e->span, n);
+    span = 0;
+    for (j = e->jobs; code == DONE && j; j = next) {
+        next = j->next;
+        if (j->state != ACTIVE)
+            continue;
+        advance(e, &j->r, span++);
+        if (j->r.finish != UNFINISHED) {
+            engine_drop(e, j);
+            j->to->end(j);
+        } else if (j->to->more)
+            j->to->more(j);
+    }
+    return code;
+}
 
 /* ---- jobs and slots */
 
@@ -1076,130 +1084,6 @@ static void start_jobs(struct engine *e)
         }
         start_reply(e, j, to);
     }
-}
-
-/* ---- one step */
-
-/* The tokens of a reply that go into the next forward: those to feed, as far as
- * there is room, and then guesses.  Beyond one for each job there is room left
- * for *room tokens and *rows rows of logits; what this takes is subtracted. */
-static lfm2_span next_span(const struct engine *e, struct reply *r,
-                           int n_guesses, int *room, int *rows)
-{
-    const int rest = r->ids.n - r->n_fed;
-    const int all_rows = r->q->prompt_logprobs >= 0 && r->n_made == 0;
-    const int most = all_rows ? smaller(*rows, *room) : *room;
-    const int n = smaller(rest, most + 1);
-    int guesses = 0;
-
-    *room -= n - 1;
-    *rows -= all_rows ? n - 1 : 0;
-    if (n == rest)
-        guesses = guess(e, r, smaller(n_guesses, smaller(*room, *rows)));
-    *room -= guesses;
-    *rows -= guesses;
-    return (lfm2_span){ .seq = r->seq, .tokens = r->ids.id + r->n_fed,
-                        .n_tokens = n + guesses,
-                        .n_logits = (all_rows ? n : n == rest) + guesses };
-}
-
-/* Sample the next token, and one more after each guess that was right: the n
- * guesses are in the cache, behind the tokens of the reply.  Wrong ones are
- * removed, with some tokens before them if it cannot be trimmed exactly. */
-static void sample_tokens(struct engine *e, struct reply *r, int span)
-{
-    struct ids *cached = &e->slot[r->seq].cached;
-    const int from = r->n_fed, n = cached->n - from;
-    const int row = e->span[span].n_logits - 1 - n;
-
-    while (r->finish == UNFINISHED && r->n_fed == r->ids.n) {
-        sample_token(e, r, lfm2_logits(e->ctx, span, row + r->n_fed - from));
-        while (r->n_fed < r->ids.n && r->n_fed < cached->n &&
-               r->ids.id[r->n_fed] == cached->id[r->n_fed])
-            r->n_fed++;
-    }
-    count_guesses(r, n, r->n_fed - from);
-    if (r->n_fed < cached->n)
-        r->n_fed = cached->n = lfm2_seq_trim(e->ctx, r->seq, r->n_fed);
-}
-
-/* After a forward: what was fed is in the cache; when all of the reply is, the
- * next token is sampled.  No logits predict the first token of a prompt. */
-static void advance(struct engine *e, struct reply *r, int span)
-{
-    const lfm2_span *fed = &e->span[span];
-    const struct request *q = r->q;
-    struct ids *cached = &e->slot[r->seq].cached;
-
-    memcpy(cached->id + cached->n, fed->tokens,
-           (size_t)fed->n_tokens * sizeof *cached->id);
-    cached->n += fed->n_tokens;
-    if (q->prompt_logprobs >= 0 && r->n_made == 0) {
-        if (r->n_fed == 0)
-            record_score(e, &r->prompt_scores, NULL, r->ids.id[0], 0);
-        for (int i = 0, at = r->n_fed + 1; i < fed->n_logits &&
-             at + i < q->prompt.n; i++)
-            record_score(e, &r->prompt_scores, lfm2_logits(e->ctx, span, i),
-                         r->ids.id[at + i], q->prompt_logprobs);
-    }
-    r->n_fed = smaller(cached->n, r->ids.n);
-    if (r->n_sampled == 0)
-        r->read = seconds();
-    else
-        r->n_steps++;
-    if (r->n_fed == r->ids.n && q->limit == 0)
-        r->finish = BY_LENGTH;
-    else if (r->n_fed == r->ids.n)
-        sample_tokens(e, r, span);
-}
-
-static int forward(const struct engine *e, const lfm2_span *spans, int n)
-{
-    lfm2_error err;
-
-    if (lfm2_forward(e->ctx, spans, n, &err) == LFM2_OK)
-        return e->trace ? e->trace->code : DONE;
-    if (err.code == LFM2_ECANCELLED)
-        return INTERRUPTED;
-    return report(e->s->ids ? e->s->ids : e->s->model, &err);
-}
-
-/* Advance all jobs by one forward.  Each active job feeds at least one token;
- * prompts share what is left of the batch.  While any answer is being written
- * that is not more than a piece, so that its next token does not take long. */
-static int engine_step(struct engine *e)
-{
-    int n = 0, writing = 0, room, rows, code, span = 0;
-    struct job *j, *next;
-
-    start_jobs(e);
-    for (j = e->jobs; j; j = j->next)
-        if (j->state == ACTIVE) {
-            writing |= j->r.n_sampled > 0;
-            n++;
-        }
-    if (n == 0)
-        return DONE;
-    room = e->par.n_batch > n ? e->par.n_batch - n : 0;
-    room = writing ? smaller(room, e->piece) : room;
-    rows = e->par.n_logits - n;
-    for (j = e->jobs; j; j = j->next)
-        if (j->state == ACTIVE)
-            e->span[span++] = next_span(e, &j->r, e->lookup / n, &room, &rows);
-    code = forward(e, e->span, n);
-    span = 0;
-    for (j = e->jobs; code == DONE && j; j = next) {
-        next = j->next;
-        if (j->state != ACTIVE)
-            continue;
-        advance(e, &j->r, span++);
-        if (j->r.finish != UNFINISHED) {
-            engine_drop(e, j);
-            j->to->end(j);
-        } else if (j->to->more)
-            j->to->more(j);
-    }
-    return code;
 }
 
 /* ---- the next token */
@@ -5900,7 +5784,142 @@ static int parse(struct settings *to, char **argv)
     return check_settings(to);
 }
 
-/* ---------------------------------------------------- 12. Files and text */
+/* ------------------------------------------- 12. Characters, numbers, files */
+
+/* ---- characters */
+
+/* ASCII letters only, whatever the locale. */
+static void lower(char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (s[i] >= 'A' && s[i] <= 'Z')
+            s[i] = (char)(s[i] - 'A' + 'a');
+}
+
+/* Order by bytes, a prefix first. */
+static int compare(const char *a, size_t n_a, const char *b, size_t n_b)
+{
+    const int order = memcmp(a, b, n_a < n_b ? n_a : n_b);
+
+    return order ? order : (n_a > n_b) - (n_a < n_b);
+}
+
+/* Decode the UTF-8 character at s < end.  Returns its length, or 0 if it is
+ * malformed; *out is then the replacement character. */
+static int utf8_get(const char *s, const char *end, uint32_t *out)
+{
+    static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+    const unsigned char c = (unsigned char)*s;
+    const int n = c < 0x80 ? 1 : c < 0xc2 || c > 0xf4 ? 0 : c < 0xe0 ? 2 :
+                  c < 0xf0 ? 3 : 4;
+    uint32_t u = n == 1 ? c : c & (0x7f >> n);
+
+    *out = 0xfffd;
+    if (n > end - s)
+        return 0;
+    for (int i = 1; i < n; i++) {
+        if ((s[i] & 0xc0) != 0x80)
+            return 0;
+        u = u << 6 | (s[i] & 0x3f);
+    }
+    if (n == 0 || u < least[n] || u > 0x10ffff || u >> 11 == 0xd800 >> 11)
+        return 0;
+    *out = u;
+    return n;
+}
+
+/* Including the C1 controls: U+009B means the same as ESC [. */
+static int is_control(uint32_t c)
+{
+    return c < ' ' || (c >= 0x7f && c < 0xa0);
+}
+
+/* Remove control characters except newline and tab, and stray bytes 0x80 to
+ * 0x9f, which could complete one.  Returns the new length. */
+static size_t drop_controls(char *s, size_t n)
+{
+    const char *const end = s + n, *from = s;
+    size_t kept = 0;
+    uint32_t c;
+
+    for (int size; from < end; from += size) {
+        size = utf8_get(from, end, &c);
+        c = size ? c : (unsigned char)*from;
+        size += size == 0;
+        if (is_control(c) && c != '\n' && c != '\t')
+            continue;
+        memmove(s + kept, from, (size_t)size);
+        kept += (size_t)size;
+    }
+    return kept;
+}
+
+/* ---- numbers */
+
+/* "23.84 B" (billions) or, if the unit is "B" for bytes, "13.51 GB". */
+static struct phrase amount(double n, const char *unit)
+{
+    const char *letter = n >= 1e9 ? *unit ? "G" : "B" :
+                         n >= 1e6 ? "M" : n >= 1e3 ? "K" : "";
+    const double scale = n >= 1e9 ? 1e9 : n >= 1e6 ? 1e6 : n >= 1e3 ? 1e3 : 1;
+
+    return phrase("%.*f %s%s", scale > 1 ? 2 : 0, n / scale, letter, unit);
+}
+
+/* Numbers in files are little-endian. */
+static void put_le(unsigned char *p, uint64_t x, int n_bytes)
+{
+    for (int i = 0; i < n_bytes; i++)
+        p[i] = x >> 8 * i & 255;
+}
+
+static uint64_t get_le(const unsigned char *p, int n_bytes)
+{
+    uint64_t x = 0;
+
+    for (int i = 0; i < n_bytes; i++)
+        x |= (uint64_t)p[i] << 8 * i;
+    return x;
+}
+
+static void add_le(struct text *to, uint64_t x, int n_bytes)
+{
+    unsigned char b[8];
+
+    put_le(b, x, n_bytes);
+    add(to, (char *)b, (size_t)n_bytes);
+}
+
+static uint32_t float_bits(float x)
+{
+    uint32_t bits;
+
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* FNV-1a. */
+static uint64_t hash_number(uint64_t h, uint64_t x)
+{
+    return (h ^ x) * 0x100000001b3u;
+}
+
+static uint64_t hash_bytes(uint64_t h, const char *s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        h = hash_number(h, (unsigned char)s[i]);
+    return h;
+}
+
+/* Number by number, so that it does not depend on the byte order. */
+static uint64_t hash_floats(uint64_t h, const float *x, int n)
+{
+    for (int i = 0; i < n; i++)
+        h = hash_number(h, float_bits(x[i]));
+    return h;
+}
+
+/* ---- files */
 
 /* Append the directory part of a path. */
 static void add_directory(struct text *t, const char *path)
