@@ -299,7 +299,7 @@ struct lfm2_context {
     const struct isa *isa;                /* the kernels for this CPU        */
     struct pool *pool;
     struct thread *thread;                /* [n_threads]; 0 is the caller    */
-    atomic_uint given;                    /* units handed out: take_units()  */
+    atomic_uint taken;                    /* dynamic units, by next_piece()  */
     atomic_int cancel;
     int stop;                             /* cancelled, as all threads see it*/
     void *memory;                         /* most of what follows lies there */
@@ -420,7 +420,7 @@ struct thread {
 
     struct range now, then;               /* units it took, see take_units() */
     int is_taking;
-    unsigned gone;                        /* units taken in earlier loops    */
+    unsigned taken_before;                /* ctx->taken when this loop began */
 };
 
 /* share() is this thread's fixed share of n things.  take_units() takes a few
@@ -1242,21 +1242,21 @@ static int fixed_share(struct thread *me, int n)
     return me->of == 1 ? n : n / (2 * me->of);
 }
 
-/* The next piece of the dynamic units, n - dynamic .. n-1.  ctx->given counts
- * those taken in all loops, me->gone those of the loops before this one, which
- * were the same for all threads; so nothing has to be reset. */
+/* The next piece of the dynamic units, n - dynamic .. n-1.  ctx->taken counts
+ * those taken in all loops, me->taken_before those of the loops before this
+ * one, which were the same for all threads; so nothing has to be reset. */
 static struct range next_piece(struct thread *me, int n, int dynamic)
 {
-    atomic_uint *given = &me->ctx->given;
-    unsigned so_far = atomic_load(given);
+    atomic_uint *taken = &me->ctx->taken;
+    unsigned so_far = atomic_load(taken);
     int left, some;
 
     do {
-        left = dynamic - (int)(so_far - me->gone);
+        left = dynamic - (int)(so_far - me->taken_before);
         some = left / (2 * me->of) + 1;
         if (left <= 0)
             return (struct range){ n, n };
-    } while (!atomic_compare_exchange_weak(given, &so_far,
+    } while (!atomic_compare_exchange_weak(taken, &so_far,
                                            so_far + (unsigned)some));
     return (struct range){ n - left, n - left + some };
 }
@@ -1274,7 +1274,7 @@ static int take_units(struct thread *me, int n, struct range *some)
     *some = me->now;
     me->is_taking = some->first < some->last;
     if (!me->is_taking)
-        me->gone += (unsigned)dynamic;
+        me->taken_before += (unsigned)dynamic;
     return me->is_taking;
 }
 
