@@ -271,7 +271,14 @@ void fuzz_text(const uint8_t *data, size_t n)
  * one, as a hostile file would have, for the same model and of the length that
  * fits. */
 
-static struct { lfm2_model *model; lfm2_context *ctx; } small;
+static struct { lfm2_model *model; lfm2_context *ctx; uint8_t *file; } small;
+
+static void close_small(void)
+{
+    lfm2_context_close(small.ctx);
+    lfm2_model_close(small.model);
+    free(small.file);
+}
 
 static void open_small(void)
 {
@@ -283,6 +290,8 @@ static void open_small(void)
     REQUIRE(lfm2_model_open_memory(&small.model, file.p, file.n, NULL) ==
             LFM2_OK);
     REQUIRE(lfm2_context_open(&small.ctx, small.model, &p, NULL) == LFM2_OK);
+    small.file = file.p;
+    atexit(close_small);
 }
 
 /* Take it or leave everything as it was. */

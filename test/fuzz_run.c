@@ -203,14 +203,23 @@ void fuzz_chat(const uint8_t *data, size_t n)
 /* ----------------------------------------------------------------- sessions */
 
 static struct settings small_settings;
+static struct engine *small[3];           /* of the three targets below      */
 
-/* A small model with words, and all that run.c has around it. */
+static void close_small(void)
+{
+    for (size_t i = 0; i < sizeof small / sizeof *small && small[i]; i++)
+        close_engine(small[i]);
+}
+
+/* A small model with words, and all that run.c has around it, until the end of
+ * the process. */
 static void open_small(struct engine *e, int n_seq)
 {
     const struct tiny tiny = { .n_embd = 32, .words = 1 };
     struct bytes file = tiny_model(&tiny);
     char path[] = "/tmp/lfm2-fuzz-XXXXXX";
     const int fd = mkstemp(path);
+    size_t i;
 
     open_nowhere();
     small_settings = defaults;
@@ -233,6 +242,11 @@ static void open_small(struct engine *e, int n_seq)
     e->par.n_seq = n_seq;
     e->par.n_logits = n_seq + LOGITS_CHUNK;
     REQUIRE(open_context(e) == DONE);
+    if (!small[0])
+        atexit(close_small);
+    for (i = 0; small[i]; i++)
+        ;
+    small[i] = e;
 }
 
 static int file_of(const uint8_t *data, size_t n)
