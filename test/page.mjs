@@ -4,7 +4,7 @@
 // Answers and their hashes are those of the command line.  Screenshots are left
 // in build/browser, for somebody to look at.
 import { execFileSync, spawn } from 'node:child_process';
-import { readFile } from 'node:fs/promises';
+import { readFile, writeFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 
 const modules = createRequire(`${process.cwd()}/build/browser/`);
@@ -80,6 +80,17 @@ async function set(name, value) {
 async function ask(words) {
     await page.fill('#question', words);
     await page.press('#question', 'Enter');
+}
+
+// Drags a file onto the page with the mouse.
+async function drop(path) {
+    const mouse = await page.context().newCDPSession(page);
+    const data = {
+        items: [], files: [`${process.cwd()}/${path}`], dragOperationsMask: 1
+    };
+    for (const type of ['dragEnter', 'dragOver', 'drop'])
+        await mouse.send('Input.dispatchDragEvent',
+                         { type, x: 300, y: 300, data });
 }
 
 async function shoot(name, width, height, scheme) {
@@ -166,10 +177,8 @@ await check('a stopped answer stays, and the next is whole', async () => {
 });
 await check('a damaged file is one sentence, and the page goes on', async () => {
     const bytes = await readFile('test/tiny.gguf');
-    await page.setInputFiles('#file', {
-        name: 'damaged.gguf', mimeType: 'application/octet-stream',
-        buffer: bytes.subarray(0, 100000)
-    });
+    await writeFile('build/browser/damaged.gguf', bytes.subarray(0, 100000));
+    await drop('build/browser/damaged.gguf');
     await page.locator('#error:not(:empty)').waitFor();
     console.log(`      ${await text('#error')}`);
     await page.click('#new');
