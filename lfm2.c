@@ -2356,13 +2356,14 @@ struct panel_job {
 };
 
 /* A block of `cols` columns: rows of weights in floats at w times n rows of x.
- * Meanwhile the next columns of n_next rows of x are prefetched, then weights
- * from `next` to `end`, `step` bytes for every 16 columns. */
+ * In w the next row is `stride` bytes on, the next 16 columns w_step.
+ * Meanwhile weights from `next` to `end` are prefetched, `step` bytes for every
+ * 16 columns, and at last the next columns of n_next rows of x. */
 struct float_job {
     const uint8_t *w;
-    size_t stride;
+    size_t stride, w_step;
     const float *x[MOST_X_ROWS], *next_x[MOST_X_ROWS];
-    int n, cols, type, n_next, step;
+    int n, cols, type, is_first, is_packed, n_next, step;
     const uint8_t *next, *end;
     float *chain;                         /* [n][UNIT][16]                   */
 };
@@ -3455,14 +3456,14 @@ KERNEL_INLINE FLOATS FN(load_floats)(const uint8_t *p, size_t i, const int type)
     return type == F16 ? FROM_F16(h) : (FLOATS)(WIDEN(h) << 16);
 }
 
-/* Rows `row` .. row+3, which are at w, times n_x rows of x: go on with chains
- * h .. h+LANES-1 of each product for the columns of the block. */
+/* Rows `row` .. row+3, whose columns h .. are at w, times n_x rows of x: go on
+ * with chains h .. h+LANES-1 of each product for the columns of the block. */
 KERNEL_INLINE void FN(float_tile)(const int n_x, const struct float_job *b,
                                   int row, const uint8_t *w, int h,
                                   const uint8_t *next, const int type)
 {
     float *chain = b->chain + row * 16;
-    const size_t stride = b->stride;
+    const size_t stride = b->stride, w_step = b->w_step;
     const int cols = b->cols, step = b->step;
     const float *x[FLOAT_X_ROWS];
     FLOATS acc[FLOAT_X_ROWS][4], v[FLOAT_X_ROWS];
@@ -3473,7 +3474,8 @@ KERNEL_INLINE void FN(float_tile)(const int n_x, const struct float_job *b,
         x[t] = b->x[t];
         UNROLL
         for (int r = 0; r < 4; r++)
-            acc[t][r] = LOAD(chain + (t * UNIT + r) * 16 + h);
+            acc[t][r] = b->is_first ? SPLAT(0)
+                      : LOAD(chain + (t * UNIT + r) * 16 + h);
     }
     do {                                  /* `for` would copy acc            */
         for (int i = 0; i < 8 * LANES; i += 64)
@@ -3486,13 +3488,13 @@ KERNEL_INLINE void FN(float_tile)(const int n_x, const struct float_job *b,
             v[t] = LOAD(x[t] + c);
         UNROLL
         for (int r = 0; r < 4; r++) {
-            FLOATS wr = FN(load_floats)(w + (size_t)r * stride, (size_t)c,
-                                        type);
+            FLOATS wr = FN(load_floats)(w + (size_t)r * stride, 0, type);
             UNROLL
             for (int t = 0; t < n_x; t++)
                 acc[t][r] = FMA(wr, v[t], acc[t][r]);
         }
         c += 16;
+        w += w_step;
         next += step;
     } while (c < cols);
     UNROLL
@@ -3505,35 +3507,43 @@ KERNEL_INLINE void FN(float_tile)(const int n_x, const struct float_job *b,
 /* All products of a block, with `rows` rows of weights. */
 KERNEL void FN(float_block)(struct float_job *b, int rows)
 {
-    const int bytes = b->cols / 16 * b->step;
+    const int n = rows / 4 * CHAINS, steps = b->cols / 16;
 
-    for (int i = 0; i < rows / 4 * CHAINS; i++) {
+    for (int i = 0; i < n; i++) {
         const int r = i / CHAINS * 4, h = i % CHAINS * LANES;
-        const uint8_t *w = b->w + (size_t)r * b->stride;
-        const uint8_t *next = i < b->n_next ? (const void *)b->next_x[i]
-                                            : b->next;
+        const size_t at = b->is_packed ? (size_t)(i * steps) * b->w_step
+            : (size_t)r * b->stride + (size_t)h * (b->w_step / 16);
+        const uint8_t *w = b->w + at, *next = b->next;
 
+        if (i >= n - b->n_next)
+            next = (const void *)b->next_x[i - n + b->n_next];
+        else if (next < b->end)
+            b->next += steps * b->step;
+        else
+            next = (const void *)b->x[0]; /* nothing more                    */
         if (b->type == F32)
             BY_ROWS(b->n, FLOAT_X_ROWS, FN(float_tile), b, r, w, h, next, F32)
         else if (b->type == F16)
             BY_ROWS(b->n, FLOAT_X_ROWS, FN(float_tile), b, r, w, h, next, F16)
         else
             BY_ROWS(b->n, FLOAT_X_ROWS, FN(float_tile), b, r, w, h, next, BF16)
-        if (i >= b->n_next && b->end - b->next > bytes)
-            b->next += bytes;
     }
 }
 
-/* Copy rows of `row` bytes to [blocks][rows][block]: what is used together is
- * contiguous then, and does not compete for the same places of a cache. */
-KERNEL void FN(copy_blocks)(uint8_t *to, const struct weight_rows *w,
-                            size_t row, size_t block)
+/* Copy rows of `row` bytes to [blocks][rows/4][CHAINS][columns/16][4][LANES],
+ * what a tile reads: contiguous, it does not compete for places of a cache. */
+KERNEL_INLINE void FN(pack)(uint8_t *to, const struct weight_rows *w,
+                            size_t row, const size_t size)
 {
-    for (size_t at = 0; at < row; at += block) {
-        const size_t n = row - at < block ? row - at : block;
-        for (int r = 0; r < w->rows; r++, to += n)
-            memcpy(to, w->at + (size_t)r * w->stride + at, n);
-    }
+    for (size_t at = 0; at < row; at += BLOCK_BYTES)
+        for (int i = 0; i < w->rows / 4 * CHAINS; i++) {
+            const uint8_t *from = w->at + i / CHAINS * 4 * w->stride +
+                                  i % CHAINS * LANES * size;
+            for (size_t c = at; c < at + BLOCK_BYTES && c < row; c += 16 * size)
+                UNROLL
+                for (int r = 0; r < 4; r++, to += LANES * size)
+                    memcpy(to, from + r * w->stride + c, LANES * size);
+        }
 }
 
 /* out[t][r] = rows of floats times all rows of x.  If x has more than FEW rows,
@@ -3548,20 +3558,23 @@ KERNEL void FN(product_floats)(float *out, const struct weight_rows *all,
     struct float_job b = {
         .type = all->type, .step = all->few ? 4 * (int)size * LANES : 64,
         .next = all->next, .end = all->next + (size_t)rows * all->stride,
-        .chain = s->chain
+        .chain = s->chain, .is_packed = copy,
+        .stride = copy ? LANES * size : all->stride,
+        .w_step = copy ? 4 * LANES * size : 16 * size
     };
 
-    if (copy)
-        FN(copy_blocks)((void *)s->f, all, (size_t)cols * size, BLOCK_BYTES);
+    if (copy && size == 2)
+        FN(pack)((void *)s->f, all, (size_t)cols * 2, 2);
+    else if (copy)
+        FN(pack)((void *)s->f, all, (size_t)cols * 4, 4);
     for (int t = 0; t < in->n; t += b.n) {
         b.n = FN(take_rows)(in->n - t, FLOAT_X_ROWS);
         b.n_next = all->few ? 0 : b.n;
-        memset(s->chain, 0, (size_t)b.n * UNIT * 16 * sizeof *s->chain);
         for (int c = 0; c < cols; c += b.cols) {
+            b.is_first = c == 0;
             b.cols = cols - c < most ? cols - c : most;
             b.w = copy ? (const uint8_t *)s->f + (size_t)(c * rows) * size
                        : all->at + (size_t)c * size;
-            b.stride = copy ? (size_t)b.cols * size : all->stride;
             for (int i = 0; i < b.n; i++) {
                 const int then = t + b.n + i < in->n ? t + b.n + i : t;
                 b.x[i] = in->f + row_at(in, t + i) * (size_t)cols + c;
