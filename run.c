@@ -2552,7 +2552,7 @@ static int read_bias(const struct engine *e, struct request *q,
         char *end;
         const long id = strtol(x->key, &end, 10);
         double by;
-        if (end == x->key || *end || id < 0 || id >= n_vocab ||
+        if (x->key[0] < '0' || x->key[0] > '9' || *end || id >= n_vocab ||
             json_double(x, &by) != 0 || !(by >= -1000 && by <= 1000))
             return because(why, USAGE, "\"logit_bias\": \"%.40s\", expected "
                            "token ids from 0 to %d, and numbers from -1000 to "
@@ -4391,9 +4391,8 @@ static int post_completion(struct client *c, struct text *to)
         return 429;
     c->created = (long long)time(NULL);
     c->stream = c->choice[0].q.stream ? STREAM_WANTED : NO_STREAM;
-    c->include_usage = json_is(member(member(c->json, "stream_options"),
-                                     "include_usage"), JSON_TRUE);
-    return DONE;
+    return read_flag(member(c->json, "stream_options"), "include_usage",
+                     &c->include_usage, &c->why);
 }
 
 /* The model that the path names, maybe percent-encoded, or the list of all. */
@@ -5543,8 +5542,8 @@ static struct phrase values_of(const struct option *o)
     case TEXTS: return phrase("at most %d texts that are not empty", MAX_LIST);
     case LIST: return phrase("at most %d whole numbers from %.0f to %.0f, "
                              "separated by commas", MAX_LIST, o->min, o->max);
-    default: return phrase("a %snumber from %.10g to %.19g", o->kind == REAL ?
-                           "" : "whole ", o->min, o->max);
+    case REAL: return phrase("a number from %.10g to %.10g", o->min, o->max);
+    default: return phrase("a whole number from %.0f to %.0f", o->min, o->max);
     }
 }
 
