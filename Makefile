@@ -252,10 +252,11 @@ COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -Wno-missing-field-
 # The scalar code multiplies and adds most of the time.  The CPU's instruction for
 # that gives the same bits as the program's own one, and is faster.
 LEVEL   := -O1
-LONG    := check_sequences check_spans check_trace
-FMA     := $(shell grep -qw fma /proc/cpuinfo 2>/dev/null && echo -mfma)
-build/test/check_kernels $(LONG:%=build/test/%): LEVEL := -O2
-$(LONG:%=build/test/%) $(LONG:%=build/debug/test/%): CPPFLAGS += $(FMA)
+HEAVY   := check_sequences check_spans check_trace
+FMA      = $(shell grep -qw fma /proc/cpuinfo 2>/dev/null && \
+             $(CC) -mfma -E -x c /dev/null >/dev/null 2>&1 && echo -mfma)
+build/test/check_kernels $(HEAVY:%=build/test/%): LEVEL := -O2
+$(HEAVY:%=build/test/%) $(HEAVY:%=build/debug/test/%): CPPFLAGS += $(FMA)
 $(PLAIN:%=build/test/%): CPPFLAGS += -DLFM2_NO_SIMD
 $(LINKED:%=build/test/%): build/lfm2.o
 build/test/%: test/%.c test/main.c $(HELPERS) $(wildcard test/*.h) lfm2.c \

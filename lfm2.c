@@ -3520,7 +3520,7 @@ KERNEL void FN(float_block)(struct float_job *b, int rows)
         else if (next < b->end)
             b->next += steps * b->step;
         else
-            next = (const void *)b->x[0]; /* nothing more                    */
+            next = (const void *)b->x[0]; /* is there already                */
         if (b->type == F32)
             BY_ROWS(b->n, FLOAT_X_ROWS, FN(float_tile), b, r, w, h, next, F32)
         else if (b->type == F16)
@@ -3531,7 +3531,8 @@ KERNEL void FN(float_block)(struct float_job *b, int rows)
 }
 
 /* Copy rows of `row` bytes to [blocks][rows/4][CHAINS][columns/16][4][LANES],
- * what a tile reads: contiguous, it does not compete for places of a cache. */
+ * the order in which tiles read them: what is contiguous does not compete for
+ * the same places of a cache. */
 KERNEL_INLINE void FN(pack)(uint8_t *to, const struct weight_rows *w,
                             size_t row, const size_t size)
 {
