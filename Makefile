@@ -215,12 +215,14 @@ LONGEST := check_kernels check_forward
 SUITES  := $(LONGEST) $(filter-out $(LONGEST),$(SUITES))
 SCRIPTS := $(wildcard test/check_*.sh)
 SCRIPTS := test/check_run.sh $(filter-out test/check_run.sh,$(SCRIPTS))
-SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE := -O1 -g1 -DSANITIZED -fsanitize=address,undefined \
+            -fno-sanitize-recover=all
 
 build/debug/%.o: %.c | build/debug
 	$(CC) $(CPPFLAGS) $(SANITIZE) $(FLAGS) -c -o $@ $<
 
-build/debug/lfm2.o: CPPFLAGS += -DLFM2_NO_SIMD
+build/debug/lfm2.o: CPPFLAGS += -DLFM2_NO_SIMD $(FMA)
+build/debug/lfm2.o: SANITIZE += -O2
 
 build/debug/run: build/debug/run.o build/debug/lfm2.o
 	$(CC) $(SANITIZE) $(LDFLAGS) -o $@ $^ $(LIBS)
@@ -264,8 +266,7 @@ build/test/%: test/%.c test/main.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
 	$(COMPILE) $(LEVEL) $(CHECK) $(LIBS)
 
 build/debug/test/%: CPPFLAGS += -DLFM2_NO_SIMD
-build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DSANITIZED \
-                                            -DLFM2_AVX2_ONLY
+build/debug/test/check_kernels: CPPFLAGS := $(CPPFLAGS) -DLFM2_AVX2_ONLY
 $(LINKED:%=build/debug/test/%): build/debug/lfm2.o
 build/debug/test/%: test/%.c test/main.c $(HELPERS) $(wildcard test/*.h) lfm2.c \
                     lfm2.h | build/debug/test build/test have-check

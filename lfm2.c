@@ -3265,7 +3265,6 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, int tile,
         for (size_t i = 0; i < bytes * LANES; i += 64)
             FETCH_ONCE(next + i);
         next += bytes * LANES;
-        UNROLL
         for (int g = 0; g < per_step; g++, q += 16, d += 4, m += 4) {
             struct FN(source) first = b;
             first.at += k->block == 32 ? g * k->bytes : 0;
