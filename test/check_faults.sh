@@ -328,8 +328,8 @@ batch 0 "undisturbed" -q --temp 0
 cp "$dir/out" "$dir/whole"
 sed 's/.*"custom_id": "\([^"]*\)".*/\1/' "$dir/whole" >"$dir/order"
 : >"$dir/part"
-"$run" $m --batch -q -t 1 --isa scalar --temp 0 --resume "$dir/part" \
-    <"$dir/in" >"$dir/out" 2>"$dir/err" &
+"$run" $m --batch -q -t 1 --parallel 3 --isa scalar --temp 0 \
+    --resume "$dir/part" <"$dir/in" >"$dir/out" 2>"$dir/err" &
 pid=$!
 within 300 lines "$dir/part" 1
 kill -TERM $pid
