@@ -1,5 +1,6 @@
 /* Text to tokens and back. */
 #include "../lfm2.c"
+#include "util.h"
 
 #include <check.h>
 
