@@ -2277,14 +2277,18 @@ static void matmul(struct thread *me, int how, float *y,
 #define SHORT_BLOCKS 0
 #endif
 
-/* Prefetch what is at p: for repeated use, or for a single use, which evicts
- * less from the caches.  p may be any address. */
+/* Prefetch what is at p: for repeated use; for a single use, which evicts less
+ * from the caches; and weights of a kernel.  Where there is AVX2 alone, more of
+ * them are on their way at a time if they go to the second-level cache (measured
+ * on Zen 4: 1.1 to 1.4 times as fast).  p may be any address. */
 #if defined __GNUC__ && !defined LFM2_WASM
 #define FETCH(p) __builtin_prefetch(p, 0, 3)
 #define FETCH_ONCE(p) __builtin_prefetch(p, 0, 0)
+#define FETCH_WEIGHTS(p) __builtin_prefetch(p, 0, LANES == 8 ? 2 : 0)
 #else
 #define FETCH(p) (void)(p)
 #define FETCH_ONCE FETCH
+#define FETCH_WEIGHTS FETCH
 #endif
 
 /* WebAssembly has no prefetch.  Loads whose results are not used serve instead:
@@ -3170,7 +3174,7 @@ KERNEL_INLINE void FN(few_rows)(struct FN(x_row) *to, const int n,
         FN(read_scales)(&s, (struct FN(source)){ b, 0, 0 }, w->stride, k);
         UNROLL
         for (size_t i = 0; i < 4 * bytes; i += 64)
-            FETCH_ONCE(next + i);
+            FETCH_WEIGHTS(next + i);
         next += 4 * bytes;
         UNROLL
         for (int g = 0; g < per_step; g += QUADS)
@@ -3263,7 +3267,7 @@ KERNEL_INLINE void FN(unpack_tile)(const struct scratch *p, int tile,
 
     for (int left = w->groups; left > 0; left -= per_step, b.at += bytes) {
         for (size_t i = 0; i < bytes * LANES; i += 64)
-            FETCH_ONCE(next + i);
+            FETCH_WEIGHTS(next + i);
         next += bytes * LANES;
         for (int g = 0; g < per_step; g++, q += 16, d += 4, m += 4) {
             struct FN(source) first = b;
@@ -3481,7 +3485,7 @@ KERNEL_INLINE void FN(float_tile)(const int n_x, const struct float_job *b,
             if (b->n_next > 0)
                 FETCH(next + i);
             else
-                FETCH_ONCE(next + i);
+                FETCH_WEIGHTS(next + i);
         UNROLL
         for (int t = 0; t < n_x; t++)
             v[t] = LOAD(x[t] + c);
