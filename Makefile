@@ -252,14 +252,16 @@ COMPILE  = $(CC) $(CPPFLAGS) -std=c11 $(EXACT) -Wall -Wextra -Wno-missing-field-
 
 # -O1 takes half as long to compile as -O2, which is for those that compute much;
 # -O0, for those that compute little, half of that.
-# The scalar code multiplies and adds most of the time.  The CPU's instruction for
-# that gives the same bits as the program's own one, and is faster.
 LEVEL   := -O1
 HEAVY   := check_sequences check_spans check_trace
 LIGHT   := check_alloc check_inspect check_jobs check_sandbox check_schema \
            check_stdio
+
+# The scalar code multiplies and adds most of the time.  The CPU's instruction for
+# that gives the same bits as the program's own one, and is faster.
 FMA      = $(shell grep -qw fma /proc/cpuinfo 2>/dev/null && \
              $(CC) -mfma -E -x c /dev/null >/dev/null 2>&1 && echo -mfma)
+
 build/test/check_kernels $(HEAVY:%=build/test/%): LEVEL := -O2
 $(LIGHT:%=build/test/%): LEVEL := -O0
 $(LIGHT:%=build/debug/test/%): SANITIZE += -O0

@@ -211,7 +211,8 @@ quick() {
         try gcc-O$level "" gcc -O$level -fstack-usage
     done
     try clang-O3 "" clang -O3
-    # Without the Makefile's flags, and where compilers fuse what they like.
+    # Without the Makefile's flags, and where compilers fuse what they like.  The
+    # three before have the kernels of all CPUs, which take long to compile.
     case $(uname -m) in
     x86_64)
         if grep -qw fma /proc/cpuinfo 2>/dev/null; then

@@ -349,7 +349,7 @@ START_TEST(bytes_come_back)
 }
 END_TEST
 
-/* A million bytes of these, or two, would take hours if anything were quadratic. */
+/* Megabytes of these would take hours if anything were quadratic. */
 static const char *const unit[] = {
     "a", " ", "\n", " \n", "1", "\u0301", "ab", "aab", "xy", "<", "<|im_", "'",
     "<a><a", "\xff", "\xf0\x9f", "\u3042 ", "xyz", "qrs"
