@@ -10,7 +10,7 @@
 #define COUNT(array) (sizeof (array) / sizeof *(array))
 #endif
 
-/* Under sanitizers, which are ten times slower, a test with n combinations tries
+/* Under sanitizers, which are ten times slower, a test of n combinations tries
  * the first half: they find what is wrong with any of them. */
 #ifdef SANITIZED
 #define SOME_OF(n) (((n) + 1) / 2)
